@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: MIT
+"""The daemon's client: questions, and a stream of named records (docs/PROTOCOL.md)."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from nlproto import wire
+from nlproto.clock import Clock
+from nlproto.errors import Error, NoDaemon, NoPrivilege, UsageError
+from nlproto.frames import (
+    DATA_HEAD,
+    DEFAULT_SOCKET,
+    MAX_REPLY,
+    PROTOCOL,
+    Decoder,
+    FrameError,
+    Kind,
+    encode_json,
+    parse_json,
+)
+from nlproto.pipeline import NamedBatch
+from nlproto.processes import Process
+
+__all__ = ["DaemonClient", "DaemonEvent", "Event", "ProcessesEvent", "StreamBatch"]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamBatch:
+    """Records of one data frame."""
+
+    batch: NamedBatch
+    seq: int
+    """Of the data frame, from 0; a gap means that whole frames were dropped for this client."""
+    dropped: int
+    """Records dropped for this client so far, because it read too slowly."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessesEvent:
+    """Details of processes that the records after it name."""
+
+    processes: list[Process]
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonEvent:
+    """Something that happened to the daemon: `name` is gap, engine, module_gone, module_back, bye."""
+
+    name: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+Event = StreamBatch | ProcessesEvent | DaemonEvent
+
+_ERRORS: Mapping[str, type[Error]] = {"usage": UsageError, "denied": NoPrivilege}
+
+
+class DaemonClient:
+    """One connection to the daemon; not for several threads at once.
+
+    Raises NoDaemon when there is none or it goes away, UsageError for a request it refuses,
+    NoPrivilege for one that this user may not make, Error for any other failure.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] = DEFAULT_SOCKET, timeout: float = 10.0) -> None:
+        self.path = os.fspath(path)
+        self.timeout = timeout
+        self.daemon: dict[str, Any] = {}
+        """The daemon's answer to hello: version, protocol, engine, pid, uid, everything."""
+        self.account: dict[str, Any] = {}
+        """Of the last subscription, once unsubscribe() has returned."""
+        self._decoder = Decoder(MAX_REPLY)
+        self._replies: dict[int, dict[str, Any]] = {}
+        self._events: deque[Event] = deque()
+        self._next_id = 1
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._socket.settimeout(timeout)
+        try:
+            self._socket.connect(self.path)
+        except OSError as error:
+            self._socket.close()
+            raise NoDaemon(
+                f"no daemon answers at {self.path} ({error.strerror or error}); "
+                "start it with: sudo python -m daemon"
+            ) from None
+        try:
+            self.daemon = self.request("hello", protocol=PROTOCOL)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> DaemonClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    # Questions
+
+    def request(self, op: str, **fields: Any) -> dict[str, Any]:
+        """Send one request and return its reply without "id" and "ok"; None fields are left out."""
+        number = self._send(op, fields)
+        return self._reply(number)
+
+    def pipeline(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Send many requests before reading; the replies in the order of the requests.
+
+        The batch must fit the socket buffers: up to a few hundred small requests at a time.
+        """
+        numbers = [self._send(op, fields) for op, fields in requests]
+        return [self._reply(number) for number in numbers]
+
+    def who(
+        self,
+        *,
+        port: int | None = None,
+        proto: str | None = None,
+        host: str | None = None,
+        pid: int | None = None,
+        pname: str | None = None,
+        since: float | None = None,
+        at: float | None = None,
+        limit: int | None = None,
+    ) -> dict[str, Any]:
+        """Who owns, or owned, the traffic that fits.
+
+        `since`: seconds before now; `at`: Unix time in seconds; `proto`: "tcp" or "udp";
+        `host`: address or network. The reply has "owners" (sockets there now), "flows" (of the
+        history, last seen first), "total", "truncated" and "processes" (Process as dicts).
+        """
+        return self.request(
+            "who",
+            port=port,
+            proto=proto,
+            host=host,
+            pid=pid,
+            pname=pname,
+            since=since,
+            at=at,
+            limit=limit,
+        )
+
+    def owner(self, port: int, proto: str | None = None, address: str | None = None) -> list[dict[str, Any]]:
+        """Processes with a socket on local `port` now; each with netns, proto, address, holders."""
+        reply = self.request("owner", port=port, proto=proto, address=address)
+        owners: list[dict[str, Any]] = reply["owners"]
+        return owners
+
+    def lookup(self, keys: Sequence[dict[str, Any]]) -> list[dict[str, Any] | None]:
+        """Owners of many sockets or processes at once, in the order of `keys`, None: not known.
+
+        A key is {"cookie": int}, {"netns", "proto", "address", "port"} (local end), or
+        {"tgid", "start_ns"}; at most 1000.
+        """
+        reply = self.request("lookup", keys=list(keys))
+        owners: list[dict[str, Any] | None] = reply["owners"]
+        return owners
+
+    def stats(self) -> dict[str, Any]:
+        """The account, queues, engine and table sizes, as far as this user may see them."""
+        return self.request("stats")
+
+    # The stream
+
+    def subscribe(self, filter: str = "") -> Iterator[Event]:
+        """Subscribe at once, then iterate events; ends after unsubscribe() or when the daemon says bye."""
+        self.start(filter)
+        return self.events()
+
+    def start(self, filter: str = "") -> dict[str, Any]:
+        """Subscribe; the reply's "account" is the daemon's at that moment."""
+        return self.request("subscribe", filter=filter)
+
+    def events(self) -> Iterator[Event]:
+        """Events of the subscription as they come. Raises NoDaemon when the daemon dies."""
+        while True:
+            for event in self.read(None):
+                yield event
+                if isinstance(event, DaemonEvent) and event.name == "bye":
+                    return
+
+    def read(self, timeout: float | None) -> list[Event]:
+        """Events that are there, or that come within `timeout` seconds (None: wait)."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._events:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left < 0:
+                left = 0.0
+            if not self._receive(left):
+                break
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def unsubscribe(self) -> dict[str, Any]:
+        """End the subscription after every record that is on its way has arrived.
+
+        Records that came meanwhile are returned by the next read(0). The reply, also kept in
+        `account`: "matched", "sent" and "dropped" records of this subscription, and the daemon's
+        "account" at its start and its end.
+        """
+        self.account = self.request("unsubscribe")
+        return self.account
+
+    # Bytes
+
+    def _send(self, op: str, fields: Mapping[str, Any]) -> int:
+        number = self._next_id
+        self._next_id += 1
+        message = {"id": number, "op": op}
+        message.update((key, value) for key, value in fields.items() if value is not None)
+        try:
+            self._socket.settimeout(self.timeout)
+            self._socket.sendall(encode_json(Kind.CONTROL, message))
+        except OSError as error:
+            raise self._gone(error) from None
+        return number
+
+    def _reply(self, number: int) -> dict[str, Any]:
+        deadline = time.monotonic() + self.timeout
+        while number not in self._replies:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise Error(f"the daemon at {self.path} did not answer in {self.timeout:g} s; try again")
+            self._receive(left)
+        reply = self._replies.pop(number)
+        reply.pop("id")
+        if reply.pop("ok"):
+            return reply
+        raise _ERRORS.get(reply.get("code", ""), Error)(reply.get("error", "the daemon refused"))
+
+    def _gone(self, error: object) -> NoDaemon:
+        return NoDaemon(f"the daemon at {self.path} has gone ({error}); is it still running?")
+
+    def _receive(self, timeout: float | None) -> bool:
+        """Read once; whether anything came in time."""
+        ready, _, _ = select.select([self._socket], [], [], timeout)
+        if not ready:
+            return False
+        try:
+            data = self._socket.recv(1 << 20)
+        except OSError as error:
+            raise self._gone(error) from None
+        if not data:
+            raise self._gone("it closed the connection")
+        for kind, payload in self._decoder.feed(data):
+            self._take(kind, payload)
+        return True
+
+    def _take(self, kind: Kind, payload: bytes) -> None:
+        if kind is Kind.CONTROL:
+            reply = parse_json(payload)
+            number = reply.get("id")
+            if not isinstance(number, int) or "ok" not in reply:
+                raise FrameError(str(reply.get("error", "the daemon sent a reply without id")))
+            self._replies[number] = reply
+        elif kind is Kind.DATA:
+            seq, dropped = DATA_HEAD.unpack_from(payload)
+            batch = wire.decode_batch(memoryview(payload)[DATA_HEAD.size :])
+            records = np.array(batch.records)
+            named = NamedBatch(batch.head, records, Clock(batch.head))
+            self._events.append(StreamBatch(named, seq, dropped))
+        elif kind is Kind.PROCESSES:
+            self._events.append(ProcessesEvent(msgspec.json.decode(payload, type=list[Process])))
+        else:
+            fields = parse_json(payload)
+            self._events.append(DaemonEvent(str(fields.pop("event", "")), fields))

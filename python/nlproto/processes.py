@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: MIT
+"""Processes by identity (tgid, start_ns): what the kernel and /proc tell of them, bounded."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from nlproto import wire
+
+__all__ = ["Key", "Process", "Processes", "process_of_event", "text"]
+
+Key = tuple[int, int]
+"""(tgid, start_ns) in the initial pid namespace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process; empty or None where nothing is known. Strings are harmless JSON text."""
+
+    tgid: int
+    start_ns: int
+    comm: str = ""
+    ppid: int | None = None
+    uid: int | None = None
+    user: str = ""
+    exe: str = ""
+    cmdline: str = ""
+    cgroup: str = ""
+    cgroup_id: int = 0
+    unit: str = ""
+    container: str = ""
+    pidns: int = 0
+    ns_tgid: int = 0
+    exit_ns: int | None = None
+    """CLOCK_MONOTONIC of its exit, None while it lives or when nobody told."""
+
+    @property
+    def key(self) -> Key:
+        return self.tgid, self.start_ns
+
+
+Details = Callable[[int, int], Any]
+"""(pid, start_ns) -> an object with some of Process's attributes, or None when it is gone."""
+
+_KERNEL = ("comm", "exe", "ppid", "uid", "cgroup_id", "pidns", "ns_tgid")
+_PROC = ("exe", "cmdline", "user", "uid", "cgroup", "unit", "container", "ppid", "comm")
+
+
+def text(raw: bytes) -> str:
+    """A name from the kernel as text; bytes that are not UTF-8 as \\xNN."""
+    return raw.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
+
+
+def process_of_event(event: np.void) -> Process:
+    """The Process in a struct sniffer_process."""
+    return Process(
+        tgid=int(event["tgid"]),
+        start_ns=int(event["start_ns"]),
+        comm=text(bytes(event["comm"])),
+        ppid=int(event["ppid"]) or None,
+        uid=int(event["uid"]),
+        exe=text(bytes(event["exe"])),
+        cgroup_id=int(event["cgroup_id"]),
+        pidns=int(event["pidns"]),
+        ns_tgid=int(event["ns_tgid"]),
+        exit_ns=int(event["time_ns"]) if event["event"] == wire.lib.SNIFFER_EVENT_EXIT else None,
+    )
+
+
+class Processes:
+    """The processes seen, at most `limit`, least recently used first out. Thread-safe.
+
+    `details` reads /proc and is asked once per process and once more after an exec.
+    `on_change` is called, without the lock, for each process that is new or changed.
+    """
+
+    def __init__(
+        self,
+        details: Details | None = None,
+        limit: int = 65536,
+        on_change: Callable[[Process], None] | None = None,
+    ) -> None:
+        self._details = details
+        self._lock = threading.Lock()
+        self._table: OrderedDict[Key, Process] = OrderedDict()
+        self._read: set[Key] = set()
+        self.limit = limit
+        self.on_change = on_change
+        self.evicted = 0
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def get(self, tgid: int, start_ns: int) -> Process | None:
+        return self._table.get((tgid, start_ns))
+
+    def get_many(self, keys: Iterable[Key]) -> list[Process]:
+        """Those of `keys` that are known."""
+        table = self._table
+        return [found for key in keys if (found := table.get(key)) is not None]
+
+    def find(self, pid: int | None = None, name: str | None = None) -> list[Process]:
+        """Known processes by pid or by comm, newest start first."""
+        with self._lock:
+            everything = list(self._table.values())
+        found = [
+            process
+            for process in everything
+            if (pid is None or process.tgid == pid) and (name is None or process.comm == name)
+        ]
+        return sorted(found, key=lambda process: -process.start_ns)
+
+    def add_event(self, event: np.void) -> Process:
+        """Take a struct sniffer_process: first use, exec, rename, exit or dump."""
+        told = process_of_event(event)
+        kind = int(event["event"])
+        key = told.key
+        known = self._table.get(key)
+        if kind == wire.lib.SNIFFER_EVENT_EXEC:
+            self._read.discard(key)
+            known = None
+        if known is None:
+            process = told
+        else:
+            values = {name: getattr(told, name) for name in _KERNEL if getattr(told, name)}
+            process = replace(known, exit_ns=told.exit_ns or known.exit_ns, **values)
+        if kind != wire.lib.SNIFFER_EVENT_EXIT:
+            process = self._with_details(process)
+        self._keep(process)
+        return process
+
+    def add_records(self, records: np.ndarray) -> None:
+        """Learn of the processes that named RECORDs mention and that are not known yet."""
+        named = records[records["tgid"] != 0]
+        if not len(named):
+            return
+        _, first = np.unique(_identity(named), return_index=True)
+        for index in first.tolist():
+            record = named[index]
+            key = (int(record["tgid"]), int(record["start_ns"]))
+            comm = text(bytes(record["comm"]))
+            known = self._table.get(key)
+            if known is not None:
+                if comm and known.comm != comm:
+                    self._keep(replace(known, comm=comm))
+                else:
+                    self._touch(key)
+                continue
+            process = Process(tgid=key[0], start_ns=key[1], comm=comm, uid=int(record["uid"]))
+            self._keep(self._with_details(process))
+
+    def add(self, tgid: int, start_ns: int, comm: str = "", uid: int | None = None) -> Process:
+        """Learn of one process, for instance a socket's holder."""
+        known = self._table.get((tgid, start_ns))
+        if known is not None:
+            self._touch(known.key)
+            return known
+        process = self._with_details(Process(tgid=tgid, start_ns=start_ns, comm=comm, uid=uid))
+        self._keep(process)
+        return process
+
+    def restore(self, processes: Sequence[Process]) -> None:
+        """Put back what a store kept, without asking /proc or telling anybody."""
+        with self._lock:
+            for process in processes:
+                self._table[process.key] = process
+            self._shrink()
+
+    def _touch(self, key: Key) -> None:
+        with self._lock:
+            if key in self._table:
+                self._table.move_to_end(key)
+
+    def _with_details(self, process: Process) -> Process:
+        if self._details is None or process.key in self._read:
+            return process
+        self._read.add(process.key)
+        found = self._details(process.tgid, process.start_ns)
+        if found is None:
+            return process
+        values = {name: value for name in _PROC if (value := getattr(found, name, None))}
+        uid = getattr(found, "uid", None)
+        if uid is not None:
+            values["uid"] = uid
+        return replace(process, **values)
+
+    def _keep(self, process: Process) -> None:
+        with self._lock:
+            self._table[process.key] = process
+            self._table.move_to_end(process.key)
+            self._shrink()
+        if self.on_change is not None:
+            self.on_change(process)
+
+    def _shrink(self) -> None:
+        while len(self._table) > self.limit:
+            key, _ = self._table.popitem(last=False)
+            self._read.discard(key)
+            self.evicted += 1
+
+
+def _identity(records: np.ndarray) -> np.ndarray:
+    """One number per (tgid, start_ns); two processes of a batch never share one in practice,
+    and if they did, the later would be learnt from a later batch."""
+    tgid = records["tgid"].astype(np.uint64)
+    return np.asarray(tgid * np.uint64(0x9E3779B97F4A7C15) ^ records["start_ns"])
