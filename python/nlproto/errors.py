@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: MIT
+"""Exceptions. Each message is one line and says what to do next."""
+
+__all__ = [
+    "Error",
+    "NoDaemon",
+    "NoModule",
+    "NoPrivilege",
+    "UsageError",
+    "VersionMismatch",
+]
+
+
+class Error(Exception):
+    """Base of everything that nlproto raises on purpose; a program that fails on it exits 1."""
+
+
+class UsageError(Error):
+    """The caller asked for something that cannot be; a program that fails on it exits 2."""
+
+
+class NoModule(Error):
+    """sniffer.ko is not loaded."""
+
+
+class NoDaemon(Error):
+    """Nobody serves the daemon's socket."""
+
+
+class NoPrivilege(Error):
+    """The kernel or the daemon refused this user."""
+
+
+class VersionMismatch(Error):
+    """The other side speaks another version of the wire."""

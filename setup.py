@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: MIT
+"""Everything else is in pyproject.toml, which has no word for cffi_modules."""
+
+from setuptools import setup
+
+setup(cffi_modules=["python/build_wire.py:builder"])
