@@ -1,0 +1,339 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Records gather per CPU and leave as one Netlink message: when the batch is
+ * full, when its oldest record has waited flush_ms, or when a reader asks.
+ * All counting happens here too, beside the batch.
+ */
+#include <linux/module.h>
+#include <linux/moduleparam.h>
+#include <linux/percpu.h>
+#include <linux/timekeeping.h>
+#include <linux/timer.h>
+#include <linux/workqueue.h>
+
+#include "batch.h"
+#include "netlink.h"
+#include "owner.h"
+
+static unsigned int batch = SNIFFER_BATCH_DEFAULT;
+module_param(batch, uint, 0444);
+MODULE_PARM_DESC(batch, "records a message at most, 1 to 252 (default 124)");
+
+static unsigned int flush_ms = SNIFFER_FLUSH_MS_DEFAULT;
+module_param(flush_ms, uint, 0444);
+MODULE_PARM_DESC(flush_ms, "milliseconds a record waits at most, 1 to 1000 (default 20)");
+
+/**
+ * struct batch_cpu - one CPU's batch and counters
+ * @lock: guards all below. Taken by the hooks of this CPU (process context or
+ *	softirq), its timer, and flushes: _bh. In practice its own CPU only, so
+ *	it is never contended; it is there for CPU hotplug, when a timer migrates.
+ * @timer: pinned; runs while a batch waits
+ * @skb: the message under construction, NULL when nothing waits
+ * @head: its struct sniffer_batch, within @skb
+ * @room: records that @skb was sized for
+ * @batch_seq: of the next batch
+ * @record_seq: of the next record
+ * @lost: records that got no skb
+ * @count: counters, by_how included; those the header wants are derived
+ * @skipped: packets without a record, by cause
+ */
+struct batch_cpu {
+	spinlock_t lock;
+	struct timer_list timer;
+	struct sk_buff *skb;
+	struct sniffer_batch *head;
+	unsigned int room;
+	u64 batch_seq;
+	u64 record_seq;
+	u64 lost;
+	struct sniffer_counters count;
+	u64 skipped[SNIFFER_SKIPS];
+};
+
+static DEFINE_PER_CPU(struct batch_cpu, batch_cpus);
+static u64 batch_instance;
+static bool batch_stopped;
+
+static u64 batch_skipped(const struct batch_cpu *cpu)
+{
+	u64 sum = 0;
+	int i;
+
+	for (i = 0; i < SNIFFER_SKIPS; i++)
+		sum += cpu->skipped[i];
+	return sum;
+}
+
+/* Under the lock. */
+static void batch_send(struct batch_cpu *cpu)
+{
+	struct sniffer_batch *head = cpu->head;
+	unsigned int count;
+
+	if (!cpu->skb)
+		return;
+	count = head->count;
+	head->skipped = batch_skipped(cpu);
+	head->packets = cpu->count.recorded + head->skipped;
+	head->lost = cpu->lost;
+	head->mono_ns = ktime_get_ns();
+	head->real_ns = ktime_get_real_ns();
+	head->boot_ns = ktime_get_boottime_ns();
+	cpu->batch_seq++;
+	cpu->count.batches++;
+	if (sniffer_netlink_send(cpu->skb, SNIFFER_GROUP_INDEX_PACKETS,
+				 head->count * sizeof(struct sniffer_record)))
+		cpu->count.lost_batch += count;
+	else
+		cpu->count.sent += count;
+	cpu->skb = NULL;
+}
+
+static void batch_expired(struct timer_list *timer)
+{
+	struct batch_cpu *cpu = container_of(timer, struct batch_cpu, timer);
+
+	spin_lock_bh(&cpu->lock);
+	batch_send(cpu);
+	spin_unlock_bh(&cpu->lock);
+}
+
+/* Under the lock. */
+static bool batch_begin(struct batch_cpu *cpu)
+{
+	unsigned int room = READ_ONCE(batch);
+	struct sk_buff *skb;
+
+	skb = sniffer_netlink_begin(SNIFFER_A_RECORDS, SNIFFER_CMD_PACKETS, sizeof(*cpu->head),
+				    room * sizeof(struct sniffer_record), (void **)&cpu->head);
+	if (!skb)
+		return false;
+	memset(cpu->head, 0, sizeof(*cpu->head));
+	cpu->head->version = SNIFFER_VERSION;
+	cpu->head->record_size = sizeof(struct sniffer_record);
+	cpu->head->cpu = smp_processor_id();
+	cpu->head->instance = batch_instance;
+	cpu->head->batch_seq = cpu->batch_seq;
+	cpu->head->record_seq = cpu->record_seq;
+	cpu->skb = skb;
+	cpu->room = room;
+	if (!READ_ONCE(batch_stopped))
+		mod_timer(&cpu->timer, jiffies + msecs_to_jiffies(READ_ONCE(flush_ms)));
+	return true;
+}
+
+/**
+ * sniffer_batch_skip - count a packet that gets no record
+ * @why: the cause
+ */
+void sniffer_batch_skip(enum sniffer_skip why)
+{
+	local_bh_disable();
+	__this_cpu_inc(batch_cpus.skipped[why]);
+	local_bh_enable();
+}
+
+/**
+ * sniffer_batch_add - hand a record on
+ * @record: all but cpu and sequence filled in
+ */
+void sniffer_batch_add(struct sniffer_record *record)
+{
+	struct batch_cpu *cpu;
+
+	local_bh_disable();
+	cpu = this_cpu_ptr(&batch_cpus);
+	spin_lock(&cpu->lock);
+
+	record->cpu = smp_processor_id();
+	record->seq = cpu->record_seq;
+	cpu->count.records++;
+	cpu->count.by_how[record->how]++;
+	if (record->flags & SNIFFER_F_COPY) {
+		cpu->count.copies++;
+	} else {
+		cpu->count.recorded++;
+		cpu->count.wire_packets += record->gso_segs;
+		cpu->count.wire_bytes += record->len + (record->gso_segs - 1) * record->hdr_len;
+	}
+	if (cpu->skb || batch_begin(cpu)) {
+		memcpy((struct sniffer_record *)(cpu->head + 1) + cpu->head->count, record,
+		       sizeof(*record));
+		cpu->record_seq++;
+		if (++cpu->head->count >= cpu->room)
+			batch_send(cpu);
+	} else {
+		cpu->record_seq++;
+		cpu->lost++;
+		cpu->count.lost_alloc++;
+	}
+
+	spin_unlock(&cpu->lock);
+	local_bh_enable();
+}
+
+struct batch_flush_work {
+	struct work_struct work;
+	struct sniffer_tail tail;
+};
+
+static void batch_flush_here(struct work_struct *work)
+{
+	struct sniffer_tail *tail = &container_of(work, struct batch_flush_work, work)->tail;
+	struct batch_cpu *cpu;
+
+	local_bh_disable();
+	cpu = this_cpu_ptr(&batch_cpus);
+	spin_lock(&cpu->lock);
+	batch_send(cpu);
+	tail->cpu = smp_processor_id();
+	tail->batch_seq = cpu->batch_seq;
+	tail->record_seq = cpu->record_seq;
+	tail->skipped = batch_skipped(cpu);
+	tail->packets = cpu->count.recorded + tail->skipped;
+	tail->lost = cpu->lost;
+	spin_unlock(&cpu->lock);
+	local_bh_enable();
+}
+
+/**
+ * sniffer_batch_flush - send what waits on every CPU
+ * @tails: filled with what each CPU has sent so far
+ * @max: room in @tails
+ *
+ * Process context. Runs on each CPU itself, so that its counters stand still.
+ *
+ * Return: number of tails.
+ */
+unsigned int sniffer_batch_flush(struct sniffer_tail *tails, unsigned int max)
+{
+	struct batch_flush_work work;
+	unsigned int count = 0;
+	int cpu;
+
+	for_each_online_cpu(cpu) {
+		if (count == max)
+			break;
+		memset(&work, 0, sizeof(work));
+		INIT_WORK_ONSTACK(&work.work, batch_flush_here);
+		queue_work_on(cpu, system_highpri_wq, &work.work);
+		flush_work(&work.work);
+		destroy_work_on_stack(&work.work);
+		tails[count++] = work.tail;
+	}
+	return count;
+}
+
+/**
+ * sniffer_batch_counters - add up the counters of all CPUs
+ * @sum: filled whole
+ */
+void sniffer_batch_counters(struct sniffer_counters *sum)
+{
+	const u64 *from;
+	u64 *to = (u64 *)sum;
+	unsigned int i;
+	int id;
+
+	memset(sum, 0, sizeof(*sum));
+	for_each_possible_cpu(id) {
+		struct batch_cpu *cpu = per_cpu_ptr(&batch_cpus, id);
+
+		spin_lock_bh(&cpu->lock);
+		from = (const u64 *)&cpu->count;
+		for (i = 0; i < sizeof(*sum) / sizeof(u64); i++)
+			to[i] += from[i];
+		sum->skipped_listener += cpu->skipped[SNIFFER_SKIP_LISTENER];
+		sum->skipped_fragment += cpu->skipped[SNIFFER_SKIP_FRAGMENT];
+		sum->skipped_truncated += cpu->skipped[SNIFFER_SKIP_TRUNCATED];
+		sum->skipped_other += cpu->skipped[SNIFFER_SKIP_OTHER];
+		sum->packets += cpu->count.recorded + batch_skipped(cpu);
+		spin_unlock_bh(&cpu->lock);
+	}
+	sum->table_full = sniffer_owner_full();
+	sum->process_lost = sniffer_netlink_process_lost();
+}
+
+/**
+ * sniffer_batch_size - records a message at most
+ */
+unsigned int sniffer_batch_size(void)
+{
+	return READ_ONCE(batch);
+}
+
+/**
+ * sniffer_batch_flush_ms - milliseconds a record waits at most
+ */
+unsigned int sniffer_batch_flush_ms(void)
+{
+	return READ_ONCE(flush_ms);
+}
+
+/**
+ * sniffer_batch_configure - change size and interval from the next batch on
+ * @size: 1 to SNIFFER_BATCH_MAX
+ * @interval: ms, 1 to SNIFFER_FLUSH_MS_MAX
+ */
+void sniffer_batch_configure(unsigned int size, unsigned int interval)
+{
+	WRITE_ONCE(batch, size);
+	WRITE_ONCE(flush_ms, interval);
+}
+
+/**
+ * sniffer_batch_instance - realtime ns of this load of the module
+ */
+u64 sniffer_batch_instance(void)
+{
+	return batch_instance;
+}
+
+int sniffer_batch_init(void)
+{
+	int id;
+
+	if (batch < 1 || batch > SNIFFER_BATCH_MAX) {
+		pr_err("sniffer: batch must be 1 to %u, not %u\n", SNIFFER_BATCH_MAX, batch);
+		return -EINVAL;
+	}
+	if (flush_ms < 1 || flush_ms > SNIFFER_FLUSH_MS_MAX) {
+		pr_err("sniffer: flush_ms must be 1 to %u, not %u\n", SNIFFER_FLUSH_MS_MAX,
+		       flush_ms);
+		return -EINVAL;
+	}
+	batch_instance = ktime_get_real_ns();
+	for_each_possible_cpu(id) {
+		struct batch_cpu *cpu = per_cpu_ptr(&batch_cpus, id);
+
+		spin_lock_init(&cpu->lock);
+		timer_setup(&cpu->timer, batch_expired, TIMER_PINNED);
+	}
+	return 0;
+}
+
+/* The hooks are gone; send what waits, while the family still exists. */
+void sniffer_batch_stop(void)
+{
+	int id;
+
+	WRITE_ONCE(batch_stopped, true);
+	for_each_possible_cpu(id) {
+		struct batch_cpu *cpu = per_cpu_ptr(&batch_cpus, id);
+
+		timer_delete_sync(&cpu->timer);
+		spin_lock_bh(&cpu->lock);
+		batch_send(cpu);
+		spin_unlock_bh(&cpu->lock);
+	}
+}
+
+/* The family is gone, so nobody can ask for a flush any more. */
+void sniffer_batch_exit(void)
+{
+	int id;
+
+	for_each_possible_cpu(id)
+		timer_delete_sync(&per_cpu_ptr(&batch_cpus, id)->timer);
+}

@@ -1,0 +1,100 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Every difference between kernels, and nothing else. The HAVE_ macros come
+ * from Kbuild, which reads the headers of the kernel it builds for: stable
+ * trees backport, so a version number would not tell.
+ */
+#ifndef SNIFFER_COMPAT_H
+#define SNIFFER_COMPAT_H
+
+#include <linux/file.h>
+#include <linux/fdtable.h>
+#include <linux/fs.h>
+#include <linux/sched/signal.h>
+#include <net/genetlink.h>
+#include <net/inet_hashtables.h>
+#include <net/inet6_hashtables.h>
+#include <linux/igmp.h>
+#include <net/if_inet6.h>
+#include <net/inet_sock.h>
+#include <net/ipv6.h>
+#include <net/udp.h>
+
+/* Joining a group wants CAP_NET_ADMIN; the older flag is ignored where the newer exists. */
+#ifdef GENL_MCAST_CAP_NET_ADMIN
+#define SNIFFER_GROUP_FLAGS	GENL_MCAST_CAP_NET_ADMIN
+#else
+#define SNIFFER_GROUP_FLAGS	GENL_UNS_ADMIN_PERM
+#endif
+
+/* 5.10 has no start of strict header validation. */
+#ifdef HAVE_GENL_RESV_START_OP
+#define SNIFFER_RESV_START_OP(op)	.resv_start_op = (op),
+#else
+#define SNIFFER_RESV_START_OP(op)
+#endif
+
+/* Lookups lose their table argument: it can be found from the netns. */
+#ifdef HAVE_LOOKUP_HASHINFO
+#define SNIFFER_TCP_TABLE(net)	(net)->ipv4.tcp_death_row.hashinfo,
+#else
+#define SNIFFER_TCP_TABLE(net)
+#endif
+
+#ifdef HAVE_NETNS_UDP_TABLE
+#define sniffer_udp_table(net)	((net)->ipv4.udp_table)
+#else
+#define sniffer_udp_table(net)	(&udp_table)
+#endif
+
+#ifdef HAVE_LOOKUP_UDP_TABLE
+#define SNIFFER_UDP_TABLE(net)	sniffer_udp_table(net),
+#else
+#define SNIFFER_UDP_TABLE(net)
+#endif
+
+/* sched_process_exit grew an argument. */
+#ifdef HAVE_EXIT_GROUP_DEAD
+#define SNIFFER_EXIT_ARGS	struct task_struct *task, bool group_dead
+#else
+#define SNIFFER_EXIT_ARGS	struct task_struct *task
+#endif
+
+static inline struct file *sniffer_exe_file(struct mm_struct *mm)
+{
+#ifdef HAVE_GET_FILE_RCU_POINTER
+	return get_file_rcu(&mm->exe_file);
+#else
+	struct file *file = rcu_dereference(mm->exe_file);
+
+	return file && get_file_rcu(file) ? file : NULL;
+#endif
+}
+
+/* IP_MULTICAST_ALL became a flag bit. */
+#ifdef HAVE_INET_MC_ALL_BIT
+#define sniffer_mc_all4(sk)	inet_test_bit(MC_ALL, sk)
+#define sniffer_mc_all6(sk)	inet6_test_bit(MC6_ALL, sk)
+#else
+#define sniffer_mc_all4(sk)	(inet_sk(sk)->mc_all)
+#define sniffer_mc_all6(sk)	(inet6_sk(sk)->mc_all)
+#endif
+
+/* IPv6 source filters can be read under RCU only where they are freed so. */
+static inline bool sniffer_mc_source6(const struct ipv6_mc_socklist *mc,
+				      const struct in6_addr *source)
+{
+#ifdef HAVE_MC6_SOURCES_RCU
+	const struct ip6_sf_socklist *sources = rcu_dereference(mc->sflist);
+	unsigned int i;
+
+	for (i = 0; sources && i < sources->sl_count; i++)
+		if (ipv6_addr_equal(&sources->sl_addr[i], source))
+			return mc->sfmode == MCAST_INCLUDE;
+	return mc->sfmode == MCAST_EXCLUDE;
+#else
+	return true;
+#endif
+}
+
+#endif /* SNIFFER_COMPAT_H */

@@ -1,0 +1,439 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Where packets come in: Netfilter hooks in every network namespace. They
+ * accept every packet and change none; each becomes a record or is counted.
+ *
+ * Priority last, everywhere: after NAT, so that a record has the addresses
+ * under which the packet goes on (for LOCAL_IN those of the socket), and after
+ * filter, so that what a firewall drops was neither sent nor received.
+ */
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/mm.h>
+#include <linux/netfilter.h>
+#include <linux/netfilter_ipv4.h>
+#include <linux/netfilter_ipv6.h>
+#include <linux/tcp.h>
+#include <linux/udp.h>
+#include <net/ipv6.h>
+#include <net/mptcp.h>
+#include <net/net_namespace.h>
+#include <net/request_sock.h>
+#include <net/tcp.h>
+
+#include "batch.h"
+#include "compat.h"
+#include "hooks.h"
+#include "lookup.h"
+#include "netlink.h"
+#include "owner.h"
+#include "probes.h"
+#include "process.h"
+
+/* Receivers of one multicast packet that get a record at most. */
+#define HOOKS_RECEIVERS	32
+
+/*
+ * May current be taken for the sender? Bottom halves off means that some
+ * other task's work runs here (a tun write runs the whole stack so); testing
+ * current->mm would lose the FIN of an exiting process.
+ */
+static bool hooks_trust_current(void)
+{
+	return in_task() && !softirq_count() && !(current->flags & PF_KTHREAD);
+}
+
+/* A socket of the kernel's own; MPTCP makes its subflows in the same way. */
+static bool hooks_is_kernel(const struct sock *sk)
+{
+	return sk->sk_kern_sock && !(sk->sk_protocol == IPPROTO_TCP && sk_is_mptcp(sk));
+}
+
+/* False when the packet has been counted as skipped. */
+static bool hooks_parse(struct sniffer_flow *flow)
+{
+	struct sniffer_record *r = &flow->record;
+	struct sk_buff *skb = flow->skb;
+	enum sniffer_skip why = SNIFFER_SKIP_TRUNCATED;
+	union {
+		struct iphdr ip;
+		struct ipv6hdr ip6;
+		struct tcphdr tcp;
+		struct udphdr udp;
+	} buf;
+	unsigned short fragment = 0;
+	int proto;
+
+	if (r->family == AF_INET) {
+		const struct iphdr *ip = skb_header_pointer(skb, 0, sizeof(buf.ip), &buf);
+
+		if (!ip)
+			goto skip;
+		proto = ip->protocol;
+		fragment = ntohs(ip->frag_off) & IP_OFFSET;
+		flow->thoff = ip->ihl * 4;
+		memcpy(r->saddr, &ip->saddr, 4);
+		memcpy(r->daddr, &ip->daddr, 4);
+	} else {
+		const struct ipv6hdr *ip6 = skb_header_pointer(skb, 0, sizeof(buf.ip6), &buf);
+
+		if (!ip6)
+			goto skip;
+		memcpy(r->saddr, &ip6->saddr, 16);
+		memcpy(r->daddr, &ip6->daddr, 16);
+		flow->thoff = 0;
+		proto = ipv6_find_hdr(skb, (unsigned int *)&flow->thoff, -1, &fragment, NULL);
+		if (proto < 0)
+			goto skip;
+	}
+
+	why = SNIFFER_SKIP_OTHER;
+	if (proto != IPPROTO_TCP && proto != IPPROTO_UDP)
+		goto skip;
+	why = SNIFFER_SKIP_FRAGMENT;
+	if (fragment)
+		goto skip;
+	why = SNIFFER_SKIP_TRUNCATED;
+	if (proto == IPPROTO_TCP) {
+		const struct tcphdr *tcp = skb_header_pointer(skb, flow->thoff, sizeof(buf.tcp),
+							      &buf);
+
+		if (!tcp)
+			goto skip;
+		r->sport = ntohs(tcp->source);
+		r->dport = ntohs(tcp->dest);
+		r->tcp_flags = tcp_flag_byte(tcp);
+		r->hdr_len = min(flow->thoff + tcp->doff * 4, 255);
+	} else {
+		const struct udphdr *udp = skb_header_pointer(skb, flow->thoff, sizeof(buf.udp),
+							      &buf);
+
+		if (!udp)
+			goto skip;
+		r->sport = ntohs(udp->source);
+		r->dport = ntohs(udp->dest);
+		r->hdr_len = min_t(int, flow->thoff + sizeof(*udp), 255);
+	}
+	r->proto = proto;
+	r->len = skb->len;
+	r->gso_segs = 1;
+	if (skb_is_gso(skb)) {
+		r->gso_segs = skb_shinfo(skb)->gso_segs;
+		if (!r->gso_segs)
+			r->gso_segs = max_t(int, 1, DIV_ROUND_UP((int)(skb->len - r->hdr_len),
+								 skb_shinfo(skb)->gso_size));
+	}
+	return true;
+skip:
+	sniffer_batch_skip(why);
+	return false;
+}
+
+/* Copies a process into a record. Under RCU. */
+static void hooks_name(struct sniffer_record *r, const struct sniffer_owner *owner, u8 how)
+{
+	const struct sniffer_proc *user = rcu_dereference(owner->user);
+
+	r->how = how;
+	r->tgid = user->tgid;
+	r->start_ns = user->start_ns;
+	r->uid = READ_ONCE(user->uid);
+	r->tid = READ_ONCE(owner->tid);
+	memcpy(r->comm, user->comm, SNIFFER_COMM_LEN);
+}
+
+static void hooks_add_facts(struct sniffer_record *r, const struct sniffer_owner *owner)
+{
+	u16 holders = READ_ONCE(owner->nholders);
+
+	r->creator = owner->creator;
+	r->flags |= READ_ONCE(owner->flags);
+	if (holders > 1)
+		r->flags |= SNIFFER_F_SHARED;
+	else if (!holders && !owner->listener)
+		r->flags |= SNIFFER_F_DEAD;
+}
+
+/* Names @r after the one who would accept the connection; false: nobody known. */
+static bool hooks_name_listener(struct sniffer_record *r, u64 listener)
+{
+	const struct sniffer_owner *owner = sniffer_owner_find(listener);
+
+	if (!owner || !rcu_access_pointer(owner->user))
+		return false;
+	hooks_name(r, owner, SNIFFER_HOW_LISTENER);
+	hooks_add_facts(r, owner);
+	if (r->flags & SNIFFER_F_SHARED)
+		r->flags |= SNIFFER_F_AMBIGUOUS;
+	return true;
+}
+
+/*
+ * Names @r after the owner of @sk; false, with the reason in r->how, when the
+ * table does not know. @fresh: no probe had ever seen the socket.
+ */
+static bool hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
+{
+	struct sniffer_record *r = &flow->record;
+	bool fresh = !atomic64_read(&sk->sk_cookie);
+	bool full = sk_fullsock(sk);
+	struct sniffer_owner *owner;
+	u64 inode = 0;
+
+	if (full && hooks_is_kernel(sk)) {
+		r->how = SNIFFER_HOW_KERNEL;
+		r->flags |= SNIFFER_F_KERNEL;
+		return false;
+	}
+	r->cookie = sniffer_owner_cookie(sk);
+	if (full) {
+		inode = sniffer_owner_inode(sk);
+		r->inode = inode;
+	}
+
+	if (sk->sk_state == TCP_NEW_SYN_RECV) {
+		struct sock *listener = inet_reqsk(sk)->rsk_listener;
+		u64 cookie;
+
+		if (!listener || hooks_is_kernel(listener)) {
+			r->how = listener ? SNIFFER_HOW_KERNEL : SNIFFER_HOW_SOCKET_GONE;
+			return false;
+		}
+		cookie = sniffer_owner_cookie(listener);
+		if (r->dir == SNIFFER_DIR_IN && r->tcp_flags & TCPHDR_ACK &&
+		    !(r->tcp_flags & TCPHDR_RST))
+			sniffer_owner_await(sk, cookie);
+		if (hooks_name_listener(r, cookie))
+			return true;
+		goto unknown;
+	}
+	if (full && sk->sk_state == TCP_LISTEN) {
+		if (hooks_name_listener(r, r->cookie))
+			return true;
+		goto unknown;
+	}
+
+	owner = sniffer_owner_find(r->cookie);
+	if (owner && owner->listener) {
+		hooks_add_facts(r, owner);
+		if (hooks_name_listener(r, owner->listener))
+			return true;
+	} else if (owner && rcu_access_pointer(owner->user)) {
+		hooks_name(r, owner, how);
+		hooks_add_facts(r, owner);
+		return true;
+	}
+	if (inode) {
+		owner = sniffer_owner_find_inode(inode);
+		if (owner && rcu_access_pointer(owner->user)) {
+			hooks_name(r, owner, SNIFFER_HOW_INODE);
+			hooks_add_facts(r, owner);
+			return true;
+		}
+	} else if (full && r->proto == IPPROTO_TCP && sk->sk_state != TCP_CLOSE) {
+		/* SYN cookies, Fast Open: a child that never was a request */
+		struct sock *listener;
+
+		listener = sniffer_lookup_listener(flow, r->dir == SNIFFER_DIR_OUT);
+		if (listener && !hooks_is_kernel(listener) &&
+		    hooks_name_listener(r, sniffer_owner_cookie(listener)))
+			return true;
+	}
+unknown:
+	if (!full && sk->sk_state == TCP_TIME_WAIT)
+		r->how = fresh ? SNIFFER_HOW_PREDATES : SNIFFER_HOW_SOCKET_GONE;
+	else if (full && !inode && sk->sk_state != TCP_LISTEN && sock_flag(sk, SOCK_DEAD))
+		r->how = fresh ? SNIFFER_HOW_PREDATES : SNIFFER_HOW_SOCKET_GONE;
+	else if (!sniffer_probes_alive())
+		r->how = SNIFFER_HOW_NOT_PROBED;
+	else if (sniffer_owner_full())
+		r->how = SNIFFER_HOW_TABLE_FULL;
+	else
+		r->how = SNIFFER_HOW_PREDATES;
+	return false;
+}
+
+static void hooks_out(struct sniffer_flow *flow, const struct nf_hook_state *state, bool trusted)
+{
+	struct sniffer_record *r = &flow->record;
+	struct sock *sk = flow->skb->sk;
+	bool kernel;
+
+	/*
+	 * Tunnels of the kernel leave the inner sender in skb->sk and say with
+	 * state->sk whose the packet is; IPv6 SYN-ACKs say the listener there.
+	 */
+	kernel = state->sk && sk_fullsock(state->sk) && hooks_is_kernel(state->sk);
+	if (!sk || (kernel && sk_fullsock(sk)))
+		sk = state->sk;
+
+	if (!sk || (kernel && sk == state->sk)) {
+		/* the stack's own control socket: who is it speaking for? */
+		struct sock *found = NULL, *listener;
+
+		if (r->proto == IPPROTO_TCP)
+			found = sniffer_lookup_reverse(flow);
+		if (found) {
+			hooks_name_socket(flow, found, SNIFFER_HOW_REVERSE);
+			sniffer_lookup_put(found);
+			return;
+		}
+		listener = r->proto == IPPROTO_TCP ? sniffer_lookup_listener(flow, true) : NULL;
+		if (listener) {
+			hooks_name_socket(flow, listener, SNIFFER_HOW_REVERSE);
+			return;
+		}
+		r->how = sk && r->proto == IPPROTO_UDP ? SNIFFER_HOW_KERNEL : SNIFFER_HOW_NO_SOCKET;
+		if (r->how == SNIFFER_HOW_KERNEL)
+			r->flags |= SNIFFER_F_KERNEL;
+		return;
+	}
+
+	if (!trusted || !sk_fullsock(sk) || sk->sk_state == TCP_LISTEN) {
+		hooks_name_socket(flow, sk, SNIFFER_HOW_SOCKET);
+		return;
+	}
+
+	/* The sender is on the CPU: nobody can know better. */
+	sniffer_owner_use(sk);
+	r->how = SNIFFER_HOW_CONTEXT;
+	r->cookie = sniffer_owner_cookie(sk);
+	r->inode = sniffer_owner_inode(sk);
+	r->tgid = current->tgid;
+	r->tid = current->pid;
+	r->start_ns = current->group_leader->start_boottime;
+	r->uid = from_kuid(&init_user_ns, current_uid());
+	memcpy(r->comm, current->group_leader->comm, SNIFFER_COMM_LEN);
+	{
+		const struct sniffer_owner *owner = sniffer_owner_find(r->cookie);
+
+		if (owner)
+			hooks_add_facts(r, owner);
+	}
+}
+
+static void hooks_in_multicast(struct sniffer_flow *flow)
+{
+	struct sock *socks[HOOKS_RECEIVERS];
+	struct sniffer_record plain = flow->record;
+	unsigned int count, i;
+
+	count = sniffer_lookup_multicast(flow, socks, HOOKS_RECEIVERS);
+	if (!count) {
+		flow->record.how = SNIFFER_HOW_NO_SOCKET;
+		sniffer_batch_add(&flow->record);
+		return;
+	}
+	for (i = 0; i < count; i++) {
+		flow->record = plain;
+		if (i)
+			flow->record.flags = SNIFFER_F_COPY;
+		hooks_name_socket(flow, socks[i], SNIFFER_HOW_SOCKET);
+		sniffer_batch_add(&flow->record);
+	}
+}
+
+static void hooks_in(struct sniffer_flow *flow)
+{
+	struct sock *sk;
+	bool put;
+
+	sk = sniffer_lookup_in(flow, &put);
+	if (!sk) {
+		flow->record.how = SNIFFER_HOW_NO_SOCKET;
+		return;
+	}
+	hooks_name_socket(flow, sk, SNIFFER_HOW_SOCKET);
+	if (put)
+		sniffer_lookup_put(sk);
+}
+
+static unsigned int hooks_packet(struct sk_buff *skb, const struct nf_hook_state *state, u8 family,
+				 u8 dir)
+{
+	bool trusted = dir == SNIFFER_DIR_OUT && hooks_trust_current();
+	const struct net_device *dev = dir == SNIFFER_DIR_IN ? state->in : state->out;
+	struct sniffer_flow flow;
+
+	if (!sniffer_netlink_listening()) {
+		sniffer_batch_skip(SNIFFER_SKIP_LISTENER);
+		return NF_ACCEPT;
+	}
+	memset(&flow, 0, sizeof(flow));
+	flow.net = state->net;
+	flow.skb = skb;
+	flow.in = state->in;
+	flow.record.family = family;
+	flow.record.dir = dir;
+	if (!hooks_parse(&flow))
+		return NF_ACCEPT;
+
+	flow.record.time_ns = ktime_get_ns();
+	flow.record.netns = state->net->ns.inum;
+	flow.record.ifindex = dev ? dev->ifindex : 0;
+
+	if (dir == SNIFFER_DIR_OUT) {
+		hooks_out(&flow, state, trusted);
+	} else if (dir == SNIFFER_DIR_FWD) {
+		flow.record.how = SNIFFER_HOW_FORWARDED;
+	} else if (flow.record.proto == IPPROTO_UDP && !skb->sk &&
+		   sniffer_lookup_is_multicast(&flow)) {
+		hooks_in_multicast(&flow);
+		return NF_ACCEPT;
+	} else {
+		hooks_in(&flow);
+	}
+	sniffer_batch_add(&flow.record);
+	return NF_ACCEPT;
+}
+
+#define HOOKS_FUNCTION(name, family, dir)						\
+static unsigned int name(void *priv, struct sk_buff *skb, const struct nf_hook_state *state) \
+{											\
+	return hooks_packet(skb, state, family, dir);					\
+}
+
+HOOKS_FUNCTION(hooks_in4, AF_INET, SNIFFER_DIR_IN)
+HOOKS_FUNCTION(hooks_out4, AF_INET, SNIFFER_DIR_OUT)
+HOOKS_FUNCTION(hooks_fwd4, AF_INET, SNIFFER_DIR_FWD)
+HOOKS_FUNCTION(hooks_in6, AF_INET6, SNIFFER_DIR_IN)
+HOOKS_FUNCTION(hooks_out6, AF_INET6, SNIFFER_DIR_OUT)
+HOOKS_FUNCTION(hooks_fwd6, AF_INET6, SNIFFER_DIR_FWD)
+
+#define HOOKS_ENTRY(function, family, number)	\
+	{ .hook = function, .pf = family, .hooknum = number, .priority = NF_IP_PRI_LAST }
+
+static const struct nf_hook_ops hooks_ops[] = {
+	HOOKS_ENTRY(hooks_in4, NFPROTO_IPV4, NF_INET_LOCAL_IN),
+	HOOKS_ENTRY(hooks_out4, NFPROTO_IPV4, NF_INET_LOCAL_OUT),
+	HOOKS_ENTRY(hooks_fwd4, NFPROTO_IPV4, NF_INET_FORWARD),
+	HOOKS_ENTRY(hooks_in6, NFPROTO_IPV6, NF_INET_LOCAL_IN),
+	HOOKS_ENTRY(hooks_out6, NFPROTO_IPV6, NF_INET_LOCAL_OUT),
+	HOOKS_ENTRY(hooks_fwd6, NFPROTO_IPV6, NF_INET_FORWARD),
+};
+
+static int __net_init hooks_net_init(struct net *net)
+{
+	return nf_register_net_hooks(net, hooks_ops, ARRAY_SIZE(hooks_ops));
+}
+
+static void __net_exit hooks_net_exit(struct net *net)
+{
+	nf_unregister_net_hooks(net, hooks_ops, ARRAY_SIZE(hooks_ops));
+}
+
+static struct pernet_operations hooks_net_ops = {
+	.init = hooks_net_init,
+	.exit = hooks_net_exit,
+};
+
+int sniffer_hooks_init(void)
+{
+	return register_pernet_subsys(&hooks_net_ops);
+}
+
+void sniffer_hooks_exit(void)
+{
+	unregister_pernet_subsys(&hooks_net_ops);
+	synchronize_net();
+}

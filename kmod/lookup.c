@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Which socket is this packet's? The stack's own lookups, asked a moment
+ * before the stack asks them itself. All of it runs under the hook's RCU.
+ */
+#include <linux/igmp.h>
+#include <linux/inetdevice.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <net/addrconf.h>
+#include <net/inet_hashtables.h>
+#include <net/inet6_hashtables.h>
+#include <net/ip.h>
+#include <net/ipv6.h>
+#include <net/route.h>
+#include <net/tcp.h>
+#include <net/udp.h>
+
+#include "compat.h"
+#include "lookup.h"
+
+/* The two ends of a lookup: as seen by the socket that would receive the packet. */
+struct lookup_ends {
+	const struct in6_addr *remote6;
+	const struct in6_addr *local6;
+	__be32 remote;
+	__be32 local;
+	__be16 rport;
+	u16 lport;
+	int dif;
+	int sdif;
+};
+
+static void lookup_ends_of(const struct sniffer_flow *flow, bool reverse, struct lookup_ends *ends)
+{
+	const struct sniffer_record *r = &flow->record;
+	const u8 *remote = reverse ? r->daddr : r->saddr;
+	const u8 *local = reverse ? r->saddr : r->daddr;
+
+	ends->remote6 = (const struct in6_addr *)remote;
+	ends->local6 = (const struct in6_addr *)local;
+	memcpy(&ends->remote, remote, sizeof(ends->remote));
+	memcpy(&ends->local, local, sizeof(ends->local));
+	ends->rport = htons(reverse ? r->dport : r->sport);
+	ends->lport = reverse ? r->sport : r->dport;
+	if (reverse) {
+		ends->dif = r->ifindex;
+		ends->sdif = 0;
+	} else if (r->family == AF_INET) {
+		ends->dif = inet_iif(flow->skb);
+		ends->sdif = inet_sdif(flow->skb);
+	} else {
+		ends->dif = inet6_iif(flow->skb);
+		ends->sdif = inet6_sdif(flow->skb);
+	}
+}
+
+static struct sock *lookup_established(struct sniffer_flow *flow, const struct lookup_ends *ends)
+{
+	struct net *net = flow->net;
+
+	if (flow->record.family == AF_INET)
+		return __inet_lookup_established(net, SNIFFER_TCP_TABLE(net)
+						 ends->remote, ends->rport,
+						 ends->local, ends->lport,
+						 ends->dif, ends->sdif);
+	return __inet6_lookup_established(net, SNIFFER_TCP_TABLE(net)
+					  ends->remote6, ends->rport,
+					  ends->local6, ends->lport,
+					  ends->dif, ends->sdif);
+}
+
+/* With an skb, SO_REUSEPORT programs and sk_lookup see the packet itself. */
+static struct sock *lookup_listening(struct sniffer_flow *flow, const struct lookup_ends *ends,
+				     struct sk_buff *skb)
+{
+	int doff = flow->thoff + sizeof(struct tcphdr);
+	struct net *net = flow->net;
+
+	if (flow->record.family == AF_INET)
+		return __inet_lookup_listener(net, SNIFFER_TCP_TABLE(net) skb, doff,
+					      ends->remote, ends->rport,
+					      ends->local, ends->lport,
+					      ends->dif, ends->sdif);
+	return inet6_lookup_listener(net, SNIFFER_TCP_TABLE(net) skb, doff,
+				     ends->remote6, ends->rport,
+				     ends->local6, ends->lport,
+				     ends->dif, ends->sdif);
+}
+
+static struct sock *lookup_udp(struct sniffer_flow *flow, const struct lookup_ends *ends,
+			       struct sk_buff *skb)
+{
+	struct net *net = flow->net;
+
+	if (flow->record.family == AF_INET)
+		return __udp4_lib_lookup(net, ends->remote, ends->rport,
+					 ends->local, htons(ends->lport),
+					 ends->dif, ends->sdif,
+					 SNIFFER_UDP_TABLE(net) skb);
+	return __udp6_lib_lookup(net, ends->remote6, ends->rport,
+				 ends->local6, htons(ends->lport),
+				 ends->dif, ends->sdif,
+				 SNIFFER_UDP_TABLE(net) skb);
+}
+
+/**
+ * sniffer_lookup_in - the socket a unicast packet at LOCAL_IN will reach
+ * @flow: the packet
+ * @put: set when the caller must give the socket to sniffer_lookup_put()
+ *
+ * On loopback early demux has not run, so nearly every packet is looked up.
+ *
+ * Return: a socket (maybe a request or a TIME_WAIT one), or NULL.
+ */
+struct sock *sniffer_lookup_in(struct sniffer_flow *flow, bool *put)
+{
+	struct sk_buff *skb = flow->skb;
+	struct lookup_ends ends;
+	struct sock *sk = skb->sk;
+
+	*put = false;
+	if (sk)
+		return sk;
+	lookup_ends_of(flow, false, &ends);
+	if (flow->record.proto == IPPROTO_TCP) {
+		sk = lookup_established(flow, &ends);
+		if (sk) {
+			*put = true;
+			return sk;
+		}
+	}
+	/*
+	 * SO_REUSEPORT programs expect the data at the transport header, as
+	 * tcp_v4_rcv() and udp_rcv() have it. The stack does the same pull
+	 * right after this hook.
+	 */
+	if (!skb_shared(skb) && skb_headlen(skb) >= flow->thoff) {
+		__skb_pull(skb, flow->thoff);
+		sk = flow->record.proto == IPPROTO_TCP ?
+			lookup_listening(flow, &ends, skb) : lookup_udp(flow, &ends, skb);
+		__skb_push(skb, flow->thoff);
+		return sk;
+	}
+	return flow->record.proto == IPPROTO_TCP ?
+		lookup_listening(flow, &ends, NULL) : lookup_udp(flow, &ends, NULL);
+}
+
+/**
+ * sniffer_lookup_reverse - the TCP socket a packet without one was sent for
+ * @flow: the packet, at LOCAL_OUT
+ *
+ * TIME_WAIT answers, resets and SYN-ACKs under SYN cookies have none.
+ *
+ * Return: a socket for sniffer_lookup_put(), or NULL.
+ */
+struct sock *sniffer_lookup_reverse(struct sniffer_flow *flow)
+{
+	struct lookup_ends ends;
+
+	lookup_ends_of(flow, true, &ends);
+	return lookup_established(flow, &ends);
+}
+
+/**
+ * sniffer_lookup_listener - the TCP listener at the local end of a packet
+ * @flow: the packet
+ * @reverse: the packet is an outgoing one
+ *
+ * Return: a socket, valid under RCU, or NULL.
+ */
+struct sock *sniffer_lookup_listener(struct sniffer_flow *flow, bool reverse)
+{
+	struct lookup_ends ends;
+
+	lookup_ends_of(flow, reverse, &ends);
+	return lookup_listening(flow, &ends, NULL);
+}
+
+/**
+ * sniffer_lookup_put - give a socket back
+ * @sk: from one of the lookups that say so
+ */
+void sniffer_lookup_put(struct sock *sk)
+{
+	sock_gen_put(sk);
+}
+
+/**
+ * sniffer_lookup_is_multicast - can several sockets receive this packet?
+ * @flow: a UDP packet at LOCAL_IN
+ */
+bool sniffer_lookup_is_multicast(const struct sniffer_flow *flow)
+{
+	const struct rtable *rt;
+
+	if (flow->record.family == AF_INET6)
+		return ipv6_addr_is_multicast((const struct in6_addr *)flow->record.daddr);
+	rt = skb_rtable(flow->skb);
+	return rt && rt->rt_flags & (RTCF_BROADCAST | RTCF_MULTICAST);
+}
+
+/* Membership and source filters as in ip_mc_sf_allow() and inet6_mc_check(), not exported. */
+static bool lookup_joined4(const struct sock *sk, const struct lookup_ends *ends)
+{
+	const struct ip_mc_socklist *mc;
+	const struct ip_sf_socklist *sources;
+	unsigned int i;
+
+	if (!ipv4_is_multicast(ends->local))
+		return true;
+	for (mc = rcu_dereference(inet_sk(sk)->mc_list); mc; mc = rcu_dereference(mc->next_rcu)) {
+		if (mc->multi.imr_multiaddr.s_addr != ends->local ||
+		    (mc->multi.imr_ifindex != ends->dif &&
+		     !(ends->sdif && mc->multi.imr_ifindex == ends->sdif)))
+			continue;
+		sources = rcu_dereference(mc->sflist);
+		for (i = 0; sources && i < sources->sl_count; i++)
+			if (sources->sl_addr[i] == ends->remote)
+				return mc->sfmode == MCAST_INCLUDE;
+		return mc->sfmode == MCAST_EXCLUDE;
+	}
+	return sniffer_mc_all4(sk);
+}
+
+static bool lookup_joined6(const struct sock *sk, const struct lookup_ends *ends)
+{
+	const struct ipv6_mc_socklist *mc;
+
+	for (mc = rcu_dereference(inet6_sk(sk)->ipv6_mc_list); mc; mc = rcu_dereference(mc->next))
+		if (ipv6_addr_equal(&mc->addr, ends->local6))
+			return sniffer_mc_source6(mc, ends->remote6);
+	return sniffer_mc_all6(sk);
+}
+
+/* As the stack's own multicast delivery decides (net/ipv4/udp.c, net/ipv6/udp.c). */
+static bool lookup_receives(const struct sniffer_flow *flow, const struct lookup_ends *ends,
+			    struct sock *sk)
+{
+	const struct inet_sock *inet = inet_sk(sk);
+
+	if (!net_eq(sock_net(sk), flow->net) || inet->inet_num != ends->lport)
+		return false;
+	if (inet->inet_dport && inet->inet_dport != ends->rport)
+		return false;
+	if (sk->sk_bound_dev_if && sk->sk_bound_dev_if != ends->dif &&
+	    sk->sk_bound_dev_if != ends->sdif)
+		return false;
+	if (flow->record.family == AF_INET) {
+		if (sk->sk_family == AF_INET6 && ipv6_only_sock(sk))
+			return false;
+		if (inet->inet_daddr && inet->inet_daddr != ends->remote)
+			return false;
+		if (inet->inet_rcv_saddr && inet->inet_rcv_saddr != ends->local)
+			return false;
+		return lookup_joined4(sk, ends);
+	}
+	if (sk->sk_family != AF_INET6)
+		return false;
+	if (!ipv6_addr_any(&sk->sk_v6_daddr) && !ipv6_addr_equal(&sk->sk_v6_daddr, ends->remote6))
+		return false;
+	if (!ipv6_addr_any(&sk->sk_v6_rcv_saddr) &&
+	    !ipv6_addr_equal(&sk->sk_v6_rcv_saddr, ends->local6))
+		return false;
+	return lookup_joined6(sk, ends);
+}
+
+/**
+ * sniffer_lookup_multicast - every socket that will receive a packet
+ * @flow: a UDP packet at LOCAL_IN, multicast or broadcast
+ * @socks: where they go; valid under RCU
+ * @max: room in @socks
+ *
+ * Return: number of sockets.
+ */
+unsigned int sniffer_lookup_multicast(struct sniffer_flow *flow, struct sock **socks,
+				      unsigned int max)
+{
+	struct udp_hslot *slot = udp_hashslot(sniffer_udp_table(flow->net), flow->net,
+					      flow->record.dport);
+	struct lookup_ends ends;
+	unsigned int count = 0;
+	struct sock *sk;
+
+	lookup_ends_of(flow, false, &ends);
+	sk_for_each_rcu(sk, &slot->head)
+		if (count < max && lookup_receives(flow, &ends, sk))
+			socks[count++] = sk;
+	return count;
+}

@@ -1,0 +1,35 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef SNIFFER_LOOKUP_H
+#define SNIFFER_LOOKUP_H
+
+#include <linux/netfilter.h>
+#include <linux/skbuff.h>
+#include <net/sock.h>
+
+#include "shared_proto.h"
+
+/**
+ * struct sniffer_flow - where a packet's headers are
+ * @record: what is known of it so far
+ * @net: the network namespace the hook ran in
+ * @skb: the packet, data at the IP header
+ * @in: device it arrived on, or NULL
+ * @thoff: offset of the TCP or UDP header
+ */
+struct sniffer_flow {
+	struct sniffer_record record;
+	struct net *net;
+	struct sk_buff *skb;
+	const struct net_device *in;
+	int thoff;
+};
+
+struct sock *sniffer_lookup_in(struct sniffer_flow *flow, bool *put);
+struct sock *sniffer_lookup_reverse(struct sniffer_flow *flow);
+struct sock *sniffer_lookup_listener(struct sniffer_flow *flow, bool reverse);
+void sniffer_lookup_put(struct sock *sk);
+bool sniffer_lookup_is_multicast(const struct sniffer_flow *flow);
+unsigned int sniffer_lookup_multicast(struct sniffer_flow *flow, struct sock **socks,
+				      unsigned int max);
+
+#endif /* SNIFFER_LOOKUP_H */

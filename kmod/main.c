@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * sniffer - names each TCP and UDP packet's socket and process.
+ *
+ * The way of a packet: hooks.c -> lookup.c (which socket) -> owner.c (which
+ * process) -> batch.c -> netlink.c. What owner.c knows comes from probes.c;
+ * process.c describes the processes.
+ *
+ * Here: the order in which the parts start, and its reverse.
+ */
+#include <linux/module.h>
+
+#include "batch.h"
+#include "hooks.h"
+#include "netlink.h"
+#include "owner.h"
+#include "probes.h"
+#include "process.h"
+
+static int __init sniffer_init(void)
+{
+	int err;
+
+	err = sniffer_process_init();
+	if (err)
+		return err;
+
+	err = sniffer_owner_init();
+	if (err)
+		goto exit_process;
+
+	err = sniffer_batch_init();
+	if (err)
+		goto exit_owner;
+
+	err = sniffer_netlink_init();
+	if (err)
+		goto exit_batch;
+
+	/* Before the hooks, so that the first packet finds its owner. */
+	err = sniffer_probes_init();
+	if (err)
+		goto exit_netlink;
+
+	err = sniffer_hooks_init();
+	if (err)
+		goto exit_probes;
+
+	pr_info("sniffer: loaded, version " SNIFFER_RELEASE "\n");
+	return 0;
+
+exit_probes:
+	sniffer_probes_exit();
+exit_netlink:
+	sniffer_batch_stop();
+	sniffer_netlink_exit();
+exit_batch:
+	sniffer_batch_exit();
+exit_owner:
+	sniffer_owner_exit();
+exit_process:
+	sniffer_process_exit();
+	return err;
+}
+
+static void __exit sniffer_exit(void)
+{
+	sniffer_hooks_exit();
+	sniffer_probes_exit();
+	sniffer_batch_stop();
+	sniffer_netlink_exit();
+	sniffer_batch_exit();
+	sniffer_owner_exit();
+	sniffer_process_exit();
+}
+
+module_init(sniffer_init);
+module_exit(sniffer_exit);
+
+MODULE_DESCRIPTION("Names each TCP and UDP packet's socket and process");
+MODULE_LICENSE("GPL");
+MODULE_VERSION(SNIFFER_RELEASE);

@@ -1,0 +1,24 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef SNIFFER_NETLINK_H
+#define SNIFFER_NETLINK_H
+
+#include <linux/skbuff.h>
+
+#include "process.h"
+#include "shared_proto.h"
+
+enum sniffer_group {
+	SNIFFER_GROUP_INDEX_PACKETS,
+	SNIFFER_GROUP_INDEX_PROCESSES,
+	SNIFFER_GROUP_INDEX_SNAPS,
+};
+
+bool sniffer_netlink_listening(void);
+struct sk_buff *sniffer_netlink_begin(int attr, u8 cmd, size_t head, size_t room, void **data);
+int sniffer_netlink_send(struct sk_buff *skb, enum sniffer_group group, size_t used);
+void sniffer_netlink_process(const struct sniffer_proc *proc, u32 event);
+u64 sniffer_netlink_process_lost(void);
+int sniffer_netlink_init(void);
+void sniffer_netlink_exit(void);
+
+#endif /* SNIFFER_NETLINK_H */

@@ -1,0 +1,341 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The process table: everyone who used a socket, by (tgid, start time), kept
+ * for a while after exit so that the last packets still have a name.
+ */
+#include <linux/cgroup.h>
+#include <linux/cred.h>
+#include <linux/dcache.h>
+#include <linux/hash.h>
+#include <linux/module.h>
+#include <linux/moduleparam.h>
+#include <linux/pid_namespace.h>
+#include <linux/rculist.h>
+#include <linux/slab.h>
+
+#include "compat.h"
+#include "netlink.h"
+#include "process.h"
+
+#define PROCESS_BITS	12
+#define PROCESS_KEEP	(130 * HZ)	/* as long as a socket is kept, see owner.c */
+
+static unsigned int max_processes = 32768;
+module_param(max_processes, uint, 0444);
+MODULE_PARM_DESC(max_processes, "processes in the process table at most (default 32768)");
+
+static struct hlist_head process_table[1 << PROCESS_BITS];
+/*
+ * Guards insertion into and removal from process_table. Taken from probe
+ * handlers (any context, interrupts possibly off) and the collector: irqsave.
+ * Innermost lock. Readers use RCU.
+ */
+static DEFINE_RAW_SPINLOCK(process_lock);
+static unsigned int process_used;	/* guarded by process_lock */
+
+/* Scratch for d_path(), used with interrupts off on its own CPU. */
+static char __percpu *process_path;
+
+static struct hlist_head *process_bucket(u32 tgid)
+{
+	return &process_table[hash_32(tgid, PROCESS_BITS)];
+}
+
+static void process_exe(struct mm_struct *mm, char *exe)
+{
+	unsigned long flags;
+	struct file *file;
+	char *path, *buf;
+	size_t len;
+
+	rcu_read_lock();
+	file = sniffer_exe_file(mm);
+	rcu_read_unlock();
+	if (!file)
+		return;
+
+	local_irq_save(flags);
+	buf = this_cpu_ptr(process_path);
+	path = d_path(&file->f_path, buf, PATH_MAX);
+	if (!IS_ERR(path)) {
+		len = strlen(path);
+		if (len >= SNIFFER_EXE_LEN) {
+			path += len - (SNIFFER_EXE_LEN - 1);
+			len = SNIFFER_EXE_LEN - 1;
+		}
+		memcpy(exe, path, len + 1);
+	}
+	local_irq_restore(flags);
+	fput(file);
+}
+
+/*
+ * @task is current, a child that does not run yet, or held by task_lock(): its
+ * mm cannot go away.
+ */
+static void process_fill(struct sniffer_proc *proc, struct task_struct *task)
+{
+	struct task_struct *leader = task->group_leader;
+	struct sniffer_process *about = &proc->about;
+	struct pid_namespace *ns;
+
+	proc->tgid = task->tgid;
+	proc->start_ns = leader->start_boottime;
+	memcpy(proc->comm, leader->comm, SNIFFER_COMM_LEN);
+
+	rcu_read_lock();
+	proc->uid = from_kuid(&init_user_ns, __task_cred(task)->uid);
+	about->ppid = rcu_dereference(leader->real_parent)->tgid;
+#ifdef CONFIG_CGROUPS
+	about->cgroup_id = cgroup_id(rcu_dereference(task->cgroups)->dfl_cgrp);
+#endif
+	ns = task_active_pid_ns(task);
+	if (ns) {
+		about->pidns = ns->ns.inum;
+		about->ns_tgid = task_tgid_nr_ns(task, ns);
+	}
+	rcu_read_unlock();
+	if (task->mm && !(task->flags & PF_KTHREAD))
+		process_exe(task->mm, about->exe);
+}
+
+/**
+ * sniffer_process_describe - fill the wire's description of a process
+ * @proc: the process, under RCU or with a reference
+ * @event: enum sniffer_event
+ * @out: filled whole
+ */
+void sniffer_process_describe(const struct sniffer_proc *proc, u32 event, struct sniffer_process *out)
+{
+	*out = proc->about;
+	out->time_ns = ktime_get_ns();
+	out->start_ns = proc->start_ns;
+	out->tgid = proc->tgid;
+	out->uid = READ_ONCE(proc->uid);
+	out->event = event;
+	memcpy(out->comm, proc->comm, SNIFFER_COMM_LEN);
+}
+
+/**
+ * sniffer_process_find - the entry of a task's process
+ * @task: any live task
+ *
+ * Return: the entry or NULL; valid in the caller's RCU section.
+ */
+struct sniffer_proc *sniffer_process_find(const struct task_struct *task)
+{
+	struct sniffer_proc *proc;
+
+	hlist_for_each_entry_rcu(proc, process_bucket(task->tgid), node)
+		if (sniffer_process_is(proc, task))
+			return proc;
+	return NULL;
+}
+
+/**
+ * sniffer_process_get - the entry of a task's process, made if need be
+ * @task: current, a child that does not run yet, or held by task_lock()
+ *
+ * Return: the entry with a reference for the caller, or NULL when the table is
+ * full or memory is short.
+ */
+struct sniffer_proc *sniffer_process_get(struct task_struct *task)
+{
+	struct sniffer_proc *proc, *fresh;
+	unsigned long flags;
+
+	rcu_read_lock();
+	proc = sniffer_process_find(task);
+	if (proc && !refcount_inc_not_zero(&proc->refs))
+		proc = NULL;
+	rcu_read_unlock();
+	if (proc)
+		return proc;
+
+	if (READ_ONCE(process_used) >= max_processes)
+		return NULL;
+	fresh = kzalloc(sizeof(*fresh), GFP_ATOMIC | __GFP_NOWARN);
+	if (!fresh)
+		return NULL;
+	process_fill(fresh, task);
+	refcount_set(&fresh->refs, 2);
+
+	raw_spin_lock_irqsave(&process_lock, flags);
+	proc = sniffer_process_find(task);
+	if (proc && refcount_inc_not_zero(&proc->refs)) {
+		raw_spin_unlock_irqrestore(&process_lock, flags);
+		kfree(fresh);
+		return proc;
+	}
+	hlist_add_head_rcu(&fresh->node, process_bucket(fresh->tgid));
+	process_used++;
+	raw_spin_unlock_irqrestore(&process_lock, flags);
+
+	sniffer_netlink_process(fresh, SNIFFER_EVENT_SEEN);
+	return fresh;
+}
+
+/**
+ * sniffer_process_put - drop a reference
+ * @proc: may be NULL
+ */
+void sniffer_process_put(struct sniffer_proc *proc)
+{
+	if (proc && refcount_dec_and_test(&proc->refs))
+		kfree_rcu(proc, rcu);
+}
+
+/**
+ * sniffer_process_refresh - follow setuid() of the current process
+ * @proc: entry of current
+ */
+void sniffer_process_refresh(struct sniffer_proc *proc)
+{
+	u32 uid = from_kuid(&init_user_ns, current_uid());
+
+	if (READ_ONCE(proc->uid) != uid)
+		WRITE_ONCE(proc->uid, uid);
+}
+
+/**
+ * sniffer_process_exec - a process became another program
+ * @task: current
+ */
+void sniffer_process_exec(struct task_struct *task)
+{
+	struct sniffer_proc *proc;
+
+	rcu_read_lock();
+	proc = sniffer_process_find(task);
+	if (proc) {
+		memcpy(proc->comm, task->group_leader->comm, SNIFFER_COMM_LEN);
+		if (task->mm)
+			process_exe(task->mm, proc->about.exe);
+		sniffer_process_refresh(proc);
+		sniffer_netlink_process(proc, SNIFFER_EVENT_EXEC);
+	}
+	rcu_read_unlock();
+}
+
+/**
+ * sniffer_process_exited - the last thread of a process is exiting
+ * @task: that thread
+ */
+void sniffer_process_exited(struct task_struct *task)
+{
+	struct sniffer_proc *proc;
+
+	rcu_read_lock();
+	proc = sniffer_process_find(task);
+	if (proc) {
+		WRITE_ONCE(proc->exit_jiffies, jiffies | 1);
+		sniffer_netlink_process(proc, SNIFFER_EVENT_EXIT);
+	}
+	rcu_read_unlock();
+}
+
+/**
+ * sniffer_process_rename - a leader changed its comm
+ * @task: the thread that is renamed
+ * @comm: its new name
+ */
+void sniffer_process_rename(struct task_struct *task, const char *comm)
+{
+	struct sniffer_proc *proc;
+
+	if (!thread_group_leader(task))
+		return;
+	rcu_read_lock();
+	proc = sniffer_process_find(task);
+	if (proc && strncmp(proc->comm, comm, SNIFFER_COMM_LEN)) {
+		strncpy(proc->comm, comm, SNIFFER_COMM_LEN);
+		sniffer_netlink_process(proc, SNIFFER_EVENT_RENAME);
+	}
+	rcu_read_unlock();
+}
+
+/**
+ * sniffer_process_next - walk the table for a dump
+ * @bucket: where the walk stands; 0 at first
+ * @index: the same within the bucket
+ *
+ * Return: the next entry or NULL at the end; under RCU.
+ */
+struct sniffer_proc *sniffer_process_next(unsigned int *bucket, unsigned int *index)
+{
+	struct sniffer_proc *proc;
+	unsigned int i;
+
+	for (; *bucket < ARRAY_SIZE(process_table); (*bucket)++, *index = 0) {
+		i = 0;
+		hlist_for_each_entry_rcu(proc, &process_table[*bucket], node)
+			if (i++ == *index) {
+				(*index)++;
+				return proc;
+			}
+	}
+	return NULL;
+}
+
+/**
+ * sniffer_process_count - entries in the table now
+ */
+unsigned int sniffer_process_count(void)
+{
+	return READ_ONCE(process_used);
+}
+
+/**
+ * sniffer_process_collect - forget processes that exited long ago
+ *
+ * Process context, from owner.c's collector.
+ */
+void sniffer_process_collect(void)
+{
+	struct sniffer_proc *proc;
+	struct hlist_node *next;
+	unsigned long flags;
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(process_table); i++) {
+		if (hlist_empty(&process_table[i]))
+			continue;
+		raw_spin_lock_irqsave(&process_lock, flags);
+		hlist_for_each_entry_safe(proc, next, &process_table[i], node) {
+			unsigned long gone = READ_ONCE(proc->exit_jiffies);
+
+			if (!gone || refcount_read(&proc->refs) > 1 ||
+			    time_before(jiffies, gone + PROCESS_KEEP))
+				continue;
+			hlist_del_rcu(&proc->node);
+			process_used--;
+			sniffer_process_put(proc);
+		}
+		raw_spin_unlock_irqrestore(&process_lock, flags);
+		cond_resched();
+	}
+}
+
+int sniffer_process_init(void)
+{
+	if (!max_processes) {
+		pr_err("sniffer: max_processes must be at least 1\n");
+		return -EINVAL;
+	}
+	process_path = __alloc_percpu(PATH_MAX, 1);
+	return process_path ? 0 : -ENOMEM;
+}
+
+/* Nothing runs any more that could look at the table. */
+void sniffer_process_exit(void)
+{
+	struct sniffer_proc *proc;
+	struct hlist_node *next;
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(process_table); i++)
+		hlist_for_each_entry_safe(proc, next, &process_table[i], node)
+			sniffer_process_put(proc);
+	rcu_barrier();
+	free_percpu(process_path);
+}

@@ -1,0 +1,58 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef SNIFFER_PROCESS_H
+#define SNIFFER_PROCESS_H
+
+#include <linux/refcount.h>
+#include <linux/sched.h>
+#include <linux/types.h>
+
+#include "shared_proto.h"
+
+/**
+ * struct sniffer_proc - a process that used a socket
+ * @node: in the process table, by tgid
+ * @refs: the table's one, and one for each socket that names it
+ * @tgid: in the initial pid namespace
+ * @uid: real uid in the initial user namespace; follows setuid at next use
+ * @start_ns: start_boottime of the leader; with @tgid it is the identity
+ * @comm: of the leader; written whole, but a reader may see half a rename
+ * @rcu: readers of the table and of owners hold rcu_read_lock()
+ * @exit_jiffies: when it exited, 0 while it runs
+ * @about: what does not change between exec and exit, for events and dumps
+ *
+ * The first members are what a packet needs: one cache line.
+ */
+struct sniffer_proc {
+	struct hlist_node node;
+	refcount_t refs;
+	u32 tgid;
+	u32 uid;
+	u32 pad;
+	u64 start_ns;
+	char comm[SNIFFER_COMM_LEN];
+	unsigned long exit_jiffies;
+	struct rcu_head rcu;
+	struct sniffer_process about;
+};
+
+/* True when @proc is the process of @task. */
+static inline bool sniffer_process_is(const struct sniffer_proc *proc, const struct task_struct *task)
+{
+	return proc->tgid == task->tgid && proc->start_ns == task->group_leader->start_boottime;
+}
+
+struct sniffer_proc *sniffer_process_find(const struct task_struct *task);
+struct sniffer_proc *sniffer_process_get(struct task_struct *task);
+void sniffer_process_put(struct sniffer_proc *proc);
+void sniffer_process_refresh(struct sniffer_proc *proc);
+void sniffer_process_exec(struct task_struct *task);
+void sniffer_process_exited(struct task_struct *task);
+void sniffer_process_rename(struct task_struct *task, const char *comm);
+void sniffer_process_describe(const struct sniffer_proc *proc, u32 event, struct sniffer_process *out);
+struct sniffer_proc *sniffer_process_next(unsigned int *bucket, unsigned int *index);
+unsigned int sniffer_process_count(void);
+void sniffer_process_collect(void);
+int sniffer_process_init(void);
+void sniffer_process_exit(void);
+
+#endif /* SNIFFER_PROCESS_H */
