@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: MIT
+"""Flows of the past in memory: bounded, columns in NumPy, searched whole.
+
+A linear search of a million flows by column takes a few milliseconds, less than keeping indexes
+for every question that can be asked.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nlproto.clock import Clock
+from nlproto.flows import FLOW, KEY_FIELDS, address_bytes
+from nlproto.wire import PROTO_NAMES, address_text, how_name, lib, text
+
+__all__ = ["History", "Question", "flow_fields", "network_words"]
+
+_FIRST_ROWS = 1024
+_SUMS = ("packets_in", "bytes_in", "packets_out", "bytes_out")
+_LAST = ("how", "uid", "inode", "comm")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Conditions that all must hold; None: any. Times are ns since 1970."""
+
+    port: int | None = None
+    proto: int | None = None
+    host: ipaddress.IPv4Network | ipaddress.IPv6Network | None = None
+    pid: int | None = None
+    pname: str | None = None
+    uid: int | None = None
+    """Only named flows of this owner; what a user without rights may see."""
+    since_ns: int | None = None
+    """Last packet at this time or later."""
+    at_ns: int | None = None
+    """First packet at or before, last packet at or after."""
+    limit: int = 1000
+
+    @property
+    def comm(self) -> bytes | None:
+        """`pname` as the kernel keeps it: 15 bytes."""
+        if self.pname is None:
+            return None
+        return self.pname.encode("utf-8", "replace")[: lib.SNIFFER_COMM_LEN - 1]
+
+
+class History:
+    """At most `limit` flows; when full the sixteenth with the oldest last packets goes.
+
+    Rows are FLOWs with times in ns since 1970. Thread-safe.
+    """
+
+    def __init__(self, limit: int, next_id: int = 1) -> None:
+        self.limit = limit
+        self.evicted = 0
+        self.unstored = 0
+        """Evicted before a store had taken their last state."""
+        self.horizon_ns = 0
+        """Last packet of the newest evicted flow: later flows are all in here."""
+        self._lock = threading.Lock()
+        self._size = 0
+        self._rows: dict[int, int] = {}
+        self._next_id = next_id
+        self._columns: dict[str, np.ndarray] = {}
+        self._grow(min(limit, _FIRST_ROWS))
+
+    def __len__(self) -> int:
+        return self._size
+
+    def update(self, flows: np.ndarray, clock: Clock) -> None:
+        """Add FLOWs with CLOCK_MONOTONIC times, as summarize() makes them with one seed."""
+        flows = flows.copy()
+        offset = np.int64(clock.real_offset_ns)
+        for name in ("first_ns", "last_ns"):
+            flows[name] = flows[name].astype(np.int64) + offset
+        with self._lock:
+            rows = np.array([self._rows.get(key, -1) for key in flows["hash"].tolist()], np.int64)
+            known = rows >= 0
+            if known.any():
+                known[known] = self._same(rows[known], flows[known])
+                self._add(rows[known], flows[known])
+            new = flows[~known]
+            if len(new):
+                self._insert(new)
+
+    def _same(self, rows: np.ndarray, flows: np.ndarray) -> np.ndarray:
+        same = np.ones(len(rows), bool)
+        for name in KEY_FIELDS:
+            equal = self._columns[name][rows] == flows[name]
+            same &= equal.all(axis=1) if equal.ndim == 2 else equal
+        return same
+
+    def _add(self, rows: np.ndarray, flows: np.ndarray) -> None:
+        columns = self._columns
+        for name in _SUMS:
+            columns[name][rows] += flows[name]
+        columns["first_ns"][rows] = np.minimum(columns["first_ns"][rows], flows["first_ns"])
+        later = flows["last_ns"] >= columns["last_ns"][rows]
+        for name in ("last_ns", *_LAST):
+            columns[name][rows[later]] = flows[name][later]
+        columns["flags"][rows] |= flows["flags"]
+        columns["dirty"][rows] = True
+
+    def _insert(self, flows: np.ndarray) -> None:
+        while len(flows) > self.limit:
+            self._insert(flows[: self.limit])
+            flows = flows[self.limit :]
+        if self._size + len(flows) > self.limit:
+            self._evict(max(self.limit // 16, self._size + len(flows) - self.limit))
+        end = self._size + len(flows)
+        if end > len(self._columns["hash"]):
+            self._grow(min(self.limit, max(end, 2 * len(self._columns["hash"]))))
+        place = slice(self._size, end)
+        for name in FLOW.names or ():
+            self._columns[name][place] = flows[name]
+        self._columns["id"][place] = np.arange(self._next_id, self._next_id + len(flows))
+        self._columns["dirty"][place] = True
+        self._next_id += len(flows)
+        self._rows.update(zip(flows["hash"].tolist(), range(self._size, end), strict=True))
+        self._size = end
+
+    def _grow(self, rows: int) -> None:
+        old, self._columns = self._columns, {}
+        wanted = {name: FLOW[name] for name in FLOW.names or ()}
+        wanted |= {"id": np.dtype("u8"), "dirty": np.dtype("?")}
+        for name, dtype in wanted.items():
+            column = np.zeros((rows, *dtype.shape), dtype.base)
+            if name in old:
+                column[: self._size] = old[name][: self._size]
+            self._columns[name] = column
+
+    def _evict(self, count: int) -> None:
+        last = self._columns["last_ns"][: self._size]
+        count = min(count, self._size)
+        goes = np.zeros(self._size, bool)
+        goes[np.argpartition(last, count - 1)[:count]] = True
+        self.horizon_ns = max(self.horizon_ns, int(last[goes].max()))
+        self.evicted += count
+        self.unstored += int(np.count_nonzero(self._columns["dirty"][: self._size] & goes))
+        stay = np.flatnonzero(~goes)
+        for column in self._columns.values():
+            column[: len(stay)] = column[stay]
+        self._size = len(stay)
+        hashes = self._columns["hash"][: self._size].tolist()
+        self._rows = dict(zip(hashes, range(self._size), strict=True))
+
+    def ask(self, question: Question) -> tuple[int, list[tuple[int, np.void]]]:
+        """How many flows fit, and (id, FLOW) of the `limit` last seen, newest first."""
+        with self._lock:
+            rows = self._search(question)
+            total = len(rows)
+            last = self._columns["last_ns"][rows]
+            if total > question.limit:
+                keep = np.argpartition(last, total - question.limit)[-question.limit :]
+                rows, last = rows[keep], last[keep]
+            rows = rows[np.argsort(last, kind="stable")[::-1]]
+            found = self._take(rows)
+            return total, list(zip(self._columns["id"][rows].tolist(), found, strict=True))
+
+    def _search(self, question: Question) -> np.ndarray:
+        size, columns = self._size, self._columns
+        mask = np.ones(size, bool)
+        if question.port is not None:
+            mask &= (columns["lport"][:size] == question.port) | (
+                columns["rport"][:size] == question.port
+            )
+        if question.since_ns is not None:
+            mask &= columns["last_ns"][:size] >= max(0, question.since_ns)
+        if question.at_ns is not None:
+            moment = max(0, question.at_ns)
+            mask &= columns["first_ns"][:size] <= moment
+            mask &= columns["last_ns"][:size] >= moment
+        for name, value in (("proto", question.proto), ("tgid", question.pid)):
+            if value is not None:
+                mask &= columns[name][:size] == value
+        if question.uid is not None:
+            mask &= (columns["tgid"][:size] != 0) & (columns["uid"][:size] == question.uid)
+        rows = np.flatnonzero(mask)
+        if question.comm is not None and len(rows):
+            rows = rows[columns["comm"][rows] == question.comm]
+        if question.host is not None and len(rows):
+            family, base, bits = network_words(question.host)
+            rows = rows[columns["family"][rows] == family]
+            near = np.zeros(len(rows), bool)
+            for name in ("laddr", "raddr"):
+                near |= ((columns[name][rows] & bits) == base).all(axis=1)
+            rows = rows[near]
+        return rows
+
+    def _take(self, rows: np.ndarray) -> np.ndarray:
+        found = np.empty(len(rows), FLOW)
+        for name in FLOW.names or ():
+            found[name] = self._columns[name][rows]
+        return found
+
+    def changed(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, FLOWs) of up to `limit` rows that changed since they were last taken here."""
+        with self._lock:
+            rows = np.flatnonzero(self._columns["dirty"][: self._size])[:limit]
+            self._columns["dirty"][rows] = False
+            return self._columns["id"][rows], self._take(rows)
+
+
+def network_words(
+    network: ipaddress.IPv4Network | ipaddress.IPv6Network,
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """(family, base, mask) of a network, the latter as FLOW's addresses."""
+    family = socket.AF_INET if network.version == 4 else socket.AF_INET6
+    base = np.frombuffer(network.network_address.packed.ljust(16, b"\0"), np.uint64)
+    bits = np.frombuffer(network.netmask.packed.ljust(16, b"\0"), np.uint64)
+    return family, base, bits
+
+
+_FLAGS = {
+    lib.SNIFFER_F_SHARED: "shared",
+    lib.SNIFFER_F_INHERITED: "inherited",
+    lib.SNIFFER_F_SEEDED: "seeded",
+    lib.SNIFFER_F_DEAD: "dead",
+    lib.SNIFFER_F_KERNEL: "kernel",
+    lib.SNIFFER_F_AMBIGUOUS: "ambiguous",
+    lib.SNIFFER_F_COPY: "copy",
+}
+
+
+def flow_fields(flow: np.void) -> dict[str, Any]:
+    """One FLOW of the history as it goes to a client."""
+    family, named = int(flow["family"]), bool(flow["tgid"])
+    flags = int(flow["flags"])
+    return {
+        "proto": PROTO_NAMES.get(int(flow["proto"]), str(int(flow["proto"]))),
+        "local": address_text(family, address_bytes(flow["laddr"])),
+        "lport": int(flow["lport"]),
+        "remote": address_text(family, address_bytes(flow["raddr"])),
+        "rport": int(flow["rport"]),
+        "forwarded": bool(flow["forwarded"]),
+        "pid": int(flow["tgid"]) if named else None,
+        "start_ns": int(flow["start_ns"]) if named else None,
+        "comm": text(bytes(flow["comm"])) if named else "",
+        "uid": int(flow["uid"]) if named else None,
+        "netns": int(flow["netns"]),
+        "cookie": int(flow["cookie"]),
+        "how": how_name(int(flow["how"])),
+        "flags": [name for bit, name in _FLAGS.items() if flags & bit],
+        "first": int(flow["first_ns"]) / 1e9,
+        "last": int(flow["last_ns"]) / 1e9,
+        "packets_in": int(flow["packets_in"]),
+        "bytes_in": int(flow["bytes_in"]),
+        "packets_out": int(flow["packets_out"]),
+        "bytes_out": int(flow["bytes_out"]),
+    }

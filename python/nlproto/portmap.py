@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: MIT
+"""The port map: (netns, proto, address, port) -> the processes that own it now."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from nlproto.flows import address_bytes
+from nlproto.processes import Key, text
+from nlproto.wire import address_text
+
+__all__ = ["BoundSocket", "Endpoint", "Owner", "PortMap"]
+
+Endpoint = tuple[int, int, int, bytes, int]
+"""(netns, protocol number, family, 16 address bytes, port): the local end of a socket."""
+
+_SETTLED_NS = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """One process at one local end."""
+
+    netns: int
+    proto: int
+    family: int
+    address: str
+    port: int
+    tgid: int
+    start_ns: int
+    uid: int
+    comm: str
+    cookie: int
+    listening: bool
+    """Found in the kernel's tables as a listener or a bound UDP socket, not by its packets."""
+    seen_ns: int
+    """CLOCK_MONOTONIC when a packet or the kernel's tables last showed it."""
+
+
+@dataclass(frozen=True, slots=True)
+class BoundSocket:
+    """A socket of the kernel's tables with one of its holders."""
+
+    endpoint: Endpoint
+    tgid: int
+    start_ns: int
+    uid: int
+    comm: str
+    cookie: int
+
+
+class PortMap:
+    """Bounded, thread-safe. Traffic alone keeps an owner for `ttl_ns` after its last packet.
+
+    When `limit` owners are reached the least recently seen quarter goes (`evicted` counts them).
+    """
+
+    def __init__(self, limit: int = 262144, ttl_ns: int = 120_000_000_000) -> None:
+        self.limit = limit
+        self.ttl_ns = ttl_ns
+        self.evicted = 0
+        self._lock = threading.Lock()
+        self._owners: dict[tuple[Endpoint, Key], Owner] = {}
+        self._ports: dict[int, dict[tuple[Endpoint, Key], Owner]] = {}
+        self._processes: dict[Key, set[tuple[Endpoint, Key]]] = {}
+        self._settled: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+    def update(self, flows: np.ndarray) -> None:
+        """Learn from FLOWs; forwarded and unnamed ones tell nothing."""
+        settled = self._settled
+        if len(settled) > 65536:
+            settled.clear()
+        useful = flows[(flows["tgid"] != 0) & (flows["forwarded"] == 0)]
+        new = [
+            index
+            for index, (number, last) in enumerate(
+                zip(useful["hash"].tolist(), useful["last_ns"].tolist(), strict=True)
+            )
+            if settled.get(number, 0) + _SETTLED_NS < last or last < _SETTLED_NS
+        ]
+        if not new:
+            return
+        with self._lock:
+            for flow in useful[new]:
+                settled[int(flow["hash"])] = int(flow["last_ns"])
+                endpoint = (
+                    int(flow["netns"]),
+                    int(flow["proto"]),
+                    int(flow["family"]),
+                    address_bytes(flow["laddr"]),
+                    int(flow["lport"]),
+                )
+                self._put(
+                    endpoint,
+                    (int(flow["tgid"]), int(flow["start_ns"])),
+                    int(flow["uid"]),
+                    text(bytes(flow["comm"])),
+                    int(flow["cookie"]),
+                    False,
+                    int(flow["last_ns"]),
+                )
+            self._shrink()
+
+    def replace_bound(self, sockets: Iterable[BoundSocket], now_ns: int) -> None:
+        """Take the kernel's present listeners and bound sockets: those not among them are gone."""
+        with self._lock:
+            present = set()
+            for bound in sockets:
+                key = (bound.tgid, bound.start_ns)
+                present.add((bound.endpoint, key))
+                self._put(
+                    bound.endpoint, key, bound.uid, bound.comm, bound.cookie, True, now_ns
+                )
+            gone = [
+                name
+                for name, owner in self._owners.items()
+                if owner.listening and name not in present
+            ]
+            for name in gone:
+                self._drop(name)
+            self._shrink()
+
+    def keep_cookies(self, cookies: set[int], before_ns: int) -> None:
+        """Drop owners whose socket is not among all the kernel's `cookies`, read after `before_ns`.
+
+        Owners seen since then, or known without a cookie, stay until their time is over.
+        """
+        with self._lock:
+            for name, owner in list(self._owners.items()):
+                if owner.cookie and owner.seen_ns < before_ns and owner.cookie not in cookies:
+                    self._drop(name)
+
+    def forget_process(self, key: Key) -> None:
+        """The process has exited."""
+        with self._lock:
+            for name in list(self._processes.get(key, ())):
+                self._drop(name)
+
+    def expire(self, now_ns: int) -> None:
+        """Drop owners that only traffic showed, and not for `ttl_ns`."""
+        with self._lock:
+            for name, owner in list(self._owners.items()):
+                if not owner.listening and owner.seen_ns + self.ttl_ns < now_ns:
+                    self._drop(name)
+
+    def who(
+        self, port: int, proto: int | None = None, address: tuple[int, bytes] | None = None
+    ) -> list[Owner]:
+        """Owners of local `port`, last seen first.
+
+        `proto` is a protocol number; `address` is (family, 16 bytes): sockets bound to exactly it
+        or to the wildcard of its family (an IPv6 wildcard takes IPv4 as well).
+        """
+        found = self._ports.get(port)
+        if not found:
+            return []
+        with self._lock:
+            owners = list(found.items())
+        return sorted(
+            (
+                owner
+                for (endpoint, _), owner in owners
+                if (proto is None or endpoint[1] == proto)
+                and (address is None or _serves(endpoint, address))
+            ),
+            key=lambda owner: -owner.seen_ns,
+        )
+
+    def at(self, endpoint: Endpoint) -> list[Owner]:
+        """Owners of exactly this local end, last seen first; else those of the wildcard."""
+        netns, proto, family, address, port = endpoint
+        owners = [o for o in self.who(port, proto, (family, address)) if o.netns == netns]
+        exact = [o for o in owners if o.address == address_text(family, address)]
+        return exact or owners
+
+    def owned_by(self, key: Key) -> list[Owner]:
+        """Every local end of one process."""
+        with self._lock:
+            return [self._owners[name] for name in self._processes.get(key, ())]
+
+    def everything(self) -> list[Owner]:
+        with self._lock:
+            return list(self._owners.values())
+
+    def _put(
+        self,
+        endpoint: Endpoint,
+        key: Key,
+        uid: int,
+        comm: str,
+        cookie: int,
+        listening: bool,
+        seen_ns: int,
+    ) -> None:
+        name = (endpoint, key)
+        known = self._owners.get(name)
+        if known is not None:
+            listening = listening or known.listening
+            seen_ns = max(seen_ns, known.seen_ns)
+            cookie = cookie if cookie and not known.listening else known.cookie or cookie
+        netns, proto, family, address, port = endpoint
+        owner = Owner(
+            netns,
+            proto,
+            family,
+            address_text(family, address) if known is None else known.address,
+            port,
+            key[0],
+            key[1],
+            uid,
+            comm or (known.comm if known is not None else ""),
+            cookie,
+            listening,
+            seen_ns,
+        )
+        self._owners[name] = owner
+        self._ports.setdefault(port, {})[name] = owner
+        self._processes.setdefault(key, set()).add(name)
+
+    def _drop(self, name: tuple[Endpoint, Key]) -> None:
+        del self._owners[name]
+        port = name[0][4]
+        at_port = self._ports[port]
+        del at_port[name]
+        if not at_port:
+            del self._ports[port]
+        names = self._processes[name[1]]
+        names.discard(name)
+        if not names:
+            del self._processes[name[1]]
+        self._settled.clear()
+
+    def _shrink(self) -> None:
+        if len(self._owners) <= self.limit:
+            return
+        excess = len(self._owners) - self.limit * 3 // 4
+        oldest = sorted(self._owners, key=lambda name: self._owners[name].seen_ns)[:excess]
+        for name in oldest:
+            self._drop(name)
+        self.evicted += excess
+
+
+def _serves(endpoint: Endpoint, address: tuple[int, bytes]) -> bool:
+    family, raw = address
+    if endpoint[3] == raw and endpoint[2] == family:
+        return True
+    if any(endpoint[3]):
+        return False
+    return endpoint[2] == family or endpoint[2] > family
