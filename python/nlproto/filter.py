@@ -1,0 +1,617 @@
+# SPDX-License-Identifier: MIT
+"""The filter language: pcap-filter(7)'s words and the owner's, evaluated over RECORD arrays.
+
+filter.lark is the grammar. A Filter's text form (`str`) has numbers only, so that it means the
+same in another program: two filters of one text form are the same filter.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import functools
+import ipaddress
+import operator
+import os
+import pwd
+import re
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Protocol
+
+import numpy as np
+from lark import Lark, Token, Tree
+from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedToken
+
+from nlproto import wire
+from nlproto.errors import UsageError
+
+__all__ = ["EVERYTHING", "WORDS", "Filter", "FilterError", "parse", "quote"]
+
+MAX_LENGTH = 4096
+MAX_DEPTH = 50
+NETNS_DIR = "/run/netns"
+
+WORDS = (
+    "tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not "
+    "pid pname uid netns how container ifindex"
+).split()
+
+_COMM_MAX = int(wire.lib.SNIFFER_COMM_LEN) - 1
+
+
+class FilterError(UsageError):
+    """A filter that means nothing; `start` and `end` are the columns (from 0) of the culprit."""
+
+    def __init__(self, message: str, text: str, start: int, end: int) -> None:
+        super().__init__(f"filter, column {start + 1}: {message}")
+        self.text = text
+        self.start = start
+        self.end = max(end, start + 1)
+
+    def pointer(self) -> str:
+        """Return two lines: the filter, and carets below the culprit."""
+        shown = "".join(c if c.isprintable() else "?" for c in self.text)
+        return f"{shown}\n{' ' * self.start}{'^' * (self.end - self.start)}"
+
+
+class ProcessLike(Protocol):
+    @property
+    def exe(self) -> str: ...
+    @property
+    def container(self) -> str: ...
+
+
+class Details(Protocol):
+    """What is known of processes beyond their records (nlproto.processes.Processes)."""
+
+    def get(self, tgid: int, start_ns: int, /) -> ProcessLike | None: ...
+
+
+class _Node(Protocol):
+    def mask(self, records: np.ndarray, details: Details | None) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """A parsed filter; `str()` is its text form, "" matches everything."""
+
+    root: _Node | None
+
+    def __str__(self) -> str:
+        return "" if self.root is None else str(self.root)
+
+    def mask(self, records: np.ndarray, details: Details | None = None) -> np.ndarray:
+        """Return one bool a record of `records` (RECORD, shape (n,)).
+
+        `details` is asked by `pname` (names longer than 15 bytes, names of executables) and
+        by `container`; without it these see only what the record says.
+        """
+        if self.root is None:
+            return np.ones(len(records), bool)
+        return self.root.mask(records, details)
+
+    def __and__(self, other: Filter) -> Filter:
+        """Return the filter that wants both."""
+        if self.root is None or other.root is None:
+            return other if self.root is None else self
+        return Filter(_Chain(self.root, (("and", other.root),)))
+
+
+EVERYTHING = Filter(None)
+
+
+def quote(value: str) -> str:
+    """Return `value` as one word of the language, whatever is in it."""
+    if re.fullmatch(r"[\w./:*?\[\]@+-]+", value) and value not in WORDS:
+        return value
+    return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
+
+
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    first: _Node
+    rest: tuple[tuple[str, _Node], ...]
+
+    def __str__(self) -> str:
+        words = [_grouped(self.first)]
+        for word, node in self.rest:
+            words += [word, _grouped(node)]
+        return " ".join(words)
+
+    def mask(self, records: np.ndarray, details: Details | None) -> np.ndarray:
+        result = self.first.mask(records, details)
+        for word, node in self.rest:
+            other = node.mask(records, details)
+            result = result & other if word == "and" else result | other
+        return result
+
+
+def _grouped(node: _Node) -> str:
+    return f"({node})" if isinstance(node, _Chain) else str(node)
+
+
+@dataclass(frozen=True, slots=True)
+class _Not:
+    node: _Node
+
+    def __str__(self) -> str:
+        return f"not {_grouped(self.node)}"
+
+    def mask(self, records: np.ndarray, details: Details | None) -> np.ndarray:
+        return ~self.node.mask(records, details)
+
+
+@dataclass(frozen=True, slots=True)
+class _Equal:
+    """`field` of the record is one of `values`."""
+
+    text: str
+    field: str
+    values: tuple[int, ...]
+    named: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+    def mask(self, records: np.ndarray, details: Details | None) -> np.ndarray:
+        column = records[self.field]
+        result: np.ndarray = column == self.values[0]
+        for value in self.values[1:]:
+            result |= column == value
+        return result & _is_named(records) if self.named else result
+
+
+def _is_named(records: np.ndarray) -> np.ndarray:
+    named: np.ndarray = (records["how"] > 0) & (records["how"] < wire.lib.SNIFFER_HOW_REASONS)
+    return named
+
+
+_SIDES = {
+    "src": ("s", operator.or_),
+    "dst": ("d", operator.or_),
+    "src or dst": ("sd", operator.or_),
+    "src and dst": ("sd", operator.and_),
+}
+
+
+def _sided(side: str, text: str) -> str:
+    return text if side == "src or dst" else f"{side} {text}"
+
+
+def _join(join: Callable[[Any, Any], Any], masks: list[np.ndarray]) -> np.ndarray:
+    result: np.ndarray = functools.reduce(join, masks)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Ports:
+    side: str
+    low: int
+    high: int
+
+    def __str__(self) -> str:
+        span = f"port {self.low}" if self.low == self.high else f"portrange {self.low}-{self.high}"
+        return _sided(self.side, span)
+
+    def mask(self, records: np.ndarray, details: Details | None) -> np.ndarray:
+        ends, join = _SIDES[self.side]
+        masks = [self._end(records[f"{end}port"]) for end in ends]
+        return _join(join, masks)
+
+    def _end(self, ports: np.ndarray) -> np.ndarray:
+        result: np.ndarray = (
+            ports == self.low
+            if self.low == self.high
+            else (ports >= self.low) & (ports <= self.high)
+        )
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Net:
+    side: str
+    net: ipaddress.IPv4Network | ipaddress.IPv6Network
+
+    def __str__(self) -> str:
+        single = self.net.prefixlen == self.net.max_prefixlen
+        return _sided(self.side, f"host {self.net[0]}" if single else f"net {self.net}")
+
+    def mask(self, records: np.ndarray, details: Details | None) -> np.ndarray:
+        ends, join = _SIDES[self.side]
+        family = socket.AF_INET if self.net.version == 4 else socket.AF_INET6
+        size = -(-self.net.prefixlen // 8)
+        bits = np.frombuffer(self.net.netmask.packed[:size], np.uint8)
+        wanted = np.frombuffer(self.net.network_address.packed[:size], np.uint8)
+        masks = [((records[f"{end}addr"][:, :size] & bits) == wanted).all(axis=1) for end in ends]
+        result: np.ndarray = _join(join, masks) & (records["family"] == family)
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    """`pname` or `container`: a name, or a pattern with * ? [ ]."""
+
+    word: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.word} {quote(self.name)}"
+
+    def mask(self, records: np.ndarray, details: Details | None) -> np.ndarray:
+        result = np.zeros(len(records), bool)
+        owned = np.flatnonzero(_is_named(records))
+        if not len(owned):
+            return result
+        # a batch has many records of few processes: ask once a process
+        keys = np.empty(len(owned), [("tgid", "u8"), ("start", "u8"), ("comm", "S16")])
+        keys["tgid"] = records["tgid"][owned]
+        keys["start"] = records["start_ns"][owned]
+        keys["comm"] = records["comm"][owned]
+        known: dict[tuple[int, int, bytes], bool] = {}
+        verdicts = []
+        for key in keys.tolist():
+            verdict = known.get(key)
+            if verdict is None:
+                process = details.get(key[0], key[1]) if details is not None else None
+                verdict = known[key] = self._fits(wire.text(key[2]), process)
+            verdicts.append(verdict)
+        result[owned] = verdicts
+        return result
+
+    def _fits(self, comm: str, process: ProcessLike | None) -> bool:
+        if self.word == "container":
+            return process is not None and bool(process.container) and self._is(process.container)
+        program = os.path.basename(process.exe) if process is not None else ""
+        return self._is(comm) or bool(program) and self._is(program) or self._is_cut(comm, program)
+
+    def _is(self, name: str) -> bool:
+        if self.word == "container" and re.fullmatch("[0-9a-f]{12,}", self.name):
+            return name.startswith(self.name)  # ids are shown short
+        return fnmatch.fnmatchcase(name, self.name)
+
+    def _is_cut(self, comm: str, program: str) -> bool:
+        """The kernel keeps 15 bytes of a name; a longer one is settled by the executable."""
+        name = self.name.encode()
+        return len(name) > _COMM_MAX and not program and comm.encode() == name[:_COMM_MAX]
+
+
+@functools.cache
+def _parser() -> Lark:
+    grammar = resources.files("nlproto").joinpath("filter.lark").read_text("utf-8")
+    return Lark(grammar, parser="lalr", lexer="basic", maybe_placeholders=False)
+
+
+def parse(text: str, resolve: bool = True) -> Filter:
+    """Return the filter in `text`.
+
+    `resolve`: look up names of hosts, services, users and network namespaces; without it they
+    are refused (a server does not ask DNS for its clients). Raises FilterError.
+    """
+    if len(text) > MAX_LENGTH:
+        raise FilterError(f"longer than {MAX_LENGTH} characters: shorten it", text[:40], 0, 40)
+    if not text.strip():
+        return EVERYTHING
+    try:
+        tokens = list(_parser().lex(text))
+        _check_depth(tokens, text)
+        tree = _parser().parse(text)
+    except UnexpectedInput as error:
+        raise _syntax_error(error, text) from None
+    return Filter(_Builder(text, resolve).chain(tree.children[0]))
+
+
+def _check_depth(tokens: list[Token], text: str) -> None:
+    depth = 0
+    for token in tokens:
+        if token.type in ("LPAR", "NOT"):
+            depth += 1
+        elif token.type == "RPAR":
+            depth -= 1
+        elif token.type in ("AND", "OR"):
+            continue
+        if depth > MAX_DEPTH:
+            raise FilterError(
+                f"more than {MAX_DEPTH} parentheses or 'not' within each other",
+                text,
+                *_span(token),
+            )
+
+
+def _span(token: Token) -> tuple[int, int]:
+    start = token.start_pos or 0
+    return start, token.end_pos or start + len(token)
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word.lower(), known, 1, 0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _unknown(token: Token, text: str) -> FilterError:
+    hint = _suggest(token, WORDS)
+    if not hint and re.fullmatch(r"\d+", token):
+        hint = f"; a number needs a word before it, as in 'port {token}' or 'pid {token}'"
+    elif not hint and re.fullmatch(r"[0-9a-fA-F:.]+", token):
+        hint = f"; an address needs a word before it, as in 'host {token}'"
+    elif not hint:
+        hint = f"; for the name of a program write 'pname {quote(_plain(token))}'"
+    return FilterError(f"unknown word {_plain(token)!r}{hint}", text, *_span(token))
+
+
+def _plain(token: str) -> str:
+    if token.startswith('"'):
+        return re.sub(r"\\(.)", r"\1", token[1:-1])
+    return str(token)
+
+
+_EXPECTED = {
+    "AND": "'and'", "OR": "'or'", "NOT": "'not'", "LPAR": "'('", "RPAR": "')'",
+    "VALUE": "a value", "ADDRESS_WORD": "'host' or 'port'",
+}  # fmt: skip
+
+
+def _syntax_error(error: UnexpectedInput, text: str) -> FilterError:
+    if isinstance(error, UnexpectedCharacters):
+        at = error.pos_in_stream or 0
+        if text[at] == '"':
+            return FilterError("a quote that nothing closes", text, at, len(text))
+        return FilterError(f"{text[at]!r} means nothing here", text, at, at + 1)
+    assert isinstance(error, UnexpectedToken)
+    token = error.token
+    tokens = list(_parser().lex(text))
+    wanted = error.expected
+    if token.type == "$END":
+        last = tokens[-1]
+        start, end = _span(last)
+        if last.type in ("ADDRESS_WORD", "NET", "MASK", "OWNER_WORD", "SRC", "DST"):
+            return FilterError(f"'{last}' needs a value after it", text, start, end)
+        if last.type in ("AND", "OR", "NOT"):
+            return FilterError(f"'{last}' needs something after it", text, start, end)
+        return FilterError("a parenthesis that nothing closes", text, text.rindex("("), len(text))
+    index = next(i for i, one in enumerate(tokens) if one.start_pos == token.start_pos)
+    before = tokens[index - 1] if index else None
+    if before is not None and before.type == "VALUE" and not _has_word(tokens, index - 1):
+        return _unknown(before, text)
+    if token.type == "RPAR":
+        message = "')' without '('" if "VALUE" not in wanted else "nothing before ')'"
+    elif token.type == "VALUE" and before is not None and before.type != "VALUE":
+        return _unknown(token, text)
+    elif before is not None and "VALUE" in wanted and token.type != "VALUE" and "NOT" not in wanted:
+        message = f"'{before}' needs a value after it; a value that is a word wants quotes"
+    elif "AND" in wanted:
+        close = _suggest(token, ["and", "or"]) if token.type == "VALUE" else ""
+        message = f"'and' or 'or' is missing before {_plain(token)!r}{close}"
+    else:
+        words = " or ".join(_EXPECTED[name] for name in _EXPECTED if name in wanted)
+        message = f"{_plain(token)!r} cannot stand here" + (f"; {words} can" if words else "")
+    return FilterError(message, text, *_span(token))
+
+
+def _has_word(tokens: list[Token], index: int) -> bool:
+    """Whether the value at `index` has a word before it, directly or by inheritance."""
+    words = ("ADDRESS_WORD", "NET", "MASK", "OWNER_WORD", "SRC", "DST")
+    if index and tokens[index - 1].type in words:
+        return True
+    return (
+        bool(index)
+        and tokens[index - 1].type in ("AND", "OR", "NOT")
+        and any(token.type in words for token in tokens[:index])
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """What stood before a value, for the bare values after it."""
+
+    proto: Token | None
+    side: str
+    kind: str
+
+
+class _Builder:
+    """Nodes from the parse tree, left to right."""
+
+    def __init__(self, text: str, resolve: bool) -> None:
+        self._text = text
+        self._resolve = resolve
+        self._last: _Words | None = None
+
+    def chain(self, tree: Tree[Token] | Token) -> _Node:
+        assert isinstance(tree, Tree)
+        first, *rest = tree.children
+        node = self._term(first)
+        if not rest:
+            return node
+        links = []
+        for word, term in zip(rest[::2], rest[1::2], strict=True):
+            assert isinstance(word, Token)
+            links.append(("and" if word.type == "AND" else "or", self._term(term)))
+        return _Chain(node, tuple(links))
+
+    def _term(self, tree: Tree[Token] | Token) -> _Node:
+        assert isinstance(tree, Tree)
+        if tree.data == "negation":
+            return _Not(self._term(tree.children[1]))
+        if tree.data == "group":
+            return self.chain(tree.children[0])
+        if tree.data == "bare":
+            value = tree.children[0]
+            assert isinstance(value, Token)
+            if self._last is None:
+                raise _unknown(value, self._text)
+            return self._value(self._last, value)
+        return self._test(tree)
+
+    def _test(self, tree: Tree[Token]) -> _Node:
+        proto: Token | None = None
+        side, kind, values = "src or dst", "host", []
+        for child in tree.children:
+            if isinstance(child, Tree):
+                side = self._side(child)
+            elif child.type == "PROTO":
+                proto = child
+            elif child.type == "WAY":
+                return self._way(child)
+            elif child.type == "VALUE":
+                values.append(child)
+            elif child.type != "MASK":
+                kind = str(child)
+        if not values:
+            assert proto is not None
+            return _proto(proto)
+        self._last = _Words(proto, side, kind)
+        return self._value(self._last, *values)
+
+    def _side(self, tree: Tree[Token]) -> str:
+        tokens = [child for child in tree.children if isinstance(child, Token)]
+        if len(tokens) == 1:
+            return str(tokens[0])
+        if tokens[0].type == tokens[2].type:
+            raise FilterError(f"'{tokens[0]}' twice", self._text, *_span(tokens[2]))
+        return f"src {'and' if tokens[1].type == 'AND' else 'or'} dst"
+
+    def _way(self, token: Token) -> _Node:
+        value = wire.lib.SNIFFER_DIR_IN if token == "inbound" else wire.lib.SNIFFER_DIR_OUT
+        return _Equal(str(token), "dir", (int(value),))
+
+    def _value(self, words: _Words, value: Token, mask: Token | None = None) -> _Node:
+        make = getattr(self, f"_{words.kind}")
+        node: _Node = make(words, value) if mask is None else self._masked(words, value, mask)
+        return node if words.proto is None else _Chain(_proto(words.proto), (("and", node),))
+
+    def _fail(self, message: str, token: Token) -> FilterError:
+        return FilterError(message, self._text, *_span(token))
+
+    # One method a word; the word is the method's name.
+
+    def _host(self, words: _Words, value: Token) -> _Node:
+        name = _plain(value)
+        try:
+            return _Net(words.side, ipaddress.ip_network(name))
+        except ValueError:
+            if "/" in name:
+                raise self._fail(f"{name!r} is a network: write 'net {name}'", value) from None
+        if not self._resolve or re.fullmatch(r"[\d.]+|.*:.*", name):
+            raise self._fail(f"{name!r} is no address", value)
+        try:
+            found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise self._fail(f"no address for {name!r} ({reason})", value) from None
+        addresses = sorted({str(one[4][0]).partition("%")[0] for one in found})
+        first, *rest = (_Net(words.side, ipaddress.ip_network(one)) for one in addresses)
+        return _Chain(first, tuple(("or", one) for one in rest)) if rest else first
+
+    def _net(self, words: _Words, value: Token) -> _Node:
+        name = _plain(value)
+        if re.fullmatch(r"\d+(\.\d+){0,2}", name):  # "net 10" and "net 192.168", as in pcap-filter
+            octets = name.split(".")
+            name = ".".join(octets + ["0"] * (4 - len(octets))) + f"/{8 * len(octets)}"
+        return _Net(words.side, self._network(name, value))
+
+    def _masked(self, words: _Words, value: Token, mask: Token) -> _Node:
+        return _Net(words.side, self._network(f"{_plain(value)}/{_plain(mask)}", value))
+
+    def _network(self, name: str, value: Token) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+        try:
+            return ipaddress.ip_network(name)
+        except ValueError as error:
+            raise self._fail(f"no network: {error}", value) from None
+
+    def _port(self, words: _Words, value: Token) -> _Node:
+        port = self._port_number(_plain(value), words.proto, value)
+        return _Ports(words.side, port, port)
+
+    def _portrange(self, words: _Words, value: Token) -> _Node:
+        low, dash, high = _plain(value).partition("-")
+        if not dash:
+            raise self._fail("a port range is written 'portrange 1000-2000'", value)
+        first = self._port_number(low, words.proto, value)
+        last = self._port_number(high, words.proto, value)
+        if first > last:
+            raise self._fail(f"the range begins after its end: write {last}-{first}", value)
+        return _Ports(words.side, first, last)
+
+    def _port_number(self, name: str, proto: Token | None, value: Token) -> int:
+        if name.isascii() and name.isdigit():
+            if int(name) > 65535:
+                raise self._fail(f"port {name} is above 65535", value)
+            return int(name)
+        if self._resolve:
+            for kind in [str(proto)] if proto in ("tcp", "udp") else ["tcp", "udp"]:
+                try:
+                    return socket.getservbyname(name, kind)
+                except OSError:
+                    continue
+        raise self._fail(f"{name!r} is no port", value)
+
+    def _number(self, value: Token, what: str) -> int:
+        name = _plain(value)
+        if not (name.isascii() and name.isdigit()) or int(name) >= 1 << 32:
+            raise self._fail(f"{name!r} is no {what}", value)
+        return int(name)
+
+    def _pid(self, words: _Words, value: Token) -> _Node:
+        pid = self._number(value, "pid; for a name write 'pname " + quote(_plain(value)) + "'")
+        return _Equal(f"pid {pid}", "tgid", (pid,), named=True)
+
+    def _uid(self, words: _Words, value: Token) -> _Node:
+        name = _plain(value)
+        if self._resolve and not name.isdigit():
+            try:
+                uid = pwd.getpwnam(name).pw_uid
+            except KeyError:
+                raise self._fail(f"no user {name!r}", value) from None
+        else:
+            uid = self._number(value, "uid")
+        return _Equal(f"uid {uid}", "uid", (uid,), named=True)
+
+    def _netns(self, words: _Words, value: Token) -> _Node:
+        name = _plain(value)
+        if self._resolve and not name.isdigit():
+            path = name if name.startswith("/") else os.path.join(NETNS_DIR, name)
+            try:
+                inode = os.stat(path).st_ino
+            except (OSError, ValueError):
+                raise self._fail(f"no network namespace {name!r} ({path})", value) from None
+        else:
+            inode = self._number(value, "inode of a network namespace")
+        return _Equal(f"netns {inode}", "netns", (inode,))
+
+    def _ifindex(self, words: _Words, value: Token) -> _Node:
+        index = self._number(value, "interface index")
+        return _Equal(f"ifindex {index}", "ifindex", (index,))
+
+    def _how(self, words: _Words, value: Token) -> _Node:
+        name = _plain(value)
+        reasons = int(wire.lib.SNIFFER_HOW_REASONS)
+        known: dict[str, tuple[int, ...]] = {}
+        for how, one in enumerate(wire.HOW_NAMES):
+            if one != f"how_{how}":
+                known[one] = (how,)
+        values = [how for hows in known.values() for how in hows]
+        known["named"] = tuple(how for how in values if how < reasons)
+        known["unnamed"] = tuple(how for how in values if how >= reasons)
+        if name not in known:
+            hint = _suggest(name, list(known)) or f"; one of {', '.join(known)}"
+            raise self._fail(f"unknown rule or reason {name!r}{hint}", value)
+        return _Equal(f"how {name}", "how", known[name])
+
+    def _pname(self, words: _Words, value: Token) -> _Node:
+        return _Owner("pname", _plain(value))
+
+    def _container(self, words: _Words, value: Token) -> _Node:
+        return _Owner("container", _plain(value))
+
+
+def _proto(token: Token) -> _Node:
+    field, value = {
+        "tcp": ("proto", socket.IPPROTO_TCP),
+        "udp": ("proto", socket.IPPROTO_UDP),
+        "ip": ("family", socket.AF_INET),
+        "ip6": ("family", socket.AF_INET6),
+    }[str(token)]
+    return _Equal(str(token), field, (int(value),))

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: MIT
+"""The filter language: what each word selects, how words join, what an error says."""
+
+import ipaddress
+import socket
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nlproto import UsageError, wire
+from nlproto.filter import WORDS, FilterError, parse, quote
+
+
+def record(**fields):
+    values = {
+        "src": "10.0.0.1",
+        "dst": "192.168.7.9",
+        "sport": 40000,
+        "dport": 80,
+        "proto": socket.IPPROTO_TCP,
+        "dir": wire.lib.SNIFFER_DIR_OUT,
+        "how": wire.lib.SNIFFER_HOW_CONTEXT,
+        "tgid": 100,
+        "start_ns": 1,
+        "uid": 1000,
+        "netns": 4026531840,
+        "ifindex": 1,
+        "comm": b"curl",
+    } | fields
+    one = np.zeros(1, wire.RECORD)[0]
+    for end, word in (("src", "saddr"), ("dst", "daddr")):
+        address = ipaddress.ip_address(values.pop(end))
+        one[word][: len(address.packed)] = list(address.packed)
+        one["family"] = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    for name, value in values.items():
+        one[name] = value
+    return one
+
+
+RECORDS = {
+    "curl": record(),
+    "reply": record(
+        src="192.168.7.9", dst="10.0.0.1", sport=80, dport=40000, dir=wire.lib.SNIFFER_DIR_IN
+    ),
+    "dns": record(dport=53, proto=socket.IPPROTO_UDP, tgid=200, uid=0, comm=b"systemd-resolve"),
+    "six": record(src="fe80::1", dst="2001:db8::5", dport=443, tgid=300, netns=5, ifindex=3),
+    "routed": record(
+        how=wire.lib.SNIFFER_HOW_FORWARDED, dir=wire.lib.SNIFFER_DIR_FWD, tgid=0, uid=0, comm=b""
+    ),
+}
+BATCH = np.array(list(RECORDS.values()))
+
+
+def chosen(text, details=None):
+    mask = parse(text).mask(BATCH, details)
+    assert mask.dtype == bool and mask.shape == (len(BATCH),)
+    return {name for name, taken in zip(RECORDS, mask, strict=True) if taken}
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", "curl reply dns six routed"),
+        ("tcp", "curl reply six routed"),
+        ("udp", "dns"),
+        ("ip6", "six"),
+        ("ip", "curl reply dns routed"),
+        ("port 80", "curl reply routed"),
+        ("port http", "curl reply routed"),
+        ("src port 80", "reply"),
+        ("dst port 80", "curl routed"),
+        ("src and dst port 80", ""),
+        ("src or dst port 80", "curl reply routed"),
+        ("udp port 53", "dns"),
+        ("tcp port 53", ""),
+        ("port 53 or 443", "dns six"),
+        ("tcp dst port 53 or 443 or 80", "curl six routed"),
+        ("portrange 50-443", "curl reply dns six routed"),
+        ("dst portrange 50-60", "dns"),
+        ("host 10.0.0.1", "curl reply dns routed"),
+        ("src 10.0.0.1", "curl dns routed"),
+        ("dst host 10.0.0.1", "reply"),
+        ("host fe80::1", "six"),
+        ("net 192.168.0.0/16", "curl reply dns routed"),
+        ("net 192.168", "curl reply dns routed"),
+        ("src net 192", "reply"),
+        ("net 192.168.0.0 mask 255.255.0.0", "curl reply dns routed"),
+        ("net 2001:db8::/32", "six"),
+        ("net 0.0.0.0/0", "curl reply dns routed"),
+        ("inbound", "reply"),
+        ("outbound", "curl dns six"),
+        ("pid 100", "curl reply"),
+        ("pid 100 or 200", "curl reply dns"),
+        ("pid 0", ""),
+        ("pname curl", "curl reply six"),
+        ("pname systemd-resolved", "dns"),
+        ("pname systemd-resolve", "dns"),
+        ("pname systemd-resolvers-other", "dns"),
+        ('pname "c*l"', "curl reply six"),
+        ("pname cu", ""),
+        ("uid 0", "dns"),
+        ("uid root", "dns"),
+        ("netns 5", "six"),
+        ("ifindex 3", "six"),
+        ("how forwarded", "routed"),
+        ("how unnamed", "routed"),
+        ("how context", "curl reply dns six"),
+        ("how named", "curl reply dns six"),
+        ("not tcp", "dns"),
+        ("! tcp || ip6", "dns six"),
+        ("not (tcp or udp)", ""),
+        ("not port 80 and tcp", "six"),
+        # as in pcap-filter, equal precedence from the left: (udp or tcp) and ip6
+        ("udp or tcp and ip6", "six"),
+        ("udp or (tcp and ip6)", "dns six"),
+        ("tcp&&port 443", "six"),
+    ],
+)
+def test_words_select(text, names):
+    assert chosen(text) == set(names.split())
+
+
+@dataclass
+class Known:
+    exe: str = ""
+    container: str = ""
+
+
+def test_pname_fits_the_executable_when_the_process_renamed_itself():
+    details = {(200, 1): Known(exe="/usr/lib/systemd/systemd-resolved")}
+
+    class Details:
+        def get(self, tgid, start_ns):
+            return details.get((tgid, start_ns))
+
+    assert chosen("pname systemd-resolved", Details()) == {"dns"}
+    assert chosen("pname systemd-resolvers-other", Details()) == set()
+
+
+def test_container_fits_by_name_and_by_short_id():
+    class Details:
+        def get(self, tgid, start_ns):
+            return Known(container="0123456789abcdef0123") if tgid == 300 else None
+
+    assert chosen("container 0123456789ab", Details()) == {"six"}
+    assert chosen("container 0123456789ab") == set()
+    assert chosen("container web", Details()) == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "culprit", "words"),
+    [
+        ("prot 80", "prot", "did you mean 'port'?"),
+        ("tcp adn udp", "adn", "did you mean 'and'?"),
+        ("port", "port", "needs a value"),
+        ("tcp and", "and", "needs something after it"),
+        ("(tcp", "(tcp", "nothing closes"),
+        ("tcp)", ")", "without '('"),
+        ("()", ")", "nothing before ')'"),
+        ("nginx", "nginx", "write 'pname nginx'"),
+        ("80", "80", "port 80"),
+        ("1.2.3.4", "1.2.3.4", "host 1.2.3.4"),
+        ("pid nginx", "nginx", "pname nginx"),
+        ("port 99999", "99999", "above 65535"),
+        ("portrange 9-5", "9-5", "5-9"),
+        ("portrange 9", "9", "1000-2000"),
+        ("how sockt", "sockt", "did you mean 'socket'?"),
+        ("host 1.2.3.4/8", "1.2.3.4/8", "net 1.2.3.4/8"),
+        ("host 1.2.3.400", "1.2.3.400", "no address"),
+        ("net 10.0.0.1/8", "10.0.0.1/8", "host bits"),
+        ("uid nobody-of-that-name", "nobody-of-that-name", "no user"),
+        ("netns nowhere", "nowhere", "no network namespace"),
+        ("tcp udp", "udp", "'and' or 'or' is missing"),
+        ('pname "abc', '"abc', "nothing closes"),
+        ("port tcp", "tcp", "needs a value"),
+        ("tcp and & udp", "&", "means nothing"),
+    ],
+)
+def test_an_error_points_at_the_word_and_says_what_to_do(text, culprit, words):
+    with pytest.raises(FilterError) as caught:
+        parse(text)
+    error = caught.value
+    assert text[error.start : error.end] == culprit
+    assert words in str(error)
+    assert "\n" not in str(error)
+    shown, carets = error.pointer().split("\n")
+    assert carets.strip() == "^" * len(culprit)
+    assert shown[carets.index("^") :].startswith(culprit)
+    assert isinstance(error, UsageError)
+
+
+def test_without_resolve_names_are_refused():
+    for text in ("host localhost", "port http", "uid root", "netns blue"):
+        with pytest.raises(FilterError):
+            parse(text, resolve=False)
+
+
+def test_too_deep_and_too_long_are_refused_and_long_chains_are_not():
+    with pytest.raises(FilterError, match="within each other"):
+        parse("(" * 60 + "tcp" + ")" * 60)
+    with pytest.raises(FilterError, match="within each other"):
+        parse("not " * 60 + "tcp")
+    with pytest.raises(FilterError, match="longer than"):
+        parse("tcp and " * 1000 + "tcp")
+    assert parse("tcp and " * 500 + "tcp").mask(BATCH).sum() == 4
+
+
+def test_two_filters_are_joined_by_and_as_wholes():
+    both = parse("port 80 or port 53") & parse("udp or inbound")
+    assert parse(str(both)) == both
+    assert list(both.mask(BATCH)) == [False, True, True, False, False]
+    assert parse("") & parse("tcp") == parse("tcp")
+
+
+@given(st.text(max_size=40))
+def test_any_text_parses_or_raises_a_filter_error(text):
+    try:
+        parse(text, resolve=False).mask(BATCH)
+    except FilterError as error:
+        assert "\n" not in str(error).replace(text, "")
+
+
+@given(st.text(min_size=1, max_size=20))
+def test_any_name_can_be_quoted(name):
+    parsed = parse(f"pname {quote(name)}")
+    assert parsed.root.name == name
+
+
+leaves = st.sampled_from(["tcp", "udp", "port 80", "src 10.0.0.1", "inbound", "pid 100", "uid 0"])
+trees = st.recursive(
+    leaves,
+    lambda inner: st.one_of(
+        st.builds("not ({})".format, inner),
+        st.builds("({}) and ({})".format, inner, inner),
+        st.builds("({}) or ({})".format, inner, inner),
+    ),
+    max_leaves=8,
+)
+
+
+@given(trees)
+def test_the_text_form_means_the_same(text):
+    first = parse(text)
+    again = parse(str(first), resolve=False)
+    assert str(again) == str(first)
+    assert (again.mask(BATCH) == first.mask(BATCH)).all()
+
+
+@given(trees, trees)
+def test_and_or_not_are_those_of_sets(one, other):
+    everything = set(RECORDS)
+    assert chosen(f"({one}) and ({other})") == chosen(one) & chosen(other)
+    assert chosen(f"({one}) or ({other})") == chosen(one) | chosen(other)
+    assert chosen(f"not ({one})") == everything - chosen(one)
+
+
+def test_every_word_can_stand_as_a_quoted_value():
+    for word in WORDS:
+        assert parse(f'pname "{word}"').root.name == word
