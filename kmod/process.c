@@ -248,7 +248,7 @@ void sniffer_process_rename(struct task_struct *task, const char *comm)
 	rcu_read_lock();
 	proc = sniffer_process_find(task);
 	if (proc && strncmp(proc->comm, comm, SNIFFER_COMM_LEN)) {
-		strncpy(proc->comm, comm, SNIFFER_COMM_LEN);
+		strscpy_pad(proc->comm, comm, SNIFFER_COMM_LEN);
 		sniffer_netlink_process(proc, SNIFFER_EVENT_RENAME);
 	}
 	rcu_read_unlock();
