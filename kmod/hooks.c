@@ -303,7 +303,7 @@ static void hooks_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 	r->tid = current->pid;
 	r->start_ns = current->group_leader->start_boottime;
 	r->uid = from_kuid(&init_user_ns, current_uid());
-	memcpy(r->comm, current->group_leader->comm, SNIFFER_COMM_LEN);
+	sniffer_process_comm(r->comm, current->group_leader->comm);
 	{
 		const struct sniffer_owner *owner = sniffer_owner_find(r->cookie);
 

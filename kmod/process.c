@@ -81,7 +81,7 @@ static void process_fill(struct sniffer_proc *proc, struct task_struct *task)
 
 	proc->tgid = task->tgid;
 	proc->start_ns = leader->start_boottime;
-	memcpy(proc->comm, leader->comm, SNIFFER_COMM_LEN);
+	sniffer_process_comm(proc->comm, leader->comm);
 
 	rcu_read_lock();
 	proc->uid = from_kuid(&init_user_ns, __task_cred(task)->uid);
@@ -208,7 +208,7 @@ void sniffer_process_exec(struct task_struct *task)
 	rcu_read_lock();
 	proc = sniffer_process_find(task);
 	if (proc) {
-		memcpy(proc->comm, task->group_leader->comm, SNIFFER_COMM_LEN);
+		sniffer_process_comm(proc->comm, task->group_leader->comm);
 		if (task->mm)
 			process_exe(task->mm, proc->about.exe);
 		sniffer_process_refresh(proc);
@@ -248,7 +248,7 @@ void sniffer_process_rename(struct task_struct *task, const char *comm)
 	rcu_read_lock();
 	proc = sniffer_process_find(task);
 	if (proc && strncmp(proc->comm, comm, SNIFFER_COMM_LEN)) {
-		strscpy_pad(proc->comm, comm, SNIFFER_COMM_LEN);
+		sniffer_process_comm(proc->comm, comm);
 		sniffer_netlink_process(proc, SNIFFER_EVENT_RENAME);
 	}
 	rcu_read_unlock();

@@ -4,6 +4,7 @@
 
 #include <linux/refcount.h>
 #include <linux/sched.h>
+#include <linux/string.h>
 #include <linux/types.h>
 
 #include "shared_proto.h"
@@ -39,6 +40,12 @@ struct sniffer_proc {
 static inline bool sniffer_process_is(const struct sniffer_proc *proc, const struct task_struct *task)
 {
 	return proc->tgid == task->tgid && proc->start_ns == task->group_leader->start_boottime;
+}
+
+/* What follows a NUL in a task's comm is left over from earlier names: not for the wire. */
+static inline void sniffer_process_comm(char *to, const char *comm)
+{
+	strscpy_pad(to, comm, SNIFFER_COMM_LEN);
 }
 
 struct sniffer_proc *sniffer_process_find(const struct task_struct *task);
