@@ -248,16 +248,16 @@ def decode_process(buf: bytes | memoryview) -> ProcessEvent:
 
 
 def decode_snaps(buf: bytes | memoryview) -> SnapBatch:
-    """Return the snaps in `buf` (attribute SNIFFER_A_SNAPS), their bytes copied.
+    """Return the snaps in `buf` (attribute SNIFFER_A_SNAPS), all of it copied.
 
     Raises VersionMismatch for a version it does not know, Error when sizes do not add up.
     """
-    head = _decode_head(buf)
+    head = _decode_head(bytes(buf[: BATCH.itemsize]))
     view = memoryview(buf).toreadonly()
     snaps = []
     at = BATCH.itemsize
     for _ in range(int(head["count"])):
-        one = decode_struct(view[at:], SNAP)
+        one = decode_struct(bytes(view[at : at + SNAP.itemsize]), SNAP)
         at += SNAP.itemsize
         caplen = int(one["caplen"])
         if at + caplen > len(view):
