@@ -3,4 +3,4 @@
 
 from setuptools import setup
 
-setup(cffi_modules=["python/build_wire.py:builder"])
+setup(cffi_modules=["python/build_wire.py:builder", "python/build_host.py:builder"])

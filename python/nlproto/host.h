@@ -1,0 +1,69 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * host.h - what engine `packet` asks the kernel in bulk, as arrays for NumPy.
+ *
+ * cffi reads this file as well as the compiler: plain declarations only.
+ */
+
+/* A socket, as sock_diag or /proc/net lists it. Ports in host, addresses in network order. */
+struct host_socket {
+	uint64_t cookie;	/* 0: not told */
+	uint64_t inode;		/* 0: no descriptor (TIME_WAIT, orphan, not accepted) */
+	uint32_t uid;
+	uint32_t ifindex;	/* SO_BINDTODEVICE, 0: none */
+	uint16_t sport;		/* local */
+	uint16_t dport;		/* remote, 0: none */
+	uint8_t family;
+	uint8_t proto;
+	uint8_t state;		/* as in /proc/net/tcp */
+	uint8_t reserved;
+	uint8_t saddr[16];
+	uint8_t daddr[16];
+};
+
+/* Reader of one AF_PACKET ring (TPACKET_V2). */
+struct host_ring {
+	uint8_t *frames;
+	uint32_t count;
+	uint32_t size;		/* bytes a frame */
+	uint32_t at;		/* next frame to read */
+	uint32_t netns;
+	int64_t mono_offset;	/* CLOCK_MONOTONIC minus CLOCK_REALTIME, ns */
+	uint64_t packets;	/* frames read since the start */
+	uint64_t fragments;	/* of these: later fragments */
+	uint64_t truncated;	/* headers incomplete */
+	uint64_t other;		/* neither TCP nor UDP after all */
+};
+
+/* A record before naming, with what only the frame tells. */
+struct host_frame {
+	uint8_t to_all;		/* received as multicast or broadcast */
+};
+
+/* Read up to max frames as records (how 0); returns their number, skipped ones not among them. */
+uint32_t host_ring_read(struct host_ring *ring, struct sniffer_record *records,
+			struct host_frame *frames, uint32_t max);
+
+/* The sizes a ring needs: a frame with snap packet bytes. */
+uint32_t host_frame_size(uint32_t snap);
+
+/* Write a sock_diag request for one socket or, with dump, for all; returns its length. */
+uint32_t host_diag_request(uint8_t *buf, uint32_t seq, uint8_t family, uint8_t proto, int dump,
+			   const uint8_t *saddr, uint16_t sport, const uint8_t *daddr,
+			   uint16_t dport, uint32_t ifindex);
+
+/*
+ * Read the answers in one datagram into sockets. Returns how many there are; -errno for an
+ * error answer; *done is set after the last one.
+ */
+int host_diag_read(const uint8_t *buf, uint32_t len, uint32_t seq, uint8_t proto,
+		   struct host_socket *sockets, uint32_t max, int *done);
+
+/* Move the calling thread into the network namespace behind fd; 0 or -errno. */
+int host_setns_net(int fd);
+
+/*
+ * Read the inodes of the sockets among a directory's descriptors (an open /proc/PID/fd);
+ * returns how many, at most max, or -errno.
+ */
+int host_socket_inodes(int dirfd, uint64_t *inodes, uint32_t *fds, uint32_t max);
