@@ -18,7 +18,7 @@ from pathlib import Path
 
 __all__ = ["KERNELS", "Kernel", "Unavailable", "UnpackedKernel", "cache_directory", "unpack"]
 
-TOOLCHAIN = ("gcc", "make", "binutils", "mawk", "dash", "sparse")
+TOOLCHAIN = ("gcc", "make", "binutils", "mawk", "dash", "coreutils", "grep", "sed", "sparse")
 
 
 class Unavailable(Exception):

@@ -11,7 +11,8 @@ __all__ = ["KernelLog", "problems"]
 
 PROBLEM = re.compile(
     r"WARNING:|\bBUG\b|\bOops\b|general protection fault|Kernel panic"
-    r"|rcu.*(stall|self-detected)|suspicious RCU usage|blocked for more than|soft lockup|hard LOCKUP"
+    r"|rcu.*(stall|self-detected)|suspicious RCU usage"
+    r"|blocked for more than|soft lockup|hard LOCKUP"
     r"|possible (circular locking|recursive locking|irq lock inversion)|inconsistent lock state"
     r"|refcount_t:|scheduling while atomic|sleeping function called from invalid context"
     r"|KASAN|kmemleak: [1-9]|UBSAN|KCSAN|unregister_netdevice: waiting|memory leak"

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: MIT
+"""The module itself: it loads, says what it is, and leaves without a trace."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+def test_module_loads_on_a_kernel_that_has_not_loaded_nf_socket(
+    module_file: Path, unloaded: None
+) -> None:
+    subprocess.run(["insmod", str(module_file)], check=True)
+    assert Path("/sys/module/sniffer").exists()
+
+
+def test_modinfo_describes_every_parameter(module_file: Path) -> None:
+    text = subprocess.run(
+        ["modinfo", str(module_file)], check=True, capture_output=True, text=True
+    ).stdout
+    assert "license:" in text and "GPL" in text
+    parameters = [line for line in text.splitlines() if line.startswith("parm:")]
+    assert parameters
+    for line in parameters:
+        name, _, description = line.removeprefix("parm:").strip().partition(":")
+        assert len(description) > 10, f"{name} is not described"
+
+
+@pytest.mark.boot("ipv6.disable=1")
+def test_module_loads_where_ipv6_is_disabled(module_file: Path, unloaded: None) -> None:
+    subprocess.run(["insmod", str(module_file)], check=True)

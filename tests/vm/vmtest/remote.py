@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: MIT
+"""pytest on the host: runs each test of tests/vm in a guest and reports it here as its own.
+
+One guest is booted per kernel and kernel command line, and kept: tests run in it one after the
+other, in one pytest (vmtest.worker), so that session fixtures there live as long as the guest.
+A guest that panics or hangs fails the test that ran, and the next test gets a new one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .build import BuildFailed, build_module
+from .guest import BOOT_SECONDS, Guest, GuestLost
+from .kernels import KERNELS, Unavailable, cache_directory, unpack
+
+__all__ = ["Remote", "command_line"]
+
+PATIENCE_SECONDS = 300.0
+LOST_GUESTS = 4
+
+
+class Remote:
+    """The plugin: `directory` is the root of the tree, `kernel` a name in KERNELS."""
+
+    def __init__(self, directory: Path, tests: Path, kernel: str) -> None:
+        self._directory = directory
+        self._tests = tests
+        self._kernel = kernel
+        self._files: list[str] = []
+        self._guest: Guest | None = None
+        self._command_line = ""
+        self._known: set[str] = set()
+        self._lost = 0
+        self._hopeless: str | None = None
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        ours = [item for item in items if self._is_ours(item)]
+        others = [item for item in items if not self._is_ours(item)]
+        # One boot for all tests of a command line; the order is otherwise kept.
+        ours.sort(key=command_line)
+        items[:] = [*others, *ours]
+        self._files = list(dict.fromkeys(str(item.path) for item in ours))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> bool | None:
+        if not self._is_ours(item):
+            return None
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        for report in self._run(item, nextitem):
+            item.ihook.pytest_runtest_logreport(report=report)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def pytest_sessionfinish(self) -> None:
+        self._shut_down()
+
+    def _run(
+        self, item: pytest.Item, nextitem: pytest.Item | None
+    ) -> Iterator[pytest.TestReport]:
+        started = time.time()
+        follower = nextitem
+        if nextitem is not None and (
+            not self._is_ours(nextitem) or command_line(nextitem) != command_line(item)
+        ):
+            follower = None
+        marker = item.get_closest_marker("patience")
+        patience = float(marker.args[0]) if marker else PATIENCE_SECONDS
+        try:
+            guest = self._guest_for(item)
+            if item.nodeid not in self._known:
+                raise GuestLost(f"the guest did not find this test\n{guest.console_tail()}")
+            guest.send({"run": item.nodeid, "next": follower.nodeid if follower else None})
+            deadline = time.monotonic() + patience
+            while True:
+                answer = guest.receive(deadline - time.monotonic())
+                if "done" in answer:
+                    break
+                yield item.config.hook.pytest_report_from_serializable(
+                    config=item.config, data=answer["report"]
+                )
+        except (BuildFailed, GuestLost, Unavailable) as error:
+            self._shut_down()
+            self._count_loss(error)
+            yield pytest.TestReport(
+                nodeid=item.nodeid,
+                location=item.location,
+                keywords={},
+                outcome="failed",
+                longrepr=str(error),
+                when="call",
+                duration=time.time() - started,
+                start=started,
+                stop=time.time(),
+            )
+        else:
+            if follower is None:
+                self._shut_down()
+
+    def _guest_for(self, item: pytest.Item) -> Guest:
+        if self._hopeless:
+            raise GuestLost(self._hopeless)
+        wanted = command_line(item)
+        if self._guest is not None and wanted == self._command_line:
+            return self._guest
+        self._shut_down()
+        cache = cache_directory()
+        kernel = unpack(KERNELS[self._kernel], cache)
+        module = build_module(self._directory, kernel, cache).module
+        worker = [
+            "env",
+            f"PYTHONPATH={Path(__file__).parent.parent}",
+            "PACKET_HUNTER_KERNEL=own",
+            f"PACKET_HUNTER_MODULE={module}",
+            *(sys.executable, "-m", "pytest", "-p", "vmtest.worker", "-p", "no:cacheprovider"),
+            *("-q", "--tb=long", "--continue-on-collection-errors"),
+            *self._files,
+        ]
+        guest = Guest(kernel, worker, append=wanted, directory=self._directory)
+        guest.__enter__()
+        self._guest, self._command_line = guest, wanted
+        self._known = set(guest.receive(BOOT_SECONDS)["ready"])
+        return guest
+
+    def _count_loss(self, error: Exception) -> None:
+        self._lost += 1
+        first = str(error).splitlines()[0]
+        if not isinstance(error, GuestLost):
+            self._hopeless = f"{first} (see the first failure)"
+        elif self._lost >= LOST_GUESTS and self._hopeless is None:
+            self._hopeless = f"{self._lost} guests were lost, no more are booted (last: {first})"
+
+    def _shut_down(self) -> None:
+        guest, self._guest = self._guest, None
+        if guest is None:
+            return
+        try:
+            guest.send({"stop": True})
+        except GuestLost:
+            pass
+        guest.__exit__()
+
+    def _is_ours(self, item: pytest.Item) -> bool:
+        return item.path.is_relative_to(self._tests)
+
+
+def command_line(item: pytest.Item) -> str:
+    """What a test's `boot` marker adds to the kernel command line."""
+    marker = item.get_closest_marker("boot")
+    return str(marker.args[0]) if marker else ""
+
+
+def kernel_to_test() -> str:
+    """PACKET_HUNTER_KERNEL: a name in KERNELS, or "own" to test the kernel that runs us."""
+    name = os.environ.get("PACKET_HUNTER_KERNEL", "6.1")
+    if name != "own" and name not in KERNELS:
+        raise pytest.UsageError(
+            f"PACKET_HUNTER_KERNEL={name}: no such kernel; there are own, {', '.join(KERNELS)}"
+        )
+    return name
