@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Records gather per CPU and leave as one Netlink message: when the batch is
- * full, when its oldest record has waited flush_ms, or when a reader asks.
+ * Records (and, for who asks for them, the packets' first bytes) gather per CPU
+ * and leave as one Netlink message: when the batch is full, when its oldest
+ * record has waited flush_ms, or when a reader asks.
  * All counting happens here too, beside the batch.
  */
+#include <linux/cpu.h>
 #include <linux/module.h>
 #include <linux/moduleparam.h>
 #include <linux/percpu.h>
@@ -23,30 +25,45 @@ static unsigned int flush_ms = SNIFFER_FLUSH_MS_DEFAULT;
 module_param(flush_ms, uint, 0444);
 MODULE_PARM_DESC(flush_ms, "milliseconds a record waits at most, 1 to 1000 (default 20)");
 
+/* Bytes of snaps a message: as large as a default batch of records. */
+#define BATCH_SNAP_ROOM	(SNIFFER_BATCH_DEFAULT * sizeof(struct sniffer_record))
+
 /**
- * struct batch_cpu - one CPU's batch and counters
+ * struct batch_stream - a message under construction, and where its sequence stands
+ * @skb: the message, NULL when nothing waits
+ * @head: its struct sniffer_batch, within @skb
+ * @used: bytes after the head
+ * @room: bytes that @skb was sized for
+ * @batch_seq: of the next message
+ * @seq: of the next record or snap
+ * @lost: records or snaps that got no skb
+ */
+struct batch_stream {
+	struct sk_buff *skb;
+	struct sniffer_batch *head;
+	unsigned int used;
+	unsigned int room;
+	u64 batch_seq;
+	u64 seq;
+	u64 lost;
+};
+
+/**
+ * struct batch_cpu - one CPU's batches and counters
  * @lock: guards all below. Taken by the hooks of this CPU (process context or
  *	softirq), its timer, and flushes: _bh. In practice its own CPU only, so
  *	it is never contended; it is there for CPU hotplug, when a timer migrates.
  * @timer: pinned; runs while a batch waits
- * @skb: the message under construction, NULL when nothing waits
- * @head: its struct sniffer_batch, within @skb
- * @room: records that @skb was sized for
- * @batch_seq: of the next batch
- * @record_seq: of the next record
- * @lost: records that got no skb
+ * @records: for group packets
+ * @snaps: for group snaps
  * @count: counters, by_how included; those the header wants are derived
- * @skipped: packets without a record, by cause
+ * @skipped: packets without a record, by cause; with BH off on its own CPU only
  */
 struct batch_cpu {
 	spinlock_t lock;
 	struct timer_list timer;
-	struct sk_buff *skb;
-	struct sniffer_batch *head;
-	unsigned int room;
-	u64 batch_seq;
-	u64 record_seq;
-	u64 lost;
+	struct batch_stream records;
+	struct batch_stream snaps;
 	struct sniffer_counters count;
 	u64 skipped[SNIFFER_SKIPS];
 };
@@ -65,29 +82,45 @@ static u64 batch_skipped(const struct batch_cpu *cpu)
 	return sum;
 }
 
-/* Under the lock. */
-static void batch_send(struct batch_cpu *cpu)
+/* Under the lock. Return: 0, or an error when nobody got the message. */
+static int batch_stream_send(struct batch_cpu *cpu, struct batch_stream *stream,
+			     enum sniffer_group group)
 {
-	struct sniffer_batch *head = cpu->head;
-	unsigned int count;
+	struct sniffer_batch *head = stream->head;
+	struct sk_buff *skb = stream->skb;
 
-	if (!cpu->skb)
-		return;
-	count = head->count;
 	head->skipped = batch_skipped(cpu);
 	head->packets = cpu->count.recorded + head->skipped;
-	head->lost = cpu->lost;
+	head->lost = stream->lost;
 	head->mono_ns = ktime_get_ns();
 	head->real_ns = ktime_get_real_ns();
 	head->boot_ns = ktime_get_boottime_ns();
-	cpu->batch_seq++;
+	stream->batch_seq++;
+	stream->skb = NULL;
+	return sniffer_netlink_send(skb, group, stream->used);
+}
+
+/* Under the lock. */
+static void batch_send_records(struct batch_cpu *cpu)
+{
+	unsigned int count;
+
+	if (!cpu->records.skb)
+		return;
+	count = cpu->records.head->count;
 	cpu->count.batches++;
-	if (sniffer_netlink_send(cpu->skb, SNIFFER_GROUP_INDEX_PACKETS,
-				 head->count * sizeof(struct sniffer_record)))
+	if (batch_stream_send(cpu, &cpu->records, SNIFFER_GROUP_INDEX_PACKETS))
 		cpu->count.lost_batch += count;
 	else
 		cpu->count.sent += count;
-	cpu->skb = NULL;
+}
+
+/* Under the lock. Records first: a reader joins a snap to the record it knows. */
+static void batch_send(struct batch_cpu *cpu)
+{
+	batch_send_records(cpu);
+	if (cpu->snaps.skb)
+		batch_stream_send(cpu, &cpu->snaps, SNIFFER_GROUP_INDEX_SNAPS);
 }
 
 static void batch_expired(struct timer_list *timer)
@@ -99,28 +132,45 @@ static void batch_expired(struct timer_list *timer)
 	spin_unlock_bh(&cpu->lock);
 }
 
-/* Under the lock. */
-static bool batch_begin(struct batch_cpu *cpu)
+/*
+ * Under the lock. Return: @size bytes to be written at the end of
+ * the stream's message, or NULL when there is no memory for one.
+ */
+static void *batch_stream_reserve(struct batch_cpu *cpu, struct batch_stream *stream,
+				  unsigned int size, unsigned int room)
 {
-	unsigned int room = READ_ONCE(batch);
-	struct sk_buff *skb;
+	bool records = stream == &cpu->records;
+	void *data;
 
-	skb = sniffer_netlink_begin(SNIFFER_A_RECORDS, SNIFFER_CMD_PACKETS, sizeof(*cpu->head),
-				    room * sizeof(struct sniffer_record), (void **)&cpu->head);
-	if (!skb)
-		return false;
-	memset(cpu->head, 0, sizeof(*cpu->head));
-	cpu->head->version = SNIFFER_VERSION;
-	cpu->head->record_size = sizeof(struct sniffer_record);
-	cpu->head->cpu = smp_processor_id();
-	cpu->head->instance = batch_instance;
-	cpu->head->batch_seq = cpu->batch_seq;
-	cpu->head->record_seq = cpu->record_seq;
-	cpu->skb = skb;
-	cpu->room = room;
-	if (!READ_ONCE(batch_stopped))
-		mod_timer(&cpu->timer, jiffies + msecs_to_jiffies(READ_ONCE(flush_ms)));
-	return true;
+	if (!stream->skb) {
+		stream->skb = sniffer_netlink_begin(records ? SNIFFER_A_RECORDS : SNIFFER_A_SNAPS,
+						    records ? SNIFFER_CMD_PACKETS :
+							      SNIFFER_CMD_SNAPS,
+						    sizeof(*stream->head), room,
+						    (void **)&stream->head);
+		if (!stream->skb) {
+			stream->seq++;
+			stream->lost++;
+			return NULL;
+		}
+		memset(stream->head, 0, sizeof(*stream->head));
+		stream->head->version = SNIFFER_VERSION;
+		stream->head->record_size = records ? size : 0;
+		stream->head->cpu = smp_processor_id();
+		stream->head->instance = batch_instance;
+		stream->head->batch_seq = stream->batch_seq;
+		stream->head->record_seq = stream->seq;
+		stream->used = 0;
+		stream->room = room;
+		if (!timer_pending(&cpu->timer) && !READ_ONCE(batch_stopped))
+			mod_timer(&cpu->timer,
+				  jiffies + msecs_to_jiffies(READ_ONCE(flush_ms)));
+	}
+	data = (u8 *)(stream->head + 1) + stream->used;
+	stream->used += size;
+	stream->head->count++;
+	stream->seq++;
+	return data;
 }
 
 /**
@@ -136,18 +186,19 @@ void sniffer_batch_skip(enum sniffer_skip why)
 
 /**
  * sniffer_batch_add - hand a record on
- * @record: all but cpu and sequence filled in
+ * @record: all but cpu and sequence, which are filled in here
  */
 void sniffer_batch_add(struct sniffer_record *record)
 {
 	struct batch_cpu *cpu;
+	void *data;
 
 	local_bh_disable();
 	cpu = this_cpu_ptr(&batch_cpus);
 	spin_lock(&cpu->lock);
 
 	record->cpu = smp_processor_id();
-	record->seq = cpu->record_seq;
+	record->seq = cpu->records.seq;
 	cpu->count.records++;
 	cpu->count.by_how[record->how]++;
 	if (record->flags & SNIFFER_F_COPY) {
@@ -157,16 +208,47 @@ void sniffer_batch_add(struct sniffer_record *record)
 		cpu->count.wire_packets += record->gso_segs;
 		cpu->count.wire_bytes += record->len + (record->gso_segs - 1) * record->hdr_len;
 	}
-	if (cpu->skb || batch_begin(cpu)) {
-		memcpy((struct sniffer_record *)(cpu->head + 1) + cpu->head->count, record,
-		       sizeof(*record));
-		cpu->record_seq++;
-		if (++cpu->head->count >= cpu->room)
-			batch_send(cpu);
+	data = batch_stream_reserve(cpu, &cpu->records, sizeof(*record),
+				    READ_ONCE(batch) * sizeof(*record));
+	if (data) {
+		memcpy(data, record, sizeof(*record));
+		if (cpu->records.used >= cpu->records.room)
+			batch_send_records(cpu);
 	} else {
-		cpu->record_seq++;
-		cpu->lost++;
 		cpu->count.lost_alloc++;
+	}
+
+	spin_unlock(&cpu->lock);
+	local_bh_enable();
+}
+
+/**
+ * sniffer_batch_snap - hand on the first bytes of a packet
+ * @record: its record, after sniffer_batch_add()
+ * @skb: the packet, data at the IP header
+ */
+void sniffer_batch_snap(const struct sniffer_record *record, const struct sk_buff *skb)
+{
+	unsigned int caplen = min_t(unsigned int, skb->len, SNIFFER_SNAP_LEN);
+	unsigned int size = sizeof(struct sniffer_snap) + ALIGN(caplen, 8);
+	struct sniffer_snap *snap;
+	struct batch_cpu *cpu;
+
+	local_bh_disable();
+	cpu = this_cpu_ptr(&batch_cpus);
+	spin_lock(&cpu->lock);
+
+	if (cpu->snaps.skb && cpu->snaps.used + size > cpu->snaps.room)
+		batch_send(cpu);
+	snap = batch_stream_reserve(cpu, &cpu->snaps, size, BATCH_SNAP_ROOM);
+	if (snap) {
+		memset(snap, 0, size);
+		snap->time_ns = record->time_ns;
+		snap->seq = record->seq;
+		snap->cpu = record->cpu;
+		snap->len = record->len;
+		if (!skb_copy_bits(skb, 0, snap + 1, caplen))
+			snap->caplen = caplen;
 	}
 
 	spin_unlock(&cpu->lock);
@@ -188,11 +270,11 @@ static void batch_flush_here(struct work_struct *work)
 	spin_lock(&cpu->lock);
 	batch_send(cpu);
 	tail->cpu = smp_processor_id();
-	tail->batch_seq = cpu->batch_seq;
-	tail->record_seq = cpu->record_seq;
+	tail->batch_seq = cpu->records.batch_seq;
+	tail->record_seq = cpu->records.seq;
 	tail->skipped = batch_skipped(cpu);
 	tail->packets = cpu->count.recorded + tail->skipped;
-	tail->lost = cpu->lost;
+	tail->lost = cpu->records.lost;
 	spin_unlock(&cpu->lock);
 	local_bh_enable();
 }
@@ -212,6 +294,7 @@ unsigned int sniffer_batch_flush(struct sniffer_tail *tails, unsigned int max)
 	unsigned int count = 0;
 	int cpu;
 
+	cpus_read_lock();
 	for_each_online_cpu(cpu) {
 		if (count == max)
 			break;
@@ -222,6 +305,7 @@ unsigned int sniffer_batch_flush(struct sniffer_tail *tails, unsigned int max)
 		destroy_work_on_stack(&work.work);
 		tails[count++] = work.tail;
 	}
+	cpus_read_unlock();
 	return count;
 }
 

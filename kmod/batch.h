@@ -2,6 +2,8 @@
 #ifndef SNIFFER_BATCH_H
 #define SNIFFER_BATCH_H
 
+#include <linux/skbuff.h>
+
 #include "shared_proto.h"
 
 /* Why a packet has no record. */
@@ -15,6 +17,7 @@ enum sniffer_skip {
 
 void sniffer_batch_skip(enum sniffer_skip why);
 void sniffer_batch_add(struct sniffer_record *record);
+void sniffer_batch_snap(const struct sniffer_record *record, const struct sk_buff *skb);
 unsigned int sniffer_batch_flush(struct sniffer_tail *tails, unsigned int max);
 void sniffer_batch_counters(struct sniffer_counters *sum);
 unsigned int sniffer_batch_size(void);

@@ -256,6 +256,7 @@ unknown:
 static void hooks_out(struct sniffer_flow *flow, const struct nf_hook_state *state, bool trusted)
 {
 	struct sniffer_record *r = &flow->record;
+	const struct sniffer_owner *owner;
 	struct sock *sk = flow->skb->sk;
 	bool kernel;
 
@@ -304,12 +305,16 @@ static void hooks_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 	r->start_ns = current->group_leader->start_boottime;
 	r->uid = from_kuid(&init_user_ns, current_uid());
 	sniffer_process_comm(r->comm, current->group_leader->comm);
-	{
-		const struct sniffer_owner *owner = sniffer_owner_find(r->cookie);
+	owner = sniffer_owner_find(r->cookie);
+	if (owner)
+		hooks_add_facts(r, owner);
+}
 
-		if (owner)
-			hooks_add_facts(r, owner);
-	}
+static void hooks_record(struct sniffer_flow *flow)
+{
+	sniffer_batch_add(&flow->record);
+	if (sniffer_netlink_snapping() && !(flow->record.flags & SNIFFER_F_COPY))
+		sniffer_batch_snap(&flow->record, flow->skb);
 }
 
 static void hooks_in_multicast(struct sniffer_flow *flow)
@@ -321,7 +326,7 @@ static void hooks_in_multicast(struct sniffer_flow *flow)
 	count = sniffer_lookup_multicast(flow, socks, HOOKS_RECEIVERS);
 	if (!count) {
 		flow->record.how = SNIFFER_HOW_NO_SOCKET;
-		sniffer_batch_add(&flow->record);
+		hooks_record(flow);
 		return;
 	}
 	for (i = 0; i < count; i++) {
@@ -329,7 +334,7 @@ static void hooks_in_multicast(struct sniffer_flow *flow)
 		if (i)
 			flow->record.flags = SNIFFER_F_COPY;
 		hooks_name_socket(flow, socks[i], SNIFFER_HOW_SOCKET);
-		sniffer_batch_add(&flow->record);
+		hooks_record(flow);
 	}
 }
 
@@ -383,7 +388,7 @@ static unsigned int hooks_packet(struct sk_buff *skb, const struct nf_hook_state
 	} else {
 		hooks_in(&flow);
 	}
-	sniffer_batch_add(&flow.record);
+	hooks_record(&flow);
 	return NF_ACCEPT;
 }
 

@@ -30,6 +30,14 @@ bool sniffer_netlink_listening(void)
 }
 
 /**
+ * sniffer_netlink_snapping - does anybody want the packets' first bytes?
+ */
+bool sniffer_netlink_snapping(void)
+{
+	return genl_has_listeners(&netlink_family, &init_net, SNIFFER_GROUP_INDEX_SNAPS);
+}
+
+/**
  * sniffer_netlink_begin - start a multicast message of one growing attribute
  * @attr: enum sniffer_attr
  * @cmd: enum sniffer_cmd
@@ -254,7 +262,7 @@ static void netlink_describe_socket(struct sniffer_owner *owner, struct sniffer_
 	out->flags = READ_ONCE(owner->flags);
 	if (out->holders > 1)
 		out->flags |= SNIFFER_F_SHARED;
-	if (READ_ONCE(owner->dead))
+	if (READ_ONCE(owner->dead) && !READ_ONCE(owner->listener))
 		out->flags |= SNIFFER_F_DEAD;
 	out->family = owner->family;
 	out->proto = owner->proto;

@@ -14,6 +14,7 @@ enum sniffer_group {
 };
 
 bool sniffer_netlink_listening(void);
+bool sniffer_netlink_snapping(void);
 struct sk_buff *sniffer_netlink_begin(int attr, u8 cmd, size_t head, size_t room, void **data);
 int sniffer_netlink_send(struct sk_buff *skb, enum sniffer_group group, size_t used);
 void sniffer_netlink_process(const struct sniffer_proc *proc, u32 event);

@@ -24,12 +24,14 @@
 
 #include "compat.h"
 #include "owner.h"
+#include "probes.h"
 
 #define OWNER_LOCKS	256
 /* FIN_WAIT2 and then TIME_WAIT, 60 s each, and some */
 #define OWNER_KEEP	(130 * HZ)
 #define OWNER_KEEP_UDP	(2 * HZ)
 #define OWNER_KEEP_MIN	(5 * HZ)	/* when the table is nearly full */
+#define OWNER_KEEP_BLIND (600 * HZ)	/* unused, when no probe tells of its end */
 
 static unsigned int max_sockets = 262144;
 module_param(max_sockets, uint, 0444);
@@ -288,11 +290,13 @@ static void owner_touch(struct sock *sk, u64 inode, struct sniffer_proc *proc,
 	}
 	if (owner->listener) {
 		WRITE_ONCE(owner->listener, 0);
+		WRITE_ONCE(owner->dead, 0);
 		owner->creator = proc->tgid;
 		owner->creator_start = proc->start_ns;
 	}
 	owner_index_inode(owner, inode);
 	owner_note_address(owner, sk);
+	owner->seen = jiffies;
 	hold = owner_hold_of(owner, proc);
 	if (!hold)
 		owner_add_hold(owner, proc, fds);
@@ -340,6 +344,8 @@ void sniffer_owner_use(struct sock *sk)
 		if (proc && sniffer_process_is(proc, current) && READ_ONCE(owner->nholders)) {
 			if (READ_ONCE(owner->tid) != current->pid)
 				WRITE_ONCE(owner->tid, current->pid);
+			if (unlikely(!sniffer_probes_alive()))
+				WRITE_ONCE(owner->seen, jiffies);
 			sniffer_process_refresh(proc);
 			rcu_read_unlock();
 			return;
@@ -422,6 +428,8 @@ void sniffer_owner_await(struct sock *sk, u64 listener)
 	if (!fresh)
 		return;
 	fresh->listener = listener;
+	/* requests are freed unseen: forget it in time unless it is accepted */
+	fresh->dead = jiffies | 1;
 	lock = owner_lock(cookie);
 	raw_spin_lock_irqsave(lock, flags);
 	if (!sniffer_owner_find(cookie)) {
@@ -713,6 +721,7 @@ static void owner_remove(struct sniffer_owner *owner)
 static void owner_collect(struct work_struct *work)
 {
 	bool tight = atomic_read(&owner_used) > max_sockets / 4 * 3;
+	bool blind = !sniffer_probes_alive();
 	struct sniffer_owner *owner;
 	struct hlist_node *next;
 	unsigned long flags;
@@ -732,7 +741,8 @@ static void owner_collect(struct work_struct *work)
 				keep = OWNER_KEEP_UDP;
 			else if (tight)
 				keep = OWNER_KEEP_MIN;
-			if (dead && time_after(jiffies, dead + keep))
+			if (dead ? time_after(jiffies, dead + keep) :
+				   blind && time_after(jiffies, owner->seen + OWNER_KEEP_BLIND))
 				owner_remove(owner);
 		}
 		raw_spin_unlock_irqrestore(lock, flags);

@@ -38,7 +38,9 @@ struct sniffer_hold {
  * @family: AF_INET or AF_INET6
  * @port: local port when last used
  * @addr: local address when last used
- * @dead: jiffies | 1 when the socket was freed, 0 before
+ * @dead: jiffies | 1 when the socket was freed, or when its connection was
+ *	made while nobody has accepted it; else 0
+ * @seen: jiffies of last use; exact only while kprobes do not fire
  * @holds: guarded by the bucket lock of @cookie
  * @rcu: readers hold rcu_read_lock()
  */
@@ -57,6 +59,7 @@ struct sniffer_owner {
 	u32 netns;
 	u64 creator_start;
 	unsigned long dead;
+	unsigned long seen;
 	struct sniffer_hold *holds;
 	struct rcu_head rcu;
 	u16 port;

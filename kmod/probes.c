@@ -207,9 +207,11 @@ static void probes_rename(void *data, struct task_struct *task, const char *comm
 static void probes_state(void *data, const struct sock *sk, int oldstate, int newstate)
 {
 	probes_note(SNIFFER_PROBE_STATE);
-	if (sk->sk_protocol != IPPROTO_TCP || !in_task())
+	if (sk->sk_protocol != IPPROTO_TCP)
 		return;
-	if (newstate == TCP_SYN_SENT || newstate == TCP_LISTEN)
+	if (newstate == TCP_CLOSE && !sniffer_probes_alive())
+		sniffer_owner_free((struct sock *)sk);
+	else if (in_task() && (newstate == TCP_SYN_SENT || newstate == TCP_LISTEN))
 		sniffer_owner_use((struct sock *)sk);
 }
 
