@@ -125,7 +125,7 @@ static enum parsed parse_frame(const struct host_ring *ring, const struct tpacke
 {
 	const uint8_t *base = (const uint8_t *)h;
 	const struct sockaddr_ll *ll;
-	struct virtio_net_hdr vnet;
+	struct virtio_net_hdr vnet = { 0 };
 	const uint8_t *ip = base + h->tp_net;
 	const uint8_t *end = base + h->tp_mac + h->tp_snaplen;
 	uint32_t link_len = (uint32_t)(h->tp_net - h->tp_mac);
@@ -133,7 +133,6 @@ static enum parsed parse_frame(const struct host_ring *ring, const struct tpacke
 
 	memset(r, 0, sizeof(*r));
 	ll = (const void *)(base + TPACKET_ALIGN(sizeof(*h)));
-	memcpy(&vnet, base + h->tp_mac - sizeof(vnet), sizeof(vnet));
 	if (h->tp_net < h->tp_mac || end > base + ring->size || ip >= end)
 		return TRUNCATED;
 	r->len = h->tp_len > link_len ? h->tp_len - link_len : 0;
@@ -146,6 +145,8 @@ static enum parsed parse_frame(const struct host_ring *ring, const struct tpacke
 	r->ifindex = (uint32_t)ll->sll_ifindex;
 	r->dir = ll->sll_pkttype == PACKET_OUTGOING ? SNIFFER_DIR_OUT : SNIFFER_DIR_IN;
 	f->to_all = ll->sll_pkttype == PACKET_MULTICAST || ll->sll_pkttype == PACKET_BROADCAST;
+	if (ring->vnet)
+		memcpy(&vnet, base + h->tp_mac - sizeof(vnet), sizeof(vnet));
 	fill_segments(&vnet, r);
 	return RECORDED;
 }

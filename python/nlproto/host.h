@@ -28,6 +28,8 @@ struct host_ring {
 	uint32_t size;		/* bytes a frame */
 	uint32_t at;		/* next frame to read */
 	uint32_t netns;
+	uint32_t vnet;		/* a struct virtio_net_hdr precedes each packet */
+	uint32_t reserved;
 	int64_t mono_offset;	/* CLOCK_MONOTONIC minus CLOCK_REALTIME, ns */
 	uint64_t packets;	/* frames read since the start */
 	uint64_t fragments;	/* of these: later fragments */

@@ -38,6 +38,7 @@ __all__ = [
     "decode_process",
     "decode_snaps",
     "decode_struct",
+    "dtype_of",
     "encode_batch",
     "ffi",
     "how_name",
@@ -51,36 +52,39 @@ __all__ = [
 _UNSIGNED = {1: "u1", 2: "u2", 4: "u4", 8: "u8"}
 
 
-def _field_format(ctype: Any) -> Any:
-    if ctype.kind == "array":
+def dtype_of(struct: str, compiled: Any = ffi) -> np.dtype[np.void]:
+    """Return the NumPy dtype of a struct of unsigned fields, as the compiler laid it out.
+
+    `compiled` is the ffi of the extension that knows it.
+    """
+
+    def field_format(ctype: Any) -> Any:
+        if ctype.kind != "array":
+            return _UNSIGNED[compiled.sizeof(ctype)]
         if ctype.item.cname == "char":
             return f"S{ctype.length}"
-        return (_UNSIGNED[ffi.sizeof(ctype.item)], (ctype.length,))
-    return _UNSIGNED[ffi.sizeof(ctype)]
+        return (_UNSIGNED[compiled.sizeof(ctype.item)], (ctype.length,))
 
-
-def _dtype(struct: str) -> np.dtype[np.void]:
-    """Return the NumPy dtype of a struct of the header, as its compiler laid it out."""
-    ctype = ffi.typeof(f"struct {struct}")
+    ctype = compiled.typeof(f"struct {struct}")
     return np.dtype(
         {
             "names": [name for name, _ in ctype.fields],
-            "formats": [_field_format(field.type) for _, field in ctype.fields],
+            "formats": [field_format(field.type) for _, field in ctype.fields],
             "offsets": [field.offset for _, field in ctype.fields],
-            "itemsize": ffi.sizeof(ctype),
+            "itemsize": compiled.sizeof(ctype),
         }
     )
 
 
-RECORD = _dtype("sniffer_record")
-BATCH = _dtype("sniffer_batch")
-TAIL = _dtype("sniffer_tail")
-PROCESS = _dtype("sniffer_process")
-SOCKET = _dtype("sniffer_socket")
-HOLDER = _dtype("sniffer_holder")
-INFO = _dtype("sniffer_info")
-COUNTERS = _dtype("sniffer_counters")
-SNAP = _dtype("sniffer_snap")
+RECORD = dtype_of("sniffer_record")
+BATCH = dtype_of("sniffer_batch")
+TAIL = dtype_of("sniffer_tail")
+PROCESS = dtype_of("sniffer_process")
+SOCKET = dtype_of("sniffer_socket")
+HOLDER = dtype_of("sniffer_holder")
+INFO = dtype_of("sniffer_info")
+COUNTERS = dtype_of("sniffer_counters")
+SNAP = dtype_of("sniffer_snap")
 
 _HOW_VALUES: dict[str, int] = {
     name.removeprefix("SNIFFER_HOW_").lower(): value

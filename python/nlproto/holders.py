@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""Which processes hold a socket: inode -> descriptors under /proc/PID/fd, learnt step by step.
+
+A full walk costs time in proportion to all descriptors of the machine, so what is known is
+checked by one readlink, processes born since the last walk are asked first, and full walks
+are rationed.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from . import procfs
+from .procfs import Owner
+
+__all__ = ["Holders"]
+
+_WALK_SHARE = 10  # a walk may take 1/10 of the time
+_MIN_PAUSE_NS = 100_000_000
+_ASKED_AGAIN_NS = 50_000_000  # an inode that nobody held, when asked for again
+_MISSING_LIMIT = 65536
+
+
+class Holders:
+    """The holders of sockets, as of their last check. One thread at a time."""
+
+    def __init__(
+        self, proc: Path = procfs.PROC, now_ns: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        self._proc = proc
+        self._now_ns = now_ns
+        self._by_inode: dict[int, dict[int, int]] = {}
+        self._known: set[int] = set()
+        self._talkers: dict[int, None] = {}
+        self._missing: dict[int, int] = {}
+        self._next_walk_ns = 0
+        self.complete = True
+        """Whether every process could be asked at the last walk (else it needs root)."""
+
+    def walk(self) -> None:
+        """Ask every process; pauses of at least ten times its length follow (see due())."""
+        began = self._now_ns()
+        by_inode: dict[int, dict[int, int]] = {}
+        complete = True
+        alive = procfs.pids(self._proc)
+        for pid in alive:
+            held = procfs.socket_inodes(pid, self._proc)
+            if held is None:
+                complete = False
+                continue
+            for inode, fd in held.items():
+                by_inode.setdefault(inode, {})[pid] = fd
+        self._by_inode = by_inode
+        self._known = set(alive)
+        self._talkers = {pid: None for pid in self._talkers if pid in self._known}
+        self._missing.clear()
+        self.complete = complete
+        took = self._now_ns() - began
+        self._next_walk_ns = began + took + max(_MIN_PAUSE_NS, _WALK_SHARE * took)
+
+    def due(self) -> bool:
+        """Return whether a full walk may be made now."""
+        return self._now_ns() >= self._next_walk_ns
+
+    def find(self, inode: int) -> tuple[Owner, ...]:
+        """Return the living holders of a socket, youngest first; empty when none is found."""
+        if not inode:
+            return ()
+        held = self._checked(inode)
+        if not held and self._now_ns() >= self._missing.get(inode, 0):
+            held = self._search(inode)
+            if not held:
+                if len(self._missing) > _MISSING_LIMIT:
+                    self._missing.clear()
+                self._missing[inode] = self._now_ns() + _ASKED_AGAIN_NS
+        owners = [found for pid in held if (found := procfs.owner(pid, self._proc)) is not None]
+        for found in owners:
+            self._talkers[found.identity.tgid] = None
+        owners.sort(key=lambda one: (one.identity.start_ticks, one.identity.tgid), reverse=True)
+        return tuple(owners)
+
+    def _checked(self, inode: int) -> dict[int, int]:
+        known = self._by_inode.get(inode, {})
+        target = f"socket:[{inode}]"
+        for pid, fd in list(known.items()):
+            try:
+                holds = os.readlink(self._proc / str(pid) / "fd" / str(fd)) == target
+            except OSError:
+                holds = False
+            if not holds:
+                del known[pid]
+        return known
+
+    def _search(self, inode: int) -> dict[int, int]:
+        alive = procfs.pids(self._proc)
+        born = [pid for pid in alive if pid not in self._known]
+        self._known = set(alive)
+        self._ask(reversed(born))
+        if not self._by_inode.get(inode):
+            self._ask([pid for pid in self._talkers if pid in self._known])
+        if not self._by_inode.get(inode) and self.due():
+            self.walk()
+        return self._by_inode.get(inode, {})
+
+    def _ask(self, some: "list[int] | reversed[int]") -> None:
+        for pid in some:
+            for inode, fd in (procfs.socket_inodes(pid, self._proc) or {}).items():
+                self._by_inode.setdefault(inode, {})[pid] = fd

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: MIT
+"""/proc: socket tables, who a process is and what is known of it, bracketed by its start time.
+
+Sources: man 5 proc, net/ipv4/tcp_ipv4.c (get_tcp4_sock), fs/proc/array.c (do_task_stat).
+"""
+
+import contextlib
+import os
+import pwd
+import re
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from ._host import ffi, lib
+from .errors import UsageError
+from .sockdiag import HOST_SOCKET
+
+__all__ = [
+    "CMDLINE_MODES",
+    "Identity",
+    "Owner",
+    "ProcessDetails",
+    "container_of",
+    "details",
+    "identity",
+    "owner",
+    "pids",
+    "same_start",
+    "socket_inodes",
+    "tables",
+    "unit_of",
+]
+
+PROC = Path("/proc")
+TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+CMDLINE_MODES = ("full", "program", "off")
+_MAX_FDS = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A process that no reuse of its pid can be taken for; `start_ticks` as in /proc/PID/stat."""
+
+    tgid: int
+    start_ticks: int
+
+    @property
+    def start_ns(self) -> int:
+        """Start since boot in ns, as exact as ticks are (10 ms): compare with same_start()."""
+        return self.start_ticks * TICK_NS
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A process as a record names it; `uid` is the real one."""
+
+    identity: Identity
+    comm: bytes
+    uid: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessDetails:
+    """What /proc tells of one living process; empty where it tells nothing (kernel threads)."""
+
+    tgid: int
+    start_ns: int
+    comm: str
+    exe: str
+    cmdline: str
+    ppid: int
+    uid: int
+    user: str
+    cgroup: str
+    unit: str
+    container: str
+
+
+def same_start(start_ns: int, ticks: int) -> bool:
+    """Return whether a record's start_ns is the start time `ticks` of /proc/PID/stat."""
+    return start_ns // TICK_NS == ticks
+
+
+def pids(proc: Path = PROC) -> list[int]:
+    """Return the thread-group ids of all visible processes, in the order of /proc."""
+    return [int(name) for name in os.listdir(proc) if name.isdecimal()]
+
+
+def _stat(pid: int, proc: Path) -> tuple[bytes, int] | None:
+    """Return comm and start ticks; comm may hold blanks and parentheses of its own."""
+    try:
+        raw = (proc / str(pid) / "stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+    head, _, tail = raw.rpartition(b")")
+    fields = tail.split()
+    if len(fields) < 20:
+        return None
+    return head.partition(b"(")[2], int(fields[19])
+
+
+def identity(pid: int, proc: Path = PROC) -> Identity | None:
+    """Return who `pid` is now, None when there is no such process."""
+    found = _stat(pid, proc)
+    return Identity(pid, found[1]) if found else None
+
+
+def owner(pid: int, proc: Path = PROC) -> Owner | None:
+    """Return `pid` as an owner: identity, comm and real uid; None when it is gone."""
+    found = _stat(pid, proc)
+    if found is None:
+        return None
+    try:
+        status = (proc / str(pid) / "status").read_bytes()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+    uid = re.search(rb"^Uid:\s+(\d+)", status, re.MULTILINE)
+    return Owner(Identity(pid, found[1]), found[0], int(uid[1]) if uid else 0)
+
+
+def socket_inodes(pid: int, proc: Path = PROC) -> dict[int, int] | None:
+    """Return {inode: descriptor} of the sockets that `pid` holds.
+
+    None when it may not be asked (another user's); empty when it is gone.
+    """
+    try:
+        directory = os.open(proc / str(pid) / "fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        return None
+    except OSError:
+        return {}
+    try:
+        count = 1024
+        while True:
+            inodes = ffi.new("uint64_t[]", count)
+            fds = ffi.new("uint32_t[]", count)
+            read = lib.host_socket_inodes(directory, inodes, fds, count)
+            if read < count or count >= _MAX_FDS:
+                return dict(zip(inodes[0 : max(read, 0)], fds[0 : max(read, 0)], strict=True))
+            count *= 8
+            os.lseek(directory, 0, os.SEEK_SET)
+    finally:
+        os.close(directory)
+
+
+def tables(net: Path = PROC / "self" / "net") -> np.ndarray:
+    """Return the sockets (HOST_SOCKET, cookie 0) in {tcp,udp}{,6} of a /proc/PID/net directory.
+
+    A table that this kernel lacks (IPv6 switched off) is left out.
+    """
+    rows: list[tuple[object, ...]] = []
+    for name, family, proto in (
+        ("tcp", socket.AF_INET, socket.IPPROTO_TCP),
+        ("tcp6", socket.AF_INET6, socket.IPPROTO_TCP),
+        ("udp", socket.AF_INET, socket.IPPROTO_UDP),
+        ("udp6", socket.AF_INET6, socket.IPPROTO_UDP),
+    ):
+        with contextlib.suppress(OSError), open(net / name, encoding="ascii") as lines:
+            next(lines, None)
+            for line in lines:
+                fields = line.split()
+                if len(fields) < 10:
+                    continue
+                saddr, sport = _endpoint(fields[1])
+                daddr, dport = _endpoint(fields[2])
+                state, uid, inode = int(fields[3], 16), int(fields[7]), int(fields[9])
+                rows.append((0, inode, uid, 0, sport, dport, family, proto, state, 0, saddr, daddr))
+    found = np.zeros(len(rows), HOST_SOCKET)
+    for index, row in enumerate(rows):
+        found[index] = row
+    return found
+
+
+def _endpoint(field: str) -> tuple[list[int], int]:
+    """Return the address (16 octets) and port of "0100007F:0016": words in the host's order."""
+    words, port = field.split(":")
+    octets = b"".join(
+        int(words[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(words), 8)
+    )
+    return list(octets.ljust(16, b"\0")), int(port, 16)
+
+
+def details(
+    pid: int, start_ns: int, cmdline: str = "program", proc: Path = PROC
+) -> ProcessDetails | None:
+    """Return what /proc tells of the process (pid, start_ns); None when it is gone or reused.
+
+    `cmdline`: "full" with all arguments (they may hold secrets), "program" the first word only,
+    "off" nothing. Raises UsageError for another word.
+    """
+    if cmdline not in CMDLINE_MODES:
+        raise UsageError(f"cmdline '{cmdline}': it is one of {', '.join(CMDLINE_MODES)}")
+    before = identity(pid, proc)
+    if before is None or not same_start(start_ns, before.start_ticks):
+        return None
+    try:
+        process = psutil.Process(pid)
+        with process.oneshot():
+            comm, ppid, uid = process.name(), process.ppid(), process.uids().real
+        exe = arguments = ""
+        with contextlib.suppress(psutil.AccessDenied):
+            exe = process.exe()
+        if cmdline != "off":
+            with contextlib.suppress(psutil.AccessDenied):
+                words = process.cmdline()
+                arguments = " ".join(words if cmdline == "full" else words[:1])
+    except (psutil.Error, OSError):
+        return None
+    cgroup = ""
+    with contextlib.suppress(OSError):
+        cgroup = _cgroup((proc / str(pid) / "cgroup").read_text("utf-8", "backslashreplace"))
+    if identity(pid, proc) != before:
+        return None
+    return ProcessDetails(
+        tgid=pid,
+        start_ns=start_ns,
+        comm=_printable(comm),
+        exe=_printable(exe),
+        cmdline=_printable(arguments),
+        ppid=ppid,
+        uid=uid,
+        user=_user(uid),
+        cgroup=cgroup,
+        unit=unit_of(cgroup),
+        container=container_of(cgroup),
+    )
+
+
+def _printable(name: str) -> str:
+    """psutil keeps bytes that are no UTF-8 as surrogates, which JSON and SQLite refuse."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _cgroup(text: str) -> str:
+    """Return the v2 path of /proc/PID/cgroup, on v1 that of systemd's hierarchy or the longest."""
+    paths = {}
+    for line in text.splitlines():
+        _, controllers, path = line.split(":", 2)
+        paths[controllers] = path
+    unified = paths.get("", "")
+    if len(unified) > 1:
+        return unified
+    named = paths.get("name=systemd", "")
+    return named if len(named) > 1 else max(paths.values(), key=len, default="")
+
+
+_UNIT = re.compile(r"[^/]+\.(?:service|scope|socket|mount|swap)")
+
+
+def unit_of(cgroup: str) -> str:
+    """Return the innermost systemd unit on a cgroup path, "" when there is none."""
+    for part in reversed(cgroup.split("/")):
+        if _UNIT.fullmatch(part):
+            return part
+    return ""
+
+
+_ID = r"(?P<id>[0-9a-f]{64})"
+_CONTAINERS = (
+    ("docker", re.compile(rf"/docker[-/]{_ID}(?:\.scope)?(?:/|$)")),
+    ("podman", re.compile(rf"/libpod(?:_parent/libpod)?-{_ID}(?:\.scope)?(?:/|$)")),
+    ("containerd", re.compile(rf"cri-containerd[-:]{_ID}(?:\.scope)?(?:/|$)")),
+    ("crio", re.compile(rf"/crio-{_ID}(?:\.scope)?(?:/|$)")),
+    ("lxc", re.compile(r"/lxc(?:\.payload)?[./](?P<id>[^/]+)")),
+    ("nspawn", re.compile(r"/systemd-nspawn@(?P<id>[^/]+)\.service(?:/|$)")),
+    ("machine", re.compile(r"/machine-(?P<id>[^/]+)\.scope(?:/|$)")),
+    ("kubernetes", re.compile(rf"/kubepods.*/{_ID}(?:/|$)")),
+    ("container", re.compile(rf"[-/]{_ID}(?:\.scope)?(?:/|$)")),
+)
+
+
+def container_of(cgroup: str) -> str:
+    """Return "runtime:id" of the container on a cgroup path ("docker:4f1c0d2e9a3b"), "" if none.
+
+    Hexadecimal ids are cut to the 12 digits that people type; lxc and nspawn have names.
+    """
+    for runtime, pattern in _CONTAINERS:
+        found = pattern.search(cgroup)
+        if found:
+            name = found["id"]
+            return f"{runtime}:{name[:12] if re.fullmatch('[0-9a-f]{64}', name) else name}"
+    return ""
