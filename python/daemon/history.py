@@ -207,6 +207,23 @@ class History:
             self._columns["dirty"][rows] = False
             return self._columns["id"][rows], self._take(rows)
 
+    def mark_changed(self, ids: np.ndarray) -> None:
+        """The rows taken by changed() could not be stored."""
+        with self._lock:
+            mine = self._columns["id"][: self._size]
+            places = np.searchsorted(mine, ids)
+            places = places[places < self._size]
+            self._columns["dirty"][places] = True
+
+    def has(self, ids: np.ndarray) -> np.ndarray:
+        """For each of `ids` whether that flow is in memory."""
+        with self._lock:
+            mine = self._columns["id"][: self._size]  # rises: rows are added and removed in order
+            places = np.searchsorted(mine, ids)
+            inside = places < self._size
+            inside[inside] = mine[places[inside]] == ids[inside]
+            return inside
+
 
 def network_words(
     network: ipaddress.IPv4Network | ipaddress.IPv6Network,

@@ -281,7 +281,7 @@ class DaemonClient:
             seq, dropped = DATA_HEAD.unpack_from(payload)
             batch = wire.decode_batch(memoryview(payload)[DATA_HEAD.size :])
             records = np.array(batch.records)
-            named = NamedBatch(batch.head, records, Clock(batch.head))
+            named = NamedBatch(batch.head, records, Clock.from_head(batch.head))
             self._events.append(StreamBatch(named, seq, dropped))
         elif kind is Kind.PROCESSES:
             self._events.append(ProcessesEvent(msgspec.json.decode(payload, type=list[Process])))

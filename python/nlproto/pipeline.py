@@ -8,6 +8,7 @@ worker takes all batches that wait as one array: the more there is to do, the ch
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from nlproto.account import Account
 from nlproto.clock import Clock
 from nlproto.engine import Engine
 from nlproto.errors import Error
+from nlproto.flows import summarize
 from nlproto.merge import Merge
 from nlproto.portmap import PortMap
 from nlproto.processes import Processes
@@ -32,6 +34,8 @@ __all__ = ["NamedBatch", "Names", "Pipeline", "QUEUE_BYTES"]
 QUEUE_BYTES = 64 << 20
 _PROCESS_BYTES = 600  # a ProcessEvent with its strings
 _CHUNK = 64  # batches that the worker takes at once
+_ASK = 1.0  # s between two looks at the engine's own figures
+_DRAIN = 0.5  # s
 _POLL = 0.1  # s, longest wait of either thread
 _FLUSH_NS = 20_000_000  # SNIFFER_FLUSH_MS_DEFAULT, see Merge
 
@@ -47,6 +51,8 @@ class NamedBatch:
     records: np.ndarray
     """RECORD; not to be written by subscribers, who share it."""
     clock: Clock
+    flows: np.ndarray | None = None
+    """The records summed up (nlproto.flows.FLOW), when the pipeline made this batch."""
 
 
 class Names(Protocol):
@@ -63,7 +69,7 @@ class Names(Protocol):
 class _Marker:
     """Goes through the queue behind everything before it."""
 
-    passed: threading.Event
+    passed: Callable[[], None]
 
 
 Item = Batch | ProcessEvent | SnapBatch | _Marker
@@ -73,7 +79,7 @@ Take = Callable[[NamedBatch], None]
 class Pipeline:
     """The way of a record from `engine` to subscribers; a context manager that owns two threads.
 
-    `on_failure(error)` is called in the receiver thread when the engine fails; the receiver then
+    The engine (open) is closed by the pipeline. `on_failure(error)` is called in the receiver thread when the engine fails; the receiver then
     waits for switch(). Leaving the context reads the engine's tail and drains the queue first.
     """
 
@@ -97,6 +103,9 @@ class Pipeline:
         self.account_lock = threading.Lock()
         self.beat = time.monotonic()
         """When the worker last went round; old when it hangs."""
+        self.engine_stats: dict[str, object] = {}
+        """What the engine said of itself a second ago."""
+        self._asked = 0.0
         self._engine = engine
         self._next: Engine | None = None
         self._failed = False
@@ -105,6 +114,7 @@ class Pipeline:
         self._takes: tuple[Take, ...] = ()
         self._merge = Merge(_FLUSH_NS)
         self._head: np.void | None = None
+        self._seed = secrets.randbits(64)
         self._stopping = threading.Event()
         self._barriers: list[_Marker] = []
         self._barrier_lock = threading.Lock()
@@ -150,84 +160,118 @@ class Pipeline:
         return cancel
 
     def switch(self, engine: Engine) -> None:
-        """Go on with another engine (already open); the present one is finished first."""
+        """Go on with another engine (already open), which is ours then; the present one ends."""
         self._next = engine
 
-    def barrier(self) -> threading.Event:
-        """An event that is set once all packets recorded until now went to the subscribers."""
-        marker = _Marker(threading.Event())
+    def barrier(self, passed: Callable[[], None]) -> None:
+        """Call `passed` in the worker once all packets recorded until now went to subscribers."""
         with self._barrier_lock:
-            self._barriers.append(marker)
-        return marker.passed
+            self._barriers.append(_Marker(passed))
 
     # Receiver thread
 
     def _receive(self) -> None:
+        self._open()
         while not self._stopping.is_set():
             if self._next is not None:
                 self._change_engine()
             markers = self._take_barriers()
-            if self._failed:
+            if markers:
+                self._read_all()
+            elif self._failed:
                 self._stopping.wait(_POLL)
             else:
-                self._read(self._flush(0.01) if markers else _POLL)
+                self._read(_POLL)
             for marker in markers:
                 self.queue.put(marker, 0)
+            self._ask_engine()
         if not self._failed:
             self._finish()
+        self._engine.__exit__(None, None, None)
         for marker in self._take_barriers():
             self.queue.put(marker, 0)
+
+    def _open(self) -> None:
+        with self.account_lock:
+            self.account.open(self._engine.opening, self._engine.instance)
+        self._asked = 0.0
+        self._ask_engine()
 
     def _take_barriers(self) -> list[_Marker]:
         with self._barrier_lock:
             markers, self._barriers = self._barriers, []
         return markers
 
-    def _flush(self, default: float) -> float:
-        """Make the engine send what it holds; how long to read then, in s."""
-        flush = getattr(self._engine, "flush", None)
-        if flush is None:
-            return 2 * _FLUSH_NS / 1e9
+    def _read_all(self) -> None:
+        """Everything recorded until now."""
+        if self._failed:
+            return
         try:
-            flush()
+            self._engine.flush()
         except Error as error:
-            log.debug("flush: %s", error)
-        return default
+            self._fail(error)
+        # what comes after the flush belongs to nobody's question: a flood must not hold us here
+        until = time.monotonic() + _DRAIN
+        while not self._failed and self._read(0.0) and time.monotonic() < until:
+            pass
 
-    def _read(self, timeout: float) -> None:
+    def _read(self, timeout: float) -> int:
+        """How many events came."""
+        count = 0
         try:
             for event in self._engine.read(timeout):
                 self._put(event)
+                count += 1
         except Error as error:
-            self._failed = True
-            if self._on_failure is not None:
-                self._on_failure(error)
+            self._fail(error)
+        except Exception as error:
+            log.exception("engine %s", self._engine.name)
+            self._fail(Error(f"engine {self._engine.name} broke: {error}"))
+        return count
+
+    def _fail(self, error: Error) -> None:
+        self._failed = True
+        if self._on_failure is not None:
+            self._on_failure(error)
+        else:
+            log.error("engine %s: %s", self._engine.name, error)
+
+    def _ask_engine(self) -> None:
+        """Keep the engine's own figures fresh; engines belong to this thread."""
+        if self._failed or time.monotonic() - self._asked < _ASK:
+            return
+        self._asked = time.monotonic()
+        try:
+            self.engine_stats = self._engine.stats()
+        except Error as error:
+            log.debug("engine stats: %s", error)
 
     def _put(self, event: Batch | ProcessEvent | SnapBatch) -> None:
         if isinstance(event, Batch):
             records = np.array(event.records)
             head = np.array(event.head)[()]
             with self.account_lock:
-                self.account.add(head)
+                self.account.add(head, records)
             lost = self.queue.put(Batch(head, records), records.nbytes + head.nbytes, len(records))
-            if lost:
-                with self.account_lock:
-                    self.account.lose("queue", lost)
         elif isinstance(event, ProcessEvent):
             lost = self.queue.put(event, _PROCESS_BYTES)
-            if lost:
-                with self.account_lock:
-                    self.account.lose("queue", lost)
-        elif self._on_snaps is not None:
-            self._on_snaps(event)
+        else:
+            lost = 0
+            if self._on_snaps is not None:
+                self._on_snaps(event)
+        if lost:
+            with self.account_lock:
+                self.account.lose("queue", lost)
 
     def _change_engine(self) -> None:
-        if not self._failed:
-            self._finish()
         engine, self._next = self._next, None
         assert engine is not None
+        if not self._failed:
+            self._finish()
+        self._engine.__exit__(None, None, None)
         self._engine = engine
         self._failed = False
+        self._open()
 
     def _finish(self) -> None:
         try:
@@ -235,6 +279,9 @@ class Pipeline:
                 self._put(event)
         except Error as error:
             log.warning("the engine's tail could not be read: %s", error)
+            return
+        with self.account_lock:
+            self.account.close(self._engine.closing)
 
     # Worker thread
 
@@ -242,22 +289,29 @@ class Pipeline:
         while True:
             self.beat = time.monotonic()
             items = self.queue.get_many(_CHUNK, _FLUSH_NS / 1e9 if len(self._merge) else _POLL)
-            markers = []
             for item in items:
-                if isinstance(item, Batch):
-                    self._head = item.head
-                    self._merge.add(item.records, int(item.head["mono_ns"]))
-                elif isinstance(item, ProcessEvent):
+                if isinstance(item, ProcessEvent):
                     self._learn(item)
-                elif isinstance(item, _Marker):
-                    markers.append(item)
+            self._arrive([item for item in items if isinstance(item, Batch)])
+            markers = [item for item in items if isinstance(item, _Marker)]
             ended = not items and self.queue.closed
             idle = not items and len(self._merge) > 0
             self._emit(self._merge.drain() if markers or ended or idle else self._merge.take())
             for marker in markers:
-                marker.passed.set()
+                marker.passed()
             if ended:
                 return
+
+    def _arrive(self, batches: list[Batch]) -> None:
+        """Name at once, while sockets and processes are still there to be asked about."""
+        if not batches:
+            return
+        self._head = batches[-1].head
+        records = np.concatenate([batch.records for batch in batches])
+        if self.namer is not None:
+            self.namer.name(records, Clock.from_head(self._head))
+        self.processes.add_records(records)
+        self._merge.add(records, max(int(batch.head["mono_ns"]) for batch in batches))
 
     def _learn(self, event: ProcessEvent) -> None:
         self.processes.add_event(event)
@@ -268,14 +322,12 @@ class Pipeline:
         if not len(records) or self._head is None:
             return
         clock = Clock.from_head(self._head)
-        if self.namer is not None:
-            self.namer.name(records, clock)
         with self.account_lock:
             self.account.deliver(records["how"])
-        self.processes.add_records(records)
+        flows = summarize(records, self._seed)
         if self.portmap is not None:
-            self.portmap.update(records)
-        batch = NamedBatch(self._head, records, clock)
+            self.portmap.update(flows)
+        batch = NamedBatch(self._head, records, clock, flows)
         for take in self._takes:
             try:
                 take(batch)

@@ -6,17 +6,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from nlproto.flows import address_bytes
-from nlproto.processes import Key, text
-from nlproto.wire import address_text
+from nlproto.processes import Key
+from nlproto.wire import address_text, text
 
 __all__ = ["BoundSocket", "Endpoint", "Owner", "PortMap"]
 
 Endpoint = tuple[int, int, int, bytes, int]
 """(netns, protocol number, family, 16 address bytes, port): the local end of a socket."""
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 _SETTLED_NS = 1_000_000_000
 
@@ -67,6 +71,7 @@ class PortMap:
         self._owners: dict[tuple[Endpoint, Key], Owner] = {}
         self._ports: dict[int, dict[tuple[Endpoint, Key], Owner]] = {}
         self._processes: dict[Key, set[tuple[Endpoint, Key]]] = {}
+        self._cookies: dict[int, set[tuple[Endpoint, Key]]] = {}
         self._settled: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -180,6 +185,13 @@ class PortMap:
         exact = [o for o in owners if o.address == address_text(family, address)]
         return exact or owners
 
+    def with_cookie(self, cookie: int) -> list[Owner]:
+        """Owners of one socket, last seen first."""
+        with self._lock:
+            names = self._cookies.get(cookie, ())
+            owners = [self._owners[name] for name in names]
+        return sorted(owners, key=lambda owner: -owner.seen_ns)
+
     def owned_by(self, key: Key) -> list[Owner]:
         """Every local end of one process."""
         with self._lock:
@@ -220,21 +232,23 @@ class PortMap:
             listening,
             seen_ns,
         )
+        if known is not None and known.cookie != cookie:
+            _discard(self._cookies, known.cookie, name)
+        if cookie:
+            self._cookies.setdefault(cookie, set()).add(name)
         self._owners[name] = owner
         self._ports.setdefault(port, {})[name] = owner
         self._processes.setdefault(key, set()).add(name)
 
     def _drop(self, name: tuple[Endpoint, Key]) -> None:
-        del self._owners[name]
+        owner = self._owners.pop(name)
+        _discard(self._cookies, owner.cookie, name)
+        _discard(self._processes, name[1], name)
         port = name[0][4]
         at_port = self._ports[port]
         del at_port[name]
         if not at_port:
             del self._ports[port]
-        names = self._processes[name[1]]
-        names.discard(name)
-        if not names:
-            del self._processes[name[1]]
         self._settled.clear()
 
     def _shrink(self) -> None:
@@ -245,6 +259,14 @@ class PortMap:
         for name in oldest:
             self._drop(name)
         self.evicted += excess
+
+
+def _discard(index: dict[K, set[V]], key: K, value: V) -> None:
+    values = index.get(key)
+    if values is not None:
+        values.discard(value)
+        if not values:
+            del index[key]
 
 
 def _serves(endpoint: Endpoint, address: tuple[int, bytes]) -> bool:

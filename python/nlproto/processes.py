@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from nlproto import wire
+from nlproto.wire import ProcessEvent, lib, text
 
-__all__ = ["Key", "Process", "Processes", "process_of_event", "text"]
+__all__ = ["Key", "Process", "Processes", "process_of_event"]
 
 Key = tuple[int, int]
 """(tgid, start_ns) in the initial pid namespace."""
@@ -52,24 +52,19 @@ _KERNEL = ("comm", "exe", "ppid", "uid", "cgroup_id", "pidns", "ns_tgid")
 _PROC = ("exe", "cmdline", "user", "uid", "cgroup", "unit", "container", "ppid", "comm")
 
 
-def text(raw: bytes) -> str:
-    """A name from the kernel as text; bytes that are not UTF-8 as \\xNN."""
-    return raw.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
-
-
-def process_of_event(event: np.void) -> Process:
-    """The Process in a struct sniffer_process."""
+def process_of_event(event: ProcessEvent) -> Process:
+    """The Process that an event tells of."""
     return Process(
-        tgid=int(event["tgid"]),
-        start_ns=int(event["start_ns"]),
-        comm=text(bytes(event["comm"])),
-        ppid=int(event["ppid"]) or None,
-        uid=int(event["uid"]),
-        exe=text(bytes(event["exe"])),
-        cgroup_id=int(event["cgroup_id"]),
-        pidns=int(event["pidns"]),
-        ns_tgid=int(event["ns_tgid"]),
-        exit_ns=int(event["time_ns"]) if event["event"] == wire.lib.SNIFFER_EVENT_EXIT else None,
+        tgid=event.tgid,
+        start_ns=event.start_ns,
+        comm=event.comm,
+        ppid=event.ppid or None,
+        uid=event.uid,
+        exe=event.exe,
+        cgroup_id=event.cgroup_id,
+        pidns=event.pidns,
+        ns_tgid=event.ns_tgid,
+        exit_ns=event.time_ns if event.event == lib.SNIFFER_EVENT_EXIT else None,
     )
 
 
@@ -116,13 +111,13 @@ class Processes:
         ]
         return sorted(found, key=lambda process: -process.start_ns)
 
-    def add_event(self, event: np.void) -> Process:
-        """Take a struct sniffer_process: first use, exec, rename, exit or dump."""
+    def add_event(self, event: ProcessEvent) -> Process:
+        """Take an event: first use, exec, rename, exit or dump."""
         told = process_of_event(event)
-        kind = int(event["event"])
+        kind = event.event
         key = told.key
         known = self._table.get(key)
-        if kind == wire.lib.SNIFFER_EVENT_EXEC:
+        if kind == lib.SNIFFER_EVENT_EXEC:
             self._read.discard(key)
             known = None
         if known is None:
@@ -130,7 +125,7 @@ class Processes:
         else:
             values = {name: getattr(told, name) for name in _KERNEL if getattr(told, name)}
             process = replace(known, exit_ns=told.exit_ns or known.exit_ns, **values)
-        if kind != wire.lib.SNIFFER_EVENT_EXIT:
+        if kind != lib.SNIFFER_EVENT_EXIT:
             process = self._with_details(process)
         self._keep(process)
         return process

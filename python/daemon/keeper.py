@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: MIT
+"""Looks after what packets do not tell: closed listeners, a module that comes and goes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Protocol
+
+from nlproto.engine import Engine, open_engine
+from nlproto.errors import Error, NoModule, NoPrivilege
+from nlproto.pipeline import Pipeline
+from nlproto.portmap import BoundSocket
+
+__all__ = ["Kernel", "Keeper"]
+
+_BOUND = 0.5  # s between two looks at listeners: the port map is never stale by more than 1 s
+_ALL = 10.0  # s between two looks at all sockets
+_MODULE = 1.0  # s between two tries to open the module
+
+log = logging.getLogger(__name__)
+
+
+class Kernel(Protocol):
+    """The kernel's tables as Namer reads them."""
+
+    def bound(self) -> list[BoundSocket]:
+        """Listeners and bound UDP sockets, one entry a holder."""
+
+    def cookies(self) -> set[int]:
+        """Cookies of all TCP and UDP sockets."""
+
+
+class Keeper:
+    """A thread; a context manager. `engine` is the configured name: auto, module or packet.
+
+    With auto a module that goes is replaced by engine packet, and replaces it when it is back.
+    With module the daemon waits for it. Each change is logged and announced to clients.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        pipeline: Pipeline,
+        kernel: Kernel,
+        announce: Callable[..., None],
+    ) -> None:
+        self._wanted = engine
+        self._pipeline = pipeline
+        self._kernel = kernel
+        self._announce = announce
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="keeper", daemon=True)
+        self._complained: set[str] = set()
+
+    def __enter__(self) -> Keeper:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def _keep(self) -> None:
+        jobs: list[tuple[float, Callable[[], None]]] = [
+            (_BOUND, self._look_at_bound),
+            (_ALL, self._look_at_all),
+            (_MODULE, self._look_for_module),
+        ]
+        due = [0.0 for _ in jobs]
+        while not self._stopping.wait(0.1):
+            for index, (interval, job) in enumerate(jobs):
+                started = time.monotonic()
+                if started < due[index]:
+                    continue
+                self._run(job)
+                # a look that takes long comes less often: at most a tenth of one core
+                due[index] = started + max(interval, 10 * (time.monotonic() - started))
+
+    def _run(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except Error as error:
+            if str(error) not in self._complained:
+                self._complained.add(str(error))
+                log.warning("%s", error)
+        except Exception:
+            log.exception("%s", job.__name__)
+
+    def _look_at_bound(self) -> None:
+        portmap = self._pipeline.portmap
+        if portmap is not None:
+            now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+            portmap.replace_bound(self._kernel.bound(), now)
+
+    def _look_at_all(self) -> None:
+        portmap = self._pipeline.portmap
+        if portmap is not None:
+            now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+            portmap.keep_cookies(self._kernel.cookies(), now - 1_000_000_000)
+            portmap.expire(now)
+
+    def _look_for_module(self) -> None:
+        pipeline = self._pipeline
+        if pipeline.failed:
+            self._replace(pipeline)
+        elif self._wanted == "auto" and pipeline.engine.name != "module":
+            engine = _module()
+            if engine is not None:
+                self._change(engine, "module_back", "the module is loaded: records are exact now")
+
+    def _replace(self, pipeline: Pipeline) -> None:
+        """The engine failed."""
+        gone = pipeline.engine.name
+        engine = _module() if self._wanted != "packet" else None
+        if engine is not None:
+            self._change(engine, "module_back", "the module is loaded again")
+            return
+        if self._wanted == "module":
+            self._once(
+                "module_gone",
+                "the module is gone: nothing is recorded until it is loaded again"
+                " (sudo insmod kmod/sniffer.ko)",
+            )
+            return
+        engine = open_engine("packet", log.warning)
+        self._change(engine, f"{gone}_gone", f"engine {gone} has gone: going on with engine packet")
+
+    def _change(self, engine: Engine, event: str, message: str) -> None:
+        self._pipeline.switch(engine)
+        deadline = time.monotonic() + 2
+        while self._pipeline.engine is not engine and time.monotonic() < deadline:
+            if self._stopping.wait(0.01):
+                break
+        self._complained.discard("module_gone")
+        self._tell(event, message, engine.name)
+
+    def _once(self, event: str, message: str) -> None:
+        if event not in self._complained:
+            self._complained.add(event)
+            self._tell(event, message, "none")
+
+    def _tell(self, event: str, message: str, engine: str) -> None:
+        log.warning("%s", message, extra={"fields": {"EVENT": event, "ENGINE": engine}})
+        fields: dict[str, Any] = {"message": message, "engine": engine}
+        self._announce(event, **fields)
+
+
+def _module() -> Engine | None:
+    try:
+        return open_engine("module", log.warning)
+    except (NoModule, NoPrivilege):
+        return None

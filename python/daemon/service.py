@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: MIT
+"""The daemon's life: start in order, serve, reload, end in reverse order."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from daemon import logs
+from daemon.answers import Answers
+from daemon.config import RELOADABLE, Config
+from daemon.history import History
+from daemon.keeper import Keeper
+from daemon.metrics import Metrics
+from daemon.notify import Notifier
+from daemon.recorder import Recorder
+from daemon.server import Server, SocketFile
+from nlproto import procfs
+from nlproto.account import Account
+from nlproto.engine import open_engine
+from nlproto.errors import UsageError
+from nlproto.naming import Namer
+from nlproto.pipeline import Pipeline
+from nlproto.portmap import PortMap
+from nlproto.processes import Processes
+from nlproto.queue import MessageQueue
+
+__all__ = ["Service"]
+
+_SWITCH_INTERVAL = 0.0005  # s; a question must not wait 5 ms for the worker's turn to end
+_WORKER_HANGS = 10.0  # s
+
+log = logging.getLogger("daemon")
+
+
+class Service:
+    """`configuration` is called at start and at each SIGHUP."""
+
+    def __init__(
+        self,
+        configuration: Callable[[], Config],
+        environment: Mapping[str, str],
+        foreground: bool = False,
+    ) -> None:
+        self._configuration = configuration
+        self._environment = environment
+        self._foreground = foreground
+        self._notifier = Notifier(environment)
+        self.config = configuration()
+
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT; the exit code. Raises Error when it cannot start."""
+        config = self.config
+        logs.set_up(config.log, config.log_level, self._environment, self._foreground)
+        sys.setswitchinterval(_SWITCH_INTERVAL)
+        processes = Processes(self._details, config.max_processes)
+        with SocketFile(config.socket) as socket_file, Recorder(config, processes) as recorder:
+            engine = open_engine(config.engine, log.warning)
+            namer = Namer(processes)
+            pipeline = Pipeline(
+                engine,
+                account=Account(),
+                processes=processes,
+                namer=namer,
+                portmap=PortMap(config.max_ports),
+                queue=MessageQueue(config.queue_size),
+            )
+            asyncio.run(self._serve(socket_file, pipeline, namer, recorder))
+        for line in pipeline.account.lines():
+            log.info("%s", line)
+        return 0
+
+    def _details(self, pid: int, start_ns: int) -> procfs.ProcessDetails | None:
+        return procfs.details(pid, start_ns, cmdline=self.config.cmdline)
+
+    async def _serve(
+        self, socket_file: SocketFile, pipeline: Pipeline, namer: Namer, recorder: Recorder
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        answers = Answers(pipeline, recorder.history, recorder.past, recorder.past_process)
+        server = Server(loop, answers, self.config, lambda: figures(pipeline, recorder))
+        keeper = Keeper(self.config.engine, pipeline, namer, server.announce)
+        metrics = Metrics(self.config, server.figures)
+        for take in (recorder.take, metrics.take, server.publish):
+            pipeline.subscribe(take)
+        ended = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, ended.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload, [server, recorder, metrics])
+        with metrics, pipeline, keeper:
+            server.start(socket_file.socket)
+            status = f"engine {pipeline.engine.name}, serving {self.config.socket}"
+            log.info("%s", status)
+            self._notifier.ready(status)
+            watchdog = loop.create_task(self._watch(pipeline))
+            await ended.wait()
+            log.info("ending")
+            self._notifier.stopping()
+            watchdog.cancel()
+            # what is under way still reaches those who subscribed
+            await loop.run_in_executor(None, keeper.stop)
+            await loop.run_in_executor(None, pipeline.stop)
+            await server.stop()
+
+    def _reload(self, parts: list[Reconfigurable]) -> None:
+        """SIGHUP: take what can change at run time; a file with a mistake changes nothing."""
+        self._notifier.reloading()
+        try:
+            new = self._configuration()
+        except UsageError as error:
+            log.error("configuration not changed: %s", error)
+        else:
+            old, values = self.config, dataclasses.asdict(new)
+            late = [name for name in values if values[name] != getattr(old, name)]
+            late = [name for name in late if name not in RELOADABLE]
+            if late:
+                log.warning("a restart is needed for: %s", ", ".join(late))
+            changed = {name: values[name] for name in RELOADABLE}
+            self.config = dataclasses.replace(old, **changed)
+            logging.getLogger().setLevel(self.config.log_level.upper())
+            for part in parts:
+                part.reconfigure(self.config)
+            log.info("configuration read again")
+        self._notifier.ready(f"serving {self.config.socket}")
+
+    async def _watch(self, pipeline: Pipeline) -> None:
+        """Feed the watchdog as long as both this loop and the worker go round."""
+        if self._notifier.watchdog is None:
+            return
+        while True:
+            if time.monotonic() - pipeline.beat < _WORKER_HANGS:
+                self._notifier.alive()
+            else:
+                log.error("the worker has not moved for %g s", _WORKER_HANGS)
+            await asyncio.sleep(self._notifier.watchdog / 3)
+
+
+class Reconfigurable(Protocol):
+    def reconfigure(self, config: Config) -> None: ...
+
+
+def figures(pipeline: Pipeline, recorder: Recorder) -> dict[str, Any]:
+    """Sizes and losses of every part, for stats and metrics."""
+    queue, history, portmap = pipeline.queue, recorder.history, pipeline.portmap
+    return {
+        "engine_stats": pipeline.engine_stats,
+        "engine_failed": pipeline.failed,
+        "queue": {
+            "bytes": queue.bytes,
+            "max_bytes": queue.max_bytes,
+            "peak_bytes": queue.peak_bytes,
+            "dropped_batches": queue.dropped_messages,
+            "dropped_records": queue.dropped_records,
+        },
+        "processes": {
+            "known": len(pipeline.processes),
+            "limit": pipeline.processes.limit,
+            "evicted": pipeline.processes.evicted,
+        },
+        "ports": {
+            "known": 0 if portmap is None else len(portmap),
+            "evicted": 0 if portmap is None else portmap.evicted,
+        },
+        "history": {
+            "flows": len(history),
+            "limit": history.limit,
+            "evicted": history.evicted,
+            "unstored": history.unstored,
+            "store": recorder.store_figures(),
+        },
+    }
