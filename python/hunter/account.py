@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: MIT
+"""The closing account: what was seen, what came through, what was named, what was lost where."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from nlproto import wire
+from nlproto.pipeline import NamedBatch
+
+__all__ = ["Shown"]
+
+
+class Shown:
+    """Counts what this program showed or saved."""
+
+    def __init__(self) -> None:
+        self.records = 0
+        self._by_how = np.zeros(256, np.int64)
+
+    def add(self, batch: NamedBatch) -> None:
+        """Count the records of `batch`."""
+        self.records += len(batch.records)
+        self._by_how += np.bincount(batch.records["how"], minlength=256)
+
+    @property
+    def named(self) -> int:
+        return int(self._by_how[1 : wire.lib.SNIFFER_HOW_REASONS].sum())
+
+    @property
+    def unnamed(self) -> dict[str, int]:
+        """Records without an owner, by reason."""
+        counts = enumerate(self._by_how.tolist())
+        return {wire.HOW_NAMES[how]: n for how, n in counts if n and not wire.is_named(how)}
+
+    def lines(self, account: Mapping[str, Any] | None, lost: int) -> list[str]:
+        """Return the account for people. `account` is of the source, `lost` of its last step."""
+        lines = []
+        if account is not None:
+            gone = {place: n for place, n in account["lost"].items() if n}
+            lines.append(
+                f"{account['packets']} packets seen, {account['skipped']} of them of no interest "
+                "(later fragments, other protocols)"
+                if account["skipped"]
+                else f"{account['packets']} packets seen"
+            )
+            lines.append(
+                f"{account['records']} records = {account['delivered']} delivered"
+                f" + {sum(gone.values())} lost{_detail(gone)}"
+            )
+        share = f" ({100 * self.named / self.records:.1f} %)" if self.records else ""
+        lines.append(
+            f"{self.records} shown = {self.named} named{share}"
+            f" + {self.records - self.named} unnamed{_detail(self.unnamed)}"
+        )
+        if lost:
+            lines.append(f"{lost} lost on the way to this program, which read too slowly")
+        return lines
+
+
+def _detail(counts: Mapping[str, int]) -> str:
+    parts = [f"{name.replace('_', ' ')} {n}" for name, n in counts.items()]
+    return f" ({', '.join(parts)})" if parts else ""

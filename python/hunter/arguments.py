@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: MIT
+"""The command line: what may be said, and the filter that it amounts to."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nlproto import Error, UsageError, __version__, filter
+from nlproto.filter import Filter
+from nlproto.frames import DEFAULT_SOCKET
+
+__all__ = ["SUBCOMMANDS", "Command", "live_parser", "parse", "parser_of"]
+
+FORMATS = ("csv", "jsonl", "parquet", "pcapng")
+UNITS = ("bin-bytes", "bin-bits", "si-bytes", "si-bits")
+SUBCOMMANDS = {
+    "top": "processes by rate, live",
+    "who": "which process owns, or owned, a port",
+    "stats": "what the daemon has seen, and how well it names",
+    "annotate": "write the owners into a capture of tcpdump or Wireshark",
+    "report": "make a page of a saved capture",
+}
+
+_FILTER_HELP = """\
+filter words, as in pcap-filter(7):
+  tcp udp ip ip6, [src|dst] host H, net N/BITS, port P, portrange A-B, inbound, outbound
+  pid N, pname NAME, uid U, netns NS, container C, how RULE|named|unnamed
+  joined by and, or, not and ( )
+"""
+
+_LIVE_EXAMPLES = """\
+examples:
+  packet-hunter                                     everything, named
+  packet-hunter tcp port 443 and not pname firefox
+  packet-hunter --save capture.csv --duration 60
+  packet-hunter --json -c 100 how unnamed | jq .
+  packet-hunter -- curl https://example.org/        only while curl runs
+  packet-hunter who --port 8080                     first words: top who stats annotate report
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What to do: `name` is "live" or a subcommand, `argv` what "--" precedes."""
+
+    name: str
+    options: argparse.Namespace
+    argv: tuple[str, ...] = ()
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: write 30, 60s, 5m, 2h or 1d")
+    scale = {"ms": 0.001, None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+    return float(found[1]) * scale
+
+
+def _size(text: str) -> int:
+    """Millions of bytes as tcpdump's -C counts, or with k, m, g: 2 to the 10th, 20th, 30th."""
+    found = re.fullmatch(r"(\d+)([kmg])?b?", text.lower())
+    if not found or int(found[1]) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 100 (million bytes) or 1g")
+    scale = {None: 10**6, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}[found[2]]
+    return int(found[1]) * scale
+
+
+def _port(text: str) -> int:
+    if text.isascii() and text.isdigit() and int(text) < 65536:
+        return int(text)
+    for proto in ("tcp", "udp"):
+        try:
+            return socket.getservbyname(text, proto)
+        except OSError:
+            continue
+    raise argparse.ArgumentTypeError(f"{text!r} is no port")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+
+def _parser(name: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    prog = "packet-hunter" if name == "live" else f"packet-hunter {name}"
+    return argparse.ArgumentParser(
+        prog=prog, description=description, epilog=epilog, formatter_class=_Formatter
+    )
+
+
+def _add_socket(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--socket",
+        metavar="PATH",
+        default=DEFAULT_SOCKET,
+        help="where the daemon listens (default: %(default)s)",
+    )
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where packets come from")
+    _add_socket(group)
+    group.add_argument(
+        "--direct",
+        action="store_true",
+        help="listen to the module or an own capture, ask the daemon for owners only",
+    )
+    group.add_argument(
+        "--engine",
+        choices=("auto", "module", "packet"),
+        default="auto",
+        help="without the daemon or with --direct: who sees packets (default: auto)",
+    )
+    group.add_argument(
+        "-r", "--read", metavar="FILE", help="show a saved CSV, JSON lines or Parquet"
+    )
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("which packets (all given must fit)")
+    group.add_argument("filter", nargs="*", metavar="FILTER", help="filter words, see below")
+    group.add_argument("-F", "--filter-file", metavar="FILE", help="read the filter from FILE")
+    group.add_argument(
+        "-i", "--interface", metavar="IF", action="append", help="on this interface (repeatable)"
+    )
+    group.add_argument("-Q", "--direction", choices=("in", "out", "inout"), help="direction")
+    group.add_argument("--pid", metavar="P", action="append", help="of this process (repeatable)")
+    group.add_argument("--pname", metavar="NAME", action="append", help="of processes so named")
+    group.add_argument("--uid", metavar="U", action="append", help="of this user's processes")
+    group.add_argument("--netns", metavar="NS", action="append", help="in a network namespace")
+    group.add_argument("--container", metavar="C", action="append", help="of a container")
+
+
+def live_parser() -> argparse.ArgumentParser:
+    """Return the parser of the main command, without what follows "--"."""
+    parser = _parser(
+        "live",
+        "Show, save and filter packets with the process behind each.",
+        _FILTER_HELP + "\n" + _LIVE_EXAMPLES,
+    )
+    parser.usage = (
+        "%(prog)s [options] [FILTER ...] [-- CMD ARGS ...]\n       %(prog)s SUBCOMMAND ..."
+    )
+    parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {__version__}")
+    _add_choice(parser)
+    group = parser.add_argument_group("how long")
+    group.add_argument("-c", "--count", metavar="N", type=_count, help="end after N packets")
+    group.add_argument(
+        "--duration", metavar="S", type=_seconds, help="end after S seconds (60s, 5m)"
+    )
+    group = parser.add_argument_group("how lines look, as in tcpdump")
+    group.add_argument(
+        "-n", "--numbers", action="store_true", help="no names of hosts and services"
+    )
+    group.add_argument("-q", "--quiet", action="store_true", help="shorter lines")
+    group.add_argument("-v", "--verbose", action="count", default=0, help="more of the owner; -vv")
+    group.add_argument(
+        "-t",
+        dest="times",
+        action="count",
+        default=0,
+        help="no time; -tt Unix time, -ttt since the last, -tttt with date, -ttttt since the first",
+    )
+    group.add_argument("--json", action="store_true", help="JSON lines on standard output")
+    group.add_argument("--summary", action="store_true", help="a table of processes at the end")
+    group = parser.add_argument_group("saving")
+    group.add_argument(
+        "--save",
+        "-w",
+        metavar="FILE",
+        help="save to FILE (.csv .jsonl .parquet .pcapng; - is stdout)",
+    )
+    group.add_argument("--format", choices=FORMATS, help="of FILE, when its suffix does not say it")
+    group.add_argument("--print", action="store_true", help="show lines while saving")
+    group.add_argument(
+        "-C", "--rotate", metavar="SIZE", type=_size, help="new file every SIZE million bytes (1g)"
+    )
+    group.add_argument(
+        "-W", "--keep", metavar="N", type=_count, help="with -C: keep the last N files"
+    )
+    _add_source(parser)
+    return parser
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "top",
+        "Processes by rate, live. Keys are shown below the table.",
+        _FILTER_HELP
+        + "\nexamples:\n  packet-hunter top\n  packet-hunter top -u si-bits not port 22\n",
+    )
+    _add_choice(parser)
+    parser.add_argument(
+        "-n", "--numbers", action="store_true", help="no names of hosts and services"
+    )
+    parser.add_argument(
+        "-u", "--units", choices=UNITS, default="bin-bytes", help="default: %(default)s"
+    )
+    parser.add_argument("--interval", metavar="S", type=_seconds, default=1.0, help="default: 1 s")
+    _add_source(parser)
+    return parser
+
+
+def _who_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "who",
+        "Which process owns, or owned, the traffic of a port, host or process.",
+        "examples:\n  packet-hunter who --port 8080\n"
+        "  packet-hunter who --port 53 --proto udp --since 10m --json\n",
+    )
+    parser.add_argument(
+        "--port", metavar="N", type=_port, help="local or remote port, or its service"
+    )
+    parser.add_argument("--proto", choices=("tcp", "udp"))
+    parser.add_argument("--host", metavar="H", help="address or network of the other end")
+    parser.add_argument("--pid", metavar="P", type=_count, help="what this process talks to")
+    parser.add_argument("--pname", metavar="NAME", help="what processes so named talk to")
+    parser.add_argument(
+        "--since", metavar="S", type=_seconds, help="seen so long ago at most (60s, 5m)"
+    )
+    parser.add_argument("--limit", metavar="N", type=_count, help="at most N flows")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    _add_socket(parser)
+    return parser
+
+
+def _stats_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "stats",
+        "What the daemon has seen, lost and named.",
+        "example:\n  packet-hunter stats --json\n",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    _add_socket(parser)
+    return parser
+
+
+def _annotate_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "annotate",
+        "Write who owned each packet into a capture made by tcpdump or Wireshark.",
+        "example:\n  sudo tcpdump -i any -w trace.pcap    (while the daemon runs)\n"
+        "  packet-hunter annotate trace.pcap -o named.pcapng\n",
+    )
+    parser.add_argument("input", metavar="IN", help="pcap or pcapng")
+    parser.add_argument("-o", "--output", metavar="OUT", required=True, help="pcapng to write")
+    _add_socket(parser)
+    return parser
+
+
+def _report_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "report",
+        "Make one HTML page of a saved capture; it needs no network to open.",
+        "example:\n  packet-hunter report capture.csv -o capture.html\n",
+    )
+    parser.add_argument("input", metavar="CAPTURE", help="saved CSV, JSON lines or Parquet")
+    parser.add_argument("-o", "--output", metavar="OUT", required=True, help="HTML file to write")
+    return parser
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """Return the parser of "live" or of a subcommand."""
+    return {
+        "live": live_parser,
+        "top": _top_parser,
+        "who": _who_parser,
+        "stats": _stats_parser,
+        "annotate": _annotate_parser,
+        "report": _report_parser,
+    }[name]()
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Return the command in `arguments` (sys.argv[1:]).
+
+    Exits 2 by argparse on options it does not know. Raises UsageError, FilterError.
+    """
+    argv: tuple[str, ...] = ()
+    arguments = list(arguments)
+    if arguments and arguments[0] in SUBCOMMANDS:
+        name = arguments.pop(0)
+    else:
+        name = "live"
+        if "--" in arguments:
+            at = arguments.index("--")
+            argv = tuple(arguments[at + 1 :])
+            arguments = arguments[:at]
+            if not argv:
+                raise UsageError("a command must follow --, as in: packet-hunter -- curl URL")
+    options = parser_of(name).parse_intermixed_args(arguments)
+    command = Command(name, options, argv)
+    _check(command)
+    return command
+
+
+def _check(command: Command) -> None:
+    options = command.options
+    if command.name == "who" and not (options.port or options.host or options.pid or options.pname):
+        raise UsageError("say what about: who --port N, --host H, --pid P or --pname NAME")
+    if command.name != "live":
+        return
+    if options.keep and not options.rotate:
+        raise UsageError("-W says how many files -C keeps: give -C SIZE too")
+    if options.rotate and (not options.save or options.save == "-"):
+        raise UsageError("-C rotates the file of --save: give --save FILE too")
+    if options.format and not options.save:
+        raise UsageError("--format is of --save: give --save FILE too")
+    if options.save == "-" and (options.json or options.print):
+        raise UsageError("standard output cannot hold both: save to a file")
+    if options.read and (options.direct or command.argv):
+        raise UsageError("-r reads a file: --direct and -- CMD do not go with it")
+    words = options.filter
+    if words and words[0] in SUBCOMMANDS:
+        raise UsageError(f"{words[0]!r} is a subcommand: write it before the options")
+
+
+def _any(word: str, values: Sequence[str] | None) -> str:
+    return " or ".join(f"{word} {filter.quote(value)}" for value in values or ())
+
+
+def _interfaces(names: Sequence[str] | None) -> str:
+    if not names or "any" in names:
+        return ""
+    indexes = []
+    for name in names:
+        try:
+            indexes.append(socket.if_nametoindex(name))
+        except OSError:
+            known = ", ".join(one for _, one in socket.if_nameindex())
+            raise UsageError(f"no interface {name!r} here; there are: {known}") from None
+    # an index means something in its own network namespace only
+    here = os.stat("/proc/self/ns/net").st_ino
+    return f"netns {here} and ({' or '.join(f'ifindex {index}' for index in indexes)})"
+
+
+def filter_of(options: argparse.Namespace) -> Filter:
+    """Return the filter that words, -F and options amount to. Raises UsageError, FilterError."""
+    texts = [_joined(options.filter)]
+    if options.filter_file:
+        try:
+            with open(options.filter_file, encoding="utf-8") as file:
+                lines = file.read(filter.MAX_LENGTH + 1).splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise Error(f"cannot read the filter in {options.filter_file}: {reason}") from None
+        texts.append(" ".join(line for line in lines if not line.lstrip().startswith("#")))
+    texts.append({"in": "inbound", "out": "outbound"}.get(options.direction, ""))
+    texts.append(_interfaces(options.interface))
+    for word in ("pid", "pname", "uid", "netns", "container"):
+        texts.append(_any(word, getattr(options, word)))
+    result = filter.EVERYTHING
+    for text in texts:
+        result = result & filter.parse(text)
+    return result
+
+
+def _joined(words: Sequence[str]) -> str:
+    """The filter as one text; a name that the shell unquoted is quoted again."""
+    texts = []
+    for index, word in enumerate(words):
+        named = index and words[index - 1] in ("pname", "container")
+        texts.append(filter.quote(word) if named and not word.startswith('"') else word)
+    return " ".join(texts)

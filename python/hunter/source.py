@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""Where the hunter's packets come from: one interface, whoever names them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, Self
+
+from hunter.columns import Holder
+from nlproto import NoDaemon
+from nlproto.filter import Filter
+from nlproto.pipeline import NamedBatch
+from nlproto.processes import Process
+
+__all__ = ["Source", "open_source"]
+
+
+class Source(Protocol):
+    """A context manager; packets count from its construction on. One thread."""
+
+    description: str
+    """What it is, for people: "daemon", "engine packet"."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def read(self, timeout: float) -> list[NamedBatch] | None:
+        """Return what fits the filter, waiting up to `timeout` s; None: it has ended by itself.
+
+        Raises Error when it fails.
+        """
+        ...
+
+    def finish(self) -> list[NamedBatch]:
+        """Stop and return the rest: every packet that was there before the call."""
+        ...
+
+    def get(self, tgid: int, start_ns: int, /) -> Process | None:
+        """Return what is known of a process."""
+        ...
+
+    def holders(self, cookies: set[int]) -> Mapping[int, list[Holder]]:
+        """Return who holds shared sockets."""
+        ...
+
+    def account(self) -> Mapping[str, Any] | None:
+        """Return nlproto.account.Account.as_dict() of what this source saw since it was opened.
+
+        None when this user may not know. Final once finish() has returned.
+        """
+        ...
+
+    def lost(self) -> int:
+        """Return how many records that fitted the filter were lost on the way to this reader."""
+        ...
+
+
+def open_source(
+    options: argparse.Namespace, filter: Filter, notify: Callable[[str], None]
+) -> Source:
+    """Return the source that `options` (read, direct, socket, engine) ask for.
+
+    The daemon when one answers, else this process's own pipeline. `notify` gets lines that say
+    what is less than it could be. Raises Error.
+    """
+    # Imported here: each needs parts that the others do without.
+    if options.read:
+        from hunter.source_file import FileSource
+
+        return FileSource(options.read, filter)
+    if options.direct:
+        from hunter.source_direct import open_direct
+
+        return open_direct(options.engine, options.socket, filter, notify)
+    if options.engine == "auto":
+        from hunter.source_daemon import DaemonSource
+
+        try:
+            return DaemonSource(options.socket, filter, notify)
+        except NoDaemon:
+            pass
+    from hunter.source_alone import open_alone
+
+    return open_alone(options.engine, options.socket, filter, notify)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT
+"""Packets from a pipeline in this process."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+from nlproto.naming import Namer
+
+from hunter.columns import Holder
+from nlproto import Error, NoPrivilege, procfs
+from nlproto.account import Account
+from nlproto.engine import open_engine
+from nlproto.filter import Filter
+from nlproto.pipeline import NamedBatch, Pipeline
+from nlproto.portmap import PortMap
+from nlproto.processes import Process, Processes
+
+__all__ = ["PipelineSource", "open_alone"]
+
+_BATCHES = 64  # that may wait for the reader; behind them the pipeline's own queue fills
+
+
+class PipelineSource:
+    """Takes what `pipeline` gives; a slow reader shows as loss in the pipeline's queue."""
+
+    def __init__(self, pipeline: Pipeline, filter: Filter) -> None:
+        self.description = f"engine {pipeline.engine.name}"
+        self._pipeline = pipeline
+        self._filter = filter
+        self._inbox: queue.Queue[NamedBatch | None] = queue.Queue(_BATCHES)
+        self._failure: Error | None = None
+        self._left = False
+        self._stopper: threading.Thread | None = None
+        pipeline.subscribe(self._take)
+
+    def __enter__(self) -> Self:
+        self._pipeline.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._left = True
+        if self._stopper is None:
+            self.finish()
+        self._pipeline.engine.__exit__(None, None, None)
+
+    def failed(self, error: Error) -> None:
+        """Remember why the engine stopped; for the pipeline's on_failure."""
+        self._failure = error
+
+    def _take(self, batch: NamedBatch) -> None:
+        mask = self._filter.mask(batch.records, self._pipeline.processes)
+        if mask.all():
+            self._inbox.put(batch)
+        elif mask.any():
+            self._inbox.put(NamedBatch(batch.head, batch.records[mask], batch.clock))
+
+    def read(self, timeout: float) -> list[NamedBatch] | None:
+        if self._failure is not None and self._inbox.empty():
+            raise self._failure
+        batches = []
+        try:
+            batches.append(self._inbox.get(timeout=timeout))
+            while True:
+                batches.append(self._inbox.get_nowait())
+        except queue.Empty:
+            pass
+        return [batch for batch in batches if batch is not None]
+
+    def finish(self) -> list[NamedBatch]:
+        self._stopper = threading.Thread(target=self._stop, name="stopper")
+        self._stopper.start()
+        batches: list[NamedBatch] = []
+        while (batch := self._inbox.get()) is not None:
+            if not self._left:
+                batches.append(batch)
+        self._stopper.join()
+        return batches
+
+    def _stop(self) -> None:
+        try:
+            self._pipeline.stop()
+        finally:
+            self._inbox.put(None)
+
+    def get(self, tgid: int, start_ns: int, /) -> Process | None:
+        return self._pipeline.processes.get(tgid, start_ns)
+
+    def holders(self, cookies: set[int]) -> Mapping[int, list[Holder]]:
+        portmap = self._pipeline.portmap
+        if portmap is None:
+            return {}
+        found: dict[int, list[Holder]] = {}
+        for cookie in cookies:
+            owners = {owner.tgid: owner.comm for owner in portmap.with_cookie(cookie)}
+            if owners:
+                found[cookie] = [{"pid": pid, "comm": comm} for pid, comm in owners.items()]
+        return found
+
+    def account(self) -> Mapping[str, Any]:
+        with self._pipeline.account_lock:
+            return self._pipeline.account.as_dict()
+
+    def lost(self) -> int:
+        return 0
+
+
+def open_alone(
+    engine: str, socket: str, filter: Filter, notify: Callable[[str], None]
+) -> PipelineSource:
+    """Return a source with an engine of its own. Raises Error, NoPrivilege with the way out."""
+    try:
+        opened = open_engine(engine, notify)
+    except NoPrivilege as error:
+        raise NoPrivilege(
+            f"{error} - or let root start the daemon once (sudo packet-hunterd), "
+            f"then everybody sees their own packets through {socket}"
+        ) from None
+    processes = Processes(procfs.details)
+    failures: list[Callable[[Error], None]] = []
+    pipeline = Pipeline(
+        opened,
+        account=Account(),
+        processes=processes,
+        namer=Namer(processes),
+        portmap=PortMap(),
+        on_failure=lambda error: failures[0](error),
+    )
+    source = PipelineSource(pipeline, filter)
+    failures.append(source.failed)
+    return source

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: MIT
+"""Packets from an engine of this process's own, owners from the daemon."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from hunter.columns import Holder
+from hunter.source_alone import PipelineSource
+from hunter.source_daemon import Asker
+from nlproto import Error, wire
+from nlproto.account import Account
+from nlproto.client import DaemonClient
+from nlproto.clock import Clock
+from nlproto.engine import open_engine
+from nlproto.filter import Filter
+from nlproto.pipeline import Pipeline
+from nlproto.processes import Process, Processes
+from nlproto.wire import ProcessEvent, address_text
+
+__all__ = ["DaemonNames", "DirectSource", "open_direct"]
+
+_FORGET = 4096  # answers kept
+
+Endpoint = tuple[int, int, int, bytes, int]
+
+
+class DaemonNames:
+    """Names records that the engine could not, by asking the daemon a batch at a time.
+
+    Used in the pipeline's worker thread. When the daemon goes away, `lost` is told once and
+    records stay as they are.
+    """
+
+    def __init__(self, client: DaemonClient, lost: Callable[[str], None]) -> None:
+        self._client: DaemonClient | None = client
+        self._lost = lost
+        self._lock = threading.Lock()
+
+    def name(self, records: np.ndarray, clock: Clock) -> None:
+        """Fill in owner and `how` of records that nobody named but a process may own."""
+        open_rows = np.flatnonzero(np.isin(records["how"], _ASKABLE)).tolist()
+        keys: dict[Endpoint, list[int]] = {}
+        for row in open_rows:
+            keys.setdefault(_local_end(records[row]), []).append(row)
+        questions = [_question(key) for key in keys]
+        for (_, rows), owner in zip(keys.items(), self._ask(questions), strict=False):
+            if owner is None:
+                continue
+            records["tgid"][rows] = owner["pid"]
+            records["start_ns"][rows] = owner["start_ns"]
+            records["uid"][rows] = owner["uid"]
+            records["comm"][rows] = owner["comm"].encode()[: wire.lib.SNIFFER_COMM_LEN]
+            records["how"][rows] = wire.lib.SNIFFER_HOW_DIAG
+            if len({holder["pid"] for holder in owner["holders"]}) > 1:
+                records["flags"][rows] |= wire.lib.SNIFFER_F_SHARED
+
+    def learn(self, event: ProcessEvent) -> None:
+        """Nothing: the daemon learns by itself."""
+
+    def details(self, pid: int, start_ns: int) -> Process | None:
+        """Return what the daemon knows of a process."""
+        (answer,) = self._ask([{"tgid": pid, "start_ns": start_ns}]) or [None]
+        return Process(**answer["process"]) if answer else None
+
+    def _ask(self, keys: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
+        answers: list[dict[str, Any] | None] = []
+        with self._lock:
+            try:
+                for at in range(0, len(keys), 1000):
+                    if self._client is None:
+                        return []
+                    answers += self._client.lookup(keys[at : at + 1000])
+            except Error as error:
+                self._client = None
+                self._lost(f"owners are not asked any more: {error}")
+                return []
+        return answers
+
+    def close(self) -> None:
+        with self._lock:
+            if self._client is not None:
+                self._client.close()
+                self._client = None
+
+
+_ASKABLE = np.array(
+    [wire.lib.SNIFFER_HOW_PREDATES, wire.lib.SNIFFER_HOW_NOT_PROBED, wire.lib.SNIFFER_HOW_TABLE_FULL]
+)
+
+
+def _local_end(record: np.void) -> Endpoint:
+    end = "d" if record["dir"] == wire.lib.SNIFFER_DIR_IN else "s"
+    return (
+        int(record["netns"]),
+        int(record["proto"]),
+        int(record["family"]),
+        record[f"{end}addr"].tobytes(),
+        int(record[f"{end}port"]),
+    )
+
+
+def _question(key: Endpoint) -> dict[str, Any]:
+    netns, proto, family, address, port = key
+    return {
+        "netns": netns,
+        "proto": wire.PROTO_NAMES[proto],
+        "address": address_text(family, address),
+        "port": port,
+    }
+
+
+class DirectSource(PipelineSource):
+    """A pipeline whose names come from the daemon."""
+
+    def __init__(
+        self, pipeline: Pipeline, filter: Filter, names: DaemonNames, asker: Asker
+    ) -> None:
+        super().__init__(pipeline, filter)
+        self.description += ", owners from the daemon"
+        self._names = names
+        self._asker = asker
+
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)
+        self._names.close()
+        self._asker.close()
+
+    def holders(self, cookies: set[int]) -> Mapping[int, list[Holder]]:
+        return self._asker.holders(cookies)
+
+
+def open_direct(
+    engine: str, socket: str, filter: Filter, notify: Callable[[str], None]
+) -> DirectSource:
+    """Return a source with an own engine. Raises NoDaemon, NoModule, NoPrivilege, Error."""
+    names = DaemonNames(DaemonClient(socket), notify)
+    try:
+        failures: list[Callable[[Error], None]] = []
+        pipeline = Pipeline(
+            open_engine(engine, notify),
+            account=Account(),
+            processes=Processes(names.details),
+            namer=names,
+            on_failure=lambda error: failures[0](error),
+        )
+    except BaseException:
+        names.close()
+        raise
+    source = DirectSource(pipeline, filter, names, Asker(socket))
+    failures.append(source.failed)
+    return source

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: MIT
+"""Lines, columns and text: what people and files get to see of a record."""
+
+import csv
+import io
+import ipaddress
+import json
+import socket
+
+import numpy as np
+import pytest
+
+from hunter.capturefile import CaptureFile
+from hunter.columns import COLUMNS, columns
+from hunter.lines import LinePrinter, Style, tcp_flags
+from hunter.save_csv import CsvSaver
+from hunter.save_jsonl import JsonSaver
+from hunter.text import cell, plain
+from nlproto import wire
+from nlproto.clock import Clock
+from nlproto.pipeline import NamedBatch
+from nlproto.processes import Process, Processes
+
+NOON_NS = 1_780_000_000_123_456_789
+NOON = "2026-05-28T20:26:40.123456Z"
+
+
+def batch(*rows):
+    records = np.zeros(len(rows), wire.RECORD)
+    for record, fields in zip(records, rows, strict=True):
+        values = {
+            "saddr": "127.0.0.1",
+            "daddr": "127.0.0.1",
+            "sport": 50000,
+            "dport": 8080,
+            "proto": socket.IPPROTO_TCP,
+            "dir": wire.lib.SNIFFER_DIR_OUT,
+            "how": wire.lib.SNIFFER_HOW_CONTEXT,
+            "len": 60,
+            "tgid": 1234,
+            "start_ns": 7,
+            "uid": 1000,
+            "netns": 99,
+            "comm": b"curl",
+            "tcp_flags": 2,
+        } | fields
+        for end in ("saddr", "daddr"):
+            address = ipaddress.ip_address(values[end])
+            values[end] = list(address.packed.ljust(16, b"\0"))
+            record["family"] = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        for name, value in values.items():
+            record[name] = value
+    return NamedBatch(np.zeros(1, wire.BATCH)[0], records, Clock(NOON_NS, 0))
+
+
+def processes(**fields):
+    known = Processes()
+    known.restore([Process(tgid=1234, start_ns=7, **fields)])
+    return known
+
+
+def nobody(cookies):
+    return {}
+
+
+def printed(given, known=None, holders=nobody, **style):
+    style = Style(**({"numbers": True, "times": 1} | style))
+    printer = LinePrinter(style, known or Processes(), holders, str, io.StringIO())
+    return printer.lines(given)
+
+
+def saved(saver, given, known, path, holders=nobody):
+    with CaptureFile(str(path)) as file:
+        saver(file).add(columns(given, known, holders))
+    return path.read_text()
+
+
+def test_a_line_has_time_direction_ends_length_flags_and_owner():
+    line = printed(batch({}), times=2)
+    assert line == [
+        "1780000000.123456 out tcp 127.0.0.1.50000 > 127.0.0.1.8080 len 60 [S] curl.1234"
+    ]
+
+
+def test_an_unnamed_packet_says_why():
+    row = {"how": wire.lib.SNIFFER_HOW_SOCKET_GONE, "tgid": 0, "comm": b"", "dir": 1}
+    assert printed(batch(row)) == [
+        "in  tcp 127.0.0.1.50000 > 127.0.0.1.8080 len 60 [S] - (socket gone)"
+    ]
+
+
+def test_the_unit_or_the_short_container_follows_the_owner():
+    assert printed(batch({}), processes(unit="nginx.service"))[0].endswith(
+        "curl.1234 nginx.service"
+    )
+    known = processes(unit="docker.service", container="0123456789abcdef")
+    assert printed(batch({}), known)[0].endswith("curl.1234 0123456789ab")
+
+
+def test_quiet_leaves_out_flags_and_place():
+    assert printed(batch({}), processes(unit="nginx.service"), quiet=True) == [
+        "out tcp 127.0.0.1.50000 > 127.0.0.1.8080 len 60 curl.1234"
+    ]
+
+
+def test_verbose_tells_the_rule_the_executable_and_the_holders():
+    given = batch({"flags": wire.lib.SNIFFER_F_SHARED, "cookie": 5})
+
+    def holders(cookies):
+        return {
+            cookie: [{"pid": 1, "comm": "a"}, {"pid": 2, "comm": "b\x1b"}] for cookie in cookies
+        }
+
+    line = printed(given, processes(exe="/usr/bin/curl"), holders, verbose=1)[0]
+    assert "(context, uid 1000, exe /usr/bin/curl, shared, held by a.1, b\\x1b.2)" in line
+
+
+def test_times_since_the_last_and_since_the_first():
+    given = batch({"time_ns": 0}, {"time_ns": 1_500_000_000}, {"time_ns": 2_000_000_000})
+    assert [line.split()[0] for line in printed(given, times=3)] == [
+        "00:00:00.000000",
+        "00:00:01.500000",
+        "00:00:00.500000",
+    ]
+    assert printed(given, times=5)[2].startswith("00:00:02.000000 ")
+
+
+def test_six_and_udp_lines():
+    row = {"saddr": "fe80::1", "daddr": "2001:db8::2", "proto": socket.IPPROTO_UDP, "dport": 53}
+    assert printed(batch(row)) == ["out udp fe80::1.50000 > 2001:db8::2.53 len 60 curl.1234"]
+    named = printed(batch(row), numbers=False)
+    assert named == ["out udp fe80::1.50000 > 2001:db8::2.domain len 60 curl.1234"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"), [(2, "S"), (18, "S."), (16, "."), (0, "none"), (25, "FP.")]
+)
+def test_tcp_flags_read_as_in_tcpdump(flags, text):
+    assert tcp_flags(flags) == text
+
+
+def test_csv_has_the_agreed_columns_and_values(tmp_path):
+    rows = batch({}, {"how": wire.lib.SNIFFER_HOW_FORWARDED, "tgid": 0, "dir": 3, "comm": b""})
+    text = saved(CsvSaver, rows, processes(exe="/usr/bin/curl"), tmp_path / "x.csv")
+    assert text == (
+        "time,dir,proto,src,sport,dst,dport,len,pid,comm,exe,uid,netns,how\n"
+        f"{NOON},out,tcp,127.0.0.1,50000,127.0.0.1,8080,60,1234,curl,/usr/bin/curl,1000,99,context\n"
+        f"{NOON},fwd,tcp,127.0.0.1,50000,127.0.0.1,8080,60,,,,,99,forwarded\n"
+    )
+
+
+def test_json_lines_have_the_same_keys_and_holders_when_shared(tmp_path):
+    rows = batch({}, {"flags": wire.lib.SNIFFER_F_SHARED, "cookie": 5})
+
+    def holders(cookies):
+        assert cookies == {5}
+        return {5: [{"pid": 1, "comm": "a"}, {"pid": 1234, "comm": "curl"}]}
+
+    text = saved(JsonSaver, rows, processes(exe="/usr/bin/curl"), tmp_path / "x.jsonl", holders)
+    first, second = map(json.loads, text.splitlines())
+    assert tuple(first) == COLUMNS
+    assert first["time"] == NOON and first["pid"] == 1234 and first["sport"] == 50000
+    assert tuple(second) == (*COLUMNS, "holders")
+    assert [one["pid"] for one in second["holders"]] == [1, 1234]
+
+
+HOSTILE = {
+    "escape": b"\x1b[2Jx",
+    "newline": b"a\nb,c",
+    "markup": b"[/red]",
+    "formula": b"=cmd()",
+    "script": b"<script>",
+    "not utf-8": b"\xff\xfe\x9b31m",
+    "c1": "\x9b31m".encode(),
+    "bidi": "\u202egpj".encode(),
+    "quote": b'",""',
+    "plus": b"+1+cmd|' /C'!A0",
+}
+
+
+@pytest.mark.parametrize("comm", HOSTILE.values(), ids=HOSTILE.keys())
+@pytest.mark.parametrize("output", ["line", "verbose", "terminal", "csv", "jsonl"])
+def test_a_hostile_name_is_harmless(comm, output, tmp_path):
+    rows = batch({"comm": comm})
+    name = wire.text(comm)
+    known = processes(exe="/tmp/" + name, unit=name, container=name)
+    if output == "terminal":
+        out = io.StringIO()
+        out.isatty = lambda: True
+        LinePrinter(Style(True, times=1, verbose=2), known, nobody, str, out).add(rows)
+        text = out.getvalue()
+    elif output == "csv":
+        text = saved(CsvSaver, rows, known, tmp_path / "x.csv")
+        header, row = csv.reader(io.StringIO(text))
+        fields = dict(zip(header, row, strict=True))
+        assert len(row) == len(COLUMNS)
+        assert fields["comm"][0] not in "=+@\t\r"
+        assert fields["comm"].lstrip("'") == plain(name)
+    elif output == "jsonl":
+        text = saved(JsonSaver, rows, known, tmp_path / "x.jsonl")
+        assert json.loads(text)["comm"] == name
+    else:
+        text = "\n".join(printed(rows, known, verbose=2 if output == "verbose" else 0)) + "\n"
+    lines = text.splitlines()
+    assert len(lines) == (2 if output == "csv" else 1)
+    body = lines[-1]
+    assert "\x1b[2J" not in body and "\x1b]" not in body
+    assert all(c.isprintable() or c == "\x1b" and output == "terminal" for c in body)
+    if output in ("line", "verbose"):
+        assert plain(name) in body
+
+
+def test_ordinary_names_stay_as_they_are():
+    for name in ("nginx", "-bash", "python3.11", "Gerät", "kworker/0:1-ev", "日本"):
+        assert cell(name) == plain(name) == name
+
+
+def test_addresses_are_text_of_their_family():
+    table = columns(batch({"saddr": "fe80::1", "daddr": "::1"}), Processes())
+    assert (table.src, table.dst) == (["fe80::1"], ["::1"])

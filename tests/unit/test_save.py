@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: MIT
+"""Capture files: who may read them, where they are not written, what survives a failure."""
+
+import os
+import stat
+
+import pytest
+
+from hunter.capturefile import CaptureFile
+from hunter.saving import format_of
+from nlproto import Error, UsageError
+
+ROOT = os.geteuid() == 0
+
+
+@pytest.fixture
+def sticky(tmp_path):
+    path = tmp_path / "tmp"
+    path.mkdir()
+    path.chmod(0o1777)
+    return path
+
+
+def write(path, data=b"x", **environ):
+    with CaptureFile(str(path), environ) as file:
+        file.write(data)
+
+
+def test_a_capture_is_private_whatever_the_umask(tmp_path):
+    before = os.umask(0)
+    try:
+        write(tmp_path / "a")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600
+
+
+def test_an_older_file_is_emptied_and_made_private(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("older and longer")
+    path.chmod(0o644)
+    write(path)
+    assert path.read_bytes() == b"x" and stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can give a file away")
+def test_a_new_capture_belongs_to_who_called_sudo(tmp_path):
+    write(tmp_path / "a", SUDO_UID="1234", SUDO_GID="2345")
+    found = (tmp_path / "a").stat()
+    assert (found.st_uid, found.st_gid) == (1234, 2345)
+
+
+def test_a_link_in_a_sticky_directory_is_refused(sticky, tmp_path):
+    target = tmp_path / "target"
+    target.write_text("precious")
+    (sticky / "a").symlink_to(target)
+    with pytest.raises(Error, match="is a link"):
+        write(sticky / "a")
+    assert target.read_text() == "precious"
+
+
+def test_a_dangling_link_in_a_sticky_directory_makes_no_file(sticky, tmp_path):
+    (sticky / "a").symlink_to(tmp_path / "target")
+    with pytest.raises(Error, match="is a link"):
+        write(sticky / "a")
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_linked_directory_in_a_sticky_directory_is_refused(sticky, tmp_path):
+    (tmp_path / "etc").mkdir()
+    (sticky / "mine").symlink_to(tmp_path / "etc")
+    with pytest.raises(Error, match="is a link"):
+        write(sticky / "mine" / "a")
+    assert not list((tmp_path / "etc").iterdir())
+
+
+def test_a_link_that_leads_through_a_sticky_directory_is_refused(sticky, tmp_path):
+    (sticky / "hop").symlink_to(tmp_path)
+    (tmp_path / "a").symlink_to(sticky / "hop" / "b")
+    with pytest.raises(Error, match="is a link"):
+        write(tmp_path / "a")
+
+
+def test_a_link_elsewhere_is_followed(tmp_path):
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "a").symlink_to("dir/b")
+    (tmp_path / "linked").symlink_to(tmp_path / "dir")
+    write(tmp_path / "a", b"one")
+    assert (tmp_path / "dir" / "b").read_bytes() == b"one"
+    write(tmp_path / "linked" / ".." / "linked" / "c", b"two")
+    assert (tmp_path / "dir" / "c").read_bytes() == b"two"
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can give a file away")
+def test_somebody_elses_file_or_fifo_in_a_sticky_directory_is_refused(sticky):
+    (sticky / "a").write_text("bait")
+    os.chown(sticky / "a", 1234, 1234)
+    os.mkfifo(sticky / "b")
+    for name in "ab":
+        with pytest.raises(Error, match="somebody else|cannot write"):
+            write(sticky / name)
+    assert (sticky / "a").read_text() == "bait"
+
+
+def test_link_loops_and_missing_directories_are_plain_errors(tmp_path):
+    (tmp_path / "a").symlink_to("a")
+    with pytest.raises(Error, match="cannot write .*symbolic links"):
+        write(tmp_path / "a")
+    with pytest.raises(Error, match="make its directory first"):
+        write(tmp_path / "no" / "such")
+    with pytest.raises(Error, match="cannot write"):
+        write(tmp_path)
+    with pytest.raises(UsageError, match="names no file"):
+        write("")
+
+
+def test_a_full_disk_keeps_whole_pieces(tmp_path):
+    """/dev/full is no regular file, so the limit on file sizes stands in for a full disk."""
+    path = tmp_path / "a"
+    pid = os.fork()
+    if pid == 0:
+        import resource
+        import signal
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+        code = 1
+        try:
+            with CaptureFile(str(path), {}) as file:
+                file.write(b"12345\n")
+                file.write(b"67890\n")
+        except Error as error:
+            code = 0 if "6 bytes are saved" in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert path.read_bytes() == b"12345\n"
+
+
+def test_dev_full_is_an_error_with_its_cause():
+    with pytest.raises(Error, match="No space left"):
+        write("/dev/full")
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "kind"),
+    [
+        ("x.csv", None, "csv"),
+        ("x.JSONL", None, "jsonl"),
+        ("x.parquet", None, "parquet"),
+        ("x.pcapng", None, "pcapng"),
+        ("x.txt", "jsonl", "jsonl"),
+        ("-", None, "csv"),
+    ],
+)
+def test_the_suffix_or_the_option_tells_the_format(path, asked, kind):
+    assert format_of(path, asked) == kind
+
+
+@pytest.mark.parametrize("path", ["x", "x.txt", "x.pcap"])
+def test_an_unknown_suffix_is_bad_usage(path):
+    with pytest.raises(UsageError):
+        format_of(path, None)
