@@ -57,7 +57,7 @@ def _run(command: arguments.Command, stop: Stop) -> None:
     elif command.name == "who":
         from hunter import who
 
-        who.run(command.options)
+        who.run(command.options, _tell)
     elif command.name == "stats":
         from hunter import stats
 

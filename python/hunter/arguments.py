@@ -10,6 +10,9 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hunter.rates import UNITS
+from hunter.rates import UNITS
+from hunter.rates import UNITS
 from nlproto import Error, UsageError, __version__, filter
 from nlproto.filter import Filter
 from nlproto.frames import DEFAULT_SOCKET
@@ -17,7 +20,6 @@ from nlproto.frames import DEFAULT_SOCKET
 __all__ = ["SUBCOMMANDS", "Command", "live_parser", "parse", "parser_of"]
 
 FORMATS = ("csv", "jsonl", "parquet", "pcapng")
-UNITS = ("bin-bytes", "bin-bits", "si-bytes", "si-bits")
 SUBCOMMANDS = {
     "top": "processes by rate, live",
     "who": "which process owns, or owned, a port",

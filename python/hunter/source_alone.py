@@ -8,13 +8,12 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
-from nlproto.naming import Namer
-
 from hunter.columns import Holder
 from nlproto import Error, NoPrivilege, procfs
 from nlproto.account import Account
 from nlproto.engine import open_engine
 from nlproto.filter import Filter
+from nlproto.naming import Namer
 from nlproto.pipeline import NamedBatch, Pipeline
 from nlproto.portmap import PortMap
 from nlproto.processes import Process, Processes
@@ -125,7 +124,7 @@ def open_alone(
         opened,
         account=Account(),
         processes=processes,
-        namer=Namer(processes),
+        namer=Namer(),
         portmap=PortMap(),
         on_failure=lambda error: failures[0](error),
     )

@@ -89,7 +89,11 @@ class DaemonNames:
 
 
 _ASKABLE = np.array(
-    [wire.lib.SNIFFER_HOW_PREDATES, wire.lib.SNIFFER_HOW_NOT_PROBED, wire.lib.SNIFFER_HOW_TABLE_FULL]
+    [
+        wire.lib.SNIFFER_HOW_PREDATES,
+        wire.lib.SNIFFER_HOW_NOT_PROBED,
+        wire.lib.SNIFFER_HOW_TABLE_FULL,
+    ]
 )
 
 

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: MIT
+"""hunter who: which process owns, or owned, the traffic of a port, a host or a process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hunter import names
+from hunter.text import plain
+from nlproto import NoDaemon
+from nlproto.client import DaemonClient
+
+__all__ = ["run", "show"]
+
+
+def run(options: argparse.Namespace, notify: Callable[[str], None]) -> None:
+    """Ask the daemon, or the kernel's own tables when there is none; print. Raises Error."""
+    try:
+        with DaemonClient(options.socket) as client:
+            answer = client.who(
+                port=options.port,
+                proto=options.proto,
+                host=options.host,
+                pid=options.pid,
+                pname=options.pname,
+                since=options.since,
+                limit=options.limit,
+            )
+    except NoDaemon as error:
+        from hunter.who_now import owners_now
+
+        if options.since:
+            raise
+        notify(f"{error}; without it: sockets of now, in this network namespace")
+        answer = owners_now(options)
+    if options.json:
+        print(json.dumps(answer))
+    else:
+        show(answer, Console(highlight=False, markup=False, soft_wrap=True), time.time())
+
+
+def show(answer: Mapping[str, Any], console: Console, now: float) -> None:
+    """Print the reply of op "who"; `now` is Unix time."""
+    known = {(one["tgid"], one["start_ns"]): one for one in answer["processes"]}
+    owners, flows = answer["owners"], answer["flows"]
+    if not owners and not flows:
+        console.print("nobody, now or in what is remembered")
+        return
+    if owners:
+        console.print(_owners(owners, known))
+    if flows:
+        console.print(_flows(flows, known, now))
+    if answer["truncated"]:
+        console.print(f"{len(flows)} of {answer['total']} flows; --limit shows more", style="dim")
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    for name in columns:
+        right = name in ("packets", "bytes", "last")
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def _name(comm: str, pid: int | None) -> Text:
+    if pid is None:
+        return Text("-", style="yellow")
+    return Text(f"{plain(comm)}.{pid}", style="bold green")
+
+
+def _place(process: Mapping[str, Any] | None) -> str:
+    if process is None:
+        return ""
+    return plain(process["container"][:12] or process["unit"])
+
+
+def _user(uid: int | None) -> str:
+    return "" if uid is None else plain(names.user(uid))
+
+
+def _owners(owners: Sequence[Mapping[str, Any]], known: Mapping[Any, Any]) -> Table:
+    table = _table("now", ["process", "user", "socket", "executable", "unit or container"])
+    for owner in owners:
+        process = known.get((owner["pid"], owner["start_ns"]))
+        who = _name(owner["comm"], owner["pid"])
+        others = [one for one in owner["holders"] if one["pid"] != owner["pid"]]
+        if others:
+            who.append("".join(f", {plain(one['comm'])}.{one['pid']}" for one in others), "dim")
+        verb = "listens on" if owner["listening"] and owner["proto"] == "tcp" else "has"
+        table.add_row(
+            who,
+            _user(owner["uid"]),
+            f"{verb} {owner['proto']} {owner['address']}.{owner['port']}",
+            plain(owner["exe"]),
+            _place(process),
+        )
+    return table
+
+
+def _flows(flows: Sequence[Mapping[str, Any]], known: Mapping[Any, Any], now: float) -> Table:
+    table = _table(
+        "seen",
+        [
+            "process",
+            "user",
+            "flow",
+            "packets",
+            "bytes",
+            "last",
+            "how",
+            "executable",
+            "unit or container",
+        ],
+    )
+    for flow in flows:
+        process = known.get((flow["pid"], flow["start_ns"]))
+        arrow = "-" if flow["forwarded"] else ">" if not flow["packets_in"] else "<>"
+        if not flow["forwarded"] and not flow["packets_out"]:
+            arrow = "<"
+        table.add_row(
+            _name(flow["comm"], flow["pid"]),
+            _user(flow["uid"]),
+            f"{flow['proto']} {flow['local']}.{flow['lport']} {arrow} "
+            f"{flow['remote']}.{flow['rport']}",
+            f"{flow['packets_in'] + flow['packets_out']:,}",
+            f"{flow['bytes_in'] + flow['bytes_out']:,}",
+            _ago(now - flow["last"]),
+            flow["how"].replace("_", " "),
+            plain(process["exe"]) if process else "",
+            _place(process),
+        )
+    return table
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{max(0.0, seconds):.0f} s ago"

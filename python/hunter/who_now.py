@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: MIT
+"""Owners of the sockets that exist now, without a daemon: sock_diag and /proc."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import socket
+from typing import Any
+
+import numpy as np
+
+from nlproto import NoPrivilege, UsageError, procfs, wire
+from nlproto.holders import Holders
+from nlproto.sockdiag import SockDiag, TcpState
+from nlproto.wire import address_text
+
+__all__ = ["owners_now"]
+
+
+def owners_now(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what op "who" of the daemon does, as far as the kernel's tables tell.
+
+    `options`: port, proto, host, pid, pname, limit. Raises UsageError.
+    """
+    network = None
+    if options.host:
+        try:
+            network = ipaddress.ip_network(options.host, strict=False)
+        except ValueError:
+            raise UsageError(f"--host {options.host}: neither an address nor a network") from None
+    holders = Holders()
+    holders.walk()
+    owners: list[dict[str, Any]] = []
+    processes: dict[int, dict[str, Any]] = {}
+    for one in _sockets():
+        if not _fits(one, options, network):
+            continue
+        owner = _owner(one, holders, options, processes)
+        if owner is not None:
+            owners.append(owner)
+    return {
+        "owners": owners[: options.limit],
+        "flows": [],
+        "total": 0,
+        "truncated": False,
+        "processes": list(processes.values()),
+    }
+
+
+def _sockets() -> np.ndarray:
+    try:
+        with SockDiag() as diag:
+            return diag.dump()
+    except NoPrivilege:
+        return procfs.tables()
+
+
+def _fits(one: np.void, options: argparse.Namespace, network: Any) -> bool:
+    if options.port and options.port not in (one["sport"], one["dport"]):
+        return False
+    if options.proto and wire.PROTO_NAMES[int(one["proto"])] != options.proto:
+        return False
+    if network is not None:
+        remote = ipaddress.ip_address(address_text(int(one["family"]), one["daddr"].tobytes()))
+        return remote in network
+    return True
+
+
+def _owner(
+    one: np.void,
+    holders: Holders,
+    options: argparse.Namespace,
+    processes: dict[int, dict[str, Any]],
+) -> dict[str, Any] | None:
+    found = holders.find(int(one["inode"]))
+    named = [
+        {
+            "pid": owner.identity.tgid,
+            "start_ns": owner.identity.start_ns,
+            "comm": wire.text(owner.comm),
+            "uid": owner.uid,
+        }
+        for owner in found
+    ]
+    if options.pid and options.pid not in [owner["pid"] for owner in named]:
+        return None
+    if options.pname and options.pname[:15] not in [owner["comm"] for owner in named]:
+        return None
+    for owner in named:
+        pid, start = int(str(owner["pid"])), int(str(owner["start_ns"]))
+        details = procfs.details(pid, start) if pid not in processes else None
+        if details is not None:
+            processes[pid] = {
+                name: getattr(details, name)
+                for name in ("tgid", "start_ns", "comm", "exe", "unit", "container", "uid", "user")
+            }
+    if not named and not options.port:
+        return None
+    first = (
+        named[0] if named else {"pid": None, "start_ns": None, "comm": "", "uid": int(one["uid"])}
+    )
+    pid_of_first = first["pid"]
+    known = processes.get(int(str(pid_of_first))) if pid_of_first is not None else None
+    return first | {
+        "netns": os.stat("/proc/self/ns/net").st_ino,
+        "proto": wire.PROTO_NAMES[int(one["proto"])],
+        "address": address_text(int(one["family"]), one["saddr"].tobytes()),
+        "port": int(one["sport"]),
+        "exe": known["exe"] if known else "",
+        "cookie": int(one["cookie"]),
+        "listening": int(one["state"]) == TcpState.LISTEN
+        or (one["proto"] == socket.IPPROTO_UDP and not one["dport"]),
+        "holders": named,
+    }
