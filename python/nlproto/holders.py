@@ -8,7 +8,7 @@ are rationed.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from . import procfs
@@ -16,8 +16,8 @@ from .procfs import Owner
 
 __all__ = ["Holders"]
 
-_WALK_SHARE = 10  # a walk may take 1/10 of the time
-_MIN_PAUSE_NS = 100_000_000
+_WALK_SHARE = 4  # walks may take a quarter of the time in the long run
+_WALK_SAVED_NS = 500_000_000  # walking time that can be saved up while nothing is unknown
 _ASKED_AGAIN_NS = 50_000_000  # an inode that nobody held, when asked for again
 _MISSING_LIMIT = 65536
 
@@ -34,12 +34,15 @@ class Holders:
         self._known: set[int] = set()
         self._talkers: dict[int, None] = {}
         self._missing: dict[int, int] = {}
-        self._next_walk_ns = 0
+        self._budget_ns = _WALK_SAVED_NS
+        self._budget_at_ns = now_ns()
         self.complete = True
         """Whether every process could be asked at the last walk (else it needs root)."""
+        self.exhaustive = False
+        """Whether the last find() that found nobody had asked every process."""
 
     def walk(self) -> None:
-        """Ask every process; pauses of at least ten times its length follow (see due())."""
+        """Ask every process; the time it takes is missing for later ones (see due())."""
         began = self._now_ns()
         by_inode: dict[int, dict[int, int]] = {}
         complete = True
@@ -53,20 +56,24 @@ class Holders:
                 by_inode.setdefault(inode, {})[pid] = fd
         self._by_inode = by_inode
         self._known = set(alive)
-        self._talkers = {pid: None for pid in self._talkers if pid in self._known}
+        self._talkers = {pid: None for held in by_inode.values() for pid in held}
         self._missing.clear()
         self.complete = complete
-        took = self._now_ns() - began
-        self._next_walk_ns = began + took + max(_MIN_PAUSE_NS, _WALK_SHARE * took)
+        self._budget_ns -= self._now_ns() - began
 
     def due(self) -> bool:
         """Return whether a full walk may be made now."""
-        return self._now_ns() >= self._next_walk_ns
+        now = self._now_ns()
+        earned = (now - self._budget_at_ns) // _WALK_SHARE
+        self._budget_ns = min(_WALK_SAVED_NS, self._budget_ns + earned)
+        self._budget_at_ns = now
+        return self._budget_ns > 0
 
     def find(self, inode: int) -> tuple[Owner, ...]:
         """Return the living holders of a socket, youngest first; empty when none is found."""
         if not inode:
             return ()
+        self.exhaustive = False
         held = self._checked(inode)
         if not held and self._now_ns() >= self._missing.get(inode, 0):
             held = self._search(inode)
@@ -101,9 +108,10 @@ class Holders:
             self._ask([pid for pid in self._talkers if pid in self._known])
         if not self._by_inode.get(inode) and self.due():
             self.walk()
+            self.exhaustive = self.complete
         return self._by_inode.get(inode, {})
 
-    def _ask(self, some: "list[int] | reversed[int]") -> None:
+    def _ask(self, some: Iterable[int]) -> None:
         for pid in some:
             for inode, fd in (procfs.socket_inodes(pid, self._proc) or {}).items():
                 self._by_inode.setdefault(inode, {})[pid] = fd

@@ -15,6 +15,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "shared_proto.h"
@@ -191,6 +192,16 @@ uint32_t host_frame_size(uint32_t snap)
 	while (size < need)	/* a power of two, so that frames never straddle blocks */
 		size *= 2;
 	return size;
+}
+
+int host_capture_all(int fd)
+{
+	struct sockaddr_ll ll = {
+		.sll_family = AF_PACKET,
+		.sll_protocol = htons(ETH_P_ALL),
+	};
+
+	return bind(fd, (struct sockaddr *)&ll, sizeof(ll)) ? -errno : 0;
 }
 
 uint32_t host_diag_request(uint8_t *buf, uint32_t seq, uint8_t family, uint8_t proto, int dump,

@@ -97,7 +97,7 @@ class SockDiag:
             raise NoPrivilege(f"sock_diag is refused here: {error.strerror}") from None
 
     def _receive(self, proto: int) -> tuple[int, bool]:
-        """Return the number of sockets read into self._found, or -errno, and whether that is all."""
+        """Return how many sockets were read into self._found, or -errno; and if that is all."""
         try:
             size = self._socket.recv_into(self._buffer)
         except TimeoutError:

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: MIT
+"""Engine `packet`: AF_PACKET and sock_diag, for machines where the module cannot be loaded.
+
+What it cannot know: a socket that is closed before its first packet was looked up (a process
+that lives some milliseconds); which of several holders sent; what a local multicast sender's
+own host receives (the kernel shows no tap those copies); what NAT on this host made of a tuple.
+It taps before the firewall (in) and after it (out), and fragments as fragments.
+"""
+
+import contextlib
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from . import netns, procfs, wire
+from .capture import Capture
+from .clock import Clock
+from .errors import Error, NoPrivilege
+from .holders import Holders
+from .netns import Interfaces
+from .packet_names import PacketNames
+from .sockdiag import SockDiag
+from .wire import Batch, lib
+
+__all__ = ["PacketEngine"]
+
+RING_BYTES = 16 << 20
+_OTHER_RING_BYTES = 2 << 20
+MAX_NETNS = 256
+_LOOK_NS = 250_000_000  # between two looks for new network namespaces
+_WALK_NS = 1_000_000_000  # between two walks of all descriptors while there is nothing to do
+_REFRESH_NS = 1_000_000_000
+_MISS_NS = 50_000_000
+_ROUNDS = 16  # ring reads a read() at most, so that its caller gets a turn under a flood
+_INITIAL_PIDNS = 0xEFFFFFFC
+
+
+class _Addresses:
+    """Local addresses and tapped-twice interfaces of one network namespace, read when stale."""
+
+    def __init__(self, interfaces: Interfaces, now_ns: Callable[[], int]) -> None:
+        self._interfaces = interfaces
+        self._now_ns = now_ns
+        self._read_ns = 0
+        self._addresses: set[bytes] = set()
+        self.duplicating: np.ndarray = np.zeros(0, np.uint32)
+        self.refresh()
+
+    def refresh(self, older_ns: int = 0) -> None:
+        now = self._now_ns()
+        if now - self._read_ns < older_ns:
+            return
+        self._read_ns = now
+        with contextlib.suppress(Error, OSError):
+            self._addresses = self._interfaces.addresses()
+            self.duplicating = np.array(sorted(self._interfaces.duplicating()), np.uint32)
+
+    def is_local(self, family: int, address: bytes) -> bool:
+        if family == socket.AF_INET:
+            first = address[0]
+            if first == 127 or first >= 224 or not any(address):
+                return True
+        elif address[0] == 0xFF:
+            return True
+        if address in self._addresses:
+            return True
+        self.refresh(_MISS_NS)
+        return address in self._addresses
+
+
+@dataclass(slots=True)
+class _Place:
+    """Everything of one network namespace; made inside it."""
+
+    capture: Capture
+    diag: SockDiag | None
+    interfaces: Interfaces
+    addresses: _Addresses
+    names: PacketNames
+
+    def close(self) -> None:
+        self.capture.close()
+        self.interfaces.close()
+        if self.diag is not None:
+            self.diag.close()
+
+
+class PacketEngine:
+    """Captures in every network namespace that it may enter; see nlproto.engine.Engine.
+
+    Batches are of its own `instance` and of CPU 0; what a ring had no room for appears as a gap
+    in record_seq, so as lost in "socket". Raises NoPrivilege without CAP_NET_RAW.
+    """
+
+    name = "packet"
+
+    def __init__(
+        self,
+        notify: Callable[[str], None],
+        *,
+        proc: Path = procfs.PROC,
+        everywhere: bool = True,
+        sock_diag: bool = True,
+        ring_bytes: int = RING_BYTES,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._notify = notify
+        self._proc = proc
+        self._everywhere = everywhere
+        self._use_diag = sock_diag
+        self._now_ns = now_ns
+        self._holders = Holders(proc, now_ns)
+        self._places: dict[int, _Place] = {}
+        self._refused: set[int] = set()
+        self._poll = select.poll()
+        self._by_fd: dict[int, _Place] = {}
+        self._batch_seq = self._record_seq = 0
+        self._packets = self._skipped = self._dropped = 0
+        self._looked_ns = self._walked_ns = 0
+        self.instance = time.time_ns()
+        self._own = netns.own(proc)
+        self._add(self._own, proc / "self" / "ns" / "net", ring_bytes)
+        self.opening = self.flush()
+        self.closing: np.ndarray = np.zeros(0, wire.TAIL)
+        try:
+            self._look(self._now_ns())
+            self._walk(self._now_ns())
+            if not self._complete():
+                notify("some processes cannot be asked for their sockets: run it as root")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for place in self._places.values():
+            place.close()
+        self._places.clear()
+
+    def _complete(self) -> bool:
+        """Whether all processes can be asked: no EACCES, and not inside a pid namespace."""
+        try:
+            inside = (self._proc / "self" / "ns" / "pid").stat().st_ino != _INITIAL_PIDNS
+        except OSError:
+            inside = True
+        if inside:
+            self._holders.complete = False
+        return self._holders.complete
+
+    # Network namespaces
+
+    def _add(self, inode: int, path: Path, ring_bytes: int) -> None:
+        def make() -> _Place:
+            with contextlib.ExitStack() as undo:
+                capture = undo.enter_context(Capture(inode, ring_bytes))
+                interfaces = undo.enter_context(Interfaces())
+                diag = self._open_diag() if self._use_diag else None
+                addresses = _Addresses(interfaces, self._now_ns)
+                net = path.parent.parent / "net"
+                names = PacketNames(diag, self._holders, addresses.is_local, self._now_ns, net)
+                undo.pop_all()
+                return _Place(capture, diag, interfaces, addresses, names)
+
+        place = make() if inode == self._own else netns.run_inside(path, make)
+        self._places[inode] = place
+        self._by_fd[place.capture.fileno()] = place
+        self._poll.register(place.capture, select.POLLIN)
+
+    def _open_diag(self) -> SockDiag | None:
+        diag = SockDiag()
+        try:
+            diag.dump()
+        except NoPrivilege as error:
+            diag.close()
+            self._notify(f"{error}; falling back to /proc/net, which is slower to see sockets")
+            self._use_diag = False
+            return None
+        return diag
+
+    def _look(self, now: int) -> None:
+        """Open what namespaces came, drop those that nobody uses any more but ourselves."""
+        if not self._everywhere or now - self._looked_ns < _LOOK_NS:
+            return
+        self._looked_ns = now
+        found = netns.paths(self._proc)
+        for inode in [gone for gone in self._places if gone not in found and gone != self._own]:
+            self._drop(inode)
+        self._refused &= found.keys()
+        for inode, path in found.items():
+            if inode in self._places or inode in self._refused:
+                continue
+            if len(self._places) >= MAX_NETNS:
+                self._refused.add(inode)
+                self._notify(f"network namespace {inode} is not captured: {MAX_NETNS} others are")
+                continue
+            try:
+                self._add(inode, path, _OTHER_RING_BYTES)
+            except FileNotFoundError:
+                continue
+            except NoPrivilege as error:
+                self._everywhere = False
+                self._notify(f"only this network namespace is captured: {error}")
+                return
+            except (Error, OSError) as error:
+                self._refused.add(inode)
+                self._notify(f"network namespace {inode} is not captured: {error}")
+
+    def _drop(self, inode: int) -> None:
+        place = self._places.pop(inode)
+        self._by_fd.pop(place.capture.fileno(), None)
+        self._poll.unregister(place.capture)
+        place.close()
+
+    def _walk(self, now: int) -> None:
+        if self._holders.due() and now - self._walked_ns >= _WALK_NS:
+            self._walked_ns = now
+            self._holders.walk()
+            self._complete()
+
+    # Engine
+
+    def read(self, timeout: float) -> Iterator[Batch]:
+        now = self._now_ns()
+        self._look(now)
+        ready = self._poll.poll(min(timeout, 0.1) * 1000)
+        if not ready:
+            self._walk(now)
+            return
+        for _ in range(_ROUNDS):
+            got = False
+            for fd, _event in ready:
+                batch = self._read_place(self._by_fd[fd])
+                if batch is not None:
+                    got = True
+                    yield batch
+            if not got:
+                return
+
+    def _read_place(self, place: _Place) -> Batch | None:
+        before = place.capture.skipped
+        frames = place.capture.read()
+        records, to_all = frames.records, frames.to_all
+        self._skipped += place.capture.skipped - before
+        self._packets += place.capture.skipped - before
+        dropped = place.capture.drops()
+        self._dropped += dropped
+        self._record_seq += dropped
+        self._packets += dropped
+        if not len(records):
+            return None
+        place.addresses.refresh(_REFRESH_NS)
+        if len(place.addresses.duplicating):
+            once = ~np.isin(records["ifindex"], place.addresses.duplicating)
+            records, to_all = records[once], to_all[once]
+        records = place.names.name(records, to_all)
+        if not len(records):
+            return None
+        copies = np.count_nonzero(records["flags"] & lib.SNIFFER_F_COPY)
+        self._packets += len(records) - int(copies)
+        first = self._record_seq
+        self._record_seq += len(records)
+        records["seq"] = np.arange(first, self._record_seq, dtype=np.uint64).astype(np.uint32)
+        head = self._head(first, len(records))
+        self._batch_seq += 1
+        return Batch(head, records)
+
+    def _head(self, first: int, count: int) -> np.void:
+        clock, mono = Clock.now(), time.monotonic_ns()
+        heads = np.zeros(1, wire.BATCH)
+        heads["version"] = lib.SNIFFER_VERSION
+        heads["record_size"] = wire.RECORD.itemsize
+        heads["count"] = count
+        heads["instance"] = self.instance
+        heads["batch_seq"] = self._batch_seq
+        heads["record_seq"] = first
+        heads["packets"] = self._packets
+        heads["skipped"] = self._skipped
+        heads["mono_ns"] = mono
+        heads["real_ns"] = clock.real_ns(mono)
+        heads["boot_ns"] = clock.boot_ns(mono)
+        head: np.void = heads[0]
+        return head
+
+    def flush(self) -> np.ndarray:
+        """Return where the stream stands; there is nothing held back that read() does not see."""
+        tail = np.zeros(1, wire.TAIL)
+        tail["batch_seq"], tail["record_seq"] = self._batch_seq, self._record_seq
+        tail["packets"], tail["skipped"] = self._packets, self._skipped
+        return tail
+
+    def finish(self) -> Iterator[Batch]:
+        end = self._now_ns()
+        for place in list(self._places.values()):
+            # What comes in from now on is another time's; without an end a flood had none.
+            while (batch := self._read_place(place)) is not None:
+                yield batch
+                if int(batch.records["time_ns"].max()) > end:
+                    break
+        self.closing = self.flush()
+
+    def stats(self) -> dict[str, object]:
+        return {
+            "engine": self.name,
+            "instance": self.instance,
+            "packets": self._packets,
+            "skipped": self._skipped,
+            "records": self._record_seq - self._dropped,
+            "lost_socket": self._dropped,
+            "network_namespaces": len(self._places),
+            "sock_diag": self._use_diag,
+        }

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: MIT
+"""Network namespaces: which there are, work inside one, its addresses and interfaces.
+
+Sources: man 7 network_namespaces, man 2 setns, man 7 rtnetlink.
+"""
+
+import os
+import re
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Self, TypeVar
+
+from ._host import lib
+from .errors import Error, NoPrivilege
+from .netlink import NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, attributes, messages
+
+__all__ = ["Interfaces", "own", "paths", "run_inside"]
+
+T = TypeVar("T")
+
+NAMED = Path("/run/netns")
+
+RTM_NEWLINK, RTM_GETLINK, RTM_NEWADDR, RTM_GETADDR = 16, 18, 20, 22
+IFA_ADDRESS, IFA_LOCAL = 1, 2
+IFLA_LINKINFO, IFLA_INFO_KIND, IFLA_INFO_SLAVE_KIND = 18, 1, 4
+_NLMSGHDR = struct.Struct("=IHHII")
+_IFADDRMSG_BYTES, _IFINFOMSG_BYTES = 8, 16
+_INDEX = struct.Struct("=4xi")  # ifi_index in struct ifinfomsg
+
+# Their ports hand every packet up to the device above, which is the one that has addresses.
+_DUPLICATING_PORTS = {"bridge", "bond", "team", "openvswitch"}
+
+
+def own(proc: Path = Path("/proc")) -> int:
+    """Return the inode of this process's network namespace."""
+    return os.stat(proc / "self" / "ns" / "net").st_ino
+
+
+def paths(proc: Path = Path("/proc"), named: Path = NAMED) -> dict[int, Path]:
+    """Return {inode: a path to open} of every network namespace that can be seen.
+
+    Those that neither a process nor a name in /run/netns holds are not among them.
+    """
+    found: dict[int, Path] = {}
+    for name in os.listdir(proc):
+        if not name.isdecimal():
+            continue
+        path = proc / name / "ns" / "net"
+        try:
+            target = os.readlink(path)
+        except OSError:
+            continue
+        inode = re.fullmatch(r"net:\[(\d+)\]", target)
+        if inode:
+            found.setdefault(int(inode[1]), path)
+    try:
+        entries = list(named.iterdir())
+    except OSError:
+        entries = []
+    for entry in entries:
+        try:
+            status = entry.stat()
+        except OSError:
+            continue
+        if status.st_ino not in found and entry.is_mount():
+            found[status.st_ino] = entry
+    return found
+
+
+def run_inside(path: Path, work: Callable[[], T]) -> T:
+    """Return work(), run in a thread of its own inside the namespace at `path`.
+
+    Sockets made in there stay there. Raises NoPrivilege without CAP_SYS_ADMIN, what work() raises.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                code = -lib.host_setns_net(handle)
+            finally:
+                os.close(handle)
+            if code:
+                raise NoPrivilege(f"entering a network namespace: {os.strerror(code)}")
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=enter, name="netns")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+class Interfaces:
+    """rtnetlink of the network namespace it was made in; a context manager."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
+        )
+        self._socket.settimeout(5.0)
+        self._seq = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _dump(self, kind: int, body: int) -> Iterator[memoryview]:
+        self._seq += 1
+        head = _NLMSGHDR.pack(_NLMSGHDR.size + body, kind, NLM_F_REQUEST | NLM_F_DUMP, self._seq, 0)
+        self._socket.send(head + bytes(body))
+        while True:
+            for message in messages(memoryview(self._socket.recv(128 << 10))):
+                if message.seq != self._seq:
+                    continue
+                if message.type == NLMSG_DONE:
+                    return
+                if message.type == NLMSG_ERROR:
+                    raise Error("rtnetlink refused to list interfaces")
+                yield message.payload
+
+    def addresses(self) -> set[bytes]:
+        """Return this host's addresses as 16 bytes each, IPv4 in the first four."""
+        found: set[bytes] = set()
+        for payload in self._dump(RTM_GETADDR, _IFADDRMSG_BYTES):
+            values = dict(attributes(payload[_IFADDRMSG_BYTES:]))
+            address = values.get(IFA_LOCAL, values.get(IFA_ADDRESS))
+            if address is not None:
+                found.add(bytes(address).ljust(16, b"\0"))
+        return found
+
+    def duplicating(self) -> set[int]:
+        """Return interfaces whose packets a tap sees a second time on another one.
+
+        Ports of bridges, bonds and teams, and VRF devices (their ports have the addresses).
+        """
+        found: set[int] = set()
+        for payload in self._dump(RTM_GETLINK, _IFINFOMSG_BYTES):
+            (index,) = _INDEX.unpack_from(payload)
+            values = dict(attributes(payload[_IFINFOMSG_BYTES:]))
+            info = dict(attributes(values.get(IFLA_LINKINFO, memoryview(b""))))
+            kind = bytes(info.get(IFLA_INFO_KIND, b"")).rstrip(b"\0").decode("ascii", "replace")
+            port = bytes(info.get(IFLA_INFO_SLAVE_KIND, b"")).rstrip(b"\0")
+            if port.decode("ascii", "replace") in _DUPLICATING_PORTS or kind == "vrf":
+                found.add(index)
+        return found
