@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import UNSET
 
 from daemon.history import History, Question, flow_fields
 from daemon.requests import History as HistoryRequest
 from daemon.requests import Key, Lookup, OwnerOf, Who
-from msgspec import UNSET
-
 from nlproto.errors import UsageError
 from nlproto.flows import pack_address
 from nlproto.pipeline import Pipeline
@@ -64,7 +63,12 @@ class Answers:
             if entry is None:
                 sockets[name] = entry = self._owner_fields(owner)
             entry["holders"].append(
-                {"pid": owner.tgid, "start_ns": owner.start_ns, "comm": owner.comm, "uid": owner.uid}
+                {
+                    "pid": owner.tgid,
+                    "start_ns": owner.start_ns,
+                    "comm": owner.comm,
+                    "uid": owner.uid,
+                }
             )
         return list(sockets.values())
 

@@ -3,35 +3,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
+from nlproto.bound import KernelSockets
 from nlproto.engine import Engine, open_engine
 from nlproto.errors import Error, NoModule, NoPrivilege
 from nlproto.pipeline import Pipeline
-from nlproto.portmap import BoundSocket
 
-__all__ = ["Kernel", "Keeper"]
+__all__ = ["Keeper"]
 
-_BOUND = 0.5  # s between two looks at listeners: the port map is never stale by more than 1 s
-_ALL = 10.0  # s between two looks at all sockets
+_SOCKETS = 0.5  # s between two looks: the port map is never stale by more than 1 s
 _MODULE = 1.0  # s between two tries to open the module
 
 log = logging.getLogger(__name__)
-
-
-class Kernel(Protocol):
-    """The kernel's tables as Namer reads them."""
-
-    def bound(self) -> list[BoundSocket]:
-        """Listeners and bound UDP sockets, one entry a holder."""
-
-    def cookies(self) -> set[int]:
-        """Cookies of all TCP and UDP sockets."""
 
 
 class Keeper:
@@ -45,12 +35,10 @@ class Keeper:
         self,
         engine: str,
         pipeline: Pipeline,
-        kernel: Kernel,
         announce: Callable[..., None],
     ) -> None:
         self._wanted = engine
         self._pipeline = pipeline
-        self._kernel = kernel
         self._announce = announce
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="keeper", daemon=True)
@@ -73,9 +61,12 @@ class Keeper:
         self._thread.join()
 
     def _keep(self) -> None:
+        with KernelSockets() as self._kernel:
+            self._go_round()
+
+    def _go_round(self) -> None:
         jobs: list[tuple[float, Callable[[], None]]] = [
-            (_BOUND, self._look_at_bound),
-            (_ALL, self._look_at_all),
+            (_SOCKETS, self._look_at_sockets),
             (_MODULE, self._look_for_module),
         ]
         due = [0.0 for _ in jobs]
@@ -98,18 +89,20 @@ class Keeper:
         except Exception:
             log.exception("%s", job.__name__)
 
-    def _look_at_bound(self) -> None:
+    def _look_at_sockets(self) -> None:
         portmap = self._pipeline.portmap
-        if portmap is not None:
-            now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-            portmap.replace_bound(self._kernel.bound(), now)
-
-    def _look_at_all(self) -> None:
-        portmap = self._pipeline.portmap
-        if portmap is not None:
-            now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-            portmap.keep_cookies(self._kernel.cookies(), now - 1_000_000_000)
-            portmap.expire(now)
+        if portmap is None:
+            return
+        before = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        bound, cookies = self._kernel.read()
+        start_of = self._pipeline.processes.start_of
+        bound = [
+            dataclasses.replace(one, start_ns=start_of(one.tgid, one.start_ns)) for one in bound
+        ]
+        portmap.replace_bound(bound, before)
+        if cookies:
+            portmap.keep_cookies(cookies, before)
+        portmap.expire(before)
 
     def _look_for_module(self) -> None:
         pipeline = self._pipeline

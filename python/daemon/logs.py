@@ -83,7 +83,9 @@ def set_up(where: str, level: str, environment: Mapping[str, str], foreground: b
         if where == "journal":
             handler = JournalHandler()
         elif where == "syslog":
-            handler = logging.handlers.SysLogHandler(_SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON)
+            handler = logging.handlers.SysLogHandler(
+                _SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON
+            )
             handler.ident = f"{_NAME}[{os.getpid()}]: "
         else:
             handler = logging.StreamHandler(sys.stderr)

@@ -63,7 +63,9 @@ class SocketFile:
                 raise NoPrivilege(
                     f"{self.path}: {error.strerror}; run as root or choose another --socket"
                 ) from None
-            raise Error(f"{self.path}: {error.strerror or error}; choose another --socket") from None
+            raise Error(
+                f"{self.path}: {error.strerror or error}; choose another --socket"
+            ) from None
         except BaseException:
             self._release()
             raise
@@ -91,7 +93,9 @@ class SocketFile:
         except FileNotFoundError:
             return
         if not stat.S_ISSOCK(mode):
-            raise Error(f"{self.path} exists and is no socket; remove it or choose another --socket")
+            raise Error(
+                f"{self.path} exists and is no socket; remove it or choose another --socket"
+            )
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.settimeout(1)
             try:

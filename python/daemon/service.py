@@ -15,7 +15,6 @@ from typing import Any, Protocol
 from daemon import logs
 from daemon.answers import Answers
 from daemon.config import RELOADABLE, Config
-from daemon.history import History
 from daemon.keeper import Keeper
 from daemon.metrics import Metrics
 from daemon.notify import Notifier
@@ -60,9 +59,12 @@ class Service:
         logs.set_up(config.log, config.log_level, self._environment, self._foreground)
         sys.setswitchinterval(_SWITCH_INTERVAL)
         processes = Processes(self._details, config.max_processes)
-        with SocketFile(config.socket) as socket_file, Recorder(config, processes) as recorder:
+        with (
+            SocketFile(config.socket) as socket_file,
+            Recorder(config, processes) as recorder,
+            Namer(processes.start_of) as namer,
+        ):
             engine = open_engine(config.engine, log.warning)
-            namer = Namer(processes)
             pipeline = Pipeline(
                 engine,
                 account=Account(),
@@ -71,7 +73,7 @@ class Service:
                 portmap=PortMap(config.max_ports),
                 queue=MessageQueue(config.queue_size),
             )
-            asyncio.run(self._serve(socket_file, pipeline, namer, recorder))
+            asyncio.run(self._serve(socket_file, pipeline, recorder))
         for line in pipeline.account.lines():
             log.info("%s", line)
         return 0
@@ -79,13 +81,11 @@ class Service:
     def _details(self, pid: int, start_ns: int) -> procfs.ProcessDetails | None:
         return procfs.details(pid, start_ns, cmdline=self.config.cmdline)
 
-    async def _serve(
-        self, socket_file: SocketFile, pipeline: Pipeline, namer: Namer, recorder: Recorder
-    ) -> None:
+    async def _serve(self, socket_file: SocketFile, pipeline: Pipeline, recorder: Recorder) -> None:
         loop = asyncio.get_running_loop()
         answers = Answers(pipeline, recorder.history, recorder.past, recorder.past_process)
         server = Server(loop, answers, self.config, lambda: figures(pipeline, recorder))
-        keeper = Keeper(self.config.engine, pipeline, namer, server.announce)
+        keeper = Keeper(self.config.engine, pipeline, server.announce)
         metrics = Metrics(self.config, server.figures)
         for take in (recorder.take, metrics.take, server.publish):
             pipeline.subscribe(take)

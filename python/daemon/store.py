@@ -49,8 +49,7 @@ _UPDATED = (
 ).split()
 _WRITE_FLOW = (
     f"INSERT INTO flows (id, {', '.join(_COLUMNS)}) VALUES (?{', ?' * len(_COLUMNS)})"
-    " ON CONFLICT (id) DO UPDATE SET "
-    + ", ".join(f"{name} = excluded.{name}" for name in _UPDATED)
+    " ON CONFLICT (id) DO UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in _UPDATED)
 )
 _WRITE_PROCESS = "INSERT OR REPLACE INTO processes VALUES (?, ?, ?, ?)"
 _BUSY = 5000  # ms
@@ -84,10 +83,14 @@ class Store:
                 self._quarantine(error)
                 return self._connect()
         except (OSError, sqlite3.Error) as error:
-            raise Error(f"history {self.path}: {error}; check 'history' in the configuration") from None
+            raise Error(
+                f"history {self.path}: {error}; check 'history' in the configuration"
+            ) from None
 
     def _connect(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+        descriptor = os.open(
+            self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640
+        )
         os.close(descriptor)
         writer = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         try:
@@ -121,7 +124,9 @@ class Store:
                 os.rename(self.path + suffix, aside + suffix)
         os.rename(self.path, aside)
         self.set_aside = aside
-        log.error("history %s cannot be read (%s); kept as %s, a new one begins", self.path, error, aside)
+        log.error(
+            "history %s cannot be read (%s); kept as %s, a new one begins", self.path, error, aside
+        )
 
     def close(self) -> None:
         with self._reading:

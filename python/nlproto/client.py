@@ -74,7 +74,9 @@ class DaemonClient:
     NoPrivilege for one that this user may not make, Error for any other failure.
     """
 
-    def __init__(self, path: str | os.PathLike[str] = DEFAULT_SOCKET, timeout: float = 10.0) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str] = DEFAULT_SOCKET, timeout: float = 10.0
+    ) -> None:
         self.path = os.fspath(path)
         self.timeout = timeout
         self.daemon: dict[str, Any] = {}
@@ -163,7 +165,9 @@ class DaemonClient:
             limit=limit,
         )
 
-    def owner(self, port: int, proto: str | None = None, address: str | None = None) -> list[dict[str, Any]]:
+    def owner(
+        self, port: int, proto: str | None = None, address: str | None = None
+    ) -> list[dict[str, Any]]:
         """Processes with a socket on local `port` now; each with netns, proto, address, holders."""
         reply = self.request("owner", port=port, proto=proto, address=address)
         owners: list[dict[str, Any]] = reply["owners"]
@@ -244,7 +248,9 @@ class DaemonClient:
         while number not in self._replies:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise Error(f"the daemon at {self.path} did not answer in {self.timeout:g} s; try again")
+                raise Error(
+                    f"the daemon at {self.path} did not answer in {self.timeout:g} s; try again"
+                )
             self._receive(left)
         reply = self._replies.pop(number)
         reply.pop("id")

@@ -14,6 +14,7 @@ __all__ = [
     "KEY_FIELDS",
     "address_bytes",
     "address_words",
+    "group",
     "pack_address",
     "summarize",
 ]
@@ -87,8 +88,13 @@ def summarize(records: np.ndarray, seed: int = 0) -> np.ndarray:
     `seed`: makes hashes that a sender of packets cannot foresee; the same for all batches that
     are put into one table.
     """
+    return group(records, seed)[0]
+
+
+def group(records: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """As summarize(); and for each record the index of its FLOW."""
     if not len(records):
-        return np.empty(0, FLOW)
+        return np.empty(0, FLOW), np.empty(0, np.intp)
     keys = _ends(records)
     keys["cookie"] = records["cookie"]
     keys["start_ns"] = records["start_ns"]
@@ -122,7 +128,9 @@ def summarize(records: np.ndarray, seed: int = 0) -> np.ndarray:
     last = source[np.concatenate((starts[1:], [len(source)])) - 1]
     for name in ("how", "uid", "inode", "comm"):
         flows[name] = last[name]
-    return flows
+    belongs = np.empty(len(records), np.intp)
+    belongs[order] = np.concatenate(([0], np.cumsum(change)))
+    return flows, belongs
 
 
 def _ends(records: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ from nlproto.merge import Merge
 from nlproto.portmap import PortMap
 from nlproto.processes import Processes
 from nlproto.queue import MessageQueue
-from nlproto.wire import Batch, ProcessEvent, SnapBatch
+from nlproto.wire import Batch, ProcessEvent, SnapBatch, lib
 
 __all__ = ["NamedBatch", "Names", "Pipeline", "QUEUE_BYTES"]
 
@@ -58,11 +58,8 @@ class NamedBatch:
 class Names(Protocol):
     """What names records in user space: Namer."""
 
-    def name(self, records: np.ndarray, clock: Clock) -> None:
+    def name(self, records: np.ndarray) -> None:
         """Fill in owner, `how` and `flags` of the records that the engine could not name."""
-
-    def learn(self, event: ProcessEvent) -> None:
-        """Take note of a process event."""
 
 
 @dataclass(slots=True)
@@ -309,14 +306,14 @@ class Pipeline:
         self._head = batches[-1].head
         records = np.concatenate([batch.records for batch in batches])
         if self.namer is not None:
-            self.namer.name(records, Clock.from_head(self._head))
+            self.namer.name(records)
         self.processes.add_records(records)
         self._merge.add(records, max(int(batch.head["mono_ns"]) for batch in batches))
 
     def _learn(self, event: ProcessEvent) -> None:
-        self.processes.add_event(event)
-        if self.namer is not None:
-            self.namer.learn(event)
+        process = self.processes.add_event(event)
+        if self.portmap is not None and event.event == lib.SNIFFER_EVENT_EXIT:
+            self.portmap.forget_process(process.key)
 
     def _emit(self, records: np.ndarray) -> None:
         if not len(records) or self._head is None:

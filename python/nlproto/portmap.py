@@ -120,9 +120,7 @@ class PortMap:
             for bound in sockets:
                 key = (bound.tgid, bound.start_ns)
                 present.add((bound.endpoint, key))
-                self._put(
-                    bound.endpoint, key, bound.uid, bound.comm, bound.cookie, True, now_ns
-                )
+                self._put(bound.endpoint, key, bound.uid, bound.comm, bound.cookie, True, now_ns)
             gone = [
                 name
                 for name, owner in self._owners.items()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from nlproto.procfs import TICK_NS, same_start
 from nlproto.wire import ProcessEvent, lib, text
 
 __all__ = ["Key", "Process", "Processes", "process_of_event"]
@@ -49,7 +50,7 @@ Details = Callable[[int, int], Any]
 """(pid, start_ns) -> an object with some of Process's attributes, or None when it is gone."""
 
 _KERNEL = ("comm", "exe", "ppid", "uid", "cgroup_id", "pidns", "ns_tgid")
-_PROC = ("exe", "cmdline", "user", "uid", "cgroup", "unit", "container", "ppid", "comm")
+_PROC = ("exe", "cmdline", "user", "cgroup", "unit", "container", "ppid")
 
 
 def process_of_event(event: ProcessEvent) -> Process:
@@ -84,6 +85,7 @@ class Processes:
         self._details = details
         self._lock = threading.Lock()
         self._table: OrderedDict[Key, Process] = OrderedDict()
+        self._newest: dict[int, int] = {}
         self._read: set[Key] = set()
         self.limit = limit
         self.on_change = on_change
@@ -94,6 +96,16 @@ class Processes:
 
     def get(self, tgid: int, start_ns: int) -> Process | None:
         return self._table.get((tgid, start_ns))
+
+    def start_of(self, tgid: int, start_ns: int) -> int:
+        """The start time by which this process is known already, else `start_ns`.
+
+        /proc tells it in clock ticks, the module in ns; they are one process when ticks agree.
+        """
+        known = self._newest.get(tgid)
+        if known is not None and same_start(known, start_ns // TICK_NS):
+            return known
+        return start_ns
 
     def get_many(self, keys: Iterable[Key]) -> list[Process]:
         """Those of `keys` that are known."""
@@ -183,12 +195,16 @@ class Processes:
         uid = getattr(found, "uid", None)
         if uid is not None:
             values["uid"] = uid
+        if not process.comm:
+            values["comm"] = getattr(found, "comm", "")
         return replace(process, **values)
 
     def _keep(self, process: Process) -> None:
         with self._lock:
             self._table[process.key] = process
             self._table.move_to_end(process.key)
+            if self._newest.get(process.tgid, -1) < process.start_ns:
+                self._newest[process.tgid] = process.start_ns
             self._shrink()
         if self.on_change is not None:
             self.on_change(process)
@@ -197,6 +213,8 @@ class Processes:
         while len(self._table) > self.limit:
             key, _ = self._table.popitem(last=False)
             self._read.discard(key)
+            if self._newest.get(key[0]) == key[1]:
+                del self._newest[key[0]]
             self.evicted += 1
 
 
