@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: MIT
+"""Compare every captured record with the truth of the processes that made the traffic.
+
+A record's own cookie, inode or reason is never used to find the claim it is held against:
+only netns, protocol, local and remote endpoint, direction, length and time, which a packet
+has without any attribution.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .truth import Claim
+
+TICK_NS = 10_000_000
+PROTOCOLS = {6: "tcp", 17: "udp"}
+FLAGS = {"shared": 1, "inherited": 2, "seeded": 4, "dead": 8, "kernel": 16, "ambiguous": 32,
+         "copy": 64}  # fmt: skip
+DIR_IN, DIR_OUT, DIR_FWD = 1, 2, 3
+EXAMPLES = 8
+
+
+@dataclass(slots=True)
+class Score:
+    """Outcome of one scenario. ``unnamed`` are records that truth can name; ``rightly_unnamed``
+    those it cannot, with the reason truth expects."""
+
+    packets: int = 0
+    right: int = 0
+    wrong: int = 0
+    unnamed: Counter[str] = field(default_factory=Counter)
+    rightly_unnamed: Counter[str] = field(default_factory=Counter)
+    unclaimed: int = 0
+    loose: int = 0
+    cookie_wrong: int = 0
+    comm_wrong: int = 0
+    flag_wrong: int = 0
+    how: Counter[str] = field(default_factory=Counter)
+    count_wrong: list[str] = field(default_factory=list)
+    examples: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            name: dict(value) if isinstance(value := getattr(self, name), Counter) else value
+            for name in self.__slots__
+        }
+
+    def faults(self, max_loose: int) -> list[str]:
+        """What keeps this from being exact, one line each; empty when it is."""
+        lines = []
+        for name in ("wrong", "unclaimed", "cookie_wrong", "comm_wrong", "flag_wrong"):
+            if getattr(self, name):
+                lines.append(f"{name.replace('_', ' ')}: {getattr(self, name)}")
+        if self.unnamed:
+            lines.append(f"nameable but unnamed: {dict(self.unnamed)}")
+        if self.loose > max_loose:
+            lines.append(f"truth too loose for {self.loose} records (allowed {max_loose})")
+        return lines + self.count_wrong
+
+
+def address(record: np.void, name: str) -> str:
+    """Address of a record as text."""
+    raw = bytes(record[name].tobytes())
+    return str(ipaddress.ip_address(raw[:4] if record["family"] == 2 else raw))
+
+
+def describe(record: np.void, how: str) -> str:
+    """One record on one line, for a finding."""
+    direction = {DIR_IN: "in", DIR_OUT: "out", DIR_FWD: "fwd"}.get(int(record["dir"]), "?")
+    return (
+        f"{direction} {PROTOCOLS.get(int(record['proto']), '?')} "
+        f"{address(record, 'saddr')}.{record['sport']} > {address(record, 'daddr')}."
+        f"{record['dport']} len {record['len']} tcp_flags {int(record['tcp_flags']):#x} "
+        f"t {record['time_ns']} cookie {record['cookie']} inode {record['inode']} "
+        f"-> tgid {record['tgid']} start {int(record['start_ns']) // TICK_NS} "
+        f"comm {bytes(record['comm']).rstrip(bytes(1))!r} how {how} flags {int(record['flags']):#x}"
+    )
+
+
+def matches(claim: Claim, record: np.void) -> bool:
+    """Whether the claim speaks of this packet."""
+    direction = int(record["dir"])
+    if {DIR_IN: "i", DIR_OUT: "o", DIR_FWD: "f"}[direction] not in claim.dirs:
+        return False
+    if not claim.t0 <= int(record["time_ns"]) < claim.t1:
+        return False
+    if claim.lens and int(record["len"]) not in claim.lens:
+        return False
+    local, remote = ("d", "s") if direction == DIR_IN else ("s", "d")
+    if claim.rport and claim.rport != int(record[f"{remote}port"]):
+        return False
+    if claim.raddr and claim.raddr != address(record, f"{remote}addr"):
+        return False
+    return not (claim.laddr and claim.laddr != address(record, f"{local}addr"))
+
+
+def score(
+    records: np.ndarray,
+    claims: Iterable[Claim],
+    how_name: Callable[[int], str],
+    *,
+    comm: bool = True,
+    counts: bool = True,
+) -> Score:
+    """Hold each record (dtype RECORD, already of the scenario's namespaces) against the claims.
+
+    ``comm`` compares names, ``counts`` also demands that each packet that truth counted is
+    there (not to be asked of a capture that has lost some).
+    """
+    result = Score(packets=len(records))
+    by_endpoint: dict[tuple[int, str, int], list[Claim]] = defaultdict(list)
+    claims = list(claims)
+    for claim in claims:
+        by_endpoint[claim.netns, claim.proto, claim.lport].append(claim)
+    seen: Counter[tuple[str, int]] = Counter()
+
+    for record in records:
+        how = how_name(int(record["how"]))
+        result.how[how] += 1
+        port = int(record["dport" if record["dir"] == DIR_IN else "sport"])
+        key = (int(record["netns"]), PROTOCOLS.get(int(record["proto"]), "?"), port)
+        found = [claim for claim in by_endpoint.get(key, ()) if matches(claim, record)]
+        if not found:
+            result.unclaimed += 1
+            _example(result, "unclaimed", record, how, [])
+            continue
+        best = max(claim.specificity for claim in found)
+        found = [claim for claim in found if claim.specificity == best]
+        if len({(claim.pid, claim.start) for claim in found if claim.pid}) > 1:
+            result.loose += 1
+        _judge(result, record, how, found, seen, comm)
+
+    if counts:
+        for claim in claims:
+            for name, direction, wanted in (("out", DIR_OUT, claim.out), ("in", DIR_IN, claim.in_)):
+                got = seen[claim.ident, direction]
+                if got < wanted or (claim.exact and got != wanted):
+                    sign = "" if claim.exact else "at least "
+                    result.count_wrong.append(
+                        f"{claim.role} pid {claim.pid} {claim.proto} port {claim.lport}: "
+                        f"{got} records {name}, {sign}{wanted} true"
+                    )
+    return result
+
+
+def _judge(
+    result: Score,
+    record: np.void,
+    how: str,
+    found: list[Claim],
+    seen: Counter[tuple[str, int]],
+    comm: bool,
+) -> None:
+    direction = int(record["dir"])
+    owner = (int(record["tgid"]), int(record["start_ns"]) // TICK_NS)
+    if not owner[0]:
+        right = [claim for claim in found if how in claim.reasons]
+        seen[(right or found)[0].ident, direction] += 1
+        if right:
+            result.rightly_unnamed[how] += 1
+        elif any(claim.pid for claim in found):
+            result.unnamed[how] += 1
+            _example(result, "unnamed", record, how, found)
+        else:
+            result.wrong += 1
+            _example(result, "wrong reason", record, how, found)
+        return
+    right = [claim for claim in found if claim.pid and (claim.pid, claim.start) == owner]
+    if not right:
+        seen[found[0].ident, direction] += 1
+        result.wrong += 1
+        _example(result, "WRONG", record, how, found)
+        return
+    claim = right[0]
+    seen[claim.ident, direction] += 1
+    result.right += 1
+    if claim.cookies and record["cookie"]:
+        known = set().union(*(c.cookies for c in right))
+        if int(record["cookie"]) not in known:
+            result.cookie_wrong += 1
+            _example(result, "cookie wrong", record, how, right)
+    if comm and bytes(record["comm"]).rstrip(b"\0").decode(errors="replace") not in {
+        c.comm for c in right
+    }:
+        result.comm_wrong += 1
+        _example(result, "comm wrong", record, how, right)
+    for flag in claim.flags:
+        wanted, bit = not flag.startswith("not-"), FLAGS[flag.removeprefix("not-")]
+        if bool(int(record["flags"]) & bit) != wanted:
+            result.flag_wrong += 1
+            _example(result, f"flag wanted: {flag}", record, how, right)
+
+
+def _example(result: Score, what: str, record: np.void, how: str, claims: list[Claim]) -> None:
+    if len(result.examples) < EXAMPLES:
+        wanted = ", ".join(
+            f"{c.role} pid {c.pid} start {c.start} comm {c.comm} cookies {sorted(c.cookies)}"
+            if c.pid
+            else f"nobody: {'/'.join(c.reasons)}"
+            for c in claims[:3]
+        )
+        result.examples.append(f"{what}: {describe(record, how)} | true: {wanted or 'no claim'}")
