@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from msgspec import UNSET
 
 from daemon.history import History, Question, flow_fields
 from daemon.requests import History as HistoryRequest
@@ -180,28 +179,32 @@ class Answers:
         return {"owners": [self._look_up(key, uid) for key in request.keys]}
 
     def _look_up(self, key: Key, uid: int | None) -> dict[str, Any] | None:
-        given = {name for name in key.__struct_fields__ if getattr(key, name) is not UNSET}
-        portmap = self.pipeline.portmap
-        if given == {"tgid", "start_ns"}:
-            process = self.pipeline.processes.get(int(key.tgid), int(key.start_ns))
-            if process is None or (uid is not None and process.uid != uid):
-                return None
-            return {"process": process}
-        if given == {"cookie"}:
-            owners = portmap.with_cookie(int(key.cookie)) if portmap else []
-        elif given == {"netns", "proto", "address", "port"}:
-            family, raw = _address(str(key.address))
-            proto = PROTOS[str(key.proto)]
-            endpoint = (int(key.netns), proto, family, raw, int(key.port))
-            owners = portmap.at(endpoint) if portmap else []
-        else:
-            raise UsageError(
-                "a lookup key is {cookie}, {netns, proto, address, port} or {tgid, start_ns}"
-            )
+        given = {name for name in key.__struct_fields__ if getattr(key, name) is not None}
+        processes, portmap = self.pipeline.processes, self.pipeline.portmap
+        owners: list[Owner] = []
+        match key:
+            case Key(tgid=int(tgid), start_ns=int(start_ns)) if len(given) == 2:
+                process = processes.get(tgid, start_ns)
+                if process is None or (uid is not None and process.uid != uid):
+                    return None
+                return {"process": process}
+            case Key(cookie=int(cookie)) if len(given) == 1:
+                if portmap is not None:
+                    owners = portmap.with_cookie(cookie)
+            case Key(netns=int(netns), proto=str(proto), address=str(address), port=int(port)) if (
+                len(given) == 4
+            ):
+                family, raw = _address(address)
+                if portmap is not None:
+                    owners = portmap.at((netns, PROTOS[proto], family, raw, port))
+            case _:
+                raise UsageError(
+                    "a lookup key is {cookie}, {netns, proto, address, port} or {tgid, start_ns}"
+                )
         found = self._grouped(owners, uid)
         if not found:
             return None
-        process = self.pipeline.processes.get(found[0]["pid"], found[0]["start_ns"])
+        process = processes.get(found[0]["pid"], found[0]["start_ns"])
         if process is not None and (uid is None or process.uid == uid):
             found[0]["process"] = process
         return found[0]

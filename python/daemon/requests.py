@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import msgspec
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import Meta, Struct
 
 from nlproto.errors import UsageError
 
@@ -69,13 +69,13 @@ class OwnerOf(_Base, tag="owner", frozen=True):
 
 
 class Key(Struct, forbid_unknown_fields=True, frozen=True):
-    cookie: U64 | UnsetType = UNSET
-    netns: U32 | UnsetType = UNSET
-    proto: Proto | UnsetType = UNSET
-    address: Host | UnsetType = UNSET
-    port: Port | UnsetType = UNSET
-    tgid: U32 | UnsetType = UNSET
-    start_ns: U64 | UnsetType = UNSET
+    cookie: U64 | None = None
+    netns: U32 | None = None
+    proto: Proto | None = None
+    address: Host | None = None
+    port: Port | None = None
+    tgid: U32 | None = None
+    start_ns: U64 | None = None
 
 
 class Lookup(_Base, tag="lookup", frozen=True):

@@ -92,7 +92,8 @@ class Service:
         ended = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, ended.set)
-        loop.add_signal_handler(signal.SIGHUP, self._reload, [server, recorder, metrics])
+        parts: list[Reconfigurable] = [server, recorder, metrics]
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._reload(parts))
         with metrics, pipeline, keeper:
             server.start(socket_file.socket)
             status = f"engine {pipeline.engine.name}, serving {self.config.socket}"

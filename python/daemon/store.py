@@ -184,7 +184,7 @@ class Store:
             raise Error(f"{self.path}: {error}; check disk space and permissions") from None
 
     def trim(self, age: float, size: int) -> int:
-        """Delete flows last seen `age` seconds ago, and the oldest while the file is over `size`."""
+        """Delete flows not seen for `age` seconds, then the oldest down to `size` bytes."""
         before = int((time.time() - age) * 1e9)
         with self._transaction() as writer:
             gone = writer.execute("DELETE FROM flows WHERE last_ns < ?", (before,)).rowcount

@@ -134,11 +134,11 @@ class Streams:
         return records if mask is None else records[mask]
 
     def _encode(self, head: np.void, records: np.ndarray, uid: int | None) -> Piece:
-        clean = np.zeros((), BATCH)
+        clean: np.void = np.zeros(1, BATCH)[0]
         for name in ("version", "instance", "mono_ns", "real_ns", "boot_ns"):
             clean[name] = head[name]
         named = tuple(self._named(records, uid))
-        return Piece(encode_batch(clean[()], records), len(records), named)
+        return Piece(encode_batch(clean, records), len(records), named)
 
     def _named(self, records: np.ndarray, uid: int | None) -> Iterable[tuple[Key, int, bytes]]:
         named = records[records["tgid"] != 0]

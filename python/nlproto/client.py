@@ -56,7 +56,7 @@ class ProcessesEvent:
 
 @dataclass(frozen=True, slots=True)
 class DaemonEvent:
-    """Something that happened to the daemon: `name` is gap, engine, module_gone, module_back, bye."""
+    """Something that happened: `name` is gap, module_gone, module_back, packet_gone or bye."""
 
     name: str
     fields: dict[str, Any] = field(default_factory=dict)
@@ -190,7 +190,7 @@ class DaemonClient:
     # The stream
 
     def subscribe(self, filter: str = "") -> Iterator[Event]:
-        """Subscribe at once, then iterate events; ends after unsubscribe() or when the daemon says bye."""
+        """Subscribe at once, then iterate events until the daemon says bye."""
         self.start(filter)
         return self.events()
 

@@ -43,8 +43,8 @@ class _Found:
 class Namer:
     """Asks about each flow once, and again when the answer is a quarter of a second old.
 
-    A context manager, for one thread. `start_of` is Processes.start_of. An owner found before stands for what a socket still
-    sends after it was closed, if the kernel tells the same cookie for it.
+    A context manager, for one thread. `start_of` is Processes.start_of. An owner found before
+    stands for what a socket still sends after it was closed, if the kernel tells the same cookie.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ from nlproto.merge import Merge
 from nlproto.portmap import PortMap
 from nlproto.processes import Processes
 from nlproto.queue import MessageQueue
-from nlproto.wire import Batch, ProcessEvent, SnapBatch, lib
+from nlproto.wire import BATCH, Batch, ProcessEvent, SnapBatch, lib
 
 __all__ = ["NamedBatch", "Names", "Pipeline", "QUEUE_BYTES"]
 
@@ -76,8 +76,9 @@ Take = Callable[[NamedBatch], None]
 class Pipeline:
     """The way of a record from `engine` to subscribers; a context manager that owns two threads.
 
-    The engine (open) is closed by the pipeline. `on_failure(error)` is called in the receiver thread when the engine fails; the receiver then
-    waits for switch(). Leaving the context reads the engine's tail and drains the queue first.
+    The engine comes open and is closed here. `on_failure(error)` is called in the receiver thread
+    when it fails; the receiver then waits for switch(). Leaving the context reads the engine's
+    tail and drains the queue first.
     """
 
     def __init__(
@@ -246,7 +247,7 @@ class Pipeline:
     def _put(self, event: Batch | ProcessEvent | SnapBatch) -> None:
         if isinstance(event, Batch):
             records = np.array(event.records)
-            head = np.array(event.head)[()]
+            head: np.void = np.array([event.head], BATCH)[0]
             with self.account_lock:
                 self.account.add(head, records)
             lost = self.queue.put(Batch(head, records), records.nbytes + head.nbytes, len(records))

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: MIT
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from daemon.config import RELOADABLE, Config, load, parse
+from nlproto.errors import UsageError
+
+
+def test_an_empty_file_means_the_defaults():
+    assert parse("") == Config()
+    assert parse("# nothing\n") == Config()
+
+
+def test_sizes_and_times_have_units():
+    config = parse("queue_size: 16MiB\nhistory_age: 12h\nflush_interval: 250ms\n")
+    assert config.queue_size == 16 << 20
+    assert config.history_age == 12 * 3600
+    assert config.flush_interval == 0.25
+
+
+def test_off_is_the_word_and_not_a_truth_value():
+    assert parse("cmdline: off\n").cmdline == "off"
+
+
+def test_null_switches_off_what_can_be_off():
+    assert parse("history: null\nmetrics:\n") == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "word"),
+    [
+        ("engine: packet\nsockett: /x\n", 2, "sockett"),
+        ("\n\nengine: bpf\n", 3, "bpf"),
+        ("max_clients: many\n", 1, "many"),
+        ("max_clients: 0\n", 1, "max_clients"),
+        ("queue_size: 64MiX\n", 1, "64MiX"),
+        ("history: relative.db\n", 1, "absolute"),
+        ("engine: packet\n\nengine: module\n", 3, "twice"),
+        ("metrics: 0.0.0.0:9000\n", 1, "0.0.0.0"),
+        ("metrics: 127.0.0.1:0\n", 1, "metrics"),
+        ("engine: [packet]\n", 1, "one value"),
+        ("socket:\n", 1, "socket"),
+        ("- engine\n", 1, "name: value"),
+        ("engine: packet\n  bad: indent\n", 2, "not allowed"),
+        ("a: 'unclosed\n", 2, "end of stream"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line(text, line, word):
+    with pytest.raises(UsageError) as raised:
+        parse(text, "daemon.yaml")
+    assert str(raised.value).startswith(f"daemon.yaml:{line}: ")
+    assert word in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_not_there_is_a_clear_error(tmp_path):
+    with pytest.raises(UsageError, match="No such file"):
+        load(str(tmp_path / "none.yaml"))
+
+
+def test_a_file_that_is_not_utf8_is_a_clear_error(tmp_path):
+    path = tmp_path / "daemon.yaml"
+    path.write_bytes(b"engine: \xff\n")
+    with pytest.raises(UsageError, match="UTF-8"):
+        load(str(path))
+
+
+def test_every_reloadable_name_is_a_name():
+    assert {field.name for field in dataclasses.fields(Config)} >= RELOADABLE
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_configuration_or_one_line_of_error(text):
+    try:
+        parse(text)
+    except UsageError as error:
+        assert str(error).startswith("configuration:")

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: MIT
+import dataclasses
+import ipaddress
+
+import numpy as np
+import pytest
+
+from daemon.history import History, Question, flow_fields
+from nlproto.clock import Clock
+from nlproto.flows import summarize
+
+NO_OFFSET = Clock(0, 0)
+
+
+def _ports(history, **conditions):
+    total, rows = history.ask(Question(**conditions))
+    assert total >= len(rows)
+    return [int(flow["lport"]) for _, flow in rows]
+
+
+@pytest.fixture(name="history")
+def _history(make_records):
+    history = History(1000)
+    rows = (
+        {"sport": 1, "time_ns": 100, "comm": b"curl", "tgid": 11, "dport": 80, "proto": 6},
+        {"sport": 2, "time_ns": 200, "comm": b"dig", "tgid": 12, "uid": 0},
+        {"sport": 3, "time_ns": 300, "comm": b"dig", "tgid": 13, "daddr": "10.9.0.7"},
+        {"sport": 4, "time_ns": 400, "tgid": 0, "start_ns": 0, "uid": 0, "how": 18},
+        {"sport": 5, "time_ns": 500, "saddr": "2001:db8::5", "daddr": "2001:db8::6", "family": 10},
+    )
+    history.update(summarize(make_records(*rows), 9), NO_OFFSET)
+    return history
+
+
+@pytest.mark.parametrize(
+    ("conditions", "ports"),
+    [
+        ({}, [5, 4, 3, 2, 1]),
+        ({"port": 80}, [1]),
+        ({"port": 53}, [5, 4, 3, 2]),
+        ({"port": 2}, [2]),
+        ({"proto": 6}, [1]),
+        ({"pid": 13}, [3]),
+        ({"pname": "dig"}, [3, 2]),
+        ({"uid": 1000}, [5, 3, 1]),
+        ({"uid": 0}, [2]),
+        ({"since_ns": 300}, [5, 4, 3]),
+        ({"at_ns": 200}, [2]),
+        ({"at_ns": 250}, []),
+        ({"host": ipaddress.ip_network("10.9.0.7")}, [3]),
+        ({"host": ipaddress.ip_network("10.0.0.0/8")}, [4, 3, 2, 1]),
+        ({"host": ipaddress.ip_network("2001:db8::/32")}, [5]),
+        ({"host": ipaddress.ip_network("0.0.0.0/0")}, [4, 3, 2, 1]),
+        ({"port": 53, "pname": "dig", "uid": 1000}, [3]),
+    ],
+)
+def test_a_question_finds_what_fits_newest_first(history, conditions, ports):
+    assert _ports(history, **conditions) == ports
+
+
+def test_a_long_name_is_found_as_the_kernel_cuts_it(make_records):
+    history = History(10)
+    history.update(summarize(make_records({"comm": b"very-long-progr"})), NO_OFFSET)
+    assert _ports(history, pname="very-long-program-name") == [40000]
+
+
+def test_the_limit_keeps_the_newest_and_the_total_tells_how_many_there_were(history):
+    total, rows = history.ask(Question(limit=2))
+    assert (total, [int(flow["lport"]) for _, flow in rows]) == (5, [5, 4])
+
+
+def test_later_packets_of_a_flow_add_to_it(make_records):
+    history = History(10)
+    for moment in (100, 50, 200):
+        history.update(summarize(make_records({"time_ns": moment}), 1), Clock(1000, 0))
+    total, ((_, flow),) = history.ask(Question())
+    assert (int(flow["packets_out"]), int(flow["bytes_out"])) == (3, 180)
+    assert (int(flow["first_ns"]), int(flow["last_ns"])) == (1050, 1200)
+
+
+def test_when_full_the_longest_silent_go_and_are_counted(make_records):
+    history = History(160)
+    rows = ({"sport": 1 + n, "time_ns": 1000 + n} for n in range(300))
+    for row in rows:
+        history.update(summarize(make_records(row), 1), NO_OFFSET)
+    assert len(history) <= 160
+    assert history.evicted == 300 - len(history)
+    newest = _ports(history, limit=1000)
+    assert newest == list(range(300, 300 - len(history), -1))
+    assert history.horizon_ns == 1000 + history.evicted - 1
+
+
+def test_a_batch_larger_than_the_history_leaves_its_last_part(make_records):
+    history = History(16)
+    history.update(summarize(make_records(*({"sport": n} for n in range(100))), 1), NO_OFFSET)
+    assert len(history) <= 16
+    assert history.evicted + len(history) == 100
+
+
+def test_changed_rows_are_handed_out_once_and_again_after_a_failure(make_records):
+    history = History(100, next_id=40)
+    history.update(summarize(make_records({"sport": 1}, {"sport": 2}), 1), NO_OFFSET)
+    ids, flows = history.changed(10)
+    assert sorted(ids.tolist()) == [40, 41]
+    assert len(history.changed(10)[0]) == 0
+    history.mark_changed(ids[:1])
+    assert history.changed(10)[0].tolist() == ids[:1].tolist()
+    assert history.has(np.array([39, 40, 41, 42], np.uint64)).tolist() == [False, True, True, False]
+
+
+def test_eviction_keeps_ids_findable(make_records):
+    history = History(32)
+    for n in range(100):
+        history.update(summarize(make_records({"sport": n, "time_ns": n + 1}), 1), NO_OFFSET)
+    _, rows = history.ask(Question())
+    ids = np.array([number for number, _ in rows], np.uint64)
+    assert history.has(ids).all()
+    assert not history.has(np.array([1], np.uint64)).any()
+    history.update(summarize(make_records({"sport": 99, "time_ns": 500}), 1), NO_OFFSET)
+    assert int(history.ask(Question(port=99))[1][0][1]["packets_out"]) == 2
+
+
+def test_a_flow_of_nobody_tells_no_owner(history):
+    _, ((_, flow),) = history.ask(Question(port=4))
+    fields = flow_fields(flow)
+    assert fields["pid"] is None and fields["uid"] is None and fields["comm"] == ""
+    assert fields["how"] == "no_socket"
+
+
+def test_a_question_is_immutable():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Question().port = 5  # type: ignore[misc]
