@@ -34,6 +34,7 @@ RING_BYTES = 16 << 20
 _OTHER_RING_BYTES = 2 << 20
 MAX_NETNS = 256
 _LOOK_NS = 250_000_000  # between two looks for new network namespaces
+_LOOK_SHARE = 50  # and at least this many times what the last one took
 _WALK_NS = 1_000_000_000  # between two walks of all descriptors while there is nothing to do
 _REFRESH_NS = 1_000_000_000
 _MISS_NS = 50_000_000
@@ -122,7 +123,7 @@ class PacketEngine:
         self._by_fd: dict[int, _Place] = {}
         self._batch_seq = self._record_seq = 0
         self._packets = self._skipped = self._dropped = 0
-        self._looked_ns = self._walked_ns = 0
+        self._look_again_ns = self._walked_ns = 0
         self.instance = time.time_ns()
         self._own = netns.own(proc)
         self._add(self._own, proc / "self" / "ns" / "net", ring_bytes)
@@ -190,10 +191,10 @@ class PacketEngine:
 
     def _look(self, now: int) -> None:
         """Open what namespaces came, drop those that nobody uses any more but ourselves."""
-        if not self._everywhere or now - self._looked_ns < _LOOK_NS:
+        if not self._everywhere or now < self._look_again_ns:
             return
-        self._looked_ns = now
         found = netns.paths(self._proc)
+        self._look_again_ns = now + max(_LOOK_NS, _LOOK_SHARE * (self._now_ns() - now))
         for inode in [gone for gone in self._places if gone not in found and gone != self._own]:
             self._drop(inode)
         self._refused &= found.keys()

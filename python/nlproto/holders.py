@@ -92,7 +92,7 @@ class Holders:
         target = f"socket:[{inode}]"
         for pid, fd in list(known.items()):
             try:
-                holds = os.readlink(self._proc / str(pid) / "fd" / str(fd)) == target
+                holds = os.readlink(f"{self._proc}/{pid}/fd/{fd}") == target
             except OSError:
                 holds = False
             if not holds:

@@ -45,17 +45,20 @@ def paths(proc: Path = Path("/proc"), named: Path = NAMED) -> dict[int, Path]:
     Those that neither a process nor a name in /run/netns holds are not among them.
     """
     found: dict[int, Path] = {}
+    seen: set[str] = set()
     for name in os.listdir(proc):
         if not name.isdecimal():
             continue
-        path = proc / name / "ns" / "net"
+        path = f"{proc}/{name}/ns/net"
         try:
             target = os.readlink(path)
         except OSError:
             continue
-        inode = re.fullmatch(r"net:\[(\d+)\]", target)
-        if inode:
-            found.setdefault(int(inode[1]), path)
+        if target not in seen:
+            seen.add(target)
+            inode = re.fullmatch(r"net:\[(\d+)\]", target)
+            if inode:
+                found[int(inode[1])] = Path(path)
     try:
         entries = list(named.iterdir())
     except OSError:

@@ -158,6 +158,8 @@ class PacketNames:
             return known
         found = self._ask(one, out, now)
         if found.owner is None and known is not None and not fresh:
+            if not found.cookie and known.how == lib.SNIFFER_HOW_SOCKET_GONE:
+                found.how = known.how  # it sent something, so there was one
             found = self._linger(known, found, now)
         end = (one.proto, one.lport, one.local)
         if one.proto == socket.IPPROTO_UDP:

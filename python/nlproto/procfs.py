@@ -91,10 +91,19 @@ def pids(proc: Path = PROC) -> list[int]:
     return [int(name) for name in os.listdir(proc) if name.isdecimal()]
 
 
+def _read(path: str) -> bytes:
+    """Return a small file of /proc in one read: it is asked for in great numbers."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(handle, 8192)
+    finally:
+        os.close(handle)
+
+
 def _stat(pid: int, proc: Path) -> tuple[bytes, int] | None:
     """Return comm and start ticks; comm may hold blanks and parentheses of its own."""
     try:
-        raw = (proc / str(pid) / "stat").read_bytes()
+        raw = _read(f"{proc}/{pid}/stat")
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
     head, _, tail = raw.rpartition(b")")
@@ -116,7 +125,7 @@ def owner(pid: int, proc: Path = PROC) -> Owner | None:
     if found is None:
         return None
     try:
-        status = (proc / str(pid) / "status").read_bytes()
+        status = _read(f"{proc}/{pid}/status")
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
     uid = re.search(rb"^Uid:\s+(\d+)", status, re.MULTILINE)
@@ -129,7 +138,7 @@ def socket_inodes(pid: int, proc: Path = PROC) -> dict[int, int] | None:
     None when it may not be asked (another user's); empty when it is gone.
     """
     try:
-        directory = os.open(proc / str(pid) / "fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        directory = os.open(f"{proc}/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except PermissionError:
         return None
     except OSError:

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: MIT
+"""The account closes exactly, whatever was lost where."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nlproto import wire
+from nlproto.account import Account
+
+CONTEXT = wire.lib.SNIFFER_HOW_CONTEXT
+NO_SOCKET = wire.lib.SNIFFER_HOW_NO_SOCKET
+
+
+class Cpu:
+    """One CPU's stream as the kernel makes it."""
+
+    def __init__(self, cpu=0, instance=1, record_seq=0, packets=0, skipped=0, lost=0):
+        self.cpu, self.instance = cpu, instance
+        self.record_seq, self.packets, self.skipped, self.lost = record_seq, packets, skipped, lost
+
+    def send(self, records, copies=0, skipped=0):
+        head = np.zeros(1, wire.BATCH)[0]
+        self.packets += records - copies + skipped
+        self.skipped += skipped
+        head["cpu"], head["instance"], head["count"] = self.cpu, self.instance, records
+        head["record_seq"], head["packets"] = self.record_seq, self.packets
+        head["skipped"], head["lost"] = self.skipped, self.lost
+        self.record_seq += records
+        return head
+
+    def lose(self, records):
+        self.lost += records
+        self.record_seq += records
+        self.packets += records
+
+    def tail(self):
+        tail = np.zeros(1, wire.TAIL)
+        tail["cpu"], tail["record_seq"] = self.cpu, self.record_seq
+        tail["packets"], tail["skipped"], tail["lost"] = self.packets, self.skipped, self.lost
+        return tail
+
+
+def hows(*values):
+    return np.array(values, np.uint8)
+
+
+def test_what_is_received_and_named_closes():
+    account, cpu = Account(), Cpu(record_seq=500, packets=900, skipped=400)
+    account.add(cpu.send(3))
+    account.add(cpu.send(2, skipped=5))
+    account.deliver(hows(CONTEXT, CONTEXT, CONTEXT, NO_SOCKET, NO_SOCKET))
+    assert (account.packets, account.recorded, account.skipped) == (10, 5, 5)
+    assert (account.records, account.delivered, account.named) == (5, 5, 3)
+    assert account.unnamed == {"no_socket": 2}
+    assert account.by_how == {"context": 3, "no_socket": 2}
+    assert account.closes()
+
+
+def test_a_gap_is_loss_in_the_socket_buffer_and_growth_of_lost_is_not():
+    account, cpu = Account(), Cpu()
+    account.add(cpu.send(3))
+    cpu.send(10)
+    cpu.lose(4)
+    account.add(cpu.send(1))
+    account.deliver(hows(*[CONTEXT] * 4))
+    assert account.lost == {"alloc": 4, "socket": 10, "queue": 0, "client": 0}
+    assert (account.records, account.delivered) == (18, 4)
+    assert account.closes()
+
+
+def test_the_tail_proves_what_was_lost_after_the_last_batch():
+    account, cpu = Account(), Cpu()
+    account.add(cpu.send(3))
+    account.deliver(hows(*[CONTEXT] * 3))
+    cpu.send(7, skipped=2)
+    account.close(cpu.tail())
+    assert account.lost["socket"] == 7
+    assert (account.packets, account.skipped) == (12, 2)
+    assert account.closes()
+
+
+def test_an_opened_account_counts_from_there_also_on_a_cpu_that_stays_silent():
+    account, cpu, silent = Account(), Cpu(cpu=0, packets=9), Cpu(cpu=1, record_seq=70, packets=70)
+    account.open(np.concatenate([cpu.tail(), silent.tail()]), instance=1)
+    cpu.send(5)
+    account.add(cpu.send(2, copies=1))
+    account.deliver(hows(CONTEXT, CONTEXT))
+    silent.send(6)
+    account.close(np.concatenate([cpu.tail(), silent.tail()]))
+    assert account.lost["socket"] == 11
+    assert (account.records, account.recorded, account.copies) == (13, 12, 1)
+    assert account.closes()
+
+
+def test_batches_out_of_order_are_not_lost():
+    account, cpu = Account(), Cpu()
+    first, second, third = cpu.send(3), cpu.send(4), cpu.send(5)
+    for head in (first, third, second):
+        account.add(head)
+    account.deliver(hows(*[CONTEXT] * 12))
+    assert sum(account.lost.values()) == 0
+    assert account.closes()
+
+
+def test_a_batch_that_came_twice_does_not_close():
+    account, cpu = Account(), Cpu()
+    head = cpu.send(3)
+    account.add(head)
+    account.add(head)
+    account.deliver(hows(*[CONTEXT] * 6))
+    assert not account.closes()
+
+
+def test_queue_and_client_losses_are_no_longer_delivered():
+    account, cpu = Account(), Cpu()
+    account.add(cpu.send(9))
+    account.lose("queue", 4)
+    account.lose("client", 2)
+    assert account.waiting == 3
+    assert not account.closes()
+    account.deliver(hows(*[NO_SOCKET] * 3))
+    assert account.lost == {"alloc": 0, "socket": 0, "queue": 4, "client": 2}
+    assert account.closes()
+
+
+def test_copies_of_the_first_batch_are_known_from_its_records():
+    account, cpu = Account(), Cpu()
+    records = np.zeros(3, wire.RECORD)
+    records["flags"][1:] = wire.lib.SNIFFER_F_COPY
+    account.add(cpu.send(3, copies=2), records)
+    assert (account.packets, account.recorded, account.copies) == (1, 1, 2)
+
+
+def test_a_reloaded_module_starts_afresh_and_adds_up():
+    account, old, new = Account(), Cpu(instance=1, record_seq=1000), Cpu(instance=2)
+    account.add(old.send(3))
+    account.add(new.send(2))
+    new.send(4)
+    account.close(new.tail())
+    account.deliver(hows(*[CONTEXT] * 5))
+    assert (account.records, account.instances) == (9, 2)
+    assert account.lost["socket"] == 4
+    assert account.closes()
+    assert "restarted 1 times" in "\n".join(account.lines())
+
+
+def test_lines_tell_the_sums():
+    account, cpu = Account(), Cpu()
+    account.add(cpu.send(4, skipped=1))
+    account.deliver(hows(CONTEXT, CONTEXT, CONTEXT, NO_SOCKET))
+    assert account.lines() == [
+        "4 packets seen = 4 recorded + 0 skipped",
+        "4 records = 4 delivered + 0 lost",
+        "3 named (75.0%), 1 unnamed (no socket 1)",
+    ]
+
+
+def test_an_empty_account_closes():
+    assert Account().closes()
+    assert Account().as_dict()["closes"] is True
+
+
+step = st.tuples(
+    st.integers(0, 3),
+    st.sampled_from(["arrive", "drop", "alloc", "queue"]),
+    st.integers(1, 200),
+    st.integers(0, 9),
+)
+
+
+@pytest.mark.parametrize("opened", [True, False])
+@given(steps=st.lists(step, max_size=60))
+def test_any_stream_closes_with_exactly_what_was_lost(opened, steps):
+    cpus = [Cpu(cpu, record_seq=cpu * 100, packets=cpu * 100) for cpu in range(4)]
+    account = Account()
+    if opened:
+        account.open(np.concatenate([cpu.tail() for cpu in cpus]), 1)
+    begun, truth, delivered = [opened] * 4, {"alloc": 0, "socket": 0, "queue": 0}, 0
+    for number, what, records, skipped in steps:
+        cpu = cpus[number]
+        if what == "alloc":
+            cpu.lose(records)
+            truth["alloc"] += records * begun[number]
+        elif what == "drop":
+            cpu.send(records, skipped=skipped)
+            truth["socket"] += records * begun[number]
+        else:
+            account.add(cpu.send(records, skipped=skipped))
+            begun[number] = True
+            if what == "queue":
+                account.lose("queue", records)
+                truth["queue"] += records
+            else:
+                delivered += records
+                account.deliver(np.full(records, CONTEXT, np.uint8))
+    account.close(np.concatenate([cpu.tail() for cpu in cpus]))
+    assert account.lost == {**truth, "client": 0}
+    assert account.delivered == account.named == delivered
+    assert account.closes()

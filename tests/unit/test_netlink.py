@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: MIT
+"""Generic Netlink: encoding against the kernel's own control family, decoding of anything."""
+
+import errno
+import os
+import socket
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nlproto import Error, NoModule, UsageError
+from nlproto.engine import open_engine
+from nlproto.netlink import (
+    Connection,
+    Listener,
+    Sniffer,
+    attributes,
+    encode_attribute,
+    messages,
+    resolve,
+    set_receive_buffer,
+)
+
+without_module = pytest.mark.skipif(
+    Path("/sys/module/sniffer").exists(), reason="sniffer.ko is loaded"
+)
+
+
+def test_the_control_family_is_resolved_with_its_groups():
+    with Connection() as connection:
+        family = resolve(connection, "nlctrl")
+    assert family.id == 0x10
+    assert family.version >= 1
+    assert family.groups["notify"] > 0
+
+
+def test_a_family_that_is_not_there_is_not_found():
+    with Connection() as connection, pytest.raises(FileNotFoundError):
+        resolve(connection, "no-such-family")
+
+
+def test_one_connection_answers_many_requests():
+    with Connection() as connection:
+        found = {resolve(connection, "nlctrl").id for _ in range(50)}
+    assert found == {0x10}
+
+
+def test_a_dump_lists_every_family():
+    with Connection() as connection:
+        answers = connection.request(0x10, 3, dump=True)
+    names = {attrs[2].rstrip(b"\0") for _, attrs in answers}
+    assert b"nlctrl" in names
+    assert len(answers) == len(names)
+
+
+def test_an_unknown_command_gives_the_kernels_error():
+    with Connection() as connection, pytest.raises(OSError) as caught:
+        connection.request(0x10, 200)
+    assert caught.value.errno == errno.EOPNOTSUPP
+
+
+@without_module
+@pytest.mark.parametrize("opening", [Sniffer, Listener])
+def test_without_the_module_the_next_step_is_told(opening):
+    with pytest.raises(NoModule, match=r"sudo insmod kmod/sniffer.ko, or use --engine packet"):
+        opening()
+
+
+@without_module
+def test_engine_module_without_the_module_leaves_no_descriptor_open():
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(NoModule):
+        open_engine("module", print)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_unknown_engine_is_a_usage_error():
+    with pytest.raises(UsageError, match="auto, module, packet"):
+        open_engine("magic", print)
+
+
+def test_attributes_come_back_as_encoded():
+    raw = encode_attribute(1, b"abc") + encode_attribute(0x8002, b"") + encode_attribute(3, b"1234")
+    assert len(raw) == 8 + 4 + 8
+    assert [(kind, bytes(data)) for kind, data in attributes(memoryview(raw))] == [
+        (1, b"abc"),
+        (2, b""),
+        (3, b"1234"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "raw", [b"\x01", struct.pack("=HH", 3, 1), struct.pack("=HH", 9, 1) + b"1234"]
+)
+def test_malformed_attributes_are_errors(raw):
+    with pytest.raises(Error, match="malformed"):
+        list(attributes(memoryview(raw)))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"\x01" * 15, struct.pack("=IHHII", 15, 1, 0, 0, 0), struct.pack("=IHHII", 17, 1, 0, 0, 0)],
+)
+def test_malformed_messages_are_errors(raw):
+    with pytest.raises(Error, match="malformed"):
+        list(messages(memoryview(raw)))
+
+
+@given(st.binary(max_size=256))
+def test_any_bytes_are_parsed_or_are_an_error(raw):
+    for parse in (attributes, messages):
+        try:
+            list(parse(memoryview(raw)))
+        except Error:
+            pass
+
+
+def test_a_smaller_receive_buffer_than_wanted_is_told():
+    notes = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        got = set_receive_buffer(sock, 1 << 40 if os.geteuid() else 1 << 20, notes.append)
+    assert (got >= 1 << 20) == (not notes)
+    assert all("sudo sysctl net.core.rmem_max" in note for note in notes)
