@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
 from nlproto.account import Account
 from nlproto.engine import Engine, open_engine
 from nlproto.wire import RECORD, Batch, lib
@@ -34,6 +36,11 @@ class Recorder:
 
     def __exit__(self, *exc: object) -> None:
         self.engine.__exit__(*exc)
+
+    def starve(self) -> None:
+        """Make the module engine's receive buffer as small as the kernel allows."""
+        with socket.socket(fileno=os.dup(self.engine._listener.fileno())) as netlink:  # type: ignore[attr-defined]
+            netlink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
 
     def read(self, timeout: float) -> None:
         """Take what there is, waiting up to ``timeout`` seconds for the first."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import select
 import shutil
@@ -27,29 +26,14 @@ from nlproto.errors import Error
 from nlproto.wire import how_name
 
 from . import truth
+from .busy import busy
 from .catalog import Scenario, load
 from .recorder import Recorder
 from .score import score
 from .stage import CLONE_NEWNET, Stage, Unable, Wire, call, loopback_up, rename
+from .workers import BINARIES, compile_workers
 
-HERE = Path(__file__).parent
 SECONDS = 150.0
-
-
-def compile_workers(into: Path) -> Path:
-    """Compile the C workers that are missing or older than their source; returns the directory."""
-    into.mkdir(parents=True, exist_ok=True)
-    header = (HERE / "c" / "truth.h").stat().st_mtime
-    for source in sorted((HERE / "c").glob("*.c")):
-        target = into / source.stem
-        if target.exists() and target.stat().st_mtime > max(header, source.stat().st_mtime):
-            continue
-        partial = into / f"{source.stem}.{os.getpid()}"
-        subprocess.run(
-            ["gcc", "-O2", "-Wall", "-o", partial, source, "-lpthread"], check=True, timeout=300
-        )
-        partial.rename(target)
-    return into
 
 
 def play(scenario: Scenario, stage: Stage) -> dict[str, Any]:
@@ -140,16 +124,17 @@ def _reap(pid: int) -> None:
 def _follow(
     scenario: Scenario, engine: str, module: str | None, wire: Wire, pid: int, directory: Path
 ) -> dict[str, Any]:
-    namespaces = {os.stat(f"/proc/{pid}/ns/net").st_ino}
+    namespaces: set[int] = set()
     recorder: Recorder | None = None
     deadline = time.monotonic() + SECONDS
     try:
         while True:
             if time.monotonic() > deadline:
                 return {"faults": [f"no end after {SECONDS:.0f} s"]}
-            if recorder is not None:
+            reading = recorder is not None and not scenario.lossy
+            if recorder is not None and reading:
                 recorder.read(0.01)
-            ready = select.select([wire.end], [], [], 0 if recorder else 1)[0]
+            ready = select.select([wire.end], [], [], 0 if reading else 1)[0]
             if not ready:
                 continue
             message = wire.hear()
@@ -158,6 +143,8 @@ def _follow(
                 namespaces |= {os.stat(path).st_ino for path in message["attach"]}
                 recorder = Recorder(engine)
                 recorder.__enter__()
+                if scenario.lossy:
+                    recorder.starve()
                 wire.tell()
             elif "reload" in message:
                 if module is not None:
@@ -189,9 +176,7 @@ def _judge(
     records = everything[[int(netns) in namespaces for netns in everything["netns"]]]
     # Engine packet reads names from /proc, later: only who, not under which name, is held
     # against it.
-    result = score(
-        records, claims, how_name, comm=engine == "module", counts=not scenario.lossy
-    )
+    result = score(records, claims, how_name, comm=engine == "module", counts=not scenario.lossy)
     checks = [] if scenario.check is None else scenario.check(records, recorder, directory)
     return {
         **result.as_dict(),
@@ -233,9 +218,12 @@ def total(results: list[dict[str, Any]]) -> dict[str, int]:
     }
 
 
-def _spin() -> None:
-    while True:
-        sum(range(100_000))
+def report(result: dict[str, Any], say: Callable[..., None]) -> None:
+    """Print one result, with what is wrong with it."""
+    say(line(result), flush=True)
+    if "packets" in result:
+        for text in (*result["faults"], *result["examples"]):
+            say(f"    {text}", flush=True)
 
 
 def _arguments() -> argparse.Namespace:
@@ -246,7 +234,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--load", action="store_true", help="two busy processes a CPU meanwhile")
     parser.add_argument("--scale", type=float, default=1.0, help="of the big scenarios, 0..1")
     parser.add_argument("--module", metavar="KO", help="sniffer.ko, for scenarios that reload it")
-    parser.add_argument("--binaries", type=Path, default=HERE / "build", help="of the C workers")
+    parser.add_argument("--binaries", type=Path, default=BINARIES, help="of the C workers")
     parser.add_argument("--json", type=Path, metavar="OUT", help="all results, '-' for stdout")
     parser.add_argument("--list", action="store_true", help="names and titles, then exit")
     return parser.parse_args()
@@ -271,36 +259,22 @@ def main() -> int:
     if arguments.json == Path("-"):
         say = lambda *words, **options: print(*words, **{**options, "file": sys.stderr})  # noqa: E731
     binaries = compile_workers(arguments.binaries)
-    spinners = []
-    if arguments.load:
-        context = multiprocessing.get_context("fork")
-        spinners = [context.Process(target=_spin) for _ in range(2 * (os.cpu_count() or 1))]
-        for spinner in spinners:
-            spinner.start()
-    results = []
+    results: list[dict[str, Any]] = []
     try:
-        for round_number in range(arguments.repeat):
-            for name in arguments.only or scenarios:
-                scenario = scenarios[name]
-                if arguments.engine not in scenario.engines:
-                    continue
-                result = perform(
-                    scenario, arguments.engine, binaries, arguments.module, arguments.scale
-                )
-                result["round"] = round_number
-                results.append(result)
-                say(line(result), flush=True)
-                for fault in result.get("faults", ()) if "packets" in result else ():
-                    say(f"    {fault}")
-                for example in result.get("examples", ()):
-                    say(f"    {example}", flush=True)
+        with busy(2 if arguments.load else 0):
+            for round_number in range(arguments.repeat):
+                for name in arguments.only or scenarios:
+                    scenario = scenarios[name]
+                    if arguments.engine not in scenario.engines:
+                        continue
+                    result = perform(
+                        scenario, arguments.engine, binaries, arguments.module, arguments.scale
+                    )
+                    results.append({**result, "round": round_number})
+                    report(result, say)
     except Error as error:
         print(error, file=sys.stderr)
         return 1
-    finally:
-        for spinner in spinners:
-            spinner.kill()
-            spinner.join()
     sums = total(results)
     say(" ".join(f"{name} {value}" for name, value in sums.items()))
     if arguments.json:

@@ -135,7 +135,11 @@ def score(
         found = [claim for claim in found if claim.specificity == best]
         if len({(claim.pid, claim.start) for claim in found if claim.pid}) > 1:
             result.loose += 1
-        _judge(result, record, how, found, seen, comm)
+        remote = int(record["sport" if record["dir"] == DIR_IN else "dport"])
+        # An accepted socket's cookie is on packets from before its accept(), too.
+        family = [c for c in by_endpoint[key] if c.rport in (0, remote)]
+        cookies = set().union(*(c.cookies for c in family))
+        _judge(result, record, how, found, cookies if found[0].cookies else set(), seen, comm)
 
     if counts:
         for claim in claims:
@@ -155,6 +159,7 @@ def _judge(
     record: np.void,
     how: str,
     found: list[Claim],
+    cookies: set[int],
     seen: Counter[tuple[str, int]],
     comm: bool,
 ) -> None:
@@ -181,11 +186,9 @@ def _judge(
     claim = right[0]
     seen[claim.ident, direction] += 1
     result.right += 1
-    if claim.cookies and record["cookie"]:
-        known = set().union(*(c.cookies for c in right))
-        if int(record["cookie"]) not in known:
-            result.cookie_wrong += 1
-            _example(result, "cookie wrong", record, how, right)
+    if cookies and record["cookie"] and int(record["cookie"]) not in cookies:
+        result.cookie_wrong += 1
+        _example(result, "cookie wrong", record, how, right)
     if comm and bytes(record["comm"]).rstrip(b"\0").decode(errors="replace") not in {
         c.comm for c in right
     }:

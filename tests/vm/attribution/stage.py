@@ -218,19 +218,20 @@ class Stage:
         self.keepers.append(pid)
         return Netns(pid, os.stat(f"/proc/{pid}/ns/net").st_ino)
 
-    def veth(
-        self, left: Netns | None, right: Netns, names: tuple[str, str], *addresses: tuple[str, str]
-    ) -> None:
-        """Connect two namespaces by a veth pair with pairs of addresses (with prefix length)."""
-        here = left.pid if left else os.getpid()
-        run("ip", "link", "add", names[0], "netns", str(here), "type", "veth",
-            "peer", "name", names[1], "netns", str(right.pid))  # fmt: skip
-        for pid, name, side in ((here, names[0], 0), (right.pid, names[1], 1)):
-            for pair in addresses:
-                options = ["nodad"] if ":" in pair[side] else []
-                run("nsenter", f"--net=/proc/{pid}/ns/net", "ip", "addr", "add", pair[side],
-                    "dev", name, *options)  # fmt: skip
-            run("nsenter", f"--net=/proc/{pid}/ns/net", "ip", "link", "set", name, "up")
+    def veth(self, right: Netns, names: tuple[str, str], *addresses: tuple[str, str]) -> None:
+        """Connect this namespace with another by a veth pair; pairs of addresses, with prefix.
+
+        One process a namespace: under emulation each costs most of a second.
+        """
+        batches = [
+            [f"addr add {pair[side]} dev {name}{' nodad' * (':' in pair[side])}"
+             for pair in addresses] + [f"link set {name} up"]
+            for side, name in enumerate(names)
+        ]  # fmt: skip
+        add = f"link add {names[0]} type veth peer name {names[1]} netns {right.pid}"
+        run("ip", "-batch", "-", data="\n".join([add, *batches[0], ""]))
+        enter = ("nsenter", f"--net={right.path}")
+        run(*enter, "ip", "-batch", "-", data="\n".join([*batches[1], ""]))
 
     def spawn(
         self,

@@ -154,11 +154,13 @@ class Worker:
         proto: str = "",
         netns: int = 0,
         any_address: bool = False,
+        has_cookie: bool = True,
     ) -> str:
         """Claim the packets of a bound socket for this process; returns the claim's name.
 
         ``lens`` are IP lengths. ``flags`` must be set on records ("dead", "ambiguous");
-        ``reasons`` are the honest ways not to name one of these packets.
+        ``reasons`` are the honest ways not to name one of these packets. ``has_cookie`` is
+        False where packets do not carry the cookie of this socket (MPTCP: its subflows').
         """
         name = sock.getsockname()
         if not proto:
@@ -181,7 +183,7 @@ class Worker:
             "t0": now() if t0 is None else t0,
             "reasons": list(reasons),
             "flags": list(flags),
-            "cookies": [cookie(sock)],
+            "cookies": [cookie(sock)] if has_cookie else [],
             "out": out,
             "in_": in_,
             "exact": exact,

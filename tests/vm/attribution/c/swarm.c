@@ -2,7 +2,7 @@
 /*
  * swarm TRUTH udp|tcp PORT COUNT: COUNT processes, each of which opens a socket,
  * sends one message to 127.0.0.1:PORT and exits at once. udp: one after another,
- * as quick as fork is. tcp: all connect at the same moment.
+ * as quick as fork is, each with a length of its own. tcp: all connect at the same moment.
  */
 #include "truth.h"
 
@@ -10,15 +10,16 @@ static void once(int port, int stream, int number)
 {
 	struct sockaddr_in peer = loopback(port);
 	int sock = bound(stream ? SOCK_STREAM : SOCK_DGRAM, 0);
-	char data[64] = "swarm";
+	char data[4096] = "swarm";
 
 	if (stream)
 		truth_claim(sock, (struct claim){ .proto = "tcp", .out = 3, .in = 1 });
 	else
-		truth_claim(sock, (struct claim){ .proto = "udp", .out = 1, .exact = 1 });
+		truth_claim(sock, (struct claim){ .proto = "udp", .out = 1, .exact = 1,
+						  .len = 28 + 1 + number % 4000 });
 	if (stream && connect(sock, (void *)&peer, sizeof(peer)))
 		fail("connect");
-	if (sendto(sock, data, 1 + number % 60, 0, stream ? NULL : (void *)&peer, sizeof(peer)) < 0)
+	if (sendto(sock, data, 1 + number % 4000, 0, stream ? NULL : (void *)&peer, sizeof(peer)) < 0)
 		fail("send");
 	_exit(0);
 }

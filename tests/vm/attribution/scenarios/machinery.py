@@ -17,8 +17,18 @@ import numpy as np
 from ..catalog import scenario
 from ..recorder import Recorder
 from ..stage import Netns, Stage, Unable, Wire, sysctl
-from ..traffic import TCP, UDP, V4, ask, bound, listening, playing, receive_all, udp_echo
-from ..traffic import udp_sender
+from ..traffic import (
+    TCP,
+    UDP,
+    V4,
+    ask,
+    bound,
+    listening,
+    playing,
+    receive_all,
+    udp_echo,
+    udp_sender,
+)
 from ..truth import Worker
 
 COUNT = 20
@@ -86,7 +96,7 @@ def busy_echo(worker: Worker, wire: Wire, host: str) -> None:
 def busy_polling(stage: Stage) -> None:
     """Two busy-polling receivers on one queue run each other's packets: each keeps its own."""
     other = stage.namespace()
-    stage.veth(None, other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
+    stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
     set_feature("ve0", ETHTOOL_SGRO, 1)
     with playing(stage):
         for _ in range(2):
@@ -156,7 +166,7 @@ def segments_and_interface_counters(stage: Stage) -> None:
     """Wire packets and bytes of GSO and GRO records agree with the interface within 1 %."""
     size = 1_500_000
     other = stage.namespace()
-    stage.veth(None, other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
+    stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
     # Segmentation in software, just before the device: it then counts wire packets.
     set_feature("ve0", ETHTOOL_STSO, 0)
     set_feature("ve0", ETHTOOL_SGRO, 1)
@@ -175,9 +185,7 @@ def segments_and_interface_counters(stage: Stage) -> None:
 def udp_segments(records: np.ndarray, recorder: Recorder, directory: Path) -> list[str]:
     out = records[records["dir"] == 2]
     got = int(out["gso_segs"].sum())
-    payload = int(
-        (out["len"].astype(np.int64) - out["hdr_len"].astype(np.int64)).sum()
-    )
+    payload = int((out["len"].astype(np.int64) - out["hdr_len"].astype(np.int64)).sum())
     lines = []
     if recorder.engine.name == "module" and got != 5 * 10:
         lines.append(f"50 datagrams were sent, records say {got}")
@@ -372,5 +380,3 @@ def raw_socket_sends_udp(stage: Stage) -> None:
         stage.worker.claim(sock, exact=True, in_=5)
         child = stage.spawn("handmade", raw_udp, 4711, sock.getsockname()[1])
         child.join()
-
-

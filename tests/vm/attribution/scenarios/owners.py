@@ -12,9 +12,19 @@ from typing import Any
 
 from ..catalog import scenario
 from ..stage import LIBC, Stage, Unable, Wire, place, rename
-from ..traffic import TCP, UDP, V4, ask, bound, listening, playing, receive_all, tcp_client
-from ..traffic import udp_echo
-from ..truth import Worker, identity_of, now
+from ..traffic import (
+    TCP,
+    UDP,
+    V4,
+    ask,
+    bound,
+    listening,
+    playing,
+    receive_all,
+    tcp_client,
+    udp_echo,
+)
+from ..truth import Worker, identity_of
 
 COUNT = 10
 SYS_PIDFD_OPEN, SYS_PIDFD_GETFD = 434, 438
@@ -41,8 +51,7 @@ def quiet() -> None:
 
 def serve_connection(worker: Worker, wire: Wire, sock: socket.socket, rounds: int) -> None:
     wire.hear()
-    claim = worker.claim(sock, remote=sock.getpeername(), in_=rounds, out=rounds, any_address=True)
-    del claim
+    worker.claim(sock, remote=sock.getpeername(), in_=rounds, out=rounds, any_address=True)
     wire.tell("mine")
     for _ in range(rounds):
         sock.sendall(receive_all(sock, 5))
@@ -244,14 +253,12 @@ def vfork_exec_inherited(stage: Stage) -> None:
 
 
 def shared_acceptor(worker: Worker, wire: Wire, sock: socket.socket, way: str) -> None:
-    listener = worker.claim(sock, any_address=True, t0=1, dirs="io",
-                            flags=("ambiguous",) if way == "epoll" else ())  # fmt: skip
-    del listener
+    worker.claim(sock, any_address=True, t0=1, flags=("ambiguous",) if way == "epoll" else ())
     wire.tell("ready")
     message = wire.hear()
     if message == "leave":
         return
-    sock.settimeout(30)
+    sock.settimeout(30 if way == "epoll" else None)  # a timeout would make it poll(), not block
     wire.tell("accepting")
     if way == "epoll":
         poller = select.epoll()
@@ -542,5 +549,3 @@ def tcp_reuseport(stage: Stage) -> None:
         stage.spawn("client", tcp_client, ("127.0.0.1", port), V4, 9, 2).join()
         for child in servers:
             child.tell()
-
-

@@ -11,9 +11,19 @@ import time
 
 from ..catalog import scenario
 from ..stage import Stage, Unable, Wire, run, sysctl
-from ..traffic import TCP, V4, V6, ask, bound, listening, playing, receive_all, tcp_client
-from ..traffic import tcp_server
-from ..truth import Worker, now
+from ..traffic import (
+    TCP,
+    V4,
+    V6,
+    ask,
+    bound,
+    listening,
+    playing,
+    receive_all,
+    tcp_client,
+    tcp_server,
+)
+from ..truth import Worker
 
 RST_AT_CLOSE = struct.pack("ii", 1, 0)
 MSG_FASTOPEN, TCP_FASTOPEN = 0x20000000, 23
@@ -440,10 +450,9 @@ def mptcp_server(worker: Worker, wire: Wire, host: str, size: int) -> None:
     sock.settimeout(30)
     sock.bind((host, 0))
     sock.listen(8)
-    claim = worker.claim(sock, any_address=True, proto="tcp", in_=4, out=2)
+    worker.claim(sock, any_address=True, proto="tcp", in_=4, out=2, has_cookie=False)
     wire.tell(sock.getsockname())
     peer, _ = sock.accept()
-    del claim
     if len(receive_all(peer, size)) != size:
         raise RuntimeError("data lost")
     peer.sendall(b"ok")
@@ -488,7 +497,7 @@ def mptcp_more_subflows(stage: Stage) -> None:
     """MPTCP with a second subflow that the kernel opens by itself."""
     mptcp_possible()
     other = stage.namespace()
-    stage.veth(None, other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"),
+    stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"),
                ("10.9.1.1/24", "10.9.1.2/24"))  # fmt: skip
     for command in (
         ("ip", "mptcp", "limits", "set", "subflow", "2", "add_addr_accepted", "2"),

@@ -11,9 +11,20 @@ import struct
 import threading
 
 from ..catalog import scenario
-from ..stage import LIBC, Stage, Unable, Wire, run
-from ..traffic import HEADERS, HOST, UDP, V4, V6, ask, bound, playing, udp_echo, udp_receiver
-from ..traffic import udp_sender
+from ..stage import LIBC, Netns, Stage, Unable, Wire
+from ..traffic import (
+    HEADERS,
+    HOST,
+    UDP,
+    V4,
+    V6,
+    ask,
+    bound,
+    playing,
+    udp_echo,
+    udp_receiver,
+    udp_sender,
+)
 from ..truth import Worker, now
 
 COUNT = 20
@@ -275,9 +286,10 @@ def member(worker: Worker, wire: Wire, group: str, port: int, interface: str) ->
         sock.recv(100)
 
 
-def group_send(stage: Stage, group: str, port: int, interface: str) -> None:
+def group_send(stage: Stage, group: str, interface: str, other: Netns) -> None:
     with playing(stage):
         receivers = []
+        port = 0
         for number in range(3):
             child = stage.spawn(f"member{number}", member, group, port, interface)
             port = child.hear()
@@ -297,34 +309,35 @@ def group_send(stage: Stage, group: str, port: int, interface: str) -> None:
         stage.worker.claim(sock, exact=True, out=10)
         for _ in range(10):
             sock.sendto(b"all", (group, port))
+        stage.worker.claim_nobody(
+            proto="udp", lport=port, netns=other.inode, reasons=("no_socket",), dirs="i"
+        )
 
 
-def with_peer(stage: Stage) -> None:
-    """A veth interface with addresses and room for multicast and broadcast in the stage."""
-    stage.veth(None, stage.namespace(), ("ve0", "ve1"),
+def with_peer(stage: Stage) -> Netns:
+    """A veth interface with addresses in the stage; returns the namespace of its other end."""
+    other = stage.namespace()
+    stage.veth(other, ("ve0", "ve1"),
                ("10.9.0.1/24", "10.9.0.2/24"), ("fd09::1/64", "fd09::2/64"))  # fmt: skip
-    run("ip", "route", "add", "239.0.0.0/8", "dev", "ve0")
+    return other
 
 
 @scenario(max_loose=30)
 def multicast_v4(stage: Stage) -> None:
     """Three members of an IPv4 group: one record for each of them."""
-    with_peer(stage)
-    group_send(stage, "239.1.2.3", 0, "ve0")
+    group_send(stage, "239.1.2.3", "ve0", with_peer(stage))
 
 
 @scenario(max_loose=30)
 def multicast_v6(stage: Stage) -> None:
     """Three members of an IPv6 group: one record for each of them."""
-    with_peer(stage)
-    group_send(stage, "ff15::1234", 0, "ve0")
+    group_send(stage, "ff15::1234", "ve0", with_peer(stage))
 
 
 @scenario(max_loose=30)
 def broadcast_v4(stage: Stage) -> None:
     """Three receivers of a broadcast: one record for each of them."""
-    with_peer(stage)
-    group_send(stage, "10.9.0.255", 0, "ve0")
+    group_send(stage, "10.9.0.255", "ve0", with_peer(stage))
 
 
 def reconnecting(worker: Worker, wire: Wire, peers: list[tuple[str, int]]) -> None:
@@ -510,7 +523,7 @@ def asker(worker: Worker, wire: Wire, peer: tuple[str, int], size: int) -> None:
 def udp_bound_to_devices(stage: Stage) -> None:
     """Two processes on one port, each bound to another interface: told apart by interface."""
     other = stage.namespace()
-    stage.veth(None, other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
+    stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
     with playing(stage):
         first = stage.spawn("onlo", bound_to_device, "lo", 0)
         port = first.hear()

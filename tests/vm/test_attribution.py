@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: MIT
+"""The ground-truth suite with the module: each scenario is one test, and must be exact.
+
+The scenarios themselves are in attribution/; this runs them in the guest. PACKET_HUNTER_REPEAT
+plays each several times, PACKET_HUNTER_LOAD=1 under two busy processes a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from attribution.busy import busy
+from attribution.catalog import load
+from attribution.run import line, perform
+from attribution.workers import BINARIES, compile_workers
+
+pytestmark = [pytest.mark.patience(600), pytest.mark.usefixtures("loaded")]
+
+# While tests are collected: that is on the host, whose compiler is not emulated; the guest sees the
+# same files and finds nothing to do.
+compile_workers(BINARIES)
+SCENARIOS = {name: one for name, one in load().items() if "module" in one.engines}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def load_on_every_cpu() -> Iterator[None]:
+    with busy(2 if os.environ.get("PACKET_HUNTER_LOAD") == "1" else 0):
+        yield
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_packet_is_named_rightly(name: str, module_file: Path) -> None:
+    for _ in range(int(os.environ.get("PACKET_HUNTER_REPEAT", "1"))):
+        result = perform(SCENARIOS[name], "module", BINARIES, str(module_file))
+        if "unable" in result:
+            pytest.skip(f"this machine cannot play it: {result['unable']}")
+        print(line(result))
+        if result["faults"]:
+            pytest.fail("\n".join([line(result), *result["faults"], *result.get("examples", [])]))
