@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: MIT
+"""Holders of sockets and details of processes, with real processes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nlproto import procfs
+from nlproto.holders import Holders
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to read /proc of others")
+
+
+def inode(sock):
+    return os.fstat(sock.fileno()).st_ino
+
+
+@pytest.fixture
+def sock():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
+        yield made
+
+
+@pytest.fixture
+def spawned():
+    running = []
+
+    def spawn(code, **options):
+        child = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options
+        )
+        running.append(child)
+        return child
+
+    yield spawn
+    for child in running:
+        child.kill()
+        child.wait()
+        child.stdin.close()
+        child.stdout.close()
+
+
+BIND = """
+import os, socket, sys
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(("127.0.0.1", 0))
+print(os.fstat(s.fileno()).st_ino, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_descriptors_of_a_process_are_listed(sock):
+    assert procfs.socket_inodes(os.getpid())[inode(sock)] == sock.fileno()
+
+
+def test_more_sockets_than_one_read_takes_are_all_listed():
+    made = [socket.socket(socket.AF_UNIX) for _ in range(900)]
+    copies = [one.dup() for one in made[:400]]
+    try:
+        assert {inode(one) for one in made} <= procfs.socket_inodes(os.getpid()).keys()
+    finally:
+        for one in made + copies:
+            one.close()
+
+
+def test_a_holder_is_found_with_comm_and_start(sock):
+    (found,) = Holders().find(inode(sock))
+    assert found.identity == procfs.identity(os.getpid())
+    assert found.uid == os.getuid()
+
+
+def test_a_process_born_after_the_walk_is_found(spawned):
+    holders = Holders()
+    holders.walk()
+    child = spawned(BIND)
+    number = int(child.stdout.readline())
+    assert [one.identity.tgid for one in holders.find(number)] == [child.pid]
+
+
+def test_all_holders_of_a_shared_socket_are_told_youngest_first(sock, spawned):
+    sock.set_inheritable(True)
+    child = spawned("import sys; sys.stdin.read()", close_fds=False)
+    holders = Holders()
+    holders.walk()
+    assert [one.identity.tgid for one in holders.find(inode(sock))] == [child.pid, os.getpid()]
+
+
+def test_a_holder_that_closed_or_died_is_no_holder_any_more(sock, spawned):
+    sock.set_inheritable(True)
+    child = spawned("import sys; sys.stdin.read()", close_fds=False)
+    holders = Holders()
+    holders.walk()
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert [one.identity.tgid for one in holders.find(inode(sock))] == [os.getpid()]
+    number = inode(sock)
+    sock.close()
+    assert holders.find(number) == ()
+
+
+def test_an_exec_changes_the_comm_but_not_the_holder(spawned):
+    child = spawned(BIND + "s.set_inheritable(True); os.execv('/bin/sleep', ['sleep', '60'])")
+    number = int(child.stdout.readline())
+    holders = Holders()
+    assert holders.find(number)[0].comm.startswith(b"python")
+    child.stdin.close()
+    for _ in range(500):
+        (found,) = holders.find(number)
+        if found.comm == b"sleep":
+            break
+        time.sleep(0.01)
+    assert (found.comm, found.identity.tgid) == (b"sleep", child.pid)
+    child.stdin = subprocess.PIPE and open(os.devnull)
+
+
+def test_details_of_another_users_process_are_told(spawned):
+    child = spawned("import sys; sys.stdin.read()", user=65534, group=65534, extra_groups=[])
+    start = procfs.identity(child.pid).start_ns
+    found = procfs.details(child.pid, start, cmdline="full")
+    assert (found.uid, found.user, found.ppid) == (65534, "nobody", os.getpid())
+    assert found.exe.startswith("/") and "sys.stdin.read()" in found.cmdline
+
+
+def test_a_zombie_has_no_exe_and_no_exception(spawned):
+    child = spawned("pass")
+    start = procfs.identity(child.pid).start_ns
+    while procfs.socket_inodes(child.pid):
+        time.sleep(0.01)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    found = procfs.details(child.pid, start)
+    assert found is None or found.exe == ""
+
+
+def test_a_dead_process_is_nobody(spawned):
+    child = spawned("pass")
+    start = procfs.identity(child.pid).start_ns
+    child.wait()
+    assert procfs.details(child.pid, start) is None

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: MIT
+"""sock_diag against sockets of this very process; /proc/net must agree with it."""
+
+import os
+import socket
+
+import numpy as np
+import pytest
+
+from nlproto import procfs
+from nlproto.sockdiag import SockDiag, TcpState
+
+TCP, UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
+LOOPBACK = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
+families = pytest.mark.parametrize("family", LOOPBACK, ids=["v4", "v6"])
+
+
+@pytest.fixture
+def diag():
+    with SockDiag() as found:
+        yield found
+
+
+def octets(family, address):
+    return socket.inet_pton(family, address).ljust(16, b"\0")
+
+
+def inode(sock):
+    return os.fstat(sock.fileno()).st_ino
+
+
+def cookie(sock):
+    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
+
+
+@pytest.fixture
+def made():
+    sockets = []
+
+    def make(family, kind, address=None):
+        sock = socket.socket(family, kind)
+        sockets.append(sock)
+        sock.bind((LOOPBACK[family] if address is None else address, 0))
+        return sock
+
+    yield make
+    for sock in sockets:
+        sock.close()
+
+
+@families
+def test_both_ends_and_the_listener_of_a_connection_are_found(diag, made, family):
+    here = octets(family, LOOPBACK[family])
+    listener = made(family, socket.SOCK_STREAM)
+    listener.listen()
+    client = made(family, socket.SOCK_STREAM)
+    client.connect(listener.getsockname())
+    server, _ = listener.accept()
+    with server:
+        sport, cport = listener.getsockname()[1], client.getsockname()[1]
+        found = diag.find(TCP, family, here, cport, here, sport)
+        assert (int(found["inode"]), int(found["cookie"])) == (inode(client), cookie(client))
+        assert int(found["state"]) == TcpState.ESTABLISHED
+        found = diag.find(TCP, family, here, sport, here, cport)
+        assert int(found["inode"]) == inode(server)
+        found = diag.find(TCP, family, here, sport)
+        assert (int(found["inode"]), int(found["state"])) == (inode(listener), TcpState.LISTEN)
+
+
+@families
+def test_a_connection_that_nobody_accepted_has_no_inode(diag, made, family):
+    here = octets(family, LOOPBACK[family])
+    listener = made(family, socket.SOCK_STREAM)
+    listener.listen()
+    client = made(family, socket.SOCK_STREAM)
+    client.connect(listener.getsockname())
+    found = diag.find(TCP, family, here, listener.getsockname()[1], here, client.getsockname()[1])
+    assert int(found["inode"]) == 0
+
+
+@families
+@pytest.mark.parametrize("wildcard", [False, True])
+def test_a_bound_udp_socket_is_found_by_a_packet_that_it_would_get(diag, made, family, wildcard):
+    here = octets(family, LOOPBACK[family])
+    address = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}[family] if wildcard else None
+    sock = made(family, socket.SOCK_DGRAM, address)
+    found = diag.find(UDP, family, here, sock.getsockname()[1], here, 9)
+    assert (int(found["inode"]), int(found["cookie"])) == (inode(sock), cookie(sock))
+
+
+def test_of_two_connected_udp_sockets_the_right_one_is_found(diag, made):
+    here = octets(socket.AF_INET, "127.0.0.1")
+    socks = []
+    for _ in range(2):
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(("127.0.0.1", socks[0].getsockname()[1] if socks else 0))
+        sock.connect(("127.0.0.1", 20001 + len(socks)))
+        socks.append(sock)
+    port = socks[0].getsockname()[1]
+    for sock, remote in zip(socks, (20001, 20002), strict=True):
+        found = diag.find(UDP, socket.AF_INET, here, port, here, remote)
+        assert int(found["inode"]) == inode(sock)
+        sock.close()
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_a_dual_stack_socket_is_found_by_an_ipv4_packet(diag, made, kind):
+    sock = made(socket.AF_INET6, kind, "::")
+    if kind == socket.SOCK_STREAM:
+        sock.listen()
+    proto = TCP if kind == socket.SOCK_STREAM else UDP
+    here = octets(socket.AF_INET, "127.0.0.1")
+    found = diag.find(proto, socket.AF_INET, here, sock.getsockname()[1], here, 9)
+    assert int(found["inode"]) == inode(sock)
+
+
+@pytest.mark.parametrize("proto", [TCP, UDP])
+def test_nobody_is_none(diag, proto):
+    here = octets(socket.AF_INET, "127.0.0.1")
+    assert diag.find(proto, socket.AF_INET, here, 1, here, 1) is None
+
+
+def test_a_dump_and_proc_net_list_the_same_sockets(diag, made):
+    mine = {
+        inode(made(family, kind)): kind
+        for family in LOOPBACK
+        for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM)
+        for _ in range(3)
+    }
+    mine = {number: kind for number, kind in mine.items() if kind == socket.SOCK_DGRAM}
+    names = ["inode", "family", "proto", "sport", "uid", "saddr"]
+
+    def rows(sockets):
+        chosen = sockets[np.isin(sockets["inode"], list(mine))]
+        return sorted(str([row[name].tolist() for name in names]) for row in chosen)
+
+    assert len(rows(diag.dump())) == 6
+    assert rows(diag.dump()) == rows(procfs.tables())
+
+
+def test_a_dump_can_be_narrowed_to_a_port(diag, made):
+    sock = made(socket.AF_INET, socket.SOCK_DGRAM)
+    made(socket.AF_INET, socket.SOCK_DGRAM)
+    found = diag.dump((UDP,), lport=sock.getsockname()[1])
+    assert found["inode"].tolist() == [inode(sock)]
+
+
+def test_a_thousand_sockets_fit_a_dump(diag, made):
+    mine = {inode(made(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(900)}
+    assert mine <= set(diag.dump((UDP,))["inode"].tolist())
