@@ -16,7 +16,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["KERNELS", "Kernel", "Unavailable", "UnpackedKernel", "cache_directory", "unpack"]
+__all__ = [
+    "KERNELS",
+    "Kernel",
+    "Unavailable",
+    "UnpackedKernel",
+    "cache_directory",
+    "proxy_options",
+    "unpack",
+]
 
 TOOLCHAIN = ("gcc", "make", "binutils", "mawk", "dash", "coreutils", "grep", "sed", "sparse")
 
@@ -131,7 +139,7 @@ def _unpack_packages(kernel: Kernel, target: Path) -> str | None:
         f"--include={','.join((*kernel.packages(), *TOOLCHAIN))}",
         # A frozen mirror, as companies keep them, serves expired Release files.
         '--aptopt=Acquire::Check-Valid-Until "false"',
-        *_proxy_options(),
+        *proxy_options(),
         *(_pocket_option(kernel.suite, pocket) for pocket in kernel.pockets),
         kernel.suite,
         "-",
@@ -169,7 +177,7 @@ def _pocket_option(suite: str, pocket: str) -> str:
     return f"--setup-hook={script}"
 
 
-def _proxy_options() -> Iterator[str]:
+def proxy_options() -> Iterator[str]:
     """mmdebstrap does not read the host's apt configuration: hand on its proxies."""
     if shutil.which("apt-config") is None:
         return
