@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hunter.rates import UNITS
-from hunter.rates import UNITS
-from hunter.rates import UNITS
 from nlproto import Error, UsageError, __version__, filter
 from nlproto.filter import Filter
 from nlproto.frames import DEFAULT_SOCKET

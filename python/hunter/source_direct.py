@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,16 +16,17 @@ from hunter.source_daemon import Asker
 from nlproto import Error, wire
 from nlproto.account import Account
 from nlproto.client import DaemonClient
-from nlproto.clock import Clock
 from nlproto.engine import open_engine
 from nlproto.filter import Filter
 from nlproto.pipeline import Pipeline
 from nlproto.processes import Process, Processes
-from nlproto.wire import ProcessEvent, address_text
+from nlproto.wire import address_text
 
 __all__ = ["DaemonNames", "DirectSource", "open_direct"]
 
-_FORGET = 4096  # answers kept
+_DAEMON_LAG_S = 0.06  # from a packet to the daemon's port map, at rest
+_ASK_AGAIN_S = 1.0
+_MAX_UNKNOWN = 65536
 
 Endpoint = tuple[int, int, int, bytes, int]
 
@@ -32,35 +34,40 @@ Endpoint = tuple[int, int, int, bytes, int]
 class DaemonNames:
     """Names records that the engine could not, by asking the daemon a batch at a time.
 
-    Used in the pipeline's worker thread. When the daemon goes away, `lost` is told once and
-    records stay as they are.
+    Used in the pipeline's worker thread. An end that the daemon does not know is asked for once
+    more, when it has had the time to see the same packets, and then left alone for a second.
+    When the daemon goes away, `lost` is told once and records stay as they are.
     """
 
     def __init__(self, client: DaemonClient, lost: Callable[[str], None]) -> None:
         self._client: DaemonClient | None = client
         self._lost = lost
         self._lock = threading.Lock()
+        self._unknown: dict[Endpoint, float] = {}
 
-    def name(self, records: np.ndarray, clock: Clock) -> None:
+    def name(self, records: np.ndarray) -> None:
         """Fill in owner and `how` of records that nobody named but a process may own."""
-        open_rows = np.flatnonzero(np.isin(records["how"], _ASKABLE)).tolist()
+        local = records["dir"] != wire.lib.SNIFFER_DIR_FWD
         keys: dict[Endpoint, list[int]] = {}
-        for row in open_rows:
+        for row in np.flatnonzero(local & np.isin(records["how"], _ASKABLE)).tolist():
             keys.setdefault(_local_end(records[row]), []).append(row)
-        questions = [_question(key) for key in keys]
-        for (_, rows), owner in zip(keys.items(), self._ask(questions), strict=False):
-            if owner is None:
-                continue
-            records["tgid"][rows] = owner["pid"]
-            records["start_ns"][rows] = owner["start_ns"]
-            records["uid"][rows] = owner["uid"]
-            records["comm"][rows] = owner["comm"].encode()[: wire.lib.SNIFFER_COMM_LEN]
-            records["how"][rows] = wire.lib.SNIFFER_HOW_DIAG
-            if len({holder["pid"] for holder in owner["holders"]}) > 1:
-                records["flags"][rows] |= wire.lib.SNIFFER_F_SHARED
-
-    def learn(self, event: ProcessEvent) -> None:
-        """Nothing: the daemon learns by itself."""
+        now = time.monotonic()
+        wanted = [key for key in keys if self._unknown.get(key, 0.0) <= now]
+        for pause in (0.0, _DAEMON_LAG_S):
+            if not wanted or self._client is None:
+                return
+            time.sleep(pause)
+            answers = self._ask([_question(key) for key in wanted])
+            missing = []
+            for key, owner in zip(wanted, answers, strict=False):
+                if owner is None:
+                    missing.append(key)
+                else:
+                    _fill(records, keys[key], owner)
+            wanted = missing
+        if len(self._unknown) > _MAX_UNKNOWN:
+            self._unknown.clear()
+        self._unknown.update(dict.fromkeys(wanted, now + _ASK_AGAIN_S))
 
     def details(self, pid: int, start_ns: int) -> Process | None:
         """Return what the daemon knows of a process."""
@@ -86,6 +93,16 @@ class DaemonNames:
             if self._client is not None:
                 self._client.close()
                 self._client = None
+
+
+def _fill(records: np.ndarray, rows: list[int], owner: dict[str, Any]) -> None:
+    records["tgid"][rows] = owner["pid"]
+    records["start_ns"][rows] = owner["start_ns"]
+    records["uid"][rows] = owner["uid"]
+    records["comm"][rows] = owner["comm"].encode()[: wire.lib.SNIFFER_COMM_LEN]
+    records["how"][rows] = wire.lib.SNIFFER_HOW_DIAG
+    if len({holder["pid"] for holder in owner["holders"]}) > 1:
+        records["flags"][rows] |= wire.lib.SNIFFER_F_SHARED
 
 
 _ASKABLE = np.array(

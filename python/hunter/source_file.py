@@ -73,7 +73,7 @@ class FileSource:
         return [NamedBatch(self._head, records, _CLOCK)]
 
     def _record(self, row: Row) -> np.void:
-        record = np.zeros(1, wire.RECORD)[0]
+        record: np.void = np.zeros(1, wire.RECORD)[0]
         moment = datetime.fromisoformat(row["time"])
         seconds = int(moment.replace(microsecond=0).timestamp())
         record["time_ns"] = seconds * 10**9 + moment.microsecond * 1000

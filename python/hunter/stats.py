@@ -50,14 +50,14 @@ def show(figures: Mapping[str, Any], console: Console) -> None:
         facts = ", ".join(
             f"{key.replace('_', ' ')} {_number(value)}"
             for key, value in part.items()
-            if not isinstance(value, (Mapping, list)) and value is not None
+            if not isinstance(value, (Mapping, list)) and value is not None and key != "instance"
         )
         table.add_row(Text(name.replace("_", " "), style="bold"), Text(plain(facts)))
     console.print(table)
 
 
 def _account(account: Mapping[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE, title="account", title_justify="left")
+    table = Table(box=box.SIMPLE, show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     table.add_column("")

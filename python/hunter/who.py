@@ -11,6 +11,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -50,15 +51,16 @@ def run(options: argparse.Namespace, notify: Callable[[str], None]) -> None:
 
 def show(answer: Mapping[str, Any], console: Console, now: float) -> None:
     """Print the reply of op "who"; `now` is Unix time."""
-    known = {(one["tgid"], one["start_ns"]): one for one in answer["processes"]}
     owners, flows = answer["owners"], answer["flows"]
     if not owners and not flows:
         console.print("nobody, now or in what is remembered")
         return
-    if owners:
-        console.print(_owners(owners, known))
-    if flows:
-        console.print(_flows(flows, known, now))
+    for table in (_owners(owners), _flows(flows, now), _processes(answer["processes"])):
+        if table.row_count:
+            # a long line may wrap in the terminal; one that is cut off answers nothing
+            wanted = Measurement.get(console, console.options.update(max_width=500), table)
+            console.width = max(console.width, wanted.maximum)
+            console.print(table)
     if answer["truncated"]:
         console.print(f"{len(flows)} of {answer['total']} flows; --limit shows more", style="dim")
 
@@ -66,8 +68,11 @@ def show(answer: Mapping[str, Any], console: Console, now: float) -> None:
 def _table(title: str, columns: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for name in columns:
-        right = name in ("packets", "bytes", "last")
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
+        right = name in ("packets", "bytes", "last", "pid")
+        last = name == columns[-1]
+        table.add_column(
+            name, justify="right" if right else "left", no_wrap=not last, overflow="fold"
+        )
     return table
 
 
@@ -77,67 +82,44 @@ def _name(comm: str, pid: int | None) -> Text:
     return Text(f"{plain(comm)}.{pid}", style="bold green")
 
 
-def _place(process: Mapping[str, Any] | None) -> str:
-    if process is None:
-        return ""
-    return plain(process["container"][:12] or process["unit"])
-
-
-def _user(uid: int | None) -> str:
-    return "" if uid is None else plain(names.user(uid))
-
-
-def _owners(owners: Sequence[Mapping[str, Any]], known: Mapping[Any, Any]) -> Table:
-    table = _table("now", ["process", "user", "socket", "executable", "unit or container"])
+def _owners(owners: Sequence[Mapping[str, Any]]) -> Table:
+    shared = any(len({one["pid"] for one in owner["holders"]}) > 1 for owner in owners)
+    table = _table("now", ["process", "socket", *(["shared with"] if shared else [])])
     for owner in owners:
-        process = known.get((owner["pid"], owner["start_ns"]))
-        who = _name(owner["comm"], owner["pid"])
-        others = [one for one in owner["holders"] if one["pid"] != owner["pid"]]
-        if others:
-            who.append("".join(f", {plain(one['comm'])}.{one['pid']}" for one in others), "dim")
+        others = {one["pid"]: one["comm"] for one in owner["holders"] if one["pid"] != owner["pid"]}
         verb = "listens on" if owner["listening"] and owner["proto"] == "tcp" else "has"
         table.add_row(
-            who,
-            _user(owner["uid"]),
+            _name(owner["comm"], owner["pid"]),
             f"{verb} {owner['proto']} {owner['address']}.{owner['port']}",
-            plain(owner["exe"]),
-            _place(process),
+            *([", ".join(f"{plain(c)}.{pid}" for pid, c in others.items())] if shared else []),
         )
     return table
 
 
-def _flows(flows: Sequence[Mapping[str, Any]], known: Mapping[Any, Any], now: float) -> Table:
-    table = _table(
-        "seen",
-        [
-            "process",
-            "user",
-            "flow",
-            "packets",
-            "bytes",
-            "last",
-            "how",
-            "executable",
-            "unit or container",
-        ],
-    )
+def _flows(flows: Sequence[Mapping[str, Any]], now: float) -> Table:
+    table = _table("seen", ["process", "flow", "packets", "bytes", "last", "how"])
     for flow in flows:
-        process = known.get((flow["pid"], flow["start_ns"]))
         arrow = "-" if flow["forwarded"] else ">" if not flow["packets_in"] else "<>"
         if not flow["forwarded"] and not flow["packets_out"]:
             arrow = "<"
         table.add_row(
             _name(flow["comm"], flow["pid"]),
-            _user(flow["uid"]),
             f"{flow['proto']} {flow['local']}.{flow['lport']} {arrow} "
             f"{flow['remote']}.{flow['rport']}",
             f"{flow['packets_in'] + flow['packets_out']:,}",
             f"{flow['bytes_in'] + flow['bytes_out']:,}",
             _ago(now - flow["last"]),
             flow["how"].replace("_", " "),
-            plain(process["exe"]) if process else "",
-            _place(process),
         )
+    return table
+
+
+def _processes(processes: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("processes", ["pid", "user", "unit or container", "executable"])
+    for one in sorted(processes, key=lambda one: one["tgid"]):
+        user = "" if one["uid"] is None else names.user(one["uid"])
+        place = one["container"][:12] or one["unit"]
+        table.add_row(str(one["tgid"]), plain(user), plain(place), plain(one["exe"] or one["comm"]))
     return table
 
 

@@ -110,7 +110,11 @@ def _owner(
         "port": int(one["sport"]),
         "exe": known["exe"] if known else "",
         "cookie": int(one["cookie"]),
-        "listening": int(one["state"]) == TcpState.LISTEN
-        or (one["proto"] == socket.IPPROTO_UDP and not one["dport"]),
+        "listening": _listens(one),
         "holders": named,
     }
+
+
+def _listens(one: np.void) -> bool:
+    unconnected = one["proto"] == socket.IPPROTO_UDP and not one["dport"]
+    return bool(one["state"] == TcpState.LISTEN or unconnected)
