@@ -201,7 +201,8 @@ class Store:
             if not deleted:
                 break
         try:
-            self._writer.execute("PRAGMA incremental_vacuum").fetchall()
+            # execute() would stop after the first page: this statement has steps but no columns
+            self._writer.executescript("PRAGMA incremental_vacuum")
             self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         except sqlite3.Error as error:
             raise Error(f"{self.path}: {error}") from None

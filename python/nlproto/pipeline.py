@@ -97,7 +97,8 @@ class Pipeline:
         self.processes = processes
         self.portmap = portmap
         self.namer = namer
-        self.queue: MessageQueue[Item] = queue or MessageQueue(QUEUE_BYTES)
+        # not "or": an empty queue is false
+        self.queue: MessageQueue[Item] = MessageQueue(QUEUE_BYTES) if queue is None else queue
         self.account_lock = threading.Lock()
         self.beat = time.monotonic()
         """When the worker last went round; old when it hangs."""

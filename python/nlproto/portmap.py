@@ -88,7 +88,7 @@ class PortMap:
             for index, (number, last) in enumerate(
                 zip(useful["hash"].tolist(), useful["last_ns"].tolist(), strict=True)
             )
-            if settled.get(number, 0) + _SETTLED_NS < last or last < _SETTLED_NS
+            if number not in settled or settled[number] + _SETTLED_NS <= last
         ]
         if not new:
             return

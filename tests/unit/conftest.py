@@ -45,11 +45,13 @@ def _make_records():
     return make_records
 
 
-def make_batch(records: np.ndarray, seq: int = 0, cpu: int = 0, mono_ns: int = 0) -> wire.Batch:
+def make_batch(
+    records: np.ndarray, seq: int = 0, cpu: int = 0, mono_ns: int = 0, instance: int = 7
+) -> wire.Batch:
     """A batch as an engine gives it: the first record has sequence `seq` on its CPU."""
     head = np.zeros(1, wire.BATCH)[0]
     head["cpu"] = cpu
-    head["instance"] = 7
+    head["instance"] = instance
     head["record_seq"] = seq
     head["packets"] = seq + len(records)
     head["mono_ns"] = mono_ns or (int(records["time_ns"].max()) if len(records) else 1)

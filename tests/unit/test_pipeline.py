@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: MIT
+"""The pipeline with an engine that replays batches: order, loss and failure at will."""
+
+import threading
+import time
+
+import numpy as np
+
+from nlproto import wire
+from nlproto.account import Account
+from nlproto.errors import Error, NoModule
+from nlproto.merge import Merge
+from nlproto.pipeline import Pipeline
+from nlproto.portmap import PortMap
+from nlproto.processes import Processes
+from nlproto.queue import MessageQueue
+
+
+class Replay:
+    """Gives `batches` one a read, then waits; `tail` comes at finish()."""
+
+    name = "replay"
+    instance = 7
+
+    def __init__(self, batches=(), tail=(), error=None):
+        self.batches = list(batches)
+        self.tail = list(tail)
+        self.error = error
+        self.opening = self.closing = np.zeros(0, wire.TAIL)
+        self.closed = threading.Event()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.closed.set()
+
+    def read(self, timeout):
+        if self.batches:
+            yield self.batches.pop(0)
+        elif self.error is not None:
+            raise self.error
+        else:
+            time.sleep(min(timeout, 0.01))
+
+    def flush(self):
+        return self.opening
+
+    def finish(self):
+        while self.batches:
+            yield self.batches.pop(0)
+        yield from self.tail
+
+    def stats(self):
+        return {}
+
+
+def _pipeline(engine, **more):
+    return Pipeline(engine, account=Account(), processes=Processes(), portmap=PortMap(), **more)
+
+
+def test_every_record_reaches_every_subscriber_and_the_account_closes(make_records, make_batch):
+    batches, seq = [], 0
+    for n in range(50):
+        records = make_records(*({"time_ns": 10**9 + n * 10**6, "sport": n} for _ in range(20)))
+        batches.append(make_batch(records, seq))
+        seq += 20
+    tail = [make_batch(make_records({"time_ns": 2 * 10**9}), seq)]
+    engine, got, other = Replay(batches, tail), [], []
+    pipeline = _pipeline(engine)
+    pipeline.subscribe(lambda batch: got.append(batch.records))
+    pipeline.subscribe(lambda batch: other.append(batch.flows["packets_out"].sum()))
+    with pipeline:
+        pass
+    assert sum(map(len, got)) == sum(other) == 1001
+    assert engine.closed.is_set()
+    assert pipeline.account.closes()
+    assert pipeline.account.named == 1001
+
+
+def test_records_of_two_cpus_come_in_order_of_time(make_records, make_batch):
+    def batch(cpu, seq, times):
+        return make_batch(make_records(*({"time_ns": t * 10**6} for t in times)), seq, cpu)
+
+    batches = [
+        batch(0, 0, [1000, 1015]),
+        batch(1, 0, [1002, 1017]),
+        batch(0, 2, [1016, 1040]),
+        batch(1, 2, [1020, 1041]),
+    ]
+    got = []
+    pipeline = _pipeline(Replay(batches))
+    pipeline.subscribe(lambda batch: got.extend(batch.records["time_ns"].tolist()))
+    with pipeline:
+        time.sleep(0.3)
+    assert got == sorted(got)
+    assert len(got) == 8
+
+
+def test_merge_keeps_what_an_older_record_could_still_follow(make_records):
+    merge = Merge(interval_ns=20)
+    merge.add(make_records({"time_ns": 100}, {"time_ns": 110}), 115)
+    assert merge.take().tolist() == []
+    merge.add(make_records({"time_ns": 105}), 125)
+    assert merge.take()["time_ns"].tolist() == [100, 105]
+    assert merge.drain()["time_ns"].tolist() == [110]
+    assert len(merge) == 0
+
+
+def test_merge_holds_a_bounded_number_of_records(make_records):
+    merge = Merge(interval_ns=10**9, limit=3)
+    merge.add(make_records(*({"time_ns": 2 * 10**9 + n} for n in range(8))), 2 * 10**9 + 8)
+    assert len(merge.take()) == 5
+    assert len(merge) == 3
+
+
+def test_a_worker_that_is_too_slow_loses_whole_batches_in_the_queue_and_counts_them(
+    make_records, make_batch
+):
+    size = wire.RECORD.itemsize * 10 + wire.BATCH.itemsize
+    queue = MessageQueue(size * 5)
+    batches = [make_batch(make_records(*([{}] * 10)), n * 10) for n in range(100)]
+    blocked, release, got = threading.Event(), threading.Event(), []
+
+    def slow(batch):
+        blocked.set()
+        release.wait(30)
+        got.append(len(batch.records))
+
+    engine = Replay(batches[:1])
+    pipeline = _pipeline(engine, queue=queue)
+    pipeline.subscribe(slow)
+    with pipeline:
+        assert blocked.wait(10)
+        engine.batches += batches[1:]
+        while engine.batches:
+            time.sleep(0.01)
+        assert queue.peak_bytes <= queue.max_bytes
+        release.set()
+    account = pipeline.account
+    assert account.lost["queue"] == 1000 - sum(got) > 0
+    assert account.lost["queue"] == queue.dropped_records
+    assert account.lost["socket"] == 0
+    assert account.closes()
+
+
+def test_a_gap_in_the_sequence_is_lost_at_the_socket(make_records, make_batch):
+    batches = [make_batch(make_records({}), 0), make_batch(make_records({}), 5)]
+    with _pipeline(Replay(batches)) as pipeline:
+        time.sleep(0.2)
+    assert pipeline.account.lost["socket"] == 4
+    assert pipeline.account.closes()
+
+
+def test_a_subscriber_that_fails_does_not_stop_the_others(make_records, make_batch, caplog):
+    got = []
+
+    def fail(batch):
+        raise RuntimeError("broken subscriber")
+
+    pipeline = _pipeline(Replay([make_batch(make_records({}))]))
+    pipeline.subscribe(fail)
+    pipeline.subscribe(lambda batch: got.append(len(batch.records)))
+    with pipeline:
+        pass
+    assert got == [1]
+    assert "broken subscriber" in caplog.text
+
+
+def test_a_cancelled_subscription_gets_nothing_more(make_records, make_batch):
+    got = []
+    engine = Replay()
+    with _pipeline(engine) as pipeline:
+        cancel = pipeline.subscribe(lambda batch: got.append(batch))
+        cancel()
+        engine.batches.append(make_batch(make_records({})))
+    assert got == []
+
+
+def test_a_barrier_is_passed_after_everything_recorded_before_it(make_records, make_batch):
+    engine, got = Replay(), []
+    with _pipeline(engine) as pipeline:
+        pipeline.subscribe(lambda batch: got.append(len(batch.records)))
+        engine.batches += [make_batch(make_records({}), n) for n in range(20)]
+        passed, seen = threading.Event(), []
+        pipeline.barrier(lambda: (seen.append(sum(got)), passed.set()))
+        assert passed.wait(10)
+    assert seen == [20]
+
+
+def test_an_engine_that_fails_is_replaced_and_the_account_spans_both(make_records, make_batch):
+    failures = []
+    first = Replay([make_batch(make_records({}), 0)], error=NoModule("the module is gone"))
+    second = Replay([make_batch(make_records({}, {}), 0, instance=8)])
+    second.instance = 8
+    pipeline = _pipeline(first, on_failure=failures.append)
+    with pipeline:
+        deadline = time.monotonic() + 10
+        while not pipeline.failed and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert pipeline.failed
+        pipeline.switch(second)
+        while pipeline.engine is not second and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert not pipeline.failed
+    assert [str(error) for error in failures] == ["the module is gone"]
+    assert first.closed.is_set() and second.closed.is_set()
+    assert pipeline.account.delivered == 3
+    assert pipeline.account.closes()
+
+
+def test_an_engine_that_breaks_by_a_bug_fails_like_one_that_says_so(make_records, make_batch):
+    engine = Replay(error=ZeroDivisionError("bug"))
+    failures: list[Error] = []
+    with _pipeline(engine, on_failure=failures.append) as pipeline:
+        time.sleep(0.3)
+        assert pipeline.failed
+    assert "bug" in str(failures[0])
+
+
+def test_an_exit_takes_the_process_out_of_the_port_map(make_records, make_batch):
+    exited = wire.ProcessEvent(
+        9, 5_000_000_000, 0, 100, 1, 0, 0, 0, wire.lib.SNIFFER_EVENT_EXIT, "client", ""
+    )
+    engine = Replay([make_batch(make_records({}))])
+    with _pipeline(engine) as pipeline:
+        time.sleep(0.3)
+        assert len(pipeline.portmap.who(40000)) == 1
+        engine.batches.append(exited)
+        time.sleep(0.3)
+        assert pipeline.portmap.who(40000) == []

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: MIT
+import socket
+import threading
+
+import pytest
+
+from nlproto.flows import pack_address, summarize
+from nlproto.portmap import BoundSocket, PortMap
+
+NETNS = 4026531840
+UDP, TCP = socket.IPPROTO_UDP, socket.IPPROTO_TCP
+
+
+def _bound(port, tgid=100, address="0.0.0.0", proto=TCP, cookie=1, netns=NETNS):
+    family, raw = pack_address(address)
+    return BoundSocket((netns, proto, family, raw, port), tgid, 5, 1000, "server", cookie)
+
+
+def test_a_packet_tells_who_owns_its_local_port(make_records):
+    portmap = PortMap()
+    portmap.update(summarize(make_records({"cookie": 9})))
+    (owner,) = portmap.who(40000)
+    assert (owner.tgid, owner.address, owner.proto, owner.cookie) == (100, "10.0.0.1", UDP, 9)
+    assert not owner.listening
+    assert portmap.who(53) == []
+
+
+def test_forwarded_and_unnamed_packets_tell_nothing(make_records):
+    portmap = PortMap()
+    portmap.update(summarize(make_records({"dir": 3}, {"tgid": 0, "how": 18})))
+    assert len(portmap) == 0
+
+
+def test_a_listener_that_closed_is_gone_at_the_next_look():
+    portmap = PortMap()
+    portmap.replace_bound([_bound(80), _bound(443)], 10)
+    assert [o.port for o in portmap.who(80)] == [80]
+    portmap.replace_bound([_bound(443)], 20)
+    assert portmap.who(80) == []
+    assert portmap.who(443)[0].listening
+
+
+def test_all_holders_of_a_shared_listener_are_listed():
+    portmap = PortMap()
+    portmap.replace_bound([_bound(80, tgid) for tgid in (1, 2, 3)], 10)
+    assert sorted(o.tgid for o in portmap.who(80)) == [1, 2, 3]
+    assert sorted(o.tgid for o in portmap.with_cookie(1)) == [1, 2, 3]
+    portmap.replace_bound([_bound(80, 2)], 20)
+    assert [o.tgid for o in portmap.with_cookie(1)] == [2]
+
+
+def test_a_reused_port_has_only_its_new_owner(make_records):
+    portmap = PortMap()
+    portmap.replace_bound([_bound(80, 1, cookie=1)], 10)
+    portmap.replace_bound([_bound(80, 2, cookie=2)], 20)
+    assert [o.tgid for o in portmap.who(80)] == [2]
+    assert portmap.with_cookie(1) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("127.0.0.1", ["0.0.0.0", "127.0.0.1", "::"]),
+        ("10.0.0.1", ["0.0.0.0", "::"]),
+        ("::1", ["::"]),
+    ],
+)
+def test_an_address_finds_sockets_bound_to_it_and_to_the_wildcards_that_serve_it(asked, found):
+    portmap = PortMap()
+    addresses = ("127.0.0.1", "0.0.0.0", "::")
+    portmap.replace_bound([_bound(80, n, a, cookie=n) for n, a in enumerate(addresses, 1)], 10)
+    assert sorted(o.address for o in portmap.who(80, address=pack_address(asked))) == found
+
+
+def test_network_namespaces_are_kept_apart():
+    portmap = PortMap()
+    portmap.replace_bound([_bound(80, 1, netns=1), _bound(80, 2, netns=2, cookie=2)], 10)
+    family, raw = pack_address("127.0.0.1")
+    assert [o.tgid for o in portmap.at((2, TCP, family, raw, 80))] == [2]
+
+
+def test_an_exact_address_wins_over_the_wildcard():
+    portmap = PortMap()
+    portmap.replace_bound([_bound(80, 1), _bound(80, 2, "127.0.0.1", cookie=2)], 10)
+    family, raw = pack_address("127.0.0.1")
+    assert [o.tgid for o in portmap.at((NETNS, TCP, family, raw, 80))] == [2]
+
+
+def test_traffic_alone_is_forgotten_after_its_time(make_records):
+    portmap = PortMap(ttl_ns=100)
+    portmap.update(summarize(make_records({"time_ns": 1000})))
+    portmap.expire(1050)
+    assert len(portmap) == 1
+    portmap.expire(1200)
+    assert len(portmap) == 0
+
+
+def test_a_socket_the_kernel_no_longer_has_is_forgotten(make_records):
+    portmap = PortMap()
+    rows = ({"sport": n, "cookie": n, "time_ns": 1000} for n in (1, 2))
+    portmap.update(summarize(make_records(*rows)))
+    portmap.keep_cookies({2}, before_ns=500)
+    assert len(portmap) == 2
+    portmap.keep_cookies({2}, before_ns=2000)
+    assert [o.port for o in portmap.everything()] == [2]
+
+
+def test_an_exited_process_owns_nothing(make_records):
+    portmap = PortMap()
+    portmap.update(summarize(make_records({"sport": 1}, {"sport": 2}, {"sport": 3, "tgid": 7})))
+    portmap.forget_process((100, 5_000_000_000))
+    assert [o.tgid for o in portmap.everything()] == [7]
+
+
+def test_the_same_packets_again_bring_a_dropped_owner_back(make_records):
+    portmap = PortMap()
+    flows = summarize(make_records({"time_ns": 10**10}))
+    portmap.update(flows)
+    portmap.forget_process((100, 5_000_000_000))
+    portmap.update(flows)
+    assert len(portmap.who(40000)) == 1
+
+
+def test_at_its_limit_the_least_recently_seen_go(make_records):
+    portmap = PortMap(limit=100)
+    for n in range(1, 301):
+        portmap.update(summarize(make_records({"sport": n, "time_ns": n * 10**9})))
+    assert len(portmap) <= 100
+    assert portmap.evicted == 300 - len(portmap)
+    assert portmap.who(300) and not portmap.who(1)
+
+
+def test_threads_that_ask_and_update_do_not_disturb_each_other(make_records):
+    portmap = PortMap(limit=50)
+    failures: list[BaseException] = []
+
+    def run(work):
+        try:
+            for n in range(300):
+                work(n)
+        except BaseException as error:
+            failures.append(error)
+
+    batches = [summarize(make_records({"sport": n % 97, "time_ns": n * 10**9})) for n in range(300)]
+    works = (
+        lambda n: portmap.update(batches[n]),
+        lambda n: portmap.replace_bound([_bound(n % 97)], n),
+        lambda n: portmap.who(n % 97),
+        lambda n: portmap.everything(),
+        lambda n: portmap.expire(n),
+    )
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: MIT
+import os
+import subprocess
+import sys
+
+import pytest
+
+from nlproto import procfs, wire
+from nlproto.processes import Processes
+from nlproto.wire import ProcessEvent, lib
+
+SEEN, EXEC, EXIT = lib.SNIFFER_EVENT_SEEN, lib.SNIFFER_EVENT_EXEC, lib.SNIFFER_EVENT_EXIT
+
+
+def _event(kind, tgid=2**22 + 5, start_ns=77, **fields):
+    values = dict(time_ns=9, cgroup_id=4, ppid=1, uid=1000, pidns=3, ns_tgid=2)
+    values |= dict(comm="first", exe="/bin/first") | fields
+    return ProcessEvent(tgid=tgid, start_ns=start_ns, event=kind, **values)
+
+
+def test_a_process_that_is_gone_keeps_what_the_kernel_told():
+    processes = Processes(procfs.details)
+    processes.add_event(_event(SEEN))
+    processes.add_event(_event(EXIT, time_ns=1234))
+    process = processes.get(2**22 + 5, 77)
+    assert (process.comm, process.exe, process.exit_ns) == ("first", "/bin/first", 1234)
+
+
+def test_a_living_process_gets_its_details_from_proc_once():
+    identity = procfs.identity(os.getpid())
+    asked = []
+
+    def details(pid, start_ns):
+        asked.append(pid)
+        return procfs.details(pid, start_ns, "full")
+
+    processes = Processes(details)
+    for _ in range(3):
+        process = processes.add(os.getpid(), identity.start_ns)
+    assert process.exe == os.path.realpath(sys.executable)
+    assert process.cmdline
+    assert process.uid == os.getuid()
+    assert asked == [os.getpid()]
+
+
+def test_exec_is_followed(tmp_path):
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        start_ns = procfs.identity(child.pid).start_ns
+        processes = Processes(procfs.details)
+        processes.add_event(_event(SEEN, child.pid, start_ns, comm="sh", exe="/bin/sh"))
+        assert processes.get(child.pid, start_ns).exe.endswith("sleep")
+        told = _event(EXEC, child.pid, start_ns, comm="sleep", exe="/usr/bin/sleep")
+        assert processes.add_event(told).comm == "sleep"
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_reused_pid_is_another_process():
+    processes = Processes()
+    processes.add_event(_event(SEEN, start_ns=1, comm="old"))
+    processes.add_event(_event(SEEN, start_ns=2, comm="new"))
+    assert processes.get(2**22 + 5, 1).comm == "old"
+    assert [p.comm for p in processes.find(pid=2**22 + 5)] == ["new", "old"]
+
+
+def test_records_teach_processes_and_their_present_comm(make_records):
+    processes = Processes()
+    processes.add_records(make_records({"comm": b"one"}, {"tgid": 0}))
+    assert len(processes) == 1
+    processes.add_records(make_records({"comm": b"renamed"}))
+    assert processes.get(100, 5_000_000_000).comm == "renamed"
+
+
+def test_the_start_in_clock_ticks_finds_the_start_in_nanoseconds():
+    processes = Processes()
+    exact = 5 * 10**9 + 1234
+    processes.add(7, exact)
+    assert processes.start_of(7, 5 * 10**9) == exact
+    assert processes.start_of(7, 6 * 10**9) == 6 * 10**9
+    assert processes.start_of(8, 5 * 10**9) == 5 * 10**9
+
+
+def test_the_least_recently_used_go_first():
+    processes = Processes(limit=3)
+    for tgid in (1, 2, 3):
+        processes.add(tgid, 1)
+    processes.add(1, 1)
+    processes.add(4, 1)
+    assert processes.get(2, 1) is None
+    assert processes.get(1, 1) is not None
+    assert (len(processes), processes.evicted) == (3, 1)
+
+
+def test_who_listens_is_told_of_each_change():
+    told = []
+    processes = Processes(on_change=told.append)
+    processes.add_event(_event(SEEN))
+    processes.add(2**22 + 5, 77)
+    processes.add_event(_event(EXIT))
+    assert [process.exit_ns for process in told] == [None, 9]
+
+
+@pytest.mark.parametrize("raw", [b"\xff\xfe", b"\x1b[31m", b"a\nb", b"[/red]", b"=1+1"])
+def test_any_name_becomes_text_that_json_takes(make_records, raw):
+    import msgspec
+
+    processes = Processes()
+    processes.add_records(make_records({"comm": raw}))
+    process = processes.get(100, 5_000_000_000)
+    assert process.comm == wire.text(raw)
+    assert b"\n" not in msgspec.json.encode(process)

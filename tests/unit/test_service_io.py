@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""Notifications to the service manager and log entries, read from real sockets."""
+
+import logging
+import os
+import socket
+import struct
+import sys
+
+import pytest
+
+from daemon.logs import JournalHandler, set_up
+from daemon.notify import Notifier
+
+
+@pytest.fixture(name="manager")
+def _manager(tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(5)
+        yield manager
+
+
+@pytest.fixture(name="root_logger")
+def _root_logger():
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    yield root
+    for handler in root.handlers:
+        if handler not in before:
+            handler.close()
+    root.handlers[:] = before
+    root.setLevel(level)
+
+
+def test_the_manager_is_told_in_its_own_words(manager):
+    notifier = Notifier({"NOTIFY_SOCKET": manager.getsockname()})
+    notifier.ready("engine packet,\nserving")
+    assert manager.recv(1000) == b"READY=1\nSTATUS=engine packet, serving"
+    notifier.reloading()
+    assert manager.recv(1000).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
+    notifier.alive()
+    assert manager.recv(1000) == b"WATCHDOG=1"
+    notifier.stopping()
+    assert manager.recv(1000) == b"STOPPING=1"
+
+
+def test_without_a_manager_nothing_happens():
+    Notifier({}).ready("x")
+    Notifier({"NOTIFY_SOCKET": "/nonexistent/socket"}).ready("x")
+
+
+def test_the_watchdog_is_for_the_process_it_names():
+    mine = str(os.getpid())
+    assert Notifier({"WATCHDOG_USEC": "3000000"}).watchdog == 3.0
+    assert Notifier({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": mine}).watchdog == 3.0
+    assert Notifier({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "1"}).watchdog is None
+    assert Notifier({}).watchdog is None
+
+
+def _fields(entry):
+    fields = {}
+    while entry:
+        line, _, rest = entry.partition(b"\n")
+        name, equals, value = line.partition(b"=")
+        if not equals:
+            (size,) = struct.unpack_from("<Q", rest)
+            value, rest = rest[8 : 8 + size], rest[9 + size :]
+        fields[name.decode()] = value
+        entry = rest
+    return fields
+
+
+def test_the_journal_gets_fields_and_hostile_names_stay_inside_theirs(manager):
+    logger = logging.getLogger("test.journal")
+    logger.propagate = False
+    handler = JournalHandler(manager.getsockname())
+    logger.addHandler(handler)
+    try:
+        hostile = "a\nPRIORITY=0\nb\x1b[31m\udcff"
+        logger.warning("name %s", hostile, extra={"fields": {"ENGINE": "packet"}})
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+    fields = _fields(manager.recv(1 << 16))
+    assert fields["MESSAGE"].startswith(b"name a\nPRIORITY=0\nb")
+    assert fields["PRIORITY"] == b"4"
+    assert fields["PACKET_HUNTER_ENGINE"] == b"packet"
+    assert fields["SYSLOG_IDENTIFIER"] == b"packet-hunterd"
+
+
+def test_control_characters_do_not_reach_a_terminal(root_logger, capsys):
+    set_up("stderr", "info", {}, True)
+    logging.getLogger("x").info("name %s", "\x1b[31mred\x07")
+    assert capsys.readouterr().err == "packet-hunterd: name \\x1b[31mred\\x07\n"
+
+
+def test_a_log_destination_that_is_not_there_falls_back_to_stderr(root_logger, capsys, monkeypatch):
+    monkeypatch.setattr("daemon.logs._SYSLOG", "/nonexistent/log")
+    set_up("syslog", "info", {}, False)
+    logging.getLogger("x").info("still here")
+    captured = capsys.readouterr().err
+    assert "no syslog here" in captured and "still here" in captured
+
+
+def test_auto_is_stderr_unless_the_journal_is_behind_it(root_logger):
+    set_up("auto", "info", {"JOURNAL_STREAM": "1:2"}, False)
+    assert isinstance(root_logger.handlers[0], logging.StreamHandler)
+    assert root_logger.handlers[0].stream is sys.stderr
