@@ -35,7 +35,7 @@ _OTHER_RING_BYTES = 2 << 20
 MAX_NETNS = 256
 _LOOK_NS = 250_000_000  # between two looks for new network namespaces
 _LOOK_SHARE = 50  # and at least this many times what the last one took
-_WALK_NS = 1_000_000_000  # between two walks of all descriptors while there is nothing to do
+_WALK_NS = 1_000_000_000  # between two walks of all descriptors that nobody asked for
 _REFRESH_NS = 1_000_000_000
 _MISS_NS = 50_000_000
 _ROUNDS = 16  # ring reads a read() at most, so that its caller gets a turn under a flood
@@ -123,7 +123,7 @@ class PacketEngine:
         self._by_fd: dict[int, _Place] = {}
         self._batch_seq = self._record_seq = 0
         self._packets = self._skipped = self._dropped = 0
-        self._look_again_ns = self._walked_ns = 0
+        self._look_again_ns = self._walk_again_ns = 0
         self.instance = time.time_ns()
         self._own = netns.own(proc)
         self._add(self._own, proc / "self" / "ns" / "net", ring_bytes)
@@ -224,19 +224,20 @@ class PacketEngine:
         place.close()
 
     def _walk(self, now: int) -> None:
-        if self._holders.due() and now - self._walked_ns >= _WALK_NS:
-            self._walked_ns = now
+        """Learn who else holds what: a search ends at the first holders that it finds."""
+        if now >= self._walk_again_ns and self._holders.due():
             self._holders.walk()
             self._complete()
+            self._walk_again_ns = now + max(_WALK_NS, _LOOK_SHARE * (self._now_ns() - now))
 
     # Engine
 
     def read(self, timeout: float) -> Iterator[Batch]:
         now = self._now_ns()
         self._look(now)
+        self._walk(now)
         ready = self._poll.poll(min(timeout, 0.1) * 1000)
         if not ready:
-            self._walk(now)
             return
         for _ in range(_ROUNDS):
             got = False

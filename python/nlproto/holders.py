@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from . import procfs
+from .budget import Budget
 from .procfs import Owner
 
 __all__ = ["Holders"]
@@ -34,8 +35,7 @@ class Holders:
         self._known: set[int] = set()
         self._talkers: dict[int, None] = {}
         self._missing: dict[int, int] = {}
-        self._budget_ns = _WALK_SAVED_NS
-        self._budget_at_ns = now_ns()
+        self._budget = Budget(_WALK_SHARE, _WALK_SAVED_NS, now_ns)
         self.complete = True
         """Whether every process could be asked at the last walk (else it needs root)."""
         self.exhaustive = False
@@ -43,31 +43,26 @@ class Holders:
 
     def walk(self) -> None:
         """Ask every process; the time it takes is missing for later ones (see due())."""
-        began = self._now_ns()
-        by_inode: dict[int, dict[int, int]] = {}
-        complete = True
-        alive = procfs.pids(self._proc)
-        for pid in alive:
-            held = procfs.socket_inodes(pid, self._proc)
-            if held is None:
-                complete = False
-                continue
-            for inode, fd in held.items():
-                by_inode.setdefault(inode, {})[pid] = fd
-        self._by_inode = by_inode
-        self._known = set(alive)
-        self._talkers = {pid: None for held in by_inode.values() for pid in held}
-        self._missing.clear()
-        self.complete = complete
-        self._budget_ns -= self._now_ns() - began
+        with self._budget.spend():
+            by_inode: dict[int, dict[int, int]] = {}
+            complete = True
+            alive = procfs.pids(self._proc)
+            for pid in alive:
+                held = procfs.socket_inodes(pid, self._proc)
+                if held is None:
+                    complete = False
+                    continue
+                for inode, fd in held.items():
+                    by_inode.setdefault(inode, {})[pid] = fd
+            self._by_inode = by_inode
+            self._known = set(alive)
+            self._talkers = {pid: None for held in by_inode.values() for pid in held}
+            self._missing.clear()
+            self.complete = complete
 
     def due(self) -> bool:
         """Return whether a full walk may be made now."""
-        now = self._now_ns()
-        earned = (now - self._budget_at_ns) // _WALK_SHARE
-        self._budget_ns = min(_WALK_SAVED_NS, self._budget_ns + earned)
-        self._budget_at_ns = now
-        return self._budget_ns > 0
+        return self._budget.allows()
 
     def find(self, inode: int) -> tuple[Owner, ...]:
         """Return the living holders of a socket, youngest first; empty when none is found."""

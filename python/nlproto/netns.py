@@ -61,6 +61,7 @@ def paths(proc: Path = Path("/proc"), named: Path = NAMED) -> dict[int, Path]:
                 found[int(inode[1])] = Path(path)
     try:
         entries = list(named.iterdir())
+        nsfs = os.stat(proc / "self" / "ns" / "net").st_dev
     except OSError:
         entries = []
     for entry in entries:
@@ -68,7 +69,7 @@ def paths(proc: Path = Path("/proc"), named: Path = NAMED) -> dict[int, Path]:
             status = entry.stat()
         except OSError:
             continue
-        if status.st_ino not in found and entry.is_mount():
+        if status.st_dev == nsfs and status.st_ino not in found:
             found[status.st_ino] = entry
     return found
 

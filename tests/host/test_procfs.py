@@ -114,11 +114,12 @@ def test_an_exec_changes_the_comm_but_not_the_holder(spawned):
             break
         time.sleep(0.01)
     assert (found.comm, found.identity.tgid) == (b"sleep", child.pid)
-    child.stdin = subprocess.PIPE and open(os.devnull)
 
 
 def test_details_of_another_users_process_are_told(spawned):
-    child = spawned("import sys; sys.stdin.read()", user=65534, group=65534, extra_groups=[])
+    drop = "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534)"
+    child = spawned(drop + "; print(flush=True); sys.stdin.read()")
+    child.stdout.readline()
     start = procfs.identity(child.pid).start_ns
     found = procfs.details(child.pid, start, cmdline="full")
     assert (found.uid, found.user, found.ppid) == (65534, "nobody", os.getpid())

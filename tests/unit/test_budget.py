@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: MIT
+"""Costly work gets its share of the time and no more."""
+
+from nlproto.budget import Budget
+
+
+class Clock:
+    now = 0
+
+    def __call__(self):
+        return self.now
+
+
+def test_saved_time_is_spent_and_earned_again_by_share():
+    clock = Clock()
+    budget = Budget(4, 100, clock)
+    assert budget.allows()
+    with budget.spend():
+        clock.now += 140
+    assert not budget.allows()  # 100 saved + 35 earned - 140
+    clock.now += 24
+    assert budget.allows()
+
+
+def test_no_more_is_saved_than_the_limit():
+    clock = Clock()
+    budget = Budget(4, 100, clock)
+    clock.now += 1_000_000
+    assert budget.allows()
+    with budget.spend():
+        clock.now += 200
+    assert not budget.allows()
