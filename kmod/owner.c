@@ -274,11 +274,12 @@ static void owner_touch(struct sock *sk, u64 inode, struct sniffer_proc *proc,
 	unsigned long flags;
 
 	rcu_read_lock();
-	if (!sniffer_owner_find(cookie))
+	if ((use || set & SNIFFER_F_SEEDED) && !sniffer_owner_find(cookie))
 		fresh = owner_alloc(sk, cookie);
 	raw_spin_lock_irqsave(lock, flags);
 	owner = sniffer_owner_find(cookie);
 	if (!owner) {
+		/* a copy of what nobody knows tells nothing of its owner */
 		if (!fresh)
 			goto out;
 		owner = owner_insert(fresh);
@@ -488,11 +489,13 @@ static void owner_walk_files(struct files_struct *files, struct task_struct *tas
  * @child: does not run yet
  *
  * The walk takes no lock but those of the sockets it meets: nobody else can
- * change the child's table, and it keeps its files.
+ * change the child's table, and it keeps its files. Where closes cannot be seen
+ * the child would stay a holder for ever: then it is not made one.
  */
 void sniffer_owner_fork(struct task_struct *child)
 {
-	if (!child->files || child->files == current->files || child->flags & PF_KTHREAD)
+	if (!child->files || child->files == current->files || child->flags & PF_KTHREAD ||
+	    !sniffer_probes_alive())
 		return;
 	owner_walk_files(child->files, child, SNIFFER_F_INHERITED);
 }

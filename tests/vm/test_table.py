@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: MIT
+"""The module's tables and commands at their limits; who owns what is for attribution/ to ask."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nlproto import wire
+from nlproto.engine_module import ModuleEngine
+from nlproto.netlink import Sniffer
+from nlproto.wire import Batch, ProcessEvent, SnapBatch, lib
+
+LOOPBACK = "127.0.0.1"
+
+
+@pytest.fixture(autouse=True)
+def loopback_is_up() -> None:
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+
+
+def insert(module_file: Path, *parameters: str) -> None:
+    subprocess.run(["insmod", str(module_file), *parameters], check=True)
+
+
+class Seen:
+    """What an engine delivered while a block ran."""
+
+    def __init__(self) -> None:
+        self.records = np.zeros(0, wire.RECORD)
+        self.processes: list[ProcessEvent] = []
+        self.snaps: list[wire.Snap] = []
+
+    def to_port(self, port: int, direction: int) -> np.ndarray:
+        found = self.records[self.records["dport"] == port]
+        return found[found["dir"] == direction]
+
+
+@contextmanager
+def listening(*groups: str) -> Iterator[Seen]:
+    seen = Seen()
+    with ModuleEngine(groups or ("packets",)) as engine:
+        yield seen
+        time.sleep(0.1)  # process events are sent by a work item
+        parts = []
+        for event in [*engine.read(0.2), *engine.finish()]:
+            if isinstance(event, Batch):
+                parts.append(event.records.copy())
+            elif isinstance(event, SnapBatch):
+                seen.snaps += [wire.Snap(snap.head.copy(), snap.data) for snap in event.snaps]
+            else:
+                seen.processes.append(event)
+        if parts:
+            seen.records = np.concatenate(parts)
+
+
+def udp_receiver() -> socket.socket:
+    receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    receiver.bind((LOOPBACK, 0))
+    return receiver
+
+
+def cookie_of(sock: socket.socket) -> int:
+    so_cookie = 57
+    return int(struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, so_cookie, 8))[0])
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.05)
+
+
+def reasons(records: np.ndarray) -> set[str]:
+    return {wire.how_name(int(how)) for how in records["how"]}
+
+
+@pytest.mark.parametrize("parameter", ["batch=0", "batch=253", "flush_ms=0", "max_sockets=1"])
+def test_a_parameter_out_of_range_refuses_the_load(
+    module_file: Path, unloaded: None, parameter: str
+) -> None:
+    result = subprocess.run(["insmod", str(module_file), parameter], check=False)
+    assert result.returncode != 0
+    assert not Path("/sys/module/sniffer").exists()
+
+
+def test_a_full_owner_table_is_counted_and_is_the_reason(module_file: Path, unloaded: None) -> None:
+    insert(module_file, "max_sockets=64")
+    with Sniffer() as sniffer, listening() as seen:
+        sockets = [udp_receiver() for _ in range(100)]
+        port = sockets[-1].getsockname()[1]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"x", (LOOPBACK, port))
+        assert int(sniffer.info()["sockets"]) == 64
+        assert int(sniffer.counters()["table_full"]) >= 36
+    assert reasons(seen.to_port(port, lib.SNIFFER_DIR_IN)) == {"table_full"}
+    assert reasons(seen.to_port(port, lib.SNIFFER_DIR_OUT)) == {"context"}
+    for sock in sockets:
+        sock.close()
+    with Sniffer() as sniffer:
+        until(lambda: int(sniffer.info()["sockets"]) < 10)
+    with listening() as seen, closing(udp_receiver()) as receiver:
+        port = receiver.getsockname()[1]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"x", (LOOPBACK, port))
+    assert set(seen.to_port(port, lib.SNIFFER_DIR_IN)["tgid"]) == {os.getpid()}
+
+
+def test_without_kprobes_the_info_says_so_and_tcp_stays_named(
+    module_file: Path, unloaded: None
+) -> None:
+    switch = Path("/proc/sys/kernel/ftrace_enabled")
+    try:
+        switch.write_text("0")
+    except OSError as error:
+        pytest.skip(f"this kernel does not let ftrace be switched off: {error}")
+    try:
+        insert(module_file)
+        with Sniffer() as sniffer, listening() as seen:
+            assert not int(sniffer.info()["canary"])
+            receiver = udp_receiver()
+            udp_port = receiver.getsockname()[1]
+            with socket.create_server((LOOPBACK, 0)) as server:
+                tcp_port = server.getsockname()[1]
+                with socket.create_connection((LOOPBACK, tcp_port)) as client:
+                    peer, _ = server.accept()
+                    peer.sendall(b"x")
+                    client.recv(1)
+                    peer.close()
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-c",
+                    f"import socket; socket.socket(2, 2).sendto(b'x', ('{LOOPBACK}', {udp_port}))",
+                ],
+                check=True,
+            )
+            receiver.close()
+    finally:
+        switch.write_text("1")
+    assert reasons(seen.to_port(udp_port, lib.SNIFFER_DIR_IN)) == {"not_probed"}
+    tcp = seen.records[(seen.records["dport"] == tcp_port) | (seen.records["sport"] == tcp_port)]
+    assert len(tcp) >= 8
+    assert set(tcp["tgid"]) == {os.getpid()}
+    with Sniffer() as sniffer:
+        until(lambda: bool(sniffer.info()["canary"]))
+
+
+@pytest.mark.parametrize(
+    "change", [{"batch": 0}, {"batch": 253}, {"flush_ms": 0}, {"flush_ms": 1001}]
+)
+def test_a_configuration_out_of_range_is_refused(loaded: None, change: dict[str, int]) -> None:
+    with Sniffer() as sniffer:
+        before = sniffer.info().tobytes()
+        with pytest.raises(Exception, match=os.strerror(errno.ERANGE)):
+            sniffer.configure(**change)
+        info, old = sniffer.info(), np.frombuffer(before, wire.INFO)[0]
+        assert (info["batch"], info["flush_ms"]) == (old["batch"], old["flush_ms"])
+
+
+def test_a_batch_of_one_sends_each_record_by_itself(module_file: Path, unloaded: None) -> None:
+    insert(module_file)
+    with Sniffer() as sniffer, closing(udp_receiver()) as receiver:
+        sniffer.configure(batch=1, flush_ms=1000)
+        with ModuleEngine(("packets",)) as engine:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                for _ in range(5):
+                    sender.sendto(b"x", receiver.getsockname())
+            heads = [int(b.head["count"]) for b in engine.finish() if isinstance(b, Batch)]
+    assert len(heads) >= 10
+    assert set(heads) == {1}
+
+
+def test_counters_add_up_to_the_last_packet(module_file: Path, unloaded: None) -> None:
+    insert(module_file)
+    with Sniffer() as sniffer:
+        with listening(), closing(udp_receiver()) as receiver:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                for size in (1, 100, 40000):
+                    sender.sendto(b"x" * size, receiver.getsockname())
+            subprocess.run(["ping", "-c1", "-W1", LOOPBACK], check=False, capture_output=True)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"nobody listens", (LOOPBACK, 9))
+        sniffer.flush()
+        count = sniffer.counters()
+    skipped = sum(int(count[name]) for name in count.dtype.names if name.startswith("skipped_"))
+    assert int(count["skipped_other"]) > 0
+    assert int(count["skipped_listener"]) > 0
+    assert int(count["packets"]) == int(count["recorded"]) + skipped
+    assert int(count["records"]) == int(count["recorded"]) + int(count["copies"])
+    assert int(count["records"]) == int(count["by_how"].sum())
+    assert int(count["records"]) == int(count["sent"] + count["lost_alloc"] + count["lost_batch"])
+
+
+def test_flush_brings_the_tail_of_every_cpu(loaded: None) -> None:
+    with ModuleEngine(("packets",)) as engine, closing(udp_receiver()) as receiver:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            for _ in range(10):
+                sender.sendto(b"x", receiver.getsockname())
+        delivered = sum(len(b.records) for b in engine.finish() if isinstance(b, Batch))
+        sent = int(engine.closing["record_seq"].sum()) - int(engine.opening["record_seq"].sum())
+    assert delivered == sent >= 20
+
+
+def test_a_process_that_lived_a_moment_has_its_program_and_its_end_told(loaded: None) -> None:
+    script = "import os, socket; socket.socket(2, 2); os._exit(0)"
+    with listening("processes") as seen:
+        child = subprocess.Popen([sys.executable, "-c", script])
+        child.wait()
+    events = [event for event in seen.processes if event.tgid == child.pid]
+    assert [event.event for event in events] == [lib.SNIFFER_EVENT_SEEN, lib.SNIFFER_EVENT_EXIT]
+    first = events[0]
+    assert first.exe == os.path.realpath(sys.executable)
+    assert first.ppid == os.getpid()
+    assert first.uid == os.getuid()
+    assert first.pidns == os.stat("/proc/self/ns/pid").st_ino
+    assert first.cgroup_id > 0
+
+
+def test_exec_is_told_with_the_new_program(loaded: None) -> None:
+    script = "import os, socket; s = socket.socket(2, 2); os.execv('/bin/true', ['true'])"
+    with listening("processes") as seen:
+        child = subprocess.Popen([sys.executable, "-c", script])
+        child.wait()
+    programs = [(e.event, e.exe) for e in seen.processes if e.tgid == child.pid]
+    assert (lib.SNIFFER_EVENT_EXEC, os.path.realpath("/bin/true")) in programs
+
+
+def test_setuid_is_followed(loaded: None) -> None:
+    with Sniffer() as sniffer, listening() as seen, closing(udp_receiver()) as receiver:
+        port = receiver.getsockname()[1]
+        pid = os.fork()
+        if pid == 0:
+            os.setuid(65534)
+            receiver.settimeout(30)
+            receiver.recv(10)
+            os._exit(0)
+        cookie = cookie_of(receiver)
+        until(lambda: int(sniffer.socket(cookie)[0]["tgid"]) == pid)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"x", (LOOPBACK, port))
+        os.waitpid(pid, 0)
+    received = seen.to_port(port, lib.SNIFFER_DIR_IN)
+    assert set(received["tgid"]) == {pid}
+    assert set(received["uid"]) == {65534}
+
+
+def test_a_shared_socket_lists_all_who_hold_it(loaded: None) -> None:
+    with Sniffer() as sniffer, closing(udp_receiver()) as shared:
+        cookie = cookie_of(shared)
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(60)
+            os._exit(0)
+        until(lambda: len(sniffer.socket(cookie)[1]) == 2)
+        entry, holders = sniffer.socket(cookie)
+        assert set(holders["tgid"]) == {os.getpid(), pid}
+        assert int(entry["creator"]) == os.getpid()
+        assert int(entry["flags"]) & lib.SNIFFER_F_SHARED
+        assert any(int(other["cookie"]) == cookie for other, _ in sniffer.sockets())
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+        until(lambda: len(sniffer.socket(cookie)[1]) == 1)
+    assert any(event.tgid == os.getpid() for event in _processes())
+
+
+def _processes() -> list[ProcessEvent]:
+    with Sniffer() as sniffer:
+        return sniffer.processes()
+
+
+def test_snaps_carry_the_first_bytes_and_belong_to_a_record(loaded: None) -> None:
+    with listening("packets", "snaps") as seen, closing(udp_receiver()) as receiver:
+        port = receiver.getsockname()[1]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"hello, snap", (LOOPBACK, port))
+            sender.sendto(b"y" * 1000, (LOOPBACK, port))
+    known = {(int(r["cpu"]), int(r["seq"])): r for r in seen.records if r["dport"] == port}
+    snaps = [s for s in seen.snaps if (int(s.head["cpu"]), int(s.head["seq"])) in known]
+    assert len(snaps) == len(known) == 4
+    assert sorted({len(s.data) for s in snaps}) == [28 + 11, lib.SNIFFER_SNAP_LEN]
+    for snap in snaps:
+        assert snap.data[0] == 0x45
+        assert struct.unpack_from(">H", snap.data, 22)[0] == port
+    assert any(s.data.endswith(b"hello, snap") for s in snaps)
+
+
+def test_a_flood_of_handshakes_cannot_fill_the_owner_table(
+    module_file: Path, unloaded: None
+) -> None:
+    """SYN, and an ACK with a wrong number, from many spoofed addresses."""
+    insert(module_file, "max_sockets=512")
+    with socket.create_server((LOOPBACK, 0), backlog=16) as server, Sniffer() as sniffer:
+        port = server.getsockname()[1]
+        with (
+            listening(),
+            closing(socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)) as raw,
+        ):
+            for _ in range(3000):
+                source = f"127.{random.randint(1, 250)}.{random.randint(1, 250)}.7"
+                sport = random.randint(1025, 65000)
+                for flags in (0x02, 0x10):
+                    raw.sendto(_segment(source, sport, port, flags), (LOOPBACK, 0))
+        assert int(sniffer.info()["sockets"]) < 300
+        assert int(sniffer.counters()["table_full"]) == 0
+
+
+def _segment(source: str, sport: int, dport: int, flags: int) -> bytes:
+    addresses = socket.inet_aton(source) + socket.inet_aton(LOOPBACK)
+    tcp = struct.pack(">HHIIBBHHH", sport, dport, 1000, 5, 5 << 4, flags, 1000, 0, 0)
+    pseudo = addresses + struct.pack(">BBH", 0, 6, len(tcp)) + tcp
+    total = sum(struct.unpack(f">{len(pseudo) // 2}H", pseudo))
+    total = (total & 0xFFFF) + (total >> 16)
+    checksum = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
+    tcp = tcp[:16] + struct.pack(">H", checksum) + tcp[18:]
+    return struct.pack(">BBHHHBBH", 0x45, 0, 40, 1, 0, 64, 6, 0) + addresses + tcp
+
+
+def test_fragments_and_truncated_packets_are_counted_not_recorded(loaded: None) -> None:
+    with Sniffer() as sniffer:
+        before = sniffer.counters().copy()
+        with (
+            listening(),
+            closing(socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)) as raw,
+        ):
+            addresses = socket.inet_aton(LOOPBACK) * 2
+            later = struct.pack(">BBHHHBBH", 0x45, 0, 60, 7, 100, 64, 17, 0) + addresses + bytes(40)
+            short = struct.pack(">BBHHHBBH", 0x45, 0, 24, 8, 0, 64, 6, 0) + addresses + bytes(4)
+            raw.sendto(later, (LOOPBACK, 0))
+            raw.sendto(short, (LOOPBACK, 0))
+        after = sniffer.counters()
+    assert int(after["skipped_fragment"]) > int(before["skipped_fragment"])
+    assert int(after["skipped_truncated"]) > int(before["skipped_truncated"])
