@@ -29,6 +29,7 @@ from nlproto.pipeline import NamedBatch
 __all__ = ["Top", "run"]
 
 _ROWS = 200  # shown at most; nobody reads on
+_NUMBERS = {"pid", "sent/s", "received/s", "rate", "total", "flows", "packets"}
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -106,6 +107,7 @@ class _View(Screen[None]):
         super().__init__()
         self.sorting = 0
         self.needle = ""
+        self._ready = False
 
     @property
     def top(self) -> Top:
@@ -123,8 +125,10 @@ class _View(Screen[None]):
         self.query_one(Input).display = False
         table = self.query_one(DataTable)
         for name, _ in self.columns:
-            table.add_column(name, key=name)
+            side = "right" if name in _NUMBERS else "left"
+            table.add_column(Text(name, justify=side), key=name)
         table.focus()
+        self._ready = True
         self.show()
 
     def on_input_changed(self, event: Input.Changed) -> None:
@@ -166,7 +170,9 @@ class _View(Screen[None]):
         raise NotImplementedError
 
     def show(self) -> None:
-        """Fill the table."""
+        """Fill the table; a tick before it is there, or while the program ends, does nothing."""
+        if not self._ready or not self.query(DataTable):
+            return
         table = self.query_one(DataTable)
         before = None
         if table.row_count:
@@ -398,8 +404,14 @@ class Top(App[None]):
         if self._inbox.failure is not None:
             self.failure = self._inbox.failure
             self.exit()
-        elif not self.paused and isinstance(self.screen, _View):
-            self.screen.show()
+        elif not self.paused:
+            self._show()
+
+    def _show(self) -> None:
+        """Show the view on top; there is none while the program ends."""
+        stack = self.screen_stack
+        if stack and isinstance(stack[-1], _View):
+            stack[-1].show()
 
     def ended(self, process: ProcessRate) -> bool:
         """Whether the process is known to have exited; its row stays a minute."""
@@ -425,10 +437,8 @@ class Top(App[None]):
 
     def action_pause(self) -> None:
         self.paused = not self.paused
-        if isinstance(self.screen, _View):
-            self.screen.show()
+        self._show()
 
     def action_units(self) -> None:
         self.units = UNITS[(UNITS.index(self.units) + 1) % len(UNITS)]
-        if isinstance(self.screen, _View):
-            self.screen.show()
+        self._show()

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: MIT
+"""hunter top: rates that add up, and the program driven by its keys (Textual's pilot)."""
+
+import asyncio
+import os
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+from textual.css.query import NoMatches
+from textual.widgets import DataTable, Input, Static
+
+from hunter import rates as rates_module
+from hunter.rates import KEPT_S, Rates, amount
+from hunter.top import FlowsView, Top, sparkline
+from nlproto import Error, wire
+from nlproto.clock import Clock
+from nlproto.pipeline import NamedBatch
+from nlproto.processes import Process, Processes
+
+
+def batch(*rows):
+    records = np.zeros(len(rows), wire.RECORD)
+    for record, fields in zip(records, rows, strict=True):
+        values = {
+            "family": socket.AF_INET,
+            "proto": socket.IPPROTO_TCP,
+            "dir": wire.lib.SNIFFER_DIR_OUT,
+            "how": wire.lib.SNIFFER_HOW_CONTEXT,
+            "sport": 50000,
+            "dport": 80,
+            "len": 1000,
+            "gso_segs": 1,
+            "tgid": os.getpid(),
+            "start_ns": 1,
+            "uid": 0,
+            "comm": b"web",
+            "saddr": [10, 0, 0, 1] + [0] * 12,
+            "daddr": [10, 0, 0, 2] + [0] * 12,
+        } | fields
+        for name, value in values.items():
+            record[name] = value
+    return NamedBatch(np.zeros(1, wire.BATCH)[0], records, Clock(0, 0))
+
+
+REPLY = {
+    "dir": wire.lib.SNIFFER_DIR_IN,
+    "saddr": [10, 0, 0, 2] + [0] * 12,
+    "daddr": [10, 0, 0, 1] + [0] * 12,
+    "sport": 80,
+    "dport": 50000,
+    "len": 3000,
+}
+
+
+def test_rates_are_bytes_a_second_each_way():
+    rates = Rates()
+    rates.tick([batch({}, {}, REPLY)], 10.0, 2.0)
+    (process,) = rates
+    assert (process.meter.sent_rate, process.meter.received_rate) == (1000.0, 1500.0)
+    assert (process.meter.total, process.meter.packets) == (5000, 3)
+    (flow,) = process.flows.values()
+    assert (flow.local, flow.lport, flow.remote, flow.rport) == ("10.0.0.1", 50000, "10.0.0.2", 80)
+    rates.tick([], 11.0, 1.0)
+    assert process.meter.rate == 0 and process.meter.total == 5000
+    assert list(process.sent_history)[-2:] == [1000.0, 0.0]
+
+
+def test_far_ends_add_up_their_flows():
+    rates = Rates()
+    rates.tick([batch({}, {"sport": 50001}, {"daddr": [10, 0, 0, 3] + [0] * 12})], 1.0, 1.0)
+    (process,) = rates
+    ends = process.remotes()
+    assert {end: meter.sent for end, meter in ends.items()} == {"10.0.0.2": 2000, "10.0.0.3": 1000}
+
+
+def test_a_process_stays_for_a_minute_after_its_last_packet():
+    rates = Rates()
+    rates.tick([batch({})], 0.0, 1.0)
+    rates.tick([], KEPT_S, 1.0)
+    assert len(rates.processes) == 1 and KEPT_S >= 60
+    rates.tick([], KEPT_S + 1, 1.0)
+    assert not rates.processes
+
+
+def test_unnamed_packets_stand_together_by_reason():
+    rates = Rates()
+    gone = {"tgid": 0, "how": wire.lib.SNIFFER_HOW_SOCKET_GONE}
+    forwarded = {"tgid": 0, "how": wire.lib.SNIFFER_HOW_FORWARDED, "dir": wire.lib.SNIFFER_DIR_FWD}
+    rates.tick([batch(gone, gone, forwarded)], 0.0, 1.0)
+    assert {(one.comm, one.pid, one.meter.packets) for one in rates} == {
+        ("socket gone", None, 2),
+        ("forwarded", None, 1),
+    }
+
+
+def test_flows_are_bounded_and_the_idlest_go_first(monkeypatch):
+    monkeypatch.setattr(rates_module, "MAX_FLOWS", 100)
+    rates = Rates()
+    rates.tick([batch(*({"sport": 1000 + i} for i in range(90)))], 0.0, 1.0)
+    rates.tick([batch(*({"sport": 2000 + i} for i in range(60)))], 1.0, 1.0)
+    (process,) = rates
+    ports = {flow.lport for flow in process.flows.values()}
+    assert len(ports) == 75 and ports >= set(range(2000, 2060))
+
+
+@pytest.mark.parametrize(
+    ("value", "units", "text"),
+    [
+        (0, "bin-bytes", "0 B"),
+        (1023, "bin-bytes", "1023 B"),
+        (1536, "bin-bytes", "1.5 KiB"),
+        (200 * 1024, "bin-bytes", "200 KiB"),
+        (1500, "si-bytes", "1.5 kB"),
+        (1_000_000, "si-bits", "8.0 Mb"),
+        (131072, "bin-bits", "1.0 Mib"),
+        (5e15, "si-bytes", "5000 TB"),
+    ],
+)
+def test_amounts_are_short_in_every_unit(value, units, text):
+    assert amount(value, units) == text
+
+
+def test_a_sparkline_has_full_height_at_its_maximum():
+    assert sparkline([0, 1, 4, 8]) == " ▁▄█"
+    assert sparkline([0, 0]) == "  "
+
+
+class Feed:
+    """A source that gives what the test puts in."""
+
+    description = "a test"
+
+    def __init__(self, *processes):
+        self.processes = Processes()
+        self.processes.restore(list(processes))
+        self.batches = []
+        self.lock = threading.Lock()
+        self.failure = None
+
+    def put(self, *rows):
+        with self.lock:
+            self.batches.append(batch(*rows))
+
+    def read(self, timeout):
+        if self.failure:
+            raise self.failure
+        time.sleep(0.01)
+        with self.lock:
+            batches, self.batches = self.batches, []
+        return batches
+
+    def get(self, tgid, start_ns):
+        return self.processes.get(tgid, start_ns)
+
+    def account(self):
+        return None
+
+    def lost(self):
+        return 3
+
+
+def drive(feed, script, **options):
+    app = Top(feed, str, interval=0.05, **options)
+
+    async def run():
+        async with app.run_test(size=(140, 30)) as pilot:
+            await becomes(pilot, lambda: app.screen.query_one(DataTable).row_count)
+            await script(app, pilot)
+
+    asyncio.run(run())
+    return app
+
+
+async def becomes(pilot, condition):
+    """Wait until `condition()` holds, or fail with what it last said."""
+    until = time.monotonic() + 10
+    while True:
+        await pilot.pause()
+        try:
+            assert condition()
+            return
+        except (AssertionError, NoMatches):
+            if time.monotonic() > until:
+                raise
+        await asyncio.sleep(0.02)
+
+
+def cells(app):
+    table = app.screen.query_one(DataTable)
+    return [[str(cell) for cell in table.get_row_at(row)] for row in range(table.row_count)]
+
+
+def text(app, name):
+    return str(app.screen.query_one(name, Static).render())
+
+
+def test_processes_stand_by_rate_with_user_place_and_account():
+    feed = Feed(Process(os.getpid(), 1, unit="web.service"))
+    feed.put({"len": 100}, {"tgid": 1, "comm": b"init", "len": 5000})
+
+    async def script(app, pilot):
+        rows = cells(app)
+        assert [row[1] for row in rows] == ["init", "web"]
+        assert rows[1][0] == str(os.getpid()) and rows[1][2] == "root"
+        assert rows[1][8:] == ["100 B", "1", "web.service"]
+        assert text(app, "#account") == "2 packets, 2 named (100.0 %), 3 lost"
+
+    drive(feed, script)
+
+
+def test_enter_shows_flows_r_far_ends_and_escape_goes_back():
+    feed = Feed(Process(os.getpid(), 1, exe="/usr/sbin/web"))
+    feed.put({}, {"sport": 50001}, REPLY)
+
+    async def script(app, pilot):
+        await pilot.press("enter")
+        await becomes(pilot, lambda: "/usr/sbin/web: 2 flows" in text(app, "#title"))
+        assert isinstance(app.screen, FlowsView)
+        assert {(row[1], row[2]) for row in cells(app)} == {
+            ("10.0.0.1.50000", "10.0.0.2.http"),
+            ("10.0.0.1.50001", "10.0.0.2.http"),
+        }
+        await pilot.press("r")
+        await becomes(pilot, lambda: [row[2] for row in cells(app)] == ["10.0.0.2"])
+        await pilot.press("escape")
+        await becomes(pilot, lambda: not isinstance(app.screen, FlowsView))
+
+    drive(feed, script)
+
+
+def test_s_sorts_by_another_column():
+    feed = Feed()
+    feed.put({"tgid": 1, "comm": b"zzz", "len": 9000}, {"comm": b"aaa"})
+
+    async def script(app, pilot):
+        assert [row[1] for row in cells(app)] == ["zzz", "aaa"]
+        for _ in range(10):
+            await pilot.press("s")
+            if text(app, "#title").endswith("by name"):
+                break
+        await becomes(pilot, lambda: [row[1] for row in cells(app)] == ["aaa", "zzz"])
+
+    drive(feed, script)
+
+
+def test_slash_filters_as_one_types_and_escape_ends_it():
+    feed = Feed()
+    feed.put({"tgid": 1, "comm": b"nginx"}, {"comm": b"curl"})
+
+    async def script(app, pilot):
+        await pilot.press("slash", *"CUR")
+        await becomes(pilot, lambda: [row[1] for row in cells(app)] == ["curl"])
+        await pilot.press("escape")
+        await becomes(pilot, lambda: len(cells(app)) == 2)
+        assert not app.screen.query_one(Input).display
+
+    drive(feed, script)
+
+
+def test_space_pauses_what_is_shown_but_not_the_count():
+    feed = Feed()
+    feed.put({})
+
+    async def script(app, pilot):
+        await pilot.press("space")
+        feed.put({"tgid": 1, "comm": b"late"})
+        await becomes(pilot, lambda: app.shown.records == 2)
+        assert len(cells(app)) == 1 and "PAUSED" in text(app, "#title")
+        await pilot.press("space")
+        await becomes(pilot, lambda: len(cells(app)) == 2)
+
+    drive(feed, script)
+
+
+def test_u_changes_the_units():
+    feed = Feed()
+    feed.put({"len": 1000})
+
+    async def script(app, pilot):
+        assert cells(app)[0][8] == "1000 B"
+        await pilot.press("u")
+        await becomes(pilot, lambda: cells(app)[0][8] == "7.8 Kib")
+
+    drive(feed, script)
+
+
+def test_an_ended_process_stays_and_says_so():
+    feed = Feed(Process(4194304, 1, exit_ns=5))
+    feed.put({"tgid": 4194304})
+
+    async def script(app, pilot):
+        assert cells(app)[0][1] == "web (ended)"
+
+    drive(feed, script)
+
+
+@pytest.mark.parametrize("name", [b"\x1b[2Jx", b"a\nb", b"[/red]", b"[@click=quit]x", b"\xff"])
+def test_a_hostile_name_is_only_text(name):
+    feed = Feed(Process(os.getpid(), 1, exe=wire.text(name), unit=wire.text(name)))
+    feed.put({"comm": name})
+
+    async def script(app, pilot):
+        (row,) = cells(app)
+        assert row[1].isprintable() and row[10].isprintable()
+        assert row[1] in ("[@click=quit]x", "\\x1b[2Jx", "a\\x0ab", "[/red]", "\\xff")
+        await pilot.press("enter")
+        await becomes(pilot, lambda: isinstance(app.screen, FlowsView) and cells(app))
+        assert text(app, "#title").isprintable()
+        app.export_screenshot()
+
+    drive(feed, script)
+
+
+def test_a_source_that_fails_ends_the_program_with_its_error():
+    feed = Feed()
+    feed.put({})
+
+    async def script(app, pilot):
+        feed.failure = Error("the module is gone")
+        await becomes(pilot, lambda: app.failure)
+
+    assert str(drive(feed, script).failure) == "the module is gone"
