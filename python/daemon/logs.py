@@ -83,6 +83,7 @@ def set_up(where: str, level: str, environment: Mapping[str, str], foreground: b
         if where == "journal":
             handler = JournalHandler()
         elif where == "syslog":
+            os.stat(_SYSLOG)  # the handler itself would complain at every record
             handler = logging.handlers.SysLogHandler(
                 _SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON
             )

@@ -1,0 +1,745 @@
+# SPDX-License-Identifier: MIT
+"""The daemon as a process of its own, engine packet, real sockets and users. Root."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nlproto.client import DaemonClient, DaemonEvent, ProcessesEvent, StreamBatch
+from nlproto.errors import NoDaemon, UsageError
+from nlproto.frames import HEAD, Decoder, Kind, encode_json, parse_json
+
+pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs root")
+
+NOBODY = 65534
+
+
+class Daemon:
+    """One daemon process and its log."""
+
+    def __init__(self, directory: Path, *arguments: str, config: str = "") -> None:
+        self.path = str(directory / "daemon.sock")
+        self.config = directory / "daemon.yaml"
+        self.config.write_text(config)
+        self.log = directory / "log"
+        command = [sys.executable, "-I", "-m", "daemon", "--engine", "packet", "--foreground"]
+        command += ["--socket", self.path, "--config", str(self.config), *arguments]
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(command, stderr=log, stdout=log, cwd="/")
+        self.wait_for("serving")
+
+    def wait_for(self, text: str, seconds: float = 30) -> None:
+        until = time.monotonic() + seconds
+        while text not in self.text():
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < until, f"no {text!r} in: {self.text()}"
+            time.sleep(0.02)
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(20)
+
+    def memory(self) -> int:
+        """Resident bytes."""
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4096
+
+
+@pytest.fixture(name="directory")
+def _directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("daemon")
+    for part in (directory, directory.parent, directory.parent.parent):
+        part.chmod(0o755)
+    return directory
+
+
+@pytest.fixture(name="start")
+def _start(directory):
+    started = []
+
+    def start(*arguments, config=""):
+        daemon = Daemon(directory, *arguments, config=config)
+        started.append(daemon)
+        return daemon
+
+    yield start
+    for daemon in started:
+        daemon.process.send_signal(signal.SIGCONT) if daemon.process.poll() is None else None
+        if daemon.process.poll() is None:
+            daemon.process.kill()
+            daemon.process.wait()
+
+
+@pytest.fixture(name="daemon")
+def _daemon(start):
+    return start()
+
+
+@pytest.fixture(name="receiver")
+def _receiver():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(("127.0.0.1", 0))
+        receiver.settimeout(10)
+        yield receiver
+
+
+def _send(port, count=1, pause=0.0, size=20):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for _ in range(count):
+            sender.sendto(b"x" * size, ("127.0.0.1", port))
+            if pause:
+                time.sleep(pause)
+        time.sleep(0.2)
+
+
+def _records(events):
+    return [r for e in events if isinstance(e, StreamBatch) for r in e.batch.records]
+
+
+def _until(condition, seconds=15):
+    until = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return found
+
+
+def test_named_records_reach_a_client_with_the_details_of_their_process(daemon, receiver):
+    port = receiver.getsockname()[1]
+    with DaemonClient(daemon.path) as client:
+        client.start(f"udp port {port}")
+        _send(port, 5, 0.01)
+        reply = client.unsubscribe()
+        events = client.read(0)
+    records = _records(events)
+    assert len(records) == reply["sent"] == 10
+    assert {int(r["tgid"]) for r in records} == {os.getpid()}
+    assert {int(r["dir"]) for r in records} == {1, 2}
+    assert isinstance(events[0], ProcessesEvent)
+    (process,) = events[0].processes
+    assert process.tgid == os.getpid()
+    assert process.exe == os.path.realpath(sys.executable)
+    assert reply["account"]["closes"]
+
+
+def test_the_filter_is_applied_by_the_server(daemon, receiver):
+    port = receiver.getsockname()[1]
+    with DaemonClient(daemon.path) as client:
+        client.start(f"udp dst port {port} and inbound")
+        _send(port, 3)
+        reply = client.unsubscribe()
+        assert reply["matched"] == reply["sent"] == 3
+        assert reply["seen"] >= 6
+
+
+def test_a_wrong_filter_is_refused_with_its_place_and_the_connection_stays(daemon):
+    with DaemonClient(daemon.path) as client:
+        with pytest.raises(UsageError, match="column 5"):
+            client.start("udp prot 53")
+        assert client.start("udp")
+
+
+def test_who_answers_by_port_pid_name_and_host_after_the_process_has_exited(daemon, receiver):
+    port = receiver.getsockname()[1]
+    code = (
+        "import socket,sys,time\n"
+        "s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM)\n"
+        f"s.sendto(b'x',('127.0.0.1',{port}))\ntime.sleep(0.3)\n"
+        "open('/proc/self/comm','w').write('shortlived')\n"
+        f"s.sendto(b'x',('127.0.0.1',{port}))\ntime.sleep(0.5)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code])
+    child.wait()
+    with DaemonClient(daemon.path) as client:
+        flow = next(f for f in client.who(port=port)["flows"] if f["pid"] == child.pid)
+        assert flow["last"] - flow["first"] > 0.2
+        for question in (
+            {"port": port},
+            {"pid": child.pid},
+            {"pname": "shortlived"},
+            {"host": "127.0.0.0/8", "port": port, "proto": "udp", "since": 60},
+            {"port": port, "at": (flow["first"] + flow["last"]) / 2},
+        ):
+            reply = client.who(**question)
+            assert child.pid in {flow["pid"] for flow in reply["flows"]}, question
+        details = {p["tgid"]: p for p in reply["processes"]}[child.pid]
+        assert details["exe"] == os.path.realpath(sys.executable)
+        assert client.who(port=port, proto="tcp")["flows"] == []
+        assert client.who(port=port, at=flow["first"] - 5)["flows"] == []
+        _until(lambda: client.who(pid=child.pid)["owners"] == [])
+
+
+def test_the_port_map_knows_a_listener_without_traffic_and_forgets_it_within_a_second(daemon):
+    with DaemonClient(daemon.path) as client, socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        (owner,) = _until(lambda: client.owner(port))
+        assert owner["pid"] == os.getpid() and owner["listening"]
+        assert [h["pid"] for h in owner["holders"]] == [os.getpid()]
+        family = {"netns": owner["netns"], "proto": "tcp", "address": "127.0.0.1", "port": port}
+        by_end, by_cookie = client.lookup([family, {"cookie": owner["cookie"]}])
+        assert by_end["pid"] == by_cookie["pid"] == os.getpid()
+        listener.close()
+        closed = time.monotonic()
+        _until(lambda: not client.owner(port))
+        # the promise is one second; this machine may be busy with other tests
+        assert time.monotonic() - closed < 3
+
+
+def test_all_holders_of_a_shared_listener_are_told(daemon):
+    with DaemonClient(daemon.path) as client, socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        try:
+            port = listener.getsockname()[1]
+            _until(
+                lambda: (
+                    {h["pid"] for o in client.owner(port) for h in o["holders"]}
+                    == {os.getpid(), child}
+                )
+            )
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def test_many_questions_at_once_are_answered_in_order(daemon, receiver):
+    port = receiver.getsockname()[1]
+    with DaemonClient(daemon.path) as client:
+        _until(lambda: client.owner(port))
+        replies = client.pipeline([("owner", {"port": port})] * 300)
+        assert len(replies) == 300
+        assert all(reply["owners"][0]["pid"] == os.getpid() for reply in replies)
+
+
+# Life and death
+
+
+def test_sigterm_ends_it_cleanly_and_the_account_is_logged(daemon, receiver):
+    _send(receiver.getsockname()[1], 3)
+    with DaemonClient(daemon.path) as client:
+        client.start("udp")
+        assert daemon.stop(signal.SIGTERM) == 0
+        events = _drain(client)
+    assert isinstance(events[-1], DaemonEvent) and events[-1].name == "bye"
+    assert not os.path.exists(daemon.path)
+    assert "packets seen =" in daemon.text()
+    assert "does not close" not in daemon.text()
+
+
+def _drain(client):
+    events = []
+    try:
+        while found := client.read(5):
+            events += found
+    except NoDaemon:
+        pass
+    return events
+
+
+def test_sigint_ends_it_as_well(daemon):
+    assert daemon.stop(signal.SIGINT) == 0
+
+
+def test_records_sent_just_before_sigterm_still_arrive(daemon, receiver):
+    port = receiver.getsockname()[1]
+    with DaemonClient(daemon.path) as client:
+        client.start(f"udp dst port {port} and outbound")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            for _ in range(100):
+                sender.sendto(b"x", ("127.0.0.1", port))
+            daemon.process.send_signal(signal.SIGTERM)
+            events = _drain(client)
+    assert len(_records(events)) == 100
+
+
+def test_a_live_daemon_is_not_displaced(daemon):
+    second = subprocess.run(
+        [sys.executable, "-I", "-m", "daemon", "--engine", "packet", "--socket", daemon.path],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd="/",
+    )
+    assert second.returncode == 1
+    assert f"pid {daemon.process.pid}" in second.stderr and len(second.stderr.splitlines()) == 1
+    with DaemonClient(daemon.path) as client:
+        assert client.daemon["pid"] == daemon.process.pid
+
+
+def test_after_kill_9_the_socket_is_taken_over_and_owners_are_known_again(
+    start, directory, receiver
+):
+    first = start()
+    port = receiver.getsockname()[1]
+    with DaemonClient(first.path) as client:
+        _until(lambda: client.owner(port))
+        assert first.stop(signal.SIGKILL) == -signal.SIGKILL
+        with pytest.raises(NoDaemon):
+            client.stats()
+    assert os.path.exists(first.path)
+    second = start()
+    with DaemonClient(second.path) as client:
+        (owner,) = _until(lambda: client.owner(port))
+        assert owner["pid"] == os.getpid()
+    assert "stale" in second.text()
+
+
+def test_a_file_that_is_no_socket_is_left_alone(directory):
+    path = directory / "daemon.sock"
+    path.write_text("precious")
+    done = subprocess.run(
+        [sys.executable, "-I", "-m", "daemon", "--engine", "packet", "--socket", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd="/",
+    )
+    assert done.returncode == 1 and "no socket" in done.stderr
+    assert path.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (["--engine", "bpf"], 2, "bpf"),
+        (["--config", "/nonexistent.yaml"], 2, "nonexistent"),
+        (["--socket", "/proc/daemon.sock"], 1, "--socket"),
+    ],
+)
+def test_bad_usage_is_one_clear_line(arguments, code, word):
+    done = subprocess.run(
+        [sys.executable, "-I", "-m", "daemon", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd="/",
+    )
+    assert done.returncode == code
+    assert word in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_root_does_not_start_where_others_can_write(directory):
+    directory.chmod(0o777)
+    done = subprocess.run(
+        [sys.executable, "-m", "daemon", "--engine", "packet"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd=directory,
+    )
+    assert done.returncode == 1
+    assert "others can write" in done.stderr
+
+
+def test_sighup_reads_the_configuration_again_and_a_mistake_changes_nothing(start):
+    daemon = start(config="max_clients: 100\n")
+    daemon.config.write_text("max_clients: many\n")
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_for("daemon.yaml:1: max_clients")
+    daemon.config.write_text("max_clients: 1\nqueue_size: 1MiB\n")
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_for("configuration read again")
+    assert "a restart is needed for: queue_size" in daemon.text()
+    with DaemonClient(daemon.path), pytest.raises(NoDaemon):
+        DaemonClient(daemon.path)
+
+
+def test_history_survives_a_restart(start, directory, receiver):
+    config = f"history: {directory}/history.db\nflush_interval: 100ms\n"
+    first = start(config=config)
+    port = receiver.getsockname()[1]
+    _send(port, 3)
+    time.sleep(0.5)
+    assert first.stop(signal.SIGKILL) == -signal.SIGKILL
+    second = start(config=config)
+    with DaemonClient(second.path) as client:
+        reply = client.who(port=port)
+        assert {flow["pid"] for flow in reply["flows"]} == {os.getpid()}
+        assert {p["tgid"] for p in reply["processes"]} == {os.getpid()}
+
+
+# Rights
+
+
+_AS_NOBODY = """
+import json, os, sys, socket, time
+from nlproto.client import DaemonClient, StreamBatch, ProcessesEvent
+os.setgroups(json.loads(sys.argv[4])); os.setgid(65534); os.setuid(65534)
+path, port, root_pid = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+own = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+own.bind(("127.0.0.1", 0))
+own_port = own.getsockname()[1]
+with DaemonClient(path) as client:
+    client.start()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for _ in range(3):
+        own.sendto(b"x", ("127.0.0.1", own_port))
+        time.sleep(0.2)
+    ended = client.unsubscribe()
+    events = client.read(0)
+    time.sleep(1.2)
+    netns = os.stat("/proc/self/ns/net").st_ino
+    key = {"netns": netns, "proto": "udp", "address": "127.0.0.1", "port": port}
+    print(json.dumps({
+        "pid": os.getpid(),
+        "hello": client.daemon,
+        "uids": sorted({int(r["uid"]) for e in events if isinstance(e, StreamBatch)
+                        for r in e.batch.records}),
+        "pids": sorted({int(r["tgid"]) for e in events if isinstance(e, StreamBatch)
+                        for r in e.batch.records}),
+        "told": sorted({p.tgid for e in events if isinstance(e, ProcessesEvent)
+                        for p in e.processes}),
+        "ended": ended,
+        "others": client.who(port=port),
+        "by_pid": client.who(pid=root_pid),
+        "by_host": client.who(host="127.0.0.1"),
+        "history": client.request("history", uid=0),
+        "own": client.who(port=own_port),
+        "owner": client.owner(port),
+        "own_owner": client.owner(own_port),
+        "lookup": client.lookup([key, dict(key, port=own_port)]),
+        "stats": client.stats(),
+    }))
+"""
+
+
+def _as_nobody(daemon, receiver, groups=()):
+    port = receiver.getsockname()[1]
+    arguments = [daemon.path, str(port), str(os.getpid()), json.dumps(list(groups))]
+    child = subprocess.Popen(
+        [sys.executable, "-c", _AS_NOBODY, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd="/",
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    _send(port, 5, 0.02)
+    out, _ = child.communicate("go\n", timeout=60)
+    assert child.returncode == 0
+    return json.loads(out)
+
+
+def test_another_user_sees_only_what_is_its_own_in_every_kind_of_answer(daemon, receiver):
+    seen = _as_nobody(daemon, receiver)
+    assert seen["hello"]["everything"] is False
+    assert seen["uids"] == [NOBODY]
+    assert seen["pids"] == seen["told"] == [seen["pid"]]
+    assert seen["ended"]["matched"] == 6
+    assert seen["ended"]["account"] is None and seen["ended"]["seen"] is None
+    for name in ("others", "by_pid", "history"):
+        assert seen[name]["flows"] == seen[name]["owners"] == seen[name]["processes"] == [], name
+        assert seen[name]["total"] == 0
+    assert {flow["uid"] for flow in seen["by_host"]["flows"]} == {NOBODY}
+    assert {owner["uid"] for owner in seen["by_host"]["owners"]} == {NOBODY}
+    assert {flow["pid"] for flow in seen["own"]["flows"]} == {seen["pid"]}
+    assert seen["owner"] == []
+    assert [owner["pid"] for owner in seen["own_owner"]] == [seen["pid"]]
+    assert seen["lookup"][0] is None and seen["lookup"][1]["pid"] == seen["pid"]
+    assert set(seen["stats"]) == {"client", "engine", "pid", "protocol", "started", "version"}
+
+
+def test_members_of_the_group_see_everything(start, receiver):
+    import grp
+
+    group = next(entry for entry in grp.getgrall() if entry.gr_gid not in (0, NOBODY))
+    daemon = start(config=f"group: {group.gr_name}\n")
+    seen = _as_nobody(daemon, receiver, [group.gr_gid])
+    assert seen["hello"]["everything"] is True
+    assert 0 in seen["uids"]
+    assert os.getpid() in {flow["pid"] for flow in seen["others"]["flows"]}
+    assert "account" in seen["stats"]
+
+
+def test_one_user_cannot_take_all_connections(start):
+    daemon = start(config="max_clients: 16\n")
+    code = (
+        "import os,sys\nfrom nlproto.client import DaemonClient\nfrom nlproto import NoDaemon\n"
+        "os.setgroups([]);os.setgid(65534);os.setuid(65534)\n"
+        "held=[]\n"
+        "try:\n"
+        f"  for _ in range(16): held.append(DaemonClient({daemon.path!r}))\n"
+        "except NoDaemon: pass\n"
+        "print(len(held),flush=True)\nsys.stdin.readline()\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd="/",
+    )
+    assert child.stdout is not None
+    assert int(child.stdout.readline()) == 2
+    with DaemonClient(daemon.path) as client:
+        assert client.stats()["clients"]["refused"] == 1
+    child.communicate("\n", timeout=20)
+
+
+# Many clients, slow clients, hostile clients
+
+
+def test_a_stopped_client_loses_only_its_own_records_and_is_told_how_many(start, receiver):
+    daemon = start(config="client_queue_size: 64KiB\n")
+    port = receiver.getsockname()[1]
+    rule = f"udp dst port {port} and outbound"
+    code = (
+        "import json,sys,time\nfrom nlproto.client import DaemonClient,DaemonEvent,StreamBatch\n"
+        f"c=DaemonClient({daemon.path!r},timeout=60)\nc.start({rule!r})\nprint('ready',flush=True)\n"
+        "sys.stdin.readline()\nend=c.unsubscribe()\nev=c.read(0)\n"
+        "n=sum(len(e.batch.records) for e in ev if isinstance(e,StreamBatch))\n"
+        "gap=sum(e.fields['records'] for e in ev if isinstance(e,DaemonEvent))\n"
+        "print(json.dumps([n,gap,end['sent'],end['dropped'],end['matched']]))\n"
+    )
+    slow = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd="/",
+    )
+    assert slow.stdout is not None
+    slow.stdout.readline()
+    slow.send_signal(signal.SIGSTOP)
+    try:
+        with DaemonClient(daemon.path, timeout=60) as client:
+            client.start(rule)
+            total = 0
+            for _ in range(60):
+                _send_burst(port, 200)
+                total += len(_records(client.read(0.05)))
+            end = client.unsubscribe()
+            total += len(_records(client.read(0)))
+            assert end["dropped"] == 0
+            assert total == end["matched"]
+            assert end["account"]["closes"]
+    finally:
+        slow.send_signal(signal.SIGCONT)
+    out, _ = slow.communicate("go\n", timeout=60)
+    received, gap, sent, dropped, matched = json.loads(out)
+    assert dropped > 0
+    assert received == sent == matched - dropped
+    assert 0 < gap <= dropped
+    assert matched == total
+
+
+def _send_burst(port, count):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for _ in range(count):
+            sender.sendto(b"x", ("127.0.0.1", port))
+        time.sleep(0.02)
+
+
+def test_fifty_clients_with_different_filters_each_get_exactly_theirs(daemon):
+    receivers = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(50)]
+    clients = []
+    try:
+        for receiver in receivers:
+            receiver.bind(("127.0.0.1", 0))
+            client = DaemonClient(daemon.path, timeout=60)
+            client.start(f"udp dst port {receiver.getsockname()[1]} and outbound")
+            clients.append(client)
+        for count, receiver in enumerate(receivers, 1):
+            _send_burst(receiver.getsockname()[1], count)
+        for count, client in enumerate(clients, 1):
+            end = client.unsubscribe()
+            assert len(_records(client.read(0))) == end["sent"] == count
+    finally:
+        for client in clients:
+            client.close()
+        for receiver in receivers:
+            receiver.close()
+
+
+def test_garbage_neither_ends_it_nor_grows_it(daemon):
+    generator = random.Random(20261123)
+    with DaemonClient(daemon.path) as client:
+        client.stats()
+    before = daemon.memory()
+    sent = 0
+    while sent < 10_000_000:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as raw:
+            raw.settimeout(10)
+            raw.connect(daemon.path)
+            try:
+                kind = generator.randrange(4)
+                if kind == 0:
+                    data = generator.randbytes(generator.randrange(1, 200_000))
+                elif kind == 1:
+                    body = generator.randbytes(generator.randrange(0, 60_000))
+                    data = HEAD.pack(len(body) + 4, 1, b"\0\0\0") + body
+                elif kind == 2:
+                    data = HEAD.pack(65536, 1, b"\0\0\0") + b"[" * 60_000
+                else:
+                    request = {"id": 1, "op": "who", "host": "x" * 60, "pname": "\x1b" * 200}
+                    data = encode_json(Kind.CONTROL, request) * 300
+                raw.sendall(data)
+                sent += len(data)
+            except OSError:
+                sent += 1000
+    with DaemonClient(daemon.path) as client:
+        _until(lambda: client.stats()["clients"]["connected"] == 1)
+    assert daemon.process.poll() is None
+    assert daemon.memory() - before < 64 << 20
+    assert "Traceback" not in daemon.text()
+
+
+def test_a_client_that_does_not_read_its_replies_is_not_buffered_without_end(daemon):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as raw:
+        raw.connect(daemon.path)
+        raw.setblocking(False)
+        request = encode_json(Kind.CONTROL, {"id": 1, "op": "stats"}) * 50
+        before, sent, until = daemon.memory(), 0, time.monotonic() + 5
+        while time.monotonic() < until:
+            try:
+                sent += raw.send(request)
+            except BlockingIOError:
+                time.sleep(0.01)
+        assert daemon.memory() - before < 32 << 20
+    with DaemonClient(daemon.path) as client:
+        assert client.stats()
+
+
+def test_a_frame_of_the_wrong_kind_ends_the_connection_with_a_reason(daemon):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as raw:
+        raw.settimeout(10)
+        raw.connect(daemon.path)
+        raw.sendall(encode_json(Kind.EVENT, {}))
+        ((kind, payload),) = Decoder(1 << 20).feed(raw.recv(65536))
+        assert kind is Kind.CONTROL
+        reply = parse_json(payload)
+        assert reply["ok"] is False and reply["code"] == "usage"
+        assert raw.recv(10) == b""
+
+
+def test_a_client_of_another_protocol_is_told(daemon):
+    with DaemonClient(daemon.path) as client, pytest.raises(UsageError, match="release"):
+        client.request("hello", protocol=99)
+
+
+def test_disconnecting_in_the_middle_of_an_answer_harms_nobody(daemon):
+    for _ in range(20):
+        raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        raw.connect(daemon.path)
+        raw.sendall(encode_json(Kind.CONTROL, {"id": 1, "op": "who"}) * 10)
+        raw.close()
+    with DaemonClient(daemon.path) as client:
+        assert client.stats()["clients"]["connected"] >= 1
+    assert "Traceback" not in daemon.text()
+
+
+def test_under_flood_the_queue_keeps_its_limit_loss_is_counted_and_it_recovers(start, receiver):
+    daemon = start(config="queue_size: 512KiB\nclient_queue_size: 512KiB\n")
+    port = receiver.getsockname()[1]
+    daemon.memory()
+    until = time.monotonic() + 3
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.connect(("127.0.0.1", port))
+        while time.monotonic() < until:
+            for _ in range(500):
+                sender.send(b"x")
+    with DaemonClient(daemon.path, timeout=60) as client:
+        stats = _until(lambda: _at_rest(client), 30)
+        assert stats["queue"]["peak_bytes"] <= stats["queue"]["max_bytes"]
+        assert stats["account"]["lost"]["queue"] == stats["queue"]["dropped_records"]
+        client.start(f"udp dst port {port} and outbound")
+        _send(port, 10)
+        end = client.unsubscribe()
+        assert end["sent"] == 10
+        assert end["account"]["closes"]
+
+
+def _at_rest(client):
+    client.start("udp port 1")
+    account = client.unsubscribe()["account"]
+    return client.stats() if account["closes"] else None
+
+
+def test_metrics_are_served_on_a_unix_socket(start, directory, receiver):
+    path = f"{directory}/metrics.sock"
+    daemon = start(config=f"metrics: {path}\nmetrics_processes: 1\n")
+    _send(receiver.getsockname()[1], 3)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as raw:
+        raw.settimeout(10)
+        raw.connect(path)
+        raw.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        answer = b""
+        while part := raw.recv(65536):
+            answer += part
+    assert b"200 OK" in answer
+    assert b"packet_hunter_records_total" in answer
+    assert b"packet_hunter_process_bytes_total" in answer
+    assert os.stat(path).st_mode & 0o777 == 0o660
+    assert daemon.stop() == 0
+    assert not os.path.exists(path)
+
+
+def test_the_manager_is_told_when_it_is_ready_and_when_it_stops(directory):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(directory / "notify"))
+        manager.settimeout(30)
+        environment = {"NOTIFY_SOCKET": str(directory / "notify"), "WATCHDOG_USEC": "600000"}
+        path = str(directory / "daemon.sock")
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-m", "daemon", "--engine", "packet", "--socket", path],
+            env=environment,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+        )
+        try:
+            assert manager.recv(4096).startswith(b"READY=1\nSTATUS=engine packet")
+            assert os.path.exists(path)
+            assert manager.recv(4096) == b"WATCHDOG=1"
+            assert manager.recv(4096) == b"WATCHDOG=1"
+            child.send_signal(signal.SIGHUP)
+            while not (got := manager.recv(4096)).startswith(b"RELOADING=1"):
+                assert got == b"WATCHDOG=1"
+            child.send_signal(signal.SIGTERM)
+            while not (got := manager.recv(4096)).startswith(b"STOPPING=1"):
+                assert got.startswith((b"WATCHDOG=1", b"READY=1"))
+            assert child.wait(20) == 0
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+
+
+def test_a_user_without_privilege_is_told_what_to_do(directory):
+    code = (
+        "import os,sys\nfrom daemon.__main__ import main\nimport nlproto.engine_packet\n"
+        "os.setgroups([]);os.setgid(65534);os.setuid(65534)\n"
+        f"sys.exit(main(['--engine','packet','--socket','{directory}/none.sock']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, timeout=30, cwd="/"
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_no_daemon_is_a_clear_error(directory):
+    with pytest.raises(NoDaemon, match="start it with"):
+        DaemonClient(directory / "nothing.sock")
