@@ -88,9 +88,9 @@ class Store:
             ) from None
 
     def _connect(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
-        descriptor = os.open(
-            self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640
-        )
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(self.path, flags, 0o600)
+        os.fchmod(descriptor, 0o640)
         os.close(descriptor)
         writer = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         try:
