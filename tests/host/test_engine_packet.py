@@ -578,6 +578,44 @@ pause(); tell(); sys.stdin.read()
     assert taken.engine.stats()["sock_diag"] is False
 
 
+def test_malformed_packets_are_skipped_and_nothing_breaks(run, worker):
+    inside = worker(
+        """
+import random, subprocess
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+tell(netns=os.stat("/proc/self/ns/net").st_ino); sys.stdin.readline()
+raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0); raw.bind(("lo", 0))
+dice = random.Random(1); sent = 0
+for number in range(4000):
+    six = number % 2
+    body = bytearray(dice.randbytes(dice.randrange(1, 400)))
+    body[0] = (0x60 if six else 0x40) | body[0] & 15
+    if six and len(body) > 6: body[6] = dice.choice([0, 6, 17, 43, 44, 51, 60])
+    if not six and len(body) > 9: body[9] = dice.choice([6, 17])
+    try: raw.send(bytes(12) + bytes.fromhex("86dd" if six else "0800") + body)
+    except OSError: continue
+    sent += 1
+tell(sent=sent); sys.stdin.read()
+""",
+        prefix=["unshare", "-n"],
+    )
+    netns = facts(inside)["netns"]
+    taken = run()
+    inside.stdin.write("\n")
+    inside.stdin.flush()
+    sent = facts(inside)["sent"]
+    time.sleep(0.5)
+    taken.stop()
+    records = np.concatenate([part.records for part in taken.parts])
+    records = records[records["netns"] == netns]
+    assert sent > 3000
+    assert len(records) > 100
+    assert taken.account.skipped > 1000
+    assert set(records["proto"].tolist()) <= {TCP, UDP}
+    assert not np.any(records["tgid"])
+    assert taken.account.closes(), taken.account.as_dict()
+
+
 def test_a_full_ring_is_lost_in_the_socket_and_the_account_closes():
     engine = PacketEngine(lambda note: None, ring_bytes=1 << 18, everywhere=False)
     with engine, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
