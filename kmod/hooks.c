@@ -43,10 +43,14 @@ static bool hooks_trust_current(void)
 	return in_task() && !softirq_count() && !(current->flags & PF_KTHREAD);
 }
 
-/* A socket of the kernel's own; MPTCP makes its subflows in the same way. */
+/*
+ * A socket of the kernel's own. MPTCP makes its subflows in the same way; the
+ * type tells the stack's control sockets, which are raw, from TCP's.
+ */
 static bool hooks_is_kernel(const struct sock *sk)
 {
-	return sk->sk_kern_sock && !(sk->sk_protocol == IPPROTO_TCP && sk_is_mptcp(sk));
+	return sk->sk_kern_sock && !(sk->sk_type == SOCK_STREAM &&
+				     sk->sk_protocol == IPPROTO_TCP && sk_is_mptcp(sk));
 }
 
 /* False when the packet has been counted as skipped. */
@@ -150,107 +154,136 @@ static void hooks_add_facts(struct sniffer_record *r, const struct sniffer_owner
 	r->flags |= READ_ONCE(owner->flags);
 	if (holders > 1)
 		r->flags |= SNIFFER_F_SHARED;
-	else if (!holders && !owner->listener)
+	else if (!holders)
 		r->flags |= SNIFFER_F_DEAD;
 }
 
-/* Names @r after the one who would accept the connection; false: nobody known. */
-static bool hooks_name_listener(struct sniffer_record *r, u64 listener)
+/* The table's entry with a user for @sk: by cookie, else by inode (MPTCP). */
+static const struct sniffer_owner *hooks_find(struct sock *sk)
 {
-	const struct sniffer_owner *owner = sniffer_owner_find(listener);
+	const struct sniffer_owner *owner = sniffer_owner_find(sniffer_owner_cookie(sk));
+	u64 inode;
 
-	if (!owner || !rcu_access_pointer(owner->user))
-		return false;
-	hooks_name(r, owner, SNIFFER_HOW_LISTENER);
-	hooks_add_facts(r, owner);
-	if (r->flags & SNIFFER_F_SHARED)
-		r->flags |= SNIFFER_F_AMBIGUOUS;
-	return true;
+	if (!owner || !rcu_access_pointer(owner->user)) {
+		inode = sniffer_owner_inode(sk);
+		owner = inode ? sniffer_owner_find_inode(inode) : NULL;
+	}
+	return owner && rcu_access_pointer(owner->user) ? owner : NULL;
 }
 
-/*
- * Names @r after the owner of @sk; false, with the reason in r->how, when the
- * table does not know. @fresh: no probe had ever seen the socket.
- */
-static bool hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
+/* Names @r after the one who would accept the connection. */
+static void hooks_name_acceptor(struct sniffer_record *r, const struct sniffer_owner *listener)
+{
+	hooks_name(r, listener, SNIFFER_HOW_LISTENER);
+	hooks_add_facts(r, listener);
+	if (r->flags & SNIFFER_F_SHARED)
+		r->flags |= SNIFFER_F_AMBIGUOUS;
+}
+
+/* Why does the table not know @sk? @fresh: no probe had ever seen it. */
+static u8 hooks_reason(const struct sock *sk, bool fresh)
+{
+	bool full = sk_fullsock(sk);
+
+	if (!full || (sk->sk_state != TCP_LISTEN && sock_flag(sk, SOCK_DEAD)))
+		return fresh ? SNIFFER_HOW_PREDATES : SNIFFER_HOW_SOCKET_GONE;
+	if (!sniffer_probes_alive())
+		return SNIFFER_HOW_NOT_PROBED;
+	return sniffer_owner_full() ? SNIFFER_HOW_TABLE_FULL : SNIFFER_HOW_PREDATES;
+}
+
+/* A connection that has not become a full socket yet. */
+static void hooks_name_request(struct sniffer_record *r, struct sock *sk, bool fresh)
+{
+	struct sock *listener = inet_reqsk(sk)->rsk_listener;
+	const struct sniffer_owner *owner;
+
+	if (!listener) {
+		r->how = SNIFFER_HOW_SOCKET_GONE;
+		return;
+	}
+	if (hooks_is_kernel(listener)) {
+		r->how = SNIFFER_HOW_KERNEL;
+		r->flags |= SNIFFER_F_KERNEL;
+		return;
+	}
+	owner = hooks_find(listener);
+	if (!owner) {
+		r->how = hooks_reason(listener, fresh);
+		return;
+	}
+	if (r->dir == SNIFFER_DIR_IN && r->tcp_flags & TCPHDR_ACK && !(r->tcp_flags & TCPHDR_RST))
+		sniffer_owner_refer(sk, owner->cookie, SNIFFER_HOW_LISTENER);
+	hooks_name_acceptor(r, owner);
+}
+
+/* Names @r after the owner of @sk, or says in r->how why not. */
+static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 {
 	struct sniffer_record *r = &flow->record;
 	bool fresh = !atomic64_read(&sk->sk_cookie);
+	const struct sniffer_owner *owner, *other;
 	bool full = sk_fullsock(sk);
-	struct sniffer_owner *owner;
-	u64 inode = 0;
+	struct sock *listener;
 
 	if (full && hooks_is_kernel(sk)) {
 		r->how = SNIFFER_HOW_KERNEL;
 		r->flags |= SNIFFER_F_KERNEL;
-		return false;
+		return;
 	}
 	r->cookie = sniffer_owner_cookie(sk);
-	if (full) {
-		inode = sniffer_owner_inode(sk);
-		r->inode = inode;
-	}
-
 	if (sk->sk_state == TCP_NEW_SYN_RECV) {
-		struct sock *listener = inet_reqsk(sk)->rsk_listener;
-		u64 cookie;
-
-		if (!listener || hooks_is_kernel(listener)) {
-			r->how = listener ? SNIFFER_HOW_KERNEL : SNIFFER_HOW_SOCKET_GONE;
-			return false;
-		}
-		cookie = sniffer_owner_cookie(listener);
-		if (r->dir == SNIFFER_DIR_IN && r->tcp_flags & TCPHDR_ACK &&
-		    !(r->tcp_flags & TCPHDR_RST))
-			sniffer_owner_await(sk, cookie);
-		if (hooks_name_listener(r, cookie))
-			return true;
-		goto unknown;
+		hooks_name_request(r, sk, fresh);
+		return;
 	}
+	if (full)
+		r->inode = sniffer_owner_inode(sk);
 	if (full && sk->sk_state == TCP_LISTEN) {
-		if (hooks_name_listener(r, r->cookie))
-			return true;
-		goto unknown;
+		owner = hooks_find(sk);
+		if (owner)
+			hooks_name_acceptor(r, owner);
+		else
+			r->how = hooks_reason(sk, fresh);
+		return;
 	}
 
 	owner = sniffer_owner_find(r->cookie);
-	if (owner && owner->listener) {
-		hooks_add_facts(r, owner);
-		if (hooks_name_listener(r, owner->listener))
-			return true;
-	} else if (owner && rcu_access_pointer(owner->user)) {
+	if (owner && !READ_ONCE(owner->via) && rcu_access_pointer(owner->user)) {
 		hooks_name(r, owner, how);
 		hooks_add_facts(r, owner);
-		return true;
+		return;
 	}
-	if (inode) {
-		owner = sniffer_owner_find_inode(inode);
-		if (owner && rcu_access_pointer(owner->user)) {
-			hooks_name(r, owner, SNIFFER_HOW_INODE);
-			hooks_add_facts(r, owner);
-			return true;
+	if (r->inode) {
+		other = sniffer_owner_find_inode(r->inode);
+		if (other && rcu_access_pointer(other->user)) {
+			sniffer_owner_refer(sk, other->cookie, SNIFFER_HOW_INODE);
+			hooks_name(r, other, SNIFFER_HOW_INODE);
+			hooks_add_facts(r, other);
+			return;
 		}
-	} else if (full && r->proto == IPPROTO_TCP && sk->sk_state != TCP_CLOSE) {
-		/* SYN cookies, Fast Open: a child that never was a request */
-		struct sock *listener;
-
-		listener = sniffer_lookup_listener(flow, r->dir == SNIFFER_DIR_OUT);
-		if (listener && !hooks_is_kernel(listener) &&
-		    hooks_name_listener(r, sniffer_owner_cookie(listener)))
-			return true;
 	}
-unknown:
-	if (!full && sk->sk_state == TCP_TIME_WAIT)
-		r->how = fresh ? SNIFFER_HOW_PREDATES : SNIFFER_HOW_SOCKET_GONE;
-	else if (full && !inode && sk->sk_state != TCP_LISTEN && sock_flag(sk, SOCK_DEAD))
-		r->how = fresh ? SNIFFER_HOW_PREDATES : SNIFFER_HOW_SOCKET_GONE;
-	else if (!sniffer_probes_alive())
-		r->how = SNIFFER_HOW_NOT_PROBED;
-	else if (sniffer_owner_full())
-		r->how = SNIFFER_HOW_TABLE_FULL;
-	else
-		r->how = SNIFFER_HOW_PREDATES;
-	return false;
+	if (owner && READ_ONCE(owner->via)) {
+		other = sniffer_owner_find(READ_ONCE(owner->via));
+		if (other && rcu_access_pointer(other->user)) {
+			if (READ_ONCE(owner->via_how) == SNIFFER_HOW_LISTENER) {
+				hooks_name_acceptor(r, other);
+			} else {
+				hooks_name(r, other, SNIFFER_HOW_INODE);
+				hooks_add_facts(r, other);
+			}
+			return;
+		}
+	}
+	if (full && !r->inode && r->proto == IPPROTO_TCP && sk->sk_state != TCP_CLOSE) {
+		/* SYN cookies, Fast Open: a child that never was a request */
+		listener = sniffer_lookup_listener(flow, r->dir == SNIFFER_DIR_OUT);
+		other = listener && !hooks_is_kernel(listener) ? hooks_find(listener) : NULL;
+		if (other) {
+			hooks_name_acceptor(r, other);
+			return;
+		}
+	}
+	r->how = hooks_reason(sk, fresh);
 }
 
 static void hooks_out(struct sniffer_flow *flow, const struct nf_hook_state *state, bool trusted)
@@ -360,6 +393,12 @@ static unsigned int hooks_packet(struct sk_buff *skb, const struct nf_hook_state
 	const struct net_device *dev = dir == SNIFFER_DIR_IN ? state->in : state->out;
 	struct sniffer_flow flow;
 
+	/* A VRF shows its slaves' packets twice: wait for the second time. */
+	if (dir == SNIFFER_DIR_OUT && dev && netif_is_l3_master(dev) && skb_dst(skb) &&
+	    skb_dst(skb)->dev != dev) {
+		sniffer_batch_skip(SNIFFER_SKIP_OTHER);
+		return NF_ACCEPT;
+	}
 	if (!sniffer_netlink_listening()) {
 		sniffer_batch_skip(SNIFFER_SKIP_LISTENER);
 		return NF_ACCEPT;

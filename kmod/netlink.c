@@ -262,7 +262,7 @@ static void netlink_describe_socket(struct sniffer_owner *owner, struct sniffer_
 	out->flags = READ_ONCE(owner->flags);
 	if (out->holders > 1)
 		out->flags |= SNIFFER_F_SHARED;
-	if (READ_ONCE(owner->dead) && !READ_ONCE(owner->listener))
+	if (READ_ONCE(owner->dead) && !READ_ONCE(owner->via))
 		out->flags |= SNIFFER_F_DEAD;
 	out->family = owner->family;
 	out->proto = owner->proto;

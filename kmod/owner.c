@@ -289,8 +289,8 @@ static void owner_touch(struct sock *sk, u64 inode, struct sniffer_proc *proc,
 			owner->creator_start = proc->start_ns;
 		}
 	}
-	if (owner->listener) {
-		WRITE_ONCE(owner->listener, 0);
+	if (owner->via) {
+		WRITE_ONCE(owner->via, 0);
 		WRITE_ONCE(owner->dead, 0);
 		owner->creator = proc->tgid;
 		owner->creator_start = proc->start_ns;
@@ -340,7 +340,7 @@ void sniffer_owner_use(struct sock *sk)
 	/* Nearly always it is the one who used it last: then only read. */
 	rcu_read_lock();
 	owner = cookie ? sniffer_owner_find(cookie) : NULL;
-	if (owner && !owner->listener && owner->port == inet_sk(sk)->inet_num) {
+	if (owner && !owner->via && owner->port == inet_sk(sk)->inet_num) {
 		proc = rcu_dereference(owner->user);
 		if (proc && sniffer_process_is(proc, current) && READ_ONCE(owner->nholders)) {
 			if (READ_ONCE(owner->tid) != current->pid)
@@ -409,33 +409,40 @@ void sniffer_owner_receive(struct sock *sk)
 }
 
 /**
- * sniffer_owner_await - a connection was made that nobody has accepted
- * @sk: request socket whose handshake this packet completes
- * @listener: cookie of its listener
+ * sniffer_owner_refer - a socket's packets belong to another socket's owner
+ * @sk: request socket whose handshake this packet completes, or MPTCP subflow
+ * @via: cookie of the listener or of the MPTCP parent, which is in the table
+ * @how: SNIFFER_HOW_LISTENER or SNIFFER_HOW_INODE
  *
- * The child takes the request's cookie over, and with it this entry. A SYN
+ * The child of a request takes its cookie over, and with it this entry. A SYN
  * alone makes none, so that a flood of them cannot fill the table.
  */
-void sniffer_owner_await(struct sock *sk, u64 listener)
+void sniffer_owner_refer(struct sock *sk, u64 via, u8 how)
 {
 	u64 cookie = sniffer_owner_cookie(sk);
-	struct sniffer_owner *fresh;
-	raw_spinlock_t *lock;
+	struct sniffer_owner *owner, *fresh = NULL;
+	raw_spinlock_t *lock = owner_lock(cookie);
 	unsigned long flags;
 
-	if (sniffer_owner_find(cookie))
+	owner = sniffer_owner_find(cookie);
+	if (owner && (!READ_ONCE(owner->via) || READ_ONCE(owner->via_how) == how))
 		return;
-	fresh = owner_alloc(sk, cookie);
-	if (!fresh)
-		return;
-	fresh->listener = listener;
-	/* requests are freed unseen: forget it in time unless it is accepted */
-	fresh->dead = jiffies | 1;
-	lock = owner_lock(cookie);
+	if (!owner)
+		fresh = owner_alloc(sk, cookie);
 	raw_spin_lock_irqsave(lock, flags);
-	if (!sniffer_owner_find(cookie)) {
-		owner_insert(fresh);
+	owner = sniffer_owner_find(cookie);
+	if (!owner && fresh) {
+		owner = fresh;
 		fresh = NULL;
+		owner->via = via;
+		owner->via_how = how;
+		/* such sockets end unseen: forget it in time unless it is accepted */
+		owner->dead = jiffies | 1;
+		owner_insert(owner);
+	} else if (owner && owner->via) {
+		WRITE_ONCE(owner->via, via);
+		WRITE_ONCE(owner->via_how, how);
+		WRITE_ONCE(owner->dead, jiffies | 1);
 	}
 	raw_spin_unlock_irqrestore(lock, flags);
 	if (fresh)

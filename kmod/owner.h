@@ -27,19 +27,20 @@ struct sniffer_hold {
  * @cookie: socket cookie
  * @user: last process that used it and had it, with a reference; RCU
  * @inode: socket inode, 0 before accept()
- * @listener: cookie of the listener while nobody has accepted it, else 0
+ * @via: cookie of the socket whose owner counts instead: the listener while
+ *	nobody has accepted this one, the parent of an MPTCP subflow; else 0
  * @tid: thread of last use
  * @creator: tgid that made or accepted it
  * @creator_start: its start_boottime
  * @netns: inode of the socket's network namespace
  * @flags: enum sniffer_flag as far as they belong to the socket
  * @nholders: length of @holds, readable without lock
+ * @via_how: SNIFFER_HOW_LISTENER or SNIFFER_HOW_INODE, says which @via is
  * @proto: IPPROTO_TCP or IPPROTO_UDP
  * @family: AF_INET or AF_INET6
  * @port: local port when last used
  * @addr: local address when last used
- * @dead: jiffies | 1 when the socket was freed, or when its connection was
- *	made while nobody has accepted it; else 0
+ * @dead: jiffies | 1 when the socket was freed, or when @via was set; else 0
  * @seen: jiffies of last use; exact only while kprobes do not fire
  * @holds: guarded by the bucket lock of @cookie
  * @rcu: readers hold rcu_read_lock()
@@ -49,10 +50,11 @@ struct sniffer_owner {
 	u64 cookie;
 	struct sniffer_proc __rcu *user;
 	u64 inode;
-	u64 listener;
+	u64 via;
 	u32 tid;
 	u16 flags;
 	u16 nholders;
+	u8 via_how;
 	/* colder */
 	struct hlist_node by_inode;
 	u32 creator;
@@ -75,7 +77,7 @@ struct sniffer_owner *sniffer_owner_find_inode(u64 inode);
 void sniffer_owner_use(struct sock *sk);
 void sniffer_owner_create(struct sock *sk, u64 inode);
 void sniffer_owner_receive(struct sock *sk);
-void sniffer_owner_await(struct sock *sk, u64 listener);
+void sniffer_owner_refer(struct sock *sk, u64 via, u8 how);
 void sniffer_owner_fork(struct task_struct *child);
 void sniffer_owner_close(struct file *file);
 void sniffer_owner_free(struct sock *sk);

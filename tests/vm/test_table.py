@@ -244,10 +244,11 @@ def test_setuid_is_followed(loaded: None) -> None:
         port = receiver.getsockname()[1]
         pid = os.fork()
         if pid == 0:
-            os.setuid(65534)
-            receiver.settimeout(30)
-            receiver.recv(10)
-            os._exit(0)
+            try:
+                os.setuid(65534)
+                receiver.recv(10)  # blocks in the kernel: with a timeout Python would poll
+            finally:
+                os._exit(0)
         cookie = cookie_of(receiver)
         until(lambda: int(sniffer.socket(cookie)[0]["tgid"]) == pid)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
