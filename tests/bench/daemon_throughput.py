@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: MIT
+"""What the daemon's own stages take: python tests/bench/daemon_throughput.py [--json]
+
+ingest   records/s of one core through naming, account, processes, port map and history
+streams  records/s when, in addition, N subscribers with different filters are served
+who      ms for questions to a million flows, in memory and in the file
+owner    port questions/s on one connection, pipelined; p99 with 50 connections
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import resource
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from daemon.answers import Answers
+from daemon.config import Config
+from daemon.history import History, Question
+from daemon.recorder import Recorder
+from daemon.server import Server, SocketFile
+from daemon.store import Store
+from daemon.streams import Streams
+from nlproto import wire
+from nlproto.account import Account
+from nlproto.client import DaemonClient
+from nlproto.clock import Clock
+from nlproto.flows import summarize
+from nlproto.naming import Namer
+from nlproto.pipeline import Pipeline
+from nlproto.portmap import PortMap
+from nlproto.processes import Processes
+
+BATCH = 124
+MILLION = 1_000_000
+
+
+class Synthetic:
+    """An engine that gives batches as fast as they are taken, then says when it is empty."""
+
+    name = "synthetic"
+    instance = 1
+
+    def __init__(self, batches: list[wire.Batch], pause: threading.Semaphore) -> None:
+        self.opening = self.closing = np.zeros(0, wire.TAIL)
+        self._batches = iter(batches)
+        self._pause = pause
+        self.done = threading.Event()
+
+    def __enter__(self) -> Synthetic:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def read(self, timeout: float) -> Any:
+        for _ in range(64):
+            if not self._pause.acquire(timeout=timeout):
+                return
+            batch = next(self._batches, None)
+            if batch is None:
+                self.done.set()
+                return
+            yield batch
+
+    def flush(self) -> np.ndarray:
+        return self.opening
+
+    def finish(self) -> Any:
+        return iter(())
+
+    def stats(self) -> dict[str, object]:
+        return {}
+
+
+def make_batches(count: int, flows: int, processes: int) -> list[wire.Batch]:
+    """Batches of `flows` TCP flows of `processes` processes, both directions, over 4 CPUs."""
+    random = np.random.default_rng(1)
+    batches, sequences = [], [0] * 4
+    now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+    for number in range(count):
+        cpu = number % 4
+        flow = random.integers(0, flows, BATCH)
+        out = random.integers(0, 2, BATCH) == 1
+        records = np.zeros(BATCH, wire.RECORD)
+        records["time_ns"] = now + number * 1_000_000 + np.arange(BATCH)
+        records["cookie"] = flow + 1
+        records["tgid"] = 1_000_000 + flow % processes
+        records["start_ns"] = 7
+        records["uid"] = 1000
+        records["how"] = wire.lib.SNIFFER_HOW_SOCKET
+        records["family"], records["proto"] = 2, 6
+        records["dir"] = np.where(out, wire.lib.SNIFFER_DIR_OUT, wire.lib.SNIFFER_DIR_IN)
+        records["len"], records["hdr_len"], records["gso_segs"] = 1200, 52, 1
+        records["netns"], records["comm"], records["cpu"] = 4026531840, b"bench", cpu
+        port = 1024 + flow % 60000
+        records["sport"] = np.where(out, port, 443)
+        records["dport"] = np.where(out, 443, port)
+        records["saddr"][:, 3] = np.where(out, 1, flow // 60000)
+        records["daddr"][:, 3] = np.where(out, flow // 60000, 1)
+        head = np.zeros(1, wire.BATCH)[0]
+        head["cpu"], head["instance"], head["record_seq"] = cpu, 1, sequences[cpu]
+        sequences[cpu] += BATCH
+        head["packets"] = sequences[cpu]
+        head["mono_ns"] = now + number * 1_000_000 + 1000
+        head["real_ns"] = head["mono_ns"] + 10**18
+        batches.append(wire.decode_batch(wire.encode_batch(head, records)))
+    return batches
+
+
+def cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def ingest(count: int, flows: int, filters: int = 0) -> dict[str, float]:
+    """Records per second of CPU time of all the daemon's threads together."""
+    batches = make_batches(count, flows, 200)
+    semaphore = threading.Semaphore(0)
+    engine = Synthetic(batches, semaphore)
+    history = History(max(200_000, flows))
+    processes = Processes()
+    with Namer() as namer:
+        pipeline = Pipeline(
+            engine, account=Account(), processes=processes, namer=namer, portmap=PortMap()
+        )
+        assert pipeline.portmap is not None
+        pipeline.subscribe(lambda batch: history.update(batch.flows, batch.clock))
+        if filters:
+            streams = Streams(processes, lambda function: function(), filters)
+            for number in range(filters):
+                streams.join(f"tcp port {1024 + number * 7}", None, _Sink())
+            pipeline.subscribe(streams.publish)
+        began, cpu = time.perf_counter(), cpu_seconds()
+        with pipeline:
+            # as many batches wait as would at this rate: what the worker takes at once is real
+            for _ in range(0, count, 32):
+                semaphore.release(32)
+                while len(pipeline.queue) > 256:
+                    time.sleep(0.001)
+            semaphore.release(100)
+            engine.done.wait()
+        took, cpu = time.perf_counter() - began, cpu_seconds() - cpu
+    assert pipeline.account.closes() and pipeline.account.delivered == count * BATCH
+    return {"records_per_cpu_s": count * BATCH / cpu, "records_per_s": count * BATCH / took}
+
+
+class _Sink:
+    def offer(self, seen: int, piece: object) -> None:
+        pass
+
+    def lose(self, seen: int, matched: int) -> None:
+        pass
+
+
+def million() -> np.ndarray:
+    """A million different flows; one in 200 is DNS, times spread over an hour until now."""
+    random = np.random.default_rng(2)
+    records = np.zeros(MILLION, wire.RECORD)
+    number = np.arange(MILLION)
+    records["cookie"] = number + 1
+    records["time_ns"] = time.time_ns() - random.integers(0, 3600 * 10**9, MILLION)
+    records["tgid"], records["start_ns"] = 1000 + number % 5000, 7
+    records["comm"] = np.array([f"program{n}".encode() for n in range(100)])[number % 100]
+    records["family"], records["proto"], records["dir"] = 2, 17, wire.lib.SNIFFER_DIR_OUT
+    records["sport"] = random.integers(1024, 65536, MILLION)
+    records["dport"] = np.where(number % 200 == 0, 53, random.integers(400, 500, MILLION))
+    records["daddr"][:, 1:4] = random.integers(0, 256, (MILLION, 3))
+    records["how"], records["len"] = 2, 100
+    return summarize(records)
+
+
+QUESTIONS = {
+    "port 53, 60 s": {"port": 53, "since_ns": 60},
+    "port 53": {"port": 53},
+    "port 443": {"port": 443},
+    "pid": {"pid": 1234},
+    "pname": {"pname": "program7"},
+    "pname, 60 s": {"pname": "program7", "since_ns": 60},
+}
+
+
+def who() -> dict[str, dict[str, float]]:
+    flows = million()
+    history = History(MILLION)
+    history.update(flows, Clock(0, 0))
+    result: dict[str, dict[str, float]] = {"memory_ms": {}, "file_ms": {}}
+    with tempfile.TemporaryDirectory() as directory:
+        store = Store(f"{directory}/history.db")
+        began = time.perf_counter()
+        for at in range(0, MILLION, 50_000):
+            part = flows[at : at + 50_000]
+            store.write(np.arange(at + 1, at + 1 + len(part), dtype=np.uint64), part, [])
+        result["file_ms"]["(rows/s written)"] = MILLION / (time.perf_counter() - began)
+        for name, conditions in QUESTIONS.items():
+            values = dict(conditions)
+            if "since_ns" in values:
+                values["since_ns"] = time.time_ns() - values["since_ns"] * 10**9
+            question = Question(**values)
+            result["memory_ms"][name] = _best(lambda q=question: history.ask(q))
+            result["file_ms"][name] = _best(lambda q=question: store.ask(q, 2**62))
+        store.close()
+    return result
+
+
+def _best(work: Any) -> float:
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return sorted(times)[2] * 1000
+
+
+def owner() -> dict[str, float]:
+    return asyncio.run(_owner())
+
+
+async def _owner() -> dict[str, float]:
+    loop = asyncio.get_running_loop()
+    portmap = PortMap()
+    batch = make_batches(1, 100, 10)[0]
+    portmap.update(summarize(batch.records))
+    port = portmap.everything()[0].port
+    config = Config()
+    processes = Processes()
+    pipeline = Pipeline(
+        Synthetic([], threading.Semaphore(0)),
+        account=Account(),
+        processes=processes,
+        portmap=portmap,
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        path = f"{directory}/s"
+        with SocketFile(path) as file, Recorder(config, processes) as recorder:
+            server = Server(loop, Answers(pipeline, recorder.history), config, dict)
+            server.start(file.socket)
+            try:
+                return await loop.run_in_executor(None, _ask_owner, path, port)
+            finally:
+                await server.stop()
+
+
+def _ask_owner(path: str, port: int) -> dict[str, float]:
+    with DaemonClient(path) as client:
+        began = time.perf_counter()
+        for _ in range(50):
+            client.pipeline([("owner", {"port": port})] * 400)
+        rate = 20_000 / (time.perf_counter() - began)
+    clients = [DaemonClient(path) for _ in range(50)]
+    times = []
+    for _ in range(40):
+        for client in clients:
+            began = time.perf_counter()
+            client.owner(port)
+            times.append(time.perf_counter() - began)
+    for client in clients:
+        client.close()
+    return {"pipelined_per_s": rate, "p99_ms_50_clients": float(np.percentile(times, 99)) * 1000}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--batches", type=int, default=8000)
+    options = parser.parse_args()
+    result = {
+        "ingest 1,000 flows": ingest(options.batches, 1000),
+        "ingest 100,000 flows": ingest(options.batches, 100_000),
+        "streams 20 filters": ingest(options.batches, 1000, 20),
+        "streams 200 filters": ingest(options.batches, 1000, 200),
+        "who": who(),
+        "owner": owner(),
+        "load": {"1 min": float(Path("/proc/loadavg").read_text().split()[0])},
+    }
+    if options.json:
+        print(json.dumps(result))
+        return
+    for title, figures in result.items():
+        for name, value in figures.items():
+            if isinstance(value, dict):
+                for inner, one in value.items():
+                    print(f"{title} {name:12} {inner:22} {one:12,.2f}")
+            else:
+                print(f"{title:25} {name:22} {value:12,.2f}")
+
+
+if __name__ == "__main__":
+    main()
