@@ -78,6 +78,7 @@ class Columns:
     netns: list[int]
     how: list[str]
     process: list[Process | None]
+    batch: NamedBatch
     holders: dict[int, list[Holder]]
     """By row, where a socket is shared and its holders are known."""
 
@@ -140,5 +141,6 @@ def columns(batch: NamedBatch, details: Details, holders: Holders = nobody) -> C
         netns=records["netns"].tolist(),
         how=[wire.HOW_NAMES[how] for how in records["how"].tolist()],
         process=processes,
+        batch=batch,
         holders=_shared(records, holders),
     )

@@ -19,6 +19,7 @@ from hunter.names import Names
 from hunter.save_jsonl import JsonSaver
 from hunter.saving import Saver, format_of, open_saver
 from hunter.source import Source, open_source
+from hunter.summary import Summary
 from nlproto import Error
 from nlproto.pipeline import NamedBatch
 
@@ -57,12 +58,13 @@ def run(
     wanted = filter_of(options)
     shown = Shown()
     with ExitStack() as stack:
-        kind = format_of(options.save, options.format) if options.save else ""
+        kind = options.kind = format_of(options.save, options.format) if options.save else ""
         # the source first: an old capture is not emptied for one that cannot begin
         source = stack.enter_context(open_source(options, wanted, notify))
         saver = None
         if options.save:
-            saver = open_saver(options.save, kind)
+            snaps = getattr(source, "snap", _no_snap)
+            saver = open_saver(options.save, kind, snaps, options.rotate, options.keep)
             stack.callback(saver.close)
         takes: list[Callable[[NamedBatch], None]] = [shown.add]
         if saver is not None:
@@ -74,12 +76,21 @@ def run(
             style = Style(options.numbers, options.quiet, options.verbose, options.times)
             host = str if options.numbers else hosts.host
             takes.append(LinePrinter(style, source, source.holders, host).add)
+        summary = Summary() if options.summary else None
+        if summary is not None:
+            takes.append(summary.add)
         notify(_greeting(source, options))
         try:
             _flow(source, takes, shown, options, argv, stop, notify)
         finally:
+            if summary is not None:
+                summary.show(source)
             for line in shown.lines(source.account(), source.lost()):
                 notify(line)
+
+
+def _no_snap(cpu: int, seq: int) -> None:
+    """Of a source that has records only."""
 
 
 def _greeting(source: Source, options: argparse.Namespace) -> str:

@@ -50,7 +50,12 @@ def format_of(path: str, asked: str | None) -> str:
     raise UsageError(f"{path}: its format is not clear; end it with {known}, or give --format")
 
 
-def _make(kind: str) -> Callable[[CaptureFile], Saver]:
+Snaps = Callable[[int, int], bytes | None]
+"""(cpu, seq) of a record -> the first bytes of its packet, when the module sent them."""
+
+
+def _make(kind: str, snaps: Snaps) -> Callable[[CaptureFile], Saver]:
+    # Imported here: Parquet needs an optional package.
     if kind == "csv":
         from hunter.save_csv import CsvSaver
 
@@ -59,10 +64,62 @@ def _make(kind: str) -> Callable[[CaptureFile], Saver]:
         from hunter.save_jsonl import JsonSaver
 
         return JsonSaver
-    raise UsageError(f"format {kind} cannot be written yet; save CSV")
+    if kind == "pcapng":
+        from hunter.save_pcapng import PcapngSaver
+
+        return lambda file: PcapngSaver(file, snaps)
+    from hunter.save_parquet import ParquetSaver
+
+    return ParquetSaver
 
 
-def open_saver(path: str, kind: str) -> Saver:
-    """Return a saver of format `kind` to `path` ("-": standard output). Raises Error."""
-    make = _make(kind)
-    return make(CaptureFile(path))
+def open_saver(
+    path: str, kind: str, snaps: Snaps, rotate: int | None = None, keep: int | None = None
+) -> Saver:
+    """Return a saver of format `kind` to `path` ("-": standard output).
+
+    `rotate`: bytes after which the next file begins, as tcpdump's -C: path, path1, path2 ...;
+    `keep`: after so many files the first is written again (-W). Raises Error, UsageError.
+    """
+    make = _make(kind, snaps)
+    if rotate is None:
+        return make(CaptureFile(path))
+    return _Rotation(path, make, rotate, keep)
+
+
+class _Rotation:
+    """One file after the other."""
+
+    def __init__(
+        self, path: str, make: Callable[[CaptureFile], Saver], size: int, keep: int | None
+    ) -> None:
+        self._path = path
+        self._make = make
+        self._size = size
+        self._keep = keep
+        self._number = 0
+        self._open()
+
+    def _open(self) -> None:
+        self._file = CaptureFile(self._name())
+        self._saver = self._make(self._file)
+
+    def _name(self) -> str:
+        """As tcpdump numbers them, but before the suffix, which tells the format."""
+        if self._keep is not None:
+            width = len(str(self._keep - 1))
+            number = f"{self._number % self._keep:0{width}}"
+        else:
+            number = str(self._number) if self._number else ""
+        stem, suffix = os.path.splitext(self._path)
+        return f"{stem}{number}{suffix}"
+
+    def add(self, table: Columns) -> None:
+        if self._file.size >= self._size:
+            self._saver.close()
+            self._number += 1
+            self._open()
+        self._saver.add(table)
+
+    def close(self) -> None:
+        self._saver.close()

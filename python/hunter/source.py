@@ -70,10 +70,11 @@ def open_source(
         from hunter.source_file import FileSource
 
         return FileSource(options.read, filter)
+    snaps = getattr(options, "kind", "") == "pcapng"
     if options.direct:
         from hunter.source_direct import open_direct
 
-        return open_direct(options.engine, options.socket, filter, notify)
+        return open_direct(options.engine, options.socket, filter, notify, snaps)
     if options.engine == "auto":
         from hunter.source_daemon import DaemonSource
 
@@ -83,4 +84,4 @@ def open_source(
             pass
     from hunter.source_alone import open_alone
 
-    return open_alone(options.engine, options.socket, filter, notify)
+    return open_alone(options.engine, options.socket, filter, notify, snaps)

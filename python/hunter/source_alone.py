@@ -17,9 +17,14 @@ from nlproto.naming import Namer
 from nlproto.pipeline import NamedBatch, Pipeline
 from nlproto.portmap import PortMap
 from nlproto.processes import Process, Processes
+from nlproto.wire import SnapBatch
 
-__all__ = ["PipelineSource", "open_alone"]
+__all__ = ["GROUPS", "GROUPS_WITH_SNAPS", "PipelineSource", "open_alone"]
 
+GROUPS = ("packets", "processes")
+GROUPS_WITH_SNAPS = (*GROUPS, "snaps")
+
+_MAX_SNAPS = 200_000  # of 128 bytes
 _BATCHES = 64  # that may wait for the reader; behind them the pipeline's own queue fills
 
 
@@ -33,6 +38,7 @@ class PipelineSource:
         self._inbox: queue.Queue[NamedBatch | None] = queue.Queue(_BATCHES)
         self._failure: Error | None = None
         self._left = False
+        self._snaps: dict[tuple[int, int], bytes] = {}
         self._stopper: threading.Thread | None = None
         pipeline.subscribe(self._take)
 
@@ -49,6 +55,17 @@ class PipelineSource:
     def failed(self, error: Error) -> None:
         """Remember why the engine stopped; for the pipeline's on_failure."""
         self._failure = error
+
+    def keep_snaps(self, batch: SnapBatch) -> None:
+        """Keep first bytes of packets until snap() asks; for the pipeline's on_snaps."""
+        for one in batch.snaps:
+            self._snaps[int(one.head["cpu"]), int(one.head["seq"])] = one.data
+        while len(self._snaps) > _MAX_SNAPS:
+            self._snaps.pop(next(iter(self._snaps)), None)
+
+    def snap(self, cpu: int, seq: int) -> bytes | None:
+        """Return the first bytes of the packet of a record, once."""
+        return self._snaps.pop((cpu, seq), None)
 
     def _take(self, batch: NamedBatch) -> None:
         mask = self._filter.mask(batch.records, self._pipeline.processes)
@@ -108,26 +125,32 @@ class PipelineSource:
 
 
 def open_alone(
-    engine: str, socket: str, filter: Filter, notify: Callable[[str], None]
+    engine: str,
+    socket: str,
+    filter: Filter,
+    notify: Callable[[str], None],
+    snaps: bool = False,
 ) -> PipelineSource:
-    """Return a source with an engine of its own. Raises Error, NoPrivilege with the way out."""
+    """Return a source with an engine of its own; `snaps`: with the first bytes of packets.
+
+    Raises Error, NoPrivilege with the way out."""
     try:
-        opened = open_engine(engine, notify)
+        opened = open_engine(engine, notify, GROUPS_WITH_SNAPS if snaps else GROUPS)
     except NoPrivilege as error:
         raise NoPrivilege(
             f"{error} - or let root start the daemon once (sudo packet-hunterd), "
             f"then everybody sees their own packets through {socket}"
         ) from None
     processes = Processes(procfs.details)
-    failures: list[Callable[[Error], None]] = []
+    sources: list[PipelineSource] = []
     pipeline = Pipeline(
         opened,
         account=Account(),
         processes=processes,
         namer=Namer(),
         portmap=PortMap(),
-        on_failure=lambda error: failures[0](error),
+        on_failure=lambda error: sources[0].failed(error),
+        on_snaps=lambda batch: sources[0].keep_snaps(batch),
     )
-    source = PipelineSource(pipeline, filter)
-    failures.append(source.failed)
-    return source
+    sources.append(PipelineSource(pipeline, filter))
+    return sources[0]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hunter.columns import Holder
-from hunter.source_alone import PipelineSource
+from hunter.source_alone import GROUPS, GROUPS_WITH_SNAPS, PipelineSource
 from hunter.source_daemon import Asker
 from nlproto import Error, wire
 from nlproto.account import Account
@@ -156,22 +156,26 @@ class DirectSource(PipelineSource):
 
 
 def open_direct(
-    engine: str, socket: str, filter: Filter, notify: Callable[[str], None]
+    engine: str,
+    socket: str,
+    filter: Filter,
+    notify: Callable[[str], None],
+    snaps: bool = False,
 ) -> DirectSource:
     """Return a source with an own engine. Raises NoDaemon, NoModule, NoPrivilege, Error."""
     names = DaemonNames(DaemonClient(socket), notify)
     try:
-        failures: list[Callable[[Error], None]] = []
+        sources: list[DirectSource] = []
         pipeline = Pipeline(
-            open_engine(engine, notify),
+            open_engine(engine, notify, GROUPS_WITH_SNAPS if snaps else GROUPS),
             account=Account(),
             processes=Processes(names.details),
             namer=names,
-            on_failure=lambda error: failures[0](error),
+            on_failure=lambda error: sources[0].failed(error),
+            on_snaps=lambda batch: sources[0].keep_snaps(batch),
         )
     except BaseException:
         names.close()
         raise
-    source = DirectSource(pipeline, filter, names, Asker(socket))
-    failures.append(source.failed)
-    return source
+    sources.append(DirectSource(pipeline, filter, names, Asker(socket)))
+    return sources[0]

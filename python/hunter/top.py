@@ -125,8 +125,7 @@ class _View(Screen[None]):
         self.query_one(Input).display = False
         table = self.query_one(DataTable)
         for name, _ in self.columns:
-            side = "right" if name in _NUMBERS else "left"
-            table.add_column(Text(name, justify=side), key=name)
+            table.add_column(_right(name) if name in _NUMBERS else Text(name), key=name)
         table.focus()
         self._ready = True
         self.show()

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: MIT
+"""Captures for other programs: pcapng and annotate against real tshark and tcpdump, Parquet, -C."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
+needs_tshark = pytest.mark.skipif(not shutil.which("tshark"), reason="tshark is not installed")
+needs_tcpdump = pytest.mark.skipif(not shutil.which("tcpdump"), reason="tcpdump is not installed")
+
+HUNTER = [sys.executable, "-m", "hunter"]
+
+PEERS = """
+import os, socket, sys, time
+with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(
+    socket.AF_INET6, socket.SOCK_DGRAM
+) as udp:
+    udp.bind(("::1", 0))
+    print(os.getpid(), server.getsockname()[1], udp.getsockname()[1], flush=True)
+    peer, _ = server.accept()
+    while data := peer.recv(100):
+        peer.sendall(data)
+        data, sender = udp.recvfrom(100)
+        udp.sendto(data, sender)
+"""
+
+
+@contextlib.contextmanager
+def peers():
+    process = subprocess.Popen([sys.executable, "-c", PEERS], stdout=subprocess.PIPE, text=True)
+    try:
+        yield tuple(map(int, process.stdout.readline().split()))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def talk(tcp, udp, times=10, pause=0.01):
+    with (
+        socket.create_connection(("127.0.0.1", tcp)) as one,
+        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as other,
+    ):
+        other.connect(("::1", udp))
+        time.sleep(0.2)
+        for _ in range(times):
+            one.sendall(b"x" * 50)
+            one.recv(50)
+            other.send(b"y" * 30)
+            other.recv(50)
+            time.sleep(pause)
+        time.sleep(0.4)
+
+
+def hunting(*arguments):
+    """A hunter that has begun; stop() ends it and gives its stderr."""
+    process = subprocess.Popen(
+        [*HUNTER, *map(str, arguments)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    line = process.stderr.readline()
+    while "Ctrl-C ends" not in line:
+        assert line, "the hunter ended at once"
+        line = process.stderr.readline()
+    return process
+
+
+def stop(process):
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    return err
+
+
+def tshark(path, *fields):
+    arguments = [part for field in fields for part in ("-e", field)]
+    done = subprocess.run(
+        ["tshark", "-r", path, "-n", "-T", "fields", "-E", "separator=|", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return [line.split("|") for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def alone(tmp_path):
+    return ["--socket", tmp_path / "none", "--engine", "packet"]
+
+
+@needs_tshark
+def test_tshark_reads_every_packet_and_its_owner_from_pcapng(alone, tmp_path):
+    path = tmp_path / "x.pcapng"
+    with peers() as (pid, tcp, udp):
+        hunter = hunting(*alone, "--save", path, "port", tcp, "or", udp)
+        talk(tcp, udp)
+        shown = int(re.search(r"(\d+) shown", stop(hunter))[1])
+    rows = tshark(
+        path,
+        *("frame.comment", "tcp.srcport", "tcp.dstport", "udp.srcport", "udp.dstport"),
+        *("frame.interface_name", "ip.len", "ipv6.plen", "frame.packet_flags_direction"),
+        *("_ws.malformed", "frame.len", "ip.checksum.status"),
+    )
+    assert len(rows) == shown > 60
+    for comment, *ports, interface, ip4, ip6, way, malformed, length, _ in rows:
+        source, target = (int(port) for port in ports if port)
+        # inbound is 1: the owner is that of the destination
+        own = target if way in ("1", "0x00000001") else source
+        owner = pid if own in (tcp, udp) else os.getpid()
+        assert re.match(rf"packet-hunter: \S+\.{owner} uid=0 .*how=diag", comment), comment
+        assert interface == "lo" and not malformed
+        assert int(length) == (int(ip4) if ip4 else int(ip6) + 40)
+    assert {row[6] for row in rows if row[6]} >= {"102"}  # 20 + 32 + 50
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory):
+    path = tmp_path_factory.mktemp("daemon") / "d.sock"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "daemon", "--engine", "packet", "--socket", path, "--foreground"],
+        stderr=subprocess.DEVNULL,
+    )
+    until = time.monotonic() + 20
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    yield path
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+
+
+@needs_tshark
+@needs_tcpdump
+@pytest.mark.parametrize("interface", ["lo", "any"])
+def test_annotate_names_the_packets_of_a_real_tcpdump(interface, daemon, tmp_path):
+    trace, named = tmp_path / "trace.pcap", tmp_path / "named.pcapng"
+    with peers() as (pid, tcp, udp):
+        dump = subprocess.Popen(
+            ["tcpdump", "-i", interface, "-U", "-w", trace, f"port {tcp} or port {udp}"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert "listening" in dump.stderr.readline() + dump.stderr.readline()
+        talk(tcp, udp)
+        dump.send_signal(signal.SIGINT)
+        dump.communicate(timeout=20)
+    time.sleep(0.3)
+    done = subprocess.run(
+        [*HUNTER, "annotate", trace, "-o", named, "--socket", daemon],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    before = tshark(trace, "frame.time_epoch", "frame.len", "tcp.seq_raw", "tcp.srcport")
+    after = tshark(named, "frame.time_epoch", "frame.len", "tcp.seq_raw", "tcp.srcport")
+    assert [[t[:17], *rest] for t, *rest in after] == [[t[:17], *rest] for t, *rest in before]
+    rows = tshark(named, "frame.comment", "tcp.srcport", "udp.srcport")
+    assert len(rows) > 30
+    for comment, tcp_port, udp_port in rows:
+        mine, theirs = os.getpid(), pid
+        if int(tcp_port or udp_port) in (tcp, udp):
+            mine, theirs = pid, os.getpid()
+        assert re.search(rf"from \S+\.{mine} uid=0 .*to \S+\.{theirs} uid=0", comment), comment
+    assert f".{pid} " in done.stdout and f"{len(rows)} packets" in done.stderr
+
+
+def test_annotate_refuses_what_is_no_capture(daemon, tmp_path):
+    (tmp_path / "x").write_text("no capture at all, but long enough for a header")
+    done = subprocess.run(
+        [*HUNTER, "annotate", tmp_path / "x", "-o", tmp_path / "y", "--socket", daemon],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "neither pcap nor pcapng" in done.stderr and not (tmp_path / "y").exists()
+
+
+def test_parquet_holds_what_json_lines_hold(alone, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    with peers() as (_, tcp, udp):
+        both = [hunting(*alone, "--save", tmp_path / "x.parquet", "port", tcp)]
+        talk(tcp, udp)
+        shown = int(re.search(r"(\d+) shown", stop(both[0]))[1])
+    table = parquet.read_table(tmp_path / "x.parquet")
+    assert table.num_rows == shown > 30
+    again = subprocess.run(
+        [*HUNTER, "-r", tmp_path / "x.parquet", "--json"], capture_output=True, text=True
+    )
+    rows = [json.loads(line) for line in again.stdout.splitlines()]
+    assert len(rows) == shown
+    for ours, theirs in zip(rows, table.to_pylist(), strict=True):
+        moment = theirs.pop("time").strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        assert ours == {"time": moment} | theirs
+
+
+def test_rotation_keeps_whole_files_of_the_size(alone, tmp_path):
+    with peers() as (_, tcp, udp):
+        hunter = hunting(*alone, "--save", tmp_path / "x.csv", "-C", "4k", "-W", "3", "port", tcp)
+        talk(tcp, udp, times=150, pause=0.02)
+        stop(hunter)
+    files = sorted(tmp_path.glob("x*.csv"))
+    assert [file.name for file in files] == ["x0.csv", "x1.csv", "x2.csv"]
+    for file in files:
+        lines = file.read_text().splitlines()
+        assert lines[0].startswith("time,dir,") and len(lines) > 1
+        assert all(line.count(",") == 13 for line in lines)
+
+
+def test_the_summary_counts_packets_bytes_and_far_ends(alone, tmp_path):
+    with peers() as (pid, tcp, udp):
+        path = tmp_path / "x.jsonl"
+        hunter = hunting(*alone, "--save", path, "--summary", "port", tcp, "or", udp)
+        talk(tcp, udp)
+        summary = stop(hunter)
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    mine = [row for row in rows if row["pid"] == pid]
+    size = sum(row["len"] for row in mine)
+    wanted = rf"^ *{pid} +{len(mine)} +{size:,} +2 +\S+"
+    assert re.search(wanted, summary, re.MULTILINE), summary
