@@ -91,7 +91,10 @@ class Account:
             self._last[key] = point
         else:
             first = self._first[key]
-            first.record_seq = min(first.record_seq, point.record_seq - count)
+            if point.record_seq - count < first.record_seq:
+                # It was overtaken by the batch that the account began with.
+                first.packets -= first.record_seq - (point.record_seq - count)
+                first.record_seq = point.record_seq - count
             self._last[key].raise_to(point)
         self._received += count
 

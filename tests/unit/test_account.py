@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The account closes exactly, whatever was lost where."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -94,13 +96,14 @@ def test_an_opened_account_counts_from_there_also_on_a_cpu_that_stays_silent():
     assert account.closes()
 
 
-def test_batches_out_of_order_are_not_lost():
-    account, cpu = Account(), Cpu()
-    first, second, third = cpu.send(3), cpu.send(4), cpu.send(5)
-    for head in (first, third, second):
-        account.add(head)
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_batches_out_of_order_are_not_lost(order):
+    account, cpu = Account(), Cpu(record_seq=50, packets=50)
+    heads = cpu.send(3), cpu.send(4), cpu.send(5)
+    for number in order:
+        account.add(heads[number])
     account.deliver(hows(*[CONTEXT] * 12))
-    assert sum(account.lost.values()) == 0
+    assert (account.packets, account.records, sum(account.lost.values())) == (12, 12, 0)
     assert account.closes()
 
 

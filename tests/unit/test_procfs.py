@@ -127,6 +127,14 @@ def test_a_reused_pid_is_nobody():
     assert procfs.details(os.getpid(), me.start_ns + 60_000_000_000) is None
 
 
+def test_a_pid_that_changes_hands_while_it_is_read_is_nobody(monkeypatch):
+    me = procfs.identity(os.getpid())
+    answers = [me, procfs.Identity(me.tgid, me.start_ticks + 100)]
+    monkeypatch.setattr(procfs, "identity", lambda pid, proc: answers.pop(0))
+    assert procfs.details(os.getpid(), me.start_ns) is None
+    assert not answers
+
+
 def test_command_lines_are_cut_as_configured():
     start = procfs.identity(os.getpid()).start_ns
     full = procfs.details(os.getpid(), start, cmdline="full").cmdline
