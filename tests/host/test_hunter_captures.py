@@ -145,11 +145,21 @@ def test_annotate_names_the_packets_of_a_real_tcpdump(interface, daemon, tmp_pat
     trace, named = tmp_path / "trace.pcap", tmp_path / "named.pcapng"
     with peers() as (pid, tcp, udp):
         dump = subprocess.Popen(
-            ["tcpdump", "-i", interface, "-U", "-w", trace, f"port {tcp} or port {udp}"],
+            [
+                "tcpdump",
+                "--immediate-mode",
+                "-i",
+                interface,
+                "-U",
+                "-w",
+                trace,
+                f"port {tcp} or port {udp}",
+            ],
             stderr=subprocess.PIPE,
             text=True,
         )
-        assert "listening" in dump.stderr.readline() + dump.stderr.readline()
+        while "listening on" not in (line := dump.stderr.readline()):
+            assert line, "tcpdump ended at once"
         talk(tcp, udp)
         dump.send_signal(signal.SIGINT)
         dump.communicate(timeout=20)
