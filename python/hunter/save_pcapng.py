@@ -104,7 +104,9 @@ def rebuilt(record: np.void) -> bytes:
     proto = int(record["proto"])
     if record["family"] == socket.AF_INET:
         total = min(length, 65535)
-        head: bytes = struct.pack("!BBHHHBBH", 0x45, 0, total, 0, 0, 0, proto, 0) + saddr[:4] + daddr[:4]
+        head: bytes = (
+            struct.pack("!BBHHHBBH", 0x45, 0, total, 0, 0, 0, proto, 0) + saddr[:4] + daddr[:4]
+        )
         head = head[:10] + struct.pack("!H", _checksum(head)) + head[12:]
     else:
         head = (

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: MIT
+"""The HTML report: complete, self-contained, and no name in it acts."""
+
+import csv
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from hunter.columns import COLUMNS
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</svg><b>",
+    '" onload="x',
+    "[/red]",
+    "\\x1b[2J",
+    "${title}",
+]
+
+
+def write(path, comms):
+    with open(path, "w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(COLUMNS)
+        for i, comm in enumerate(comms):
+            stamp = f"2026-05-28T20:26:{i % 60:02}.123456Z"
+            row = [stamp, "out", "tcp", "10.0.0.1", 50000, f"10.0.0.{i + 2}", 443, 100 * (i + 1)]
+            rows.writerow([*row, i + 100, comm, "/usr/bin/" + comm, 0, 9, "context"])
+        unnamed = ["2026-05-28T20:26:40.000000Z", "fwd", "udp", "::1", 1, "::2", 2, 50]
+        rows.writerow([*unnamed, "", "", "", "", 9, "forwarded"])
+
+
+def report(source, target):
+    return subprocess.run(
+        [sys.executable, "-m", "hunter", "report", source, "-o", target],
+        capture_output=True,
+        text=True,
+    )
+
+
+class Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_a_report_has_pictures_and_tables_and_loads_nothing(tmp_path):
+    write(tmp_path / "x.csv", ["curl", "nginx"])
+    done = report(tmp_path / "x.csv", tmp_path / "x.html")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "x.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.tags.count("svg") == 2 and page.tags.count("table") == 3
+    assert "rect" in page.tags and "path" in page.tags
+    assert not {"script", "img", "link", "iframe"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name in ("src", "href")]
+    words = " ".join(page.text)
+    assert "curl.100" in words and "nginx.101" in words and "/usr/bin/curl" in words
+    assert "3 packets" in words and "66.7 % of them named" in words and "forwarded" in words
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_name_is_only_text(name, tmp_path):
+    write(tmp_path / "x.csv", [name])
+    assert report(tmp_path / "x.csv", tmp_path / "x.html").returncode == 0
+    page = Page()
+    page.feed((tmp_path / "x.html").read_text())
+    assert "script" not in page.tags and "b" not in page.tags
+    assert "onload" not in dict(page.attributes)
+    assert any(name[:15] in text for text in page.text)
+
+
+def test_an_empty_or_foreign_file_is_a_plain_error(tmp_path):
+    (tmp_path / "a.csv").write_text(",".join(COLUMNS) + "\n")
+    (tmp_path / "b.csv").write_text("something,else\n1,2\n")
+    for name, words in (("a.csv", "holds no packets"), ("b.csv", "no capture of packet-hunter")):
+        done = report(tmp_path / name, tmp_path / "x.html")
+        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+        assert not (tmp_path / "x.html").exists()
