@@ -63,7 +63,12 @@ def _run(command: arguments.Command, stop: Stop) -> None:
 
         stats.run(command.options)
     elif command.name == "top":
-        from hunter import top
+        try:
+            from hunter import top
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] != "textual":
+                raise
+            raise Error("top needs Textual: pip install 'packet-hunter[top]'") from None
 
         top.run(command.options, _tell)
     elif command.name == "annotate":

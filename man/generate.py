@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: MIT
+"""Writes the man pages and shell completions from the parsers that --help comes from.
+
+python man/generate.py [DIRECTORY]     (default: this tree; needs argparse-manpage and shtab)
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import shtab
+from argparse_manpage.manpage import Manpage
+
+from daemon.__main__ import _parser as daemon_parser
+from hunter.arguments import SUBCOMMANDS, live_parser, parser_of
+
+_DATE = "2026-11-01"
+
+
+def _page(parser: argparse.ArgumentParser, section: int, summary: str, rest: str) -> str:
+    parser.man_short_description = summary  # type: ignore[attr-defined]
+    epilog, parser.epilog = parser.epilog or "", None
+    page = Manpage(parser)
+    page.manual = "packet-hunter"
+    page.section = str(section)
+    page.project_name = "packet-hunter"
+    lines = str(page).splitlines()
+    lines[0] = f'.TH {parser.prog.upper()} "{section}" "{_DATE}" "packet-hunter" "packet-hunter"'
+    return "\n".join(lines).rstrip() + "\n" + _verbatim(epilog) + rest
+
+
+def _roff(text: str) -> str:
+    lines = text.replace("\\", "\\e").replace("-", "\\-").splitlines()
+    return "\n".join(f"\\&{line}" if line[:1] in (".", "'") else line for line in lines)
+
+
+def _verbatim(text: str) -> str:
+    """An epilog keeps its lines; each "words:" at the margin becomes a heading."""
+    parts = []
+    for block in text.strip().split("\n\n"):
+        head, _, body = block.partition("\n")
+        if not head.endswith(":") or not body:
+            head, body = "NOTES:", block
+        parts.append(f".SH {head[:-1].split(',')[0].upper()}\n.nf\n{_roff(body)}\n.fi\n")
+    return "".join(parts)
+
+
+def _subcommands() -> str:
+    parts = [".SH SUBCOMMANDS\n"]
+    for name, summary in SUBCOMMANDS.items():
+        help_text = parser_of(name).format_help()
+        parts.append(f".SS {name}: {_roff(summary)}\n.nf\n{_roff(help_text)}\n.fi\n")
+    return "".join(parts)
+
+
+_EXIT = """\
+.SH EXIT STATUS
+0 on success, SIGINT, SIGTERM and when standard output is closed; 1 on failure; 2 on bad usage.
+.SH SEE ALSO
+"""
+
+
+def _completing() -> argparse.ArgumentParser:
+    """The main options and the subcommands in one parser, as a shell sees them.
+
+    The real ones are apart, since a first word that is no subcommand begins a filter.
+    """
+    parser = argparse.ArgumentParser(
+        "packet-hunter", parents=[_without_words("live")], add_help=False
+    )
+    commands = parser.add_subparsers()
+    for name, summary in SUBCOMMANDS.items():
+        commands.add_parser(name, help=summary, parents=[_without_words(name)], add_help=False)
+    return parser
+
+
+def _without_words(name: str) -> argparse.ArgumentParser:
+    parser = parser_of(name)
+    for action in list(parser._actions):
+        if not action.option_strings:
+            parser._remove_action(action)
+            for group in parser._action_groups:
+                if action in group._group_actions:
+                    group._group_actions.remove(action)
+        elif action.dest in ("save", "read", "filter_file", "socket", "output", "config"):
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+    return parser
+
+
+def write(directory: Path) -> list[Path]:
+    """Write every file below `directory` and return their paths."""
+    files = {
+        "man/packet-hunter.1": _page(
+            live_parser(), 1, "which process owns each packet", _subcommands() + _EXIT
+            + ".BR packet\\-hunterd (8),\n.BR tcpdump (1),\n.BR pcap\\-filter (7)\n",
+        ),
+        "man/packet-hunterd.8": _page(
+            daemon_parser(), 8, "name packets, keep history, serve hunters", _EXIT
+            + ".BR packet\\-hunter (1)\n",
+        ),
+    }  # fmt: skip
+    for shell in ("bash", "zsh"):
+        for name, parser in (("packet-hunter", _completing()), ("packet-hunterd", daemon_parser())):
+            path = f"completion/{name}.{shell}"
+            files[path] = shtab.complete(parser, shell)
+    for path, text in files.items():
+        (directory / path).parent.mkdir(parents=True, exist_ok=True)
+        (directory / path).write_text(text)
+    return [directory / path for path in files]
+
+
+if __name__ == "__main__":
+    for written in write(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1]):
+        print(written)
