@@ -134,7 +134,9 @@ def test_man_pages_and_completions_are_those_of_the_parsers(tmp_path, monkeypatc
 def test_bash_completes_subcommands_and_options():
     script = f"""
     source {TREE}/completion/packet-hunter.bash
-    ask() {{ COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _shtab_packet_hunter; echo "${{COMPREPLY[@]}}"; }}
+    ask() {{
+        COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _shtab_packet_hunter; echo "${{COMPREPLY[@]}}"
+    }}
     COMP_WORDS=(packet-hunter who --pr); ask
     COMP_WORDS=(packet-hunter ann); ask
     """
