@@ -177,6 +177,18 @@ def test_alone_it_names_both_ends_and_its_account_closes(server, no_daemon):
     assert account["lost"] == 0
 
 
+@pytest.mark.parametrize("way", ["alone", "daemon"])
+def test_without_a_filter_all_that_was_delivered_is_shown(way, server, daemon, no_daemon, tmp_path):
+    """The last packets of the command too, though the hunter ends with it."""
+    _, port = server
+    path = tmp_path / "x.jsonl"
+    source = no_daemon if way == "alone" else ["--socket", daemon]
+    done = hunt(*source, "--save", path, *talk(port))
+    account = account_of(done.stderr)
+    assert account["shown"] == account["delivered"] == len(path.read_text().splitlines())
+    assert account["shown"] > 20
+
+
 @pytest.mark.parametrize("way", ["daemon", "direct"])
 def test_through_the_daemon_and_directly_it_names_both_ends(way, server, daemon, tmp_path):
     pid, port = server
