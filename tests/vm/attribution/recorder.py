@@ -38,9 +38,9 @@ class Recorder:
         self.engine.__exit__(*exc)
 
     def starve(self) -> None:
-        """Make the module engine's receive buffer as small as the kernel allows."""
+        """Make the module engine's receive buffer hold no more than a few batches."""
         with socket.socket(fileno=os.dup(self.engine._listener.fileno())) as netlink:  # type: ignore[attr-defined]
-            netlink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            netlink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
 
     def read(self, timeout: float) -> None:
         """Take what there is, waiting up to ``timeout`` seconds for the first."""

@@ -23,7 +23,7 @@ PROTOCOLS = {6: "tcp", 17: "udp"}
 FLAGS = {"shared": 1, "inherited": 2, "seeded": 4, "dead": 8, "kernel": 16, "ambiguous": 32,
          "copy": 64}  # fmt: skip
 DIR_IN, DIR_OUT, DIR_FWD = 1, 2, 3
-EXAMPLES = 8
+EXAMPLES = 3
 
 
 @dataclass(slots=True)
@@ -44,6 +44,7 @@ class Score:
     how: Counter[str] = field(default_factory=Counter)
     count_wrong: list[str] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
+    kinds: Counter[str] = field(default_factory=Counter)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -202,7 +203,9 @@ def _judge(
 
 
 def _example(result: Score, what: str, record: np.void, how: str, claims: list[Claim]) -> None:
-    if len(result.examples) < EXAMPLES:
+    kind = f"{what} {how} {int(record['dir'])}"
+    result.kinds[kind] += 1
+    if result.kinds[kind] <= EXAMPLES:
         wanted = ", ".join(
             f"{c.role} pid {c.pid} start {c.start} comm {c.comm} cookies {sorted(c.cookies)}"
             if c.pid

@@ -344,7 +344,7 @@ def tunnel(worker: Worker, wire: Wire, stage: Stage, far: str) -> None:
 def tunnel_daemon(stage: Stage) -> None:
     """A VPN daemon writes packets into tun devices: it runs the stack, but owns none of them."""
     if not os.path.exists("/dev/net/tun"):
-        raise Unable("no /dev/net/tun")
+        run("modprobe", "tun")
     other = stage.namespace()
     daemon = stage.spawn("vpn", tunnel, stage, other.path)
     daemon.hear()
@@ -411,8 +411,8 @@ def vrf(stage: Stage) -> None:
     """A server in a VRF."""
     other = stage.namespace()
     stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
-    run("ip", "-batch", "-",
-        data="link add red type vrf table 10\nlink set red up\nlink set ve0 master red\n")  # fmt: skip
+    text = "link add red type vrf table 10\nlink set red up\nlink set ve0 master red\n"
+    run("ip", "-batch", "-", data=text)
     with playing(stage):
         stage.spawn("server", vrf_server).hear()
         peer = ("10.9.0.1", RIGHT_PORT)
