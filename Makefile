@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: MIT
+# make run: live traffic with owners.  make test: all tests this machine can run.  make help: the rest.
+PYTHON := .venv/bin/python
+PYTEST := $(PYTHON) -m pytest
+ENGINE ?= auto
+REPEAT ?= 1
+
+help:
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
+
+run: ## set up what is missing, show live traffic with owners (ENGINE=module loads the module)
+	@sh tests/run.sh $(ENGINE)
+
+test: tools ## lint, unit, host, virtual machine, attribution; a summary with every skip
+	@sh tests/tiers.sh
+
+tools:
+	@./build.sh --test-tools
+
+lint: tools ## ruff, mypy --strict on nlproto, shellcheck, sparse in the kernel's own root
+	@sh tests/lint.sh
+
+test-unit: tools ## what needs no root
+	$(PYTEST) tests/unit
+test-host: tools ## real sockets and processes, no module
+	$(PYTEST) tests/host
+test-vm: tools ## the module on PACKET_HUNTER_KERNEL (default: Debian's 6.1, in QEMU)
+	$(PYTEST) tests/vm --ignore tests/vm/test_attribution.py
+test-attribution: tools ## the ground-truth suite, REPEAT=10 for ten rounds
+	@for round in $$(seq $(REPEAT)); do $(PYTEST) tests/vm/test_attribution.py || exit 1; done
+test-matrix: tools ## test-vm on every kernel: 5.10 6.1 6.12 (two) 7.2 7.3
+	@sh tests/matrix.sh
+test-vagrant: tools ## the commands of the README in a Vagrant machine (root)
+	@sh tests/vagrant/run.sh
+test-packages: tools ## Debian packages and DKMS in a Debian system of their own (root)
+	$(PYTEST) tests/packages
+
+clean: ## remove what was built
+	@./build.sh clean
+
+.PHONY: help run test tools lint test-unit test-host test-vm test-attribution test-matrix test-vagrant test-packages clean

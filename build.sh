@@ -1,0 +1,118 @@
+#!/bin/sh
+# SPDX-License-Identifier: MIT
+# Sets up what packet-hunter needs: system packages, .venv, the Python extension, kmod/sniffer.ko.
+#
+#   ./build.sh                everything; fails when the module cannot be built
+#   ./build.sh --no-module    without the kernel module (engine `packet` needs none)
+#   ./build.sh --test-tools   what the tests need too; the module is built if it can be
+#   ./build.sh clean          removes what was built
+set -eu
+cd "$(dirname "$0")"
+
+say() { printf 'build: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+module=required
+tools=no
+case "${1-}" in
+'') ;;
+--no-module) module=no ;;
+--test-tools) module=wanted tools=yes ;;
+clean)
+	[ ! -e kmod/Makefile ] || make -s -C kmod clean
+	rm -rf build dist python/*.egg-info python/nlproto/_*.so python/nlproto/_wire.c python/nlproto/_host.c
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	exit 0
+	;;
+*)
+	say "unknown word '$1'; ./build.sh [--no-module | --test-tools | clean]"
+	exit 2
+	;;
+esac
+
+# --- system packages
+missing=
+want() { # COMMAND PACKAGE
+	command -v "$1" >/dev/null 2>&1 || missing="$missing $2"
+}
+PATH=$PATH:/usr/sbin:/sbin
+want python3 python3
+want gcc gcc
+want make make
+if command -v python3 >/dev/null 2>&1; then
+	python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
+	header=$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')
+	[ -e "$header/Python.h" ] || missing="$missing python3-dev"
+else
+	missing="$missing python3-venv python3-dev"
+fi
+[ -e /usr/include/linux/types.h ] || missing="$missing libc6-dev"
+if [ "$module" != no ] && [ ! -e "/lib/modules/$(uname -r)/build" ]; then
+	# An own kernel has no package: then there is nothing to install.
+	if apt-cache show "linux-headers-$(uname -r)" >/dev/null 2>&1; then
+		missing="$missing linux-headers-$(uname -r)"
+	fi
+fi
+if [ "$tools" = yes ]; then
+	want git git
+	want ip iproute2
+	want nft nftables
+	want iptables iptables
+	want ping iputils-ping
+	want shellcheck shellcheck
+	want tcpdump tcpdump
+	want tshark tshark
+	want ps procps
+	want insmod kmod
+	# in a virtual machine the module is tested on that machine's own kernel
+	if [ "${PACKET_HUNTER_KERNEL-}" != own ]; then
+		want mmdebstrap mmdebstrap
+		want qemu-system-x86_64 qemu-system-x86
+		want udevadm udev
+		want busybox busybox-static
+	fi
+fi
+if [ -n "$missing" ]; then
+	command -v apt-get >/dev/null 2>&1 || die "needs$missing; install them with this system's package manager"
+	# shellcheck disable=SC2086 # words are wanted
+	set -- apt-get install -y -q --no-install-recommends $missing
+	[ "$(id -u)" = 0 ] || die "some packages are missing; run: sudo $*"
+	say "installing$missing"
+	export DEBIAN_FRONTEND=noninteractive
+	apt-get update -q >/dev/null 2>&1 || true
+	"$@" >/dev/null || { say "the mirror failed; once more"; apt-get update -q && "$@" >/dev/null; } ||
+		die "could not install$missing; see apt-get's words above"
+fi
+python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+	die "needs Python 3.11 or newer (Debian 12, Ubuntu 24.04), this is $(python3 -V)"
+
+# --- Python, in a virtual environment of its own
+[ -x .venv/bin/python ] || { say "making .venv"; python3 -m venv .venv; }
+extra=all
+[ "$tools" = no ] || extra=dev
+stamp=.venv/built-$extra
+if [ ! -e "$stamp" ] || [ -n "$(find pyproject.toml setup.py shared_proto.h VERSION python/build_*.py -newer "$stamp")" ] ||
+	! .venv/bin/python -c 'import nlproto.wire' 2>/dev/null; then
+	say "installing Python packages into .venv (a minute or two the first time)"
+	.venv/bin/pip install -q --disable-pip-version-check -e ".[$extra]" ||
+		{ say "pip failed; once more"; .venv/bin/pip install -q --disable-pip-version-check -e ".[$extra]"; } ||
+		die "pip could not install; see its words above"
+	touch "$stamp"
+fi
+
+# --- the module
+[ "$module" = no ] && exit 0
+if [ ! -e "/lib/modules/$(uname -r)/build" ]; then
+	reason="no headers for the running kernel $(uname -r): install its linux-headers package"
+	[ "$module" = wanted ] || die "kmod/sniffer.ko not built: $reason; or ./build.sh --no-module for engine packet"
+	say "kmod/sniffer.ko not built: $reason (going on without)"
+	exit 0
+fi
+if make -s -C kmod; then
+	say "built kmod/sniffer.ko for $(uname -r)"
+elif [ "$module" = required ]; then
+	die "kmod/sniffer.ko not built: see the compiler's words above; or ./build.sh --no-module for engine packet"
+else
+	say "kmod/sniffer.ko not built: see the compiler's words above (going on without)"
+fi

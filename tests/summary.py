@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: MIT
+"""The end of `make test`: summary.py LINT DIRECTORY reads the tiers' JUnit files.
+
+Every skip is printed with its reason, and every tier that `make test` leaves out is named.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+TIERS = ("unit", "host", "vm", "attribution")
+NOT_RUN = ("test-matrix", "test-vagrant", "test-packages")
+
+
+def main() -> int:
+    """Prints the summary; 1 when a test failed or a tier left no result."""
+    lint, directory = sys.argv[1], Path(sys.argv[2])
+    passed, failed, skipped = (1, 0, 0) if lint == "passed" else (0, 1, 0)
+    print(f"\n=== summary\n{'lint':12} {lint}")
+    for tier in TIERS:
+        path = directory / f"{tier}.xml"
+        if not path.exists():
+            print(f"{tier:12} left no result")
+            failed += 1
+            continue
+        cases = list(ElementTree.parse(path).iter("testcase"))
+        skips = [case for case in cases if case.find("skipped") is not None]
+        bad = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
+        good = len(cases) - len(skips) - len(bad)
+        if not cases:
+            bad = [ElementTree.Element("testcase", name="no test was collected")]
+        print(f"{tier:12} {good} passed, {len(bad)} failed, {len(skips)} skipped")
+        for case in bad:
+            print(f"  FAILED  {case.get('classname', '')}::{case.get('name')}")
+        for case in skips:
+            mark = case.find("skipped")
+            reason = mark.get("message", "") if mark is not None else ""
+            print(f"  skipped {case.get('name')}: {reason}")
+        passed, failed, skipped = passed + good, failed + len(bad), skipped + len(skips)
+    print(f"not run: {', '.join(f'make {name}' for name in NOT_RUN)}")
+    print(f"{passed} passed, {failed} failed, {skipped} skipped")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
