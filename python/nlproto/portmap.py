@@ -6,11 +6,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from nlproto.flows import address_bytes
 from nlproto.processes import Key
 from nlproto.wire import address_text, text
 
@@ -22,18 +21,14 @@ Endpoint = tuple[int, int, int, bytes, int]
 K = TypeVar("K")
 V = TypeVar("V")
 
+_LEARNT = "hash netns proto family lport tgid start_ns uid comm cookie last_ns".split()
 _SETTLED_NS = 1_000_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Owner:
-    """One process at one local end."""
+class Owner(NamedTuple):
+    """One process at one local end. (A tuple: they are made for every new flow.)"""
 
-    netns: int
-    proto: int
-    family: int
-    address: str
-    port: int
+    endpoint: Endpoint
     tgid: int
     start_ns: int
     uid: int
@@ -43,6 +38,26 @@ class Owner:
     """Found in the kernel's tables as a listener or a bound UDP socket, not by its packets."""
     seen_ns: int
     """CLOCK_MONOTONIC when a packet or the kernel's tables last showed it."""
+
+    @property
+    def key(self) -> Key:
+        return self.tgid, self.start_ns
+
+    @property
+    def netns(self) -> int:
+        return self.endpoint[0]
+
+    @property
+    def proto(self) -> int:
+        return self.endpoint[1]
+
+    @property
+    def address(self) -> str:
+        return address_text(self.endpoint[2], self.endpoint[3])
+
+    @property
+    def port(self) -> int:
+        return self.endpoint[4]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,25 +107,15 @@ class PortMap:
         ]
         if not new:
             return
+        chosen = useful[new]
+        raw = np.ascontiguousarray(chosen["laddr"]).tobytes()
+        columns = [chosen[name].tolist() for name in _LEARNT]
         with self._lock:
-            for flow in useful[new]:
-                settled[int(flow["hash"])] = int(flow["last_ns"])
-                endpoint = (
-                    int(flow["netns"]),
-                    int(flow["proto"]),
-                    int(flow["family"]),
-                    address_bytes(flow["laddr"]),
-                    int(flow["lport"]),
-                )
-                self._put(
-                    endpoint,
-                    (int(flow["tgid"]), int(flow["start_ns"])),
-                    int(flow["uid"]),
-                    text(bytes(flow["comm"])),
-                    int(flow["cookie"]),
-                    False,
-                    int(flow["last_ns"]),
-                )
+            for at, row in enumerate(zip(*columns, strict=True)):
+                number, netns, proto, family, port, tgid, start_ns, uid, comm, cookie, last = row
+                settled[number] = last
+                endpoint = (netns, proto, family, raw[16 * at : 16 * at + 16], port)
+                self._put(endpoint, (tgid, start_ns), uid, text(comm), cookie, False, last)
             self._shrink()
 
     def replace_bound(self, sockets: Iterable[BoundSocket], now_ns: int) -> None:
@@ -180,7 +185,7 @@ class PortMap:
         """Owners of exactly this local end, last seen first; else those of the wildcard."""
         netns, proto, family, address, port = endpoint
         owners = [o for o in self.who(port, proto, (family, address)) if o.netns == netns]
-        exact = [o for o in owners if o.address == address_text(family, address)]
+        exact = [o for o in owners if o.endpoint[2:4] == (family, address)]
         return exact or owners
 
     def with_cookie(self, cookie: int) -> list[Owner]:
@@ -212,31 +217,21 @@ class PortMap:
         name = (endpoint, key)
         known = self._owners.get(name)
         if known is not None:
-            listening = listening or known.listening
+            # a connection accepted on the listener's own address does not take its place
+            if known.listening and not listening:
+                listening, cookie = True, known.cookie or cookie
             seen_ns = max(seen_ns, known.seen_ns)
-            cookie = cookie if cookie and not known.listening else known.cookie or cookie
-        netns, proto, family, address, port = endpoint
-        owner = Owner(
-            netns,
-            proto,
-            family,
-            address_text(family, address) if known is None else known.address,
-            port,
-            key[0],
-            key[1],
-            uid,
-            comm or (known.comm if known is not None else ""),
-            cookie,
-            listening,
-            seen_ns,
-        )
+            cookie = cookie or known.cookie
+            comm = comm or known.comm
+        owner = Owner(endpoint, *key, uid, comm, cookie, listening, seen_ns)
         if known is not None and known.cookie != cookie:
             _discard(self._cookies, known.cookie, name)
         if cookie:
             self._cookies.setdefault(cookie, set()).add(name)
         self._owners[name] = owner
-        self._ports.setdefault(port, {})[name] = owner
-        self._processes.setdefault(key, set()).add(name)
+        self._ports.setdefault(endpoint[4], {})[name] = owner
+        if known is None:
+            self._processes.setdefault(key, set()).add(name)
 
     def _drop(self, name: tuple[Endpoint, Key]) -> None:
         owner = self._owners.pop(name)
