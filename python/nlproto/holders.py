@@ -35,6 +35,7 @@ class Holders:
         self._known: set[int] = set()
         self._talkers: dict[int, None] = {}
         self._missing: dict[int, int] = {}
+        self._settled: dict[int, int] = {}
         self._budget = Budget(_WALK_SHARE, _WALK_SAVED_NS, now_ns)
         self.complete = True
         """Whether every process could be asked at the last walk (else it needs root)."""
@@ -55,6 +56,12 @@ class Holders:
                 for inode, fd in held.items():
                     by_inode.setdefault(inode, {})[pid] = fd
             self._by_inode = by_inode
+            self._settled = {
+                inode: pid
+                for inode, held in by_inode.items()
+                if (pid := next(iter(held)) if len(held) == 1 else self._settled.get(inode, 0))
+                in held
+            }
             self._known = set(alive)
             self._talkers = {pid: None for held in by_inode.values() for pid in held}
             self._missing.clear()
@@ -65,7 +72,11 @@ class Holders:
         return self._budget.allows()
 
     def find(self, inode: int) -> tuple[Owner, ...]:
-        """Return the living holders of a socket, youngest first; empty when none is found."""
+        """Return the living holders of a socket, its likely user first; empty when none is found.
+
+        That is who once held it alone, for as long as it does: children get descriptors by fork
+        that they never use. Else the youngest, which was probably given it to use it.
+        """
         if not inode:
             return ()
         self.exhaustive = False
@@ -79,7 +90,17 @@ class Holders:
         owners = [found for pid in held if (found := procfs.owner(pid, self._proc)) is not None]
         for found in owners:
             self._talkers[found.identity.tgid] = None
-        owners.sort(key=lambda one: (one.identity.start_ticks, one.identity.tgid), reverse=True)
+        if len(owners) == 1:
+            self._settled[inode] = owners[0].identity.tgid
+        user = self._settled.get(inode)
+        owners.sort(
+            key=lambda one: (
+                one.identity.tgid == user,
+                one.identity.start_ticks,
+                one.identity.tgid,
+            ),
+            reverse=True,
+        )
         return tuple(owners)
 
     def _checked(self, inode: int) -> dict[int, int]:

@@ -23,9 +23,13 @@ from .wire import lib
 __all__ = ["PacketNames"]
 
 TTL_NS = 200_000_000
-"""How long an owner is believed before socket and holder are looked at again."""
+"""How long an owner is believed at most before socket and holder are looked at again."""
+_SOON_NS = 20_000_000  # and as early as this while there is time for it
+_SOON_SHARE, _SOON_SAVED_NS = 4, 100_000_000
 _TABLE_SHARE, _TABLE_SAVED_NS = 4, 500_000_000  # of the time, for reading /proc/net
-_LINGER_NS = 1_000_000_000
+# A port can be another process's as soon as a UDP socket is closed; TCP begins with a SYN.
+_LINGER_NS = {socket.IPPROTO_UDP: 50_000_000, socket.IPPROTO_TCP: 1_000_000_000}
+_FORGET_NS = 10_000_000_000
 _FLOW_LIMIT = 262144
 _SYN, _RST, _ACK = 2, 4, 16
 _NOT_ACCEPTED = {TcpState.ESTABLISHED, TcpState.SYN_RECV, TcpState.CLOSE_WAIT}
@@ -92,6 +96,7 @@ class PacketNames:
         self._net = net
         self._flows: dict[bytes, _Flow] = {}
         self._ends: dict[tuple[int, int, bytes], _Flow] = {}
+        self._soon = Budget(_SOON_SHARE, _SOON_SAVED_NS, now_ns)
         self._table: dict[Tuple, np.void] = {}
         self._table_budget = Budget(_TABLE_SHARE, _TABLE_SAVED_NS, now_ns)
         self._bound: dict[int, tuple[int, np.ndarray]] = {}
@@ -128,7 +133,8 @@ class PacketNames:
                 records["how"][rows] = lib.SNIFFER_HOW_FORWARDED
                 continue
             flags = records["tcp_flags"][rows]
-            flow = self._flow(key, one, out, bool(np.any(flags & (_SYN | _ACK) == _SYN)))
+            fresh = bool(np.any(flags & (_SYN | _ACK) == _SYN))
+            flow = self._flow(key, one, out, fresh, int(records["time_ns"][rows[0]]))
             if forwarded and not flow.cookie and not flow.inode:
                 keep[rows] = False
                 continue
@@ -152,22 +158,25 @@ class PacketNames:
             records["uid"][rows] = flow.owner.uid
             records["comm"][rows] = flow.owner.comm[:_COMM]
 
-    def _flow(self, key: bytes, one: Tuple, out: bool, fresh: bool) -> _Flow:
+    def _flow(self, key: bytes, one: Tuple, out: bool, fresh: bool, sent_ns: int) -> _Flow:
         now = self._now_ns()
         known = self._flows.get(key)
-        if known is not None and not fresh and known.settled and now - known.checked_ns < TTL_NS:
-            return known
-        found = self._ask(one, out, now)
+        if known is not None and not fresh and known.settled:
+            age = now - known.checked_ns
+            if age < _SOON_NS or (age < TTL_NS and not self._soon.allows()):
+                return known
+        with self._soon.spend():
+            found = self._ask(one, out, now)
         if found.owner is None and known is not None and not fresh:
             if not found.cookie and known.how == lib.SNIFFER_HOW_SOCKET_GONE:
                 found.how = known.how  # it sent something, so there was one
-            found = self._linger(known, found, now)
+            found = self._linger(known, found, one.proto, now, sent_ns)
         end = (one.proto, one.lport, one.local)
         if one.proto == socket.IPPROTO_UDP:
             before = self._ends.get(end)
             if found.owner is None and before is not None:
                 # A client that asked several servers and is gone before the last is looked up.
-                found = self._linger(before, found, now)
+                found = self._linger(before, found, one.proto, now, sent_ns)
             elif found.owner is not None:
                 self._ends[end] = found
         if len(self._flows) > _FLOW_LIMIT:
@@ -175,14 +184,14 @@ class PacketNames:
         self._flows[key] = found
         return found
 
-    def _linger(self, known: _Flow, found: _Flow, now: int) -> _Flow:
+    def _linger(self, known: _Flow, found: _Flow, proto: int, now: int, sent_ns: int) -> _Flow:
         """The last owner for packets that were under way when the socket went.
 
-        Without a socket for a second at most; for as long as the kernel still keeps a closed
-        connection (cookie the same), whatever it sends is its last owner's.
+        Without a socket those tapped shortly after it was last seen; for as long as the kernel
+        still keeps a closed connection (cookie the same), whatever it sends is its last owner's.
         """
         same = known.cookie != 0 and known.cookie == found.cookie
-        if known.owner is None or not (same or now - known.checked_ns < _LINGER_NS):
+        if known.owner is None or not (same or sent_ns - known.checked_ns < _LINGER_NS[proto]):
             return found
         if found.cookie and not same:
             return found
@@ -193,7 +202,7 @@ class PacketNames:
         return known
 
     def _forget(self, now: int) -> None:
-        limit = now - 10 * _LINGER_NS
+        limit = now - _FORGET_NS
         self._flows = {key: flow for key, flow in self._flows.items() if flow.checked_ns > limit}
         self._ends = {key: flow for key, flow in self._ends.items() if flow.checked_ns > limit}
         if len(self._flows) > _FLOW_LIMIT:

@@ -81,12 +81,25 @@ def test_a_process_born_after_the_walk_is_found(spawned):
     assert [one.identity.tgid for one in holders.find(number)] == [child.pid]
 
 
-def test_all_holders_of_a_shared_socket_are_told_youngest_first(sock, spawned):
+def test_who_never_held_a_socket_alone_comes_youngest_first(sock, spawned):
     sock.set_inheritable(True)
     child = spawned("import sys; sys.stdin.read()", close_fds=False)
     holders = Holders()
     holders.walk()
     assert [one.identity.tgid for one in holders.find(inode(sock))] == [child.pid, os.getpid()]
+
+
+@pytest.mark.parametrize("seen_by", ["find", "walk"])
+def test_who_held_a_socket_alone_stays_its_user_until_it_lets_go(sock, spawned, seen_by):
+    holders = Holders()
+    holders.find(inode(sock)) if seen_by == "find" else holders.walk()
+    sock.set_inheritable(True)
+    child = spawned("import sys; sys.stdin.read()", close_fds=False)
+    holders.walk()
+    number = inode(sock)
+    assert [one.identity.tgid for one in holders.find(number)] == [os.getpid(), child.pid]
+    sock.close()
+    assert [one.identity.tgid for one in holders.find(number)] == [child.pid]
 
 
 def test_a_holder_that_closed_or_died_is_no_holder_any_more(sock, spawned):
