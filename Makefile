@@ -4,6 +4,10 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 ENGINE ?= auto
 REPEAT ?= 1
+# In a virtual machine that is there for the tests, `make` alone means them.
+ifeq ($(PACKET_HUNTER_KERNEL),own)
+.DEFAULT_GOAL := test
+endif
 
 help:
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
@@ -31,7 +35,7 @@ test-attribution: tools ## the ground-truth suite, REPEAT=10 for ten rounds
 test-matrix: tools ## test-vm on every kernel: 5.10 6.1 6.12 (two) 7.2 7.3
 	@sh tests/matrix.sh
 test-vagrant: tools ## the commands of the README in a Vagrant machine (root)
-	@sh tests/vagrant/run.sh
+	@tests/vagrant/run.sh
 test-packages: tools ## Debian packages and DKMS in a Debian system of their own (root)
 	$(PYTEST) tests/packages
 

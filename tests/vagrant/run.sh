@@ -45,9 +45,14 @@ if [ ! -d "$wheels" ]; then
 	scratch=$(mktemp -d "$cache/download.XXXXXX")
 	trap 'rm -rf "$scratch"' EXIT
 	python3 -m venv "$scratch/venv"
-	"$scratch/venv/bin/pip" download --quiet --dest "$scratch/wheels" --only-binary=:all: \
-		--python-version 3.11 --platform manylinux_2_17_x86_64 --platform manylinux_2_28_x86_64 \
-		--platform manylinux_2_34_x86_64 -r /dev/stdin <<<"$requirements"
+	pip=$scratch/venv/bin/pip
+	# What exists as source only becomes a wheel here; what is not for every Python is fetched anew.
+	"$pip" wheel --quiet --no-deps --wheel-dir "$scratch/wheels" -r /dev/stdin <<<"$requirements"
+	find "$scratch/wheels" -name '*.whl' -not -name '*-none-any.whl' -delete
+	"$pip" download --quiet --dest "$scratch/wheels" --find-links "$scratch/wheels" \
+		--only-binary=:all: --python-version 3.11 --platform manylinux_2_17_x86_64 \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_34_x86_64 \
+		-r /dev/stdin <<<"$requirements"
 	mv "$scratch/wheels" "$wheels"
 	echo "test-vagrant: downloaded the wheels in $((SECONDS - started)) s"
 fi
