@@ -5,9 +5,14 @@ import socket
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from nlproto import wire
 from nlproto.flows import pack_address
+
+# A busy machine is no failure.
+settings.register_profile("project", deadline=None)
+settings.load_profile("project")
 
 
 def make_records(*rows: dict) -> np.ndarray:
