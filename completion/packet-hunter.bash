@@ -5,13 +5,14 @@
 #    source ~/.local/share/bash_completion/packet-hunter
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_packet_hunter_subparsers=(top who stats annotate report)
+_shtab_packet_hunter_subparsers=(top who stats annotate report doctor)
 
 _shtab_packet_hunter_top_option_strings=(-h --help -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container -n --numbers -u --units --interval --socket --direct --engine -r --read)
 _shtab_packet_hunter_who_option_strings=(-h --help --port --proto --host --pid --pname --since --limit --json --socket)
 _shtab_packet_hunter_stats_option_strings=(-h --help --json --socket)
 _shtab_packet_hunter_annotate_option_strings=(-h --help -o --output --socket)
 _shtab_packet_hunter_report_option_strings=(-h --help -o --output)
+_shtab_packet_hunter_doctor_option_strings=(-h --help --socket)
 _shtab_packet_hunter_option_strings=(-h --help -V --version -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container -c --count --duration -n --numbers -q --quiet -v --verbose -t --json --summary --save -w --format --print -C --rotate -W --keep --socket --direct --engine -r --read)
 
 _shtab_packet_hunter_top__F_COMPGEN=_shtab_compgen_files
@@ -26,6 +27,7 @@ _shtab_packet_hunter_annotate___output_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_annotate___socket_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_report__o_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_report___output_COMPGEN=_shtab_compgen_files
+_shtab_packet_hunter_doctor___socket_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter__F_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter___filter_file_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter___save_COMPGEN=_shtab_compgen_files
@@ -40,7 +42,7 @@ _shtab_packet_hunter_top__u_choices=(bin-bytes bin-bits si-bytes si-bits)
 _shtab_packet_hunter_top___units_choices=(bin-bytes bin-bits si-bytes si-bits)
 _shtab_packet_hunter_top___engine_choices=(auto module packet)
 _shtab_packet_hunter_who___proto_choices=(tcp udp)
-_shtab_packet_hunter_pos_0_choices=(top who stats annotate report)
+_shtab_packet_hunter_pos_0_choices=(top who stats annotate report doctor)
 _shtab_packet_hunter__Q_choices=(in out inout)
 _shtab_packet_hunter___direction_choices=(in out inout)
 _shtab_packet_hunter___format_choices=(csv jsonl parquet pcapng)
@@ -61,6 +63,8 @@ _shtab_packet_hunter_annotate__h_nargs=0
 _shtab_packet_hunter_annotate___help_nargs=0
 _shtab_packet_hunter_report__h_nargs=0
 _shtab_packet_hunter_report___help_nargs=0
+_shtab_packet_hunter_doctor__h_nargs=0
+_shtab_packet_hunter_doctor___help_nargs=0
 _shtab_packet_hunter_pos_0_nargs=A...
 _shtab_packet_hunter__h_nargs=0
 _shtab_packet_hunter___help_nargs=0

@@ -11,6 +11,7 @@
 _shtab_packet_hunter_commands() {
   local _commands=(
     annotate:'write the owners into a capture of tcpdump or Wireshark'
+    doctor:'what works on this machine, and what to do about the rest'
     report:'make a page of a saved capture'
     stats:'what the daemon has seen, and how well it names'
     top:'processes by rate, live'
@@ -60,6 +61,14 @@ _shtab_packet_hunter_annotate_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_packet_hunter_annotate_defaults_added=0
+
+_shtab_packet_hunter_doctor_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock)]:PATH:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_packet_hunter_doctor_defaults_added=0
 
 _shtab_packet_hunter_report_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -136,6 +145,7 @@ _shtab_packet_hunter() {
       curcontext="${curcontext%:*:*}:_shtab_packet_hunter-$line[1]:"
       case $line[1] in
         annotate) _arguments -C -s $_shtab_packet_hunter_annotate_options ;;
+        doctor) _arguments -C -s $_shtab_packet_hunter_doctor_options ;;
         report) _arguments -C -s $_shtab_packet_hunter_report_options ;;
         stats) _arguments -C -s $_shtab_packet_hunter_stats_options ;;
         top) _arguments -C -s $_shtab_packet_hunter_top_options ;;

@@ -59,6 +59,7 @@ from collections.abc import Sequence  # noqa: E402
 from daemon.config import Config, load  # noqa: E402
 from daemon.service import Service  # noqa: E402
 from nlproto.errors import Error, UsageError  # noqa: E402
+from nlproto.foreign import foreign_packages  # noqa: E402
 
 DEFAULT_CONFIG = "/etc/packet-hunter/daemon.yaml"
 
@@ -85,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    for line in foreign_packages():
+        print(f"packet-hunterd: {line}", file=sys.stderr)
 
     def configuration() -> Config:
         path = options.config or (DEFAULT_CONFIG if os.path.exists(DEFAULT_CONFIG) else None)

@@ -38,6 +38,7 @@ from hunter.signals import Stop  # noqa: E402
 from hunter.text import plain  # noqa: E402
 from nlproto import Error, UsageError  # noqa: E402
 from nlproto.filter import FilterError  # noqa: E402
+from nlproto.foreign import foreign_packages  # noqa: E402
 
 
 def _tell(line: str) -> None:
@@ -71,6 +72,10 @@ def _run(command: arguments.Command, stop: Stop) -> None:
             raise Error("top needs Textual: pip install 'packet-hunter[top]'") from None
 
         top.run(command.options, _tell)
+    elif command.name == "doctor":
+        from hunter import doctor
+
+        doctor.run(command.options)
     elif command.name == "annotate":
         from hunter import annotate
 
@@ -83,6 +88,8 @@ def _run(command: arguments.Command, stop: Stop) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: sys.argv); return 0, 1 (failure) or 2 (usage)."""
+    for line in foreign_packages():
+        _tell(line)
     try:
         with Stop() as stop:
             _run(arguments.parse(sys.argv[1:] if argv is None else argv), stop)

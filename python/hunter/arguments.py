@@ -24,6 +24,7 @@ SUBCOMMANDS = {
     "stats": "what the daemon has seen, and how well it names",
     "annotate": "write the owners into a capture of tcpdump or Wireshark",
     "report": "make a page of a saved capture",
+    "doctor": "what works on this machine, and what to do about the rest",
 }
 
 _FILTER_HELP = """\
@@ -40,7 +41,7 @@ examples:
   packet-hunter --save capture.csv --duration 60
   packet-hunter --json -c 100 how unnamed | jq .
   packet-hunter -- curl https://example.org/        only while curl runs
-  packet-hunter who --port 8080                     first words: top who stats annotate report
+  packet-hunter who --port 8080                     first words: top who stats annotate report doctor
 """
 
 
@@ -270,6 +271,16 @@ def _report_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _doctor_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "doctor",
+        "What works here: packages, module, probes, daemon. Exits 1 if something is wrong.",
+        "example:\n  sudo packet-hunter doctor\n",
+    )
+    _add_socket(parser)
+    return parser
+
+
 def parser_of(name: str) -> argparse.ArgumentParser:
     """Return the parser of "live" or of a subcommand."""
     return {
@@ -279,6 +290,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
         "stats": _stats_parser,
         "annotate": _annotate_parser,
         "report": _report_parser,
+        "doctor": _doctor_parser,
     }[name]()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vmtest.kernels import Unavailable, cache_directory, proxy_options
 
-__all__ = ["NEXT_KERNEL", "Completed", "Root", "base_root"]
+__all__ = ["UPGRADE", "Completed", "Root", "base_root"]
 
 Completed = subprocess.CompletedProcess[str]
 
@@ -40,10 +40,13 @@ INITRAMFS_MODULES = (
     ' && chroot "$1" update-initramfs -u -k all'
 )
 DOWNLOAD_NEXT = (
-    f'chroot "$1" apt-get install --yes --download-only {NEXT_HEADERS}'
-    f' && mkdir -p "$1"{NEXT_KERNEL}'
-    f' && cp "$1"/var/cache/apt/archives/linux-*.deb "$1"{NEXT_KERNEL}/'
+    f'mkdir -p "$1"{NEXT_KERNEL}/partial && chroot "$1" apt-get install --yes --download-only'
+    f" -o Dir::Cache::archives={NEXT_KERNEL} {NEXT_HEADERS}"
 )
+UPGRADE = (
+    f"apt-get install --yes --no-download -o Dir::Cache::archives={NEXT_KERNEL} {NEXT_HEADERS}"
+)
+"""Installs that kernel's headers, and the kernel."""
 
 
 def base_root() -> Path:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from roots import NEXT_KERNEL, Root
+from roots import UPGRADE, Root
 from vmtest.build import copy_sources
 
 ROOT = Path(__file__).parent.parent.parent
@@ -37,7 +37,7 @@ def test_dkms_adds_builds_installs_survives_a_kernel_upgrade_and_removes(
     assert module_of(machine, first) == (version, first)
 
     # dpkg calls DKMS for headers that arrive; the module must be there before the first boot.
-    machine.run(f"dpkg -i {NEXT_KERNEL}/*.deb")
+    machine.run(UPGRADE)
     second = only(kernels(machine) - {first})
     assert f"{name}, {second}, x86_64: installed" in machine.run("dkms status").stdout
     assert module_of(machine, second) == (version, second)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: MIT
+"""hunter doctor: what works on this machine, what does not, and what to do about it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hunter.text import plain
+from nlproto import Error
+from nlproto.client import DaemonClient
+from nlproto.errors import NoPrivilege
+from nlproto.foreign import foreign_packages
+from nlproto.netlink import Sniffer
+from nlproto.wire import lib
+
+__all__ = ["Finding", "examine", "run"]
+
+MODULE = Path("/sys/module/sniffer")
+PROBES = tuple(sorted(name for name in dir(lib) if name.startswith("SNIFFER_PROBE_")))
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """`state` is ok, note (works, but less well) or bad; `text` says what to do next."""
+
+    state: str
+    subject: str
+    text: str
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print one line a subject. Raises Error when something is bad."""
+    findings = list(examine(options.socket))
+    for finding in findings:
+        print(f"{finding.state:4}  {finding.subject:8}  {plain(finding.text)}")
+    bad = [finding.subject for finding in findings if finding.state == "bad"]
+    if bad:
+        raise Error(f"something is wrong with: {', '.join(bad)}")
+
+
+def examine(socket: str, module: Path = MODULE) -> Iterator[Finding]:
+    """Look at each part in turn."""
+    checks: tuple[Callable[[], Finding], ...] = (
+        _python,
+        lambda: _module(module),
+        lambda: _probes(module),
+        lambda: _daemon(socket),
+    )
+    for check in checks:
+        yield check()
+
+
+def _python() -> Finding:
+    foreign = foreign_packages()
+    if foreign:
+        return Finding("bad", "packages", "; ".join(foreign))
+    return Finding("ok", "packages", f"Python {platform.python_version()}, no foreign package")
+
+
+def _module(module: Path) -> Finding:
+    if not module.exists():
+        return Finding(
+            "note",
+            "module",
+            "not loaded, short-lived sockets stay unnamed: sudo modprobe sniffer (packages),"
+            " or sudo insmod kmod/sniffer.ko (source)",
+        )
+    version = module / "version"
+    text = f"loaded, version {version.read_text().strip() if version.exists() else 'unknown'}"
+    return Finding("ok", "module", text)
+
+
+def _probes(module: Path) -> Finding:
+    if not module.exists():
+        return Finding("note", "probes", "belong to the module, which is not loaded")
+    try:
+        with Sniffer() as sniffer:
+            info = sniffer.info()
+    except NoPrivilege:
+        return Finding("note", "probes", "only root can see which fire: sudo packet-hunter doctor")
+    except Error as error:
+        return Finding("bad", "probes", str(error))
+    registered, firing = int(info["probes_registered"]), int(info["probes_firing"])
+    if not info["canary"]:
+        return Finding(
+            "bad",
+            "probes",
+            "kprobes do not fire: sysctl kernel.ftrace_enabled=1, and 1 into"
+            " /sys/kernel/debug/kprobes/enabled",
+        )
+    missing = [name for name in PROBES if not registered & getattr(lib, name)]
+    seen = f"{registered.bit_count()} registered, {firing.bit_count()} seen to fire"
+    if missing:
+        names = ", ".join(name.removeprefix("SNIFFER_PROBE_").lower() for name in missing)
+        return Finding("note", "probes", f"{seen}; this kernel lacks {names}")
+    return Finding("ok", "probes", seen)
+
+
+def _daemon(socket: str) -> Finding:
+    try:
+        with DaemonClient(socket) as client:
+            figures = client.stats()
+    except Error as error:
+        state = "note" if not os.path.exists(socket) else "bad"
+        return Finding(state, "daemon", str(error))
+    clients = figures["clients"]["connected"]
+    text = f"pid {figures['pid']}, engine {figures['engine']}, {clients} clients"
+    return Finding("ok", "daemon", text)
