@@ -64,9 +64,7 @@ class Remote:
     def pytest_sessionfinish(self) -> None:
         self._shut_down()
 
-    def _run(
-        self, item: pytest.Item, nextitem: pytest.Item | None
-    ) -> Iterator[pytest.TestReport]:
+    def _run(self, item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[pytest.TestReport]:
         started = time.time()
         follower = nextitem
         if nextitem is not None and (
@@ -78,7 +76,7 @@ class Remote:
         try:
             guest = self._guest_for(item)
             if item.nodeid not in self._known:
-                raise GuestLost(f"the guest did not find this test\n{guest.console_tail()}")
+                raise GuestLost(f"the guest did not find this test\n{guest.printed()}")
             guest.send({"run": item.nodeid, "next": follower.nodeid if follower else None})
             deadline = time.monotonic() + patience
             while True:
