@@ -189,7 +189,7 @@ def tool_beside(name: str, directory: Path) -> contextlib.AbstractContextManager
         return tools.running(command, output, 2)
     if name in ("tcplife", "tcpconnect"):
         command = [f"{name}-bpfcc", *(["-L"] if name == "tcpconnect" else [])]
-        return tools.running(command, output, 15)
+        return tools.running(command, output, 240, "PID")
     return contextlib.nullcontext()
 
 
@@ -235,7 +235,7 @@ def compare(tool: str) -> Row:
     wire = Wire(ours)
     row = Row(tool)
     try:
-        message = wire.hear()
+        message = wire.hear(300)
         if "missing" in message:
             return Row(tool, note="not run: " + message["missing"])
         netns = os.stat(f"/proc/{pid}/ns/net").st_ino
@@ -266,7 +266,7 @@ def follow(wire: Wire, recorder: Recorder | None) -> Any:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if recorder is None:
-            return wire.hear(300)
+            return wire.hear(600)
         recorder.read(0.05)
         with contextlib.suppress(TimeoutError):
             return wire.hear(0.001)

@@ -87,17 +87,30 @@ def polled_sightings(text: str) -> Iterator[Sighting]:
 
 
 @contextlib.contextmanager
-def running(command: list[str], output: Path, warm_up: float) -> Iterator[None]:
-    """A tool that runs beside the workload, ended by SIGINT."""
+def running(command: list[str], output: Path, warm_up: float, ready: str = "") -> Iterator[None]:
+    """A tool that runs beside the workload, ended by SIGINT.
+
+    It has ``warm_up`` seconds, or, with ``ready``, as many at most until it has printed that.
+    """
     if shutil.which(command[0]) is None:
         raise Missing(f"{command[0]} is not installed")
     with output.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True)
-        time.sleep(warm_up)
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        deadline = time.monotonic() + warm_up
+        while time.monotonic() < deadline and process.poll() is None:
+            if ready and ready in output.read_text():
+                break
+            time.sleep(0.1)
         try:
             if process.poll() is not None:
                 words = output.read_text().strip().splitlines()
-                raise Missing(f"{command[0]} stopped: {words[-1] if words else 'no output'}")
+                error = [word for word in words if "error:" in word] or words or ["no output"]
+                raise Missing(f"{command[0]} stopped: {error[0]}")
+            if ready and ready not in output.read_text():
+                raise Missing(f"{command[0]} was not ready within {warm_up:.0f} s")
             yield
         finally:
             if process.poll() is None:
