@@ -16,7 +16,7 @@ run: ## set up what is missing, show live traffic with owners (ENGINE=module loa
 	@sh tests/run.sh $(ENGINE)
 
 test: tools ## lint, unit, host, virtual machine, attribution; a summary with every skip
-	@sh tests/tiers.sh
+	@sh tests/tiers.sh $(if $(TIERS),"$(TIERS)")
 
 tools:
 	@./build.sh --test-tools
@@ -39,7 +39,14 @@ test-vagrant: tools ## the commands of the README in a Vagrant machine (root)
 test-packages: tools ## Debian packages and DKMS in a Debian system of their own (root)
 	$(PYTEST) tests/packages
 
+menu: ## what is built, loaded and running, and a key for each thing to do
+	@[ -x $(PYTHON) ] || ./build.sh --no-module
+	@$(PYTHON) python/menu.py
+
+deb: ## Debian source and binary packages into dist/ (wants debhelper, dh-dkms, dh-python)
+	debian/build dist
+
 clean: ## remove what was built
 	@./build.sh clean
 
-.PHONY: help run test tools lint test-unit test-host test-vm test-attribution test-matrix test-vagrant test-packages clean
+.PHONY: help run test tools lint test-unit test-host test-vm test-attribution test-matrix test-vagrant test-packages menu deb clean
