@@ -41,7 +41,7 @@ examples:
   packet-hunter --save capture.csv --duration 60
   packet-hunter --json -c 100 how unnamed | jq .
   packet-hunter -- curl https://example.org/        only while curl runs
-  packet-hunter who --port 8080                     first words: top who stats annotate report doctor
+  packet-hunter who --port 8080          first words: top who stats annotate report doctor
 """
 
 
