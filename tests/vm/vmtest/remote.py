@@ -9,6 +9,7 @@ A guest that panics or hangs fails the test that ran, and the next test gets a n
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ __all__ = ["Remote", "command_line"]
 
 PATIENCE_SECONDS = 300.0
 LOST_GUESTS = 4
+HANDED_ON = ("PACKET_HUNTER_REPEAT", "PACKET_HUNTER_LOAD")
 
 
 class Remote:
@@ -60,6 +62,10 @@ class Remote:
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
+
+    def pytest_sessionstart(self) -> None:
+        # So that `timeout` and CI leave no guest behind: ends like Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def pytest_sessionfinish(self) -> None:
         self._shut_down()
@@ -119,6 +125,7 @@ class Remote:
             f"PYTHONPATH={Path(__file__).parent.parent}",
             "PACKET_HUNTER_KERNEL=own",
             f"PACKET_HUNTER_MODULE={module}",
+            *(f"{name}={os.environ[name]}" for name in HANDED_ON if name in os.environ),
             *(sys.executable, "-m", "pytest", "-p", "vmtest.worker", "-p", "no:cacheprovider"),
             *("-q", "--tb=long", "--continue-on-collection-errors"),
             *self._files,
