@@ -187,7 +187,9 @@ static struct sniffer_owner *owner_alloc(struct sock *sk, u64 cookie)
 	owner->cookie = cookie;
 	owner->netns = sock_net(sk)->ns.inum;
 	owner->family = sk->sk_family;
-	owner->proto = sk->sk_protocol == IPPROTO_UDP ? IPPROTO_UDP : IPPROTO_TCP;
+	/* a request socket, TCP's only kind that is not full, has no sk_protocol */
+	owner->proto = sk_fullsock(sk) && sk->sk_protocol == IPPROTO_UDP ? IPPROTO_UDP :
+									   IPPROTO_TCP;
 	return owner;
 }
 
