@@ -68,6 +68,7 @@ if [ "$tools" = yes ]; then
 	# in a virtual machine the module is tested on that machine's own kernel
 	if [ "${PACKET_HUNTER_KERNEL-}" != own ]; then
 		want mmdebstrap mmdebstrap
+		[ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || missing="$missing debian-archive-keyring"
 		want qemu-system-x86_64 qemu-system-x86
 		want udevadm udev
 		want busybox busybox-static
