@@ -16,7 +16,8 @@ if [ "${1:-}" != --inside ]; then
 	trap 'rm -rf "$scratch"' EXIT
 	unshare --net --mount --pid --fork --kill-child --mount-proc --propagation private -- \
 		"$0" --inside "$scratch" "$@" </dev/null &
-	trap 'kill $!' INT TERM
+	# unshare ignores TERM; what it started dies with it.
+	trap 'kill -KILL $!' INT TERM
 	code=0
 	wait $! || code=$?
 	exit "$code"
