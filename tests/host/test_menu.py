@@ -54,7 +54,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
-    def read_until(self, pattern: str, seconds: float = 60) -> str:
+    def read_until(self, pattern: str, seconds: float = 180) -> str:
         """What is on screen up to `pattern`, without colours."""
         deadline = time.monotonic() + seconds
         screen = ""
@@ -87,7 +87,7 @@ def test_the_menu_shows_the_state_and_starts_asks_and_stops_the_daemon(menu: Ter
 
     menu.type("s\r")
     menu.read_until("started")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while "stop the daemon" not in screen:
         assert time.monotonic() < deadline, screen
         time.sleep(0.5)
