@@ -18,6 +18,9 @@ run: ## set up what is missing, show live traffic with owners (ENGINE=module loa
 test: tools ## lint, unit, host, virtual machine, attribution; a summary with every skip
 	@sh tests/tiers.sh $(if $(TIERS),"$(TIERS)")
 
+demo: tools ## the module itself, in a throw-away virtual machine with traffic of its own
+	@PYTHONPATH=tests/vm $(PYTHON) -m vmtest.demo
+
 tools:
 	@./build.sh --test-tools
 
@@ -49,4 +52,4 @@ deb: ## Debian source and binary packages into dist/ (wants debhelper, dh-dkms, 
 clean: ## remove what was built
 	@./build.sh clean
 
-.PHONY: help run test tools lint test-unit test-host test-vm test-attribution test-matrix test-vagrant test-packages menu deb clean
+.PHONY: help run demo test tools lint test-unit test-host test-vm test-attribution test-matrix test-vagrant test-packages menu deb clean

@@ -406,7 +406,6 @@ static unsigned int hooks_packet(struct sk_buff *skb, const struct nf_hook_state
 	memset(&flow, 0, sizeof(flow));
 	flow.net = state->net;
 	flow.skb = skb;
-	flow.in = state->in;
 	flow.record.family = family;
 	flow.record.dir = dir;
 	if (!hooks_parse(&flow))

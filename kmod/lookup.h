@@ -13,14 +13,12 @@
  * @record: what is known of it so far
  * @net: the network namespace the hook ran in
  * @skb: the packet, data at the IP header
- * @in: device it arrived on, or NULL
  * @thoff: offset of the TCP or UDP header
  */
 struct sniffer_flow {
 	struct sniffer_record record;
 	struct net *net;
 	struct sk_buff *skb;
-	const struct net_device *in;
 	int thoff;
 };
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,8 @@ def listening(*groups: str) -> Iterator[Seen]:
         yield seen
         time.sleep(0.1)  # process events are sent by a work item
         parts = []
-        for event in [*engine.read(0.2), *engine.finish()]:
+        # one by one: an event is a view that the next one overwrites
+        for event in chain(engine.read(0.2), engine.finish()):
             if isinstance(event, Batch):
                 parts.append(event.records.copy())
             elif isinstance(event, SnapBatch):
