@@ -225,6 +225,7 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 	const struct sniffer_owner *owner, *other;
 	bool full = sk_fullsock(sk);
 	struct sock *listener;
+	u64 via;
 
 	if (full && hooks_is_kernel(sk)) {
 		r->how = SNIFFER_HOW_KERNEL;
@@ -248,7 +249,9 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 	}
 
 	owner = sniffer_owner_find(r->cookie);
-	if (owner && !READ_ONCE(owner->via) && rcu_access_pointer(owner->user)) {
+	/* read once: accept() may clear it meanwhile, with the new user in place */
+	via = owner ? smp_load_acquire(&owner->via) : 0;
+	if (owner && !via && rcu_access_pointer(owner->user)) {
 		hooks_name(r, owner, how);
 		hooks_add_facts(r, owner);
 		return;
@@ -262,8 +265,8 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 			return;
 		}
 	}
-	if (owner && READ_ONCE(owner->via)) {
-		other = sniffer_owner_find(READ_ONCE(owner->via));
+	if (via) {
+		other = sniffer_owner_find(via);
 		if (other && rcu_access_pointer(other->user)) {
 			if (READ_ONCE(owner->via_how) == SNIFFER_HOW_LISTENER) {
 				hooks_name_acceptor(r, other);

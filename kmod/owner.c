@@ -194,11 +194,10 @@ static struct sniffer_owner *owner_alloc(struct sock *sk, u64 cookie)
 }
 
 /* Under the cookie's lock. */
-static struct sniffer_owner *owner_insert(struct sniffer_owner *fresh)
+static void owner_insert(struct sniffer_owner *fresh)
 {
 	hlist_add_head_rcu(&fresh->by_cookie, owner_bucket(fresh->cookie));
 	atomic_inc(&owner_used);
-	return fresh;
 }
 
 /* Under the cookie's lock. Takes over no reference. */
@@ -271,7 +270,7 @@ static void owner_touch(struct sock *sk, u64 inode, struct sniffer_proc *proc,
 {
 	u64 cookie = sniffer_owner_cookie(sk);
 	raw_spinlock_t *lock = owner_lock(cookie);
-	struct sniffer_owner *owner, *fresh = NULL;
+	struct sniffer_owner *owner, *known, *fresh = NULL;
 	struct sniffer_hold *hold;
 	unsigned long flags;
 
@@ -280,24 +279,16 @@ static void owner_touch(struct sock *sk, u64 inode, struct sniffer_proc *proc,
 		fresh = owner_alloc(sk, cookie);
 	raw_spin_lock_irqsave(lock, flags);
 	owner = sniffer_owner_find(cookie);
-	if (!owner) {
-		/* a copy of what nobody knows tells nothing of its owner */
-		if (!fresh)
-			goto out;
-		owner = owner_insert(fresh);
-		fresh = NULL;
-		if (!(set & (SNIFFER_F_SEEDED | SNIFFER_F_INHERITED))) {
-			owner->creator = proc->tgid;
-			owner->creator_start = proc->start_ns;
-		}
-	}
-	if (owner->via) {
-		WRITE_ONCE(owner->via, 0);
-		WRITE_ONCE(owner->dead, 0);
+	/* a copy of what nobody knows tells nothing of its owner */
+	if (!owner && !fresh)
+		goto out;
+	known = owner;
+	if (!known)
+		owner = fresh;
+	if (owner->via || (!known && !(set & (SNIFFER_F_SEEDED | SNIFFER_F_INHERITED)))) {
 		owner->creator = proc->tgid;
 		owner->creator_start = proc->start_ns;
 	}
-	owner_index_inode(owner, inode);
 	owner_note_address(owner, sk);
 	owner->seen = jiffies;
 	hold = owner_hold_of(owner, proc);
@@ -313,6 +304,19 @@ static void owner_touch(struct sock *sk, u64 inode, struct sniffer_proc *proc,
 		owner_set_user(owner, proc);
 		WRITE_ONCE(owner->tid, task->pid);
 	}
+	/*
+	 * The hooks read without the lock: only now that there is a user may
+	 * they find the entry, or stop asking the listener.
+	 */
+	if (owner->via) {
+		WRITE_ONCE(owner->dead, 0);
+		smp_store_release(&owner->via, 0);	/* pairs with hooks.c */
+	}
+	if (!known) {
+		owner_insert(owner);
+		fresh = NULL;
+	}
+	owner_index_inode(owner, inode);
 out:
 	raw_spin_unlock_irqrestore(lock, flags);
 	rcu_read_unlock();
