@@ -30,9 +30,6 @@
 #include "probes.h"
 #include "process.h"
 
-/* Receivers of one multicast packet that get a record at most. */
-#define HOOKS_RECEIVERS	32
-
 /*
  * May current be taken for the sender? Bottom halves off means that some
  * other task's work runs here (a tun write runs the whole stack so); testing
@@ -355,22 +352,19 @@ static void hooks_record(struct sniffer_flow *flow)
 
 static void hooks_in_multicast(struct sniffer_flow *flow)
 {
-	struct sock *socks[HOOKS_RECEIVERS];
-	struct sniffer_record plain = flow->record;
-	unsigned int count, i;
+	const struct sniffer_record plain = flow->record;
+	struct sock *sk = sniffer_lookup_multicast(flow, NULL);
 
-	count = sniffer_lookup_multicast(flow, socks, HOOKS_RECEIVERS);
-	if (!count) {
+	if (!sk) {
 		flow->record.how = SNIFFER_HOW_NO_SOCKET;
 		hooks_record(flow);
 		return;
 	}
-	for (i = 0; i < count; i++) {
-		flow->record = plain;
-		if (i)
-			flow->record.flags = SNIFFER_F_COPY;
-		hooks_name_socket(flow, socks[i], SNIFFER_HOW_SOCKET);
+	for (; sk; sk = sniffer_lookup_multicast(flow, sk)) {
+		hooks_name_socket(flow, sk, SNIFFER_HOW_SOCKET);
 		hooks_record(flow);
+		flow->record = plain;
+		flow->record.flags = SNIFFER_F_COPY;
 	}
 }
 

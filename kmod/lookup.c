@@ -266,25 +266,32 @@ static bool lookup_receives(const struct sniffer_flow *flow, const struct lookup
 }
 
 /**
- * sniffer_lookup_multicast - every socket that will receive a packet
+ * sniffer_lookup_multicast - the sockets that will receive a packet, one by one
  * @flow: a UDP packet at LOCAL_IN, multicast or broadcast
- * @socks: where they go; valid under RCU
- * @max: room in @socks
+ * @last: the one before, NULL at first
  *
- * Return: number of sockets.
+ * As many as there are: the stack copies the packet to each of them too.
+ *
+ * Return: the next one, valid under RCU, or NULL.
  */
-unsigned int sniffer_lookup_multicast(struct sniffer_flow *flow, struct sock **socks,
-				      unsigned int max)
+struct sock *sniffer_lookup_multicast(struct sniffer_flow *flow, struct sock *last)
 {
-	struct udp_hslot *slot = udp_hashslot(sniffer_udp_table(flow->net), flow->net,
-					      flow->record.dport);
+	struct udp_hslot *slot;
 	struct lookup_ends ends;
-	unsigned int count = 0;
+	struct hlist_node *node;
 	struct sock *sk;
 
 	lookup_ends_of(flow, false, &ends);
-	sk_for_each_rcu(sk, &slot->head)
-		if (count < max && lookup_receives(flow, &ends, sk))
-			socks[count++] = sk;
-	return count;
+	if (last) {
+		node = rcu_dereference(hlist_next_rcu(&last->sk_node));
+	} else {
+		slot = udp_hashslot(sniffer_udp_table(flow->net), flow->net, flow->record.dport);
+		node = rcu_dereference(hlist_first_rcu(&slot->head));
+	}
+	for (; node; node = rcu_dereference(hlist_next_rcu(node))) {
+		sk = hlist_entry(node, struct sock, sk_node);
+		if (lookup_receives(flow, &ends, sk))
+			return sk;
+	}
+	return NULL;
 }

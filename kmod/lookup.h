@@ -27,7 +27,6 @@ struct sock *sniffer_lookup_reverse(struct sniffer_flow *flow);
 struct sock *sniffer_lookup_listener(struct sniffer_flow *flow, bool reverse);
 void sniffer_lookup_put(struct sock *sk);
 bool sniffer_lookup_is_multicast(const struct sniffer_flow *flow);
-unsigned int sniffer_lookup_multicast(struct sniffer_flow *flow, struct sock **socks,
-				      unsigned int max);
+struct sock *sniffer_lookup_multicast(struct sniffer_flow *flow, struct sock *last);
 
 #endif /* SNIFFER_LOOKUP_H */

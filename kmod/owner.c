@@ -30,7 +30,7 @@
 /* FIN_WAIT2 and then TIME_WAIT, 60 s each, and some */
 #define OWNER_KEEP	(130 * HZ)
 #define OWNER_KEEP_UDP	(2 * HZ)
-#define OWNER_KEEP_MIN	(5 * HZ)	/* when the table is nearly full */
+#define OWNER_KEEP_MIN	(5 * HZ)	/* when either table is nearly full */
 #define OWNER_KEEP_BLIND (600 * HZ)	/* unused, when no probe tells of its end */
 
 static unsigned int max_sockets = 262144;
@@ -513,6 +513,83 @@ void sniffer_owner_fork(struct task_struct *child)
 	owner_walk_files(child->files, child, SNIFFER_F_INHERITED);
 }
 
+/* Another process with this very table (clone() with CLONE_FILES), or NULL; under RCU. */
+static struct task_struct *owner_sharer(const struct files_struct *files,
+					const struct task_struct *task)
+{
+	struct task_struct *other;
+
+	for_each_process(other)
+		if (READ_ONCE(other->files) == files && other->tgid != task->tgid)
+			return other;
+	return NULL;
+}
+
+/* What @from holds of @owner is held by @to from now on. */
+static void owner_pass_on(struct sniffer_owner *owner, const struct sniffer_proc *from,
+			  struct sniffer_proc *to)
+{
+	raw_spinlock_t *lock = owner_lock(owner->cookie);
+	struct sniffer_hold *hold;
+	unsigned long flags;
+
+	raw_spin_lock_irqsave(lock, flags);
+	hold = owner_hold_of(owner, from);
+	if (hold) {
+		if (!owner_hold_of(owner, to))
+			owner_add_hold(owner, to, hold->fds);
+		owner_drop_hold(owner, hold);
+	}
+	raw_spin_unlock_irqrestore(lock, flags);
+}
+
+/**
+ * sniffer_owner_leave - a process ends while another one shares its descriptor table
+ * @task: current, the last thread of its process, before exit_files()
+ *
+ * No close will tell, since the table lives on: what this process held, the
+ * other holds. Its remaining threads count as users of the table too, so the
+ * walk may be for nothing: it looks at every process, but touches none.
+ */
+void sniffer_owner_leave(struct task_struct *task)
+{
+	struct files_struct *files = task->files;
+	struct sniffer_proc *from, *to = NULL;
+	struct task_struct *other;
+	struct fdtable *fdt;
+	unsigned int fd;
+
+	if (!files || atomic_read(&files->count) < 2)
+		return;
+	rcu_read_lock();
+	from = sniffer_process_find(task);
+	other = from ? owner_sharer(files, task) : NULL;
+	if (!other)
+		goto out;
+	task_lock(other);	/* as sniffer_process_get() wants it */
+	if (other->files == files)
+		to = sniffer_process_get(other);
+	task_unlock(other);
+	if (!to)
+		goto out;
+	/* keeps the files in the table, hence alive */
+	spin_lock(&files->file_lock);
+	fdt = files_fdtable(files);
+	for_each_set_bit(fd, fdt->open_fds, fdt->max_fds) {
+		struct file *file = rcu_dereference(fdt->fd[fd]);
+		struct sock *sk = file ? owner_file_sock(file) : NULL;
+		struct sniffer_owner *owner;
+
+		owner = sk ? sniffer_owner_find(atomic64_read(&sk->sk_cookie)) : NULL;
+		if (owner)
+			owner_pass_on(owner, from, to);
+	}
+	spin_unlock(&files->file_lock);
+	sniffer_process_put(to);
+out:
+	rcu_read_unlock();
+}
+
 /* How often @file stands in the current process's table. Compares only. */
 static u32 owner_count_fds(const struct file *file)
 {
@@ -736,7 +813,7 @@ static void owner_remove(struct sniffer_owner *owner)
 
 static void owner_collect(struct work_struct *work)
 {
-	bool tight = atomic_read(&owner_used) > max_sockets / 4 * 3;
+	bool tight = atomic_read(&owner_used) > max_sockets / 4 * 3 || sniffer_process_tight();
 	bool blind = !sniffer_probes_alive();
 	struct sniffer_owner *owner;
 	struct hlist_node *next;

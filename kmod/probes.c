@@ -193,8 +193,10 @@ static void probes_exec(void *data, struct task_struct *task, pid_t old_pid,
 static void probes_exited(void *data, SNIFFER_EXIT_ARGS)
 {
 	probes_note(SNIFFER_PROBE_EXIT);
-	if (!atomic_read(&task->signal->live))
-		sniffer_process_exited(task);
+	if (atomic_read(&task->signal->live))
+		return;
+	sniffer_owner_leave(task);
+	sniffer_process_exited(task);
 }
 
 static void probes_rename(void *data, struct task_struct *task, const char *comm)

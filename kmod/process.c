@@ -19,6 +19,7 @@
 
 #define PROCESS_BITS	12
 #define PROCESS_KEEP	(130 * HZ)	/* as long as a socket is kept, see owner.c */
+#define PROCESS_KEEP_MIN (5 * HZ)	/* when the table is nearly full */
 
 static unsigned int max_processes = 32768;
 module_param(max_processes, uint, 0444);
@@ -82,6 +83,9 @@ static void process_fill(struct sniffer_proc *proc, struct task_struct *task)
 	proc->tgid = task->tgid;
 	proc->start_ns = leader->start_boottime;
 	sniffer_process_comm(proc->comm, leader->comm);
+	/* first seen when it closes its sockets: its exit has been told already */
+	if (!atomic_read(&task->signal->live))
+		proc->exit_jiffies = jiffies | 1;
 
 	rcu_read_lock();
 	proc->uid = from_kuid(&init_user_ns, __task_cred(task)->uid);
@@ -286,12 +290,23 @@ unsigned int sniffer_process_count(void)
 }
 
 /**
+ * sniffer_process_tight - is the table nearly full?
+ *
+ * Then those that have exited, and their sockets, are kept for a shorter time.
+ */
+bool sniffer_process_tight(void)
+{
+	return READ_ONCE(process_used) > max_processes / 4 * 3;
+}
+
+/**
  * sniffer_process_collect - forget processes that exited long ago
  *
  * Process context, from owner.c's collector.
  */
 void sniffer_process_collect(void)
 {
+	unsigned long keep = sniffer_process_tight() ? PROCESS_KEEP_MIN : PROCESS_KEEP;
 	struct sniffer_proc *proc;
 	struct hlist_node *next;
 	unsigned long flags;
@@ -305,7 +320,7 @@ void sniffer_process_collect(void)
 			unsigned long gone = READ_ONCE(proc->exit_jiffies);
 
 			if (!gone || refcount_read(&proc->refs) > 1 ||
-			    time_before(jiffies, gone + PROCESS_KEEP))
+			    time_before(jiffies, gone + keep))
 				continue;
 			hlist_del_rcu(&proc->node);
 			process_used--;

@@ -58,6 +58,7 @@ void sniffer_process_rename(struct task_struct *task, const char *comm);
 void sniffer_process_describe(const struct sniffer_proc *proc, u32 event, struct sniffer_process *out);
 struct sniffer_proc *sniffer_process_next(unsigned int *bucket, unsigned int *index);
 unsigned int sniffer_process_count(void);
+bool sniffer_process_tight(void);
 void sniffer_process_collect(void);
 int sniffer_process_init(void);
 void sniffer_process_exit(void);

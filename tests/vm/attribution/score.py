@@ -23,6 +23,7 @@ PROTOCOLS = {6: "tcp", 17: "udp"}
 FLAGS = {"shared": 1, "inherited": 2, "seeded": 4, "dead": 8, "kernel": 16, "ambiguous": 32,
          "copy": 64}  # fmt: skip
 DIR_IN, DIR_OUT, DIR_FWD = 1, 2, 3
+TCP_SYN, TCP_RST = 2, 4
 EXAMPLES = 3
 
 
@@ -121,13 +122,19 @@ def score(
     for claim in claims:
         by_endpoint[claim.netns, claim.proto, claim.lport].append(claim)
     seen: Counter[tuple[str, int]] = Counter()
+    ended: set[tuple[object, ...]] = set()
 
     for record in records:
         how = how_name(int(record["how"]))
         result.how[how] += 1
         port = int(record["dport" if record["dir"] == DIR_IN else "sport"])
         key = (int(record["netns"]), PROTOCOLS.get(int(record["proto"]), "?"), port)
+        after_reset = _follow_reset(record, ended)
         found = [claim for claim in by_endpoint.get(key, ()) if matches(claim, record)]
+        if after_reset and how == "no_socket" and found:
+            seen[found[0].ident, int(record["dir"])] += 1
+            result.rightly_unnamed[how] += 1
+            continue
         if not found:
             result.unclaimed += 1
             _example(result, "unclaimed", record, how, [])
@@ -153,6 +160,29 @@ def score(
                         f"{got} records {name}, {sign}{wanted} true"
                     )
     return result
+
+
+def _follow_reset(record: np.void, ended: set[tuple[object, ...]]) -> bool:
+    """Whether an earlier packet has reset this packet's connection, so that no socket is left.
+
+    A reset ends a connection in every state (RFC 9293, 3.5.2), TIME_WAIT included (RFC 1337,
+    unless net.ipv4.tcp_rfc1337 is set); a SYN that goes out begins a new one. ``ended`` is kept
+    from record to record, in order of time.
+    """
+    if record["proto"] != 6:
+        return False
+    local, remote = ("d", "s") if record["dir"] == DIR_IN else ("s", "d")
+    connection = (
+        int(record["netns"]),
+        address(record, f"{local}addr"), int(record[f"{local}port"]),
+        address(record, f"{remote}addr"), int(record[f"{remote}port"]),
+    )  # fmt: skip
+    if record["dir"] == DIR_OUT and record["tcp_flags"] & TCP_SYN:
+        ended.discard(connection)
+    before = connection in ended
+    if record["dir"] == DIR_IN and record["tcp_flags"] & TCP_RST:
+        ended.add(connection)
+    return before and record["dir"] == DIR_IN
 
 
 def _judge(

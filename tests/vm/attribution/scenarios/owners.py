@@ -549,3 +549,54 @@ def tcp_reuseport(stage: Stage) -> None:
         stage.spawn("client", tcp_client, ("127.0.0.1", port), V4, 9, 2).join()
         for child in servers:
             child.tell()
+
+
+CLONE_FILES, SIGCHLD = 0x400, 17
+SYS_CLONE = 56 if os.uname().machine == "x86_64" else 220
+
+
+def shares_its_table(worker: Worker, wire: Wire) -> None:
+    """A child of clone(CLONE_FILES) uses one socket, makes another one, and exits."""
+    used = bound(V4, UDP)
+    started = worker.claim(used)
+    wire.tell(used.getsockname())
+    peer = tuple(wire.hear())
+    ready, done = os.pipe()
+    pid = LIBC.syscall(SYS_CLONE, CLONE_FILES | SIGCHLD, 0, 0, 0, 0)
+    if pid == 0:
+        try:
+            rename("sharer")
+            worker.role = "sharer"
+            worker.again()
+            worker.claim(used, dirs="o", out=COUNT, exact=True)
+            for _ in range(COUNT):
+                used.sendto(b"sharer", peer)
+            made = bound(V4, UDP)
+            os.write(done, made.detach().to_bytes(4, "little"))
+        finally:
+            os._exit(0)
+    made = socket.socket(fileno=int.from_bytes(os.read(ready, 4), "little"))
+    made.settimeout(30)
+    os.waitpid(pid, 0)
+    worker.end(started)
+    claims = [worker.claim(sock, dirs="i", exact=True) for sock in (used, made)]
+    wire.tell(made.getsockname())
+    for sock, claim in zip((used, made), claims, strict=True):
+        for _ in range(COUNT):
+            sock.recv(100)
+        worker.count(claim, in_=COUNT)
+
+
+@scenario()
+def descriptor_table_shared(stage: Stage) -> None:
+    """Two processes with one descriptor table: when one ends, the sockets are the other's."""
+    with playing(stage):
+        sink = bound(V4, UDP)
+        stage.worker.claim(sink)
+        other = stage.spawn("table", shares_its_table)
+        used = ask(other)
+        other.tell(sink.getsockname())
+        made = ask(other)
+        for peer in (used, made):
+            for _ in range(COUNT):
+                sink.sendto(b"yours", peer)

@@ -340,6 +340,47 @@ def broadcast_v4(stage: Stage) -> None:
     group_send(stage, "10.9.0.255", "ve0", with_peer(stage))
 
 
+MANY = 100
+
+
+def many_members(worker: Worker, wire: Wire, group: str, interface: str) -> None:
+    """One process with many sockets in one group."""
+    request = struct.pack("4s4si", socket.inet_aton(group), bytes(4),
+                          socket.if_nametoindex(interface))  # fmt: skip
+    port, socks, claim = 0, [], ""
+    for _ in range(MANY):
+        sock = socket.socket(V4, UDP)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.settimeout(30)
+        sock.bind((group, port))
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, request)
+        port = sock.getsockname()[1]
+        if socks:
+            worker.also(claim, sock)
+        else:
+            claim = worker.claim(sock, dirs="i", in_=2 * MANY, exact=True)
+        socks.append(sock)
+    wire.tell(port)
+    for sock in socks:
+        sock.recv(100)
+        sock.recv(100)
+
+
+@scenario()
+def multicast_to_100_sockets(stage: Stage) -> None:
+    """As many records as there are receiving sockets, however many."""
+    other = with_peer(stage)
+    with playing(stage):
+        port = stage.spawn("members", many_members, "239.1.2.4", "ve0").hear()
+        sock = bound(V4, UDP, "10.9.0.1")
+        stage.worker.claim(sock, exact=True, out=2)
+        for _ in range(2):
+            sock.sendto(b"all", ("239.1.2.4", port))
+        stage.worker.claim_nobody(
+            proto="udp", lport=port, netns=other.inode, reasons=("no_socket",), dirs="i"
+        )
+
+
 def reconnecting(worker: Worker, wire: Wire, peers: list[tuple[str, int]]) -> None:
     sock = bound(V4, UDP)
     claim = worker.claim(sock, exact=True)
