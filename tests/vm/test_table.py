@@ -332,6 +332,28 @@ def _segment(source: str, sport: int, dport: int, flags: int) -> bytes:
     return struct.pack(">BBHHHBBH", 0x45, 0, 40, 1, 0, 64, 6, 0) + addresses + tcp
 
 
+def test_a_storm_of_processes_ages_the_process_table(module_file: Path, unloaded: None) -> None:
+    """Those that have exited make room within seconds, so that later ones are named again."""
+    insert(module_file, "max_processes=64")
+    storm = (
+        "import os, socket\n"
+        "for _ in range(100):\n"
+        "    if not os.fork():\n"
+        "        server = socket.create_server(('127.0.0.1', 0))\n"
+        "        client = socket.create_connection(server.getsockname())\n"
+        "        os._exit(0)\n"
+        "    os.wait()\n"
+    )
+    with Sniffer() as sniffer:
+        subprocess.run([sys.executable, "-c", storm], check=True)
+        assert int(sniffer.info()["processes"]) <= 64
+        until(lambda: int(sniffer.info()["processes"]) < 32, seconds=30)
+    with listening() as seen, closing(udp_receiver()) as receiver:
+        port = receiver.getsockname()[1]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"x", (LOOPBACK, port))
+    assert set(seen.to_port(port, lib.SNIFFER_DIR_IN)["tgid"]) == {os.getpid()}
+
 def test_fragments_and_truncated_packets_are_counted_not_recorded(loaded: None) -> None:
     with Sniffer() as sniffer:
         before = sniffer.counters().copy()

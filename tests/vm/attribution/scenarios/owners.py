@@ -558,7 +558,7 @@ SYS_CLONE = 56 if os.uname().machine == "x86_64" else 220
 def shares_its_table(worker: Worker, wire: Wire) -> None:
     """A child of clone(CLONE_FILES) uses one socket, makes another one, and exits."""
     used = bound(V4, UDP)
-    started = worker.claim(used)
+    started = worker.claim(used, dirs="i")
     wire.tell(used.getsockname())
     peer = tuple(wire.hear())
     ready, done = os.pipe()
