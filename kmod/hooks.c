@@ -419,7 +419,7 @@ static unsigned int hooks_packet(struct sk_buff *skb, const struct nf_hook_state
 	} else if (flow.record.proto == IPPROTO_UDP && !skb->sk &&
 		   sniffer_lookup_is_multicast(&flow)) {
 		hooks_in_multicast(&flow);
-		return NF_ACCEPT;
+		return NF_ACCEPT;	/* recorded, once a receiver */
 	} else {
 		hooks_in(&flow);
 	}

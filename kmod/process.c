@@ -109,7 +109,8 @@ static void process_fill(struct sniffer_proc *proc, struct task_struct *task)
  * @event: enum sniffer_event
  * @out: filled whole
  */
-void sniffer_process_describe(const struct sniffer_proc *proc, u32 event, struct sniffer_process *out)
+void sniffer_process_describe(const struct sniffer_proc *proc, u32 event,
+			      struct sniffer_process *out)
 {
 	*out = proc->about;
 	out->time_ns = ktime_get_ns();

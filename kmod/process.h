@@ -37,7 +37,8 @@ struct sniffer_proc {
 };
 
 /* True when @proc is the process of @task. */
-static inline bool sniffer_process_is(const struct sniffer_proc *proc, const struct task_struct *task)
+static inline bool sniffer_process_is(const struct sniffer_proc *proc,
+				      const struct task_struct *task)
 {
 	return proc->tgid == task->tgid && proc->start_ns == task->group_leader->start_boottime;
 }
@@ -55,7 +56,8 @@ void sniffer_process_refresh(struct sniffer_proc *proc);
 void sniffer_process_exec(struct task_struct *task);
 void sniffer_process_exited(struct task_struct *task);
 void sniffer_process_rename(struct task_struct *task, const char *comm);
-void sniffer_process_describe(const struct sniffer_proc *proc, u32 event, struct sniffer_process *out);
+void sniffer_process_describe(const struct sniffer_proc *proc, u32 event,
+			      struct sniffer_process *out);
 struct sniffer_proc *sniffer_process_next(unsigned int *bucket, unsigned int *index);
 unsigned int sniffer_process_count(void);
 bool sniffer_process_tight(void);
