@@ -4,6 +4,7 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 ENGINE ?= auto
 REPEAT ?= 1
+LOAD ?= 0
 # In a virtual machine that is there for the tests, `make` alone means them.
 ifeq ($(PACKET_HUNTER_KERNEL),own)
 .DEFAULT_GOAL := test
@@ -33,8 +34,8 @@ test-host: tools ## real sockets and processes, no module
 	$(PYTEST) tests/host
 test-vm: tools ## the module on PACKET_HUNTER_KERNEL (default: Debian's 6.1, in QEMU)
 	$(PYTEST) tests/vm --ignore tests/vm/test_attribution.py
-test-attribution: tools ## the ground-truth suite, REPEAT=10 for ten rounds
-	@for round in $$(seq $(REPEAT)); do $(PYTEST) tests/vm/test_attribution.py || exit 1; done
+test-attribution: tools ## the ground-truth suite; REPEAT=10: each ten times, LOAD=1: every CPU busy
+	PACKET_HUNTER_REPEAT=$(REPEAT) PACKET_HUNTER_LOAD=$(LOAD) $(PYTEST) tests/vm/test_attribution.py
 test-matrix: tools ## test-vm on every kernel: 5.10 6.1 6.12 (two) 7.2 7.3
 	@sh tests/matrix.sh
 test-vagrant: tools ## the commands of the README in a Vagrant machine (root)

@@ -17,7 +17,8 @@ from attribution.catalog import load
 from attribution.run import line, perform
 from attribution.workers import BINARIES, compile_workers
 
-pytestmark = [pytest.mark.patience(600), pytest.mark.usefixtures("loaded")]
+REPEAT = int(os.environ.get("PACKET_HUNTER_REPEAT", "1"))
+pytestmark = [pytest.mark.patience(600 * REPEAT), pytest.mark.usefixtures("loaded")]
 
 # While tests are collected: that is on the host, whose compiler is not emulated; the guest sees the
 # same files and finds nothing to do.
@@ -33,7 +34,7 @@ def load_on_every_cpu() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_every_packet_is_named_rightly(name: str, module_file: Path) -> None:
-    for _ in range(int(os.environ.get("PACKET_HUNTER_REPEAT", "1"))):
+    for _ in range(REPEAT):
         result = perform(SCENARIOS[name], "module", BINARIES, str(module_file))
         if "unable" in result:
             pytest.skip(f"this machine cannot play it: {result['unable']}")
