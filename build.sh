@@ -3,8 +3,9 @@
 # Sets up what packet-hunter needs: system packages, .venv, the Python extension, kmod/sniffer.ko.
 #
 #   ./build.sh                everything; fails when the module cannot be built
+#   ./build.sh --try-module   goes on without the module when it cannot be built, and says why
 #   ./build.sh --no-module    without the kernel module (engine `packet` needs none)
-#   ./build.sh --test-tools   what the tests need too; the module is built if it can be
+#   ./build.sh --test-tools   --try-module, and what the tests need
 #   ./build.sh clean          removes what was built
 set -eu
 cd "$(dirname "$0")"
@@ -16,6 +17,7 @@ module=required
 tools=no
 case "${1-}" in
 '') ;;
+--try-module) module=wanted ;;
 --no-module) module=no ;;
 --test-tools) module=wanted tools=yes ;;
 clean)
@@ -26,12 +28,19 @@ clean)
 	exit 0
 	;;
 *)
-	say "unknown word '$1'; ./build.sh [--no-module | --test-tools | clean]"
+	say "unknown word '$1'; ./build.sh [--try-module | --no-module | --test-tools | clean]"
 	exit 2
 	;;
 esac
 
+check_python() {
+	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+		die "needs Python 3.11 or newer (Debian 12, Ubuntu 24.04), this is $(python3 -V)"
+}
+
 # --- system packages
+command -v python3 >/dev/null 2>&1 && check_python
+headers=linux-headers-$(uname -r)
 missing=
 want() { # COMMAND PACKAGE
 	command -v "$1" >/dev/null 2>&1 || missing="$missing $2"
@@ -49,10 +58,11 @@ else
 fi
 [ -e /usr/include/linux/types.h ] || missing="$missing libc6-dev"
 if [ "$module" != no ] && [ ! -e "/lib/modules/$(uname -r)/build" ]; then
-	# An own kernel has no package: then there is nothing to install.
-	if apt-cache show "linux-headers-$(uname -r)" >/dev/null 2>&1; then
-		missing="$missing linux-headers-$(uname -r)"
+	# A fresh machine has no package lists yet; a kernel of one's own has no package.
+	if [ "$(id -u)" = 0 ] && [ -z "$(find /var/lib/apt/lists -name '*_Packages*' -print -quit 2>/dev/null)" ]; then
+		apt-get update -q >/dev/null 2>&1 || true
 	fi
+	if apt-cache show "$headers" >/dev/null 2>&1; then missing="$missing $headers"; fi
 fi
 if [ "$tools" = yes ]; then
 	want git git
@@ -72,21 +82,25 @@ if [ "$tools" = yes ]; then
 		want qemu-system-x86_64 qemu-system-x86
 		want udevadm udev
 		want busybox busybox-static
+		want file file # virtme-ng asks it whether busybox is static
 	fi
 fi
 if [ -n "$missing" ]; then
 	command -v apt-get >/dev/null 2>&1 || die "needs$missing; install them with this system's package manager"
-	# shellcheck disable=SC2086 # words are wanted
-	set -- apt-get install -y -q --no-install-recommends $missing
-	[ "$(id -u)" = 0 ] || die "some packages are missing; run: sudo $*"
+	install="apt-get install -y --no-install-recommends$missing"
+	if [ "$(id -u)" != 0 ]; then
+		if command -v sudo >/dev/null 2>&1; then
+			die "packages are missing; run: sudo apt-get update && sudo $install"
+		fi
+		die "packages are missing; run: su - -c 'apt-get update && $install'"
+	fi
 	say "installing$missing"
 	export DEBIAN_FRONTEND=noninteractive
 	apt-get update -q >/dev/null 2>&1 || true
-	"$@" >/dev/null || { say "the mirror failed; once more"; apt-get update -q && "$@" >/dev/null; } ||
+	$install -q >/dev/null || { say "the mirror failed; once more"; apt-get update -q && $install -q >/dev/null; } ||
 		die "could not install$missing; see apt-get's words above"
+	check_python
 fi
-python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-	die "needs Python 3.11 or newer (Debian 12, Ubuntu 24.04), this is $(python3 -V)"
 
 # --- Python, in a virtual environment of its own
 [ -x .venv/bin/python ] || { say "making .venv"; python3 -m venv .venv; }
@@ -105,7 +119,7 @@ fi
 # --- the module
 [ "$module" = no ] && exit 0
 if [ ! -e "/lib/modules/$(uname -r)/build" ]; then
-	reason="no headers for the running kernel $(uname -r): install its linux-headers package"
+	reason="the running kernel's headers are missing, and apt-get knows no $headers"
 	[ "$module" = wanted ] || die "kmod/sniffer.ko not built: $reason; or ./build.sh --no-module for engine packet"
 	say "kmod/sniffer.ko not built: $reason (going on without)"
 	exit 0

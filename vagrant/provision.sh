@@ -38,6 +38,8 @@ PATH=$tree/.venv/bin:\$PATH
 if [ "\$PWD" = "\$HOME" ]; then cd $tree; fi
 EOF
 
+if [ -n "${TIERS-}" ]; then echo "export TIERS='$TIERS'" >>/etc/profile.d/packet-hunter.sh; fi
+
 cat >/etc/sudoers.d/packet-hunter <<EOF
 Defaults:vagrant secure_path="$tree/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 Defaults:vagrant env_keep += "PACKET_HUNTER_KERNEL"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 __all__ = ["foreign_packages"]
@@ -29,7 +30,7 @@ def foreign_packages() -> list[str]:
             str(Path(place, mark))
             for place in places
             for mark in _FOREIGN_FILES[name]
-            if Path(place, mark).exists()
+            if os.path.exists(Path(place, mark))  # False where one may not look
         ]
         if strange:
             lines.append(

@@ -18,8 +18,18 @@ for package in "${packages[@]}"; do
 done
 if [ "${#missing[@]}" -gt 0 ]; then
 	echo "test-vagrant: installing ${missing[*]}"
+	# Their libvirtd is not wanted on this machine: no service is started by what is installed here.
+	policy=/usr/sbin/policy-rc.d ours=
+	if [ ! -e "$policy" ]; then
+		ours=$policy
+		trap 'rm -f "$ours"' EXIT
+		printf '#!/bin/sh\nexit 101\n' >"$policy"
+		chmod 755 "$policy"
+	fi
 	apt-get update -q >/dev/null
 	DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "${missing[@]}" >/dev/null
+	trap - EXIT
+	rm -f ${ours:+"$ours"}
 fi
 
 cache=${PACKET_HUNTER_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/packet-hunter}/vagrant
