@@ -31,6 +31,7 @@ __all__ = ["Server", "SocketFile"]
 
 T = TypeVar("T")
 _BACKLOG = 256
+_ACCOUNT = 1.0  # s between two accounts for those who subscribed
 _SHARE = 8
 """A user without rights may have at most one in so many of the connections."""
 
@@ -145,19 +146,23 @@ class Server:
         self._dropped_before = 0
         self._gid = group_id(config.group)
         self._executor = ThreadPoolExecutor(1, "questions")
-        self._accepting: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._started = time.time()
 
     def start(self, listener: socket.socket) -> None:
-        self._accepting = self.loop.create_task(self._accept(listener))
+        self._tasks = [
+            self.loop.create_task(self._accept(listener)),
+            self.loop.create_task(self._tell_accounts()),
+        ]
 
     async def stop(self) -> None:
         """Say bye, give clients a moment to take what waits for them, close."""
-        if self._accepting is not None:
-            self._accepting.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._accepting
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        account = self._account(settled=True)
         for session in tuple(self.sessions):
+            session.tell_account(account)
             session.tell("bye")
             session.close()
         deadline = self.loop.time() + 1.0
@@ -192,6 +197,18 @@ class Server:
             except OSError as error:
                 log.debug("client lost while it connected: %s", error)
                 connection.close()
+
+    async def _tell_accounts(self) -> None:
+        """What a client goes by when this daemon dies without a word."""
+
+        def tell(account: dict[str, Any]) -> None:
+            for session in tuple(self.sessions):
+                session.tell_account(account)
+
+        while True:
+            await asyncio.sleep(_ACCOUNT)
+            if any(session.stream is not None for session in self.sessions):
+                self.after_all_records(tell)
 
     def _has_room(self, peer: Peer) -> bool:
         if len(self.sessions) >= self.config.max_clients:
@@ -230,9 +247,17 @@ class Server:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
             self.loop.call_soon_threadsafe(function)
 
-    def after_all_records(self, function: Callable[[], None]) -> None:
-        """Call `function` in the loop once all packets recorded until now were offered."""
-        self.answers.pipeline.barrier(lambda: self._post(function))
+    def after_all_records(self, function: Callable[[dict[str, Any]], None]) -> None:
+        """Call `function` in the loop once all packets recorded until now were offered.
+
+        It gets the account of exactly these.
+        """
+
+        def passed() -> None:
+            account = self._account(settled=True)
+            self._post(lambda: function(account))
+
+        self.answers.pipeline.barrier(passed)
 
     def in_thread(self, function: Callable[[], T]) -> asyncio.Future[T]:
         return self.loop.run_in_executor(self._executor, function)
@@ -246,14 +271,10 @@ class Server:
             "started": self._started,
         }
 
-    def account(self, session: Session) -> dict[str, Any] | None:
-        """The daemon's account, for those who may see everybody's packets."""
-        return self._account() if session.uid is None else None
-
-    def _account(self) -> dict[str, Any]:
+    def _account(self, settled: bool = False) -> dict[str, Any]:
         pipeline = self.answers.pipeline
         with pipeline.account_lock:
-            return pipeline.account.as_dict()
+            return pipeline.account.as_dict(settled)
 
     def stats(self, session: Session) -> dict[str, Any]:
         """What this client may know."""

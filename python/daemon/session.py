@@ -72,6 +72,8 @@ class Session(asyncio.Protocol):
         self._told_dropped = 0
         self._paused = False
         self._slow = 0
+        self._begun = False
+        """The subscription counts from the account at its start on."""
         self._ending = False
 
     # Bytes in
@@ -134,8 +136,9 @@ class Session(asyncio.Protocol):
         if isinstance(request, Stats):
             return _reply(request.id, self.server.stats(self))
         if isinstance(request, Subscribe):
-            return _reply(request.id, self._subscribe(request.filter))
-        self._unsubscribe(request)
+            self._subscribe(request)
+        else:
+            self._unsubscribe(request)
         return None
 
     def _hello(self, request: Hello) -> dict[str, Any]:
@@ -170,15 +173,25 @@ class Session(asyncio.Protocol):
 
     # The subscription
 
-    def _subscribe(self, filter: str) -> dict[str, Any]:
+    def _subscribe(self, request: Subscribe) -> None:
         if self.stream is not None:
             raise UsageError("this connection has a subscription already; unsubscribe first")
-        self.stream = self.server.streams.join(filter, self.uid, self)
+        self.stream = self.server.streams.join(request.filter, self.uid, self)
+        self.server.after_all_records(lambda account: self._begin(request, account))
+
+    def _begin(self, request: Subscribe, account: dict[str, Any]) -> None:
+        if self.stream is None:
+            return
+        self._begun = True
         self.seen = self.matched = self.sent = self.dropped = 0
         self._told_dropped = 0
         self._sequence = 0
-        self._account_at_start = self.server.account(self)
-        return {"account": self._account_at_start}
+        self._account_at_start = self._shown(account)
+        self._write(_reply(request.id, {"account": self._account_at_start}))
+
+    def _shown(self, account: dict[str, Any]) -> dict[str, Any] | None:
+        """The daemon's account, for those who may see everybody's packets."""
+        return account if self.uid is None else None
 
     def _unsubscribe(self, request: Unsubscribe) -> None:
         if self.stream is None:
@@ -186,19 +199,19 @@ class Session(asyncio.Protocol):
         if self._ending:
             raise UsageError("this subscription is ending already")
         self._ending = True
-        self.server.after_all_records(lambda: self._end(request))
+        self.server.after_all_records(lambda account: self._end(request, account))
 
-    def _end(self, request: Unsubscribe) -> None:
+    def _end(self, request: Unsubscribe, account: dict[str, Any]) -> None:
         self._ending = False
         if self._transport is None or self.stream is None:
             return
         self._leave()
-        self._queue_reply(request)
+        self._queue_reply(request, account)
 
-    def _queue_reply(self, request: Unsubscribe) -> None:
+    def _queue_reply(self, request: Unsubscribe, account: dict[str, Any]) -> None:
         """Answer behind the records that wait."""
         if self._queue and self._transport is not None:
-            self.server.loop.call_later(0.01, self._queue_reply, request)
+            self.server.loop.call_later(0.01, self._queue_reply, request, account)
             return
         fields = {
             "seen": self.seen if self.uid is None else None,
@@ -206,7 +219,7 @@ class Session(asyncio.Protocol):
             "sent": self.sent,
             "dropped": self.dropped,
             "account_at_start": self._account_at_start,
-            "account": self.server.account(self),
+            "account": self._shown(account),
         }
         self._write(_reply(request.id, fields))
 
@@ -214,6 +227,7 @@ class Session(asyncio.Protocol):
         if self.stream is not None:
             self.server.streams.leave(self.stream, self)
             self.stream = None
+            self._begun = False
 
     def leave(self) -> None:
         """The connection is gone: give back what it holds."""
@@ -221,8 +235,10 @@ class Session(asyncio.Protocol):
 
     def offer(self, seen: int, piece: Piece | None) -> None:
         """`seen` records passed, those in `piece` fit; when the queue is full the oldest go."""
+        if self._transport is None or not self._begun:
+            return
         self.seen += seen
-        if piece is None or self._transport is None:
+        if piece is None:
             return
         self.matched += piece.count
         limit = self.server.config.client_queue_size
@@ -237,9 +253,10 @@ class Session(asyncio.Protocol):
 
     def lose(self, seen: int, matched: int) -> None:
         """Records that could not be offered because the event loop was behind."""
-        self.seen += seen
-        self.matched += matched
-        self.dropped += matched
+        if self._begun:
+            self.seen += seen
+            self.matched += matched
+            self.dropped += matched
 
     @property
     def queued_bytes(self) -> int:
@@ -249,6 +266,11 @@ class Session(asyncio.Protocol):
         """Send an event frame, unless the client does not read."""
         if not self._paused:
             self._write(encode_json(Kind.EVENT, {"event": event, **fields}))
+
+    def tell_account(self, account: dict[str, Any]) -> None:
+        """Send the account of exactly the records that were offered until now."""
+        if self._begun and self.uid is None:
+            self.tell("account", account=account)
 
     # Bytes out
 

@@ -51,6 +51,9 @@ class Shown:
                 f"{account['records']} records = {account['delivered']} delivered"
                 f" + {sum(gone.values())} lost{_detail(gone)}"
             )
+            if account.get("gap_ms"):
+                away = account["gap_ms"] / 1000
+                lines.append(f"nothing was recorded for {away:.1f} s: lost, not counted")
         share = f" ({100 * self.named / self.records:.1f} %)" if self.records else ""
         lines.append(
             f"{self.records} shown = {self.named} named{share}"

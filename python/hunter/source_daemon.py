@@ -3,17 +3,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from hunter.columns import Holder
-from nlproto import Error, NoDaemon
-from nlproto.client import DaemonClient, DaemonEvent, Event, ProcessesEvent, StreamBatch
+from hunter.spans import Spans
+from nlproto import Error, NoDaemon, UsageError
+from nlproto.client import (
+    AccountEvent,
+    DaemonClient,
+    DaemonEvent,
+    Event,
+    ProcessesEvent,
+    StreamBatch,
+)
 from nlproto.filter import Filter
 from nlproto.pipeline import NamedBatch
 from nlproto.processes import Process, Processes
 
 __all__ = ["Asker", "DaemonSource"]
+
+_HELLO = 3.0  # s, for a daemon that is starting
+_ANSWER = 10.0  # s
 
 
 class Asker:
@@ -35,7 +48,7 @@ class Asker:
             for at in range(0, len(wanted), 1000):
                 self._ask(wanted[at : at + 1000])
         except Error:
-            pass
+            self.close()
         return {cookie: self._known[cookie] for cookie in cookies if self._known.get(cookie)}
 
     def _ask(self, cookies: list[int]) -> None:
@@ -48,20 +61,28 @@ class Asker:
     def close(self) -> None:
         if self._client is not None:
             self._client.close()
+            self._client = None
 
 
 class DaemonSource:
-    """A subscription. Raises NoDaemon when nobody serves `path`."""
+    """A subscription that waits for a daemon that went away, and goes on with the next one.
+
+    Raises NoDaemon when nobody serves `path` at the beginning.
+    """
 
     def __init__(self, path: str, filter: Filter, notify: Callable[[str], None]) -> None:
-        self._client = DaemonClient(path)
+        self._path = path
+        self._filter = str(filter)
         self._notify = notify
         self._processes = Processes()
         self._asker = Asker(path)
-        self._ended = False
-        self._dropped = 0
-        self._client.start(str(filter))
-        daemon = self._client.daemon
+        self._spans = Spans()
+        self._client: DaemonClient | None = None
+        self._gone_at = 0.0
+        self._away = 0.0
+        """Seconds without a daemon of which nobody knows how many packets passed."""
+        self._dropped = self._dropped_before = 0
+        daemon = self._subscribe(DaemonClient(path)).daemon
         self.description = f"daemon, engine {daemon['engine']}"
         if not daemon.get("everything", True):
             notify("the daemon shows you the packets of your own processes; root sees all")
@@ -70,45 +91,101 @@ class DaemonSource:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._client.close()
+        if self._client is not None:
+            self._client.close()
         self._asker.close()
 
+    def _subscribe(self, client: DaemonClient) -> DaemonClient:
+        try:
+            account = client.start(self._filter)["account"]
+        except BaseException:
+            client.close()
+            raise
+        self._missed = self._spans.begin(account)
+        self._client = client
+        return client
+
     def read(self, timeout: float) -> list[NamedBatch] | None:
-        if self._ended:
-            return None
-        return self._taken(self._client.read(timeout))
+        if self._client is None:
+            self._resume(timeout)
+            return []
+        try:
+            return self._taken(self._client.read(timeout))
+        except NoDaemon:
+            self._leave("the daemon has gone")
+            return []
+
+    def _leave(self, why: str) -> None:
+        assert self._client is not None
+        self._client.close()
+        self._client = None
+        self._spans.cut()
+        self._gone_at = time.monotonic()
+        self._dropped_before += self._dropped
+        self._dropped = 0
+        self._notify(f"{why}; waiting for it to come back")
+
+    def _resume(self, timeout: float) -> None:
+        """One try, which `timeout` s lie before."""
+        time.sleep(timeout)
+        try:
+            client = self._subscribe(DaemonClient(self._path, _HELLO))
+        except UsageError:
+            raise
+        except Error:
+            return  # it is not there, or not yet ready
+        client.timeout = _ANSWER
+        away = time.monotonic() - self._gone_at
+        missed = "what passed meanwhile is lost"
+        if self._missed is None:
+            self._away += away
+        else:
+            missed = f"{self._missed} packets passed meanwhile"
+        self._notify(f"the daemon is back after {away:.1f} s: {missed}")
 
     def _taken(self, events: list[Event]) -> list[NamedBatch]:
         batches = []
         for event in events:
             if isinstance(event, StreamBatch):
                 self._dropped = event.dropped
+                self._spans.received(event.batch.records["how"])
                 batches.append(event.batch)
             elif isinstance(event, ProcessesEvent):
                 self._processes.restore(event.processes)
-            elif isinstance(event, DaemonEvent):
+            elif isinstance(event, AccountEvent):
+                self._spans.mark(event.account)
+            else:
                 self._happened(event)
         return batches
 
     def _happened(self, event: DaemonEvent) -> None:
         if event.name == "bye":
-            self._ended = True
-            self._notify("the daemon has ended")
-        elif event.name == "engine":
-            self._notify(f"the daemon goes on with engine {event.fields.get('name', '?')}")
+            self._leave("the daemon has ended")
         elif event.name != "gap":  # gaps are in the closing account
-            self._notify(f"daemon: {event.name.replace('_', ' ')}")
+            self._notify(f"daemon: {event.fields.get('message') or event.name}")
 
     def finish(self) -> list[NamedBatch]:
-        if self._ended:
-            return []
-        try:
-            reply = self._client.unsubscribe()
-        except NoDaemon:
-            self._ended = True
-            return []
-        batches = self._taken(self._client.read(0))
-        self._dropped = int(reply["dropped"])
+        batches: list[NamedBatch] = []
+        if self._client is not None:
+            batches = self._finish(self._client)
+        if self._client is None:
+            self._away += time.monotonic() - self._gone_at
+        if self._away:
+            self._notify(f"no daemon for {self._away:.1f} s: what passed then is lost, not counted")
+        return batches
+
+    def _finish(self, client: DaemonClient) -> list[NamedBatch]:
+        reply = None
+        with contextlib.suppress(NoDaemon):
+            reply = client.unsubscribe()
+        batches: list[NamedBatch] = []
+        with contextlib.suppress(NoDaemon):
+            batches = self._taken(client.read(0))
+        if reply is not None:
+            self._spans.end(reply["account"])
+            self._dropped = int(reply["dropped"])
+        elif self._client is not None:
+            self._leave("the daemon has gone")
         return batches
 
     def get(self, tgid: int, start_ns: int, /) -> Process | None:
@@ -118,25 +195,7 @@ class DaemonSource:
         return self._asker.holders(cookies)
 
     def account(self) -> Mapping[str, Any] | None:
-        closing = self._client.account
-        start, end = closing.get("account_at_start"), closing.get("account")
-        if start is None or end is None:
-            return None
-        return _difference(end, start)
+        return self._spans.total()
 
     def lost(self) -> int:
-        return self._dropped
-
-
-def _difference(end: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:
-    """Every count of `end` less what it was at `start`."""
-    result: dict[str, Any] = {}
-    for name, value in end.items():
-        before = start.get(name)
-        if isinstance(value, Mapping):
-            result[name] = _difference(value, before or {})
-        elif isinstance(value, int) and not isinstance(value, bool):
-            result[name] = value - (before or 0)
-        else:
-            result[name] = value
-    return result
+        return self._dropped_before + self._dropped

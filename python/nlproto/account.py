@@ -56,14 +56,23 @@ class Account:
         self._by_how = np.zeros(256, np.int64)
         self.instances = 0
         """How many module loads (or engine starts) this account spans."""
+        self.gap_ms = 0
+        """How long no engine recorded: how many packets passed meanwhile nobody knows."""
 
     def open(self, tails: np.ndarray, instance: int) -> None:
-        """Begin at `tails` (TAIL array, reply to FLUSH): the first batch is the one behind them."""
+        """Begin at `tails` (TAIL array, reply to FLUSH): the first batch is the one behind them.
+
+        Of an instance that this account knows already, what came in between is lost.
+        """
         self._enter(instance)
         for tail in tails:
             key = (instance, int(tail["cpu"]))
-            self._first[key] = _point_of(tail)
-            self._last[key] = _point_of(tail)
+            self._first.setdefault(key, _point_of(tail))
+            self._last.setdefault(key, _point_of(tail)).raise_to(_point_of(tail))
+
+    def gap(self, seconds: float) -> None:
+        """Count a time without any engine."""
+        self.gap_ms += max(1, round(seconds * 1000))
 
     def add(self, head: np.void, records: np.ndarray | None = None) -> None:
         """Count one batch as received; `head` is its BATCH.
@@ -191,31 +200,50 @@ class Account:
 
     def closes(self) -> bool:
         """Return whether every sum is right at this moment (at rest it must be)."""
+        return self.waiting == 0 and self._adds_up()
+
+    def _adds_up(self) -> bool:
         lost = self.lost
         return (
-            self.waiting == 0
+            self.waiting >= 0
             and all(n >= 0 for n in lost.values())
             and self.recorded >= 0
             and self.copies >= 0
             and self.records == self.delivered + sum(lost.values())
         )
 
-    def as_dict(self) -> dict[str, object]:
-        """Return all figures, for JSON."""
+    @property
+    def position(self) -> dict[str, int]:
+        """Where the stream stands: packets that the present instance saw since it began."""
+        instance = self._instance
+        packets = sum(point.packets for key, point in self._items() if key[0] == instance)
+        return {"instance": instance, "packets": packets}
+
+    def as_dict(self, settled: bool = False) -> dict[str, object]:
+        """Return all figures, for JSON.
+
+        `settled`: as if the records that wait were not yet received; what the worker that hands
+        records on asks for, to whom everything else is either behind or still to come.
+        """
+        later = self.waiting if settled else 0
+        position = self.position
+        position["packets"] -= later
         return {
-            "packets": self.packets,
-            "recorded": self.recorded,
+            "packets": self.packets - later,
+            "recorded": self.recorded - later,
             "skipped": self.skipped,
             "copies": self.copies,
-            "records": self.records,
-            "delivered": self.delivered,
+            "records": self.records - later,
+            "delivered": self.delivered - later,
             "lost": self.lost,
             "named": self.named,
             "unnamed": self.unnamed,
             "by_how": self.by_how,
-            "waiting": self.waiting,
+            "waiting": self.waiting - later,
             "instances": self.instances,
-            "closes": self.closes(),
+            "gap_ms": self.gap_ms,
+            "position": position,
+            "closes": self._adds_up() and self.waiting == later,
         }
 
     def lines(self) -> list[str]:
@@ -233,6 +261,8 @@ class Account:
             lines.append(f"{self.waiting} records still waiting to be named")
         if self.instances > 1:
             lines.append(f"the engine was restarted {self.instances - 1} times in between")
+        if self.gap_ms:
+            lines.append(f"nothing was recorded for {self.gap_ms / 1000:.1f} s: lost, not counted")
         if not self.closes():
             lines.append("the account does not close: please report this")
         return lines

@@ -33,7 +33,14 @@ from nlproto.frames import (
 from nlproto.pipeline import NamedBatch
 from nlproto.processes import Process
 
-__all__ = ["DaemonClient", "DaemonEvent", "Event", "ProcessesEvent", "StreamBatch"]
+__all__ = [
+    "AccountEvent",
+    "DaemonClient",
+    "DaemonEvent",
+    "Event",
+    "ProcessesEvent",
+    "StreamBatch",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,14 @@ class DaemonEvent:
     fields: dict[str, Any] = field(default_factory=dict)
 
 
-Event = StreamBatch | ProcessesEvent | DaemonEvent
+@dataclass(frozen=True, slots=True)
+class AccountEvent:
+    """The daemon's account of exactly the records before it; each second, for who sees all."""
+
+    account: dict[str, Any]
+
+
+Event = StreamBatch | ProcessesEvent | DaemonEvent | AccountEvent
 
 _ERRORS: Mapping[str, type[Error]] = {"usage": UsageError, "denied": NoPrivilege}
 
@@ -293,4 +307,9 @@ class DaemonClient:
             self._events.append(ProcessesEvent(msgspec.json.decode(payload, type=list[Process])))
         else:
             fields = parse_json(payload)
-            self._events.append(DaemonEvent(str(fields.pop("event", "")), fields))
+            name = str(fields.pop("event", ""))
+            account = fields.get("account")
+            if name == "account" and isinstance(account, dict):
+                self._events.append(AccountEvent(account))
+            else:
+                self._events.append(DaemonEvent(name, fields))

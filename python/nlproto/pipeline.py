@@ -107,7 +107,7 @@ class Pipeline:
         self._asked = 0.0
         self._engine = engine
         self._next: Engine | None = None
-        self._failed = False
+        self._failed_at: float | None = None
         self._on_failure = on_failure
         self._on_snaps = on_snaps
         self._takes: tuple[Take, ...] = ()
@@ -127,7 +127,7 @@ class Pipeline:
     @property
     def failed(self) -> bool:
         """Whether the engine failed and no other took its place yet."""
-        return self._failed
+        return self._failed_at is not None
 
     def __enter__(self) -> Pipeline:
         self._worker.start()
@@ -177,14 +177,14 @@ class Pipeline:
             markers = self._take_barriers()
             if markers:
                 self._read_all()
-            elif self._failed:
+            elif self.failed:
                 self._stopping.wait(_POLL)
             else:
                 self._read(_POLL)
             for marker in markers:
                 self.queue.put(marker, 0)
             self._ask_engine()
-        if not self._failed:
+        if not self.failed:
             self._finish()
         self._engine.__exit__(None, None, None)
         for marker in self._take_barriers():
@@ -203,7 +203,7 @@ class Pipeline:
 
     def _read_all(self) -> None:
         """Everything recorded until now."""
-        if self._failed:
+        if self.failed:
             return
         try:
             self._engine.flush()
@@ -211,7 +211,7 @@ class Pipeline:
             self._fail(error)
         # what comes after the flush belongs to nobody's question: a flood must not hold us here
         until = time.monotonic() + _DRAIN
-        while not self._failed and self._read(0.0) and time.monotonic() < until:
+        while not self.failed and self._read(0.0) and time.monotonic() < until:
             pass
 
     def _read(self, timeout: float) -> int:
@@ -229,7 +229,7 @@ class Pipeline:
         return count
 
     def _fail(self, error: Error) -> None:
-        self._failed = True
+        self._failed_at = time.monotonic()
         if self._on_failure is not None:
             self._on_failure(error)
         else:
@@ -237,7 +237,7 @@ class Pipeline:
 
     def _ask_engine(self) -> None:
         """Keep the engine's own figures fresh; engines belong to this thread."""
-        if self._failed or time.monotonic() - self._asked < _ASK:
+        if self.failed or time.monotonic() - self._asked < _ASK:
             return
         self._asked = time.monotonic()
         try:
@@ -265,11 +265,14 @@ class Pipeline:
     def _change_engine(self) -> None:
         engine, self._next = self._next, None
         assert engine is not None
-        if not self._failed:
+        if not self.failed:
             self._finish()
         self._engine.__exit__(None, None, None)
         self._engine = engine
-        self._failed = False
+        if self._failed_at is not None:
+            with self.account_lock:
+                self.account.gap(time.monotonic() - self._failed_at)
+            self._failed_at = None
         self._open()
 
     def _finish(self) -> None:

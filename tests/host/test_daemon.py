@@ -21,7 +21,8 @@ from nlproto.frames import HEAD, Decoder, Kind, encode_json, parse_json
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs root")
 
-NOBODY = 65534
+# A user of this run's own: what others on this machine do as nobody is not ours.
+NOBODY = 60000 + os.getpid() % 5000
 
 
 class Daemon:
@@ -384,7 +385,8 @@ def test_history_survives_a_restart(start, directory, receiver):
 _AS_NOBODY = """
 import json, os, sys, socket, time
 from nlproto.client import DaemonClient, StreamBatch, ProcessesEvent
-os.setgroups(json.loads(sys.argv[4])); os.setgid(65534); os.setuid(65534)
+os.setgroups(json.loads(sys.argv[4]))
+os.setgid(int(sys.argv[5])); os.setuid(int(sys.argv[5]))
 path, port, root_pid = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 own = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 own.bind(("127.0.0.1", 0))
@@ -426,7 +428,7 @@ with DaemonClient(path) as client:
 
 def _as_nobody(daemon, receiver, groups=()):
     port = receiver.getsockname()[1]
-    arguments = [daemon.path, str(port), str(os.getpid()), json.dumps(list(groups))]
+    arguments = [daemon.path, str(port), str(os.getpid()), json.dumps(list(groups)), str(NOBODY)]
     child = subprocess.Popen(
         [sys.executable, "-c", _AS_NOBODY, *arguments],
         stdin=subprocess.PIPE,
@@ -552,25 +554,70 @@ def _send_burst(port, count):
         time.sleep(0.02)
 
 
-def test_fifty_clients_with_different_filters_each_get_exactly_theirs(daemon):
-    receivers = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(50)]
-    clients = []
+_SLOW = """
+import json, sys
+from nlproto.client import DaemonClient, DaemonEvent, StreamBatch
+client = DaemonClient(sys.argv[1], timeout=60)
+client.start(sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()
+end = client.unsubscribe()
+events = client.read(0)
+print(json.dumps({
+    "received": sum(len(e.batch.records) for e in events if isinstance(e, StreamBatch)),
+    "told": sum(e.fields["records"] for e in events if isinstance(e, DaemonEvent)),
+    **{name: end[name] for name in ("sent", "dropped", "matched")},
+}))
+"""
+
+
+def test_of_200_subscribers_one_that_is_stopped_loses_its_own_records_and_the_others_none(start):
+    daemon = start(config="client_queue_size: 64KiB\nqueue_size: 256MiB\n")
+    receivers = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(200)]
+    clients, slow = [], None
     try:
+        ports = []
         for receiver in receivers:
             receiver.bind(("127.0.0.1", 0))
+            ports.append(receiver.getsockname()[1])
+        for port in ports[1:]:
             client = DaemonClient(daemon.path, timeout=60)
-            client.start(f"udp dst port {receiver.getsockname()[1]} and outbound")
             clients.append(client)
-        for count, receiver in enumerate(receivers, 1):
-            _send_burst(receiver.getsockname()[1], count)
+            client.start(f"udp dst port {port} and outbound")
+        rule = f"udp dst port {ports[0]} and outbound"
+        slow = subprocess.Popen(
+            [sys.executable, "-c", _SLOW, daemon.path, rule],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd="/",
+        )
+        assert slow.stdout is not None
+        slow.stdout.readline()
+        clients[0].request("stats")
+        assert clients[0].stats()["clients"]["filters"] == 200
+        slow.send_signal(signal.SIGSTOP)
+        for _ in range(30):
+            _send_burst(ports[0], 200)
+        for count, port in enumerate(ports[1:], 1):
+            _send_burst(port, count % 7 + 1)
         for count, client in enumerate(clients, 1):
             end = client.unsubscribe()
-            assert len(_records(client.read(0))) == end["sent"] == count
+            assert len(_records(client.read(0))) == end["sent"] == count % 7 + 1
+            assert end["dropped"] == 0
+        slow.send_signal(signal.SIGCONT)
+        out, _ = slow.communicate("go\n", timeout=60)
+        found = json.loads(out)
+        assert found["matched"] == 6000
+        assert found["dropped"] > 0
+        assert found["received"] == found["sent"] == 6000 - found["dropped"]
+        assert 0 < found["told"] <= found["dropped"]
     finally:
-        for client in clients:
-            client.close()
-        for receiver in receivers:
-            receiver.close()
+        if slow is not None and slow.poll() is None:
+            slow.kill()
+            slow.communicate()
+        for one in (*clients, *receivers):
+            one.close()
 
 
 def test_garbage_neither_ends_it_nor_grows_it(daemon):

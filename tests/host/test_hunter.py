@@ -484,3 +484,54 @@ def test_stats_for_machines_and_people(daemon):
     assert account["records"] == account["delivered"] + sum(account["lost"].values())
     people = hunt("stats", "--socket", daemon).stdout
     assert "packets seen" in people and "engine packet" in people
+
+
+def _start_daemon(path):
+    process = subprocess.Popen(
+        [*DAEMON, "--engine", "packet", "--socket", str(path), "--foreground"],
+        stderr=subprocess.DEVNULL,
+    )
+    until = time.monotonic() + 30
+    while True:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(str(path))
+            return process
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_it_waits_for_a_daemon_that_goes_away_and_goes_on_with_the_next(number, server, tmp_path):
+    path, saved = tmp_path / "d.sock", tmp_path / "out.csv"
+    first = _start_daemon(path)
+    second = None
+    command = [*HUNTER, "--socket", str(path), "-n", "--save", str(saved), f"port {server[1]}"]
+    hunter = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        begun(hunter)
+        with traffic(server[1]):
+            time.sleep(0.5)
+            first.send_signal(number)
+            first.wait(20)
+            assert "waiting for it to come back" in hunter.stderr.readline()
+            second = _start_daemon(path)
+            assert "the daemon is back after" in hunter.stderr.readline()
+            before = len(saved.read_text().splitlines())
+            until = time.monotonic() + 20
+            while len(saved.read_text().splitlines()) <= before:
+                assert time.monotonic() < until
+                time.sleep(0.05)
+        hunter.send_signal(signal.SIGINT)
+        _, err = hunter.communicate(timeout=30)
+    finally:
+        for process in (hunter, first, second):
+            if process is not None and process.poll() is None:
+                process.kill()
+                process.wait()
+    assert hunter.returncode == 0
+    # engine packet starts anew with its daemon: nobody counted what passed between
+    assert re.search(r"no daemon for \d+\.\d s: what passed then is lost, not counted", err)
+    account = account_of(err)
+    with saved.open() as file:
+        assert account["shown"] == len(list(csv.DictReader(file)))
+    assert account["delivered"] >= account["shown"] > 0

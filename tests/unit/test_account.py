@@ -202,3 +202,30 @@ def test_any_stream_closes_with_exactly_what_was_lost(opened, steps):
     assert account.lost == {**truth, "client": 0}
     assert account.delivered == account.named == delivered
     assert account.closes()
+
+
+def test_an_instance_opened_again_keeps_what_was_counted_and_loses_what_came_between():
+    cpu, account = Cpu(), Account()
+    account.open(cpu.tail(), cpu.instance)
+    account.add(cpu.send(5))
+    account.deliver(hows(*[CONTEXT] * 5))
+    cpu.send(3)
+    account.gap(0.2)
+    account.open(cpu.tail(), cpu.instance)
+    account.add(cpu.send(2))
+    account.deliver(hows(*[CONTEXT] * 2))
+    assert account.lost["socket"] == 3
+    assert account.closes()
+    assert "nothing was recorded for 0.2 s" in "\n".join(account.lines())
+
+
+def test_a_settled_account_leaves_out_what_still_waits_and_closes():
+    cpu, account = Cpu(packets=50, skipped=50), Account()
+    account.open(cpu.tail(), cpu.instance)
+    account.add(cpu.send(5))
+    account.add(cpu.send(2))
+    account.deliver(hows(*[CONTEXT] * 5))
+    found = account.as_dict(settled=True)
+    assert (found["packets"], found["records"], found["delivered"]) == (5, 5, 5)
+    assert found["position"] == {"instance": cpu.instance, "packets": 55}
+    assert found["closes"] and not account.closes()
