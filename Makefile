@@ -42,6 +42,10 @@ test-vagrant: tools ## the commands of the README in a Vagrant machine (root)
 	@tests/vagrant/run.sh
 test-packages: tools ## Debian packages and DKMS in a Debian system of their own (root)
 	$(PYTEST) tests/packages
+fuzz: tools ## 10 million bytes of nonsense for a running daemon (root; BYTES=, SEED=)
+	$(PYTHON) tests/fuzz.py $(or $(BYTES),10000000) $(SEED)
+soak: tools ## mixed traffic and clients for SECONDS=600: the daemon's memory stays flat (root)
+	$(PYTHON) tests/soak.py $(or $(SECONDS),600)
 
 menu: ## what is built, loaded and running, and a key for each thing to do
 	@[ -x $(PYTHON) ] || ./build.sh --no-module
@@ -53,4 +57,4 @@ deb: ## Debian source and binary packages into dist/ (wants debhelper, dh-dkms, 
 clean: ## remove what was built
 	@./build.sh clean
 
-.PHONY: help run demo test tools lint test-unit test-host test-vm test-attribution test-matrix test-vagrant test-packages menu deb clean
+.PHONY: help run demo test tools lint test-unit test-host test-vm test-attribution test-matrix test-vagrant test-packages fuzz soak menu deb clean

@@ -116,6 +116,18 @@ if [ ! -e "$stamp" ] || [ -n "$(find pyproject.toml setup.py shared_proto.h VERS
 	touch "$stamp"
 fi
 
+# --- a real Prometheus server for the tests: unpacked, not installed, so that no service begins
+if [ "$tools" = yes ] && [ ! -x .venv/prometheus/usr/bin/prometheus ]; then
+	deb=$(mktemp -d)
+	fetch() { (cd "$deb" && apt-get download -q prometheus >/dev/null 2>&1); }
+	if fetch || { [ "$(id -u)" = 0 ] && apt-get update -q >/dev/null 2>&1 && fetch; }; then
+		dpkg-deb -x "$deb"/prometheus_*.deb .venv/prometheus
+	else
+		say "could not download the package prometheus: the test of the metrics will be skipped"
+	fi
+	rm -rf "$deb"
+fi
+
 # --- the module
 [ "$module" = no ] && exit 0
 if [ ! -e "/lib/modules/$(uname -r)/build" ]; then

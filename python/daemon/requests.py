@@ -95,6 +95,10 @@ Request = Hello | Stats | Who | History | OwnerOf | Lookup | Subscribe | Unsubsc
 _decoder: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 
 
+# msgspec passes on what Python's UTF-8 decoder says of a string
+_WRONG = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError)
+
+
 class _Id(Struct):
     id: Id = 0
 
@@ -106,7 +110,7 @@ def parse_request(payload: bytes) -> Request:
     """The request in a control frame. Raises UsageError."""
     try:
         return _decoder.decode(payload)
-    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
+    except _WRONG as error:
         raise UsageError(f"bad request: {error}") from None
 
 
@@ -114,5 +118,5 @@ def request_id(payload: bytes) -> int:
     """The id of a request that is wrong otherwise, 0 if it has none."""
     try:
         return _id_decoder.decode(payload).id
-    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError):
+    except _WRONG:
         return 0

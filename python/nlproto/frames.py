@@ -68,7 +68,7 @@ def parse_json(payload: bytes | bytearray | memoryview) -> dict[str, Any]:
     """The object in a control or event frame. Raises FrameError."""
     try:
         value = msgspec.json.decode(payload)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FrameError(f"not JSON: {error}") from None
     if not isinstance(value, dict):
         raise FrameError("a control frame holds one JSON object")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -17,7 +16,7 @@ import pytest
 
 from nlproto.client import DaemonClient, DaemonEvent, ProcessesEvent, StreamBatch
 from nlproto.errors import NoDaemon, UsageError
-from nlproto.frames import HEAD, Decoder, Kind, encode_json, parse_json
+from nlproto.frames import Decoder, Kind, encode_json, parse_json
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs root")
 
@@ -620,36 +619,14 @@ def test_of_200_subscribers_one_that_is_stopped_loses_its_own_records_and_the_ot
             one.close()
 
 
-def test_garbage_neither_ends_it_nor_grows_it(daemon):
-    generator = random.Random(20261123)
-    with DaemonClient(daemon.path) as client:
-        client.stats()
-    before = daemon.memory()
-    sent = 0
-    while sent < 10_000_000:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as raw:
-            raw.settimeout(10)
-            raw.connect(daemon.path)
-            try:
-                kind = generator.randrange(4)
-                if kind == 0:
-                    data = generator.randbytes(generator.randrange(1, 200_000))
-                elif kind == 1:
-                    body = generator.randbytes(generator.randrange(0, 60_000))
-                    data = HEAD.pack(len(body) + 4, 1, b"\0\0\0") + body
-                elif kind == 2:
-                    data = HEAD.pack(65536, 1, b"\0\0\0") + b"[" * 60_000
-                else:
-                    request = {"id": 1, "op": "who", "host": "x" * 60, "pname": "\x1b" * 200}
-                    data = encode_json(Kind.CONTROL, request) * 300
-                raw.sendall(data)
-                sent += len(data)
-            except OSError:
-                sent += 1000
-    with DaemonClient(daemon.path) as client:
-        _until(lambda: client.stats()["clients"]["connected"] == 1)
+def test_nonsense_neither_ends_it_nor_grows_it(daemon):
+    """A seeded tenth of what `make fuzz` sends."""
+    fuzzer = Path(__file__).parents[1] / "fuzz.py"
+    arguments = (daemon.path, daemon.process.pid, 1_000_000, 20261123)
+    code = f"import runpy; runpy.run_path({str(fuzzer)!r})['check'](*{arguments!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     assert daemon.process.poll() is None
-    assert daemon.memory() - before < 64 << 20
     assert "Traceback" not in daemon.text()
 
 
@@ -741,6 +718,57 @@ def test_metrics_are_served_on_a_unix_socket(start, directory, receiver):
     assert os.stat(path).st_mode & 0o777 == 0o660
     assert daemon.stop() == 0
     assert not os.path.exists(path)
+
+
+PROMETHEUS = Path(__file__).parents[2] / ".venv/prometheus/usr/bin/prometheus"
+
+
+def _free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.mark.skipif(not PROMETHEUS.exists(), reason="no Prometheus: ./build.sh --test-tools")
+def test_a_real_prometheus_server_scrapes_the_metrics(start, directory, receiver):
+    import urllib.error
+    import urllib.parse
+    import urllib.request
+
+    port, own = _free_port(), _free_port()
+    daemon = start(config=f"metrics: 127.0.0.1:{port}\nmetrics_processes: 1\n")
+    _send(receiver.getsockname()[1], 5)
+    (directory / "prometheus.yml").write_text(
+        "scrape_configs:\n- job_name: hunter\n  scrape_interval: 1s\n  static_configs:\n"
+        f"  - targets: ['127.0.0.1:{port}']\n"
+    )
+    command = [PROMETHEUS, f"--config.file={directory}/prometheus.yml"]
+    command += [f"--storage.tsdb.path={directory}/tsdb", f"--web.listen-address=127.0.0.1:{own}"]
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def ask(query):
+        url = f"http://127.0.0.1:{own}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
+        try:
+            with opener.open(url, timeout=5) as answer:
+                return json.load(answer)["data"]["result"]
+        except urllib.error.URLError:
+            return []  # it is starting
+
+    with open(directory / "prometheus.log", "wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=directory)
+    try:
+        (up,) = _until(lambda: ask('up{job="hunter"} == 1'), 60)
+        (records,) = _until(lambda: ask("packet_hunter_records_total >= 10"), 60)
+        for name in ("packets_total", "named_total", "queue_bytes", "clients"):
+            assert ask(f"packet_hunter_{name}"), name
+        places = {one["metric"]["place"] for one in ask("packet_hunter_lost_total")}
+        assert places == {"alloc", "socket", "queue", "client"}
+        names = {one["metric"]["comm"] for one in ask("packet_hunter_process_bytes_total")}
+        # one name of its own, and what is over the limit
+        assert 1 <= len(names) <= 2 and names - {"other"}
+    finally:
+        server.terminate()
+        server.wait(30)
+    assert daemon.stop() == 0
 
 
 def test_the_manager_is_told_when_it_is_ready_and_when_it_stops(directory):

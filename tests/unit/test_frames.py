@@ -105,6 +105,8 @@ def test_requests_of_the_right_shape_with_wrong_values_are_refused_or_within_lim
         (b'{"id":1,"op":"who","prot":53}', "prot"),
         (b'{"id":1,"op":"who","limit":100000}', "limit"),
         (b'{"id":1,"op":"reboot"}', "reboot"),
+        (b'{"id":1,"op":"who","host":"\x89"}', "utf-8"),
+        (b'{"id":1,"\xc0":"who"}', "utf-8|missing|unknown"),
         (b'{"op":"stats"}', "id"),
     ],
 )
