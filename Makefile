@@ -47,6 +47,16 @@ fuzz: tools ## 10 million bytes of nonsense for a running daemon (root; BYTES=, 
 soak: tools ## mixed traffic and clients for SECONDS=600: the daemon's memory stays flat (root)
 	$(PYTHON) tests/soak.py $(or $(SECONDS),600)
 
+bench: bench-kernel bench-daemon bench-hunter ## all of the following but accuracy; into bench/RESULTS.md
+bench-kernel: tools ## what the module costs, in instructions, in QEMU
+	PYTHONPATH=tests/vm $(PYTHON) bench/kernel_cost.py
+bench-daemon: tools ## ingest, history at a million flows, port questions
+	PYTHONPATH=python $(PYTHON) bench/daemon_cost.py
+bench-hunter: tools ## top with 10,000 flows, annotate with 1 GB
+	PYTHONPATH=python $(PYTHON) bench/hunter_cost.py
+bench-accuracy: tools ## beside nethogs, ss, psutil, tcplife, tcpconnect; all scenarios, both engines (root)
+	PYTHONPATH=python:tests/vm:bench $(PYTHON) bench/accuracy_everywhere.py $(ARGUMENTS)
+
 menu: ## what is built, loaded and running, and a key for each thing to do
 	@[ -x $(PYTHON) ] || ./build.sh --no-module
 	@$(PYTHON) python/menu.py
@@ -57,4 +67,4 @@ deb: ## Debian source and binary packages into dist/ (wants debhelper, dh-dkms, 
 clean: ## remove what was built
 	@./build.sh clean
 
-.PHONY: help run demo test tools lint test-unit test-host test-vm test-attribution test-matrix test-vagrant test-packages fuzz soak menu deb clean
+.PHONY: help run demo test tools lint test-unit test-host test-vm test-attribution test-matrix test-vagrant test-packages fuzz soak bench bench-kernel bench-daemon bench-hunter bench-accuracy menu deb clean

@@ -66,8 +66,8 @@ class GuestLost(Exception):
 class Guest:
     """One booted kernel that runs one command, which talks to us through PORT.
 
-    `append` is added to the kernel command line. Files in `shared` can be written by both sides
-    (in the guest: $PACKET_HUNTER_SHARED).
+    `append` is added to the kernel command line, `qemu` to QEMU's. Files in `shared` can be written
+    by both sides (in the guest: $PACKET_HUNTER_SHARED).
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Guest:
         memory: str = "2G",
         cpus: int = 2,
         directory: Path | None = None,
+        qemu: Sequence[str] = (),
     ) -> None:
         self.kernel = kernel
         self._command = list(command)
@@ -86,6 +87,7 @@ class Guest:
         self._memory = memory
         self._cpus = cpus
         self._directory = directory or Path.cwd()
+        self._options = list(qemu)
 
     def __enter__(self) -> Guest:
         self._scratch = tempfile.TemporaryDirectory(prefix="packet-hunter-vm.")
@@ -214,7 +216,7 @@ class Guest:
             *("--verbose", "--force-9p"),
             f"--append=loglevel=5 module_blacklist={UNUSED} {self._append}".strip(),
             f"--rwdir={self.shared}",
-            *(f"--qemu-opts={option}" for option in devices),
+            *(f"--qemu-opts={option}" for option in (*devices, *self._options)),
             "--",
             f"sh {self.shared}/start",
         ]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Same workload, several tools: packets and bytes named right, wrong and not at all.
 
-    PYTHONPATH=python:tests/vm:tests/bench python -m accuracy [--engine module] [--markdown]
+    PYTHONPATH=python:tests/vm:bench python -m accuracy [--tool NAME]... [--json OUT]
 
 tcpdump says which packets there were, the workload itself whose they are. Each tool has a run of
 its own. Root only; everything happens in network namespaces of its own.
@@ -26,12 +26,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import accuracy_tools as tools
-import accuracy_workload as workload
 from attribution import truth
 from attribution.recorder import Recorder
 from attribution.stage import CLONE_NEWNET, Stage, Unable, Wire, call, loopback_up, rename
 
+import accuracy_tools as tools
+import accuracy_workload as workload
 from nlproto.errors import Error
 
 PCAP_HEADER, PACKET_HEADER, ETHERNET = 24, 16, 14
@@ -43,8 +43,8 @@ LABELS = {
     "nethogs": "nethogs (bytes only)",
     "ss": "ss, 10 times a second",
     "psutil": "psutil, 10 times a second",
-    "tcplife": "bcc tcplife (TCP only)",
-    "tcpconnect": "bcc tcpconnect (TCP out only)",
+    "tcplife": "tcplife (TCP only)",
+    "tcpconnect": "tcpconnect (TCP out only)",
 }
 
 
@@ -188,8 +188,9 @@ def tool_beside(name: str, directory: Path) -> contextlib.AbstractContextManager
         command = ["nethogs", "-t", "-C", "-d", "1", "-v", "2", workload.INTERFACE]
         return tools.running(command, output, 2)
     if name in ("tcplife", "tcpconnect"):
-        command = [f"{name}-bpfcc", *(["-L"] if name == "tcpconnect" else [])]
-        return tools.running(command, output, 240, "PID")
+        # bcc's own, compiled beforehand (libbpf-tools): nothing is compiled when they start
+        command = ["stdbuf", "-oL", name, *(["-s"] if name == "tcpconnect" else [])]
+        return tools.running(command, output, 60, "PID")
     return contextlib.nullcontext()
 
 
@@ -335,7 +336,7 @@ def main() -> int:
         row = compare(tool)
         rows.append(row)
         print(f"{tool}: {asdict(row)}", file=sys.stderr, flush=True)
-    print(f"Kernel {platform.release()}, {os.cpu_count()} CPUs, workload of tests/bench/"
+    print(f"Kernel {platform.release()}, {os.cpu_count()} CPUs, workload of bench/"
           "accuracy_workload.py, one run a tool.\n")  # fmt: skip
     print(table(rows))
     if arguments.json:

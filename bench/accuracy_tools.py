@@ -124,7 +124,7 @@ def running(command: list[str], output: Path, warm_up: float, ready: str = "") -
 
 
 def tcplife_sightings(text: str) -> Iterator[Sighting]:
-    """Sightings of bcc's tcplife: PID COMM LADDR LPORT RADDR RPORT ..."""
+    """Sightings of tcplife: PID COMM LADDR LPORT RADDR RPORT ..."""
     for row in text.splitlines():
         fields = row.split()
         if len(fields) >= 9 and fields[0].isdigit():
@@ -132,11 +132,11 @@ def tcplife_sightings(text: str) -> Iterator[Sighting]:
 
 
 def tcpconnect_sightings(text: str) -> Iterator[Sighting]:
-    """Sightings of bcc's tcpconnect -L: PID COMM IP SADDR LPORT DADDR DPORT."""
+    """Sightings of tcpconnect -s (libbpf-tools): PID COMM IP SADDR DADDR SPORT DPORT."""
     for row in text.splitlines():
         fields = row.split()
         if len(fields) >= 7 and fields[0].isdigit():
-            yield "tcp", int(fields[-3]), int(fields[-1]), int(fields[0])
+            yield "tcp", int(fields[-2]), int(fields[-1]), int(fields[0])
 
 
 def nethogs_bytes(text: str) -> dict[int, int]:

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 /*
- * One workload, timed from inside: workload NAME COUNT prints nanoseconds per
- * operation. Meant for a guest under `-icount`, where a nanosecond is a fixed
- * number of instructions.
+ * One workload, timed from inside and after its setting up: workload NAME COUNT
+ * prints nanoseconds per operation. Meant for a guest under `-icount`, where a
+ * nanosecond is a fixed number of instructions.
  */
 #include <arpa/inet.h>
 #include <fcntl.h>
@@ -21,6 +21,13 @@ static double now(void)
 
 	clock_gettime(CLOCK_MONOTONIC, &t);
 	return t.tv_sec * 1e9 + t.tv_nsec;
+}
+
+static double start;
+
+static void begin(void)
+{
+	start = now();
 }
 
 static void die(const char *what)
@@ -46,6 +53,7 @@ static void udp(long count)
 
 	if (bind(in, (void *)&a, sizeof(a)) || connect(out, (void *)&a, sizeof(a)))
 		die("udp");
+	begin();
 	while (count--)
 		if (send(out, buf, sizeof(buf), 0) < 0 || recv(in, buf, sizeof(buf), 0) < 0)
 			die("udp");
@@ -62,6 +70,7 @@ static void tcp(long count)
 	setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
 	if (bind(listener, (void *)&a, sizeof(a)) || listen(listener, 16))
 		die("tcp");
+	begin();
 	while (count--) {
 		int client = socket(AF_INET, SOCK_STREAM, 0), server;
 
@@ -97,6 +106,7 @@ static void rr(long count)
 	pair[1] = socket(AF_INET, SOCK_STREAM, 0);
 	if (connect(pair[1], (void *)&a, sizeof(a)))
 		die("connect");
+	begin();
 	while (left--)
 		if (write(pair[1], &c, 1) != 1 || read(pair[1], &c, 1) != 1)
 			die("rr");
@@ -107,10 +117,20 @@ static void rr(long count)
 /* open and close of a plain file: what the close probe costs everybody. */
 static void closing(long count)
 {
+	begin();
 	while (count--)
 		close(open("/dev/null", O_RDONLY));
 }
 
+/* A socket that comes and goes without a packet. */
+static void sockets(long count)
+{
+	begin();
+	while (count--)
+		close(socket(AF_INET, SOCK_DGRAM, 0));
+}
+
+/* fork, exit and wait, with so many descriptors to copy and to close. */
 static void fork_with(long count, int descriptors, int sockets)
 {
 	int i;
@@ -118,6 +138,7 @@ static void fork_with(long count, int descriptors, int sockets)
 	for (i = 0; i < descriptors; i++)
 		if ((sockets ? socket(AF_INET, SOCK_DGRAM, 0) : open("/dev/null", O_RDONLY)) < 0)
 			die("descriptors: raise ulimit -n");
+	begin();
 	while (count--) {
 		pid_t pid = fork();
 
@@ -127,18 +148,35 @@ static void fork_with(long count, int descriptors, int sockets)
 	}
 }
 
+/* Any command. */
+static void command(long count, char **argv)
+{
+	begin();
+	while (count--) {
+		int status;
+		pid_t pid = fork();
+
+		if (!pid) {
+			execvp(argv[0], argv);
+			die(argv[0]);
+		}
+		if (waitpid(pid, &status, 0) < 0 || status) {
+			fprintf(stderr, "workload: %s failed\n", argv[0]);
+			exit(1);
+		}
+	}
+}
+
 int main(int argc, char **argv)
 {
-	const char *name = argc == 3 ? argv[1] : "";
-	long count = argc == 3 ? atol(argv[2]) : 0;
-	double start;
+	const char *name = argc >= 3 ? argv[1] : "";
+	long count = argc >= 3 ? atol(argv[2]) : 0;
 
 	if (count < 1) {
-		fprintf(stderr, "usage: workload udp|tcp|rr|close|fork|fork-files|fork-sockets COUNT\n");
+		fprintf(stderr, "usage: workload udp|tcp|rr|socket|close|fork|fork-files|fork-sockets COUNT\n"
+				"       workload command COUNT WORD...\n");
 		return 2;
 	}
-	/* descriptors are opened within the time: the same in each configuration */
-	start = now();
 	if (!strcmp(name, "udp"))
 		udp(count);
 	else if (!strcmp(name, "tcp"))
@@ -147,6 +185,10 @@ int main(int argc, char **argv)
 		rr(count);
 	else if (!strcmp(name, "close"))
 		closing(count);
+	else if (!strcmp(name, "socket"))
+		sockets(count);
+	else if (!strcmp(name, "command") && argc > 3)
+		command(count, argv + 3);
 	else if (!strcmp(name, "fork"))
 		fork_with(count, 0, 0);
 	else if (!strcmp(name, "fork-files"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the daemon's own stages take: python tests/bench/daemon_throughput.py [--json]
+"""What the daemon's own stages take: python bench/daemon_cost.py
 
 ingest   records/s of one core through naming, account, processes, port map and history
 streams  records/s when, in addition, N subscribers with different filters are served
@@ -13,13 +13,15 @@ import argparse
 import asyncio
 import json
 import resource
+import subprocess
+import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from daemon.answers import Answers
 from daemon.config import Config
@@ -37,9 +39,11 @@ from nlproto.naming import Namer
 from nlproto.pipeline import Pipeline
 from nlproto.portmap import PortMap
 from nlproto.processes import Processes
+from results import put, table
 
 BATCH = 124
 MILLION = 1_000_000
+RATE = 100_000
 
 
 class Synthetic:
@@ -80,14 +84,21 @@ class Synthetic:
         return {}
 
 
-def make_batches(count: int, flows: int, processes: int) -> list[wire.Batch]:
-    """Batches of `flows` TCP flows of `processes` processes, both directions, over 4 CPUs."""
+def make_batches(
+    count: int, flows: int, processes: int, new: bool = False
+) -> list[wire.Batch]:
+    """Batches of `flows` TCP flows of `processes` processes, both directions, over 4 CPUs.
+
+    `new`: each record is another flow.
+    """
     random = np.random.default_rng(1)
     batches, sequences = [], [0] * 4
     now = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
     for number in range(count):
         cpu = number % 4
         flow = random.integers(0, flows, BATCH)
+        if new:
+            flow = number * BATCH + np.arange(BATCH)
         out = random.integers(0, 2, BATCH) == 1
         records = np.zeros(BATCH, wire.RECORD)
         records["time_ns"] = now + number * 1_000_000 + np.arange(BATCH)
@@ -120,12 +131,12 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def ingest(count: int, flows: int, filters: int = 0) -> dict[str, float]:
+def ingest(count: int, flows: int, filters: int = 0, new: bool = False) -> dict[str, float]:
     """Records per second of CPU time of all the daemon's threads together."""
-    batches = make_batches(count, flows, 200)
+    batches = make_batches(count, flows, 200, new)
     semaphore = threading.Semaphore(0)
     engine = Synthetic(batches, semaphore)
-    history = History(max(200_000, flows))
+    history = History(200_000)
     processes = Processes()
     with Namer() as namer:
         pipeline = Pipeline(
@@ -219,36 +230,51 @@ def _best(work: Any) -> float:
     return sorted(times)[2] * 1000
 
 
-def owner() -> dict[str, float]:
-    return asyncio.run(_owner())
+def owner() -> dict[str, dict[str, float]]:
+    """Port questions: alone, and beside a stream of RATE records/s. The asker is a process."""
+    quiet = asyncio.run(_owner(make_batches(1, 100, 10), 0))
+    busy = asyncio.run(_owner(make_batches(RATE * 12 // BATCH, 1000, 10), RATE))
+    return {"ingest idle": quiet, f"{RATE:,} records/s": busy}
 
 
-async def _owner() -> dict[str, float]:
+async def _owner(batches: list[wire.Batch], rate: int) -> dict[str, float]:
     loop = asyncio.get_running_loop()
     portmap = PortMap()
-    batch = make_batches(1, 100, 10)[0]
-    portmap.update(summarize(batch.records))
+    portmap.update(summarize(batches[0].records))
     port = portmap.everything()[0].port
-    config = Config()
-    processes = Processes()
-    pipeline = Pipeline(
-        Synthetic([], threading.Semaphore(0)),
-        account=Account(),
-        processes=processes,
-        portmap=portmap,
-    )
-    with tempfile.TemporaryDirectory() as directory:
+    config, processes = Config(), Processes()
+    semaphore = threading.Semaphore(0)
+    engine = Synthetic(batches, semaphore)
+    with Namer() as namer, tempfile.TemporaryDirectory() as directory:
+        pipeline = Pipeline(
+            engine, account=Account(), processes=processes, namer=namer, portmap=portmap
+        )
         path = f"{directory}/s"
-        with SocketFile(path) as file, Recorder(config, processes) as recorder:
+        with SocketFile(path) as file, Recorder(config, processes) as recorder, pipeline:
+            pipeline.subscribe(lambda batch: recorder.history.update(batch.flows, batch.clock))
             server = Server(loop, Answers(pipeline, recorder.history), config, dict)
             server.start(file.socket)
-            try:
-                return await loop.run_in_executor(None, _ask_owner, path, port)
-            finally:
-                await server.stop()
+            asking = subprocess.Popen(
+                [sys.executable, __file__, "--ask", path, str(port)], stdout=subprocess.PIPE
+            )
+            began, given, most = time.perf_counter(), 0, 0
+            while asking.poll() is None:
+                await asyncio.sleep(0.01)
+                due = min(int((time.perf_counter() - began) * rate / BATCH), len(batches))
+                semaphore.release(due - given) if due > given else None
+                given, most = due, max(most, len(pipeline.queue))
+            took = time.perf_counter() - began
+            await server.stop()
+            assert asking.stdout is not None
+            result: dict[str, float] = json.loads(asking.stdout.read())
+    if rate:
+        result["records/s given"] = given * BATCH / took
+        result["batches that waited, at most"] = most
+    return result
 
 
-def _ask_owner(path: str, port: int) -> dict[str, float]:
+def ask_owner(path: str, port: int) -> dict[str, float]:
+    """The asker's side: first one connection, pipelined, then 50, one question after the other."""
     with DaemonClient(path) as client:
         began = time.perf_counter()
         for _ in range(50):
@@ -256,40 +282,75 @@ def _ask_owner(path: str, port: int) -> dict[str, float]:
         rate = 20_000 / (time.perf_counter() - began)
     clients = [DaemonClient(path) for _ in range(50)]
     times = []
-    for _ in range(40):
+    for _ in range(100):
         for client in clients:
             began = time.perf_counter()
             client.owner(port)
             times.append(time.perf_counter() - began)
     for client in clients:
         client.close()
-    return {"pipelined_per_s": rate, "p99_ms_50_clients": float(np.percentile(times, 99)) * 1000}
+    return {
+        "pipelined, questions/s": rate,
+        "50 clients, ms median": float(np.median(times)) * 1000,
+        "50 clients, ms p99": float(np.percentile(times, 99)) * 1000,
+    }
+
+
+def others() -> dict[str, float]:
+    """What the same question costs without us: the whole table, each time."""
+    ways: dict[str, Any] = {
+        "ss -tnp": lambda: subprocess.run(["ss", "-tnp"], capture_output=True, check=True),
+        "psutil.net_connections": lambda: psutil.net_connections("tcp"),
+    }
+    return {name: _best(way) for name, way in ways.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, default=8000)
+    parser.add_argument("--ask", nargs=2, metavar=("PATH", "PORT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    result = {
-        "ingest 1,000 flows": ingest(options.batches, 1000),
-        "ingest 100,000 flows": ingest(options.batches, 100_000),
-        "streams 20 filters": ingest(options.batches, 1000, 20),
-        "streams 200 filters": ingest(options.batches, 1000, 200),
-        "who": who(),
-        "owner": owner(),
-        "load": {"1 min": float(Path("/proc/loadavg").read_text().split()[0])},
-    }
-    if options.json:
-        print(json.dumps(result))
+    if options.ask:
+        print(json.dumps(ask_owner(options.ask[0], int(options.ask[1]))))
         return
-    for title, figures in result.items():
-        for name, value in figures.items():
-            if isinstance(value, dict):
-                for inner, one in value.items():
-                    print(f"{title} {name:12} {inner:22} {one:12,.2f}")
-            else:
-                print(f"{title:25} {name:22} {value:12,.2f}")
+    takes = {
+        "1,000 flows": ingest(options.batches, 1000),
+        "100,000 flows": ingest(options.batches, 100_000),
+        "only new flows": ingest(options.batches, options.batches * BATCH, new=True),
+        "1,000 flows, 20 filters": ingest(options.batches, 1000, 20),
+        "1,000 flows, 200 filters": ingest(options.batches, 1000, 200),
+    }
+    parts = [
+        table(
+            ["stream", "records/s", "records/s of a processor"],
+            [
+                [name, f"{one['records_per_s']:,.0f}", f"{one['records_per_cpu_s']:,.0f}"]
+                for name, one in takes.items()
+            ],
+        )
+    ]
+    past = who()
+    written = past["file_ms"].pop("(rows/s written)")
+    parts.append(
+        "`who` at a million flows, ms (median of 5); the file takes"
+        f" {written:,.0f} flows/s.\n\n"
+        + table(
+            ["question", "memory", "SQLite"],
+            [[n, f"{past['memory_ms'][n]:.1f}", f"{past['file_ms'][n]:.1f}"] for n in QUESTIONS],
+        )
+    )
+    answers = owner()
+    names = list(dict.fromkeys(name for one in answers.values() for name in one))
+    parts.append(
+        "Who has this port? Asked by another process over the UNIX socket.\n\n"
+        + table(
+            ["", *answers],
+            [[n, *(f"{v[n]:,.2f}" if n in v else "" for v in answers.values())] for n in names],
+        )
+    )
+    elsewhere = ", ".join(f"{name} {ms:.1f} ms" for name, ms in others().items())
+    parts.append(f"The same question asked elsewhere, a question: {elsewhere}.")
+    put("Daemon", "make bench-daemon", "\n\n".join(parts))
 
 
 if __name__ == "__main__":

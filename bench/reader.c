@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: MIT
+/*
+ * The cheapest possible reader of group packets: joins, says so, and throws away what it receives.
+ * What a run with it costs more than one without is the module's work for a listener.
+ */
+#include <linux/genetlink.h>
+#include <linux/netlink.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "../shared_proto.h"
+
+#define BUFFER	(16 << 20)
+
+static char buf[128 << 10];
+
+static void die(const char *what)
+{
+	perror(what);
+	exit(1);
+}
+
+/* Asks for the family and returns the number of its group packets. */
+static unsigned int group(int fd)
+{
+	struct {
+		struct nlmsghdr n;
+		struct genlmsghdr g;
+		struct nlattr a;
+		char name[8];
+	} ask = {
+		{ sizeof(ask), GENL_ID_CTRL, NLM_F_REQUEST, 1, 0 },
+		{ CTRL_CMD_GETFAMILY, 1, 0 },
+		{ sizeof(ask.a) + sizeof(ask.name), CTRL_ATTR_FAMILY_NAME },
+		SNIFFER_FAMILY,
+	};
+	struct nlattr *id, *name;
+	char *at, *end;
+	ssize_t size;
+
+	if (send(fd, &ask, sizeof(ask), 0) < 0 || (size = recv(fd, buf, sizeof(buf), 0)) < 0)
+		die("family");
+	/* a group's number stands right before its name: no need to walk the nesting */
+	for (at = buf, end = buf + size; at + 24 <= end; at += 4) {
+		id = (struct nlattr *)at;
+		name = (struct nlattr *)(at + 8);
+		if (id->nla_type == CTRL_ATTR_MCAST_GRP_ID && id->nla_len == 8 &&
+		    name->nla_type == CTRL_ATTR_MCAST_GRP_NAME &&
+		    !strcmp((char *)(name + 1), SNIFFER_GROUP_PACKETS))
+			return *(unsigned int *)(id + 1);
+	}
+	fprintf(stderr, "reader: no family " SNIFFER_FAMILY "; load sniffer.ko\n");
+	exit(1);
+}
+
+int main(void)
+{
+	int fd = socket(AF_NETLINK, SOCK_RAW, NETLINK_GENERIC), size = BUFFER;
+	struct sockaddr_nl self = { .nl_family = AF_NETLINK };
+	unsigned int number;
+
+	if (fd < 0 || bind(fd, (void *)&self, sizeof(self)))
+		die("netlink");
+	number = group(fd);
+	setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof(size));
+	if (setsockopt(fd, SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, &number, sizeof(number)))
+		die("join");
+	puts("joined");
+	fflush(stdout);
+	while (recv(fd, buf, sizeof(buf), 0) > 0)
+		;
+	return 0;
+}
