@@ -18,7 +18,8 @@ from nlproto.pipeline import Pipeline
 
 __all__ = ["Keeper"]
 
-_SOCKETS = 0.5  # s between two looks: the port map is never stale by more than 1 s
+_SOCKETS = 0.5  # s between two looks
+_STALE = 0.9  # s: with a look that takes long, the port map is still never stale by more than 1 s
 _MODULE = 1.0  # s between two tries to open the module
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Keeper:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="keeper", daemon=True)
         self._complained: set[str] = set()
+        self._probes_fire = True
 
     def __enter__(self) -> Keeper:
         self._thread.start()
@@ -68,6 +70,7 @@ class Keeper:
         jobs: list[tuple[float, Callable[[], None]]] = [
             (_SOCKETS, self._look_at_sockets),
             (_MODULE, self._look_for_module),
+            (_MODULE, self._look_at_probes),
         ]
         due = [0.0 for _ in jobs]
         while not self._stopping.wait(0.1):
@@ -76,8 +79,7 @@ class Keeper:
                 if started < due[index]:
                     continue
                 self._run(job)
-                # a look that takes long comes less often: at most a tenth of one core
-                due[index] = started + max(interval, 10 * (time.monotonic() - started))
+                due[index] = started + _pause(interval, time.monotonic() - started)
 
     def _run(self, job: Callable[[], None]) -> None:
         try:
@@ -112,6 +114,20 @@ class Keeper:
             engine = _module()
             if engine is not None:
                 self._change(engine, "module_back", "the module is loaded: records are exact now")
+
+    def _look_at_probes(self) -> None:
+        """kprobes can be switched off under a loaded module, which then knows less."""
+        fire = bool(self._pipeline.engine_stats.get("canary", 1))
+        if fire == self._probes_fire:
+            return
+        self._probes_fire = fire
+        message = "the kernel's probes fire again: names are exact"
+        if not fire:
+            message = (
+                "the kernel's probes do not fire: sockets that only receive, are passed or shared"
+                " may be named late, wrongly or not at all (sudo sysctl kernel.ftrace_enabled=1)"
+            )
+        self._tell("probes", message, self._pipeline.engine.name)
 
     def _replace(self, pipeline: Pipeline) -> None:
         """The engine failed."""
@@ -148,6 +164,15 @@ class Keeper:
         log.warning("%s", message, extra={"fields": {"EVENT": event, "ENGINE": engine}})
         fields: dict[str, Any] = {"message": message, "engine": engine}
         self._announce(event, **fields)
+
+
+def _pause(interval: float, took: float) -> float:
+    """Seconds from the beginning of a look that took `took` s to the next.
+
+    A look that takes long comes less often, to take no more than a tenth of one core, as long as
+    what it finds is not older than promised.
+    """
+    return max(interval, min(10 * took, _STALE - took))
 
 
 def _module() -> Engine | None:

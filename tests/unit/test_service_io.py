@@ -95,6 +95,15 @@ def test_control_characters_do_not_reach_a_terminal(root_logger, capsys):
     assert capsys.readouterr().err == "packet-hunterd: name \\x1b[31mred\\x07\n"
 
 
+def test_syslog_when_asked(root_logger, manager, monkeypatch):
+    monkeypatch.setattr("daemon.logs._SYSLOG", manager.getsockname())
+    set_up("syslog", "info", {}, False)
+    logging.getLogger("x").warning("name %s", "\x1b[31m")
+    # facility daemon (3), severity warning (4)
+    start = f"<{3 * 8 + 4}>packet-hunterd[{os.getpid()}]: name ".encode()
+    assert manager.recv(1000).startswith(start + rb"\x1b[31m")
+
+
 def test_a_log_destination_that_is_not_there_falls_back_to_stderr(root_logger, capsys, monkeypatch):
     monkeypatch.setattr("daemon.logs._SYSLOG", "/nonexistent/log")
     set_up("syslog", "info", {}, False)
