@@ -95,6 +95,7 @@ class ProcessRate:
     key: Key
     comm: str
     uid: int | None
+    raw_comm: bytes = b""
     meter: Meter = field(default_factory=Meter)
     flows: dict[FlowKey, FlowRate] = field(default_factory=dict)
     sent_history: deque[float] = field(default_factory=lambda: deque([0.0] * HISTORY, HISTORY))
@@ -139,7 +140,10 @@ class Rates:
             process.sent_history.append(process.meter.sent_rate)
             process.received_history.append(process.meter.received_rate)
             for flow in process.flows.values():
-                flow.meter.tick(seconds)
+                meter = flow.meter
+                # idle flows, nearly all of many, keep their zeros
+                if meter.last_s == now_s or meter.sent_rate or meter.received_rate:
+                    meter.tick(seconds)
             if process.meter.last_s + KEPT_S < now_s:
                 self._flow_count -= len(process.flows)
                 del self.processes[process.key]
@@ -185,10 +189,10 @@ class Rates:
         process = self.processes.get(key)
         if process is None:
             name = wire.text(comm) if tgid else wire.how_name(how).replace("_", " ")
-            process = ProcessRate(key, name, uid if tgid else None)
+            process = ProcessRate(key, name, uid if tgid else None, raw_comm=comm)
             self.processes[key] = process
-        elif tgid and comm:
-            process.comm = wire.text(comm)
+        elif comm != process.raw_comm and tgid and comm:
+            process.comm, process.raw_comm = wire.text(comm), comm
         return process
 
     def _evict(self) -> None:

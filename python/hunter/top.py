@@ -7,7 +7,8 @@ import argparse
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import ClassVar
 
 from rich.text import Text
@@ -20,7 +21,7 @@ from hunter import names
 from hunter.account import Shown
 from hunter.arguments import filter_of
 from hunter.names import Names
-from hunter.rates import UNITS, Meter, ProcessRate, Rates, amount
+from hunter.rates import UNITS, FlowRate, Meter, ProcessRate, Rates, amount
 from hunter.source import Source, open_source
 from hunter.text import plain
 from nlproto import Error
@@ -28,7 +29,8 @@ from nlproto.pipeline import NamedBatch
 
 __all__ = ["Top", "run"]
 
-_ROWS = 200  # shown at most; nobody reads on
+_ROWS = 100  # shown at most; nobody reads on
+_Row = tuple[str, tuple[Text | str, ...], str]
 _NUMBERS = {"pid", "sent/s", "received/s", "rate", "total", "flows", "packets"}
 _BARS = " ▁▂▃▄▅▆▇█"
 
@@ -161,8 +163,12 @@ class _View(Screen[None]):
                 break
         self.show()
 
-    def rows(self) -> list[tuple[str, tuple[Text | str, ...], str]]:
-        """Return (key, cells, text to search) in order."""
+    def rows(self) -> Iterator[_Row]:
+        """Return (key, cells, text to search) in order; made only as far as they are read."""
+        raise NotImplementedError
+
+    def total(self) -> int:
+        """How many rows() gives."""
         raise NotImplementedError
 
     def title_text(self) -> str:
@@ -176,17 +182,21 @@ class _View(Screen[None]):
         before = None
         if table.row_count:
             before = table.coordinate_to_cell_key(table.cursor_coordinate).row_key.value
-        rows = [row for row in self.rows() if self.needle in row[2].lower()]
+        if self.needle:
+            found = [row for row in self.rows() if self.needle in row[2].lower()]
+            rows, total = found[:_ROWS], len(found)
+        else:
+            rows, total = list(islice(self.rows(), _ROWS)), self.total()
         scroll = table.scroll_offset
         with self.app.batch_update():
             table.clear()
-            for key, cells, _ in rows[:_ROWS]:
+            for key, cells, _ in rows:
                 table.add_row(*cells, key=key)
-            keys = [row[0] for row in rows[:_ROWS]]
+            keys = [row[0] for row in rows]
             if before in keys:
                 table.move_cursor(row=keys.index(before), scroll=False)
             table.scroll_to(scroll.x, scroll.y, animate=False)
-            more = f", {len(rows) - _ROWS} more below" if len(rows) > _ROWS else ""
+            more = f", {total - _ROWS} more below" if total > _ROWS else ""
             sort = self.columns[self.sorting][1]
             self.query_one("#title", Static).update(
                 f"{self.title_text()} by {sort}{more}{'  PAUSED' if self.top.paused else ''}"
@@ -225,7 +235,10 @@ class ProcessesView(_View):
             if str(process.key) == event.row_key.value:
                 self.app.push_screen(FlowsView(process))
 
-    def rows(self) -> list[tuple[str, tuple[Text | str, ...], str]]:
+    def total(self) -> int:
+        return len(self.top.rates.processes)
+
+    def rows(self) -> Iterator[_Row]:
         keys: dict[str, Callable[[ProcessRate], object]] = {
             "pid": lambda one: one.key,
             "name": lambda one: one.comm.lower(),
@@ -237,9 +250,9 @@ class ProcessesView(_View):
         }
         key = keys[self.columns[self.sorting][1]]
         ordered = sorted(self.top.rates, key=key)  # type: ignore[arg-type]
-        return [self._row(process) for process in ordered[: 5 * _ROWS]]
+        return map(self._row, ordered)
 
-    def _row(self, process: ProcessRate) -> tuple[str, tuple[Text | str, ...], str]:
+    def _row(self, process: ProcessRate) -> _Row:
         units, meter = self.top.units, process.meter
         details = self.top.source.get(*process.key[:2]) if process.pid else None
         place = plain(details.container[:12] or details.unit) if details else ""
@@ -299,44 +312,48 @@ class FlowsView(_View):
         self.by_remote = not self.by_remote
         self.show()
 
-    def rows(self) -> list[tuple[str, tuple[Text | str, ...], str]]:
-        host = self.top.host
-        found: list[tuple[str, str, str, str, Meter]] = []
+    def total(self) -> int:
+        flows = self.process.flows
+        return len({flow.remote for flow in flows.values()}) if self.by_remote else len(flows)
+
+    def rows(self) -> Iterator[_Row]:
+        found: list[tuple[str, FlowRate | None, Meter]]
         if self.by_remote:
-            for remote, meter in self.process.remotes().items():
-                found.append((remote, "", "", plain(host(remote)), meter))
+            found = [(remote, None, meter) for remote, meter in self.process.remotes().items()]
         else:
-            for key, flow in self.process.flows.items():
-                far = f"{plain(host(flow.remote))}.{names.service(flow.rport, flow.proto)}"
-                near = f"{flow.local}.{flow.lport}"
-                found.append((str(key), flow.proto, near, far, flow.meter))
-        keys: dict[str, Callable[[tuple[str, str, str, str, Meter]], object]] = {
-            "far end": lambda one: one[3],
-            "sent": lambda one: -one[4].sent_rate,
-            "received": lambda one: -one[4].received_rate,
-            "rate": lambda one: (-one[4].rate, -one[4].total),
-            "total": lambda one: -one[4].total,
-            "packets": lambda one: -one[4].packets,
+            found = [(str(key), flow, flow.meter) for key, flow in self.process.flows.items()]
+        keys: dict[str, Callable[[tuple[str, FlowRate | None, Meter]], object]] = {
+            "far end": lambda one: self._far(one[0], one[1]),
+            "sent": lambda one: -one[2].sent_rate,
+            "received": lambda one: -one[2].received_rate,
+            "rate": lambda one: (-one[2].rate, -one[2].total),
+            "total": lambda one: -one[2].total,
+            "packets": lambda one: -one[2].packets,
         }
         found.sort(key=keys[self.columns[self.sorting][1]])  # type: ignore[arg-type]
-        units = self.top.units
-        return [
-            (
-                key,
-                (
-                    proto,
-                    near,
-                    Text(far, style="bold"),
-                    _right(amount(meter.sent_rate, units)),
-                    _right(amount(meter.received_rate, units)),
-                    _right(amount(meter.rate, units), "bold"),
-                    _right(amount(meter.total, units)),
-                    _right(f"{meter.packets:,}"),
-                ),
-                f"{proto} {near} {far}",
-            )
-            for key, proto, near, far, meter in found[: 5 * _ROWS]
-        ]
+        return map(self._row, found)
+
+    def _far(self, key: str, flow: FlowRate | None) -> str:
+        if flow is None:
+            return plain(self.top.host(key))
+        return f"{plain(self.top.host(flow.remote))}.{names.service(flow.rport, flow.proto)}"
+
+    def _row(self, one: tuple[str, FlowRate | None, Meter]) -> _Row:
+        key, flow, meter = one
+        units, far = self.top.units, self._far(key, flow)
+        proto = flow.proto if flow else ""
+        near = f"{flow.local}.{flow.lport}" if flow else ""
+        cells = (
+            proto,
+            near,
+            Text(far, style="bold"),
+            _right(amount(meter.sent_rate, units)),
+            _right(amount(meter.received_rate, units)),
+            _right(amount(meter.rate, units), "bold"),
+            _right(amount(meter.total, units)),
+            _right(f"{meter.packets:,}"),
+        )
+        return key, cells, f"{proto} {near} {far}"
 
 
 class Top(App[None]):
