@@ -11,7 +11,15 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 TIERS = ("unit", "host", "vm", "attribution")
-NOT_RUN = ("test-matrix", "test-vagrant", "test-packages", "fuzz", "soak", "bench", "bench-accuracy")
+NOT_RUN = (
+    "test-matrix",
+    "test-vagrant",
+    "test-packages",
+    "fuzz",
+    "soak",
+    "bench",
+    "bench-accuracy",
+)
 
 
 def main() -> int:

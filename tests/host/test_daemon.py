@@ -420,6 +420,8 @@ with DaemonClient(path) as client:
         "owner": client.owner(port),
         "own_owner": client.owner(own_port),
         "lookup": client.lookup([key, dict(key, port=own_port)]),
+        "by_key": client.lookup(json.loads(sys.argv[6])),
+        "at": client.who(port=port, at=time.time()),
         "stats": client.stats(),
     }))
 """
@@ -427,7 +429,14 @@ with DaemonClient(path) as client:
 
 def _as_nobody(daemon, receiver, groups=()):
     port = receiver.getsockname()[1]
+    with DaemonClient(daemon.path) as client:
+        (owner,) = _until(lambda: client.owner(port))
+    keys = [
+        {"cookie": owner["cookie"]},
+        {"tgid": owner["pid"], "start_ns": owner["start_ns"]},
+    ]
     arguments = [daemon.path, str(port), str(os.getpid()), json.dumps(list(groups)), str(NOBODY)]
+    arguments.append(json.dumps(keys))
     child = subprocess.Popen(
         [sys.executable, "-c", _AS_NOBODY, *arguments],
         stdin=subprocess.PIPE,
@@ -450,7 +459,8 @@ def test_another_user_sees_only_what_is_its_own_in_every_kind_of_answer(daemon, 
     assert seen["pids"] == seen["told"] == [seen["pid"]]
     assert seen["ended"]["matched"] == 6
     assert seen["ended"]["account"] is None and seen["ended"]["seen"] is None
-    for name in ("others", "by_pid", "history"):
+    assert seen["by_key"] == [None, None]
+    for name in ("others", "by_pid", "history", "at"):
         assert seen[name]["flows"] == seen[name]["owners"] == seen[name]["processes"] == [], name
         assert seen[name]["total"] == 0
     assert {flow["uid"] for flow in seen["by_host"]["flows"]} == {NOBODY}
@@ -470,6 +480,7 @@ def test_members_of_the_group_see_everything(start, receiver):
     seen = _as_nobody(daemon, receiver, [group.gr_gid])
     assert seen["hello"]["everything"] is True
     assert 0 in seen["uids"]
+    assert [found["process"]["tgid"] for found in seen["by_key"]] == [os.getpid()] * 2
     assert os.getpid() in {flow["pid"] for flow in seen["others"]["flows"]}
     assert "account" in seen["stats"]
 
