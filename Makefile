@@ -41,7 +41,9 @@ test-matrix: tools ## test-vm on every kernel: 5.10 6.1 6.12 (two) 7.2 7.3
 test-vagrant: tools ## the commands of the README in a Vagrant machine (root)
 	@tests/vagrant/run.sh
 test-packages: tools ## Debian packages and DKMS in a Debian system of their own (root)
-	$(PYTEST) tests/packages
+	$(PYTEST) tests/packages --ignore tests/packages/test_bare.py
+test-bare: tools ## a fresh clone on Debian 12 and 13 with nothing installed (root)
+	$(PYTEST) tests/packages/test_bare.py
 fuzz: tools ## 10 million bytes of nonsense for a running daemon (root; BYTES=, SEED=)
 	$(PYTHON) tests/fuzz.py $(or $(BYTES),10000000) $(SEED)
 soak: tools ## mixed traffic and clients for SECONDS=600: the daemon's memory stays flat (root)
@@ -67,4 +69,4 @@ deb: ## Debian source and binary packages into dist/ (wants debhelper, dh-dkms, 
 clean: ## remove what was built
 	@./build.sh clean
 
-.PHONY: help run demo test tools lint test-unit test-host test-vm test-attribution test-matrix test-vagrant test-packages fuzz soak bench bench-kernel bench-daemon bench-hunter bench-accuracy menu deb clean
+.PHONY: help run demo test tools lint test-unit test-host test-vm test-attribution test-matrix test-vagrant test-packages test-bare fuzz soak bench bench-kernel bench-daemon bench-hunter bench-accuracy menu deb clean

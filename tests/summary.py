@@ -15,6 +15,7 @@ NOT_RUN = (
     "test-matrix",
     "test-vagrant",
     "test-packages",
+    "test-bare",
     "fuzz",
     "soak",
     "bench",

@@ -10,11 +10,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from vmtest.kernels import Unavailable, cache_directory, proxy_options
 
-__all__ = ["UPGRADE", "Completed", "Root", "base_root"]
+__all__ = ["UPGRADE", "Completed", "Root", "bare_root", "base_root"]
 
 Completed = subprocess.CompletedProcess[str]
 
@@ -43,6 +44,10 @@ DOWNLOAD_NEXT = (
     f'mkdir -p "$1"{NEXT_KERNEL}/partial && chroot "$1" apt-get install --yes --download-only'
     f" -o Dir::Cache::archives={NEXT_KERNEL} {NEXT_HEADERS}"
 )
+# How this machine reaches Debian's mirror and PyPI, whose certificate authorities it trusts.
+ONLINE_FILES = ("etc/resolv.conf", "etc/hosts", "etc/pip.conf", "etc/ssl/certs")
+ONLINE_NAMES = ("PIP_CERT", "PIP_INDEX_URL", "SSL_CERT", "http_proxy", "https_proxy", "no_proxy")
+
 UPGRADE = (
     f"apt-get install --yes --no-download -o Dir::Cache::archives={NEXT_KERNEL} {NEXT_HEADERS}"
 )
@@ -65,31 +70,52 @@ def base_root() -> Path:
     return root
 
 
+def bare_root(suite: str) -> Path:
+    """A Debian without anything but what `git clone` needs; 300 MB, once.
+
+    :raises Unavailable: it is not in the cache and cannot be made now.
+    """
+    root = cache_directory() / "packages" / f"bare-{suite}"
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with root.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not root.is_dir():
+            _debootstrap(root, suite, ["--variant=minbase", "--include=git,ca-certificates"])
+    return root
+
+
 def _make(root: Path) -> None:
+    options = [
+        "--variant=apt",
+        f"--include={','.join(PACKAGES)}",
+        '--aptopt=APT::Install-Recommends "false"',
+        f"--essential-hook={INITRAMFS_LIST}",
+        f"--customize-hook={INITRAMFS_MODULES}",
+        f"--customize-hook={DOWNLOAD_NEXT}",
+        "--skip=cleanup/apt/lists",
+    ]
+    _debootstrap(root, SUITE, options)
+
+
+def _debootstrap(root: Path, suite: str, options: Sequence[str]) -> None:
     if shutil.which("mmdebstrap") is None:
         raise Unavailable("mmdebstrap is not installed; ./build.sh --test-tools installs it")
-    print(f"packages: making a Debian {SUITE} system in {root}", file=sys.stderr)
+    print(f"packages: making a Debian {suite} system in {root}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix="making.") as scratch:
         target = Path(scratch) / "root"
         command = [
             "mmdebstrap",
-            "--variant=apt",
-            f"--include={','.join(PACKAGES)}",
+            *options,
             '--aptopt=Acquire::Check-Valid-Until "false"',
-            '--aptopt=APT::Install-Recommends "false"',
             *proxy_options(),
-            f"--essential-hook={INITRAMFS_LIST}",
-            f"--customize-hook={INITRAMFS_MODULES}",
-            f"--customize-hook={DOWNLOAD_NEXT}",
-            "--skip=cleanup/apt/lists",
-            SUITE,
+            suite,
             str(target),
             *filter(None, [os.environ.get("PACKET_HUNTER_MIRROR")]),
         ]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode != 0:
             lines = [line for line in done.stderr.splitlines() if line.startswith("E:")]
-            raise Unavailable(f"mmdebstrap {SUITE}: {(lines or ['failed'])[-1]}\n{done.stderr}")
+            raise Unavailable(f"mmdebstrap {suite}: {(lines or ['failed'])[-1]}\n{done.stderr}")
         target.rename(root)
 
 
@@ -121,24 +147,37 @@ class Root:
         subprocess.run(["umount", str(self.path)], check=True)
         self._scratch.cleanup()
 
-    def run(self, command: str, *, check: bool = True) -> Completed:
-        """Runs a shell command in it; all it started ends with it. It cannot reach the network.
+    def run(self, command: str, *, check: bool = True, online: bool = False) -> Completed:
+        """Runs a shell command in it; all it started ends with it.
+
+        It cannot reach the network, unless `online`: then apt and pip there are set up as here.
 
         :raises AssertionError: it failed, unless `check` is false; with its output.
         """
+        files = " ".join(ONLINE_FILES if online else ())
+        # Not chroot: in one, the kernel lets nobody make a user namespace.
         inside = (
-            'mount -t proc proc "$1/proc" && mount -t sysfs -o ro sys "$1/sys"'
-            ' && mount --rbind /dev "$1/dev" && exec chroot "$1" /bin/sh -c "$2"'
+            'cd "$1" && mount -t proc proc proc && mount -t sysfs $3 sys sys'
+            " && mount --rbind /dev dev && mount -t tmpfs run run && mount -t tmpfs tmp tmp"
+            f" && for file in {files}; do"
+            '   [ -e "/$file" ] || continue; [ -d "$file" ] || touch "$file";'
+            '   mount --rbind "/$file" "$file" || exit 1;'
+            " done && pivot_root . mnt && umount -l mnt && cd /"
+            ' && exec /bin/sh -c "$2"'
         )
-        wrapper = ["unshare", "--mount", "--pid", "--net", "--uts", "--fork", "--kill-child"]
+        wrapper = ["unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child"]
+        wrapper += [] if online else ["--net"]
+        sysfs = "" if online else "-oro"
+        here = {name: value for name, value in os.environ.items() if name.startswith(ONLINE_NAMES)}
         done = subprocess.run(
-            [*wrapper, "sh", "-c", inside, "sh", str(self.path), command],
+            [*wrapper, "sh", "-c", inside, "sh", str(self.path), command, sysfs],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
             env={
+                **(here if online else {}),
                 "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
                 "HOME": "/root",
                 "LC_ALL": "C.UTF-8",
