@@ -57,7 +57,7 @@ bench-daemon: tools ## ingest, history at a million flows, port questions
 bench-hunter: tools ## top with 10,000 flows, annotate with 1 GB
 	PYTHONPATH=python $(PYTHON) bench/hunter_cost.py
 bench-accuracy: tools ## beside nethogs, ss, psutil, tcplife, tcpconnect; all scenarios, both engines (root)
-	PYTHONPATH=python:tests/vm:bench $(PYTHON) bench/accuracy_everywhere.py $(ARGUMENTS)
+	PYTHONPATH=python:tests/vm:bench $(PYTHON) bench/accuracy_everywhere.py $(WHERE)
 
 menu: ## what is built, loaded and running, and a key for each thing to do
 	@[ -x $(PYTHON) ] || ./build.sh --no-module

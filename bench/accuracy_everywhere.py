@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """make bench-accuracy: tools side by side, and all scenarios: here, and in a guest with the module.
 
-The two run one after the other; `--together` saves time and is less fair to tools that poll.
+The workload is bench/accuracy_workload.py: a small service host and many processes that live for
+one request. `accuracy_everywhere.py [guest] [here]`; both by default.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -89,57 +89,51 @@ def here() -> tuple[list[Row], dict[str, int]]:
         return rows, read_sums(scenarios)
 
 
-def scenario_line(engine: str, kernel: str, sums: dict[str, int]) -> str:
-    cells = [str(sums[n]) for n in ("scenarios", "packets", "right", "wrong", "unnamed")]
-    return f"| {engine} | {kernel} | {' | '.join(cells)} | {sums['rightly_unnamed']} |"
+def put_sections(
+    where: str, kernel: str, engine: str, rows: list[Row], sums: dict[str, int]
+) -> None:
+    command = f"{COMMAND} WHERE={where}"
+    explained = (
+        "tcpdump says which packets there were, the processes say themselves whose they are. One"
+        " run a tool;\na tool is credited with all it said during the run, also for packets before."
+        " tcplife and tcpconnect\nare bcc's, from Debian's libbpf-tools. Most of the bytes are one"
+        " transfer of 3 MB: who misses that\nconnection loses most of them."
+    )
+    put(
+        f"Accuracy beside other tools: {where}",
+        command,
+        f"{table(rows)}\n\n{explained}",
+        kernel=kernel,
+    )
+    words = ("scenarios", "packets", "right", "wrong", "unnamed", "rightly_unnamed")
+    lines = [
+        "| engine | scenarios | records | right | wrong | nameable, unnamed | rightly unnamed |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| {engine} | {' | '.join(str(sums[word]) for word in words)} |",
+        "",
+        "Almost every scenario of tests/vm/attribution is short-lived on purpose: engine packet's"
+        " worst case.",
+    ]
+    put(f"All scenarios, engine {engine}", command, "\n".join(lines), kernel=kernel)
 
 
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Accuracy, side by side, into bench/RESULTS.md.")
-    parser.add_argument("--together", action="store_true", help="guest and host at once")
-    arguments = parser.parse_args()
+    parser.add_argument("where", nargs="*", metavar="guest|here", default=["guest", "here"])
+    where = parser.parse_args().where
     install()
-    own = platform.release()
     try:
-        with ThreadPoolExecutor(2 if arguments.together else 1) as pool:
-            guest, host = pool.submit(in_guest), pool.submit(here)
-            guest_rows, guest_sums, release = guest.result()
-            rows, sums = host.result()
+        if "guest" in where:
+            rows, sums, release = in_guest()
+            kernel = f"Linux {release} in QEMU, emulated, 2 processors"
+            put_sections("guest", kernel, "module", rows, sums)
+        if "here" in where:
+            rows, sums = here()
+            put_sections("here", f"Linux {platform.release()}", "packet", rows, sums)
     except (Unavailable, BuildFailed, GuestLost) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
-    how = " Guest and host ran at once." if arguments.together else ""
-    command = COMMAND + (" ARGUMENTS=--together" if arguments.together else "")
-    kernels = f"Linux {release} and {own}"
-    body = f"""\
-The workload is bench/accuracy_workload.py: a small service host and many processes that live for
-one request. tcpdump says which packets there were, the processes say themselves whose they are.
-One run a tool; a tool is credited with all it said during the run, also for packets before.
-tcplife and tcpconnect are bcc's, from Debian's libbpf-tools.{how}
-
-Linux {release} in QEMU (emulated, 2 processors):
-
-{table(guest_rows)}
-
-Linux {own}, not emulated, where no module can be loaded:
-
-{table(rows)}
-
-Most of the bytes are one transfer of 3 MB: who misses that connection loses most of them."""
-    put("Accuracy beside other tools", command, body, kernel=kernels)
-    lines = [
-        "| engine | kernel | scenarios | records | right | wrong | nameable, unnamed "
-        "| rightly unnamed |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-        scenario_line("module", f"{release}, emulated", guest_sums),
-        scenario_line("packet", own, sums),
-    ]
-    body = "\n".join(lines) + (
-        "\n\nAlmost every scenario is short-lived on purpose: this is engine packet's worst case."
-        " Its\nwrong owners are sockets that several processes hold, and SO_REUSEPORT."
-    )
-    put("All scenarios of tests/vm/attribution", command, body, kernel=kernels)
     return 0
 
 

@@ -225,7 +225,7 @@ def main() -> None:
             + f"\n\nIn a pseudo terminal of 160 x 50, for {SECONDS} s, reading thread included.",
         )
     if "annotate" in wanted:
-        rows = [asyncio.run(annotate(size, 50_000)) for size in (250_000_000, 1_000_000_000)]
+        rows = [asyncio.run(annotate(size, 5_000)) for size in (250_000_000, 1_000_000_000)]
         put(
             "annotate",
             "make bench-hunter",

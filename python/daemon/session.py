@@ -29,6 +29,7 @@ from nlproto.frames import (
     DATA_HEAD,
     HEAD,
     MAX_REQUEST,
+    MAX_WAITING,
     PROTOCOL,
     Decoder,
     FrameError,
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
 __all__ = ["Session"]
 
 _WRITE_HIGH = 256 * 1024
-_MAX_SLOW = 16
-"""Questions to the history that one client may have waiting."""
 _MAX_TOLD = 1 << 17
 
 _json = msgspec.json.Encoder()
@@ -150,8 +149,8 @@ class Session(asyncio.Protocol):
         return self.server.greeting() | {"uid": self.peer.uid, "everything": self.uid is None}
 
     def _ask_later(self, request: Who) -> None:
-        if self._slow >= _MAX_SLOW:
-            raise _Busy(f"{_MAX_SLOW} questions of this client are waiting; read the answers first")
+        if self._slow >= MAX_WAITING:
+            raise _Busy(f"{MAX_WAITING} questions of this client wait; read the answers first")
         self._slow += 1
         future = self.server.in_thread(lambda: self.server.answers.who(request, self.uid))
 

@@ -22,11 +22,11 @@ from hunter.captures import Flow, flow_of, read_capture
 from hunter.text import plain
 from nlproto import Error
 from nlproto.client import DaemonClient
+from nlproto.frames import MAX_WAITING
 
 __all__ = ["Owners", "run"]
 
 _BLOCKS = 4096  # looked at together
-_QUESTIONS = 200  # sent together, so that they fit the socket's buffers
 _MAX_FLOWS = 100_000  # remembered
 _SLACK_S = 0.5
 """The capture's clock stamp and the history's may differ: both are taken on the packet's way."""
@@ -71,8 +71,8 @@ class Owners:
             self._past.clear()
             self._exe.clear()
             wanted = list(flows)
-        for at in range(0, len(wanted), _QUESTIONS):
-            some = wanted[at : at + _QUESTIONS]
+        for at in range(0, len(wanted), MAX_WAITING):
+            some = wanted[at : at + MAX_WAITING]
             replies = self._client.pipeline([("history", _question(flow)) for flow in some])
             for flow, reply in zip(some, replies, strict=True):
                 self._past[flow] = [one for one in reply["flows"] if one["pid"] is not None]

@@ -18,6 +18,7 @@ __all__ = [
     "HEAD",
     "MAX_REPLY",
     "MAX_REQUEST",
+    "MAX_WAITING",
     "PROTOCOL",
     "Decoder",
     "FrameError",
@@ -31,6 +32,8 @@ PROTOCOL = 1
 DEFAULT_SOCKET = "/run/packet-hunter/daemon.sock"
 MAX_REQUEST = 64 * 1024
 MAX_REPLY = 16 * 1024 * 1024
+MAX_WAITING = 16
+"""Questions to the history that one client may have waiting."""
 
 HEAD = struct.Struct("<IB3s")
 """Bytes that follow the first four, kind, three zeros."""

@@ -8,11 +8,14 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 
 import pytest
+
+from nlproto.frames import MAX_WAITING
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 needs_tshark = pytest.mark.skipif(not shutil.which("tshark"), reason="tshark is not installed")
@@ -182,6 +185,25 @@ def test_annotate_names_the_packets_of_a_real_tcpdump(interface, daemon, tmp_pat
             mine, theirs = pid, os.getpid()
         assert re.search(rf"from \S+\.{mine} uid=0 .*to \S+\.{theirs} uid=0", comment), comment
     assert f".{pid} " in done.stdout and f"{len(rows)} packets" in done.stderr
+
+
+def test_annotate_asks_for_more_flows_than_the_daemon_lets_wait(daemon, tmp_path):
+    trace = tmp_path / "many.pcap"
+    data = struct.pack("=IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 65535, 101)
+    for flow in range(3 * MAX_WAITING):
+        udp = struct.pack("!HHHH", 1000 + flow, 9, 8, 0)
+        ends = socket.inet_aton("192.0.2.1") + socket.inet_aton("192.0.2.2")
+        packet = struct.pack("!BBHHHBBH", 0x45, 0, 28, 0, 0, 64, 17, 0) + ends + udp
+        data += struct.pack("=IIII", 0, 0, len(packet), len(packet)) + packet
+    trace.write_bytes(data)
+    done = subprocess.run(
+        [*HUNTER, "annotate", trace, "-o", tmp_path / "out.pcapng", "--socket", daemon],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{3 * MAX_WAITING} of them TCP or UDP" in done.stderr
 
 
 def test_annotate_refuses_what_is_no_capture(daemon, tmp_path):
