@@ -158,7 +158,7 @@ class Root:
         # Not chroot: in one, the kernel lets nobody make a user namespace.
         inside = (
             'cd "$1" && mount -t proc proc proc && mount -t sysfs $3 sys sys'
-            " && mount --rbind /dev dev && mount -t tmpfs run run && mount -t tmpfs tmp tmp"
+            " && mount --rbind /dev dev"
             f" && for file in {files}; do"
             '   [ -e "/$file" ] || continue; [ -d "$file" ] || touch "$file";'
             '   mount --rbind "/$file" "$file" || exit 1;'
