@@ -24,7 +24,10 @@ def put(title: str, command: str, body: str, *, kernel: str = "", path: Path = R
     heading = f"## {title}\n"
     text = path.read_text() if path.exists() else "# Measured\n"
     where = kernel or f"Linux {platform.release()}"
-    facts = f"`{command}` on {machine()}, {where}; {time.strftime('%Y-%m-%d')}, commit {commit()}."
+    facts = (
+        f"`{command}` on {machine()}, {where}; {time.strftime('%Y-%m-%d')}, commit {commit()},"
+        f" load {os.getloadavg()[0]:.1f}."
+    )
     section = f"{heading}\n{facts}\n\n{body.strip()}\n"
     found = re.search(rf"^{re.escape(heading)}.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     if found:
