@@ -145,7 +145,7 @@ def ingest(count: int, flows: int, filters: int = 0, new: bool = False) -> dict[
         assert pipeline.portmap is not None
         pipeline.subscribe(lambda batch: history.update(batch.flows, batch.clock))
         if filters:
-            streams = Streams(processes, lambda function: function(), filters)
+            streams = Streams(pipeline, lambda function: function(), filters)
             for number in range(filters):
                 streams.join(f"tcp port {1024 + number * 7}", None, _Sink())
             pipeline.subscribe(streams.publish)

@@ -84,6 +84,7 @@ class Lookup(_Base, tag="lookup", frozen=True):
 
 class Subscribe(_Base, tag="subscribe", frozen=True):
     filter: Annotated[str, Meta(max_length=8192)] = ""
+    snaps: bool = False
 
 
 class Unsubscribe(_Base, tag="unsubscribe", frozen=True):

@@ -140,7 +140,7 @@ class Server:
         self.answers = answers
         self.config = config
         self._figures = figures
-        self.streams = Streams(answers.pipeline.processes, self._post, config.max_filters)
+        self.streams = Streams(answers.pipeline, self._post, config.max_filters)
         self.sessions: set[Session] = set()
         self.refused = 0
         self._dropped_before = 0

@@ -175,7 +175,9 @@ class Session(asyncio.Protocol):
     def _subscribe(self, request: Subscribe) -> None:
         if self.stream is not None:
             raise UsageError("this connection has a subscription already; unsubscribe first")
-        self.stream = self.server.streams.join(request.filter, self.uid, self)
+        # bytes of packets are for those who could capture them
+        snaps = request.snaps and self.uid is None
+        self.stream = self.server.streams.join(request.filter, self.uid, self, snaps)
         self.server.after_all_records(lambda account: self._begin(request, account))
 
     def _begin(self, request: Subscribe, account: dict[str, Any]) -> None:
@@ -186,7 +188,7 @@ class Session(asyncio.Protocol):
         self._told_dropped = 0
         self._sequence = 0
         self._account_at_start = self._shown(account)
-        self._write(_reply(request.id, {"account": self._account_at_start}))
+        self._write(_reply(request.id, {"account": self._account_at_start, "snaps": self.stream.snaps}))
 
     def _shown(self, account: dict[str, Any]) -> dict[str, Any] | None:
         """The daemon's account, for those who may see everybody's packets."""
@@ -241,13 +243,13 @@ class Session(asyncio.Protocol):
             return
         self.matched += piece.count
         limit = self.server.config.client_queue_size
-        while self._queue and self._queued + len(piece.payload) > limit:
+        while self._queue and self._queued + piece.size > limit:
             _, old = self._queue.popleft()
-            self._queued -= len(old.payload)
+            self._queued -= old.size
             self.dropped += old.count
         self._queue.append((self._sequence, piece))
         self._sequence += 1
-        self._queued += len(piece.payload)
+        self._queued += piece.size
         self._pump()
 
     def lose(self, seen: int, matched: int) -> None:
@@ -277,7 +279,7 @@ class Session(asyncio.Protocol):
         transport = self._transport
         while self._queue and not self._paused and transport is not None:
             sequence, piece = self._queue.popleft()
-            self._queued -= len(piece.payload)
+            self._queued -= piece.size
             if self.dropped != self._told_dropped:
                 lost = self.dropped - self._told_dropped
                 self._told_dropped = self.dropped
@@ -286,6 +288,8 @@ class Session(asyncio.Protocol):
             news = self._untold(piece)
             if news:
                 transport.write(encode(Kind.PROCESSES, b"[" + b",".join(news) + b"]"))
+            if piece.snaps:
+                transport.write(encode(Kind.SNAPS, piece.snaps))
             length = DATA_HEAD.size + len(piece.payload) + HEAD.size - 4
             head = HEAD.pack(length, Kind.DATA, b"\0\0\0") + DATA_HEAD.pack(sequence, self.dropped)
             self.sent += piece.count

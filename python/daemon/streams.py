@@ -13,9 +13,9 @@ import numpy as np
 
 from nlproto.errors import Error
 from nlproto.filter import Filter, parse
-from nlproto.pipeline import NamedBatch
-from nlproto.processes import Key, Process, Processes
-from nlproto.wire import BATCH, encode_batch
+from nlproto.pipeline import NamedBatch, Pipeline
+from nlproto.processes import Key, Process
+from nlproto.wire import BATCH, encode_batch, encode_snaps
 
 __all__ = ["Piece", "Stream", "Streams", "Subscriber"]
 
@@ -32,6 +32,12 @@ class Piece:
     count: int
     processes: tuple[tuple[Key, int, bytes], ...]
     """(key, generation, JSON) of every process that the records name."""
+    snaps: bytes = b""
+    """First bytes of the packets, as the module sends them; empty when none are there."""
+
+    @property
+    def size(self) -> int:
+        return len(self.payload) + len(self.snaps)
 
 
 class Subscriber(Protocol):
@@ -42,10 +48,11 @@ class Subscriber(Protocol):
 
 @dataclass(slots=True)
 class Stream:
-    """All subscribers with the same filter and the same rights."""
+    """All subscribers with the same filter, the same rights, and with or without snaps."""
 
     text: str
     uid: int | None
+    snaps: bool
     filter: Filter | None
     subscribers: set[Subscriber] = field(default_factory=set)
 
@@ -59,18 +66,19 @@ class Streams:
 
     def __init__(
         self,
-        processes: Processes,
+        pipeline: Pipeline,
         post: Callable[[Callable[[], None]], None],
         max_filters: int,
         max_pending: int = 32 << 20,
     ) -> None:
         self.max_filters = max_filters
-        self._processes = processes
+        self._pipeline = pipeline
+        self._processes = pipeline.processes
         self._post = post
         self._max_pending = max_pending
         self._pending = 0
         self._pending_lock = threading.Lock()
-        self._streams: dict[tuple[str, int | None], Stream] = {}
+        self._streams: dict[tuple[str, int | None, bool], Stream] = {}
         self._snapshot: tuple[Stream, ...] = ()
         self._encoded: dict[Key, tuple[Process, int, bytes]] = {}
         self._generation = 0
@@ -78,25 +86,35 @@ class Streams:
     def __len__(self) -> int:
         return len(self._snapshot)
 
-    def join(self, text: str, uid: int | None, subscriber: Subscriber) -> Stream:
+    def join(
+        self, text: str, uid: int | None, subscriber: Subscriber, snaps: bool = False
+    ) -> Stream:
         """Add a subscriber. Raises UsageError for a filter that is wrong, Error for too many."""
         filter = parse(text, resolve=False)
-        key = (str(filter), uid)
+        key = (str(filter), uid, snaps)
         stream = self._streams.get(key)
         if stream is None:
             if len(self._streams) >= self.max_filters:
                 raise Error(f"{self.max_filters} different filters are in use; use one of those")
-            stream = Stream(key[0], uid, filter if key[0] else None)
+            stream = Stream(*key, filter if key[0] else None)
             self._streams[key] = stream
-            self._snapshot = tuple(self._streams.values())
+            self._changed()
         stream.subscribers.add(subscriber)
         return stream
 
     def leave(self, stream: Stream, subscriber: Subscriber) -> None:
         stream.subscribers.discard(subscriber)
         if not stream.subscribers:
-            self._streams.pop((stream.text, stream.uid), None)
-            self._snapshot = tuple(self._streams.values())
+            self._streams.pop((stream.text, stream.uid, stream.snaps), None)
+            self._changed()
+
+    def _changed(self) -> None:
+        """The module takes first bytes only while a stream wants them."""
+        snapping = any(stream.snaps for stream in self._snapshot)
+        self._snapshot = tuple(self._streams.values())
+        wanted = any(stream.snaps for stream in self._snapshot)
+        if wanted != snapping:
+            self._pipeline.want_snaps(wanted)
 
     def publish(self, batch: NamedBatch) -> None:
         """Filter and encode for every stream, then hand over to the event loop."""
@@ -109,10 +127,10 @@ class Streams:
         for stream in streams:
             chosen = self._choose(stream, records)
             made = [
-                self._encode(batch.head, chosen[at : at + _MAX_RECORDS], stream.uid)
+                self._encode(batch.head, chosen[at : at + _MAX_RECORDS], stream)
                 for at in range(0, len(chosen), _MAX_RECORDS)
             ]
-            size += sum(len(piece.payload) for piece in made)
+            size += sum(piece.size for piece in made)
             pieces.append((stream, len(chosen), made))
         with self._pending_lock:
             full = self._pending + size > self._max_pending and self._pending > 0
@@ -133,12 +151,16 @@ class Streams:
             mask = fits if mask is None else mask & fits
         return records if mask is None else records[mask]
 
-    def _encode(self, head: np.void, records: np.ndarray, uid: int | None) -> Piece:
+    def _encode(self, head: np.void, records: np.ndarray, stream: Stream) -> Piece:
         clean: np.void = np.zeros(1, BATCH)[0]
         for name in ("version", "instance", "mono_ns", "real_ns", "boot_ns"):
             clean[name] = head[name]
-        named = tuple(self._named(records, uid))
-        return Piece(encode_batch(clean, records), len(records), named)
+        named = tuple(self._named(records, stream.uid))
+        snaps = b""
+        if stream.snaps:
+            found = [snap for snap in map(self._pipeline.snaps.find, records) if snap is not None]
+            snaps = encode_snaps(clean, found) if found else b""
+        return Piece(encode_batch(clean, records), len(records), named, snaps)
 
     def _named(self, records: np.ndarray, uid: int | None) -> Iterable[tuple[Key, int, bytes]]:
         named = records[records["tgid"] != 0]

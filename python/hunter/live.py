@@ -63,8 +63,7 @@ def run(
         source = stack.enter_context(open_source(options, wanted, notify))
         saver = None
         if options.save:
-            snaps = getattr(source, "snap", _no_snap)
-            saver = open_saver(options.save, kind, snaps, options.rotate, options.keep)
+            saver = open_saver(options.save, kind, source.snaps, options.rotate, options.keep)
             stack.callback(saver.close)
         takes: list[Callable[[NamedBatch], None]] = [shown.add]
         if saver is not None:
@@ -87,10 +86,6 @@ def run(
                 summary.show(source)
             for line in shown.lines(source.account(), source.lost()):
                 notify(line)
-
-
-def _no_snap(cpu: int, seq: int) -> None:
-    """Of a source that has records only."""
 
 
 def _greeting(source: Source, options: argparse.Namespace) -> str:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Callable
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from hunter.columns import Columns
 from hunter.pcapng import enhanced_packet, interface_description, section_header
 from hunter.text import plain
 from nlproto import __version__
+from nlproto.snaps import Snaps
 
 __all__ = ["PcapngSaver", "comment", "rebuilt"]
 
@@ -29,7 +29,7 @@ class PcapngSaver:
     (sequence numbers, time to live, checksums of the payload) is zero, and the comment says so.
     """
 
-    def __init__(self, file: CaptureFile, snaps: Callable[[int, int], bytes | None]) -> None:
+    def __init__(self, file: CaptureFile, snaps: Snaps | None) -> None:
         self._file = file
         self._snaps = snaps
         self._interfaces: dict[tuple[int, int], int] = {}
@@ -40,13 +40,15 @@ class PcapngSaver:
         """Append the packets of `table`. Raises Error, BrokenPipeError."""
         batch, records = table.batch, table.batch.records
         real = batch.clock.real_times(records["time_ns"]).view(np.int64).tolist()
-        ifindex, cpu, seq = (records[name].tolist() for name in ("ifindex", "cpu", "seq"))
+        ifindex = records["ifindex"].tolist()
         parts: list[bytes] = []
         for i, time_ns in enumerate(real):
             interface = self._interface(table.netns[i], ifindex[i], parts)
-            data = self._snaps(cpu[i], seq[i])
+            snap = None if self._snaps is None else self._snaps.find(records[i])
             text = comment(table, i)
-            if data is None:
+            if snap is not None:
+                data = snap.data
+            else:
                 data = rebuilt(records[i])
                 text += " (headers made from the record)"
             flags = _FLAGS.get(table.dir[i], 0)

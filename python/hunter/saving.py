@@ -10,6 +10,7 @@ from typing import Protocol
 from hunter.capturefile import CaptureFile
 from hunter.columns import Columns
 from nlproto import UsageError
+from nlproto.snaps import Snaps
 
 __all__ = ["Saver", "format_of", "open_saver"]
 
@@ -50,11 +51,7 @@ def format_of(path: str, asked: str | None) -> str:
     raise UsageError(f"{path}: its format is not clear; end it with {known}, or give --format")
 
 
-Snaps = Callable[[int, int], bytes | None]
-"""(cpu, seq) of a record -> the first bytes of its packet, when the module sent them."""
-
-
-def _make(kind: str, snaps: Snaps) -> Callable[[CaptureFile], Saver]:
+def _make(kind: str, snaps: Snaps | None) -> Callable[[CaptureFile], Saver]:
     # Imported here: Parquet needs an optional package.
     if kind == "csv":
         from hunter.save_csv import CsvSaver
@@ -74,9 +71,9 @@ def _make(kind: str, snaps: Snaps) -> Callable[[CaptureFile], Saver]:
 
 
 def open_saver(
-    path: str, kind: str, snaps: Snaps, rotate: int | None = None, keep: int | None = None
+    path: str, kind: str, snaps: Snaps | None, rotate: int | None = None, keep: int | None = None
 ) -> Saver:
-    """Return a saver of format `kind` to `path` ("-": standard output).
+    """Return a saver of format `kind` to `path` ("-": standard output); pcapng takes `snaps`.
 
     `rotate`: bytes after which the next file begins, as tcpdump's -C: path, path1, path2 ...;
     `keep`: after so many files the first is written again (-W). Raises Error, UsageError.

@@ -12,6 +12,7 @@ from nlproto import NoDaemon
 from nlproto.filter import Filter
 from nlproto.pipeline import NamedBatch
 from nlproto.processes import Process
+from nlproto.snaps import Snaps
 
 __all__ = ["Source", "open_source"]
 
@@ -21,6 +22,8 @@ class Source(Protocol):
 
     description: str
     """What it is, for people: "daemon", "engine packet"."""
+    snaps: Snaps | None
+    """The first bytes of packets, when they were asked for and come."""
 
     def __enter__(self) -> Self: ...
 
@@ -79,7 +82,7 @@ def open_source(
         from hunter.source_daemon import DaemonSource
 
         try:
-            return DaemonSource(options.socket, filter, notify)
+            return DaemonSource(options.socket, filter, notify, snaps)
         except NoDaemon:
             pass
     from hunter.source_alone import open_alone

@@ -17,29 +17,24 @@ from nlproto.naming import Namer
 from nlproto.pipeline import NamedBatch, Pipeline
 from nlproto.portmap import PortMap
 from nlproto.processes import Process, Processes
-from nlproto.wire import SnapBatch
 
-__all__ = ["GROUPS", "GROUPS_WITH_SNAPS", "PipelineSource", "open_alone"]
+__all__ = ["PipelineSource", "open_alone"]
 
-GROUPS = ("packets", "processes")
-GROUPS_WITH_SNAPS = (*GROUPS, "snaps")
-
-_MAX_SNAPS = 200_000  # of 128 bytes
 _BATCHES = 64  # that may wait for the reader; behind them the pipeline's own queue fills
 
 
 class PipelineSource:
     """Takes what `pipeline` gives; a slow reader shows as loss in the pipeline's queue."""
 
-    def __init__(self, pipeline: Pipeline, filter: Filter) -> None:
+    def __init__(self, pipeline: Pipeline, filter: Filter, snaps: bool) -> None:
         self.description = f"engine {pipeline.engine.name}"
         self._pipeline = pipeline
         self._filter = filter
         self._inbox: queue.Queue[NamedBatch | None] = queue.Queue(_BATCHES)
         self._failure: Error | None = None
         self._left = False
-        self._snaps: dict[tuple[int, int], bytes] = {}
         self._stopper: threading.Thread | None = None
+        self.snaps = pipeline.snaps if snaps and pipeline.want_snaps(True) else None
         pipeline.subscribe(self._take)
 
     def __enter__(self) -> Self:
@@ -55,17 +50,6 @@ class PipelineSource:
     def failed(self, error: Error) -> None:
         """Remember why the engine stopped; for the pipeline's on_failure."""
         self._failure = error
-
-    def keep_snaps(self, batch: SnapBatch) -> None:
-        """Keep first bytes of packets until snap() asks; for the pipeline's on_snaps."""
-        for one in batch.snaps:
-            self._snaps[int(one.head["cpu"]), int(one.head["seq"])] = one.data
-        while len(self._snaps) > _MAX_SNAPS:
-            self._snaps.pop(next(iter(self._snaps)), None)
-
-    def snap(self, cpu: int, seq: int) -> bytes | None:
-        """Return the first bytes of the packet of a record, once."""
-        return self._snaps.pop((cpu, seq), None)
 
     def _take(self, batch: NamedBatch) -> None:
         mask = self._filter.mask(batch.records, self._pipeline.processes)
@@ -135,7 +119,7 @@ def open_alone(
 
     Raises Error, NoPrivilege with the way out."""
     try:
-        opened = open_engine(engine, notify, GROUPS_WITH_SNAPS if snaps else GROUPS)
+        opened = open_engine(engine, notify)
     except NoPrivilege as error:
         raise NoPrivilege(
             f"{error} - or let root start the daemon once (sudo packet-hunterd), "
@@ -150,7 +134,6 @@ def open_alone(
         namer=Namer(),
         portmap=PortMap(),
         on_failure=lambda error: sources[0].failed(error),
-        on_snaps=lambda batch: sources[0].keep_snaps(batch),
     )
-    sources.append(PipelineSource(pipeline, filter))
+    sources.append(PipelineSource(pipeline, filter, snaps))
     return sources[0]

@@ -17,11 +17,13 @@ from nlproto.client import (
     DaemonEvent,
     Event,
     ProcessesEvent,
+    SnapsEvent,
     StreamBatch,
 )
 from nlproto.filter import Filter
 from nlproto.pipeline import NamedBatch
 from nlproto.processes import Process, Processes
+from nlproto.snaps import Snaps
 
 __all__ = ["Asker", "DaemonSource"]
 
@@ -70,13 +72,17 @@ class DaemonSource:
     Raises NoDaemon when nobody serves `path` at the beginning.
     """
 
-    def __init__(self, path: str, filter: Filter, notify: Callable[[str], None]) -> None:
+    def __init__(
+        self, path: str, filter: Filter, notify: Callable[[str], None], snaps: bool = False
+    ) -> None:
         self._path = path
         self._filter = str(filter)
         self._notify = notify
         self._processes = Processes()
         self._asker = Asker(path)
         self._spans = Spans()
+        self._wants_snaps = snaps
+        self.snaps: Snaps | None = None
         self._client: DaemonClient | None = None
         self._gone_at = 0.0
         self._away = 0.0
@@ -97,11 +103,12 @@ class DaemonSource:
 
     def _subscribe(self, client: DaemonClient) -> DaemonClient:
         try:
-            account = client.start(self._filter)["account"]
+            reply = client.start(self._filter, self._wants_snaps)
         except BaseException:
             client.close()
             raise
-        self._missed = self._spans.begin(account)
+        self._missed = self._spans.begin(reply["account"])
+        self.snaps = self.snaps or (Snaps() if reply["snaps"] else None)
         self._client = client
         return client
 
@@ -152,6 +159,9 @@ class DaemonSource:
                 batches.append(event.batch)
             elif isinstance(event, ProcessesEvent):
                 self._processes.restore(event.processes)
+            elif isinstance(event, SnapsEvent):
+                if self.snaps is not None:
+                    self.snaps.keep(event.batch)
             elif isinstance(event, AccountEvent):
                 self._spans.mark(event.account)
             else:

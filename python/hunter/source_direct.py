@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hunter.columns import Holder
-from hunter.source_alone import GROUPS, GROUPS_WITH_SNAPS, PipelineSource
+from hunter.source_alone import PipelineSource
 from hunter.source_daemon import Asker
 from nlproto import Error, wire
 from nlproto.account import Account
@@ -139,9 +139,9 @@ class DirectSource(PipelineSource):
     """A pipeline whose names come from the daemon."""
 
     def __init__(
-        self, pipeline: Pipeline, filter: Filter, names: DaemonNames, asker: Asker
+        self, pipeline: Pipeline, filter: Filter, snaps: bool, names: DaemonNames, asker: Asker
     ) -> None:
-        super().__init__(pipeline, filter)
+        super().__init__(pipeline, filter, snaps)
         self.description += ", owners from the daemon"
         self._names = names
         self._asker = asker
@@ -167,15 +167,14 @@ def open_direct(
     try:
         sources: list[DirectSource] = []
         pipeline = Pipeline(
-            open_engine(engine, notify, GROUPS_WITH_SNAPS if snaps else GROUPS),
+            open_engine(engine, notify),
             account=Account(),
             processes=Processes(names.details),
             namer=names,
             on_failure=lambda error: sources[0].failed(error),
-            on_snaps=lambda batch: sources[0].keep_snaps(batch),
         )
     except BaseException:
         names.close()
         raise
-    sources.append(DirectSource(pipeline, filter, names, Asker(socket)))
+    sources.append(DirectSource(pipeline, filter, snaps, names, Asker(socket)))
     return sources[0]

@@ -39,6 +39,7 @@ class FileSource:
 
     def __init__(self, path: str, filter: Filter) -> None:
         self.description = f"from {path}"
+        self.snaps = None
         self._path = path
         self._filter = filter
         self._processes = Processes(limit=1 << 20)

@@ -19,9 +19,11 @@ import numpy as np
 from ._host import ffi, lib
 from .clock import Clock
 from .errors import Error, NoPrivilege
-from .wire import RECORD
+from .wire import RECORD, dtype_of
 
 __all__ = ["Capture", "Frames"]
+
+HOST_SNAP = dtype_of("host_snap", ffi)
 
 SOL_PACKET = 263
 PACKET_RX_RING, PACKET_STATISTICS, PACKET_VERSION, PACKET_VNET_HDR = 5, 6, 10, 15
@@ -92,10 +94,12 @@ def _segments_are_told() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """Records not yet named, and which of them came as multicast or broadcast."""
+    """Records not yet named, which of them came as multicast or broadcast, their first bytes."""
 
     records: np.ndarray
     to_all: np.ndarray
+    snaps: np.ndarray | None
+    """HOST_SNAP, when wanted."""
 
 
 class Capture:
@@ -124,6 +128,7 @@ class Capture:
             raise Error(f"engine packet cannot set up its ring: {error.strerror}") from error
         self._records = np.zeros(_READ, RECORD)
         self._to_all = np.zeros(_READ, np.uint8)
+        self._snaps = np.zeros(0, HOST_SNAP)
 
     def _make_ring(self, ring_bytes: int) -> "ffi.CData":
         vnet = _segments_are_told()
@@ -163,8 +168,12 @@ class Capture:
         """Packets read that became no record: later fragments, truncated, other protocols."""
         return int(self._ring.fragments + self._ring.truncated + self._ring.other)
 
-    def read(self) -> Frames:
+    def read(self, snaps: bool = False) -> Frames:
         """Return the packets that wait, up to some hundred; the arrays are the caller's own."""
+        if snaps and not len(self._snaps):
+            self._snaps = np.zeros(_READ, HOST_SNAP)
+        room = ffi.from_buffer("struct host_snap[]", self._snaps) if snaps else ffi.NULL
+        self._ring.snaps = room
         self._ring.mono_offset = -Clock.now().real_offset_ns
         read = lib.host_ring_read(
             self._ring,
@@ -172,7 +181,8 @@ class Capture:
             ffi.from_buffer("struct host_frame[]", self._to_all),
             _READ,
         )
-        return Frames(self._records[:read].copy(), self._to_all[:read] != 0)
+        first_bytes = self._snaps[:read].copy() if snaps else None
+        return Frames(self._records[:read].copy(), self._to_all[:read] != 0, first_bytes)
 
     def drops(self) -> int:
         """Return packets that the ring had no room for since the last call."""

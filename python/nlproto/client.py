@@ -39,6 +39,7 @@ __all__ = [
     "DaemonEvent",
     "Event",
     "ProcessesEvent",
+    "SnapsEvent",
     "StreamBatch",
 ]
 
@@ -62,6 +63,13 @@ class ProcessesEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapsEvent:
+    """The first bytes of packets whose records come next."""
+
+    batch: wire.SnapBatch
+
+
+@dataclass(frozen=True, slots=True)
 class DaemonEvent:
     """Something that happened: `name` is gap, module_gone, module_back, packet_gone or bye."""
 
@@ -76,7 +84,7 @@ class AccountEvent:
     account: dict[str, Any]
 
 
-Event = StreamBatch | ProcessesEvent | DaemonEvent | AccountEvent
+Event = StreamBatch | ProcessesEvent | SnapsEvent | DaemonEvent | AccountEvent
 
 _ERRORS: Mapping[str, type[Error]] = {"usage": UsageError, "denied": NoPrivilege}
 
@@ -208,9 +216,12 @@ class DaemonClient:
         self.start(filter)
         return self.events()
 
-    def start(self, filter: str = "") -> dict[str, Any]:
-        """Subscribe; the reply's "account" is the daemon's at that moment."""
-        return self.request("subscribe", filter=filter)
+    def start(self, filter: str = "", snaps: bool = False) -> dict[str, Any]:
+        """Subscribe; the reply's "account" is the daemon's at that moment.
+
+        `snaps`: ask for the first bytes of packets too; the reply's "snaps" is whether they come.
+        """
+        return self.request("subscribe", filter=filter, snaps=snaps or None)
 
     def events(self) -> Iterator[Event]:
         """Events of the subscription as they come. Raises NoDaemon when the daemon dies."""
@@ -305,6 +316,8 @@ class DaemonClient:
             self._events.append(StreamBatch(named, seq, dropped))
         elif kind is Kind.PROCESSES:
             self._events.append(ProcessesEvent(msgspec.json.decode(payload, type=list[Process])))
+        elif kind is Kind.SNAPS:
+            self._events.append(SnapsEvent(wire.decode_snaps(payload)))
         else:
             fields = parse_json(payload)
             name = str(fields.pop("event", ""))

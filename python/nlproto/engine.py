@@ -40,6 +40,10 @@ class Engine(Protocol):
         """
         ...
 
+    def want_snaps(self, wanted: bool) -> bool:
+        """Send the first bytes of packets too, or no more; whether it can. From any thread."""
+        ...
+
     def flush(self) -> np.ndarray:
         """Make the source send what it holds back; return where each CPU stands (TAIL)."""
         ...
@@ -53,11 +57,7 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(
-    name: str,
-    notify: Callable[[str], None],
-    groups: tuple[str, ...] = ("packets", "processes"),
-) -> Engine:
+def open_engine(name: str, notify: Callable[[str], None]) -> Engine:
     """Return the engine called `name`; "auto" is the module when loaded, else `packet`.
 
     `notify` gets one plain line for each thing that makes the result less than it could be.
@@ -70,7 +70,7 @@ def open_engine(
         from .engine_module import ModuleEngine
 
         try:
-            return ModuleEngine(groups, notify)
+            return ModuleEngine(notify=notify)
         except (NoModule, NoPrivilege):
             if name == "module":
                 raise

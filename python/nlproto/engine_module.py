@@ -92,6 +92,16 @@ class ModuleEngine:
         end = self._ends.get(cpu)
         return first >= self._starts.get(cpu, 0) and (end is None or first < end)
 
+    def want_snaps(self, wanted: bool) -> bool:
+        if not wanted:
+            self._listener.leave("snaps")
+            return True
+        try:
+            self._listener.join("snaps")
+        except OSError:  # unloaded meanwhile: the next read() tells
+            return False
+        return True
+
     def flush(self) -> np.ndarray:
         return self._control.flush()
 

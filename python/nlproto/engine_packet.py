@@ -26,7 +26,7 @@ from .holders import Holders
 from .netns import Interfaces
 from .packet_names import PacketNames
 from .sockdiag import SockDiag
-from .wire import Batch, lib
+from .wire import SNAP, Batch, Snap, SnapBatch, lib
 
 __all__ = ["PacketEngine"]
 
@@ -124,6 +124,7 @@ class PacketEngine:
         self._batch_seq = self._record_seq = 0
         self._packets = self._skipped = self._dropped = 0
         self._look_again_ns = self._walk_again_ns = 0
+        self._snapping = False
         self.instance = time.time_ns()
         self._own = netns.own(proc)
         self._add(self._own, proc / "self" / "ns" / "net", ring_bytes)
@@ -232,7 +233,7 @@ class PacketEngine:
 
     # Engine
 
-    def read(self, timeout: float) -> Iterator[Batch]:
+    def read(self, timeout: float) -> Iterator[Batch | SnapBatch]:
         now = self._now_ns()
         self._look(now)
         self._walk(now)
@@ -242,16 +243,15 @@ class PacketEngine:
         for _ in range(_ROUNDS):
             got = False
             for fd, _event in ready:
-                batch = self._read_place(self._by_fd[fd])
-                if batch is not None:
-                    got = True
-                    yield batch
+                events = self._read_place(self._by_fd[fd])
+                got = got or bool(events)
+                yield from events
             if not got:
                 return
 
-    def _read_place(self, place: _Place) -> Batch | None:
+    def _read_place(self, place: _Place) -> list[Batch | SnapBatch]:
         before = place.capture.skipped
-        frames = place.capture.read()
+        frames = place.capture.read(self._snapping)
         records, to_all = frames.records, frames.to_all
         self._skipped += place.capture.skipped - before
         self._packets += place.capture.skipped - before
@@ -260,22 +260,27 @@ class PacketEngine:
         self._record_seq += dropped
         self._packets += dropped
         if not len(records):
-            return None
+            return []
+        records["seq"] = np.arange(len(records))  # for now: which frame it was
         place.addresses.refresh(_REFRESH_NS)
         if len(place.addresses.duplicating):
             once = ~np.isin(records["ifindex"], place.addresses.duplicating)
             records, to_all = records[once], to_all[once]
         records = place.names.name(records, to_all)
         if not len(records):
-            return None
+            return []
         copies = np.count_nonzero(records["flags"] & lib.SNIFFER_F_COPY)
         self._packets += len(records) - int(copies)
         first = self._record_seq
         self._record_seq += len(records)
+        frame = records["seq"].copy()
         records["seq"] = np.arange(first, self._record_seq, dtype=np.uint64).astype(np.uint32)
         head = self._head(first, len(records))
         self._batch_seq += 1
-        return Batch(head, records)
+        if frames.snaps is None:
+            return [Batch(head, records)]
+        # a snap first: here a record does not wait for the packets of other CPUs
+        return [_snaps(head, records, frames.snaps[frame]), Batch(head, records)]
 
     def _head(self, first: int, count: int) -> np.void:
         clock, mono = Clock.now(), time.monotonic_ns()
@@ -294,6 +299,10 @@ class PacketEngine:
         head: np.void = heads[0]
         return head
 
+    def want_snaps(self, wanted: bool) -> bool:
+        self._snapping = wanted
+        return True
+
     def flush(self) -> np.ndarray:
         """Return where the stream stands; there is nothing held back that read() does not see."""
         tail = np.zeros(1, wire.TAIL)
@@ -301,13 +310,13 @@ class PacketEngine:
         tail["packets"], tail["skipped"] = self._packets, self._skipped
         return tail
 
-    def finish(self) -> Iterator[Batch]:
+    def finish(self) -> Iterator[Batch | SnapBatch]:
         end = self._now_ns()
         for place in list(self._places.values()):
             # What comes in from now on is another time's; without an end a flood had none.
-            while (batch := self._read_place(place)) is not None:
-                yield batch
-                if int(batch.records["time_ns"].max()) > end:
+            while events := self._read_place(place):
+                yield from events
+                if any(isinstance(e, Batch) and e.records["time_ns"].max() > end for e in events):
                     break
         self.closing = self.flush()
 
@@ -322,3 +331,13 @@ class PacketEngine:
             "network_namespaces": len(self._places),
             "sock_diag": self._use_diag,
         }
+
+
+def _snaps(head: np.void, records: np.ndarray, frames: np.ndarray) -> SnapBatch:
+    """Return the first bytes of the packets of `records`; copies of a datagram have them too."""
+    heads = np.zeros(len(records), SNAP)
+    for name in ("time_ns", "seq", "cpu", "len"):
+        heads[name] = records[name]
+    heads["caplen"] = frames["caplen"]
+    found = zip(heads, frames["data"], frames["caplen"].tolist(), strict=True)
+    return SnapBatch(head, tuple(Snap(one, data[:size].tobytes()) for one, data, size in found))

@@ -54,6 +54,7 @@ class Kind(enum.IntEnum):
     DATA = 2
     PROCESSES = 3
     EVENT = 4
+    SNAPS = 5
 
 
 def encode(kind: Kind, payload: bytes) -> bytes:

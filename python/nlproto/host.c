@@ -21,6 +21,8 @@
 #include "shared_proto.h"
 #include "host.h"
 
+_Static_assert(sizeof(((struct host_snap *)0)->data) == SNIFFER_SNAP_LEN, "snap");
+
 enum parsed { RECORDED, FRAGMENT, TRUNCATED, OTHER };
 
 static uint16_t load16(const uint8_t *p)
@@ -121,6 +123,14 @@ static void fill_segments(const struct virtio_net_hdr *vnet, struct sniffer_reco
 		r->gso_segs = (uint16_t)((payload + vnet->gso_size - 1) / vnet->gso_size);
 }
 
+static void fill_snap(const struct tpacket2_hdr *h, struct host_snap *snap)
+{
+	uint32_t there = h->tp_snaplen - (uint32_t)(h->tp_net - h->tp_mac);
+
+	snap->caplen = there < SNIFFER_SNAP_LEN ? there : SNIFFER_SNAP_LEN;
+	memcpy(snap->data, (const uint8_t *)h + h->tp_net, snap->caplen);
+}
+
 static enum parsed parse_frame(const struct host_ring *ring, const struct tpacket2_hdr *h,
 			       struct sniffer_record *r, struct host_frame *f)
 {
@@ -166,6 +176,8 @@ uint32_t host_ring_read(struct host_ring *ring, struct sniffer_record *records,
 		ring->packets++;
 		switch (parse_frame(ring, h, &records[n], &frames[n])) {
 		case RECORDED:
+			if (ring->snaps)
+				fill_snap(h, &ring->snaps[n]);
 			n++;
 			break;
 		case FRAGMENT:

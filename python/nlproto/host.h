@@ -21,6 +21,12 @@ struct host_socket {
 	uint8_t daddr[16];
 };
 
+/* The first bytes of a packet, from its IP header on; as many as the module's snaps have. */
+struct host_snap {
+	uint32_t caplen;
+	uint8_t data[128];
+};
+
 /* Reader of one AF_PACKET ring (TPACKET_V2). */
 struct host_ring {
 	uint8_t *frames;
@@ -35,6 +41,7 @@ struct host_ring {
 	uint64_t fragments;	/* of these: later fragments */
 	uint64_t truncated;	/* headers incomplete */
 	uint64_t other;		/* neither TCP nor UDP after all */
+	struct host_snap *snaps;	/* NULL, or room for one a record */
 };
 
 /* A record before naming, with what only the frame tells. */

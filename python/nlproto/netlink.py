@@ -34,7 +34,7 @@ __all__ = [
 
 NETLINK_GENERIC = 16
 SOL_NETLINK = 270
-NETLINK_ADD_MEMBERSHIP = 1
+NETLINK_ADD_MEMBERSHIP, NETLINK_DROP_MEMBERSHIP = 1, 2
 NETLINK_EXT_ACK = 11
 SO_RCVBUFFORCE = 33
 
@@ -354,7 +354,7 @@ class Listener:
             self.receive_bytes = set_receive_buffer(self._socket, receive_bytes, notify)
             self._socket.bind((0, 0))
             for group in groups:
-                self._join(group)
+                self.join(group)
             self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, control.groups["notify"])
         except BaseException:
             self._socket.close()
@@ -363,7 +363,8 @@ class Listener:
         self._poll.register(self._socket, select.POLLIN)
         self._buffer = memoryview(bytearray(_MESSAGE_BYTES))
 
-    def _join(self, group: str) -> None:
+    def join(self, group: str) -> None:
+        """Become a member of a group; from any thread, as leave(). Raises NoPrivilege, Error."""
         if group not in self._family.groups:
             raise Error(f"this sniffer.ko has no group '{group}': install one release of all")
         try:
@@ -371,6 +372,12 @@ class Listener:
             self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, number)
         except PermissionError:
             raise NoPrivilege(NO_PRIVILEGE) from None
+
+    def leave(self, group: str) -> None:
+        """Be no member of a group any more; nothing when the module has gone."""
+        with contextlib.suppress(OSError):
+            number = self._family.groups[group]
+            self._socket.setsockopt(SOL_NETLINK, NETLINK_DROP_MEMBERSHIP, number)
 
     def __enter__(self) -> Self:
         return self

@@ -27,6 +27,7 @@ from nlproto.merge import Merge
 from nlproto.portmap import PortMap
 from nlproto.processes import Processes
 from nlproto.queue import MessageQueue
+from nlproto.snaps import Snaps
 from nlproto.wire import BATCH, Batch, ProcessEvent, SnapBatch, lib
 
 __all__ = ["NamedBatch", "Names", "Pipeline", "QUEUE_BYTES"]
@@ -91,7 +92,6 @@ class Pipeline:
         portmap: PortMap | None = None,
         queue: MessageQueue[Item] | None = None,
         on_failure: Callable[[Error], None] | None = None,
-        on_snaps: Callable[[SnapBatch], None] | None = None,
     ) -> None:
         self.account = account
         self.processes = processes
@@ -109,7 +109,8 @@ class Pipeline:
         self._next: Engine | None = None
         self._failed_at: float | None = None
         self._on_failure = on_failure
-        self._on_snaps = on_snaps
+        self.snaps = Snaps()
+        self._snapping = False
         self._takes: tuple[Take, ...] = ()
         self._merge = Merge(_FLUSH_NS)
         self._head: np.void | None = None
@@ -157,6 +158,15 @@ class Pipeline:
             self._takes = tuple(other for other in self._takes if other is not take)
 
         return cancel
+
+    def want_snaps(self, wanted: bool) -> bool:
+        """Fill `snaps` from now on, or no more; whether the engine can. From any thread.
+
+        A snap leaves the kernel up to a flush interval after its record: records wait for it.
+        """
+        self._snapping = wanted
+        self._merge.interval_ns = _FLUSH_NS * (2 if wanted else 1)
+        return self._engine.want_snaps(wanted)
 
     def switch(self, engine: Engine) -> None:
         """Go on with another engine (already open), which is ours then; the present one ends."""
@@ -256,8 +266,7 @@ class Pipeline:
             lost = self.queue.put(event, _PROCESS_BYTES)
         else:
             lost = 0
-            if self._on_snaps is not None:
-                self._on_snaps(event)
+            self.snaps.keep(event)
         if lost:
             with self.account_lock:
                 self.account.lose("queue", lost)
@@ -269,6 +278,8 @@ class Pipeline:
             self._finish()
         self._engine.__exit__(None, None, None)
         self._engine = engine
+        if self._snapping:
+            engine.want_snaps(True)
         if self._failed_at is not None:
             with self.account_lock:
                 self.account.gap(time.monotonic() - self._failed_at)
@@ -290,7 +301,9 @@ class Pipeline:
     def _work(self) -> None:
         while True:
             self.beat = time.monotonic()
-            items = self.queue.get_many(_CHUNK, _FLUSH_NS / 1e9 if len(self._merge) else _POLL)
+            items = self.queue.get_many(
+                _CHUNK, self._merge.interval_ns / 1e9 if len(self._merge) else _POLL
+            )
             for item in items:
                 if isinstance(item, ProcessEvent):
                     self._learn(item)

@@ -6,6 +6,7 @@ Every layout comes from the compiled header (`ffi.typeof(...).fields`); nothing 
 
 import ipaddress
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -40,6 +41,7 @@ __all__ = [
     "decode_struct",
     "dtype_of",
     "encode_batch",
+    "encode_snaps",
     "ffi",
     "how_name",
     "how_value",
@@ -269,6 +271,17 @@ def decode_snaps(buf: bytes | memoryview) -> SnapBatch:
         snaps.append(Snap(one, bytes(view[at : at + caplen])))
         at += -(-caplen // 8) * 8
     return SnapBatch(head, tuple(snaps))
+
+
+def encode_snaps(head: np.void, snaps: Sequence[Snap]) -> bytes:
+    """Return the message that decode_snaps() reads: `head` with version and count set for them."""
+    first = np.zeros(1, BATCH)
+    first[0] = head
+    first["version"], first["record_size"], first["count"] = lib.SNIFFER_VERSION, 0, len(snaps)
+    parts = [first.tobytes()]
+    for snap in snaps:
+        parts += (snap.head.tobytes(), snap.data, bytes(-len(snap.data) % 8))
+    return b"".join(parts)
 
 
 @dataclass(frozen=True, slots=True)

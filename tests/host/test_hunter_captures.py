@@ -101,28 +101,37 @@ def alone(tmp_path):
 
 
 @needs_tshark
-def test_tshark_reads_every_packet_and_its_owner_from_pcapng(alone, tmp_path):
+@pytest.mark.parametrize("way", ["alone", "daemon", "direct"])
+def test_tshark_reads_every_packet_and_its_owner_from_pcapng(way, alone, daemon, tmp_path):
+    source = {
+        "alone": alone,
+        "daemon": ["--socket", daemon],
+        "direct": ["--socket", daemon, "--direct", "--engine", "packet"],
+    }[way]
     path = tmp_path / "x.pcapng"
     with peers() as (pid, tcp, udp):
-        hunter = hunting(*alone, "--save", path, "port", tcp, "or", udp)
+        hunter = hunting(*source, "--save", path, "port", tcp, "or", udp)
         talk(tcp, udp)
         shown = int(re.search(r"(\d+) shown", stop(hunter))[1])
     rows = tshark(
         path,
         *("frame.comment", "tcp.srcport", "tcp.dstport", "udp.srcport", "udp.dstport"),
         *("frame.interface_name", "ip.len", "ipv6.plen", "frame.packet_flags_direction"),
-        *("_ws.malformed", "frame.len", "ip.checksum.status"),
+        *("_ws.malformed", "frame.len", "tcp.seq_raw", "tcp.payload", "udp.payload"),
     )
     assert len(rows) == shown > 60
-    for comment, *ports, interface, ip4, ip6, way, malformed, length, _ in rows:
+    for comment, *ports, interface, ip4, ip6, way, malformed, length, seq, _, _ in rows:
         source, target = (int(port) for port in ports if port)
         # inbound is 1: the owner is that of the destination
         own = target if way in ("1", "0x00000001") else source
         owner = pid if own in (tcp, udp) else os.getpid()
         assert re.match(rf"packet-hunter: \S+\.{owner} uid=0 .*how=diag", comment), comment
-        assert interface == "lo" and not malformed
+        assert "made from the record" not in comment
+        assert interface == "lo" and not malformed and seq != "0"
         assert int(length) == (int(ip4) if ip4 else int(ip6) + 40)
     assert {row[6] for row in rows if row[6]} >= {"102"}  # 20 + 32 + 50
+    payloads = {part for row in rows for part in row[-2:] if part}
+    assert payloads == {b"x".hex() * 50, b"y".hex() * 30}
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +224,21 @@ def test_annotate_refuses_what_is_no_capture(daemon, tmp_path):
     )
     assert done.returncode == 1
     assert "neither pcap nor pcapng" in done.stderr and not (tmp_path / "y").exists()
+
+
+def test_first_bytes_are_not_for_users_without_rights(daemon, tmp_path):
+    """What a process sends is for those who could capture it themselves."""
+    script = (
+        "import sys; from nlproto.client import DaemonClient\n"
+        "print(DaemonClient(sys.argv[1]).start('', snaps=True)['snaps'])"
+    )
+    os.chmod(daemon.parent, 0o755)
+    # as nobody, who may still read this Python wherever it is installed
+    user = "setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all,+dac_read_search"
+    caps = "--ambient-caps=+dac_read_search --bounding-set=-all,+dac_read_search"
+    command = [*user.split(), *caps.split(), sys.executable, "-c", script, daemon]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_parquet_holds_what_json_lines_hold(alone, tmp_path):

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: MIT
+"""The hunter on the module: through the daemon, with --direct, alone; what it saves is true."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HUNTER = [sys.executable, "-m", "hunter"]
+WAYS = ("daemon", "direct", "alone")
+
+# One connection and one datagram each way; both processes tell their pid and port themselves.
+SERVER = """
+import os, socket
+tcp = socket.create_server(("127.0.0.1", 0))
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+udp.bind(("127.0.0.1", 0))
+print(os.getpid(), tcp.getsockname()[1], udp.getsockname()[1], flush=True)
+while True:
+    peer, _ = tcp.accept()
+    while data := peer.recv(100):
+        peer.sendall(data)
+    peer.close()
+    data, sender = udp.recvfrom(100)
+    udp.sendto(data, sender)
+"""
+CLIENT = """
+import os, socket, sys
+print("client", os.getpid(), file=sys.stderr, flush=True)
+with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as peer:
+    for _ in range(5):
+        peer.sendall(b"x" * 50)
+        peer.recv(50, socket.MSG_WAITALL)
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+    udp.sendto(b"y" * 30, ("127.0.0.1", int(sys.argv[2])))
+    udp.recv(100)
+"""
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[int, int, int]]:
+    process = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        pid, tcp, udp = map(int, process.stdout.readline().split())
+        yield pid, tcp, udp
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def daemon(loaded: None, tmp_path: Path) -> Iterator[Path]:
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    path = tmp_path / "d.sock"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "daemon", "--engine", "module", "--socket", path, "--foreground"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    yield path
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 0, log
+
+
+def source(way: str, daemon: Path) -> list[str]:
+    return {
+        "daemon": ["--socket", str(daemon)],
+        "direct": ["--socket", str(daemon), "--direct", "--engine", "module"],
+        "alone": ["--socket", str(daemon.with_name("none")), "--engine", "module"],
+    }[way]
+
+
+def hunt(way: str, daemon: Path, server: tuple[int, int, int], *options: object) -> tuple[int, str]:
+    """Run the hunter around the client; the client's pid and the hunter's stderr, checked."""
+    _, tcp, udp = server
+    done = subprocess.run(
+        [*HUNTER, *source(way, daemon), *map(str, options), f"port {tcp} or port {udp}"]
+        + ["--", sys.executable, "-c", CLIENT, str(tcp), str(udp)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    records = re.search(r"(\d+) records = (\d+) delivered \+ (\d+) lost", done.stderr)
+    shown = re.search(r"(\d+) shown = (\d+) named", done.stderr)
+    assert records and shown, done.stderr
+    assert int(records[1]) == int(records[2]) and records[3] == "0"
+    assert int(records[2]) >= int(shown[1]) == int(shown[2]) > 20, done.stderr
+    client = re.search(r"client (\d+)", done.stderr)
+    assert client
+    return int(client[1]), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_row_of_a_saved_capture_has_its_process(
+    way: str, daemon: Path, server: tuple[int, int, int], tmp_path: Path
+) -> None:
+    pid, tcp, udp = server
+    path = tmp_path / "x.csv"
+    client, told = hunt(way, daemon, server, "--save", path)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert int(re.search(r"(\d+) shown", told)[1]) == len(rows)  # type: ignore[index]
+    for row in rows:
+        own = int(row["sport"] if row["dir"] == "out" else row["dport"])
+        assert int(row["pid"]) == (pid if own in (tcp, udp) else client), row
+        assert row["exe"] == os.path.realpath(sys.executable), row
+        assert row["how"] not in ("diag", "proc"), row
+    assert {row["proto"] for row in rows} == {"tcp", "udp"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pcapng_has_real_first_bytes_and_a_comment_each(
+    way: str, daemon: Path, server: tuple[int, int, int], tmp_path: Path
+) -> None:
+    pid, tcp, udp = server
+    path = tmp_path / "x.pcapng"
+    client, told = hunt(way, daemon, server, "--save", path)
+    fields = ("frame.comment", "tcp.srcport", "tcp.dstport", "udp.srcport", "udp.dstport")
+    fields += ("frame.packet_flags_direction", "frame.interface_name", "tcp.seq_raw")
+    fields += ("tcp.payload", "udp.payload")
+    done = subprocess.run(
+        ["tshark", "-r", path, "-n", "-T", "fields", "-E", "separator=|"]
+        + [part for field in fields for part in ("-e", field)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [line.split("|") for line in done.stdout.splitlines()]
+    assert int(re.search(r"(\d+) shown", told)[1]) == len(rows)  # type: ignore[index]
+    for comment, *ports, direction, interface, seq, _, _ in rows:
+        ends = [int(port) for port in ports if port]
+        own = ends[1] if direction in ("1", "0x00000001") else ends[0]
+        owner = pid if own in (tcp, udp) else client
+        assert re.match(rf"packet-hunter: \S+\.{owner} uid=0 ", comment), comment
+        assert "made from the record" not in comment
+        assert interface == "lo" and seq != "0"
+    payloads = {part for row in rows for part in row[-2:] if part}
+    assert payloads == {b"x".hex() * 50, b"y".hex() * 30}
+
+
+def test_lines_json_and_counts_through_the_daemon(
+    daemon: Path, server: tuple[int, int, int]
+) -> None:
+    pid, tcp, _ = server
+    client, told = hunt("daemon", daemon, server, "-n", "--summary")
+    assert re.search(rf" in  tcp 127\.0\.0\.1\.\d+ > 127\.0\.0\.1\.{tcp} len .* \S+\.{pid}\b", told)
+    assert re.search(rf"^ +{client} ", told, re.MULTILINE), told  # the summary
+    client, told = hunt("daemon", daemon, server, "--json", "--duration", "60")
+    rows = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+    assert {row["pid"] for row in rows} == {pid, client}
+
+
+def test_annotate_names_a_real_tcpdump(
+    daemon: Path, server: tuple[int, int, int], tmp_path: Path
+) -> None:
+    pid, tcp, udp = server
+    trace, named = tmp_path / "x.pcap", tmp_path / "x.pcapng"
+    dump = subprocess.Popen(
+        ["tcpdump", "--immediate-mode", "-i", "lo", "-U", "-Z", "root", "-w", trace]
+        + [f"port {tcp} or port {udp}"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert dump.stderr is not None
+    while "listening on" not in (line := dump.stderr.readline()):
+        assert line, "tcpdump ended at once"
+    client = subprocess.run(
+        [sys.executable, "-c", CLIENT, str(tcp), str(udp)],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    time.sleep(1)
+    dump.send_signal(signal.SIGINT)
+    dump.communicate(timeout=60)
+    done = subprocess.run(
+        [*HUNTER, "annotate", trace, "-o", named, "--socket", daemon],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    other = int(client.stderr.split()[1])
+    comments = re.findall(rb"packet-hunter: from [^\0]*", named.read_bytes())
+    assert f"{len(comments)} packets" in done.stderr and "(100.0 %)" in done.stderr
+    assert len(comments) >= 15
+    for comment in comments:
+        owners = re.findall(rb"(?:from|to) \S+\.(\d+) ", comment)
+        assert sorted(map(int, owners)) == sorted((pid, other)), comment
