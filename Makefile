@@ -40,6 +40,9 @@ test-matrix: tools ## test-vm on every kernel: 5.10 6.1 6.12 (two) 7.2 7.3
 	@sh tests/matrix.sh
 test-vagrant: tools ## the commands of the README in a Vagrant machine (root)
 	@tests/vagrant/run.sh
+test-browser: ## the report in a real browser (root; installs chromium, some 300 MB unpacked)
+	@./build.sh --browser
+	$(PYTEST) tests/browser
 test-packages: tools ## Debian packages and DKMS in a Debian system of their own (root)
 	$(PYTEST) tests/packages --ignore tests/packages/test_bare.py
 test-bare: tools ## a fresh clone on Debian 12 and 13 with nothing installed (root)
@@ -69,4 +72,4 @@ deb: ## Debian source and binary packages into dist/ (wants debhelper, dh-dkms, 
 clean: ## remove what was built
 	@./build.sh clean
 
-.PHONY: help run demo test tools lint test-unit test-host test-vm test-attribution test-matrix test-vagrant test-packages test-bare fuzz soak bench bench-kernel bench-daemon bench-hunter bench-accuracy menu deb clean
+.PHONY: help run demo test tools lint test-unit test-host test-vm test-attribution test-matrix test-vagrant test-browser test-packages test-bare fuzz soak bench bench-kernel bench-daemon bench-hunter bench-accuracy menu deb clean

@@ -6,6 +6,7 @@
 #   ./build.sh --try-module   goes on without the module when it cannot be built, and says why
 #   ./build.sh --no-module    without the kernel module (engine `packet` needs none)
 #   ./build.sh --test-tools   --try-module, and what the tests need
+#   ./build.sh --browser      that and chromium, for make test-browser
 #   ./build.sh clean          removes what was built
 set -eu
 cd "$(dirname "$0")"
@@ -15,11 +16,13 @@ die() { say "$*"; exit 1; }
 
 module=required
 tools=no
+browser=no
 case "${1-}" in
 '') ;;
 --try-module) module=wanted ;;
 --no-module) module=no ;;
 --test-tools) module=wanted tools=yes ;;
+--browser) module=wanted tools=yes browser=yes ;;
 clean)
 	[ ! -e kmod/Makefile ] || make -s -C kmod clean
 	rm -rf build dist python/*.egg-info python/nlproto/_*.so python/nlproto/_wire.c python/nlproto/_host.c
@@ -28,7 +31,7 @@ clean)
 	exit 0
 	;;
 *)
-	say "unknown word '$1'; ./build.sh [--try-module | --no-module | --test-tools | clean]"
+	say "unknown word '$1'; ./build.sh [--try-module | --no-module | --test-tools | --browser | clean]"
 	exit 2
 	;;
 esac
@@ -84,6 +87,9 @@ if [ "$tools" = yes ]; then
 		want busybox busybox-static
 		want file file # virtme-ng asks it whether busybox is static
 	fi
+fi
+if [ "$browser" = yes ] && ! command -v chromium-browser >/dev/null 2>&1; then
+	want chromium chromium
 fi
 if [ -n "$missing" ]; then
 	command -v apt-get >/dev/null 2>&1 || die "needs$missing; install them with this system's package manager"

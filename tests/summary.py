@@ -14,6 +14,7 @@ TIERS = ("unit", "host", "vm", "attribution")
 NOT_RUN = (
     "test-matrix",
     "test-vagrant",
+    "test-browser",
     "test-packages",
     "test-bare",
     "fuzz",

@@ -39,7 +39,7 @@ def amount(value: float, units: str) -> str:
         if value < step or letter == "T":
             break
     infix = "i" if units.startswith("bin") else ""
-    return f"{value:.{1 if value < 100 else 0}f} {letter}{infix}{unit}"
+    return f"{value:.{1 if value < 99.95 else 0}f} {letter}{infix}{unit}"
 
 
 @dataclass(slots=True)

@@ -133,8 +133,8 @@ def page(capture: Capture, title: str) -> str:
     named = sum(one.packets for name, one in ordered if name[1])
     total = sum(one.total for _, one in ordered)
     subtitle = (
-        f"{begin:%Y-%m-%d %H:%M:%S} to {end:%H:%M:%S} UTC, {capture.packets:,} packets,"
-        f" {amount(total, 'bin-bytes')}, {100 * named / capture.packets:.1f} % of them named"
+        f"{begin:%Y-%m-%d %H:%M:%S} to {end:%H:%M:%S} UTC, {amount(total, 'bin-bytes')},"
+        f" {capture.packets:,} packets, {100 * named / capture.packets:.1f} % of them named"
     )
     processes = [
         (
@@ -217,7 +217,7 @@ def _timeline(capture: Capture, colours: dict[Name, str]) -> str:
     end = datetime.fromtimestamp(capture.last_s, UTC)
     begin = datetime.fromtimestamp(capture.first_s, UTC)
     legend = " ".join(
-        f'<i style="background:{colour}"></i>{_h(labels[colour])}&emsp;'
+        f'<span><i style="background:{colour}"></i>{_h(labels[colour])}</span>'
         for colour in order
         if colour in labels
     )
