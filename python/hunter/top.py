@@ -204,6 +204,10 @@ class _View(Screen[None]):
             self.query_one("#account", Static).update(self.top.account_text())
 
 
+def _number(count: int, one: str, many: str) -> str:
+    return f"{count:,} {one if count == 1 else many}"
+
+
 def _right(text: str, style: str = "") -> Text:
     return Text(text, style=style, justify="right")
 
@@ -228,7 +232,9 @@ class ProcessesView(_View):
         self.sorting = 7
 
     def title_text(self) -> str:
-        return f"{len(self.top.rates.processes)} processes, {self.top.source.description},"
+        count = sum(process.pid is not None for process in self.top.rates)
+        where = self.top.source.description
+        return f"{_number(count, 'process', 'processes')} ({where}); Enter shows flows; sorted"
 
     def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
         for process in self.top.rates:
@@ -303,7 +309,10 @@ class FlowsView(_View):
         who = f"{plain(process.comm)}.{process.pid}" if process.pid else plain(process.comm)
         details = self.top.source.get(*process.key[:2]) if process.pid else None
         exe = f" {plain(details.exe)}" if details is not None and details.exe else ""
-        return f"{who}{exe}: {'far ends' if self.by_remote else f'{len(process.flows)} flows'}"
+        shown = _number(len(process.flows), "flow", "flows")
+        if self.by_remote:
+            shown = _number(len(process.remotes()), "far end", "far ends")
+        return f"{who}{exe}: {shown},"
 
     def leave(self) -> None:
         self.app.pop_screen()

@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,33 @@ def test_the_letters_that_tcpdump_has_too_mean_the_same():
     letters = {option for action in live_parser()._actions for option in action.option_strings}
     short = {letter for letter in letters if re.fullmatch("-[A-Za-z]", letter)}
     assert short == {f"-{letter}" for letter in "hVFiQcnqvtwCWr"}
+
+
+CONTRACT = {
+    "live": "-i -c --duration -n -q -v -t -Q -F --save --format -C -W -r --summary --json --socket"
+    " --direct --engine --pid --pname --uid --netns --container",
+    "top": "-u -i --pid --pname",
+    "who": "--port --proto --host --since --json --socket",
+    "stats": "--json --socket",
+    "annotate": "-o --socket",
+    "report": "-o",
+}
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_help_lists_every_option_that_was_promised(name):
+    """The command line is a contract: what scripts may rely on does not go away."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hunter", *([] if name == "live" else [name]), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    listed = set(re.findall(r"(?<![\w-])--?[A-Za-z][\w-]*", done.stdout))
+    assert listed >= set(CONTRACT[name].split())
+    assert "example" in done.stdout
+    if name == "live":
+        assert "-- CMD ARGS" in done.stdout and set(SUBCOMMANDS) <= set(done.stdout.split())
 
 
 def test_every_help_has_examples():
