@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self
 
 from hunter.columns import Holder
 from nlproto import NoDaemon
+from nlproto.errors import DaemonBusy
 from nlproto.filter import Filter
 from nlproto.pipeline import NamedBatch
 from nlproto.processes import Process
@@ -83,6 +84,8 @@ def open_source(
 
         try:
             return DaemonSource(options.socket, filter, notify, snaps)
+        except DaemonBusy:
+            raise
         except NoDaemon:
             pass
     from hunter.source_alone import open_alone

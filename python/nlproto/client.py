@@ -18,7 +18,7 @@ import numpy as np
 
 from nlproto import wire
 from nlproto.clock import Clock
-from nlproto.errors import Error, NoDaemon, NoPrivilege, UsageError
+from nlproto.errors import DaemonBusy, Error, NoDaemon, NoPrivilege, UsageError, VersionMismatch
 from nlproto.frames import (
     DATA_HEAD,
     DEFAULT_SOCKET,
@@ -92,7 +92,8 @@ _ERRORS: Mapping[str, type[Error]] = {"usage": UsageError, "denied": NoPrivilege
 class DaemonClient:
     """One connection to the daemon; not for several threads at once.
 
-    Raises NoDaemon when there is none or it goes away, UsageError for a request it refuses,
+    Raises NoDaemon when there is none or it goes away, VersionMismatch when it is of another
+    release, UsageError for a request it refuses,
     NoPrivilege for one that this user may not make, Error for any other failure.
     """
 
@@ -121,6 +122,15 @@ class DaemonClient:
             ) from None
         try:
             self.daemon = self.request("hello", protocol=PROTOCOL)
+        except UsageError as error:  # it is no fault of who called
+            self.close()
+            raise VersionMismatch(str(error)) from None
+        except NoDaemon:  # there is one: whoever asked must not go on as if there were none
+            self.close()
+            raise DaemonBusy(
+                f"{self.path} closed the connection at once: the daemon has all the clients that"
+                " it takes (max_clients), or is ending; try again"
+            ) from None
         except BaseException:
             self.close()
             raise

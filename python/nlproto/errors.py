@@ -2,6 +2,7 @@
 """Exceptions. Each message is one line and says what to do next."""
 
 __all__ = [
+    "DaemonBusy",
     "Error",
     "NoDaemon",
     "NoModule",
@@ -25,6 +26,10 @@ class NoModule(Error):
 
 class NoDaemon(Error):
     """Nobody serves the daemon's socket."""
+
+
+class DaemonBusy(NoDaemon):
+    """A daemon is there, but took no more clients."""
 
 
 class NoPrivilege(Error):

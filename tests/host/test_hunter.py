@@ -16,6 +16,7 @@ import time
 import pytest
 
 from hunter.columns import COLUMNS
+from nlproto.frames import Kind, encode_json
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 
@@ -424,14 +425,95 @@ def test_a_hostile_process_name_is_harmless(name, output, no_daemon):
         (["-F", "/no/such"], 1, "cannot read the filter"),
         (["stats"], 1, "start it with"),
         (["--direct"], 1, "start it with"),
+        (["--save", "/dev/full", "--format", "csv"], 1, "No space left"),
+        (["--save", "x.pcap"], 2, "x.pcapng"),
+        (["--engine", "module", "tcp"], 1, "insmod"),
+        (["annotate", "/no/such", "-o", "x.pcapng"], 1, "cannot read"),
+        (["report", "/no/such.csv", "-o", "x.html"], 1, "cannot read"),
     ],
 )
 def test_a_mistake_is_one_clear_line_and_the_right_code(arguments, code, words, tmp_path):
     sockets = ["--socket", str(tmp_path / "none")]
-    place = 1 if arguments[0] in ("who", "stats") else 0
-    done = hunt(*arguments[:place], *([] if arguments[0] == "-v" else sockets), *arguments[place:])
+    if arguments[:2] == ["--engine", "module"] and os.path.exists("/sys/module/sniffer"):
+        pytest.skip("the module is loaded here")
+    place = 1 if arguments[0] in ("who", "stats", "annotate") else 0
+    if arguments[0] in ("-v", "report"):
+        sockets = []
+    done = hunt(*arguments[:place], *sockets, *arguments[place:])
     assert done.returncode == code, done.stderr
     assert words in done.stderr and "Traceback" not in done.stderr
+
+
+@contextlib.contextmanager
+def answering(path, answer):
+    """Something at `path` that answers the first request with `answer` and goes away."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(1)
+
+        def serve():
+            peer, _ = listener.accept()
+            with peer:
+                peer.recv(1000)
+                peer.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield
+        thread.join()
+
+
+OTHER_RELEASE = {
+    "id": 1,
+    "ok": False,
+    "error": "this daemon speaks protocol 2, not 1; install client and daemon of one release",
+    "code": "usage",
+}
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (encode_json(Kind.CONTROL, OTHER_RELEASE), "of one release"),
+        (b"SSH-2.0-OpenSSH_9.2 and more\n", "frame"),
+        (b"", "try again"),
+        (encode_json(Kind.CONTROL, OTHER_RELEASE)[:20], "try again"),
+    ],
+    ids=["another release", "another program", "nothing", "half an answer"],
+)
+def test_whoever_else_answers_at_the_socket_is_a_clear_failure(answer, words, tmp_path):
+    path = str(tmp_path / "d.sock")
+    with answering(path, answer):
+        done = hunt("--socket", path)
+    assert done.returncode == 1, done.stderr
+    assert words in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_daemon_that_is_killed_takes_no_row_that_was_saved(server, tmp_path):
+    _, port = server
+    path, saved = tmp_path / "d.sock", tmp_path / "x.csv"
+    daemon = subprocess.Popen(
+        [*DAEMON, "--engine", "packet", "--socket", path, "--foreground"], stderr=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 20
+    while not path.exists():
+        assert daemon.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    with traffic(port):
+        hunter = subprocess.Popen(
+            [*HUNTER, "--socket", path, "--save", saved, f"port {port}"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        begun(hunter)
+        time.sleep(1)
+        daemon.kill()
+        daemon.wait()
+        stderr = hunter.communicate(timeout=20)[1]
+    assert hunter.returncode == 1 and "has gone" in stderr and "Traceback" not in stderr
+    rows = list(csv.reader(saved.read_text().splitlines()))
+    assert len(rows) > 10 and all(len(row) == len(COLUMNS) for row in rows)
+    assert f"{len(rows) - 1} shown" in stderr
 
 
 def test_an_old_capture_survives_a_hunter_that_cannot_begin(tmp_path):

@@ -47,7 +47,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server() -> Iterator[tuple[int, int, int]]:
     process = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
     try:
@@ -59,10 +59,12 @@ def server() -> Iterator[tuple[int, int, int]]:
         process.communicate()
 
 
-@pytest.fixture
-def daemon(loaded: None, tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture(scope="module")
+def daemon(module_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    if not Path("/sys/module/sniffer").exists():
+        subprocess.run(["insmod", module_file], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    path = tmp_path / "d.sock"
+    path = tmp_path_factory.mktemp("daemon") / "d.sock"
     process = subprocess.Popen(
         [sys.executable, "-m", "daemon", "--engine", "module", "--socket", path, "--foreground"],
         stderr=subprocess.PIPE,
@@ -155,14 +157,12 @@ def test_pcapng_has_real_first_bytes_and_a_comment_each(
     assert payloads == {b"x".hex() * 50, b"y".hex() * 30}
 
 
-def test_lines_json_and_counts_through_the_daemon(
-    daemon: Path, server: tuple[int, int, int]
-) -> None:
+def test_lines_and_json_have_the_owners(daemon: Path, server: tuple[int, int, int]) -> None:
     pid, tcp, _ = server
     client, told = hunt("daemon", daemon, server, "-n", "--summary")
     assert re.search(rf" in  tcp 127\.0\.0\.1\.\d+ > 127\.0\.0\.1\.{tcp} len .* \S+\.{pid}\b", told)
     assert re.search(rf"^ +{client} ", told, re.MULTILINE), told  # the summary
-    client, told = hunt("daemon", daemon, server, "--json", "--duration", "60")
+    client, told = hunt("alone", daemon, server, "--json", "--duration", "60")
     rows = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
     assert {row["pid"] for row in rows} == {pid, client}
 
