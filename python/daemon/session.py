@@ -188,7 +188,9 @@ class Session(asyncio.Protocol):
         self._told_dropped = 0
         self._sequence = 0
         self._account_at_start = self._shown(account)
-        self._write(_reply(request.id, {"account": self._account_at_start, "snaps": self.stream.snaps}))
+        self._write(
+            _reply(request.id, {"account": self._account_at_start, "snaps": self.stream.snaps})
+        )
 
     def _shown(self, account: dict[str, Any]) -> dict[str, Any] | None:
         """The daemon's account, for those who may see everybody's packets."""

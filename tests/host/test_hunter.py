@@ -489,33 +489,6 @@ def test_whoever_else_answers_at_the_socket_is_a_clear_failure(answer, words, tm
     assert words in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_a_daemon_that_is_killed_takes_no_row_that_was_saved(server, tmp_path):
-    _, port = server
-    path, saved = tmp_path / "d.sock", tmp_path / "x.csv"
-    daemon = subprocess.Popen(
-        [*DAEMON, "--engine", "packet", "--socket", path, "--foreground"], stderr=subprocess.DEVNULL
-    )
-    until = time.monotonic() + 20
-    while not path.exists():
-        assert daemon.poll() is None and time.monotonic() < until
-        time.sleep(0.05)
-    with traffic(port):
-        hunter = subprocess.Popen(
-            [*HUNTER, "--socket", path, "--save", saved, f"port {port}"],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        begun(hunter)
-        time.sleep(1)
-        daemon.kill()
-        daemon.wait()
-        stderr = hunter.communicate(timeout=20)[1]
-    assert hunter.returncode == 1 and "has gone" in stderr and "Traceback" not in stderr
-    rows = list(csv.reader(saved.read_text().splitlines()))
-    assert len(rows) > 10 and all(len(row) == len(COLUMNS) for row in rows)
-    assert f"{len(rows) - 1} shown" in stderr
-
-
 def test_an_old_capture_survives_a_hunter_that_cannot_begin(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("precious")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Streams: a filter is applied and encoded once a batch, however many subscribe to it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 
 from daemon.streams import Streams
@@ -37,7 +39,9 @@ def test_a_filter_runs_once_a_batch_for_all_who_have_it(make_records, make_batch
         return mask(self, *arguments)
 
     monkeypatch.setattr(Filter, "mask", counted)
-    streams = Streams(Processes(), lambda function: function(), max_filters=10)
+    streams = Streams(
+        SimpleNamespace(processes=Processes()), lambda function: function(), max_filters=10
+    )
     same = [Subscriber() for _ in range(20)]
     for one in same:
         streams.join("udp dst port 53", None, one)
@@ -51,7 +55,9 @@ def test_a_filter_runs_once_a_batch_for_all_who_have_it(make_records, make_batch
 
 
 def test_another_users_stream_has_its_own_records_and_no_others(make_records, make_batch):
-    streams = Streams(Processes(), lambda function: function(), max_filters=10)
+    streams = Streams(
+        SimpleNamespace(processes=Processes()), lambda function: function(), max_filters=10
+    )
     root, user = Subscriber(), Subscriber()
     streams.join("udp", None, root)
     streams.join("udp", 1000, user)
@@ -62,7 +68,9 @@ def test_another_users_stream_has_its_own_records_and_no_others(make_records, ma
 
 def test_what_waits_for_the_event_loop_is_bounded_and_counted(make_records, make_batch):
     posted = []
-    streams = Streams(Processes(), posted.append, max_filters=10, max_pending=1000)
+    streams = Streams(
+        SimpleNamespace(processes=Processes()), posted.append, max_filters=10, max_pending=1000
+    )
     one = Subscriber()
     streams.join("", None, one)
     for _ in range(3):
