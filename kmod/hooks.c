@@ -336,7 +336,7 @@ static void hooks_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 	r->tgid = current->tgid;
 	r->tid = current->pid;
 	r->start_ns = current->group_leader->start_boottime;
-	r->uid = from_kuid(&init_user_ns, current_uid());
+	r->uid = __kuid_val(current_uid());
 	sniffer_process_comm(r->comm, current->group_leader->comm);
 	owner = sniffer_owner_find(r->cookie);
 	if (owner)

@@ -88,7 +88,7 @@ static void process_fill(struct sniffer_proc *proc, struct task_struct *task)
 		proc->exit_jiffies = jiffies | 1;
 
 	rcu_read_lock();
-	proc->uid = from_kuid(&init_user_ns, __task_cred(task)->uid);
+	proc->uid = __kuid_val(__task_cred(task)->uid);
 	about->ppid = rcu_dereference(leader->real_parent)->tgid;
 #ifdef CONFIG_CGROUPS
 	about->cgroup_id = cgroup_id(rcu_dereference(task->cgroups)->dfl_cgrp);
@@ -196,7 +196,7 @@ void sniffer_process_put(struct sniffer_proc *proc)
  */
 void sniffer_process_refresh(struct sniffer_proc *proc)
 {
-	u32 uid = from_kuid(&init_user_ns, current_uid());
+	u32 uid = __kuid_val(current_uid());
 
 	if (READ_ONCE(proc->uid) != uid)
 		WRITE_ONCE(proc->uid, uid);

@@ -14,7 +14,8 @@
  * @node: in the process table, by tgid
  * @refs: the table's one, and one for each socket that names it
  * @tgid: in the initial pid namespace
- * @uid: real uid in the initial user namespace; follows setuid at next use
+ * @uid: real uid in the initial user namespace, which is what a kuid_t holds;
+ *	follows setuid at next use
  * @start_ns: start_boottime of the leader; with @tgid it is the identity
  * @comm: of the leader; written whole, but a reader may see half a rename
  * @rcu: readers of the table and of owners hold rcu_read_lock()
