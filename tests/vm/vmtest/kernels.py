@@ -46,6 +46,11 @@ class Kernel:
     pockets: tuple[str, ...] = ()
     version: str = ""
 
+    @property
+    def series(self) -> str:
+        """What its release must begin with: the name up to the suite that tells it from others."""
+        return self.name.partition("-")[0]
+
     def packages(self) -> tuple[str, ...]:
         infix = f"{self.version}-" if self.version else ""
         return (f"linux-image-{infix}amd64", f"linux-headers-{infix}amd64")
@@ -96,15 +101,21 @@ def unpack(kernel: Kernel, cache: Path) -> UnpackedKernel:
     with _locked(root.with_suffix(".lock")):
         if not root.is_dir():
             _download(kernel, root)
-    return _unpacked(kernel.name, root)
+    return _unpacked(kernel, root)
 
 
-def _unpacked(name: str, root: Path) -> UnpackedKernel:
-    for image in sorted((root / "boot").glob("vmlinuz-*"), reverse=True):
+def _unpacked(kernel: Kernel, root: Path) -> UnpackedKernel:
+    images = sorted((root / "boot").glob("vmlinuz-*"), reverse=True)
+    for image in images:
         release = image.name.removeprefix("vmlinuz-")
-        if (root / "lib/modules" / release / "build").is_symlink():
-            return UnpackedKernel(name, root, release)
-    raise Unavailable(f"{name}: {root} holds no kernel with headers; remove it and try again")
+        built = (root / "lib/modules" / release / "build").is_symlink()
+        if built and release.startswith(f"{kernel.series}."):
+            return UnpackedKernel(kernel.name, root, release)
+    found = ", ".join(image.name.removeprefix("vmlinuz-") for image in images) or "none"
+    raise Unavailable(
+        f"{kernel.name}: Debian {(kernel.suite, *kernel.pockets)[-1]} had no such kernel with"
+        f" headers (but {found}); once the mirror has it, remove {root}"
+    )
 
 
 def _download(kernel: Kernel, root: Path) -> None:
@@ -171,7 +182,7 @@ def _pocket_option(suite: str, pocket: str) -> str:
     script = (
         f'sed -n "s/ {suite} / {pocket} /p" "$1"/etc/apt/sources.list'
         f' > "$1"/etc/apt/sources.list.d/{pocket}.list;'
-        f' printf "Package: linux-*\\nPin: release a={pocket}\\nPin-Priority: 900\\n"'
+        f' printf "Package: linux-*\\nPin: release n={pocket}\\nPin-Priority: 900\\n"'
         ' > "$1"/etc/apt/preferences.d/pocket'
     )
     return f"--setup-hook={script}"
@@ -189,12 +200,19 @@ def proxy_options() -> Iterator[str]:
 
 def _finish(root: Path) -> None:
     """What maintainer scripts would have done, as far as a build needs it."""
+    # From Debian 13 on only base-files, which nothing here asks for, has these links.
+    for name in ("bin", "sbin", "lib", "lib64"):
+        if not os.path.lexists(root / name) and (root / "usr" / name).is_dir():
+            (root / name).symlink_to(f"usr/{name}")
     for name, target in (("usr/bin/awk", "mawk"), ("usr/bin/sh", "dash"), ("bin/sh", "dash")):
         link = root / name
         if not os.path.lexists(link) and link.parent.is_dir():
             link.symlink_to(target)
-    for name in ("proc", "dev", "tmp", "src"):
+    for name in ("proc", "dev", "tmp", "src", "boot"):
         (root / name).mkdir(exist_ok=True)
+    # 7.x comes with its image among its modules.
+    for image in (root / "lib/modules").glob("*/vmlinuz"):
+        shutil.copy(image, root / "boot" / f"vmlinuz-{image.parent.name}")
 
 
 @contextmanager
