@@ -20,7 +20,7 @@ ROOT = TESTS.parent.parent
 if str(TESTS) not in sys.path:
     sys.path.insert(0, str(TESTS))
 
-from vmtest.kernlog import KernelLog, problems  # noqa: E402
+from vmtest.kernlog import COMPLAINT, KernelLog, problems  # noqa: E402
 from vmtest.remote import Remote, kernel_to_test  # noqa: E402
 
 MARKERS = (
@@ -60,7 +60,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     if log is not None:
         lines = log.read()
         if problems(lines):
-            pytest.fail("the kernel complains:\n" + "\n".join(lines[-200:]), pytrace=False)
+            pytest.fail(f"{COMPLAINT}\n" + "\n".join(lines[-200:]), pytrace=False)
 
 
 @pytest.fixture(scope="session")

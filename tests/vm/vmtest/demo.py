@@ -22,7 +22,7 @@ def main() -> int:
     """Boots, runs tests/vm/demo.sh, prints what it showed; its exit status, 1 when it never ran."""
     try:
         kernel = unpack(KERNELS["6.1"], cache_directory())
-        module = build_module(ROOT, kernel, cache_directory()).module
+        module = build_module(ROOT, kernel, cache_directory())
         print(f"demo: booting Linux {kernel.release} in QEMU (half a minute)", file=sys.stderr)
         with Guest(kernel, ["sh", "-c", SCRIPT], directory=ROOT) as guest:
             # the guest takes seconds to boot, the copy an instant

@@ -11,22 +11,103 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "KERNELS",
+    "MATRIX",
     "Kernel",
     "Unavailable",
     "UnpackedKernel",
     "cache_directory",
+    "enter",
     "proxy_options",
     "unpack",
 ]
 
 TOOLCHAIN = ("gcc", "make", "binutils", "mawk", "dash", "coreutils", "grep", "sed", "sparse")
+
+
+# What compiles a kernel, besides.
+COMPILING = (
+    *("bc", "bison", "cpio", "diffutils", "findutils", "flex", "gzip", "kmod"),
+    *("libelf-dev", "libssl-dev", "perl", "tar", "xz-utils"),
+)
+# What finds bugs, and what the tests use that defconfig and kvm_guest.config leave out.
+DEBUG_OPTIONS = """\
+CONFIG_LOCALVERSION="-debug"
+CONFIG_KASAN=y
+CONFIG_KASAN_INLINE=y
+CONFIG_PROVE_LOCKING=y
+CONFIG_DEBUG_KMEMLEAK=y
+CONFIG_DEBUG_KMEMLEAK_MEM_POOL_SIZE=40000
+# CONFIG_DEBUG_KMEMLEAK_AUTO_SCAN is not set
+CONFIG_DEBUG_ATOMIC_SLEEP=y
+CONFIG_DEBUG_LIST=y
+CONFIG_DEBUG_INFO_NONE=y
+CONFIG_MODULES=y
+CONFIG_MODULE_UNLOAD=y
+CONFIG_KPROBES=y
+CONFIG_FUNCTION_TRACER=y
+CONFIG_DEBUG_FS=y
+CONFIG_CHECKPOINT_RESTORE=y
+CONFIG_USER_NS=y
+CONFIG_BPF_SYSCALL=y
+CONFIG_OVERLAY_FS=y
+CONFIG_VIRTIO_CONSOLE=y
+CONFIG_IPV6=y
+CONFIG_SECURITY_NETWORK=y
+CONFIG_MPTCP=y
+CONFIG_MPTCP_IPV6=y
+CONFIG_INET_DIAG=y
+CONFIG_INET_UDP_DIAG=y
+CONFIG_DUMMY=y
+CONFIG_TUN=y
+CONFIG_VETH=y
+CONFIG_VXLAN=y
+CONFIG_NETFILTER_ADVANCED=y
+CONFIG_NF_CONNTRACK=y
+CONFIG_NF_TABLES=y
+CONFIG_NF_TABLES_INET=y
+CONFIG_NF_TABLES_IPV4=y
+CONFIG_NF_TABLES_IPV6=y
+CONFIG_NFT_CT=y
+CONFIG_NFT_NAT=y
+CONFIG_NFT_MASQ=y
+CONFIG_NFT_REDIR=y
+CONFIG_NFT_REJECT=y
+# CONFIG_DRM is not set
+# CONFIG_SOUND is not set
+# CONFIG_USB_SUPPORT is not set
+# CONFIG_WIRELESS is not set
+# CONFIG_WLAN is not set
+# CONFIG_RFKILL is not set
+# CONFIG_ETHERNET is not set
+# CONFIG_ATA is not set
+# CONFIG_SCSI is not set
+# CONFIG_MD is not set
+CONFIG_9P_FS=y
+# CONFIG_NFS_FS is not set
+# CONFIG_SUSPEND is not set
+# CONFIG_HIBERNATION is not set
+# CONFIG_HID is not set
+# CONFIG_PCCARD is not set
+# CONFIG_AGP is not set
+# CONFIG_EFI is not set
+# CONFIG_SECURITY_SELINUX is not set
+# CONFIG_AUDIT is not set
+# CONFIG_CPU_FREQ is not set
+# CONFIG_X86_MCE is not set
+# CONFIG_MACINTOSH_DRIVERS is not set
+# CONFIG_QUOTA is not set
+# CONFIG_NETCONSOLE is not set
+# CONFIG_BLK_DEV_IO_TRACE is not set
+# CONFIG_PROVIDE_OHCI1394_DMA_INIT is not set
+"""
 
 
 class Unavailable(Exception):
@@ -38,13 +119,15 @@ class Kernel:
     """A kernel to test on: where Debian keeps it.
 
     `suite` is the suite its packages and compiler come from, `pockets` further suites of the same
-    archive to take them from, `version` the infix of its meta-packages.
+    archive to take them from, `version` the infix of its meta-packages. `debug` compiles Debian's
+    source of that version with KASAN, lockdep and kmemleak (ten minutes, once).
     """
 
     name: str
     suite: str
     pockets: tuple[str, ...] = ()
     version: str = ""
+    debug: bool = False
 
     @property
     def series(self) -> str:
@@ -52,6 +135,8 @@ class Kernel:
         return self.name.partition("-")[0]
 
     def packages(self) -> tuple[str, ...]:
+        if self.debug:
+            return (f"linux-source-{self.version}", *COMPILING)
         infix = f"{self.version}-" if self.version else ""
         return (f"linux-image-{infix}amd64", f"linux-headers-{infix}amd64")
 
@@ -65,8 +150,10 @@ KERNELS = {
         Kernel("6.12-deb13", "trixie"),
         Kernel("7.2", "sid"),
         Kernel("7.3", "trixie", pockets=("trixie-backports",)),
+        Kernel("6.1-debug", "bookworm", version="6.1", debug=True),
     )
 }
+MATRIX = tuple(name for name, kernel in KERNELS.items() if not kernel.debug)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +185,7 @@ def unpack(kernel: Kernel, cache: Path) -> UnpackedKernel:
     """
     root = cache / "kernels" / kernel.name
     root.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(root.with_suffix(".lock")):
+    with _locked(root.with_name(f"{kernel.name}.lock")):
         if not root.is_dir():
             _download(kernel, root)
     return _unpacked(kernel, root)
@@ -130,6 +217,8 @@ def _download(kernel: Kernel, root: Path) -> None:
             error = _unpack_packages(kernel, target)
             if error is None:
                 _finish(target)
+                if kernel.debug:
+                    _compile(kernel, target)
                 target.rename(root)
                 print(f"vmtest: took {time.monotonic() - started:.0f} s", file=sys.stderr)
                 return
@@ -213,6 +302,50 @@ def _finish(root: Path) -> None:
     # 7.x comes with its image among its modules.
     for image in (root / "lib/modules").glob("*/vmlinuz"):
         shutil.copy(image, root / "boot" / f"vmlinuz-{image.parent.name}")
+
+
+def _compile(kernel: Kernel, root: Path) -> None:
+    """Debian's source -> boot/vmlinuz-* and lib/modules/*, with all that builds modules for it."""
+    print(f"vmtest: compiling {kernel.name}, about ten minutes", file=sys.stderr)
+    (root / "src/debug.config").write_text(DEBUG_OPTIONS)
+    script = f"""set -e
+        tar -xf /usr/src/linux-source-{kernel.version}.tar.xz -C /usr/src
+        cd /usr/src/linux-source-{kernel.version}
+        make defconfig kvm_guest.config
+        cat /src/debug.config >> .config
+        make olddefconfig
+        make -j"$(nproc)" bzImage modules
+        make modules_install
+        release=$(make -s kernelrelease)
+        cp arch/x86/boot/bzImage /boot/vmlinuz-$release
+        rm -f vmlinux.o vmlinux.a /usr/src/*.tar.xz
+        find . \\( -name "*.o" -o -name "*.a" \\) -not -path "./tools/*" -not -path "./scripts/*" -delete
+    """
+    log = root.parent / "log"
+    with log.open("w") as output:
+        done = enter(root, ["sh", "-c", script], stdout=output, stderr=subprocess.STDOUT)
+    if done.returncode != 0:
+        raise Unavailable(f"{kernel.name} does not compile:\n{log.read_text()[-5000:]}")
+
+
+def enter(
+    root: Path, command: Sequence[str], bind: Path | None = None, **options: Any
+) -> subprocess.CompletedProcess[Any]:
+    """Runs a command in `root`, with `bind` as its /src; `options` are subprocess.run's."""
+    # objtool of 7.x wants /proc, gcc wants /dev/null. All mounts end with the namespace.
+    script = (
+        'mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" &&'
+        ' { [ -z "$2" ] || mount --bind "$2" "$1/src"; }'
+        ' && root=$1 && shift 2 && exec chroot "$root" "$@"'
+    )
+    wrapper = ["unshare", "--mount", "--pid", "--fork"]
+    if os.geteuid() != 0:
+        wrapper.append("--map-root-user")
+    wrapper += ["sh", "-c", script, "sh", str(root), str(bind or "")]
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+    return subprocess.run(
+        [*wrapper, *command], stdin=subprocess.DEVNULL, env=environment, **options
+    )
 
 
 @contextmanager

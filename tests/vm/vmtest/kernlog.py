@@ -7,7 +7,10 @@ import os
 import re
 from collections.abc import Iterable
 
-__all__ = ["KernelLog", "problems"]
+__all__ = ["COMPLAINT", "KernelLog", "problems"]
+
+# How the failure of a test begins when only the kernel found fault.
+COMPLAINT = "the kernel complains:"
 
 PROBLEM = re.compile(
     r"WARNING:|\bBUG\b|\bOops\b|general protection fault|Kernel panic"

@@ -25,7 +25,7 @@ __all__ = ["Remote", "command_line"]
 
 PATIENCE_SECONDS = 300.0
 LOST_GUESTS = 4
-HANDED_ON = ("PACKET_HUNTER_REPEAT", "PACKET_HUNTER_LOAD")
+HANDED_ON = ("PACKET_HUNTER_REPEAT", "PACKET_HUNTER_LOAD", "PACKET_HUNTER_STRESS")
 
 
 class Remote:
@@ -89,9 +89,12 @@ class Remote:
                 answer = guest.receive(deadline - time.monotonic())
                 if "done" in answer:
                     break
-                yield item.config.hook.pytest_report_from_serializable(
+                report = item.config.hook.pytest_report_from_serializable(
                     config=item.config, data=answer["report"]
                 )
+                if isinstance(report.longrepr, list):  # where it was skipped: JSON has no tuples
+                    report.longrepr = tuple(report.longrepr)
+                yield report
         except (BuildFailed, GuestLost, Unavailable) as error:
             self._shut_down()
             self._count_loss(error)
@@ -119,7 +122,7 @@ class Remote:
         self._shut_down()
         cache = cache_directory()
         kernel = unpack(KERNELS[self._kernel], cache)
-        module = build_module(self._directory, kernel, cache).module
+        module = build_module(self._directory, kernel, cache)
         worker = [
             "env",
             f"PYTHONPATH={Path(__file__).parent.parent}",
