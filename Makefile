@@ -36,8 +36,10 @@ test-vm: tools ## the module on PACKET_HUNTER_KERNEL (default: Debian's 6.1, in 
 	$(PYTEST) tests/vm --ignore tests/vm/test_attribution.py
 test-attribution: tools ## the ground-truth suite; REPEAT=10: each ten times, LOAD=1: every CPU busy
 	PACKET_HUNTER_REPEAT=$(REPEAT) PACKET_HUNTER_LOAD=$(LOAD) $(PYTEST) tests/vm/test_attribution.py
-test-matrix: tools ## test-vm on every kernel: 5.10 6.1 6.12 (two) 7.2 7.3
-	@sh tests/matrix.sh
+test-matrix: tools ## tests/vm on 5.10, 6.1, 6.12 (two), 7.2, 7.3: a table of build, load, attribution, unload, dmesg
+	@PYTHONPATH=tests/vm $(PYTHON) -m vmtest.matrix
+test-kasan: tools ## tests/vm and two minutes of stress on a 6.1 with KASAN, lockdep, kmemleak (compiled once, 10 min)
+	PACKET_HUNTER_KERNEL=6.1-debug PACKET_HUNTER_STRESS=120 $(PYTEST) tests/vm
 test-vagrant: tools ## the commands of the README in a Vagrant machine (root)
 	@tests/vagrant/run.sh
 test-browser: ## the report in a real browser (root; installs chromium, some 300 MB unpacked)
@@ -72,4 +74,4 @@ deb: ## Debian source and binary packages into dist/ (wants debhelper, dh-dkms, 
 clean: ## remove what was built
 	@./build.sh clean
 
-.PHONY: help run demo test tools lint test-unit test-host test-vm test-attribution test-matrix test-vagrant test-browser test-packages test-bare fuzz soak bench bench-kernel bench-daemon bench-hunter bench-accuracy menu deb clean
+.PHONY: help run demo test tools lint test-unit test-host test-vm test-attribution test-matrix test-kasan test-vagrant test-browser test-packages test-bare fuzz soak bench bench-kernel bench-daemon bench-hunter bench-accuracy menu deb clean

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 TIERS = ("unit", "host", "vm", "attribution")
 NOT_RUN = (
     "test-matrix",
+    "test-kasan",
     "test-vagrant",
     "test-browser",
     "test-packages",

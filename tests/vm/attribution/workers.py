@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "c"
-BINARIES = Path(__file__).parent / "build"
+BINARIES = Path(__file__).parents[3] / "build" / "attribution"
 
 
 def compile_workers(into: Path) -> Path:

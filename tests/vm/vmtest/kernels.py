@@ -319,7 +319,7 @@ def _compile(kernel: Kernel, root: Path) -> None:
         release=$(make -s kernelrelease)
         cp arch/x86/boot/bzImage /boot/vmlinuz-$release
         rm -f vmlinux.o vmlinux.a /usr/src/*.tar.xz
-        find . \\( -name "*.o" -o -name "*.a" \\) -not -path "./tools/*" -not -path "./scripts/*" -delete
+        find . -name "*.[oa]" -not -path "./tools/*" -not -path "./scripts/*" -delete
     """
     log = root.parent / "log"
     with log.open("w") as output:

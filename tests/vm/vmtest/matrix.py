@@ -95,7 +95,7 @@ def read_results(path: Path, row: Row) -> None:
         counts[FILES.get(file, "others")][outcome] += 1
     for column, count in counts.items():
         row.cells[column] = _words(count)
-        row.failed |= not count["passed"]
+        row.failed |= not count["passed"] or count["failed"] > 0
     found = [f"{complaints} complaints"] * bool(complaints) + [f"{lost} guests lost"] * bool(lost)
     row.cells["dmesg"] = ", ".join(found) or "clean"
     row.failed |= bool(found)

@@ -79,6 +79,7 @@ class Remote:
             follower = None
         marker = item.get_closest_marker("patience")
         patience = float(marker.args[0]) if marker else PATIENCE_SECONDS
+        patience *= 4 if KERNELS[self._kernel].debug else 1
         try:
             guest = self._guest_for(item)
             if item.nodeid not in self._known:
@@ -133,7 +134,14 @@ class Remote:
             *("-q", "--tb=long", "--continue-on-collection-errors"),
             *self._files,
         ]
-        guest = Guest(kernel, worker, append=wanted, directory=self._directory)
+        debug = KERNELS[self._kernel].debug
+        guest = Guest(
+            kernel,
+            worker,
+            append=f"{wanted} kasan_multi_shot" if debug else wanted,
+            memory="4G" if debug else "2G",
+            directory=self._directory,
+        )
         guest.__enter__()
         self._guest, self._command_line = guest, wanted
         self._known = set(guest.receive(BOOT_SECONDS)["ready"])
