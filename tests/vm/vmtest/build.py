@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .kernels import UnpackedKernel, enter
@@ -53,8 +53,15 @@ def copy_sources(source: Path, target: Path) -> None:
             shutil.copy(source / name, target / name)
 
 
-def make(kernel: UnpackedKernel, directory: Path, arguments: Iterable[str]) -> str:
+def make(
+    kernel: UnpackedKernel,
+    directory: Path,
+    arguments: Iterable[str],
+    replaced: Mapping[str, Path] | None = None,
+) -> str:
     """Runs the kernel's Kbuild on `directory` inside the kernel's own root; returns its output.
+
+    `replaced` shows other files in place of some of the kernel's.
 
     :raises BuildFailed: with the output, if make fails.
     """
@@ -62,7 +69,7 @@ def make(kernel: UnpackedKernel, directory: Path, arguments: Iterable[str]) -> s
     done = enter(
         kernel.root,
         [*command, f"M=/src/{directory.name}", *arguments],
-        directory.parent,
+        {"/src": directory.parent, **(replaced or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

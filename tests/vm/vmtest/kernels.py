@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -329,22 +329,25 @@ def _compile(kernel: Kernel, root: Path) -> None:
 
 
 def enter(
-    root: Path, command: Sequence[str], bind: Path | None = None, **options: Any
+    root: Path, command: Sequence[str], binds: Mapping[str, Path] | None = None, **options: Any
 ) -> subprocess.CompletedProcess[Any]:
-    """Runs a command in `root`, with `bind` as its /src; `options` are subprocess.run's."""
+    """Runs a command in `root`, whose paths in `binds` show other files; `options` are run's."""
     # objtool of 7.x wants /proc, gcc wants /dev/null. All mounts end with the namespace.
     script = (
-        'mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" &&'
-        ' { [ -z "$2" ] || mount --bind "$2" "$1/src"; }'
-        ' && root=$1 && shift 2 && exec chroot "$root" "$@"'
+        'root=$1; shift'
+        ' && mount -t proc proc "$root/proc" && mount --rbind /dev "$root/dev" || exit 1;'
+        ' while [ "$1" != -- ]; do mount --bind "$2" "$root$1" || exit 1; shift 2; done;'
+        ' shift; exec chroot "$root" "$@"'
     )
     wrapper = ["unshare", "--mount", "--pid", "--fork"]
     if os.geteuid() != 0:
         wrapper.append("--map-root-user")
-    wrapper += ["sh", "-c", script, "sh", str(root), str(bind or "")]
+    wrapper += ["sh", "-c", script, "sh", str(root)]
+    for shown, file in (binds or {}).items():
+        wrapper += [shown, str(file)]
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
     return subprocess.run(
-        [*wrapper, *command], stdin=subprocess.DEVNULL, env=environment, **options
+        [*wrapper, "--", *command], stdin=subprocess.DEVNULL, env=environment, **options
     )
 
 
