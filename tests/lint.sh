@@ -11,7 +11,7 @@ check() {
 check ruff .venv/bin/ruff check -q python tests bench
 check "mypy --strict on nlproto" .venv/bin/mypy --no-error-summary
 # shellcheck disable=SC2046 # one word a file
-check shellcheck shellcheck $(find . -name '*.sh' -not -path './.venv/*') .ci/run
+check shellcheck shellcheck $(find . -name '*.sh' -not -path './.venv/*') .ci/run python/scripts/*
 if [ "${PACKET_HUNTER_KERNEL-}" != own ]; then
 	check "sparse on kmod" env PYTHONPATH=tests/vm .venv/bin/python -m vmtest.sparse
 fi

@@ -48,10 +48,16 @@ def test_a_wheel_built_in_isolation_from_the_sdist_runs_in_an_environment_of_its
     pip = [str(home / "bin/python"), "-m", "pip", "install", "--quiet", str(wheel)]
     installed = subprocess.run(pip, capture_output=True, text=True, check=False)
     assert installed.returncode == 0, installed.stdout + installed.stderr
-    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    # What lies in the current directory or PYTHONPATH is not run, and a link works as pipx makes it.
+    for name in ("hunter", "daemon", "nlproto"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text('raise SystemExit("a foreign package")\n')
+    clean = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    (tmp_path / "links").mkdir()
     for command in ("packet-hunter", "packet-hunterd"):
+        (tmp_path / "links" / command).symlink_to(home / "bin" / command)
         shown = subprocess.run(
-            [str(home / "bin" / command), "--help"],
+            [str(tmp_path / "links" / command), "--help"],
             capture_output=True,
             text=True,
             cwd=tmp_path,

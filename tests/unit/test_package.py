@@ -49,16 +49,22 @@ def test_the_sdist_has_the_header_and_a_working_wheel_is_built_from_it(tmp_path)
     with zipfile.ZipFile(wheel) as archive:
         files = set(archive.namelist())
         archive.extractall(tmp_path / "site")
-        entry = next(name for name in files if name.endswith("entry_points.txt"))
-        scripts = archive.read(entry).decode()
+        scripts = {
+            name.rpartition("/")[2]: archive.read(name).decode().splitlines()[-1]
+            for name in files
+            if "/scripts/" in name
+        }
     assert {"nlproto/_wire.abi3.so", "nlproto/_host.abi3.so", "nlproto/py.typed"} <= files
-    assert {name.split("/")[0] for name in files if ".dist-info" not in name} == {
+    assert {
+        name.split("/")[0] for name in files if ".dist-info/" not in name and ".data/" not in name
+    } == {
         "nlproto",
         "daemon",
         "hunter",
     }
-    assert "packet-hunter = hunter.__main__:main" in scripts
-    assert "packet-hunterd = daemon.__main__:main" in scripts
+    assert scripts.keys() == {"packet-hunter", "packet-hunterd"}
+    assert scripts["packet-hunter"].endswith('/python" -I -m hunter "$@"')
+    assert scripts["packet-hunterd"].endswith('/python" -I -m daemon "$@"')
 
     code = "import nlproto.wire as w; print(w.__file__, w.RECORD.itemsize)"
     done = subprocess.run(
