@@ -53,7 +53,7 @@ def install() -> None:
 def in_guest() -> tuple[list[Row], dict[str, int], str]:
     """Rows of the comparison, sums of the scenarios, the guest's kernel."""
     kernel = unpack(KERNELS["6.1"], cache_directory())
-    module = build_module(ROOT, kernel, cache_directory()).module
+    module = build_module(ROOT, kernel, cache_directory())
     path = ":".join(str(ROOT / name) for name in ("python", "tests/vm", "bench"))
     script = SCRIPT.format(path=path, python=sys.executable)
     with Guest(kernel, ["sh", "-c", script], directory=ROOT) as guest:

@@ -54,7 +54,7 @@ def measure(module: Path | None, rounds: int, configurations: list[str]) -> tupl
     :raises GuestLost: with what went wrong in the guest.
     """
     kernel = unpack(KERNELS["6.1"], cache_directory())
-    module = module or build_module(ROOT, kernel, cache_directory()).module
+    module = module or build_module(ROOT, kernel, cache_directory())
     script = SCRIPT.format(rounds=rounds, configurations=" ".join(configurations))
     guest = Guest(
         kernel, ["sh", "-c", script], cpus=1, directory=ROOT, qemu=[f"-icount shift={SHIFT}"]

@@ -48,7 +48,7 @@ def test_a_wheel_built_in_isolation_from_the_sdist_runs_in_an_environment_of_its
     pip = [str(home / "bin/python"), "-m", "pip", "install", "--quiet", str(wheel)]
     installed = subprocess.run(pip, capture_output=True, text=True, check=False)
     assert installed.returncode == 0, installed.stdout + installed.stderr
-    # What lies in the current directory or PYTHONPATH is not run, and a link works as pipx makes it.
+    # The current directory and PYTHONPATH are not looked into; a link works, as pipx makes one.
     for name in ("hunter", "daemon", "nlproto"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text('raise SystemExit("a foreign package")\n')
