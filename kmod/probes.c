@@ -9,6 +9,7 @@
  * no GFP_KERNEL, no long walk.
  */
 #include <linux/kprobes.h>
+#include <linux/magic.h>
 #include <linux/module.h>
 #include <linux/net.h>
 #include <linux/ptrace.h>
