@@ -43,6 +43,8 @@ class ModuleEngine:
                     )
                 self.instance = int(info["instance"])
                 self.opening = self._control.flush()
+                # after the group was joined: who is not in the dump is told of there
+                self._known = self._control.processes() if "processes" in groups else []
             except BaseException:
                 self._listener.close()
                 raise
@@ -65,6 +67,10 @@ class ModuleEngine:
         return self._control
 
     def read(self, timeout: float) -> Iterator[Batch | ProcessEvent | SnapBatch]:
+        """Begins with the processes that the module knows already."""
+        known, self._known = self._known, []
+        yield from known
+        timeout = 0.0 if known else timeout
         for _ in range(_BURST):
             received = self._listener.recv(timeout)
             if received is None:
