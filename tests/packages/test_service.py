@@ -75,6 +75,22 @@ def test_the_daemon_knows_who_owned_a_port_after_its_process_ended(machine: Mach
     assert "python3" in owners
 
 
+def test_reload_reads_the_configuration_again_and_the_journal_has_fields(machine: Machine) -> None:
+    machine.run("echo 'max_clients: many' > /etc/packet-hunter/daemon.yaml")
+    machine.run(f"systemctl reload {UNIT}; sleep 2")
+    machine.run("echo 'log_level: debug' > /etc/packet-hunter/daemon.yaml")
+    machine.run(f"systemctl reload {UNIT}; sleep 2")
+    assert machine.run(f"systemctl is-active {UNIT}").stdout == "active\n"
+    lines = machine.run(f"journalctl -o json --no-pager -u {UNIT}").stdout.splitlines()
+    entries = [json.loads(line) for line in lines if line.startswith("{")]
+    own = [one for one in entries if one.get("SYSLOG_IDENTIFIER") == "packet-hunterd"]
+    messages = [str(one["MESSAGE"]) for one in own]
+    assert any("daemon.yaml:1: max_clients" in message for message in messages)
+    assert "configuration read again" in messages
+    assert {"daemon"} <= {one.get("LOGGER") for one in own}
+    assert all("CODE_FILE" in one and "THREAD_NAME" in one for one in own)
+
+
 def test_sigterm_ends_the_daemon_cleanly(machine: Machine) -> None:
     machine.run(f"systemctl stop {UNIT}")
     shown = machine.run(f"systemctl show -p Result,ExecMainStatus {UNIT}").stdout.split()
