@@ -113,7 +113,7 @@ fi
 extra=all
 [ "$tools" = no ] || extra=dev
 stamp=.venv/built-$extra
-if [ ! -e "$stamp" ] || [ -n "$(find pyproject.toml setup.py shared_proto.h VERSION python/build_*.py -newer "$stamp")" ] ||
+if [ ! -e "$stamp" ] || [ -n "$(find pyproject.toml setup.py shared_proto.h VERSION python/build_*.py python/nlproto/host.[ch] -newer "$stamp")" ] ||
 	! .venv/bin/python -c 'import nlproto.wire' 2>/dev/null; then
 	say "installing Python packages into .venv (a minute or two the first time)"
 	.venv/bin/pip install -q --disable-pip-version-check -e ".[$extra]" ||
