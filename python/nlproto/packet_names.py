@@ -30,6 +30,7 @@ _TABLE_SHARE, _TABLE_SAVED_NS = 4, 500_000_000  # of the time, for reading /proc
 # A port can be another process's as soon as a UDP socket is closed; TCP begins with a SYN.
 _LINGER_NS = {socket.IPPROTO_UDP: 50_000_000, socket.IPPROTO_TCP: 1_000_000_000}
 _FORGET_NS = 10_000_000_000
+_CLOSING_NS = 200_000_000  # from a descriptor's end to its socket's, on a busy machine
 _FLOW_LIMIT = 262144
 _SYN, _RST, _ACK = 2, 4, 16
 _NOT_ACCEPTED = {TcpState.ESTABLISHED, TcpState.SYN_RECV, TcpState.CLOSE_WAIT}
@@ -94,6 +95,7 @@ class PacketNames:
         self._is_local = is_local
         self._now_ns = now_ns
         self._net = net
+        self._unheld: dict[int, int] = {}
         self._flows: dict[bytes, _Flow] = {}
         self._ends: dict[tuple[int, int, bytes], _Flow] = {}
         self._soon = Budget(_SOON_SHARE, _SOON_SAVED_NS, now_ns)
@@ -224,7 +226,7 @@ class PacketNames:
         flow = self._held(found, now)
         if flow.inode and flow.how == lib.SNIFFER_HOW_SOCKET_GONE:
             again = self._find(one)
-            if again is not None and int(again["inode"]) == flow.inode:
+            if again is not None and int(again["inode"]) == flow.inode and self._stays(flow):
                 flow.how, flow.flags = lib.SNIFFER_HOW_KERNEL, lib.SNIFFER_F_KERNEL
         if listening:
             # The socket that accept() makes will be another one, perhaps another process's.
@@ -233,6 +235,13 @@ class PacketNames:
                 flow.flags |= lib.SNIFFER_F_AMBIGUOUS
         flow.settled = flow.owner is not None and not listening
         return flow
+
+    def _stays(self, flow: _Flow) -> bool:
+        """Whether nobody held the socket for a while: one that is being closed goes soon."""
+        if len(self._unheld) > _FLOW_LIMIT:
+            self._unheld.clear()
+        first = self._unheld.setdefault(flow.inode, flow.checked_ns)
+        return flow.checked_ns - first > _CLOSING_NS
 
     def _held(self, found: np.void, now: int) -> _Flow:
         """Return who holds a socket (HOST_SOCKET)."""
