@@ -13,6 +13,8 @@ import argparse
 import asyncio
 import json
 import resource
+import select
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,7 @@ from daemon.config import Config
 from daemon.history import History, Question
 from daemon.recorder import Recorder
 from daemon.server import Server, SocketFile
+from daemon.service import SWITCH_INTERVAL
 from daemon.store import Store
 from daemon.streams import Streams
 from nlproto import wire
@@ -35,6 +38,7 @@ from nlproto.account import Account
 from nlproto.client import DaemonClient
 from nlproto.clock import Clock
 from nlproto.flows import summarize
+from nlproto.frames import Kind, encode_json
 from nlproto.naming import Namer
 from nlproto.pipeline import Pipeline
 from nlproto.portmap import PortMap
@@ -84,9 +88,7 @@ class Synthetic:
         return {}
 
 
-def make_batches(
-    count: int, flows: int, processes: int, new: bool = False
-) -> list[wire.Batch]:
+def make_batches(count: int, flows: int, processes: int, new: bool = False) -> list[wire.Batch]:
     """Batches of `flows` TCP flows of `processes` processes, both directions, over 4 CPUs.
 
     `new`: each record is another flow.
@@ -242,7 +244,7 @@ async def _owner(batches: list[wire.Batch], rate: int) -> dict[str, float]:
     loop = asyncio.get_running_loop()
     portmap = PortMap()
     portmap.update(summarize(batches[0].records))
-    port = portmap.everything()[0].port
+    ports = [str(owner.port) for owner in portmap.everything()]
     config, processes = Config(), Processes()
     semaphore = threading.Semaphore(0)
     engine = Synthetic(batches, semaphore)
@@ -256,7 +258,7 @@ async def _owner(batches: list[wire.Batch], rate: int) -> dict[str, float]:
             server = Server(loop, Answers(pipeline, recorder.history), config, dict)
             server.start(file.socket)
             asking = subprocess.Popen(
-                [sys.executable, __file__, "--ask", path, str(port)], stdout=subprocess.PIPE
+                [sys.executable, __file__, "--ask", path, *ports], stdout=subprocess.PIPE
             )
             began, given, most = time.perf_counter(), 0, 0
             while asking.poll() is None:
@@ -274,27 +276,60 @@ async def _owner(batches: list[wire.Batch], rate: int) -> dict[str, float]:
     return result
 
 
-def ask_owner(path: str, port: int) -> dict[str, float]:
-    """The asker's side: first one connection, pipelined, then 50, one question after the other."""
+def ask_owner(path: str, ports: list[int]) -> dict[str, float]:
+    """The asker's side: one connection, pipelined; then 50, in turn; then 50, all at once."""
+    questions = [("owner", {"port": port}) for port in ports]
     with DaemonClient(path) as client:
         began = time.perf_counter()
-        for _ in range(50):
-            client.pipeline([("owner", {"port": port})] * 400)
-        rate = 20_000 / (time.perf_counter() - began)
+        rounds = 30_000 // len(questions)
+        for _ in range(rounds):
+            replies = client.pipeline(questions)
+        rate = rounds * len(questions) / (time.perf_counter() - began)
+    assert all(
+        reply["owners"][0]["port"] == port for reply, port in zip(replies, ports, strict=True)
+    )
     clients = [DaemonClient(path) for _ in range(50)]
     times = []
-    for _ in range(100):
-        for client in clients:
-            began = time.perf_counter()
-            client.owner(port)
-            times.append(time.perf_counter() - began)
+    for number in range(5000):
+        began = time.perf_counter()
+        clients[number % 50].owner(ports[number % len(ports)])
+        times.append(time.perf_counter() - began)
     for client in clients:
         client.close()
+    at_once = ask_at_once(path, ports)
     return {
         "pipelined, questions/s": rate,
-        "50 clients, ms median": float(np.median(times)) * 1000,
-        "50 clients, ms p99": float(np.percentile(times, 99)) * 1000,
+        "50 clients in turn, ms median": float(np.median(times)) * 1000,
+        "50 clients in turn, ms p99": float(np.percentile(times, 99)) * 1000,
+        "50 clients at once, ms median": float(np.median(at_once)) * 1000,
+        "50 clients at once, ms p99": float(np.percentile(at_once, 99)) * 1000,
     }
+
+
+def ask_at_once(path: str, ports: list[int]) -> list[float]:
+    """Seconds from the moment when all begin to ask to each one's answer, 100 times."""
+    sockets = {}
+    poll = select.poll()
+    for port in ports[:50]:
+        one = socket.socket(socket.AF_UNIX)
+        one.connect(path)
+        poll.register(one, select.POLLIN)
+        question = encode_json(Kind.CONTROL, {"id": 1, "op": "owner", "port": port})
+        sockets[one.fileno()] = one, question
+    times = []
+    for _ in range(100):
+        time.sleep(0.01)
+        began, waiting = time.perf_counter(), len(sockets)
+        for one, question in sockets.values():
+            one.sendall(question)
+        while waiting:
+            for fd, _ in poll.poll():
+                assert sockets[fd][0].recv(65536)
+                times.append(time.perf_counter() - began)
+                waiting -= 1
+    for one, _ in sockets.values():
+        one.close()
+    return times
 
 
 def others() -> dict[str, float]:
@@ -309,11 +344,12 @@ def others() -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, default=8000)
-    parser.add_argument("--ask", nargs=2, metavar=("PATH", "PORT"), help=argparse.SUPPRESS)
+    parser.add_argument("--ask", nargs="+", metavar=("PATH", "PORT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.ask:
-        print(json.dumps(ask_owner(options.ask[0], int(options.ask[1]))))
+        print(json.dumps(ask_owner(options.ask[0], [int(port) for port in options.ask[1:]])))
         return
+    sys.setswitchinterval(SWITCH_INTERVAL)
     takes = {
         "1,000 flows": ingest(options.batches, 1000),
         "100,000 flows": ingest(options.batches, 100_000),

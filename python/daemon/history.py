@@ -17,11 +17,13 @@ import numpy as np
 
 from nlproto.clock import Clock
 from nlproto.flows import FLOW, KEY_FIELDS, address_bytes
+from nlproto.table import Table
 from nlproto.wire import PROTO_NAMES, address_text, how_name, lib, text
 
 __all__ = ["History", "Question", "flow_fields", "network_words"]
 
 _FIRST_ROWS = 1024
+_ROW = np.dtype([*FLOW.descr, ("id", "u8"), ("dirty", "?")])
 _SUMS = ("packets_in", "bytes_in", "packets_out", "bytes_out")
 _LAST = ("how", "uid", "inode", "comm")
 
@@ -66,13 +68,16 @@ class History:
         """Last packet of the newest evicted flow: later flows are all in here."""
         self._lock = threading.Lock()
         self._size = 0
-        self._rows: dict[int, int] = {}
         self._next_id = next_id
-        self._columns: dict[str, np.ndarray] = {}
-        self._grow(min(limit, _FIRST_ROWS))
+        self._table = Table(_ROW, KEY_FIELDS)
+        self._table.grow(min(limit, _FIRST_ROWS))
 
     def __len__(self) -> int:
         return self._size
+
+    @property
+    def _columns(self) -> dict[str, np.ndarray]:
+        return self._table.columns
 
     def update(self, flows: np.ndarray, clock: Clock) -> None:
         """Add FLOWs with CLOCK_MONOTONIC times, as summarize() makes them with one seed."""
@@ -81,21 +86,13 @@ class History:
         for name in ("first_ns", "last_ns"):
             flows[name] = flows[name].astype(np.int64) + offset
         with self._lock:
-            rows = np.array([self._rows.get(key, -1) for key in flows["hash"].tolist()], np.int64)
+            rows = self._table.find(flows)
             known = rows >= 0
             if known.any():
-                known[known] = self._same(rows[known], flows[known])
                 self._add(rows[known], flows[known])
             new = flows[~known]
             if len(new):
                 self._insert(new)
-
-    def _same(self, rows: np.ndarray, flows: np.ndarray) -> np.ndarray:
-        same = np.ones(len(rows), bool)
-        for name in KEY_FIELDS:
-            equal = self._columns[name][rows] == flows[name]
-            same &= equal.all(axis=1) if equal.ndim == 2 else equal
-        return same
 
     def _add(self, rows: np.ndarray, flows: np.ndarray) -> None:
         columns = self._columns
@@ -115,26 +112,14 @@ class History:
         if self._size + len(flows) > self.limit:
             self._evict(max(self.limit // 16, self._size + len(flows) - self.limit))
         end = self._size + len(flows)
-        if end > len(self._columns["hash"]):
-            self._grow(min(self.limit, max(end, 2 * len(self._columns["hash"]))))
+        if end > self._table.capacity:
+            self._table.grow(min(self.limit, max(end, 2 * self._table.capacity)))
         place = slice(self._size, end)
-        for name in FLOW.names or ():
-            self._columns[name][place] = flows[name]
+        self._table.put(np.arange(self._size, end), flows)
         self._columns["id"][place] = np.arange(self._next_id, self._next_id + len(flows))
         self._columns["dirty"][place] = True
         self._next_id += len(flows)
-        self._rows.update(zip(flows["hash"].tolist(), range(self._size, end), strict=True))
         self._size = end
-
-    def _grow(self, rows: int) -> None:
-        old, self._columns = self._columns, {}
-        wanted = {name: FLOW[name] for name in FLOW.names or ()}
-        wanted |= {"id": np.dtype("u8"), "dirty": np.dtype("?")}
-        for name, dtype in wanted.items():
-            column = np.zeros((rows, *dtype.shape), dtype.base)
-            if name in old:
-                column[: self._size] = old[name][: self._size]
-            self._columns[name] = column
 
     def _evict(self, count: int) -> None:
         last = self._columns["last_ns"][: self._size]
@@ -145,11 +130,8 @@ class History:
         self.evicted += count
         self.unstored += int(np.count_nonzero(self._columns["dirty"][: self._size] & goes))
         stay = np.flatnonzero(~goes)
-        for column in self._columns.values():
-            column[: len(stay)] = column[stay]
+        self._table.keep(stay)
         self._size = len(stay)
-        hashes = self._columns["hash"][: self._size].tolist()
-        self._rows = dict(zip(hashes, range(self._size), strict=True))
 
     def ask(self, question: Question) -> tuple[int, list[tuple[int, np.void]]]:
         """How many flows fit, and (id, FLOW) of the `limit` last seen, newest first."""
@@ -161,7 +143,7 @@ class History:
                 keep = np.argpartition(last, total - question.limit)[-question.limit :]
                 rows, last = rows[keep], last[keep]
             rows = rows[np.argsort(last, kind="stable")[::-1]]
-            found = self._take(rows)
+            found = self._table.take(rows, FLOW)
             return total, list(zip(self._columns["id"][rows].tolist(), found, strict=True))
 
     def _search(self, question: Question) -> np.ndarray:
@@ -182,9 +164,13 @@ class History:
                 mask &= columns[name][:size] == value
         if question.uid is not None:
             mask &= (columns["tgid"][:size] != 0) & (columns["uid"][:size] == question.uid)
+        if question.comm is not None:
+            # as two numbers: comparing strings takes ten times as long
+            names = columns["comm"][:size].view(np.uint64).reshape(size, 2)
+            wanted = np.frombuffer(question.comm.ljust(16, b"\0"), np.uint64)
+            mask &= names[:, 0] == wanted[0]
+            mask &= names[:, 1] == wanted[1]
         rows = np.flatnonzero(mask)
-        if question.comm is not None and len(rows):
-            rows = rows[columns["comm"][rows] == question.comm]
         if question.host is not None and len(rows):
             family, base, bits = network_words(question.host)
             rows = rows[columns["family"][rows] == family]
@@ -194,18 +180,12 @@ class History:
             rows = rows[near]
         return rows
 
-    def _take(self, rows: np.ndarray) -> np.ndarray:
-        found = np.empty(len(rows), FLOW)
-        for name in FLOW.names or ():
-            found[name] = self._columns[name][rows]
-        return found
-
     def changed(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, FLOWs) of up to `limit` rows that changed since they were last taken here."""
         with self._lock:
             rows = np.flatnonzero(self._columns["dirty"][: self._size])[:limit]
             self._columns["dirty"][rows] = False
-            return self._columns["id"][rows], self._take(rows)
+            return self._columns["id"][rows], self._table.take(rows, FLOW)
 
     def mark_changed(self, ids: np.ndarray) -> None:
         """The rows taken by changed() could not be stored."""

@@ -30,9 +30,9 @@ from nlproto.portmap import PortMap
 from nlproto.processes import Processes
 from nlproto.queue import MessageQueue
 
-__all__ = ["Service"]
+__all__ = ["SWITCH_INTERVAL", "Service"]
 
-_SWITCH_INTERVAL = 0.0005  # s; a question must not wait 5 ms for the worker's turn to end
+SWITCH_INTERVAL = 0.0005  # s; a question must not wait 5 ms for the worker's turn to end
 _WORKER_HANGS = 10.0  # s
 
 log = logging.getLogger("daemon")
@@ -57,7 +57,7 @@ class Service:
         """Serve until SIGTERM or SIGINT; the exit code. Raises Error when it cannot start."""
         config = self.config
         logs.set_up(config.log, config.log_level, self._environment, self._foreground)
-        sys.setswitchinterval(_SWITCH_INTERVAL)
+        sys.setswitchinterval(SWITCH_INTERVAL)
         processes = Processes(self._details, config.max_processes)
         with (
             SocketFile(config.socket) as socket_file,

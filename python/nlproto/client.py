@@ -84,6 +84,9 @@ class AccountEvent:
     account: dict[str, Any]
 
 
+_PIPELINED = 128
+"""Requests sent at once; twice as many are under way, for which the socket has room."""
+
 Event = StreamBatch | ProcessesEvent | SnapsEvent | DaemonEvent | AccountEvent
 
 _ERRORS: Mapping[str, type[Error]] = {"usage": UsageError, "denied": NoPrivilege}
@@ -156,16 +159,18 @@ class DaemonClient:
 
     def request(self, op: str, **fields: Any) -> dict[str, Any]:
         """Send one request and return its reply without "id" and "ok"; None fields are left out."""
-        number = self._send(op, fields)
+        (number,) = self._send([(op, fields)])
         return self._reply(number)
 
     def pipeline(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-        """Send many requests before reading; the replies in the order of the requests.
-
-        The batch must fit the socket buffers: up to a few hundred small requests at a time.
-        """
-        numbers = [self._send(op, fields) for op, fields in requests]
-        return [self._reply(number) for number in numbers]
+        """Send small requests without waiting for each reply; replies in the order of requests."""
+        waiting: deque[int] = deque()
+        replies = []
+        for at in range(0, len(requests), _PIPELINED):
+            waiting.extend(self._send(requests[at : at + _PIPELINED]))
+            while len(waiting) > _PIPELINED:
+                replies.append(self._reply(waiting.popleft()))
+        return replies + [self._reply(number) for number in waiting]
 
     def who(
         self,
@@ -266,17 +271,21 @@ class DaemonClient:
 
     # Bytes
 
-    def _send(self, op: str, fields: Mapping[str, Any]) -> int:
-        number = self._next_id
-        self._next_id += 1
-        message = {"id": number, "op": op}
-        message.update((key, value) for key, value in fields.items() if value is not None)
+    def _send(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> range:
+        """Their ids."""
+        numbers = range(self._next_id, self._next_id + len(requests))
+        self._next_id = numbers.stop
+        frames = []
+        for number, (op, fields) in zip(numbers, requests, strict=True):
+            message = {"id": number, "op": op}
+            message.update((key, value) for key, value in fields.items() if value is not None)
+            frames.append(encode_json(Kind.CONTROL, message))
         try:
             self._socket.settimeout(self.timeout)
-            self._socket.sendall(encode_json(Kind.CONTROL, message))
+            self._socket.sendall(b"".join(frames))
         except OSError as error:
             raise self._gone(error) from None
-        return number
+        return numbers
 
     def _reply(self, number: int) -> dict[str, Any]:
         deadline = time.monotonic() + self.timeout

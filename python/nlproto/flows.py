@@ -8,6 +8,7 @@ import socket
 import numpy as np
 
 from nlproto import wire
+from nlproto.table import mix
 
 __all__ = [
     "FLOW",
@@ -65,21 +66,6 @@ KEY_FIELDS = (
     "forwarded",
 )
 """What makes two flows different; `hash` is made of these."""
-
-_ODD = [
-    np.uint64(value)
-    for value in (
-        0x9E3779B97F4A7C15,
-        0xBF58476D1CE4E5B9,
-        0x94D049BB133111EB,
-        0xD6E8FEB86659FD93,
-        0xA0761D6478BD642F,
-        0xE7037ED1A0B428DB,
-        0x8EBC6AF09C88C6E3,
-        0x589965CC75374CC3,
-    )
-]
-_SHIFT = np.uint64(29)
 
 
 def summarize(records: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -197,11 +183,7 @@ def _hash(flows: np.ndarray, seed: int) -> np.ndarray:
         flows["cookie"],
         flows["start_ns"],
     )
-    value = np.full(len(flows), seed & 0xFFFFFFFFFFFFFFFF, np.uint64)
-    for part, odd in zip(parts, _ODD, strict=True):
-        value = (value ^ part) * odd
-        value ^= value >> _SHIFT
-    return value
+    return mix(parts, seed)
 
 
 def _columns(flows: np.ndarray) -> list[np.ndarray]:

@@ -28,11 +28,12 @@ from nlproto.portmap import PortMap
 from nlproto.processes import Processes
 from nlproto.queue import MessageQueue
 from nlproto.snaps import Snaps
-from nlproto.wire import BATCH, Batch, ProcessEvent, SnapBatch, lib
+from nlproto.wire import BATCH, RECORD, Batch, ProcessEvent, SnapBatch, lib
 
 __all__ = ["NamedBatch", "Names", "Pipeline", "QUEUE_BYTES"]
 
 QUEUE_BYTES = 64 << 20
+_RAW = np.dtype((np.void, RECORD.itemsize))
 _PROCESS_BYTES = 600  # a ProcessEvent with its strings
 _CHUNK = 64  # batches that the worker takes at once
 _ASK = 1.0  # s between two looks at the engine's own figures
@@ -322,7 +323,9 @@ class Pipeline:
         if not batches:
             return
         self._head = batches[-1].head
-        records = np.concatenate([batch.records for batch in batches])
+        # as plain bytes: NumPy compares the fields of structures for each pair
+        raw = np.concatenate([batch.records.view(_RAW) for batch in batches])
+        records = raw.view(RECORD)
         if self.namer is not None:
             self.namer.name(records)
         self.processes.add_records(records)

@@ -3,30 +3,51 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 
 from nlproto.processes import Key
-from nlproto.wire import address_text, text
+from nlproto.table import Table, mix
+from nlproto.wire import RECORD, address_text, text
 
 __all__ = ["BoundSocket", "Endpoint", "Owner", "PortMap"]
 
 Endpoint = tuple[int, int, int, bytes, int]
 """(netns, protocol number, family, 16 address bytes, port): the local end of a socket."""
 
-K = TypeVar("K")
-V = TypeVar("V")
-
-_LEARNT = "hash netns proto family lport tgid start_ns uid comm cookie last_ns".split()
-_SETTLED_NS = 1_000_000_000
+_ROW = np.dtype(
+    [
+        ("hash", "u8"),
+        ("address", "u8", (2,)),
+        ("start_ns", "u8"),
+        ("cookie", "u8"),
+        ("seen_ns", "u8"),
+        ("netns", "u4"),
+        ("tgid", "u4"),
+        ("uid", "u4"),
+        ("port", "u2"),
+        ("proto", "u1"),
+        ("family", "u1"),
+        ("listening", "?"),
+        ("live", "?"),
+        ("comm", RECORD["comm"]),
+    ]
+)
+_KEY = ("address", "start_ns", "netns", "tgid", "port", "proto", "family")
+_FIRST_ROWS = 256
+_PART = 2048
+"""Flows that are learnt at once: no question waits longer than that for the lock."""
 
 
 class Owner(NamedTuple):
-    """One process at one local end. (A tuple: they are made for every new flow.)"""
+    """One process at one local end."""
 
     endpoint: Endpoint
     tgid: int
@@ -83,80 +104,74 @@ class PortMap:
         self.ttl_ns = ttl_ns
         self.evicted = 0
         self._lock = threading.Lock()
-        self._owners: dict[tuple[Endpoint, Key], Owner] = {}
-        self._ports: dict[int, dict[tuple[Endpoint, Key], Owner]] = {}
-        self._processes: dict[Key, set[tuple[Endpoint, Key]]] = {}
-        self._cookies: dict[int, set[tuple[Endpoint, Key]]] = {}
-        self._settled: dict[int, int] = {}
+        self._seed = secrets.randbits(64)
+        self._table = Table(_ROW, _KEY)
+        self._free: list[int] = []
+        self._ports: defaultdict[int, set[int]] = defaultdict(set)
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._owners)
+        return self._count
+
+    @property
+    def _columns(self) -> dict[str, np.ndarray]:
+        return self._table.columns
 
     def update(self, flows: np.ndarray) -> None:
         """Learn from FLOWs; forwarded and unnamed ones tell nothing."""
-        settled = self._settled
-        if len(settled) > 65536:
-            settled.clear()
         useful = flows[(flows["tgid"] != 0) & (flows["forwarded"] == 0)]
-        new = [
-            index
-            for index, (number, last) in enumerate(
-                zip(useful["hash"].tolist(), useful["last_ns"].tolist(), strict=True)
-            )
-            if number not in settled or settled[number] + _SETTLED_NS <= last
-        ]
-        if not new:
-            return
-        chosen = useful[new]
-        raw = np.ascontiguousarray(chosen["laddr"]).tobytes()
-        columns = [chosen[name].tolist() for name in _LEARNT]
-        with self._lock:
-            for at, row in enumerate(zip(*columns, strict=True)):
-                number, netns, proto, family, port, tgid, start_ns, uid, comm, cookie, last = row
-                settled[number] = last
-                endpoint = (netns, proto, family, raw[16 * at : 16 * at + 16], port)
-                self._put(endpoint, (tgid, start_ns), uid, text(comm), cookie, False, last)
-            self._shrink()
+        rows = np.zeros(len(useful), _ROW)
+        for name in ("start_ns", "cookie", "netns", "tgid", "uid", "proto", "family", "comm"):
+            rows[name] = useful[name]
+        rows["address"], rows["port"] = useful["laddr"], useful["lport"]
+        rows["seen_ns"] = useful["last_ns"]
+        for at in range(0, len(rows), _PART):
+            with self._lock:
+                self._put(rows[at : at + _PART])
 
-    def replace_bound(self, sockets: Iterable[BoundSocket], now_ns: int) -> None:
+    def replace_bound(self, sockets: Sequence[BoundSocket], now_ns: int) -> None:
         """Take the kernel's present listeners and bound sockets: those not among them are gone."""
+        rows = np.zeros(len(sockets), _ROW)
+        for number, one in enumerate(sockets):
+            row = rows[number]
+            netns, proto, family, address, row["port"] = one.endpoint
+            row["netns"], row["proto"], row["family"] = netns, proto, family
+            row["address"] = np.frombuffer(address, np.uint64)
+            row["tgid"], row["start_ns"], row["uid"] = one.tgid, one.start_ns, one.uid
+            row["comm"], row["cookie"] = one.comm.encode(), one.cookie
+        rows["listening"], rows["seen_ns"] = True, now_ns
         with self._lock:
-            present = set()
-            for bound in sockets:
-                key = (bound.tgid, bound.start_ns)
-                present.add((bound.endpoint, key))
-                self._put(bound.endpoint, key, bound.uid, bound.comm, bound.cookie, True, now_ns)
-            gone = [
-                name
-                for name, owner in self._owners.items()
-                if owner.listening and name not in present
-            ]
-            for name in gone:
-                self._drop(name)
-            self._shrink()
+            present = self._put(rows)
+            gone = self._columns["live"] & self._columns["listening"]
+            gone[present] = False
+            self._drop(gone)
 
     def keep_cookies(self, cookies: set[int], before_ns: int) -> None:
         """Drop owners whose socket is not among all the kernel's `cookies`, read after `before_ns`.
 
         Owners seen since then, or known without a cookie, stay until their time is over.
         """
+        there = np.fromiter(cookies, np.uint64, len(cookies))
         with self._lock:
-            for name, owner in list(self._owners.items()):
-                if owner.cookie and owner.seen_ns < before_ns and owner.cookie not in cookies:
-                    self._drop(name)
+            known = self._columns["cookie"].copy()
+        gone = (known != 0) & ~np.isin(known, there)
+        with self._lock:
+            columns = self._columns
+            same = columns["cookie"][: len(known)] == known
+            gone &= same & (columns["seen_ns"][: len(known)] < max(0, before_ns))
+            self._drop(gone & columns["live"][: len(known)])
 
     def forget_process(self, key: Key) -> None:
         """The process has exited."""
         with self._lock:
-            for name in list(self._processes.get(key, ())):
-                self._drop(name)
+            self._drop(self._of(key))
 
     def expire(self, now_ns: int) -> None:
         """Drop owners that only traffic showed, and not for `ttl_ns`."""
         with self._lock:
-            for name, owner in list(self._owners.items()):
-                if not owner.listening and owner.seen_ns + self.ttl_ns < now_ns:
-                    self._drop(name)
+            columns = self._columns
+            old = columns["seen_ns"] < max(0, now_ns - self.ttl_ns)
+            self._drop(old & columns["live"] & ~columns["listening"])
 
     def who(
         self, port: int, proto: int | None = None, address: tuple[int, bytes] | None = None
@@ -166,20 +181,16 @@ class PortMap:
         `proto` is a protocol number; `address` is (family, 16 bytes): sockets bound to exactly it
         or to the wildcard of its family (an IPv6 wildcard takes IPv4 as well).
         """
-        found = self._ports.get(port)
-        if not found:
-            return []
         with self._lock:
-            owners = list(found.items())
-        return sorted(
-            (
+            owners = [self._owner(row) for row in self._ports.get(port, ())]
+        if proto is not None or address is not None:
+            owners = [
                 owner
-                for (endpoint, _), owner in owners
-                if (proto is None or endpoint[1] == proto)
-                and (address is None or _serves(endpoint, address))
-            ),
-            key=lambda owner: -owner.seen_ns,
-        )
+                for owner in owners
+                if (proto is None or owner.proto == proto)
+                and (address is None or _serves(owner.endpoint, address))
+            ]
+        return _last_seen_first(owners)
 
     def at(self, endpoint: Endpoint) -> list[Owner]:
         """Owners of exactly this local end, last seen first; else those of the wildcard."""
@@ -191,75 +202,144 @@ class PortMap:
     def with_cookie(self, cookie: int) -> list[Owner]:
         """Owners of one socket, last seen first."""
         with self._lock:
-            names = self._cookies.get(cookie, ())
-            owners = [self._owners[name] for name in names]
-        return sorted(owners, key=lambda owner: -owner.seen_ns)
+            columns = self._columns
+            return self._owners(columns["live"] & (columns["cookie"] == cookie))
 
     def owned_by(self, key: Key) -> list[Owner]:
-        """Every local end of one process."""
+        """Every local end of one process, last seen first."""
         with self._lock:
-            return [self._owners[name] for name in self._processes.get(key, ())]
+            return self._owners(self._of(key))
 
     def everything(self) -> list[Owner]:
+        """All owners, last seen first."""
         with self._lock:
-            return list(self._owners.values())
+            return self._owners(self._columns["live"])
 
-    def _put(
-        self,
-        endpoint: Endpoint,
-        key: Key,
-        uid: int,
-        comm: str,
-        cookie: int,
-        listening: bool,
-        seen_ns: int,
-    ) -> None:
-        name = (endpoint, key)
-        known = self._owners.get(name)
-        if known is not None:
-            # a connection accepted on the listener's own address does not take its place
-            if known.listening and not listening:
-                listening, cookie = True, known.cookie or cookie
-            seen_ns = max(seen_ns, known.seen_ns)
-            cookie = cookie or known.cookie
-            comm = comm or known.comm
-        owner = Owner(endpoint, *key, uid, comm, cookie, listening, seen_ns)
-        if known is not None and known.cookie != cookie:
-            _discard(self._cookies, known.cookie, name)
-        if cookie:
-            self._cookies.setdefault(cookie, set()).add(name)
-        self._owners[name] = owner
-        self._ports.setdefault(endpoint[4], {})[name] = owner
-        if known is None:
-            self._processes.setdefault(key, set()).add(name)
+    # All of these with the lock held; a mask has an element for each row
 
-    def _drop(self, name: tuple[Endpoint, Key]) -> None:
-        owner = self._owners.pop(name)
-        _discard(self._cookies, owner.cookie, name)
-        _discard(self._processes, name[1], name)
-        port = name[0][4]
-        at_port = self._ports[port]
-        del at_port[name]
-        if not at_port:
-            del self._ports[port]
-        self._settled.clear()
+    def _of(self, key: Key) -> np.ndarray:
+        columns = self._columns
+        mask = columns["live"] & (columns["tgid"] == key[0])
+        mask &= columns["start_ns"] == key[1]
+        return np.asarray(mask)
+
+    def _owner(self, row: int) -> Owner:
+        columns = self._columns
+        endpoint = (
+            columns["netns"].item(row),
+            columns["proto"].item(row),
+            columns["family"].item(row),
+            columns["address"][row].tobytes(),
+            columns["port"].item(row),
+        )
+        return Owner(
+            endpoint,
+            columns["tgid"].item(row),
+            columns["start_ns"].item(row),
+            columns["uid"].item(row),
+            text(columns["comm"].item(row)),
+            columns["cookie"].item(row),
+            columns["listening"].item(row),
+            columns["seen_ns"].item(row),
+        )
+
+    def _owners(self, mask: np.ndarray) -> list[Owner]:
+        return _last_seen_first([self._owner(row) for row in np.flatnonzero(mask).tolist()])
+
+    def _put(self, new: np.ndarray) -> np.ndarray:
+        """Add owners or renew them; the rows where they are. Writes to `new`."""
+        new["hash"] = mix(
+            (
+                new["address"][:, 0],
+                new["address"][:, 1],
+                new["start_ns"],
+                new["netns"].astype(np.uint64) << np.uint64(32) | new["tgid"],
+                new["port"].astype(np.uint64) << np.uint64(16)
+                | new["proto"].astype(np.uint64) << np.uint64(8)
+                | new["family"],
+            ),
+            self._seed,
+        )
+        new = _newest_of_each(new)
+        rows = self._table.find(new)
+        known = rows >= 0
+        if known.any():
+            self._renew(rows[known], new[known])
+        missing = np.flatnonzero(~known)
+        if len(missing):
+            new["live"][missing] = True
+            rows[missing] = self._take_rows(len(missing))
+            self._table.put(rows[missing], new[missing])
+            for port, row in zip(
+                new["port"][missing].tolist(), rows[missing].tolist(), strict=True
+            ):
+                self._ports[port].add(row)
+            self._shrink()
+        return rows
+
+    def _renew(self, rows: np.ndarray, new: np.ndarray) -> None:
+        columns = self._columns
+        cookie, comm = columns["cookie"][rows], columns["comm"][rows]
+        # a connection accepted on the listener's own address does not take its place
+        stays = columns["listening"][rows] & ~new["listening"] & (cookie != 0)
+        columns["cookie"][rows] = np.where(stays | (new["cookie"] == 0), cookie, new["cookie"])
+        columns["comm"][rows] = np.where(new["comm"] == b"", comm, new["comm"])
+        columns["uid"][rows] = new["uid"]
+        columns["listening"][rows] |= new["listening"]
+        columns["seen_ns"][rows] = np.maximum(columns["seen_ns"][rows], new["seen_ns"])
+
+    def _take_rows(self, count: int) -> np.ndarray:
+        if count > len(self._free):
+            capacity = self._table.capacity
+            more = max(capacity, _FIRST_ROWS, count)
+            self._table.grow(capacity + more)
+            self._free += range(capacity + more - 1, capacity - 1, -1)
+        rows = np.array(self._free[-count:], np.int64)
+        del self._free[-count:]
+        self._count += count
+        return rows
+
+    def _drop(self, mask: np.ndarray) -> int:
+        rows = np.flatnonzero(mask)
+        columns = self._columns
+        for port, row in zip(columns["port"][rows].tolist(), rows.tolist(), strict=True):
+            at_port = self._ports[port]
+            at_port.discard(row)
+            if not at_port:
+                del self._ports[port]
+        self._table.remove(rows)
+        columns["live"][rows] = False
+        self._free += rows.tolist()
+        self._count -= len(rows)
+        return len(rows)
 
     def _shrink(self) -> None:
-        if len(self._owners) <= self.limit:
+        excess = self._count - self.limit
+        if excess <= 0:
             return
-        excess = len(self._owners) - self.limit * 3 // 4
-        oldest = sorted(self._owners, key=lambda name: self._owners[name].seen_ns)[:excess]
-        for name in oldest:
-            self._drop(name)
-        self.evicted += excess
+        excess += self.limit // 4
+        rows = np.flatnonzero(self._columns["live"])
+        goes = np.argpartition(self._columns["seen_ns"][rows], excess - 1)[:excess]
+        mask = np.zeros(self._table.capacity, bool)
+        mask[rows[goes]] = True
+        self.evicted += self._drop(mask)
 
 
-def _discard(index: dict[K, set[V]], key: K, value: V) -> None:
-    values = index.get(key)
-    if values is not None:
-        values.discard(value)
-        if not values:
-            del index[key]
+_seen = attrgetter("seen_ns")
+
+
+def _last_seen_first(owners: list[Owner]) -> list[Owner]:
+    owners.sort(key=_seen, reverse=True)
+    return owners
+
+
+def _newest_of_each(new: np.ndarray) -> np.ndarray:
+    """One row of each hash: the last seen."""
+    order = np.lexsort((new["seen_ns"], new["hash"]))
+    hashes = new["hash"][order]
+    last = np.ones(len(order), bool)
+    last[:-1] = hashes[1:] != hashes[:-1]
+    return new[order[last]]
 
 
 def _serves(endpoint: Endpoint, address: tuple[int, bytes]) -> bool:

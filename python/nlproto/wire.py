@@ -4,6 +4,7 @@
 Every layout comes from the compiled header (`ffi.typeof(...).fields`); nothing is repeated here.
 """
 
+import functools
 import ipaddress
 import socket
 from collections.abc import Sequence
@@ -319,7 +320,11 @@ class Packet:
 
 def address_text(family: int, raw: bytes | np.ndarray) -> str:
     """Return the address in a 16-byte field as text; `family` is AF_INET or AF_INET6."""
-    octets = bytes(raw)
+    return _address_text(family, bytes(raw))
+
+
+@functools.lru_cache(1 << 14)
+def _address_text(family: int, octets: bytes) -> str:
     if family == socket.AF_INET:
         return str(ipaddress.IPv4Address(octets[:4]))
     return str(ipaddress.IPv6Address(octets))

@@ -155,3 +155,31 @@ def test_threads_that_ask_and_update_do_not_disturb_each_other(make_records):
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+def test_a_server_with_many_connections_is_one_owner_with_the_last_ones_cookie(make_records):
+    portmap = PortMap()
+    rows = ({"sport": 443, "dport": n, "cookie": n, "time_ns": 1000 + n} for n in range(1, 500))
+    portmap.update(summarize(make_records(*rows)))
+    (owner,) = portmap.who(443)
+    assert (owner.cookie, owner.seen_ns) == (499, 1499)
+    assert portmap.with_cookie(7) == []
+
+
+def test_a_connection_on_the_listeners_own_address_leaves_the_listener(make_records):
+    portmap = PortMap()
+    portmap.replace_bound([_bound(443, 100, "10.0.0.1", UDP, cookie=5)], 10)
+    portmap.update(
+        summarize(make_records({"sport": 443, "cookie": 9, "start_ns": 5, "time_ns": 20}))
+    )
+    (owner,) = portmap.who(443)
+    assert owner.listening and (owner.cookie, owner.seen_ns) == (5, 20)
+
+
+def test_rows_of_owners_that_went_are_used_again(make_records):
+    portmap = PortMap(limit=1000)
+    for n in range(2000):
+        portmap.update(summarize(make_records({"sport": n + 1, "tgid": n + 1})))
+        portmap.forget_process((n + 1, 5_000_000_000))
+    assert len(portmap) == 0
+    assert portmap._table.capacity < 1000

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: MIT
+import numpy as np
+
+from nlproto.table import Table, mix
+
+ROW = np.dtype([("hash", "u8"), ("port", "u2"), ("address", "u8", (2,)), ("seen", "u4")])
+
+
+def _values(*rows):
+    values = np.zeros(len(rows), ROW)
+    for at, (number, port, address, seen) in enumerate(rows):
+        values[at] = (number, port, (address, 0), seen)
+    return values
+
+
+def _table(*rows):
+    table = Table(ROW, ("port", "address"))
+    table.grow(8)
+    table.put(np.arange(len(rows)), _values(*rows))
+    return table
+
+
+def test_a_row_is_found_by_its_key_whatever_else_it_has():
+    table = _table((1, 80, 7, 100), (2, 443, 7, 100))
+    assert table.find(_values((2, 443, 7, 5), (3, 22, 7, 5))).tolist() == [1, -1]
+
+
+def test_the_same_hash_of_another_key_is_not_taken_for_it():
+    table = _table((1, 80, 7, 100))
+    assert table.find(_values((1, 81, 7, 100), (1, 80, 8, 100))).tolist() == [-1, -1]
+
+
+def test_a_removed_row_is_not_found_and_the_one_that_took_its_hash_still_is():
+    table = _table((1, 80, 7, 100), (1, 81, 7, 100))
+    table.remove(np.array([0]))
+    assert table.find(_values((1, 80, 7, 0), (1, 81, 7, 0))).tolist() == [-1, 1]
+    table.remove(np.array([1]))
+    assert len(table) == 0
+
+
+def test_kept_rows_become_the_first():
+    table = _table((1, 80, 7, 100), (2, 443, 7, 200), (3, 22, 7, 300))
+    table.keep(np.array([1, 2]))
+    assert table.find(_values((1, 80, 7, 0), (2, 443, 7, 0), (3, 22, 7, 0))).tolist() == [-1, 0, 1]
+    assert table.take(np.array([1]), ROW)["seen"].tolist() == [300]
+
+
+def test_growing_keeps_what_is_there():
+    table = _table((1, 80, 7, 100))
+    table.grow(1000)
+    assert table.capacity == 1000
+    assert table.find(_values((1, 80, 7, 0))).tolist() == [0]
+
+
+def test_another_seed_makes_other_hashes():
+    column = np.arange(1000, dtype=np.uint64)
+    one, two = mix((column,), 1), mix((column,), 2)
+    assert len(np.unique(one)) == len(np.unique(two)) == 1000
+    assert not np.any(one == two)
