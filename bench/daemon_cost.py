@@ -81,7 +81,10 @@ class Synthetic:
     def flush(self) -> np.ndarray:
         return self.opening
 
-    def finish(self) -> Any:
+    def begin(self) -> int:
+        return 0
+
+    def finish(self, until_ns: int | None = None) -> Any:
         return iter(())
 
     def stats(self) -> dict[str, object]:

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +15,7 @@ from nlproto.bound import KernelSockets
 from nlproto.engine import Engine, open_engine
 from nlproto.errors import Error, NoModule, NoPrivilege
 from nlproto.pipeline import Pipeline
+from nlproto.portmap import BoundSocket
 
 __all__ = ["Keeper"]
 
@@ -96,15 +97,17 @@ class Keeper:
         if portmap is None:
             return
         before = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-        bound, cookies = self._kernel.read()
-        start_of = self._pipeline.processes.start_of
-        bound = [
-            dataclasses.replace(one, start_ns=start_of(one.tgid, one.start_ns)) for one in bound
-        ]
-        portmap.replace_bound(bound, before)
-        if cookies:
-            portmap.keep_cookies(cookies, before)
+        found = self._kernel.read()
+        portmap.replace_bound(self._known(found.bound), before)
+        portmap.add_connected(self._known(found.connected), before)
+        if found.cookies:
+            portmap.keep_cookies(found.cookies, before)
         portmap.expire(before)
+
+    def _known(self, sockets: list[BoundSocket]) -> list[BoundSocket]:
+        """With the start times by which their processes are known."""
+        start_of = self._pipeline.processes.start_of
+        return [replace(one, start_ns=start_of(one.tgid, one.start_ns)) for one in sockets]
 
     def _look_for_module(self) -> None:
         pipeline = self._pipeline

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Listeners and bound UDP sockets with all their holders, from the kernel's tables."""
+"""Sockets with all their holders, from the kernel's tables."""
 
 from __future__ import annotations
 
 import socket
 import time
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -17,10 +17,26 @@ from nlproto.procfs import Owner
 from nlproto.sockdiag import TcpState
 from nlproto.wire import text
 
-__all__ = ["KernelSockets"]
+__all__ = ["KernelSockets", "Sockets"]
 
 _HELD_NS = 3_000_000_000
-"""How long the holders of one socket are taken as known."""
+"""How long the holders of a bound socket are taken as known."""
+_CONNECTED_NS = 60_000_000_000
+"""And those of a connected one, which traffic tells sooner."""
+_ASKED = 200
+"""Connected sockets that are asked about in one look; the others have their turn next."""
+_MAPPED = bytes(10) + b"\xff\xff"
+
+
+class Sockets(NamedTuple):
+    """One entry for each holder of each socket."""
+
+    bound: list[BoundSocket]
+    """All listeners and bound UDP sockets."""
+    connected: list[BoundSocket]
+    """Some of the connected ones; each is among them once a minute."""
+    cookies: set[int]
+    """Of all sockets; empty where sock_diag is refused."""
 
 
 class KernelSockets:
@@ -33,6 +49,7 @@ class KernelSockets:
         self._now_ns = now_ns
         self._diags = Diags(now_ns)
         self._held: dict[int, tuple[int, tuple[Owner, ...]]] = {}
+        self._asked: dict[int, int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -40,37 +57,41 @@ class KernelSockets:
     def __exit__(self, *_: object) -> None:
         self._diags.close()
 
-    def read(self) -> tuple[list[BoundSocket], set[int]]:
-        """(one entry for each holder of each listener and bound UDP socket, all cookies).
-
-        There are no cookies where sock_diag is refused.
-        """
+    def read(self) -> Sockets:
         tables = self._diags.tables()
         bound = {number: table[_is_bound(table)] for number, table in tables.items()}
         inodes = {inode for table in bound.values() for inode in table["inode"].tolist()}
         self._held = {inode: held for inode, held in self._held.items() if inode in inodes}
         cookies = {cookie for table in tables.values() for cookie in table["cookie"].tolist()}
-        entries = [one for number, table in bound.items() for one in self._entries(number, table)]
-        return entries, cookies - {0}
+        self._asked = {cookie: when for cookie, when in self._asked.items() if cookie in cookies}
+        return Sockets(
+            [
+                entry
+                for number, table in bound.items()
+                for row in table
+                for entry in _entries(number, row, self._owners(int(row["inode"])))
+            ],
+            [
+                entry
+                for number, row in self._connected(tables)
+                for entry in _entries(number, row, self._holders.find(int(row["inode"])))
+            ],
+            cookies - {0},
+        )
 
-    def _entries(self, netns: int, table: np.ndarray) -> Iterator[BoundSocket]:
-        for row in table:
-            endpoint = (
-                netns,
-                int(row["proto"]),
-                int(row["family"]),
-                row["saddr"].tobytes(),
-                int(row["sport"]),
-            )
-            for owner in self._owners(int(row["inode"])):
-                yield BoundSocket(
-                    endpoint,
-                    owner.identity.tgid,
-                    owner.identity.start_ns,
-                    owner.uid,
-                    text(owner.comm),
-                    int(row["cookie"]),
-                )
+    def _connected(self, tables: dict[int, np.ndarray]) -> Iterator[tuple[int, np.void]]:
+        """(namespace, HOST_SOCKET) of those whose turn it is."""
+        now, left = self._now_ns(), _ASKED
+        for number, table in tables.items():
+            for index in np.flatnonzero(_is_connected(table)).tolist():
+                cookie = int(table["cookie"][index])
+                if now - self._asked.get(cookie, -_CONNECTED_NS) < _CONNECTED_NS:
+                    continue
+                if not left:
+                    return
+                left -= 1
+                self._asked[cookie] = now
+                yield number, table[index]
 
     def _owners(self, inode: int) -> tuple[Owner, ...]:
         now = self._now_ns()
@@ -80,6 +101,27 @@ class KernelSockets:
         owners = self._holders.find(inode)
         self._held[inode] = (now, owners)
         return owners
+
+
+def _entries(netns: int, row: np.void, owners: tuple[Owner, ...]) -> Iterator[BoundSocket]:
+    family, address = int(row["family"]), row["saddr"].tobytes()
+    if family == socket.AF_INET6 and address.startswith(_MAPPED):
+        family, address = socket.AF_INET, address[len(_MAPPED) :].ljust(16, b"\0")
+    endpoint = (netns, int(row["proto"]), family, address, int(row["sport"]))
+    for owner in owners:
+        identity = owner.identity
+        yield BoundSocket(
+            endpoint,
+            identity.tgid,
+            identity.start_ns,
+            owner.uid,
+            text(owner.comm),
+            int(row["cookie"]),
+        )
+
+
+def _is_connected(table: np.ndarray) -> np.ndarray:
+    return np.asarray((table["dport"] != 0) & (table["inode"] != 0) & (table["cookie"] != 0))
 
 
 def _is_bound(table: np.ndarray) -> np.ndarray:

@@ -48,8 +48,15 @@ class Engine(Protocol):
         """Make the source send what it holds back; return where each CPU stands (TAIL)."""
         ...
 
-    def finish(self) -> Iterable[Event]:
-        """Flush and yield the rest of the stream; afterwards `closing` is set."""
+    def begin(self) -> int:
+        """Let the stream begin (`opening`) now instead; that moment in CLOCK_MONOTONIC ns."""
+        ...
+
+    def finish(self, until_ns: int | None = None) -> Iterable[Event]:
+        """Flush and yield the rest of the stream; afterwards `closing` is set.
+
+        `until_ns`: when another engine began; engine packet leaves out what came since.
+        """
         ...
 
     def stats(self) -> dict[str, object]:

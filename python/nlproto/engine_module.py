@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Engine `module`: sniffer.ko over Netlink, exact."""
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Self
 
@@ -111,7 +112,12 @@ class ModuleEngine:
     def flush(self) -> np.ndarray:
         return self._control.flush()
 
-    def finish(self) -> Iterator[Batch | ProcessEvent | SnapBatch]:
+    def begin(self) -> int:
+        self.opening = self._control.flush()
+        self._starts = _sequences(self.opening)
+        return time.monotonic_ns()
+
+    def finish(self, until_ns: int | None = None) -> Iterator[Batch | ProcessEvent | SnapBatch]:
         # The kernel queues the last batches before it answers, so what is there now is all.
         tails = self._control.flush()
         self._ends = _sequences(tails)

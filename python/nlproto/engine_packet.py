@@ -125,6 +125,7 @@ class PacketEngine:
         self._packets = self._skipped = self._dropped = 0
         self._look_again_ns = self._walk_again_ns = 0
         self._snapping = False
+        self._from_ns = 0
         self.instance = time.time_ns()
         self._own = netns.own(proc)
         self._add(self._own, proc / "self" / "ns" / "net", ring_bytes)
@@ -249,7 +250,7 @@ class PacketEngine:
             if not got:
                 return
 
-    def _read_place(self, place: _Place) -> list[Batch | SnapBatch]:
+    def _read_place(self, place: _Place, until_ns: int | None = None) -> list[Batch | SnapBatch]:
         before = place.capture.skipped
         frames = place.capture.read(self._snapping)
         records, to_all = frames.records, frames.to_all
@@ -262,6 +263,11 @@ class PacketEngine:
         if not len(records):
             return []
         records["seq"] = np.arange(len(records))  # for now: which frame it was
+        taken = records["time_ns"] >= self._from_ns
+        if until_ns is not None:
+            taken &= records["time_ns"] < until_ns
+        if not taken.all():
+            records, to_all = records[taken], to_all[taken]
         place.addresses.refresh(_REFRESH_NS)
         if len(place.addresses.duplicating):
             once = ~np.isin(records["ifindex"], place.addresses.duplicating)
@@ -310,11 +316,16 @@ class PacketEngine:
         tail["packets"], tail["skipped"] = self._packets, self._skipped
         return tail
 
-    def finish(self) -> Iterator[Batch | SnapBatch]:
+    def begin(self) -> int:
+        self.opening = self.flush()
+        self._from_ns = time.monotonic_ns()
+        return self._from_ns
+
+    def finish(self, until_ns: int | None = None) -> Iterator[Batch | SnapBatch]:
         end = self._now_ns()
         for place in list(self._places.values()):
             # What comes in from now on is another time's; without an end a flood had none.
-            while events := self._read_place(place):
+            while events := self._read_place(place, until_ns):
                 yield from events
                 if any(isinstance(e, Batch) and e.records["time_ns"].max() > end for e in events):
                     break

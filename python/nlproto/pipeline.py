@@ -276,7 +276,7 @@ class Pipeline:
         engine, self._next = self._next, None
         assert engine is not None
         if not self.failed:
-            self._finish()
+            self._finish(_begin(engine))
         self._engine.__exit__(None, None, None)
         self._engine = engine
         if self._snapping:
@@ -287,9 +287,9 @@ class Pipeline:
             self._failed_at = None
         self._open()
 
-    def _finish(self) -> None:
+    def _finish(self, until_ns: int | None = None) -> None:
         try:
-            for event in self._engine.finish():
+            for event in self._engine.finish(until_ns):
                 self._put(event)
         except Error as error:
             log.warning("the engine's tail could not be read: %s", error)
@@ -351,3 +351,12 @@ class Pipeline:
                 take(batch)
             except Exception:
                 log.exception("a subscriber failed on a batch of %d records", len(records))
+
+
+def _begin(engine: Engine) -> int | None:
+    """Where the next engine's stream begins, so that no packet is told by both."""
+    try:
+        return engine.begin()
+    except Error as error:  # it has gone again already: reading it will tell
+        log.debug("engine %s: %s", engine.name, error)
+        return None

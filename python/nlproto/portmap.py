@@ -56,7 +56,7 @@ class Owner(NamedTuple):
     comm: str
     cookie: int
     listening: bool
-    """Found in the kernel's tables as a listener or a bound UDP socket, not by its packets."""
+    """Found in the kernel's tables as a listener or an unconnected UDP socket."""
     seen_ns: int
     """CLOCK_MONOTONIC when a packet or the kernel's tables last showed it."""
 
@@ -131,20 +131,18 @@ class PortMap:
 
     def replace_bound(self, sockets: Sequence[BoundSocket], now_ns: int) -> None:
         """Take the kernel's present listeners and bound sockets: those not among them are gone."""
-        rows = np.zeros(len(sockets), _ROW)
-        for number, one in enumerate(sockets):
-            row = rows[number]
-            netns, proto, family, address, row["port"] = one.endpoint
-            row["netns"], row["proto"], row["family"] = netns, proto, family
-            row["address"] = np.frombuffer(address, np.uint64)
-            row["tgid"], row["start_ns"], row["uid"] = one.tgid, one.start_ns, one.uid
-            row["comm"], row["cookie"] = one.comm.encode(), one.cookie
-        rows["listening"], rows["seen_ns"] = True, now_ns
+        rows = _rows_of(sockets, now_ns)
+        rows["listening"] = True
         with self._lock:
             present = self._put(rows)
             gone = self._columns["live"] & self._columns["listening"]
             gone[present] = False
             self._drop(gone)
+
+    def add_connected(self, sockets: Sequence[BoundSocket], now_ns: int) -> None:
+        """Learn of connected sockets from the kernel's tables, as from a packet at `now_ns`."""
+        with self._lock:
+            self._put(_rows_of(sockets, now_ns))
 
     def keep_cookies(self, cookies: set[int], before_ns: int) -> None:
         """Drop owners whose socket is not among all the kernel's `cookies`, read after `before_ns`.
@@ -331,6 +329,18 @@ _seen = attrgetter("seen_ns")
 def _last_seen_first(owners: list[Owner]) -> list[Owner]:
     owners.sort(key=_seen, reverse=True)
     return owners
+
+
+def _rows_of(sockets: Sequence[BoundSocket], now_ns: int) -> np.ndarray:
+    rows = np.zeros(len(sockets), _ROW)
+    for number, one in enumerate(sockets):
+        row = rows[number]
+        row["netns"], row["proto"], row["family"], address, row["port"] = one.endpoint
+        row["address"] = np.frombuffer(address, np.uint64)
+        row["tgid"], row["start_ns"], row["uid"] = one.tgid, one.start_ns, one.uid
+        row["comm"], row["cookie"] = one.comm.encode(), one.cookie
+    rows["seen_ns"] = now_ns
+    return rows
 
 
 def _newest_of_each(new: np.ndarray) -> np.ndarray:

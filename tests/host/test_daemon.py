@@ -200,6 +200,25 @@ def test_the_port_map_knows_a_listener_without_traffic_and_forgets_it_within_a_s
         assert time.monotonic() - closed < 3
 
 
+def test_the_port_map_knows_connections_that_were_idle_since_before_it_began(start):
+    dual = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+    with (
+        socket.create_server(("::", 0), **dual) as server,
+        socket.create_connection(("127.0.0.1", server.getsockname()[1])) as connection,
+        server.accept()[0] as accepted,
+    ):
+        near, far = connection.getsockname()[1], server.getsockname()[1]
+        with DaemonClient(start().path) as client:
+            (owner,) = _until(lambda: client.owner(near))
+            assert (owner["pid"], owner["address"]) == (os.getpid(), "127.0.0.1")
+            assert not owner["listening"] and owner["cookie"]
+            ends = {(one["address"], one["listening"]) for one in client.owner(far)}
+            assert ends == {("::", True), ("127.0.0.1", False)}
+            accepted.close()
+            connection.close()
+            _until(lambda: not client.owner(near))
+
+
 def test_all_holders_of_a_shared_listener_are_told(daemon):
     with DaemonClient(daemon.path) as client, socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -635,6 +635,38 @@ def test_a_full_ring_is_lost_in_the_socket_and_the_account_closes():
     assert account.closes(), account.as_dict()
 
 
+def test_of_two_engines_that_take_turns_each_packet_is_told_once():
+    """Both capture all the while, as when one is opened to take the other's place."""
+    with (
+        PacketEngine(print, everywhere=False) as first,
+        PacketEngine(print, everywhere=False) as second,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
+    ):
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+        for _ in range(30):
+            sock.sendto(b"x", sock.getsockname())
+        moment = second.begin()
+        account = Account()
+        account.open(second.opening, second.instance)
+        for _ in range(20):
+            sock.sendto(b"x", sock.getsockname())
+        told = [
+            sum(np.count_nonzero(batch.records["sport"] == port) for batch in events)
+            for events in (first.finish(moment), _counted(account, second.finish()))
+        ]
+        account.close(second.closing)
+    assert told == [60, 40]
+    assert account.closes()
+
+
+def _counted(account, batches):
+    for batch in batches:
+        account.add(batch.head)
+        account.deliver(batch.records["how"])
+        yield batch
+
+
 def test_the_mapped_rings_and_sockets_are_given_back(run):
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):

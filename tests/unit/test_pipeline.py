@@ -46,7 +46,13 @@ class Replay:
     def flush(self):
         return self.opening
 
-    def finish(self):
+    def begin(self):
+        self.batches.clear()
+        self.begun_ns = time.monotonic_ns()
+        return self.begun_ns
+
+    def finish(self, until_ns=None):
+        self.until_ns = until_ns
         while self.batches:
             yield self.batches.pop(0)
         yield from self.tail
@@ -208,6 +214,20 @@ def test_an_engine_that_fails_is_replaced_and_the_account_spans_both(make_record
     assert first.closed.is_set() and second.closed.is_set()
     assert pipeline.account.delivered == 3
     assert pipeline.account.closes()
+
+
+def test_an_engine_that_takes_over_begins_where_the_other_is_told_to_end(make_records, make_batch):
+    first = Replay([make_batch(make_records({}), 0)], [make_batch(make_records({}), 1)])
+    early = make_batch(make_records({}, {}), 0, instance=8)
+    second = Replay([early])
+    second.instance = 8
+    with _pipeline(first) as pipeline:
+        time.sleep(0.2)
+        pipeline.switch(second)
+        assert first.closed.wait(10)
+    assert first.until_ns == second.begun_ns
+    assert pipeline.account.delivered == 2
+    assert pipeline.account.closes() and not pipeline.account.gap_ms
 
 
 def test_an_engine_that_breaks_by_a_bug_fails_like_one_that_says_so(make_records, make_batch):
