@@ -6,7 +6,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,9 +176,14 @@ class Answers:
         return found
 
     def lookup(self, request: Lookup, uid: int | None) -> dict[str, Any]:
-        return {"owners": [self._look_up(key, uid) for key in request.keys]}
+        cookies = {key.cookie for key in request.keys if key.cookie is not None}
+        portmap = self.pipeline.portmap
+        by_cookie = {} if portmap is None or not cookies else portmap.with_cookies(cookies)
+        return {"owners": [self._look_up(key, by_cookie, uid) for key in request.keys]}
 
-    def _look_up(self, key: Key, uid: int | None) -> dict[str, Any] | None:
+    def _look_up(
+        self, key: Key, by_cookie: Mapping[int, list[Owner]], uid: int | None
+    ) -> dict[str, Any] | None:
         given = {name for name in key.__struct_fields__ if getattr(key, name) is not None}
         processes, portmap = self.pipeline.processes, self.pipeline.portmap
         owners: list[Owner] = []
@@ -189,8 +194,7 @@ class Answers:
                     return None
                 return {"process": process}
             case Key(cookie=int(cookie)) if len(given) == 1:
-                if portmap is not None:
-                    owners = portmap.with_cookie(cookie)
+                owners = by_cookie.get(cookie, [])
             case Key(netns=int(netns), proto=str(proto), address=str(address), port=int(port)) if (
                 len(given) == 4
             ):

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 from nlproto.bound import KernelSockets
@@ -51,12 +50,7 @@ class Keeper:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -151,10 +145,6 @@ class Keeper:
 
     def _change(self, engine: Engine, event: str, message: str) -> None:
         self._pipeline.switch(engine)
-        deadline = time.monotonic() + 2
-        while self._pipeline.engine is not engine and time.monotonic() < deadline:
-            if self._stopping.wait(0.01):
-                break
         self._complained.discard("module_gone")
         self._tell(event, message, engine.name)
 

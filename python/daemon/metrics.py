@@ -10,7 +10,6 @@ import socket
 import socketserver
 import threading
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -72,12 +71,7 @@ class Metrics:
         log.info("metrics on %s", self._config.metrics)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._server is None or self._thread is None:
             return
         self._server.shutdown()

@@ -77,6 +77,11 @@ class Key(Struct, forbid_unknown_fields=True, frozen=True):
     tgid: U32 | None = None
     start_ns: U64 | None = None
 
+    def __post_init__(self) -> None:
+        # more than msgspec's bounds can say
+        if (self.cookie or 0) >> 64 or (self.start_ns or 0) >> 64:
+            raise ValueError("cookie and start_ns have 64 bits")
+
 
 class Lookup(_Base, tag="lookup", frozen=True):
     keys: Annotated[list[Key], Meta(max_length=1000)]

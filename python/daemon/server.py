@@ -14,7 +14,6 @@ import stat
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, TypeVar
 
 import nlproto
@@ -109,12 +108,7 @@ class SocketFile:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
             os.unlink(self.path)
         self._release()

@@ -94,10 +94,9 @@ class PipelineSource:
         if portmap is None:
             return {}
         found: dict[int, list[Holder]] = {}
-        for cookie in cookies:
-            owners = {owner.tgid: owner.comm for owner in portmap.with_cookie(cookie)}
-            if owners:
-                found[cookie] = [{"pid": pid, "comm": comm} for pid, comm in owners.items()]
+        for cookie, holding in portmap.with_cookies(cookies).items():
+            owners = {owner.tgid: owner.comm for owner in holding}
+            found[cookie] = [{"pid": pid, "comm": comm} for pid, comm in owners.items()]
         return found
 
     def account(self) -> Mapping[str, Any]:

@@ -140,11 +140,11 @@ def _error_code(message: Message) -> int:
 
 
 class Connection:
-    """A Generic Netlink socket for requests and their answers; a context manager."""
+    """A Netlink socket for requests and their answers; a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, protocol: int = NETLINK_GENERIC) -> None:
         self._socket = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_GENERIC
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
         )
         self._socket.settimeout(_TIMEOUT)
         self._socket.bind((0, 0))
@@ -160,25 +160,15 @@ class Connection:
     def close(self) -> None:
         self._socket.close()
 
-    def request(
-        self,
-        family: int,
-        command: int,
-        payload: bytes = b"",
-        *,
-        version: int = 1,
-        dump: bool = False,
-    ) -> list[tuple[int, dict[int, bytes]]]:
-        """Send a command and return its answers as (command, attributes).
+    def exchange(self, kind: int, flags: int, body: bytes) -> Iterator[Message]:
+        """Send one message and yield its answers; each is overwritten by the next.
 
         Raises OSError with the kernel's errno, Error for a malformed or missing answer.
         """
         self._seq += 1
-        flags = NLM_F_REQUEST | (NLM_F_DUMP if dump else NLM_F_ACK)
-        body = _GENLMSGHDR.pack(command, version, 0) + payload
-        head = _NLMSGHDR.pack(_NLMSGHDR.size + len(body), family, flags, self._seq, 0)
+        size = _NLMSGHDR.size + len(body)
+        head = _NLMSGHDR.pack(size, kind, NLM_F_REQUEST | flags, self._seq, 0)
         self._socket.send(head + body)
-        answers: list[tuple[int, dict[int, bytes]]] = []
         while True:
             try:
                 size, _, bits, _ = self._socket.recvmsg_into([self._buffer])
@@ -193,10 +183,30 @@ class Connection:
                     code = _error_code(message)
                     if code:
                         raise OSError(code, os.strerror(code))
-                    return answers
-                if message.type == family:
-                    kind, rest = _generic(message.payload)
-                    answers.append((kind, {key: bytes(data) for key, data in attributes(rest)}))
+                    return
+                yield message
+
+    def request(
+        self,
+        family: int,
+        command: int,
+        payload: bytes = b"",
+        *,
+        version: int = 1,
+        dump: bool = False,
+    ) -> list[tuple[int, dict[int, bytes]]]:
+        """Send a Generic Netlink command and return its answers as (command, attributes).
+
+        Raises what exchange() raises.
+        """
+        flags = NLM_F_DUMP if dump else NLM_F_ACK
+        body = _GENLMSGHDR.pack(command, version, 0) + payload
+        answers: list[tuple[int, dict[int, bytes]]] = []
+        for message in self.exchange(family, flags, body):
+            if message.type == family:
+                kind, rest = _generic(message.payload)
+                answers.append((kind, {key: bytes(data) for key, data in attributes(rest)}))
+        return answers
 
 
 def resolve(connection: Connection, name: str) -> Family:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from ._host import lib
-from .errors import Error, NoPrivilege
-from .netlink import NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, attributes, messages
+from .errors import NoPrivilege
+from .netlink import NLM_F_DUMP, Connection, attributes
 
 __all__ = ["Interfaces", "own", "paths", "run_inside"]
 
@@ -26,7 +26,6 @@ NAMED = Path("/run/netns")
 RTM_NEWLINK, RTM_GETLINK, RTM_NEWADDR, RTM_GETADDR = 16, 18, 20, 22
 IFA_ADDRESS, IFA_LOCAL = 1, 2
 IFLA_LINKINFO, IFLA_INFO_KIND, IFLA_INFO_SLAVE_KIND = 18, 1, 4
-_NLMSGHDR = struct.Struct("=IHHII")
 _IFADDRMSG_BYTES, _IFINFOMSG_BYTES = 8, 16
 _INDEX = struct.Struct("=4xi")  # ifi_index in struct ifinfomsg
 
@@ -107,11 +106,7 @@ class Interfaces:
     """rtnetlink of the network namespace it was made in; a context manager."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
-        )
-        self._socket.settimeout(5.0)
-        self._seq = 0
+        self._connection = Connection(socket.NETLINK_ROUTE)
 
     def __enter__(self) -> Self:
         return self
@@ -120,21 +115,11 @@ class Interfaces:
         self.close()
 
     def close(self) -> None:
-        self._socket.close()
+        self._connection.close()
 
     def _dump(self, kind: int, body: int) -> Iterator[memoryview]:
-        self._seq += 1
-        head = _NLMSGHDR.pack(_NLMSGHDR.size + body, kind, NLM_F_REQUEST | NLM_F_DUMP, self._seq, 0)
-        self._socket.send(head + bytes(body))
-        while True:
-            for message in messages(memoryview(self._socket.recv(128 << 10))):
-                if message.seq != self._seq:
-                    continue
-                if message.type == NLMSG_DONE:
-                    return
-                if message.type == NLMSG_ERROR:
-                    raise Error("rtnetlink refused to list interfaces")
-                yield message.payload
+        for message in self._connection.exchange(kind, NLM_F_DUMP, bytes(body)):
+            yield message.payload
 
     def addresses(self) -> set[bytes]:
         """Return this host's addresses as 16 bytes each, IPv4 in the first four."""

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Protocol
 
 import numpy as np
@@ -108,6 +107,7 @@ class Pipeline:
         self._asked = 0.0
         self._engine = engine
         self._next: Engine | None = None
+        self._switched = threading.Event()
         self._failed_at: float | None = None
         self._on_failure = on_failure
         self.snaps = Snaps()
@@ -136,12 +136,7 @@ class Pipeline:
         self._receiver.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -169,9 +164,14 @@ class Pipeline:
         self._merge.interval_ns = _FLUSH_NS * (2 if wanted else 1)
         return self._engine.want_snaps(wanted)
 
-    def switch(self, engine: Engine) -> None:
-        """Go on with another engine (already open), which is ours then; the present one ends."""
+    def switch(self, engine: Engine, timeout: float = 2.0) -> None:
+        """Go on with another engine (already open), which is ours then; the present one ends.
+
+        Returns when it has taken over, or after `timeout` s.
+        """
+        self._switched.clear()
         self._next = engine
+        self._switched.wait(timeout)
 
     def barrier(self, passed: Callable[[], None]) -> None:
         """Call `passed` in the worker once all packets recorded until now went to subscribers."""
@@ -286,6 +286,7 @@ class Pipeline:
                 self.account.gap(time.monotonic() - self._failed_at)
             self._failed_at = None
         self._open()
+        self._switched.set()
 
     def _finish(self, until_ns: int | None = None) -> None:
         try:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
@@ -197,11 +197,15 @@ class PortMap:
         exact = [o for o in owners if o.endpoint[2:4] == (family, address)]
         return exact or owners
 
-    def with_cookie(self, cookie: int) -> list[Owner]:
-        """Owners of one socket, last seen first."""
+    def with_cookies(self, cookies: Collection[int]) -> dict[int, list[Owner]]:
+        """Owners of each socket that has any, last seen first."""
+        found: defaultdict[int, list[Owner]] = defaultdict(list)
+        wanted = np.fromiter(cookies, np.uint64, len(cookies))
         with self._lock:
             columns = self._columns
-            return self._owners(columns["live"] & (columns["cookie"] == cookie))
+            for owner in self._owners(columns["live"] & np.isin(columns["cookie"], wanted)):
+                found[owner.cookie].append(owner)
+        return found
 
     def owned_by(self, key: Key) -> list[Owner]:
         """Every local end of one process, last seen first."""

@@ -63,6 +63,13 @@ def test_a_control_frame_holds_one_object():
             parse_json(wrong)
 
 
+def test_a_cookie_of_more_than_64_bits_is_refused():
+    whole = b'{"id":1,"op":"lookup","keys":[{"cookie":%d}]}'
+    assert parse_request(whole % (2**64 - 1)).keys[0].cookie == 2**64 - 1
+    with pytest.raises(UsageError, match="64 bits"):
+        parse_request(whole % 2**64)
+
+
 @given(st.binary(max_size=500))
 def test_any_request_is_parsed_or_refused(payload):
     try:

@@ -206,8 +206,7 @@ def test_an_engine_that_fails_is_replaced_and_the_account_spans_both(make_record
             time.sleep(0.01)
         assert pipeline.failed
         pipeline.switch(second)
-        while pipeline.engine is not second and time.monotonic() < deadline:
-            time.sleep(0.01)
+        assert pipeline.engine is second
         time.sleep(0.2)
         assert not pipeline.failed
     assert [str(error) for error in failures] == ["the module is gone"]
@@ -224,7 +223,6 @@ def test_an_engine_that_takes_over_begins_where_the_other_is_told_to_end(make_re
     with _pipeline(first) as pipeline:
         time.sleep(0.2)
         pipeline.switch(second)
-        assert first.closed.wait(10)
     assert first.until_ns == second.begun_ns
     assert pipeline.account.delivered == 2
     assert pipeline.account.closes() and not pipeline.account.gap_ms

@@ -44,9 +44,9 @@ def test_all_holders_of_a_shared_listener_are_listed():
     portmap = PortMap()
     portmap.replace_bound([_bound(80, tgid) for tgid in (1, 2, 3)], 10)
     assert sorted(o.tgid for o in portmap.who(80)) == [1, 2, 3]
-    assert sorted(o.tgid for o in portmap.with_cookie(1)) == [1, 2, 3]
+    assert sorted(o.tgid for o in portmap.with_cookies([1])[1]) == [1, 2, 3]
     portmap.replace_bound([_bound(80, 2)], 20)
-    assert [o.tgid for o in portmap.with_cookie(1)] == [2]
+    assert [o.tgid for o in portmap.with_cookies([1])[1]] == [2]
 
 
 def test_a_reused_port_has_only_its_new_owner(make_records):
@@ -54,7 +54,7 @@ def test_a_reused_port_has_only_its_new_owner(make_records):
     portmap.replace_bound([_bound(80, 1, cookie=1)], 10)
     portmap.replace_bound([_bound(80, 2, cookie=2)], 20)
     assert [o.tgid for o in portmap.who(80)] == [2]
-    assert portmap.with_cookie(1) == []
+    assert not portmap.with_cookies([1])
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_server_with_many_connections_is_one_owner_with_the_last_ones_cookie(m
     portmap.update(summarize(make_records(*rows)))
     (owner,) = portmap.who(443)
     assert (owner.cookie, owner.seen_ns) == (499, 1499)
-    assert portmap.with_cookie(7) == []
+    assert not portmap.with_cookies([7])
 
 
 def test_a_connection_on_the_listeners_own_address_leaves_the_listener(make_records):
