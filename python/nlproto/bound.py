@@ -21,10 +21,10 @@ __all__ = ["KernelSockets", "Sockets"]
 
 _HELD_NS = 3_000_000_000
 """How long the holders of a bound socket are taken as known."""
-_CONNECTED_NS = 60_000_000_000
+_ROUND_NS = 60_000_000_000
 """And those of a connected one, which traffic tells sooner."""
 _ASKED = 200
-"""Connected sockets that are asked about in one look; the others have their turn next."""
+"""Connected sockets of a round that are asked about in one look."""
 _MAPPED = bytes(10) + b"\xff\xff"
 
 
@@ -34,7 +34,7 @@ class Sockets(NamedTuple):
     bound: list[BoundSocket]
     """All listeners and bound UDP sockets."""
     connected: list[BoundSocket]
-    """Some of the connected ones; each is among them once a minute."""
+    """Some of the connected ones; each is among them once in a round of a minute."""
     cookies: set[int]
     """Of all sockets; empty where sock_diag is refused."""
 
@@ -49,7 +49,8 @@ class KernelSockets:
         self._now_ns = now_ns
         self._diags = Diags(now_ns)
         self._held: dict[int, tuple[int, tuple[Owner, ...]]] = {}
-        self._asked: dict[int, int] = {}
+        self._round_ns = now_ns()
+        self._waiting: list[tuple[int, np.void]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -63,7 +64,6 @@ class KernelSockets:
         inodes = {inode for table in bound.values() for inode in table["inode"].tolist()}
         self._held = {inode: held for inode, held in self._held.items() if inode in inodes}
         cookies = {cookie for table in tables.values() for cookie in table["cookie"].tolist()}
-        self._asked = {cookie: when for cookie, when in self._asked.items() if cookie in cookies}
         return Sockets(
             [
                 entry
@@ -74,24 +74,24 @@ class KernelSockets:
             [
                 entry
                 for number, row in self._connected(tables)
-                for entry in _entries(number, row, self._holders.find(int(row["inode"])))
+                for entry in _entries(number, row, self._holders.known(int(row["inode"])))
             ],
             cookies - {0},
         )
 
-    def _connected(self, tables: dict[int, np.ndarray]) -> Iterator[tuple[int, np.void]]:
+    def _connected(self, tables: dict[int, np.ndarray]) -> list[tuple[int, np.void]]:
         """(namespace, HOST_SOCKET) of those whose turn it is."""
-        now, left = self._now_ns(), _ASKED
-        for number, table in tables.items():
-            for index in np.flatnonzero(_is_connected(table)).tolist():
-                cookie = int(table["cookie"][index])
-                if now - self._asked.get(cookie, -_CONNECTED_NS) < _CONNECTED_NS:
-                    continue
-                if not left:
-                    return
-                left -= 1
-                self._asked[cookie] = now
-                yield number, table[index]
+        now = self._now_ns()
+        if not self._waiting and now >= self._round_ns:
+            self._round_ns = now + _ROUND_NS
+            self._holders.walk()
+            self._waiting = [
+                (number, row)
+                for number, table in tables.items()
+                for row in table[_is_connected(table)]
+            ]
+        part, self._waiting = self._waiting[:_ASKED], self._waiting[_ASKED:]
+        return part
 
     def _owners(self, inode: int) -> tuple[Owner, ...]:
         now = self._now_ns()

@@ -87,6 +87,13 @@ class Holders:
                 if len(self._missing) > _MISSING_LIMIT:
                     self._missing.clear()
                 self._missing[inode] = self._now_ns() + _ASKED_AGAIN_NS
+        return self._owners(inode, held)
+
+    def known(self, inode: int) -> tuple[Owner, ...]:
+        """As find(), but only of those that were known before; cheap."""
+        return self._owners(inode, self._checked(inode))
+
+    def _owners(self, inode: int, held: Iterable[int]) -> tuple[Owner, ...]:
         owners = [found for pid in held if (found := procfs.owner(pid, self._proc)) is not None]
         for found in owners:
             self._talkers[found.identity.tgid] = None

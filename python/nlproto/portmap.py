@@ -292,10 +292,10 @@ class PortMap:
 
     def _take_rows(self, count: int) -> np.ndarray:
         if count > len(self._free):
-            capacity = self._table.capacity
-            more = max(capacity, _FIRST_ROWS, count)
-            self._table.grow(capacity + more)
-            self._free += range(capacity + more - 1, capacity - 1, -1)
+            before = self._table.capacity
+            wanted = min(max(2 * before, _FIRST_ROWS), self.limit + _PART)
+            self._table.grow(max(wanted, before + count))
+            self._free += range(self._table.capacity - 1, before - 1, -1)
         rows = np.array(self._free[-count:], np.int64)
         del self._free[-count:]
         self._count += count
