@@ -56,7 +56,7 @@ def in_guest() -> tuple[list[Row], dict[str, int], str]:
     module = build_module(ROOT, kernel, cache_directory())
     path = ":".join(str(ROOT / name) for name in ("python", "tests/vm", "bench"))
     script = SCRIPT.format(path=path, python=sys.executable)
-    with Guest(kernel, ["sh", "-c", script], directory=ROOT) as guest:
+    with Guest(kernel, ["sh", "-c", script], parallel=True, directory=ROOT) as guest:
         shutil.copy(module, guest.shared / "sniffer.ko")
         try:
             guest.receive(3600)  # it says nothing: this ends when the guest does

@@ -18,7 +18,11 @@ from attribution.run import line, perform
 from attribution.workers import BINARIES, compile_workers
 
 REPEAT = int(os.environ.get("PACKET_HUNTER_REPEAT", "1"))
-pytestmark = [pytest.mark.patience(600 * REPEAT), pytest.mark.usefixtures("loaded")]
+pytestmark = [
+    pytest.mark.patience(600 * REPEAT),
+    pytest.mark.parallel,
+    pytest.mark.usefixtures("loaded"),
+]
 
 # While tests are collected: that is on the host, whose compiler is not emulated; the guest sees the
 # same files and finds nothing to do.

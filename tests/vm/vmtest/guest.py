@@ -66,8 +66,9 @@ class GuestLost(Exception):
 class Guest:
     """One booted kernel that runs one command, which talks to us through PORT.
 
-    `append` is added to the kernel command line, `qemu` to QEMU's. Files in `shared` can be written
-    by both sides (in the guest: $PACKET_HUNTER_SHARED).
+    `append` is added to the kernel command line, `qemu` to QEMU's. Emulated processors take turns
+    unless `parallel`. Files in `shared` can be written by both sides (in the guest:
+    $PACKET_HUNTER_SHARED).
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Guest:
         append: str = "",
         memory: str = "2G",
         cpus: int = 2,
+        parallel: bool = False,
         directory: Path | None = None,
         qemu: Sequence[str] = (),
     ) -> None:
@@ -86,6 +88,7 @@ class Guest:
         self._append = append
         self._memory = memory
         self._cpus = cpus
+        self._parallel = parallel
         self._directory = directory or Path.cwd()
         self._options = list(qemu)
 
@@ -206,7 +209,13 @@ class Guest:
                 command=shlex.join(self._command),
             )
         )
-        acceleration = [] if os.environ.get("PACKET_HUNTER_KVM") == "1" else ["--disable-kvm"]
+        acceleration = []
+        if os.environ.get("PACKET_HUNTER_KVM") != "1":
+            acceleration.append("--disable-kvm")
+            # QEMU 7.2 with a host thread a processor may keep a translation of text that another
+            # processor has just patched: when probes go under traffic, int3 is run for ever after.
+            if not self._parallel:
+                devices.append("-accel tcg,thread=single")
         return [
             "vng",
             *acceleration,

@@ -334,7 +334,7 @@ def enter(
     """Runs a command in `root`, whose paths in `binds` show other files; `options` are run's."""
     # objtool of 7.x wants /proc, gcc wants /dev/null. All mounts end with the namespace.
     script = (
-        'root=$1; shift'
+        "root=$1; shift"
         ' && mount -t proc proc "$root/proc" && mount --rbind /dev "$root/dev" || exit 1;'
         ' while [ "$1" != -- ]; do mount --bind "$2" "$root$1" || exit 1; shift 2; done;'
         ' shift; exec chroot "$root" "$@"'

@@ -21,7 +21,7 @@ from .build import BuildFailed, build_module
 from .guest import BOOT_SECONDS, Guest, GuestLost
 from .kernels import KERNELS, Unavailable, cache_directory, unpack
 
-__all__ = ["Remote", "command_line"]
+__all__ = ["Remote", "boot"]
 
 PATIENCE_SECONDS = 300.0
 LOST_GUESTS = 4
@@ -37,7 +37,7 @@ class Remote:
         self._kernel = kernel
         self._files: list[str] = []
         self._guest: Guest | None = None
-        self._command_line = ""
+        self._booted: tuple[str, bool] | None = None
         self._known: set[str] = set()
         self._lost = 0
         self._hopeless: str | None = None
@@ -46,8 +46,8 @@ class Remote:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         ours = [item for item in items if self._is_ours(item)]
         others = [item for item in items if not self._is_ours(item)]
-        # One boot for all tests of a command line; the order is otherwise kept.
-        ours.sort(key=command_line)
+        # One boot for all tests that want the same; the order is otherwise kept.
+        ours.sort(key=boot)
         items[:] = [*others, *ours]
         self._files = list(dict.fromkeys(str(item.path) for item in ours))
 
@@ -73,9 +73,7 @@ class Remote:
     def _run(self, item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[pytest.TestReport]:
         started = time.time()
         follower = nextitem
-        if nextitem is not None and (
-            not self._is_ours(nextitem) or command_line(nextitem) != command_line(item)
-        ):
+        if nextitem is not None and (not self._is_ours(nextitem) or boot(nextitem) != boot(item)):
             follower = None
         marker = item.get_closest_marker("patience")
         patience = float(marker.args[0]) if marker else PATIENCE_SECONDS
@@ -117,9 +115,9 @@ class Remote:
     def _guest_for(self, item: pytest.Item) -> Guest:
         if self._hopeless:
             raise GuestLost(self._hopeless)
-        wanted = command_line(item)
-        if self._guest is not None and wanted == self._command_line:
+        if self._guest is not None and boot(item) == self._booted:
             return self._guest
+        words, parallel = boot(item)
         self._shut_down()
         cache = cache_directory()
         kernel = unpack(KERNELS[self._kernel], cache)
@@ -138,12 +136,13 @@ class Remote:
         guest = Guest(
             kernel,
             worker,
-            append=f"{wanted} kasan_multi_shot" if debug else wanted,
+            append=f"{words} kasan_multi_shot" if debug else words,
             memory="4G" if debug else "2G",
+            parallel=parallel,
             directory=self._directory,
         )
         guest.__enter__()
-        self._guest, self._command_line = guest, wanted
+        self._guest, self._booted = guest, boot(item)
         self._known = set(guest.receive(BOOT_SECONDS)["ready"])
         return guest
 
@@ -169,10 +168,11 @@ class Remote:
         return item.path.is_relative_to(self._tests)
 
 
-def command_line(item: pytest.Item) -> str:
-    """What a test's `boot` marker adds to the kernel command line."""
+def boot(item: pytest.Item) -> tuple[str, bool]:
+    """What a test adds to the kernel command line; do its processors run at once?"""
     marker = item.get_closest_marker("boot")
-    return str(marker.args[0]) if marker else ""
+    parallel = item.get_closest_marker("parallel") is not None
+    return (str(marker.args[0]) if marker else "", parallel)
 
 
 def kernel_to_test() -> str:
