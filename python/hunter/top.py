@@ -7,15 +7,13 @@ import argparse
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
-from typing import ClassVar
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, ClassVar
 
-from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
-from textual.widgets import DataTable, Footer, Input, Static
+from textual.widgets import Footer, Input, Static
 
 from hunter import names
 from hunter.account import Shown
@@ -23,15 +21,13 @@ from hunter.arguments import filter_of
 from hunter.names import Names
 from hunter.rates import UNITS, FlowRate, Meter, ProcessRate, Rates, amount
 from hunter.source import Source, open_source
+from hunter.table import Cell, Column, Table
 from hunter.text import plain
 from nlproto import Error
 from nlproto.pipeline import NamedBatch
 
 __all__ = ["Top", "run"]
 
-_ROWS = 100  # shown at most; nobody reads on
-_Row = tuple[str, tuple[Text | str, ...], str]
-_NUMBERS = {"pid", "sent/s", "received/s", "rate", "total", "flows", "packets"}
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -49,8 +45,8 @@ def run(options: argparse.Namespace, notify: Callable[[str], None]) -> None:
     wanted = filter_of(options)
     notes: list[str] = []
     with open_source(options, wanted, notes.append) as source, Names() as hosts:
-        host = str if options.numbers else hosts.host
-        app = Top(source, host, options.units, options.interval, str(wanted), notes)
+        app = Top(source, hosts.host, options.units, options.interval, str(wanted), notes)
+        app.numbers = options.numbers
         app.run()
         rest = source.finish()
     for batch in rest:
@@ -100,14 +96,20 @@ class _Inbox:
 
 
 class _View(Screen[None]):
-    """A table that is filled anew at each tick and keeps its cursor on the same row."""
+    """A table that is filled anew at each tick."""
 
-    columns: ClassVar[Sequence[tuple[str, str]]] = ()
-    """(name, what the key of sorting is called); "" cannot be sorted by."""
+    columns: ClassVar[Sequence[Column]] = ()
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("slash", "find", "Find"),
+        Binding("less_than_sign", "sort(-1)", "Sort", key_display="< >"),
+        Binding("greater_than_sign", "sort(1)", show=False),
+        Binding("s", "sort_by('sent')", "Sent"),
+        Binding("r", "sort_by('received')", "Received"),
+    ]
 
     def __init__(self) -> None:
         super().__init__()
-        self.sorting = 0
+        self.sorting = "rate"
         self.needle = ""
         self._ready = False
 
@@ -119,25 +121,26 @@ class _View(Screen[None]):
     def compose(self) -> ComposeResult:
         yield Static(id="title", markup=False)
         yield Input(placeholder="show rows with ...", id="needle")
-        yield DataTable(cursor_type="row", zebra_stripes=True)
+        yield Table(self.columns)
         yield Static(id="account", markup=False)
         yield Footer()
 
     def on_mount(self) -> None:
         self.query_one(Input).display = False
-        table = self.query_one(DataTable)
-        for name, _ in self.columns:
-            table.add_column(_right(name) if name in _NUMBERS else Text(name), key=name)
-        table.focus()
+        self.query_one(Table).focus()
         self._ready = True
-        self.show()
+        self.call_after_refresh(self.show)
 
     def on_input_changed(self, event: Input.Changed) -> None:
         self.needle = event.value.lower()
         self.show()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
-        self.query_one(DataTable).focus()
+        self.query_one(Table).focus()
+
+    def on_table_header_clicked(self, event: Table.HeaderClicked) -> None:
+        if self.columns[event.column].sort:
+            self.action_sort_by(self.columns[event.column].sort)
 
     def action_find(self) -> None:
         box = self.query_one(Input)
@@ -149,26 +152,33 @@ class _View(Screen[None]):
         if box.display:
             box.value = ""
             box.display = False
-            self.query_one(DataTable).focus()
+            self.query_one(Table).focus()
         else:
             self.leave()
 
     def leave(self) -> None:
         """Escape without a search: nothing in the first view."""
 
-    def action_sort(self) -> None:
-        while True:
-            self.sorting = (self.sorting + 1) % len(self.columns)
-            if self.columns[self.sorting][1]:
-                break
+    def action_sort(self, step: int) -> None:
+        names = [column.sort for column in self.columns if column.sort]
+        self.action_sort_by(names[(names.index(self.sorting) + step) % len(names)])
+
+    def action_sort_by(self, name: str) -> None:
+        self.sorting = name
         self.show()
 
-    def rows(self) -> Iterator[_Row]:
-        """Return (key, cells, text to search) in order; made only as far as they are read."""
+    def items(self) -> Sequence[Any]:
+        """Return what there is, in order."""
         raise NotImplementedError
 
-    def total(self) -> int:
-        """How many rows() gives."""
+    def key(self, item: Any) -> Hashable:
+        raise NotImplementedError
+
+    def cells(self, item: Any) -> Sequence[Cell]:
+        raise NotImplementedError
+
+    def words(self, item: Any) -> str:
+        """Return the text that a search looks at."""
         raise NotImplementedError
 
     def title_text(self) -> str:
@@ -176,31 +186,17 @@ class _View(Screen[None]):
 
     def show(self) -> None:
         """Fill the table; a tick before it is there, or while the program ends, does nothing."""
-        if not self._ready or not self.query(DataTable):
+        if not self._ready or not self.query(Table):
             return
-        table = self.query_one(DataTable)
-        before = None
-        if table.row_count:
-            before = table.coordinate_to_cell_key(table.cursor_coordinate).row_key.value
+        items, found = self.items(), ""
         if self.needle:
-            found = [row for row in self.rows() if self.needle in row[2].lower()]
-            rows, total = found[:_ROWS], len(found)
-        else:
-            rows, total = list(islice(self.rows(), _ROWS)), self.total()
-        scroll = table.scroll_offset
+            items = [item for item in items if self.needle in self.words(item).lower()]
+            found = f", {len(items):,} found"
         with self.app.batch_update():
-            table.clear()
-            for key, cells, _ in rows:
-                table.add_row(*cells, key=key)
-            keys = [row[0] for row in rows]
-            if before in keys:
-                table.move_cursor(row=keys.index(before), scroll=False)
-            table.scroll_to(scroll.x, scroll.y, animate=False)
-            more = f", {total - _ROWS} more below" if total > _ROWS else ""
-            sort = self.columns[self.sorting][1]
-            self.query_one("#title", Static).update(
-                f"{self.title_text()} by {sort}{more}{'  PAUSED' if self.top.paused else ''}"
-            )
+            self.query_one(Table).fill(items, self.key, self.cells)
+            paused = "  PAUSED" if self.top.paused else ""
+            title = f"{self.title_text()}{found}, sorted by {self.sorting}{paused}"
+            self.query_one("#title", Static).update(title)
             self.query_one("#account", Static).update(self.top.account_text())
 
 
@@ -208,44 +204,36 @@ def _number(count: int, one: str, many: str) -> str:
     return f"{count:,} {one if count == 1 else many}"
 
 
-def _right(text: str, style: str = "") -> Text:
-    return Text(text, style=style, justify="right")
-
-
 class ProcessesView(_View):
     columns = (
-        ("pid", "pid"),
-        ("process", "name"),
-        ("user", ""),
-        ("sent/s", "sent"),
-        ("", ""),
-        ("received/s", "received"),
-        (" ", ""),
-        ("rate", "rate"),
-        ("total", "total"),
-        ("flows", "flows"),
-        ("unit or container", ""),
+        Column("pid", "pid", right=True),
+        Column("process", "name"),
+        Column("user"),
+        Column("sent/s", "sent", right=True),
+        Column("", "sent"),
+        Column("received/s", "received", right=True),
+        Column("", "received"),
+        Column("rate", "rate", right=True),
+        Column("total", "total", right=True),
+        Column("flows", "flows", right=True),
+        Column("unit or container"),
     )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sorting = 7
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "open", "Flows")]
 
     def title_text(self) -> str:
         count = sum(process.pid is not None for process in self.top.rates)
-        where = self.top.source.description
-        return f"{_number(count, 'process', 'processes')} ({where}); Enter shows flows; sorted"
+        return f"{_number(count, 'process', 'processes')} ({self.top.source.description})"
 
-    def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
-        for process in self.top.rates:
-            if str(process.key) == event.row_key.value:
-                self.app.push_screen(FlowsView(process))
+    def on_table_selected(self) -> None:
+        self.action_open()
 
-    def total(self) -> int:
-        return len(self.top.rates.processes)
+    def action_open(self) -> None:
+        process = self.query_one(Table).selected
+        if process is not None:
+            self.app.push_screen(FlowsView(process))
 
-    def rows(self) -> Iterator[_Row]:
-        keys: dict[str, Callable[[ProcessRate], object]] = {
+    def items(self) -> Sequence[ProcessRate]:
+        keys: dict[str, Callable[[ProcessRate], Any]] = {
             "pid": lambda one: one.key,
             "name": lambda one: one.comm.lower(),
             "sent": lambda one: -one.meter.sent_rate,
@@ -254,53 +242,64 @@ class ProcessesView(_View):
             "total": lambda one: -one.meter.total,
             "flows": lambda one: -len(one.flows),
         }
-        key = keys[self.columns[self.sorting][1]]
-        ordered = sorted(self.top.rates, key=key)  # type: ignore[arg-type]
-        return map(self._row, ordered)
+        return sorted(self.top.rates, key=keys[self.sorting])
 
-    def _row(self, process: ProcessRate) -> _Row:
-        units, meter = self.top.units, process.meter
+    def key(self, item: ProcessRate) -> Hashable:
+        return item.key
+
+    def _owner(self, process: ProcessRate) -> tuple[str, str, str, str]:
+        """pid, name, user, unit or container."""
         details = self.top.source.get(*process.key[:2]) if process.pid else None
         place = plain(details.container[:12] or details.unit) if details else ""
         user = "" if process.uid is None else plain(names.user(process.uid))
-        ended = self.top.ended(process)
-        style = "dim" if ended else "yellow" if process.pid is None else "bold"
-        name = plain(process.comm) + (" (ended)" if ended else "")
-        pid = str(process.pid or "-")
-        cells = (
-            _right(pid, style),
-            Text(name, style=style),
-            Text(user),
-            _right(amount(meter.sent_rate, units)),
-            Text(sparkline(process.sent_history), style="cyan"),
-            _right(amount(meter.received_rate, units)),
-            Text(sparkline(process.received_history), style="magenta"),
-            _right(amount(meter.rate, units), "bold"),
-            _right(amount(meter.total, units)),
-            _right(str(len(process.flows))),
-            Text(place, style="blue"),
+        return str(process.pid or "-"), plain(process.comm), user, place
+
+    def words(self, item: ProcessRate) -> str:
+        return " ".join(self._owner(item))
+
+    def cells(self, item: ProcessRate) -> Sequence[Cell]:
+        units, meter = self.top.units, item.meter
+        pid, name, user, place = self._owner(item)
+        ended = self.top.ended(item)
+        style = "dim" if ended else "yellow" if item.pid is None else "bold"
+        return (
+            (pid, style),
+            (name + (" (ended)" if ended else ""), style),
+            (user, ""),
+            (amount(meter.sent_rate, units), ""),
+            (sparkline(item.sent_history), "cyan"),
+            (amount(meter.received_rate, units), ""),
+            (sparkline(item.received_history), "magenta"),
+            (amount(meter.rate, units), "bold"),
+            (amount(meter.total, units), ""),
+            (str(len(item.flows)), ""),
+            (place, "blue"),
         )
-        return str(process.key), cells, f"{pid} {name} {user} {place}"
+
+
+_Flow = tuple[Hashable, FlowRate | None, Meter]
+"""A flow, or with None all flows to the far end that the key is."""
 
 
 class FlowsView(_View):
-    """One process: its flows, or with "r" its far ends."""
+    """One process: its flows, or after Tab its far ends."""
 
     columns = (
-        ("proto", ""),
-        ("local", ""),
-        ("far end", "far end"),
-        ("sent/s", "sent"),
-        ("received/s", "received"),
-        ("rate", "rate"),
-        ("total", "total"),
-        ("packets", "packets"),
+        Column("proto"),
+        Column("local"),
+        Column("far end", "far end"),
+        Column("sent/s", "sent", right=True),
+        Column("received/s", "received", right=True),
+        Column("rate", "rate", right=True),
+        Column("total", "total", right=True),
+        Column("packets", "packets", right=True),
     )
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("r", "remotes", "Flows or far ends")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("tab", "remotes", "Flows or far ends", priority=True)
+    ]
 
     def __init__(self, process: ProcessRate) -> None:
         super().__init__()
-        self.sorting = 5
         self.process = process
         self.by_remote = False
 
@@ -311,8 +310,8 @@ class FlowsView(_View):
         exe = f" {plain(details.exe)}" if details is not None and details.exe else ""
         shown = _number(len(process.flows), "flow", "flows")
         if self.by_remote:
-            shown = _number(len(process.remotes()), "far end", "far ends")
-        return f"{who}{exe}: {shown},"
+            shown = _number(self.query_one(Table).row_count, "far end", "far ends")
+        return f"{who}{exe}: {shown}"
 
     def leave(self) -> None:
         self.app.pop_screen()
@@ -321,48 +320,49 @@ class FlowsView(_View):
         self.by_remote = not self.by_remote
         self.show()
 
-    def total(self) -> int:
-        flows = self.process.flows
-        return len({flow.remote for flow in flows.values()}) if self.by_remote else len(flows)
-
-    def rows(self) -> Iterator[_Row]:
-        found: list[tuple[str, FlowRate | None, Meter]]
+    def items(self) -> Sequence[_Flow]:
+        found: list[_Flow]
         if self.by_remote:
             found = [(remote, None, meter) for remote, meter in self.process.remotes().items()]
         else:
-            found = [(str(key), flow, flow.meter) for key, flow in self.process.flows.items()]
-        keys: dict[str, Callable[[tuple[str, FlowRate | None, Meter]], object]] = {
-            "far end": lambda one: self._far(one[0], one[1]),
+            found = [(key, flow, flow.meter) for key, flow in self.process.flows.items()]
+        keys: dict[str, Callable[[_Flow], Any]] = {
+            "far end": self._far,
             "sent": lambda one: -one[2].sent_rate,
             "received": lambda one: -one[2].received_rate,
             "rate": lambda one: (-one[2].rate, -one[2].total),
             "total": lambda one: -one[2].total,
             "packets": lambda one: -one[2].packets,
         }
-        found.sort(key=keys[self.columns[self.sorting][1]])  # type: ignore[arg-type]
-        return map(self._row, found)
+        found.sort(key=keys[self.sorting])
+        return found
 
-    def _far(self, key: str, flow: FlowRate | None) -> str:
+    def key(self, item: _Flow) -> Hashable:
+        return item[0]
+
+    def _far(self, item: _Flow) -> str:
+        key, flow, _ = item
         if flow is None:
-            return plain(self.top.host(key))
-        return f"{plain(self.top.host(flow.remote))}.{names.service(flow.rport, flow.proto)}"
+            return plain(self.top.host(str(key)))
+        port = str(flow.rport) if self.top.numbers else names.service(flow.rport, flow.proto)
+        return f"{plain(self.top.host(flow.remote))}.{port}"
 
-    def _row(self, one: tuple[str, FlowRate | None, Meter]) -> _Row:
-        key, flow, meter = one
-        units, far = self.top.units, self._far(key, flow)
-        proto = flow.proto if flow else ""
-        near = f"{flow.local}.{flow.lport}" if flow else ""
-        cells = (
-            proto,
-            near,
-            Text(far, style="bold"),
-            _right(amount(meter.sent_rate, units)),
-            _right(amount(meter.received_rate, units)),
-            _right(amount(meter.rate, units), "bold"),
-            _right(amount(meter.total, units)),
-            _right(f"{meter.packets:,}"),
+    def words(self, item: _Flow) -> str:
+        return " ".join(text for text, _ in self.cells(item)[:3])
+
+    def cells(self, item: _Flow) -> Sequence[Cell]:
+        _, flow, meter = item
+        units = self.top.units
+        return (
+            (flow.proto if flow else "", ""),
+            (f"{flow.local}.{flow.lport}" if flow else "", ""),
+            (self._far(item), "bold"),
+            (amount(meter.sent_rate, units), ""),
+            (amount(meter.received_rate, units), ""),
+            (amount(meter.rate, units), "bold"),
+            (amount(meter.total, units), ""),
+            (f"{meter.packets:,}", ""),
         )
-        return key, cells, f"{proto} {near} {far}"
 
 
 class Top(App[None]):
@@ -371,16 +371,14 @@ class Top(App[None]):
     TITLE = "packet-hunter top"
     ENABLE_COMMAND_PALETTE = False
     CSS = """
-    DataTable { height: 1fr; }
     #title { background: $primary-darken-2; color: $text; padding: 0 1; }
     #account { background: $surface; color: $text-muted; padding: 0 1; }
     Input { height: 3; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("slash", "screen.find", "Find"),
-        Binding("s", "screen.sort", "Sort"),
-        Binding("space", "pause", "Pause", priority=False),
-        Binding("u", "units", "Units"),
+        Binding("space", "pause", "Pause"),
+        Binding("u,m", "units", "Units"),
+        Binding("n", "names", "Names"),
         Binding("escape", "screen.back", "Back"),
         Binding("q", "quit", "Quit"),
     ]
@@ -396,7 +394,9 @@ class Top(App[None]):
     ) -> None:
         super().__init__()
         self.source = source
-        self.host = host
+        self._host = host
+        self.numbers = False
+        """Hosts and services as numbers."""
         self.units = units
         self.interval = interval
         self.filter_text = filter_text
@@ -459,6 +459,13 @@ class Top(App[None]):
         if self._inbox.ended:
             text += " | the source has ended"
         return plain(text)
+
+    def host(self, address: str) -> str:
+        return address if self.numbers else self._host(address)
+
+    def action_names(self) -> None:
+        self.numbers = not self.numbers
+        self._show()
 
     def action_pause(self) -> None:
         self.paused = not self.paused

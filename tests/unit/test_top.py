@@ -10,10 +10,11 @@ import time
 import numpy as np
 import pytest
 from textual.css.query import NoMatches
-from textual.widgets import DataTable, Input, Static
+from textual.widgets import Input, Static
 
 from hunter import rates as rates_module
 from hunter.rates import KEPT_S, Rates, amount
+from hunter.table import Table
 from hunter.top import FlowsView, Top, sparkline
 from nlproto import Error, wire
 from nlproto.clock import Clock
@@ -167,7 +168,7 @@ def drive(feed, script, **options):
 
     async def run():
         async with app.run_test(size=(140, 30)) as pilot:
-            await becomes(pilot, lambda: app.screen.query_one(DataTable).row_count)
+            await becomes(pilot, lambda: app.screen.query_one(Table).row_count)
             await script(app, pilot)
 
     asyncio.run(run())
@@ -189,8 +190,8 @@ async def becomes(pilot, condition):
 
 
 def cells(app):
-    table = app.screen.query_one(DataTable)
-    return [[str(cell) for cell in table.get_row_at(row)] for row in range(table.row_count)]
+    table = app.screen.query_one(Table)
+    return [table.texts(row) for row in range(table.row_count)]
 
 
 def text(app, name):
@@ -211,7 +212,7 @@ def test_processes_stand_by_rate_with_user_place_and_account():
     drive(feed, script)
 
 
-def test_enter_shows_flows_r_far_ends_and_escape_goes_back():
+def test_enter_shows_flows_tab_far_ends_and_escape_goes_back():
     feed = Feed(Process(os.getpid(), 1, exe="/usr/sbin/web"))
     feed.put({}, {"sport": 50001}, REPLY)
 
@@ -223,7 +224,7 @@ def test_enter_shows_flows_r_far_ends_and_escape_goes_back():
             ("10.0.0.1.50000", "10.0.0.2.http"),
             ("10.0.0.1.50001", "10.0.0.2.http"),
         }
-        await pilot.press("r")
+        await pilot.press("tab")
         await becomes(pilot, lambda: [row[2] for row in cells(app)] == ["10.0.0.2"])
         await pilot.press("escape")
         await becomes(pilot, lambda: not isinstance(app.screen, FlowsView))
@@ -231,14 +232,14 @@ def test_enter_shows_flows_r_far_ends_and_escape_goes_back():
     drive(feed, script)
 
 
-def test_s_sorts_by_another_column():
+def test_greater_sorts_by_the_next_column():
     feed = Feed()
     feed.put({"tgid": 1, "comm": b"zzz", "len": 9000}, {"comm": b"aaa"})
 
     async def script(app, pilot):
         assert [row[1] for row in cells(app)] == ["zzz", "aaa"]
         for _ in range(10):
-            await pilot.press("s")
+            await pilot.press("greater_than_sign")
             if text(app, "#title").endswith("by name"):
                 break
         await becomes(pilot, lambda: [row[1] for row in cells(app)] == ["aaa", "zzz"])
