@@ -125,8 +125,8 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def write_capture(path: Path, size: int, flows: int) -> int:
-    """A pcap file of about `size` bytes; returns its packets."""
+def write_capture(path: Path, size: int, flows: int, now: int) -> int:
+    """A pcap file of about `size` bytes, all of the Unix time `now`; returns its packets."""
     everything = records(flows, 200)
     piece = bytearray()
     for record in everything:
@@ -136,7 +136,6 @@ def write_capture(path: Path, size: int, flows: int) -> int:
         )  # fmt: skip
         tcp = struct.pack("!HHIIBBHHH", record["sport"], record["dport"], 0, 0, 0x50, 0x10, 0, 0, 0)
         frame = (bytes(12) + b"\x08\x00" + ip + tcp).ljust(PACKET, b"x")
-        now = int(time.time())
         piece += struct.pack("=IIII", now, 0, PACKET, PACKET) + frame
     copies = max(1, size // len(piece))
     with path.open("wb") as file:
@@ -165,14 +164,18 @@ async def annotate(size: int, flows: int) -> list[str]:
     config, processes = Config(), Processes()
     with tempfile.TemporaryDirectory() as directory:
         capture, output = Path(directory) / "in.pcap", Path(directory) / "out.pcapng"
-        packets = write_capture(capture, size, flows)
+        now = int(time.time())
+        packets = write_capture(capture, size, flows, now)
         path = f"{directory}/s"
         pipeline = Pipeline(
-            Nothing(), account=Account(), processes=processes, portmap=PortMap()  # type: ignore[arg-type]
+            Nothing(),
+            account=Account(),
+            processes=processes,
+            portmap=PortMap(),  # type: ignore[arg-type]
         )
         with SocketFile(path) as file, Recorder(config, processes) as recorder:
             known = records(flows, 200)
-            known["time_ns"] = time.time_ns() + np.arange(flows)
+            known["time_ns"] = now * 10**9 + np.arange(flows)
             recorder.history.update(summarize(known), Clock(0, 0))
             server = Server(loop, Answers(pipeline, recorder.history), config, dict)
             server.start(file.socket)

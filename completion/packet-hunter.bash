@@ -7,7 +7,7 @@
 
 _shtab_packet_hunter_subparsers=(top who stats annotate report doctor)
 
-_shtab_packet_hunter_top_option_strings=(-h --help -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container -n --numbers -u --units --interval --socket --direct --engine -r --read)
+_shtab_packet_hunter_top_option_strings=(-h --help -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container -n --numbers -u --units -d --interval --socket --direct --engine -r --read)
 _shtab_packet_hunter_who_option_strings=(-h --help --port --proto --host --pid --pname --since --limit --json --socket)
 _shtab_packet_hunter_stats_option_strings=(-h --help --json --socket)
 _shtab_packet_hunter_annotate_option_strings=(-h --help -o --output --socket)

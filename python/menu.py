@@ -28,52 +28,75 @@ from nlproto.netlink import Sniffer
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
+BUILT = ROOT / "kmod" / "sniffer.ko"
+MODULE = Path("/sys/module/sniffer")
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """`command` runs in ROOT; `privileged` ones by sudo unless we are root."""
+    """`command` runs in ROOT; `privileged` ones by sudo unless we are root.
+
+    `blocked` says why it cannot be done now.
+    """
 
     key: str
     text: str
     command: Sequence[str]
     privileged: bool = False
     background: bool = False
+    blocked: str = ""
 
 
 def actions(socket: str, daemon_pid: int | None) -> dict[str, Action]:
     """What each key does now."""
     hunter = (PYTHON, "-m", "hunter")
+    loaded = MODULE.exists()
+    unbuilt = "" if BUILT.exists() else "not built: b"
     found = [
         Action("b", "build everything", ("./build.sh",)),
-        Action("l", "load the module", ("insmod", "kmod/sniffer.ko"), privileged=True),
-        Action("u", "unload the module", ("rmmod", "sniffer"), privileged=True),
+        Action(
+            "l",
+            "load the module",
+            ("insmod", str(BUILT.relative_to(ROOT))),
+            privileged=True,
+            blocked="it is loaded" if loaded else unbuilt,
+        ),
+        Action(
+            "u",
+            "unload the module",
+            ("rmmod", "sniffer"),
+            privileged=True,
+            blocked="" if loaded else "not loaded",
+        ),
         Action(
             "s",
             "start the daemon",
             (PYTHON, "-m", "daemon", "--foreground", "--socket", socket),
             privileged=True,
             background=True,
+            blocked="" if daemon_pid is None else "it runs",
+        ),
+        Action(
+            "x",
+            "stop the daemon",
+            ("kill", str(daemon_pid)),
+            privileged=True,
+            blocked="not running" if daemon_pid is None else "",
         ),
         Action("h", "hunt (Ctrl-C ends it)", (*hunter, "--socket", socket), privileged=True),
         Action("t", "top", (*hunter, "top", "--socket", socket), privileged=True),
         Action("d", "demo in a virtual machine", ("make", "demo")),
         Action("c", "doctor", (*hunter, "doctor", "--socket", socket), privileged=True),
     ]
-    if daemon_pid is not None:
-        stop = Action("x", "stop the daemon", ("kill", str(daemon_pid)), privileged=True)
-        found.insert(4, stop)
     return {action.key: action for action in found}
 
 
 def state(socket: str) -> tuple[list[tuple[str, str]], int | None]:
     """(part, what it is doing) for each part, and the daemon's pid."""
-    built = ROOT / "kmod" / "sniffer.ko"
-    rows = [("built", f"for {_kernel_of(built)}" if built.exists() else "no: b")]
-    module = Path("/sys/module/sniffer")
-    if module.exists():
-        version = (module / "version").read_text().strip()
-        users = (module / "refcnt").read_text().strip()
+    rows = [("built", f"for {_kernel_of(BUILT)}" if BUILT.exists() else "no: b")]
+    if MODULE.exists():
+        version = (MODULE / "version").read_text().strip()
+        users = (MODULE / "refcnt").read_text().strip()
         rows += [("module", f"loaded, version {version}, {users} users"), ("probes", _probes())]
     else:
         rows += [("module", "not loaded"), ("probes", "-")]
@@ -120,7 +143,11 @@ def show(console: Console, rows: Sequence[tuple[str, str]], keys: dict[str, Acti
         table.add_row(part, Text(what))
     console.print(table)
     for action in keys.values():
-        console.print(f"  [bold]{action.key}[/bold]  {action.text}", highlight=False)
+        if action.blocked:
+            text = f"  [dim]{action.key}  {action.text} ({action.blocked})[/dim]"
+        else:
+            text = f"  [bold]{action.key}[/bold]  {action.text}"
+        console.print(text, highlight=False)
     console.print("  [bold]q[/bold]  quit   (Enter looks again)", highlight=False)
 
 
@@ -180,7 +207,9 @@ def main() -> int:
             return 0
         if key == "q":
             return 0
-        if key in keys:
+        if key in keys and keys[key].blocked:
+            console.print(Text(f"{keys[key].text}: {keys[key].blocked}"))
+        elif key in keys:
             started = perform(keys[key], console)
             if started is not None:
                 running.append(started)

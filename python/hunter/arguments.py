@@ -7,8 +7,10 @@ import argparse
 import os
 import re
 import socket
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from hunter.rates import UNITS
 from nlproto import Error, UsageError, __version__, filter
@@ -17,6 +19,7 @@ from nlproto.frames import DEFAULT_SOCKET
 
 __all__ = ["SUBCOMMANDS", "Command", "live_parser", "parse", "parser_of"]
 
+_SUFFIXES = ".csv .jsonl .parquet .pcapng"
 FORMATS = ("csv", "jsonl", "parquet", "pcapng")
 SUBCOMMANDS = {
     "top": "processes by rate, live",
@@ -29,8 +32,9 @@ SUBCOMMANDS = {
 
 _FILTER_HELP = """\
 filter words, as in pcap-filter(7):
-  tcp udp ip ip6, [src|dst] host H, net N/BITS, port P, portrange A-B, inbound, outbound
-  pid N, pname NAME, uid U, netns NS, container C, how RULE|named|unnamed
+  tcp udp ip ip6 inbound outbound, [src|dst] host H, net N/BITS, port P,
+  portrange A-B, pid N, pname NAME, uid U, netns NS, container C,
+  how RULE|named|unnamed
   joined by and, or, not and ( )
 """
 
@@ -92,12 +96,19 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28)
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """A mistake is one line, not the whole usage before it."""
+        raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
 
 def _parser(name: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
     prog = "packet-hunter" if name == "live" else f"packet-hunter {name}"
-    return argparse.ArgumentParser(
-        prog=prog, description=description, epilog=epilog, formatter_class=_Formatter
-    )
+    return _Parser(prog=prog, description=description, epilog=epilog, formatter_class=_Formatter)
 
 
 def _add_socket(parser: argparse._ActionsContainer) -> None:
@@ -107,6 +118,21 @@ def _add_socket(parser: argparse._ActionsContainer) -> None:
         default=DEFAULT_SOCKET,
         help="where the daemon listens (default: %(default)s)",
     )
+
+
+def _add_numbers(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "-n", "--numbers", action="store_true", help="no names of hosts and services"
+    )
+
+
+def _add_json(parser: argparse._ActionsContainer, help: str = "one JSON object") -> None:
+    parser.add_argument("--json", action="store_true", help=help)
+
+
+def _add_files(parser: argparse.ArgumentParser, read: str, written: str) -> None:
+    parser.add_argument("input", metavar="IN", help=read)
+    parser.add_argument("-o", "--output", metavar="OUT", required=True, help=written)
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -119,9 +145,10 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--engine",
+        metavar="E",
         choices=("auto", "module", "packet"),
         default="auto",
-        help="without the daemon or with --direct: who sees packets (default: auto)",
+        help="without the daemon or with --direct: module, packet, or auto (default)",
     )
     group.add_argument(
         "-r", "--read", metavar="FILE", help="show a saved CSV, JSON lines or Parquet"
@@ -135,7 +162,9 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-i", "--interface", metavar="IF", action="append", help="on this interface (repeatable)"
     )
-    group.add_argument("-Q", "--direction", choices=("in", "out", "inout"), help="direction")
+    group.add_argument(
+        "-Q", "--direction", metavar="D", choices=("in", "out", "inout"), help="in, out or inout"
+    )
     group.add_argument("--pid", metavar="P", action="append", help="of this process (repeatable)")
     group.add_argument("--pname", metavar="NAME", action="append", help="of processes so named")
     group.add_argument("--uid", metavar="U", action="append", help="of this user's processes")
@@ -161,9 +190,7 @@ def live_parser() -> argparse.ArgumentParser:
         "--duration", metavar="S", type=_seconds, help="end after S seconds (60s, 5m)"
     )
     group = parser.add_argument_group("how lines look, as in tcpdump")
-    group.add_argument(
-        "-n", "--numbers", action="store_true", help="no names of hosts and services"
-    )
+    _add_numbers(group)
     group.add_argument("-q", "--quiet", action="store_true", help="shorter lines")
     group.add_argument("-v", "--verbose", action="count", default=0, help="more of the owner; -vv")
     group.add_argument(
@@ -171,18 +198,21 @@ def live_parser() -> argparse.ArgumentParser:
         dest="times",
         action="count",
         default=0,
-        help="no time; -tt Unix time, -ttt since the last, -tttt with date, -ttttt since the first",
+        help="no time; -tt Unix time, -ttt since the line before, -tttt with date, -ttttt since"
+        " the first",
     )
-    group.add_argument("--json", action="store_true", help="JSON lines on standard output")
+    _add_json(group, "JSON lines on standard output")
     group.add_argument("--summary", action="store_true", help="a table of processes at the end")
     group = parser.add_argument_group("saving")
     group.add_argument(
         "--save",
         "-w",
         metavar="FILE",
-        help="save to FILE (.csv .jsonl .parquet .pcapng; - is stdout)",
+        help=f"save to FILE ({_SUFFIXES}; - is standard output)",
     )
-    group.add_argument("--format", choices=FORMATS, help="of FILE, when its suffix does not say it")
+    group.add_argument(
+        "--format", metavar="F", choices=FORMATS, help=f"when the suffix is none of {_SUFFIXES}"
+    )
     group.add_argument("--print", action="store_true", help="show lines while saving")
     group.add_argument(
         "-C", "--rotate", metavar="SIZE", type=_size, help="new file every SIZE million bytes (1g)"
@@ -202,13 +232,13 @@ def _top_parser() -> argparse.ArgumentParser:
         + "\nexamples:\n  packet-hunter top\n  packet-hunter top -u si-bits not port 22\n",
     )
     _add_choice(parser)
+    _add_numbers(parser)
     parser.add_argument(
-        "-n", "--numbers", action="store_true", help="no names of hosts and services"
+        "-u", "--units", metavar="U", choices=UNITS, default=UNITS[0], help=" ".join(UNITS)
     )
     parser.add_argument(
-        "-u", "--units", choices=UNITS, default="bin-bytes", help="default: %(default)s"
+        "-d", "--interval", metavar="S", type=_seconds, default=1.0, help="between looks (1s)"
     )
-    parser.add_argument("--interval", metavar="S", type=_seconds, default=1.0, help="default: 1 s")
     _add_source(parser)
     return parser
 
@@ -223,7 +253,7 @@ def _who_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--port", metavar="N", type=_port, help="local or remote port, or its service"
     )
-    parser.add_argument("--proto", choices=("tcp", "udp"))
+    parser.add_argument("--proto", metavar="P", choices=("tcp", "udp"), help="tcp or udp")
     parser.add_argument("--host", metavar="H", help="address or network of the other end")
     parser.add_argument("--pid", metavar="P", type=_count, help="what this process talks to")
     parser.add_argument("--pname", metavar="NAME", help="what processes so named talk to")
@@ -231,7 +261,7 @@ def _who_parser() -> argparse.ArgumentParser:
         "--since", metavar="S", type=_seconds, help="seen so long ago at most (60s, 5m)"
     )
     parser.add_argument("--limit", metavar="N", type=_count, help="at most N flows")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    _add_json(parser)
     _add_socket(parser)
     return parser
 
@@ -242,7 +272,7 @@ def _stats_parser() -> argparse.ArgumentParser:
         "What the daemon has seen, lost and named.",
         "example:\n  packet-hunter stats --json\n",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    _add_json(parser)
     _add_socket(parser)
     return parser
 
@@ -254,8 +284,7 @@ def _annotate_parser() -> argparse.ArgumentParser:
         "example:\n  sudo tcpdump -i any -w trace.pcap    (while the daemon runs)\n"
         "  packet-hunter annotate trace.pcap -o named.pcapng\n",
     )
-    parser.add_argument("input", metavar="IN", help="pcap or pcapng")
-    parser.add_argument("-o", "--output", metavar="OUT", required=True, help="pcapng to write")
+    _add_files(parser, "pcap or pcapng", "pcapng to write")
     _add_socket(parser)
     return parser
 
@@ -266,8 +295,7 @@ def _report_parser() -> argparse.ArgumentParser:
         "Make one HTML page of a saved capture; it needs no network to open.",
         "example:\n  packet-hunter report capture.csv -o capture.html\n",
     )
-    parser.add_argument("input", metavar="CAPTURE", help="saved CSV, JSON lines or Parquet")
-    parser.add_argument("-o", "--output", metavar="OUT", required=True, help="HTML file to write")
+    _add_files(parser, "saved CSV, JSON lines or Parquet", "HTML file to write")
     return parser
 
 
@@ -297,7 +325,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
 def parse(arguments: Sequence[str]) -> Command:
     """Return the command in `arguments` (sys.argv[1:]).
 
-    Exits 2 by argparse on options it does not know. Raises UsageError, FilterError.
+    Raises UsageError, FilterError.
     """
     argv: tuple[str, ...] = ()
     arguments = list(arguments)

@@ -49,6 +49,8 @@ class Style:
     quiet: bool = False
     verbose: int = 0
     times: int = 0
+    flags: bool = True
+    """Whether TCP's flags are known; a saved file has none."""
 
 
 class LinePrinter:
@@ -107,7 +109,7 @@ class LinePrinter:
                 (self._end(table.dst[i], table.dport[i], table.proto[i]), ""),
                 (f" len {table.len[i]}", "dim"),
             ]
-            if table.proto[i] == "tcp" and not self._style.quiet:
+            if table.proto[i] == "tcp" and self._style.flags and not self._style.quiet:
                 parts.append((f" [{_TCP_FLAGS[flags[i]]}]", "dim"))
             parts += self._owner(table, i)
             if self._style.verbose:
@@ -127,14 +129,14 @@ class LinePrinter:
         parts = [(f" {plain(table.comm[i]) or '?'}.{pid}", "bold green")]
         process = table.process[i]
         if process is not None and not self._style.quiet:
-            place = process.container[:12] or process.unit
+            place = process.container or process.unit
             if place:
                 parts.append((f" {plain(place)}", "blue"))
         return parts
 
     def _more(self, table: Columns, records: np.ndarray, i: int) -> str:
         record = records[i]
-        more = [f"{table.how[i]}"]
+        more = [f"how {table.how[i]}"]
         uid = table.uid[i]
         if uid is not None:
             more.append(f"uid {uid}" if self._style.numbers else f"user {plain(names.user(uid))}")

@@ -72,7 +72,9 @@ def run(
             takes.append(_Tables(JsonSaver(CaptureFile("-")), source).add)
         elif options.print or not options.save:
             hosts = stack.enter_context(Names())
-            style = Style(options.numbers, options.quiet, options.verbose, options.times)
+            style = Style(
+                options.numbers, options.quiet, options.verbose, options.times, not options.read
+            )
             host = str if options.numbers else hosts.host
             takes.append(LinePrinter(style, source, source.holders, host).add)
         summary = Summary() if options.summary else None
@@ -89,7 +91,7 @@ def run(
 
 
 def _greeting(source: Source, options: argparse.Namespace) -> str:
-    where = f"saving to {options.save}" if options.save else "watching"
+    where = f"saving to {options.save}" if options.save else "showing"
     return f"{where} ({source.description}); Ctrl-C ends"
 
 

@@ -43,6 +43,20 @@ def interface(index: int) -> str:
         return f"if{index}"
 
 
+def _own_hosts() -> dict[str, str]:
+    """What /etc/hosts says, which needs no waiting: localhost is so named from the first line."""
+    known: dict[str, str] = {}
+    try:
+        with open("/etc/hosts", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                address, *hosts = line.partition("#")[0].split()[:2] or [""]
+                if hosts:
+                    known.setdefault(address, hosts[0])
+    except OSError:
+        pass
+    return known
+
+
 class Names:
     """Host names by reverse lookup in one thread of its own; a context manager.
 
@@ -52,7 +66,7 @@ class Names:
 
     def __init__(self, limit: int = 65536) -> None:
         self._limit = limit
-        self._known: dict[str, str] = {}
+        self._known = _own_hosts()
         self._wanted: queue.Queue[str | None] = queue.Queue(1000)
         self._thread = threading.Thread(target=self._look_up, name="host names", daemon=True)
 

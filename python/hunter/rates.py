@@ -16,7 +16,7 @@ from nlproto.pipeline import NamedBatch
 __all__ = ["FlowRate", "Meter", "ProcessRate", "Rates", "UNITS", "amount"]
 
 UNITS = ("bin-bytes", "bin-bits", "si-bytes", "si-bits")
-HISTORY = 15  # ticks that a sparkline shows
+HISTORY = 12  # ticks that a sparkline shows
 KEPT_S = 60.0  # without packets, then a row goes
 MAX_FLOWS = 50_000
 

@@ -80,7 +80,7 @@ def comment(table: Columns, i: int) -> str:
         words.append(f"exe={plain(table.exe[i])}")
     process = table.process[i]
     if process is not None and process.container:
-        words.append(f"container={plain(process.container[:12])}")
+        words.append(f"container={plain(process.container)}")
     elif process is not None and process.unit:
         words.append(f"unit={plain(process.unit)}")
     words.append(f"how={table.how[i]}")

@@ -90,4 +90,4 @@ def open_source(
             pass
     from hunter.source_alone import open_alone
 
-    return open_alone(options.engine, options.socket, filter, notify, snaps)
+    return open_alone(options.engine, filter, notify, snaps)

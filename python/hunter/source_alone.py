@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import queue
+import shlex
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -11,6 +13,7 @@ from typing import Any, Self
 from hunter.columns import Holder
 from nlproto import Error, NoPrivilege, procfs
 from nlproto.account import Account
+from nlproto.commands import as_root
 from nlproto.engine import open_engine
 from nlproto.filter import Filter
 from nlproto.naming import Namer
@@ -109,7 +112,6 @@ class PipelineSource:
 
 def open_alone(
     engine: str,
-    socket: str,
     filter: Filter,
     notify: Callable[[str], None],
     snaps: bool = False,
@@ -120,10 +122,8 @@ def open_alone(
     try:
         opened = open_engine(engine, notify)
     except NoPrivilege as error:
-        raise NoPrivilege(
-            f"{error} - or let root start the daemon once (sudo packet-hunterd), "
-            f"then everybody sees their own packets through {socket}"
-        ) from None
+        again = " ".join([as_root("packet-hunter"), *map(shlex.quote, sys.argv[1:])])
+        raise NoPrivilege(f"{str(error).partition(':')[0]}: {again}") from None
     processes = Processes(procfs.details)
     sources: list[PipelineSource] = []
     pipeline = Pipeline(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from itertools import islice
@@ -13,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from hunter.columns import COLUMNS, Holder
-from hunter.saving import format_of
+from hunter.saving import SUFFIXES
 from nlproto import Error, UsageError, wire
 from nlproto.clock import Clock
 from nlproto.filter import Filter
@@ -46,11 +47,13 @@ class FileSource:
         self._starts: dict[tuple[Any, ...], int] = {}
         self._holders: dict[int, list[Holder]] = {}
         self._head = np.zeros(1, wire.BATCH)[0]
-        kind = format_of(path, None)
-        try:
-            self._rows = _READERS[kind](path)
-        except KeyError:
-            raise UsageError(f"{path}: {kind} cannot be read back; Wireshark opens it") from None
+        kind = SUFFIXES.get(os.path.splitext(path)[1].lower(), "")
+        if kind not in _READERS:
+            raise UsageError(
+                f"{path}: only saved .csv, .jsonl and .parquet are read back; Wireshark opens"
+                " pcapng, and annotate names what tcpdump wrote"
+            )
+        self._rows = _READERS[kind](path)
 
     def __enter__(self) -> Self:
         return self

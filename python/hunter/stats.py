@@ -71,9 +71,12 @@ def _account(account: Mapping[str, Any]) -> Table:
         ("records delivered", delivered, ""),
         ("named", named, share),
         ("unnamed", sum(unnamed.values()), _detail(unnamed)),
+        ("being named", delivered - named - sum(unnamed.values()), ""),
         ("lost", sum(lost.values()), _detail(lost)),
     ]
     for name, count, more in rows:
+        if name == "being named" and not count:
+            continue
         bad = name == "lost" and count
         table.add_row(name, Text(f"{count:,}", style="bold red" if bad else "bold"), Text(more))
     return table

@@ -116,7 +116,7 @@ class Table(ScrollView, can_focus=True):
                 self._seen[row] = made = self._cells(self._items[row])
                 for at, (text, _) in enumerate(made):
                     self._widths[at] = max(self._widths[at], cell_len(text))
-        size = Size(sum(self._widths) + 2 * len(self._widths), len(self._items) + 1)
+        size = Size(sum(self._widths) + len(self._widths), len(self._items) + 1)
         if size != self.virtual_size:
             self.virtual_size = size
 
@@ -147,7 +147,7 @@ class Table(ScrollView, can_focus=True):
         for (text, style), width, column in zip(made, self._widths, self._columns, strict=True):
             if column.right:
                 text = " " * (width - cell_len(text)) + text
-            segments.append(Segment(f" {set_cell_size(text, width)} ", self._style(kind, style)))
+            segments.append(Segment(f" {set_cell_size(text, width)}", self._style(kind, style)))
         left = round(self.scroll_x)
         return Strip(segments).crop_extend(left, left + self.size.width, self._style(kind, ""))
 
@@ -183,7 +183,7 @@ class Table(ScrollView, can_focus=True):
         if event.y == 0:
             at = event.x + round(self.scroll_x)
             for number, width in enumerate(self._widths):
-                at -= width + 2
+                at -= width + 1
                 if at < 0:
                     self.post_message(self.HeaderClicked(number))
                     return

@@ -7,6 +7,7 @@ import argparse
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -160,7 +161,7 @@ class _View(Screen[None]):
         """Escape without a search: nothing in the first view."""
 
     def action_sort(self, step: int) -> None:
-        names = [column.sort for column in self.columns if column.sort]
+        names = list(dict.fromkeys(column.sort for column in self.columns if column.sort))
         self.action_sort_by(names[(names.index(self.sorting) + step) % len(names)])
 
     def action_sort_by(self, name: str) -> None:
@@ -184,6 +185,10 @@ class _View(Screen[None]):
     def title_text(self) -> str:
         raise NotImplementedError
 
+    def more_text(self) -> str:
+        """Return what may be cut off at the end of the title."""
+        return ""
+
     def show(self) -> None:
         """Fill the table; a tick before it is there, or while the program ends, does nothing."""
         if not self._ready or not self.query(Table):
@@ -194,9 +199,9 @@ class _View(Screen[None]):
             found = f", {len(items):,} found"
         with self.app.batch_update():
             self.query_one(Table).fill(items, self.key, self.cells)
-            paused = "  PAUSED" if self.top.paused else ""
-            title = f"{self.title_text()}{found}, sorted by {self.sorting}{paused}"
-            self.query_one("#title", Static).update(title)
+            title = f"{self.title_text()}{found}, sorted by {self.sorting}"
+            parts = (title, "PAUSED" if self.top.paused else "", self.more_text())
+            self.query_one("#title", Static).update("  ".join(filter(None, parts)))
             self.query_one("#account", Static).update(self.top.account_text())
 
 
@@ -209,11 +214,11 @@ class ProcessesView(_View):
         Column("pid", "pid", right=True),
         Column("process", "name"),
         Column("user"),
+        Column("rate", "rate", right=True),
         Column("sent/s", "sent", right=True),
         Column("", "sent"),
         Column("received/s", "received", right=True),
         Column("", "received"),
-        Column("rate", "rate", right=True),
         Column("total", "total", right=True),
         Column("flows", "flows", right=True),
         Column("unit or container"),
@@ -221,8 +226,12 @@ class ProcessesView(_View):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "open", "Flows")]
 
     def title_text(self) -> str:
-        count = sum(process.pid is not None for process in self.top.rates)
-        return f"{_number(count, 'process', 'processes')} ({self.top.source.description})"
+        processes, units = list(self.top.rates), self.top.units
+        count = sum(process.pid is not None for process in processes)
+        sent = amount(sum(process.meter.sent_rate for process in processes), units)
+        received = amount(sum(process.meter.received_rate for process in processes), units)
+        processes_text = _number(count, "process", "processes")
+        return f"{processes_text}, {sent}/s sent, {received}/s received"
 
     def on_table_selected(self) -> None:
         self.action_open()
@@ -236,8 +245,8 @@ class ProcessesView(_View):
         keys: dict[str, Callable[[ProcessRate], Any]] = {
             "pid": lambda one: one.key,
             "name": lambda one: one.comm.lower(),
-            "sent": lambda one: -one.meter.sent_rate,
-            "received": lambda one: -one.meter.received_rate,
+            "sent": lambda one: (-one.meter.sent_rate, -one.meter.sent),
+            "received": lambda one: (-one.meter.received_rate, -one.meter.received),
             "rate": lambda one: (-one.meter.rate, -one.meter.total),
             "total": lambda one: -one.meter.total,
             "flows": lambda one: -len(one.flows),
@@ -250,7 +259,7 @@ class ProcessesView(_View):
     def _owner(self, process: ProcessRate) -> tuple[str, str, str, str]:
         """pid, name, user, unit or container."""
         details = self.top.source.get(*process.key[:2]) if process.pid else None
-        place = plain(details.container[:12] or details.unit) if details else ""
+        place = plain(details.container or details.unit) if details else ""
         user = "" if process.uid is None else plain(names.user(process.uid))
         return str(process.pid or "-"), plain(process.comm), user, place
 
@@ -266,19 +275,19 @@ class ProcessesView(_View):
             (pid, style),
             (name + (" (ended)" if ended else ""), style),
             (user, ""),
+            (amount(meter.rate, units), "bold"),
             (amount(meter.sent_rate, units), ""),
             (sparkline(item.sent_history), "cyan"),
             (amount(meter.received_rate, units), ""),
             (sparkline(item.received_history), "magenta"),
-            (amount(meter.rate, units), "bold"),
             (amount(meter.total, units), ""),
             (str(len(item.flows)), ""),
             (place, "blue"),
         )
 
 
-_Flow = tuple[Hashable, FlowRate | None, Meter]
-"""A flow, or with None all flows to the far end that the key is."""
+_Flow = tuple[Hashable, FlowRate | int, Meter]
+"""A flow, or how many flows there are to the far end that the key is."""
 
 
 class FlowsView(_View):
@@ -306,12 +315,15 @@ class FlowsView(_View):
     def title_text(self) -> str:
         process = self.process
         who = f"{plain(process.comm)}.{process.pid}" if process.pid else plain(process.comm)
-        details = self.top.source.get(*process.key[:2]) if process.pid else None
-        exe = f" {plain(details.exe)}" if details is not None and details.exe else ""
         shown = _number(len(process.flows), "flow", "flows")
         if self.by_remote:
             shown = _number(self.query_one(Table).row_count, "far end", "far ends")
-        return f"{who}{exe}: {shown}"
+        return f"{who}: {shown}"
+
+    def more_text(self) -> str:
+        process = self.process
+        details = self.top.source.get(*process.key[:2]) if process.pid else None
+        return plain(details.exe) if details is not None else ""
 
     def leave(self) -> None:
         self.app.pop_screen()
@@ -323,13 +335,15 @@ class FlowsView(_View):
     def items(self) -> Sequence[_Flow]:
         found: list[_Flow]
         if self.by_remote:
-            found = [(remote, None, meter) for remote, meter in self.process.remotes().items()]
+            counts = Counter(flow.remote for flow in self.process.flows.values())
+            ends = self.process.remotes()
+            found = [(remote, counts[remote], meter) for remote, meter in ends.items()]
         else:
             found = [(key, flow, flow.meter) for key, flow in self.process.flows.items()]
         keys: dict[str, Callable[[_Flow], Any]] = {
             "far end": self._far,
-            "sent": lambda one: -one[2].sent_rate,
-            "received": lambda one: -one[2].received_rate,
+            "sent": lambda one: (-one[2].sent_rate, -one[2].sent),
+            "received": lambda one: (-one[2].received_rate, -one[2].received),
             "rate": lambda one: (-one[2].rate, -one[2].total),
             "total": lambda one: -one[2].total,
             "packets": lambda one: -one[2].packets,
@@ -342,7 +356,7 @@ class FlowsView(_View):
 
     def _far(self, item: _Flow) -> str:
         key, flow, _ = item
-        if flow is None:
+        if isinstance(flow, int):
             return plain(self.top.host(str(key)))
         port = str(flow.rport) if self.top.numbers else names.service(flow.rport, flow.proto)
         return f"{plain(self.top.host(flow.remote))}.{port}"
@@ -353,9 +367,13 @@ class FlowsView(_View):
     def cells(self, item: _Flow) -> Sequence[Cell]:
         _, flow, meter = item
         units = self.top.units
+        if isinstance(flow, int):
+            proto, near = "", _number(flow, "flow", "flows")
+        else:
+            proto, near = flow.proto, f"{flow.local}.{flow.lport}"
         return (
-            (flow.proto if flow else "", ""),
-            (f"{flow.local}.{flow.lport}" if flow else "", ""),
+            (proto, ""),
+            (near, ""),
             (self._far(item), "bold"),
             (amount(meter.sent_rate, units), ""),
             (amount(meter.received_rate, units), ""),
@@ -371,9 +389,9 @@ class Top(App[None]):
     TITLE = "packet-hunter top"
     ENABLE_COMMAND_PALETTE = False
     CSS = """
-    #title { background: $primary-darken-2; color: $text; padding: 0 1; }
+    #title { background: $primary-darken-2; color: $text; padding: 0 1; height: 1; }
     #account { background: $surface; color: $text-muted; padding: 0 1; }
-    Input { height: 3; }
+    Input, Input:focus { height: 1; border: none; padding: 0 1; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("space", "pause", "Pause"),
@@ -453,7 +471,7 @@ class Top(App[None]):
         text = f"{shown.records:,} packets, {shown.named:,} named{share}"
         account = self.source.account()
         lost = self.source.lost() + (sum(account["lost"].values()) if account else 0)
-        text += f", {lost:,} lost"
+        text += f", {lost:,} lost ({self.source.description})"
         if self.filter_text:
             text += f" | {self.filter_text}"
         if self._inbox.ended:

@@ -25,6 +25,7 @@ __all__ = ["run", "show"]
 
 def run(options: argparse.Namespace, notify: Callable[[str], None]) -> None:
     """Ask the daemon, or the kernel's own tables when there is none; print. Raises Error."""
+    remembers = True
     try:
         with DaemonClient(options.socket) as client:
             answer = client.who(
@@ -41,19 +42,21 @@ def run(options: argparse.Namespace, notify: Callable[[str], None]) -> None:
 
         if options.since:
             raise
-        notify(f"{error}; without it: sockets of now, in this network namespace")
+        notify(f"{error}; until then: sockets of now, of this network namespace")
         answer = owners_now(options)
+        remembers = False
     if options.json:
         print(json.dumps(answer))
     else:
-        show(answer, Console(highlight=False, markup=False, soft_wrap=True), time.time())
+        console = Console(highlight=False, markup=False, soft_wrap=True)
+        show(answer, console, time.time(), remembers)
 
 
-def show(answer: Mapping[str, Any], console: Console, now: float) -> None:
-    """Print the reply of op "who"; `now` is Unix time."""
+def show(answer: Mapping[str, Any], console: Console, now: float, remembers: bool = True) -> None:
+    """Print the reply of op "who"; `now` is Unix time, `remembers`: it came from a daemon."""
     owners, flows = answer["owners"], answer["flows"]
     if not owners and not flows:
-        console.print("nobody, now or in what is remembered")
+        console.print("nobody, now or in what is remembered" if remembers else "nobody now")
         return
     for table in (_owners(owners), _flows(flows, now), _processes(answer["processes"])):
         if table.row_count:
@@ -85,30 +88,43 @@ def _name(comm: str, pid: int | None) -> Text:
 def _owners(owners: Sequence[Mapping[str, Any]]) -> Table:
     shared = any(len({one["pid"] for one in owner["holders"]}) > 1 for owner in owners)
     table = _table("now", ["process", "socket", *(["shared with"] if shared else [])])
+    rows: dict[tuple[str, int | None, str, str], None] = {}  # connections of a listener are one row
     for owner in owners:
         others = {one["pid"]: one["comm"] for one in owner["holders"] if one["pid"] != owner["pid"]}
         verb = "listens on" if owner["listening"] and owner["proto"] == "tcp" else "has"
-        table.add_row(
-            _name(owner["comm"], owner["pid"]),
-            f"{verb} {owner['proto']} {owner['address']}.{owner['port']}",
-            *([", ".join(f"{plain(c)}.{pid}" for pid, c in others.items())] if shared else []),
-        )
+        sharing = ", ".join(f"{plain(comm)}.{pid}" for pid, comm in others.items())
+        socket = f"{verb} {owner['proto']} {owner['address']}.{owner['port']}"
+        rows[owner["comm"], owner["pid"], socket, sharing] = None
+    for comm, pid, socket, sharing in rows:
+        table.add_row(_name(comm, pid), socket, *([sharing] if shared else []))
     return table
 
 
 def _flows(flows: Sequence[Mapping[str, Any]], now: float) -> Table:
-    table = _table("seen", ["process", "flow", "packets", "bytes", "last", "how"])
+    """A row for each owner, both ends and direction: the last packets of a connection that is
+    being closed may have no socket, and are a flow of their own in the history."""
+    sums: dict[tuple[Any, ...], list[Any]] = {}
     for flow in flows:
         arrow = "-" if flow["forwarded"] else ">" if not flow["packets_in"] else "<>"
         if not flow["forwarded"] and not flow["packets_out"]:
             arrow = "<"
+        ends = (flow["local"], flow["lport"], flow["remote"], flow["rport"])
+        key = (flow["pid"], flow["start_ns"], flow["proto"], *ends, flow["how"])
+        one = sums.setdefault(key, [flow, arrow, 0, 0, 0.0])
+        if arrow != one[1]:
+            one[1] = "<>"
+        one[2] += flow["packets_in"] + flow["packets_out"]
+        one[3] += flow["bytes_in"] + flow["bytes_out"]
+        one[4] = max(one[4], flow["last"])
+    table = _table("seen", ["process", "flow", "packets", "bytes", "last", "how"])
+    for flow, arrow, packets, size, last in sums.values():
         table.add_row(
             _name(flow["comm"], flow["pid"]),
             f"{flow['proto']} {flow['local']}.{flow['lport']} {arrow} "
             f"{flow['remote']}.{flow['rport']}",
-            f"{flow['packets_in'] + flow['packets_out']:,}",
-            f"{flow['bytes_in'] + flow['bytes_out']:,}",
-            _ago(now - flow["last"]),
+            f"{packets:,}",
+            f"{size:,}",
+            _ago(now - last),
             flow["how"].replace("_", " "),
         )
     return table
@@ -118,7 +134,7 @@ def _processes(processes: Sequence[Mapping[str, Any]]) -> Table:
     table = _table("processes", ["pid", "user", "unit or container", "executable"])
     for one in sorted(processes, key=lambda one: one["tgid"]):
         user = "" if one["uid"] is None else names.user(one["uid"])
-        place = one["container"][:12] or one["unit"]
+        place = one["container"] or one["unit"]
         table.add_row(str(one["tgid"]), plain(user), plain(place), plain(one["exe"] or one["comm"]))
     return table
 

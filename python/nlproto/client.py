@@ -17,6 +17,7 @@ import numpy as np
 
 from nlproto import wire
 from nlproto.clock import Clock
+from nlproto.commands import as_root
 from nlproto.errors import DaemonBusy, Error, NoDaemon, NoPrivilege, UsageError, VersionMismatch
 from nlproto.frames import (
     DATA_HEAD,
@@ -120,7 +121,7 @@ class DaemonClient:
             self._socket.close()
             raise NoDaemon(
                 f"no daemon answers at {self.path} ({error.strerror or error}); "
-                "start it with: sudo python -m daemon"
+                f"start it with: {as_root('packet-hunterd')}"
             ) from None
         try:
             self.daemon = self.request("hello", protocol=PROTOCOL)

@@ -86,7 +86,7 @@ def open_engine(name: str, notify: Callable[[str], None]) -> Engine:
     engine = PacketEngine(notify)
     if name == "auto":
         notify(
-            "engine packet: sniffer.ko is not loaded, so sockets that live a few milliseconds stay"
-            " unnamed; sudo insmod kmod/sniffer.ko makes it exact"
+            "engine packet: without sniffer.ko, sockets that live a few milliseconds stay unnamed;"
+            " sudo insmod kmod/sniffer.ko"
         )
     return engine

@@ -268,8 +268,11 @@ class _Owner:
         return self._is(comm) or bool(program) and self._is(program) or self._is_cut(comm, program)
 
     def _is(self, name: str) -> bool:
-        if self.word == "container" and re.fullmatch("[0-9a-f]{12,}", self.name):
-            return name.startswith(self.name)  # ids are shown short
+        if self.word == "container":  # "docker:4f1c0d2e9a3b", of an id that has 64 digits
+            short = name.partition(":")[2]
+            if re.fullmatch("[0-9a-f]{12,}", self.name) and self.name[:12] == short:
+                return True
+            return fnmatch.fnmatchcase(name, self.name) or fnmatch.fnmatchcase(short, self.name)
         return fnmatch.fnmatchcase(name, self.name)
 
     def _is_cut(self, comm: str, program: str) -> bool:

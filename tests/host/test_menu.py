@@ -83,12 +83,14 @@ def test_the_menu_shows_the_state_and_starts_asks_and_stops_the_daemon(menu: Ter
     screen = menu.read_until("> $")
     assert re.search(r"daemon +not running", screen)
     assert re.search(r"module +(not loaded|loaded)", screen)
-    assert "stop the daemon" not in screen
+    assert "x  stop the daemon (not running)" in screen
+    menu.type("x\r")
+    menu.read_until(r"stop the daemon: not running(.|\n)*looks again\)\r?\n> $")
 
     menu.type("s\r")
     menu.read_until("started")
     deadline = time.monotonic() + 180
-    while "stop the daemon" not in screen:
+    while not re.search(r"daemon +pid", screen):
         assert time.monotonic() < deadline, screen
         time.sleep(0.5)
         menu.type("\r")

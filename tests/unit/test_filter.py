@@ -140,14 +140,29 @@ def test_pname_fits_the_executable_when_the_process_renamed_itself():
     assert chosen("pname systemd-resolvers-other", Details()) == set()
 
 
-def test_container_fits_by_name_and_by_short_id():
+@pytest.mark.parametrize(
+    ("container", "words", "fits"),
+    [
+        ("docker:0123456789ab", "0123456789ab", True),
+        ("docker:0123456789ab", "0123456789abcdef0123", True),
+        ("docker:0123456789ab", "docker:0123456789ab", True),
+        ("docker:0123456789ab", "docker:*", True),
+        ("docker:0123456789ab", "0123456789ac", False),
+        ("docker:0123456789ab", "0123*", True),
+        ("lxc:web", "web", True),
+        ("lxc:web", "lxc:web", True),
+        ("lxc:web", "we", False),
+        ("lxc:ab", "abcdef012345", False),
+        ("", "web", False),
+    ],
+)
+def test_container_fits_by_name_and_by_id(container, words, fits):
     class Details:
         def get(self, tgid, start_ns):
-            return Known(container="0123456789abcdef0123") if tgid == 300 else None
+            return Known(container=container) if tgid == 300 else None
 
-    assert chosen("container 0123456789ab", Details()) == {"six"}
-    assert chosen("container 0123456789ab") == set()
-    assert chosen("container web", Details()) == set()
+    assert chosen(f'container "{words}"', Details()) == ({"six"} if fits else set())
+    assert chosen(f'container "{words}"') == set()
 
 
 @pytest.mark.parametrize(

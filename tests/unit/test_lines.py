@@ -89,12 +89,12 @@ def test_an_unnamed_packet_says_why():
     ]
 
 
-def test_the_unit_or_the_short_container_follows_the_owner():
+def test_the_unit_or_the_container_follows_the_owner():
     assert printed(batch({}), processes(unit="nginx.service"))[0].endswith(
         "curl.1234 nginx.service"
     )
-    known = processes(unit="docker.service", container="0123456789abcdef")
-    assert printed(batch({}), known)[0].endswith("curl.1234 0123456789ab")
+    known = processes(unit="docker.service", container="docker:0123456789ab")
+    assert printed(batch({}), known)[0].endswith("curl.1234 docker:0123456789ab")
 
 
 def test_quiet_leaves_out_flags_and_place():
@@ -112,7 +112,7 @@ def test_verbose_tells_the_rule_the_executable_and_the_holders():
         }
 
     line = printed(given, processes(exe="/usr/bin/curl"), holders, verbose=1)[0]
-    assert "(context, uid 1000, exe /usr/bin/curl, shared, held by a.1, b\\x1b.2)" in line
+    assert "(how context, uid 1000, exe /usr/bin/curl, shared, held by a.1, b\\x1b.2)" in line
 
 
 def test_times_since_the_last_and_since_the_first():

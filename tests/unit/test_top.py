@@ -207,7 +207,7 @@ def test_processes_stand_by_rate_with_user_place_and_account():
         assert [row[1] for row in rows] == ["init", "web"]
         assert rows[1][0] == str(os.getpid()) and rows[1][2] == "root"
         assert rows[1][8:] == ["100 B", "1", "web.service"]
-        assert text(app, "#account") == "2 packets, 2 named (100.0 %), 3 lost"
+        assert text(app, "#account") == "2 packets, 2 named (100.0 %), 3 lost (a test)"
 
     drive(feed, script)
 
@@ -218,7 +218,12 @@ def test_enter_shows_flows_tab_far_ends_and_escape_goes_back():
 
     async def script(app, pilot):
         await pilot.press("enter")
-        await becomes(pilot, lambda: "/usr/sbin/web: 2 flows" in text(app, "#title"))
+        await becomes(
+            pilot,
+            lambda: (
+                f"web.{os.getpid()}: 2 flows, sorted by rate  /usr/sbin/web" == text(app, "#title")
+            ),
+        )
         assert isinstance(app.screen, FlowsView)
         assert {(row[1], row[2]) for row in cells(app)} == {
             ("10.0.0.1.50000", "10.0.0.2.http"),
@@ -324,3 +329,77 @@ def test_a_source_that_fails_ends_the_program_with_its_error():
         await becomes(pilot, lambda: app.failure)
 
     assert str(drive(feed, script).failure) == "the module is gone"
+
+
+def test_s_and_r_sort_as_in_nethogs():
+    feed = Feed()
+    feed.put({"tgid": 1, "comm": b"sends", "len": 9000}, REPLY | {"comm": b"receives"})
+
+    async def script(app, pilot):
+        await pilot.press("r")
+        await becomes(pilot, lambda: [row[1] for row in cells(app)] == ["receives", "sends"])
+        await pilot.press("s")
+        await becomes(pilot, lambda: [row[1] for row in cells(app)] == ["sends", "receives"])
+
+    drive(feed, script)
+
+
+def test_ten_thousand_rows_are_made_only_where_one_looks():
+    feed = Feed()
+    feed.put(*({"sport": 10_000 + i} for i in range(10_000)))
+
+    async def script(app, pilot):
+        await pilot.press("enter")
+        await becomes(pilot, lambda: isinstance(app.screen, FlowsView))
+        table = app.screen.query_one(Table)
+        await becomes(pilot, lambda: table.row_count == 10_000)
+        made = []
+        cells_of = app.screen.cells
+        app.screen.cells = lambda item: made.append(item) or cells_of(item)
+        await pilot.press("end")
+        await becomes(pilot, lambda: table.cursor == 9_999)
+        await becomes(pilot, lambda: table.render_line(table.size.height - 1).text.strip())
+        assert 0 < len(set(map(str, made))) < 100
+
+    drive(feed, script)
+
+
+def test_the_cursor_stays_on_its_process_once_moved():
+    feed = Feed()
+    feed.put({"tgid": 1, "comm": b"big", "len": 9000}, {"comm": b"small"})
+
+    async def script(app, pilot):
+        table = app.screen.query_one(Table)
+        await pilot.press("down")
+        assert table.selected.comm == "small"
+        feed.put(*({"comm": b"small", "len": 60000} for _ in range(9)))
+        await becomes(pilot, lambda: cells(app)[0][1] == "small")
+        assert table.cursor == 0 and table.selected.comm == "small"
+
+    drive(feed, script)
+
+
+def test_a_click_on_a_heading_sorts_and_on_the_row_opens():
+    feed = Feed()
+    feed.put({"tgid": 1, "comm": b"zzz", "len": 9000}, {"comm": b"aaa"})
+
+    async def script(app, pilot):
+        await pilot.click(Table, offset=(8, 0))
+        await becomes(pilot, lambda: [row[1] for row in cells(app)] == ["aaa", "zzz"])
+        await pilot.click(Table, offset=(8, 1))
+        await becomes(pilot, lambda: isinstance(app.screen, FlowsView))
+
+    drive(feed, script)
+
+
+def test_n_shows_numbers_and_names():
+    feed = Feed()
+    feed.put({})
+
+    async def script(app, pilot):
+        await pilot.press("enter")
+        await becomes(pilot, lambda: cells(app)[0][2] == "10.0.0.2.http")
+        await pilot.press("n")
+        await becomes(pilot, lambda: cells(app)[0][2] == "10.0.0.2.80")
+
+    drive(feed, script)
