@@ -26,7 +26,7 @@ from nlproto.frames import MAX_WAITING
 
 __all__ = ["Owners", "run"]
 
-_BLOCKS = 4096  # looked at together
+_BLOCKS, _BYTES = 4096, 4 << 20  # looked at together, at most
 _MAX_FLOWS = 100_000  # remembered
 _SLACK_S = 0.5
 """The capture's clock stamp and the history's may differ: both are taken on the packet's way."""
@@ -139,9 +139,15 @@ def _chunks(
     advance: Callable[[int], None],
 ) -> Iterator[list[pcapng.Block]]:
     yield first
-    while chunk := list(islice(stream, _BLOCKS)):
-        yield chunk
-        advance(source.tell())
+    chunk, size = [], 0
+    for block in stream:
+        chunk.append(block)
+        size += len(block.data)
+        if len(chunk) == _BLOCKS or size >= _BYTES:
+            yield chunk
+            advance(source.tell())
+            chunk, size = [], 0
+    yield chunk
 
 
 def _annotate(

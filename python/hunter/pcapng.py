@@ -164,14 +164,16 @@ def blocks(file: IO[bytes], name: str) -> Iterator[Block]:
 
 def packet_of(block: Block, interfaces: Sequence[Interface]) -> Packet | None:
     """Return the packet in an enhanced or simple packet block of a known interface, else None."""
-    if block.kind == ENHANCED and len(block.body) >= 20:
-        number, high, low, size, _ = struct.unpack_from(f"{block.order}IIIII", block.body)
+    if block.kind == ENHANCED and len(block.data) >= 32:
+        number, high, low, size, _ = struct.unpack_from(f"{block.order}IIIII", block.data, 8)
         if number >= len(interfaces):
             return None
         interface = interfaces[number]
         ticks = high << 32 | low
         time_ns = ticks * 10**9 // interface.ticks + interface.offset_s * 10**9
-        return Packet(interface.linktype, time_ns, block.body[20 : 20 + size])
+        return Packet(
+            interface.linktype, time_ns, block.data[28 : min(28 + size, len(block.data) - 4)]
+        )
     if block.kind == SIMPLE and interfaces and len(block.body) >= 4:
         return Packet(interfaces[0].linktype, None, block.body[4:])
     return None
@@ -179,7 +181,8 @@ def packet_of(block: Block, interfaces: Sequence[Interface]) -> Packet | None:
 
 def with_comment(block: Block, comment: str) -> bytes:
     """Return the enhanced packet block with one comment more, its other options kept."""
-    (size,) = struct.unpack_from(f"{block.order}I", block.body, 12)
+    body = block.body
+    (size,) = struct.unpack_from(f"{block.order}I", body, 12)
     fixed = 20 + size + (-size % 4)
-    options = [*_read_options(block.body[fixed:], block.order), (OPT_COMMENT, comment.encode())]
-    return _block(ENHANCED, block.body[:fixed] + _options(options, block.order), block.order)
+    options = [*_read_options(body[fixed:], block.order), (OPT_COMMENT, comment.encode())]
+    return _block(ENHANCED, body[:fixed] + _options(options, block.order), block.order)

@@ -109,31 +109,23 @@ def hunt(way: str, daemon: Path, server: tuple[int, int, int], *options: object)
     return int(client[1]), done.stdout + done.stderr
 
 
+# One run of the hunter a way: each is a minute of an emulated guest.
 @pytest.mark.parametrize("way", WAYS)
-def test_every_row_of_a_saved_capture_has_its_process(
-    way: str, daemon: Path, server: tuple[int, int, int], tmp_path: Path
-) -> None:
-    pid, tcp, udp = server
-    path = tmp_path / "x.csv"
-    client, told = hunt(way, daemon, server, "--save", path)
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert int(re.search(r"(\d+) shown", told)[1]) == len(rows)  # type: ignore[index]
-    for row in rows:
-        own = int(row["sport"] if row["dir"] == "out" else row["dport"])
-        assert int(row["pid"]) == (pid if own in (tcp, udp) else client), row
-        assert row["exe"] == os.path.realpath(sys.executable), row
-        assert row["how"] not in ("diag", "proc"), row
-    assert {row["proto"] for row in rows} == {"tcp", "udp"}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_pcapng_has_real_first_bytes_and_a_comment_each(
+def test_every_packet_has_its_process_first_bytes_and_comment(
     way: str, daemon: Path, server: tuple[int, int, int], tmp_path: Path
 ) -> None:
     pid, tcp, udp = server
     path = tmp_path / "x.pcapng"
-    client, told = hunt(way, daemon, server, "--save", path)
+    client, told = hunt(way, daemon, server, "--save", path, "--json")
+    rows = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+    assert int(re.search(r"(\d+) shown", told)[1]) == len(rows)  # type: ignore[index]
+    for row in rows:
+        own = row["sport"] if row["dir"] == "out" else row["dport"]
+        assert row["pid"] == (pid if own in (tcp, udp) else client), row
+        assert row["exe"] == os.path.realpath(sys.executable), row
+        assert row["how"] not in ("diag", "proc"), row
+    assert {row["proto"] for row in rows} == {"tcp", "udp"}
+
     fields = ("frame.comment", "tcp.srcport", "tcp.dstport", "udp.srcport", "udp.dstport")
     fields += ("frame.packet_flags_direction", "frame.interface_name", "tcp.seq_raw")
     fields += ("tcp.payload", "udp.payload")
@@ -144,27 +136,33 @@ def test_pcapng_has_real_first_bytes_and_a_comment_each(
         text=True,
         check=True,
     )
-    rows = [line.split("|") for line in done.stdout.splitlines()]
-    assert int(re.search(r"(\d+) shown", told)[1]) == len(rows)  # type: ignore[index]
-    for comment, *ports, direction, interface, seq, _, _ in rows:
+    packets = [line.split("|") for line in done.stdout.splitlines()]
+    assert len(packets) == len(rows)
+    for comment, *ports, direction, interface, seq, _, _ in packets:
         ends = [int(port) for port in ports if port]
         own = ends[1] if direction in ("1", "0x00000001") else ends[0]
         owner = pid if own in (tcp, udp) else client
         assert re.match(rf"packet-hunter: \S+\.{owner} uid=0 ", comment), comment
         assert "made from the record" not in comment
         assert interface == "lo" and seq != "0"
-    payloads = {part for row in rows for part in row[-2:] if part}
+    payloads = {part for packet in packets for part in packet[-2:] if part}
     assert payloads == {b"x".hex() * 50, b"y".hex() * 30}
 
 
-def test_lines_and_json_have_the_owners(daemon: Path, server: tuple[int, int, int]) -> None:
-    pid, tcp, _ = server
-    client, told = hunt("daemon", daemon, server, "-n", "--summary")
+def test_lines_summary_and_csv_have_the_owners(
+    daemon: Path, server: tuple[int, int, int], tmp_path: Path
+) -> None:
+    pid, tcp, udp = server
+    path = tmp_path / "x.csv"
+    client, told = hunt("daemon", daemon, server, "-n", "--summary", "--save", path, "--print")
     assert re.search(rf" in  tcp 127\.0\.0\.1\.\d+ > 127\.0\.0\.1\.{tcp} len .* \S+\.{pid}\b", told)
     assert re.search(rf"^ +{client} ", told, re.MULTILINE), told  # the summary
-    client, told = hunt("alone", daemon, server, "--json", "--duration", "60")
-    rows = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
-    assert {row["pid"] for row in rows} == {pid, client}
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert int(re.search(r"(\d+) shown", told)[1]) == len(rows)  # type: ignore[index]
+    for row in rows:
+        own = int(row["sport"] if row["dir"] == "out" else row["dport"])
+        assert int(row["pid"]) == (pid if own in (tcp, udp) else client), row
 
 
 def test_annotate_names_a_real_tcpdump(
