@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -17,11 +17,12 @@ from nlproto import Error, UsageError
 
 __all__ = ["CaptureFile"]
 
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 _MAX_LINKS = 40  # MAXSYMLINKS of the kernel (include/linux/namei.h)
 
 
 class CaptureFile:
-    """An output that only ever grows by whole pieces; a context manager.
+    """An output that only ever grows by whole rows; a context manager.
 
     `path` "-" is standard output. A regular file gets mode 0600 and, when new and written by
     root under sudo, the owner in `environ`'s SUDO_UID and SUDO_GID. Raises Error, UsageError.
@@ -45,14 +46,25 @@ class CaptureFile:
         self.close()
 
     def write(self, data: bytes) -> None:
-        """Append `data`, all or nothing where the file allows.
+        """Append `data` whole, or nothing of it where the file allows. Raises as write_rows()."""
+        self.write_rows((data,))
+
+    def write_rows(self, rows: Iterable[bytes]) -> None:
+        """Append `rows`; those that do not fit are left out whole.
+
+        The kernel gives a write() up between two pages when SIGKILL has come (generic_perform_write
+        in mm/filemap.c), so a row that crosses a page's end is a write by itself: only that one can
+        be left in half, by a kill just then.
 
         Raises BrokenPipeError when the reader of a pipe has gone, Error for anything else.
         """
-        view = memoryview(data)
+        pieces = _pieces(rows, self.size) if self._regular else iter((b"".join(rows),))
         try:
-            while view:
-                view = view[os.write(self._fd, view) :]
+            for piece in pieces:
+                view = memoryview(piece)
+                while view:
+                    view = view[os.write(self._fd, view) :]
+                self.size += len(piece)
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -62,7 +74,6 @@ class CaptureFile:
             raise Error(
                 f"{self.path}: {error.strerror}; {self.size} bytes are saved and readable"
             ) from None
-        self.size += len(data)
 
     def fileno(self) -> int:
         return self._fd
@@ -71,6 +82,21 @@ class CaptureFile:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
+
+
+def _pieces(rows: Iterable[bytes], at: int) -> Iterator[bytes]:
+    """Yield `rows`, from offset `at`, in pieces within one page; a row across two is one piece."""
+    piece: list[bytes] = []
+    end = at
+    for row in rows:
+        start, end = end, end + len(row)
+        if start // _PAGE != (end - 1) // _PAGE:
+            yield b"".join(piece)
+            yield row
+            piece = []
+        else:
+            piece.append(row)
+    yield b"".join(piece)
 
 
 def _open(path: str, environ: Mapping[str, str]) -> int:

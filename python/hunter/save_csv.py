@@ -34,7 +34,8 @@ class CsvSaver:
                 strict=True,
             )
         )
-        self._file.write(rows.getvalue().encode("utf-8", "backslashreplace"))
+        text = rows.getvalue().encode("utf-8", "backslashreplace")
+        self._file.write_rows(text.splitlines(keepends=True))
 
     def close(self) -> None:
         self._file.close()

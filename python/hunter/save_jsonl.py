@@ -30,8 +30,7 @@ class JsonSaver:
 
     def add(self, table: Columns) -> None:
         """Append the rows of `table`. Raises Error, BrokenPipeError."""
-        if table.time:
-            self._file.write(("\n".join(lines(table)) + "\n").encode())
+        self._file.write_rows([f"{line}\n".encode() for line in lines(table)])
 
     def close(self) -> None:
         self._file.close()

@@ -54,7 +54,7 @@ class PcapngSaver:
             flags = _FLAGS.get(table.dir[i], 0)
             length = max(table.len[i], len(data))
             parts.append(enhanced_packet(interface, time_ns, data, length, text, flags))
-        self._file.write(b"".join(parts))
+        self._file.write_rows(parts)
 
     def _interface(self, netns: int, ifindex: int, parts: list[bytes]) -> int:
         key = (netns, ifindex)

@@ -137,6 +137,32 @@ def test_a_full_disk_keeps_whole_pieces(tmp_path):
     assert path.read_bytes() == b"12345\n"
 
 
+def test_only_a_row_across_two_pages_can_be_cut_by_a_kill(tmp_path, monkeypatch):
+    """A write within one page is whole or not there: mm/filemap.c, generic_perform_write()."""
+    path = tmp_path / "a"
+    page = os.sysconf("SC_PAGE_SIZE")
+    rows = [b"%0*d\n" % (length, length) for length in (*range(1, 300), 3 * page, page - 1, 7)]
+    written = []
+    write = os.write
+
+    def spy(fd, data):
+        written.append(bytes(data))
+        return write(fd, data)
+
+    monkeypatch.setattr(os, "write", spy)
+    with CaptureFile(str(path), {}) as file:
+        file.write_rows(rows[:100])
+        file.write_rows(rows[100:])
+    assert path.read_bytes() == b"".join(rows)
+    at = 0
+    for piece in written:
+        end = at + len(piece)
+        assert piece in rows or at // page == (end - 1) // page
+        assert piece.endswith(b"\n")
+        at = end
+    assert len(written) < len(rows) / 2
+
+
 def test_dev_full_is_an_error_with_its_cause():
     with pytest.raises(Error, match="No space left"):
         write("/dev/full")
