@@ -128,8 +128,10 @@ def test_named_records_reach_a_client_with_the_details_of_their_process(daemon, 
     assert len(records) == reply["sent"] == 10
     assert {int(r["tgid"]) for r in records} == {os.getpid()}
     assert {int(r["dir"]) for r in records} == {1, 2}
-    assert isinstance(events[0], ProcessesEvent)
-    (process,) = events[0].processes
+    # on a busy machine an account of the second before comes first
+    told = [event for event in events if isinstance(event, ProcessesEvent | StreamBatch)]
+    assert isinstance(told[0], ProcessesEvent)
+    (process,) = told[0].processes
     assert process.tgid == os.getpid()
     assert process.exe == os.path.realpath(sys.executable)
     assert reply["account"]["closes"]
