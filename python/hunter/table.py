@@ -37,7 +37,11 @@ class Table(ScrollView, can_focus=True):
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"table--header", "table--odd", "table--cursor"}
     DEFAULT_CSS = """
-    Table { height: 1fr; background: $surface; color: $foreground; }
+    Table {
+        height: 1fr; background: $surface; color: $foreground; scrollbar-size: 1 1;
+        scrollbar-background: $surface; scrollbar-color: $panel;
+        scrollbar-background-hover: $surface; scrollbar-background-active: $surface;
+    }
     Table > .table--header { background: $panel; color: $foreground; text-style: bold; }
     Table > .table--odd { background: $boost; }
     Table > .table--cursor { background: $primary 40%; }

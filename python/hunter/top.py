@@ -221,7 +221,7 @@ class ProcessesView(_View):
         Column("", "received"),
         Column("total", "total", right=True),
         Column("flows", "flows", right=True),
-        Column("unit or container"),
+        Column("runs in"),
     )
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "open", "Flows")]
 

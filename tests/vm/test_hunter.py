@@ -72,7 +72,8 @@ def daemon(module_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     )
     until = time.monotonic() + 60
     while not path.exists():
-        assert process.poll() is None and time.monotonic() < until
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until
         time.sleep(0.1)
     yield path
     process.send_signal(signal.SIGTERM)
