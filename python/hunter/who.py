@@ -65,7 +65,8 @@ def show(answer: Mapping[str, Any], console: Console, now: float, remembers: boo
             console.width = max(console.width, wanted.maximum)
             console.print(table)
     if answer["truncated"]:
-        console.print(f"{len(flows)} of {answer['total']} flows; --limit shows more", style="dim")
+        more = f"the newest {len(flows)} of {answer['total']} flows; --limit N shows more"
+        console.print(more, style="dim")
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
@@ -131,7 +132,7 @@ def _flows(flows: Sequence[Mapping[str, Any]], now: float) -> Table:
 
 
 def _processes(processes: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("processes", ["pid", "user", "unit or container", "executable"])
+    table = _table("processes", ["pid", "user", "runs in", "executable"])
     for one in sorted(processes, key=lambda one: one["tgid"]):
         user = "" if one["uid"] is None else names.user(one["uid"])
         place = one["container"] or one["unit"]
