@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -89,12 +89,22 @@ def source(way: str, daemon: Path) -> list[str]:
     }[way]
 
 
-def hunt(way: str, daemon: Path, server: tuple[int, int, int], *options: object) -> tuple[int, str]:
-    """Run the hunter around the client; the client's pid and the hunter's stderr, checked."""
+def hunt(
+    way: str,
+    daemon: Path,
+    server: tuple[int, int, int],
+    *options: object,
+    enter: Sequence[object] = (),
+    least: int = 20,
+) -> tuple[int, str]:
+    """Run the hunter around the client; the client's pid and what the hunter said, checked.
+
+    `enter`: the command that the client is started with; `least`: records that are shown.
+    """
     _, tcp, udp = server
     done = subprocess.run(
         [*HUNTER, *source(way, daemon), *map(str, options), f"port {tcp} or port {udp}"]
-        + ["--", sys.executable, "-c", CLIENT, str(tcp), str(udp)],
+        + ["--", *map(str, enter), sys.executable, "-c", CLIENT, str(tcp), str(udp)],
         capture_output=True,
         text=True,
         timeout=200,
@@ -104,7 +114,7 @@ def hunt(way: str, daemon: Path, server: tuple[int, int, int], *options: object)
     shown = re.search(r"(\d+) shown = (\d+) named", done.stderr)
     assert records and shown, done.stderr
     assert int(records[1]) == int(records[2]) and records[3] == "0"
-    assert int(records[2]) >= int(shown[1]) == int(shown[2]) > 20, done.stderr
+    assert int(records[2]) >= int(shown[1]) == int(shown[2]) > least, done.stderr
     client = re.search(r"client (\d+)", done.stderr)
     assert client
     return int(client[1]), done.stdout + done.stderr
@@ -164,6 +174,26 @@ def test_lines_summary_and_csv_have_the_owners(
     for row in rows:
         own = int(row["sport"] if row["dir"] == "out" else row["dport"])
         assert int(row["pid"]) == (pid if own in (tcp, udp) else client), row
+
+
+def test_a_container_of_a_moment_is_found_by_its_id(
+    daemon: Path, server: tuple[int, int, int], tmp_path: Path
+) -> None:
+    mount, identity = tmp_path / "cgroup", "4f1c0d2e9a3b" + "7" * 52
+    mount.mkdir()
+    subprocess.run(["mount", "-t", "cgroup2", "none", mount], check=True)
+    try:
+        cgroup = mount / f"docker-{identity}.scope"
+        cgroup.mkdir()
+        enter = ["sh", "-c", 'echo $$ >"$0/cgroup.procs" && exec "$@"', cgroup]
+        options = ("--json", "--container", identity[:12])
+        client, told = hunt("daemon", daemon, server, *options, enter=enter, least=10)
+        rows = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+        assert {row["pid"] for row in rows} == {client}
+        assert {row["dir"] for row in rows} == {"in", "out"}
+        cgroup.rmdir()
+    finally:
+        subprocess.run(["umount", mount], check=True)
 
 
 def test_annotate_names_a_real_tcpdump(
