@@ -438,8 +438,10 @@ class Top(App[None]):
 
     def tick(self) -> None:
         """Take what came, and show it unless paused."""
-        now_s = time.monotonic()
+        ended = self._inbox.ended
         batches = self._inbox.take()
+        # what a file that has been read says stays: its time has stopped
+        now_s = self._last_s if ended and not batches else time.monotonic()
         for batch in batches:
             self.shown.add(batch)
         self.rates.tick(batches, now_s, max(now_s - self._last_s, 1e-3))

@@ -140,6 +140,7 @@ class Feed:
         self.batches = []
         self.lock = threading.Lock()
         self.failure = None
+        self.ended = False
 
     def put(self, *rows):
         with self.lock:
@@ -151,7 +152,7 @@ class Feed:
         time.sleep(0.01)
         with self.lock:
             batches, self.batches = self.batches, []
-        return batches
+        return None if self.ended and not batches else batches
 
     def get(self, tgid, start_ns):
         return self.processes.get(tgid, start_ns)
@@ -401,5 +402,20 @@ def test_n_shows_numbers_and_names():
         await becomes(pilot, lambda: cells(app)[0][2] == "10.0.0.2.http")
         await pilot.press("n")
         await becomes(pilot, lambda: cells(app)[0][2] == "10.0.0.2.80")
+
+    drive(feed, script)
+
+
+def test_what_a_file_said_stays_when_it_has_been_read(monkeypatch):
+    feed = Feed()
+    feed.put({"len": 1000})
+
+    async def script(app, pilot):
+        feed.ended = True
+        await becomes(pilot, lambda: "the source has ended" in text(app, "#account"))
+        monkeypatch.setattr(rates_module, "KEPT_S", 0.2)
+        await asyncio.sleep(0.5)
+        await pilot.pause()
+        assert [(row[1], row[3], row[8]) for row in cells(app)] == [("web", "0 B", "1000 B")]
 
     drive(feed, script)
