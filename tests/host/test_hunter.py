@@ -336,7 +336,11 @@ def test_after_sigkill_the_file_holds_whole_rows(server, no_daemon, tmp_path):
                 text=True,
             )
             begun(process)
-            time.sleep(0.4 + turn * 0.037)
+            until = time.monotonic() + 60
+            while path.read_text().count("\n") < 2:
+                assert process.poll() is None and time.monotonic() < until
+                time.sleep(0.05)
+            time.sleep(turn * 0.037)
             process.kill()
             process.communicate()
             text = path.read_text()

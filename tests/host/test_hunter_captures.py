@@ -249,9 +249,14 @@ def test_parquet_holds_what_json_lines_hold(alone, tmp_path):
         shown = int(re.search(r"(\d+) shown", stop(both[0]))[1])
     table = parquet.read_table(tmp_path / "x.parquet")
     assert table.num_rows == shown > 30
+    # As on a system without the package tzdata.
     again = subprocess.run(
-        [*HUNTER, "-r", tmp_path / "x.parquet", "--json"], capture_output=True, text=True
+        [*HUNTER, "-r", tmp_path / "x.parquet", "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONTZPATH": ""},
     )
+    assert again.returncode == 0, again.stderr
     rows = [json.loads(line) for line in again.stdout.splitlines()]
     assert len(rows) == shown
     for ours, theirs in zip(rows, table.to_pylist(), strict=True):
