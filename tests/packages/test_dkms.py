@@ -62,6 +62,23 @@ def test_dkms_signs_with_the_key_that_secure_boot_will_ask_for(machine: Root, ve
     assert (machine.path / "var/lib/dkms/mok.key").stat().st_mode & 0o077 == 0
 
 
+def test_dkms_signs_with_a_key_of_ones_own(machine: Root, version: str) -> None:
+    kernel = only(kernels(machine))
+    name = f"packet-hunter/{version}"
+    machine.run(f"dkms add /srv/tree && dkms install {name} -k {kernel}")
+
+    machine.run(
+        "mkdir -p /root/keys /etc/dkms/framework.conf.d && cd /root/keys"
+        " && openssl req -new -x509 -newkey rsa:2048 -nodes -days 100 -subj '/CN=a key of my own/'"
+        "    -keyout module.key -outform DER -out module.der"
+        " && echo mok_signing_key=$PWD/module.key > /etc/dkms/framework.conf.d/own.conf"
+        " && echo mok_certificate=$PWD/module.der >> /etc/dkms/framework.conf.d/own.conf"
+    )
+    machine.run(f"dkms build {name} --force -k {kernel} && dkms install {name} --force -k {kernel}")
+    signer = machine.run(f"modinfo -k {kernel} -F signer sniffer").stdout
+    assert signer == "a key of my own\n"
+
+
 def kernels(machine: Root) -> set[str]:
     """Releases of the kernels whose headers are installed."""
     # The links are absolute: from out here they lead nowhere.
