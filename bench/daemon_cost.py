@@ -40,7 +40,7 @@ from nlproto.clock import Clock
 from nlproto.flows import summarize
 from nlproto.frames import Kind, encode_json
 from nlproto.naming import Namer
-from nlproto.pipeline import Pipeline
+from nlproto.pipeline import NamedBatch, Pipeline
 from nlproto.portmap import PortMap
 from nlproto.processes import Processes
 from results import put, table
@@ -148,7 +148,14 @@ def ingest(count: int, flows: int, filters: int = 0, new: bool = False) -> dict[
             engine, account=Account(), processes=processes, namer=namer, portmap=PortMap()
         )
         assert pipeline.portmap is not None
-        pipeline.subscribe(lambda batch: history.update(batch.flows, batch.clock))
+        taken = 0
+
+        def take(batch: NamedBatch) -> None:
+            nonlocal taken
+            history.update(batch.flows, batch.clock)
+            taken += len(batch.records)
+
+        pipeline.subscribe(take)
         if filters:
             streams = Streams(pipeline, lambda function: function(), filters)
             for number in range(filters):
@@ -156,11 +163,11 @@ def ingest(count: int, flows: int, filters: int = 0, new: bool = False) -> dict[
             pipeline.subscribe(streams.publish)
         began, cpu = time.perf_counter(), cpu_seconds()
         with pipeline:
-            # as many batches wait as would at this rate: what the worker takes at once is real
-            for _ in range(0, count, 32):
-                semaphore.release(32)
-                while len(pipeline.queue) > 256:
+            # always enough waits, so that what the worker takes at once is real; never too much
+            for given in range(0, count, 32):
+                while given * BATCH - taken > 512 * BATCH:
                     time.sleep(0.001)
+                semaphore.release(32)
             semaphore.release(100)
             engine.done.wait()
         took, cpu = time.perf_counter() - began, cpu_seconds() - cpu
