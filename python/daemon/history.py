@@ -54,7 +54,7 @@ class Question:
 
 
 class History:
-    """At most `limit` flows; when full the sixteenth with the oldest last packets goes.
+    """At most `limit` flows; when full the eighth with the oldest last packets goes.
 
     Rows are FLOWs with times in ns since 1970. Thread-safe.
     """
@@ -110,7 +110,7 @@ class History:
             self._insert(flows[: self.limit])
             flows = flows[self.limit :]
         if self._size + len(flows) > self.limit:
-            self._evict(max(self.limit // 16, self._size + len(flows) - self.limit))
+            self._evict(max(self.limit // 8, self._size + len(flows) - self.limit))
         end = self._size + len(flows)
         if end > self._table.capacity:
             self._table.grow(min(self.limit, max(end, 2 * self._table.capacity)))
