@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """python -m hunter: signals, messages, exit codes."""
 
+import errno
 import os
 import stat
 import sys
@@ -49,6 +50,11 @@ def _tell(line: str) -> None:
         pass
 
 
+def _forget_output() -> None:
+    """Nobody takes it: Python would complain once more when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def _run(command: arguments.Command, stop: Stop) -> None:
     # Imported here: each subcommand needs parts that the others do without.
     if command.name == "live":
@@ -90,13 +96,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: sys.argv); return 0, 1 (failure) or 2 (usage)."""
     for line in foreign_packages():
         _tell(line)
+    code = 0
     try:
-        with Stop() as stop:
-            _run(arguments.parse(sys.argv[1:] if argv is None else argv), stop)
-            sys.stdout.flush()
+        try:
+            with Stop() as stop:
+                _run(arguments.parse(sys.argv[1:] if argv is None else argv), stop)
+        except SystemExit as ended:  # --help, --version, doctor
+            code = int(ended.code or 0)
+        sys.stdout.flush()
     except BrokenPipeError:
-        # Python would complain once more when it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _forget_output()
     except KeyboardInterrupt:
         return 0
     except FilterError as error:
@@ -110,7 +119,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Error as error:
         _tell(str(error))
         return 1
-    return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        _forget_output()
+        _tell(f"cannot write to standard output: {error.strerror}")
+        return 1
+    return code
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from rich.table import Table
 from hunter import pcapng
 from hunter.capturefile import CaptureFile
 from hunter.captures import Flow, flow_of, read_capture
+from hunter.console import Output
 from hunter.text import plain
 from nlproto import Error
 from nlproto.client import DaemonClient
@@ -213,7 +214,7 @@ def _report(result: _Result, notify: Callable[[str], None]) -> None:
     for name, count in sorted(result.by_process.items(), key=lambda one: -one[1].packets):
         table.add_row(name, f"{count.packets:,}", count.exe)
     if result.by_process:
-        Console(highlight=False, markup=False).print(table)
+        Output().print(table)
     share = f" ({100 * result.named / result.transport:.1f} %)" if result.transport else ""
     notify(
         f"{result.packets:,} packets, {result.transport:,} of them TCP or UDP with ports: "

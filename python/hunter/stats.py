@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hunter.console import Output
 from hunter.text import plain
 from nlproto.client import DaemonClient
 
@@ -27,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(figures))
     else:
-        show(figures, Console(highlight=False, markup=False))
+        show(figures, Output())
 
 
 def show(figures: Mapping[str, Any], console: Console) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hunter import names
+from hunter.console import Output
 from hunter.text import plain
 from nlproto import NoDaemon
 from nlproto.client import DaemonClient
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace, notify: Callable[[str], None]) -> None:
     if options.json:
         print(json.dumps(answer))
     else:
-        console = Console(highlight=False, markup=False, soft_wrap=True)
+        console = Output(soft_wrap=True)
         show(answer, console, time.time(), remembers)
 
 

@@ -325,6 +325,32 @@ def test_a_closed_pipe_ends_it_quietly_with_0(server, no_daemon):
     account_of(stderr)
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["top", "--help"], ["--version"], ["who", "--port", "1"]]
+)
+def test_short_answers_end_well_whoever_reads_them(arguments, unbuffered, tmp_path):
+    place = ["--socket", str(tmp_path / "none")] if "--port" in arguments else []
+    command = [*HUNTER, *arguments, *place]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as closed, open("/dev/full", "wb") as full:
+        for output, code, lines in ((closed, 0, 0), (full, 1, 1)):
+            done = subprocess.run(
+                command,
+                stdout=output,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=60,
+                env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            )
+            if unbuffered and output is full and "who" not in arguments:
+                continue  # argparse itself passes over what it cannot write
+            told = [line for line in done.stderr.splitlines() if "until then" not in line]
+            assert (done.returncode, len(told)) == (code, lines), done.stderr
+            assert not told or "cannot write to standard output: No space left" in told[0]
+
+
 def test_after_sigkill_the_file_holds_whole_rows(server, no_daemon, tmp_path):
     _, port = server
     with traffic(port):
