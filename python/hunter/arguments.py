@@ -72,6 +72,13 @@ def _seconds(text: str) -> float:
     return float(found[1]) * scale
 
 
+def _interval(text: str) -> float:
+    seconds = _seconds(text)
+    if seconds < 0.1:
+        raise argparse.ArgumentTypeError(f"{text!r} is too short to look at: 100ms or more")
+    return seconds
+
+
 def _size(text: str) -> int:
     """Millions of bytes as tcpdump's -C counts, or with k, m, g: 2 to the 10th, 20th, 30th."""
     found = re.fullmatch(r"(\d+)([kmg])?b?", text.lower())
@@ -237,7 +244,7 @@ def _top_parser() -> argparse.ArgumentParser:
         "-u", "--units", metavar="U", choices=UNITS, default=UNITS[0], help=" ".join(UNITS)
     )
     parser.add_argument(
-        "-d", "--interval", metavar="S", type=_seconds, default=1.0, help="between looks (1s)"
+        "-d", "--interval", metavar="S", type=_interval, default=1.0, help="between looks (1s)"
     )
     _add_source(parser)
     return parser

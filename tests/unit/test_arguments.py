@@ -97,7 +97,14 @@ def test_options_that_make_no_sense_together_are_refused(words):
 
 @pytest.mark.parametrize(
     "words",
-    [["-c", "-1"], ["--duration", "soon"], ["--engine", "x"], ["-Q", "up"], ["who", "8080"]],
+    [
+        ["-c", "-1"],
+        ["--duration", "soon"],
+        ["--engine", "x"],
+        ["-Q", "up"],
+        ["who", "8080"],
+        ["top", "-d", "0"],
+    ],
 )
 def test_bad_values_are_one_line_that_names_the_help(words):
     with pytest.raises(UsageError, match=r"^[^\n]*; see packet-hunter.* --help$"):
