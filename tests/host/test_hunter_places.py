@@ -33,13 +33,13 @@ while True:
 
 
 @contextlib.contextmanager
-def own_cgroup(name):
+def own_cgroup(called):
     """A cgroup so named, as runtimes of containers make them."""
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     roots = [words[1] for words in mounts if words[2] == "cgroup2"]
     if not roots:
         pytest.skip("no cgroup2 is mounted here")
-    path = Path(roots[0]) / name
+    path = Path(roots[0]) / called
     try:
         path.mkdir()
     except OSError as error:
@@ -52,6 +52,10 @@ def own_cgroup(name):
             assert time.monotonic() < until
             time.sleep(0.05)
         path.rmdir()
+
+
+def name(identity):
+    return f"hunter-{identity[:12]}"
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +75,10 @@ def container():
             assert inside == "1"  # of its own pid namespace
             pids = {int(pid) for pid in (cgroup / "cgroup.procs").read_text().split()}
             (pid,) = pids - {process.pid}
+            subprocess.run(["ip", "netns", "attach", name(identity), str(pid)], check=True)
             yield identity, pid, int(netns)
         finally:
+            subprocess.run(["ip", "netns", "delete", name(identity)], check=False)
             process.kill()
             process.communicate()
 
@@ -99,6 +105,7 @@ def outside():
         ["--container", "docker:ID12"],
         ["--container", "docker:*"],
         ["--netns", "NETNS"],
+        ["--netns", "NAME"],
         ["--pname", "inside-worker"],
         ["--pname", "inside-*", "--netns", "NETNS", "--container", "ID12"],
         ["--pid", "PID"],
@@ -110,6 +117,7 @@ def test_a_process_in_a_container_is_found_by_its_place_and_name(
 ):
     identity, pid, netns = container
     here = {"ID12": identity[:12], "ID64": identity, "NETNS": str(netns), "PID": str(pid)}
+    here["NAME"] = name(identity)
     options = [re.sub("[A-Z]{2,}[0-9]*", lambda found: here[found[0]], word) for word in words]
     alone = ["--socket", tmp_path / "none", "--engine", "packet"]
     command = [*HUNTER, *alone, "--json", "-c", "20", *options]
