@@ -20,6 +20,12 @@ from nlproto.client import DaemonClient
 
 __all__ = ["run"]
 
+# Of the engine's figures: what never changes, and what the account says already.
+_CONSTANTS = {
+    *("instance", "engine", "version", "record_size", "batch", "flush_ms", "receive_bytes"),
+    *("packets", "recorded", "records"),
+}
+
 
 def run(options: argparse.Namespace) -> None:
     """Ask and print. Raises Error."""
@@ -49,9 +55,9 @@ def show(figures: Mapping[str, Any], console: Console) -> None:
         if name == "client":
             continue
         facts = ", ".join(
-            f"{key.replace('_', ' ')} {_number(value)}"
+            f"{key.replace('_', ' ')} {_number(key, value)}"
             for key, value in part.items()
-            if not isinstance(value, (Mapping, list)) and value is not None and key != "instance"
+            if value and not isinstance(value, (Mapping, list)) and key not in _CONSTANTS
         )
         table.add_row(Text(name.replace("_", " "), style="bold"), Text(plain(facts)))
     console.print(table)
@@ -87,8 +93,10 @@ def _detail(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items())
 
 
-def _number(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+def _number(key: str, value: object) -> str:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return str(value)
+    return f"{value.bit_count() if key.startswith('probes_') else value:,}"
 
 
 def _span(seconds: float) -> str:

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: MIT
+"""hunter stats for people: what counts, in few words."""
+
+import io
+
+from hunter.console import Output
+from hunter.stats import show
+
+ACCOUNT = {
+    "packets": 30,
+    "recorded": 20,
+    "delivered": 18,
+    "named": 12,
+    "unnamed": {"socket_gone": 4},
+    "lost": {"socket": 2, "queue": 0},
+}
+
+
+def shown(**parts):
+    figures = {"version": "1", "pid": 7, "engine": "module", "started": 0.0} | parts
+    out = io.StringIO()
+    show(figures, Output(file=out, width=100))
+    return [" ".join(line.split()) for line in out.getvalue().splitlines() if line.strip()]
+
+
+def test_the_account_closes_also_while_some_are_being_named():
+    lines = shown(account=ACCOUNT)
+    assert lines[1:] == [
+        "packets seen 30",
+        "recorded 20",
+        "records delivered 18",
+        "named 12 66.67 %",
+        "unnamed 4 socket gone 4",
+        "being named 2",
+        "lost 2 socket 2",
+    ]
+
+
+def test_parts_say_what_they_have_and_how_many_probes():
+    engine = {"version": 1, "probes_registered": 0xFFFF, "probes_firing": 0xFEFF, "lost_batch": 0}
+    lines = shown(account=ACCOUNT, engine_stats=engine | {"sockets": 1234}, queue={"bytes": 0})
+    assert lines[-2:] == [
+        "engine stats probes registered 16, probes firing 15, sockets 1,234",
+        "queue",
+    ]
+
+
+def test_another_user_is_told_whose_the_account_is():
+    assert "the account is for root and the group packet-hunter" in shown(account=None)
