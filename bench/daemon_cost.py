@@ -351,15 +351,33 @@ def others() -> dict[str, float]:
     return {name: _best(way) for name, way in ways.items()}
 
 
+def questions() -> str:
+    """The table of port questions."""
+    answers = owner()
+    names = list(dict.fromkeys(name for one in answers.values() for name in one))
+    return table(
+        ["", *answers],
+        [[n, *(f"{v[n]:,.2f}" if n in v else "" for v in answers.values())] for n in names],
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, default=8000)
     parser.add_argument("--ask", nargs="+", metavar=("PATH", "PORT"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--questions",
+        action="store_true",
+        help="port questions alone, on stdout (on a busy machine: chrt -f 1 python ...)",
+    )
     options = parser.parse_args()
     if options.ask:
         print(json.dumps(ask_owner(options.ask[0], [int(port) for port in options.ask[1:]])))
         return
     sys.setswitchinterval(SWITCH_INTERVAL)
+    if options.questions:
+        print(questions())
+        return
     takes = {
         "1,000 flows": ingest(options.batches, 1000),
         "100,000 flows": ingest(options.batches, 100_000),
@@ -386,14 +404,8 @@ def main() -> None:
             [[n, f"{past['memory_ms'][n]:.1f}", f"{past['file_ms'][n]:.1f}"] for n in QUESTIONS],
         )
     )
-    answers = owner()
-    names = list(dict.fromkeys(name for one in answers.values() for name in one))
     parts.append(
-        "Who has this port? Asked by another process over the UNIX socket.\n\n"
-        + table(
-            ["", *answers],
-            [[n, *(f"{v[n]:,.2f}" if n in v else "" for v in answers.values())] for n in names],
-        )
+        "Who has this port? Asked by another process over the UNIX socket.\n\n" + questions()
     )
     elsewhere = ", ".join(f"{name} {ms:.1f} ms" for name, ms in others().items())
     parts.append(f"The same question asked elsewhere, a question: {elsewhere}.")
