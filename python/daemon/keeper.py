@@ -99,9 +99,14 @@ class Keeper:
         portmap.expire(before)
 
     def _known(self, sockets: list[BoundSocket]) -> list[BoundSocket]:
-        """With the start times by which their processes are known."""
-        start_of = self._pipeline.processes.start_of
-        return [replace(one, start_ns=start_of(one.tgid, one.start_ns)) for one in sockets]
+        """With the start times by which their processes are known; from now on they are."""
+        processes = self._pipeline.processes
+        known = []
+        for one in sockets:
+            one = replace(one, start_ns=processes.start_of(one.tgid, one.start_ns))
+            processes.add(one.tgid, one.start_ns, one.comm, one.uid)
+            known.append(one)
+        return known
 
     def _look_for_module(self) -> None:
         pipeline = self._pipeline

@@ -191,6 +191,7 @@ def test_the_port_map_knows_a_listener_without_traffic_and_forgets_it_within_a_s
         port = listener.getsockname()[1]
         (owner,) = _until(lambda: client.owner(port))
         assert owner["pid"] == os.getpid() and owner["listening"]
+        assert owner["exe"] == os.path.realpath(sys.executable)
         assert [h["pid"] for h in owner["holders"]] == [os.getpid()]
         family = {"netns": owner["netns"], "proto": "tcp", "address": "127.0.0.1", "port": port}
         by_end, by_cookie = client.lookup([family, {"cookie": owner["cookie"]}])
@@ -214,6 +215,7 @@ def test_the_port_map_knows_connections_that_were_idle_since_before_it_began(sta
             (owner,) = _until(lambda: client.owner(near))
             assert (owner["pid"], owner["address"]) == (os.getpid(), "127.0.0.1")
             assert not owner["listening"] and owner["cookie"]
+            assert owner["exe"] == os.path.realpath(sys.executable)
             ends = {(one["address"], one["listening"]) for one in client.owner(far)}
             assert ends == {("::", True), ("127.0.0.1", False)}
             accepted.close()
