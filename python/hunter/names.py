@@ -11,7 +11,7 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Self
 
-__all__ = ["Names", "interface", "service", "user"]
+__all__ = ["Names", "interface", "own_hosts", "service", "user"]
 
 
 @lru_cache(4096)
@@ -43,11 +43,11 @@ def interface(index: int) -> str:
         return f"if{index}"
 
 
-def _own_hosts() -> dict[str, str]:
-    """What /etc/hosts says, which needs no waiting: localhost is so named from the first line."""
+def own_hosts(path: str = "/etc/hosts") -> dict[str, str]:
+    """Return names by address, which need no waiting: localhost is so named from the first line."""
     known: dict[str, str] = {}
     try:
-        with open("/etc/hosts", encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 address, *hosts = line.partition("#")[0].split()[:2] or [""]
                 if hosts:
@@ -66,7 +66,7 @@ class Names:
 
     def __init__(self, limit: int = 65536) -> None:
         self._limit = limit
-        self._known = _own_hosts()
+        self._known = own_hosts()
         self._wanted: queue.Queue[str | None] = queue.Queue(1000)
         self._thread = threading.Thread(target=self._look_up, name="host names", daemon=True)
 

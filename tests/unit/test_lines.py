@@ -10,6 +10,7 @@ import socket
 import numpy as np
 import pytest
 
+from hunter import names
 from hunter.capturefile import CaptureFile
 from hunter.columns import COLUMNS, columns
 from hunter.lines import LinePrinter, Style, tcp_flags
@@ -218,3 +219,13 @@ def test_ordinary_names_stay_as_they_are():
 def test_addresses_are_text_of_their_family():
     table = columns(batch({"saddr": "fe80::1", "daddr": "::1"}), Processes())
     assert (table.src, table.dst) == (["fe80::1"], ["::1"])
+
+
+def test_names_of_the_hosts_file_are_there_at_once(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text(
+        "# ours\n127.0.0.1 localhost here\n::1\tip6-localhost # loopback\n\n10.0.0.1 # nobody\n"
+        "127.0.0.1 second\n"
+    )
+    assert names.own_hosts(str(path)) == {"127.0.0.1": "localhost", "::1": "ip6-localhost"}
+    assert names.own_hosts(str(tmp_path / "none")) == {}
