@@ -135,7 +135,7 @@ def main() -> int:
         print(f"=== {name}", flush=True)
         started = time.monotonic()
         rows.append(try_kernel(name))
-        print(f"=== {name} took {time.monotonic() - started:.0f} s", flush=True)
+        print(f"=== {name} took {time.monotonic() - started:.0f} s\n{table(rows[-1:])}", flush=True)
     print(f"\n{table(rows)}")
     return 1 if any(row.failed for row in rows) else 0
 
