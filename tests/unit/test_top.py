@@ -413,8 +413,11 @@ def test_what_a_file_said_stays_when_it_has_been_read(monkeypatch):
     async def script(app, pilot):
         feed.ended = True
         await becomes(pilot, lambda: "the source has ended" in text(app, "#account"))
-        monkeypatch.setattr(rates_module, "KEPT_S", 0.2)
-        await asyncio.sleep(0.5)
+        # a slow machine's end comes well after its last packet
+        [process] = app.rates
+        idle = app._last_s - process.meter.last_s
+        monkeypatch.setattr(rates_module, "KEPT_S", idle + 0.2)
+        await asyncio.sleep(idle + 0.5)
         await pilot.pause()
         assert [(row[1], row[3], row[8]) for row in cells(app)] == [("web", "0 B", "1000 B")]
 
