@@ -23,6 +23,7 @@ from pathlib import Path
 
 NETLINK_GENERIC = 16
 PORT = 7000
+SECOND_CPU = Path("/sys/devices/system/cpu/cpu1/online")
 
 
 def tcp_server() -> None:
@@ -181,11 +182,10 @@ def commands() -> None:
 
 
 def hotplug() -> None:
-    """Takes the second CPU away and brings it back."""
-    switch = Path("/sys/devices/system/cpu/cpu1/online")
-    while switch.exists():
+    """Takes the second CPU, if there is one, away and brings it back."""
+    while SECOND_CPU.exists():
         for state in ("0", "1"):
-            switch.write_text(state)
+            SECOND_CPU.write_text(state)
             time.sleep(random.uniform(0.2, 1.5))
 
 
@@ -225,7 +225,8 @@ def main() -> int:
         os.killpg(pid, signal.SIGKILL)
     for pid in children:
         os.waitpid(pid, 0)
-    Path("/sys/devices/system/cpu/cpu1/online").write_text("1")
+    if SECOND_CPU.exists():
+        SECOND_CPU.write_text("1")
     subprocess.run(["rmmod", "sniffer"], check=False)
     kmemleak = Path("/sys/kernel/debug/kmemleak")
     if kmemleak.exists():
