@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -43,6 +44,8 @@ def sparkline(history: Iterable[float]) -> str:
 
 def run(options: argparse.Namespace, notify: Callable[[str], None]) -> None:
     """Show until the user quits. Raises Error."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):  # it reads the one and draws on the other
+        raise Error("top needs a terminal; without one: packet-hunter --summary --duration 10s")
     wanted = filter_of(options)
     notes: list[str] = []
     with open_source(options, wanted, notes.append) as source, Names() as hosts:

@@ -458,6 +458,7 @@ def test_a_hostile_process_name_is_harmless(name, output, no_daemon):
         (["who"], 2, "--port N"),
         (["-F", "/no/such"], 1, "cannot read the filter"),
         (["stats"], 1, "start it with"),
+        (["top"], 1, "needs a terminal"),
         (["--direct"], 1, "start it with"),
         (["--save", "/dev/full", "--format", "csv"], 1, "No space left"),
         (["--save", "x.pcap"], 2, "x.pcapng"),
