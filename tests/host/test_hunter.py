@@ -471,7 +471,7 @@ def test_a_mistake_is_one_clear_line_and_the_right_code(arguments, code, words, 
     sockets = ["--socket", str(tmp_path / "none")]
     if arguments[:2] == ["--engine", "module"] and os.path.exists("/sys/module/sniffer"):
         pytest.skip("the module is loaded here")
-    place = 1 if arguments[0] in ("who", "stats", "annotate") else 0
+    place = 1 if arguments[0] in ("who", "stats", "top", "annotate") else 0
     if arguments[0] in ("-v", "report"):
         sockets = []
     done = hunt(*arguments[:place], *sockets, *arguments[place:])
