@@ -19,10 +19,10 @@ __all__ = ["UPGRADE", "Completed", "Root", "bare_root", "base_root"]
 
 Completed = subprocess.CompletedProcess[str]
 
-SUITE = os.environ.get("PACKET_HUNTER_SUITE", "bookworm")
+SUITE = "bookworm"
 # The headers of the kernel that this system is upgraded to, downloaded and not installed.
 NEXT_KERNEL = "/srv/next-kernel"
-NEXT_HEADERS = f"linux-headers-{'6.12' if SUITE == 'bookworm' else 'cloud'}-amd64"
+NEXT_HEADERS = "linux-headers-6.12-amd64"
 
 MACHINE = "systemd-sysv dbus udev kmod initramfs-tools linux-image-amd64 linux-headers-amd64"
 BUILDING = "build-essential fakeroot debhelper dh-python lintian python3-dev python3-setuptools"
@@ -55,7 +55,7 @@ UPGRADE = (
 
 
 def base_root() -> Path:
-    """Debian SUITE with kernel, systemd and all that builds packages; about 3 minutes, 2 GB, once.
+    """Debian 12 with kernel, systemd and all that builds packages; about 3 minutes, 2 GB, once.
 
     :raises Unavailable: it is not in the cache and cannot be made now.
     """
