@@ -17,7 +17,7 @@ __all__ = ["FlowRate", "Meter", "ProcessRate", "Rates", "UNITS", "amount"]
 
 UNITS = ("bin-bytes", "bin-bits", "si-bytes", "si-bits")
 HISTORY = 12  # ticks that a sparkline shows
-KEPT_S = 60.0  # without packets, then a row goes
+KEPT_S = 60.0  # what a live view keeps a process for after its last packet
 MAX_FLOWS = 50_000
 
 Key = tuple[int, int, int]
@@ -120,9 +120,13 @@ class ProcessRate:
 
 
 class Rates:
-    """Everything that top shows; at most MAX_FLOWS flows, those idle longest go first."""
+    """Everything that top shows; at most MAX_FLOWS flows, those idle longest go first.
 
-    def __init__(self) -> None:
+    A process without packets for `kept_s` seconds goes.
+    """
+
+    def __init__(self, kept_s: float = KEPT_S) -> None:
+        self._kept_s = kept_s
         self.processes: dict[Key, ProcessRate] = {}
         self.evicted = 0
         self._flow_count = 0
@@ -144,7 +148,7 @@ class Rates:
                 # idle flows, nearly all of many, keep their zeros
                 if meter.last_s == now_s or meter.sent_rate or meter.received_rate:
                     meter.tick(seconds)
-            if process.meter.last_s + KEPT_S < now_s:
+            if process.meter.last_s + self._kept_s < now_s:
                 self._flow_count -= len(process.flows)
                 del self.processes[process.key]
         if self._flow_count > MAX_FLOWS:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import threading
@@ -21,7 +22,7 @@ from hunter import names
 from hunter.account import Shown
 from hunter.arguments import filter_of
 from hunter.names import Names
-from hunter.rates import UNITS, FlowRate, Meter, ProcessRate, Rates, amount
+from hunter.rates import KEPT_S, UNITS, FlowRate, Meter, ProcessRate, Rates, amount
 from hunter.source import Source, open_source
 from hunter.table import Cell, Column, Table
 from hunter.text import plain
@@ -49,7 +50,9 @@ def run(options: argparse.Namespace, notify: Callable[[str], None]) -> None:
     wanted = filter_of(options)
     notes: list[str] = []
     with open_source(options, wanted, notes.append) as source, Names() as hosts:
-        app = Top(source, hosts.host, options.units, options.interval, str(wanted), notes)
+        # what a file says stays, however long ago it was read
+        kept_s = math.inf if options.read else KEPT_S
+        app = Top(source, hosts.host, options.units, options.interval, str(wanted), notes, kept_s)
         app.numbers = options.numbers
         app.run()
         rest = source.finish()
@@ -412,6 +415,7 @@ class Top(App[None]):
         interval: float = 1.0,
         filter_text: str = "",
         notes: Sequence[str] = (),
+        kept_s: float = KEPT_S,
     ) -> None:
         super().__init__()
         self.source = source
@@ -422,7 +426,7 @@ class Top(App[None]):
         self.interval = interval
         self.filter_text = filter_text
         self.notes = notes
-        self.rates = Rates()
+        self.rates = Rates(kept_s)
         self.shown = Shown()
         self.paused = False
         self.failure: Error | None = None
@@ -441,10 +445,8 @@ class Top(App[None]):
 
     def tick(self) -> None:
         """Take what came, and show it unless paused."""
-        ended = self._inbox.ended
+        now_s = time.monotonic()
         batches = self._inbox.take()
-        # what a file that has been read says stays: its time has stopped
-        now_s = self._last_s if ended and not batches else time.monotonic()
         for batch in batches:
             self.shown.add(batch)
         self.rates.tick(batches, now_s, max(now_s - self._last_s, 1e-3))
