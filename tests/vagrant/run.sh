@@ -70,4 +70,4 @@ fi
 export PACKET_HUNTER_BOX=packet-hunter-$recipe PACKET_HUNTER_BOX_URL=file://$box
 export PACKET_HUNTER_WHEELS=$wheels PACKET_HUNTER_DRIVER=${PACKET_HUNTER_DRIVER:-qemu}
 export VAGRANT_HOME=$cache/home VAGRANT_DEFAULT_PROVIDER=libvirt
-timeout --kill-after=30 3000 tests/vagrant/isolated.sh tests/vagrant/session.sh
+timeout --kill-after=30 5400 tests/vagrant/isolated.sh tests/vagrant/session.sh

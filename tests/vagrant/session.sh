@@ -35,7 +35,7 @@ step vagrant ssh -c "./build.sh && sudo insmod kmod/sniffer.ko"
 step vagrant ssh -c "tests/vagrant/capture.sh"
 step vagrant ssh -c "sudo rmmod sniffer"
 # `make` on the machine `test`. The same tests as above: once more those of the module is enough.
-vagrant ssh -c "echo export TIERS=vm | sudo tee /etc/profile.d/packet-hunter-vm.sh" </dev/null
+vagrant ssh -c "echo export TIERS=vm | sudo tee /etc/profile.d/zz-tiers.sh" </dev/null
 step vagrant ssh -c make test | tee "$scratch/unquoted"
 grep -q '^vm  *[1-9][0-9]* passed, 0 failed' "$scratch/unquoted"
 # Ends after 30 s, having unloaded the module again.
