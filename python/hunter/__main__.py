@@ -77,7 +77,7 @@ def _run(command: arguments.Command, stop: Stop) -> None:
                 raise
             raise Error("top needs Textual: pip install 'packet-hunter[top]'") from None
 
-        top.run(command.options, _tell)
+        top.run(command.options, stop, _tell)
     elif command.name == "doctor":
         from hunter import doctor
 

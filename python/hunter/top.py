@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ from hunter.account import Shown
 from hunter.arguments import filter_of
 from hunter.names import Names
 from hunter.rates import KEPT_S, UNITS, FlowRate, Meter, ProcessRate, Rates, amount
+from hunter.signals import Stop
 from hunter.source import Source, open_source
 from hunter.table import Cell, Column, Table
 from hunter.text import plain
@@ -43,10 +45,12 @@ def sparkline(history: Iterable[float]) -> str:
     return "".join(_BARS[-int(-value * 8 // most)] for value in values)
 
 
-def run(options: argparse.Namespace, notify: Callable[[str], None]) -> None:
-    """Show until the user quits. Raises Error."""
+def run(options: argparse.Namespace, stop: Stop, notify: Callable[[str], None]) -> None:
+    """Show until the user quits or a signal comes. Raises Error."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):  # it reads the one and draws on the other
         raise Error("top needs a terminal; without one: packet-hunter --summary --duration 10s")
+    # without its terminal there is nothing left to do, and Textual would wait for it for ever
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     wanted = filter_of(options)
     notes: list[str] = []
     with open_source(options, wanted, notes.append) as source, Names() as hosts:
@@ -54,6 +58,7 @@ def run(options: argparse.Namespace, notify: Callable[[str], None]) -> None:
         kept_s = math.inf if options.read else KEPT_S
         app = Top(source, hosts.host, options.units, options.interval, str(wanted), notes, kept_s)
         app.numbers = options.numbers
+        app.asked_to_end = stop
         app.run()
         rest = source.finish()
     for batch in rest:
@@ -426,6 +431,8 @@ class Top(App[None]):
         self.interval = interval
         self.filter_text = filter_text
         self.notes = notes
+        self.asked_to_end: Stop | bool = False
+        """True once a signal did."""
         self.rates = Rates(kept_s)
         self.shown = Shown()
         self.paused = False
@@ -439,9 +446,14 @@ class Top(App[None]):
             self.notify(plain(note), severity="warning", timeout=10, markup=False)
         self._inbox.start()
         self.set_interval(self.interval, self.tick)
+        self.set_interval(0.2, self._heed)
 
     def on_unmount(self) -> None:
         self._inbox.stop()
+
+    def _heed(self) -> None:
+        if self.asked_to_end:
+            self.exit()
 
     def tick(self) -> None:
         """Take what came, and show it unless paused."""
