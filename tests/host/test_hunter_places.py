@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -33,25 +34,38 @@ while True:
 
 
 @contextlib.contextmanager
+def cgroup2():
+    """Where cgroup2 is mounted and can be written; else (a bare root) a mount for the tests."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, place, kind, *_ = line.split()
+        if kind == "cgroup2" and os.access(place, os.W_OK):
+            yield Path(place)
+            return
+    with tempfile.TemporaryDirectory() as place:
+        command = ["mount", "-t", "cgroup2", "none", place]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.skip(f"no cgroup2 to write to, and none can be mounted: {done.stderr.strip()}")
+        try:
+            yield Path(place)
+        finally:
+            subprocess.run(["umount", place], check=True)
+
+
+@contextlib.contextmanager
 def own_cgroup(called):
     """A cgroup so named, as runtimes of containers make them."""
-    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-    roots = [words[1] for words in mounts if words[2] == "cgroup2"]
-    if not roots:
-        pytest.skip("no cgroup2 is mounted here")
-    path = Path(roots[0]) / called
-    try:
+    with cgroup2() as root:
+        path = root / called
         path.mkdir()
-    except OSError as error:
-        pytest.skip(f"cannot make a cgroup: {error}")
-    try:
-        yield path
-    finally:
-        until = time.monotonic() + 30
-        while (path / "cgroup.procs").read_text():
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        path.rmdir()
+        try:
+            yield path
+        finally:
+            until = time.monotonic() + 30
+            while (path / "cgroup.procs").read_text():
+                assert time.monotonic() < until
+                time.sleep(0.05)
+            path.rmdir()
 
 
 def name(identity):
