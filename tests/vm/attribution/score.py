@@ -25,6 +25,7 @@ FLAGS = {"shared": 1, "inherited": 2, "seeded": 4, "dead": 8, "kernel": 16, "amb
 DIR_IN, DIR_OUT, DIR_FWD = 1, 2, 3
 TCP_SYN, TCP_RST = 2, 4
 EXAMPLES = 3
+BEFORE = 8
 
 
 @dataclass(slots=True)
@@ -117,21 +118,21 @@ def score(
     there (not to be asked of a capture that has lost some).
     """
     result = Score(packets=len(records))
+    connections = _Connections()
     by_endpoint: dict[tuple[int, str, int], list[Claim]] = defaultdict(list)
     claims = list(claims)
     for claim in claims:
         by_endpoint[claim.netns, claim.proto, claim.lport].append(claim)
     seen: Counter[tuple[str, int]] = Counter()
-    ended: set[tuple[object, ...]] = set()
 
-    for record in records:
+    for number, record in enumerate(records):
         how = how_name(int(record["how"]))
         result.how[how] += 1
         port = int(record["dport" if record["dir"] == DIR_IN else "sport"])
         key = (int(record["netns"]), PROTOCOLS.get(int(record["proto"]), "?"), port)
-        after_reset = _follow_reset(record, ended)
+        socketless = connections.follow(record, how)
         found = [claim for claim in by_endpoint.get(key, ()) if matches(claim, record)]
-        if after_reset and how == "no_socket" and found:
+        if socketless and found:
             seen[found[0].ident, int(record["dir"])] += 1
             result.rightly_unnamed[how] += 1
             continue
@@ -147,7 +148,10 @@ def score(
         # An accepted socket's cookie is on packets from before its accept(), too.
         family = [c for c in by_endpoint[key] if c.rport in (0, remote)]
         cookies = set().union(*(c.cookies for c in family))
+        known = len(result.examples)
         _judge(result, record, how, found, cookies if found[0].cookies else set(), seen, comm)
+        if len(result.examples) > known:
+            result.examples += _before(records[:number], record, how_name)
 
     if counts:
         for claim in claims:
@@ -162,27 +166,57 @@ def score(
     return result
 
 
-def _follow_reset(record: np.void, ended: set[tuple[object, ...]]) -> bool:
-    """Whether an earlier packet has reset this packet's connection, so that no socket is left.
+def _connection(record: np.void) -> tuple[object, ...]:
+    """Namespace, local and remote end of a record's packet."""
+    ends = ("d", "s") if record["dir"] == DIR_IN else ("s", "d")
+    return (
+        int(record["netns"]),
+        *((address(record, f"{end}addr"), int(record[f"{end}port"])) for end in ends),
+    )
+
+
+class _Connections:
+    """Which TCP connections have no socket any more, by the packets alone, in order of time.
 
     A reset ends a connection in every state (RFC 9293, 3.5.2), TIME_WAIT included (RFC 1337,
-    unless net.ipv4.tcp_rfc1337 is set); a SYN that goes out begins a new one. ``ended`` is kept
-    from record to record, in order of time.
+    unless net.ipv4.tcp_rfc1337 is set); a SYN that goes out begins a new one. What arrives in
+    between finds no socket, and unless it is a reset itself the stack answers it with one
+    (RFC 9293, 3.10.7.1), for which there is no socket either.
     """
-    if record["proto"] != 6:
-        return False
-    local, remote = ("d", "s") if record["dir"] == DIR_IN else ("s", "d")
-    connection = (
-        int(record["netns"]),
-        address(record, f"{local}addr"), int(record[f"{local}port"]),
-        address(record, f"{remote}addr"), int(record[f"{remote}port"]),
-    )  # fmt: skip
-    if record["dir"] == DIR_OUT and record["tcp_flags"] & TCP_SYN:
-        ended.discard(connection)
-    before = connection in ended
-    if record["dir"] == DIR_IN and record["tcp_flags"] & TCP_RST:
-        ended.add(connection)
-    return before and record["dir"] == DIR_IN
+
+    def __init__(self) -> None:
+        self._ended: set[tuple[object, ...]] = set()
+        self._unanswered: Counter[tuple[object, ...]] = Counter()
+
+    def follow(self, record: np.void, how: str) -> bool:
+        """Whether `how` says rightly that this packet, after those before it, has no socket."""
+        if record["proto"] != 6:
+            return False
+        connection = _connection(record)
+        reset = bool(record["tcp_flags"] & TCP_RST)
+        if record["dir"] == DIR_OUT:
+            if record["tcp_flags"] & TCP_SYN:
+                self._ended.discard(connection)
+                del self._unanswered[connection]
+            if not (reset and how == "no_socket" and self._unanswered[connection]):
+                return False
+            self._unanswered[connection] -= 1
+            return True
+        socketless = connection in self._ended and how == "no_socket"
+        if socketless and not reset:
+            self._unanswered[connection] += 1
+        if reset:
+            self._ended.add(connection)
+        return socketless
+
+
+def _before(records: np.ndarray, record: np.void, how_name: Callable[[int], str]) -> list[str]:
+    """The last packets between the same two ports before `record`, one line each."""
+    ports = np.sort(np.stack([records["sport"], records["dport"]]), axis=0)
+    wanted = np.sort([record["sport"], record["dport"]])
+    same = (ports.T == wanted).all(axis=1) & (records["proto"] == record["proto"])
+    near = records[same & (records["netns"] == record["netns"])][-BEFORE:]
+    return [f"  before: {describe(one, how_name(int(one['how'])))}" for one in near]
 
 
 def _judge(
