@@ -9,15 +9,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
+from hunter.writer import Writer
 from nlproto import Error, UsageError
 
 __all__ = ["CaptureFile"]
 
-_PAGE = os.sysconf("SC_PAGE_SIZE")
+_PIECE = 1 << 16  # bytes that the writer gets at a time
 _MAX_LINKS = 40  # MAXSYMLINKS of the kernel (include/linux/namei.h)
 
 
@@ -32,6 +33,7 @@ class CaptureFile:
         self.path = path
         self.size = 0
         self._fd = os.dup(1) if path == "-" else _open(path, environ)
+        self._writer: Writer | None = None
         self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode) and path != "-"
 
     def __enter__(self) -> Self:
@@ -46,34 +48,53 @@ class CaptureFile:
         self.close()
 
     def write(self, data: bytes) -> None:
-        """Append `data` whole, or nothing of it where the file allows. Raises as write_rows()."""
-        self.write_rows((data,))
-
-    def write_rows(self, rows: Iterable[bytes]) -> None:
-        """Append `rows`; those that do not fit are left out whole.
-
-        The kernel gives a write() up between two pages when SIGKILL has come (generic_perform_write
-        in mm/filemap.c), so a row that crosses a page's end is a write by itself: only that one can
-        be left in half, by a kill just then.
+        """Append `data`, in a regular file whole or not at all.
 
         Raises BrokenPipeError when the reader of a pipe has gone, Error for anything else.
         """
-        pieces = _pieces(rows, self.size) if self._regular else iter((b"".join(rows),))
         try:
-            for piece in pieces:
-                view = memoryview(piece)
-                while view:
-                    view = view[os.write(self._fd, view) :]
-                self.size += len(piece)
-        except BrokenPipeError:
-            raise
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._fd, view) :]
         except OSError as error:
             if self._regular:
                 os.ftruncate(self._fd, self.size)
                 os.lseek(self._fd, self.size, os.SEEK_SET)
-            raise Error(
-                f"{self.path}: {error.strerror}; {self.size} bytes are saved and readable"
-            ) from None
+            elif isinstance(error, BrokenPipeError):
+                raise
+            raise self._failed(error) from None
+        self.size += len(data)
+
+    def write_rows(self, rows: Iterable[bytes]) -> None:
+        """Append `rows`; each is there whole or not at all, even when we are killed.
+
+        Raises as write().
+        """
+        if not self._regular:
+            self.write(b"".join(rows))
+            return
+        try:
+            if self._writer is None:
+                self._writer = Writer(self._fd)
+            for piece in _pieces(rows):
+                self._append(piece, self._writer)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _append(self, rows: Sequence[bytes], writer: Writer) -> None:
+        piece = b"".join(rows)
+        try:
+            writer.append(piece)
+        except OSError:
+            if len(rows) == 1:
+                raise
+            for row in rows:  # those that still fit
+                self._append([row], writer)
+        else:
+            self.size += len(piece)
+
+    def _failed(self, error: OSError) -> Error:
+        return Error(f"{self.path}: {error.strerror}; {self.size} bytes are saved and readable")
 
     def fileno(self) -> int:
         return self._fd
@@ -82,21 +103,22 @@ class CaptureFile:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
+            if self._writer is not None:
+                self._writer.close()
 
 
-def _pieces(rows: Iterable[bytes], at: int) -> Iterator[bytes]:
-    """Yield `rows`, from offset `at`, in pieces within one page; a row across two is one piece."""
+def _pieces(rows: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Yield `rows` in lists of some _PIECE bytes."""
     piece: list[bytes] = []
-    end = at
+    size = 0
     for row in rows:
-        start, end = end, end + len(row)
-        if start // _PAGE != (end - 1) // _PAGE:
-            yield b"".join(piece)
-            yield row
-            piece = []
-        else:
-            piece.append(row)
-    yield b"".join(piece)
+        piece.append(row)
+        size += len(row)
+        if size >= _PIECE:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
 
 
 def _open(path: str, environ: Mapping[str, str]) -> int:

@@ -2,8 +2,11 @@
 """Capture files: who may read them, where they are not written, what survives a failure."""
 
 import os
+import signal
 import stat
+import time
 
+import psutil
 import pytest
 
 from hunter.capturefile import CaptureFile
@@ -114,53 +117,64 @@ def test_link_loops_and_missing_directories_are_plain_errors(tmp_path):
         write("")
 
 
-def test_a_full_disk_keeps_whole_pieces(tmp_path):
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_full_disk_keeps_what_fits_whole(tmp_path, rows):
     """/dev/full is no regular file, so the limit on file sizes stands in for a full disk."""
     path = tmp_path / "a"
     pid = os.fork()
     if pid == 0:
         import resource
-        import signal
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (15, 15))
         code = 1
         try:
             with CaptureFile(str(path), {}) as file:
-                file.write(b"12345\n")
-                file.write(b"67890\n")
+                if rows:
+                    file.write_rows([b"12345\n", b"67890\n", b"abcde\n"])
+                for _ in range(3):
+                    file.write(b"12345\n")
         except Error as error:
-            code = 0 if "6 bytes are saved" in str(error) else 2
+            code = 0 if "File too large; 12 bytes are saved" in str(error) else 2
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert path.read_bytes() == b"12345\n"
+    assert path.read_bytes() == (b"12345\n67890\n" if rows else b"12345\n12345\n")
 
 
-def test_only_a_row_across_two_pages_can_be_cut_by_a_kill(tmp_path, monkeypatch):
-    """A write within one page is whole or not there: mm/filemap.c, generic_perform_write()."""
+def test_sigkill_cuts_no_row(tmp_path):
+    """Rows of several pages: a write of one's own is given up between two of them."""
     path = tmp_path / "a"
-    page = os.sysconf("SC_PAGE_SIZE")
-    rows = [b"%0*d\n" % (length, length) for length in (*range(1, 300), 3 * page, page - 1, 7)]
-    written = []
-    write = os.write
+    row = b"%0*d\n" % (12_287, 1)
+    for turn in range(20):
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(writing, 2)  # the writer has it too
+            with CaptureFile(str(path), {}) as file:
+                file.write_rows([row] * 50)
+                os.write(writing, b"begun")
+                while file.size < 1 << 28:
+                    file.write_rows([row] * 50)
+            os._exit(0)
+        os.close(writing)
+        os.read(reading, 5)
+        time.sleep(turn * 0.0007)
+        os.kill(pid, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        assert not os.read(reading, 1)  # until the writer has ended too
+        os.close(reading)
+        data = path.read_bytes()
+        assert len(data) % len(row) == 0 and data == row * (len(data) // len(row))
 
-    def spy(fd, data):
-        written.append(bytes(data))
-        return write(fd, data)
 
-    monkeypatch.setattr(os, "write", spy)
-    with CaptureFile(str(path), {}) as file:
-        file.write_rows(rows[:100])
-        file.write_rows(rows[100:])
-    assert path.read_bytes() == b"".join(rows)
-    at = 0
-    for piece in written:
-        end = at + len(piece)
-        assert piece in rows or at // page == (end - 1) // page
-        assert piece.endswith(b"\n")
-        at = end
-    assert len(written) < len(rows) / 2
+def test_a_killed_writer_is_told(tmp_path):
+    with CaptureFile(str(tmp_path / "a"), {}) as file:
+        file.write_rows([b"1\n"])
+        (child,) = psutil.Process().children()
+        child.kill()
+        with pytest.raises(Error, match=f"process that writes it, {child.pid}, is gone; 2 bytes"):
+            file.write_rows([b"2\n"])
 
 
 def test_dev_full_is_an_error_with_its_cause():
