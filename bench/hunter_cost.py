@@ -27,6 +27,7 @@ from daemon.answers import Answers
 from daemon.config import Config
 from daemon.recorder import Recorder
 from daemon.server import Server, SocketFile
+from hunter.names import Names
 from hunter.top import FlowsView, Top
 from nlproto import wire
 from nlproto.account import Account
@@ -92,7 +93,7 @@ def watch_top(processes: int, view: str) -> float:
     reading, writing = os.pipe()
     pid, terminal = pty.fork()
     if pid == 0:
-        app = Top(Stream(processes), str)  # type: ignore[arg-type]
+        app = Top(Stream(processes), Names())  # type: ignore[arg-type]
 
         def measure() -> None:
             time.sleep(5)

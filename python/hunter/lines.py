@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import IO
@@ -13,8 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from hunter import names
 from hunter.columns import Columns, Details, Holders, columns
+from hunter.names import Names, service
 from hunter.text import plain
 from nlproto import wire
 from nlproto.pipeline import NamedBatch
@@ -56,7 +55,7 @@ class Style:
 class LinePrinter:
     """Writes batches as lines; colours and columns on a terminal, plain text elsewhere.
 
-    `host` names an address (names.Names.host). Raises BrokenPipeError when nobody reads on.
+    Raises BrokenPipeError when nobody reads on.
     """
 
     def __init__(
@@ -64,13 +63,13 @@ class LinePrinter:
         style: Style,
         details: Details,
         holders: Holders,
-        host: Callable[[str], str],
+        names: Names,
         out: IO[str] | None = None,
     ) -> None:
         self._style = style
         self._details = details
         self._holders = holders
-        self._host = host
+        self._names = names
         self._out = out or sys.stdout
         self._terminal = self._out.isatty()
         self._console = Console(file=self._out, soft_wrap=True, highlight=False, markup=False)
@@ -120,7 +119,7 @@ class LinePrinter:
     def _end(self, address: str, port: int, proto: str) -> str:
         if self._style.numbers:
             return f"{address}.{port}"
-        return f"{plain(self._host(address))}.{names.service(port, proto)}"
+        return f"{plain(self._names.host(address))}.{service(port, proto)}"
 
     def _owner(self, table: Columns, i: int) -> list[tuple[str, str]]:
         pid = table.pid[i]
@@ -139,7 +138,8 @@ class LinePrinter:
         more = [f"how {table.how[i]}"]
         uid = table.uid[i]
         if uid is not None:
-            more.append(f"uid {uid}" if self._style.numbers else f"user {plain(names.user(uid))}")
+            name = self._names.user
+            more.append(f"uid {uid}" if self._style.numbers else f"user {plain(name(uid))}")
         if table.exe[i]:
             more.append(f"exe {plain(table.exe[i])}")
         more += [name for name, bit in _OWNER_FLAGS.items() if record["flags"] & bit]

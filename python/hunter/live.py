@@ -71,12 +71,11 @@ def run(
         if options.json:
             takes.append(_Tables(JsonSaver(CaptureFile("-")), source).add)
         elif options.print or not options.save:
-            hosts = stack.enter_context(Names())
+            names = stack.enter_context(Names())
             style = Style(
                 options.numbers, options.quiet, options.verbose, options.times, not options.read
             )
-            host = str if options.numbers else hosts.host
-            takes.append(LinePrinter(style, source, source.holders, host).add)
+            takes.append(LinePrinter(style, source, source.holders, names).add)
         summary = Summary() if options.summary else None
         if summary is not None:
             takes.append(summary.add)

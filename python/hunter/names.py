@@ -7,27 +7,33 @@ import pwd
 import queue
 import socket
 import threading
+from collections.abc import Iterator
 from functools import lru_cache
 from types import TracebackType
 from typing import Self
 
-__all__ = ["Names", "interface", "own_hosts", "service", "user"]
+__all__ = ["Names", "interface", "own_hosts", "own_users", "service", "services", "user"]
 
 
-@lru_cache(4096)
+@lru_cache(1)
+def services(path: str = "/etc/services") -> dict[tuple[int, str], str]:
+    """Return names by port and protocol (services(5)); the first of a port counts."""
+    known: dict[tuple[int, str], str] = {}
+    for name, *rest in _words(path):
+        port, _, proto = rest[0].partition("/") if rest else ("", "", "")
+        if port.isdigit() and proto:
+            known.setdefault((int(port), proto), name)
+    return known
+
+
 def service(port: int, proto: str) -> str:
     """Return the name of a port below 49152 in /etc/services, else its number."""
-    if port < 49152:  # the ephemeral range has no services, whatever the file says
-        try:
-            return socket.getservbyport(port, proto)
-        except (OSError, OverflowError):
-            pass
-    return str(port)
+    # the ephemeral range has no services, whatever the file says
+    return services().get((port, proto), str(port)) if port < 49152 else str(port)
 
 
-@lru_cache(1024)
 def user(uid: int) -> str:
-    """Return the user's name, or the number of one that has none."""
+    """Return the user's name, or the number of one that has none; may wait for a directory."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -46,29 +52,49 @@ def interface(index: int) -> str:
 def own_hosts(path: str = "/etc/hosts") -> dict[str, str]:
     """Return names by address, which need no waiting: localhost is so named from the first line."""
     known: dict[str, str] = {}
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                address, *hosts = line.partition("#")[0].split()[:2] or [""]
-                if hosts:
-                    known.setdefault(address, hosts[0])
-    except OSError:
-        pass
+    for address, *hosts in _words(path):
+        if hosts:
+            known.setdefault(address, hosts[0])
     return known
 
 
-class Names:
-    """Host names by reverse lookup in one thread of its own; a context manager.
+def own_users(path: str = "/etc/passwd") -> dict[int, str]:
+    """Return the names of this machine's own users by uid (passwd(5))."""
+    known: dict[int, str] = {}
+    for name, _, uid, *_ in (line.split(":") for line in _lines(path) if line.count(":") > 2):
+        if uid.isdigit():
+            known.setdefault(int(uid), name)
+    return known
 
-    host() never waits: it gives the address until its name is known. At most `limit` names are
-    kept, at most 1,000 wait.
+
+def _lines(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().splitlines()
+    except OSError:
+        return []
+
+
+def _words(path: str) -> Iterator[list[str]]:
+    """Yield the words of each line that has any, without comments."""
+    for line in _lines(path):
+        words = line.partition("#")[0].split()
+        if words:
+            yield words
+
+
+class Names:
+    """Names of hosts and users, looked up in one thread of its own; a context manager.
+
+    Nothing here waits: an address or uid stands for its name until that is known. At most `limit`
+    names are kept, at most 1,000 wait.
     """
 
     def __init__(self, limit: int = 65536) -> None:
         self._limit = limit
-        self._known = own_hosts()
-        self._wanted: queue.Queue[str | None] = queue.Queue(1000)
-        self._thread = threading.Thread(target=self._look_up, name="host names", daemon=True)
+        self._known: dict[str | int, str] = dict((*own_hosts().items(), *own_users().items()))
+        self._wanted: queue.Queue[str | int | None] = queue.Queue(1000)
+        self._thread = threading.Thread(target=self._look_up, name="names", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -88,20 +114,30 @@ class Names:
 
     def host(self, address: str) -> str:
         """Return the host's name if it is known by now, else `address`."""
-        name = self._known.get(address)
+        return self._name(address)
+
+    def user(self, uid: int) -> str:
+        """Return the user's name if it is known by now, else `uid` as text."""
+        return self._name(uid)
+
+    def _name(self, key: str | int) -> str:
+        name = self._known.get(key)
         if name is None:
             if len(self._known) >= self._limit:
                 self._known.clear()
+            name = str(key)
             try:
-                self._wanted.put_nowait(address)
+                self._wanted.put_nowait(key)
             except queue.Full:
-                return address
-            self._known[address] = name = address
+                return name
+            self._known[key] = name
         return name
 
     def _look_up(self) -> None:
-        while (address := self._wanted.get()) is not None:
+        while (key := self._wanted.get()) is not None:
             try:
-                self._known[address] = socket.gethostbyaddr(address)[0]
+                self._known[key] = (
+                    user(key) if isinstance(key, int) else socket.gethostbyaddr(key)[0]
+                )
             except (OSError, UnicodeError):
                 continue

@@ -21,6 +21,7 @@ from nlproto.filter import Filter
 from nlproto.flows import pack_address
 from nlproto.pipeline import NamedBatch
 from nlproto.processes import Process, Processes
+from nlproto.snaps import Snaps
 
 __all__ = ["FileSource"]
 
@@ -40,7 +41,7 @@ class FileSource:
 
     def __init__(self, path: str, filter: Filter) -> None:
         self.description = f"from {path}"
-        self.snaps = None
+        self.snaps: Snaps | None = None
         self._path = path
         self._filter = filter
         self._processes = Processes(limit=1 << 20)

@@ -19,10 +19,9 @@ from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.widgets import Footer, Input, Static
 
-from hunter import names
 from hunter.account import Shown
 from hunter.arguments import filter_of
-from hunter.names import Names
+from hunter.names import Names, service
 from hunter.rates import KEPT_S, UNITS, FlowRate, Meter, ProcessRate, Rates, amount
 from hunter.signals import Stop
 from hunter.source import Source, open_source
@@ -53,10 +52,10 @@ def run(options: argparse.Namespace, stop: Stop, notify: Callable[[str], None]) 
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     wanted = filter_of(options)
     notes: list[str] = []
-    with open_source(options, wanted, notes.append) as source, Names() as hosts:
+    with open_source(options, wanted, notes.append) as source, Names() as known:
         # what a file says stays, however long ago it was read
         kept_s = math.inf if options.read else KEPT_S
-        app = Top(source, hosts.host, options.units, options.interval, str(wanted), notes, kept_s)
+        app = Top(source, known, options.units, options.interval, str(wanted), notes, kept_s)
         app.numbers = options.numbers
         app.asked_to_end = stop
         app.run()
@@ -271,7 +270,7 @@ class ProcessesView(_View):
         """pid, name, user, unit or container."""
         details = self.top.source.get(*process.key[:2]) if process.pid else None
         place = plain(details.container or details.unit) if details else ""
-        user = "" if process.uid is None else plain(names.user(process.uid))
+        user = "" if process.uid is None else plain(self.top.known.user(process.uid))
         return str(process.pid or "-"), plain(process.comm), user, place
 
     def words(self, item: ProcessRate) -> str:
@@ -369,7 +368,7 @@ class FlowsView(_View):
         key, flow, _ = item
         if isinstance(flow, int):
             return plain(self.top.host(str(key)))
-        port = str(flow.rport) if self.top.numbers else names.service(flow.rport, flow.proto)
+        port = str(flow.rport) if self.top.numbers else service(flow.rport, flow.proto)
         return f"{plain(self.top.host(flow.remote))}.{port}"
 
     def words(self, item: _Flow) -> str:
@@ -415,7 +414,7 @@ class Top(App[None]):
     def __init__(
         self,
         source: Source,
-        host: Callable[[str], str],
+        known: Names,
         units: str = UNITS[0],
         interval: float = 1.0,
         filter_text: str = "",
@@ -424,7 +423,7 @@ class Top(App[None]):
     ) -> None:
         super().__init__()
         self.source = source
-        self._host = host
+        self.known = known
         self.numbers = False
         """Hosts and services as numbers."""
         self.units = units
@@ -498,7 +497,7 @@ class Top(App[None]):
         return plain(text)
 
     def host(self, address: str) -> str:
-        return address if self.numbers else self._host(address)
+        return address if self.numbers else self.known.host(address)
 
     def action_names(self) -> None:
         self.numbers = not self.numbers

@@ -6,6 +6,8 @@ import io
 import ipaddress
 import json
 import socket
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -66,7 +68,7 @@ def nobody(cookies):
 
 def printed(given, known=None, holders=nobody, **style):
     style = Style(**({"numbers": True, "times": 1} | style))
-    printer = LinePrinter(style, known or Processes(), holders, str, io.StringIO())
+    printer = LinePrinter(style, known or Processes(), holders, names.Names(), io.StringIO())
     return printer.lines(given)
 
 
@@ -188,7 +190,7 @@ def test_a_hostile_name_is_harmless(comm, output, tmp_path):
     if output == "terminal":
         out = io.StringIO()
         out.isatty = lambda: True
-        LinePrinter(Style(True, times=1, verbose=2), known, nobody, str, out).add(rows)
+        LinePrinter(Style(True, times=1, verbose=2), known, nobody, names.Names(), out).add(rows)
         text = out.getvalue()
     elif output == "csv":
         text = saved(CsvSaver, rows, known, tmp_path / "x.csv")
@@ -221,11 +223,35 @@ def test_addresses_are_text_of_their_family():
     assert (table.src, table.dst) == (["fe80::1"], ["::1"])
 
 
-def test_names_of_the_hosts_file_are_there_at_once(tmp_path):
-    path = tmp_path / "hosts"
+def test_names_in_this_machines_own_files_are_there_at_once(tmp_path):
+    path, none = tmp_path / "file", str(tmp_path / "none")
     path.write_text(
         "# ours\n127.0.0.1 localhost here\n::1\tip6-localhost # loopback\n\n10.0.0.1 # nobody\n"
         "127.0.0.1 second\n"
     )
     assert names.own_hosts(str(path)) == {"127.0.0.1": "localhost", "::1": "ip6-localhost"}
-    assert names.own_hosts(str(tmp_path / "none")) == {}
+    path.write_text("#\nhttp\t80/tcp www\nhttp 80/udp\nweb 80/tcp\nbad\nbad x/tcp\nbad 80\n")
+    assert names.services(str(path)) == {(80, "tcp"): "http", (80, "udp"): "http"}
+    path.write_text("root:x:0:0::/:/bin/sh\ntoor:x:0:0::/:/bin/sh\n\n+::::::\nme:x:1000:\n")
+    assert names.own_users(str(path)) == {0: "root", 1000: "me"}
+    assert names.own_hosts(none) == names.services(none) == names.own_users(none) == {}
+
+
+def test_a_directory_that_does_not_answer_keeps_nobody_waiting(monkeypatch):
+    asked, answer = threading.Event(), threading.Event()
+
+    def slow(uid):
+        asked.set()
+        answer.wait()
+        return f"user{uid}"
+
+    monkeypatch.setattr(names, "user", slow)
+    with names.Names() as known:
+        assert known.user(4_000_000_000) == "4000000000"
+        assert asked.wait(60)
+        assert known.host("192.0.2.1") == "192.0.2.1" and known.user(0) == "root"
+        answer.set()
+        until = time.monotonic() + 60
+        while known.user(4_000_000_000) != "user4000000000":
+            assert time.monotonic() < until
+            time.sleep(0.01)

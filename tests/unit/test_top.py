@@ -14,6 +14,7 @@ from textual.css.query import NoMatches
 from textual.widgets import Input, Static
 
 from hunter import rates as rates_module
+from hunter.names import Names
 from hunter.rates import KEPT_S, Rates, amount
 from hunter.table import Table
 from hunter.top import FlowsView, Top, sparkline
@@ -166,7 +167,7 @@ class Feed:
 
 
 def drive(feed, script, **options):
-    app = Top(feed, str, interval=0.05, **options)
+    app = Top(feed, Names(), interval=0.05, **options)
 
     async def run():
         async with app.run_test(size=(140, 30)) as pilot:
