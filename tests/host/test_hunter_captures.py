@@ -48,7 +48,9 @@ def peers():
         process.communicate()
 
 
-def talk(tcp, udp, times=10, pause=0.01):
+def talk(tcp, udp, times=10, pause=0.01, seen=None):
+    """Requests and answers over both; the sockets stay until `seen()`, else for 0.4 s: engine
+    packet can name nobody whose socket is gone before it has asked."""
     with (
         socket.create_connection(("127.0.0.1", tcp)) as one,
         socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as other,
@@ -62,6 +64,10 @@ def talk(tcp, udp, times=10, pause=0.01):
             other.recv(50)
             time.sleep(pause)
         time.sleep(0.4)
+        until = time.monotonic() + 60
+        while seen is not None and not seen():
+            assert time.monotonic() < until
+            time.sleep(0.1)
 
 
 def hunting(*arguments):
@@ -111,7 +117,8 @@ def test_tshark_reads_every_packet_and_its_owner_from_pcapng(way, alone, daemon,
     path = tmp_path / "x.pcapng"
     with peers() as (pid, tcp, udp):
         hunter = hunting(*source, "--save", path, "port", tcp, "or", udp)
-        talk(tcp, udp)
+        # the handshake, twice, and 4 packets a time over either
+        talk(tcp, udp, seen=lambda: path.read_bytes().count(b"packet-hunter: ") >= 86)
         shown = int(re.search(r"(\d+) shown", stop(hunter))[1])
     rows = tshark(
         path,
