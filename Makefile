@@ -45,7 +45,7 @@ test-vagrant: tools ## the commands of the README in a Vagrant machine (root)
 test-browser: ## the report in a real browser (root; installs chromium, some 300 MB unpacked)
 	@./build.sh --browser
 	$(PYTEST) tests/browser
-test-packages: tools ## Debian packages and DKMS in a Debian system of their own (root)
+test-packages: tools ## Debian packages and DKMS in a Debian 12 and 13 of their own (root)
 	$(PYTEST) tests/packages --ignore tests/packages/test_bare.py
 test-bare: tools ## a fresh clone on Debian 12 and 13 with nothing installed (root)
 	$(PYTEST) tests/packages/test_bare.py

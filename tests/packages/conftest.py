@@ -21,16 +21,16 @@ for directory in (TESTS, TESTS.parent / "vm"):
     if str(directory) not in sys.path:
         sys.path.insert(0, str(directory))
 
-from roots import Root, base_root  # noqa: E402
+from roots import SUITES, Root, base_root  # noqa: E402
 from vmtest.kernels import Unavailable  # noqa: E402
 
 
-@pytest.fixture(scope="session")
-def base() -> Path:
+@pytest.fixture(scope="session", params=SUITES)
+def base(request: pytest.FixtureRequest) -> Path:
     if os.geteuid() != 0:
         pytest.skip("needs root to make a Debian system")
     try:
-        return base_root()
+        return base_root(request.param)
     except Unavailable as error:
         pytest.skip(str(error))
 

@@ -15,14 +15,14 @@ from pathlib import Path
 
 from vmtest.kernels import Unavailable, cache_directory, proxy_options
 
-__all__ = ["UPGRADE", "Completed", "Root", "bare_root", "base_root"]
+__all__ = ["SUITES", "UPGRADE", "Completed", "Root", "bare_root", "base_root"]
 
 Completed = subprocess.CompletedProcess[str]
 
-SUITE = "bookworm"
-# The headers of the kernel that this system is upgraded to, downloaded and not installed.
+SUITES = {"bookworm": "linux-headers-6.12-amd64", "trixie": "linux-headers-cloud-amd64"}
+"""Debian -> the headers of the kernel it is upgraded to, downloaded and not installed."""
+
 NEXT_KERNEL = "/srv/next-kernel"
-NEXT_HEADERS = "linux-headers-6.12-amd64"
 
 MACHINE = "systemd-sysv dbus udev kmod initramfs-tools linux-image-amd64 linux-headers-amd64"
 BUILDING = "build-essential fakeroot debhelper dh-python lintian python3-dev python3-setuptools"
@@ -42,31 +42,30 @@ INITRAMFS_MODULES = (
 )
 DOWNLOAD_NEXT = (
     f'mkdir -p "$1"{NEXT_KERNEL}/partial && chroot "$1" apt-get install --yes --download-only'
-    f" -o Dir::Cache::archives={NEXT_KERNEL} {NEXT_HEADERS}"
+    f" -o Dir::Cache::archives={NEXT_KERNEL} "
 )
 # How this machine reaches Debian's mirror and PyPI, whose certificate authorities it trusts.
 ONLINE_FILES = ("etc/resolv.conf", "etc/hosts", "etc/pip.conf", "etc/ssl/certs")
 ONLINE_NAMES = ("PIP_CERT", "PIP_INDEX_URL", "SSL_CERT", "http_proxy", "https_proxy", "no_proxy")
 
-UPGRADE = (
-    f"apt-get install --yes --no-download -o Dir::Cache::archives={NEXT_KERNEL} {NEXT_HEADERS}"
-)
+UPGRADE = f"dpkg -i {NEXT_KERNEL}/*.deb"
 """Installs that kernel's headers, and the kernel."""
 
 
-def base_root() -> Path:
-    """Debian 12 with kernel, systemd and all that builds packages; about 3 minutes, 2 GB, once.
+def base_root(suite: str) -> Path:
+    """A Debian with kernel, systemd and all that builds packages; about 3 minutes, 2 GB, once.
 
     :raises Unavailable: it is not in the cache and cannot be made now.
     """
-    recipe = repr((SUITE, PACKAGES, INITRAMFS_LIST, INITRAMFS_MODULES, DOWNLOAD_NEXT))
-    name = f"{SUITE}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    download = DOWNLOAD_NEXT + SUITES[suite]
+    recipe = repr((suite, PACKAGES, INITRAMFS_LIST, INITRAMFS_MODULES, download))
+    name = f"{suite}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     root = cache_directory() / "packages" / name
     root.parent.mkdir(parents=True, exist_ok=True)
     with root.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not root.is_dir():
-            _make(root)
+            _make(root, suite, download)
     return root
 
 
@@ -84,17 +83,17 @@ def bare_root(suite: str) -> Path:
     return root
 
 
-def _make(root: Path) -> None:
+def _make(root: Path, suite: str, download: str) -> None:
     options = [
         "--variant=apt",
         f"--include={','.join(PACKAGES)}",
         '--aptopt=APT::Install-Recommends "false"',
         f"--essential-hook={INITRAMFS_LIST}",
         f"--customize-hook={INITRAMFS_MODULES}",
-        f"--customize-hook={DOWNLOAD_NEXT}",
+        f"--customize-hook={download}",
         "--skip=cleanup/apt/lists",
     ]
-    _debootstrap(root, SUITE, options)
+    _debootstrap(root, suite, options)
 
 
 def _debootstrap(root: Path, suite: str, options: Sequence[str]) -> None:

@@ -43,6 +43,10 @@ def test_commands_run_isolated_and_prefer_their_own_packages(installed: Root) ->
         assert "usage: packet-hunter" in done.stdout
 
 
+def test_the_command_knows_its_version(installed: Root, version: str) -> None:
+    assert installed.run("packet-hunter --version").stdout == f"packet-hunter {version}\n"
+
+
 def test_no_python_of_ours_is_where_other_programs_look(installed: Root) -> None:
     files = installed.run("dpkg -L packet-hunter").stdout.splitlines()
     python = [file for file in files if file.endswith((".py", ".so"))]
@@ -71,7 +75,8 @@ def test_every_module_of_the_package_imports(installed: Root) -> None:
 def test_purge_leaves_nothing(debian: Root, packages: Mapping[str, Path]) -> None:
     put(debian, packages)
     before = everything(debian)
-    debian.run("dpkg -i /srv/packet-hunter*.deb")
+    told = debian.run("dpkg -i /srv/packet-hunter*.deb").stdout
+    assert "failed" not in told.lower(), told
     assert everything(debian) - before
     debian.run("mkdir -p /var/lib/packet-hunter && touch /var/lib/packet-hunter/history.db")
     debian.run("packet-hunter --help > /dev/null")
