@@ -8,6 +8,11 @@ import socket
 import struct
 import threading
 import time
+from pathlib import Path
+
+import numpy as np
+
+from nlproto.wire import how_name
 
 from ..catalog import scenario
 from ..stage import Stage, Unable, Wire, run, sysctl
@@ -272,6 +277,53 @@ def tcp_reset_by_close(stage: Stage) -> None:
     """close() with SO_LINGER 0: the RST belongs to who closed, and arrives at its peer."""
     with playing(stage):
         stage.spawn("resetting", resetting, ask(stage.spawn("server", survive_reset)))
+
+
+def reset_client(worker: Worker, wire: Wire, peer: tuple[str, int]) -> None:
+    sock = bound(V4, TCP)
+    worker.claim(sock, out=3, in_=3)
+    sock.connect(tuple(peer))
+    sock.sendall(b"reset")
+    try:
+        sock.recv(10)
+    except ConnectionResetError:
+        wire.tell(sock.getsockname())
+        wire.hear()
+
+
+def late_segment(
+    worker: Worker, wire: Wire, source: tuple[str, int], target: tuple[str, int]
+) -> None:
+    """As one that was long on its way: from the end that is closed, to the one that was reset."""
+    ends = socket.inet_aton(source[0]) + socket.inet_aton(target[0])
+    header = struct.pack("!HHIIBBHHH", source[1], target[1], 1, 1, 5 << 4, 0x18, 99, 0, 0) + b"late"
+    words = struct.unpack("!18H", ends + struct.pack("!HH", 6, len(header)) + header)
+    check = sum(words) % 0xFFFF ^ 0xFFFF  # RFC 1071
+    header = header[:16] + struct.pack("!H", check) + header[18:]
+    worker.claim_port(source[1], proto="tcp", dirs="o", rport=target[1], lens=[44], out=1)
+    with socket.socket(V4, socket.SOCK_RAW, socket.IPPROTO_TCP) as raw:
+        raw.sendto(header, (target[0], 0))
+
+
+def late_and_answer(records: np.ndarray, recorder: object, directory: Path) -> list[str]:
+    found = [int(one["dir"]) for one in records if how_name(int(one["how"])) == "no_socket"]
+    return [] if sorted(found) == [1, 2] else [f"no_socket in directions {found}, not in and out"]
+
+
+@scenario(engines=("module",), check=late_and_answer)
+def tcp_late_after_reset(stage: Stage) -> None:
+    """A segment that comes after the reset, and the reset that answers it, have no socket."""
+    with playing(stage):
+        sock = listening(V4)
+        claim = stage.worker.claim(sock, any_address=True)
+        client = stage.spawn("client", reset_client, sock.getsockname())
+        peer, _ = sock.accept()
+        stage.worker.also(claim, peer)
+        receive_all(peer, 5)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST_AT_CLOSE)
+        peer.close()
+        stage.spawn("late", late_segment, sock.getsockname(), client.hear()).join()
+        client.tell()
 
 
 def reusing(worker: Worker, wire: Wire, port: int, peer: tuple[str, int]) -> None:
