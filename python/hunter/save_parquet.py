@@ -3,27 +3,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+import errno
+import os
+import socket
+from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 
 from hunter.capturefile import CaptureFile
 from hunter.columns import COLUMNS, Columns
-from nlproto import UsageError
+from hunter.writer import start
+from nlproto import Error, UsageError
 
 __all__ = ["ParquetSaver"]
 
-_ROWS = 50_000  # a row group
+_PROGRAM = Path(__file__).with_name("parquet_writer.py")
 
 
 class ParquetSaver:
-    """Row groups of _ROWS. A Parquet file has its index at the end: it cannot be read before
-    close(), nor after SIGKILL; CSV and JSON lines can."""
+    """Sends rows to a process that makes the file of them, also when this one is killed."""
 
     def __init__(self, file: CaptureFile) -> None:
         try:
             import pyarrow
-            import pyarrow.parquet
         except ImportError:
             file.close()
             raise UsageError(
@@ -31,7 +34,6 @@ class ParquetSaver:
             ) from None
         self._arrow = pyarrow
         self._file = file
-        dictionary = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
         kinds: dict[str, Any] = {
             "time": pyarrow.timestamp("us", "UTC"),
             "sport": pyarrow.uint16(),
@@ -41,60 +43,52 @@ class ParquetSaver:
             "uid": pyarrow.uint32(),
             "netns": pyarrow.uint32(),
         }
-        self._schema = pyarrow.schema([(name, kinds.get(name, dictionary)) for name in COLUMNS])
-        self._sink = pyarrow.PythonFile(_Sink(file), "w")
-        self._writer = pyarrow.parquet.ParquetWriter(self._sink, self._schema, compression="zstd")
-        self._waiting: list[Any] = []
-        self._count = 0
+        self._schema = pyarrow.schema(
+            [(name, kinds.get(name, pyarrow.string())) for name in COLUMNS]
+        )
+        # -P: the modules beside the program are not its own
+        self._channel, self._process = start(["-P", str(_PROGRAM)], file.fileno())
+        if not self._channel.recv(1):
+            self._fail()
+        self._stream = self._channel.makefile("wb")
+        self._rows = pyarrow.ipc.new_stream(self._stream, self._schema)
 
     def add(self, table: Columns) -> None:
-        """Append the rows of `table`; they are in the file at close() at the latest."""
+        """Append the rows of `table`; they are in the file at close() at the latest.
+
+        Raises Error, BrokenPipeError.
+        """
         batch = table.batch
         real = batch.clock.real_times(batch.records["time_ns"]).astype("datetime64[us]")
         columns = [self._arrow.array(real.astype(np.int64), self._schema.field("time").type)]
         for name in COLUMNS[1:]:
-            kind = self._schema.field(name).type
-            text = self._arrow.types.is_dictionary(kind)
-            array = self._arrow.array(getattr(table, name), self._arrow.string() if text else kind)
-            columns.append(array.dictionary_encode() if text else array)
-        self._waiting.append(self._arrow.table(columns, schema=self._schema))
-        self._count += len(table.time)
-        if self._count >= _ROWS:
-            self._flush()
+            columns.append(self._arrow.array(getattr(table, name), self._schema.field(name).type))
+        try:
+            self._rows.write_table(self._arrow.table(columns, schema=self._schema))
+            self._stream.flush()
+        except OSError:
+            self._fail()
+        self._file.size = os.fstat(self._file.fileno()).st_size
 
-    def _flush(self) -> None:
-        if self._waiting:
-            whole = self._arrow.concat_tables(self._waiting).unify_dictionaries()
-            self._writer.write_table(whole)
-            self._waiting, self._count = [], 0
+    def _fail(self) -> NoReturn:
+        """Say why the process is gone."""
+        code = self._process.wait()
+        if code == errno.EPIPE:
+            raise BrokenPipeError
+        why = os.strerror(code) if 0 < code < 255 else f"its writer ended with {code}"
+        raise Error(f"{self._file.path}: {why}; it lacks its index and cannot be read: save CSV")
 
     def close(self) -> None:
-        """Write the rest and the index."""
+        """Write the rest and the index. Raises Error, BrokenPipeError."""
         try:
-            self._flush()
-            self._writer.close()
+            try:
+                self._rows.close()
+                self._stream.flush()
+                self._channel.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass  # what it ended with tells why
+            if self._process.wait():
+                self._fail()
         finally:
             self._file.close()
-
-
-class _Sink:
-    """A CaptureFile as pyarrow wants its files."""
-
-    closed = False
-
-    def __init__(self, file: CaptureFile) -> None:
-        self._file = file
-
-    def write(self, data: Any) -> int:
-        piece = bytes(data)
-        self._file.write(piece)
-        return len(piece)
-
-    def tell(self) -> int:
-        return self._file.size
-
-    def flush(self) -> None:
-        """Nothing waits here."""
-
-    def close(self) -> None:
-        """CaptureFile.close() does."""
+            self._channel.close()

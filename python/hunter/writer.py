@@ -21,24 +21,27 @@ import subprocess
 import sys
 from contextlib import suppress
 
-__all__ = ["Writer"]
+__all__ = ["Writer", "start"]
 
 _NUMBER = struct.Struct("=I")
+
+
+def start(arguments: list[str], fd: int) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """Run Python with `arguments`; its input is the returned channel, its output goes to `fd`."""
+    channel, theirs = socket.socketpair()
+    with theirs:
+        # a session of its own: Ctrl-C and the terminal's end are for the hunter to heed
+        command = [sys.executable, *arguments]
+        return channel, subprocess.Popen(
+            command, stdin=theirs.fileno(), stdout=fd, start_new_session=True
+        )
 
 
 class Writer:
     """Has pieces appended to the file open as `fd`, at its offset, by a process of its own."""
 
     def __init__(self, fd: int) -> None:
-        self._channel, theirs = socket.socketpair()
-        with theirs:
-            # a session of its own: Ctrl-C and the terminal's end are for the hunter to heed
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", __file__],
-                stdin=theirs.fileno(),
-                stdout=fd,
-                start_new_session=True,
-            )
+        self._channel, self._process = start(["-I", "-S", __file__], fd)
 
     def append(self, piece: bytes) -> None:
         """Append `piece`, or nothing of it. Raises OSError: what write(2) says."""

@@ -351,6 +351,24 @@ def test_short_answers_end_well_whoever_reads_them(arguments, unbuffered, tmp_pa
             assert not told or "cannot write to standard output: No space left" in told[0]
 
 
+def test_after_sigkill_the_parquet_file_is_finished(server, no_daemon, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    _, port = server
+    path = tmp_path / "x.parquet"
+    with traffic(port):
+        process = subprocess.Popen(
+            [*HUNTER, *no_daemon, "--save", path, "--print", "port", str(port)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        begun(process)
+        shown = [process.stdout.readline() for _ in range(20)]  # a row is saved before it is shown
+        process.kill()
+        process.communicate()  # until the process that writes the file has ended too
+    assert parquet.read_table(path).num_rows >= len(shown)
+
+
 def test_after_sigkill_the_file_holds_whole_rows(server, no_daemon, tmp_path):
     _, port = server
     with traffic(port):
@@ -461,6 +479,7 @@ def test_a_hostile_process_name_is_harmless(name, output, no_daemon):
         (["top"], 1, "needs a terminal"),
         (["--direct"], 1, "start it with"),
         (["--save", "/dev/full", "--format", "csv"], 1, "No space left"),
+        (["--save", "/dev/full", "--format", "parquet"], 1, "No space left"),
         (["--save", "x.pcap"], 2, "x.pcapng"),
         (["--engine", "module", "tcp"], 1, "insmod"),
         (["annotate", "/no/such", "-o", "x.pcapng"], 1, "cannot read"),
