@@ -69,6 +69,7 @@ menu: ## what is built, loaded and running, and a key for each thing to do
 	@$(PYTHON) python/menu.py
 
 deb: ## Debian source and binary packages into dist/ (wants debhelper, dh-dkms, dh-python)
+	@[ -x $(PYTHON) ] || ./build.sh --no-module
 	debian/build dist
 
 clean: ## remove what was built
