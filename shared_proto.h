@@ -268,6 +268,7 @@ enum sniffer_probe {
 	SNIFFER_PROBE_EXIT	= 1 << 13,
 	SNIFFER_PROBE_RENAME	= 1 << 14,
 	SNIFFER_PROBE_STATE	= 1 << 15,	/* inet_sock_set_state */
+	SNIFFER_PROBE_RESET	= 1 << 16,	/* tcp_send_reset */
 };
 
 struct sniffer_info {

@@ -60,6 +60,24 @@
 #define SNIFFER_EXIT_ARGS	struct task_struct *task
 #endif
 
+/* tcp_send_reset too. */
+#ifdef HAVE_RESET_REASON
+#define SNIFFER_RESET_ARGS	const struct sock *sk, const struct sk_buff *skb, \
+				const enum sk_rst_reason reason
+#else
+#define SNIFFER_RESET_ARGS	const struct sock *sk, const struct sk_buff *skb
+#endif
+
+/* Does the task use io_uring, or is it one of its helpers? */
+static inline bool sniffer_has_uring(const struct task_struct *task)
+{
+#ifdef CONFIG_IO_URING
+	return task->io_uring || task->flags & PF_IO_WORKER;
+#else
+	return false;
+#endif
+}
+
 static inline struct file *sniffer_exe_file(struct mm_struct *mm)
 {
 #ifdef HAVE_GET_FILE_RCU_POINTER

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * Where packets come in: Netfilter hooks in every network namespace. They
- * accept every packet and change none; each becomes a record or is counted.
+ * accept every packet and change none (lookup.c may settle its socket early);
+ * each becomes a record or is counted.
  *
  * Priority last, everywhere: after NAT, so that a record has the addresses
  * under which the packet goes on (for LOCAL_IN those of the socket), and after
@@ -219,7 +220,7 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 {
 	struct sniffer_record *r = &flow->record;
 	bool fresh = !atomic64_read(&sk->sk_cookie);
-	const struct sniffer_owner *owner, *other;
+	const struct sniffer_owner *owner, *other, *gone = NULL;
 	bool full = sk_fullsock(sk);
 	struct sock *listener;
 	u64 via;
@@ -265,17 +266,23 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 	if (via) {
 		other = sniffer_owner_find(via);
 		if (other && rcu_access_pointer(other->user)) {
-			if (READ_ONCE(owner->via_how) == SNIFFER_HOW_LISTENER) {
-				hooks_name_acceptor(r, other);
-			} else {
+			if (READ_ONCE(owner->via_how) != SNIFFER_HOW_LISTENER) {
 				hooks_name(r, other, SNIFFER_HOW_INODE);
 				hooks_add_facts(r, other);
+				return;
 			}
-			return;
+			if (!full || sock_flag(sk, SOCK_DEAD) || !READ_ONCE(other->dead)) {
+				hooks_name_acceptor(r, other);
+				return;
+			}
+			gone = other;
 		}
 	}
 	if (full && !r->inode && r->proto == IPPROTO_TCP && sk->sk_state != TCP_CLOSE) {
-		/* SYN cookies, Fast Open: a child that never was a request */
+		/*
+		 * SYN cookies, Fast Open: a child that never was a request. Or
+		 * its listener closed and left it to another (tcp_migrate_req).
+		 */
 		listener = sniffer_lookup_listener(flow, r->dir == SNIFFER_DIR_OUT);
 		other = listener && !hooks_is_kernel(listener) ? hooks_find(listener) : NULL;
 		if (other) {
@@ -283,7 +290,120 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 			return;
 		}
 	}
-	r->how = hooks_reason(sk, fresh);
+	if (gone)
+		hooks_name_acceptor(r, gone);
+	else
+		r->how = hooks_reason(sk, fresh);
+}
+
+/*
+ * The connection that this CPU's stack resets: with a socket of its own, and
+ * after this one has left the tables that could be searched for it. Written by
+ * the tracepoint right before the packet leaves, interrupts off; read and
+ * emptied by the hook that meets it, preemption off.
+ */
+struct hooks_reset {
+	u64 cookie;
+	__be16 sport, dport;
+	u8 saddr[16], daddr[16];	/* of the packet that is answered */
+};
+static DEFINE_PER_CPU(struct hooks_reset, hooks_resets);
+
+/**
+ * sniffer_hooks_reset - the stack answers a packet with a reset
+ * @sk: for this full socket
+ * @skb: the packet, its transport header set
+ */
+void sniffer_hooks_reset(struct sock *sk, const struct sk_buff *skb)
+{
+	const struct tcphdr *th = tcp_hdr(skb);
+	struct hooks_reset reset = {
+		.cookie = atomic64_read(&sk->sk_cookie), .sport = th->source, .dport = th->dest,
+	};
+	unsigned long flags;
+
+	if (ip_hdr(skb)->version == 4) {
+		memcpy(reset.saddr, &ip_hdr(skb)->saddr, 4);
+		memcpy(reset.daddr, &ip_hdr(skb)->daddr, 4);
+	} else {
+		memcpy(reset.saddr, &ipv6_hdr(skb)->saddr, 16);
+		memcpy(reset.daddr, &ipv6_hdr(skb)->daddr, 16);
+	}
+	local_irq_save(flags);
+	*this_cpu_ptr(&hooks_resets) = reset;
+	local_irq_restore(flags);
+}
+
+/* Names a reset after the socket that the tracepoint has just told. */
+static bool hooks_name_reset(struct sniffer_record *r)
+{
+	struct hooks_reset *reset = get_cpu_ptr(&hooks_resets);
+	const struct sniffer_owner *owner = NULL;
+
+	if (reset->cookie && ntohs(reset->sport) == r->dport && ntohs(reset->dport) == r->sport &&
+	    !memcmp(reset->saddr, r->daddr, 16) && !memcmp(reset->daddr, r->saddr, 16)) {
+		owner = sniffer_owner_find(reset->cookie);
+		reset->cookie = 0;
+	}
+	put_cpu_ptr(&hooks_resets);
+	if (!owner || smp_load_acquire(&owner->via) || !rcu_access_pointer(owner->user))
+		return false;
+	r->cookie = owner->cookie;
+	hooks_name(r, owner, SNIFFER_HOW_REVERSE);
+	hooks_add_facts(r, owner);
+	return true;
+}
+
+/*
+ * A packet without a socket, or with one of the kernel's: who is it for?
+ * Netfilter makes packets without any (a firewall's reset, a copy), and IPVS
+ * sends on what came in; of the stack's own only the SYN-ACKs of SYN cookies
+ * are such, IPv4's. Anybody could listen on the port of a foreign address.
+ */
+static void hooks_name_answer(struct sniffer_flow *flow, const struct nf_hook_state *state,
+			      const struct sock *sk)
+{
+	const u8 both = TCPHDR_SYN | TCPHDR_ACK;
+	struct sniffer_record *r = &flow->record;
+	struct sock *found;
+
+	r->how = SNIFFER_HOW_NO_SOCKET;
+	if (!sk) {
+		bool local = sniffer_lookup_is_local(flow, state->out);
+
+		if (!local && flow->skb->skb_iif) {
+			r->dir = SNIFFER_DIR_FWD;
+			r->how = SNIFFER_HOW_FORWARDED;
+		}
+		if (!local || r->proto != IPPROTO_TCP || (r->tcp_flags & both) != both)
+			return;
+	} else if (r->proto == IPPROTO_UDP) {
+		r->how = SNIFFER_HOW_KERNEL;
+		r->flags |= SNIFFER_F_KERNEL;
+		return;
+	}
+	if (sk && r->tcp_flags & TCPHDR_RST && hooks_name_reset(r))
+		return;
+	found = sniffer_lookup_reverse(flow);
+	if (found) {
+		hooks_name_socket(flow, found, SNIFFER_HOW_REVERSE);
+		sniffer_lookup_put(found);
+		return;
+	}
+	found = sniffer_lookup_listener(flow, true);
+	if (found)
+		hooks_name_socket(flow, found, SNIFFER_HOW_REVERSE);
+}
+
+/* Is this UDP the kernel's wrapping around a packet, whose sender @sk still is? */
+static bool hooks_is_wrapped(const struct sniffer_record *r, const struct sock *sk)
+{
+	if (r->proto != IPPROTO_UDP)
+		return false;
+	if (!sk_fullsock(sk) || (sk->sk_family != AF_INET && sk->sk_family != AF_INET6))
+		return true;
+	return sk->sk_type != SOCK_RAW &&
+	       (sk->sk_protocol != IPPROTO_UDP || inet_sk(sk)->inet_num != r->sport);
 }
 
 static void hooks_out(struct sniffer_flow *flow, const struct nf_hook_state *state, bool trusted)
@@ -291,45 +411,31 @@ static void hooks_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 	struct sniffer_record *r = &flow->record;
 	const struct sniffer_owner *owner;
 	struct sock *sk = flow->skb->sk;
-	bool kernel;
 
 	/*
-	 * Tunnels of the kernel leave the inner sender in skb->sk and say with
-	 * state->sk whose the packet is; IPv6 SYN-ACKs say the listener there.
+	 * Tunnels leave the inner sender in skb->sk and say with state->sk, if
+	 * at all, whose the packet is; IPv6 SYN-ACKs say the listener there.
 	 */
-	kernel = state->sk && sk_fullsock(state->sk) && hooks_is_kernel(state->sk);
-	if (!sk || (kernel && sk_fullsock(sk)))
+	if (!sk || (state->sk && r->proto == IPPROTO_UDP)) {
+		trusted &= sk == state->sk;
 		sk = state->sk;
-
-	if (!sk || (kernel && sk == state->sk)) {
-		/* the stack's own control socket: who is it speaking for? */
-		struct sock *found = NULL, *listener;
-
-		if (r->proto == IPPROTO_TCP)
-			found = sniffer_lookup_reverse(flow);
-		if (found) {
-			hooks_name_socket(flow, found, SNIFFER_HOW_REVERSE);
-			sniffer_lookup_put(found);
-			return;
-		}
-		listener = r->proto == IPPROTO_TCP ? sniffer_lookup_listener(flow, true) : NULL;
-		if (listener) {
-			hooks_name_socket(flow, listener, SNIFFER_HOW_REVERSE);
-			return;
-		}
-		r->how = sk && r->proto == IPPROTO_UDP ? SNIFFER_HOW_KERNEL : SNIFFER_HOW_NO_SOCKET;
-		if (r->how == SNIFFER_HOW_KERNEL)
-			r->flags |= SNIFFER_F_KERNEL;
+	}
+	if (!sk || (sk_fullsock(sk) && hooks_is_kernel(sk))) {
+		hooks_name_answer(flow, state, sk);
 		return;
 	}
-
-	if (!trusted || !sk_fullsock(sk) || sk->sk_state == TCP_LISTEN) {
+	if (hooks_is_wrapped(r, sk)) {
+		r->how = SNIFFER_HOW_KERNEL;
+		r->flags |= SNIFFER_F_KERNEL;
+		return;
+	}
+	if (!trusted || !sk_fullsock(sk) || sk->sk_state == TCP_LISTEN ||
+	    !sniffer_owner_use(sk, false)) {
 		hooks_name_socket(flow, sk, SNIFFER_HOW_SOCKET);
 		return;
 	}
 
 	/* The sender is on the CPU: nobody can know better. */
-	sniffer_owner_use(sk);
 	r->how = SNIFFER_HOW_CONTEXT;
 	r->cookie = sniffer_owner_cookie(sk);
 	r->inode = sniffer_owner_inode(sk);

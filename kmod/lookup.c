@@ -13,6 +13,7 @@
 #include <net/ip.h>
 #include <net/ipv6.h>
 #include <net/route.h>
+#include <net/sock_reuseport.h>
 #include <net/tcp.h>
 #include <net/udp.h>
 
@@ -74,7 +75,7 @@ static struct sock *lookup_established(struct sniffer_flow *flow, const struct l
 static struct sock *lookup_listening(struct sniffer_flow *flow, const struct lookup_ends *ends,
 				     struct sk_buff *skb)
 {
-	int doff = flow->thoff + sizeof(struct tcphdr);
+	int doff = flow->record.hdr_len - flow->thoff;
 	struct net *net = flow->net;
 
 	if (flow->record.family == AF_INET)
@@ -104,6 +105,72 @@ static struct sock *lookup_udp(struct sniffer_flow *flow, const struct lookup_en
 				 SNIFFER_UDP_TABLE(net) skb);
 }
 
+/* Is the timestamp of this SYN newer than @recent? 0 when it has none, as in the stack. */
+static s32 lookup_newer(const u8 *option, const u8 *end, u32 recent)
+{
+	while (end - option >= TCPOLEN_TIMESTAMP && *option != TCPOPT_EOL) {
+		if (*option == TCPOPT_NOP) {
+			option++;
+			continue;
+		}
+		if (option[0] == TCPOPT_TIMESTAMP && option[1] == TCPOLEN_TIMESTAMP)
+			return (s32)(get_unaligned_be32(option + 2) - recent);
+		option += max_t(u8, option[1], 2);
+	}
+	return 0;
+}
+
+/* Will this packet end a TIME_WAIT, as tcp_timewait_state_process() decides? */
+static bool lookup_reopens(const struct sniffer_flow *flow, const struct sock *sk)
+{
+	const struct tcp_timewait_sock *tw = tcp_twsk(sk);
+	const u8 flags = flow->record.tcp_flags;
+	const struct tcphdr *th;
+	s32 newer = 0;
+	u8 buf[60];
+	int size;
+
+	if ((flags & (TCPHDR_SYN | TCPHDR_ACK | TCPHDR_RST)) != TCPHDR_SYN ||
+	    inet_twsk(sk)->tw_substate != TCP_TIME_WAIT)
+		return false;
+	size = clamp_t(int, flow->record.hdr_len - flow->thoff, sizeof(*th), sizeof(buf));
+	th = skb_header_pointer(flow->skb, flow->thoff, size, buf);
+	if (!th)
+		return false;
+	if (tw->tw_ts_recent_stamp)
+		newer = lookup_newer((const u8 *)(th + 1), (const u8 *)th + size, tw->tw_ts_recent);
+	return newer > 0 || (!newer && after(ntohl(th->seq), tw->tw_rcv_nxt));
+}
+
+/* Has @sk, found for this packet, nothing to do with it, so that the stack looks for a listener? */
+static bool lookup_is_over(const struct sniffer_flow *flow, const struct sock *sk)
+{
+	const struct sock *listener;
+
+	if (sk->sk_state == TCP_TIME_WAIT)
+		return lookup_reopens(flow, sk);
+	if (sk->sk_state != TCP_NEW_SYN_RECV)
+		return false;
+	listener = inet_reqsk((struct sock *)sk)->rsk_listener;
+	return listener && READ_ONCE(listener->sk_state) != TCP_LISTEN;
+}
+
+/*
+ * A program chose @sk, out of an SO_REUSEPORT group. It may choose at random or
+ * in turn: asked again by the stack it would choose another one, or leave one
+ * out. So the packet takes the choice along, as from early demux.
+ */
+static void lookup_settle(struct sk_buff *skb, struct sock *sk)
+{
+	const struct sock_reuseport *group = rcu_dereference(sk->sk_reuseport_cb);
+
+	if (!group || !rcu_access_pointer(group->prog) || skb->destructor ||
+	    !refcount_inc_not_zero(&sk->sk_refcnt))
+		return;
+	skb->sk = sk;
+	skb->destructor = sock_edemux;
+}
+
 /**
  * sniffer_lookup_in - the socket a unicast packet at LOCAL_IN will reach
  * @flow: the packet
@@ -116,19 +183,18 @@ static struct sock *lookup_udp(struct sniffer_flow *flow, const struct lookup_en
 struct sock *sniffer_lookup_in(struct sniffer_flow *flow, bool *put)
 {
 	struct sk_buff *skb = flow->skb;
+	struct sock *sk = skb->sk, *next;
 	struct lookup_ends ends;
-	struct sock *sk = skb->sk;
 
 	*put = false;
-	if (sk)
+	if (sk && (flow->record.proto != IPPROTO_TCP || !lookup_is_over(flow, sk)))
 		return sk;
 	lookup_ends_of(flow, false, &ends);
-	if (flow->record.proto == IPPROTO_TCP) {
+	if (!sk && flow->record.proto == IPPROTO_TCP) {
 		sk = lookup_established(flow, &ends);
-		if (sk) {
-			*put = true;
+		*put = sk;
+		if (sk && !lookup_is_over(flow, sk))
 			return sk;
-		}
 	}
 	/*
 	 * SO_REUSEPORT programs expect the data at the transport header, as
@@ -137,13 +203,21 @@ struct sock *sniffer_lookup_in(struct sniffer_flow *flow, bool *put)
 	 */
 	if (!skb_shared(skb) && skb_headlen(skb) >= flow->thoff) {
 		__skb_pull(skb, flow->thoff);
-		sk = flow->record.proto == IPPROTO_TCP ?
+		next = flow->record.proto == IPPROTO_TCP ?
 			lookup_listening(flow, &ends, skb) : lookup_udp(flow, &ends, skb);
 		__skb_push(skb, flow->thoff);
-		return sk;
+		if (!sk && next)
+			lookup_settle(skb, next);
+	} else {
+		next = flow->record.proto == IPPROTO_TCP ?
+			lookup_listening(flow, &ends, NULL) : lookup_udp(flow, &ends, NULL);
 	}
-	return flow->record.proto == IPPROTO_TCP ?
-		lookup_listening(flow, &ends, NULL) : lookup_udp(flow, &ends, NULL);
+	if (!next)
+		return sk;
+	if (*put)
+		sniffer_lookup_put(sk);
+	*put = false;
+	return next;
 }
 
 /**
@@ -175,6 +249,21 @@ struct sock *sniffer_lookup_listener(struct sniffer_flow *flow, bool reverse)
 
 	lookup_ends_of(flow, reverse, &ends);
 	return lookup_listening(flow, &ends, NULL);
+}
+
+/**
+ * sniffer_lookup_is_local - does a packet come from an address of this host?
+ * @flow: the packet
+ * @dev: the device it leaves by, which tells the routing table
+ */
+bool sniffer_lookup_is_local(const struct sniffer_flow *flow, const struct net_device *dev)
+{
+	__be32 address;
+
+	if (flow->record.family == AF_INET6)
+		return ipv6_chk_addr(flow->net, (const struct in6_addr *)flow->record.saddr, NULL, 0);
+	memcpy(&address, flow->record.saddr, sizeof(address));
+	return inet_addr_type_dev_table(flow->net, dev, address) == RTN_LOCAL;
 }
 
 /**
@@ -243,8 +332,7 @@ static bool lookup_receives(const struct sniffer_flow *flow, const struct lookup
 		return false;
 	if (inet->inet_dport && inet->inet_dport != ends->rport)
 		return false;
-	if (sk->sk_bound_dev_if && sk->sk_bound_dev_if != ends->dif &&
-	    sk->sk_bound_dev_if != ends->sdif)
+	if (!udp_sk_bound_dev_eq(flow->net, sk->sk_bound_dev_if, ends->dif, ends->sdif))
 		return false;
 	if (flow->record.family == AF_INET) {
 		if (sk->sk_family == AF_INET6 && ipv6_only_sock(sk))

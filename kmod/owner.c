@@ -9,6 +9,7 @@
  * - fork() makes the child a holder; closing the last descriptor ends a hold,
  *   and then the latest of the remaining holders owns the socket;
  * - receiving a descriptor (SCM_RIGHTS, pidfd_getfd) is a use;
+ * - who does not hold a socket does not use it, whatever runs in its context;
  * - an entry outlives its socket: TIME_WAIT and orphans still send.
  */
 #include <linux/hash.h>
@@ -324,52 +325,108 @@ out:
 		kmem_cache_free(owner_cache, fresh);
 }
 
+/* How often @file stands in @files, whose holder is current or locked. Compares only. */
+static u32 owner_count_fds(const struct file *file, struct files_struct *files)
+{
+	struct fdtable *fdt;
+	unsigned int fd;
+	u32 count = 0;
+
+	if (!files)
+		return 0;
+	rcu_read_lock();
+	fdt = files_fdtable(files);
+	for_each_set_bit(fd, fdt->open_fds, fdt->max_fds)
+		if (rcu_access_pointer(fdt->fd[fd]) == file)
+			count++;
+	rcu_read_unlock();
+	return count;
+}
+
 /* Kernel threads and io_uring's helpers: only the latter act for a process. */
 static bool owner_is_process(const struct task_struct *task)
 {
 	return !(task->flags & PF_KTHREAD);
 }
 
-/**
- * sniffer_owner_use - the current process uses a socket
- * @sk: full socket; from a probe or from LOCAL_OUT in trusted context
+/*
+ * May current, which did not use @owner's socket last, be its user now? It must
+ * hold it: be known to, or have it in its descriptor table, or in an io_uring
+ * where @called. Other people's packets are sent in a process's context as well:
+ * those that a firewall's daemon has judged (NFQUEUE), what waited while it only
+ * looked at the socket (ss), the end of a socket that it let go of last.
  */
-void sniffer_owner_use(struct sock *sk)
+static bool owner_may_use(struct sniffer_owner *owner, struct sock *sk, bool called)
+{
+	struct socket *sock = READ_ONCE(sk->sk_socket);
+	const struct sniffer_proc *proc = sniffer_process_find(current);
+	raw_spinlock_t *lock = owner_lock(owner->cookie);
+	struct file *file = sock ? READ_ONCE(sock->file) : NULL;
+	unsigned long flags;
+	bool held;
+
+	raw_spin_lock_irqsave(lock, flags);
+	held = proc && owner_hold_of(owner, proc);
+	raw_spin_unlock_irqrestore(lock, flags);
+	if (held || !sniffer_probes_alive())
+		return true;
+	if (called && sniffer_has_uring(current))
+		return true;
+	return file && owner_count_fds(file, current->files);
+}
+
+/**
+ * sniffer_owner_use - the current process uses a socket, or seems to
+ * @sk: full socket; from a probe or from LOCAL_OUT in trusted context
+ * @called: from a probe: current has called for this very socket
+ *
+ * Return: false when the use is another one's.
+ */
+bool sniffer_owner_use(struct sock *sk, bool called)
 {
 	u64 cookie = atomic64_read(&sk->sk_cookie);
 	struct sniffer_owner *owner;
 	struct sniffer_proc *proc;
 
 	if (!sniffer_owner_wants(sk) || !owner_is_process(current))
-		return;
+		return true;
 
 	/* Nearly always it is the one who used it last: then only read. */
 	rcu_read_lock();
 	owner = cookie ? sniffer_owner_find(cookie) : NULL;
-	if (owner && !owner->via && owner->port == inet_sk(sk)->inet_num) {
-		proc = rcu_dereference(owner->user);
-		if (proc && sniffer_process_is(proc, current) && READ_ONCE(owner->nholders)) {
+	proc = owner ? rcu_dereference(owner->user) : NULL;
+	if (proc && !owner->via && sniffer_process_is(proc, current)) {
+		/* its own end of a socket that it has closed: no use of it any more */
+		if (!called && !READ_ONCE(owner->nholders)) {
+			rcu_read_unlock();
+			return true;
+		}
+		if (owner->port == inet_sk(sk)->inet_num && READ_ONCE(owner->nholders)) {
 			if (READ_ONCE(owner->tid) != current->pid)
 				WRITE_ONCE(owner->tid, current->pid);
 			if (unlikely(!sniffer_probes_alive()))
 				WRITE_ONCE(owner->seen, jiffies);
 			sniffer_process_refresh(proc);
 			rcu_read_unlock();
-			return;
+			return true;
 		}
+	} else if (owner && !owner_may_use(owner, sk, called)) {
+		rcu_read_unlock();
+		return false;
 	}
 	rcu_read_unlock();
 
 	proc = sniffer_process_get(current);
 	if (!proc) {
 		atomic64_inc(&owner_full);
-		return;
+		return true;
 	}
 	sniffer_process_refresh(proc);
 	rcu_read_lock();
 	owner_touch(sk, sniffer_owner_inode(sk), proc, current, 1, 0, true);
 	rcu_read_unlock();
 	sniffer_process_put(proc);
+	return true;
 }
 
 /**
@@ -590,21 +647,22 @@ out:
 	rcu_read_unlock();
 }
 
-/* How often @file stands in the current process's table. Compares only. */
-static u32 owner_count_fds(const struct file *file)
+/* How often @file stands in the tables of the current process. */
+static u32 owner_count_all_fds(const struct file *file)
 {
-	struct files_struct *files = current->files;
-	struct fdtable *fdt;
-	unsigned int fd;
-	u32 count = 0;
+	u32 count = owner_count_fds(file, current->files);
+	struct task_struct *task;
 
-	if (!files)
-		return 0;
+	/* A thread can have one of its own: unshare(CLONE_FILES). */
 	rcu_read_lock();
-	fdt = files_fdtable(files);
-	for_each_set_bit(fd, fdt->open_fds, fdt->max_fds)
-		if (rcu_access_pointer(fdt->fd[fd]) == file)
-			count++;
+	for_each_thread(current, task) {
+		if (READ_ONCE(task->files) == current->files)
+			continue;
+		task_lock(task);
+		if (task->files && task->files != current->files)
+			count += owner_count_fds(file, task->files);
+		task_unlock(task);
+	}
 	rcu_read_unlock();
 	return count;
 }
@@ -652,11 +710,17 @@ void sniffer_owner_close(struct file *file)
 		}
 		raw_spin_unlock_irqrestore(lock, flags);
 		if (file_count(file) > known)
-			left = owner_count_fds(file);
+			left = owner_count_all_fds(file);
 	}
 
 	lock = owner_lock(cookie);
 	raw_spin_lock_irqsave(lock, flags);
+	/* the last reference: who shares this table has lost it, too */
+	if (file_count(file) == 1) {
+		owner_set_user(owner, proc);
+		while ((hold = owner->holds))
+			owner_drop_hold(owner, hold->proc == proc && hold->next ? hold->next : hold);
+	}
 	hold = owner_hold_of(owner, proc);
 	if (hold && left)
 		hold->fds = left;
@@ -695,16 +759,18 @@ void sniffer_owner_free(struct sock *sk)
  */
 void sniffer_owner_seed(void)
 {
-	struct files_struct *files;
-	struct task_struct *task;
+	struct files_struct *files, *last = NULL;
+	struct task_struct *process, *task;
 
+	/* the first thread may have exited, others may have tables of their own */
 	rcu_read_lock();
-	for_each_process(task) {
+	for_each_process_thread(process, task) {
 		if (task->flags & PF_KTHREAD)
 			continue;
 		task_lock(task);
 		files = task->files;
-		if (files) {
+		if (files && (files != last || task == process)) {
+			last = files;
 			/* keeps the files in the table, hence alive */
 			spin_lock(&files->file_lock);
 			owner_walk_files(files, task, SNIFFER_F_SEEDED);

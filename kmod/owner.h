@@ -74,7 +74,7 @@ bool sniffer_owner_wants(const struct sock *sk);
 u64 sniffer_owner_cookie(struct sock *sk);
 struct sniffer_owner *sniffer_owner_find(u64 cookie);
 struct sniffer_owner *sniffer_owner_find_inode(u64 inode);
-void sniffer_owner_use(struct sock *sk);
+bool sniffer_owner_use(struct sock *sk, bool called);
 void sniffer_owner_create(struct sock *sk, u64 inode);
 void sniffer_owner_receive(struct sock *sk);
 void sniffer_owner_refer(struct sock *sk, u64 via, u8 how);

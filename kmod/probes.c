@@ -19,6 +19,7 @@
 #include <net/tcp_states.h>
 
 #include "compat.h"
+#include "hooks.h"
 #include "owner.h"
 #include "probes.h"
 #include "process.h"
@@ -42,7 +43,7 @@ static void probes_use(struct socket *sock, u32 bit)
 
 	probes_note(bit);
 	if (sk)
-		sniffer_owner_use(sk);
+		sniffer_owner_use(sk, true);
 }
 
 #define ARG(n) ((void *)regs_get_kernel_argument(regs, n))
@@ -215,7 +216,15 @@ static void probes_state(void *data, const struct sock *sk, int oldstate, int ne
 	if (newstate == TCP_CLOSE && !sniffer_probes_alive())
 		sniffer_owner_free((struct sock *)sk);
 	else if (in_task() && (newstate == TCP_SYN_SENT || newstate == TCP_LISTEN))
-		sniffer_owner_use((struct sock *)sk);
+		sniffer_owner_use((struct sock *)sk, true);
+}
+
+/* Fires before the packet leaves, in the same context. */
+static void probes_reset(void *data, SNIFFER_RESET_ARGS)
+{
+	probes_note(SNIFFER_PROBE_RESET);
+	if (sk && skb && sk_fullsock(sk))
+		sniffer_hooks_reset((struct sock *)sk, skb);
 }
 
 struct probes_tracepoint {
@@ -231,6 +240,7 @@ static struct probes_tracepoint probes_tracepoints[] = {
 	{ "sched_process_exit", probes_exited, SNIFFER_PROBE_EXIT },
 	{ "task_rename", probes_rename, SNIFFER_PROBE_RENAME },
 	{ "inet_sock_set_state", probes_state, SNIFFER_PROBE_STATE },
+	{ "tcp_send_reset", probes_reset, SNIFFER_PROBE_RESET },
 };
 
 static void probes_match_tracepoint(struct tracepoint *tp, void *data)

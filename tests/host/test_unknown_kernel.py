@@ -28,6 +28,7 @@ CHANGES = [
     (SCHED, r"TRACE_EVENT\(sched_process_fork", "TRACE_EVENT(forked", "sched_process_fork"),
     ("trace/events/task.h", r"task_rename", "task_named", "task_rename"),
     ("trace/events/sock.h", r"const int oldstate, ", "", "inet_sock_set_state"),
+    ("trace/events/tcp.h", r"tcp_send_reset,", "tcp_reset_sent,", "tcp_send_reset"),
     ("symvers", r"\t__inet_lookup_established\t", "\tgone\t", "__inet_lookup_established"),
     ("symvers", r"\tudp_table\t", "\tgone\t", "udp_table"),
 ]

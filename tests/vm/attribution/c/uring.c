@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 /*
- * uring TRUTH inline|async|sqpoll PORT COUNT: sends COUNT datagrams to
+ * uring TRUTH inline|async|sqpoll|fixed PORT COUNT: sends COUNT datagrams to
  * 127.0.0.1:PORT through io_uring and reads each reply through it. async forces
- * io-wq workers, sqpoll a kernel thread that submits. Raw system calls: io_uring(7).
+ * io-wq workers, sqpoll a kernel thread that submits; fixed has a child use a socket that
+ * only the ring still has. Raw system calls: io_uring(7).
  */
 #include "truth.h"
 #include <linux/io_uring.h>
@@ -84,9 +85,30 @@ int main(int argc, char **argv)
 	sock = bound(SOCK_DGRAM, 0);
 	if (connect(sock, (void *)&peer, sizeof(peer)))
 		fail("connect");
-	truth_claim(sock, (struct claim){ .proto = "udp", .out = count, .in = count, .exact = 1 });
 	setup();
 	tell(0);
+	if (!strcmp(argv[2], "fixed")) {
+		int closed[2];
+
+		if (syscall(__NR_io_uring_register, ring, IORING_REGISTER_FILES, &sock, 1) || pipe(closed))
+			fail("register");
+		if (fork()) {
+			/* the last descriptor that is closed is the parent's */
+			close(closed[1]);
+			read(closed[0], data, 1);
+			close(sock);
+			wait(&flags);
+			return flags != 0;
+		}
+		truth_claim(sock, (struct claim){ .proto = "udp", .out = count, .in = count, .exact = 1 });
+		close(sock);
+		close(closed[1]);
+		usleep(100000);
+		sock = 0;	/* index in the ring's own table */
+		flags = IOSQE_FIXED_FILE;
+	} else {
+		truth_claim(sock, (struct claim){ .proto = "udp", .out = count, .in = count, .exact = 1 });
+	}
 	for (int i = 0; i < count; i++) {
 		if (operate(IORING_OP_SEND, sock, data, 10, flags) != 10)
 			fail("send");

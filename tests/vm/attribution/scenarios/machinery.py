@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import struct
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from ..catalog import scenario
 from ..recorder import Recorder
-from ..stage import Netns, Stage, Unable, Wire, sysctl
+from ..stage import LIBC, Netns, Stage, Unable, Wire, sysctl
 from ..traffic import (
     TCP,
     UDP,
@@ -61,6 +62,12 @@ def io_uring_async(stage: Stage) -> None:
 def io_uring_sqpoll(stage: Stage) -> None:
     """io_uring, operations submitted by the kernel's polling thread."""
     uring(stage, "sqpoll")
+
+
+@scenario()
+def io_uring_fixed_file(stage: Stage) -> None:
+    """A socket without a descriptor: a child uses it through the ring that it has inherited."""
+    uring(stage, "fixed")
 
 
 def set_feature(interface: str, command: int, value: int) -> None:
@@ -337,6 +344,43 @@ def sockets_older_than_engine(stage: Stage) -> None:
         sender = stage.spawn("sender", udp_sender, peer, V4, COUNT, False)
         sender.hear()
         sender.tell()
+
+
+SYS_EXIT = 60 if os.uname().machine == "x86_64" else 93
+
+
+def headless(worker: Worker, wire: Wire) -> None:
+    sock = bound(V4, UDP)
+    wire.tell(sock.getsockname())
+
+    def live_on() -> None:
+        try:
+            wire.hear()
+            claim = worker.claim(sock, exact=True, in_=COUNT)
+            wire.tell("ready")
+            for _ in range(COUNT):
+                sock.recv(100)
+            wire.tell(claim)
+        finally:
+            os._exit(0)
+
+    threading.Thread(target=live_on).start()
+    LIBC.syscall(SYS_EXIT, 0)  # of this thread alone
+
+
+@scenario()
+def leader_thread_gone(stage: Stage) -> None:
+    """The first thread has exited, another one has the sockets; they are older than the engine."""
+    child = stage.spawn("headless", headless)
+    peer = ask(child)
+    stage.reload()
+    with playing(stage):
+        child.tell()
+        child.hear()
+        sender = stage.spawn("sender", udp_sender, peer, V4, COUNT, False)
+        sender.hear()
+        sender.tell()
+        child.hear()
 
 
 def nothing_recorded(records: np.ndarray, recorder: Recorder, directory: Path) -> list[str]:

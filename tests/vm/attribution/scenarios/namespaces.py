@@ -39,6 +39,7 @@ from ..traffic import (
     udp_sender,
 )
 from ..truth import Worker, netns_inode
+from .udp import group_sender
 
 COUNT = 10
 LEFT_PORT, RIGHT_PORT = 41001, 41002
@@ -417,3 +418,37 @@ def vrf(stage: Stage) -> None:
         stage.spawn("server", vrf_server).hear()
         peer = ("10.9.0.1", RIGHT_PORT)
         stage.spawn("near", far_asker, "10.9.0.2", LEFT_PORT, peer, 50, netns=other)
+
+
+def vrf_member(worker: Worker, wire: Wire, device: bytes, count: int) -> None:
+    sock = socket.socket(V4, UDP)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.settimeout(30)
+    if device:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
+    sock.bind(("", RIGHT_PORT))
+    request = struct.pack("4s4si", socket.inet_aton("239.1.2.5"), bytes(4),
+                          socket.if_nametoindex("ve0"))  # fmt: skip
+    sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, request)
+    worker.claim(sock, in_=count, exact=True)
+    wire.tell("ready")
+    for _ in range(count):
+        sock.recv(100)
+    wire.hear()
+
+
+@scenario(max_loose=COUNT)
+def multicast_in_vrf(stage: Stage) -> None:
+    """In a VRF a group's packets reach the members that are bound to it, and no others."""
+    other = stage.namespace()
+    stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
+    text = "link add red type vrf table 10\nlink set red up\nlink set ve0 master red\n"
+    run("ip", "-batch", "-", data=text)
+    with playing(stage):
+        inside = stage.spawn("inside", vrf_member, b"red", COUNT)
+        outside = stage.spawn("outside", vrf_member, b"", 0)
+        inside.hear()
+        outside.hear()
+        stage.spawn("sender", group_sender, "239.1.2.5", RIGHT_PORT, COUNT, netns=other).join()
+        inside.tell()
+        outside.tell()

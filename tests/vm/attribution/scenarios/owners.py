@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import socket
+import struct
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,11 @@ from typing import Any
 from ..catalog import scenario
 from ..stage import LIBC, Stage, Unable, Wire, place, rename
 from ..traffic import (
+    HOST,
     TCP,
     UDP,
     V4,
+    V6,
     ask,
     bound,
     listening,
@@ -23,11 +28,13 @@ from ..traffic import (
     receive_all,
     tcp_client,
     udp_echo,
+    udp_sender,
 )
 from ..truth import Worker, identity_of
 
 COUNT = 10
 SYS_PIDFD_OPEN, SYS_PIDFD_GETFD = 434, 438
+SO_ATTACH_REUSEPORT_CBPF = 51
 
 
 def talker(worker: Worker, wire: Wire, peer: tuple[str, int], rounds: int) -> None:
@@ -512,12 +519,16 @@ def prefork_server(stage: Stage) -> None:
             child.tell()
 
 
-def reuseport_server(worker: Worker, wire: Wire, port: int) -> None:
-    sock = socket.socket(V4, TCP)
+def reuseport_server(worker: Worker, wire: Wire, family: int, port: int, program: bool) -> None:
+    sock = socket.socket(family, TCP)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     sock.settimeout(30)
-    sock.bind(("127.0.0.1", port))
+    sock.bind((HOST[family], port))
     sock.listen(16)
+    if program:  # always the second: ret #1
+        buffer = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 1), 8)
+        option = struct.pack("@HP", 1, ctypes.addressof(buffer))
+        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_REUSEPORT_CBPF, option)
     wire.tell(sock.getsockname()[1])
     poller = select.poll()
     poller.register(sock, select.POLLIN)
@@ -527,7 +538,7 @@ def reuseport_server(worker: Worker, wire: Wire, port: int) -> None:
         if sock.fileno() in ready:
             t0 = 1  # from the SYN on, which chose this listener
             peer, address = sock.accept()
-            claim = worker.claim(peer, t0=t0, remote=address, any_address=True, in_=3, out=2)
+            claim = worker.claim(peer, t0=t0, remote=address[:2], any_address=True, in_=3, out=2)
             worker.also(claim, sock)
             with peer:
                 while data := peer.recv(100):
@@ -536,19 +547,29 @@ def reuseport_server(worker: Worker, wire: Wire, port: int) -> None:
             break
 
 
-@scenario()
-def tcp_reuseport(stage: Stage) -> None:
-    """Three listeners on one port by SO_REUSEPORT: the chosen one's owner, from the SYN on."""
+def tcp_group(stage: Stage, family: int, program: bool) -> None:
     with playing(stage):
         port = 0
         servers = []
         for number in range(3):
-            child = stage.spawn(f"server{number}", reuseport_server, port)
+            child = stage.spawn(f"server{number}", reuseport_server, family, port, program)
             port = child.hear()
             servers.append(child)
-        stage.spawn("client", tcp_client, ("127.0.0.1", port), V4, 9, 2).join()
+        stage.spawn("client", tcp_client, (HOST[family], port), family, 9, 2).join()
         for child in servers:
             child.tell()
+
+
+@scenario()
+def tcp_reuseport(stage: Stage) -> None:
+    """Three listeners on one port by SO_REUSEPORT: the chosen one's owner, from the SYN on."""
+    tcp_group(stage, V4, program=False)
+
+
+@scenario()
+def tcp_reuseport_cbpf(stage: Stage) -> None:
+    """The same over IPv6 with a classic BPF program, which sees what follows the TCP header."""
+    tcp_group(stage, V6, program=True)
 
 
 CLONE_FILES, SIGCHLD = 0x400, 17
@@ -600,3 +621,41 @@ def descriptor_table_shared(stage: Stage) -> None:
         for peer in (used, made):
             for _ in range(COUNT):
                 sink.sendto(b"yours", peer)
+
+
+def own_table(worker: Worker, wire: Wire, stage: Stage) -> None:
+    """A thread takes a descriptor table of its own, and closes the socket in it."""
+    sock = bound(V4, UDP)
+    number = sock.fileno()
+    stage.spawn("idle", idle)
+    claim = worker.claim(sock, exact=True, in_=1, out=1)
+    sock.sendto(b"mine", sock.getsockname())
+    sock.recv(100)
+
+    def part() -> None:
+        LIBC.unshare(CLONE_FILES)
+        os.close(number)
+
+    thread = threading.Thread(target=part)
+    thread.start()
+    thread.join()
+    worker.end(claim)
+    worker.claim(sock, exact=True, in_=COUNT, dirs="i", flags=["not-dead"])
+    wire.tell(sock.getsockname())
+    for _ in range(COUNT):
+        sock.recv(100)
+
+
+def idle(worker: Worker, wire: Wire) -> None:
+    """Holds what it has inherited until its parent ends."""
+    wire.end.recv(1)
+
+
+@scenario()
+def descriptor_table_of_a_thread(stage: Stage) -> None:
+    """A thread with a descriptor table of its own closes its copy: the process still has it."""
+    with playing(stage):
+        peer = ask(stage.spawn("process", own_table, stage))
+        sender = stage.spawn("sender", udp_sender, peer, V4, COUNT, False)
+        sender.hear()
+        sender.tell()

@@ -30,6 +30,8 @@ from ..truth import Worker, now
 COUNT = 20
 SO_REUSEPORT = 15
 SO_ATTACH_REUSEPORT_CBPF, SO_ATTACH_REUSEPORT_EBPF = 51, 52
+IP_MULTICAST_ALL, IP_ADD_SOURCE_MEMBERSHIP = 49, 39
+GROUP_PORT = 41003
 IPV6_JOIN_GROUP = 20
 
 
@@ -167,13 +169,22 @@ def udp_parent_binds_child_sends(stage: Stage) -> None:
         stage.spawn("parent", bind_then_fork, stage, peer)
 
 
+# Classic programs that choose a socket of a group by its index (linux/filter.h). They see the
+# datagram from its payload on.
+CBPF = {
+    # by the first byte: ldb [0]; ret a
+    "cbpf": ((0x30, 0, 0, 0), (0x16, 0, 0, 0)),
+    # at random: ld rand; mod #3; ret a
+    "random": ((0x20, 0, 0, 0xFFFFF000 + 56), (0x94, 0, 0, 3), (0x16, 0, 0, 0)),
+}
+
+
 def reuseport_receiver(worker: Worker, wire: Wire, port: int, program: str) -> None:
     sock = socket.socket(V4, UDP)
     sock.setsockopt(socket.SOL_SOCKET, SO_REUSEPORT, 1)
     sock.bind(("127.0.0.1", port))
-    if program == "cbpf":  # the index of the socket is the first payload byte
-        # The program sees the datagram from its payload on: ldb [0]; ret a.
-        code = b"".join(struct.pack("=HBBI", *op) for op in ((0x30, 0, 0, 0), (0x16, 0, 0, 0)))
+    if program in CBPF:
+        code = b"".join(struct.pack("=HBBI", *op) for op in CBPF[program])
         buffer = ctypes.create_string_buffer(code, len(code))
         option = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))
         sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_REUSEPORT_CBPF, option)
@@ -258,6 +269,12 @@ def udp_reuseport(stage: Stage) -> None:
 def udp_reuseport_cbpf(stage: Stage) -> None:
     """The same with a classic BPF program that chooses by payload."""
     reuseport(stage, "cbpf")
+
+
+@scenario()
+def udp_reuseport_random(stage: Stage) -> None:
+    """The same with a program that chooses at random: it is asked once, by the engine or not."""
+    reuseport(stage, "random")
 
 
 @scenario()
@@ -571,3 +588,50 @@ def udp_bound_to_devices(stage: Stage) -> None:
         stage.spawn("onveth", bound_to_device, "ve0", port).hear()
         stage.spawn("asker", asker, (HOST[V4], port), 60)
         stage.spawn("far", asker, ("10.9.0.1", port), 61, netns=other)
+
+
+def group_sender(worker: Worker, wire: Wire, group: str, port: int, count: int) -> None:
+    sock = bound(V4, UDP, "10.9.0.2")
+    request = struct.pack("4s4si", bytes(4), bytes(4), socket.if_nametoindex("ve1"))
+    sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, request)
+    sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 0)
+    worker.claim(sock, out=count, exact=True)
+    for _ in range(count):
+        sock.sendto(b"all", (group, port))
+
+
+def chooser(worker: Worker, wire: Wire, group: str, source: str, everything: bool) -> None:
+    """A socket on the group's port, which may have joined it, from one source or all."""
+    sock = socket.socket(V4, UDP)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.settimeout(30)
+    sock.bind(("", GROUP_PORT))
+    sock.setsockopt(socket.IPPROTO_IP, IP_MULTICAST_ALL, everything)
+    here = socket.inet_aton("10.9.0.1")
+    if source:
+        sock.setsockopt(socket.IPPROTO_IP, IP_ADD_SOURCE_MEMBERSHIP,
+                        socket.inet_aton(group) + here + socket.inet_aton(source))  # fmt: skip
+    wanted = COUNT if everything or source == "10.9.0.2" else 0
+    worker.claim(sock, in_=wanted, exact=True)
+    wire.tell("ready")
+    for _ in range(wanted):
+        sock.recv(100)
+    wire.hear()
+
+
+@scenario(max_loose=2 * COUNT)
+def multicast_filtered(stage: Stage) -> None:
+    """Source-specific membership and IP_MULTICAST_ALL: only who gets a packet has a record."""
+    other = with_peer(stage)
+    with playing(stage):
+        members = [
+            stage.spawn("its", chooser, "239.1.2.6", "10.9.0.2", False),
+            stage.spawn("others", chooser, "239.1.2.6", "10.9.0.3", False),
+            stage.spawn("never", chooser, "239.1.2.6", "", False),
+            stage.spawn("all", chooser, "239.1.2.6", "", True),
+        ]
+        for child in members:
+            child.hear()
+        stage.spawn("sender", group_sender, "239.1.2.6", GROUP_PORT, COUNT, netns=other).join()
+        for child in members:
+            child.tell()
