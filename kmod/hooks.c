@@ -414,11 +414,15 @@ static void hooks_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 
 	/*
 	 * Tunnels leave the inner sender in skb->sk and say with state->sk, if
-	 * at all, whose the packet is; IPv6 SYN-ACKs say the listener there.
+	 * at all, whose the packet is; IPv6 says there the listener of a SYN
+	 * cookie, but also whose packet a firewall answers with a reset.
 	 */
 	if (!sk || (state->sk && r->proto == IPPROTO_UDP)) {
 		trusted &= sk == state->sk;
 		sk = state->sk;
+		if (sk && r->proto == IPPROTO_TCP && sk_fullsock(sk) &&
+		    sk->sk_state != TCP_LISTEN && !hooks_is_kernel(sk))
+			sk = NULL;
 	}
 	if (!sk || (sk_fullsock(sk) && hooks_is_kernel(sk))) {
 		hooks_name_answer(flow, state, sk);
@@ -427,6 +431,12 @@ static void hooks_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 	if (hooks_is_wrapped(r, sk)) {
 		r->how = SNIFFER_HOW_KERNEL;
 		r->flags |= SNIFFER_F_KERNEL;
+		return;
+	}
+	/* ipvlan takes the packet of another namespace on its way through this one */
+	if (!net_eq(sock_net(sk), state->net)) {
+		r->dir = SNIFFER_DIR_FWD;
+		r->how = SNIFFER_HOW_FORWARDED;
 		return;
 	}
 	if (!trusted || !sk_fullsock(sk) || sk->sk_state == TCP_LISTEN ||
@@ -493,7 +503,9 @@ static unsigned int hooks_packet(struct sk_buff *skb, const struct nf_hook_state
 				 u8 dir)
 {
 	bool trusted = dir == SNIFFER_DIR_OUT && hooks_trust_current();
-	const struct net_device *dev = dir == SNIFFER_DIR_IN ? state->in : state->out;
+	/* as the stack reads it: ipvlan has brought the packet to its namespace by now */
+	const struct net_device *dev = dir == SNIFFER_DIR_IN ? skb->dev : state->out;
+	struct net *net = dir == SNIFFER_DIR_IN ? dev_net(skb->dev) : state->net;
 	struct sniffer_flow flow;
 
 	/* A VRF shows its slaves' packets twice: wait for the second time. */
@@ -507,7 +519,7 @@ static unsigned int hooks_packet(struct sk_buff *skb, const struct nf_hook_state
 		return NF_ACCEPT;
 	}
 	memset(&flow, 0, sizeof(flow));
-	flow.net = state->net;
+	flow.net = net;
 	flow.skb = skb;
 	flow.record.family = family;
 	flow.record.dir = dir;
@@ -515,7 +527,7 @@ static unsigned int hooks_packet(struct sk_buff *skb, const struct nf_hook_state
 		return NF_ACCEPT;
 
 	flow.record.time_ns = ktime_get_ns();
-	flow.record.netns = state->net->ns.inum;
+	flow.record.netns = net->ns.inum;
 	flow.record.ifindex = dev ? dev->ifindex : 0;
 
 	if (dir == SNIFFER_DIR_OUT) {

@@ -570,6 +570,19 @@ void sniffer_owner_fork(struct task_struct *child)
 	owner_walk_files(child->files, child, SNIFFER_F_INHERITED);
 }
 
+/**
+ * sniffer_owner_exec - a process has a descriptor table of its own, at the latest now
+ * @task: current, which nobody shares the table with
+ *
+ * Sharing one with another process (clone() with CLONE_FILES) it held nothing
+ * itself. Else its holds are known, and nothing changes.
+ */
+void sniffer_owner_exec(struct task_struct *task)
+{
+	if (task->files && sniffer_probes_alive())
+		owner_walk_files(task->files, task, 0);
+}
+
 /* Another process with this very table (clone() with CLONE_FILES), or NULL; under RCU. */
 static struct task_struct *owner_sharer(const struct files_struct *files,
 					const struct task_struct *task)

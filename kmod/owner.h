@@ -79,6 +79,7 @@ void sniffer_owner_create(struct sock *sk, u64 inode);
 void sniffer_owner_receive(struct sock *sk);
 void sniffer_owner_refer(struct sock *sk, u64 via, u8 how);
 void sniffer_owner_fork(struct task_struct *child);
+void sniffer_owner_exec(struct task_struct *task);
 void sniffer_owner_leave(struct task_struct *task);
 void sniffer_owner_close(struct file *file);
 void sniffer_owner_free(struct sock *sk);

@@ -190,6 +190,7 @@ static void probes_exec(void *data, struct task_struct *task, pid_t old_pid,
 {
 	probes_note(SNIFFER_PROBE_EXEC);
 	sniffer_process_exec(task);
+	sniffer_owner_exec(task);
 }
 
 static void probes_exited(void *data, SNIFFER_EXIT_ARGS)

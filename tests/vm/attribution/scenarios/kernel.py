@@ -13,6 +13,7 @@ from ..stage import Stage, Wire, run, sysctl
 from ..traffic import (
     TCP,
     V4,
+    V6,
     ask,
     bound,
     listening,
@@ -84,7 +85,7 @@ def queued_to_user_space(stage: Stage) -> None:
 
 
 def refused(worker: Worker, wire: Wire, peer: tuple[str, int], host: str) -> None:
-    sock = bound(V4, TCP, host)
+    sock = bound(V6 if ":" in host else V4, TCP, host)
     worker.claim(sock, in_=1)
     try:
         sock.connect(tuple(peer))
@@ -97,32 +98,34 @@ def refused(worker: Worker, wire: Wire, peer: tuple[str, int], host: str) -> Non
 def rejected_by_firewall(stage: Stage) -> None:
     """A firewall's RST is nobody's, even when a process here listens on that port."""
     other = stage.namespace()
-    stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
+    stage.veth(other, ("ve0", "ve1"),
+               ("10.9.0.1/24", "10.9.0.2/24"), ("fd09::1/64", "fd09::2/64"))  # fmt: skip
+    reject = f"tcp dport {RIGHT_PORT} reject with tcp reset;"
     rules(
-        "table ip t { chain out { type filter hook output priority 0;"
-        f" ip daddr 10.9.0.2 tcp dport {RIGHT_PORT} reject with tcp reset; }};"
-        " chain in { type filter hook input priority 0;"
-        f" ip daddr 127.0.0.1 tcp dport {RIGHT_PORT} reject with tcp reset; }}; }}"
+        "table inet t { chain out { type filter hook output priority 0;"
+        f' oifname "ve0" {reject} }};'
+        f' chain in {{ type filter hook input priority 0; iifname "lo" {reject} }}; }}'
     )
     with playing(stage):
-        # the server is asked nothing: each of its packets would be the firewall's
-        server = listening(V4, "0.0.0.0", RIGHT_PORT)
+        # it is asked nothing: each packet that seems to be its own is the firewall's
+        server = listening(V6, "::", RIGHT_PORT)
         stage.worker.claim_nobody(
-            proto="tcp", lport=RIGHT_PORT, reasons=("no_socket",), out=2, exact=True
+            proto="tcp", lport=RIGHT_PORT, reasons=("no_socket",), out=4, exact=True
         )
-        stage.spawn("blocked", refused, ("10.9.0.2", RIGHT_PORT), "10.9.0.1").join()
-        stage.spawn("barred", refused, ("127.0.0.1", RIGHT_PORT), "").join()
+        for host, near in (("10.9.0.2", "10.9.0.1"), ("127.0.0.1", "127.0.0.1"),
+                           ("fd09::2", "fd09::1"), ("::1", "::1")):  # fmt: skip
+            stage.spawn("refused", refused, (host, RIGHT_PORT), near).join()
         server.close()
 
 
 def closes(worker: Worker, wire: Wire, sock: socket.socket) -> None:
-    worker.claim(sock, remote=sock.getpeername(), any_address=True, in_=1, out=1)
+    worker.claim(sock, remote=sock.getpeername()[:2], any_address=True, in_=1, out=1)
 
 
-def accept_two(worker: Worker, wire: Wire, stage: Stage) -> None:
-    sock = listening(V4)
+def accept_two(worker: Worker, wire: Wire, stage: Stage, family: int) -> None:
+    sock = listening(family)
     claim = worker.claim(sock, any_address=True, in_=5, out=3)
-    wire.tell(sock.getsockname())
+    wire.tell(sock.getsockname()[:2])
     first, _ = sock.accept()
     second, _ = sock.accept()
     worker.also(claim, first)
@@ -134,8 +137,8 @@ def accept_two(worker: Worker, wire: Wire, stage: Stage) -> None:
     second.sendall(b"late")
 
 
-def connect_twice(worker: Worker, wire: Wire, peer: tuple[str, int]) -> None:
-    one, two = bound(V4, TCP), bound(V4, TCP)
+def connect_twice(worker: Worker, wire: Wire, peer: tuple[str, int], family: int) -> None:
+    one, two = bound(family, TCP), bound(family, TCP)
     worker.claim(one, in_=2, out=3)
     worker.claim(two, in_=2, out=3)
     one.connect(tuple(peer))
@@ -152,19 +155,20 @@ def connect_twice(worker: Worker, wire: Wire, peer: tuple[str, int]) -> None:
 def tcp_data_after_close(stage: Stage) -> None:
     """Data for a socket that is closed, its FIN still under way: the RST is the closer's."""
     rules(
-        "table ip t { chain out { type filter hook output priority 0;"
+        "table inet t { chain out { type filter hook output priority 0;"
         " tcp flags & fin == fin drop; }; }"
     )
     with playing(stage):
-        server = stage.spawn("server", accept_two, stage)
-        client = stage.spawn("client", connect_twice, ask(server))
-        client.hear()
-        server.hear()
-        client.tell()
-        client.hear()
-        server.tell()
-        server.join()
-        client.tell()
+        for family in (V4, V6):
+            server = stage.spawn("server", accept_two, stage, family)
+            client = stage.spawn("client", connect_twice, ask(server), family)
+            client.hear()
+            server.hear()
+            client.tell()
+            client.hear()
+            server.tell()
+            server.join()
+            client.tell()
 
 
 def closes_first(worker: Worker, wire: Wire) -> None:

@@ -452,3 +452,33 @@ def multicast_in_vrf(stage: Stage) -> None:
         stage.spawn("sender", group_sender, "239.1.2.5", RIGHT_PORT, COUNT, netns=other).join()
         inside.tell()
         outside.tell()
+
+
+def ipvlan(stage: Stage, mode: str) -> None:
+    inside, other = stage.namespace(), stage.namespace()
+    stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
+    run("ip", "link", "add", "iv0", "link", "ve0", "type", "ipvlan", "mode", mode)
+    run("ip", "link", "set", "iv0", "netns", str(inside.pid))
+    inside.run("sh", "-c", "ip addr add 10.9.5.1/24 dev iv0; ip link set iv0 up;"
+               " ip route add default dev iv0")  # fmt: skip
+    other.run("ip", "route", "add", "10.9.5.0/24", "via", "10.9.0.1")
+    with playing(stage):
+        decoy = bound(V4, UDP, "0.0.0.0", RIGHT_PORT)
+        stage.worker.claim_nobody(proto="udp", lport=RIGHT_PORT, dirs="f", reasons=("forwarded",))
+        stage.spawn("inside", far_echo, "10.9.5.1", RIGHT_PORT, COUNT, netns=inside).hear()
+        far = stage.spawn("far", far_asker, "10.9.0.2", LEFT_PORT, ("10.9.5.1", RIGHT_PORT), 50,
+                          netns=other)  # fmt: skip
+        far.join()
+        decoy.close()
+
+
+@scenario()
+def ipvlan_l3(stage: Stage) -> None:
+    """ipvlan sends on through the host's namespace, where nobody is the sender."""
+    ipvlan(stage, "l3")
+
+
+@scenario()
+def ipvlan_l3s(stage: Stage) -> None:
+    """ipvlan in mode l3s receives in the host's namespace, too: not for who has the port there."""
+    ipvlan(stage, "l3s")

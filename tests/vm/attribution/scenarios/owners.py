@@ -659,3 +659,39 @@ def descriptor_table_of_a_thread(stage: Stage) -> None:
         sender = stage.spawn("sender", udp_sender, peer, V4, COUNT, False)
         sender.hear()
         sender.tell()
+
+
+def leaves_to_program(worker: Worker, wire: Wire) -> None:
+    sock = bound(V4, UDP)
+    sock.set_inheritable(True)
+    wire.tell(sock.getsockname())
+    claim = worker.claim(sock)
+    pid = LIBC.syscall(SYS_CLONE, CLONE_FILES | SIGCHLD, 0, 0, 0, 0)
+    if pid == 0:
+        os.execv("/bin/sleep", ["sleep", "60"])
+    while identity_of(pid).comm != "sleep":
+        time.sleep(0.01)
+    worker.end(claim)
+    worker.claim_port(
+        sock.getsockname()[1], dirs="i", in_=COUNT, exact=True, owner=identity_of(pid),
+        flags=["not-dead"],
+    )  # fmt: skip
+    sock.close()
+    wire.tell("closed")
+    wire.hear()
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+
+
+@scenario()
+def exec_out_of_shared_table(stage: Stage) -> None:
+    """A process with another one's descriptor table executes a program: that has a copy of it."""
+    with playing(stage):
+        child = stage.spawn("table", leaves_to_program)
+        peer = ask(child)
+        child.hear()
+        sender = stage.spawn("sender", udp_sender, peer, V4, COUNT, False)
+        sender.hear()
+        sender.tell()
+        sender.join()
+        child.tell()

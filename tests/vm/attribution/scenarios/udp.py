@@ -635,3 +635,29 @@ def multicast_filtered(stage: Stage) -> None:
         stage.spawn("sender", group_sender, "239.1.2.6", GROUP_PORT, COUNT, netns=other).join()
         for child in members:
             child.tell()
+
+
+def with_options(worker: Worker, wire: Wire, family: int, peer: tuple[str, int]) -> None:
+    sock = bound(family, UDP)
+    if family == V4:  # router alert
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, bytes((148, 4, 0, 0)))
+    else:  # 4 bytes of padding in each of both headers
+        for option in (socket.IPV6_HOPOPTS, socket.IPV6_DSTOPTS):
+            sock.setsockopt(socket.IPPROTO_IPV6, option, bytes((0, 0, 1, 4, 0, 0, 0, 0)))
+    length = 20 + HEADERS[family] + (4 if family == V4 else 16)
+    claim = worker.claim(sock, dirs="o", lens=[length], out=COUNT, exact=True)
+    answers = worker.claim(sock, dirs="i")
+    for _ in range(COUNT):
+        sock.sendto(bytes(20), tuple(peer))
+        sock.recv(100)
+    worker.end(claim)
+    worker.end(answers)
+
+
+@scenario()
+def udp_with_ip_options(stage: Stage) -> None:
+    """IPv4 options, IPv6 hop-by-hop and destination options: ports and lengths behind them."""
+    with playing(stage):
+        for family in (V4, V6):
+            peer = ask(stage.spawn("echo", udp_echo, family, COUNT))
+            stage.spawn("sender", with_options, family, peer)
