@@ -395,15 +395,20 @@ static void hooks_name_answer(struct sniffer_flow *flow, const struct nf_hook_st
 		hooks_name_socket(flow, found, SNIFFER_HOW_REVERSE);
 }
 
-/* Is this UDP the kernel's wrapping around a packet, whose sender @sk still is? */
+/*
+ * Is this UDP the kernel's wrapping around a packet, whose sender @sk still is?
+ * A socket that is closed while its packet waits (NFQUEUE) has no port any more.
+ */
 static bool hooks_is_wrapped(const struct sniffer_record *r, const struct sock *sk)
 {
 	if (r->proto != IPPROTO_UDP)
 		return false;
 	if (!sk_fullsock(sk) || (sk->sk_family != AF_INET && sk->sk_family != AF_INET6))
 		return true;
-	return sk->sk_type != SOCK_RAW &&
-	       (sk->sk_protocol != IPPROTO_UDP || inet_sk(sk)->inet_num != r->sport);
+	if (sk->sk_type == SOCK_RAW)
+		return false;
+	return sk->sk_protocol != IPPROTO_UDP ||
+	       (inet_sk(sk)->inet_num && inet_sk(sk)->inet_num != r->sport);
 }
 
 static void hooks_out(struct sniffer_flow *flow, const struct nf_hook_state *state, bool trusted)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import struct
@@ -12,6 +13,7 @@ from ..catalog import scenario
 from ..stage import Stage, Wire, run, sysctl
 from ..traffic import (
     TCP,
+    UDP,
     V4,
     V6,
     ask,
@@ -22,6 +24,7 @@ from ..traffic import (
     tcp_client,
     tcp_server,
     udp_echo,
+    udp_receiver,
     udp_sender,
 )
 from ..truth import Worker, identity_of
@@ -41,8 +44,10 @@ def netfilter_message(kind: int, attribute: int, payload: bytes) -> bytes:
     return struct.pack("=IHHII", 16 + len(body), kind, 1, 0, 0) + body
 
 
-def queue_daemon(worker: Worker, wire: Wire) -> None:
-    """Accepts all packets of NFQUEUE 0, as an application firewall does."""
+def queue_daemon(worker: Worker, wire: Wire, hold: int = 0) -> None:
+    """Accepts all packets of NFQUEUE 0, as an application firewall does; the first `hold` of them
+    when it is told to."""
+    held: list[bytes] = []
     sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
     sock.bind((0, 0))
     sock.send(netfilter_message(QUEUE_CONFIG, 1, struct.pack("!BBH", 1, 0, 0)))
@@ -56,9 +61,14 @@ def queue_daemon(worker: Worker, wire: Wire) -> None:
         if sock.fileno() in ready:
             data = sock.recv(65536)
             # netlink header, nfgenmsg, and first the attribute NFQA_PACKET_HDR
-            number = data[24:28]
-            verdict = struct.pack("!I", NF_ACCEPT) + number
-            sock.send(netfilter_message(QUEUE_VERDICT, 2, verdict))
+            held.append(data[24:28])
+            hold -= 1
+            if hold == 0:
+                wire.tell("held")
+                wire.hear()
+            while hold <= 0 and held:
+                verdict = struct.pack("!I", NF_ACCEPT) + held.pop(0)
+                sock.send(netfilter_message(QUEUE_VERDICT, 2, verdict))
         elif wire.end.fileno() in ready:
             return
 
@@ -81,6 +91,33 @@ def queued_to_user_space(stage: Stage) -> None:
         for child in (sender, server, client):
             child.join()
         quiet()
+        daemon.tell()
+
+
+def sends_and_exits(worker: Worker, wire: Wire, peer: tuple[str, int]) -> None:
+    sock = bound(V4, UDP)
+    worker.claim(sock, out=COUNT, exact=True, flags=["dead"])
+    for number in range(COUNT):
+        sock.sendto(bytes(number), tuple(peer))
+    os._exit(0)
+
+
+@scenario()
+def queued_longer_than_its_sender(stage: Stage) -> None:
+    """Judged after the sender's exit, its datagrams are still its own."""
+    rules(
+        "table ip t { chain out { type filter hook output priority 0;"
+        " meta l4proto udp queue num 0; }; }"
+    )
+    with playing(stage):
+        daemon = stage.spawn("judge", queue_daemon, COUNT)
+        daemon.hear()
+        receiver = stage.spawn("receiver", udp_receiver, V4, "", COUNT)
+        stage.spawn("sender", sends_and_exits, ask(receiver)).join()
+        daemon.hear()
+        daemon.tell()
+        receiver.hear()
+        receiver.tell()
         daemon.tell()
 
 
