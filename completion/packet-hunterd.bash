@@ -7,7 +7,7 @@
 
 
 
-_shtab_packet_hunterd_option_strings=(-h --help --engine --socket --config --foreground -v --verbose)
+_shtab_packet_hunterd_option_strings=(-h --help -V --version --engine --socket --config --foreground -v --verbose)
 
 
 
@@ -15,6 +15,8 @@ _shtab_packet_hunterd___engine_choices=(auto module packet)
 
 _shtab_packet_hunterd__h_nargs=0
 _shtab_packet_hunterd___help_nargs=0
+_shtab_packet_hunterd__V_nargs=0
+_shtab_packet_hunterd___version_nargs=0
 _shtab_packet_hunterd___foreground_nargs=0
 _shtab_packet_hunterd__v_nargs=0
 _shtab_packet_hunterd___verbose_nargs=0

@@ -58,6 +58,7 @@ from collections.abc import Sequence  # noqa: E402
 
 from daemon.config import Config, load  # noqa: E402
 from daemon.service import Service  # noqa: E402
+from nlproto import __version__  # noqa: E402
 from nlproto.errors import Error, UsageError  # noqa: E402
 from nlproto.foreign import foreign_packages  # noqa: E402
 
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Name the process behind each packet, keep history, serve hunters.",
         epilog="Signals: SIGTERM and SIGINT end it, SIGHUP reads the configuration again.",
     )
+    parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument(
         "--engine",
         choices=("auto", "module", "packet"),

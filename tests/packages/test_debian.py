@@ -43,8 +43,9 @@ def test_commands_run_isolated_and_prefer_their_own_packages(installed: Root) ->
         assert "usage: packet-hunter" in done.stdout
 
 
-def test_the_command_knows_its_version(installed: Root, version: str) -> None:
-    assert installed.run("packet-hunter --version").stdout == f"packet-hunter {version}\n"
+def test_the_commands_know_their_version(installed: Root, version: str) -> None:
+    for command in ("packet-hunter", "packet-hunterd"):
+        assert installed.run(f"{command} --version").stdout == f"{command} {version}\n"
 
 
 def test_no_python_of_ours_is_where_other_programs_look(installed: Root) -> None:
