@@ -274,6 +274,7 @@ static void owner_touch(struct sock *sk, u64 inode, struct sniffer_proc *proc,
 	struct sniffer_owner *owner, *known, *fresh = NULL;
 	struct sniffer_hold *hold;
 	unsigned long flags;
+	bool alone;
 
 	rcu_read_lock();
 	if ((use || set & SNIFFER_F_SEEDED) && !sniffer_owner_find(cookie))
@@ -292,12 +293,13 @@ static void owner_touch(struct sock *sk, u64 inode, struct sniffer_proc *proc,
 	}
 	owner_note_address(owner, sk);
 	owner->seen = jiffies;
+	alone = !owner->nholders;
 	hold = owner_hold_of(owner, proc);
 	if (!hold)
 		owner_add_hold(owner, proc, fds);
 	else if (set)
 		hold->fds += fds;
-	if (use || !rcu_access_pointer(owner->user) || !owner->nholders) {
+	if (use || alone || !rcu_access_pointer(owner->user)) {
 		u16 keep = owner->flags & ~SNIFFER_F_INHERITED;
 
 		if (set)
