@@ -666,11 +666,15 @@ def leaves_to_program(worker: Worker, wire: Wire) -> None:
     sock.set_inheritable(True)
     wire.tell(sock.getsockname())
     claim = worker.claim(sock)
+    ready, done = os.pipe()
+    never, _ = os.pipe()
+    for end in (done, never):
+        os.set_inheritable(end, True)
     pid = LIBC.syscall(SYS_CLONE, CLONE_FILES | SIGCHLD, 0, 0, 0, 0)
     if pid == 0:
-        os.execv("/bin/sleep", ["sleep", "60"])
-    while identity_of(pid).comm != "sleep":
-        time.sleep(0.01)
+        says = f"echo >/proc/self/fd/{done}; read x </proc/self/fd/{never}"
+        os.execv("/bin/sh", ["sh", "-c", says])
+    os.read(ready, 1)  # it runs: its execve() is over
     worker.end(claim)
     worker.claim_port(
         sock.getsockname()[1], dirs="i", in_=COUNT, exact=True, owner=identity_of(pid),
