@@ -2,8 +2,8 @@
 """Program: rows as an Arrow stream on standard input, a Parquet file on standard output.
 
 A Parquet file has its index at the end. This process writes it when the stream ends, and so also
-when whoever sent the rows was killed. It sends one byte back when it is ready, and ends with 0, or
-the errno of what failed. Run by hunter/save_parquet.py, by itself: it imports nothing of the
+when whoever sent the rows was killed. It sends one byte back when the file is begun, and ends with
+0, or the errno of what failed. Run by hunter/save_parquet.py, by itself: it imports nothing of the
 project.
 """
 
@@ -24,13 +24,13 @@ def main() -> int:
     """Body of the program; returns its exit code."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    os.write(0, b"\0")
     try:
         with open(0, "rb") as stream, open(1, "wb") as output:
             with pyarrow.ipc.open_stream(stream) as rows:
                 schema = pyarrow.schema(_compact(field) for field in rows.schema)
                 with pyarrow.parquet.ParquetWriter(output, schema, compression="zstd") as writer:
-                    output.flush()  # a file that takes nothing is told at once
+                    output.flush()
+                    os.write(0, b"\0")
                     for table in _groups(rows):
                         writer.write_table(table.cast(schema))
     except OSError as error:

@@ -48,10 +48,16 @@ class ParquetSaver:
         )
         # -P: the modules beside the program are not its own
         self._channel, self._process = start(["-P", str(_PROGRAM)], file.fileno())
-        if not self._channel.recv(1):
-            self._fail()
         self._stream = self._channel.makefile("wb")
         self._rows = pyarrow.ipc.new_stream(self._stream, self._schema)
+        # the schema goes with the first batch
+        self._send(pyarrow.RecordBatch.from_pylist([], schema=self._schema))
+        try:
+            begun = self._channel.recv(1)
+        except ConnectionError:
+            begun = b""
+        if not begun:
+            self._fail()
 
     def add(self, table: Columns) -> None:
         """Append the rows of `table`; they are in the file at close() at the latest.
@@ -63,12 +69,15 @@ class ParquetSaver:
         columns = [self._arrow.array(real.astype(np.int64), self._schema.field("time").type)]
         for name in COLUMNS[1:]:
             columns.append(self._arrow.array(getattr(table, name), self._schema.field(name).type))
+        self._send(self._arrow.record_batch(columns, schema=self._schema))
+        self._file.size = os.fstat(self._file.fileno()).st_size
+
+    def _send(self, batch: Any) -> None:
         try:
-            self._rows.write_table(self._arrow.table(columns, schema=self._schema))
+            self._rows.write_batch(batch)
             self._stream.flush()
         except OSError:
             self._fail()
-        self._file.size = os.fstat(self._file.fileno()).st_size
 
     def _fail(self) -> NoReturn:
         """Say why the process is gone."""
