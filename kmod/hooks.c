@@ -271,7 +271,9 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 				hooks_add_facts(r, other);
 				return;
 			}
-			if (!full || sock_flag(sk, SOCK_DEAD) || !READ_ONCE(other->dead)) {
+			/* the listener itself is freed, and so dead, only after a grace period */
+			if (!full || sock_flag(sk, SOCK_DEAD) ||
+			    (READ_ONCE(other->nholders) && !READ_ONCE(other->dead))) {
 				hooks_name_acceptor(r, other);
 				return;
 			}
