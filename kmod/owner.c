@@ -673,7 +673,7 @@ static u32 owner_count_all_fds(const struct file *file)
 	for_each_thread(current, task) {
 		if (READ_ONCE(task->files) == current->files)
 			continue;
-		task_lock(task);
+		task_lock(task);	/* keeps its table from exit_files(); process context */
 		if (task->files && task->files != current->files)
 			count += owner_count_fds(file, task->files);
 		task_unlock(task);
