@@ -42,13 +42,33 @@ static bool hooks_trust_current(void)
 }
 
 /*
- * A socket of the kernel's own. MPTCP makes its subflows in the same way; the
+ * A socket of the kernel's own: flagged so, or without a file (nvmet and iSCSI
+ * make theirs as a process does). MPTCP makes its subflows in the same ways; the
  * type tells the stack's control sockets, which are raw, from TCP's.
  */
 static bool hooks_is_kernel(const struct sock *sk)
 {
-	return sk->sk_kern_sock && !(sk->sk_type == SOCK_STREAM &&
-				     sk->sk_protocol == IPPROTO_TCP && sk_is_mptcp(sk));
+	const struct socket *sock = READ_ONCE(sk->sk_socket);
+
+	if (!sk->sk_kern_sock && (!sock || READ_ONCE(sock->file)))
+		return false;
+	return !(sk->sk_type == SOCK_STREAM && sk->sk_protocol == IPPROTO_TCP && sk_is_mptcp(sk));
+}
+
+/*
+ * Is this flagged socket a connection that waits to be accepted from an MPTCP
+ * listener, by a client of plain TCP? It is a copy of the listener's subflow.
+ */
+static bool hooks_is_fallback(struct sniffer_flow *flow, const struct sock *sk)
+{
+	struct sock *listener;
+
+	if (flow->record.proto != IPPROTO_TCP || READ_ONCE(sk->sk_socket))
+		return false;
+	if (sniffer_owner_find(atomic64_read(&sk->sk_cookie)))
+		return true;
+	listener = sniffer_lookup_listener(flow, flow->record.dir == SNIFFER_DIR_OUT);
+	return listener && !hooks_is_kernel(listener);
 }
 
 /* False when the packet has been counted as skipped. */
@@ -225,7 +245,7 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 	struct sock *listener;
 	u64 via;
 
-	if (full && hooks_is_kernel(sk)) {
+	if (full && hooks_is_kernel(sk) && !hooks_is_fallback(flow, sk)) {
 		r->how = SNIFFER_HOW_KERNEL;
 		r->flags |= SNIFFER_F_KERNEL;
 		return;
@@ -280,13 +300,18 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 			gone = other;
 		}
 	}
-	if (full && !r->inode && r->proto == IPPROTO_TCP && sk->sk_state != TCP_CLOSE) {
+	if (!r->inode && r->proto == IPPROTO_TCP && sk->sk_state != TCP_CLOSE) {
 		/*
 		 * SYN cookies, Fast Open: a child that never was a request. Or
 		 * its listener closed and left it to another (tcp_migrate_req).
 		 */
 		listener = sniffer_lookup_listener(flow, r->dir == SNIFFER_DIR_OUT);
-		other = listener && !hooks_is_kernel(listener) ? hooks_find(listener) : NULL;
+		if (listener && hooks_is_kernel(listener)) {
+			r->how = SNIFFER_HOW_KERNEL;
+			r->flags |= SNIFFER_F_KERNEL;
+			return;
+		}
+		other = full && listener ? hooks_find(listener) : NULL;
 		if (other) {
 			hooks_name_acceptor(r, other);
 			return;
@@ -357,7 +382,7 @@ static bool hooks_name_reset(struct sniffer_record *r)
 }
 
 /*
- * A packet without a socket, or with one of the kernel's: who is it for?
+ * A packet without a socket, or with one that the stack answers with: who is it for?
  * Netfilter makes packets without any (a firewall's reset, a copy), and IPVS
  * sends on what came in; of the stack's own only the SYN-ACKs of SYN cookies
  * are such, IPv4's. Anybody could listen on the port of a foreign address.
@@ -432,7 +457,10 @@ static void hooks_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 			sk = NULL;
 	}
 	if (!sk || (sk_fullsock(sk) && hooks_is_kernel(sk))) {
-		hooks_name_answer(flow, state, sk);
+		if (sk && sk->sk_type == SOCK_STREAM)
+			hooks_name_socket(flow, sk, SNIFFER_HOW_SOCKET);
+		else
+			hooks_name_answer(flow, state, sk);
 		return;
 	}
 	if (hooks_is_wrapped(r, sk)) {

@@ -354,27 +354,30 @@ static bool owner_is_process(const struct task_struct *task)
 /*
  * May current, which did not use @owner's socket last, be its user now? It must
  * hold it: be known to, or have it in its descriptor table, or in an io_uring
- * where @called. Other people's packets are sent in a process's context as well:
- * those that a firewall's daemon has judged (NFQUEUE), what waited while it only
- * looked at the socket (ss), the end of a socket that it let go of last.
+ * where @called; if nobody knows the socket, to call for it or to be closing it
+ * will do. Other people's packets are sent in a process's context as well: those
+ * that a firewall's daemon has judged (NFQUEUE), what waited while it only looked
+ * at the socket (ss), the end of a socket that it let go of last.
  */
 static bool owner_may_use(struct sniffer_owner *owner, struct sock *sk, bool called)
 {
 	struct socket *sock = READ_ONCE(sk->sk_socket);
 	const struct sniffer_proc *proc = sniffer_process_find(current);
-	raw_spinlock_t *lock = owner_lock(owner->cookie);
+	raw_spinlock_t *lock = owner ? owner_lock(owner->cookie) : NULL;
 	struct file *file = sock ? READ_ONCE(sock->file) : NULL;
 	unsigned long flags;
-	bool held;
+	bool held = false;
 
-	raw_spin_lock_irqsave(lock, flags);
-	held = proc && owner_hold_of(owner, proc);
-	raw_spin_unlock_irqrestore(lock, flags);
+	if (owner && proc) {
+		raw_spin_lock_irqsave(lock, flags);
+		held = owner_hold_of(owner, proc);
+		raw_spin_unlock_irqrestore(lock, flags);
+	}
 	if (held || !sniffer_probes_alive())
 		return true;
-	if (called && sniffer_has_uring(current))
+	if (called && (!owner || sniffer_has_uring(current)))
 		return true;
-	return file && owner_count_fds(file, current->files);
+	return file && (owner_count_fds(file, current->files) || (!owner && !file_count(file)));
 }
 
 /**
@@ -386,12 +389,16 @@ static bool owner_may_use(struct sniffer_owner *owner, struct sock *sk, bool cal
  */
 bool sniffer_owner_use(struct sock *sk, bool called)
 {
+	const struct socket *sock = READ_ONCE(sk->sk_socket);
 	u64 cookie = atomic64_read(&sk->sk_cookie);
 	struct sniffer_owner *owner;
 	struct sniffer_proc *proc;
 
 	if (!sniffer_owner_wants(sk) || !owner_is_process(current))
 		return true;
+	/* without a file it is the kernel's, which only made it here (nvmet) */
+	if (sock && !READ_ONCE(sock->file))
+		return false;
 
 	/* Nearly always it is the one who used it last: then only read. */
 	rcu_read_lock();
@@ -412,7 +419,7 @@ bool sniffer_owner_use(struct sock *sk, bool called)
 			rcu_read_unlock();
 			return true;
 		}
-	} else if (owner && !owner_may_use(owner, sk, called)) {
+	} else if (!owner_may_use(owner, sk, called)) {
 		rcu_read_unlock();
 		return false;
 	}

@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import struct
+from pathlib import Path
 from typing import Any
 
 from ..catalog import scenario
@@ -494,3 +495,110 @@ def tcp_closed_by_a_stranger(stage: Stage) -> None:
         stranger.tell()
         stranger.join()
         client.tell()
+
+
+NVMET = Path("/sys/kernel/config/nvmet")
+
+
+def nvme_target(port: int) -> None:
+    """An NVMe over TCP target on 127.0.0.1 without a disk, in the caller's network namespace."""
+    run("modprobe", "nvmet-tcp")
+    if not NVMET.is_dir():
+        run("mount", "-t", "configfs", "none", "/sys/kernel/config")
+    subsystem, place = NVMET / "subsystems" / f"s{port}", NVMET / "ports" / str(port)
+    for directory in (subsystem, place):
+        directory.mkdir()
+    for name, value in (
+        ("adrfam", "ipv4"), ("traddr", "127.0.0.1"), ("trsvcid", port), ("trtype", "tcp"),
+    ):  # fmt: skip
+        (place / f"addr_{name}").write_text(f"{value}\n")
+    (place / "subsystems" / subsystem.name).symlink_to(subsystem)
+
+
+def nvme_target_away(port: int) -> None:
+    subsystem, place = NVMET / "subsystems" / f"s{port}", NVMET / "ports" / str(port)
+    (place / "subsystems" / subsystem.name).unlink()
+    place.rmdir()
+    subsystem.rmdir()
+
+
+def initiator(worker: Worker, wire: Wire, peer: tuple[str, int]) -> None:
+    sock = bound(V4, TCP)
+    worker.claim(sock, in_=3, out=4)
+    sock.connect(tuple(peer))
+    # ICReq (NVMe/TCP transport specification): type, flags, hlen, pdo, plen, then 120 zeros
+    sock.sendall(struct.pack("<BBBBI", 0, 0, 128, 0, 128) + bytes(120))
+    if len(receive_all(sock, 128)) != 128:
+        raise RuntimeError("no ICResp")
+    sock.close()
+
+
+def makes_target(worker: Worker, wire: Wire, port: int) -> None:
+    nvme_target(port)
+    wire.tell()
+    wire.hear()
+    nvme_target_away(port)
+
+
+@scenario()
+def storage_target_in_kernel(stage: Stage) -> None:
+    """NVMe over TCP: the kernel serves on sockets made in the context of who configured it."""
+    with playing(stage):
+        maker = stage.spawn("maker", makes_target, 4420)
+        maker.hear()
+        stage.worker.claim_nobody(proto="tcp", lport=4420, reasons=("kernel",), in_=8, out=6)
+        for _ in range(2):
+            stage.spawn("initiator", initiator, ("127.0.0.1", 4420)).join()
+        maker.tell()
+
+
+def puts_into_queue(
+    worker: Worker, wire: Wire, link: socket.socket, peer: tuple[str, int]
+) -> None:
+    sock = bound(V4, TCP)
+    sock.connect(tuple(peer))
+    socket.send_fds(link, [b"x"], [sock.fileno()])
+    wire.tell(sock.getsockname()[1])
+
+
+def accepts_early(worker: Worker, wire: Wire) -> None:
+    sock = listening(V4)
+    wire.tell(sock.getsockname())
+    peer, _ = sock.accept()
+    wire.hear()
+    worker.claim(peer, in_=2, out=1)
+    wire.tell("ready")
+    wire.hear()
+    peer.sendall(b"talk!")
+    wire.hear()
+
+
+@scenario(engines=("module",))
+def queued_while_unknown(stage: Stage) -> None:
+    """NFQUEUE and a socket that the module could not know, in flight since before: nobody's."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    server = stage.spawn("server", accepts_early)
+    client = stage.spawn("client", puts_into_queue, ours, ask(server))
+    port = client.hear()
+    client.join()
+    quiet()
+    stage.reload()
+    rules(
+        "table ip t { chain out { type filter hook output priority 0;"
+        " meta l4proto tcp queue num 0; }; }"
+    )
+    with playing(stage):
+        daemon = stage.spawn("judge", queue_daemon)
+        daemon.hear()
+        stage.worker.claim_nobody(
+            proto="tcp", lport=port, reasons=("predates",), in_=1, out=2, exact=True
+        )
+        server.tell()
+        server.hear()
+        server.tell()
+        quiet()
+        run("ss", "-K", "sport", "=", f":{port}")
+        quiet()
+        for child in (server, daemon):
+            child.tell()
+    theirs.close()

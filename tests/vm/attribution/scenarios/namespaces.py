@@ -271,6 +271,69 @@ def redirected_to_local(stage: Stage) -> None:
         stage.spawn("near", far_asker, "10.9.0.2", LEFT_PORT, ("10.9.0.1", 4000), 50, netns=left)
 
 
+IP_TRANSPARENT = 19
+
+
+def transparent(kind: int, host: str, port: int) -> socket.socket:
+    """A socket that may have a foreign address."""
+    sock = socket.socket(V4, kind)
+    sock.settimeout(30)
+    sock.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
+    sock.bind((host, port))
+    return sock
+
+
+def proxy(worker: Worker, wire: Wire, port: int, target: tuple[str, int]) -> None:
+    """Answers in the name of a host that it is not, over TCP twice and over UDP once."""
+    listener = transparent(TCP, "0.0.0.0", port)
+    listener.listen()
+    receiver = transparent(UDP, "0.0.0.0", port)
+    worker.claim_port(target[1], proto="tcp", dirs="io", laddr=target[0], in_=8, out=6)
+    worker.claim_port(
+        target[1], proto="udp", dirs="io", laddr=target[0], in_=1, out=1, exact=True
+    )
+    wire.tell()
+    for number in range(2):
+        peer, _ = listener.accept()
+        peer.sendall(receive_all(peer, 5))
+        if number:  # and once its peer closes first
+            receive_all(peer, 1)
+        peer.close()
+    data, client = receiver.recvfrom(100)
+    transparent(UDP, *target).sendto(data, client)
+
+
+def proxied(worker: Worker, wire: Wire, host: str, target: tuple[str, int]) -> None:
+    for number in range(2):
+        sock = bound(V4, TCP, host)
+        worker.claim(sock, in_=3, out=4)
+        sock.connect(tuple(target))
+        sock.sendall(b"talk!")
+        receive_all(sock, 5 if number else 6)
+        sock.close()
+    sock = bound(V4, UDP, host)
+    worker.claim(sock, in_=1, out=1, exact=True)
+    sock.sendto(b"talk!", tuple(target))
+    sock.recv(100)
+
+
+@scenario()
+def transparent_proxy(stage: Stage) -> None:
+    """TPROXY: who answers in the name of a foreign address owns those packets."""
+    left, _ = router(stage)
+    target = ("10.9.2.2", 80)
+    rules(
+        "table ip t { chain pre { type filter hook prerouting priority mangle;"
+        f" ip daddr {target[0]} meta l4proto {{ tcp, udp }} tproxy to 127.0.0.1:8888"
+        " meta mark set 1; }; }"
+    )
+    run("ip", "rule", "add", "fwmark", "1", "lookup", "100")
+    run("ip", "route", "add", "local", "0.0.0.0/0", "dev", "lo", "table", "100")
+    with playing(stage):
+        stage.spawn("proxy", proxy, 8888, target).hear()
+        stage.spawn("client", proxied, "10.9.1.2", target, netns=left)
+
+
 def hindered(worker: Worker, wire: Wire, peer: tuple[str, int]) -> None:
     sock = bound(V4, UDP)
     worker.claim(sock, exact=True, out=0)

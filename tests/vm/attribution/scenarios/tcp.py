@@ -29,6 +29,7 @@ from ..traffic import (
     tcp_server,
 )
 from ..truth import Worker
+from .owners import quiet
 
 RST_AT_CLOSE = struct.pack("ii", 1, 0)
 MSG_FASTOPEN, TCP_FASTOPEN = 0x20000000, 23
@@ -542,6 +543,53 @@ def mptcp_first_subflow(stage: Stage) -> None:
     with playing(stage):
         server = stage.spawn("server", mptcp_server, "127.0.0.1", 40000)
         stage.spawn("client", mptcp_client, ask(server), 40000).hear()
+
+
+def mptcp_fallback_server(worker: Worker, wire: Wire, connections: int) -> None:
+    """Accepts each connection only when it has been spoken to, as long as there are clients."""
+    sock = socket.socket(V4, TCP, IPPROTO_MPTCP)
+    sock.settimeout(30)
+    sock.bind(("127.0.0.1", 0))
+    sock.listen(8)
+    worker.claim(sock, any_address=True, in_=4 * connections, out=3 * connections, has_cookie=False)
+    wire.tell(sock.getsockname())
+    for number in range(connections):
+        if number:
+            quiet()
+        peer, _ = sock.accept()
+        with peer:
+            while data := peer.recv(65536):
+                peer.sendall(data)
+
+
+@scenario()
+def mptcp_listener_plain_client(stage: Stage) -> None:
+    """Clients of plain TCP at an MPTCP listener (a Go server's): its connections as ever."""
+    mptcp_possible()
+    with playing(stage):
+        peer = ask(stage.spawn("server", mptcp_fallback_server, 4))
+        stage.spawn("client", tcp_client, peer, V4, 4, 3).hear()
+
+
+@scenario()
+def mptcp_client_plain_listener(stage: Stage) -> None:
+    """An MPTCP client at a server of plain TCP: both their own."""
+    mptcp_possible()
+    sysctl("net.ipv4.ip_local_port_range", "40000 40009")
+    with playing(stage):
+        server = stage.spawn("server", tcp_server, V4, 1)
+        stage.spawn("client", mptcp_talker, ask(server))
+
+
+def mptcp_talker(worker: Worker, wire: Wire, peer: tuple[str, int]) -> None:
+    sock = socket.socket(V4, TCP, IPPROTO_MPTCP)
+    sock.settimeout(30)
+    for port in range(40000, 40010):
+        worker.claim_port(port, proto="tcp", dirs="io", rport=peer[1])
+    sock.connect(tuple(peer))
+    for _ in range(3):
+        sock.sendall(b"talk!")
+        receive_all(sock, 5)
 
 
 @scenario()
