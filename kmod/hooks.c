@@ -170,8 +170,8 @@ static void hooks_add_facts(struct sniffer_record *r, const struct sniffer_owner
 
 	r->creator = owner->creator;
 	r->flags |= READ_ONCE(owner->flags);
-	if (holders > 1)
-		r->flags |= SNIFFER_F_SHARED;
+	if (holders > 1)	/* and has any of them used it, while we looked? */
+		r->flags |= SNIFFER_F_SHARED | (READ_ONCE(owner->tid) ? 0 : SNIFFER_F_AMBIGUOUS);
 	else if (!holders)
 		r->flags |= SNIFFER_F_DEAD;
 }
@@ -334,6 +334,7 @@ struct hooks_reset {
 	__be16 sport, dport;
 	u8 saddr[16], daddr[16];	/* of the packet that is answered */
 };
+
 static DEFINE_PER_CPU(struct hooks_reset, hooks_resets);
 
 /**
@@ -373,6 +374,7 @@ static bool hooks_name_reset(struct sniffer_record *r)
 		reset->cookie = 0;
 	}
 	put_cpu_ptr(&hooks_resets);
+	/* as in hooks_name_socket() */
 	if (!owner || smp_load_acquire(&owner->via) || !rcu_access_pointer(owner->user))
 		return false;
 	r->cookie = owner->cookie;
@@ -392,7 +394,9 @@ static void hooks_name_answer(struct sniffer_flow *flow, const struct nf_hook_st
 {
 	const u8 both = TCPHDR_SYN | TCPHDR_ACK;
 	struct sniffer_record *r = &flow->record;
+	struct sniffer_record shown;
 	struct sock *found;
+	bool put;
 
 	r->how = SNIFFER_HOW_NO_SOCKET;
 	if (!sk) {
@@ -409,17 +413,22 @@ static void hooks_name_answer(struct sniffer_flow *flow, const struct nf_hook_st
 		r->flags |= SNIFFER_F_KERNEL;
 		return;
 	}
-	if (sk && r->tcp_flags & TCPHDR_RST && hooks_name_reset(r))
-		return;
-	found = sniffer_lookup_reverse(flow);
-	if (found) {
-		hooks_name_socket(flow, found, SNIFFER_HOW_REVERSE);
-		sniffer_lookup_put(found);
-		return;
+	shown = *r;
+	sniffer_lookup_untranslate(flow);
+	if (!sk || !(r->tcp_flags & TCPHDR_RST) || !hooks_name_reset(r)) {
+		found = sniffer_lookup_reverse(flow);
+		put = found;
+		if (!found)
+			found = sniffer_lookup_listener(flow, true);
+		if (found)
+			hooks_name_socket(flow, found, SNIFFER_HOW_REVERSE);
+		if (put)
+			sniffer_lookup_put(found);
 	}
-	found = sniffer_lookup_listener(flow, true);
-	if (found)
-		hooks_name_socket(flow, found, SNIFFER_HOW_REVERSE);
+	memcpy(r->saddr, shown.saddr, sizeof(r->saddr));
+	memcpy(r->daddr, shown.daddr, sizeof(r->daddr));
+	r->sport = shown.sport;
+	r->dport = shown.dport;
 }
 
 /*

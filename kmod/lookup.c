@@ -12,6 +12,7 @@
 #include <net/inet6_hashtables.h>
 #include <net/ip.h>
 #include <net/ipv6.h>
+#include <net/netfilter/nf_conntrack.h>
 #include <net/route.h>
 #include <net/sock_reuseport.h>
 #include <net/tcp.h>
@@ -252,17 +253,42 @@ struct sock *sniffer_lookup_listener(struct sniffer_flow *flow, bool reverse)
 }
 
 /**
+ * sniffer_lookup_untranslate - give an outgoing packet the addresses it was sent with
+ * @flow: the packet; its record is changed
+ *
+ * The stack's tables have those, but NAT has changed where the packet goes.
+ */
+void sniffer_lookup_untranslate(struct sniffer_flow *flow)
+{
+#if IS_ENABLED(CONFIG_NF_CONNTRACK)
+	struct sniffer_record *r = &flow->record;
+	const struct nf_conntrack_tuple *sent;
+	enum ip_conntrack_info info;
+	const struct nf_conn *ct = nf_ct_get(flow->skb, &info);
+
+	if (!ct || !(READ_ONCE(ct->status) & IPS_NAT_MASK))
+		return;
+	sent = &ct->tuplehash[CTINFO2DIR(info)].tuple;
+	memcpy(r->saddr, &sent->src.u3, sizeof(r->saddr));
+	memcpy(r->daddr, &sent->dst.u3, sizeof(r->daddr));
+	r->sport = ntohs(sent->src.u.all);
+	r->dport = ntohs(sent->dst.u.all);
+#endif
+}
+
+/**
  * sniffer_lookup_is_local - does a packet come from an address of this host?
  * @flow: the packet
  * @dev: the device it leaves by, which tells the routing table
  */
 bool sniffer_lookup_is_local(const struct sniffer_flow *flow, const struct net_device *dev)
 {
+	const u8 *source = flow->record.saddr;
 	__be32 address;
 
 	if (flow->record.family == AF_INET6)
-		return ipv6_chk_addr(flow->net, (const struct in6_addr *)flow->record.saddr, NULL, 0);
-	memcpy(&address, flow->record.saddr, sizeof(address));
+		return ipv6_chk_addr(flow->net, (const struct in6_addr *)source, NULL, 0);
+	memcpy(&address, source, sizeof(address));
 	return inet_addr_type_dev_table(flow->net, dev, address) == RTN_LOCAL;
 }
 

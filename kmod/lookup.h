@@ -25,6 +25,7 @@ struct sniffer_flow {
 struct sock *sniffer_lookup_in(struct sniffer_flow *flow, bool *put);
 struct sock *sniffer_lookup_reverse(struct sniffer_flow *flow);
 struct sock *sniffer_lookup_listener(struct sniffer_flow *flow, bool reverse);
+void sniffer_lookup_untranslate(struct sniffer_flow *flow);
 bool sniffer_lookup_is_local(const struct sniffer_flow *flow, const struct net_device *dev);
 void sniffer_lookup_put(struct sock *sk);
 bool sniffer_lookup_is_multicast(const struct sniffer_flow *flow);

@@ -274,10 +274,11 @@ static void owner_touch(struct sock *sk, u64 inode, struct sniffer_proc *proc,
 	struct sniffer_owner *owner, *known, *fresh = NULL;
 	struct sniffer_hold *hold;
 	unsigned long flags;
+	bool seed = set & SNIFFER_F_SEEDED;
 	bool alone;
 
 	rcu_read_lock();
-	if ((use || set & SNIFFER_F_SEEDED) && !sniffer_owner_find(cookie))
+	if ((use || seed) && !sniffer_owner_find(cookie))
 		fresh = owner_alloc(sk, cookie);
 	raw_spin_lock_irqsave(lock, flags);
 	owner = sniffer_owner_find(cookie);
@@ -293,6 +294,9 @@ static void owner_touch(struct sock *sk, u64 inode, struct sniffer_proc *proc,
 	}
 	owner_note_address(owner, sk);
 	owner->seen = jiffies;
+	/* until one is seen to use it, the youngest of those who had it at load may be its user */
+	if (seed)
+		use = !owner->tid;
 	alone = !owner->nholders;
 	hold = owner_hold_of(owner, proc);
 	if (!hold)
@@ -305,7 +309,7 @@ static void owner_touch(struct sock *sk, u64 inode, struct sniffer_proc *proc,
 		if (set)
 			WRITE_ONCE(owner->flags, keep | set);
 		owner_set_user(owner, proc);
-		WRITE_ONCE(owner->tid, task->pid);
+		WRITE_ONCE(owner->tid, seed ? 0 : task->pid);
 	}
 	/*
 	 * The hooks read without the lock: only now that there is a user may
@@ -740,8 +744,11 @@ void sniffer_owner_close(struct file *file)
 	/* the last reference: who shares this table has lost it, too */
 	if (file_count(file) == 1) {
 		owner_set_user(owner, proc);
-		while ((hold = owner->holds))
-			owner_drop_hold(owner, hold->proc == proc && hold->next ? hold->next : hold);
+		while ((hold = owner->holds)) {
+			if (hold->proc == proc && hold->next)
+				hold = hold->next;
+			owner_drop_hold(owner, hold);
+		}
 	}
 	hold = owner_hold_of(owner, proc);
 	if (hold && left)

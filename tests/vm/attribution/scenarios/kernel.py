@@ -29,6 +29,7 @@ from ..traffic import (
     udp_sender,
 )
 from ..truth import Worker, identity_of
+from .machinery import speaker
 from .namespaces import LEFT_PORT, RIGHT_PORT, far_asker, far_echo, router, rules
 from .owners import quiet
 
@@ -160,8 +161,10 @@ def closes(worker: Worker, wire: Wire, sock: socket.socket) -> None:
     worker.claim(sock, remote=sock.getpeername()[:2], any_address=True, in_=1, out=1)
 
 
-def accept_two(worker: Worker, wire: Wire, stage: Stage, family: int) -> None:
-    sock = listening(family)
+def accept_two(
+    worker: Worker, wire: Wire, stage: Stage, family: int, host: str = "", port: int = 0
+) -> None:
+    sock = listening(family, host, port)
     claim = worker.claim(sock, any_address=True, in_=5, out=3)
     wire.tell(sock.getsockname()[:2])
     first, _ = sock.accept()
@@ -175,8 +178,10 @@ def accept_two(worker: Worker, wire: Wire, stage: Stage, family: int) -> None:
     second.sendall(b"late")
 
 
-def connect_twice(worker: Worker, wire: Wire, peer: tuple[str, int], family: int) -> None:
-    one, two = bound(family, TCP), bound(family, TCP)
+def connect_twice(
+    worker: Worker, wire: Wire, peer: tuple[str, int], family: int, host: str = ""
+) -> None:
+    one, two = bound(family, TCP, host), bound(family, TCP, host)
     worker.claim(one, in_=2, out=3)
     worker.claim(two, in_=2, out=3)
     one.connect(tuple(peer))
@@ -207,6 +212,32 @@ def tcp_data_after_close(stage: Stage) -> None:
             server.tell()
             server.join()
             client.tell()
+
+
+@scenario()
+def tcp_data_after_close_behind_nat(stage: Stage) -> None:
+    """The same at a service's address (as kube-proxy's), which NAT changes on the way out."""
+    other = stage.namespace()
+    stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
+    run("ip", "route", "add", "default", "via", "10.9.0.2")
+    rules(
+        "table ip t {"
+        " chain nat { type nat hook output priority -100;"
+        " ip daddr 10.8.0.1 tcp dport 80 dnat to 10.9.0.1:8080; };"
+        " chain out { type filter hook output priority 0;"
+        " tcp flags & fin == fin drop; }; }"
+    )
+    with playing(stage):
+        server = stage.spawn("server", accept_two, stage, V4, "10.9.0.1", 8080)
+        server.hear()
+        client = stage.spawn("client", connect_twice, ("10.8.0.1", 80), V4, "10.9.0.1")
+        client.hear()
+        server.hear()
+        client.tell()
+        client.hear()
+        server.tell()
+        server.join()
+        client.tell()
 
 
 def closes_first(worker: Worker, wire: Wire) -> None:
@@ -552,32 +583,18 @@ def storage_target_in_kernel(stage: Stage) -> None:
         maker.tell()
 
 
-def puts_into_queue(
-    worker: Worker, wire: Wire, link: socket.socket, peer: tuple[str, int]
-) -> None:
+def puts_into_queue(worker: Worker, wire: Wire, link: socket.socket, peer: tuple[str, int]) -> None:
     sock = bound(V4, TCP)
     sock.connect(tuple(peer))
     socket.send_fds(link, [b"x"], [sock.fileno()])
     wire.tell(sock.getsockname()[1])
 
 
-def accepts_early(worker: Worker, wire: Wire) -> None:
-    sock = listening(V4)
-    wire.tell(sock.getsockname())
-    peer, _ = sock.accept()
-    wire.hear()
-    worker.claim(peer, in_=2, out=1)
-    wire.tell("ready")
-    wire.hear()
-    peer.sendall(b"talk!")
-    wire.hear()
-
-
 @scenario(engines=("module",))
 def queued_while_unknown(stage: Stage) -> None:
     """NFQUEUE and a socket that the module could not know, in flight since before: nobody's."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    server = stage.spawn("server", accepts_early)
+    server = stage.spawn("server", speaker)
     client = stage.spawn("client", puts_into_queue, ours, ask(server))
     port = client.hear()
     client.join()
@@ -595,7 +612,7 @@ def queued_while_unknown(stage: Stage) -> None:
         )
         server.tell()
         server.hear()
-        server.tell()
+        server.tell("speak")
         quiet()
         run("ss", "-K", "sport", "=", f":{port}")
         quiet()

@@ -346,6 +346,75 @@ def sockets_older_than_engine(stage: Stage) -> None:
         sender.tell()
 
 
+def speaker(worker: Worker, wire: Wire) -> None:
+    """Accepts before the engine is there; after that, it sends when it is told to."""
+    sock = listening(V4)
+    wire.tell(sock.getsockname())
+    peer, _ = sock.accept()
+    wire.hear()
+    worker.claim(peer, in_=1, out=1)
+    wire.tell("ready")
+    while wire.hear() == "speak":
+        peer.sendall(b"talk!")
+
+
+def shares_with_child(worker: Worker, wire: Wire, stage: Stage, peer: tuple[str, int]) -> None:
+    """Like sshd: a child works on the connection, and its parent holds it as well."""
+    sock = bound(V4, TCP)
+    sock.connect(tuple(peer))
+    child = stage.spawn("child", reads_shared, sock)
+    wire.tell("connected")
+    wire.hear()
+    claim = worker.claim(sock, flags=["ambiguous"])
+    child.tell()
+    child.hear()
+    wire.tell("claimed")
+    wire.hear()
+    worker.end(claim)
+    child.tell()
+    child.hear()
+    sock.close()
+    wire.tell("read")
+    wire.hear()
+    child.tell()
+    child.join()
+
+
+def reads_shared(worker: Worker, wire: Wire, sock: socket.socket) -> None:
+    wire.hear()
+    claim = worker.claim(sock, in_=1, flags=["ambiguous"])
+    wire.tell()
+    wire.hear()
+    receive_all(sock, 5)
+    worker.end(claim)
+    worker.claim(sock, in_=1, out=1)
+    wire.tell()
+    receive_all(sock, 5)
+    wire.hear()
+
+
+@scenario(max_loose=2)
+def shared_and_older_than_engine(stage: Stage) -> None:
+    """Two processes had the socket before the module came: one of them, until one uses it."""
+    server = stage.spawn("server", speaker)
+    client = stage.spawn("client", shares_with_child, stage, ask(server))
+    client.hear()
+    time.sleep(0.1)  # a delayed ACK may still be due
+    stage.reload()
+    with playing(stage):
+        for child in (client, server):
+            child.tell()
+            child.hear()
+        server.tell("speak")
+        time.sleep(0.1)
+        client.tell()
+        client.hear()
+        server.tell("speak")
+        time.sleep(0.1)
+        client.tell()
+        server.tell("leave")
+
+
 SYS_EXIT = 60 if os.uname().machine == "x86_64" else 93
 
 
