@@ -384,6 +384,28 @@ static bool owner_may_use(struct sniffer_owner *owner, struct sock *sk, bool cal
 	return file && (owner_count_fds(file, current->files) || (!owner && !file_count(file)));
 }
 
+/*
+ * Is current at work on the MPTCP socket whose subflow @sk is? `ip mptcp` opens
+ * and closes other people's subflows, and sends on what waits in them.
+ */
+static bool owner_uses_parent(struct sock *sk)
+{
+	struct sniffer_owner *owner = NULL;
+	struct sniffer_proc *user = NULL;
+	bool uses;
+	u64 inode;
+
+	rcu_read_lock();
+	inode = sniffer_owner_inode(sk);
+	if (inode)
+		owner = sniffer_owner_find_inode(inode);
+	if (owner)
+		user = rcu_dereference(owner->user);
+	uses = user && (sniffer_process_is(user, current) || owner_may_use(owner, sk, false));
+	rcu_read_unlock();
+	return uses;
+}
+
 /**
  * sniffer_owner_use - the current process uses a socket, or seems to
  * @sk: full socket; from a probe or from LOCAL_OUT in trusted context
@@ -398,8 +420,10 @@ bool sniffer_owner_use(struct sock *sk, bool called)
 	struct sniffer_owner *owner;
 	struct sniffer_proc *proc;
 
-	if (!sniffer_owner_wants(sk) || !owner_is_process(current))
+	if (!owner_is_process(current))
 		return true;
+	if (!sniffer_owner_wants(sk))
+		return called || owner_uses_parent(sk);
 	/* without a file it is the kernel's, which only made it here (nvmet) */
 	if (sock && !READ_ONCE(sock->file))
 		return false;

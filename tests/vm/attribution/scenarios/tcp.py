@@ -15,7 +15,7 @@ import numpy as np
 from nlproto.wire import how_name
 
 from ..catalog import scenario
-from ..stage import Stage, Unable, Wire, run, sysctl
+from ..stage import Netns, Stage, Unable, Wire, run, sysctl
 from ..traffic import (
     TCP,
     V4,
@@ -512,7 +512,9 @@ def mptcp_server(worker: Worker, wire: Wire, host: str, size: int) -> None:
     receive_all(peer, 1)
 
 
-def mptcp_client(worker: Worker, wire: Wire, peer: tuple[str, int], size: int) -> None:
+def mptcp_client(
+    worker: Worker, wire: Wire, peer: tuple[str, int], size: int, stops: bool = False
+) -> None:
     # Subflows take ports of their own, so the claim is on the server's port instead: a second
     # claim with the ends exchanged would need the ports; the stage's port range is fixed to two.
     sock = socket.socket(V4, TCP, IPPROTO_MPTCP)
@@ -521,9 +523,12 @@ def mptcp_client(worker: Worker, wire: Wire, peer: tuple[str, int], size: int) -
     for port in range(low, high + 1):
         worker.claim_port(port, proto="tcp", dirs="io", rport=peer[1])
     sock.connect(tuple(peer))
-    for _ in range(4):
+    for number in range(4):
         sock.sendall(bytes(size // 4))
         time.sleep(0.05)  # lets the path manager add its subflow between two bursts
+        if stops and number in (0, 2):
+            wire.tell("stopped")
+            wire.hear()
     receive_all(sock, 2)
     wire.tell("done")
 
@@ -592,20 +597,45 @@ def mptcp_talker(worker: Worker, wire: Wire, peer: tuple[str, int]) -> None:
         receive_all(sock, 5)
 
 
-@scenario()
-def mptcp_more_subflows(stage: Stage) -> None:
-    """MPTCP with a second subflow that the kernel opens by itself."""
+def mptcp_hosts(stage: Stage) -> Netns:
+    """Two networks to another host, which may open further subflows; returns that host."""
     mptcp_possible()
     other = stage.namespace()
     stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"),
                ("10.9.1.1/24", "10.9.1.2/24"))  # fmt: skip
-    for command in (
-        ("ip", "mptcp", "limits", "set", "subflow", "2", "add_addr_accepted", "2"),
-        ("ip", "mptcp", "endpoint", "add", "10.9.1.2", "dev", "ve1", "subflow"),
-    ):
-        other.run(*command)
-    run("ip", "mptcp", "limits", "set", "subflow", "2", "add_addr_accepted", "2")
+    limits = ("ip", "mptcp", "limits", "set", "subflow", "2", "add_addr_accepted", "2")
+    other.run(*limits)
+    run(*limits)
     other.run("sh", "-c", "echo 40000 40009 > /proc/sys/net/ipv4/ip_local_port_range")
+    return other
+
+
+@scenario()
+def mptcp_more_subflows(stage: Stage) -> None:
+    """MPTCP with a second subflow that the kernel opens by itself."""
+    other = mptcp_hosts(stage)
+    other.run("ip", "mptcp", "endpoint", "add", "10.9.1.2", "dev", "ve1", "subflow")
     with playing(stage):
         server = stage.spawn("server", mptcp_server, "10.9.0.1", 400_000)
         stage.spawn("client", mptcp_client, ask(server), 400_000, netns=other).hear()
+
+
+def join_seen(records: np.ndarray, recorder: object, directory: Path) -> list[str]:
+    syns = np.count_nonzero((records["tcp_flags"] == 2) & (records["dir"] == 1))
+    return [] if syns == 2 else [f"{syns} subflows came, 2 meant"]
+
+
+@scenario(check=join_seen)
+def mptcp_subflow_by_command(stage: Stage) -> None:
+    """`ip mptcp endpoint` opens and ends a subflow of a connection that is up: not ip's."""
+    other = mptcp_hosts(stage)
+    with playing(stage):
+        server = stage.spawn("server", mptcp_server, "10.9.0.1", 400_000)
+        client = stage.spawn("client", mptcp_client, ask(server), 400_000, True, netns=other)
+        client.hear()
+        other.run("ip", "mptcp", "endpoint", "add", "10.9.1.2", "dev", "ve1", "subflow")
+        client.tell()
+        client.hear()
+        other.run("ip", "mptcp", "endpoint", "flush")
+        client.tell()
+        client.hear()
