@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,13 +108,20 @@ def tcp_server(
 
 
 def tcp_client(
-    worker: Worker, wire: Wire, peer: tuple[str, int], family: int, connections: int, exchanges: int
+    worker: Worker,
+    wire: Wire,
+    peer: tuple[str, int],
+    family: int,
+    connections: int,
+    exchanges: int,
+    pause: float = 0,
 ) -> None:
-    """Connect, exchange a few messages, close; several times."""
+    """Connect, wait `pause` seconds, exchange a few messages, close; several times."""
     for _ in range(connections):
         sock = bound(family, TCP)
         claim = worker.claim(sock, any_address=True)
         sock.connect(tuple(peer))
+        time.sleep(pause)
         for number in range(exchanges):
             sock.sendall(b"y" * (100 + number))
             receive_all(sock, 100 + number)

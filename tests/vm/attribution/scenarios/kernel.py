@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..catalog import scenario
-from ..stage import Stage, Unable, Wire, run, sysctl
+from ..stage import Child, Stage, Unable, Wire, run, sysctl
 from ..traffic import (
     TCP,
     UDP,
@@ -194,6 +194,17 @@ def connect_twice(
     wire.hear()
 
 
+def close_and_send(server: Child, client: Child) -> None:
+    """Each end closes one connection, and the other end sends on it then."""
+    client.hear()
+    server.hear()
+    client.tell()
+    client.hear()
+    server.tell()
+    server.join()
+    client.tell()
+
+
 @scenario()
 def tcp_data_after_close(stage: Stage) -> None:
     """Data for a socket that is closed, its FIN still under way: the RST is the closer's."""
@@ -204,14 +215,7 @@ def tcp_data_after_close(stage: Stage) -> None:
     with playing(stage):
         for family in (V4, V6):
             server = stage.spawn("server", accept_two, stage, family)
-            client = stage.spawn("client", connect_twice, ask(server), family)
-            client.hear()
-            server.hear()
-            client.tell()
-            client.hear()
-            server.tell()
-            server.join()
-            client.tell()
+            close_and_send(server, stage.spawn("client", connect_twice, ask(server), family))
 
 
 @scenario()
@@ -230,14 +234,8 @@ def tcp_data_after_close_behind_nat(stage: Stage) -> None:
     with playing(stage):
         server = stage.spawn("server", accept_two, stage, V4, "10.9.0.1", 8080)
         server.hear()
-        client = stage.spawn("client", connect_twice, ("10.8.0.1", 80), V4, "10.9.0.1")
-        client.hear()
-        server.hear()
-        client.tell()
-        client.hear()
-        server.tell()
-        server.join()
-        client.tell()
+        peer = ("10.8.0.1", 80)
+        close_and_send(server, stage.spawn("client", connect_twice, peer, V4, "10.9.0.1"))
 
 
 def closes_first(worker: Worker, wire: Wire) -> None:

@@ -36,10 +36,10 @@ MSG_FASTOPEN, TCP_FASTOPEN = 0x20000000, 23
 IPPROTO_MPTCP = 262
 
 
-def echo(stage: Stage, family: int, connections: int = 4, exchanges: int = 4) -> None:
+def echo(stage: Stage, family: int, pause: float = 0) -> None:
     with playing(stage):
-        peer = ask(stage.spawn("server", tcp_server, family, connections))
-        stage.spawn("client", tcp_client, peer, family, connections, exchanges).hear()
+        peer = ask(stage.spawn("server", tcp_server, family, 4))
+        stage.spawn("client", tcp_client, peer, family, 4, 4, pause).hear()
 
 
 @scenario()
@@ -58,7 +58,8 @@ def tcp_v6(stage: Stage) -> None:
 def tcp_syn_cookies(stage: Stage) -> None:
     """SYN cookies: SYN-ACKs without a socket belong to the listener's owner."""
     sysctl("net.ipv4.tcp_syncookies", 2)
-    echo(stage, V4)
+    # an ACK and data that come at once make two connections on 5.10 (fixed in 5.11: 01770a166165)
+    echo(stage, V4, pause=0.05)
 
 
 def send_and_exit(worker: Worker, wire: Wire, peer: tuple[str, int]) -> None:
