@@ -243,6 +243,7 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 	const struct sniffer_owner *owner, *other, *gone = NULL;
 	bool full = sk_fullsock(sk);
 	struct sock *listener;
+	bool young;
 	u64 via;
 
 	if (full && hooks_is_kernel(sk) && !hooks_is_fallback(flow, sk)) {
@@ -300,10 +301,11 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 			gone = other;
 		}
 	}
-	if (!r->inode && r->proto == IPPROTO_TCP && sk->sk_state != TCP_CLOSE) {
+	if (r->proto == IPPROTO_TCP) {
 		/*
 		 * SYN cookies, Fast Open: a child that never was a request. Or
 		 * its listener closed and left it to another (tcp_migrate_req).
+		 * Or the kernel accepted it, and gave it a file (nvmet).
 		 */
 		listener = sniffer_lookup_listener(flow, r->dir == SNIFFER_DIR_OUT);
 		if (listener && hooks_is_kernel(listener)) {
@@ -311,7 +313,8 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 			r->flags |= SNIFFER_F_KERNEL;
 			return;
 		}
-		other = full && listener ? hooks_find(listener) : NULL;
+		young = full && !r->inode && sk->sk_state != TCP_CLOSE;
+		other = young && listener ? hooks_find(listener) : NULL;
 		if (other) {
 			hooks_name_acceptor(r, other);
 			return;
