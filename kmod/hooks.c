@@ -235,6 +235,23 @@ static void hooks_name_request(struct sniffer_record *r, struct sock *sk, bool f
 	hooks_name_acceptor(r, owner);
 }
 
+/*
+ * Is accept() on another CPU giving @sk its socket right now? Then it has its
+ * inode already, but the probe may not have told its owner yet.
+ */
+static bool hooks_is_grafted_now(struct sock *sk)
+{
+	bool busy;
+
+	local_bh_disable();
+	/* sock_graft() holds it while it does so, and calls what we probe */
+	busy = !read_trylock(&sk->sk_callback_lock);
+	if (!busy)
+		read_unlock(&sk->sk_callback_lock);
+	local_bh_enable();
+	return busy;
+}
+
 /* Names @r after the owner of @sk, or says in r->how why not. */
 static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 {
@@ -243,6 +260,7 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 	const struct sniffer_owner *owner, *other, *gone = NULL;
 	bool full = sk_fullsock(sk);
 	struct sock *listener;
+	bool grafted = false;
 	bool young;
 	u64 via;
 
@@ -301,6 +319,16 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 			gone = other;
 		}
 	}
+	if (full && r->inode && r->proto == IPPROTO_TCP) {
+		grafted = hooks_is_grafted_now(sk);
+		owner = grafted ? NULL : sniffer_owner_find(r->cookie);
+		/* as above */
+		if (owner && !smp_load_acquire(&owner->via) && rcu_access_pointer(owner->user)) {
+			hooks_name(r, owner, how);
+			hooks_add_facts(r, owner);
+			return;
+		}
+	}
 	if (r->proto == IPPROTO_TCP) {
 		/*
 		 * SYN cookies, Fast Open: a child that never was a request. Or
@@ -313,7 +341,7 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 			r->flags |= SNIFFER_F_KERNEL;
 			return;
 		}
-		young = full && !r->inode && sk->sk_state != TCP_CLOSE;
+		young = full && (!r->inode || grafted) && sk->sk_state != TCP_CLOSE;
 		other = young && listener ? hooks_find(listener) : NULL;
 		if (other) {
 			hooks_name_acceptor(r, other);

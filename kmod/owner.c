@@ -401,7 +401,7 @@ static bool owner_uses_parent(struct sock *sk)
 		owner = sniffer_owner_find_inode(inode);
 	if (owner)
 		user = rcu_dereference(owner->user);
-	uses = user && (sniffer_process_is(user, current) || owner_may_use(owner, sk, false));
+	uses = (user && sniffer_process_is(user, current)) || owner_may_use(owner, sk, false);
 	rcu_read_unlock();
 	return uses;
 }
