@@ -135,7 +135,7 @@ enum sniffer_flag {
 	SNIFFER_F_SEEDED	= 4,	/* found in an fd table at module load */
 	SNIFFER_F_DEAD		= 8,	/* owner had closed it or exited by then */
 	SNIFFER_F_KERNEL	= 16,	/* kernel socket */
-	SNIFFER_F_AMBIGUOUS	= 32,	/* several hold it, none of whom was seen to use it */
+	SNIFFER_F_AMBIGUOUS	= 32,	/* several hold it: could accept it, or none was seen to use it */
 	SNIFFER_F_COPY		= 64,	/* further receiver of a packet already recorded */
 };
 

@@ -170,7 +170,7 @@ static void hooks_add_facts(struct sniffer_record *r, const struct sniffer_owner
 
 	r->creator = owner->creator;
 	r->flags |= READ_ONCE(owner->flags);
-	if (holders > 1)	/* and has any of them used it, while we looked? */
+	if (holders > 1)	/* no thread: none of them was seen to use it */
 		r->flags |= SNIFFER_F_SHARED | (READ_ONCE(owner->tid) ? 0 : SNIFFER_F_AMBIGUOUS);
 	else if (!holders)
 		r->flags |= SNIFFER_F_DEAD;
@@ -322,7 +322,7 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 	if (full && r->inode && r->proto == IPPROTO_TCP) {
 		grafted = hooks_is_grafted_now(sk);
 		owner = grafted ? NULL : sniffer_owner_find(r->cookie);
-		/* as above */
+		/* the entry may be there by now: pairs with owner_touch() */
 		if (owner && !smp_load_acquire(&owner->via) && rcu_access_pointer(owner->user)) {
 			hooks_name(r, owner, how);
 			hooks_add_facts(r, owner);
@@ -405,7 +405,7 @@ static bool hooks_name_reset(struct sniffer_record *r)
 		reset->cookie = 0;
 	}
 	put_cpu_ptr(&hooks_resets);
-	/* as in hooks_name_socket() */
+	/* pairs with owner_touch(): no listener to ask, hence a user */
 	if (!owner || smp_load_acquire(&owner->via) || !rcu_access_pointer(owner->user))
 		return false;
 	r->cookie = owner->cookie;
