@@ -151,17 +151,11 @@ skip:
 	return false;
 }
 
-/* Copies a process into a record. Under RCU. */
-static void hooks_name(struct sniffer_record *r, const struct sniffer_owner *owner, u8 how)
+/* The kernel itself sends or receives the packet. */
+static void hooks_name_kernel(struct sniffer_record *r)
 {
-	const struct sniffer_proc *user = rcu_dereference(owner->user);
-
-	r->how = how;
-	r->tgid = user->tgid;
-	r->start_ns = user->start_ns;
-	r->uid = READ_ONCE(user->uid);
-	r->tid = READ_ONCE(owner->tid);
-	memcpy(r->comm, user->comm, SNIFFER_COMM_LEN);
+	r->how = SNIFFER_HOW_KERNEL;
+	r->flags |= SNIFFER_F_KERNEL;
 }
 
 static void hooks_add_facts(struct sniffer_record *r, const struct sniffer_owner *owner)
@@ -174,6 +168,20 @@ static void hooks_add_facts(struct sniffer_record *r, const struct sniffer_owner
 		r->flags |= SNIFFER_F_SHARED | (READ_ONCE(owner->tid) ? 0 : SNIFFER_F_AMBIGUOUS);
 	else if (!holders)
 		r->flags |= SNIFFER_F_DEAD;
+}
+
+/* Names @r after @owner's user, with what else the table knows of the socket. Under RCU. */
+static void hooks_name_owner(struct sniffer_record *r, const struct sniffer_owner *owner, u8 how)
+{
+	const struct sniffer_proc *user = rcu_dereference(owner->user);
+
+	r->how = how;
+	r->tgid = user->tgid;
+	r->start_ns = user->start_ns;
+	r->uid = READ_ONCE(user->uid);
+	r->tid = READ_ONCE(owner->tid);
+	memcpy(r->comm, user->comm, SNIFFER_COMM_LEN);
+	hooks_add_facts(r, owner);
 }
 
 /* The table's entry with a user for @sk: by cookie, else by inode (MPTCP). */
@@ -192,8 +200,7 @@ static const struct sniffer_owner *hooks_find(struct sock *sk)
 /* Names @r after the one who would accept the connection. */
 static void hooks_name_acceptor(struct sniffer_record *r, const struct sniffer_owner *listener)
 {
-	hooks_name(r, listener, SNIFFER_HOW_LISTENER);
-	hooks_add_facts(r, listener);
+	hooks_name_owner(r, listener, SNIFFER_HOW_LISTENER);
 	if (r->flags & SNIFFER_F_SHARED)
 		r->flags |= SNIFFER_F_AMBIGUOUS;
 }
@@ -221,8 +228,7 @@ static void hooks_name_request(struct sniffer_record *r, struct sock *sk, bool f
 		return;
 	}
 	if (hooks_is_kernel(listener)) {
-		r->how = SNIFFER_HOW_KERNEL;
-		r->flags |= SNIFFER_F_KERNEL;
+		hooks_name_kernel(r);
 		return;
 	}
 	owner = hooks_find(listener);
@@ -265,8 +271,7 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 	u64 via;
 
 	if (full && hooks_is_kernel(sk) && !hooks_is_fallback(flow, sk)) {
-		r->how = SNIFFER_HOW_KERNEL;
-		r->flags |= SNIFFER_F_KERNEL;
+		hooks_name_kernel(r);
 		return;
 	}
 	r->cookie = sniffer_owner_cookie(sk);
@@ -289,16 +294,14 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 	/* read once: accept() may clear it meanwhile, with the new user in place */
 	via = owner ? smp_load_acquire(&owner->via) : 0;
 	if (owner && !via && rcu_access_pointer(owner->user)) {
-		hooks_name(r, owner, how);
-		hooks_add_facts(r, owner);
+		hooks_name_owner(r, owner, how);
 		return;
 	}
 	if (r->inode) {
 		other = sniffer_owner_find_inode(r->inode);
 		if (other && rcu_access_pointer(other->user)) {
 			sniffer_owner_refer(sk, other->cookie, SNIFFER_HOW_INODE);
-			hooks_name(r, other, SNIFFER_HOW_INODE);
-			hooks_add_facts(r, other);
+			hooks_name_owner(r, other, SNIFFER_HOW_INODE);
 			return;
 		}
 	}
@@ -306,8 +309,7 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 		other = sniffer_owner_find(via);
 		if (other && rcu_access_pointer(other->user)) {
 			if (READ_ONCE(owner->via_how) != SNIFFER_HOW_LISTENER) {
-				hooks_name(r, other, SNIFFER_HOW_INODE);
-				hooks_add_facts(r, other);
+				hooks_name_owner(r, other, SNIFFER_HOW_INODE);
 				return;
 			}
 			/* the listener itself is freed, and so dead, only after a grace period */
@@ -324,8 +326,7 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 		owner = grafted ? NULL : sniffer_owner_find(r->cookie);
 		/* the entry may be there by now: pairs with owner_touch() */
 		if (owner && !smp_load_acquire(&owner->via) && rcu_access_pointer(owner->user)) {
-			hooks_name(r, owner, how);
-			hooks_add_facts(r, owner);
+			hooks_name_owner(r, owner, how);
 			return;
 		}
 	}
@@ -337,8 +338,7 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 		 */
 		listener = sniffer_lookup_listener(flow, r->dir == SNIFFER_DIR_OUT);
 		if (listener && hooks_is_kernel(listener)) {
-			r->how = SNIFFER_HOW_KERNEL;
-			r->flags |= SNIFFER_F_KERNEL;
+			hooks_name_kernel(r);
 			return;
 		}
 		young = full && (!r->inode || grafted) && sk->sk_state != TCP_CLOSE;
@@ -409,8 +409,7 @@ static bool hooks_name_reset(struct sniffer_record *r)
 	if (!owner || smp_load_acquire(&owner->via) || !rcu_access_pointer(owner->user))
 		return false;
 	r->cookie = owner->cookie;
-	hooks_name(r, owner, SNIFFER_HOW_REVERSE);
-	hooks_add_facts(r, owner);
+	hooks_name_owner(r, owner, SNIFFER_HOW_REVERSE);
 	return true;
 }
 
@@ -440,8 +439,7 @@ static void hooks_name_answer(struct sniffer_flow *flow, const struct nf_hook_st
 		if (!local || r->proto != IPPROTO_TCP || (r->tcp_flags & both) != both)
 			return;
 	} else if (r->proto == IPPROTO_UDP) {
-		r->how = SNIFFER_HOW_KERNEL;
-		r->flags |= SNIFFER_F_KERNEL;
+		hooks_name_kernel(r);
 		return;
 	}
 	shown = *r;
@@ -504,8 +502,7 @@ static void hooks_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 		return;
 	}
 	if (hooks_is_wrapped(r, sk)) {
-		r->how = SNIFFER_HOW_KERNEL;
-		r->flags |= SNIFFER_F_KERNEL;
+		hooks_name_kernel(r);
 		return;
 	}
 	/* ipvlan takes the packet of another namespace on its way through this one */
