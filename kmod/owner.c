@@ -358,10 +358,11 @@ static bool owner_is_process(const struct task_struct *task)
 /*
  * May current, which did not use @owner's socket last, be its user now? It must
  * hold it: be known to, or have it in its descriptor table, or in an io_uring
- * where @called; if nobody knows the socket, to call for it or to be closing it
- * will do. Other people's packets are sent in a process's context as well: those
- * that a firewall's daemon has judged (NFQUEUE), what waited while it only looked
- * at the socket (ss), the end of a socket that it let go of last.
+ * where @called; if nobody knows the socket, to be closing it will do. Other
+ * people's packets are sent in a process's context as well, and the kernel calls
+ * for their sockets: for those that a firewall's daemon has judged (NFQUEUE), for
+ * a block device whose socket was handed to it (NBD), for what waited while a
+ * process only looked at the socket (ss), for the end of one that it let go of last.
  */
 static bool owner_may_use(struct sniffer_owner *owner, struct sock *sk, bool called)
 {
@@ -379,7 +380,8 @@ static bool owner_may_use(struct sniffer_owner *owner, struct sock *sk, bool cal
 	}
 	if (held || !sniffer_probes_alive())
 		return true;
-	if (called && (!owner || sniffer_has_uring(current)))
+	/* what a full table has not taken is not looked for in descriptor tables, packet by packet */
+	if (called && (sniffer_has_uring(current) || (!owner && sniffer_owner_full())))
 		return true;
 	return file && (owner_count_fds(file, current->files) || (!owner && !file_count(file)));
 }

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import socket
@@ -619,3 +620,86 @@ def queued_while_unknown(stage: Stage) -> None:
         for child in (server, daemon):
             child.tell()
     theirs.close()
+
+
+# linux/nbd.h
+NBD_SET_SOCK, NBD_SET_BLKSIZE, NBD_SET_SIZE, NBD_DO_IT, NBD_DISCONNECT = (
+    0xAB00, 0xAB01, 0xAB02, 0xAB03, 0xAB08,
+)  # fmt: skip
+NBD_REQUEST, NBD_CMD_DISC, NBD_REPLY_MAGIC = struct.Struct(">IHHQQI"), 2, 0x67446698
+
+
+def disk_server(worker: Worker, wire: Wire) -> None:
+    sock = listening(V4)
+    claim = worker.claim(sock, any_address=True, in_=5, out=5)
+    wire.tell(sock.getsockname())
+    peer, _ = sock.accept()
+    worker.also(claim, peer)
+    peer.settimeout(60)
+    while head := receive_all(peer, NBD_REQUEST.size):
+        _, _, command, handle, _, length = NBD_REQUEST.unpack(head)
+        if command == NBD_CMD_DISC:
+            break
+        peer.sendall(struct.pack(">IIQ", NBD_REPLY_MAGIC, 0, handle) + bytes(length))
+    peer.close()
+
+
+def attacher(
+    worker: Worker, wire: Wire, peer: tuple[str, int], disk: str, reasons: tuple[str, ...]
+) -> None:
+    sock = bound(V4, TCP)
+    if reasons:
+        worker.claim_nobody(proto="tcp", lport=sock.getsockname()[1], reasons=reasons, in_=5, out=5)
+    else:
+        worker.claim(sock, out=5, in_=5)
+    sock.connect(tuple(peer))
+    sock.setblocking(True)
+    device = os.open(disk, os.O_RDWR)
+    fcntl.ioctl(device, NBD_SET_BLKSIZE, 4096)
+    fcntl.ioctl(device, NBD_SET_SIZE, 1 << 20)
+    fcntl.ioctl(device, NBD_SET_SOCK, sock.fileno())
+    sock.close()  # the kernel has it now
+    wire.tell()
+    wire.hear()
+    fcntl.ioctl(device, NBD_DO_IT)
+
+
+def reads_disk(worker: Worker, wire: Wire, disk: str) -> None:
+    device = os.open(disk, os.O_RDONLY)
+    while not os.pread(device, 4096, 0):
+        time.sleep(0.1)
+    for number in range(4):
+        os.pread(device, 4096, number << 16)
+    os.posix_fadvise(device, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def disk_read(stage: Stage, disk: str, reasons: tuple[str, ...]) -> None:
+    run("modprobe", "nbd")
+    server = stage.spawn("server", disk_server)
+    if not reasons:
+        stage.attach()
+    owner = stage.spawn("attacher", attacher, ask(server), disk, reasons)
+    owner.hear()
+    if reasons:
+        quiet()
+        stage.reload()
+    with playing(stage):
+        owner.tell()
+        for _ in range(2):
+            stage.spawn("reader", reads_disk, disk).join()
+        quiet()
+        device = os.open(disk, os.O_RDWR)
+        fcntl.ioctl(device, NBD_DISCONNECT)
+        os.close(device)
+
+
+@scenario()
+def network_block_device(stage: Stage) -> None:
+    """NBD: a process gives its socket to the kernel, which sends when others read the disk."""
+    disk_read(stage, "/dev/nbd3", ())
+
+
+@scenario(engines=("module",))
+def network_block_device_unknown(stage: Stage) -> None:
+    """The same, the socket older than the module: who reads the disk has no part in it."""
+    disk_read(stage, "/dev/nbd4", ("predates", "socket_gone"))

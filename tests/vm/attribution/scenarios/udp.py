@@ -10,8 +10,9 @@ import socket
 import struct
 import threading
 
+from ..bpf import EXIT, MOV, SOCKET_FILTER, load_program, op
 from ..catalog import scenario
-from ..stage import LIBC, Netns, Stage, Unable, Wire
+from ..stage import LIBC, Netns, Stage, Wire
 from ..traffic import (
     HEADERS,
     HOST,
@@ -189,7 +190,7 @@ def reuseport_receiver(worker: Worker, wire: Wire, port: int, program: str) -> N
         option = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))
         sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_REUSEPORT_CBPF, option)
     elif program == "ebpf":
-        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_REUSEPORT_EBPF, ebpf_returning(1))
+        sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_REUSEPORT_EBPF, always_second())
     worker_claims: dict[bytes, str] = {}
     wire.tell(sock.getsockname()[1])
     poller = select.poll()
@@ -213,20 +214,9 @@ def reuseport_receiver(worker: Worker, wire: Wire, port: int, program: str) -> N
     wire.tell(len(worker_claims))
 
 
-def ebpf_returning(value: int) -> int:
-    """Load an eBPF socket filter that returns a constant; returns its descriptor."""
-    code = struct.pack("=BBhi", 0xB7, 0, 0, value) + struct.pack("=BBhi", 0x95, 0, 0, 0)
-    program = ctypes.create_string_buffer(code, len(code))
-    licence = ctypes.create_string_buffer(b"GPL")
-    attributes = struct.pack(
-        "=IIQQIIQII16s", 1, 2, ctypes.addressof(program), ctypes.addressof(licence), 0, 0, 0, 0, 0,
-        b"",
-    )  # fmt: skip
-    buffer = ctypes.create_string_buffer(attributes, len(attributes))
-    descriptor: int = LIBC.syscall(321, 5, buffer, len(attributes))
-    if descriptor < 0:
-        raise Unable(f"bpf(2): {os.strerror(ctypes.get_errno())}")
-    return descriptor
+def always_second() -> int:
+    """An eBPF program that chooses the second socket; returns its descriptor."""
+    return load_program(SOCKET_FILTER, op(MOV, value=1) + op(EXIT))
 
 
 def reuseport(stage: Stage, program: str) -> None:
