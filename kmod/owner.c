@@ -380,6 +380,8 @@ static bool owner_may_use(struct sniffer_owner *owner, struct sock *sk, bool cal
 	}
 	if (held || !sniffer_probes_alive())
 		return true;
+	/* a task that must not wait for memory does block I/O, for whoever wants the disk */
+	called &= !(current->flags & PF_MEMALLOC);
 	/* what a full table has not taken is not looked for in descriptor tables, packet by packet */
 	if (called && (sniffer_has_uring(current) || (!owner && sniffer_owner_full())))
 		return true;

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import select
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..catalog import scenario
-from ..stage import Child, Stage, Unable, Wire, run, sysctl
+from ..stage import LIBC, Child, Stage, Unable, Wire, run, sysctl
 from ..traffic import (
     TCP,
     UDP,
@@ -623,9 +624,10 @@ def queued_while_unknown(stage: Stage) -> None:
 
 
 # linux/nbd.h
-NBD_SET_SOCK, NBD_SET_BLKSIZE, NBD_SET_SIZE, NBD_DO_IT, NBD_DISCONNECT = (
-    0xAB00, 0xAB01, 0xAB02, 0xAB03, 0xAB08,
+NBD_SET_SOCK, NBD_SET_BLKSIZE, NBD_SET_SIZE, NBD_DO_IT, NBD_DISCONNECT, NBD_SET_TIMEOUT = (
+    0xAB00, 0xAB01, 0xAB02, 0xAB03, 0xAB08, 0xAB09,
 )  # fmt: skip
+SYS_IO_URING_SETUP = 425
 NBD_REQUEST, NBD_CMD_DISC, NBD_REPLY_MAGIC = struct.Struct(">IHHQQI"), 2, 0x67446698
 
 
@@ -657,6 +659,7 @@ def attacher(
     device = os.open(disk, os.O_RDWR)
     fcntl.ioctl(device, NBD_SET_BLKSIZE, 4096)
     fcntl.ioctl(device, NBD_SET_SIZE, 1 << 20)
+    fcntl.ioctl(device, NBD_SET_TIMEOUT, 2)  # udev may still read when it is disconnected
     fcntl.ioctl(device, NBD_SET_SOCK, sock.fileno())
     sock.close()  # the kernel has it now
     wire.tell()
@@ -664,10 +667,14 @@ def attacher(
     fcntl.ioctl(device, NBD_DO_IT)
 
 
+def makes_ring() -> None:
+    """Make the caller a user of io_uring, who may use sockets without a descriptor."""
+    LIBC.syscall(SYS_IO_URING_SETUP, 8, ctypes.create_string_buffer(120))
+
+
 def reads_disk(worker: Worker, wire: Wire, disk: str) -> None:
+    makes_ring()
     device = os.open(disk, os.O_RDONLY)
-    while not os.pread(device, 4096, 0):
-        time.sleep(0.1)
     for number in range(4):
         os.pread(device, 4096, number << 16)
     os.posix_fadvise(device, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -685,9 +692,13 @@ def disk_read(stage: Stage, disk: str, reasons: tuple[str, ...]) -> None:
         stage.reload()
     with playing(stage):
         owner.tell()
+        started = Path("/sys/block", Path(disk).name, "pid")
+        while not started.exists():  # who reads earlier may wait for ever, and NBD for the reader
+            time.sleep(0.05)
         for _ in range(2):
             stage.spawn("reader", reads_disk, disk).join()
         quiet()
+        makes_ring()
         device = os.open(disk, os.O_RDWR)
         fcntl.ioctl(device, NBD_DISCONNECT)
         os.close(device)
