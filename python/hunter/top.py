@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
+from textual.css.query import NoMatches
 from textual.screen import Screen
 from textual.widgets import Footer, Input, Static
 
@@ -201,18 +202,23 @@ class _View(Screen[None]):
 
     def show(self) -> None:
         """Fill the table; a tick before it is there, or while the program ends, does nothing."""
-        if not self._ready or not self.query(Table):
+        try:
+            table = self.query_one(Table)
+            title, account = self.query_one("#title", Static), self.query_one("#account", Static)
+        except NoMatches:
+            return
+        if not self._ready:
             return
         items, found = self.items(), ""
         if self.needle:
             items = [item for item in items if self.needle in self.words(item).lower()]
             found = f", {len(items):,} found"
         with self.app.batch_update():
-            self.query_one(Table).fill(items, self.key, self.cells)
-            title = f"{self.title_text()}{found}, sorted by {self.sorting}"
-            parts = (title, "PAUSED" if self.top.paused else "", self.more_text())
-            self.query_one("#title", Static).update("  ".join(filter(None, parts)))
-            self.query_one("#account", Static).update(self.top.account_text())
+            table.fill(items, self.key, self.cells)
+            told = f"{self.title_text()}{found}, sorted by {self.sorting}"
+            parts = (told, "PAUSED" if self.top.paused else "", self.more_text())
+            title.update("  ".join(filter(None, parts)))
+            account.update(self.top.account_text())
 
 
 def _number(count: int, one: str, many: str) -> str:

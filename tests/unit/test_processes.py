@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -46,6 +47,8 @@ def test_a_living_process_gets_its_details_from_proc_once():
 def test_exec_is_followed(tmp_path):
     child = subprocess.Popen(["sleep", "60"])
     try:
+        while not os.readlink(f"/proc/{child.pid}/exe").endswith("sleep"):
+            time.sleep(0.01)
         start_ns = procfs.identity(child.pid).start_ns
         processes = Processes(procfs.details)
         processes.add_event(_event(SEEN, child.pid, start_ns, comm="sh", exe="/bin/sh"))

@@ -367,6 +367,17 @@ def test_ten_thousand_rows_are_made_only_where_one_looks():
     drive(feed, script)
 
 
+def test_a_tick_while_the_view_is_taken_apart_does_nothing():
+    feed = Feed()
+    feed.put({})
+
+    async def script(app, pilot):
+        await app.screen.query_one("#title").remove()
+        app.tick()
+
+    drive(feed, script)
+
+
 def test_the_cursor_stays_on_its_process_once_moved():
     feed = Feed()
     feed.put({"tgid": 1, "comm": b"big", "len": 9000}, {"comm": b"small"})
