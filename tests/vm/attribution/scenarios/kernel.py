@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..catalog import scenario
-from ..stage import LIBC, Child, Stage, Unable, Wire, run, sysctl
+from ..stage import Child, Stage, Unable, Wire, call, run, sysctl
 from ..traffic import (
     TCP,
     UDP,
@@ -669,7 +669,7 @@ def attacher(
 
 def makes_ring() -> None:
     """Make the caller a user of io_uring, who may use sockets without a descriptor."""
-    LIBC.syscall(SYS_IO_URING_SETUP, 8, ctypes.create_string_buffer(120))
+    call("syscall", SYS_IO_URING_SETUP, 8, ctypes.create_string_buffer(120))
 
 
 def reads_disk(worker: Worker, wire: Wire, disk: str) -> None:
