@@ -19,6 +19,7 @@ from nlproto.errors import Error
 from nlproto.flows import FLOW, summarize
 from nlproto.pipeline import NamedBatch
 from nlproto.processes import Process, Processes
+from waiting import until
 
 FOREVER = 2**62
 NO_OFFSET = Clock(0, 0)
@@ -185,8 +186,8 @@ def test_flows_evicted_from_memory_are_found_in_the_file_once(path, make_records
         for n in range(200):
             recorder.take(_batch(make_records({"sport": n, "time_ns": 1000 + n})))
             if n % 16 == 0:
-                time.sleep(0.2)
-        time.sleep(0.3)
+                until(lambda last=n: last in _ports(recorder._store, limit=1000))
+        until(lambda: 199 in _ports(recorder._store, limit=1000))
         assert recorder.history.evicted > 0
         assert recorder.history.unstored == 0
         assert _ask(recorder, limit=1000) == list(range(200))
@@ -256,7 +257,6 @@ def test_a_full_disk_is_counted_and_writing_goes_on_afterwards(path, make_record
     with Recorder(config, Processes()) as recorder:
         recorder._store._writer.execute("PRAGMA max_page_count = 1")
         recorder.take(_batch(make_records(*({"sport": n, "time_ns": n + 1} for n in range(3000)))))
-        time.sleep(0.5)
-        assert recorder.failures > 0
+        until(lambda: recorder.failures > 0)
         recorder._store._writer.execute("PRAGMA max_page_count = 100000")
     assert len(_ports(Store(path), limit=9999)) == 3000
