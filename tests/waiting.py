@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import pytest
 
-__all__ = ["patient", "until"]
+__all__ = ["patient", "slowness", "until"]
 
 T = TypeVar("T")
 _PROCESS = 0.02  # s that a Python without site takes to start and end on an idle machine
@@ -25,7 +25,7 @@ _slowest = 0.0
 
 def patient(seconds: float) -> float:
     """`seconds` of an idle machine in seconds of this one, as it is now or was at its slowest."""
-    return seconds * (_slowest or _measure())
+    return seconds * (_slowest or slowness())
 
 
 def until(condition: Callable[[], T], seconds: float = 30, what: str = "") -> T:
@@ -37,15 +37,15 @@ def until(condition: Callable[[], T], seconds: float = 30, what: str = "") -> T:
     while not (met := condition()):
         if time.monotonic() - begun > patient(seconds):
             before = _slowest
-            if _measure() <= 1.1 * before:
+            if slowness() <= 1.1 * before:
                 waited = time.monotonic() - begun
                 pytest.fail(f"{what or 'it'} did not happen in {waited:.0f} s", pytrace=True)
         time.sleep(_POLL)
     return met
 
 
-def _measure() -> float:
-    """How many times longer than on an idle machine a process takes now; at least 1."""
+def slowness() -> float:
+    """How many times longer than on an idle machine a process takes, measured now; the longest."""
     global _slowest
     begun = time.monotonic()
     subprocess.run([sys.executable, "-I", "-S", "-c", ""], check=True)
