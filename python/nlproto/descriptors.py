@@ -25,6 +25,10 @@ _soft_at_start = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 class NoDescriptors(Error):
     """This process, or the machine, has no file descriptor left."""
 
+    @classmethod
+    def of(cls, error: OSError) -> NoDescriptors:
+        return cls(f"{error.strerror}: raise the limit (ulimit -n, LimitNOFILE=) or close some")
+
 
 def raise_limit() -> None:
     """Raise this process's soft limit to the hard one. Nothing here uses select(2)."""
@@ -65,6 +69,4 @@ def or_error() -> Iterator[None]:
     except OSError as error:
         if not none_left(error):
             raise
-        raise NoDescriptors(
-            f"{error.strerror}: raise the limit (ulimit -n, LimitNOFILE=) or close some"
-        ) from None
+        raise NoDescriptors.of(error) from None

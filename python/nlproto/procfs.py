@@ -99,6 +99,7 @@ def pids(proc: Path = PROC) -> list[int]:
         return [int(name) for name in os.listdir(proc) if name.isdecimal()]
 
 
+_COUNT = re.compile(rb"\d{1,20}")
 _GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
 
 
@@ -123,7 +124,7 @@ def _stat(pid: int, proc: Path) -> tuple[bytes, int, int] | None:
         return None
     head, _, tail = raw.rpartition(b")")
     fields = tail.split()
-    if len(fields) < 20 or not (fields[1].isdigit() and fields[19].isdigit()):
+    if len(fields) < 20 or not (_COUNT.fullmatch(fields[1]) and _COUNT.fullmatch(fields[19])):
         return None
     return head.partition(b"(")[2], int(fields[19]), int(fields[1])
 
