@@ -58,7 +58,7 @@ from collections.abc import Sequence  # noqa: E402
 
 from daemon.config import Config, load  # noqa: E402
 from daemon.service import Service  # noqa: E402
-from nlproto import __version__  # noqa: E402
+from nlproto import __version__, descriptors  # noqa: E402
 from nlproto.errors import Error, UsageError  # noqa: E402
 from nlproto.foreign import foreign_packages  # noqa: E402
 
@@ -109,6 +109,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except Error as error:
         print(f"packet-hunterd: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if not descriptors.none_left(error):
+            raise
+        print(f"packet-hunterd: {descriptors.NoDescriptors.of(error)}", file=sys.stderr)
         return 1
 
 

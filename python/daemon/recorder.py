@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from daemon.store import Store
 from nlproto.errors import Error
 from nlproto.pipeline import NamedBatch
 from nlproto.processes import Key, Process, Processes
+from nlproto.supervise import Failures, keep_going
 
 __all__ = ["Recorder"]
 
@@ -42,6 +44,9 @@ class Recorder:
         self._thread: threading.Thread | None = None
         self._store: Store | None = None
         self.failures = 0
+        self.on_death: Callable[[Error], None] = lambda error: None
+        """Called when nothing can be written for good, for a reason that nobody foresaw."""
+        self._writing = Failures("recorder")
         next_id = 1
         if config.history is not None:
             self._store = Store(config.history)
@@ -53,7 +58,11 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         if self._store is not None:
-            self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
+            self._thread = threading.Thread(
+                target=lambda: keep_going(self._write, self._writing, self.on_death),
+                name="recorder",
+                daemon=True,
+            )
             self._thread.start()
         return self
 
@@ -98,7 +107,7 @@ class Recorder:
             if len(self._changed) < self._processes.limit:
                 self._changed[process.key] = process
 
-    def _write(self) -> None:
+    def _write(self) -> bool:
         looked = time.monotonic()
         while True:
             ending = self._stopping.wait(self._config.flush_interval)
@@ -109,7 +118,7 @@ class Recorder:
                 looked = time.monotonic()
                 self._trim()
             if ending:
-                return
+                return False
 
     def _flush(self) -> bool:
         """Write what changed; whether more is waiting."""
@@ -119,9 +128,12 @@ class Recorder:
         ids, flows = self.history.changed(_FLUSH_ROWS)
         try:
             self._store.write(ids, flows, processes)
-        except Error as error:
+            self._writing.clear()
+        except Exception as error:
             self.failures += 1
             self.history.mark_changed(ids)
+            if not isinstance(error, Error):
+                raise
             if self.failures in (1, 10, 100) or self.failures % 1000 == 0:
                 log.error("history not written: %s", error)
             return False

@@ -32,12 +32,13 @@ def refuse_unsafe_directory() -> None:
 if __name__ == "__main__":
     refuse_unsafe_directory()
 
+import logging  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 
 from hunter import arguments  # noqa: E402
 from hunter.signals import Stop  # noqa: E402
 from hunter.text import plain  # noqa: E402
-from nlproto import Error, UsageError  # noqa: E402
+from nlproto import Error, UsageError, descriptors  # noqa: E402
 from nlproto.filter import FilterError  # noqa: E402
 from nlproto.foreign import foreign_packages  # noqa: E402
 
@@ -48,6 +49,13 @@ def _tell(line: str) -> None:
         print(f"packet-hunter: {plain(line)}", file=sys.stderr, flush=True)
     except OSError:
         pass
+
+
+class _Log(logging.Handler):
+    """What the library says went wrong, as one line without a traceback."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _tell(record.getMessage())
 
 
 def _forget_output() -> None:
@@ -94,6 +102,8 @@ def _run(command: arguments.Command, stop: Stop) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: sys.argv); return 0, 1 (failure) or 2 (usage)."""
+    descriptors.raise_limit()
+    logging.getLogger().handlers = [_Log(logging.WARNING)]
     for line in foreign_packages():
         _tell(line)
     code = 0
@@ -120,6 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(str(error))
         return 1
     except OSError as error:
+        if descriptors.none_left(error):
+            _tell(str(descriptors.NoDescriptors.of(error)))
+            return 1
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
         _forget_output()

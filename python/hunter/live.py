@@ -21,6 +21,7 @@ from hunter.saving import Saver, format_of, open_saver
 from hunter.source import Source, open_source
 from hunter.summary import Summary
 from nlproto import Error
+from nlproto.descriptors import lower_limit
 from nlproto.pipeline import NamedBatch
 
 __all__ = ["Stop", "run"]
@@ -144,7 +145,7 @@ def _flow(
 
 def _start(argv: Sequence[str]) -> subprocess.Popen[bytes]:
     try:
-        return subprocess.Popen(argv)
+        return subprocess.Popen(argv, preexec_fn=lower_limit)
     except OSError as error:
         raise Error(f"cannot run {argv[0]}: {error.strerror}; is it installed?") from None
 

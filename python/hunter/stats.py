@@ -78,7 +78,7 @@ def _account(account: Mapping[str, Any]) -> Table:
         ("records delivered", delivered, ""),
         ("named", named, share),
         ("unnamed", sum(unnamed.values()), _detail(unnamed)),
-        ("being named", delivered - named - sum(unnamed.values()), ""),
+        ("being named", account["waiting"], ""),
         ("lost", sum(lost.values()), _detail(lost)),
     ]
     for name, count, more in rows:

@@ -241,3 +241,109 @@ def test_an_exit_takes_the_process_out_of_the_port_map(make_records, make_batch)
         until(lambda: len(pipeline.portmap.who(40000)) == 1)
         engine.batches.append(exited)
         until(lambda: pipeline.portmap.who(40000) == [])
+
+
+class Refuses:
+    """A namer that fails on records from one port, as on what one process does."""
+
+    def __init__(self, sport):
+        self.sport = sport
+
+    def name(self, records):
+        if np.any(records["sport"] == self.sport):
+            raise ValueError("not enough values to unpack")
+
+
+def test_a_batch_that_cannot_be_named_is_lost_alone_and_counted(make_records, make_batch, caplog):
+    batches = [
+        make_batch(make_records({"sport": 1}, {"sport": 2 + n % 2}), 2 * n) for n in range(40)
+    ]
+    engine, got = Replay(), []
+    pipeline = _pipeline(engine, namer=Refuses(3))
+    pipeline.subscribe(lambda batch: got.extend(batch.records["sport"].tolist()))
+    with pipeline:
+        engine.batches += batches
+    assert sorted(got) == [1] * 20 + [2] * 20
+    account = pipeline.account
+    assert (account.delivered, account.lost["failed"]) == (40, 40)
+    assert account.closes()
+    assert len(caplog.records) == 1 and caplog.records[0].exc_info
+    assert "ValueError: not enough values to unpack [tests.unit.test_pipeline:" in caplog.text
+
+
+def test_what_no_subscriber_got_is_lost_and_not_delivered(make_records, make_batch, caplog):
+    calls = []
+
+    def fail(batch):
+        calls.append(len(batch.records))
+        raise RuntimeError("broken subscriber")
+
+    engine, got = Replay(), []
+    pipeline = _pipeline(engine)
+    pipeline.subscribe(fail)
+    pipeline.subscribe(lambda batch: got.append(len(batch.records)))
+    with pipeline:
+        for number in range(30):
+            engine.batches.append(make_batch(make_records({}), number))
+            until(lambda number=number: len(calls) > number)
+    assert sum(got) == sum(calls) == 30
+    assert (pipeline.account.delivered, pipeline.account.lost["failed"]) == (0, 30)
+    assert pipeline.account.closes()
+    assert len(caplog.records) == 1
+
+
+def test_what_a_process_is_called_costs_its_details_and_no_packet(make_records, make_batch):
+    def details(pid, start_ns):
+        raise ValueError("nobody foresaw this")
+
+    got = []
+    pipeline = Pipeline(
+        Replay([make_batch(make_records({}))]), account=Account(), processes=Processes(details)
+    )
+    pipeline.subscribe(lambda batch: got.append(len(batch.records)))
+    with pipeline:
+        pass
+    assert got == [1] and pipeline.account.closes()
+    assert pipeline.processes.get(100, 5_000_000_000).comm == "client"
+
+
+def test_a_worker_that_only_fails_ends_and_says_so(make_records, make_batch):
+    deaths = []
+    engine = Replay()
+    pipeline = _pipeline(engine, namer=Refuses(40000), on_death=deaths.append, patience=0.2)
+    with pipeline:
+        number = 0
+        while not deaths:
+            engine.batches.append(make_batch(make_records({}), number))
+            number += 1
+            time.sleep(0.01)
+        engine.batches += [make_batch(make_records({}), number)]
+        until(lambda: not engine.batches)
+    assert "worker cannot go on (ValueError: not enough" in str(deaths[0])
+    assert len(deaths) == 1
+    account = pipeline.account
+    assert (account.delivered, account.lost["failed"], account.waiting) == (0, number + 1, 0)
+    assert account.closes()
+
+
+def test_a_receiver_that_only_fails_ends_and_says_so():
+    class Broken(Replay):
+        def stats(self):
+            raise ZeroDivisionError("broken figures")
+
+    deaths = []
+    with _pipeline(Broken(), on_death=deaths.append, patience=0.2) as pipeline:
+        pipeline._asked = -1e9
+        until(lambda: deaths)
+    assert "receiver cannot go on (ZeroDivisionError: broken figures" in str(deaths[0])
+
+
+def test_a_question_that_fails_leaves_the_worker_alive(make_records, make_batch):
+    engine, got = Replay(), []
+    with _pipeline(engine) as pipeline:
+        pipeline.subscribe(lambda batch: got.append(len(batch.records)))
+        asked = threading.Event()
+        pipeline.barrier(lambda: (asked.set(), 1 / 0))
+        assert asked.wait(30)
+        engine.batches.append(make_batch(make_records({})))
+    assert got == [1]

@@ -9,7 +9,8 @@ from hunter.stats import show
 ACCOUNT = {
     "packets": 30,
     "recorded": 20,
-    "delivered": 18,
+    "delivered": 16,
+    "waiting": 2,
     "named": 12,
     "unnamed": {"socket_gone": 4},
     "lost": {"socket": 2, "queue": 0},
@@ -28,8 +29,8 @@ def test_the_account_closes_also_while_some_are_being_named():
     assert lines[1:] == [
         "packets seen 30",
         "recorded 20",
-        "records delivered 18",
-        "named 12 66.67 %",
+        "records delivered 16",
+        "named 12 75.00 %",
         "unnamed 4 socket gone 4",
         "being named 2",
         "lost 2 socket 2",
