@@ -24,9 +24,7 @@ from nlproto.wire import PROTO_NAMES, address_text, how_name, lib, text
 __all__ = ["History", "Question", "flow_fields", "network_words", "payers_of"]
 
 _FIRST_ROWS = 1024
-_ROW = np.dtype(
-    [*FLOW.descr, ("began_ns", "u8"), ("heard_ns", "u8"), ("id", "u8"), ("dirty", "?")]
-)
+_ROW = np.dtype([*FLOW.descr, ("began_ns", "u8"), ("heard_ns", "u8"), ("id", "u8"), ("dirty", "?")])
 """began_ns and heard_ns are first_ns and last_ns by CLOCK_MONOTONIC, which nobody sets."""
 _SUMS = ("packets_in", "bytes_in", "packets_out", "bytes_out")
 _LAST = ("how", "uid", "inode", "comm")
@@ -119,9 +117,7 @@ class History:
         for name in ("heard_ns", "last_ns", *_LAST):
             columns[name][rows[later]] = flows[name][later]
         # the time of day may have been set back in between
-        columns["first_ns"][rows] = np.minimum(
-            columns["first_ns"][rows], columns["last_ns"][rows]
-        )
+        columns["first_ns"][rows] = np.minimum(columns["first_ns"][rows], columns["last_ns"][rows])
         columns["flags"][rows] |= flows["flags"]
         columns["dirty"][rows] = True
 
@@ -233,8 +229,10 @@ class History:
         with self._lock:
             mine = self._columns["id"][: self._size]
             places = np.searchsorted(mine, ids)
-            places = places[places < self._size]
-            self._columns["dirty"][places] = True
+            inside = places < self._size
+            inside[inside] = mine[places[inside]] == ids[inside]
+            self._columns["dirty"][places[inside]] = True
+            self.unstored += int(np.count_nonzero(~inside))  # evicted meanwhile
 
     def has(self, ids: np.ndarray) -> np.ndarray:
         """For each of `ids` whether that flow is in memory."""
