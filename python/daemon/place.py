@@ -7,6 +7,7 @@ that others may write leads root elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -94,15 +95,15 @@ class Place:
     def rename(self, new: str, suffix: str = "") -> None:
         os.rename(self.name + suffix, new + suffix, src_dir_fd=self.fd, dst_dir_fd=self.fd)
 
-    def unlink(self) -> None:
-        """Remove it; nothing there is no error."""
-        try:
-            os.unlink(self.name, dir_fd=self.fd)
-        except FileNotFoundError:
-            pass
+    def unlink(self, only: os.stat_result | None = None) -> None:
+        """Remove it, when `only` is given that file alone; nothing there is no error."""
+        found = self.stat()
+        if found is not None and (only is None or os.path.samestat(found, only)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.name, dir_fd=self.fd)
 
-    def bind(self, listener: socket.socket, mode: int) -> None:
-        """Bind a UNIX socket here; its file has `mode` from its first moment."""
+    def bind(self, listener: socket.socket, mode: int) -> os.stat_result | None:
+        """Bind a UNIX socket here; its file, returned, has `mode` from its first moment."""
         # unix_bind_bsd() gives the file the mode of the socket, without the umask's bits
         os.fchmod(listener.fileno(), mode)
         before = os.umask(0)
@@ -110,3 +111,4 @@ class Place:
             listener.bind(self.path)
         finally:
             os.umask(before)
+        return self.stat()

@@ -48,9 +48,11 @@ class Recorder:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._store: Store | None = None
-        self._file: tuple[int, int] | None = None
+        self._file: bytes | None = None
         """What the ids of the history's flows are of."""
         self._tried = time.monotonic()
+        self._writing = 0, 0
+        """Flows and processes that are being written."""
         self._row = 0
         """Failures since the last success."""
         self.failures = 0
@@ -112,16 +114,16 @@ class Recorder:
     def store_figures(self) -> dict[str, Any] | None:
         if self._config.history is None:
             return None
-        store = self._store
+        store, (flows, processes) = self._store, self._writing
         return {
             "path": self._config.history,
             "open": store is not None,
             "error": self.error,
             "failures": self.failures,
-            "waiting_flows": self.history.waiting(),
-            "waiting_processes": len(self._changed),
+            "waiting_flows": self.history.waiting() + flows,
+            "waiting_processes": len(self._changed) + processes,
             "unstored_processes": self.unstored,
-            "bytes": 0 if store is None else store.bytes(),
+            "bytes": 0 if store is None else store.size(),
         }
 
     def _note(self, process: Process) -> None:
@@ -200,7 +202,9 @@ class Recorder:
             keys = list(itertools.islice(self._changed, _FLUSH_PROCESSES))
             for key in keys:
                 del self._changed[key]
+            self._writing = 0, len(keys)
         ids, flows = self.history.changed(_FLUSH_ROWS)
+        self._writing = len(ids), len(keys)
         found = [self._processes.get(*key) for key in keys]
         processes = [process for process in found if process is not None]
         try:
@@ -213,6 +217,8 @@ class Recorder:
             if isinstance(error, Damaged):
                 self._close()
             return False
+        finally:
+            self._writing = 0, 0
         self.unstored += len(keys) - len(processes)
         if len(ids) or keys:
             self._worked()

@@ -67,6 +67,8 @@ UPDATE processes SET seen = 0, size = length(details) + 100,
     payer = coalesce(json_extract(CAST(details AS TEXT), '$.uid'), 4294967295);
 CREATE INDEX processes_payer ON processes (payer, seen, size);
 CREATE TABLE elapsed (boot_id TEXT, boot REAL, uptime REAL, real REAL, seconds REAL);
+CREATE TABLE identity (name BLOB);
+INSERT INTO identity VALUES (randomblob(16));
 """
 """`payer` as in nlproto.shares; `seen` in seconds of `elapsed` (daemon.elapsed), never of a day;
 `size` in bytes of the file."""
@@ -164,7 +166,8 @@ class Store:
         try:
             writer.execute(f"PRAGMA busy_timeout = {_BUSY}")
             version = self._version(writer)
-            writer.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            if version == 0:
+                writer.execute("PRAGMA auto_vacuum = INCREMENTAL")
             writer.execute("PRAGMA journal_mode = WAL")
             writer.execute("PRAGMA synchronous = NORMAL")
             (state,) = writer.execute("PRAGMA quick_check(1)").fetchone()
@@ -255,20 +258,19 @@ class Store:
         except sqlite3.Error as error:
             raise Error(f"history {self.path}: {error}") from None
 
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Size of the file and its journal."""
         found = [self._place.stat(suffix) for suffix in ("", "-wal")]
         return sum(one.st_size for one in found if one is not None)
 
-    def identity(self) -> tuple[int, int]:
-        """Which file this is: device and inode."""
-        found = os.fstat(self._file)
-        return found.st_dev, found.st_ino
+    def identity(self) -> bytes:
+        """Which file this is; inodes are used again."""
+        return bytes(self._one("SELECT name FROM identity"))
 
     def in_place(self) -> bool:
         """Whether the file is still where it was opened."""
         found = self._place.stat()
-        return found is not None and (found.st_dev, found.st_ino) == self.identity()
+        return found is not None and os.path.samestat(found, os.fstat(self._file))
 
     def write(
         self,
