@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import logging
 import math
 import os
 import socket
 import socketserver
+import stat
 import sys
 import threading
 import time
@@ -19,7 +20,9 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 import numpy as np
 
 from daemon.config import Config
+from daemon.place import Place
 from nlproto.errors import Error, UsageError
+from nlproto.frames import DEFAULT_SOCKET
 from nlproto.pipeline import NamedBatch
 from nlproto.supervise import Failures, keep_going
 from nlproto.wire import text
@@ -81,9 +84,6 @@ class Metrics:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-        if self._config.metrics is not None and os.path.isabs(self._config.metrics):
-            with contextlib.suppress(OSError):
-                os.unlink(self._config.metrics)
 
     def _serve(self) -> None:
         def serve() -> bool:
@@ -226,17 +226,24 @@ class _UnixServer(_Server):
     address_family = socket.AF_UNIX
 
     def server_bind(self) -> None:
-        path = str(self.server_address)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        # 0660 from the first moment: it tells of everybody's traffic
-        before = os.umask(0o117)
-        try:
-            socketserver.TCPServer.server_bind(self)
-        finally:
-            os.umask(before)
+        self._place = Place(str(self.server_address), os.path.dirname(DEFAULT_SOCKET), 0o755)
+        found = self._place.stat()
+        if found is not None:
+            if not stat.S_ISSOCK(found.st_mode):
+                raise OSError(errno.EEXIST, "it exists and is no socket")
+            self._place.unlink(found)
+        # it tells of everybody's traffic
+        self._mine = self._place.bind(self.socket, 0o660)
         self.server_name, self.server_port = "localhost", 0
         self.setup_environ()
+
+    def server_close(self) -> None:
+        super().server_close()
+        place: Place | None = getattr(self, "_place", None)
+        if place is not None and place.fd >= 0:
+            if (mine := getattr(self, "_mine", None)) is not None:
+                place.unlink(mine)
+            place.close()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, _ = super().get_request()

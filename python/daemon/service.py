@@ -29,6 +29,7 @@ from nlproto.pipeline import Pipeline
 from nlproto.portmap import PortMap
 from nlproto.processes import Processes
 from nlproto.queue import MessageQueue
+from nlproto.shares import Payers
 from nlproto.supervise import Failures
 
 __all__ = ["SWITCH_INTERVAL", "Service"]
@@ -65,10 +66,11 @@ class Service:
         config = self.config
         logs.set_up(config.log, config.log_level, self._environment, self._foreground)
         sys.setswitchinterval(SWITCH_INTERVAL)
-        processes = Processes(self._details, config.max_processes)
+        payers = Payers()
+        processes = Processes(self._details, config.max_processes, payers=payers)
         with (
             SocketFile(config.socket) as socket_file,
-            Recorder(config, processes) as recorder,
+            Recorder(config, processes, payers) as recorder,
             Namer(processes.start_of) as namer,
         ):
             engine = open_engine(config.engine, log.warning)

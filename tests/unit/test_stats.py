@@ -48,3 +48,20 @@ def test_parts_say_what_they_have_and_how_many_probes():
 
 def test_another_user_is_told_whose_the_account_is():
     assert "the account is for root and the group packet-hunter" in shown(account=None)
+
+
+def _history(**fields):
+    store = {"path": "/h.db", "open": True, "error": "", "failures": 0, "bytes": 5000}
+    store |= {"waiting_flows": 3, "waiting_processes": 2, "unstored_processes": 0}
+    return {"flows": 9, "unstored": fields.pop("unstored", 0), "store": store | fields}
+
+
+def test_a_history_that_cannot_be_written_is_said_and_what_it_costs():
+    assert shown(account=ACCOUNT, history=_history())[-1] == "history /h.db, 5,000 bytes"
+    full = _history(error="/h.db: database or disk is full")
+    assert shown(account=ACCOUNT, history=full)[-1] == (
+        "/h.db: database or disk is full: 3 flows and 2 processes wait in memory"
+    )
+    lost = " ".join(shown(account=ACCOUNT, history=_history(unstored=4, unstored_processes=1)))
+    assert "4 flows and 1 processes left memory before they were written" in lost
+    assert "history" in " ".join(shown(account=ACCOUNT, history={"flows": 1, "store": None}))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from daemon.config import Config
+from daemon.elapsed import Moment
 from daemon.history import Question
 from daemon.recorder import Recorder
 from daemon.store import Store
@@ -148,10 +149,34 @@ def test_a_directory_that_cannot_be_made_is_a_clear_error(tmp_path):
         Store(str(tmp_path / "file" / "history.db"))
 
 
+class Clocks:
+    """A machine's clocks, which a test moves."""
+
+    def __init__(self):
+        self.boot_id = "first"
+        self.boot = self.uptime = 1000.0
+        self.real = 1_800_000_000.0
+
+    def __call__(self):
+        return Moment(self.boot_id, self.boot, self.uptime, self.real)
+
+    def run(self, seconds):
+        self.boot += seconds
+        self.uptime += seconds
+        self.real += seconds
+
+    def reboot(self):
+        self.boot_id += "+"
+        self.boot = self.uptime = 5.0
+
+
 def test_old_flows_are_deleted(path, make_records):
-    store = Store(path)
-    now = time.time_ns()
-    _write(store, make_records({"sport": 1, "time_ns": now - 10**12}, {"sport": 2, "time_ns": now}))
+    clocks = Clocks()
+    store = Store(path, moment=clocks)
+    _write(store, make_records({"sport": 1}))
+    clocks.run(400)
+    _write(store, make_records({"sport": 2}), first_id=2)
+    clocks.run(101)
     assert store.trim(age=500, size=1 << 30) == 1
     assert _ports(store) == [2]
 
@@ -197,9 +222,10 @@ def test_flows_evicted_from_memory_are_found_in_the_file_once(path, make_records
 def test_a_new_daemon_finds_what_the_last_one_wrote_and_goes_on_counting(path, make_records):
     config = Config(history=path)
     process = Process(100, 5_000_000_000, "client", exe="/usr/bin/client")
-    with Recorder(config, Processes()) as recorder:
+    processes = Processes()
+    with Recorder(config, processes) as recorder:
         recorder.take(_batch(make_records({"sport": 1, "time_ns": 100})))
-        recorder._note(process)
+        processes.restore([process])
     with Recorder(config, Processes()) as recorder:
         recorder.take(_batch(make_records({"sport": 2, "time_ns": 200})))
         assert _ask(recorder) == [1, 2]
@@ -211,6 +237,7 @@ _KILLED = """
 import sys, time
 import numpy as np
 from daemon.config import Config
+from daemon.elapsed import Moment
 from daemon.recorder import Recorder
 from nlproto import wire
 from nlproto.clock import Clock
