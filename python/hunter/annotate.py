@@ -206,11 +206,14 @@ def _report(result: _Result, cut: int, notify: Callable[[str], None]) -> None:
     )
 
 
+_Row = tuple[str, str, tuple[str, int] | None]
+
+
 def _rows(result: _Result) -> list[tuple[str, int, str]]:
     """(process or program, packets, executable)."""
     program_of = programs({one: (one[0], result.exes[one]) for one in result.by_process})
-    pids: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
-    packets: Counter[tuple[str, str]] = Counter()
+    pids: defaultdict[_Row, set[int]] = defaultdict(set)
+    packets: Counter[_Row] = Counter()
     for process, count in result.by_process.items():
         pids[program_of[process]].add(process[1])
         packets[program_of[process]] += count

