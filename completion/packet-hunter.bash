@@ -13,7 +13,7 @@ _shtab_packet_hunter_stats_option_strings=(-h --help --json --socket)
 _shtab_packet_hunter_annotate_option_strings=(-h --help -o --output --socket)
 _shtab_packet_hunter_report_option_strings=(-h --help -o --output)
 _shtab_packet_hunter_doctor_option_strings=(-h --help --socket)
-_shtab_packet_hunter_option_strings=(-h --help -V --version -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container -c --count --duration -n --numbers -q --quiet -v --verbose -t --json --summary --save -w --format --print -C --rotate -W --keep --socket --direct --engine -r --read)
+_shtab_packet_hunter_option_strings=(-h --help -V --version -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container -c --count --duration --all -n --numbers -q --quiet -v --verbose -t --json --summary --save -w --format --print -C --rotate -W --keep --socket --direct --engine -r --read)
 
 _shtab_packet_hunter_top__F_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_top___filter_file_COMPGEN=_shtab_compgen_files
@@ -70,6 +70,7 @@ _shtab_packet_hunter__h_nargs=0
 _shtab_packet_hunter___help_nargs=0
 _shtab_packet_hunter__V_nargs=0
 _shtab_packet_hunter___version_nargs=0
+_shtab_packet_hunter___all_nargs=0
 _shtab_packet_hunter__n_nargs=0
 _shtab_packet_hunter___numbers_nargs=0
 _shtab_packet_hunter__q_nargs=0

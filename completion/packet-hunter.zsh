@@ -33,18 +33,19 @@ _shtab_packet_hunter_options=(
   "*--container[of a container]:C:"
   {-c,--count}"[end after N packets]:N:"
   "--duration[end after S seconds (60s, 5m)]:S:"
+  "--all[with -- CMD\: packets of everybody, not of CMD and its descendants only]"
   {-n,--numbers}"[no names of hosts and services]"
-  {-q,--quiet}"[shorter lines]"
+  "*"{-q,--quiet}"[shorter lines\; -qq\: no account either]"
   "*"{-v,--verbose}"[more of the owner\; -vv]"
   "*-t[no time\; -tt Unix time, -ttt since the line before, -tttt with date, -ttttt since the first]"
   "--json[JSON lines on standard output]"
-  "--summary[a table of processes at the end]"
+  "--summary[a table of processes at the end, instead of lines]"
   {--save,-w}"[save to FILE (.csv .jsonl .parquet .pcapng\; - is standard output)]:FILE:_files"
   "--format[when the suffix is none of .csv .jsonl .parquet .pcapng]:F:(csv jsonl parquet pcapng)"
-  "--print[show lines while saving]"
+  "--print[show lines too, with --save or --summary]"
   {-C,--rotate}"[new file every SIZE million bytes (1g)]:SIZE:"
   {-W,--keep}"[with -C\: keep the last N files]:N:"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock)]:PATH:_files"
+  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, packet, or auto (default)]:E:(auto module packet)"
   {-r,--read}"[show a saved CSV, JSON lines or Parquet]:FILE:_files"
@@ -56,7 +57,7 @@ _shtab_packet_hunter_defaults_added=0
 _shtab_packet_hunter_annotate_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   {-o,--output}"[pcapng to write]:OUT:_files"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock)]:PATH:_files"
+  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -64,7 +65,7 @@ _shtab_packet_hunter_annotate_defaults_added=0
 
 _shtab_packet_hunter_doctor_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock)]:PATH:_files"
+  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -81,7 +82,7 @@ _shtab_packet_hunter_report_defaults_added=0
 _shtab_packet_hunter_stats_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--json[one JSON object]"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock)]:PATH:_files"
+  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -100,7 +101,7 @@ _shtab_packet_hunter_top_options=(
   {-n,--numbers}"[no names of hosts and services]"
   {-u,--units}"[bin-bytes bin-bits si-bytes si-bits]:U:(bin-bytes bin-bits si-bytes si-bits)"
   {-d,--interval}"[between looks (1s)]:S:"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock)]:PATH:_files"
+  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, packet, or auto (default)]:E:(auto module packet)"
   {-r,--read}"[show a saved CSV, JSON lines or Parquet]:FILE:_files"
@@ -119,7 +120,7 @@ _shtab_packet_hunter_who_options=(
   "--since[seen so long ago at most (60s, 5m)]:S:"
   "--limit[at most N flows]:N:"
   "--json[one JSON object]"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock)]:PATH:_files"
+  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
 )
 
 # guard to ensure default positional specs are added only once per session

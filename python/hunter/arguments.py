@@ -44,7 +44,8 @@ examples:
   packet-hunter tcp port 443 and not pname firefox
   packet-hunter --save capture.csv --duration 60
   packet-hunter --json -c 100 how unnamed | jq .
-  packet-hunter -- curl https://example.org/        only while curl runs
+  packet-hunter -- curl https://example.org/        of curl and what it starts; its exit code
+  sudo packet-hunter -- ./check.sh                  runs as you; as root: -- sudo ./check.sh
   packet-hunter who --port 8080          first words: top who stats annotate report doctor
 """
 
@@ -129,8 +130,7 @@ def _add_socket(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--socket",
         metavar="PATH",
-        default=DEFAULT_SOCKET,
-        help="where the daemon listens (default: %(default)s)",
+        help=f"where the daemon listens (default: {DEFAULT_SOCKET}, if one does)",
     )
 
 
@@ -203,9 +203,16 @@ def live_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--duration", metavar="S", type=_seconds, help="end after S seconds (60s, 5m)"
     )
+    group.add_argument(
+        "--all",
+        action="store_true",
+        help="with -- CMD: packets of everybody, not of CMD and its descendants only",
+    )
     group = parser.add_argument_group("how lines look, as in tcpdump")
     _add_numbers(group)
-    group.add_argument("-q", "--quiet", action="store_true", help="shorter lines")
+    group.add_argument(
+        "-q", "--quiet", action="count", default=0, help="shorter lines; -qq: no account either"
+    )
     group.add_argument("-v", "--verbose", action="count", default=0, help="more of the owner; -vv")
     group.add_argument(
         "-t",
@@ -216,7 +223,9 @@ def live_parser() -> argparse.ArgumentParser:
         " the first",
     )
     _add_json(group, "JSON lines on standard output")
-    group.add_argument("--summary", action="store_true", help="a table of processes at the end")
+    group.add_argument(
+        "--summary", action="store_true", help="a table of processes at the end, instead of lines"
+    )
     group = parser.add_argument_group("saving")
     group.add_argument(
         "--save",
@@ -227,7 +236,9 @@ def live_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--format", metavar="F", choices=FORMATS, help=f"when the suffix is none of {_SUFFIXES}"
     )
-    group.add_argument("--print", action="store_true", help="show lines while saving")
+    group.add_argument(
+        "--print", action="store_true", help="show lines too, with --save or --summary"
+    )
     group.add_argument(
         "-C", "--rotate", metavar="SIZE", type=_size, help="new file every SIZE million bytes (1g)"
     )
@@ -354,6 +365,10 @@ def parse(arguments: Sequence[str]) -> Command:
             if not argv:
                 raise UsageError("a command must follow --, as in: packet-hunter -- curl URL")
     options = parser_of(name).parse_intermixed_args(arguments)
+    # who names a socket means that daemon and nothing else
+    options.socket_given = getattr(options, "socket", None) is not None
+    if not options.socket_given:
+        options.socket = DEFAULT_SOCKET
     command = Command(name, options, argv)
     _check(command)
     return command

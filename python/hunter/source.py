@@ -66,8 +66,8 @@ def open_source(
 ) -> Source:
     """Return the source that `options` (read, direct, socket, engine) ask for.
 
-    The daemon when one answers, else this process's own pipeline. `notify` gets lines that say
-    what is less than it could be. Raises Error.
+    The daemon when one answers, else this process's own pipeline, unless the user named the
+    daemon's socket. `notify` gets lines that say what is less than it could be. Raises Error.
     """
     # Imported here: each needs parts that the others do without.
     if options.read:
@@ -87,7 +87,8 @@ def open_source(
         except DaemonBusy:
             raise
         except NoDaemon:
-            pass
+            if options.socket_given:
+                raise
     from hunter.source_alone import open_alone
 
     return open_alone(options.engine, filter, notify, snaps)

@@ -47,3 +47,22 @@ def test_parts_say_what_they_have_and_how_many_probes():
 
 def test_another_user_is_told_whose_the_account_is():
     assert "the account is for root and the group packet-hunter" in shown(account=None)
+
+
+def test_sizes_and_switches_are_said_in_peoples_words():
+    lines = shown(
+        account=ACCOUNT,
+        engine_stats={"sock_diag": True},
+        queue={"max_bytes": 64 << 20, "peak_bytes": 97104},
+    )
+    assert lines[-2:] == [
+        "engine stats sockets asked of sock_diag",
+        "queue room for 64.0 MiB, most at once 94.8 KiB",
+    ]
+
+
+def test_a_daemon_of_another_release_may_leave_out_anything():
+    out = io.StringIO()
+    show({}, Output(file=out, width=100))
+    show({"account": {}, "clients": None, "queue": []}, Output(file=out, width=100))
+    assert out.getvalue().startswith("daemon ?, pid ?, engine ?")
