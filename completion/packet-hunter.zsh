@@ -30,7 +30,8 @@ _shtab_packet_hunter_options=(
   "*--pname[of processes so named]:NAME:"
   "*--uid[of this user\'s processes]:U:"
   "*--netns[in a network namespace]:NS:"
-  "*--container[of a container]:C:"
+  "*--container[of a container\: its name or id\'s beginning]:C:"
+  "*--unit[of a systemd unit]:U:"
   {-c,--count}"[end after N packets]:N:"
   "--duration[end after S seconds (60s, 5m)]:S:"
   "--all[with -- CMD\: packets of everybody, not of CMD and its descendants only]"
@@ -49,6 +50,7 @@ _shtab_packet_hunter_options=(
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, packet, or auto (default)]:E:(auto module packet)"
   {-r,--read}"[show a saved CSV, JSON lines or Parquet]:FILE:_files"
+  {-D,--list-interfaces}"[list interfaces, and end]"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -97,7 +99,8 @@ _shtab_packet_hunter_top_options=(
   "*--pname[of processes so named]:NAME:"
   "*--uid[of this user\'s processes]:U:"
   "*--netns[in a network namespace]:NS:"
-  "*--container[of a container]:C:"
+  "*--container[of a container\: its name or id\'s beginning]:C:"
+  "*--unit[of a systemd unit]:U:"
   {-n,--numbers}"[no names of hosts and services]"
   {-u,--units}"[bin-bytes bin-bits si-bytes si-bits]:U:(bin-bytes bin-bits si-bytes si-bits)"
   {-d,--interval}"[between looks (1s)]:S:"

@@ -62,7 +62,7 @@ class Command:
         self._pidns = os.stat("/proc/self/ns/pid").st_ino
         if follow:
             # orphans become our children, so that each living descendant leads to us
-            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            _adopt_orphans(True)
             try:
                 self._forks = Forks()
             except OSError as error:
@@ -78,6 +78,7 @@ class Command:
             raise Error(f"cannot run {argv[0]}: {reason}; is it installed?") from None
 
     def close(self) -> None:
+        _adopt_orphans(False)
         if self._forks is not None:
             self._forks.close()
 
@@ -194,6 +195,10 @@ class Command:
         """Whether it is another child of ours, and no orphan that came to us."""
         fork = self._forks.of(pid, start_ns) if self._forks is not None else None
         return fork is not None and fork[1] == os.getpid()
+
+
+def _adopt_orphans(wanted: bool) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0)
 
 
 def _stat(pid: int) -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ from hunter.columns import columns
 from hunter.command import Command
 from hunter.lines import LinePrinter, Style
 from hunter.names import Names
+from hunter.places import absent
 from hunter.save_jsonl import JsonSaver
 from hunter.saving import Saver, format_of, open_saver
 from hunter.source import Source, open_source
@@ -82,6 +83,8 @@ def run(
         silent = options.quiet > 1
         if not silent:
             notify(_greeting(source, options))
+        for line in [] if options.read else absent(wanted):
+            notify(line)
         try:
             return _flow(source, takes, shown, options, argv, stop, notify)
         finally:

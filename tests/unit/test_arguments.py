@@ -14,6 +14,7 @@ import pytest
 from hunter.arguments import SUBCOMMANDS, filter_of, live_parser, parse, parser_of
 from nlproto import UsageError
 from nlproto.filter import FilterError
+from nlproto.frames import DEFAULT_SOCKET
 
 TREE = Path(__file__).parents[2]
 
@@ -115,7 +116,48 @@ def test_the_letters_that_tcpdump_has_too_mean_the_same():
     """man tcpdump: what each of these is for."""
     letters = {option for action in live_parser()._actions for option in action.option_strings}
     short = {letter for letter in letters if re.fullmatch("-[A-Za-z]", letter)}
-    assert short == {f"-{letter}" for letter in "hVFiQcnqvtwCWr"}
+    assert short == {f"-{letter}" for letter in "hVFiQcnqvtwCWrDlUpKsAXxe"}
+
+
+def test_tcpdumps_habits_change_nothing():
+    words = ["-l", "-U", "-p", "-K", "-s", "0", "-s128", "-lnn", "-i", "any", "tcp"]
+    assert filter_text(*words) == "tcp" and parse(words).options.numbers
+
+
+def test_interfaces_are_listed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(["-D"])
+    assert ended.value.code == 0
+    index = socket.if_nametoindex("lo")
+    assert f"{index}.lo\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["-A", "-X", "-XX", "-e", "-nX", "-x"])
+def test_what_a_record_does_not_have_is_looked_for_elsewhere(option):
+    with pytest.raises(UsageError, match="-w x.pcapng"):
+        parse([option])
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("stat", "'stats'"),
+        ("wo", "'who'"),
+        ("topp", "'top'"),
+        ("help", "'--help'"),
+        ("version", "'--version'"),
+    ],
+)
+def test_a_first_word_that_is_nearly_a_subcommand_is_asked_about(word, meant):
+    with pytest.raises(FilterError, match=f"unknown word '{word}'; did you mean {meant}"):
+        filter_text(word)
+
+
+def test_a_socket_is_known_to_be_given():
+    assert parse(["--socket", "/x"]).options.socket_given
+    for words in ([], ["stats"], ["doctor"], ["top"]):
+        options = parse(words).options
+        assert not options.socket_given and options.socket == DEFAULT_SOCKET
 
 
 CONTRACT = {

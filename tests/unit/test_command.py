@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The command after "--": which processes are its own, however short-lived; its exit code."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -43,6 +44,14 @@ def written(path):
 def identity(pid):
     with open(f"/proc/{pid}/stat") as file:
         return pid, int(file.read().rpartition(")")[2].split()[19]) * TICK_NS
+
+
+@pytest.fixture(autouse=True)
+def no_child_is_left():
+    """Orphans came to us: other tests look at this process's children."""
+    yield
+    with contextlib.suppress(ChildProcessError):
+        until(lambda: os.waitpid(-1, os.WNOHANG)[0] < 0)
 
 
 @pytest.fixture
@@ -115,7 +124,7 @@ def test_without_the_kernels_word_the_living_are_known_by_their_parents(own, tmp
     details.restore([Process(4_000_000, 7, ppid=pid), Process(4_000_001, 7, ppid=1)])
     asked = [identity(pid), (4_000_000, 7), (4_000_001, 7), (4_000_002, 7), identity(os.getpid())]
     assert own(command, asked, details) == [True, True, False, False, False]
-    os.kill(pid, 9)
+    os.killpg(pid, 9)
     command.end()
     command.close()
 
