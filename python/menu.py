@@ -175,7 +175,7 @@ def perform(action: Action, console: Console) -> subprocess.Popen[bytes] | None:
                 stderr=output,
                 start_new_session=True,
             )
-        console.print(Text(f"it writes to {log.relative_to(ROOT)}"))
+        console.print(Text(f"started; it writes to {log.relative_to(ROOT)}"))
         return started
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

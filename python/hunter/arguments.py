@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 import re
 import socket
 import textwrap
@@ -13,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from hunter import interfaces
 from hunter.rates import UNITS
 from nlproto import Error, UsageError, __version__, filter
 from nlproto.filter import Filter, FilterError
@@ -443,23 +443,11 @@ def _any(word: str, values: Sequence[str] | None) -> str:
     return " or ".join(f"{word} {filter.quote(value)}" for value in values or ())
 
 
-def _interfaces(names: Sequence[str] | None) -> str:
-    if not names or "any" in names:
-        return ""
-    indexes = []
-    for name in names:
-        try:
-            indexes.append(socket.if_nametoindex(name))
-        except OSError:
-            known = ", ".join(one for _, one in socket.if_nameindex())
-            raise UsageError(f"no interface {name!r} here; there are: {known}") from None
-    # an index means something in its own network namespace only
-    here = os.stat("/proc/self/ns/net").st_ino
-    return f"netns {here} and ({' or '.join(f'ifindex {index}' for index in indexes)})"
+def filter_of(options: argparse.Namespace, all_there: bool = True) -> Filter:
+    """Return the filter that words, -F and options amount to.
 
-
-def filter_of(options: argparse.Namespace) -> Filter:
-    """Return the filter that words, -F and options amount to. Raises UsageError, FilterError."""
+    `all_there`: the interfaces of -i must be. Raises UsageError, FilterError.
+    """
     texts = [_joined(options.filter)]
     if options.filter_file:
         try:
@@ -470,7 +458,7 @@ def filter_of(options: argparse.Namespace) -> Filter:
             raise Error(f"cannot read the filter in {options.filter_file}: {reason}") from None
         texts.append(" ".join(line for line in lines if not line.lstrip().startswith("#")))
     texts.append({"in": "inbound", "out": "outbound"}.get(options.direction, ""))
-    texts.append(_interfaces(options.interface))
+    texts.append(interfaces.filter_text(options.interface, all_there))
     for word in ("pid", "pname", "uid", "netns", "container", "unit"):
         texts.append(_any(word, getattr(options, word)))
     result = filter.EVERYTHING

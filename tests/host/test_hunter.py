@@ -589,19 +589,19 @@ def test_root_refuses_a_directory_that_others_can_write(tmp_path):
     assert done.returncode == 1 and "others can write" in done.stderr
 
 
-def test_who_names_the_listener_with_and_without_the_daemon(server, daemon, tmp_path):
+def test_who_names_the_listener_with_and_without_the_daemon(server, daemon):
     pid, port = server
     with traffic(port):
         time.sleep(0.5)
-        for path in (daemon, tmp_path / "none"):
-            done = hunt("who", "--socket", path, "--port", port, "--json")
+        for place in (["--socket", daemon], []):
+            done = hunt("who", *place, "--port", port, "--json")
             assert done.returncode == 0, done.stderr
             answer = json.loads(done.stdout)
             listening = [
                 one for one in answer["owners"] if one["listening"] and one["port"] == port
             ]
             assert [one["pid"] for one in listening] == [pid]
-            people = hunt("who", "--socket", path, "--port", port)
+            people = hunt("who", *place, "--port", port)
             assert f"listens on tcp 127.0.0.1.{port}" in people.stdout
             assert f".{pid} " in people.stdout
 
