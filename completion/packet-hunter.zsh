@@ -18,17 +18,19 @@ _shtab_packet_hunter_commands() {
     who:'which process owns, or owned, a port'
   )
   _describe 'packet-hunter commands' _commands
+  local _words=(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit ifindex less greater)
+  _describe 'filter words' _words
 }
 
 _shtab_packet_hunter_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "(- : *)"{-V,--version}"[show program\'s version number and exit]"
   {-F,--filter-file}"[read the filter from FILE]:FILE:_files"
-  "*"{-i,--interface}"[on this interface (repeatable)]:IF:"
+  "*"{-i,--interface}"[on this interface (repeatable)]:IF:_net_interfaces"
   {-Q,--direction}"[in, out or inout]:D:(in out inout)"
-  "*--pid[of this process (repeatable)]:P:"
+  "*--pid[of this process (repeatable)]:P:_pids"
   "*--pname[of processes so named]:NAME:"
-  "*--uid[of this user\'s processes]:U:"
+  "*--uid[of this user\'s processes]:U:_users"
   "*--netns[in a network namespace]:NS:"
   "*--container[of a container\: its name or id\'s beginning]:C:"
   "*--unit[of a systemd unit]:U:"
@@ -93,11 +95,11 @@ _shtab_packet_hunter_stats_defaults_added=0
 _shtab_packet_hunter_top_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   {-F,--filter-file}"[read the filter from FILE]:FILE:_files"
-  "*"{-i,--interface}"[on this interface (repeatable)]:IF:"
+  "*"{-i,--interface}"[on this interface (repeatable)]:IF:_net_interfaces"
   {-Q,--direction}"[in, out or inout]:D:(in out inout)"
-  "*--pid[of this process (repeatable)]:P:"
+  "*--pid[of this process (repeatable)]:P:_pids"
   "*--pname[of processes so named]:NAME:"
-  "*--uid[of this user\'s processes]:U:"
+  "*--uid[of this user\'s processes]:U:_users"
   "*--netns[in a network namespace]:NS:"
   "*--container[of a container\: its name or id\'s beginning]:C:"
   "*--unit[of a systemd unit]:U:"
@@ -115,10 +117,10 @@ _shtab_packet_hunter_top_defaults_added=0
 
 _shtab_packet_hunter_who_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--port[local or remote port, or its service]:N:"
+  "--port[local or remote port, or its service]:N:_ports"
   "--proto[tcp or udp]:P:(tcp udp)"
-  "--host[address or network of the other end]:H:"
-  "--pid[what this process talks to]:P:"
+  "--host[address or network of the other end]:H:_hosts"
+  "--pid[what this process talks to]:P:_pids"
   "--pname[what processes so named talk to]:NAME:"
   "--since[seen so long ago at most (60s, 5m)]:S:"
   "--limit[at most N flows]:N:"
@@ -154,6 +156,7 @@ _shtab_packet_hunter() {
         stats) _arguments -C -s $_shtab_packet_hunter_stats_options ;;
         top) _arguments -C -s $_shtab_packet_hunter_top_options ;;
         who) _arguments -C -s $_shtab_packet_hunter_who_options ;;
+        *) _arguments -C -s $_shtab_packet_hunter_options '*:filter word:(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit ifindex less greater)' ;;
       esac
   esac
 }
