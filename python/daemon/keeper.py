@@ -149,7 +149,7 @@ class Keeper:
             self._once(
                 "module_gone",
                 "the module is gone: nothing is recorded until it is loaded again"
-                " (sudo insmod kmod/sniffer.ko)",
+                " (packet-hunter doctor says how)",
             )
             return
         engine = open_engine("packet", log.warning)

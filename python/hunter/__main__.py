@@ -46,12 +46,13 @@ def _forget_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def _run(command: arguments.Command, stop: Stop) -> None:
+def _run(command: arguments.Command, stop: Stop) -> int:
+    """Return the exit code: that of the command after "--", else 0."""
     # Imported here: each subcommand needs parts that the others do without.
     if command.name == "live":
         from hunter import live
 
-        live.run(command.options, command.argv, stop, _tell)
+        return live.run(command.options, command.argv, stop, _tell)
     elif command.name == "who":
         from hunter import who
 
@@ -81,10 +82,14 @@ def _run(command: arguments.Command, stop: Stop) -> None:
         from hunter import report
 
         report.run(command.options, _tell)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: sys.argv); return 0, 1 (failure) or 2 (usage)."""
+    """Run the command line `argv` (default: sys.argv).
+
+    Returns 0, 1 (failure), 2 (usage), or the exit code of the command after "--".
+    """
     descriptors.raise_limit()
     logging.getLogger().handlers = [_Log(logging.WARNING)]
     for line in foreign_packages():
@@ -93,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             with Stop() as stop:
-                _run(arguments.parse(sys.argv[1:] if argv is None else argv), stop)
+                code = _run(arguments.parse(sys.argv[1:] if argv is None else argv), stop)
         except SystemExit as ended:  # --help, --version, doctor
             code = int(ended.code or 0)
         sys.stdout.flush()

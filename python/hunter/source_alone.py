@@ -78,6 +78,10 @@ class PipelineSource:
             pass
         return [batch for batch in batches if batch is not None]
 
+    def refilter(self, filter: Filter) -> list[NamedBatch]:
+        self._filter = filter
+        return []
+
     def finish(self) -> list[NamedBatch]:
         self._stopper = threading.Thread(target=self._stop, name="stopper")
         self._stopper.start()

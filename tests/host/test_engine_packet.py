@@ -19,6 +19,7 @@ from nlproto.account import Account
 from nlproto.clock import Clock
 from nlproto.engine import open_engine
 from nlproto.engine_packet import PacketEngine
+from nlproto.loading import advice
 from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for AF_PACKET")
@@ -732,4 +733,4 @@ def test_auto_takes_this_engine_and_says_what_is_lost():
     notes = []
     with open_engine("auto", notes.append) as engine:
         assert engine.name == "packet"
-    assert any("sudo insmod kmod/sniffer.ko" in note for note in notes)
+    assert any(f"stay unnamed; {advice().text}" in note for note in notes)

@@ -115,7 +115,7 @@ def hunt_as_nobody(*arguments):
 def talk(port, times=5, wait=0.2):
     """Engine packet can name nobody whose socket is gone before it has asked: it stays a while."""
     words = (TALK, port, times, patient(wait), patient(0.3))
-    return ["--", sys.executable, "-c", *map(str, words)]
+    return ["--all", "--", sys.executable, "-c", *map(str, words)]
 
 
 @contextlib.contextmanager
@@ -225,8 +225,8 @@ def test_without_root_it_works_through_the_daemon_and_shows_own_packets_only(ser
     assert done.stdout == ""
 
 
-def test_without_root_and_daemon_it_says_what_helps(tmp_path):
-    done = hunt_as_nobody("--socket", tmp_path / "none", "--duration", "200ms", "port 80")
+def test_without_root_and_daemon_it_says_what_helps():
+    done = hunt_as_nobody("--engine", "packet", "--duration", "200ms", "port 80")
     assert done.returncode == 1
     told = re.fullmatch(r"packet-hunter: .*needs root.*: sudo (.*)\n", done.stderr)
     assert told, done.stderr
@@ -338,9 +338,8 @@ def test_a_closed_pipe_ends_it_quietly_with_0(server, no_daemon):
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["top", "--help"], ["--version"], ["who", "--port", "1"]]
 )
-def test_short_answers_end_well_whoever_reads_them(arguments, unbuffered, tmp_path):
-    place = ["--socket", str(tmp_path / "none")] if "--port" in arguments else []
-    command = [*HUNTER, *arguments, *place]
+def test_short_answers_end_well_whoever_reads_them(arguments, unbuffered):
+    command = [*HUNTER, *arguments]
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "wb") as closed, open("/dev/full", "wb") as full:
@@ -487,21 +486,50 @@ def test_a_hostile_process_name_is_harmless(name, output, no_daemon):
         (["--save", "/dev/full", "--format", "csv"], 1, "No space left"),
         (["--save", "/dev/full", "--format", "parquet"], 1, "No space left"),
         (["--save", "x.pcap"], 2, "x.pcapng"),
-        (["--engine", "module", "tcp"], 1, "insmod"),
+        (["--engine", "module", "tcp"], 1, "or use --engine packet"),
         (["annotate", "/no/such", "-o", "x.pcapng"], 1, "cannot read"),
         (["report", "/no/such.csv", "-o", "x.html"], 1, "cannot read"),
     ],
 )
 def test_a_mistake_is_one_clear_line_and_the_right_code(arguments, code, words, tmp_path):
-    sockets = ["--socket", str(tmp_path / "none")]
+    sockets = ["--socket", str(tmp_path / "none"), "--engine", "packet"]
     if arguments[:2] == ["--engine", "module"] and os.path.exists("/sys/module/sniffer"):
         pytest.skip("the module is loaded here")
     place = 1 if arguments[0] in ("who", "stats", "top", "annotate") else 0
-    if arguments[0] in ("-v", "report"):
+    if arguments[0] in ("-v", "report", "--engine"):
         sockets = []
+    elif arguments[0] in ("who", "stats", "annotate"):
+        sockets = sockets[:2]
     done = hunt(*arguments[:place], *sockets, *arguments[place:])
     assert done.returncode == code, done.stderr
     assert words in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["-c", "1"], ["top"], ["who", "--port", "80"], ["stats"], ["doctor"], ["--direct"]],
+)
+def test_a_socket_that_is_named_and_served_by_nobody_is_a_failure(arguments, tmp_path):
+    """Packets of somewhere else would pass for the daemon's."""
+    place = ["--socket", str(tmp_path / "none")]
+    if arguments == ["top"]:
+        master, slave = os.openpty()
+        done = subprocess.run(
+            [*HUNTER, "top", *place],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            timeout=60,
+        )
+        os.close(slave)
+        told = os.read(master, 65536).decode()
+        os.close(master)
+    else:
+        done = hunt(*arguments, *place)
+        told = done.stderr if arguments != ["doctor"] else done.stdout
+    assert done.returncode == 1
+    assert f"no daemon answers at {tmp_path}/none" in told
+    assert arguments == ["doctor"] or len(told.splitlines()) == 1
 
 
 @contextlib.contextmanager
@@ -556,7 +584,7 @@ def test_an_old_capture_survives_a_hunter_that_cannot_begin(tmp_path):
     path.write_text("precious")
     os.chmod(tmp_path, 0o777)
     os.chown(path, 65534, 65534)
-    done = hunt_as_nobody("--socket", tmp_path / "none", "--save", path)
+    done = hunt_as_nobody("--engine", "packet", "--save", path)
     assert done.returncode == 1
     assert path.read_text() == "precious"
 
@@ -571,19 +599,19 @@ def ask_who(path, port, *words):
     return hunt("who", "--socket", path, "--port", port, "--json", *words)
 
 
-def test_who_names_the_listener_with_and_without_the_daemon(server, daemon, tmp_path):
+def test_who_names_the_listener_with_and_without_the_daemon(server, daemon):
     pid, port = server
     with traffic(port):
         until(lambda: json.loads(ask_who(daemon, port).stdout)["flows"])
-        for path in (daemon, tmp_path / "none"):
-            done = hunt("who", "--socket", path, "--port", port, "--json")
+        for place in (["--socket", daemon], []):
+            done = hunt("who", *place, "--port", port, "--json")
             assert done.returncode == 0, done.stderr
             answer = json.loads(done.stdout)
             listening = [
                 one for one in answer["owners"] if one["listening"] and one["port"] == port
             ]
             assert [one["pid"] for one in listening] == [pid]
-            people = hunt("who", "--socket", path, "--port", port)
+            people = hunt("who", *place, "--port", port)
             assert f"listens on tcp 127.0.0.1.{port}" in people.stdout
             assert f".{pid} " in people.stdout
 

@@ -287,8 +287,10 @@ def test_the_summary_counts_packets_bytes_and_far_ends(alone, tmp_path):
         path = tmp_path / "x.jsonl"
         hunter = hunting(*alone, "--save", path, "--summary", "port", tcp, "or", udp)
         talk(tcp, udp)
-        summary = stop(hunter)
+        hunter.send_signal(signal.SIGINT)
+        summary, told = hunter.communicate(timeout=30)
         rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert hunter.returncode == 0 and " shown = " in told
     mine = [row for row in rows if row["pid"] == pid]
     size = sum(row["len"] for row in mine)
     wanted = rf"^ *{pid} +{len(mine)} +{size:,} +2 +\S+"

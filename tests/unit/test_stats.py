@@ -65,3 +65,22 @@ def test_a_history_that_cannot_be_written_is_said_and_what_it_costs():
     lost = " ".join(shown(account=ACCOUNT, history=_history(unstored=4, unstored_processes=1)))
     assert "4 flows and 1 processes left memory before they were written" in lost
     assert "history" in " ".join(shown(account=ACCOUNT, history={"flows": 1, "store": None}))
+
+
+def test_sizes_and_switches_are_said_in_peoples_words():
+    lines = shown(
+        account=ACCOUNT,
+        engine_stats={"sock_diag": True},
+        queue={"max_bytes": 64 << 20, "peak_bytes": 97104},
+    )
+    assert lines[-2:] == [
+        "engine stats sockets asked of sock_diag",
+        "queue room for 64.0 MiB, most at once 94.8 KiB",
+    ]
+
+
+def test_a_daemon_of_another_release_may_leave_out_anything():
+    out = io.StringIO()
+    show({}, Output(file=out, width=100))
+    show({"account": {}, "clients": None, "queue": []}, Output(file=out, width=100))
+    assert out.getvalue().startswith("daemon ?, pid ?, engine ?")

@@ -103,7 +103,7 @@ def hunt(
     _, tcp, udp = server
     done = subprocess.run(
         [*HUNTER, *source(way, daemon), *map(str, options), f"port {tcp} or port {udp}"]
-        + ["--", *map(str, enter), sys.executable, "-c", CLIENT, str(tcp), str(udp)],
+        + ["--all", "--", *map(str, enter), sys.executable, "-c", CLIENT, str(tcp), str(udp)],
         capture_output=True,
         text=True,
         timeout=patient(20),
