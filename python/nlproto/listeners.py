@@ -114,5 +114,5 @@ class Listeners:
 
 
 def _was_there(owner: Owner, began_ns: int) -> bool:
-    """Whether the process had started when a connection began; its start is known in ticks."""
-    return not began_ns or owner.identity.start_ns <= Clock.now().boot_ns(began_ns) + TICK_NS
+    """Whether the process surely ran then; its start is told in ticks, rounded down."""
+    return not began_ns or owner.identity.start_ns + TICK_NS <= Clock.now().boot_ns(began_ns)

@@ -86,13 +86,13 @@ def records(engine, port):
 
 
 def local(found, port):
-    """Those whose end on this host is `port`."""
+    """Those of the end whose port is `port`."""
     here = np.where(found["dir"] == OUT, found["sport"], found["dport"])
     return found[here == port]
 
 
-def request(port, source=None, options=()):
-    """One request and its answer; the client's port."""
+def request(port, source=None, options=(), to_end=False):
+    """One request and its answer, or all until the server closes; the client's port."""
     with socket.socket() as client:
         for option in options:
             client.setsockopt(socket.SOL_SOCKET, option, 1)
@@ -104,6 +104,8 @@ def request(port, source=None, options=()):
         size = 0
         while size < 1000:
             size += len(client.recv(1000))
+        while to_end and client.recv(1000):
+            pass
     return name[1]
 
 
@@ -122,10 +124,10 @@ def test_an_accepted_socket_that_is_gone_is_its_listeners(engine, worker, first)
 
 
 def test_what_a_client_that_is_gone_received_had_a_socket(engine, worker):
-    server = worker("s = listening(); tell(port=s.getsockname()[1]); answer(s, False)\n"
+    server = worker("s = listening(); tell(port=s.getsockname()[1]); answer(s, True)\n"
                     "sys.stdin.read()")  # fmt: skip
     port = facts(server)["port"]
-    client = request(port)
+    client = request(port, to_end=True)
     facts(server)
     found = local(records(engine, port), client)
     assert len(found) >= 6
