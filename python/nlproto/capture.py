@@ -101,6 +101,17 @@ class Frames:
     snaps: np.ndarray | None
     """HOST_SNAP, when wanted."""
 
+    def with_more(self, later: "Frames") -> "Frames":
+        """Return these and those that were read after them."""
+        both = None
+        if self.snaps is not None and later.snaps is not None:
+            both = np.concatenate([self.snaps, later.snaps])
+        return Frames(
+            np.concatenate([self.records, later.records]),
+            np.concatenate([self.to_all, later.to_all]),
+            both,
+        )
+
 
 class Capture:
     """A ring in the network namespace it is made in (inode `netns`); a context manager.

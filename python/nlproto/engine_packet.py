@@ -25,22 +25,25 @@ from .errors import Error, NoPrivilege
 from .holders import Holders
 from .netns import Interfaces
 from .packet_names import PacketNames
+from .places import Places
 from .sockdiag import SockDiag
 from .supervise import Failures
+from .urgency import Urgency
 from .wire import SNAP, Batch, Snap, SnapBatch, lib
 
 __all__ = ["PacketEngine"]
 
 RING_BYTES = 16 << 20
-_OTHER_RING_BYTES = 2 << 20
-MAX_NETNS = 256
-_LOOK_NS = 250_000_000  # between two looks for new network namespaces
-_LOOK_SHARE = 50  # and at least this many times what the last one took
+_OTHER_RING_BYTES = 2 << 20  # for each of the first of our own user namespace
+_LARGE_RINGS = 32
+_SMALL_RING_BYTES = 1 << 19  # for all others: 16 + 64 + 112 MiB at most
+_LOOK_SHARE = 50  # the time between two walks is at least this many times what the last one took
 _WALK_NS = 1_000_000_000  # between two walks of all descriptors that nobody asked for
 _REFRESH_NS = 1_000_000_000
 _MISS_NS = 50_000_000
 _ROUNDS = 16  # ring reads a read() at most, so that its caller gets a turn under a flood
 _INITIAL_PIDNS = 0xEFFFFFFC
+_SYN, _ACK = 2, 16
 
 
 class _Addresses:
@@ -85,6 +88,8 @@ class _Place:
     interfaces: Interfaces
     addresses: _Addresses
     names: PacketNames
+    large: bool = False
+    """Whether its ring is one of the larger ones."""
 
     def close(self) -> None:
         self.capture.close()
@@ -114,28 +119,30 @@ class PacketEngine:
     ) -> None:
         self._notify = notify
         self._proc = proc
-        self._everywhere = everywhere
         self._use_diag = sock_diag
         self._now_ns = now_ns
         self._holders = Holders(proc, now_ns)
         self._failures = Failures("engine packet")
-        self._most = descriptors.namespaces(MAX_NETNS)
+        self._urgency = Urgency(now_ns)
         self._places: dict[int, _Place] = {}
-        self._refused: set[int] = set()
         self._poll = select.poll()
         self._by_fd: dict[int, _Place] = {}
         self._batch_seq = self._record_seq = 0
         self._packets = self._skipped = self._dropped = 0
-        self._look_again_ns = self._walk_again_ns = 0
+        self._walk_again_ns = 0
+        self._large_rings = 0
         self._snapping = False
         self._from_ns = 0
         self.instance = time.time_ns()
         self._own = netns.own(proc)
-        self._add(self._own, proc / "self" / "ns" / "net", ring_bytes)
+        self._add(self._own, self._open(self._own, proc / "self" / "ns" / "net", ring_bytes))
+        self._others = Places(self._open_other, self._own, notify, proc)
         self.opening = self.flush()
         self.closing: np.ndarray = np.zeros(0, wire.TAIL)
         try:
-            self._look(self._now_ns())
+            if everywhere:
+                self._others.start()
+            self._take_changes()
             self._walk(self._now_ns())
             if not self._complete():
                 notify("some processes cannot be asked for their sockets: run it as root")
@@ -150,9 +157,10 @@ class PacketEngine:
         self.close()
 
     def close(self) -> None:
-        for place in self._places.values():
-            place.close()
+        self._urgency.rest()
+        self._others.close(self._places.values())
         self._places.clear()
+        self._by_fd.clear()
 
     def _complete(self) -> bool:
         """Whether all processes can be asked: no EACCES, and not inside a pid namespace."""
@@ -166,7 +174,7 @@ class PacketEngine:
 
     # Network namespaces
 
-    def _add(self, inode: int, path: Path, ring_bytes: int) -> None:
+    def _open(self, inode: int, path: Path, ring_bytes: int) -> _Place:
         def make() -> _Place:
             with contextlib.ExitStack() as undo:
                 capture = undo.enter_context(Capture(inode, ring_bytes))
@@ -178,7 +186,29 @@ class PacketEngine:
                 undo.pop_all()
                 return _Place(capture, diag, interfaces, addresses, names)
 
-        place = make() if inode == self._own else netns.run_inside(path, make)
+        return make() if inode == self._own else netns.run_inside(path, make)
+
+    def _open_other(self, inode: int, path: Path, ours: bool) -> _Place:
+        """In the thread of Places."""
+        large = ours and self._large_rings < _LARGE_RINGS
+        place = self._open(inode, path, _OTHER_RING_BYTES if large else _SMALL_RING_BYTES)
+        place.large = large
+        self._large_rings += large
+        return place
+
+    def _take_changes(self) -> None:
+        """Read what was opened, read no more what is to be closed."""
+        for inode, place in self._others.changes():
+            if place is not None:
+                self._add(inode, place)
+                continue
+            gone = self._places.pop(inode)
+            self._by_fd.pop(gone.capture.fileno(), None)
+            self._poll.unregister(gone.capture)
+            self._large_rings -= gone.large
+            self._others.give_back(gone)
+
+    def _add(self, inode: int, place: _Place) -> None:
         self._places[inode] = place
         self._by_fd[place.capture.fileno()] = place
         self._poll.register(place.capture, select.POLLIN)
@@ -194,40 +224,6 @@ class PacketEngine:
             return None
         return diag
 
-    def _look(self, now: int) -> None:
-        """Open what namespaces came, drop those that nobody uses any more but ourselves."""
-        if not self._everywhere or now < self._look_again_ns:
-            return
-        found = netns.paths(self._proc)
-        self._look_again_ns = now + max(_LOOK_NS, _LOOK_SHARE * (self._now_ns() - now))
-        for inode in [gone for gone in self._places if gone not in found and gone != self._own]:
-            self._drop(inode)
-        self._refused &= found.keys()
-        for inode, path in found.items():
-            if inode in self._places or inode in self._refused:
-                continue
-            if len(self._places) >= self._most:
-                self._refused.add(inode)
-                self._notify(f"network namespace {inode} is not captured: {self._most} others are")
-                continue
-            try:
-                self._add(inode, path, _OTHER_RING_BYTES)
-            except FileNotFoundError:
-                continue
-            except NoPrivilege as error:
-                self._everywhere = False
-                self._notify(f"only this network namespace is captured: {error}")
-                return
-            except (Error, OSError) as error:
-                self._refused.add(inode)
-                self._notify(f"network namespace {inode} is not captured: {error}")
-
-    def _drop(self, inode: int) -> None:
-        place = self._places.pop(inode)
-        self._by_fd.pop(place.capture.fileno(), None)
-        self._poll.unregister(place.capture)
-        place.close()
-
     def _walk(self, now: int) -> None:
         """Learn who else holds what: a search ends at the first holders that it finds."""
         if now >= self._walk_again_ns and self._holders.due():
@@ -239,11 +235,12 @@ class PacketEngine:
 
     def read(self, timeout: float) -> Iterator[Batch | SnapBatch]:
         now = self._now_ns()
+        self._urgency.look()
+        self._take_changes()
         try:
-            self._look(now)
             self._walk(now)
         except descriptors.NoDescriptors as error:  # what is known goes on
-            self._look_again_ns = self._walk_again_ns = now + _WALK_NS
+            self._walk_again_ns = now + _WALK_NS
             self._failures.add(error)
         ready = self._poll.poll(min(timeout, 0.1) * 1000)
         if not ready:
@@ -260,6 +257,9 @@ class PacketEngine:
     def _read_place(self, place: _Place, until_ns: int | None = None) -> list[Batch | SnapBatch]:
         before = place.capture.skipped
         frames = place.capture.read(self._snapping)
+        if _has_syn(frames.records):
+            # Its answer is a moment away, and tells whether anybody listened.
+            frames = frames.with_more(place.capture.read(self._snapping))
         records, to_all = frames.records, frames.to_all
         self._skipped += place.capture.skipped - before
         self._packets += place.capture.skipped - before
@@ -334,6 +334,7 @@ class PacketEngine:
 
     def finish(self, until_ns: int | None = None) -> Iterator[Batch | SnapBatch]:
         end = self._now_ns()
+        self._take_changes()
         for place in list(self._places.values()):
             # What comes in from now on is another time's; without an end a flood had none.
             while events := self._read_place(place, until_ns):
@@ -351,8 +352,15 @@ class PacketEngine:
             "records": self._record_seq - self._dropped,
             "lost_socket": self._dropped,
             "network_namespaces": len(self._places),
+            "network_namespaces_left_out": self._others.left_out,
             "sock_diag": self._use_diag,
         }
+
+
+def _has_syn(records: np.ndarray) -> bool:
+    """Whether there are beginnings of TCP connections among what came in."""
+    syn = records["tcp_flags"] & (_SYN | _ACK) == _SYN
+    return bool(np.any(syn & (records["dir"] == lib.SNIFFER_DIR_IN)))
 
 
 def _snaps(head: np.void, records: np.ndarray, frames: np.ndarray) -> SnapBatch:

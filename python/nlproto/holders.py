@@ -8,7 +8,7 @@ are rationed.
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from . import procfs
@@ -21,6 +21,9 @@ _WALK_SHARE = 4  # walks may take a quarter of the time in the long run
 _WALK_SAVED_NS = 500_000_000  # walking time that can be saved up while nothing is unknown
 _ASKED_AGAIN_NS = 50_000_000  # an inode that nobody held, when asked for again
 _MISSING_LIMIT = 65536
+_GENERATIONS = 8
+_BORN_NS = 10_000_000  # between two looks for new processes that nobody waits for
+_YOUNG_NS = 1_000_000_000  # how long one may be about to open its first socket
 
 
 class Holders:
@@ -33,6 +36,9 @@ class Holders:
         self._now_ns = now_ns
         self._by_inode: dict[int, dict[int, int]] = {}
         self._known: set[int] = set()
+        self._young: dict[int, int] = {}
+        self._sole: dict[int, int] = {}
+        self._listed_ns = 0
         self._talkers: dict[int, None] = {}
         self._missing: dict[int, int] = {}
         self._settled: dict[int, int] = {}
@@ -65,6 +71,7 @@ class Holders:
             self._known = set(alive)
             self._talkers = {pid: None for held in by_inode.values() for pid in held}
             self._missing.clear()
+            self._sole = {inode: pid for inode, held in by_inode.items() for pid in held}
             self.complete = complete
 
     def due(self) -> bool:
@@ -77,16 +84,33 @@ class Holders:
         That is who once held it alone, for as long as it does: children get descriptors by fork
         that they never use. Else the youngest, which was probably given it to use it.
         """
+        return self.find_soon(inode) or self.find_anywhere(inode)
+
+    def find_soon(self, inode: int, likely: Sequence[int] = ()) -> tuple[Owner, ...]:
+        """As find(), but ask only the newly born, then `likely`, then who had sockets before."""
+        self.exhaustive = False
         if not inode:
             return ()
-        self.exhaustive = False
+        self._ask_born(_BORN_NS)
+        if not self._checked(inode) and self._now_ns() >= self._missing.get(inode, 0):
+            self._ask_some(inode, likely)
         held = self._checked(inode)
-        if not held and self._now_ns() >= self._missing.get(inode, 0):
-            held = self._search(inode)
-            if not held:
-                if len(self._missing) > _MISSING_LIMIT:
-                    self._missing.clear()
-                self._missing[inode] = self._now_ns() + _ASKED_AGAIN_NS
+        if len(held) == 1:
+            self._ask_parents(inode, *held)
+        return self._owners(inode, held)
+
+    def find_anywhere(self, inode: int) -> tuple[Owner, ...]:
+        """As find(), after find_soon() found nobody: ask all, if a walk is due."""
+        if not inode or self._now_ns() < self._missing.get(inode, 0):
+            return ()
+        if self.due():
+            self.walk()
+            self.exhaustive = self.complete
+        held = self._by_inode.get(inode, {})
+        if not held:
+            if len(self._missing) > _MISSING_LIMIT:
+                self._missing.clear()
+            self._missing[inode] = self._now_ns() + _ASKED_AGAIN_NS
         return self._owners(inode, held)
 
     def known(self, inode: int) -> tuple[Owner, ...]:
@@ -96,7 +120,8 @@ class Holders:
     def _owners(self, inode: int, held: Iterable[int]) -> tuple[Owner, ...]:
         owners = [found for pid in held if (found := procfs.owner(pid, self._proc)) is not None]
         for found in owners:
-            self._talkers[found.identity.tgid] = None
+            self._talkers.pop(found.identity.tgid, None)
+            self._talkers[found.identity.tgid] = None  # the last to have talked is asked first
         if len(owners) == 1:
             self._settled[inode] = owners[0].identity.tgid
         user = self._settled.get(inode)
@@ -122,17 +147,42 @@ class Holders:
                 del known[pid]
         return known
 
-    def _search(self, inode: int) -> dict[int, int]:
+    def _ask_born(self, older_ns: int) -> None:
+        """Ask who was born since the last time: by fork they hold what their parents hold."""
+        now = self._now_ns()
+        if now - self._listed_ns < older_ns:
+            return
+        self._listed_ns = now
         alive = procfs.pids(self._proc)
         born = [pid for pid in alive if pid not in self._known]
         self._known = set(alive)
-        self._ask(reversed(born))
-        if not self._by_inode.get(inode):
-            self._ask([pid for pid in self._talkers if pid in self._known])
-        if not self._by_inode.get(inode) and self.due():
-            self.walk()
-            self.exhaustive = self.complete
-        return self._by_inode.get(inode, {})
+        self._ask(born)
+        self._young = {pid: at for pid, at in self._young.items() if now - at < _YOUNG_NS}
+        self._young |= dict.fromkeys(born, now)
+
+    def _ask_some(self, inode: int, likely: Sequence[int]) -> None:
+        self._ask_born(0)
+        for pid in (*reversed(self._young), *likely, *reversed(self._talkers)):
+            if self._by_inode.get(inode):
+                break
+            if pid in self._known:
+                self._ask([pid])
+
+    def _ask_parents(self, inode: int, pid: int) -> None:
+        """Holders share by fork first of all: ask upwards for as long as they hold it too."""
+        if self._sole.get(inode) == pid:
+            return
+        if len(self._sole) > _MISSING_LIMIT:
+            self._sole.clear()
+        self._sole[inode] = pid
+        held = self._by_inode[inode]
+        for _ in range(_GENERATIONS):
+            pid = procfs.parent(pid, self._proc)
+            if pid in (0, 1) or pid in held:
+                return
+            self._ask([pid])
+            if pid not in held:
+                return
 
     def _ask(self, some: Iterable[int]) -> None:
         for pid in some:

@@ -218,7 +218,7 @@ int host_capture_all(int fd)
 
 uint32_t host_diag_request(uint8_t *buf, uint32_t seq, uint8_t family, uint8_t proto, int dump,
 			   const uint8_t *saddr, uint16_t sport, const uint8_t *daddr,
-			   uint16_t dport, uint32_t ifindex)
+			   uint16_t dport, uint32_t ifindex, uint32_t states)
 {
 	struct {
 		struct nlmsghdr nlh;
@@ -232,7 +232,7 @@ uint32_t host_diag_request(uint8_t *buf, uint32_t seq, uint8_t family, uint8_t p
 	m.nlh.nlmsg_seq = seq;
 	m.req.sdiag_family = family;
 	m.req.sdiag_protocol = proto;
-	m.req.idiag_states = ~0u;
+	m.req.idiag_states = states;
 	m.req.id.idiag_sport = htons(sport);
 	m.req.id.idiag_dport = htons(dport);
 	memcpy(m.req.id.idiag_src, saddr, 16);

@@ -59,10 +59,13 @@ uint32_t host_frame_size(uint32_t snap);
 /* Start an AF_PACKET socket made with protocol 0: all protocols, all interfaces; 0 or -errno. */
 int host_capture_all(int fd);
 
-/* Write a sock_diag request for one socket or, with dump, for all; returns its length. */
+/*
+ * Write a sock_diag request for one socket or, with dump, for all in `states` (a bit for each
+ * TCP state); returns its length.
+ */
 uint32_t host_diag_request(uint8_t *buf, uint32_t seq, uint8_t family, uint8_t proto, int dump,
 			   const uint8_t *saddr, uint16_t sport, const uint8_t *daddr,
-			   uint16_t dport, uint32_t ifindex);
+			   uint16_t dport, uint32_t ifindex, uint32_t states);
 
 /*
  * Read the answers in one datagram into sockets. Returns how many there are; -errno for an

@@ -4,12 +4,13 @@
 Sources: man 7 network_namespaces, man 2 setns, man 7 rtnetlink.
 """
 
+import fcntl
 import os
 import re
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -18,11 +19,26 @@ from .descriptors import or_error
 from .errors import Error, NoPrivilege
 from .netlink import NLM_F_DUMP, Connection, attributes
 
-__all__ = ["Interfaces", "own", "paths", "run_inside"]
+__all__ = [
+    "MAX_OTHERS",
+    "UNKNOWN_OWNER",
+    "Interfaces",
+    "choose",
+    "own",
+    "owner",
+    "paths",
+    "run_inside",
+]
 
 T = TypeVar("T")
 
 NAMED = Path("/run/netns")
+MAX_OTHERS = 255
+"""Namespaces beside our own that are looked into at most."""
+UNKNOWN_OWNER = -1
+
+NS_GET_USERNS, NS_GET_PARENT, NS_GET_OWNER_UID = 0xB701, 0xB702, 0xB704
+_UID = struct.Struct("=I")
 
 RTM_NEWLINK, RTM_GETLINK, RTM_NEWADDR, RTM_GETADDR = 16, 18, 20, 22
 IFA_ADDRESS, IFA_LOCAL = 1, 2
@@ -76,6 +92,56 @@ def paths(proc: Path = Path("/proc"), named: Path = NAMED) -> dict[int, Path]:
         if status.st_dev == nsfs and status.st_ino not in found:
             found[status.st_ino] = entry
     return found
+
+
+def owner(path: Path, proc: Path = Path("/proc")) -> int | None:
+    """Return whose the namespace at `path` is: None if it belongs to our own user namespace.
+
+    Else the uid that made the outermost user namespace around it. Inside that a user has further
+    ids, and can make further user namespaces with them. Raises OSError when it may not be asked.
+    """
+    ours = os.stat(proc / "self" / "ns" / "user").st_ino
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        handle = _related(handle, NS_GET_USERNS)
+        uid: int | None = None
+        while os.fstat(handle).st_ino != ours:
+            (uid,) = _UID.unpack(fcntl.ioctl(handle, NS_GET_OWNER_UID, bytes(_UID.size)))
+            try:
+                handle = _related(handle, NS_GET_PARENT)
+            except PermissionError:  # ours is not above it
+                break
+        return uid
+    finally:
+        os.close(handle)
+
+
+def _related(handle: int, request: int) -> int:
+    """Exchange the descriptor of a namespace for that of a related one."""
+    other = fcntl.ioctl(handle, request)
+    os.close(handle)
+    return other
+
+
+def choose(owners: Mapping[int, int | None], held: Collection[int], limit: int) -> set[int]:
+    """Return which `limit` namespaces of {inode: owner()} get a place.
+
+    Those of our own user namespace first, then one of each uid in turn; of a uid's those that
+    have a place (`held`) keep it.
+    """
+    by_uid: dict[int | None, list[int]] = {}
+    for inode in sorted(owners, key=lambda one: one not in held):
+        by_uid.setdefault(owners[inode], []).append(inode)
+    chosen = set(by_uid.pop(None, [])[:limit])
+    turn = 0
+    while len(chosen) < limit and by_uid:
+        for uid in list(by_uid):
+            if turn >= len(by_uid[uid]):
+                del by_uid[uid]
+            elif len(chosen) < limit:
+                chosen.add(by_uid[uid][turn])
+        turn += 1
+    return chosen
 
 
 def run_inside(path: Path, work: Callable[[], T]) -> T:

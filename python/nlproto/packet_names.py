@@ -2,7 +2,9 @@
 """Names packets without the module: their socket by sock_diag or /proc/net, its holder by /proc.
 
 The socket is asked for by the packet's own tuple at a flow's first packet, so what counts is
-how soon that is: a socket closed before stays unnamed, and says so.
+how soon that is. A TCP socket that was closed before belonged to its listener's owner, if a
+listener accepted it: `how` listener, flagged AMBIGUOUS. Any other is `socket_gone`, which says
+that none was there when it was asked for. `no_socket` is said only of a SYN that was refused.
 """
 
 import socket
@@ -14,10 +16,11 @@ import numpy as np
 
 from . import procfs
 from .budget import Budget
-from .errors import NoPrivilege
 from .holders import Holders
+from .listeners import Listener, Listeners
 from .procfs import Owner
-from .sockdiag import HOST_SOCKET, SockDiag, TcpState
+from .sockdiag import SockDiag, TcpState
+from .socket_lookup import ANY, SocketLookup, Tuple, mapped, tuple_of_socket
 from .wire import lib
 
 __all__ = ["PacketNames"]
@@ -26,16 +29,16 @@ TTL_NS = 200_000_000
 """How long an owner is believed at most before socket and holder are looked at again."""
 _SOON_NS = 20_000_000  # and as early as this while there is time for it
 _SOON_SHARE, _SOON_SAVED_NS = 4, 100_000_000
-_TABLE_SHARE, _TABLE_SAVED_NS = 4, 500_000_000  # of the time, for reading /proc/net
 # A port can be another process's as soon as a UDP socket is closed; TCP begins with a SYN.
 _LINGER_NS = {socket.IPPROTO_UDP: 50_000_000, socket.IPPROTO_TCP: 1_000_000_000}
 _FORGET_NS = 10_000_000_000
 _CLOSING_NS = 200_000_000  # from a descriptor's end to its socket's, on a busy machine
 _FLOW_LIMIT = 262144
-_SYN, _RST, _ACK = 2, 4, 16
+_FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
+_SIMULTANEOUS_NS = 1_000_000_000  # between two SYNs that cross and make one connection
 _NOT_ACCEPTED = {TcpState.ESTABLISHED, TcpState.SYN_RECV, TcpState.CLOSE_WAIT}
-_MAPPED = bytes(10) + b"\xff\xff"
-_ANY = bytes(16)
+_GUESS = lib.SNIFFER_F_DEAD | lib.SNIFFER_F_AMBIGUOUS
+_SHARED = lib.SNIFFER_F_SHARED | lib.SNIFFER_F_AMBIGUOUS
 
 _KEY = np.dtype(
     {
@@ -46,16 +49,22 @@ _KEY = np.dtype(
 _COMM = lib.SNIFFER_COMM_LEN
 
 
-@dataclass(frozen=True, slots=True)
-class Tuple:
-    """One flow as this host sees it; addresses as the 16 bytes of a record."""
+@dataclass(slots=True)
+class _Connection:
+    """What the packets of one TCP connection told of it."""
 
-    proto: int
-    family: int
-    local: bytes
-    lport: int
-    remote: bytes
-    rport: int
+    began_ns: int = 0
+    """When its SYN passed; 0: that was not seen."""
+    active: bool = False
+    """Whether this end sent the SYN: then no listener accepted it."""
+    answered: bool = False
+    """Whether this end sent a SYN-ACK, data or a FIN."""
+    refused: bool = False
+    """Whether this end answered the SYN with a reset: nobody listened."""
+    owned: bool = False
+    """Whether its own socket was found with an owner."""
+    listener: Listener | None = None
+    """Who listened when it began."""
 
 
 @dataclass(slots=True)
@@ -68,11 +77,27 @@ class _Flow:
     owner: Owner | None = None
     settled: bool = False
     """Whether the answer may be kept for TTL_NS; else the next packet asks again."""
+    unheld: bool = False
+    """Whether there is a socket, and a quick search found nobody who holds it."""
+    row: np.void | None = None
+    """The socket (HOST_SOCKET) that was found."""
+    connection: _Connection | None = None
 
 
-def _mapped(address: bytes) -> bytes:
-    """Return ::ffff:a.b.c.d, by which a dual-stack socket knows an IPv4 address."""
-    return _MAPPED + address[:4]
+@dataclass(slots=True)
+class _Group:
+    """Packets of one connection in one direction, in one read."""
+
+    key: bytes
+    out: bool
+    to_all: bool
+    first: bool
+    """Whether it is the first of its key in this read."""
+    rows: list[int]
+    syn: bool = False
+    """Whether it begins with the SYN of a new connection."""
+    refused: bool = False
+    """Whether that SYN was answered with a reset in this read."""
 
 
 class PacketNames:
@@ -90,18 +115,15 @@ class PacketNames:
         now_ns: Callable[[], int],
         net: Path = procfs.PROC / "self" / "net",
     ) -> None:
-        self._diag = diag
+        self._sockets = SocketLookup(diag, now_ns, net)
         self._holders = holders
+        self._listeners = Listeners(self._sockets, holders, now_ns)
         self._is_local = is_local
         self._now_ns = now_ns
-        self._net = net
         self._unheld: dict[int, int] = {}
         self._flows: dict[bytes, _Flow] = {}
         self._ends: dict[tuple[int, int, bytes], _Flow] = {}
         self._soon = Budget(_SOON_SHARE, _SOON_SAVED_NS, now_ns)
-        self._table: dict[Tuple, np.void] = {}
-        self._table_budget = Budget(_TABLE_SHARE, _TABLE_SAVED_NS, now_ns)
-        self._bound: dict[int, tuple[int, np.ndarray]] = {}
 
     def name(self, records: np.ndarray, to_all: np.ndarray) -> np.ndarray:
         """Fill in owners and reasons; return the records to deliver.
@@ -110,23 +132,17 @@ class PacketNames:
         copies. Forwarded packets, tapped on the way in and again on the way out, become one.
         """
         outward = records["dir"] == lib.SNIFFER_DIR_OUT
-        keys = np.zeros(len(records), _KEY)
-        keys["proto"], keys["family"] = records["proto"], records["family"]
-        keys["lport"] = np.where(outward, records["sport"], records["dport"])
-        keys["rport"] = np.where(outward, records["dport"], records["sport"])
-        column = outward[:, np.newaxis]
-        keys["local"] = np.where(column, records["saddr"], records["daddr"])
-        keys["remote"] = np.where(column, records["daddr"], records["saddr"])
-        raw, size = keys.tobytes(), _KEY.itemsize
-        groups: dict[tuple[bytes, bool, bool], list[int]] = {}
-        for index, (out, every) in enumerate(zip(outward.tolist(), to_all.tolist(), strict=True)):
-            key = raw[index * size : (index + 1) * size]
-            groups.setdefault((key, out, every), []).append(index)
+        keys = _keys(records, outward)
         keep = np.ones(len(records), bool)
         copies: list[np.ndarray] = []
-        for (key, out, every), rows in groups.items():
+        named: list[tuple[list[int], Tuple, _Flow]] = []
+        groups = _groups(records, keys, outward, to_all)
+        # Who has just begun a connection may end first, and has no listener to stand for it.
+        groups.sort(key=lambda group: not (group.syn and group.out and group.first))
+        for group in groups:
+            rows, out = group.rows, group.out
             one = _tuple_of(keys[rows[0]])
-            if every and one.proto == socket.IPPROTO_UDP:
+            if group.to_all and one.proto == socket.IPPROTO_UDP:
                 copies += self._name_all(records, rows, one)
                 continue
             forwarded = not self._is_local(one.family, one.local)
@@ -134,20 +150,33 @@ class PacketNames:
                 records["dir"][rows] = lib.SNIFFER_DIR_FWD
                 records["how"][rows] = lib.SNIFFER_HOW_FORWARDED
                 continue
-            flags = records["tcp_flags"][rows]
-            fresh = bool(np.any(flags & (_SYN | _ACK) == _SYN))
-            flow = self._flow(key, one, out, fresh, int(records["time_ns"][rows[0]]))
+            flow = self._flow(group, one, records, forwarded)
             if forwarded and not flow.cookie and not flow.inode:
                 keep[rows] = False
                 continue
+            named.append((rows, one, flow))
+        # What takes long comes last: meanwhile others close what they have.
+        for rows, one, flow in named:
+            if flow.unheld:
+                self._look_further(one, flow)
+            self._doubt(flow)
             self._fill(records, rows, flow)
-            if out and flow.owner is None and one.proto == socket.IPPROTO_TCP:
-                resets = np.array(rows)[flags & _RST != 0]
-                records["how"][resets] = lib.SNIFFER_HOW_NO_SOCKET
         if copies:
             records = np.concatenate([records, *copies])
             keep = np.concatenate([keep, np.ones(len(records) - len(keep), bool)])
         return records if keep.all() else records[keep]
+
+    def _doubt(self, flow: _Flow) -> None:
+        """Flag who shares a UDP port with others: which of their sockets it was is not told."""
+        row, flow.row = flow.row, None
+        if row is None or flow.owner is None or row["proto"] != socket.IPPROTO_UDP or row["dport"]:
+            return
+        rivals = self._sockets.rivals(row)
+        for inode in set(rivals["inode"].tolist()) - {0, flow.inode}:
+            holders = self._holders.find_soon(inode)
+            if not holders or any(one.identity != flow.owner.identity for one in holders):
+                flow.flags |= lib.SNIFFER_F_AMBIGUOUS
+                return
 
     def _fill(self, records: np.ndarray, rows: list[int], flow: _Flow) -> None:
         records["how"][rows] = flow.how
@@ -160,48 +189,101 @@ class PacketNames:
             records["uid"][rows] = flow.owner.uid
             records["comm"][rows] = flow.owner.comm[:_COMM]
 
-    def _flow(self, key: bytes, one: Tuple, out: bool, fresh: bool, sent_ns: int) -> _Flow:
+    def _flow(self, group: _Group, one: Tuple, records: np.ndarray, forwarded: bool) -> _Flow:
         now = self._now_ns()
-        known = self._flows.get(key)
-        if known is not None and not fresh and known.settled:
+        known = self._flows.get(group.key)
+        sent_ns = int(records["time_ns"][group.rows[0]])
+        connection = None
+        if one.proto == socket.IPPROTO_TCP:
+            connection = _follow(known, group, records[group.rows], sent_ns)
+            if connection.refused:
+                found = _Flow(now, lib.SNIFFER_HOW_NO_SOCKET, connection=connection)
+                self._flows[group.key] = found
+                return found
+        if known is not None and not group.syn and known.settled:
             age = now - known.checked_ns
             if age < _SOON_NS or (age < TTL_NS and not self._soon.allows()):
                 return known
         with self._soon.spend():
-            found = self._ask(one, out, now)
-        if found.owner is None and known is not None and not fresh:
-            if not found.cookie and known.how == lib.SNIFFER_HOW_SOCKET_GONE:
-                found.how = known.how  # it sent something, so there was one
-            found = self._linger(known, found, one.proto, now, sent_ns)
-        end = (one.proto, one.lport, one.local)
-        if one.proto == socket.IPPROTO_UDP:
-            before = self._ends.get(end)
-            if found.owner is None and before is not None:
-                # A client that asked several servers and is gone before the last is looked up.
-                found = self._linger(before, found, one.proto, now, sent_ns)
-            elif found.owner is not None:
-                self._ends[end] = found
+            found = self._ask(one, now)
+            if known is not None and not group.syn:
+                found = self._linger(known, found, one.proto, sent_ns)
+            if one.proto == socket.IPPROTO_UDP:
+                found = self._remember_end(one, found, sent_ns)
+            elif connection is not None:
+                found.connection = connection
+                if found.owner is None and not forwarded:
+                    self._take_listener(one, found, connection)
+                elif found.owner is not None and not connection.owned:
+                    connection.owned = True
+                    if connection.listener is not None:
+                        self._listeners.accepted(connection.listener, found.owner)
         if len(self._flows) > _FLOW_LIMIT:
             self._forget(now)
-        self._flows[key] = found
+        self._flows[group.key] = found
         return found
 
-    def _linger(self, known: _Flow, found: _Flow, proto: int, now: int, sent_ns: int) -> _Flow:
+    def _remember_end(self, one: Tuple, found: _Flow, sent_ns: int) -> _Flow:
+        """A client that asked several servers may be gone before the last is looked up."""
+        end = (one.proto, one.lport, one.local)
+        before = self._ends.get(end)
+        if found.owner is not None:
+            self._ends[end] = found
+        elif before is not None:
+            found = self._linger(before, found, one.proto, sent_ns)
+        return found
+
+    def _linger(self, known: _Flow, found: _Flow, proto: int, sent_ns: int) -> _Flow:
         """The last owner for packets that were under way when the socket went.
 
         Without a socket those tapped shortly after it was last seen; for as long as the kernel
         still keeps a closed connection (cookie the same), whatever it sends is its last owner's.
         """
+        if found.owner is not None or known.owner is None:
+            return found
+        if known.how == lib.SNIFFER_HOW_LISTENER:
+            return found  # the listener is asked about anew
         same = known.cookie != 0 and known.cookie == found.cookie
-        if known.owner is None or not (same or sent_ns - known.checked_ns < _LINGER_NS[proto]):
+        if not (same or sent_ns - known.checked_ns < _LINGER_NS[proto]):
             return found
         if found.cookie and not same:
             return found
         known.flags |= lib.SNIFFER_F_DEAD
-        known.settled = False
+        if proto == socket.IPPROTO_UDP or found.inode:
+            # Nothing tells of a new owner of a UDP port; what is open is perhaps passed on.
+            known.flags |= lib.SNIFFER_F_AMBIGUOUS
+        known.settled, known.unheld = False, found.unheld
         if same:
-            known.checked_ns = now
+            known.checked_ns = found.checked_ns
         return known
+
+    def _take_listener(self, one: Tuple, found: _Flow, connection: _Connection) -> None:
+        """Name who accepted, or will accept, a connection without a socket of a process's own."""
+        if connection.active or connection.owned or found.how == lib.SNIFFER_HOW_KERNEL:
+            return
+        listening = found.row is not None and int(found.row["state"]) == TcpState.LISTEN
+        there = found.row is not None and not listening
+        if not there and not connection.began_ns and not connection.answered:
+            return  # nothing says that there was a connection: a probe, an answer to a reset
+        waits = False
+        if found.row is not None and there:
+            waits = int(found.row["state"]) in _NOT_ACCEPTED and not found.inode
+        before = now = connection.listener
+        if before is None or waits:
+            now = self._listeners.of(one, connection.began_ns, found.row if listening else None)
+        listener = now or before
+        connection.listener = before or now
+        # A connection that waits may have moved to another listener (net.ipv4.tcp_migrate_req).
+        moved = waits and before is not None and (now is None or now.inode != before.inode)
+        if listener is None:
+            return
+        found.owner, found.how = listener.owner, lib.SNIFFER_HOW_LISTENER
+        found.flags = 0 if waits else _GUESS
+        if moved:
+            found.flags |= lib.SNIFFER_F_AMBIGUOUS
+        if listener.shared:
+            found.flags |= _SHARED
+        found.settled = not waits
 
     def _forget(self, now: int) -> None:
         limit = now - _FORGET_NS
@@ -211,30 +293,26 @@ class PacketNames:
             self._flows.clear()
             self._ends.clear()
 
-    def _ask(self, one: Tuple, out: bool, now: int) -> _Flow:
-        found = self._find(one)
-        listening = False
-        if found is not None and not found["inode"] and one.proto == socket.IPPROTO_TCP:
-            if int(found["state"]) in _NOT_ACCEPTED:
-                listener = self._find(Tuple(one.proto, one.family, one.local, one.lport, _ANY, 0))
-                if listener is not None and listener["inode"]:
-                    found, listening = listener, True
-        if found is None:
-            reason = lib.SNIFFER_HOW_SOCKET_GONE if out else lib.SNIFFER_HOW_NO_SOCKET
-            return _Flow(now, reason)
-        listening = listening or int(found["state"]) == TcpState.LISTEN
-        flow = self._held(found, now)
-        if flow.inode and flow.how == lib.SNIFFER_HOW_SOCKET_GONE:
-            again = self._find(one)
-            if again is not None and int(again["inode"]) == flow.inode and self._stays(flow):
-                flow.how, flow.flags = lib.SNIFFER_HOW_KERNEL, lib.SNIFFER_F_KERNEL
-        if listening:
-            # The socket that accept() makes will be another one, perhaps another process's.
-            flow.cookie = flow.inode = 0
-            if flow.flags & lib.SNIFFER_F_SHARED:
-                flow.flags |= lib.SNIFFER_F_AMBIGUOUS
-        flow.settled = flow.owner is not None and not listening
-        return flow
+    def _ask(self, one: Tuple, now: int) -> _Flow:
+        """The socket of the packet's own, with who holds it; a listener is not that."""
+        row = self._sockets.find(one)
+        if row is None or int(row["state"]) == TcpState.LISTEN:
+            return _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, row=row)
+        return self._held(row, now, self._listeners.likely(one))
+
+    def _look_further(self, one: Tuple, flow: _Flow) -> None:
+        """Search all processes for the holder of a socket, unless it is just being closed."""
+        flow.unheld = False
+        again = self._sockets.find(one)
+        if again is None or int(again["inode"]) != flow.inode:
+            if flow.owner is None:
+                flow.how = lib.SNIFFER_HOW_SOCKET_GONE
+            return
+        owners = self._holders.find_anywhere(flow.inode)
+        if owners or flow.owner is None:
+            self._own(flow, owners)
+        if flow.owner is None and flow.how == lib.SNIFFER_HOW_SOCKET_GONE and self._stays(flow):
+            flow.how, flow.flags = lib.SNIFFER_HOW_KERNEL, lib.SNIFFER_F_KERNEL
 
     def _stays(self, flow: _Flow) -> bool:
         """Whether nobody held the socket for a while: one that is being closed goes soon."""
@@ -243,60 +321,38 @@ class PacketNames:
         first = self._unheld.setdefault(flow.inode, flow.checked_ns)
         return flow.checked_ns - first > _CLOSING_NS
 
-    def _held(self, found: np.void, now: int) -> _Flow:
+    def _held(self, row: np.void, now: int, likely: tuple[int, ...] = ()) -> _Flow:
         """Return who holds a socket (HOST_SOCKET)."""
-        inode = int(found["inode"])
-        flow = _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, 0, int(found["cookie"]), inode)
+        inode = int(row["inode"])
+        flow = _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, 0, int(row["cookie"]), inode, row=row)
         if not inode:
             return flow
-        owners = self._holders.find(inode)
-        if owners:
-            flow.owner = owners[0]
-            flow.how = lib.SNIFFER_HOW_DIAG if self._diag is not None else lib.SNIFFER_HOW_PROC
-            if len(owners) > 1:
-                flow.flags |= lib.SNIFFER_F_SHARED
-        elif not self._holders.exhaustive:
-            flow.how = lib.SNIFFER_HOW_NOT_PROBED
+        self._own(flow, self._holders.find_soon(inode, likely))
+        flow.unheld = flow.owner is None
         return flow
 
-    def _find(self, one: Tuple) -> np.void | None:
-        if self._diag is not None:
-            try:
-                return self._diag.find(
-                    one.proto, one.family, one.local, one.lport, one.remote, one.rport
-                )
-            except NoPrivilege:
-                self._diag = None
-        found = self._look_up(one)
-        if found is None and self._table_budget.allows():
-            self._read_tables()
-            found = self._look_up(one)
-        return found
-
-    def _read_tables(self) -> None:
-        with self._table_budget.spend():
-            self._table = {_tuple_of_socket(row): row for row in procfs.tables(self._net)}
-
-    def _look_up(self, one: Tuple) -> np.void | None:
-        """The socket in /proc/net's tables that the kernel would choose: most exact first."""
-        forms = [(one.family, one.local, one.remote)]
-        if one.family == socket.AF_INET:
-            remote = _mapped(one.remote) if one.rport else _ANY
-            forms.append((socket.AF_INET6, _mapped(one.local), remote))
-        for connected in (True, False):
-            for family, local, remote in forms:
-                for address in (local, _ANY):
-                    peer = (remote, one.rport) if connected else (_ANY, 0)
-                    found = self._table.get(Tuple(one.proto, family, address, one.lport, *peer))
-                    if found is not None:
-                        return found
-        return None
+    def _own(self, flow: _Flow, owners: tuple[Owner, ...]) -> None:
+        if owners:
+            flow.owner, flow.flags = owners[0], 0
+            if flow.connection is not None:
+                flow.connection.owned = True
+            flow.how = lib.SNIFFER_HOW_DIAG if self._sockets.by_diag else lib.SNIFFER_HOW_PROC
+            flow.settled = True
+            if len(owners) > 1:
+                flow.flags |= _SHARED  # which of them uses it is not to be seen from outside
+        elif not self._holders.exhaustive:
+            flow.how = lib.SNIFFER_HOW_NOT_PROBED
+        else:
+            flow.how = lib.SNIFFER_HOW_SOCKET_GONE
 
     def _name_all(self, records: np.ndarray, rows: list[int], one: Tuple) -> list[np.ndarray]:
         """Name a datagram for everybody; return the copies for its second receiver and further."""
         flows = [self._held(found, self._now_ns()) for found in self._receivers(one)]
+        for flow in flows:
+            if flow.unheld:
+                self._own(flow, self._holders.find_anywhere(flow.inode))
         if not flows:
-            records["how"][rows] = lib.SNIFFER_HOW_NO_SOCKET
+            records["how"][rows] = lib.SNIFFER_HOW_SOCKET_GONE
             return []
         copies = []
         for flow in flows[1:]:
@@ -313,34 +369,91 @@ class PacketNames:
         By default each socket bound to the port gets what any of this host joined
         (IP_MULTICAST_ALL); who joined what is not to be seen from outside.
         """
-        now = self._now_ns()
-        asked, sockets = self._bound.get(one.lport, (0, np.zeros(0, HOST_SOCKET)))
-        if now - asked >= TTL_NS:
-            if len(self._bound) > 1024:
-                self._bound.clear()
-            sockets = self._bound_to(one.lport)
-            self._bound[one.lport] = (now, sockets)
         found = []
-        for row in sockets:
-            tuple_ = _tuple_of_socket(row)
-            local = tuple_.local == _ANY or tuple_.local in (one.local, _mapped(one.local))
+        for row in self._sockets.bound(one.proto, one.lport):
+            tuple_ = tuple_of_socket(row)
+            local = tuple_.local == ANY or tuple_.local in (one.local, mapped(one.local))
             remote = not tuple_.rport or (
-                tuple_.rport == one.rport and tuple_.remote in (one.remote, _mapped(one.remote))
+                tuple_.rport == one.rport and tuple_.remote in (one.remote, mapped(one.remote))
             )
             family = tuple_.family == one.family or tuple_.family == socket.AF_INET6
             if local and remote and family:
                 found.append(row)
         return found
 
-    def _bound_to(self, port: int) -> np.ndarray:
-        if self._diag is not None:
-            try:
-                return self._diag.dump((socket.IPPROTO_UDP,), lport=port)
-            except NoPrivilege:
-                self._diag = None
-        table = procfs.tables(self._net)
-        bound: np.ndarray = table[(table["proto"] == socket.IPPROTO_UDP) & (table["sport"] == port)]
-        return bound
+
+def _keys(records: np.ndarray, outward: np.ndarray) -> np.ndarray:
+    """Return the ends of each packet's connection, this host's first."""
+    keys = np.zeros(len(records), _KEY)
+    keys["proto"], keys["family"] = records["proto"], records["family"]
+    keys["lport"] = np.where(outward, records["sport"], records["dport"])
+    keys["rport"] = np.where(outward, records["dport"], records["sport"])
+    column = outward[:, np.newaxis]
+    keys["local"] = np.where(column, records["saddr"], records["daddr"])
+    keys["remote"] = np.where(column, records["daddr"], records["saddr"])
+    return keys
+
+
+def _groups(
+    records: np.ndarray, keys: np.ndarray, outward: np.ndarray, to_all: np.ndarray
+) -> list[_Group]:
+    """Put together what has one owner: a SYN begins another connection of the same tuple."""
+    raw, size = keys.tobytes(), _KEY.itemsize
+    tcp = records["proto"] == socket.IPPROTO_TCP
+    kinds = records["tcp_flags"] & (_SYN | _RST | _ACK)
+    syns = tcp & (records["tcp_flags"] & (_SYN | _ACK) == _SYN)
+    resets = set(np.flatnonzero(tcp & outward & (kinds == _RST | _ACK)).tolist())
+    epochs: dict[bytes, int] = {}
+    groups: dict[tuple[bytes, int, bool, bool], _Group] = {}
+    refused = []
+    facts = zip(outward.tolist(), to_all.tolist(), syns.tolist(), strict=True)
+    for index, (out, every, syn) in enumerate(facts):
+        key = raw[index * size : (index + 1) * size]
+        epoch = epochs.get(key)
+        first = epoch is None
+        if epoch is None or syn:
+            epoch = epochs[key] = 0 if epoch is None else epoch + 1
+        group = groups.get((key, epoch, out, every))
+        if group is None:
+            groups[key, epoch, out, every] = _Group(key, out, every, first, [index], syn)
+        else:
+            group.rows.append(index)
+        if index in resets:
+            refused.append((key, epoch))
+    for key, epoch in refused:
+        asked = groups.get((key, epoch, False, False))
+        if asked is not None and asked.syn:
+            answers = groups[key, epoch, True, False].rows
+            asked.refused = not _is_answer(records[answers])
+    return list(groups.values())
+
+
+def _is_answer(sent: np.ndarray) -> bool:
+    """Whether one of these packets of this end's shows that it has a connection."""
+    flags = sent["tcp_flags"]
+    return bool(
+        np.any(flags & (_SYN | _ACK) == _SYN | _ACK)
+        or np.any(flags & _FIN)
+        or np.any(sent["len"] > sent["hdr_len"])
+    )
+
+
+def _follow(known: _Flow | None, group: _Group, records: np.ndarray, sent_ns: int) -> _Connection:
+    """Return what is known of a TCP connection, after these packets of it."""
+    before = known.connection if known is not None else None
+    connection = before or _Connection()
+    if group.syn:
+        crossed = before is not None and before.active and not group.out
+        if not crossed or sent_ns - connection.began_ns > _SIMULTANEOUS_NS:
+            connection = _Connection(sent_ns, active=group.out)
+    if group.out:
+        connection.answered |= _is_answer(records)
+        passive = connection.began_ns and not connection.active and not connection.answered
+        # Only what had no ACK is answered by a reset with one.
+        if passive and np.any(records["tcp_flags"] & (_SYN | _RST | _ACK) == _RST | _ACK):
+            connection.refused = True
+    connection.refused |= group.refused
+    return connection
 
 
 def _tuple_of(key: np.void) -> Tuple:
@@ -351,15 +464,4 @@ def _tuple_of(key: np.void) -> Tuple:
         int(key["lport"]),
         key["remote"].tobytes(),
         int(key["rport"]),
-    )
-
-
-def _tuple_of_socket(row: np.void) -> Tuple:
-    return Tuple(
-        int(row["proto"]),
-        int(row["family"]),
-        row["saddr"].tobytes(),
-        int(row["sport"]),
-        row["daddr"].tobytes(),
-        int(row["dport"]),
     )

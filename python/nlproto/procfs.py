@@ -32,6 +32,7 @@ __all__ = [
     "details",
     "identity",
     "owner",
+    "parent",
     "pids",
     "same_start",
     "socket_inodes",
@@ -133,6 +134,16 @@ def identity(pid: int, proc: Path = PROC) -> Identity | None:
     """Return who `pid` is now, None when there is no such process."""
     found = _stat(pid, proc)
     return Identity(pid, found[1]) if found else None
+
+
+def parent(pid: int, proc: Path = PROC) -> int:
+    """Return the parent's pid; 0 when there is none, or no such process."""
+    try:
+        raw = _read(f"{proc}/{pid}/stat")
+    except OSError:
+        return 0
+    fields = raw.rpartition(b")")[2].split()
+    return int(fields[1]) if len(fields) > 1 else 0
 
 
 def owner(pid: int, proc: Path = PROC) -> Owner | None:

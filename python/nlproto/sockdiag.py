@@ -15,11 +15,12 @@ from ._host import ffi, lib
 from .errors import Error, NoPrivilege
 from .wire import dtype_of
 
-__all__ = ["HOST_SOCKET", "SockDiag", "TcpState"]
+__all__ = ["ALL_STATES", "HOST_SOCKET", "SockDiag", "TcpState"]
 
 NETLINK_SOCK_DIAG = 4
 _BUFFER = 64 << 10
 _ANY = bytes(16)
+ALL_STATES = 0xFFFFFFFF
 
 HOST_SOCKET = dtype_of("host_socket", ffi)
 """One socket: cookie, inode, uid, ifindex, sport, dport, family, proto, state, saddr, daddr."""
@@ -83,14 +84,16 @@ class SockDiag:
         remote: bytes = _ANY,
         rport: int = 0,
         ifindex: int = 0,
+        states: int = ALL_STATES,
     ) -> None:
         self._seq = (self._seq + 1) & 0xFFFFFFFF
         if proto == socket.IPPROTO_UDP and not dump:
             # udp_dump_one() takes source and destination of a packet that arrives.
             local, lport, remote, rport = remote, rport, local, lport
         size = lib.host_diag_request(
-            self._request, self._seq, family, proto, dump, local, lport, remote, rport, ifindex
-        )
+            self._request, self._seq, family, proto, dump, local, lport, remote, rport, ifindex,
+            states,
+        )  # fmt: skip
         try:
             self._socket.send(ffi.buffer(self._request, size))
         except OSError as error:
@@ -112,12 +115,16 @@ class SockDiag:
         protos: tuple[int, ...] = PROTOCOLS,
         families: tuple[int, ...] = FAMILIES,
         lport: int = 0,
+        states: int = ALL_STATES,
     ) -> np.ndarray:
-        """Return all sockets (HOST_SOCKET), or those bound to local port `lport`."""
+        """Return all sockets (HOST_SOCKET), or those bound to local port `lport`.
+
+        `states`: a bit for each TcpState that is wanted; listeners alone are found fast.
+        """
         parts = []
         for proto in protos:
             for family in families:
-                self._send(family, proto, dump=True, lport=lport)
+                self._send(family, proto, dump=True, lport=lport, states=states)
                 done = False
                 while not done:
                     read, done = self._receive(proto)

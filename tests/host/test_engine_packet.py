@@ -172,7 +172,8 @@ sys.stdin.readline(); c.close(); stay()
     assert len(to_server) > 40 and len(to_client) > 40
     assert owners(to_server) == {(OUT, client.pid), (IN, server.pid)}
     assert owners(to_client) == {(OUT, server.pid), (IN, client.pid)}
-    assert set(records["how"].tolist()) == {wire.lib.SNIFFER_HOW_DIAG}
+    hows = {wire.lib.SNIFFER_HOW_DIAG, wire.lib.SNIFFER_HOW_LISTENER}  # not accepted yet
+    assert set(records["how"].tolist()) <= hows
     assert taken.account.closes(), taken.account.as_dict()
 
 
@@ -322,7 +323,8 @@ def test_a_closed_port_has_no_socket(run):
     taken.wait(4, port)
     records = taken.records(port)
     arrived = records[(records["dport"] == port) & (records["dir"] == IN)]
-    assert {wire.how_name(how) for how in arrived["how"].tolist()} == {"no_socket"}
+    # Only the answer proves that there was none; it may be read after the question.
+    assert {wire.how_name(how) for how in arrived["how"].tolist()} <= {"no_socket", "socket_gone"}
     resets = records[(records["sport"] == port) & (records["dir"] == OUT)]
     assert {wire.how_name(how) for how in resets["how"].tolist()} == {"no_socket"}
 

@@ -176,7 +176,14 @@ def _judge(
     records = everything[[int(netns) in namespaces for netns in everything["netns"]]]
     # Engine packet reads names from /proc, later: only who, not under which name, is held
     # against it.
-    result = score(records, claims, how_name, comm=engine == "module", counts=not scenario.lossy)
+    result = score(
+        records,
+        claims,
+        how_name,
+        comm=engine == "module",
+        counts=not scenario.lossy,
+        asks_later=engine == "packet",
+    )
     checks = [] if scenario.check is None else scenario.check(records, recorder, directory)
     return {
         **result.as_dict(),
@@ -213,6 +220,8 @@ def total(results: list[dict[str, Any]]) -> dict[str, int]:
         "packets": sum(r["packets"] for r in played),
         "right": sum(r["right"] for r in played),
         "wrong": sum(r["wrong"] for r in played),
+        "wrong_told": sum(r["wrong_told"] for r in played),
+        "wrong_reason": sum(r["wrong_reason"] for r in played),
         "unnamed": sum(sum(r["unnamed"].values()) for r in played),
         "rightly_unnamed": sum(sum(r["rightly_unnamed"].values()) for r in played),
     }

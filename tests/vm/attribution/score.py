@@ -11,7 +11,7 @@ from __future__ import annotations
 import ipaddress
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,10 @@ class Score:
     packets: int = 0
     right: int = 0
     wrong: int = 0
+    wrong_told: int = 0
+    """Of the wrong: flagged AMBIGUOUS, so that the reader was told to doubt them."""
+    wrong_reason: int = 0
+    """Of the wrong: nobody is named, but for another reason than the true one."""
     unnamed: Counter[str] = field(default_factory=Counter)
     rightly_unnamed: Counter[str] = field(default_factory=Counter)
     unclaimed: int = 0
@@ -111,17 +115,21 @@ def score(
     *,
     comm: bool = True,
     counts: bool = True,
+    asks_later: bool = False,
 ) -> Score:
     """Hold each record (dtype RECORD, already of the scenario's namespaces) against the claims.
 
     ``comm`` compares names, ``counts`` also demands that each packet that truth counted is
-    there (not to be asked of a capture that has lost some).
+    there (not to be asked of a capture that has lost some). ``asks_later``: the engine looks for
+    sockets after the packet; its ``socket_gone`` says that none is there, not that one was.
     """
     result = Score(packets=len(records))
     connections = _Connections()
     by_endpoint: dict[tuple[int, str, int], list[Claim]] = defaultdict(list)
     claims = list(claims)
     for claim in claims:
+        if asks_later and "no_socket" in claim.reasons:
+            claim = replace(claim, reasons=(*claim.reasons, "socket_gone"))
         by_endpoint[claim.netns, claim.proto, claim.lport].append(claim)
     seen: Counter[tuple[str, int]] = Counter()
 
@@ -240,13 +248,16 @@ def _judge(
             _example(result, "unnamed", record, how, found)
         else:
             result.wrong += 1
+            result.wrong_reason += 1
             _example(result, "wrong reason", record, how, found)
         return
     right = [claim for claim in found if claim.pid and (claim.pid, claim.start) == owner]
     if not right:
         seen[found[0].ident, direction] += 1
         result.wrong += 1
-        _example(result, "WRONG", record, how, found)
+        told = bool(int(record["flags"]) & FLAGS["ambiguous"])
+        result.wrong_told += told
+        _example(result, "wrong, flagged" if told else "WRONG", record, how, found)
         return
     claim = right[0]
     seen[claim.ident, direction] += 1
