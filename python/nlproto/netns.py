@@ -133,12 +133,12 @@ def room() -> int:
 def choose(owners: Mapping[int, int | None], held: Collection[int], limit: int) -> set[int]:
     """Return which `limit` namespaces of {inode: owner()} get a place.
 
-    Those of our own user namespace first, then one of each uid in turn; of a uid's those that
-    have a place (`held`) keep it.
+    Those of our own user namespace and root's first, then one of each uid in turn; of a uid's
+    those that have a place (`held`) keep it.
     """
     by_uid: dict[int | None, list[int]] = {}
     for inode in sorted(owners, key=lambda one: one not in held):
-        by_uid.setdefault(owners[inode], []).append(inode)
+        by_uid.setdefault(owners[inode] or None, []).append(inode)
     chosen = set(by_uid.pop(None, [])[:limit])
     turn = 0
     while len(chosen) < limit and by_uid:
