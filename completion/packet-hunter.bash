@@ -7,13 +7,13 @@
 
 _shtab_packet_hunter_subparsers=(top who stats annotate report doctor)
 
-_shtab_packet_hunter_top_option_strings=(-h --help -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container -n --numbers -u --units -d --interval --socket --direct --engine -r --read)
+_shtab_packet_hunter_top_option_strings=(-h --help -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container -n --numbers -u --units -d --interval --socket --direct --engine -B --buffer -r --read)
 _shtab_packet_hunter_who_option_strings=(-h --help --port --proto --host --pid --pname --since --limit --json --socket)
 _shtab_packet_hunter_stats_option_strings=(-h --help --json --socket)
 _shtab_packet_hunter_annotate_option_strings=(-h --help -o --output --socket)
 _shtab_packet_hunter_report_option_strings=(-h --help -o --output)
 _shtab_packet_hunter_doctor_option_strings=(-h --help --socket)
-_shtab_packet_hunter_option_strings=(-h --help -V --version -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container -c --count --duration -n --numbers -q --quiet -v --verbose -t --json --summary --save -w --format --print -C --rotate -W --keep --socket --direct --engine -r --read)
+_shtab_packet_hunter_option_strings=(-h --help -V --version -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container -c --count --duration -n --numbers -q --quiet -v --verbose -t --json --summary --save -w --format --print -C --rotate -W --keep --socket --direct --engine -B --buffer -r --read)
 
 _shtab_packet_hunter_top__F_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_top___filter_file_COMPGEN=_shtab_compgen_files

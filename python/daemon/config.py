@@ -33,6 +33,8 @@ class Config:
 
     queue_size: int = 64 << 20
     """Between receiver and worker."""
+    ring_size: int = 16 << 20
+    """For packets that wait for engine packet, in the daemon's own network namespace."""
     client_queue_size: int = 8 << 20
     max_clients: int = 512
     max_filters: int = 256
@@ -151,6 +153,7 @@ _READ: dict[str, Callable[[str], Any]] = {
     "log_level": _word("debug", "info", "warning", "error"),
     "cmdline": _word("full", "program", "off"),
     "queue_size": _size(1 << 16),
+    "ring_size": _size(1 << 18),
     "client_queue_size": _size(1 << 16),
     "max_clients": _number(1, 65536),
     "max_filters": _number(1, 65536),

@@ -37,10 +37,12 @@ class Keeper:
         engine: str,
         pipeline: Pipeline,
         announce: Callable[..., None],
+        ring_bytes: int | None = None,
     ) -> None:
         self._wanted = engine
         self._pipeline = pipeline
         self._announce = announce
+        self._ring_bytes = ring_bytes
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="keeper", daemon=True)
         self._complained: set[str] = set()
@@ -145,7 +147,7 @@ class Keeper:
                 " (sudo insmod kmod/sniffer.ko)",
             )
             return
-        engine = open_engine("packet", log.warning)
+        engine = open_engine("packet", log.warning, ring_bytes=self._ring_bytes)
         self._change(engine, f"{gone}_gone", f"engine {gone} has gone: going on with engine packet")
 
     def _change(self, engine: Engine, event: str, message: str) -> None:

@@ -78,7 +78,7 @@ def open_source(
     if options.direct:
         from hunter.source_direct import open_direct
 
-        return open_direct(options.engine, options.socket, filter, notify, snaps)
+        return open_direct(options.engine, options.socket, filter, notify, snaps, options.buffer)
     if options.engine == "auto":
         from hunter.source_daemon import DaemonSource
 
@@ -90,4 +90,4 @@ def open_source(
             pass
     from hunter.source_alone import open_alone
 
-    return open_alone(options.engine, filter, notify, snaps)
+    return open_alone(options.engine, filter, notify, snaps, options.buffer)

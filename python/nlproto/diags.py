@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One sock_diag socket for each network namespace that can be entered."""
+"""One sock_diag socket for each network namespace that can be entered, up to a bound."""
 
 from __future__ import annotations
 
@@ -55,7 +55,15 @@ class Diags:
         if now - self._looked_ns < _LOOK_NS:
             return
         self._looked_ns = now
-        there = netns.paths()
+        try:
+            there = netns.paths()
+        except OSError:  # no descriptor is left for it
+            return
+        there.pop(self.own, None)
+        if len(there) > netns.room():
+            owners = {number: netns.owner_or_unknown(path) for number, path in there.items()}
+            chosen = netns.choose(owners, self._diags, netns.room())
+            there = {number: path for number, path in there.items() if number in chosen}
         for number in set(self._diags) - set(there) - {self.own}:
             diag = self._diags.pop(number)
             if diag is not None:

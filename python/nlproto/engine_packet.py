@@ -258,6 +258,11 @@ class PacketEngine:
         self._skipped += place.capture.skipped - before
         self._packets += place.capture.skipped - before
         dropped = place.capture.drops()
+        if dropped and not self._dropped:
+            self._notify(
+                f"a ring of {place.capture.ring_bytes >> 10} KiB was full, packets are lost: -B"
+                " KIB makes that of this namespace larger (daemon.yaml: ring_size)"
+            )
         self._dropped += dropped
         self._record_seq += dropped
         self._packets += dropped

@@ -26,6 +26,7 @@ __all__ = [
     "choose",
     "own",
     "owner",
+    "owner_or_unknown",
     "paths",
     "room",
     "run_inside",
@@ -113,6 +114,14 @@ def owner(path: Path, proc: Path = Path("/proc")) -> int | None:
         return uid
     finally:
         os.close(handle)
+
+
+def owner_or_unknown(path: Path, proc: Path = Path("/proc")) -> int | None:
+    """As owner(); UNKNOWN_OWNER when it has ended or may not be asked."""
+    try:
+        return owner(path, proc)
+    except OSError:
+        return UNKNOWN_OWNER
 
 
 def _related(handle: int, request: int) -> int:

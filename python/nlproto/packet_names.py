@@ -249,8 +249,9 @@ class PacketNames:
         if found.cookie and not same:
             return found
         known.flags |= lib.SNIFFER_F_DEAD
-        if proto == socket.IPPROTO_UDP or found.inode:
-            # Nothing tells of a new owner of a UDP port; what is open is perhaps passed on.
+        late = sent_ns - known.checked_ns > _SOON_NS
+        if proto == socket.IPPROTO_UDP or found.inode or late:
+            # A UDP port may have a new owner, and what was open may have been passed on.
             known.flags |= lib.SNIFFER_F_AMBIGUOUS
         known.settled, known.unheld = False, found.unheld
         if same:
@@ -279,7 +280,7 @@ class PacketNames:
             return
         found.owner, found.how = listener.owner, lib.SNIFFER_HOW_LISTENER
         found.flags = 0 if waits else _GUESS
-        if moved:
+        if moved or not listener.sure:
             found.flags |= lib.SNIFFER_F_AMBIGUOUS
         if listener.shared:
             found.flags |= _SHARED

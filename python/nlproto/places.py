@@ -119,7 +119,9 @@ class Places(Generic[P]):
         pause = max(_LOOK, _LOOK_SHARE * (time.monotonic() - began))
         found.pop(self._own, None)
         self._owners = {
-            inode: self._owners[inode] if inode in self._owners else self._owner(path)
+            inode: self._owners[inode]
+            if inode in self._owners
+            else netns.owner_or_unknown(path, self._proc)
             for inode, path in found.items()
         }
         limit = netns.room()
@@ -143,12 +145,6 @@ class Places(Generic[P]):
             if inode not in self._open and inode not in self._refused:
                 self._try(inode, found[inode])
         return pause
-
-    def _owner(self, path: Path) -> int | None:
-        try:
-            return netns.owner(path, self._proc)
-        except OSError:
-            return netns.UNKNOWN_OWNER  # it has ended, or may not be asked
 
     def _try(self, inode: int, path: Path) -> None:
         try:

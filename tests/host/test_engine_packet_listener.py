@@ -236,3 +236,17 @@ def test_a_probe_of_an_open_port_is_nobodys(engine, worker):
     found = local(records(engine, port), port)
     assert [(int(one["dir"]), int(one["tcp_flags"])) for one in found] == [(IN, ACK), (OUT, RST)]
     assert not np.any(found["tgid"])
+
+
+def test_a_datagram_to_a_socket_that_is_gone_had_one(engine):
+    """Nothing says that there was none: only a refused SYN is no_socket."""
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as to,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
+    ):
+        to.bind(("127.0.0.1", 0))
+        port = to.getsockname()[1]
+        sender.sendto(b"x", ("127.0.0.1", port))
+        assert to.recv(10) == b"x"
+    found = local(records(engine, port), port)
+    assert found["how"].tolist() == [GONE]
