@@ -52,15 +52,10 @@ class Holders:
         """Ask every process; the time it takes is missing for later ones (see due())."""
         with self._budget.spend():
             by_inode: dict[int, dict[int, int]] = {}
-            complete = True
             alive = procfs.pids(self._proc)
-            for pid in alive:
-                held = procfs.socket_inodes(pid, self._proc)
-                if held is None:
-                    complete = False
-                    continue
-                for inode, fd in held.items():
-                    by_inode.setdefault(inode, {})[pid] = fd
+            sockets, complete = procfs.held_sockets(alive, self._proc)
+            for inode, pid, fd in sockets.tolist():
+                by_inode.setdefault(inode, {})[pid] = fd
             self._by_inode = by_inode
             self._settled = {
                 inode: pid
@@ -184,7 +179,7 @@ class Holders:
             if pid not in held:
                 return
 
-    def _ask(self, some: Iterable[int]) -> None:
-        for pid in some:
-            for inode, fd in (procfs.socket_inodes(pid, self._proc) or {}).items():
+    def _ask(self, some: Sequence[int]) -> None:
+        if some:
+            for inode, pid, fd in procfs.held_sockets(some, self._proc)[0].tolist():
                 self._by_inode.setdefault(inode, {})[pid] = fd
