@@ -89,6 +89,8 @@ class _Place:
     names: PacketNames
     large: bool = False
     """Whether its ring is one of the larger ones."""
+    told: bool = False
+    """Whether it was told that it lost packets."""
 
     def close(self) -> None:
         self.capture.close()
@@ -258,10 +260,13 @@ class PacketEngine:
         self._skipped += place.capture.skipped - before
         self._packets += place.capture.skipped - before
         dropped = place.capture.drops()
-        if dropped and not self._dropped:
+        if dropped and not place.told:
+            place.told = True
+            own = place.capture.netns == self._own
             self._notify(
-                f"a ring of {place.capture.ring_bytes >> 10} KiB was full, packets are lost: -B"
-                " KIB makes that of this namespace larger (daemon.yaml: ring_size)"
+                f"packets of network namespace {place.capture.netns} are lost: its ring of"
+                f" {place.capture.ring_bytes >> 10} KiB was full"
+                + ("; -B KIB (daemon.yaml: ring_size) makes it larger" if own else "")
             )
         self._dropped += dropped
         self._record_seq += dropped

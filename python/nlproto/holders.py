@@ -96,13 +96,16 @@ class Holders:
 
     def find_anywhere(self, inode: int) -> tuple[Owner, ...]:
         """As find(), after find_soon() found nobody: ask all, if a walk is due."""
-        if not inode or self._now_ns() < self._missing.get(inode, 0):
+        if not inode:
+            return ()
+        if self._now_ns() < self._missing.get(inode, 0):
+            self.exhaustive = self.complete
             return ()
         if self.due():
             self.walk()
             self.exhaustive = self.complete
         held = self._by_inode.get(inode, {})
-        if not held:
+        if not held and self.exhaustive:
             if len(self._missing) > _MISSING_LIMIT:
                 self._missing.clear()
             self._missing[inode] = self._now_ns() + _ASKED_AGAIN_NS
