@@ -186,7 +186,12 @@ class PacketEngine:
                 undo.pop_all()
                 return _Place(capture, diag, interfaces, addresses, names)
 
-        return make() if inode == self._own else netns.run_inside(path, make)
+        if inode != self._own:
+            return netns.run_inside(path, make)
+        try:
+            return make()
+        except OSError as error:
+            raise Error(f"engine packet cannot start: {error.strerror}; try again") from error
 
     def _open_other(self, inode: int, path: Path, ours: bool) -> _Place:
         """In the thread of Places."""
