@@ -72,9 +72,9 @@ def facts(child):
     return json.loads(line)
 
 
-@pytest.fixture
-def engine():
-    with PacketEngine(lambda note: None, everywhere=False) as opened:
+@pytest.fixture(params=[True, False], ids=["sock_diag", "proc_net"])
+def engine(request):
+    with PacketEngine(lambda note: None, everywhere=False, sock_diag=request.param) as opened:
         yield opened
 
 
@@ -190,6 +190,20 @@ def test_of_several_that_could_accept_one_is_named_and_doubted(engine, worker, w
     assert len(found) >= 8
     assert np.all(found["tgid"])
     assert np.all(found["flags"] & (SHARED | AMBIGUOUS) == SHARED | AMBIGUOUS)
+
+
+def test_a_process_that_listens_twice_on_a_port_shares_with_nobody(engine, worker):
+    server = worker(
+        "s = listening(0, socket.SO_REUSEPORT); p = s.getsockname()[1]\n"
+        "t = listening(p, socket.SO_REUSEPORT); tell(port=p)\n"
+        "import select; answer(select.select([s, t], [], [])[0][0], True); sys.stdin.read()"
+    )
+    port = facts(server)["port"]
+    request(port)
+    facts(server)
+    found = local(records(engine, port), port)
+    assert set(found["tgid"].tolist()) == {server.pid}
+    assert not np.any(found["flags"] & SHARED)
 
 
 def test_a_refused_connection_is_nobodys_though_one_listens_later(engine):
