@@ -20,7 +20,7 @@ __all__ = ["Listener", "Listeners"]
 
 _MOMENT_NS = 20_000_000  # in which hardly anybody takes a listener's place
 _FRESH_NS = 20_000_000  # how long the holders of a listener are taken as known
-_LIMIT = 16384  # ends
+_LIMIT = 1024  # ends, local addresses of theirs, and listeners
 
 _Local = tuple[int, bytes, int]
 
@@ -72,6 +72,8 @@ class Listeners:
         if row is None or not row["inode"] or int(row["state"]) != TcpState.LISTEN:
             return None
         end = self._end(row)
+        if len(self._by_local) >= _LIMIT:  # 127.0.0.0/8 alone has 16 million
+            self._by_local.clear()
         self._by_local[one.family, one.local, one.lport] = end
         if began_ns < end.since_ns:
             return None
@@ -113,7 +115,6 @@ class Listeners:
             since = now
         if len(self._ends) >= _LIMIT:
             self._ends.clear()
-            self._by_local.clear()
         found = {owner for inode in inodes for owner in self._holders.find(inode)}
         owners = sorted(found, key=lambda o: (o.identity.start_ticks, o.identity.tgid))
         self._ends[key] = end = _End(inodes, since, first, now, tuple(reversed(owners)))

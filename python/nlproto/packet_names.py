@@ -23,7 +23,7 @@ from .sockdiag import SockDiag, TcpState
 from .socket_lookup import ANY, SocketLookup, Tuple, mapped, tuple_of_socket
 from .wire import lib
 
-__all__ = ["PacketNames"]
+__all__ = ["FLOW_LIMIT", "PacketNames"]
 
 TTL_NS = 200_000_000
 """How long an owner is believed at most before socket and holder are looked at again."""
@@ -33,7 +33,7 @@ _SOON_SHARE, _SOON_SAVED_NS = 4, 100_000_000
 _LINGER_NS = {socket.IPPROTO_UDP: 50_000_000, socket.IPPROTO_TCP: 1_000_000_000}
 _FORGET_NS = 10_000_000_000
 _CLOSING_NS = 200_000_000  # from a descriptor's end to its socket's, on a busy machine
-_FLOW_LIMIT = 262144
+FLOW_LIMIT = 262144
 _FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
 _SIMULTANEOUS_NS = 1_000_000_000  # between two SYNs that cross and make one connection
 _NOT_ACCEPTED = {TcpState.ESTABLISHED, TcpState.SYN_RECV, TcpState.CLOSE_WAIT}
@@ -105,6 +105,7 @@ class PacketNames:
 
     `diag` is None where sock_diag is refused: then /proc/net in `net` is read, for a quarter
     of the time at most. `is_local(family, address)` tells whether 16 bytes are this host's address.
+    Some `flow_limit` flows are remembered, of some 500 bytes each.
     """
 
     def __init__(
@@ -114,7 +115,9 @@ class PacketNames:
         is_local: Callable[[int, bytes], bool],
         now_ns: Callable[[], int],
         net: Path = procfs.PROC / "self" / "net",
+        flow_limit: int = FLOW_LIMIT,
     ) -> None:
+        self._flow_limit = flow_limit
         self._sockets = SocketLookup(diag, now_ns, net)
         self._holders = holders
         self._listeners = Listeners(self._sockets, holders, now_ns)
@@ -218,7 +221,7 @@ class PacketNames:
                     connection.owned = True
                     if connection.listener is not None:
                         self._listeners.accepted(connection.listener, found.owner)
-        if len(self._flows) > _FLOW_LIMIT:
+        if len(self._flows) > self._flow_limit:
             self._forget(now)
         self._flows[group.key] = found
         return found
@@ -290,7 +293,7 @@ class PacketNames:
         limit = now - _FORGET_NS
         self._flows = {key: flow for key, flow in self._flows.items() if flow.checked_ns > limit}
         self._ends = {key: flow for key, flow in self._ends.items() if flow.checked_ns > limit}
-        if len(self._flows) > _FLOW_LIMIT:
+        if len(self._flows) > self._flow_limit * 3 // 4:  # or the next flow would be as dear
             self._flows.clear()
             self._ends.clear()
 
@@ -317,7 +320,7 @@ class PacketNames:
 
     def _stays(self, flow: _Flow) -> bool:
         """Whether nobody held the socket for a while: one that is being closed goes soon."""
-        if len(self._unheld) > _FLOW_LIMIT:
+        if len(self._unheld) > self._flow_limit:
             self._unheld.clear()
         first = self._unheld.setdefault(flow.inode, flow.checked_ns)
         return flow.checked_ns - first > _CLOSING_NS
