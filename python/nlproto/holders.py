@@ -156,11 +156,14 @@ class Holders:
         self._known = set(alive)
         self._ask(born)
         self._young = {pid: at for pid, at in self._young.items() if now - at < _YOUNG_NS}
-        self._young |= dict.fromkeys(born, now)
+        if len(born) < len(alive):  # not the first look
+            self._young |= dict.fromkeys(born, now)
 
     def _ask_some(self, inode: int, likely: Sequence[int]) -> None:
         self._ask_born(0)
-        for pid in (*reversed(self._young), *likely, *reversed(self._talkers)):
+        if not self._by_inode.get(inode):
+            self._ask([pid for pid in self._young if pid in self._known])
+        for pid in (*likely, *reversed(self._talkers)):
             if self._by_inode.get(inode):
                 break
             if pid in self._known:
