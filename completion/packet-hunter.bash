@@ -7,13 +7,13 @@
 
 _shtab_packet_hunter_subparsers=(top who stats annotate report doctor)
 
-_shtab_packet_hunter_top_option_strings=(-h --help -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container --unit -n --numbers -u --units -d --interval --socket --direct --engine -r --read)
+_shtab_packet_hunter_top_option_strings=(-h --help -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container --unit -n --numbers -u --units -d --interval --socket --direct --engine -B --buffer -r --read)
 _shtab_packet_hunter_who_option_strings=(-h --help --port --proto --host --pid --pname --since --limit --json --socket)
 _shtab_packet_hunter_stats_option_strings=(-h --help --json --socket)
 _shtab_packet_hunter_annotate_option_strings=(-h --help -o --output --netns --socket)
 _shtab_packet_hunter_report_option_strings=(-h --help -o --output)
 _shtab_packet_hunter_doctor_option_strings=(-h --help --socket)
-_shtab_packet_hunter_option_strings=(-h --help -V --version -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container --unit -c --count --duration --all -n --numbers -q --quiet -v --verbose -t --json --summary --save -w --format --print -C --rotate -W --keep --socket --direct --engine -r --read -D --list-interfaces)
+_shtab_packet_hunter_option_strings=(-h --help -V --version -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container --unit -c --count --duration --all -n --numbers -q --quiet -v --verbose -t --json --summary --save -w --format --print -C --rotate -W --keep --socket --direct --engine -B --buffer -r --read -D --list-interfaces)
 
 _shtab_packet_hunter_top__F_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_top___filter_file_COMPGEN=_shtab_compgen_files
@@ -298,7 +298,7 @@ _packet_hunter() {
     return
   fi
   case $before in
-    --container | --count | --direction | --duration | --engine | --filter-file | --format | --interface | --interval | --keep | --netns | --pid | --pname | --read | --rotate | --save | --socket | --uid | --unit | --units | -C | -F | -Q | -W | -c | -d | -i | -r | -s | -u | -w)
+    --buffer | --container | --count | --direction | --duration | --engine | --filter-file | --format | --interface | --interval | --keep | --netns | --pid | --pname | --read | --rotate | --save | --socket | --uid | --unit | --units | -B | -C | -F | -Q | -W | -c | -d | -i | -r | -s | -u | -w)
       _shtab_packet_hunter
       return
       ;;

@@ -51,6 +51,7 @@ _shtab_packet_hunter_options=(
   "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, packet, or auto (default)]:E:(auto module packet)"
+  {-B,--buffer}"[of engine packet, without the daemon\: for packets that wait (default\: 16384)]:KIB:"
   {-r,--read}"[show a saved CSV, JSON lines or Parquet]:FILE:_files"
   {-D,--list-interfaces}"[list interfaces, and end]"
 )
@@ -110,6 +111,7 @@ _shtab_packet_hunter_top_options=(
   "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, packet, or auto (default)]:E:(auto module packet)"
+  {-B,--buffer}"[of engine packet, without the daemon\: for packets that wait (default\: 16384)]:KIB:"
   {-r,--read}"[show a saved CSV, JSON lines or Parquet]:FILE:_files"
 )
 

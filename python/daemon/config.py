@@ -37,6 +37,8 @@ class Config:
 
     queue_size: int = 64 << 20
     """Between receiver and worker."""
+    ring_size: int = 16 << 20
+    """For packets that wait for engine packet, in the daemon's own network namespace."""
     client_queue_size: int = 8 << 20
     max_clients: int = 512
     max_filters: int = 256
@@ -163,6 +165,7 @@ _READ: dict[str, Callable[[str], Any]] = {
     "log_level": _word("debug", "info", "warning", "error"),
     "cmdline": _word("full", "program", "off"),
     "queue_size": _size(1 << 16, 16 << 30),
+    "ring_size": _size(1 << 18, 1 << 30),
     "client_queue_size": _size(1 << 16, 1 << 30),
     "max_clients": _number(1, 16384),
     "max_filters": _number(1, 4096),

@@ -40,10 +40,12 @@ class Keeper:
         pipeline: Pipeline,
         announce: Callable[..., None],
         on_death: Callable[[Error], None],
+        ring_bytes: int | None = None,
     ) -> None:
         self._wanted = engine
         self._pipeline = pipeline
         self._announce = announce
+        self._ring_bytes = ring_bytes
         self._stopping = threading.Event()
         self._failures = Failures("keeper")
         self._thread = threading.Thread(
@@ -152,7 +154,7 @@ class Keeper:
                 " (packet-hunter doctor says how)",
             )
             return
-        engine = open_engine("packet", log.warning)
+        engine = open_engine("packet", log.warning, ring_bytes=self._ring_bytes)
         self._change(engine, f"{gone}_gone", f"engine {gone} has gone: going on with engine packet")
 
     def _change(self, engine: Engine, event: str, message: str) -> None:

@@ -73,7 +73,7 @@ class Service:
             Recorder(config, processes, payers) as recorder,
             Namer(processes.start_of) as namer,
         ):
-            engine = open_engine(config.engine, log.warning)
+            engine = open_engine(config.engine, log.warning, ring_bytes=config.ring_size)
             pipeline = Pipeline(
                 engine,
                 account=Account(),
@@ -102,7 +102,9 @@ class Service:
         loop = asyncio.get_running_loop()
         answers = Answers(pipeline, recorder.history, recorder.past, recorder.past_process)
         server = Server(loop, answers, self.config, lambda: figures(pipeline, recorder))
-        keeper = Keeper(self.config.engine, pipeline, server.announce, self._die)
+        keeper = Keeper(
+            self.config.engine, pipeline, server.announce, self._die, self.config.ring_size
+        )
         metrics = Metrics(self.config, server.figures)
         for take in (recorder.take, metrics.take, server.publish):
             pipeline.subscribe(take)

@@ -97,6 +97,13 @@ def _size(text: str) -> int:
     return int(found[1]) * scale
 
 
+def _buffer(text: str) -> int:
+    """Bytes; the kernel pins them."""
+    if not (text.isascii() and text.isdigit()) or not 256 <= int(text) <= 1 << 20:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of KiB from 256 to 1048576")
+    return int(text) << 10
+
+
 def _port(text: str) -> int:
     if text.isascii() and text.isdigit() and int(text) < 65536:
         return int(text)
@@ -171,6 +178,13 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "module", "packet"),
         default="auto",
         help="without the daemon or with --direct: module, packet, or auto (default)",
+    )
+    group.add_argument(
+        "-B",
+        "--buffer",
+        metavar="KIB",
+        type=_buffer,
+        help="of engine packet, without the daemon: for packets that wait (default: 16384)",
     )
     group.add_argument(
         "-r", "--read", metavar="FILE", help="show a saved CSV, JSON lines or Parquet"

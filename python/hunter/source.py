@@ -93,7 +93,7 @@ def _open(options: argparse.Namespace, filter: Filter, notify: Callable[[str], N
     if options.direct:
         from hunter.source_direct import open_direct
 
-        return open_direct(options.engine, options.socket, filter, notify, snaps)
+        return open_direct(options.engine, options.socket, filter, notify, snaps, options.buffer)
     if options.engine == "auto":
         from hunter.source_daemon import DaemonSource
 
@@ -106,4 +106,4 @@ def _open(options: argparse.Namespace, filter: Filter, notify: Callable[[str], N
                 raise
     from hunter.source_alone import open_alone
 
-    return open_alone(options.engine, filter, notify, snaps)
+    return open_alone(options.engine, filter, notify, snaps, options.buffer)

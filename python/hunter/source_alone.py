@@ -124,12 +124,13 @@ def open_alone(
     filter: Filter,
     notify: Callable[[str], None],
     snaps: bool = False,
+    ring_bytes: int | None = None,
 ) -> PipelineSource:
     """Return a source with an engine of its own; `snaps`: with the first bytes of packets.
 
     Raises Error, NoPrivilege with the way out."""
     try:
-        opened = open_engine(engine, notify)
+        opened = open_engine(engine, notify, ring_bytes=ring_bytes)
     except NoPrivilege as error:
         again = " ".join([as_root("packet-hunter"), *map(shlex.quote, sys.argv[1:])])
         raise NoPrivilege(f"{str(error).partition(':')[0]}: {again}") from None

@@ -163,13 +163,14 @@ def open_direct(
     filter: Filter,
     notify: Callable[[str], None],
     snaps: bool = False,
+    ring_bytes: int | None = None,
 ) -> DirectSource:
     """Return a source with an own engine. Raises NoDaemon, NoModule, NoPrivilege, Error."""
     names = DaemonNames(DaemonClient(socket), notify)
     try:
         sources: list[DirectSource] = []
         pipeline = Pipeline(
-            open_engine(engine, notify),
+            open_engine(engine, notify, ring_bytes=ring_bytes),
             account=Account(),
             processes=Processes(names.details),
             namer=names,

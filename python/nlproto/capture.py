@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""AF_PACKET: a ring with the TCP and UDP packets of one network namespace, as records.
+"""AF_PACKET: a ring with the IP packets of one network namespace; TCP and UDP become records.
 
 Sources: man 7 packet, Documentation/networking/packet_mmap.rst, net/packet/af_packet.c.
 """
@@ -36,17 +36,16 @@ SNAP = 256  # link header, IPv6 with extension headers, TCP with options
 _BLOCK = 1 << 18
 _READ = 1024  # records at once
 
-_LD_W_ABS, _LD_B_ABS, _LD_H_ABS, _JEQ, _JSET, _RET = 0x20, 0x30, 0x28, 0x15, 0x45, 0x06
-_NET = 0xFFF00000  # SKF_NET_OFF: from the network header, whatever the link is
+_LD_W_ABS, _JEQ, _JSET, _RET = 0x20, 0x15, 0x45, 0x06
 _AD = 0xFFFFF000  # SKF_AD_OFF
 _AD_PROTOCOL, _AD_PKTTYPE, _AD_VLAN_TAG = _AD, _AD + 4, _AD + 44
 
 
 def _filter() -> list[tuple[int, int, int, int]]:
-    """Return the classic BPF program: TCP and UDP over IPv4 and IPv6, each packet once.
+    """Return the classic BPF program: IPv4 and IPv6, each packet once.
 
     Tagged frames are seen again on their VLAN device, and packets to other hosts only because
-    somebody made an interface promiscuous. IPv6 extension headers are walked in user space.
+    somebody made an interface promiscuous. What is neither TCP nor UDP is counted in user space.
     """
     program: list[tuple[int, int | str, int | str, int]] = [
         (_LD_W_ABS, 0, 0, _AD_PKTTYPE),
@@ -54,17 +53,10 @@ def _filter() -> list[tuple[int, int, int, int]]:
         (_LD_W_ABS, 0, 0, _AD_VLAN_TAG),
         (_JSET, "drop", 0, 0x0FFF),
         (_LD_W_ABS, 0, 0, _AD_PROTOCOL),
-        (_JEQ, "v4", 0, ETH_P_IP),
-        (_JEQ, "v6", "drop", ETH_P_IPV6),
-        (_LD_B_ABS, 0, 0, _NET + 9),
-        (_JEQ, "take", 0, socket.IPPROTO_TCP),
-        (_JEQ, "take", "drop", socket.IPPROTO_UDP),
-        (_LD_B_ABS, 0, 0, _NET + 6),
+        (_JEQ, "take", 0, ETH_P_IP),
+        (_JEQ, "take", "drop", ETH_P_IPV6),
     ]
-    labels = {"v4": 7, "v6": 10}
-    for header in (socket.IPPROTO_TCP, socket.IPPROTO_UDP, 0, 43, 44, 51, 60):
-        program.append((_JEQ, "take", 0, header))
-    labels["drop"], labels["take"] = len(program), len(program) + 1
+    labels = {"drop": len(program), "take": len(program) + 1}
     program += [(_RET, 0, 0, 0), (_RET, 0, 0, SNAP)]
 
     def distance(at: int, target: int | str) -> int:
@@ -148,6 +140,7 @@ class Capture:
             self._socket.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
         frame = lib.host_frame_size(SNAP)
         blocks = max(1, ring_bytes // _BLOCK)
+        self.ring_bytes = blocks * _BLOCK
         count = blocks * _BLOCK // frame
         self._socket.setsockopt(
             SOL_PACKET, PACKET_RX_RING, struct.pack("=IIII", _BLOCK, blocks, frame, count)

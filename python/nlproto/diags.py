@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One sock_diag socket for each network namespace that can be entered."""
+"""One sock_diag socket for each network namespace that can be entered, up to a bound."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Self
 
 import numpy as np
 
-from nlproto import descriptors, netns, procfs
+from nlproto import netns, procfs
 from nlproto.errors import Error, NoPrivilege
 from nlproto.sockdiag import SockDiag
 from nlproto.supervise import Failures
@@ -17,13 +17,12 @@ from nlproto.supervise import Failures
 __all__ = ["Diags"]
 
 _LOOK_NS = 2_000_000_000
-MAX_NETNS = 4096
 
 
 class Diags:
     """Looks for new and ended namespaces at most every 2 s; a context manager, for one thread.
 
-    Of MAX_NETNS at most, fewer where descriptors are scarce.
+    Of netns.room() at most, chosen as engine packet chooses.
     A sock_diag socket keeps its namespace alive, so one that no process and no name holds any
     more is let go at the next look.
     """
@@ -33,7 +32,6 @@ class Diags:
         self._looked_ns = -_LOOK_NS
         self.own = netns.own()
         self._failures = Failures("sock_diag")
-        self._most = descriptors.namespaces(MAX_NETNS)
         self._diags: dict[int, SockDiag | None] = {}
 
     def __enter__(self) -> Self:
@@ -60,7 +58,18 @@ class Diags:
         if now - self._looked_ns < _LOOK_NS:
             return
         self._looked_ns = now
-        there = netns.paths()
+        try:
+            there = netns.paths()
+        except OSError:  # no descriptor is left for it
+            return
+        there.pop(self.own, None)
+        if len(there) > netns.room():
+            owners = {number: netns.owner_or_unknown(path) for number, path in there.items()}
+            chosen = netns.choose(owners, self._diags, netns.room())
+            self._failures.add(
+                Error(f"sockets of {len(chosen)} of {len(there)} network namespaces are read")
+            )
+            there = {number: path for number, path in there.items() if number in chosen}
         for number in set(self._diags) - set(there) - {self.own}:
             diag = self._diags.pop(number)
             if diag is not None:
@@ -73,11 +82,6 @@ class Diags:
         for number, path in there.items():
             if number in self._diags:
                 continue
-            if len(self._diags) >= self._most:
-                self._failures.add(
-                    Error(f"sockets of {self._most} network namespaces are read, not of all there")
-                )
-                return
             try:
                 self._diags[number] = netns.run_inside(path, SockDiag)
             except (Error, OSError):

@@ -65,10 +65,13 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(name: str, notify: Callable[[str], None]) -> Engine:
+def open_engine(
+    name: str, notify: Callable[[str], None], *, ring_bytes: int | None = None
+) -> Engine:
     """Return the engine called `name`; "auto" is the module when loaded, else `packet`.
 
-    `notify` gets one plain line for each thing that makes the result less than it could be.
+    `ring_bytes`: what engine packet has for packets that wait (16 MiB). `notify` gets one plain
+    line for each thing that makes the result less than it could be.
     Raises UsageError for another name, NoModule, NoPrivilege.
     """
     if name not in ENGINES:
@@ -87,9 +90,9 @@ def open_engine(name: str, notify: Callable[[str], None]) -> Engine:
         except NoPrivilege:
             if name == "module":
                 raise
-    from .engine_packet import PacketEngine
+    from .engine_packet import RING_BYTES, PacketEngine
 
-    engine = PacketEngine(notify)
+    engine = PacketEngine(notify, ring_bytes=ring_bytes or RING_BYTES)
     if name == "auto":
         notify(
             "engine packet: without sniffer.ko, sockets that live a few milliseconds stay unnamed;"

@@ -24,7 +24,7 @@ from .clock import Clock
 from .errors import Error, NoPrivilege
 from .holders import Holders
 from .netns import Interfaces
-from .packet_names import PacketNames
+from .packet_names import FLOW_LIMIT, PacketNames
 from .places import Places
 from .sockdiag import SockDiag
 from .supervise import Failures
@@ -36,6 +36,7 @@ __all__ = ["PacketEngine"]
 RING_BYTES = 16 << 20
 _OTHER_RING_BYTES = 2 << 20  # for each of the first of our own user namespace
 _LARGE_RINGS = 32
+_OTHER_FLOWS, _SMALL_FLOWS = 1 << 15, 1 << 12  # remembered, in a namespace with such a ring
 _SMALL_RING_BYTES = 1 << 19  # for all others: 16 + 64 + 112 MiB at most
 _LOOK_SHARE = 50  # the time between two walks is at least this many times what the last one took
 _WALK_NS = 1_000_000_000  # between two walks of all descriptors that nobody asked for
@@ -90,6 +91,8 @@ class _Place:
     names: PacketNames
     large: bool = False
     """Whether its ring is one of the larger ones."""
+    told: bool = False
+    """Whether it was told that it lost packets."""
 
     def close(self) -> None:
         self.capture.close()
@@ -174,7 +177,9 @@ class PacketEngine:
 
     # Network namespaces
 
-    def _open(self, inode: int, path: Path, ring_bytes: int) -> _Place:
+    def _open(
+        self, inode: int, path: Path, ring_bytes: int, flow_limit: int = FLOW_LIMIT
+    ) -> _Place:
         def make() -> _Place:
             with contextlib.ExitStack() as undo:
                 capture = undo.enter_context(Capture(inode, ring_bytes))
@@ -182,16 +187,24 @@ class PacketEngine:
                 diag = self._open_diag() if self._use_diag else None
                 addresses = _Addresses(interfaces, self._now_ns)
                 net = path.parent.parent / "net"
-                names = PacketNames(diag, self._holders, addresses.is_local, self._now_ns, net)
+                names = PacketNames(
+                    diag, self._holders, addresses.is_local, self._now_ns, net, flow_limit
+                )
                 undo.pop_all()
                 return _Place(capture, diag, interfaces, addresses, names)
 
-        return make() if inode == self._own else netns.run_inside(path, make)
+        if inode != self._own:
+            return netns.run_inside(path, make)
+        try:
+            return make()
+        except OSError as error:
+            raise Error(f"engine packet cannot start: {error.strerror}; try again") from error
 
     def _open_other(self, inode: int, path: Path, ours: bool) -> _Place:
         """In the thread of Places."""
         large = ours and self._large_rings < _LARGE_RINGS
-        place = self._open(inode, path, _OTHER_RING_BYTES if large else _SMALL_RING_BYTES)
+        size = (_OTHER_RING_BYTES, _OTHER_FLOWS) if large else (_SMALL_RING_BYTES, _SMALL_FLOWS)
+        place = self._open(inode, path, *size)
         place.large = large
         self._large_rings += large
         return place
@@ -264,6 +277,14 @@ class PacketEngine:
         self._skipped += place.capture.skipped - before
         self._packets += place.capture.skipped - before
         dropped = place.capture.drops()
+        if dropped and not place.told:
+            place.told = True
+            own = place.capture.netns == self._own
+            self._notify(
+                f"packets of network namespace {place.capture.netns} are lost: its ring of"
+                f" {place.capture.ring_bytes >> 10} KiB was full"
+                + ("; -B KIB (daemon.yaml: ring_size) makes it larger" if own else "")
+            )
         self._dropped += dropped
         self._record_seq += dropped
         self._packets += dropped

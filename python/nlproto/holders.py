@@ -52,15 +52,10 @@ class Holders:
         """Ask every process; the time it takes is missing for later ones (see due())."""
         with self._budget.spend():
             by_inode: dict[int, dict[int, int]] = {}
-            complete = True
             alive = procfs.pids(self._proc)
-            for pid in alive:
-                held = procfs.socket_inodes(pid, self._proc)
-                if held is None:
-                    complete = False
-                    continue
-                for inode, fd in held.items():
-                    by_inode.setdefault(inode, {})[pid] = fd
+            sockets, complete = procfs.held_sockets(alive, self._proc)
+            for inode, pid, fd in sockets.tolist():
+                by_inode.setdefault(inode, {})[pid] = fd
             self._by_inode = by_inode
             self._settled = {
                 inode: pid
@@ -101,13 +96,16 @@ class Holders:
 
     def find_anywhere(self, inode: int) -> tuple[Owner, ...]:
         """As find(), after find_soon() found nobody: ask all, if a walk is due."""
-        if not inode or self._now_ns() < self._missing.get(inode, 0):
+        if not inode:
+            return ()
+        if self._now_ns() < self._missing.get(inode, 0):
+            self.exhaustive = self.complete
             return ()
         if self.due():
             self.walk()
             self.exhaustive = self.complete
         held = self._by_inode.get(inode, {})
-        if not held:
+        if not held and self.exhaustive:
             if len(self._missing) > _MISSING_LIMIT:
                 self._missing.clear()
             self._missing[inode] = self._now_ns() + _ASKED_AGAIN_NS
@@ -158,11 +156,14 @@ class Holders:
         self._known = set(alive)
         self._ask(born)
         self._young = {pid: at for pid, at in self._young.items() if now - at < _YOUNG_NS}
-        self._young |= dict.fromkeys(born, now)
+        if len(born) < len(alive):  # not the first look
+            self._young |= dict.fromkeys(born, now)
 
     def _ask_some(self, inode: int, likely: Sequence[int]) -> None:
         self._ask_born(0)
-        for pid in (*reversed(self._young), *likely, *reversed(self._talkers)):
+        if not self._by_inode.get(inode):
+            self._ask([pid for pid in self._young if pid in self._known])
+        for pid in (*likely, *reversed(self._talkers)):
             if self._by_inode.get(inode):
                 break
             if pid in self._known:
@@ -184,7 +185,7 @@ class Holders:
             if pid not in held:
                 return
 
-    def _ask(self, some: Iterable[int]) -> None:
-        for pid in some:
-            for inode, fd in (procfs.socket_inodes(pid, self._proc) or {}).items():
+    def _ask(self, some: Sequence[int]) -> None:
+        if some:
+            for inode, pid, fd in procfs.held_sockets(some, self._proc)[0].tolist():
                 self._by_inode.setdefault(inode, {})[pid] = fd

@@ -13,6 +13,7 @@
 #include <netinet/in.h>
 #include <sched.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -296,37 +297,57 @@ int host_setns_net(int fd)
 	return setns(fd, CLONE_NEWNET) ? -errno : 0;
 }
 
-int host_socket_inodes(int dirfd, uint64_t *inodes, uint32_t *fds, uint32_t max)
+/* The sockets in one open /proc/PID/fd, which is closed. */
+static uint32_t held_by(DIR *dir, uint32_t pid, struct host_held *held, uint32_t max)
 {
-	int own = dup(dirfd);
 	struct dirent *entry;
 	uint32_t n = 0;
-	DIR *dir;
 
-	if (own < 0)
-		return -errno;
-	dir = fdopendir(own);
-	if (!dir) {
-		int error = errno;
-
-		close(own);
-		return -error;
-	}
 	while (n < max && (entry = readdir(dir))) {
 		char target[64];
 		ssize_t len;
 
 		if (entry->d_name[0] == '.')
 			continue;
-		len = readlinkat(dirfd, entry->d_name, target, sizeof(target) - 1);
+		len = readlinkat(dirfd(dir), entry->d_name, target, sizeof(target) - 1);
 		if (len < 9)
 			continue;
 		target[len] = 0;
 		if (strncmp(target, "socket:[", 8))
 			continue;
-		inodes[n] = strtoull(target + 8, NULL, 10);
-		fds[n++] = (uint32_t)strtoul(entry->d_name, NULL, 10);
+		held[n].inode = strtoull(target + 8, NULL, 10);
+		held[n].fd = (uint32_t)strtoul(entry->d_name, NULL, 10);
+		held[n++].pid = pid;
 	}
 	closedir(dir);
+	return n;
+}
+
+int host_held_sockets(int procfd, const uint32_t *pids, uint32_t count, struct host_held *held,
+		      uint32_t max, uint32_t *refused)
+{
+	uint32_t n = 0;
+
+	*refused = 0;
+	for (uint32_t i = 0; i < count && n < max; i++) {
+		char path[32];
+		DIR *dir;
+		int fd;
+
+		snprintf(path, sizeof(path), "%u/fd", pids[i]);
+		fd = openat(procfd, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+		if (fd < 0 && (errno == EACCES || errno == EPERM || errno == EMFILE ||
+			       errno == ENFILE))
+			++*refused;
+		if (fd < 0)
+			continue;
+		dir = fdopendir(fd);
+		if (!dir) {
+			close(fd);
+			++*refused;
+			continue;
+		}
+		n += held_by(dir, pids[i], held + n, max - n);
+	}
 	return (int)n;
 }

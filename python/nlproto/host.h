@@ -77,8 +77,16 @@ int host_diag_read(const uint8_t *buf, uint32_t len, uint32_t seq, uint8_t proto
 /* Move the calling thread into the network namespace behind fd; 0 or -errno. */
 int host_setns_net(int fd);
 
+/* A process's descriptor of a socket. */
+struct host_held {
+	uint64_t inode;
+	uint32_t pid;
+	uint32_t fd;
+};
+
 /*
- * Read the inodes of the sockets among a directory's descriptors (an open /proc/PID/fd);
- * returns how many, at most max, or -errno.
+ * Read the sockets among the descriptors of `count` processes; procfd is an open /proc. Returns
+ * how many, at most max: then there may be more. *refused counts processes that may not be asked.
  */
-int host_socket_inodes(int dirfd, uint64_t *inodes, uint32_t *fds, uint32_t max);
+int host_held_sockets(int procfd, const uint32_t *pids, uint32_t count, struct host_held *held,
+		      uint32_t max, uint32_t *refused);

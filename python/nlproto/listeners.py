@@ -18,8 +18,9 @@ from .socket_lookup import SocketLookup, Tuple, tuple_of_socket
 
 __all__ = ["Listener", "Listeners"]
 
+_MOMENT_NS = 20_000_000  # in which hardly anybody takes a listener's place
 _FRESH_NS = 20_000_000  # how long the holders of a listener are taken as known
-_LIMIT = 16384  # ends
+_LIMIT = 1024  # ends, local addresses of theirs, and listeners
 
 _Local = tuple[int, bytes, int]
 
@@ -32,6 +33,8 @@ class Listener:
     owner: Owner
     shared: bool
     """Whether several processes can accept: they hold it, or listen on the same port."""
+    sure: bool
+    """Whether it was seen before the connection began, or a moment later."""
 
 
 @dataclass(slots=True)
@@ -41,6 +44,7 @@ class _End:
     inodes: frozenset[int]
     since_ns: int
     """When they were first seen in the place of others; 0: there were none, so far as is known."""
+    first_ns: int
     asked_ns: int
     owners: tuple[Owner, ...] = ()
     """All who hold one of them, the youngest first."""
@@ -68,6 +72,8 @@ class Listeners:
         if row is None or not row["inode"] or int(row["state"]) != TcpState.LISTEN:
             return None
         end = self._end(row)
+        if len(self._by_local) >= _LIMIT:  # 127.0.0.0/8 alone has 16 million
+            self._by_local.clear()
         self._by_local[one.family, one.local, one.lport] = end
         if began_ns < end.since_ns:
             return None
@@ -77,7 +83,8 @@ class Listeners:
         inode = int(row["inode"])
         acceptor = self._acceptors.get(inode)
         chosen = next((o for o in there if o.identity.tgid == acceptor), there[0])
-        return Listener(inode, chosen, len(end.owners) > 1)
+        sure = not began_ns or end.first_ns - began_ns < _MOMENT_NS
+        return Listener(inode, chosen, len(end.owners) > 1, sure)
 
     def likely(self, one: Tuple) -> tuple[int, ...]:
         """Return the processes that listened at this end when it was asked about last."""
@@ -101,15 +108,16 @@ class Listeners:
             return end
         rivals = self._sockets.rivals(row, fresh=not known)
         inodes = frozenset([int(row["inode"]), *rivals["inode"].tolist()]) - {0}
-        since = 0
-        if end is not None:
-            since = end.since_ns if inodes & end.inodes else now
+        since, first = 0, now
+        if end is not None and inodes & end.inodes:
+            since, first = end.since_ns, end.first_ns
+        elif end is not None:
+            since = now
         if len(self._ends) >= _LIMIT:
             self._ends.clear()
-            self._by_local.clear()
         found = {owner for inode in inodes for owner in self._holders.find(inode)}
         owners = sorted(found, key=lambda o: (o.identity.start_ticks, o.identity.tgid))
-        self._ends[key] = end = _End(inodes, since, now, tuple(reversed(owners)))
+        self._ends[key] = end = _End(inodes, since, first, now, tuple(reversed(owners)))
         return end
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from nlproto.errors import Error
 from nlproto.flows import address_bytes, group
 from nlproto.holders import Holders
 from nlproto.procfs import Owner
+from nlproto.sockdiag import TcpState
 from nlproto.wire import lib
 
 __all__ = ["Namer"]
@@ -38,6 +40,7 @@ class _Found:
     inode: int
     owners: tuple[Owner, ...]
     asked_ns: int
+    listening: bool = False
 
 
 class Namer:
@@ -85,6 +88,9 @@ class Namer:
         found = self._find(flow)
         if found is None or not found.owners:
             return
+        other = flow["cookie"] and flow["cookie"] != found.cookie
+        if other or (found.listening and not flow["cookie"]):
+            return  # another socket: of who has the port since, or the listener's for a connection
         owner = found.owners[0]  # the youngest: it was given the socket to use it
         answer["cookie"] = found.cookie
         answer["inode"] = found.inode
@@ -129,4 +135,5 @@ class Namer:
         if not owners and known is not None and known.cookie == cookie:
             if now - known.asked_ns < _REMEMBERED_NS:
                 owners, inode = known.owners, known.inode
-        return _Found(cookie, inode, owners, now)
+        listening = key[0] == socket.IPPROTO_TCP and int(there["state"]) == TcpState.LISTEN
+        return _Found(cookie, inode, owners, now, listening)

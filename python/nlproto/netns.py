@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Self, TypeVar
 
+from . import descriptors
 from ._host import lib
 from .descriptors import or_error
 from .errors import Error, NoPrivilege
@@ -26,7 +27,9 @@ __all__ = [
     "choose",
     "own",
     "owner",
+    "owner_or_unknown",
     "paths",
+    "room",
     "run_inside",
 ]
 
@@ -116,6 +119,14 @@ def owner(path: Path, proc: Path = Path("/proc")) -> int | None:
         os.close(handle)
 
 
+def owner_or_unknown(path: Path, proc: Path = Path("/proc")) -> int | None:
+    """As owner(); UNKNOWN_OWNER when it has ended or may not be asked."""
+    try:
+        return owner(path, proc)
+    except OSError:
+        return UNKNOWN_OWNER
+
+
 def _related(handle: int, request: int) -> int:
     """Exchange the descriptor of a namespace for that of a related one."""
     other = fcntl.ioctl(handle, request)
@@ -123,15 +134,20 @@ def _related(handle: int, request: int) -> int:
     return other
 
 
+def room() -> int:
+    """Return for how many namespaces beside our own there are descriptors."""
+    return descriptors.namespaces(MAX_OTHERS + 1) - 1
+
+
 def choose(owners: Mapping[int, int | None], held: Collection[int], limit: int) -> set[int]:
     """Return which `limit` namespaces of {inode: owner()} get a place.
 
-    Those of our own user namespace first, then one of each uid in turn; of a uid's those that
-    have a place (`held`) keep it.
+    Those of our own user namespace and root's first, then one of each uid in turn; of a uid's
+    those that have a place (`held`) keep it.
     """
     by_uid: dict[int | None, list[int]] = {}
     for inode in sorted(owners, key=lambda one: one not in held):
-        by_uid.setdefault(owners[inode], []).append(inode)
+        by_uid.setdefault(owners[inode] or None, []).append(inode)
     chosen = set(by_uid.pop(None, [])[:limit])
     turn = 0
     while len(chosen) < limit and by_uid:

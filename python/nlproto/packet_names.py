@@ -23,7 +23,7 @@ from .sockdiag import SockDiag, TcpState
 from .socket_lookup import ANY, SocketLookup, Tuple, mapped, tuple_of_socket
 from .wire import lib
 
-__all__ = ["PacketNames"]
+__all__ = ["FLOW_LIMIT", "PacketNames"]
 
 TTL_NS = 200_000_000
 """How long an owner is believed at most before socket and holder are looked at again."""
@@ -33,7 +33,7 @@ _SOON_SHARE, _SOON_SAVED_NS = 4, 100_000_000
 _LINGER_NS = {socket.IPPROTO_UDP: 50_000_000, socket.IPPROTO_TCP: 1_000_000_000}
 _FORGET_NS = 10_000_000_000
 _CLOSING_NS = 200_000_000  # from a descriptor's end to its socket's, on a busy machine
-_FLOW_LIMIT = 262144
+FLOW_LIMIT = 262144
 _FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
 _SIMULTANEOUS_NS = 1_000_000_000  # between two SYNs that cross and make one connection
 _NOT_ACCEPTED = {TcpState.ESTABLISHED, TcpState.SYN_RECV, TcpState.CLOSE_WAIT}
@@ -105,6 +105,7 @@ class PacketNames:
 
     `diag` is None where sock_diag is refused: then /proc/net in `net` is read, for a quarter
     of the time at most. `is_local(family, address)` tells whether 16 bytes are this host's address.
+    Some `flow_limit` flows are remembered, of some 500 bytes each.
     """
 
     def __init__(
@@ -114,7 +115,9 @@ class PacketNames:
         is_local: Callable[[int, bytes], bool],
         now_ns: Callable[[], int],
         net: Path = procfs.PROC / "self" / "net",
+        flow_limit: int = FLOW_LIMIT,
     ) -> None:
+        self._flow_limit = flow_limit
         self._sockets = SocketLookup(diag, now_ns, net)
         self._holders = holders
         self._listeners = Listeners(self._sockets, holders, now_ns)
@@ -218,7 +221,7 @@ class PacketNames:
                     connection.owned = True
                     if connection.listener is not None:
                         self._listeners.accepted(connection.listener, found.owner)
-        if len(self._flows) > _FLOW_LIMIT:
+        if len(self._flows) > self._flow_limit:
             self._forget(now)
         self._flows[group.key] = found
         return found
@@ -249,8 +252,9 @@ class PacketNames:
         if found.cookie and not same:
             return found
         known.flags |= lib.SNIFFER_F_DEAD
-        if proto == socket.IPPROTO_UDP or found.inode:
-            # Nothing tells of a new owner of a UDP port; what is open is perhaps passed on.
+        late = sent_ns - known.checked_ns > _SOON_NS
+        if proto == socket.IPPROTO_UDP or found.inode or late:
+            # A UDP port may have a new owner, and what was open may have been passed on.
             known.flags |= lib.SNIFFER_F_AMBIGUOUS
         known.settled, known.unheld = False, found.unheld
         if same:
@@ -279,7 +283,7 @@ class PacketNames:
             return
         found.owner, found.how = listener.owner, lib.SNIFFER_HOW_LISTENER
         found.flags = 0 if waits else _GUESS
-        if moved:
+        if moved or not listener.sure:
             found.flags |= lib.SNIFFER_F_AMBIGUOUS
         if listener.shared:
             found.flags |= _SHARED
@@ -289,7 +293,7 @@ class PacketNames:
         limit = now - _FORGET_NS
         self._flows = {key: flow for key, flow in self._flows.items() if flow.checked_ns > limit}
         self._ends = {key: flow for key, flow in self._ends.items() if flow.checked_ns > limit}
-        if len(self._flows) > _FLOW_LIMIT:
+        if len(self._flows) > self._flow_limit * 3 // 4:  # or the next flow would be as dear
             self._flows.clear()
             self._ends.clear()
 
@@ -316,7 +320,7 @@ class PacketNames:
 
     def _stays(self, flow: _Flow) -> bool:
         """Whether nobody held the socket for a while: one that is being closed goes soon."""
-        if len(self._unheld) > _FLOW_LIMIT:
+        if len(self._unheld) > self._flow_limit:
             self._unheld.clear()
         first = self._unheld.setdefault(flow.inode, flow.checked_ns)
         return flow.checked_ns - first > _CLOSING_NS

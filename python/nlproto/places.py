@@ -3,7 +3,7 @@
 
 To open one takes some 20 ms and to close one 50 ms (the kernel waits for all its processors), so
 neither may hold up who reads, starts or stops. Users can make namespaces without end: the places
-are bounded, those of our own user namespace come first, other users share the rest evenly.
+are bounded, root's come first, and other users share the rest evenly.
 """
 
 import threading
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from . import descriptors, netns, procfs
+from . import netns, procfs
 from .errors import Error, NoPrivilege
 from .supervise import Failures
 
@@ -23,6 +23,7 @@ __all__ = ["Places"]
 _LOOK = 0.25  # s between two looks for namespaces that came or went
 _LOOK_SHARE = 50  # and at least this many times what the last one took
 _PATIENCE = 0.5  # s that a start waits for all of them
+_MANY = 32  # for which it does not wait at all
 _CLOSERS = 16  # threads: the waits of the kernel for its processors overlap
 _TELL = 60.0  # s between two messages of one kind
 
@@ -39,8 +40,8 @@ P = TypeVar("P", bound=Place)
 class Places(Generic[P]):
     """Calls `make(inode, path, ours)` for each namespace but `own`, in a thread of its own.
 
-    `ours`: whether it belongs to our own user namespace. The reader asks for changes() and
-    gives back what it does not use any more.
+    `ours`: whether it belongs to our own user namespace, or root's. The reader asks for
+    changes() and gives back what it does not use any more.
     """
 
     def __init__(
@@ -63,14 +64,18 @@ class Places(Generic[P]):
         self._unused: deque[P] = deque()
         self._stopping = threading.Event()
         self._complete = threading.Event()
-        self.left_out = 0
-        """Namespaces that are not captured, at the last look."""
+        self._found = 0
         self._thread = threading.Thread(target=self._run, name="namespaces", daemon=True)
 
     def start(self) -> None:
         """Begin; return when all namespaces are open, or soon if they are many."""
         self._thread.start()
         self._complete.wait(_PATIENCE)
+
+    @property
+    def left_out(self) -> int:
+        """Namespaces that are not captured, or not yet."""
+        return max(0, self._found - len(self._open))
 
     def changes(self) -> Iterator[tuple[int, P | None]]:
         """What was opened, and None for what is to be given back, since the last call."""
@@ -93,9 +98,9 @@ class Places(Generic[P]):
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            began = time.monotonic()
+            pause = _LOOK
             try:
-                self._look()
+                pause = self._look()
             except NoPrivilege as error:
                 self._notify(f"only this network namespace is captured: {error}")
                 return
@@ -103,47 +108,49 @@ class Places(Generic[P]):
                 self._failures.add(error)
             finally:
                 self._complete.set()
-            took = time.monotonic() - began
-            self._stopping.wait(max(_LOOK, _LOOK_SHARE * took))
+            self._stopping.wait(pause)
 
-    def _look(self) -> None:
-        """Open what came and has a place, drop what nobody uses any more but ourselves."""
-        unused = [self._unused.popleft() for _ in range(len(self._unused))]
-        _close(unused)
+    def _look(self) -> float:
+        """Open what came and has a place, drop what nobody uses any more but ourselves.
+
+        Returns how long (s) to wait before the next look.
+        """
+        _close([self._unused.popleft() for _ in range(len(self._unused))])
+        began = time.monotonic()
         found = netns.paths(self._proc)
+        pause = max(_LOOK, _LOOK_SHARE * (time.monotonic() - began))
         found.pop(self._own, None)
         self._owners = {
-            inode: self._owners[inode] if inode in self._owners else self._owner(path)
+            inode: self._owners[inode]
+            if inode in self._owners
+            else netns.owner_or_unknown(path, self._proc)
             for inode, path in found.items()
         }
-        limit = descriptors.namespaces(netns.MAX_OTHERS + 1) - 1
+        limit = netns.room()
         chosen = netns.choose(self._owners, self._open, limit)
         for inode in [one for one in self._open if one not in chosen]:
             self._open.pop(inode)
             self._changes.append((inode, None))
         self._refused &= found.keys()
-        self.left_out = len(found) - len(chosen) + len(self._refused)
+        self._found = len(found)
         if len(found) > len(chosen):
             self._tell(
                 "limit",
                 f"{len(found) - len(chosen)} of {len(found) + 1} network namespaces are not"
                 f" captured: there are places for {limit} others{_way_out(limit)}",
             )
+        if len(chosen - self._open.keys()) > _MANY:
+            self._complete.set()
         for inode in chosen:
             if self._stopping.is_set():
-                return
+                break
             if inode not in self._open and inode not in self._refused:
                 self._try(inode, found[inode])
-
-    def _owner(self, path: Path) -> int | None:
-        try:
-            return netns.owner(path, self._proc)
-        except OSError:
-            return netns.UNKNOWN_OWNER  # it has ended, or may not be asked
+        return pause
 
     def _try(self, inode: int, path: Path) -> None:
         try:
-            place = self._make(inode, path, self._owners[inode] is None)
+            place = self._make(inode, path, not self._owners[inode])
         except FileNotFoundError:
             return
         except NoPrivilege:

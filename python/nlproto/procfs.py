@@ -10,6 +10,7 @@ import pwd
 import re
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from .cgroups import container_of, unit_of
 from .descriptors import or_error
 from .errors import UsageError
 from .sockdiag import HOST_SOCKET
-from .wire import MAX_TEXT, bounded
+from .wire import MAX_TEXT, bounded, dtype_of
 
 __all__ = [
     "CMDLINE_MODES",
@@ -30,6 +31,7 @@ __all__ = [
     "ProcessDetails",
     "container_of",
     "details",
+    "held_sockets",
     "identity",
     "owner",
     "parent",
@@ -44,7 +46,9 @@ __all__ = [
 PROC = Path("/proc")
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 CMDLINE_MODES = ("full", "program", "off")
-_MAX_FDS = 65536
+_HELD_AT_ONCE, _MAX_HELD = 4096, 1 << 21
+HELD = dtype_of("host_held", ffi)
+"""A process's descriptor of a socket: inode, pid, fd."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,30 +169,45 @@ def _uid(pid: int, proc: Path) -> int | None:
     return int(uid[1]) if uid else None
 
 
+def held_sockets(some: Sequence[int], proc: Path = PROC) -> tuple[np.ndarray, bool]:
+    """Return which sockets the processes `some` hold (HELD), and whether all could be asked.
+
+    One call asks them all, without Python's lock: the answer is a matter of milliseconds.
+    """
+    try:
+        directory = os.open(proc, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return np.zeros(0, HELD), False
+    try:
+        pids = np.array(some, np.uint32)
+        refused = ffi.new("uint32_t *")
+        room = _HELD_AT_ONCE
+        while True:
+            found = np.zeros(room, HELD)
+            read = lib.host_held_sockets(
+                directory,
+                ffi.from_buffer("uint32_t[]", pids),
+                len(pids),
+                ffi.from_buffer("struct host_held[]", found),
+                room,
+                refused,
+            )
+            if read < room or room >= _MAX_HELD:
+                return found[:read], not refused[0]
+            room *= 8
+    finally:
+        os.close(directory)
+
+
 def socket_inodes(pid: int, proc: Path = PROC) -> dict[int, int] | None:
     """Return {inode: descriptor} of the sockets that `pid` holds.
 
     None when it may not be asked (another user's); empty when it is gone.
     """
-    try:
-        with or_error():
-            directory = os.open(f"{proc}/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:
+    held, asked = held_sockets([pid], proc)
+    if not asked:
         return None
-    except OSError:
-        return {}
-    try:
-        count = 1024
-        while True:
-            inodes = ffi.new("uint64_t[]", count)
-            fds = ffi.new("uint32_t[]", count)
-            read = lib.host_socket_inodes(directory, inodes, fds, count)
-            if read < count or count >= _MAX_FDS:
-                return dict(zip(inodes[0 : max(read, 0)], fds[0 : max(read, 0)], strict=True))
-            count *= 8
-            os.lseek(directory, 0, os.SEEK_SET)
-    finally:
-        os.close(directory)
+    return dict(zip(held["inode"].tolist(), held["fd"].tolist(), strict=True))
 
 
 def tables(net: Path = PROC / "self" / "net") -> np.ndarray:

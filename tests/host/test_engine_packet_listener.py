@@ -72,9 +72,9 @@ def facts(child):
     return json.loads(line)
 
 
-@pytest.fixture
-def engine():
-    with PacketEngine(lambda note: None, everywhere=False) as opened:
+@pytest.fixture(params=[True, False], ids=["sock_diag", "proc_net"])
+def engine(request):
+    with PacketEngine(lambda note: None, everywhere=False, sock_diag=request.param) as opened:
         yield opened
 
 
@@ -192,6 +192,20 @@ def test_of_several_that_could_accept_one_is_named_and_doubted(engine, worker, w
     assert np.all(found["flags"] & (SHARED | AMBIGUOUS) == SHARED | AMBIGUOUS)
 
 
+def test_a_process_that_listens_twice_on_a_port_shares_with_nobody(engine, worker):
+    server = worker(
+        "s = listening(0, socket.SO_REUSEPORT); p = s.getsockname()[1]\n"
+        "t = listening(p, socket.SO_REUSEPORT); tell(port=p)\n"
+        "import select; answer(select.select([s, t], [], [])[0][0], True); sys.stdin.read()"
+    )
+    port = facts(server)["port"]
+    request(port)
+    facts(server)
+    found = local(records(engine, port), port)
+    assert set(found["tgid"].tolist()) == {server.pid}
+    assert not np.any(found["flags"] & SHARED)
+
+
 def test_a_refused_connection_is_nobodys_though_one_listens_later(engine):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -236,3 +250,17 @@ def test_a_probe_of_an_open_port_is_nobodys(engine, worker):
     found = local(records(engine, port), port)
     assert [(int(one["dir"]), int(one["tcp_flags"])) for one in found] == [(IN, ACK), (OUT, RST)]
     assert not np.any(found["tgid"])
+
+
+def test_a_datagram_to_a_socket_that_is_gone_had_one(engine):
+    """Nothing says that there was none: only a refused SYN is no_socket."""
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as to,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
+    ):
+        to.bind(("127.0.0.1", 0))
+        port = to.getsockname()[1]
+        sender.sendto(b"x", ("127.0.0.1", port))
+        assert to.recv(10) == b"x"
+    found = local(records(engine, port), port)
+    assert found["how"].tolist() == [GONE]

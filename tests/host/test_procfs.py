@@ -81,6 +81,18 @@ def test_a_process_born_after_the_walk_is_found(spawned):
     assert [one.identity.tgid for one in holders.find(number)] == [child.pid]
 
 
+def test_a_parent_that_holds_a_childs_socket_too_is_found_with_it(sock, spawned):
+    """A socket made since the walk and inherited at once: the newborn is asked first."""
+    holders = Holders()
+    holders.walk()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
+        made.set_inheritable(True)
+        child = spawned("import sys; print(1, flush=True); sys.stdin.read()", close_fds=False)
+        child.stdout.readline()
+        found = holders.find_soon(inode(made))
+    assert {one.identity.tgid for one in found} == {child.pid, os.getpid()}
+
+
 def test_who_never_held_a_socket_alone_comes_youngest_first(sock, spawned):
     sock.set_inheritable(True)
     child = spawned("import sys; sys.stdin.read()", close_fds=False)

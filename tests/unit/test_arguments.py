@@ -122,7 +122,7 @@ def test_the_letters_that_tcpdump_has_too_mean_the_same():
     """man tcpdump: what each of these is for."""
     letters = {option for action in live_parser()._actions for option in action.option_strings}
     short = {letter for letter in letters if re.fullmatch("-[A-Za-z]", letter)}
-    assert short == {f"-{letter}" for letter in "hVFiQcnqvtwCWrDlUpKsAXxe"}
+    assert short == {f"-{letter}" for letter in "hVFiQcnqvtwCWrBDlUpKsAXxe"}
 
 
 def test_tcpdumps_habits_change_nothing():

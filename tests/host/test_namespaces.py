@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""Whose a network namespace is, asked of the kernel, and which are captured when they are many."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nlproto import netns
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to act as another user")
+
+USER = 65534
+INSIDE = ["unshare", "-Urn"]
+
+
+def started(command, user=None):
+    """A process in namespaces of its own; its netns path."""
+    child = subprocess.Popen(
+        [*command, "sh", "-c", "echo; exec sleep 60"], stdout=subprocess.PIPE, user=user
+    )
+    if not child.stdout.readline():
+        child.wait()
+        pytest.skip("users may not make user namespaces here")
+    return child, Path(f"/proc/{child.pid}/ns/net")
+
+
+@pytest.fixture
+def namespaces():
+    """Starts a process in namespaces of its own; its netns path."""
+    with contextlib.ExitStack() as stack:
+
+        def make(command, user=None):
+            child, path = started(command, user)
+            stack.callback(child.stdout.close)
+            stack.callback(child.wait)
+            stack.callback(child.kill)
+            return path
+
+        yield make
+
+
+@pytest.mark.parametrize(
+    ("command", "user", "owner"),
+    [
+        (["unshare", "-n"], None, None),
+        (INSIDE, USER, USER),
+        ([*INSIDE, *INSIDE, *INSIDE], USER, USER),
+        (INSIDE, None, 0),
+    ],
+    ids=["ours", "users", "nested", "roots_user_namespace"],
+)
+def test_a_namespace_is_of_who_made_the_outermost_user_namespace(namespaces, command, user, owner):
+    assert netns.owner(namespaces(command, user)) == owner
+
+
+ENGINE = """
+import resource, sys
+from nlproto.engine_packet import PacketEngine
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]),) * 2)
+with PacketEngine(lambda note: print("told", note, flush=True)) as engine:
+    print("ready", flush=True)
+    for line in sys.stdin:
+        for _ in engine.read(0.2): pass
+        print(*engine._places, flush=True)
+"""
+
+
+@pytest.fixture
+def engine():
+    """An engine in a process of its own with so many descriptors; its lines."""
+    with contextlib.ExitStack() as stack:
+
+        def start(descriptors):
+            child = subprocess.Popen(
+                [sys.executable, "-c", ENGINE, str(descriptors)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            stack.enter_context(child)
+            stack.callback(child.kill)
+            return child
+
+        yield start
+
+
+def captured(child):
+    """The namespaces that it captures now; what it tells is left out."""
+    child.stdin.write("\n")
+    child.stdin.flush()
+    while (line := child.stdout.readline()).startswith(("told", "ready")):
+        pass
+    assert line, "the engine ended"
+    return {int(word) for word in line.split()}
+
+
+def test_a_users_many_namespaces_leave_places_for_root(namespaces, engine):
+    roots = [path for path in netns.paths().values() if not netns.owner_or_unknown(path)]
+    room = len(roots) + 6
+    theirs = {namespaces(INSIDE, USER).stat().st_ino for _ in range(20)}
+    child = engine((5 * room + 64) * 4 // 3 + 4)
+    while len(captured(child)) <= room:
+        pass
+    ours = namespaces(["unshare", "-n"]).stat().st_ino
+    while ours not in captured(child):
+        pass
+    assert not theirs <= captured(child)
+
+
+def test_few_descriptors_are_enough_for_its_own_namespace(namespaces, engine):
+    for _ in range(6):
+        namespaces(["unshare", "-n"])
+    child = engine(24)
+    assert child.stdout.readline().startswith("told")
+    assert captured(child) == {netns.own()}

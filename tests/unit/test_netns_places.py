@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: MIT
+"""Network namespaces get places fairly, and neither start nor stop waits for many of them."""
+
+import os
+import resource
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nlproto import netns
+from nlproto.places import Places
+from waiting import until
+
+OWN = 1
+
+
+class Opened:
+    def __init__(self, inode):
+        self.inode = inode
+        self.closed = False
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def proc(tmp_path):
+    """A /proc with a process in each namespace that is asked for."""
+
+    def fill(inodes):
+        for pid, inode in enumerate(inodes, start=1):
+            (tmp_path / str(pid) / "ns").mkdir(parents=True)
+            os.symlink(f"net:[{inode}]", tmp_path / str(pid) / "ns" / "net")
+        return tmp_path
+
+    return fill
+
+
+def test_our_own_come_first_and_users_share_the_rest():
+    owners = {n: 1000 for n in range(300)} | {n: 1001 for n in range(300, 310)}
+    owners |= {n: n % 2 and None for n in range(400, 500)}  # ours, and root's
+    chosen = netns.choose(owners, (), 255)
+    assert len(chosen) == 255
+    assert {n for n in owners if not owners[n]} <= chosen
+    assert {n for n in owners if owners[n] == 1001} <= chosen
+
+
+def test_who_has_a_place_keeps_it_before_others_of_the_same_user():
+    owners = dict.fromkeys(range(300), 1000)
+    first = netns.choose(owners, (), 100)
+    owners |= dict.fromkeys(range(-300, 0), 1000)
+    assert netns.choose(owners, first, 100) == first
+
+
+@given(
+    st.dictionaries(st.integers(0, 500), st.sampled_from([None, 4, 1, 2, 3]), max_size=80),
+    st.sets(st.integers(0, 500)),
+    st.integers(0, 40),
+)
+def test_a_user_lacks_places_only_if_nobody_has_two_more(owners, held, limit):
+    chosen = netns.choose(owners, held, limit)
+    assert len(chosen) == min(limit, len(owners))
+    counts = {uid: sum(owners[n] == uid for n in chosen) for uid in owners.values()}
+    lacking = {uid for n, uid in owners.items() if n not in chosen}
+    if None in lacking:
+        assert set(counts) - {uid for uid in counts if not counts[uid]} <= {None}
+    for uid in lacking - {None}:
+        assert all(counts[other] <= counts[uid] + 1 for other in counts if other is not None)
+
+
+def test_places_leave_descriptors_for_everything_else(monkeypatch):
+    def limited(soft):
+        monkeypatch.setattr(resource, "getrlimit", lambda which: (soft, soft))
+        return netns.room()
+
+    assert limited(24) == 0
+    assert 50 < limited(1024) < 200
+    assert limited(16384) == limited(resource.RLIM_INFINITY) == netns.MAX_OTHERS
+
+
+def test_a_start_does_not_wait_for_many_namespaces_nor_does_an_end(proc):
+    gate = threading.Event()
+    opened = []
+
+    def make(inode, path, ours):
+        if len(opened) == 2:
+            gate.wait()
+        opened.append(Opened(inode))
+        return opened[-1]
+
+    places = Places(make, OWN, pytest.fail, proc(range(OWN, 30)))
+    places.start()
+    assert [inode for inode, _ in places.changes()] == [place.inode for place in opened[:2]]
+    gate.set()
+    until(lambda: len(opened) == 28)
+    places.close()
+    assert all(place.closed for place in opened)
+
+
+def test_what_has_no_place_is_told_in_one_line(proc, monkeypatch):
+    monkeypatch.setattr(netns, "room", lambda: 5)
+    told = []
+    places = Places(lambda inode, path, ours: Opened(inode), OWN, told.append, proc(range(1, 53)))
+    places.start()
+    assert len(list(places.changes())) == 5
+    assert places.left_out == 46
+    places.close()
+    assert len(told) == 1
+    assert "46 of 52 network namespaces are not captured" in told[0]
+
+
+def test_namespaces_that_cannot_be_opened_are_told_in_one_line(proc):
+    told = []
+
+    def make(inode, path, ours):
+        raise OSError(12, "Cannot allocate memory")
+
+    places = Places(make, OWN, told.append, proc(range(1, 53)))
+    places.start()
+    places.close()
+    assert len(told) == 1
+    assert places.left_out == 51
