@@ -102,13 +102,13 @@ def _run(command: arguments.Command, stop: Stop) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: sys.argv); return 0, 1 (failure) or 2 (usage)."""
-    descriptors.raise_limit()
     logging.getLogger().handlers = [_Log(logging.WARNING)]
     for line in foreign_packages():
         _tell(line)
     code = 0
     try:
         try:
+            descriptors.raise_limit()
             with Stop() as stop:
                 _run(arguments.parse(sys.argv[1:] if argv is None else argv), stop)
         except SystemExit as ended:  # --help, --version, doctor
