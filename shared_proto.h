@@ -64,6 +64,7 @@ enum sniffer_limits {
 	SNIFFER_VERSION		= 1,
 	SNIFFER_COMM_LEN	= 16,	/* TASK_COMM_LEN */
 	SNIFFER_EXE_LEN		= 256,	/* a longer path keeps its tail */
+	SNIFFER_CGROUP_LEN	= 256,	/* a longer path is left out */
 	SNIFFER_BATCH_MAX	= 252,	/* records a message at most */
 	SNIFFER_BATCH_DEFAULT	= 124,	/* fills a 16 KiB skb exactly */
 	SNIFFER_FLUSH_MS_MAX	= 1000,
@@ -221,6 +222,8 @@ struct sniffer_process {
 	__u32 event;		/* enum sniffer_event */
 	char comm[SNIFFER_COMM_LEN];
 	char exe[SNIFFER_EXE_LEN];	/* NUL-terminated path, empty: unknown */
+	/* New at the end; who reads a shorter message takes it as empty. */
+	char cgroup[SNIFFER_CGROUP_LEN]; /* of cgroup_id, from the root, NUL-terminated */
 };
 
 /* A socket of the owner table. */
@@ -328,7 +331,7 @@ struct sniffer_snap {
 static_assert(sizeof(struct sniffer_record) == 128, "record");
 static_assert(sizeof(struct sniffer_batch) == 80, "batch");
 static_assert(sizeof(struct sniffer_tail) == 48, "tail");
-static_assert(sizeof(struct sniffer_process) == 320, "process");
+static_assert(sizeof(struct sniffer_process) == 576, "process");
 static_assert(sizeof(struct sniffer_socket) == 96, "socket");
 static_assert(sizeof(struct sniffer_holder) == 16, "holder");
 static_assert(sizeof(struct sniffer_info) == 48, "info");

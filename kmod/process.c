@@ -7,6 +7,7 @@
 #include <linux/cred.h>
 #include <linux/dcache.h>
 #include <linux/hash.h>
+#include <linux/kernfs.h>
 #include <linux/module.h>
 #include <linux/moduleparam.h>
 #include <linux/pid_namespace.h>
@@ -71,6 +72,38 @@ static void process_exe(struct mm_struct *mm, char *exe)
 }
 
 /*
+ * Who reads /proc/PID/cgroup later may find a container of a moment gone. A
+ * walk of our own, since kernfs_path() takes a lock. Names on v2 never change.
+ * Under RCU.
+ */
+static void process_cgroup(struct task_struct *task, struct sniffer_process *about)
+{
+#ifdef CONFIG_CGROUPS
+	struct cgroup *cgroup = rcu_dereference(task->cgroups)->dfl_cgrp;
+	char *start = about->cgroup + SNIFFER_CGROUP_LEN - 1;
+	size_t len;
+
+	about->cgroup_id = cgroup_id(cgroup);
+	memset(about->cgroup, 0, SNIFFER_CGROUP_LEN);
+	for (; cgroup_parent(cgroup); cgroup = cgroup_parent(cgroup)) {
+		const char *name = (__force const char *)READ_ONCE(cgroup->kn->name);
+
+		len = strlen(name);
+		if (len + 1 > start - about->cgroup) {
+			memset(about->cgroup, 0, SNIFFER_CGROUP_LEN);
+			return;
+		}
+		start -= len;
+		memcpy(start, name, len);
+		*--start = '/';
+	}
+	len = strlen(start);
+	memmove(about->cgroup, start, len);
+	memset(about->cgroup + len, 0, SNIFFER_CGROUP_LEN - len);
+#endif
+}
+
+/*
  * @task is current, a child that does not run yet, or held by task_lock(): its
  * mm cannot go away.
  */
@@ -90,9 +123,7 @@ static void process_fill(struct sniffer_proc *proc, struct task_struct *task)
 	rcu_read_lock();
 	proc->uid = __kuid_val(__task_cred(task)->uid);
 	about->ppid = rcu_dereference(leader->real_parent)->tgid;
-#ifdef CONFIG_CGROUPS
-	about->cgroup_id = cgroup_id(rcu_dereference(task->cgroups)->dfl_cgrp);
-#endif
+	process_cgroup(task, about);
 	ns = task_active_pid_ns(task);
 	if (ns) {
 		about->pidns = ns->ns.inum;

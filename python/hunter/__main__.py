@@ -90,13 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns 0, 1 (failure), 2 (usage), or the exit code of the command after "--".
     """
-    descriptors.raise_limit()
     logging.getLogger().handlers = [_Log(logging.WARNING)]
     for line in foreign_packages():
         _tell(line)
     code = 0
     try:
         try:
+            descriptors.raise_limit()
             with Stop() as stop:
                 code = _run(arguments.parse(sys.argv[1:] if argv is None else argv), stop)
         except SystemExit as ended:  # --help, --version, doctor

@@ -62,22 +62,50 @@ def path_of(raw: bytes) -> tuple[str, bytes]:
     return longest, paths[longest]
 
 
-def only_root_makes(hierarchy: str, mounts: str = MOUNTS) -> OnlyRoot:
-    """Return what tells of the cgroups of `hierarchy`, by their directories below `mounts`."""
-    if hierarchy:
-        mount = f"{mounts}/{hierarchy.removeprefix('name=')}"
-    else:
-        hybrid = f"{mounts}/unified"
-        mount = hybrid if os.path.isdir(hybrid) else mounts
+def only_root_makes(hierarchy: str, mounts: str = MOUNTS, proc: str = "/proc") -> OnlyRoot:
+    """Return what tells of the cgroups of `hierarchy`, by their directories."""
+    mount = _mount(hierarchy, mounts, proc)
 
     def look(path: str) -> bool | None:
         try:
-            found = os.lstat(mount + path)
+            found = os.lstat(mount + path) if mount else None
         except (OSError, ValueError):
+            found = None
+        if found is None:
             return None
         return found.st_uid == 0 and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
     return look
+
+
+def _mount(hierarchy: str, mounts: str, proc: str) -> str:
+    """Return where a hierarchy is mounted: where systemd does it, or as mountinfo tells; or ""."""
+    names = [hierarchy.removeprefix("name=")] if hierarchy else ["unified", ""]
+    for place in (f"{mounts}/{name}".rstrip("/") for name in names):
+        if os.path.exists(f"{place}/cgroup.procs"):
+            return place
+    try:
+        with open(f"{proc}/self/mountinfo", "rb") as file:
+            lines = file.read().split(b"\n")
+    except OSError:
+        return ""
+    for line in lines:
+        mounted, _, kind = line.partition(b" - ")
+        fields, options = mounted.split(b" "), kind.split(b" ")
+        if len(fields) < 6 or len(options) < 3 or fields[3] != b"/":
+            continue
+        if options[0] == b"cgroup2" if not hierarchy else hierarchy in _words(options[2]):
+            return os.fsdecode(
+                re.sub(rb"\\(\d{3})", lambda code: bytes([int(code[1], 8) & 255]), fields[4])
+            )
+    return ""
+
+
+def _words(options: bytes) -> set[str]:
+    """Return an options' field with all of it that could name a v1 hierarchy."""
+    words = os.fsdecode(options).split(",")
+    controllers = [word for word in words if word not in ("rw", "ro") and "=" not in word]
+    return {*words, ",".join(controllers)}
 
 
 def place_of(path: str, only_root: OnlyRoot = lambda path: None) -> Place:

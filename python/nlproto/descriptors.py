@@ -18,6 +18,7 @@ __all__ = ["NoDescriptors", "lower_limit", "namespaces", "none_left", "or_error"
 _PER_NETNS = 5  # ring, sock_diag and rtnetlink of the engine, sock_diag of keeper and of namer
 _OTHERS = 64  # files, history, event loop, the questions under way
 _CLIENTS = 512
+_LEAST = 18
 
 _soft_at_start = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
@@ -31,10 +32,15 @@ class NoDescriptors(Error):
 
 
 def raise_limit() -> None:
-    """Raise this process's soft limit to the hard one. Nothing here uses select(2)."""
+    """Raise this process's soft limit to the hard one. Nothing here uses select(2).
+
+    Raises Error where even that is too low to begin.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if 0 <= hard < _LEAST:
+        raise NoDescriptors(f"{hard} open files are too few: raise the limit (ulimit -n)")
 
 
 def lower_limit() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections import OrderedDict
@@ -12,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from nlproto import cgroups
 from nlproto.procfs import TICK_NS, same_start
 from nlproto.shares import NOBODY, Payers, surplus
 from nlproto.supervise import Failures
 from nlproto.table import mix
-from nlproto.wire import ProcessEvent, lib, text
+from nlproto.wire import ProcessEvent, bounded, lib, text
 
 __all__ = ["Key", "Process", "Processes", "process_of_event"]
 
@@ -54,11 +56,16 @@ Details = Callable[[int, int], Any]
 """(pid, start_ns) -> an object with some of Process's attributes, or None when it is gone."""
 
 _KERNEL = ("comm", "exe", "ppid", "uid", "cgroup_id", "pidns", "ns_tgid")
+_CGROUP = ("cgroup", "unit", "container")
+"""What /proc tells better while the process lives: it may have moved, or be on v1."""
 _PROC = ("exe", "cmdline", "user", "cgroup", "unit", "container", "ppid")
 
 
 def process_of_event(event: ProcessEvent) -> Process:
     """The Process that an event tells of."""
+    place = cgroups.NOWHERE
+    if event.cgroup:
+        place = cgroups.place_of(os.fsdecode(event.cgroup), cgroups.only_root_makes(""))
     return Process(
         tgid=event.tgid,
         start_ns=event.start_ns,
@@ -66,7 +73,10 @@ def process_of_event(event: ProcessEvent) -> Process:
         ppid=event.ppid or None,
         uid=event.uid,
         exe=event.exe,
+        cgroup=bounded(event.cgroup),
         cgroup_id=event.cgroup_id,
+        unit=bounded(os.fsencode(place.unit)),
+        container=bounded(os.fsencode(place.container)),
         pidns=event.pidns,
         ns_tgid=event.ns_tgid,
         exit_ns=event.time_ns if event.event == lib.SNIFFER_EVENT_EXIT else None,
@@ -153,7 +163,8 @@ class Processes:
         if known is None:
             process = told
         else:
-            values = {name: getattr(told, name) for name in _KERNEL if getattr(told, name)}
+            names = _KERNEL if known.cgroup else (*_KERNEL, *_CGROUP)
+            values = {name: getattr(told, name) for name in names if getattr(told, name)}
             process = replace(known, exit_ns=told.exit_ns or known.exit_ns, **values)
         if kind != lib.SNIFFER_EVENT_EXIT:
             process = self._with_details(process)
@@ -214,6 +225,8 @@ class Processes:
         if found is None:
             return process
         values = {name: value for name in _PROC if (value := getattr(found, name, None))}
+        if "cgroup" in values:
+            values |= {name: getattr(found, name, "") for name in _CGROUP}
         uid = getattr(found, "uid", None)
         if uid is not None:
             values["uid"] = uid

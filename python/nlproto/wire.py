@@ -173,6 +173,8 @@ class ProcessEvent:
     event: int
     comm: str
     exe: str
+    cgroup: bytes = b""
+    """Path from the root of v2; empty when it is the root, too long, or not told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +258,13 @@ def encode_batch(head: np.void, records: np.ndarray) -> bytes:
 
 
 def decode_process(buf: bytes | memoryview) -> ProcessEvent:
-    """Return the process event in `buf` (attribute SNIFFER_A_PROCESS); raise Error if too short."""
+    """Return the process event in `buf` (attribute SNIFFER_A_PROCESS); raise Error if too short.
+
+    A module that tells no cgroup ends it where that begins.
+    """
+    first = int(ffi.offsetof("struct sniffer_process", "cgroup"))
+    if first <= len(buf) < PROCESS.itemsize:
+        buf = bytes(buf[:first]).ljust(PROCESS.itemsize, b"\0")
     one = decode_struct(buf, PROCESS)
     return ProcessEvent(
         time_ns=int(one["time_ns"]),
@@ -269,7 +277,8 @@ def decode_process(buf: bytes | memoryview) -> ProcessEvent:
         ns_tgid=int(one["ns_tgid"]),
         event=int(one["event"]),
         comm=text(one["comm"]),
-        exe=text(one["exe"]),
+        exe=text(one["exe"]).removesuffix(" (deleted)"),
+        cgroup=bytes(one["cgroup"]).partition(b"\0")[0],
     )
 
 

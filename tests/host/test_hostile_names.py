@@ -231,3 +231,60 @@ def test_a_daemon_whose_worker_only_fails_ends_with_1(receiver, tree, tmp_path):
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("Traceback") == 1
     assert "worker cannot go on" in done.stderr and "does not close" not in done.stderr
+
+
+@pytest.fixture(name="namespaces")
+def _namespaces():
+    names = [f"phfd{os.getpid()}x{number}" for number in range(8)]
+    for name in names:
+        subprocess.run(["ip", "netns", "add", name], check=True)
+    yield names
+    for name in names:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+def test_a_daemon_with_few_descriptors_serves_and_says_what_it_leaves_out(namespaces, tmp_path):
+    log = tmp_path / "log"
+    command = ["prlimit", "--nofile=120:120", sys.executable, "-m", "daemon", "--foreground"]
+    command += ["--engine", "packet", "--socket", str(tmp_path / "d.sock")]
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    clients = []
+    try:
+        until(lambda: "serving" in log.read_text() or process.poll() is not None)
+        for _ in range(120):  # more than there can be
+            client = socket.socket(socket.AF_UNIX)
+            client.connect(str(tmp_path / "d.sock"))
+            clients.append(client)
+        until(lambda: "Too many open files" in log.read_text())
+        for client in clients:
+            client.close()
+        until(lambda: _answers(str(tmp_path / "d.sock")))
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+    text = log.read_text()
+    assert "is not captured" in text
+    assert text.count("accept: ") <= 2 and "Traceback" not in text, text
+
+
+def _answers(path):
+    try:
+        with DaemonClient(path) as client:
+            return client.stats()["clients"]["connected"] >= 1
+    except Exception:
+        return False
+
+
+def test_a_hunter_with_few_descriptors_captures_what_it_can(namespaces, tmp_path):
+    done = subprocess.run(
+        ["prlimit", "--nofile=24:24", sys.executable, "-m", "hunter", "--engine", "packet"]
+        + ["--socket", str(tmp_path / "none"), "--duration", "1", "-n"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and "is not captured" in done.stderr
+    assert "Traceback" not in done.stderr and "shown" in done.stderr

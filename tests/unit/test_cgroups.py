@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nlproto import cgroups
@@ -179,6 +179,7 @@ def test_places_where_nobody_makes_any_are_none(path):
 @pytest.mark.parametrize("how", ["chown", "chmod"])
 def test_a_directory_that_was_given_away_makes_no_units(tmp_path, given_away, path, how):
     (tmp_path / path.lstrip("/")).mkdir(parents=True)
+    (tmp_path / "cgroup.procs").touch()
     look = cgroups.only_root_makes("", str(tmp_path))
     assert place_of(path, look) != cgroups.NOWHERE
     if how == "chown":
@@ -191,6 +192,8 @@ def test_a_directory_that_was_given_away_makes_no_units(tmp_path, given_away, pa
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give directories away")
 def test_a_container_inside_a_service_is_believed_when_root_made_it(tmp_path):
     path = f"/system.slice/web.service/libpod-payload-{ID}"
+    (tmp_path / "systemd").mkdir()
+    (tmp_path / "systemd/cgroup.procs").touch()
     look = cgroups.only_root_makes("name=systemd", str(tmp_path))
     assert place_of(path, look) == ("web.service", "")
     (tmp_path / "systemd" / path.lstrip("/")).mkdir(parents=True)
@@ -228,6 +231,7 @@ def test_every_path_that_the_kernel_can_write_comes_back(name):
     assert path_of(b"1:name=systemd:/x\n0::/x" + name + b"\n") == ("", b"/x" + name)
 
 
+@settings(max_examples=50)
 @given(st.binary(max_size=400))
 def test_no_bytes_raise(raw):
     hierarchy, path = path_of(raw)
@@ -236,8 +240,38 @@ def test_no_bytes_raise(raw):
 
 
 def test_the_hierarchy_is_looked_at_where_it_is_mounted(tmp_path):
-    (tmp_path / "a").mkdir(mode=0o755)
-    assert cgroups.only_root_makes("", str(tmp_path))("/a") == (os.geteuid() == 0)
-    assert cgroups.only_root_makes("cpu,cpuacct", str(tmp_path))("/a") is None
-    Path(tmp_path, "unified").mkdir()
-    assert cgroups.only_root_makes("", str(tmp_path))("/a") is None
+    ours = os.geteuid() == 0
+    for place in ("", "unified", "cpu,cpuacct", "else where"):
+        (tmp_path / place / "a").mkdir(mode=0o755, parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    told = tmp_path / "proc/self/mountinfo"
+    told.write_text(
+        f"30 24 0:26 / {tmp_path}/unified rw,nosuid shared:9 - tmpfs tmpfs rw\n"
+        f"31 24 0:27 /below {tmp_path}/unified rw,nosuid shared:9 - cgroup2 cgroup2 rw\n"
+        f"32 24 0:27 / {tmp_path}/else\\040where rw,nosuid shared:9 - cgroup2 cgroup2 rw\n"
+        f"33 24 0:28 / {tmp_path}/cpu,cpuacct rw shared:10 - cgroup cgroup rw,cpu,cpuacct\n"
+        "nonsense\n"
+    )
+    mounts, proc = str(tmp_path), str(tmp_path / "proc")
+    assert cgroups._mount("", mounts, proc) == f"{tmp_path}/else where"
+    assert cgroups._mount("cpu,cpuacct", "/nonexistent", proc) == f"{tmp_path}/cpu,cpuacct"
+    assert cgroups._mount("name=systemd", mounts, proc) == ""
+    assert cgroups.only_root_makes("name=systemd", mounts, proc)("/a") is None
+    assert cgroups.only_root_makes("", mounts, proc)("/a") is ours
+    told.unlink()
+    assert cgroups.only_root_makes("", mounts, proc)("/a") is None
+    (tmp_path / "cgroup.procs").touch()
+    assert cgroups._mount("", mounts, proc) == mounts
+    (tmp_path / "unified/cgroup.procs").touch()
+    assert cgroups._mount("", mounts, proc) == f"{mounts}/unified"
+
+
+@settings(max_examples=50)
+@given(st.binary(max_size=300))
+@example(b"1 2 3 / /\\777 o - cgroup2 x rw")
+def test_no_mounts_raise(raw):
+    with tempfile.TemporaryDirectory() as proc:
+        Path(proc, "self").mkdir()
+        Path(proc, "self/mountinfo").write_bytes(raw)
+        for hierarchy in ("", "cpu"):
+            cgroups._mount(hierarchy, "/nonexistent", proc)

@@ -29,6 +29,25 @@ def test_a_process_that_is_gone_keeps_what_the_kernel_told():
     assert (process.comm, process.exe, process.exit_ns) == ("first", "/bin/first", 1234)
 
 
+def test_a_container_of_a_moment_is_known_from_what_the_kernel_told():
+    processes = Processes(procfs.details)
+    path = b"/system.slice/docker-" + b"4f1c0d2e9a3b" + b"0" * 52 + b".scope"
+    for kind in (SEEN, EXIT):
+        processes.add_event(_event(kind, cgroup=path))
+    found = processes.get(2**22 + 5, 77)
+    assert (found.cgroup, found.container) == (path.decode(), "docker:4f1c0d2e9a3b")
+
+
+def test_proc_tells_better_where_a_living_process_is():
+    here = procfs.identity(os.getpid())
+    told = procfs.details(here.tgid, here.start_ns)
+    processes = Processes(procfs.details)
+    processes.add_event(_event(SEEN, here.tgid, here.start_ns, cgroup=b"/old.service"))
+    processes.add_event(_event(EXIT, here.tgid, here.start_ns, cgroup=b"/old.service"))
+    found = processes.get(here.tgid, here.start_ns)
+    assert (found.cgroup, found.unit) == (told.cgroup, told.unit)
+
+
 def test_a_living_process_gets_its_details_from_proc_once():
     identity = procfs.identity(os.getpid())
     asked = []

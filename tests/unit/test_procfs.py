@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nlproto import UsageError, procfs, wire
@@ -202,6 +202,7 @@ anything = st.one_of(
 )
 
 
+@settings(max_examples=50)
 @given(anything, anything, anything, anything)
 @example(b"42 (a) S" + b" 0" * 17 + b" 5", b"Uid:\t\xc2\xb2\n", b"", b"a\x0c0::/b")
 def test_no_bytes_in_proc_raise(stat, status, cmdline, cgroup):
@@ -225,6 +226,7 @@ def test_no_bytes_in_proc_raise(stat, status, cmdline, cgroup):
         procfs.tables(home)
 
 
+@settings(max_examples=50)
 @given(
     st.binary(min_size=1, max_size=15).filter(lambda name: b"\0" not in name),
     st.integers(0, 2**32 - 1),

@@ -65,7 +65,7 @@ def test_no_struct_has_implicit_padding(struct):
 
 def test_every_field_that_c_wrote_is_read_back_by_numpy():
     for struct, dtype in DTYPES.items():
-        raw = bytes(range(256)) * 2
+        raw = bytes(range(256)) * 4
         one = wire.ffi.new(f"struct {struct} *")
         wire.ffi.buffer(one)[:] = raw[: dtype.itemsize]
         row = np.frombuffer(raw, dtype, 1)[0]
@@ -193,6 +193,16 @@ def test_a_process_event_becomes_text_and_numbers():
     one.exe = b"/usr/bin/x"
     event = wire.decode_process(bytes(wire.ffi.buffer(one)))
     assert (event.tgid, event.comm, event.exe, event.event) == (7, "caf\\xc3", "/usr/bin/x", 2)
+
+
+def test_a_process_event_of_an_older_module_has_no_cgroup_and_of_a_later_one_has():
+    one = wire.ffi.new("struct sniffer_process *", {"tgid": 7, "cgroup": b"/a\xff\r/b"})
+    raw = bytes(wire.ffi.buffer(one))
+    assert wire.decode_process(raw + b"more").cgroup == b"/a\xff\r/b"
+    assert wire.decode_process(raw[:320]).cgroup == b""
+    assert wire.decode_process(raw[:400]).tgid == 7
+    with pytest.raises(Error):
+        wire.decode_process(raw[:319])
 
 
 def test_how_names_are_those_of_the_header():
