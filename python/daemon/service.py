@@ -72,7 +72,7 @@ class Service:
                 account=Account(),
                 processes=processes,
                 namer=namer,
-                portmap=PortMap(config.max_ports),
+                portmap=PortMap(config.max_ports, payers=payers),
                 queue=MessageQueue(config.queue_size),
             )
             asyncio.run(self._serve(socket_file, pipeline, recorder))

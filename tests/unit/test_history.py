@@ -217,3 +217,11 @@ def test_a_row_evicted_while_it_could_not_be_stored_is_counted(make_records):
     history.mark_changed(ids)
     assert history.unstored == before + 1
     assert history.waiting() == len(history)
+
+
+def test_a_flood_at_one_process_evicts_its_flows_and_not_its_namesakes(make_records):
+    history = History(1000)
+    rows = ({"sport": n, "uid": 0, "comm": b"python3", "tgid": 7 + n % 5} for n in range(100))
+    history.update(summarize(make_records(*rows), 1), NO_OFFSET)
+    _flood(history, make_records, 10_000, 10**6, uid=0, comm=b"python3", tgid=99)
+    assert all(len(_ports(history, pid=pid)) == 20 for pid in range(7, 12))
