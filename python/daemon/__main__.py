@@ -20,7 +20,7 @@ from collections.abc import Sequence  # noqa: E402
 
 from daemon.config import Config, load  # noqa: E402
 from daemon.service import Service  # noqa: E402
-from nlproto import __version__  # noqa: E402
+from nlproto import __version__, descriptors  # noqa: E402
 from nlproto.errors import Error, UsageError  # noqa: E402
 from nlproto.foreign import foreign_packages  # noqa: E402
 
@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", metavar="FILE", help=f"YAML file (default {DEFAULT_CONFIG}, if there)"
     )
-    parser.add_argument("--foreground", action="store_true", help="log to stderr in any case")
+    parser.add_argument(
+        "--foreground", action="store_true", help="log to stderr, whatever the configuration says"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="log more")
     return parser
 
@@ -71,6 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except Error as error:
         print(f"packet-hunterd: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if not descriptors.none_left(error):
+            raise
+        print(f"packet-hunterd: {descriptors.NoDescriptors.of(error)}", file=sys.stderr)
         return 1
 
 

@@ -7,6 +7,7 @@ import itertools
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from nlproto.errors import Error, UsageError
 from nlproto.pipeline import NamedBatch
 from nlproto.processes import Key, Process, Processes
 from nlproto.shares import Payers
+from nlproto.supervise import Failures, keep_going
 
 __all__ = ["Recorder"]
 
@@ -56,6 +58,9 @@ class Recorder:
         self._row = 0
         """Failures since the last success."""
         self.failures = 0
+        self.on_death: Callable[[Error], None] = lambda error: None
+        """Called when nothing can be written for good, for a reason that nobody foresaw."""
+        self._unforeseen = Failures("recorder")
         self.error = ""
         """Why nothing is written now."""
         self.unstored = 0
@@ -67,7 +72,11 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         if self._config.history is not None:
-            self._thread = threading.Thread(target=self._write, name="recorder", daemon=True)
+            self._thread = threading.Thread(
+                target=lambda: keep_going(self._write, self._unforeseen, self.on_death),
+                name="recorder",
+                daemon=True,
+            )
             self._thread.start()
         return self
 
@@ -176,7 +185,7 @@ class Recorder:
             log.info("history written again after %d failures", self._row)
         self._row, self.error = 0, ""
 
-    def _write(self) -> None:
+    def _write(self) -> bool:
         looked = time.monotonic()
         while True:
             ending = self._stopping.wait(self._config.flush_interval)
@@ -187,7 +196,7 @@ class Recorder:
                 looked = time.monotonic()
                 self._trim()
             if ending:
-                return
+                return False
 
     def _flush(self) -> bool:
         """Write what changed; whether more is waiting."""
@@ -209,10 +218,14 @@ class Recorder:
         processes = [process for process in found if process is not None]
         try:
             store.write(ids, flows, processes, self._processes.get)
-        except Error as error:
+            self._unforeseen.clear()
+        except Exception as error:
             self.history.mark_changed(ids)
             with self._changed_lock:
                 self._changed = dict.fromkeys(keys) | self._changed
+            if not isinstance(error, Error):
+                self.failures += 1
+                raise
             self._failed("not written", error)
             if isinstance(error, Damaged):
                 self._close()

@@ -26,6 +26,7 @@ from daemon.streams import Streams
 from nlproto.errors import Error, NoPrivilege
 from nlproto.frames import DEFAULT_SOCKET, PROTOCOL
 from nlproto.pipeline import NamedBatch
+from nlproto.supervise import Failures
 
 __all__ = ["Server", "SocketFile"]
 
@@ -174,12 +175,13 @@ class Server:
 
     async def _accept(self, listener: socket.socket) -> None:
         # not asyncio.start_unix_server: credentials decide before a session exists
+        failures = Failures("accept")
         while True:
             try:
                 connection, _ = await self.loop.sock_accept(listener)
-            except OSError as error:
-                log.warning("accept: %s", error)
-                await asyncio.sleep(0.1)
+            except OSError as error:  # no descriptor is left: who waits is served when one is
+                failures.add(error)
+                await asyncio.sleep(0.5)
                 continue
             try:
                 peer = peer_of(connection)

@@ -2,7 +2,6 @@
 import os
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +10,7 @@ from nlproto import procfs, wire
 from nlproto.processes import Processes
 from nlproto.shares import Payers
 from nlproto.wire import ProcessEvent, lib
+from waiting import until
 
 SEEN, EXEC, EXIT = lib.SNIFFER_EVENT_SEEN, lib.SNIFFER_EVENT_EXEC, lib.SNIFFER_EVENT_EXIT
 
@@ -49,10 +49,7 @@ def test_a_living_process_gets_its_details_from_proc_once():
 def test_exec_is_followed(tmp_path):
     child = subprocess.Popen(["sleep", "60"])
     try:
-        deadline = time.monotonic() + 30
-        while not os.readlink(f"/proc/{child.pid}/exe").endswith("sleep"):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: os.readlink(f"/proc/{child.pid}/exe").endswith("sleep"))
         start_ns = procfs.identity(child.pid).start_ns
         processes = Processes(procfs.details)
         processes.add_event(_event(SEEN, child.pid, start_ns, comm="sh", exe="/bin/sh"))

@@ -17,12 +17,14 @@ from daemon.recorder import Recorder
 from daemon.store import Store
 from nlproto.clock import Clock
 from nlproto.errors import Error
-from nlproto.flows import FLOW, summarize
+from nlproto.flows import FLOW, pack_address, summarize
 from nlproto.pipeline import NamedBatch
 from nlproto.processes import Process, Processes
+from waiting import until
 
 FOREVER = 2**62
 NO_OFFSET = Clock(0, 0)
+_IP = [pack_address(f"10.0.0.{number}")[1] for number in range(3)]
 
 
 @pytest.fixture(name="path")
@@ -77,6 +79,11 @@ def test_writing_a_flow_again_updates_it(path, make_records):
         ({"host": ipaddress.ip_network("10.9.0.0/16")}, [3]),
         ({"host": ipaddress.ip_network("2001:db8::/32")}, []),
         ({"limit": 1}, [4, 3]),
+        ({"ends": ((2, _IP[1], 1), (2, _IP[2], 80))}, [1]),
+        ({"ends": ((2, _IP[2], 80), (2, _IP[1], 1))}, [1]),
+        ({"ends": ((2, _IP[1], 80), (2, _IP[2], 1))}, []),
+        ({"ends": ((2, _IP[1], 1), (2, _IP[2], 80)), "port": 80}, [1]),
+        ({"ends": ((2, _IP[1], 1), (2, _IP[2], 80)), "port": 53}, []),
     ],
 )
 def test_the_file_answers_the_same_questions(path, make_records, conditions, ports):
@@ -210,8 +217,8 @@ def test_flows_evicted_from_memory_are_found_in_the_file_once(path, make_records
         for n in range(200):
             recorder.take(_batch(make_records({"sport": n, "time_ns": 1000 + n})))
             if n % 16 == 0:
-                time.sleep(0.2)
-        time.sleep(0.3)
+                until(lambda last=n: last in _ports(recorder._store, limit=1000))
+        until(lambda: 199 in _ports(recorder._store, limit=1000))
         assert recorder.history.evicted > 0
         assert recorder.history.unstored == 0
         assert _ask(recorder, limit=1000) == list(range(200))
@@ -283,7 +290,6 @@ def test_a_full_disk_is_counted_and_writing_goes_on_afterwards(path, make_record
     with Recorder(config, Processes()) as recorder:
         recorder._store._writer.execute("PRAGMA max_page_count = 1")
         recorder.take(_batch(make_records(*({"sport": n, "time_ns": n + 1} for n in range(3000)))))
-        time.sleep(0.5)
-        assert recorder.failures > 0
+        until(lambda: recorder.failures > 0)
         recorder._store._writer.execute("PRAGMA max_page_count = 100000")
     assert len(_ports(Store(path), limit=9999)) == 3000
