@@ -97,9 +97,9 @@ while not select.select([0], [], [], 0.2)[0]:
 """
 
 
-def _send(daemon, port, processes=1, uid=0, sockets=1, argument=""):
+def _send(daemon, port, processes=1, uid=0):
     """Processes that send until the daemon has named all of them; their pids."""
-    command = [sys.executable, "-I", "-c", _SENDER, str(port), str(uid), str(sockets), argument]
+    command = [sys.executable, "-I", "-c", _SENDER, str(port), str(uid), "1"]
     running = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(processes)]
     pids = {one.pid for one in running}
 
@@ -112,6 +112,16 @@ def _send(daemon, port, processes=1, uid=0, sockets=1, argument=""):
     for one in running:
         one.communicate(timeout=60)
     return pids
+
+
+def _flood(port, processes, uid, sockets):
+    """Processes with long arguments that send from many ports, for two seconds."""
+    command = [sys.executable, "-I", "-c", _SENDER, str(port), str(uid), str(sockets)]
+    command.append("a" * 100_000)
+    running = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(processes)]
+    time.sleep(2)
+    for one in running:
+        one.communicate(timeout=60)
 
 
 def _owners(path, port):
@@ -279,7 +289,7 @@ def test_clocks_that_jump_twenty_years_and_back_delete_nothing(start, directory,
     daemon = start(config, clocks.environment)
     sent = _send(daemon, port, 3)
     _until(lambda: _owners(path, port)[1] >= sent)
-    command = [sys.executable, "-I", "-c", _SENDER, str(port), "0", "1", ""]
+    command = [sys.executable, "-I", "-c", _SENDER, str(port), "0", "1"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as meanwhile:
         for years in (YEARS, 0):
             clocks.set(years)
@@ -317,10 +327,9 @@ def test_one_users_flood_leaves_others_their_history(start, directory, port):
     roots = _send(daemon, port, 3)
     carols = _send(daemon, port, 3, uid=CAROL)
     _until(lambda: _owners(path, port)[1] >= roots | carols)
-    argument = "a" * 100_000
-    for _ in range(15):
-        _send(daemon, port, 20, uid=BOB, sockets=40, argument=argument)
-    _until(lambda: "were too old or too many" in daemon.text(), 120)
+    while "were too old or too many" not in daemon.text():
+        assert daemon.poll() is None
+        _flood(port, 5, BOB, sockets=200)
     assert _owners(path, port)[1] >= roots | carols
     with daemon.client() as client:
         reply = client.who(port=port, limit=10_000)
