@@ -38,7 +38,7 @@ _ALONE_OF = (
     f"SELECT tgid, start_ns, size FROM processes WHERE payer = ? AND {_ALONE} ORDER BY seen LIMIT ?"
 )
 _OLDEST_OF = (
-    "SELECT id, seen, comm, tgid, start_ns FROM flows WHERE payer = ? ORDER BY seen LIMIT ?"
+    "SELECT id, comm, tgid, start_ns FROM flows WHERE payer = ? ORDER BY seen, id LIMIT ?"
 )
 _DELETE_FLOW = "DELETE FROM flows WHERE id = ?"
 _DELETE_PROCESS = f"DELETE FROM processes WHERE tgid = ? AND start_ns = ? AND {_ALONE}"
@@ -136,14 +136,14 @@ def _drop_flows(store: Store, payer: int, wanted: int) -> int:
         rows = writer.execute(_OLDEST_OF, (payer, window)).fetchall()
     if not rows:
         return 0
-    seen = np.array([row[1] for row in rows], np.int64)
-    programs = np.array([hash(row[2]) for row in rows], np.int64)
-    processes = np.array([hash(row[2:]) for row in rows], np.int64)
-    goes = surplus(seen.max() - seen, (programs, processes), max(0, len(rows) - wanted))
+    age = np.arange(len(rows))[::-1]
+    programs = np.array([hash(row[1]) for row in rows], np.int64)
+    processes = np.array([hash(row[1:]) for row in rows], np.int64)
+    goes = surplus(age, (programs, processes), max(0, len(rows) - wanted))
     gone = [rows[index] for index in np.flatnonzero(goes).tolist()]
     for at in range(0, len(gone), _PIECE):
         piece = gone[at : at + _PIECE]
         with store.transaction() as writer:
             writer.executemany(_DELETE_FLOW, ((row[0],) for row in piece))
-            writer.executemany(_DELETE_PROCESS, {row[3:] for row in piece})
+            writer.executemany(_DELETE_PROCESS, {row[2:] for row in piece})
     return len(gone)
