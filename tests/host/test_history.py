@@ -209,16 +209,16 @@ def test_a_read_only_file_system_is_one_line_and_no_obstacle(start, disk, port):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ("engine: packet\nhistory: /nonexistent-here/h.db\n", "there is no directory"),
+        ("engine: packet\nhistory: DIRECTORY/none/h.db\n", "there is no directory"),
         ("engine: packet\ngroup: no-such-group-here\n", "daemon.yaml:2: group: there is no group"),
         ("max_processes: 4294967295\n", "daemon.yaml:1: max_processes"),
     ],
 )
-def test_a_mistake_of_the_configuration_is_one_line(start, config, words):
-    daemon = start(config)
+def test_a_mistake_of_the_configuration_is_one_line(start, directory, config, words):
+    daemon = start(config.replace("DIRECTORY", str(directory)))
     assert daemon.wait(30) == 2
     assert words in daemon.text() and daemon.text().count("\n") == 1
-    assert not os.path.exists("/nonexistent-here")
+    assert not (directory / "none").exists()
 
 
 _CLOCKS = r"""
