@@ -69,7 +69,8 @@ def payers_of(tgids: np.ndarray, uids: np.ndarray, payers: Payers | None = None)
 class History:
     """At most `limit` flows; when full an eighth goes, of the payer with most of them.
 
-    Within a payer the program with most flows gives, of it the longest silent (nlproto.shares).
+    Within a payer the program with most flows gives, of it the process with most, of that the
+    longest silent (nlproto.shares): who sends much to others' services costs these services alone.
     Rows are FLOWs with times in ns since 1970. Thread-safe.
     """
 
@@ -152,7 +153,9 @@ class History:
         programs = mix((payers.astype(np.uint64), names[:, 0], names[:, 1]), 0)
         heard = columns["heard_ns"]
         age = heard.max(initial=0) - heard
-        goes = surplus(age.view(np.int64), (payers, programs), max(0, self._size - count))
+        processes = mix((programs, columns["tgid"].astype(np.uint64), columns["start_ns"]), 0)
+        groups = payers, programs, processes
+        goes = surplus(age.view(np.int64), groups, max(0, self._size - count))
         self.horizon_ns = max(self.horizon_ns, int(columns["last_ns"][goes].max()))
         self.evicted += int(np.count_nonzero(goes))
         self.unstored += int(np.count_nonzero(columns["dirty"] & goes))

@@ -79,7 +79,7 @@ class Service:
                 account=Account(),
                 processes=processes,
                 namer=namer,
-                portmap=PortMap(config.max_ports),
+                portmap=PortMap(config.max_ports, payers=payers),
                 queue=MessageQueue(config.queue_size),
                 on_death=self._die,
             )

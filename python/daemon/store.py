@@ -60,7 +60,7 @@ DROP INDEX IF EXISTS processes_seen;
 ALTER TABLE flows ADD COLUMN payer INTEGER DEFAULT 0;
 ALTER TABLE flows ADD COLUMN seen INTEGER DEFAULT 0;
 UPDATE flows SET payer = CASE tgid WHEN 0 THEN 4294967295 ELSE uid END;
-CREATE INDEX flows_payer ON flows (payer, comm, seen);
+CREATE INDEX flows_payer ON flows (payer, seen);
 ALTER TABLE processes ADD COLUMN payer INTEGER DEFAULT 4294967295;
 ALTER TABLE processes ADD COLUMN size INTEGER DEFAULT 0;
 UPDATE processes SET seen = 0, size = length(details) + 100,

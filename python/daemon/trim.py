@@ -3,16 +3,16 @@
 
 A process goes when no flow of it is left. So that nobody's flood deletes what others did, the
 payer (nlproto.shares) with most bytes gives, of its programs the one with most flows, of that the
-oldest.
+process with most, of that the oldest.
 """
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from nlproto.shares import level
+import numpy as np
+
+from nlproto.shares import level, surplus
 
 if TYPE_CHECKING:
     from daemon.store import Store
@@ -37,8 +37,10 @@ _AT_ONCE = 1 << 20  # of these, so that one look at the index serves for many
 _ALONE_OF = (
     f"SELECT tgid, start_ns, size FROM processes WHERE payer = ? AND {_ALONE} ORDER BY seen LIMIT ?"
 )
-_OLDEST_OF = "SELECT id FROM flows WHERE payer = ? AND comm = ? ORDER BY seen LIMIT ?"
-_DELETE_FLOWS = "DELETE FROM flows WHERE id IN ({}) RETURNING tgid, start_ns"
+_OLDEST_OF = (
+    "SELECT id, comm, tgid, start_ns FROM flows WHERE payer = ? ORDER BY seen, id LIMIT ?"
+)
+_DELETE_FLOW = "DELETE FROM flows WHERE id = ?"
 _DELETE_PROCESS = f"DELETE FROM processes WHERE tgid = ? AND start_ns = ? AND {_ALONE}"
 
 Key = tuple[int, int]
@@ -64,7 +66,7 @@ def trim(store: Store, before: int | None, size: int) -> int:
 def _drop_old(store: Store, before: int) -> int:
     gone = 0
     for query, delete in (
-        (_OLD_FLOWS, "DELETE FROM flows WHERE id = ?"),
+        (_OLD_FLOWS, _DELETE_FLOW),
         (_OLD_PROCESSES, _DELETE_PROCESS),
     ):
         found = [()]
@@ -128,41 +130,20 @@ def _drop_processes(store: Store, payer: int, wanted: int) -> int:
 
 
 def _drop_flows(store: Store, payer: int, wanted: int) -> int:
-    """Delete some `wanted` of the payer's flows; how many went."""
+    """Delete `wanted` of the payer's older flows; how many went."""
+    window = min(max(4 * wanted, 2 * _PIECE), _AT_ONCE // 2)
     with store.transaction() as writer:
-        query = "SELECT comm, count(*) FROM flows WHERE payer = ? GROUP BY comm"
-        programs = dict(writer.execute(query, (payer,)))
-    allowed = level(programs, sum(programs.values()) - wanted)
-    gone = 0
-    jobs = ((comm, count - allowed) for comm, count in programs.items() if count > allowed)
-    for work in _pieces(jobs):
+        rows = writer.execute(_OLDEST_OF, (payer, window)).fetchall()
+    if not rows:
+        return 0
+    age = np.arange(len(rows))[::-1]
+    programs = np.array([hash(row[1]) for row in rows], np.int64)
+    processes = np.array([hash(row[1:]) for row in rows], np.int64)
+    goes = surplus(age, (programs, processes), max(0, len(rows) - wanted))
+    gone = [rows[index] for index in np.flatnonzero(goes).tolist()]
+    for at in range(0, len(gone), _PIECE):
+        piece = gone[at : at + _PIECE]
         with store.transaction() as writer:
-            for comm, count in work:
-                gone += _delete(writer, _OLDEST_OF, (payer, comm, count))
-        if gone >= wanted:
-            break
-    return gone
-
-
-def _pieces(jobs: Iterator[tuple[bytes, int]]) -> Iterator[list[tuple[bytes, int]]]:
-    """The same, in lists of _PIECE rows together."""
-    work: list[tuple[bytes, int]] = []
-    room = _PIECE
-    for comm, count in jobs:
-        while count:
-            part = min(count, room)
-            work.append((comm, part))
-            count -= part
-            room -= part
-            if not room:
-                yield work
-                work, room = [], _PIECE
-    if work:
-        yield work
-
-
-def _delete(writer: sqlite3.Connection, query: str, values: Sequence[object]) -> int:
-    """Delete the flows that `query` finds, and the processes that have no other."""
-    keys = writer.execute(_DELETE_FLOWS.format(query), values).fetchall()
-    writer.executemany(_DELETE_PROCESS, set(keys))
-    return len(keys)
+            writer.executemany(_DELETE_FLOW, ((row[0],) for row in piece))
+            writer.executemany(_DELETE_PROCESS, {row[2:] for row in piece})
+    return len(gone)

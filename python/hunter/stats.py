@@ -61,24 +61,22 @@ def show(figures: Mapping[str, Any], console: Console) -> None:
         )
         table.add_row(Text(name.replace("_", " "), style="bold"), Text(plain(facts)))
     console.print(table)
-    history = figures.get("history") or {}
-    if store := history.get("store"):
+    history = figures.get("history")
+    if isinstance(history, Mapping) and (store := history.get("store")):
         _show_store(store, history.get("unstored", 0), console)
 
 
 def _show_store(store: Mapping[str, Any], unstored: int, console: Console) -> None:
     """One line on the history's file, in red when it cannot be written."""
-    waiting = f"{store['waiting_flows']:,} flows and {store['waiting_processes']:,} processes"
-    lost = unstored + store["unstored_processes"]
-    line = f"history {store['path']}, {store['bytes']:,} bytes"
-    if store["error"]:
-        line = f"{store['error']}: {waiting} wait in memory"
-    if lost:
-        line += (
-            f"; {unstored:,} flows and {store['unstored_processes']:,} processes left memory"
-            " before they were written"
-        )
-    console.print(Text(plain(line), style="red" if store["error"] or lost else ""))
+    figures = ("waiting_flows", "waiting_processes", "unstored_processes", "bytes")
+    flows, processes, gone, size = (store.get(name, 0) for name in figures)
+    error = store.get("error", "")
+    line = f"history {store.get('path', '?')}, {size:,} bytes"
+    if error:
+        line = f"{error}: {flows:,} flows and {processes:,} processes wait in memory"
+    if unstored or gone:
+        line += f"; {unstored:,} flows and {gone:,} processes left memory before they were written"
+    console.print(Text(plain(line), style="red" if error or unstored or gone else ""))
 
 
 def _account(account: Mapping[str, Any]) -> Table:
@@ -96,7 +94,7 @@ def _account(account: Mapping[str, Any]) -> Table:
         ("records delivered", delivered, ""),
         ("named", named, share),
         ("unnamed", sum(unnamed.values()), _detail(unnamed)),
-        ("being named", account["waiting"], ""),
+        ("being named", account.get("waiting", 0), ""),
         ("lost", sum(lost.values()), _detail(lost)),
     ]
     for name, count, more in rows:

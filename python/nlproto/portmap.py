@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nlproto.processes import Key
+from nlproto.shares import Payers, surplus
 from nlproto.table import Table, mix
 from nlproto.wire import RECORD, address_text, text
 
@@ -96,10 +97,17 @@ class BoundSocket:
 class PortMap:
     """Bounded, thread-safe. Traffic alone keeps an owner for `ttl_ns` after its last packet.
 
-    When `limit` owners are reached the least recently seen quarter goes (`evicted` counts them).
+    When `limit` owners are reached a quarter goes, of whoever has most, the longest silent
+    (nlproto.shares; `evicted` counts them).
     """
 
-    def __init__(self, limit: int = 262144, ttl_ns: int = 120_000_000_000) -> None:
+    def __init__(
+        self,
+        limit: int = 262144,
+        ttl_ns: int = 120_000_000_000,
+        payers: Payers | None = None,
+    ) -> None:
+        self._payers = payers
         self.limit = limit
         self.ttl_ns = ttl_ns
         self.evicted = 0
@@ -319,11 +327,14 @@ class PortMap:
         excess = self._count - self.limit
         if excess <= 0:
             return
-        excess += self.limit // 4
         rows = np.flatnonzero(self._columns["live"])
-        goes = np.argpartition(self._columns["seen_ns"][rows], excess - 1)[:excess]
+        uids, seen = self._columns["uid"][rows], self._columns["seen_ns"][rows]
+        payers = uids if self._payers is None else self._payers.of(uids)
+        names = self._columns["comm"][rows].view(np.uint64).reshape(len(rows), 2)
+        programs = mix((payers.astype(np.uint64), names[:, 0], names[:, 1]), 0)
+        age = (seen.max() - seen).view(np.int64)
         mask = np.zeros(self._table.capacity, bool)
-        mask[rows[goes]] = True
+        mask[rows[surplus(age, (payers, programs), self.limit - self.limit // 4)]] = True
         self.evicted += self._drop(mask)
 
 

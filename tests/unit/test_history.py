@@ -157,26 +157,26 @@ def _uids(history):
 def test_a_flood_of_one_users_flows_evicts_that_users_alone(make_records):
     history = History(1000)
     _flood(history, make_records, 500, 0, uid=0, comm=b"sshd", dport=22)
-    _flood(history, make_records, 20_000, 10**6, uid=1000)
+    _flood(history, make_records, 20_000, 10**6, uid=1000, tgid=200)
     assert _uids(history)[0] >= 437  # a half of seven eighths
     history = History(1000)
-    rows = ({"sport": n, "uid": 0, "comm": b"sshd"} for n in range(100))
+    rows = ({"sport": n, "time_ns": n, "uid": 0, "comm": b"sshd"} for n in range(100))
     history.update(summarize(make_records(*rows), 1), NO_OFFSET)
-    _flood(history, make_records, 20_000, 10**6, uid=1000)
+    _flood(history, make_records, 20_000, 10**6, uid=1000, tgid=200)
     assert _uids(history)[0] == 100
 
 
 def test_a_batch_of_one_user_larger_than_the_history_leaves_others_their_place(make_records):
     history = History(64)
-    rows = ({"sport": n, "uid": 0} for n in range(20))
+    rows = ({"sport": n, "time_ns": n, "uid": 0} for n in range(20))
     history.update(summarize(make_records(*rows), 1), NO_OFFSET)
-    _flood(history, make_records, 1000, 10**6, uid=1000)
+    _flood(history, make_records, 1000, 10**6, uid=1000, tgid=200)
     assert _uids(history)[0] == 20
 
 
 def test_packets_of_nobody_evict_nobodys_flows(make_records):
     history = History(1000)
-    rows = ({"sport": n, "uid": 0} for n in range(100))
+    rows = ({"sport": n, "time_ns": n, "uid": 0} for n in range(100))
     history.update(summarize(make_records(*rows), 1), NO_OFFSET)
     _flood(history, make_records, 10_000, 10**6, tgid=0, start_ns=0, uid=0, how=18)
     assert sum(flow["tgid"] != 0 for _, flow in history.ask(Question())[1]) == 100
@@ -184,7 +184,7 @@ def test_packets_of_nobody_evict_nobodys_flows(make_records):
 
 def test_a_flood_at_one_of_roots_services_evicts_that_services_flows(make_records):
     history = History(1000)
-    rows = ({"sport": n, "uid": 0, "comm": b"sshd", "tgid": 7} for n in range(100))
+    rows = ({"sport": n, "time_ns": n, "uid": 0, "comm": b"sshd", "tgid": 7} for n in range(100))
     history.update(summarize(make_records(*rows), 1), NO_OFFSET)
     _flood(history, make_records, 10_000, 10**6, uid=0, comm=b"dnsmasq")
     assert len(_ports(history, pname="sshd")) == 100
@@ -227,3 +227,14 @@ def test_a_row_evicted_while_it_could_not_be_stored_is_counted(make_records):
     history.mark_changed(ids)
     assert history.unstored == before + 1
     assert history.waiting() == len(history)
+
+
+def test_a_flood_at_one_process_evicts_its_flows_and_not_its_namesakes(make_records):
+    history = History(1000)
+    rows = (
+        {"sport": n, "time_ns": n, "uid": 0, "comm": b"python3", "tgid": 7 + n % 5}
+        for n in range(100)
+    )
+    history.update(summarize(make_records(*rows), 1), NO_OFFSET)
+    _flood(history, make_records, 10_000, 10**6, uid=0, comm=b"python3", tgid=99)
+    assert all(len(_ports(history, pid=pid)) == 20 for pid in range(7, 12))

@@ -183,3 +183,15 @@ def test_rows_of_owners_that_went_are_used_again(make_records):
         portmap.forget_process((n + 1, 5_000_000_000))
     assert len(portmap) == 0
     assert portmap._table.capacity < 1000
+
+
+def test_a_flood_of_one_users_ports_evicts_that_users_alone(make_records):
+    portmap = PortMap(limit=400)
+    rows = ({"sport": n, "uid": 0, "comm": b"sshd", "time_ns": n} for n in range(1, 51))
+    portmap.update(summarize(make_records(*rows), 1))
+    for at in range(1000, 9000, 500):
+        rows = ({"sport": n, "tgid": 7, "time_ns": n} for n in range(at, at + 500))
+        portmap.update(summarize(make_records(*rows), 1))
+    assert len(portmap) <= 400
+    assert sum(owner.uid == 0 for owner in portmap.everything()) == 50
+    assert portmap.evicted + len(portmap) == 8050

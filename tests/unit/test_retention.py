@@ -133,13 +133,15 @@ def test_processes_that_never_had_a_packet_are_trimmed_too(store, fill, path):
     assert _uids(store) == {0: 500}
 
 
-def test_a_process_goes_with_its_last_flow(store, fill):
-    fill(100, [Process(100, 1, "old", uid=1000)], uid=1000, tgid=100)
-    fill(20_000, [Process(200, 1, "new", uid=1000)], uid=1000, tgid=200)
+def test_a_process_goes_with_its_last_flow(store, fill, clocks):
+    for n in range(1000, 1500):
+        fill(1, [Process(n, 1, "x", uid=1000, exe="/" * 3000)], uid=1000, tgid=n)
+        clocks.run(1)
     store.trim(AGE, 1 << 20)
-    assert _count(store, pid=100) == 0
-    assert store.process(100, 1) is None
-    assert store.process(200, 1) is not None
+    assert _count(store, pid=1000) == 0
+    assert store.process(1000, 1) is None
+    assert _count(store, pid=1499) == 1
+    assert store.process(1499, 1) is not None
 
 
 def test_a_flood_through_subordinate_uids_counts_as_one_users(path, clocks, make_records, tmp_path):
@@ -173,6 +175,15 @@ def test_a_flood_at_one_service_deletes_that_services_flows(store, fill):
     fill(10_000, uid=0, comm=b"dnsmasq")
     store.trim(AGE, 1 << 20)
     assert _count(store, pname="sshd") == 300
+
+
+def test_a_flood_at_one_process_deletes_its_flows_and_not_its_namesakes(store, fill):
+    fill(100, uid=0, comm=b"python3", tgid=7)
+    fill(100, uid=0, comm=b"python3", tgid=8)
+    fill(10_000, uid=0, comm=b"python3", tgid=99)
+    store.trim(AGE, 1 << 20)
+    assert _count(store, pid=7) == _count(store, pid=8) == 100
+    assert _count(store) < 6000
 
 
 def test_a_flow_whose_process_was_trimmed_gets_it_back(store, make_records):

@@ -83,4 +83,5 @@ def test_a_daemon_of_another_release_may_leave_out_anything():
     out = io.StringIO()
     show({}, Output(file=out, width=100))
     show({"account": {}, "clients": None, "queue": []}, Output(file=out, width=100))
+    show({"account": {}, "history": {"store": {"path": "/h"}}}, Output(file=out, width=100))
     assert out.getvalue().startswith("daemon ?, pid ?, engine ?")
