@@ -47,7 +47,7 @@ _shtab_packet_hunter_options=(
   "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock)]:PATH:_files"
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, packet, or auto (default)]:E:(auto module packet)"
-  {-r,--read}"[show a saved CSV, JSON lines or Parquet]:FILE:_files"
+  "*"{-r,--read}"[show a saved capture of any format, gzip or not\; - is standard input (repeatable\: all in order of time)]:FILE:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -55,7 +55,7 @@ _shtab_packet_hunter_defaults_added=0
 
 _shtab_packet_hunter_annotate_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  {-o,--output}"[pcapng to write]:OUT:_files"
+  {-o,--output}"[pcapng to write\; - is standard output]:OUT:_files"
   "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock)]:PATH:_files"
 )
 
@@ -72,7 +72,7 @@ _shtab_packet_hunter_doctor_defaults_added=0
 
 _shtab_packet_hunter_report_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  {-o,--output}"[HTML file to write]:OUT:_files"
+  {-o,--output}"[HTML file to write\; - is standard output]:OUT:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -103,7 +103,7 @@ _shtab_packet_hunter_top_options=(
   "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock)]:PATH:_files"
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, packet, or auto (default)]:E:(auto module packet)"
-  {-r,--read}"[show a saved CSV, JSON lines or Parquet]:FILE:_files"
+  "*"{-r,--read}"[show a saved capture of any format, gzip or not\; - is standard input (repeatable\: all in order of time)]:FILE:_files"
 )
 
 # guard to ensure default positional specs are added only once per session

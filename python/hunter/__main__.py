@@ -35,11 +35,14 @@ if __name__ == "__main__":
 from collections.abc import Sequence  # noqa: E402
 
 from hunter import arguments  # noqa: E402
+from hunter.descriptors import open_standard  # noqa: E402
 from hunter.signals import Stop  # noqa: E402
 from hunter.text import plain  # noqa: E402
 from nlproto import Error, UsageError  # noqa: E402
 from nlproto.filter import FilterError  # noqa: E402
 from nlproto.foreign import foreign_packages  # noqa: E402
+
+_OUTPUT_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def _tell(line: str) -> None:
@@ -94,6 +97,7 @@ def _run(command: arguments.Command, stop: Stop) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: sys.argv); return 0, 1 (failure) or 2 (usage)."""
+    open_standard()
     for line in foreign_packages():
         _tell(line)
     code = 0
@@ -120,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(str(error))
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        if error.errno not in _OUTPUT_FAILS:
             raise
         _forget_output()
         _tell(f"cannot write to standard output: {error.strerror}")

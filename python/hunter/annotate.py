@@ -6,10 +6,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from rich import box
 from rich.console import Console
@@ -18,8 +19,11 @@ from rich.table import Table
 
 from hunter import pcapng
 from hunter.capturefile import CaptureFile
-from hunter.captures import Flow, flow_of, read_capture
+from hunter.captures import Flow, examine, read_capture
 from hunter.console import Output
+from hunter.inputs import Input
+from hunter.ownercomment import is_owner_comment
+from hunter.saving import refuse_input, refuse_pcap
 from hunter.text import plain
 from nlproto import Error
 from nlproto.client import DaemonClient
@@ -28,6 +32,9 @@ from nlproto.frames import MAX_WAITING
 __all__ = ["Owners", "run"]
 
 _BLOCKS, _BYTES = 4096, 4 << 20  # looked at together, at most
+_PACKETS = (pcapng.ENHANCED, pcapng.OBSOLETE, pcapng.SIMPLE)
+_UNKNOWN = "of no known interface"
+_CAUSES = 8  # told one by one
 _MAX_FLOWS = 100_000  # remembered
 _SLACK_S = 0.5
 """The capture's clock stamp and the history's may differ: both are taken on the packet's way."""
@@ -54,6 +61,10 @@ class _Result:
     packets: int = 0
     transport: int = 0
     named: int = 0
+    unmarked: int = 0
+    """Of the named: their blocks have no place for a name."""
+    others: Counter[str] = field(default_factory=Counter)
+    """Packets without a flow, by what they are."""
     by_process: dict[str, _Count] = field(default_factory=dict)
 
 
@@ -108,15 +119,10 @@ def _question(flow: Flow) -> dict[str, Any]:
 
 def run(options: argparse.Namespace, stop: Stop, notify: Callable[[str], None]) -> None:
     """Annotate options.input into options.output. Raises Error."""
-    try:
-        size = os.stat(options.input).st_size
-        source = open(options.input, "rb")
-    except OSError as error:
-        raise Error(f"cannot read {options.input}: {error.strerror}") from None
-    with source, DaemonClient(options.socket) as client:
-        if os.path.exists(options.output) and os.path.samefile(options.input, options.output):
-            raise Error(f"{options.output} is the capture itself: choose another name")
-        stream = read_capture(source, options.input)
+    refuse_pcap(options.output)
+    refuse_input(options.output, [options.input])
+    with Input(options.input) as source, DaemonClient(options.socket) as client:
+        stream = source.checked(read_capture(source.file, source.name))
         first = list(islice(stream, 1))  # a file that is no capture makes no output
         with (
             CaptureFile(options.output) as output,
@@ -124,31 +130,41 @@ def run(options: argparse.Namespace, stop: Stop, notify: Callable[[str], None]) 
                 console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True
             ) as progress,
         ):
-            task = progress.add_task(os.path.basename(options.input), total=size)
+            task = progress.add_task(os.path.basename(source.name), total=source.size)
             result = _Result()
             chunks = _chunks(first, stream, source, lambda at: progress.update(task, completed=at))
             try:
                 _annotate(chunks, Owners(client), output, result, stop)
             finally:
-                _report(result, notify)
+                _report(result, notify, words=output.is_output())
 
 
 def _chunks(
     first: list[pcapng.Block],
     stream: Iterator[pcapng.Block],
-    source: IO[bytes],
+    source: Input,
     advance: Callable[[int], None],
 ) -> Iterator[list[pcapng.Block]]:
+    """Raises Error of `stream` after all that came before it."""
     yield first
-    chunk, size = [], 0
-    for block in stream:
-        chunk.append(block)
-        size += len(block.data)
-        if len(chunk) == _BLOCKS or size >= _BYTES:
+    damage: Error | None = None
+    while damage is None:
+        chunk: list[pcapng.Block] = []
+        size = 0
+        try:
+            for block in stream:
+                chunk.append(block)
+                size += len(block.data)
+                if len(chunk) == _BLOCKS or size >= _BYTES:
+                    break
+        except Error as error:
+            damage = error
+        if chunk:
             yield chunk
-            advance(source.tell())
-            chunk, size = [], 0
-    yield chunk
+            advance(source.position)
+        elif damage is None:
+            return
+    raise damage
 
 
 def _annotate(
@@ -167,8 +183,12 @@ def _annotate(
             elif block.kind == pcapng.INTERFACE:
                 interfaces.append(pcapng.Interface.of(block))
             packet = pcapng.packet_of(block, interfaces)
-            flow = None if packet is None else flow_of(packet)
-            result.packets += packet is not None
+            found_flow = _UNKNOWN if packet is None else examine(packet)
+            flow = None if isinstance(found_flow, str) else found_flow
+            if block.kind in _PACKETS:
+                result.packets += 1
+                if isinstance(found_flow, str):
+                    result.others[found_flow] += 1
             time_ns = None if packet is None else packet.time_ns
             found.append((block, flow, None if time_ns is None else time_ns / 1e9))
         owners.learn(dict.fromkeys(flow for _, flow, _ in found if flow is not None))
@@ -184,6 +204,9 @@ def _named(
     if flow is None:
         return block.data
     result.transport += 1
+    if any(map(is_owner_comment, pcapng.comments(block))):  # saved by packet-hunter
+        result.named += 1
+        return block.data
     sender, receiver = owners.at(flow, 1, at), owners.at(flow, 2, at)
     texts = []
     for role, entry in (("from", sender), ("to", receiver)):
@@ -201,12 +224,14 @@ def _named(
     if not texts:
         return block.data
     result.named += 1
-    if block.kind != pcapng.ENHANCED:  # a simple packet has no place for a comment
+    if block.kind == pcapng.SIMPLE:  # it has no place for a comment
+        result.unmarked += 1
         return block.data
     return pcapng.with_comment(block, "packet-hunter: " + ", ".join(texts))
 
 
-def _report(result: _Result, notify: Callable[[str], None]) -> None:
+def _report(result: _Result, notify: Callable[[str], None], words: bool) -> None:
+    """`words`: standard output has the capture, the table goes where words go."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("process")
     table.add_column("packets", justify="right")
@@ -214,9 +239,20 @@ def _report(result: _Result, notify: Callable[[str], None]) -> None:
     for name, count in sorted(result.by_process.items(), key=lambda one: -one[1].packets):
         table.add_row(name, f"{count.packets:,}", count.exe)
     if result.by_process:
-        Output().print(table)
+        Output(stderr=words).print(table)
     share = f" ({100 * result.named / result.transport:.1f} %)" if result.transport else ""
     notify(
         f"{result.packets:,} packets, {result.transport:,} of them TCP or UDP with ports: "
         f"{result.named:,} named{share}"
     )
+    if result.unmarked:
+        notify(
+            f"{result.unmarked:,} of the named are in simple packet blocks, which have no place"
+            " for a name: editcap -F pcap makes a capture of them that has"
+        )
+    if result.others:
+        most = result.others.most_common(_CAUSES)
+        parts = [f"{what}: {count:,}" for what, count in most]
+        rest = sum(result.others.values()) - sum(count for _, count in most)
+        parts += [f"others: {rest:,}"] if rest else []
+        notify(f"not looked into: {', '.join(parts)}")

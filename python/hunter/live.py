@@ -17,7 +17,7 @@ from hunter.columns import columns
 from hunter.lines import LinePrinter, Style
 from hunter.names import Names
 from hunter.save_jsonl import JsonSaver
-from hunter.saving import Saver, format_of, open_saver
+from hunter.saving import Saver, format_of, open_saver, refuse_input
 from hunter.source import Source, open_source
 from hunter.summary import Summary
 from nlproto import Error
@@ -59,34 +59,52 @@ def run(
     shown = Shown()
     with ExitStack() as stack:
         kind = options.kind = format_of(options.save, options.format) if options.save else ""
+        refuse_input(options.save or "-", options.read or ())
         # the source first: an old capture is not emptied for one that cannot begin
         source = stack.enter_context(open_source(options, wanted, notify))
-        saver = None
+        savers: dict[str, Saver] = {}
         if options.save:
-            saver = open_saver(options.save, kind, source.snaps, options.rotate, options.keep)
-            stack.callback(saver.close)
-        takes: list[Callable[[NamedBatch], None]] = [shown.add]
-        if saver is not None:
-            takes.append(_Tables(saver, source).add)
-        if options.json:
-            takes.append(_Tables(JsonSaver(CaptureFile("-")), source).add)
-        elif options.print or not options.save:
-            names = stack.enter_context(Names())
-            style = Style(
-                options.numbers, options.quiet, options.verbose, options.times, not options.read
+            savers[options.save] = saver = open_saver(
+                options.save, kind, source.snaps, options.rotate, options.keep
             )
-            takes.append(LinePrinter(style, source, source.holders, names).add)
+            stack.callback(saver.close)
+        if options.json:
+            savers["standard output"] = JsonSaver(CaptureFile("-"))
+        counts: list[Callable[[NamedBatch], None]] = [shown.add]
+        takes = [_Tables(saver, source).add for saver in savers.values()]
+        outputs: dict[str, Saver | LinePrinter] = {**savers}
+        printed = options.print or not options.save
+        if printed and not options.json:
+            names = stack.enter_context(Names())
+            style = Style(options.numbers, options.quiet, options.verbose, options.times)
+            printer = LinePrinter(style, source, source.holders, names)
+            outputs["standard output"] = printer
+            takes.append(printer.add)
         summary = Summary() if options.summary else None
         if summary is not None:
-            takes.append(summary.add)
+            counts.append(summary.add)
         notify(_greeting(source, options))
         try:
-            _flow(source, takes, shown, options, argv, stop, notify)
+            try:
+                _flow(source, counts, takes, shown, options, argv, stop, notify)
+            finally:
+                for saver in savers.values():
+                    saver.close()  # Parquet is a file only now
+        except BrokenPipeError:
+            outputs.clear()  # nobody wants them
+            raise
         finally:
             if summary is not None:
                 summary.show(source)
-            for line in shown.lines(source.account(), source.lost()):
+            missing = {name: shown.records - one.rows for name, one in outputs.items()}
+            done = "shown" if printed or options.json else "saved"
+            if done == "saved" and any(missing.values()):
+                done = "to be saved"
+            for line in shown.lines(source.account(), source.lost(), done, missing):
                 notify(line)
+            for saver in savers.values():
+                if note := getattr(saver, "note", ""):
+                    notify(note)
 
 
 def _greeting(source: Source, options: argparse.Namespace) -> str:
@@ -96,7 +114,8 @@ def _greeting(source: Source, options: argparse.Namespace) -> str:
 
 def _flow(
     source: Source,
-    takes: Sequence[Callable[[NamedBatch], None]],
+    counts: Sequence[Callable[[NamedBatch], None]],
+    takes: list[Callable[[NamedBatch], None]],
     shown: Shown,
     options: argparse.Namespace,
     argv: Sequence[str],
@@ -104,17 +123,28 @@ def _flow(
     notify: Callable[[str], None],
 ) -> None:
     def give(batches: Sequence[NamedBatch]) -> bool:
-        """Hand batches on; whether -c is reached."""
+        """Hand batches on; whether -c is reached. After a failure the rest is only counted."""
+        failure: Error | OSError | None = None
         for batch in batches:
             if options.count is not None and shown.records + len(batch.records) >= options.count:
                 left = options.count - shown.records
                 batch = NamedBatch(batch.head, batch.records[:left], batch.clock)
             if len(batch.records):
-                for take in takes:
-                    take(batch)
+                for count in counts:
+                    count(batch)
+                try:
+                    for take in takes:
+                        take(batch)
+                except BrokenPipeError:
+                    raise
+                except (Error, OSError) as error:
+                    failure = error
+                    takes.clear()
             if options.count is not None and shown.records >= options.count:
-                return True
-        return False
+                break
+        if failure is not None:
+            raise failure
+        return options.count is not None and shown.records >= options.count
 
     full = False
     try:

@@ -70,11 +70,11 @@ def open_source(
     what is less than it could be. Raises Error.
     """
     # Imported here: each needs parts that the others do without.
+    snaps = getattr(options, "kind", "") == "pcapng"
     if options.read:
         from hunter.source_file import FileSource
 
-        return FileSource(options.read, filter)
-    snaps = getattr(options, "kind", "") == "pcapng"
+        return FileSource(options.read, filter, snaps)
     if options.direct:
         from hunter.source_direct import open_direct
 

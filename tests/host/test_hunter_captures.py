@@ -15,6 +15,7 @@ import time
 
 import pytest
 
+from hunter.columns import COLUMNS
 from nlproto.frames import MAX_WAITING
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
@@ -119,7 +120,7 @@ def test_tshark_reads_every_packet_and_its_owner_from_pcapng(way, alone, daemon,
         hunter = hunting(*source, "--save", path, "port", tcp, "or", udp)
         # the handshake, twice, and 4 packets a time over either
         talk(tcp, udp, seen=lambda: path.read_bytes().count(b"packet-hunter: ") >= 86)
-        shown = int(re.search(r"(\d+) shown", stop(hunter))[1])
+        shown = int(re.search(r"(\d+) saved", stop(hunter))[1])
     rows = tshark(
         path,
         *("frame.comment", "tcp.srcport", "tcp.dstport", "udp.srcport", "udp.dstport"),
@@ -253,7 +254,7 @@ def test_parquet_holds_what_json_lines_hold(alone, tmp_path):
     with peers() as (_, tcp, udp):
         both = [hunting(*alone, "--save", tmp_path / "x.parquet", "port", tcp)]
         talk(tcp, udp)
-        shown = int(re.search(r"(\d+) shown", stop(both[0]))[1])
+        shown = int(re.search(r"(\d+) saved", stop(both[0]))[1])
     table = parquet.read_table(tmp_path / "x.parquet")
     assert table.num_rows == shown > 30
     # As on a system without the package tzdata.
@@ -281,7 +282,7 @@ def test_rotation_keeps_whole_files_of_the_size(alone, tmp_path):
     for file in files:
         lines = file.read_text().splitlines()
         assert lines[0].startswith("time,dir,") and len(lines) > 1
-        assert all(line.count(",") == 13 for line in lines)
+        assert all(line.count(",") == len(COLUMNS) - 1 for line in lines)
 
 
 def test_the_summary_counts_packets_bytes_and_far_ends(alone, tmp_path):
