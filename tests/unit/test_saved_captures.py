@@ -2,12 +2,8 @@
 """What is saved is what was seen: each format is read back to the figures of the live run."""
 
 import csv
-import gzip
 import itertools
 import json
-import os
-import resource
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,19 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hunter.account import Shown
-from hunter.capturefile import CaptureFile
 from hunter.columns import COLUMNS, FIRST_COLUMNS, cells, columns
 from hunter.ownercomment import comment_of, read_comment
 from hunter.saving import open_saver
 from hunter.source_file import FileSource
 from hunter.summary import Summary
 from hunter.text import cell, escaped, plain, uncell, unescaped
-from nlproto import Error, UsageError, wire
+from nlproto import wire
 from nlproto.clock import Clock
-from nlproto.filter import EVERYTHING, parse
+from nlproto.filter import EVERYTHING
 from nlproto.pipeline import NamedBatch
 from nlproto.processes import Process, Processes
-from nlproto.snaps import Snaps
 
 SUFFIXES = [".csv", ".jsonl", ".parquet", ".pcapng"]
 NOON_NS = 1_780_000_000_123_456_000
