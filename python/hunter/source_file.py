@@ -8,7 +8,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain
 from typing import Any, Self
@@ -176,7 +176,10 @@ class FileSource:
         """(what, what is known of it, what `one` says of it)."""
         if one.process is not None:
             key = one.process.key
-            yield ("process", key), self._processes.get(*key), one.process
+            known = self._processes.get(*key)
+            # the record has the comm of its own moment
+            known = known and replace(known, comm=one.process.comm)
+            yield ("process", key), known, one.process
         if one.holders:
             cookie = one.fields["cookie"]
             yield ("holders", cookie), self._holders.get(cookie), one.holders
