@@ -56,6 +56,7 @@ _shtab_packet_hunter_defaults_added=0
 _shtab_packet_hunter_annotate_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   {-o,--output}"[pcapng to write\; - is standard output]:OUT:_files"
+  "--netns[where the capture was made\: a network namespace by name, pid or inode\; else packets that fit in several are marked AMBIGUOUS]:NS:"
   "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock)]:PATH:_files"
 )
 

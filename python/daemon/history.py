@@ -20,12 +20,16 @@ from nlproto.flows import FLOW, KEY_FIELDS, address_bytes
 from nlproto.table import Table
 from nlproto.wire import PROTO_NAMES, address_text, how_name, lib, text
 
-__all__ = ["History", "Question", "flow_fields", "network_words"]
+__all__ = ["End", "History", "Question", "flow_fields", "network_words"]
 
 _FIRST_ROWS = 1024
 _ROW = np.dtype([*FLOW.descr, ("id", "u8"), ("dirty", "?")])
 _SUMS = ("packets_in", "bytes_in", "packets_out", "bytes_out")
 _LAST = ("how", "uid", "inode", "comm")
+
+
+End = tuple[int, bytes, int]
+"""(family, 16 address bytes, port)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,8 @@ class Question:
     """Last packet at this time or later."""
     at_ns: int | None = None
     """First packet at or before, last packet at or after."""
+    ends: tuple[End, End] | None = None
+    """Of one flow, whichever of them is local."""
     limit: int = 1000
 
     @property
@@ -162,6 +168,9 @@ class History:
         for name, value in (("proto", question.proto), ("tgid", question.pid)):
             if value is not None:
                 mask &= columns[name][:size] == value
+        if question.ends is not None:
+            one, other = question.ends
+            mask &= self._between(one, other) | self._between(other, one)
         if question.uid is not None:
             mask &= (columns["tgid"][:size] != 0) & (columns["uid"][:size] == question.uid)
         if question.comm is not None:
@@ -179,6 +188,16 @@ class History:
                 near |= ((columns[name][rows] & bits) == base).all(axis=1)
             rows = rows[near]
         return rows
+
+    def _between(self, local: End, remote: End) -> np.ndarray:
+        """A mask of the flows with these ends."""
+        size, columns = self._size, self._columns
+        mask = (columns["lport"][:size] == local[2]) & (columns["rport"][:size] == remote[2])
+        for name, end in (("laddr", local), ("raddr", remote)):
+            rows = np.flatnonzero(mask)
+            same = (columns[name][rows] == np.frombuffer(end[1], np.uint64)).all(axis=1)
+            mask[rows[~(same & (columns["family"][rows] == end[0]))]] = False
+        return mask
 
     def changed(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, FLOWs) of up to `limit` rows that changed since they were last taken here."""

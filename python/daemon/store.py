@@ -106,6 +106,8 @@ class Store:
                 raise sqlite3.DatabaseError(f"schema {version} is not {_SCHEMA}")
             if version == 0:
                 writer.executescript(f"BEGIN; {_CREATE} PRAGMA user_version = {_SCHEMA}; COMMIT;")
+            # also in files of versions that did not have it
+            writer.execute("CREATE INDEX IF NOT EXISTS flows_ends ON flows (lport, rport, last_ns)")
             writer.execute("SELECT last_ns FROM flows LIMIT 1").fetchone()
             writer.execute("SELECT seen FROM processes LIMIT 1").fetchone()
             reader = sqlite3.connect(
@@ -220,16 +222,14 @@ class Store:
         wheres.append("last_ns <= ?")
         values.append(until_ns)
         columns = ", ".join(("id", *_COLUMNS))
-        ends = [[]] if question.port is None else [["lport = ?"], ["rport = ? AND lport <> ?"]]
         parts, all_values = [], []
-        for end in ends:
-            conditions = " AND ".join([*end, *wheres])
+        for words, own in _ways(question):
+            conditions = " AND ".join([*words, *wheres])
             parts.append(
                 f"SELECT * FROM (SELECT {columns} FROM flows WHERE {conditions}"
                 " ORDER BY last_ns DESC LIMIT ?)"
             )
-            all_values += [question.port] * sum(text.count("?") for text in end)
-            all_values += [*values, question.limit + 1]
+            all_values += [*own, *values, question.limit + 1]
         query = " UNION ALL ".join(parts)
         try:
             with self._reading:
@@ -251,6 +251,19 @@ class Store:
             return None
 
 
+def _ways(question: Question) -> list[tuple[list[str], list[Any]]]:
+    """Conditions and values that exclude each other, each with an index of its own."""
+    if question.ends is not None:
+        words = "lport = ? AND rport = ? AND family = ? AND laddr = ? AND raddr = ?"
+        (family, one, port), (_, other, far) = question.ends
+        ways = [(port, far, family, one, other), (far, port, family, other, one)]
+        return [([words], list(way)) for way in dict.fromkeys(ways)]
+    if question.port is not None:
+        port = question.port
+        return [(["lport = ?"], [port]), (["rport = ? AND lport <> ?"], [port, port])]
+    return [([], [])]
+
+
 def _conditions(question: Question) -> tuple[list[str], list[Any]]:
     wheres: list[str] = []
     values: list[Any] = []
@@ -265,6 +278,9 @@ def _conditions(question: Question) -> tuple[list[str], list[Any]]:
             values.append(value)
     if question.uid is not None:
         wheres.append("tgid <> 0")
+    if question.ends is not None and question.port is not None:
+        wheres.append("? IN (lport, rport)")
+        values.append(question.port)
     if question.since_ns is not None:
         wheres.append("last_ns >= ?")
         values.append(question.since_ns)

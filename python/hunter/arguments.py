@@ -310,6 +310,12 @@ def _annotate_parser() -> argparse.ArgumentParser:
         "pcap or pcapng, gzip or not; - is standard input",
         "pcapng to write; - is standard output",
     )
+    parser.add_argument(
+        "--netns",
+        metavar="NS",
+        help="where the capture was made: a network namespace by name, pid or inode; else packets"
+        " that fit in several are marked AMBIGUOUS",
+    )
     _add_socket(parser)
     return parser
 

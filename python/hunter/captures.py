@@ -12,7 +12,7 @@ from hunter import pcapng
 from hunter.pcapng import Block
 from nlproto import Error
 
-__all__ = ["End", "Flow", "examine", "flow_of", "is_pcap", "read_capture", "transport"]
+__all__ = ["End", "Flow", "flow_of", "is_pcap", "look", "read_capture", "transport"]
 
 # https://www.tcpdump.org/linktypes.html: bytes before the network layer, and where its type stands
 _ETHERNET, _RAW, _LOOP, _NULL, _SLL, _SLL2, _IPV4, _IPV6 = 1, 101, 108, 0, 113, 276, 228, 229
@@ -51,6 +51,7 @@ _EXTENSIONS = (0, 43, 60)
 _FRAGMENT = 44
 _MAX_EXTENSIONS = 64  # walked; RFC 8200 has each once, some twice
 _MAX_PACKET = 1 << 20
+_SYN, _SYN_ACK = 2, 18
 
 End = tuple[str, int]
 """(address, port)."""
@@ -114,12 +115,15 @@ def _ends(name: str, at: int) -> Error:
 
 def flow_of(packet: pcapng.Packet) -> Flow | None:
     """Return whose TCP or UDP packet it is; None for others, later fragments and stumps."""
-    found = examine(packet)
-    return None if isinstance(found, str) else found
+    found = look(packet)
+    return None if isinstance(found, str) else found[0]
 
 
-def examine(packet: pcapng.Packet) -> Flow | str:
-    """Return the packet's flow, or in a word why it has none: "ARP", "GRE", "link type 239"."""
+def look(packet: pcapng.Packet) -> tuple[Flow, int | None] | str:
+    """Return the packet's flow, and of a SYN that begins a connection its sequence number.
+
+    Else in a word why it has none: "ARP", "GRE", "link type 239 (NFLOG)".
+    """
     found = transport(packet.linktype, packet.data)
     if isinstance(found, str):
         return found
@@ -129,7 +133,10 @@ def examine(packet: pcapng.Packet) -> Flow | str:
     sport, dport = struct.unpack_from("!HH", data, at)
     source = socket.inet_ntop(family, data[first : first + size])
     target = socket.inet_ntop(family, data[first + size : first + 2 * size])
-    return ("tcp" if proto == socket.IPPROTO_TCP else "udp"), (source, sport), (target, dport)
+    name = "tcp" if proto == socket.IPPROTO_TCP else "udp"
+    begins = name == "tcp" and len(data) > at + 13 and data[at + 13] & _SYN_ACK == _SYN
+    sequence = struct.unpack_from("!I", data, at + 4)[0] if begins else None
+    return (name, (source, sport), (target, dport)), sequence
 
 
 def transport(linktype: int, data: bytes) -> tuple[int, int, int, int] | str:

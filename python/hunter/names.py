@@ -3,16 +3,23 @@
 
 from __future__ import annotations
 
+import os
 import pwd
 import queue
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from types import TracebackType
 from typing import Self
 
-__all__ = ["Names", "interface", "own_hosts", "own_users", "service", "services", "user"]
+from nlproto.netns import NAMED
+
+_SETTLED_NS = 2_000_000_000
+
+__all__ = ["Names", "interface", "netns", "own_hosts", "own_users", "service", "services", "user"]
 
 
 @lru_cache(1)
@@ -47,6 +54,38 @@ def interface(index: int) -> str:
         return socket.if_indextoname(index)
     except OSError:
         return f"if{index}"
+
+
+def netns(inode: int, since_s: float | None = None) -> str:
+    """Return the name that `ip netns` has for a network namespace, else its inode.
+
+    `since_s`: when it was seen. Inodes are used again: one seen before the names last changed
+    keeps its number.
+    """
+    known, changed_s = _namespaces()
+    if inode not in known or (since_s is not None and since_s < changed_s):
+        return str(inode)
+    return known[inode]
+
+
+def _namespaces() -> tuple[dict[int, str], float]:
+    """Names by inode, and when they last changed; read again when the directory changes."""
+    try:
+        changed = os.stat(NAMED).st_mtime_ns
+    except OSError:
+        return {}, 0.0
+    # a name that is just being made is not mounted yet
+    read = _named if time.time_ns() - changed > _SETTLED_NS else _named.__wrapped__
+    return read(changed), changed / 1e9
+
+
+@lru_cache(1)
+def _named(changed_ns: int) -> dict[int, str]:
+    found = {}
+    for entry in os.scandir(NAMED):
+        with suppress(OSError):
+            found[entry.stat().st_ino] = entry.name
+    return found
 
 
 def own_hosts(path: str = "/etc/hosts") -> dict[str, str]:

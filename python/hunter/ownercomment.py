@@ -16,7 +16,7 @@ from typing import Any
 
 from hunter.text import escaped, unescaped
 
-__all__ = ["MADE", "comment_of", "is_owner_comment", "read_comment"]
+__all__ = ["MADE", "comment_of", "is_owner_comment", "read_comment", "word"]
 
 _PREFIX = "packet-hunter: "
 _NOBODY = "nobody,"
@@ -61,11 +61,11 @@ def comment_of(values: Mapping[str, Any], made: bool = False) -> str:
     if pid is None:
         words = [_NOBODY, str(values["how"])]
     else:
-        words = [_token(f"{escaped(values['comm'] or '')}.{pid}")]
+        words = [word(f"{escaped(values['comm'] or '')}.{pid}")]
     for name in _WORDS:
         if name == "holder":
             for one in values.get("holders") or ():
-                words.append(_token(f"holder={escaped(str(one['comm']))}.{one['pid']}"))
+                words.append(word(f"holder={escaped(str(one['comm']))}.{one['pid']}"))
             continue
         value = values.get(name)
         if value is None or name == "how" and pid is None or name == "segments" and value == 1:
@@ -74,17 +74,18 @@ def comment_of(values: Mapping[str, Any], made: bool = False) -> str:
             value = escaped(value)
         elif name == "flags":
             value = value.replace(" ", ",")
-        words.append(_token(f"{name}={value}"))
+        words.append(word(f"{name}={value}"))
     tail = MADE if made else ""
     while len((text := _PREFIX + " ".join(words) + tail).encode()) > _MAX:
         del words[-1]
     return text
 
 
-def _token(word: str) -> str:
-    if word.startswith('"') or any(map(str.isspace, word)):
-        return '"' + word.replace('"', "\\x22") + '"'
-    return word
+def word(text: str) -> str:
+    """Return `text`, with names in it escaped, as one word of a comment."""
+    if text.startswith('"') or any(map(str.isspace, text)):
+        return '"' + text.replace('"', "\\x22") + '"'
+    return text
 
 
 def is_owner_comment(comment: str) -> bool:

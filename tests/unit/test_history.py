@@ -7,9 +7,13 @@ import pytest
 
 from daemon.history import History, Question, flow_fields
 from nlproto.clock import Clock
-from nlproto.flows import summarize
+from nlproto.flows import pack_address, summarize
 
 NO_OFFSET = Clock(0, 0)
+
+
+def _ends(*ends):
+    return tuple((*pack_address(address), port) for address, port in ends)
 
 
 def _ports(history, **conditions):
@@ -52,6 +56,12 @@ def _history(make_records):
         ({"host": ipaddress.ip_network("2001:db8::/32")}, [5]),
         ({"host": ipaddress.ip_network("0.0.0.0/0")}, [4, 3, 2, 1]),
         ({"port": 53, "pname": "dig", "uid": 1000}, [3]),
+        ({"ends": _ends(("10.0.0.1", 1), ("10.0.0.2", 80))}, [1]),
+        ({"ends": _ends(("10.0.0.2", 80), ("10.0.0.1", 1))}, [1]),
+        ({"ends": _ends(("10.0.0.1", 80), ("10.0.0.2", 1))}, []),
+        ({"ends": _ends(("2001:db8::6", 53), ("2001:db8::5", 5))}, [5]),
+        ({"ends": _ends(("10.0.0.1", 3), ("10.9.0.7", 53)), "port": 3}, [3]),
+        ({"ends": _ends(("10.0.0.1", 3), ("10.9.0.7", 53)), "port": 4}, []),
     ],
 )
 def test_a_question_finds_what_fits_newest_first(history, conditions, ports):

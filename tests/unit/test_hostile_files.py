@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hunter import pcapng
-from hunter.captures import examine, flow_of, read_capture
+from hunter.captures import flow_of, look, read_capture
 from hunter.columns import FIRST_COLUMNS
 from hunter.inputs import Input
 from hunter.source_file import FileSource
@@ -134,7 +134,7 @@ def changed(data, changes):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=CHANGES)
 def test_nothing_but_an_error_comes_out_of_a_damaged_capture(suffix, good, tmp_path, changes):
     if suffix not in good:
@@ -168,7 +168,7 @@ def captures():
     yield section + interface + (simple + old + new) * 2
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(data=st.sampled_from(list(captures())), changes=CHANGES)
 def test_nothing_but_an_error_comes_out_of_a_damaged_trace(data, changes):
     interfaces = []
@@ -180,7 +180,7 @@ def test_nothing_but_an_error_comes_out_of_a_damaged_trace(data, changes):
                 interfaces.append(pcapng.Interface.of(block))
             packet = pcapng.packet_of(block, interfaces)
             if packet is not None:
-                assert examine(packet)
+                assert look(packet)
                 pcapng.comments(block)
                 if block.kind != pcapng.SIMPLE:
                     pcapng.with_comment(block, "x")
@@ -188,10 +188,10 @@ def test_nothing_but_an_error_comes_out_of_a_damaged_trace(data, changes):
         assert "\n" not in str(error)
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(st.sampled_from([0, 1, 9, 101, 108, 113, 228, 229, 276, 65535]), st.binary(max_size=200))
 def test_any_bytes_are_a_flow_or_a_word(linktype, data):
-    found = examine(pcapng.Packet(linktype, None, data))
+    found = look(pcapng.Packet(linktype, None, data))
     assert isinstance(found, str | tuple) and found
 
 
@@ -230,7 +230,7 @@ def test_every_kind_of_capture_is_understood(data):
     ],
 )
 def test_what_is_not_understood_has_a_name(linktype, data, word):
-    assert examine(pcapng.Packet(linktype, None, data)) == word
+    assert look(pcapng.Packet(linktype, None, data)) == word
 
 
 class Counting(bytes):
@@ -250,7 +250,7 @@ def test_a_packet_of_nothing_but_headers_is_not_copied_for_each():
     """8 MiB of extension headers: with a slice a header that is 4 TiB, two minutes and more."""
     Counting.copied = 0
     data = Counting(ipv6(60) + b"\x3c\0\0\0\0\0\0\0" * (1 << 20))
-    assert examine(pcapng.Packet(101, None, data)) == "more extension headers than can be"
+    assert look(pcapng.Packet(101, None, data)) == "more extension headers than can be"
     assert Counting.copied < 1000
     ok = ipv6(60, b"\x3c\0\0\0\0\0\0\0" * 20 + b"\x11\0\0\0\0\0\0\0" + PORTS)
     assert flow_of(pcapng.Packet(101, None, ok))[1:] == (("::1", 1000), ("::2", 53))

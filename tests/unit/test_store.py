@@ -16,12 +16,13 @@ from daemon.recorder import Recorder
 from daemon.store import Store
 from nlproto.clock import Clock
 from nlproto.errors import Error
-from nlproto.flows import FLOW, summarize
+from nlproto.flows import FLOW, pack_address, summarize
 from nlproto.pipeline import NamedBatch
 from nlproto.processes import Process, Processes
 
 FOREVER = 2**62
 NO_OFFSET = Clock(0, 0)
+_IP = [pack_address(f"10.0.0.{number}")[1] for number in range(3)]
 
 
 @pytest.fixture(name="path")
@@ -76,6 +77,11 @@ def test_writing_a_flow_again_updates_it(path, make_records):
         ({"host": ipaddress.ip_network("10.9.0.0/16")}, [3]),
         ({"host": ipaddress.ip_network("2001:db8::/32")}, []),
         ({"limit": 1}, [4, 3]),
+        ({"ends": ((2, _IP[1], 1), (2, _IP[2], 80))}, [1]),
+        ({"ends": ((2, _IP[2], 80), (2, _IP[1], 1))}, [1]),
+        ({"ends": ((2, _IP[1], 80), (2, _IP[2], 1))}, []),
+        ({"ends": ((2, _IP[1], 1), (2, _IP[2], 80)), "port": 80}, [1]),
+        ({"ends": ((2, _IP[1], 1), (2, _IP[2], 80)), "port": 53}, []),
     ],
 )
 def test_the_file_answers_the_same_questions(path, make_records, conditions, ports):
