@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -14,8 +13,10 @@ from hunter.account import Shown
 from hunter.arguments import filter_of
 from hunter.capturefile import CaptureFile
 from hunter.columns import columns
+from hunter.command import Command
 from hunter.lines import LinePrinter, Style
 from hunter.names import Names
+from hunter.places import absent
 from hunter.save_jsonl import JsonSaver
 from hunter.saving import Saver, format_of, open_saver, refuse_input
 from hunter.source import Source, open_source
@@ -50,10 +51,11 @@ def run(
     argv: Sequence[str],
     stop: Stop,
     notify: Callable[[str], None],
-) -> None:
+) -> int:
     """Show and save until `stop`, -c, --duration or the end of the command `argv`.
 
-    `notify` gets lines for people (stderr). Raises Error, BrokenPipeError.
+    Returns the command's exit code when it ended by itself, else 0. `notify` gets lines for
+    people (stderr). Raises Error, BrokenPipeError.
     """
     wanted = filter_of(options)
     shown = Shown()
@@ -73,20 +75,23 @@ def run(
         counts: list[Callable[[NamedBatch], None]] = [shown.add]
         takes = [_Tables(saver, source).add for saver in savers.values()]
         outputs: dict[str, Saver | LinePrinter] = {**savers}
-        printed = options.print or not options.save
-        if printed and not options.json:
+        if options.print or not (options.save or options.summary or options.json):
             names = stack.enter_context(Names())
-            style = Style(options.numbers, options.quiet, options.verbose, options.times)
+            style = Style(options.numbers, options.quiet > 0, options.verbose, options.times)
             printer = LinePrinter(style, source, source.holders, names)
             outputs["standard output"] = printer
             takes.append(printer.add)
         summary = Summary() if options.summary else None
         if summary is not None:
             counts.append(summary.add)
-        notify(_greeting(source, options))
+        silent = options.quiet > 1
+        if not silent:
+            notify(_greeting(source, options))
+        for line in [] if options.read else absent(wanted):
+            notify(line)
         try:
             try:
-                _flow(source, counts, takes, shown, options, argv, stop, notify)
+                return _flow(source, counts, takes, shown, options, argv, stop, notify)
             finally:
                 for saver in savers.values():
                     saver.close()  # Parquet is a file only now
@@ -94,21 +99,32 @@ def run(
             outputs.clear()  # nobody wants them
             raise
         finally:
-            if summary is not None:
-                summary.show(source)
+            account = source.account()
             missing = {name: shown.records - one.rows for name, one in outputs.items()}
-            done = "shown" if printed or options.json else "saved"
-            if done == "saved" and any(missing.values()):
-                done = "to be saved"
-            for line in shown.lines(source.account(), source.lost(), done, missing):
-                notify(line)
+            failed = any(missing.values())
+            lost = source.lost() or any((account or {}).get("lost", {}).values())
+            if not silent or lost or failed:
+                done = "shown"
+                if options.save and not (options.print or options.json):
+                    done = "to be saved" if failed else "saved"
+                for line in shown.lines(account, source.lost(), done, missing):
+                    notify(line)
+            if summary is not None:
+                summary.show(source, _output_is_free(options))
             for saver in savers.values():
                 if note := getattr(saver, "note", ""):
                     notify(note)
 
 
+def _output_is_free(options: argparse.Namespace) -> bool:
+    """Whether nothing else goes to standard output, so that the table can."""
+    return not (options.print or options.json or options.save == "-")
+
+
 def _greeting(source: Source, options: argparse.Namespace) -> str:
     where = f"saving to {options.save}" if options.save else "showing"
+    if options.summary and not options.save and _output_is_free(options):
+        where = "adding up"
     return f"{where} ({source.description}); Ctrl-C ends"
 
 
@@ -121,11 +137,17 @@ def _flow(
     argv: Sequence[str],
     stop: Stop,
     notify: Callable[[str], None],
-) -> None:
+) -> int:
+    command: Command | None = None
+
     def give(batches: Sequence[NamedBatch]) -> bool:
         """Hand batches on; whether -c is reached. After a failure the rest is only counted."""
         failure: Error | OSError | None = None
         for batch in batches:
+            if command is not None and not options.all:
+                own = command.own(batch.records, source)
+                shown.pass_over(batch.records[~own])
+                batch = NamedBatch(batch.head, batch.records[own], batch.clock)
             if options.count is not None and shown.records + len(batch.records) >= options.count:
                 left = options.count - shown.records
                 batch = NamedBatch(batch.head, batch.records[:left], batch.clock)
@@ -147,8 +169,9 @@ def _flow(
         return options.count is not None and shown.records >= options.count
 
     full = False
+    code = 0
     try:
-        command = _start(argv) if argv else None
+        command = Command(argv, notify, not options.all) if argv else None
         try:
             until = None if options.duration is None else time.monotonic() + options.duration
             while not stop:
@@ -158,11 +181,12 @@ def _flow(
                 batches = source.read(left)
                 if batches is None or (full := give(batches)):
                     break
-                if command is not None and command.poll() is not None:
+                if command is not None and command.ended:
+                    code = command.exit_code
                     break
         finally:
             if command is not None:
-                _end(command, notify)
+                command.end()
     except BrokenPipeError:
         full = True  # nobody reads on: the rest need not be shown
         raise
@@ -170,25 +194,6 @@ def _flow(
         rest = source.finish()
         if not full:
             give(rest)
-
-
-def _start(argv: Sequence[str]) -> subprocess.Popen[bytes]:
-    try:
-        return subprocess.Popen(argv)
-    except OSError as error:
-        raise Error(f"cannot run {argv[0]}: {error.strerror}; is it installed?") from None
-
-
-def _end(command: subprocess.Popen[bytes], notify: Callable[[str], None]) -> None:
-    if command.poll() is None:
-        command.terminate()
-        try:
-            command.wait(3)
-        except subprocess.TimeoutExpired:
-            command.kill()
-            command.wait()
-    elif command.returncode:
-        what = f"exit code {command.returncode}"
-        if command.returncode < 0:
-            what = f"signal {-command.returncode}"
-        notify(f"the command ended with {what}")
+        if command is not None:
+            command.close()
+    return code

@@ -269,6 +269,10 @@ class FileSource:
     def _start(self, key: tuple[Any, ...]) -> int:
         return self._starts.setdefault(key, len(self._starts) + 1)
 
+    def refilter(self, filter: Filter) -> list[NamedBatch]:
+        self._filter = filter
+        return []
+
     def finish(self) -> list[NamedBatch]:
         return []
 

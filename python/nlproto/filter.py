@@ -36,7 +36,7 @@ NETNS_DIR = "/run/netns"
 
 WORDS = (
     "tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not "
-    "pid pname uid netns how container ifindex"
+    "pid pname uid netns how container unit ifindex less greater"
 ).split()
 
 _COMM_MAX = int(wire.lib.SNIFFER_COMM_LEN) - 1
@@ -62,6 +62,8 @@ class ProcessLike(Protocol):
     def exe(self) -> str: ...
     @property
     def container(self) -> str: ...
+    @property
+    def unit(self) -> str: ...
 
 
 class Details(Protocol):
@@ -87,7 +89,7 @@ class Filter:
         """Return one bool a record of `records` (RECORD, shape (n,)).
 
         `details` is asked by `pname` (names longer than 15 bytes, names of executables) and
-        by `container`; without it these see only what the record says.
+        by `container` and `unit`; without it these see only what the record says.
         """
         if self.root is None:
             return np.ones(len(records), bool)
@@ -231,8 +233,24 @@ class _Net:
 
 
 @dataclass(frozen=True, slots=True)
+class _Length:
+    """`less` or `greater`: the IP packet has so many bytes at most, or at least."""
+
+    word: str
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.word} {self.bytes}"
+
+    def mask(self, records: np.ndarray, details: Details | None) -> np.ndarray:
+        sizes = records["len"]
+        result: np.ndarray = sizes <= self.bytes if self.word == "less" else sizes >= self.bytes
+        return result
+
+
+@dataclass(frozen=True, slots=True)
 class _Owner:
-    """`pname` or `container`: a name, or a pattern with * ? [ ]."""
+    """`pname`, `container` or `unit`: a name, or a pattern with * ? [ ]."""
 
     word: str
     name: str
@@ -262,23 +280,37 @@ class _Owner:
         return result
 
     def _fits(self, comm: str, process: ProcessLike | None) -> bool:
-        if self.word == "container":
-            return process is not None and bool(process.container) and self._is(process.container)
+        if self.word != "pname":
+            place = getattr(process, self.word, "")
+            return bool(place) and self._is(place)
         program = os.path.basename(process.exe) if process is not None else ""
         return self._is(comm) or bool(program) and self._is(program) or self._is_cut(comm, program)
 
     def _is(self, name: str) -> bool:
         if self.word == "container":  # "docker:4f1c0d2e9a3b", of an id that has 64 digits
-            short = name.partition(":")[2]
-            if re.fullmatch("[0-9a-f]{12,}", self.name) and self.name[:12] == short:
-                return True
-            return fnmatch.fnmatchcase(name, self.name) or fnmatch.fnmatchcase(short, self.name)
+            return is_container(name, self.name)
+        if self.word == "unit" and fnmatch.fnmatchcase(name.rpartition(".")[0], self.name):
+            return True  # systemctl too takes "nginx" for "nginx.service"
         return fnmatch.fnmatchcase(name, self.name)
 
     def _is_cut(self, comm: str, program: str) -> bool:
         """The kernel keeps 15 bytes of a name; a longer one is settled by the executable."""
         name = self.name.encode()
         return len(name) > _COMM_MAX and not program and comm.encode() == name[:_COMM_MAX]
+
+
+def is_container(name: str, wanted: str) -> bool:
+    """Whether the container `name` ("docker:4f1c0d2e9a3b", "lxc:web") is the one `wanted`.
+
+    That is its name or id, a pattern, or the beginning of an id, as docker and podman take it;
+    each with or without the runtime before it.
+    """
+    runtime, _, short = name.partition(":")
+    asked, colon, rest = wanted.rpartition(":")
+    if fnmatch.fnmatchcase(name, wanted) or fnmatch.fnmatchcase(short, wanted):
+        return True
+    is_id = re.fullmatch("[0-9a-f]{12}", short) and re.fullmatch("[0-9a-f]{1,64}", rest)
+    return bool(is_id) and (not colon or asked == runtime) and short.startswith(rest[:12])
 
 
 @functools.cache
@@ -303,7 +335,10 @@ def parse(text: str, resolve: bool = True) -> Filter:
         tree = _parser().parse(text)
     except UnexpectedInput as error:
         raise _syntax_error(error, text) from None
-    return Filter(_Builder(text, resolve).chain(tree.children[0]))
+    try:
+        return Filter(_Builder(text, resolve).chain(tree.children[0]))
+    except FilterError as error:  # "port 80 or icmp" reads as port 80 or port icmp
+        raise _foreign(tokens, text) or error from None
 
 
 def _check_depth(tokens: list[Token], text: str) -> None:
@@ -333,7 +368,52 @@ def _suggest(word: str, known: list[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+_FOREIGN = {
+    **dict.fromkeys(
+        "icmp icmp6 igmp arp rarp sctp dccp igrp pim vrrp carp esp ah ether link llc wlan fddi tr"
+        " decnet atalk aarp iso stp ipx netbeui vlan mpls pppoed pppoes geneve vxlan lat mopdl"
+        " moprc".split(),
+        "only TCP and UDP are recorded",
+    ),
+    **dict.fromkeys(("proto", "protochain"), "write tcp, udp, ip or ip6 alone"),
+    **dict.fromkeys(("broadcast", "multicast"), "write 'dst net 224.0.0.0/4' or the address"),
+    "gateway": "no link-layer address is recorded",
+    "len": "write 'less N' or 'greater N'",
+    **dict.fromkeys(("ifname", "on"), "use the option -i IF"),
+    **dict.fromkeys(("rnr", "rulenum", "reason", "action", "rset", "ruleset"), "see nft monitor"),
+}
+"""Words of pcap-filter(7) that are none here, and what to do instead."""
+
+_BYTES = re.compile(r"\b(?:tcp|udp|ip6?|icmp6?|ether|arp|link|wlan)\s*\[[^\]]*\]?")
+
+
+def _foreign(tokens: list[Token], text: str) -> FilterError | None:
+    """What to say of a word of pcap-filter's that stands where ours would; None: there is none."""
+    for index, token in enumerate(tokens):
+        asked = _FOREIGN.get(str(token)) if token.type == "VALUE" else None
+        if asked is not None and not (index and tokens[index - 1].type in _VALUED):
+            message = f"pcap-filter's {_plain(token)!r} is not supported: {asked}"
+            return FilterError(message, text, *_span(token))
+    return _bytes_wanted(text)
+
+
+def _bytes_wanted(text: str) -> FilterError | None:
+    found = _BYTES.search(text)
+    if found is None:
+        return None
+    message = (
+        f"pcap-filter's {found[0]!r} is not supported: the bytes of a packet are not looked at"
+    )
+    return FilterError(message, text, *found.span())
+
+
+_VALUED = ("ADDRESS_WORD", "NET", "MASK", "OWNER_WORD", "SRC", "DST")
+"""Types of words that want a value after them."""
+
+
 def _unknown(token: Token, text: str) -> FilterError:
+    if token in ("named", "unnamed"):
+        return FilterError(f"write 'how {token}'", text, *_span(token))
     hint = _suggest(token, WORDS)
     if not hint and re.fullmatch(r"\d+", token):
         hint = f"; a number needs a word before it, as in 'port {token}' or 'pid {token}'"
@@ -358,6 +438,9 @@ _EXPECTED = {
 
 def _syntax_error(error: UnexpectedInput, text: str) -> FilterError:
     if isinstance(error, UnexpectedCharacters):
+        foreign = _bytes_wanted(text)
+        if foreign is not None:
+            return foreign
         at = error.pos_in_stream or 0
         if text[at] == '"':
             return FilterError("a quote that nothing closes", text, at, len(text))
@@ -365,11 +448,14 @@ def _syntax_error(error: UnexpectedInput, text: str) -> FilterError:
     assert isinstance(error, UnexpectedToken)
     token = error.token
     tokens = list(_parser().lex(text))
+    foreign = _foreign(tokens, text)
+    if foreign is not None:
+        return foreign
     wanted = error.expected
     if token.type == "$END":
         last = tokens[-1]
         start, end = _span(last)
-        if last.type in ("ADDRESS_WORD", "NET", "MASK", "OWNER_WORD", "SRC", "DST"):
+        if last.type in _VALUED:
             return FilterError(f"'{last}' needs a value after it", text, start, end)
         if last.type in ("AND", "OR", "NOT"):
             return FilterError(f"'{last}' needs something after it", text, start, end)
@@ -395,13 +481,12 @@ def _syntax_error(error: UnexpectedInput, text: str) -> FilterError:
 
 def _has_word(tokens: list[Token], index: int) -> bool:
     """Whether the value at `index` has a word before it, directly or by inheritance."""
-    words = ("ADDRESS_WORD", "NET", "MASK", "OWNER_WORD", "SRC", "DST")
-    if index and tokens[index - 1].type in words:
+    if index and tokens[index - 1].type in _VALUED:
         return True
     return (
         bool(index)
         and tokens[index - 1].type in ("AND", "OR", "NOT")
-        and any(token.type in words for token in tokens[:index])
+        and any(token.type in _VALUED for token in tokens[:index])
     )
 
 
@@ -608,6 +693,15 @@ class _Builder:
 
     def _container(self, words: _Words, value: Token) -> _Node:
         return _Owner("container", _plain(value))
+
+    def _unit(self, words: _Words, value: Token) -> _Node:
+        return _Owner("unit", _plain(value))
+
+    def _less(self, words: _Words, value: Token) -> _Node:
+        return _Length("less", self._number(value, "number of bytes"))
+
+    def _greater(self, words: _Words, value: Token) -> _Node:
+        return _Length("greater", self._number(value, "number of bytes"))
 
 
 def _proto(token: Token) -> _Node:
