@@ -46,6 +46,7 @@ class Stop(Protocol):
 @dataclass(slots=True)
 class _Result:
     packets: int = 0
+    written: int = 0
     transport: int = 0
     named: int = 0
     ambiguous: int = 0
@@ -148,6 +149,7 @@ def _annotate(
                 owners.begin(flow, syn, at)
             parts.append(_named(block, flow, at, owners, result))
         output.write(b"".join(parts))
+        result.written = result.packets
         if stop:
             return
 
@@ -229,6 +231,8 @@ def _report(result: _Result, cut: int, notify: Callable[[str], None], words: boo
         f"{result.packets:,} packets, {result.transport:,} of them TCP or UDP with ports: "
         f"{result.named:,} named{share}, of these {result.ambiguous:,} ambiguous"
     )
+    if result.written < result.packets:
+        notify(f"{result.packets - result.written:,} of these packets are not in the output")
     if result.unmarked:
         notify(
             f"{result.unmarked:,} of the named are in simple packet blocks, which have no place"

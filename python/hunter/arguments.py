@@ -435,6 +435,9 @@ def parse(arguments: Sequence[str]) -> Command:
     options.socket_given = getattr(options, "socket", None) is not None
     if not options.socket_given:
         options.socket = DEFAULT_SOCKET
+    for option in ("save", "output"):
+        if getattr(options, option, None) == "/dev/stdout":
+            setattr(options, option, "-")
     command = Command(name, options, argv)
     _check(command)
     return command

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hunter import names
+from hunter.text import sound
 from nlproto import wire
 from nlproto.pipeline import NamedBatch
 from nlproto.processes import Process
@@ -280,7 +281,7 @@ def cells(table: Columns) -> dict[str, list[Any]]:
         "holders": [table.holders.get(i) for i in range(len(known))],
     }
     for name in TEXTS:
-        values[name] = [text or None for text in values[name]]
+        values[name] = [sound(text) if text else None for text in values[name]]
     return values
 
 

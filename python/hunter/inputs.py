@@ -9,7 +9,7 @@ import stat
 import zlib
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import IO, Any, Self, TypeVar
 
 from nlproto import Error
 
@@ -158,6 +158,14 @@ class Input:
     def position(self) -> int:
         """How many bytes of the file itself are read."""
         return self._packed.position
+
+    def seekable(self) -> IO[bytes] | None:
+        """Return the file once more, from its beginning; None for a pipe, and for gzip."""
+        if self.size is None or self._stream is not self._packed:
+            return None
+        file = open(os.dup(self._fd), "rb")
+        file.seek(0)
+        return file
 
     def check(self) -> None:
         """Raise Error when the data ended because they could not be read on."""

@@ -142,9 +142,9 @@ def _parquet_rows(source: Input) -> Iterator[Row]:
     except ImportError:
         raise UsageError("Parquet needs pyarrow: pip install 'packet-hunter[parquet]'") from None
     number = 0
-    with tempfile.TemporaryFile() as copy:
+    with source.seekable() or tempfile.TemporaryFile() as whole:
         try:
-            with parquet.ParquetFile(_seekable(source, copy)) as file:
+            with parquet.ParquetFile(_seekable(source, whole)) as file:
                 names = [name for name in COLUMNS if name in file.schema_arrow.names]
                 for batch in file.iter_batches(_ROWS, columns=names):
                     for values in batch.to_pylist():
@@ -160,11 +160,13 @@ def _parquet_rows(source: Input) -> Iterator[Row]:
             raise Error(f"{source.name} cannot be read after row {number}: {kind}") from None
 
 
-def _seekable(source: Input, copy: IO[bytes]) -> IO[bytes]:
+def _seekable(source: Input, whole: IO[bytes]) -> IO[bytes]:
     """The index of Parquet is at its end: what comes through a pipe is copied first."""
-    shutil.copyfileobj(source.file, copy)
-    copy.seek(0)
-    return copy
+    if whole.readable() and not whole.writable():
+        return whole
+    shutil.copyfileobj(source.file, whole)
+    whole.seek(0)
+    return whole
 
 
 _DESCRIPTION = re.compile(r"netns (\d{1,10}) ifindex (\d{1,10})")

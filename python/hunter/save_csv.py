@@ -44,5 +44,5 @@ class CsvSaver:
 
 
 def _holders(held: list[dict[str, Any]]) -> str:
-    """As in JSON lines: ASCII, without a line break, and no spreadsheet computes it."""
-    return json.dumps(held, separators=(",", ":"))
+    """As in JSON lines: ASCII, without a line break, and without what a spreadsheet computes."""
+    return json.dumps(held, separators=(",", ":")).replace(";", "\\u003b")

@@ -18,6 +18,7 @@ import numpy as np
 from hunter.columns import FLAGS, Holder, tcp_flags_of
 from hunter.inputs import Input
 from hunter.rows import Row, has_bytes, read_rows
+from hunter.text import sound
 from nlproto import Error, UsageError, wire
 from nlproto.clock import Clock
 from nlproto.filter import Filter
@@ -312,7 +313,7 @@ def _text(values: Mapping[str, Any], column: str) -> str:
         return ""
     if not isinstance(value, str):
         raise _Bad(column, value)
-    return value
+    return sound(value)
 
 
 def _word(values: Mapping[str, Any], column: str, known: Mapping[str, int]) -> int:
@@ -372,7 +373,7 @@ def _holders(value: Any) -> list[Holder]:
             or not isinstance(one.get("comm"), str)
         ):
             raise _Bad("holders", value)
-    return value
+    return [{"pid": one["pid"], "comm": sound(one["comm"])} for one in value]
 
 
 def _comm(text: str) -> bytes:

@@ -8,7 +8,7 @@ import re
 import unicodedata
 from functools import lru_cache
 
-__all__ = ["cell", "escaped", "plain", "uncell", "unescaped"]
+__all__ = ["cell", "escaped", "plain", "sound", "uncell", "unescaped"]
 
 # Cc control, Cf format (bidi overrides, zero width), Cs surrogate, Co private, Cn unassigned,
 # Zl and Zp line and paragraph separators
@@ -39,6 +39,12 @@ def plain(name: str) -> str:
     if name.isascii() and name.isprintable():
         return name
     return "".join(map(_shown, name))
+
+
+@lru_cache(65536)
+def sound(text: str) -> str:
+    """Return `text`, halves of surrogate pairs as \\uNNNN: no UTF-8 can hold them."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def _kept(character: str) -> str:

@@ -535,6 +535,19 @@ def test_a_full_output_is_in_the_account(good, tmp_path):
         assert words == ["-w", "-"] or "4 of 4 shown are not in standard output" in done.stderr
 
 
+def test_half_a_surrogate_pair_is_text_in_every_format(tmp_path):
+    odd = "\ud800;=1"
+    path = tmp_path / "x.jsonl"
+    held = [{"pid": 5, "comm": odd}]
+    write_json(path, [row(comm=odd[:3], exe=odd, unit=odd, interface=odd, holders=held)])
+    for suffix in SUFFIXES[:3]:
+        done = hunt("-r", path, "-w", tmp_path / f"y{suffix}")
+        assert done.returncode == 0 or b"needs pyarrow" in done.stderr, done.stderr
+    assert b";=" not in (tmp_path / "y.csv").read_bytes()
+    assert hunt("-r", path, "-vv", "--summary", "--print").returncode == 0
+    assert hunt("report", path, "-o", tmp_path / "x.html").returncode == 0
+
+
 def closed(*numbers):
     return lambda: [os.close(number) for number in numbers]
 
