@@ -52,7 +52,7 @@ _shtab_packet_hunter_options=(
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, packet, or auto (default)]:E:(auto module packet)"
   {-B,--buffer}"[of engine packet, without the daemon\: for packets that wait (default\: 16384)]:KIB:"
-  {-r,--read}"[show a saved CSV, JSON lines or Parquet]:FILE:_files"
+  "*"{-r,--read}"[show a saved capture of any format, gzip or not\; - is standard input (repeatable\: all in order of time)]:FILE:_files"
   {-D,--list-interfaces}"[list interfaces, and end]"
 )
 
@@ -61,7 +61,7 @@ _shtab_packet_hunter_defaults_added=0
 
 _shtab_packet_hunter_annotate_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  {-o,--output}"[pcapng to write]:OUT:_files"
+  {-o,--output}"[pcapng to write\; - is standard output]:OUT:_files"
   "--netns[where the capture was made\: a network namespace by name, pid or inode\; else packets that fit in several are marked AMBIGUOUS]:NS:"
   "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
 )
@@ -79,7 +79,7 @@ _shtab_packet_hunter_doctor_defaults_added=0
 
 _shtab_packet_hunter_report_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  {-o,--output}"[HTML file to write]:OUT:_files"
+  {-o,--output}"[HTML file to write\; - is standard output]:OUT:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -112,7 +112,7 @@ _shtab_packet_hunter_top_options=(
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, packet, or auto (default)]:E:(auto module packet)"
   {-B,--buffer}"[of engine packet, without the daemon\: for packets that wait (default\: 16384)]:KIB:"
-  {-r,--read}"[show a saved CSV, JSON lines or Parquet]:FILE:_files"
+  "*"{-r,--read}"[show a saved capture of any format, gzip or not\; - is standard input (repeatable\: all in order of time)]:FILE:_files"
 )
 
 # guard to ensure default positional specs are added only once per session

@@ -19,11 +19,14 @@ import os  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 
 from hunter import arguments  # noqa: E402
+from hunter.descriptors import open_standard  # noqa: E402
 from hunter.signals import Stop  # noqa: E402
 from hunter.text import plain  # noqa: E402
 from nlproto import Error, UsageError, descriptors  # noqa: E402
 from nlproto.filter import FilterError  # noqa: E402
 from nlproto.foreign import foreign_packages  # noqa: E402
+
+_OUTPUT_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def _tell(line: str) -> None:
@@ -90,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns 0, 1 (failure), 2 (usage), or the exit code of the command after "--".
     """
+    open_standard()
     logging.getLogger().handlers = [_Log(logging.WARNING)]
     for line in foreign_packages():
         _tell(line)
@@ -121,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if descriptors.none_left(error):
             _tell(str(descriptors.NoDescriptors.of(error)))
             return 1
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        if error.errno not in _OUTPUT_FAILS:
             raise
         _forget_output()
         _tell(f"cannot write to standard output: {error.strerror}")

@@ -40,8 +40,17 @@ class Shown:
         """Records without an owner, by reason."""
         return _unnamed(self._by_how)
 
-    def lines(self, account: Mapping[str, Any] | None, lost: int) -> list[str]:
-        """Return the account for people. `account` is of the source, `lost` of its last step."""
+    def lines(
+        self,
+        account: Mapping[str, Any] | None,
+        lost: int,
+        done: str = "shown",
+        missing: Mapping[str, int] | None = None,
+    ) -> list[str]:
+        """Return the account for people. `account` is of the source, `lost` of its last step.
+
+        `done`: what became of the packets; `missing`: how many of them are not in which file.
+        """
         lines = []
         if account is not None:
             gone = {place: n for place, n in account["lost"].items() if n}
@@ -60,9 +69,12 @@ class Shown:
                 lines.append(f"nothing was recorded for {away:.1f} s: lost, not counted")
         share = f" ({100 * self.named / self.records:.1f} %)" if self.records else ""
         lines.append(
-            f"{self.records} shown = {self.named} named{share}"
+            f"{self.records} {done} = {self.named} named{share}"
             f" + {self.records - self.named} unnamed{_detail(self.unnamed)}"
         )
+        for name, count in (missing or {}).items():
+            if count:
+                lines.append(f"{count} of {self.records} {done} are not in {name}")
         others = int(self._others.sum())
         if others:
             named = _named(self._others)

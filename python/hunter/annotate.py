@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import IO, Protocol
+from typing import Protocol
 
 from rich import box
 from rich.console import Console
@@ -21,15 +21,21 @@ from hunter import names, pcapng
 from hunter.capturefile import CaptureFile
 from hunter.captures import Flow, look, read_capture
 from hunter.console import Output
+from hunter.inputs import Input
+from hunter.ownercomment import is_owner_comment, word
 from hunter.owners import Answer, Owners, place
 from hunter.programs import label, programs
-from hunter.text import plain
+from hunter.saving import refuse_input, refuse_pcap
+from hunter.text import escaped, plain
 from nlproto import Error
 from nlproto.client import DaemonClient
 
 __all__ = ["run"]
 
 _BLOCKS, _BYTES = 4096, 4 << 20  # looked at together, at most
+_PACKETS = (pcapng.ENHANCED, pcapng.OBSOLETE, pcapng.SIMPLE)
+_UNKNOWN = "of no known interface"
+_CAUSES = 8  # told one by one
 _CANDIDATES = 8  # written of one end; more are counted
 
 
@@ -40,10 +46,15 @@ class Stop(Protocol):
 @dataclass(slots=True)
 class _Result:
     packets: int = 0
+    written: int = 0
     transport: int = 0
     named: int = 0
     ambiguous: int = 0
     """Of the named."""
+    unmarked: int = 0
+    """Of the named: their blocks have no place for a name."""
+    others: Counter[str] = field(default_factory=Counter)
+    """Packets without a flow, by what they are."""
     namespaces: set[int] = field(default_factory=set)
     """Those that had the same flow at the same time."""
     by_process: Counter[tuple[str, int]] = field(default_factory=Counter)
@@ -55,18 +66,13 @@ class _Result:
 
 def run(options: argparse.Namespace, stop: Stop, notify: Callable[[str], None]) -> None:
     """Annotate options.input into options.output. Raises Error."""
-    try:
-        size = os.stat(options.input).st_size
-        source = open(options.input, "rb")
-    except OSError as error:
-        raise Error(f"cannot read {options.input}: {error.strerror}") from None
+    refuse_pcap(options.output)
+    refuse_input(options.output, [options.input])
     at = None if options.netns is None else place(options.netns)
-    with source, DaemonClient(options.socket) as client:
+    with Input(options.input) as source, DaemonClient(options.socket) as client:
         if not client.daemon["everything"]:
             notify("only your own processes are known: see packet-hunter doctor")
-        if os.path.exists(options.output) and os.path.samefile(options.input, options.output):
-            raise Error(f"{options.output} is the capture itself: choose another name")
-        stream = read_capture(source, options.input)
+        stream = source.checked(read_capture(source.file, source.name))
         first = list(islice(stream, 1))  # a file that is no capture makes no output
         with (
             CaptureFile(options.output) as output,
@@ -74,32 +80,42 @@ def run(options: argparse.Namespace, stop: Stop, notify: Callable[[str], None]) 
                 console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True
             ) as progress,
         ):
-            task = progress.add_task(os.path.basename(options.input), total=size)
+            task = progress.add_task(os.path.basename(source.name), total=source.size)
             result = _Result()
             chunks = _chunks(first, stream, source, lambda at: progress.update(task, completed=at))
             owners = Owners(client, at)
             try:
                 _annotate(chunks, owners, output, result, stop)
             finally:
-                _report(result, owners.cut, notify)
+                _report(result, owners.cut, notify, words=output.is_output())
 
 
 def _chunks(
     first: list[pcapng.Block],
     stream: Iterator[pcapng.Block],
-    source: IO[bytes],
+    source: Input,
     advance: Callable[[int], None],
 ) -> Iterator[list[pcapng.Block]]:
+    """Raises Error of `stream` after all that came before it."""
     yield first
-    chunk, size = [], 0
-    for block in stream:
-        chunk.append(block)
-        size += len(block.data)
-        if len(chunk) == _BLOCKS or size >= _BYTES:
+    damage: Error | None = None
+    while damage is None:
+        chunk: list[pcapng.Block] = []
+        size = 0
+        try:
+            for block in stream:
+                chunk.append(block)
+                size += len(block.data)
+                if len(chunk) == _BLOCKS or size >= _BYTES:
+                    break
+        except Error as error:
+            damage = error
+        if chunk:
             yield chunk
-            advance(source.tell())
-            chunk, size = [], 0
-    yield chunk
+            advance(source.position)
+        elif damage is None:
+            return
+    raise damage
 
 
 def _annotate(
@@ -118,8 +134,12 @@ def _annotate(
             elif block.kind == pcapng.INTERFACE:
                 interfaces.append(pcapng.Interface.of(block))
             packet = pcapng.packet_of(block, interfaces)
-            flow, syn = (packet and look(packet)) or (None, None)
-            result.packets += packet is not None
+            seen = _UNKNOWN if packet is None else look(packet)
+            flow, syn = (None, None) if isinstance(seen, str) else seen
+            if block.kind in _PACKETS:
+                result.packets += 1
+                if isinstance(seen, str):
+                    result.others[seen] += 1
             time_ns = None if packet is None else packet.time_ns
             found.append((block, flow, syn, None if time_ns is None else time_ns / 1e9))
         owners.learn(dict.fromkeys(flow for _, flow, _, _ in found if flow is not None))
@@ -129,6 +149,7 @@ def _annotate(
                 owners.begin(flow, syn, at)
             parts.append(_named(block, flow, at, owners, result))
         output.write(b"".join(parts))
+        result.written = result.packets
         if stop:
             return
 
@@ -139,6 +160,9 @@ def _named(
     if flow is None:
         return block.data
     result.transport += 1
+    if any(map(is_owner_comment, pcapng.comments(block))):  # saved by packet-hunter
+        result.named += 1
+        return block.data
     ends = {"from": owners.at(flow, 1, at), "to": owners.at(flow, 2, at)}
     ends = {role: answer for role, answer in ends.items() if answer.entries}
     if not ends:
@@ -148,7 +172,8 @@ def _named(
     texts = [f"{role} {_text(answer, owners)}" for role, answer in ends.items()]
     result.named += 1
     result.ambiguous += not all(answer.certain for answer in ends.values())
-    if block.kind != pcapng.ENHANCED:  # a simple packet has no place for a comment
+    if block.kind == pcapng.SIMPLE:  # it has no place for a comment
+        result.unmarked += 1
         return block.data
     return pcapng.with_comment(block, "packet-hunter: " + ", ".join(texts))
 
@@ -158,8 +183,9 @@ def _text(answer: Answer, owners: Owners) -> str:
     for entry in answer.entries[:_CANDIDATES]:
         exe = owners.exe(entry)
         texts.append(
-            f"{plain(entry['comm'])}.{entry['pid']} uid={entry['uid']}"
-            + (f" exe={plain(exe)}" if exe else "")
+            word(f"{escaped(entry['comm'])}.{entry['pid']}")
+            + f" uid={entry['uid']}"
+            + (f" {word(f'exe={escaped(exe)}')}" if exe else "")
             + f" how={entry['how']}"
             + (f" netns={entry['netns']}" if answer.namespaces else "")
         )
@@ -181,7 +207,8 @@ def _count(answer: Answer, owners: Owners, result: _Result) -> None:
     result.exes[process] = owners.exe(entry) or result.exes.get(process, "")
 
 
-def _report(result: _Result, cut: int, notify: Callable[[str], None]) -> None:
+def _report(result: _Result, cut: int, notify: Callable[[str], None], words: bool) -> None:
+    """`words`: standard output has the capture, the table goes where words go."""
     rows = _rows(result)
     if rows:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -190,7 +217,7 @@ def _report(result: _Result, cut: int, notify: Callable[[str], None]) -> None:
         table.add_column("executable")
         for name, packets, exe in sorted(rows, key=lambda row: -row[1]):
             table.add_row(name, f"{packets:,}", exe)
-        Output().print(table)
+        Output(stderr=words).print(table)
     if result.namespaces:
         shown = ", ".join(names.netns(one) for one in sorted(result.namespaces)[:_CANDIDATES])
         notify(
@@ -204,6 +231,19 @@ def _report(result: _Result, cut: int, notify: Callable[[str], None]) -> None:
         f"{result.packets:,} packets, {result.transport:,} of them TCP or UDP with ports: "
         f"{result.named:,} named{share}, of these {result.ambiguous:,} ambiguous"
     )
+    if result.written < result.packets:
+        notify(f"{result.packets - result.written:,} of these packets are not in the output")
+    if result.unmarked:
+        notify(
+            f"{result.unmarked:,} of the named are in simple packet blocks, which have no place"
+            " for a name"
+        )
+    if result.others:
+        most = result.others.most_common(_CAUSES)
+        parts = [f"{what}: {count:,}" for what, count in most]
+        rest = sum(result.others.values()) - sum(count for _, count in most)
+        parts += [f"others: {rest:,}"] if rest else []
+        notify(f"not looked into: {', '.join(parts)}")
 
 
 _Row = tuple[str, str, tuple[str, int] | None]

@@ -159,8 +159,10 @@ def _add_json(parser: argparse._ActionsContainer, help: str = "one JSON object")
     parser.add_argument("--json", action="store_true", help=help)
 
 
-def _add_files(parser: argparse.ArgumentParser, read: str, written: str) -> None:
-    parser.add_argument("input", metavar="IN", help=read)
+def _add_files(
+    parser: argparse.ArgumentParser, read: str, written: str, several: bool = False
+) -> None:
+    parser.add_argument("input", metavar="IN", nargs="+" if several else None, help=read)
     parser.add_argument("-o", "--output", metavar="OUT", required=True, help=written)
 
 
@@ -187,7 +189,12 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         help="of engine packet, without the daemon: for packets that wait (default: 16384)",
     )
     group.add_argument(
-        "-r", "--read", metavar="FILE", help="show a saved CSV, JSON lines or Parquet"
+        "-r",
+        "--read",
+        metavar="FILE",
+        action="append",
+        help="show a saved capture of any format, gzip or not; - is standard input (repeatable:"
+        " all in order of time)",
     )
 
 
@@ -367,7 +374,11 @@ def _annotate_parser() -> argparse.ArgumentParser:
         "example:\n  sudo tcpdump -i any -w trace.pcap    (while the daemon runs)\n"
         "  packet-hunter annotate trace.pcap -o named.pcapng\n",
     )
-    _add_files(parser, "pcap or pcapng", "pcapng to write")
+    _add_files(
+        parser,
+        "pcap or pcapng, gzip or not; - is standard input",
+        "pcapng to write; - is standard output",
+    )
     parser.add_argument(
         "--netns",
         metavar="NS",
@@ -384,7 +395,12 @@ def _report_parser() -> argparse.ArgumentParser:
         "Make one HTML page of a saved capture; it needs no network to open.",
         "example:\n  packet-hunter report capture.csv -o capture.html\n",
     )
-    _add_files(parser, "saved CSV, JSON lines or Parquet", "HTML file to write")
+    _add_files(
+        parser,
+        "saved capture of any format, gzip or not; - is standard input",
+        "HTML file to write; - is standard output",
+        several=True,
+    )
     return parser
 
 
@@ -433,6 +449,9 @@ def parse(arguments: Sequence[str]) -> Command:
     options.socket_given = getattr(options, "socket", None) is not None
     if not options.socket_given:
         options.socket = DEFAULT_SOCKET
+    for option in ("save", "output"):
+        if getattr(options, option, None) == "/dev/stdout":
+            setattr(options, option, "-")
     command = Command(name, options, argv)
     _check(command)
     return command

@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, takewhile
 from types import TracebackType
 from typing import Self
 
@@ -30,8 +31,10 @@ class CaptureFile:
     """
 
     def __init__(self, path: str, environ: Mapping[str, str] = os.environ) -> None:
-        self.path = path
+        self.path = path if path != "-" else "standard output"
         self.size = 0
+        self.rows = 0
+        """Rows that are in the file, whole."""
         self._fd = os.dup(1) if path == "-" else _open(path, environ)
         self._writer: Writer | None = None
         self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode) and path != "-"
@@ -52,15 +55,17 @@ class CaptureFile:
 
         Raises BrokenPipeError when the reader of a pipe has gone, Error for anything else.
         """
+        view = memoryview(data)
         try:
-            view = memoryview(data)
             while view:
                 view = view[os.write(self._fd, view) :]
         except OSError as error:
             if self._regular:
                 os.ftruncate(self._fd, self.size)
                 os.lseek(self._fd, self.size, os.SEEK_SET)
-            elif isinstance(error, BrokenPipeError):
+                raise self._failed(error) from None
+            self.size += len(data) - len(view)
+            if isinstance(error, BrokenPipeError):
                 raise
             raise self._failed(error) from None
         self.size += len(data)
@@ -71,7 +76,7 @@ class CaptureFile:
         Raises as write().
         """
         if not self._regular:
-            self.write(b"".join(rows))
+            self._write_on(list(rows))
             return
         try:
             if self._writer is None:
@@ -80,6 +85,14 @@ class CaptureFile:
                 self._append(piece, self._writer)
         except OSError as error:
             raise self._failed(error) from None
+
+    def _write_on(self, rows: Sequence[bytes]) -> None:
+        before = self.size
+        try:
+            self.write(b"".join(rows))
+        finally:
+            ends = accumulate(map(len, rows))
+            self.rows += sum(1 for _ in takewhile(lambda end: end <= self.size - before, ends))
 
     def _append(self, rows: Sequence[bytes], writer: Writer) -> None:
         piece = b"".join(rows)
@@ -92,12 +105,17 @@ class CaptureFile:
                 self._append([row], writer)
         else:
             self.size += len(piece)
+            self.rows += len(rows)
 
     def _failed(self, error: OSError) -> Error:
         return Error(f"{self.path}: {error.strerror}; {self.size} bytes are saved and readable")
 
     def fileno(self) -> int:
         return self._fd
+
+    def is_output(self) -> bool:
+        """Whether it is what standard output is: words for people must not go there."""
+        return os.path.sameopenfile(self._fd, 1)
 
     def close(self) -> None:
         if self._fd >= 0:

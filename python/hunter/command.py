@@ -72,9 +72,7 @@ class Command:
                     " children that end at once can be missing"
                 )
         try:
-            self._process = subprocess.Popen(
-                argv, preexec_fn=lower_limit, **as_invoker(os.environ)
-            )
+            self._process = subprocess.Popen(argv, preexec_fn=lower_limit, **as_invoker(os.environ))
         except (OSError, subprocess.SubprocessError) as error:
             self.close()
             reason = getattr(error, "strerror", None) or error

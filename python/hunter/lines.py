@@ -12,32 +12,21 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from hunter.columns import Columns, Details, Holders, columns
+from hunter.columns import (
+    FLAGS,
+    Columns,
+    Details,
+    Holders,
+    columns,
+    tcp_flags,
+)
 from hunter.names import Names, service
 from hunter.text import plain
-from nlproto import wire
 from nlproto.pipeline import NamedBatch
 
 __all__ = ["LinePrinter", "Style", "tcp_flags"]
 
-_FLAGS = ((2, "S"), (1, "F"), (4, "R"), (8, "P"), (32, "U"), (64, "E"), (128, "W"))
-
-
-def tcp_flags(flags: int) -> str:
-    """Return TCP flags as tcpdump does: S F R P U E W, a dot for ACK, "none" for none."""
-    letters = "".join(letter for bit, letter in _FLAGS if flags & bit)
-    return letters + ("." if flags & 16 else "") or "none"
-
-
 _TCP_FLAGS = tuple(tcp_flags(flags) for flags in range(256))
-_OWNER_FLAGS = {
-    "shared": wire.lib.SNIFFER_F_SHARED,
-    "inherited": wire.lib.SNIFFER_F_INHERITED,
-    "seeded": wire.lib.SNIFFER_F_SEEDED,
-    "dead": wire.lib.SNIFFER_F_DEAD,
-    "ambiguous": wire.lib.SNIFFER_F_AMBIGUOUS,
-    "copy": wire.lib.SNIFFER_F_COPY,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +37,6 @@ class Style:
     quiet: bool = False
     verbose: int = 0
     times: int = 0
-    flags: bool = True
-    """Whether TCP's flags are known; a saved file has none."""
 
 
 class LinePrinter:
@@ -70,6 +57,8 @@ class LinePrinter:
         self._details = details
         self._holders = holders
         self._names = names
+        self.rows = 0
+        """Lines that are written, at least."""
         self._out = out or sys.stdout
         self._terminal = self._out.isatty()
         self._console = Console(file=self._out, soft_wrap=True, highlight=False, markup=False)
@@ -83,6 +72,7 @@ class LinePrinter:
         else:
             self._out.write("".join(f"{line}\n" for line in self.lines(batch)))
         self._out.flush()
+        self.rows += len(batch.records)
 
     def lines(self, batch: NamedBatch) -> list[str]:
         """Return the lines without colours."""
@@ -108,7 +98,8 @@ class LinePrinter:
                 (self._end(table.dst[i], table.dport[i], table.proto[i]), ""),
                 (f" len {table.len[i]}", "dim"),
             ]
-            if table.proto[i] == "tcp" and self._style.flags and not self._style.quiet:
+            known = table.proto[i] == "tcp" and (table.tells_tcp_flags or flags[i])
+            if known and not self._style.quiet:
                 parts.append((f" [{_TCP_FLAGS[flags[i]]}]", "dim"))
             parts += self._owner(table, i)
             if self._style.verbose:
@@ -142,7 +133,7 @@ class LinePrinter:
             more.append(f"uid {uid}" if self._style.numbers else f"user {plain(name(uid))}")
         if table.exe[i]:
             more.append(f"exe {plain(table.exe[i])}")
-        more += [name for name, bit in _OWNER_FLAGS.items() if record["flags"] & bit]
+        more += [name for name, bit in FLAGS.items() if record["flags"] & bit]
         if i in table.holders:
             held = ", ".join(f"{plain(str(h['comm']))}.{h['pid']}" for h in table.holders[i])
             more.append(f"held by {held}")

@@ -18,9 +18,10 @@ from hunter.lines import LinePrinter, Style
 from hunter.names import Names
 from hunter.places import absent
 from hunter.save_jsonl import JsonSaver
-from hunter.saving import Saver, format_of, open_saver
+from hunter.saving import Saver, format_of, open_saver, refuse_input
 from hunter.source import Source, open_source
 from hunter.summary import Summary
+from nlproto import Error
 from nlproto.pipeline import NamedBatch
 
 __all__ = ["Stop", "run"]
@@ -60,40 +61,59 @@ def run(
     shown = Shown()
     with ExitStack() as stack:
         kind = options.kind = format_of(options.save, options.format) if options.save else ""
+        refuse_input(options.save or "-", options.read or ())
         # the source first: an old capture is not emptied for one that cannot begin
         source = stack.enter_context(open_source(options, wanted, notify))
-        saver = None
+        savers: dict[str, Saver] = {}
         if options.save:
-            saver = open_saver(options.save, kind, source.snaps, options.rotate, options.keep)
-            stack.callback(saver.close)
-        takes: list[Callable[[NamedBatch], None]] = [shown.add]
-        if saver is not None:
-            takes.append(_Tables(saver, source).add)
-        if options.json:
-            takes.append(_Tables(JsonSaver(CaptureFile("-")), source).add)
-        elif options.print or not (options.save or options.summary):
-            names = stack.enter_context(Names())
-            style = Style(
-                options.numbers, options.quiet > 0, options.verbose, options.times, not options.read
+            savers[options.save] = saver = open_saver(
+                options.save, kind, source.snaps, options.rotate, options.keep
             )
-            takes.append(LinePrinter(style, source, source.holders, names).add)
+            stack.callback(saver.close)
+        if options.json:
+            savers["standard output"] = JsonSaver(CaptureFile("-"))
+        counts: list[Callable[[NamedBatch], None]] = [shown.add]
+        takes = [_Tables(saver, source).add for saver in savers.values()]
+        outputs: dict[str, Saver | LinePrinter] = {**savers}
+        if options.print or not (options.save or options.summary or options.json):
+            names = stack.enter_context(Names())
+            style = Style(options.numbers, options.quiet > 0, options.verbose, options.times)
+            printer = LinePrinter(style, source, source.holders, names)
+            outputs["standard output"] = printer
+            takes.append(printer.add)
         summary = Summary() if options.summary else None
         if summary is not None:
-            takes.append(summary.add)
+            counts.append(summary.add)
         silent = options.quiet > 1
         if not silent:
             notify(_greeting(source, options))
         for line in [] if options.read else absent(wanted):
             notify(line)
         try:
-            return _flow(source, takes, shown, options, argv, stop, notify)
+            try:
+                return _flow(source, counts, takes, shown, options, argv, stop, notify)
+            finally:
+                for saver in savers.values():
+                    saver.close()  # Parquet is a file only now
+        except BrokenPipeError:
+            outputs.clear()  # nobody wants them
+            raise
         finally:
             account = source.account()
-            if not silent or source.lost() or any((account or {}).get("lost", {}).values()):
-                for line in shown.lines(account, source.lost()):
+            missing = {name: shown.records - one.rows for name, one in outputs.items()}
+            failed = any(missing.values())
+            lost = source.lost() or any((account or {}).get("lost", {}).values())
+            if not silent or lost or failed:
+                done = "shown"
+                if options.save and not (options.print or options.json):
+                    done = "to be saved" if failed else "saved"
+                for line in shown.lines(account, source.lost(), done, missing):
                     notify(line)
             if summary is not None:
                 summary.show(source, _output_is_free(options))
+            for saver in savers.values():
+                if note := getattr(saver, "note", ""):
+                    notify(note)
 
 
 def _output_is_free(options: argparse.Namespace) -> bool:
@@ -110,7 +130,8 @@ def _greeting(source: Source, options: argparse.Namespace) -> str:
 
 def _flow(
     source: Source,
-    takes: Sequence[Callable[[NamedBatch], None]],
+    counts: Sequence[Callable[[NamedBatch], None]],
+    takes: list[Callable[[NamedBatch], None]],
     shown: Shown,
     options: argparse.Namespace,
     argv: Sequence[str],
@@ -120,7 +141,8 @@ def _flow(
     command: Command | None = None
 
     def give(batches: Sequence[NamedBatch]) -> bool:
-        """Hand batches on; whether -c is reached."""
+        """Hand batches on; whether -c is reached. After a failure the rest is only counted."""
+        failure: Error | OSError | None = None
         for batch in batches:
             if command is not None and not options.all:
                 own = command.own(batch.records, source)
@@ -130,11 +152,21 @@ def _flow(
                 left = options.count - shown.records
                 batch = NamedBatch(batch.head, batch.records[:left], batch.clock)
             if len(batch.records):
-                for take in takes:
-                    take(batch)
+                for count in counts:
+                    count(batch)
+                try:
+                    for take in takes:
+                        take(batch)
+                except BrokenPipeError:
+                    raise
+                except (Error, OSError) as error:
+                    failure = error
+                    takes.clear()
             if options.count is not None and shown.records >= options.count:
-                return True
-        return False
+                break
+        if failure is not None:
+            raise failure
+        return options.count is not None and shown.records >= options.count
 
     full = False
     code = 0

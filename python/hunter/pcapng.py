@@ -16,19 +16,27 @@ __all__ = [
     "Interface",
     "Packet",
     "blocks",
+    "comments",
     "enhanced_packet",
+    "flags_of",
     "interface_description",
     "packet_of",
     "section_header",
     "with_comment",
 ]
 
-SECTION, INTERFACE, SIMPLE, ENHANCED = 0x0A0D0D0A, 1, 3, 6
+SECTION, INTERFACE, OBSOLETE, SIMPLE, ENHANCED = 0x0A0D0D0A, 1, 2, 3, 6
 MAGIC = 0x1A2B3C4D
 LINKTYPE_RAW = 101
 OPT_COMMENT, SHB_APPLICATION = 1, 4
-IF_NAME, IF_TSRESOL, IF_TSOFFSET, EPB_FLAGS = 2, 9, 14, 2
-MAX_BLOCK = 64 << 20
+IF_NAME, IF_DESCRIPTION, IF_TSRESOL, IF_TSOFFSET, EPB_FLAGS = 2, 3, 9, 14, 2
+MAX_BLOCK = 16 << 20
+"""As in Wireshark (wiretap/pcapng.c)."""
+_MAX_INTERFACES = 65536
+_LEAST = {SECTION: 28, INTERFACE: 20, OBSOLETE: 32, SIMPLE: 16, ENHANCED: 32}
+"""Bytes that a block of the kind has at least."""
+_CAPLEN = 20
+"""Where enhanced and obsolete packet blocks have it; their data begin 8 bytes on."""
 
 Option = tuple[int, bytes]
 
@@ -60,10 +68,16 @@ def section_header(application: str, comment: str = "") -> bytes:
 
 
 def interface_description(
-    name: str, linktype: int = LINKTYPE_RAW, snaplen: int = 0, resolution: int = 9
+    name: str,
+    linktype: int = LINKTYPE_RAW,
+    snaplen: int = 0,
+    resolution: int = 9,
+    description: str = "",
 ) -> bytes:
     """Return an interface's block; times of its packets are in 10**-resolution s."""
     options = [(IF_TSRESOL, bytes([resolution]))]
+    if description:
+        options.insert(0, (IF_DESCRIPTION, description.encode()))
     if name:
         options.insert(0, (IF_NAME, name.encode()))
     return _block(INTERFACE, struct.pack("<HHI", linktype, 0, snaplen) + _options(options, "<"))
@@ -91,6 +105,8 @@ class Block:
     kind: int
     order: str
     data: bytes
+    at: int = 0
+    """Where it stands in the file, in bytes."""
 
     @property
     def body(self) -> bytes:
@@ -105,19 +121,24 @@ class Interface:
     ticks: int = 1_000_000
     """In a second."""
     offset_s: int = 0
+    snaplen: int = 0
+    name: str = ""
+    description: str = ""
 
     @classmethod
     def of(cls, block: Block) -> Interface:
-        """Read an interface description. Raises Error."""
-        linktype, _, _ = struct.unpack_from(f"{block.order}HHI", block.body)
-        ticks, offset = 1_000_000, 0
-        for code, value in _read_options(block.body[8:], block.order):
+        """Read an interface description that blocks() gave."""
+        linktype, _, snaplen = struct.unpack_from(f"{block.order}HHI", block.data, 8)
+        ticks, offset, texts = 1_000_000, 0, {IF_NAME: "", IF_DESCRIPTION: ""}
+        for code, value in _read_options(block.data[16:-4], block.order):
             if code == IF_TSRESOL and value:
                 power = value[0] & 0x7F
-                ticks = 1 << power if value[0] & 0x80 else 10 ** min(power, 18)
+                ticks = 1 << power if value[0] & 0x80 else 10**power
             elif code == IF_TSOFFSET and len(value) == 8:
                 (offset,) = struct.unpack(f"{block.order}q", value)
-        return cls(linktype, ticks, offset)
+            elif code in texts:
+                texts[code] = _text(value)
+        return cls(linktype, ticks, offset, snaplen, texts[IF_NAME], texts[IF_DESCRIPTION])
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +148,15 @@ class Packet:
     linktype: int
     time_ns: int | None
     data: bytes
+    length: int = 0
+    """On the wire."""
+    interface: int = 0
+    """Index in its section."""
+
+
+def _text(value: bytes) -> str:
+    """A string may end with a NUL, against the specification."""
+    return value.rstrip(b"\0").decode("utf-8", "backslashreplace")
 
 
 def _read_options(data: bytes, order: str) -> Iterator[Option]:
@@ -139,50 +169,91 @@ def _read_options(data: bytes, order: str) -> Iterator[Option]:
         at += 4 + size + (-size % 4)
 
 
-def blocks(file: IO[bytes], name: str) -> Iterator[Block]:
-    """Yield the blocks of a pcapng file. Raises Error, naming the file, where it is damaged."""
+def blocks(file: IO[bytes], name: str, head: bytes = b"") -> Iterator[Block]:
+    """Yield the blocks of a pcapng file, of which `head`, 8 bytes at most, is read already.
+
+    Each holds what its kind must have. Raises Error, naming file and byte, where it is damaged,
+    after all blocks before that.
+    """
     order = "<"
-    at = 0
-    while head := file.read(8):
-        if len(head) == 8 and head[:4] == b"\n\r\r\n":
+    at = interfaces = 0
+    while head := head + file.read(8 - len(head)):
+        if head[:4] == b"\n\r\r\n" and len(head) == 8:
             magic = file.read(4)
             order = "<" if magic == struct.pack("<I", MAGIC) else ">"
             if order == ">" and magic != struct.pack(">I", MAGIC):
                 raise Error(f"{name}: no pcapng section at byte {at}")
             head += magic
+            interfaces = 0
         if len(head) < 8:
-            raise Error(f"{name} ends in the middle of a block, at byte {at}")
+            raise _ends(name, at)
         kind, size = struct.unpack_from(f"{order}II", head)
-        if size < 12 or size % 4 or size > MAX_BLOCK:
+        if size < _LEAST.get(kind, 12) or size % 4 or size > MAX_BLOCK:
             raise Error(f"{name}: a block of {size} bytes at byte {at} cannot be")
         data = head + file.read(size - len(head))
         if len(data) < size:
-            raise Error(f"{name} ends in the middle of a block, at byte {at}")
-        yield Block(kind, order, data)
+            raise _ends(name, at)
+        if data[-4:] != data[4:8]:
+            raise Error(f"{name}: the block at byte {at} has two lengths")
+        if kind in (ENHANCED, OBSOLETE):
+            (caplen,) = struct.unpack_from(f"{order}I", data, _CAPLEN)
+            if _CAPLEN + 8 + caplen > size - 4:
+                raise Error(f"{name}: the packet at byte {at} is longer than its block")
+        interfaces += kind == INTERFACE
+        if interfaces > _MAX_INTERFACES:
+            raise Error(f"{name}: more than {_MAX_INTERFACES} interfaces at byte {at}")
+        yield Block(kind, order, data, at)
         at += size
+        head = b""
+
+
+def _ends(name: str, at: int) -> Error:
+    return Error(f"{name} ends in the middle of a block, at byte {at}; all before it is read")
 
 
 def packet_of(block: Block, interfaces: Sequence[Interface]) -> Packet | None:
-    """Return the packet in an enhanced or simple packet block of a known interface, else None."""
-    if block.kind == ENHANCED and len(block.data) >= 32:
-        number, high, low, size, _ = struct.unpack_from(f"{block.order}IIIII", block.data, 8)
+    """Return the packet in a packet block of a known interface, else None."""
+    if block.kind in (ENHANCED, OBSOLETE):
+        layout = "IIIII" if block.kind == ENHANCED else "HxxIIII"
+        number, high, low, size, length = struct.unpack_from(block.order + layout, block.data, 8)
         if number >= len(interfaces):
             return None
         interface = interfaces[number]
         ticks = high << 32 | low
         time_ns = ticks * 10**9 // interface.ticks + interface.offset_s * 10**9
-        return Packet(
-            interface.linktype, time_ns, block.data[28 : min(28 + size, len(block.data) - 4)]
-        )
-    if block.kind == SIMPLE and interfaces and len(block.body) >= 4:
-        return Packet(interfaces[0].linktype, None, block.body[4:])
+        return Packet(interface.linktype, time_ns, block.data[28 : 28 + size], length, number)
+    if block.kind == SIMPLE and interfaces:
+        (length,) = struct.unpack_from(f"{block.order}I", block.data, 8)
+        size = min(length, interfaces[0].snaplen or length, len(block.data) - 16)
+        return Packet(interfaces[0].linktype, None, block.data[12 : 12 + size], length)
     return None
 
 
+def _options_at(block: Block) -> int:
+    """Where the options of an enhanced or obsolete packet block begin."""
+    (size,) = struct.unpack_from(f"{block.order}I", block.data, _CAPLEN)
+    return int(_CAPLEN + 8 + size + (-size % 4))
+
+
+def comments(block: Block) -> list[str]:
+    """Return the comments of an enhanced or obsolete packet block; others have none."""
+    if block.kind not in (ENHANCED, OBSOLETE):
+        return []
+    options = _read_options(block.data[_options_at(block) : -4], block.order)
+    return [_text(value) for code, value in options if code == OPT_COMMENT]
+
+
+def flags_of(block: Block) -> int:
+    """Return the flags of an enhanced or obsolete packet block, 0 where it has none."""
+    for code, value in _read_options(block.data[_options_at(block) : -4], block.order):
+        if code == EPB_FLAGS and len(value) == 4:
+            return int(struct.unpack(f"{block.order}I", value)[0])
+    return 0
+
+
 def with_comment(block: Block, comment: str) -> bytes:
-    """Return the enhanced packet block with one comment more, its other options kept."""
-    body = block.body
-    (size,) = struct.unpack_from(f"{block.order}I", body, 12)
-    fixed = 20 + size + (-size % 4)
-    options = [*_read_options(body[fixed:], block.order), (OPT_COMMENT, comment.encode())]
-    return _block(ENHANCED, body[:fixed] + _options(options, block.order), block.order)
+    """Return the (enhanced or obsolete) packet block with one comment more, else as it is."""
+    at = _options_at(block)
+    options = [*_read_options(block.data[at:-4], block.order), (OPT_COMMENT, comment.encode())]
+    body = block.data[8:at]
+    return _block(block.kind, body + _options(options, block.order), block.order)

@@ -17,7 +17,9 @@ import numpy as np
 from hunter.capturefile import CaptureFile
 from hunter.columns import addresses
 from hunter.rates import amount
+from hunter.saving import refuse_input
 from hunter.source_file import FileSource
+from hunter.summary import on_the_wire
 from hunter.text import plain
 from nlproto import Error, wire
 from nlproto.filter import EVERYTHING
@@ -60,14 +62,15 @@ class Capture:
         self.seconds: dict[Name, Counter[int]] = defaultdict(Counter)
 
     def add(self, batch: NamedBatch, source: FileSource) -> None:
-        """Count the records of `batch`."""
+        """Count the records of `batch`: packets and bytes on the wire, as --summary does."""
         records = batch.records
         if not len(records):
             return
+        segments, size = on_the_wire(records)
         ends = addresses(records, "saddr"), addresses(records, "daddr")
         incoming = (records["dir"] == wire.lib.SNIFFER_DIR_IN).tolist()
         seconds = (batch.clock.real_times(records["time_ns"]).view(np.int64) // 10**9).tolist()
-        sizes, how = records["len"].tolist(), records["how"].tolist()
+        packets, sizes, how = segments.tolist(), size.tolist(), records["how"].tolist()
         owners = zip(
             records["tgid"].tolist(),
             records["start_ns"].tolist(),
@@ -81,7 +84,7 @@ class Capture:
                 details = source.get(pid, start)
                 one.exe = details.exe if details else ""
             peer = ends[0][i] if incoming[i] else ends[1][i]
-            one.packets += 1
+            one.packets += packets[i]
             if incoming[i]:
                 one.received += sizes[i]
             else:
@@ -90,10 +93,10 @@ class Capture:
             self.edges[name, peer] += sizes[i]
             self.seconds[name][seconds[i]] += sizes[i]
             if not pid:
-                self.reasons[name[0]] += 1
+                self.reasons[name[0]] += packets[i]
         self.first_s = min(self.first_s or min(seconds), min(seconds))
         self.last_s = max(self.last_s, max(seconds))
-        self.packets += len(records)
+        self.packets += sum(packets)
 
     def by_bytes(self) -> list[tuple[Name, _Process]]:
         """Return processes, most bytes first."""
@@ -103,15 +106,23 @@ class Capture:
 def run(options: argparse.Namespace, notify: Callable[[str], None]) -> None:
     """Write the page of options.input to options.output. Raises Error."""
     capture = Capture()
+    refuse_input(options.output, options.input)
+    damage: Error | None = None
     with FileSource(options.input, EVERYTHING) as source:
-        while (batches := source.read(0)) is not None:
-            for batch in batches:
-                capture.add(batch, source)
+        try:
+            while (batches := source.read(0)) is not None:
+                for batch in batches:
+                    capture.add(batch, source)
+        except Error as error:
+            damage = error  # what was read before it is worth a page
+    names = ", ".join(options.input)
     if not capture.packets:
-        raise Error(f"{options.input} holds no packets: there is nothing to report")
+        raise damage or Error(f"{names} holds no packets: there is nothing to report")
     with CaptureFile(options.output) as output:
-        output.write(page(capture, options.input).encode("utf-8", "backslashreplace"))
+        output.write(page(capture, names).encode("utf-8", "backslashreplace"))
     notify(f"{options.output}: {capture.packets:,} packets of {len(capture.processes):,} owners")
+    if damage is not None:
+        raise damage
 
 
 def _h(name: str) -> str:

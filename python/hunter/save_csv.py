@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+from typing import Any
 
 from hunter.capturefile import CaptureFile
-from hunter.columns import COLUMNS, Columns
+from hunter.columns import COLUMNS, TEXTS, Columns, cells
 from hunter.text import cell
 
 __all__ = ["CsvSaver"]
@@ -22,20 +24,25 @@ class CsvSaver:
 
     def add(self, table: Columns) -> None:
         """Append the rows of `table`. Raises Error, BrokenPipeError."""
+        values = cells(table)
+        for name in TEXTS:
+            values[name] = [text and cell(text) for text in values[name]]
+        values["holders"] = [held and _holders(held) for held in values["holders"]]
         rows = io.StringIO()
         csv.writer(rows, lineterminator="\n").writerows(
-            zip(
-                *(
-                    map(cell, getattr(table, name))
-                    if name in ("comm", "exe")
-                    else getattr(table, name)
-                    for name in COLUMNS
-                ),
-                strict=True,
-            )
+            zip(*(values[name] for name in COLUMNS), strict=True)
         )
-        text = rows.getvalue().encode("utf-8", "backslashreplace")
-        self._file.write_rows(text.splitlines(keepends=True))
+        # no name has a line break in it: cell() has seen to that
+        self._file.write_rows(rows.getvalue().encode().splitlines(keepends=True))
+
+    @property
+    def rows(self) -> int:
+        return self._file.rows
 
     def close(self) -> None:
         self._file.close()
+
+
+def _holders(held: list[dict[str, Any]]) -> str:
+    """As in JSON lines: ASCII, without a line break, and without what a spreadsheet computes."""
+    return json.dumps(held, separators=(",", ":")).replace(";", "\\u003b")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 
 from hunter.capturefile import CaptureFile
-from hunter.columns import COLUMNS, Columns
+from hunter.columns import COLUMNS, Columns, cells
 
 __all__ = ["JsonSaver", "lines"]
 
@@ -14,16 +14,14 @@ _encode = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode
 
 
 def lines(table: Columns) -> list[str]:
-    """Return one JSON object a row: columns.COLUMNS, and "holders" where a socket is shared."""
-    values = zip(*(getattr(table, name) for name in COLUMNS), strict=True)
-    rows = [dict(zip(COLUMNS, row, strict=True)) for row in values]
-    for index, holders in table.holders.items():
-        rows[index]["holders"] = holders
-    return [_encode(row) for row in rows]
+    """Return one JSON object a row, with the keys of columns.COLUMNS."""
+    values = cells(table)
+    rows = zip(*(values[name] for name in COLUMNS), strict=True)
+    return [_encode(dict(zip(COLUMNS, row, strict=True))) for row in rows]
 
 
 class JsonSaver:
-    """One JSON object a line; unknown values are null or empty."""
+    """One JSON object a line; what is not known is null."""
 
     def __init__(self, file: CaptureFile) -> None:
         self._file = file
@@ -31,6 +29,10 @@ class JsonSaver:
     def add(self, table: Columns) -> None:
         """Append the rows of `table`. Raises Error, BrokenPipeError."""
         self._file.write_rows([f"{line}\n".encode() for line in lines(table)])
+
+    @property
+    def rows(self) -> int:
+        return self._file.rows
 
     def close(self) -> None:
         self._file.close()

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from hunter.capturefile import CaptureFile
-from hunter.columns import COLUMNS, Columns
+from hunter.columns import COLUMNS, Columns, cells
 from hunter.writer import start
 from nlproto import Error, UsageError
 
@@ -34,6 +34,9 @@ class ParquetSaver:
             ) from None
         self._arrow = pyarrow
         self._file = file
+        self._closed = False
+        self.rows = 0
+        """Rows that are in the file; none when it lacks its index."""
         kinds: dict[str, Any] = {
             "time": pyarrow.timestamp("us", "UTC"),
             "sport": pyarrow.uint16(),
@@ -42,6 +45,17 @@ class ParquetSaver:
             "pid": pyarrow.uint32(),
             "uid": pyarrow.uint32(),
             "netns": pyarrow.uint32(),
+            "ppid": pyarrow.uint32(),
+            "segments": pyarrow.uint16(),
+            "hdr_len": pyarrow.uint16(),
+            "ifindex": pyarrow.uint32(),
+            "start_ns": pyarrow.uint64(),
+            "tid": pyarrow.uint32(),
+            "creator": pyarrow.uint32(),
+            "cookie": pyarrow.uint64(),
+            "holders": pyarrow.list_(
+                pyarrow.struct([("pid", pyarrow.uint32()), ("comm", pyarrow.string())])
+            ),
         }
         self._schema = pyarrow.schema(
             [(name, kinds.get(name, pyarrow.string())) for name in COLUMNS]
@@ -67,9 +81,11 @@ class ParquetSaver:
         batch = table.batch
         real = batch.clock.real_times(batch.records["time_ns"]).astype("datetime64[us]")
         columns = [self._arrow.array(real.astype(np.int64), self._schema.field("time").type)]
+        values = cells(table)
         for name in COLUMNS[1:]:
-            columns.append(self._arrow.array(getattr(table, name), self._schema.field(name).type))
+            columns.append(self._arrow.array(values[name], self._schema.field(name).type))
         self._send(self._arrow.record_batch(columns, schema=self._schema))
+        self.rows += len(batch.records)
         self._file.size = os.fstat(self._file.fileno()).st_size
 
     def _send(self, batch: Any) -> None:
@@ -81,6 +97,7 @@ class ParquetSaver:
 
     def _fail(self) -> NoReturn:
         """Say why the process is gone."""
+        self.rows = 0
         code = self._process.wait()
         if code == errno.EPIPE:
             raise BrokenPipeError
@@ -89,6 +106,9 @@ class ParquetSaver:
 
     def close(self) -> None:
         """Write the rest and the index. Raises Error, BrokenPipeError."""
+        if self._closed:
+            return
+        self._closed = True
         try:
             try:
                 self._rows.close()

@@ -3,23 +3,30 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
+from typing import Any
 
 import numpy as np
 
-from hunter import names
 from hunter.capturefile import CaptureFile
-from hunter.columns import Columns
-from hunter.pcapng import enhanced_packet, interface_description, section_header
-from hunter.text import plain
+from hunter.captures import transport
+from hunter.columns import Columns, cells
+from hunter.ownercomment import comment_of
+from hunter.pcapng import LINKTYPE_RAW, enhanced_packet, interface_description, section_header
 from nlproto import __version__
 from nlproto.snaps import Snaps
+from nlproto.wire import lib
 
-__all__ = ["PcapngSaver", "comment", "rebuilt"]
+__all__ = ["PcapngSaver", "rebuilt"]
 
 _FLAGS = {"in": 1, "out": 2}
+_LOOPBACK = 1  # its index in every network namespace
+_IN_PACKET = ("proto", "src", "sport", "dst", "dport", "tcp_flags")
+_WORDS = (
+    *("uid", "exe", "container", "unit", "how", "flags", "hdr_len", "segments", "start_ns"),
+    *("ppid", "tid", "creator", "cookie", "holders", "cmdline", "pid", "comm"),
+)
 
 
 class PcapngSaver:
@@ -32,61 +39,83 @@ class PcapngSaver:
     def __init__(self, file: CaptureFile, snaps: Snaps | None) -> None:
         self._file = file
         self._snaps = snaps
-        self._interfaces: dict[tuple[int, int], int] = {}
-        self._netns = os.stat("/proc/self/ns/net").st_ino
+        self._interfaces: dict[tuple[int, int, str], int] = {}
+        self._loopback: set[str] = set()
         file.write(section_header(f"packet-hunter {__version__}"))
+
+    @property
+    def rows(self) -> int:
+        return self._file.rows
+
+    @property
+    def note(self) -> str:
+        """What people should know of the file."""
+        if self._loopback < {"in", "out"}:
+            return ""
+        return (
+            f"{self._file.path} has each packet of lo twice, as it was sent and as it was received;"
+            " -Q in saves one of them"
+        )
 
     def add(self, table: Columns) -> None:
         """Append the packets of `table`. Raises Error, BrokenPipeError."""
         batch, records = table.batch, table.batch.records
+        values = cells(table)
         real = batch.clock.real_times(records["time_ns"]).view(np.int64).tolist()
-        ifindex = records["ifindex"].tolist()
         parts: list[bytes] = []
         for i, time_ns in enumerate(real):
-            interface = self._interface(table.netns[i], ifindex[i], parts)
-            snap = None if self._snaps is None else self._snaps.find(records[i])
-            text = comment(table, i)
-            if snap is not None:
-                data = snap.data
-            else:
-                data = rebuilt(records[i])
-                text += " (headers made from the record)"
-            flags = _FLAGS.get(table.dir[i], 0)
-            length = max(table.len[i], len(data))
-            parts.append(enhanced_packet(interface, time_ns, data, length, text, flags))
+            record, way, length = records[i], table.dir[i], table.len[i]
+            snap = None if self._snaps is None else self._snaps.find(record)
+            data = rebuilt(record) if snap is None else snap.data
+            row: dict[str, Any] = {name: values[name][i] for name in _WORDS}
+            if not _tells(data, record):
+                row |= {name: values[name][i] for name in _IN_PACKET}
+            if length < len(data):
+                row["len"] = length
+            if way not in _FLAGS:
+                row["dir"] = way
+            head, interface = self._interface(values, i)
+            if values["ifindex"][i] == _LOOPBACK:
+                self._loopback.add(way)
+            text = comment_of(row, made=snap is None)
+            flags, length = _FLAGS.get(way, 0), max(length, len(data))
+            # an interface and its first packet are there both or not at all
+            parts.append(head + enhanced_packet(interface, time_ns, data, length, text, flags))
         self._file.write_rows(parts)
 
-    def _interface(self, netns: int, ifindex: int, parts: list[bytes]) -> int:
-        key = (netns, ifindex)
+    def _interface(self, values: dict[str, list[Any]], i: int) -> tuple[bytes, int]:
+        """Its block, when it is new, and its number."""
+        name = values["interface"][i] or ""
+        netns, ifindex = values["netns"][i], values["ifindex"][i] or 0
+        key = (netns, ifindex, name)
         number = self._interfaces.get(key)
-        if number is None:
-            number = self._interfaces[key] = len(self._interfaces)
-            here = netns == self._netns
-            name = names.interface(ifindex) if here else f"if{ifindex}@netns{netns}"
-            parts.append(interface_description(name))
-        return number
+        if number is not None:
+            return b"", number
+        number = self._interfaces[key] = len(self._interfaces)
+        description = f"netns {netns} ifindex {ifindex}"
+        return interface_description(
+            name, LINKTYPE_RAW, lib.SNIFFER_SNAP_LEN, description=description
+        ), number
 
     def close(self) -> None:
         self._file.close()
 
 
-def comment(table: Columns, i: int) -> str:
-    """Return the owner of row `i` as the text of a comment."""
-    pid = table.pid[i]
-    if pid is None:
-        return f"packet-hunter: nobody, {table.how[i]}"
-    words = [f"packet-hunter: {plain(table.comm[i])}.{pid} uid={table.uid[i]}"]
-    if table.exe[i]:
-        words.append(f"exe={plain(table.exe[i])}")
-    process = table.process[i]
-    if process is not None and process.container:
-        words.append(f"container={plain(process.container)}")
-    elif process is not None and process.unit:
-        words.append(f"unit={plain(process.unit)}")
-    words.append(f"how={table.how[i]}")
-    for one in table.holders.get(i, ()):
-        words.append(f"holder={plain(str(one['comm']))}.{one['pid']}")
-    return " ".join(words)
+def _tells(data: bytes, record: np.void) -> bool:
+    """Whether the packet's own headers say what the record says."""
+    found = transport(LINKTYPE_RAW, data)
+    if isinstance(found, str):
+        return False
+    family, proto, network, at = found
+    first, size = (network + 12, 4) if family == socket.AF_INET else (network + 8, 16)
+    tcp = proto == socket.IPPROTO_TCP
+    return bool(
+        (family, proto) == (record["family"], record["proto"])
+        and data[first : first + size] == record["saddr"].tobytes()[:size]
+        and data[first + size : first + 2 * size] == record["daddr"].tobytes()[:size]
+        and data[at : at + 4] == struct.pack("!HH", record["sport"], record["dport"])
+        and (not tcp or data[at + 13 : at + 14] == record["tcp_flags"].tobytes())
+    )
 
 
 def rebuilt(record: np.void) -> bytes:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from hunter.capturefile import CaptureFile
@@ -12,7 +12,7 @@ from hunter.columns import Columns
 from nlproto import UsageError
 from nlproto.snaps import Snaps
 
-__all__ = ["Saver", "format_of", "open_saver"]
+__all__ = ["Saver", "format_of", "open_saver", "refuse_input", "refuse_pcap"]
 
 SUFFIXES = {
     ".csv": "csv",
@@ -26,6 +26,11 @@ SUFFIXES = {
 
 class Saver(Protocol):
     """Writes whole batches; what add() has taken is in the file when it returns."""
+
+    @property
+    def rows(self) -> int:
+        """How many records are in the file, also after a failure."""
+        ...
 
     def add(self, table: Columns) -> None:
         """Append the rows of `table`. Raises Error, BrokenPipeError."""
@@ -45,10 +50,27 @@ def format_of(path: str, asked: str | None) -> str:
     suffix = os.path.splitext(path)[1].lower()
     if suffix in SUFFIXES:
         return SUFFIXES[suffix]
-    if suffix in (".pcap", ".cap"):
-        raise UsageError(f"{path}: pcap has no place for owners; name it {path}ng")
+    refuse_pcap(path)
     known = ", ".join(SUFFIXES)
     raise UsageError(f"{path}: its format is not clear; end it with {known}, or give --format")
+
+
+def refuse_pcap(path: str) -> None:
+    """Raise UsageError for the name of a pcap file."""
+    stem, suffix = os.path.splitext(path)
+    if suffix.lower() in (".pcap", ".cap"):
+        raise UsageError(f"{path}: pcap has no place for owners; name it {stem}.pcapng")
+
+
+def refuse_input(path: str, inputs: Iterable[str]) -> None:
+    """Raise UsageError when writing to `path` would destroy one of `inputs`."""
+    for one in inputs:
+        try:
+            same = path != "-" and os.path.isfile(path) and os.path.samefile(path, one)
+        except (OSError, ValueError):
+            continue
+        if same:
+            raise UsageError(f"{path} is the capture itself: choose another name")
 
 
 def _make(kind: str, snaps: Snaps | None) -> Callable[[CaptureFile], Saver]:
@@ -95,11 +117,12 @@ class _Rotation:
         self._size = size
         self._keep = keep
         self._number = 0
+        self._done = 0
         self._open()
 
     def _open(self) -> None:
         self._file = CaptureFile(self._name())
-        self._saver = self._make(self._file)
+        self._saver: Saver | None = self._make(self._file)
 
     def _name(self) -> str:
         """As tcpdump numbers them, but before the suffix, which tells the format."""
@@ -112,11 +135,24 @@ class _Rotation:
         return f"{stem}{number}{suffix}"
 
     def add(self, table: Columns) -> None:
-        if self._file.size >= self._size:
-            self._saver.close()
+        if self._saver is not None and self._file.size >= self._size:
+            full, self._saver = self._saver, None
+            full.close()
+            self._done += full.rows
             self._number += 1
+        if self._saver is None:
             self._open()
+        assert self._saver is not None
         self._saver.add(table)
 
+    @property
+    def rows(self) -> int:
+        return self._done + (0 if self._saver is None else self._saver.rows)
+
+    @property
+    def note(self) -> str:
+        return getattr(self._saver, "note", "")
+
     def close(self) -> None:
-        self._saver.close()
+        if self._saver is not None:
+            self._saver.close()

@@ -85,11 +85,11 @@ def open_source(
 
 def _open(options: argparse.Namespace, filter: Filter, notify: Callable[[str], None]) -> Source:
     # Imported here: each needs parts that the others do without.
+    snaps = getattr(options, "kind", "") == "pcapng"
     if options.read:
         from hunter.source_file import FileSource
 
-        return FileSource(options.read, filter)
-    snaps = getattr(options, "kind", "") == "pcapng"
+        return FileSource(options.read, filter, snaps)
     if options.direct:
         from hunter.source_direct import open_direct
 

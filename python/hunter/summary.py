@@ -17,7 +17,7 @@ from hunter.text import plain
 from nlproto import wire
 from nlproto.pipeline import NamedBatch
 
-__all__ = ["Summary"]
+__all__ = ["Summary", "on_the_wire"]
 
 _MAX_PEERS = 10_000  # counted a process
 
@@ -30,6 +30,12 @@ class _Sum:
     peers: set[str] = field(default_factory=set)
 
 
+def on_the_wire(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return how many packets each record stands for, and their bytes together."""
+    segments = np.maximum(records["gso_segs"], 1).astype(np.int64)
+    return segments, records["len"] + (segments - 1) * records["hdr_len"]
+
+
 class Summary:
     """Packets, bytes on the wire and far ends by process."""
 
@@ -39,9 +45,7 @@ class Summary:
     def add(self, batch: NamedBatch) -> None:
         """Count the records of `batch`."""
         records = batch.records
-        segments = np.maximum(records["gso_segs"], 1).astype(np.int64)
-        packets = segments.tolist()
-        sizes = (records["len"] + (segments - 1) * records["hdr_len"]).tolist()
+        packets, sizes = (one.tolist() for one in on_the_wire(records))
         comms = records["comm"].tolist()
         source, target = addresses(records, "saddr"), addresses(records, "daddr")
         incoming = (records["dir"] == wire.lib.SNIFFER_DIR_IN).tolist()

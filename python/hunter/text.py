@@ -8,16 +8,21 @@ import re
 import unicodedata
 from functools import lru_cache
 
-__all__ = ["cell", "plain"]
+__all__ = ["cell", "escaped", "plain", "sound", "uncell", "unescaped"]
 
 # Cc control, Cf format (bidi overrides, zero width), Cs surrogate, Co private, Cn unassigned,
 # Zl and Zp line and paragraph separators
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
-_FORMULA = re.compile(r"[=@\t\r]|[+-].*[^\w.+-]", re.DOTALL)
+# What a spreadsheet computes, in the wide letters of some keyboards too
+_SIGN = r"[=+\-@\uff1d\uff0b\uff0d\uff20]"
+_FORMULA = re.compile(rf"'*\s*{_SIGN}")
+# where a comma is no separator a semicolon is, and what follows it is a cell
+_INNER = re.compile(rf";(?=[\"']*\s*{_SIGN})")
+_ESCAPE = re.compile(r"\\(?:x([0-7][0-9a-f])|u([0-9a-f]{4})|u\{([0-9a-f]{5,6})\})")
 
 
-def _escaped(character: str) -> str:
+def _shown(character: str) -> str:
     if unicodedata.category(character) not in _HIDDEN:
         return character
     code = ord(character)
@@ -33,14 +38,63 @@ def plain(name: str) -> str:
     """Return `name` on one line, all of it visible: what a terminal could act on as \\xNN."""
     if name.isascii() and name.isprintable():
         return name
-    return "".join(map(_escaped, name))
+    return "".join(map(_shown, name))
+
+
+@lru_cache(65536)
+def sound(text: str) -> str:
+    """Return `text`, halves of surrogate pairs as \\uNNNN: no UTF-8 can hold them."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+def _kept(character: str) -> str:
+    if unicodedata.category(character) not in _HIDDEN:
+        return character
+    code = ord(character)
+    if code < 0x80:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\u{{{code:x}}}"
+
+
+@lru_cache(65536)
+def escaped(name: str) -> str:
+    """Return `name` as plain() does, but so that unescaped() gives exactly `name` again.
+
+    \\x80 to \\xff are left as they are: wire.text() writes so what is no UTF-8.
+    """
+    if "\\" in name:
+        name = _ESCAPE.sub(lambda found: "\\x5c" + found[0][1:], name)
+    if name.isascii() and name.isprintable():
+        return name
+    return "".join(map(_kept, name))
+
+
+@lru_cache(65536)
+def unescaped(text: str) -> str:
+    """Return the name of which escaped() made `text`."""
+    if "\\" not in text:
+        return text
+    return _ESCAPE.sub(_character, text)
+
+
+def _character(found: re.Match[str]) -> str:
+    code = int(found[1] or found[2] or found[3], 16)
+    return chr(code) if code < 0x110000 else found[0]
 
 
 @lru_cache(65536)
 def cell(name: str) -> str:
-    """Return `name` for a table that a spreadsheet may open: plain, and never a formula.
+    """Return `name` for a table that a spreadsheet may open: escaped, and never a formula.
 
-    A leading ' marks a name that a spreadsheet would compute, as "=cmd()"; "-bash" stays.
+    A ' before it marks a name that a spreadsheet would compute, as "=cmd()"; uncell() knows.
     """
-    shown = plain(name)
+    shown = _INNER.sub(r"\\x3b", escaped(name))
     return f"'{shown}" if _FORMULA.match(shown) else shown
+
+
+@lru_cache(65536)
+def uncell(text: str) -> str:
+    """Return the name of which cell() made `text`."""
+    if text.startswith("'") and _FORMULA.match(text, 1):
+        text = text[1:]
+    return unescaped(text)

@@ -150,7 +150,7 @@ def account_of(stderr):
     """The figures of the closing account, checked to close."""
     seen = re.search(r"(\d+) packets seen", stderr)
     records = re.search(r"(\d+) records = (\d+) delivered \+ (\d+) lost", stderr)
-    shown = re.search(r"(\d+) shown = (\d+) named.*? \+ (\d+) unnamed", stderr)
+    shown = re.search(r"(\d+) (?:shown|saved) = (\d+) named.*? \+ (\d+) unnamed", stderr)
     assert seen and records and shown, stderr
     assert int(records[1]) == int(records[2]) + int(records[3])
     assert int(shown[1]) == int(shown[2]) + int(shown[3])
@@ -459,7 +459,7 @@ def test_a_hostile_process_name_is_harmless(name, output, no_daemon):
     if output == "csv":
         cells = [row[COLUMNS.index("comm")] for row in csv.reader(lines[1:])]
         assert all(len(row) == len(COLUMNS) for row in csv.reader(lines))
-        assert not any(cell.startswith(("=", "+", "@")) for cell in cells)
+        assert not any(cell.startswith(("=", "+", "-", "@")) for cell in cells)
     if output == "json":
         wanted = name.decode("utf-8", "backslashreplace")
         assert wanted in {json.loads(line)["comm"] for line in lines}

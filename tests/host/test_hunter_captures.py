@@ -2,6 +2,8 @@
 """Captures for other programs: pcapng and annotate against real tshark and tcpdump, Parquet, -C."""
 
 import contextlib
+import gzip
+import io
 import json
 import os
 import re
@@ -15,6 +17,8 @@ import time
 
 import pytest
 
+from hunter import pcapng
+from hunter.columns import COLUMNS
 from nlproto.client import DaemonClient
 from nlproto.frames import MAX_WAITING
 from waiting import patient, until
@@ -120,7 +124,7 @@ def test_tshark_reads_every_packet_and_its_owner_from_pcapng(way, alone, daemon,
         hunter = hunting(*source, "--save", path, "port", tcp, "or", udp)
         # the handshake, twice, and 4 packets a time over either
         talk(tcp, udp, seen=lambda: path.read_bytes().count(b"packet-hunter: ") >= 86)
-        shown = int(re.search(r"(\d+) shown", stop(hunter))[1])
+        shown = int(re.search(r"(\d+) saved", stop(hunter))[1])
     rows = tshark(
         path,
         *("frame.comment", "tcp.srcport", "tcp.dstport", "udp.srcport", "udp.dstport"),
@@ -251,7 +255,7 @@ def test_parquet_holds_what_json_lines_hold(alone, tmp_path):
     with peers() as (_, tcp, udp):
         both = [hunting(*alone, "--save", tmp_path / "x.parquet", "port", tcp)]
         talk(tcp, udp)
-        shown = int(re.search(r"(\d+) shown", stop(both[0]))[1])
+        shown = int(re.search(r"(\d+) saved", stop(both[0]))[1])
     table = parquet.read_table(tmp_path / "x.parquet")
     assert table.num_rows == shown > 30
     # As on a system without the package tzdata.
@@ -279,7 +283,7 @@ def test_rotation_keeps_whole_files_of_the_size(alone, tmp_path):
     for file in files:
         lines = file.read_text().splitlines()
         assert lines[0].startswith("time,dir,") and len(lines) > 1
-        assert all(line.count(",") == 13 for line in lines)
+        assert all(line.count(",") == len(COLUMNS) - 1 for line in lines)
 
 
 def test_the_summary_counts_packets_bytes_and_far_ends(alone, tmp_path):
@@ -290,8 +294,185 @@ def test_the_summary_counts_packets_bytes_and_far_ends(alone, tmp_path):
         hunter.send_signal(signal.SIGINT)
         summary, told = hunter.communicate(timeout=30)
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert hunter.returncode == 0 and " shown = " in told
+    assert hunter.returncode == 0 and " saved = " in told
     mine = [row for row in rows if row["pid"] == pid]
     size = sum(row["len"] for row in mine)
     wanted = rf"^ *{pid} +{len(mine)} +{size:,} +2 +\S+"
     assert re.search(wanted, summary, re.MULTILINE), summary
+
+
+def ethernet(payload, kind=0x0800):
+    return bytes(12) + struct.pack("!H", kind) + payload
+
+
+def datagram(sport, dport):
+    ends = socket.inet_aton("127.0.0.1") * 2
+    head = struct.pack("!BBHHHBBH", 0x45, 0, 28, 0, 0, 64, 17, 0) + ends
+    return head + struct.pack("!HHHH", sport, dport, 8, 0)
+
+
+def pcap(packets, linktype=1, now=0.0):
+    data = struct.pack("=IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 65535, linktype)
+    for packet in packets:
+        size = len(packet)
+        data += struct.pack("=IIII", int(now), int(now % 1 * 1e6), size, size) + packet
+    return data
+
+
+@pytest.fixture(scope="module")
+def talked(daemon):
+    """Ports of a flow that the daemon has named, and its time."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        one.bind(("127.0.0.1", 0))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+            other.bind(("127.0.0.1", 0))
+            ports = other.getsockname()[1], one.getsockname()[1]
+            until = time.monotonic() + 60
+            while "python" not in str(who(daemon, ports[0])):
+                moment = time.time()
+                other.sendto(b"x", one.getsockname())
+                one.recv(10)
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            yield *ports, moment
+
+
+def who(daemon, port):
+    words = ["who", "--socket", daemon, "--port", str(port), "--json", "--since", "1m"]
+    done = subprocess.run([*HUNTER, *words], capture_output=True, text=True, timeout=60)
+    return json.loads(done.stdout)["flows"]
+
+
+def annotate(daemon, *words, **options):
+    return subprocess.run(
+        [*HUNTER, "annotate", "--socket", daemon, *words],
+        capture_output=True,
+        timeout=60,
+        **options,
+    )
+
+
+def comments(path):
+    return path.read_bytes().count(b"packet-hunter: from ")
+
+
+def test_annotate_reads_pipes_gzip_and_cut_captures_and_writes_into_pipes(daemon, talked, tmp_path):
+    packet = ethernet(datagram(*talked[:2]))
+    data, out = pcap([packet] * 5000, now=talked[2]), tmp_path / "out.pcapng"
+    for source, given in (("-", data), ("/dev/stdin", data), ("-", gzip.compress(data))):
+        done = annotate(daemon, source, "-o", out, input=given)
+        assert done.returncode == 0 and comments(out) == 5000, done.stderr
+        assert b"5,000 packets" in done.stderr and b"python" in done.stdout
+    done = annotate(daemon, "-", "-o", out, input=data[:-10])
+    assert done.returncode == 1 and comments(out) == 4999
+    assert b"ends in the middle of a packet, at byte" in done.stderr
+    assert b"4,999 packets" in done.stderr
+    done = annotate(daemon, "-", "-o", "-", input=data)
+    assert done.returncode == 0 and done.stdout[:4] == b"\n\r\r\n"
+    assert done.stdout.count(b"packet-hunter: from ") == 5000 and b"python" in done.stderr
+    assert len(list(pcapng.blocks(io.BytesIO(done.stdout), "x"))) == 5002
+
+
+def test_annotate_tells_by_kind_what_it_did_not_look_into(daemon, talked, tmp_path):
+    flow, now = datagram(*talked[:2]), talked[2]
+    odd = [
+        *[ethernet(bytes(40), 0x0806)] * 3,
+        *[ethernet(bytes(40), 0x8864)] * 2,
+        ethernet(flow[:9] + b"\x2f" + flow[10:]),
+        ethernet(flow[:22]),
+    ]
+    done = annotate(daemon, "-", "-o", tmp_path / "o", input=pcap([ethernet(flow), *odd], now=now))
+    assert b"8 packets, 1 of them TCP or UDP with ports: 1 named (100.0 %)" in done.stderr
+    assert b"not looked into: ARP: 3, PPPoE: 2, GRE: 1, cut short: 1\n" in done.stderr
+    done = annotate(daemon, "-", "-o", tmp_path / "o", input=pcap([bytes(60)] * 209, 239))
+    assert b"not looked into: link type 239 (NFLOG): 209\n" in done.stderr
+    # Linux cooked, with the tag of a VLAN
+    cooked = bytes(14) + b"\x81\x00\x00\x07\x08\x00" + flow
+    done = annotate(daemon, "-", "-o", tmp_path / "o", input=pcap([cooked] * 3, 113, now))
+    assert comments(tmp_path / "o") == 3 and b"not looked" not in done.stderr
+
+
+def test_annotate_marks_obsolete_blocks_and_counts_those_without_a_place(daemon, talked, tmp_path):
+    flow, out = ethernet(datagram(*talked[:2])), tmp_path / "o"
+    head = pcapng.section_header("x") + pcapng.interface_description("lo", 1)
+    stamp = int(talked[2] * 1e9)
+    old = struct.pack("<HHIIII", 0, 0, stamp >> 32, stamp & 0xFFFFFFFF, len(flow), len(flow))
+    old = pcapng._block(pcapng.OBSOLETE, old + pcapng._pad(flow))
+    simple = pcapng._block(pcapng.SIMPLE, struct.pack("<I", len(flow)) + pcapng._pad(flow))
+    done = annotate(daemon, "-", "-o", out, input=head + old * 3)
+    assert done.returncode == 0 and comments(out) == 3, done.stderr
+    done = annotate(daemon, "-", "-o", out, input=head + simple * 4)
+    assert comments(out) == 0 and b"4 named" in done.stderr
+    assert b"4 of the named are in simple packet blocks" in done.stderr
+
+
+def test_annotate_keeps_the_owners_of_a_saved_capture(daemon, alone, tmp_path):
+    saved, again = tmp_path / "x.pcapng", tmp_path / "y.pcapng"
+    with peers() as (_, tcp, udp):
+        hunter = hunting(*alone, "--save", saved, "port", tcp)
+        talk(tcp, udp, seen=lambda: saved.read_bytes().count(b"packet-hunter: ") >= 40)
+        told = stop(hunter)
+    assert f"{saved} has each packet of lo twice" in told
+    count = int(re.search(r"(\d+) saved", told)[1])
+    done = annotate(daemon, saved, "-o", again)
+    assert f"{count} packets, {count} of them TCP or UDP with ports: {count} named".encode() in (
+        done.stderr
+    )
+    assert saved.read_bytes() == again.read_bytes()
+    shown = [
+        subprocess.run([*HUNTER, "-n", "-vv", "-r", path], capture_output=True).stdout
+        for path in (saved, again)
+    ]
+    assert shown[0] == shown[1] and shown[0].count(b"\n") == count
+
+
+@pytest.mark.parametrize("name", ["x.pcap", "x.cap", "X.PCAP"])
+def test_annotate_writes_no_pcapng_under_the_name_of_pcap(name, daemon, tmp_path):
+    done = annotate(daemon, "-", "-o", tmp_path / name, input=pcap([]))
+    assert done.returncode == 2 and not (tmp_path / name).exists()
+    assert done.stderr.count(b"\n") == 1 and b".pcapng" in done.stderr
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet", "pcapng"])
+def test_a_file_gives_the_figures_of_the_live_run(suffix, alone, tmp_path):
+    """What is saved and shown at once, to the last word of -vv, and the table of processes."""
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    path, lines = tmp_path / f"x.{suffix}", tmp_path / "lines"
+    with peers() as (_, tcp, udp), lines.open("w") as out:
+        process = subprocess.Popen(
+            [*HUNTER, *map(str, alone), "--save", path, "--print", "-n", "-vv", "--summary"]
+            + ["port", str(tcp), "or", str(udp)],
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while "Ctrl-C ends" not in (line := process.stderr.readline()):
+            assert line
+        talk(tcp, udp, seen=lambda: lines.read_text().count("\n") >= 80)
+        told = stop(process)
+    again = subprocess.run(
+        [*HUNTER, "-r", path, "-n", "-vv", "--print", "--summary"], capture_output=True, text=True
+    )
+    assert sorted(again.stdout.splitlines()) == sorted(lines.read_text().splitlines())
+    tables = [
+        re.findall(r"^ *\d+ +[\d,]+ +[\d,]+ .*$", text, re.M) for text in (told, again.stderr)
+    ]
+    assert tables[0] and sorted(tables[0]) == sorted(tables[1])
+    sums = [re.search(r"\d+ shown = .*", text)[0] for text in (told, again.stderr)]
+    assert sums[0] == sums[1]
+
+
+@needs_tshark
+def test_a_saved_capture_says_where_it_cut(alone, tmp_path):
+    path = tmp_path / "x.pcapng"
+    with peers() as (_, tcp, udp):
+        hunter = hunting(*alone, "--save", path, "-Q", "in", "port", tcp)
+        talk(tcp, udp, seen=lambda: path.read_bytes().count(b"packet-hunter: ") >= 20)
+        assert "twice" not in stop(hunter)
+    done = subprocess.run(["capinfos", "-I", path], capture_output=True, text=True, check=True)
+    assert "Capture length = 128" in done.stdout, done.stdout
+    rows = tshark(
+        path, "frame.cap_len", "tcp.analysis.retransmission", "tcp.analysis.duplicate_ack"
+    )
+    assert all(int(size) > 40 and not again and not ack for size, again, ack in rows)

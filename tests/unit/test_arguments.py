@@ -17,7 +17,7 @@ import pytest
 
 from daemon.config import Config
 from hunter.arguments import SUBCOMMANDS, filter_of, live_parser, parse, parser_of
-from hunter.lines import _OWNER_FLAGS
+from hunter.columns import FLAGS
 from nlproto import UsageError, wire
 from nlproto.filter import FilterError
 from nlproto.frames import DEFAULT_SOCKET
@@ -294,7 +294,7 @@ def test_man_explains_each_word_of_the_lines_and_each_name_of_the_configuration(
     live = (TREE / "man/packet-hunter.1").read_text()
     for how in wire.HOW_NAMES:
         assert how.startswith("how_") or f"\n.B {how}\n" in live, how
-    for flag in _OWNER_FLAGS:
+    for flag in FLAGS:
         assert re.search(rf"\n\.B .*\b{flag}\b", live), flag
     daemon = (TREE / "man/packet-hunterd.8").read_text().replace("\\-", "-")
     for field in fields(Config):

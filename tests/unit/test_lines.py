@@ -17,7 +17,7 @@ from hunter.columns import COLUMNS, columns
 from hunter.lines import LinePrinter, Style, tcp_flags
 from hunter.save_csv import CsvSaver
 from hunter.save_jsonl import JsonSaver
-from hunter.text import cell, plain
+from hunter.text import cell, plain, uncell
 from nlproto import wire
 from nlproto.clock import Clock
 from nlproto.pipeline import NamedBatch
@@ -145,10 +145,13 @@ def test_tcp_flags_read_as_in_tcpdump(flags, text):
 def test_csv_has_the_agreed_columns_and_values(tmp_path):
     rows = batch({}, {"how": wire.lib.SNIFFER_HOW_FORWARDED, "tgid": 0, "dir": 3, "comm": b""})
     text = saved(CsvSaver, rows, processes(exe="/usr/bin/curl"), tmp_path / "x.csv")
+    ends = "tcp,127.0.0.1,50000,127.0.0.1,8080,60"
     assert text == (
-        "time,dir,proto,src,sport,dst,dport,len,pid,comm,exe,uid,netns,how\n"
-        f"{NOON},out,tcp,127.0.0.1,50000,127.0.0.1,8080,60,1234,curl,/usr/bin/curl,1000,99,context\n"
-        f"{NOON},fwd,tcp,127.0.0.1,50000,127.0.0.1,8080,60,,,,,99,forwarded\n"
+        "time,dir,proto,src,sport,dst,dport,len,pid,comm,exe,uid,netns,how,"
+        "flags,tcp_flags,interface,unit,container,cmdline,ppid,segments,hdr_len,ifindex,start_ns,"
+        "tid,creator,cookie,holders\n"
+        f"{NOON},out,{ends},1234,curl,/usr/bin/curl,1000,99,context,,S,,,,,,1,0,,7,,,,\n"
+        f"{NOON},fwd,{ends},,,,,99,forwarded,,S,,,,,,1,0,,,,,,\n"
     )
 
 
@@ -161,9 +164,9 @@ def test_json_lines_have_the_same_keys_and_holders_when_shared(tmp_path):
 
     text = saved(JsonSaver, rows, processes(exe="/usr/bin/curl"), tmp_path / "x.jsonl", holders)
     first, second = map(json.loads, text.splitlines())
-    assert tuple(first) == COLUMNS
+    assert tuple(first) == tuple(second) == COLUMNS
     assert first["time"] == NOON and first["pid"] == 1234 and first["sport"] == 50000
-    assert tuple(second) == (*COLUMNS, "holders")
+    assert first["holders"] is None and (first["flags"], second["flags"]) == (None, "shared")
     assert [one["pid"] for one in second["holders"]] == [1, 1234]
 
 
@@ -197,8 +200,9 @@ def test_a_hostile_name_is_harmless(comm, output, tmp_path):
         header, row = csv.reader(io.StringIO(text))
         fields = dict(zip(header, row, strict=True))
         assert len(row) == len(COLUMNS)
-        assert fields["comm"][0] not in "=+@\t\r"
-        assert fields["comm"].lstrip("'") == plain(name)
+        assert all(not field.startswith(tuple("=+-@\t\r")) for field in row)
+        assert {uncell(fields[key]) for key in ("comm", "unit", "container")} == {name}
+        assert plain(fields["comm"]) == fields["comm"]
     elif output == "jsonl":
         text = saved(JsonSaver, rows, known, tmp_path / "x.jsonl")
         assert json.loads(text)["comm"] == name
@@ -214,8 +218,9 @@ def test_a_hostile_name_is_harmless(comm, output, tmp_path):
 
 
 def test_ordinary_names_stay_as_they_are():
-    for name in ("nginx", "-bash", "python3.11", "Gerät", "kworker/0:1-ev", "日本"):
+    for name in ("nginx", "'quoted", "python3.11", "Gerät", "kworker/0:1-ev", "日本", r"C:\a\b"):
         assert cell(name) == plain(name) == name
+    assert plain("-bash") == "-bash"
 
 
 def test_addresses_are_text_of_their_family():

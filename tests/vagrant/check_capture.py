@@ -11,7 +11,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-COLUMNS = "time,dir,proto,src,sport,dst,dport,len,pid,comm,exe,uid,netns,how".split(",")
+COLUMNS = (
+    "time,dir,proto,src,sport,dst,dport,len,pid,comm,exe,uid,netns,how,"
+    "flags,tcp_flags,interface,unit,container,cmdline,ppid,segments,hdr_len,ifindex,start_ns,"
+    "tid,creator,cookie,holders"
+).split(",")
 IP_AND_UDP_HEADER = 28
 
 Row = dict[str, str]

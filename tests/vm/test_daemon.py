@@ -93,7 +93,7 @@ def receiver() -> Iterator[socket.socket]:
 def closing(text: str) -> dict[str, int]:
     """The hunter's closing account, checked to close."""
     found = re.search(r"(\d+) records = (\d+) delivered \+ (\d+) lost", text)
-    shown = re.search(r"(\d+) shown = ", text)
+    shown = re.search(r"(\d+) (?:shown|saved) = ", text)
     gap = re.search(r"gap (\d+)", text)
     assert found and shown, text
     records, delivered, lost = (int(number) for number in found.groups())

@@ -110,7 +110,7 @@ def hunt(
     )
     assert done.returncode == 0, done.stderr
     records = re.search(r"(\d+) records = (\d+) delivered \+ (\d+) lost", done.stderr)
-    shown = re.search(r"(\d+) shown = (\d+) named", done.stderr)
+    shown = re.search(r"(\d+) (?:shown|saved) = (\d+) named", done.stderr)
     assert records and shown, done.stderr
     assert int(records[1]) == int(records[2]) and records[3] == "0"
     assert int(records[2]) >= int(shown[1]) == int(shown[2]) > least, done.stderr
@@ -128,7 +128,7 @@ def test_every_packet_has_its_process_first_bytes_and_comment(
     path = tmp_path / "x.pcapng"
     client, told = hunt(way, daemon, server, "--save", path, "--json")
     rows = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
-    assert int(re.search(r"(\d+) shown", told)[1]) == len(rows)  # type: ignore[index]
+    assert int(re.search(r"(\d+) (?:shown|saved)", told)[1]) == len(rows)  # type: ignore[index]
     for row in rows:
         own = row["sport"] if row["dir"] == "out" else row["dport"]
         assert row["pid"] == (pid if own in (tcp, udp) else client), row
@@ -169,7 +169,7 @@ def test_lines_summary_and_csv_have_the_owners(
     assert re.search(rf"^ +{client} ", told, re.MULTILINE), told  # the summary
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert int(re.search(r"(\d+) shown", told)[1]) == len(rows)  # type: ignore[index]
+    assert int(re.search(r"(\d+) (?:shown|saved)", told)[1]) == len(rows)  # type: ignore[index]
     for row in rows:
         own = int(row["sport"] if row["dir"] == "out" else row["dport"])
         assert int(row["pid"]) == (pid if own in (tcp, udp) else client), row

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: MIT
+"""Files that are read: regular ones, pipes and standard input, gzip or not, never with a seek."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from types import TracebackType
+from typing import IO, Any, Self, TypeVar
+
+from nlproto import Error
+
+__all__ = ["Input"]
+
+_GZIP = b"\x1f\x8b"
+_OTHERS = {
+    b"\x28\xb5\x2f\xfd": ("zstd", "zstdcat"),
+    b"\xfd7zXZ\0": ("xz", "xzcat"),
+    b"BZh": ("bzip2", "bzcat"),
+    b"\x04\x22\x4d\x18": ("lz4", "lz4cat"),
+    b"PK\x03\x04": ("zip", "unzip -p"),
+}
+_HEAD = 8
+_PIECE = 1 << 16
+
+One = TypeVar("One")
+
+
+class _Stream(io.RawIOBase):
+    """What a descriptor gives; a failure is the end of it and is kept for Input.check()."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._fd = fd
+        self._back = b""
+        self.position = 0
+        self.failure = ""
+
+    def readable(self) -> bool:
+        return True
+
+    def take(self, size: int) -> bytes:
+        """Return up to `size` bytes, empty at the end."""
+        if self._back:
+            data, self._back = self._back[:size], self._back[size:]
+            return data
+        try:
+            data = os.read(self._fd, size)
+        except OSError as error:
+            self.failure = error.strerror or str(error)
+            return b""
+        self.position += len(data)
+        return data
+
+    def head(self, size: int) -> bytes:
+        """Return the next `size` bytes, or what there is; they will be taken again."""
+        data = b""
+        while len(data) < size and (more := self.take(size - len(data))):
+            data += more
+        self._back = data + self._back
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.take(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class _Unzipped(_Stream):
+    """The same, of gzip; several members follow one another as one."""
+
+    def __init__(self, packed: _Stream) -> None:
+        super().__init__(-1)
+        self._packed = packed
+        self._inflate = zlib.decompressobj(31)
+        self._rest = b""
+
+    def take(self, size: int) -> bytes:
+        if self._back:
+            return super().take(size)
+        while not self.failure:
+            if not self._rest:
+                self._rest = self._packed.take(_PIECE)
+                if not self._rest:
+                    self.failure = self._packed.failure
+                    if not self._inflate.eof and not self.failure:
+                        self.failure = "the compressed data end in the middle"
+                    return b""
+            if self._inflate.eof:
+                self._rest = self._rest.lstrip(b"\0")  # padding, as gzip(1) passes it over
+                if not self._rest:
+                    continue
+                self._inflate = zlib.decompressobj(31)
+            try:
+                data = self._inflate.decompress(self._rest, size)
+            except zlib.error:
+                self.failure = "the compressed data are damaged"
+                return b""
+            self._rest = self._inflate.unconsumed_tail or self._inflate.unused_data
+            if data:
+                return data
+        return b""
+
+
+class Input:
+    """A file to read from beginning to end; a context manager. Raises Error.
+
+    `path` "-" is standard input. `file` reads it, gzip undone; `head` are its first bytes.
+    What cannot be read ends `file`, as the end of the data does: check() tells.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.name = "standard input" if path == "-" else path
+        try:
+            self._fd = os.dup(0) if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.stat = os.fstat(self._fd)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise Error(f"cannot read {self.name}: {reason}") from None
+        self.size = self.stat.st_size if stat.S_ISREG(self.stat.st_mode) else None
+        self._packed = self._stream = _Stream(self._fd)
+        try:
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self) -> None:
+        self.head = self._stream.head(_HEAD)
+        if self.head.startswith(_GZIP):
+            self._stream = _Unzipped(self._packed)
+            self.head = self._stream.head(_HEAD)
+        for magic, (kind, tool) in _OTHERS.items():
+            if self.head.startswith(magic):
+                raise Error(
+                    f"{self.name} is compressed with {kind}: run {tool} on it and read from"
+                    " standard input (-)"
+                )
+        if not self.head:
+            self.check()
+        self.file = io.BufferedReader(self._stream, _PIECE)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def position(self) -> int:
+        """How many bytes of the file itself are read."""
+        return self._packed.position
+
+    def seekable(self) -> IO[bytes] | None:
+        """Return the file once more, from its beginning; None for a pipe, and for gzip."""
+        if self.size is None or self._stream is not self._packed:
+            return None
+        file = open(os.dup(self._fd), "rb")
+        file.seek(0)
+        return file
+
+    def check(self) -> None:
+        """Raise Error when the data ended because they could not be read on."""
+        if self._stream.failure:
+            raise Error(f"cannot read {self.name} to its end: {self._stream.failure}")
+
+    def checked(self, parts: Iterator[One]) -> Iterator[One]:
+        """Yield `parts`, made of `file`; what check() tells comes before what follows of it."""
+        try:
+            yield from parts
+        except Error:
+            self.check()
+            raise
+        self.check()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
