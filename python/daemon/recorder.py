@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -72,15 +73,20 @@ class Recorder:
         assert batch.flows is not None
         self.history.update(batch.flows, batch.clock)
 
-    def past(self, question: Question) -> tuple[int, list[tuple[int, np.void]]]:
-        """Flows that are in the file and no more in memory; counted up to one over the limit."""
+    def past(
+        self, question: Question, stop: Callable[[], None] = lambda: None
+    ) -> tuple[int, list[tuple[int, np.void]]]:
+        """Flows that are in the file and no more in memory; counted up to one over the limit.
+
+        `stop` is called every few ms, and ends this by raising.
+        """
         if self._store is None:
             return 0, []
         since_ns = max(question.since_ns or 0, question.at_ns or 0)
         horizon_ns = self.history.horizon_ns
         if since_ns > horizon_ns:
             return 0, []
-        rows = self._store.ask(question, horizon_ns)
+        rows = self._store.ask(question, horizon_ns, stop)
         here = self.history.has(np.array([number for number, _ in rows], np.uint64))
         older = [row for row, known in zip(rows, here.tolist(), strict=True) if not known]
         return len(older), older

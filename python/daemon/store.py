@@ -9,7 +9,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -53,6 +53,8 @@ _WRITE_FLOW = (
 )
 _WRITE_PROCESS = "INSERT OR REPLACE INTO processes VALUES (?, ?, ?, ?)"
 _BUSY = 5000  # ms
+_STEPS = 20_000
+"""Of SQLite's machine, some ms, between two looks whether anybody still wants the answer."""
 
 log = logging.getLogger(__name__)
 
@@ -108,10 +110,7 @@ class Store:
                 writer.executescript(f"BEGIN; {_CREATE} PRAGMA user_version = {_SCHEMA}; COMMIT;")
             writer.execute("SELECT last_ns FROM flows LIMIT 1").fetchone()
             writer.execute("SELECT seen FROM processes LIMIT 1").fetchone()
-            reader = sqlite3.connect(
-                f"file:{_quoted(self.path)}?mode=ro", uri=True, check_same_thread=False
-            )
-            reader.execute(f"PRAGMA busy_timeout = {_BUSY}")
+            reader = self._connect_reader()
         except BaseException:
             writer.close()
             raise
@@ -214,8 +213,13 @@ class Store:
 
         return (pragma("page_count") - pragma("freelist_count")) * pragma("page_size")
 
-    def ask(self, question: Question, until_ns: int) -> list[tuple[int, np.void]]:
-        """(id, FLOW) last seen at `until_ns` or before, newest first, `limit` and one more."""
+    def ask(
+        self, question: Question, until_ns: int, stop: Callable[[], None] = lambda: None
+    ) -> list[tuple[int, np.void]]:
+        """(id, FLOW) last seen at `until_ns` or before, newest first, `limit` and one more.
+
+        `stop` is called every few ms, and ends this by raising.
+        """
         wheres, values = _conditions(question)
         wheres.append("last_ns <= ?")
         values.append(until_ns)
@@ -231,14 +235,37 @@ class Store:
             all_values += [question.port] * sum(text.count("?") for text in end)
             all_values += [*values, question.limit + 1]
         query = " UNION ALL ".join(parts)
-        try:
-            with self._reading:
-                rows = self._reader.execute(query, all_values).fetchall()
-        except sqlite3.Error as error:
-            raise Error(f"history {self.path}: {error}") from None
+        rows = self._fetch(query, all_values, stop)
         flows = _flows(rows)
         order = np.argsort(flows["last_ns"], kind="stable")[::-1][: question.limit + 1]
         return [(rows[index][0], flows[index]) for index in order.tolist()]
+
+    def _fetch(self, query: str, values: list[Any], stop: Callable[[], None]) -> list[Any]:
+        """On a connection of its own: nobody waits for another's question."""
+        ended: list[BaseException] = []
+
+        def is_over() -> bool:
+            try:
+                stop()
+            except BaseException as error:
+                ended.append(error)
+            return bool(ended)
+
+        try:
+            with contextlib.closing(self._connect_reader()) as reader:
+                reader.set_progress_handler(is_over, _STEPS)
+                return reader.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            if ended:
+                raise ended[0] from None
+            raise Error(f"history {self.path}: {error}") from None
+
+    def _connect_reader(self) -> sqlite3.Connection:
+        reader = sqlite3.connect(
+            f"file:{_quoted(self.path)}?mode=ro", uri=True, check_same_thread=False
+        )
+        reader.execute(f"PRAGMA busy_timeout = {_BUSY}")
+        return reader
 
     def process(self, tgid: int, start_ns: int) -> Process | None:
         query = "SELECT details FROM processes WHERE tgid = ? AND start_ns = ?"
