@@ -14,7 +14,10 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
 from typing import Any
+
+from nlproto._host import ffi, lib
 
 import nlproto
 from daemon.allowance import Allowance, Meter
@@ -36,7 +39,7 @@ from nlproto.shares import Payers
 __all__ = ["Server", "SocketFile"]
 
 _BACKLOG = 4096  # what the kernel allows, by default
-_AT_ONCE = 32
+_AT_ONCE = 512
 """Connections accepted before anything else is done."""
 _READ = 16 << 10
 """Bytes read from a client at once."""
@@ -160,10 +163,12 @@ class Server:
         """Sessions with more to send than their clients read."""
         self.refused = 0
         self.stuck = 0
-        self._places: Places[Session] = Places(config.max_clients)
+        self._places: Places[Session | Arrival] = Places(config.max_clients)
         self._sessions: set[Session] = set()
+        self._arrivals: set[Arrival] = set()
+        self._accepted = ffi.new("int[]", _AT_ONCE)
         self._payers = Payers()
-        self._turns: dict[bool, Rounds[Session]] = {True: Rounds(), False: Rounds()}
+        self._turns: dict[bool, Rounds[Session | Arrival]] = {True: Rounds(), False: Rounds()}
         self._turning: set[bool] = set()
         self._figures = figures
         self._dropped_before = 0
@@ -184,6 +189,8 @@ class Server:
         if self._listener is not None:
             self.loop.remove_reader(self._listener)
             self._listener = None
+        for arrival in tuple(self._arrivals):
+            self._turn_away(arrival)
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -221,18 +228,19 @@ class Server:
         self.loop.add_reader(listener, self._accept, listener)
 
     def _accept(self, listener: socket.socket) -> None:
+        """Take all that wait: who floods the queue of the socket must not fill it for others."""
         self._payers.refresh()
-        for _ in range(_AT_ONCE):
-            try:
-                connection, _ = listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                self._rest(listener, error)
-                return
-            self._admit(connection)
+        found = lib.host_accept(listener.fileno(), self._accepted, _AT_ONCE)
+        if found < 0:
+            if -found != errno.EAGAIN:
+                self._rest(listener, os.strerror(-found))
+            return
+        refused = [fd for fd in ffi.unpack(self._accepted, found) if not self._admit(fd)]
+        if refused:
+            self.refused += len(refused)
+            lib.host_close(refused, len(refused))
 
-    def _rest(self, listener: socket.socket, error: OSError) -> None:
+    def _rest(self, listener: socket.socket, error: str) -> None:
         """No descriptors or no memory: those who wait to connect wait a little longer."""
         if self.loop.time() > self._complained + _COMPLAIN:
             self._complained = self.loop.time()
@@ -245,24 +253,43 @@ class Server:
 
         self.loop.call_later(0.1, again)
 
-    def _admit(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
+    def _admit(self, fd: int) -> bool:
+        """Whether the connection may stay; what it takes to serve it is done in its user's turn."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
         try:
             peer = peer_of(connection)
         except OSError as error:
             log.debug("client lost while it connected: %s", error)
-            connection.close()
-            return
-        user = self._payers.of_one(peer.uid)
-        counted = None if self.sees_everything(peer) else user
+            connection.detach()
+            return False
+        user, full = self._payers.of_one(peer.uid), self.sees_everything(peer)
+        counted = None if full else user
         if not self._places.has_room(counted):
-            self.refused += 1
-            connection.close()
+            connection.detach()
+            return False
+        arrival = Arrival(self, connection, peer, user, full)
+        self._arrivals.add(arrival)
+        self._places.take(arrival, counted)
+        self.wants_turn(arrival)
+        return True
+
+    def serve(self, arrival: Arrival) -> None:
+        """Give a connection its session, unless its client has gone already."""
+        if _has_gone(arrival.connection):
+            self._turn_away(arrival)
             return
-        session = Session(self, peer, user)
-        self._places.take(session, counted)
+        self._arrivals.discard(arrival)
+        self._places.give_back(arrival)
+        session = Session(self, arrival.peer, arrival.user)
+        self._places.take(session, None if session.full else session.user)
         self._sessions.add(session)
-        self._task(self._connect(session, connection))
+        self._task(self._connect(session, arrival.connection))
+
+    def _turn_away(self, arrival: Arrival) -> None:
+        self._arrivals.discard(arrival)
+        self._places.give_back(arrival)
+        self._turns[arrival.full].discard(arrival.user, arrival)
+        arrival.connection.close()
 
     async def _connect(self, session: Session, connection: socket.socket) -> None:
         try:
@@ -288,7 +315,7 @@ class Server:
 
     # Whose turn it is
 
-    def wants_turn(self, session: Session) -> None:
+    def wants_turn(self, session: Session | Arrival) -> None:
         """The session has something to do; users take turns."""
         self._turns[session.full].add(session.user, session)
         if session.full not in self._turning:
@@ -435,6 +462,27 @@ class Server:
         } | self.streams.figures()
         own = {"account": self._account(), "clients": clients, "memory": self.bounds.as_dict()}
         return own | self._figures()
+
+
+@dataclass(eq=False, slots=True)
+class Arrival:
+    """A connection that has a place and waits to be served."""
+
+    server: Server
+    connection: socket.socket
+    peer: Peer
+    user: int
+    full: bool
+
+    def take_turn(self) -> bool:
+        self.server.serve(self)
+        return False
+
+
+def _has_gone(connection: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(connection, 0)  # POLLHUP is always told
+    return bool(poll.poll(0))
 
 
 def _hung_up(sessions: Iterable[Session]) -> list[Session]:

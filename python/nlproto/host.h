@@ -79,3 +79,12 @@ int host_setns_net(int fd);
  * returns how many, at most max, or -errno.
  */
 int host_socket_inodes(int dirfd, uint64_t *inodes, uint32_t *fds, uint32_t max);
+
+/*
+ * Accept up to max connections that wait at a non-blocking listener, each close-on-exec and
+ * non-blocking; returns how many, or -errno when the first one fails.
+ */
+int host_accept(int listener, int *fds, uint32_t max);
+
+/* Close some descriptors. */
+void host_close(const int *fds, uint32_t count);
