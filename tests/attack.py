@@ -44,8 +44,8 @@ def _name_filter(number: int) -> str:
 
 def _connect(path: str) -> socket.socket:
     one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    one.settimeout(60)
     one.connect(path)
+    one.settimeout(60)
     return one
 
 

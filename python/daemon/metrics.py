@@ -8,13 +8,17 @@ import logging
 import os
 import socket
 import socketserver
+import sys
 import threading
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer
 
 import numpy as np
 
+from daemon.allowance import Allowance
 from daemon.config import Config
 from nlproto.errors import Error, UsageError
 from nlproto.pipeline import NamedBatch
@@ -28,6 +32,8 @@ __all__ = ["Metrics"]
 _SUMS = ("packets_in", "bytes_in", "packets_out", "bytes_out")
 _OTHER = b"other"
 _UNNAMED = b""
+_AT_ONCE = 8
+"""Connections, each with a thread."""
 
 log = logging.getLogger(__name__)
 
@@ -163,8 +169,34 @@ class _Collector:
         return []
 
 
+class _NoErrors(ServerHandler):
+    """wsgiref's own, which writes a traceback to stderr when a client does not read."""
+
+    def log_exception(self, exc_info: Any) -> None:
+        log.debug("metrics: %s", exc_info[1])
+
+
 class _Quiet(WSGIRequestHandler):
     timeout = 5
+
+    def handle(self) -> None:
+        """One request. (The inherited method does the same with a handler that is not quiet.)"""
+        self.raw_requestline = self.rfile.readline(65537)
+        if len(self.raw_requestline) > 65536:
+            self.requestline = self.request_version = self.command = ""
+            self.send_error(414)
+            return
+        if not self.parse_request():
+            return
+        handler = _NoErrors(
+            self.rfile,
+            self.wfile,  # type: ignore[arg-type]
+            self.get_stderr(),
+            self.get_environ(),
+            multithread=True,
+        )
+        handler.request_handler = self  # type: ignore[attr-defined]
+        handler.run(self.server.get_app())  # type: ignore[attr-defined]
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
@@ -174,7 +206,43 @@ class _Quiet(WSGIRequestHandler):
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    """A thread for each of the last _AT_ONCE connections; older ones are closed for new ones.
+
+    All of them have a small part of a CPU: on TCP any user can ask.
+    """
+
     daemon_threads = True
+    request_queue_size = 16
+
+    def __init__(self, *arguments: Any) -> None:
+        self._allowance = Allowance(share=0.1)
+        self._connections: OrderedDict[socket.socket, None] = OrderedDict()
+        self._changing = threading.Lock()
+        super().__init__(*arguments)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        super().process_request_thread(request, client_address)
+        self._allowance.spend(time.thread_time())
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        time.sleep(min(self._allowance.spend(0), 1.0))
+        with self._changing:
+            self._connections[request] = None
+            old = None
+            if len(self._connections) > _AT_ONCE:
+                old, _ = self._connections.popitem(last=False)
+                with contextlib.suppress(OSError):
+                    old.shutdown(socket.SHUT_RDWR)  # its thread closes it
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._changing:
+            self._connections.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went, or was too slow, is no news."""
+        log.debug("metrics: %s", sys.exc_info()[1])
 
 
 class _Server6(_Server):
@@ -204,7 +272,7 @@ class _UnixServer(_Server):
 
 def _listen(where: str) -> WSGIServer:
     if os.path.isabs(where):
-        return _UnixServer(where, _Quiet)  # type: ignore[arg-type]
+        return _UnixServer(where, _Quiet)
     host, _, port = where.rpartition(":")
     address = (host.strip("[]"), int(port))
     return (_Server6 if host.startswith("[") else _Server)(address, _Quiet)
