@@ -3,6 +3,8 @@
 
     sudo .venv/bin/python tests/attack.py [SECONDS [WORDS OF THE DAEMON'S COMMAND ...]]
 
+(`make attack`; a shorter one is among tests/host.)
+
 Root sends 3,000 packets a second over loopback, and asks. Prints how long root waited for
 `hello`, `who` and `subscribe`, what was lost, and how long SIGTERM took under attack.
 """
@@ -218,7 +220,7 @@ class _Sender(threading.Thread):
                 self.sent += due
 
 
-def measure(path: str, pid: int, seconds: float, uid: int) -> Found:
+def measure(path: str, pid: int, seconds: float, uid: int, preparing: float = PREPARING) -> Found:
     """Attack the daemon at `path` for `seconds` s as `uid`, then end its process `pid`."""
     found, sender = Found(), _Sender()
     with DaemonClient(path, timeout=60) as watching:
@@ -228,7 +230,7 @@ def measure(path: str, pid: int, seconds: float, uid: int) -> Found:
         reader = threading.Thread(target=_read, args=(watching, sender, found), daemon=True)
         reader.start()
         with attackers(path, uid):
-            time.sleep(PREPARING)
+            time.sleep(preparing)
             until = time.monotonic() + seconds
             askers = [
                 threading.Thread(target=_ask, args=(path, what, found, until, sender.port))
