@@ -34,6 +34,7 @@ Past = Callable[[Question, Stop], tuple[int, list[tuple[int, np.void]]]]
 
 _MAX_HOLDERS = 20_000
 """Processes of the port map in one answer: a socket has one entry for each of its holders."""
+_CHEAP = 32
 _NULL = msgspec.Raw(b"null")
 
 _json = msgspec.json.Encoder()
@@ -80,6 +81,11 @@ class Answers:
     history: History
     past: Past | None = None
     past_process: Callable[[int, int], Process | None] | None = None
+
+    def is_cheap(self, request: OwnerOf) -> bool:
+        """Whether the answer takes less time than another thread takes to begin with it."""
+        portmap = self.pipeline.portmap
+        return portmap is None or portmap.count(request.port) <= _CHEAP
 
     def owner(
         self, request: OwnerOf, uid: int | None, stop: Stop = _never, room: Room | None = None

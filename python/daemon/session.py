@@ -81,6 +81,9 @@ class Session(asyncio.BufferedProtocol):
         """What remains to be done when the queue is empty."""
         self._paused = False
         self._deaf = False
+        self._ending = False
+        self._replies: list[bytes] | None = None
+        """Of the turn that this session has; they are sent together."""
         self._answer_waits = False
         self._read_last: tuple[int, float] | None = None
         """Bytes of an answer that are left to be read, and since when."""
@@ -144,8 +147,9 @@ class Session(asyncio.BufferedProtocol):
     def take_turn(self) -> bool:
         """Handle requests for a moment; whether there are more to handle now."""
         until = time.monotonic() + _TURN
+        self._replies = []
         try:
-            while not self._busy and not self._paused and self._transport is not None:
+            while not self._busy and not self._paused and not self._ending:
                 frame = self._decoder.next()
                 if frame is None:
                     self._listen(True)
@@ -157,7 +161,13 @@ class Session(asyncio.BufferedProtocol):
                     return True
         except FrameError as error:
             self._write(_refusal(0, error))
-            self.close()
+            self._ending = True
+        finally:
+            replies, self._replies = self._replies, None
+            if replies:
+                self._write(b"".join(replies))
+            if self._ending:
+                self.close()
         return False
 
     def _finish(self, reply: bytes) -> None:
@@ -184,7 +194,9 @@ class Session(asyncio.BufferedProtocol):
             self._write(_refusal(request.id, Error(_FAILED)))
 
     def _answer(self, request: Request) -> None:
-        if isinstance(request, Who | OwnerOf | Lookup):
+        if isinstance(request, OwnerOf) and self.server.answers.is_cheap(request):
+            self._write(self._made(request, lambda: None))
+        elif isinstance(request, Who | OwnerOf | Lookup):
             self._ask(request.id, lambda stop: self._made(request, stop), self._finish)
         elif isinstance(request, Hello):
             self._write(_reply(request.id, self._hello(request)))
@@ -202,7 +214,7 @@ class Session(asyncio.BufferedProtocol):
             self._unsubscribe(request.id)
 
     def _made(self, request: Who | OwnerOf | Lookup, stop: Stop) -> bytes:
-        """In a thread of Questions."""
+        """In a thread of Questions, unless it is cheap."""
         answers, room = self.server.answers, Room(MAX_ANSWER[self.full])
         if isinstance(request, OwnerOf):
             fields = answers.owner(request, self.uid, stop, room)
@@ -320,7 +332,9 @@ class Session(asyncio.BufferedProtocol):
             self._write(frame)
 
     def _write(self, data: bytes) -> None:
-        if self._transport is not None and not self._transport.is_closing():
+        if self._replies is not None:
+            self._replies.append(data)
+        elif self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
 
     @property

@@ -8,6 +8,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +42,8 @@ _ROW = np.dtype(
 )
 _KEY = ("address", "start_ns", "netns", "tgid", "port", "proto", "family")
 _FIRST_ROWS = 256
+_FEW = 16
+"""Owners that are found faster one by one than with NumPy."""
 _PART = 2048
 """Flows that are learnt at once: no question waits longer than that for the lock."""
 
@@ -170,6 +173,10 @@ class PortMap:
             old = columns["seen_ns"] < max(0, now_ns - self.ttl_ns)
             self._drop(old & columns["live"] & ~columns["listening"])
 
+    def count(self, port: int) -> int:
+        """How many owners `port` has."""
+        return len(self._ports.get(port, ()))
+
     def who(
         self,
         port: int,
@@ -184,6 +191,10 @@ class PortMap:
         or to the wildcard of its family (an IPv6 wildcard takes IPv4 as well).
         """
         with self._lock:
+            at = self._ports.get(port, ())
+            if len(at) <= _FEW:
+                owners = [self._owner(row) for row in at]
+                return _fitting(owners, proto, address, uid)[:limit]
             rows = self._table.take(self._at_port(port), _ROW)
         fits = np.ones(len(rows), bool)
         if proto is not None:
@@ -275,6 +286,26 @@ class PortMap:
         mask = columns["live"] & (columns["tgid"] == key[0])
         mask &= columns["start_ns"] == key[1]
         return np.asarray(mask)
+
+    def _owner(self, row: int) -> Owner:
+        columns = self._columns
+        endpoint = (
+            columns["netns"].item(row),
+            columns["proto"].item(row),
+            columns["family"].item(row),
+            columns["address"][row].tobytes(),
+            columns["port"].item(row),
+        )
+        return Owner(
+            endpoint,
+            columns["tgid"].item(row),
+            columns["start_ns"].item(row),
+            columns["uid"].item(row),
+            text(columns["comm"].item(row)),
+            columns["cookie"].item(row),
+            columns["listening"].item(row),
+            columns["seen_ns"].item(row),
+        )
 
     def _put(self, new: np.ndarray) -> np.ndarray:
         """Add owners or renew them; the rows where they are. Writes to `new`."""
@@ -402,6 +433,30 @@ def _newest_of_each(new: np.ndarray) -> np.ndarray:
     last = np.ones(len(order), bool)
     last[:-1] = hashes[1:] != hashes[:-1]
     return new[order[last]]
+
+
+def _fitting(
+    owners: list[Owner], proto: int | None, address: tuple[int, bytes] | None, uid: int | None
+) -> list[Owner]:
+    """As who() has them: those that fit, last seen first."""
+    owners.sort(key=_seen, reverse=True)
+    return [
+        owner
+        for owner in owners
+        if (proto is None or owner.proto == proto)
+        and (uid is None or owner.uid == uid)
+        and (address is None or _serves(owner.endpoint, address))
+    ]
+
+
+_seen = attrgetter("seen_ns")
+
+
+def _serves(endpoint: Endpoint, address: tuple[int, bytes]) -> bool:
+    family, raw = address
+    if endpoint[3] == raw and endpoint[2] == family:
+        return True
+    return not any(endpoint[3]) and endpoint[2] >= family
 
 
 def _serve(rows: np.ndarray, address: tuple[int, bytes]) -> np.ndarray:
