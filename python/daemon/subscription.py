@@ -56,17 +56,22 @@ class Subscription:
             self.seen += seen
             self.matched += matched
             self.dropped += matched
+            self._ready()
 
     def bound(self, limit: int) -> None:
         """Hold `limit` bytes from now on, or one piece."""
         self.limit = limit
-        self._make_room(0)
+        while len(self._queue) > 1 and self.queued > limit:
+            self._drop_oldest()
 
     def _make_room(self, size: int) -> None:
         while self._queue and self.queued + size > self.limit:
-            _, old = self._queue.popleft()
-            self.queued -= old.size
-            self.dropped += old.count
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        _, old = self._queue.popleft()
+        self.queued -= old.size
+        self.dropped += old.count
 
     def next_frame(self) -> bytes | None:
         """What is to be sent next; None: nothing waits."""
@@ -77,7 +82,7 @@ class Subscription:
             self.queued -= self._sending
             self._sending = 0
             if not self._queue:
-                return None
+                return self._gap()
             sequence, piece = self._queue.popleft()
             self._sending = piece.size
             self._frames = self._encoded(sequence, piece)
@@ -90,10 +95,9 @@ class Subscription:
         self.queued = self._sending = 0
 
     def _encoded(self, sequence: int, piece: Piece) -> Iterator[bytes]:
-        if self.dropped != self._told_dropped:
-            lost = self.dropped - self._told_dropped
-            self._told_dropped = self.dropped
-            yield encode_json(Kind.EVENT, {"event": "gap", "where": "client", "records": lost})
+        gap = self._gap()
+        if gap is not None:
+            yield gap
         yield from self._news(piece)
         if piece.snaps:
             yield encode(Kind.SNAPS, piece.snaps)
@@ -101,6 +105,14 @@ class Subscription:
         head = HEAD.pack(length, Kind.DATA, b"\0\0\0") + DATA_HEAD.pack(sequence, self.dropped)
         self.sent += piece.count
         yield head + piece.payload
+
+    def _gap(self) -> bytes | None:
+        """What tells of records dropped since the last one, None when there are none."""
+        lost = self.dropped - self._told_dropped
+        if not lost:
+            return None
+        self._told_dropped = self.dropped
+        return encode_json(Kind.EVENT, {"event": "gap", "where": "client", "records": lost})
 
     def _news(self, piece: Piece) -> Iterator[bytes]:
         """Of the processes that this client was not told of, in frames."""
