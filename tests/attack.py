@@ -191,6 +191,8 @@ class Found:
     received: int = 0
     dropped: int = 0
     term: float = 0.0
+    memory: int = 0
+    """Most resident memory of the daemon, bytes."""
     stats: dict[str, object] = field(default_factory=dict)
 
     def p99(self, name: str) -> float:
@@ -248,6 +250,7 @@ def measure(path: str, pid: int, seconds: float, uid: int, preparing: float = PR
             account = found.stats["account"]
             for place, value in account["lost"].items():
                 found.lost[place] = value - before["lost"].get(place, 0)
+            found.memory = _peak(pid)
             found.term = _end(pid)
     return found
 
@@ -286,6 +289,13 @@ def _ask(path: str, what: str, found: Found, until: float, port: int) -> None:
             found.failed.append(f"{what}: {error}")
         found.waited[what].append(time.monotonic() - began)
         time.sleep(0.05)
+
+
+def _peak(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().split("\n"):
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def _end(pid: int) -> float:
@@ -334,6 +344,7 @@ def main() -> int:
             )
         print(f"records    {found.sent} sent, {found.received} received, {found.dropped} dropped")
         print(f"lost       {json.dumps(found.lost)}")
+        print(f"memory     {found.memory >> 20} MiB at most")
         print(f"SIGTERM    obeyed after {found.term:.1f} s")
         print(f"clients    {json.dumps(found.stats.get('clients'))}")
         for line in sorted(set(found.failed)):

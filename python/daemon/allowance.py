@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How much of a CPU the work for users without rights may take, all of it together.
+"""How much of a CPU the work for users without rights may take.
 
 Python runs one thread at a time: what such users cause would else take the turns of the threads
 that record.
@@ -10,18 +10,18 @@ from __future__ import annotations
 import threading
 import time
 
-__all__ = ["Allowance", "Meter"]
+__all__ = ["FILTERS", "QUESTIONS", "REQUESTS", "Allowance", "Meter"]
 
-_SHARE = 0.3
-"""Of one CPU, in the long run."""
-_SAVED = 0.5
+REQUESTS, FILTERS, QUESTIONS = 0.1, 0.1, 0.2
+"""Of one CPU, in the long run: the event loop's work, streams, and what Questions does."""
+_SAVED = 0.3
 """s of CPU time that can be saved up: a question now and then is answered at full speed."""
 
 
 class Allowance:
-    """Any thread."""
+    """CPU time of any number of threads, together."""
 
-    def __init__(self, share: float = _SHARE, saved: float = _SAVED) -> None:
+    def __init__(self, share: float, saved: float = _SAVED) -> None:
         self._share = share
         self._most = saved
         self._saved = saved

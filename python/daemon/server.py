@@ -20,7 +20,7 @@ from typing import Any
 from nlproto._host import ffi, lib
 
 import nlproto
-from daemon.allowance import Allowance, Meter
+from daemon.allowance import FILTERS, QUESTIONS, REQUESTS, Allowance, Meter
 from daemon.answers import Answers
 from daemon.bounds import ANSWER_BYTES, STREAM_BYTES, Bounds, bounds_of
 from daemon.config import Config
@@ -152,11 +152,11 @@ class Server:
         self.answers = answers
         self.config = config
         self.bounds = bounds or bounds_of(config)
-        self._allowance = Allowance()
+        self._allowance = Allowance(REQUESTS)
         self.streams = Streams(
-            answers.pipeline, self._post, config.max_filters, STREAM_BYTES, self._allowance
+            answers.pipeline, self._post, config.max_filters, STREAM_BYTES, Allowance(FILTERS)
         )
-        self.questions = Questions(loop, self._may_answer, self._allowance)
+        self.questions = Questions(loop, self._may_answer, Allowance(QUESTIONS))
         self.buffer = bytearray(_READ)
         """Where all sessions read into, one at a time."""
         self.slow: set[Session] = set()
