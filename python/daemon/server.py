@@ -15,6 +15,7 @@ import stat
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from nlproto._host import ffi, lib
@@ -45,6 +46,7 @@ _READ = 16 << 10
 """Bytes read from a client at once."""
 _ACCOUNT = 1.0  # s between two accounts for those who subscribed
 _LOOK = 0.25  # s between two looks after clients that have gone, or do not read
+_TOGETHER = 0.02  # s that those without rights wait for each other
 _STUCK = 30.0
 """s after which a client is let go that reads nothing of an answer."""
 _PATIENCE = 1.0
@@ -169,6 +171,8 @@ class Server:
         self._accepted = ffi.new("int[]", _AT_ONCE)
         self._payers = Payers()
         self._turns: dict[bool, Rounds[Session | Arrival]] = {True: Rounds(), False: Rounds()}
+        self._waiting: list[tuple[Stream, Callable[[dict[str, Any]], None]]] = []
+        """What users without rights want to know once all records have passed."""
         self._turning: set[bool] = set()
         self._figures = figures
         self._dropped_before = 0
@@ -411,9 +415,22 @@ class Server:
         It gets the account of exactly these.
         """
 
+        if stream.uid is None:
+            self._barrier([(stream, function)])
+            return
+        # the engine is emptied for it: not once for each of those who may ask as often as they like
+        self._waiting.append((stream, function))
+        if len(self._waiting) == 1:
+            self.loop.call_later(_TOGETHER, self._barrier, self._waiting)
+
+    def _barrier(self, waiting: list[tuple[Stream, Callable[[dict[str, Any]], None]]]) -> None:
+        if waiting is self._waiting:
+            self._waiting = []
+
         def passed() -> None:
             account = self._account(settled=True)
-            self.streams.mark(stream, lambda: function(account))
+            for stream, function in waiting:
+                self.streams.mark(stream, partial(function, account))
 
         self.answers.pipeline.barrier(passed)
 

@@ -23,12 +23,16 @@ NOBODY = 60000 + os.getpid() % 5000
 
 
 class Daemon:
-    def __init__(self, directory: Path, config: str) -> None:
+    def __init__(self, directory: Path, config: str, subuid: str = "") -> None:
         self.path = f"{directory}/daemon.sock"
         self.log = directory / "log"
         (directory / "daemon.yaml").write_text(config)
         command = [sys.executable, "-I", "-m", "daemon", "--engine", "packet", "--foreground"]
         command += ["--socket", self.path, "--config", f"{directory}/daemon.yaml"]
+        if subuid:
+            (directory / "subuid").write_text(subuid)
+            script = 'mount --bind "$0" /etc/subuid && exec "$@"'
+            command = ["unshare", "-m", "sh", "-c", script, f"{directory}/subuid", *command]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 command, stderr=log, stdout=log, cwd="/", start_new_session=True
@@ -52,11 +56,11 @@ def _until(condition, seconds=60):
 def _start(tmp_path_factory):
     started = []
 
-    def start(config=""):
+    def start(config="", **options):
         directory = tmp_path_factory.mktemp("clients")
         for part in (directory, directory.parent, directory.parent.parent):
             part.chmod(0o755)
-        started.append(Daemon(directory, config))
+        started.append(Daemon(directory, config, **options))
         return started[-1]
 
     yield start
@@ -199,3 +203,44 @@ def test_stats_tell_the_bounds_of_memory(start):
         memory = client.stats()["memory"]
     assert memory["together"] == sum(memory["bounds"].values())
     assert memory["bounds"]["connections"] < 16 << 20
+
+
+def test_who_subscribes_again_and_again_does_not_empty_the_engine_each_time(start):
+    """Ten connections of a user, as fast as they can: fewer barriers than subscriptions."""
+    daemon = start()
+    code = (
+        f"held = [DaemonClient({daemon.path!r}, timeout=60) for _ in range(10)]\n"
+        "for _ in range(20):\n"
+        "  for op in ('subscribe', 'unsubscribe'):\n"
+        "    for one in held: one._send([(op, {})])\n"
+        "    for one in held: one._reply(one._next_id - 1)\n"
+        "print('done', flush=True)\n"
+    )
+    out, _ = _as(NOBODY, code).communicate(timeout=120)
+    assert out == "done\n"
+    with DaemonClient(daemon.path) as client:
+        assert client.stats()["clients"]["filters"] == 0
+
+
+def test_subordinate_uids_count_as_their_user(start):
+    """In a mount namespace where /etc/subuid says that NOBODY has a hundred more."""
+    if not os.path.exists("/etc/subuid"):
+        pytest.skip("no /etc/subuid to put another one over")
+    daemon = start("max_clients: 32\n", subuid=f"{NOBODY}:{NOBODY + 100}:100\n")
+    code = (
+        "held = []\n"
+        "try:\n"
+        f"  for _ in range(8): held.append(DaemonClient({daemon.path!r}))\n"
+        "except Error: pass\n"
+        "print(len(held), flush=True)\nsys.stdin.readline()\n"
+    )
+    users = []
+    try:
+        taken = []
+        for uid in (NOBODY, NOBODY + 100, NOBODY + 199, NOBODY + 200):
+            users.append(_as(uid, code))
+            taken.append(int(users[-1].stdout.readline()))
+        assert taken == [4, 0, 0, 4]
+    finally:
+        for user in users:
+            user.communicate("\n", timeout=30)
