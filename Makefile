@@ -70,11 +70,13 @@ menu: ## what is built, loaded and running, and a key for each thing to do
 	@[ -x $(PYTHON) ] || ./build.sh --no-module
 	@$(PYTHON) python/menu.py
 
-deb: ## Debian source and binary packages into dist/ (wants debhelper, dh-dkms, dh-python)
+deb: ## Debian source and binary packages into dist/ (says which packages it wants)
 	@[ -x $(PYTHON) ] || ./build.sh --no-module
 	debian/build dist
 
-clean: ## remove what was built
+clean: ## remove what was built, .venv too
 	@./build.sh clean
+distclean: ## clean, and what tests keep in ~/.cache/packet-hunter (kernels, modules, boxes)
+	@./build.sh distclean
 
-.PHONY: help run demo test tools lint test-unit test-host test-vm test-attribution test-matrix test-kasan test-vagrant test-browser test-packages test-bare fuzz attack soak bench bench-kernel bench-daemon bench-hunter bench-accuracy menu deb clean
+.PHONY: help run demo test tools lint test-unit test-host test-vm test-attribution test-matrix test-kasan test-vagrant test-browser test-packages test-bare fuzz attack soak bench bench-kernel bench-daemon bench-hunter bench-accuracy menu deb clean distclean

@@ -7,7 +7,8 @@
 #   ./build.sh --no-module    without the kernel module (engine `packet` needs none)
 #   ./build.sh --test-tools   --try-module, and what the tests need
 #   ./build.sh --browser      that and chromium, for make test-browser
-#   ./build.sh clean          removes what was built
+#   ./build.sh clean          removes what was built, .venv too (made again in a minute)
+#   ./build.sh distclean      that, and what tests keep in ~/.cache/packet-hunter (up to some GB)
 set -eu
 cd "$(dirname "$0")"
 
@@ -23,15 +24,26 @@ case "${1-}" in
 --no-module) module=no ;;
 --test-tools) module=wanted tools=yes ;;
 --browser) module=wanted tools=yes browser=yes ;;
-clean)
+-h | --help)
+	sed -n '3,/^set/s/^# \{0,1\}//p' "$0"
+	exit 0
+	;;
+clean | distclean)
+	cache=${PACKET_HUNTER_CACHE:-${XDG_CACHE_HOME:-${HOME-/root}/.cache}/packet-hunter}
 	[ ! -e kmod/Makefile ] || make -s -C kmod clean
 	rm -rf build dist python/*.egg-info python/nlproto/_*.so python/nlproto/_wire.c python/nlproto/_host.c
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	if [ "$1" = distclean ]; then
+		for part in kernels modules packages vagrant; do rm -rf "${cache:?}/$part"; done
+		rmdir "$cache" 2>/dev/null || true
+	elif [ -d "$cache" ]; then
+		say "kept $cache ($(du -sh "$cache" 2>/dev/null | cut -f1)), where tests keep kernels; make distclean removes it"
+	fi
 	exit 0
 	;;
 *)
-	say "unknown word '$1'; ./build.sh [--try-module | --no-module | --test-tools | --browser | clean]"
+	say "unknown word '$1'; ./build.sh [--try-module | --no-module | --test-tools | --browser | clean | distclean | --help]"
 	exit 2
 	;;
 esac
@@ -60,7 +72,7 @@ else
 	missing="$missing python3-venv python3-dev"
 fi
 [ -e /usr/include/linux/types.h ] || missing="$missing libc6-dev"
-if [ "$module" != no ] && [ ! -e "/lib/modules/$(uname -r)/build" ]; then
+if [ "$module" != no ] && [ -e /proc/modules ] && [ ! -e "/lib/modules/$(uname -r)/build" ]; then
 	# A fresh machine has no package lists yet; a kernel of one's own has no package.
 	if [ "$(id -u)" = 0 ] && [ -z "$(find /var/lib/apt/lists -name '*_Packages*' -print -quit 2>/dev/null)" ]; then
 		apt-get update -q >/dev/null 2>&1 || true
@@ -121,6 +133,8 @@ if [ ! -e "$stamp" ] || [ -n "$(find pyproject.toml setup.py shared_proto.h VERS
 		die "pip could not install; see its words above"
 	touch "$stamp"
 fi
+# an editable installation leaves it out; see python/nlproto/guard.py
+cp python/packet-hunter.pth .venv/lib/python3*/site-packages/
 
 # --- a real Prometheus server for the tests: unpacked, not installed, so that no service begins
 if [ "$tools" = yes ] && [ ! -x .venv/prometheus/usr/bin/prometheus ]; then
@@ -138,6 +152,7 @@ fi
 [ "$module" = no ] && exit 0
 if [ ! -e "/lib/modules/$(uname -r)/build" ]; then
 	reason="the running kernel's headers are missing, and apt-get knows no $headers"
+	[ -e /proc/modules ] || reason="this kernel takes no modules (no /proc/modules)"
 	[ "$module" = wanted ] || die "kmod/sniffer.ko not built: $reason; or ./build.sh --no-module for engine packet"
 	say "kmod/sniffer.ko not built: $reason (going on without)"
 	exit 0

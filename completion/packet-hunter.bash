@@ -7,19 +7,26 @@
 
 _shtab_packet_hunter_subparsers=(top who stats annotate report doctor)
 
-_shtab_packet_hunter_top_option_strings=(-h --help -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container -n --numbers -u --units -d --interval --socket --direct --engine -r --read)
+_shtab_packet_hunter_top_option_strings=(-h --help -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container --unit -n --numbers -u --units -d --interval --socket --direct --engine -r --read)
 _shtab_packet_hunter_who_option_strings=(-h --help --port --proto --host --pid --pname --since --limit --json --socket)
 _shtab_packet_hunter_stats_option_strings=(-h --help --json --socket)
-_shtab_packet_hunter_annotate_option_strings=(-h --help -o --output --socket)
+_shtab_packet_hunter_annotate_option_strings=(-h --help -o --output --netns --socket)
 _shtab_packet_hunter_report_option_strings=(-h --help -o --output)
 _shtab_packet_hunter_doctor_option_strings=(-h --help --socket)
-_shtab_packet_hunter_option_strings=(-h --help -V --version -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container -c --count --duration -n --numbers -q --quiet -v --verbose -t --json --summary --save -w --format --print -C --rotate -W --keep --socket --direct --engine -r --read)
+_shtab_packet_hunter_option_strings=(-h --help -V --version -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container --unit -c --count --duration --all -n --numbers -q --quiet -v --verbose -t --json --summary --save -w --format --print -C --rotate -W --keep --socket --direct --engine -r --read -D --list-interfaces)
 
 _shtab_packet_hunter_top__F_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_top___filter_file_COMPGEN=_shtab_compgen_files
+_shtab_packet_hunter_top__i_COMPGEN=''
+_shtab_packet_hunter_top___interface_COMPGEN=''
+_shtab_packet_hunter_top___pid_COMPGEN=''
+_shtab_packet_hunter_top___uid_COMPGEN=''
 _shtab_packet_hunter_top___socket_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_top__r_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_top___read_COMPGEN=_shtab_compgen_files
+_shtab_packet_hunter_who___port_COMPGEN=''
+_shtab_packet_hunter_who___host_COMPGEN=''
+_shtab_packet_hunter_who___pid_COMPGEN=''
 _shtab_packet_hunter_who___socket_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_stats___socket_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_annotate__o_COMPGEN=_shtab_compgen_files
@@ -30,6 +37,10 @@ _shtab_packet_hunter_report___output_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_doctor___socket_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter__F_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter___filter_file_COMPGEN=_shtab_compgen_files
+_shtab_packet_hunter__i_COMPGEN=''
+_shtab_packet_hunter___interface_COMPGEN=''
+_shtab_packet_hunter___pid_COMPGEN=''
+_shtab_packet_hunter___uid_COMPGEN=''
 _shtab_packet_hunter___save_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter__w_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter___socket_COMPGEN=_shtab_compgen_files
@@ -70,6 +81,7 @@ _shtab_packet_hunter__h_nargs=0
 _shtab_packet_hunter___help_nargs=0
 _shtab_packet_hunter__V_nargs=0
 _shtab_packet_hunter___version_nargs=0
+_shtab_packet_hunter___all_nargs=0
 _shtab_packet_hunter__n_nargs=0
 _shtab_packet_hunter___numbers_nargs=0
 _shtab_packet_hunter__q_nargs=0
@@ -81,6 +93,8 @@ _shtab_packet_hunter___json_nargs=0
 _shtab_packet_hunter___summary_nargs=0
 _shtab_packet_hunter___print_nargs=0
 _shtab_packet_hunter___direct_nargs=0
+_shtab_packet_hunter__D_nargs=0
+_shtab_packet_hunter___list_interfaces_nargs=0
 
 
 # $1=COMP_WORDS[1]
@@ -233,3 +247,68 @@ _shtab_packet_hunter() {
 }
 
 complete -o bashdefault -F _shtab_packet_hunter packet-hunter
+
+# --- filter words, and values that this machine has
+_packet_hunter_values() { # WORD: what may follow it, a line each; fails when anything may
+  case $1 in
+    -i | --interface) (cd /sys/class/net && printf '%s\n' any *) ;;
+    pid | --pid) (cd /proc && printf '%s\n' [0-9]*) ;;
+    pname | --pname) cat /proc/[0-9]*/comm 2>/dev/null ;;
+    uid | --uid) compgen -u ;;
+    host | --host) compgen -A hostname ;;
+    port | --port) compgen -A service ;;
+    netns | --netns) (cd /run/netns 2>/dev/null && printf '%s\n' *) ;;
+    unit | --unit) systemctl list-units --plain --no-legend 2>/dev/null | cut -d' ' -f1 ;;
+    how) printf '%s\n' named unnamed context socket inode listener reverse diag proc forwarded kernel no_socket socket_gone predates table_full not_probed ;;
+    container | --container | net | portrange | mask | ifindex | less | greater) ;;
+    *) return 1 ;;
+  esac
+  return 0
+}
+
+_packet_hunter_offer() { # lines on stdin; names that a shell could act on are left out
+  local line
+  while IFS= read -r line; do
+    [[ $line == "${COMP_WORDS[COMP_CWORD]}"* && $line =~ ^[A-Za-z0-9_./:@+-]+$ ]] &&
+      COMPREPLY+=("$line")
+  done
+}
+
+_packet_hunter() {
+  local current=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]} at values
+  COMPREPLY=()
+  for ((at = 1; at < COMP_CWORD; at++)); do
+    if [ "${COMP_WORDS[at]}" = -- ]; then # another command's line
+      if declare -F _command_offset >/dev/null; then
+        _command_offset $((at + 1))
+      elif ((at + 1 == COMP_CWORD)); then
+        _packet_hunter_offer < <(compgen -c -- "$current" | sort -u)
+      fi
+      return
+    fi
+  done
+  if ((COMP_CWORD > 1)) && [[ " who stats annotate report doctor " == *" ${COMP_WORDS[1]} "* ]]; then
+    case $before in
+      --pid | --pname | --port | --host) ;;
+      *) _shtab_packet_hunter; return ;;
+    esac
+  fi
+  if values=$(_packet_hunter_values "$before"); then
+    _packet_hunter_offer < <(printf '%s\n' "$values" | sort -u)
+    return
+  fi
+  case $before in
+    --container | --count | --direction | --duration | --engine | --filter-file | --format | --interface | --interval | --keep | --netns | --pid | --pname | --read | --rotate | --save | --socket | --uid | --unit | --units | -C | -F | -Q | -W | -c | -d | -i | -r | -s | -u | -w)
+      _shtab_packet_hunter
+      return
+      ;;
+  esac
+  if [ "${current:0:1}" = - ]; then
+    _shtab_packet_hunter
+    return
+  fi
+  _packet_hunter_offer < <(printf '%s\n' tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit ifindex less greater)
+  ((COMP_CWORD > 1)) || _packet_hunter_offer < <(printf '%s\n' top who stats annotate report doctor)
+}
+
+complete -o bashdefault -F _packet_hunter packet-hunter

@@ -18,36 +18,41 @@ _shtab_packet_hunter_commands() {
     who:'which process owns, or owned, a port'
   )
   _describe 'packet-hunter commands' _commands
+  local _words=(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit ifindex less greater)
+  _describe 'filter words' _words
 }
 
 _shtab_packet_hunter_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "(- : *)"{-V,--version}"[show program\'s version number and exit]"
   {-F,--filter-file}"[read the filter from FILE]:FILE:_files"
-  "*"{-i,--interface}"[on this interface (repeatable)]:IF:"
+  "*"{-i,--interface}"[on this interface (repeatable)]:IF:_net_interfaces"
   {-Q,--direction}"[in, out or inout]:D:(in out inout)"
-  "*--pid[of this process (repeatable)]:P:"
+  "*--pid[of this process (repeatable)]:P:_pids"
   "*--pname[of processes so named]:NAME:"
-  "*--uid[of this user\'s processes]:U:"
+  "*--uid[of this user\'s processes]:U:_users"
   "*--netns[in a network namespace]:NS:"
-  "*--container[of a container]:C:"
+  "*--container[of a container\: its name or id\'s beginning]:C:"
+  "*--unit[of a systemd unit]:U:"
   {-c,--count}"[end after N packets]:N:"
   "--duration[end after S seconds (60s, 5m)]:S:"
+  "--all[with -- CMD\: packets of everybody, not of CMD and its descendants only]"
   {-n,--numbers}"[no names of hosts and services]"
-  {-q,--quiet}"[shorter lines]"
+  "*"{-q,--quiet}"[shorter lines\; -qq\: no account either]"
   "*"{-v,--verbose}"[more of the owner\; -vv]"
   "*-t[no time\; -tt Unix time, -ttt since the line before, -tttt with date, -ttttt since the first]"
   "--json[JSON lines on standard output]"
-  "--summary[a table of processes at the end]"
+  "--summary[a table of processes at the end, instead of lines]"
   {--save,-w}"[save to FILE (.csv .jsonl .parquet .pcapng\; - is standard output)]:FILE:_files"
   "--format[when the suffix is none of .csv .jsonl .parquet .pcapng]:F:(csv jsonl parquet pcapng)"
-  "--print[show lines while saving]"
+  "--print[show lines too, with --save or --summary]"
   {-C,--rotate}"[new file every SIZE million bytes (1g)]:SIZE:"
   {-W,--keep}"[with -C\: keep the last N files]:N:"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock)]:PATH:_files"
+  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, packet, or auto (default)]:E:(auto module packet)"
   {-r,--read}"[show a saved CSV, JSON lines or Parquet]:FILE:_files"
+  {-D,--list-interfaces}"[list interfaces, and end]"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -56,7 +61,8 @@ _shtab_packet_hunter_defaults_added=0
 _shtab_packet_hunter_annotate_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   {-o,--output}"[pcapng to write]:OUT:_files"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock)]:PATH:_files"
+  "--netns[where the capture was made\: a network namespace by name, pid or inode\; else packets that fit in several are marked AMBIGUOUS]:NS:"
+  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -64,7 +70,7 @@ _shtab_packet_hunter_annotate_defaults_added=0
 
 _shtab_packet_hunter_doctor_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock)]:PATH:_files"
+  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -81,7 +87,7 @@ _shtab_packet_hunter_report_defaults_added=0
 _shtab_packet_hunter_stats_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--json[one JSON object]"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock)]:PATH:_files"
+  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -90,17 +96,18 @@ _shtab_packet_hunter_stats_defaults_added=0
 _shtab_packet_hunter_top_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   {-F,--filter-file}"[read the filter from FILE]:FILE:_files"
-  "*"{-i,--interface}"[on this interface (repeatable)]:IF:"
+  "*"{-i,--interface}"[on this interface (repeatable)]:IF:_net_interfaces"
   {-Q,--direction}"[in, out or inout]:D:(in out inout)"
-  "*--pid[of this process (repeatable)]:P:"
+  "*--pid[of this process (repeatable)]:P:_pids"
   "*--pname[of processes so named]:NAME:"
-  "*--uid[of this user\'s processes]:U:"
+  "*--uid[of this user\'s processes]:U:_users"
   "*--netns[in a network namespace]:NS:"
-  "*--container[of a container]:C:"
+  "*--container[of a container\: its name or id\'s beginning]:C:"
+  "*--unit[of a systemd unit]:U:"
   {-n,--numbers}"[no names of hosts and services]"
   {-u,--units}"[bin-bytes bin-bits si-bytes si-bits]:U:(bin-bytes bin-bits si-bytes si-bits)"
   {-d,--interval}"[between looks (1s)]:S:"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock)]:PATH:_files"
+  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, packet, or auto (default)]:E:(auto module packet)"
   {-r,--read}"[show a saved CSV, JSON lines or Parquet]:FILE:_files"
@@ -111,15 +118,15 @@ _shtab_packet_hunter_top_defaults_added=0
 
 _shtab_packet_hunter_who_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--port[local or remote port, or its service]:N:"
+  "--port[local or remote port, or its service]:N:_ports"
   "--proto[tcp or udp]:P:(tcp udp)"
-  "--host[address or network of the other end]:H:"
-  "--pid[what this process talks to]:P:"
+  "--host[address or network of the other end]:H:_hosts"
+  "--pid[what this process talks to]:P:_pids"
   "--pname[what processes so named talk to]:NAME:"
   "--since[seen so long ago at most (60s, 5m)]:S:"
   "--limit[at most N flows]:N:"
   "--json[one JSON object]"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock)]:PATH:_files"
+  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -150,6 +157,7 @@ _shtab_packet_hunter() {
         stats) _arguments -C -s $_shtab_packet_hunter_stats_options ;;
         top) _arguments -C -s $_shtab_packet_hunter_top_options ;;
         who) _arguments -C -s $_shtab_packet_hunter_who_options ;;
+        *) _arguments -C -s $_shtab_packet_hunter_options '*:filter word:(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit ifindex less greater)' ;;
       esac
   esac
 }

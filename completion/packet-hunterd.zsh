@@ -21,7 +21,7 @@ _shtab_packet_hunterd_options=(
   "--engine[where packets come from\; auto\: the kernel module when it is loaded]:engine:(auto module packet)"
   "--socket[UNIX socket to serve]:PATH:"
   "--config[YAML file (default \/etc\/packet-hunter\/daemon.yaml, if there)]:FILE:"
-  "--foreground[log to stderr in any case]"
+  "--foreground[log to stderr, whatever the configuration says]"
   {-v,--verbose}"[log more]"
 )
 

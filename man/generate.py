@@ -13,6 +13,10 @@ from pathlib import Path
 import shtab
 from argparse_manpage.manpage import Manpage
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import completing
+
 from daemon.__main__ import _parser as daemon_parser
 from hunter.arguments import SUBCOMMANDS, live_parser, parser_of
 
@@ -26,9 +30,16 @@ def _page(parser: argparse.ArgumentParser, section: int, summary: str, rest: str
     page.manual = "packet-hunter"
     page.section = str(section)
     page.project_name = "packet-hunter"
-    lines = str(page).splitlines()
+    lines = _separated(str(page)).splitlines()
     lines[0] = f'.TH {parser.prog.upper()} "{section}" "{_DATE}" "packet-hunter" "packet-hunter"'
     return "\n".join(lines).rstrip() + "\n" + _verbatim(epilog) + rest
+
+
+def _separated(page: str) -> str:
+    """Two ways to call it are two lines."""
+    return page.replace(
+        " packet-hunter SUBCOMMAND ...", "\n.br\n.B packet\\-hunter\nSUBCOMMAND ..."
+    )
 
 
 def _roff(text: str) -> str:
@@ -58,8 +69,22 @@ def _subcommands() -> str:
 _EXIT = """\
 .SH EXIT STATUS
 0 on success, SIGINT, SIGTERM and when standard output is closed; 1 on failure; 2 on bad usage.
-.SH SEE ALSO
 """
+_EXIT_OF_COMMAND = """\
+With \\-\\- CMD that ended by itself: its exit code, or 128 + N when signal N ended it.
+"""
+
+
+def _file(name: str) -> str:
+    """A file of man/ that holds roff."""
+    return (Path(__file__).parent / name).read_text()
+
+
+def _configuration() -> str:
+    """daemon.yaml as it is installed: every name with its default and meaning."""
+    text = (Path(__file__).parents[1] / "systemd/daemon.yaml").read_text()
+    text = "\n".join(line for line in text.splitlines() if "SPDX" not in line)
+    return f".SH CONFIGURATION\n{_file('configuration.roff')}.nf\n{_roff(text)}\n.fi\n"
 
 
 def _completing() -> argparse.ArgumentParser:
@@ -86,6 +111,8 @@ def _without_words(name: str) -> argparse.ArgumentParser:
                     group._group_actions.remove(action)
         elif action.dest in ("save", "read", "filter_file", "socket", "output", "config"):
             action.complete = shtab.FILE  # type: ignore[attr-defined]
+        elif action.dest in completing.VALUES:
+            action.complete = {"zsh": completing.VALUES[action.dest]}  # type: ignore[attr-defined]
     return parser
 
 
@@ -93,18 +120,22 @@ def write(directory: Path) -> list[Path]:
     """Write every file below `directory` and return their paths."""
     files = {
         "man/packet-hunter.1": _page(
-            live_parser(), 1, "which process owns each packet", _subcommands() + _EXIT
-            + ".BR packet\\-hunterd (8),\n.BR tcpdump (1),\n.BR pcap\\-filter (7)\n",
+            live_parser(), 1, "which process owns each packet",
+            _file("lines.roff") + _subcommands() + _file("files.roff") + _EXIT + _EXIT_OF_COMMAND
+            + ".SH SEE ALSO\n.BR packet\\-hunterd (8),\n.BR tcpdump (1),\n.BR pcap\\-filter (7)\n",
         ),
         "man/packet-hunterd.8": _page(
-            daemon_parser(), 8, "name packets, keep history, serve hunters", _EXIT
-            + ".BR packet\\-hunter (1)\n",
+            daemon_parser(), 8, "name packets, keep history, serve hunters",
+            _configuration() + _file("daemon-files.roff") + _EXIT
+            + ".SH SEE ALSO\n.BR packet\\-hunter (1),\n.BR systemd.service (5)\n",
         ),
     }  # fmt: skip
     for shell in ("bash", "zsh"):
         for name, parser in (("packet-hunter", _completing()), ("packet-hunterd", daemon_parser())):
             path = f"completion/{name}.{shell}"
             files[path] = shtab.complete(parser, shell)
+            if name == "packet-hunter":
+                files[path] = getattr(completing, shell)(files[path])
     for path, text in files.items():
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
         (directory / path).write_text(text)

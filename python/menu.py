@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,14 @@ from nlproto import Error
 from nlproto.client import DaemonClient
 from nlproto.errors import NoPrivilege
 from nlproto.frames import DEFAULT_SOCKET
+from nlproto.loading import advice
 from nlproto.netlink import Sniffer
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
 BUILT = ROOT / "kmod" / "sniffer.ko"
 MODULE = Path("/sys/module/sniffer")
+_SETTLE = 20.0  # s, for a daemon that starts or ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +53,18 @@ class Action:
 def actions(socket: str, daemon_pid: int | None) -> dict[str, Action]:
     """What each key does now."""
     hunter = (PYTHON, "-m", "hunter")
+    # a daemon that is named must be there
+    place = () if daemon_pid is None else ("--socket", socket)
+    loading = advice(tree=ROOT)
     loaded = MODULE.exists()
-    unbuilt = "" if BUILT.exists() else "not built: b"
     found = [
         Action("b", "build everything", ("./build.sh",)),
         Action(
             "l",
             "load the module",
-            ("insmod", str(BUILT.relative_to(ROOT))),
+            tuple(loading.command.split()),
             privileged=True,
-            blocked="it is loaded" if loaded else unbuilt,
+            blocked="it is loaded" if loaded else "" if loading.command else loading.text,
         ),
         Action(
             "u",
@@ -83,17 +88,17 @@ def actions(socket: str, daemon_pid: int | None) -> dict[str, Action]:
             privileged=True,
             blocked="not running" if daemon_pid is None else "",
         ),
-        Action("h", "hunt (Ctrl-C ends it)", (*hunter, "--socket", socket), privileged=True),
-        Action("t", "top", (*hunter, "top", "--socket", socket), privileged=True),
+        Action("h", "hunt (Ctrl-C ends it)", (*hunter, *place), privileged=True),
+        Action("t", "top", (*hunter, "top", *place), privileged=True),
         Action("d", "demo in a virtual machine", ("make", "demo")),
-        Action("c", "doctor", (*hunter, "doctor", "--socket", socket), privileged=True),
+        Action("c", "doctor", (*hunter, "doctor", *place), privileged=True),
     ]
     return {action.key: action for action in found}
 
 
 def state(socket: str) -> tuple[list[tuple[str, str]], int | None]:
     """(part, what it is doing) for each part, and the daemon's pid."""
-    rows = [("built", f"for {_kernel_of(BUILT)}" if BUILT.exists() else "no: b")]
+    rows = [("built", f"module for {_kernel_of(BUILT)}" if BUILT.exists() else "no module")]
     if MODULE.exists():
         version = (MODULE / "version").read_text().strip()
         users = (MODULE / "refcnt").read_text().strip()
@@ -106,9 +111,10 @@ def state(socket: str) -> tuple[list[tuple[str, str]], int | None]:
     except Error:
         return [*rows, ("daemon", "not running"), ("clients", "-")], None
     # This question came from a client as well.
-    clients = int(figures["clients"]["connected"]) - 1
+    told = figures.get("clients")
+    clients = str(int(told["connected"]) - 1) if told else "only root can see them"
     daemon = f"pid {figures['pid']}, engine {figures['engine']}"
-    return [*rows, ("daemon", daemon), ("clients", str(clients))], int(figures["pid"])
+    return [*rows, ("daemon", daemon), ("clients", clients)], int(figures["pid"])
 
 
 def _kernel_of(module: Path) -> str:
@@ -184,6 +190,35 @@ def perform(action: Action, console: Console) -> subprocess.Popen[bytes] | None:
     return None
 
 
+def settle(
+    action: Action, socket: str, pid: int | None, started: subprocess.Popen[bytes] | None
+) -> None:
+    """Wait until the daemon that an action started or stopped is, or is not, there."""
+    until = time.monotonic() + _SETTLE
+    while time.monotonic() < until:
+        if started is not None:
+            if started.poll() is not None or _answers(socket):
+                return
+        elif action.key != "x" or not Path(f"/proc/{pid}").exists() or _is_zombie(pid):
+            return
+        time.sleep(0.05)
+
+
+def _answers(socket: str) -> bool:
+    try:
+        DaemonClient(socket).close()
+    except Error:
+        return False
+    return True
+
+
+def _is_zombie(pid: int | None) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
 def _listen_to_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -211,8 +246,11 @@ def main() -> int:
             console.print(Text(f"{keys[key].text}: {keys[key].blocked}"))
         elif key in keys:
             started = perform(keys[key], console)
+            settle(keys[key], socket, pid, started)
             if started is not None:
                 running.append(started)
+                if started.poll() is not None:
+                    console.print(Text("it has ended; its last words are in that file"))
         elif key:
             console.print(Text(f"{key!r} is no key of this menu"))
 

@@ -30,10 +30,6 @@ if [ -d /sys/module/sniffer ]; then
 elif [ "$engine" = module ]; then
 	$as_root insmod kmod/sniffer.ko
 	loaded=yes
-elif [ -e kmod/sniffer.ko ]; then
-	echo "make run: engine packet (short-lived sockets stay unnamed); exact names: make run ENGINE=module" >&2
-else
-	echo "make run: engine packet (short-lived sockets stay unnamed); exact names need kernel headers" >&2
 fi
 set -- $as_root .venv/bin/python -m hunter --engine "$engine"
 if [ ! -t 1 ]; then

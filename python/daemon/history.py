@@ -21,7 +21,15 @@ from nlproto.shares import NOBODY, Payers, surplus
 from nlproto.table import Table, mix
 from nlproto.wire import PROTO_NAMES, address_text, how_name, lib, text
 
-__all__ = ["ROW_BYTES", "History", "Question", "flow_fields", "network_words", "payers_of"]
+__all__ = [
+    "ROW_BYTES",
+    "End",
+    "History",
+    "Question",
+    "flow_fields",
+    "network_words",
+    "payers_of",
+]
 
 _FIRST_ROWS = 1024
 _ROW = np.dtype([*FLOW.descr, ("began_ns", "u8"), ("heard_ns", "u8"), ("id", "u8"), ("dirty", "?")])
@@ -30,6 +38,10 @@ ROW_BYTES = _ROW.itemsize + 120
 """Of a flow in memory, its place in the table included."""
 _SUMS = ("packets_in", "bytes_in", "packets_out", "bytes_out")
 _LAST = ("how", "uid", "inode", "comm")
+
+
+End = tuple[int, bytes, int]
+"""(family, 16 address bytes, port)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +59,8 @@ class Question:
     """Last packet at this time or later."""
     at_ns: int | None = None
     """First packet at or before, last packet at or after."""
+    ends: tuple[End, End] | None = None
+    """Of one flow, whichever of them is local."""
     limit: int = 1000
 
     @property
@@ -201,6 +215,9 @@ class History:
         for name, value in (("proto", question.proto), ("tgid", question.pid)):
             if value is not None:
                 mask &= columns[name][:size] == value
+        if question.ends is not None:
+            one, other = question.ends
+            mask &= self._between(one, other) | self._between(other, one)
         if question.uid is not None:
             mask &= (columns["tgid"][:size] != 0) & (columns["uid"][:size] == question.uid)
         if question.comm is not None:
@@ -219,6 +236,16 @@ class History:
             rows = rows[near]
         return rows
 
+    def _between(self, local: End, remote: End) -> np.ndarray:
+        """A mask of the flows with these ends."""
+        size, columns = self._size, self._columns
+        mask = (columns["lport"][:size] == local[2]) & (columns["rport"][:size] == remote[2])
+        for name, end in (("laddr", local), ("raddr", remote)):
+            rows = np.flatnonzero(mask)
+            same = (columns[name][rows] == np.frombuffer(end[1], np.uint64)).all(axis=1)
+            mask[rows[~(same & (columns["family"][rows] == end[0]))]] = False
+        return mask
+
     def changed(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, FLOWs) of up to `limit` rows that changed since they were last taken here."""
         with self._lock:
@@ -231,8 +258,10 @@ class History:
         with self._lock:
             mine = self._columns["id"][: self._size]
             places = np.searchsorted(mine, ids)
-            places = places[places < self._size]
-            self._columns["dirty"][places] = True
+            inside = places < self._size
+            inside[inside] = mine[places[inside]] == ids[inside]
+            self._columns["dirty"][places[inside]] = True
+            self.unstored += int(np.count_nonzero(~inside))  # evicted meanwhile
 
     def has(self, ids: np.ndarray) -> np.ndarray:
         """For each of `ids` whether that flow is in memory."""

@@ -94,7 +94,11 @@ def set_up(where: str, level: str, environment: Mapping[str, str], foreground: b
         print(f"{_NAME}: no {where} here ({error}); logging to stderr", file=sys.stderr)
         handler = logging.StreamHandler(sys.stderr)
     stream = isinstance(handler, logging.StreamHandler)
-    handler.setFormatter(_Plain("packet-hunterd: %(message)s" if stream else "%(message)s"))
+    # the journal and syslog have a time of their own
+    form = "packet-hunterd: %(message)s" if stream else "%(message)s"
+    if stream and not _stderr_is_journal(environment):
+        form = f"%(asctime)s {form}"
+    handler.setFormatter(_Plain(form, "%Y-%m-%d %H:%M:%S"))
     root = logging.getLogger()
     for old in tuple(root.handlers):
         root.removeHandler(old)
@@ -105,7 +109,7 @@ def set_up(where: str, level: str, environment: Mapping[str, str], foreground: b
 
 def _stderr_is_journal(environment: Mapping[str, str]) -> bool:
     device, _, inode = environment.get("JOURNAL_STREAM", "").partition(":")
-    if not device.isdigit() or not inode.isdigit():
+    if not device.isdecimal() or not inode.isdecimal():
         return False
     try:
         status = os.fstat(sys.stderr.fileno())

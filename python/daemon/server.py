@@ -25,6 +25,7 @@ from daemon.allowance import FILTERS, QUESTIONS, REQUESTS, Allowance, Meter
 from daemon.answers import Answers
 from daemon.bounds import ANSWER_BYTES, STREAM_BYTES, Bounds, bounds_of
 from daemon.config import Config
+from daemon.place import Place
 from daemon.places import Places
 from daemon.publisher import Stream
 from daemon.questions import Question, Questions
@@ -33,7 +34,7 @@ from daemon.rounds import Rounds
 from daemon.session import MAX_ANSWER, Session
 from daemon.streams import Streams
 from nlproto.errors import Error, NoPrivilege
-from nlproto.frames import PROTOCOL
+from nlproto.frames import DEFAULT_SOCKET, PROTOCOL
 from nlproto.pipeline import NamedBatch
 from nlproto.shares import Payers
 
@@ -67,14 +68,16 @@ class SocketFile:
     def __init__(self, path: str) -> None:
         self.path = path
         self._lock = -1
+        self._place: Place | None = None
+        self._mine: os.stat_result | None = None
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
 
     def __enter__(self) -> SocketFile:
         try:
-            self._take_lock()
-            self._remove_stale()
-            self.socket.bind(self.path)
-            os.chmod(self.path, 0o666)  # access is decided by credentials
+            self._place = Place(self.path, os.path.dirname(DEFAULT_SOCKET), 0o755)
+            self._take_lock(self._place)
+            self._remove_stale(self._place)
+            self._mine = self._place.bind(self.socket, 0o666)  # access is decided by credentials
             self.socket.listen(_BACKLOG)
         except OSError as error:
             self._release()
@@ -90,11 +93,8 @@ class SocketFile:
             raise
         return self
 
-    def _take_lock(self) -> None:
-        directory = os.path.dirname(self.path) or "."
-        os.makedirs(directory, 0o755, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._lock = os.open(self.path + ".lock", flags, 0o600)
+    def _take_lock(self, place: Place) -> None:
+        self._lock = place.open_file(0o600, ".lock")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -106,30 +106,28 @@ class SocketFile:
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 
-    def _remove_stale(self) -> None:
-        try:
-            mode = os.lstat(self.path).st_mode
-        except FileNotFoundError:
+    def _remove_stale(self, place: Place) -> None:
+        found = place.stat()
+        if found is None:
             return
-        if not stat.S_ISSOCK(mode):
+        if not stat.S_ISSOCK(found.st_mode):
             raise Error(
                 f"{self.path} exists and is no socket; remove it or choose another --socket"
             )
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.settimeout(1)
             try:
-                probe.connect(self.path)
+                probe.connect(place.path)
             except (ConnectionRefusedError, FileNotFoundError):
                 pass
             else:
                 raise Error(f"another program listens on {self.path}; choose another --socket")
         log.info("taking over the stale socket %s", self.path)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
+        place.unlink()
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(self.path)
+        if self._place is not None:
+            self._place.unlink(self._mine)
         self._release()
 
     def _release(self) -> None:
@@ -137,6 +135,8 @@ class SocketFile:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+        if self._place is not None:
+            self._place.close()
 
 
 class Server:

@@ -20,21 +20,25 @@ class Shown:
     def __init__(self) -> None:
         self.records = 0
         self._by_how = np.zeros(256, np.int64)
+        self._others = np.zeros(256, np.int64)
 
     def add(self, batch: NamedBatch) -> None:
         """Count the records of `batch`."""
         self.records += len(batch.records)
         self._by_how += np.bincount(batch.records["how"], minlength=256)
 
+    def pass_over(self, records: np.ndarray) -> None:
+        """Count RECORDs that are not of the command, and so not shown."""
+        self._others += np.bincount(records["how"], minlength=256)
+
     @property
     def named(self) -> int:
-        return int(self._by_how[1 : wire.lib.SNIFFER_HOW_REASONS].sum())
+        return _named(self._by_how)
 
     @property
     def unnamed(self) -> dict[str, int]:
         """Records without an owner, by reason."""
-        counts = enumerate(self._by_how.tolist())
-        return {wire.HOW_NAMES[how]: n for how, n in counts if n and not wire.is_named(how)}
+        return _unnamed(self._by_how)
 
     def lines(self, account: Mapping[str, Any] | None, lost: int) -> list[str]:
         """Return the account for people. `account` is of the source, `lost` of its last step."""
@@ -59,9 +63,25 @@ class Shown:
             f"{self.records} shown = {self.named} named{share}"
             f" + {self.records - self.named} unnamed{_detail(self.unnamed)}"
         )
+        others = int(self._others.sum())
+        if others:
+            named = _named(self._others)
+            lines.append(
+                f"{others} not of the command = {named} of other processes + {others - named}"
+                f" unnamed{_detail(_unnamed(self._others))}; --all shows them"
+            )
         if lost:
             lines.append(f"{lost} lost on the way to this program, which read too slowly")
         return lines
+
+
+def _named(by_how: np.ndarray) -> int:
+    return int(by_how[1 : wire.lib.SNIFFER_HOW_REASONS].sum())
+
+
+def _unnamed(by_how: np.ndarray) -> dict[str, int]:
+    counts = enumerate(by_how.tolist())
+    return {wire.HOW_NAMES[how]: n for how, n in counts if n and not wire.is_named(how)}
 
 
 def _detail(counts: Mapping[str, int]) -> str:

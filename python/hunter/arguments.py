@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-import os
+import difflib
 import re
 import socket
 import textwrap
@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from hunter import interfaces
 from hunter.rates import UNITS
 from nlproto import Error, UsageError, __version__, filter
-from nlproto.filter import Filter
+from nlproto.filter import Filter, FilterError
 from nlproto.frames import DEFAULT_SOCKET
 
 __all__ = ["SUBCOMMANDS", "Command", "live_parser", "parse", "parser_of"]
@@ -33,9 +34,16 @@ SUBCOMMANDS = {
 _FILTER_HELP = """\
 filter words, as in pcap-filter(7):
   tcp udp ip ip6 inbound outbound, [src|dst] host H, net N/BITS, port P,
-  portrange A-B, pid N, pname NAME, uid U, netns NS, container C,
+  portrange A-B, less BYTES, greater BYTES (of the IP packet),
+  pid N, pname NAME, uid U, netns NS, container C, unit U,
   how RULE|named|unnamed
   joined by and, or, not and ( )
+"""
+
+_HABITS = """\
+also taken, as in tcpdump, and without effect:
+  -l -U (lines are written at once), -p (nothing is made promiscuous), -K,
+  -s N (a record has no bytes; pcapng keeps 128 of a packet)
 """
 
 _LIVE_EXAMPLES = """\
@@ -44,7 +52,8 @@ examples:
   packet-hunter tcp port 443 and not pname firefox
   packet-hunter --save capture.csv --duration 60
   packet-hunter --json -c 100 how unnamed | jq .
-  packet-hunter -- curl https://example.org/        only while curl runs
+  packet-hunter -- curl https://example.org/        of curl and what it starts; its exit code
+  sudo packet-hunter -- ./check.sh                  runs as you; as root: -- sudo ./check.sh
   packet-hunter who --port 8080          first words: top who stats annotate report doctor
 """
 
@@ -129,8 +138,7 @@ def _add_socket(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--socket",
         metavar="PATH",
-        default=DEFAULT_SOCKET,
-        help="where the daemon listens (default: %(default)s)",
+        help=f"where the daemon listens (default: {DEFAULT_SOCKET}, if one does)",
     )
 
 
@@ -183,7 +191,13 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pname", metavar="NAME", action="append", help="of processes so named")
     group.add_argument("--uid", metavar="U", action="append", help="of this user's processes")
     group.add_argument("--netns", metavar="NS", action="append", help="in a network namespace")
-    group.add_argument("--container", metavar="C", action="append", help="of a container")
+    group.add_argument(
+        "--container",
+        metavar="C",
+        action="append",
+        help="of a container: its name or id's beginning",
+    )
+    group.add_argument("--unit", metavar="U", action="append", help="of a systemd unit")
 
 
 def live_parser() -> argparse.ArgumentParser:
@@ -191,7 +205,7 @@ def live_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "live",
         "Show, save and filter packets with the process behind each.",
-        _FILTER_HELP + "\n" + _LIVE_EXAMPLES,
+        f"{_FILTER_HELP}\n{_HABITS}\n{_LIVE_EXAMPLES}",
     )
     parser.usage = (
         "%(prog)s [options] [FILTER ...] [-- CMD ARGS ...]\n       %(prog)s SUBCOMMAND ..."
@@ -203,9 +217,16 @@ def live_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--duration", metavar="S", type=_seconds, help="end after S seconds (60s, 5m)"
     )
+    group.add_argument(
+        "--all",
+        action="store_true",
+        help="with -- CMD: packets of everybody, not of CMD and its descendants only",
+    )
     group = parser.add_argument_group("how lines look, as in tcpdump")
     _add_numbers(group)
-    group.add_argument("-q", "--quiet", action="store_true", help="shorter lines")
+    group.add_argument(
+        "-q", "--quiet", action="count", default=0, help="shorter lines; -qq: no account either"
+    )
     group.add_argument("-v", "--verbose", action="count", default=0, help="more of the owner; -vv")
     group.add_argument(
         "-t",
@@ -216,7 +237,9 @@ def live_parser() -> argparse.ArgumentParser:
         " the first",
     )
     _add_json(group, "JSON lines on standard output")
-    group.add_argument("--summary", action="store_true", help="a table of processes at the end")
+    group.add_argument(
+        "--summary", action="store_true", help="a table of processes at the end, instead of lines"
+    )
     group = parser.add_argument_group("saving")
     group.add_argument(
         "--save",
@@ -227,7 +250,9 @@ def live_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--format", metavar="F", choices=FORMATS, help=f"when the suffix is none of {_SUFFIXES}"
     )
-    group.add_argument("--print", action="store_true", help="show lines while saving")
+    group.add_argument(
+        "--print", action="store_true", help="show lines too, with --save or --summary"
+    )
     group.add_argument(
         "-C", "--rotate", metavar="SIZE", type=_size, help="new file every SIZE million bytes (1g)"
     )
@@ -235,7 +260,37 @@ def live_parser() -> argparse.ArgumentParser:
         "-W", "--keep", metavar="N", type=_count, help="with -C: keep the last N files"
     )
     _add_source(parser)
+    _add_habits(parser)
     return parser
+
+
+class _NotHere(argparse.Action):
+    """An option of tcpdump's that shows what a record does not have."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        parser.error(
+            f"{self.option_strings[0]}: bytes and link headers are not shown; save them with"
+            " -w x.pcapng and open that in Wireshark, or tcpdump -r x.pcapng -e -X"
+        )
+
+
+class _ListInterfaces(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print("".join(f"{index}.{name}\n" for index, name in socket.if_nameindex()), end="")
+        parser.exit()
+
+
+def _add_habits(parser: argparse.ArgumentParser) -> None:
+    """What fingers type that know tcpdump."""
+    group = parser.add_argument_group("as in tcpdump")
+    group.add_argument(
+        "-D", "--list-interfaces", nargs=0, action=_ListInterfaces, help="list interfaces, and end"
+    )
+    for letter in ("-l", "-U", "-p", "-K"):
+        group.add_argument(letter, action="store_true", dest="habit", help=argparse.SUPPRESS)
+    group.add_argument("-s", metavar="N", type=int, dest="habit", help=argparse.SUPPRESS)
+    for letters in (["-A"], ["-X"], ["-x"], ["-e"]):
+        group.add_argument(*letters, nargs=0, action=_NotHere, help=argparse.SUPPRESS)
 
 
 def _top_parser() -> argparse.ArgumentParser:
@@ -299,6 +354,12 @@ def _annotate_parser() -> argparse.ArgumentParser:
         "  packet-hunter annotate trace.pcap -o named.pcapng\n",
     )
     _add_files(parser, "pcap or pcapng", "pcapng to write")
+    parser.add_argument(
+        "--netns",
+        metavar="NS",
+        help="where the capture was made: a network namespace by name, pid or inode; else packets"
+        " that fit in several are marked AMBIGUOUS",
+    )
     _add_socket(parser)
     return parser
 
@@ -354,6 +415,10 @@ def parse(arguments: Sequence[str]) -> Command:
             if not argv:
                 raise UsageError("a command must follow --, as in: packet-hunter -- curl URL")
     options = parser_of(name).parse_intermixed_args(arguments)
+    # who names a socket means that daemon and nothing else
+    options.socket_given = getattr(options, "socket", None) is not None
+    if not options.socket_given:
+        options.socket = DEFAULT_SOCKET
     command = Command(name, options, argv)
     _check(command)
     return command
@@ -384,23 +449,11 @@ def _any(word: str, values: Sequence[str] | None) -> str:
     return " or ".join(f"{word} {filter.quote(value)}" for value in values or ())
 
 
-def _interfaces(names: Sequence[str] | None) -> str:
-    if not names or "any" in names:
-        return ""
-    indexes = []
-    for name in names:
-        try:
-            indexes.append(socket.if_nametoindex(name))
-        except OSError:
-            known = ", ".join(one for _, one in socket.if_nameindex())
-            raise UsageError(f"no interface {name!r} here; there are: {known}") from None
-    # an index means something in its own network namespace only
-    here = os.stat("/proc/self/ns/net").st_ino
-    return f"netns {here} and ({' or '.join(f'ifindex {index}' for index in indexes)})"
+def filter_of(options: argparse.Namespace, all_there: bool = True) -> Filter:
+    """Return the filter that words, -F and options amount to.
 
-
-def filter_of(options: argparse.Namespace) -> Filter:
-    """Return the filter that words, -F and options amount to. Raises UsageError, FilterError."""
+    `all_there`: the interfaces of -i must be. Raises UsageError, FilterError.
+    """
     texts = [_joined(options.filter)]
     if options.filter_file:
         try:
@@ -411,19 +464,36 @@ def filter_of(options: argparse.Namespace) -> Filter:
             raise Error(f"cannot read the filter in {options.filter_file}: {reason}") from None
         texts.append(" ".join(line for line in lines if not line.lstrip().startswith("#")))
     texts.append({"in": "inbound", "out": "outbound"}.get(options.direction, ""))
-    texts.append(_interfaces(options.interface))
-    for word in ("pid", "pname", "uid", "netns", "container"):
+    texts.append(interfaces.filter_text(options.interface, all_there))
+    for word in ("pid", "pname", "uid", "netns", "container", "unit"):
         texts.append(_any(word, getattr(options, word)))
     result = filter.EVERYTHING
     for text in texts:
-        result = result & filter.parse(text)
+        try:
+            result = result & filter.parse(text)
+        except FilterError as error:
+            raise _meant_command(error) or error from None
     return result
+
+
+def _meant_command(error: FilterError) -> FilterError | None:
+    """What to say when the first word is no filter but nearly a subcommand; None: it is not."""
+    word = error.text[: error.end]
+    if error.start != 0 or "did you mean" in str(error):
+        return None
+    meant = [f"--{word}"] if word in ("help", "version") else []
+    meant = meant or difflib.get_close_matches(word, SUBCOMMANDS, 1, 0.6)
+    if not meant:
+        return None
+    return FilterError(
+        f"unknown word {word!r}; did you mean '{meant[0]}'?", error.text, 0, error.end
+    )
 
 
 def _joined(words: Sequence[str]) -> str:
     """The filter as one text; a name that the shell unquoted is quoted again."""
     texts = []
     for index, word in enumerate(words):
-        named = index and words[index - 1] in ("pname", "container")
+        named = index and words[index - 1] in ("pname", "container", "unit")
         texts.append(filter.quote(word) if named and not word.startswith('"') else word)
     return " ".join(texts)

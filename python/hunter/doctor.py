@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from nlproto import Error
 from nlproto.client import DaemonClient
 from nlproto.errors import NoPrivilege
 from nlproto.foreign import foreign_packages
+from nlproto.loading import advice
 from nlproto.netlink import Sniffer
 from nlproto.wire import lib
 
@@ -35,7 +36,7 @@ class Finding:
 
 def run(options: argparse.Namespace) -> None:
     """Print one line a subject. Raises Error when something is bad."""
-    findings = list(examine(options.socket))
+    findings = list(examine(options.socket, options.socket_given))
     for finding in findings:
         print(f"{finding.state:4}  {finding.subject:8}  {plain(finding.text)}")
     bad = [finding.subject for finding in findings if finding.state == "bad"]
@@ -43,16 +44,19 @@ def run(options: argparse.Namespace) -> None:
         raise Error(f"something is wrong with: {', '.join(bad)}")
 
 
-def examine(socket: str, module: Path = MODULE) -> Iterator[Finding]:
-    """Look at each part in turn."""
-    checks: tuple[Callable[[], Finding], ...] = (
-        _python,
-        lambda: _module(module),
-        lambda: _probes(module),
-        lambda: _daemon(socket),
-    )
-    for check in checks:
-        yield check()
+def examine(socket: str, needed: bool = False, module: Path = MODULE) -> Iterator[Finding]:
+    """Look at each part in turn. `needed`: that nobody serves `socket` is bad."""
+    checks: dict[str, Callable[[], Finding]] = {
+        "packages": _python,
+        "module": lambda: _module(module),
+        "probes": lambda: _probes(module),
+        "daemon": lambda: _daemon(socket, needed),
+    }
+    for subject, check in checks.items():
+        try:
+            yield check()
+        except Exception as error:  # who asks what is wrong needs the other answers too
+            yield Finding("bad", subject, f"cannot be looked at: {type(error).__name__}: {error}")
 
 
 def _python() -> Finding:
@@ -67,8 +71,7 @@ def _module(module: Path) -> Finding:
         return Finding(
             "note",
             "module",
-            "not loaded, short-lived sockets stay unnamed: sudo modprobe sniffer (packages),"
-            " or sudo insmod kmod/sniffer.ko (source)",
+            f"not loaded, short-lived sockets stay unnamed; {advice().text}",
         )
     version = module / "version"
     text = f"loaded, version {version.read_text().strip() if version.exists() else 'unknown'}"
@@ -101,13 +104,16 @@ def _probes(module: Path) -> Finding:
     return Finding("ok", "probes", seen)
 
 
-def _daemon(socket: str) -> Finding:
+def _daemon(socket: str, needed: bool) -> Finding:
     try:
         with DaemonClient(socket) as client:
             figures = client.stats()
     except Error as error:
-        state = "note" if not os.path.exists(socket) else "bad"
+        state = "bad" if needed or os.path.exists(socket) else "note"
         return Finding(state, "daemon", str(error))
-    clients = figures["clients"]["connected"]
-    text = f"pid {figures['pid']}, engine {figures['engine']}, {clients} clients"
+    text = f"pid {figures.get('pid', '?')}, engine {figures.get('engine', '?')}"
+    clients = figures.get("clients")
+    if isinstance(clients, Mapping):  # root and the group are told
+        connected = clients.get("connected", "?")
+        text += f", {connected} client{'' if connected == 1 else 's'}"
     return Finding("ok", "daemon", text)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -14,13 +13,14 @@ from hunter.account import Shown
 from hunter.arguments import filter_of
 from hunter.capturefile import CaptureFile
 from hunter.columns import columns
+from hunter.command import Command
 from hunter.lines import LinePrinter, Style
 from hunter.names import Names
+from hunter.places import absent
 from hunter.save_jsonl import JsonSaver
 from hunter.saving import Saver, format_of, open_saver
 from hunter.source import Source, open_source
 from hunter.summary import Summary
-from nlproto import Error
 from nlproto.pipeline import NamedBatch
 
 __all__ = ["Stop", "run"]
@@ -50,10 +50,11 @@ def run(
     argv: Sequence[str],
     stop: Stop,
     notify: Callable[[str], None],
-) -> None:
+) -> int:
     """Show and save until `stop`, -c, --duration or the end of the command `argv`.
 
-    `notify` gets lines for people (stderr). Raises Error, BrokenPipeError.
+    Returns the command's exit code when it ended by itself, else 0. `notify` gets lines for
+    people (stderr). Raises Error, BrokenPipeError.
     """
     wanted = filter_of(options)
     shown = Shown()
@@ -70,27 +71,40 @@ def run(
             takes.append(_Tables(saver, source).add)
         if options.json:
             takes.append(_Tables(JsonSaver(CaptureFile("-")), source).add)
-        elif options.print or not options.save:
+        elif options.print or not (options.save or options.summary):
             names = stack.enter_context(Names())
             style = Style(
-                options.numbers, options.quiet, options.verbose, options.times, not options.read
+                options.numbers, options.quiet > 0, options.verbose, options.times, not options.read
             )
             takes.append(LinePrinter(style, source, source.holders, names).add)
         summary = Summary() if options.summary else None
         if summary is not None:
             takes.append(summary.add)
-        notify(_greeting(source, options))
+        silent = options.quiet > 1
+        if not silent:
+            notify(_greeting(source, options))
+        for line in [] if options.read else absent(wanted):
+            notify(line)
         try:
-            _flow(source, takes, shown, options, argv, stop, notify)
+            return _flow(source, takes, shown, options, argv, stop, notify)
         finally:
+            account = source.account()
+            if not silent or source.lost() or any((account or {}).get("lost", {}).values()):
+                for line in shown.lines(account, source.lost()):
+                    notify(line)
             if summary is not None:
-                summary.show(source)
-            for line in shown.lines(source.account(), source.lost()):
-                notify(line)
+                summary.show(source, _output_is_free(options))
+
+
+def _output_is_free(options: argparse.Namespace) -> bool:
+    """Whether nothing else goes to standard output, so that the table can."""
+    return not (options.print or options.json or options.save == "-")
 
 
 def _greeting(source: Source, options: argparse.Namespace) -> str:
     where = f"saving to {options.save}" if options.save else "showing"
+    if options.summary and not options.save and _output_is_free(options):
+        where = "adding up"
     return f"{where} ({source.description}); Ctrl-C ends"
 
 
@@ -102,10 +116,16 @@ def _flow(
     argv: Sequence[str],
     stop: Stop,
     notify: Callable[[str], None],
-) -> None:
+) -> int:
+    command: Command | None = None
+
     def give(batches: Sequence[NamedBatch]) -> bool:
         """Hand batches on; whether -c is reached."""
         for batch in batches:
+            if command is not None and not options.all:
+                own = command.own(batch.records, source)
+                shown.pass_over(batch.records[~own])
+                batch = NamedBatch(batch.head, batch.records[own], batch.clock)
             if options.count is not None and shown.records + len(batch.records) >= options.count:
                 left = options.count - shown.records
                 batch = NamedBatch(batch.head, batch.records[:left], batch.clock)
@@ -117,8 +137,9 @@ def _flow(
         return False
 
     full = False
+    code = 0
     try:
-        command = _start(argv) if argv else None
+        command = Command(argv, notify, not options.all) if argv else None
         try:
             until = None if options.duration is None else time.monotonic() + options.duration
             while not stop:
@@ -128,11 +149,12 @@ def _flow(
                 batches = source.read(left)
                 if batches is None or (full := give(batches)):
                     break
-                if command is not None and command.poll() is not None:
+                if command is not None and command.ended:
+                    code = command.exit_code
                     break
         finally:
             if command is not None:
-                _end(command, notify)
+                command.end()
     except BrokenPipeError:
         full = True  # nobody reads on: the rest need not be shown
         raise
@@ -140,25 +162,6 @@ def _flow(
         rest = source.finish()
         if not full:
             give(rest)
-
-
-def _start(argv: Sequence[str]) -> subprocess.Popen[bytes]:
-    try:
-        return subprocess.Popen(argv)
-    except OSError as error:
-        raise Error(f"cannot run {argv[0]}: {error.strerror}; is it installed?") from None
-
-
-def _end(command: subprocess.Popen[bytes], notify: Callable[[str], None]) -> None:
-    if command.poll() is None:
-        command.terminate()
-        try:
-            command.wait(3)
-        except subprocess.TimeoutExpired:
-            command.kill()
-            command.wait()
-    elif command.returncode:
-        what = f"exit code {command.returncode}"
-        if command.returncode < 0:
-            what = f"signal {-command.returncode}"
-        notify(f"the command ended with {what}")
+        if command is not None:
+            command.close()
+    return code

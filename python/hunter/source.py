@@ -7,7 +7,9 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self
 
+from hunter.arguments import filter_of
 from hunter.columns import Holder
+from hunter.interfaces import FollowingSource
 from nlproto import NoDaemon
 from nlproto.errors import DaemonBusy
 from nlproto.filter import Filter
@@ -37,6 +39,10 @@ class Source(Protocol):
         """
         ...
 
+    def refilter(self, filter: Filter) -> list[NamedBatch]:
+        """Take another filter from now on; return what fitted the one before and is here."""
+        ...
+
     def finish(self) -> list[NamedBatch]:
         """Stop and return the rest: every packet that was there before the call."""
         ...
@@ -64,11 +70,20 @@ class Source(Protocol):
 def open_source(
     options: argparse.Namespace, filter: Filter, notify: Callable[[str], None]
 ) -> Source:
-    """Return the source that `options` (read, direct, socket, engine) ask for.
+    """Return the source that `options` (read, direct, socket, engine, interface) ask for.
 
-    The daemon when one answers, else this process's own pipeline. `notify` gets lines that say
-    what is less than it could be. Raises Error.
+    The daemon when one answers, else this process's own pipeline, unless the user named the
+    daemon's socket. `notify` gets lines that say what is less than it could be. Raises Error.
     """
+    source = _open(options, filter, notify)
+    if options.read or not options.interface or "any" in options.interface:
+        return source
+    return FollowingSource(
+        source, options.interface, lambda: filter_of(options, all_there=False), notify
+    )
+
+
+def _open(options: argparse.Namespace, filter: Filter, notify: Callable[[str], None]) -> Source:
     # Imported here: each needs parts that the others do without.
     if options.read:
         from hunter.source_file import FileSource
@@ -87,7 +102,8 @@ def open_source(
         except DaemonBusy:
             raise
         except NoDaemon:
-            pass
+            if options.socket_given:
+                raise
     from hunter.source_alone import open_alone
 
     return open_alone(options.engine, filter, notify, snaps)

@@ -174,6 +174,17 @@ class DaemonSource:
         elif event.name != "gap":  # gaps are in the closing account
             self._notify(f"daemon: {event.fields.get('message') or event.name}")
 
+    def refilter(self, filter: Filter) -> list[NamedBatch]:
+        self._filter = str(filter)
+        if self._client is None:
+            return []  # the next daemon is asked so
+        batches = self._finish(self._client)
+        if self._client is not None:
+            self._dropped_before += self._dropped
+            self._dropped = 0
+            self._subscribe(self._client)
+        return batches
+
     def finish(self) -> list[NamedBatch]:
         batches: list[NamedBatch] = []
         if self._client is not None:

@@ -115,6 +115,10 @@ class FileSource:
         record["uid"] = uid or 0
         record["comm"] = comm.encode()
 
+    def refilter(self, filter: Filter) -> list[NamedBatch]:
+        self._filter = filter
+        return []
+
     def finish(self) -> list[NamedBatch]:
         return []
 

@@ -40,11 +40,11 @@ def run(options: argparse.Namespace) -> None:
 def show(figures: Mapping[str, Any], console: Console) -> None:
     """Print the reply of op "stats" for people."""
     console.print(
-        f"daemon {figures['version']}, pid {figures['pid']}, engine {figures['engine']}"
-        f", up {_span(time.time() - figures['started'])}"
+        f"daemon {figures.get('version', '?')}, pid {figures.get('pid', '?')}"
+        f", engine {figures.get('engine', '?')}{_up(figures.get('started'))}"
     )
     account = figures.get("account")
-    if account is None:
+    if not isinstance(account, Mapping):
         console.print("the account is for root and the group packet-hunter", style="yellow")
     else:
         console.print(_account(account))
@@ -55,12 +55,30 @@ def show(figures: Mapping[str, Any], console: Console) -> None:
         if name == "client":
             continue
         facts = ", ".join(
-            f"{key.replace('_', ' ')} {_number(key, value)}"
+            _fact(key, value)
             for key, value in part.items()
             if value and not isinstance(value, (Mapping, list)) and key not in _CONSTANTS
         )
         table.add_row(Text(name.replace("_", " "), style="bold"), Text(plain(facts)))
     console.print(table)
+    history = figures.get("history") or {}
+    if store := history.get("store"):
+        _show_store(store, history.get("unstored", 0), console)
+
+
+def _show_store(store: Mapping[str, Any], unstored: int, console: Console) -> None:
+    """One line on the history's file, in red when it cannot be written."""
+    waiting = f"{store['waiting_flows']:,} flows and {store['waiting_processes']:,} processes"
+    lost = unstored + store["unstored_processes"]
+    line = f"history {store['path']}, {store['bytes']:,} bytes"
+    if store["error"]:
+        line = f"{store['error']}: {waiting} wait in memory"
+    if lost:
+        line += (
+            f"; {unstored:,} flows and {store['unstored_processes']:,} processes left memory"
+            " before they were written"
+        )
+    console.print(Text(plain(line), style="red" if store["error"] or lost else ""))
 
 
 def _account(account: Mapping[str, Any]) -> Table:
@@ -68,17 +86,17 @@ def _account(account: Mapping[str, Any]) -> Table:
     table.add_column("")
     table.add_column("", justify="right")
     table.add_column("")
-    delivered, named = account["delivered"], account["named"]
+    delivered, named = account.get("delivered", 0), account.get("named", 0)
     share = f"{100 * named / delivered:.2f} %" if delivered else ""
-    unnamed = account["unnamed"]
-    lost = {place: n for place, n in account["lost"].items() if n}
+    unnamed = account.get("unnamed", {})
+    lost = {place: n for place, n in account.get("lost", {}).items() if n}
     rows = [
-        ("packets seen", account["packets"], ""),
-        ("recorded", account["recorded"], ""),
+        ("packets seen", account.get("packets", 0), ""),
+        ("recorded", account.get("recorded", 0), ""),
         ("records delivered", delivered, ""),
         ("named", named, share),
         ("unnamed", sum(unnamed.values()), _detail(unnamed)),
-        ("being named", delivered - named - sum(unnamed.values()), ""),
+        ("being named", account.get("waiting"), ""),
         ("lost", sum(lost.values()), _detail(lost)),
     ]
     for name, count, more in rows:
@@ -93,13 +111,38 @@ def _detail(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items())
 
 
-def _number(key: str, value: object) -> str:
-    if not isinstance(value, int) or isinstance(value, bool):
-        return str(value)
-    return f"{value.bit_count() if key.startswith('probes_') else value:,}"
+_WORDS = {
+    "max_bytes": "room for",
+    "peak_bytes": "most at once",
+    "bytes": "waiting",
+    "queued_bytes": "waiting",
+    "sock_diag": "sockets asked of sock_diag",
+    "known": "known",
+}
 
 
-def _span(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
+def _fact(key: str, value: object) -> str:
+    """One figure in words: sizes with their unit, probes counted, no Python."""
+    words = _WORDS.get(key, key.removesuffix("_bytes").replace("_", " "))
+    if isinstance(value, bool):
+        return words if value else f"{words}: no"
+    if isinstance(value, int) and key.endswith("bytes"):
+        return f"{words} {_size(value)}"
+    if isinstance(value, int):
+        return f"{words} {value.bit_count() if key.startswith('probes_') else value:,}"
+    return f"{words} {value}"
+
+
+def _size(count: int) -> str:
+    for factor, unit in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def _up(started: object) -> str:
+    if not isinstance(started, (int, float)):
+        return ""
+    minutes, rest = divmod(int(max(0.0, time.time() - started)), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
+    return f", up {hours}:{minutes:02}:{rest:02}"

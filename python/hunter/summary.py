@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""--summary: a table of processes at the end, on standard error."""
+"""--summary: a table of processes at the end."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from rich import box
-from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from hunter.columns import Details, addresses
+from hunter.console import Output
 from hunter.text import plain
 from nlproto import wire
 from nlproto.pipeline import NamedBatch
@@ -68,8 +69,8 @@ class Summary:
             for key, one in self._sums.items()
         }
 
-    def show(self, details: Details) -> None:
-        """Print the table, most bytes first."""
+    def show(self, details: Details, to_output: bool) -> None:
+        """Print the table, most bytes first, to standard output or standard error."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for name in ("pid", "packets", "bytes", "far ends"):
             table.add_column(name, justify="right")
@@ -86,4 +87,8 @@ class Summary:
                 plain(name),
                 plain(process.exe) if process else "",
             )
-        Console(stderr=True, highlight=False, markup=False).print(table)
+        console = Output(stderr=not to_output)
+        wanted = Measurement.get(console, console.options.update(max_width=500), table)
+        if not console.is_terminal:
+            console.width = max(console.width, wanted.maximum)  # a file has no edge to wrap at
+        console.print(table)

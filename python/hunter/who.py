@@ -41,7 +41,7 @@ def run(options: argparse.Namespace, notify: Callable[[str], None]) -> None:
     except NoDaemon as error:
         from hunter.who_now import owners_now
 
-        if options.since:
+        if options.since or options.socket_given:
             raise
         notify(f"{error}; until then: sockets of now, of this network namespace")
         answer = owners_now(options)

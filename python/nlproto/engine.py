@@ -7,6 +7,7 @@ from typing import Protocol, Self
 import numpy as np
 
 from .errors import NoModule, NoPrivilege, UsageError
+from .loading import advice
 from .wire import Batch, ProcessEvent, SnapBatch
 
 __all__ = ["ENGINES", "Engine", "Event", "open_engine"]
@@ -78,7 +79,12 @@ def open_engine(name: str, notify: Callable[[str], None]) -> Engine:
 
         try:
             return ModuleEngine(notify=notify)
-        except (NoModule, NoPrivilege):
+        except NoModule:
+            if name == "module":
+                raise NoModule(
+                    f"sniffer.ko does not answer; {advice().text}; or use --engine packet"
+                ) from None
+        except NoPrivilege:
             if name == "module":
                 raise
     from .engine_packet import PacketEngine
@@ -87,6 +93,6 @@ def open_engine(name: str, notify: Callable[[str], None]) -> Engine:
     if name == "auto":
         notify(
             "engine packet: without sniffer.ko, sockets that live a few milliseconds stay unnamed;"
-            " sudo insmod kmod/sniffer.ko"
+            f" {advice().text}"
         )
     return engine

@@ -35,15 +35,15 @@ __all__ = ["EVERYTHING", "WORDS", "Filter", "FilterError", "parse", "quote"]
 MAX_LENGTH = 4096
 MAX_DEPTH = 50
 MAX_COST = 512
-"""Tests in one filter; `pname` and `container` count as NAME_COST."""
+"""Tests in one filter; `pname`, `container` and `unit` count as NAME_COST."""
 NAME_COST = 4
 MAX_NAME = 256
-"""Characters of a `pname` or `container`; the kernel's names have at most 255 bytes."""
+"""Characters of such a name; the kernel's names have at most 255 bytes."""
 NETNS_DIR = "/run/netns"
 
 WORDS = (
     "tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not "
-    "pid pname uid netns how container ifindex"
+    "pid pname uid netns how container unit ifindex less greater"
 ).split()
 
 _COMM_MAX = int(wire.lib.SNIFFER_COMM_LEN) - 1
@@ -69,6 +69,8 @@ class ProcessLike(Protocol):
     def exe(self) -> str: ...
     @property
     def container(self) -> str: ...
+    @property
+    def unit(self) -> str: ...
 
 
 class Details(Protocol):
@@ -105,10 +107,10 @@ class _View:
         return named
 
     @functools.cached_property
-    def processes(self) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str, str]]]:
+    def processes(self) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str, str, str]]]:
         """Where the named records are, which process each has, and these processes.
 
-        A process is (comm, name of its program, container). Each is looked up once.
+        A process is (comm, name of its program, container, unit). Each is looked up once.
         """
         places = np.flatnonzero(self.named)
         records = self.records[places]
@@ -126,7 +128,8 @@ class _View:
                 process = self._details.get(int(record["tgid"]), int(record["start_ns"]))
             program = os.path.basename(process.exe) if process is not None else ""
             container = process.container if process is not None else ""
-            found.append((wire.text(bytes(record["comm"])), program, container))
+            unit = process.unit if process is not None else ""
+            found.append((wire.text(bytes(record["comm"])), program, container, unit))
         return places, belongs, found
 
 
@@ -151,14 +154,14 @@ class Filter:
 
     @property
     def cost(self) -> int:
-        """How many tests it makes; `pname` and `container` count as NAME_COST."""
+        """How many tests it makes; `pname`, `container` and `unit` count as NAME_COST."""
         return 0 if self.root is None else self.root.cost
 
     def mask(self, records: np.ndarray, details: Details | None = None) -> np.ndarray:
         """Return one bool a record of `records` (RECORD, shape (n,)).
 
         `details` is asked once for each process, by `pname` (names longer than 15 bytes, names of
-        executables) and by `container`; without it these see only what the record says.
+        executables), `container` and `unit`; without it these see only what the record says.
         """
         if self.root is None:
             return np.ones(len(records), bool)
@@ -327,8 +330,28 @@ class _Net:
 
 
 @dataclass(frozen=True, slots=True)
+class _Length:
+    """`less` or `greater`: the IP packet has so many bytes at most, or at least."""
+
+    word: str
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.word} {self.bytes}"
+
+    @property
+    def cost(self) -> int:
+        return 1
+
+    def mask(self, view: _View) -> np.ndarray:
+        sizes = view.column("len")
+        result: np.ndarray = sizes <= self.bytes if self.word == "less" else sizes >= self.bytes
+        return result
+
+
+@dataclass(frozen=True, slots=True)
 class _Owner:
-    """`pname` or `container`: a name, or a pattern with * ? [ ]."""
+    """`pname`, `container` or `unit`: a name, or a pattern with * ? [ ]."""
 
     word: str
     name: str
@@ -344,24 +367,20 @@ class _Owner:
 
     def mask(self, view: _View) -> np.ndarray:
         places, belongs, processes = view.processes
-        is_wanted = self._is_container if self.word == "container" else self._is_program
-        verdicts = np.fromiter((is_wanted(*one) for one in processes), bool, len(processes))
+        wanted = (self._is_wanted(*one) for one in processes)
+        verdicts = np.fromiter(wanted, bool, len(processes))
         result = np.zeros(len(view), bool)
         result[places] = verdicts[belongs]
         return result
 
-    def _is_program(self, comm: str, program: str, container: str) -> bool:
+    def _is_wanted(self, comm: str, program: str, container: str, unit: str) -> bool:
+        if self.word == "container":
+            return bool(container) and _is_container(container, self.name, self.fits)
+        if self.word == "unit":  # systemctl too takes "nginx" for "nginx.service"
+            return bool(unit) and bool(self.fits(unit) or self.fits(unit.rpartition(".")[0]))
         if self.fits(comm) or program and self.fits(program):
             return True
         return self._is_cut(comm, program)
-
-    def _is_container(self, comm: str, program: str, container: str) -> bool:
-        if not container:
-            return False
-        short = container.partition(":")[2]  # "docker:4f1c0d2e9a3b", of an id that has 64 digits
-        if self.name[:12] == short and re.fullmatch("[0-9a-f]{12,}", self.name):
-            return True
-        return bool(self.fits(container) or self.fits(short))
 
     def _is_cut(self, comm: str, program: str) -> bool:
         """The kernel keeps 15 bytes of a name; a longer one is settled by the executable."""
@@ -379,6 +398,24 @@ def _matcher(name: str) -> Callable[[str], object]:
     if any(character in name for character in "*?["):
         return re.compile(fnmatch.translate(name)).match
     return name.__eq__
+
+
+def is_container(name: str, wanted: str) -> bool:
+    """Whether the container `name` ("docker:4f1c0d2e9a3b", "lxc:web") is the one `wanted`.
+
+    That is its name or id, a pattern, or the beginning of an id, as docker and podman take it;
+    each with or without the runtime before it.
+    """
+    return _is_container(name, wanted, _matcher(wanted))
+
+
+def _is_container(name: str, wanted: str, fits: Callable[[str], object]) -> bool:
+    runtime, _, short = name.partition(":")
+    if fits(name) or fits(short):
+        return True
+    asked, colon, rest = wanted.rpartition(":")
+    is_id = re.fullmatch("[0-9a-f]{12}", short) and re.fullmatch("[0-9a-f]{1,64}", rest)
+    return bool(is_id) and (not colon or asked == runtime) and short.startswith(rest[:12])
 
 
 @functools.cache
@@ -403,7 +440,10 @@ def parse(text: str, resolve: bool = True) -> Filter:
         tree = _parser().parse(text)
     except UnexpectedInput as error:
         raise _syntax_error(error, text) from None
-    found = Filter(_Builder(text, resolve).chain(tree.children[0]))
+    try:
+        found = Filter(_Builder(text, resolve).chain(tree.children[0]))
+    except FilterError as error:  # "port 80 or icmp" reads as port 80 or port icmp
+        raise _foreign(tokens, text) or error from None
     if found.cost > MAX_COST:
         told = f"{found.cost} tests (a name counts as {NAME_COST})"
         raise FilterError(f"{told}; {MAX_COST} at most: shorten it", text, 0, len(text))
@@ -437,7 +477,52 @@ def _suggest(word: str, known: list[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+_FOREIGN = {
+    **dict.fromkeys(
+        "icmp icmp6 igmp arp rarp sctp dccp igrp pim vrrp carp esp ah ether link llc wlan fddi tr"
+        " decnet atalk aarp iso stp ipx netbeui vlan mpls pppoed pppoes geneve vxlan lat mopdl"
+        " moprc".split(),
+        "only TCP and UDP are recorded",
+    ),
+    **dict.fromkeys(("proto", "protochain"), "write tcp, udp, ip or ip6 alone"),
+    **dict.fromkeys(("broadcast", "multicast"), "write 'dst net 224.0.0.0/4' or the address"),
+    "gateway": "no link-layer address is recorded",
+    "len": "write 'less N' or 'greater N'",
+    **dict.fromkeys(("ifname", "on"), "use the option -i IF"),
+    **dict.fromkeys(("rnr", "rulenum", "reason", "action", "rset", "ruleset"), "see nft monitor"),
+}
+"""Words of pcap-filter(7) that are none here, and what to do instead."""
+
+_BYTES = re.compile(r"\b(?:tcp|udp|ip6?|icmp6?|ether|arp|link|wlan)\s*\[[^\]]*\]?")
+
+
+def _foreign(tokens: list[Token], text: str) -> FilterError | None:
+    """What to say of a word of pcap-filter's that stands where ours would; None: there is none."""
+    for index, token in enumerate(tokens):
+        asked = _FOREIGN.get(str(token)) if token.type == "VALUE" else None
+        if asked is not None and not (index and tokens[index - 1].type in _VALUED):
+            message = f"pcap-filter's {_plain(token)!r} is not supported: {asked}"
+            return FilterError(message, text, *_span(token))
+    return _bytes_wanted(text)
+
+
+def _bytes_wanted(text: str) -> FilterError | None:
+    found = _BYTES.search(text)
+    if found is None:
+        return None
+    message = (
+        f"pcap-filter's {found[0]!r} is not supported: the bytes of a packet are not looked at"
+    )
+    return FilterError(message, text, *found.span())
+
+
+_VALUED = ("ADDRESS_WORD", "NET", "MASK", "OWNER_WORD", "SRC", "DST")
+"""Types of words that want a value after them."""
+
+
 def _unknown(token: Token, text: str) -> FilterError:
+    if token in ("named", "unnamed"):
+        return FilterError(f"write 'how {token}'", text, *_span(token))
     hint = _suggest(token, WORDS)
     if not hint and re.fullmatch(r"\d+", token):
         hint = f"; a number needs a word before it, as in 'port {token}' or 'pid {token}'"
@@ -462,6 +547,9 @@ _EXPECTED = {
 
 def _syntax_error(error: UnexpectedInput, text: str) -> FilterError:
     if isinstance(error, UnexpectedCharacters):
+        foreign = _bytes_wanted(text)
+        if foreign is not None:
+            return foreign
         at = error.pos_in_stream or 0
         if text[at] == '"':
             return FilterError("a quote that nothing closes", text, at, len(text))
@@ -469,11 +557,14 @@ def _syntax_error(error: UnexpectedInput, text: str) -> FilterError:
     assert isinstance(error, UnexpectedToken)
     token = error.token
     tokens = list(_parser().lex(text))
+    foreign = _foreign(tokens, text)
+    if foreign is not None:
+        return foreign
     wanted = error.expected
     if token.type == "$END":
         last = tokens[-1]
         start, end = _span(last)
-        if last.type in ("ADDRESS_WORD", "NET", "MASK", "OWNER_WORD", "SRC", "DST"):
+        if last.type in _VALUED:
             return FilterError(f"'{last}' needs a value after it", text, start, end)
         if last.type in ("AND", "OR", "NOT"):
             return FilterError(f"'{last}' needs something after it", text, start, end)
@@ -499,13 +590,12 @@ def _syntax_error(error: UnexpectedInput, text: str) -> FilterError:
 
 def _has_word(tokens: list[Token], index: int) -> bool:
     """Whether the value at `index` has a word before it, directly or by inheritance."""
-    words = ("ADDRESS_WORD", "NET", "MASK", "OWNER_WORD", "SRC", "DST")
-    if index and tokens[index - 1].type in words:
+    if index and tokens[index - 1].type in _VALUED:
         return True
     return (
         bool(index)
         and tokens[index - 1].type in ("AND", "OR", "NOT")
-        and any(token.type in words for token in tokens[:index])
+        and any(token.type in _VALUED for token in tokens[:index])
     )
 
 
@@ -718,6 +808,15 @@ class _Builder:
         if len(name) > MAX_NAME:
             raise self._fail(f"a name has at most {MAX_NAME} characters", value)
         return _Owner(word, name, _matcher(name))
+
+    def _unit(self, words: _Words, value: Token) -> _Node:
+        return self._owner("unit", value)
+
+    def _less(self, words: _Words, value: Token) -> _Node:
+        return _Length("less", self._number(value, "number of bytes"))
+
+    def _greater(self, words: _Words, value: Token) -> _Node:
+        return _Length("greater", self._number(value, "number of bytes"))
 
 
 def _proto(token: Token) -> _Node:

@@ -65,7 +65,7 @@ SNAPS = ffi.string(lib.SNIFFER_GROUP_SNAPS).decode()
 
 NO_MODULE = (
     "sniffer.ko is not loaded, or this is not the initial network namespace:"
-    " sudo insmod kmod/sniffer.ko, or use --engine packet"
+    " packet-hunter doctor says how to load it; or use --engine packet"
 )
 NO_PRIVILEGE = "talking to sniffer.ko needs root (CAP_NET_ADMIN): run it with sudo"
 
@@ -433,7 +433,7 @@ class Listener:
         if command == CTRL_CMD_DELFAMILY:
             found = dict(attributes(rest))
             if wire.text(bytes(found.get(CTRL_ATTR_FAMILY_NAME, b""))) == FAMILY:
-                raise NoModule("sniffer.ko was unloaded: sudo insmod kmod/sniffer.ko")
+                raise NoModule("sniffer.ko was unloaded: packet-hunter doctor says how to load it")
 
 
 def set_receive_buffer(

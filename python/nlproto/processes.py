@@ -14,6 +14,7 @@ import numpy as np
 
 from nlproto.procfs import TICK_NS, same_start
 from nlproto.shares import NOBODY, Payers, surplus
+from nlproto.supervise import Failures
 from nlproto.table import mix
 from nlproto.wire import ProcessEvent, lib, text
 
@@ -101,6 +102,7 @@ class Processes:
         self._table: OrderedDict[Key, Process] = OrderedDict()
         self._newest: dict[int, int] = {}
         self._read: set[Key] = set()
+        self._failures = Failures("details of a process")
         self.limit = limit
         self.max_bytes = max(_BYTES_LEAST, limit * _BYTES_EACH)
         self.bytes = 0
@@ -204,7 +206,11 @@ class Processes:
         if self._details is None or process.key in self._read:
             return process
         self._read.add(process.key)
-        found = self._details(process.tgid, process.start_ns)
+        try:
+            found = self._details(process.tgid, process.start_ns)
+        except Exception as error:  # what one process is called must not cost others their names
+            self._failures.add(error)
+            return process
         if found is None:
             return process
         values = {name: value for name in _PROC if (value := getattr(found, name, None))}

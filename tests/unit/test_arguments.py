@@ -4,16 +4,23 @@
 import importlib.util
 import os
 import re
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from daemon.config import Config
 from hunter.arguments import SUBCOMMANDS, filter_of, live_parser, parse, parser_of
-from nlproto import UsageError
+from hunter.lines import _OWNER_FLAGS
+from nlproto import UsageError, wire
 from nlproto.filter import FilterError
+from nlproto.frames import DEFAULT_SOCKET
 
 TREE = Path(__file__).parents[2]
 
@@ -115,7 +122,48 @@ def test_the_letters_that_tcpdump_has_too_mean_the_same():
     """man tcpdump: what each of these is for."""
     letters = {option for action in live_parser()._actions for option in action.option_strings}
     short = {letter for letter in letters if re.fullmatch("-[A-Za-z]", letter)}
-    assert short == {f"-{letter}" for letter in "hVFiQcnqvtwCWr"}
+    assert short == {f"-{letter}" for letter in "hVFiQcnqvtwCWrDlUpKsAXxe"}
+
+
+def test_tcpdumps_habits_change_nothing():
+    words = ["-l", "-U", "-p", "-K", "-s", "0", "-s128", "-lnn", "-i", "any", "tcp"]
+    assert filter_text(*words) == "tcp" and parse(words).options.numbers
+
+
+def test_interfaces_are_listed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(["-D"])
+    assert ended.value.code == 0
+    index = socket.if_nametoindex("lo")
+    assert f"{index}.lo\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["-A", "-X", "-XX", "-e", "-nX", "-x"])
+def test_what_a_record_does_not_have_is_looked_for_elsewhere(option):
+    with pytest.raises(UsageError, match="-w x.pcapng"):
+        parse([option])
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("stat", "'stats'"),
+        ("wo", "'who'"),
+        ("topp", "'top'"),
+        ("help", "'--help'"),
+        ("version", "'--version'"),
+    ],
+)
+def test_a_first_word_that_is_nearly_a_subcommand_is_asked_about(word, meant):
+    with pytest.raises(FilterError, match=f"unknown word '{word}'; did you mean {meant}"):
+        filter_text(word)
+
+
+def test_a_socket_is_known_to_be_given():
+    assert parse(["--socket", "/x"]).options.socket_given
+    for words in ([], ["stats"], ["doctor"], ["top"]):
+        options = parse(words).options
+        assert not options.socket_given and options.socket == DEFAULT_SOCKET
 
 
 CONTRACT = {
@@ -166,6 +214,69 @@ def test_man_pages_and_completions_are_those_of_the_parsers(tmp_path, monkeypatc
         assert path.read_text() == committed.read_text(), "run: COLUMNS=80 python man/generate.py"
 
 
+def completed(*words, before=""):
+    """What bash offers for the last of `words`."""
+    quoted = " ".join(shlex.quote(word) for word in words)
+    script = f"""
+    source {TREE}/completion/packet-hunter.bash
+    {before}
+    COMP_WORDS=(packet-hunter {quoted}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+    _packet_hunter; printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["ann"], ["annotate"]),
+        (["por"], ["port", "portrange"]),
+        (["port", "80", "a"], ["and"]),
+        (["-n", "port", "80", "and", "un"], ["unit"]),
+        (["top", "po"], ["port", "portrange"]),
+        (["how", "socket_"], ["socket_gone"]),
+        (["how", "unn"], ["unnamed"]),
+        (["tcp", "-i", "l"], ["lo"]),
+        (["--engine", ""], ["auto", "module", "packet"]),
+        (["-Q", "o"], ["out"]),
+        (["--summ"], ["--summary"]),
+        (["who", "--pr"], ["--proto"]),
+        (["who", "--proto", "t"], ["tcp"]),
+        (["uid", "roo"], ["root"]),
+        (["--", "tr"], None),
+        (["pname", "x", "or", "no"], ["not"]),
+    ],
+)
+def test_bash_completes_words_and_values(words, offered):
+    found = completed(*words)
+    if offered is None:
+        assert "true" in found and "or" not in found
+    else:
+        assert found == offered
+
+
+def test_bash_completes_names_of_processes_but_none_that_a_shell_would_act_on(tmp_path):
+    names = ("complete-me", "com$(touch x)", "com;ls", "com `id`")
+    code = "import ctypes, sys; ctypes.CDLL(None).prctl(15, sys.argv[1].encode()); input()"
+    processes = []
+    for name in names:
+        command = [sys.executable, "-c", code, name]
+        processes.append(subprocess.Popen(command, stdin=subprocess.PIPE))
+    try:
+        for name, process in zip(names, processes, strict=True):
+            comm = Path(f"/proc/{process.pid}/comm")
+            until = time.monotonic() + 60
+            while comm.read_text() != f"{name[:15]}\n":
+                assert time.monotonic() < until
+        assert completed("pname", "com", before=f"cd {tmp_path}") == ["complete-me"]
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        for process in processes:
+            process.communicate(b"\n")
+
+
 def test_bash_completes_subcommands_and_options():
     script = f"""
     source {TREE}/completion/packet-hunter.bash
@@ -177,3 +288,25 @@ def test_bash_completes_subcommands_and_options():
     """
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert done.stdout.split() == ["--proto", "annotate"], done.stderr
+
+
+def test_man_explains_each_word_of_the_lines_and_each_name_of_the_configuration():
+    live = (TREE / "man/packet-hunter.1").read_text()
+    for how in wire.HOW_NAMES:
+        assert how.startswith("how_") or f"\n.B {how}\n" in live, how
+    for flag in _OWNER_FLAGS:
+        assert re.search(rf"\n\.B .*\b{flag}\b", live), flag
+    daemon = (TREE / "man/packet-hunterd.8").read_text().replace("\\-", "-")
+    for field in fields(Config):
+        assert re.search(rf"\n#?{field.name}: ", daemon), field.name
+    for page in (live, daemon):
+        assert "\n.SH FILES\n" in page and "\n.SH EXIT STATUS\n" in page
+    assert "\n.br\n.B packet\\-hunter\nSUBCOMMAND" in live
+
+
+@pytest.mark.skipif(shutil.which("groff") is None, reason="groff is not installed")
+@pytest.mark.parametrize("page", ["packet-hunter.1", "packet-hunterd.8"])
+def test_man_pages_format_without_a_warning(page):
+    command = ["groff", "-man", "-Tutf8", "-ww", str(TREE / "man" / page)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""

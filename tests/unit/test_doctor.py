@@ -3,11 +3,16 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+
+from hunter.doctor import examine
+from nlproto.frames import Decoder, Kind, encode_json, parse_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,9 +41,64 @@ def test_doctor_names_each_part_and_what_to_do_next(environment, tmp_path):
     done = hunter(environment, "doctor", "--socket", str(tmp_path / "none.sock"))
     lines = {line.split()[1]: line for line in done.stdout.splitlines()}
     assert list(lines) == ["packages", "module", "probes", "daemon"]
-    assert done.returncode == 0, done.stdout + done.stderr
     assert lines["packages"].startswith("ok")
     assert "start it with" in lines["daemon"]
+    # who names a socket says that a daemon is there
+    assert lines["daemon"].startswith("bad") and done.returncode == 1
+
+
+def test_that_no_daemon_runs_is_no_fault(environment, tmp_path):
+    states = {one.subject: one.state for one in examine(str(tmp_path / "none.sock"))}
+    assert states["daemon"] == "note"
+
+
+def serve(path, stats):
+    """A daemon of another release: it answers hello, and `stats` to the next request."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+
+    def run():
+        with listener, listener.accept()[0] as peer:
+            decoder = Decoder(1 << 20)
+            for reply in ({"ok": True, "protocol": 1, "version": "9"}, stats):
+                frames = []
+                while not frames:
+                    frames = list(decoder.feed(peer.recv(65536)))
+                number = parse_json(frames[0][1])["id"]
+                peer.sendall(encode_json(Kind.CONTROL, reply | {"id": number}))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize(
+    ("stats", "state", "words"),
+    [
+        ({"ok": True, "pid": 5, "engine": "packet", "client": {}}, "ok", "pid 5, engine packet"),
+        ({"ok": True}, "ok", "pid ?"),
+        ({"ok": True, "pid": 5, "clients": {"connected": 1}}, "ok", ", 1 client"),
+        ({"ok": True, "pid": 5, "clients": {"connected": 3}}, "ok", ", 3 clients"),
+        ({"ok": True, "pid": 5, "clients": None}, "ok", "pid 5"),
+        ({"ok": False, "error": "not for you", "code": "denied"}, "bad", "not for you"),
+        ({"ok": False, "error": "too much to do", "code": "busy"}, "bad", "too much to do"),
+    ],
+)
+def test_doctor_works_whatever_the_daemon_tells(stats, state, words, tmp_path):
+    path = str(tmp_path / "d.sock")
+    thread = serve(path, stats)
+    found = {one.subject: one for one in examine(path)}
+    thread.join()
+    assert list(found) == ["packages", "module", "probes", "daemon"]
+    assert found["daemon"].state == state and words in found["daemon"].text
+
+
+def test_doctor_goes_on_after_a_part_that_cannot_be_looked_at(tmp_path):
+    (tmp_path / "version").mkdir()  # no file
+    found = {one.subject: one for one in examine(str(tmp_path / "none"), module=tmp_path)}
+    assert found["module"].state == "bad" and "cannot be looked at" in found["module"].text
+    assert list(found) == ["packages", "module", "probes", "daemon"]
 
 
 @pytest.mark.parametrize("mark", ["daemon.py", "pidfile.py"])

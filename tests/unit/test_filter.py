@@ -26,6 +26,7 @@ def record(**fields):
         "tgid": 100,
         "start_ns": 1,
         "uid": 1000,
+        "len": 60,
         "netns": 4026531840,
         "ifindex": 1,
         "comm": b"curl",
@@ -45,7 +46,9 @@ RECORDS = {
     "reply": record(
         src="192.168.7.9", dst="10.0.0.1", sport=80, dport=40000, dir=wire.lib.SNIFFER_DIR_IN
     ),
-    "dns": record(dport=53, proto=socket.IPPROTO_UDP, tgid=200, uid=0, comm=b"systemd-resolve"),
+    "dns": record(
+        dport=53, proto=socket.IPPROTO_UDP, tgid=200, uid=0, len=90, comm=b"systemd-resolve"
+    ),
     "six": record(src="fe80::1", dst="2001:db8::5", dport=443, tgid=300, netns=5, ifindex=3),
     "routed": record(
         how=wire.lib.SNIFFER_HOW_FORWARDED, dir=wire.lib.SNIFFER_DIR_FWD, tgid=0, uid=0, comm=b""
@@ -109,6 +112,10 @@ def chosen(text, details=None):
         ("how unnamed", "routed"),
         ("how context", "curl reply dns six"),
         ("how named", "curl reply dns six"),
+        ("less 59", ""),
+        ("less 60", "curl reply routed six"),
+        ("greater 90", "dns"),
+        ("greater 91", ""),
         ("not tcp", "dns"),
         ("! tcp || ip6", "dns six"),
         ("not (tcp or udp)", ""),
@@ -127,6 +134,7 @@ def test_words_select(text, names):
 class Known:
     exe: str = ""
     container: str = ""
+    unit: str = ""
 
 
 def test_pname_fits_the_executable_when_the_process_renamed_itself():
@@ -149,6 +157,12 @@ def test_pname_fits_the_executable_when_the_process_renamed_itself():
         ("docker:0123456789ab", "docker:*", True),
         ("docker:0123456789ab", "0123456789ac", False),
         ("docker:0123456789ab", "0123*", True),
+        ("docker:0123456789ab", "0123", True),
+        ("docker:0123456789ab", "docker:0123", True),
+        ("docker:0123456789ab", "podman:0123", False),
+        ("docker:0123456789ab", "123", False),
+        ("podman:0123456789ab", "0", True),
+        ("docker:0123456789ab", "doc", False),
         ("lxc:web", "web", True),
         ("lxc:web", "lxc:web", True),
         ("lxc:web", "we", False),
@@ -163,6 +177,61 @@ def test_container_fits_by_name_and_by_id(container, words, fits):
 
     assert chosen(f'container "{words}"', Details()) == ({"six"} if fits else set())
     assert chosen(f'container "{words}"') == set()
+
+
+@pytest.mark.parametrize(
+    ("words", "fits"),
+    [
+        ("nginx.service", True),
+        ("nginx", True),
+        ("ngin*", True),
+        ("ngin", False),
+        ("service", False),
+        ("other.service", False),
+    ],
+)
+def test_unit_fits_as_systemctl_takes_it(words, fits):
+    class Details:
+        def get(self, tgid, start_ns):
+            return Known(unit="nginx.service") if tgid == 300 else None
+
+    assert chosen(f"unit {words}", Details()) == ({"six"} if fits else set())
+    assert str(parse(f'unit "{words}"')) == f"unit {words}"
+
+
+@pytest.mark.parametrize(
+    ("text", "culprit", "words"),
+    [
+        ("icmp", "icmp", "only TCP and UDP are recorded"),
+        ("not arp", "arp", "only TCP and UDP are recorded"),
+        ("port 80 or icmp6", "icmp6", "only TCP and UDP are recorded"),
+        ("tcp and (port 80 or sctp)", "sctp", "only TCP and UDP are recorded"),
+        ("icmp and", "icmp", "only TCP and UDP are recorded"),
+        ("proto udp", "proto", "write tcp, udp"),
+        (r"ip proto 17", "proto", "write tcp, udp"),
+        ("ether host 1:2:3:4:5:6", "ether", "not supported"),
+        ("len > 100", "len", "'less N'"),
+        ("tcp[tcpflags] & tcp-syn != 0", "tcp[tcpflags]", "bytes of a packet"),
+        ("port 80 and tcp[13]&2 != 0", "tcp[13]", "bytes of a packet"),
+        ("(ip[6:2] & 0x1fff) = 0", "ip[6:2]", "bytes of a packet"),
+    ],
+)
+def test_words_of_pcap_filter_that_are_none_here_are_named(text, culprit, words):
+    with pytest.raises(FilterError) as caught:
+        parse(text)
+    error = caught.value
+    assert f"pcap-filter's {culprit!r} is not supported" in str(error) and words in str(error)
+    assert text[error.start : error.end] == culprit
+
+
+@pytest.mark.parametrize("text", ["pname icmp", "container len", "unit arp", 'pname "tcp[1]"'])
+def test_a_value_may_be_a_word_of_pcap_filter(text):
+    assert str(parse(text)).split()[0] == text.split()[0]
+
+
+def test_named_is_a_value_of_how():
+    with pytest.raises(FilterError, match="write 'how unnamed'"):
+        parse("unnamed and tcp")
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_an_unknown_command_gives_the_kernels_error():
 @without_module
 @pytest.mark.parametrize("opening", [Sniffer, Listener])
 def test_without_the_module_the_next_step_is_told(opening):
-    with pytest.raises(NoModule, match=r"sudo insmod kmod/sniffer.ko, or use --engine packet"):
+    with pytest.raises(NoModule, match=r"doctor says how to load it; or use --engine packet"):
         opening()
 
 

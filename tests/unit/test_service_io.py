@@ -3,6 +3,7 @@
 
 import logging
 import os
+import re
 import socket
 import struct
 import sys
@@ -92,7 +93,8 @@ def test_the_journal_gets_fields_and_hostile_names_stay_inside_theirs(manager):
 def test_control_characters_do_not_reach_a_terminal(root_logger, capsys):
     set_up("stderr", "info", {}, True)
     logging.getLogger("x").info("name %s", "\x1b[31mred\x07")
-    assert capsys.readouterr().err == "packet-hunterd: name \\x1b[31mred\\x07\n"
+    written = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d packet-hunterd: name \\x1b\[31mred\\x07\n"
+    assert re.fullmatch(written, capsys.readouterr().err)
 
 
 def test_syslog_when_asked(root_logger, manager, monkeypatch):

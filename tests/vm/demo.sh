@@ -14,7 +14,7 @@ until [ -S /run/packet-hunter/daemon.sock ]; do
 	sleep 0.5
 done
 echo "# packet-hunter -n -- demo_traffic.py: a web server, short-lived clients, DNS-like datagrams"
-.venv/bin/python -m hunter -n --summary -- .venv/bin/python tests/vm/demo_traffic.py
+.venv/bin/python -m hunter -n --print --summary -- .venv/bin/python tests/vm/demo_traffic.py
 echo "# packet-hunter who --port 8053 --since 60s: its clients have exited"
 .venv/bin/python -m hunter who --port 8053 --since 60s
 kill -TERM "$daemon"

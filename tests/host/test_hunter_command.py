@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: MIT
+"""-- CMD: the packets of CMD and what it starts, and its exit code; --summary (root)."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
+
+HUNTER = [sys.executable, "-m", "hunter"]
+
+SAY = """
+import os, socket, sys, time
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+    peer.connect(("127.0.0.1", int(sys.argv[1])))
+    time.sleep(0.3)
+    peer.send(sys.argv[2].encode())
+    time.sleep(0.5)
+"""
+"""Its socket is there long enough for engine packet to name it."""
+
+
+def hunt(*arguments, **options):
+    return subprocess.run(
+        [*HUNTER, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options
+    )
+
+
+@pytest.fixture
+def heard():
+    """A port, and what came in there; others talk to it all the time."""
+    ended = threading.Event()
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other,
+    ):
+        server.bind(("127.0.0.1", 0))
+        other.connect(server.getsockname())
+
+        def chatter():
+            with contextlib.suppress(OSError):
+                while not ended.wait(0.02):
+                    other.send(b"others")
+
+        thread = threading.Thread(target=chatter)
+        thread.start()
+        yield server.getsockname()[1]
+        ended.set()
+        thread.join()
+
+
+@pytest.fixture
+def script(tmp_path, heard):
+    """A command whose children, orphans and daemons each say one word; it ends with 7."""
+    (tmp_path / "say.py").write_text(SAY)
+    say = f"{sys.executable} {tmp_path}/say.py {heard}"
+    path = tmp_path / "script.sh"
+    lines = [
+        f"{say} child",
+        f"( ( {say} orphan & ) & )",
+        f"setsid -f sh -c '{say} daemon; true'",
+        "sleep 1.5",
+        "exit 7",
+    ]
+    path.write_text("\n".join(lines))
+    os.chmod(tmp_path, 0o755)
+    return ["sh", path]
+
+
+def figures(stderr):
+    delivered = int(re.search(r" records = (\d+) delivered", stderr)[1])
+    shown = int(re.search(r"(\d+) shown = ", stderr)[1])
+    others = re.search(
+        r"(\d+) not of the command = (\d+) of other processes \+ (\d+) unnamed", stderr
+    )
+    assert int(others[1]) == int(others[2]) + int(others[3])
+    return delivered, shown, int(others[1])
+
+
+def test_alone_it_shows_the_commands_own_packets_and_counts_the_others(script, heard, tmp_path):
+    path = tmp_path / "x.jsonl"
+    done = hunt("--engine", "packet", "--save", path, "--", *script)
+    assert done.returncode == 7, done.stderr
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for row in rows if heard in (row["sport"], row["dport"])]
+    assert {row["dir"] for row in rows} == {"out"}
+    assert len({row["pid"] for row in rows}) == 3, done.stderr
+    delivered, shown, others = figures(done.stderr)
+    assert delivered == shown + others and others > 10
+
+
+def test_through_the_daemon_it_does_so_for_a_user_without_rights(script, heard, daemon_socket):
+    nobody = "setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all,+dac_read_search"
+    nobody += " --ambient-caps=+dac_read_search --bounding-set=-all,+dac_read_search"
+    done = subprocess.run(
+        [*nobody.split(), *HUNTER, "--socket", daemon_socket, "-n", f"port {heard}", "--", *script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 7, done.stderr
+    owners = re.findall(r" out udp \S+ > \S+ len \d+ (\S+)", done.stdout)
+    assert len(set(owners)) == 3, done.stdout + done.stderr
+
+
+@pytest.fixture
+def daemon_socket(tmp_path):
+    path = tmp_path / "d.sock"
+    command = [sys.executable, "-m", "daemon", "--engine", "packet", "--socket", str(path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        line = process.stderr.readline()
+        while "serving" not in line:
+            assert line, "the daemon ended at once"
+            line = process.stderr.readline()
+        yield path
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+
+
+def test_with_all_everybodys_packets_are_shown(script, heard):
+    done = hunt("--engine", "packet", "--all", "-n", f"port {heard}", "--", *script)
+    assert done.returncode == 7
+    assert re.search(rf" in  udp 127\.0\.0\.1\.\d+ > 127\.0\.0\.1\.{heard} len 34 ", done.stdout)
+    assert "not of the command" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "code"), [("exit 0", 0), ("exit 3", 3), ("kill -TERM $$", 143), ("kill -9 $$", 137)]
+)
+def test_the_exit_code_is_the_commands(script, code):
+    done = hunt("--engine", "packet", "-qq", "--", "sh", "-c", script)
+    assert done.returncode == code, done.stderr
+
+
+def test_a_command_that_is_ended_by_duration_is_no_failure():
+    done = hunt("--engine", "packet", "--duration", "300ms", "--", "sleep", "60")
+    assert done.returncode == 0, done.stderr
+
+
+def test_under_sudo_the_command_runs_as_the_user():
+    environment = {**os.environ, "SUDO_UID": "65534", "SUDO_GID": "65534", "SUDO_USER": "nobody"}
+    done = hunt("--engine", "packet", "-qq", "port", "1", "--", "id", "-u", env=environment)
+    assert (done.stdout, done.returncode) == ("65534\n", 0), done.stderr
+
+
+def test_quiet_twice_says_nothing_but_losses():
+    done = hunt("--engine", "packet", "-qq", "--duration", "300ms", "port", "1")
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+
+
+def test_the_summary_alone_is_the_table_alone(script, heard):
+    done = hunt("--engine", "packet", "--summary", f"port {heard}", "--", *script)
+    lines = done.stdout.splitlines()
+    assert lines[1].split() == ["pid", "packets", "bytes", "far", "ends", "process", "executable"]
+    assert len([line for line in lines if " 1 " in line]) == 3
+    assert " > " not in done.stdout and " shown = " in done.stderr
+
+
+@pytest.mark.parametrize("extra", [["--print"], ["--json"], ["--save", "-", "--format", "csv"]])
+def test_beside_other_output_the_summary_goes_to_stderr(extra, script, heard):
+    done = hunt("--engine", "packet", "--summary", *extra, f"port {heard}", "--", *script)
+    assert "far ends" in done.stderr and "far ends" not in done.stdout
+    assert len(done.stdout.splitlines()) >= 3
