@@ -96,7 +96,7 @@ def _account(account: Mapping[str, Any]) -> Table:
         ("records delivered", delivered, ""),
         ("named", named, share),
         ("unnamed", sum(unnamed.values()), _detail(unnamed)),
-        ("being named", account.get("waiting"), ""),
+        ("being named", account.get("waiting", 0), ""),
         ("lost", sum(lost.values()), _detail(lost)),
     ]
     for name, count, more in rows:

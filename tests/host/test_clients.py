@@ -117,9 +117,11 @@ def test_the_last_places_are_kept_for_root(start):
         "  except Error: pass\n"
         "print(len(held), filters, flush=True)\nsys.stdin.readline()\n"
     )
-    users = [_as(NOBODY + 10 + number, code) for number in range(8)]
+    users, taken = [], []
     try:
-        taken = [tuple(map(int, user.stdout.readline().split())) for user in users]
+        for number in range(8):
+            users.append(_as(NOBODY + 10 + number, code))
+            taken.append(tuple(map(int, users[-1].stdout.readline().split())))
         assert max(clients for clients, _ in taken) == 4
         assert sum(clients for clients, _ in taken) == 24
         assert max(filters for _, filters in taken) == 2
