@@ -37,6 +37,7 @@ from nlproto import wire
 from nlproto.account import Account
 from nlproto.client import DaemonClient
 from nlproto.clock import Clock
+from nlproto.filter import parse
 from nlproto.flows import summarize
 from nlproto.frames import Kind, encode_json
 from nlproto.naming import Namer
@@ -156,11 +157,13 @@ def ingest(count: int, flows: int, filters: int = 0, new: bool = False) -> dict[
             taken += len(batch.records)
 
         pipeline.subscribe(take)
+        streams = None
         if filters:
-            streams = Streams(pipeline, lambda function: function(), filters)
+            streams = Streams(pipeline, lambda function: function(), filters, 1 << 30)
             for number in range(filters):
-                streams.join(f"tcp port {1024 + number * 7}", None, _Sink())
+                streams.join(parse(f"tcp port {1024 + number * 7}"), None, _Sink())
             pipeline.subscribe(streams.publish)
+            streams.__enter__()
         began, cpu = time.perf_counter(), cpu_seconds()
         with pipeline:
             # always enough waits, so that what the worker takes at once is real; never too much
@@ -170,6 +173,8 @@ def ingest(count: int, flows: int, filters: int = 0, new: bool = False) -> dict[
                 semaphore.release(32)
             semaphore.release(100)
             engine.done.wait()
+        if streams is not None:
+            streams.stop(600.0)
         took, cpu = time.perf_counter() - began, cpu_seconds() - cpu
     assert pipeline.account.closes() and pipeline.account.delivered == count * BATCH
     return {"records_per_cpu_s": count * BATCH / cpu, "records_per_s": count * BATCH / took}

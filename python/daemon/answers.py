@@ -6,13 +6,14 @@ from __future__ import annotations
 import ipaddress
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from daemon.history import End, History, Question, flow_fields
+from daemon.history import End, History, Question, flow_fields, network_words
 from daemon.requests import History as HistoryRequest
 from daemon.requests import Key, Lookup, OwnerOf, Who
 from nlproto.errors import UsageError
@@ -22,41 +23,89 @@ from nlproto.portmap import Owner
 from nlproto.processes import Process
 from nlproto.wire import PROTO_NAMES
 
-__all__ = ["Answers", "Past", "PROTOS"]
+__all__ = ["Answers", "Past", "PROTOS", "Room"]
 
 PROTOS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 
-Past = Callable[[Question], tuple[int, list[tuple[int, np.void]]]]
+Stop = Callable[[], None]
+"""Raises what ends an answer that nobody waits for; called every few ms."""
+Past = Callable[[Question, Stop], tuple[int, list[tuple[int, np.void]]]]
 """Answers a Question from the stored history: rows that are not in memory."""
+
+_MAX_HOLDERS = 20_000
+"""Processes of the port map in one answer: a socket has one entry for each of its holders."""
+_CHEAP = 32
+_NULL = msgspec.Raw(b"null")
+
+_json = msgspec.json.Encoder()
+
+
+class Room:
+    """Bytes of JSON that an answer may have. What has no room is left out, and it says so."""
+
+    def __init__(self, size: int = 8 << 20) -> None:
+        self.left = size
+        self.truncated = False
+
+    def take(self, encoded: bytes) -> bool:
+        """Whether there was room for it."""
+        if len(encoded) + 1 > self.left:
+            self.truncated = True
+            return False
+        self.left -= len(encoded) + 1
+        return True
+
+    def fill(self, things: Iterable[object]) -> list[msgspec.Raw]:
+        """As many of `things`, from the first on, as have room."""
+        fitting = []
+        for thing in things:
+            encoded = _json.encode(thing)
+            if not self.take(encoded):
+                break
+            fitting.append(msgspec.Raw(encoded))
+        return fitting
+
+
+def _never() -> None:
+    pass
 
 
 @dataclass(slots=True)
 class Answers:
-    """`uid` of each method: None for one who sees everything, else the only owner to be shown."""
+    """`uid` of each method: None for one who sees everything, else the only owner to be shown.
+
+    Lists in an answer hold JSON. Any thread.
+    """
 
     pipeline: Pipeline
     history: History
     past: Past | None = None
     past_process: Callable[[int, int], Process | None] | None = None
 
-    def owner(self, request: OwnerOf, uid: int | None) -> dict[str, Any]:
-        address = None if request.address is None else _address(request.address)
-        return {"owners": self._owners(request.port, _proto(request.proto), address, uid)}
-
-    def _owners(
-        self, port: int, proto: int | None, address: tuple[int, bytes] | None, uid: int | None
-    ) -> list[dict[str, Any]]:
+    def is_cheap(self, request: OwnerOf) -> bool:
+        """Whether the answer takes less time than another thread takes to begin with it."""
         portmap = self.pipeline.portmap
-        if portmap is None:
-            return []
-        return self._grouped(portmap.who(port, proto, address), uid)
+        return portmap is None or portmap.count(request.port) <= _CHEAP
 
-    def _grouped(self, owners: Iterable[Owner], uid: int | None) -> list[dict[str, Any]]:
+    def owner(
+        self, request: OwnerOf, uid: int | None, stop: Stop = _never, room: Room | None = None
+    ) -> dict[str, Any]:
+        room = room or Room()
+        address = None if request.address is None else _address(request.address)
+        portmap, proto = self.pipeline.portmap, _proto(request.proto)
+        owners: list[Owner] = []
+        if portmap is not None:
+            owners = portmap.who(request.port, proto, address, uid, _MAX_HOLDERS + 1)
+        grouped = self._grouped(owners, stop, room)
+        return {"owners": room.fill(grouped), "truncated": room.truncated}
+
+    def _grouped(self, owners: Sequence[Owner], stop: Stop, room: Room) -> list[dict[str, Any]]:
         """One entry a socket: the last seen owner, all of them as holders."""
         sockets: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for owner in owners:
-            if uid is not None and owner.uid != uid:
-                continue
+        if len(owners) > _MAX_HOLDERS:
+            room.truncated = True
+        for owner in owners[:_MAX_HOLDERS]:
+            stop()
             name = (owner.netns, owner.proto, owner.address, owner.port, owner.cookie)
             entry = sockets.get(name)
             if entry is None:
@@ -88,8 +137,16 @@ class Answers:
             "holders": [],
         }
 
-    def who(self, request: Who, uid: int | None, now_ns: int | None = None) -> dict[str, Any]:
+    def who(
+        self,
+        request: Who,
+        uid: int | None,
+        now_ns: int | None = None,
+        stop: Stop = _never,
+        room: Room | None = None,
+    ) -> dict[str, Any]:
         """Sockets there now that fit, flows of the past, and details of all processes named."""
+        room = room or Room()
         now_ns = time.time_ns() if now_ns is None else now_ns
         network = None if request.host is None else _network(request.host)
         asked_uid = getattr(request, "uid", None)
@@ -109,24 +166,37 @@ class Answers:
             ends=None if request.ends is None else _ends(*request.ends),
             limit=request.limit,
         )
-        total, rows = self._ask(question)
-        flows = [flow_fields(flow) for _, flow in rows]
+        total, rows = self._ask(question, stop)
         owners: list[dict[str, Any]] = []
         if request.at is None and not isinstance(request, HistoryRequest):
-            owners = self._owners_now(question, network, uid)[: request.limit]
+            owners = self._owners_now(question, network, uid, stop, room)
+        owners_now = room.fill(owners[: request.limit])
+        keys: dict[tuple[int, int], None] = {}
+        for owner in owners[: len(owners_now)]:
+            keys.update(((one["pid"], one["start_ns"]), None) for one in owner["holders"])
+
+        def fields() -> Iterable[dict[str, Any]]:
+            for _, row in rows:
+                stop()
+                flow = flow_fields(row)
+                if flow["pid"] is not None:
+                    keys[flow["pid"], flow["start_ns"]] = None
+                yield flow
+
+        flows = room.fill(fields())
         return {
-            "owners": owners,
+            "owners": owners_now,
             "flows": flows,
             "total": total,
-            "truncated": total > len(flows),
-            "processes": self._processes(flows, owners, uid),
+            "processes": room.fill(self._processes(keys, uid, stop)),
+            "truncated": room.truncated or total > len(flows) or len(owners) > len(owners_now),
         }
 
-    def _ask(self, question: Question) -> tuple[int, list[tuple[int, np.void]]]:
+    def _ask(self, question: Question, stop: Stop) -> tuple[int, list[tuple[int, np.void]]]:
         total, rows = self.history.ask(question)
         if self.past is None:
             return total, rows
-        older_total, older = self.past(question)
+        older_total, older = self.past(question, stop)
         rows = sorted(rows + older, key=lambda row: -int(row[1]["last_ns"]))
         return total + older_total, rows[: question.limit]
 
@@ -135,55 +205,70 @@ class Answers:
         question: Question,
         network: ipaddress.IPv4Network | ipaddress.IPv6Network | None,
         uid: int | None,
+        stop: Stop,
+        room: Room,
     ) -> list[dict[str, Any]]:
         portmap = self.pipeline.portmap
         if portmap is None:
             return []
-        if question.port is not None:
-            owners = portmap.who(question.port, question.proto)
-        elif question.pid is not None or question.pname is not None:
-            processes = self.pipeline.processes.find(question.pid, question.pname)
-            owners = [owner for one in processes for owner in portmap.owned_by(one.key)]
-        elif network is not None:
-            owners = portmap.everything()
-        else:
-            return []
-        name = question.comm.decode("utf-8", "replace") if question.comm is not None else None
-        return self._grouped(
-            (
-                owner
-                for owner in owners
-                if (question.proto is None or owner.proto == question.proto)
-                and (question.pid is None or owner.tgid == question.pid)
-                and (name is None or owner.comm == name)
-                and (network is None or ipaddress.ip_address(owner.address) in network)
-            ),
-            uid,
+        if question.port is None and question.pid is None and question.pname is None:
+            if network is None:
+                return []
+        keys = None
+        if question.port is None and (question.pid is not None or question.pname is not None):
+            name = None if question.comm is None else question.comm.decode("utf-8", "replace")
+            keys = {one.key for one in self.pipeline.processes.find(question.pid, name)}
+        owners = portmap.select(
+            port=question.port,
+            proto=question.proto,
+            tgid=question.pid,
+            comm=question.comm,
+            uid=uid,
+            keys=keys,
+            network=None if network is None else network_words(network),
+            limit=_MAX_HOLDERS + 1,
         )
+        return self._grouped(owners, stop, room)
 
     def _processes(
-        self, flows: list[dict[str, Any]], owners: list[dict[str, Any]], uid: int | None
-    ) -> list[Process]:
-        keys = {(flow["pid"], flow["start_ns"]) for flow in flows if flow["pid"] is not None}
-        for owner in owners:
-            keys.update((holder["pid"], holder["start_ns"]) for holder in owner["holders"])
-        found = []
+        self, keys: Iterable[tuple[int, int]], uid: int | None, stop: Stop
+    ) -> Iterable[Process]:
         for key in keys:
+            stop()
             process = self.pipeline.processes.get(*key)
             if process is None and self.past_process is not None:
                 process = self.past_process(*key)
             if process is not None and (uid is None or process.uid == uid):
-                found.append(process)
-        return found
+                yield process
 
-    def lookup(self, request: Lookup, uid: int | None) -> dict[str, Any]:
+    def lookup(
+        self, request: Lookup, uid: int | None, stop: Stop = _never, room: Room | None = None
+    ) -> dict[str, Any]:
+        room = room or Room()
         cookies = {key.cookie for key in request.keys if key.cookie is not None}
         portmap = self.pipeline.portmap
-        by_cookie = {} if portmap is None or not cookies else portmap.with_cookies(cookies)
-        return {"owners": [self._look_up(key, by_cookie, uid) for key in request.keys]}
+        by_cookie: Mapping[int, list[Owner]] = {}
+        if portmap is not None and cookies:
+            by_cookie = portmap.with_cookies(cookies, uid, _MAX_HOLDERS + 1)
+            room.truncated = sum(map(len, by_cookie.values())) > _MAX_HOLDERS
+        made: dict[Key, msgspec.Raw] = {}
+        owners = []
+        for key in request.keys:
+            stop()
+            found = made.get(key)
+            if found is None:
+                answer = self._look_up(key, by_cookie, uid, stop, room)
+                found = made[key] = _NULL if answer is None else msgspec.Raw(_json.encode(answer))
+            owners.append(found if room.take(bytes(found)) else _NULL)
+        return {"owners": owners, "truncated": room.truncated}
 
     def _look_up(
-        self, key: Key, by_cookie: Mapping[int, list[Owner]], uid: int | None
+        self,
+        key: Key,
+        by_cookie: Mapping[int, list[Owner]],
+        uid: int | None,
+        stop: Stop,
+        room: Room,
     ) -> dict[str, Any] | None:
         given = {name for name in key.__struct_fields__ if getattr(key, name) is not None}
         processes, portmap = self.pipeline.processes, self.pipeline.portmap
@@ -201,12 +286,13 @@ class Answers:
             ):
                 family, raw = _address(address)
                 if portmap is not None:
-                    owners = portmap.at((netns, PROTOS[proto], family, raw, port))
+                    end = (netns, PROTOS[proto], family, raw, port)
+                    owners = portmap.at(end, uid, _MAX_HOLDERS + 1)
             case _:
                 raise UsageError(
                     "a lookup key is {cookie}, {netns, proto, address, port} or {tgid, start_ns}"
                 )
-        found = self._grouped(owners, uid)
+        found = self._grouped(owners, stop, room)
         if not found:
             return None
         process = processes.get(found[0]["pid"], found[0]["start_ns"])

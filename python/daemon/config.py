@@ -40,7 +40,9 @@ class Config:
     ring_size: int = 16 << 20
     """For packets that wait for engine packet, in the daemon's own network namespace."""
     client_queue_size: int = 8 << 20
+    """For each client, as far as the memory limit has room for all (daemon.bounds)."""
     max_clients: int = 512
+    """A quarter is for those who see everything; another user has an eighth at most."""
     max_filters: int = 256
     """Distinct filters at once."""
     max_processes: int = 65536
@@ -55,7 +57,8 @@ class Config:
     flush_interval: float = 1.0
 
     metrics: str | None = None
-    """HOST:PORT on loopback, or the absolute path of a UNIX socket; none: off."""
+    """HOST:PORT on loopback, which all local users can read, or the absolute path of a UNIX socket
+    for the group; none: off."""
     metrics_processes: int = 50
     """Process names with counters of their own; the rest is summed up as "other"."""
 

@@ -21,11 +21,21 @@ from nlproto.shares import NOBODY, Payers, surplus
 from nlproto.table import Table, mix
 from nlproto.wire import PROTO_NAMES, address_text, how_name, lib, text
 
-__all__ = ["End", "History", "Question", "flow_fields", "network_words", "payers_of"]
+__all__ = [
+    "ROW_BYTES",
+    "End",
+    "History",
+    "Question",
+    "flow_fields",
+    "network_words",
+    "payers_of",
+]
 
 _FIRST_ROWS = 1024
 _ROW = np.dtype([*FLOW.descr, ("began_ns", "u8"), ("heard_ns", "u8"), ("id", "u8"), ("dirty", "?")])
 """began_ns and heard_ns are first_ns and last_ns by CLOCK_MONOTONIC, which nobody sets."""
+ROW_BYTES = _ROW.itemsize + 120
+"""Of a flow in memory, its place in the table included."""
 _SUMS = ("packets_in", "bytes_in", "packets_out", "bytes_out")
 _LAST = ("how", "uid", "inode", "comm")
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import math
@@ -13,12 +14,14 @@ import stat
 import sys
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer
 
 import numpy as np
 
+from daemon.allowance import Allowance
 from daemon.config import Config
 from daemon.place import Place
 from nlproto.errors import Error, UsageError
@@ -34,9 +37,10 @@ __all__ = ["Metrics"]
 
 _SUMS = ("packets_in", "bytes_in", "packets_out", "bytes_out")
 _ACCEPT_AGAIN = 0.5  # s
-_AT_ONCE = 8  # clients that are served, a thread each; more are sent away
 _OTHER = b"other"
 _UNNAMED = b""
+_AT_ONCE = 8
+"""Connections, each with a thread."""
 
 log = logging.getLogger(__name__)
 
@@ -176,8 +180,34 @@ class _Collector:
         return []
 
 
+class _NoErrors(ServerHandler):
+    """wsgiref's own, which writes a traceback to stderr when a client does not read."""
+
+    def log_exception(self, exc_info: Any) -> None:
+        log.debug("metrics: %s", exc_info[1])
+
+
 class _Quiet(WSGIRequestHandler):
     timeout = 5
+
+    def handle(self) -> None:
+        """One request. (The inherited method does the same with a handler that is not quiet.)"""
+        self.raw_requestline = self.rfile.readline(65537)
+        if len(self.raw_requestline) > 65536:
+            self.requestline = self.request_version = self.command = ""
+            self.send_error(414)
+            return
+        if not self.parse_request():
+            return
+        handler = _NoErrors(
+            self.rfile,
+            self.wfile,  # type: ignore[arg-type]
+            self.get_stderr(),
+            self.get_environ(),
+            multithread=True,
+        )
+        handler.request_handler = self  # type: ignore[attr-defined]
+        handler.run(self.server.get_app())  # type: ignore[attr-defined]
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug(format, *args)
@@ -187,9 +217,40 @@ class _Quiet(WSGIRequestHandler):
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    """A thread for each of the last _AT_ONCE connections; older ones are closed for new ones.
+
+    All of them have a small part of a CPU: on TCP any user can ask.
+    """
+
     daemon_threads = True
+    request_queue_size = 16
     failures = Failures("metrics")
-    free = threading.Semaphore(_AT_ONCE)
+
+    def __init__(self, *arguments: Any) -> None:
+        self._allowance = Allowance(share=0.1)
+        self._connections: OrderedDict[socket.socket, None] = OrderedDict()
+        self._changing = threading.Lock()
+        super().__init__(*arguments)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        super().process_request_thread(request, client_address)
+        self._allowance.spend(time.thread_time())
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        time.sleep(min(self._allowance.spend(0), 1.0))
+        with self._changing:
+            self._connections[request] = None
+            old = None
+            if len(self._connections) > _AT_ONCE:
+                old, _ = self._connections.popitem(last=False)
+                with contextlib.suppress(OSError):
+                    old.shutdown(socket.SHUT_RDWR)  # its thread closes it
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._changing:
+            self._connections.pop(request, None)
+        super().shutdown_request(request)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
@@ -198,18 +259,6 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
             self.failures.add(error)
             time.sleep(_ACCEPT_AGAIN)  # who waits makes the socket readable all the time
             raise
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if self.free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.free.release()
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that goes away, or is slow, is no failure of ours."""
@@ -252,7 +301,7 @@ class _UnixServer(_Server):
 
 def _listen(where: str) -> WSGIServer:
     if os.path.isabs(where):
-        return _UnixServer(where, _Quiet)  # type: ignore[arg-type]
+        return _UnixServer(where, _Quiet)
     host, _, port = where.rpartition(":")
     address = (host.strip("[]"), int(port))
     return (_Server6 if host.startswith("[") else _Server)(address, _Quiet)

@@ -98,8 +98,13 @@ class Recorder:
         assert batch.flows is not None
         self.history.update(batch.flows, batch.clock)
 
-    def past(self, question: Question) -> tuple[int, list[tuple[int, np.void]]]:
-        """Flows that are in the file and no more in memory; counted up to one over the limit."""
+    def past(
+        self, question: Question, stop: Callable[[], None] = lambda: None
+    ) -> tuple[int, list[tuple[int, np.void]]]:
+        """Flows that are in the file and no more in memory; counted up to one over the limit.
+
+        `stop` is called every few ms, and ends this by raising.
+        """
         store = self._store
         if store is None:
             return 0, []
@@ -108,7 +113,7 @@ class Recorder:
         if since_ns > horizon_ns:
             return 0, []
         try:
-            rows = store.ask(question, horizon_ns)
+            rows = store.ask(question, horizon_ns, stop)
         except Error as error:
             self._failed("not read", error)
             return 0, []

@@ -9,32 +9,50 @@ import errno
 import fcntl
 import logging
 import os
+import select
 import socket
 import stat
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from nlproto._host import ffi, lib
 
 import nlproto
+from daemon.allowance import FILTERS, QUESTIONS, REQUESTS, Allowance, Meter
 from daemon.answers import Answers
+from daemon.bounds import ANSWER_BYTES, STREAM_BYTES, Bounds, bounds_of
 from daemon.config import Config
 from daemon.place import Place
+from daemon.places import Places
+from daemon.publisher import Stream
+from daemon.questions import Question, Questions
 from daemon.rights import Peer, group_id, peer_of
-from daemon.session import Session
+from daemon.rounds import Rounds
+from daemon.session import MAX_ANSWER, Session
 from daemon.streams import Streams
 from nlproto.errors import Error, NoPrivilege
 from nlproto.frames import DEFAULT_SOCKET, PROTOCOL
 from nlproto.pipeline import NamedBatch
-from nlproto.supervise import Failures
+from nlproto.shares import Payers
 
 __all__ = ["Server", "SocketFile"]
 
-T = TypeVar("T")
-_BACKLOG = 256
+_BACKLOG = 4096  # what the kernel allows, by default
+_AT_ONCE = 512
+"""Connections accepted before anything else is done."""
+_READ = 16 << 10
+"""Bytes read from a client at once."""
 _ACCOUNT = 1.0  # s between two accounts for those who subscribed
-_SHARE = 8
-"""A user without rights may have at most one in so many of the connections."""
+_LOOK = 0.25  # s between two looks after clients that have gone, or do not read
+_TOGETHER = 0.02  # s that those without rights wait for each other
+_STUCK = 30.0
+"""s after which a client is let go that reads nothing of an answer."""
+_PATIENCE = 1.0
+"""s that what waits for clients may take when the daemon ends; twice, if need be."""
+_COMPLAIN = 60.0  # s between two entries in the log about the same
 
 log = logging.getLogger(__name__)
 
@@ -130,100 +148,248 @@ class Server:
         answers: Answers,
         config: Config,
         figures: Callable[[], dict[str, Any]],
+        bounds: Bounds | None = None,
     ) -> None:
         self.loop = loop
         self.answers = answers
         self.config = config
-        self._figures = figures
-        self.streams = Streams(answers.pipeline, self._post, config.max_filters)
-        self.sessions: set[Session] = set()
+        self.bounds = bounds or bounds_of(config)
+        self._allowance = Allowance(REQUESTS)
+        self.streams = Streams(
+            answers.pipeline, self._post, config.max_filters, STREAM_BYTES, Allowance(FILTERS)
+        )
+        self.questions = Questions(loop, self._may_answer, Allowance(QUESTIONS))
+        self.buffer = bytearray(_READ)
+        """Where all sessions read into, one at a time."""
+        self.slow: set[Session] = set()
+        """Sessions with more to send than their clients read."""
         self.refused = 0
+        self.stuck = 0
+        self._places: Places[Session | Arrival] = Places(config.max_clients)
+        self._sessions: set[Session] = set()
+        self._arrivals: set[Arrival] = set()
+        self._accepted = ffi.new("int[]", _AT_ONCE)
+        self._payers = Payers()
+        self._turns: dict[bool, Rounds[Session | Arrival]] = {True: Rounds(), False: Rounds()}
+        self._waiting: list[tuple[Stream, Callable[[dict[str, Any]], None]]] = []
+        """What users without rights want to know once all records have passed."""
+        self._turning: set[bool] = set()
+        self._figures = figures
         self._dropped_before = 0
         self._gid = group_id(config.group)
-        self._executor = ThreadPoolExecutor(1, "questions")
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._listener: socket.socket | None = None
+        self._complained = -_COMPLAIN
         self._started = time.time()
 
     def start(self, listener: socket.socket) -> None:
-        self._tasks = [
-            self.loop.create_task(self._accept(listener)),
-            self.loop.create_task(self._tell_accounts()),
-        ]
+        self.streams.__enter__()
+        self._listen(listener)
+        self._task(self._tell_accounts())
+        self._task(self._look_after())
 
     async def stop(self) -> None:
-        """Say bye, give clients a moment to take what waits for them, close."""
-        for task in self._tasks:
+        """Publish what waits, say bye, give clients a moment to take what waits for them, close."""
+        if self._listener is not None:
+            self.loop.remove_reader(self._listener)
+            self._listener = None
+        for arrival in tuple(self._arrivals):
+            self._turn_away(arrival)
+        for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.questions.end()
+        await self.loop.run_in_executor(None, self.streams.stop, _PATIENCE)
         account = self._account(settled=True)
-        for session in tuple(self.sessions):
+        for session in tuple(self._sessions):
             session.tell_account(account)
             session.tell("bye")
             session.close()
-        deadline = self.loop.time() + 1.0
-        while self.sessions and self.loop.time() < deadline:
+        deadline = self.loop.time() + _PATIENCE
+        while self._sessions and self.loop.time() < deadline:
             await asyncio.sleep(0.01)
-        for session in tuple(self.sessions):
+        for session in tuple(self._sessions):
             session.abort()
         await asyncio.sleep(0)
-        self._executor.shutdown(wait=True, cancel_futures=True)
 
     def reconfigure(self, config: Config) -> None:
         self.config = config
-        self.streams.max_filters = config.max_filters
+        self.streams.reconfigure(config.max_filters)
+        self._places.total = config.max_clients
         self._gid = group_id(config.group)
+        self.share_out()
 
-    async def _accept(self, listener: socket.socket) -> None:
+    def _task(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # Who may connect
+
+    def _listen(self, listener: socket.socket) -> None:
         # not asyncio.start_unix_server: credentials decide before a session exists
-        failures = Failures("accept")
+        self._listener = listener
+        self.loop.add_reader(listener, self._accept, listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Take all that wait: who floods the queue of the socket must not fill it for others."""
+        self._payers.refresh()
+        found = lib.host_accept(listener.fileno(), self._accepted, _AT_ONCE)
+        if found < 0:
+            if -found != errno.EAGAIN:
+                self._rest(listener, os.strerror(-found))
+            return
+        refused = [fd for fd in ffi.unpack(self._accepted, found) if not self._admit(fd)]
+        if refused:
+            self.refused += len(refused)
+            lib.host_close(refused, len(refused))
+
+    def _rest(self, listener: socket.socket, error: str) -> None:
+        """No descriptors or no memory: those who wait to connect wait a little longer."""
+        if self.loop.time() > self._complained + _COMPLAIN:
+            self._complained = self.loop.time()
+            log.warning("no client can connect at present: %s", error)
+        self.loop.remove_reader(listener)
+
+        def again() -> None:
+            if self._listener is not None:
+                self._listen(listener)
+
+        self.loop.call_later(0.1, again)
+
+    def _admit(self, fd: int) -> bool:
+        """Whether the connection may stay; what it takes to serve it is done in its user's turn."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+        try:
+            peer = peer_of(connection)
+        except OSError as error:
+            log.debug("client lost while it connected: %s", error)
+            connection.detach()
+            return False
+        user, full = self._payers.of_one(peer.uid), self.sees_everything(peer)
+        counted = None if full else user
+        if not self._places.has_room(counted):
+            connection.detach()
+            return False
+        arrival = Arrival(self, connection, peer, user, full)
+        self._arrivals.add(arrival)
+        self._places.take(arrival, counted)
+        self.wants_turn(arrival)
+        return True
+
+    def serve(self, arrival: Arrival) -> None:
+        """Give a connection its session, unless its client has gone already."""
+        if _has_gone(arrival.connection):
+            self._turn_away(arrival)
+            return
+        self._arrivals.discard(arrival)
+        self._places.give_back(arrival)
+        session = Session(self, arrival.peer, arrival.user)
+        self._places.take(session, None if session.full else session.user)
+        self._sessions.add(session)
+        self._task(self._connect(session, arrival.connection))
+
+    def _turn_away(self, arrival: Arrival) -> None:
+        self._arrivals.discard(arrival)
+        self._places.give_back(arrival)
+        self._turns[arrival.full].discard(arrival.user, arrival)
+        arrival.connection.close()
+
+    async def _connect(self, session: Session, connection: socket.socket) -> None:
+        try:
+            await self.loop.connect_accepted_socket(lambda: session, connection)
+        except BaseException as error:
+            self.left(session)
+            connection.close()
+            if not isinstance(error, OSError):
+                raise
+            log.debug("client lost while it connected: %s", error)
+
+    def sees_everything(self, peer: Peer) -> bool:
+        return peer.sees_everything(self._gid)
+
+    def left(self, session: Session) -> None:
+        self.slow.discard(session)
+        if session in self._sessions:
+            self._sessions.discard(session)
+            self._places.give_back(session)
+            self._dropped_before += session.dropped
+        self._turns[session.full].discard(session.user, session)
+        self.questions.pump()
+
+    # Whose turn it is
+
+    def wants_turn(self, session: Session | Arrival) -> None:
+        """The session has something to do; users take turns."""
+        self._turns[session.full].add(session.user, session)
+        if session.full not in self._turning:
+            self._turning.add(session.full)
+            self.loop.call_soon(self._take_turn, session.full)
+
+    def _take_turn(self, full: bool) -> None:
+        rounds, meter = self._turns[full], Meter(None if full else self._allowance)
+        session = rounds.next()
+        if session is not None and session.take_turn():
+            rounds.add(session.user, session)
+        pause = meter.pause()
+        if not rounds:
+            self._turning.discard(full)
+        elif pause:
+            self.loop.call_later(pause, self._take_turn, full)
+        else:
+            self.loop.call_soon(self._take_turn, full)
+
+    def has_read(self, session: Session) -> None:
+        self.wants_turn(session)
+        self.questions.pump()
+
+    def _may_answer(self, question: Question) -> bool:
+        """Whether answers that nobody has read leave room for another one."""
+        everybodys = own = MAX_ANSWER[question.full]
+        for session in self.slow:
+            if session.full == question.full:
+                everybodys += session.unread
+                own += session.unread if session.user == question.user else 0
+        return everybodys <= ANSWER_BYTES and own <= ANSWER_BYTES // (1 if question.full else 4)
+
+    async def _look_after(self) -> None:
+        """Clients that have gone while nothing was read from them, or that do not read."""
         while True:
-            try:
-                connection, _ = await self.loop.sock_accept(listener)
-            except OSError as error:  # no descriptor is left: who waits is served when one is
-                failures.add(error)
-                await asyncio.sleep(0.5)
-                continue
-            try:
-                peer = peer_of(connection)
-                if not self._has_room(peer):
-                    self.refused += 1
-                    connection.close()
-                    continue
-                await self.loop.connect_accepted_socket(lambda: Session(self, peer), connection)  # noqa: B023
-            except OSError as error:
-                log.debug("client lost while it connected: %s", error)
-                connection.close()
+            await asyncio.sleep(_LOOK)
+            for session in _hung_up(self._sessions):
+                session.abort()
+            for session in tuple(self.slow):
+                if session.is_stuck(self.loop.time(), _STUCK):
+                    self.stuck += 1
+                    session.abort()
+
+    def share_out(self) -> None:
+        """Each user's clients have an equal part of the room for queues."""
+        for full in (True, False):
+            users: dict[int, list[Session]] = {}
+            for session in self._sessions:
+                if session.full == full and session.subscription.stream is not None:
+                    users.setdefault(session.user, []).append(session)
+            for sessions in users.values():
+                part = self.bounds.client_queues // 2 // len(users) // len(sessions)
+                for session in sessions:
+                    session.subscription.bound(min(part, self.config.client_queue_size))
+
+    # What passes from other threads
 
     async def _tell_accounts(self) -> None:
         """What a client goes by when this daemon dies without a word."""
 
         def tell(account: dict[str, Any]) -> None:
-            for session in tuple(self.sessions):
+            for session in tuple(self._sessions):
                 session.tell_account(account)
 
         while True:
             await asyncio.sleep(_ACCOUNT)
-            if any(session.stream is not None for session in self.sessions):
-                self.after_all_records(tell)
-
-    def _has_room(self, peer: Peer) -> bool:
-        if len(self.sessions) >= self.config.max_clients:
-            return False
-        if self.sees_everything(peer):
-            return True
-        mine = sum(1 for session in self.sessions if session.peer.uid == peer.uid)
-        return mine < max(1, self.config.max_clients // _SHARE)
-
-    def sees_everything(self, peer: Peer) -> bool:
-        return peer.sees_everything(self._gid)
-
-    def joined(self, session: Session) -> None:
-        self.sessions.add(session)
-
-    def left(self, session: Session) -> None:
-        session.leave()
-        self.sessions.discard(session)
-        self._dropped_before += session.dropped
+            streams = (one.subscription.stream for one in self._sessions if one.full)
+            stream = next((one for one in streams if one is not None), None)
+            if stream is not None:
+                self.after_all_records(stream, tell)
 
     def publish(self, batch: NamedBatch) -> None:
         """Worker thread: hand a batch to all subscribers."""
@@ -233,8 +399,8 @@ class Server:
         """Any thread: tell every subscriber."""
 
         def tell() -> None:
-            for session in tuple(self.sessions):
-                if session.stream is not None:
+            for session in tuple(self._sessions):
+                if session.subscription.stream is not None:
                     session.tell(event, **fields)
 
         self._post(tell)
@@ -243,20 +409,32 @@ class Server:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
             self.loop.call_soon_threadsafe(function)
 
-    def after_all_records(self, function: Callable[[dict[str, Any]], None]) -> None:
-        """Call `function` in the loop once all packets recorded until now were offered.
+    def after_all_records(self, stream: Stream, function: Callable[[dict[str, Any]], None]) -> None:
+        """Call `function` in the loop once all packets recorded until now were offered to `stream`.
 
         It gets the account of exactly these.
         """
 
+        if stream.uid is None:
+            self._barrier([(stream, function)])
+            return
+        # the engine is emptied for it: not once for each of those who may ask as often as they like
+        self._waiting.append((stream, function))
+        if len(self._waiting) == 1:
+            self.loop.call_later(_TOGETHER, self._barrier, self._waiting)
+
+    def _barrier(self, waiting: list[tuple[Stream, Callable[[dict[str, Any]], None]]]) -> None:
+        if waiting is self._waiting:
+            self._waiting = []
+
         def passed() -> None:
             account = self._account(settled=True)
-            self._post(lambda: function(account))
+            for stream, function in waiting:
+                self.streams.mark(stream, partial(function, account))
 
         self.answers.pipeline.barrier(passed)
 
-    def in_thread(self, function: Callable[[], T]) -> asyncio.Future[T]:
-        return self.loop.run_in_executor(self._executor, function)
+    # Figures
 
     def greeting(self) -> dict[str, Any]:
         return {
@@ -274,24 +452,60 @@ class Server:
 
     def stats(self, session: Session) -> dict[str, Any]:
         """What this client may know."""
+        subscription = session.subscription
         own = {
-            "seen": session.seen if session.uid is None else None,
-            "matched": session.matched,
-            "sent": session.sent,
-            "dropped": session.dropped,
-            "queued_bytes": session.queued_bytes,
+            "seen": subscription.seen if session.full else None,
+            "matched": subscription.matched,
+            "sent": subscription.sent,
+            "dropped": subscription.dropped,
+            "queued_bytes": subscription.queued,
         }
         fields = self.greeting() | {"client": own}
-        return fields if session.uid is not None else fields | self.figures()
+        return fields | self.figures() if session.full else fields
 
     def figures(self) -> dict[str, Any]:
         """The account, and sizes and losses of every part. Any thread."""
-        sessions = tuple(self.sessions)
+        sessions = tuple(self._sessions)
         clients = {
             "connected": len(sessions),
+            "max": self.config.max_clients,
+            "for_others": self._places.for_others,
             "refused": self.refused,
-            "filters": len(self.streams),
-            "queued_bytes": sum(one.queued_bytes for one in sessions),
+            "stuck": self.stuck,
+            "queued_bytes": sum(one.subscription.queued for one in sessions),
             "dropped": self._dropped_before + sum(one.dropped for one in sessions),
-        }
-        return {"account": self._account(), "clients": clients} | self._figures()
+            "questions_waiting": self.questions.waiting,
+            "questions_cancelled": self.questions.cancelled,
+        } | self.streams.figures()
+        own = {"account": self._account(), "clients": clients, "memory": self.bounds.as_dict()}
+        return own | self._figures()
+
+
+@dataclass(eq=False, slots=True)
+class Arrival:
+    """A connection that has a place and waits to be served."""
+
+    server: Server
+    connection: socket.socket
+    peer: Peer
+    user: int
+    full: bool
+
+    def take_turn(self) -> bool:
+        self.server.serve(self)
+        return False
+
+
+def _has_gone(connection: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(connection, 0)  # POLLHUP is always told
+    return bool(poll.poll(0))
+
+
+def _hung_up(sessions: Iterable[Session]) -> list[Session]:
+    """Of sessions that are not read from: those whose client has closed its end."""
+    poll = select.poll()
+    by_fd = {session.fd: session for session in sessions if session.fd >= 0}
+    for fd in by_fd:
+        poll.register(fd, 0)  # POLLHUP is always told
+    return [by_fd[fd] for fd, events in poll.poll(0) if events] if by_fd else []

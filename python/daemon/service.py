@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from daemon import logs
 from daemon.answers import Answers
+from daemon.bounds import bounds_of, memory_limit
 from daemon.config import RELOADABLE, Config
 from daemon.keeper import Keeper
 from daemon.metrics import Metrics
@@ -34,7 +35,7 @@ from nlproto.supervise import Failures
 
 __all__ = ["SWITCH_INTERVAL", "Service"]
 
-SWITCH_INTERVAL = 0.0005  # s; a question must not wait 5 ms for the worker's turn to end
+SWITCH_INTERVAL = 0.0001  # s; each system call of the event loop may wait so long, twice or more
 _WORKER_HANGS = 10.0  # s
 
 log = logging.getLogger("daemon")
@@ -56,6 +57,7 @@ class Service:
         self._death: Error | None = None
         self._end: Callable[[], object] = lambda: None
         self.config = configuration()
+        self._bounds = bounds_of(self.config, memory_limit())
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT; the exit code, 1 when a part could not go on.
@@ -101,7 +103,9 @@ class Service:
     async def _serve(self, socket_file: SocketFile, pipeline: Pipeline, recorder: Recorder) -> None:
         loop = asyncio.get_running_loop()
         answers = Answers(pipeline, recorder.history, recorder.past, recorder.past_process)
-        server = Server(loop, answers, self.config, lambda: figures(pipeline, recorder))
+        server = Server(
+            loop, answers, self.config, lambda: figures(pipeline, recorder), self._bounds
+        )
         keeper = Keeper(
             self.config.engine, pipeline, server.announce, self._die, self.config.ring_size
         )
@@ -117,7 +121,7 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, ended.set)
         parts: list[Reconfigurable] = [server, recorder, metrics]
-        loop.add_signal_handler(signal.SIGHUP, lambda: self._reload(parts))
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._reload(server, parts))
         with metrics, pipeline, keeper:
             server.start(socket_file.socket)
             status = f"engine {pipeline.engine.name}, serving {self.config.socket}"
@@ -133,22 +137,24 @@ class Service:
             await loop.run_in_executor(None, pipeline.stop)
             await server.stop()
 
-    def _reload(self, parts: list[Reconfigurable]) -> None:
+    def _reload(self, server: Server, parts: list[Reconfigurable]) -> None:
         """SIGHUP: take what can change at run time; a file with a mistake changes nothing."""
         self._notifier.reloading()
         try:
-            new = self._configuration()
+            new, old = self._configuration(), self.config
+            values = dataclasses.asdict(new)
+            changed = dataclasses.replace(old, **{name: values[name] for name in RELOADABLE})
+            bounds = bounds_of(changed, self._bounds.limit)
         except UsageError as error:
             log.error("configuration not changed: %s", error)
         else:
-            old, values = self.config, dataclasses.asdict(new)
             late = [name for name in values if values[name] != getattr(old, name)]
             late = [name for name in late if name not in RELOADABLE]
             if late:
                 log.warning("a restart is needed for: %s", ", ".join(late))
-            changed = {name: values[name] for name in RELOADABLE}
-            self.config = dataclasses.replace(old, **changed)
+            self.config, self._bounds = changed, bounds
             logging.getLogger().setLevel(self.config.log_level.upper())
+            server.bounds = bounds
             for part in parts:
                 part.reconfigure(self.config)
             log.info("configuration read again")

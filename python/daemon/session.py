@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""One client: its requests, its subscription, its bounded queue."""
+"""One client: its requests, one after another, and what is sent to it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from daemon.answers import Room
+from daemon.questions import Question, Stop
 from daemon.requests import (
     Hello,
     Lookup,
@@ -17,19 +20,16 @@ from daemon.requests import (
     Request,
     Stats,
     Subscribe,
-    Unsubscribe,
     Who,
     parse_request,
     request_id,
 )
 from daemon.rights import Peer
-from daemon.streams import Piece, Stream
+from daemon.subscription import Subscription
 from nlproto.errors import Error, NoPrivilege, UsageError
+from nlproto.filter import Filter, parse
 from nlproto.frames import (
-    DATA_HEAD,
-    HEAD,
     MAX_REQUEST,
-    MAX_WAITING,
     PROTOCOL,
     Decoder,
     FrameError,
@@ -37,108 +37,206 @@ from nlproto.frames import (
     encode,
     encode_json,
 )
-from nlproto.processes import Key
 
 if TYPE_CHECKING:
     from daemon.server import Server
 
-__all__ = ["Session"]
+__all__ = ["MAX_ANSWER", "MAX_BUFFERED", "Session", "WRITE_HIGH"]
 
-_WRITE_HIGH = 256 * 1024
-_MAX_TOLD = 1 << 17
+WRITE_HIGH = 64 << 10
+"""Bytes that the transport may hold before a client counts as one that does not read."""
+MAX_BUFFERED = MAX_REQUEST + 4
+"""Bytes of requests that wait; nothing is read while there are more."""
+MAX_ANSWER = {True: 15 << 20, False: 8 << 20}
+"""Bytes of an answer, for who sees everything and for others."""
+_TURN = 0.001  # s
 
 _json = msgspec.json.Encoder()
 log = logging.getLogger(__name__)
 
 
-class Session(asyncio.Protocol):
-    """Runs in the event loop's thread alone."""
+class Session(asyncio.BufferedProtocol):
+    """Runs in the event loop's thread alone.
 
-    def __init__(self, server: Server, peer: Peer) -> None:
+    Requests are answered in order, one at a time: while a question waits for its turn, or a client
+    does not read, no further request of this client is looked at.
+    """
+
+    def __init__(self, server: Server, peer: Peer, user: int) -> None:
         self.server = server
         self.peer = peer
+        self.user = user
+        """The uid that counts: the peer's, or that of the user whom it is subordinate to."""
         self.uid: int | None = None if server.sees_everything(peer) else peer.uid
         """The only owner this client may see; None: all."""
-        self.stream: Stream | None = None
-        self.seen = self.matched = self.sent = self.dropped = 0
+        self.subscription = self._no_subscription()
+        self._dropped_before = 0
         self._account_at_start: dict[str, Any] | None = None
         self._transport: asyncio.Transport | None = None
         self._decoder = Decoder(MAX_REQUEST)
-        self._queue: deque[tuple[int, Piece]] = deque()
-        self._queued = 0
-        self._sequence = 0
-        self._told: dict[Key, int] = {}
-        self._told_dropped = 0
+        self._question: Question | None = None
+        self._busy = False
+        """A request is under way; the next one waits."""
+        self._ended: Callable[[], None] | None = None
+        """What remains to be done when the queue is empty."""
         self._paused = False
-        self._slow = 0
-        self._begun = False
-        """The subscription counts from the account at its start on."""
+        self._deaf = False
         self._ending = False
+        self._replies: list[bytes] | None = None
+        """Of the turn that this session has; they are sent together."""
+        self._answer_waits = False
+        self._read_last: tuple[int, float] | None = None
+        """Bytes of an answer that are left to be read, and since when."""
+
+    def _no_subscription(self) -> Subscription:
+        return Subscription(self._pump, self.server.config.client_queue_size)
+
+    @property
+    def full(self) -> bool:
+        return self.uid is None
+
+    @property
+    def dropped(self) -> int:
+        """Records of all subscriptions that this client was too slow for."""
+        return self._dropped_before + self.subscription.dropped
 
     # Bytes in
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        transport.set_write_buffer_limits(high=_WRITE_HIGH)
-        self.server.joined(self)
+        transport.set_write_buffer_limits(high=WRITE_HIGH)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        self._queue.clear()
+        if self._question is not None:
+            self.server.questions.cancel(self._question)
+        self._leave()
+        self.subscription.clear()
         self.server.left(self)
 
-    def data_received(self, data: bytes) -> None:
-        replies: list[bytes] = []
-        try:
-            for kind, payload in self._decoder.feed(data):
-                if kind is not Kind.CONTROL:
-                    raise FrameError("clients send control frames only")
-                reply = self._handle(payload)
-                if reply is not None:
-                    replies.append(reply)
-        except FrameError as error:
-            replies.append(_refusal(0, error))
-            self._write(b"".join(replies))
-            self.close()
-            return
-        if replies:
-            self._write(b"".join(replies))
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self.server.buffer
+
+    def buffer_updated(self, count: int) -> None:
+        self._decoder.add(memoryview(self.server.buffer)[:count])
+        if self._decoder.pending > MAX_BUFFERED:
+            self._listen(False)
+        self.server.wants_turn(self)
 
     def eof_received(self) -> bool:
         return False
 
-    def _handle(self, payload: bytes) -> bytes | None:
+    def _listen(self, wanted: bool) -> None:
+        """Read what the client sends, or leave it where it is."""
+        if self._transport is None or self._transport.is_closing() or wanted != self._deaf:
+            return
+        self._deaf = not wanted
+        if wanted:
+            self._transport.resume_reading()
+        else:
+            self._transport.pause_reading()
+
+    @property
+    def fd(self) -> int:
+        """Its socket's descriptor while nothing is read from it, else -1."""
+        if self._transport is None or not self._deaf:
+            return -1
+        return int(self._transport.get_extra_info("socket").fileno())
+
+    def take_turn(self) -> bool:
+        """Handle requests for a moment; whether there are more to handle now."""
+        until = time.monotonic() + _TURN
+        self._replies = []
+        try:
+            while not self._busy and not self._paused and not self._ending:
+                frame = self._decoder.next()
+                if frame is None:
+                    self._listen(True)
+                    return False
+                if frame[0] is not Kind.CONTROL:
+                    raise FrameError("clients send control frames only")
+                self._handle(frame[1])
+                if time.monotonic() > until:
+                    return True
+        except FrameError as error:
+            self._write(_refusal(0, error))
+            self._ending = True
+        finally:
+            replies, self._replies = self._replies, None
+            if replies:
+                self._write(b"".join(replies))
+            if self._ending:
+                self.close()
+        return False
+
+    def _finish(self, reply: bytes) -> None:
+        """Answer the request that is under way; now the next one may come."""
+        self._write(reply)
+        self._answer_waits = self._paused
+        self._busy = False
+        self.server.wants_turn(self)
+
+    # Requests
+
+    def _handle(self, payload: bytes) -> None:
         try:
             request = parse_request(payload)
         except UsageError as error:
-            return _refusal(request_id(payload), error)
+            self._write(_refusal(request_id(payload), error))
+            return
         try:
-            return self._answer(request)
+            self._answer(request)
         except Error as error:
-            return _refusal(request.id, error)
+            self._write(_refusal(request.id, error))
         except Exception:
             log.exception("request %s failed", type(request).__name__)
-            return _refusal(request.id, Error("the daemon failed on this request; see its log"))
+            self._write(_refusal(request.id, Error(_FAILED)))
 
-    def _answer(self, request: Request) -> bytes | None:
-        answers = self.server.answers
-        if isinstance(request, OwnerOf):
-            return _reply(request.id, answers.owner(request, self.uid))
-        if isinstance(request, Lookup):
-            return _reply(request.id, answers.lookup(request, self.uid))
-        if isinstance(request, Who):
-            self._ask_later(request)
-            return None
-        if isinstance(request, Hello):
-            return _reply(request.id, self._hello(request))
-        if isinstance(request, Stats):
-            return _reply(request.id, self.server.stats(self))
-        if isinstance(request, Subscribe):
-            self._subscribe(request)
+    def _answer(self, request: Request) -> None:
+        if isinstance(request, OwnerOf) and self.server.answers.is_cheap(request):
+            self._write(self._made(request, lambda: None))
+        elif isinstance(request, Who | OwnerOf | Lookup):
+            self._ask(request.id, lambda stop: self._made(request, stop), self._finish)
+        elif isinstance(request, Hello):
+            self._write(_reply(request.id, self._hello(request)))
+        elif isinstance(request, Stats):
+            self._write(_reply(request.id, self.server.stats(self)))
+        elif isinstance(request, Subscribe):
+            if self.subscription.stream is not None:
+                raise UsageError("this connection has a subscription already; unsubscribe first")
+            self._ask(
+                request.id,
+                lambda stop: parse(request.filter, resolve=False),
+                lambda filter: self._subscribe(request, filter),
+            )
         else:
-            self._unsubscribe(request)
-        return None
+            self._unsubscribe(request.id)
+
+    def _made(self, request: Who | OwnerOf | Lookup, stop: Stop) -> bytes:
+        """In a thread of Questions, unless it is cheap."""
+        answers, room = self.server.answers, Room(MAX_ANSWER[self.full])
+        if isinstance(request, OwnerOf):
+            fields = answers.owner(request, self.uid, stop, room)
+        elif isinstance(request, Lookup):
+            fields = answers.lookup(request, self.uid, stop, room)
+        else:
+            fields = answers.who(request, self.uid, stop=stop, room=room)
+        return _reply(request.id, fields)
+
+    def _ask(self, number: int, work: Callable[[Stop], Any], done: Callable[[Any], None]) -> None:
+        def answered(result: Any) -> None:
+            self._question = None
+            try:
+                if isinstance(result, Error):
+                    raise result
+                done(result)
+            except Error as error:
+                self._finish(_refusal(number, error))
+
+        self._busy = True
+        self._question = Question(self.user, self.full, work, answered)
+        self.server.questions.ask(self._question)
 
     def _hello(self, request: Hello) -> dict[str, Any]:
         if request.protocol != PROTOCOL:
@@ -146,124 +244,70 @@ class Session(asyncio.Protocol):
                 f"this daemon speaks protocol {PROTOCOL}, not {request.protocol}; "
                 "install client and daemon of one release"
             )
-        return self.server.greeting() | {"uid": self.peer.uid, "everything": self.uid is None}
-
-    def _ask_later(self, request: Who) -> None:
-        if self._slow >= MAX_WAITING:
-            raise _Busy(f"{MAX_WAITING} questions of this client wait; read the answers first")
-        self._slow += 1
-        future = self.server.in_thread(lambda: self.server.answers.who(request, self.uid))
-
-        def done(future: asyncio.Future[dict[str, Any]]) -> None:
-            self._slow -= 1
-            if future.cancelled():
-                return
-            error = future.exception()
-            if error is None:
-                reply = _reply(request.id, future.result())
-            else:
-                if not isinstance(error, Error):
-                    log.error("who failed", exc_info=error)
-                    error = Error("the daemon failed on this request; see its log")
-                reply = _refusal(request.id, error)
-            self._write(reply)
-
-        future.add_done_callback(done)
+        return self.server.greeting() | {"uid": self.peer.uid, "everything": self.full}
 
     # The subscription
 
-    def _subscribe(self, request: Subscribe) -> None:
-        if self.stream is not None:
-            raise UsageError("this connection has a subscription already; unsubscribe first")
+    def _subscribe(self, request: Subscribe, filter: Filter) -> None:
+        subscription = self._no_subscription()
+        self._dropped_before = self.dropped
         # bytes of packets are for those who could capture them
-        snaps = request.snaps and self.uid is None
-        self.stream = self.server.streams.join(request.filter, self.uid, self, snaps)
-        self.server.after_all_records(lambda account: self._begin(request, account))
-
-    def _begin(self, request: Subscribe, account: dict[str, Any]) -> None:
-        if self.stream is None:
-            return
-        self._begun = True
-        self.seen = self.matched = self.sent = self.dropped = 0
-        self._told_dropped = 0
-        self._sequence = 0
-        self._account_at_start = self._shown(account)
-        self._write(
-            _reply(request.id, {"account": self._account_at_start, "snaps": self.stream.snaps})
+        snaps = request.snaps and self.full
+        streams = self.server.streams
+        subscription.stream = streams.join(filter, self.uid, subscription, snaps, self.user)
+        self.subscription = subscription
+        self.server.share_out()
+        self.server.after_all_records(
+            subscription.stream, lambda account: self._begin(request.id, account)
         )
+
+    def _begin(self, number: int, account: dict[str, Any]) -> None:
+        stream = self.subscription.stream
+        if stream is None:
+            return
+        self.subscription.begun = True
+        self._account_at_start = self._shown(account)
+        reply = {"account": self._account_at_start, "snaps": stream.snaps}
+        self._finish(_reply(number, reply))
 
     def _shown(self, account: dict[str, Any]) -> dict[str, Any] | None:
         """The daemon's account, for those who may see everybody's packets."""
-        return account if self.uid is None else None
+        return account if self.full else None
 
-    def _unsubscribe(self, request: Unsubscribe) -> None:
-        if self.stream is None:
+    def _unsubscribe(self, number: int) -> None:
+        stream = self.subscription.stream
+        if stream is None:
             raise UsageError("this connection has no subscription")
-        if self._ending:
-            raise UsageError("this subscription is ending already")
-        self._ending = True
-        self.server.after_all_records(lambda account: self._end(request, account))
+        self._busy = True
+        self.server.after_all_records(stream, lambda account: self._end(number, account))
 
-    def _end(self, request: Unsubscribe, account: dict[str, Any]) -> None:
-        self._ending = False
-        if self._transport is None or self.stream is None:
+    def _end(self, number: int, account: dict[str, Any]) -> None:
+        if self._transport is None:
             return
-        self._leave()
-        self._queue_reply(request, account)
-
-    def _queue_reply(self, request: Unsubscribe, account: dict[str, Any]) -> None:
-        """Answer behind the records that wait."""
-        if self._queue and self._transport is not None:
-            self.server.loop.call_later(0.01, self._queue_reply, request, account)
-            return
-        fields = {
-            "seen": self.seen if self.uid is None else None,
-            "matched": self.matched,
-            "sent": self.sent,
-            "dropped": self.dropped,
-            "account_at_start": self._account_at_start,
-            "account": self._shown(account),
-        }
-        self._write(_reply(request.id, fields))
-
-    def _leave(self) -> None:
-        if self.stream is not None:
-            self.server.streams.leave(self.stream, self)
-            self.stream = None
-            self._begun = False
-
-    def leave(self) -> None:
-        """The connection is gone: give back what it holds."""
+        subscription = self.subscription
         self._leave()
 
-    def offer(self, seen: int, piece: Piece | None) -> None:
-        """`seen` records passed, those in `piece` fit; when the queue is full the oldest go."""
-        if self._transport is None or not self._begun:
-            return
-        self.seen += seen
-        if piece is None:
-            return
-        self.matched += piece.count
-        limit = self.server.config.client_queue_size
-        while self._queue and self._queued + piece.size > limit:
-            _, old = self._queue.popleft()
-            self._queued -= old.size
-            self.dropped += old.count
-        self._queue.append((self._sequence, piece))
-        self._sequence += 1
-        self._queued += piece.size
+        def answer() -> None:
+            fields = {
+                "seen": subscription.seen if self.full else None,
+                "matched": subscription.matched,
+                "sent": subscription.sent,
+                "dropped": subscription.dropped,
+                "account_at_start": self._account_at_start,
+                "account": self._shown(account),
+            }
+            self._finish(_reply(number, fields))
+
+        self._ended = answer
         self._pump()
 
-    def lose(self, seen: int, matched: int) -> None:
-        """Records that could not be offered because the event loop was behind."""
-        if self._begun:
-            self.seen += seen
-            self.matched += matched
-            self.dropped += matched
-
-    @property
-    def queued_bytes(self) -> int:
-        return self._queued
+    def _leave(self) -> None:
+        subscription = self.subscription
+        if subscription.stream is not None:
+            self.server.streams.leave(subscription.stream, subscription)
+            subscription.stream = None
+            subscription.begun = False
+            self.server.share_out()
 
     def tell(self, event: str, **fields: Any) -> None:
         """Send an event frame, unless the client does not read."""
@@ -272,56 +316,50 @@ class Session(asyncio.Protocol):
 
     def tell_account(self, account: dict[str, Any]) -> None:
         """Send the account of exactly the records that were offered until now."""
-        if self._begun and self.uid is None:
+        if self.subscription.begun and self.full:
             self.tell("account", account=account)
 
     # Bytes out
 
     def _pump(self) -> None:
-        transport = self._transport
-        while self._queue and not self._paused and transport is not None:
-            sequence, piece = self._queue.popleft()
-            self._queued -= piece.size
-            if self.dropped != self._told_dropped:
-                lost = self.dropped - self._told_dropped
-                self._told_dropped = self.dropped
-                event = {"event": "gap", "where": "client", "records": lost}
-                transport.write(encode_json(Kind.EVENT, event))
-            news = self._untold(piece)
-            if news:
-                transport.write(encode(Kind.PROCESSES, b"[" + b",".join(news) + b"]"))
-            if piece.snaps:
-                transport.write(encode(Kind.SNAPS, piece.snaps))
-            length = DATA_HEAD.size + len(piece.payload) + HEAD.size - 4
-            head = HEAD.pack(length, Kind.DATA, b"\0\0\0") + DATA_HEAD.pack(sequence, self.dropped)
-            self.sent += piece.count
-            transport.write(head + piece.payload)
-
-    def _untold(self, piece: Piece) -> list[bytes]:
-        told = self._told
-        if len(told) > _MAX_TOLD:
-            told.clear()
-        news = []
-        for key, generation, encoded in piece.processes:
-            if told.get(key) != generation:
-                told[key] = generation
-                news.append(encoded)
-        return news
+        while not self._paused and self._transport is not None:
+            frame = self.subscription.next_frame()
+            if frame is None:
+                if self._ended is not None:
+                    ended, self._ended = self._ended, None
+                    ended()
+                return
+            self._write(frame)
 
     def _write(self, data: bytes) -> None:
-        if self._transport is not None and not self._transport.is_closing():
+        if self._replies is not None:
+            self._replies.append(data)
+        elif self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
+
+    @property
+    def unread(self) -> int:
+        """Bytes written that the client has not read; those in its socket do not count."""
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
+
+    def is_stuck(self, now: float, patience: float) -> bool:
+        """Whether this client has read nothing of an answer for `patience` s."""
+        if not self._answer_waits:
+            return False
+        if self._read_last is None or self._read_last[0] != self.unread:
+            self._read_last = self.unread, now
+        return now - self._read_last[1] > patience
 
     def pause_writing(self) -> None:
         self._paused = True
-        if self._transport is not None:
-            self._transport.pause_reading()
+        self.server.slow.add(self)
 
     def resume_writing(self) -> None:
-        self._paused = False
+        self._paused = self._answer_waits = False
+        self._read_last = None
+        self.server.slow.discard(self)
         self._pump()
-        if not self._paused and self._transport is not None and not self._transport.is_closing():
-            self._transport.resume_reading()
+        self.server.has_read(self)
 
     def close(self) -> None:
         if self._transport is not None:
@@ -332,8 +370,7 @@ class Session(asyncio.Protocol):
             self._transport.abort()
 
 
-class _Busy(Error):
-    pass
+_FAILED = "the daemon failed on this request; see its log"
 
 
 def _reply(number: int, fields: dict[str, Any]) -> bytes:
@@ -348,8 +385,6 @@ def _refusal(number: int, error: Error) -> bytes:
         code = "usage"
     elif isinstance(error, NoPrivilege):
         code = "denied"
-    elif isinstance(error, _Busy):
-        code = "busy"
     else:
         code = "failed"
     message = {"id": number, "ok": False, "error": " ".join(str(error).split()), "code": code}

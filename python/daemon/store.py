@@ -87,6 +87,8 @@ _WRITE_PROCESS = (
 )
 _HAS_PROCESS = "SELECT 1 FROM processes WHERE tgid = ? AND start_ns = ?"
 _BUSY = 5000  # ms
+_STEPS = 20_000
+"""Of SQLite's machine, some ms, between two looks whether anybody still wants the answer."""
 _AGED = 3600  # s at most between two looks for what is too old: they read a whole index
 _DETAILS = 16384
 """Bytes of one process in the file; longer strings in it are cut."""
@@ -183,10 +185,7 @@ class Store:
             writer.execute("SELECT payer, seen FROM processes LIMIT 1").fetchone()
             # also in files of versions that did not have it
             writer.execute("CREATE INDEX IF NOT EXISTS flows_ends ON flows (lport, rport, last_ns)")
-            reader = sqlite3.connect(
-                f"file:{self._place.path}?mode=ro", uri=True, check_same_thread=False
-            )
-            reader.execute(f"PRAGMA busy_timeout = {_BUSY}")
+            reader = self._connect_reader()
         except BaseException:
             writer.close()
             self._let_go()
@@ -367,8 +366,13 @@ class Store:
         except sqlite3.Error as error:
             raise Error(f"{self.path}: {error}") from None
 
-    def ask(self, question: Question, until_ns: int) -> list[tuple[int, np.void]]:
-        """(id, FLOW) last seen at `until_ns` or before, newest first, `limit` and one more."""
+    def ask(
+        self, question: Question, until_ns: int, stop: Callable[[], None] = lambda: None
+    ) -> list[tuple[int, np.void]]:
+        """(id, FLOW) last seen at `until_ns` or before, newest first, `limit` and one more.
+
+        `stop` is called every few ms, and ends this by raising.
+        """
         wheres, values = _conditions(question)
         wheres.append("last_ns <= ?")
         values.append(until_ns)
@@ -382,14 +386,37 @@ class Store:
             )
             all_values += [*own, *values, question.limit + 1]
         query = " UNION ALL ".join(parts)
-        try:
-            with self._reading:
-                rows = self._reader.execute(query, all_values).fetchall()
-        except sqlite3.Error as error:
-            raise Error(f"history {self.path}: {error}") from None
+        rows = self._fetch(query, all_values, stop)
         flows = _flows(rows)
         order = np.argsort(flows["last_ns"], kind="stable")[::-1][: question.limit + 1]
         return [(rows[index][0], flows[index]) for index in order.tolist()]
+
+    def _fetch(self, query: str, values: list[Any], stop: Callable[[], None]) -> list[Any]:
+        """On a connection of its own: nobody waits for another's question."""
+        ended: list[BaseException] = []
+
+        def is_over() -> bool:
+            try:
+                stop()
+            except BaseException as error:
+                ended.append(error)
+            return bool(ended)
+
+        try:
+            with contextlib.closing(self._connect_reader()) as reader:
+                reader.set_progress_handler(is_over, _STEPS)
+                return reader.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            if ended:
+                raise ended[0] from None
+            raise Error(f"history {self.path}: {error}") from None
+
+    def _connect_reader(self) -> sqlite3.Connection:
+        reader = sqlite3.connect(
+            f"file:{self._place.path}?mode=ro", uri=True, check_same_thread=False
+        )
+        reader.execute(f"PRAGMA busy_timeout = {_BUSY}")
+        return reader
 
     def process(self, tgid: int, start_ns: int) -> Process | None:
         query = "SELECT details FROM processes WHERE tgid = ? AND start_ns = ?"

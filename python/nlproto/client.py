@@ -7,6 +7,7 @@ import math
 import os
 import select
 import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -115,9 +116,17 @@ class DaemonClient:
         self._events: deque[Event] = deque()
         self._next_id = 1
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        self._socket.settimeout(timeout)
+        # with a timeout of Python's, connect(2) fails at once where many wait to be accepted
+        seconds = int(timeout)
+        limit = struct.pack("ll", seconds, max(1, int((timeout - seconds) * 1e6)))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         try:
             self._socket.connect(self.path)
+        except BlockingIOError:
+            self._socket.close()
+            raise DaemonBusy(
+                f"{self.path} took no connection in {timeout:g} s: too many wait there; try again"
+            ) from None
         except OSError as error:
             self._socket.close()
             raise NoDaemon(

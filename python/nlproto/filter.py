@@ -15,9 +15,10 @@ import operator
 import os
 import pwd
 import re
+import secrets
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Protocol
 
@@ -27,11 +28,17 @@ from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedTok
 
 from nlproto import wire
 from nlproto.errors import UsageError
+from nlproto.table import mix
 
 __all__ = ["EVERYTHING", "WORDS", "Filter", "FilterError", "parse", "quote"]
 
 MAX_LENGTH = 4096
 MAX_DEPTH = 50
+MAX_COST = 512
+"""Tests in one filter; `pname`, `container` and `unit` count as NAME_COST."""
+NAME_COST = 4
+MAX_NAME = 256
+"""Characters of such a name; the kernel's names have at most 255 bytes."""
 NETNS_DIR = "/run/netns"
 
 WORDS = (
@@ -72,8 +79,68 @@ class Details(Protocol):
     def get(self, tgid: int, start_ns: int, /) -> ProcessLike | None: ...
 
 
+class _View:
+    """The records that a filter looks at; what several tests need is made once."""
+
+    def __init__(self, records: np.ndarray, details: Details | None) -> None:
+        self.records = records
+        self._details = details
+        self._columns: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def column(self, name: str) -> np.ndarray:
+        """One field; addresses as two numbers of 64 bits."""
+        found = self._columns.get(name)
+        if found is None:
+            found = np.ascontiguousarray(self.records[name])
+            if found.ndim == 2:
+                found = found.view(np.uint64)
+            self._columns[name] = found
+        return found
+
+    @functools.cached_property
+    def named(self) -> np.ndarray:
+        how = self.column("how")
+        named: np.ndarray = (how > 0) & (how < wire.lib.SNIFFER_HOW_REASONS)
+        return named
+
+    @functools.cached_property
+    def processes(self) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str, str, str]]]:
+        """Where the named records are, which process each has, and these processes.
+
+        A process is (comm, name of its program, container, unit). Each is looked up once.
+        """
+        places = np.flatnonzero(self.named)
+        records = self.records[places]
+        comm = np.ascontiguousarray(records["comm"]).view(np.uint64).reshape(-1, 2)
+        identity = mix(
+            (records["tgid"].astype(np.uint64), records["start_ns"], comm[:, 0], comm[:, 1]),
+            _SEED,
+        )
+        _, first, belongs = np.unique(identity, return_index=True, return_inverse=True)
+        found = []
+        for index in first.tolist():
+            record = records[index]
+            process = None
+            if self._details is not None:
+                process = self._details.get(int(record["tgid"]), int(record["start_ns"]))
+            program = os.path.basename(process.exe) if process is not None else ""
+            container = process.container if process is not None else ""
+            unit = process.unit if process is not None else ""
+            found.append((wire.text(bytes(record["comm"])), program, container, unit))
+        return places, belongs, found
+
+
+_SEED = secrets.randbits(64)
+
+
 class _Node(Protocol):
-    def mask(self, records: np.ndarray, details: Details | None) -> np.ndarray: ...
+    def mask(self, view: _View) -> np.ndarray: ...
+
+    @property
+    def cost(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +152,22 @@ class Filter:
     def __str__(self) -> str:
         return "" if self.root is None else str(self.root)
 
+    @property
+    def cost(self) -> int:
+        """How many tests it makes; `pname`, `container` and `unit` count as NAME_COST."""
+        return 0 if self.root is None else self.root.cost
+
     def mask(self, records: np.ndarray, details: Details | None = None) -> np.ndarray:
         """Return one bool a record of `records` (RECORD, shape (n,)).
 
-        `details` is asked by `pname` (names longer than 15 bytes, names of executables) and
-        by `container` and `unit`; without it these see only what the record says.
+        `details` is asked once for each process, by `pname` (names longer than 15 bytes, names of
+        executables), `container` and `unit`; without it these see only what the record says.
         """
         if self.root is None:
             return np.ones(len(records), bool)
-        return self.root.mask(records, details)
+        if not len(records):
+            return np.zeros(0, bool)
+        return self.root.mask(_View(records, details))
 
     def __and__(self, other: Filter) -> Filter:
         """Return the filter that wants both."""
@@ -123,10 +197,14 @@ class _Chain:
             words += [word, _grouped(node)]
         return " ".join(words)
 
-    def mask(self, records: np.ndarray, details: Details | None) -> np.ndarray:
-        result = self.first.mask(records, details)
+    @property
+    def cost(self) -> int:
+        return self.first.cost + sum(node.cost for _, node in self.rest)
+
+    def mask(self, view: _View) -> np.ndarray:
+        result = self.first.mask(view)
         for word, node in self.rest:
-            other = node.mask(records, details)
+            other = node.mask(view)
             result = result & other if word == "and" else result | other
         return result
 
@@ -142,8 +220,12 @@ class _Not:
     def __str__(self) -> str:
         return f"not {_grouped(self.node)}"
 
-    def mask(self, records: np.ndarray, details: Details | None) -> np.ndarray:
-        return ~self.node.mask(records, details)
+    @property
+    def cost(self) -> int:
+        return self.node.cost
+
+    def mask(self, view: _View) -> np.ndarray:
+        return ~self.node.mask(view)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,17 +240,19 @@ class _Equal:
     def __str__(self) -> str:
         return self.text
 
-    def mask(self, records: np.ndarray, details: Details | None) -> np.ndarray:
-        column = records[self.field]
-        result: np.ndarray = column == self.values[0]
-        for value in self.values[1:]:
-            result |= column == value
-        return result & _is_named(records) if self.named else result
+    @property
+    def cost(self) -> int:
+        return 1
 
-
-def _is_named(records: np.ndarray) -> np.ndarray:
-    named: np.ndarray = (records["how"] > 0) & (records["how"] < wire.lib.SNIFFER_HOW_REASONS)
-    return named
+    def mask(self, view: _View) -> np.ndarray:
+        column = view.column(self.field)
+        if len(self.values) == 1:
+            result: np.ndarray = column == self.values[0]
+        else:  # `how` alone, one byte
+            table = np.zeros(256, bool)
+            table[list(self.values)] = True
+            result = table[column]
+        return result & view.named if self.named else result
 
 
 _SIDES = {
@@ -198,9 +282,13 @@ class _Ports:
         span = f"port {self.low}" if self.low == self.high else f"portrange {self.low}-{self.high}"
         return _sided(self.side, span)
 
-    def mask(self, records: np.ndarray, details: Details | None) -> np.ndarray:
+    @property
+    def cost(self) -> int:
+        return 1
+
+    def mask(self, view: _View) -> np.ndarray:
         ends, join = _SIDES[self.side]
-        masks = [self._end(records[f"{end}port"]) for end in ends]
+        masks = [self._end(view.column(f"{end}port")) for end in ends]
         return _join(join, masks)
 
     def _end(self, ports: np.ndarray) -> np.ndarray:
@@ -221,14 +309,23 @@ class _Net:
         single = self.net.prefixlen == self.net.max_prefixlen
         return _sided(self.side, f"host {self.net[0]}" if single else f"net {self.net}")
 
-    def mask(self, records: np.ndarray, details: Details | None) -> np.ndarray:
+    @property
+    def cost(self) -> int:
+        return 1
+
+    def mask(self, view: _View) -> np.ndarray:
         ends, join = _SIDES[self.side]
         family = socket.AF_INET if self.net.version == 4 else socket.AF_INET6
-        size = -(-self.net.prefixlen // 8)
-        bits = np.frombuffer(self.net.netmask.packed[:size], np.uint8)
-        wanted = np.frombuffer(self.net.network_address.packed[:size], np.uint8)
-        masks = [((records[f"{end}addr"][:, :size] & bits) == wanted).all(axis=1) for end in ends]
-        result: np.ndarray = _join(join, masks) & (records["family"] == family)
+        bits = np.frombuffer(self.net.netmask.packed.ljust(16, b"\0"), np.uint64)
+        wanted = np.frombuffer(self.net.network_address.packed.ljust(16, b"\0"), np.uint64)
+        masks = []
+        for end in ends:
+            words = view.column(f"{end}addr")
+            fits = (words[:, 0] & bits[0]) == wanted[0]
+            if bits[1]:
+                fits &= (words[:, 1] & bits[1]) == wanted[1]
+            masks.append(fits)
+        result: np.ndarray = _join(join, masks) & (view.column("family") == family)
         return result
 
 
@@ -242,8 +339,12 @@ class _Length:
     def __str__(self) -> str:
         return f"{self.word} {self.bytes}"
 
-    def mask(self, records: np.ndarray, details: Details | None) -> np.ndarray:
-        sizes = records["len"]
+    @property
+    def cost(self) -> int:
+        return 1
+
+    def mask(self, view: _View) -> np.ndarray:
+        sizes = view.column("len")
         result: np.ndarray = sizes <= self.bytes if self.word == "less" else sizes >= self.bytes
         return result
 
@@ -254,49 +355,49 @@ class _Owner:
 
     word: str
     name: str
+    fits: Callable[[str], object] = field(compare=False, repr=False)
+    """Whether a name is `name` or matches it."""
 
     def __str__(self) -> str:
         return f"{self.word} {quote(self.name)}"
 
-    def mask(self, records: np.ndarray, details: Details | None) -> np.ndarray:
-        result = np.zeros(len(records), bool)
-        owned = np.flatnonzero(_is_named(records))
-        if not len(owned):
-            return result
-        # a batch has many records of few processes: ask once a process
-        keys = np.empty(len(owned), [("tgid", "u8"), ("start", "u8"), ("comm", "S16")])
-        keys["tgid"] = records["tgid"][owned]
-        keys["start"] = records["start_ns"][owned]
-        keys["comm"] = records["comm"][owned]
-        known: dict[tuple[int, int, bytes], bool] = {}
-        verdicts = []
-        for key in keys.tolist():
-            verdict = known.get(key)
-            if verdict is None:
-                process = details.get(key[0], key[1]) if details is not None else None
-                verdict = known[key] = self._fits(wire.text(key[2]), process)
-            verdicts.append(verdict)
-        result[owned] = verdicts
+    @property
+    def cost(self) -> int:
+        return NAME_COST
+
+    def mask(self, view: _View) -> np.ndarray:
+        places, belongs, processes = view.processes
+        wanted = (self._is_wanted(*one) for one in processes)
+        verdicts = np.fromiter(wanted, bool, len(processes))
+        result = np.zeros(len(view), bool)
+        result[places] = verdicts[belongs]
         return result
 
-    def _fits(self, comm: str, process: ProcessLike | None) -> bool:
-        if self.word != "pname":
-            place = getattr(process, self.word, "")
-            return bool(place) and self._is(place)
-        program = os.path.basename(process.exe) if process is not None else ""
-        return self._is(comm) or bool(program) and self._is(program) or self._is_cut(comm, program)
-
-    def _is(self, name: str) -> bool:
-        if self.word == "container":  # "docker:4f1c0d2e9a3b", of an id that has 64 digits
-            return is_container(name, self.name)
-        if self.word == "unit" and fnmatch.fnmatchcase(name.rpartition(".")[0], self.name):
-            return True  # systemctl too takes "nginx" for "nginx.service"
-        return fnmatch.fnmatchcase(name, self.name)
+    def _is_wanted(self, comm: str, program: str, container: str, unit: str) -> bool:
+        if self.word == "container":
+            return bool(container) and _is_container(container, self.name, self.fits)
+        if self.word == "unit":  # systemctl too takes "nginx" for "nginx.service"
+            return bool(unit) and bool(self.fits(unit) or self.fits(unit.rpartition(".")[0]))
+        if self.fits(comm) or program and self.fits(program):
+            return True
+        return self._is_cut(comm, program)
 
     def _is_cut(self, comm: str, program: str) -> bool:
         """The kernel keeps 15 bytes of a name; a longer one is settled by the executable."""
+        if program or len(comm) + 1 > len(self.name):
+            return False
         name = self.name.encode()
-        return len(name) > _COMM_MAX and not program and comm.encode() == name[:_COMM_MAX]
+        return len(name) > _COMM_MAX and comm.encode() == name[:_COMM_MAX]
+
+
+def _matcher(name: str) -> Callable[[str], object]:
+    """What tells whether a name is `name`, or matches it.
+
+    fnmatch's own cache would keep 32,768 patterns of strangers.
+    """
+    if any(character in name for character in "*?["):
+        return re.compile(fnmatch.translate(name)).match
+    return name.__eq__
 
 
 def is_container(name: str, wanted: str) -> bool:
@@ -305,10 +406,14 @@ def is_container(name: str, wanted: str) -> bool:
     That is its name or id, a pattern, or the beginning of an id, as docker and podman take it;
     each with or without the runtime before it.
     """
+    return _is_container(name, wanted, _matcher(wanted))
+
+
+def _is_container(name: str, wanted: str, fits: Callable[[str], object]) -> bool:
     runtime, _, short = name.partition(":")
-    asked, colon, rest = wanted.rpartition(":")
-    if fnmatch.fnmatchcase(name, wanted) or fnmatch.fnmatchcase(short, wanted):
+    if fits(name) or fits(short):
         return True
+    asked, colon, rest = wanted.rpartition(":")
     is_id = re.fullmatch("[0-9a-f]{12}", short) and re.fullmatch("[0-9a-f]{1,64}", rest)
     return bool(is_id) and (not colon or asked == runtime) and short.startswith(rest[:12])
 
@@ -336,9 +441,13 @@ def parse(text: str, resolve: bool = True) -> Filter:
     except UnexpectedInput as error:
         raise _syntax_error(error, text) from None
     try:
-        return Filter(_Builder(text, resolve).chain(tree.children[0]))
+        found = Filter(_Builder(text, resolve).chain(tree.children[0]))
     except FilterError as error:  # "port 80 or icmp" reads as port 80 or port icmp
         raise _foreign(tokens, text) or error from None
+    if found.cost > MAX_COST:
+        told = f"{found.cost} tests (a name counts as {NAME_COST})"
+        raise FilterError(f"{told}; {MAX_COST} at most: shorten it", text, 0, len(text))
+    return found
 
 
 def _check_depth(tokens: list[Token], text: str) -> None:
@@ -689,13 +798,19 @@ class _Builder:
         return _Equal(f"how {name}", "how", known[name])
 
     def _pname(self, words: _Words, value: Token) -> _Node:
-        return _Owner("pname", _plain(value))
+        return self._owner("pname", value)
 
     def _container(self, words: _Words, value: Token) -> _Node:
-        return _Owner("container", _plain(value))
+        return self._owner("container", value)
+
+    def _owner(self, word: str, value: Token) -> _Node:
+        name = _plain(value)
+        if len(name) > MAX_NAME:
+            raise self._fail(f"a name has at most {MAX_NAME} characters", value)
+        return _Owner(word, name, _matcher(name))
 
     def _unit(self, words: _Words, value: Token) -> _Node:
-        return _Owner("unit", _plain(value))
+        return self._owner("unit", value)
 
     def _less(self, words: _Words, value: Token) -> _Node:
         return _Length("less", self._number(value, "number of bytes"))

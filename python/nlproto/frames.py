@@ -33,7 +33,7 @@ DEFAULT_SOCKET = "/run/packet-hunter/daemon.sock"
 MAX_REQUEST = 64 * 1024
 MAX_REPLY = 16 * 1024 * 1024
 MAX_WAITING = 16
-"""Questions to the history that one client may have waiting."""
+"""Questions that a client sends ahead, before it reads an answer."""
 
 HEAD = struct.Struct("<IB3s")
 """Bytes that follow the first four, kind, three zeros."""
@@ -80,7 +80,10 @@ def parse_json(payload: bytes | bytearray | memoryview) -> dict[str, Any]:
 
 
 class Decoder:
-    """Cuts a byte stream into frames; holds at most one incomplete frame of `limit` bytes."""
+    """Cuts a byte stream into frames; holds at most one incomplete frame of `limit` bytes.
+
+    (And what was added and not asked for.)
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -90,6 +93,14 @@ class Decoder:
     def pending(self) -> int:
         """Bytes of an incomplete frame."""
         return len(self._buffer)
+
+    def add(self, data: bytes | bytearray | memoryview) -> None:
+        """Keep `data` until next() or feed() asks for frames."""
+        self._buffer += data
+
+    def next(self) -> tuple[Kind, bytes] | None:
+        """(kind, payload) of the first frame, None when none is complete. Raises FrameError."""
+        return next(self.feed(b""), None)
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[tuple[Kind, bytes]]:
         """Yield (kind, payload) of each frame that `data` completes. Raises FrameError."""

@@ -90,3 +90,12 @@ struct host_held {
  */
 int host_held_sockets(int procfd, const uint32_t *pids, uint32_t count, struct host_held *held,
 		      uint32_t max, uint32_t *refused);
+
+/*
+ * Accept up to max connections that wait at a non-blocking listener, each close-on-exec and
+ * non-blocking; returns how many, or -errno when the first one fails.
+ */
+int host_accept(int listener, int *fds, uint32_t max);
+
+/* Close some descriptors. */
+void host_close(const int *fds, uint32_t count);

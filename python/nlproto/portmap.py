@@ -43,6 +43,8 @@ _ROW = np.dtype(
 )
 _KEY = ("address", "start_ns", "netns", "tgid", "port", "proto", "family")
 _FIRST_ROWS = 256
+_FEW = 16
+"""Owners that are found faster one by one than with NumPy."""
 _PART = 2048
 """Flows that are learnt at once: no question waits longer than that for the lock."""
 
@@ -179,53 +181,113 @@ class PortMap:
             old = columns["seen_ns"] < max(0, now_ns - self.ttl_ns)
             self._drop(old & columns["live"] & ~columns["listening"])
 
+    def count(self, port: int) -> int:
+        """How many owners `port` has."""
+        return len(self._ports.get(port, ()))
+
     def who(
-        self, port: int, proto: int | None = None, address: tuple[int, bytes] | None = None
+        self,
+        port: int,
+        proto: int | None = None,
+        address: tuple[int, bytes] | None = None,
+        uid: int | None = None,
+        limit: int | None = None,
     ) -> list[Owner]:
-        """Owners of local `port`, last seen first.
+        """Owners of local `port`, last seen first, the `limit` last seen ones of them.
 
         `proto` is a protocol number; `address` is (family, 16 bytes): sockets bound to exactly it
         or to the wildcard of its family (an IPv6 wildcard takes IPv4 as well).
         """
         with self._lock:
-            owners = [self._owner(row) for row in self._ports.get(port, ())]
-        if proto is not None or address is not None:
-            owners = [
-                owner
-                for owner in owners
-                if (proto is None or owner.proto == proto)
-                and (address is None or _serves(owner.endpoint, address))
-            ]
-        return _last_seen_first(owners)
+            at = self._ports.get(port, ())
+            if len(at) <= _FEW:
+                owners = [self._owner(row) for row in at]
+                return _fitting(owners, proto, address, uid)[:limit]
+            rows = self._table.take(self._at_port(port), _ROW)
+        fits = np.ones(len(rows), bool)
+        if proto is not None:
+            fits &= rows["proto"] == proto
+        if uid is not None:
+            fits &= rows["uid"] == uid
+        if address is not None:
+            fits &= _serve(rows, address)
+        return _owners(rows[fits], limit)
 
-    def at(self, endpoint: Endpoint) -> list[Owner]:
+    def at(
+        self, endpoint: Endpoint, uid: int | None = None, limit: int | None = None
+    ) -> list[Owner]:
         """Owners of exactly this local end, last seen first; else those of the wildcard."""
         netns, proto, family, address, port = endpoint
-        owners = [o for o in self.who(port, proto, (family, address)) if o.netns == netns]
+        owners = self.who(port, proto, (family, address), uid)
+        owners = [owner for owner in owners if owner.netns == netns]
         exact = [o for o in owners if o.endpoint[2:4] == (family, address)]
-        return exact or owners
+        return (exact or owners)[:limit]
 
-    def with_cookies(self, cookies: Collection[int]) -> dict[int, list[Owner]]:
-        """Owners of each socket that has any, last seen first."""
-        found: defaultdict[int, list[Owner]] = defaultdict(list)
+    def select(
+        self,
+        *,
+        port: int | None = None,
+        proto: int | None = None,
+        tgid: int | None = None,
+        comm: bytes | None = None,
+        uid: int | None = None,
+        keys: Collection[Key] | None = None,
+        network: tuple[int, np.ndarray, np.ndarray] | None = None,
+        limit: int | None = None,
+    ) -> list[Owner]:
+        """Owners that fit all that is given, last seen first, the `limit` last seen ones of them.
+
+        `keys`: processes; `network`: (family, base, mask), the latter as two numbers of 64 bits.
+        """
+        with self._lock:
+            columns = self._columns
+            at = np.flatnonzero(columns["live"]) if port is None else self._at_port(port)
+            if keys is not None:
+                starts = np.fromiter((key[1] for key in keys), np.uint64, len(keys))
+                at = at[np.isin(columns["start_ns"][at], starts)]
+            given = {"proto": proto, "tgid": tgid, "comm": comm, "uid": uid}
+            for name, value in given.items():
+                if value is not None:
+                    at = at[columns[name][at] == value]
+            if network is not None:
+                family, base, bits = network
+                at = at[columns["family"][at] == family]
+                at = at[((columns["address"][at] & bits) == base).all(axis=1)]
+            rows = self._table.take(at, _ROW)
+        if keys is None:
+            return _owners(rows, limit)
+        wanted = set(keys)
+        found = [one for one in _owners(rows) if (one.tgid, one.start_ns) in wanted]
+        return found[:limit]
+
+    def with_cookies(
+        self, cookies: Collection[int], uid: int | None = None, limit: int | None = None
+    ) -> dict[int, list[Owner]]:
+        """Owners of each socket that has any, last seen first; `limit` bounds all of them."""
         wanted = np.fromiter(cookies, np.uint64, len(cookies))
         with self._lock:
             columns = self._columns
-            for owner in self._owners(columns["live"] & np.isin(columns["cookie"], wanted)):
-                found[owner.cookie].append(owner)
+            fits = columns["live"] & np.isin(columns["cookie"], wanted)
+            if uid is not None:
+                fits &= columns["uid"] == uid
+            rows = self._table.take(np.flatnonzero(fits), _ROW)
+        found: defaultdict[int, list[Owner]] = defaultdict(list)
+        for owner in _owners(rows, limit):
+            found[owner.cookie].append(owner)
         return found
 
     def owned_by(self, key: Key) -> list[Owner]:
         """Every local end of one process, last seen first."""
-        with self._lock:
-            return self._owners(self._of(key))
+        return self.select(keys=(key,))
 
     def everything(self) -> list[Owner]:
         """All owners, last seen first."""
-        with self._lock:
-            return self._owners(self._columns["live"])
+        return self.select()
 
     # All of these with the lock held; a mask has an element for each row
+
+    def _at_port(self, port: int) -> np.ndarray:
+        return np.array(list(self._ports.get(port, ())), np.int64)
 
     def _of(self, key: Key) -> np.ndarray:
         columns = self._columns
@@ -252,9 +314,6 @@ class PortMap:
             columns["listening"].item(row),
             columns["seen_ns"].item(row),
         )
-
-    def _owners(self, mask: np.ndarray) -> list[Owner]:
-        return _last_seen_first([self._owner(row) for row in np.flatnonzero(mask).tolist()])
 
     def _put(self, new: np.ndarray) -> np.ndarray:
         """Add owners or renew them; the rows where they are. Writes to `new`."""
@@ -338,12 +397,32 @@ class PortMap:
         self.evicted += self._drop(mask)
 
 
-_seen = attrgetter("seen_ns")
-
-
-def _last_seen_first(owners: list[Owner]) -> list[Owner]:
-    owners.sort(key=_seen, reverse=True)
-    return owners
+def _owners(rows: np.ndarray, limit: int | None = None) -> list[Owner]:
+    """Of copied rows: the last seen first, at most `limit`."""
+    order = np.argsort(rows["seen_ns"], kind="stable")[::-1][:limit]
+    rows = rows[order]
+    addresses = np.ascontiguousarray(rows["address"]).tobytes()
+    columns = (
+        rows[name].tolist()
+        for name in (
+            "netns", "proto", "family", "port", "tgid", "start_ns", "uid", "comm", "cookie",
+            "listening", "seen_ns",
+        )
+    )  # fmt: skip
+    return [
+        Owner(
+            (netns, proto, family, addresses[at : at + 16], port),
+            tgid,
+            start_ns,
+            uid,
+            text(comm),
+            cookie,
+            listening,
+            seen_ns,
+        )
+        for at, (netns, proto, family, port, tgid, start_ns, uid, comm, cookie, listening, seen_ns)
+        in zip(range(0, len(addresses), 16), zip(*columns, strict=True), strict=True)
+    ]  # fmt: skip
 
 
 def _rows_of(sockets: Sequence[BoundSocket], now_ns: int) -> np.ndarray:
@@ -367,10 +446,34 @@ def _newest_of_each(new: np.ndarray) -> np.ndarray:
     return new[order[last]]
 
 
+def _fitting(
+    owners: list[Owner], proto: int | None, address: tuple[int, bytes] | None, uid: int | None
+) -> list[Owner]:
+    """As who() has them: those that fit, last seen first."""
+    owners.sort(key=_seen, reverse=True)
+    return [
+        owner
+        for owner in owners
+        if (proto is None or owner.proto == proto)
+        and (uid is None or owner.uid == uid)
+        and (address is None or _serves(owner.endpoint, address))
+    ]
+
+
+_seen = attrgetter("seen_ns")
+
+
 def _serves(endpoint: Endpoint, address: tuple[int, bytes]) -> bool:
     family, raw = address
     if endpoint[3] == raw and endpoint[2] == family:
         return True
-    if any(endpoint[3]):
-        return False
-    return endpoint[2] == family or endpoint[2] > family
+    return not any(endpoint[3]) and endpoint[2] >= family
+
+
+def _serve(rows: np.ndarray, address: tuple[int, bytes]) -> np.ndarray:
+    """Which of `rows` are bound to the address, or to a wildcard that takes it."""
+    family, raw = address
+    wanted = np.frombuffer(raw, np.uint64)
+    exact = (rows["address"] == wanted).all(axis=1) & (rows["family"] == family)
+    wildcard = ~rows["address"].any(axis=1) & (rows["family"] >= family)
+    return np.asarray(exact | wildcard)

@@ -344,3 +344,57 @@ def test_and_or_not_are_those_of_sets(one, other):
 def test_every_word_can_stand_as_a_quoted_value():
     for word in WORDS:
         assert parse(f'pname "{word}"').root.name == word
+
+
+class Counted:
+    """Details that tell how often they were asked."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def get(self, tgid, start_ns):
+        self.asked += 1
+        return Known(exe=f"/bin/program{tgid}", container="docker:4f1c0d2e9a3b")
+
+
+def test_owner_words_look_at_each_process_once_however_many_words_and_records(monkeypatch):
+    records = np.repeat(BATCH, 500)
+    text = " or ".join(f'pname "*{n}x*" or container "y{n}*"' for n in range(40))
+    details = Counted()
+    filter = parse(text)
+    assert not filter.mask(records, details).any()
+    assert details.asked == 3  # processes 100, 200 and 300; 300 is named curl as 100 is
+
+
+def test_a_word_is_held_against_each_process_once(monkeypatch):
+    looked = []
+    monkeypatch.setattr(
+        "nlproto.filter._matcher", lambda name: lambda other: looked.append(other) or False
+    )
+    records = np.repeat(BATCH, 500)
+    parse("pname nobody").mask(records)
+    assert sorted(looked) == ["curl", "curl", "systemd-resolve"]
+
+
+def test_what_a_filter_costs_has_an_end():
+    assert parse(" or ".join(f"pname a{n}" for n in range(128))).cost == 512
+    with pytest.raises(FilterError, match="516 tests .a name counts as 4.; 512 at most"):
+        parse(" or ".join(f"pname a{n}" for n in range(129)))
+    with pytest.raises(FilterError, match="513 tests"):
+        parse("tcp or " * 512 + "udp")
+
+
+@pytest.mark.parametrize("word", ["pname", "container"])
+def test_a_long_pattern_is_refused_before_it_is_translated(word, monkeypatch):
+    monkeypatch.setattr("fnmatch.translate", lambda name: pytest.fail("translated"))
+    with pytest.raises(FilterError, match="at most 256 characters"):
+        parse(f'{word} "{"[" * 4000}"')
+
+
+def test_patterns_of_strangers_stay_in_no_cache():
+    import fnmatch
+
+    before = fnmatch._compile_pattern.cache_info().currsize
+    for number in range(50):
+        parse(f'pname "*{number}*"').mask(BATCH)
+    assert fnmatch._compile_pattern.cache_info().currsize == before

@@ -38,7 +38,8 @@ class Daemon:
         replies = []
         for op, fields in requests:
             message = msgspec.json.encode({"id": 1, "op": op, **fields})
-            replies.append(self.answers.who(parse_request(message), None))
+            answer = self.answers.who(parse_request(message), None)
+            replies.append(msgspec.json.decode(msgspec.json.encode(answer)))
             self.asked += 1
         return replies
 

@@ -72,6 +72,21 @@ def test_an_address_finds_sockets_bound_to_it_and_to_the_wildcards_that_serve_it
     assert sorted(o.address for o in portmap.who(80, address=pack_address(asked))) == found
 
 
+@pytest.mark.parametrize("others", [0, 50])
+def test_many_owners_of_a_port_are_chosen_from_as_few_are(others):
+    portmap = PortMap()
+    bound = [_bound(80, 1, "127.0.0.1"), _bound(80, 2), _bound(80, 3, proto=UDP)]
+    bound += [_bound(80, 100 + n, "10.0.0.1") for n in range(others)]
+    portmap.replace_bound(bound, 10)
+    address = pack_address("127.0.0.1")
+    assert sorted(o.tgid for o in portmap.who(80, TCP, address)) == [1, 2]
+    assert portmap.who(80, uid=5) == [] and len(portmap.who(80, uid=1000)) == 3 + others
+    assert len(portmap.who(80, limit=2)) == len(portmap.select(port=80, limit=2)) == 2
+    assert [o.tgid for o in portmap.select(port=80, proto=UDP)] == [3]
+    assert [o.tgid for o in portmap.select(keys=[(2, 5), (9, 9)])] == [2]
+    assert portmap.count(80) == 3 + others and portmap.count(81) == 0
+
+
 def test_network_namespaces_are_kept_apart():
     portmap = PortMap()
     portmap.replace_bound([_bound(80, 1, netns=1), _bound(80, 2, netns=2, cookie=2)], 10)

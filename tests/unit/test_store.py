@@ -293,3 +293,20 @@ def test_a_full_disk_is_counted_and_writing_goes_on_afterwards(path, make_record
         until(lambda: recorder.failures > 0)
         recorder._store._writer.execute("PRAGMA max_page_count = 100000")
     assert len(_ports(Store(path), limit=9999)) == 3000
+
+
+def test_a_question_that_nobody_waits_for_ends_within_the_search(path, make_records):
+    store = Store(path)
+    rows = [{"sport": 1 + n % 60000, "dport": 1 + n // 60000} for n in range(3000)]
+    _write(store, make_records(*rows))
+    calls = []
+
+    def stop():
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    host = ipaddress.ip_network("203.0.113.0/24")
+    with pytest.raises(KeyboardInterrupt):
+        store.ask(Question(host=host), FOREVER, stop)
+    assert calls == [1]
+    assert store.ask(Question(host=host), FOREVER) == []

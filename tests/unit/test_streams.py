@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""Streams: a filter is applied and encoded once a batch, however many subscribe to it."""
+"""Streams: who may see a record is decided before any filter; one user's filters cost that user."""
 
+import threading
+import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
+from daemon.allowance import Allowance
+from daemon.publisher import MAX_RECORDS
 from daemon.streams import Streams
-from nlproto.filter import Filter
+from nlproto.errors import Error
+from nlproto.filter import Filter, parse
 from nlproto.pipeline import NamedBatch
 from nlproto.processes import Processes
 
@@ -24,10 +31,38 @@ class Subscriber:
         self.seen += seen
         self.lost += matched
 
+    @property
+    def records(self):
+        from nlproto.wire import decode_batch
+
+        return [record for piece in self.pieces for record in decode_batch(piece.payload).records]
+
+
+@contextmanager
+def _streams(max_filters=100, max_bytes=1 << 20, **options):
+    """Streams whose publishers run; posted functions run at once, one at a time."""
+    lock = threading.RLock()
+
+    def post(function):
+        with lock:
+            function()
+
+    pipeline = SimpleNamespace(processes=Processes())
+    with Streams(pipeline, post, max_filters, max_bytes, **options) as streams:
+        yield streams
+
 
 def _publish(streams, make_batch, records):
     batch = make_batch(records)
     streams.publish(NamedBatch(batch.head, np.array(batch.records), None))
+
+
+def _finish(streams, *joined):
+    """Wait until everything before has been offered to the streams."""
+    for stream in joined:
+        passed = threading.Event()
+        streams.mark(stream, passed.set)
+        assert passed.wait(20)
 
 
 def test_a_filter_runs_once_a_batch_for_all_who_have_it(make_records, make_batch, monkeypatch):
@@ -39,15 +74,14 @@ def test_a_filter_runs_once_a_batch_for_all_who_have_it(make_records, make_batch
         return mask(self, *arguments)
 
     monkeypatch.setattr(Filter, "mask", counted)
-    streams = Streams(
-        SimpleNamespace(processes=Processes()), lambda function: function(), max_filters=10
-    )
-    same = [Subscriber() for _ in range(20)]
-    for one in same:
-        streams.join("udp dst port 53", None, one)
-    other = Subscriber()
-    streams.join("tcp", None, other)
-    _publish(streams, make_batch, make_records({"dport": 53}, {"dport": 54}))
+    with _streams() as streams:
+        same = [Subscriber() for _ in range(20)]
+        for one in same:
+            stream = streams.join(parse("udp dst port 53"), None, one)
+        other = Subscriber()
+        joined = streams.join(parse("tcp"), None, other)
+        _publish(streams, make_batch, make_records({"dport": 53}, {"dport": 54}))
+        _finish(streams, stream, joined)
     assert sorted(masks) == sorted({str(name) for name in masks}) and len(masks) == 2
     assert {id(one.pieces[0].payload) for one in same} == {id(same[0].pieces[0].payload)}
     assert [piece.count for piece in same[0].pieces] == [1]
@@ -55,48 +89,205 @@ def test_a_filter_runs_once_a_batch_for_all_who_have_it(make_records, make_batch
 
 
 def test_another_users_stream_has_its_own_records_and_no_others(make_records, make_batch):
-    streams = Streams(
-        SimpleNamespace(processes=Processes()), lambda function: function(), max_filters=10
-    )
-    root, user = Subscriber(), Subscriber()
-    streams.join("udp", None, root)
-    streams.join("udp", 1000, user)
-    _publish(streams, make_batch, make_records({"uid": 1000}, {"uid": 0}, {"uid": 0, "tgid": 0}))
-    assert root.pieces[0].count == 3
+    with _streams() as streams:
+        root, user = Subscriber(), Subscriber()
+        joined = [streams.join(parse("udp"), None, root), streams.join(parse("udp"), 1000, user)]
+        rows = {"uid": 1000}, {"uid": 0}, {"uid": 0, "tgid": 0}, {"uid": 1000, "tgid": 0}
+        _publish(streams, make_batch, make_records(*rows))
+        _finish(streams, *joined)
+    assert root.pieces[0].count == 4
     assert user.pieces[0].count == 1
+    assert user.seen == 1
 
 
-def test_what_waits_for_the_event_loop_is_bounded_and_counted(make_records, make_batch):
-    posted = []
-    streams = Streams(
-        SimpleNamespace(processes=Processes()), posted.append, max_filters=10, max_pending=1000
-    )
-    one = Subscriber()
-    streams.join("", None, one)
-    for _ in range(3):
-        _publish(streams, make_batch, make_records(*({"sport": n + 1} for n in range(10))))
-    for function in posted:
-        function()
-    assert (one.seen, one.lost, sum(piece.count for piece in one.pieces)) == (30, 20, 10)
-
-
-def test_a_filter_that_fails_costs_its_own_stream_and_no_other(
+def test_a_users_filter_never_meets_a_record_of_somebody_else(
     make_records, make_batch, monkeypatch
+):
+    met = []
+    mask = Filter.mask
+
+    def counted(self, records, details=None):
+        met.extend(records["uid"].tolist())
+        return mask(self, records, details)
+
+    monkeypatch.setattr(Filter, "mask", counted)
+    with _streams() as streams:
+        user = Subscriber()
+        stream = streams.join(parse("pname x or pname y"), 1000, user)
+        _publish(streams, make_batch, make_records(*[{"uid": 0}] * 50, {"uid": 1000}))
+        _finish(streams, stream)
+    assert met == [1000]
+
+
+def test_the_numbers_in_a_users_records_count_its_own(make_records, make_batch):
+    """`seq` and the clocks of the head would tell how much the others send."""
+    with _streams() as streams:
+        root, user = Subscriber(), Subscriber()
+        joined = [streams.join(parse(""), None, root), streams.join(parse(""), 1000, user)]
+        for number in range(3):
+            rows = [{"uid": 0, "seq": 1000 * number + n, "cpu": 1} for n in range(10)]
+            rows[4] |= {"uid": 1000, "time_ns": 2_000_000_000 + number}
+            batch = make_batch(make_records(*rows), mono_ns=3_000_000_000 + number)
+            streams.publish(NamedBatch(batch.head, np.array(batch.records), None))
+        _finish(streams, *joined)
+    assert [int(record["seq"]) for record in user.records] == [0, 1, 2]
+    assert {int(record["cpu"]) for record in user.records} == {0}
+    assert [int(record["seq"]) for record in root.records][4] == 4
+    from nlproto.wire import decode_batch
+
+    heads = [decode_batch(piece.payload).head for piece in user.pieces]
+    assert [int(head["mono_ns"]) for head in heads] == [2_000_000_000 + n for n in range(3)]
+    rooted = decode_batch(root.pieces[0].payload).head
+    for clock in ("real_ns", "boot_ns"):  # what turns one clock into another stays as it was
+        assert int(heads[0][clock]) - int(heads[0]["mono_ns"]) == int(rooted[clock]) - int(
+            rooted["mono_ns"]
+        )
+
+
+def _stuck(monkeypatch):
+    """From now on filters wait until the event returned is set."""
+    go_on, waiting = threading.Event(), threading.Event()
+    mask = Filter.mask
+
+    def slow(self, records, details=None):
+        if "99" in str(self):
+            waiting.set()
+            assert go_on.wait(20)
+        return mask(self, records, details)
+
+    monkeypatch.setattr(Filter, "mask", slow)
+    return go_on, waiting
+
+
+def test_who_has_slow_filters_loses_records_and_nobody_else_and_each_account_closes(
+    make_records, make_batch, monkeypatch
+):
+    go_on, waiting = _stuck(monkeypatch)
+    rows = [{"uid": 1000 + n % 2, "dport": n} for n in range(100)]
+    with _streams(max_bytes=30_000) as streams:
+        root, slow, quick = Subscriber(), Subscriber(), Subscriber()
+        joined = [
+            streams.join(parse("udp"), None, root),
+            streams.join(parse("not port 99"), 1000, slow),
+            streams.join(parse("udp"), 1001, quick),
+        ]
+        _publish(streams, make_batch, make_records(*rows))
+        assert waiting.wait(20)
+        for _ in range(9):
+            _publish(streams, make_batch, make_records(*rows))
+            _finish(streams, joined[0])
+        assert sum(piece.count for piece in root.pieces) == 1000 and root.lost == 0
+        go_on.set()
+        _finish(streams, *joined)
+        assert streams.figures()["unfiltered_records"] == slow.lost + quick.lost
+    for one in (slow, quick):
+        assert one.seen == 500
+        assert sum(piece.count for piece in one.pieces) + one.lost == 500
+    assert slow.lost > 0
+
+
+def test_a_marker_comes_behind_what_was_lost_before_it(make_records, make_batch, monkeypatch):
+    """So that a client who subscribes meanwhile does not count it."""
+    go_on, waiting = _stuck(monkeypatch)
+    with _streams(max_bytes=10_000) as streams:
+        one = Subscriber()
+        stream = streams.join(parse("port 99"), 1000, one)
+        _publish(streams, make_batch, make_records({"uid": 1000}))
+        assert waiting.wait(20)
+        for _ in range(5):
+            _publish(streams, make_batch, make_records(*[{"uid": 1000}] * 50))
+        before = threading.Event()
+        seen = []
+        streams.mark(stream, lambda: (seen.append(one.seen), before.set()))
+        for _ in range(5):
+            _publish(streams, make_batch, make_records(*[{"uid": 1000}] * 50))
+        go_on.set()
+        assert before.wait(20)
+        _finish(streams, stream)
+    assert seen == [251] and one.seen == 501
+
+
+def test_users_take_turns_batch_by_batch(make_records, make_batch, monkeypatch):
+    """Who has ten filters and much to filter does not come before who has one."""
+    order = []
+    mask = Filter.mask
+    go_on = threading.Event()
+
+    def told(self, records, details=None):
+        assert go_on.wait(20)
+        order.append(int(records["uid"][0]))
+        return mask(self, records, details)
+
+    monkeypatch.setattr(Filter, "mask", told)
+    with _streams(max_filters=200, max_bytes=64 << 20) as streams:
+        greedy = [
+            streams.join(parse(f"port {n}"), 1000, Subscriber(), user=1000) for n in range(10)
+        ]
+        other = streams.join(parse("port 1"), 1001, Subscriber(), user=1001)
+        rows = np.repeat(make_records({"uid": 1000}), 4 * MAX_RECORDS)
+        _publish(streams, make_batch, rows)
+        _publish(streams, make_batch, make_records({"uid": 1001}))
+        go_on.set()
+        _finish(streams, *greedy, other)
+    assert order.index(1001) == 1
+    assert len(order) == 41
+
+
+def test_an_encoder_that_fails_loses_its_own_records_and_is_told_once(
+    make_records, make_batch, monkeypatch, caplog
 ):
     mask = Filter.mask
 
-    def broken(self, *arguments):
+    def broken(self, records, details=None):
         if str(self) == "tcp":
-            raise RecursionError("a filter that nobody foresaw")
-        return mask(self, *arguments)
+            raise ValueError("unforeseen")
+        return mask(self, records, details)
 
     monkeypatch.setattr(Filter, "mask", broken)
-    streams = Streams(
-        SimpleNamespace(processes=Processes()), lambda function: function(), max_filters=10
-    )
-    bad, good = Subscriber(), Subscriber()
-    streams.join("tcp", None, bad)
-    streams.join("udp", None, good)
-    _publish(streams, make_batch, make_records({}, {}))
-    assert [piece.count for piece in good.pieces] == [2]
-    assert (bad.seen, bad.pieces) == (2, [])
+    with _streams() as streams:
+        bad, good = Subscriber(), Subscriber()
+        joined = [streams.join(parse("tcp"), None, bad), streams.join(parse("udp"), None, good)]
+        for _ in range(3):
+            _publish(streams, make_batch, make_records({}))
+        _finish(streams, *joined)
+    assert (bad.seen, bad.lost) == (3, 3)
+    assert sum(piece.count for piece in good.pieces) == 3
+    assert len([one for one in caplog.records if one.exc_info]) == 1
+
+
+def test_places_for_filters_are_kept_for_those_who_see_everything():
+    with _streams(max_filters=16) as streams:
+        taken = []
+
+        def take(uid, number):
+            taken.append(streams.join(parse(f"port {number}"), uid, Subscriber(), user=uid or 0))
+
+        take(1000, 1)
+        take(1000, 2)
+        with pytest.raises(Error, match="different filters"):
+            take(1000, 3)
+        for uid in range(1001, 1006):
+            take(uid, 1)
+            take(uid, 2)
+        with pytest.raises(Error, match="different filters"):
+            take(2000, 1)
+        for number in range(4):
+            take(None, number)
+
+
+def test_the_tests_of_all_filters_of_a_user_are_bounded_together():
+    with _streams(max_filters=256) as streams:
+        worst = " or ".join(f"pname a{n}" for n in range(128))
+        for number in range(4):
+            streams.join(parse(worst.replace(" a", f" b{number}")), 1000, Subscriber(), user=1000)
+        with pytest.raises(Error, match="tests together"):
+            streams.join(parse(worst), 1000, Subscriber(), user=1000)
+        streams.join(parse(worst), None, Subscriber())
+
+
+def test_what_users_without_rights_may_take_of_a_cpu_has_an_end():
+    allowance = Allowance(share=0.5, saved=0.1)
+    began = time.monotonic()
+    assert allowance.spend(0.1) == pytest.approx(0, abs=0.01)
+    pause = allowance.spend(1.0)
+    assert pause == pytest.approx(2.0, abs=2 * (time.monotonic() - began) + 0.01)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: MIT
+"""Answers have a size, and say when something has no room; equal questions are worked out once."""
+
+import msgspec
+import pytest
+
+from daemon.answers import Answers, Room
+from daemon.history import History
+from daemon.requests import Key, Lookup, OwnerOf, Who
+from nlproto.flows import pack_address
+from nlproto.portmap import BoundSocket, PortMap
+from nlproto.processes import Processes
+
+
+class Pipeline:
+    def __init__(self):
+        self.portmap = PortMap()
+        self.processes = Processes()
+
+
+@pytest.fixture(name="answers")
+def _answers():
+    """Port 80: one socket (cookie 7) with 300 holders; of uid 1000, but 5 of uid 0."""
+    pipeline = Pipeline()
+    family, raw = pack_address("127.0.0.1")
+    pipeline.portmap.replace_bound(
+        [
+            BoundSocket((1, 6, family, raw, 80), 100 + n, 5, 1000 * (n > 4), f"holder{n}", 7)
+            for n in range(300)
+        ],
+        10,
+    )
+    return Answers(pipeline, History(16))
+
+
+def _decoded(fields):
+    return msgspec.json.decode(msgspec.json.encode(fields))
+
+
+def test_equal_keys_are_looked_up_once(answers, monkeypatch):
+    made = []
+    grouped = Answers._grouped
+    monkeypatch.setattr(Answers, "_grouped", lambda *given: made.append(1) or grouped(*given))
+    answer = _decoded(answers.lookup(Lookup(1, keys=[Key(cookie=7)] * 100), None))
+    assert len(made) == 1
+    assert {len(owner["holders"]) for owner in answer["owners"]} == {300}
+    assert answer["truncated"] is False
+
+
+def test_a_lookup_without_room_says_so_and_keeps_the_place_of_each_key(answers):
+    room = Room(200_000)
+    answer = answers.lookup(Lookup(1, keys=[Key(cookie=7)] * 1000), None, room=room)
+    assert len(msgspec.json.encode(answer)) < 210_000
+    owners = _decoded(answer)["owners"]
+    assert len(owners) == 1000 and owners[0]["cookie"] == 7 and owners[-1] is None
+    assert answer["truncated"] is True
+
+
+def test_an_owner_answer_is_cut_to_its_room(answers):
+    answer = _decoded(answers.owner(OwnerOf(1, port=80), None, room=Room(100)))
+    assert answer == {"owners": [], "truncated": True}
+
+
+def test_holders_of_others_are_not_even_looked_at(answers):
+    (owner,) = _decoded(answers.owner(OwnerOf(1, port=80), 0))["owners"]
+    assert len(owner["holders"]) == 5
+    (owner,) = _decoded(answers.who(Who(1, host="127.0.0.0/8"), 0))["owners"]
+    assert {holder["uid"] for holder in owner["holders"]} == {0}
+
+
+def test_an_answer_over_a_frame_is_cut_not_refused(answers):
+    for number in range(300):
+        answers.pipeline.processes.add(100 + number, 5, "x" * 1000, 1000)
+    answer = answers.who(Who(1, port=80), None, room=Room(100_000))
+    assert len(msgspec.json.encode(answer)) < 101_000
+    assert answer["truncated"] is True
+    shown = _decoded(answer)
+    assert shown["owners"] and 0 < len(shown["processes"]) < 300
+
+
+def test_a_question_that_nobody_waits_for_ends_in_the_middle(answers):
+    calls = []
+
+    def stop():
+        calls.append(1)
+        if len(calls) > 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answers.owner(OwnerOf(1, port=80), None, stop)
+    assert len(calls) == 11
