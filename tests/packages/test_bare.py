@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from readme import blocks
 from roots import Completed, Root, bare_root
 from vmtest.kernels import Unavailable
+
+from readme import blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 
