@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", metavar="FILE", help=f"YAML file (default {DEFAULT_CONFIG}, if there)"
     )
-    parser.add_argument("--foreground", action="store_true", help="log to stderr, whatever the configuration says")
+    parser.add_argument(
+        "--foreground", action="store_true", help="log to stderr, whatever the configuration says"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="log more")
     return parser
 
