@@ -133,6 +133,8 @@ if [ ! -e "$stamp" ] || [ -n "$(find pyproject.toml setup.py shared_proto.h VERS
 		die "pip could not install; see its words above"
 	touch "$stamp"
 fi
+# an editable installation leaves it out; see python/nlproto/guard.py
+cp python/packet-hunter.pth .venv/lib/python3*/site-packages/
 
 # --- a real Prometheus server for the tests: unpacked, not installed, so that no service begins
 if [ "$tools" = yes ] && [ ! -x .venv/prometheus/usr/bin/prometheus ]; then

@@ -61,6 +61,7 @@ _shtab_packet_hunter_defaults_added=0
 _shtab_packet_hunter_annotate_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   {-o,--output}"[pcapng to write]:OUT:_files"
+  "--netns[where the capture was made\: a network namespace by name, pid or inode\; else packets that fit in several are marked AMBIGUOUS]:NS:"
   "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
 )
 

@@ -21,7 +21,7 @@ tier() { # NAME PYTEST-ARGUMENTS
 	as=$root
 	[ "$name" != unit ] || as=
 	# shellcheck disable=SC2086 # words are wanted
-	$as .venv/bin/python -m pytest -q --junitxml="$results/$name.xml" -o junit_suite_name="$name" "$@" || failed=1
+	$as .venv/bin/python -m pytest -v --junitxml="$results/$name.xml" -o junit_suite_name="$name" "$@" || failed=1
 }
 
 for name in $tiers; do

@@ -1,64 +1,26 @@
 # SPDX-License-Identifier: MIT
 """python -m daemon: arguments, signals, exit codes."""
 
-import os
-import stat
 import sys
 
+if __name__ == "__main__" and not sys.flags.safe_path:
+    # -m puts the current directory first: nothing comes from there before it was looked at
+    _first = sys.path.pop(0)
+    sys.path.append(__file__.rpartition("/")[0].rpartition("/")[0])
+    from nlproto.guard import refuse_unsafe_path
 
-def others_can_write(path: str, environment: dict[str, str]) -> bool:
-    """Whether someone else than root and the user behind sudo could put a file into `path`.
-
-    Nor may they replace a directory above it. Paths that are not there count as safe.
-    """
-    users = {0, *_number(environment.get("SUDO_UID"))}
-    groups = {0, *_number(environment.get("SUDO_GID"))}
-    here = path = os.path.realpath(path)
-    while True:
-        try:
-            status = os.stat(path)
-        except OSError:
-            return False
-        group_writes = status.st_mode & stat.S_IWGRP and status.st_gid not in groups
-        loose = bool(status.st_mode & stat.S_IWOTH or group_writes)
-        sticky = bool(status.st_mode & stat.S_ISVTX) and path != here
-        if status.st_uid not in users or (loose and not sticky):
-            return True
-        if path == os.path.dirname(path):
-            return False
-        path = os.path.dirname(path)
-
-
-def _number(text: str | None) -> list[int]:
-    return [int(text)] if text is not None and text.isdigit() else []
-
-
-def refuse_unsafe_directory() -> None:
-    """End with 1 when root would import modules from a directory that others can write.
-
-    Called before anything is imported that is not part of a bare interpreter.
-    """
-    if os.geteuid() != 0 or sys.flags.isolated or sys.flags.safe_path:
-        return
-    cwd = os.getcwd()
-    searched = [os.path.realpath(entry or cwd) for entry in sys.path]
-    if os.path.realpath(cwd) in searched and others_can_write(cwd, dict(os.environ)):
-        sys.exit(
-            f"packet-hunterd: others can write {cwd!r}, where Python looks for modules; "
-            "change to another directory, or run packet-hunterd"
-        )
-
-
-if __name__ == "__main__":
-    refuse_unsafe_directory()
+    sys.path.pop()
+    sys.path.insert(0, _first)
+    refuse_unsafe_path("packet-hunterd")
 
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402
+import os  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 
 from daemon.config import Config, load  # noqa: E402
 from daemon.service import Service  # noqa: E402
-from nlproto import __version__  # noqa: E402
+from nlproto import __version__, descriptors  # noqa: E402
 from nlproto.errors import Error, UsageError  # noqa: E402
 from nlproto.foreign import foreign_packages  # noqa: E402
 
@@ -111,6 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except Error as error:
         print(f"packet-hunterd: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if not descriptors.none_left(error):
+            raise
+        print(f"packet-hunterd: {descriptors.NoDescriptors.of(error)}", file=sys.stderr)
         return 1
 
 

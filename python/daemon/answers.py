@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from daemon.history import History, Question, flow_fields
+from daemon.history import End, History, Question, flow_fields
 from daemon.requests import History as HistoryRequest
 from daemon.requests import Key, Lookup, OwnerOf, Who
 from nlproto.errors import UsageError
@@ -106,6 +106,7 @@ class Answers:
             uid=asked_uid,
             since_ns=None if request.since is None else now_ns - int(request.since * 1e9),
             at_ns=None if request.at is None else int(request.at * 1e9),
+            ends=None if request.ends is None else _ends(*request.ends),
             limit=request.limit,
         )
         total, rows = self._ask(question)
@@ -223,6 +224,11 @@ def _address(text: str) -> tuple[int, bytes]:
         return pack_address(text)
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def _ends(*ends: tuple[str, int]) -> tuple[End, End]:
+    one, other = ((*_address(address), port) for address, port in ends)
+    return one, other
 
 
 def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:

@@ -11,10 +11,14 @@ from typing import Any
 
 import yaml
 
+from daemon.rights import group_id
 from nlproto.errors import UsageError
 from nlproto.frames import DEFAULT_SOCKET
 
-__all__ = ["RELOADABLE", "Config", "load", "parse"]
+__all__ = ["DEFAULT_GROUP", "RELOADABLE", "Config", "load", "parse"]
+
+DEFAULT_GROUP = "packet-hunter"
+"""Where it is not there, root alone sees everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,7 @@ class Config:
 
     engine: str = "auto"
     socket: str = DEFAULT_SOCKET
-    group: str = "packet-hunter"
+    group: str = DEFAULT_GROUP
     """Members see everything, as root does."""
     log: str = "auto"
     """auto (journal under systemd, else stderr), journal, syslog, stderr."""
@@ -77,27 +81,32 @@ _TIMES = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
-def _size(low: int) -> Callable[[str], int]:
+def _size(low: int, high: int) -> Callable[[str], int]:
     def read(raw: str) -> int:
         found = _QUANTITY.fullmatch(raw)
         if not found or found[2].lower() not in _SIZES:
             raise ValueError(f"'{raw}' is not a size such as 64MiB")
-        value = int(float(found[1]) * _SIZES[found[2].lower()])
-        if value < low:
-            raise ValueError(f"'{raw}' is less than {low} bytes")
-        return value
+        value = float(found[1]) * _SIZES[found[2].lower()]
+        if not low <= value <= high:
+            raise ValueError(f"'{raw}' is not from {_binary(low)} to {_binary(high)}")
+        return int(value)
 
     return read
 
 
-def _time(low: float) -> Callable[[str], float]:
+def _binary(size: int) -> str:
+    power = max(0, (size.bit_length() - 1) // 10)
+    return f"{size >> 10 * power}{('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def _time(low: float, high: float) -> Callable[[str], float]:
     def read(raw: str) -> float:
         found = _QUANTITY.fullmatch(raw)
         if not found or found[2].lower() not in _TIMES:
             raise ValueError(f"'{raw}' is not a time such as 30s, 10m, 12h, 7d")
         value = float(found[1]) * _TIMES[found[2].lower()]
-        if value < low:
-            raise ValueError(f"'{raw}' is less than {low:g} s")
+        if not low <= value <= high:
+            raise ValueError(f"'{raw}' is not from {low:g} s to {high:g} s")
         return value
 
     return read
@@ -105,7 +114,8 @@ def _time(low: float) -> Callable[[str], float]:
 
 def _number(low: int, high: int) -> Callable[[str], int]:
     def read(raw: str) -> int:
-        if not raw.isascii() or not raw.isdigit() or not low <= int(raw) <= high:
+        digits = raw.isascii() and raw.isdigit() and len(raw) <= 20  # int() has a limit of its own
+        if not digits or not low <= int(raw) <= high:
             raise ValueError(f"'{raw}' is not a number from {low} to {high}")
         return int(raw)
 
@@ -130,6 +140,8 @@ def _path(raw: str) -> str:
 def _name(raw: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*\$?", raw):
         raise ValueError(f"'{raw}' is not a group name")
+    if raw != DEFAULT_GROUP and group_id(raw) is None:
+        raise ValueError(f"there is no group '{raw}' here; make it with groupadd {raw}")
     return raw
 
 
@@ -150,17 +162,17 @@ _READ: dict[str, Callable[[str], Any]] = {
     "log": _word("auto", "journal", "syslog", "stderr"),
     "log_level": _word("debug", "info", "warning", "error"),
     "cmdline": _word("full", "program", "off"),
-    "queue_size": _size(1 << 16),
-    "client_queue_size": _size(1 << 16),
-    "max_clients": _number(1, 65536),
-    "max_filters": _number(1, 65536),
-    "max_processes": _number(16, 1 << 24),
-    "max_ports": _number(16, 1 << 24),
+    "queue_size": _size(1 << 16, 16 << 30),
+    "client_queue_size": _size(1 << 16, 1 << 30),
+    "max_clients": _number(1, 16384),
+    "max_filters": _number(1, 4096),
+    "max_processes": _number(16, 1 << 20),
+    "max_ports": _number(16, 1 << 22),
     "history": _path,
-    "history_flows": _number(16, 1 << 26),
-    "history_age": _time(1.0),
-    "history_size": _size(1 << 20),
-    "flush_interval": _time(0.05),
+    "history_flows": _number(16, 1 << 24),
+    "history_age": _time(1.0, 100 * 365.25 * 86400),
+    "history_size": _size(1 << 20, 1 << 44),
+    "flush_interval": _time(0.05, 3600.0),
     "metrics": _metrics,
     "metrics_processes": _number(1, 10000),
 }

@@ -17,15 +17,21 @@ import numpy as np
 
 from nlproto.clock import Clock
 from nlproto.flows import FLOW, KEY_FIELDS, address_bytes
-from nlproto.table import Table
+from nlproto.shares import NOBODY, Payers, surplus
+from nlproto.table import Table, mix
 from nlproto.wire import PROTO_NAMES, address_text, how_name, lib, text
 
-__all__ = ["History", "Question", "flow_fields", "network_words"]
+__all__ = ["End", "History", "Question", "flow_fields", "network_words", "payers_of"]
 
 _FIRST_ROWS = 1024
-_ROW = np.dtype([*FLOW.descr, ("id", "u8"), ("dirty", "?")])
+_ROW = np.dtype([*FLOW.descr, ("began_ns", "u8"), ("heard_ns", "u8"), ("id", "u8"), ("dirty", "?")])
+"""began_ns and heard_ns are first_ns and last_ns by CLOCK_MONOTONIC, which nobody sets."""
 _SUMS = ("packets_in", "bytes_in", "packets_out", "bytes_out")
 _LAST = ("how", "uid", "inode", "comm")
+
+
+End = tuple[int, bytes, int]
+"""(family, 16 address bytes, port)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,8 @@ class Question:
     """Last packet at this time or later."""
     at_ns: int | None = None
     """First packet at or before, last packet at or after."""
+    ends: tuple[End, End] | None = None
+    """Of one flow, whichever of them is local."""
     limit: int = 1000
 
     @property
@@ -53,19 +61,26 @@ class Question:
         return self.pname.encode("utf-8", "replace")[: lib.SNIFFER_COMM_LEN - 1]
 
 
-class History:
-    """At most `limit` flows; when full the eighth with the oldest last packets goes.
+def payers_of(tgids: np.ndarray, uids: np.ndarray, payers: Payers | None = None) -> np.ndarray:
+    """Whose share each flow counts against (uint32)."""
+    return np.where(tgids != 0, uids if payers is None else payers.of(uids), np.uint32(NOBODY))
 
+
+class History:
+    """At most `limit` flows; when full an eighth goes, of the payer with most of them.
+
+    Within a payer the program with most flows gives, of it the longest silent (nlproto.shares).
     Rows are FLOWs with times in ns since 1970. Thread-safe.
     """
 
-    def __init__(self, limit: int, next_id: int = 1) -> None:
+    def __init__(self, limit: int, next_id: int = 1, payers: Payers | None = None) -> None:
         self.limit = limit
+        self._payers = payers
         self.evicted = 0
         self.unstored = 0
         """Evicted before a store had taken their last state."""
         self.horizon_ns = 0
-        """Last packet of the newest evicted flow: later flows are all in here."""
+        """Last packet of the newest flow that is only in a file: later flows are all in here."""
         self._lock = threading.Lock()
         self._size = 0
         self._next_id = next_id
@@ -81,10 +96,13 @@ class History:
 
     def update(self, flows: np.ndarray, clock: Clock) -> None:
         """Add FLOWs with CLOCK_MONOTONIC times, as summarize() makes them with one seed."""
-        flows = flows.copy()
-        offset = np.int64(clock.real_offset_ns)
-        for name in ("first_ns", "last_ns"):
-            flows[name] = flows[name].astype(np.int64) + offset
+        real = np.int64(clock.real_offset_ns)
+        found, flows = flows, np.empty(len(flows), _ROW)
+        for name in found.dtype.names or ():
+            flows[name] = found[name]
+        for name, wall in (("began_ns", "first_ns"), ("heard_ns", "last_ns")):
+            flows[name] = found[wall]
+            flows[wall] = found[wall].astype(np.int64) + real
         with self._lock:
             rows = self._table.find(flows)
             known = rows >= 0
@@ -98,19 +116,25 @@ class History:
         columns = self._columns
         for name in _SUMS:
             columns[name][rows] += flows[name]
-        columns["first_ns"][rows] = np.minimum(columns["first_ns"][rows], flows["first_ns"])
-        later = flows["last_ns"] >= columns["last_ns"][rows]
-        for name in ("last_ns", *_LAST):
+        earlier = flows["began_ns"] < columns["began_ns"][rows]
+        for name in ("began_ns", "first_ns"):
+            columns[name][rows[earlier]] = flows[name][earlier]
+        later = flows["heard_ns"] >= columns["heard_ns"][rows]
+        for name in ("heard_ns", "last_ns", *_LAST):
             columns[name][rows[later]] = flows[name][later]
+        # the time of day may have been set back in between
+        columns["first_ns"][rows] = np.minimum(columns["first_ns"][rows], columns["last_ns"][rows])
         columns["flags"][rows] |= flows["flags"]
         columns["dirty"][rows] = True
 
     def _insert(self, flows: np.ndarray) -> None:
-        while len(flows) > self.limit:
-            self._insert(flows[: self.limit])
-            flows = flows[self.limit :]
+        # no more at once than are evicted at once: or a flood would take everybody's place
+        piece = max(1, self.limit // 8)
+        while len(flows) > piece:
+            self._insert(flows[:piece])
+            flows = flows[piece:]
         if self._size + len(flows) > self.limit:
-            self._evict(max(self.limit // 8, self._size + len(flows) - self.limit))
+            self._evict(max(piece, self._size + len(flows) - self.limit))
         end = self._size + len(flows)
         if end > self._table.capacity:
             self._table.grow(min(self.limit, max(end, 2 * self._table.capacity)))
@@ -122,16 +146,35 @@ class History:
         self._size = end
 
     def _evict(self, count: int) -> None:
-        last = self._columns["last_ns"][: self._size]
-        count = min(count, self._size)
-        goes = np.zeros(self._size, bool)
-        goes[np.argpartition(last, count - 1)[:count]] = True
-        self.horizon_ns = max(self.horizon_ns, int(last[goes].max()))
-        self.evicted += count
-        self.unstored += int(np.count_nonzero(self._columns["dirty"][: self._size] & goes))
+        columns = {name: column[: self._size] for name, column in self._columns.items()}
+        payers = payers_of(columns["tgid"], columns["uid"], self._payers)
+        names = columns["comm"].view(np.uint64).reshape(self._size, 2)
+        programs = mix((payers.astype(np.uint64), names[:, 0], names[:, 1]), 0)
+        heard = columns["heard_ns"]
+        age = heard.max(initial=0) - heard
+        goes = surplus(age.view(np.int64), (payers, programs), max(0, self._size - count))
+        self.horizon_ns = max(self.horizon_ns, int(columns["last_ns"][goes].max()))
+        self.evicted += int(np.count_nonzero(goes))
+        self.unstored += int(np.count_nonzero(columns["dirty"] & goes))
         stay = np.flatnonzero(~goes)
         self._table.keep(stay)
         self._size = len(stay)
+
+    def renumber(self, offset: int) -> None:
+        """Add `offset` to all ids: the file that they are for has others already."""
+        with self._lock:
+            self._columns["id"][: self._size] += np.uint64(offset)
+            self._next_id += offset
+
+    def waiting(self) -> int:
+        """How many flows changed since a store took them."""
+        with self._lock:
+            return int(np.count_nonzero(self._columns["dirty"][: self._size]))
+
+    def mark_all_changed(self) -> None:
+        """A new file has none of them."""
+        with self._lock:
+            self._columns["dirty"][: self._size] = True
 
     def ask(self, question: Question) -> tuple[int, list[tuple[int, np.void]]]:
         """How many flows fit, and (id, FLOW) of the `limit` last seen, newest first."""
@@ -162,6 +205,9 @@ class History:
         for name, value in (("proto", question.proto), ("tgid", question.pid)):
             if value is not None:
                 mask &= columns[name][:size] == value
+        if question.ends is not None:
+            one, other = question.ends
+            mask &= self._between(one, other) | self._between(other, one)
         if question.uid is not None:
             mask &= (columns["tgid"][:size] != 0) & (columns["uid"][:size] == question.uid)
         if question.comm is not None:
@@ -180,6 +226,16 @@ class History:
             rows = rows[near]
         return rows
 
+    def _between(self, local: End, remote: End) -> np.ndarray:
+        """A mask of the flows with these ends."""
+        size, columns = self._size, self._columns
+        mask = (columns["lport"][:size] == local[2]) & (columns["rport"][:size] == remote[2])
+        for name, end in (("laddr", local), ("raddr", remote)):
+            rows = np.flatnonzero(mask)
+            same = (columns[name][rows] == np.frombuffer(end[1], np.uint64)).all(axis=1)
+            mask[rows[~(same & (columns["family"][rows] == end[0]))]] = False
+        return mask
+
     def changed(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, FLOWs) of up to `limit` rows that changed since they were last taken here."""
         with self._lock:
@@ -192,8 +248,10 @@ class History:
         with self._lock:
             mine = self._columns["id"][: self._size]
             places = np.searchsorted(mine, ids)
-            places = places[places < self._size]
-            self._columns["dirty"][places] = True
+            inside = places < self._size
+            inside[inside] = mine[places[inside]] == ids[inside]
+            self._columns["dirty"][places[inside]] = True
+            self.unstored += int(np.count_nonzero(~inside))  # evicted meanwhile
 
     def has(self, ids: np.ndarray) -> np.ndarray:
         """For each of `ids` whether that flow is in memory."""

@@ -15,6 +15,7 @@ from nlproto.engine import Engine, open_engine
 from nlproto.errors import Error, NoModule, NoPrivilege
 from nlproto.pipeline import Pipeline
 from nlproto.portmap import BoundSocket
+from nlproto.supervise import Failures, keep_going
 
 __all__ = ["Keeper"]
 
@@ -30,6 +31,7 @@ class Keeper:
 
     With auto a module that goes is replaced by engine packet, and replaces it when it is back.
     With module the daemon waits for it. Each change is logged and announced to clients.
+    A look that fails is logged and tried again; `on_death` is told if that is of no use.
     """
 
     def __init__(
@@ -37,13 +39,19 @@ class Keeper:
         engine: str,
         pipeline: Pipeline,
         announce: Callable[..., None],
+        on_death: Callable[[Error], None],
     ) -> None:
         self._wanted = engine
         self._pipeline = pipeline
         self._announce = announce
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="keeper", daemon=True)
-        self._complained: set[str] = set()
+        self._failures = Failures("keeper")
+        self._thread = threading.Thread(
+            target=lambda: keep_going(self._keep, self._failures, on_death),
+            name="keeper",
+            daemon=True,
+        )
+        self._told: set[str] = set()
         self._probes_fire = True
 
     def __enter__(self) -> Keeper:
@@ -57,9 +65,10 @@ class Keeper:
         self._stopping.set()
         self._thread.join()
 
-    def _keep(self) -> None:
+    def _keep(self) -> bool:
         with KernelSockets() as self._kernel:
             self._go_round()
+        return False
 
     def _go_round(self) -> None:
         jobs: list[tuple[float, Callable[[], None]]] = [
@@ -79,12 +88,10 @@ class Keeper:
     def _run(self, job: Callable[[], None]) -> None:
         try:
             job()
-        except Error as error:
-            if str(error) not in self._complained:
-                self._complained.add(str(error))
-                log.warning("%s", error)
-        except Exception:
-            log.exception("%s", job.__name__)
+        except Exception as error:
+            self._failures.add(error, job.__name__.strip("_").replace("_", " "))
+        else:
+            self._failures.clear()
 
     def _look_at_sockets(self) -> None:
         portmap = self._pipeline.portmap
@@ -150,12 +157,12 @@ class Keeper:
 
     def _change(self, engine: Engine, event: str, message: str) -> None:
         self._pipeline.switch(engine)
-        self._complained.discard("module_gone")
+        self._told.discard("module_gone")
         self._tell(event, message, engine.name)
 
     def _once(self, event: str, message: str) -> None:
-        if event not in self._complained:
-            self._complained.add(event)
+        if event not in self._told:
+            self._told.add(event)
             self._tell(event, message, "none")
 
     def _tell(self, event: str, message: str, engine: str) -> None:

@@ -109,7 +109,7 @@ def set_up(where: str, level: str, environment: Mapping[str, str], foreground: b
 
 def _stderr_is_journal(environment: Mapping[str, str]) -> bool:
     device, _, inode = environment.get("JOURNAL_STREAM", "").partition(":")
-    if not device.isdigit() or not inode.isdigit():
+    if not device.isdecimal() or not inode.isdecimal():
         return False
     try:
         status = os.fstat(sys.stderr.fileno())

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import logging
+import math
 import os
 import socket
 import socketserver
+import stat
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -16,8 +20,11 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 import numpy as np
 
 from daemon.config import Config
+from daemon.place import Place
 from nlproto.errors import Error, UsageError
+from nlproto.frames import DEFAULT_SOCKET
 from nlproto.pipeline import NamedBatch
+from nlproto.supervise import Failures, keep_going
 from nlproto.wire import text
 
 if TYPE_CHECKING:
@@ -26,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["Metrics"]
 
 _SUMS = ("packets_in", "bytes_in", "packets_out", "bytes_out")
+_ACCEPT_AGAIN = 0.5  # s
+_AT_ONCE = 8  # clients that are served, a thread each; more are sent away
 _OTHER = b"other"
 _UNNAMED = b""
 
@@ -64,9 +73,7 @@ class Metrics:
             where = self._config.metrics
             raise Error(f"metrics {where}: {error.strerror or error}; choose another") from None
         self._server.set_app(make_wsgi_app(registry))
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, name="metrics", daemon=True
-        )
+        self._thread = threading.Thread(target=self._serve, name="metrics", daemon=True)
         self._thread.start()
         log.info("metrics on %s", self._config.metrics)
         return self
@@ -77,9 +84,15 @@ class Metrics:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-        if self._config.metrics is not None and os.path.isabs(self._config.metrics):
-            with contextlib.suppress(OSError):
-                os.unlink(self._config.metrics)
+
+    def _serve(self) -> None:
+        def serve() -> bool:
+            assert self._server is not None
+            self._server.serve_forever()
+            return False
+
+        # without end: the daemon does its work without metrics too
+        keep_going(serve, Failures("metrics", math.inf), lambda error: None)
 
     def reconfigure(self, config: Config) -> None:
         self._config = config
@@ -175,6 +188,34 @@ class _Quiet(WSGIRequestHandler):
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
+    failures = Failures("metrics")
+    free = threading.Semaphore(_AT_ONCE)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError as error:
+            self.failures.add(error)
+            time.sleep(_ACCEPT_AGAIN)  # who waits makes the socket readable all the time
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self.free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.free.release()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that goes away, or is slow, is no failure of ours."""
+        error = sys.exception()
+        if isinstance(error, Exception) and not isinstance(error, OSError):
+            self.failures.add(error)
 
 
 class _Server6(_Server):
@@ -185,17 +226,24 @@ class _UnixServer(_Server):
     address_family = socket.AF_UNIX
 
     def server_bind(self) -> None:
-        path = str(self.server_address)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        # 0660 from the first moment: it tells of everybody's traffic
-        before = os.umask(0o117)
-        try:
-            socketserver.TCPServer.server_bind(self)
-        finally:
-            os.umask(before)
+        self._place = Place(str(self.server_address), os.path.dirname(DEFAULT_SOCKET), 0o755)
+        found = self._place.stat()
+        if found is not None:
+            if not stat.S_ISSOCK(found.st_mode):
+                raise OSError(errno.EEXIST, "it exists and is no socket")
+            self._place.unlink(found)
+        # it tells of everybody's traffic
+        self._mine = self._place.bind(self.socket, 0o660)
         self.server_name, self.server_port = "localhost", 0
         self.setup_environ()
+
+    def server_close(self) -> None:
+        super().server_close()
+        place: Place | None = getattr(self, "_place", None)
+        if place is not None and place.fd >= 0:
+            if (mine := getattr(self, "_mine", None)) is not None:
+                place.unlink(mine)
+            place.close()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, _ = super().get_request()

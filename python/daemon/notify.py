@@ -18,7 +18,7 @@ class Notifier:
         self._address = environment.get("NOTIFY_SOCKET", "")
         watched = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         usec = environment.get("WATCHDOG_USEC", "") if watched else ""
-        self.watchdog: float | None = int(usec) / 1e6 if usec.isdigit() else None
+        self.watchdog: float | None = int(usec) / 1e6 if usec.isdecimal() else None
         """Seconds after which the manager gives up on us, None: it does not watch."""
 
     def ready(self, status: str) -> None:

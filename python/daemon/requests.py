@@ -39,6 +39,10 @@ class _Base(Struct, tag_field="op", forbid_unknown_fields=True, frozen=True):
     id: Id
 
 
+End = tuple[Host, Port]
+"""(address, port)."""
+
+
 class Hello(_Base, tag="hello", frozen=True):
     protocol: Annotated[int, Meta(ge=0, le=2**31)] = 1
 
@@ -55,6 +59,8 @@ class Who(_Base, tag="who", frozen=True):
     pname: Name | None = None
     since: Seconds | None = None
     at: Seconds | None = None
+    ends: tuple[End, End] | None = None
+    """Both ends of one flow, in either order."""
     limit: Limit = 1000
 
 

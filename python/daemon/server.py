@@ -19,12 +19,14 @@ from typing import Any, TypeVar
 import nlproto
 from daemon.answers import Answers
 from daemon.config import Config
+from daemon.place import Place
 from daemon.rights import Peer, group_id, peer_of
 from daemon.session import Session
 from daemon.streams import Streams
 from nlproto.errors import Error, NoPrivilege
-from nlproto.frames import PROTOCOL
+from nlproto.frames import DEFAULT_SOCKET, PROTOCOL
 from nlproto.pipeline import NamedBatch
+from nlproto.supervise import Failures
 
 __all__ = ["Server", "SocketFile"]
 
@@ -48,14 +50,16 @@ class SocketFile:
     def __init__(self, path: str) -> None:
         self.path = path
         self._lock = -1
+        self._place: Place | None = None
+        self._mine: os.stat_result | None = None
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
 
     def __enter__(self) -> SocketFile:
         try:
-            self._take_lock()
-            self._remove_stale()
-            self.socket.bind(self.path)
-            os.chmod(self.path, 0o666)  # access is decided by credentials
+            self._place = Place(self.path, os.path.dirname(DEFAULT_SOCKET), 0o755)
+            self._take_lock(self._place)
+            self._remove_stale(self._place)
+            self._mine = self._place.bind(self.socket, 0o666)  # access is decided by credentials
             self.socket.listen(_BACKLOG)
         except OSError as error:
             self._release()
@@ -71,11 +75,8 @@ class SocketFile:
             raise
         return self
 
-    def _take_lock(self) -> None:
-        directory = os.path.dirname(self.path) or "."
-        os.makedirs(directory, 0o755, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._lock = os.open(self.path + ".lock", flags, 0o600)
+    def _take_lock(self, place: Place) -> None:
+        self._lock = place.open_file(0o600, ".lock")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -87,30 +88,28 @@ class SocketFile:
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 
-    def _remove_stale(self) -> None:
-        try:
-            mode = os.lstat(self.path).st_mode
-        except FileNotFoundError:
+    def _remove_stale(self, place: Place) -> None:
+        found = place.stat()
+        if found is None:
             return
-        if not stat.S_ISSOCK(mode):
+        if not stat.S_ISSOCK(found.st_mode):
             raise Error(
                 f"{self.path} exists and is no socket; remove it or choose another --socket"
             )
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.settimeout(1)
             try:
-                probe.connect(self.path)
+                probe.connect(place.path)
             except (ConnectionRefusedError, FileNotFoundError):
                 pass
             else:
                 raise Error(f"another program listens on {self.path}; choose another --socket")
         log.info("taking over the stale socket %s", self.path)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
+        place.unlink()
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(self.path)
+        if self._place is not None:
+            self._place.unlink(self._mine)
         self._release()
 
     def _release(self) -> None:
@@ -118,6 +117,8 @@ class SocketFile:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+        if self._place is not None:
+            self._place.close()
 
 
 class Server:
@@ -174,12 +175,13 @@ class Server:
 
     async def _accept(self, listener: socket.socket) -> None:
         # not asyncio.start_unix_server: credentials decide before a session exists
+        failures = Failures("accept")
         while True:
             try:
                 connection, _ = await self.loop.sock_accept(listener)
-            except OSError as error:
-                log.warning("accept: %s", error)
-                await asyncio.sleep(0.1)
+            except OSError as error:  # no descriptor is left: who waits is served when one is
+                failures.add(error)
+                await asyncio.sleep(0.5)
                 continue
             try:
                 peer = peer_of(connection)

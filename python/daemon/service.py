@@ -20,15 +20,17 @@ from daemon.metrics import Metrics
 from daemon.notify import Notifier
 from daemon.recorder import Recorder
 from daemon.server import Server, SocketFile
-from nlproto import procfs
+from nlproto import descriptors, procfs
 from nlproto.account import Account
 from nlproto.engine import open_engine
-from nlproto.errors import UsageError
+from nlproto.errors import Error, UsageError
 from nlproto.naming import Namer
 from nlproto.pipeline import Pipeline
 from nlproto.portmap import PortMap
 from nlproto.processes import Processes
 from nlproto.queue import MessageQueue
+from nlproto.shares import Payers
+from nlproto.supervise import Failures
 
 __all__ = ["SWITCH_INTERVAL", "Service"]
 
@@ -51,17 +53,24 @@ class Service:
         self._environment = environment
         self._foreground = foreground
         self._notifier = Notifier(environment)
+        self._death: Error | None = None
+        self._end: Callable[[], object] = lambda: None
         self.config = configuration()
 
     def run(self) -> int:
-        """Serve until SIGTERM or SIGINT; the exit code. Raises Error when it cannot start."""
+        """Serve until SIGTERM or SIGINT; the exit code, 1 when a part could not go on.
+
+        Raises Error when it cannot start.
+        """
+        descriptors.raise_limit()
         config = self.config
         logs.set_up(config.log, config.log_level, self._environment, self._foreground)
         sys.setswitchinterval(SWITCH_INTERVAL)
-        processes = Processes(self._details, config.max_processes)
+        payers = Payers()
+        processes = Processes(self._details, config.max_processes, payers=payers)
         with (
             SocketFile(config.socket) as socket_file,
-            Recorder(config, processes) as recorder,
+            Recorder(config, processes, payers) as recorder,
             Namer(processes.start_of) as namer,
         ):
             engine = open_engine(config.engine, log.warning)
@@ -72,11 +81,19 @@ class Service:
                 namer=namer,
                 portmap=PortMap(config.max_ports),
                 queue=MessageQueue(config.queue_size),
+                on_death=self._die,
             )
+            recorder.on_death = self._die
             asyncio.run(self._serve(socket_file, pipeline, recorder))
         for line in pipeline.account.lines():
             log.info("%s", line)
-        return 0
+        return 0 if self._death is None else 1
+
+    def _die(self, error: Error) -> None:
+        """Any thread: end the program, which the service manager starts again."""
+        log.critical("%s", error)
+        self._death = self._death or error
+        self._end()
 
     def _details(self, pid: int, start_ns: int) -> procfs.ProcessDetails | None:
         return procfs.details(pid, start_ns, cmdline=self.config.cmdline)
@@ -85,11 +102,16 @@ class Service:
         loop = asyncio.get_running_loop()
         answers = Answers(pipeline, recorder.history, recorder.past, recorder.past_process)
         server = Server(loop, answers, self.config, lambda: figures(pipeline, recorder))
-        keeper = Keeper(self.config.engine, pipeline, server.announce)
+        keeper = Keeper(self.config.engine, pipeline, server.announce, self._die)
         metrics = Metrics(self.config, server.figures)
         for take in (recorder.take, metrics.take, server.publish):
             pipeline.subscribe(take)
         ended = asyncio.Event()
+        self._end = lambda: loop.call_soon_threadsafe(ended.set)
+        if self._death is not None:
+            ended.set()
+        unforeseen = Failures("event loop")
+        loop.set_exception_handler(lambda _, what: unforeseen.add(*_failure(what)))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, ended.set)
         parts: list[Reconfigurable] = [server, recorder, metrics]
@@ -140,6 +162,12 @@ class Service:
             else:
                 log.error("the worker has not moved for %g s", _WORKER_HANGS)
             await asyncio.sleep(self._notifier.watchdog / 3)
+
+
+def _failure(context: Mapping[str, Any]) -> tuple[Exception, str]:
+    """What the event loop tells of an exception that nobody caught."""
+    error = context.get("exception")
+    return error if isinstance(error, Exception) else Error(context["message"]), ""
 
 
 class Reconfigurable(Protocol):

@@ -4,25 +4,38 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import itertools
 import logging
+import math
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from daemon.history import Question, network_words
-from nlproto.errors import Error
+from daemon.elapsed import Elapsed, Moment, read_moment
+from daemon.history import Question, network_words, payers_of
+from daemon.place import Place
+from daemon.trim import trim
+from nlproto.errors import Error, UsageError
 from nlproto.flows import FLOW
 from nlproto.processes import Process
+from nlproto.shares import NOBODY, Payers
 
-__all__ = ["Store"]
+__all__ = ["OWN_DIRECTORY", "Damaged", "Store"]
 
-_SCHEMA = 1
+OWN_DIRECTORY = "/var/lib/packet-hunter"
+"""The only one that is made when it is not there."""
+
+_SCHEMA = 2
+_APPLICATION = 0x706B6874  # "pkht", in the file's header: file(1) and we know it by that
 _CREATE = """
 CREATE TABLE flows (
     id INTEGER PRIMARY KEY,
@@ -41,89 +54,182 @@ CREATE TABLE processes (
     tgid INTEGER, start_ns INTEGER, seen REAL, details BLOB,
     PRIMARY KEY (tgid, start_ns)
 ) WITHOUT ROWID;
-CREATE INDEX processes_seen ON processes (seen);
 """
+_FROM_1 = """
+DROP INDEX IF EXISTS processes_seen;
+ALTER TABLE flows ADD COLUMN payer INTEGER DEFAULT 0;
+ALTER TABLE flows ADD COLUMN seen INTEGER DEFAULT 0;
+UPDATE flows SET payer = CASE tgid WHEN 0 THEN 4294967295 ELSE uid END;
+CREATE INDEX flows_payer ON flows (payer, comm, seen);
+ALTER TABLE processes ADD COLUMN payer INTEGER DEFAULT 4294967295;
+ALTER TABLE processes ADD COLUMN size INTEGER DEFAULT 0;
+UPDATE processes SET seen = 0, size = length(details) + 100,
+    payer = coalesce(json_extract(CAST(details AS TEXT), '$.uid'), 4294967295);
+CREATE INDEX processes_payer ON processes (payer, seen, size);
+CREATE TABLE elapsed (boot_id TEXT, boot REAL, uptime REAL, real REAL, seconds REAL);
+CREATE TABLE identity (name BLOB);
+INSERT INTO identity VALUES (randomblob(16));
+"""
+"""`payer` as in nlproto.shares; `seen` in seconds of `elapsed` (daemon.elapsed), never of a day;
+`size` in bytes of the file."""
 _COLUMNS = tuple(FLOW.names or ())[1:]
+_WRITTEN = (*_COLUMNS, "payer", "seen")
 _UPDATED = (
-    "how flags uid inode comm first_ns last_ns packets_in bytes_in packets_out bytes_out"
+    "how flags uid inode comm first_ns last_ns packets_in bytes_in packets_out bytes_out payer seen"
 ).split()
 _WRITE_FLOW = (
-    f"INSERT INTO flows (id, {', '.join(_COLUMNS)}) VALUES (?{', ?' * len(_COLUMNS)})"
+    f"INSERT INTO flows (id, {', '.join(_WRITTEN)}) VALUES (?{', ?' * len(_WRITTEN)})"
     " ON CONFLICT (id) DO UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in _UPDATED)
 )
-_WRITE_PROCESS = "INSERT OR REPLACE INTO processes VALUES (?, ?, ?, ?)"
+_WRITE_PROCESS = (
+    "INSERT OR REPLACE INTO processes (tgid, start_ns, seen, details, payer, size)"
+    " VALUES (?, ?, ?, ?, ?, ?)"
+)
+_HAS_PROCESS = "SELECT 1 FROM processes WHERE tgid = ? AND start_ns = ?"
 _BUSY = 5000  # ms
+_AGED = 3600  # s at most between two looks for what is too old: they read a whole index
+_DETAILS = 16384
+"""Bytes of one process in the file; longer strings in it are cut."""
 
 log = logging.getLogger(__name__)
+
+Known = Callable[[int, int], Process | None]
+
+
+class Damaged(Error):
+    """The file's content is broken; a new Store sets it aside."""
 
 
 class Store:
     """Flows and processes in the file at `path`, mode 0640.
 
-    A file that SQLite cannot read is renamed to PATH.corrupt-TIME, with a message, and a new one
-    begun. Raises Error when there can be no file at all. write, trim and close belong to one
+    A file of ours that SQLite cannot read is renamed to PATH.corrupt-TIME, with a message, and a
+    new one begun. Another program's database is left alone. Raises Error when there can be no
+    file at all, UsageError when its directory is not there. write, trim and close belong to one
     thread; ask and process to any.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(
+        self,
+        path: str,
+        payers: Payers | None = None,
+        moment: Callable[[], Moment] = read_moment,
+    ) -> None:
         self.path = path
         self.set_aside: str | None = None
         """Where a corrupt file went."""
+        self._payers = payers
+        self._moment = moment
+        self._aged = (-1.0, 0)
+        """The last age that was looked for, and when."""
         self._reading = threading.Lock()
-        self._writer, self._reader = self._open()
+        self._file = -1
+        try:
+            self._place = Place(path, OWN_DIRECTORY, 0o750)
+        except FileNotFoundError as error:
+            raise UsageError(f"history {path}: {error.strerror}") from None
+        except OSError as error:
+            raise self._unusable(error) from None
+        try:
+            self._writer, self._reader = self._open()
+            self._elapsed = self._begin()
+        except BaseException:
+            self._let_go()
+            self._place.close()
+            raise
+
+    def _unusable(self, error: Exception) -> Error:
+        why = error.strerror if isinstance(error, OSError) else error
+        return Error(f"history {self.path}: {why}; check 'history' in the configuration")
 
     def _open(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
         try:
-            os.makedirs(os.path.dirname(self.path), 0o750, exist_ok=True)
+            if self._place.loose:
+                raise OSError(errno.EPERM, "others can replace files in its directory")
             try:
                 return self._connect()
             except sqlite3.DatabaseError as error:
-                if isinstance(error, sqlite3.OperationalError) and os.path.exists(self.path):
+                if isinstance(error, sqlite3.OperationalError) and not _is_damage(error):
                     raise
                 self._quarantine(error)
                 return self._connect()
         except (OSError, sqlite3.Error) as error:
-            raise Error(
-                f"history {self.path}: {error}; check 'history' in the configuration"
-            ) from None
+            raise self._unusable(error) from None
 
     def _connect(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(self.path, flags, 0o600)
-        os.fchmod(descriptor, 0o640)
-        os.close(descriptor)
-        writer = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        self._file = self._place.open_file(0o640)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(errno.EBUSY, "another daemon writes it") from None
+        writer = sqlite3.connect(self._place.path, isolation_level=None, check_same_thread=False)
         try:
             writer.execute(f"PRAGMA busy_timeout = {_BUSY}")
-            writer.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            version = self._version(writer)
+            if version == 0:
+                writer.execute("PRAGMA auto_vacuum = INCREMENTAL")
             writer.execute("PRAGMA journal_mode = WAL")
             writer.execute("PRAGMA synchronous = NORMAL")
             (state,) = writer.execute("PRAGMA quick_check(1)").fetchone()
             if state != "ok":
                 raise sqlite3.DatabaseError(state)
-            (version,) = writer.execute("PRAGMA user_version").fetchone()
-            if version not in (0, _SCHEMA):
-                raise sqlite3.DatabaseError(f"schema {version} is not {_SCHEMA}")
-            if version == 0:
-                writer.executescript(f"BEGIN; {_CREATE} PRAGMA user_version = {_SCHEMA}; COMMIT;")
-            writer.execute("SELECT last_ns FROM flows LIMIT 1").fetchone()
-            writer.execute("SELECT seen FROM processes LIMIT 1").fetchone()
+            if version < _SCHEMA:
+                steps = (_CREATE if version == 0 else "") + _FROM_1
+                writer.executescript(
+                    f"BEGIN; {steps} PRAGMA application_id = {_APPLICATION};"
+                    f" PRAGMA user_version = {_SCHEMA}; COMMIT;"
+                )
+            writer.execute("SELECT payer, seen FROM flows LIMIT 1").fetchone()
+            writer.execute("SELECT payer, seen FROM processes LIMIT 1").fetchone()
+            # also in files of versions that did not have it
+            writer.execute("CREATE INDEX IF NOT EXISTS flows_ends ON flows (lport, rport, last_ns)")
             reader = sqlite3.connect(
-                f"file:{_quoted(self.path)}?mode=ro", uri=True, check_same_thread=False
+                f"file:{self._place.path}?mode=ro", uri=True, check_same_thread=False
             )
             reader.execute(f"PRAGMA busy_timeout = {_BUSY}")
         except BaseException:
             writer.close()
+            self._let_go()
             raise
         return writer, reader
 
+    def _let_go(self) -> None:
+        """After SQLite: closing any descriptor of a file ends all POSIX locks on it."""
+        if self._file >= 0:
+            file, self._file = self._file, -1
+            os.close(file)
+
+    def _version(self, writer: sqlite3.Connection) -> int:
+        """The file's schema, 0 for a new file. Raises OSError for another program's."""
+        tables = {name for (name,) in writer.execute("SELECT name FROM sqlite_master")}
+        (application,) = writer.execute("PRAGMA application_id").fetchone()
+        (version,) = writer.execute("PRAGMA user_version").fetchone()
+        ours = application == _APPLICATION or {"flows", "processes"} <= tables
+        if tables and not ours:
+            raise OSError(errno.EEXIST, "this is another program's database")
+        if version not in range(_SCHEMA + 1) or (version > 0) != bool(tables):
+            raise sqlite3.DatabaseError(f"schema {version} is not {_SCHEMA}")
+        return int(version)
+
+    def _begin(self) -> Elapsed:
+        """Go on from where the last daemon left the clock."""
+        row = self._one_row("SELECT boot_id, boot, uptime, real, seconds FROM elapsed")
+        if row is None:
+            return Elapsed(read=self._moment)
+        elapsed = Elapsed(row[4], Moment(*row[:4]), self._moment)
+        elapsed.look()
+        return elapsed
+
     def _quarantine(self, error: Exception) -> None:
-        aside = f"{self.path}.corrupt-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
-        for suffix in ("-wal", "-shm"):
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        for number in itertools.count():
+            ending = f".corrupt-{stamp}" + (f"-{number}" if number else "")
+            if self._place.stat(ending) is None:
+                break
+        for suffix in ("-wal", "-shm", ""):
             with contextlib.suppress(FileNotFoundError):
-                os.rename(self.path + suffix, aside + suffix)
-        os.rename(self.path, aside)
-        self.set_aside = aside
+                self._place.rename(self._place.name + ending, suffix)
+        self.set_aside = aside = self.path + ending
         log.error(
             "history %s cannot be read (%s); kept as %s, a new one begins", self.path, error, aside
         )
@@ -134,6 +240,8 @@ class Store:
         with contextlib.suppress(sqlite3.Error):
             self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._writer.close()
+        self._let_go()
+        self._place.close()
 
     def last_id(self) -> int:
         return int(self._one("SELECT coalesce(max(id), 0) FROM flows"))
@@ -141,36 +249,80 @@ class Store:
     def last_seen_ns(self) -> int:
         return int(self._one("SELECT coalesce(max(last_ns), 0) FROM flows"))
 
-    def _one(self, query: str, *values: Any) -> Any:
-        with self._reading:
-            (value,) = self._reader.execute(query, values).fetchone()
-        return value
+    def _one(self, query: str) -> Any:
+        row = self._one_row(query)
+        return None if row is None else row[0]
 
-    def figures(self) -> dict[str, Any]:
+    def _one_row(self, query: str, *values: Any) -> Any:
         try:
-            size = sum(
-                os.stat(self.path + suffix).st_size
-                for suffix in ("", "-wal")
-                if os.path.exists(self.path + suffix)
-            )
-        except OSError:
-            size = 0
-        return {"bytes": size}
+            with self._reading:
+                return self._reader.execute(query, values).fetchone()
+        except sqlite3.Error as error:
+            raise Error(f"history {self.path}: {error}") from None
 
-    def write(self, ids: np.ndarray, flows: np.ndarray, processes: Sequence[Process]) -> None:
-        """Insert or update in one transaction. Raises Error; then nothing was written."""
+    def size(self) -> int:
+        """Size of the file and its journal."""
+        found = [self._place.stat(suffix) for suffix in ("", "-wal")]
+        return sum(one.st_size for one in found if one is not None)
+
+    def identity(self) -> bytes:
+        """Which file this is; inodes are used again."""
+        return bytes(self._one("SELECT name FROM identity"))
+
+    def in_place(self) -> bool:
+        """Whether the file is still where it was opened."""
+        found = self._place.stat()
+        return found is not None and os.path.samestat(found, os.fstat(self._file))
+
+    def write(
+        self,
+        ids: np.ndarray,
+        flows: np.ndarray,
+        processes: Sequence[Process],
+        known: Known = lambda tgid, start_ns: None,
+    ) -> None:
+        """Insert or update in one transaction. Raises Error; then nothing was written.
+
+        `known` has the owners of `flows`: whose details are not in the file are written, too.
+        """
         if not len(ids) and not processes:
             return
-        now = time.time()
-        details = [
-            (one.tgid, _signed(one.start_ns), now, msgspec.json.encode(one)) for one in processes
-        ]
-        with self._transaction() as writer:
-            writer.executemany(_WRITE_FLOW, _rows(ids, flows))
-            writer.executemany(_WRITE_PROCESS, details)
+        with self.transaction() as writer:
+            now = self.mark_time()
+            payers = payers_of(flows["tgid"], flows["uid"], self._payers)
+            seen = np.full(len(flows), now, np.int64)
+            writer.executemany(_WRITE_FLOW, _rows(ids, flows, payers, seen))
+            written = {one.key for one in processes}
+            owners = np.unique(flows[["tgid", "start_ns"]][flows["tgid"] != 0]).tolist()
+            missing = [
+                one
+                for key in owners
+                if key not in written
+                and (one := known(*key)) is not None
+                and writer.execute(_HAS_PROCESS, (key[0], _signed(key[1]))).fetchone() is None
+            ]
+            writer.executemany(
+                _WRITE_PROCESS, (self._details(one, now) for one in (*processes, *missing))
+            )
+
+    def _details(self, process: Process, now: int) -> tuple[Any, ...]:
+        raw = _encoded(process)
+        payer = self._payers.of_one(process.uid) if self._payers is not None else process.uid
+        payer = NOBODY if payer is None else payer
+        return process.tgid, _signed(process.start_ns), now, raw, payer, _space(len(raw))
+
+    def mark_time(self) -> int:
+        """In a transaction: write down how long the history has lived, in seconds."""
+        seconds = self._elapsed.look()
+        moment = self._elapsed.moment
+        values = (moment.boot_id, moment.boot, moment.uptime, moment.real, seconds)
+        self._writer.execute("DELETE FROM elapsed")
+        self._writer.execute("INSERT INTO elapsed VALUES (?, ?, ?, ?, ?)", values)
+        return int(seconds)
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Raises Error; then nothing was changed. Damaged: the file is broken."""
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             try:
@@ -181,38 +333,39 @@ class Store:
                     self._writer.execute("ROLLBACK")
                 raise
         except sqlite3.Error as error:
-            raise Error(f"{self.path}: {error}; check disk space and permissions") from None
+            kind = Damaged if _is_damage(error) else Error
+            raise kind(f"{self.path}: {error}; check disk space and permissions") from None
 
     def trim(self, age: float, size: int) -> int:
-        """Delete flows not seen for `age` seconds, then the oldest down to `size` bytes."""
-        before = int((time.time() - age) * 1e9)
-        with self._transaction() as writer:
-            gone = writer.execute("DELETE FROM flows WHERE last_ns < ?", (before,)).rowcount
-            writer.execute("DELETE FROM processes WHERE seen < ?", (time.time() - age - 86400,))
-        while self._used_bytes() > size:
-            with self._transaction() as writer:
-                (count,) = writer.execute("SELECT count(*) FROM flows").fetchone()
-                part = max(1, count // 16)
-                deleted = writer.execute(
-                    "DELETE FROM flows WHERE id IN (SELECT id FROM flows ORDER BY last_ns LIMIT ?)",
-                    (part,),
-                ).rowcount
-            gone += deleted
-            if not deleted:
-                break
+        """Delete what was not seen for `age` seconds of running, then down to `size` bytes.
+
+        See daemon.trim. How many flows went. Raises Error.
+        """
+        with self.transaction():
+            now = self.mark_time()
+        old_age, looked = self._aged
+        if age != old_age or now - looked >= min(_AGED, age / 50):
+            self._aged = age, now
+            return trim(self, now - math.ceil(age), size)
+        return trim(self, None, size)
+
+    def used_bytes(self) -> int:
+        """Without the pages that are free. Raises Error."""
+        with self.transaction() as writer:
+            pages, free, size = (
+                int(writer.execute(f"PRAGMA {name}").fetchone()[0])
+                for name in ("page_count", "freelist_count", "page_size")
+            )
+        return (pages - free) * size
+
+    def shrink(self) -> None:
+        """Give free pages back to the file system. Raises Error."""
         try:
             # execute() would stop after the first page: this statement has steps but no columns
             self._writer.executescript("PRAGMA incremental_vacuum")
             self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         except sqlite3.Error as error:
             raise Error(f"{self.path}: {error}") from None
-        return gone
-
-    def _used_bytes(self) -> int:
-        def pragma(name: str) -> int:
-            return int(self._writer.execute(f"PRAGMA {name}").fetchone()[0])
-
-        return (pragma("page_count") - pragma("freelist_count")) * pragma("page_size")
 
     def ask(self, question: Question, until_ns: int) -> list[tuple[int, np.void]]:
         """(id, FLOW) last seen at `until_ns` or before, newest first, `limit` and one more."""
@@ -220,16 +373,14 @@ class Store:
         wheres.append("last_ns <= ?")
         values.append(until_ns)
         columns = ", ".join(("id", *_COLUMNS))
-        ends = [[]] if question.port is None else [["lport = ?"], ["rport = ? AND lport <> ?"]]
         parts, all_values = [], []
-        for end in ends:
-            conditions = " AND ".join([*end, *wheres])
+        for words, own in _ways(question):
+            conditions = " AND ".join([*words, *wheres])
             parts.append(
                 f"SELECT * FROM (SELECT {columns} FROM flows WHERE {conditions}"
                 " ORDER BY last_ns DESC LIMIT ?)"
             )
-            all_values += [question.port] * sum(text.count("?") for text in end)
-            all_values += [*values, question.limit + 1]
+            all_values += [*own, *values, question.limit + 1]
         query = " UNION ALL ".join(parts)
         try:
             with self._reading:
@@ -251,6 +402,19 @@ class Store:
             return None
 
 
+def _ways(question: Question) -> list[tuple[list[str], list[Any]]]:
+    """Conditions and values that exclude each other, each with an index of its own."""
+    if question.ends is not None:
+        words = "lport = ? AND rport = ? AND family = ? AND laddr = ? AND raddr = ?"
+        (family, one, port), (_, other, far) = question.ends
+        ways = [(port, far, family, one, other), (far, port, family, other, one)]
+        return [([words], list(way)) for way in dict.fromkeys(ways)]
+    if question.port is not None:
+        port = question.port
+        return [(["lport = ?"], [port]), (["rport = ? AND lport <> ?"], [port, port])]
+    return [([], [])]
+
+
 def _conditions(question: Question) -> tuple[list[str], list[Any]]:
     wheres: list[str] = []
     values: list[Any] = []
@@ -265,6 +429,9 @@ def _conditions(question: Question) -> tuple[list[str], list[Any]]:
             values.append(value)
     if question.uid is not None:
         wheres.append("tgid <> 0")
+    if question.ends is not None and question.port is not None:
+        wheres.append("? IN (lport, rport)")
+        values.append(question.port)
     if question.since_ns is not None:
         wheres.append("last_ns >= ?")
         values.append(question.since_ns)
@@ -280,7 +447,31 @@ def _conditions(question: Question) -> tuple[list[str], list[Any]]:
     return wheres, values
 
 
-def _rows(ids: np.ndarray, flows: np.ndarray) -> Iterator[tuple[Any, ...]]:
+def _encoded(process: Process) -> bytes:
+    """As JSON of at most _DETAILS bytes."""
+    raw = msgspec.json.encode(process)
+    room = _DETAILS // 4
+    while len(raw) > _DETAILS:
+        room //= 2
+        short = {name: getattr(process, name)[:room] for name in _STRINGS}
+        raw = msgspec.json.encode(replace(process, **short))
+    return raw
+
+
+_STRINGS = ("comm", "user", "exe", "cmdline", "cgroup", "unit", "container")
+
+
+def _space(size: int) -> int:
+    """Bytes that so many of details take in the file: what is long goes to pages of its own."""
+    return size + 100 if size < 900 else 600 + (size // 4092 + 1) * 4096
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _rows(ids: np.ndarray, flows: np.ndarray, *more: np.ndarray) -> Iterator[tuple[Any, ...]]:
     """Values for _WRITE_FLOW; SQLite's integers are signed."""
     columns: list[list[Any]] = [ids.tolist()]
     for name in _COLUMNS:
@@ -292,7 +483,7 @@ def _rows(ids: np.ndarray, flows: np.ndarray) -> Iterator[tuple[Any, ...]]:
             columns.append(column.view(np.int64).tolist())
         else:
             columns.append(column.tolist())
-    return zip(*columns, strict=True)
+    return zip(*columns, *(column.tolist() for column in more), strict=True)
 
 
 def _flows(rows: Sequence[tuple[Any, ...]]) -> np.ndarray:
@@ -310,7 +501,3 @@ def _flows(rows: Sequence[tuple[Any, ...]]) -> np.ndarray:
 
 def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
-
-
-def _quoted(path: str) -> str:
-    return path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")

@@ -15,6 +15,7 @@ from nlproto.errors import Error
 from nlproto.filter import Filter, parse
 from nlproto.pipeline import NamedBatch, Pipeline
 from nlproto.processes import Key, Process
+from nlproto.supervise import Failures
 from nlproto.wire import BATCH, encode_batch, encode_snaps
 
 __all__ = ["Piece", "Stream", "Streams", "Subscriber"]
@@ -82,6 +83,7 @@ class Streams:
         self._snapshot: tuple[Stream, ...] = ()
         self._encoded: dict[Key, tuple[Process, int, bytes]] = {}
         self._generation = 0
+        self._failures = Failures("a client's filter")
 
     def __len__(self) -> int:
         return len(self._snapshot)
@@ -124,14 +126,22 @@ class Streams:
         records, total = batch.records, len(batch.records)
         pieces: list[tuple[Stream, int, list[Piece]]] = []
         size = 0
+        failed: list[tuple[Stream, int]] = []
         for stream in streams:
-            chosen = self._choose(stream, records)
-            made = [
-                self._encode(batch.head, chosen[at : at + _MAX_RECORDS], stream)
-                for at in range(0, len(chosen), _MAX_RECORDS)
-            ]
+            try:
+                chosen = self._choose(stream, records)
+                made = [
+                    self._encode(batch.head, chosen[at : at + _MAX_RECORDS], stream)
+                    for at in range(0, len(chosen), _MAX_RECORDS)
+                ]
+            except Exception as error:  # one client's filter must not cost the others theirs
+                self._failures.add(error)
+                failed.append((stream, 0))
+                continue
             size += sum(piece.size for piece in made)
             pieces.append((stream, len(chosen), made))
+        if failed:
+            self._post(lambda: _lose(failed, total))
         with self._pending_lock:
             full = self._pending + size > self._max_pending and self._pending > 0
             if not full:

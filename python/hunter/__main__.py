@@ -1,43 +1,27 @@
 # SPDX-License-Identifier: MIT
 """python -m hunter: signals, messages, exit codes."""
 
-import errno
-import os
-import stat
 import sys
 
+if __name__ == "__main__" and not sys.flags.safe_path:
+    # -m puts the current directory first: nothing comes from there before it was looked at
+    _first = sys.path.pop(0)
+    sys.path.append(__file__.rpartition("/")[0].rpartition("/")[0])
+    from nlproto.guard import refuse_unsafe_path
 
-def _loose(path: str) -> bool:
-    """Whether others than root and the user behind sudo can write the directory `path`."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return True
-    friends = {"0", str(os.geteuid()), os.environ.get("SUDO_UID", "0")}
-    return bool(found.st_mode & (stat.S_IWOTH | stat.S_IWGRP)) or str(found.st_uid) not in friends
+    sys.path.pop()
+    sys.path.insert(0, _first)
+    refuse_unsafe_path("packet-hunter")
 
-
-def refuse_unsafe_directory() -> None:
-    """End with 1 when root would import modules from a directory that others can write."""
-    if os.geteuid() != 0 or sys.flags.isolated or sys.flags.safe_path:
-        return
-    here = os.getcwd()
-    if os.path.realpath(sys.path[0] or here) == os.path.realpath(here) and _loose(here):
-        sys.exit(
-            f"packet-hunter: others can write {here}, where Python looks for modules;"
-            " change to another directory, or run packet-hunter"
-        )
-
-
-if __name__ == "__main__":
-    refuse_unsafe_directory()
-
+import errno  # noqa: E402
+import logging  # noqa: E402
+import os  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 
 from hunter import arguments  # noqa: E402
 from hunter.signals import Stop  # noqa: E402
 from hunter.text import plain  # noqa: E402
-from nlproto import Error, UsageError  # noqa: E402
+from nlproto import Error, UsageError, descriptors  # noqa: E402
 from nlproto.filter import FilterError  # noqa: E402
 from nlproto.foreign import foreign_packages  # noqa: E402
 
@@ -48,6 +32,13 @@ def _tell(line: str) -> None:
         print(f"packet-hunter: {plain(line)}", file=sys.stderr, flush=True)
     except OSError:
         pass
+
+
+class _Log(logging.Handler):
+    """What the library says went wrong, as one line without a traceback."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _tell(record.getMessage())
 
 
 def _forget_output() -> None:
@@ -99,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns 0, 1 (failure), 2 (usage), or the exit code of the command after "--".
     """
+    descriptors.raise_limit()
+    logging.getLogger().handlers = [_Log(logging.WARNING)]
     for line in foreign_packages():
         _tell(line)
     code = 0
@@ -125,6 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(str(error))
         return 1
     except OSError as error:
+        if descriptors.none_left(error):
+            _tell(str(descriptors.NoDescriptors.of(error)))
+            return 1
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
         _forget_output()

@@ -6,47 +6,35 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import IO, Any, Protocol
+from typing import IO, Protocol
 
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from hunter import pcapng
+from hunter import names, pcapng
 from hunter.capturefile import CaptureFile
-from hunter.captures import Flow, flow_of, read_capture
+from hunter.captures import Flow, look, read_capture
 from hunter.console import Output
+from hunter.owners import Answer, Owners, place
+from hunter.programs import label, programs
 from hunter.text import plain
 from nlproto import Error
 from nlproto.client import DaemonClient
-from nlproto.frames import MAX_WAITING
 
-__all__ = ["Owners", "run"]
+__all__ = ["run"]
 
 _BLOCKS, _BYTES = 4096, 4 << 20  # looked at together, at most
-_MAX_FLOWS = 100_000  # remembered
-_SLACK_S = 0.5
-"""The capture's clock stamp and the history's may differ: both are taken on the packet's way."""
+_CANDIDATES = 8  # written of one end; more are counted
 
 
 class Stop(Protocol):
     def __bool__(self) -> bool: ...
-
-
-class Client(Protocol):
-    """What is needed of the daemon."""
-
-    def pipeline(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]: ...
-
-
-@dataclass(slots=True)
-class _Count:
-    exe: str = ""
-    packets: int = 0
 
 
 @dataclass(slots=True)
@@ -54,56 +42,15 @@ class _Result:
     packets: int = 0
     transport: int = 0
     named: int = 0
-    by_process: dict[str, _Count] = field(default_factory=dict)
-
-
-class Owners:
-    """Who owned a flow's ends when; answers are remembered, up to _MAX_FLOWS flows."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self._past: dict[Flow, list[dict[str, Any]]] = {}
-        self._exe: dict[tuple[int, int], str] = {}
-
-    def learn(self, flows: Iterable[Flow]) -> None:
-        """Ask for the flows that are not known yet. Raises Error."""
-        wanted = [flow for flow in flows if flow not in self._past]
-        if len(self._past) + len(wanted) > _MAX_FLOWS:
-            self._past.clear()
-            self._exe.clear()
-            wanted = list(flows)
-        for at in range(0, len(wanted), MAX_WAITING):
-            some = wanted[at : at + MAX_WAITING]
-            replies = self._client.pipeline([("history", _question(flow)) for flow in some])
-            for flow, reply in zip(some, replies, strict=True):
-                self._past[flow] = [one for one in reply["flows"] if one["pid"] is not None]
-                for process in reply["processes"]:
-                    self._exe[process["tgid"], process["start_ns"]] = process["exe"]
-
-    def at(self, flow: Flow, end: int, time_s: float | None) -> dict[str, Any] | None:
-        """Return the history's entry of the flow's source (1) or destination (2) at that time."""
-        local, remote = flow[end], flow[3 - end]
-        fits = [
-            one
-            for one in self._past.get(flow, ())
-            if (one["local"], one["lport"]) == local
-            and ((one["remote"], one["rport"]) == remote)
-            and one["proto"] == flow[0]
-            and (time_s is None or one["first"] - _SLACK_S <= time_s <= one["last"] + _SLACK_S)
-        ]
-        if not fits or time_s is None:
-            return fits[0] if len(fits) == 1 else None
-        return min(fits, key=lambda one: max(one["first"] - time_s, time_s - one["last"], 0.0))
-
-    def exe(self, entry: dict[str, Any]) -> str:
-        return self._exe.get((entry["pid"], entry["start_ns"]), "")
-
-
-def _question(flow: Flow) -> dict[str, Any]:
-    """The end with the rarer port finds the fewest other flows."""
-    proto, source, target = flow
-    rare, other = (source, target) if source[1] >= target[1] else (target, source)
-    return {"proto": proto, "port": rare[1], "host": other[0], "limit": 100}
+    ambiguous: int = 0
+    """Of the named."""
+    namespaces: set[int] = field(default_factory=set)
+    """Those that had the same flow at the same time."""
+    by_process: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """Packets of (comm, pid)."""
+    by_choice: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    """Packets of one or the other of these comms."""
+    exes: dict[tuple[str, int], str] = field(default_factory=dict)
 
 
 def run(options: argparse.Namespace, stop: Stop, notify: Callable[[str], None]) -> None:
@@ -113,7 +60,10 @@ def run(options: argparse.Namespace, stop: Stop, notify: Callable[[str], None]) 
         source = open(options.input, "rb")
     except OSError as error:
         raise Error(f"cannot read {options.input}: {error.strerror}") from None
+    at = None if options.netns is None else place(options.netns)
     with source, DaemonClient(options.socket) as client:
+        if not client.daemon["everything"]:
+            notify("only your own processes are known: see packet-hunter doctor")
         if os.path.exists(options.output) and os.path.samefile(options.input, options.output):
             raise Error(f"{options.output} is the capture itself: choose another name")
         stream = read_capture(source, options.input)
@@ -127,10 +77,11 @@ def run(options: argparse.Namespace, stop: Stop, notify: Callable[[str], None]) 
             task = progress.add_task(os.path.basename(options.input), total=size)
             result = _Result()
             chunks = _chunks(first, stream, source, lambda at: progress.update(task, completed=at))
+            owners = Owners(client, at)
             try:
-                _annotate(chunks, Owners(client), output, result, stop)
+                _annotate(chunks, owners, output, result, stop)
             finally:
-                _report(result, notify)
+                _report(result, owners.cut, notify)
 
 
 def _chunks(
@@ -160,19 +111,23 @@ def _annotate(
 ) -> None:
     interfaces: list[pcapng.Interface] = []
     for chunk in chunks:
-        found: list[tuple[pcapng.Block, Flow | None, float | None]] = []
+        found: list[tuple[pcapng.Block, Flow | None, int | None, float | None]] = []
         for block in chunk:
             if block.kind == pcapng.SECTION:
                 interfaces = []
             elif block.kind == pcapng.INTERFACE:
                 interfaces.append(pcapng.Interface.of(block))
             packet = pcapng.packet_of(block, interfaces)
-            flow = None if packet is None else flow_of(packet)
+            flow, syn = (packet and look(packet)) or (None, None)
             result.packets += packet is not None
             time_ns = None if packet is None else packet.time_ns
-            found.append((block, flow, None if time_ns is None else time_ns / 1e9))
-        owners.learn(dict.fromkeys(flow for _, flow, _ in found if flow is not None))
-        parts = [_named(block, flow, at, owners, result) for block, flow, at in found]
+            found.append((block, flow, syn, None if time_ns is None else time_ns / 1e9))
+        owners.learn(dict.fromkeys(flow for _, flow, _, _ in found if flow is not None))
+        parts = []
+        for block, flow, syn, at in found:
+            if flow is not None and syn is not None:
+                owners.begin(flow, syn, at)
+            parts.append(_named(block, flow, at, owners, result))
         output.write(b"".join(parts))
         if stop:
             return
@@ -184,39 +139,85 @@ def _named(
     if flow is None:
         return block.data
     result.transport += 1
-    sender, receiver = owners.at(flow, 1, at), owners.at(flow, 2, at)
-    texts = []
-    for role, entry in (("from", sender), ("to", receiver)):
-        if entry is None:
-            continue
-        exe = owners.exe(entry)
-        texts.append(
-            f"{role} {plain(entry['comm'])}.{entry['pid']} uid={entry['uid']}"
-            + (f" exe={plain(exe)}" if exe else "")
-            + f" how={entry['how']}"
-        )
-        count = result.by_process.setdefault(f"{plain(entry['comm'])}.{entry['pid']}", _Count())
-        count.exe = plain(exe) or count.exe
-        count.packets += 1
-    if not texts:
+    ends = {"from": owners.at(flow, 1, at), "to": owners.at(flow, 2, at)}
+    ends = {role: answer for role, answer in ends.items() if answer.entries}
+    if not ends:
         return block.data
+    for answer in ends.values():
+        _count(answer, owners, result)
+    texts = [f"{role} {_text(answer, owners)}" for role, answer in ends.items()]
     result.named += 1
+    result.ambiguous += not all(answer.certain for answer in ends.values())
     if block.kind != pcapng.ENHANCED:  # a simple packet has no place for a comment
         return block.data
     return pcapng.with_comment(block, "packet-hunter: " + ", ".join(texts))
 
 
-def _report(result: _Result, notify: Callable[[str], None]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("process")
-    table.add_column("packets", justify="right")
-    table.add_column("executable")
-    for name, count in sorted(result.by_process.items(), key=lambda one: -one[1].packets):
-        table.add_row(name, f"{count.packets:,}", count.exe)
-    if result.by_process:
+def _text(answer: Answer, owners: Owners) -> str:
+    texts = []
+    for entry in answer.entries[:_CANDIDATES]:
+        exe = owners.exe(entry)
+        texts.append(
+            f"{plain(entry['comm'])}.{entry['pid']} uid={entry['uid']}"
+            + (f" exe={plain(exe)}" if exe else "")
+            + f" how={entry['how']}"
+            + (f" netns={entry['netns']}" if answer.namespaces else "")
+        )
+    if len(answer.entries) > _CANDIDATES:
+        texts.append(f"{len(answer.entries) - _CANDIDATES} more")
+    empty = answer.namespaces - {entry["netns"] for entry in answer.entries}
+    texts += [f"somebody in netns={netns}" for netns in sorted(empty)[:_CANDIDATES]]
+    return " or ".join(texts) + ("" if answer.certain else " AMBIGUOUS")
+
+
+def _count(answer: Answer, owners: Owners, result: _Result) -> None:
+    result.namespaces |= answer.namespaces
+    if not answer.certain:
+        result.by_choice[tuple(sorted({str(entry["comm"]) for entry in answer.entries}))] += 1
+        return
+    entry = answer.entries[0]
+    process = (entry["comm"], entry["pid"])
+    result.by_process[process] += 1
+    result.exes[process] = owners.exe(entry) or result.exes.get(process, "")
+
+
+def _report(result: _Result, cut: int, notify: Callable[[str], None]) -> None:
+    rows = _rows(result)
+    if rows:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("process")
+        table.add_column("packets", justify="right")
+        table.add_column("executable")
+        for name, packets, exe in sorted(rows, key=lambda row: -row[1]):
+            table.add_row(name, f"{packets:,}", exe)
         Output().print(table)
+    if result.namespaces:
+        shown = ", ".join(names.netns(one) for one in sorted(result.namespaces)[:_CANDIDATES])
+        notify(
+            f"{len(result.namespaces)} network namespaces had the same flows at the same time"
+            f" ({shown}); --netns NS says where the capture was made"
+        )
+    if cut:
+        notify(f"{cut:,} flows have more entries in the history than the daemon gives: ambiguous")
     share = f" ({100 * result.named / result.transport:.1f} %)" if result.transport else ""
     notify(
         f"{result.packets:,} packets, {result.transport:,} of them TCP or UDP with ports: "
-        f"{result.named:,} named{share}"
+        f"{result.named:,} named{share}, of these {result.ambiguous:,} ambiguous"
     )
+
+
+_Row = tuple[str, str, tuple[str, int] | None]
+
+
+def _rows(result: _Result) -> list[tuple[str, int, str]]:
+    """(process or program, packets, executable)."""
+    program_of = programs({one: (one[0], result.exes[one]) for one in result.by_process})
+    pids: defaultdict[_Row, set[int]] = defaultdict(set)
+    packets: Counter[_Row] = Counter()
+    for process, count in result.by_process.items():
+        pids[program_of[process]].add(process[1])
+        packets[program_of[process]] += count
+    rows = [(label(one[0], pids[one]), packets[one], plain(one[1])) for one in packets]
+    for comms, count in result.by_choice.items():
+        rows.append((f"{plain(' or '.join(comms))} (ambiguous)", count, ""))
+    return rows

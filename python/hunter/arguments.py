@@ -354,6 +354,12 @@ def _annotate_parser() -> argparse.ArgumentParser:
         "  packet-hunter annotate trace.pcap -o named.pcapng\n",
     )
     _add_files(parser, "pcap or pcapng", "pcapng to write")
+    parser.add_argument(
+        "--netns",
+        metavar="NS",
+        help="where the capture was made: a network namespace by name, pid or inode; else packets"
+        " that fit in several are marked AMBIGUOUS",
+    )
     _add_socket(parser)
     return parser
 

@@ -167,7 +167,7 @@ def _open_in(folder: int, name: str, sticky: bool, path: str, environ: Mapping[s
 
 def _sudo_owner(environ: Mapping[str, str]) -> tuple[int, int] | None:
     uid, gid = environ.get("SUDO_UID", ""), environ.get("SUDO_GID", "")
-    if os.geteuid() != 0 or not (uid.isdigit() and gid.isdigit()):
+    if os.geteuid() != 0 or not (uid.isdecimal() and gid.isdecimal()):
         return None
     return int(uid), int(gid)
 

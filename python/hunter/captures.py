@@ -12,7 +12,7 @@ from hunter import pcapng
 from hunter.pcapng import Block
 from nlproto import Error
 
-__all__ = ["End", "Flow", "flow_of", "read_capture"]
+__all__ = ["End", "Flow", "flow_of", "look", "read_capture"]
 
 # https://www.tcpdump.org/linktypes.html: bytes before the network layer, and where its type stands
 _ETHERNET, _RAW, _LOOP, _NULL, _SLL, _SLL2, _IPV4, _IPV6 = 1, 101, 108, 0, 113, 276, 228, 229
@@ -22,6 +22,7 @@ _VLANS = (0x8100, 0x88A8, 0x9100)
 _EXTENSIONS = (0, 43, 60)
 _FRAGMENT = 44
 _MAX_PACKET = 1 << 20
+_SYN, _SYN_ACK = 2, 18
 
 End = tuple[str, int]
 """(address, port)."""
@@ -74,6 +75,12 @@ def _pcap(file: IO[bytes], name: str) -> Iterator[Block]:
 
 def flow_of(packet: pcapng.Packet) -> Flow | None:
     """Return whose TCP or UDP packet it is; None for others, later fragments and stumps."""
+    found = look(packet)
+    return None if found is None else found[0]
+
+
+def look(packet: pcapng.Packet) -> tuple[Flow, int | None] | None:
+    """As flow_of(); and of a SYN that begins a connection its sequence number, else None."""
     try:
         return _network(*_strip(packet.linktype, packet.data))
     except (struct.error, IndexError, ValueError, OSError):
@@ -100,7 +107,7 @@ def _strip(linktype: int, data: bytes) -> tuple[int, bytes]:
     return (_ETHER_IPV6 if data[0] >> 4 == 6 else _ETHER_IPV4), data
 
 
-def _network(kind: int, data: bytes) -> Flow | None:
+def _network(kind: int, data: bytes) -> tuple[Flow, int | None] | None:
     if kind == _ETHER_IPV4:
         if struct.unpack_from("!H", data, 6)[0] & 0x1FFF:
             return None
@@ -123,4 +130,5 @@ def _network(kind: int, data: bytes) -> Flow | None:
         return None
     sport, dport = struct.unpack_from("!HH", data)
     ends = (socket.inet_ntop(family, source), sport), (socket.inet_ntop(family, target), dport)
-    return name, *ends
+    begins = proto == socket.IPPROTO_TCP and len(data) > 13 and data[13] & _SYN_ACK == _SYN
+    return (name, *ends), struct.unpack_from("!I", data, 4)[0] if begins else None

@@ -15,6 +15,7 @@ import numpy as np
 from hunter.columns import Details
 from hunter.forks import Forks
 from nlproto import Error, wire
+from nlproto.descriptors import lower_limit
 from nlproto.processes import Process
 from nlproto.procfs import TICK_NS, same_start
 
@@ -71,7 +72,9 @@ class Command:
                     " children that end at once can be missing"
                 )
         try:
-            self._process = subprocess.Popen(argv, **as_invoker(os.environ))
+            self._process = subprocess.Popen(
+                argv, preexec_fn=lower_limit, **as_invoker(os.environ)
+            )
         except (OSError, subprocess.SubprocessError) as error:
             self.close()
             reason = getattr(error, "strerror", None) or error

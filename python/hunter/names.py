@@ -3,16 +3,26 @@
 
 from __future__ import annotations
 
-import pwd
+import os
 import queue
+import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from types import TracebackType
 from typing import Self
 
-__all__ = ["Names", "interface", "own_hosts", "own_users", "service", "services", "user"]
+from nlproto.netns import NAMED
+from nlproto.procfs import user_name as user
+from nlproto.supervise import Failures
+from nlproto.wire import bounded
+
+_SETTLED_NS = 2_000_000_000
+
+__all__ = ["Names", "interface", "netns", "own_hosts", "own_users", "service", "services", "user"]
 
 
 @lru_cache(1)
@@ -21,7 +31,7 @@ def services(path: str = "/etc/services") -> dict[tuple[int, str], str]:
     known: dict[tuple[int, str], str] = {}
     for name, *rest in _words(path):
         port, _, proto = rest[0].partition("/") if rest else ("", "", "")
-        if port.isdigit() and proto:
+        if _NUMBER.fullmatch(port) and proto:
             known.setdefault((int(port), proto), name)
     return known
 
@@ -32,21 +42,45 @@ def service(port: int, proto: str) -> str:
     return services().get((port, proto), str(port)) if port < 49152 else str(port)
 
 
-def user(uid: int) -> str:
-    """Return the user's name, or the number of one that has none; may wait for a directory."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
-
-
 @lru_cache(256)
 def interface(index: int) -> str:
     """Return the name of an interface of this network namespace, or if<N>."""
     try:
-        return socket.if_indextoname(index)
-    except OSError:
+        return bounded(os.fsencode(socket.if_indextoname(index)))
+    except (OSError, OverflowError):
         return f"if{index}"
+
+
+def netns(inode: int, since_s: float | None = None) -> str:
+    """Return the name that `ip netns` has for a network namespace, else its inode.
+
+    `since_s`: when it was seen. Inodes are used again: one seen before the names last changed
+    keeps its number.
+    """
+    known, changed_s = _namespaces()
+    if inode not in known or (since_s is not None and since_s < changed_s):
+        return str(inode)
+    return known[inode]
+
+
+def _namespaces() -> tuple[dict[int, str], float]:
+    """Names by inode, and when they last changed; read again when the directory changes."""
+    try:
+        changed = os.stat(NAMED).st_mtime_ns
+    except OSError:
+        return {}, 0.0
+    # a name that is just being made is not mounted yet
+    read = _named if time.time_ns() - changed > _SETTLED_NS else _named.__wrapped__
+    return read(changed), changed / 1e9
+
+
+@lru_cache(1)
+def _named(changed_ns: int) -> dict[int, str]:
+    found = {}
+    for entry in os.scandir(NAMED):
+        with suppress(OSError):
+            found[entry.stat().st_ino] = entry.name
+    return found
 
 
 def own_hosts(path: str = "/etc/hosts") -> dict[str, str]:
@@ -62,23 +96,27 @@ def own_users(path: str = "/etc/passwd") -> dict[int, str]:
     """Return the names of this machine's own users by uid (passwd(5))."""
     known: dict[int, str] = {}
     for name, _, uid, *_ in (line.split(":") for line in _lines(path) if line.count(":") > 2):
-        if uid.isdigit():
+        if _NUMBER.fullmatch(uid):
             known.setdefault(int(uid), name)
     return known
 
 
 def _lines(path: str) -> list[str]:
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read().splitlines()
+        with open(path, "rb") as file:
+            return [bounded(line) for line in file.read(_MAX_FILE).split(b"\n")]
     except OSError:
         return []
+
+
+_NUMBER = re.compile(r"[0-9]{1,10}")
+_MAX_FILE = 16 << 20  # bytes of a table of names that are read
 
 
 def _words(path: str) -> Iterator[list[str]]:
     """Yield the words of each line that has any, without comments."""
     for line in _lines(path):
-        words = line.partition("#")[0].split()
+        words = [word for word in re.split(r"[ \t\r\f\v]+", line.partition("#")[0]) if word]
         if words:
             yield words
 
@@ -134,10 +172,13 @@ class Names:
         return name
 
     def _look_up(self) -> None:
+        failures = Failures("names")
         while (key := self._wanted.get()) is not None:
             try:
-                self._known[key] = (
-                    user(key) if isinstance(key, int) else socket.gethostbyaddr(key)[0]
-                )
-            except (OSError, UnicodeError):
-                continue
+                if isinstance(key, int):
+                    self._known[key] = user(key)
+                else:
+                    self._known[key] = bounded(os.fsencode(socket.gethostbyaddr(key)[0]))
+            except Exception as error:  # a name that cannot be had costs no other its own
+                if not isinstance(error, (OSError, UnicodeError)):
+                    failures.add(error)

@@ -21,8 +21,9 @@ from nlproto.pipeline import NamedBatch, Pipeline
 from nlproto.portmap import PortMap
 from nlproto.processes import Process, Processes
 
-__all__ = ["PipelineSource", "open_alone"]
+__all__ = ["PATIENCE", "PipelineSource", "open_alone"]
 
+PATIENCE = 5.0  # s of nothing but failures; who waits for packets wants to know
 _BATCHES = 64  # that may wait for the reader; behind them the pipeline's own queue fills
 
 
@@ -44,15 +45,19 @@ class PipelineSource:
         self._pipeline.__enter__()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object = None, *exc: object) -> None:
+        """Raise Error, when all else went well, if this program lost records by its own fault."""
         self._left = True
         if self._stopper is None:
             self.finish()
         self._pipeline.engine.__exit__(None, None, None)
+        lost = self._pipeline.account.lost["failed"]
+        if lost and kind is None:
+            raise Error(f"{lost} records were lost by a fault of this program: please report it")
 
     def failed(self, error: Error) -> None:
-        """Remember why the engine stopped; for the pipeline's on_failure."""
-        self._failure = error
+        """Remember why nothing comes any more; for the pipeline's on_failure and on_death."""
+        self._failure = self._failure or error
 
     def _take(self, batch: NamedBatch) -> None:
         mask = self._filter.mask(batch.records, self._pipeline.processes)
@@ -137,6 +142,8 @@ def open_alone(
         namer=Namer(),
         portmap=PortMap(),
         on_failure=lambda error: sources[0].failed(error),
+        on_death=lambda error: sources[0].failed(error),
+        patience=PATIENCE,
     )
     sources.append(PipelineSource(pipeline, filter, snaps))
     return sources[0]

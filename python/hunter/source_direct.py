@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hunter.columns import Holder
-from hunter.source_alone import PipelineSource
+from hunter.source_alone import PATIENCE, PipelineSource
 from hunter.source_daemon import Asker
 from nlproto import Error, wire
 from nlproto.account import Account
@@ -146,10 +146,12 @@ class DirectSource(PipelineSource):
         self._names = names
         self._asker = asker
 
-    def __exit__(self, *exc: object) -> None:
-        super().__exit__(*exc)
-        self._names.close()
-        self._asker.close()
+    def __exit__(self, kind: object = None, *exc: object) -> None:
+        try:
+            super().__exit__(kind, *exc)
+        finally:
+            self._names.close()
+            self._asker.close()
 
     def holders(self, cookies: set[int]) -> Mapping[int, list[Holder]]:
         return self._asker.holders(cookies)
@@ -172,6 +174,8 @@ def open_direct(
             processes=Processes(names.details),
             namer=names,
             on_failure=lambda error: sources[0].failed(error),
+            on_death=lambda error: sources[0].failed(error),
+            patience=PATIENCE,
         )
     except BaseException:
         names.close()

@@ -61,6 +61,24 @@ def show(figures: Mapping[str, Any], console: Console) -> None:
         )
         table.add_row(Text(name.replace("_", " "), style="bold"), Text(plain(facts)))
     console.print(table)
+    history = figures.get("history") or {}
+    if store := history.get("store"):
+        _show_store(store, history.get("unstored", 0), console)
+
+
+def _show_store(store: Mapping[str, Any], unstored: int, console: Console) -> None:
+    """One line on the history's file, in red when it cannot be written."""
+    waiting = f"{store['waiting_flows']:,} flows and {store['waiting_processes']:,} processes"
+    lost = unstored + store["unstored_processes"]
+    line = f"history {store['path']}, {store['bytes']:,} bytes"
+    if store["error"]:
+        line = f"{store['error']}: {waiting} wait in memory"
+    if lost:
+        line += (
+            f"; {unstored:,} flows and {store['unstored_processes']:,} processes left memory"
+            " before they were written"
+        )
+    console.print(Text(plain(line), style="red" if store["error"] or lost else ""))
 
 
 def _account(account: Mapping[str, Any]) -> Table:
@@ -78,7 +96,7 @@ def _account(account: Mapping[str, Any]) -> Table:
         ("records delivered", delivered, ""),
         ("named", named, share),
         ("unnamed", sum(unnamed.values()), _detail(unnamed)),
-        ("being named", delivered - named - sum(unnamed.values()), ""),
+        ("being named", account["waiting"], ""),
         ("lost", sum(lost.values()), _detail(lost)),
     ]
     for name, count, more in rows:

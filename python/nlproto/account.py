@@ -2,8 +2,10 @@
 """What one reader saw, lost and named, in records; every sum closes or says that it does not.
 
     packets   = recorded + skipped
-    records   = recorded + copies  = delivered + lost (alloc, socket, queue, client)
-    delivered = named + unnamed (by reason) + waiting (received, not yet handed on)
+    records   = recorded + copies
+              = delivered + lost (alloc, socket, queue, client, failed)
+                + waiting (received, not yet handed on)
+    delivered = named + unnamed (by reason)
 
 Each CPU's totals come from its counters and sequences at the first and last moment known, not
 from adding up gaps, so batches that arrive out of order change nothing. Not thread-safe.
@@ -17,8 +19,9 @@ from .wire import HOW_NAMES, is_named, lib
 
 __all__ = ["PLACES", "Account"]
 
-PLACES = ("alloc", "socket", "queue", "client")
-"""Where records are lost: no memory in the kernel, socket buffer, daemon's queue, slow client."""
+PLACES = ("alloc", "socket", "queue", "client", "failed")
+"""Where records are lost: no memory in the kernel, socket buffer, daemon's queue, slow client,
+a fault of this program."""
 
 _COPY = int(lib.SNIFFER_F_COPY)
 
@@ -52,7 +55,7 @@ class Account:
         self._last: dict[tuple[int, int], _Point] = {}
         self._instance = 0
         self._received = 0
-        self._lost_later = {"queue": 0, "client": 0}
+        self._lost_later = {"queue": 0, "client": 0, "failed": 0}
         self._by_how = np.zeros(256, np.int64)
         self.instances = 0
         """How many module loads (or engine starts) this account spans."""
@@ -118,11 +121,11 @@ class Account:
                 known.raise_to(_point_of(tail))
 
     def lose(self, place: str, records: int) -> None:
-        """Count received records as lost afterwards, in "queue" or "client"."""
+        """Count received records as lost afterwards, in "queue", "client" or "failed"."""
         self._lost_later[place] += records
 
     def deliver(self, hows: np.ndarray) -> None:
-        """Count delivered records by their field `how` (array of uint8), as they are handed on."""
+        """Count records by their field `how` (array of uint8) that have been handed on."""
         self._by_how += np.bincount(hows, minlength=256)
 
     def _enter(self, instance: int) -> None:
@@ -174,8 +177,8 @@ class Account:
 
     @property
     def delivered(self) -> int:
-        """Records that arrived and were not lost afterwards."""
-        return self._received - sum(self._lost_later.values())
+        """Records that were handed on."""
+        return int(self._by_how.sum())
 
     @property
     def named(self) -> int:
@@ -195,8 +198,8 @@ class Account:
 
     @property
     def waiting(self) -> int:
-        """Records received that deliver() has not seen yet; 0 at rest."""
-        return self.delivered - int(self._by_how.sum())
+        """Records received that were neither handed on nor lost yet; 0 at rest."""
+        return self._received - sum(self._lost_later.values()) - self.delivered
 
     def closes(self) -> bool:
         """Return whether every sum is right at this moment (at rest it must be)."""
@@ -209,7 +212,7 @@ class Account:
             and all(n >= 0 for n in lost.values())
             and self.recorded >= 0
             and self.copies >= 0
-            and self.records == self.delivered + sum(lost.values())
+            and self.records == self.delivered + sum(lost.values()) + self.waiting
         )
 
     @property
@@ -234,7 +237,7 @@ class Account:
             "skipped": self.skipped,
             "copies": self.copies,
             "records": self.records - later,
-            "delivered": self.delivered - later,
+            "delivered": self.delivered,
             "lost": self.lost,
             "named": self.named,
             "unnamed": self.unnamed,

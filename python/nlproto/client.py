@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import socket
@@ -302,8 +303,9 @@ class DaemonClient:
 
     def _receive(self, timeout: float | None) -> bool:
         """Read once; whether anything came in time."""
-        ready, _, _ = select.select([self._socket], [], [], timeout)
-        if not ready:
+        ready = select.poll()  # select(2) knows no descriptor above 1023
+        ready.register(self._socket, select.POLLIN)
+        if not ready.poll(None if timeout is None else math.ceil(timeout * 1000)):
             return False
         try:
             data = self._socket.recv(1 << 20)

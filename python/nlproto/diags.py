@@ -9,18 +9,21 @@ from typing import Self
 
 import numpy as np
 
-from nlproto import netns, procfs
+from nlproto import descriptors, netns, procfs
 from nlproto.errors import Error, NoPrivilege
 from nlproto.sockdiag import SockDiag
+from nlproto.supervise import Failures
 
 __all__ = ["Diags"]
 
 _LOOK_NS = 2_000_000_000
+MAX_NETNS = 4096
 
 
 class Diags:
     """Looks for new and ended namespaces at most every 2 s; a context manager, for one thread.
 
+    Of MAX_NETNS at most, fewer where descriptors are scarce.
     A sock_diag socket keeps its namespace alive, so one that no process and no name holds any
     more is let go at the next look.
     """
@@ -29,6 +32,8 @@ class Diags:
         self._now_ns = now_ns
         self._looked_ns = -_LOOK_NS
         self.own = netns.own()
+        self._failures = Failures("sock_diag")
+        self._most = descriptors.namespaces(MAX_NETNS)
         self._diags: dict[int, SockDiag | None] = {}
 
     def __enter__(self) -> Self:
@@ -66,11 +71,17 @@ class Diags:
             except NoPrivilege:
                 self._diags[self.own] = None
         for number, path in there.items():
-            if number not in self._diags:
-                try:
-                    self._diags[number] = netns.run_inside(path, SockDiag)
-                except (Error, OSError):
-                    self._diags[number] = None
+            if number in self._diags:
+                continue
+            if len(self._diags) >= self._most:
+                self._failures.add(
+                    Error(f"sockets of {self._most} network namespaces are read, not of all there")
+                )
+                return
+            try:
+                self._diags[number] = netns.run_inside(path, SockDiag)
+            except (Error, OSError):
+                self._diags[number] = None
 
     def tables(self) -> dict[int, np.ndarray]:
         """{namespace: all its sockets (HOST_SOCKET)}; of our own by /proc/net if need be."""

@@ -18,7 +18,7 @@ from typing import Self
 
 import numpy as np
 
-from . import netns, procfs, wire
+from . import descriptors, netns, procfs, wire
 from .capture import Capture
 from .clock import Clock
 from .errors import Error, NoPrivilege
@@ -26,6 +26,7 @@ from .holders import Holders
 from .netns import Interfaces
 from .packet_names import PacketNames
 from .sockdiag import SockDiag
+from .supervise import Failures
 from .wire import SNAP, Batch, Snap, SnapBatch, lib
 
 __all__ = ["PacketEngine"]
@@ -117,6 +118,8 @@ class PacketEngine:
         self._use_diag = sock_diag
         self._now_ns = now_ns
         self._holders = Holders(proc, now_ns)
+        self._failures = Failures("engine packet")
+        self._most = descriptors.namespaces(MAX_NETNS)
         self._places: dict[int, _Place] = {}
         self._refused: set[int] = set()
         self._poll = select.poll()
@@ -203,9 +206,9 @@ class PacketEngine:
         for inode, path in found.items():
             if inode in self._places or inode in self._refused:
                 continue
-            if len(self._places) >= MAX_NETNS:
+            if len(self._places) >= self._most:
                 self._refused.add(inode)
-                self._notify(f"network namespace {inode} is not captured: {MAX_NETNS} others are")
+                self._notify(f"network namespace {inode} is not captured: {self._most} others are")
                 continue
             try:
                 self._add(inode, path, _OTHER_RING_BYTES)
@@ -236,8 +239,12 @@ class PacketEngine:
 
     def read(self, timeout: float) -> Iterator[Batch | SnapBatch]:
         now = self._now_ns()
-        self._look(now)
-        self._walk(now)
+        try:
+            self._look(now)
+            self._walk(now)
+        except descriptors.NoDescriptors as error:  # what is known goes on
+            self._look_again_ns = self._walk_again_ns = now + _WALK_NS
+            self._failures.add(error)
         ready = self._poll.poll(min(timeout, 0.1) * 1000)
         if not ready:
             return
@@ -272,7 +279,11 @@ class PacketEngine:
         if len(place.addresses.duplicating):
             once = ~np.isin(records["ifindex"], place.addresses.duplicating)
             records, to_all = records[once], to_all[once]
-        records = place.names.name(records, to_all)
+        try:
+            records = place.names.name(records, to_all)
+        except Exception as error:  # what one process does must not cost others their packets
+            self._failures.add(error, "naming")
+            records["how"][records["how"] == 0] = lib.SNIFFER_HOW_NOT_PROBED
         if not len(records):
             return []
         copies = np.count_nonzero(records["flags"] & lib.SNIFFER_F_COPY)

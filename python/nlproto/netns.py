@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from ._host import lib
-from .errors import NoPrivilege
+from .descriptors import or_error
+from .errors import Error, NoPrivilege
 from .netlink import NLM_F_DUMP, Connection, attributes
 
 __all__ = ["Interfaces", "own", "paths", "run_inside"]
@@ -41,11 +42,14 @@ def own(proc: Path = Path("/proc")) -> int:
 def paths(proc: Path = Path("/proc"), named: Path = NAMED) -> dict[int, Path]:
     """Return {inode: a path to open} of every network namespace that can be seen.
 
-    Those that neither a process nor a name in /run/netns holds are not among them.
+    Those that neither a process nor a name in /run/netns holds are not among them. Raises Error
+    when no file descriptor is left.
     """
     found: dict[int, Path] = {}
     seen: set[str] = set()
-    for name in os.listdir(proc):
+    with or_error():
+        names = os.listdir(proc)
+    for name in names:
         if not name.isdecimal():
             continue
         path = f"{proc}/{name}/ns/net"
@@ -59,7 +63,8 @@ def paths(proc: Path = Path("/proc"), named: Path = NAMED) -> dict[int, Path]:
             if inode:
                 found[int(inode[1])] = Path(path)
     try:
-        entries = list(named.iterdir())
+        with or_error():
+            entries = list(named.iterdir())
         nsfs = os.stat(proc / "self" / "ns" / "net").st_dev
     except OSError:
         entries = []
@@ -76,7 +81,8 @@ def paths(proc: Path = Path("/proc"), named: Path = NAMED) -> dict[int, Path]:
 def run_inside(path: Path, work: Callable[[], T]) -> T:
     """Return work(), run in a thread of its own inside the namespace at `path`.
 
-    Sockets made in there stay there. Raises NoPrivilege without CAP_SYS_ADMIN, what work() raises.
+    Sockets made in there stay there. Raises NoPrivilege without CAP_SYS_ADMIN, Error where no
+    thread can be made, what work() raises.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -95,7 +101,10 @@ def run_inside(path: Path, work: Callable[[], T]) -> T:
             errors.append(error)
 
     thread = threading.Thread(target=enter, name="netns")
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:  # TasksMax=, ulimit -u
+        raise Error(f"{error}: raise the limit of tasks, or end some") from None
     thread.join()
     if errors:
         raise errors[0]

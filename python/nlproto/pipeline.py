@@ -27,6 +27,7 @@ from nlproto.portmap import PortMap
 from nlproto.processes import Processes
 from nlproto.queue import MessageQueue
 from nlproto.snaps import Snaps
+from nlproto.supervise import PATIENCE, Failures, described, keep_going
 from nlproto.wire import BATCH, RECORD, Batch, ProcessEvent, SnapBatch, lib
 
 __all__ = ["NamedBatch", "Names", "Pipeline", "QUEUE_BYTES"]
@@ -80,6 +81,9 @@ class Pipeline:
     The engine comes open and is closed here. `on_failure(error)` is called in the receiver thread
     when it fails; the receiver then waits for switch(). Leaving the context reads the engine's
     tail and drains the queue first.
+
+    What fails otherwise is logged, its records are lost in "failed", and both threads go on. One
+    that only fails for `patience` s ends and calls `on_death(error)`: the program must end too.
     """
 
     def __init__(
@@ -92,6 +96,8 @@ class Pipeline:
         portmap: PortMap | None = None,
         queue: MessageQueue[Item] | None = None,
         on_failure: Callable[[Error], None] | None = None,
+        on_death: Callable[[Error], None] | None = None,
+        patience: float = PATIENCE,
     ) -> None:
         self.account = account
         self.processes = processes
@@ -110,6 +116,9 @@ class Pipeline:
         self._switched = threading.Event()
         self._failed_at: float | None = None
         self._on_failure = on_failure
+        self._on_death = on_death
+        self._receiving = Failures("receiver", patience)
+        self._working = Failures("worker", patience)
         self.snaps = Snaps()
         self._snapping = False
         self._takes: tuple[Take, ...] = ()
@@ -119,8 +128,13 @@ class Pipeline:
         self._stopping = threading.Event()
         self._barriers: list[_Marker] = []
         self._barrier_lock = threading.Lock()
+        self._opened = False
         self._receiver = threading.Thread(target=self._receive, name="receiver", daemon=True)
-        self._worker = threading.Thread(target=self._work, name="worker", daemon=True)
+        self._worker = threading.Thread(
+            target=lambda: keep_going(self._work, self._working, self._die),
+            name="worker",
+            daemon=True,
+        )
 
     @property
     def engine(self) -> Engine:
@@ -145,6 +159,15 @@ class Pipeline:
         self._receiver.join()
         self.queue.close()
         self._worker.join()
+        # nothing, unless the worker has died
+        left = [one for one in self.queue.get_many(len(self.queue)) if isinstance(one, Batch)]
+        self._lose(sum(len(batch.records) for batch in left) + len(self._merge))
+
+    def _die(self, error: Error) -> None:
+        if self._on_death is None:
+            log.critical("%s", error)
+        else:
+            self._on_death(error)
 
     def subscribe(self, take: Take) -> Callable[[], None]:
         """Call `take` in the worker thread for each batch; returns the function that ends it."""
@@ -181,29 +204,42 @@ class Pipeline:
     # Receiver thread
 
     def _receive(self) -> None:
-        self._open()
-        while not self._stopping.is_set():
-            if self._next is not None:
-                self._change_engine()
-            markers = self._take_barriers()
+        keep_going(self._receive_once, self._receiving, self._die)
+        if not self.failed:
+            self._finish()
+        try:
+            self._engine.__exit__(None, None, None)
+        except Exception as error:
+            self._receiving.add(error, "closing the engine")
+        for marker in self._take_barriers():
+            self.queue.put(marker, 0)
+
+    def _receive_once(self) -> bool:
+        """Go round once; whether to go on."""
+        if not self._opened:
+            self._open()
+        if self._stopping.is_set():
+            return False
+        if self._next is not None:
+            self._change_engine()
+        markers = self._take_barriers()
+        try:
             if markers:
                 self._read_all()
             elif self.failed:
                 self._stopping.wait(_POLL)
             else:
                 self._read(_POLL)
+        finally:
             for marker in markers:
                 self.queue.put(marker, 0)
-            self._ask_engine()
-        if not self.failed:
-            self._finish()
-        self._engine.__exit__(None, None, None)
-        for marker in self._take_barriers():
-            self.queue.put(marker, 0)
+        self._ask_engine()
+        return True
 
     def _open(self) -> None:
         with self.account_lock:
             self.account.open(self._engine.opening, self._engine.instance)
+        self._opened = True
         self._asked = 0.0
         self._ask_engine()
 
@@ -235,8 +271,8 @@ class Pipeline:
         except Error as error:
             self._fail(error)
         except Exception as error:
-            log.exception("engine %s", self._engine.name)
-            self._fail(Error(f"engine {self._engine.name} broke: {error}"))
+            self._receiving.add(error, f"engine {self._engine.name}")
+            self._fail(Error(f"engine {self._engine.name} broke: {described(error)}"))
         return count
 
     def _fail(self, error: Error) -> None:
@@ -256,6 +292,11 @@ class Pipeline:
         except Error as error:
             log.debug("engine stats: %s", error)
 
+    def _lose(self, records: int) -> None:
+        if records:
+            with self.account_lock:
+                self.account.lose("failed", records)
+
     def _put(self, event: Batch | ProcessEvent | SnapBatch) -> None:
         if isinstance(event, Batch):
             records = np.array(event.records)
@@ -263,6 +304,7 @@ class Pipeline:
             with self.account_lock:
                 self.account.add(head, records)
             lost = self.queue.put(Batch(head, records), records.nbytes + head.nbytes, len(records))
+            self._receiving.clear()
         elif isinstance(event, ProcessEvent):
             lost = self.queue.put(event, _PROCESS_BYTES)
         else:
@@ -277,8 +319,11 @@ class Pipeline:
         assert engine is not None
         if not self.failed:
             self._finish(_begin(engine))
-        self._engine.__exit__(None, None, None)
-        self._engine = engine
+        old, self._engine = self._engine, engine
+        try:
+            old.__exit__(None, None, None)
+        except Exception as error:
+            self._receiving.add(error, "closing the engine")
         if self._snapping:
             engine.want_snaps(True)
         if self._failed_at is not None:
@@ -292,44 +337,55 @@ class Pipeline:
         try:
             for event in self._engine.finish(until_ns):
                 self._put(event)
+            with self.account_lock:
+                self.account.close(self._engine.closing)
         except Error as error:
             log.warning("the engine's tail could not be read: %s", error)
-            return
-        with self.account_lock:
-            self.account.close(self._engine.closing)
+        except Exception as error:
+            self._receiving.add(error, "the engine's tail")
 
     # Worker thread
 
-    def _work(self) -> None:
-        while True:
-            self.beat = time.monotonic()
-            items = self.queue.get_many(
-                _CHUNK, self._merge.interval_ns / 1e9 if len(self._merge) else _POLL
-            )
-            for item in items:
-                if isinstance(item, ProcessEvent):
-                    self._learn(item)
-            self._arrive([item for item in items if isinstance(item, Batch)])
-            markers = [item for item in items if isinstance(item, _Marker)]
-            ended = not items and self.queue.closed
-            idle = not items and len(self._merge) > 0
-            self._emit(self._merge.drain() if markers or ended or idle else self._merge.take())
-            for marker in markers:
-                marker.passed()
-            if ended:
-                return
+    def _work(self) -> bool:
+        """Go round once; whether to go on."""
+        self.beat = time.monotonic()
+        items = self.queue.get_many(
+            _CHUNK, self._merge.interval_ns / 1e9 if len(self._merge) else _POLL
+        )
+        for item in items:
+            if isinstance(item, ProcessEvent):
+                self._attempt("a process event", self._learn, item)
+        batches = [item for item in items if isinstance(item, Batch)]
+        if batches and not self._attempt("naming", self._arrive, batches):
+            for batch in batches:  # one of them is to blame, and is lost alone
+                if not self._attempt("naming", self._arrive, [batch]):
+                    self._lose(len(batch.records))
+        markers = [item for item in items if isinstance(item, _Marker)]
+        ended = not items and self.queue.closed
+        idle = not items and len(self._merge) > 0
+        self._emit(self._merge.drain() if markers or ended or idle else self._merge.take())
+        for marker in markers:
+            self._attempt("a question", marker.passed)
+        return not ended
+
+    def _attempt(self, what: str, work: Callable[..., object], *arguments: object) -> bool:
+        """Do work(*arguments); whether it went well."""
+        try:
+            work(*arguments)
+        except Exception as error:
+            self._working.add(error, what)
+            return False
+        return True
 
     def _arrive(self, batches: list[Batch]) -> None:
         """Name at once, while sockets and processes are still there to be asked about."""
-        if not batches:
-            return
-        self._head = batches[-1].head
         # as plain bytes: NumPy compares the fields of structures for each pair
         raw = np.concatenate([batch.records.view(_RAW) for batch in batches])
         records = raw.view(RECORD)
         if self.namer is not None:
             self.namer.name(records)
         self.processes.add_records(records)
+        self._head = batches[-1].head
         self._merge.add(records, max(int(batch.head["mono_ns"]) for batch in batches))
 
     def _learn(self, event: ProcessEvent) -> None:
@@ -338,20 +394,25 @@ class Pipeline:
             self.portmap.forget_process(process.key)
 
     def _emit(self, records: np.ndarray) -> None:
-        if not len(records) or self._head is None:
+        """Hand on; what did not reach every subscriber is lost."""
+        if not len(records):
             return
-        clock = Clock.from_head(self._head)
+        assert self._head is not None
+        try:
+            flows = summarize(records, self._seed)
+            if self.portmap is not None:
+                self.portmap.update(flows)
+        except Exception as error:
+            self._working.add(error, "summing up")
+            self._lose(len(records))
+            return
+        batch = NamedBatch(self._head, records, Clock.from_head(self._head), flows)
+        if not all([self._attempt("a subscriber", take, batch) for take in self._takes]):
+            self._lose(len(records))
+            return
         with self.account_lock:
             self.account.deliver(records["how"])
-        flows = summarize(records, self._seed)
-        if self.portmap is not None:
-            self.portmap.update(flows)
-        batch = NamedBatch(self._head, records, clock, flows)
-        for take in self._takes:
-            try:
-                take(batch)
-            except Exception:
-                log.exception("a subscriber failed on a batch of %d records", len(records))
+        self._working.clear()
 
 
 def _begin(engine: Engine) -> int | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +13,9 @@ from typing import Any
 import numpy as np
 
 from nlproto.procfs import TICK_NS, same_start
+from nlproto.shares import NOBODY, Payers, surplus
+from nlproto.supervise import Failures
+from nlproto.table import mix
 from nlproto.wire import ProcessEvent, lib, text
 
 __all__ = ["Key", "Process", "Processes", "process_of_event"]
@@ -69,9 +73,18 @@ def process_of_event(event: ProcessEvent) -> Process:
     )
 
 
-class Processes:
-    """The processes seen, at most `limit`, least recently used first out. Thread-safe.
+_BYTES_EACH = 2048
+"""Memory for one process on average; most need 800 bytes, the longest strings far more."""
+_BYTES_LEAST = 1 << 20
+_STRINGS = ("comm", "user", "exe", "cmdline", "cgroup", "unit", "container")
+_FIXED = 500  # bytes of a Process and its places in the tables, without the strings
 
+
+class Processes:
+    """The processes seen, at most `limit` in at most `max_bytes` of memory. Thread-safe.
+
+    When full, the payer with most of them gives, of its programs the one with most, of that the
+    least recently used (nlproto.shares).
     `details` reads /proc and is asked once per process and once more after an exec.
     `on_change` is called, without the lock, for each process that is new or changed.
     """
@@ -81,13 +94,18 @@ class Processes:
         details: Details | None = None,
         limit: int = 65536,
         on_change: Callable[[Process], None] | None = None,
+        payers: Payers | None = None,
     ) -> None:
         self._details = details
+        self._payers = payers
         self._lock = threading.Lock()
         self._table: OrderedDict[Key, Process] = OrderedDict()
         self._newest: dict[int, int] = {}
         self._read: set[Key] = set()
+        self._failures = Failures("details of a process")
         self.limit = limit
+        self.max_bytes = max(_BYTES_LEAST, limit * _BYTES_EACH)
+        self.bytes = 0
         self.on_change = on_change
         self.evicted = 0
 
@@ -176,7 +194,7 @@ class Processes:
         """Put back what a store kept, without asking /proc or telling anybody."""
         with self._lock:
             for process in processes:
-                self._table[process.key] = process
+                self._put(process)
             self._shrink()
 
     def _touch(self, key: Key) -> None:
@@ -188,7 +206,11 @@ class Processes:
         if self._details is None or process.key in self._read:
             return process
         self._read.add(process.key)
-        found = self._details(process.tgid, process.start_ns)
+        try:
+            found = self._details(process.tgid, process.start_ns)
+        except Exception as error:  # what one process is called must not cost others their names
+            self._failures.add(error)
+            return process
         if found is None:
             return process
         values = {name: value for name in _PROC if (value := getattr(found, name, None))}
@@ -201,7 +223,7 @@ class Processes:
 
     def _keep(self, process: Process) -> None:
         with self._lock:
-            self._table[process.key] = process
+            self._put(process)
             self._table.move_to_end(process.key)
             if self._newest.get(process.tgid, -1) < process.start_ns:
                 self._newest[process.tgid] = process.start_ns
@@ -209,13 +231,43 @@ class Processes:
         if self.on_change is not None:
             self.on_change(process)
 
+    def _put(self, process: Process) -> None:
+        known = self._table.get(process.key)
+        self.bytes += _size(process) - (0 if known is None else _size(known))
+        self._table[process.key] = process
+
     def _shrink(self) -> None:
-        while len(self._table) > self.limit:
-            key, _ = self._table.popitem(last=False)
+        """A sixteenth more goes than has to: what it takes to choose is then little for each."""
+        if len(self._table) > self.limit:
+            self._evict(self.limit - self.limit // 16)
+        if self.bytes > self.max_bytes:
+            sizes = np.fromiter(map(_size, self._table.values()), np.int64, len(self._table))
+            self._evict(self.max_bytes - self.max_bytes // 16, sizes)
+
+    def _evict(self, keep: int, weights: np.ndarray | None = None) -> None:
+        everything = list(self._table.values())
+        count = len(everything)
+        uids = [NOBODY if process.uid is None else process.uid for process in everything]
+        payers = np.array(uids, np.uint32)
+        if self._payers is not None:
+            payers = self._payers.of(payers)
+        names = np.fromiter((hash(process.comm) for process in everything), np.int64, count)
+        programs = mix((payers.astype(np.uint64), names.view(np.uint64)), 0)
+        goes = surplus(np.arange(count)[::-1], (payers, programs), keep, weights)
+        for index in np.flatnonzero(goes).tolist():
+            process = everything[index]
+            key = process.key
+            del self._table[key]
+            self.bytes -= _size(process)
             self._read.discard(key)
             if self._newest.get(key[0]) == key[1]:
                 del self._newest[key[0]]
-            self.evicted += 1
+        self.evicted += int(np.count_nonzero(goes))
+
+
+def _size(process: Process) -> int:
+    """Bytes of memory, nearly."""
+    return _FIXED + sum(sys.getsizeof(getattr(process, name)) for name in _STRINGS)
 
 
 def _identity(records: np.ndarray) -> np.ndarray:

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 
+from . import cgroups
 from ._host import ffi, lib
+from .cgroups import container_of, unit_of
+from .descriptors import or_error
 from .errors import UsageError
 from .sockdiag import HOST_SOCKET
+from .wire import MAX_TEXT, bounded
 
 __all__ = [
     "CMDLINE_MODES",
@@ -34,6 +37,7 @@ __all__ = [
     "socket_inodes",
     "tables",
     "unit_of",
+    "user_name",
 ]
 
 PROC = Path("/proc")
@@ -87,30 +91,42 @@ def same_start(start_ns: int, ticks: int) -> bool:
 
 
 def pids(proc: Path = PROC) -> list[int]:
-    """Return the thread-group ids of all visible processes, in the order of /proc."""
-    return [int(name) for name in os.listdir(proc) if name.isdecimal()]
+    """Return the thread-group ids of all visible processes, in the order of /proc.
+
+    Raises Error when no file descriptor is left.
+    """
+    with or_error():
+        return [int(name) for name in os.listdir(proc) if name.isdecimal()]
 
 
-def _read(path: str) -> bytes:
-    """Return a small file of /proc in one read: it is asked for in great numbers."""
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+_COUNT = re.compile(rb"\d{1,20}")
+_GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
+
+
+def _read(path: str, limit: int = 8192) -> bytes:
+    """Return the first `limit` bytes of a file of /proc in one read, which gives all there is."""
+    with or_error():
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return os.read(handle, 8192)
+        return os.read(handle, limit)
     finally:
         os.close(handle)
 
 
-def _stat(pid: int, proc: Path) -> tuple[bytes, int] | None:
-    """Return comm and start ticks; comm may hold blanks and parentheses of its own."""
+def _stat(pid: int, proc: Path) -> tuple[bytes, int, int] | None:
+    """Return comm, start ticks and ppid.
+
+    comm may hold blanks, newlines and parentheses of its own; no field behind it does.
+    """
     try:
         raw = _read(f"{proc}/{pid}/stat")
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
+    except _GONE:
         return None
     head, _, tail = raw.rpartition(b")")
     fields = tail.split()
-    if len(fields) < 20:
+    if len(fields) < 20 or not (_COUNT.fullmatch(fields[1]) and _COUNT.fullmatch(fields[19])):
         return None
-    return head.partition(b"(")[2], int(fields[19])
+    return head.partition(b"(")[2], int(fields[19]), int(fields[1])
 
 
 def identity(pid: int, proc: Path = PROC) -> Identity | None:
@@ -124,12 +140,18 @@ def owner(pid: int, proc: Path = PROC) -> Owner | None:
     found = _stat(pid, proc)
     if found is None:
         return None
+    uid = _uid(pid, proc)
+    return None if uid is None else Owner(Identity(pid, found[1]), found[0], uid)
+
+
+def _uid(pid: int, proc: Path) -> int | None:
+    """Return the real uid; the line before it holds the name, in which newlines are escaped."""
     try:
         status = _read(f"{proc}/{pid}/status")
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
+    except _GONE:
         return None
-    uid = re.search(rb"^Uid:\s+(\d+)", status, re.MULTILINE)
-    return Owner(Identity(pid, found[1]), found[0], int(uid[1]) if uid else 0)
+    uid = re.search(rb"^Uid:[ \t]+(\d{1,10})[ \t]", status, re.MULTILINE)
+    return int(uid[1]) if uid else None
 
 
 def socket_inodes(pid: int, proc: Path = PROC) -> dict[int, int] | None:
@@ -138,7 +160,8 @@ def socket_inodes(pid: int, proc: Path = PROC) -> dict[int, int] | None:
     None when it may not be asked (another user's); empty when it is gone.
     """
     try:
-        directory = os.open(f"{proc}/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with or_error():
+            directory = os.open(f"{proc}/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except PermissionError:
         return None
     except OSError:
@@ -169,29 +192,41 @@ def tables(net: Path = PROC / "self" / "net") -> np.ndarray:
         ("udp", socket.AF_INET, socket.IPPROTO_UDP),
         ("udp6", socket.AF_INET6, socket.IPPROTO_UDP),
     ):
-        with contextlib.suppress(OSError), open(net / name, encoding="ascii") as lines:
+        with contextlib.suppress(OSError), open(net / name, "rb") as lines:
             next(lines, None)
             for line in lines:
-                fields = line.split()
-                if len(fields) < 10:
-                    continue
-                saddr, sport = _endpoint(fields[1])
-                daddr, dport = _endpoint(fields[2])
-                state, uid, inode = int(fields[3], 16), int(fields[7]), int(fields[9])
-                rows.append((0, inode, uid, 0, sport, dport, family, proto, state, 0, saddr, daddr))
+                with contextlib.suppress(ValueError, IndexError):
+                    rows.append(_row(line.split(), family, proto))
     found = np.zeros(len(rows), HOST_SOCKET)
     for index, row in enumerate(rows):
         found[index] = row
     return found
 
 
-def _endpoint(field: str) -> tuple[list[int], int]:
+def _row(fields: list[bytes], family: int, proto: int) -> tuple[object, ...]:
+    """Return a line of /proc/net/tcp as HOST_SOCKET. Raises ValueError, IndexError for others."""
+    saddr, sport = _endpoint(fields[1])
+    daddr, dport = _endpoint(fields[2])
+    state, uid, inode = _number(fields[3], 16, 8), _number(fields[7]), _number(fields[9], 10, 64)
+    return 0, inode, uid, 0, sport, dport, family, proto, state, 0, saddr, daddr
+
+
+def _number(digits: bytes, base: int = 10, bits: int = 32) -> int:
+    number = int(digits, base)
+    if number < 0 or number >> bits:
+        raise ValueError(f"{number} has more than {bits} bits")
+    return number
+
+
+def _endpoint(field: bytes) -> tuple[list[int], int]:
     """Return the address (16 octets) and port of "0100007F:0016": words in the host's order."""
-    words, port = field.split(":")
+    words, port = field.split(b":")
     octets = b"".join(
-        int(words[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(words), 8)
+        _number(words[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(words), 8)
     )
-    return list(octets.ljust(16, b"\0")), int(port, 16)
+    if len(octets) not in (4, 16):
+        raise ValueError(f"an address of {len(octets)} bytes")
+    return list(octets.ljust(16, b"\0")), _number(port, 16, 16)
 
 
 def details(
@@ -207,97 +242,49 @@ def details(
     before = identity(pid, proc)
     if before is None or not same_start(start_ns, before.start_ticks):
         return None
-    try:
-        process = psutil.Process(pid)
-        with process.oneshot():
-            comm, ppid, uid = process.name(), process.ppid(), process.uids().real
-        exe = arguments = ""
-        with contextlib.suppress(psutil.AccessDenied):
-            exe = process.exe()
-        if cmdline != "off":
-            with contextlib.suppress(psutil.AccessDenied):
-                words = process.cmdline()
-                arguments = " ".join(words if cmdline == "full" else words[:1])
-    except (psutil.Error, OSError):
-        return None
-    cgroup = ""
+    found, uid = _stat(pid, proc), _uid(pid, proc)
+    exe = arguments = hierarchy = ""
+    path = b""
     with contextlib.suppress(OSError):
-        cgroup = _cgroup((proc / str(pid) / "cgroup").read_text("utf-8", "backslashreplace"))
-    if identity(pid, proc) != before:
+        exe = bounded(os.readlink(f"{proc}/{pid}/exe".encode()).removesuffix(b" (deleted)"))
+    if cmdline != "off":
+        with contextlib.suppress(OSError):
+            arguments = _arguments(_read(f"{proc}/{pid}/cmdline", _CMDLINE_BYTES), cmdline)
+    with contextlib.suppress(OSError):
+        hierarchy, path = cgroups.path_of(_read(f"{proc}/{pid}/cgroup", _CGROUP_BYTES))
+    if found is None or uid is None or identity(pid, proc) != before:
         return None
+    place = cgroups.place_of(os.fsdecode(path), cgroups.only_root_makes(hierarchy))
     return ProcessDetails(
         tgid=pid,
         start_ns=start_ns,
-        comm=_printable(comm),
-        exe=_printable(exe),
-        cmdline=_printable(arguments),
-        ppid=ppid,
+        comm=bounded(found[0]),
+        exe=exe,
+        cmdline=arguments,
+        ppid=found[2],
         uid=uid,
-        user=_user(uid),
-        cgroup=cgroup,
-        unit=unit_of(cgroup),
-        container=container_of(cgroup),
+        user=user_name(uid),
+        cgroup=bounded(path),
+        unit=bounded(os.fsencode(place.unit)),
+        container=bounded(os.fsencode(place.container)),
     )
 
 
-def _printable(name: str) -> str:
-    """psutil keeps bytes that are no UTF-8 as surrogates, which JSON and SQLite refuse."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+_CMDLINE_BYTES = MAX_TEXT + 1  # more is not shown
+_CGROUP_BYTES = 128 << 10  # a path of 4 KiB for each hierarchy; v2 has the last line
 
 
-def _user(uid: int) -> str:
+def _arguments(raw: bytes, mode: str) -> str:
+    """Return a command line; one that its process rewrote ("nginx: worker") has no NUL inside."""
+    words = raw.rstrip(b"\0").split(b"\0")
+    if len(words) == 1:
+        words = raw.rstrip(b"\0").split(b" ")
+    return bounded(b" ".join(words) if mode == "full" else words[0])
+
+
+def user_name(uid: int) -> str:
+    """Return the user's name, or the number of one that has none; may wait for a directory."""
     try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
+        return bounded(os.fsencode(pwd.getpwuid(uid).pw_name))
+    except (KeyError, OSError, ValueError):
         return str(uid)
-
-
-def _cgroup(text: str) -> str:
-    """Return the v2 path of /proc/PID/cgroup, on v1 that of systemd's hierarchy or the longest."""
-    paths = {}
-    for line in text.splitlines():
-        _, controllers, path = line.split(":", 2)
-        paths[controllers] = path
-    unified = paths.get("", "")
-    if len(unified) > 1:
-        return unified
-    named = paths.get("name=systemd", "")
-    return named if len(named) > 1 else max(paths.values(), key=len, default="")
-
-
-_UNIT = re.compile(r"[^/]+\.(?:service|scope|socket|mount|swap)")
-
-
-def unit_of(cgroup: str) -> str:
-    """Return the innermost systemd unit on a cgroup path, "" when there is none."""
-    for part in reversed(cgroup.split("/")):
-        if _UNIT.fullmatch(part):
-            return part
-    return ""
-
-
-_ID = r"(?P<id>[0-9a-f]{64})"
-_CONTAINERS = (
-    ("docker", re.compile(rf"/docker[-/]{_ID}(?:\.scope)?(?:/|$)")),
-    ("podman", re.compile(rf"/libpod(?:_parent/libpod)?-{_ID}(?:\.scope)?(?:/|$)")),
-    ("containerd", re.compile(rf"cri-containerd[-:]{_ID}(?:\.scope)?(?:/|$)")),
-    ("crio", re.compile(rf"/crio-{_ID}(?:\.scope)?(?:/|$)")),
-    ("lxc", re.compile(r"/lxc(?:\.payload)?[./](?P<id>[^/]+)")),
-    ("nspawn", re.compile(r"/systemd-nspawn@(?P<id>[^/]+)\.service(?:/|$)")),
-    ("machine", re.compile(r"/machine-(?P<id>[^/]+)\.scope(?:/|$)")),
-    ("kubernetes", re.compile(rf"/kubepods.*/{_ID}(?:/|$)")),
-    ("container", re.compile(rf"[-/]{_ID}(?:\.scope)?(?:/|$)")),
-)
-
-
-def container_of(cgroup: str) -> str:
-    """Return "runtime:id" of the container on a cgroup path ("docker:4f1c0d2e9a3b"), "" if none.
-
-    Hexadecimal ids are cut to the 12 digits that people type; lxc and nspawn have names.
-    """
-    for runtime, pattern in _CONTAINERS:
-        found = pattern.search(cgroup)
-        if found:
-            name = found["id"]
-            return f"{runtime}:{name[:12] if re.fullmatch('[0-9a-f]{64}', name) else name}"
-    return ""

@@ -24,6 +24,7 @@ __all__ = [
     "HOLDER",
     "HOW_NAMES",
     "INFO",
+    "MAX_TEXT",
     "PROCESS",
     "RECORD",
     "SNAP",
@@ -35,6 +36,7 @@ __all__ = [
     "Snap",
     "SnapBatch",
     "address_text",
+    "bounded",
     "decode_array",
     "decode_batch",
     "decode_process",
@@ -125,6 +127,23 @@ def is_named(how: int) -> bool:
 def text(raw: bytes) -> str:
     """Return a kernel string as str: up to the first NUL, bytes that are no UTF-8 as \\xNN."""
     return bytes(raw).split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
+
+
+MAX_TEXT = 4096
+"""Bytes of UTF-8 that are kept of a text which a user chose."""
+_CUT = "…[cut]"
+
+
+def bounded(raw: bytes) -> str:
+    """Return `raw` as text of at most MAX_TEXT bytes; what is longer ends with "…[cut]".
+
+    Bytes that are no UTF-8 become \\xNN, so the result is harmless JSON text.
+    """
+    whole = raw[: MAX_TEXT + 1].decode("utf-8", "backslashreplace")
+    if len(whole) * 4 <= MAX_TEXT or len(whole.encode()) <= MAX_TEXT:
+        return whole
+    room = MAX_TEXT - len(_CUT.encode())
+    return whole.encode()[:room].decode("utf-8", "ignore") + _CUT
 
 
 @dataclass(frozen=True, slots=True)

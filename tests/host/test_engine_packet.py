@@ -20,6 +20,7 @@ from nlproto.clock import Clock
 from nlproto.engine import open_engine
 from nlproto.engine_packet import PacketEngine
 from nlproto.loading import advice
+from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for AF_PACKET")
 
@@ -64,8 +65,17 @@ class Run:
     def records(self, *ports):
         """What was captured with one of `ports` at either end."""
         self.stop()
+        return self._with(ports)
+
+    def wait(self, count, *ports, netns=None):
+        """Until so many of them were captured and named, while their sockets are still there."""
+        until(lambda: len(self._with(ports, netns)) >= count)
+
+    def _with(self, ports, netns=None):
         found = [part.records for part in self.parts] or [np.zeros(0, wire.RECORD)]
         found = np.concatenate(found)
+        if netns is not None:
+            found = found[found["netns"] == netns]
         return found[np.isin(found["sport"], ports) | np.isin(found["dport"], ports)]
 
 
@@ -86,7 +96,7 @@ COMMON = """
 import json, os, signal, socket, sys, threading, time
 def loopback(family): return "127.0.0.1" if family == socket.AF_INET else "::1"
 def tell(**facts): print(json.dumps({"pid": os.getpid(), **facts}), flush=True)
-def pause(): time.sleep(0.3)
+def stay(): sys.stdin.read()
 """
 
 
@@ -118,6 +128,14 @@ def facts(child):
     return json.loads(line)
 
 
+def holds(pid, port):
+    """Whether it holds a TCP socket of that local port that is no listener."""
+    inodes = procfs.socket_inodes(pid)
+    tables = procfs.tables()
+    mine = tables[(tables["sport"] == port) & (tables["state"] != 10)]
+    return any(int(inode) in inodes for inode in mine["inode"])
+
+
 def owners(records, direction=None):
     """{(direction, pid or the reason)}"""
     return {
@@ -134,18 +152,20 @@ def test_tcp_is_named_at_both_ends_in_both_directions(run, worker, family):
 f = socket.{family}; a = socket.socket(f); a.bind((loopback(f), 0)); a.listen()
 tell(port=a.getsockname()[1]); c, _ = a.accept()
 while c.recv(65536): c.send(b"y" * 100)
-pause()
+stay()
 """)
     port = facts(server)["port"]
     client = worker(f"""
 f = socket.{family}; c = socket.create_connection((loopback(f), {port}))
 tell(port=c.getsockname()[1])
 for _ in range(20): c.send(b"x" * 1000); c.recv(65536)
-pause(); c.close(); pause()
+sys.stdin.readline(); c.close(); stay()
 """)
     facts(client)
-    client.wait()
-    server.wait()
+    taken.wait(84, port)
+    client.stdin.write("\n")
+    client.stdin.flush()
+    taken.wait(88, port)
     records = taken.records(port)
     to_server = records[records["dport"] == port]
     to_client = records[records["sport"] == port]
@@ -163,15 +183,15 @@ def test_udp_is_named_at_both_ends_in_both_directions(run, worker, family):
 f = socket.{family}; s = socket.socket(f, socket.SOCK_DGRAM); s.bind((loopback(f), 0))
 tell(port=s.getsockname()[1])
 for _ in range(20): d, a = s.recvfrom(2000); s.sendto(d, a)
-pause()
+stay()
 """)
     port = facts(server)["port"]
     client = worker(f"""
 f = socket.{family}; s = socket.socket(f, socket.SOCK_DGRAM)
 for _ in range(20): s.sendto(b"x" * 100, (loopback(f), {port})); s.recv(2000)
-pause()
+stay()
 """)
-    client.wait()
+    taken.wait(80, port)
     records = taken.records(port)
     assert len(records) == 80
     assert owners(records[records["dport"] == port]) == {(OUT, client.pid), (IN, server.pid)}
@@ -191,7 +211,7 @@ tell(port=s.getsockname()[1]); sys.stdin.read()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         for _ in range(5):
             sender.sendto(b"hi", ("127.0.0.1", port))
-        time.sleep(0.2)
+        taken.wait(10, port)
     records = taken.records(port)
     assert owners(records) == {(OUT, os.getpid()), (IN, receiver.pid)}
 
@@ -207,8 +227,8 @@ def test_a_record_holds_everything_that_is_known(run):
         before = time.monotonic_ns()
         one.sendto(b"12345", other.getsockname())
         after = time.monotonic_ns()
-        time.sleep(0.2)
         ports = one.getsockname()[1], other.getsockname()[1]
+        taken.wait(2, *ports)
         sent, got = taken.records(*ports)
         cookies = [
             int.from_bytes(s.getsockopt(socket.SOL_SOCKET, 57, 8), "little") for s in (one, other)
@@ -237,15 +257,15 @@ a = socket.socket(); a.bind(("127.0.0.1", 0)); a.listen(); tell(port=a.getsockna
 c, _ = a.accept()
 child = os.fork()
 if child == 0:
-    a.close(); time.sleep(0.5)
+    a.close()
     for _ in range(10): c.recv(100); c.send(b"y" * 10)
-    time.sleep(0.5); os._exit(0)
+    stay(); os._exit(0)
 c.close(); tell(child=child); os.waitpid(child, 0)
 """)
     port = facts(server)["port"]
     with socket.create_connection(("127.0.0.1", port)) as client:
         child = facts(server)["child"]
-        time.sleep(0.7)
+        until(lambda: not holds(server.pid, port))
         for _ in range(10):
             client.send(b"x" * 10)
             client.recv(100)
@@ -263,11 +283,11 @@ s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(("127.0.0.1", 0))
 child = os.fork()
 if child == 0:
     for _ in range(30): s.sendto(b"x", s.getsockname()); time.sleep(0.1)
-    time.sleep(0.5); os._exit(0)
+    stay(); os._exit(0)
 tell(port=s.getsockname()[1], child=child); os.waitpid(child, 0)
 """)
     told = facts(parent)
-    parent.wait()
+    taken.wait(60, told["port"])
     records = taken.records(told["port"])
     assert len(records) == 60
     assert {pid for _, pid in owners(records)} <= {told["child"], parent.pid}
@@ -280,14 +300,14 @@ def test_a_port_that_another_process_takes_over_gets_the_new_owner(run, worker):
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1); s.bind(("127.0.0.1", PORT))
 tell(port=s.getsockname()[1])
-s.sendto(b"x", s.getsockname()); pause()
+s.sendto(b"x", s.getsockname()); stay()
 """
     first = worker(code.replace("PORT", "0"))
     port = facts(first)["port"]
-    first.wait()
-    time.sleep(0.3)
+    taken.wait(2, port)
+    first.communicate()
     second = worker(code.replace("PORT", str(port)))
-    second.wait()
+    taken.wait(4, port)
     found = [int(one["tgid"]) for one in taken.records(port)]
     assert found == [first.pid, first.pid, second.pid, second.pid]
 
@@ -299,7 +319,7 @@ def test_a_closed_port_has_no_socket(run):
         port = free.getsockname()[1]
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
-    time.sleep(0.2)
+    taken.wait(4, port)
     records = taken.records(port)
     arrived = records[(records["dport"] == port) & (records["dir"] == IN)]
     assert {wire.how_name(how) for how in arrived["how"].tolist()} == {"no_socket"}
@@ -324,7 +344,7 @@ for _ in range(100):
     os.waitpid(child, 0)
 """)
     truth = [json.loads(line) for line in parent.stdout]
-    time.sleep(0.2)
+    taken.wait(200, port)
     records = taken.records(port)
     assert owners(records, IN) == {(IN, sink.pid)}
     sent = records[records["dir"] == OUT]
@@ -356,7 +376,7 @@ sys.stdin.read()
     inside.stdin.write("\n")
     inside.stdin.flush()
     ports = [facts(inside)["port"] for _ in range(2)]
-    time.sleep(0.2)
+    taken.wait(4, *ports, netns=netns)
     records = taken.records(*ports)
     records = records[records["netns"] == netns]
     assert len(records) == 4
@@ -371,7 +391,7 @@ def test_a_name_space_of_its_own_is_captured_with_its_owner(run, worker):
         """
 import subprocess
 subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-tell(netns=os.stat("/proc/self/ns/net").st_ino); time.sleep(1)
+tell(netns=os.stat("/proc/self/ns/net").st_ino); sys.stdin.readline()
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(("127.0.0.1", 0))
 for _ in range(5): s.sendto(b"x", s.getsockname())
 tell(port=s.getsockname()[1]); sys.stdin.read()
@@ -379,8 +399,11 @@ tell(port=s.getsockname()[1]); sys.stdin.read()
         prefix=["unshare", "-n"],
     )
     netns = facts(inside)["netns"]
+    until(lambda: netns in taken.engine._places)
+    inside.stdin.write("\n")
+    inside.stdin.flush()
     port = facts(inside)["port"]
-    time.sleep(0.3)
+    taken.wait(10, port, netns=netns)
     records = taken.records(port)
     records = records[records["netns"] == netns]
     assert len(records) == 10
@@ -436,7 +459,7 @@ sys.stdin.read()
         prefix=["ip", "netns", "exec", f"{prefix}1"],
     )
     facts(server)
-    time.sleep(0.3)
+    taken.wait(9, port)
     records = taken.records(port)
     assert len(records) == 9
     assert owners(records[records["netns"] == router]) == {(FWD, "forwarded")}
@@ -478,7 +501,7 @@ s.sendto(b"x", ("10.98.0.1", {port})); s.recv(100); sys.stdin.read()
             prefix=["ip", "netns", "exec", name],
         )
         facts(host)
-        time.sleep(0.3)
+        taken.wait(2, port, netns=netns)
         records = taken.records(port)
         records = records[records["netns"] == netns]
         assert [(int(one["dir"]), int(one["tgid"])) for one in records] == [
@@ -522,7 +545,7 @@ s.sendto(b"x", ("10.97.0.255", 47001)); tell(); sys.stdin.read()
         facts(sender)
         for one in receivers:
             facts(one)
-        time.sleep(0.3)
+        taken.wait(3, 47001, netns=netns)
         records = taken.records(47001)
         records = records[records["netns"] == netns]
         assert {int(one["tgid"]) for one in records} == {one.pid for one in receivers}
@@ -546,7 +569,7 @@ def test_segments_of_a_large_skb_are_counted(run, worker):
         other.bind(("127.0.0.1", 0))
         one.setsockopt(UDP, 103, 100)  # UDP_SEGMENT
         one.sendto(b"x" * 950, other.getsockname())
-        time.sleep(0.2)
+        taken.wait(2, other.getsockname()[1])
         records = taken.records(other.getsockname()[1])
     assert records[records["dir"] == OUT]["gso_segs"].tolist() == [10]
     assert records[records["dir"] == IN]["gso_segs"].sum() == 10
@@ -562,13 +585,14 @@ tell(tcp=a.getsockname()[1], udp=u.getsockname()[1]); c, _ = a.accept(); sys.std
 """)
     told = facts(server)
     client = worker(f"""
-f = socket.{family}; pause()
+f = socket.{family}
 c = socket.create_connection((loopback(f), {told["tcp"]}))
 u = socket.socket(f, socket.SOCK_DGRAM); u.connect((loopback(f), {told["udp"]}))
 for _ in range(10): time.sleep(0.1); c.send(b"x" * 9); u.send(b"x")
-pause(); tell(); sys.stdin.read()
+tell(); sys.stdin.read()
 """)
     facts(client)
+    taken.wait(20, told["udp"])
     records = taken.records(told["tcp"], told["udp"])
     for last in (
         records[records["dport"] == told["udp"]][-10:],
@@ -605,7 +629,6 @@ tell(sent=sent); sys.stdin.read()
     inside.stdin.write("\n")
     inside.stdin.flush()
     sent = facts(inside)["sent"]
-    time.sleep(0.5)
     taken.stop()
     records = np.concatenate([part.records for part in taken.parts])
     records = records[records["netns"] == netns]
@@ -684,17 +707,10 @@ def test_a_namespace_that_ended_is_let_go(run, worker):
         prefix=["unshare", "-n"],
     )
     number = facts(child)["netns"]
-    wait_until(lambda: number in taken.engine._places)
+    until(lambda: number in taken.engine._places)
     child.kill()
     child.wait()
-    wait_until(lambda: number not in taken.engine._places)
-
-
-def wait_until(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.05)
+    until(lambda: number not in taken.engine._places)
 
 
 def test_an_unprivileged_user_is_told_what_to_do():

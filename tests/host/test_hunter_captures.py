@@ -15,7 +15,9 @@ import time
 
 import pytest
 
+from nlproto.client import DaemonClient
 from nlproto.frames import MAX_WAITING
+from waiting import patient, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 needs_tshark = pytest.mark.skipif(not shutil.which("tshark"), reason="tshark is not installed")
@@ -49,25 +51,24 @@ def peers():
 
 
 def talk(tcp, udp, times=10, pause=0.01, seen=None):
-    """Requests and answers over both; the sockets stay until `seen()`, else for 0.4 s: engine
+    """Requests and answers over both; the sockets stay until `seen()`, else for a while: engine
     packet can name nobody whose socket is gone before it has asked."""
     with (
         socket.create_connection(("127.0.0.1", tcp)) as one,
         socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as other,
     ):
         other.connect(("::1", udp))
-        time.sleep(0.2)
+        time.sleep(patient(0.1))
         for _ in range(times):
             one.sendall(b"x" * 50)
             one.recv(50)
             other.send(b"y" * 30)
             other.recv(50)
             time.sleep(pause)
-        time.sleep(0.4)
-        until = time.monotonic() + 60
-        while seen is not None and not seen():
-            assert time.monotonic() < until
-            time.sleep(0.1)
+        if seen is None:
+            time.sleep(patient(0.2))
+        else:
+            until(seen, 60)
 
 
 def hunting(*arguments):
@@ -84,7 +85,7 @@ def hunting(*arguments):
 
 def stop(process):
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=patient(30))
     assert process.returncode == 0, err
     return err
 
@@ -96,7 +97,7 @@ def tshark(path, *fields):
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=patient(60),
     )
     return [line.split("|") for line in done.stdout.splitlines()]
 
@@ -148,13 +149,10 @@ def daemon(tmp_path_factory):
         [sys.executable, "-m", "daemon", "--engine", "packet", "--socket", path, "--foreground"],
         stderr=subprocess.DEVNULL,
     )
-    until = time.monotonic() + 20
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.05)
+    until(lambda: process.poll() is not None or path.exists())
     yield path
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+    assert process.wait(patient(20)) == 0
 
 
 @needs_tshark
@@ -179,15 +177,15 @@ def test_annotate_names_the_packets_of_a_real_tcpdump(interface, daemon, tmp_pat
         )
         while "listening on" not in (line := dump.stderr.readline()):
             assert line, "tcpdump ended at once"
-        talk(tcp, udp)
+        with DaemonClient(str(daemon)) as client:
+            talk(tcp, udp, seen=lambda: len(client.who(port=udp)["flows"]) >= 2)
         dump.send_signal(signal.SIGINT)
-        dump.communicate(timeout=20)
-    time.sleep(0.3)
+        dump.communicate(timeout=patient(20))
     done = subprocess.run(
         [*HUNTER, "annotate", trace, "-o", named, "--socket", daemon],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patient(60),
     )
     assert done.returncode == 0, done.stderr
     before = tshark(trace, "frame.time_epoch", "frame.len", "tcp.seq_raw", "tcp.srcport")
@@ -216,7 +214,7 @@ def test_annotate_asks_for_more_flows_than_the_daemon_lets_wait(daemon, tmp_path
         [*HUNTER, "annotate", trace, "-o", tmp_path / "out.pcapng", "--socket", daemon],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patient(60),
     )
     assert done.returncode == 0, done.stderr
     assert f"{3 * MAX_WAITING} of them TCP or UDP" in done.stderr

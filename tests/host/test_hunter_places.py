@@ -8,11 +8,12 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from pathlib import Path
 
 import pytest
+
+from waiting import patient, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet and namespaces need root")
 
@@ -61,10 +62,7 @@ def own_cgroup(called):
         try:
             yield path
         finally:
-            until = time.monotonic() + 30
-            while (path / "cgroup.procs").read_text():
-                assert time.monotonic() < until
-                time.sleep(0.05)
+            until(lambda: not (path / "cgroup.procs").read_text())
             path.rmdir()
 
 
@@ -135,7 +133,7 @@ def test_a_process_in_a_container_is_found_by_its_place_and_name(
     options = [re.sub("[A-Z]{2,}[0-9]*", lambda found: here[found[0]], word) for word in words]
     alone = ["--socket", tmp_path / "none", "--engine", "packet"]
     command = [*HUNTER, *alone, "--json", "-c", "20", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patient(100))
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == 20
@@ -150,7 +148,7 @@ def test_a_line_shows_the_container_of_its_process(container, tmp_path):
     identity, pid, netns = container
     command = [*HUNTER, "--socket", tmp_path / "none", "--engine", "packet", "-n", "-c", "4"]
     done = subprocess.run(
-        [*command, "--netns", str(netns)], capture_output=True, text=True, timeout=100
+        [*command, "--netns", str(netns)], capture_output=True, text=True, timeout=patient(100)
     )
     for line in done.stdout.splitlines():
         assert line.endswith(f" inside-worker.{pid} docker:{identity[:12]}"), line
@@ -204,7 +202,7 @@ def test_a_resolver_that_never_answers_holds_up_no_line_and_no_end(tmp_path):
         [*own, sys.executable, "-c", DEAD_RESOLVER, tmp_path],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=patient(200),
     )
     assert done.returncode == 0, done.stderr
     code, lines, told, asked = json.loads(done.stdout)

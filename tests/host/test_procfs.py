@@ -6,12 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
 from nlproto import procfs
 from nlproto.holders import Holders
+from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to read /proc of others")
 
@@ -121,12 +121,8 @@ def test_an_exec_changes_the_comm_but_not_the_holder(spawned):
     holders = Holders()
     assert holders.find(number)[0].comm.startswith(b"python")
     child.stdin.close()
-    for _ in range(500):
-        (found,) = holders.find(number)
-        if found.comm == b"sleep":
-            break
-        time.sleep(0.01)
-    assert (found.comm, found.identity.tgid) == (b"sleep", child.pid)
+    until(lambda: holders.find(number)[0].comm == b"sleep")
+    assert holders.find(number)[0].identity.tgid == child.pid
 
 
 def test_details_of_another_users_process_are_told(spawned):
@@ -142,8 +138,7 @@ def test_details_of_another_users_process_are_told(spawned):
 def test_a_zombie_has_no_exe_and_no_exception(spawned):
     child = spawned("pass")
     start = procfs.identity(child.pid).start_ns
-    while procfs.socket_inodes(child.pid):
-        time.sleep(0.01)
+    until(lambda: not procfs.socket_inodes(child.pid))
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     found = procfs.details(child.pid, start)
     assert found is None or found.exe == ""

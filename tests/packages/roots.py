@@ -27,7 +27,7 @@ NEXT_KERNEL = "/srv/next-kernel"
 MACHINE = "systemd-sysv dbus udev kmod initramfs-tools linux-image-amd64 linux-headers-amd64"
 BUILDING = "build-essential fakeroot debhelper dh-python lintian python3-dev python3-setuptools"
 BUILDING += " python3-cffi dkms dh-dkms openssl"
-RUNNING = "python3-cffi-backend python3-numpy python3-psutil python3-yaml python3-rich python3-lark"
+RUNNING = "python3-cffi-backend python3-numpy python3-yaml python3-rich python3-lark"
 RUNNING += " iproute2 procps adduser mokutil"
 PACKAGES = tuple(f"{MACHINE} {BUILDING} {RUNNING}".split())
 

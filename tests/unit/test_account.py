@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nlproto import wire
-from nlproto.account import Account
+from nlproto.account import PLACES, Account
 
 CONTEXT = wire.lib.SNIFFER_HOW_CONTEXT
 NO_SOCKET = wire.lib.SNIFFER_HOW_NO_SOCKET
@@ -67,7 +67,7 @@ def test_a_gap_is_loss_in_the_socket_buffer_and_growth_of_lost_is_not():
     cpu.lose(4)
     account.add(cpu.send(1))
     account.deliver(hows(*[CONTEXT] * 4))
-    assert account.lost == {"alloc": 4, "socket": 10, "queue": 0, "client": 0}
+    assert account.lost == {"alloc": 4, "socket": 10, "queue": 0, "client": 0, "failed": 0}
     assert (account.records, account.delivered) == (18, 4)
     assert account.closes()
 
@@ -116,16 +116,20 @@ def test_a_batch_that_came_twice_does_not_close():
     assert not account.closes()
 
 
-def test_queue_and_client_losses_are_no_longer_delivered():
+def test_delivered_is_what_was_handed_on_and_nothing_that_waits_or_was_lost():
     account, cpu = Account(), Cpu()
     account.add(cpu.send(9))
-    account.lose("queue", 4)
+    account.lose("queue", 3)
     account.lose("client", 2)
-    assert account.waiting == 3
+    account.lose("failed", 1)
+    assert (account.delivered, account.waiting) == (0, 3)
     assert not account.closes()
+    assert account.as_dict()["delivered"] == account.as_dict(settled=True)["delivered"] == 0
     account.deliver(hows(*[NO_SOCKET] * 3))
-    assert account.lost == {"alloc": 0, "socket": 0, "queue": 4, "client": 2}
+    assert account.lost == {"alloc": 0, "socket": 0, "queue": 3, "client": 2, "failed": 1}
+    assert (account.delivered, account.waiting) == (3, 0)
     assert account.closes()
+    assert "6 lost (queue 3, client 2, failed 1)" in "\n".join(account.lines())
 
 
 def test_copies_of_the_first_batch_are_known_from_its_records():
@@ -167,7 +171,7 @@ def test_an_empty_account_closes():
 
 step = st.tuples(
     st.integers(0, 3),
-    st.sampled_from(["arrive", "drop", "alloc", "queue"]),
+    st.sampled_from(["arrive", "drop", "alloc", "queue", "failed"]),
     st.integers(1, 200),
     st.integers(0, 9),
 )
@@ -180,7 +184,7 @@ def test_any_stream_closes_with_exactly_what_was_lost(opened, steps):
     account = Account()
     if opened:
         account.open(np.concatenate([cpu.tail() for cpu in cpus]), 1)
-    begun, truth, delivered = [opened] * 4, {"alloc": 0, "socket": 0, "queue": 0}, 0
+    begun, truth, delivered = [opened] * 4, dict.fromkeys(PLACES, 0), 0
     for number, what, records, skipped in steps:
         cpu = cpus[number]
         if what == "alloc":
@@ -192,14 +196,14 @@ def test_any_stream_closes_with_exactly_what_was_lost(opened, steps):
         else:
             account.add(cpu.send(records, skipped=skipped))
             begun[number] = True
-            if what == "queue":
-                account.lose("queue", records)
-                truth["queue"] += records
+            if what != "arrive":
+                account.lose(what, records)
+                truth[what] += records
             else:
                 delivered += records
                 account.deliver(np.full(records, CONTEXT, np.uint8))
     account.close(np.concatenate([cpu.tail() for cpu in cpus]))
-    assert account.lost == {**truth, "client": 0}
+    assert account.lost == truth
     assert account.delivered == account.named == delivered
     assert account.closes()
 

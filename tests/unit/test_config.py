@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 import dataclasses
+import grp
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.config import RELOADABLE, Config, load, parse
+from daemon.config import DEFAULT_GROUP, RELOADABLE, Config, load, parse
 from nlproto.errors import UsageError
 
 
@@ -43,6 +44,21 @@ def test_null_switches_off_what_can_be_off():
         ("metrics: 127.0.0.1:0\n", 1, "metrics"),
         ("engine: [packet]\n", 1, "one value"),
         ("socket:\n", 1, "socket"),
+        ("max_processes: 4294967295\n", 1, "16 to 1048576"),
+        ("\nmax_ports: 99999999\n", 2, "max_ports"),
+        ("max_clients: 65537\n", 1, "max_clients"),
+        ("max_filters: 65537\n", 1, "max_filters"),
+        ("history_flows: 4000000000\n", 1, "history_flows"),
+        ("metrics_processes: 100000\n", 1, "metrics_processes"),
+        ("queue_size: 17GiB\n", 1, "64KiB to 16GiB"),
+        ("client_queue_size: 2GiB\n", 1, "client_queue_size"),
+        ("history_size: 17TiB\n", 1, "1MiB to 16TiB"),
+        ("history_size: 1\n", 1, "1MiB to 16TiB"),
+        (f"history_size: {'9' * 400}\n", 1, "history_size"),
+        (f"max_processes: {'9' * 5000}\n", 1, "max_processes"),
+        ("history_age: 40000d\n", 1, "history_age"),
+        ("flush_interval: 2h\n", 1, "flush_interval"),
+        ("engine: packet\ngroup: no-such-group-here\n", 2, "groupadd no-such-group-here"),
         ("- engine\n", 1, "name: value"),
         ("engine: packet\n  bad: indent\n", 2, "not allowed"),
         ("a: 'unclosed\n", 2, "end of stream"),
@@ -54,6 +70,11 @@ def test_a_mistake_is_named_with_its_line(text, line, word):
     assert str(raised.value).startswith(f"daemon.yaml:{line}: ")
     assert word in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_the_default_group_need_not_be_there_and_any_other_has_to():
+    assert parse(f"group: {DEFAULT_GROUP}\n") == Config()
+    assert parse(f"group: {grp.getgrgid(0).gr_name}\n").group == grp.getgrgid(0).gr_name
 
 
 def test_a_file_that_is_not_there_is_a_clear_error(tmp_path):

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: MIT
 import dataclasses
 import ipaddress
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from daemon.history import History, Question, flow_fields
 from nlproto.clock import Clock
-from nlproto.flows import summarize
+from nlproto.flows import pack_address, summarize
 
 NO_OFFSET = Clock(0, 0)
+
+
+def _ends(*ends):
+    return tuple((*pack_address(address), port) for address, port in ends)
 
 
 def _ports(history, **conditions):
@@ -52,6 +57,12 @@ def _history(make_records):
         ({"host": ipaddress.ip_network("2001:db8::/32")}, [5]),
         ({"host": ipaddress.ip_network("0.0.0.0/0")}, [4, 3, 2, 1]),
         ({"port": 53, "pname": "dig", "uid": 1000}, [3]),
+        ({"ends": _ends(("10.0.0.1", 1), ("10.0.0.2", 80))}, [1]),
+        ({"ends": _ends(("10.0.0.2", 80), ("10.0.0.1", 1))}, [1]),
+        ({"ends": _ends(("10.0.0.1", 80), ("10.0.0.2", 1))}, []),
+        ({"ends": _ends(("2001:db8::6", 53), ("2001:db8::5", 5))}, [5]),
+        ({"ends": _ends(("10.0.0.1", 3), ("10.9.0.7", 53)), "port": 3}, [3]),
+        ({"ends": _ends(("10.0.0.1", 3), ("10.9.0.7", 53)), "port": 4}, []),
     ],
 )
 def test_a_question_finds_what_fits_newest_first(history, conditions, ports):
@@ -130,3 +141,89 @@ def test_a_flow_of_nobody_tells_no_owner(history):
 def test_a_question_is_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Question().port = 5  # type: ignore[misc]
+
+
+def _flood(history, make_records, count, base, **values):
+    for at in range(0, count, 500):
+        rows = ({"sport": 1 + n % 60000, "time_ns": base + n} | values for n in range(at, at + 500))
+        history.update(summarize(make_records(*rows), 1), NO_OFFSET)
+
+
+def _uids(history):
+    _, rows = history.ask(Question(limit=10**6))
+    return Counter((int(flow["tgid"]) and int(flow["uid"])) for _, flow in rows)
+
+
+def test_a_flood_of_one_users_flows_evicts_that_users_alone(make_records):
+    history = History(1000)
+    _flood(history, make_records, 500, 0, uid=0, comm=b"sshd", dport=22)
+    _flood(history, make_records, 20_000, 10**6, uid=1000)
+    assert _uids(history)[0] >= 437  # a half of seven eighths
+    history = History(1000)
+    rows = ({"sport": n, "uid": 0, "comm": b"sshd"} for n in range(100))
+    history.update(summarize(make_records(*rows), 1), NO_OFFSET)
+    _flood(history, make_records, 20_000, 10**6, uid=1000)
+    assert _uids(history)[0] == 100
+
+
+def test_a_batch_of_one_user_larger_than_the_history_leaves_others_their_place(make_records):
+    history = History(64)
+    rows = ({"sport": n, "uid": 0} for n in range(20))
+    history.update(summarize(make_records(*rows), 1), NO_OFFSET)
+    _flood(history, make_records, 1000, 10**6, uid=1000)
+    assert _uids(history)[0] == 20
+
+
+def test_packets_of_nobody_evict_nobodys_flows(make_records):
+    history = History(1000)
+    rows = ({"sport": n, "uid": 0} for n in range(100))
+    history.update(summarize(make_records(*rows), 1), NO_OFFSET)
+    _flood(history, make_records, 10_000, 10**6, tgid=0, start_ns=0, uid=0, how=18)
+    assert sum(flow["tgid"] != 0 for _, flow in history.ask(Question())[1]) == 100
+
+
+def test_a_flood_at_one_of_roots_services_evicts_that_services_flows(make_records):
+    history = History(1000)
+    rows = ({"sport": n, "uid": 0, "comm": b"sshd", "tgid": 7} for n in range(100))
+    history.update(summarize(make_records(*rows), 1), NO_OFFSET)
+    _flood(history, make_records, 10_000, 10**6, uid=0, comm=b"dnsmasq")
+    assert len(_ports(history, pname="sshd")) == 100
+
+
+def test_flows_of_a_wrong_year_are_not_the_newest_for_ever(make_records):
+    year = 365 * 86400 * 10**9
+    history = History(100)
+    rows = ({"sport": n, "time_ns": n} for n in range(80))
+    history.update(summarize(make_records(*rows), 1), Clock(40 * year, 0))
+    for n in range(200):
+        record = make_records({"sport": 1000 + n, "time_ns": 1000 + n})
+        history.update(summarize(record, 1), Clock(20 * year, 0))
+    assert max(_ports(history)) == 1199
+    assert min(_ports(history)) >= 1000
+
+
+def test_a_flow_that_was_seen_in_a_wrong_year_goes_on_in_the_right_one(make_records):
+    year = 365 * 86400 * 10**9
+    history = History(100)
+    for moment, offset in ((100, 20 * year), (200, 40 * year), (300, 20 * year)):
+        history.update(summarize(make_records({"time_ns": moment}), 1), Clock(offset, 0))
+    ((_, flow),) = history.ask(Question())[1]
+    assert int(flow["packets_out"]) == 3
+    assert (int(flow["first_ns"]), int(flow["last_ns"])) == (20 * year + 100, 20 * year + 300)
+    history = History(100)
+    for moment, offset in ((100, 40 * year), (200, 20 * year)):
+        history.update(summarize(make_records({"time_ns": moment}), 1), Clock(offset, 0))
+    ((_, flow),) = history.ask(Question(at_ns=20 * year + 200))[1]
+    assert int(flow["packets_out"]) == 2
+
+
+def test_a_row_evicted_while_it_could_not_be_stored_is_counted(make_records):
+    history = History(16)
+    history.update(summarize(make_records({"sport": 1, "time_ns": 1}), 1), NO_OFFSET)
+    ids, _ = history.changed(10)
+    for n in range(40):
+        history.update(summarize(make_records({"sport": 9 + n, "time_ns": 9 + n}), 1), NO_OFFSET)
+    before = history.unstored
+    history.mark_changed(ids)
+    assert history.unstored == before + 1
+    assert history.waiting() == len(history)

@@ -22,7 +22,7 @@ def test_looks_take_a_tenth_of_a_core_at_most_while_the_promise_allows(took):
 def test_probes_that_stop_and_fire_again_are_told_once_each_in_one_line(caplog):
     told = []
     pipeline = SimpleNamespace(engine_stats={"canary": 1}, engine=SimpleNamespace(name="module"))
-    keeper = Keeper("auto", pipeline, lambda event, **fields: told.append((event, fields)))
+    keeper = Keeper("auto", pipeline, lambda event, **fields: told.append((event, fields)), print)
     for canary in (1, 0, 0, 1):
         pipeline.engine_stats = {"canary": canary}
         keeper._look_at_probes()

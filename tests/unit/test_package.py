@@ -61,6 +61,7 @@ def test_the_sdist_has_the_header_and_a_working_wheel_is_built_from_it(tmp_path)
         "nlproto",
         "daemon",
         "hunter",
+        "packet-hunter.pth",
     }
     assert scripts.keys() == {"packet-hunter", "packet-hunterd"}
     assert scripts["packet-hunter"].endswith('/python" -I -m hunter "$@"')

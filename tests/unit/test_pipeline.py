@@ -14,6 +14,7 @@ from nlproto.pipeline import Pipeline
 from nlproto.portmap import PortMap
 from nlproto.processes import Processes
 from nlproto.queue import MessageQueue
+from waiting import until
 
 
 class Replay:
@@ -98,9 +99,8 @@ def test_records_of_two_cpus_come_in_order_of_time(make_records, make_batch):
     pipeline = _pipeline(Replay(batches))
     pipeline.subscribe(lambda batch: got.extend(batch.records["time_ns"].tolist()))
     with pipeline:
-        time.sleep(0.3)
+        until(lambda: len(got) == 8)
     assert got == sorted(got)
-    assert len(got) == 8
 
 
 def test_merge_keeps_what_an_older_record_could_still_follow(make_records):
@@ -139,8 +139,7 @@ def test_a_worker_that_is_too_slow_loses_whole_batches_in_the_queue_and_counts_t
     with pipeline:
         assert blocked.wait(10)
         engine.batches += batches[1:]
-        while engine.batches:
-            time.sleep(0.01)
+        until(lambda: not engine.batches)
         assert queue.peak_bytes <= queue.max_bytes
         release.set()
     account = pipeline.account
@@ -153,7 +152,7 @@ def test_a_worker_that_is_too_slow_loses_whole_batches_in_the_queue_and_counts_t
 def test_a_gap_in_the_sequence_is_lost_at_the_socket(make_records, make_batch):
     batches = [make_batch(make_records({}), 0), make_batch(make_records({}), 5)]
     with _pipeline(Replay(batches)) as pipeline:
-        time.sleep(0.2)
+        until(lambda: pipeline.account.delivered == 2)
     assert pipeline.account.lost["socket"] == 4
     assert pipeline.account.closes()
 
@@ -201,13 +200,10 @@ def test_an_engine_that_fails_is_replaced_and_the_account_spans_both(make_record
     second.instance = 8
     pipeline = _pipeline(first, on_failure=failures.append)
     with pipeline:
-        deadline = time.monotonic() + 10
-        while not pipeline.failed and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert pipeline.failed
+        until(lambda: pipeline.failed)
         pipeline.switch(second)
         assert pipeline.engine is second
-        time.sleep(0.2)
+        until(lambda: pipeline.account.delivered == 3)
         assert not pipeline.failed
     assert [str(error) for error in failures] == ["the module is gone"]
     assert first.closed.is_set() and second.closed.is_set()
@@ -221,7 +217,7 @@ def test_an_engine_that_takes_over_begins_where_the_other_is_told_to_end(make_re
     second = Replay([early])
     second.instance = 8
     with _pipeline(first) as pipeline:
-        time.sleep(0.2)
+        until(lambda: pipeline.account.delivered == 1)
         pipeline.switch(second)
     assert first.until_ns == second.begun_ns
     assert pipeline.account.delivered == 2
@@ -232,8 +228,7 @@ def test_an_engine_that_breaks_by_a_bug_fails_like_one_that_says_so(make_records
     engine = Replay(error=ZeroDivisionError("bug"))
     failures: list[Error] = []
     with _pipeline(engine, on_failure=failures.append) as pipeline:
-        time.sleep(0.3)
-        assert pipeline.failed
+        until(lambda: pipeline.failed)
     assert "bug" in str(failures[0])
 
 
@@ -243,8 +238,112 @@ def test_an_exit_takes_the_process_out_of_the_port_map(make_records, make_batch)
     )
     engine = Replay([make_batch(make_records({}))])
     with _pipeline(engine) as pipeline:
-        time.sleep(0.3)
-        assert len(pipeline.portmap.who(40000)) == 1
+        until(lambda: len(pipeline.portmap.who(40000)) == 1)
         engine.batches.append(exited)
-        time.sleep(0.3)
-        assert pipeline.portmap.who(40000) == []
+        until(lambda: pipeline.portmap.who(40000) == [])
+
+
+class Refuses:
+    """A namer that fails on records from one port, as on what one process does."""
+
+    def __init__(self, sport):
+        self.sport = sport
+
+    def name(self, records):
+        if np.any(records["sport"] == self.sport):
+            raise ValueError("not enough values to unpack")
+
+
+def test_a_batch_that_cannot_be_named_is_lost_alone_and_counted(make_records, make_batch, caplog):
+    batches = [
+        make_batch(make_records({"sport": 1}, {"sport": 2 + n % 2}), 2 * n) for n in range(40)
+    ]
+    engine, got = Replay(), []
+    pipeline = _pipeline(engine, namer=Refuses(3))
+    pipeline.subscribe(lambda batch: got.extend(batch.records["sport"].tolist()))
+    with pipeline:
+        engine.batches += batches
+    assert sorted(got) == [1] * 20 + [2] * 20
+    account = pipeline.account
+    assert (account.delivered, account.lost["failed"]) == (40, 40)
+    assert account.closes()
+    assert len(caplog.records) == 1 and caplog.records[0].exc_info
+    assert "ValueError: not enough values to unpack [tests.unit.test_pipeline:" in caplog.text
+
+
+def test_what_no_subscriber_got_is_lost_and_not_delivered(make_records, make_batch, caplog):
+    calls = []
+
+    def fail(batch):
+        calls.append(len(batch.records))
+        raise RuntimeError("broken subscriber")
+
+    engine, got = Replay(), []
+    pipeline = _pipeline(engine)
+    pipeline.subscribe(fail)
+    pipeline.subscribe(lambda batch: got.append(len(batch.records)))
+    with pipeline:
+        for number in range(30):
+            engine.batches.append(make_batch(make_records({}), number))
+            until(lambda number=number: len(calls) > number)
+    assert sum(got) == sum(calls) == 30
+    assert (pipeline.account.delivered, pipeline.account.lost["failed"]) == (0, 30)
+    assert pipeline.account.closes()
+    assert len(caplog.records) == 1
+
+
+def test_what_a_process_is_called_costs_its_details_and_no_packet(make_records, make_batch):
+    def details(pid, start_ns):
+        raise ValueError("nobody foresaw this")
+
+    got = []
+    pipeline = Pipeline(
+        Replay([make_batch(make_records({}))]), account=Account(), processes=Processes(details)
+    )
+    pipeline.subscribe(lambda batch: got.append(len(batch.records)))
+    with pipeline:
+        pass
+    assert got == [1] and pipeline.account.closes()
+    assert pipeline.processes.get(100, 5_000_000_000).comm == "client"
+
+
+def test_a_worker_that_only_fails_ends_and_says_so(make_records, make_batch):
+    deaths = []
+    engine = Replay()
+    pipeline = _pipeline(engine, namer=Refuses(40000), on_death=deaths.append, patience=0.2)
+    with pipeline:
+        number = 0
+        while not deaths:
+            engine.batches.append(make_batch(make_records({}), number))
+            number += 1
+            time.sleep(0.01)
+        engine.batches += [make_batch(make_records({}), number)]
+        until(lambda: not engine.batches)
+    assert "worker cannot go on (ValueError: not enough" in str(deaths[0])
+    assert len(deaths) == 1
+    account = pipeline.account
+    assert (account.delivered, account.lost["failed"], account.waiting) == (0, number + 1, 0)
+    assert account.closes()
+
+
+def test_a_receiver_that_only_fails_ends_and_says_so():
+    class Broken(Replay):
+        def stats(self):
+            raise ZeroDivisionError("broken figures")
+
+    deaths = []
+    with _pipeline(Broken(), on_death=deaths.append, patience=0.2) as pipeline:
+        pipeline._asked = -1e9
+        until(lambda: deaths)
+    assert "receiver cannot go on (ZeroDivisionError: broken figures" in str(deaths[0])
+
+
+def test_a_question_that_fails_leaves_the_worker_alive(make_records, make_batch):
+    engine, got = Replay(), []
+    with _pipeline(engine) as pipeline:
+        pipeline.subscribe(lambda batch: got.append(len(batch.records)))
+        asked = threading.Event()
+        pipeline.barrier(lambda: (asked.set(), 1 / 0))
+        assert asked.wait(30)
+        engine.batches.append(make_batch(make_records({})))
+    assert got == [1]

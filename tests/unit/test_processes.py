@@ -2,13 +2,15 @@
 import os
 import subprocess
 import sys
-import time
+from types import SimpleNamespace
 
 import pytest
 
 from nlproto import procfs, wire
 from nlproto.processes import Processes
+from nlproto.shares import Payers
 from nlproto.wire import ProcessEvent, lib
+from waiting import until
 
 SEEN, EXEC, EXIT = lib.SNIFFER_EVENT_SEEN, lib.SNIFFER_EVENT_EXEC, lib.SNIFFER_EVENT_EXIT
 
@@ -47,10 +49,7 @@ def test_a_living_process_gets_its_details_from_proc_once():
 def test_exec_is_followed(tmp_path):
     child = subprocess.Popen(["sleep", "60"])
     try:
-        deadline = time.monotonic() + 30
-        while not os.readlink(f"/proc/{child.pid}/exe").endswith("sleep"):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: os.readlink(f"/proc/{child.pid}/exe").endswith("sleep"))
         start_ns = procfs.identity(child.pid).start_ns
         processes = Processes(procfs.details)
         processes.add_event(_event(SEEN, child.pid, start_ns, comm="sh", exe="/bin/sh"))
@@ -116,3 +115,43 @@ def test_any_name_becomes_text_that_json_takes(make_records, raw):
     process = processes.get(100, 5_000_000_000)
     assert process.comm == wire.text(raw)
     assert b"\n" not in msgspec.json.encode(process)
+
+
+def test_a_flood_of_one_users_processes_evicts_that_users_alone():
+    processes = Processes(limit=100)
+    for tgid in range(1, 11):
+        processes.add(tgid, 1, f"daemon{tgid}", uid=0)
+    for tgid in range(1000, 2000):
+        processes.add(tgid, 1, f"bomb{tgid % 7}", uid=1000)
+    assert [p.tgid for p in processes.find() if p.uid == 0] == list(range(1, 11))
+    assert len(processes) <= 100
+    assert processes.get(1999, 1) is not None
+    assert processes.evicted + len(processes) == 1010
+
+
+def test_a_flood_through_many_subordinate_uids_is_one_users(tmp_path):
+    subuid = tmp_path / "subuid"
+    subuid.write_text("1000:100000:65536\n")
+    processes = Processes(limit=100, payers=Payers(str(subuid)))
+    for tgid in range(1, 11):
+        processes.add(tgid, 1, "sshd", uid=0)
+        processes.add(100 + tgid, 1, "vim", uid=1001)
+    for tgid in range(1000, 2000):
+        processes.add(tgid, 1, "bomb", uid=100_000 + tgid)
+    kept = processes.find()
+    assert sum(p.uid == 0 for p in kept) == sum(p.uid == 1001 for p in kept) == 10
+
+
+def test_long_strings_are_bounded_in_bytes_and_cost_their_owner():
+    argv = "a" * 100_000
+    found = SimpleNamespace(cmdline=argv)
+    processes = Processes(lambda pid, start_ns: found if pid >= 1000 else None, limit=1000)
+    for tgid in range(1, 11):
+        processes.add(tgid, 1, "daemon", uid=0)
+    for tgid in range(1000, 1200):
+        processes.add(tgid, 1, "bomb", uid=1000)
+        assert processes.bytes <= processes.max_bytes
+    held = sum(sys.getsizeof(process.cmdline) for process in processes.find())
+    assert held < processes.bytes < 1.1 * held
+    assert sum(p.uid == 0 for p in processes.find()) == 10
+    assert 5 < sum(p.uid == 1000 for p in processes.find()) < 25

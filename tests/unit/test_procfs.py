@@ -1,59 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""/proc as text: socket tables, cgroup paths, containers, identities."""
+"""/proc as it is told: socket tables, identities, details, whatever users put into them."""
 
 import os
 import socket
+import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from nlproto import UsageError, procfs
-
-ID = "4f1c0d2e9a3b" + "0" * 52
-
-
-@pytest.mark.parametrize(
-    ("cgroup", "unit", "container"),
-    [
-        ("/", "", ""),
-        ("/system.slice/ssh.service", "ssh.service", ""),
-        ("/user.slice/user-1000.slice/session-3.scope", "session-3.scope", ""),
-        (
-            "/user.slice/user-1000.slice/user@1000.service/app.slice/app-x.service",
-            "app-x.service",
-            "",
-        ),
-        (f"/system.slice/docker-{ID}.scope", f"docker-{ID}.scope", "docker:4f1c0d2e9a3b"),
-        (f"/docker/{ID}", "", "docker:4f1c0d2e9a3b"),
-        (f"/machine.slice/libpod-{ID}.scope", f"libpod-{ID}.scope", "podman:4f1c0d2e9a3b"),
-        (
-            f"/machine.slice/libpod-{ID}.scope/container",
-            f"libpod-{ID}.scope",
-            "podman:4f1c0d2e9a3b",
-        ),
-        (
-            f"/kubepods.slice/kubepods-pod1.slice/cri-containerd-{ID}.scope",
-            f"cri-containerd-{ID}.scope",
-            "containerd:4f1c0d2e9a3b",
-        ),
-        (
-            f"/kubepods.slice/kubepods-pod1.slice/crio-{ID}.scope",
-            f"crio-{ID}.scope",
-            "crio:4f1c0d2e9a3b",
-        ),
-        (f"/kubepods/burstable/pod12/{ID}", "", "kubernetes:4f1c0d2e9a3b"),
-        ("/lxc.payload.web/system.slice/nginx.service", "nginx.service", "lxc:web"),
-        ("/lxc/web", "", "lxc:web"),
-        (
-            "/machine.slice/systemd-nspawn@db.service/payload",
-            "systemd-nspawn@db.service",
-            "nspawn:db",
-        ),
-        ("/machine.slice/machine-qemu1.scope", "machine-qemu1.scope", "machine:qemu1"),
-    ],
-)
-def test_unit_and_container_are_read_from_the_cgroup_path(cgroup, unit, container):
-    assert procfs.unit_of(cgroup) == unit
-    assert procfs.container_of(cgroup) == container
+from nlproto import UsageError, procfs, wire
 
 
 def test_socket_tables_give_addresses_in_network_order(tmp_path):
@@ -143,3 +101,143 @@ def test_command_lines_are_cut_as_configured():
     assert procfs.details(os.getpid(), start, cmdline="off").cmdline == ""
     with pytest.raises(UsageError, match="full, program, off"):
         procfs.details(os.getpid(), start, cmdline="some")
+
+
+def test_a_name_cannot_pass_for_the_uid(tmp_path):
+    fake_process(tmp_path, 42, b"Uid:\t0\t0\t0\t0", 1)
+    (tmp_path / "42" / "status").write_bytes(b"Name:\tUid:\t0\t0\t0\t0\nUid:\t1000\t7\t7\t7\n")
+    assert procfs.owner(42, tmp_path).uid == 1000
+
+
+def test_a_process_that_is_called_as_the_uid_line_keeps_its_own():
+    code = "import sys; open('/proc/self/comm', 'w').write('Uid:\\t0\\t0\\t0'); print(flush=True)"
+    drop = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+    child = subprocess.Popen(
+        ["python3", "-c", f"{code}; sys.stdin.read()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        **drop,
+    )
+    with child:
+        child.stdout.readline()
+        found = procfs.details(child.pid, procfs.identity(child.pid).start_ns)
+        assert found.comm == "Uid:\t0\t0\t0"
+        assert found.uid == (65534 if drop else os.getuid())
+
+
+def test_a_status_without_a_uid_is_nobody_and_not_root(tmp_path):
+    fake_process(tmp_path, 42, b"x", 1)
+    (tmp_path / "42" / "status").write_bytes(b"Name:\tx\n")
+    assert procfs.owner(42, tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("raw", "program", "full"),
+    [
+        (b"/bin/sh\0-c\0exit\0", "/bin/sh", "/bin/sh -c exit"),
+        (b"nginx: worker process\0\0\0", "nginx:", "nginx: worker process"),
+        (b"one\n\x0c\x85two\0", "one\n\x0c\\x85two", "one\n\x0c\\x85two"),
+        (b"\0", "", ""),
+        (b"", "", ""),
+        (b"\xff\xfe\0b\0", "\\xff\\xfe", "\\xff\\xfe b"),
+    ],
+)
+def test_the_program_is_the_first_word_whatever_is_in_it(raw, program, full):
+    assert procfs._arguments(raw, "program") == program
+    assert procfs._arguments(raw, "full") == full
+
+
+def test_what_a_user_chose_is_kept_up_to_4096_bytes_and_marked_as_cut():
+    child = subprocess.Popen(["A" * 120_000, "60"], executable="/bin/sleep")
+    try:
+        while not Path(f"/proc/{child.pid}/cmdline").read_bytes():
+            assert child.poll() is None
+        start = procfs.identity(child.pid).start_ns
+        for mode in ("program", "full"):
+            told = procfs.details(child.pid, start, cmdline=mode)
+            assert len(told.cmdline.encode()) <= 4096
+            assert told.cmdline.startswith("A" * 4000) and told.cmdline.endswith("…[cut]")
+    finally:
+        child.kill()
+        child.wait()
+
+
+@given(st.binary(max_size=3 * wire.MAX_TEXT))
+@example(b"\xff" * 5000)
+@example("€".encode() * 2000)
+@example(b"a" * 4096)
+def test_every_text_is_bounded_and_marked_only_when_it_was_cut(raw):
+    text = wire.bounded(raw)
+    assert len(text.encode()) <= wire.MAX_TEXT
+    whole = raw.decode("utf-8", "backslashreplace")
+    if len(whole.encode()) <= wire.MAX_TEXT:
+        assert text == whole
+    else:
+        assert text.endswith("…[cut]") and whole.startswith(text.removesuffix("…[cut]"))
+
+
+def test_a_removed_program_is_told_by_its_name(tmp_path):
+    copy = tmp_path / "a (deleted)"
+    copy.write_bytes(Path("/bin/sleep").read_bytes())
+    copy.chmod(0o755)
+    child = subprocess.Popen([copy, "60"])
+    try:
+        start = procfs.identity(child.pid).start_ns
+        copy.unlink()
+        assert procfs.details(child.pid, start).exe == str(copy)
+    finally:
+        child.kill()
+        child.wait()
+
+
+anything = st.one_of(
+    st.binary(max_size=300),
+    st.lists(
+        st.sampled_from(
+            [b" ", b"\t", b"\n", b"(", b")", b":", b"\0", b"S", b"0", b"17", b"-1", b"9" * 30]
+            + [b"\xc2\xb2", b"0100007F", b"Uid:\t", b"\x0b", b"\x0c", b"\r", b"\x1c", b"\x85"]
+        ),
+        max_size=60,
+    ).map(b"".join),
+)
+
+
+@given(anything, anything, anything, anything)
+@example(b"42 (a) S" + b" 0" * 17 + b" 5", b"Uid:\t\xc2\xb2\n", b"", b"a\x0c0::/b")
+def test_no_bytes_in_proc_raise(stat, status, cmdline, cgroup):
+    with tempfile.TemporaryDirectory() as name:
+        proc = Path(name)
+        home = proc / "42"
+        home.mkdir()
+        for file, raw in (
+            ("stat", stat),
+            ("status", status),
+            ("cmdline", cmdline),
+            ("cgroup", cgroup),
+        ):
+            (home / file).write_bytes(raw)
+        assert procfs.pids(proc) == [42]
+        procfs.identity(42, proc)
+        procfs.owner(42, proc)
+        procfs.details(42, 0, "full", proc)
+        for table in ("tcp", "tcp6", "udp", "udp6"):
+            (home / table).write_bytes(b"head\n" + stat + b"\n" + status)
+        procfs.tables(home)
+
+
+@given(
+    st.binary(min_size=1, max_size=15).filter(lambda name: b"\0" not in name),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**63),
+    st.binary(max_size=60).filter(lambda path: b"\n" not in path),
+)
+def test_what_the_kernel_writes_is_read_back(name, uid, ticks, path):
+    with tempfile.TemporaryDirectory() as directory:
+        proc = Path(directory)
+        fake_process(proc, 42, name, ticks, uid)
+        (proc / "42" / "cmdline").write_bytes(name + b"\0")
+        (proc / "42" / "cgroup").write_bytes(b"1:name=systemd:/x\n0::/" + path + b"/y\n")
+        assert procfs.owner(42, proc) == procfs.Owner(procfs.Identity(42, ticks), name, uid)
+        found = procfs.details(42, ticks * procfs.TICK_NS, proc=proc)
+        assert (found.comm, found.uid) == (wire.bounded(name), uid)
+        assert found.cgroup == wire.bounded(b"/" + path + b"/y")

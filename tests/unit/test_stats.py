@@ -9,7 +9,8 @@ from hunter.stats import show
 ACCOUNT = {
     "packets": 30,
     "recorded": 20,
-    "delivered": 18,
+    "delivered": 16,
+    "waiting": 2,
     "named": 12,
     "unnamed": {"socket_gone": 4},
     "lost": {"socket": 2, "queue": 0},
@@ -28,8 +29,8 @@ def test_the_account_closes_also_while_some_are_being_named():
     assert lines[1:] == [
         "packets seen 30",
         "recorded 20",
-        "records delivered 18",
-        "named 12 66.67 %",
+        "records delivered 16",
+        "named 12 75.00 %",
         "unnamed 4 socket gone 4",
         "being named 2",
         "lost 2 socket 2",
@@ -47,6 +48,23 @@ def test_parts_say_what_they_have_and_how_many_probes():
 
 def test_another_user_is_told_whose_the_account_is():
     assert "the account is for root and the group packet-hunter" in shown(account=None)
+
+
+def _history(**fields):
+    store = {"path": "/h.db", "open": True, "error": "", "failures": 0, "bytes": 5000}
+    store |= {"waiting_flows": 3, "waiting_processes": 2, "unstored_processes": 0}
+    return {"flows": 9, "unstored": fields.pop("unstored", 0), "store": store | fields}
+
+
+def test_a_history_that_cannot_be_written_is_said_and_what_it_costs():
+    assert shown(account=ACCOUNT, history=_history())[-1] == "history /h.db, 5,000 bytes"
+    full = _history(error="/h.db: database or disk is full")
+    assert shown(account=ACCOUNT, history=full)[-1] == (
+        "/h.db: database or disk is full: 3 flows and 2 processes wait in memory"
+    )
+    lost = " ".join(shown(account=ACCOUNT, history=_history(unstored=4, unstored_processes=1)))
+    assert "4 flows and 1 processes left memory before they were written" in lost
+    assert "history" in " ".join(shown(account=ACCOUNT, history={"flows": 1, "store": None}))
 
 
 def test_sizes_and_switches_are_said_in_peoples_words():

@@ -11,17 +11,20 @@ import numpy as np
 import pytest
 
 from daemon.config import Config
+from daemon.elapsed import Moment
 from daemon.history import Question
 from daemon.recorder import Recorder
 from daemon.store import Store
 from nlproto.clock import Clock
 from nlproto.errors import Error
-from nlproto.flows import FLOW, summarize
+from nlproto.flows import FLOW, pack_address, summarize
 from nlproto.pipeline import NamedBatch
 from nlproto.processes import Process, Processes
+from waiting import until
 
 FOREVER = 2**62
 NO_OFFSET = Clock(0, 0)
+_IP = [pack_address(f"10.0.0.{number}")[1] for number in range(3)]
 
 
 @pytest.fixture(name="path")
@@ -76,6 +79,11 @@ def test_writing_a_flow_again_updates_it(path, make_records):
         ({"host": ipaddress.ip_network("10.9.0.0/16")}, [3]),
         ({"host": ipaddress.ip_network("2001:db8::/32")}, []),
         ({"limit": 1}, [4, 3]),
+        ({"ends": ((2, _IP[1], 1), (2, _IP[2], 80))}, [1]),
+        ({"ends": ((2, _IP[2], 80), (2, _IP[1], 1))}, [1]),
+        ({"ends": ((2, _IP[1], 80), (2, _IP[2], 1))}, []),
+        ({"ends": ((2, _IP[1], 1), (2, _IP[2], 80)), "port": 80}, [1]),
+        ({"ends": ((2, _IP[1], 1), (2, _IP[2], 80)), "port": 53}, []),
     ],
 )
 def test_the_file_answers_the_same_questions(path, make_records, conditions, ports):
@@ -147,10 +155,34 @@ def test_a_directory_that_cannot_be_made_is_a_clear_error(tmp_path):
         Store(str(tmp_path / "file" / "history.db"))
 
 
+class Clocks:
+    """A machine's clocks, which a test moves."""
+
+    def __init__(self):
+        self.boot_id = "first"
+        self.boot = self.uptime = 1000.0
+        self.real = 1_800_000_000.0
+
+    def __call__(self):
+        return Moment(self.boot_id, self.boot, self.uptime, self.real)
+
+    def run(self, seconds):
+        self.boot += seconds
+        self.uptime += seconds
+        self.real += seconds
+
+    def reboot(self):
+        self.boot_id += "+"
+        self.boot = self.uptime = 5.0
+
+
 def test_old_flows_are_deleted(path, make_records):
-    store = Store(path)
-    now = time.time_ns()
-    _write(store, make_records({"sport": 1, "time_ns": now - 10**12}, {"sport": 2, "time_ns": now}))
+    clocks = Clocks()
+    store = Store(path, moment=clocks)
+    _write(store, make_records({"sport": 1}))
+    clocks.run(400)
+    _write(store, make_records({"sport": 2}), first_id=2)
+    clocks.run(101)
     assert store.trim(age=500, size=1 << 30) == 1
     assert _ports(store) == [2]
 
@@ -185,8 +217,8 @@ def test_flows_evicted_from_memory_are_found_in_the_file_once(path, make_records
         for n in range(200):
             recorder.take(_batch(make_records({"sport": n, "time_ns": 1000 + n})))
             if n % 16 == 0:
-                time.sleep(0.2)
-        time.sleep(0.3)
+                until(lambda last=n: last in _ports(recorder._store, limit=1000))
+        until(lambda: 199 in _ports(recorder._store, limit=1000))
         assert recorder.history.evicted > 0
         assert recorder.history.unstored == 0
         assert _ask(recorder, limit=1000) == list(range(200))
@@ -196,9 +228,10 @@ def test_flows_evicted_from_memory_are_found_in_the_file_once(path, make_records
 def test_a_new_daemon_finds_what_the_last_one_wrote_and_goes_on_counting(path, make_records):
     config = Config(history=path)
     process = Process(100, 5_000_000_000, "client", exe="/usr/bin/client")
-    with Recorder(config, Processes()) as recorder:
+    processes = Processes()
+    with Recorder(config, processes) as recorder:
         recorder.take(_batch(make_records({"sport": 1, "time_ns": 100})))
-        recorder._note(process)
+        processes.restore([process])
     with Recorder(config, Processes()) as recorder:
         recorder.take(_batch(make_records({"sport": 2, "time_ns": 200})))
         assert _ask(recorder) == [1, 2]
@@ -210,6 +243,7 @@ _KILLED = """
 import sys, time
 import numpy as np
 from daemon.config import Config
+from daemon.elapsed import Moment
 from daemon.recorder import Recorder
 from nlproto import wire
 from nlproto.clock import Clock
@@ -256,7 +290,6 @@ def test_a_full_disk_is_counted_and_writing_goes_on_afterwards(path, make_record
     with Recorder(config, Processes()) as recorder:
         recorder._store._writer.execute("PRAGMA max_page_count = 1")
         recorder.take(_batch(make_records(*({"sport": n, "time_ns": n + 1} for n in range(3000)))))
-        time.sleep(0.5)
-        assert recorder.failures > 0
+        until(lambda: recorder.failures > 0)
         recorder._store._writer.execute("PRAGMA max_page_count = 100000")
     assert len(_ports(Store(path), limit=9999)) == 3000

@@ -78,3 +78,25 @@ def test_what_waits_for_the_event_loop_is_bounded_and_counted(make_records, make
     for function in posted:
         function()
     assert (one.seen, one.lost, sum(piece.count for piece in one.pieces)) == (30, 20, 10)
+
+
+def test_a_filter_that_fails_costs_its_own_stream_and_no_other(
+    make_records, make_batch, monkeypatch
+):
+    mask = Filter.mask
+
+    def broken(self, *arguments):
+        if str(self) == "tcp":
+            raise RecursionError("a filter that nobody foresaw")
+        return mask(self, *arguments)
+
+    monkeypatch.setattr(Filter, "mask", broken)
+    streams = Streams(
+        SimpleNamespace(processes=Processes()), lambda function: function(), max_filters=10
+    )
+    bad, good = Subscriber(), Subscriber()
+    streams.join("tcp", None, bad)
+    streams.join("udp", None, good)
+    _publish(streams, make_batch, make_records({}, {}))
+    assert [piece.count for piece in good.pieces] == [2]
+    assert (bad.seen, bad.pieces) == (2, [])

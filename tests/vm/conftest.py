@@ -26,7 +26,7 @@ from vmtest.remote import Remote, kernel_to_test  # noqa: E402
 MARKERS = (
     "parallel: the guest's processors run at once; not for what unloads the module under traffic",
     "boot(command_line): boot the guest with these words on the kernel command line",
-    "patience(seconds): how long the guest may take over this test (default 300)",
+    "patience(seconds): how long a guest of usual speed may take over this test (default 300)",
 )
 LOG = pytest.StashKey[KernelLog]()
 

@@ -18,6 +18,7 @@ import pytest
 
 from nlproto.client import DaemonClient
 from nlproto.errors import Error
+from waiting import patient, until
 
 KPROBES = Path("/proc/sys/kernel/ftrace_enabled")
 
@@ -25,14 +26,6 @@ KPROBES = Path("/proc/sys/kernel/ftrace_enabled")
 @pytest.fixture(autouse=True)
 def loopback_is_up() -> None:
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-
-
-def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.05)
-    return found
 
 
 class Program:
@@ -44,19 +37,18 @@ class Program:
             command = [sys.executable, "-I", "-m", module, *arguments]
             self.process = subprocess.Popen(command, stderr=log, stdout=log)
 
-    def wait_for(self, text: str, seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while text not in self.text():
-            assert self.process.poll() is None, self.text()
-            assert time.monotonic() < deadline, f"no {text!r} in: {self.text()}"
-            time.sleep(0.05)
+    def wait_for(self, text: str) -> None:
+        until(lambda: text in self.text() or self._ended(), what=f"{text!r} in {self.log}")
+
+    def _ended(self) -> None:
+        assert self.process.poll() is None, self.text()
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
     def end(self, number: int) -> int:
         self.process.send_signal(number)
-        return self.process.wait(60)
+        return self.process.wait(patient(10))
 
 
 @pytest.fixture
@@ -191,7 +183,7 @@ def test_a_flood_is_lost_at_the_right_place_within_the_limit_and_the_account_clo
     port = receiver.getsockname()[1]
     (tmp_path / "daemon.yaml").write_text("queue_size: 64KiB\n")
     daemon = start("daemon", "--engine", "module")
-    with DaemonClient(path, timeout=60) as client:
+    with DaemonClient(path, timeout=patient(10)) as client:
         # what gathers while it stands still comes faster than it can be named, if its threads do
         # not happen to take turns, as on one CPU they may: then once more. Each packet is of a
         # new socket, to make naming slow.

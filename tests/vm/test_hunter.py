@@ -10,11 +10,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+
+from nlproto.client import DaemonClient
+from waiting import patient, until
 
 HUNTER = [sys.executable, "-m", "hunter"]
 WAYS = ("daemon", "direct", "alone")
@@ -70,14 +72,11 @@ def daemon(module_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         stderr=subprocess.PIPE,
         text=True,
     )
-    until = time.monotonic() + 60
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    until(lambda: process.poll() is not None or path.exists())
+    assert process.poll() is None, process.communicate()[1]
     yield path
     process.send_signal(signal.SIGTERM)
-    _, log = process.communicate(timeout=60)
+    _, log = process.communicate(timeout=patient(10))
     assert process.returncode == 0, log
 
 
@@ -107,7 +106,7 @@ def hunt(
         + ["--all", "--", *map(str, enter), sys.executable, "-c", CLIENT, str(tcp), str(udp)],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=patient(20),
     )
     assert done.returncode == 0, done.stderr
     records = re.search(r"(\d+) records = (\d+) delivered \+ (\d+) lost", done.stderr)
@@ -216,16 +215,17 @@ def test_annotate_names_a_real_tcpdump(
         text=True,
         check=True,
     )
-    time.sleep(1)
+    other = int(client.stderr.split()[1])
+    with DaemonClient(str(daemon), timeout=patient(10)) as asking:
+        until(lambda: asking.who(pid=other)["flows"])
     dump.send_signal(signal.SIGINT)
-    dump.communicate(timeout=60)
+    dump.communicate(timeout=patient(10))
     done = subprocess.run(
         [*HUNTER, "annotate", trace, "-o", named, "--socket", daemon],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    other = int(client.stderr.split()[1])
     comments = re.findall(rb"packet-hunter: from [^\0]*", named.read_bytes())
     assert f"{len(comments)} packets" in done.stderr and "(100.0 %)" in done.stderr
     assert len(comments) >= 15

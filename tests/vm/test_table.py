@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import chain
 from pathlib import Path
@@ -23,6 +23,7 @@ from nlproto import wire
 from nlproto.engine_module import ModuleEngine
 from nlproto.netlink import Sniffer
 from nlproto.wire import Batch, ProcessEvent, SnapBatch, lib
+from waiting import patient, until
 
 LOOPBACK = "127.0.0.1"
 
@@ -54,7 +55,7 @@ def listening(*groups: str) -> Iterator[Seen]:
     seen = Seen()
     with ModuleEngine(groups or ("packets",)) as engine:
         yield seen
-        time.sleep(0.1)  # process events are sent by a work item
+        time.sleep(patient(0.01))  # process events are sent by a work item
         parts = []
         # one by one: an event is a view that the next one overwrites
         for event in chain(engine.read(0.2), engine.finish()):
@@ -77,13 +78,6 @@ def udp_receiver() -> socket.socket:
 def cookie_of(sock: socket.socket) -> int:
     so_cookie = 57
     return int(struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, so_cookie, 8))[0])
-
-
-def until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.05)
 
 
 def reasons(records: np.ndarray) -> set[str]:
@@ -346,7 +340,7 @@ def test_a_storm_of_processes_ages_the_process_table(module_file: Path, unloaded
     )
     with Sniffer() as sniffer:
         subprocess.run([sys.executable, "-c", storm], check=True)
-        until(lambda: int(sniffer.info()["processes"]) <= 48, seconds=30)
+        until(lambda: int(sniffer.info()["processes"]) <= 48)
     with listening() as seen, closing(udp_receiver()) as receiver:
         port = receiver.getsockname()[1]
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:

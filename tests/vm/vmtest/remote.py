@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from waiting import slowness
+
 from .build import BuildFailed, build_module
 from .guest import BOOT_SECONDS, Guest, GuestLost
 from .kernels import KERNELS, Unavailable, cache_directory, unpack
@@ -24,6 +26,8 @@ from .kernels import KERNELS, Unavailable, cache_directory, unpack
 __all__ = ["Remote", "boot"]
 
 PATIENCE_SECONDS = 300.0
+EMULATED = 40.0  # slowness (tests/waiting.py) of a guest that has a processor to itself
+HANGS_SECONDS = 240  # then the guest prints where its test is
 LOST_GUESTS = 4
 HANDED_ON = ("PACKET_HUNTER_REPEAT", "PACKET_HUNTER_LOAD", "PACKET_HUNTER_STRESS")
 
@@ -39,6 +43,7 @@ class Remote:
         self._guest: Guest | None = None
         self._booted: tuple[str, bool] | None = None
         self._known: set[str] = set()
+        self._slowness = 1.0
         self._lost = 0
         self._hopeless: str | None = None
 
@@ -83,9 +88,8 @@ class Remote:
             if item.nodeid not in self._known:
                 raise GuestLost(f"the guest did not find this test\n{guest.printed()}")
             guest.send({"run": item.nodeid, "next": follower.nodeid if follower else None})
-            deadline = time.monotonic() + patience
             while True:
-                answer = guest.receive(deadline - time.monotonic())
+                answer = guest.receive(patience, self._slower)
                 if "done" in answer:
                     break
                 report = item.config.hook.pytest_report_from_serializable(
@@ -124,12 +128,13 @@ class Remote:
         module = build_module(self._directory, kernel, cache)
         worker = [
             "env",
-            f"PYTHONPATH={Path(__file__).parent.parent}",
+            f"PYTHONPATH={self._tests}:{self._tests.parent}",
             "PACKET_HUNTER_KERNEL=own",
             f"PACKET_HUNTER_MODULE={module}",
             *(f"{name}={os.environ[name]}" for name in HANDED_ON if name in os.environ),
             *(sys.executable, "-m", "pytest", "-p", "vmtest.worker", "-p", "no:cacheprovider"),
             *("-q", "--tb=long", "--continue-on-collection-errors"),
+            *("-o", f"faulthandler_timeout={HANGS_SECONDS}"),
             *self._files,
         ]
         debug = KERNELS[self._kernel].debug
@@ -143,8 +148,13 @@ class Remote:
         )
         guest.__enter__()
         self._guest, self._booted = guest, boot(item)
-        self._known = set(guest.receive(BOOT_SECONDS)["ready"])
+        answer = guest.receive(BOOT_SECONDS, slowness)
+        self._known, self._slowness = set(answer["ready"]), answer["slowness"]
         return guest
+
+    def _slower(self) -> float:
+        """How many times longer than a guest that has a processor to itself ours takes now."""
+        return max(self._slowness / EMULATED, slowness())
 
     def _count_loss(self, error: Exception) -> None:
         self._lost += 1

@@ -9,6 +9,8 @@ from typing import Any, BinaryIO
 
 import pytest
 
+from waiting import patient
+
 from .guest import PORT
 
 
@@ -26,7 +28,7 @@ class Worker:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         tests = {item.nodeid: item for item in session.items}
-        self._send({"ready": list(tests)})
+        self._send({"ready": list(tests), "slowness": patient(1)})
         for line in self._port:
             order = json.loads(line)
             if "stop" in order:

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: MIT
+"""How long the history has lived: the clock by which it ages, which nobody can set.
+
+The time of day may jump by years and back, also while no daemon runs. So age is counted in time
+that this machine has run: what CLOCK_BOOTTIME, /proc/uptime and the time of day agree to have
+passed since the last look, never more. Time that the machine is off does not count.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["Elapsed", "Moment", "read_moment"]
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The clocks at one moment, in seconds."""
+
+    boot_id: str
+    boot: float
+    """CLOCK_BOOTTIME."""
+    uptime: float
+    """The same by /proc/uptime; of a container perhaps the container's."""
+    real: float
+    """Since 1970."""
+
+    def passed_since(self, earlier: Moment) -> float:
+        """Seconds that certainly passed; `earlier` may be of another boot."""
+        steps = [self.boot, self.uptime, self.real - earlier.real]
+        if self.boot_id == earlier.boot_id:
+            steps[:2] = self.boot - earlier.boot, self.uptime - earlier.uptime
+        return max(0.0, min(steps))
+
+
+def read_moment() -> Moment:
+    """Now."""
+    boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+    uptime = _first_word("/proc/uptime")
+    boot_id = _first_word("/proc/sys/kernel/random/boot_id")
+    return Moment(boot_id, boot, float(uptime) if uptime else boot, time.time())
+
+
+def _first_word(path: str) -> str:
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read(100).split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+class Elapsed:
+    """Seconds lived so far: `before`, and what passed since `moment` (None: now)."""
+
+    def __init__(
+        self,
+        before: float = 0.0,
+        moment: Moment | None = None,
+        read: Callable[[], Moment] = read_moment,
+    ) -> None:
+        self._read = read
+        self.seconds = before
+        self.moment = read() if moment is None else moment
+
+    def look(self) -> float:
+        """Seconds lived until now."""
+        now = self._read()
+        self.seconds += now.passed_since(self.moment)
+        self.moment = now
+        return self.seconds

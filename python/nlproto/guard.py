@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: MIT
+"""Root's Python must import nothing that somebody else put there: `python -m` looks into the
+current directory first, before the standard library.
+
+packet-hunter.pth calls at_start() while the interpreter starts, when the current directory is
+not yet looked into: what `-m` itself needs (importlib, contextlib) could come from there already.
+Where that file is not installed, the first lines of daemon and hunter call refuse_unsafe_path().
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.machinery import all_suffixes
+
+__all__ = ["at_start", "others_can_write", "refuse_unsafe_path", "started_module"]
+
+_PROGRAMS = {"daemon": "packet-hunterd", "hunter": "packet-hunter"}
+_MAX_LINKS = 40  # MAXSYMLINKS of the kernel (include/linux/namei.h)
+
+
+def at_start() -> None:
+    """As refuse_unsafe_path(), when this interpreter was started with -m for one of ours."""
+    name = started_module(sys.orig_argv)
+    program = _PROGRAMS.get(name.partition(".")[0]) if name is not None else None
+    if program is not None:
+        refuse_unsafe_path(program)
+
+
+def started_module(argv: Sequence[str]) -> str | None:
+    """MODULE of "python -m MODULE", by the interpreter's own rules for its options."""
+    words = iter(argv[1:])
+    for word in words:
+        if word == "--check-hash-based-pycs":
+            next(words, None)
+        elif not word.startswith("-") or word == "-":
+            return None
+        elif not word.startswith("--"):
+            for at, letter in enumerate(word[1:], 2):
+                if letter in "cmWX":
+                    value = word[at:] or next(words, None)
+                    if letter in "cm":
+                        return value if letter == "m" else None
+                    break
+    return None
+
+
+def refuse_unsafe_path(program: str) -> None:
+    """End with 1 when root would import from where others can write; says which place that is.
+
+    The interpreter's own directories are not asked about: what is there has run already.
+    """
+    if os.geteuid() != 0 or sys.flags.safe_path:
+        return
+    try:
+        places = [os.getcwd()]
+    except FileNotFoundError:  # it was removed: nothing can be found there
+        places = []
+    places += [entry for entry in sys.path if not entry.startswith(_own_directories())]
+    for place in places:
+        found = others_can_write(place, os.environ)
+        if found is not None:
+            line = (
+                f"{program}: others can write {found!r}, where Python looks for modules; "
+                f"change to another directory, or run {program}\n"
+            )
+            os.write(2, line.encode("utf-8", "backslashreplace"))
+            os._exit(1)  # SystemExit would be a fatal error at the interpreter's start
+
+
+def _own_directories() -> tuple[str, ...]:
+    prefixes = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}
+    prefixes |= {os.path.join(prefix, "local") for prefix in prefixes}
+    return tuple(os.path.join(prefix, "lib") for prefix in prefixes)
+
+
+def others_can_write(path: str, environment: Mapping[str, str]) -> str | None:
+    """Where somebody else than root and the user behind sudo could change what is imported.
+
+    That is `path` itself, a directory or link on the way to it, or a module in it; None: nowhere.
+    """
+    users = {0, *_number(environment.get("SUDO_UID"))}
+    groups = {0, *_number(environment.get("SUDO_GID"))}
+    for here, status, last in _way(path):
+        if _is_theirs(status, users, groups, sticky_is_safe=not last):
+            return here
+    try:
+        with os.scandir(path) as entries:
+            for name in (entry.path for entry in entries if _is_module(entry)):
+                for status in (os.lstat(name), os.stat(name)):
+                    if _is_theirs(status, users, groups, sticky_is_safe=False):
+                        return name
+    except OSError:
+        pass
+    return None
+
+
+def _is_theirs(
+    status: os.stat_result, users: set[int], groups: set[int], sticky_is_safe: bool
+) -> bool:
+    if status.st_uid not in users:
+        return True
+    if stat.S_ISLNK(status.st_mode):
+        return False
+    group_writes = status.st_mode & stat.S_IWGRP and status.st_gid not in groups
+    loose = bool(status.st_mode & stat.S_IWOTH or group_writes)
+    return loose and not (sticky_is_safe and status.st_mode & stat.S_ISVTX)
+
+
+def _is_module(entry: os.DirEntry[str]) -> bool:
+    """Whether an import could find it: code, or a directory with an __init__ in it."""
+    endings = (*all_suffixes(), ".pth")
+    if entry.name.endswith(endings):
+        return True
+    return any(os.path.lexists(f"{entry.path}/__init__{ending}") for ending in endings)
+
+
+def _way(path: str) -> Iterator[tuple[str, os.stat_result, bool]]:
+    """Each directory and link that is passed on the way to `path`, and whether it is the end.
+
+    The end of a path that is not there is the last directory before it: it could be made.
+    """
+    steps = os.path.abspath(path).split("/")[::-1]
+    here = "/"
+    links = 0
+    while True:
+        while steps and steps[-1] in ("", "."):
+            steps.pop()
+        try:
+            status = os.lstat(here)
+            following = os.lstat(os.path.join(here, steps[-1])) if steps else None
+        except OSError:
+            yield here, os.stat(here), True
+            return
+        yield here, status, not steps
+        if following is None:
+            return
+        step = os.path.join(here, steps.pop())
+        if not stat.S_ISLNK(following.st_mode):
+            here = os.path.normpath(step)
+            continue
+        yield step, following, False
+        links += 1
+        if links > _MAX_LINKS:
+            return
+        target = os.readlink(step)
+        steps.extend(target.split("/")[::-1])
+        if target.startswith("/"):
+            here = "/"
+
+
+def _number(text: str | None) -> list[int]:
+    return [int(text)] if text is not None and text.isascii() and text.isdigit() else []

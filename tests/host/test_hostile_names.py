@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: MIT
+"""What users may call things, with the real kernel: no name ends anything or passes for another."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.host.test_daemon import Daemon, _directory, _start  # noqa: F401
+
+from nlproto import procfs
+from nlproto.client import DaemonClient
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes cgroups and captures")
+
+ID = "4f1c0d2e9a3b" + "0" * 52
+USER = 60000 + os.getpid() % 5000
+SEPARATORS = [
+    "\r",
+    "\v",
+    "\f",
+    "\x1c",
+    "\x1d",
+    "\x1e",
+    "\x85",
+    "\u2028",
+    "\u2029",
+    ":",
+    " ",
+    "\x1b[",
+]
+
+TALK = """
+import os, socket, sys, time
+{name}
+os.setgroups([])
+os.setgid({user})
+os.setuid({user})
+sys.stdin.readline()
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+    while True:
+        sender.sendto(b"x", ("127.0.0.1", int(sys.argv[1])))
+        time.sleep(0.02)
+"""
+
+
+def cgroup2() -> Path | None:
+    for mount in ("/sys/fs/cgroup/unified", "/sys/fs/cgroup"):
+        if os.path.exists(f"{mount}/cgroup.controllers") and os.access(mount, os.W_OK):
+            return Path(mount)
+    return None
+
+
+@pytest.fixture(name="tree")
+def _tree():
+    """A slice of this run's own, in which a user's manager has a subtree."""
+    mount = cgroup2()
+    if mount is None:
+        pytest.skip("no cgroup v2 that can be written")
+    top = mount / f"phtest{os.getpid()}.slice"
+    manager = top / f"user@{USER}.service"
+    manager.mkdir(parents=True)
+    os.chown(manager, USER, USER)
+    yield top
+    for path in sorted([p for p in top.rglob("*") if p.is_dir()] + [top], reverse=True):
+        deadline = time.monotonic() + 30
+        while path.exists():
+            with contextlib.suppress(OSError):
+                path.rmdir()
+            assert time.monotonic() < deadline, path
+
+
+@pytest.fixture(name="receiver")
+def _receiver():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(("127.0.0.1", 0))
+        receiver.settimeout(30)
+        yield receiver
+
+
+@contextlib.contextmanager
+def talker(receiver, cgroup: Path, maker: int = USER, name: str = ""):
+    """A process of USER that sends from `cgroup`, which `maker` makes."""
+    rename = f"open('/proc/self/comm', 'wb').write({os.fsencode(name)!r})" if name else ""
+    code = TALK.format(name=rename, user=USER)
+    command = [sys.executable, "-c", code, str(receiver.getsockname()[1])]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    try:
+        parent = os.fork()
+        if parent == 0:
+            with contextlib.suppress(BaseException):
+                os.setegid(maker)
+                os.seteuid(maker)
+                cgroup.mkdir(parents=True, exist_ok=True)
+                os._exit(0)
+            os._exit(1)
+        assert os.waitpid(parent, 0)[1] == 0
+        (cgroup / "cgroup.procs").write_text(str(process.pid))
+        until(lambda: procfs.owner(process.pid).uid == USER)
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        yield process.pid
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def until(true, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not (found := true()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def test_no_name_of_a_cgroup_stops_the_daemon(start, receiver, tree):  # noqa: F811
+    daemon = start()
+    manager = tree / f"user@{USER}.service"
+    name = "a" + "".join(SEPARATORS) + "b"
+    paths = [manager / f"a{mark}b" for mark in SEPARATORS] + [manager / name]
+    pids = []
+    for path in paths:
+        with talker(receiver, path) as pid, DaemonClient(daemon.path) as client:
+            pids.append(pid)
+            reply = until(lambda c=client, p=pid: (r := c.who(pid=p))["flows"] and r)
+            (process,) = reply["processes"]
+            assert process["cgroup"].endswith(str(path.relative_to(tree.parent)))
+            assert process["unit"] == f"user@{USER}.service"
+    with DaemonClient(daemon.path) as client:
+        account = client.stats()["account"]
+    assert account["lost"]["failed"] == 0 and account["named"] > 0
+    assert daemon.stop() == 0
+    assert "Traceback" not in daemon.text() and "does not close" not in daemon.text()
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        "a\f0::/system.slice/sshd.service",
+        "system.slice/sshd.service",
+        f"docker-{ID}.scope",
+        f"docker/{ID}",
+        "lxc.payload.db",
+        f"kubepods.slice/kubepods-podx.slice/cri-containerd-{ID}.scope",
+    ],
+)
+def test_a_users_cgroup_is_no_other_unit_and_no_other_container(receiver, tree, forged):
+    with talker(receiver, tree / f"user@{USER}.service" / forged) as pid:
+        found = procfs.details(pid, procfs.identity(pid).start_ns)
+    assert found.unit.startswith(f"user@{USER}.service")
+    assert not found.container or f":user@{USER}/" in found.container
+
+
+def test_below_a_slice_that_was_given_away_is_nothing(receiver, tree):
+    os.chown(tree, USER, USER)
+    for forged in ("sshd.service", f"docker-{ID}.scope", "user@0.service/x.service"):
+        with talker(receiver, tree / forged) as pid:
+            found = procfs.details(pid, procfs.identity(pid).start_ns)
+        assert (found.unit, found.container) == ("", ""), forged
+        assert found.cgroup.endswith(forged)
+
+
+def test_a_name_that_reads_as_another_uid_does_not_change_the_rights(start, receiver, tree):  # noqa: F811
+    daemon = start()
+    with talker(receiver, tree / "own.service", 0, "Uid:\t0\t0\t0") as pid:
+        with DaemonClient(daemon.path) as client:
+            reply = until(lambda: (r := client.who(pid=pid))["flows"] and r)
+    assert [process["uid"] for process in reply["processes"]] == [USER]
+
+
+def test_no_name_of_a_cgroup_stops_the_hunter_without_a_daemon(receiver, tree, tmp_path):
+    path = tree / f"user@{USER}.service" / "bad\rname"
+    command = [sys.executable, "-m", "hunter", "--engine", "packet", "-n", "-c", "20"]
+    command += ["--socket", str(tmp_path / "none"), "udp", "dst", "port"]
+    with talker(receiver, path):
+        done = subprocess.run(
+            [*command, str(receiver.getsockname()[1])], capture_output=True, text=True, timeout=120
+        )
+    assert (done.returncode, len(done.stdout.split("\n"))) == (0, 21), done.stderr
+    assert "20 shown" in done.stderr and "Traceback" not in done.stderr
+
+
+BROKEN = """
+import sys
+from nlproto import pipeline
+def refuse(self, batches):
+    raise ValueError("nobody foresaw {}".format(len(batches)))
+pipeline.Pipeline._arrive = refuse
+from {} import __main__ as program
+{}
+sys.exit(program.main())
+"""
+
+
+def test_a_hunter_that_cannot_name_ends_with_an_error_and_never_with_0(receiver, tree, tmp_path):
+    command = [sys.executable, "-c", BROKEN.format("{}", "hunter", ""), "--engine", "packet", "-n"]
+    command += ["--socket", str(tmp_path / "none"), "-c", "5"]
+    with talker(receiver, tree / "x.service", 0):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == "" and "Traceback" not in done.stderr
+    assert "worker cannot go on (ValueError: nobody foresaw" in done.stderr
+    records = re.search(r"(\d+) records = 0 delivered \+ (\d+) lost \(.*failed", done.stderr)
+    assert records and records[1] == records[2]
+
+
+def test_a_hunter_that_lost_records_by_its_own_fault_says_so_at_the_end(receiver, tree, tmp_path):
+    """The engine delivers, one subscriber fails: Ctrl-C after a moment is no success."""
+    command = [sys.executable, "-c", BROKEN.format("{}", "hunter", ""), "--engine", "packet", "-n"]
+    command += ["--socket", str(tmp_path / "none"), "--duration", "2"]
+    with talker(receiver, tree / "x.service", 0):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"\d+ records were lost by a fault of this program", done.stderr)
+
+
+def test_a_daemon_whose_worker_only_fails_ends_with_1(receiver, tree, tmp_path):
+    short = "import daemon.service; real = daemon.service.Pipeline\n"
+    short += "daemon.service.Pipeline = lambda *a, **k: real(*a, **k, patience=0.5)"
+    command = [sys.executable, "-c", BROKEN.format("{}", "daemon", short), "--engine", "packet"]
+    command += ["--foreground", "--socket", str(tmp_path / "d.sock")]
+    with talker(receiver, tree / "x.service", 0):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("Traceback") == 1
+    assert "worker cannot go on" in done.stderr and "does not close" not in done.stderr

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: MIT
+"""Waits that end by condition. What they bear with follows the machine's speed, measured.
+
+Seconds in tests are those of an idle machine of this project. A slow machine, an emulated guest
+or a crowded one takes a multiple, which is measured by what each test needs most: a new process.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import pytest
+
+__all__ = ["patient", "slowness", "until"]
+
+T = TypeVar("T")
+_PROCESS = 0.02  # s that a Python without site takes to start and end on an idle machine
+_POLL = 0.02  # s
+_slowest = 0.0
+
+
+def patient(seconds: float) -> float:
+    """`seconds` of an idle machine in seconds of this one, as it is now or was at its slowest."""
+    return seconds * (_slowest or slowness())
+
+
+def until(condition: Callable[[], T], seconds: float = 30, what: str = "") -> T:
+    """The first true value of `condition()`; the test fails when none comes in `seconds`.
+
+    A machine that became slower meanwhile gets the time that it needs.
+    """
+    begun = time.monotonic()
+    while not (met := condition()):
+        if time.monotonic() - begun > patient(seconds):
+            before = _slowest
+            if slowness() <= 1.1 * before:
+                waited = time.monotonic() - begun
+                pytest.fail(f"{what or 'it'} did not happen in {waited:.0f} s", pytrace=True)
+        time.sleep(_POLL)
+    return met
+
+
+def slowness() -> float:
+    """How many times longer than on an idle machine a process takes, measured now; the longest."""
+    global _slowest
+    begun = time.monotonic()
+    subprocess.run([sys.executable, "-I", "-S", "-c", ""], check=True)
+    _slowest = max(_slowest, 1.0, (time.monotonic() - begun) / _PROCESS)
+    return _slowest
