@@ -58,7 +58,7 @@ def actions(socket: str, daemon_pid: int | None) -> dict[str, Action]:
     loading = advice(tree=ROOT)
     loaded = MODULE.exists()
     found = [
-        Action("b", "build everything", ("./build.sh",)),
+        Action("b", "build everything", ("./build.sh", "--try-module")),
         Action(
             "l",
             "load the module",

@@ -101,6 +101,8 @@ class Command:
 
     def end(self) -> None:
         """End it if it runs, else say how it ended."""
+        if self._forks is not None and not self._forks.complete:
+            self._notify("forks came faster than they were read: some children's packets may miss")
         if self._process.poll() is None:
             self._process.terminate()
             try:

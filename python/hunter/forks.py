@@ -24,7 +24,7 @@ _INHERIT, _EXCLUDE_KERNEL, _EXCLUDE_HV, _TASK, _USE_CLOCKID = 1, 5, 6, 13, 25  #
 _CLOEXEC = 8
 _HEAD, _TAIL = 1024, 1032  # data_head and data_tail in struct perf_event_mmap_page
 _LOST, _FORK = 2, 7
-_RING = 64 * mmap.PAGESIZE  # bytes a CPU: some 8,000 forks and exits between two reads
+_RING = max(1 << 17, mmap.PAGESIZE)  # bytes a CPU: 4,000 forks and exits between two reads
 _MAX = 1 << 20  # forks remembered
 _SAME_NS = 1_000_000_000  # from a process's start to its fork's event, on a busy machine
 

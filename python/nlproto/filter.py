@@ -507,7 +507,8 @@ def _foreign(tokens: list[Token], text: str) -> FilterError | None:
 
 
 def _bytes_wanted(text: str) -> FilterError | None:
-    found = _BYTES.search(text)
+    unquoted = re.sub(r'"(?:[^"\\]|\\.)*"', lambda one: " " * len(one[0]), text)
+    found = _BYTES.search(unquoted)
     if found is None:
         return None
     message = (

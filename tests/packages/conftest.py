@@ -17,7 +17,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent.parent
-for directory in (TESTS, TESTS.parent / "vm"):
+for directory in (TESTS, TESTS.parent, TESTS.parent / "vm"):
     if str(directory) not in sys.path:
         sys.path.insert(0, str(directory))
 

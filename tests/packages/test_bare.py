@@ -16,6 +16,8 @@ import pytest
 from roots import Completed, Root, bare_root
 from vmtest.kernels import Unavailable
 
+from readme import blocks
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -61,6 +63,20 @@ def test_a_user_is_told_the_command_that_root_has_to_run(bare: Root) -> None:
     assert refused.returncode == 1
     [line] = refused.stdout.splitlines()
     assert f"linux-headers-{os.uname().release}" in line
+
+
+def test_the_readme_can_be_pasted_on_a_machine_that_has_sudo(bare: Root) -> None:
+    """Up to the daemon; tests/host/test_readme.py pastes what runs until Ctrl-C, and the rest."""
+    run(bare, "apt-get update -q && apt-get install -qy --no-install-recommends sudo")
+    everything = blocks()
+    before = everything[: everything.index(["sudo -b packet-hunterd"])]
+    pasted = [line for block in before for line in block if not ENDLESS.match(line)]
+    assert len(pasted) >= 6
+    done = run(bare, " && ".join(f"{{ {line}\n}}" for line in pasted))
+    assert re.search(r"^ok +packages", done.stdout, re.MULTILINE), done.stdout[-3000:]
+
+
+ENDLESS = re.compile(r"make |.*insmod|sudo packet-hunter(?!.* (--duration|--|doctor)( |$))")
 
 
 def run(bare: Root, command: str, *, check: bool = True) -> Completed:

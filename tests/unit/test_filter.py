@@ -229,6 +229,11 @@ def test_a_value_may_be_a_word_of_pcap_filter(text):
     assert str(parse(text)).split()[0] == text.split()[0]
 
 
+def test_what_is_quoted_is_no_word_of_pcap_filter():
+    with pytest.raises(FilterError, match="'or' is missing"):
+        parse('pname "tcp[1]" port 80')
+
+
 def test_named_is_a_value_of_how():
     with pytest.raises(FilterError, match="write 'how unnamed'"):
         parse("unnamed and tcp")

@@ -232,3 +232,41 @@ def test_annotate_names_a_real_tcpdump(
     for comment in comments:
         owners = re.findall(rb"(?:from|to) \S+\.(\d+) ", comment)
         assert sorted(map(int, owners)) == sorted((pid, other)), comment
+
+
+@pytest.mark.parametrize("way", ["daemon", "alone"])
+def test_of_a_command_every_descendant_is_shown_and_nobody_else(
+    way: str, daemon: Path, server: tuple[int, int, int], tmp_path: Path
+) -> None:
+    """Each sends one datagram and is gone, as are the processes between it and the command."""
+    _, _, udp = server
+    pids = tmp_path / "pids"
+    pids.touch()
+    say = f"bash -c 'echo $$ >>{pids}; echo x >/dev/udp/127.0.0.1/{udp}'"
+    lines = [
+        f"{say}; true",
+        f"( ( ( {say} & ) & ) & )",
+        f'setsid -f sh -c "{say.replace("$$", chr(92) + "$$")}; true"',
+        f'until [ "$(wc -l <{pids})" = 3 ]; do sleep 0.1; done; sleep 1; exit 9',
+    ]
+    done = subprocess.run(
+        [
+            *HUNTER,
+            *source(way, daemon),
+            "--json",
+            f"port {udp}",
+            "--",
+            "sh",
+            "-c",
+            "\n".join(lines),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 9, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["pid"] for row in rows} == set(map(int, pids.read_text().split())), done.stderr
+    assert {row["dir"] for row in rows} == {"out"} and len(rows) == 3
+    others = re.search(r"(\d+) not of the command = (\d+) of other", done.stderr)
+    assert others and others[1] == others[2], done.stderr
