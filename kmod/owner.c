@@ -28,11 +28,12 @@
 #include "probes.h"
 
 #define OWNER_LOCKS	256
-/* FIN_WAIT2 and then TIME_WAIT, 60 s each, and some */
-#define OWNER_KEEP	(130 * HZ)
-#define OWNER_KEEP_UDP	(2 * HZ)
+#define OWNER_KEEP	(2 * HZ)	/* what waited on its way */
+/* FIN_WAIT2 and then TIME_WAIT, 60 s each, and some; a place in a listener's queue */
+#define OWNER_KEEP_WAIT	(130 * HZ)
 #define OWNER_KEEP_MIN	(5 * HZ)	/* when either table is nearly full */
 #define OWNER_KEEP_BLIND (600 * HZ)	/* unused, when no probe tells of its end */
+#define OWNER_KEEP_IDLE	(600 * HZ)	/* held by nobody known, unused, its end not told */
 
 static unsigned int max_sockets = 262144;
 module_param(max_sockets, uint, 0444);
@@ -206,9 +207,9 @@ static void owner_set_user(struct sniffer_owner *owner, struct sniffer_proc *pro
 {
 	struct sniffer_proc *old = rcu_dereference_protected(owner->user, true);
 
-	if (old == proc)
+	/* one that was only found under RCU may be on its way out */
+	if (old == proc || !refcount_inc_not_zero(&proc->refs))
 		return;
-	refcount_inc(&proc->refs);
 	rcu_assign_pointer(owner->user, proc);
 	sniffer_process_put(old);
 }
@@ -258,6 +259,7 @@ static void owner_drop_hold(struct sniffer_owner *owner, struct sniffer_hold *ho
 		WRITE_ONCE(owner->tid, 0);
 		WRITE_ONCE(owner->flags, owner->flags | SNIFFER_F_INHERITED);
 	}
+	owner->seen = jiffies;
 	sniffer_process_put(hold->proc);
 	kmem_cache_free(owner_hold_cache, hold);
 }
@@ -645,6 +647,7 @@ static void owner_pass_on(struct sniffer_owner *owner, const struct sniffer_proc
 	unsigned long flags;
 
 	raw_spin_lock_irqsave(lock, flags);
+	/* the collector may have removed it meanwhile, its holds with it */
 	hold = owner_hold_of(owner, from);
 	if (hold) {
 		if (!owner_hold_of(owner, to))
@@ -769,6 +772,11 @@ void sniffer_owner_close(struct file *file)
 
 	lock = owner_lock(cookie);
 	raw_spin_lock_irqsave(lock, flags);
+	/* the collector may have removed it meanwhile */
+	if (hlist_unhashed(&owner->by_cookie)) {
+		raw_spin_unlock_irqrestore(lock, flags);
+		goto out;
+	}
 	/* the last reference: who shares this table has lost it, too */
 	if (file_count(file) == 1) {
 		owner_set_user(owner, proc);
@@ -784,6 +792,39 @@ void sniffer_owner_close(struct file *file)
 	else if (hold)
 		owner_drop_hold(owner, hold);
 	raw_spin_unlock_irqrestore(lock, flags);
+out:
+	rcu_read_unlock();
+}
+
+/**
+ * sniffer_owner_close_state - a TCP socket goes to TCP_CLOSE, or out of it
+ * @sk: full socket; any context
+ * @oldstate: its state so far
+ * @newstate: from now on
+ *
+ * One that ends out of a state which its own FIN led to may leave a TIME_WAIT
+ * behind. Where the end of sockets is not told, this is taken for it.
+ */
+void sniffer_owner_close_state(struct sock *sk, int oldstate, int newstate)
+{
+	const int waiting = TCPF_FIN_WAIT2 | TCPF_CLOSING | TCPF_TIME_WAIT;
+	u64 cookie = atomic64_read(&sk->sk_cookie);
+	struct sniffer_owner *owner;
+
+	if (!cookie)
+		return;
+	rcu_read_lock();
+	owner = sniffer_owner_find(cookie);
+	if (!owner || owner->via)
+		goto out;
+	if (newstate == TCP_CLOSE) {
+		WRITE_ONCE(owner->waits, !!(1 << oldstate & waiting));
+		if (!sniffer_probes_alive())
+			WRITE_ONCE(owner->dead, jiffies | 1);
+	} else {
+		WRITE_ONCE(owner->waits, false);
+		WRITE_ONCE(owner->dead, 0);
+	}
 out:
 	rcu_read_unlock();
 }
@@ -921,7 +962,7 @@ static void owner_remove(struct sniffer_owner *owner)
 {
 	struct sniffer_hold *hold;
 
-	hlist_del_rcu(&owner->by_cookie);
+	hlist_del_init_rcu(&owner->by_cookie);
 	owner_unindex_inode(owner);
 	while ((hold = owner->holds)) {
 		owner->holds = hold->next;
@@ -930,6 +971,7 @@ static void owner_remove(struct sniffer_owner *owner)
 	}
 	owner->nholders = 0;
 	sniffer_process_put(rcu_dereference_protected(owner->user, true));
+	RCU_INIT_POINTER(owner->user, NULL);
 	atomic_dec(&owner_used);
 	call_rcu(&owner->rcu, owner_free_rcu);
 }
@@ -953,12 +995,12 @@ static void owner_collect(struct work_struct *work)
 			unsigned long dead = READ_ONCE(owner->dead);
 			unsigned long keep = OWNER_KEEP;
 
-			if (owner->proto == IPPROTO_UDP)
-				keep = OWNER_KEEP_UDP;
-			else if (tight)
-				keep = OWNER_KEEP_MIN;
+			if (owner->via || READ_ONCE(owner->waits))
+				keep = tight ? OWNER_KEEP_MIN : OWNER_KEEP_WAIT;
 			if (dead ? time_after(jiffies, dead + keep) :
-				   blind && time_after(jiffies, owner->seen + OWNER_KEEP_BLIND))
+			    blind ? time_after(jiffies, owner->seen + OWNER_KEEP_BLIND) :
+				    !owner->nholders && !owner->via &&
+				    time_after(jiffies, owner->seen + OWNER_KEEP_IDLE))
 				owner_remove(owner);
 		}
 		raw_spin_unlock_irqrestore(lock, flags);

@@ -41,7 +41,9 @@ struct sniffer_hold {
  * @port: local port when last used
  * @addr: local address when last used
  * @dead: jiffies | 1 when the socket was freed, or when @via was set; else 0
- * @seen: jiffies of last use; exact only while kprobes do not fire
+ * @waits: its end may have left a TIME_WAIT, which sends on for a while
+ * @seen: jiffies of last use, exact only while probes do not fire, or of the
+ *	last hold's end
  * @holds: guarded by the bucket lock of @cookie
  * @rcu: readers hold rcu_read_lock()
  */
@@ -55,6 +57,7 @@ struct sniffer_owner {
 	u16 flags;
 	u16 nholders;
 	u8 via_how;
+	bool waits;
 	/* colder */
 	struct hlist_node by_inode;
 	u32 creator;
@@ -82,6 +85,7 @@ void sniffer_owner_fork(struct task_struct *child);
 void sniffer_owner_exec(struct task_struct *task);
 void sniffer_owner_leave(struct task_struct *task);
 void sniffer_owner_close(struct file *file);
+void sniffer_owner_close_state(struct sock *sk, int oldstate, int newstate);
 void sniffer_owner_free(struct sock *sk);
 void sniffer_owner_seed(void);
 struct sniffer_owner *sniffer_owner_next(unsigned int *bucket, unsigned int *index);

@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * What the owner table learns from: entry kprobes on the LSM hooks of sockets
- * and files, and tracepoints of process life. Each is optional. Kprobes can
- * register and still never fire (kernel.ftrace_enabled=0, debugfs
- * kprobes/enabled=0): a canary of our own tells.
+ * What the owner table learns from: the LSM hooks of sockets and files, by
+ * ftrace, and tracepoints of process life. Each is optional.
  *
- * Handlers run with preemption disabled and perhaps interrupts too: no sleep,
- * no GFP_KERNEL, no long walk.
+ * Ftrace calls us each time, whatever runs on the CPU. A kprobe is left out
+ * while its CPU is in any kprobe's handler, and can be switched off behind our
+ * back (debugfs kprobes/enabled): it is the fallback where ftrace refuses,
+ * what it left out is counted, and a canary of our own tells whether it fires.
+ *
+ * Handlers may run with preemption or interrupts off: no sleep, no GFP_KERNEL.
  */
+#include <linux/ftrace.h>
 #include <linux/kprobes.h>
 #include <linux/magic.h>
 #include <linux/module.h>
+#include <linux/moduleparam.h>
 #include <linux/net.h>
 #include <linux/ptrace.h>
 #include <linux/tracepoint.h>
@@ -24,9 +28,22 @@
 #include "probes.h"
 #include "process.h"
 
+/* Without one of these holds would never end, or begin too late: names could be wrong. */
+#define PROBES_NEEDED	(SNIFFER_PROBE_CREATE | SNIFFER_PROBE_RECEIVE | SNIFFER_PROBE_FREE | \
+			 SNIFFER_PROBE_CLOSE | SNIFFER_PROBE_FORK)
+
+static unsigned int refuse;
+module_param(refuse, uint, 0444);
+MODULE_PARM_DESC(refuse, "enum sniffer_probe of those not to use, for tests (default 0)");
+
+static bool kprobes;
+module_param(kprobes, bool, 0444);
+MODULE_PARM_DESC(kprobes, "use kprobes even where ftrace can be used, for tests (default N)");
+
 static u32 probes_registered;	/* enum sniffer_probe; set at load only */
 static u32 probes_firing;	/* enum sniffer_probe; only ever gains bits */
-static bool probes_alive;	/* did the last canary sing? */
+static bool probes_alive;	/* do the needed ones fire? by the last canary, if by kprobes */
+static bool probes_by_kprobe;	/* is one of the needed ones a kprobe? set at load only */
 static unsigned int probes_sung;
 
 static void probes_note(u32 bit)
@@ -36,9 +53,15 @@ static void probes_note(u32 bit)
 		WRITE_ONCE(probes_firing, probes_firing | bit);
 }
 
+/* The first arguments of a probed function; inlined away. */
+struct probes_args {
+	unsigned long n[5];
+};
+
 /* The first argument of most hooks: an inet socket in use by current. */
-static void probes_use(struct socket *sock, u32 bit)
+static __always_inline void probes_use(const struct probes_args *args, u32 bit)
 {
+	struct socket *sock = (void *)args->n[0];
 	struct sock *sk = sock ? READ_ONCE(sock->sk) : NULL;
 
 	probes_note(bit);
@@ -46,100 +69,125 @@ static void probes_use(struct socket *sock, u32 bit)
 		sniffer_owner_use(sk, true);
 }
 
-#define ARG(n) ((void *)regs_get_kernel_argument(regs, n))
-
-static int probes_create(struct kprobe *probe, struct pt_regs *regs)
+static __always_inline void probes_create(const struct probes_args *args)
 {
-	struct socket *sock = ARG(0);
-	bool kern = regs_get_kernel_argument(regs, 4);
+	struct socket *sock = (void *)args->n[0];
+	bool kern = (int)args->n[4];
 
 	probes_note(SNIFFER_PROBE_CREATE);
 	if (!kern && sock->sk)
 		sniffer_owner_create(sock->sk, SOCK_INODE(sock)->i_ino);
-	return 0;
 }
 
-static int probes_bind(struct kprobe *probe, struct pt_regs *regs)
+static __always_inline void probes_bind(const struct probes_args *args)
 {
-	probes_use(ARG(0), SNIFFER_PROBE_BIND);
-	return 0;
+	probes_use(args, SNIFFER_PROBE_BIND);
 }
 
-static int probes_connect(struct kprobe *probe, struct pt_regs *regs)
+static __always_inline void probes_connect(const struct probes_args *args)
 {
-	probes_use(ARG(0), SNIFFER_PROBE_CONNECT);
-	return 0;
+	probes_use(args, SNIFFER_PROBE_CONNECT);
 }
 
-static int probes_listen(struct kprobe *probe, struct pt_regs *regs)
+static __always_inline void probes_listen(const struct probes_args *args)
 {
-	probes_use(ARG(0), SNIFFER_PROBE_LISTEN);
-	return 0;
+	probes_use(args, SNIFFER_PROBE_LISTEN);
 }
 
-static int probes_accept(struct kprobe *probe, struct pt_regs *regs)
+static __always_inline void probes_accept(const struct probes_args *args)
 {
-	probes_use(ARG(0), SNIFFER_PROBE_ACCEPT);
-	return 0;
+	probes_use(args, SNIFFER_PROBE_ACCEPT);
 }
 
-static int probes_sendmsg(struct kprobe *probe, struct pt_regs *regs)
+static __always_inline void probes_sendmsg(const struct probes_args *args)
 {
-	probes_use(ARG(0), SNIFFER_PROBE_SENDMSG);
-	return 0;
+	probes_use(args, SNIFFER_PROBE_SENDMSG);
 }
 
-static int probes_recvmsg(struct kprobe *probe, struct pt_regs *regs)
+static __always_inline void probes_recvmsg(const struct probes_args *args)
 {
-	probes_use(ARG(0), SNIFFER_PROBE_RECVMSG);
-	return 0;
+	probes_use(args, SNIFFER_PROBE_RECVMSG);
 }
 
 /* accept() ties the new sock to its socket; callback lock held, BH off. */
-static int probes_graft(struct kprobe *probe, struct pt_regs *regs)
+static __always_inline void probes_graft(const struct probes_args *args)
 {
-	struct sock *sk = ARG(0);
-	struct socket *parent = ARG(1);
+	struct sock *sk = (void *)args->n[0];
+	struct socket *parent = (void *)args->n[1];
 
 	probes_note(SNIFFER_PROBE_GRAFT);
 	if (parent && SOCK_INODE(parent))
 		sniffer_owner_create(sk, SOCK_INODE(parent)->i_ino);
-	return 0;
 }
 
-static int probes_receive(struct kprobe *probe, struct pt_regs *regs)
+/* __receive_sock(): the descriptor is installed by now, whatever could have failed. */
+static __always_inline void probes_receive(const struct probes_args *args)
 {
-	struct file *file = ARG(0);
+	struct file *file = (void *)args->n[0];
 	struct inode *inode = file_inode(file);
 	struct sock *sk;
 
 	probes_note(SNIFFER_PROBE_RECEIVE);
 	if (inode->i_sb->s_magic != SOCKFS_MAGIC)
-		return 0;
+		return;
 	sk = READ_ONCE(SOCKET_I(inode)->sk);
 	if (sk)
 		sniffer_owner_receive(sk);
-	return 0;
 }
 
-static int probes_free(struct kprobe *probe, struct pt_regs *regs)
+static __always_inline void probes_free(const struct probes_args *args)
 {
 	probes_note(SNIFFER_PROBE_FREE);
-	sniffer_owner_free(ARG(0));
-	return 0;
+	sniffer_owner_free((void *)args->n[0]);
 }
 
 /* Every close(), dup2() over, exec and exit comes by here: leave at once if not ours. */
-static int probes_close(struct kprobe *probe, struct pt_regs *regs)
+static __always_inline void probes_close(const struct probes_args *args)
 {
-	struct file *file = ARG(0);
+	struct file *file = (void *)args->n[0];
 
 	if (likely(file_inode(file)->i_sb->s_magic != SOCKFS_MAGIC))
-		return 0;
+		return;
 	probes_note(SNIFFER_PROBE_CLOSE);
 	sniffer_owner_close(file);
-	return 0;
 }
+
+/* The two ways into one handler. */
+#define PROBES_WAYS(handler)								\
+static void handler##_traced(unsigned long ip, unsigned long parent, struct ftrace_ops *ops, \
+			     SNIFFER_FTRACE_REGS *regs)					\
+{											\
+	const struct probes_args args = { {						\
+		sniffer_ftrace_argument(regs, 0), sniffer_ftrace_argument(regs, 1),	\
+		sniffer_ftrace_argument(regs, 2), sniffer_ftrace_argument(regs, 3),	\
+		sniffer_ftrace_argument(regs, 4),					\
+	} };										\
+											\
+	handler(&args);									\
+}											\
+static int handler##_probed(struct kprobe *probe, struct pt_regs *regs)		\
+{											\
+	const struct probes_args args = { {						\
+		regs_get_kernel_argument(regs, 0), regs_get_kernel_argument(regs, 1),	\
+		regs_get_kernel_argument(regs, 2), regs_get_kernel_argument(regs, 3),	\
+		regs_get_kernel_argument(regs, 4),					\
+	} };										\
+											\
+	handler(&args);									\
+	return 0;									\
+}
+
+PROBES_WAYS(probes_create)
+PROBES_WAYS(probes_bind)
+PROBES_WAYS(probes_connect)
+PROBES_WAYS(probes_listen)
+PROBES_WAYS(probes_accept)
+PROBES_WAYS(probes_graft)
+PROBES_WAYS(probes_sendmsg)
+PROBES_WAYS(probes_recvmsg)
+PROBES_WAYS(probes_receive)
+PROBES_WAYS(probes_free)
+PROBES_WAYS(probes_close)
 
 static noinline void probes_canary(void)
 {
@@ -157,28 +205,78 @@ static struct kprobe probes_canary_probe = {
 	.pre_handler = probes_sing,
 };
 
-struct probes_kprobe {
-	struct kprobe probe;
+/**
+ * struct probes_function - a function of the kernel that we are told of
+ * @symbol: its name
+ * @bit: enum sniffer_probe
+ * @ops: used while @traced
+ * @kprobe: used while @probed
+ * @traced: registered with ftrace
+ * @probed: registered as a kprobe
+ */
+struct probes_function {
+	const char *symbol;
 	u32 bit;
+	struct ftrace_ops ops;
+	struct kprobe kprobe;
+	bool traced;
+	bool probed;
 };
 
-#define PROBES_KPROBE(symbol, handler, what)						\
-	{ .probe = { .symbol_name = symbol, .pre_handler = handler }, .bit = what }
+#define PROBES_FUNCTION(name, handler, what)						\
+	{ .symbol = name, .bit = what,							\
+	  .ops = { .func = handler##_traced, .flags = SNIFFER_FTRACE_FLAGS },		\
+	  .kprobe = { .symbol_name = name, .pre_handler = handler##_probed } }
 
-static struct probes_kprobe probes_kprobes[] = {
-	PROBES_KPROBE("security_socket_post_create", probes_create, SNIFFER_PROBE_CREATE),
-	PROBES_KPROBE("security_socket_bind", probes_bind, SNIFFER_PROBE_BIND),
-	PROBES_KPROBE("security_socket_connect", probes_connect, SNIFFER_PROBE_CONNECT),
-	PROBES_KPROBE("security_socket_listen", probes_listen, SNIFFER_PROBE_LISTEN),
-	PROBES_KPROBE("security_socket_accept", probes_accept, SNIFFER_PROBE_ACCEPT),
-	PROBES_KPROBE("security_sock_graft", probes_graft, SNIFFER_PROBE_GRAFT),
-	PROBES_KPROBE("security_socket_sendmsg", probes_sendmsg, SNIFFER_PROBE_SENDMSG),
-	PROBES_KPROBE("security_socket_recvmsg", probes_recvmsg, SNIFFER_PROBE_RECVMSG),
-	PROBES_KPROBE("security_file_receive", probes_receive, SNIFFER_PROBE_RECEIVE),
-	PROBES_KPROBE("security_sk_free", probes_free, SNIFFER_PROBE_FREE),
-	PROBES_KPROBE("locks_remove_posix", probes_close, SNIFFER_PROBE_CLOSE),
+static struct probes_function probes_functions[] = {
+	PROBES_FUNCTION("security_socket_post_create", probes_create, SNIFFER_PROBE_CREATE),
+	PROBES_FUNCTION("security_socket_bind", probes_bind, SNIFFER_PROBE_BIND),
+	PROBES_FUNCTION("security_socket_connect", probes_connect, SNIFFER_PROBE_CONNECT),
+	PROBES_FUNCTION("security_socket_listen", probes_listen, SNIFFER_PROBE_LISTEN),
+	PROBES_FUNCTION("security_socket_accept", probes_accept, SNIFFER_PROBE_ACCEPT),
+	PROBES_FUNCTION("security_sock_graft", probes_graft, SNIFFER_PROBE_GRAFT),
+	PROBES_FUNCTION("security_socket_sendmsg", probes_sendmsg, SNIFFER_PROBE_SENDMSG),
+	PROBES_FUNCTION("security_socket_recvmsg", probes_recvmsg, SNIFFER_PROBE_RECVMSG),
+	PROBES_FUNCTION("__receive_sock", probes_receive, SNIFFER_PROBE_RECEIVE),
+	PROBES_FUNCTION("security_sk_free", probes_free, SNIFFER_PROBE_FREE),
+	PROBES_FUNCTION("locks_remove_posix", probes_close, SNIFFER_PROBE_CLOSE),
 };
 
+/* Ftrace may lack the function, or be switched off (kernel.ftrace_enabled, ftrace_kill()). */
+static bool probes_trace(struct probes_function *function)
+{
+	char *name = (char *)function->symbol;	/* only read */
+
+	if (kprobes || ftrace_set_filter(&function->ops, name, strlen(name), 1))
+		return false;
+	if (!register_ftrace_function(&function->ops))
+		return true;
+	ftrace_set_filter(&function->ops, NULL, 0, 1);
+	return false;
+}
+
+static void probes_register(struct probes_function *function)
+{
+	if (refuse & function->bit)
+		return;
+	function->traced = probes_trace(function);
+	if (!function->traced)
+		function->probed = !register_kprobe(&function->kprobe);
+	if (function->traced || function->probed)
+		probes_registered |= function->bit;
+	if (function->probed && function->bit & PROBES_NEEDED)
+		probes_by_kprobe = true;
+}
+
+static void probes_unregister(struct probes_function *function)
+{
+	if (function->traced) {
+		unregister_ftrace_function(&function->ops);
+		ftrace_set_filter(&function->ops, NULL, 0, 1);
+	} else if (function->probed) {
+		unregister_kprobe(&function->kprobe);
+	}
+}
 static void probes_fork(void *data, struct task_struct *parent, struct task_struct *child)
 {
 	probes_note(SNIFFER_PROBE_FORK);
@@ -214,9 +312,9 @@ static void probes_state(void *data, const struct sock *sk, int oldstate, int ne
 	probes_note(SNIFFER_PROBE_STATE);
 	if (sk->sk_protocol != IPPROTO_TCP)
 		return;
-	if (newstate == TCP_CLOSE && !sniffer_probes_alive())
-		sniffer_owner_free((struct sock *)sk);
-	else if (in_task() && (newstate == TCP_SYN_SENT || newstate == TCP_LISTEN))
+	if (newstate == TCP_CLOSE || oldstate == TCP_CLOSE)
+		sniffer_owner_close_state((struct sock *)sk, oldstate, newstate);
+	if (in_task() && (newstate == TCP_SYN_SENT || newstate == TCP_LISTEN))
 		sniffer_owner_use((struct sock *)sk, true);
 }
 
@@ -255,20 +353,21 @@ static void probes_match_tracepoint(struct tracepoint *tp, void *data)
 
 static void probes_self_test(void)
 {
+	bool alive = (probes_registered & PROBES_NEEDED) == PROBES_NEEDED;
 	unsigned int before = READ_ONCE(probes_sung);
-	bool alive, was = probes_alive;
 
-	probes_canary();
-	alive = READ_ONCE(probes_sung) != before;
-	if (alive != was) {
-		WRITE_ONCE(probes_alive, alive);
-		if (!alive)
+	if (alive && probes_by_kprobe) {
+		probes_canary();
+		alive = READ_ONCE(probes_sung) != before;
+		if (!alive && READ_ONCE(probes_alive))
 			pr_warn("sniffer: kprobes stopped firing: check kernel.ftrace_enabled and debugfs kprobes/enabled\n");
 	}
+	WRITE_ONCE(probes_alive, alive);
 }
 
 static void probes_tick(struct work_struct *work);
-static DECLARE_DELAYED_WORK(probes_ticker, probes_tick);
+/* Runs only where a needed probe is a kprobe. */
+static DECLARE_DEFERRABLE_WORK(probes_ticker, probes_tick);
 
 static void probes_tick(struct work_struct *work)
 {
@@ -277,11 +376,11 @@ static void probes_tick(struct work_struct *work)
 }
 
 /**
- * sniffer_probes_alive - do kprobes fire, and are those registered that name UDP?
+ * sniffer_probes_alive - do all those fire that the owner table needs to be right?
  */
 bool sniffer_probes_alive(void)
 {
-	return READ_ONCE(probes_alive) && probes_registered & SNIFFER_PROBE_CREATE;
+	return READ_ONCE(probes_alive);
 }
 
 /**
@@ -300,34 +399,50 @@ u32 sniffer_probes_firing(void)
 	return READ_ONCE(probes_firing);
 }
 
+/**
+ * sniffer_probes_missed - events that kprobes left out since load; ftrace leaves out none
+ */
+u64 sniffer_probes_missed(void)
+{
+	u64 missed = 0;
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(probes_functions); i++)
+		if (probes_functions[i].probed)
+			missed += probes_functions[i].kprobe.nmissed;
+	return missed;
+}
+
 int sniffer_probes_init(void)
 {
 	unsigned int i;
 
-	for (i = 0; i < ARRAY_SIZE(probes_kprobes); i++)
-		if (!register_kprobe(&probes_kprobes[i].probe))
-			probes_registered |= probes_kprobes[i].bit;
-		else
-			pr_notice("sniffer: no kprobe on %s: some owners will be unknown\n",
-				  probes_kprobes[i].probe.symbol_name);
+	for (i = 0; i < ARRAY_SIZE(probes_functions); i++) {
+		probes_register(&probes_functions[i]);
+		if (!(probes_registered & probes_functions[i].bit))
+			pr_notice("sniffer: no probe on %s: some owners will be unknown\n",
+				  probes_functions[i].symbol);
+	}
 
 	for_each_kernel_tracepoint(probes_match_tracepoint, NULL);
 	for (i = 0; i < ARRAY_SIZE(probes_tracepoints); i++) {
 		struct probes_tracepoint *p = &probes_tracepoints[i];
 
-		if (p->tp && !tracepoint_probe_register(p->tp, p->handler, NULL))
+		if (p->tp && !(refuse & p->bit) &&
+		    !tracepoint_probe_register(p->tp, p->handler, NULL))
 			probes_registered |= p->bit;
 		else
 			pr_notice("sniffer: no tracepoint %s: some owners will be unknown\n",
 				  p->name);
 	}
 
-	if (register_kprobe(&probes_canary_probe))
+	if (!probes_by_kprobe || register_kprobe(&probes_canary_probe))
 		probes_canary_probe.addr = NULL;
 	probes_self_test();
 	if (!probes_alive)
-		pr_warn("sniffer: kprobes do not fire: UDP receivers and shared sockets will be unknown\n");
-	schedule_delayed_work(&probes_ticker, HZ);
+		pr_warn("sniffer: a probe does not fire: UDP receivers and shared sockets will be unknown\n");
+	if (probes_by_kprobe)
+		schedule_delayed_work(&probes_ticker, HZ);
 
 	sniffer_owner_seed();
 	return 0;
@@ -344,8 +459,7 @@ void sniffer_probes_exit(void)
 		if (probes_registered & probes_tracepoints[i].bit)
 			tracepoint_probe_unregister(probes_tracepoints[i].tp,
 						    probes_tracepoints[i].handler, NULL);
-	for (i = 0; i < ARRAY_SIZE(probes_kprobes); i++)
-		if (probes_registered & probes_kprobes[i].bit)
-			unregister_kprobe(&probes_kprobes[i].probe);
+	for (i = 0; i < ARRAY_SIZE(probes_functions); i++)
+		probes_unregister(&probes_functions[i]);
 	tracepoint_synchronize_unregister();
 }

@@ -18,6 +18,7 @@
 #include "process.h"
 
 #define PROCESS_BITS	12
+#define PROCESS_MAX	(1U << 22)	/* as many as Linux can have, PID_MAX_LIMIT */
 #define PROCESS_KEEP	(130 * HZ)	/* as long as a socket is kept, see owner.c */
 #define PROCESS_KEEP_MIN (5 * HZ)	/* when the table is nearly full */
 
@@ -58,13 +59,15 @@ static void process_exe(struct mm_struct *mm, char *exe)
 	local_irq_save(flags);
 	buf = this_cpu_ptr(process_path);
 	path = d_path(&file->f_path, buf, PATH_MAX);
+	/* it goes to user space whole, and an older one says nothing of this program */
+	memset(exe, 0, SNIFFER_EXE_LEN);
 	if (!IS_ERR(path)) {
 		len = strlen(path);
 		if (len >= SNIFFER_EXE_LEN) {
 			path += len - (SNIFFER_EXE_LEN - 1);
 			len = SNIFFER_EXE_LEN - 1;
 		}
-		memcpy(exe, path, len + 1);
+		memcpy(exe, path, len);
 	}
 	local_irq_restore(flags);
 	fput(file);
@@ -334,8 +337,9 @@ void sniffer_process_collect(void)
 
 int sniffer_process_init(void)
 {
-	if (!max_processes) {
-		pr_err("sniffer: max_processes must be at least 1\n");
+	if (max_processes < 1 || max_processes > PROCESS_MAX) {
+		pr_err("sniffer: max_processes must be 1 to %u, not %u\n", PROCESS_MAX,
+		       max_processes);
 		return -EINVAL;
 	}
 	process_path = __alloc_percpu(PATH_MAX, 1);

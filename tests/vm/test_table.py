@@ -90,7 +90,11 @@ def reasons(records: np.ndarray) -> set[str]:
     return {wire.how_name(int(how)) for how in records["how"]}
 
 
-@pytest.mark.parametrize("parameter", ["batch=0", "batch=253", "flush_ms=0", "max_sockets=1"])
+@pytest.mark.parametrize(
+    "parameter",
+    ["batch=0", "batch=253", "flush_ms=0", "max_sockets=1", "max_processes=0",
+     "max_processes=4194305"],
+)  # fmt: skip
 def test_a_parameter_out_of_range_refuses_the_load(
     module_file: Path, unloaded: None, parameter: str
 ) -> None:
@@ -159,6 +163,84 @@ def test_without_kprobes_the_info_says_so_and_tcp_stays_named(
     assert set(tcp["tgid"]) == {os.getpid()}
     with Sniffer() as sniffer:
         until(lambda: bool(sniffer.info()["canary"]))
+
+
+NEEDED = ("CREATE", "RECEIVE", "FREE", "CLOSE", "FORK")
+
+
+@pytest.mark.parametrize("probe", NEEDED)
+def test_where_a_needed_probe_is_refused_nobody_is_named_by_guess(
+    module_file: Path, unloaded: None, probe: str
+) -> None:
+    """A receiver that closes may leave its socket to a child that nobody has told of."""
+    insert(module_file, f"refuse={getattr(lib, f'SNIFFER_PROBE_{probe}')}")
+    with Sniffer() as sniffer, listening() as seen, closing(udp_receiver()) as receiver:
+        assert not int(sniffer.info()["canary"])
+        if probe == "CREATE":
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                sender.sendto(b"x", receiver.getsockname())
+    if probe == "CREATE":
+        assert reasons(seen.records[seen.records["dir"] == lib.SNIFFER_DIR_OUT]) == {"context"}
+
+
+def _short_sockets(cpu: int, count: int) -> None:
+    """So many sockets that live for a moment: UDP, and a TCP connection for every eighth."""
+    os.sched_setaffinity(0, {cpu})
+    reset = struct.pack("ii", 1, 0)
+    with socket.create_server((LOOPBACK, 0)) as server:
+        for number in range(count // 10):
+            for _ in range(8):
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+                    sender.sendto(b"x", (LOOPBACK, 9))
+            with socket.create_connection(server.getsockname()) as client:
+                peer, _ = server.accept()
+                # each side resets every other one: a FIN would leave a TIME_WAIT, rightly kept
+                last = client if number % 2 else peer
+                last.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+                last.close()
+                peer.close()
+
+
+@contextmanager
+def other_probes() -> Iterator[None]:
+    """Somebody else's kprobes, on functions that sockets come by often."""
+    tracing = Path("/sys/kernel/tracing")
+    if not (tracing / "kprobe_events").exists():
+        subprocess.run(["mount", "-t", "tracefs", "tracefs", str(tracing)], check=False)
+    events = tracing / "kprobe_events"
+    if not events.exists():
+        yield
+        return
+    events.write_text("p:hunter/a security_socket_sendmsg\np:hunter/b kmem_cache_free\n")
+    switch = tracing / "events" / "hunter" / "enable"
+    try:
+        switch.write_text("1")
+        yield
+    finally:
+        switch.write_text("0")
+        events.write_text("")
+
+
+@pytest.mark.parallel
+@pytest.mark.patience(1500)
+def test_short_sockets_leave_no_entry_behind(loaded: None) -> None:
+    """PACKET_HUNTER_SOCKETS of them, on every CPU at once, beside other users of kprobes."""
+    count = int(os.environ.get("PACKET_HUNTER_SOCKETS", "100000"))
+    cpus = sorted(os.sched_getaffinity(0))
+    with Sniffer() as sniffer, other_probes():
+        before = int(sniffer.info()["sockets"])
+        children = []
+        for cpu in cpus:
+            child = os.fork()
+            if child == 0:
+                try:
+                    _short_sockets(cpu, count // len(cpus))
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            children.append(child)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * len(cpus)
+        until(lambda: int(sniffer.info()["sockets"]) <= before, seconds=10)
 
 
 @pytest.mark.parametrize(
