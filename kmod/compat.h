@@ -104,6 +104,24 @@ static __always_inline unsigned long sniffer_ftrace_argument(SNIFFER_FTRACE_REGS
 #endif
 }
 
+/* The kernel's name of a system call. */
+#if defined(CONFIG_X86_64)
+#define SNIFFER_SYSCALL(name)	"__x64_sys_" name
+#elif defined(CONFIG_ARM64)
+#define SNIFFER_SYSCALL(name)	"__arm64_sys_" name
+#else
+#define SNIFFER_SYSCALL(name)	"sys_" name
+#endif
+
+/* Until no task is preempted in text that ftrace or a task's work calls. */
+static inline void sniffer_synchronize_tasks(void)
+{
+#ifdef CONFIG_TASKS_RCU
+	synchronize_rcu_tasks();
+#endif
+	synchronize_rcu();
+}
+
 /* Does the task use io_uring, or is it one of its helpers? */
 static inline bool sniffer_has_uring(const struct task_struct *task)
 {

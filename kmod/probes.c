@@ -19,6 +19,7 @@
 #include <linux/ptrace.h>
 #include <linux/tracepoint.h>
 #include <linux/workqueue.h>
+#include <asm/syscall.h>
 #include <net/sock.h>
 #include <net/tcp_states.h>
 
@@ -30,7 +31,8 @@
 
 /* Without one of these holds would never end, or begin too late: names could be wrong. */
 #define PROBES_NEEDED	(SNIFFER_PROBE_CREATE | SNIFFER_PROBE_RECEIVE | SNIFFER_PROBE_FREE | \
-			 SNIFFER_PROBE_CLOSE | SNIFFER_PROBE_FORK)
+			 SNIFFER_PROBE_CLOSE | SNIFFER_PROBE_RELEASE | SNIFFER_PROBE_FORK | \
+			 SNIFFER_PROBE_EXEC | SNIFFER_PROBE_EXIT)
 
 static unsigned int refuse;
 module_param(refuse, uint, 0444);
@@ -40,11 +42,23 @@ static bool kprobes;
 module_param(kprobes, bool, 0444);
 MODULE_PARM_DESC(kprobes, "use kprobes even where ftrace can be used, for tests (default N)");
 
+/* /sys/module/sniffer/parameters/missed */
+static int probes_get_missed(char *buffer, const struct kernel_param *param)
+{
+	return sprintf(buffer, "%llu\n", sniffer_probes_missed());
+}
+
+static const struct kernel_param_ops probes_missed_ops = { .get = probes_get_missed };
+module_param_cb(missed, &probes_missed_ops, NULL, 0444);
+MODULE_PARM_DESC(missed, "read: events that kprobes left out; ftrace leaves out none");
+
 static u32 probes_registered;	/* enum sniffer_probe; set at load only */
 static u32 probes_firing;	/* enum sniffer_probe; only ever gains bits */
 static bool probes_alive;	/* do the needed ones fire? by the last canary, if by kprobes */
 static bool probes_by_kprobe;	/* is one of the needed ones a kprobe? set at load only */
 static unsigned int probes_sung;
+static u32 probes_ways;		/* PROBES_WAY_...; set at load only */
+static bool probes_release_told; /* without fail; set at load only */
 
 static void probes_note(u32 bit)
 {
@@ -66,7 +80,7 @@ static __always_inline void probes_use(const struct probes_args *args, u32 bit)
 
 	probes_note(bit);
 	if (sk)
-		sniffer_owner_use(sk, true);
+		sniffer_use(sk, true);
 }
 
 static __always_inline void probes_create(const struct probes_args *args)
@@ -76,7 +90,7 @@ static __always_inline void probes_create(const struct probes_args *args)
 
 	probes_note(SNIFFER_PROBE_CREATE);
 	if (!kern && sock->sk)
-		sniffer_owner_create(sock->sk, SOCK_INODE(sock)->i_ino);
+		sniffer_use_create(sock->sk, SOCK_INODE(sock)->i_ino, NULL);
 }
 
 static __always_inline void probes_bind(const struct probes_args *args)
@@ -99,14 +113,25 @@ static __always_inline void probes_accept(const struct probes_args *args)
 	probes_use(args, SNIFFER_PROBE_ACCEPT);
 }
 
+/* The same, again and again. */
+static __always_inline void probes_use_often(const struct probes_args *args, u32 bit)
+{
+	struct socket *sock = (void *)args->n[0];
+	struct sock *sk = sock ? READ_ONCE(sock->sk) : NULL;
+
+	probes_note(bit);
+	if (sk && !sniffer_use_is_known(sk))
+		sniffer_use(sk, true);
+}
+
 static __always_inline void probes_sendmsg(const struct probes_args *args)
 {
-	probes_use(args, SNIFFER_PROBE_SENDMSG);
+	probes_use_often(args, SNIFFER_PROBE_SENDMSG);
 }
 
 static __always_inline void probes_recvmsg(const struct probes_args *args)
 {
-	probes_use(args, SNIFFER_PROBE_RECVMSG);
+	probes_use_often(args, SNIFFER_PROBE_RECVMSG);
 }
 
 /* accept() ties the new sock to its socket; callback lock held, BH off. */
@@ -117,22 +142,18 @@ static __always_inline void probes_graft(const struct probes_args *args)
 
 	probes_note(SNIFFER_PROBE_GRAFT);
 	if (parent && SOCK_INODE(parent))
-		sniffer_owner_create(sk, SOCK_INODE(parent)->i_ino);
+		sniffer_use_create(sk, SOCK_INODE(parent)->i_ino, READ_ONCE(parent->file));
 }
 
 /* __receive_sock(): the descriptor is installed by now, whatever could have failed. */
 static __always_inline void probes_receive(const struct probes_args *args)
 {
 	struct file *file = (void *)args->n[0];
-	struct inode *inode = file_inode(file);
-	struct sock *sk;
+	struct sock *sk = sniffer_use_sock(file);
 
 	probes_note(SNIFFER_PROBE_RECEIVE);
-	if (inode->i_sb->s_magic != SOCKFS_MAGIC)
-		return;
-	sk = READ_ONCE(SOCKET_I(inode)->sk);
 	if (sk)
-		sniffer_owner_receive(sk);
+		sniffer_use_receive(sk, file);
 }
 
 static __always_inline void probes_free(const struct probes_args *args)
@@ -141,15 +162,76 @@ static __always_inline void probes_free(const struct probes_args *args)
 	sniffer_owner_free((void *)args->n[0]);
 }
 
-/* Every close(), dup2() over, exec and exit comes by here: leave at once if not ours. */
+/* The last file of a socket goes. */
+static __always_inline void probes_release(const struct probes_args *args)
+{
+	struct sock *sk = ((struct socket *)args->n[0])->sk;
+
+	probes_note(SNIFFER_PROBE_RELEASE);
+	if (sk)
+		sniffer_owner_release(sk);
+}
+
+/*
+ * How descriptors go: close(), dup2() over one, close_range() and io_uring. An
+ * exec and an exit are told as such.
+ */
 static __always_inline void probes_close(const struct probes_args *args)
 {
-	struct file *file = (void *)args->n[0];
-
-	if (likely(file_inode(file)->i_sb->s_magic != SOCKFS_MAGIC))
-		return;
 	probes_note(SNIFFER_PROBE_CLOSE);
-	sniffer_owner_close(file);
+	sniffer_use_close(args->n[0]);
+}
+
+static __always_inline void probes_close_locked(const struct probes_args *args)
+{
+	probes_note(SNIFFER_PROBE_CLOSE);
+	if ((void *)args->n[0] == current->files)
+		sniffer_use_close(args->n[1]);
+}
+
+static __always_inline void probes_dup2(const struct probes_args *args)
+{
+	probes_note(SNIFFER_PROBE_CLOSE);
+	if ((void *)args->n[0] == current->files)
+		sniffer_use_close(args->n[2]);
+}
+
+static __always_inline void probes_close_range(const struct probes_args *args)
+{
+	probes_note(SNIFFER_PROBE_CLOSE);
+	sniffer_use_close_range(args->n[0], args->n[1]);
+}
+
+static __always_inline void probes_close_range_call(const struct probes_args *args)
+{
+	unsigned long n[6];
+
+	probes_note(SNIFFER_PROBE_CLOSE);
+	syscall_get_arguments(current, task_pt_regs(current), n);
+	sniffer_use_close_range(n[0], n[1]);
+}
+
+/* All of these, and each file at an exit: where one of them cannot be probed. */
+static __always_inline void probes_close_file(const struct probes_args *args)
+{
+	probes_note(SNIFFER_PROBE_CLOSE);
+	sniffer_use_close_file((void *)args->n[0], -1);
+}
+
+/* What moves data without a message: no LSM hook is asked. */
+static __always_inline void probes_splice(const struct probes_args *args)
+{
+	probes_use(args, SNIFFER_PROBE_RECVMSG);
+}
+
+static __always_inline void probes_sendpage(const struct probes_args *args)
+{
+	probes_use(args, SNIFFER_PROBE_SENDMSG);
+}
+
+static __always_inline void probes_credentials(const struct probes_args *args)
+{
+	sniffer_process_credentials((void *)args->n[0]);
 }
 
 /* The two ways into one handler. */
@@ -187,7 +269,16 @@ PROBES_WAYS(probes_sendmsg)
 PROBES_WAYS(probes_recvmsg)
 PROBES_WAYS(probes_receive)
 PROBES_WAYS(probes_free)
+PROBES_WAYS(probes_release)
 PROBES_WAYS(probes_close)
+PROBES_WAYS(probes_close_locked)
+PROBES_WAYS(probes_dup2)
+PROBES_WAYS(probes_close_range)
+PROBES_WAYS(probes_close_range_call)
+PROBES_WAYS(probes_close_file)
+PROBES_WAYS(probes_splice)
+PROBES_WAYS(probes_sendpage)
+PROBES_WAYS(probes_credentials)
 
 static noinline void probes_canary(void)
 {
@@ -208,7 +299,8 @@ static struct kprobe probes_canary_probe = {
 /**
  * struct probes_function - a function of the kernel that we are told of
  * @symbol: its name
- * @bit: enum sniffer_probe
+ * @bit: enum sniffer_probe, 0 when names are right without it
+ * @ways: of descriptors to go, that it tells of
  * @ops: used while @traced
  * @kprobe: used while @probed
  * @traced: registered with ftrace
@@ -217,30 +309,58 @@ static struct kprobe probes_canary_probe = {
 struct probes_function {
 	const char *symbol;
 	u32 bit;
+	u32 ways;
 	struct ftrace_ops ops;
 	struct kprobe kprobe;
 	bool traced;
 	bool probed;
 };
 
-#define PROBES_FUNCTION(name, handler, what)						\
-	{ .symbol = name, .bit = what,							\
+/* Ways of descriptors to go: one function of each has to be told. */
+enum {
+	PROBES_WAY_CLOSE	= 1 << 0,
+	PROBES_WAY_DUP		= 1 << 1,
+	PROBES_WAY_RANGE	= 1 << 2,
+	PROBES_WAY_RING		= 1 << 3,
+	PROBES_WAYS_ALL		= (1 << 4) - 1,
+};
+
+#define PROBES_FUNCTION(name, handler, what, how)					\
+	{ .symbol = name, .bit = what, .ways = how,					\
 	  .ops = { .func = handler##_traced, .flags = SNIFFER_FTRACE_FLAGS },		\
 	  .kprobe = { .symbol_name = name, .pre_handler = handler##_probed } }
 
 static struct probes_function probes_functions[] = {
-	PROBES_FUNCTION("security_socket_post_create", probes_create, SNIFFER_PROBE_CREATE),
-	PROBES_FUNCTION("security_socket_bind", probes_bind, SNIFFER_PROBE_BIND),
-	PROBES_FUNCTION("security_socket_connect", probes_connect, SNIFFER_PROBE_CONNECT),
-	PROBES_FUNCTION("security_socket_listen", probes_listen, SNIFFER_PROBE_LISTEN),
-	PROBES_FUNCTION("security_socket_accept", probes_accept, SNIFFER_PROBE_ACCEPT),
-	PROBES_FUNCTION("security_sock_graft", probes_graft, SNIFFER_PROBE_GRAFT),
-	PROBES_FUNCTION("security_socket_sendmsg", probes_sendmsg, SNIFFER_PROBE_SENDMSG),
-	PROBES_FUNCTION("security_socket_recvmsg", probes_recvmsg, SNIFFER_PROBE_RECVMSG),
-	PROBES_FUNCTION("__receive_sock", probes_receive, SNIFFER_PROBE_RECEIVE),
-	PROBES_FUNCTION("security_sk_free", probes_free, SNIFFER_PROBE_FREE),
-	PROBES_FUNCTION("locks_remove_posix", probes_close, SNIFFER_PROBE_CLOSE),
+	PROBES_FUNCTION("security_socket_post_create", probes_create, SNIFFER_PROBE_CREATE, 0),
+	PROBES_FUNCTION("security_socket_bind", probes_bind, SNIFFER_PROBE_BIND, 0),
+	PROBES_FUNCTION("security_socket_connect", probes_connect, SNIFFER_PROBE_CONNECT, 0),
+	PROBES_FUNCTION("security_socket_listen", probes_listen, SNIFFER_PROBE_LISTEN, 0),
+	PROBES_FUNCTION("security_socket_accept", probes_accept, SNIFFER_PROBE_ACCEPT, 0),
+	PROBES_FUNCTION("security_sock_graft", probes_graft, SNIFFER_PROBE_GRAFT, 0),
+	PROBES_FUNCTION("security_socket_sendmsg", probes_sendmsg, SNIFFER_PROBE_SENDMSG, 0),
+	PROBES_FUNCTION("security_socket_recvmsg", probes_recvmsg, SNIFFER_PROBE_RECVMSG, 0),
+	PROBES_FUNCTION("__receive_sock", probes_receive, SNIFFER_PROBE_RECEIVE, 0),
+	PROBES_FUNCTION("inet_release", probes_release, SNIFFER_PROBE_RELEASE, 0),
+	PROBES_FUNCTION("security_sk_free", probes_free, SNIFFER_PROBE_FREE, 0),
+	/* not in every kernel */
+	PROBES_FUNCTION("close_fd", probes_close, SNIFFER_PROBE_CLOSE, PROBES_WAY_CLOSE),
+	PROBES_FUNCTION("file_close_fd", probes_close, SNIFFER_PROBE_CLOSE, PROBES_WAY_CLOSE),
+	PROBES_FUNCTION("__close_fd_get_file", probes_close, SNIFFER_PROBE_CLOSE, PROBES_WAY_RING),
+	PROBES_FUNCTION("file_close_fd_locked", probes_close_locked, SNIFFER_PROBE_CLOSE,
+			PROBES_WAY_RING),
+	PROBES_FUNCTION("do_dup2", probes_dup2, SNIFFER_PROBE_CLOSE, PROBES_WAY_DUP),
+	PROBES_FUNCTION("__close_range", probes_close_range, SNIFFER_PROBE_CLOSE,
+			PROBES_WAY_RANGE),
+	PROBES_FUNCTION(SNIFFER_SYSCALL("close_range"), probes_close_range_call,
+			SNIFFER_PROBE_CLOSE, PROBES_WAY_RANGE),
+	PROBES_FUNCTION("tcp_splice_read", probes_splice, 0, 0),
+	PROBES_FUNCTION("inet_sendpage", probes_sendpage, 0, 0),
+	PROBES_FUNCTION("commit_creds", probes_credentials, 0, 0),
 };
+
+static struct probes_function probes_all_closes =
+	PROBES_FUNCTION("locks_remove_posix", probes_close_file, SNIFFER_PROBE_CLOSE,
+			PROBES_WAYS_ALL);
 
 /* Ftrace may lack the function, or be switched off (kernel.ftrace_enabled, ftrace_kill()). */
 static bool probes_trace(struct probes_function *function)
@@ -262,8 +382,11 @@ static void probes_register(struct probes_function *function)
 	function->traced = probes_trace(function);
 	if (!function->traced)
 		function->probed = !register_kprobe(&function->kprobe);
-	if (function->traced || function->probed)
-		probes_registered |= function->bit;
+	if (function->traced || function->probed) {
+		probes_ways |= function->ways;
+		if (!function->ways || probes_ways == PROBES_WAYS_ALL)
+			probes_registered |= function->bit;
+	}
 	if (function->probed && function->bit & PROBES_NEEDED)
 		probes_by_kprobe = true;
 }
@@ -280,7 +403,7 @@ static void probes_unregister(struct probes_function *function)
 static void probes_fork(void *data, struct task_struct *parent, struct task_struct *child)
 {
 	probes_note(SNIFFER_PROBE_FORK);
-	sniffer_owner_fork(child);
+	sniffer_use_fork(child);
 }
 
 static void probes_exec(void *data, struct task_struct *task, pid_t old_pid,
@@ -288,16 +411,18 @@ static void probes_exec(void *data, struct task_struct *task, pid_t old_pid,
 {
 	probes_note(SNIFFER_PROBE_EXEC);
 	sniffer_process_exec(task);
-	sniffer_owner_exec(task);
+	sniffer_use_exec();
 }
 
 static void probes_exited(void *data, SNIFFER_EXIT_ARGS)
 {
 	probes_note(SNIFFER_PROBE_EXIT);
-	if (atomic_read(&task->signal->live))
+	if (atomic_read(&task->signal->live)) {
+		sniffer_use_thread_end();
 		return;
-	sniffer_owner_leave(task);
+	}
 	sniffer_process_exited(task);
+	sniffer_use_end();
 }
 
 static void probes_rename(void *data, struct task_struct *task, const char *comm)
@@ -315,7 +440,7 @@ static void probes_state(void *data, const struct sock *sk, int oldstate, int ne
 	if (newstate == TCP_CLOSE || oldstate == TCP_CLOSE)
 		sniffer_owner_close_state((struct sock *)sk, oldstate, newstate);
 	if (in_task() && (newstate == TCP_SYN_SENT || newstate == TCP_LISTEN))
-		sniffer_owner_use((struct sock *)sk, true);
+		sniffer_use((struct sock *)sk, true);
 }
 
 /* Fires before the packet leaves, in the same context. */
@@ -384,6 +509,16 @@ bool sniffer_probes_alive(void)
 }
 
 /**
+ * sniffer_probes_tell_release - is the end of each socket's file told without fail?
+ *
+ * Else nobody may remember its address.
+ */
+bool sniffer_probes_tell_release(void)
+{
+	return probes_release_told;
+}
+
+/**
  * sniffer_probes_registered - enum sniffer_probe of all that could be registered
  */
 u32 sniffer_probes_registered(void)
@@ -417,11 +552,18 @@ int sniffer_probes_init(void)
 {
 	unsigned int i;
 
-	for (i = 0; i < ARRAY_SIZE(probes_functions); i++) {
+	for (i = 0; i < ARRAY_SIZE(probes_functions); i++)
 		probes_register(&probes_functions[i]);
-		if (!(probes_registered & probes_functions[i].bit))
+	if (probes_ways != PROBES_WAYS_ALL)
+		probes_register(&probes_all_closes);
+	for (i = 0; i < ARRAY_SIZE(probes_functions); i++) {
+		u32 bit = probes_functions[i].bit;
+
+		if (!(probes_registered & bit) && bit)
 			pr_notice("sniffer: no probe on %s: some owners will be unknown\n",
 				  probes_functions[i].symbol);
+		if (probes_functions[i].traced && bit == SNIFFER_PROBE_RELEASE)
+			probes_release_told = true;
 	}
 
 	for_each_kernel_tracepoint(probes_match_tracepoint, NULL);
@@ -444,7 +586,7 @@ int sniffer_probes_init(void)
 	if (probes_by_kprobe)
 		schedule_delayed_work(&probes_ticker, HZ);
 
-	sniffer_owner_seed();
+	sniffer_holders_seed();
 	return 0;
 }
 
@@ -461,5 +603,7 @@ void sniffer_probes_exit(void)
 						    probes_tracepoints[i].handler, NULL);
 	for (i = 0; i < ARRAY_SIZE(probes_functions); i++)
 		probes_unregister(&probes_functions[i]);
+	probes_unregister(&probes_all_closes);
 	tracepoint_synchronize_unregister();
+	sniffer_holders_exit();
 }
