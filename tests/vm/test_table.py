@@ -6,13 +6,14 @@ from __future__ import annotations
 import errno
 import os
 import random
+import resource
 import socket
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 
@@ -165,7 +166,7 @@ def test_without_kprobes_the_info_says_so_and_tcp_stays_named(
         until(lambda: bool(sniffer.info()["canary"]))
 
 
-NEEDED = ("CREATE", "RECEIVE", "FREE", "CLOSE", "FORK")
+NEEDED = ("CREATE", "RECEIVE", "FREE", "CLOSE", "RELEASE", "FORK", "EXEC", "EXIT")
 
 
 @pytest.mark.parametrize("probe", NEEDED)
@@ -341,6 +342,83 @@ def test_setuid_is_followed(loaded: None) -> None:
     received = seen.to_port(port, lib.SNIFFER_DIR_IN)
     assert set(received["tgid"]) == {pid}
     assert set(received["uid"]) == {65534}
+
+
+def test_setuid_is_followed_by_who_only_receives(loaded: None) -> None:
+    ready, told = os.pipe()
+    with listening() as seen, closing(udp_receiver()) as receiver:
+        port = receiver.getsockname()[1]
+        receiver.setblocking(False)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                with suppress(BlockingIOError):
+                    receiver.recv(1)  # named after it, as root
+                os.setuid(65534)
+                os.write(told, b"x")
+                time.sleep(60)
+            finally:
+                os._exit(0)
+        os.read(ready, 1)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"x", (LOOPBACK, port))
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+    received = seen.to_port(port, lib.SNIFFER_DIR_IN)
+    assert set(received["tgid"]) == {pid}
+    assert set(received["uid"]) == {65534}
+
+
+def test_what_a_full_table_has_not_taken_is_not_called_gone(
+    module_file: Path, unloaded: None
+) -> None:
+    """A TIME_WAIT or a reset connection whose socket never had an entry."""
+    insert(module_file, "max_sockets=64")
+    with listening() as seen:
+        fill = [udp_receiver() for _ in range(70)]
+        with socket.create_server((LOOPBACK, 0)) as server:
+            port = server.getsockname()[1]
+            for _ in range(5):
+                client = socket.create_connection(server.getsockname())
+                peer, _ = server.accept()
+                client.close()
+                peer.close()
+        for sock in fill:
+            sock.close()
+    records = seen.records
+    ours = records[(records["dport"] == port) | (records["sport"] == port)]
+    assert len(ours) > 20
+    assert "socket_gone" not in reasons(ours)
+
+
+def _own_objects() -> int:
+    """Objects in the module's own slab caches (slabinfo(5)), as far as they have a name there."""
+    rows = Path("/proc/slabinfo").read_text().splitlines()
+    return sum(int(row.split()[1]) for row in rows if row.startswith("sniffer"))
+
+
+def test_memory_does_not_grow_with_sockets_times_processes(loaded: None) -> None:
+    sockets, children = 400, 100
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    )
+    with Sniffer() as sniffer, ExitStack() as held:
+        before = _own_objects()
+        for _ in range(sockets):
+            held.enter_context(closing(udp_receiver()))
+        pids = []
+        for _ in range(children):
+            pid = os.fork()
+            if pid == 0:
+                time.sleep(600)
+                os._exit(0)
+            pids.append(pid)
+        grown, entries = _own_objects() - before, int(sniffer.info()["sockets"])
+        assert entries >= sockets
+        for pid in pids:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+    assert grown < 4 * sockets
 
 
 def test_a_shared_socket_lists_all_who_hold_it(loaded: None) -> None:
