@@ -135,7 +135,6 @@ void sniffer_owner_exit(void);
 
 /* use.c: what a process does to a socket */
 bool sniffer_use(struct sock *sk, bool called);
-bool sniffer_use_is_known(const struct sock *sk);
 void sniffer_use_create(struct sock *sk, u64 inode, struct file *file);
 void sniffer_use_receive(struct sock *sk, struct file *file);
 void sniffer_use_fork(struct task_struct *child);

@@ -113,25 +113,14 @@ static __always_inline void probes_accept(const struct probes_args *args)
 	probes_use(args, SNIFFER_PROBE_ACCEPT);
 }
 
-/* The same, again and again. */
-static __always_inline void probes_use_often(const struct probes_args *args, u32 bit)
-{
-	struct socket *sock = (void *)args->n[0];
-	struct sock *sk = sock ? READ_ONCE(sock->sk) : NULL;
-
-	probes_note(bit);
-	if (sk && !sniffer_use_is_known(sk))
-		sniffer_use(sk, true);
-}
-
 static __always_inline void probes_sendmsg(const struct probes_args *args)
 {
-	probes_use_often(args, SNIFFER_PROBE_SENDMSG);
+	probes_use(args, SNIFFER_PROBE_SENDMSG);
 }
 
 static __always_inline void probes_recvmsg(const struct probes_args *args)
 {
-	probes_use_often(args, SNIFFER_PROBE_RECVMSG);
+	probes_use(args, SNIFFER_PROBE_RECVMSG);
 }
 
 /* accept() ties the new sock to its socket; callback lock held, BH off. */

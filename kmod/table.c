@@ -83,7 +83,7 @@ static LIST_HEAD(owner_waiting);
 static DEFINE_RAW_SPINLOCK(owner_dying_lock);
 
 static atomic_t owner_used;
-static atomic_t owner_changes;		/* entries that came and went, and changes of user */
+static atomic_t owner_changes;		/* entries that came and went */
 static atomic64_t owner_clock;		/* counts forks of processes that have sockets */
 static atomic64_t owner_full;
 static unsigned long owner_full_at;	/* jiffies | 1 of the last time, 0: never */
@@ -253,8 +253,6 @@ static void owner_let_go(struct sniffer_owner *owner)
 {
 	struct sniffer_proc *user = rcu_dereference_protected(owner->user, true);
 
-	if (owner->held)
-		atomic_inc(&owner_changes);
 	WRITE_ONCE(owner->held, false);
 	owner->ring = false;
 	owner->seen = jiffies;
@@ -295,7 +293,6 @@ static void owner_set_user(struct sniffer_owner *owner, struct sniffer_proc *pro
 		owner_let_go(owner);
 		owner_forget(owner, proc);
 		rcu_assign_pointer(owner->user, proc);
-		atomic_inc(&owner_changes);
 		if (old && kept && !owner->guess && !READ_ONCE(old->exit_jiffies)) {
 			sniffer_process_put(owner->past[SNIFFER_OWNER_PAST - 1]);
 			for (i = SNIFFER_OWNER_PAST - 1; i > 0; i--)
@@ -613,7 +610,7 @@ unsigned int sniffer_owner_count(void)
 }
 
 /**
- * sniffer_owner_generation - changes whenever an entry comes, goes or gets another user
+ * sniffer_owner_generation - changes whenever an entry comes or goes
  */
 unsigned int sniffer_owner_generation(void)
 {

@@ -31,19 +31,7 @@ struct use_stranger {
 	u32 gains;
 };
 
-/*
- * Who used which socket last on a CPU, so that doing it again costs no lookup
- * while nobody listens. Compared only; @changes says whether it still holds.
- */
-struct use_memo {
-	const struct sock *sk;
-	const struct task_struct *task;
-	u64 start_ns;
-	unsigned int changes;
-};
-
 static DEFINE_PER_CPU(struct use_stranger, use_strangers);
-static DEFINE_PER_CPU(struct use_memo, use_memos);
 static atomic_t use_gains;	/* descriptors received: then a stranger may be none any more */
 
 /* Kernel threads and io_uring's helpers: only the latter act for a process. */
@@ -206,37 +194,6 @@ static void use_gain(struct sock *sk, struct sniffer_gain *gain)
 }
 
 /**
- * sniffer_use_is_known - is this what the current thread did last, while nobody listens?
- * @sk: full socket
- */
-bool sniffer_use_is_known(const struct sock *sk)
-{
-	const struct use_memo *memo = raw_cpu_ptr(&use_memos);
-
-	return smp_load_acquire(&memo->task) == current && READ_ONCE(memo->sk) == sk &&
-	       memo->changes == sniffer_owner_generation() &&
-	       memo->start_ns == current->start_boottime && !sniffer_netlink_listening();
-}
-
-/* Interrupts off: a handler above us on this CPU would mix two into one. */
-static void use_note_known(const struct sock *sk, unsigned int changes)
-{
-	struct use_memo *memo;
-	unsigned long flags;
-
-	local_irq_save(flags);
-	memo = this_cpu_ptr(&use_memos);
-	/* a reader that has just left this CPU must not see half of it */
-	WRITE_ONCE(memo->task, NULL);
-	smp_wmb();
-	WRITE_ONCE(memo->sk, sk);
-	memo->start_ns = current->start_boottime;
-	memo->changes = changes;
-	smp_store_release(&memo->task, current);
-	local_irq_restore(flags);
-}
-
-/**
  * sniffer_use - the current process uses a socket, or seems to
  * @sk: full socket; from a probe or from LOCAL_OUT in trusted context
  * @called: from a probe: current has called for this very socket
@@ -248,7 +205,6 @@ bool sniffer_use(struct sock *sk, bool called)
 	const struct socket *sock = READ_ONCE(sk->sk_socket);
 	u64 cookie = atomic64_read(&sk->sk_cookie);
 	struct sniffer_gain gain = { .tid = current->pid, .fd = -1 };
-	unsigned int changes = sniffer_owner_generation();
 	struct sniffer_owner *owner;
 	struct sniffer_proc *user;
 
@@ -282,9 +238,6 @@ bool sniffer_use(struct sock *sk, bool called)
 				WRITE_ONCE(owner->seen, jiffies);
 			sniffer_process_refresh(user);
 			rcu_read_unlock();
-			if (called && !sniffer_netlink_listening() && sniffer_probes_alive() &&
-			    inet_sk(sk)->inet_num)
-				use_note_known(sk, changes);
 			return true;
 		}
 		gain.fd = gain.file ? use_find_fd(gain.file, READ_ONCE(owner->fd), false) : -1;
