@@ -351,12 +351,33 @@ static struct probes_function probes_all_closes =
 	PROBES_FUNCTION("locks_remove_posix", probes_close_file, SNIFFER_PROBE_CLOSE,
 			PROBES_WAYS_ALL);
 
+/*
+ * Where a function is that ftrace can call us from: kprobes look names up, which
+ * ftrace would do for each function of the kernel.
+ */
+static unsigned long probes_find(struct probes_function *function)
+{
+	struct kprobe finder = { .symbol_name = function->symbol };
+	unsigned long found;
+
+	if (register_kprobe(&finder))
+		return 0;
+	found = (unsigned long)finder.addr;
+	unregister_kprobe(&finder);
+	return found;
+}
+
 /* Ftrace may lack the function, or be switched off (kernel.ftrace_enabled, ftrace_kill()). */
 static bool probes_trace(struct probes_function *function)
 {
 	char *name = (char *)function->symbol;	/* only read */
+	unsigned long ip;
 
-	if (kprobes || ftrace_set_filter(&function->ops, name, strlen(name), 1))
+	if (kprobes)
+		return false;
+	ip = probes_find(function);
+	if (ip ? ftrace_set_filter_ip(&function->ops, ip, 0, 1) :
+		 ftrace_set_filter(&function->ops, name, strlen(name), 1))
 		return false;
 	if (!register_ftrace_function(&function->ops))
 		return true;
