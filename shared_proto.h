@@ -272,6 +272,7 @@ enum sniffer_probe {
 	SNIFFER_PROBE_RENAME	= 1 << 14,
 	SNIFFER_PROBE_STATE	= 1 << 15,	/* inet_sock_set_state */
 	SNIFFER_PROBE_RESET	= 1 << 16,	/* tcp_send_reset */
+	SNIFFER_PROBE_RELEASE	= 1 << 17,	/* inet_release: a socket's last file goes */
 };
 
 struct sniffer_info {

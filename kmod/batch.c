@@ -57,7 +57,7 @@ struct batch_stream {
  * @records: for group packets
  * @snaps: for group snaps
  * @count: counters, by_how included; those the header wants are derived
- * @skipped: packets without a record, by cause; with BH off on its own CPU only
+ * @skipped: packets without a record, by cause; without the lock, this_cpu_inc()
  */
 struct batch_cpu {
 	spinlock_t lock;
@@ -179,9 +179,7 @@ static void *batch_stream_reserve(struct batch_cpu *cpu, struct batch_stream *st
  */
 void sniffer_batch_skip(enum sniffer_skip why)
 {
-	local_bh_disable();
-	__this_cpu_inc(batch_cpus.skipped[why]);
-	local_bh_enable();
+	this_cpu_inc(batch_cpus.skipped[why]);
 }
 
 /**
@@ -260,22 +258,26 @@ struct batch_flush_work {
 	struct sniffer_tail tail;
 };
 
-static void batch_flush_here(struct work_struct *work)
+static void batch_flush_cpu(int id, struct sniffer_tail *tail)
 {
-	struct sniffer_tail *tail = &container_of(work, struct batch_flush_work, work)->tail;
-	struct batch_cpu *cpu;
+	struct batch_cpu *cpu = per_cpu_ptr(&batch_cpus, id);
 
-	local_bh_disable();
-	cpu = this_cpu_ptr(&batch_cpus);
-	spin_lock(&cpu->lock);
+	spin_lock_bh(&cpu->lock);
 	batch_send(cpu);
-	tail->cpu = smp_processor_id();
+	tail->cpu = id;
 	tail->batch_seq = cpu->records.batch_seq;
 	tail->record_seq = cpu->records.seq;
 	tail->skipped = batch_skipped(cpu);
 	tail->packets = cpu->count.recorded + tail->skipped;
 	tail->lost = cpu->records.lost;
-	spin_unlock(&cpu->lock);
+	spin_unlock_bh(&cpu->lock);
+}
+
+static void batch_flush_here(struct work_struct *work)
+{
+	local_bh_disable();
+	batch_flush_cpu(smp_processor_id(),
+			&container_of(work, struct batch_flush_work, work)->tail);
 	local_bh_enable();
 }
 
@@ -284,7 +286,8 @@ static void batch_flush_here(struct work_struct *work)
  * @tails: filled with what each CPU has sent so far
  * @max: room in @tails
  *
- * Process context. Runs on each CPU itself, so that its counters stand still.
+ * Process context. Runs on each CPU itself, so that its counters stand still;
+ * those of one that is offline do, but what it has sent is told as well.
  *
  * Return: number of tails.
  */
@@ -295,10 +298,15 @@ unsigned int sniffer_batch_flush(struct sniffer_tail *tails, unsigned int max)
 	int cpu;
 
 	cpus_read_lock();
-	for_each_online_cpu(cpu) {
+	for_each_possible_cpu(cpu) {
 		if (count == max)
 			break;
 		memset(&work, 0, sizeof(work));
+		if (!cpu_online(cpu)) {
+			batch_flush_cpu(cpu, &work.tail);
+			tails[count++] = work.tail;
+			continue;
+		}
 		INIT_WORK_ONSTACK(&work.work, batch_flush_here);
 		queue_work_on(cpu, system_highpri_wq, &work.work);
 		flush_work(&work.work);

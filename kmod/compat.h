@@ -10,6 +10,8 @@
 #include <linux/file.h>
 #include <linux/fdtable.h>
 #include <linux/fs.h>
+#include <linux/ftrace.h>
+#include <linux/ptrace.h>
 #include <linux/sched/signal.h>
 #include <net/genetlink.h>
 #include <net/inet_hashtables.h>
@@ -67,6 +69,58 @@
 #else
 #define SNIFFER_RESET_ARGS	const struct sock *sk, const struct sk_buff *skb
 #endif
+
+/*
+ * What ftrace's handlers get, how a probed function's arguments are read from
+ * it, and the flags to ask for it. PERMANENT: as long as we are there nobody
+ * can switch ftrace off. Before 5.11 who guards against recursion was asked
+ * the other way round; our handlers call nothing that they are told of.
+ */
+#ifdef HAVE_FTRACE_REGS
+#define SNIFFER_FTRACE_REGS	struct ftrace_regs
+#define SNIFFER_FTRACE_OWN	0
+#else
+#define SNIFFER_FTRACE_REGS	struct pt_regs
+#define SNIFFER_FTRACE_OWN	FTRACE_OPS_FL_RECURSION_SAFE
+#endif
+#ifdef CONFIG_DYNAMIC_FTRACE_WITH_ARGS
+#define SNIFFER_FTRACE_FLAGS	(FTRACE_OPS_FL_PERMANENT | SNIFFER_FTRACE_OWN)
+#else
+#define SNIFFER_FTRACE_FLAGS	(FTRACE_OPS_FL_PERMANENT | SNIFFER_FTRACE_OWN | \
+				 FTRACE_OPS_FL_SAVE_REGS)
+#endif
+
+static __always_inline unsigned long sniffer_ftrace_argument(SNIFFER_FTRACE_REGS *regs,
+							     unsigned int n)
+{
+#if defined(HAVE_FTRACE_ARGUMENT)
+	return ftrace_regs_get_argument(regs, n);
+#elif !defined(HAVE_FTRACE_REGS)
+	return regs_get_kernel_argument(regs, n);
+#elif defined(CONFIG_DYNAMIC_FTRACE_WITH_ARGS)
+	return regs_get_kernel_argument(&regs->regs, n);
+#else
+	return regs_get_kernel_argument(ftrace_get_regs(regs), n);
+#endif
+}
+
+/* The kernel's name of a system call. */
+#if defined(CONFIG_X86_64)
+#define SNIFFER_SYSCALL(name)	"__x64_sys_" name
+#elif defined(CONFIG_ARM64)
+#define SNIFFER_SYSCALL(name)	"__arm64_sys_" name
+#else
+#define SNIFFER_SYSCALL(name)	"sys_" name
+#endif
+
+/* Until no task is preempted in text that ftrace or a task's work calls. */
+static inline void sniffer_synchronize_tasks(void)
+{
+#ifdef CONFIG_TASKS_RCU
+	synchronize_rcu_tasks();
+#endif
+	synchronize_rcu();
+}
 
 /* Does the task use io_uring, or is it one of its helpers? */
 static inline bool sniffer_has_uring(const struct task_struct *task)

@@ -56,6 +56,18 @@ static bool hooks_is_kernel(const struct sock *sk)
 }
 
 /*
+ * A listener that a kernel's server accepts from: its own, or one that a process
+ * has handed to it (knfsd) and may have closed since. Such a server has put
+ * something of its own there; BPF's maps mark what they put.
+ */
+static bool hooks_is_servers(const struct sock *sk)
+{
+	unsigned long data = (unsigned long)READ_ONCE(sk->sk_user_data);
+
+	return hooks_is_kernel(sk) || (sk->sk_state == TCP_LISTEN && data && !(data & 7));
+}
+
+/*
  * Is this flagged socket a connection that waits to be accepted from an MPTCP
  * listener, by a client of plain TCP? It is a copy of the listener's subflow.
  */
@@ -68,7 +80,7 @@ static bool hooks_is_fallback(struct sniffer_flow *flow, const struct sock *sk)
 	if (sniffer_owner_find(atomic64_read(&sk->sk_cookie)))
 		return true;
 	listener = sniffer_lookup_listener(flow, flow->record.dir == SNIFFER_DIR_OUT);
-	return listener && !hooks_is_kernel(listener);
+	return listener && !hooks_is_servers(listener);
 }
 
 /* False when the packet has been counted as skipped. */
@@ -158,16 +170,16 @@ static void hooks_name_kernel(struct sniffer_record *r)
 	r->flags |= SNIFFER_F_KERNEL;
 }
 
-static void hooks_add_facts(struct sniffer_record *r, const struct sniffer_owner *owner)
+static void hooks_add_facts(struct sniffer_record *r, const struct sniffer_owner *owner,
+			    const struct sniffer_proc *user)
 {
-	u16 holders = READ_ONCE(owner->nholders);
-
 	r->creator = owner->creator;
 	r->flags |= READ_ONCE(owner->flags);
-	if (holders > 1)	/* no thread: none of them was seen to use it */
-		r->flags |= SNIFFER_F_SHARED | (READ_ONCE(owner->tid) ? 0 : SNIFFER_F_AMBIGUOUS);
-	else if (!holders)
+	if (!sniffer_owner_held(owner, user))
 		r->flags |= SNIFFER_F_DEAD;
+	else if (sniffer_owner_shared(owner, user))
+		r->flags |= SNIFFER_F_SHARED |
+			    (READ_ONCE(owner->guess) ? SNIFFER_F_AMBIGUOUS : 0);
 }
 
 /* Names @r after @owner's user, with what else the table knows of the socket. Under RCU. */
@@ -181,7 +193,7 @@ static void hooks_name_owner(struct sniffer_record *r, const struct sniffer_owne
 	r->uid = READ_ONCE(user->uid);
 	r->tid = READ_ONCE(owner->tid);
 	memcpy(r->comm, user->comm, SNIFFER_COMM_LEN);
-	hooks_add_facts(r, owner);
+	hooks_add_facts(r, owner, user);
 }
 
 /* The table's entry with a user for @sk: by cookie, else by inode (MPTCP). */
@@ -197,6 +209,13 @@ static const struct sniffer_owner *hooks_find(struct sock *sk)
 	return owner && rcu_access_pointer(owner->user) ? owner : NULL;
 }
 
+static bool hooks_is_held(const struct sniffer_owner *owner)
+{
+	const struct sniffer_proc *user = rcu_dereference(owner->user);
+
+	return user && sniffer_owner_held(owner, user);
+}
+
 /* Names @r after the one who would accept the connection. */
 static void hooks_name_acceptor(struct sniffer_record *r, const struct sniffer_owner *listener)
 {
@@ -210,6 +229,9 @@ static u8 hooks_reason(const struct sock *sk, bool fresh)
 {
 	bool full = sk_fullsock(sk);
 
+	/* a full table may never have taken it */
+	if (!fresh && sniffer_probes_alive() && sniffer_owner_is_full())
+		return SNIFFER_HOW_TABLE_FULL;
 	if (!full || (sk->sk_state != TCP_LISTEN && sock_flag(sk, SOCK_DEAD)))
 		return fresh ? SNIFFER_HOW_PREDATES : SNIFFER_HOW_SOCKET_GONE;
 	if (!sniffer_probes_alive())
@@ -227,7 +249,7 @@ static void hooks_name_request(struct sniffer_record *r, struct sock *sk, bool f
 		r->how = SNIFFER_HOW_SOCKET_GONE;
 		return;
 	}
-	if (hooks_is_kernel(listener)) {
+	if (hooks_is_servers(listener)) {
 		hooks_name_kernel(r);
 		return;
 	}
@@ -270,7 +292,7 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 	bool young;
 	u64 via;
 
-	if (full && hooks_is_kernel(sk) && !hooks_is_fallback(flow, sk)) {
+	if (full && hooks_is_servers(sk) && !hooks_is_fallback(flow, sk)) {
 		hooks_name_kernel(r);
 		return;
 	}
@@ -314,7 +336,7 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 			}
 			/* the listener itself is freed, and so dead, only after a grace period */
 			if (!full || sock_flag(sk, SOCK_DEAD) ||
-			    (READ_ONCE(other->nholders) && !READ_ONCE(other->dead))) {
+			    (hooks_is_held(other) && !READ_ONCE(other->dead))) {
 				hooks_name_acceptor(r, other);
 				return;
 			}
@@ -324,7 +346,7 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 	if (full && r->inode && r->proto == IPPROTO_TCP) {
 		grafted = hooks_is_grafted_now(sk);
 		owner = grafted ? NULL : sniffer_owner_find(r->cookie);
-		/* the entry may be there by now: pairs with owner_touch() */
+		/* the entry may be there by now: pairs with sniffer_owner_gain() */
 		if (owner && !smp_load_acquire(&owner->via) && rcu_access_pointer(owner->user)) {
 			hooks_name_owner(r, owner, how);
 			return;
@@ -337,7 +359,7 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
 		 * Or the kernel accepted it, and gave it a file (nvmet).
 		 */
 		listener = sniffer_lookup_listener(flow, r->dir == SNIFFER_DIR_OUT);
-		if (listener && hooks_is_kernel(listener)) {
+		if (listener && hooks_is_servers(listener)) {
 			hooks_name_kernel(r);
 			return;
 		}
@@ -362,6 +384,7 @@ static void hooks_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how
  */
 struct hooks_reset {
 	u64 cookie;
+	bool listens;
 	__be16 sport, dport;
 	u8 saddr[16], daddr[16];	/* of the packet that is answered */
 };
@@ -377,7 +400,8 @@ void sniffer_hooks_reset(struct sock *sk, const struct sk_buff *skb)
 {
 	const struct tcphdr *th = tcp_hdr(skb);
 	struct hooks_reset reset = {
-		.cookie = atomic64_read(&sk->sk_cookie), .sport = th->source, .dport = th->dest,
+		.cookie = atomic64_read(&sk->sk_cookie), .listens = sk->sk_state == TCP_LISTEN,
+		.sport = th->source, .dport = th->dest,
 	};
 	unsigned long flags;
 
@@ -397,6 +421,7 @@ void sniffer_hooks_reset(struct sock *sk, const struct sk_buff *skb)
 static bool hooks_name_reset(struct sniffer_record *r)
 {
 	struct hooks_reset *reset = get_cpu_ptr(&hooks_resets);
+	bool listens = reset->listens;
 	const struct sniffer_owner *owner = NULL;
 
 	if (reset->cookie && ntohs(reset->sport) == r->dport && ntohs(reset->dport) == r->sport &&
@@ -405,11 +430,14 @@ static bool hooks_name_reset(struct sniffer_record *r)
 		reset->cookie = 0;
 	}
 	put_cpu_ptr(&hooks_resets);
-	/* pairs with owner_touch(): no listener to ask, hence a user */
+	/* pairs with sniffer_owner_gain(): no listener to ask, hence a user */
 	if (!owner || smp_load_acquire(&owner->via) || !rcu_access_pointer(owner->user))
 		return false;
 	r->cookie = owner->cookie;
 	hooks_name_owner(r, owner, SNIFFER_HOW_REVERSE);
+	/* any of them could have accepted what is refused */
+	if (listens && r->flags & SNIFFER_F_SHARED)
+		r->flags |= SNIFFER_F_AMBIGUOUS;
 	return true;
 }
 
@@ -480,6 +508,7 @@ static void hooks_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 {
 	struct sniffer_record *r = &flow->record;
 	const struct sniffer_owner *owner;
+	const struct sniffer_proc *user;
 	struct sock *sk = flow->skb->sk;
 
 	/*
@@ -512,7 +541,7 @@ static void hooks_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 		return;
 	}
 	if (!trusted || !sk_fullsock(sk) || sk->sk_state == TCP_LISTEN ||
-	    !sniffer_owner_use(sk, false)) {
+	    !sniffer_use(sk, false)) {
 		hooks_name_socket(flow, sk, SNIFFER_HOW_SOCKET);
 		return;
 	}
@@ -527,8 +556,9 @@ static void hooks_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 	r->uid = __kuid_val(current_uid());
 	sniffer_process_comm(r->comm, current->group_leader->comm);
 	owner = sniffer_owner_find(r->cookie);
-	if (owner)
-		hooks_add_facts(r, owner);
+	user = owner ? rcu_dereference(owner->user) : NULL;
+	if (user)
+		hooks_add_facts(r, owner, user);
 }
 
 static void hooks_record(struct sniffer_flow *flow)
@@ -574,20 +604,19 @@ static void hooks_in(struct sniffer_flow *flow)
 static unsigned int hooks_packet(struct sk_buff *skb, const struct nf_hook_state *state, u8 family,
 				 u8 dir)
 {
-	bool trusted = dir == SNIFFER_DIR_OUT && hooks_trust_current();
 	/* as the stack reads it: ipvlan has brought the packet to its namespace by now */
 	const struct net_device *dev = dir == SNIFFER_DIR_IN ? skb->dev : state->out;
 	struct net *net = dir == SNIFFER_DIR_IN ? dev_net(skb->dev) : state->net;
 	struct sniffer_flow flow;
 
+	if (!sniffer_netlink_listening()) {
+		sniffer_batch_skip(SNIFFER_SKIP_LISTENER);
+		return NF_ACCEPT;
+	}
 	/* A VRF shows its slaves' packets twice: wait for the second time. */
 	if (dir == SNIFFER_DIR_OUT && dev && netif_is_l3_master(dev) && skb_dst(skb) &&
 	    skb_dst(skb)->dev != dev) {
 		sniffer_batch_skip(SNIFFER_SKIP_OTHER);
-		return NF_ACCEPT;
-	}
-	if (!sniffer_netlink_listening()) {
-		sniffer_batch_skip(SNIFFER_SKIP_LISTENER);
 		return NF_ACCEPT;
 	}
 	memset(&flow, 0, sizeof(flow));
@@ -603,7 +632,7 @@ static unsigned int hooks_packet(struct sk_buff *skb, const struct nf_hook_state
 	flow.record.ifindex = dev ? dev->ifindex : 0;
 
 	if (dir == SNIFFER_DIR_OUT) {
-		hooks_out(&flow, state, trusted);
+		hooks_out(&flow, state, hooks_trust_current());
 	} else if (dir == SNIFFER_DIR_FWD) {
 		flow.record.how = SNIFFER_HOW_FORWARDED;
 	} else if (flow.record.proto == IPPROTO_UDP && !skb->sk &&

@@ -2,9 +2,10 @@
 /*
  * sniffer - names each TCP and UDP packet's socket and process.
  *
- * The way of a packet: hooks.c -> lookup.c (which socket) -> owner.c (which
- * process) -> batch.c -> netlink.c. What owner.c knows comes from probes.c;
- * process.c describes the processes.
+ * The way of a packet: hooks.c -> lookup.c (which socket) -> table.c (which
+ * process) -> batch.c -> netlink.c. What the table knows comes from probes.c
+ * through use.c and, when a socket's user lets go of it, holders.c; process.c
+ * describes the processes.
  *
  * Here: the order in which the parts start, and its reverse.
  */

@@ -258,10 +258,7 @@ static void netlink_describe_socket(struct sniffer_owner *owner, struct sniffer_
 	out->creator = owner->creator;
 	out->creator_start_ns = owner->creator_start;
 	out->netns = owner->netns;
-	out->holders = READ_ONCE(owner->nholders);
 	out->flags = READ_ONCE(owner->flags);
-	if (out->holders > 1)
-		out->flags |= SNIFFER_F_SHARED;
 	if (READ_ONCE(owner->dead) && !READ_ONCE(owner->via))
 		out->flags |= SNIFFER_F_DEAD;
 	out->family = owner->family;
@@ -277,12 +274,20 @@ static void netlink_describe_socket(struct sniffer_owner *owner, struct sniffer_
 	}
 }
 
+/* Process context. */
+static void netlink_add_holders(struct sniffer_socket *out, struct sniffer_holder *holders,
+				unsigned int max)
+{
+	out->holders = sniffer_holders_list(out->cookie, holders, max);
+	if (out->holders > 1)
+		out->flags |= SNIFFER_F_SHARED;
+}
+
 static int netlink_get_socket(struct sk_buff *skb, struct genl_info *info)
 {
 	struct sniffer_socket socket;
 	struct sniffer_holder *holders;
 	struct sniffer_owner *owner;
-	unsigned int count;
 	int err = -ENOENT;
 
 	if (!info->attrs[SNIFFER_A_COOKIE]) {
@@ -294,14 +299,16 @@ static int netlink_get_socket(struct sk_buff *skb, struct genl_info *info)
 		return -ENOMEM;
 	rcu_read_lock();
 	owner = sniffer_owner_find(nla_get_u64(info->attrs[SNIFFER_A_COOKIE]));
-	if (owner) {
-		netlink_describe_socket(owner, &socket);
-		count = sniffer_owner_holders(owner, holders, NETLINK_HOLDERS_MAX);
-	}
-	rcu_read_unlock();
 	if (owner)
+		netlink_describe_socket(owner, &socket);
+	rcu_read_unlock();
+	if (owner) {
+		netlink_add_holders(&socket, holders, NETLINK_HOLDERS_MAX);
 		err = netlink_reply(info, SNIFFER_A_SOCKET, &socket, sizeof(socket),
-				    SNIFFER_A_HOLDERS, holders, count * sizeof(*holders));
+				    SNIFFER_A_HOLDERS, holders,
+				    min_t(u32, socket.holders, NETLINK_HOLDERS_MAX) *
+				    sizeof(*holders));
+	}
 	kfree(holders);
 	return err;
 }
@@ -316,10 +323,17 @@ static int netlink_dump_sockets(struct sk_buff *skb, struct netlink_callback *cb
 	unsigned int count;
 	void *head;
 
-	rcu_read_lock();
-	while ((owner = sniffer_owner_next(&bucket, &index))) {
-		netlink_describe_socket(owner, &socket);
-		count = sniffer_owner_holders(owner, holders, ARRAY_SIZE(holders));
+	cb->seq = sniffer_owner_generation();
+	for (;;) {
+		rcu_read_lock();
+		owner = sniffer_owner_next(&bucket, &index);
+		if (owner)
+			netlink_describe_socket(owner, &socket);
+		rcu_read_unlock();
+		if (!owner)
+			break;
+		netlink_add_holders(&socket, holders, ARRAY_SIZE(holders));
+		count = min_t(u32, socket.holders, ARRAY_SIZE(holders));
 		head = genlmsg_put(skb, NETLINK_CB(cb->skb).portid, cb->nlh->nlmsg_seq,
 				   &netlink_family, NLM_F_MULTI, SNIFFER_CMD_GET_SOCKET);
 		if (!head || nla_put(skb, SNIFFER_A_SOCKET, sizeof(socket), &socket) ||
@@ -329,9 +343,9 @@ static int netlink_dump_sockets(struct sk_buff *skb, struct netlink_callback *cb
 			index--;
 			break;
 		}
+		genl_dump_check_consistent(cb, head);
 		genlmsg_end(skb, head);
 	}
-	rcu_read_unlock();
 	cb->args[0] = bucket;
 	cb->args[1] = index;
 	return skb->len;
@@ -344,6 +358,7 @@ static int netlink_dump_processes(struct sk_buff *skb, struct netlink_callback *
 	struct sniffer_proc *proc;
 	void *head;
 
+	cb->seq = sniffer_process_generation();
 	rcu_read_lock();
 	while ((proc = sniffer_process_next(&bucket, &index))) {
 		sniffer_process_describe(proc, SNIFFER_EVENT_DUMP, &process);
@@ -355,6 +370,7 @@ static int netlink_dump_processes(struct sk_buff *skb, struct netlink_callback *
 			index--;
 			break;
 		}
+		genl_dump_check_consistent(cb, head);
 		genlmsg_end(skb, head);
 	}
 	rcu_read_unlock();

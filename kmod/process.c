@@ -19,7 +19,8 @@
 #include "process.h"
 
 #define PROCESS_BITS	12
-#define PROCESS_KEEP	(130 * HZ)	/* as long as a socket is kept, see owner.c */
+#define PROCESS_MAX	(1U << 22)	/* as many as Linux can have, PID_MAX_LIMIT */
+#define PROCESS_KEEP	(130 * HZ)	/* as long as a socket is kept, see table.c */
 #define PROCESS_KEEP_MIN (5 * HZ)	/* when the table is nearly full */
 
 static unsigned int max_processes = 32768;
@@ -34,6 +35,7 @@ static struct hlist_head process_table[1 << PROCESS_BITS];
  */
 static DEFINE_RAW_SPINLOCK(process_lock);
 static unsigned int process_used;	/* guarded by process_lock */
+static unsigned int process_changes;	/* guarded by process_lock */
 
 /* Scratch for d_path(), used with interrupts off on its own CPU. */
 static char __percpu *process_path;
@@ -58,14 +60,18 @@ static void process_exe(struct mm_struct *mm, char *exe)
 
 	local_irq_save(flags);
 	buf = this_cpu_ptr(process_path);
-	path = d_path(&file->f_path, buf, PATH_MAX);
+	/* at the end of its life current has no root to start from: then from the file system's */
+	path = current->fs ? d_path(&file->f_path, buf, PATH_MAX) :
+			     dentry_path_raw(file->f_path.dentry, buf, PATH_MAX);
+	/* it goes to user space whole, and an older one says nothing of this program */
+	memset(exe, 0, SNIFFER_EXE_LEN);
 	if (!IS_ERR(path)) {
 		len = strlen(path);
 		if (len >= SNIFFER_EXE_LEN) {
 			path += len - (SNIFFER_EXE_LEN - 1);
 			len = SNIFFER_EXE_LEN - 1;
 		}
-		memcpy(exe, path, len + 1);
+		memcpy(exe, path, len);
 	}
 	local_irq_restore(flags);
 	fput(file);
@@ -113,6 +119,8 @@ static void process_fill(struct sniffer_proc *proc, struct task_struct *task)
 	struct sniffer_process *about = &proc->about;
 	struct pid_namespace *ns;
 
+	raw_spin_lock_init(&proc->lock);
+	INIT_LIST_HEAD(&proc->uses);
 	proc->tgid = task->tgid;
 	proc->start_ns = leader->start_boottime;
 	sniffer_process_comm(proc->comm, leader->comm);
@@ -205,6 +213,7 @@ struct sniffer_proc *sniffer_process_get(struct task_struct *task)
 	}
 	hlist_add_head_rcu(&fresh->node, process_bucket(fresh->tgid));
 	process_used++;
+	process_changes++;
 	raw_spin_unlock_irqrestore(&process_lock, flags);
 
 	sniffer_netlink_process(fresh, SNIFFER_EVENT_SEEN);
@@ -231,6 +240,26 @@ void sniffer_process_refresh(struct sniffer_proc *proc)
 
 	if (READ_ONCE(proc->uid) != uid)
 		WRITE_ONCE(proc->uid, uid);
+}
+
+/**
+ * sniffer_process_credentials - the current thread is to have other credentials
+ * @cred: these
+ *
+ * So a process that only receives is seen under its new user at once. Other
+ * threads than the first one are seen when they use a socket.
+ */
+void sniffer_process_credentials(const struct cred *cred)
+{
+	struct sniffer_proc *proc;
+
+	if (!thread_group_leader(current))
+		return;
+	rcu_read_lock();
+	proc = sniffer_process_find(current);
+	if (proc)
+		WRITE_ONCE(proc->uid, __kuid_val(cred->uid));
+	rcu_read_unlock();
 }
 
 /**
@@ -314,6 +343,39 @@ struct sniffer_proc *sniffer_process_next(unsigned int *bucket, unsigned int *in
 }
 
 /**
+ * sniffer_process_orphan - one that has ended, but whose sockets nobody has looked at
+ *
+ * Return: with a reference for the caller, or NULL.
+ */
+struct sniffer_proc *sniffer_process_orphan(void)
+{
+	struct sniffer_proc *proc;
+	unsigned int i;
+
+	rcu_read_lock();
+	for (i = 0; i < ARRAY_SIZE(process_table); i++)
+		hlist_for_each_entry_rcu(proc, &process_table[i], node) {
+			unsigned long gone = READ_ONCE(proc->exit_jiffies);
+
+			if (gone && time_after(jiffies, gone + HZ) && !list_empty(&proc->uses) &&
+			    refcount_inc_not_zero(&proc->refs)) {
+				rcu_read_unlock();
+				return proc;
+			}
+		}
+	rcu_read_unlock();
+	return NULL;
+}
+
+/**
+ * sniffer_process_generation - changes whenever a process comes or goes
+ */
+unsigned int sniffer_process_generation(void)
+{
+	return READ_ONCE(process_changes);
+}
+
+/**
  * sniffer_process_count - entries in the table now
  */
 unsigned int sniffer_process_count(void)
@@ -334,7 +396,7 @@ bool sniffer_process_tight(void)
 /**
  * sniffer_process_collect - forget processes that exited long ago
  *
- * Process context, from owner.c's collector.
+ * Process context, from table.c's collector.
  */
 void sniffer_process_collect(void)
 {
@@ -356,6 +418,7 @@ void sniffer_process_collect(void)
 				continue;
 			hlist_del_rcu(&proc->node);
 			process_used--;
+			process_changes++;
 			sniffer_process_put(proc);
 		}
 		raw_spin_unlock_irqrestore(&process_lock, flags);
@@ -365,8 +428,9 @@ void sniffer_process_collect(void)
 
 int sniffer_process_init(void)
 {
-	if (!max_processes) {
-		pr_err("sniffer: max_processes must be at least 1\n");
+	if (max_processes < 1 || max_processes > PROCESS_MAX) {
+		pr_err("sniffer: max_processes must be 1 to %u, not %u\n", PROCESS_MAX,
+		       max_processes);
 		return -EINVAL;
 	}
 	process_path = __alloc_percpu(PATH_MAX, 1);

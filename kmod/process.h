@@ -2,8 +2,10 @@
 #ifndef SNIFFER_PROCESS_H
 #define SNIFFER_PROCESS_H
 
+#include <linux/list.h>
 #include <linux/refcount.h>
 #include <linux/sched.h>
+#include <linux/spinlock.h>
 #include <linux/string.h>
 #include <linux/types.h>
 
@@ -20,6 +22,11 @@
  * @comm: of the leader; written whole, but a reader may see half a rename
  * @rcu: readers of the table and of owners hold rcu_read_lock()
  * @exit_jiffies: when it exited, 0 while it runs
+ * @forked: sniffer_owner_tick() of its last fork, 0: none
+ * @child: tgid of the child of that
+ * @lock: guards @uses and @nuses; inside a socket's lock, any context: irqsave, raw
+ * @uses: sockets that it is the user of and has
+ * @nuses: how many
  * @about: what does not change between exec and exit, for events and dumps
  *
  * The first members are what a packet needs: one cache line.
@@ -29,10 +36,14 @@ struct sniffer_proc {
 	refcount_t refs;
 	u32 tgid;
 	u32 uid;
-	u32 pad;
+	u32 child;
 	u64 start_ns;
 	char comm[SNIFFER_COMM_LEN];
 	unsigned long exit_jiffies;
+	u64 forked;
+	raw_spinlock_t lock;
+	struct list_head uses;
+	unsigned int nuses;
 	struct rcu_head rcu;
 	struct sniffer_process about;
 };
@@ -54,12 +65,15 @@ struct sniffer_proc *sniffer_process_find(const struct task_struct *task);
 struct sniffer_proc *sniffer_process_get(struct task_struct *task);
 void sniffer_process_put(struct sniffer_proc *proc);
 void sniffer_process_refresh(struct sniffer_proc *proc);
+void sniffer_process_credentials(const struct cred *cred);
 void sniffer_process_exec(struct task_struct *task);
 void sniffer_process_exited(struct task_struct *task);
 void sniffer_process_rename(struct task_struct *task, const char *comm);
 void sniffer_process_describe(const struct sniffer_proc *proc, u32 event,
 			      struct sniffer_process *out);
 struct sniffer_proc *sniffer_process_next(unsigned int *bucket, unsigned int *index);
+struct sniffer_proc *sniffer_process_orphan(void);
+unsigned int sniffer_process_generation(void);
 unsigned int sniffer_process_count(void);
 bool sniffer_process_tight(void);
 void sniffer_process_collect(void);

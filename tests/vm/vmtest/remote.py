@@ -29,7 +29,10 @@ PATIENCE_SECONDS = 300.0
 EMULATED = 40.0  # slowness (tests/waiting.py) of a guest that has a processor to itself
 HANGS_SECONDS = 240  # then the guest prints where its test is
 LOST_GUESTS = 4
-HANDED_ON = ("PACKET_HUNTER_REPEAT", "PACKET_HUNTER_LOAD", "PACKET_HUNTER_STRESS")
+HANDED_ON = (
+    *("PACKET_HUNTER_REPEAT", "PACKET_HUNTER_LOAD", "PACKET_HUNTER_STRESS"),
+    "PACKET_HUNTER_SOCKETS",
+)
 
 
 class Remote:

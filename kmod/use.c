@@ -1,0 +1,464 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * What a process does to a socket: it makes, uses, receives or closes one, it
+ * forks, executes a program or ends. Called by the probes and, for who sends
+ * in context, by the hooks.
+ */
+#include <linux/magic.h>
+#include <linux/module.h>
+#include <linux/percpu.h>
+#include <linux/pid_namespace.h>
+#include <asm/syscall.h>
+#include <net/inet_sock.h>
+
+#include "compat.h"
+#include "netlink.h"
+#include "owner.h"
+#include "probes.h"
+
+/* Descriptors that are looked at for a sender in context; who has more is asked by number only. */
+#define USE_WALK_MAX	65536
+
+/*
+ * Who was last found not to have a socket, so that a firewall's daemon or a
+ * reader of a network's disk is not searched for it packet by packet. On its
+ * own CPU; a torn one is no match or costs one search.
+ */
+struct use_stranger {
+	u64 cookie;
+	u64 start_ns;
+	u32 tgid;
+	u32 gains;
+};
+
+static DEFINE_PER_CPU(struct use_stranger, use_strangers);
+static atomic_t use_gains;	/* descriptors received: then a stranger may be none any more */
+
+/* Kernel threads and io_uring's helpers: only the latter act for a process. */
+static bool use_is_process(const struct task_struct *task)
+{
+	return !(task->flags & PF_KTHREAD);
+}
+
+/* Under RCU. Compares only: neither file is touched. */
+static bool use_has_at(const struct fdtable *fdt, unsigned long fd, const struct file *file)
+{
+	return fd < fdt->max_fds && rcu_access_pointer(fdt->fd[fd]) == file;
+}
+
+/*
+ * A descriptor of @file in the table of current, or -1. Nearly always the
+ * system call names it: in its first argument, or the third for splice().
+ */
+static int use_find_fd(const struct file *file, int hint, bool walk)
+{
+	unsigned long args[6];
+	struct fdtable *fdt;
+	int found = -1;
+	unsigned int fd;
+
+	if (!current->files)
+		return -1;
+	rcu_read_lock();
+	fdt = files_fdtable(current->files);
+	if (!(current->flags & PF_IO_WORKER) && !walk) {
+		syscall_get_arguments(current, task_pt_regs(current), args);
+		if (use_has_at(fdt, args[0], file))
+			found = args[0];
+		else if (use_has_at(fdt, args[2], file))
+			found = args[2];
+	}
+	if (found < 0 && hint >= 0 && use_has_at(fdt, hint, file))
+		found = hint;
+	if (walk && found < 0) {
+		unsigned int end = min_t(unsigned int, fdt->max_fds, USE_WALK_MAX);
+
+		for_each_set_bit(fd, fdt->open_fds, end)
+			if (rcu_access_pointer(fdt->fd[fd]) == file) {
+				found = fd;
+				break;
+			}
+	}
+	rcu_read_unlock();
+	return found;
+}
+
+static bool use_is_stranger(u64 cookie)
+{
+	const struct use_stranger *known = raw_cpu_ptr(&use_strangers);
+
+	return cookie && READ_ONCE(known->cookie) == cookie && known->tgid == current->tgid &&
+	       known->start_ns == current->group_leader->start_boottime &&
+	       known->gains == atomic_read(&use_gains);
+}
+
+static void use_note_stranger(u64 cookie)
+{
+	struct use_stranger *known = raw_cpu_ptr(&use_strangers);
+
+	WRITE_ONCE(known->cookie, 0);
+	known->tgid = current->tgid;
+	known->start_ns = current->group_leader->start_boottime;
+	known->gains = atomic_read(&use_gains);
+	WRITE_ONCE(known->cookie, cookie);
+}
+
+/*
+ * May current, which did not use @owner's socket last, be its user now? It must
+ * have it in its descriptor table, or in an io_uring where @called; if nobody
+ * knows the socket, to be closing it will do. Other people's packets are sent
+ * in a process's context as well, and the kernel calls for their sockets: for
+ * those that a firewall's daemon has judged (NFQUEUE), for a block device whose
+ * socket was handed to it (NBD), for what waited while a process only looked at
+ * the socket (ss), for the end of one that it let go of last.
+ */
+static bool use_is_possible(struct sniffer_gain *gain, const struct sniffer_owner *owner,
+			    struct sock *sk, bool called)
+{
+	struct file *file = gain->file;
+	u64 cookie = atomic64_read(&sk->sk_cookie);
+	int hint = owner ? READ_ONCE(owner->fd) : -1;
+
+	if (file) {
+		gain->fd = use_find_fd(file, hint, false);
+		if (gain->fd >= 0)
+			return true;
+	}
+	if (!sniffer_probes_alive())
+		return true;
+	/* a task that must not wait for memory does block I/O, for whoever wants the disk */
+	called &= !(current->flags & PF_MEMALLOC);
+	if (called && sniffer_has_uring(current)) {
+		gain->ring = true;
+		return true;
+	}
+	/* what a full table has not taken is not looked for in descriptor tables, packet by packet */
+	if (called && !owner && sniffer_owner_full())
+		return true;
+	if (!file || use_is_stranger(cookie))
+		return false;
+	gain->fd = use_find_fd(file, hint, true);
+	if (gain->fd >= 0 || (!owner && !file_count(file)))
+		return true;
+	use_note_stranger(cookie);
+	return false;
+}
+
+static struct file *use_file(const struct sock *sk)
+{
+	const struct socket *sock = READ_ONCE(sk->sk_socket);
+
+	return sock ? READ_ONCE(sock->file) : NULL;
+}
+
+/*
+ * Is current at work on the MPTCP socket whose subflow @sk is? `ip mptcp` opens
+ * and closes other people's subflows, and sends on what waits in them.
+ */
+static bool use_is_of_parent(struct sock *sk)
+{
+	struct sniffer_gain gain = { .file = use_file(sk) };
+	struct sniffer_owner *owner = NULL;
+	struct sniffer_proc *user = NULL;
+	bool uses;
+	u64 inode;
+
+	rcu_read_lock();
+	inode = sniffer_owner_inode(sk);
+	if (inode)
+		owner = sniffer_owner_find_inode(inode);
+	if (owner)
+		user = rcu_dereference(owner->user);
+	uses = (user && sniffer_process_is(user, current)) ||
+	       use_is_possible(&gain, owner, sk, false);
+	rcu_read_unlock();
+	return uses;
+}
+
+/* Enters what current has got; a full process table is counted. */
+static void use_gain(struct sock *sk, struct sniffer_gain *gain)
+{
+	gain->proc = sniffer_process_get(current);
+	if (!gain->proc) {
+		sniffer_owner_count_full();
+		return;
+	}
+	sniffer_process_refresh(gain->proc);
+	/* another process with the same table (clone() with CLONE_FILES) has it at once */
+	gain->many = current->files &&
+		     atomic_read(&current->files->count) > get_nr_threads(current);
+	if (!sniffer_probes_tell_release())
+		gain->file = NULL;
+	sniffer_owner_gain(sk, gain);
+	sniffer_process_put(gain->proc);
+}
+
+/**
+ * sniffer_use - the current process uses a socket, or seems to
+ * @sk: full socket; from a probe or from LOCAL_OUT in trusted context
+ * @called: from a probe: current has called for this very socket
+ *
+ * Return: false when the use is another one's.
+ */
+bool sniffer_use(struct sock *sk, bool called)
+{
+	const struct socket *sock = READ_ONCE(sk->sk_socket);
+	u64 cookie = atomic64_read(&sk->sk_cookie);
+	struct sniffer_gain gain = { .tid = current->pid, .fd = -1 };
+	struct sniffer_owner *owner;
+	struct sniffer_proc *user;
+
+	if (!use_is_process(current))
+		return true;
+	if (!sniffer_owner_wants(sk))
+		return called || use_is_of_parent(sk);
+	/* without a file it is the kernel's, which only made it here (nvmet) */
+	gain.file = sock ? READ_ONCE(sock->file) : NULL;
+	if (sock && !gain.file)
+		return false;
+
+	/* Nearly always it is the one who used it last: then only read. */
+	rcu_read_lock();
+	owner = cookie ? sniffer_owner_find(cookie) : NULL;
+	user = owner ? rcu_dereference(owner->user) : NULL;
+	if (user && !READ_ONCE(owner->via) && sniffer_process_is(user, current)) {
+		bool held = READ_ONCE(owner->held);
+
+		/* its own end of a socket that it has closed: no use of it any more */
+		if (!called && !held) {
+			rcu_read_unlock();
+			return true;
+		}
+		if (held && owner->port == inet_sk(sk)->inet_num && READ_ONCE(owner->tid) &&
+		    (READ_ONCE(owner->file) || !sniffer_probes_tell_release())) {
+			/* a cache line that all threads share: only for somebody who reads it */
+			if (READ_ONCE(owner->tid) != current->pid && sniffer_netlink_listening())
+				WRITE_ONCE(owner->tid, current->pid);
+			if (unlikely(!sniffer_probes_alive()))
+				WRITE_ONCE(owner->seen, jiffies);
+			sniffer_process_refresh(user);
+			rcu_read_unlock();
+			return true;
+		}
+		gain.fd = gain.file ? use_find_fd(gain.file, READ_ONCE(owner->fd), false) : -1;
+		gain.ring = READ_ONCE(owner->ring) ||
+			    (!held && gain.fd < 0 && sniffer_has_uring(current));
+	} else if (!use_is_possible(&gain, owner, sk, called)) {
+		rcu_read_unlock();
+		return false;
+	}
+	gain.inode = sniffer_owner_inode(sk);
+	rcu_read_unlock();
+	use_gain(sk, &gain);
+	return true;
+}
+
+/**
+ * sniffer_use_create - the current process made or accepted a socket
+ * @sk: full socket
+ * @inode: its inode; sk_socket may not point to it yet
+ * @file: its file, NULL when it has none yet
+ */
+void sniffer_use_create(struct sock *sk, u64 inode, struct file *file)
+{
+	struct sniffer_gain gain = { .tid = current->pid, .inode = inode, .file = file, .fd = -1 };
+
+	if (sniffer_owner_wants(sk) && use_is_process(current))
+		use_gain(sk, &gain);
+}
+
+/**
+ * sniffer_use_receive - the current process got a descriptor of a socket
+ * @sk: full socket
+ * @file: its file
+ */
+void sniffer_use_receive(struct sock *sk, struct file *file)
+{
+	struct sniffer_gain gain = {
+		.tid = current->pid, .file = file, .fd = -1, .flags = SNIFFER_F_INHERITED,
+	};
+
+	if (!sniffer_owner_wants(sk) || !use_is_process(current))
+		return;
+	atomic_inc(&use_gains);
+	rcu_read_lock();
+	gain.inode = sniffer_owner_inode(sk);
+	rcu_read_unlock();
+	use_gain(sk, &gain);
+}
+
+/**
+ * sniffer_use_fork - a child got copies of its parent's descriptors, or shares them
+ * @child: does not run yet
+ */
+void sniffer_use_fork(struct task_struct *child)
+{
+	struct sniffer_proc *proc;
+
+	if (child->tgid == current->tgid || child->flags & PF_KTHREAD)
+		return;
+	rcu_read_lock();
+	proc = sniffer_process_find(current);
+	if (proc) {
+		WRITE_ONCE(proc->child, child->tgid);
+		WRITE_ONCE(proc->forked, sniffer_owner_tick());
+	}
+	rcu_read_unlock();
+}
+
+/* Looks, once the descriptors that go are gone, who has what current was the user of. */
+static void use_settle_later(bool rings)
+{
+	struct sniffer_proc *proc;
+
+	rcu_read_lock();
+	proc = sniffer_process_find(current);
+	if (proc && list_empty(&proc->uses))
+		proc = NULL;
+	if (proc && !refcount_inc_not_zero(&proc->refs))
+		proc = NULL;
+	rcu_read_unlock();
+	if (proc)
+		sniffer_holders_settle_later(0, proc, rings);
+}
+
+/**
+ * sniffer_use_exec - the current process has become another program
+ *
+ * What was to be closed at that is closed.
+ */
+void sniffer_use_exec(void)
+{
+	use_settle_later(false);
+}
+
+/**
+ * sniffer_use_end - the current process ends: this is its last thread
+ *
+ * It still has its descriptors.
+ */
+void sniffer_use_end(void)
+{
+	use_settle_later(false);
+}
+
+/**
+ * sniffer_use_thread_end - a thread of the current process ends, not its last one
+ *
+ * With it goes a descriptor table of its own (unshare() with CLONE_FILES).
+ */
+void sniffer_use_thread_end(void)
+{
+	const struct files_struct *files = current->files;
+
+	if (files && atomic_read(&files->count) == 1)
+		use_settle_later(false);
+}
+
+/**
+ * sniffer_use_sock - the socket behind a file
+ * @file: any file; nothing but its inode is touched if it is no socket's
+ *
+ * Return: a socket that the table is about, or NULL.
+ */
+struct sock *sniffer_use_sock(struct file *file)
+{
+	struct inode *inode = file_inode(file);
+	struct sock *sk;
+
+	if (inode->i_sb->s_magic != SOCKFS_MAGIC)
+		return NULL;
+	sk = READ_ONCE(SOCKET_I(inode)->sk);
+	return sk && sniffer_owner_wants(sk) ? sk : NULL;
+}
+
+/* Under RCU. Has the user @proc this very table, too (clone() with CLONE_FILES)? */
+static bool use_shares_table(const struct sniffer_proc *proc, const struct files_struct *files)
+{
+	struct pid *pid;
+	struct task_struct *task;
+
+	if (atomic_read(&files->count) < 2)
+		return false;
+	pid = find_pid_ns(proc->tgid, &init_pid_ns);
+	task = pid ? pid_task(pid, PIDTYPE_TGID) : NULL;
+	return task && READ_ONCE(task->files) == files;
+}
+
+/* Is it an io_uring? With it go the sockets that it alone has. */
+static bool use_is_ring(const struct file *file)
+{
+	return sniffer_has_uring(current) &&
+	       !strcmp(file->f_path.dentry->d_name.name, "[io_uring]");
+}
+
+/**
+ * sniffer_use_close_file - a descriptor of the current process goes
+ * @file: any file; the caller is under RCU, or has a reference
+ * @fd: its number, -1 when not known
+ *
+ * Only its last user's matters, and only where the socket lives on: whoever
+ * else closes was not named, and a last reference is told by its release.
+ */
+void sniffer_use_close_file(struct file *file, int fd)
+{
+	struct files_struct *files = current->files;
+	struct sniffer_proc *user;
+	struct sniffer_owner *owner;
+	struct sock *sk;
+	u64 cookie = 0;
+
+	if (likely(file_inode(file)->i_sb->s_magic != SOCKFS_MAGIC)) {
+		if (unlikely(use_is_ring(file)))
+			use_settle_later(true);
+		return;
+	}
+	if (file_count(file) < 2 || !files)
+		return;
+	rcu_read_lock();
+	sk = sniffer_use_sock(file);
+	owner = sk ? sniffer_owner_find(atomic64_read(&sk->sk_cookie)) : NULL;
+	user = owner ? rcu_dereference(owner->user) : NULL;
+	if (user && READ_ONCE(owner->held) &&
+	    (sniffer_process_is(user, current) || use_shares_table(user, files))) {
+		if (fd >= 0)
+			WRITE_ONCE(owner->fd, fd);
+		cookie = owner->cookie;
+	}
+	rcu_read_unlock();
+	if (cookie)
+		sniffer_holders_settle_later(cookie, NULL, false);
+}
+
+/**
+ * sniffer_use_close - a descriptor of the current process goes
+ * @fd: its number; still in the table
+ */
+void sniffer_use_close(unsigned int fd)
+{
+	struct fdtable *fdt;
+	struct file *file;
+
+	if (unlikely(!current->files))
+		return;
+	rcu_read_lock();
+	fdt = files_fdtable(current->files);
+	file = fd < fdt->max_fds ? rcu_dereference(fdt->fd[fd]) : NULL;
+	if (file)
+		sniffer_use_close_file(file, fd);
+	rcu_read_unlock();
+}
+
+/**
+ * sniffer_use_close_range - descriptors of the current process go
+ * @fd: the first
+ * @last: the last; may be beyond the table
+ */
+void sniffer_use_close_range(unsigned int fd, unsigned int last)
+{
+	/* it may have a copy of the table made first, or close at an exec only: all is looked up */
+	if (fd == last)
+		sniffer_use_close(fd);
+	else
+		use_settle_later(false);
+}
