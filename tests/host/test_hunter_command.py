@@ -77,7 +77,7 @@ def script(tmp_path, heard):
 
 def figures(stderr):
     delivered = int(re.search(r" records = (\d+) delivered", stderr)[1])
-    shown = int(re.search(r"(\d+) shown = ", stderr)[1])
+    shown = int(re.search(r"(\d+) (?:shown|saved) = ", stderr)[1])
     others = re.search(
         r"(\d+) not of the command = (\d+) of other processes \+ (\d+) unnamed", stderr
     )

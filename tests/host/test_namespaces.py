@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nlproto import netns
+from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to act as another user")
 
@@ -102,12 +103,10 @@ def test_a_users_many_namespaces_leave_places_for_root(namespaces, engine):
     roots = [path for path in netns.paths().values() if not netns.owner_or_unknown(path)]
     room = len(roots) + 6
     theirs = {namespaces(INSIDE, USER).stat().st_ino for _ in range(20)}
-    child = engine((5 * room + 64) * 4 // 3 + 4)
-    while len(captured(child)) <= room:
-        pass
+    child = engine(2 * (5 * (room + 1) + 64))  # see nlproto.descriptors
+    until(lambda: len(captured(child)) > room)
     ours = namespaces(["unshare", "-n"]).stat().st_ino
-    while ours not in captured(child):
-        pass
+    until(lambda: ours in captured(child))
     assert not theirs <= captured(child)
 
 
