@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from daemon.history import End, History, Question, flow_fields
+from daemon.now import holder, sockets_now
 from daemon.requests import History as HistoryRequest
 from daemon.requests import Key, Lookup, OwnerOf, Who
+from nlproto.bound import KernelSockets
 from nlproto.errors import UsageError
 from nlproto.flows import pack_address
 from nlproto.pipeline import Pipeline
@@ -38,6 +40,9 @@ class Answers:
     history: History
     past: Past | None = None
     past_process: Callable[[int, int], Process | None] | None = None
+    kernel: KernelSockets | None = None
+    remembers_since: Callable[[], float] = time.time
+    """Unix time: what was seen later is still known."""
 
     def owner(self, request: OwnerOf, uid: int | None) -> dict[str, Any]:
         address = None if request.address is None else _address(request.address)
@@ -61,14 +66,7 @@ class Answers:
             entry = sockets.get(name)
             if entry is None:
                 sockets[name] = entry = self._owner_fields(owner)
-            entry["holders"].append(
-                {
-                    "pid": owner.tgid,
-                    "start_ns": owner.start_ns,
-                    "comm": owner.comm,
-                    "uid": owner.uid,
-                }
-            )
+            entry["holders"].append(holder(owner.tgid, owner.start_ns, owner.comm, owner.uid))
         return list(sockets.values())
 
     def _owner_fields(self, owner: Owner) -> dict[str, Any]:
@@ -112,10 +110,14 @@ class Answers:
         total, rows = self._ask(question)
         flows = [flow_fields(flow) for _, flow in rows]
         owners: list[dict[str, Any]] = []
+        owners_total = 0
         if request.at is None and not isinstance(request, HistoryRequest):
-            owners = self._owners_now(question, network, uid)[: request.limit]
+            owners_total, owners = self._owners_now(question, uid)
         return {
             "owners": owners,
+            "owners_total": owners_total,
+            "complete": self.kernel is None or self.kernel.looked_ns > 0,
+            "since": self.remembers_since(),
             "flows": flows,
             "total": total,
             "truncated": total > len(flows),
@@ -130,36 +132,15 @@ class Answers:
         rows = sorted(rows + older, key=lambda row: -int(row[1]["last_ns"]))
         return total + older_total, rows[: question.limit]
 
-    def _owners_now(
-        self,
-        question: Question,
-        network: ipaddress.IPv4Network | ipaddress.IPv6Network | None,
-        uid: int | None,
-    ) -> list[dict[str, Any]]:
-        portmap = self.pipeline.portmap
-        if portmap is None:
-            return []
-        if question.port is not None:
-            owners = portmap.who(question.port, question.proto)
-        elif question.pid is not None or question.pname is not None:
-            processes = self.pipeline.processes.find(question.pid, question.pname)
-            owners = [owner for one in processes for owner in portmap.owned_by(one.key)]
-        elif network is not None:
-            owners = portmap.everything()
-        else:
-            return []
-        name = question.comm.decode("utf-8", "replace") if question.comm is not None else None
-        return self._grouped(
-            (
-                owner
-                for owner in owners
-                if (question.proto is None or owner.proto == question.proto)
-                and (question.pid is None or owner.tgid == question.pid)
-                and (name is None or owner.comm == name)
-                and (network is None or ipaddress.ip_address(owner.address) in network)
-            ),
-            uid,
-        )
+    def _owners_now(self, question: Question, uid: int | None) -> tuple[int, list[dict[str, Any]]]:
+        """How many sockets there are now, and the first of them."""
+        if self.kernel is None:
+            return 0, []
+        total, found = sockets_now(self.pipeline, self.kernel, question, uid)
+        for one in found:
+            process = self.pipeline.processes.get(one["pid"], one["start_ns"])
+            one["exe"] = process.exe if process else ""
+        return total, found
 
     def _processes(
         self, flows: list[dict[str, Any]], owners: list[dict[str, Any]], uid: int | None

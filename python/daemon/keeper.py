@@ -42,6 +42,8 @@ class Keeper:
         self._pipeline = pipeline
         self._announce = announce
         self._stopping = threading.Event()
+        self.kernel = KernelSockets()
+        """What the last look found."""
         self._thread = threading.Thread(target=self._keep, name="keeper", daemon=True)
         self._complained: set[str] = set()
         self._probes_fire = True
@@ -58,7 +60,7 @@ class Keeper:
         self._thread.join()
 
     def _keep(self) -> None:
-        with KernelSockets() as self._kernel:
+        with self.kernel:
             self._go_round()
 
     def _go_round(self) -> None:
@@ -91,7 +93,7 @@ class Keeper:
         if portmap is None:
             return
         before = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-        found = self._kernel.read()
+        found = self.kernel.read()
         portmap.replace_bound(self._known(found.bound), before)
         portmap.add_connected(self._known(found.connected), before)
         if found.cookies:

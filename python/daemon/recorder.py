@@ -41,6 +41,7 @@ class Recorder:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._store: Store | None = None
+        self._started = time.time()
         self.failures = 0
         next_id = 1
         if config.history is not None:
@@ -84,6 +85,12 @@ class Recorder:
         here = self.history.has(np.array([number for number, _ in rows], np.uint64))
         older = [row for row, known in zip(rows, here.tolist(), strict=True) if not known]
         return len(older), older
+
+    def remembers_since(self) -> float:
+        """Unix time: what was seen later is still known, in memory or in the file."""
+        if self._store is not None:
+            return min(self._started, self._store.first_seen_ns() / 1e9)
+        return max(self._started, self.history.horizon_ns / 1e9)
 
     def past_process(self, tgid: int, start_ns: int) -> Process | None:
         return None if self._store is None else self._store.process(tgid, start_ns)

@@ -143,6 +143,9 @@ class Store:
     def last_seen_ns(self) -> int:
         return int(self._one("SELECT coalesce(max(last_ns), 0) FROM flows"))
 
+    def first_seen_ns(self) -> int:
+        return int(self._one("SELECT coalesce(min(last_ns), ?) FROM flows", time.time_ns()))
+
     def _one(self, query: str, *values: Any) -> Any:
         with self._reading:
             (value,) = self._reader.execute(query, values).fetchone()
@@ -291,7 +294,8 @@ def _conditions(question: Question) -> tuple[list[str], list[Any]]:
         family, _, _ = network_words(question.host)
         low = question.host.network_address.packed.ljust(16, b"\0")
         high = question.host.broadcast_address.packed.ljust(16, b"\0")
-        wheres.append("family = ? AND (laddr BETWEEN ? AND ? OR raddr BETWEEN ? AND ?)")
+        near = "raddr BETWEEN ? AND ? OR forwarded AND laddr BETWEEN ? AND ?"
+        wheres.append(f"family = ? AND ({near})")
         values += [family, low, high, low, high]
     return wheres, values
 

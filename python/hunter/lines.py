@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hunter.columns import Columns, Details, Holders, columns
-from hunter.names import Names, service
+from hunter.names import Names, netns, service
 from hunter.text import plain
 from nlproto import wire
 from nlproto.pipeline import NamedBatch
@@ -50,6 +50,8 @@ class Style:
     times: int = 0
     flags: bool = True
     """Whether TCP's flags are known; a saved file has none."""
+    netns: int | None = None
+    """The reader's own network namespace: packets of others say theirs."""
 
 
 class LinePrinter:
@@ -111,6 +113,8 @@ class LinePrinter:
             if table.proto[i] == "tcp" and self._style.flags and not self._style.quiet:
                 parts.append((f" [{_TCP_FLAGS[flags[i]]}]", "dim"))
             parts += self._owner(table, i)
+            if self._style.netns not in (None, table.netns[i]):
+                parts.append((f" netns {plain(netns(table.netns[i]))}", "blue"))
             if self._style.verbose:
                 parts.append((self._more(table, records, i), "dim"))
             rows.append(parts)

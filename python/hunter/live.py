@@ -20,7 +20,7 @@ from hunter.save_jsonl import JsonSaver
 from hunter.saving import Saver, format_of, open_saver
 from hunter.source import Source, open_source
 from hunter.summary import Summary
-from nlproto import Error
+from nlproto import Error, netns
 from nlproto.pipeline import NamedBatch
 
 __all__ = ["Stop", "run"]
@@ -73,7 +73,12 @@ def run(
         elif options.print or not options.save:
             names = stack.enter_context(Names())
             style = Style(
-                options.numbers, options.quiet, options.verbose, options.times, not options.read
+                options.numbers,
+                options.quiet,
+                options.verbose,
+                options.times,
+                not options.read,
+                netns.own(),
             )
             takes.append(LinePrinter(style, source, source.holders, names).add)
         summary = Summary() if options.summary else None
