@@ -126,7 +126,7 @@ _shtab_packet_hunter_who_options=(
   "--pid[what this process talks to]:P:_pids"
   "--pname[what processes so named talk to]:NAME:"
   "--since[seen so long ago at most (60s, 5m)]:S:"
-  "--limit[at most N flows]:N:"
+  "--limit[at most N rows of a table (default\: 50)\; with --json\: N flows (1000)]:N:"
   "--json[one JSON object]"
   "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
 )

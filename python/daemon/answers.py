@@ -13,9 +13,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from daemon.history import End, History, Question, flow_fields, network_words
+from daemon.history import End, History, Question, flow_fields
+from daemon.now import Looking, holder, sockets_now
 from daemon.requests import History as HistoryRequest
 from daemon.requests import Key, Lookup, OwnerOf, Who
+from nlproto.bound import KernelSockets
 from nlproto.errors import UsageError
 from nlproto.flows import pack_address
 from nlproto.pipeline import Pipeline
@@ -81,6 +83,9 @@ class Answers:
     history: History
     past: Past | None = None
     past_process: Callable[[int, int], Process | None] | None = None
+    kernel: KernelSockets | None = None
+    remembers_since: Callable[[], float] = time.time
+    """Unix time: what was seen later is still known."""
 
     def is_cheap(self, request: OwnerOf) -> bool:
         """Whether the answer takes less time than another thread takes to begin with it."""
@@ -110,14 +115,7 @@ class Answers:
             entry = sockets.get(name)
             if entry is None:
                 sockets[name] = entry = self._owner_fields(owner)
-            entry["holders"].append(
-                {
-                    "pid": owner.tgid,
-                    "start_ns": owner.start_ns,
-                    "comm": owner.comm,
-                    "uid": owner.uid,
-                }
-            )
+            entry["holders"].append(holder(owner.tgid, owner.start_ns, owner.comm, owner.uid))
         return list(sockets.values())
 
     def _owner_fields(self, owner: Owner) -> dict[str, Any]:
@@ -168,9 +166,12 @@ class Answers:
         )
         total, rows = self._ask(question, stop)
         owners: list[dict[str, Any]] = []
+        owners_total = 0
         if request.at is None and not isinstance(request, HistoryRequest):
-            owners = self._owners_now(question, network, uid, stop, room)
-        owners_now = room.fill(owners[: request.limit])
+            looking = Looking(uid, stop)
+            owners_total, owners = self._owners_now(question, looking)
+            room.truncated |= looking.truncated
+        owners_now = room.fill(owners)
         keys: dict[tuple[int, int], None] = {}
         for owner in owners[: len(owners_now)]:
             keys.update(((one["pid"], one["start_ns"]), None) for one in owner["holders"])
@@ -186,10 +187,13 @@ class Answers:
         flows = room.fill(fields())
         return {
             "owners": owners_now,
+            "owners_total": owners_total,
+            "complete": self.kernel is None or self.kernel.looked_ns > 0,
+            "since": self.remembers_since(),
             "flows": flows,
             "total": total,
             "processes": room.fill(self._processes(keys, uid, stop)),
-            "truncated": room.truncated or total > len(flows) or len(owners) > len(owners_now),
+            "truncated": room.truncated or total > len(flows) or owners_total > len(owners_now),
         }
 
     def _ask(self, question: Question, stop: Stop) -> tuple[int, list[tuple[int, np.void]]]:
@@ -200,35 +204,16 @@ class Answers:
         rows = sorted(rows + older, key=lambda row: -int(row[1]["last_ns"]))
         return total + older_total, rows[: question.limit]
 
-    def _owners_now(
-        self,
-        question: Question,
-        network: ipaddress.IPv4Network | ipaddress.IPv6Network | None,
-        uid: int | None,
-        stop: Stop,
-        room: Room,
-    ) -> list[dict[str, Any]]:
-        portmap = self.pipeline.portmap
-        if portmap is None:
-            return []
-        if question.port is None and question.pid is None and question.pname is None:
-            if network is None:
-                return []
-        keys = None
-        if question.port is None and (question.pid is not None or question.pname is not None):
-            name = None if question.comm is None else question.comm.decode("utf-8", "replace")
-            keys = {one.key for one in self.pipeline.processes.find(question.pid, name)}
-        owners = portmap.select(
-            port=question.port,
-            proto=question.proto,
-            tgid=question.pid,
-            comm=question.comm,
-            uid=uid,
-            keys=keys,
-            network=None if network is None else network_words(network),
-            limit=_MAX_HOLDERS + 1,
-        )
-        return self._grouped(owners, stop, room)
+    def _owners_now(self, question: Question, looking: Looking) -> tuple[int, list[dict[str, Any]]]:
+        """How many sockets there are now, and the first of them."""
+        if self.kernel is None:
+            return 0, []
+        total, found = sockets_now(self.pipeline, self.kernel, question, looking)
+        for one in found:
+            looking.stop()
+            process = self.pipeline.processes.get(one["pid"], one["start_ns"])
+            one["exe"] = process.exe if process else ""
+        return total, found
 
     def _processes(
         self, keys: Iterable[tuple[int, int]], uid: int | None, stop: Stop

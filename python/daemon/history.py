@@ -51,6 +51,7 @@ class Question:
     port: int | None = None
     proto: int | None = None
     host: ipaddress.IPv4Network | ipaddress.IPv6Network | None = None
+    """Of the far end; of a forwarded flow: of either."""
     pid: int | None = None
     pname: str | None = None
     uid: int | None = None
@@ -233,10 +234,9 @@ class History:
         if question.host is not None and len(rows):
             family, base, bits = network_words(question.host)
             rows = rows[columns["family"][rows] == family]
-            near = np.zeros(len(rows), bool)
-            for name in ("laddr", "raddr"):
-                near |= ((columns[name][rows] & bits) == base).all(axis=1)
-            rows = rows[near]
+            near = ((columns["raddr"][rows] & bits) == base).all(axis=1)
+            lower = ((columns["laddr"][rows] & bits) == base).all(axis=1)
+            rows = rows[near | (lower & (columns["forwarded"][rows] != 0))]
         return rows
 
     def _between(self, local: End, remote: End) -> np.ndarray:

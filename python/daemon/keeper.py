@@ -47,6 +47,8 @@ class Keeper:
         self._announce = announce
         self._ring_bytes = ring_bytes
         self._stopping = threading.Event()
+        self.kernel = KernelSockets()
+        """What the last look found."""
         self._failures = Failures("keeper")
         self._thread = threading.Thread(
             target=lambda: keep_going(self._keep, self._failures, on_death),
@@ -68,7 +70,7 @@ class Keeper:
         self._thread.join()
 
     def _keep(self) -> bool:
-        with KernelSockets() as self._kernel:
+        with self.kernel:
             self._go_round()
         return False
 
@@ -100,7 +102,7 @@ class Keeper:
         if portmap is None:
             return
         before = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-        found = self._kernel.read()
+        found = self.kernel.read()
         portmap.replace_bound(self._known(found.bound), before)
         portmap.add_connected(self._known(found.connected), before)
         if found.cookies:

@@ -50,6 +50,7 @@ class Recorder:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._store: Store | None = None
+        self._started = time.time()
         self._file: bytes | None = None
         """What the ids of the history's flows are of."""
         self._tried = time.monotonic()
@@ -120,6 +121,16 @@ class Recorder:
         here = self.history.has(np.array([number for number, _ in rows], np.uint64))
         older = [row for row, known in zip(rows, here.tolist(), strict=True) if not known]
         return len(older), older
+
+    def remembers_since(self) -> float:
+        """Unix time: what was seen later is still known, in memory or in the file."""
+        store = self._store
+        if store is not None:
+            try:
+                return min(self._started, store.first_seen_ns() / 1e9)
+            except Error as error:
+                self._failed("not read", error)
+        return max(self._started, self.history.horizon_ns / 1e9)
 
     def past_process(self, tgid: int, start_ns: int) -> Process | None:
         store = self._store

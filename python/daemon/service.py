@@ -103,12 +103,14 @@ class Service:
     async def _serve(self, socket_file: SocketFile, pipeline: Pipeline, recorder: Recorder) -> None:
         loop = asyncio.get_running_loop()
         answers = Answers(pipeline, recorder.history, recorder.past, recorder.past_process)
+        answers.remembers_since = recorder.remembers_since
         server = Server(
             loop, answers, self.config, lambda: figures(pipeline, recorder), self._bounds
         )
         keeper = Keeper(
             self.config.engine, pipeline, server.announce, self._die, self.config.ring_size
         )
+        answers.kernel = keeper.kernel
         metrics = Metrics(self.config, server.figures)
         for take in (recorder.take, metrics.take, server.publish):
             pipeline.subscribe(take)

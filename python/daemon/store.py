@@ -248,8 +248,11 @@ class Store:
     def last_seen_ns(self) -> int:
         return int(self._one("SELECT coalesce(max(last_ns), 0) FROM flows"))
 
-    def _one(self, query: str) -> Any:
-        row = self._one_row(query)
+    def first_seen_ns(self) -> int:
+        return int(self._one("SELECT coalesce(min(last_ns), ?) FROM flows", time.time_ns()))
+
+    def _one(self, query: str, *values: Any) -> Any:
+        row = self._one_row(query, *values)
         return None if row is None else row[0]
 
     def _one_row(self, query: str, *values: Any) -> Any:
@@ -469,7 +472,8 @@ def _conditions(question: Question) -> tuple[list[str], list[Any]]:
         family, _, _ = network_words(question.host)
         low = question.host.network_address.packed.ljust(16, b"\0")
         high = question.host.broadcast_address.packed.ljust(16, b"\0")
-        wheres.append("family = ? AND (laddr BETWEEN ? AND ? OR raddr BETWEEN ? AND ?)")
+        near = "raddr BETWEEN ? AND ? OR forwarded AND laddr BETWEEN ? AND ?"
+        wheres.append(f"family = ? AND ({near})")
         values += [family, low, high, low, high]
     return wheres, values
 

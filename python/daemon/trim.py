@@ -37,9 +37,7 @@ _AT_ONCE = 1 << 20  # of these, so that one look at the index serves for many
 _ALONE_OF = (
     f"SELECT tgid, start_ns, size FROM processes WHERE payer = ? AND {_ALONE} ORDER BY seen LIMIT ?"
 )
-_OLDEST_OF = (
-    "SELECT id, comm, tgid, start_ns FROM flows WHERE payer = ? ORDER BY seen, id LIMIT ?"
-)
+_OLDEST_OF = "SELECT id, comm, tgid, start_ns FROM flows WHERE payer = ? ORDER BY seen, id LIMIT ?"
 _DELETE_FLOW = "DELETE FROM flows WHERE id = ?"
 _DELETE_PROCESS = f"DELETE FROM processes WHERE tgid = ? AND start_ns = ? AND {_ALONE}"
 

@@ -336,7 +336,8 @@ def _top_parser() -> argparse.ArgumentParser:
 def _who_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "who",
-        "Which process owns, or owned, the traffic of a port, host or process.",
+        "Which process owns, or owned, the traffic of a port, host or process. Exits 1 when nobody"
+        " is found.",
         "examples:\n  packet-hunter who --port 8080\n"
         "  packet-hunter who --port 53 --proto udp --since 10m --json\n",
     )
@@ -350,7 +351,12 @@ def _who_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--since", metavar="S", type=_seconds, help="seen so long ago at most (60s, 5m)"
     )
-    parser.add_argument("--limit", metavar="N", type=_count, help="at most N flows")
+    parser.add_argument(
+        "--limit",
+        metavar="N",
+        type=_count,
+        help="at most N rows of a table (default: 50); with --json: N flows (1000)",
+    )
     _add_json(parser)
     _add_socket(parser)
     return parser

@@ -20,7 +20,7 @@ from hunter.columns import (
     columns,
     tcp_flags,
 )
-from hunter.names import Names, service
+from hunter.names import Names, netns, service
 from hunter.text import plain
 from nlproto.pipeline import NamedBatch
 
@@ -37,6 +37,8 @@ class Style:
     quiet: bool = False
     verbose: int = 0
     times: int = 0
+    netns: int | None = None
+    """The reader's own network namespace: packets of others say theirs."""
 
 
 class LinePrinter:
@@ -102,6 +104,8 @@ class LinePrinter:
             if known and not self._style.quiet:
                 parts.append((f" [{_TCP_FLAGS[flags[i]]}]", "dim"))
             parts += self._owner(table, i)
+            if self._style.netns not in (None, table.netns[i]):
+                parts.append((f" netns {plain(netns(table.netns[i]))}", "blue"))
             if self._style.verbose:
                 parts.append((self._more(table, records, i), "dim"))
             rows.append(parts)

@@ -21,7 +21,7 @@ from hunter.save_jsonl import JsonSaver
 from hunter.saving import Saver, format_of, open_saver, refuse_input
 from hunter.source import Source, open_source
 from hunter.summary import Summary
-from nlproto import Error
+from nlproto import Error, netns
 from nlproto.pipeline import NamedBatch
 
 __all__ = ["Stop", "run"]
@@ -77,7 +77,9 @@ def run(
         outputs: dict[str, Saver | LinePrinter] = {**savers}
         if options.print or not (options.save or options.summary or options.json):
             names = stack.enter_context(Names())
-            style = Style(options.numbers, options.quiet > 0, options.verbose, options.times)
+            style = Style(
+                options.numbers, options.quiet > 0, options.verbose, options.times, netns.own()
+            )
             printer = LinePrinter(style, source, source.holders, names)
             outputs["standard output"] = printer
             takes.append(printer.add)

@@ -6,23 +6,25 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
-import socket
+import time
 from typing import Any
 
 import numpy as np
 
 from nlproto import NoPrivilege, UsageError, procfs, wire
 from nlproto.holders import Holders
-from nlproto.sockdiag import SockDiag, TcpState
-from nlproto.wire import address_text
+from nlproto.sockdiag import SockDiag
+from nlproto.sockets import fields, fitting, held, unmapped
 
 __all__ = ["owners_now"]
+
+_PROTOS = {name: number for number, name in wire.PROTO_NAMES.items()}
 
 
 def owners_now(options: argparse.Namespace) -> dict[str, Any]:
     """Return what op "who" of the daemon does, as far as the kernel's tables tell.
 
-    `options`: port, proto, host, pid, pname, limit. Raises UsageError.
+    `options`: port, proto, host, pid, pname. Raises UsageError.
     """
     network = None
     if options.host:
@@ -30,21 +32,26 @@ def owners_now(options: argparse.Namespace) -> dict[str, Any]:
             network = ipaddress.ip_network(options.host, strict=False)
         except ValueError:
             raise UsageError(f"--host {options.host}: neither an address nor a network") from None
+    proto = _PROTOS[options.proto] if options.proto else None
+    table = unmapped(_sockets())
+    table = table[held(table) & fitting(table, options.port, proto, network)]
     holders = Holders()
     holders.walk()
     owners: list[dict[str, Any]] = []
     processes: dict[int, dict[str, Any]] = {}
-    for one in _sockets():
-        if not _fits(one, options, network):
-            continue
-        owner = _owner(one, holders, options, processes)
+    # listeners before others
+    for index in np.lexsort((table["sport"], table["dport"] != 0)).tolist():
+        owner = _owner(table[index], holders, options, processes)
         if owner is not None:
             owners.append(owner)
     return {
-        "owners": owners[: options.limit],
+        "owners": owners,
+        "owners_total": len(owners),
         "flows": [],
         "total": 0,
         "truncated": False,
+        "complete": True,
+        "since": time.time(),
         "processes": list(processes.values()),
     }
 
@@ -55,17 +62,6 @@ def _sockets() -> np.ndarray:
             return diag.dump()
     except NoPrivilege:
         return procfs.tables()
-
-
-def _fits(one: np.void, options: argparse.Namespace, network: Any) -> bool:
-    if options.port and options.port not in (one["sport"], one["dport"]):
-        return False
-    if options.proto and wire.PROTO_NAMES[int(one["proto"])] != options.proto:
-        return False
-    if network is not None:
-        remote = ipaddress.ip_address(address_text(int(one["family"]), one["daddr"].tobytes()))
-        return remote in network
-    return True
 
 
 def _owner(
@@ -94,7 +90,7 @@ def _owner(
         if details is not None:
             processes[pid] = {
                 name: getattr(details, name)
-                for name in ("tgid", "start_ns", "comm", "exe", "unit", "container", "uid", "user")
+                for name in "tgid start_ns comm exe unit container uid user ppid".split()
             }
     if not named and not options.port:
         return None
@@ -103,18 +99,8 @@ def _owner(
     )
     pid_of_first = first["pid"]
     known = processes.get(int(str(pid_of_first))) if pid_of_first is not None else None
-    return first | {
-        "netns": os.stat("/proc/self/ns/net").st_ino,
-        "proto": wire.PROTO_NAMES[int(one["proto"])],
-        "address": address_text(int(one["family"]), one["saddr"].tobytes()),
-        "port": int(one["sport"]),
-        "exe": known["exe"] if known else "",
-        "cookie": int(one["cookie"]),
-        "listening": _listens(one),
-        "holders": named,
-    }
-
-
-def _listens(one: np.void) -> bool:
-    unconnected = one["proto"] == socket.IPPROTO_UDP and not one["dport"]
-    return bool(one["state"] == TcpState.LISTEN or unconnected)
+    return (
+        fields(os.stat("/proc/self/ns/net").st_ino, one)
+        | first
+        | {"exe": known["exe"] if known else "", "holders": named}
+    )

@@ -15,6 +15,7 @@ from nlproto.holders import Holders
 from nlproto.portmap import BoundSocket
 from nlproto.procfs import Owner
 from nlproto.sockdiag import TcpState
+from nlproto.sockets import held
 from nlproto.wire import text
 
 __all__ = ["KernelSockets", "Sockets"]
@@ -36,7 +37,7 @@ class Sockets(NamedTuple):
     connected: list[BoundSocket]
     """Some of the connected ones; each is among them once in a round of a minute."""
     cookies: set[int]
-    """Of all sockets; empty where sock_diag is refused."""
+    """Of all sockets that a process still has; empty where sock_diag is refused."""
 
 
 class KernelSockets:
@@ -51,6 +52,10 @@ class KernelSockets:
         self._held: dict[int, tuple[int, tuple[Owner, ...]]] = {}
         self._round_ns = now_ns()
         self._waiting: list[tuple[int, np.void]] = []
+        self.tables: dict[int, np.ndarray] = {}
+        """{namespace: all its sockets (HOST_SOCKET)} as of the last look."""
+        self.looked_ns = 0
+        """When it began, CLOCK_MONOTONIC; 0: there was none yet."""
 
     def __enter__(self) -> Self:
         return self
@@ -58,12 +63,24 @@ class KernelSockets:
     def __exit__(self, *_: object) -> None:
         self._diags.close()
 
+    def holders_of(self, inode: int) -> Iterator[Owner]:
+        """Who holds a socket at this moment, as far as known; from any thread."""
+        return self._holders.peek(inode)
+
     def read(self) -> Sockets:
+        began = self._now_ns()
         tables = self._diags.tables()
+        found = self._read(tables)
+        self.tables, self.looked_ns = tables, began
+        return found
+
+    def _read(self, tables: dict[int, np.ndarray]) -> Sockets:
         bound = {number: table[_is_bound(table)] for number, table in tables.items()}
         inodes = {inode for table in bound.values() for inode in table["inode"].tolist()}
         self._held = {inode: held for inode, held in self._held.items() if inode in inodes}
-        cookies = {cookie for table in tables.values() for cookie in table["cookie"].tolist()}
+        cookies = {
+            cookie for table in tables.values() for cookie in table["cookie"][held(table)].tolist()
+        }
         return Sockets(
             [
                 entry

@@ -16,7 +16,7 @@ import numpy as np
 from nlproto.processes import Key
 from nlproto.shares import Payers, surplus
 from nlproto.table import Table, mix
-from nlproto.wire import RECORD, address_text, text
+from nlproto.wire import RECORD, address_text, lib, text
 
 __all__ = ["BoundSocket", "Endpoint", "Owner", "PortMap"]
 
@@ -128,8 +128,9 @@ class PortMap:
         return self._table.columns
 
     def update(self, flows: np.ndarray) -> None:
-        """Learn from FLOWs; forwarded and unnamed ones tell nothing."""
-        useful = flows[(flows["tgid"] != 0) & (flows["forwarded"] == 0)]
+        """Learn from FLOWs; forwarded, unnamed and those of closed sockets tell nothing."""
+        dead = flows["flags"] & lib.SNIFFER_F_DEAD != 0
+        useful = flows[(flows["tgid"] != 0) & (flows["forwarded"] == 0) & ~dead]
         rows = np.zeros(len(useful), _ROW)
         for name in ("start_ns", "cookie", "netns", "tgid", "uid", "proto", "family", "comm"):
             rows[name] = useful[name]

@@ -114,9 +114,11 @@ def tcpdump(path, *words, netns=None):
     dump = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while "listening on" not in (line := dump.stderr.readline()):
         assert line, "tcpdump ended at once"
-    yield
-    dump.send_signal(signal.SIGINT)
-    dump.communicate(timeout=20)
+    try:
+        yield
+    finally:
+        dump.send_signal(signal.SIGINT)
+        dump.communicate(timeout=20)
 
 
 def annotate(daemon, trace, out, *words):
@@ -231,25 +233,33 @@ with socket.create_server(("127.0.0.1", int(sys.argv[1])), backlog=512) as serve
 """
 
 
-@needs_captures
-@pytest.mark.parametrize("port", [8081, 50051])
-def test_many_connections_to_a_port_are_named_however_high_it_is(port, daemon, tmp_path):
-    count, trace, out = 300, tmp_path / "x.pcap", tmp_path / "out.pcapng"
+@contextlib.contextmanager
+def echoes(port, count):
     server = subprocess.Popen(
         [sys.executable, "-c", ECHOES, str(port), str(count)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert server.stdout.readline() == "listening\n"
-    with tcpdump(trace, f"tcp port {port}"):
+    try:
+        assert server.stdout.readline() == "listening\n"
+        yield server
+    finally:
+        server.kill()
+        server.communicate()
+
+
+@needs_captures
+@pytest.mark.parametrize("port", [8081, 50051])
+def test_many_connections_to_a_port_are_named_however_high_it_is(port, daemon, tmp_path):
+    count, trace, out = 300, tmp_path / "x.pcap", tmp_path / "out.pcapng"
+    with echoes(port, count) as server, tcpdump(trace, f"tcp port {port}"):
         for _ in range(count):
             with socket.create_connection(("127.0.0.1", port)) as peer:
                 peer.sendall(b"x" * 50)
                 peer.recv(50)
                 time.sleep(0.03)  # engine packet names whom it can still ask
         known(daemon, count, port=port)
-    server.communicate("\n")
     with DaemonClient(daemon) as client:
         flows = until(lambda: client.who(port=port, limit=10_000)["flows"])
     clients = {flow["lport"] for flow in flows if flow["pid"] and flow["rport"] == port}
@@ -279,15 +289,8 @@ with socket.socket() as peer:
 def test_a_tuple_that_one_process_after_another_uses(daemon, tmp_path):
     """Each packet's client is the process whose connection it is, or said to be uncertain."""
     trace, out, port = tmp_path / "x.pcap", tmp_path / "out.pcapng", 8082
-    server = subprocess.Popen(
-        [sys.executable, "-c", ECHOES, str(port), "10"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert server.stdout.readline() == "listening\n"
     spans = []
-    with tcpdump(trace, f"tcp port {port}"):
+    with echoes(port, 10), tcpdump(trace, f"tcp port {port}"):
         for turn in range(8):
             began = time.time()
             client = subprocess.Popen(
@@ -297,8 +300,6 @@ def test_a_tuple_that_one_process_after_another_uses(daemon, tmp_path):
             spans.append((began, time.time(), client.pid))
         known(daemon, 1, port=port)
         time.sleep(0.5)
-    server.kill()
-    server.communicate()
     named, ambiguous, _ = annotate(daemon, trace, out)
     done = subprocess.run(
         ["tshark", "-r", out, "-n", "-T", "fields", "-E", "separator=|"]

@@ -1,21 +1,48 @@
 # SPDX-License-Identifier: MIT
 """Answers have a size, and say when something has no room; equal questions are worked out once."""
 
+import itertools
+import socket
+
 import msgspec
+import numpy as np
 import pytest
 
+from daemon import now
 from daemon.answers import Answers, Room
 from daemon.history import History
 from daemon.requests import Key, Lookup, OwnerOf, Who
 from nlproto.flows import pack_address
 from nlproto.portmap import BoundSocket, PortMap
 from nlproto.processes import Processes
+from nlproto.procfs import Identity, Owner
+from nlproto.sockdiag import HOST_SOCKET, TcpState
 
 
 class Pipeline:
     def __init__(self):
         self.portmap = PortMap()
         self.processes = Processes()
+
+
+class Kernel:
+    """Listeners at port 80, each with the same holders, of which `peeked` were looked at."""
+
+    looked_ns = 1
+
+    def __init__(self, holders, sockets=1):
+        rows = np.zeros(sockets, HOST_SOCKET)
+        rows["family"], rows["proto"] = socket.AF_INET, socket.IPPROTO_TCP
+        rows["state"], rows["sport"], rows["uid"] = TcpState.LISTEN, 80, 1000
+        rows["saddr"][:, :4] = (127, 0, 0, 1)
+        rows["cookie"] = rows["inode"] = np.arange(7, 7 + sockets)
+        self.tables = {1: rows}
+        self.holders, self.peeked = holders, 0
+
+    def holders_of(self, inode):
+        for number in self.holders:
+            self.peeked += 1
+            yield Owner(Identity(100 + number, 0), b"holder", 1000 * (number > 4))
 
 
 @pytest.fixture(name="answers")
@@ -30,7 +57,7 @@ def _answers():
         ],
         10,
     )
-    return Answers(pipeline, History(16))
+    return Answers(pipeline, History(16), kernel=Kernel(range(300)))
 
 
 def _decoded(fields):
@@ -64,13 +91,51 @@ def test_an_owner_answer_is_cut_to_its_room(answers):
 def test_holders_of_others_are_not_even_looked_at(answers):
     (owner,) = _decoded(answers.owner(OwnerOf(1, port=80), 0))["owners"]
     assert len(owner["holders"]) == 5
-    (owner,) = _decoded(answers.who(Who(1, host="127.0.0.0/8"), 0))["owners"]
-    assert {holder["uid"] for holder in owner["holders"]} == {0}
+
+
+def test_a_user_is_shown_own_holders_of_a_socket_and_no_socket_without(answers):
+    shown = _decoded(answers.who(Who(1, port=80), 1000))
+    (owner,) = shown["owners"]
+    assert {holder["uid"] for holder in owner["holders"]} == {1000} and owner["uid"] == 1000
+    assert len(owner["holders"]) == 295
+    for uid in (0, 1001):
+        nobody = answers.who(Who(1, port=80), uid)
+        shared = uid == 0  # by the port map, who uses the socket
+        assert (len(nobody["owners"]), nobody["owners_total"]) == (shared, shared)
+
+
+@pytest.mark.parametrize("sockets", [1, 3])
+def test_however_many_hold_a_socket_so_many_are_looked_at(answers, monkeypatch, sockets):
+    monkeypatch.setattr(now, "_HOLDERS", 50)
+    answers.kernel = Kernel(itertools.count(), sockets)
+    answer = answers.who(Who(1, port=80), None)
+    assert answers.kernel.peeked <= 50 + sockets
+    assert answer["truncated"] is True
+
+
+def test_however_many_sockets_there_are_so_many_are_looked_at(answers, monkeypatch):
+    monkeypatch.setattr(now, "_LOOKED", 20)
+    answers.kernel = Kernel((), sockets=5000)
+    stops = []
+    answer = answers.who(Who(1, port=80), None, stop=lambda: stops.append(1))
+    assert answer["truncated"] is True and len(stops) < 1000
+
+
+def test_a_question_of_now_that_nobody_waits_for_ends_in_the_middle(answers):
+    answers.kernel = Kernel(itertools.count())
+
+    def stop():
+        if answers.kernel.peeked > 100:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answers.who(Who(1, port=80), None, stop=stop)
+    assert answers.kernel.peeked == 101
 
 
 def test_an_answer_over_a_frame_is_cut_not_refused(answers):
     for number in range(300):
-        answers.pipeline.processes.add(100 + number, 5, "x" * 1000, 1000)
+        answers.pipeline.processes.add(100 + number, 0, "x" * 1000, 1000)
     answer = answers.who(Who(1, port=80), None, room=Room(100_000))
     assert len(msgspec.json.encode(answer)) < 101_000
     assert answer["truncated"] is True
