@@ -430,16 +430,17 @@ path, port, root_pid = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 own = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 own.bind(("127.0.0.1", 0))
 own_port = own.getsockname()[1]
+own.connect(own.getsockname())
 with DaemonClient(path) as client:
     client.start()
     print("ready", flush=True)
     sys.stdin.readline()
     for _ in range(3):
-        own.sendto(b"x", ("127.0.0.1", own_port))
+        own.send(b"x")
         time.sleep(0.02)
     ended = client.unsubscribe()
     events = client.read(0)
-    while not client.who(port=own_port)["owners"]:
+    while not client.who(host="127.0.0.1", port=own_port)["owners"]:
         time.sleep(0.02)
     netns = os.stat("/proc/self/ns/net").st_ino
     key = {"netns": netns, "proto": "udp", "address": "127.0.0.1", "port": port}
@@ -478,6 +479,10 @@ def _as_nobody(daemon, receiver, groups=()):
     ]
     arguments = [daemon.path, str(port), str(os.getpid()), json.dumps(list(groups)), str(NOBODY)]
     arguments.append(json.dumps(keys))
+    mine = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    mine.connect(("127.0.0.1", port))
+    with DaemonClient(daemon.path) as client:
+        until(lambda: client.who(host="127.0.0.1", port=port)["owners"])
     child = subprocess.Popen(
         [sys.executable, "-c", _AS_NOBODY, *arguments],
         stdin=subprocess.PIPE,
@@ -489,6 +494,7 @@ def _as_nobody(daemon, receiver, groups=()):
     assert child.stdout.readline() == "ready\n"
     _send(port, 5, 0.02)
     out, _ = child.communicate("go\n", timeout=patient(60))
+    mine.close()
     assert child.returncode == 0
     return json.loads(out)
 
