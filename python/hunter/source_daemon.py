@@ -29,6 +29,7 @@ __all__ = ["Asker", "DaemonSource"]
 
 _HELLO = 3.0  # s, for a daemon that is starting
 _ANSWER = 10.0  # s
+_LAST_ANSWER = 60.0  # s, for the account of all that was recorded: a busy daemon gets there
 
 
 class Asker:
@@ -197,6 +198,7 @@ class DaemonSource:
 
     def _finish(self, client: DaemonClient) -> list[NamedBatch]:
         reply = None
+        client.timeout = _LAST_ANSWER
         with contextlib.suppress(NoDaemon):
             reply = client.unsubscribe()
         batches: list[NamedBatch] = []

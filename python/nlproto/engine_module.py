@@ -1,20 +1,32 @@
 # SPDX-License-Identifier: MIT
 """Engine `module`: sniffer.ko over Netlink, exact."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Self
 
 import numpy as np
 
 from . import wire
-from .errors import VersionMismatch
+from .errors import NoModule, VersionMismatch
 from .netlink import Listener, Sniffer
 from .wire import Batch, ProcessEvent, SnapBatch, lib
 
 __all__ = ["ModuleEngine"]
 
 _BURST = 64  # messages a read() at most, so that its caller gets a turn under a flood
+
+
+_STATE = Path("/sys/module/sniffer/initstate")  # kernel/module/sysfs.c; "live" when it is loaded
+
+
+def _refuse_half_loaded() -> None:
+    """Raise NoModule while insmod is at work: the family answers before the probes are there."""
+    with contextlib.suppress(OSError):
+        if _STATE.read_text() == "coming\n":
+            raise NoModule("sniffer.ko is being loaded; try again in a moment")
 
 
 class ModuleEngine:
@@ -32,6 +44,7 @@ class ModuleEngine:
         notify: Callable[[str], None] | None = None,
     ) -> None:
         self.closing: np.ndarray = np.zeros(0, wire.TAIL)
+        _refuse_half_loaded()
         self._control = Sniffer()
         try:
             self._listener = Listener(groups, notify)

@@ -161,7 +161,17 @@ def run_endless(shell, line):
     return process.returncode
 
 
-def test_each_block_can_be_pasted(shell):
+@pytest.fixture
+def traffic():
+    """What there is on any machine that somebody wants to look at."""
+    script = ROOT / "tests" / "loopback_traffic.py"
+    process = subprocess.Popen([sys.executable, script, "600"])
+    yield
+    process.kill()
+    process.wait()
+
+
+def test_each_block_can_be_pasted(shell, traffic):
     for block in blocks():
         for line in block:
             if line in ELSEWHERE:

@@ -21,7 +21,7 @@ CHANGES = [
     (SECURITY, r"int security_socket_bind\(", "int security_socket_tie(", "security_socket_bind"),
     (SECURITY, r"(post_create\(struct socket \*sock), int family", r"\1", "socket_post_create"),
     (SECURITY, r"graft\(struct sock ?\*sk, ", "graft(", "security_sock_graft"),
-    (SECURITY, r"security_file_receive", "security_file_got", "security_file_receive"),
+    ("net/sock.h", r"__receive_sock\(", "__got_sock(", "__receive_sock"),
     (SECURITY, r"security_sk_free\(struct sock \*", "security_sk_free(struct socket *", "sk_free"),
     ("linux/fs.h", r"locks_remove_posix\(", "locks_drop_posix(", "locks_remove_posix"),
     (SCHED, r"(sched_process_exec,\s+TP_PROTO\()struct task_struct \*p, ", r"\1", "process_exec"),

@@ -169,7 +169,8 @@ def test_a_module_that_is_unloaded_and_loaded_again_is_noticed_and_used_again(
     assert sent + 5 <= end["sent"] <= sent + 8
     assert end["account"]["closes"]
     assert end["account"]["gap_ms"] > 0
-    assert hunter.end(signal.SIGINT) == 0
+    assert hunter.end(signal.SIGINT) == 0, hunter.text()
+    assert "probes do not fire" not in hunter.text()
     closing(hunter.text())
     assert "nothing was recorded for" in hunter.text()
     assert daemon.end(signal.SIGTERM) == 0
