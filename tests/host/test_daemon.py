@@ -481,6 +481,7 @@ def _as_nobody(daemon, receiver, groups=()):
     arguments.append(json.dumps(keys))
     mine = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     mine.connect(("127.0.0.1", port))
+    mine.send(b"x")
     with DaemonClient(daemon.path) as client:
         until(lambda: client.who(host="127.0.0.1", port=port)["owners"])
     child = subprocess.Popen(
