@@ -63,6 +63,9 @@ class Places(Generic[T]):
             return
         user, weight = found
         self._sum -= weight
-        self._by_user[user] -= weight
-        if not self._by_user[user]:
-            del self._by_user[user]
+        # who weighs nothing (a filter without tests) may be the last one
+        left = self._by_user.get(user, 0) - weight
+        if left:
+            self._by_user[user] = left
+        else:
+            self._by_user.pop(user, None)

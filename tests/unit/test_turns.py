@@ -56,3 +56,12 @@ def test_users_take_turns_and_within_a_user_the_oldest_comes_first():
         order.append(rounds.next())
     assert order == ["a", "x", "b", "c"]
     assert rounds.next() is None
+
+
+def test_who_weighs_nothing_may_be_the_last_to_leave():
+    places = Places(16)
+    places.take("everything", None, 0)
+    places.take("filtered", None, 3)
+    places.give_back("filtered")
+    places.give_back("everything")
+    assert places.taken == 0 and places.has_room(None, 16)
