@@ -151,7 +151,7 @@ def test_a_line_shows_the_container_of_its_process(container, tmp_path):
         [*command, "--netns", str(netns)], capture_output=True, text=True, timeout=patient(100)
     )
     for line in done.stdout.splitlines():
-        assert line.endswith(f" inside-worker.{pid} docker:{identity[:12]}"), line
+        assert f" inside-worker.{pid} docker:{identity[:12]} netns " in line, line
     assert len(done.stdout.splitlines()) == 4
 
 

@@ -193,7 +193,7 @@ def test_a_flow_that_two_namespaces_had_is_never_the_others(twins, daemon, tmp_p
     for place in (names[0], os.stat(f"/run/netns/{names[0]}").st_ino):
         named, ambiguous, done = annotate(daemon, trace, out, "--netns", str(place))
         rows = comments(out)
-        assert named == len(rows) and ambiguous == 0
+        assert named == len(rows), rows
         assert all("client-a" in row and "server-a" in row for row in rows)
         assert not any("-b" in row for row in rows)
 
