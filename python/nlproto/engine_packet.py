@@ -11,7 +11,7 @@ import contextlib
 import select
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -21,6 +21,7 @@ import numpy as np
 from . import descriptors, netns, procfs, wire
 from .capture import Capture
 from .clock import Clock
+from .engine import Event
 from .errors import Error, NoPrivilege
 from .holders import Holders
 from .netns import Interfaces
@@ -109,6 +110,7 @@ class PacketEngine:
     """
 
     name = "packet"
+    group = "packets"
 
     def __init__(
         self,
@@ -340,6 +342,9 @@ class PacketEngine:
     def want_snaps(self, wanted: bool) -> bool:
         self._snapping = wanted
         return True
+
+    def want_packets(self, wanted: bool) -> Iterable[Event]:
+        return ()  # there is nothing else to be had
 
     def flush(self) -> np.ndarray:
         """Return where the stream stands; there is nothing held back that read() does not see."""
