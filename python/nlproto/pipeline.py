@@ -11,32 +11,34 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from nlproto.account import Account
 from nlproto.clock import Clock
-from nlproto.engine import Engine
+from nlproto.engine import Engine, Event
 from nlproto.errors import Error
-from nlproto.flows import summarize
+from nlproto.flows import group, summarize
 from nlproto.merge import Merge
 from nlproto.portmap import PortMap
 from nlproto.processes import Processes
 from nlproto.queue import MessageQueue
 from nlproto.snaps import Snaps
 from nlproto.supervise import PATIENCE, Failures, described, keep_going
-from nlproto.wire import BATCH, RECORD, Batch, ProcessEvent, SnapBatch, lib
+from nlproto.wire import BATCH, FLOW_RECORD, RECORD, Batch, FlowBatch, ProcessEvent, lib
 
 __all__ = ["NamedBatch", "Names", "Pipeline", "QUEUE_BYTES"]
 
 QUEUE_BYTES = 64 << 20
 _RAW = np.dtype((np.void, RECORD.itemsize))
+_RAW_FLOW = np.dtype((np.void, FLOW_RECORD.itemsize))
 _PROCESS_BYTES = 600  # a ProcessEvent with its strings
 _CHUNK = 64  # batches that the worker takes at once
 _ASK = 1.0  # s between two looks at the engine's own figures
+_NO_RECORDS = np.empty(0, RECORD)
 _DRAIN = 0.5  # s
 _POLL = 0.1  # s, longest wait of either thread
 _FLUSH_NS = 20_000_000  # SNIFFER_FLUSH_MS_DEFAULT, see Merge
@@ -51,7 +53,7 @@ class NamedBatch:
     head: np.void
     """BATCH of the last one. Its clocks are right for all, its counters for its CPU alone."""
     records: np.ndarray
-    """RECORD; not to be written by subscribers, who share it."""
+    """RECORD; not to be written by subscribers, who share it. None where flows came."""
     clock: Clock
     flows: np.ndarray | None = None
     """The records summed up (nlproto.flows.FLOW), when the pipeline made this batch."""
@@ -71,8 +73,9 @@ class _Marker:
     passed: Callable[[], None]
 
 
-Item = Batch | ProcessEvent | SnapBatch | _Marker
+Item = Event | _Marker
 Take = Callable[[NamedBatch], None]
+B = TypeVar("B", Batch, FlowBatch)
 
 
 class Pipeline:
@@ -84,6 +87,8 @@ class Pipeline:
 
     What fails otherwise is logged, its records are lost in "failed", and both threads go on. One
     that only fails for `patience` s ends and calls `on_death(error)`: the program must end too.
+
+    `packets` False: flows will do where the engine has them, until want_packets().
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class Pipeline:
         on_failure: Callable[[Error], None] | None = None,
         on_death: Callable[[Error], None] | None = None,
         patience: float = PATIENCE,
+        packets: bool = True,
     ) -> None:
         self.account = account
         self.processes = processes
@@ -121,6 +127,9 @@ class Pipeline:
         self._working = Failures("worker", patience)
         self.snaps = Snaps()
         self._snapping = False
+        self._packets = packets
+        self._asked_for = True
+        """Whether the engine was asked for packets, as it is at its start."""
         self._takes: tuple[Take, ...] = ()
         self._merge = Merge(_FLUSH_NS)
         self._head: np.void | None = None
@@ -160,8 +169,9 @@ class Pipeline:
         self.queue.close()
         self._worker.join()
         # nothing, unless the worker has died
-        left = [one for one in self.queue.get_many(len(self.queue)) if isinstance(one, Batch)]
-        self._lose(sum(len(batch.records) for batch in left) + len(self._merge))
+        left = self.queue.get_many(len(self.queue))
+        batches = [one for one in left if isinstance(one, Batch | FlowBatch)]
+        self._lose(sum(batch.count for batch in batches) + len(self._merge))
 
     def _die(self, error: Error) -> None:
         if self._on_death is None:
@@ -186,6 +196,14 @@ class Pipeline:
         self._snapping = wanted
         self._merge.interval_ns = _FLUSH_NS * (2 if wanted else 1)
         return self._engine.want_snaps(wanted)
+
+    def want_packets(self, wanted: bool) -> None:
+        """Give subscribers packets one by one, or flows alone; from any thread.
+
+        It holds for all that is recorded after a barrier() that is asked for later. No record is
+        summed up twice or left out.
+        """
+        self._packets = wanted
 
     def switch(self, engine: Engine, timeout: float = 2.0) -> None:
         """Go on with another engine (already open), which is ours then; the present one ends.
@@ -224,6 +242,7 @@ class Pipeline:
             self._change_engine()
         markers = self._take_barriers()
         try:
+            self._choose_group()
             if markers:
                 self._read_all()
             elif self.failed:
@@ -237,11 +256,26 @@ class Pipeline:
         return True
 
     def _open(self) -> None:
-        with self.account_lock:
-            self.account.open(self._engine.opening, self._engine.instance)
+        self._open_account()
         self._opened = True
+        self._asked_for = True
         self._asked = 0.0
         self._ask_engine()
+
+    def _open_account(self) -> None:
+        engine = self._engine
+        with self.account_lock:
+            self.account.open(engine.opening, engine.instance, engine.group)
+
+    def _choose_group(self) -> None:
+        """Packets or flows."""
+        wanted = self._packets
+        if wanted == self._asked_for or self.failed:
+            return
+        self._asked_for = wanted
+        self._collect(self._engine.want_packets(wanted))
+        if not self.failed:
+            self._open_account()
 
     def _take_barriers(self) -> list[_Marker]:
         with self._barrier_lock:
@@ -263,9 +297,12 @@ class Pipeline:
 
     def _read(self, timeout: float) -> int:
         """How many events came."""
+        return self._collect(self._engine.read(timeout))
+
+    def _collect(self, events: Iterable[Event]) -> int:
         count = 0
         try:
-            for event in self._engine.read(timeout):
+            for event in events:
                 self._put(event)
                 count += 1
         except Error as error:
@@ -297,13 +334,9 @@ class Pipeline:
             with self.account_lock:
                 self.account.lose("failed", records)
 
-    def _put(self, event: Batch | ProcessEvent | SnapBatch) -> None:
-        if isinstance(event, Batch):
-            records = np.array(event.records)
-            head: np.void = np.array([event.head], BATCH)[0]
-            with self.account_lock:
-                self.account.add(head, records)
-            lost = self.queue.put(Batch(head, records), records.nbytes + head.nbytes, len(records))
+    def _put(self, event: Event) -> None:
+        if isinstance(event, Batch | FlowBatch):
+            lost = self._put_batch(event)
             self._receiving.clear()
         elif isinstance(event, ProcessEvent):
             lost = self.queue.put(event, _PROCESS_BYTES)
@@ -313,6 +346,22 @@ class Pipeline:
         if lost:
             with self.account_lock:
                 self.account.lose("queue", lost)
+
+    def _put_batch(self, batch: Batch | FlowBatch) -> int:
+        """Count and copy it; how many records of older ones were lost for it."""
+        head: np.void = np.array([batch.head], BATCH)[0]
+        copy: Batch | FlowBatch
+        if isinstance(batch, Batch):
+            found = np.array(batch.records)
+            copy = Batch(head, found)
+            with self.account_lock:
+                self.account.add(head, found)
+        else:
+            found = np.array(batch.flows)
+            copy = FlowBatch(head, found, batch.wire_packets, batch.wire_bytes)
+            with self.account_lock:
+                self.account.add(head, None, copy.count, "flows")
+        return self.queue.put(copy, found.nbytes + head.nbytes, copy.count)
 
     def _change_engine(self) -> None:
         engine, self._next = self._next, None
@@ -338,7 +387,7 @@ class Pipeline:
             for event in self._engine.finish(until_ns):
                 self._put(event)
             with self.account_lock:
-                self.account.close(self._engine.closing)
+                self.account.close(self._engine.closing, self._engine.group)
         except Error as error:
             log.warning("the engine's tail could not be read: %s", error)
         except Exception as error:
@@ -355,11 +404,8 @@ class Pipeline:
         for item in items:
             if isinstance(item, ProcessEvent):
                 self._attempt("a process event", self._learn, item)
-        batches = [item for item in items if isinstance(item, Batch)]
-        if batches and not self._attempt("naming", self._arrive, batches):
-            for batch in batches:  # one of them is to blame, and is lost alone
-                if not self._attempt("naming", self._arrive, [batch]):
-                    self._lose(len(batch.records))
+        self._name([item for item in items if isinstance(item, Batch)], self._arrive)
+        self._name([item for item in items if isinstance(item, FlowBatch)], self._arrive_flows)
         markers = [item for item in items if isinstance(item, _Marker)]
         ended = not items and self.queue.closed
         idle = not items and len(self._merge) > 0
@@ -367,6 +413,12 @@ class Pipeline:
         for marker in markers:
             self._attempt("a question", marker.passed)
         return not ended
+
+    def _name(self, batches: list[B], arrive: Callable[[list[B]], None]) -> None:
+        if batches and not self._attempt("naming", arrive, batches):
+            for batch in batches:  # one of them is to blame, and is lost alone
+                if not self._attempt("naming", arrive, [batch]):
+                    self._lose(batch.count)
 
     def _attempt(self, what: str, work: Callable[..., object], *arguments: object) -> bool:
         """Do work(*arguments); whether it went well."""
@@ -388,6 +440,22 @@ class Pipeline:
         self._head = batches[-1].head
         self._merge.add(records, max(int(batch.head["mono_ns"]) for batch in batches))
 
+    def _arrive_flows(self, batches: list[FlowBatch]) -> None:
+        """Hand on at once: nobody asks for an order of flows."""
+        raw = np.concatenate([batch.flows.view(_RAW_FLOW) for batch in batches])
+        merged = raw.view(FLOW_RECORD)
+        records = np.array(merged["last"])
+        if self.namer is not None:
+            self.namer.name(records)
+        self.processes.add_records(records)
+        flows, belongs = group(records, self._seed)
+        np.minimum.at(flows["first_ns"], belongs, merged["first_ns"])
+        if self.portmap is not None:
+            self.portmap.update(flows)
+        head = batches[-1].head
+        batch = NamedBatch(head, _NO_RECORDS, Clock.from_head(head), flows)
+        self._hand_on(batch, records["how"], merged["records"])
+
     def _learn(self, event: ProcessEvent) -> None:
         process = self.processes.add_event(event)
         if self.portmap is not None and event.event == lib.SNIFFER_EVENT_EXIT:
@@ -407,11 +475,17 @@ class Pipeline:
             self._lose(len(records))
             return
         batch = NamedBatch(self._head, records, Clock.from_head(self._head), flows)
+        self._hand_on(batch, records["how"])
+
+    def _hand_on(
+        self, batch: NamedBatch, hows: np.ndarray, counts: np.ndarray | None = None
+    ) -> None:
+        """`hows`: of the records in it, each of which stands for so many as `counts` says."""
         if not all([self._attempt("a subscriber", take, batch) for take in self._takes]):
-            self._lose(len(records))
+            self._lose(len(hows) if counts is None else int(counts.sum()))
             return
         with self.account_lock:
-            self.account.deliver(records["how"])
+            self.account.deliver(hows, counts)
         self._working.clear()
 
 
