@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlproto import Error, VersionMismatch, wire
-from nlproto.clock import Clock
+from nlproto import Error, VersionMismatch
+from nlproto.records import wire
+from nlproto.records.clock import Clock
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {
@@ -77,7 +78,9 @@ def test_every_field_that_c_wrote_is_read_back_by_numpy():
             if isinstance(value, int):
                 assert int(row[name]) == value, (struct, name)
             else:
-                assert row[name].tobytes() == bytes(wire.ffi.buffer(wire.ffi.addressof(one, name))), (struct, name)
+                assert row[name].tobytes() == bytes(
+                    wire.ffi.buffer(wire.ffi.addressof(one, name))
+                ), (struct, name)
 
 
 def test_no_python_file_repeats_a_layout_of_the_wire():

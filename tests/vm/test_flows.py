@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nlproto import wire
-from nlproto.account import Account
-from nlproto.engine_module import ModuleEngine
-from nlproto.netlink import FLOWS, PACKETS, Listener, Sniffer
-from nlproto.wire import Batch, FlowBatch, lib
+from nlproto.engines.module import ModuleEngine
+from nlproto.kernel.netlink import FLOWS, PACKETS, Listener, Sniffer
+from nlproto.pipeline.account import Account
+from nlproto.records import wire
+from nlproto.records.wire import Batch, FlowBatch, lib
 from waiting import until
 
 KEY = (
