@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
 from nlproto._host import ffi, lib
+
 from nlproto.clock import Clock
 from nlproto.flows import FLOW, KEY_FIELDS, address_bytes
 from nlproto.shares import NOBODY, Payers, surplus

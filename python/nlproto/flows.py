@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from nlproto import wire
 from nlproto._host import ffi, lib
 from nlproto.table import new_slots
 from nlproto.wire import dtype_of
@@ -22,7 +21,6 @@ __all__ = [
     "first_of_processes",
     "group",
     "pack_address",
-    "packed",
     "summarize",
     "unnamed_places",
 ]
@@ -73,7 +71,7 @@ def group(records: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _sum(records: np.ndarray, seed: int, belongs: Any) -> np.ndarray:
-    records = packed(records)
+    records = np.ascontiguousarray(records)
     flows = np.empty(len(records), FLOW)
     slots, bits = new_slots(len(records))
     count = lib.flows_sum(
@@ -90,7 +88,7 @@ def _sum(records: np.ndarray, seed: int, belongs: Any) -> np.ndarray:
 
 def first_of_processes(records: np.ndarray, seed: int) -> np.ndarray:
     """Where in `records` (RECORD) each process is named first."""
-    records = packed(records)
+    records = np.ascontiguousarray(records)
     places = np.empty(len(records), np.uint32)
     slots, bits = new_slots(len(records))
     count = lib.flows_processes(
@@ -106,7 +104,7 @@ def first_of_processes(records: np.ndarray, seed: int) -> np.ndarray:
 
 def unnamed_places(records: np.ndarray, hows: Iterable[int]) -> np.ndarray:
     """Where records (RECORD) are that have no process, are not forwarded, and one of `hows`."""
-    records = packed(records)
+    records = np.ascontiguousarray(records)
     places = np.empty(len(records), np.uint32)
     count = lib.flows_unnamed(
         ffi.from_buffer("struct sniffer_record[]", records),
@@ -115,13 +113,6 @@ def unnamed_places(records: np.ndarray, hows: Iterable[int]) -> np.ndarray:
         ffi.from_buffer("uint32_t[]", places),
     )
     return places[:count]
-
-
-def packed(records: np.ndarray) -> np.ndarray:
-    """RECORDs without gaps, as C takes them: `records` itself where they are."""
-    if records.dtype != wire.RECORD:
-        records = records.astype(wire.RECORD)
-    return np.ascontiguousarray(records)
 
 
 def address_words(raw: bytes) -> tuple[int, int]:

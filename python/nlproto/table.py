@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tables that are filled and searched whole batches at a time: NumPy columns, found by a hash (table.c)."""
+"""Tables filled and searched whole batches at a time: columns found by a hash (table.c)."""
 
 from __future__ import annotations
 
