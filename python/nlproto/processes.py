@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import secrets
 import sys
 import threading
 from collections import OrderedDict
@@ -14,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from nlproto import cgroups
+from nlproto.flows import first_of_processes
 from nlproto.procfs import TICK_NS, same_start
 from nlproto.shares import NOBODY, Payers, surplus
 from nlproto.supervise import Failures
 from nlproto.table import mix
-from nlproto.wire import ProcessEvent, bounded, lib, text
+from nlproto.wire import ProcessEvent, bounded, lib, taken, text
 
 __all__ = ["Key", "Process", "Processes", "process_of_event"]
 
@@ -51,6 +54,9 @@ class Process:
     def key(self) -> Key:
         return self.tgid, self.start_ns
 
+
+_NAMED = ("tgid", "start_ns", "uid", "comm")
+_text = functools.lru_cache(4096)(text)
 
 Details = Callable[[int, int], Any]
 """(pid, start_ns) -> an object with some of Process's attributes, or None when it is gone."""
@@ -109,6 +115,7 @@ class Processes:
         self._details = details
         self._payers = payers
         self._lock = threading.Lock()
+        self._seed = secrets.randbits(64)
         self._table: OrderedDict[Key, Process] = OrderedDict()
         self._newest: dict[int, int] = {}
         self._read: set[Key] = set()
@@ -173,23 +180,25 @@ class Processes:
 
     def add_records(self, records: np.ndarray) -> None:
         """Learn of the processes that named RECORDs mention and that are not known yet."""
-        named = records[records["tgid"] != 0]
-        if not len(named):
-            return
-        _, first = np.unique(_identity(named), return_index=True)
-        for index in first.tolist():
-            record = named[index]
-            key = (int(record["tgid"]), int(record["start_ns"]))
-            comm = text(bytes(record["comm"]))
-            known = self._table.get(key)
+        first = taken(records, first_of_processes(records, self._seed))
+        names = zip(*(first[name].tolist() for name in _NAMED), strict=True)
+        with self._lock:
+            unknown = [one for one in names if not self._is_as_known(*one)]
+        for tgid, start_ns, uid, comm in unknown:
+            known = self._table.get((tgid, start_ns))
             if known is not None:
-                if comm and known.comm != comm:
-                    self._keep(replace(known, comm=comm))
-                else:
-                    self._touch(key)
+                self._keep(replace(known, comm=_text(comm)))
                 continue
-            process = Process(tgid=key[0], start_ns=key[1], comm=comm, uid=int(record["uid"]))
+            process = Process(tgid=tgid, start_ns=start_ns, comm=_text(comm), uid=uid)
             self._keep(self._with_details(process))
+
+    def _is_as_known(self, tgid: int, start_ns: int, uid: int, comm: bytes) -> bool:
+        """Whether nothing is new; then the process has been used. With the lock."""
+        known = self._table.get((tgid, start_ns))
+        if known is None or (comm and known.comm != _text(comm)):
+            return False
+        self._table.move_to_end(known.key)
+        return True
 
     def add(self, tgid: int, start_ns: int, comm: str = "", uid: int | None = None) -> Process:
         """Learn of one process, for instance a socket's holder."""
@@ -281,10 +290,3 @@ class Processes:
 def _size(process: Process) -> int:
     """Bytes of memory, nearly."""
     return _FIXED + sum(sys.getsizeof(getattr(process, name)) for name in _STRINGS)
-
-
-def _identity(records: np.ndarray) -> np.ndarray:
-    """One number per (tgid, start_ns); two processes of a batch never share one in practice,
-    and if they did, the later would be learnt from a later batch."""
-    tgid = records["tgid"].astype(np.uint64)
-    return np.asarray(tgid * np.uint64(0x9E3779B97F4A7C15) ^ records["start_ns"])
