@@ -20,7 +20,7 @@ from nlproto.clock import Clock
 from nlproto.flows import FLOW, KEY_FIELDS, address_bytes
 from nlproto.shares import NOBODY, Payers, surplus
 from nlproto.table import Table, columns_of, mix, numbers
-from nlproto.wire import PROTO_NAMES, address_text, how_name, text
+from nlproto.wire import PROTO_NAMES, address_text, how_name, taken, text
 from nlproto.wire import lib as wire
 
 __all__ = [
@@ -119,7 +119,7 @@ class History:
                 numbers(rows),
                 real,
             )
-            new = flows[rows < 0]
+            new = taken(flows, rows < 0)
             # no more at once than are evicted at once: or a flood would take everybody's place
             piece = max(1, self.limit // 8)
             for at in range(0, len(new), piece):

@@ -17,7 +17,7 @@ from nlproto._host import ffi, lib
 from nlproto.processes import Key
 from nlproto.shares import Payers, surplus
 from nlproto.table import Table, columns_of, mix, new_slots, numbers
-from nlproto.wire import address_text, dtype_of, text
+from nlproto.wire import address_text, dtype_of, taken, text
 
 __all__ = ["BoundSocket", "Endpoint", "Owner", "PortMap"]
 
@@ -338,10 +338,10 @@ class PortMap:
         )
         missing = np.flatnonzero(rows < 0)
         if len(missing):
-            new["live"][missing] = True
-            rows[missing] = taken = self._take_rows(len(missing))
-            self._table.put(taken, new[missing])
-            lib.portmap_link(self._pointers, numbers(taken), len(taken))
+            new["live"] = True
+            rows[missing] = places = self._take_rows(len(missing))
+            self._table.put(places, taken(new, missing))
+            lib.portmap_link(self._pointers, numbers(places), len(places))
             self._shrink()
         return rows
 

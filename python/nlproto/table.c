@@ -149,23 +149,29 @@ uint32_t table_remove(const struct table *t, const int64_t *rows, uint32_t count
 	return n;
 }
 
+/* Move the runs of rows to keep to the front of a column; how many rows they have. */
+static uint32_t keep_runs(uint8_t *data, uint32_t width, const uint8_t *keep, uint32_t count)
+{
+	const uint8_t *end = keep + count, *begin = keep, *stop;
+	uint32_t n = 0;
+
+	while (begin < end && (begin = memchr(begin, 1, (size_t)(end - begin)))) {
+		stop = memchr(begin, 0, (size_t)(end - begin));
+		stop = stop ? stop : end;
+		memmove(data + (size_t)n * width, data + (size_t)(begin - keep) * width,
+			(size_t)(stop - begin) * width);
+		n += (uint32_t)(stop - begin);
+		begin = stop;
+	}
+	return n;
+}
+
 uint32_t table_keep(const struct table *t, const uint8_t *keep, uint32_t count)
 {
 	uint32_t n = 0;
 
-	for (uint32_t column = 0; column < t->column_count; column++) {
-		const struct table_column *c = &t->columns[column];
-
-		n = 0;
-		for (uint32_t i = 0; i < count; i++) {
-			if (!keep[i])
-				continue;
-			if (n != i)
-				copy(c->data + (size_t)n * c->width,
-				     c->data + (size_t)i * c->width, c->width);
-			n++;
-		}
-	}
+	for (uint32_t column = 0; column < t->column_count; column++)
+		n = keep_runs(t->columns[column].data, t->columns[column].width, keep, count);
 	return n;
 }
 
@@ -317,18 +323,45 @@ struct sum {
 	uint64_t used;
 };
 
-static struct sum *sum_of(struct sum *sums, uint64_t mask, uint64_t group, uint64_t seed)
-{
-	uint64_t at = (group ^ seed) * 0x9e3779b97f4a7c15;
+/* A sum for each group, found by a hash. */
+struct sums {
+	struct sum *slots;
+	uint64_t mask;
+	uint64_t used;
+	uint64_t seed;
+};
 
-	at = (at ^ at >> 32 ^ seed) * 0xbf58476d1ce4e5b9;
-	for (at = (at ^ at >> 32) & mask; sums[at].used; at = (at + 1) & mask) {
-		if (sums[at].group == group)
-			return &sums[at];
+static struct sum *sum_of(const struct sums *s, uint64_t group)
+{
+	uint64_t at = (group ^ s->seed) * 0x9e3779b97f4a7c15;
+
+	at = (at ^ at >> 32 ^ s->seed) * 0xbf58476d1ce4e5b9;
+	for (at = (at ^ at >> 32) & s->mask; s->slots[at].used; at = (at + 1) & s->mask) {
+		if (s->slots[at].group == group)
+			break;
 	}
-	sums[at].used = 1;
-	sums[at].group = group;
-	return &sums[at];
+	return &s->slots[at];
+}
+
+/* Room for another group; 0, or -1 without memory. */
+static int sums_grow(struct sums *s)
+{
+	struct sums old = *s;
+
+	if (2 * old.used < old.mask)
+		return 0;
+	s->mask = old.mask * 2 + 1;
+	s->slots = calloc(s->mask + 1, sizeof(*s->slots));
+	if (!s->slots) {
+		*s = old;
+		return -1;
+	}
+	for (uint64_t i = 0; i <= old.mask; i++) {
+		if (old.slots[i].used)
+			*sum_of(s, old.slots[i].group) = old.slots[i];
+	}
+	free(old.slots);
+	return 0;
 }
 
 static inline uint64_t weight_of(const int64_t *weights, uint64_t row)
@@ -336,45 +369,45 @@ static inline uint64_t weight_of(const int64_t *weights, uint64_t row)
 	return weights ? (uint64_t)weights[row] : 1;
 }
 
-int shares_surplus(const int64_t *age, const uint64_t *groups, uint32_t group_count,
-		   const int64_t *weights, uint32_t count, int64_t keep, uint64_t seed,
-		   uint8_t *goes)
+/* places[row]: the weight of its group up to it, rows in this order. 0, or -1 without memory. */
+static int place_in_group(const struct item *in_order, uint32_t count, const uint64_t *group,
+			  const int64_t *weights, uint64_t seed, uint64_t *places)
 {
-	struct item *by_age, *items, *spare, *in_order;
-	struct sum *sums;
-	uint64_t *places;
-	uint64_t mask = 15, left = keep < 0 ? 0 : (uint64_t)keep;
+	struct sums sums = { calloc(256, sizeof(*sums.slots)), 255, 0, seed };
+	int failed = !sums.slots;
 
-	if (!count)
-		return 0;
-	while (mask < 2ull * count)
-		mask = mask * 2 + 1;
-	by_age = malloc(3 * (size_t)count * sizeof(*items));
-	places = malloc(count * sizeof(*places));
-	sums = malloc((size_t)(mask + 1) * sizeof(*sums));
-	if (!by_age || !places || !sums) {
-		free(by_age);
-		free(places);
-		free(sums);
-		return -1;
+	for (uint32_t i = 0; i < count && !failed; i++) {
+		uint64_t row = in_order[i].row;
+		struct sum *sum = sum_of(&sums, group[row]);
+
+		places[row] = sum->weight += weight_of(weights, row);
+		if (!sum->used) {
+			sum->used = 1;
+			sum->group = group[row];
+			sums.used++;
+			failed = sums_grow(&sums);
+		}
 	}
-	items = by_age + count;
-	spare = items + count;
+	free(sums.slots);
+	return failed ? -1 : 0;
+}
+
+/* The rows that go; `items` has room for three times as many items, `places` for as many. */
+static int choose(const int64_t *age, const uint64_t *groups, uint32_t group_count,
+		  const int64_t *weights, uint32_t count, int64_t keep, uint64_t seed,
+		  struct item *items, uint64_t *places, uint8_t *goes)
+{
+	struct item *by_age = items + count, *spare = by_age + count, *in_order;
+	uint64_t left = keep < 0 ? 0 : (uint64_t)keep;
+
 	for (uint32_t i = 0; i < count; i++)
 		items[i] = (struct item){ (uint64_t)age[i] ^ 1ull << 63, i };
 	in_order = sort(items, spare, count);
 	memcpy(by_age, in_order, count * sizeof(*items));
-	/* the finest first: a row's place is the weight in its group up to it */
-	while (group_count--) {
-		const uint64_t *group = groups + (size_t)group_count * count;
-
-		memset(sums, 0, (size_t)(mask + 1) * sizeof(*sums));
-		for (uint32_t i = 0; i < count; i++) {
-			uint64_t row = in_order[i].row;
-			struct sum *sum = sum_of(sums, mask, group[row], seed);
-
-			places[row] = sum->weight += weight_of(weights, row);
-		}
+	while (group_count--) {		/* the finest first */
+		if (place_in_group(in_order, count, groups + (size_t)group_count * count,
+				   weights, seed, places))
+			return -1;
 		for (uint32_t i = 0; i < count; i++)
 			items[i] = (struct item){ places[by_age[i].row], by_age[i].row };
 		in_order = sort(items, spare, count);
@@ -388,8 +421,21 @@ int shares_surplus(const int64_t *age, const uint64_t *groups, uint32_t group_co
 		left -= weight;
 		goes[in_order[i].row] = 0;
 	}
-	free(by_age);
-	free(places);
-	free(sums);
 	return 0;
+}
+
+int shares_surplus(const int64_t *age, const uint64_t *groups, uint32_t group_count,
+		   const int64_t *weights, uint32_t count, int64_t keep, uint64_t seed,
+		   uint8_t *goes)
+{
+	struct item *items = malloc(3 * (size_t)count * sizeof(*items) + 1);
+	uint64_t *places = malloc(count * sizeof(*places) + 1);
+	int result = -1;
+
+	if (items && places)
+		result = count ? choose(age, groups, group_count, weights, count, keep, seed,
+					items, places, goes) : 0;
+	free(items);
+	free(places);
+	return result;
 }

@@ -207,9 +207,10 @@ def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.asarray(np.concatenate(raw).view(RECORD)) if raw else np.empty(0, RECORD)
 
 
-def taken(records: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Return the RECORDs at `places`, as a new array."""
-    return np.asarray(np.ascontiguousarray(records).view(_RAW)[places].view(RECORD))
+def taken(rows: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Return the structures at `places`, as a new array; as plain bytes, too."""
+    raw = np.ascontiguousarray(rows).view((np.void, rows.dtype.itemsize))
+    return np.asarray(raw[places].view(rows.dtype))
 
 
 def decode_struct(buf: bytes | memoryview, dtype: np.dtype[np.void]) -> np.void:
