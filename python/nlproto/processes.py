@@ -190,7 +190,7 @@ class Processes:
         names = zip(*(first[name].tolist() for name in _NAMED), strict=True)
         with self._lock:
             now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-            unknown = [one for one in names if not self._is_as_known(*one, now)]
+            unknown = [one for one in names if not self._is_as_known(now, *one)]
         for tgid, start_ns, uid, comm in unknown:
             known = self._table.get((tgid, start_ns))
             if known is None:
@@ -200,7 +200,7 @@ class Processes:
                 self._read.pop(known.key, None)
             self._keep(self._with_details(process))
 
-    def _is_as_known(self, tgid: int, start_ns: int, uid: int, comm: bytes, now_ns: int) -> bool:
+    def _is_as_known(self, now_ns: int, tgid: int, start_ns: int, uid: int, comm: bytes) -> bool:
         """Whether nothing is new; then the process has been used. With the lock."""
         known = self._table.get((tgid, start_ns))
         if known is None or (comm and known.comm != _text(comm)):
