@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from nlproto.table import Table, mix
+from nlproto.tables.column_table import ColumnTable, mix
 
 ROW = np.dtype([("hash", "u8"), ("port", "u2"), ("address", "u8", (2,)), ("seen", "u4")])
 
@@ -15,7 +15,7 @@ def _values(*rows):
 
 
 def _table(*rows):
-    table = Table(ROW, ("port", "address"), 8)
+    table = ColumnTable(ROW, ("port", "address"), 8)
     table.put(np.arange(len(rows)), _values(*rows))
     return table
 
