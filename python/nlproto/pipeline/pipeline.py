@@ -24,7 +24,7 @@ from nlproto.pipeline.order import TimeOrder
 from nlproto.pipeline.queue import MessageQueue
 from nlproto.records.clock import Clock
 from nlproto.records.first_bytes import FirstBytes
-from nlproto.records.wire import BATCH, FLOW_RECORD, RECORD, Batch, FlowBatch, ProcessEvent, lib
+from nlproto.records.wire import FLOW_RECORD, RECORD, Batch, FlowBatch, ProcessEvent, joined, lib
 from nlproto.running.supervise import PATIENCE, Failures, described, keep_going
 from nlproto.tables.flows import group, summarize
 from nlproto.tables.portmap import PortMap
@@ -33,8 +33,6 @@ from nlproto.tables.processes import Processes
 __all__ = ["NamedBatch", "Names", "Pipeline", "QUEUE_BYTES"]
 
 QUEUE_BYTES = 64 << 20
-_RAW = np.dtype((np.void, RECORD.itemsize))
-_RAW_FLOW = np.dtype((np.void, FLOW_RECORD.itemsize))
 _PROCESS_BYTES = 600  # a ProcessEvent with its strings
 _CHUNK = 64  # batches that the worker takes at once
 _ASK = 1.0  # s between two looks at the engine's own figures
@@ -349,15 +347,16 @@ class Pipeline:
 
     def _put_batch(self, batch: Batch | FlowBatch) -> int:
         """Count and copy it; how many records of older ones were lost for it."""
-        head: np.void = np.array([batch.head], BATCH)[0]
+        head: np.void = batch.head.copy()
         copy: Batch | FlowBatch
+        # tobytes() copies as plain bytes, where a copy would go field by field
         if isinstance(batch, Batch):
-            found = np.array(batch.records)
+            found = np.ndarray(batch.records.shape, RECORD, batch.records.tobytes())
             copy = Batch(head, found)
             with self.account_lock:
                 self.account.add(head, found)
         else:
-            found = np.array(batch.flows)
+            found = np.ndarray(batch.flows.shape, FLOW_RECORD, batch.flows.tobytes())
             copy = FlowBatch(head, found, batch.wire_packets, batch.wire_bytes)
             with self.account_lock:
                 self.account.add(head, None, copy.count, "flows")
@@ -431,9 +430,7 @@ class Pipeline:
 
     def _arrive(self, batches: list[Batch]) -> None:
         """Name at once, while sockets and processes are still there to be asked about."""
-        # as plain bytes: NumPy compares the fields of structures for each pair
-        raw = np.concatenate([batch.records.view(_RAW) for batch in batches])
-        records = raw.view(RECORD)
+        records = joined([batch.records for batch in batches])
         if self.namer is not None:
             self.namer.name(records)
         self.processes.add_records(records)
@@ -442,9 +439,10 @@ class Pipeline:
 
     def _arrive_flows(self, batches: list[FlowBatch]) -> None:
         """Hand on at once: nobody asks for an order of flows."""
-        raw = np.concatenate([batch.flows.view(_RAW_FLOW) for batch in batches])
-        merged = raw.view(FLOW_RECORD)
-        records = np.array(merged["last"])
+        raw = b"".join(batch.flows.tobytes() for batch in batches)
+        merged = np.frombuffer(raw, FLOW_RECORD)
+        octets = np.frombuffer(raw, np.uint8).reshape(len(merged), FLOW_RECORD.itemsize)
+        records = octets[:, : RECORD.itemsize].copy().view(RECORD).ravel()
         if self.namer is not None:
             self.namer.name(records)
         self.processes.add_records(records)
