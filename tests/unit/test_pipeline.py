@@ -460,3 +460,26 @@ def test_flows_that_nobody_can_take_are_lost_as_many_records(make_records, make_
     with pipeline:
         until(lambda: pipeline.account.lost["failed"] == 100)
     assert pipeline.account.closes()
+
+
+def test_an_engine_without_flows_keeps_what_its_kernel_had_no_memory_for(make_records, make_batch):
+    class Old(Replay):
+        instance = 7
+
+        def want_packets(self, wanted):
+            return ()
+
+    batch = make_batch(make_records({}, {}), 5)
+    head = batch.head.copy()
+    head["lost"], head["packets"] = 5, 7
+    engine = Old([wire.Batch(head, batch.records)])
+    engine.opening = np.zeros(1, wire.TAIL)
+    pipeline = _pipeline(engine, packets=False)
+    with pipeline:
+        until(lambda: pipeline.account.delivered == 2)
+        pipeline.want_packets(True)
+        passed = threading.Event()
+        pipeline.barrier(passed.set)
+        assert passed.wait(20)
+    assert pipeline.account.lost["alloc"] == 5
+    assert pipeline.account.closes()

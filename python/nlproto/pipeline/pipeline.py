@@ -271,8 +271,9 @@ class Pipeline:
         if wanted == self._asked_for or self.failed:
             return
         self._asked_for = wanted
+        before = self._engine.group
         self._collect(self._engine.want_packets(wanted))
-        if not self.failed:
+        if self._engine.group != before:
             self._open_account()
 
     def _take_barriers(self) -> list[_Barrier]:
