@@ -12,6 +12,7 @@
 #include "batch.h"
 #include "commands.h"
 #include "compat.h"
+#include "config.h"
 #include "events.h"
 #include "holders.h"
 #include "listen.h"
@@ -50,8 +51,8 @@ static int commands_get_info(struct sk_buff *skb, struct genl_info *info)
 		.version = SNIFFER_VERSION,
 		.record_size = sizeof(struct sniffer_record),
 		.instance = sniffer_batch_instance(),
-		.batch = sniffer_batch_size(),
-		.flush_ms = sniffer_batch_flush_ms(),
+		.batch = sniffer_config_batch(),
+		.flush_ms = sniffer_config_flush_ms(),
 		.max_sockets = sniffer_owner_max(),
 		.sockets = sniffer_owner_count(),
 		.processes = sniffer_process_count(),
@@ -75,7 +76,7 @@ static int commands_get_counters(struct sk_buff *skb, struct genl_info *info)
 
 static int commands_set_config(struct sk_buff *skb, struct genl_info *info)
 {
-	unsigned int size = sniffer_batch_size(), interval = sniffer_batch_flush_ms();
+	unsigned int size = sniffer_config_batch(), interval = sniffer_config_flush_ms();
 
 	if (info->attrs[SNIFFER_A_BATCH])
 		size = nla_get_u32(info->attrs[SNIFFER_A_BATCH]);
@@ -89,24 +90,28 @@ static int commands_set_config(struct sk_buff *skb, struct genl_info *info)
 		GENL_SET_ERR_MSG(info, "flush interval must be 1 to 1000 ms");
 		return -ERANGE;
 	}
-	sniffer_batch_configure(size, interval);
+	sniffer_config_set(size, interval);
 	return commands_get_info(skb, info);
 }
 
 static int commands_flush(struct sk_buff *skb, struct genl_info *info)
 {
 	unsigned int count = num_possible_cpus();
+	struct sniffer_flow_tail *flows;
 	struct sniffer_tail *tails;
-	int err;
+	int err = -ENOMEM;
 
-	tails = kvcalloc(count, sizeof(*tails), GFP_KERNEL);
-	if (!tails)
-		return -ENOMEM;
 	/* it is the first word of a reader that has joined */
 	sniffer_listen_update();
-	count = sniffer_batch_flush(tails, count);
-	err = commands_reply(info, SNIFFER_A_TAILS, tails, count * sizeof(*tails), 0, NULL, 0);
+	tails = kvcalloc(count, sizeof(*tails), GFP_KERNEL);
+	flows = kvcalloc(count, sizeof(*flows), GFP_KERNEL);
+	if (tails && flows) {
+		count = sniffer_batch_flush(tails, flows, count);
+		err = commands_reply(info, SNIFFER_A_TAILS, tails, count * sizeof(*tails),
+				     SNIFFER_A_FLOW_TAILS, flows, count * sizeof(*flows));
+	}
 	kvfree(tails);
+	kvfree(flows);
 	return err;
 }
 
@@ -286,6 +291,9 @@ static const struct genl_multicast_group commands_groups[] = {
 	},
 	[SNIFFER_GROUP_INDEX_SNAPS] = {
 		.name = SNIFFER_GROUP_SNAPS, .flags = SNIFFER_GROUP_FLAGS,
+	},
+	[SNIFFER_GROUP_INDEX_FLOWS] = {
+		.name = SNIFFER_GROUP_FLOWS, .flags = SNIFFER_GROUP_FLAGS,
 	},
 };
 

@@ -23,17 +23,15 @@ static atomic64_t events_dropped;
 
 static void events_send_one(const struct sniffer_process *process)
 {
-	struct sk_buff *skb;
-	void *data;
+	struct sk_buff *skb = sniffer_netlink_begin(SNIFFER_GROUP_INDEX_PROCESSES,
+						    sizeof(*process));
 
-	skb = sniffer_netlink_begin(SNIFFER_A_PROCESS, SNIFFER_CMD_PROCESS, sizeof(*process), 0,
-				    &data);
 	if (!skb) {
 		atomic64_inc(&events_dropped);
 		return;
 	}
-	memcpy(data, process, sizeof(*process));
-	sniffer_netlink_send(skb, SNIFFER_GROUP_INDEX_PROCESSES, 0);
+	skb_put_data(skb, process, sizeof(*process));
+	sniffer_netlink_send(skb, SNIFFER_GROUP_INDEX_PROCESSES);
 }
 
 static void events_send(struct work_struct *work)

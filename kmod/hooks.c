@@ -18,8 +18,8 @@
 #include "hooks.h"
 #include "lookup.h"
 #include "name.h"
-#include "netlink.h"
 #include "parse.h"
+#include "skip.h"
 
 /*
  * May current be taken for the sender? Bottom halves off means that some
@@ -33,9 +33,7 @@ static bool hooks_trust_current(void)
 
 static void hooks_record(struct sniffer_flow *flow)
 {
-	sniffer_batch_add(&flow->record);
-	if (sniffer_netlink_listening(SNIFFER_GROUP_INDEX_SNAPS) && !(flow->record.flags & SNIFFER_F_COPY))
-		sniffer_batch_snap(&flow->record, flow->skb);
+	sniffer_batch_add(&flow->record, flow->skb);
 }
 
 static void hooks_in_multicast(struct sniffer_flow *flow)
@@ -79,14 +77,14 @@ static noinline void hooks_packet(struct sk_buff *skb, const struct nf_hook_stat
 	struct net *net = dir == SNIFFER_DIR_IN ? dev_net(skb->dev) : state->net;
 	struct sniffer_flow flow;
 
-	if (!sniffer_netlink_listening(SNIFFER_GROUP_INDEX_PACKETS)) {
-		sniffer_batch_skip(SNIFFER_SKIP_LISTENER);
+	if (!sniffer_batch_wanted()) {
+		sniffer_skip(SNIFFER_SKIP_LISTENER);
 		return;
 	}
 	/* A VRF shows its slaves' packets twice: wait for the second time. */
 	if (dir == SNIFFER_DIR_OUT && dev && netif_is_l3_master(dev) && skb_dst(skb) &&
 	    skb_dst(skb)->dev != dev) {
-		sniffer_batch_skip(SNIFFER_SKIP_OTHER);
+		sniffer_skip(SNIFFER_SKIP_OTHER);
 		return;
 	}
 	memset(&flow, 0, sizeof(flow));
@@ -121,7 +119,7 @@ static unsigned int name(void *priv, struct sk_buff *skb, const struct nf_hook_s
 	if (static_branch_unlikely(&sniffer_listening))					\
 		hooks_packet(skb, state, family, dir);					\
 	else										\
-		sniffer_batch_skip(SNIFFER_SKIP_LISTENER);				\
+		sniffer_skip(SNIFFER_SKIP_LISTENER);				\
 	return NF_ACCEPT;								\
 }
 

@@ -100,7 +100,8 @@ void sniffer_listen_update(void)
 	bool wanted;
 
 	mutex_lock(&listen_lock);
-	wanted = !listen_ended && sniffer_netlink_listening(SNIFFER_GROUP_INDEX_PACKETS);
+	wanted = !listen_ended && (sniffer_netlink_listening(SNIFFER_GROUP_INDEX_PACKETS) ||
+				   sniffer_netlink_listening(SNIFFER_GROUP_INDEX_FLOWS));
 	if (wanted) {
 		listen_until = jiffies + LISTEN_LINGER;
 		listen_tell(true);

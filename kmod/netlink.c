@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Multicast: messages of one growing attribute, and whether anybody listens.
+ * Multicast: messages of one attribute, and whether anybody listens.
  * It knows nobody who sends.
  */
 #include <net/genetlink.h>
@@ -10,6 +10,17 @@
 
 /* commands.c registers it */
 static struct genl_family *netlink_family;
+
+/* What the messages of each group are. */
+static const struct {
+	u8 cmd;
+	u16 attr;
+} netlink_kinds[] = {
+	[SNIFFER_GROUP_INDEX_PACKETS] = { SNIFFER_CMD_PACKETS, SNIFFER_A_RECORDS },
+	[SNIFFER_GROUP_INDEX_PROCESSES] = { SNIFFER_CMD_PROCESS, SNIFFER_A_PROCESS },
+	[SNIFFER_GROUP_INDEX_SNAPS] = { SNIFFER_CMD_SNAPS, SNIFFER_A_SNAPS },
+	[SNIFFER_GROUP_INDEX_FLOWS] = { SNIFFER_CMD_FLOWS, SNIFFER_A_FLOWS },
+};
 
 /**
  * sniffer_netlink_listening - does anybody want what a group gets?
@@ -21,52 +32,39 @@ bool sniffer_netlink_listening(enum sniffer_group group)
 }
 
 /**
- * sniffer_netlink_begin - start a multicast message of one growing attribute
- * @attr: enum sniffer_attr
- * @cmd: enum sniffer_cmd
- * @head: bytes at its start that are there from the beginning
- * @room: bytes that may be added after them
- * @data: set to the attribute's first byte, 8-aligned
+ * sniffer_netlink_begin - start a multicast message of one attribute
+ * @group: for whom
+ * @room: bytes that may be put into it; they come at an 8-aligned place
  *
- * Any context.
- *
- * Return: the message or NULL.
+ * Any context. Return: the message, to be filled by skb_put(), or NULL.
  */
-struct sk_buff *sniffer_netlink_begin(int attr, u8 cmd, size_t head, size_t room, void **data)
+struct sk_buff *sniffer_netlink_begin(enum sniffer_group group, size_t room)
 {
-	struct sk_buff *skb;
-	struct nlattr *nla;
+	struct sk_buff *skb = genlmsg_new(nla_total_size(room), GFP_ATOMIC | __GFP_NOWARN);
 
-	skb = genlmsg_new(nla_total_size(head + room), GFP_ATOMIC | __GFP_NOWARN);
 	if (!skb)
 		return NULL;
-	if (!genlmsg_put(skb, 0, 0, netlink_family, 0, cmd))
-		goto free;
-	nla = nla_reserve(skb, attr, head);
-	if (!nla)
-		goto free;
-	*data = nla_data(nla);
+	if (!genlmsg_put(skb, 0, 0, netlink_family, 0, netlink_kinds[group].cmd) ||
+	    !nla_reserve(skb, netlink_kinds[group].attr, 0)) {
+		nlmsg_free(skb);
+		return NULL;
+	}
 	return skb;
-free:
-	nlmsg_free(skb);
-	return NULL;
 }
 
 /**
  * sniffer_netlink_send - finish a message and multicast it
  * @skb: from sniffer_netlink_begin(); consumed
  * @group: to whom
- * @used: bytes written after the head
  *
  * Any context. Return: 0, or an error when nobody got it.
  */
-int sniffer_netlink_send(struct sk_buff *skb, enum sniffer_group group, size_t used)
+int sniffer_netlink_send(struct sk_buff *skb, enum sniffer_group group)
 {
 	struct nlmsghdr *nlh = nlmsg_hdr(skb);
 	struct nlattr *nla = nlmsg_data(nlh) + GENL_HDRLEN;
 
-	skb_put(skb, used);
-	nla->nla_len += used;
+	nla->nla_len = skb->len - NLMSG_HDRLEN - GENL_HDRLEN;
 	nlh->nlmsg_len = skb->len;
 	return genlmsg_multicast_netns(netlink_family, &init_net, skb, 0, group, GFP_ATOMIC);
 }

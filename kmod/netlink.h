@@ -12,11 +12,13 @@ enum sniffer_group {
 	SNIFFER_GROUP_INDEX_PACKETS,
 	SNIFFER_GROUP_INDEX_PROCESSES,
 	SNIFFER_GROUP_INDEX_SNAPS,
+	SNIFFER_GROUP_INDEX_FLOWS,
+	SNIFFER_GROUPS,
 };
 
 bool sniffer_netlink_listening(enum sniffer_group group);
-struct sk_buff *sniffer_netlink_begin(int attr, u8 cmd, size_t head, size_t room, void **data);
-int sniffer_netlink_send(struct sk_buff *skb, enum sniffer_group group, size_t used);
+struct sk_buff *sniffer_netlink_begin(enum sniffer_group group, size_t room);
+int sniffer_netlink_send(struct sk_buff *skb, enum sniffer_group group);
 void sniffer_netlink_init(struct genl_family *family);
 
 #endif /* SNIFFER_NETLINK_H */

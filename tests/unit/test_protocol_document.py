@@ -4,8 +4,8 @@
 import re
 from pathlib import Path
 
-from nlproto import wire
-from nlproto.netlink import attributes, messages
+from nlproto.kernel.netlink import attributes, messages
+from nlproto.records import wire
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "PROTOCOL.md").read_text()
 NETLINK = TEXT[TEXT.index("## Netlink") : TEXT.index("### Reading it right")]
@@ -29,7 +29,7 @@ def test_the_tables_have_every_field_at_its_offset():
     rows = re.findall(r"^\| (\d+) \| (\d+) \| `(\w+)` ", NETLINK, re.MULTILINE)
     expected = [
         (str(dtype.fields[name][1]), str(dtype.fields[name][0].itemsize), name)
-        for dtype in (wire.BATCH, wire.RECORD)
+        for dtype in (wire.BATCH, wire.RECORD, wire.FLOW_RECORD)
         for name in dtype.names
     ]
     assert rows == expected

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: MIT
+"""Engine `module`: sniffer.ko over Netlink, exact."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from nlproto.engines.engine import Event
+from nlproto.errors import Error, NoModule, VersionMismatch
+from nlproto.kernel.netlink import FLOWS, PACKETS, Listener, Sniffer
+from nlproto.records import wire
+from nlproto.records.wire import Batch, FlowBatch, lib
+
+__all__ = ["ModuleEngine"]
+
+_BURST = 64  # messages a read() at most, so that its caller gets a turn under a flood
+
+_STATE = Path("/sys/module/sniffer/initstate")  # kernel/module/sysfs.c; "live" when it is loaded
+
+
+def _refuse_half_loaded() -> None:
+    """Raise NoModule while insmod or rmmod is at work: the family answers without the probes.
+
+    To be asked after the family has answered: the file is older than the family.
+    """
+    with contextlib.suppress(OSError):
+        if _STATE.read_text() != "live\n":
+            raise NoModule("sniffer.ko is being loaded or unloaded; try again in a moment")
+
+
+class ModuleEngine:
+    """Reads the groups `groups`, of packets and flows one; see nlproto.engines.engine.Engine.
+
+    The stream begins at a FLUSH after joining, so that an account opened with `opening` knows
+    every record from there on, also on a CPU whose first batches were lost.
+    """
+
+    name = "module"
+
+    def __init__(
+        self,
+        groups: tuple[str, ...] = ("packets", "processes"),
+        notify: Callable[[str], None] | None = None,
+    ) -> None:
+        self.group = FLOWS if FLOWS in groups else PACKETS
+        self.closing: np.ndarray = np.zeros(0, wire.TAIL)
+        self._control = Sniffer()
+        try:
+            _refuse_half_loaded()
+            self._listener = Listener(groups, notify)
+            try:
+                info = self._control.info()
+                if int(info["version"]) != lib.SNIFFER_VERSION:
+                    raise VersionMismatch(
+                        f"sniffer.ko speaks version {int(info['version'])} of the wire, this"
+                        f" program version {lib.SNIFFER_VERSION}: load the module of this release"
+                    )
+                self.instance = int(info["instance"])
+                self.opening = self.flush()
+                # after the group was joined: who is not in the dump is told of there
+                self._known = self._control.processes() if "processes" in groups else []
+            except BaseException:
+                self._listener.close()
+                raise
+        except BaseException:
+            self._control.close()
+            raise
+        self._before: str | None = None
+        """The group that records before `_starts` come from."""
+        self._starts = _sequences(self.opening)
+        self._ends: dict[int, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+        self._control.close()
+
+    @property
+    def control(self) -> Sniffer:
+        """The commands, for callers that ask the module more than the stream tells."""
+        return self._control
+
+    def read(self, timeout: float) -> Iterator[Event]:
+        """Begins with the processes that the module knows already."""
+        known, self._known = self._known, []
+        yield from known
+        timeout = 0.0 if known else timeout
+        for _ in range(_BURST):
+            received = self._listener.recv(timeout)
+            if received is None:
+                return
+            timeout = 0.0
+            event = self._decode(*received)
+            if event is not None:
+                yield event
+
+    def _decode(self, command: int, payload: memoryview) -> Event | None:
+        if command == lib.SNIFFER_CMD_PACKETS:
+            return self._belonging(wire.decode_batch(payload), PACKETS)
+        if command == lib.SNIFFER_CMD_FLOWS:
+            return self._belonging(wire.decode_flows(payload), FLOWS)
+        if command == lib.SNIFFER_CMD_PROCESS:
+            return wire.decode_process(payload)
+        if command == lib.SNIFFER_CMD_SNAPS:
+            return wire.decode_snaps(payload)
+        return None
+
+    def _belonging(self, batch: Batch | FlowBatch, group: str) -> Batch | FlowBatch | None:
+        """The batch, if it is from the right group, and from between opening and closing.
+
+        FLUSH cuts at batch boundaries.
+        """
+        head = batch.head
+        if int(head["instance"]) != self.instance:
+            return batch
+        cpu, first = int(head["cpu"]), int(head["record_seq"])
+        if cpu in self._ends and first >= self._ends[cpu]:
+            return None
+        wanted = self.group if first >= self._starts.get(cpu, 0) else self._before
+        return batch if group == wanted else None
+
+    def want_packets(self, wanted: bool) -> Iterator[Event]:
+        group = PACKETS if wanted else FLOWS
+        if group == self.group:
+            return
+        try:
+            self._listener.join(group)
+        except OSError:  # unloaded meanwhile: the next read() tells
+            return
+        except Error:  # an older module: it has packets alone
+            return
+        # a member of both: records until this come from the one, the rest from the other
+        self._before, self.group = self.group, group
+        self.opening = self.flush()
+        self._starts = _sequences(self.opening)
+        yield from self._rest()
+        self._listener.leave(self._before)
+
+    def _rest(self) -> Iterator[Event]:
+        """What the kernel has queued."""
+        while (received := self._listener.recv(0)) is not None:
+            event = self._decode(*received)
+            if event is not None:
+                yield event
+
+    def want_snaps(self, wanted: bool) -> bool:
+        if not wanted:
+            self._listener.leave("snaps")
+            return True
+        try:
+            self._listener.join("snaps")
+        except OSError:  # unloaded meanwhile: the next read() tells
+            return False
+        return True
+
+    def flush(self) -> np.ndarray:
+        if self.group == FLOWS:
+            tails: np.ndarray = self._control.flush_flows()["tail"]
+            return tails
+        return self._control.flush()
+
+    def begin(self) -> int:
+        self._before = None
+        self.opening = self.flush()
+        self._starts = _sequences(self.opening)
+        return time.monotonic_ns()
+
+    def finish(self, until_ns: int | None = None) -> Iterator[Event]:
+        # The kernel queues the last batches before it answers, so what is there now is all.
+        tails = self.flush()
+        self._ends = _sequences(tails)
+        yield from self._rest()
+        self.closing = tails
+
+    def stats(self) -> dict[str, object]:
+        info, counters = self._control.info(), self._control.counters()
+        found: dict[str, object] = {
+            "engine": self.name,
+            "receive_bytes": self._listener.receive_bytes,
+        }
+        found.update({name: int(info[name]) for name in wire.INFO.names or ()})
+        for name in wire.COUNTERS.names or ():
+            if name != "by_how":
+                found[name] = int(counters[name])
+        found["by_how"] = {
+            wire.how_name(how): int(n) for how, n in enumerate(counters["by_how"]) if n
+        }
+        return found
+
+
+def _sequences(tails: np.ndarray) -> dict[int, int]:
+    return {int(tail["cpu"]): int(tail["record_seq"]) for tail in tails}
