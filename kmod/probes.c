@@ -65,7 +65,7 @@ static void probes_use(const struct sniffer_args *args, u32 bit)
 		sniffer_use(sk, true, NULL);
 }
 
-static void probes_create(const struct sniffer_args *args)
+static __always_inline void probes_create(const struct sniffer_args *args)
 {
 	struct socket *sock = (void *)args->n[0];
 	bool kern = (int)args->n[4];
@@ -99,14 +99,14 @@ static void (*probes_joined)(void);	/* listen.c's; set at load and unload only *
 static unsigned long probes_send_ip;	/* of security_socket_sendmsg(); set at load only */
 
 /* Sends or receives: a group of its own, since it happens so often. */
-static void probes_message(const struct sniffer_args *args)
+static __always_inline void probes_message(const struct sniffer_args *args)
 {
 	const u32 both = SNIFFER_PROBE_SENDMSG | SNIFFER_PROBE_RECVMSG;
 	struct socket *sock = (void *)args->n[0];
 	struct sock *sk = READ_ONCE(sock->sk);
 
 	if (unlikely((READ_ONCE(sniffer_alive_fired) & both) != both))
-		sniffer_alive_note(args->ip / 16 == probes_send_ip / 16 ? SNIFFER_PROBE_SENDMSG :
+		sniffer_alive_note(sniffer_trace_is_at(args, probes_send_ip) ? SNIFFER_PROBE_SENDMSG :
 									  SNIFFER_PROBE_RECVMSG);
 	if (sk)
 		sniffer_use(sk, true, NULL);
@@ -134,14 +134,14 @@ static void probes_receive(const struct sniffer_args *args)
 		sniffer_use_receive(sk, file);
 }
 
-static void probes_free(const struct sniffer_args *args)
+static __always_inline void probes_free(const struct sniffer_args *args)
 {
 	sniffer_alive_note(SNIFFER_PROBE_FREE);
 	sniffer_owner_free((void *)args->n[0]);
 }
 
 /* The last file of a socket goes. */
-static void probes_release(const struct sniffer_args *args)
+static __always_inline void probes_release(const struct sniffer_args *args)
 {
 	struct sock *sk = ((struct socket *)args->n[0])->sk;
 
@@ -150,11 +150,25 @@ static void probes_release(const struct sniffer_args *args)
 		sniffer_owner_release(sk);
 }
 
+/* Where these are; set at load only. */
+static unsigned long probes_free_ip, probes_release_ip;
+
+/* A socket comes or goes: one group, since many do nothing else. */
+static __always_inline void probes_socket(const struct sniffer_args *args)
+{
+	if (sniffer_trace_is_at(args, probes_free_ip))
+		probes_free(args);
+	else if (sniffer_trace_is_at(args, probes_release_ip))
+		probes_release(args);
+	else
+		probes_create(args);
+}
+
 /*
  * How descriptors go: close(), dup2() over one, close_range() and io_uring. An
  * exec and an exit are told as such.
  */
-static void probes_close(const struct sniffer_args *args)
+static __always_inline void probes_close(const struct sniffer_args *args)
 {
 	sniffer_alive_note(SNIFFER_PROBE_CLOSE);
 	sniffer_use_close(args->n[0]);
@@ -247,6 +261,7 @@ enum {
 };
 
 SNIFFER_TRACE_GROUP(probes_messages, probes_message, true);
+SNIFFER_TRACE_GROUP(probes_sockets, probes_socket, false);
 SNIFFER_TRACE_GROUP(probes_closes, probes_close, false);
 SNIFFER_TRACE_GROUP(probes_files, probes_close_file, false);
 
@@ -257,7 +272,8 @@ SNIFFER_TRACE_GROUP(probes_files, probes_close_file, false);
 	{ .symbol = name, .handler = function, .bit = what, .ways = how, .group = by }
 
 static struct sniffer_trace probes_functions[] = {
-	PROBES_FUNCTION("security_socket_post_create", probes_create, SNIFFER_PROBE_CREATE, 0),
+	PROBES_GROUPED("security_socket_post_create", probes_create, SNIFFER_PROBE_CREATE, 0,
+		       &probes_sockets),
 	PROBES_FUNCTION("security_socket_bind", probes_bind, SNIFFER_PROBE_BIND, 0),
 	PROBES_FUNCTION("security_socket_connect", probes_connect, SNIFFER_PROBE_CONNECT, 0),
 	PROBES_FUNCTION("security_socket_listen", probes_listen, SNIFFER_PROBE_LISTEN, 0),
@@ -268,8 +284,8 @@ static struct sniffer_trace probes_functions[] = {
 	PROBES_GROUPED("security_socket_recvmsg", probes_message, SNIFFER_PROBE_RECVMSG, 0,
 		       &probes_messages),
 	PROBES_FUNCTION("__receive_sock", probes_receive, SNIFFER_PROBE_RECEIVE, 0),
-	PROBES_FUNCTION("inet_release", probes_release, SNIFFER_PROBE_RELEASE, 0),
-	PROBES_FUNCTION("security_sk_free", probes_free, SNIFFER_PROBE_FREE, 0),
+	PROBES_GROUPED("inet_release", probes_release, SNIFFER_PROBE_RELEASE, 0, &probes_sockets),
+	PROBES_GROUPED("security_sk_free", probes_free, SNIFFER_PROBE_FREE, 0, &probes_sockets),
 	/* not in every kernel */
 	PROBES_GROUPED("close_fd", probes_close, SNIFFER_PROBE_CLOSE, PROBES_WAY_CLOSE,
 		       &probes_closes),
@@ -294,10 +310,18 @@ static struct sniffer_trace probes_all_closes =
 	PROBES_GROUPED("locks_remove_posix", probes_close_file, SNIFFER_PROBE_CLOSE,
 		       PROBES_WAYS_ALL, &probes_files);
 
+static void probes_note_ip(const struct sniffer_trace *function)
+{
+	if (function->handler == probes_message && function->bit == SNIFFER_PROBE_SENDMSG)
+		probes_send_ip = function->ip;
+	if (function->bit == SNIFFER_PROBE_FREE)
+		probes_free_ip = function->ip;
+	if (function->bit == SNIFFER_PROBE_RELEASE)
+		probes_release_ip = function->ip;
+}
+
 static void probes_count(const struct sniffer_trace *function)
 {
-	if (function->bit == SNIFFER_PROBE_SENDMSG && function->group)
-		probes_send_ip = function->ip;
 	if (!function->traced && !function->probed)
 		return;
 	probes_ways |= function->ways;
@@ -316,10 +340,15 @@ static void probes_register(void)
 	for (i = 0; i < ARRAY_SIZE(probes_functions); i++)
 		if (refuse & probes_functions[i].bit)
 			probes_functions[i].handler = NULL;
+	sniffer_trace_find(probes_functions, ARRAY_SIZE(probes_functions));
+	/* before the first call is told */
+	for (i = 0; i < ARRAY_SIZE(probes_functions); i++)
+		probes_note_ip(&probes_functions[i]);
 	sniffer_trace_register(probes_functions, ARRAY_SIZE(probes_functions));
 	for (i = 0; i < ARRAY_SIZE(probes_functions); i++)
 		probes_count(&probes_functions[i]);
 	if (probes_ways != PROBES_WAYS_ALL && !(refuse & SNIFFER_PROBE_CLOSE)) {
+		sniffer_trace_find(&probes_all_closes, 1);
 		sniffer_trace_register(&probes_all_closes, 1);
 		probes_count(&probes_all_closes);
 	}

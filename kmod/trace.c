@@ -20,8 +20,6 @@
 #define TRACE_MAX	32	/* functions at most */
 #define TRACE_BITS	6	/* of the hash of their addresses */
 #define TRACE_ALIGN	16	/* no two of them begin in as many bytes */
-/* How far where a function calls ftrace may be before the address that we know. */
-#define TRACE_OFF	15
 
 static bool kprobes;
 module_param(kprobes, bool, 0444);
@@ -44,7 +42,7 @@ static sniffer_trace_handler trace_search(unsigned long ip)
 
 	while (high - low > 1) {
 		middle = (low + high) / 2;
-		if (trace_rare[middle]->ip <= ip + TRACE_OFF)
+		if (trace_rare[middle]->ip <= ip + SNIFFER_TRACE_OFF)
 			low = middle;
 		else
 			high = middle;
@@ -83,11 +81,14 @@ static int trace_probed(struct kprobe *probe, struct pt_regs *regs)
 	return 0;
 }
 
-/*
- * Where the functions are: kprobes look names up, which ftrace would do for each
- * function of the kernel. Those that do not exist get no handler any more.
+/**
+ * sniffer_trace_find - find out where functions are
+ * @functions: their symbol set; @ip is, and one that does not exist gets no handler any more
+ * @count: how many
+ *
+ * Kprobes look names up, which ftrace would do for each function of the kernel.
  */
-static void trace_find(struct sniffer_trace *functions, unsigned int count)
+void sniffer_trace_find(struct sniffer_trace *functions, unsigned int count)
 {
 	struct kprobe *finders[TRACE_MAX];
 	unsigned int i, found = 0;
@@ -167,7 +168,7 @@ static void trace_register_kprobe(struct sniffer_trace *function)
 
 /**
  * sniffer_trace_register - be told of functions
- * @functions: their symbol, handler and group set; one without a handler is left out
+ * @functions: found; one without a handler is left out
  * @count: how many, 32 at most in all
  *
  * Process context. @traced or @probed is set of those that are told.
@@ -176,7 +177,6 @@ void sniffer_trace_register(struct sniffer_trace *functions, unsigned int count)
 {
 	struct sniffer_trace *function;
 
-	trace_find(functions, count);
 	for (function = functions; function < functions + count; function++) {
 		if (!function->handler || !function->ip || kprobes)
 			continue;

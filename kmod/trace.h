@@ -8,6 +8,9 @@
 
 #include "compat.h"
 
+/* How far where a function calls ftrace may be from the address that we know. */
+#define SNIFFER_TRACE_OFF	15
+
 /* The first arguments of a traced function. */
 struct sniffer_args {
 	unsigned long n[5];
@@ -82,6 +85,13 @@ static struct sniffer_trace_group name = {						\
 	.lazy = only_at_times,								\
 }
 
+/* Is it the function at @ip that was called? What ftrace tells may be a few bytes off. */
+static __always_inline bool sniffer_trace_is_at(const struct sniffer_args *args, unsigned long ip)
+{
+	return args->ip - ip + SNIFFER_TRACE_OFF <= 2 * SNIFFER_TRACE_OFF;
+}
+
+void sniffer_trace_find(struct sniffer_trace *functions, unsigned int count);
 void sniffer_trace_register(struct sniffer_trace *functions, unsigned int count);
 bool sniffer_trace_start(struct sniffer_trace_group *group, struct sniffer_trace *functions,
 			 unsigned int count);
