@@ -79,8 +79,7 @@ class Account:
     def open(self, tails: np.ndarray, instance: int, group: str = "packets") -> None:
         """Begin at `tails` (TAIL array, reply to FLUSH): the first batch is the one behind them.
 
-        Of an instance that this account knows already, what came in between is lost. With another
-        `group` than before it goes on: records have the same sequence in all groups.
+        Of an instance that this account knows already, what came in between is lost.
         """
         self._enter(instance)
         for tail in tails:
@@ -89,8 +88,17 @@ class Account:
             counts = record_seq, packets, skipped
             self._first.setdefault(key, _Point(*counts))
             self._last.setdefault(key, _Point(*counts)).raise_to(*counts)
-            first, last = self._unmade.get((*key, group), (0, 0))
-            self._unmade[*key, group] = first + lost - last, lost
+            self._lack(key, group, lost)
+
+    def go_over(self, tails: np.ndarray, instance: int, group: str) -> None:
+        """Go on with the batches of another group from `tails` on, of which they are.
+
+        Records have the same sequence in all groups, and each group its own `lost`.
+        """
+        for tail in tails:
+            key = (instance, int(tail["cpu"]), group)
+            first, last = self._unmade.get(key, (0, 0))
+            self._unmade[key] = first + int(tail["lost"]) - last, int(tail["lost"])
 
     def gap(self, seconds: float) -> None:
         """Count a time without any engine."""

@@ -11,7 +11,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -254,16 +254,13 @@ class Pipeline:
         return True
 
     def _open(self) -> None:
-        self._open_account()
+        engine = self._engine
+        with self.account_lock:
+            self.account.open(engine.opening, engine.instance, engine.group)
         self._opened = True
         self._asked_for = True
         self._asked = 0.0
         self._ask_engine()
-
-    def _open_account(self) -> None:
-        engine = self._engine
-        with self.account_lock:
-            self.account.open(engine.opening, engine.instance, engine.group)
 
     def _choose_group(self) -> None:
         """Packets or flows."""
@@ -271,10 +268,15 @@ class Pipeline:
         if wanted == self._asked_for or self.failed:
             return
         self._asked_for = wanted
-        before = self._engine.group
-        self._collect(self._engine.want_packets(wanted))
-        if self._engine.group != before:
-            self._open_account()
+        engine, before = self._engine, self._engine.group
+        try:
+            engine.want_packets(wanted)
+        except Error as error:
+            self._fail(error)
+            return
+        if engine.group != before:
+            with self.account_lock:
+                self.account.go_over(engine.opening, engine.instance, engine.group)
 
     def _take_barriers(self) -> list[_Barrier]:
         with self._barrier_lock:
@@ -296,12 +298,9 @@ class Pipeline:
 
     def _read(self, timeout: float) -> int:
         """How many events came."""
-        return self._collect(self._engine.read(timeout))
-
-    def _collect(self, events: Iterable[Event]) -> int:
         count = 0
         try:
-            for event in events:
+            for event in self._engine.read(timeout):
                 self._put(event)
                 count += 1
         except Error as error:
