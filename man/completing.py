@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from hunter.cli.arguments import SUBCOMMANDS, parser_of
+from hunter.cli.arguments import parser_of
+from hunter.cli.options import SUBCOMMANDS
 from nlproto.filters.filter import WORDS
 from nlproto.records import wire
 

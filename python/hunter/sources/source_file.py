@@ -257,7 +257,7 @@ class FileSource:
         uid = _number(values, "uid", _U32, None)
         if not pid:
             raise _Bad("pid", pid)
-        texts = {name: _text(values, name) for name in _TEXTS}
+        texts: dict[str, Any] = {name: _text(values, name) for name in _TEXTS}
         comm = _text(values, "comm")
         if values.get("start_ns") in ("", None):
             start = self._start((pid, uid, texts["exe"]))
