@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nlproto._host import ffi, lib
-from nlproto.table import new_slots
+from nlproto.table import new_slots, without
 from nlproto.wire import dtype_of
 
 __all__ = [
@@ -28,12 +28,7 @@ __all__ = [
 _WORD = (1 << 64) - 1
 
 
-def _without(dtype: np.dtype[np.void], *names: str) -> np.dtype[np.void]:
-    """The same layout; what pads it has no name."""
-    return dtype[[name for name in dtype.names or () if name not in names]]
-
-
-FLOW = _without(dtype_of("flow", ffi), "zero", "reserved")
+FLOW = without(dtype_of("flow", ffi), "zero", "dirty")
 """One flow of one owner. Local and remote end (of a forwarded flow: the lower and the higher end,
 "out" is from the lower one); addresses are the 16 bytes of the record seen as two numbers; times
 are CLOCK_MONOTONIC; packets and bytes are those of the wire, after segmentation; how, uid, inode
