@@ -8,7 +8,6 @@ worker takes all batches that wait as one array: the more there is to do, the ch
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from nlproto.processes import Processes
 from nlproto.queue import MessageQueue
 from nlproto.snaps import Snaps
 from nlproto.supervise import PATIENCE, Failures, described, keep_going
+from nlproto.table import random_seed
 from nlproto.wire import RECORD, Batch, ProcessEvent, SnapBatch, joined, lib
 
 __all__ = ["NamedBatch", "Names", "Pipeline", "QUEUE_BYTES"]
@@ -123,7 +123,7 @@ class Pipeline:
         self._takes: tuple[Take, ...] = ()
         self._merge = Merge(_FLUSH_NS)
         self._head: np.void | None = None
-        self._seed = secrets.randbits(64)
+        self._seed = random_seed()
         self._stopping = threading.Event()
         self._barriers: list[_Marker] = []
         self._barrier_lock = threading.Lock()

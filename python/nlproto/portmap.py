@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 from nlproto._host import ffi, lib
 from nlproto.processes import Key
 from nlproto.shares import Payers, surplus
-from nlproto.table import Table, mix, new_slots, numbers, part_of, with_fields, without
+from nlproto.table import Table, mix, new_slots, numbers, part_of, random_seed, with_fields, without
 from nlproto.wire import address_text, dtype_of, taken, text
 
 __all__ = ["BoundSocket", "Endpoint", "Owner", "PortMap"]
@@ -115,7 +114,7 @@ class PortMap:
         self.ttl_ns = ttl_ns
         self.evicted = 0
         self._lock = threading.Lock()
-        self._seed = secrets.randbits(64)
+        self._seed = random_seed()
         self._table = Table(_GROUPS, _KEY, limit + _PART)
         self._heads, self._counts = np.zeros((2, _PORTS), np.uint32)
         self._pointers = ffi.new("struct portmap *")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import os
-import secrets
 import sys
 import threading
 from collections import OrderedDict
@@ -20,7 +19,7 @@ from nlproto.flows import first_of_processes
 from nlproto.procfs import TICK_NS, same_start
 from nlproto.shares import NOBODY, Payers, surplus
 from nlproto.supervise import Failures
-from nlproto.table import mix
+from nlproto.table import mix, random_seed
 from nlproto.wire import ProcessEvent, bounded, lib, taken, text
 
 __all__ = ["Key", "Process", "Processes", "process_of_event"]
@@ -115,7 +114,7 @@ class Processes:
         self._details = details
         self._payers = payers
         self._lock = threading.Lock()
-        self._seed = secrets.randbits(64)
+        self._seed = random_seed()
         self._table: OrderedDict[Key, Process] = OrderedDict()
         self._newest: dict[int, int] = {}
         self._read: set[Key] = set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,17 @@ import numpy as np
 
 from nlproto._host import ffi, lib
 
-__all__ = ["Table", "mix", "new_slots", "numbers", "octets", "part_of", "with_fields", "without"]
+__all__ = [
+    "Table",
+    "mix",
+    "new_slots",
+    "numbers",
+    "octets",
+    "part_of",
+    "random_seed",
+    "with_fields",
+    "without",
+]
 
 _ODD = [
     np.uint64(value)
@@ -49,6 +60,11 @@ def new_slots(count: int) -> tuple[np.ndarray, int]:
     """An empty hash index with room for `count`; (slots, how many bits number them)."""
     bits = max(4, (2 * count).bit_length())
     return np.zeros(1 << bits, np.uint32), bits
+
+
+def random_seed() -> int:
+    """64 bits that nobody foresees. (The module `secrets` costs 3 MB of memory.)"""
+    return int.from_bytes(os.urandom(8), "little")
 
 
 def part_of(dtype: np.dtype[np.void], *names: str) -> np.dtype[np.void]:
