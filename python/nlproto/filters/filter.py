@@ -15,20 +15,20 @@ import operator
 import os
 import pwd
 import re
-import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from lark import Lark, Token, Tree
-from lark.exceptions import UnexpectedCharacters, UnexpectedInput, UnexpectedToken
 
 from nlproto.errors import UsageError
 from nlproto.records import wire
-from nlproto.tables.column_table import mix
+from nlproto.tables.column_table import mix, random_seed
+
+if TYPE_CHECKING:
+    from lark import Lark, Token, Tree, UnexpectedInput
 
 __all__ = ["EVERYTHING", "WORDS", "Filter", "FilterError", "parse", "quote"]
 
@@ -133,7 +133,7 @@ class _View:
         return places, belongs, found
 
 
-_SEED = secrets.randbits(64)
+_SEED = random_seed()
 
 
 class _Node(Protocol):
@@ -420,6 +420,8 @@ def _is_container(name: str, wanted: str, fits: Callable[[str], object]) -> bool
 
 @functools.cache
 def _parser() -> Lark:
+    from lark import Lark  # here and below: only who parses a filter needs it, and its 4 MB
+
     grammar = resources.files("nlproto.filters").joinpath("filter.lark").read_text("utf-8")
     return Lark(grammar, parser="lalr", lexer="basic", maybe_placeholders=False)
 
@@ -434,6 +436,8 @@ def parse(text: str, resolve: bool = True) -> Filter:
         raise FilterError(f"longer than {MAX_LENGTH} characters: shorten it", text[:40], 0, 40)
     if not text.strip():
         return EVERYTHING
+    from lark import UnexpectedInput
+
     try:
         tokens = list(_parser().lex(text))
         _check_depth(tokens, text)
@@ -547,6 +551,8 @@ _EXPECTED = {
 
 
 def _syntax_error(error: UnexpectedInput, text: str) -> FilterError:
+    from lark import UnexpectedCharacters, UnexpectedToken
+
     if isinstance(error, UnexpectedCharacters):
         foreign = _bytes_wanted(text)
         if foreign is not None:
@@ -618,6 +624,8 @@ class _Builder:
         self._last: _Words | None = None
 
     def chain(self, tree: Tree[Token] | Token) -> _Node:
+        from lark import Token, Tree
+
         assert isinstance(tree, Tree)
         first, *rest = tree.children
         node = self._term(first)
@@ -630,6 +638,8 @@ class _Builder:
         return _Chain(node, tuple(links))
 
     def _term(self, tree: Tree[Token] | Token) -> _Node:
+        from lark import Token, Tree
+
         assert isinstance(tree, Tree)
         if tree.data == "negation":
             return _Not(self._term(tree.children[1]))
@@ -644,6 +654,8 @@ class _Builder:
         return self._test(tree)
 
     def _test(self, tree: Tree[Token]) -> _Node:
+        from lark import Tree
+
         proto: Token | None = None
         side, kind, values = "src or dst", "host", []
         for child in tree.children:
@@ -664,6 +676,8 @@ class _Builder:
         return self._value(self._last, *values)
 
     def _side(self, tree: Tree[Token]) -> str:
+        from lark import Token
+
         tokens = [child for child in tree.children if isinstance(child, Token)]
         if len(tokens) == 1:
             return str(tokens[0])

@@ -7,7 +7,7 @@
 #include "accounting.h"
 
 _Static_assert(sizeof(struct flow) == 152, "flow");
-_Static_assert(sizeof(struct port) == 88, "port");
+_Static_assert(sizeof(struct port) == 96, "port");
 _Static_assert(sizeof(((struct flow *)0)->comm) == SNIFFER_COMM_LEN, "comm");
 
 #define KEY_WORDS 8
@@ -108,7 +108,7 @@ static inline void flow_begin(struct flow *flow)
 	flow->packets_in = flow->bytes_in = 0;
 	flow->packets_out = flow->bytes_out = 0;
 	flow->flags = 0;
-	flow->reserved = 0;
+	flow->dirty = 1;
 }
 
 static inline void flow_add(struct flow *flow, const struct sniffer_record *r, int out)
@@ -210,7 +210,7 @@ uint32_t flows_unnamed(const struct sniffer_record *records, uint32_t count, uin
 
 #define PORT_WORDS 5
 
-_Static_assert(offsetof(struct port, listening) - offsetof(struct port, address) ==
+_Static_assert(offsetof(struct port, reserved) - offsetof(struct port, address) ==
 		       PORT_WORDS * sizeof(uint64_t) - 4, "port key");
 
 static inline void port_words(const struct port *port, uint64_t *word)
@@ -269,6 +269,7 @@ uint32_t ports_of_flows(const struct flow *flows, uint32_t count, uint64_t seed,
 		port->cookie = flow->cookie;
 		port->seen_ns = flow->last_ns;
 		port->uid = flow->uid;
+		port->live = 1;
 		memcpy(port->comm, flow->comm, sizeof(port->comm));
 		n = port_keep(ports, n, seed, slots, mask);
 	}

@@ -8,7 +8,6 @@ worker takes all batches that wait as one array: the more there is to do, the ch
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from nlproto.records.clock import Clock
 from nlproto.records.first_bytes import FirstBytes
 from nlproto.records.wire import RECORD, Batch, ProcessEvent, SnapBatch, joined, lib
 from nlproto.running.supervise import PATIENCE, Failures, described, keep_going
+from nlproto.tables.column_table import random_seed
 from nlproto.tables.flows import summarize
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import Processes
@@ -123,7 +123,7 @@ class Pipeline:
         self._takes: tuple[OnBatch, ...] = ()
         self._merge = TimeOrder(_FLUSH_NS)
         self._head: np.void | None = None
-        self._seed = secrets.randbits(64)
+        self._seed = random_seed()
         self._stopping = threading.Event()
         self._barriers: list[_Barrier] = []
         self._barrier_lock = threading.Lock()
