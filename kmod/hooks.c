@@ -26,7 +26,6 @@
 #include "compat.h"
 #include "hooks.h"
 #include "lookup.h"
-#include "netlink.h"
 #include "owner.h"
 #include "probes.h"
 #include "process.h"
@@ -563,9 +562,7 @@ static void hooks_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 
 static void hooks_record(struct sniffer_flow *flow)
 {
-	sniffer_batch_add(&flow->record);
-	if (sniffer_netlink_snapping() && !(flow->record.flags & SNIFFER_F_COPY))
-		sniffer_batch_snap(&flow->record, flow->skb);
+	sniffer_batch_add(&flow->record, flow->skb);
 }
 
 static void hooks_in_multicast(struct sniffer_flow *flow)
@@ -609,7 +606,7 @@ static unsigned int hooks_packet(struct sk_buff *skb, const struct nf_hook_state
 	struct net *net = dir == SNIFFER_DIR_IN ? dev_net(skb->dev) : state->net;
 	struct sniffer_flow flow;
 
-	if (!sniffer_netlink_listening()) {
+	if (!sniffer_batch_wanted()) {
 		sniffer_batch_skip(SNIFFER_SKIP_LISTENER);
 		return NF_ACCEPT;
 	}

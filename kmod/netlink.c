@@ -21,69 +21,60 @@
 
 static struct genl_family netlink_family;
 
+/* What the messages of each group are. */
+static const struct {
+	u8 cmd;
+	u16 attr;
+} netlink_kinds[] = {
+	[SNIFFER_GROUP_INDEX_PACKETS] = { SNIFFER_CMD_PACKETS, SNIFFER_A_RECORDS },
+	[SNIFFER_GROUP_INDEX_PROCESSES] = { SNIFFER_CMD_PROCESS, SNIFFER_A_PROCESS },
+	[SNIFFER_GROUP_INDEX_SNAPS] = { SNIFFER_CMD_SNAPS, SNIFFER_A_SNAPS },
+	[SNIFFER_GROUP_INDEX_FLOWS] = { SNIFFER_CMD_FLOWS, SNIFFER_A_FLOWS },
+};
+
 /**
- * sniffer_netlink_listening - does anybody want packets?
+ * sniffer_netlink_listening - does anybody listen to a group?
+ * @group: which
  */
-bool sniffer_netlink_listening(void)
+bool sniffer_netlink_listening(enum sniffer_group group)
 {
-	return genl_has_listeners(&netlink_family, &init_net, SNIFFER_GROUP_INDEX_PACKETS);
+	return genl_has_listeners(&netlink_family, &init_net, group);
 }
 
 /**
- * sniffer_netlink_snapping - does anybody want the packets' first bytes?
- */
-bool sniffer_netlink_snapping(void)
-{
-	return genl_has_listeners(&netlink_family, &init_net, SNIFFER_GROUP_INDEX_SNAPS);
-}
-
-/**
- * sniffer_netlink_begin - start a multicast message of one growing attribute
- * @attr: enum sniffer_attr
- * @cmd: enum sniffer_cmd
- * @head: bytes at its start that are there from the beginning
- * @room: bytes that may be added after them
- * @data: set to the attribute's first byte, 8-aligned
+ * sniffer_netlink_begin - start a multicast message of one attribute
+ * @group: for whom
+ * @room: bytes that may be put into it; they come at an 8-aligned place
  *
- * Any context.
- *
- * Return: the message or NULL.
+ * Any context. Return: the message, to be filled by skb_put(), or NULL.
  */
-struct sk_buff *sniffer_netlink_begin(int attr, u8 cmd, size_t head, size_t room, void **data)
+struct sk_buff *sniffer_netlink_begin(enum sniffer_group group, size_t room)
 {
-	struct sk_buff *skb;
-	struct nlattr *nla;
+	struct sk_buff *skb = genlmsg_new(nla_total_size(room), GFP_ATOMIC | __GFP_NOWARN);
 
-	skb = genlmsg_new(nla_total_size(head + room), GFP_ATOMIC | __GFP_NOWARN);
 	if (!skb)
 		return NULL;
-	if (!genlmsg_put(skb, 0, 0, &netlink_family, 0, cmd))
-		goto free;
-	nla = nla_reserve(skb, attr, head);
-	if (!nla)
-		goto free;
-	*data = nla_data(nla);
+	if (!genlmsg_put(skb, 0, 0, &netlink_family, 0, netlink_kinds[group].cmd) ||
+	    !nla_reserve(skb, netlink_kinds[group].attr, 0)) {
+		nlmsg_free(skb);
+		return NULL;
+	}
 	return skb;
-free:
-	nlmsg_free(skb);
-	return NULL;
 }
 
 /**
  * sniffer_netlink_send - finish a message and multicast it
  * @skb: from sniffer_netlink_begin(); consumed
  * @group: to whom
- * @used: bytes written after the head
  *
  * Any context. Return: 0, or an error when nobody got it.
  */
-int sniffer_netlink_send(struct sk_buff *skb, enum sniffer_group group, size_t used)
+int sniffer_netlink_send(struct sk_buff *skb, enum sniffer_group group)
 {
 	struct nlmsghdr *nlh = nlmsg_hdr(skb);
 	struct nlattr *nla = nlmsg_data(nlh) + GENL_HDRLEN;
 
-	skb_put(skb, used);
-	nla->nla_len += used;
+	nla->nla_len = skb->len - NLMSG_HDRLEN - GENL_HDRLEN;
 	nlh->nlmsg_len = skb->len;
 	return genlmsg_multicast_netns(&netlink_family, &init_net, skb, 0, group, GFP_ATOMIC);
 }
@@ -103,17 +94,15 @@ static atomic64_t netlink_event_lost;
 
 static void netlink_send_event(const struct sniffer_process *process)
 {
-	struct sk_buff *skb;
-	void *data;
+	struct sk_buff *skb = sniffer_netlink_begin(SNIFFER_GROUP_INDEX_PROCESSES,
+						    sizeof(*process));
 
-	skb = sniffer_netlink_begin(SNIFFER_A_PROCESS, SNIFFER_CMD_PROCESS, sizeof(*process), 0,
-				    &data);
 	if (!skb) {
 		atomic64_inc(&netlink_event_lost);
 		return;
 	}
-	memcpy(data, process, sizeof(*process));
-	sniffer_netlink_send(skb, SNIFFER_GROUP_INDEX_PROCESSES, 0);
+	skb_put_data(skb, process, sizeof(*process));
+	sniffer_netlink_send(skb, SNIFFER_GROUP_INDEX_PROCESSES);
 }
 
 static void netlink_send_events(struct work_struct *work)
@@ -141,7 +130,7 @@ void sniffer_netlink_process(const struct sniffer_proc *proc, u32 what)
 {
 	struct netlink_event *event;
 
-	if (!genl_has_listeners(&netlink_family, &init_net, SNIFFER_GROUP_INDEX_PROCESSES))
+	if (!sniffer_netlink_listening(SNIFFER_GROUP_INDEX_PROCESSES))
 		return;
 	if (atomic_inc_return(&netlink_waiting) > NETLINK_EVENTS_MAX)
 		goto lost;
@@ -235,15 +224,19 @@ static int netlink_set_config(struct sk_buff *skb, struct genl_info *info)
 static int netlink_flush(struct sk_buff *skb, struct genl_info *info)
 {
 	unsigned int count = num_possible_cpus();
+	struct sniffer_flow_tail *flows;
 	struct sniffer_tail *tails;
-	int err;
+	int err = -ENOMEM;
 
 	tails = kvcalloc(count, sizeof(*tails), GFP_KERNEL);
-	if (!tails)
-		return -ENOMEM;
-	count = sniffer_batch_flush(tails, count);
-	err = netlink_reply(info, SNIFFER_A_TAILS, tails, count * sizeof(*tails), 0, NULL, 0);
+	flows = kvcalloc(count, sizeof(*flows), GFP_KERNEL);
+	if (tails && flows) {
+		count = sniffer_batch_flush(tails, flows, count);
+		err = netlink_reply(info, SNIFFER_A_TAILS, tails, count * sizeof(*tails),
+				    SNIFFER_A_FLOW_TAILS, flows, count * sizeof(*flows));
+	}
 	kvfree(tails);
+	kvfree(flows);
 	return err;
 }
 
@@ -423,6 +416,9 @@ static const struct genl_multicast_group netlink_groups[] = {
 	},
 	[SNIFFER_GROUP_INDEX_SNAPS] = {
 		.name = SNIFFER_GROUP_SNAPS, .flags = SNIFFER_GROUP_FLAGS,
+	},
+	[SNIFFER_GROUP_INDEX_FLOWS] = {
+		.name = SNIFFER_GROUP_FLOWS, .flags = SNIFFER_GROUP_FLAGS,
 	},
 };
 

@@ -12,7 +12,7 @@
 #include <net/inet_sock.h>
 
 #include "compat.h"
-#include "netlink.h"
+#include "batch.h"
 #include "owner.h"
 #include "probes.h"
 
@@ -232,7 +232,7 @@ bool sniffer_use(struct sock *sk, bool called)
 		if (held && owner->port == inet_sk(sk)->inet_num && READ_ONCE(owner->tid) &&
 		    (READ_ONCE(owner->file) || !sniffer_probes_tell_release())) {
 			/* a cache line that all threads share: only for somebody who reads it */
-			if (READ_ONCE(owner->tid) != current->pid && sniffer_netlink_listening())
+			if (READ_ONCE(owner->tid) != current->pid && sniffer_batch_wanted())
 				WRITE_ONCE(owner->tid, current->pid);
 			if (unlikely(!sniffer_probes_alive()))
 				WRITE_ONCE(owner->seen, jiffies);

@@ -94,6 +94,7 @@ class Service:
                 portmap=PortMap(config.max_ports, payers=payers),
                 queue=MessageQueue(config.queue_size),
                 on_death=self._die,
+                packets=False,
             )
             recorder.on_death = self._die
             asyncio.run(self._serve(socket_file, pipeline, recorder))

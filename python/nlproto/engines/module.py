@@ -9,10 +9,11 @@ from typing import Self
 
 import numpy as np
 
-from nlproto.errors import NoModule, VersionMismatch
-from nlproto.kernel.netlink import Listener, Sniffer
+from nlproto.engines.engine import Event
+from nlproto.errors import Error, NoModule, VersionMismatch
+from nlproto.kernel.netlink import FLOWS, PACKETS, Listener, Sniffer
 from nlproto.records import wire
-from nlproto.records.wire import Batch, ProcessEvent, SnapBatch, lib
+from nlproto.records.wire import Batch, FlowBatch, lib
 
 __all__ = ["ModuleEngine"]
 
@@ -32,7 +33,7 @@ def _refuse_half_loaded() -> None:
 
 
 class ModuleEngine:
-    """Reads the groups `groups`; see nlproto.engines.engine.Engine.
+    """Reads the groups `groups`, of packets and flows one; see nlproto.engines.engine.Engine.
 
     The stream begins at a FLUSH after joining, so that an account opened with `opening` knows
     every record from there on, also on a CPU whose first batches were lost.
@@ -45,6 +46,7 @@ class ModuleEngine:
         groups: tuple[str, ...] = ("packets", "processes"),
         notify: Callable[[str], None] | None = None,
     ) -> None:
+        self.group = FLOWS if FLOWS in groups else PACKETS
         self.closing: np.ndarray = np.zeros(0, wire.TAIL)
         self._control = Sniffer()
         try:
@@ -58,7 +60,7 @@ class ModuleEngine:
                         f" program version {lib.SNIFFER_VERSION}: load the module of this release"
                     )
                 self.instance = int(info["instance"])
-                self.opening = self._control.flush()
+                self.opening = self.flush()
                 # after the group was joined: who is not in the dump is told of there
                 self._known = self._control.processes() if "processes" in groups else []
             except BaseException:
@@ -67,6 +69,8 @@ class ModuleEngine:
         except BaseException:
             self._control.close()
             raise
+        self._before: str | None = None
+        """The group that records before `_starts` come from."""
         self._starts = _sequences(self.opening)
         self._ends: dict[int, int] = {}
 
@@ -82,7 +86,7 @@ class ModuleEngine:
         """The commands, for callers that ask the module more than the stream tells."""
         return self._control
 
-    def read(self, timeout: float) -> Iterator[Batch | ProcessEvent | SnapBatch]:
+    def read(self, timeout: float) -> Iterator[Event]:
         """Begins with the processes that the module knows already."""
         known, self._known = self._known, []
         yield from known
@@ -96,23 +100,54 @@ class ModuleEngine:
             if event is not None:
                 yield event
 
-    def _decode(self, command: int, payload: memoryview) -> Batch | ProcessEvent | SnapBatch | None:
+    def _decode(self, command: int, payload: memoryview) -> Event | None:
         if command == lib.SNIFFER_CMD_PACKETS:
-            batch = wire.decode_batch(payload)
-            return batch if self._belongs(batch.head) else None
+            return self._belonging(wire.decode_batch(payload), PACKETS)
+        if command == lib.SNIFFER_CMD_FLOWS:
+            return self._belonging(wire.decode_flows(payload), FLOWS)
         if command == lib.SNIFFER_CMD_PROCESS:
             return wire.decode_process(payload)
         if command == lib.SNIFFER_CMD_SNAPS:
             return wire.decode_snaps(payload)
         return None
 
-    def _belongs(self, head: np.void) -> bool:
-        """Whether a batch lies between opening and closing; FLUSH cuts at batch boundaries."""
+    def _belonging(self, batch: Batch | FlowBatch, group: str) -> Batch | FlowBatch | None:
+        """The batch, if it is from the right group, and from between opening and closing.
+
+        FLUSH cuts at batch boundaries.
+        """
+        head = batch.head
         if int(head["instance"]) != self.instance:
-            return True
+            return batch
         cpu, first = int(head["cpu"]), int(head["record_seq"])
-        end = self._ends.get(cpu)
-        return first >= self._starts.get(cpu, 0) and (end is None or first < end)
+        if cpu in self._ends and first >= self._ends[cpu]:
+            return None
+        wanted = self.group if first >= self._starts.get(cpu, 0) else self._before
+        return batch if group == wanted else None
+
+    def want_packets(self, wanted: bool) -> Iterator[Event]:
+        group = PACKETS if wanted else FLOWS
+        if group == self.group:
+            return
+        try:
+            self._listener.join(group)
+        except OSError:  # unloaded meanwhile: the next read() tells
+            return
+        except Error:  # an older module: it has packets alone
+            return
+        # a member of both: records until this come from the one, the rest from the other
+        self._before, self.group = self.group, group
+        self.opening = self.flush()
+        self._starts = _sequences(self.opening)
+        yield from self._rest()
+        self._listener.leave(self._before)
+
+    def _rest(self) -> Iterator[Event]:
+        """What the kernel has queued."""
+        while (received := self._listener.recv(0)) is not None:
+            event = self._decode(*received)
+            if event is not None:
+                yield event
 
     def want_snaps(self, wanted: bool) -> bool:
         if not wanted:
@@ -125,21 +160,22 @@ class ModuleEngine:
         return True
 
     def flush(self) -> np.ndarray:
+        if self.group == FLOWS:
+            tails: np.ndarray = self._control.flush_flows()["tail"]
+            return tails
         return self._control.flush()
 
     def begin(self) -> int:
-        self.opening = self._control.flush()
+        self._before = None
+        self.opening = self.flush()
         self._starts = _sequences(self.opening)
         return time.monotonic_ns()
 
-    def finish(self, until_ns: int | None = None) -> Iterator[Batch | ProcessEvent | SnapBatch]:
+    def finish(self, until_ns: int | None = None) -> Iterator[Event]:
         # The kernel queues the last batches before it answers, so what is there now is all.
-        tails = self._control.flush()
+        tails = self.flush()
         self._ends = _sequences(tails)
-        while (received := self._listener.recv(0)) is not None:
-            event = self._decode(*received)
-            if event is not None:
-                yield event
+        yield from self._rest()
         self.closing = tails
 
     def stats(self) -> dict[str, object]:

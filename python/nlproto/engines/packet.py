@@ -11,13 +11,14 @@ import contextlib
 import select
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
+from nlproto.engines.engine import Event
 from nlproto.engines.namespaces import CapturedNamespaces
 from nlproto.engines.packet_names import FLOW_LIMIT, PacketNames
 from nlproto.engines.ring import PacketRing
@@ -111,6 +112,7 @@ class PacketEngine:
     """
 
     name = "packet"
+    group = "packets"
 
     def __init__(
         self,
@@ -342,6 +344,9 @@ class PacketEngine:
     def want_snaps(self, wanted: bool) -> bool:
         self._snapping = wanted
         return True
+
+    def want_packets(self, wanted: bool) -> Iterable[Event]:
+        return ()  # there is nothing else to be had
 
     def flush(self) -> np.ndarray:
         """Return where the stream stands; there is nothing held back that read() does not see."""
