@@ -302,8 +302,9 @@ class DaemonClient:
 
     def _receive(self, timeout: float | None) -> bool:
         """Read once; whether anything came in time."""
-        ready, _, _ = select.select([self._socket], [], [], timeout)
-        if not ready:
+        waiting = select.poll()  # select() fails where a process has a thousand descriptors
+        waiting.register(self._socket, select.POLLIN)
+        if not waiting.poll(None if timeout is None else timeout * 1000):
             return False
         try:
             data = self._socket.recv(1 << 20)
