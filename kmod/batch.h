@@ -35,14 +35,26 @@ DECLARE_PER_CPU(struct sniffer_wanted, sniffer_wanted);
 void sniffer_batch_ask(void);
 
 /**
+ * sniffer_batch_was_wanted - did anybody want records when that was asked last?
+ *
+ * Any context.
+ */
+static inline bool sniffer_batch_was_wanted(void)
+{
+	return this_cpu_read(sniffer_wanted.groups) &
+	       (BIT(SNIFFER_GROUP_INDEX_PACKETS) | BIT(SNIFFER_GROUP_INDEX_FLOWS));
+}
+
+/**
  * sniffer_batch_wanted - does anybody want records, be it summed up?
+ *
+ * Where bottom halves may be switched off and on.
  */
 static inline bool sniffer_batch_wanted(void)
 {
 	if (unlikely(this_cpu_read(sniffer_wanted.asked) != jiffies))
 		sniffer_batch_ask();
-	return this_cpu_read(sniffer_wanted.groups) &
-	       (BIT(SNIFFER_GROUP_INDEX_PACKETS) | BIT(SNIFFER_GROUP_INDEX_FLOWS));
+	return sniffer_batch_was_wanted();
 }
 
 void sniffer_batch_skip(enum sniffer_skip why);

@@ -6,6 +6,7 @@
  */
 #include <linux/bitops.h>
 #include <linux/build_bug.h>
+#include <linux/compiler.h>
 #include <linux/hash.h>
 #include <linux/random.h>
 
@@ -108,6 +109,8 @@ bool sniffer_merge_add(struct sniffer_merge *merge, const struct sniffer_record 
 
 	for (; merge->slots[slot]; slot = (slot + 1) % SNIFFER_MERGE_SLOTS) {
 		flow = &flows[merge->slots[slot] - 1];
+		/* nearly always the first: nothing is to be prepared for more */
+		OPTIMIZER_HIDE_VAR(record);
 		if (merge_is_same(&flow->last, record) &&
 		    likely(flow->last.len + bytes >= bytes &&
 			   flow->last.gso_segs + record->gso_segs <= U16_MAX)) {

@@ -232,7 +232,7 @@ bool sniffer_use(struct sock *sk, bool called)
 		if (held && owner->port == inet_sk(sk)->inet_num && READ_ONCE(owner->tid) &&
 		    (READ_ONCE(owner->file) || !sniffer_probes_tell_release())) {
 			/* a cache line that all threads share: only for somebody who reads it */
-			if (READ_ONCE(owner->tid) != current->pid && sniffer_batch_wanted())
+			if (READ_ONCE(owner->tid) != current->pid && sniffer_batch_was_wanted())
 				WRITE_ONCE(owner->tid, current->pid);
 			if (unlikely(!sniffer_probes_alive()))
 				WRITE_ONCE(owner->seen, jiffies);
