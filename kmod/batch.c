@@ -17,7 +17,6 @@
 #include "batch.h"
 #include "merge.h"
 #include "netlink.h"
-#include "owner.h"
 #include "stream.h"
 
 static unsigned int batch = SNIFFER_BATCH_DEFAULT;
@@ -422,7 +421,7 @@ unsigned int sniffer_batch_flush(struct sniffer_tail *tails, struct sniffer_flow
 
 /**
  * sniffer_batch_counters - add up the counters of all CPUs
- * @sum: filled whole
+ * @sum: filled but for what the tables count
  */
 void sniffer_batch_counters(struct sniffer_counters *sum)
 {
@@ -453,8 +452,6 @@ void sniffer_batch_counters(struct sniffer_counters *sum)
 		sum->packets += cpu->seq - cpu->copies + batch_skipped(cpu);
 		spin_unlock_bh(&cpu->lock);
 	}
-	sum->table_full = sniffer_owner_full();
-	sum->process_lost = sniffer_netlink_process_lost();
 }
 
 /**
