@@ -35,7 +35,7 @@ from daemon.service import SWITCH_INTERVAL
 from daemon.system.config import Config
 from nlproto.client.client import DaemonClient
 from nlproto.client.frames import Kind, encode_json
-from nlproto.filters.filter import parse
+from nlproto.filters.parse import parse
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.naming import Namer
 from nlproto.pipeline.pipeline import NamedBatch, Pipeline

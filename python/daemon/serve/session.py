@@ -36,7 +36,8 @@ from nlproto.client.frames import (
     encode_json,
 )
 from nlproto.errors import Error, NoPrivilege, UsageError
-from nlproto.filters.filter import Filter, parse
+from nlproto.filters.filter import Filter
+from nlproto.filters.parse import parse
 
 if TYPE_CHECKING:
     from daemon.serve.server import Server
