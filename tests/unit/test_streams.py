@@ -15,7 +15,7 @@ from daemon.sharing.allowance import Allowance
 from nlproto.errors import Error
 from nlproto.filters.filter import Filter
 from nlproto.filters.parse import parse
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 from nlproto.tables.processes import Processes
 
 

@@ -15,14 +15,15 @@ from textual.widgets import Input, Static
 
 from hunter.show import rates as rates_module
 from hunter.show.names import Names
-from hunter.show.rates import KEPT_S, Rates, amount
+from hunter.show.rates import KEPT_S, Rates
+from hunter.show.units import amount
 from hunter.top.app import Top
 from hunter.top.grid import Grid
 from hunter.top.state import State
 from hunter.top.views import FlowsView, sparkline
 from nlproto import Error
-from nlproto.pipeline.pipeline import NamedBatch
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.processes import Process, Processes
 

@@ -16,7 +16,8 @@ from daemon.sharing.quota import Quota
 from nlproto.errors import Error
 from nlproto.filters.filter import Filter
 from nlproto.filters.words import MAX_COST
-from nlproto.pipeline.pipeline import NamedBatch, Pipeline
+from nlproto.pipeline.pipeline import Pipeline
+from nlproto.records.batch import NamedBatch
 from nlproto.records.wire import BATCH, encode_batch, encode_snaps
 from nlproto.tables.processes import Process, ProcessKey
 

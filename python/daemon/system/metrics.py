@@ -26,7 +26,7 @@ from daemon.system.config import Config
 from daemon.system.directory import HeldDirectory
 from nlproto.client.frames import DEFAULT_SOCKET
 from nlproto.errors import Error, UsageError
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 from nlproto.records.wire import text
 from nlproto.running.supervise import Failures, keep_going
 

@@ -24,7 +24,7 @@ from hunter.sources.opening import open_source
 from hunter.sources.source import Source
 from nlproto import Error
 from nlproto.host import netns
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 
 __all__ = ["run"]
 

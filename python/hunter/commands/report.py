@@ -17,14 +17,14 @@ from hunter.cli.options import Report
 from hunter.save.capturefile import CaptureFile
 from hunter.save.saving import refuse_input
 from hunter.show.columns import addresses
-from hunter.show.rates import amount
 from hunter.show.summary import on_the_wire
 from hunter.show.text import plain
+from hunter.show.units import amount
 from hunter.sources.source_file import FileSource
 from nlproto import Error
 from nlproto.filters.filter import EVERYTHING
-from nlproto.pipeline.pipeline import NamedBatch
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 
 __all__ = ["CaptureSums", "page", "run"]
 

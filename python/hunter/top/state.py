@@ -9,11 +9,12 @@ import time
 
 from hunter.show.account import ShownAccount
 from hunter.show.names import Names
-from hunter.show.rates import KEPT_S, UNITS, ProcessRate, Rates
+from hunter.show.rates import KEPT_S, ProcessRate, Rates
 from hunter.show.text import plain
+from hunter.show.units import UNITS
 from hunter.sources.source import Source
 from nlproto import Error
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 
 __all__ = ["State"]
 

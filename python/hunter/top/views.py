@@ -14,8 +14,9 @@ from textual.screen import Screen
 from textual.widgets import Footer, Input, Static
 
 from hunter.show.names import service
-from hunter.show.rates import FlowRate, Meter, ProcessRate, amount
+from hunter.show.rates import FlowRate, Meter, ProcessRate
 from hunter.show.text import plain
+from hunter.show.units import amount
 from hunter.top.grid import Cell, Column, Grid
 from hunter.top.state import State
 
