@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from nlproto.bound import KernelSockets
-from nlproto.holders import Holders
-from nlproto.portmap import PortMap
+from nlproto.host.holders import Holders
+from nlproto.host.kernel_sockets import KernelSockets
+from nlproto.tables.portmap import PortMap
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="holders of all sockets need root")
 

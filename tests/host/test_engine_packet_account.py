@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from nlproto.account import Account
-from nlproto.engine_packet import PacketEngine
-from nlproto.pipeline import Pipeline
-from nlproto.processes import Processes
+from nlproto.engines.packet import PacketEngine
+from nlproto.pipeline.account import Account
+from nlproto.pipeline.pipeline import Pipeline
+from nlproto.tables.processes import Processes
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for AF_PACKET")
 

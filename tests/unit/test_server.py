@@ -8,18 +8,18 @@ import threading
 import numpy as np
 import pytest
 
-from daemon.answers import Answers
-from daemon.config import Config
-from daemon.history import History
-from daemon.server import Server, SocketFile
-from daemon.subscription import Subscription
-from nlproto import wire
-from nlproto.account import Account
-from nlproto.client import DaemonClient
+from daemon.history.memory import FlowMemory
+from daemon.serve.answers import Answers
+from daemon.serve.server import Server, SocketFile
+from daemon.serve.subscription import Subscription
+from daemon.system.config import Config
+from nlproto.client.client import DaemonClient
 from nlproto.errors import Error, NoDaemon, UsageError
-from nlproto.pipeline import Pipeline
-from nlproto.portmap import PortMap
-from nlproto.processes import Processes
+from nlproto.pipeline.account import Account
+from nlproto.pipeline.pipeline import Pipeline
+from nlproto.records import wire
+from nlproto.tables.portmap import PortMap
+from nlproto.tables.processes import Processes
 from waiting import until
 
 FAILED = "the daemon failed on this request; see its log"
@@ -77,7 +77,7 @@ class Running:
         loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
         self.end = lambda: loop.call_soon_threadsafe(self._ended.set)
         config = Config(socket=self.path)
-        answers = Answers(self.pipeline, History(16))
+        answers = Answers(self.pipeline, FlowMemory(16))
         self.server = Server(loop, answers, config, dict)
         with SocketFile(self.path) as file, self.pipeline:
             self.pipeline.subscribe(self.server.publish)
@@ -136,7 +136,7 @@ def test_the_end_of_a_subscription_that_fails_is_answered(running, monkeypatch):
     with DaemonClient(running.path) as client:
         client.start("")
         with monkeypatch.context() as patch:
-            patch.setattr("daemon.session.Session._shown", broken)
+            patch.setattr("daemon.serve.session.Session._shown", broken)
             with pytest.raises(Error, match=FAILED):
                 client.unsubscribe()
         client.start("udp")
@@ -159,7 +159,7 @@ def test_a_question_for_which_there_is_no_thread_is_answered(running, monkeypatc
 def test_a_turn_that_fails_costs_one_client_its_connection(running, monkeypatch):
     with DaemonClient(running.path) as other:
         with monkeypatch.context() as patch:
-            patch.setattr("nlproto.frames.Decoder.next", broken)
+            patch.setattr("nlproto.client.frames.Decoder.next", broken)
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as raw:
                 raw.connect(running.path)
                 raw.settimeout(30)
@@ -171,10 +171,10 @@ def test_a_turn_that_fails_costs_one_client_its_connection(running, monkeypatch)
 def test_a_connection_that_cannot_be_taken_leaves_the_others_their_turns(running, monkeypatch):
     with DaemonClient(running.path) as other:
         with monkeypatch.context() as patch:
-            patch.setattr("daemon.server._has_gone", broken)
+            patch.setattr("daemon.serve.server._has_gone", broken)
             with pytest.raises(Error):
                 DaemonClient(running.path)
-            patch.setattr("daemon.server.peer_of", broken)
+            patch.setattr("daemon.serve.server.peer_of", broken)
             with pytest.raises(Error):
                 DaemonClient(running.path)
         assert other.owner(1) == []
@@ -224,8 +224,8 @@ def test_what_looks_after_clients_goes_on(running, monkeypatch):
             raise ZeroDivisionError("broken")
 
         with monkeypatch.context() as patch:
-            patch.setattr("daemon.server._hung_up", failing)
+            patch.setattr("daemon.serve.server._hung_up", failing)
             assert tried.wait(30)
         looked = threading.Event()
-        monkeypatch.setattr("daemon.server._hung_up", lambda _: looked.set() or [])
+        monkeypatch.setattr("daemon.serve.server._hung_up", lambda _: looked.set() or [])
         assert looked.wait(30)

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: MIT
+"""Sockets with all their holders, from the kernel's tables."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from nlproto.host.holders import Holders
+from nlproto.host.namespace_diags import NamespaceDiags
+from nlproto.host.procfs import Owner
+from nlproto.host.sockdiag import HOST_SOCKET, TcpState
+from nlproto.host.sockets import held
+from nlproto.records.wire import text
+from nlproto.running.budget import Budget
+
+__all__ = ["Endpoint", "BoundSocket", "KernelSockets", "HeldSockets"]
+
+_HELD_NS = 3_000_000_000
+"""From one time that the holders of all bound sockets are checked to the next."""
+_CHECK_SHARE, _CHECK_SAVED_NS = 100, 20_000_000
+"""Checking takes this part of the time at most: with many sockets a round takes longer."""
+_CHUNK = 32
+"""Checked between two looks at the clock."""
+_UNHELD = 200
+"""Sockets without a known holder that are asked about in one look."""
+_ROUND_NS = 60_000_000_000
+"""And those of a connected one, which traffic tells sooner."""
+_ASKED = 200
+"""Connected sockets of a round that are asked about in one look."""
+_MAPPED = bytes(10) + b"\xff\xff"
+
+
+Endpoint = tuple[int, int, int, bytes, int]
+"""(netns, protocol number, family, 16 address bytes, port): the local end of a socket."""
+
+
+@dataclass(frozen=True, slots=True)
+class BoundSocket:
+    """A socket of the kernel's tables with one of its holders."""
+
+    endpoint: Endpoint
+    tgid: int
+    start_ns: int
+    uid: int
+    comm: str
+    cookie: int
+
+
+class HeldSockets(NamedTuple):
+    """One entry for each holder of each socket."""
+
+    bound: list[BoundSocket]
+    """Listeners and bound UDP sockets: those that are new or changed hands."""
+    changed: np.ndarray
+    """Cookies of these sockets; other holders that were known of them are none any more."""
+    present: np.ndarray | None
+    """Cookies of all bound sockets; None: `bound` has all there are, without cookies."""
+    connected: list[BoundSocket]
+    """Some of the connected ones; each is among them once in a round of a minute."""
+    cookies: np.ndarray
+    """Of all sockets that a process still has; empty where sock_diag is refused."""
+
+
+class KernelSockets:
+    """Of every network namespace that can be entered; a context manager, for one thread."""
+
+    def __init__(
+        self, holders: Holders | None = None, now_ns: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        self._holders = holders or Holders()
+        self._now_ns = now_ns
+        self._diags = NamespaceDiags(now_ns)
+        self._held: dict[int, tuple[Owner, ...]] = {}
+        self._ports: dict[int, int] = {}
+        self._unchecked: list[int] = []
+        self._checks_ns = now_ns()
+        self._check_budget = Budget(_CHECK_SHARE, _CHECK_SAVED_NS, now_ns)
+        self._round_ns = now_ns()
+        self._waiting: list[tuple[int, np.void]] = []
+        self.tables: dict[int, np.ndarray] = {}
+        """{namespace: all its sockets (HOST_SOCKET)} as of the last look."""
+        self.looked_ns = 0
+        """When it began, CLOCK_MONOTONIC; 0: there was none yet."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._diags.close()
+
+    def holders_of(self, inode: int) -> Iterator[Owner]:
+        """Who holds a socket at this moment, as far as known; from any thread."""
+        return self._holders.peek(inode)
+
+    def read(self) -> HeldSockets:
+        began = self._now_ns()
+        tables = self._diags.tables()
+        found = self._read(tables)
+        self.tables, self.looked_ns = tables, began
+        return found
+
+    def _read(self, tables: dict[int, np.ndarray]) -> HeldSockets:
+        numbers = list(tables)
+        parts = [tables[number][_is_bound(tables[number])] for number in numbers]
+        bound = np.concatenate(parts) if parts else np.zeros(0, HOST_SOCKET)
+        netns = np.repeat(np.array(numbers, np.int64), [len(part) for part in parts])
+        there = [table["cookie"][held(table)] for table in tables.values()]
+        cookies = np.concatenate(there) if there else np.zeros(0, np.uint64)
+        whole = bool(np.any(bound["cookie"] == 0))
+        if whole:
+            # /proc/net has no cookies
+            rows = np.arange(len(bound))
+            entries = self._entries(bound, netns, rows, self._holders.find)
+            self._held.clear()
+        else:
+            rows = self._changed(bound)
+            known = {
+                int(bound["inode"][row]): self._held[int(bound["cookie"][row])] for row in rows
+            }
+            entries = self._entries(bound, netns, rows, known.__getitem__)
+        return HeldSockets(
+            entries,
+            bound["cookie"][rows],
+            None if whole else bound["cookie"],
+            [
+                entry
+                for number, row in self._connected(tables)
+                for entry in _entries(number, row, self._holders.known(int(row["inode"])))
+            ],
+            cookies[cookies != 0],
+        )
+
+    def _entries(
+        self,
+        bound: np.ndarray,
+        netns: np.ndarray,
+        rows: np.ndarray,
+        owners: Callable[[int], tuple[Owner, ...]],
+    ) -> list[BoundSocket]:
+        return [
+            entry
+            for row in rows.tolist()
+            for entry in _entries(int(netns[row]), bound[row], owners(int(bound["inode"][row])))
+        ]
+
+    def _changed(self, bound: np.ndarray) -> np.ndarray:
+        """Rows of `bound` that are new, changed hands, or share a port with such or with one gone.
+
+        The port map has one row for all sockets of a process at one end, as SO_REUSEPORT allows.
+        """
+        cookies = bound["cookie"]
+        before = np.fromiter(self._held, np.uint64, len(self._held))
+        ports = set()
+        for cookie in before[~np.isin(before, cookies)].tolist():
+            del self._held[cookie]
+            ports.add(self._ports.pop(cookie))
+        new = np.flatnonzero(~np.isin(cookies, before))
+        order = np.argsort(cookies)
+        unheld = [cookie for cookie, owners in self._held.items() if not owners][:_UNHELD]
+        asked = [*new.tolist(), *_rows_of(unheld, cookies, order)]
+        for row in asked:
+            ports |= self._ask(bound[row])
+        now = self._now_ns()
+        if not self._unchecked and now >= self._checks_ns:
+            self._checks_ns = now + _HELD_NS
+            self._unchecked = list(self._held)
+        while self._unchecked and self._check_budget.allows():
+            with self._check_budget.spend():
+                some, self._unchecked = self._unchecked[:_CHUNK], self._unchecked[_CHUNK:]
+                for row in _rows_of(some, cookies, order):
+                    ports |= self._ask(bound[row])
+        if not ports:
+            return np.zeros(0, np.intp)
+        return np.flatnonzero(np.isin(bound["sport"], np.fromiter(ports, np.uint16, len(ports))))
+
+    def _ask(self, row: np.void) -> set[int]:
+        """Look for a socket's holders; its port, if they are others than before."""
+        cookie, port = int(row["cookie"]), int(row["sport"])
+        owners = self._holders.find(int(row["inode"]))
+        before = self._held.get(cookie)
+        self._held[cookie], self._ports[cookie] = owners, port
+        return set() if owners == before else {port}
+
+    def _connected(self, tables: dict[int, np.ndarray]) -> list[tuple[int, np.void]]:
+        """(namespace, HOST_SOCKET) of those whose turn it is."""
+        now = self._now_ns()
+        if not self._waiting and now >= self._round_ns:
+            self._round_ns = now + _ROUND_NS
+            self._holders.walk()
+            self._waiting = [
+                (number, row)
+                for number, table in tables.items()
+                for row in table[_is_connected(table)]
+            ]
+        part, self._waiting = self._waiting[:_ASKED], self._waiting[_ASKED:]
+        return part
+
+
+def _rows_of(some: list[int], cookies: np.ndarray, order: np.ndarray) -> list[int]:
+    """Where `some` are in `cookies`, which `order` sorts; those that are not there are left out."""
+    wanted = np.fromiter(some, np.uint64, len(some))
+    places = np.searchsorted(cookies, wanted, sorter=order)
+    found: list[int] = order[places[places < len(order)]].tolist()
+    there = set(some)
+    return [row for row in found if int(cookies[row]) in there]
+
+
+def _entries(netns: int, row: np.void, owners: tuple[Owner, ...]) -> Iterator[BoundSocket]:
+    family, address = int(row["family"]), row["saddr"].tobytes()
+    if family == socket.AF_INET6 and address.startswith(_MAPPED):
+        family, address = socket.AF_INET, address[len(_MAPPED) :].ljust(16, b"\0")
+    endpoint = (netns, int(row["proto"]), family, address, int(row["sport"]))
+    for owner in owners:
+        identity = owner.identity
+        yield BoundSocket(
+            endpoint,
+            identity.tgid,
+            identity.start_ns,
+            owner.uid,
+            text(owner.comm),
+            int(row["cookie"]),
+        )
+
+
+def _is_connected(table: np.ndarray) -> np.ndarray:
+    return np.asarray((table["dport"] != 0) & (table["inode"] != 0) & (table["cookie"] != 0))
+
+
+def _is_bound(table: np.ndarray) -> np.ndarray:
+    udp = table["proto"] == socket.IPPROTO_UDP
+    listening = ~udp & (table["state"] == TcpState.LISTEN)
+    bound = udp & (table["dport"] == 0) & (table["sport"] != 0)
+    return np.asarray((listening | bound) & (table["inode"] != 0))
