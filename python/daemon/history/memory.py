@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from nlproto._host import ffi, lib
 from nlproto.records.clock import Clock
-from nlproto.records.wire import PROTO_NAMES, address_text, how_name, lib, text
-from nlproto.tables.column_table import ColumnTable, mix
+from nlproto.records.wire import PROTO_NAMES, address_text, how_name, taken, text
+from nlproto.records.wire import lib as wire
+from nlproto.tables.column_table import ColumnTable, columns_of, mix, numbers
 from nlproto.tables.flows import FLOW, KEY_FIELDS, address_bytes
 from nlproto.tables.shares import NOBODY, Payers, surplus
 
@@ -31,13 +33,11 @@ __all__ = [
     "payers_of",
 ]
 
-_FIRST_ROWS = 1024
-_ROW = np.dtype([*FLOW.descr, ("began_ns", "u8"), ("heard_ns", "u8"), ("id", "u8"), ("dirty", "?")])
+_MORE = np.dtype([("began_ns", "u8"), ("heard_ns", "u8"), ("id", "u8"), ("dirty", "?")])
+_ROW = columns_of(FLOW, _MORE)
 """began_ns and heard_ns are first_ns and last_ns by CLOCK_MONOTONIC, which nobody sets."""
-ROW_BYTES = _ROW.itemsize + 120
+ROW_BYTES = _ROW.itemsize + 16
 """Of a flow in memory, its place in the table included."""
-_SUMS = ("packets_in", "bytes_in", "packets_out", "bytes_out")
-_LAST = ("how", "uid", "inode", "comm")
 
 
 End = tuple[int, bytes, int]
@@ -69,7 +69,7 @@ class Question:
         """`pname` as the kernel keeps it: 15 bytes."""
         if self.pname is None:
             return None
-        return self.pname.encode("utf-8", "replace")[: lib.SNIFFER_COMM_LEN - 1]
+        return self.pname.encode("utf-8", "replace")[: wire.SNIFFER_COMM_LEN - 1]
 
 
 def payers_of(tgids: np.ndarray, uids: np.ndarray, payers: Payers | None = None) -> np.ndarray:
@@ -97,8 +97,8 @@ class FlowMemory:
         self._lock = threading.Lock()
         self._size = 0
         self._next_id = next_id
-        self._table = ColumnTable(_ROW, KEY_FIELDS)
-        self._table.grow(min(limit, _FIRST_ROWS))
+        self._table = ColumnTable(_ROW, KEY_FIELDS, limit)
+        self._pointers = self._table.pointers("struct history")
 
     def __len__(self) -> int:
         return self._size
@@ -109,52 +109,35 @@ class FlowMemory:
 
     def update(self, flows: np.ndarray, clock: Clock) -> None:
         """Add FLOWs with CLOCK_MONOTONIC times, as summarize() makes them with one seed."""
-        real = np.int64(clock.real_offset_ns)
-        found, flows = flows, np.empty(len(flows), _ROW)
-        for name in found.dtype.names or ():
-            flows[name] = found[name]
-        for name, wall in (("began_ns", "first_ns"), ("heard_ns", "last_ns")):
-            flows[name] = found[wall]
-            flows[wall] = found[wall].astype(np.int64) + real
+        flows = np.ascontiguousarray(flows)
+        real = clock.real_offset_ns & 0xFFFFFFFFFFFFFFFF
         with self._lock:
             rows = self._table.find(flows)
-            known = rows >= 0
-            if known.any():
-                self._add(rows[known], flows[known])
-            new = flows[~known]
-            if len(new):
-                self._insert(new)
+            lib.history_add(
+                self._pointers,
+                ffi.from_buffer("struct flow[]", flows),
+                len(flows),
+                numbers(rows),
+                real,
+            )
+            new = taken(flows, rows < 0)
+            # no more at once than are evicted at once: or a flood would take everybody's place
+            piece = max(1, self.limit // 8)
+            for at in range(0, len(new), piece):
+                self._insert(new[at : at + piece], real)
 
-    def _add(self, rows: np.ndarray, flows: np.ndarray) -> None:
-        columns = self._columns
-        for name in _SUMS:
-            columns[name][rows] += flows[name]
-        earlier = flows["began_ns"] < columns["began_ns"][rows]
-        for name in ("began_ns", "first_ns"):
-            columns[name][rows[earlier]] = flows[name][earlier]
-        later = flows["heard_ns"] >= columns["heard_ns"][rows]
-        for name in ("heard_ns", "last_ns", *_LAST):
-            columns[name][rows[later]] = flows[name][later]
-        # the time of day may have been set back in between
-        columns["first_ns"][rows] = np.minimum(columns["first_ns"][rows], columns["last_ns"][rows])
-        columns["flags"][rows] |= flows["flags"]
-        columns["dirty"][rows] = True
-
-    def _insert(self, flows: np.ndarray) -> None:
-        # no more at once than are evicted at once: or a flood would take everybody's place
-        piece = max(1, self.limit // 8)
-        while len(flows) > piece:
-            self._insert(flows[:piece])
-            flows = flows[piece:]
-        if self._size + len(flows) > self.limit:
-            self._evict(max(piece, self._size + len(flows) - self.limit))
+    def _insert(self, flows: np.ndarray, real: int) -> None:
         end = self._size + len(flows)
-        if end > self._table.capacity:
-            self._table.grow(min(self.limit, max(end, 2 * self._table.capacity)))
-        place = slice(self._size, end)
+        if end > self.limit:
+            self._evict(max(self.limit // 8, end - self.limit))
+            end = self._size + len(flows)
+        place, columns = slice(self._size, end), self._columns
         self._table.put(np.arange(self._size, end), flows)
-        self._columns["id"][place] = np.arange(self._next_id, self._next_id + len(flows))
-        self._columns["dirty"][place] = True
+        for name, wall in (("began_ns", "first_ns"), ("heard_ns", "last_ns")):
+            columns[name][place] = flows[wall]
+            columns[wall][place] += np.uint64(real)
+        columns["id"][place] = np.arange(self._next_id, self._next_id + len(flows))
+        columns["dirty"][place] = True
         self._next_id += len(flows)
         self._size = end
 
@@ -171,9 +154,8 @@ class FlowMemory:
         self.horizon_ns = max(self.horizon_ns, int(columns["last_ns"][goes].max()))
         self.evicted += int(np.count_nonzero(goes))
         self.unstored += int(np.count_nonzero(columns["dirty"] & goes))
-        stay = np.flatnonzero(~goes)
-        self._table.keep(stay)
-        self._size = len(stay)
+        self._table.keep(~goes)
+        self._size = len(self._table)
 
     def renumber(self, offset: int) -> None:
         """Add `offset` to all ids: the file that they are for has others already."""
@@ -288,13 +270,13 @@ def network_words(
 
 
 _FLAGS = {
-    lib.SNIFFER_F_SHARED: "shared",
-    lib.SNIFFER_F_INHERITED: "inherited",
-    lib.SNIFFER_F_SEEDED: "seeded",
-    lib.SNIFFER_F_DEAD: "dead",
-    lib.SNIFFER_F_KERNEL: "kernel",
-    lib.SNIFFER_F_AMBIGUOUS: "ambiguous",
-    lib.SNIFFER_F_COPY: "copy",
+    wire.SNIFFER_F_SHARED: "shared",
+    wire.SNIFFER_F_INHERITED: "inherited",
+    wire.SNIFFER_F_SEEDED: "seeded",
+    wire.SNIFFER_F_DEAD: "dead",
+    wire.SNIFFER_F_KERNEL: "kernel",
+    wire.SNIFFER_F_AMBIGUOUS: "ambiguous",
+    wire.SNIFFER_F_COPY: "copy",
 }
 
 

@@ -11,11 +11,14 @@ Each CPU's totals come from its counters and sequences at the first and last mom
 from adding up gaps, so batches that arrive out of order change nothing. Not thread-safe.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 
-from nlproto.records.wire import HOW_NAMES, is_named, lib
+from nlproto.records.wire import BATCH, HOW_NAMES, TAIL, is_named, lib
 
 __all__ = ["PLACES", "Account"]
 
@@ -35,16 +38,28 @@ class _Point:
     skipped: int
     lost: int
 
-    def raise_to(self, other: "_Point") -> None:
-        for field in fields(self):
-            name = field.name
-            setattr(self, name, max(getattr(self, name), getattr(other, name)))
+    def raise_to(self, record_seq: int, packets: int, skipped: int, lost: int) -> None:
+        if record_seq > self.record_seq:
+            self.record_seq = record_seq
+        if packets > self.packets:
+            self.packets = packets
+        if skipped > self.skipped:
+            self.skipped = skipped
+        if lost > self.lost:
+            self.lost = lost
 
 
-def _point_of(tail: np.void) -> _Point:
-    return _Point(
-        int(tail["record_seq"]), int(tail["packets"]), int(tail["skipped"]), int(tail["lost"])
+_Counts = tuple[int, int, int, int]
+"""record_seq, packets, skipped, lost."""
+_counts_of_tail: Callable[[Any], _Counts] = itemgetter(
+    *map((TAIL.names or ()).index, ("record_seq", "packets", "skipped", "lost"))
+)
+_of_head: Callable[[Any], tuple[int, int, int, int, int, int, int]] = itemgetter(
+    *map(
+        (BATCH.names or ()).index,
+        ("instance", "cpu", "count", "record_seq", "packets", "skipped", "lost"),
     )
+)
 
 
 class Account:
@@ -70,8 +85,9 @@ class Account:
         self._enter(instance)
         for tail in tails:
             key = (instance, int(tail["cpu"]))
-            self._first.setdefault(key, _point_of(tail))
-            self._last.setdefault(key, _point_of(tail)).raise_to(_point_of(tail))
+            counts = _counts_of_tail(tail.item())
+            self._first.setdefault(key, _Point(*counts))
+            self._last.setdefault(key, _Point(*counts)).raise_to(*counts)
 
     def gap(self, seconds: float) -> None:
         """Count a time without any engine."""
@@ -83,31 +99,20 @@ class Account:
         `records` makes the first batch of a CPU exact when it holds copies and there was no
         open(). Another instance than before (module loaded anew) starts afresh and adds up.
         """
-        instance, cpu, count = int(head["instance"]), int(head["cpu"]), int(head["count"])
+        instance, cpu, count, seq, packets, skipped, lost = _of_head(head.item())
         self._enter(instance)
         key = (instance, cpu)
-        point = _Point(
-            int(head["record_seq"]) + count,
-            int(head["packets"]),
-            int(head["skipped"]),
-            int(head["lost"]),
-        )
-        if key not in self._first:
+        first = self._first.get(key)
+        if first is None:
             copies = 0 if records is None else np.count_nonzero(records["flags"] & _COPY)
-            self._first[key] = _Point(
-                point.record_seq - count,
-                point.packets - count + int(copies),
-                point.skipped,
-                point.lost,
-            )
-            self._last[key] = point
+            self._first[key] = _Point(seq, packets - count + int(copies), skipped, lost)
+            self._last[key] = _Point(seq + count, packets, skipped, lost)
         else:
-            first = self._first[key]
-            if point.record_seq - count < first.record_seq:
+            if seq < first.record_seq:
                 # It was overtaken by the batch that the account began with.
-                first.packets -= first.record_seq - (point.record_seq - count)
-                first.record_seq = point.record_seq - count
-            self._last[key].raise_to(point)
+                first.packets -= first.record_seq - seq
+                first.record_seq = seq
+            self._last[key].raise_to(seq + count, packets, skipped, lost)
         self._received += count
 
     def close(self, tails: np.ndarray) -> None:
@@ -118,7 +123,7 @@ class Account:
         for tail in tails:
             known = self._last.get((self._instance, int(tail["cpu"])))
             if known is not None:
-                known.raise_to(_point_of(tail))
+                known.raise_to(*_counts_of_tail(tail.item()))
 
     def lose(self, place: str, records: int) -> None:
         """Count received records as lost afterwards, in "queue", "client" or "failed"."""

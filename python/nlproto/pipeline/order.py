@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nlproto.records import wire
+from nlproto.records.wire import RECORD, joined, taken
 
 __all__ = ["TimeOrder"]
 
@@ -53,11 +53,11 @@ class TimeOrder:
     def _take_until(self, until: np.uint64 | None) -> np.ndarray:
         if not self._waiting:
             return _NONE
-        records = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)
+        records = self._waiting[0] if len(self._waiting) == 1 else joined(self._waiting)
         times = np.ascontiguousarray(records["time_ns"])
         if np.any(times[1:] < times[:-1]):
             order = np.argsort(times, kind="stable")
-            records, times = records[order], times[order]
+            records, times = taken(records, order), times[order]
         cut = len(records) if until is None else int(np.searchsorted(times, until, "right"))
         cut = max(cut, len(records) - self._limit)
         rest = records[cut:]
@@ -66,4 +66,4 @@ class TimeOrder:
         return records[:cut]
 
 
-_NONE = np.empty(0, wire.RECORD)
+_NONE = np.empty(0, RECORD)

@@ -24,7 +24,7 @@ from nlproto.pipeline.order import TimeOrder
 from nlproto.pipeline.queue import MessageQueue
 from nlproto.records.clock import Clock
 from nlproto.records.first_bytes import FirstBytes
-from nlproto.records.wire import BATCH, RECORD, Batch, ProcessEvent, SnapBatch, lib
+from nlproto.records.wire import RECORD, Batch, ProcessEvent, SnapBatch, joined, lib
 from nlproto.running.supervise import PATIENCE, Failures, described, keep_going
 from nlproto.tables.flows import summarize
 from nlproto.tables.portmap import PortMap
@@ -33,7 +33,6 @@ from nlproto.tables.processes import Processes
 __all__ = ["NamedBatch", "Names", "Pipeline", "QUEUE_BYTES"]
 
 QUEUE_BYTES = 64 << 20
-_RAW = np.dtype((np.void, RECORD.itemsize))
 _PROCESS_BYTES = 600  # a ProcessEvent with its strings
 _CHUNK = 64  # batches that the worker takes at once
 _ASK = 1.0  # s between two looks at the engine's own figures
@@ -290,8 +289,9 @@ class Pipeline:
 
     def _put(self, event: Batch | ProcessEvent | SnapBatch) -> None:
         if isinstance(event, Batch):
-            records = np.array(event.records)
-            head: np.void = np.array([event.head], BATCH)[0]
+            # tobytes() copies as plain bytes, where a copy would go field by field
+            records = np.ndarray(event.records.shape, RECORD, event.records.tobytes())
+            head: np.void = event.head.copy()
             with self.account_lock:
                 self.account.add(head, records)
             lost = self.queue.put(Batch(head, records), records.nbytes + head.nbytes, len(records))
@@ -370,9 +370,7 @@ class Pipeline:
 
     def _arrive(self, batches: list[Batch]) -> None:
         """Name at once, while sockets and processes are still there to be asked about."""
-        # as plain bytes: NumPy compares the fields of structures for each pair
-        raw = np.concatenate([batch.records.view(_RAW) for batch in batches])
-        records = raw.view(RECORD)
+        records = joined([batch.records for batch in batches])
         if self.namer is not None:
             self.namer.name(records)
         self.processes.add_records(records)

@@ -49,8 +49,10 @@ __all__ = [
     "how_name",
     "how_value",
     "is_named",
+    "joined",
     "lib",
     "packet",
+    "taken",
     "text",
 ]
 
@@ -191,6 +193,24 @@ class SnapBatch:
 
     head: np.void
     snaps: tuple[Snap, ...]
+
+
+_RAW = np.dtype((np.void, RECORD.itemsize))
+
+
+def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return RECORD arrays one behind the other, as a new array.
+
+    As plain bytes: NumPy copies the fields of structures one by one, 50 times as slow.
+    """
+    raw = [np.ascontiguousarray(part).view(_RAW) for part in parts]
+    return np.asarray(np.concatenate(raw).view(RECORD)) if raw else np.empty(0, RECORD)
+
+
+def taken(rows: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Return the structures at `places`, as a new array; as plain bytes, too."""
+    raw = np.ascontiguousarray(rows).view((np.void, rows.dtype.itemsize))
+    return np.asarray(raw[places].view(rows.dtype))
 
 
 def decode_struct(buf: bytes | memoryview, dtype: np.dtype[np.void]) -> np.void:
