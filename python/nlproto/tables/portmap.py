@@ -150,10 +150,9 @@ class PortMap:
 
         `present`: cookies of all there are.
         """
-        rows = _rows_of(sockets, now_ns)
-        rows["listening"] = True
+        rows = self._rows_of(sockets, now_ns, listening=True)
         with self._lock:
-            put = self._put(rows)
+            put = self._put_all(rows)
             columns = self._columns
             bound = columns["live"] & columns["listening"]
             columns["seen_ns"][bound] = now_ns  # or they would be the first to be evicted
