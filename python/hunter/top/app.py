@@ -23,26 +23,28 @@ from textual.widgets import Footer, Input, Static
 from hunter.cli.arguments import filter_of
 from hunter.cli.signals import Stop
 from hunter.show.account import ShownAccount
-from hunter.show.names import Names, service
+from hunter.show.console import has_blocks
+from hunter.show.names import Names, Namespaces, service
 from hunter.show.rates import KEPT_S, UNITS, FlowRate, Meter, ProcessRate, Rates, amount
 from hunter.show.text import plain
 from hunter.sources.source import Source, open_source
 from hunter.top.grid import Cell, Column, Grid
 from nlproto import Error
+from nlproto.host import netns
 from nlproto.pipeline.pipeline import NamedBatch
 
 __all__ = ["Top", "run"]
 
-_BARS = " ▁▂▃▄▅▆▇█"
+_BARS, _PLAIN_BARS = " ▁▂▃▄▅▆▇█", " .,:-=+*#"
 
 
-def sparkline(history: Iterable[float]) -> str:
+def sparkline(history: Iterable[float], bars: str = _BARS) -> str:
     """Return one bar a value, the highest at full height."""
     values = list(history)
     most = max(values, default=0.0)
     if not most:
-        return _BARS[0] * len(values)
-    return "".join(_BARS[-int(-value * 8 // most)] for value in values)
+        return bars[0] * len(values)
+    return "".join(bars[-int(-value * 8 // most)] for value in values)
 
 
 def run(options: argparse.Namespace, stop: Stop, notify: Callable[[str], None]) -> None:
@@ -58,6 +60,7 @@ def run(options: argparse.Namespace, stop: Stop, notify: Callable[[str], None]) 
         kept_s = math.inf if options.read else KEPT_S
         app = Top(source, known, options.units, options.interval, str(wanted), notes, kept_s)
         app.numbers = options.numbers
+        app.namespaces = Namespaces(None if options.read else netns.own())
         app.asked_to_end = stop
         app.run()
         rest = source.finish()
@@ -293,9 +296,9 @@ class ProcessesView(_View):
             (user, ""),
             (amount(meter.rate, units), "bold"),
             (amount(meter.sent_rate, units), ""),
-            (sparkline(item.sent_history), "cyan"),
+            (sparkline(item.sent_history, self.top.bars), "cyan"),
             (amount(meter.received_rate, units), ""),
-            (sparkline(item.received_history), "magenta"),
+            (sparkline(item.received_history, self.top.bars), "magenta"),
             (amount(meter.total, units), ""),
             (str(len(item.flows)), ""),
             (place, "blue"),
@@ -351,7 +354,7 @@ class FlowsView(_View):
     def items(self) -> Sequence[_Flow]:
         found: list[_Flow]
         if self.by_remote:
-            counts = Counter(flow.remote for flow in self.process.flows.values())
+            counts = Counter((flow.netns, flow.remote) for flow in self.process.flows.values())
             ends = self.process.remotes()
             found = [(remote, counts[remote], meter) for remote, meter in ends.items()]
         else:
@@ -373,9 +376,16 @@ class FlowsView(_View):
     def _far(self, item: _Flow) -> str:
         key, flow, _ = item
         if isinstance(flow, int):
-            return plain(self.top.host(str(key)))
-        port = str(flow.rport) if self.top.numbers else service(flow.rport, flow.proto)
-        return f"{plain(self.top.host(flow.remote))}.{port}"
+            assert isinstance(key, tuple)
+            place, remote = key
+            port = ""
+        else:
+            place, remote = flow.netns, flow.remote
+            port = str(flow.rport) if self.top.numbers else service(flow.rport, flow.proto)
+            port = f".{port}"
+        other = self.top.namespaces.name(place)
+        where = f" netns {plain(other)}" if other else ""
+        return f"{plain(self.top.host(remote))}{port}{where}"
 
     def words(self, item: _Flow) -> str:
         return " ".join(text for text, _ in self.cells(item)[:3])
@@ -432,6 +442,8 @@ class Top(App[None]):
         self.known = known
         self.numbers = False
         """Hosts and services as numbers."""
+        self.namespaces = Namespaces(None)
+        self.bars = _BARS if has_blocks() else _PLAIN_BARS
         self.units = units
         self.interval = interval
         self.filter_text = filter_text
@@ -466,6 +478,7 @@ class Top(App[None]):
         batches = self._inbox.take()
         for batch in batches:
             self.shown.add(batch)
+            self.namespaces.see(batch.records["netns"])
         self.rates.tick(batches, now_s, max(now_s - self._last_s, 1e-3))
         self._last_s = now_s
         if self._inbox.failure is not None:
