@@ -80,8 +80,8 @@ class Synthetic:
                 return
             yield batch
 
-    def flush(self) -> np.ndarray:
-        return self.opening
+    def catch_up(self) -> Any:
+        return iter(())
 
     def begin(self) -> int:
         return 0

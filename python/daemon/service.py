@@ -144,6 +144,12 @@ class Service:
         """SIGHUP: take what can change at run time; a file with a mistake changes nothing."""
         self._notifier.reloading()
         try:
+            self._take_configuration(server, parts)
+        finally:  # or the service manager waits for it
+            self._notifier.ready(f"serving {self.config.socket}")
+
+    def _take_configuration(self, server: Server, parts: list[Reconfigurable]) -> None:
+        try:
             new, old = self._configuration(), self.config
             values = dataclasses.asdict(new)
             changed = dataclasses.replace(old, **{name: values[name] for name in RELOADABLE})
@@ -161,7 +167,6 @@ class Service:
             for part in parts:
                 part.reconfigure(self.config)
             log.info("configuration read again")
-        self._notifier.ready(f"serving {self.config.socket}")
 
     async def _watch(self, pipeline: Pipeline) -> None:
         """Feed the watchdog as long as both this loop and the worker go round."""

@@ -24,6 +24,9 @@ RateKey = tuple[int, int, int]
 FlowKey = tuple[int, ...]
 """netns, proto, local port, remote port, local and remote address as two numbers each."""
 
+FarEnd = tuple[int, str]
+"""Network namespace and address: an address may be another host's in each."""
+
 
 @dataclass(slots=True)
 class Meter:
@@ -61,8 +64,9 @@ class Meter:
 
 @dataclass(slots=True)
 class FlowRate:
-    """One flow of one process; addresses are text."""
+    """One flow of one process, in one network namespace; addresses are text."""
 
+    netns: int
     proto: str
     local: str
     lport: int
@@ -88,11 +92,11 @@ class ProcessRate:
     def pid(self) -> int | None:
         return self.key[0] or None
 
-    def remotes(self) -> dict[str, Meter]:
-        """Return the far ends by address, their flows added up."""
-        ends: dict[str, Meter] = {}
+    def remotes(self) -> dict[FarEnd, Meter]:
+        """Return the far ends, their flows added up."""
+        ends: dict[FarEnd, Meter] = {}
         for flow in self.flows.values():
-            end = ends.setdefault(flow.remote, Meter())
+            end = ends.setdefault((flow.netns, flow.remote), Meter())
             end.sent += flow.meter.sent
             end.received += flow.meter.received
             end.packets += flow.meter.packets
@@ -161,6 +165,7 @@ class Rates:
             flow = process.flows.get(name)
             if flow is None:
                 flow = FlowRate(
+                    netns,
                     wire.PROTO_NAMES.get(proto, str(proto)),
                     wire.address_text(family, address_bytes(flows["laddr"][index])),
                     lport,

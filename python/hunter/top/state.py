@@ -8,7 +8,7 @@ import threading
 import time
 
 from hunter.show.account import ShownAccount
-from hunter.show.names import Names
+from hunter.show.names import Names, Namespaces
 from hunter.show.rates import KEPT_S, ProcessRate, Rates
 from hunter.show.text import plain
 from hunter.show.units import UNITS
@@ -41,6 +41,7 @@ class State:
         """Hosts and services as numbers."""
         self.units = units
         self.paused = False
+        self.namespaces = Namespaces(None)
         self.rates = Rates(kept_s)
         self.shown = ShownAccount()
         self.failure: Error | None = None
@@ -61,6 +62,7 @@ class State:
         batches = self._inbox.take()
         for batch in batches:
             self.shown.add(batch)
+            self.namespaces.see(batch.records["netns"])
         self.rates.tick(batches, now_s, max(now_s - self._last_s, 1e-3))
         self._last_s = now_s
         self.failure = self._inbox.failure

@@ -21,7 +21,7 @@ class Engine(Protocol):
     """A source of records that is open from its construction to the end of its context.
 
     One thread at a time. `opening` and `closing` are TAIL arrays for Account.open and .close:
-    where the stream of each CPU began, and after finish() where it ended.
+    where the stream of each CPU began, and what catch_up() or finish() have read it up to.
     """
 
     name: str
@@ -45,8 +45,11 @@ class Engine(Protocol):
         """Send the first bytes of packets too, or no more; whether it can. From any thread."""
         ...
 
-    def flush(self) -> np.ndarray:
-        """Make the source send what it holds back; return where each CPU stands (TAIL)."""
+    def catch_up(self) -> Iterable[Event]:
+        """Yield everything that was recorded until now; afterwards `closing` is set.
+
+        Bounded by where the stream stands now: not by a time, and a flood does not prolong it.
+        """
         ...
 
     def begin(self) -> int:
@@ -54,7 +57,7 @@ class Engine(Protocol):
         ...
 
     def finish(self, until_ns: int | None = None) -> Iterable[Event]:
-        """Flush and yield the rest of the stream; afterwards `closing` is set.
+        """Yield the rest of the stream; afterwards `closing` is set and it has ended.
 
         `until_ns`: when another engine began; engine packet leaves out what came since.
         """

@@ -69,6 +69,8 @@ class ModuleEngine:
             raise
         self._starts = _sequences(self.opening)
         self._ends: dict[int, int] = {}
+        self._sent_ns = 0
+        """When the last batch that was read left its CPU."""
 
     def __enter__(self) -> Self:
         return self
@@ -99,6 +101,7 @@ class ModuleEngine:
     def _decode(self, command: int, payload: memoryview) -> Batch | ProcessEvent | SnapBatch | None:
         if command == lib.SNIFFER_CMD_PACKETS:
             batch = wire.decode_batch(payload)
+            self._sent_ns = int(batch.head["mono_ns"])
             return batch if self._belongs(batch.head) else None
         if command == lib.SNIFFER_CMD_PROCESS:
             return wire.decode_process(payload)
@@ -124,8 +127,20 @@ class ModuleEngine:
             return False
         return True
 
-    def flush(self) -> np.ndarray:
-        return self._control.flush()
+    def catch_up(self) -> Iterator[Batch | ProcessEvent | SnapBatch]:
+        tails = self._control.flush()
+        yield from self._queued()
+        self.closing = tails
+
+    def _queued(self) -> Iterator[Batch | ProcessEvent | SnapBatch]:
+        """What the kernel queued before it answered a FLUSH just now; a flood has no end."""
+        end = time.monotonic_ns()
+        while (received := self._listener.recv(0)) is not None:
+            event = self._decode(*received)
+            if event is not None:
+                yield event
+            if self._sent_ns > end:
+                break
 
     def begin(self) -> int:
         self.opening = self._control.flush()
@@ -133,13 +148,9 @@ class ModuleEngine:
         return time.monotonic_ns()
 
     def finish(self, until_ns: int | None = None) -> Iterator[Batch | ProcessEvent | SnapBatch]:
-        # The kernel queues the last batches before it answers, so what is there now is all.
         tails = self._control.flush()
         self._ends = _sequences(tails)
-        while (received := self._listener.recv(0)) is not None:
-            event = self._decode(*received)
-            if event is not None:
-                yield event
+        yield from self._queued()
         self.closing = tails
 
     def stats(self) -> dict[str, object]:

@@ -11,13 +11,13 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from nlproto.engines.engine import Engine
+from nlproto.engines.engine import Engine, Event
 from nlproto.errors import Error
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.order import TimeOrder
@@ -37,7 +37,6 @@ QUEUE_BYTES = 64 << 20
 _PROCESS_BYTES = 600  # a ProcessEvent with its strings
 _CHUNK = 64  # batches that the worker takes at once
 _ASK = 1.0  # s between two looks at the engine's own figures
-_DRAIN = 0.5  # s
 _POLL = 0.1  # s, longest wait of either thread
 _FLUSH_NS = 20_000_000  # SNIFFER_FLUSH_MS_DEFAULT, see TimeOrder
 
@@ -216,7 +215,7 @@ class Pipeline:
             elif self.failed:
                 self._stopping.wait(_POLL)
             else:
-                self._read(_POLL)
+                self._read(self._engine.read(_POLL))
         finally:
             for marker in markers:
                 self.queue.put(marker, 0)
@@ -236,31 +235,23 @@ class Pipeline:
         return markers
 
     def _read_all(self) -> None:
-        """Everything recorded until now."""
+        """Everything recorded until now; what did not come is lost."""
         if self.failed:
             return
-        try:
-            self._engine.flush()
-        except Error as error:
-            self._fail(error)
-        # what comes after the flush belongs to nobody's question: a flood must not hold us here
-        until = time.monotonic() + _DRAIN
-        while not self.failed and self._read(0.0) and time.monotonic() < until:
-            pass
+        self._read(self._engine.catch_up())
+        if not self.failed:
+            with self.account_lock:
+                self.account.close(self._engine.closing)
 
-    def _read(self, timeout: float) -> int:
-        """How many events came."""
-        count = 0
+    def _read(self, events: Iterable[Event]) -> None:
         try:
-            for event in self._engine.read(timeout):
+            for event in events:
                 self._put(event)
-                count += 1
         except Error as error:
             self._fail(error)
         except Exception as error:
             self._receiving.add(error, f"engine {self._engine.name}")
             self._fail(Error(f"engine {self._engine.name} broke: {described(error)}"))
-        return count
 
     def _fail(self, error: Error) -> None:
         self._failed_at = time.monotonic()
