@@ -35,11 +35,12 @@ from daemon.service import SWITCH_INTERVAL
 from daemon.system.config import Config
 from nlproto.client.client import DaemonClient
 from nlproto.client.frames import Kind, encode_json
-from nlproto.filters.filter import parse
+from nlproto.filters.parse import parse
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.naming import Namer
-from nlproto.pipeline.pipeline import NamedBatch, Pipeline
+from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import summarize
 from nlproto.tables.portmap import PortMap

@@ -32,8 +32,9 @@ from hunter.top.app import Top
 from hunter.top.state import State
 from hunter.top.views import FlowsView
 from nlproto.pipeline.account import Account
-from nlproto.pipeline.pipeline import NamedBatch, Pipeline
+from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import summarize
 from nlproto.tables.portmap import PortMap

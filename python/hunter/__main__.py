@@ -23,7 +23,7 @@ from hunter.cli.descriptors import open_standard  # noqa: E402
 from hunter.cli.signals import Stop  # noqa: E402
 from hunter.show.text import plain  # noqa: E402
 from nlproto import Error, UsageError  # noqa: E402
-from nlproto.filters.filter import FilterError  # noqa: E402
+from nlproto.filters.mistakes import FilterError  # noqa: E402
 from nlproto.running import descriptors  # noqa: E402
 from nlproto.running.foreign import foreign_packages  # noqa: E402
 

@@ -125,3 +125,30 @@ def test_one_of_two_sockets_at_one_end_may_close(keeping):
         keeping.look()
         owners = [owner.tgid for owner in keeping.portmap.who(port)]
         assert owners == ([os.getpid()] if staying else [])
+
+
+def test_an_idle_connection_that_is_new_is_known_after_two_looks(keeping):
+    """Between two rounds, and no packet tells of it."""
+    keeping.look()
+    code = (
+        "import socket, sys\n"
+        "server = socket.create_server(('127.0.7.32', 0))\n"
+        "peer = socket.create_connection(server.getsockname())\n"
+        "print(peer.getsockname()[1], flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        port = int(child.stdout.readline())
+        keeping.look()
+        end = time.monotonic() + 30
+        found = []
+        while not found:
+            assert time.monotonic() < end
+            found = [one for one in keeping.look().connected if one.endpoint[4] == port]
+        assert {one.tgid for one in found} == {child.pid}
+        assert not [one for one in keeping.look().connected if one.endpoint[4] == port]
+    finally:
+        child.communicate("")

@@ -22,7 +22,7 @@ from hunter.cli.options import SUBCOMMANDS, Live, Who
 from hunter.show.columns import FLAGS
 from nlproto import UsageError
 from nlproto.client.frames import DEFAULT_SOCKET
-from nlproto.filters.filter import FilterError
+from nlproto.filters.mistakes import FilterError
 from nlproto.records import wire
 
 TREE = Path(__file__).parents[2]

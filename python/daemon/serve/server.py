@@ -34,7 +34,7 @@ from daemon.system.rights import Peer, group_id, peer_of
 from nlproto._host import ffi, lib
 from nlproto.client.frames import DEFAULT_SOCKET, PROTOCOL
 from nlproto.errors import Error, NoPrivilege
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 from nlproto.running.supervise import Failures
 from nlproto.tables.shares import Payers
 

@@ -36,7 +36,7 @@ from nlproto.client.frames import (
     encode_json,
 )
 from nlproto.errors import Error, NoPrivilege, UsageError
-from nlproto.filters.filter import Filter, parse
+from nlproto.filters.filter import Filter
 
 if TYPE_CHECKING:
     from daemon.serve.server import Server
@@ -213,7 +213,7 @@ class Session(asyncio.BufferedProtocol):
                 raise UsageError("this connection has a subscription already; unsubscribe first")
             self._ask(
                 request.id,
-                lambda stop: parse(request.filter, resolve=False),
+                lambda stop: _parsed(request.filter),
                 lambda filter: self._subscribe(request, filter),
             )
         else:
@@ -413,3 +413,9 @@ def _refusal(number: int, error: Error) -> bytes:
         code = "failed"
     message = {"id": number, "ok": False, "error": " ".join(str(error).split()), "code": code}
     return encode(Kind.CONTROL, _json.encode(message))
+
+
+def _parsed(text: str) -> Filter:
+    from nlproto.filters.parse import parse  # its grammar takes 4 MB: none for who never filters
+
+    return parse(text, resolve=False)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from hunter.cli.options import SUBCOMMANDS, Command, Live, Who, command_of
-from hunter.show.rates import UNITS
+from hunter.show.units import UNITS
 from nlproto import UsageError, __version__
 from nlproto.client.frames import DEFAULT_SOCKET
 

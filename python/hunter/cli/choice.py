@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from hunter.cli import interfaces
 from hunter.cli.options import SUBCOMMANDS, Choice
 from nlproto import Error
-from nlproto.filters import filter
-from nlproto.filters.filter import Filter, FilterError
+from nlproto.filters.filter import EVERYTHING, Filter
+from nlproto.filters.mistakes import FilterError
+from nlproto.filters.parse import parse
+from nlproto.filters.words import MAX_LENGTH, quote
 
 __all__ = ["filter_of"]
 
 
 def _any(word: str, values: Sequence[str] | None) -> str:
-    return " or ".join(f"{word} {filter.quote(value)}" for value in values or ())
+    return " or ".join(f"{word} {quote(value)}" for value in values or ())
 
 
 def filter_of(choice: Choice, all_there: bool = True) -> Filter:
@@ -28,7 +30,7 @@ def filter_of(choice: Choice, all_there: bool = True) -> Filter:
     if choice.filter_file:
         try:
             with open(choice.filter_file, encoding="utf-8") as file:
-                lines = file.read(filter.MAX_LENGTH + 1).splitlines()
+                lines = file.read(MAX_LENGTH + 1).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
             raise Error(f"cannot read the filter in {choice.filter_file}: {reason}") from None
@@ -37,10 +39,10 @@ def filter_of(choice: Choice, all_there: bool = True) -> Filter:
     texts.append(interfaces.filter_text(choice.interface, all_there))
     for word in ("pid", "pname", "uid", "netns", "container", "unit"):
         texts.append(_any(word, getattr(choice, word)))
-    result = filter.EVERYTHING
+    result = EVERYTHING
     for text in texts:
         try:
-            result = result & filter.parse(text)
+            result = result & parse(text)
         except FilterError as error:
             raise _meant_command(error) or error from None
     return result
@@ -65,5 +67,5 @@ def _joined(words: Sequence[str]) -> str:
     texts = []
     for index, word in enumerate(words):
         named = index and words[index - 1] in ("pname", "container", "unit")
-        texts.append(filter.quote(word) if named and not word.startswith('"') else word)
+        texts.append(quote(word) if named and not word.startswith('"') else word)
     return " ".join(texts)

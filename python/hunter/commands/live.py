@@ -24,7 +24,7 @@ from hunter.sources.opening import open_source
 from hunter.sources.source import Source
 from nlproto import Error
 from nlproto.host import netns
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 
 __all__ = ["run"]
 
@@ -76,9 +76,8 @@ def run(
         outputs: dict[str, Saver | LinePrinter] = {**savers}
         if options.print or not (options.save or options.summary or options.json):
             names = stack.enter_context(Names())
-            style = Style(
-                options.numbers, options.quiet > 0, options.verbose, options.times, netns.own()
-            )
+            own = None if options.origin.read else netns.own()
+            style = Style(options.numbers, options.quiet > 0, options.verbose, options.times, own)
             printer = LinePrinter(style, source, source.holders, names)
             outputs["standard output"] = printer
             takes.append(printer.add)

@@ -10,7 +10,7 @@ from hunter.cli.interfaces import indexes
 from hunter.show.columns import Holder
 from hunter.sources.source import Source
 from nlproto.filters.filter import Filter
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 from nlproto.tables.processes import Process
 
 __all__ = ["FollowingSource"]

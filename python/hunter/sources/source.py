@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 
 from hunter.show.columns import Holder
 from nlproto.filters.filter import Filter
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 from nlproto.records.first_bytes import FirstBytes
 from nlproto.tables.processes import Process
 

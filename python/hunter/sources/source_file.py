@@ -21,8 +21,8 @@ from hunter.show.columns import FLAGS, Holder, tcp_flags_of
 from hunter.show.text import sound
 from nlproto import Error, UsageError
 from nlproto.filters.filter import Filter
-from nlproto.pipeline.pipeline import NamedBatch
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.records.first_bytes import FirstBytes
 from nlproto.tables.flows import pack_address

@@ -15,13 +15,14 @@ from textual.binding import Binding, BindingType
 from hunter.cli.choice import filter_of
 from hunter.cli.options import Top as TopOptions
 from hunter.cli.signals import Stop
-from hunter.show.names import Names
+from hunter.show.names import Names, Namespaces
 from hunter.show.rates import KEPT_S
 from hunter.show.text import plain
 from hunter.sources.opening import open_source
 from hunter.top.state import State
 from hunter.top.views import ProcessesView, View
 from nlproto import Error
+from nlproto.host import netns
 
 __all__ = ["Top", "run"]
 
@@ -41,6 +42,7 @@ def run(options: TopOptions, stop: Stop, notify: Callable[[str], None]) -> None:
         # what a file says stays, however long ago it was read
         kept_s = math.inf if options.origin.read else KEPT_S
         state = State(source, known, options.units, str(wanted), kept_s, options.numbers)
+        state.namespaces = Namespaces(None if options.origin.read else netns.own())
         app = Top(state, options.interval, notes)
         app.asked_to_end = stop
         app.run()

@@ -8,12 +8,13 @@ import threading
 import time
 
 from hunter.show.account import ShownAccount
-from hunter.show.names import Names
-from hunter.show.rates import KEPT_S, UNITS, ProcessRate, Rates
+from hunter.show.names import Names, Namespaces
+from hunter.show.rates import KEPT_S, ProcessRate, Rates
 from hunter.show.text import plain
+from hunter.show.units import UNITS
 from hunter.sources.source import Source
 from nlproto import Error
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 
 __all__ = ["State"]
 
@@ -40,6 +41,7 @@ class State:
         """Hosts and services as numbers."""
         self.units = units
         self.paused = False
+        self.namespaces = Namespaces(None)
         self.rates = Rates(kept_s)
         self.shown = ShownAccount()
         self.failure: Error | None = None
@@ -60,6 +62,7 @@ class State:
         batches = self._inbox.take()
         for batch in batches:
             self.shown.add(batch)
+            self.namespaces.see(batch.records["netns"])
         self.rates.tick(batches, now_s, max(now_s - self._last_s, 1e-3))
         self._last_s = now_s
         self.failure = self._inbox.failure

@@ -13,24 +13,31 @@ from textual.css.query import NoMatches
 from textual.screen import Screen
 from textual.widgets import Footer, Input, Static
 
+from hunter.show.console import has_blocks
 from hunter.show.names import service
-from hunter.show.rates import FlowRate, Meter, ProcessRate, amount
+from hunter.show.rates import FlowRate, Meter, ProcessRate
 from hunter.show.text import plain
+from hunter.show.units import amount
 from hunter.top.grid import Cell, Column, Grid
 from hunter.top.state import State
 
-__all__ = ["FlowsView", "ProcessesView", "View", "sparkline"]
+__all__ = ["FlowsView", "ProcessesView", "View", "bars", "sparkline"]
 
-_BARS = " ▁▂▃▄▅▆▇█"
+_BARS, _PLAIN_BARS = " ▁▂▃▄▅▆▇█", " .,:-=+*#"
 
 
-def sparkline(history: Iterable[float]) -> str:
+def bars() -> str:
+    """Return nine heights of a bar that this terminal has characters for."""
+    return _BARS if has_blocks() else _PLAIN_BARS
+
+
+def sparkline(history: Iterable[float], bars: str = _BARS) -> str:
     """Return one bar a value, the highest at full height."""
     values = list(history)
     most = max(values, default=0.0)
     if not most:
-        return _BARS[0] * len(values)
-    return "".join(_BARS[-int(-value * 8 // most)] for value in values)
+        return bars[0] * len(values)
+    return "".join(bars[-int(-value * 8 // most)] for value in values)
 
 
 class View(Screen[None]):
@@ -48,6 +55,7 @@ class View(Screen[None]):
     def __init__(self, state: State) -> None:
         super().__init__()
         self.state = state
+        self.bars = bars()
         self.sorting = "rate"
         self.needle = ""
         self._ready = False
@@ -215,9 +223,9 @@ class ProcessesView(View):
             (user, ""),
             (amount(meter.rate, units), "bold"),
             (amount(meter.sent_rate, units), ""),
-            (sparkline(item.sent_history), "cyan"),
+            (sparkline(item.sent_history, self.bars), "cyan"),
             (amount(meter.received_rate, units), ""),
-            (sparkline(item.received_history), "magenta"),
+            (sparkline(item.received_history, self.bars), "magenta"),
             (amount(meter.total, units), ""),
             (str(len(item.flows)), ""),
             (place, "blue"),
@@ -273,7 +281,7 @@ class FlowsView(View):
     def items(self) -> Sequence[_Flow]:
         found: list[_Flow]
         if self.by_remote:
-            counts = Counter(flow.remote for flow in self.process.flows.values())
+            counts = Counter((flow.netns, flow.remote) for flow in self.process.flows.values())
             ends = self.process.remotes()
             found = [(remote, counts[remote], meter) for remote, meter in ends.items()]
         else:
@@ -295,9 +303,16 @@ class FlowsView(View):
     def _far(self, item: _Flow) -> str:
         key, flow, _ = item
         if isinstance(flow, int):
-            return plain(self.state.host(str(key)))
-        port = str(flow.rport) if self.state.numbers else service(flow.rport, flow.proto)
-        return f"{plain(self.state.host(flow.remote))}.{port}"
+            assert isinstance(key, tuple)
+            place, remote = key
+            port = ""
+        else:
+            place, remote = flow.netns, flow.remote
+            port = str(flow.rport) if self.state.numbers else service(flow.rport, flow.proto)
+            port = f".{port}"
+        other = self.state.namespaces.name(place)
+        where = f" netns {plain(other)}" if other else ""
+        return f"{plain(self.state.host(remote))}{port}{where}"
 
     def words(self, item: _Flow) -> str:
         return " ".join(text for text, _ in self.cells(item)[:3])

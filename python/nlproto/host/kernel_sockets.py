@@ -82,6 +82,9 @@ class KernelSockets:
         self._checks_ns = now_ns()
         self._check_budget = Budget(_CHECK_SHARE, _CHECK_SAVED_NS, now_ns)
         self._round_ns = now_ns()
+        self._met, self._asked = np.zeros((2, 0), np.uint64)
+        """Cookies of the connections of the last look, and of those that were asked about."""
+        self._new_budget = Budget(_CHECK_SHARE, _CHECK_SAVED_NS, now_ns)
         self._waiting: list[tuple[int, np.void]] = []
         self.tables: dict[int, np.ndarray] = {}
         """{namespace: all its sockets (HOST_SOCKET)} as of the last look."""
@@ -128,11 +131,7 @@ class KernelSockets:
             entries,
             bound["cookie"][rows],
             None if whole else bound["cookie"],
-            [
-                entry
-                for number, row in self._connected(tables)
-                for entry in _entries(number, row, self._holders.known(int(row["inode"])))
-            ],
+            [*self._of_this_turn(tables), *self._of_new_ones(tables)],
             cookies[cookies != 0],
         )
 
@@ -187,19 +186,42 @@ class KernelSockets:
         self._held[cookie], self._ports[cookie] = owners, port
         return set() if owners == before else {port}
 
-    def _connected(self, tables: dict[int, np.ndarray]) -> list[tuple[int, np.void]]:
-        """(namespace, HOST_SOCKET) of those whose turn it is."""
+    def _of_this_turn(self, tables: dict[int, np.ndarray]) -> Iterator[BoundSocket]:
+        """Entries of the connections whose turn it is in a round."""
         now = self._now_ns()
         if not self._waiting and now >= self._round_ns:
             self._round_ns = now + _ROUND_NS
             self._holders.walk()
-            self._waiting = [
-                (number, row)
-                for number, table in tables.items()
-                for row in table[_is_connected(table)]
-            ]
+            numbers, rows = _connected(tables)
+            self._waiting = list(zip(numbers.tolist(), rows, strict=True))
+            self._asked = rows["cookie"]
         part, self._waiting = self._waiting[:_ASKED], self._waiting[_ASKED:]
-        return part
+        for number, row in part:
+            yield from _entries(number, row, self._holders.known(int(row["inode"])))
+
+    def _of_new_ones(self, tables: dict[int, np.ndarray]) -> Iterator[BoundSocket]:
+        """Entries of connections that have lasted for two looks: no packet may tell of them."""
+        numbers, rows = _connected(tables)
+        cookies = rows["cookie"]
+        new = np.isin(cookies, self._met) & ~np.isin(cookies, self._asked)
+        self._met = cookies
+        self._asked = self._asked[np.isin(self._asked, cookies)]
+        asked = []
+        for at in np.flatnonzero(new).tolist():
+            if not self._new_budget.allows():
+                break
+            with self._new_budget.spend():
+                owners = self._holders.find(int(rows["inode"][at]))
+            asked.append(cookies[at])
+            yield from _entries(int(numbers[at]), rows[at], owners)
+        self._asked = np.concatenate([self._asked, np.array(asked, np.uint64)])
+
+
+def _connected(tables: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(namespaces, HOST_SOCKETs) of all connections."""
+    parts = {number: table[_is_connected(table)] for number, table in tables.items()}
+    numbers = np.repeat(np.array(list(parts), np.int64), [len(part) for part in parts.values()])
+    return numbers, np.concatenate([np.zeros(0, HOST_SOCKET), *parts.values()])
 
 
 def _rows_of(some: list[int], cookies: np.ndarray, order: np.ndarray) -> list[int]:

@@ -21,6 +21,7 @@ from nlproto.errors import Error
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.order import TimeOrder
 from nlproto.pipeline.queue import MessageQueue
+from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.records.first_bytes import FirstBytes
 from nlproto.records.wire import (
@@ -39,7 +40,7 @@ from nlproto.tables.flows import group, summarize
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import Processes
 
-__all__ = ["NamedBatch", "Names", "Pipeline", "QUEUE_BYTES"]
+__all__ = ["Names", "Pipeline", "QUEUE_BYTES"]
 
 QUEUE_BYTES = 64 << 20
 _PROCESS_BYTES = 600  # a ProcessEvent with its strings
@@ -47,22 +48,9 @@ _CHUNK = 64  # batches that the worker takes at once
 _ASK = 1.0  # s between two looks at the engine's own figures
 _NO_RECORDS = np.empty(0, RECORD)
 _POLL = 0.1  # s, longest wait of either thread
-_FLUSH_NS = 20_000_000  # SNIFFER_FLUSH_MS_DEFAULT, see Merge
+_FLUSH_NS = 20_000_000  # SNIFFER_FLUSH_MS_DEFAULT, see TimeOrder
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class NamedBatch:
-    """Records with their owners, in order of time; several batches of the engine made one."""
-
-    head: np.void
-    """BATCH of the last one. Its clocks are right for all, its counters for its CPU alone."""
-    records: np.ndarray
-    """RECORD; not to be written by subscribers, who share it. None where flows came."""
-    clock: Clock
-    flows: np.ndarray | None = None
-    """The records summed up (nlproto.tables.flows.FLOW), when the pipeline made this batch."""
 
 
 class Names(Protocol):
