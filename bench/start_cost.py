@@ -105,9 +105,8 @@ def main() -> None:
     ours = best["packet-hunterd's first look"]
     rows = [[name, f"{took:.2f}", f"{took / ours:.1f}"] for name, took in best.items()]
     words = f"{wanted:,} sockets of {options.processes:,} processes; best of {options.rounds}."
-    put(
-        "Start", "make bench-start", f"{words}\n\n{table(['who has which', 's', 'times ours'], rows)}"
-    )
+    shown = table(["who has which socket", "s", "times ours"], rows)
+    put("Start", "make bench-start", f"{words}\n\n{shown}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from nlproto._host import lib as host
+
 from nlproto.bound import KernelSockets
 from nlproto.engine import Engine, open_engine
 from nlproto.errors import Error, NoModule, NoPrivilege

@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from nlproto._host import lib as host
+
 from daemon import logs
 from daemon.answers import Answers
 from daemon.bounds import bounds_of, memory_limit
@@ -29,7 +31,6 @@ from daemon.notify import Notifier
 from daemon.recorder import Recorder
 from daemon.server import Server, SocketFile
 from nlproto import descriptors, procfs
-from nlproto._host import lib as host
 from nlproto.account import Account
 from nlproto.engine import open_engine
 from nlproto.errors import Error, UsageError

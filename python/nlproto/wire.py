@@ -6,6 +6,7 @@ Every layout comes from the compiled header (`ffi.typeof(...).fields`); nothing 
 
 import functools
 import ipaddress
+import operator
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -232,6 +233,11 @@ def decode_array(buf: bytes | memoryview, dtype: np.dtype[np.void]) -> np.ndarra
     return np.frombuffer(memoryview(buf).toreadonly(), dtype)
 
 
+_SIZE_AND_COUNT = operator.itemgetter(
+    *map((BATCH.names or ()).index, ("record_size", "count"))
+)
+
+
 def _decode_head(buf: bytes | memoryview) -> np.void:
     head = decode_struct(buf, BATCH)
     version = int(head["version"])
@@ -251,7 +257,7 @@ def decode_batch(buf: bytes | memoryview) -> Batch:
     do not add up. Source: shared_proto.h, rules for readers.
     """
     head = _decode_head(buf)
-    size, count = int(head["record_size"]), int(head["count"])
+    size, count = _SIZE_AND_COUNT(head.item())
     if size < RECORD.itemsize:
         raise Error(f"malformed batch: records of {size} bytes, at least {RECORD.itemsize} needed")
     if BATCH.itemsize + size * count != len(buf):
