@@ -28,18 +28,14 @@ from nlproto.running.foreign import foreign_packages  # noqa: E402
 DEFAULT_CONFIG = "/etc/packet-hunter/daemon.yaml"
 
 
-class _Version(argparse.Action):
-    """As argparse's own, but the version is looked up when it is asked for."""
+class _Version(argparse._VersionAction):
+    """argparse's own, but the version is looked up when it is asked for."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        options["help"] = "show program's version number and exit"
-        super().__init__(*arguments, default=argparse.SUPPRESS, **options)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
         import nlproto
 
-        print(f"{parser.prog} {nlproto.__version__}")
-        parser.exit()
+        self.version = f"%(prog)s {nlproto.__version__}"
+        super().__call__(parser, *arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Name the process behind each packet, keep history, serve hunters.",
         epilog="Signals: SIGTERM and SIGINT end it, SIGHUP reads the configuration again.",
     )
-    parser.add_argument("-V", "--version", action=_Version, nargs=0)
+    parser.add_argument("-V", "--version", action=_Version)
     parser.add_argument(
         "--engine",
         choices=("auto", "module", "packet"),

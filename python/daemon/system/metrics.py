@@ -52,7 +52,7 @@ class Metrics:
         try:
             from prometheus_client import CollectorRegistry, make_wsgi_app
 
-            from daemon.scrapes import listen
+            from daemon.system.scrapes import listen
         except ImportError:
             raise UsageError(
                 "'metrics' needs prometheus-client: pip install 'packet-hunter[metrics]'"

@@ -6,6 +6,7 @@ Every layout comes from the compiled header (`ffi.typeof(...).fields`); nothing 
 
 import functools
 import ipaddress
+import operator
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -270,6 +271,9 @@ def decode_array(buf: bytes | memoryview, dtype: np.dtype[np.void]) -> np.ndarra
     return np.frombuffer(memoryview(buf).toreadonly(), dtype)
 
 
+_SIZE_AND_COUNT = operator.itemgetter(*map((BATCH.names or ()).index, ("record_size", "count")))
+
+
 def _decode_head(buf: bytes | memoryview, dtype: np.dtype[np.void] = BATCH) -> np.void:
     """A BATCH, or what begins with one."""
     whole = decode_struct(buf, dtype)
@@ -304,7 +308,7 @@ def decode_flows(buf: bytes | memoryview) -> FlowBatch:
 def _decode_records(
     buf: bytes | memoryview, head: np.void, before: np.dtype[np.void], kind: np.dtype[np.void]
 ) -> np.ndarray:
-    size, count = int(head["record_size"]), int(head["count"])
+    size, count = _SIZE_AND_COUNT(head.item())
     if size < kind.itemsize:
         raise Error(f"malformed batch: records of {size} bytes, at least {kind.itemsize} needed")
     if before.itemsize + size * count != len(buf):
