@@ -3,7 +3,8 @@
 
 A guest with one processor under `-icount shift=2` plays bench/workload.c without the module, with
 it, and with one reader of its records or of its flows. There a nanosecond is a quarter of an
-instruction, whatever else this machine does. Sender, receiver and reader share the processor, so all of it is counted.
+instruction, whatever else this machine does. Sender, receiver and reader share the processor, so
+all of it is counted.
 """
 
 from __future__ import annotations

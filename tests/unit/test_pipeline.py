@@ -381,6 +381,7 @@ class Summing(Replay):
         self.make_batch = make_batch
         self.at = 0
         self.limit = len(records)
+        self.queued = []
         self.opening = self.tail_at()
 
     def tail_at(self):
@@ -405,7 +406,9 @@ class Summing(Replay):
         return wire.FlowBatch(batch.head, flows, self.at, 0)
 
     def read(self, timeout):
-        if self.at < self.limit:
+        if self.queued:
+            yield self.queued.pop(0)
+        elif self.at < self.limit:
             yield self.next(20)
         else:
             time.sleep(min(timeout, 0.01))
@@ -415,12 +418,12 @@ class Summing(Replay):
         self.closing = self.tail_at()
 
     def want_packets(self, wanted):
-        yield self.next(13)  # what was recorded until now
+        self.queued.append(self.next(13))  # recorded until now, and not yet read
         self.group = "packets" if wanted else "flows"
         self.opening = self.tail_at()
 
     def finish(self, until_ns=None):
-        yield from ()
+        yield from self.queued
         self.closing = self.tail_at()
 
 
@@ -484,4 +487,27 @@ def test_flows_that_nobody_can_take_are_lost_as_many_records(make_records, make_
     pipeline.subscribe(broken)
     with pipeline:
         until(lambda: pipeline.account.lost["failed"] == 100)
+    assert pipeline.account.closes()
+
+
+def test_an_engine_without_flows_keeps_what_its_kernel_had_no_memory_for(make_records, make_batch):
+    class Old(Replay):
+        instance = 7
+
+        def want_packets(self, wanted):
+            pass
+
+    batch = make_batch(make_records({}, {}), 5)
+    head = batch.head.copy()
+    head["lost"], head["packets"] = 5, 7
+    engine = Old([wire.Batch(head, batch.records)])
+    engine.opening = np.zeros(1, wire.TAIL)
+    pipeline = _pipeline(engine, packets=False)
+    with pipeline:
+        until(lambda: pipeline.account.delivered == 2)
+        pipeline.want_packets(True)
+        passed = threading.Event()
+        pipeline.barrier(passed.set)
+        assert passed.wait(20)
+    assert pipeline.account.lost["alloc"] == 5
     assert pipeline.account.closes()

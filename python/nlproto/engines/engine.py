@@ -47,11 +47,11 @@ class Engine(Protocol):
         """Send the first bytes of packets too, or no more; whether it can. From any thread."""
         ...
 
-    def want_packets(self, wanted: bool) -> Iterable[Event]:
-        """Go over to packets one by one, or to flows where the source sums up.
+    def want_packets(self, wanted: bool) -> None:
+        """Go over to packets one by one, or to flows where the source sums up, each record once.
 
-        Yields what came until then, each record once, and afterwards `opening` is where the other
-        begins. One that always tells of packets does nothing.
+        Afterwards `group` is from where records come that are made from now on, `opening` where
+        they begin. A source that always tells of packets does nothing. Raises as read().
         """
         ...
 

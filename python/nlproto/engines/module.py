@@ -17,6 +17,7 @@ from nlproto.records.wire import Batch, FlowBatch, lib
 
 __all__ = ["ModuleEngine"]
 
+_CUTS = 64  # changes of the group that are known at most; batches before that are lost
 _BURST = 64  # messages a read() at most, so that its caller gets a turn under a flood
 
 _STATE = Path("/sys/module/sniffer/initstate")  # kernel/module/sysfs.c; "live" when it is loaded
@@ -69,9 +70,9 @@ class ModuleEngine:
         except BaseException:
             self._control.close()
             raise
-        self._before: str | None = None
-        """The group that records before `_starts` come from."""
-        self._starts = _sequences(self.opening)
+        self._cuts: list[tuple[dict[int, int], str]] = []
+        """From which sequence of each CPU on records come from which group."""
+        self._cut()
         self._ends: dict[int, int] = {}
         self._sent_ns = 0
         """When the last batch that was read left its CPU."""
@@ -96,6 +97,7 @@ class ModuleEngine:
         for _ in range(_BURST):
             received = self._listener.recv(timeout)
             if received is None:
+                del self._cuts[:-1]  # what was recorded before the last one has been read
                 return
             timeout = 0.0
             event = self._decode(*received)
@@ -125,12 +127,14 @@ class ModuleEngine:
         cpu, first = int(head["cpu"]), int(head["record_seq"])
         if cpu in self._ends and first >= self._ends[cpu]:
             return None
-        wanted = self.group if first >= self._starts.get(cpu, 0) else self._before
-        return batch if group == wanted else None
+        for starts, wanted in reversed(self._cuts):
+            if first >= starts.get(cpu, 0):
+                return batch if group == wanted else None
+        return None
 
-    def want_packets(self, wanted: bool) -> Iterator[Event]:
-        group = PACKETS if wanted else FLOWS
-        if group == self.group:
+    def want_packets(self, wanted: bool) -> None:
+        before, group = self.group, PACKETS if wanted else FLOWS
+        if group == before:
             return
         try:
             self._listener.join(group)
@@ -138,12 +142,15 @@ class ModuleEngine:
             return
         except Error:  # an older module: it has packets alone
             return
-        # a member of both: records until this come from the one, the rest from the other
-        self._before, self.group = self.group, group
+        # a member of both: records until this flush come from the one, the rest from the other
+        self.group = group
         self.opening = self._flush()
-        self._starts = _sequences(self.opening)
-        yield from self._queued()
-        self._listener.leave(self._before)
+        self._cut()
+        self._listener.leave(before)
+
+    def _cut(self) -> None:
+        """At `opening`; one for each change since the kernel's queue was last empty."""
+        self._cuts = [*self._cuts[-_CUTS:], (_sequences(self.opening), self.group)]
 
     def want_snaps(self, wanted: bool) -> bool:
         if not wanted:
@@ -178,9 +185,9 @@ class ModuleEngine:
                 break
 
     def begin(self) -> int:
-        self._before = None
         self.opening = self._flush()
-        self._starts = _sequences(self.opening)
+        self._cuts.clear()
+        self._cut()
         return time.monotonic_ns()
 
     def finish(self, until_ns: int | None = None) -> Iterator[Event]:

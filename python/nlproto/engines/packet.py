@@ -11,14 +11,13 @@ import contextlib
 import select
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from nlproto.engines.engine import Event
 from nlproto.engines.namespaces import CapturedNamespaces
 from nlproto.engines.packet_names import FLOW_LIMIT, PacketNames
 from nlproto.engines.ring import PacketRing
@@ -349,8 +348,8 @@ class PacketEngine:
         self._snapping = wanted
         return True
 
-    def want_packets(self, wanted: bool) -> Iterable[Event]:
-        return ()  # there is nothing else to be had
+    def want_packets(self, wanted: bool) -> None:
+        """There is nothing else to be had."""
 
     def _position(self) -> np.ndarray:
         """Where the stream stands, as TAIL."""

@@ -46,10 +46,10 @@ class _Point:
             self.skipped = skipped
 
 
-_Counts = tuple[int, int, int]
-"""record_seq, packets, skipped."""
+_Counts = tuple[int, int, int, int]
+"""record_seq, packets, skipped, lost."""
 _counts_of_tail: Callable[[Any], _Counts] = itemgetter(
-    *map((TAIL.names or ()).index, ("record_seq", "packets", "skipped"))
+    *map((TAIL.names or ()).index, ("record_seq", "packets", "skipped", "lost"))
 )
 _of_head: Callable[[Any], tuple[int, int, int, int, int, int, int]] = itemgetter(
     *map(
@@ -79,17 +79,26 @@ class Account:
     def open(self, tails: np.ndarray, instance: int, group: str = "packets") -> None:
         """Begin at `tails` (TAIL array, reply to FLUSH): the first batch is the one behind them.
 
-        Of an instance that this account knows already, what came in between is lost. With another
-        `group` than before it goes on: records have the same sequence in all groups.
+        Of an instance that this account knows already, what came in between is lost.
         """
         self._enter(instance)
         for tail in tails:
             key = (instance, int(tail["cpu"]))
-            counts = _counts_of_tail(tail.item())
+            record_seq, packets, skipped, lost = _counts_of_tail(tail.item())
+            counts = record_seq, packets, skipped
             self._first.setdefault(key, _Point(*counts))
             self._last.setdefault(key, _Point(*counts)).raise_to(*counts)
-            first, last = self._unmade.get((*key, group), (0, 0))
-            self._unmade[*key, group] = first + int(tail["lost"]) - last, int(tail["lost"])
+            self._lack(key, group, lost)
+
+    def go_over(self, tails: np.ndarray, instance: int, group: str) -> None:
+        """Go on with the batches of another group from `tails` on, of which they are.
+
+        Records have the same sequence in all groups, and each group its own `lost`.
+        """
+        for tail in tails:
+            key = (instance, int(tail["cpu"]), group)
+            first, last = self._unmade.get(key, (0, 0))
+            self._unmade[key] = first + int(tail["lost"]) - last, int(tail["lost"])
 
     def gap(self, seconds: float) -> None:
         """Count a time without any engine."""
@@ -107,8 +116,8 @@ class Account:
         `records` makes the first batch of a CPU exact when it holds copies and there was no
         open(). Another instance than before (module loaded anew) starts afresh and adds up.
         """
-        instance, cpu, rows, seq, packets, skipped, lost = _of_head(head.item())
-        count = rows if count is None else count
+        instance, cpu, held, seq, packets, skipped, lost = _of_head(head.item())
+        count = held if count is None else count
         self._enter(instance)
         key = (instance, cpu)
         self._lack(key, group, lost)
@@ -138,8 +147,9 @@ class Account:
             key = (self._instance, int(tail["cpu"]))
             known = self._last.get(key)
             if known is not None:
-                known.raise_to(*_counts_of_tail(tail.item()))
-                self._lack(key, group, int(tail["lost"]))
+                record_seq, packets, skipped, lost = _counts_of_tail(tail.item())
+                known.raise_to(record_seq, packets, skipped)
+                self._lack(key, group, lost)
 
     def lose(self, place: str, records: int) -> None:
         """Count received records as lost afterwards, in "queue", "client" or "failed"."""

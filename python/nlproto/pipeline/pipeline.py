@@ -250,16 +250,13 @@ class Pipeline:
         return True
 
     def _open(self) -> None:
-        self._open_account()
+        engine = self._engine
+        with self.account_lock:
+            self.account.open(engine.opening, engine.instance, engine.group)
         self._opened = True
         self._asked_for = True
         self._asked = 0.0
         self._ask_engine()
-
-    def _open_account(self) -> None:
-        engine = self._engine
-        with self.account_lock:
-            self.account.open(engine.opening, engine.instance, engine.group)
 
     def _choose_group(self) -> None:
         """Packets or flows."""
@@ -267,9 +264,15 @@ class Pipeline:
         if wanted == self._asked_for or self.failed:
             return
         self._asked_for = wanted
-        self._read(self._engine.want_packets(wanted))
-        if not self.failed:
-            self._open_account()
+        engine, before = self._engine, self._engine.group
+        try:
+            engine.want_packets(wanted)
+        except Error as error:
+            self._fail(error)
+            return
+        if engine.group != before:
+            with self.account_lock:
+                self.account.go_over(engine.opening, engine.instance, engine.group)
 
     def _take_barriers(self) -> list[_Barrier]:
         with self._barrier_lock:
@@ -334,6 +337,7 @@ class Pipeline:
         """Count and copy it; how many records of older ones were lost for it."""
         head: np.void = batch.head.copy()
         copy: Batch | FlowBatch
+        # tobytes() copies as plain bytes, where a copy would go field by field
         if isinstance(batch, Batch):
             found = plain_copy(batch.records)
             copy = Batch(head, found)
