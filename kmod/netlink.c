@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Multicast: messages of one growing attribute, and whether anybody listens.
+ * Multicast: messages of one attribute, and whether anybody listens.
  * It knows nobody who sends.
  */
 #include <net/genetlink.h>
@@ -23,8 +23,8 @@ static const struct {
 };
 
 /**
- * sniffer_netlink_listening - does anybody listen to a group?
- * @group: which
+ * sniffer_netlink_listening - does anybody want what a group gets?
+ * @group: the group
  */
 bool sniffer_netlink_listening(enum sniffer_group group)
 {
