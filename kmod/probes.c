@@ -210,7 +210,10 @@ static __always_inline void probes_close_file(const struct probes_args *args)
 /* What moves data without a message: no LSM hook is asked. */
 static __always_inline void probes_splice(const struct probes_args *args)
 {
-	probes_use(args, SNIFFER_PROBE_RECVMSG);
+	struct sock *sk = sniffer_use_sock((void *)args->n[0]);
+
+	if (sk)
+		sniffer_use(sk, true);
 }
 
 static __always_inline void probes_sendpage(const struct probes_args *args)
@@ -342,7 +345,7 @@ static struct probes_function probes_functions[] = {
 			PROBES_WAY_RANGE),
 	PROBES_FUNCTION(SNIFFER_SYSCALL("close_range"), probes_close_range_call,
 			SNIFFER_PROBE_CLOSE, PROBES_WAY_RANGE),
-	PROBES_FUNCTION("tcp_splice_read", probes_splice, 0, 0),
+	PROBES_FUNCTION("sock_splice_read", probes_splice, 0, 0),
 	PROBES_FUNCTION("inet_sendpage", probes_sendpage, 0, 0),
 	PROBES_FUNCTION("commit_creds", probes_credentials, 0, 0),
 };
@@ -461,11 +464,18 @@ static void probes_reset(void *data, SNIFFER_RESET_ARGS)
 		sniffer_hooks_reset((struct sock *)sk, skb);
 }
 
+/* After io_uring_register(), which may have taken files out of a ring. */
+static void probes_ring(void *data, SNIFFER_RING_ARGS)
+{
+	sniffer_use_ring();
+}
+
 struct probes_tracepoint {
 	const char *name;
 	void *handler;
 	u32 bit;
 	struct tracepoint *tp;
+	bool registered;
 };
 
 static struct probes_tracepoint probes_tracepoints[] = {
@@ -475,6 +485,7 @@ static struct probes_tracepoint probes_tracepoints[] = {
 	{ "task_rename", probes_rename, SNIFFER_PROBE_RENAME },
 	{ "inet_sock_set_state", probes_state, SNIFFER_PROBE_STATE },
 	{ "tcp_send_reset", probes_reset, SNIFFER_PROBE_RESET },
+	{ "io_uring_register", probes_ring, 0 },
 };
 
 static void probes_match_tracepoint(struct tracepoint *tp, void *data)
@@ -580,10 +591,11 @@ int sniffer_probes_init(void)
 	for (i = 0; i < ARRAY_SIZE(probes_tracepoints); i++) {
 		struct probes_tracepoint *p = &probes_tracepoints[i];
 
-		if (p->tp && !(refuse & p->bit) &&
-		    !tracepoint_probe_register(p->tp, p->handler, NULL))
+		p->registered = p->tp && !(refuse & p->bit) &&
+				!tracepoint_probe_register(p->tp, p->handler, NULL);
+		if (p->registered)
 			probes_registered |= p->bit;
-		else
+		else if (p->bit)
 			pr_notice("sniffer: no tracepoint %s: some owners will be unknown\n",
 				  p->name);
 	}
@@ -608,7 +620,7 @@ void sniffer_probes_exit(void)
 	if (probes_canary_probe.addr)
 		unregister_kprobe(&probes_canary_probe);
 	for (i = 0; i < ARRAY_SIZE(probes_tracepoints); i++)
-		if (probes_registered & probes_tracepoints[i].bit)
+		if (probes_tracepoints[i].registered)
 			tracepoint_probe_unregister(probes_tracepoints[i].tp,
 						    probes_tracepoints[i].handler, NULL);
 	for (i = 0; i < ARRAY_SIZE(probes_functions); i++)
