@@ -9,7 +9,7 @@ import time
 
 from ..catalog import scenario
 from ..stage import Stage, Wire, sysctl
-from ..traffic import HOST, TCP, V4, V6, bound, listening, playing
+from ..traffic import HOST, TCP, V4, V6, ask, bound, listening, playing
 from ..truth import Worker
 
 COUNT = 5
@@ -101,27 +101,38 @@ def overflows(worker: Worker, wire: Wire, peer: tuple[str, int], waiting: int) -
     wire.hear()
 
 
-@scenario(max_loose=30, engines=("module",))
+def defers(worker: Worker, wire: Wire, stage: Stage) -> None:
+    """Has a listener with another process, whose connections enter the queue with their data."""
+    sock = bound(V4, TCP)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)
+    sock.listen(2)
+    other = stage.spawn("holder1", holds, sock, "ambiguous")
+    other.hear()
+    claim = worker.claim(sock, any_address=True, flags=("ambiguous",), t0=1, has_cookie=False)
+    wire.tell(sock.getsockname())
+    wire.hear()
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 0)
+    wire.tell("at once")
+    wire.hear()
+    worker.end(claim)
+    sock.close()
+    other.tell()
+    other.join()
+
+
+@scenario(max_loose=40, engines=("module",))
 def reset_by_overflow_of_shared_listener(stage: Stage) -> None:
     """tcp_abort_on_overflow: what the full queue of a shared listener refuses is ambiguous, too."""
     sysctl("net.ipv4.tcp_abort_on_overflow", 1)
     with playing(stage):
-        sock = bound(V4, TCP)
-        # it does not enter the queue before its first data
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)
-        sock.listen(2)
-        children = [stage.spawn(f"holder{n}", holds, sock, "ambiguous") for n in range(2)]
-        for child in children:
-            child.hear()
-        client = stage.spawn("client", overflows, sock.getsockname(), 3)
+        maker = stage.spawn("holder0", defers, stage)
+        client = stage.spawn("client", overflows, ask(maker), 3)
         client.hear()
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 0)
-        sock.close()
+        maker.tell()
+        maker.hear()
         client.tell()
         if not client.hear():
             raise RuntimeError("no connection was refused")
         client.tell()
         client.join()
-        for child in children:
-            child.tell()
-            child.join()
+        maker.tell()
