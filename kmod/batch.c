@@ -15,7 +15,6 @@
 
 #include "batch.h"
 #include "netlink.h"
-#include "owner.h"
 
 static unsigned int batch = SNIFFER_BATCH_DEFAULT;
 module_param(batch, uint, 0444);
@@ -319,7 +318,7 @@ unsigned int sniffer_batch_flush(struct sniffer_tail *tails, unsigned int max)
 
 /**
  * sniffer_batch_counters - add up the counters of all CPUs
- * @sum: filled whole
+ * @sum: filled but for what the tables count
  */
 void sniffer_batch_counters(struct sniffer_counters *sum)
 {
@@ -343,8 +342,6 @@ void sniffer_batch_counters(struct sniffer_counters *sum)
 		sum->packets += cpu->count.recorded + batch_skipped(cpu);
 		spin_unlock_bh(&cpu->lock);
 	}
-	sum->table_full = sniffer_owner_full();
-	sum->process_lost = sniffer_netlink_process_lost();
 }
 
 /**
