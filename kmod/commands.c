@@ -14,6 +14,7 @@
 #include "compat.h"
 #include "events.h"
 #include "holders.h"
+#include "listen.h"
 #include "netlink.h"
 #include "owner.h"
 #include "probes.h"
@@ -101,6 +102,8 @@ static int commands_flush(struct sk_buff *skb, struct genl_info *info)
 	tails = kvcalloc(count, sizeof(*tails), GFP_KERNEL);
 	if (!tails)
 		return -ENOMEM;
+	/* it is the first word of a reader that has joined */
+	sniffer_listen_update();
 	count = sniffer_batch_flush(tails, count);
 	err = commands_reply(info, SNIFFER_A_TAILS, tails, count * sizeof(*tails), 0, NULL, 0);
 	kvfree(tails);

@@ -95,7 +95,7 @@ static bool holders_read(struct holders_case *c, u64 cookie)
 			if (c->past[i])
 				refcount_inc(&c->past[i]->refs);
 		}
-		c->file = owner->file;
+		c->file = sniffer_owner_file(owner);
 		c->fd = owner->fd;
 		c->ring = owner->ring;
 		c->many = owner->many || (s64)(READ_ONCE(c->user->forked) - owner->since) > 0;

@@ -379,8 +379,8 @@ static bool name_is_wrapped(const struct sniffer_record *r, const struct sock *s
 void sniffer_name_out(struct sniffer_flow *flow, const struct nf_hook_state *state, bool trusted)
 {
 	struct sniffer_record *r = &flow->record;
-	const struct sniffer_owner *owner;
 	const struct sniffer_proc *user;
+	struct sniffer_owner *owner;
 	struct sock *sk = flow->skb->sk;
 
 	/*
@@ -413,7 +413,7 @@ void sniffer_name_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 		return;
 	}
 	if (!trusted || !sk_fullsock(sk) || sk->sk_state == TCP_LISTEN ||
-	    !sniffer_use(sk, false)) {
+	    !sniffer_use(sk, false, &owner)) {
 		sniffer_name_socket(flow, sk, SNIFFER_HOW_SOCKET);
 		return;
 	}
@@ -427,7 +427,6 @@ void sniffer_name_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 	r->start_ns = current->group_leader->start_boottime;
 	r->uid = __kuid_val(current_uid());
 	sniffer_process_comm(r->comm, current->group_leader->comm);
-	owner = sniffer_owner_find(r->cookie);
 	user = owner ? rcu_dereference(owner->user) : NULL;
 	if (user)
 		name_add_facts(r, owner, user);

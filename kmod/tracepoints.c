@@ -57,7 +57,7 @@ static void tracepoints_state(void *data, const struct sock *sk, int oldstate, i
 	if (newstate == TCP_CLOSE || oldstate == TCP_CLOSE)
 		sniffer_owner_close_state((struct sock *)sk, oldstate, newstate);
 	if (in_task() && (newstate == TCP_SYN_SENT || newstate == TCP_LISTEN))
-		sniffer_use((struct sock *)sk, true);
+		sniffer_use((struct sock *)sk, true, NULL);
 }
 
 /* Fires before the packet leaves, in the same context. */

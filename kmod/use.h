@@ -6,8 +6,10 @@
 #include <linux/sched.h>
 #include <net/sock.h>
 
-bool sniffer_use(struct sock *sk, bool called);
-void sniffer_use_create(struct sock *sk, u64 inode, struct file *file);
+struct sniffer_owner;
+
+bool sniffer_use(struct sock *sk, bool called, struct sniffer_owner **found);
+void sniffer_use_create(struct sock *sk, struct socket *sock);
 void sniffer_use_receive(struct sock *sk, struct file *file);
 void sniffer_use_fork(struct task_struct *child);
 void sniffer_use_exec(void);
