@@ -202,7 +202,7 @@ static void probes_splice(const struct sniffer_args *args)
 	struct sock *sk = sniffer_owner_sock((void *)args->n[0]);
 
 	if (sk)
-		sniffer_use(sk, true);
+		sniffer_use(sk, true, NULL);
 }
 
 static void probes_sendpage(const struct sniffer_args *args)
