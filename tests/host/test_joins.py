@@ -51,6 +51,15 @@ with socket.socket() as peer:
 """
 
 
+PROBE = """
+import socket, time
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+    while True:
+        peer.sendto(b"x", ("127.0.0.1", 9))
+        time.sleep(0.05)
+"""
+
+
 def until(condition, seconds=60):
     end = time.monotonic() + seconds
     while not (found := condition()):
@@ -161,10 +170,13 @@ def twins(namespaces, daemon, tmp_path):
     trace = tmp_path / "a.pcap"
     with contextlib.ExitStack() as stack:
         pairs = [stack.enter_context(inside(one, PAIR, one[-1])) for one in namespaces]
+        for one in namespaces:
+            stack.enter_context(inside(one, PROBE))
         with DaemonClient(daemon) as client:
             numbers = {os.stat(f"/run/netns/{one}").st_ino for one in namespaces}
-            # both are captured by now
             until(lambda: numbers <= {one["netns"] for one in client.owner(8080)})
+            # what passes from now on is recorded
+            until(lambda: numbers <= {one["netns"] for one in client.who(port=9)["flows"]})
         with tcpdump(trace, "tcp", netns=namespaces[0]):
             for pair in pairs:
                 pair.stdin.write("\n")

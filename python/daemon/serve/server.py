@@ -22,7 +22,7 @@ import nlproto
 from daemon.serve.answers import Answers
 from daemon.serve.bounds import ANSWER_BYTES, STREAM_BYTES, Bounds, bounds_of
 from daemon.serve.publisher import Stream
-from daemon.serve.questions import Question, Questions
+from daemon.serve.questions import FAILED, Question, Questions
 from daemon.serve.session import MAX_ANSWER, Session
 from daemon.serve.streams import Streams
 from daemon.sharing.allowance import FILTERS, QUESTIONS, REQUESTS, Allowance, Meter
@@ -34,7 +34,8 @@ from daemon.system.rights import Peer, group_id, peer_of
 from nlproto._host import ffi, lib
 from nlproto.client.frames import DEFAULT_SOCKET, PROTOCOL
 from nlproto.errors import Error, NoPrivilege
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
+from nlproto.running.supervise import Failures
 from nlproto.tables.shares import Payers
 
 __all__ = ["Server", "SocketFile"]
@@ -52,6 +53,8 @@ _STUCK = 30.0
 _PATIENCE = 1.0
 """s that what waits for clients may take when the daemon ends; twice, if need be."""
 _COMPLAIN = 60.0  # s between two entries in the log about the same
+
+Asker = Callable[[dict[str, Any] | Error], None]
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +173,7 @@ class Server:
         self._accepted = ffi.new("int[]", _AT_ONCE)
         self._payers = Payers()
         self._turns: dict[bool, Rounds[Session | Arrival]] = {True: Rounds(), False: Rounds()}
-        self._waiting: list[tuple[Stream, Callable[[dict[str, Any]], None]]] = []
+        self._waiting: list[tuple[Stream, Asker]] = []
         """What users without rights want to know once all records have passed."""
         self._turning: set[bool] = set()
         self._figures = figures
@@ -179,6 +182,7 @@ class Server:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._listener: socket.socket | None = None
         self._complained = -_COMPLAIN
+        self._failures = Failures("clients")
         self._started = time.time()
 
     def start(self, listener: socket.socket) -> None:
@@ -193,7 +197,7 @@ class Server:
             self.loop.remove_reader(self._listener)
             self._listener = None
         for arrival in tuple(self._arrivals):
-            self._turn_away(arrival)
+            self.turn_away(arrival)
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -238,7 +242,7 @@ class Server:
             if -found != errno.EAGAIN:
                 self._rest(listener, os.strerror(-found))
             return
-        refused = [fd for fd in ffi.unpack(self._accepted, found) if not self._admit(fd)]
+        refused = [fd for fd in ffi.unpack(self._accepted, found) if not self._may_stay(fd)]
         if refused:
             self.refused += len(refused)
             lib.host_close(refused, len(refused))
@@ -255,6 +259,13 @@ class Server:
                 self._listen(listener)
 
         self.loop.call_later(0.1, again)
+
+    def _may_stay(self, fd: int) -> bool:
+        try:
+            return self._admit(fd)
+        except Exception as error:  # the others that were accepted with it are no less welcome
+            self._failures.add(error, "accepting")
+            return False
 
     def _admit(self, fd: int) -> bool:
         """Whether the connection may stay; what it takes to serve it is done in its user's turn."""
@@ -279,7 +290,7 @@ class Server:
     def serve(self, arrival: Arrival) -> None:
         """Give a connection its session, unless its client has gone already."""
         if _has_gone(arrival.connection):
-            self._turn_away(arrival)
+            self.turn_away(arrival)
             return
         self._arrivals.discard(arrival)
         self._places.give_back(arrival)
@@ -288,7 +299,7 @@ class Server:
         self._sessions.add(session)
         self._task(self._connect(session, arrival.connection))
 
-    def _turn_away(self, arrival: Arrival) -> None:
+    def turn_away(self, arrival: Arrival) -> None:
         self._arrivals.discard(arrival)
         self._places.give_back(arrival)
         self._turns[arrival.full].discard(arrival.user, arrival)
@@ -328,8 +339,13 @@ class Server:
     def _take_turn(self, full: bool) -> None:
         rounds, meter = self._turns[full], Meter(None if full else self._allowance)
         session = rounds.next()
-        if session is not None and session.take_turn():
-            rounds.add(session.user, session)
+        try:
+            if session is not None and session.take_turn():
+                rounds.add(session.user, session)
+        except Exception as error:  # the turns of the others go on
+            self._failures.add(error, "a turn")
+            assert session is not None
+            session.abort()
         pause = meter.pause()
         if not rounds:
             self._turning.discard(full)
@@ -355,12 +371,18 @@ class Server:
         """Clients that have gone while nothing was read from them, or that do not read."""
         while True:
             await asyncio.sleep(_LOOK)
-            for session in _hung_up(self._sessions):
+            try:
+                self._let_go()
+            except Exception as error:
+                self._failures.add(error, "looking after clients")
+
+    def _let_go(self) -> None:
+        for session in _hung_up(self._sessions):
+            session.abort()
+        for session in tuple(self.slow):
+            if session.is_stuck(self.loop.time(), _STUCK):
+                self.stuck += 1
                 session.abort()
-            for session in tuple(self.slow):
-                if session.is_stuck(self.loop.time(), _STUCK):
-                    self.stuck += 1
-                    session.abort()
 
     def share_out(self) -> None:
         """Each user's clients have an equal part of the room for queues."""
@@ -379,9 +401,10 @@ class Server:
     async def _tell_accounts(self) -> None:
         """What a client goes by when this daemon dies without a word."""
 
-        def tell(account: dict[str, Any]) -> None:
-            for session in tuple(self._sessions):
-                session.tell_account(account)
+        def tell(account: dict[str, Any] | Error) -> None:
+            if not isinstance(account, Error):
+                for session in tuple(self._sessions):
+                    session.tell_account(account)
 
         while True:
             await asyncio.sleep(_ACCOUNT)
@@ -408,10 +431,10 @@ class Server:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
             self.loop.call_soon_threadsafe(function)
 
-    def after_all_records(self, stream: Stream, function: Callable[[dict[str, Any]], None]) -> None:
+    def after_all_records(self, stream: Stream, function: Asker) -> None:
         """Call `function` in the loop once all packets recorded until now were offered to `stream`.
 
-        It gets the account of exactly these.
+        It gets the account of exactly these, or the Error that tells why there is none.
         """
 
         if stream.uid is None:
@@ -422,12 +445,17 @@ class Server:
         if len(self._waiting) == 1:
             self.loop.call_later(_TOGETHER, self._barrier, self._waiting)
 
-    def _barrier(self, waiting: list[tuple[Stream, Callable[[dict[str, Any]], None]]]) -> None:
+    def _barrier(self, waiting: list[tuple[Stream, Asker]]) -> None:
         if waiting is self._waiting:
             self._waiting = []
 
         def passed() -> None:
-            account = self._account(settled=True)
+            account: dict[str, Any] | Error
+            try:
+                account = self._account(settled=True)
+            except Exception as error:  # whoever waits hears of it
+                self._failures.add(error, "the account")
+                account = Error(FAILED)
             for stream, function in waiting:
                 self.streams.mark(stream, partial(function, account))
 
@@ -493,6 +521,9 @@ class Arrival:
     def take_turn(self) -> bool:
         self.server.serve(self)
         return False
+
+    def abort(self) -> None:
+        self.server.turn_away(self)
 
 
 def _has_gone(connection: socket.socket) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from daemon.serve.answers import Room
-from daemon.serve.questions import Question, Stop
+from daemon.serve.questions import FAILED, Question, Stop
 from daemon.serve.requests import (
     Hello,
     Lookup,
@@ -36,7 +36,7 @@ from nlproto.client.frames import (
     encode_json,
 )
 from nlproto.errors import Error, NoPrivilege, UsageError
-from nlproto.filters.filter import Filter, parse
+from nlproto.filters.filter import Filter
 
 if TYPE_CHECKING:
     from daemon.serve.server import Server
@@ -109,11 +109,13 @@ class Session(asyncio.BufferedProtocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        if self._question is not None:
-            self.server.questions.cancel(self._question)
-        self._leave()
-        self.subscription.clear()
-        self.server.left(self)
+        try:
+            if self._question is not None:
+                self.server.questions.cancel(self._question)
+            self._leave()
+            self.subscription.clear()
+        finally:
+            self.server.left(self)
 
     def get_buffer(self, sizehint: int) -> bytearray:
         return self.server.buffer
@@ -185,13 +187,17 @@ class Session(asyncio.BufferedProtocol):
         except UsageError as error:
             self._write(_refusal(request_id(payload), error))
             return
+        self._see_to(request.id, lambda: self._answer(request))
+
+    def _see_to(self, number: int, work: Callable[[], None]) -> None:
+        """Run `work`, which answers request `number` now or later; what it raises is the answer."""
         try:
-            self._answer(request)
-        except Error as error:
-            self._write(_refusal(request.id, error))
-        except Exception:
-            log.exception("request %s failed", type(request).__name__)
-            self._write(_refusal(request.id, Error(_FAILED)))
+            work()
+        except Exception as error:
+            if not isinstance(error, Error):
+                log.exception("a request failed")
+                error = Error(FAILED)
+            self._finish(_refusal(number, error))
 
     def _answer(self, request: Request) -> None:
         if isinstance(request, OwnerOf) and self.server.answers.is_cheap(request):
@@ -207,7 +213,7 @@ class Session(asyncio.BufferedProtocol):
                 raise UsageError("this connection has a subscription already; unsubscribe first")
             self._ask(
                 request.id,
-                lambda stop: parse(request.filter, resolve=False),
+                lambda stop: _parsed(request.filter),
                 lambda filter: self._subscribe(request, filter),
             )
         else:
@@ -227,12 +233,7 @@ class Session(asyncio.BufferedProtocol):
     def _ask(self, number: int, work: Callable[[Stop], Any], done: Callable[[Any], None]) -> None:
         def answered(result: Any) -> None:
             self._question = None
-            try:
-                if isinstance(result, Error):
-                    raise result
-                done(result)
-            except Error as error:
-                self._finish(_refusal(number, error))
+            self._see_to(number, lambda: done(_unless_error(result)))
 
         self._busy = True
         self._question = Question(self.user, self.full, work, answered)
@@ -256,15 +257,23 @@ class Session(asyncio.BufferedProtocol):
         streams = self.server.streams
         subscription.stream = streams.join(filter, self.uid, subscription, snaps, self.user)
         self.subscription = subscription
-        self.server.share_out()
-        self.server.after_all_records(
-            subscription.stream, lambda account: self._begin(request.id, account)
-        )
+        try:
+            self.server.share_out()
+            self.server.after_all_records(
+                subscription.stream,
+                lambda account: self._see_to(request.id, lambda: self._begin(request.id, account)),
+            )
+        except Exception:
+            self._leave()
+            raise
 
-    def _begin(self, number: int, account: dict[str, Any]) -> None:
+    def _begin(self, number: int, result: dict[str, Any] | Error) -> None:
         stream = self.subscription.stream
         if stream is None:
             return
+        if isinstance(result, Error):
+            self._leave()
+        account = _unless_error(result)
         self.subscription.begun = True
         self._account_at_start = self._shown(account)
         reply = {"account": self._account_at_start, "snaps": stream.snaps}
@@ -279,13 +288,16 @@ class Session(asyncio.BufferedProtocol):
         if stream is None:
             raise UsageError("this connection has no subscription")
         self._busy = True
-        self.server.after_all_records(stream, lambda account: self._end(number, account))
+        self.server.after_all_records(
+            stream, lambda account: self._see_to(number, lambda: self._end(number, account))
+        )
 
-    def _end(self, number: int, account: dict[str, Any]) -> None:
+    def _end(self, number: int, result: dict[str, Any] | Error) -> None:
         if self._transport is None:
             return
         subscription = self.subscription
         self._leave()
+        account = _unless_error(result)
 
         def answer() -> None:
             fields = {
@@ -298,7 +310,7 @@ class Session(asyncio.BufferedProtocol):
             }
             self._finish(_reply(number, fields))
 
-        self._ended = answer
+        self._ended = lambda: self._see_to(number, answer)
         self._pump()
 
     def _leave(self) -> None:
@@ -322,6 +334,14 @@ class Session(asyncio.BufferedProtocol):
     # Bytes out
 
     def _pump(self) -> None:
+        """Send what waits as far as the client reads; one whose frames fail is let go."""
+        try:
+            self._send_waiting()
+        except Exception:
+            log.exception("a client's frames could not be made; it is let go")
+            self.abort()
+
+    def _send_waiting(self) -> None:
         while not self._paused and self._transport is not None:
             frame = self.subscription.next_frame()
             if frame is None:
@@ -370,7 +390,11 @@ class Session(asyncio.BufferedProtocol):
             self._transport.abort()
 
 
-_FAILED = "the daemon failed on this request; see its log"
+def _unless_error(result: Any) -> Any:
+    """`result`, unless it is the Error to tell instead."""
+    if isinstance(result, Error):
+        raise result
+    return result
 
 
 def _reply(number: int, fields: dict[str, Any]) -> bytes:
@@ -389,3 +413,9 @@ def _refusal(number: int, error: Error) -> bytes:
         code = "failed"
     message = {"id": number, "ok": False, "error": " ".join(str(error).split()), "code": code}
     return encode(Kind.CONTROL, _json.encode(message))
+
+
+def _parsed(text: str) -> Filter:
+    from nlproto.filters.parse import parse  # its grammar takes 4 MB: none for who never filters
+
+    return parse(text, resolve=False)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hunter.cli.options import Stats
 from hunter.show.console import Output
 from hunter.show.text import plain
 from nlproto.client.client import DaemonClient
@@ -27,7 +27,7 @@ _CONSTANTS = {
 }
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: Stats) -> None:
     """Ask and print. Raises Error."""
     with DaemonClient(options.socket) as client:
         figures = client.stats()

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from nlproto.pipeline.pipeline import NamedBatch
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 
 __all__ = ["ShownAccount"]
 

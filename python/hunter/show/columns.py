@@ -15,8 +15,8 @@ import numpy as np
 
 from hunter.show import names
 from hunter.show.text import sound
-from nlproto.pipeline.pipeline import NamedBatch
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from nlproto.tables.processes import Process
 
 __all__ = [

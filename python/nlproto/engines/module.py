@@ -61,7 +61,7 @@ class ModuleEngine:
                         f" program version {lib.SNIFFER_VERSION}: load the module of this release"
                     )
                 self.instance = int(info["instance"])
-                self.opening = self.flush()
+                self.opening = self._flush()
                 # after the group was joined: who is not in the dump is told of there
                 self._known = self._control.processes() if "processes" in groups else []
             except BaseException:
@@ -74,6 +74,8 @@ class ModuleEngine:
         """From which sequence of each CPU on records come from which group."""
         self._cut()
         self._ends: dict[int, int] = {}
+        self._sent_ns = 0
+        """When the last batch that was read left its CPU."""
 
     def __enter__(self) -> Self:
         return self
@@ -119,6 +121,7 @@ class ModuleEngine:
         FLUSH cuts at batch boundaries.
         """
         head = batch.head
+        self._sent_ns = int(head["mono_ns"])
         if int(head["instance"]) != self.instance:
             return batch
         cpu, first = int(head["cpu"]), int(head["record_seq"])
@@ -141,7 +144,7 @@ class ModuleEngine:
             return
         # a member of both: records until this flush come from the one, the rest from the other
         self.group = group
-        self.opening = self.flush()
+        self.opening = self._flush()
         self._cut()
         self._listener.leave(before)
 
@@ -159,26 +162,38 @@ class ModuleEngine:
             return False
         return True
 
-    def flush(self) -> np.ndarray:
+    def _flush(self) -> np.ndarray:
+        """Make the module send what it holds back; where each CPU stands (TAIL)."""
         if self.group == FLOWS:
             tails: np.ndarray = self._control.flush_flows()["tail"]
             return tails
         return self._control.flush()
 
+    def catch_up(self) -> Iterator[Event]:
+        tails = self._flush()
+        yield from self._queued()
+        self.closing = tails
+
+    def _queued(self) -> Iterator[Event]:
+        """What the kernel queued before it answered a FLUSH just now; a flood has no end."""
+        end = time.monotonic_ns()
+        while (received := self._listener.recv(0)) is not None:
+            event = self._decode(*received)
+            if event is not None:
+                yield event
+            if self._sent_ns > end:
+                break
+
     def begin(self) -> int:
-        self.opening = self.flush()
+        self.opening = self._flush()
         self._cuts.clear()
         self._cut()
         return time.monotonic_ns()
 
     def finish(self, until_ns: int | None = None) -> Iterator[Event]:
-        # The kernel queues the last batches before it answers, so what is there now is all.
-        tails = self.flush()
+        tails = self._flush()
         self._ends = _sequences(tails)
-        while (received := self._listener.recv(0)) is not None:
-            event = self._decode(*received)
-            if event is not None:
-                yield event
+        yield from self._queued()
         self.closing = tails
 
     def stats(self) -> dict[str, object]:
