@@ -2,8 +2,9 @@
 """What the module costs everybody, in instructions: python bench/kernel_cost.py [--rounds N]
 
 A guest with one processor under `-icount shift=2` plays bench/workload.c without the module, with
-it, and with one reader of its records. There a nanosecond is a quarter of an instruction, whatever
-else this machine does. Sender, receiver and reader share the processor, so all of it is counted.
+it, and with one reader of its records or of its flows. There a nanosecond is a quarter of an
+instruction, whatever else this machine does. Sender, receiver and reader share the processor, so
+all of it is counted.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ CONFIGURATIONS = {
     "unloaded": "module not loaded",
     "loaded": "loaded, nobody listens",
     "reader": "loaded, one reader",
+    "flows": "loaded, one reader of flows",
 }
 WORKLOADS = {
     "udp": "UDP datagram sent and received (2 records)",

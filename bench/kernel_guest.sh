@@ -38,8 +38,11 @@ for configuration; do
 	*) [ -e /sys/module/sniffer ] || insmod "$directory/sniffer.ko" ;;
 	esac
 	case $configuration in
-	reader)
-		"$directory/reader" >"$directory/joined" &
+	reader | flows)
+		group=packets
+		[ "$configuration" != flows ] || group=flows
+		: >"$directory/joined"
+		"$directory/reader" "$group" >"$directory/joined" &
 		beside=$!
 		while ! grep -q joined "$directory/joined"; do sleep 0.1; done
 		;;

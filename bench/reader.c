@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /*
- * The cheapest possible reader of group packets: joins, says so, and throws away what it receives.
+ * The cheapest possible reader of a group, reader [packets|flows]: joins, says so, and throws away
+ * what it receives.
  * What a run with it costs more than one without is the module's work for a listener.
  */
 #include <linux/genetlink.h>
@@ -23,8 +24,8 @@ static void die(const char *what)
 	exit(1);
 }
 
-/* Asks for the family and returns the number of its group packets. */
-static unsigned int group(int fd)
+/* Asks for the family and returns the number of its group @wanted. */
+static unsigned int group(int fd, const char *wanted)
 {
 	struct {
 		struct nlmsghdr n;
@@ -44,19 +45,19 @@ static unsigned int group(int fd)
 	if (send(fd, &ask, sizeof(ask), 0) < 0 || (size = recv(fd, buf, sizeof(buf), 0)) < 0)
 		die("family");
 	/* a group's number stands right before its name: no need to walk the nesting */
-	for (at = buf, end = buf + size; at + 24 <= end; at += 4) {
+	for (at = buf, end = buf + size; at + 12 < end; at += 4) {
 		id = (struct nlattr *)at;
 		name = (struct nlattr *)(at + 8);
 		if (id->nla_type == CTRL_ATTR_MCAST_GRP_ID && id->nla_len == 8 &&
 		    name->nla_type == CTRL_ATTR_MCAST_GRP_NAME &&
-		    !strcmp((char *)(name + 1), SNIFFER_GROUP_PACKETS))
+		    !strcmp((char *)(name + 1), wanted))
 			return *(unsigned int *)(id + 1);
 	}
-	fprintf(stderr, "reader: no family " SNIFFER_FAMILY "; load sniffer.ko\n");
+	fprintf(stderr, "reader: no such group of " SNIFFER_FAMILY "; load sniffer.ko\n");
 	exit(1);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
 	int fd = socket(AF_NETLINK, SOCK_RAW, NETLINK_GENERIC), size = BUFFER;
 	struct sockaddr_nl self = { .nl_family = AF_NETLINK };
@@ -64,7 +65,7 @@ int main(void)
 
 	if (fd < 0 || bind(fd, (void *)&self, sizeof(self)))
 		die("netlink");
-	number = group(fd);
+	number = group(fd, argc > 1 ? argv[1] : SNIFFER_GROUP_PACKETS);
 	setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof(size));
 	if (setsockopt(fd, SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, &number, sizeof(number)))
 		die("join");

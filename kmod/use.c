@@ -11,10 +11,13 @@
 #include <asm/syscall.h>
 #include <net/inet_sock.h>
 
+#include "alive.h"
+#include "batch.h"
 #include "compat.h"
-#include "netlink.h"
+#include "holders.h"
 #include "owner.h"
-#include "probes.h"
+#include "process.h"
+#include "use.h"
 
 /* Descriptors that are looked at for a sender in context; who has more is asked by number only. */
 #define USE_WALK_MAX	65536
@@ -232,7 +235,7 @@ bool sniffer_use(struct sock *sk, bool called)
 		if (held && owner->port == inet_sk(sk)->inet_num && READ_ONCE(owner->tid) &&
 		    (READ_ONCE(owner->file) || !sniffer_probes_tell_release())) {
 			/* a cache line that all threads share: only for somebody who reads it */
-			if (READ_ONCE(owner->tid) != current->pid && sniffer_netlink_listening())
+			if (READ_ONCE(owner->tid) != current->pid && sniffer_batch_was_wanted())
 				WRITE_ONCE(owner->tid, current->pid);
 			if (unlikely(!sniffer_probes_alive()))
 				WRITE_ONCE(owner->seen, jiffies);
@@ -355,23 +358,6 @@ void sniffer_use_thread_end(void)
 		use_settle_later(false);
 }
 
-/**
- * sniffer_use_sock - the socket behind a file
- * @file: any file; nothing but its inode is touched if it is no socket's
- *
- * Return: a socket that the table is about, or NULL.
- */
-struct sock *sniffer_use_sock(struct file *file)
-{
-	struct inode *inode = file_inode(file);
-	struct sock *sk;
-
-	if (inode->i_sb->s_magic != SOCKFS_MAGIC)
-		return NULL;
-	sk = READ_ONCE(SOCKET_I(inode)->sk);
-	return sk && sniffer_owner_wants(sk) ? sk : NULL;
-}
-
 /* Under RCU. Has the user @proc this very table, too (clone() with CLONE_FILES)? */
 static bool use_shares_table(const struct sniffer_proc *proc, const struct files_struct *files)
 {
@@ -416,7 +402,7 @@ void sniffer_use_close_file(struct file *file, int fd)
 	if (file_count(file) < 2 || !files)
 		return;
 	rcu_read_lock();
-	sk = sniffer_use_sock(file);
+	sk = sniffer_owner_sock(file);
 	owner = sk ? sniffer_owner_find(atomic64_read(&sk->sk_cookie)) : NULL;
 	user = owner ? rcu_dereference(owner->user) : NULL;
 	if (user && READ_ONCE(owner->held) &&

@@ -3,11 +3,18 @@
 
 from __future__ import annotations
 
+import sys
+
+if "asyncio" not in sys.modules:
+    # asyncio loads OpenSSL where it is there: 4 MB of memory for what nobody here uses
+    sys.modules["ssl"] = None  # type: ignore[assignment]
+    import asyncio
+
+    del sys.modules["ssl"]
 import asyncio
 import dataclasses
 import logging
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -22,6 +29,7 @@ from daemon.system.metrics import Metrics
 from daemon.system.notify import Notifier
 from daemon.system.socketfile import SocketFile
 from daemon.system.watcher import Watcher
+from nlproto._host import lib as host
 from nlproto.engines.engine import open_engine
 from nlproto.errors import Error, UsageError
 from nlproto.host import procfs
@@ -70,6 +78,7 @@ class Service:
         config = self.config
         logs.set_up(config.log, config.log_level, self._environment, self._foreground)
         sys.setswitchinterval(SWITCH_INTERVAL)
+        host.host_one_heap()
         payers = Payers()
         processes = Processes(self._details, config.max_processes, payers=payers)
         with (
@@ -86,6 +95,7 @@ class Service:
                 portmap=PortMap(config.max_ports, payers=payers),
                 queue=MessageQueue(config.queue_size),
                 on_death=self._die,
+                packets=False,
             )
             recorder.on_death = self._die
             asyncio.run(self._serve(socket_file, pipeline, recorder))

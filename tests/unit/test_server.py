@@ -30,6 +30,7 @@ class Quiet:
     """An engine with nothing to tell but what `batches` has."""
 
     name = "quiet"
+    group = "packets"
     instance = 7
 
     def __init__(self):
@@ -47,6 +48,9 @@ class Quiet:
         while self.batches:
             yield self.batches.pop(0)
         self.pause.wait(min(timeout, 0.01))
+
+    def want_packets(self, wanted):
+        return ()
 
     def catch_up(self):
         while self.batches:

@@ -48,7 +48,7 @@ def _streams(max_filters=100, max_bytes=1 << 20, **options):
         with lock:
             function()
 
-    pipeline = SimpleNamespace(processes=Processes())
+    pipeline = SimpleNamespace(processes=Processes(), want_packets=lambda wanted: None)
     with Streams(pipeline, post, max_filters, max_bytes, **options) as streams:
         yield streams
 

@@ -28,7 +28,6 @@ from daemon.system.rights import Peer
 from nlproto.client.frames import PROTOCOL, Kind, encode_json
 from nlproto.errors import Error, UsageError
 from nlproto.filters.filter import Filter
-from nlproto.filters.parse import parse
 
 __all__ = ["MAX_ANSWER", "Desk", "Session"]
 
@@ -136,7 +135,7 @@ class Session(Connection):
                 raise UsageError("this connection has a subscription already; unsubscribe first")
             self._ask(
                 request.id,
-                lambda stop: parse(request.filter, resolve=False),
+                lambda stop: _parsed(request.filter),
                 lambda filter: self._subscribe(request, filter),
             )
         else:
@@ -291,3 +290,9 @@ def _unless_error(result: Any) -> Any:
     if isinstance(result, Error):
         raise result
     return result
+
+
+def _parsed(text: str) -> Filter:
+    from nlproto.filters.parse import parse  # its grammar takes 4 MB: none for who never filters
+
+    return parse(text, resolve=False)

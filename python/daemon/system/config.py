@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-import yaml
-
 from daemon.system.rights import group_id
 from nlproto.client.frames import DEFAULT_SOCKET
 from nlproto.errors import UsageError
@@ -198,6 +196,8 @@ def load(path: str) -> Config:
 
 def parse(text: str, name: str = "configuration") -> Config:
     """The Config in `text`. Raises UsageError whose message begins with `name`:LINE."""
+    import yaml  # only who has a file needs it
+
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:

@@ -5,17 +5,16 @@ from __future__ import annotations
 
 import functools
 import os
-import secrets
 from typing import Protocol
 
 import numpy as np
 
 from nlproto.records import wire
-from nlproto.tables.column_table import mix
+from nlproto.tables.column_table import mix, random_seed
 
 __all__ = ["KnownProcesses", "ProcessLike", "View"]
 
-_SEED = secrets.randbits(64)
+_SEED = random_seed()
 
 
 class ProcessLike(Protocol):

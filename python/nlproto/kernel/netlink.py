@@ -62,6 +62,7 @@ FAMILY = ffi.string(lib.SNIFFER_FAMILY).decode()
 PACKETS = ffi.string(lib.SNIFFER_GROUP_PACKETS).decode()
 PROCESSES = ffi.string(lib.SNIFFER_GROUP_PROCESSES).decode()
 SNAPS = ffi.string(lib.SNIFFER_GROUP_SNAPS).decode()
+FLOWS = ffi.string(lib.SNIFFER_GROUP_FLOWS).decode()
 
 NO_MODULE = (
     "sniffer.ko is not loaded, or this is not the initial network namespace:"
@@ -312,6 +313,12 @@ class Sniffer:
     def flush(self) -> np.ndarray:
         """Make every CPU send its batch; return TAIL for each: where its stream stands now."""
         return wire.decode_array(self._one(lib.SNIFFER_CMD_FLUSH, lib.SNIFFER_A_TAILS), wire.TAIL)
+
+    def flush_flows(self) -> np.ndarray:
+        """As flush(), but for group flows: FLOW_TAILs."""
+        return wire.decode_array(
+            self._one(lib.SNIFFER_CMD_FLUSH, lib.SNIFFER_A_FLOW_TAILS), wire.FLOW_TAIL
+        )
 
     def socket(self, cookie: int) -> tuple[np.void, np.ndarray] | None:
         """Return (SOCKET, HOLDER array) of the owner table, None when it does not know it."""

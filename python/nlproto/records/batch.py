@@ -19,7 +19,7 @@ class NamedBatch:
     head: np.void
     """BATCH of the last one. Its clocks are right for all, its counters for its CPU alone."""
     records: np.ndarray
-    """RECORD; not to be written by subscribers, who share it."""
+    """RECORD; not to be written by subscribers, who share it. None where flows came."""
     clock: Clock
     flows: np.ndarray | None = None
     """The records summed up (nlproto.tables.flows.FLOW), when the pipeline made this batch."""

@@ -318,6 +318,7 @@ def splicing(worker: Worker, wire: Wire, sock: socket.socket) -> None:
     while moved := os.splice(sock.fileno(), ends[1], 100):
         os.read(ends[0], moved)
         wire.tell("moved")
+    quiet()
     worker.end(claim)
 
 
