@@ -35,6 +35,7 @@ __all__ = [
     "SOCKET",
     "TAIL",
     "Batch",
+    "Event",
     "FlowBatch",
     "Packet",
     "ProcessEvent",
@@ -230,6 +231,10 @@ class SnapBatch:
 
     head: np.void
     snaps: tuple[Snap, ...]
+
+
+Event = Batch | FlowBatch | ProcessEvent | SnapBatch
+"""What an engine tells of."""
 
 
 def joined(parts: Sequence[np.ndarray], kind: np.dtype[np.void] = RECORD) -> np.ndarray:
