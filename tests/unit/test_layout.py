@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -123,3 +124,15 @@ def test_no_header_of_the_module_includes_itself_over_others() -> None:
         for name, path in kmod.items()
     }
     assert circle(includes) == []
+
+
+def test_the_architecture_names_files_and_functions_that_are_there() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    known = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    there = {"/".join(name.split("/")[at:]) for name in known for at in range(name.count("/") + 1)}
+    assert {name for name in re.findall(r"`([\w./]+\.(?:py|c|h|sh))`", text)} <= there
+    for function, where in re.findall(r"`(\w+)\(\)` in `([\w/]+\.(?:c|py))`", text):
+        path = ROOT / where if where.startswith("kmod/") else PYTHON / where
+        assert re.search(rf"\b{function}\(", path.read_text()), f"{function} in {where}"
