@@ -42,6 +42,7 @@ __all__ = [
     "Snap",
     "SnapBatch",
     "address_text",
+    "are_named",
     "bounded",
     "decode_array",
     "decode_batch",
@@ -138,6 +139,11 @@ def how_value(name: str) -> int:
 def is_named(how: int) -> bool:
     """Return whether `how` is a naming rule (True) or a reason why there is no owner (False)."""
     return 0 < how < int(lib.SNIFFER_HOW_REASONS)
+
+
+def are_named(hows: np.ndarray) -> np.ndarray:
+    """Return one bool for each `how` in an array: whether it is a naming rule."""
+    return np.asarray((hows > 0) & (hows < lib.SNIFFER_HOW_REASONS))
 
 
 def text(raw: bytes) -> str:
