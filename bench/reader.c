@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /*
- * The cheapest possible reader of a group, reader [packets|flows]: joins, says so, and throws away
- * what it receives.
+ * The cheapest possible reader of a group, reader [packets|flows|unicast]: joins, says so, and throws
+ * away what it receives. With unicast it says hello to bench/unicast instead.
  * What a run with it costs more than one without is the module's work for a listener.
  */
 #include <linux/genetlink.h>
@@ -14,6 +14,7 @@
 
 #include "../shared_proto.h"
 
+#define UNICAST_NETLINK	31	/* as in bench/unicast */
 #define BUFFER	(16 << 20)
 
 static char buf[128 << 10];
@@ -57,17 +58,31 @@ static unsigned int group(int fd, const char *wanted)
 	exit(1);
 }
 
+/* Says hello to the module of bench/unicast. */
+static void hello(int fd)
+{
+	struct nlmsghdr n = { .nlmsg_len = sizeof(n) };
+	struct sockaddr_nl kernel = { .nl_family = AF_NETLINK };
+
+	if (sendto(fd, &n, sizeof(n), 0, (void *)&kernel, sizeof(kernel)) < 0)
+		die("hello");
+}
+
 int main(int argc, char **argv)
 {
-	int fd = socket(AF_NETLINK, SOCK_RAW, NETLINK_GENERIC), size = BUFFER;
+	int unicast = argc > 1 && !strcmp(argv[1], "unicast");
+	int fd = socket(AF_NETLINK, SOCK_RAW, unicast ? UNICAST_NETLINK : NETLINK_GENERIC);
+	int size = BUFFER;
 	struct sockaddr_nl self = { .nl_family = AF_NETLINK };
 	unsigned int number;
 
 	if (fd < 0 || bind(fd, (void *)&self, sizeof(self)))
 		die("netlink");
-	number = group(fd, argc > 1 ? argv[1] : SNIFFER_GROUP_PACKETS);
 	setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof(size));
-	if (setsockopt(fd, SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, &number, sizeof(number)))
+	number = unicast ? 0 : group(fd, argc > 1 ? argv[1] : SNIFFER_GROUP_PACKETS);
+	if (unicast)
+		hello(fd);
+	else if (setsockopt(fd, SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, &number, sizeof(number)))
 		die("join");
 	puts("joined");
 	fflush(stdout);

@@ -5,3 +5,4 @@
 bool sniffer_alive_names;
 bool sniffer_alive_release;
 u32 sniffer_alive_fired;
+DEFINE_STATIC_KEY_FALSE(sniffer_listening);

@@ -3,6 +3,7 @@
 #define SNIFFER_ALIVE_H
 
 #include <linux/compiler.h>
+#include <linux/jump_label.h>
 #include <linux/types.h>
 
 /* What the owner table is told of. Written by probes.c alone, read by everybody without a lock. */
@@ -18,6 +19,9 @@ static inline void sniffer_alive_note(u32 bit)
 	if (unlikely(!(READ_ONCE(sniffer_alive_fired) & bit)))
 		WRITE_ONCE(sniffer_alive_fired, sniffer_alive_fired | bit);
 }
+
+/* Does anybody listen for packets? Written by listen.c alone. */
+DECLARE_STATIC_KEY_FALSE(sniffer_listening);
 
 /* Do all those probes fire that the owner table needs to be right? */
 static inline bool sniffer_probes_alive(void)

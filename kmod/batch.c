@@ -8,24 +8,17 @@
  */
 #include <linux/cpu.h>
 #include <linux/module.h>
-#include <linux/moduleparam.h>
 #include <linux/percpu.h>
 #include <linux/timekeeping.h>
 #include <linux/timer.h>
 #include <linux/workqueue.h>
 
 #include "batch.h"
+#include "config.h"
 #include "merge.h"
 #include "netlink.h"
+#include "skip.h"
 #include "stream.h"
-
-static unsigned int batch = SNIFFER_BATCH_DEFAULT;
-module_param(batch, uint, 0444);
-MODULE_PARM_DESC(batch, "records a message at most, 1 to 252 (default 128)");
-
-static unsigned int flush_ms = SNIFFER_FLUSH_MS_DEFAULT;
-module_param(flush_ms, uint, 0444);
-MODULE_PARM_DESC(flush_ms, "milliseconds a record waits at most, 1 to 1000 (default 20)");
 
 /* Bits of sniffer_wanted.groups. */
 #define BATCH_PACKETS	BIT(SNIFFER_GROUP_INDEX_PACKETS)
@@ -51,7 +44,6 @@ MODULE_PARM_DESC(flush_ms, "milliseconds a record waits at most, 1 to 1000 (defa
  * @snaps: for group snaps
  * @snap_seq: snaps so far
  * @count: further counters; those that the ones above tell are 0
- * @skipped: packets without a record, by cause; without the lock, this_cpu_inc()
  */
 struct batch_cpu {
 	spinlock_t lock;
@@ -69,23 +61,12 @@ struct batch_cpu {
 	struct sniffer_stream snaps;
 	u64 snap_seq;
 	struct sniffer_counters count;
-	u64 skipped[SNIFFER_SKIPS];
 };
 
 DEFINE_PER_CPU(struct sniffer_wanted, sniffer_wanted);
 static DEFINE_PER_CPU(struct batch_cpu, batch_cpus);
 static u64 batch_instance;
 static bool batch_stopped;
-
-static u64 batch_skipped(const struct batch_cpu *cpu)
-{
-	u64 sum = 0;
-	int i;
-
-	for (i = 0; i < SNIFFER_SKIPS; i++)
-		sum += cpu->skipped[i];
-	return sum;
-}
 
 /* Under the lock. All of @head but record_size and what a stream adds. */
 static void batch_fill_head(struct batch_cpu *cpu, const struct sniffer_stream *stream,
@@ -97,7 +78,7 @@ static void batch_fill_head(struct batch_cpu *cpu, const struct sniffer_stream *
 	head->instance = batch_instance;
 	head->batch_seq = stream->batch_seq;
 	head->record_seq = stream->first;
-	head->skipped = batch_skipped(cpu);
+	head->skipped = sniffer_skip_sum(cpu->id);
 	head->packets = cpu->seq - cpu->copies + head->skipped;
 	head->lost = stream->lost;
 	head->mono_ns = ktime_get_ns();
@@ -217,7 +198,7 @@ void sniffer_batch_ask(void)
 static void batch_arm(struct batch_cpu *cpu)
 {
 	if (!timer_pending(&cpu->timer) && !READ_ONCE(batch_stopped))
-		mod_timer(&cpu->timer, jiffies + msecs_to_jiffies(READ_ONCE(flush_ms)));
+		mod_timer(&cpu->timer, jiffies + msecs_to_jiffies(sniffer_config_flush_ms()));
 }
 
 /* Under the lock. */
@@ -226,7 +207,7 @@ static void batch_put_record(struct batch_cpu *cpu, const struct sniffer_record 
 	struct sniffer_stream *stream = &cpu->records;
 
 	if (unlikely(!stream->data)) {
-		if (!sniffer_stream_begin(stream, READ_ONCE(batch) * sizeof(*record), cpu->seq)) {
+		if (!sniffer_stream_begin(stream, sniffer_config_batch() * sizeof(*record), cpu->seq)) {
 			stream->lost++;
 			cpu->count.lost_alloc++;
 			return;
@@ -283,15 +264,6 @@ static void batch_put_snap(struct batch_cpu *cpu, const struct sniffer_record *r
 	snap->len = record->len;
 	if (!skb_copy_bits(skb, 0, snap + 1, caplen))
 		snap->caplen = caplen;
-}
-
-/**
- * sniffer_batch_skip - count a packet that gets no record
- * @why: the cause
- */
-void sniffer_batch_skip(enum sniffer_skip why)
-{
-	this_cpu_inc(batch_cpus.skipped[why]);
 }
 
 /**
@@ -361,7 +333,7 @@ static void batch_flush_cpu(int id, struct sniffer_tail *tail, struct sniffer_fl
 	tail->cpu = id;
 	tail->batch_seq = cpu->records.batch_seq;
 	tail->record_seq = cpu->seq;
-	tail->skipped = batch_skipped(cpu);
+	tail->skipped = sniffer_skip_sum(cpu->id);
 	tail->packets = cpu->seq - cpu->copies + tail->skipped;
 	tail->lost = cpu->records.lost;
 	flows->tail = *tail;
@@ -445,40 +417,13 @@ void sniffer_batch_counters(struct sniffer_counters *sum)
 		sum->copies += cpu->copies;
 		sum->wire_packets += cpu->packets - cpu->copy_packets;
 		sum->wire_bytes += cpu->bytes - cpu->copy_bytes;
-		sum->skipped_listener += cpu->skipped[SNIFFER_SKIP_LISTENER];
-		sum->skipped_fragment += cpu->skipped[SNIFFER_SKIP_FRAGMENT];
-		sum->skipped_truncated += cpu->skipped[SNIFFER_SKIP_TRUNCATED];
-		sum->skipped_other += cpu->skipped[SNIFFER_SKIP_OTHER];
-		sum->packets += cpu->seq - cpu->copies + batch_skipped(cpu);
+		sum->skipped_listener += sniffer_skip_count(cpu->id, SNIFFER_SKIP_LISTENER);
+		sum->skipped_fragment += sniffer_skip_count(cpu->id, SNIFFER_SKIP_FRAGMENT);
+		sum->skipped_truncated += sniffer_skip_count(cpu->id, SNIFFER_SKIP_TRUNCATED);
+		sum->skipped_other += sniffer_skip_count(cpu->id, SNIFFER_SKIP_OTHER);
+		sum->packets += cpu->seq - cpu->copies + sniffer_skip_sum(cpu->id);
 		spin_unlock_bh(&cpu->lock);
 	}
-}
-
-/**
- * sniffer_batch_size - records a message at most
- */
-unsigned int sniffer_batch_size(void)
-{
-	return READ_ONCE(batch);
-}
-
-/**
- * sniffer_batch_flush_ms - milliseconds a record waits at most
- */
-unsigned int sniffer_batch_flush_ms(void)
-{
-	return READ_ONCE(flush_ms);
-}
-
-/**
- * sniffer_batch_configure - change size and interval from the next batch on
- * @size: 1 to SNIFFER_BATCH_MAX
- * @interval: ms, 1 to SNIFFER_FLUSH_MS_MAX
- */
-void sniffer_batch_configure(unsigned int size, unsigned int interval)
-{
-	WRITE_ONCE(batch, size);
-	WRITE_ONCE(flush_ms, interval);
 }
 
 /**
@@ -491,17 +436,11 @@ u64 sniffer_batch_instance(void)
 
 int sniffer_batch_init(void)
 {
+	int err = sniffer_config_check();
 	int id;
 
-	if (batch < 1 || batch > SNIFFER_BATCH_MAX) {
-		pr_err("sniffer: batch must be 1 to %u, not %u\n", SNIFFER_BATCH_MAX, batch);
-		return -EINVAL;
-	}
-	if (flush_ms < 1 || flush_ms > SNIFFER_FLUSH_MS_MAX) {
-		pr_err("sniffer: flush_ms must be 1 to %u, not %u\n", SNIFFER_FLUSH_MS_MAX,
-		       flush_ms);
-		return -EINVAL;
-	}
+	if (err)
+		return err;
 	batch_instance = ktime_get_real_ns();
 	sniffer_merge_init();
 	for_each_possible_cpu(id) {

@@ -10,15 +10,6 @@
 #include "netlink.h"
 #include "shared_proto.h"
 
-/* Why a packet has no record. */
-enum sniffer_skip {
-	SNIFFER_SKIP_LISTENER,
-	SNIFFER_SKIP_FRAGMENT,
-	SNIFFER_SKIP_TRUNCATED,
-	SNIFFER_SKIP_OTHER,
-	SNIFFER_SKIPS,
-};
-
 /**
  * struct sniffer_wanted - which groups had listeners
  * @asked: jiffies when that was asked for; it is in each anew, and at a flush
@@ -57,14 +48,10 @@ static inline bool sniffer_batch_wanted(void)
 	return sniffer_batch_was_wanted();
 }
 
-void sniffer_batch_skip(enum sniffer_skip why);
 void sniffer_batch_add(struct sniffer_record *record, const struct sk_buff *skb);
 unsigned int sniffer_batch_flush(struct sniffer_tail *tails, struct sniffer_flow_tail *flows,
 				 unsigned int max);
 void sniffer_batch_counters(struct sniffer_counters *sum);
-unsigned int sniffer_batch_size(void);
-unsigned int sniffer_batch_flush_ms(void);
-void sniffer_batch_configure(unsigned int size, unsigned int flush_ms);
 u64 sniffer_batch_instance(void);
 int sniffer_batch_init(void);
 void sniffer_batch_stop(void);

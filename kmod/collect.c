@@ -59,7 +59,7 @@ static void collect_sweep(void)
 			continue;
 		raw_spin_lock_irqsave(lock, flags);
 		hlist_for_each_entry_safe(owner, next, bucket, by_cookie)
-			if (!owner->dead && !owner->file && (blind || !owner->held) &&
+			if (!owner->dead && !owner->sock && (blind || !owner->held) &&
 			    time_after(jiffies, owner->seen + COLLECT_KEEP_IDLE))
 				sniffer_owner_remove(owner);
 		raw_spin_unlock_irqrestore(lock, flags);

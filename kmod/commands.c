@@ -12,8 +12,10 @@
 #include "batch.h"
 #include "commands.h"
 #include "compat.h"
+#include "config.h"
 #include "events.h"
 #include "holders.h"
+#include "listen.h"
 #include "netlink.h"
 #include "owner.h"
 #include "probes.h"
@@ -49,8 +51,8 @@ static int commands_get_info(struct sk_buff *skb, struct genl_info *info)
 		.version = SNIFFER_VERSION,
 		.record_size = sizeof(struct sniffer_record),
 		.instance = sniffer_batch_instance(),
-		.batch = sniffer_batch_size(),
-		.flush_ms = sniffer_batch_flush_ms(),
+		.batch = sniffer_config_batch(),
+		.flush_ms = sniffer_config_flush_ms(),
 		.max_sockets = sniffer_owner_max(),
 		.sockets = sniffer_owner_count(),
 		.processes = sniffer_process_count(),
@@ -74,7 +76,7 @@ static int commands_get_counters(struct sk_buff *skb, struct genl_info *info)
 
 static int commands_set_config(struct sk_buff *skb, struct genl_info *info)
 {
-	unsigned int size = sniffer_batch_size(), interval = sniffer_batch_flush_ms();
+	unsigned int size = sniffer_config_batch(), interval = sniffer_config_flush_ms();
 
 	if (info->attrs[SNIFFER_A_BATCH])
 		size = nla_get_u32(info->attrs[SNIFFER_A_BATCH]);
@@ -88,7 +90,7 @@ static int commands_set_config(struct sk_buff *skb, struct genl_info *info)
 		GENL_SET_ERR_MSG(info, "flush interval must be 1 to 1000 ms");
 		return -ERANGE;
 	}
-	sniffer_batch_configure(size, interval);
+	sniffer_config_set(size, interval);
 	return commands_get_info(skb, info);
 }
 
@@ -99,6 +101,8 @@ static int commands_flush(struct sk_buff *skb, struct genl_info *info)
 	struct sniffer_tail *tails;
 	int err = -ENOMEM;
 
+	/* it is the first word of a reader that has joined */
+	sniffer_listen_update();
 	tails = kvcalloc(count, sizeof(*tails), GFP_KERNEL);
 	flows = kvcalloc(count, sizeof(*flows), GFP_KERNEL);
 	if (tails && flows) {

@@ -13,11 +13,13 @@
 #include <linux/netfilter_ipv6.h>
 #include <net/net_namespace.h>
 
+#include "alive.h"
 #include "batch.h"
 #include "hooks.h"
 #include "lookup.h"
 #include "name.h"
 #include "parse.h"
+#include "skip.h"
 
 /*
  * May current be taken for the sender? Bottom halves off means that some
@@ -67,8 +69,8 @@ static void hooks_in(struct sniffer_flow *flow)
 		sniffer_lookup_put(sk);
 }
 
-static unsigned int hooks_packet(struct sk_buff *skb, const struct nf_hook_state *state, u8 family,
-				 u8 dir)
+static noinline void hooks_packet(struct sk_buff *skb, const struct nf_hook_state *state, u8 family,
+				  u8 dir)
 {
 	/* as the stack reads it: ipvlan has brought the packet to its namespace by now */
 	const struct net_device *dev = dir == SNIFFER_DIR_IN ? skb->dev : state->out;
@@ -76,14 +78,14 @@ static unsigned int hooks_packet(struct sk_buff *skb, const struct nf_hook_state
 	struct sniffer_flow flow;
 
 	if (!sniffer_batch_wanted()) {
-		sniffer_batch_skip(SNIFFER_SKIP_LISTENER);
-		return NF_ACCEPT;
+		sniffer_skip(SNIFFER_SKIP_LISTENER);
+		return;
 	}
 	/* A VRF shows its slaves' packets twice: wait for the second time. */
 	if (dir == SNIFFER_DIR_OUT && dev && netif_is_l3_master(dev) && skb_dst(skb) &&
 	    skb_dst(skb)->dev != dev) {
-		sniffer_batch_skip(SNIFFER_SKIP_OTHER);
-		return NF_ACCEPT;
+		sniffer_skip(SNIFFER_SKIP_OTHER);
+		return;
 	}
 	memset(&flow, 0, sizeof(flow));
 	flow.net = net;
@@ -91,7 +93,7 @@ static unsigned int hooks_packet(struct sk_buff *skb, const struct nf_hook_state
 	flow.record.family = family;
 	flow.record.dir = dir;
 	if (!sniffer_parse(&flow))
-		return NF_ACCEPT;
+		return;
 
 	flow.record.time_ns = ktime_get_ns();
 	flow.record.netns = net->ns.inum;
@@ -104,18 +106,21 @@ static unsigned int hooks_packet(struct sk_buff *skb, const struct nf_hook_state
 	} else if (flow.record.proto == IPPROTO_UDP && !skb->sk &&
 		   sniffer_lookup_is_multicast(&flow)) {
 		hooks_in_multicast(&flow);
-		return NF_ACCEPT;	/* recorded, once a receiver */
+		return;	/* recorded, once a receiver */
 	} else {
 		hooks_in(&flow);
 	}
 	hooks_record(&flow);
-	return NF_ACCEPT;
 }
 
 #define HOOKS_FUNCTION(name, family, dir)						\
 static unsigned int name(void *priv, struct sk_buff *skb, const struct nf_hook_state *state) \
 {											\
-	return hooks_packet(skb, state, family, dir);					\
+	if (static_branch_unlikely(&sniffer_listening))					\
+		hooks_packet(skb, state, family, dir);					\
+	else										\
+		sniffer_skip(SNIFFER_SKIP_LISTENER);				\
+	return NF_ACCEPT;								\
 }
 
 HOOKS_FUNCTION(hooks_in4, AF_INET, SNIFFER_DIR_IN)

@@ -18,6 +18,7 @@
 #include "collect.h"
 #include "commands.h"
 #include "hooks.h"
+#include "listen.h"
 #include "owner.h"
 #include "probes.h"
 #include "process.h"
@@ -51,6 +52,7 @@ static int __init sniffer_init(void)
 	err = sniffer_hooks_init();
 	if (err)
 		goto exit_probes;
+	sniffer_listen_init();
 
 	pr_info("sniffer: loaded, version " SNIFFER_RELEASE "\n");
 	return 0;
@@ -72,6 +74,7 @@ exit_process:
 
 static void __exit sniffer_exit(void)
 {
+	sniffer_listen_exit();
 	sniffer_hooks_exit();
 	sniffer_probes_exit();
 	sniffer_batch_stop();

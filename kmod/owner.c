@@ -46,6 +46,7 @@ static atomic64_t owner_clock;	/* counts forks of processes that have sockets */
 static void owner_note_address(struct sniffer_owner *owner, const struct sock *sk)
 {
 	owner->port = inet_sk(sk)->inet_num;
+	owner->listens = sk->sk_state == TCP_LISTEN;
 	if (sk->sk_family == AF_INET)
 		memcpy(owner->addr, &inet_sk(sk)->inet_rcv_saddr, 4);
 #if IS_ENABLED(CONFIG_IPV6)
@@ -135,6 +136,7 @@ static void owner_set_user(struct sniffer_owner *owner, struct sniffer_proc *pro
  */
 void sniffer_owner_gain(struct sock *sk, const struct sniffer_gain *gain)
 {
+	bool unknown = !atomic64_read(&sk->sk_cookie);
 	u64 cookie = sniffer_owner_cookie(sk);
 	raw_spinlock_t *lock = sniffer_owner_lock(cookie);
 	struct sniffer_owner *owner, *fresh = NULL;
@@ -144,7 +146,7 @@ void sniffer_owner_gain(struct sock *sk, const struct sniffer_gain *gain)
 	bool known;
 
 	rcu_read_lock();
-	if (!sniffer_owner_find(cookie))
+	if (unknown || !sniffer_owner_find(cookie))
 		fresh = sniffer_owner_alloc(sk, cookie);
 	raw_spin_lock_irqsave(lock, flags);
 	owner = sniffer_owner_find(cookie);
@@ -161,18 +163,21 @@ void sniffer_owner_gain(struct sock *sk, const struct sniffer_gain *gain)
 	owner_note_address(owner, sk);
 	if (!user)
 		owner->since = sniffer_owner_tick();
-	if (gain->many || (user && user != gain->proc) || gain->flags & SNIFFER_F_INHERITED)
+	if (!owner->many &&
+	    (gain->many || (user && user != gain->proc) || gain->flags & SNIFFER_F_INHERITED)) {
 		WRITE_ONCE(owner->many, true);
+		sniffer_owner_tick();
+	}
 	/* set once its release has been told it would never be cleared again */
-	if (gain->file && !owner->released)
-		WRITE_ONCE(owner->file, gain->file);
+	if (gain->sock && !owner->released)
+		WRITE_ONCE(owner->sock, gain->sock);
 	if (!user || !seeded || owner->guess) {
 		if (gain->flags)
 			WRITE_ONCE(owner->flags, (owner->flags & ~SNIFFER_F_INHERITED) |
 				   gain->flags);
 		owner_set_user(owner, gain->proc, true);
 		WRITE_ONCE(owner->tid, gain->tid);
-		WRITE_ONCE(owner->guess, seeded);
+		WRITE_ONCE(owner->guess, seeded || gain->guess);
 		owner->ring = gain->ring;
 		if (gain->fd >= 0)
 			owner->fd = gain->fd;
@@ -218,7 +223,7 @@ bool sniffer_owner_inherit(u64 cookie, const struct sniffer_proc *from, const st
 	raw_spin_lock_irqsave(lock, flags);
 	owner = sniffer_owner_find(cookie);
 	valid = owner && rcu_access_pointer(owner->user) == from && owner->held &&
-		owner->file == file;
+		sniffer_owner_file(owner) == file;
 	if (valid && heir) {
 		owner_set_user(owner, heir, false);
 		WRITE_ONCE(owner->tid, 0);
@@ -248,7 +253,7 @@ bool sniffer_owner_shared(const struct sniffer_owner *owner, const struct sniffe
 
 	if (!READ_ONCE(owner->many) && (s64)(READ_ONCE(user->forked) - owner->since) <= 0)
 		return false;
-	file = READ_ONCE(owner->file);
+	file = sniffer_owner_file(owner);
 	return file && file_count(file) > 1;
 }
 
@@ -258,6 +263,14 @@ bool sniffer_owner_shared(const struct sniffer_owner *owner, const struct sniffe
 u64 sniffer_owner_tick(void)
 {
 	return atomic64_inc_return(&owner_clock);
+}
+
+/**
+ * sniffer_owner_clock - changes whenever a socket may have become shared
+ */
+u64 sniffer_owner_clock(void)
+{
+	return atomic64_read(&owner_clock);
 }
 
 /**
@@ -300,9 +313,21 @@ void sniffer_owner_refer(struct sock *sk, u64 via, u8 how)
 	sniffer_owner_drop(fresh);
 }
 
+/**
+ * sniffer_owner_remove - forget a socket
+ * @owner: under the cookie's lock, or when nobody else is left
+ */
+void sniffer_owner_remove(struct sniffer_owner *owner)
+{
+	owner_let_go(owner);
+	owner_forget_all(owner);
+	sniffer_owner_unlink(owner);
+}
+
 /* Calls @change, which is inlined, for the entry of @sk under its lock, if there is one. */
 static __always_inline void owner_change(const struct sock *sk,
-					 void (*change)(struct sniffer_owner *owner, int oldstate,
+					 void (*change)(struct sniffer_owner *owner,
+							const struct sock *sk, int oldstate,
 							int newstate),
 					 int oldstate, int newstate)
 {
@@ -316,17 +341,20 @@ static __always_inline void owner_change(const struct sock *sk,
 	raw_spin_lock_irqsave(lock, flags);
 	owner = sniffer_owner_find(cookie);
 	if (owner)
-		change(owner, oldstate, newstate);
+		change(owner, sk, oldstate, newstate);
 	raw_spin_unlock_irqrestore(lock, flags);
 }
 
-static void owner_released(struct sniffer_owner *owner, int oldstate, int newstate)
+static void owner_released(struct sniffer_owner *owner, const struct sock *sk, int oldstate,
+			   int newstate)
 {
 	if (owner->via)
 		return;
 	owner_let_go(owner);
-	WRITE_ONCE(owner->file, NULL);
+	WRITE_ONCE(owner->sock, NULL);
 	owner->released = true;
+	/* it may have got one unseen */
+	owner->port = owner->port ?: inet_sk(sk)->inet_num;
 	owner_forget_all(owner);
 }
 
@@ -339,13 +367,15 @@ void sniffer_owner_release(struct sock *sk)
 	owner_change(sk, owner_released, 0, 0);
 }
 
-static void owner_closed(struct sniffer_owner *owner, int oldstate, int newstate)
+static void owner_closed(struct sniffer_owner *owner, const struct sock *sk, int oldstate,
+			 int newstate)
 {
 	const int waiting = TCPF_FIN_WAIT2 | TCPF_CLOSING | TCPF_TIME_WAIT;
 
 	if (owner->via)
 		return;
 	owner->waits = newstate == TCP_CLOSE && 1 << oldstate & waiting;
+	owner->listens = newstate == TCP_LISTEN;
 	if (newstate != TCP_CLOSE)
 		WRITE_ONCE(owner->dead, 0);
 	else if (!sniffer_probes_alive())
@@ -366,9 +396,14 @@ void sniffer_owner_close_state(struct sock *sk, int oldstate, int newstate)
 	owner_change(sk, owner_closed, oldstate, newstate);
 }
 
-static void owner_freed(struct sniffer_owner *owner, int oldstate, int newstate)
+static void owner_freed(struct sniffer_owner *owner, const struct sock *sk, int oldstate,
+			int newstate)
 {
-	sniffer_owner_dies(owner);
+	/* without a port it never had a packet */
+	if (owner->released && !owner->port)
+		sniffer_owner_remove(owner);
+	else
+		sniffer_owner_dies(owner);
 }
 
 /**
@@ -379,15 +414,4 @@ void sniffer_owner_free(struct sock *sk)
 {
 	if (sniffer_owner_wants(sk))
 		owner_change(sk, owner_freed, 0, 0);
-}
-
-/**
- * sniffer_owner_remove - forget a socket
- * @owner: under the cookie's lock, or when nobody else is left
- */
-void sniffer_owner_remove(struct sniffer_owner *owner)
-{
-	owner_let_go(owner);
-	owner_forget_all(owner);
-	sniffer_owner_unlink(owner);
 }

@@ -10,21 +10,23 @@
  * @proc: who; the caller has a reference
  * @tid: thread, 0: none was seen to use it
  * @inode: the socket's, 0 when it has none yet
- * @file: the socket's file, NULL when not known
+ * @sock: the socket, NULL when not known or not to be remembered
  * @fd: a descriptor of it, -1 when not known
  * @flags: enum sniffer_flag that follow from how it was got
  * @ring: without a descriptor, by an io_uring
  * @many: so has somebody else
+ * @guess: who used it last is not known for certain
  */
 struct sniffer_gain {
 	struct sniffer_proc *proc;
 	u32 tid;
 	u64 inode;
-	struct file *file;
+	struct socket *sock;
 	int fd;
 	u16 flags;
 	bool ring;
 	bool many;
+	bool guess;
 };
 
 void sniffer_owner_gain(struct sock *sk, const struct sniffer_gain *gain);
@@ -37,6 +39,7 @@ void sniffer_owner_close_state(struct sock *sk, int oldstate, int newstate);
 void sniffer_owner_remove(struct sniffer_owner *owner);
 bool sniffer_owner_shared(const struct sniffer_owner *owner, const struct sniffer_proc *user);
 u64 sniffer_owner_tick(void);
+u64 sniffer_owner_clock(void);
 
 /* Does @user, who is @owner's, still have it, as far as is known? */
 static inline bool sniffer_owner_held(const struct sniffer_owner *owner,

@@ -10,8 +10,8 @@
 #include <net/ipv6.h>
 #include <net/tcp.h>
 
-#include "batch.h"
 #include "parse.h"
+#include "skip.h"
 
 /**
  * sniffer_parse - read a packet's headers
@@ -94,6 +94,6 @@ bool sniffer_parse(struct sniffer_flow *flow)
 	}
 	return true;
 skip:
-	sniffer_batch_skip(why);
+	sniffer_skip(why);
 	return false;
 }

@@ -62,7 +62,7 @@ static void probes_use(const struct sniffer_args *args, u32 bit)
 
 	sniffer_alive_note(bit);
 	if (sk)
-		sniffer_use(sk, true);
+		sniffer_use(sk, true, NULL);
 }
 
 static void probes_create(const struct sniffer_args *args)
@@ -72,7 +72,7 @@ static void probes_create(const struct sniffer_args *args)
 
 	sniffer_alive_note(SNIFFER_PROBE_CREATE);
 	if (!kern && sock->sk)
-		sniffer_use_create(sock->sk, SOCK_INODE(sock)->i_ino, NULL);
+		sniffer_use_create(sock->sk, sock);
 }
 
 static void probes_bind(const struct sniffer_args *args)
@@ -95,14 +95,21 @@ static void probes_accept(const struct sniffer_args *args)
 	probes_use(args, SNIFFER_PROBE_ACCEPT);
 }
 
-static void probes_sendmsg(const struct sniffer_args *args)
-{
-	probes_use(args, SNIFFER_PROBE_SENDMSG);
-}
+static void (*probes_joined)(void);	/* listen.c's; set at load and unload only */
+static unsigned long probes_send_ip;	/* of security_socket_sendmsg(); set at load only */
 
-static void probes_recvmsg(const struct sniffer_args *args)
+/* Sends or receives: a group of its own, since it happens so often. */
+static void probes_message(const struct sniffer_args *args)
 {
-	probes_use(args, SNIFFER_PROBE_RECVMSG);
+	const u32 both = SNIFFER_PROBE_SENDMSG | SNIFFER_PROBE_RECVMSG;
+	struct socket *sock = (void *)args->n[0];
+	struct sock *sk = READ_ONCE(sock->sk);
+
+	if (unlikely((READ_ONCE(sniffer_alive_fired) & both) != both))
+		sniffer_alive_note(args->ip / 16 == probes_send_ip / 16 ? SNIFFER_PROBE_SENDMSG :
+									  SNIFFER_PROBE_RECVMSG);
+	if (sk)
+		sniffer_use(sk, true, NULL);
 }
 
 /* accept() ties the new sock to its socket; callback lock held, BH off. */
@@ -112,8 +119,8 @@ static void probes_graft(const struct sniffer_args *args)
 	struct socket *parent = (void *)args->n[1];
 
 	sniffer_alive_note(SNIFFER_PROBE_GRAFT);
-	if (parent && SOCK_INODE(parent))
-		sniffer_use_create(sk, SOCK_INODE(parent)->i_ino, READ_ONCE(parent->file));
+	if (parent)
+		sniffer_use_create(sk, parent);
 }
 
 /* __receive_sock(): the descriptor is installed by now, whatever could have failed. */
@@ -192,7 +199,10 @@ static void probes_close_file(const struct sniffer_args *args)
 /* What moves data without a message: no LSM hook is asked. */
 static void probes_splice(const struct sniffer_args *args)
 {
-	probes_use(args, SNIFFER_PROBE_RECVMSG);
+	struct sock *sk = sniffer_owner_sock((void *)args->n[0]);
+
+	if (sk)
+		sniffer_use(sk, true, NULL);
 }
 
 static void probes_sendpage(const struct sniffer_args *args)
@@ -203,6 +213,15 @@ static void probes_sendpage(const struct sniffer_args *args)
 static void probes_credentials(const struct sniffer_args *args)
 {
 	sniffer_process_credentials((void *)args->n[0]);
+}
+
+/* Somebody is about to join a group of some Generic Netlink family. */
+static void probes_join(const struct sniffer_args *args)
+{
+	void (*joined)(void) = READ_ONCE(probes_joined);
+
+	if (joined)
+		joined();
 }
 
 static noinline void probes_canary(void)
@@ -230,8 +249,9 @@ enum {
 	PROBES_WAYS_ALL		= (1 << 4) - 1,
 };
 
-SNIFFER_TRACE_GROUP(probes_closes, probes_close);
-SNIFFER_TRACE_GROUP(probes_files, probes_close_file);
+SNIFFER_TRACE_GROUP(probes_messages, probes_message, true);
+SNIFFER_TRACE_GROUP(probes_closes, probes_close, false);
+SNIFFER_TRACE_GROUP(probes_files, probes_close_file, false);
 
 #define PROBES_FUNCTION(name, function, what, how)	\
 	{ .symbol = name, .handler = function, .bit = what, .ways = how }
@@ -246,8 +266,10 @@ static struct sniffer_trace probes_functions[] = {
 	PROBES_FUNCTION("security_socket_listen", probes_listen, SNIFFER_PROBE_LISTEN, 0),
 	PROBES_FUNCTION("security_socket_accept", probes_accept, SNIFFER_PROBE_ACCEPT, 0),
 	PROBES_FUNCTION("security_sock_graft", probes_graft, SNIFFER_PROBE_GRAFT, 0),
-	PROBES_FUNCTION("security_socket_sendmsg", probes_sendmsg, SNIFFER_PROBE_SENDMSG, 0),
-	PROBES_FUNCTION("security_socket_recvmsg", probes_recvmsg, SNIFFER_PROBE_RECVMSG, 0),
+	PROBES_GROUPED("security_socket_sendmsg", probes_message, SNIFFER_PROBE_SENDMSG, 0,
+		       &probes_messages),
+	PROBES_GROUPED("security_socket_recvmsg", probes_message, SNIFFER_PROBE_RECVMSG, 0,
+		       &probes_messages),
 	PROBES_FUNCTION("__receive_sock", probes_receive, SNIFFER_PROBE_RECEIVE, 0),
 	PROBES_FUNCTION("inet_release", probes_release, SNIFFER_PROBE_RELEASE, 0),
 	PROBES_FUNCTION("security_sk_free", probes_free, SNIFFER_PROBE_FREE, 0),
@@ -265,9 +287,10 @@ static struct sniffer_trace probes_functions[] = {
 			PROBES_WAY_RANGE),
 	PROBES_FUNCTION(SNIFFER_SYSCALL("close_range"), probes_close_range_call,
 			SNIFFER_PROBE_CLOSE, PROBES_WAY_RANGE),
-	PROBES_FUNCTION("tcp_splice_read", probes_splice, 0, 0),
+	PROBES_FUNCTION("sock_splice_read", probes_splice, 0, 0),
 	PROBES_FUNCTION("inet_sendpage", probes_sendpage, 0, 0),
 	PROBES_FUNCTION("commit_creds", probes_credentials, 0, 0),
+	PROBES_FUNCTION("genl_bind", probes_join, 0, 0),
 };
 
 static struct sniffer_trace probes_all_closes =
@@ -276,6 +299,8 @@ static struct sniffer_trace probes_all_closes =
 
 static void probes_count(const struct sniffer_trace *function)
 {
+	if (function->bit == SNIFFER_PROBE_SENDMSG && function->group)
+		probes_send_ip = function->ip;
 	if (!function->traced && !function->probed)
 		return;
 	probes_ways |= function->ways;
@@ -359,6 +384,32 @@ u64 sniffer_probes_missed(void)
 		if (probes_functions[i].probed)
 			missed += probes_functions[i].kprobe.nmissed;
 	return missed;
+}
+
+/**
+ * sniffer_probes_tell_messages - be told of who sends and receives, or no longer
+ * @on: from now on
+ *
+ * Process context, one at a time; takes some ms.
+ *
+ * Return: false when not all of it can be told.
+ */
+bool sniffer_probes_tell_messages(bool on)
+{
+	if (on)
+		return sniffer_trace_start(&probes_messages, probes_functions,
+					   ARRAY_SIZE(probes_functions));
+	sniffer_trace_stop(&probes_messages, probes_functions, ARRAY_SIZE(probes_functions));
+	return false;
+}
+
+/**
+ * sniffer_probes_tell_joins - what to call when somebody may join a group
+ * @joined: right before; in any context, must not sleep
+ */
+void sniffer_probes_tell_joins(void (*joined)(void))
+{
+	WRITE_ONCE(probes_joined, joined);
 }
 
 int sniffer_probes_init(void)

@@ -3,5 +3,6 @@
 #define SNIFFER_SEED_H
 
 void sniffer_seed(void);
+void sniffer_seed_calls(void);
 
 #endif /* SNIFFER_SEED_H */

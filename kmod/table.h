@@ -22,8 +22,9 @@ struct sniffer_proc;
  * @user: last process that used it and had it, with a reference; RCU
  * @via: cookie of the socket whose owner counts instead: the listener while
  *	nobody has accepted this one, the parent of an MPTCP subflow; else 0
- * @file: the socket's file while it has one. Read it under RCU: cleared before
- *	the file is freed, and never set where that is not told for certain.
+ * @sock: the socket while it has a file or gets one. Read it under RCU, or under
+ *	the lock: cleared before it is freed, and never set where that is not
+ *	told for certain.
  * @since: owner_clock when @user got it
  * @tid: thread of last use
  * @flags: enum sniffer_flag as far as they belong to the socket
@@ -31,10 +32,11 @@ struct sniffer_proc;
  * @via_how: SNIFFER_HOW_LISTENER or SNIFFER_HOW_INODE, says which @via is
  * @held: as far as is known @user has it
  * @many: another process may have it, too; see also sniffer_owner_shared()
- * @guess: @user was never seen to use it
+ * @guess: @user was never seen to use it, or somebody may have used it unseen since
  * @ring: @user has it by an io_uring, without a descriptor
  * @waits: its end may have left a TIME_WAIT, which sends on for a while
  * @released: nobody has it any more, and nobody will
+ * @listens: a TCP listener: who uses it is told by accept() alone
  * @by_inode: in the inode index while @inode is not 0
  * @inode: socket inode, 0 before accept()
  * @creator: tgid that made or accepted it
@@ -60,7 +62,7 @@ struct sniffer_owner {
 	u64 cookie;
 	struct sniffer_proc __rcu *user;
 	u64 via;
-	struct file *file;
+	struct socket *sock;
 	u64 since;
 	u32 tid;
 	u16 flags;
@@ -72,6 +74,7 @@ struct sniffer_owner {
 	bool ring;
 	bool waits;
 	bool released;
+	bool listens;
 	/* colder */
 	struct hlist_node by_inode;
 	u64 inode;
@@ -121,6 +124,14 @@ static inline u64 sniffer_owner_inode(const struct sock *sk)
 	struct socket *sock = READ_ONCE(sk->sk_socket);
 
 	return sock ? SOCK_INODE(sock)->i_ino : 0;
+}
+
+/* The file of @owner's socket while it has one; under RCU, or under the lock. */
+static inline struct file *sniffer_owner_file(const struct sniffer_owner *owner)
+{
+	const struct socket *sock = READ_ONCE(owner->sock);
+
+	return sock ? READ_ONCE(sock->file) : NULL;
 }
 
 /*

@@ -58,7 +58,7 @@ static void trace_told_rare(unsigned long ip, unsigned long parent, struct ftrac
 	const struct trace_slot *slot = &trace_slots[hash_long(ip / TRACE_ALIGN, TRACE_BITS)];
 
 	sniffer_trace_call(likely(slot->key == ip / TRACE_ALIGN) ? slot->handler : trace_search(ip),
-			   regs);
+			   ip, regs);
 }
 
 static struct sniffer_trace_group trace_rare_group = {
@@ -68,7 +68,7 @@ static struct sniffer_trace_group trace_rare_group = {
 static void trace_told_own(unsigned long ip, unsigned long parent, struct ftrace_ops *ops,
 			   SNIFFER_FTRACE_REGS *regs)
 {
-	sniffer_trace_call(container_of(ops, struct sniffer_trace, ops)->handler, regs);
+	sniffer_trace_call(container_of(ops, struct sniffer_trace, ops)->handler, ip, regs);
 }
 
 static int trace_probed(struct kprobe *probe, struct pt_regs *regs)
@@ -77,7 +77,7 @@ static int trace_probed(struct kprobe *probe, struct pt_regs *regs)
 		regs_get_kernel_argument(regs, 0), regs_get_kernel_argument(regs, 1),
 		regs_get_kernel_argument(regs, 2), regs_get_kernel_argument(regs, 3),
 		regs_get_kernel_argument(regs, 4),
-	} };
+	}, (unsigned long)probe->addr };
 
 	container_of(probe, struct sniffer_trace, kprobe)->handler(&args);
 	return 0;
@@ -160,6 +160,8 @@ static void trace_register_kprobe(struct sniffer_trace *function)
 	memset(&function->kprobe, 0, sizeof(function->kprobe));
 	function->kprobe.symbol_name = function->symbol;
 	function->kprobe.pre_handler = trace_probed;
+	if (function->group && function->group->lazy)
+		function->kprobe.flags = KPROBE_FLAG_DISABLED;
 	function->probed = !register_kprobe(&function->kprobe);
 }
 
@@ -189,7 +191,10 @@ void sniffer_trace_register(struct sniffer_trace *functions, unsigned int count)
 	for (function = functions; function < functions + count; function++) {
 		if (!function->handler)
 			continue;
-		if (function->traced) {
+		if (function->traced && function->group->lazy) {
+			/* nothing says so before it is started but the others */
+			function->traced = trace_rare_group.registered;
+		} else if (function->traced) {
 			trace_register_group(function->group);
 			function->traced = function->group->registered;
 		} else if (!function->ip && !kprobes) {
@@ -198,6 +203,54 @@ void sniffer_trace_register(struct sniffer_trace *functions, unsigned int count)
 		if (!function->traced)
 			trace_register_kprobe(function);
 	}
+}
+
+/**
+ * sniffer_trace_start - from now on be told of a lazy group's functions
+ * @group: the group
+ * @functions: as they were registered
+ * @count: how many
+ *
+ * Process context; takes some ms.
+ *
+ * Return: false when not all of them can be told.
+ */
+bool sniffer_trace_start(struct sniffer_trace_group *group, struct sniffer_trace *functions,
+			 unsigned int count)
+{
+	struct sniffer_trace *function;
+	bool told = true;
+
+	for (function = functions; function < functions + count; function++) {
+		if (function->group != group)
+			continue;
+		if (function->traced && !group->registered)
+			group->registered = !register_ftrace_function(&group->ops);
+		told &= function->probed ? !enable_kprobe(&function->kprobe) :
+					   function->traced && group->registered;
+	}
+	return told;
+}
+
+/**
+ * sniffer_trace_stop - no longer be told of a lazy group's functions
+ * @group: the group
+ * @functions: as they were registered
+ * @count: how many
+ *
+ * Process context; takes some ms.
+ */
+void sniffer_trace_stop(struct sniffer_trace_group *group, struct sniffer_trace *functions,
+			unsigned int count)
+{
+	struct sniffer_trace *function;
+
+	if (group->registered)
+		unregister_ftrace_function(&group->ops);
+	group->registered = false;
+	for (function = functions; function < functions + count; function++)
+		if (function->group == group && function->probed)
+			disable_kprobe(&function->kprobe);
 }
 
 /**
@@ -216,9 +269,8 @@ void sniffer_trace_unregister(struct sniffer_trace *functions, unsigned int coun
 		if (!function->traced)
 			continue;
 		ops = function->ip ? &function->group->ops : &function->ops;
-		if (function->ip && !function->group->registered)
-			continue;
-		unregister_ftrace_function(ops);
+		if (!function->ip || function->group->registered)
+			unregister_ftrace_function(ops);
 		ftrace_set_filter(ops, NULL, 0, 1);
 		if (function->ip)
 			function->group->registered = false;

@@ -11,6 +11,7 @@
 /* The first arguments of a traced function. */
 struct sniffer_args {
 	unsigned long n[5];
+	unsigned long ip;	/* where it was called; about the function's address */
 };
 
 typedef void (*sniffer_trace_handler)(const struct sniffer_args *args);
@@ -18,10 +19,14 @@ typedef void (*sniffer_trace_handler)(const struct sniffer_args *args);
 /**
  * struct sniffer_trace_group - functions that one ftrace_ops tells of
  * @ops: its function calls the one handler of all of them
- * @registered: is it told of any? set at load only
+ * @lazy: told between sniffer_trace_start() and sniffer_trace_stop() only
+ * @registered: are they told now?
+ *
+ * Set at load; later @registered is written by who starts and stops, one at a time.
  */
 struct sniffer_trace_group {
 	struct ftrace_ops ops;
+	bool lazy;
 	bool registered;
 };
 
@@ -54,29 +59,34 @@ struct sniffer_trace {
 };
 
 static __always_inline void sniffer_trace_call(sniffer_trace_handler handler,
-					       SNIFFER_FTRACE_REGS *regs)
+					       unsigned long ip, SNIFFER_FTRACE_REGS *regs)
 {
 	const struct sniffer_args args = { {
 		sniffer_ftrace_argument(regs, 0), sniffer_ftrace_argument(regs, 1),
 		sniffer_ftrace_argument(regs, 2), sniffer_ftrace_argument(regs, 3),
 		sniffer_ftrace_argument(regs, 4),
-	} };
+	}, ip };
 
 	handler(&args);
 }
 
 /* A group whose functions are called often: @handler is inlined. */
-#define SNIFFER_TRACE_GROUP(name, handler)						\
+#define SNIFFER_TRACE_GROUP(name, handler, only_at_times)				\
 static void name##_told(unsigned long ip, unsigned long parent, struct ftrace_ops *ops,	\
 			SNIFFER_FTRACE_REGS *regs)					\
 {											\
-	sniffer_trace_call(handler, regs);						\
+	sniffer_trace_call(handler, ip, regs);						\
 }											\
 static struct sniffer_trace_group name = {						\
 	.ops = { .func = name##_told, .flags = SNIFFER_FTRACE_FLAGS },			\
+	.lazy = only_at_times,								\
 }
 
 void sniffer_trace_register(struct sniffer_trace *functions, unsigned int count);
+bool sniffer_trace_start(struct sniffer_trace_group *group, struct sniffer_trace *functions,
+			 unsigned int count);
+void sniffer_trace_stop(struct sniffer_trace_group *group, struct sniffer_trace *functions,
+			unsigned int count);
 void sniffer_trace_unregister(struct sniffer_trace *functions, unsigned int count);
 
 #endif /* SNIFFER_TRACE_H */
