@@ -30,10 +30,11 @@ from daemon.history.memory import FlowMemory, Question
 from daemon.history.recorder import Recorder
 from daemon.history.store import Store
 from daemon.serve.answers import Answers
-from daemon.serve.server import Server, SocketFile
+from daemon.serve.server import Server
 from daemon.serve.streams import Streams
 from daemon.service import SWITCH_INTERVAL
 from daemon.system.config import Config
+from daemon.system.socketfile import SocketFile
 from nlproto.client.client import DaemonClient
 from nlproto.client.frames import Kind, encode_json
 from nlproto.filters.parse import parse

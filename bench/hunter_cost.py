@@ -25,8 +25,9 @@ import numpy as np
 
 from daemon.history.recorder import Recorder
 from daemon.serve.answers import Answers
-from daemon.serve.server import Server, SocketFile
+from daemon.serve.server import Server
 from daemon.system.config import Config
+from daemon.system.socketfile import SocketFile
 from hunter.show.names import Names
 from hunter.top.app import Top
 from hunter.top.state import State

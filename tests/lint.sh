@@ -8,7 +8,7 @@ check() {
 	shift
 	"$@" || failed=1
 }
-check ruff .venv/bin/ruff check -q python tests bench
+check ruff .venv/bin/ruff check -q python tests bench man examples
 check "mypy --strict" .venv/bin/mypy --no-error-summary
 # shellcheck disable=SC2046 # one word a file
 check shellcheck shellcheck $(find . -name '*.sh' -not -path './.venv/*') .ci/run python/scripts/*

@@ -22,11 +22,12 @@ from typing import Any, Protocol
 from daemon.history.recorder import Recorder
 from daemon.serve.answers import Answers
 from daemon.serve.bounds import bounds_of, memory_limit
-from daemon.serve.server import Server, SocketFile
+from daemon.serve.server import Server
 from daemon.system import logs
 from daemon.system.config import RELOADABLE, Config
 from daemon.system.metrics import Metrics
 from daemon.system.notify import Notifier
+from daemon.system.socketfile import SocketFile
 from daemon.system.watcher import Watcher
 from nlproto._host import lib as host
 from nlproto.engines.engine import open_engine

@@ -160,7 +160,7 @@ def test_lines_tell_the_sums():
     assert account.lines() == [
         "4 packets seen = 4 recorded + 0 skipped",
         "4 records = 4 delivered + 0 lost",
-        "3 named (75.0%), 1 unnamed (no socket 1)",
+        "4 delivered = 3 named (75.0 %) + 1 unnamed (no socket 1)",
     ]
 
 

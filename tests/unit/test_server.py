@@ -10,9 +10,10 @@ import pytest
 
 from daemon.history.memory import FlowMemory
 from daemon.serve.answers import Answers
-from daemon.serve.server import Server, SocketFile
+from daemon.serve.server import Server
 from daemon.serve.subscription import Subscription
 from daemon.system.config import Config
+from daemon.system.socketfile import SocketFile
 from nlproto.client.client import DaemonClient
 from nlproto.errors import Error, NoDaemon, UsageError
 from nlproto.pipeline.account import Account

@@ -8,13 +8,11 @@ import numpy as np
 
 from nlproto.errors import NoModule, NoPrivilege, UsageError
 from nlproto.kernel.loading import advice
-from nlproto.records.wire import Batch, FlowBatch, ProcessEvent, SnapBatch
+from nlproto.records.wire import Event
 
 __all__ = ["ENGINES", "Engine", "Event", "open_engine"]
 
 ENGINES = ("auto", "module", "packet")
-
-Event = Batch | FlowBatch | ProcessEvent | SnapBatch
 
 
 class Engine(Protocol):

@@ -9,11 +9,10 @@ from typing import Self
 
 import numpy as np
 
-from nlproto.engines.engine import Event
 from nlproto.errors import Error, NoModule, VersionMismatch
 from nlproto.kernel.netlink import FLOWS, PACKETS, Listener, Sniffer
 from nlproto.records import wire
-from nlproto.records.wire import Batch, FlowBatch, lib
+from nlproto.records.wire import Batch, Event, FlowBatch, lib
 
 __all__ = ["ModuleEngine"]
 

@@ -57,9 +57,8 @@ class View:
 
     @functools.cached_property
     def named(self) -> np.ndarray:
-        how = self.column("how")
-        named: np.ndarray = (how > 0) & (how < wire.lib.SNIFFER_HOW_REASONS)
-        return named
+        """Which records have a process."""
+        return wire.are_named(self.column("how"))
 
     @functools.cached_property
     def processes(self) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str, str, str]]]:

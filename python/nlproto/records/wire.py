@@ -35,12 +35,14 @@ __all__ = [
     "SOCKET",
     "TAIL",
     "Batch",
+    "Event",
     "FlowBatch",
     "Packet",
     "ProcessEvent",
     "Snap",
     "SnapBatch",
     "address_text",
+    "are_named",
     "bounded",
     "decode_array",
     "decode_batch",
@@ -139,6 +141,11 @@ def is_named(how: int) -> bool:
     return 0 < how < int(lib.SNIFFER_HOW_REASONS)
 
 
+def are_named(hows: np.ndarray) -> np.ndarray:
+    """Return one bool for each `how` in an array: whether it is a naming rule."""
+    return np.asarray((hows > 0) & (hows < lib.SNIFFER_HOW_REASONS))
+
+
 def text(raw: bytes) -> str:
     """Return a kernel string as str: up to the first NUL, bytes that are no UTF-8 as \\xNN."""
     return bytes(raw).split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
@@ -230,6 +237,10 @@ class SnapBatch:
 
     head: np.void
     snaps: tuple[Snap, ...]
+
+
+Event = Batch | FlowBatch | ProcessEvent | SnapBatch
+"""What an engine tells of."""
 
 
 def joined(parts: Sequence[np.ndarray], kind: np.dtype[np.void] = RECORD) -> np.ndarray:
