@@ -21,7 +21,8 @@
  * struct holders_work - to be settled when its task has let go
  * @work: of that task
  * @cookie: this socket, or 0:
- * @proc: all that this process was the last user of, with a reference
+ * @proc: all that this process was the last user of, with a reference, or NULL:
+ *	that those were who have the same descriptor table
  * @rings: an io_uring of it has gone
  */
 struct holders_work {
@@ -137,6 +138,76 @@ static struct sniffer_proc *holders_heir(struct holders_case *c, struct sniffer_
 	return heir;
 }
 
+/* Is one of @task's descriptors an io_uring's? */
+static bool holders_has_ring(struct task_struct *task)
+{
+	struct files_struct *files;
+	unsigned int next = 0, end;
+	bool found = false, more;
+	struct fdtable *fdt;
+
+	do {
+		more = false;
+		task_lock(task);
+		files = task->files;
+		if (files && !(task->flags & PF_EXITING)) {
+			/* keeps the files in the table, hence alive */
+			spin_lock(&files->file_lock);
+			fdt = files_fdtable(files);
+			end = min(fdt->max_fds, next + SNIFFER_DESCRIPTORS_CHUNK);
+			for (; next < end && !found; next++) {
+				struct file *file = rcu_dereference_protected(fdt->fd[next], true);
+
+				found = file && sniffer_is_uring(file);
+			}
+			more = next < fdt->max_fds && !found;
+			spin_unlock(&files->file_lock);
+		}
+		task_unlock(task);
+		cond_resched();
+	} while (more);
+	return found;
+}
+
+/* How many refer to @file, if it still is the socket's. */
+static long holders_references(u64 cookie, struct file *file)
+{
+	struct sniffer_owner *owner;
+	long count = 0;
+
+	rcu_read_lock();
+	owner = sniffer_owner_find(cookie);
+	if (owner && sniffer_owner_file(owner) == file)
+		count = file_count(file);
+	rcu_read_unlock();
+	return count;
+}
+
+/*
+ * The user had it by an io_uring, and one of his has lost files or is closed:
+ * does another have it still? What no descriptor refers to is taken for a ring's.
+ */
+static bool holders_in_ring(const struct holders_case *c)
+{
+	struct task_struct *leader = sniffer_descriptors_leader(c->user->tgid, c->user->start_ns);
+	struct task_struct *process = NULL, *task = NULL;
+	bool rings = false;
+	long count = 0;
+	int fd = -1;
+
+	while (leader && !rings && (task = sniffer_descriptors_next_table(leader, task)))
+		rings = holders_has_ring(task);
+	if (task)
+		put_task_struct(task);
+	if (leader)
+		put_task_struct(leader);
+	if (!rings || !c->many)
+		return rings;
+	while ((process = sniffer_descriptors_next_process(process)))
+		count += sniffer_descriptors_count(process, c->file, &fd, true, U32_MAX);
+	return holders_references(c->cookie, c->file) > count;
+}
+
 /* Settles one; @guess is who was found for the one before, with a reference, and is replaced. */
 static void holders_settle(u64 cookie, bool rings, struct sniffer_proc **guess)
 {
@@ -148,7 +219,8 @@ static void holders_settle(u64 cookie, bool rings, struct sniffer_proc **guess)
 	if (!holders_read(&c, cookie))
 		return;
 	if (c.file && !READ_ONCE(c.user->exit_jiffies) &&
-	    ((c.ring && !rings) || holders_has(c.user->tgid, c.user->start_ns, c.file, &c.fd)))
+	    ((c.ring && !rings) || holders_has(c.user->tgid, c.user->start_ns, c.file, &c.fd) ||
+	     (c.ring && holders_in_ring(&c))))
 		goto put;
 	if (c.file)
 		heir = holders_heir(&c, *guess, &past);
@@ -216,6 +288,26 @@ void sniffer_holders_settle_process(struct sniffer_proc *proc, bool rings)
 	sniffer_process_put(guess);
 }
 
+/* What those were the last users of who have the table of current. */
+static void holders_settle_table(void)
+{
+	struct task_struct *process = NULL;
+	struct sniffer_proc *proc;
+
+	while (current->files && (process = sniffer_descriptors_next_process(process))) {
+		if (READ_ONCE(process->files) != current->files)
+			continue;
+		rcu_read_lock();
+		proc = sniffer_process_find(process);
+		if (proc && !refcount_inc_not_zero(&proc->refs))
+			proc = NULL;
+		rcu_read_unlock();
+		if (proc)
+			sniffer_holders_settle_process(proc, false);
+		sniffer_process_put(proc);
+	}
+}
+
 static void holders_do(struct callback_head *head)
 {
 	struct holders_work *work = container_of(head, struct holders_work, work);
@@ -223,8 +315,10 @@ static void holders_do(struct callback_head *head)
 	if (work->proc) {
 		sniffer_holders_settle_process(work->proc, work->rings);
 		sniffer_process_put(work->proc);
-	} else {
+	} else if (work->cookie) {
 		sniffer_holders_settle(work->cookie);
+	} else {
+		holders_settle_table();
 	}
 	kfree(work);
 	if (atomic_dec_and_test(&holders_pending))
@@ -234,7 +328,7 @@ static void holders_do(struct callback_head *head)
 /**
  * sniffer_holders_settle_later - the same when the current task's system call or life is over
  * @cookie: one socket, or 0 for all of:
- * @proc: a process, whose reference is taken over
+ * @proc: a process, whose reference is taken over; NULL: of all with the table of current
  * @rings: an io_uring of it goes
  *
  * Any context of a task. What finds no memory is left to the collector.

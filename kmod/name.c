@@ -32,16 +32,21 @@ static bool name_is_kernel(const struct sock *sk)
 	return !(sk->sk_type == SOCK_STREAM && sk->sk_protocol == IPPROTO_TCP && sk_is_mptcp(sk));
 }
 
-/*
- * A listener that a kernel's server accepts from: its own, or one that a process
- * has handed to it (knfsd) and may have closed since. Such a server has put
- * something of its own there; BPF's maps mark what they put.
- */
-static bool name_is_servers(const struct sock *sk)
+/* Has a server in the kernel put something of its own there? BPF's maps mark what they put. */
+static bool name_has_server(const struct sock *sk)
 {
 	unsigned long data = (unsigned long)READ_ONCE(sk->sk_user_data);
 
-	return name_is_kernel(sk) || (sk->sk_state == TCP_LISTEN && data && !(data & 7));
+	return data && !(data & 7);
+}
+
+/*
+ * A listener that a kernel's server accepts from: its own, or one that a process
+ * has handed to it (knfsd) and may have closed since.
+ */
+static bool name_is_servers(const struct sock *sk)
+{
+	return name_is_kernel(sk) || (sk->sk_state == TCP_LISTEN && name_has_server(sk));
 }
 
 /*
@@ -215,6 +220,11 @@ void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 	}
 
 	owner = sniffer_owner_find(r->cookie);
+	/* datagrams are received by the server itself: who handed the socket over has let go of it */
+	if (full && owner && name_has_server(sk) && !name_is_held(owner)) {
+		name_kernel(r);
+		return;
+	}
 	/* read once: accept() may clear it meanwhile, with the new user in place */
 	via = owner ? smp_load_acquire(&owner->via) : 0;
 	if (owner && !via && rcu_access_pointer(owner->user)) {
@@ -267,7 +277,8 @@ void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 		}
 		young = full && (!r->inode || grafted) && sk->sk_state != TCP_CLOSE;
 		other = young && listener ? name_find(listener) : NULL;
-		if (other) {
+		/* one that a kernel's server stops using, and had from him, is his no more */
+		if (other && name_is_held(other)) {
 			name_acceptor(r, other);
 			return;
 		}

@@ -63,10 +63,13 @@ int sniffer_netlink_send(struct sk_buff *skb, enum sniffer_group group)
 {
 	struct nlmsghdr *nlh = nlmsg_hdr(skb);
 	struct nlattr *nla = nlmsg_data(nlh) + GENL_HDRLEN;
+	int err;
 
 	nla->nla_len = skb->len - NLMSG_HDRLEN - GENL_HDRLEN;
 	nlh->nlmsg_len = skb->len;
-	return genlmsg_multicast_netns(netlink_family, &init_net, skb, 0, group, GFP_ATOMIC);
+	err = genlmsg_multicast_netns(netlink_family, &init_net, skb, 0, group, GFP_ATOMIC);
+	/* one with NETLINK_BROADCAST_ERROR had no room, and knows; others may have got it */
+	return err == -ENOBUFS ? 0 : err;
 }
 
 /**

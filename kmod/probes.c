@@ -213,7 +213,10 @@ static void probes_close_file(const struct sniffer_args *args)
 /* What moves data without a message: no LSM hook is asked. */
 static void probes_splice(const struct sniffer_args *args)
 {
-	probes_use(args, SNIFFER_PROBE_RECVMSG);
+	struct sock *sk = sniffer_owner_sock((void *)args->n[0]);
+
+	if (sk)
+		sniffer_use(sk, true, NULL);
 }
 
 static void probes_sendpage(const struct sniffer_args *args)
@@ -300,7 +303,7 @@ static struct sniffer_trace probes_functions[] = {
 			PROBES_WAY_RANGE),
 	PROBES_FUNCTION(SNIFFER_SYSCALL("close_range"), probes_close_range_call,
 			SNIFFER_PROBE_CLOSE, PROBES_WAY_RANGE),
-	PROBES_FUNCTION("tcp_splice_read", probes_splice, 0, 0),
+	PROBES_FUNCTION("sock_splice_read", probes_splice, 0, 0),
 	PROBES_FUNCTION("inet_sendpage", probes_sendpage, 0, 0),
 	PROBES_FUNCTION("commit_creds", probes_credentials, 0, 0),
 	PROBES_FUNCTION("genl_bind", probes_join, 0, 0),

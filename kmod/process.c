@@ -353,7 +353,9 @@ struct sniffer_proc *sniffer_process_next(unsigned int *bucket, unsigned int *in
 }
 
 /**
- * sniffer_process_orphan - one that has ended, but whose sockets nobody has looked at
+ * sniffer_process_orphan - one whose sockets are to be looked at
+ *
+ * It has ended, and nobody has; or a ring of it has let go of files meanwhile.
  *
  * Return: with a reference for the caller, or NULL.
  */
@@ -366,9 +368,13 @@ struct sniffer_proc *sniffer_process_orphan(void)
 	for (i = 0; i < ARRAY_SIZE(process_table); i++)
 		hlist_for_each_entry_rcu(proc, &process_table[i], node) {
 			unsigned long gone = READ_ONCE(proc->exit_jiffies);
+			unsigned long doubt = READ_ONCE(proc->doubt);
 
-			if (gone && time_after(jiffies, gone + HZ) && !list_empty(&proc->uses) &&
-			    refcount_inc_not_zero(&proc->refs)) {
+			if (doubt && time_after(jiffies, doubt))
+				WRITE_ONCE(proc->doubt, 0);
+			else if (!gone || !time_after(jiffies, gone + HZ))
+				continue;
+			if (!list_empty(&proc->uses) && refcount_inc_not_zero(&proc->refs)) {
 				rcu_read_unlock();
 				return proc;
 			}

@@ -68,6 +68,12 @@ static void tracepoints_reset(void *data, SNIFFER_RESET_ARGS)
 		sniffer_reset_told((struct sock *)sk, skb);
 }
 
+/* After io_uring_register(), which may have taken files out of a ring. */
+static void tracepoints_ring(void *data, SNIFFER_RING_ARGS)
+{
+	sniffer_use_ring();
+}
+
 /* All of it is set at load only. */
 struct tracepoints_one {
 	const char *name;
@@ -84,6 +90,7 @@ static struct tracepoints_one tracepoints[] = {
 	{ "task_rename", tracepoints_rename, SNIFFER_PROBE_RENAME },
 	{ "inet_sock_set_state", tracepoints_state, SNIFFER_PROBE_STATE },
 	{ "tcp_send_reset", tracepoints_reset, SNIFFER_PROBE_RESET },
+	{ "io_uring_register", tracepoints_ring, 0 },
 };
 
 static void tracepoints_match(struct tracepoint *tp, void *data)
@@ -114,7 +121,7 @@ u32 sniffer_tracepoints_init(u32 refuse)
 				!tracepoint_probe_register(p->tp, p->handler, NULL);
 		if (p->registered)
 			registered |= p->bit;
-		else
+		else if (p->bit)
 			pr_notice("sniffer: no tracepoint %s: some owners will be unknown\n",
 				  p->name);
 	}

@@ -18,6 +18,8 @@
 #include "process.h"
 #include "use.h"
 
+#define USE_RING_LAG	(2 * HZ)	/* until an io_uring lets go of a file that it has given up */
+
 /* Descriptors that are looked at for a sender in context; who has more is asked by number only. */
 #define USE_WALK_MAX	65536
 
@@ -346,6 +348,8 @@ static void use_settle_later(bool rings)
 	proc = sniffer_process_find(current);
 	if (proc && list_empty(&proc->uses))
 		proc = NULL;
+	if (proc && rings && sniffer_has_uring(current))
+		WRITE_ONCE(proc->doubt, (jiffies + USE_RING_LAG) | 1);
 	if (proc && !refcount_inc_not_zero(&proc->refs))
 		proc = NULL;
 	rcu_read_unlock();
@@ -356,11 +360,11 @@ static void use_settle_later(bool rings)
 /**
  * sniffer_use_exec - the current process has become another program
  *
- * What was to be closed at that is closed.
+ * What was to be closed at that is closed, rings with it.
  */
 void sniffer_use_exec(void)
 {
-	use_settle_later(false);
+	use_settle_later(true);
 }
 
 /**
@@ -399,11 +403,18 @@ static bool use_shares_table(const struct sniffer_proc *proc, const struct files
 	return task && READ_ONCE(task->files) == files;
 }
 
-/* Is it an io_uring? With it go the sockets that it alone has. */
+/**
+ * sniffer_use_ring - the current process may take files out of an io_uring
+ */
+void sniffer_use_ring(void)
+{
+	use_settle_later(true);
+}
+
+/* With it go the sockets that it alone has. */
 static bool use_is_ring(const struct file *file)
 {
-	return sniffer_has_uring(current) &&
-	       !strcmp(file->f_path.dentry->d_name.name, "[io_uring]");
+	return sniffer_has_uring(current) && sniffer_is_uring(file);
 }
 
 /**
@@ -470,8 +481,13 @@ void sniffer_use_close(unsigned int fd)
  */
 void sniffer_use_close_range(unsigned int fd, unsigned int last)
 {
+	bool shared = current->files &&
+		      atomic_read(&current->files->count) > get_nr_threads(current);
+
 	/* it may have a copy of the table made first, or close at an exec only: all is looked up */
-	if (fd == last)
+	if (shared)
+		sniffer_holders_settle_later(0, NULL, false);
+	else if (fd == last)
 		sniffer_use_close(fd);
 	else
 		use_settle_later(false);

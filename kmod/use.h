@@ -15,6 +15,7 @@ void sniffer_use_fork(struct task_struct *child);
 void sniffer_use_exec(void);
 void sniffer_use_end(void);
 void sniffer_use_thread_end(void);
+void sniffer_use_ring(void);
 void sniffer_use_close_file(struct file *file, int fd);
 void sniffer_use_close(unsigned int fd);
 void sniffer_use_close_range(unsigned int fd, unsigned int last);

@@ -160,7 +160,7 @@ def test_lines_tell_the_sums():
     assert account.lines() == [
         "4 packets seen = 4 recorded + 0 skipped",
         "4 records = 4 delivered + 0 lost",
-        "3 named (75.0%), 1 unnamed (no socket 1)",
+        "4 delivered = 3 named (75.0 %) + 1 unnamed (no socket 1)",
     ]
 
 
@@ -242,12 +242,12 @@ def test_who_goes_over_to_flows_and_back_has_each_groups_own_loss():
     packets.lose(2)
     flows.record_seq, flows.packets = packets.record_seq, packets.packets
     account.close(packets.tail(), "packets")
-    account.open(flows.tail(), instance=1, group="flows")
+    account.go_over(flows.tail(), 1, "flows")
     account.add(flows.send(5), None, 5, "flows")
     flows.lose(1)
     packets.lost += 50  # of somebody else's
     packets.record_seq, packets.packets = flows.record_seq, flows.packets
-    account.open(packets.tail(), instance=1, group="packets")
+    account.go_over(packets.tail(), 1, "packets")
     account.add(packets.send(4))
     packets.lose(1)
     packets.send(6)

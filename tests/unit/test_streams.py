@@ -13,8 +13,9 @@ from daemon.serve.publisher import MAX_RECORDS
 from daemon.serve.streams import Streams
 from daemon.sharing.allowance import Allowance
 from nlproto.errors import Error
-from nlproto.filters.filter import Filter, parse
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.filters.filter import Filter
+from nlproto.filters.parse import parse
+from nlproto.records.batch import NamedBatch
 from nlproto.tables.processes import Processes
 
 

@@ -14,8 +14,10 @@ from daemon.serve.publisher import Batch, Lane, Piece, Publisher, Stream, Subscr
 from daemon.sharing.allowance import Allowance
 from daemon.sharing.quota import Quota
 from nlproto.errors import Error
-from nlproto.filters.filter import MAX_COST, Filter
-from nlproto.pipeline.pipeline import NamedBatch, Pipeline
+from nlproto.filters.filter import Filter
+from nlproto.filters.words import MAX_COST
+from nlproto.pipeline.pipeline import Pipeline
+from nlproto.records.batch import NamedBatch
 from nlproto.records.wire import BATCH, encode_batch, encode_snaps
 from nlproto.tables.processes import Process, ProcessKey
 

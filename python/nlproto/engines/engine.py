@@ -8,20 +8,18 @@ import numpy as np
 
 from nlproto.errors import NoModule, NoPrivilege, UsageError
 from nlproto.kernel.loading import advice
-from nlproto.records.wire import Batch, FlowBatch, ProcessEvent, SnapBatch
+from nlproto.records.wire import Event
 
 __all__ = ["ENGINES", "Engine", "Event", "open_engine"]
 
 ENGINES = ("auto", "module", "packet")
-
-Event = Batch | FlowBatch | ProcessEvent | SnapBatch
 
 
 class Engine(Protocol):
     """A source of records that is open from its construction to the end of its context.
 
     One thread at a time. `opening` and `closing` are TAIL arrays for Account.open and .close:
-    where the stream of each CPU began, and after finish() where it ended.
+    where the stream of each CPU began, and what catch_up() or finish() have read it up to.
     """
 
     name: str
@@ -47,16 +45,19 @@ class Engine(Protocol):
         """Send the first bytes of packets too, or no more; whether it can. From any thread."""
         ...
 
-    def want_packets(self, wanted: bool) -> Iterable[Event]:
-        """Go over to packets one by one, or to flows where the source sums up.
+    def want_packets(self, wanted: bool) -> None:
+        """Go over to packets one by one, or to flows where the source sums up, each record once.
 
-        Yields what came until then, each record once, and afterwards `opening` is where the other
-        begins. One that always tells of packets does nothing.
+        Afterwards `group` is from where records come that are made from now on, `opening` where
+        they begin. A source that always tells of packets does nothing. Raises as read().
         """
         ...
 
-    def flush(self) -> np.ndarray:
-        """Make the source send what it holds back; return where each CPU stands (TAIL)."""
+    def catch_up(self) -> Iterable[Event]:
+        """Yield everything that was recorded until now; afterwards `closing` is set.
+
+        Bounded by where the stream stands now: not by a time, and a flood does not prolong it.
+        """
         ...
 
     def begin(self) -> int:
@@ -64,7 +65,7 @@ class Engine(Protocol):
         ...
 
     def finish(self, until_ns: int | None = None) -> Iterable[Event]:
-        """Flush and yield the rest of the stream; afterwards `closing` is set.
+        """Yield the rest of the stream; afterwards `closing` is set and it has ended.
 
         `until_ns`: when another engine began; engine packet leaves out what came since.
         """

@@ -9,14 +9,14 @@ from typing import Self
 
 import numpy as np
 
-from nlproto.engines.engine import Event
 from nlproto.errors import Error, NoModule, VersionMismatch
 from nlproto.kernel.netlink import FLOWS, PACKETS, Listener, Sniffer
 from nlproto.records import wire
-from nlproto.records.wire import Batch, FlowBatch, lib
+from nlproto.records.wire import Batch, Event, FlowBatch, lib
 
 __all__ = ["ModuleEngine"]
 
+_CUTS = 64  # changes of the group that are known at most; batches before that are lost
 _BURST = 64  # messages a read() at most, so that its caller gets a turn under a flood
 
 _STATE = Path("/sys/module/sniffer/initstate")  # kernel/module/sysfs.c; "live" when it is loaded
@@ -60,7 +60,7 @@ class ModuleEngine:
                         f" program version {lib.SNIFFER_VERSION}: load the module of this release"
                     )
                 self.instance = int(info["instance"])
-                self.opening = self.flush()
+                self.opening = self._flush()
                 # after the group was joined: who is not in the dump is told of there
                 self._known = self._control.processes() if "processes" in groups else []
             except BaseException:
@@ -69,10 +69,12 @@ class ModuleEngine:
         except BaseException:
             self._control.close()
             raise
-        self._before: str | None = None
-        """The group that records before `_starts` come from."""
-        self._starts = _sequences(self.opening)
+        self._cuts: list[tuple[dict[int, int], str]] = []
+        """From which sequence of each CPU on records come from which group."""
+        self._cut()
         self._ends: dict[int, int] = {}
+        self._sent_ns = 0
+        """When the last batch that was read left its CPU."""
 
     def __enter__(self) -> Self:
         return self
@@ -94,6 +96,7 @@ class ModuleEngine:
         for _ in range(_BURST):
             received = self._listener.recv(timeout)
             if received is None:
+                del self._cuts[:-1]  # what was recorded before the last one has been read
                 return
             timeout = 0.0
             event = self._decode(*received)
@@ -117,17 +120,20 @@ class ModuleEngine:
         FLUSH cuts at batch boundaries.
         """
         head = batch.head
+        self._sent_ns = int(head["mono_ns"])
         if int(head["instance"]) != self.instance:
             return batch
         cpu, first = int(head["cpu"]), int(head["record_seq"])
         if cpu in self._ends and first >= self._ends[cpu]:
             return None
-        wanted = self.group if first >= self._starts.get(cpu, 0) else self._before
-        return batch if group == wanted else None
+        for starts, wanted in reversed(self._cuts):
+            if first >= starts.get(cpu, 0):
+                return batch if group == wanted else None
+        return None
 
-    def want_packets(self, wanted: bool) -> Iterator[Event]:
-        group = PACKETS if wanted else FLOWS
-        if group == self.group:
+    def want_packets(self, wanted: bool) -> None:
+        before, group = self.group, PACKETS if wanted else FLOWS
+        if group == before:
             return
         try:
             self._listener.join(group)
@@ -135,19 +141,15 @@ class ModuleEngine:
             return
         except Error:  # an older module: it has packets alone
             return
-        # a member of both: records until this come from the one, the rest from the other
-        self._before, self.group = self.group, group
-        self.opening = self.flush()
-        self._starts = _sequences(self.opening)
-        yield from self._rest()
-        self._listener.leave(self._before)
+        # a member of both: records until this flush come from the one, the rest from the other
+        self.group = group
+        self.opening = self._flush()
+        self._cut()
+        self._listener.leave(before)
 
-    def _rest(self) -> Iterator[Event]:
-        """What the kernel has queued."""
-        while (received := self._listener.recv(0)) is not None:
-            event = self._decode(*received)
-            if event is not None:
-                yield event
+    def _cut(self) -> None:
+        """At `opening`; one for each change since the kernel's queue was last empty."""
+        self._cuts = [*self._cuts[-_CUTS:], (_sequences(self.opening), self.group)]
 
     def want_snaps(self, wanted: bool) -> bool:
         if not wanted:
@@ -159,29 +161,45 @@ class ModuleEngine:
             return False
         return True
 
-    def flush(self) -> np.ndarray:
+    def _flush(self) -> np.ndarray:
+        """Make the module send what it holds back; where each CPU stands (TAIL)."""
         if self.group == FLOWS:
             tails: np.ndarray = self._control.flush_flows()["tail"]
             return tails
         return self._control.flush()
 
+    def catch_up(self) -> Iterator[Event]:
+        tails = self._flush()
+        yield from self._queued()
+        self.closing = tails
+
+    def _queued(self) -> Iterator[Event]:
+        """What the kernel queued before it answered a FLUSH just now; a flood has no end."""
+        end = time.monotonic_ns()
+        while (received := self._listener.recv(0)) is not None:
+            event = self._decode(*received)
+            if event is not None:
+                yield event
+            if self._sent_ns > end:
+                break
+
     def begin(self) -> int:
-        self._before = None
-        self.opening = self.flush()
-        self._starts = _sequences(self.opening)
+        self.opening = self._flush()
+        self._cuts.clear()
+        self._cut()
         return time.monotonic_ns()
 
     def finish(self, until_ns: int | None = None) -> Iterator[Event]:
-        # The kernel queues the last batches before it answers, so what is there now is all.
-        tails = self.flush()
+        tails = self._flush()
         self._ends = _sequences(tails)
-        yield from self._rest()
+        yield from self._queued()
         self.closing = tails
 
     def stats(self) -> dict[str, object]:
         info, counters = self._control.info(), self._control.counters()
         found: dict[str, object] = {
             "engine": self.name,
+            "group": self.group,
             "receive_bytes": self._listener.receive_bytes,
         }
         found.update({name: int(info[name]) for name in wire.INFO.names or ()})

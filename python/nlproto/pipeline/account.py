@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from nlproto.records.wire import BATCH, HOW_NAMES, TAIL, is_named, lib
+from nlproto.pipeline import figures
+from nlproto.records.wire import BATCH, HOW_NAMES, TAIL, lib
 
 __all__ = ["PLACES", "Account"]
 
@@ -79,8 +80,7 @@ class Account:
     def open(self, tails: np.ndarray, instance: int, group: str = "packets") -> None:
         """Begin at `tails` (TAIL array, reply to FLUSH): the first batch is the one behind them.
 
-        Of an instance that this account knows already, what came in between is lost. With another
-        `group` than before it goes on: records have the same sequence in all groups.
+        Of an instance that this account knows already, what came in between is lost.
         """
         self._enter(instance)
         for tail in tails:
@@ -89,8 +89,17 @@ class Account:
             counts = record_seq, packets, skipped
             self._first.setdefault(key, _Point(*counts))
             self._last.setdefault(key, _Point(*counts)).raise_to(*counts)
-            first, last = self._unmade.get((*key, group), (0, 0))
-            self._unmade[*key, group] = first + lost - last, lost
+            self._lack(key, group, lost)
+
+    def go_over(self, tails: np.ndarray, instance: int, group: str) -> None:
+        """Go on with the batches of another group from `tails` on, of which they are.
+
+        Records have the same sequence in all groups, and each group its own `lost`.
+        """
+        for tail in tails:
+            key = (instance, int(tail["cpu"]), group)
+            first, last = self._unmade.get(key, (0, 0))
+            self._unmade[key] = first + int(tail["lost"]) - last, int(tail["lost"])
 
     def gap(self, seconds: float) -> None:
         """Count a time without any engine."""
@@ -209,13 +218,12 @@ class Account:
     @property
     def named(self) -> int:
         """Delivered records with a process."""
-        return sum(n for how, n in enumerate(self._by_how.tolist()) if n and is_named(how))
+        return figures.named(self._by_how)
 
     @property
     def unnamed(self) -> dict[str, int]:
         """Delivered records without a process, by reason."""
-        counts = enumerate(self._by_how.tolist())
-        return {HOW_NAMES[how]: n for how, n in counts if n and not is_named(how)}
+        return figures.unnamed(self._by_how)
 
     @property
     def by_how(self) -> dict[str, int]:
@@ -277,26 +285,17 @@ class Account:
 
     def lines(self) -> list[str]:
         """Return the account for people, one fact a line."""
-        lost = self.lost
-        share = 100 * self.named / self.delivered if self.delivered else 100.0
         lines = [
             f"{self.packets} packets seen = {self.recorded} recorded + {self.skipped} skipped",
-            f"{self.records} records = {self.delivered} delivered + {sum(lost.values())} lost"
-            + _detail(lost),
-            f"{self.named} named ({share:.1f}%), {sum(self.unnamed.values())} unnamed"
-            + _detail(self.unnamed),
+            figures.delivery(self.records, self.delivered, self.lost),
+            figures.naming(self.delivered, "delivered", self.unnamed),
         ]
         if self.waiting:
             lines.append(f"{self.waiting} records still waiting to be named")
         if self.instances > 1:
             lines.append(f"the engine was restarted {self.instances - 1} times in between")
         if self.gap_ms:
-            lines.append(f"nothing was recorded for {self.gap_ms / 1000:.1f} s: lost, not counted")
+            lines.append(figures.gap(self.gap_ms))
         if not self.closes():
             lines.append("the account does not close: please report this")
         return lines
-
-
-def _detail(counts: dict[str, int]) -> str:
-    parts = [f"{name.replace('_', ' ')} {n}" for name, n in counts.items() if n]
-    return f" ({', '.join(parts)})" if parts else ""

@@ -8,7 +8,6 @@ worker takes all batches that wait as one array: the more there is to do, the ch
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -22,39 +21,36 @@ from nlproto.errors import Error
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.order import TimeOrder
 from nlproto.pipeline.queue import MessageQueue
+from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.records.first_bytes import FirstBytes
-from nlproto.records.wire import FLOW_RECORD, RECORD, Batch, FlowBatch, ProcessEvent, joined, lib
+from nlproto.records.wire import (
+    FLOW_RECORD,
+    RECORD,
+    Batch,
+    FlowBatch,
+    ProcessEvent,
+    joined,
+    lib,
+    plain_copy,
+)
 from nlproto.running.supervise import PATIENCE, Failures, described, keep_going
+from nlproto.tables.column_table import random_seed
 from nlproto.tables.flows import group, summarize
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import Processes
 
-__all__ = ["NamedBatch", "Names", "Pipeline", "QUEUE_BYTES"]
+__all__ = ["Names", "Pipeline", "QUEUE_BYTES"]
 
 QUEUE_BYTES = 64 << 20
 _PROCESS_BYTES = 600  # a ProcessEvent with its strings
 _CHUNK = 64  # batches that the worker takes at once
 _ASK = 1.0  # s between two looks at the engine's own figures
 _NO_RECORDS = np.empty(0, RECORD)
-_DRAIN = 0.5  # s
 _POLL = 0.1  # s, longest wait of either thread
-_FLUSH_NS = 20_000_000  # SNIFFER_FLUSH_MS_DEFAULT, see Merge
+_FLUSH_NS = 20_000_000  # SNIFFER_FLUSH_MS_DEFAULT, see TimeOrder
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class NamedBatch:
-    """Records with their owners, in order of time; several batches of the engine made one."""
-
-    head: np.void
-    """BATCH of the last one. Its clocks are right for all, its counters for its CPU alone."""
-    records: np.ndarray
-    """RECORD; not to be written by subscribers, who share it. None where flows came."""
-    clock: Clock
-    flows: np.ndarray | None = None
-    """The records summed up (nlproto.tables.flows.FLOW), when the pipeline made this batch."""
 
 
 class Names(Protocol):
@@ -131,7 +127,7 @@ class Pipeline:
         self._takes: tuple[OnBatch, ...] = ()
         self._merge = TimeOrder(_FLUSH_NS)
         self._head: np.void | None = None
-        self._seed = secrets.randbits(64)
+        self._seed = random_seed()
         self._stopping = threading.Event()
         self._barriers: list[_Barrier] = []
         self._barrier_lock = threading.Lock()
@@ -246,7 +242,7 @@ class Pipeline:
             elif self.failed:
                 self._stopping.wait(_POLL)
             else:
-                self._read(_POLL)
+                self._read(self._engine.read(_POLL))
         finally:
             for marker in markers:
                 self.queue.put(marker, 0)
@@ -254,16 +250,13 @@ class Pipeline:
         return True
 
     def _open(self) -> None:
-        self._open_account()
+        engine = self._engine
+        with self.account_lock:
+            self.account.open(engine.opening, engine.instance, engine.group)
         self._opened = True
         self._asked_for = True
         self._asked = 0.0
         self._ask_engine()
-
-    def _open_account(self) -> None:
-        engine = self._engine
-        with self.account_lock:
-            self.account.open(engine.opening, engine.instance, engine.group)
 
     def _choose_group(self) -> None:
         """Packets or flows."""
@@ -271,10 +264,15 @@ class Pipeline:
         if wanted == self._asked_for or self.failed:
             return
         self._asked_for = wanted
-        before = self._engine.group
-        self._collect(self._engine.want_packets(wanted))
-        if self._engine.group != before:
-            self._open_account()
+        engine, before = self._engine, self._engine.group
+        try:
+            engine.want_packets(wanted)
+        except Error as error:
+            self._fail(error)
+            return
+        if engine.group != before:
+            with self.account_lock:
+                self.account.go_over(engine.opening, engine.instance, engine.group)
 
     def _take_barriers(self) -> list[_Barrier]:
         with self._barrier_lock:
@@ -282,34 +280,23 @@ class Pipeline:
         return markers
 
     def _read_all(self) -> None:
-        """Everything recorded until now."""
+        """Everything recorded until now; what did not come is lost."""
         if self.failed:
             return
-        try:
-            self._engine.flush()
-        except Error as error:
-            self._fail(error)
-        # what comes after the flush belongs to nobody's question: a flood must not hold us here
-        until = time.monotonic() + _DRAIN
-        while not self.failed and self._read(0.0) and time.monotonic() < until:
-            pass
+        self._read(self._engine.catch_up())
+        if not self.failed:
+            with self.account_lock:
+                self.account.close(self._engine.closing, self._engine.group)
 
-    def _read(self, timeout: float) -> int:
-        """How many events came."""
-        return self._collect(self._engine.read(timeout))
-
-    def _collect(self, events: Iterable[Event]) -> int:
-        count = 0
+    def _read(self, events: Iterable[Event]) -> None:
         try:
             for event in events:
                 self._put(event)
-                count += 1
         except Error as error:
             self._fail(error)
         except Exception as error:
             self._receiving.add(error, f"engine {self._engine.name}")
             self._fail(Error(f"engine {self._engine.name} broke: {described(error)}"))
-        return count
 
     def _fail(self, error: Error) -> None:
         self._failed_at = time.monotonic()
@@ -352,12 +339,12 @@ class Pipeline:
         copy: Batch | FlowBatch
         # tobytes() copies as plain bytes, where a copy would go field by field
         if isinstance(batch, Batch):
-            found = np.ndarray(batch.records.shape, RECORD, batch.records.tobytes())
+            found = plain_copy(batch.records)
             copy = Batch(head, found)
             with self.account_lock:
                 self.account.add(head, found)
         else:
-            found = np.ndarray(batch.flows.shape, FLOW_RECORD, batch.flows.tobytes())
+            found = plain_copy(batch.flows)
             copy = FlowBatch(head, found, batch.wire_packets, batch.wire_bytes)
             with self.account_lock:
                 self.account.add(head, None, copy.count, "flows")
@@ -440,10 +427,8 @@ class Pipeline:
 
     def _arrive_flows(self, batches: list[FlowBatch]) -> None:
         """Hand on at once: nobody asks for an order of flows."""
-        raw = b"".join(batch.flows.tobytes() for batch in batches)
-        merged = np.frombuffer(raw, FLOW_RECORD)
-        octets = np.frombuffer(raw, np.uint8).reshape(len(merged), FLOW_RECORD.itemsize)
-        records = octets[:, : RECORD.itemsize].copy().view(RECORD).ravel()
+        merged = joined([batch.flows for batch in batches], FLOW_RECORD)
+        records = joined([merged["last"]])
         if self.namer is not None:
             self.namer.name(records)
         self.processes.add_records(records)

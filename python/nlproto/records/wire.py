@@ -6,6 +6,7 @@ Every layout comes from the compiled header (`ffi.typeof(...).fields`); nothing 
 
 import functools
 import ipaddress
+import operator
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,12 +35,14 @@ __all__ = [
     "SOCKET",
     "TAIL",
     "Batch",
+    "Event",
     "FlowBatch",
     "Packet",
     "ProcessEvent",
     "Snap",
     "SnapBatch",
     "address_text",
+    "are_named",
     "bounded",
     "decode_array",
     "decode_batch",
@@ -55,6 +58,7 @@ __all__ = [
     "how_value",
     "is_named",
     "joined",
+    "plain_copy",
     "lib",
     "packet",
     "taken",
@@ -135,6 +139,11 @@ def how_value(name: str) -> int:
 def is_named(how: int) -> bool:
     """Return whether `how` is a naming rule (True) or a reason why there is no owner (False)."""
     return 0 < how < int(lib.SNIFFER_HOW_REASONS)
+
+
+def are_named(hows: np.ndarray) -> np.ndarray:
+    """Return one bool for each `how` in an array: whether it is a naming rule."""
+    return np.asarray((hows > 0) & (hows < lib.SNIFFER_HOW_REASONS))
 
 
 def text(raw: bytes) -> str:
@@ -230,16 +239,22 @@ class SnapBatch:
     snaps: tuple[Snap, ...]
 
 
-_RAW = np.dtype((np.void, RECORD.itemsize))
+Event = Batch | FlowBatch | ProcessEvent | SnapBatch
+"""What an engine tells of."""
 
 
-def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Return RECORD arrays one behind the other, as a new array.
+def joined(parts: Sequence[np.ndarray], kind: np.dtype[np.void] = RECORD) -> np.ndarray:
+    """Return arrays of `kind` one behind the other, as a new array.
 
     As plain bytes: NumPy copies the fields of structures one by one, 50 times as slow.
     """
-    raw = [np.ascontiguousarray(part).view(_RAW) for part in parts]
-    return np.asarray(np.concatenate(raw).view(RECORD)) if raw else np.empty(0, RECORD)
+    raw = [np.ascontiguousarray(part).view((np.void, kind.itemsize)) for part in parts]
+    return np.asarray(np.concatenate(raw).view(kind)) if raw else np.empty(0, kind)
+
+
+def plain_copy(rows: np.ndarray) -> np.ndarray:
+    """Return the structures in memory of their own, to be read only; as plain bytes, too."""
+    return np.ndarray(rows.shape, rows.dtype, rows.tobytes())
 
 
 def taken(rows: np.ndarray, places: np.ndarray) -> np.ndarray:
@@ -265,6 +280,9 @@ def decode_array(buf: bytes | memoryview, dtype: np.dtype[np.void]) -> np.ndarra
     if len(buf) % dtype.itemsize:
         raise Error(f"malformed message: {len(buf)} bytes are no multiple of {dtype.itemsize}")
     return np.frombuffer(memoryview(buf).toreadonly(), dtype)
+
+
+_SIZE_AND_COUNT = operator.itemgetter(*map((BATCH.names or ()).index, ("record_size", "count")))
 
 
 def _decode_head(buf: bytes | memoryview, dtype: np.dtype[np.void] = BATCH) -> np.void:
@@ -301,7 +319,7 @@ def decode_flows(buf: bytes | memoryview) -> FlowBatch:
 def _decode_records(
     buf: bytes | memoryview, head: np.void, before: np.dtype[np.void], kind: np.dtype[np.void]
 ) -> np.ndarray:
-    size, count = int(head["record_size"]), int(head["count"])
+    size, count = _SIZE_AND_COUNT(head.item())
     if size < kind.itemsize:
         raise Error(f"malformed batch: records of {size} bytes, at least {kind.itemsize} needed")
     if before.itemsize + size * count != len(buf):

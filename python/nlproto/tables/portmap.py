@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -15,23 +14,37 @@ import numpy as np
 from nlproto._host import ffi, lib
 from nlproto.host.kernel_sockets import BoundSocket, Endpoint
 from nlproto.records.wire import address_text, dtype_of, taken, text
-from nlproto.tables.column_table import ColumnTable, columns_of, mix, new_slots, numbers
+from nlproto.tables.column_table import (
+    ColumnTable,
+    mix,
+    new_slots,
+    numbers,
+    part_of,
+    random_seed,
+    with_fields,
+    without,
+)
 from nlproto.tables.processes import ProcessKey
 from nlproto.tables.shares import Payers, surplus
 
 __all__ = ["PortOwner", "PortMap"]
 
-_PORT = dtype_of("port", ffi)
-_NAMES = [name for name in _PORT.names or () if not name.startswith("reserved")]
-_ROW = np.dtype(
-    {
-        "names": _NAMES,
-        "formats": ["?" if name in ("listening", "live") else _PORT[name] for name in _NAMES],
-        "offsets": [ffi.offsetof("struct port", name) for name in _NAMES],
-        "itemsize": _PORT.itemsize,
-    }
+_ROW = with_fields(
+    without(dtype_of("port", ffi), "reserved", "reserved2", "reserved3"),
+    ("listening", "?", ffi.offsetof("struct port", "listening")),
+    ("live", "?", ffi.offsetof("struct port", "live")),
 )
-_RING = np.dtype([("next", "u4"), ("previous", "u4")])
+_KEYS, _STATES, _RINGS = 1, 2, 4
+_GROUPS = (
+    part_of(_ROW, "hash"),
+    part_of(_ROW, "address", "start_ns", "netns", "tgid", "port", "proto", "family"),
+    with_fields(
+        part_of(_ROW, "cookie", "seen_ns", "uid", "listening", "comm"),
+        ("words", ("u8", (2,)), ffi.offsetof("struct portmap_state", "comm")),
+    ),
+    np.dtype([("live", "?")]),
+    dtype_of("portmap_ring", ffi),
+)
 _KEY = ("address", "start_ns", "netns", "tgid", "port", "proto", "family")
 _PORTS = 1 << 16
 _FEW = 16
@@ -95,10 +108,14 @@ class PortMap:
         self.ttl_ns = ttl_ns
         self.evicted = 0
         self._lock = threading.Lock()
-        self._seed = secrets.randbits(64)
-        self._table = ColumnTable(columns_of(_ROW, _RING), _KEY, limit + _PART)
+        self._seed = random_seed()
+        self._table = ColumnTable(_GROUPS, _KEY, limit + _PART)
         self._heads, self._counts = np.zeros((2, _PORTS), np.uint32)
-        self._pointers = self._table.pointers("struct portmap")
+        self._pointers = ffi.new("struct portmap *")
+        groups = self._table.groups
+        self._pointers.keys = ffi.from_buffer("struct portmap_key[]", groups[_KEYS])
+        self._pointers.states = ffi.from_buffer("struct portmap_state[]", groups[_STATES])
+        self._pointers.rings = ffi.from_buffer("struct portmap_ring[]", groups[_RINGS])
         self._pointers.heads = ffi.from_buffer("uint32_t[]", self._heads)
         self._pointers.counts = ffi.from_buffer("uint32_t[]", self._counts)
         self._top = 0
@@ -139,18 +156,41 @@ class PortMap:
             gone[present] = False
             self._drop(gone)
 
+    def update_bound(
+        self,
+        sockets: Sequence[BoundSocket],
+        changed: np.ndarray,
+        present: np.ndarray,
+        now_ns: int,
+    ) -> None:
+        """As replace_bound(), of those sockets alone (cookies `changed`) that are new or changed.
+
+        `present`: cookies of all there are.
+        """
+        rows = self._rows_of(sockets, now_ns, listening=True)
+        with self._lock:
+            put = self._put_all(rows)
+            columns = self._columns
+            bound = columns["live"] & columns["listening"]
+            columns["seen_ns"][bound] = now_ns  # or they would be the first to be evicted
+            gone = bound & np.isin(columns["cookie"], changed)
+            gone[put] = False
+            self._drop(gone | (bound & ~np.isin(columns["cookie"], present)))
+
     def add_connected(self, sockets: Sequence[BoundSocket], now_ns: int) -> None:
         """Learn of connected sockets from the kernel's tables, as from a packet at `now_ns`."""
         rows = self._rows_of(sockets, now_ns)
         with self._lock:
             self._put_all(rows)
 
-    def keep_cookies(self, cookies: set[int], before_ns: int) -> None:
+    def keep_cookies(self, cookies: Collection[int] | np.ndarray, before_ns: int) -> None:
         """Drop owners whose socket is not among all the kernel's `cookies`, read after `before_ns`.
 
         Owners seen since then, or known without a cookie, stay until their time is over.
         """
-        there = np.fromiter(cookies, np.uint64, len(cookies))
+        there = cookies
+        if not isinstance(there, np.ndarray):
+            there = np.fromiter(there, np.uint64, len(there))
         with self._lock:
             known = self._columns["cookie"].copy()
         gone = (known != 0) & ~np.isin(known, there)
@@ -366,7 +406,7 @@ class PortMap:
         rows = np.flatnonzero(columns["live"])
         uids, seen = columns["uid"][rows], columns["seen_ns"][rows]
         payers = uids if self._payers is None else self._payers.of(uids)
-        names = columns["comm"][rows].view(np.uint64).reshape(len(rows), 2)
+        names = columns["words"][rows]
         programs = mix((payers.astype(np.uint64), names[:, 0], names[:, 1]), 0)
         age = (seen.max() - seen).view(np.int64)
         goes = surplus(age, (payers, programs), self.limit - self.limit // 4)

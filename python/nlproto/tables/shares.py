@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import os
 import pwd
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from nlproto._host import ffi, lib
-from nlproto.tables.column_table import numbers, octets
+from nlproto.tables.column_table import numbers, octets, random_seed
 
 __all__ = ["NOBODY", "Payers", "level", "surplus"]
 
@@ -25,6 +24,7 @@ NOBODY = 0xFFFFFFFF
 
 _SUBUID = "/etc/subuid"
 _MAX_SUBUID = 1 << 20  # bytes of it that are read
+_MAX_LINE = 1024  # Python refuses to read numbers of more than some thousand digits
 
 Name = TypeVar("Name")
 
@@ -73,7 +73,9 @@ class Payers:
 def _range(line: bytes) -> tuple[int, int, int] | None:
     owner, _, rest = line.strip().partition(b":")
     first, _, count = rest.partition(b":")
-    if not owner or not first.isdigit() or not count.isdigit() or int(count) == 0:
+    if not owner or not first.isdigit() or not count.isdigit() or len(line) > _MAX_LINE:
+        return None
+    if int(count) == 0:
         return None
     low, high = int(first), int(first) + int(count) - 1
     if high >= NOBODY:
@@ -120,7 +122,7 @@ def surplus(
         ffi.NULL if weights is None else numbers(weights),
         count,
         keep,
-        secrets.randbits(64),
+        random_seed(),
         octets(goes),
     )
     if failed:
