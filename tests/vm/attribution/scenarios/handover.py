@@ -449,10 +449,10 @@ def leaves_to_child(worker: Worker, wire: Wire, heir: Wire) -> None:
     sock = socket.socket(V4, UDP)
     sock.sendto(b"first", ("127.0.0.1", 9))
     port = sock.getsockname()[1]
+    parent = os.getpid()
     if os.fork() == 0:
         worker.again()
         worker.claim(sock, dirs="i", in_=COUNT, any_address=True, flags=["not-dead"])
-        parent = os.getppid()
         while os.getppid() == parent:
             time.sleep(0.01)
         heir.tell()
