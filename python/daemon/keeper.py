@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from nlproto._host import lib as host
@@ -17,6 +16,7 @@ from nlproto.engine import Engine, open_engine
 from nlproto.errors import Error, NoModule, NoPrivilege
 from nlproto.pipeline import Pipeline
 from nlproto.portmap import BoundSocket
+from nlproto.processes import Key
 from nlproto.supervise import Failures, keep_going
 
 __all__ = ["Keeper"]
@@ -116,11 +116,14 @@ class Keeper:
     def _known(self, sockets: list[BoundSocket]) -> list[BoundSocket]:
         """With the start times by which their processes are known; from now on they are."""
         processes = self._pipeline.processes
+        starts: dict[Key, int] = {}
         known = []
         for one in sockets:
-            one = replace(one, start_ns=processes.start_of(one.tgid, one.start_ns))
-            processes.add(one.tgid, one.start_ns, one.comm, one.uid)
-            known.append(one)
+            start_ns = starts.get(one.key)
+            if start_ns is None:
+                start_ns = starts[one.key] = processes.start_of(one.tgid, one.start_ns)
+                processes.add(one.tgid, start_ns, one.comm, one.uid)
+            known.append(one if start_ns == one.start_ns else one._replace(start_ns=start_ns))
         return known
 
     def _look_for_module(self) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -50,8 +51,8 @@ class KernelSockets:
         self._now_ns = now_ns
         self._diags = Diags(now_ns)
         self._held: dict[int, tuple[int, tuple[Owner, ...]]] = {}
-        self._round_ns = now_ns()
-        self._waiting: list[tuple[int, np.void]] = []
+        self._round_ns = self._began_ns = now_ns()
+        self._waiting: list[_Row] = []
         self.tables: dict[int, np.ndarray] = {}
         """{namespace: all its sockets (HOST_SOCKET)} as of the last look."""
         self.looked_ns = 0
@@ -68,73 +69,98 @@ class KernelSockets:
         return self._holders.peek(inode)
 
     def read(self) -> Sockets:
-        began = self._now_ns()
+        self._began_ns = self._now_ns()
         tables = self._diags.tables()
         found = self._read(tables)
-        self.tables, self.looked_ns = tables, began
+        self.tables, self.looked_ns = tables, self._began_ns
         return found
 
     def _read(self, tables: dict[int, np.ndarray]) -> Sockets:
-        bound = {number: table[_is_bound(table)] for number, table in tables.items()}
-        inodes = {inode for table in bound.values() for inode in table["inode"].tolist()}
-        self._held = {inode: held for inode, held in self._held.items() if inode in inodes}
+        bound = [
+            one
+            for number, table in tables.items()
+            for one in _rows(number, table[_is_bound(table)])
+        ]
+        owners = self._owners([one.inode for one in bound])
         cookies = {
             cookie for table in tables.values() for cookie in table["cookie"][held(table)].tolist()
         }
         return Sockets(
+            [entry for one in bound for entry in _entries(one, owners[one.inode])],
             [
                 entry
-                for number, table in bound.items()
-                for row in table
-                for entry in _entries(number, row, self._owners(int(row["inode"])))
-            ],
-            [
-                entry
-                for number, row in self._connected(tables)
-                for entry in _entries(number, row, self._holders.known(int(row["inode"])))
+                for one in self._connected(tables)
+                for entry in _entries(one, self._holders.known(one.inode))
             ],
             cookies - {0},
         )
 
-    def _connected(self, tables: dict[int, np.ndarray]) -> list[tuple[int, np.void]]:
-        """(namespace, HOST_SOCKET) of those whose turn it is."""
+    def _connected(self, tables: dict[int, np.ndarray]) -> list[_Row]:
+        """Those whose turn it is."""
         now = self._now_ns()
         if not self._waiting and now >= self._round_ns:
             self._round_ns = now + _ROUND_NS
-            self._holders.walk()
+            if self._holders.walked_ns < self._began_ns:
+                self._holders.walk()
             self._waiting = [
-                (number, row)
+                one
                 for number, table in tables.items()
-                for row in table[_is_connected(table)]
+                for one in _rows(number, table[_is_connected(table)])
             ]
         part, self._waiting = self._waiting[:_ASKED], self._waiting[_ASKED:]
         return part
 
-    def _owners(self, inode: int) -> tuple[Owner, ...]:
+    def _owners(self, inodes: list[int]) -> dict[int, tuple[Owner, ...]]:
+        """The holders of each, as they were at most _HELD_NS ago."""
         now = self._now_ns()
-        known = self._held.get(inode)
-        if known is not None and known[1] and now - known[0] < _HELD_NS:
-            return known[1]
-        owners = self._holders.find(inode)
-        self._held[inode] = (now, owners)
-        return owners
+        old, self._held = self._held, {}
+        asked = []
+        for inode in inodes:
+            known = old.get(inode)
+            if known is not None and known[1] and now - known[0] < _HELD_NS:
+                self._held[inode] = known
+            else:
+                asked.append(inode)
+        for inode, owners in self._holders.find_many(asked):
+            self._held[inode] = (now, owners)
+        return {inode: owners for inode, (_, owners) in self._held.items()}
 
 
-def _entries(netns: int, row: np.void, owners: tuple[Owner, ...]) -> Iterator[BoundSocket]:
-    family, address = int(row["family"]), row["saddr"].tobytes()
+class _Row(NamedTuple):
+    """A HOST_SOCKET and its network namespace."""
+
+    netns: int
+    inode: int
+    cookie: int
+    proto: int
+    family: int
+    address: bytes
+    port: int
+
+
+def _rows(netns: int, table: np.ndarray) -> Iterator[_Row]:
+    names = ("inode", "cookie", "proto", "family", "sport")
+    raw = np.ascontiguousarray(table["saddr"]).tobytes()
+    columns = zip(*(table[name].tolist() for name in names), strict=True)
+    for at, (inode, cookie, proto, family, port) in zip(
+        range(0, len(raw), 16), columns, strict=True
+    ):
+        yield _Row(netns, inode, cookie, proto, family, raw[at : at + 16], port)
+
+
+def _entries(row: _Row, owners: tuple[Owner, ...]) -> Iterator[BoundSocket]:
+    family, address = row.family, row.address
     if family == socket.AF_INET6 and address.startswith(_MAPPED):
         family, address = socket.AF_INET, address[len(_MAPPED) :].ljust(16, b"\0")
-    endpoint = (netns, int(row["proto"]), family, address, int(row["sport"]))
+    endpoint = (row.netns, row.proto, family, address, row.port)
     for owner in owners:
         identity = owner.identity
         yield BoundSocket(
-            endpoint,
-            identity.tgid,
-            identity.start_ns,
-            owner.uid,
-            text(owner.comm),
-            int(row["cookie"]),
+            endpoint, identity.tgid, identity.start_ns, owner.uid, _text(owner.comm), row.cookie
         )
+
+
+_text = functools.lru_cache(4096)(text)
 
 
 def _is_connected(table: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -84,8 +83,7 @@ class Owner(NamedTuple):
         return self.endpoint[4]
 
 
-@dataclass(frozen=True, slots=True)
-class BoundSocket:
+class BoundSocket(NamedTuple):
     """A socket of the kernel's tables with one of its holders."""
 
     endpoint: Endpoint
@@ -94,6 +92,10 @@ class BoundSocket:
     uid: int
     comm: str
     cookie: int
+
+    @property
+    def key(self) -> Key:
+        return self.tgid, self.start_ns
 
 
 class PortMap:
@@ -399,12 +401,14 @@ class PortMap:
         self, sockets: Sequence[BoundSocket], now_ns: int, listening: bool = False
     ) -> np.ndarray:
         rows = np.zeros(len(sockets), _ROW)
-        for number, one in enumerate(sockets):
-            row = rows[number]
-            row["netns"], row["proto"], row["family"], address, row["port"] = one.endpoint
-            row["address"] = np.frombuffer(address, np.uint64)
-            row["tgid"], row["start_ns"], row["uid"] = one.tgid, one.start_ns, one.uid
-            row["comm"], row["cookie"] = one.comm.encode(), one.cookie
+        if not len(rows):
+            return rows
+        ends = zip(*(one.endpoint for one in sockets), strict=True)
+        rows["netns"], rows["proto"], rows["family"], addresses, rows["port"] = ends
+        rows["address"] = np.frombuffer(b"".join(addresses), np.uint64).reshape(-1, 2)
+        for name in ("tgid", "start_ns", "uid", "cookie"):
+            rows[name] = [getattr(one, name) for one in sockets]
+        rows["comm"] = [one.comm.encode() for one in sockets]
         rows["seen_ns"] = now_ns
         rows["listening"] = listening
         slots, bits = new_slots(len(rows))
