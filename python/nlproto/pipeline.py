@@ -28,7 +28,7 @@ from nlproto.queue import MessageQueue
 from nlproto.snaps import Snaps
 from nlproto.supervise import PATIENCE, Failures, described, keep_going
 from nlproto.table import random_seed
-from nlproto.wire import RECORD, Batch, ProcessEvent, SnapBatch, joined, lib
+from nlproto.wire import BATCH, RECORD, Batch, ProcessEvent, SnapBatch, joined, lib
 
 __all__ = ["NamedBatch", "Names", "Pipeline", "QUEUE_BYTES"]
 
@@ -298,9 +298,9 @@ class Pipeline:
 
     def _put(self, event: Batch | ProcessEvent | SnapBatch) -> None:
         if isinstance(event, Batch):
-            # tobytes() copies as plain bytes, where a copy would go field by field
+            # tobytes() copies as plain bytes, where copy() would go field by field
             records = np.ndarray(event.records.shape, RECORD, event.records.tobytes())
-            head: np.void = event.head.copy()
+            head: np.void = np.frombuffer(event.head.tobytes(), BATCH)[0]
             with self.account_lock:
                 self.account.add(head, records)
             lost = self.queue.put(Batch(head, records), records.nbytes + head.nbytes, len(records))
