@@ -125,8 +125,8 @@ fi
 extra=all
 [ "$tools" = no ] || extra=dev
 stamp=.venv/built-$extra
-if [ ! -e "$stamp" ] || [ -n "$(find pyproject.toml setup.py shared_proto.h VERSION python/build_*.py python/nlproto/host.[ch] -newer "$stamp")" ] ||
-	! .venv/bin/python -c 'import nlproto.wire' 2>/dev/null; then
+if [ ! -e "$stamp" ] || [ -n "$(find pyproject.toml setup.py shared_proto.h VERSION python/build_*.py python/nlproto/native/*.[ch] -newer "$stamp")" ] ||
+	! .venv/bin/python -c 'import nlproto.records.wire' 2>/dev/null; then
 	say "installing Python packages into .venv (a minute or two the first time)"
 	.venv/bin/pip install -q --disable-pip-version-check -e ".[$extra]" ||
 		{ say "pip failed; once more"; .venv/bin/pip install -q --disable-pip-version-check -e ".[$extra]"; } ||

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from nlproto import wire
+from nlproto.records import wire
 
 BATCH = 124
 

@@ -36,7 +36,7 @@ def serve(flows: int) -> None:
     """In a process of its own: read flows from stdin, tell the memory, end."""
     import daemon.__main__  # all that packet-hunterd imports  # noqa: F401
     from daemon import service
-    from daemon.config import Config
+    from daemon.system.config import Config
     from daemon_engine import Piped
 
     start, recorders = resident(), []
@@ -56,9 +56,7 @@ def serve(flows: int) -> None:
     service.Recorder = Known  # type: ignore[misc]
     service.open_engine = lambda *_, **__: Piped(sys.stdin.buffer)  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as directory:
-        config = Config(
-            engine="module", socket=f"{directory}/s", history_flows=max(flows, 200_000)
-        )
+        config = Config(engine="module", socket=f"{directory}/s", history_flows=max(flows, 200_000))
         threading.Thread(target=watch, daemon=True).start()
         service.Service(lambda: config, {}, foreground=True).run()
 

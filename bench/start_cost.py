@@ -23,9 +23,9 @@ from typing import Any
 
 import psutil
 
-from daemon.keeper import Keeper
-from nlproto.portmap import PortMap
-from nlproto.processes import Processes
+from daemon.system.watcher import Watcher
+from nlproto.tables.portmap import PortMap
+from nlproto.tables.processes import Processes
 from results import put, table
 
 
@@ -59,7 +59,7 @@ def first_look() -> int:
     """As a daemon that has just started: how many owners the port map has then."""
     portmap = PortMap()
     pipeline: Any = SimpleNamespace(portmap=portmap, processes=Processes())
-    keeper = Keeper("packet", pipeline, lambda *_, **__: None, lambda error: None)
+    keeper = Watcher("packet", pipeline, lambda *_, **__: None, lambda error: None)
     with keeper.kernel:
         keeper._look_at_sockets()
     return len(portmap)

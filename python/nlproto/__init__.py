@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Which process owns this packet: the library under packet-hunter.
 
-Modules are imported by name (`from nlproto import wire, netlink`); only what every program
+Modules are imported by name (`from nlproto.records import wire`); only what every program
 needs is here.
 """
 
-from .errors import Error, NoDaemon, NoModule, NoPrivilege, UsageError, VersionMismatch
+from nlproto.errors import Error, NoDaemon, NoModule, NoPrivilege, UsageError, VersionMismatch
 
 __all__ = [
     "Error",

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.history import History
-from nlproto import wire
-from nlproto.clock import Clock
-from nlproto.flows import (
+from daemon.history.memory import FlowMemory
+from nlproto.records import wire
+from nlproto.records.clock import Clock
+from nlproto.tables.column_table import ColumnTable, part_of
+from nlproto.tables.flows import (
     FLOW,
     KEY_FIELDS,
     first_of_processes,
@@ -21,12 +22,12 @@ from nlproto.flows import (
     summarize,
     unnamed_places,
 )
-from nlproto.portmap import PortMap
-from nlproto.shares import surplus
-from nlproto.table import Table, part_of
+from nlproto.tables.portmap import PortMap
+from nlproto.tables.shares import surplus
 
 IN, OUT, FWD = wire.lib.SNIFFER_DIR_IN, wire.lib.SNIFFER_DIR_OUT, wire.lib.SNIFFER_DIR_FWD
 WORD = 1 << 64
+
 
 def _some(random: np.random.Generator, bits: int, count: int) -> np.ndarray:
     return random.choice(np.array([0, 1, 2, 2 ** (bits - 1), 2**bits - 1], np.uint64), count)
@@ -101,8 +102,10 @@ def test_sums_are_those_of_a_plain_loop_for_any_records(found, seed):
         sums["last_ns"] = max(sums["last_ns"], int(record["time_ns"]))
         sums |= {name: record[name].item() for name in ("how", "uid", "inode", "comm")}
     flows, belongs = group(found, seed)
-    assert {_key(flow): {name: flow[name].item() for name in sums}
-            for flow, sums in ((flow, expected[_key(flow)]) for flow in flows)} == expected
+    assert {
+        _key(flow): {name: flow[name].item() for name in sums}
+        for flow, sums in ((flow, expected[_key(flow)]) for flow in flows)
+    } == expected
     assert [_key(flows[index]) for index in belongs] == [_plain(record)[0] for record in found]
     hashes = dict(zip(map(_key, flows), flows["hash"].tolist(), strict=True))
     again = summarize(found[::-1], seed)
@@ -112,7 +115,7 @@ def test_sums_are_those_of_a_plain_loop_for_any_records(found, seed):
 def test_bytes_wrap_at_64_bits_and_disturb_nothing_else():
     found = np.zeros(3, wire.RECORD)
     found["dir"], found["tgid"] = OUT, 1
-    history = History(10)
+    history = FlowMemory(10)
     flows = summarize(found)
     flows["bytes_out"] = WORD - 1
     history.update(flows, Clock(0, 0))
@@ -123,7 +126,7 @@ def test_bytes_wrap_at_64_bits_and_disturb_nothing_else():
 
 
 def _everything():
-    from daemon.history import Question
+    from daemon.history.memory import Question
 
     return Question()
 
@@ -149,7 +152,7 @@ def test_unnamed_records_are_those_a_plain_loop_finds(found, hows):
 
 @given(st.lists(records(), max_size=4), st.sampled_from([1, 2, 5, 100]))
 def test_the_history_has_the_sums_of_all_batches_or_says_how_many_flows_it_let_go(parts, limit):
-    history = History(limit)
+    history = FlowMemory(limit)
     expected: dict[tuple, list[int]] = {}
     for part in parts:
         for record in part:
@@ -217,7 +220,7 @@ actions = st.lists(
 @given(actions, st.sampled_from([1, 7, WORD - 1]))
 def test_a_table_is_a_dictionary_whatever_its_hashes_are(steps, hashes):
     """With 1 all rows share a slot; keys are told apart all the same."""
-    table, known = Table(GROUPS, ("key",), 64), {}
+    table, known = ColumnTable(GROUPS, ("key",), 64), {}
     for what, number in steps:
         value = np.array([(number * (hashes - 1) % WORD, number, number + 1)], ROW)
         if what == "put" and number not in known and len(known) < 64:
@@ -272,9 +275,7 @@ def _plain_surplus(age, groups, keep, weights):
 def test_who_gives_way_is_chosen_as_by_sorting(rows, keep, weighted):
     age, payers, programs, weights = ([row[n] for row in rows] for n in range(4))
     columns = np.array(payers, np.uint32), np.array(programs, np.uint64)
-    found = surplus(
-        np.array(age, np.int64), columns, keep, np.array(weights) if weighted else None
-    )
+    found = surplus(np.array(age, np.int64), columns, keep, np.array(weights) if weighted else None)
     plain = _plain_surplus(age, (payers, programs), keep, weights if weighted else [1] * len(age))
     assert found.tolist() == plain
 
@@ -288,7 +289,7 @@ def test_a_flood_of_program_names_that_a_user_chose_is_judged_as_fast_as_any():
 
 def test_equal_cookies_of_two_namespaces_are_two_flows_and_two_owners(make_records):
     found = make_records({"cookie": 5, "netns": 1}, {"cookie": 5, "netns": 2})
-    history, portmap = History(10), PortMap(10)
+    history, portmap = FlowMemory(10), PortMap(10)
     history.update(summarize(found, 1), Clock(0, 0))
     portmap.update(summarize(found, 1))
     assert len(history) == len(portmap) == 2
@@ -337,7 +338,7 @@ def _resident(portmap: PortMap) -> int:
 
 
 def test_threads_that_update_and_ask_one_history_lose_nothing(make_records):
-    history = History(1000)
+    history = FlowMemory(1000)
     found = make_records(*({"sport": n} for n in range(1, 201)))
     failures: list[BaseException] = []
 
@@ -363,4 +364,4 @@ def test_the_layouts_of_c_are_those_of_numpy():
     assert FLOW.itemsize == 152 and set(KEY_FIELDS) < set(FLOW.names)
     with pytest.raises(TypeError):
         other = np.dtype([("hash", "u8"), ("key", "u8")])
-        Table(GROUPS, ("key",), 4).find(np.zeros(1, other))
+        ColumnTable(GROUPS, ("key",), 4).find(np.zeros(1, other))

@@ -7,9 +7,9 @@ import socket
 
 import pytest
 
-from nlproto import holders, procfs
-from nlproto.bound import KernelSockets
-from nlproto.holders import Holders
+from nlproto.host import holders, procfs
+from nlproto.host.holders import Holders
+from nlproto.host.kernel_sockets import KernelSockets
 
 
 @pytest.fixture
@@ -49,9 +49,7 @@ def test_many_sockets_are_asked_about_with_each_process_read_once(held, monkeypa
     monkeypatch.setattr(
         procfs, "owner", lambda pid, proc=procfs.PROC: asked.append(pid) or real_owner(pid, proc)
     )
-    monkeypatch.setattr(
-        procfs, "held_sockets", lambda *a: walks.append(len(a[0])) or real_walk(*a)
-    )
+    monkeypatch.setattr(procfs, "held_sockets", lambda *a: walks.append(len(a[0])) or real_walk(*a))
     answers = dict(Holders().find_many([*found, shared, 1]))
     assert {inode: owners[0].identity.tgid for inode, owners in answers.items() if inode in found}
     assert all(

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from nlproto.table import Table, mix, part_of
+from nlproto.tables.column_table import ColumnTable, mix, part_of
 
 ROW = np.dtype([("hash", "u8"), ("port", "u2"), ("address", "u8", (2,)), ("seen", "u4")])
 
@@ -17,7 +17,7 @@ def _values(*rows):
 
 
 def _table(*rows):
-    table = Table(GROUPS, ("port", "address"), 8)
+    table = ColumnTable(GROUPS, ("port", "address"), 8)
     table.put(np.arange(len(rows)), _values(*rows))
     return table
 

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: MIT
+"""Flows of the past in memory: bounded, columns in NumPy, searched whole.
+
+A linear search of a million flows by column takes a few milliseconds, less than keeping indexes
+for every question that can be asked.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nlproto._host import ffi, lib
+from nlproto.records.clock import Clock
+from nlproto.records.wire import PROTO_NAMES, address_text, dtype_of, how_name, taken, text
+from nlproto.records.wire import lib as wire
+from nlproto.tables.column_table import ColumnTable, mix, numbers, part_of, with_fields
+from nlproto.tables.flows import FLOW, KEY_FIELDS, address_bytes
+from nlproto.tables.shares import NOBODY, Payers, surplus
+
+__all__ = [
+    "ROW_BYTES",
+    "End",
+    "FlowMemory",
+    "Question",
+    "flow_fields",
+    "network_words",
+    "payers_of",
+]
+
+_LAST, _SUMS, _TIMES = 4, 5, 6
+_GROUPS = (
+    part_of(FLOW, "hash"),
+    part_of(FLOW, "cookie", "start_ns", "tgid", "netns"),
+    part_of(FLOW, "laddr", "raddr"),
+    part_of(FLOW, "lport", "rport", "proto", "family", "forwarded"),
+    with_fields(
+        part_of(FLOW, "inode", "uid", "flags", "how", "comm"),
+        ("dirty", "?", ffi.offsetof("struct history_last", "dirty")),
+        ("words", ("u8", (2,)), ffi.offsetof("struct history_last", "comm")),
+    ),
+    part_of(FLOW, "packets_in", "bytes_in", "packets_out", "bytes_out"),
+    dtype_of("history_times", ffi),
+    np.dtype([("id", "u8")]),
+)
+ROW_BYTES = sum(group.itemsize for group in _GROUPS) + 16
+"""Of a flow in memory, its place in the table included."""
+
+
+End = tuple[int, bytes, int]
+"""(family, 16 address bytes, port)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Conditions that all must hold; None: any. Times are ns since 1970."""
+
+    port: int | None = None
+    proto: int | None = None
+    host: ipaddress.IPv4Network | ipaddress.IPv6Network | None = None
+    """Of the far end; of a forwarded flow: of either."""
+    pid: int | None = None
+    pname: str | None = None
+    uid: int | None = None
+    """Only named flows of this owner; what a user without rights may see."""
+    since_ns: int | None = None
+    """Last packet at this time or later."""
+    at_ns: int | None = None
+    """First packet at or before, last packet at or after."""
+    ends: tuple[End, End] | None = None
+    """Of one flow, whichever of them is local."""
+    limit: int = 1000
+
+    @property
+    def comm(self) -> bytes | None:
+        """`pname` as the kernel keeps it: 15 bytes."""
+        if self.pname is None:
+            return None
+        return self.pname.encode("utf-8", "replace")[: wire.SNIFFER_COMM_LEN - 1]
+
+
+def payers_of(tgids: np.ndarray, uids: np.ndarray, payers: Payers | None = None) -> np.ndarray:
+    """Whose share each flow counts against (uint32)."""
+    return np.where(tgids != 0, uids if payers is None else payers.of(uids), np.uint32(NOBODY))
+
+
+class FlowMemory:
+    """At most `limit` flows; when full an eighth goes, of the payer with most of them.
+
+    Within a payer the program with most flows gives, of it the process with most, of that the
+    longest silent (nlproto.tables.shares): who sends much to others' services costs these
+    services alone.
+    Rows are FLOWs with times in ns since 1970. Thread-safe.
+    """
+
+    def __init__(self, limit: int, next_id: int = 1, payers: Payers | None = None) -> None:
+        self.limit = limit
+        self._payers = payers
+        self.evicted = 0
+        self.unstored = 0
+        """Evicted before a store had taken their last state."""
+        self.horizon_ns = 0
+        """Last packet of the newest flow that is only in a file: later flows are all in here."""
+        self._lock = threading.Lock()
+        self._size = 0
+        self._next_id = next_id
+        self._table = ColumnTable(_GROUPS, KEY_FIELDS, limit)
+        self._pointers = ffi.new("struct history *")
+        groups = self._table.groups
+        self._pointers.last = ffi.from_buffer("struct history_last[]", groups[_LAST])
+        self._pointers.sums = ffi.from_buffer("struct history_sums[]", groups[_SUMS])
+        self._pointers.times = ffi.from_buffer("struct history_times[]", groups[_TIMES])
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def _columns(self) -> dict[str, np.ndarray]:
+        return self._table.columns
+
+    def update(self, flows: np.ndarray, clock: Clock) -> None:
+        """Add FLOWs with CLOCK_MONOTONIC times, as summarize() makes them with one seed."""
+        flows = np.ascontiguousarray(flows)
+        real = clock.real_offset_ns & 0xFFFFFFFFFFFFFFFF
+        with self._lock:
+            rows = self._table.find(flows)
+            lib.history_add(
+                self._pointers,
+                ffi.from_buffer("struct flow[]", flows),
+                len(flows),
+                numbers(rows),
+                real,
+            )
+            new = taken(flows, rows < 0)
+            # no more at once than are evicted at once: or a flood would take everybody's place
+            piece = max(1, self.limit // 8)
+            for at in range(0, len(new), piece):
+                self._insert(new[at : at + piece], real)
+
+    def _insert(self, flows: np.ndarray, real: int) -> None:
+        end = self._size + len(flows)
+        if end > self.limit:
+            self._evict(max(self.limit // 8, end - self.limit))
+            end = self._size + len(flows)
+        place, columns = slice(self._size, end), self._columns
+        self._table.put(np.arange(self._size, end), flows)
+        for name, wall in (("began_ns", "first_ns"), ("heard_ns", "last_ns")):
+            columns[name][place] = columns[wall][place]
+            columns[wall][place] += np.uint64(real)
+        columns["id"][place] = np.arange(self._next_id, self._next_id + len(flows))
+        columns["dirty"][place] = True
+        self._next_id += len(flows)
+        self._size = end
+
+    def _evict(self, count: int) -> None:
+        columns = {name: column[: self._size] for name, column in self._columns.items()}
+        payers = payers_of(columns["tgid"], columns["uid"], self._payers)
+        names = columns["words"]
+        programs = mix((payers.astype(np.uint64), names[:, 0], names[:, 1]), 0)
+        heard = columns["heard_ns"]
+        age = heard.max(initial=0) - heard
+        processes = mix((programs, columns["tgid"].astype(np.uint64), columns["start_ns"]), 0)
+        groups = payers, programs, processes
+        goes = surplus(age.view(np.int64), groups, max(0, self._size - count))
+        self.horizon_ns = max(self.horizon_ns, int(columns["last_ns"][goes].max()))
+        self.evicted += int(np.count_nonzero(goes))
+        self.unstored += int(np.count_nonzero(columns["dirty"] & goes))
+        self._table.keep(~goes)
+        self._size = len(self._table)
+
+    def renumber(self, offset: int) -> None:
+        """Add `offset` to all ids: the file that they are for has others already."""
+        with self._lock:
+            self._columns["id"][: self._size] += np.uint64(offset)
+            self._next_id += offset
+
+    def waiting(self) -> int:
+        """How many flows changed since a store took them."""
+        with self._lock:
+            return int(np.count_nonzero(self._columns["dirty"][: self._size]))
+
+    def mark_all_changed(self) -> None:
+        """A new file has none of them."""
+        with self._lock:
+            self._columns["dirty"][: self._size] = True
+
+    def ask(self, question: Question) -> tuple[int, list[tuple[int, np.void]]]:
+        """How many flows fit, and (id, FLOW) of the `limit` last seen, newest first."""
+        with self._lock:
+            rows = self._search(question)
+            total = len(rows)
+            last = self._columns["last_ns"][rows]
+            if total > question.limit:
+                keep = np.argpartition(last, total - question.limit)[-question.limit :]
+                rows, last = rows[keep], last[keep]
+            rows = rows[np.argsort(last, kind="stable")[::-1]]
+            found = self._table.take(rows, FLOW)
+            return total, list(zip(self._columns["id"][rows].tolist(), found, strict=True))
+
+    def _search(self, question: Question) -> np.ndarray:
+        size, columns = self._size, self._columns
+        mask = np.ones(size, bool)
+        if question.port is not None:
+            mask &= (columns["lport"][:size] == question.port) | (
+                columns["rport"][:size] == question.port
+            )
+        if question.since_ns is not None:
+            mask &= columns["last_ns"][:size] >= max(0, question.since_ns)
+        if question.at_ns is not None:
+            moment = max(0, question.at_ns)
+            mask &= columns["first_ns"][:size] <= moment
+            mask &= columns["last_ns"][:size] >= moment
+        for name, value in (("proto", question.proto), ("tgid", question.pid)):
+            if value is not None:
+                mask &= columns[name][:size] == value
+        if question.ends is not None:
+            one, other = question.ends
+            mask &= self._between(one, other) | self._between(other, one)
+        if question.uid is not None:
+            mask &= (columns["tgid"][:size] != 0) & (columns["uid"][:size] == question.uid)
+        if question.comm is not None:
+            # as two numbers: comparing strings takes ten times as long
+            names = columns["words"][:size]
+            wanted = np.frombuffer(question.comm.ljust(16, b"\0"), np.uint64)
+            mask &= names[:, 0] == wanted[0]
+            mask &= names[:, 1] == wanted[1]
+        rows = np.flatnonzero(mask)
+        if question.host is not None and len(rows):
+            family, base, bits = network_words(question.host)
+            rows = rows[columns["family"][rows] == family]
+            near = ((columns["raddr"][rows] & bits) == base).all(axis=1)
+            lower = ((columns["laddr"][rows] & bits) == base).all(axis=1)
+            rows = rows[near | (lower & (columns["forwarded"][rows] != 0))]
+        return rows
+
+    def _between(self, local: End, remote: End) -> np.ndarray:
+        """A mask of the flows with these ends."""
+        size, columns = self._size, self._columns
+        mask = (columns["lport"][:size] == local[2]) & (columns["rport"][:size] == remote[2])
+        for name, end in (("laddr", local), ("raddr", remote)):
+            rows = np.flatnonzero(mask)
+            same = (columns[name][rows] == np.frombuffer(end[1], np.uint64)).all(axis=1)
+            mask[rows[~(same & (columns["family"][rows] == end[0]))]] = False
+        return mask
+
+    def changed(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, FLOWs) of up to `limit` rows that changed since they were last taken here."""
+        with self._lock:
+            rows = np.flatnonzero(self._columns["dirty"][: self._size])[:limit]
+            self._columns["dirty"][rows] = False
+            return self._columns["id"][rows], self._table.take(rows, FLOW)
+
+    def mark_changed(self, ids: np.ndarray) -> None:
+        """The rows taken by changed() could not be stored."""
+        with self._lock:
+            mine = self._columns["id"][: self._size]
+            places = np.searchsorted(mine, ids)
+            inside = places < self._size
+            inside[inside] = mine[places[inside]] == ids[inside]
+            self._columns["dirty"][places[inside]] = True
+            self.unstored += int(np.count_nonzero(~inside))  # evicted meanwhile
+
+    def has(self, ids: np.ndarray) -> np.ndarray:
+        """For each of `ids` whether that flow is in memory."""
+        with self._lock:
+            mine = self._columns["id"][: self._size]  # rises: rows are added and removed in order
+            places = np.searchsorted(mine, ids)
+            inside = places < self._size
+            inside[inside] = mine[places[inside]] == ids[inside]
+            return inside
+
+
+def network_words(
+    network: ipaddress.IPv4Network | ipaddress.IPv6Network,
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """(family, base, mask) of a network, the latter as FLOW's addresses."""
+    family = socket.AF_INET if network.version == 4 else socket.AF_INET6
+    base = np.frombuffer(network.network_address.packed.ljust(16, b"\0"), np.uint64)
+    bits = np.frombuffer(network.netmask.packed.ljust(16, b"\0"), np.uint64)
+    return family, base, bits
+
+
+_FLAGS = {
+    wire.SNIFFER_F_SHARED: "shared",
+    wire.SNIFFER_F_INHERITED: "inherited",
+    wire.SNIFFER_F_SEEDED: "seeded",
+    wire.SNIFFER_F_DEAD: "dead",
+    wire.SNIFFER_F_KERNEL: "kernel",
+    wire.SNIFFER_F_AMBIGUOUS: "ambiguous",
+    wire.SNIFFER_F_COPY: "copy",
+}
+
+
+def flow_fields(flow: np.void) -> dict[str, Any]:
+    """One FLOW of the history as it goes to a client."""
+    family, named = int(flow["family"]), bool(flow["tgid"])
+    flags = int(flow["flags"])
+    return {
+        "proto": PROTO_NAMES.get(int(flow["proto"]), str(int(flow["proto"]))),
+        "local": address_text(family, address_bytes(flow["laddr"])),
+        "lport": int(flow["lport"]),
+        "remote": address_text(family, address_bytes(flow["raddr"])),
+        "rport": int(flow["rport"]),
+        "forwarded": bool(flow["forwarded"]),
+        "pid": int(flow["tgid"]) if named else None,
+        "start_ns": int(flow["start_ns"]) if named else None,
+        "comm": text(bytes(flow["comm"])) if named else "",
+        "uid": int(flow["uid"]) if named else None,
+        "netns": int(flow["netns"]),
+        "cookie": int(flow["cookie"]),
+        "how": how_name(int(flow["how"])),
+        "flags": [name for bit, name in _FLAGS.items() if flags & bit],
+        "first": int(flow["first_ns"]) / 1e9,
+        "last": int(flow["last_ns"]) / 1e9,
+        "packets_in": int(flow["packets_in"]),
+        "bytes_in": int(flow["bytes_in"]),
+        "packets_out": int(flow["packets_out"]),
+        "bytes_out": int(flow["bytes_out"]),
+    }
