@@ -121,6 +121,26 @@ def test_what_memory_no_longer_holds_is_counted(record, path, processes):
         assert 0 < figures["unstored_processes"] <= 1001 - 94
 
 
+def test_what_waits_is_bounded_when_a_write_fails_while_more_comes(record, processes, monkeypatch):
+    processes.limit = 100
+    recorder = record(history_flows=100)
+    recorder.play(1)
+    recorder._flush()
+    _fill_up(recorder)
+    recorder.play(*range(2, 190))
+    write = recorder._store.write
+
+    def write_meanwhile(*arguments):
+        recorder.play(*range(300, 490))
+        write(*arguments)
+
+    monkeypatch.setattr(recorder._store, "write", write_meanwhile)
+    recorder._flush()
+    assert recorder.store_figures()["failures"] == 1
+    assert len(recorder._changed) <= 200
+    recorder.__exit__()
+
+
 def _ports(recorder):
     question = Question(limit=10**6)
     _, now = recorder.history.ask(question)

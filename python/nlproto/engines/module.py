@@ -18,15 +18,17 @@ __all__ = ["ModuleEngine"]
 
 _BURST = 64  # messages a read() at most, so that its caller gets a turn under a flood
 
-
 _STATE = Path("/sys/module/sniffer/initstate")  # kernel/module/sysfs.c; "live" when it is loaded
 
 
 def _refuse_half_loaded() -> None:
-    """Raise NoModule while insmod is at work: the family answers before the probes are there."""
+    """Raise NoModule while insmod or rmmod is at work: the family answers without the probes.
+
+    To be asked after the family has answered: the file is older than the family.
+    """
     with contextlib.suppress(OSError):
-        if _STATE.read_text() == "coming\n":
-            raise NoModule("sniffer.ko is being loaded; try again in a moment")
+        if _STATE.read_text() != "live\n":
+            raise NoModule("sniffer.ko is being loaded or unloaded; try again in a moment")
 
 
 class ModuleEngine:
@@ -44,9 +46,9 @@ class ModuleEngine:
         notify: Callable[[str], None] | None = None,
     ) -> None:
         self.closing: np.ndarray = np.zeros(0, wire.TAIL)
-        _refuse_half_loaded()
         self._control = Sniffer()
         try:
+            _refuse_half_loaded()
             self._listener = Listener(groups, notify)
             try:
                 info = self._control.info()

@@ -44,7 +44,7 @@ class BoundSocket(NamedTuple):
     cookie: int
 
     @property
-    def key(self) -> ProcessKey:
+    def key(self) -> tuple[int, int]:
         return self.tgid, self.start_ns
 
 

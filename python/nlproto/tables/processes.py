@@ -7,6 +7,7 @@ import functools
 import os
 import sys
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -54,6 +55,10 @@ class Process:
         return self.tgid, self.start_ns
 
 
+_SETTLED_NS = 2_000_000_000
+"""A process changes its program, user and cgroup soon after its start: read again at this age."""
+
+_NEVER = sys.maxsize
 _NAMED = ("tgid", "start_ns", "uid", "comm")
 _text = functools.lru_cache(4096)(text)
 
@@ -117,7 +122,8 @@ class Processes:
         self._seed = random_seed()
         self._table: OrderedDict[ProcessKey, Process] = OrderedDict()
         self._newest: dict[int, int] = {}
-        self._read: set[ProcessKey] = set()
+        self._read: dict[ProcessKey, int] = {}
+        """Whose details were read, and when they are due again in CLOCK_BOOTTIME ns."""
         self._failures = Failures("details of a process")
         self.limit = limit
         self.max_bytes = max(_BYTES_LEAST, limit * _BYTES_EACH)
@@ -164,7 +170,7 @@ class Processes:
         key = told.key
         known = self._table.get(key)
         if kind == lib.SNIFFER_EVENT_EXEC:
-            self._read.discard(key)
+            self._read.pop(key, None)
             known = None
         if known is None:
             process = told
@@ -182,19 +188,23 @@ class Processes:
         first = taken(records, first_of_processes(records, self._seed))
         names = zip(*(first[name].tolist() for name in _NAMED), strict=True)
         with self._lock:
-            unknown = [one for one in names if not self._is_as_known(*one)]
+            now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+            unknown = [one for one in names if not self._is_as_known(now, *one)]
         for tgid, start_ns, uid, comm in unknown:
             known = self._table.get((tgid, start_ns))
-            if known is not None:
-                self._keep(replace(known, comm=_text(comm)))
-                continue
-            process = Process(tgid=tgid, start_ns=start_ns, comm=_text(comm), uid=uid)
+            if known is None:
+                process = Process(tgid=tgid, start_ns=start_ns, comm=_text(comm), uid=uid)
+            else:
+                process = replace(known, comm=_text(comm)) if comm else known
+                self._read.pop(known.key, None)
             self._keep(self._with_details(process))
 
-    def _is_as_known(self, tgid: int, start_ns: int, uid: int, comm: bytes) -> bool:
+    def _is_as_known(self, now_ns: int, tgid: int, start_ns: int, uid: int, comm: bytes) -> bool:
         """Whether nothing is new; then the process has been used. With the lock."""
         known = self._table.get((tgid, start_ns))
         if known is None or (comm and known.comm != _text(comm)):
+            return False
+        if self._read.get(known.key, _NEVER) <= now_ns:
             return False
         self._table.move_to_end(known.key)
         return True
@@ -203,9 +213,14 @@ class Processes:
         """Learn of one process, for instance a socket's holder."""
         known = self._table.get((tgid, start_ns))
         if known is not None:
-            self._touch(known.key)
-            return known
-        process = self._with_details(Process(tgid=tgid, start_ns=start_ns, comm=comm, uid=uid))
+            if self._read.get(known.key, _NEVER) > time.clock_gettime_ns(time.CLOCK_BOOTTIME):
+                self._touch(known.key)
+                return known
+            del self._read[known.key]
+            process = self._with_details(known)
+        else:
+            new = Process(tgid=tgid, start_ns=start_ns, comm=comm, uid=uid)
+            process = self._with_details(new)
         self._keep(process)
         return process
 
@@ -224,7 +239,9 @@ class Processes:
     def _with_details(self, process: Process) -> Process:
         if self._details is None or process.key in self._read:
             return process
-        self._read.add(process.key)
+        now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        settled = process.start_ns + _SETTLED_NS
+        self._read[process.key] = settled if now < settled else _NEVER
         try:
             found = self._details(process.tgid, process.start_ns)
         except Exception as error:  # what one process is called must not cost others their names
@@ -280,7 +297,7 @@ class Processes:
             key = process.key
             del self._table[key]
             self.bytes -= _size(process)
-            self._read.discard(key)
+            self._read.pop(key, None)
             if self._newest.get(key[0]) == key[1]:
                 del self._newest[key[0]]
         self.evicted += int(np.count_nonzero(goes))
