@@ -36,8 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument(
         "--engine",
-        choices=("auto", "module", "packet"),
-        help="where packets come from; auto: the kernel module when it is loaded",
+        choices=("auto", "module", "ebpf", "packet"),
+        help="where packets come from; auto: the kernel module, else ebpf, else packet",
     )
     parser.add_argument("--socket", metavar="PATH", help="UNIX socket to serve")
     parser.add_argument(

@@ -161,7 +161,7 @@ def _metrics(raw: str) -> str:
 
 
 _READ: dict[str, Callable[[str], Any]] = {
-    "engine": _word("auto", "module", "packet"),
+    "engine": _word("auto", "module", "ebpf", "packet"),
     "socket": _path,
     "group": _name,
     "log": _word("auto", "journal", "syslog", "stderr"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Engines: where records come from. `module` is exact, `packet` needs no module."""
+"""Engines: where records come from. `module` and `ebpf` are exact, `packet` needs neither."""
 
 from collections.abc import Callable, Iterable
 from typing import Protocol, Self
@@ -12,7 +12,7 @@ from .wire import Batch, ProcessEvent, SnapBatch
 
 __all__ = ["ENGINES", "Engine", "Event", "open_engine"]
 
-ENGINES = ("auto", "module", "packet")
+ENGINES = ("auto", "module", "ebpf", "packet")
 
 Event = Batch | ProcessEvent | SnapBatch
 
@@ -68,15 +68,15 @@ class Engine(Protocol):
 def open_engine(
     name: str, notify: Callable[[str], None], *, ring_bytes: int | None = None
 ) -> Engine:
-    """Return the engine called `name`; "auto" is the module when loaded, else `packet`.
+    """Return the engine called `name`; "auto" is the module when loaded, else ebpf, else packet.
 
     `ring_bytes`: what engine packet has for packets that wait (16 MiB). `notify` gets one plain
     line for each thing that makes the result less than it could be.
-    Raises UsageError for another name, NoModule, NoPrivilege.
+    Raises UsageError for another name, NoModule, NoBpf, NoPrivilege.
     """
     if name not in ENGINES:
         raise UsageError(f"no engine '{name}': it is one of {', '.join(ENGINES)}")
-    if name != "packet":
+    if name in ("auto", "module"):
         # Imported here: each engine is of no use to who takes the other.
         from .engine_module import ModuleEngine
 
@@ -90,12 +90,24 @@ def open_engine(
         except NoPrivilege:
             if name == "module":
                 raise
+    why = ""
+    if name in ("auto", "ebpf"):
+        from .bpf import NoBpf
+
+        try:
+            from .engine_ebpf import EbpfEngine
+
+            return EbpfEngine(notify)
+        except NoBpf as error:
+            if name == "ebpf":
+                raise NoBpf(f"engine ebpf cannot run: {error}; or use --engine packet") from error
+            why = str(error)
     from .engine_packet import RING_BYTES, PacketEngine
 
     engine = PacketEngine(notify, ring_bytes=ring_bytes or RING_BYTES)
     if name == "auto":
         notify(
             "engine packet: without sniffer.ko, sockets that live a few milliseconds stay unnamed;"
-            f" {advice().text}"
+            f" {advice().text} (engine ebpf: {why})"
         )
     return engine
