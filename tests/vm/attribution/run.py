@@ -276,7 +276,8 @@ def main() -> int:
             for round_number in range(arguments.repeat):
                 for name in arguments.only or scenarios:
                     scenario = scenarios[name]
-                    if arguments.engine not in scenario.engines:
+                    asked = "module" if arguments.engine == "ebpf" else arguments.engine
+                    if asked not in scenario.engines:
                         continue
                     result = perform(
                         scenario, arguments.engine, binaries, arguments.module, arguments.scale
