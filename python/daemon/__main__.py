@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--engine",
         choices=("auto", "module", "ebpf", "packet"),
-        help="where packets come from; auto: the kernel module, else ebpf, else packet",
+        help="where packets come from; auto: the kernel module when it is loaded",
     )
     parser.add_argument("--socket", metavar="PATH", help="UNIX socket to serve")
     parser.add_argument(

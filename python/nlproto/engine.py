@@ -68,7 +68,7 @@ class Engine(Protocol):
 def open_engine(
     name: str, notify: Callable[[str], None], *, ring_bytes: int | None = None
 ) -> Engine:
-    """Return the engine called `name`; "auto" is the module when loaded, else ebpf, else packet.
+    """Return the engine called `name`; "auto" is the module when loaded, else `packet`.
 
     `ring_bytes`: what engine packet has for packets that wait (16 MiB). `notify` gets one plain
     line for each thing that makes the result less than it could be.
@@ -90,24 +90,20 @@ def open_engine(
         except NoPrivilege:
             if name == "module":
                 raise
-    why = ""
-    if name in ("auto", "ebpf"):
+    if name == "ebpf":
         from .bpf import NoBpf
+        from .engine_ebpf import EbpfEngine
 
         try:
-            from .engine_ebpf import EbpfEngine
-
             return EbpfEngine(notify)
         except NoBpf as error:
-            if name == "ebpf":
-                raise NoBpf(f"engine ebpf cannot run: {error}; or use --engine packet") from error
-            why = str(error)
+            raise NoBpf(f"engine ebpf cannot run: {error}; or use --engine packet") from error
     from .engine_packet import RING_BYTES, PacketEngine
 
     engine = PacketEngine(notify, ring_bytes=ring_bytes or RING_BYTES)
     if name == "auto":
         notify(
             "engine packet: without sniffer.ko, sockets that live a few milliseconds stay unnamed;"
-            f" {advice().text} (engine ebpf: {why})"
+            f" {advice().text}"
         )
     return engine
