@@ -120,7 +120,7 @@ def _record(port: int, output: Path, tell: int, stop: int) -> None:
         records = batch.records
         parts.append(records[(records["sport"] == port) | (records["dport"] == port)])
 
-    engine = open_engine("packet", lambda note: print(f"  {note}", file=sys.stderr))
+    engine = open_engine(os.environ.get("ENGINE") or "packet", lambda note: print(f"  {note}", file=sys.stderr))
     pipeline = Pipeline(engine, account=account, processes=Processes(procfs.details), namer=Namer())
     pipeline.subscribe(take)
     with pipeline:

@@ -387,7 +387,8 @@ static __always_inline void out_named(struct sniffer_record *r, struct net *net,
 		r->how = SNIFFER_HOW_FORWARDED;
 		return;
 	}
-	if (!a.cookie)
+	/* a tracepoint's socket may not be given to a helper; it was told of its cookie before */
+	if (!parts && !a.cookie)
 		a.cookie = bpf_get_socket_cookie(sk);
 	if (!trusted || !a.full || a.state == TCP_LISTEN || !wants(sk))
 		goto table;
@@ -490,10 +491,12 @@ SEC("fentry/" #function) \
 int BPF_PROG(again_##function, struct net *net, struct sock *sk, struct sk_buff *skb) \
 { return out_once(net, sk, skb); }
 
+#ifndef HUNTER_PARTS
 TWICE(ip_output)
 TWICE(ip_mc_output)
 TWICE(ip6_output)
 TWICE(xfrm4_output)
 TWICE(xfrm6_output)
+#endif
 
 #endif /* HUNTER_HOOKS_H */

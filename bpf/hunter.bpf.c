@@ -2,5 +2,8 @@
 /* Engine `ebpf`: the programs, in one object for every kernel from 6.1 on. */
 #include "probes.h"
 #include "hooks.h"
+#ifdef HUNTER_PARTS
+#include "parts.h"
+#endif
 
 char LICENSE[] SEC("license") = "GPL";

@@ -75,6 +75,7 @@ struct files_struct { atomic_t count; struct fdtable *fdt; };
 typedef struct { u32 val; } kuid_t;
 struct cred { kuid_t uid; };
 struct signal_struct { atomic_t live; int nr_threads; struct list_head thread_head; };
+struct nsproxy { struct net *net_ns; };
 struct task_struct {
 	unsigned int flags;
 	int pid;
@@ -89,6 +90,7 @@ struct task_struct {
 	struct list_head thread_node;
 	char comm[16];
 	void *io_uring;
+	struct nsproxy *nsproxy;
 };
 /* where a processor counts what runs on it: arm64 in the task, x86 6.2 to 6.14 in pcpu_hot */
 struct thread_info___arm { u64 preempt_count; };
@@ -96,6 +98,7 @@ struct task_struct___arm { struct thread_info___arm thread_info; };
 struct pcpu_hot___x { int preempt_count; };
 
 struct sock;
+struct in6_addr { u8 octets[16]; };
 struct sock_common {
 	unsigned short skc_family;
 	volatile unsigned char skc_state;
@@ -103,6 +106,8 @@ struct sock_common {
 	u16 skc_dport;
 	u32 skc_daddr;
 	u32 skc_rcv_saddr;
+	struct in6_addr skc_v6_daddr;
+	struct in6_addr skc_v6_rcv_saddr;
 	possible_net_t skc_net;
 	atomic64_t skc_cookie;
 	struct sock *skc_listener;
@@ -133,6 +138,7 @@ struct sk_buff {
 	unsigned int len;
 	unsigned int data_len;
 	int skb_iif;
+	u16 protocol;
 	u16 transport_header;
 	u16 network_header;
 	unsigned int end;

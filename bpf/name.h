@@ -133,6 +133,8 @@ static __always_inline void name_facts(struct sniffer_record *r, struct owner *o
 {
 	r->creator = o->creator;
 	r->flags |= o->flags;
+	if (parts && (!user || o->many || user->forked > o->since))
+		r->flags |= SNIFFER_F_AMBIGUOUS;
 	if (!o->held || !user || user->exit)
 		r->flags |= SNIFFER_F_DEAD;
 	else if (owner_shared(o, user))

@@ -260,7 +260,9 @@ int seed(struct bpf_iter__task_file *ctx)
 	struct file *file = ctx->file;
 	struct gain g = { .flags = SNIFFER_F_SEEDED };
 	struct socket *sock;
+	struct owner *o;
 	struct sock *sk;
+	u64 cookie;
 
 	if (!task || !file)
 		return 0;
@@ -274,7 +276,21 @@ int seed(struct bpf_iter__task_file *ctx)
 	g.file = (u64)file;
 	g.fd = ctx->fd;
 	process_enter(address(task), &g.who);
-	owner_gain(COOKIE(sk), &g);
+	cookie = COOKIE(sk);
+	owner_gain(cookie, &g);
+	o = owner_find(cookie);
+	if (o)
+		o->netns = sk->__sk_common.skc_net.net->ns.inum;
+#ifdef HUNTER_PARTS
+	if (sk->__sk_common.skc_state == TCP_LISTEN) {
+		struct door door = {
+			.netns = sk->__sk_common.skc_net.net->ns.inum,
+			.port = sk->__sk_common.skc_num,
+		};
+
+		bpf_map_update_elem(&doors, &door, &cookie, BPF_ANY);
+	}
+#endif
 	return 0;
 }
 

@@ -117,9 +117,13 @@ class Program:
         """A link; raises OSError."""
         return self._linked(self._library.bpf_program__attach(self._handle))
 
-    def attach_cgroup(self, directory: int) -> Any:
-        """A link to the cgroup of this descriptor; raises OSError."""
-        return self._linked(self._library.bpf_program__attach_cgroup(self._handle, directory))
+    def attach_cgroup(self, path: str) -> Any:
+        """A link to the cgroup that this directory is; raises OSError."""
+        directory = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+        try:
+            return self._linked(self._library.bpf_program__attach_cgroup(self._handle, directory))
+        finally:
+            os.close(directory)
 
     def _linked(self, link: Any) -> Any:
         if link == _ffi.NULL:
@@ -181,7 +185,7 @@ class Object:
         """Descriptor of a map, which is the object's to close."""
         return int(self._library.bpf_map__fd(self._map(name)))
 
-    def attach(self, name: str, cgroup: int | None = None) -> None:
+    def attach(self, name: str, cgroup: str | None = None) -> None:
         """Attach a program until close(); raises OSError."""
         program = self.programs[name]
         self._links.append(program.attach() if cgroup is None else program.attach_cgroup(cgroup))

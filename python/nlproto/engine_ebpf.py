@@ -17,7 +17,7 @@ from typing import Self
 
 import numpy as np
 
-from . import wire
+from . import netns, wire
 from .bpf import NoBpf, Object, has_function
 from .clock import Clock
 from .wire import Batch, lib
@@ -25,6 +25,7 @@ from .wire import Batch, lib
 __all__ = ["EbpfEngine"]
 
 OBJECT = Path(__file__).with_name("hunter.bpf.o")
+PARTS = Path(__file__).with_name("hunter_parts.bpf.o")
 RING_BYTES = 16 << 20
 _CPUS = 1024  # as in bpf/hunter.h
 _BATCH = 60000  # records; a head can count 65535
@@ -59,6 +60,9 @@ _NEEDED = {
     "ip_output",
 }
 _TRAMPOLINES = ("fentry/", "fexit/")
+_CGROUP = "cgroup"
+# What tells of packets and sockets where trampolines are refused, beside part_*.
+_WITH_PARTS = {"probe_fork", "probe_exec", "probe_exit", "probe_rename", "seed", "collect"}
 _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}
 _CAP_SYS_ADMIN = 21
 
@@ -85,7 +89,7 @@ class EbpfEngine:
         self.instance = time.time_ns()
         self.closing: np.ndarray = np.zeros(0, wire.TAIL)
         began = time.monotonic()
-        self._object = _load(ring_bytes)
+        self.whole, self._object = _load(ring_bytes, notify)
         try:
             self._map(ring_bytes)
             self._attach()
@@ -95,6 +99,7 @@ class EbpfEngine:
             self._object.close()
             raise
         self.opening = np.zeros(0, wire.TAIL)
+        self._netns = netns.own(Path("/proc"))
         self._batch_seq = 0
         self._until: dict[int, int] = {}
         self._collect_again = time.monotonic() + _COLLECT
@@ -130,10 +135,12 @@ class EbpfEngine:
         self._attached: list[str] = []
         self._refused: list[str] = []
         for name, program in self._object.programs.items():
-            if program.fd < 0 or not program.section.startswith((*_TRAMPOLINES, "tp_btf/")):
+            cgroup = program.section.startswith(_CGROUP)
+            traced = program.section.startswith((*_TRAMPOLINES, "tp_btf/"))
+            if program.fd < 0 or not (cgroup or traced):
                 continue
             try:
-                self._object.attach(name)
+                self._object.attach(name, _root_cgroup() if cgroup else None)
             except OSError as error:
                 function = program.section.partition("/")[2]
                 if function in _NEEDED:
@@ -159,6 +166,8 @@ class EbpfEngine:
             count = int(busy[0])
         records: np.ndarray = entries["record"][:count].copy()
         self._consumed[0] = consumed + count * _ENTRY.itemsize
+        if not self.whole:
+            records["netns"][records["netns"] == 0] = self._netns
         return records
 
     def _batches(self, records: np.ndarray) -> Iterator[Batch]:
@@ -302,6 +311,7 @@ class EbpfEngine:
             "programs_refused": self._refused,
             "misses": sum(misses for misses, _ in figures),
             "verified_instructions": sum(verified for _, verified in figures),
+            "whole": self.whole,
             "loaded_in_s": round(self.loaded_in, 3),
         }
 
@@ -311,7 +321,43 @@ def _possible_cpus() -> int:
     return min(int(last.split(",")[-1]) + 1, _CPUS)
 
 
-def _load(ring_bytes: int) -> Object:
+def _root_cgroup() -> str:
+    """Where the root of cgroup v2 is mounted; raises NoBpf."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, where, kind, *_ = line.split()
+        if kind == "cgroup2":
+            return where
+    raise NoBpf("cgroup v2 is not mounted")
+
+
+def _load(ring_bytes: int, notify: Callable[[str], None]) -> tuple[bool, Object]:
+    """All programs, else those that tracepoints and cgroups take; whether it is all of them.
+
+    Raises NoBpf with the reason why not even these.
+    """
+    try:
+        return True, _load_whole(ring_bytes)
+    except NoBpf as error:
+        if not PARTS.exists():
+            raise
+        why = str(error)
+    opened = Object(PARTS)
+    try:
+        for name, program in opened.programs.items():
+            program.choose(name.startswith("part_") or name in _WITH_PARTS)
+        opened.set_entries("ring", ring_bytes)
+        try:
+            opened.load()
+        except OSError as error:
+            raise NoBpf(why) from error
+    except BaseException:
+        opened.close()
+        raise
+    notify(f"engine ebpf runs in parts: {why}; shared and passed sockets are flagged AMBIGUOUS")
+    return False, opened
+
+
+def _load_whole(ring_bytes: int) -> Object:
     """The object with every program whose function is there. Raises NoBpf with the reason."""
     if not OBJECT.exists():
         raise NoBpf("its programs were not compiled: ./build.sh does it where clang is")
