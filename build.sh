@@ -31,7 +31,7 @@ case "${1-}" in
 clean | distclean)
 	cache=${PACKET_HUNTER_CACHE:-${XDG_CACHE_HOME:-${HOME-/root}/.cache}/packet-hunter}
 	[ ! -e kmod/Makefile ] || make -s -C kmod clean
-	rm -rf build dist python/*.egg-info python/nlproto/_*.so python/nlproto/_wire.c python/nlproto/_host.c python/nlproto/*.o
+	rm -rf build dist python/*.egg-info python/nlproto/_*.so python/nlproto/_wire.c python/nlproto/_host.c python/nlproto/engines/*.o
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	if [ "$1" = distclean ]; then
@@ -65,7 +65,7 @@ want python3 python3
 want gcc gcc
 want make make
 # the programs of engine ebpf; who has no such packages goes on without them
-if [ ! -e python/nlproto/hunter.bpf.o ] || [ "$tools" = yes ]; then
+if [ ! -e python/nlproto/engines/hunter.bpf.o ] || [ "$tools" = yes ]; then
 	want clang clang
 	want llvm-strip llvm
 	[ -e /usr/include/bpf/bpf_helpers.h ] || missing="$missing libbpf-dev"
@@ -132,8 +132,8 @@ fi
 extra=all
 [ "$tools" = no ] || extra=dev
 stamp=.venv/built-$extra
-if [ ! -e "$stamp" ] || [ -n "$(find pyproject.toml setup.py shared_proto.h VERSION python/build_*.py python/nlproto/host.[ch] -newer "$stamp")" ] ||
-	! .venv/bin/python -c 'import nlproto.wire' 2>/dev/null; then
+if [ ! -e "$stamp" ] || [ -n "$(find pyproject.toml setup.py shared_proto.h VERSION python/build_*.py python/nlproto/native/*.[ch] -newer "$stamp")" ] ||
+	! .venv/bin/python -c 'import nlproto.records.wire' 2>/dev/null; then
 	say "installing Python packages into .venv (a minute or two the first time)"
 	.venv/bin/pip install -q --disable-pip-version-check -e ".[$extra]" ||
 		{ say "pip failed; once more"; .venv/bin/pip install -q --disable-pip-version-check -e ".[$extra]"; } ||
@@ -147,7 +147,7 @@ cp python/packet-hunter.pth .venv/lib/python3*/site-packages/
 if make -s -C bpf; then
 	:
 else
-	say "python/nlproto/hunter.bpf.o not built: see clang's words above (going on without engine ebpf)"
+	say "python/nlproto/engines/hunter.bpf.o not built: see clang's words above (going on without engine ebpf)"
 fi
 
 # --- a real Prometheus server for the tests: unpacked, not installed, so that no service begins

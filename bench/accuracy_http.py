@@ -26,12 +26,13 @@ from pathlib import Path
 
 import numpy as np
 
-from nlproto import procfs, wire
-from nlproto.account import Account
-from nlproto.engine import open_engine
-from nlproto.naming import Namer
-from nlproto.pipeline import NamedBatch, Pipeline
-from nlproto.processes import Processes
+from nlproto.engines.engine import open_engine
+from nlproto.host import procfs
+from nlproto.pipeline.account import Account
+from nlproto.pipeline.naming import Namer
+from nlproto.pipeline.pipeline import NamedBatch, Pipeline
+from nlproto.records import wire
+from nlproto.tables.processes import Processes
 
 REQUESTS, SECONDS = 8000, 60.0
 PAGE = 4000  # bytes

@@ -25,25 +25,25 @@ from typing import Any
 import numpy as np
 import psutil
 
-from daemon.answers import Answers
-from daemon.config import Config
-from daemon.history import History, Question
-from daemon.recorder import Recorder
-from daemon.server import Server, SocketFile
+from daemon.history.memory import FlowMemory, Question
+from daemon.history.recorder import Recorder
+from daemon.history.store import Store
+from daemon.serve.answers import Answers
+from daemon.serve.server import Server, SocketFile
+from daemon.serve.streams import Streams
 from daemon.service import SWITCH_INTERVAL
-from daemon.store import Store
-from daemon.streams import Streams
-from nlproto import wire
-from nlproto.account import Account
-from nlproto.client import DaemonClient
-from nlproto.clock import Clock
-from nlproto.filter import parse
-from nlproto.flows import summarize
-from nlproto.frames import Kind, encode_json
-from nlproto.naming import Namer
-from nlproto.pipeline import NamedBatch, Pipeline
-from nlproto.portmap import PortMap
-from nlproto.processes import Processes
+from daemon.system.config import Config
+from nlproto.client.client import DaemonClient
+from nlproto.client.frames import Kind, encode_json
+from nlproto.filters.filter import parse
+from nlproto.pipeline.account import Account
+from nlproto.pipeline.naming import Namer
+from nlproto.pipeline.pipeline import NamedBatch, Pipeline
+from nlproto.records import wire
+from nlproto.records.clock import Clock
+from nlproto.tables.flows import summarize
+from nlproto.tables.portmap import PortMap
+from nlproto.tables.processes import Processes
 from results import put, table
 
 BATCH = 124
@@ -142,7 +142,7 @@ def ingest(count: int, flows: int, filters: int = 0, new: bool = False) -> dict[
     batches = make_batches(count, flows, 200, new)
     semaphore = threading.Semaphore(0)
     engine = Synthetic(batches, semaphore)
-    history = History(200_000)
+    history = FlowMemory(200_000)
     processes = Processes()
     with Namer() as namer:
         pipeline = Pipeline(
@@ -217,7 +217,7 @@ QUESTIONS = {
 
 def who() -> dict[str, dict[str, float]]:
     flows = million()
-    history = History(MILLION)
+    history = FlowMemory(MILLION)
     history.update(flows, Clock(0, 0))
     result: dict[str, dict[str, float]] = {"memory_ms": {}, "file_ms": {}}
     with tempfile.TemporaryDirectory() as directory:

@@ -23,19 +23,19 @@ from typing import Any
 
 import numpy as np
 
-from daemon.answers import Answers
-from daemon.config import Config
-from daemon.recorder import Recorder
-from daemon.server import Server, SocketFile
-from hunter.names import Names
-from hunter.top import FlowsView, Top
-from nlproto import wire
-from nlproto.account import Account
-from nlproto.clock import Clock
-from nlproto.flows import summarize
-from nlproto.pipeline import NamedBatch, Pipeline
-from nlproto.portmap import PortMap
-from nlproto.processes import Processes
+from daemon.history.recorder import Recorder
+from daemon.serve.answers import Answers
+from daemon.serve.server import Server, SocketFile
+from daemon.system.config import Config
+from hunter.show.names import Names
+from hunter.top.app import FlowsView, Top
+from nlproto.pipeline.account import Account
+from nlproto.pipeline.pipeline import NamedBatch, Pipeline
+from nlproto.records import wire
+from nlproto.records.clock import Clock
+from nlproto.tables.flows import summarize
+from nlproto.tables.portmap import PortMap
+from nlproto.tables.processes import Processes
 from results import put, table
 
 FLOWS = 10_000

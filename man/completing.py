@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from hunter.arguments import SUBCOMMANDS, parser_of
-from nlproto import wire
-from nlproto.filter import WORDS
+from hunter.cli.arguments import SUBCOMMANDS, parser_of
+from nlproto.filters.filter import WORDS
+from nlproto.records import wire
 
 __all__ = ["VALUES", "bash", "zsh"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from cffi import FFI
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ROOT / "python" / "nlproto"
+SOURCES = ROOT / "python" / "nlproto" / "native"
 
 builder = FFI()
 # Records are filled by pointer only; their layout stays in nlproto._wire.
@@ -14,7 +14,7 @@ builder.cdef("struct sniffer_record { ...; };\n" + (SOURCES / "host.h").read_tex
 builder.set_source(
     "nlproto._host",
     '#include <stdint.h>\n#include "shared_proto.h"\n#include "host.h"',
-    sources=["python/nlproto/host.c"],
+    sources=["python/nlproto/native/host.c"],
     include_dirs=[str(ROOT), str(SOURCES)],
     depends=[str(ROOT / "shared_proto.h"), str(SOURCES / "host.h")],
 )

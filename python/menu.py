@@ -22,11 +22,11 @@ from rich.table import Table
 from rich.text import Text
 
 from nlproto import Error
-from nlproto.client import DaemonClient
+from nlproto.client.client import DaemonClient
+from nlproto.client.frames import DEFAULT_SOCKET
 from nlproto.errors import NoPrivilege
-from nlproto.frames import DEFAULT_SOCKET
-from nlproto.loading import advice
-from nlproto.netlink import Sniffer
+from nlproto.kernel.loading import advice
+from nlproto.kernel.netlink import Sniffer
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable

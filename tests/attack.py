@@ -25,9 +25,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nlproto.client import DaemonClient, StreamBatch
+from nlproto.client.client import DaemonClient, StreamBatch
+from nlproto.client.frames import Kind, encode_json
 from nlproto.errors import Error
-from nlproto.frames import Kind, encode_json
 
 RATE = 3000  # packets/s of root's
 PREPARING = 12.0  # s that the attackers have before anything is measured

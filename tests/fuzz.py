@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nlproto.client import DaemonClient
+from nlproto.client.client import DaemonClient
+from nlproto.client.frames import HEAD, Kind, encode_json
 from nlproto.errors import Error
-from nlproto.frames import HEAD, Kind, encode_json
 
 OPS = ("hello", "who", "lookup", "stats", "subscribe", "unsubscribe", "history", "owner", "reboot")
 NAMES = ("port", "proto", "host", "pid", "pname", "since", "at", "limit", "keys", "filter", "uid")

@@ -18,7 +18,7 @@ import threading
 import time
 from pathlib import Path
 
-from nlproto.client import DaemonClient
+from nlproto.client.client import DaemonClient
 from nlproto.errors import Error
 
 GROWTH = 1.10  # the last quarter may need so many times what the second quarter did

@@ -18,11 +18,12 @@ import dataclasses  # noqa: E402
 import os  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 
-from daemon.config import Config, load  # noqa: E402
 from daemon.service import Service  # noqa: E402
-from nlproto import __version__, descriptors  # noqa: E402
+from daemon.system.config import Config, load  # noqa: E402
+from nlproto import __version__  # noqa: E402
 from nlproto.errors import Error, UsageError  # noqa: E402
-from nlproto.foreign import foreign_packages  # noqa: E402
+from nlproto.running import descriptors  # noqa: E402
+from nlproto.running.foreign import foreign_packages  # noqa: E402
 
 DEFAULT_CONFIG = "/etc/packet-hunter/daemon.yaml"
 

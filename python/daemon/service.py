@@ -12,26 +12,27 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from daemon import logs
-from daemon.answers import Answers
-from daemon.bounds import bounds_of, memory_limit
-from daemon.config import RELOADABLE, Config
-from daemon.keeper import Keeper
-from daemon.metrics import Metrics
-from daemon.notify import Notifier
-from daemon.recorder import Recorder
-from daemon.server import Server, SocketFile
-from nlproto import descriptors, procfs
-from nlproto.account import Account
-from nlproto.engine import open_engine
+from daemon.history.recorder import Recorder
+from daemon.serve.answers import Answers
+from daemon.serve.bounds import bounds_of, memory_limit
+from daemon.serve.server import Server, SocketFile
+from daemon.system import logs
+from daemon.system.config import RELOADABLE, Config
+from daemon.system.metrics import Metrics
+from daemon.system.notify import Notifier
+from daemon.system.watcher import Watcher
+from nlproto.engines.engine import open_engine
 from nlproto.errors import Error, UsageError
-from nlproto.naming import Namer
-from nlproto.pipeline import Pipeline
-from nlproto.portmap import PortMap
-from nlproto.processes import Processes
-from nlproto.queue import MessageQueue
-from nlproto.shares import Payers
-from nlproto.supervise import Failures
+from nlproto.host import procfs
+from nlproto.pipeline.account import Account
+from nlproto.pipeline.naming import Namer
+from nlproto.pipeline.pipeline import Pipeline
+from nlproto.pipeline.queue import MessageQueue
+from nlproto.running import descriptors
+from nlproto.running.supervise import Failures
+from nlproto.tables.portmap import PortMap
+from nlproto.tables.processes import Processes
+from nlproto.tables.shares import Payers
 
 __all__ = ["SWITCH_INTERVAL", "Service"]
 
@@ -107,7 +108,7 @@ class Service:
         server = Server(
             loop, answers, self.config, lambda: figures(pipeline, recorder), self._bounds
         )
-        keeper = Keeper(
+        keeper = Watcher(
             self.config.engine, pipeline, server.announce, self._die, self.config.ring_size
         )
         answers.kernel = keeper.kernel

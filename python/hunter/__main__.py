@@ -18,13 +18,14 @@ import logging  # noqa: E402
 import os  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 
-from hunter import arguments  # noqa: E402
-from hunter.descriptors import open_standard  # noqa: E402
-from hunter.signals import Stop  # noqa: E402
-from hunter.text import plain  # noqa: E402
-from nlproto import Error, UsageError, descriptors  # noqa: E402
-from nlproto.filter import FilterError  # noqa: E402
-from nlproto.foreign import foreign_packages  # noqa: E402
+from hunter.cli import arguments  # noqa: E402
+from hunter.cli.descriptors import open_standard  # noqa: E402
+from hunter.cli.signals import Stop  # noqa: E402
+from hunter.show.text import plain  # noqa: E402
+from nlproto import Error, UsageError  # noqa: E402
+from nlproto.filters.filter import FilterError  # noqa: E402
+from nlproto.running import descriptors  # noqa: E402
+from nlproto.running.foreign import foreign_packages  # noqa: E402
 
 _OUTPUT_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
@@ -53,20 +54,20 @@ def _run(command: arguments.Command, stop: Stop) -> int:
     """Return the exit code: that of the command after "--", else 0."""
     # Imported here: each subcommand needs parts that the others do without.
     if command.name == "live":
-        from hunter import live
+        from hunter.commands import live
 
         return live.run(command.options, command.argv, stop, _tell)
     elif command.name == "who":
-        from hunter import who
+        from hunter.commands import who
 
         who.run(command.options, _tell)
     elif command.name == "stats":
-        from hunter import stats
+        from hunter.commands import stats
 
         stats.run(command.options)
     elif command.name == "top":
         try:
-            from hunter import top
+            from hunter.top import app as top
         except ModuleNotFoundError as error:
             if error.name is None or error.name.split(".")[0] != "textual":
                 raise
@@ -74,15 +75,15 @@ def _run(command: arguments.Command, stop: Stop) -> int:
 
         top.run(command.options, stop, _tell)
     elif command.name == "doctor":
-        from hunter import doctor
+        from hunter.commands import doctor
 
         doctor.run(command.options)
     elif command.name == "annotate":
-        from hunter import annotate
+        from hunter.commands import annotate
 
         annotate.run(command.options, stop, _tell)
     else:
-        from hunter import report
+        from hunter.commands import report
 
         report.run(command.options, _tell)
     return 0

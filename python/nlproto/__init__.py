@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Which process owns this packet: the library under packet-hunter.
 
-Modules are imported by name (`from nlproto import wire, netlink`); only what every program
+Modules are imported by name (`from nlproto.records import wire`); only what every program
 needs is here.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .errors import Error, NoDaemon, NoModule, NoPrivilege, UsageError, VersionMismatch
+from nlproto.errors import Error, NoDaemon, NoModule, NoPrivilege, UsageError, VersionMismatch
 
 __all__ = [
     "Error",

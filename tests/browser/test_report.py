@@ -17,7 +17,7 @@ from collections import Counter
 
 import pytest
 
-from hunter.columns import COLUMNS
+from hunter.show.columns import COLUMNS
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [

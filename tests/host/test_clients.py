@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from nlproto.client import DaemonClient
-from nlproto.frames import Decoder, Kind, encode_json, parse_json
+from nlproto.client.client import DaemonClient
+from nlproto.client.frames import Decoder, Kind, encode_json, parse_json
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs root")
 
@@ -74,9 +74,9 @@ def _as(uid, code, *arguments):
     """Run `code` as another user."""
     head = (
         "import json, os, socket, sys, time\n"
-        "from nlproto.client import DaemonClient\n"
+        "from nlproto.client.client import DaemonClient\n"
         "from nlproto.errors import Error\n"
-        "from nlproto.frames import Kind, encode_json\n"
+        "from nlproto.client.frames import Kind, encode_json\n"
         f"os.setgroups([]); os.setgid({uid}); os.setuid({uid})\n"
     )
     return subprocess.Popen(

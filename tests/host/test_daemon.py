@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from nlproto.client import DaemonClient, DaemonEvent, ProcessesEvent, StreamBatch
+from nlproto.client.client import DaemonClient, DaemonEvent, ProcessesEvent, StreamBatch
+from nlproto.client.frames import Decoder, Kind, encode_json, parse_json
 from nlproto.errors import NoDaemon, UsageError
-from nlproto.frames import Decoder, Kind, encode_json, parse_json
 from waiting import patient, until
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs root")
@@ -423,7 +423,7 @@ def test_history_survives_a_restart(start, directory, receiver):
 
 _AS_NOBODY = """
 import json, os, sys, socket, time
-from nlproto.client import DaemonClient, StreamBatch, ProcessesEvent
+from nlproto.client.client import DaemonClient, StreamBatch, ProcessesEvent
 os.setgroups(json.loads(sys.argv[4]))
 os.setgid(int(sys.argv[5])); os.setuid(int(sys.argv[5]))
 path, port, root_pid = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -536,7 +536,8 @@ def test_members_of_the_group_see_everything(start, receiver):
 def test_one_user_cannot_take_all_connections(start):
     daemon = start(config="max_clients: 16\n")
     code = (
-        "import os,sys\nfrom nlproto.client import DaemonClient\nfrom nlproto import NoDaemon\n"
+        "import os,sys\nfrom nlproto.client.client import DaemonClient\n"
+        "from nlproto import NoDaemon\n"
         "os.setgroups([]);os.setgid(65534);os.setuid(65534)\n"
         "held=[]\n"
         "try:\n"
@@ -566,7 +567,8 @@ def test_a_stopped_client_loses_only_its_own_records_and_is_told_how_many(start,
     port = receiver.getsockname()[1]
     rule = f"udp dst port {port} and outbound"
     code = (
-        "import json,sys,time\nfrom nlproto.client import DaemonClient,DaemonEvent,StreamBatch\n"
+        "import json,sys,time\n"
+        "from nlproto.client.client import DaemonClient, DaemonEvent, StreamBatch\n"
         f"c=DaemonClient({daemon.path!r},timeout={patient(60)})\nc.start({rule!r})\nprint('ready',flush=True)\n"
         "sys.stdin.readline()\nend=c.unsubscribe()\nev=c.read(0)\n"
         "n=sum(len(e.batch.records) for e in ev if isinstance(e,StreamBatch))\n"
@@ -614,7 +616,7 @@ def _send_burst(port, count):
 
 _SLOW = """
 import json, sys
-from nlproto.client import DaemonClient, DaemonEvent, StreamBatch
+from nlproto.client.client import DaemonClient, DaemonEvent, StreamBatch
 client = DaemonClient(sys.argv[1], timeout=600)
 client.start(sys.argv[2])
 print("ready", flush=True)
@@ -864,7 +866,7 @@ def test_the_manager_is_told_when_it_is_ready_and_when_it_stops(directory):
 
 def test_a_user_without_privilege_is_told_what_to_do(directory):
     code = (
-        "import os,sys\nfrom daemon.__main__ import main\nimport nlproto.engine_packet\n"
+        "import os,sys\nfrom daemon.__main__ import main\nimport nlproto.engines.packet\n"
         "os.setgroups([]);os.setgid(65534);os.setuid(65534)\n"
         f"sys.exit(main(['--engine','packet','--socket','{directory}/none.sock']))\n"
     )

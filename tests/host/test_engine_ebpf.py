@@ -14,10 +14,10 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
-from nlproto.account import Account
-from nlproto.bpf import NoBpf
-from nlproto.engine import Engine, open_engine
-from nlproto.wire import RECORD, Batch, is_named
+from nlproto.engines.bpf import NoBpf
+from nlproto.engines.engine import Engine, open_engine
+from nlproto.pipeline.account import Account
+from nlproto.records.wire import RECORD, Batch, is_named
 from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it loads programs")
@@ -80,7 +80,7 @@ def test_a_listener_older_than_the_engine_names_its_connections() -> None:
 
 
 def test_loss_is_counted_to_the_record() -> None:
-    from nlproto.engine_ebpf import EbpfEngine
+    from nlproto.engines.ebpf import EbpfEngine
 
     with ExitStack() as stack:
         try:
@@ -105,7 +105,7 @@ def test_loss_is_counted_to_the_record() -> None:
 def test_a_killed_reader_leaves_nothing_attached(engine: Engine) -> None:
     before = _programs()
     script = (
-        "import time; from nlproto.engine import open_engine\n"
+        "import time; from nlproto.engines.engine import open_engine\n"
         "with open_engine('ebpf', print): print('open', flush=True); time.sleep(1000)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as child:

@@ -14,12 +14,13 @@ import time
 import numpy as np
 import pytest
 
-from nlproto import procfs, wire
-from nlproto.account import Account
-from nlproto.clock import Clock
-from nlproto.engine import open_engine
-from nlproto.engine_packet import PacketEngine
-from nlproto.loading import advice
+from nlproto.engines.engine import open_engine
+from nlproto.engines.packet import PacketEngine
+from nlproto.host import procfs
+from nlproto.kernel.loading import advice
+from nlproto.pipeline.account import Account
+from nlproto.records import wire
+from nlproto.records.clock import Clock
 from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for AF_PACKET")
@@ -718,8 +719,9 @@ def test_a_namespace_that_ended_is_let_go(run, worker):
 def test_an_unprivileged_user_is_told_what_to_do():
     code = """
 import os
-from nlproto import NoPrivilege, engine_packet
-from nlproto.engine import open_engine
+from nlproto import NoPrivilege
+from nlproto.engines import packet as engine_packet
+from nlproto.engines.engine import open_engine
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 try:
     open_engine("packet", print)

@@ -7,8 +7,8 @@ import struct
 
 import pytest
 
-from nlproto.account import Account
-from nlproto.engine_packet import PacketEngine
+from nlproto.engines.packet import PacketEngine
+from nlproto.pipeline.account import Account
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for AF_PACKET")
 

@@ -15,8 +15,8 @@ import sys
 import numpy as np
 import pytest
 
-from nlproto import wire
-from nlproto.engine_packet import PacketEngine
+from nlproto.engines.packet import PacketEngine
+from nlproto.records import wire
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for AF_PACKET")
 

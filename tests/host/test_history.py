@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from nlproto.client import DaemonClient
+from nlproto.client.client import DaemonClient
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs root")
 

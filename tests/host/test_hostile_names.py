@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from tests.host.test_daemon import Daemon, _directory, _start  # noqa: F401
 
-from nlproto import procfs
-from nlproto.client import DaemonClient
+from nlproto.client.client import DaemonClient
+from nlproto.host import procfs
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes cgroups and captures")
 
@@ -189,7 +189,7 @@ def test_no_name_of_a_cgroup_stops_the_hunter_without_a_daemon(receiver, tree, t
 
 BROKEN = """
 import sys
-from nlproto import pipeline
+from nlproto.pipeline import pipeline
 def refuse(self, batches):
     raise ValueError("nobody foresaw {}".format(len(batches)))
 pipeline.Pipeline._arrive = refuse

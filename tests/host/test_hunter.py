@@ -15,8 +15,8 @@ import time
 
 import pytest
 
-from hunter.columns import COLUMNS
-from nlproto.frames import Kind, encode_json
+from hunter.show.columns import COLUMNS
+from nlproto.client.frames import Kind, encode_json
 from waiting import patient, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")

@@ -17,10 +17,10 @@ import time
 
 import pytest
 
-from hunter import pcapng
-from hunter.columns import COLUMNS
-from nlproto.client import DaemonClient
-from nlproto.frames import MAX_WAITING
+from hunter.formats import pcapng
+from hunter.show.columns import COLUMNS
+from nlproto.client.client import DaemonClient
+from nlproto.client.frames import MAX_WAITING
 from waiting import patient, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
@@ -239,7 +239,7 @@ def test_annotate_refuses_what_is_no_capture(daemon, tmp_path):
 def test_first_bytes_are_not_for_users_without_rights(daemon, tmp_path):
     """What a process sends is for those who could capture it themselves."""
     script = (
-        "import sys; from nlproto.client import DaemonClient\n"
+        "import sys; from nlproto.client.client import DaemonClient\n"
         "print(DaemonClient(sys.argv[1]).start('', snaps=True)['snaps'])"
     )
     os.chmod(daemon.parent, 0o755)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nlproto.wire import ffi
+from nlproto.records.wire import ffi
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "vm"))

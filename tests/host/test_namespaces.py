@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nlproto import netns
+from nlproto.host import netns
 from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to act as another user")
@@ -60,7 +60,7 @@ def test_a_namespace_is_of_who_made_the_outermost_user_namespace(namespaces, com
 
 ENGINE = """
 import resource, sys
-from nlproto.engine_packet import PacketEngine
+from nlproto.engines.packet import PacketEngine
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]),) * 2)
 with PacketEngine(lambda note: print("told", note, flush=True)) as engine:
     print("ready", flush=True)
@@ -103,7 +103,7 @@ def test_a_users_many_namespaces_leave_places_for_root(namespaces, engine):
     roots = [path for path in netns.paths().values() if not netns.owner_or_unknown(path)]
     room = len(roots) + 6
     theirs = {namespaces(INSIDE, USER).stat().st_ino for _ in range(20)}
-    child = engine(2 * (5 * (room + 1) + 64))  # see nlproto.descriptors
+    child = engine(2 * (5 * (room + 1) + 64))  # see nlproto.running.descriptors
     until(lambda: len(captured(child)) > room)
     ours = namespaces(["unshare", "-n"]).stat().st_ino
     until(lambda: ours in captured(child))

@@ -7,8 +7,9 @@ import socket
 import numpy as np
 import pytest
 
-from nlproto import netns, wire
-from nlproto.naming import Namer
+from nlproto.host import netns
+from nlproto.pipeline.naming import Namer
+from nlproto.records import wire
 
 LOCAL = socket.inet_aton("127.0.0.1").ljust(16, b"\0")
 

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from nlproto import procfs
-from nlproto.holders import Holders
+from nlproto.host import procfs
+from nlproto.host.holders import Holders
 from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to read /proc of others")

@@ -7,8 +7,8 @@ import socket
 import numpy as np
 import pytest
 
-from nlproto import procfs
-from nlproto.sockdiag import SockDiag, TcpState
+from nlproto.host import procfs
+from nlproto.host.sockdiag import SockDiag, TcpState
 
 TCP, UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
 LOOPBACK = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}

@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from nlproto.client import DaemonClient
-from nlproto.frames import DEFAULT_SOCKET
-from nlproto.sockdiag import SockDiag, TcpState
+from nlproto.client.client import DaemonClient
+from nlproto.client.frames import DEFAULT_SOCKET
+from nlproto.host.sockdiag import SockDiag, TcpState
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 

@@ -39,7 +39,12 @@ def test_a_wheel_built_in_isolation_from_the_sdist_runs_in_an_environment_of_its
     [sdist] = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"shared_proto.h", "VERSION", "python/build_wire.py", "python/nlproto/host.c"} <= names
+    assert {
+        "shared_proto.h",
+        "VERSION",
+        "python/build_wire.py",
+        "python/nlproto/native/host.c",
+    } <= names
     [wheel] = dist.glob("*.whl")
     assert version in wheel.name
 
@@ -66,6 +71,6 @@ def test_a_wheel_built_in_isolation_from_the_sdist_runs_in_an_environment_of_its
         )
         assert shown.returncode == 0, shown.stderr
         assert f"usage: {command}" in shown.stdout
-    wire = "from nlproto import wire; print(wire.RECORD.itemsize)"
+    wire = "from nlproto.records import wire; print(wire.RECORD.itemsize)"
     command = [str(home / "bin/python"), "-I", "-c", wire]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "128\n"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from nlproto import wire
-from nlproto.flows import pack_address
+from nlproto.records import wire
+from nlproto.tables.flows import pack_address
 
 # A busy machine is no failure.
 settings.register_profile("project", deadline=None)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlproto import wire
-from nlproto.account import PLACES, Account
+from nlproto.pipeline.account import PLACES, Account
+from nlproto.records import wire
 
 CONTEXT = wire.lib.SNIFFER_HOW_CONTEXT
 NO_SOCKET = wire.lib.SNIFFER_HOW_NO_SOCKET

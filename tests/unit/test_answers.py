@@ -8,15 +8,16 @@ import msgspec
 import numpy as np
 import pytest
 
-from daemon import now
-from daemon.answers import Answers, Room
-from daemon.history import History
-from daemon.requests import Key, Lookup, OwnerOf, Who
-from nlproto.flows import pack_address
-from nlproto.portmap import BoundSocket, PortMap
-from nlproto.processes import Processes
-from nlproto.procfs import Identity, Owner
-from nlproto.sockdiag import HOST_SOCKET, TcpState
+from daemon.history.memory import FlowMemory
+from daemon.serve import now
+from daemon.serve.answers import Answers, Room
+from daemon.serve.requests import Lookup, LookupKey, OwnerOf, Who
+from nlproto.host.kernel_sockets import BoundSocket
+from nlproto.host.procfs import Identity, Owner
+from nlproto.host.sockdiag import HOST_SOCKET, TcpState
+from nlproto.tables.flows import pack_address
+from nlproto.tables.portmap import PortMap
+from nlproto.tables.processes import Processes
 
 
 class Pipeline:
@@ -57,7 +58,7 @@ def _answers():
         ],
         10,
     )
-    return Answers(pipeline, History(16), kernel=Kernel(range(300)))
+    return Answers(pipeline, FlowMemory(16), kernel=Kernel(range(300)))
 
 
 def _decoded(fields):
@@ -68,7 +69,7 @@ def test_equal_keys_are_looked_up_once(answers, monkeypatch):
     made = []
     grouped = Answers._grouped
     monkeypatch.setattr(Answers, "_grouped", lambda *given: made.append(1) or grouped(*given))
-    answer = _decoded(answers.lookup(Lookup(1, keys=[Key(cookie=7)] * 100), None))
+    answer = _decoded(answers.lookup(Lookup(1, keys=[LookupKey(cookie=7)] * 100), None))
     assert len(made) == 1
     assert {len(owner["holders"]) for owner in answer["owners"]} == {300}
     assert answer["truncated"] is False
@@ -76,7 +77,7 @@ def test_equal_keys_are_looked_up_once(answers, monkeypatch):
 
 def test_a_lookup_without_room_says_so_and_keeps_the_place_of_each_key(answers):
     room = Room(200_000)
-    answer = answers.lookup(Lookup(1, keys=[Key(cookie=7)] * 1000), None, room=room)
+    answer = answers.lookup(Lookup(1, keys=[LookupKey(cookie=7)] * 1000), None, room=room)
     assert len(msgspec.json.encode(answer)) < 210_000
     owners = _decoded(answer)["owners"]
     assert len(owners) == 1000 and owners[0]["cookie"] == 7 and owners[-1] is None

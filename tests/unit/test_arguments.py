@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from daemon.config import Config
-from hunter.arguments import SUBCOMMANDS, filter_of, live_parser, parse, parser_of
-from hunter.columns import FLAGS
-from nlproto import UsageError, wire
-from nlproto.filter import FilterError
-from nlproto.frames import DEFAULT_SOCKET
+from daemon.system.config import Config
+from hunter.cli.arguments import SUBCOMMANDS, filter_of, live_parser, parse, parser_of
+from hunter.show.columns import FLAGS
+from nlproto import UsageError
+from nlproto.client.frames import DEFAULT_SOCKET
+from nlproto.filters.filter import FilterError
+from nlproto.records import wire
 
 TREE = Path(__file__).parents[2]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from daemon.bounds import bounds_of, memory_limit
-from daemon.config import Config, load
+from daemon.serve.bounds import bounds_of, memory_limit
+from daemon.system.config import Config, load
 from nlproto.errors import UsageError
 
 UNIT = Path(__file__).parents[2] / "systemd" / "packet-hunterd.service"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Costly work gets its share of the time and no more."""
 
-from nlproto.budget import Budget
+from nlproto.running.budget import Budget
 
 
 class Clock:

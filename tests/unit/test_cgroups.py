@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nlproto import cgroups
-from nlproto.cgroups import path_of, place_of
+from nlproto.host import cgroups
+from nlproto.host.cgroups import path_of, place_of
 
 ID = "4f1c0d2e9a3b" + "0" * 52
 USER = "/user.slice/user-1000.slice/user@1000.service"

@@ -5,8 +5,8 @@ import time
 
 import numpy as np
 
-from nlproto import wire
-from nlproto.clock import Clock
+from nlproto.records import wire
+from nlproto.records.clock import Clock
 
 
 def test_a_batchs_clock_moves_with_its_head_not_with_the_readers_clock():

@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from hunter import command as module
-from hunter.command import Command, as_invoker
-from hunter.forks import Forks
-from nlproto.processes import Process, Processes
-from nlproto.procfs import TICK_NS
+from hunter.child import command as module
+from hunter.child.command import Command, as_invoker
+from hunter.child.forks import Forks
+from nlproto.host.procfs import TICK_NS
+from nlproto.tables.processes import Process, Processes
 
 WHO = "import os, sys; open(sys.argv[1], 'a').write(open('/proc/self/stat').read())"
 """A process that writes who it is and is gone."""

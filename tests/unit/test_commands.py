@@ -3,8 +3,8 @@
 
 import pytest
 
-from nlproto import commands
-from nlproto.commands import as_root
+from nlproto.running import commands
+from nlproto.running.commands import as_root
 
 
 @pytest.fixture

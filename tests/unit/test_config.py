@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.config import DEFAULT_GROUP, RELOADABLE, Config, load, parse
+from daemon.system.config import DEFAULT_GROUP, RELOADABLE, Config, load, parse
 from nlproto.errors import UsageError
 
 

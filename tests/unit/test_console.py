@@ -7,7 +7,7 @@ import pytest
 from rich import box
 from rich.table import Table
 
-from hunter.console import Output
+from hunter.show.console import Output
 
 
 def shown(monkeypatch, **environment):

@@ -13,7 +13,9 @@ def limited(soft, hard, code):
     """What `code` prints in a process that starts with these limits."""
     command = ["prlimit", f"--nofile={soft}:{hard}", sys.executable, "-c"]
     done = subprocess.run(
-        [*command, f"from nlproto import descriptors; {code}"], capture_output=True, text=True
+        [*command, f"from nlproto.running import descriptors; {code}"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -51,7 +53,7 @@ def test_a_client_with_many_files_open_waits_for_answers(tmp_path):
     """select(2) knows no descriptor above 1023."""
     code = """
 import os, socket, threading
-from nlproto.client import DaemonClient
+from nlproto.client.client import DaemonClient
 from nlproto.errors import Error
 server = socket.socket(socket.AF_UNIX); server.bind('d'); server.listen()
 holes = [os.dup(0) for _ in range(1100)]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hunter.doctor import examine
-from nlproto.frames import Decoder, Kind, encode_json, parse_json
+from hunter.commands.doctor import examine
+from nlproto.client.frames import Decoder, Kind, encode_json, parse_json
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from daemon.elapsed import Elapsed, Moment, read_moment
+from daemon.history.elapsed import Elapsed, Moment, read_moment
 
 YEARS = 20 * 365.25 * 86400
 START = Moment("boot", 1000.0, 1000.0, 1_800_000_000.0)

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlproto import UsageError, wire
-from nlproto.filter import WORDS, FilterError, parse, quote
+from nlproto import UsageError
+from nlproto.filters.filter import WORDS, FilterError, parse, quote
+from nlproto.records import wire
 
 
 def record(**fields):
@@ -374,7 +375,7 @@ def test_owner_words_look_at_each_process_once_however_many_words_and_records(mo
 def test_a_word_is_held_against_each_process_once(monkeypatch):
     looked = []
     monkeypatch.setattr(
-        "nlproto.filter._matcher", lambda name: lambda other: looked.append(other) or False
+        "nlproto.filters.filter._matcher", lambda name: lambda other: looked.append(other) or False
     )
     records = np.repeat(BATCH, 500)
     parse("pname nobody").mask(records)

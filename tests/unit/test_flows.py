@@ -2,8 +2,9 @@
 import numpy as np
 import pytest
 
-from nlproto import flows, wire
-from nlproto.flows import FLOW, group, pack_address, summarize
+from nlproto.records import wire
+from nlproto.tables import flows
+from nlproto.tables.flows import FLOW, group, pack_address, summarize
 
 IN, OUT, FWD = wire.lib.SNIFFER_DIR_IN, wire.lib.SNIFFER_DIR_OUT, wire.lib.SNIFFER_DIR_FWD
 

@@ -3,9 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.requests import parse_request, request_id
-from nlproto.errors import UsageError
-from nlproto.frames import (
+from daemon.serve.requests import parse_request, request_id
+from nlproto.client.frames import (
     MAX_REQUEST,
     Decoder,
     FrameError,
@@ -14,6 +13,7 @@ from nlproto.frames import (
     encode_json,
     parse_json,
 )
+from nlproto.errors import UsageError
 
 
 @given(st.lists(st.tuples(st.sampled_from(Kind), st.binary(max_size=300))), st.data())

@@ -6,9 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from daemon.history import History, Question, flow_fields
-from nlproto.clock import Clock
-from nlproto.flows import pack_address, summarize
+from daemon.history.memory import FlowMemory, Question, flow_fields
+from nlproto.records.clock import Clock
+from nlproto.tables.flows import pack_address, summarize
 
 NO_OFFSET = Clock(0, 0)
 
@@ -25,7 +25,7 @@ def _ports(history, **conditions):
 
 @pytest.fixture(name="history")
 def _history(make_records):
-    history = History(1000)
+    history = FlowMemory(1000)
     rows = (
         {"sport": 1, "time_ns": 100, "comm": b"curl", "tgid": 11, "dport": 80, "proto": 6},
         {"sport": 2, "time_ns": 200, "comm": b"dig", "tgid": 12, "uid": 0},
@@ -70,7 +70,7 @@ def test_a_question_finds_what_fits_newest_first(history, conditions, ports):
 
 
 def test_a_long_name_is_found_as_the_kernel_cuts_it(make_records):
-    history = History(10)
+    history = FlowMemory(10)
     history.update(summarize(make_records({"comm": b"very-long-progr"})), NO_OFFSET)
     assert _ports(history, pname="very-long-program-name") == [40000]
 
@@ -81,7 +81,7 @@ def test_the_limit_keeps_the_newest_and_the_total_tells_how_many_there_were(hist
 
 
 def test_later_packets_of_a_flow_add_to_it(make_records):
-    history = History(10)
+    history = FlowMemory(10)
     for moment in (100, 50, 200):
         history.update(summarize(make_records({"time_ns": moment}), 1), Clock(1000, 0))
     total, ((_, flow),) = history.ask(Question())
@@ -90,7 +90,7 @@ def test_later_packets_of_a_flow_add_to_it(make_records):
 
 
 def test_when_full_the_longest_silent_go_and_are_counted(make_records):
-    history = History(160)
+    history = FlowMemory(160)
     rows = ({"sport": 1 + n, "time_ns": 1000 + n} for n in range(300))
     for row in rows:
         history.update(summarize(make_records(row), 1), NO_OFFSET)
@@ -102,14 +102,14 @@ def test_when_full_the_longest_silent_go_and_are_counted(make_records):
 
 
 def test_a_batch_larger_than_the_history_leaves_its_last_part(make_records):
-    history = History(16)
+    history = FlowMemory(16)
     history.update(summarize(make_records(*({"sport": n} for n in range(100))), 1), NO_OFFSET)
     assert len(history) <= 16
     assert history.evicted + len(history) == 100
 
 
 def test_changed_rows_are_handed_out_once_and_again_after_a_failure(make_records):
-    history = History(100, next_id=40)
+    history = FlowMemory(100, next_id=40)
     history.update(summarize(make_records({"sport": 1}, {"sport": 2}), 1), NO_OFFSET)
     ids, flows = history.changed(10)
     assert sorted(ids.tolist()) == [40, 41]
@@ -120,7 +120,7 @@ def test_changed_rows_are_handed_out_once_and_again_after_a_failure(make_records
 
 
 def test_eviction_keeps_ids_findable(make_records):
-    history = History(32)
+    history = FlowMemory(32)
     for n in range(100):
         history.update(summarize(make_records({"sport": n, "time_ns": n + 1}), 1), NO_OFFSET)
     _, rows = history.ask(Question())
@@ -155,11 +155,11 @@ def _uids(history):
 
 
 def test_a_flood_of_one_users_flows_evicts_that_users_alone(make_records):
-    history = History(1000)
+    history = FlowMemory(1000)
     _flood(history, make_records, 500, 0, uid=0, comm=b"sshd", dport=22)
     _flood(history, make_records, 20_000, 10**6, uid=1000, tgid=200)
     assert _uids(history)[0] >= 437  # a half of seven eighths
-    history = History(1000)
+    history = FlowMemory(1000)
     rows = ({"sport": n, "time_ns": n, "uid": 0, "comm": b"sshd"} for n in range(100))
     history.update(summarize(make_records(*rows), 1), NO_OFFSET)
     _flood(history, make_records, 20_000, 10**6, uid=1000, tgid=200)
@@ -167,7 +167,7 @@ def test_a_flood_of_one_users_flows_evicts_that_users_alone(make_records):
 
 
 def test_a_batch_of_one_user_larger_than_the_history_leaves_others_their_place(make_records):
-    history = History(64)
+    history = FlowMemory(64)
     rows = ({"sport": n, "time_ns": n, "uid": 0} for n in range(20))
     history.update(summarize(make_records(*rows), 1), NO_OFFSET)
     _flood(history, make_records, 1000, 10**6, uid=1000, tgid=200)
@@ -175,7 +175,7 @@ def test_a_batch_of_one_user_larger_than_the_history_leaves_others_their_place(m
 
 
 def test_packets_of_nobody_evict_nobodys_flows(make_records):
-    history = History(1000)
+    history = FlowMemory(1000)
     rows = ({"sport": n, "time_ns": n, "uid": 0} for n in range(100))
     history.update(summarize(make_records(*rows), 1), NO_OFFSET)
     _flood(history, make_records, 10_000, 10**6, tgid=0, start_ns=0, uid=0, how=18)
@@ -183,7 +183,7 @@ def test_packets_of_nobody_evict_nobodys_flows(make_records):
 
 
 def test_a_flood_at_one_of_roots_services_evicts_that_services_flows(make_records):
-    history = History(1000)
+    history = FlowMemory(1000)
     rows = ({"sport": n, "time_ns": n, "uid": 0, "comm": b"sshd", "tgid": 7} for n in range(100))
     history.update(summarize(make_records(*rows), 1), NO_OFFSET)
     _flood(history, make_records, 10_000, 10**6, uid=0, comm=b"dnsmasq")
@@ -192,7 +192,7 @@ def test_a_flood_at_one_of_roots_services_evicts_that_services_flows(make_record
 
 def test_flows_of_a_wrong_year_are_not_the_newest_for_ever(make_records):
     year = 365 * 86400 * 10**9
-    history = History(100)
+    history = FlowMemory(100)
     rows = ({"sport": n, "time_ns": n} for n in range(80))
     history.update(summarize(make_records(*rows), 1), Clock(40 * year, 0))
     for n in range(200):
@@ -204,13 +204,13 @@ def test_flows_of_a_wrong_year_are_not_the_newest_for_ever(make_records):
 
 def test_a_flow_that_was_seen_in_a_wrong_year_goes_on_in_the_right_one(make_records):
     year = 365 * 86400 * 10**9
-    history = History(100)
+    history = FlowMemory(100)
     for moment, offset in ((100, 20 * year), (200, 40 * year), (300, 20 * year)):
         history.update(summarize(make_records({"time_ns": moment}), 1), Clock(offset, 0))
     ((_, flow),) = history.ask(Question())[1]
     assert int(flow["packets_out"]) == 3
     assert (int(flow["first_ns"]), int(flow["last_ns"])) == (20 * year + 100, 20 * year + 300)
-    history = History(100)
+    history = FlowMemory(100)
     for moment, offset in ((100, 40 * year), (200, 20 * year)):
         history.update(summarize(make_records({"time_ns": moment}), 1), Clock(offset, 0))
     ((_, flow),) = history.ask(Question(at_ns=20 * year + 200))[1]
@@ -218,7 +218,7 @@ def test_a_flow_that_was_seen_in_a_wrong_year_goes_on_in_the_right_one(make_reco
 
 
 def test_a_row_evicted_while_it_could_not_be_stored_is_counted(make_records):
-    history = History(16)
+    history = FlowMemory(16)
     history.update(summarize(make_records({"sport": 1, "time_ns": 1}), 1), NO_OFFSET)
     ids, _ = history.changed(10)
     for n in range(40):
@@ -230,7 +230,7 @@ def test_a_row_evicted_while_it_could_not_be_stored_is_counted(make_records):
 
 
 def test_a_flood_at_one_process_evicts_its_flows_and_not_its_namesakes(make_records):
-    history = History(1000)
+    history = FlowMemory(1000)
     rows = (
         {"sport": n, "time_ns": n, "uid": 0, "comm": b"python3", "tgid": 7 + n % 5}
         for n in range(100)

@@ -16,13 +16,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hunter import pcapng
-from hunter.captures import flow_of, look, read_capture
-from hunter.columns import FIRST_COLUMNS
-from hunter.inputs import Input
-from hunter.source_file import FileSource
+from hunter.formats import pcapng
+from hunter.formats.captures import flow_of, look, read_capture
+from hunter.formats.inputs import Input
+from hunter.show.columns import FIRST_COLUMNS
+from hunter.sources.source_file import FileSource
 from nlproto import Error
-from nlproto.filter import EVERYTHING
+from nlproto.filters.filter import EVERYTHING
 
 SUFFIXES = (".csv", ".jsonl", ".parquet", ".pcapng")
 UDP, TCP = socket.IPPROTO_UDP, socket.IPPROTO_TCP

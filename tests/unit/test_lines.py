@@ -11,17 +11,17 @@ import threading
 import numpy as np
 import pytest
 
-from hunter import names
-from hunter.capturefile import CaptureFile
-from hunter.columns import COLUMNS, columns
-from hunter.lines import LinePrinter, Style, tcp_flags
-from hunter.save_csv import CsvSaver
-from hunter.save_jsonl import JsonSaver
-from hunter.text import cell, plain, uncell
-from nlproto import wire
-from nlproto.clock import Clock
-from nlproto.pipeline import NamedBatch
-from nlproto.processes import Process, Processes
+from hunter.save.capturefile import CaptureFile
+from hunter.save.save_csv import CsvSaver
+from hunter.save.save_jsonl import JsonSaver
+from hunter.show import names
+from hunter.show.columns import COLUMNS, columns
+from hunter.show.lines import LinePrinter, Style, tcp_flags
+from hunter.show.text import cell, plain, uncell
+from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records import wire
+from nlproto.records.clock import Clock
+from nlproto.tables.processes import Process, Processes
 from waiting import until
 
 NOON_NS = 1_780_000_000_123_456_789

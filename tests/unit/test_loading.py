@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from nlproto import loading
-from nlproto.loading import advice
+from nlproto.kernel import loading
+from nlproto.kernel.loading import advice
 
 RELEASE = "6.1.0-1-test"
 
@@ -100,6 +100,6 @@ def test_sources_without_a_build_are_dkms_and_without_sources_a_package(machine,
 
 
 def test_scripts_get_the_same_line():
-    command = [sys.executable, "-m", "nlproto.loading"]
+    command = [sys.executable, "-m", "nlproto.kernel.loading"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"{advice().text}\n"

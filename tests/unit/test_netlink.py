@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nlproto import Error, NoModule, UsageError
-from nlproto.engine import open_engine
-from nlproto.netlink import (
+from nlproto.engines.engine import open_engine
+from nlproto.kernel.netlink import (
     Connection,
     Listener,
     Sniffer,

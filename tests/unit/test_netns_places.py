@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlproto import netns
-from nlproto.places import Places
+from nlproto.engines.namespaces import CapturedNamespaces
+from nlproto.host import netns
 from waiting import until
 
 OWN = 1
@@ -90,7 +90,7 @@ def test_a_start_does_not_wait_for_many_namespaces_nor_does_an_end(proc):
         opened.append(Opened(inode))
         return opened[-1]
 
-    places = Places(make, OWN, pytest.fail, proc(range(OWN, 30)))
+    places = CapturedNamespaces(make, OWN, pytest.fail, proc(range(OWN, 30)))
     places.start()
     assert [inode for inode, _ in places.changes()] == [place.inode for place in opened[:2]]
     gate.set()
@@ -102,7 +102,9 @@ def test_a_start_does_not_wait_for_many_namespaces_nor_does_an_end(proc):
 def test_what_has_no_place_is_told_in_one_line(proc, monkeypatch):
     monkeypatch.setattr(netns, "room", lambda: 5)
     told = []
-    places = Places(lambda inode, path, ours: Opened(inode), OWN, told.append, proc(range(1, 53)))
+    places = CapturedNamespaces(
+        lambda inode, path, ours: Opened(inode), OWN, told.append, proc(range(1, 53))
+    )
     places.start()
     assert len(list(places.changes())) == 5
     assert places.left_out == 46
@@ -117,7 +119,7 @@ def test_namespaces_that_cannot_be_opened_are_told_in_one_line(proc):
     def make(inode, path, ours):
         raise OSError(12, "Cannot allocate memory")
 
-    places = Places(make, OWN, told.append, proc(range(1, 53)))
+    places = CapturedNamespaces(make, OWN, told.append, proc(range(1, 53)))
     places.start()
     places.close()
     assert len(told) == 1

@@ -6,16 +6,16 @@ import os
 import msgspec
 import pytest
 
-from daemon.answers import Answers
-from daemon.history import History
-from daemon.requests import parse_request
-from hunter import owners
-from hunter.owners import Owners, Place, place
+from daemon.history.memory import FlowMemory
+from daemon.serve.answers import Answers
+from daemon.serve.requests import parse_request
+from hunter.commands import past_owners as owners
+from hunter.commands.past_owners import Namespace, PastOwners, place
 from nlproto import UsageError
-from nlproto.clock import Clock
-from nlproto.flows import summarize
-from nlproto.processes import Processes
-from nlproto.wire import lib
+from nlproto.records.clock import Clock
+from nlproto.records.wire import lib
+from nlproto.tables.flows import summarize
+from nlproto.tables.processes import Processes
 
 A, B = 4026532000, 4026533000
 CLIENT, SERVER = ("127.0.0.1", 40000), ("127.0.0.1", 8080)
@@ -29,7 +29,7 @@ class Daemon:
 
     def __init__(self, records):
         self.processes, self.portmap = Processes(), None
-        history = History(10_000)
+        history = FlowMemory(10_000)
         history.update(summarize(records, 1), Clock(0, 0))
         self.answers = Answers(self, history)
         self.asked = 0
@@ -53,7 +53,7 @@ def packet(tgid, time_s, netns=A, **more):
 @pytest.fixture(name="ask")
 def _ask(make_records):
     def ask(records, time_s, begun_s=None, at=None):
-        found = Owners(Daemon(make_records(*records)), at)
+        found = PastOwners(Daemon(make_records(*records)), at)
         found.learn([FLOW])
         if begun_s is not None:
             found.begin(FLOW, 1, begun_s)
@@ -85,7 +85,7 @@ def _ask(make_records):
     ],
 )
 def test_namespaces_are_kept_apart(ask, records, at, answer):
-    pids, certain = ask(records, 10.0, at=None if at is None else Place(at))
+    pids, certain = ask(records, 10.0, at=None if at is None else Namespace(at))
     assert sorted(pids) == answer[0]
     if pids:
         assert certain == answer[1]
@@ -127,26 +127,26 @@ def test_a_tuple_that_changes_hands_is_told_by_time_or_said_to_be_uncertain(
 
 def test_a_namespace_that_is_younger_than_the_packet_may_not_be_where_it_was(ask):
     records = [packet(1, 10)]
-    assert ask(records, 10.0, at=Place(A, since_s=9.0)) == ([1], True)
-    assert ask(records, 10.0, at=Place(A, since_s=20.0)) == ([1], False)
+    assert ask(records, 10.0, at=Namespace(A, since_s=9.0)) == ([1], True)
+    assert ask(records, 10.0, at=Namespace(A, since_s=20.0)) == ([1], False)
 
 
 def test_an_answer_that_was_cut_is_asked_for_again_and_never_passed_over(make_records, monkeypatch):
     daemon = Daemon(make_records(*(packet(pid, pid) for pid in range(1, 301))))
-    found = Owners(daemon)
+    found = PastOwners(daemon)
     found.learn([FLOW])
     answer = found.at(FLOW, 1, 2.0)
     assert ([one["pid"] for one in answer.entries], answer.certain) == ([2], True)
     assert (daemon.asked, found.cut) == (2, 0)
     monkeypatch.setattr(owners, "_MAX_LIMIT", 200)
-    found = Owners(daemon)
+    found = PastOwners(daemon)
     found.learn([FLOW])
     assert found.cut == 1 and not found.at(FLOW, 1, 290.0).certain
 
 
 def test_both_directions_are_one_question(make_records):
     daemon = Daemon(make_records(packet(1, 10)))
-    found = Owners(daemon)
+    found = PastOwners(daemon)
     found.learn([FLOW, (FLOW[0], FLOW[2], FLOW[1])])
     assert daemon.asked == 1
     answer = found.at((FLOW[0], FLOW[2], FLOW[1]), 2, 10.0)
@@ -155,7 +155,7 @@ def test_both_directions_are_one_question(make_records):
 
 def test_a_place_is_a_name_a_pid_or_an_inode():
     own = os.stat("/proc/self/ns/net").st_ino
-    assert place(str(own)) == Place(own)
+    assert place(str(own)) == Namespace(own)
     assert place("/proc/self/ns/net").netns == own
     mine = place(str(os.getpid()))
     assert mine.netns == own and mine.since_s > 0

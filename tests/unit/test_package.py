@@ -41,7 +41,12 @@ def test_the_sdist_has_the_header_and_a_working_wheel_is_built_from_it(tmp_path)
         # Debian 12 has Python 3.11.2, which knows no filters.
         known = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
         archive.extractall(tmp_path / "unpacked", **known)
-    assert {"shared_proto.h", "VERSION", "python/nlproto/host.c", "python/build_wire.py"} <= inside
+    assert {
+        "shared_proto.h",
+        "VERSION",
+        "python/nlproto/native/host.c",
+        "python/build_wire.py",
+    } <= inside
 
     version = (ROOT / "VERSION").read_text().strip()
     wheel = build("wheel", tmp_path / "unpacked" / f"packet_hunter-{version}", tmp_path / "wheel")
@@ -67,7 +72,7 @@ def test_the_sdist_has_the_header_and_a_working_wheel_is_built_from_it(tmp_path)
     assert scripts["packet-hunter"].endswith('/python" -I -m hunter "$@"')
     assert scripts["packet-hunterd"].endswith('/python" -I -m daemon "$@"')
 
-    code = "import nlproto.wire as w; print(w.__file__, w.RECORD.itemsize)"
+    code = "import nlproto.records.wire as w; print(w.__file__, w.RECORD.itemsize)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -76,4 +81,4 @@ def test_the_sdist_has_the_header_and_a_working_wheel_is_built_from_it(tmp_path)
         cwd=tmp_path,
         env={"PYTHONPATH": str(tmp_path / "site")},
     )
-    assert done.stdout.split() == [str(tmp_path / "site" / "nlproto" / "wire.py"), "128"]
+    assert done.stdout.split() == [str(tmp_path / "site/nlproto/records/wire.py"), "128"]

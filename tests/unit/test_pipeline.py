@@ -6,14 +6,14 @@ import time
 
 import numpy as np
 
-from nlproto import wire
-from nlproto.account import Account
 from nlproto.errors import Error, NoModule
-from nlproto.merge import Merge
-from nlproto.pipeline import Pipeline
-from nlproto.portmap import PortMap
-from nlproto.processes import Processes
-from nlproto.queue import MessageQueue
+from nlproto.pipeline.account import Account
+from nlproto.pipeline.order import TimeOrder
+from nlproto.pipeline.pipeline import Pipeline
+from nlproto.pipeline.queue import MessageQueue
+from nlproto.records import wire
+from nlproto.tables.portmap import PortMap
+from nlproto.tables.processes import Processes
 from waiting import until
 
 
@@ -104,7 +104,7 @@ def test_records_of_two_cpus_come_in_order_of_time(make_records, make_batch):
 
 
 def test_merge_keeps_what_an_older_record_could_still_follow(make_records):
-    merge = Merge(interval_ns=20)
+    merge = TimeOrder(interval_ns=20)
     merge.add(make_records({"time_ns": 100}, {"time_ns": 110}), 115)
     assert merge.take().tolist() == []
     merge.add(make_records({"time_ns": 105}), 125)
@@ -114,7 +114,7 @@ def test_merge_keeps_what_an_older_record_could_still_follow(make_records):
 
 
 def test_merge_holds_a_bounded_number_of_records(make_records):
-    merge = Merge(interval_ns=10**9, limit=3)
+    merge = TimeOrder(interval_ns=10**9, limit=3)
     merge.add(make_records(*({"time_ns": 2 * 10**9 + n} for n in range(8))), 2 * 10**9 + 8)
     assert len(merge.take()) == 5
     assert len(merge) == 3

@@ -7,10 +7,10 @@ import stat
 
 import pytest
 
-from daemon.config import Config
-from daemon.metrics import Metrics
-from daemon.place import Place
-from daemon.server import SocketFile
+from daemon.serve.server import SocketFile
+from daemon.system.config import Config
+from daemon.system.directory import HeldDirectory
+from daemon.system.metrics import Metrics
 from nlproto.errors import Error
 
 
@@ -22,7 +22,7 @@ def _mode(path):
 def _swapped(tmp_path):
     """A directory whose place another one takes while it is open; (Place, path, old directory)."""
     (tmp_path / "run").mkdir()
-    with Place(str(tmp_path / "run" / "x"), "/none", 0o755) as place:
+    with HeldDirectory(str(tmp_path / "run" / "x"), "/none", 0o755) as place:
         (tmp_path / "run").rename(tmp_path / "moved")
         (tmp_path / "elsewhere").mkdir()
         (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
@@ -85,14 +85,14 @@ def test_no_directory_is_made_but_ones_own(tmp_path):
     own = str(tmp_path / "own")
     before = os.umask(0o077)
     try:
-        with Place(f"{own}/x", own, 0o755):
+        with HeldDirectory(f"{own}/x", own, 0o755):
             assert _mode(own) == 0o755
     finally:
         os.umask(before)
     with pytest.raises(FileNotFoundError):
-        Place(f"{own}/deeper/x", own, 0o755)
+        HeldDirectory(f"{own}/deeper/x", own, 0o755)
     with pytest.raises(FileNotFoundError):
-        Place(f"{own}/a/b/x", f"{own}/a/b", 0o755)
+        HeldDirectory(f"{own}/a/b/x", f"{own}/a/b", 0o755)
 
 
 def test_metrics_never_remove_what_is_no_socket(tmp_path):

@@ -3,8 +3,8 @@
 
 import pytest
 
-from hunter.places import absent
-from nlproto.filter import parse
+from hunter.commands.living import absent
+from nlproto.filters.filter import parse
 
 ID = "0123456789ab" + "0" * 52
 

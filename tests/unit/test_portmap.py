@@ -4,8 +4,9 @@ import threading
 
 import pytest
 
-from nlproto.flows import pack_address, summarize
-from nlproto.portmap import BoundSocket, PortMap
+from nlproto.host.kernel_sockets import BoundSocket
+from nlproto.tables.flows import pack_address, summarize
+from nlproto.tables.portmap import PortMap
 
 NETNS = 4026531840
 UDP, TCP = socket.IPPROTO_UDP, socket.IPPROTO_TCP

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from nlproto import procfs, wire
-from nlproto.processes import Processes
-from nlproto.shares import Payers
-from nlproto.wire import ProcessEvent, lib
+from nlproto.host import procfs
+from nlproto.records import wire
+from nlproto.records.wire import ProcessEvent, lib
+from nlproto.tables.processes import Processes
+from nlproto.tables.shares import Payers
 from waiting import until
 
 SEEN, EXEC, EXIT = lib.SNIFFER_EVENT_SEEN, lib.SNIFFER_EVENT_EXEC, lib.SNIFFER_EVENT_EXIT

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nlproto import UsageError, procfs, wire
+from nlproto import UsageError
+from nlproto.host import procfs
+from nlproto.records import wire
 
 
 def test_socket_tables_give_addresses_in_network_order(tmp_path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-from hunter.programs import label, programs
+from hunter.show.programs import label, programs
 
 
 def test_many_processes_of_a_program_are_one_row_and_a_few_keep_theirs():

@@ -4,8 +4,8 @@
 import re
 from pathlib import Path
 
-from nlproto import wire
-from nlproto.netlink import attributes, messages
+from nlproto.kernel.netlink import attributes, messages
+from nlproto.records import wire
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "PROTOCOL.md").read_text()
 NETLINK = TEXT[TEXT.index("## Netlink") : TEXT.index("### Reading it right")]

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from daemon.allowance import Allowance
-from daemon.questions import Question, Questions
+from daemon.serve.questions import Question, Questions
+from daemon.sharing.allowance import Allowance
 from nlproto.errors import Error
 
 
@@ -89,7 +89,7 @@ def test_what_nobody_waits_for_is_not_begun_and_what_runs_is_given_up():
 
 
 def test_a_question_of_a_user_without_rights_ends_in_time(monkeypatch):
-    monkeypatch.setattr("daemon.questions._LONGEST", 0.05)
+    monkeypatch.setattr("daemon.serve.questions._LONGEST", 0.05)
 
     def endless(stop):
         while True:

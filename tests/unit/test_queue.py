@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from nlproto.queue import MessageQueue
+from nlproto.pipeline.queue import MessageQueue
 
 
 def test_messages_come_out_in_the_order_they_went_in():

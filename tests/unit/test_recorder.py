@@ -8,15 +8,15 @@ import time
 import numpy as np
 import pytest
 
-from daemon.config import Config
-from daemon.history import Question
-from daemon.recorder import Recorder
-from daemon.store import Store
-from nlproto.clock import Clock
+from daemon.history.memory import Question
+from daemon.history.recorder import Recorder
+from daemon.history.store import Store
+from daemon.system.config import Config
 from nlproto.errors import UsageError
-from nlproto.flows import summarize
-from nlproto.pipeline import NamedBatch
-from nlproto.processes import Process, Processes
+from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.clock import Clock
+from nlproto.tables.flows import summarize
+from nlproto.tables.processes import Process, Processes
 
 FOREVER = 2**62
 
@@ -261,7 +261,7 @@ def test_a_file_damaged_while_it_is_written_is_set_aside_and_memory_is_written_a
 
 
 def test_a_file_that_was_removed_is_begun_anew_with_what_memory_holds(path, record, monkeypatch):
-    monkeypatch.setattr("daemon.recorder._RETENTION", 0.1)
+    monkeypatch.setattr("daemon.history.recorder._RETENTION", 0.1)
     with record() as recorder:
         recorder.play(*range(10))
         _until_written(recorder)

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from hunter.columns import COLUMNS
+from hunter.show.columns import COLUMNS
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -7,12 +7,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from daemon.elapsed import Moment
-from daemon.history import Question
-from daemon.store import Store
-from nlproto.flows import FLOW, summarize
-from nlproto.processes import Process
-from nlproto.shares import Payers
+from daemon.history.elapsed import Moment
+from daemon.history.memory import Question
+from daemon.history.store import Store
+from nlproto.tables.flows import FLOW, summarize
+from nlproto.tables.processes import Process
+from nlproto.tables.shares import Payers
 
 FOREVER = 2**62
 AGE = 7 * 86400.0

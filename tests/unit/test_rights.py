@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from daemon.rights import Peer, group_id, peer_of
+from daemon.system.rights import Peer, group_id, peer_of
 
 
 def test_the_peer_is_known_by_pid_uid_and_all_its_groups():

@@ -9,8 +9,8 @@ import time
 import psutil
 import pytest
 
-from hunter.capturefile import CaptureFile
-from hunter.saving import format_of
+from hunter.save.capturefile import CaptureFile
+from hunter.save.saving import format_of
 from nlproto import Error, UsageError
 
 ROOT = os.geteuid() == 0

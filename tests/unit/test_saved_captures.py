@@ -13,18 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hunter.account import Shown
-from hunter.columns import COLUMNS, FIRST_COLUMNS, cells, columns
-from hunter.ownercomment import comment_of, read_comment
-from hunter.saving import open_saver
-from hunter.source_file import FileSource
-from hunter.summary import Summary
-from hunter.text import cell, escaped, plain, uncell, unescaped
-from nlproto import wire
-from nlproto.clock import Clock
-from nlproto.filter import EVERYTHING
-from nlproto.pipeline import NamedBatch
-from nlproto.processes import Process, Processes
+from hunter.formats.ownercomment import comment_of, read_comment
+from hunter.save.saving import open_saver
+from hunter.show.account import ShownAccount
+from hunter.show.columns import COLUMNS, FIRST_COLUMNS, cells, columns
+from hunter.show.summary import Summary
+from hunter.show.text import cell, escaped, plain, uncell, unescaped
+from hunter.sources.source_file import FileSource
+from nlproto.filters.filter import EVERYTHING
+from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records import wire
+from nlproto.records.clock import Clock
+from nlproto.tables.processes import Process, Processes
 
 SUFFIXES = [".csv", ".jsonl", ".parquet", ".pcapng"]
 NOON_NS = 1_780_000_000_123_456_000
@@ -164,7 +164,7 @@ def rows_of(pieces):
 
 
 def figures(pieces):
-    shown, summary = Shown(), Summary()
+    shown, summary = ShownAccount(), Summary()
     for batch, _ in pieces:
         shown.add(batch)
         summary.add(batch)

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from daemon.logs import JournalHandler, set_up
-from daemon.notify import Notifier
+from daemon.system.logs import JournalHandler, set_up
+from daemon.system.notify import Notifier
 
 
 @pytest.fixture(name="manager")
@@ -98,7 +98,7 @@ def test_control_characters_do_not_reach_a_terminal(root_logger, capsys):
 
 
 def test_syslog_when_asked(root_logger, manager, monkeypatch):
-    monkeypatch.setattr("daemon.logs._SYSLOG", manager.getsockname())
+    monkeypatch.setattr("daemon.system.logs._SYSLOG", manager.getsockname())
     set_up("syslog", "info", {}, False)
     logging.getLogger("x").warning("name %s", "\x1b[31m")
     # facility daemon (3), severity warning (4)
@@ -107,7 +107,7 @@ def test_syslog_when_asked(root_logger, manager, monkeypatch):
 
 
 def test_a_log_destination_that_is_not_there_falls_back_to_stderr(root_logger, capsys, monkeypatch):
-    monkeypatch.setattr("daemon.logs._SYSLOG", "/nonexistent/log")
+    monkeypatch.setattr("daemon.system.logs._SYSLOG", "/nonexistent/log")
     set_up("syslog", "info", {}, False)
     logging.getLogger("x").info("still here")
     captured = capsys.readouterr().err

@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlproto.shares import NOBODY, Payers, level, surplus
+from nlproto.tables.shares import NOBODY, Payers, level, surplus
 
 
 def _left(goes, groups):

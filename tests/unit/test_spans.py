@@ -3,7 +3,7 @@
 
 import numpy as np
 
-from hunter.spans import Spans
+from hunter.sources.daemon_accounts import DaemonAccounts
 
 
 def account(packets, position, instance=7, **more):
@@ -22,7 +22,7 @@ def account(packets, position, instance=7, **more):
 
 
 def test_what_passed_between_two_daemons_is_lost_and_the_sum_closes():
-    spans = Spans()
+    spans = DaemonAccounts()
     assert spans.begin(account(10, 1010)) is None
     spans.mark(account(30, 1030))
     spans.received(np.array([1, 2, 18], np.uint8))
@@ -40,7 +40,7 @@ def test_what_passed_between_two_daemons_is_lost_and_the_sum_closes():
 
 
 def test_another_instance_cannot_tell_how_much_passed():
-    spans = Spans()
+    spans = DaemonAccounts()
     spans.begin(account(0, 1000))
     spans.cut()
     assert spans.begin(account(0, 5, instance=8)) is None
@@ -49,7 +49,7 @@ def test_another_instance_cannot_tell_how_much_passed():
 
 
 def test_an_account_that_may_not_be_seen_stays_unseen():
-    spans = Spans()
+    spans = DaemonAccounts()
     spans.begin(None)
     spans.received(np.array([1], np.uint8))
     spans.cut()
@@ -59,7 +59,7 @@ def test_an_account_that_may_not_be_seen_stays_unseen():
 
 
 def test_a_span_that_goes_on_counts_up_to_its_mark():
-    spans = Spans()
+    spans = DaemonAccounts()
     spans.begin(account(10, 10))
     spans.mark(account(25, 25))
     assert spans.total()["records"] == 15

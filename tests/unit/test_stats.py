@@ -3,8 +3,8 @@
 
 import io
 
-from hunter.console import Output
-from hunter.stats import show
+from hunter.commands.stats import show
+from hunter.show.console import Output
 
 ACCOUNT = {
     "packets": 30,

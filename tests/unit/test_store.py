@@ -10,16 +10,16 @@ import time
 import numpy as np
 import pytest
 
-from daemon.config import Config
-from daemon.elapsed import Moment
-from daemon.history import Question
-from daemon.recorder import Recorder
-from daemon.store import Store
-from nlproto.clock import Clock
+from daemon.history.elapsed import Moment
+from daemon.history.memory import Question
+from daemon.history.recorder import Recorder
+from daemon.history.store import Store
+from daemon.system.config import Config
 from nlproto.errors import Error
-from nlproto.flows import FLOW, pack_address, summarize
-from nlproto.pipeline import NamedBatch
-from nlproto.processes import Process, Processes
+from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.clock import Clock
+from nlproto.tables.flows import FLOW, pack_address, summarize
+from nlproto.tables.processes import Process, Processes
 from waiting import until
 
 FOREVER = 2**62
@@ -242,14 +242,14 @@ def test_a_new_daemon_finds_what_the_last_one_wrote_and_goes_on_counting(path, m
 _KILLED = """
 import sys, time
 import numpy as np
-from daemon.config import Config
-from daemon.elapsed import Moment
-from daemon.recorder import Recorder
-from nlproto import wire
-from nlproto.clock import Clock
-from nlproto.flows import summarize
-from nlproto.pipeline import NamedBatch
-from nlproto.processes import Processes
+from daemon.system.config import Config
+from daemon.history.elapsed import Moment
+from daemon.history.recorder import Recorder
+from nlproto.records import wire
+from nlproto.records.clock import Clock
+from nlproto.tables.flows import summarize
+from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.tables.processes import Processes
 
 class Telling(Recorder):
     # says after each flush what had been taken before it began

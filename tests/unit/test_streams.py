@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from daemon.allowance import Allowance
-from daemon.publisher import MAX_RECORDS
-from daemon.streams import Streams
+from daemon.serve.publisher import MAX_RECORDS
+from daemon.serve.streams import Streams
+from daemon.sharing.allowance import Allowance
 from nlproto.errors import Error
-from nlproto.filter import Filter, parse
-from nlproto.pipeline import NamedBatch
-from nlproto.processes import Processes
+from nlproto.filters.filter import Filter, parse
+from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.tables.processes import Processes
 
 
 class Subscriber:
@@ -33,7 +33,7 @@ class Subscriber:
 
     @property
     def records(self):
-        from nlproto.wire import decode_batch
+        from nlproto.records.wire import decode_batch
 
         return [record for piece in self.pieces for record in decode_batch(piece.payload).records]
 
@@ -133,7 +133,7 @@ def test_the_numbers_in_a_users_records_count_its_own(make_records, make_batch):
     assert [int(record["seq"]) for record in user.records] == [0, 1, 2]
     assert {int(record["cpu"]) for record in user.records} == {0}
     assert [int(record["seq"]) for record in root.records][4] == 4
-    from nlproto.wire import decode_batch
+    from nlproto.records.wire import decode_batch
 
     heads = [decode_batch(piece.payload).head for piece in user.pieces]
     assert [int(head["mono_ns"]) for head in heads] == [2_000_000_000 + n for n in range(3)]

@@ -3,9 +3,9 @@
 
 import msgspec
 
-from daemon.publisher import Piece
-from daemon.subscription import Subscription
-from nlproto.frames import DATA_HEAD, Decoder, Kind
+from daemon.serve.publisher import Piece
+from daemon.serve.subscription import Subscription
+from nlproto.client.frames import DATA_HEAD, Decoder, Kind
 
 
 def _piece(count=1, size=100, details=()):

@@ -8,8 +8,8 @@ import threading
 import pytest
 
 from nlproto import Error
-from nlproto.descriptors import NoDescriptors, or_error
-from nlproto.supervise import Failures, described, keep_going
+from nlproto.running.descriptors import NoDescriptors, or_error
+from nlproto.running.supervise import Failures, described, keep_going
 
 
 class Clock:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 import numpy as np
 
-from nlproto.table import Table, mix
+from nlproto.tables.column_table import ColumnTable, mix
 
 ROW = np.dtype([("hash", "u8"), ("port", "u2"), ("address", "u8", (2,)), ("seen", "u4")])
 
@@ -14,7 +14,7 @@ def _values(*rows):
 
 
 def _table(*rows):
-    table = Table(ROW, ("port", "address"))
+    table = ColumnTable(ROW, ("port", "address"))
     table.grow(8)
     table.put(np.arange(len(rows)), _values(*rows))
     return table

@@ -13,15 +13,16 @@ import pytest
 from textual.css.query import NoMatches
 from textual.widgets import Input, Static
 
-from hunter import rates as rates_module
-from hunter.names import Names
-from hunter.rates import KEPT_S, Rates, amount
-from hunter.table import Table
-from hunter.top import FlowsView, Top, sparkline
-from nlproto import Error, wire
-from nlproto.clock import Clock
-from nlproto.pipeline import NamedBatch
-from nlproto.processes import Process, Processes
+from hunter.show import rates as rates_module
+from hunter.show.names import Names
+from hunter.show.rates import KEPT_S, Rates, amount
+from hunter.top.app import FlowsView, Top, sparkline
+from hunter.top.grid import Grid
+from nlproto import Error
+from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records import wire
+from nlproto.records.clock import Clock
+from nlproto.tables.processes import Process, Processes
 
 
 def batch(*rows):
@@ -171,7 +172,7 @@ def drive(feed, script, **options):
 
     async def run():
         async with app.run_test(size=(140, 30)) as pilot:
-            await becomes(pilot, lambda: app.screen.query_one(Table).row_count)
+            await becomes(pilot, lambda: app.screen.query_one(Grid).row_count)
             await script(app, pilot)
 
     asyncio.run(run())
@@ -193,7 +194,7 @@ async def becomes(pilot, condition):
 
 
 def cells(app):
-    table = app.screen.query_one(Table)
+    table = app.screen.query_one(Grid)
     return [table.texts(row) for row in range(table.row_count)]
 
 
@@ -354,7 +355,7 @@ def test_ten_thousand_rows_are_made_only_where_one_looks():
     async def script(app, pilot):
         await pilot.press("enter")
         await becomes(pilot, lambda: isinstance(app.screen, FlowsView))
-        table = app.screen.query_one(Table)
+        table = app.screen.query_one(Grid)
         await becomes(pilot, lambda: table.row_count == 10_000)
         made = []
         cells_of = app.screen.cells
@@ -383,7 +384,7 @@ def test_the_cursor_stays_on_its_process_once_moved():
     feed.put({"tgid": 1, "comm": b"big", "len": 9000}, {"comm": b"small"})
 
     async def script(app, pilot):
-        table = app.screen.query_one(Table)
+        table = app.screen.query_one(Grid)
         await pilot.press("down")
         assert table.selected.comm == "small"
         feed.put(*({"comm": b"small", "len": 60000} for _ in range(9)))
@@ -398,9 +399,9 @@ def test_a_click_on_a_heading_sorts_and_on_the_row_opens():
     feed.put({"tgid": 1, "comm": b"zzz", "len": 9000}, {"comm": b"aaa"})
 
     async def script(app, pilot):
-        await pilot.click(Table, offset=(8, 0))
+        await pilot.click(Grid, offset=(8, 0))
         await becomes(pilot, lambda: [row[1] for row in cells(app)] == ["aaa", "zzz"])
-        await pilot.click(Table, offset=(8, 1))
+        await pilot.click(Grid, offset=(8, 1))
         await becomes(pilot, lambda: isinstance(app.screen, FlowsView))
 
     drive(feed, script)

@@ -4,12 +4,12 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.places import Places
-from daemon.rounds import Rounds
+from daemon.sharing.quota import Quota
+from daemon.sharing.rounds import Rounds
 
 
 def test_a_quarter_is_kept_for_those_who_see_everything():
-    places = Places(512)
+    places = Quota(512)
     taker = iter(range(10_000))
     for user in range(1000, 1100):
         while places.has_room(user):
@@ -22,7 +22,7 @@ def test_a_quarter_is_kept_for_those_who_see_everything():
 
 
 def test_one_user_has_an_eighth_and_gets_back_what_it_gives_back():
-    places = Places(16)
+    places = Quota(16)
     places.take("a", 1000)
     places.take("b", 1000)
     assert not places.has_room(1000) and places.has_room(1001)
@@ -36,7 +36,7 @@ def test_one_user_has_an_eighth_and_gets_back_what_it_gives_back():
     st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), max_size=300),
 )
 def test_users_without_rights_never_take_the_last_place(total, wishes):
-    places = Places(total)
+    places = Quota(total)
     for number, (user, weight) in enumerate(wishes):
         if places.has_room(user, weight):
             places.take(number, user, weight)
@@ -59,7 +59,7 @@ def test_users_take_turns_and_within_a_user_the_oldest_comes_first():
 
 
 def test_who_weighs_nothing_may_be_the_last_to_leave():
-    places = Places(16)
+    places = Quota(16)
     places.take("everything", None, 0)
     places.take("filtered", None, 3)
     places.give_back("filtered")

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from nlproto.urgency import Urgency
+from nlproto.running.urgency import Urgency
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to go first")
 

@@ -6,9 +6,9 @@ import io
 
 import pytest
 
-from hunter import who_show
-from hunter.console import Output
-from nlproto import netns
+from hunter.commands import who_show
+from hunter.show.console import Output
+from nlproto.host import netns
 
 NOW = 1_780_000_000.0
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlproto import Error, VersionMismatch, wire
-from nlproto.clock import Clock
+from nlproto import Error, VersionMismatch
+from nlproto.records import wire
+from nlproto.records.clock import Clock
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {

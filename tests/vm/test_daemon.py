@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from nlproto.client import DaemonClient
+from nlproto.client.client import DaemonClient
 from nlproto.errors import Error
 from waiting import patient, until
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from nlproto.client import DaemonClient
+from nlproto.client.client import DaemonClient
 from waiting import patient, until
 
 HUNTER = [sys.executable, "-m", "hunter"]

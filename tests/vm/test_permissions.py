@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from nlproto.errors import NoModule, NoPrivilege
-from nlproto.netlink import PACKETS, PROCESSES, SNAPS, Listener, Sniffer
+from nlproto.kernel.netlink import PACKETS, PROCESSES, SNAPS, Listener, Sniffer
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nlproto import wire
-from nlproto.engine_module import ModuleEngine
-from nlproto.netlink import Sniffer
-from nlproto.wire import Batch, ProcessEvent, SnapBatch, lib
+from nlproto.engines.module import ModuleEngine
+from nlproto.kernel.netlink import Sniffer
+from nlproto.records import wire
+from nlproto.records.wire import Batch, ProcessEvent, SnapBatch, lib
 from waiting import patient, until
 
 LOOPBACK = "127.0.0.1"

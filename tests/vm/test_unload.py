@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nlproto.engine_module import ModuleEngine
+from nlproto.engines.module import ModuleEngine
 from nlproto.errors import NoModule
-from nlproto.netlink import Sniffer
-from nlproto.wire import Batch
+from nlproto.kernel.netlink import Sniffer
+from nlproto.records.wire import Batch
 
 KPROBES = Path("/sys/kernel/debug/kprobes/list")
 OURS = ("security_socket_", "security_sock_graft", "security_sk_free", "locks_remove_posix")

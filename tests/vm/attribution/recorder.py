@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from nlproto.account import Account
-from nlproto.engine import Engine, open_engine
-from nlproto.wire import RECORD, Batch, lib
+from nlproto.engines.engine import Engine, open_engine
+from nlproto.pipeline.account import Account
+from nlproto.records.wire import RECORD, Batch, lib
 
 _EBPF: list[Engine] = []
 """Engine ebpf, kept from scenario to scenario as a loaded module is: loading takes a while."""

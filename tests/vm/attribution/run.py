@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from nlproto.errors import Error
-from nlproto.wire import how_name
+from nlproto.records.wire import how_name
 
 from . import truth
 from .busy import busy

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nlproto.wire import how_name
+from nlproto.records.wire import how_name
 
 from ..catalog import scenario
 from ..stage import Netns, Stage, Unable, Wire, run, sysctl

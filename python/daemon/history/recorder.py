@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: MIT
+"""Keeps the history: in memory always, in a file when the configuration names one."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from daemon.history.memory import FlowMemory, Question
+from daemon.history.store import Damaged, Store
+from daemon.system.config import Config
+from nlproto.errors import Error, UsageError
+from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.running.supervise import Failures, keep_going
+from nlproto.tables.processes import Process, Processes, ProcessKey
+from nlproto.tables.shares import Payers
+
+__all__ = ["Recorder"]
+
+_FLUSH_ROWS = 50_000
+"""Flows written in one transaction; what is left waits for the next."""
+_FLUSH_PROCESSES = 10_000
+_RETENTION = 30.0  # s between two looks at age and size
+_REOPEN = 2.0  # s between two tries to open the file
+
+log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """A History and, with `history` configured, a thread that writes it to a Store.
+
+    A context manager; on exit everything is written. What SIGKILL can take is what came since
+    the last flush interval. What cannot be written waits in memory, in the bounds of `processes`
+    and of the History, and is written when it can be: also by a daemon that could not open its
+    file at start. Raises UsageError when the directory of the file is not there.
+    """
+
+    def __init__(self, config: Config, processes: Processes, payers: Payers | None = None) -> None:
+        self._config = config
+        self._processes = processes
+        self._payers = payers
+        self._changed: dict[ProcessKey, None] = {}
+        self._changed_lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._store: Store | None = None
+        self._started = time.time()
+        self._file: bytes | None = None
+        """What the ids of the history's flows are of."""
+        self._tried = time.monotonic()
+        self._writing = 0, 0
+        """Flows and processes that are being written."""
+        self._row = 0
+        """Failures since the last success."""
+        self.failures = 0
+        self.on_death: Callable[[Error], None] = lambda error: None
+        """Called when nothing can be written for good, for a reason that nobody foresaw."""
+        self._unforeseen = Failures("recorder")
+        self.error = ""
+        """Why nothing is written now."""
+        self.unstored = 0
+        """Processes that left memory before their last change was written."""
+        self.history = FlowMemory(config.history_flows, payers=payers)
+        if config.history is not None:
+            processes.on_change = self._note
+            self._open(config.history)
+
+    def __enter__(self) -> Recorder:
+        if self._config.history is not None:
+            self._thread = threading.Thread(
+                target=lambda: keep_going(self._write, self._unforeseen, self.on_death),
+                name="recorder",
+                daemon=True,
+            )
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._store is not None:
+            self._store.close()
+        flows, processes = self.history.waiting(), len(self._changed)
+        if self._config.history is not None and flows + processes:
+            log.error("history: %d flows and %d processes are not written", flows, processes)
+
+    def reconfigure(self, config: Config) -> None:
+        self._config = config
+
+    def take(self, batch: NamedBatch) -> None:
+        """Worker thread: add a batch to the history."""
+        assert batch.flows is not None
+        self.history.update(batch.flows, batch.clock)
+
+    def past(
+        self, question: Question, stop: Callable[[], None] = lambda: None
+    ) -> tuple[int, list[tuple[int, np.void]]]:
+        """Flows that are in the file and no more in memory; counted up to one over the limit.
+
+        `stop` is called every few ms, and ends this by raising.
+        """
+        store = self._store
+        if store is None:
+            return 0, []
+        since_ns = max(question.since_ns or 0, question.at_ns or 0)
+        horizon_ns = self.history.horizon_ns
+        if since_ns > horizon_ns:
+            return 0, []
+        try:
+            rows = store.ask(question, horizon_ns, stop)
+        except Error as error:
+            self._failed("not read", error)
+            return 0, []
+        here = self.history.has(np.array([number for number, _ in rows], np.uint64))
+        older = [row for row, known in zip(rows, here.tolist(), strict=True) if not known]
+        return len(older), older
+
+    def remembers_since(self) -> float:
+        """Unix time: what was seen later is still known, in memory or in the file."""
+        store = self._store
+        if store is not None:
+            try:
+                return min(self._started, store.first_seen_ns() / 1e9)
+            except Error as error:
+                self._failed("not read", error)
+        return max(self._started, self.history.horizon_ns / 1e9)
+
+    def past_process(self, tgid: int, start_ns: int) -> Process | None:
+        store = self._store
+        return None if store is None else store.process(tgid, start_ns)
+
+    def store_figures(self) -> dict[str, Any] | None:
+        if self._config.history is None:
+            return None
+        store, (flows, processes) = self._store, self._writing
+        return {
+            "path": self._config.history,
+            "open": store is not None,
+            "error": self.error,
+            "failures": self.failures,
+            "waiting_flows": self.history.waiting() + flows,
+            "waiting_processes": len(self._changed) + processes,
+            "unstored_processes": self.unstored,
+            "bytes": 0 if store is None else store.size(),
+        }
+
+    def _note(self, process: Process) -> None:
+        with self._changed_lock:
+            self._changed[process.key] = None
+            if len(self._changed) > 2 * self._processes.limit:
+                known = {key: None for key in self._changed if self._processes.get(*key)}
+                self.unstored += len(self._changed) - len(known)
+                self._changed = known
+
+    def _open(self, path: str) -> None:
+        """Try to open the file. What memory holds goes into one that does not have it yet."""
+        self._tried = time.monotonic()
+        try:
+            store = Store(path, self._payers)
+            last_id, last_ns, file = store.last_id(), store.last_seen_ns(), store.identity()
+        except UsageError:
+            if self._file is None and self._thread is None:
+                raise
+            self._failed("not opened", Error(f"history {path}: its directory has gone"))
+            return
+        except Error as error:
+            self._failed("not opened", error)
+            return
+        if file != self._file:
+            self.history.renumber(last_id)
+            if self._file is not None:
+                self.history.mark_all_changed()
+                for process in self._processes.find():
+                    self._note(process)
+        self.history.horizon_ns = max(self.history.horizon_ns, last_ns)
+        self._file, self._store = file, store
+        self._worked()
+
+    def _close(self) -> None:
+        store, self._store = self._store, None
+        if store is not None:
+            store.close()
+        self._tried = 0.0
+
+    def _failed(self, what: str, error: Error) -> None:
+        self.failures += 1
+        self._row += 1
+        self.error = str(error)
+        if self._row in (1, 10, 100) or self._row % 1000 == 0:
+            log.error("history %s: %s; it waits in memory", what, error)
+
+    def _worked(self) -> None:
+        if self._row:
+            log.info("history written again after %d failures", self._row)
+        self._row, self.error = 0, ""
+
+    def _write(self) -> bool:
+        looked = time.monotonic()
+        while True:
+            ending = self._stopping.wait(self._config.flush_interval)
+            more = self._flush()
+            while ending and more:
+                more = self._flush()
+            if time.monotonic() - looked > _RETENTION:
+                looked = time.monotonic()
+                self._trim()
+            if ending:
+                return False
+
+    def _flush(self) -> bool:
+        """Write what changed; whether more is waiting."""
+        store = self._store
+        if store is None:
+            due = self._stopping.is_set() or time.monotonic() - self._tried > _REOPEN
+            if due and self._config.history is not None:
+                self._open(self._config.history)
+            if (store := self._store) is None:
+                return False
+        with self._changed_lock:
+            keys = list(itertools.islice(self._changed, _FLUSH_PROCESSES))
+            for key in keys:
+                del self._changed[key]
+            self._writing = 0, len(keys)
+        ids, flows = self.history.changed(_FLUSH_ROWS)
+        self._writing = len(ids), len(keys)
+        found = [self._processes.get(*key) for key in keys]
+        processes = [process for process in found if process is not None]
+        try:
+            store.write(ids, flows, processes, self._processes.get)
+            self._unforeseen.clear()
+        except Exception as error:
+            self.history.mark_changed(ids)
+            with self._changed_lock:
+                self._changed = dict.fromkeys(keys) | self._changed
+            if not isinstance(error, Error):
+                self.failures += 1
+                raise
+            self._failed("not written", error)
+            if isinstance(error, Damaged):
+                self._close()
+            return False
+        finally:
+            self._writing = 0, 0
+        self.unstored += len(keys) - len(processes)
+        if len(ids) or keys:
+            self._worked()
+        return len(ids) == _FLUSH_ROWS or len(keys) == _FLUSH_PROCESSES
+
+    def _trim(self) -> None:
+        if self._payers is not None:
+            self._payers.refresh()
+        store = self._store
+        if store is None:
+            return
+        if not store.in_place():
+            log.error("history %s was taken away; a new one begins", store.path)
+            self._close()
+            return
+        try:
+            gone = store.trim(self._config.history_age, self._config.history_size)
+        except Error as error:
+            self._failed("not trimmed", error)
+            if isinstance(error, Damaged):
+                self._close()
+            return
+        if gone:
+            log.info("history: %d flows were too old or too many", gone)

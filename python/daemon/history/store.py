@@ -1,0 +1,534 @@
+# SPDX-License-Identifier: MIT
+"""The history's file: SQLite in WAL mode, written in batches, read on a connection of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import logging
+import math
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from daemon.history.elapsed import Elapsed, Moment, read_moment
+from daemon.history.memory import Question, network_words, payers_of
+from daemon.history.trim import trim
+from daemon.system.directory import HeldDirectory
+from nlproto.errors import Error, UsageError
+from nlproto.tables.flows import FLOW
+from nlproto.tables.processes import Process
+from nlproto.tables.shares import NOBODY, Payers
+
+__all__ = ["OWN_DIRECTORY", "Damaged", "Store"]
+
+OWN_DIRECTORY = "/var/lib/packet-hunter"
+"""The only one that is made when it is not there."""
+
+_SCHEMA = 2
+_APPLICATION = 0x706B6874  # "pkht", in the file's header: file(1) and we know it by that
+_CREATE = """
+CREATE TABLE flows (
+    id INTEGER PRIMARY KEY,
+    cookie INTEGER, start_ns INTEGER, laddr BLOB, raddr BLOB, tgid INTEGER, netns INTEGER,
+    lport INTEGER, rport INTEGER, proto INTEGER, family INTEGER, forwarded INTEGER,
+    how INTEGER, flags INTEGER, uid INTEGER, inode INTEGER, comm BLOB,
+    first_ns INTEGER, last_ns INTEGER,
+    packets_in INTEGER, bytes_in INTEGER, packets_out INTEGER, bytes_out INTEGER
+);
+CREATE INDEX flows_lport ON flows (lport, last_ns);
+CREATE INDEX flows_rport ON flows (rport, last_ns);
+CREATE INDEX flows_tgid ON flows (tgid, last_ns);
+CREATE INDEX flows_comm ON flows (comm, last_ns);
+CREATE INDEX flows_last ON flows (last_ns);
+CREATE TABLE processes (
+    tgid INTEGER, start_ns INTEGER, seen REAL, details BLOB,
+    PRIMARY KEY (tgid, start_ns)
+) WITHOUT ROWID;
+"""
+_FROM_1 = """
+DROP INDEX IF EXISTS processes_seen;
+ALTER TABLE flows ADD COLUMN payer INTEGER DEFAULT 0;
+ALTER TABLE flows ADD COLUMN seen INTEGER DEFAULT 0;
+UPDATE flows SET payer = CASE tgid WHEN 0 THEN 4294967295 ELSE uid END;
+CREATE INDEX flows_payer ON flows (payer, seen);
+ALTER TABLE processes ADD COLUMN payer INTEGER DEFAULT 4294967295;
+ALTER TABLE processes ADD COLUMN size INTEGER DEFAULT 0;
+UPDATE processes SET seen = 0, size = length(details) + 100,
+    payer = coalesce(json_extract(CAST(details AS TEXT), '$.uid'), 4294967295);
+CREATE INDEX processes_payer ON processes (payer, seen, size);
+CREATE TABLE elapsed (boot_id TEXT, boot REAL, uptime REAL, real REAL, seconds REAL);
+CREATE TABLE identity (name BLOB);
+INSERT INTO identity VALUES (randomblob(16));
+"""
+"""`payer` as in nlproto.tables.shares; `seen` in seconds of daemon.history.elapsed, never of a day;
+`size` in bytes of the file."""
+_COLUMNS = tuple(FLOW.names or ())[1:]
+_WRITTEN = (*_COLUMNS, "payer", "seen")
+_UPDATED = (
+    "how flags uid inode comm first_ns last_ns packets_in bytes_in packets_out bytes_out payer seen"
+).split()
+_WRITE_FLOW = (
+    f"INSERT INTO flows (id, {', '.join(_WRITTEN)}) VALUES (?{', ?' * len(_WRITTEN)})"
+    " ON CONFLICT (id) DO UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in _UPDATED)
+)
+_WRITE_PROCESS = (
+    "INSERT OR REPLACE INTO processes (tgid, start_ns, seen, details, payer, size)"
+    " VALUES (?, ?, ?, ?, ?, ?)"
+)
+_HAS_PROCESS = "SELECT 1 FROM processes WHERE tgid = ? AND start_ns = ?"
+_BUSY = 5000  # ms
+_STEPS = 20_000
+"""Of SQLite's machine, some ms, between two looks whether anybody still wants the answer."""
+_AGED = 3600  # s at most between two looks for what is too old: they read a whole index
+_DETAILS = 16384
+"""Bytes of one process in the file; longer strings in it are cut."""
+
+log = logging.getLogger(__name__)
+
+Known = Callable[[int, int], Process | None]
+
+
+class Damaged(Error):
+    """The file's content is broken; a new Store sets it aside."""
+
+
+class Store:
+    """Flows and processes in the file at `path`, mode 0640.
+
+    A file of ours that SQLite cannot read is renamed to PATH.corrupt-TIME, with a message, and a
+    new one begun. Another program's database is left alone. Raises Error when there can be no
+    file at all, UsageError when its directory is not there. write, trim and close belong to one
+    thread; ask and process to any.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        payers: Payers | None = None,
+        moment: Callable[[], Moment] = read_moment,
+    ) -> None:
+        self.path = path
+        self.set_aside: str | None = None
+        """Where a corrupt file went."""
+        self._payers = payers
+        self._moment = moment
+        self._aged = (-1.0, 0)
+        """The last age that was looked for, and when."""
+        self._reading = threading.Lock()
+        self._file = -1
+        try:
+            self._place = HeldDirectory(path, OWN_DIRECTORY, 0o750)
+        except FileNotFoundError as error:
+            raise UsageError(f"history {path}: {error.strerror}") from None
+        except OSError as error:
+            raise self._unusable(error) from None
+        try:
+            self._writer, self._reader = self._open()
+            self._elapsed = self._begin()
+        except BaseException:
+            self._let_go()
+            self._place.close()
+            raise
+
+    def _unusable(self, error: Exception) -> Error:
+        why = error.strerror if isinstance(error, OSError) else error
+        return Error(f"history {self.path}: {why}; check 'history' in the configuration")
+
+    def _open(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
+        try:
+            if self._place.loose:
+                raise OSError(errno.EPERM, "others can replace files in its directory")
+            try:
+                return self._connect()
+            except sqlite3.DatabaseError as error:
+                if isinstance(error, sqlite3.OperationalError) and not _is_damage(error):
+                    raise
+                self._quarantine(error)
+                return self._connect()
+        except (OSError, sqlite3.Error) as error:
+            raise self._unusable(error) from None
+
+    def _connect(self) -> tuple[sqlite3.Connection, sqlite3.Connection]:
+        self._file = self._place.open_file(0o640)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(errno.EBUSY, "another daemon writes it") from None
+        writer = sqlite3.connect(self._place.path, isolation_level=None, check_same_thread=False)
+        try:
+            writer.execute(f"PRAGMA busy_timeout = {_BUSY}")
+            version = self._version(writer)
+            if version == 0:
+                writer.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            writer.execute("PRAGMA journal_mode = WAL")
+            writer.execute("PRAGMA synchronous = NORMAL")
+            (state,) = writer.execute("PRAGMA quick_check(1)").fetchone()
+            if state != "ok":
+                raise sqlite3.DatabaseError(state)
+            if version < _SCHEMA:
+                steps = (_CREATE if version == 0 else "") + _FROM_1
+                writer.executescript(
+                    f"BEGIN; {steps} PRAGMA application_id = {_APPLICATION};"
+                    f" PRAGMA user_version = {_SCHEMA}; COMMIT;"
+                )
+            writer.execute("SELECT payer, seen FROM flows LIMIT 1").fetchone()
+            writer.execute("SELECT payer, seen FROM processes LIMIT 1").fetchone()
+            # also in files of versions that did not have it
+            writer.execute("CREATE INDEX IF NOT EXISTS flows_ends ON flows (lport, rport, last_ns)")
+            reader = self._connect_reader()
+        except BaseException:
+            writer.close()
+            self._let_go()
+            raise
+        return writer, reader
+
+    def _let_go(self) -> None:
+        """After SQLite: closing any descriptor of a file ends all POSIX locks on it."""
+        if self._file >= 0:
+            file, self._file = self._file, -1
+            os.close(file)
+
+    def _version(self, writer: sqlite3.Connection) -> int:
+        """The file's schema, 0 for a new file. Raises OSError for another program's."""
+        tables = {name for (name,) in writer.execute("SELECT name FROM sqlite_master")}
+        (application,) = writer.execute("PRAGMA application_id").fetchone()
+        (version,) = writer.execute("PRAGMA user_version").fetchone()
+        ours = application == _APPLICATION or {"flows", "processes"} <= tables
+        if tables and not ours:
+            raise OSError(errno.EEXIST, "this is another program's database")
+        if version not in range(_SCHEMA + 1) or (version > 0) != bool(tables):
+            raise sqlite3.DatabaseError(f"schema {version} is not {_SCHEMA}")
+        return int(version)
+
+    def _begin(self) -> Elapsed:
+        """Go on from where the last daemon left the clock."""
+        row = self._one_row("SELECT boot_id, boot, uptime, real, seconds FROM elapsed")
+        if row is None:
+            return Elapsed(read=self._moment)
+        elapsed = Elapsed(row[4], Moment(*row[:4]), self._moment)
+        elapsed.look()
+        return elapsed
+
+    def _quarantine(self, error: Exception) -> None:
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        for number in itertools.count():
+            ending = f".corrupt-{stamp}" + (f"-{number}" if number else "")
+            if self._place.stat(ending) is None:
+                break
+        for suffix in ("-wal", "-shm", ""):
+            with contextlib.suppress(FileNotFoundError):
+                self._place.rename(self._place.name + ending, suffix)
+        self.set_aside = aside = self.path + ending
+        log.error(
+            "history %s cannot be read (%s); kept as %s, a new one begins", self.path, error, aside
+        )
+
+    def close(self) -> None:
+        with self._reading:
+            self._reader.close()
+        with contextlib.suppress(sqlite3.Error):
+            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._writer.close()
+        self._let_go()
+        self._place.close()
+
+    def last_id(self) -> int:
+        return int(self._one("SELECT coalesce(max(id), 0) FROM flows"))
+
+    def last_seen_ns(self) -> int:
+        return int(self._one("SELECT coalesce(max(last_ns), 0) FROM flows"))
+
+    def first_seen_ns(self) -> int:
+        return int(self._one("SELECT coalesce(min(last_ns), ?) FROM flows", time.time_ns()))
+
+    def _one(self, query: str, *values: Any) -> Any:
+        row = self._one_row(query, *values)
+        return None if row is None else row[0]
+
+    def _one_row(self, query: str, *values: Any) -> Any:
+        try:
+            with self._reading:
+                return self._reader.execute(query, values).fetchone()
+        except sqlite3.Error as error:
+            raise Error(f"history {self.path}: {error}") from None
+
+    def size(self) -> int:
+        """Size of the file and its journal."""
+        found = [self._place.stat(suffix) for suffix in ("", "-wal")]
+        return sum(one.st_size for one in found if one is not None)
+
+    def identity(self) -> bytes:
+        """Which file this is; inodes are used again."""
+        return bytes(self._one("SELECT name FROM identity"))
+
+    def in_place(self) -> bool:
+        """Whether the file is still where it was opened."""
+        found = self._place.stat()
+        return found is not None and os.path.samestat(found, os.fstat(self._file))
+
+    def write(
+        self,
+        ids: np.ndarray,
+        flows: np.ndarray,
+        processes: Sequence[Process],
+        known: Known = lambda tgid, start_ns: None,
+    ) -> None:
+        """Insert or update in one transaction. Raises Error; then nothing was written.
+
+        `known` has the owners of `flows`: whose details are not in the file are written, too.
+        """
+        if not len(ids) and not processes:
+            return
+        with self.transaction() as writer:
+            now = self.mark_time()
+            payers = payers_of(flows["tgid"], flows["uid"], self._payers)
+            seen = np.full(len(flows), now, np.int64)
+            writer.executemany(_WRITE_FLOW, _rows(ids, flows, payers, seen))
+            written = {one.key for one in processes}
+            owners = np.unique(flows[["tgid", "start_ns"]][flows["tgid"] != 0]).tolist()
+            missing = [
+                one
+                for key in owners
+                if key not in written
+                and (one := known(*key)) is not None
+                and writer.execute(_HAS_PROCESS, (key[0], _signed(key[1]))).fetchone() is None
+            ]
+            writer.executemany(
+                _WRITE_PROCESS, (self._details(one, now) for one in (*processes, *missing))
+            )
+
+    def _details(self, process: Process, now: int) -> tuple[Any, ...]:
+        raw = _encoded(process)
+        payer = self._payers.of_one(process.uid) if self._payers is not None else process.uid
+        payer = NOBODY if payer is None else payer
+        return process.tgid, _signed(process.start_ns), now, raw, payer, _space(len(raw))
+
+    def mark_time(self) -> int:
+        """In a transaction: write down how long the history has lived, in seconds."""
+        seconds = self._elapsed.look()
+        moment = self._elapsed.moment
+        values = (moment.boot_id, moment.boot, moment.uptime, moment.real, seconds)
+        self._writer.execute("DELETE FROM elapsed")
+        self._writer.execute("INSERT INTO elapsed VALUES (?, ?, ?, ?, ?)", values)
+        return int(seconds)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Raises Error; then nothing was changed. Damaged: the file is broken."""
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._writer
+                self._writer.execute("COMMIT")
+            except BaseException:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            kind = Damaged if _is_damage(error) else Error
+            raise kind(f"{self.path}: {error}; check disk space and permissions") from None
+
+    def trim(self, age: float, size: int) -> int:
+        """Delete what was not seen for `age` seconds of running, then down to `size` bytes.
+
+        See daemon.history.trim. How many flows went. Raises Error.
+        """
+        with self.transaction():
+            now = self.mark_time()
+        old_age, looked = self._aged
+        if age != old_age or now - looked >= min(_AGED, age / 50):
+            self._aged = age, now
+            return trim(self, now - math.ceil(age), size)
+        return trim(self, None, size)
+
+    def used_bytes(self) -> int:
+        """Without the pages that are free. Raises Error."""
+        with self.transaction() as writer:
+            pages, free, size = (
+                int(writer.execute(f"PRAGMA {name}").fetchone()[0])
+                for name in ("page_count", "freelist_count", "page_size")
+            )
+        return (pages - free) * size
+
+    def shrink(self) -> None:
+        """Give free pages back to the file system. Raises Error."""
+        try:
+            # execute() would stop after the first page: this statement has steps but no columns
+            self._writer.executescript("PRAGMA incremental_vacuum")
+            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        except sqlite3.Error as error:
+            raise Error(f"{self.path}: {error}") from None
+
+    def ask(
+        self, question: Question, until_ns: int, stop: Callable[[], None] = lambda: None
+    ) -> list[tuple[int, np.void]]:
+        """(id, FLOW) last seen at `until_ns` or before, newest first, `limit` and one more.
+
+        `stop` is called every few ms, and ends this by raising.
+        """
+        wheres, values = _conditions(question)
+        wheres.append("last_ns <= ?")
+        values.append(until_ns)
+        columns = ", ".join(("id", *_COLUMNS))
+        parts, all_values = [], []
+        for words, own in _ways(question):
+            conditions = " AND ".join([*words, *wheres])
+            parts.append(
+                f"SELECT * FROM (SELECT {columns} FROM flows WHERE {conditions}"
+                " ORDER BY last_ns DESC LIMIT ?)"
+            )
+            all_values += [*own, *values, question.limit + 1]
+        query = " UNION ALL ".join(parts)
+        rows = self._fetch(query, all_values, stop)
+        flows = _flows(rows)
+        order = np.argsort(flows["last_ns"], kind="stable")[::-1][: question.limit + 1]
+        return [(rows[index][0], flows[index]) for index in order.tolist()]
+
+    def _fetch(self, query: str, values: list[Any], stop: Callable[[], None]) -> list[Any]:
+        """On a connection of its own: nobody waits for another's question."""
+        ended: list[BaseException] = []
+
+        def is_over() -> bool:
+            try:
+                stop()
+            except BaseException as error:
+                ended.append(error)
+            return bool(ended)
+
+        try:
+            with contextlib.closing(self._connect_reader()) as reader:
+                reader.set_progress_handler(is_over, _STEPS)
+                return reader.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            if ended:
+                raise ended[0] from None
+            raise Error(f"history {self.path}: {error}") from None
+
+    def _connect_reader(self) -> sqlite3.Connection:
+        reader = sqlite3.connect(
+            f"file:{self._place.path}?mode=ro", uri=True, check_same_thread=False
+        )
+        reader.execute(f"PRAGMA busy_timeout = {_BUSY}")
+        return reader
+
+    def process(self, tgid: int, start_ns: int) -> Process | None:
+        query = "SELECT details FROM processes WHERE tgid = ? AND start_ns = ?"
+        try:
+            with self._reading:
+                row = self._reader.execute(query, (tgid, _signed(start_ns))).fetchone()
+            return None if row is None else msgspec.json.decode(row[0], type=Process)
+        except (sqlite3.Error, msgspec.DecodeError, msgspec.ValidationError) as error:
+            log.warning("history %s: %s", self.path, error)
+            return None
+
+
+def _ways(question: Question) -> list[tuple[list[str], list[Any]]]:
+    """Conditions and values that exclude each other, each with an index of its own."""
+    if question.ends is not None:
+        words = "lport = ? AND rport = ? AND family = ? AND laddr = ? AND raddr = ?"
+        (family, one, port), (_, other, far) = question.ends
+        ways = [(port, far, family, one, other), (far, port, family, other, one)]
+        return [([words], list(way)) for way in dict.fromkeys(ways)]
+    if question.port is not None:
+        port = question.port
+        return [(["lport = ?"], [port]), (["rport = ? AND lport <> ?"], [port, port])]
+    return [([], [])]
+
+
+def _conditions(question: Question) -> tuple[list[str], list[Any]]:
+    wheres: list[str] = []
+    values: list[Any] = []
+    for name, value in (
+        ("proto", question.proto),
+        ("tgid", question.pid),
+        ("comm", question.comm),
+        ("uid", question.uid),
+    ):
+        if value is not None:
+            wheres.append(f"{name} = ?")
+            values.append(value)
+    if question.uid is not None:
+        wheres.append("tgid <> 0")
+    if question.ends is not None and question.port is not None:
+        wheres.append("? IN (lport, rport)")
+        values.append(question.port)
+    if question.since_ns is not None:
+        wheres.append("last_ns >= ?")
+        values.append(question.since_ns)
+    if question.at_ns is not None:
+        wheres.append("first_ns <= ? AND last_ns >= ?")
+        values += [question.at_ns, question.at_ns]
+    if question.host is not None:
+        family, _, _ = network_words(question.host)
+        low = question.host.network_address.packed.ljust(16, b"\0")
+        high = question.host.broadcast_address.packed.ljust(16, b"\0")
+        near = "raddr BETWEEN ? AND ? OR forwarded AND laddr BETWEEN ? AND ?"
+        wheres.append(f"family = ? AND ({near})")
+        values += [family, low, high, low, high]
+    return wheres, values
+
+
+def _encoded(process: Process) -> bytes:
+    """As JSON of at most _DETAILS bytes."""
+    raw = msgspec.json.encode(process)
+    room = _DETAILS // 4
+    while len(raw) > _DETAILS:
+        room //= 2
+        short = {name: getattr(process, name)[:room] for name in _STRINGS}
+        raw = msgspec.json.encode(replace(process, **short))
+    return raw
+
+
+_STRINGS = ("comm", "user", "exe", "cmdline", "cgroup", "unit", "container")
+
+
+def _space(size: int) -> int:
+    """Bytes that so many of details take in the file: what is long goes to pages of its own."""
+    return size + 100 if size < 900 else 600 + (size // 4092 + 1) * 4096
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _rows(ids: np.ndarray, flows: np.ndarray, *more: np.ndarray) -> Iterator[tuple[Any, ...]]:
+    """Values for _WRITE_FLOW; SQLite's integers are signed."""
+    columns: list[list[Any]] = [ids.tolist()]
+    for name in _COLUMNS:
+        column = np.ascontiguousarray(flows[name])
+        if column.ndim == 2:
+            raw = column.tobytes()
+            columns.append([raw[at : at + 16] for at in range(0, len(raw), 16)])
+        elif column.dtype.kind == "u" and column.dtype.itemsize == 8:
+            columns.append(column.view(np.int64).tolist())
+        else:
+            columns.append(column.tolist())
+    return zip(*columns, *(column.tolist() for column in more), strict=True)
+
+
+def _flows(rows: Sequence[tuple[Any, ...]]) -> np.ndarray:
+    flows = np.zeros(len(rows), FLOW)
+    for position, name in enumerate(_COLUMNS, 1):
+        values = [row[position] for row in rows]
+        if FLOW[name].ndim:
+            flows[name] = np.frombuffer(b"".join(values), np.uint64).reshape(-1, 2)
+        elif FLOW[name] == np.uint64:
+            flows[name] = np.array(values, np.int64).view(np.uint64)
+        else:
+            flows[name] = values
+    return flows
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""What clients get: connections, answers, streams."""

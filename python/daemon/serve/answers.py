@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: MIT
+"""Answers to questions, as far as the one who asks may see."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from daemon.history.memory import End, FlowMemory, Question, flow_fields
+from daemon.serve.now import Looking, holder, sockets_now
+from daemon.serve.requests import History as HistoryRequest
+from daemon.serve.requests import Lookup, LookupKey, OwnerOf, Who
+from nlproto.errors import UsageError
+from nlproto.host.kernel_sockets import KernelSockets
+from nlproto.pipeline.pipeline import Pipeline
+from nlproto.records.wire import PROTO_NAMES
+from nlproto.tables.flows import pack_address
+from nlproto.tables.portmap import PortOwner
+from nlproto.tables.processes import Process
+
+__all__ = ["Answers", "Past", "PROTOS", "Room"]
+
+PROTOS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
+
+Stop = Callable[[], None]
+"""Raises what ends an answer that nobody waits for; called every few ms."""
+Past = Callable[[Question, Stop], tuple[int, list[tuple[int, np.void]]]]
+"""Answers a Question from the stored history: rows that are not in memory."""
+
+_MAX_HOLDERS = 20_000
+"""Processes of the port map in one answer: a socket has one entry for each of its holders."""
+_CHEAP = 32
+_NULL = msgspec.Raw(b"null")
+
+_json = msgspec.json.Encoder()
+
+
+class Room:
+    """Bytes of JSON that an answer may have. What has no room is left out, and it says so."""
+
+    def __init__(self, size: int = 8 << 20) -> None:
+        self.left = size
+        self.truncated = False
+
+    def take(self, encoded: bytes) -> bool:
+        """Whether there was room for it."""
+        if len(encoded) + 1 > self.left:
+            self.truncated = True
+            return False
+        self.left -= len(encoded) + 1
+        return True
+
+    def fill(self, things: Iterable[object]) -> list[msgspec.Raw]:
+        """As many of `things`, from the first on, as have room."""
+        fitting = []
+        for thing in things:
+            encoded = _json.encode(thing)
+            if not self.take(encoded):
+                break
+            fitting.append(msgspec.Raw(encoded))
+        return fitting
+
+
+def _never() -> None:
+    pass
+
+
+@dataclass(slots=True)
+class Answers:
+    """`uid` of each method: None for one who sees everything, else the only owner to be shown.
+
+    Lists in an answer hold JSON. Any thread.
+    """
+
+    pipeline: Pipeline
+    history: FlowMemory
+    past: Past | None = None
+    past_process: Callable[[int, int], Process | None] | None = None
+    kernel: KernelSockets | None = None
+    remembers_since: Callable[[], float] = time.time
+    """Unix time: what was seen later is still known."""
+
+    def is_cheap(self, request: OwnerOf) -> bool:
+        """Whether the answer takes less time than another thread takes to begin with it."""
+        portmap = self.pipeline.portmap
+        return portmap is None or portmap.count(request.port) <= _CHEAP
+
+    def owner(
+        self, request: OwnerOf, uid: int | None, stop: Stop = _never, room: Room | None = None
+    ) -> dict[str, Any]:
+        room = room or Room()
+        address = None if request.address is None else _address(request.address)
+        portmap, proto = self.pipeline.portmap, _proto(request.proto)
+        owners: list[PortOwner] = []
+        if portmap is not None:
+            owners = portmap.who(request.port, proto, address, uid, _MAX_HOLDERS + 1)
+        grouped = self._grouped(owners, stop, room)
+        return {"owners": room.fill(grouped), "truncated": room.truncated}
+
+    def _grouped(self, owners: Sequence[PortOwner], stop: Stop, room: Room) -> list[dict[str, Any]]:
+        """One entry a socket: the last seen owner, all of them as holders."""
+        sockets: dict[tuple[Any, ...], dict[str, Any]] = {}
+        if len(owners) > _MAX_HOLDERS:
+            room.truncated = True
+        for owner in owners[:_MAX_HOLDERS]:
+            stop()
+            name = (owner.netns, owner.proto, owner.address, owner.port, owner.cookie)
+            entry = sockets.get(name)
+            if entry is None:
+                sockets[name] = entry = self._owner_fields(owner)
+            entry["holders"].append(holder(owner.tgid, owner.start_ns, owner.comm, owner.uid))
+        return list(sockets.values())
+
+    def _owner_fields(self, owner: PortOwner) -> dict[str, Any]:
+        process = self.pipeline.processes.get(owner.tgid, owner.start_ns)
+        return {
+            "netns": owner.netns,
+            "proto": PROTO_NAMES.get(owner.proto, str(owner.proto)),
+            "address": owner.address,
+            "port": owner.port,
+            "pid": owner.tgid,
+            "start_ns": owner.start_ns,
+            "comm": owner.comm or (process.comm if process else ""),
+            "uid": owner.uid,
+            "exe": process.exe if process else "",
+            "cookie": owner.cookie,
+            "listening": owner.listening,
+            "holders": [],
+        }
+
+    def who(
+        self,
+        request: Who,
+        uid: int | None,
+        now_ns: int | None = None,
+        stop: Stop = _never,
+        room: Room | None = None,
+    ) -> dict[str, Any]:
+        """Sockets there now that fit, flows of the past, and details of all processes named."""
+        room = room or Room()
+        now_ns = time.time_ns() if now_ns is None else now_ns
+        network = None if request.host is None else _network(request.host)
+        asked_uid = getattr(request, "uid", None)
+        if uid is not None and asked_uid not in (None, uid):
+            asked_uid = -1  # nobody: the answer is empty, not an error that tells something
+        elif uid is not None:
+            asked_uid = uid
+        question = Question(
+            port=request.port,
+            proto=_proto(request.proto),
+            host=network,
+            pid=request.pid,
+            pname=request.pname,
+            uid=asked_uid,
+            since_ns=None if request.since is None else now_ns - int(request.since * 1e9),
+            at_ns=None if request.at is None else int(request.at * 1e9),
+            ends=None if request.ends is None else _ends(*request.ends),
+            limit=request.limit,
+        )
+        total, rows = self._ask(question, stop)
+        owners: list[dict[str, Any]] = []
+        owners_total = 0
+        if request.at is None and not isinstance(request, HistoryRequest):
+            looking = Looking(uid, stop)
+            owners_total, owners = self._owners_now(question, looking)
+            room.truncated |= looking.truncated
+        owners_now = room.fill(owners)
+        keys: dict[tuple[int, int], None] = {}
+        for owner in owners[: len(owners_now)]:
+            keys.update(((one["pid"], one["start_ns"]), None) for one in owner["holders"])
+
+        def fields() -> Iterable[dict[str, Any]]:
+            for _, row in rows:
+                stop()
+                flow = flow_fields(row)
+                if flow["pid"] is not None:
+                    keys[flow["pid"], flow["start_ns"]] = None
+                yield flow
+
+        flows = room.fill(fields())
+        return {
+            "owners": owners_now,
+            "owners_total": owners_total,
+            "complete": self.kernel is None or self.kernel.looked_ns > 0,
+            "since": self.remembers_since(),
+            "flows": flows,
+            "total": total,
+            "processes": room.fill(self._processes(keys, uid, stop)),
+            "truncated": room.truncated or total > len(flows) or owners_total > len(owners_now),
+        }
+
+    def _ask(self, question: Question, stop: Stop) -> tuple[int, list[tuple[int, np.void]]]:
+        total, rows = self.history.ask(question)
+        if self.past is None:
+            return total, rows
+        older_total, older = self.past(question, stop)
+        rows = sorted(rows + older, key=lambda row: -int(row[1]["last_ns"]))
+        return total + older_total, rows[: question.limit]
+
+    def _owners_now(self, question: Question, looking: Looking) -> tuple[int, list[dict[str, Any]]]:
+        """How many sockets there are now, and the first of them."""
+        if self.kernel is None:
+            return 0, []
+        total, found = sockets_now(self.pipeline, self.kernel, question, looking)
+        for one in found:
+            looking.stop()
+            process = self.pipeline.processes.get(one["pid"], one["start_ns"])
+            one["exe"] = process.exe if process else ""
+        return total, found
+
+    def _processes(
+        self, keys: Iterable[tuple[int, int]], uid: int | None, stop: Stop
+    ) -> Iterable[Process]:
+        for key in keys:
+            stop()
+            process = self.pipeline.processes.get(*key)
+            if process is None and self.past_process is not None:
+                process = self.past_process(*key)
+            if process is not None and (uid is None or process.uid == uid):
+                yield process
+
+    def lookup(
+        self, request: Lookup, uid: int | None, stop: Stop = _never, room: Room | None = None
+    ) -> dict[str, Any]:
+        room = room or Room()
+        cookies = {key.cookie for key in request.keys if key.cookie is not None}
+        portmap = self.pipeline.portmap
+        by_cookie: Mapping[int, list[PortOwner]] = {}
+        if portmap is not None and cookies:
+            by_cookie = portmap.with_cookies(cookies, uid, _MAX_HOLDERS + 1)
+            room.truncated = sum(map(len, by_cookie.values())) > _MAX_HOLDERS
+        made: dict[LookupKey, msgspec.Raw] = {}
+        owners = []
+        for key in request.keys:
+            stop()
+            found = made.get(key)
+            if found is None:
+                answer = self._look_up(key, by_cookie, uid, stop, room)
+                found = made[key] = _NULL if answer is None else msgspec.Raw(_json.encode(answer))
+            owners.append(found if room.take(bytes(found)) else _NULL)
+        return {"owners": owners, "truncated": room.truncated}
+
+    def _look_up(
+        self,
+        key: LookupKey,
+        by_cookie: Mapping[int, list[PortOwner]],
+        uid: int | None,
+        stop: Stop,
+        room: Room,
+    ) -> dict[str, Any] | None:
+        given = {name for name in key.__struct_fields__ if getattr(key, name) is not None}
+        processes, portmap = self.pipeline.processes, self.pipeline.portmap
+        owners: list[PortOwner] = []
+        match key:
+            case LookupKey(tgid=int(tgid), start_ns=int(start_ns)) if len(given) == 2:
+                process = processes.get(tgid, start_ns)
+                if process is None or (uid is not None and process.uid != uid):
+                    return None
+                return {"process": process}
+            case LookupKey(cookie=int(cookie)) if len(given) == 1:
+                owners = by_cookie.get(cookie, [])
+            case LookupKey(
+                netns=int(netns), proto=str(proto), address=str(address), port=int(port)
+            ) if len(given) == 4:
+                family, raw = _address(address)
+                if portmap is not None:
+                    end = (netns, PROTOS[proto], family, raw, port)
+                    owners = portmap.at(end, uid, _MAX_HOLDERS + 1)
+            case _:
+                raise UsageError(
+                    "a lookup key is {cookie}, {netns, proto, address, port} or {tgid, start_ns}"
+                )
+        found = self._grouped(owners, stop, room)
+        if not found:
+            return None
+        process = processes.get(found[0]["pid"], found[0]["start_ns"])
+        if process is not None and (uid is None or process.uid == uid):
+            found[0]["process"] = process
+        return found[0]
+
+
+def _proto(name: str | None) -> int | None:
+    return None if name is None else PROTOS[name]
+
+
+def _address(text: str) -> tuple[int, bytes]:
+    try:
+        return pack_address(text)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _ends(*ends: tuple[str, int]) -> tuple[End, End]:
+    one, other = ((*_address(address), port) for address, port in ends)
+    return one, other
+
+
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise UsageError(f"'{text}' is neither an IP address nor a network") from None

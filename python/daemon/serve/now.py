@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: MIT
+"""Who has which sockets at this moment: the kernel's tables of the last look, checked in /proc."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from daemon.history.memory import Question
+from nlproto.host import procfs
+from nlproto.host.kernel_sockets import KernelSockets
+from nlproto.host.sockdiag import HOST_SOCKET
+from nlproto.host.sockets import fields, fitting, held, unmapped
+from nlproto.pipeline.pipeline import Pipeline
+from nlproto.records.wire import text
+from nlproto.tables.portmap import PortMap, PortOwner
+from nlproto.tables.processes import ProcessKey
+
+__all__ = ["Looking", "holder", "sockets_now"]
+
+_SHOWN = 1000
+"""Sockets in one answer."""
+_LOOKED = 5000
+"""Sockets whose holders are looked for."""
+_HOLDERS = 20_000
+"""Of all these sockets."""
+_ASKED = 2000
+"""Processes whose descriptors are read for one question."""
+_INODES = 4_000_000
+"""Sockets that these have."""
+_SAME_PORT = 500
+"""Owners of a port that are asked whether a socket of unknown holders is theirs."""
+
+
+class Looking:
+    """What one question may cost, and what was asked for it already.
+
+    `uid`: only sockets and holders of this owner are shown; None: all. `stop` raises what ends
+    the answer; it is called every few ms.
+    """
+
+    def __init__(self, uid: int | None = None, stop: Callable[[], None] = lambda: None) -> None:
+        self.uid = uid
+        self.stop = stop
+        self.truncated = False
+        """Something was not looked at."""
+        self._inodes: dict[int, np.ndarray | None] = {}
+        self._inodes_left, self._holders_left = _INODES, _HOLDERS
+
+    def is_mine(self, uid: int | None) -> bool:
+        return self.uid is None or uid == self.uid
+
+    def inodes(self, pid: int) -> np.ndarray | None:
+        """Of the sockets that `pid` holds, sorted; None: it may not be asked, or too many were."""
+        if pid not in self._inodes:
+            self.stop()
+            if len(self._inodes) >= _ASKED or self._inodes_left <= 0:
+                self.truncated = True
+                return None
+            held, asked = procfs.held_sockets([pid])
+            self._inodes_left -= len(held)
+            self._inodes[pid] = np.unique(held["inode"]) if asked else None
+        return self._inodes[pid]
+
+    def holds(self, pid: int, inode: int) -> bool | None:
+        """Whether `pid` has this socket; None: it may not be asked, or too many were."""
+        inodes = self.inodes(pid)
+        if inodes is None:
+            return None
+        place = int(np.searchsorted(inodes, np.uint64(inode)))
+        return place < len(inodes) and int(inodes[place]) == inode
+
+    def takes_holder(self) -> bool:
+        """Whether one more may be looked at."""
+        self.stop()
+        self._holders_left -= 1
+        if self._holders_left < 0:
+            self.truncated = True
+        return self._holders_left >= 0
+
+
+def sockets_now(
+    pipeline: Pipeline, kernel: KernelSockets, question: Question, looking: Looking
+) -> tuple[int, list[dict[str, Any]]]:
+    """How many sockets fit, and the first `limit` (at most _SHOWN) of them, listeners first.
+
+    Each has its holders, the last known user first.
+    """
+    if all(one is None for one in (question.port, question.pid, question.pname, question.host)):
+        return 0, []
+    portmap = pipeline.portmap
+    numbers, rows = _rows(kernel.tables, question, _inodes(pipeline, question, looking), looking)
+    if looking.uid is not None:
+        mine = rows["uid"] == looking.uid
+        used_by = _users(portmap, rows, looking)
+        mine |= np.isin(rows["cookie"], np.fromiter(used_by, np.uint64, len(used_by)))
+        numbers, rows = numbers[mine], rows[mine]
+    used_by = _users(portmap, rows[:_LOOKED], looking)
+    found: list[dict[str, Any]] = []
+    total, limit = 0, min(question.limit, _SHOWN)
+    for at, netns in enumerate(numbers.tolist()):
+        if len(found) >= limit or at >= _LOOKED:
+            looking.truncated = True
+            total += len(rows) - at
+            break
+        looking.stop()
+        row = rows[at]
+        holders = _holders(pipeline, kernel, looking, row, used_by.get(int(row["cookie"]), ()))
+        shown = [one for one in holders if looking.is_mine(one["uid"])]
+        if any(_is(one, question) for one in shown):
+            total += 1
+            found.append(fields(netns, row) | shown[0] | {"holders": shown})
+    return total, found
+
+
+def holder(tgid: int, start_ns: int, comm: str, uid: int) -> dict[str, Any]:
+    """One process that holds a socket, as it goes to a client."""
+    return {"pid": tgid, "start_ns": start_ns, "comm": comm, "uid": uid}
+
+
+def _users(
+    portmap: PortMap | None, rows: np.ndarray, looking: Looking
+) -> Mapping[int, list[PortOwner]]:
+    """Who used the sockets `rows`, by cookie."""
+    cookies = rows["cookie"][rows["cookie"] != 0]
+    if portmap is None or not len(cookies):
+        return {}
+    found = portmap.with_cookies(cookies.tolist(), looking.uid, _HOLDERS)
+    looking.truncated |= sum(map(len, found.values())) >= _HOLDERS
+    return found
+
+
+def _inodes(pipeline: Pipeline, question: Question, looking: Looking) -> np.ndarray | None:
+    """Sockets of the processes that are asked for; None: of any."""
+    if question.pid is None and question.pname is None:
+        return None
+    found = [np.zeros(0, np.uint64)]
+    name = None if question.comm is None else question.comm.decode("utf-8", "replace")
+    for one in pipeline.processes.find(question.pid, name):
+        looking.stop()
+        if not looking.is_mine(one.uid):
+            continue
+        there = procfs.identity(one.tgid)
+        if there is not None and procfs.same_start(one.start_ns, there.start_ticks):
+            inodes = looking.inodes(one.tgid)
+            if inodes is not None:
+                found.append(inodes)
+    return np.unique(np.concatenate(found))
+
+
+def _rows(
+    tables: Mapping[int, np.ndarray],
+    question: Question,
+    inodes: np.ndarray | None,
+    looking: Looking,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(namespaces, HOST_SOCKETs): listeners before others, in the order of ports."""
+    numbers, parts = [np.zeros(0, np.int64)], [np.zeros(0, HOST_SOCKET)]
+    for netns, table in tables.items():
+        looking.stop()
+        table = unmapped(table)
+        mask = held(table) & (table["inode"] != 0)
+        mask &= fitting(table, question.port, question.proto, question.host)
+        if inodes is not None:
+            mask &= np.isin(table["inode"], inodes)
+        parts.append(table[mask])
+        numbers.append(np.full(len(parts[-1]), netns, np.int64))
+    rows, where = np.concatenate(parts), np.concatenate(numbers)
+    order = np.lexsort((where, rows["sport"], rows["dport"] != 0))
+    return where[order], rows[order]
+
+
+def _holders(
+    pipeline: Pipeline,
+    kernel: KernelSockets,
+    looking: Looking,
+    row: np.void,
+    used: Iterable[PortOwner],
+) -> list[dict[str, Any]]:
+    """Those who hold a socket in /proc; of processes that may not be asked, who used it."""
+    inode = int(row["inode"])
+    found: dict[ProcessKey, dict[str, Any]] = {}
+    for one in used:
+        if looking.takes_holder() and looking.holds(one.tgid, inode) is not False:
+            found[one.key] = holder(one.tgid, one.start_ns, one.comm, one.uid)
+    known = list(_known(kernel, inode, looking))
+    if not found and not known and pipeline.portmap is not None:
+        # accepted or made since the last walk: of somebody who has the same port
+        port = int(row["sport"])
+        for one in pipeline.portmap.who(port, uid=looking.uid, limit=_SAME_PORT):
+            if looking.holds(one.tgid, inode):
+                found[one.key] = holder(one.tgid, one.start_ns, one.comm, one.uid)
+    for other in known:
+        identity = other.identity
+        start_ns = pipeline.processes.start_of(identity.tgid, identity.start_ns)
+        one_holder = holder(identity.tgid, start_ns, text(other.comm), other.uid)
+        found.setdefault((identity.tgid, start_ns), one_holder)
+    return list(found.values())
+
+
+def _known(kernel: KernelSockets, inode: int, looking: Looking) -> Iterator[procfs.Owner]:
+    for one in kernel.holders_of(inode):
+        if not looking.takes_holder():
+            break
+        yield one
+
+
+def _is(one: Mapping[str, Any], question: Question) -> bool:
+    if question.pid is not None and one["pid"] != question.pid:
+        return False
+    name = None if question.comm is None else question.comm.decode("utf-8", "replace")
+    return name is None or one["comm"] == name

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: MIT
+"""Questions that take time: two threads, users in turn, given up when nobody waits for the answer.
+
+One thread is for who sees everything, one for all others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from daemon.sharing.allowance import Allowance, Meter
+from daemon.sharing.rounds import Rounds
+from nlproto.errors import Error
+
+__all__ = ["Cancelled", "Question", "Questions", "Stop"]
+
+Stop = Callable[[], None]
+"""Raises what ends a question; to be called every few ms."""
+
+log = logging.getLogger(__name__)
+
+
+_LONGEST = 5.0
+"""s that a question of a user without rights may take."""
+_PART = 0.002  # s of work between two looks at the allowance
+_NAP = 0.02  # s, longest sleep before it is asked again whether the answer is wanted
+
+
+class Cancelled(Exception):
+    """Not an Error: nobody is told."""
+
+
+@dataclass(eq=False, slots=True)
+class Question:
+    """`work` runs in a thread, `done` in the event loop's with its result or its Error."""
+
+    user: int
+    full: bool
+    work: Callable[[Stop], Any]
+    done: Callable[[Any], None]
+    cancelled: bool = field(default=False, init=False)
+    running: bool = field(default=False, init=False)
+
+    def run(self, allowance: Allowance) -> Any:
+        """In its thread: the result, or the Error to tell."""
+        meter = Meter(None if self.full else allowance)
+        looked = began = time.monotonic()
+
+        def stop() -> None:
+            nonlocal looked
+            now = time.monotonic()
+            if now - looked > _PART:
+                looked = now
+                _sleep(meter.pause(), self)
+            if self.cancelled:
+                raise Cancelled
+            if not self.full and now - began > _LONGEST:
+                raise Error(f"no answer within {_LONGEST:g} s; ask for less")
+
+        try:
+            stop()
+            return self.work(stop)
+        except Cancelled:
+            return None
+        except Error as error:
+            return error
+        except Exception:
+            log.exception("a question failed")
+            return Error("the daemon failed on this request; see its log")
+        finally:
+            _sleep(meter.pause(), self)
+
+
+class Questions:
+    """Belongs to the event loop's thread. `may_answer(question)`: whether there is room for an
+    answer; pump() asks again.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        may_answer: Callable[[Question], bool],
+        allowance: Allowance,
+    ) -> None:
+        self._loop = loop
+        self._allowance = allowance
+        self._may_answer = may_answer
+        self._sides = {True: _Side("questions-all"), False: _Side("questions")}
+        self._ended = False
+        self.cancelled = 0
+
+    @property
+    def waiting(self) -> int:
+        return sum(side.waiting for side in self._sides.values())
+
+    def ask(self, question: Question) -> None:
+        side = self._sides[question.full]
+        side.rounds.add(question.user, question)
+        side.waiting += 1
+        self._next(side)
+
+    def cancel(self, question: Question) -> None:
+        """Nobody waits for it: `done` is not called, the thread gives it up soon."""
+        if question.cancelled:
+            return
+        question.cancelled = True
+        self.cancelled += 1
+        if not question.running:
+            side = self._sides[question.full]
+            side.rounds.discard(question.user, question)
+            side.waiting -= 1
+
+    def pump(self) -> None:
+        """Somebody has read an answer, or has gone."""
+        for side in self._sides.values():
+            self._next(side)
+
+    def end(self) -> None:
+        """Give everything up."""
+        self._ended = True
+        for side in self._sides.values():
+            if side.running is not None:
+                side.running.cancelled = True
+            side.executor.shutdown(wait=False, cancel_futures=True)
+
+    def _next(self, side: _Side) -> None:
+        if side.running is not None or self._ended:
+            return
+        for user in side.rounds.users():
+            question = side.rounds.first(user)
+            if not self._may_answer(question):
+                continue
+            side.rounds.next(user)
+            side.waiting -= 1
+            side.running = question
+            question.running = True
+            future = self._loop.run_in_executor(side.executor, question.run, self._allowance)
+            future.add_done_callback(functools.partial(self._done, side, question))
+            return
+
+    def _done(self, side: _Side, question: Question, future: asyncio.Future[Any]) -> None:
+        side.running = None
+        try:
+            if not question.cancelled and not future.cancelled():
+                question.done(future.result())
+        finally:
+            self._next(side)
+
+
+class _Side:
+    def __init__(self, name: str) -> None:
+        self.executor = ThreadPoolExecutor(1, name)
+        self.rounds: Rounds[Question] = Rounds()
+        self.running: Question | None = None
+        self.waiting = 0
+
+
+def _sleep(seconds: float, question: Question) -> None:
+    """Not longer than the question is wanted."""
+    until = time.monotonic() + seconds
+    while not question.cancelled and (left := until - time.monotonic()) > 0:
+        time.sleep(min(left, _NAP))

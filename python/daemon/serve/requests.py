@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT
+"""What clients may ask (docs/PROTOCOL.md): types and limits, checked while parsing."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from nlproto.errors import UsageError
+
+__all__ = [
+    "Hello",
+    "History",
+    "Lookup",
+    "OwnerOf",
+    "Request",
+    "Stats",
+    "Subscribe",
+    "Unsubscribe",
+    "Who",
+    "parse_request",
+    "request_id",
+]
+
+Id = Annotated[int, Meta(ge=0, le=2**53)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+U64 = Annotated[int, Meta(ge=0)]
+Proto = Literal["tcp", "udp"]
+Host = Annotated[str, Meta(min_length=1, max_length=64)]
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Limit = Annotated[int, Meta(ge=1, le=10_000)]
+Seconds = Annotated[float, Meta(ge=0, le=1e10)]
+
+
+class _Base(Struct, tag_field="op", forbid_unknown_fields=True, frozen=True):
+    id: Id
+
+
+End = tuple[Host, Port]
+"""(address, port)."""
+
+
+class Hello(_Base, tag="hello", frozen=True):
+    protocol: Annotated[int, Meta(ge=0, le=2**31)] = 1
+
+
+class Stats(_Base, tag="stats", frozen=True):
+    pass
+
+
+class Who(_Base, tag="who", frozen=True):
+    port: Port | None = None
+    proto: Proto | None = None
+    host: Host | None = None
+    pid: U32 | None = None
+    pname: Name | None = None
+    since: Seconds | None = None
+    at: Seconds | None = None
+    ends: tuple[End, End] | None = None
+    """Both ends of one flow, in either order."""
+    limit: Limit = 1000
+
+
+class History(Who, tag="history", frozen=True):
+    uid: U32 | None = None
+
+
+class OwnerOf(_Base, tag="owner", frozen=True):
+    port: Port
+    proto: Proto | None = None
+    address: Host | None = None
+
+
+class LookupKey(Struct, forbid_unknown_fields=True, frozen=True):
+    cookie: U64 | None = None
+    netns: U32 | None = None
+    proto: Proto | None = None
+    address: Host | None = None
+    port: Port | None = None
+    tgid: U32 | None = None
+    start_ns: U64 | None = None
+
+    def __post_init__(self) -> None:
+        # more than msgspec's bounds can say
+        if (self.cookie or 0) >> 64 or (self.start_ns or 0) >> 64:
+            raise ValueError("cookie and start_ns have 64 bits")
+
+
+class Lookup(_Base, tag="lookup", frozen=True):
+    keys: Annotated[list[LookupKey], Meta(max_length=1000)]
+
+
+class Subscribe(_Base, tag="subscribe", frozen=True):
+    filter: Annotated[str, Meta(max_length=8192)] = ""
+    snaps: bool = False
+
+
+class Unsubscribe(_Base, tag="unsubscribe", frozen=True):
+    pass
+
+
+Request = Hello | Stats | Who | History | OwnerOf | Lookup | Subscribe | Unsubscribe
+
+_decoder: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
+
+
+# msgspec passes on what Python's UTF-8 decoder says of a string
+_WRONG = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError)
+
+
+class _Id(Struct):
+    id: Id = 0
+
+
+_id_decoder = msgspec.json.Decoder(_Id)
+
+
+def parse_request(payload: bytes) -> Request:
+    """The request in a control frame. Raises UsageError."""
+    try:
+        return _decoder.decode(payload)
+    except _WRONG as error:
+        raise UsageError(f"bad request: {error}") from None
+
+
+def request_id(payload: bytes) -> int:
+    """The id of a request that is wrong otherwise, 0 if it has none."""
+    try:
+        return _id_decoder.decode(payload).id
+    except _WRONG:
+        return 0

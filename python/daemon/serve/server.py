@@ -1,0 +1,510 @@
+# SPDX-License-Identifier: MIT
+"""The UNIX socket: one daemon a path, any number of clients."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import select
+import socket
+import stat
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import nlproto
+from daemon.serve.answers import Answers
+from daemon.serve.bounds import ANSWER_BYTES, STREAM_BYTES, Bounds, bounds_of
+from daemon.serve.publisher import Stream
+from daemon.serve.questions import Question, Questions
+from daemon.serve.session import MAX_ANSWER, Session
+from daemon.serve.streams import Streams
+from daemon.sharing.allowance import FILTERS, QUESTIONS, REQUESTS, Allowance, Meter
+from daemon.sharing.quota import Quota
+from daemon.sharing.rounds import Rounds
+from daemon.system.config import Config
+from daemon.system.directory import HeldDirectory
+from daemon.system.rights import Peer, group_id, peer_of
+from nlproto._host import ffi, lib
+from nlproto.client.frames import DEFAULT_SOCKET, PROTOCOL
+from nlproto.errors import Error, NoPrivilege
+from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.tables.shares import Payers
+
+__all__ = ["Server", "SocketFile"]
+
+_BACKLOG = 4096  # what the kernel allows, by default
+_AT_ONCE = 512
+"""Connections accepted before anything else is done."""
+_READ = 16 << 10
+"""Bytes read from a client at once."""
+_ACCOUNT = 1.0  # s between two accounts for those who subscribed
+_LOOK = 0.25  # s between two looks after clients that have gone, or do not read
+_TOGETHER = 0.02  # s that those without rights wait for each other
+_STUCK = 30.0
+"""s after which a client is let go that reads nothing of an answer."""
+_PATIENCE = 1.0
+"""s that what waits for clients may take when the daemon ends; twice, if need be."""
+_COMPLAIN = 60.0  # s between two entries in the log about the same
+
+log = logging.getLogger(__name__)
+
+
+class SocketFile:
+    """A bound, listening UNIX socket at `path`, ours alone by a lock on `path`.lock.
+
+    Raises Error when a live daemon has it or something else than a socket is there, NoPrivilege
+    when the directory may not be written. On exit the socket's file is removed; the lock's file
+    stays, since removing it would let two daemons hold a lock each.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._lock = -1
+        self._place: HeldDirectory | None = None
+        self._mine: os.stat_result | None = None
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+
+    def __enter__(self) -> SocketFile:
+        try:
+            self._place = HeldDirectory(self.path, os.path.dirname(DEFAULT_SOCKET), 0o755)
+            self._take_lock(self._place)
+            self._remove_stale(self._place)
+            self._mine = self._place.bind(self.socket, 0o666)  # access is decided by credentials
+            self.socket.listen(_BACKLOG)
+        except OSError as error:
+            self._release()
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise NoPrivilege(
+                    f"{self.path}: {error.strerror}; run as root or choose another --socket"
+                ) from None
+            raise Error(
+                f"{self.path}: {error.strerror or error}; choose another --socket"
+            ) from None
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def _take_lock(self, place: HeldDirectory) -> None:
+        self._lock = place.open_file(0o600, ".lock")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip()
+            by = f" (pid {holder})" if holder.isdigit() else ""
+            raise Error(
+                f"a daemon{by} already serves {self.path}; stop it first or choose another --socket"
+            ) from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+
+    def _remove_stale(self, place: HeldDirectory) -> None:
+        found = place.stat()
+        if found is None:
+            return
+        if not stat.S_ISSOCK(found.st_mode):
+            raise Error(
+                f"{self.path} exists and is no socket; remove it or choose another --socket"
+            )
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(1)
+            try:
+                probe.connect(place.path)
+            except (ConnectionRefusedError, FileNotFoundError):
+                pass
+            else:
+                raise Error(f"another program listens on {self.path}; choose another --socket")
+        log.info("taking over the stale socket %s", self.path)
+        place.unlink()
+
+    def __exit__(self, *_: object) -> None:
+        if self._place is not None:
+            self._place.unlink(self._mine)
+        self._release()
+
+    def _release(self) -> None:
+        self.socket.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+        if self._place is not None:
+            self._place.close()
+
+
+class Server:
+    """Serves `answers` and streams on a bound socket; belongs to the event loop's thread."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        answers: Answers,
+        config: Config,
+        figures: Callable[[], dict[str, Any]],
+        bounds: Bounds | None = None,
+    ) -> None:
+        self.loop = loop
+        self.answers = answers
+        self.config = config
+        self.bounds = bounds or bounds_of(config)
+        self._allowance = Allowance(REQUESTS)
+        self.streams = Streams(
+            answers.pipeline, self._post, config.max_filters, STREAM_BYTES, Allowance(FILTERS)
+        )
+        self.questions = Questions(loop, self._may_answer, Allowance(QUESTIONS))
+        self.buffer = bytearray(_READ)
+        """Where all sessions read into, one at a time."""
+        self.slow: set[Session] = set()
+        """Sessions with more to send than their clients read."""
+        self.refused = 0
+        self.stuck = 0
+        self._places: Quota[Session | Arrival] = Quota(config.max_clients)
+        self._sessions: set[Session] = set()
+        self._arrivals: set[Arrival] = set()
+        self._accepted = ffi.new("int[]", _AT_ONCE)
+        self._payers = Payers()
+        self._turns: dict[bool, Rounds[Session | Arrival]] = {True: Rounds(), False: Rounds()}
+        self._waiting: list[tuple[Stream, Callable[[dict[str, Any]], None]]] = []
+        """What users without rights want to know once all records have passed."""
+        self._turning: set[bool] = set()
+        self._figures = figures
+        self._dropped_before = 0
+        self._gid = group_id(config.group)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._listener: socket.socket | None = None
+        self._complained = -_COMPLAIN
+        self._started = time.time()
+
+    def start(self, listener: socket.socket) -> None:
+        self.streams.__enter__()
+        self._listen(listener)
+        self._task(self._tell_accounts())
+        self._task(self._look_after())
+
+    async def stop(self) -> None:
+        """Publish what waits, say bye, give clients a moment to take what waits for them, close."""
+        if self._listener is not None:
+            self.loop.remove_reader(self._listener)
+            self._listener = None
+        for arrival in tuple(self._arrivals):
+            self._turn_away(arrival)
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.questions.end()
+        await self.loop.run_in_executor(None, self.streams.stop, _PATIENCE)
+        account = self._account(settled=True)
+        for session in tuple(self._sessions):
+            session.tell_account(account)
+            session.tell("bye")
+            session.close()
+        deadline = self.loop.time() + _PATIENCE
+        while self._sessions and self.loop.time() < deadline:
+            await asyncio.sleep(0.01)
+        for session in tuple(self._sessions):
+            session.abort()
+        await asyncio.sleep(0)
+
+    def reconfigure(self, config: Config) -> None:
+        self.config = config
+        self.streams.reconfigure(config.max_filters)
+        self._places.total = config.max_clients
+        self._gid = group_id(config.group)
+        self.share_out()
+
+    def _task(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # Who may connect
+
+    def _listen(self, listener: socket.socket) -> None:
+        # not asyncio.start_unix_server: credentials decide before a session exists
+        self._listener = listener
+        self.loop.add_reader(listener, self._accept, listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Take all that wait: who floods the queue of the socket must not fill it for others."""
+        self._payers.refresh()
+        found = lib.host_accept(listener.fileno(), self._accepted, _AT_ONCE)
+        if found < 0:
+            if -found != errno.EAGAIN:
+                self._rest(listener, os.strerror(-found))
+            return
+        refused = [fd for fd in ffi.unpack(self._accepted, found) if not self._admit(fd)]
+        if refused:
+            self.refused += len(refused)
+            lib.host_close(refused, len(refused))
+
+    def _rest(self, listener: socket.socket, error: str) -> None:
+        """No descriptors or no memory: those who wait to connect wait a little longer."""
+        if self.loop.time() > self._complained + _COMPLAIN:
+            self._complained = self.loop.time()
+            log.warning("no client can connect at present: %s", error)
+        self.loop.remove_reader(listener)
+
+        def again() -> None:
+            if self._listener is not None:
+                self._listen(listener)
+
+        self.loop.call_later(0.1, again)
+
+    def _admit(self, fd: int) -> bool:
+        """Whether the connection may stay; what it takes to serve it is done in its user's turn."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
+        try:
+            peer = peer_of(connection)
+        except OSError as error:
+            log.debug("client lost while it connected: %s", error)
+            connection.detach()
+            return False
+        user, full = self._payers.of_one(peer.uid), self.sees_everything(peer)
+        counted = None if full else user
+        if not self._places.has_room(counted):
+            connection.detach()
+            return False
+        arrival = Arrival(self, connection, peer, user, full)
+        self._arrivals.add(arrival)
+        self._places.take(arrival, counted)
+        self.wants_turn(arrival)
+        return True
+
+    def serve(self, arrival: Arrival) -> None:
+        """Give a connection its session, unless its client has gone already."""
+        if _has_gone(arrival.connection):
+            self._turn_away(arrival)
+            return
+        self._arrivals.discard(arrival)
+        self._places.give_back(arrival)
+        session = Session(self, arrival.peer, arrival.user)
+        self._places.take(session, None if session.full else session.user)
+        self._sessions.add(session)
+        self._task(self._connect(session, arrival.connection))
+
+    def _turn_away(self, arrival: Arrival) -> None:
+        self._arrivals.discard(arrival)
+        self._places.give_back(arrival)
+        self._turns[arrival.full].discard(arrival.user, arrival)
+        arrival.connection.close()
+
+    async def _connect(self, session: Session, connection: socket.socket) -> None:
+        try:
+            await self.loop.connect_accepted_socket(lambda: session, connection)
+        except BaseException as error:
+            self.left(session)
+            connection.close()
+            if not isinstance(error, OSError):
+                raise
+            log.debug("client lost while it connected: %s", error)
+
+    def sees_everything(self, peer: Peer) -> bool:
+        return peer.sees_everything(self._gid)
+
+    def left(self, session: Session) -> None:
+        self.slow.discard(session)
+        if session in self._sessions:
+            self._sessions.discard(session)
+            self._places.give_back(session)
+            self._dropped_before += session.dropped
+        self._turns[session.full].discard(session.user, session)
+        self.questions.pump()
+
+    # Whose turn it is
+
+    def wants_turn(self, session: Session | Arrival) -> None:
+        """The session has something to do; users take turns."""
+        self._turns[session.full].add(session.user, session)
+        if session.full not in self._turning:
+            self._turning.add(session.full)
+            self.loop.call_soon(self._take_turn, session.full)
+
+    def _take_turn(self, full: bool) -> None:
+        rounds, meter = self._turns[full], Meter(None if full else self._allowance)
+        session = rounds.next()
+        if session is not None and session.take_turn():
+            rounds.add(session.user, session)
+        pause = meter.pause()
+        if not rounds:
+            self._turning.discard(full)
+        elif pause:
+            self.loop.call_later(pause, self._take_turn, full)
+        else:
+            self.loop.call_soon(self._take_turn, full)
+
+    def has_read(self, session: Session) -> None:
+        self.wants_turn(session)
+        self.questions.pump()
+
+    def _may_answer(self, question: Question) -> bool:
+        """Whether answers that nobody has read leave room for another one."""
+        everybodys = own = MAX_ANSWER[question.full]
+        for session in self.slow:
+            if session.full == question.full:
+                everybodys += session.unread
+                own += session.unread if session.user == question.user else 0
+        return everybodys <= ANSWER_BYTES and own <= ANSWER_BYTES // (1 if question.full else 4)
+
+    async def _look_after(self) -> None:
+        """Clients that have gone while nothing was read from them, or that do not read."""
+        while True:
+            await asyncio.sleep(_LOOK)
+            for session in _hung_up(self._sessions):
+                session.abort()
+            for session in tuple(self.slow):
+                if session.is_stuck(self.loop.time(), _STUCK):
+                    self.stuck += 1
+                    session.abort()
+
+    def share_out(self) -> None:
+        """Each user's clients have an equal part of the room for queues."""
+        for full in (True, False):
+            users: dict[int, list[Session]] = {}
+            for session in self._sessions:
+                if session.full == full and session.subscription.stream is not None:
+                    users.setdefault(session.user, []).append(session)
+            for sessions in users.values():
+                part = self.bounds.client_queues // 2 // len(users) // len(sessions)
+                for session in sessions:
+                    session.subscription.bound(min(part, self.config.client_queue_size))
+
+    # What passes from other threads
+
+    async def _tell_accounts(self) -> None:
+        """What a client goes by when this daemon dies without a word."""
+
+        def tell(account: dict[str, Any]) -> None:
+            for session in tuple(self._sessions):
+                session.tell_account(account)
+
+        while True:
+            await asyncio.sleep(_ACCOUNT)
+            streams = (one.subscription.stream for one in self._sessions if one.full)
+            stream = next((one for one in streams if one is not None), None)
+            if stream is not None:
+                self.after_all_records(stream, tell)
+
+    def publish(self, batch: NamedBatch) -> None:
+        """Worker thread: hand a batch to all subscribers."""
+        self.streams.publish(batch)
+
+    def announce(self, event: str, **fields: Any) -> None:
+        """Any thread: tell every subscriber."""
+
+        def tell() -> None:
+            for session in tuple(self._sessions):
+                if session.subscription.stream is not None:
+                    session.tell(event, **fields)
+
+        self._post(tell)
+
+    def _post(self, function: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            self.loop.call_soon_threadsafe(function)
+
+    def after_all_records(self, stream: Stream, function: Callable[[dict[str, Any]], None]) -> None:
+        """Call `function` in the loop once all packets recorded until now were offered to `stream`.
+
+        It gets the account of exactly these.
+        """
+
+        if stream.uid is None:
+            self._barrier([(stream, function)])
+            return
+        # the engine is emptied for it: not once for each of those who may ask as often as they like
+        self._waiting.append((stream, function))
+        if len(self._waiting) == 1:
+            self.loop.call_later(_TOGETHER, self._barrier, self._waiting)
+
+    def _barrier(self, waiting: list[tuple[Stream, Callable[[dict[str, Any]], None]]]) -> None:
+        if waiting is self._waiting:
+            self._waiting = []
+
+        def passed() -> None:
+            account = self._account(settled=True)
+            for stream, function in waiting:
+                self.streams.mark(stream, partial(function, account))
+
+        self.answers.pipeline.barrier(passed)
+
+    # Figures
+
+    def greeting(self) -> dict[str, Any]:
+        return {
+            "protocol": PROTOCOL,
+            "version": nlproto.__version__,
+            "pid": os.getpid(),
+            "engine": self.answers.pipeline.engine.name,
+            "started": self._started,
+        }
+
+    def _account(self, settled: bool = False) -> dict[str, Any]:
+        pipeline = self.answers.pipeline
+        with pipeline.account_lock:
+            return pipeline.account.as_dict(settled)
+
+    def stats(self, session: Session) -> dict[str, Any]:
+        """What this client may know."""
+        subscription = session.subscription
+        own = {
+            "seen": subscription.seen if session.full else None,
+            "matched": subscription.matched,
+            "sent": subscription.sent,
+            "dropped": subscription.dropped,
+            "queued_bytes": subscription.queued,
+        }
+        fields = self.greeting() | {"client": own}
+        return fields | self.figures() if session.full else fields
+
+    def figures(self) -> dict[str, Any]:
+        """The account, and sizes and losses of every part. Any thread."""
+        sessions = tuple(self._sessions)
+        clients = {
+            "connected": len(sessions),
+            "max": self.config.max_clients,
+            "for_others": self._places.for_others,
+            "refused": self.refused,
+            "stuck": self.stuck,
+            "queued_bytes": sum(one.subscription.queued for one in sessions),
+            "dropped": self._dropped_before + sum(one.dropped for one in sessions),
+            "questions_waiting": self.questions.waiting,
+            "questions_cancelled": self.questions.cancelled,
+        } | self.streams.figures()
+        own = {"account": self._account(), "clients": clients, "memory": self.bounds.as_dict()}
+        return own | self._figures()
+
+
+@dataclass(eq=False, slots=True)
+class Arrival:
+    """A connection that has a place and waits to be served."""
+
+    server: Server
+    connection: socket.socket
+    peer: Peer
+    user: int
+    full: bool
+
+    def take_turn(self) -> bool:
+        self.server.serve(self)
+        return False
+
+
+def _has_gone(connection: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(connection, 0)  # POLLHUP is always told
+    return bool(poll.poll(0))
+
+
+def _hung_up(sessions: Iterable[Session]) -> list[Session]:
+    """Of sessions that are not read from: those whose client has closed its end."""
+    poll = select.poll()
+    by_fd = {session.fd: session for session in sessions if session.fd >= 0}
+    for fd in by_fd:
+        poll.register(fd, 0)  # POLLHUP is always told
+    return [by_fd[fd] for fd, events in poll.poll(0) if events] if by_fd else []

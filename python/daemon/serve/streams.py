@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: MIT
+"""Streams of named records: each distinct filter is applied and encoded once per batch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from daemon.serve.publisher import Batch, Lane, Piece, Publisher, Stream, Subscriber
+from daemon.sharing.allowance import Allowance
+from daemon.sharing.quota import Quota
+from nlproto.errors import Error
+from nlproto.filters.filter import MAX_COST, Filter
+from nlproto.pipeline.pipeline import NamedBatch, Pipeline
+from nlproto.records.wire import BATCH, encode_batch, encode_snaps
+from nlproto.tables.processes import Process, ProcessKey
+
+__all__ = ["Streams"]
+
+_MAX_ENCODED = 32 << 20
+"""Bytes of process details kept encoded."""
+_MAX_PIECE = 256 << 10
+"""Bytes of process details in one piece, unless one process has more."""
+_MEAN_COST = MAX_COST // 8
+"""All filters together may have so many tests for each that there may be."""
+
+
+class Streams:
+    """join and leave in the event loop's thread, publish in the worker's; a context manager.
+
+    Two publishers, one for who sees everything, one for the others: neither waits for the other.
+    Each may hold `max_bytes` of records, and have as much waiting for the event loop, in whose
+    thread `post(function)` runs a function. `allowance`: the CPU time of the second one.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        post: Callable[[Callable[[], None]], None],
+        max_filters: int,
+        max_bytes: int = 32 << 20,
+        allowance: Allowance | None = None,
+    ) -> None:
+        self.max_filters = max_filters
+        self._places: Quota[Stream] = Quota(max_filters)
+        self._costs: Quota[Stream] = Quota(max_filters * _MEAN_COST)
+        self._pipeline = pipeline
+        self._processes = pipeline.processes
+        self._post = post
+        self._full = Publisher("streams-all", self._encode, post, max_bytes, max_bytes)
+        self._others = Publisher("streams", self._encode, post, max_bytes, max_bytes, allowance)
+        self._streams: dict[tuple[str, int | None, bool], Stream] = {}
+        self._lanes: dict[int | None, Lane] = {}
+        self._snapshot: tuple[Lane, ...] = ()
+        self._encoder = _ProcessEncoder(_MAX_ENCODED)
+
+    def __enter__(self) -> Streams:
+        self._full.__enter__()
+        self._others.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop(0.0)
+
+    def stop(self, patience: float) -> None:
+        """Publish what waits, for `patience` s at most; the event loop must be running."""
+        self._full.stop(patience)
+        self._others.stop(patience)
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "filters": len(self._streams),
+            "max_filters": self.max_filters,
+            "unfiltered_records": self._full.lost + self._others.lost,
+        }
+
+    def reconfigure(self, max_filters: int) -> None:
+        self.max_filters = max_filters
+        self._places.total = max_filters
+        self._costs.total = max_filters * _MEAN_COST
+
+    def join(
+        self,
+        filter: Filter,
+        uid: int | None,
+        subscriber: Subscriber,
+        snaps: bool = False,
+        user: int = 0,
+    ) -> Stream:
+        """Add a subscriber who may see records of `uid`, None: all. Raises Error for too many.
+
+        `user` is the uid that counts in place of `uid` where somebody has several.
+        """
+        text = str(filter)
+        stream = self._streams.get((text, uid, snaps))
+        if stream is None:
+            counted = None if uid is None else user
+            if not self._places.has_room(counted):
+                raise Error("too many different filters are in use; use one that is, or fewer")
+            if not self._costs.has_room(counted, filter.cost):
+                raise Error("the filters in use have too many tests together; shorten this one")
+            stream = self._add(text, uid, snaps, filter if text else None, user)
+            self._places.take(stream, counted)
+            self._costs.take(stream, counted, filter.cost)
+        stream.subscribers.add(subscriber)
+        return stream
+
+    def _add(
+        self, text: str, uid: int | None, snaps: bool, filter: Filter | None, user: int
+    ) -> Stream:
+        lane = self._lanes.get(uid)
+        if lane is None:
+            lane = self._lanes[uid] = Lane(uid, user)
+        stream = self._streams[text, uid, snaps] = Stream(text, lane, snaps, filter)
+        lane.streams = (*lane.streams, stream)
+        self._changed()
+        return stream
+
+    def leave(self, stream: Stream, subscriber: Subscriber) -> None:
+        stream.subscribers.discard(subscriber)
+        if stream.subscribers:
+            return
+        if self._streams.pop((stream.text, stream.uid, stream.snaps), None) is None:
+            return
+        lane = stream.lane
+        lane.streams = tuple(other for other in lane.streams if other is not stream)
+        if not lane.streams:
+            del self._lanes[lane.uid]
+        self._places.give_back(stream)
+        self._costs.give_back(stream)
+        self._changed()
+
+    def _changed(self) -> None:
+        """The module takes first bytes only while a stream wants them."""
+        snapping = any(stream.snaps for lane in self._snapshot for stream in lane.streams)
+        self._snapshot = tuple(self._lanes.values())
+        self._full.lanes = len(self._lanes.keys() & {None})
+        self._others.lanes = len(self._lanes.keys() - {None})
+        wanted = any(stream.snaps for stream in self._streams.values())
+        if wanted != snapping:
+            self._pipeline.want_snaps(wanted)
+
+    # Worker thread
+
+    def publish(self, batch: NamedBatch) -> None:
+        """Put the batch, or what each uid may see of it, where the publishers take it."""
+        present: set[int] | None = None
+        for lane in self._snapshot:
+            if lane.uid is None:
+                self._full.put(lane, Batch(_clean(batch.head), batch.records))
+                continue
+            if present is None:
+                present = set(np.unique(batch.records["uid"]).tolist())
+            if lane.uid in present:
+                self._put_own(lane, batch)
+
+    def _put_own(self, lane: Lane, batch: NamedBatch) -> None:
+        """With numbers and clocks that tell nothing of what others send."""
+        records = batch.records
+        own = records[(records["tgid"] != 0) & (records["uid"] == lane.uid)]
+        if not len(own):
+            return
+        own["seq"] = (lane.records + np.arange(len(own))).astype(own["seq"].dtype)
+        own["cpu"] = 0
+        lane.records += len(own)
+        self._others.put(lane, Batch(_clean(batch.head, int(own["time_ns"].max())), own))
+
+    def mark(self, stream: Stream | None, function: Callable[[], None]) -> None:
+        """Run `function` in the event loop's thread behind all that was published for `stream`."""
+        if stream is None:
+            self._post(function)
+        else:
+            (self._full if stream.uid is None else self._others).mark(stream.lane, function)
+
+    # The publishers' threads
+
+    def _encode(self, head: np.void, records: np.ndarray, stream: Stream) -> list[Piece]:
+        if stream.filter is not None:
+            records = records[stream.filter.mask(records, self._processes)]
+        return self._pieces(head, records, stream) if len(records) else []
+
+    def _pieces(self, head: np.void, records: np.ndarray, stream: Stream) -> list[Piece]:
+        named = self._named(records, stream.uid)
+        details = sum(len(encoded) for _, _, encoded in named)
+        if details > _MAX_PIECE and len(records) > 1:
+            middle = len(records) // 2
+            parts = records[:middle], records[middle:]
+            return [piece for part in parts for piece in self._pieces(head, part, stream)]
+        snaps = b""
+        if stream.snaps:
+            found = [snap for snap in map(self._pipeline.snaps.find, records) if snap is not None]
+            snaps = encode_snaps(head, found) if found else b""
+        payload = encode_batch(head, records)
+        size = len(payload) + len(snaps) + details
+        return [Piece(payload, len(records), named, snaps, size)]
+
+    def _named(
+        self, records: np.ndarray, uid: int | None
+    ) -> tuple[tuple[ProcessKey, int, bytes], ...]:
+        """The processes that `records` name, as far as the stream may tell of them."""
+        named = records[records["tgid"] != 0]
+        pairs = np.empty((len(named), 2), np.uint64)
+        pairs[:, 0] = named["tgid"]
+        pairs[:, 1] = named["start_ns"]
+        processes = self._processes.get_many({(pair[0], pair[1]) for pair in pairs.tolist()})
+        return tuple(
+            self._encoder.encode(process)
+            for process in processes
+            if uid is None or process.uid == uid
+        )
+
+
+class _ProcessEncoder:
+    """Encodes each state of a process once, as long as the results have room. Any thread."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._encoded: dict[ProcessKey, tuple[Process, int, bytes]] = {}
+        self._generation = 0
+        self._lock = threading.Lock()
+
+    def encode(self, process: Process) -> tuple[ProcessKey, int, bytes]:
+        """(key, number of this state, JSON)."""
+        key = process.key
+        with self._lock:
+            known = self._encoded.get(key)
+            if known is not None and (known[0] is process or known[0] == process):
+                return key, known[1], known[2]
+            encoded = msgspec.json.encode(process)
+            if self._bytes > self._max_bytes:
+                self._encoded.clear()
+                self._bytes = 0
+            self._generation += 1
+            self._bytes += len(encoded) + (0 if known is None else -len(known[2]))
+            self._encoded[key] = process, self._generation, encoded
+            return key, self._generation, encoded
+
+
+def _clean(head: np.void, until_ns: int | None = None) -> np.void:
+    """A head without counters; with its clocks set back to `until_ns` of CLOCK_MONOTONIC."""
+    clean: np.void = np.zeros(1, BATCH)[0]
+    for name in ("version", "instance", "mono_ns", "real_ns", "boot_ns"):
+        clean[name] = head[name]
+    if until_ns is not None:
+        back = int(head["mono_ns"]) - until_ns
+        for name in ("mono_ns", "real_ns", "boot_ns"):
+            clean[name] = int(head[name]) - back
+    return clean

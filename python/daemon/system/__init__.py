@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""What the daemon has to do with its machine: configuration, log, peers."""

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: MIT
+"""The configuration: one YAML mapping; every mistake is named with its line."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import yaml
+
+from daemon.system.rights import group_id
+from nlproto.client.frames import DEFAULT_SOCKET
+from nlproto.errors import UsageError
+
+__all__ = ["DEFAULT_GROUP", "RELOADABLE", "Config", "load", "parse"]
+
+DEFAULT_GROUP = "packet-hunter"
+"""Where it is not there, root alone sees everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Sizes in bytes, times in seconds; `parse` accepts units ("64MiB", "7d")."""
+
+    engine: str = "auto"
+    socket: str = DEFAULT_SOCKET
+    group: str = DEFAULT_GROUP
+    """Members see everything, as root does."""
+    log: str = "auto"
+    """auto (journal under systemd, else stderr), journal, syslog, stderr."""
+    log_level: str = "info"
+    cmdline: str = "program"
+    """What is kept of command lines: full, program (the first word), off."""
+
+    queue_size: int = 64 << 20
+    """Between receiver and worker."""
+    ring_size: int = 16 << 20
+    """For packets that wait for engine packet, in the daemon's own network namespace."""
+    client_queue_size: int = 8 << 20
+    """For each client, as far as the memory limit has room for all (daemon.serve.bounds)."""
+    max_clients: int = 512
+    """A quarter is for those who see everything; another user has an eighth at most."""
+    max_filters: int = 256
+    """Distinct filters at once."""
+    max_processes: int = 65536
+    max_ports: int = 262144
+
+    history: str | None = None
+    """SQLite file; without it the history is in memory alone."""
+    history_flows: int = 200_000
+    """Flows in memory, about 220 bytes each."""
+    history_age: float = 7 * 86400.0
+    history_size: int = 1 << 30
+    flush_interval: float = 1.0
+
+    metrics: str | None = None
+    """HOST:PORT on loopback, which all local users can read, or the absolute path of a UNIX socket
+    for the group; none: off."""
+    metrics_processes: int = 50
+    """Process names with counters of their own; the rest is summed up as "other"."""
+
+
+RELOADABLE = frozenset(
+    {
+        "log_level",
+        "cmdline",
+        "client_queue_size",
+        "max_clients",
+        "max_filters",
+        "history_age",
+        "history_size",
+        "flush_interval",
+        "metrics_processes",
+        "group",
+    }
+)
+"""What SIGHUP changes; the others want a restart."""
+
+_SIZES = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3}
+_SIZES |= {"kb": 1000, "mb": 1000**2, "gb": 1000**3}
+_SIZES |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+_TIMES = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+
+
+def _size(low: int, high: int) -> Callable[[str], int]:
+    def read(raw: str) -> int:
+        found = _QUANTITY.fullmatch(raw)
+        if not found or found[2].lower() not in _SIZES:
+            raise ValueError(f"'{raw}' is not a size such as 64MiB")
+        value = float(found[1]) * _SIZES[found[2].lower()]
+        if not low <= value <= high:
+            raise ValueError(f"'{raw}' is not from {_binary(low)} to {_binary(high)}")
+        return int(value)
+
+    return read
+
+
+def _binary(size: int) -> str:
+    power = max(0, (size.bit_length() - 1) // 10)
+    return f"{size >> 10 * power}{('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def _time(low: float, high: float) -> Callable[[str], float]:
+    def read(raw: str) -> float:
+        found = _QUANTITY.fullmatch(raw)
+        if not found or found[2].lower() not in _TIMES:
+            raise ValueError(f"'{raw}' is not a time such as 30s, 10m, 12h, 7d")
+        value = float(found[1]) * _TIMES[found[2].lower()]
+        if not low <= value <= high:
+            raise ValueError(f"'{raw}' is not from {low:g} s to {high:g} s")
+        return value
+
+    return read
+
+
+def _number(low: int, high: int) -> Callable[[str], int]:
+    def read(raw: str) -> int:
+        digits = raw.isascii() and raw.isdigit() and len(raw) <= 20  # int() has a limit of its own
+        if not digits or not low <= int(raw) <= high:
+            raise ValueError(f"'{raw}' is not a number from {low} to {high}")
+        return int(raw)
+
+    return read
+
+
+def _word(*words: str) -> Callable[[str], str]:
+    def read(raw: str) -> str:
+        if raw not in words:
+            raise ValueError(f"'{raw}' is not one of {', '.join(words)}")
+        return raw
+
+    return read
+
+
+def _path(raw: str) -> str:
+    if not os.path.isabs(raw):
+        raise ValueError(f"'{raw}' is not an absolute path")
+    return raw
+
+
+def _name(raw: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*\$?", raw):
+        raise ValueError(f"'{raw}' is not a group name")
+    if raw != DEFAULT_GROUP and group_id(raw) is None:
+        raise ValueError(f"there is no group '{raw}' here; make it with groupadd {raw}")
+    return raw
+
+
+def _metrics(raw: str) -> str:
+    if os.path.isabs(raw):
+        return raw
+    host, _, port = raw.rpartition(":")
+    if host not in ("127.0.0.1", "[::1]", "localhost") or not port.isdigit():
+        raise ValueError(f"'{raw}' is neither 127.0.0.1:PORT, [::1]:PORT nor an absolute path")
+    _number(1, 65535)(port)
+    return raw
+
+
+_READ: dict[str, Callable[[str], Any]] = {
+    "engine": _word("auto", "module", "ebpf", "packet"),
+    "socket": _path,
+    "group": _name,
+    "log": _word("auto", "journal", "syslog", "stderr"),
+    "log_level": _word("debug", "info", "warning", "error"),
+    "cmdline": _word("full", "program", "off"),
+    "queue_size": _size(1 << 16, 16 << 30),
+    "ring_size": _size(1 << 18, 1 << 30),
+    "client_queue_size": _size(1 << 16, 1 << 30),
+    "max_clients": _number(1, 16384),
+    "max_filters": _number(1, 4096),
+    "max_processes": _number(16, 1 << 20),
+    "max_ports": _number(16, 1 << 22),
+    "history": _path,
+    "history_flows": _number(16, 1 << 24),
+    "history_age": _time(1.0, 100 * 365.25 * 86400),
+    "history_size": _size(1 << 20, 1 << 44),
+    "flush_interval": _time(0.05, 3600.0),
+    "metrics": _metrics,
+    "metrics_processes": _number(1, 10000),
+}
+_OPTIONAL = {"history", "metrics"}
+
+
+def load(path: str) -> Config:
+    """Read the file at `path`. Raises UsageError that names file and line."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return parse(file.read(1 << 20), path)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; check --config") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def parse(text: str, name: str = "configuration") -> Config:
+    """The Config in `text`. Raises UsageError whose message begins with `name`:LINE."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise UsageError(f"{name}:{line}: {error.problem or 'not YAML'}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"{name}:1: not YAML: {str(error).splitlines()[0]}") from None
+    if root is None:
+        return Config()
+    if not isinstance(root, yaml.MappingNode):
+        raise UsageError(f"{name}:1: expected 'name: value' lines")
+    values: dict[str, Any] = {}
+    for key, value in root.value:
+        place = f"{name}:{key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode) or key.value not in _READ:
+            shown = key.value if isinstance(key, yaml.ScalarNode) else "a collection"
+            known = ", ".join(field.name for field in fields(Config))
+            raise UsageError(f"{place}: unknown name {shown!r}; known: {known}")
+        if key.value in values:
+            raise UsageError(f"{place}: '{key.value}' is given twice")
+        if not isinstance(value, yaml.ScalarNode):
+            raise UsageError(f"{place}: '{key.value}' takes one value")
+        # YAML reads a bare off as a truth value; the words of the file are meant as written
+        if value.tag == "tag:yaml.org,2002:null":
+            if key.value not in _OPTIONAL:
+                raise UsageError(f"{place}: '{key.value}' has no value")
+            values[key.value] = None
+            continue
+        try:
+            values[key.value] = _READ[key.value](value.value)
+        except ValueError as error:
+            raise UsageError(f"{place}: {key.value}: {error}") from None
+    return Config(**values)

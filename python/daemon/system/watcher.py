@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: MIT
+"""Looks after what packets do not tell: closed listeners, a module that comes and goes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from nlproto.engines.engine import Engine, open_engine
+from nlproto.errors import Error, NoModule, NoPrivilege
+from nlproto.host.kernel_sockets import BoundSocket, KernelSockets
+from nlproto.pipeline.pipeline import Pipeline
+from nlproto.running.supervise import Failures, keep_going
+
+__all__ = ["Watcher"]
+
+_SOCKETS = 0.5  # s between two looks
+_STALE = 0.9  # s: with a look that takes long, the port map is still never stale by more than 1 s
+_MODULE = 1.0  # s between two tries to open the module
+
+log = logging.getLogger(__name__)
+
+
+class Watcher:
+    """A thread; a context manager. `engine` is the configured name: auto, module or packet.
+
+    With auto a module that goes is replaced by engine packet, and replaces it when it is back.
+    With module the daemon waits for it. Each change is logged and announced to clients.
+    A look that fails is logged and tried again; `on_death` is told if that is of no use.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        pipeline: Pipeline,
+        announce: Callable[..., None],
+        on_death: Callable[[Error], None],
+        ring_bytes: int | None = None,
+    ) -> None:
+        self._wanted = engine
+        self._pipeline = pipeline
+        self._announce = announce
+        self._ring_bytes = ring_bytes
+        self._stopping = threading.Event()
+        self.kernel = KernelSockets()
+        """What the last look found."""
+        self._failures = Failures("keeper")
+        self._thread = threading.Thread(
+            target=lambda: keep_going(self._keep, self._failures, on_death),
+            name="keeper",
+            daemon=True,
+        )
+        self._told: set[str] = set()
+        self._probes_fire = True
+
+    def __enter__(self) -> Watcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def _keep(self) -> bool:
+        with self.kernel:
+            self._go_round()
+        return False
+
+    def _go_round(self) -> None:
+        jobs: list[tuple[float, Callable[[], None]]] = [
+            (_SOCKETS, self._look_at_sockets),
+            (_MODULE, self._look_for_module),
+            (_MODULE, self._look_at_probes),
+        ]
+        due = [0.0 for _ in jobs]
+        while not self._stopping.wait(0.1):
+            for index, (interval, job) in enumerate(jobs):
+                started = time.monotonic()
+                if started < due[index]:
+                    continue
+                self._run(job)
+                due[index] = started + _pause(interval, time.monotonic() - started)
+
+    def _run(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except Exception as error:
+            self._failures.add(error, job.__name__.strip("_").replace("_", " "))
+        else:
+            self._failures.clear()
+
+    def _look_at_sockets(self) -> None:
+        portmap = self._pipeline.portmap
+        if portmap is None:
+            return
+        before = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        found = self.kernel.read()
+        portmap.replace_bound(self._known(found.bound), before)
+        portmap.add_connected(self._known(found.connected), before)
+        if found.cookies:
+            portmap.keep_cookies(found.cookies, before)
+        portmap.expire(before)
+
+    def _known(self, sockets: list[BoundSocket]) -> list[BoundSocket]:
+        """With the start times by which their processes are known; from now on they are."""
+        processes = self._pipeline.processes
+        known = []
+        for one in sockets:
+            one = replace(one, start_ns=processes.start_of(one.tgid, one.start_ns))
+            processes.add(one.tgid, one.start_ns, one.comm, one.uid)
+            known.append(one)
+        return known
+
+    def _look_for_module(self) -> None:
+        pipeline = self._pipeline
+        if pipeline.failed:
+            self._replace(pipeline)
+        elif self._wanted == "auto" and pipeline.engine.name != "module":
+            engine = _module()
+            if engine is not None:
+                self._change(engine, "module_back", "the module is loaded: records are exact now")
+
+    def _look_at_probes(self) -> None:
+        """kprobes can be switched off under a loaded module, which then knows less."""
+        fire = bool(self._pipeline.engine_stats.get("canary", 1))
+        if fire == self._probes_fire:
+            return
+        self._probes_fire = fire
+        message = "the kernel's probes fire again: names are exact"
+        if not fire:
+            message = (
+                "the kernel's probes do not fire: sockets that only receive, are passed or shared"
+                " may be named late, wrongly or not at all (sudo sysctl kernel.ftrace_enabled=1)"
+            )
+        self._tell("probes", message, self._pipeline.engine.name)
+
+    def _replace(self, pipeline: Pipeline) -> None:
+        """The engine failed."""
+        gone = pipeline.engine.name
+        engine = _module() if self._wanted in ("auto", "module") else None
+        if engine is not None:
+            self._change(engine, "module_back", "the module is loaded again")
+            return
+        if self._wanted == "module":
+            self._once(
+                "module_gone",
+                "the module is gone: nothing is recorded until it is loaded again"
+                " (packet-hunter doctor says how)",
+            )
+            return
+        wanted = "packet" if gone == "ebpf" else self._wanted
+        engine = open_engine(wanted, log.warning, ring_bytes=self._ring_bytes)
+        message = f"engine {gone} has gone: going on with engine {engine.name}"
+        self._change(engine, f"{gone}_gone", message)
+
+    def _change(self, engine: Engine, event: str, message: str) -> None:
+        self._pipeline.switch(engine)
+        self._told.discard("module_gone")
+        self._tell(event, message, engine.name)
+
+    def _once(self, event: str, message: str) -> None:
+        if event not in self._told:
+            self._told.add(event)
+            self._tell(event, message, "none")
+
+    def _tell(self, event: str, message: str, engine: str) -> None:
+        log.warning("%s", message, extra={"fields": {"EVENT": event, "ENGINE": engine}})
+        fields: dict[str, Any] = {"message": message, "engine": engine}
+        self._announce(event, **fields)
+
+
+def _pause(interval: float, took: float) -> float:
+    """Seconds from the beginning of a look that took `took` s to the next.
+
+    A look that takes long comes less often, to take no more than a tenth of one core, as long as
+    what it finds is not older than promised.
+    """
+    return max(interval, min(10 * took, _STALE - took))
+
+
+def _module() -> Engine | None:
+    try:
+        return open_engine("module", log.warning)
+    except (NoModule, NoPrivilege):
+        return None

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: MIT
+"""What follows "--": started as its user, known with all its descendants, its exit code kept."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pwd
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hunter.child.forks import Forks
+from hunter.show.columns import Details
+from nlproto import Error
+from nlproto.host.procfs import TICK_NS, same_start
+from nlproto.records import wire
+from nlproto.running.descriptors import lower_limit
+from nlproto.tables.processes import Process
+
+__all__ = ["Command", "as_invoker"]
+
+_PR_SET_CHILD_SUBREAPER = 36
+_MAX_VERDICTS = 65536
+_REASONS = wire.lib.SNIFFER_HOW_REASONS
+
+Notify = Callable[[str], None]
+
+
+def as_invoker(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return subprocess.Popen's options for the command: under sudo it is the user's, not root's.
+
+    Whoever wants root for it writes `-- sudo CMD`.
+    """
+    uid, gid = environ.get("SUDO_UID", ""), environ.get("SUDO_GID", "")
+    if os.geteuid() != 0 or not (uid.isdigit() and gid.isdigit()) or int(uid) == 0:
+        return {}
+    environment = {name: value for name, value in environ.items() if not name.startswith("SUDO_")}
+    groups = [int(gid)]
+    try:
+        user = pwd.getpwuid(int(uid))
+    except KeyError:
+        pass
+    else:
+        groups = os.getgrouplist(user.pw_name, int(gid))
+        environment |= {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}
+    return {"user": int(uid), "group": int(gid), "extra_groups": groups, "env": environment}
+
+
+class Command:
+    """A running command. Call from the thread that made it.
+
+    The kernel tells of each fork below it; what it does not tell (a setuid program's children,
+    or all of it where perf events are refused) is looked up among the parents of the living.
+    Raises Error when it cannot be started.
+    """
+
+    def __init__(self, argv: Sequence[str], notify: Notify, follow: bool = True) -> None:
+        self._notify = notify
+        self._forks: Forks | None = None
+        self._verdicts: dict[tuple[int, int], bool] = {}
+        self._pidns = os.stat("/proc/self/ns/pid").st_ino
+        if follow:
+            # orphans become our children, so that each living descendant leads to us
+            _adopt_orphans(True)
+            try:
+                self._forks = Forks()
+            except OSError as error:
+                notify(
+                    f"the kernel does not tell of forks ({error.strerror or error}): packets of"
+                    " children that end at once can be missing"
+                )
+        try:
+            self._process = subprocess.Popen(argv, preexec_fn=lower_limit, **as_invoker(os.environ))
+        except (OSError, subprocess.SubprocessError) as error:
+            self.close()
+            reason = getattr(error, "strerror", None) or error
+            raise Error(f"cannot run {argv[0]}: {reason}; is it installed?") from None
+
+    def close(self) -> None:
+        _adopt_orphans(False)
+        if self._forks is not None:
+            self._forks.close()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended; its orphans that ended are reaped."""
+        if self._forks is not None:
+            self._forks.read()
+        if self._process.poll() is not None:
+            return True
+        self._reap()
+        return False
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell tells it: 128 + N when signal N ended it. Only when it has ended."""
+        code = int(self._process.returncode)
+        return code if code >= 0 else 128 - code
+
+    def end(self) -> None:
+        """End it if it runs, else say how it ended."""
+        if self._forks is not None and not self._forks.complete:
+            self._notify("forks came faster than they were read: some children's packets may miss")
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(3)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        elif self._process.returncode:
+            what = f"exit code {self._process.returncode}"
+            if self._process.returncode < 0:
+                what = f"signal {-self._process.returncode}"
+            self._notify(f"the command ended with {what}")
+
+    def _reap(self) -> None:
+        """Take leave of orphans that came to us; our other children have their own waiters."""
+        while True:
+            try:
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if found is None or not self._is_orphan(found.si_pid):
+                return
+            os.waitpid(found.si_pid, 0)
+
+    def _is_orphan(self, pid: int) -> bool:
+        if pid == self._process.pid or self._forks is None:
+            return False
+        fork = self._forks.before(pid, 1 << 63)
+        return fork is not None and fork[1] != os.getpid()
+
+    # Whose records
+
+    def own(self, records: np.ndarray, details: Details) -> np.ndarray:
+        """Return which RECORDs are of the command or a descendant, one bool each."""
+        if self._forks is not None:
+            self._forks.read()
+        result = np.zeros(len(records), bool)
+        named = np.flatnonzero((records["how"] > 0) & (records["how"] < _REASONS))
+        if not len(named):
+            return result
+        keys = np.empty(len(named), [("tgid", "u8"), ("start", "u8")])
+        keys["tgid"], keys["start"] = records["tgid"][named], records["start_ns"][named]
+        distinct, belongs = np.unique(keys, return_inverse=True)
+        verdicts = [self._is_own(tgid, start, details) for tgid, start in distinct.tolist()]
+        result[named] = np.array(verdicts)[belongs]
+        return result
+
+    def _is_own(self, tgid: int, start_ns: int, details: Details) -> bool:
+        key = (tgid, start_ns)
+        if key not in self._verdicts:
+            if len(self._verdicts) >= _MAX_VERDICTS:
+                self._verdicts.clear()
+            process = details.get(tgid, start_ns)
+            inside = process is not None and process.pidns == self._pidns
+            pid = process.ns_tgid if inside and process and process.ns_tgid else tgid
+            self._verdicts[key] = self._forked(pid, start_ns) or self._below_us(
+                pid, start_ns, process
+            )
+        return self._verdicts[key]
+
+    def _forked(self, pid: int, start_ns: int) -> bool:
+        """Whether the forks that the kernel told lead from the process to the command."""
+        if self._forks is None:
+            return False
+        fork = self._forks.of(pid, start_ns)
+        while fork is not None and pid != self._process.pid:
+            moment, pid = fork
+            fork = self._forks.before(pid, moment)
+        return fork is not None
+
+    def _below_us(self, pid: int, start_ns: int, process: Process | None) -> bool:
+        """Whether living parents lead to us from the process, or from its parent if it is gone."""
+        here = _stat(pid)
+        if here is None or not same_start(start_ns, here[1]):
+            if process is None or not process.ppid:
+                return False
+            pid = process.ppid
+        while pid not in (0, os.getpid()):
+            here = _stat(pid)
+            if pid == self._process.pid:
+                return True
+            if here is None:
+                return False
+            parent, ticks = here
+            if self._forked(pid, ticks * TICK_NS):
+                return True
+            if parent == os.getpid():
+                return not self._started_by_us(pid, ticks * TICK_NS)
+            pid = parent
+        return False
+
+    def _started_by_us(self, pid: int, start_ns: int) -> bool:
+        """Whether it is another child of ours, and no orphan that came to us."""
+        fork = self._forks.of(pid, start_ns) if self._forks is not None else None
+        return fork is not None and fork[1] == os.getpid()
+
+
+def _adopt_orphans(wanted: bool) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0)
+
+
+def _stat(pid: int) -> tuple[int, int] | None:
+    """Return parent and start (ticks since boot) of a living process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        return int(fields[1]), int(fields[19])
+    except (OSError, IndexError):
+        return None

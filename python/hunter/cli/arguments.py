@@ -1,0 +1,539 @@
+# SPDX-License-Identifier: MIT
+"""The command line: what may be said, and the filter that it amounts to."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import socket
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from hunter.show.rates import UNITS
+from hunter.sources import interfaces
+from nlproto import Error, UsageError, __version__
+from nlproto.client.frames import DEFAULT_SOCKET
+from nlproto.filters import filter
+from nlproto.filters.filter import Filter, FilterError
+
+__all__ = ["SUBCOMMANDS", "Command", "live_parser", "parse", "parser_of"]
+
+_SUFFIXES = ".csv .jsonl .parquet .pcapng"
+FORMATS = ("csv", "jsonl", "parquet", "pcapng")
+SUBCOMMANDS = {
+    "top": "processes by rate, live",
+    "who": "which process owns, or owned, a port",
+    "stats": "what the daemon has seen, and how well it names",
+    "annotate": "write the owners into a capture of tcpdump or Wireshark",
+    "report": "make a page of a saved capture",
+    "doctor": "what works on this machine, and what to do about the rest",
+}
+
+_FILTER_HELP = """\
+filter words, as in pcap-filter(7):
+  tcp udp ip ip6 inbound outbound, [src|dst] host H, net N/BITS, port P,
+  portrange A-B, less BYTES, greater BYTES (of the IP packet),
+  pid N, pname NAME, uid U, netns NS, container C, unit U,
+  how RULE|named|unnamed
+  joined by and, or, not and ( )
+"""
+
+_HABITS = """\
+also taken, as in tcpdump, and without effect:
+  -l -U (lines are written at once), -p (nothing is made promiscuous), -K,
+  -s N (a record has no bytes; pcapng keeps 128 of a packet)
+"""
+
+_LIVE_EXAMPLES = """\
+examples:
+  packet-hunter                                     everything, named
+  packet-hunter tcp port 443 and not pname firefox
+  packet-hunter --save capture.csv --duration 60
+  packet-hunter --json -c 100 how unnamed | jq .
+  packet-hunter -- curl https://example.org/        of curl and what it starts; its exit code
+  sudo packet-hunter -- ./check.sh                  runs as you; as root: -- sudo ./check.sh
+  packet-hunter who --port 8080          first words: top who stats annotate report doctor
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What to do: `name` is "live" or a subcommand, `argv` what "--" precedes."""
+
+    name: str
+    options: argparse.Namespace
+    argv: tuple[str, ...] = ()
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: write 30, 60s, 5m, 2h or 1d")
+    scale = {"ms": 0.001, None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+    return float(found[1]) * scale
+
+
+def _interval(text: str) -> float:
+    seconds = _seconds(text)
+    if seconds < 0.1:
+        raise argparse.ArgumentTypeError(f"{text!r} is too short to look at: 100ms or more")
+    return seconds
+
+
+def _size(text: str) -> int:
+    """Millions of bytes as tcpdump's -C counts, or with k, m, g: 2 to the 10th, 20th, 30th."""
+    found = re.fullmatch(r"(\d+)([kmg])?b?", text.lower())
+    if not found or int(found[1]) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 100 (million bytes) or 1g")
+    scale = {None: 10**6, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}[found[2]]
+    return int(found[1]) * scale
+
+
+def _buffer(text: str) -> int:
+    """Bytes; the kernel pins them."""
+    if not (text.isascii() and text.isdigit()) or not 256 <= int(text) <= 1 << 20:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of KiB from 256 to 1048576")
+    return int(text) << 10
+
+
+def _port(text: str) -> int:
+    if text.isascii() and text.isdigit() and int(text) < 65536:
+        return int(text)
+    for proto in ("tcp", "udp"):
+        try:
+            return socket.getservbyname(text, proto)
+        except OSError:
+            continue
+    raise argparse.ArgumentTypeError(f"{text!r} is no port")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """`-c, --count N` with every Python; before 3.13 it is `-c N, --count N`."""
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        default = self._get_default_metavar_for_optional(action)
+        return f"{', '.join(action.option_strings)} {self._format_args(action, default)}"
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """A mistake is one line, not the whole usage before it."""
+        raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
+def _parser(name: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    prog = "packet-hunter" if name == "live" else f"packet-hunter {name}"
+    return _Parser(prog=prog, description=description, epilog=epilog, formatter_class=_Formatter)
+
+
+def _add_socket(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--socket",
+        metavar="PATH",
+        help=f"where the daemon listens (default: {DEFAULT_SOCKET}, if one does)",
+    )
+
+
+def _add_numbers(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "-n", "--numbers", action="store_true", help="no names of hosts and services"
+    )
+
+
+def _add_json(parser: argparse._ActionsContainer, help: str = "one JSON object") -> None:
+    parser.add_argument("--json", action="store_true", help=help)
+
+
+def _add_files(
+    parser: argparse.ArgumentParser, read: str, written: str, several: bool = False
+) -> None:
+    parser.add_argument("input", metavar="IN", nargs="+" if several else None, help=read)
+    parser.add_argument("-o", "--output", metavar="OUT", required=True, help=written)
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("where packets come from")
+    _add_socket(group)
+    group.add_argument(
+        "--direct",
+        action="store_true",
+        help="listen to the module or an own capture, ask the daemon for owners only",
+    )
+    group.add_argument(
+        "--engine",
+        metavar="E",
+        choices=("auto", "module", "ebpf", "packet"),
+        default="auto",
+        help="without the daemon or with --direct: module, ebpf, packet, or auto (default)",
+    )
+    group.add_argument(
+        "-B",
+        "--buffer",
+        metavar="KIB",
+        type=_buffer,
+        help="of engine packet, without the daemon: for packets that wait (default: 16384)",
+    )
+    group.add_argument(
+        "-r",
+        "--read",
+        metavar="FILE",
+        action="append",
+        help="show a saved capture of any format, gzip or not; - is standard input (repeatable:"
+        " all in order of time)",
+    )
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("which packets (all given must fit)")
+    group.add_argument("filter", nargs="*", metavar="FILTER", help="filter words, see below")
+    group.add_argument("-F", "--filter-file", metavar="FILE", help="read the filter from FILE")
+    group.add_argument(
+        "-i", "--interface", metavar="IF", action="append", help="on this interface (repeatable)"
+    )
+    group.add_argument(
+        "-Q", "--direction", metavar="D", choices=("in", "out", "inout"), help="in, out or inout"
+    )
+    group.add_argument("--pid", metavar="P", action="append", help="of this process (repeatable)")
+    group.add_argument("--pname", metavar="NAME", action="append", help="of processes so named")
+    group.add_argument("--uid", metavar="U", action="append", help="of this user's processes")
+    group.add_argument("--netns", metavar="NS", action="append", help="in a network namespace")
+    group.add_argument(
+        "--container",
+        metavar="C",
+        action="append",
+        help="of a container: its name or id's beginning",
+    )
+    group.add_argument("--unit", metavar="U", action="append", help="of a systemd unit")
+
+
+def live_parser() -> argparse.ArgumentParser:
+    """Return the parser of the main command, without what follows "--"."""
+    parser = _parser(
+        "live",
+        "Show, save and filter packets with the process behind each.",
+        f"{_FILTER_HELP}\n{_HABITS}\n{_LIVE_EXAMPLES}",
+    )
+    parser.usage = (
+        "%(prog)s [options] [FILTER ...] [-- CMD ARGS ...]\n       %(prog)s SUBCOMMAND ..."
+    )
+    parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {__version__}")
+    _add_choice(parser)
+    group = parser.add_argument_group("how long")
+    group.add_argument("-c", "--count", metavar="N", type=_count, help="end after N packets")
+    group.add_argument(
+        "--duration", metavar="S", type=_seconds, help="end after S seconds (60s, 5m)"
+    )
+    group.add_argument(
+        "--all",
+        action="store_true",
+        help="with -- CMD: packets of everybody, not of CMD and its descendants only",
+    )
+    group = parser.add_argument_group("how lines look, as in tcpdump")
+    _add_numbers(group)
+    group.add_argument(
+        "-q", "--quiet", action="count", default=0, help="shorter lines; -qq: no account either"
+    )
+    group.add_argument("-v", "--verbose", action="count", default=0, help="more of the owner; -vv")
+    group.add_argument(
+        "-t",
+        dest="times",
+        action="count",
+        default=0,
+        help="no time; -tt Unix time, -ttt since the line before, -tttt with date, -ttttt since"
+        " the first",
+    )
+    _add_json(group, "JSON lines on standard output")
+    group.add_argument(
+        "--summary", action="store_true", help="a table of processes at the end, instead of lines"
+    )
+    group = parser.add_argument_group("saving")
+    group.add_argument(
+        "--save",
+        "-w",
+        metavar="FILE",
+        help=f"save to FILE ({_SUFFIXES}; - is standard output)",
+    )
+    group.add_argument(
+        "--format", metavar="F", choices=FORMATS, help=f"when the suffix is none of {_SUFFIXES}"
+    )
+    group.add_argument(
+        "--print", action="store_true", help="show lines too, with --save or --summary"
+    )
+    group.add_argument(
+        "-C", "--rotate", metavar="SIZE", type=_size, help="new file every SIZE million bytes (1g)"
+    )
+    group.add_argument(
+        "-W", "--keep", metavar="N", type=_count, help="with -C: keep the last N files"
+    )
+    _add_source(parser)
+    _add_habits(parser)
+    return parser
+
+
+class _NotHere(argparse.Action):
+    """An option of tcpdump's that shows what a record does not have."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        parser.error(
+            f"{self.option_strings[0]}: bytes and link headers are not shown; save them with"
+            " -w x.pcapng and open that in Wireshark, or tcpdump -r x.pcapng -e -X"
+        )
+
+
+class _ListInterfaces(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print("".join(f"{index}.{name}\n" for index, name in socket.if_nameindex()), end="")
+        parser.exit()
+
+
+def _add_habits(parser: argparse.ArgumentParser) -> None:
+    """What fingers type that know tcpdump."""
+    group = parser.add_argument_group("as in tcpdump")
+    group.add_argument(
+        "-D", "--list-interfaces", nargs=0, action=_ListInterfaces, help="list interfaces, and end"
+    )
+    for letter in ("-l", "-U", "-p", "-K"):
+        group.add_argument(letter, action="store_true", dest="habit", help=argparse.SUPPRESS)
+    group.add_argument("-s", metavar="N", type=int, dest="habit", help=argparse.SUPPRESS)
+    for letters in (["-A"], ["-X"], ["-x"], ["-e"]):
+        group.add_argument(*letters, nargs=0, action=_NotHere, help=argparse.SUPPRESS)
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "top",
+        "Processes by rate, live. Keys are shown below the table.",
+        _FILTER_HELP
+        + "\nexamples:\n  packet-hunter top\n  packet-hunter top -u si-bits not port 22\n",
+    )
+    _add_choice(parser)
+    _add_numbers(parser)
+    parser.add_argument(
+        "-u", "--units", metavar="U", choices=UNITS, default=UNITS[0], help=" ".join(UNITS)
+    )
+    parser.add_argument(
+        "-d", "--interval", metavar="S", type=_interval, default=1.0, help="between looks (1s)"
+    )
+    _add_source(parser)
+    return parser
+
+
+def _who_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "who",
+        "Which process owns, or owned, the traffic of a port, host or process. Exits 1 when nobody"
+        " is found.",
+        "examples:\n  packet-hunter who --port 8080\n"
+        "  packet-hunter who --port 53 --proto udp --since 10m --json\n",
+    )
+    parser.add_argument(
+        "--port", metavar="N", type=_port, help="local or remote port, or its service"
+    )
+    parser.add_argument("--proto", metavar="P", choices=("tcp", "udp"), help="tcp or udp")
+    parser.add_argument("--host", metavar="H", help="address or network of the other end")
+    parser.add_argument("--pid", metavar="P", type=_count, help="what this process talks to")
+    parser.add_argument("--pname", metavar="NAME", help="what processes so named talk to")
+    parser.add_argument(
+        "--since", metavar="S", type=_seconds, help="seen so long ago at most (60s, 5m)"
+    )
+    parser.add_argument(
+        "--limit",
+        metavar="N",
+        type=_count,
+        help="at most N rows of a table (default: 50); with --json: N flows (1000)",
+    )
+    _add_json(parser)
+    _add_socket(parser)
+    return parser
+
+
+def _stats_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "stats",
+        "What the daemon has seen, lost and named.",
+        "example:\n  packet-hunter stats --json\n",
+    )
+    _add_json(parser)
+    _add_socket(parser)
+    return parser
+
+
+def _annotate_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "annotate",
+        "Write who owned each packet into a capture made by tcpdump or Wireshark.",
+        "example:\n  sudo tcpdump -i any -w trace.pcap    (while the daemon runs)\n"
+        "  packet-hunter annotate trace.pcap -o named.pcapng\n",
+    )
+    _add_files(
+        parser,
+        "pcap or pcapng, gzip or not; - is standard input",
+        "pcapng to write; - is standard output",
+    )
+    parser.add_argument(
+        "--netns",
+        metavar="NS",
+        help="where the capture was made: a network namespace by name, pid or inode; else packets"
+        " that fit in several are marked AMBIGUOUS",
+    )
+    _add_socket(parser)
+    return parser
+
+
+def _report_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "report",
+        "Make one HTML page of a saved capture; it needs no network to open.",
+        "example:\n  packet-hunter report capture.csv -o capture.html\n",
+    )
+    _add_files(
+        parser,
+        "saved capture of any format, gzip or not; - is standard input",
+        "HTML file to write; - is standard output",
+        several=True,
+    )
+    return parser
+
+
+def _doctor_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "doctor",
+        "What works here: packages, module, probes, daemon. Exits 1 if something is wrong.",
+        "example:\n  sudo packet-hunter doctor\n",
+    )
+    _add_socket(parser)
+    return parser
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """Return the parser of "live" or of a subcommand."""
+    return {
+        "live": live_parser,
+        "top": _top_parser,
+        "who": _who_parser,
+        "stats": _stats_parser,
+        "annotate": _annotate_parser,
+        "report": _report_parser,
+        "doctor": _doctor_parser,
+    }[name]()
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Return the command in `arguments` (sys.argv[1:]).
+
+    Raises UsageError, FilterError.
+    """
+    argv: tuple[str, ...] = ()
+    arguments = list(arguments)
+    if arguments and arguments[0] in SUBCOMMANDS:
+        name = arguments.pop(0)
+    else:
+        name = "live"
+        if "--" in arguments:
+            at = arguments.index("--")
+            argv = tuple(arguments[at + 1 :])
+            arguments = arguments[:at]
+            if not argv:
+                raise UsageError("a command must follow --, as in: packet-hunter -- curl URL")
+    options = parser_of(name).parse_intermixed_args(arguments)
+    # who names a socket means that daemon and nothing else
+    options.socket_given = getattr(options, "socket", None) is not None
+    if not options.socket_given:
+        options.socket = DEFAULT_SOCKET
+    for option in ("save", "output"):
+        if getattr(options, option, None) == "/dev/stdout":
+            setattr(options, option, "-")
+    command = Command(name, options, argv)
+    _check(command)
+    return command
+
+
+def _check(command: Command) -> None:
+    options = command.options
+    if command.name == "who" and not (options.port or options.host or options.pid or options.pname):
+        raise UsageError("say what about: who --port N, --host H, --pid P or --pname NAME")
+    if command.name != "live":
+        return
+    if options.keep and not options.rotate:
+        raise UsageError("-W says how many files -C keeps: give -C SIZE too")
+    if options.rotate and (not options.save or options.save == "-"):
+        raise UsageError("-C rotates the file of --save: give --save FILE too")
+    if options.format and not options.save:
+        raise UsageError("--format is of --save: give --save FILE too")
+    if options.save == "-" and (options.json or options.print):
+        raise UsageError("standard output cannot hold both: save to a file")
+    if options.read and (options.direct or command.argv):
+        raise UsageError("-r reads a file: --direct and -- CMD do not go with it")
+    words = options.filter
+    if words and words[0] in SUBCOMMANDS:
+        raise UsageError(f"{words[0]!r} is a subcommand: write it before the options")
+
+
+def _any(word: str, values: Sequence[str] | None) -> str:
+    return " or ".join(f"{word} {filter.quote(value)}" for value in values or ())
+
+
+def filter_of(options: argparse.Namespace, all_there: bool = True) -> Filter:
+    """Return the filter that words, -F and options amount to.
+
+    `all_there`: the interfaces of -i must be. Raises UsageError, FilterError.
+    """
+    texts = [_joined(options.filter)]
+    if options.filter_file:
+        try:
+            with open(options.filter_file, encoding="utf-8") as file:
+                lines = file.read(filter.MAX_LENGTH + 1).splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise Error(f"cannot read the filter in {options.filter_file}: {reason}") from None
+        texts.append(" ".join(line for line in lines if not line.lstrip().startswith("#")))
+    texts.append({"in": "inbound", "out": "outbound"}.get(options.direction, ""))
+    texts.append(interfaces.filter_text(options.interface, all_there))
+    for word in ("pid", "pname", "uid", "netns", "container", "unit"):
+        texts.append(_any(word, getattr(options, word)))
+    result = filter.EVERYTHING
+    for text in texts:
+        try:
+            result = result & filter.parse(text)
+        except FilterError as error:
+            raise _meant_command(error) or error from None
+    return result
+
+
+def _meant_command(error: FilterError) -> FilterError | None:
+    """What to say when the first word is no filter but nearly a subcommand; None: it is not."""
+    word = error.text[: error.end]
+    if error.start != 0 or "did you mean" in str(error):
+        return None
+    meant = [f"--{word}"] if word in ("help", "version") else []
+    meant = meant or difflib.get_close_matches(word, SUBCOMMANDS, 1, 0.6)
+    if not meant:
+        return None
+    return FilterError(
+        f"unknown word {word!r}; did you mean '{meant[0]}'?", error.text, 0, error.end
+    )
+
+
+def _joined(words: Sequence[str]) -> str:
+    """The filter as one text; a name that the shell unquoted is quoted again."""
+    texts = []
+    for index, word in enumerate(words):
+        named = index and words[index - 1] in ("pname", "container", "unit")
+        texts.append(filter.quote(word) if named and not word.startswith('"') else word)
+    return " ".join(texts)

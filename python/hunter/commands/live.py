@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: MIT
+"""The main command: packets from a source to the terminal, a file, or both."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Protocol
+
+from hunter.child.command import Command
+from hunter.cli.arguments import filter_of
+from hunter.commands.living import absent
+from hunter.save.capturefile import CaptureFile
+from hunter.save.save_jsonl import JsonSaver
+from hunter.save.saving import Saver, format_of, open_saver, refuse_input
+from hunter.show.account import ShownAccount
+from hunter.show.columns import columns
+from hunter.show.lines import LinePrinter, Style
+from hunter.show.names import Names
+from hunter.show.summary import Summary
+from hunter.sources.source import Source, open_source
+from nlproto import Error
+from nlproto.host import netns
+from nlproto.pipeline.pipeline import NamedBatch
+
+__all__ = ["Stop", "run"]
+
+_POLL = 0.1  # s, how soon a signal or the end of a command is noticed
+
+
+class Stop(Protocol):
+    """Whether to end (hunter.cli.signals.Stop)."""
+
+    def __bool__(self) -> bool: ...
+
+
+class _Tables:
+    """Gives batches to a saver."""
+
+    def __init__(self, saver: Saver, source: Source) -> None:
+        self._saver = saver
+        self._source = source
+
+    def add(self, batch: NamedBatch) -> None:
+        self._saver.add(columns(batch, self._source, self._source.holders))
+
+
+def run(
+    options: argparse.Namespace,
+    argv: Sequence[str],
+    stop: Stop,
+    notify: Callable[[str], None],
+) -> int:
+    """Show and save until `stop`, -c, --duration or the end of the command `argv`.
+
+    Returns the command's exit code when it ended by itself, else 0. `notify` gets lines for
+    people (stderr). Raises Error, BrokenPipeError.
+    """
+    wanted = filter_of(options)
+    shown = ShownAccount()
+    with ExitStack() as stack:
+        kind = options.kind = format_of(options.save, options.format) if options.save else ""
+        refuse_input(options.save or "-", options.read or ())
+        # the source first: an old capture is not emptied for one that cannot begin
+        source = stack.enter_context(open_source(options, wanted, notify))
+        savers: dict[str, Saver] = {}
+        if options.save:
+            savers[options.save] = saver = open_saver(
+                options.save, kind, source.snaps, options.rotate, options.keep
+            )
+            stack.callback(saver.close)
+        if options.json:
+            savers["standard output"] = JsonSaver(CaptureFile("-"))
+        counts: list[Callable[[NamedBatch], None]] = [shown.add]
+        takes = [_Tables(saver, source).add for saver in savers.values()]
+        outputs: dict[str, Saver | LinePrinter] = {**savers}
+        if options.print or not (options.save or options.summary or options.json):
+            names = stack.enter_context(Names())
+            style = Style(
+                options.numbers, options.quiet > 0, options.verbose, options.times, netns.own()
+            )
+            printer = LinePrinter(style, source, source.holders, names)
+            outputs["standard output"] = printer
+            takes.append(printer.add)
+        summary = Summary() if options.summary else None
+        if summary is not None:
+            counts.append(summary.add)
+        silent = options.quiet > 1
+        if not silent:
+            notify(_greeting(source, options))
+        for line in [] if options.read else absent(wanted):
+            notify(line)
+        try:
+            try:
+                return _flow(source, counts, takes, shown, options, argv, stop, notify)
+            finally:
+                for saver in savers.values():
+                    saver.close()  # Parquet is a file only now
+        except BrokenPipeError:
+            outputs.clear()  # nobody wants them
+            raise
+        finally:
+            account = source.account()
+            missing = {name: shown.records - one.rows for name, one in outputs.items()}
+            failed = any(missing.values())
+            lost = source.lost() or any((account or {}).get("lost", {}).values())
+            if not silent or lost or failed:
+                done = "shown"
+                if options.save and not (options.print or options.json):
+                    done = "to be saved" if failed else "saved"
+                for line in shown.lines(account, source.lost(), done, missing):
+                    notify(line)
+            if summary is not None:
+                summary.show(source, _output_is_free(options))
+            for saver in savers.values():
+                if note := getattr(saver, "note", ""):
+                    notify(note)
+
+
+def _output_is_free(options: argparse.Namespace) -> bool:
+    """Whether nothing else goes to standard output, so that the table can."""
+    return not (options.print or options.json or options.save == "-")
+
+
+def _greeting(source: Source, options: argparse.Namespace) -> str:
+    where = f"saving to {options.save}" if options.save else "showing"
+    if options.summary and not options.save and _output_is_free(options):
+        where = "adding up"
+    return f"{where} ({source.description}); Ctrl-C ends"
+
+
+def _flow(
+    source: Source,
+    counts: Sequence[Callable[[NamedBatch], None]],
+    takes: list[Callable[[NamedBatch], None]],
+    shown: ShownAccount,
+    options: argparse.Namespace,
+    argv: Sequence[str],
+    stop: Stop,
+    notify: Callable[[str], None],
+) -> int:
+    command: Command | None = None
+
+    def give(batches: Sequence[NamedBatch]) -> bool:
+        """Hand batches on; whether -c is reached. After a failure the rest is only counted."""
+        failure: Error | OSError | None = None
+        for batch in batches:
+            if command is not None and not options.all:
+                own = command.own(batch.records, source)
+                shown.pass_over(batch.records[~own])
+                batch = NamedBatch(batch.head, batch.records[own], batch.clock)
+            if options.count is not None and shown.records + len(batch.records) >= options.count:
+                left = options.count - shown.records
+                batch = NamedBatch(batch.head, batch.records[:left], batch.clock)
+            if len(batch.records):
+                for count in counts:
+                    count(batch)
+                try:
+                    for take in takes:
+                        take(batch)
+                except BrokenPipeError:
+                    raise
+                except (Error, OSError) as error:
+                    failure = error
+                    takes.clear()
+            if options.count is not None and shown.records >= options.count:
+                break
+        if failure is not None:
+            raise failure
+        return options.count is not None and shown.records >= options.count
+
+    full = False
+    code = 0
+    try:
+        command = Command(argv, notify, not options.all) if argv else None
+        try:
+            until = None if options.duration is None else time.monotonic() + options.duration
+            while not stop:
+                left = _POLL if until is None else min(_POLL, until - time.monotonic())
+                if left <= 0:
+                    break
+                batches = source.read(left)
+                if batches is None or (full := give(batches)):
+                    break
+                if command is not None and command.ended:
+                    code = command.exit_code
+                    break
+        finally:
+            if command is not None:
+                command.end()
+    except BrokenPipeError:
+        full = True  # nobody reads on: the rest need not be shown
+        raise
+    finally:
+        rest = source.finish()
+        if not full:
+            give(rest)
+        if command is not None:
+            command.close()
+    return code

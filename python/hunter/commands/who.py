@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: MIT
+"""hunter who: which process owns, or owned, the traffic of a port, a host or a process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from hunter.commands.who_show import show
+from hunter.show.console import Output
+from nlproto import NoDaemon
+from nlproto.client.client import DaemonClient
+
+__all__ = ["run"]
+
+_FLOWS, _MAX_FLOWS = 1000, 10_000  # asked for: at least, at most
+_WAIT_S = 10.0  # for the first look of a daemon that has just started
+_ASK_AGAIN_S = 0.2
+
+
+def run(options: argparse.Namespace, notify: Callable[[str], None]) -> None:
+    """Ask the daemon, or the kernel's own tables when there is none; print.
+
+    Raises Error, and SystemExit(1) when nobody was found.
+    """
+    remembers = True
+    try:
+        with DaemonClient(options.socket) as client:
+            answer = _ask(client, options)
+    except NoDaemon as error:
+        from hunter.commands.who_now import owners_now
+
+        if options.since or options.socket_given:
+            raise
+        notify(f"{error}; until then: sockets of now, of this network namespace")
+        answer = owners_now(options)
+        remembers = False
+    if options.json:
+        print(json.dumps(answer))
+    else:
+        show(answer, Output(soft_wrap=True), time.time(), options, remembers)
+    sys.stdout.flush()
+    if not answer["owners"] and not answer["flows"]:
+        raise SystemExit(1)
+
+
+def _ask(client: DaemonClient, options: argparse.Namespace) -> dict[str, Any]:
+    """A daemon that has just started is asked again until it has seen the kernel's tables once."""
+    limit = options.limit
+    if not options.json:
+        limit = min(max(limit or 0, _FLOWS), _MAX_FLOWS)
+    end = time.monotonic() + _WAIT_S
+    while True:
+        answer = client.who(
+            port=options.port,
+            proto=options.proto,
+            host=options.host,
+            pid=options.pid,
+            pname=options.pname,
+            since=options.since,
+            limit=limit,
+        )
+        if answer["complete"] or answer["owners"] or time.monotonic() > end:
+            return answer
+        time.sleep(_ASK_AGAIN_S)

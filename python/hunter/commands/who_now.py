@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: MIT
+"""Owners of the sockets that exist now, without a daemon: sock_diag and /proc."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import time
+from typing import Any
+
+import numpy as np
+
+from nlproto import NoPrivilege, UsageError
+from nlproto.host import procfs
+from nlproto.host.holders import Holders
+from nlproto.host.sockdiag import SockDiag
+from nlproto.host.sockets import fields, fitting, held, unmapped
+from nlproto.records import wire
+
+__all__ = ["owners_now"]
+
+_PROTOS = {name: number for number, name in wire.PROTO_NAMES.items()}
+
+
+def owners_now(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what op "who" of the daemon does, as far as the kernel's tables tell.
+
+    `options`: port, proto, host, pid, pname. Raises UsageError.
+    """
+    network = None
+    if options.host:
+        try:
+            network = ipaddress.ip_network(options.host, strict=False)
+        except ValueError:
+            raise UsageError(f"--host {options.host}: neither an address nor a network") from None
+    proto = _PROTOS[options.proto] if options.proto else None
+    table = unmapped(_sockets())
+    table = table[held(table) & fitting(table, options.port, proto, network)]
+    holders = Holders()
+    holders.walk()
+    owners: list[dict[str, Any]] = []
+    processes: dict[int, dict[str, Any]] = {}
+    # listeners before others
+    for index in np.lexsort((table["sport"], table["dport"] != 0)).tolist():
+        owner = _owner(table[index], holders, options, processes)
+        if owner is not None:
+            owners.append(owner)
+    return {
+        "owners": owners,
+        "owners_total": len(owners),
+        "flows": [],
+        "total": 0,
+        "truncated": False,
+        "complete": True,
+        "since": time.time(),
+        "processes": list(processes.values()),
+    }
+
+
+def _sockets() -> np.ndarray:
+    try:
+        with SockDiag() as diag:
+            return diag.dump()
+    except NoPrivilege:
+        return procfs.tables()
+
+
+def _owner(
+    one: np.void,
+    holders: Holders,
+    options: argparse.Namespace,
+    processes: dict[int, dict[str, Any]],
+) -> dict[str, Any] | None:
+    found = holders.find(int(one["inode"]))
+    named = [
+        {
+            "pid": owner.identity.tgid,
+            "start_ns": owner.identity.start_ns,
+            "comm": wire.text(owner.comm),
+            "uid": owner.uid,
+        }
+        for owner in found
+    ]
+    if options.pid and options.pid not in [owner["pid"] for owner in named]:
+        return None
+    if options.pname and options.pname[:15] not in [owner["comm"] for owner in named]:
+        return None
+    for owner in named:
+        pid, start = int(str(owner["pid"])), int(str(owner["start_ns"]))
+        details = procfs.details(pid, start) if pid not in processes else None
+        if details is not None:
+            processes[pid] = {
+                name: getattr(details, name)
+                for name in "tgid start_ns comm exe unit container uid user ppid".split()
+            }
+    if not named and not options.port:
+        return None
+    first = (
+        named[0] if named else {"pid": None, "start_ns": None, "comm": "", "uid": int(one["uid"])}
+    )
+    pid_of_first = first["pid"]
+    known = processes.get(int(str(pid_of_first))) if pid_of_first is not None else None
+    return (
+        fields(os.stat("/proc/self/ns/net").st_ino, one)
+        | first
+        | {"exe": known["exe"] if known else "", "holders": named}
+    )

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: MIT
+"""What `who` found, for people: sums where rows would repeat, and the newest of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from hunter.show import names
+from hunter.show.console import Row, put
+from hunter.show.programs import label, programs
+from hunter.show.text import plain
+from nlproto.host import netns
+
+__all__ = ["show"]
+
+_ROWS = 50
+"""Shown of a table, unless --limit says otherwise."""
+
+Entry = Mapping[str, Any]
+Program = tuple[Any, ...]
+
+
+def show(
+    answer: Mapping[str, Any],
+    console: Console,
+    now: float,
+    options: argparse.Namespace,
+    remembers: bool = True,
+) -> None:
+    """Print the reply of op "who"; `now` is Unix time, `remembers`: it came from a daemon."""
+    owners, flows = answer["owners"], answer["flows"]
+    limit = options.limit or _ROWS
+    if not owners and not flows:
+        console.print(_nobody(answer, now) if remembers else "nobody now")
+        return
+    if not answer.get("complete", True):
+        console.print("the daemon is still reading the kernel's tables", style="dim")
+    processes = {(one["tgid"], one["start_ns"]): one for one in answer["processes"]}
+    rows = _now_rows(owners, options)
+    _put(console, "now", _NOW, rows, limit)
+    _cut(console, "sockets", len(owners), answer.get("owners_total", len(owners)))
+    _put(console, "seen", _SEEN, _seen_rows(flows, processes, options, now), limit)
+    _cut(console, "flows", len(flows), answer["total"])
+    if answer.get("truncated") and (len(owners), len(flows)) == (
+        answer.get("owners_total", len(owners)),
+        answer["total"],
+    ):
+        console.print("there is more than one answer holds: ask for a process", style="dim")
+    _put(console, "processes", _PROCESSES, _process_rows(processes.values()), limit)
+
+
+def _nobody(answer: Mapping[str, Any], now: float) -> str:
+    if not answer["complete"]:
+        return "the daemon is still reading the kernel's tables: ask again in a moment"
+    since = answer["since"]
+    return f"nobody, now or since {_clock(since, now)}, which is as far back as is remembered"
+
+
+def _put(
+    console: Console, title: str, columns: Sequence[str], rows: Sequence[Row], limit: int
+) -> None:
+    if not rows:
+        return
+    used = [i for i, name in enumerate(columns) if name not in _OPTIONAL or any(r[i] for r in rows)]
+    shown = [[row[i] for i in used] for row in rows[:limit]]
+    put(console, title, [columns[i] for i in used], shown, _NUMBERS)
+    if len(rows) > limit:
+        console.print(f"{len(rows) - limit:,} more: --limit {len(rows)}", style="dim")
+
+
+def _cut(console: Console, what: str, shown: int, total: int) -> None:
+    if total > shown:
+        console.print(
+            f"of {total:,} {what} these are the {shown:,} newest; --limit N looks at more",
+            style="dim",
+        )
+
+
+_NOW = ("process", "socket", "state", "sockets", "netns", "shared with")
+_SEEN = ("process", "flow", "flows", "packets", "bytes", "first", "last", "netns", "how")
+_PROCESSES = ("process", "user", "parent", "runs in", "executable", "command")
+_OPTIONAL = ("sockets", "flows", "netns", "shared with", "command", "runs in")
+_NUMBERS = ("sockets", "flows", "packets", "bytes", "parent")
+
+
+def _name(text: str, known: bool = True) -> Text:
+    return Text(text, style="bold green" if known else "yellow")
+
+
+def _netns(number: int, since: float | None = None) -> str:
+    return "" if number == netns.own() else plain(names.netns(number, since))
+
+
+@dataclass(slots=True)
+class _Ends:
+    """Both ends of flows or sockets of one owner; ports that differ become *."""
+
+    proto: str
+    local: str
+    remote: str | None
+    lports: set[int] = field(default_factory=set)
+    rports: set[int | None] = field(default_factory=set)
+
+    def text(self, between: str) -> str:
+        local = f"{self.proto} {self.local}.{_port(self.lports)}"
+        return local if self.remote is None else f"{local} {between} {self.remote}.{self._far()}"
+
+    def _far(self) -> str:
+        return _port({port for port in self.rports if port is not None})
+
+
+def _port(ports: set[int]) -> str:
+    return str(next(iter(ports))) if len(ports) == 1 else "*"
+
+
+def _service(lport: int, rport: int | None, asked: int | None) -> tuple[int | None, int | None]:
+    """The port that says what is talked about; the other one is of a moment."""
+    if rport is None:
+        return lport, None
+    if asked in (lport, rport):
+        return (lport, None) if lport == asked else (None, rport)
+    return (lport, None) if lport <= rport else (None, rport)
+
+
+def _now_rows(owners: Sequence[Entry], options: argparse.Namespace) -> list[Row]:
+    """A row for each owner, far host and state."""
+    sums: dict[tuple[Any, ...], tuple[Entry, _Ends, set[tuple[Any, ...]]]] = {}
+    for one in owners:
+        others = sorted({(h["comm"], h["pid"]) for h in one["holders"] if h["pid"] != one["pid"]})
+        port = _service(one["port"], one.get("rport"), options.port)
+        place = (one["netns"], one["proto"], one["address"], one.get("remote"), one["state"])
+        key = (one["comm"], one["pid"], *place, *port, tuple(others))
+        ends = _Ends(one["proto"], one["address"], one.get("remote"))
+        _, ends, sockets = sums.setdefault(key, (one, ends, set()))
+        ends.lports.add(one["port"])
+        ends.rports.add(one.get("rport"))
+        sockets.add((one["cookie"], one["port"], one.get("rport")))
+    rows: list[Row] = []
+    for key, (one, ends, sockets) in sums.items():
+        listens = one["listening"] and one["proto"] == "tcp"
+        who = "-" if one["pid"] is None else f"{plain(one['comm'])}.{one['pid']}"
+        rows.append(
+            [
+                _name(who, one["pid"] is not None),
+                f"{'listens on' if listens else 'has'} {ends.text('<>')}",
+                "" if listens else one["state"],
+                f"{len(sockets):,}" if len(sockets) > 1 else "",
+                _netns(one["netns"]),
+                ", ".join(f"{plain(comm)}.{pid}" for comm, pid in key[-1]),
+            ]
+        )
+    return rows
+
+
+@dataclass(slots=True)
+class _Sum:
+    newest: Entry
+    ends: _Ends
+    pids: set[int] = field(default_factory=set)
+    flows: set[tuple[int, int]] = field(default_factory=set)
+    arrows: set[str] = field(default_factory=set)
+    packets: int = 0
+    bytes: int = 0
+    first: float = float("inf")
+
+    def add(self, flow: Entry) -> None:
+        if flow["last"] > self.newest["last"]:
+            self.newest = flow
+        self.ends.lports.add(flow["lport"])
+        self.ends.rports.add(flow["rport"])
+        self.flows.add((flow["lport"], flow["rport"]))
+        if flow["pid"] is not None:
+            self.pids.add(flow["pid"])
+        self.packets += flow["packets_in"] + flow["packets_out"]
+        self.bytes += flow["bytes_in"] + flow["bytes_out"]
+        self.first = min(self.first, flow["first"])
+        if flow["packets_in"]:
+            self.arrows.add("<")
+        if flow["packets_out"]:
+            self.arrows.add(">")
+
+    @property
+    def arrow(self) -> str:
+        if self.newest["forwarded"]:
+            return "-"
+        return "<>" if len(self.arrows) > 1 else "".join(self.arrows)
+
+
+def _seen_rows(
+    flows: Sequence[Entry],
+    processes: Mapping[tuple[int, int], Entry],
+    options: argparse.Namespace,
+    now: float,
+) -> list[Row]:
+    """A row for each program, far host and service, newest first."""
+    program_of = _programs(flows, processes)
+    sums: dict[tuple[Any, ...], _Sum] = {}
+    for flow in flows:
+        owner = program_of.get((flow["pid"], flow["start_ns"]), flow["how"])
+        port = _service(flow["lport"], flow["rport"], options.port)
+        ends = (flow["proto"], flow["local"], flow["remote"])
+        key = (owner, flow["netns"], flow["forwarded"], *ends, *port)
+        sums.setdefault(key, _Sum(flow, _Ends(*ends))).add(flow)
+    rows: list[Row] = []
+    for one in sorted(sums.values(), key=lambda one: -one.newest["last"]):
+        newest = one.newest
+        rows.append(
+            [
+                _name(label(newest["comm"], one.pids) if one.pids else "-", bool(one.pids)),
+                one.ends.text(one.arrow),
+                f"{len(one.flows):,}" if len(one.flows) > 1 else "",
+                f"{one.packets:,}",
+                f"{one.bytes:,}",
+                _clock(one.first, now),
+                f"{_clock(newest['last'], now)}, {_ago(now - newest['last'])}",
+                _netns(newest["netns"], one.first),
+                " ".join([newest["how"].replace("_", " "), *_uncertain(newest)]),
+            ]
+        )
+    return rows
+
+
+def _uncertain(flow: Entry) -> list[str]:
+    return ["AMBIGUOUS"] if "ambiguous" in flow["flags"] else []
+
+
+def _programs(
+    flows: Iterable[Entry], processes: Mapping[tuple[int, int], Entry]
+) -> dict[tuple[int, int], Program]:
+    """The row of each process that has flows."""
+    known = {}
+    for flow in flows:
+        if flow["pid"] is not None:
+            key = (flow["pid"], flow["start_ns"])
+            known[key] = (flow["comm"], processes[key]["exe"] if key in processes else "")
+    return dict(programs(known))
+
+
+def _process_rows(processes: Iterable[Entry]) -> list[Row]:
+    known = {(one["tgid"], one["start_ns"]): one for one in processes}
+    program_of = programs({key: (one["comm"], one["exe"]) for key, one in known.items()})
+    rows: defaultdict[tuple[Any, ...], list[Entry]] = defaultdict(list)
+    for key, one in sorted(known.items()):
+        place = one["container"] or one["unit"]
+        rows[(*program_of[key], one["uid"], place)].append(one)
+    return [
+        [
+            _name(label(some[0]["comm"], {one["tgid"] for one in some})),
+            "" if some[0]["uid"] is None else plain(names.user(some[0]["uid"])),
+            _same(str(one.get("ppid") or "") for one in some),
+            plain(some[0]["container"] or some[0]["unit"]),
+            plain(key[1]),
+            plain(_command(some[0])),
+        ]
+        for key, some in rows.items()
+    ]
+
+
+def _same(values: Iterable[str]) -> str:
+    found = set(values)
+    return found.pop() if len(found) == 1 else ""
+
+
+def _command(process: Entry) -> str:
+    """Its arguments, where the daemon keeps them."""
+    words: str = process.get("cmdline", "")
+    return words if " " in words else ""
+
+
+def _clock(moment: float, now: float) -> str:
+    then, today = datetime.fromtimestamp(moment), datetime.fromtimestamp(now)
+    return then.strftime("%H:%M:%S" if then.date() == today.date() else "%Y-%m-%d %H:%M:%S")
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{max(0.0, seconds):.0f} s ago"

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Captures that are read: formats, rows, whatever brings their bytes."""

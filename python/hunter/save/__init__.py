@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Packets into files."""

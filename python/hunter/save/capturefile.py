@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: MIT
+"""Files that captures go into: private, given to whoever called sudo, never where a trap is laid.
+
+A capture is written by root, often into /tmp, where anybody may have put a link before.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, takewhile
+from types import TracebackType
+from typing import Self
+
+from hunter.save.writer import Writer
+from nlproto import Error, UsageError
+
+__all__ = ["CaptureFile"]
+
+_PIECE = 1 << 16  # bytes that the writer gets at a time
+_MAX_LINKS = 40  # MAXSYMLINKS of the kernel (include/linux/namei.h)
+
+
+class CaptureFile:
+    """An output that only ever grows by whole rows; a context manager.
+
+    `path` "-" is standard output. A regular file gets mode 0600 and, when new and written by
+    root under sudo, the owner in `environ`'s SUDO_UID and SUDO_GID. Raises Error, UsageError.
+    """
+
+    def __init__(self, path: str, environ: Mapping[str, str] = os.environ) -> None:
+        self.path = path if path != "-" else "standard output"
+        self.size = 0
+        self.rows = 0
+        """Rows that are in the file, whole."""
+        self._fd = os.dup(1) if path == "-" else _open(path, environ)
+        self._writer: Writer | None = None
+        self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode) and path != "-"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def write(self, data: bytes) -> None:
+        """Append `data`, in a regular file whole or not at all.
+
+        Raises BrokenPipeError when the reader of a pipe has gone, Error for anything else.
+        """
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError as error:
+            if self._regular:
+                os.ftruncate(self._fd, self.size)
+                os.lseek(self._fd, self.size, os.SEEK_SET)
+                raise self._failed(error) from None
+            self.size += len(data) - len(view)
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise self._failed(error) from None
+        self.size += len(data)
+
+    def write_rows(self, rows: Iterable[bytes]) -> None:
+        """Append `rows`; each is there whole or not at all, even when we are killed.
+
+        Raises as write().
+        """
+        if not self._regular:
+            self._write_on(list(rows))
+            return
+        try:
+            if self._writer is None:
+                self._writer = Writer(self._fd)
+            for piece in _pieces(rows):
+                self._append(piece, self._writer)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _write_on(self, rows: Sequence[bytes]) -> None:
+        before = self.size
+        try:
+            self.write(b"".join(rows))
+        finally:
+            ends = accumulate(map(len, rows))
+            self.rows += sum(1 for _ in takewhile(lambda end: end <= self.size - before, ends))
+
+    def _append(self, rows: Sequence[bytes], writer: Writer) -> None:
+        piece = b"".join(rows)
+        try:
+            writer.append(piece)
+        except OSError:
+            if len(rows) == 1:
+                raise
+            for row in rows:  # those that still fit
+                self._append([row], writer)
+        else:
+            self.size += len(piece)
+            self.rows += len(rows)
+
+    def _failed(self, error: OSError) -> Error:
+        return Error(f"{self.path}: {error.strerror}; {self.size} bytes are saved and readable")
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def is_output(self) -> bool:
+        """Whether it is what standard output is: words for people must not go there."""
+        return os.path.sameopenfile(self._fd, 1)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+            if self._writer is not None:
+                self._writer.close()
+
+
+def _pieces(rows: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Yield `rows` in lists of some _PIECE bytes."""
+    piece: list[bytes] = []
+    size = 0
+    for row in rows:
+        piece.append(row)
+        size += len(row)
+        if size >= _PIECE:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
+
+
+def _open(path: str, environ: Mapping[str, str]) -> int:
+    try:
+        folder, name, sticky = _walk(path)
+        try:
+            return _open_in(folder, name, sticky, path, environ)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        advice = {
+            errno.ENOENT: "make its directory first",
+            errno.EACCES: "choose a file that you may write",
+            errno.EROFS: "choose a file elsewhere",
+            errno.EISDIR: "name a file in it",
+            errno.ENOSPC: "make room or choose a file elsewhere",
+        }.get(error.errno or 0, "choose another file")
+        raise Error(f"cannot write {path}: {error.strerror}; {advice}") from None
+
+
+def _open_in(folder: int, name: str, sticky: bool, path: str, environ: Mapping[str, str]) -> int:
+    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder)
+    except FileExistsError:
+        fd = os.open(name, flags | os.O_NONBLOCK, dir_fd=folder)
+        os.set_blocking(fd, True)
+        found = os.fstat(fd)
+        if sticky and (not stat.S_ISREG(found.st_mode) or found.st_uid not in _ours(environ)):
+            os.close(fd)
+            raise Error(
+                f"{path} was put there by somebody else, in a directory where anybody can write; "
+                "choose another name"
+            ) from None
+        if stat.S_ISREG(found.st_mode):
+            os.ftruncate(fd, 0)
+            if found.st_uid == os.geteuid() or os.geteuid() == 0:
+                os.fchmod(fd, 0o600)
+        return fd
+    os.fchmod(fd, 0o600)
+    owner = _sudo_owner(environ)
+    if owner is not None:
+        os.fchown(fd, *owner)
+    return fd
+
+
+def _sudo_owner(environ: Mapping[str, str]) -> tuple[int, int] | None:
+    uid, gid = environ.get("SUDO_UID", ""), environ.get("SUDO_GID", "")
+    if os.geteuid() != 0 or not (uid.isdecimal() and gid.isdecimal()):
+        return None
+    return int(uid), int(gid)
+
+
+def _ours(environ: Mapping[str, str]) -> set[int]:
+    owner = _sudo_owner(environ)
+    return {os.geteuid()} | ({owner[0]} if owner else set())
+
+
+def _walk(path: str) -> tuple[int, str, bool]:
+    """Open the directory of `path` step by step; return it, the last name, whether it is sticky.
+
+    Every link on the way is read by hand, so that one in a sticky directory is refused.
+    """
+    if not path or path.endswith("/"):
+        raise UsageError(f"{path!r} names no file")
+    steps = path.split("/")[::-1]
+    folder = os.open("/" if path.startswith("/") else ".", os.O_PATH | os.O_DIRECTORY)
+    links = 0
+    try:
+        while True:
+            step = steps.pop()
+            if step in ("", "."):
+                continue
+            sticky = bool(os.fstat(folder).st_mode & stat.S_ISVTX)
+            try:
+                target = os.readlink(step, dir_fd=folder)
+            except FileNotFoundError:
+                target = ""
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # not a link
+                    raise
+                target = ""
+            if target:
+                links += 1
+                if sticky:
+                    raise Error(
+                        f"{path}: {step} is a link in a directory where anybody can write; "
+                        "choose another name"
+                    )
+                if links > _MAX_LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+                steps.extend(target.rstrip("/").split("/")[::-1])
+                if not target.startswith("/"):
+                    continue
+                step = "/"
+            elif not steps:
+                return folder, step, sticky
+            inner = os.open(step, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+    except BaseException:
+        os.close(folder)
+        raise

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: MIT
+"""Saves batches in the format that a file's name asks for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from hunter.save.capturefile import CaptureFile
+from hunter.show.columns import Columns
+from nlproto import UsageError
+from nlproto.records.first_bytes import FirstBytes
+
+__all__ = ["Saver", "format_of", "open_saver", "refuse_input", "refuse_pcap"]
+
+SUFFIXES = {
+    ".csv": "csv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".pcapng": "pcapng",
+}
+
+
+class Saver(Protocol):
+    """Writes whole batches; what add() has taken is in the file when it returns."""
+
+    @property
+    def rows(self) -> int:
+        """How many records are in the file, also after a failure."""
+        ...
+
+    def add(self, table: Columns) -> None:
+        """Append the rows of `table`. Raises Error, BrokenPipeError."""
+        ...
+
+    def close(self) -> None:
+        """Finish the file."""
+        ...
+
+
+def format_of(path: str, asked: str | None) -> str:
+    """Return the format for `path`. Raises UsageError when nothing tells it."""
+    if asked:
+        return asked
+    if path == "-":
+        return "csv"
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in SUFFIXES:
+        return SUFFIXES[suffix]
+    refuse_pcap(path)
+    known = ", ".join(SUFFIXES)
+    raise UsageError(f"{path}: its format is not clear; end it with {known}, or give --format")
+
+
+def refuse_pcap(path: str) -> None:
+    """Raise UsageError for the name of a pcap file."""
+    stem, suffix = os.path.splitext(path)
+    if suffix.lower() in (".pcap", ".cap"):
+        raise UsageError(f"{path}: pcap has no place for owners; name it {stem}.pcapng")
+
+
+def refuse_input(path: str, inputs: Iterable[str]) -> None:
+    """Raise UsageError when writing to `path` would destroy one of `inputs`."""
+    for one in inputs:
+        try:
+            same = path != "-" and os.path.isfile(path) and os.path.samefile(path, one)
+        except (OSError, ValueError):
+            continue
+        if same:
+            raise UsageError(f"{path} is the capture itself: choose another name")
+
+
+def _make(kind: str, snaps: FirstBytes | None) -> Callable[[CaptureFile], Saver]:
+    # Imported here: Parquet needs an optional package.
+    if kind == "csv":
+        from hunter.save.save_csv import CsvSaver
+
+        return CsvSaver
+    if kind == "jsonl":
+        from hunter.save.save_jsonl import JsonSaver
+
+        return JsonSaver
+    if kind == "pcapng":
+        from hunter.save.save_pcapng import PcapngSaver
+
+        return lambda file: PcapngSaver(file, snaps)
+    from hunter.save.save_parquet import ParquetSaver
+
+    return ParquetSaver
+
+
+def open_saver(
+    path: str,
+    kind: str,
+    snaps: FirstBytes | None,
+    rotate: int | None = None,
+    keep: int | None = None,
+) -> Saver:
+    """Return a saver of format `kind` to `path` ("-": standard output); pcapng takes `snaps`.
+
+    `rotate`: bytes after which the next file begins, as tcpdump's -C: path, path1, path2 ...;
+    `keep`: after so many files the first is written again (-W). Raises Error, UsageError.
+    """
+    make = _make(kind, snaps)
+    if rotate is None:
+        return make(CaptureFile(path))
+    return _Rotation(path, make, rotate, keep)
+
+
+class _Rotation:
+    """One file after the other."""
+
+    def __init__(
+        self, path: str, make: Callable[[CaptureFile], Saver], size: int, keep: int | None
+    ) -> None:
+        self._path = path
+        self._make = make
+        self._size = size
+        self._keep = keep
+        self._number = 0
+        self._done = 0
+        self._open()
+
+    def _open(self) -> None:
+        self._file = CaptureFile(self._name())
+        self._saver: Saver | None = self._make(self._file)
+
+    def _name(self) -> str:
+        """As tcpdump numbers them, but before the suffix, which tells the format."""
+        if self._keep is not None:
+            width = len(str(self._keep - 1))
+            number = f"{self._number % self._keep:0{width}}"
+        else:
+            number = str(self._number) if self._number else ""
+        stem, suffix = os.path.splitext(self._path)
+        return f"{stem}{number}{suffix}"
+
+    def add(self, table: Columns) -> None:
+        if self._saver is not None and self._file.size >= self._size:
+            full, self._saver = self._saver, None
+            full.close()
+            self._done += full.rows
+            self._number += 1
+        if self._saver is None:
+            self._open()
+        assert self._saver is not None
+        self._saver.add(table)
+
+    @property
+    def rows(self) -> int:
+        return self._done + (0 if self._saver is None else self._saver.rows)
+
+    @property
+    def note(self) -> str:
+        return getattr(self._saver, "note", "")
+
+    def close(self) -> None:
+        if self._saver is not None:
+            self._saver.close()

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: MIT
+"""A batch as columns of plain values: the one place where records become what files hold."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+
+from hunter.show import names
+from hunter.show.text import sound
+from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records import wire
+from nlproto.tables.processes import Process
+
+__all__ = [
+    "COLUMNS",
+    "FIRST_COLUMNS",
+    "FLAGS",
+    "TEXTS",
+    "Columns",
+    "Details",
+    "Holder",
+    "Holders",
+    "cells",
+    "columns",
+    "nobody",
+    "tcp_flags",
+    "tcp_flags_of",
+    "words_of",
+]
+
+FIRST_COLUMNS = (
+    "time",
+    "dir",
+    "proto",
+    "src",
+    "sport",
+    "dst",
+    "dport",
+    "len",
+    "pid",
+    "comm",
+    "exe",
+    "uid",
+    "netns",
+    "how",
+)
+"""Those of the first release; a file that has no more is read too."""
+
+COLUMNS = (
+    *FIRST_COLUMNS,
+    "flags",
+    "tcp_flags",
+    "interface",
+    "unit",
+    "container",
+    "cmdline",
+    "ppid",
+    "segments",
+    "hdr_len",
+    "ifindex",
+    "start_ns",
+    "tid",
+    "creator",
+    "cookie",
+    "holders",
+)
+"""Names and order of what is saved; stable: new ones come at the end.
+
+`flags` are words of FLAGS, `tcp_flags` letters as of tcpdump (TCP only), `segments` the packets
+on the wire that the record stands for, `hdr_len` the bytes of headers that each of them has,
+`start_ns` the start of the process in ns since boot, `creator` the pid that made the socket.
+"""
+
+TEXTS = frozenset(("comm", "exe", "flags", "interface", "unit", "container", "cmdline"))
+"""Columns of text that others than this program choose, or that may be empty."""
+
+FLAGS = {
+    name.removeprefix("SNIFFER_F_").lower(): value
+    for name, value in wire.ffi.typeof("enum sniffer_flag").relements.items()
+}
+"""Bits of a record's `flags` by the names that people and files see."""
+
+_TCP_FLAGS = {"S": 2, "F": 1, "R": 4, "P": 8, "U": 32, "E": 64, "W": 128, ".": 16}
+
+
+@lru_cache(256)
+def tcp_flags(flags: int) -> str:
+    """Return TCP flags as tcpdump does: S F R P U E W, a dot for ACK, "none" for none."""
+    return "".join(letter for letter, bit in _TCP_FLAGS.items() if flags & bit) or "none"
+
+
+def tcp_flags_of(text: str) -> int:
+    """Return the flags of which tcp_flags() made `text`. Raises ValueError."""
+    if text == "none":
+        return 0
+    if not set(text) <= set(_TCP_FLAGS) or len(set(text)) != len(text):
+        raise ValueError(text)
+    return sum(_TCP_FLAGS[letter] for letter in text)
+
+
+@lru_cache(1024)
+def words_of(flags: int) -> str:
+    """Return the words of FLAGS that are set in `flags`, between blanks."""
+    return " ".join(word for word, bit in FLAGS.items() if flags & bit)
+
+
+class Details(Protocol):
+    """What is known beyond the records.
+
+    One that reads files has interface(netns, ifindex) and tcp_flags too (FileSource).
+    """
+
+    def get(self, tgid: int, start_ns: int, /) -> Process | None: ...
+
+
+Holder = dict[str, int | str]
+"""One of the processes that share a socket: pid and comm."""
+
+Holders = Callable[[set[int]], Mapping[int, list[Holder]]]
+"""Cookies of shared sockets -> who holds them, as far as known."""
+
+
+def nobody(cookies: set[int]) -> Mapping[int, list[Holder]]:
+    """Know no holders."""
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Lists of one length, in order of the records.
+
+    `time` is RFC 3339 in UTC with microseconds, `len` in bytes; `pid`, `uid` and `process` are
+    None and `comm`, `exe` empty where nobody is named. Names are raw: see text.py.
+    """
+
+    time: list[str]
+    dir: list[str]
+    proto: list[str]
+    src: list[str]
+    sport: list[int]
+    dst: list[str]
+    dport: list[int]
+    len: list[int]
+    pid: list[int | None]
+    comm: list[str]
+    exe: list[str]
+    uid: list[int | None]
+    netns: list[int]
+    how: list[str]
+    process: list[Process | None]
+    batch: NamedBatch
+    holders: dict[int, list[Holder]]
+    """By row, where a socket is shared and its holders are known."""
+    interface: Callable[[int, int], str]
+    """(netns, ifindex) -> the interface's name."""
+    tells_tcp_flags: bool
+    """Whether the records know them."""
+
+
+@lru_cache(65536)
+def _address(family: int, raw: bytes) -> str:
+    if family == socket.AF_INET:
+        return socket.inet_ntop(socket.AF_INET, raw[:4])
+    return str(ipaddress.IPv6Address(raw))
+
+
+def addresses(records: np.ndarray, field: str) -> list[str]:
+    """Return the addresses in `field` ("saddr" or "daddr") as text."""
+    size = wire.RECORD[field].itemsize
+    raw = np.ascontiguousarray(records[field]).tobytes()
+    families = records["family"].tolist()
+    return [_address(family, raw[i * size : (i + 1) * size]) for i, family in enumerate(families)]
+
+
+def times(batch: NamedBatch) -> list[str]:
+    """Return each record's time of day as RFC 3339 in UTC with microseconds."""
+    real = batch.clock.real_times(batch.records["time_ns"]).astype("datetime64[us]")
+    return [f"{one}Z" for one in np.datetime_as_string(real, unit="us").tolist()]
+
+
+def _shared(records: np.ndarray, holders: Holders) -> dict[int, list[Holder]]:
+    rows = np.flatnonzero((records["flags"] & wire.lib.SNIFFER_F_SHARED) != 0).tolist()
+    if not rows:
+        return {}
+    cookies = dict(zip(rows, records["cookie"][rows].tolist(), strict=True))
+    known = holders({cookie for cookie in cookies.values() if cookie})
+    return {row: list(known[cookie]) for row, cookie in cookies.items() if cookie in known}
+
+
+def columns(batch: NamedBatch, details: Details, holders: Holders = nobody) -> Columns:
+    """Return the records of `batch` as columns; `details` gives what records lack (exe)."""
+    records = batch.records
+    named = ((records["how"] > 0) & (records["how"] < wire.lib.SNIFFER_HOW_REASONS)).tolist()
+    tgid, start = records["tgid"].tolist(), records["start_ns"].tolist()
+    processes = [
+        details.get(pid, since) if known else None
+        for known, pid, since in zip(named, tgid, start, strict=True)
+    ]
+    return Columns(
+        time=times(batch),
+        dir=[wire.DIR_NAMES.get(way, "?") for way in records["dir"].tolist()],
+        proto=[wire.PROTO_NAMES.get(one, str(one)) for one in records["proto"].tolist()],
+        src=addresses(records, "saddr"),
+        sport=records["sport"].tolist(),
+        dst=addresses(records, "daddr"),
+        dport=records["dport"].tolist(),
+        len=records["len"].tolist(),
+        pid=[pid if known else None for known, pid in zip(named, tgid, strict=True)],
+        comm=[
+            wire.text(comm) if known else ""
+            for known, comm in zip(named, records["comm"].tolist(), strict=True)
+        ],
+        exe=["" if process is None else process.exe for process in processes],
+        uid=[uid if k else None for k, uid in zip(named, records["uid"].tolist(), strict=True)],
+        netns=records["netns"].tolist(),
+        how=[wire.HOW_NAMES[how] for how in records["how"].tolist()],
+        process=processes,
+        batch=batch,
+        holders=_shared(records, holders),
+        interface=getattr(details, "interface", _interface),
+        tells_tcp_flags=getattr(details, "tcp_flags", True),
+    )
+
+
+@lru_cache(1)
+def _own_netns() -> int:
+    return os.stat("/proc/self/ns/net").st_ino
+
+
+@lru_cache(4096)
+def _interface(netns: int, ifindex: int) -> str:
+    """An index means something in its own network namespace only."""
+    if not ifindex:
+        return ""
+    return names.interface(ifindex) if netns == _own_netns() else f"if{ifindex}@netns{netns}"
+
+
+def cells(table: Columns) -> dict[str, list[Any]]:
+    """Return what is saved, by the names in COLUMNS: plain values, None where nothing is known.
+
+    An empty text is None too, so that all formats have one word for what is unknown.
+    """
+    records = table.batch.records
+    known = [pid is not None for pid in table.pid]
+    ifindex = records["ifindex"].tolist()
+    tcp = (records["proto"] == socket.IPPROTO_TCP).tolist()
+
+    def of_process(name: str) -> list[Any]:
+        return [None if one is None else getattr(one, name) for one in table.process]
+
+    def unless_0(name: str) -> list[int | None]:
+        return [value or None for value in records[name].tolist()]
+
+    values: dict[str, list[Any]] = {name: getattr(table, name) for name in FIRST_COLUMNS}
+    values |= {
+        "flags": [words_of(flags) for flags in records["flags"].tolist()],
+        "tcp_flags": [
+            tcp_flags(flags) if is_tcp and (flags or table.tells_tcp_flags) else None
+            for flags, is_tcp in zip(records["tcp_flags"].tolist(), tcp, strict=True)
+        ],
+        "interface": [table.interface(*key) for key in zip(table.netns, ifindex, strict=True)],
+        "unit": of_process("unit"),
+        "container": of_process("container"),
+        "cmdline": of_process("cmdline"),
+        "ppid": of_process("ppid"),
+        "segments": np.maximum(records["gso_segs"], 1).tolist(),
+        "hdr_len": records["hdr_len"].tolist(),
+        "ifindex": unless_0("ifindex"),
+        "start_ns": _where(known, records["start_ns"].tolist()),
+        "tid": unless_0("tid"),
+        "creator": unless_0("creator"),
+        "cookie": unless_0("cookie"),
+        "holders": [table.holders.get(i) for i in range(len(known))],
+    }
+    for name in TEXTS:
+        values[name] = [sound(text) if text else None for text in values[name]]
+    return values
+
+
+def _where(known: Iterable[bool], values: Iterable[Any]) -> list[Any]:
+    return [value if one else None for one, value in zip(known, values, strict=True)]

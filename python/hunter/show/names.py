@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: MIT
+"""Names of hosts, services and users for people, looked up beside the stream."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import lru_cache
+from types import TracebackType
+from typing import Self
+
+from nlproto.host.netns import NAMED
+from nlproto.host.procfs import user_name as user
+from nlproto.records.wire import bounded
+from nlproto.running.supervise import Failures
+
+_SETTLED_NS = 2_000_000_000
+
+__all__ = ["Names", "interface", "netns", "own_hosts", "own_users", "service", "services", "user"]
+
+
+@lru_cache(1)
+def services(path: str = "/etc/services") -> dict[tuple[int, str], str]:
+    """Return names by port and protocol (services(5)); the first of a port counts."""
+    known: dict[tuple[int, str], str] = {}
+    for name, *rest in _words(path):
+        port, _, proto = rest[0].partition("/") if rest else ("", "", "")
+        if _NUMBER.fullmatch(port) and proto:
+            known.setdefault((int(port), proto), name)
+    return known
+
+
+def service(port: int, proto: str) -> str:
+    """Return the name of a port below 49152 in /etc/services, else its number."""
+    # the ephemeral range has no services, whatever the file says
+    return services().get((port, proto), str(port)) if port < 49152 else str(port)
+
+
+@lru_cache(256)
+def interface(index: int) -> str:
+    """Return the name of an interface of this network namespace, or if<N>."""
+    try:
+        return bounded(os.fsencode(socket.if_indextoname(index)))
+    except (OSError, OverflowError):
+        return f"if{index}"
+
+
+def netns(inode: int, since_s: float | None = None) -> str:
+    """Return the name that `ip netns` has for a network namespace, else its inode.
+
+    `since_s`: when it was seen. Inodes are used again: one seen before the names last changed
+    keeps its number.
+    """
+    known, changed_s = _namespaces()
+    if inode not in known or (since_s is not None and since_s < changed_s):
+        return str(inode)
+    return known[inode]
+
+
+def _namespaces() -> tuple[dict[int, str], float]:
+    """Names by inode, and when they last changed; read again when the directory changes."""
+    try:
+        changed = os.stat(NAMED).st_mtime_ns
+    except OSError:
+        return {}, 0.0
+    # a name that is just being made is not mounted yet
+    read = _named if time.time_ns() - changed > _SETTLED_NS else _named.__wrapped__
+    return read(changed), changed / 1e9
+
+
+@lru_cache(1)
+def _named(changed_ns: int) -> dict[int, str]:
+    found = {}
+    for entry in os.scandir(NAMED):
+        with suppress(OSError):
+            found[entry.stat().st_ino] = entry.name
+    return found
+
+
+def own_hosts(path: str = "/etc/hosts") -> dict[str, str]:
+    """Return names by address, which need no waiting: localhost is so named from the first line."""
+    known: dict[str, str] = {}
+    for address, *hosts in _words(path):
+        if hosts:
+            known.setdefault(address, hosts[0])
+    return known
+
+
+def own_users(path: str = "/etc/passwd") -> dict[int, str]:
+    """Return the names of this machine's own users by uid (passwd(5))."""
+    known: dict[int, str] = {}
+    for name, _, uid, *_ in (line.split(":") for line in _lines(path) if line.count(":") > 2):
+        if _NUMBER.fullmatch(uid):
+            known.setdefault(int(uid), name)
+    return known
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        with open(path, "rb") as file:
+            return [bounded(line) for line in file.read(_MAX_FILE).split(b"\n")]
+    except OSError:
+        return []
+
+
+_NUMBER = re.compile(r"[0-9]{1,10}")
+_MAX_FILE = 16 << 20  # bytes of a table of names that are read
+
+
+def _words(path: str) -> Iterator[list[str]]:
+    """Yield the words of each line that has any, without comments."""
+    for line in _lines(path):
+        words = [word for word in re.split(r"[ \t\r\f\v]+", line.partition("#")[0]) if word]
+        if words:
+            yield words
+
+
+class Names:
+    """Names of hosts and users, looked up in one thread of its own; a context manager.
+
+    Nothing here waits: an address or uid stands for its name until that is known. At most `limit`
+    names are kept, at most 1,000 wait.
+    """
+
+    def __init__(self, limit: int = 65536) -> None:
+        self._limit = limit
+        self._known: dict[str | int, str] = dict((*own_hosts().items(), *own_users().items()))
+        self._wanted: queue.Queue[str | int | None] = queue.Queue(1000)
+        self._thread = threading.Thread(target=self._look_up, name="names", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Leave the thread behind: a resolver that waits for its server cannot be interrupted."""
+        try:
+            self._wanted.put_nowait(None)
+        except queue.Full:
+            pass
+
+    def host(self, address: str) -> str:
+        """Return the host's name if it is known by now, else `address`."""
+        return self._name(address)
+
+    def user(self, uid: int) -> str:
+        """Return the user's name if it is known by now, else `uid` as text."""
+        return self._name(uid)
+
+    def _name(self, key: str | int) -> str:
+        name = self._known.get(key)
+        if name is None:
+            if len(self._known) >= self._limit:
+                self._known.clear()
+            name = str(key)
+            try:
+                self._wanted.put_nowait(key)
+            except queue.Full:
+                return name
+            self._known[key] = name
+        return name
+
+    def _look_up(self) -> None:
+        failures = Failures("names")
+        while (key := self._wanted.get()) is not None:
+            try:
+                if isinstance(key, int):
+                    self._known[key] = user(key)
+                else:
+                    self._known[key] = bounded(os.fsencode(socket.gethostbyaddr(key)[0]))
+            except Exception as error:  # a name that cannot be had costs no other its own
+                if not isinstance(error, (OSError, UnicodeError)):
+                    failures.add(error)

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: MIT
+"""Processes of one program as one row: short-lived ones would fill a table with their pids."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Hashable, Mapping
+from typing import TypeVar
+
+from hunter.show.text import plain
+
+__all__ = ["label", "programs"]
+
+_FEW = 4
+"""So many processes of a program keep rows of their own."""
+
+K = TypeVar("K", bound=Hashable)
+
+
+def programs(known: Mapping[K, tuple[str, str]]) -> dict[K, tuple[str, str, K | None]]:
+    """Return the row of each process of `known` (comm, executable or "").
+
+    A row is (comm, executable, process), or (comm, executable, None) for a program with many.
+    A process that ended before its executable was read is of the one that all others of its
+    name have, if they agree.
+    """
+    paths: defaultdict[str, set[str]] = defaultdict(set)
+    for comm, exe in known.values():
+        if exe:
+            paths[comm].add(exe)
+    full = {
+        key: (comm, exe if exe or len(paths[comm]) != 1 else next(iter(paths[comm])))
+        for key, (comm, exe) in known.items()
+    }
+    many = Counter(full.values())
+    return {key: (*one, key if many[one] <= _FEW else None) for key, one in full.items()}
+
+
+def label(comm: str, pids: Collection[int]) -> str:
+    """Return "curl.123" of one process, "curl (64 processes)" of more."""
+    if len(pids) == 1:
+        return f"{plain(comm)}.{next(iter(pids))}"
+    return f"{plain(comm)} ({len(pids):,} processes)"

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: MIT
+"""Rates of processes, of their flows and of the far ends they talk to, second by second."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records import wire
+from nlproto.tables.flows import address_bytes, summarize
+
+__all__ = ["FlowRate", "Meter", "ProcessRate", "Rates", "UNITS", "amount"]
+
+UNITS = ("bin-bytes", "bin-bits", "si-bytes", "si-bits")
+HISTORY = 12  # ticks that a sparkline shows
+KEPT_S = 60.0  # what a live view keeps a process for after its last packet
+MAX_FLOWS = 50_000
+
+RateKey = tuple[int, int, int]
+"""(tgid, start_ns, 0) of a process, (0, 0, how) of packets without one."""
+FlowKey = tuple[int, ...]
+"""netns, proto, local port, remote port, local and remote address as two numbers each."""
+
+
+def amount(value: float, units: str) -> str:
+    """Return bytes as text in one of UNITS, 3 or 4 digits: "1.2 KiB", "12 Mb"."""
+    if units.endswith("bits"):
+        value *= 8
+    unit = "b" if units.endswith("bits") else "B"
+    step, letters = (1024.0, "KMGT") if units.startswith("bin") else (1000.0, "kMGT")
+    if value < step:
+        return f"{value:.0f} {unit}"
+    for letter in letters:
+        value /= step
+        if value < step or letter == "T":
+            break
+    infix = "i" if units.startswith("bin") else ""
+    return f"{value:.{1 if value < 99.95 else 0}f} {letter}{infix}{unit}"
+
+
+@dataclass(slots=True)
+class Meter:
+    """Bytes sent and received: since the last tick, a second, and in all."""
+
+    sent: int = 0
+    received: int = 0
+    packets: int = 0
+    sent_rate: float = 0.0
+    received_rate: float = 0.0
+    last_s: float = 0.0
+    _sent_before: int = 0
+    _received_before: int = 0
+
+    def add(self, sent: int, received: int, packets: int, now_s: float) -> None:
+        self.sent += sent
+        self.received += received
+        self.packets += packets
+        self.last_s = now_s
+
+    def tick(self, seconds: float) -> None:
+        """Turn what came since the last tick into rates, bytes a second."""
+        self.sent_rate = (self.sent - self._sent_before) / seconds
+        self.received_rate = (self.received - self._received_before) / seconds
+        self._sent_before, self._received_before = self.sent, self.received
+
+    @property
+    def rate(self) -> float:
+        return self.sent_rate + self.received_rate
+
+    @property
+    def total(self) -> int:
+        return self.sent + self.received
+
+
+@dataclass(slots=True)
+class FlowRate:
+    """One flow of one process; addresses are text."""
+
+    proto: str
+    local: str
+    lport: int
+    remote: str
+    rport: int
+    meter: Meter = field(default_factory=Meter)
+
+
+@dataclass(slots=True)
+class ProcessRate:
+    """One process, or all packets that nobody is known for, for one reason."""
+
+    key: RateKey
+    comm: str
+    uid: int | None
+    raw_comm: bytes = b""
+    meter: Meter = field(default_factory=Meter)
+    flows: dict[FlowKey, FlowRate] = field(default_factory=dict)
+    sent_history: deque[float] = field(default_factory=lambda: deque([0.0] * HISTORY, HISTORY))
+    received_history: deque[float] = field(default_factory=lambda: deque([0.0] * HISTORY, HISTORY))
+
+    @property
+    def pid(self) -> int | None:
+        return self.key[0] or None
+
+    def remotes(self) -> dict[str, Meter]:
+        """Return the far ends by address, their flows added up."""
+        ends: dict[str, Meter] = {}
+        for flow in self.flows.values():
+            end = ends.setdefault(flow.remote, Meter())
+            end.sent += flow.meter.sent
+            end.received += flow.meter.received
+            end.packets += flow.meter.packets
+            end.sent_rate += flow.meter.sent_rate
+            end.received_rate += flow.meter.received_rate
+            end.last_s = max(end.last_s, flow.meter.last_s)
+        return ends
+
+
+class Rates:
+    """Everything that top shows; at most MAX_FLOWS flows, those idle longest go first.
+
+    A process without packets for `kept_s` seconds goes.
+    """
+
+    def __init__(self, kept_s: float = KEPT_S) -> None:
+        self._kept_s = kept_s
+        self.processes: dict[RateKey, ProcessRate] = {}
+        self.evicted = 0
+        self._flow_count = 0
+
+    def __iter__(self) -> Iterator[ProcessRate]:
+        return iter(self.processes.values())
+
+    def tick(self, batches: Iterable[NamedBatch], now_s: float, seconds: float) -> None:
+        """Take what came in the last `seconds`; `now_s` is of any steady clock."""
+        parts = [batch.records for batch in batches if len(batch.records)]
+        if parts:
+            self._add(summarize(np.concatenate(parts)), now_s)
+        for process in list(self.processes.values()):
+            process.meter.tick(seconds)
+            process.sent_history.append(process.meter.sent_rate)
+            process.received_history.append(process.meter.received_rate)
+            for flow in process.flows.values():
+                meter = flow.meter
+                # idle flows, nearly all of many, keep their zeros
+                if meter.last_s == now_s or meter.sent_rate or meter.received_rate:
+                    meter.tick(seconds)
+            if process.meter.last_s + self._kept_s < now_s:
+                self._flow_count -= len(process.flows)
+                del self.processes[process.key]
+        if self._flow_count > MAX_FLOWS:
+            self._evict()
+
+    def _add(self, flows: np.ndarray, now_s: float) -> None:
+        local = flows["laddr"].tolist()
+        remote = flows["raddr"].tolist()
+        columns = [flows[name].tolist() for name in _FIELDS]
+        for index, (
+            tgid,
+            start,
+            how,
+            uid,
+            comm,
+            netns,
+            proto,
+            family,
+            lport,
+            rport,
+            *sums,
+        ) in enumerate(zip(*columns, strict=True)):
+            process = self._process(tgid, start, how, uid, comm)
+            packets_in, bytes_in, packets_out, bytes_out = sums
+            process.meter.add(bytes_out, bytes_in, packets_in + packets_out, now_s)
+            name = (netns, proto, lport, rport, *local[index], *remote[index])
+            flow = process.flows.get(name)
+            if flow is None:
+                flow = FlowRate(
+                    wire.PROTO_NAMES.get(proto, str(proto)),
+                    wire.address_text(family, address_bytes(flows["laddr"][index])),
+                    lport,
+                    wire.address_text(family, address_bytes(flows["raddr"][index])),
+                    rport,
+                )
+                process.flows[name] = flow
+                self._flow_count += 1
+            flow.meter.add(bytes_out, bytes_in, packets_in + packets_out, now_s)
+
+    def _process(self, tgid: int, start: int, how: int, uid: int, comm: bytes) -> ProcessRate:
+        key = (tgid, start, 0) if tgid else (0, 0, how)
+        process = self.processes.get(key)
+        if process is None:
+            name = wire.text(comm) if tgid else wire.how_name(how).replace("_", " ")
+            process = ProcessRate(key, name, uid if tgid else None, raw_comm=comm)
+            self.processes[key] = process
+        elif comm != process.raw_comm and tgid and comm:
+            process.comm, process.raw_comm = wire.text(comm), comm
+        return process
+
+    def _evict(self) -> None:
+        everything = [
+            (flow.meter.last_s, process, name)
+            for process in self.processes.values()
+            for name, flow in process.flows.items()
+        ]
+        everything.sort(key=lambda one: one[0])
+        for _, process, name in everything[: len(everything) - MAX_FLOWS * 3 // 4]:
+            del process.flows[name]
+            self._flow_count -= 1
+            self.evicted += 1
+
+
+_FIELDS = (
+    "tgid",
+    "start_ns",
+    "how",
+    "uid",
+    "comm",
+    "netns",
+    "proto",
+    "family",
+    "lport",
+    "rport",
+    "packets_in",
+    "bytes_in",
+    "packets_out",
+    "bytes_out",
+)

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: MIT
+"""A table of any number of rows for Textual: it makes and draws only the rows that are seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rich.cells import cell_len, set_cell_size
+from rich.segment import Segment
+from rich.style import Style
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.geometry import Region, Size
+from textual.message import Message
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+
+__all__ = ["Cell", "Column", "Grid"]
+
+Cell = tuple[str, str]
+"""Text and its style, as rich writes styles: ("curl", "bold")."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """`sort` is what the table is told to be sorted by; "" cannot be sorted by."""
+
+    name: str
+    sort: str = ""
+    right: bool = False
+
+
+class Grid(ScrollView, can_focus=True):
+    """Once moved, its cursor stays on the same row wherever that goes; columns only grow."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"table--header", "table--odd", "table--cursor"}
+    DEFAULT_CSS = """
+    Grid {
+        height: 1fr; background: $surface; color: $foreground; scrollbar-size: 1 1;
+        scrollbar-background: $surface; scrollbar-color: $panel;
+        scrollbar-background-hover: $surface; scrollbar-background-active: $surface;
+    }
+    Grid > .table--header { background: $panel; color: $foreground; text-style: bold; }
+    Grid > .table--odd { background: $boost; }
+    Grid > .table--cursor { background: $primary 40%; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("up,k", "move(-1)", show=False),
+        Binding("down,j", "move(1)", show=False),
+        Binding("pageup", "page(-1)", show=False),
+        Binding("pagedown", "page(1)", show=False),
+        Binding("home,g", "move(-1000000)", show=False),
+        Binding("end,G", "move(1000000)", show=False),
+    ]
+
+    class Selected(Message):
+        """A click on the row that the cursor is on."""
+
+    class HeaderClicked(Message):
+        """`column` is the index of the column."""
+
+        def __init__(self, column: int) -> None:
+            super().__init__()
+            self.column = column
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        super().__init__()
+        self._columns = columns
+        self._widths = [cell_len(column.name) for column in columns]
+        self._items: Sequence[Any] = ()
+        self._key: Callable[[Any], Hashable] = id
+        self._cells: Callable[[Any], Sequence[Cell]] = list
+        self._seen: dict[int, Sequence[Cell]] = {}
+        self._styles: dict[tuple[str, str], Style] = {}
+        self.cursor = 0
+        self._chosen: Hashable = None
+
+    @property
+    def row_count(self) -> int:
+        return len(self._items)
+
+    @property
+    def selected(self) -> Any:
+        """The item that the cursor is on; None in an empty table."""
+        return self._items[self.cursor] if self._items else None
+
+    def texts(self, row: int) -> list[str]:
+        """Return what the cells of a row say."""
+        return [text for text, _ in self._cells(self._items[row])]
+
+    def fill(
+        self,
+        items: Sequence[Any],
+        key: Callable[[Any], Hashable],
+        cells: Callable[[Any], Sequence[Cell]],
+    ) -> None:
+        """Show `items`; `key` tells which is which from one time to the next."""
+        before, place = self._seen, (self.cursor, len(self._items), tuple(self._widths))
+        self._items, self._key, self._cells = items, key, cells
+        if self._chosen is not None:
+            found = (at for at, item in enumerate(items) if key(item) == self._chosen)
+            self.cursor = next(found, self.cursor)
+        self.cursor = max(0, min(self.cursor, len(items) - 1))
+        self._seen = {}
+        self._look()
+        if place != (self.cursor, len(items), tuple(self._widths)):
+            self.refresh()
+            return
+        for row, made in self._seen.items():
+            if made != before.get(row):
+                self._refresh_row(row)
+
+    def _look(self) -> None:
+        """Make the rows in sight, and as much room as they need."""
+        first = max(0, round(self.scroll_y))
+        for row in range(first, min(first + self.size.height, len(self._items))):
+            if row not in self._seen:
+                self._seen[row] = made = self._cells(self._items[row])
+                for at, (text, _) in enumerate(made):
+                    self._widths[at] = max(self._widths[at], cell_len(text))
+        size = Size(sum(self._widths) + len(self._widths), len(self._items) + 1)
+        if size != self.virtual_size:
+            self.virtual_size = size
+
+    def _refresh_row(self, row: int) -> None:
+        self.refresh(Region(0, row + 1 - round(self.scroll_y), self.size.width, 1))
+
+    def watch_scroll_y(self, old_value: float, new_value: float) -> None:
+        self._look()
+        super().watch_scroll_y(old_value, new_value)
+
+    def on_resize(self) -> None:
+        self._look()
+
+    def notify_style_update(self) -> None:
+        self._styles.clear()
+        super().notify_style_update()
+
+    def render_line(self, y: int) -> Strip:
+        row = y - 1 + round(self.scroll_y)
+        if y == 0:
+            kind, made = "header", [(column.name, "") for column in self._columns]
+        elif row < len(self._items):
+            kind = "cursor" if row == self.cursor else "odd" if row % 2 else ""
+            made = list(self._seen.get(row) or self._cells(self._items[row]))
+        else:
+            return Strip.blank(self.size.width, self.rich_style)
+        segments = []
+        for (text, style), width, column in zip(made, self._widths, self._columns, strict=True):
+            if column.right:
+                text = " " * (width - cell_len(text)) + text
+            segments.append(Segment(f" {set_cell_size(text, width)}", self._style(kind, style)))
+        left = round(self.scroll_x)
+        return Strip(segments).crop_extend(left, left + self.size.width, self._style(kind, ""))
+
+    def _style(self, kind: str, style: str) -> Style:
+        found = self._styles.get((kind, style))
+        if found is None:
+            base = self.get_component_rich_style(f"table--{kind}") if kind else Style()
+            found = self.rich_style + base + Style.parse(style)
+            self._styles[kind, style] = found
+        return found
+
+    def action_move(self, rows: int) -> None:
+        self._move_to(self.cursor + rows)
+
+    def action_page(self, pages: int) -> None:
+        self._move_to(self.cursor + pages * max(1, self.size.height - 2))
+
+    def _move_to(self, row: int) -> None:
+        if not self._items:
+            return
+        self._refresh_row(self.cursor)
+        self.cursor = max(0, min(row, len(self._items) - 1))
+        self._chosen = self._key(self._items[self.cursor]) if self.cursor else None
+        self._refresh_row(self.cursor)
+        top = round(self.scroll_y)
+        lines = max(1, self.size.height - 1)
+        if self.cursor < top:
+            self.scroll_to(y=self.cursor, animate=False)
+        elif self.cursor >= top + lines:
+            self.scroll_to(y=self.cursor - lines + 1, animate=False)
+
+    def on_click(self, event: events.Click) -> None:
+        if event.y == 0:
+            at = event.x + round(self.scroll_x)
+            for number, width in enumerate(self._widths):
+                at -= width + 1
+                if at < 0:
+                    self.post_message(self.HeaderClicked(number))
+                    return
+            return
+        row = event.y - 1 + round(self.scroll_y)
+        if row >= len(self._items):
+            return
+        if row == self.cursor:
+            self.post_message(self.Selected())
+        else:
+            self._move_to(row)

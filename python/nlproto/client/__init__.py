@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""The daemon's socket, from the client's side."""

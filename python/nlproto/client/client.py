@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: MIT
+"""The daemon's client: questions, and a stream of named records (docs/PROTOCOL.md)."""
+
+from __future__ import annotations
+
+import math
+import os
+import select
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from nlproto.client.frames import (
+    DATA_HEAD,
+    DEFAULT_SOCKET,
+    MAX_REPLY,
+    PROTOCOL,
+    Decoder,
+    FrameError,
+    Kind,
+    encode_json,
+    parse_json,
+)
+from nlproto.errors import DaemonBusy, Error, NoDaemon, NoPrivilege, UsageError, VersionMismatch
+from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records import wire
+from nlproto.records.clock import Clock
+from nlproto.running.commands import as_root
+from nlproto.tables.processes import Process
+
+__all__ = [
+    "AccountEvent",
+    "DaemonClient",
+    "DaemonEvent",
+    "Event",
+    "ProcessesEvent",
+    "SnapsEvent",
+    "StreamBatch",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamBatch:
+    """Records of one data frame."""
+
+    batch: NamedBatch
+    seq: int
+    """Of the data frame, from 0; a gap means that whole frames were dropped for this client."""
+    dropped: int
+    """Records dropped for this client so far, because it read too slowly."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessesEvent:
+    """Details of processes that the records after it name."""
+
+    processes: list[Process]
+
+
+@dataclass(frozen=True, slots=True)
+class SnapsEvent:
+    """The first bytes of packets whose records come next."""
+
+    batch: wire.SnapBatch
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonEvent:
+    """Something that happened: `name` is gap, module_gone, module_back, packet_gone or bye."""
+
+    name: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AccountEvent:
+    """The daemon's account of exactly the records before it; each second, for who sees all."""
+
+    account: dict[str, Any]
+
+
+_PIPELINED = 128
+"""Requests sent at once; twice as many are under way, for which the socket has room."""
+
+Event = StreamBatch | ProcessesEvent | SnapsEvent | DaemonEvent | AccountEvent
+
+_ERRORS: Mapping[str, type[Error]] = {"usage": UsageError, "denied": NoPrivilege}
+
+
+class DaemonClient:
+    """One connection to the daemon; not for several threads at once.
+
+    Raises NoDaemon when there is none or it goes away, VersionMismatch when it is of another
+    release, UsageError for a request it refuses,
+    NoPrivilege for one that this user may not make, Error for any other failure.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str] = DEFAULT_SOCKET, timeout: float = 10.0
+    ) -> None:
+        self.path = os.fspath(path)
+        self.timeout = timeout
+        self.daemon: dict[str, Any] = {}
+        """The daemon's answer to hello: version, protocol, engine, pid, uid, everything."""
+        self.account: dict[str, Any] = {}
+        """Of the last subscription, once unsubscribe() has returned."""
+        self._decoder = Decoder(MAX_REPLY)
+        self._replies: dict[int, dict[str, Any]] = {}
+        self._events: deque[Event] = deque()
+        self._next_id = 1
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        # with a timeout of Python's, connect(2) fails at once where many wait to be accepted
+        seconds = int(timeout)
+        limit = struct.pack("ll", seconds, max(1, int((timeout - seconds) * 1e6)))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        try:
+            self._socket.connect(self.path)
+        except BlockingIOError:
+            self._socket.close()
+            raise DaemonBusy(
+                f"{self.path} took no connection in {timeout:g} s: too many wait there; try again"
+            ) from None
+        except OSError as error:
+            self._socket.close()
+            raise NoDaemon(
+                f"no daemon answers at {self.path} ({error.strerror or error}); "
+                f"start it with: {as_root('packet-hunterd')}"
+            ) from None
+        try:
+            self.daemon = self.request("hello", protocol=PROTOCOL)
+        except UsageError as error:  # it is no fault of who called
+            self.close()
+            raise VersionMismatch(str(error)) from None
+        except NoDaemon:  # there is one: whoever asked must not go on as if there were none
+            self.close()
+            raise DaemonBusy(
+                f"{self.path} closed the connection at once: the daemon has all the clients that"
+                " it takes (max_clients), or is ending; try again"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> DaemonClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    # Questions
+
+    def request(self, op: str, **fields: Any) -> dict[str, Any]:
+        """Send one request and return its reply without "id" and "ok"; None fields are left out."""
+        (number,) = self._send([(op, fields)])
+        return self._reply(number)
+
+    def pipeline(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Send small requests without waiting for each reply; replies in the order of requests."""
+        waiting: deque[int] = deque()
+        replies = []
+        for at in range(0, len(requests), _PIPELINED):
+            waiting.extend(self._send(requests[at : at + _PIPELINED]))
+            while len(waiting) > _PIPELINED:
+                replies.append(self._reply(waiting.popleft()))
+        return replies + [self._reply(number) for number in waiting]
+
+    def who(
+        self,
+        *,
+        port: int | None = None,
+        proto: str | None = None,
+        host: str | None = None,
+        pid: int | None = None,
+        pname: str | None = None,
+        since: float | None = None,
+        at: float | None = None,
+        limit: int | None = None,
+    ) -> dict[str, Any]:
+        """Who owns, or owned, the traffic that fits.
+
+        `since`: seconds before now; `at`: Unix time in seconds; `proto`: "tcp" or "udp";
+        `host`: address or network. The reply has "owners" (sockets there now), "flows" (of the
+        history, last seen first), "total", "truncated" and "processes" (Process as dicts).
+        """
+        return self.request(
+            "who",
+            port=port,
+            proto=proto,
+            host=host,
+            pid=pid,
+            pname=pname,
+            since=since,
+            at=at,
+            limit=limit,
+        )
+
+    def owner(
+        self, port: int, proto: str | None = None, address: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Processes with a socket on local `port` now; each with netns, proto, address, holders."""
+        reply = self.request("owner", port=port, proto=proto, address=address)
+        owners: list[dict[str, Any]] = reply["owners"]
+        return owners
+
+    def lookup(self, keys: Sequence[dict[str, Any]]) -> list[dict[str, Any] | None]:
+        """Owners of many sockets or processes at once, in the order of `keys`, None: not known.
+
+        A key is {"cookie": int}, {"netns", "proto", "address", "port"} (local end), or
+        {"tgid", "start_ns"}; at most 1000.
+        """
+        reply = self.request("lookup", keys=list(keys))
+        owners: list[dict[str, Any] | None] = reply["owners"]
+        return owners
+
+    def stats(self) -> dict[str, Any]:
+        """The account, queues, engine and table sizes, as far as this user may see them."""
+        return self.request("stats")
+
+    # The stream
+
+    def subscribe(self, filter: str = "") -> Iterator[Event]:
+        """Subscribe at once, then iterate events until the daemon says bye."""
+        self.start(filter)
+        return self.events()
+
+    def start(self, filter: str = "", snaps: bool = False) -> dict[str, Any]:
+        """Subscribe; the reply's "account" is the daemon's at that moment.
+
+        `snaps`: ask for the first bytes of packets too; the reply's "snaps" is whether they come.
+        """
+        return self.request("subscribe", filter=filter, snaps=snaps or None)
+
+    def events(self) -> Iterator[Event]:
+        """Events of the subscription as they come. Raises NoDaemon when the daemon dies."""
+        while True:
+            for event in self.read(None):
+                yield event
+                if isinstance(event, DaemonEvent) and event.name == "bye":
+                    return
+
+    def read(self, timeout: float | None) -> list[Event]:
+        """Events that are there, or that come within `timeout` seconds (None: wait)."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._events:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left < 0:
+                left = 0.0
+            if not self._receive(left):
+                break
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def unsubscribe(self) -> dict[str, Any]:
+        """End the subscription after every record that is on its way has arrived.
+
+        Records that came meanwhile are returned by the next read(0). The reply, also kept in
+        `account`: "matched", "sent" and "dropped" records of this subscription, and the daemon's
+        "account" at its start and its end.
+        """
+        self.account = self.request("unsubscribe")
+        return self.account
+
+    # Bytes
+
+    def _send(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> range:
+        """Their ids."""
+        numbers = range(self._next_id, self._next_id + len(requests))
+        self._next_id = numbers.stop
+        frames = []
+        for number, (op, fields) in zip(numbers, requests, strict=True):
+            message = {"id": number, "op": op}
+            message.update((key, value) for key, value in fields.items() if value is not None)
+            frames.append(encode_json(Kind.CONTROL, message))
+        try:
+            self._socket.settimeout(self.timeout)
+            self._socket.sendall(b"".join(frames))
+        except OSError as error:
+            raise self._gone(error) from None
+        return numbers
+
+    def _reply(self, number: int) -> dict[str, Any]:
+        deadline = time.monotonic() + self.timeout
+        while number not in self._replies:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise Error(
+                    f"the daemon at {self.path} did not answer in {self.timeout:g} s; try again"
+                )
+            self._receive(left)
+        reply = self._replies.pop(number)
+        reply.pop("id")
+        if reply.pop("ok"):
+            return reply
+        raise _ERRORS.get(reply.get("code", ""), Error)(reply.get("error", "the daemon refused"))
+
+    def _gone(self, error: object) -> NoDaemon:
+        return NoDaemon(f"the daemon at {self.path} has gone ({error}); is it still running?")
+
+    def _receive(self, timeout: float | None) -> bool:
+        """Read once; whether anything came in time."""
+        ready = select.poll()  # select(2) knows no descriptor above 1023
+        ready.register(self._socket, select.POLLIN)
+        if not ready.poll(None if timeout is None else math.ceil(timeout * 1000)):
+            return False
+        try:
+            data = self._socket.recv(1 << 20)
+        except OSError as error:
+            raise self._gone(error) from None
+        if not data:
+            raise self._gone("it closed the connection")
+        for kind, payload in self._decoder.feed(data):
+            self._take(kind, payload)
+        return True
+
+    def _take(self, kind: Kind, payload: bytes) -> None:
+        if kind is Kind.CONTROL:
+            reply = parse_json(payload)
+            number = reply.get("id")
+            if not isinstance(number, int) or "ok" not in reply:
+                raise FrameError(str(reply.get("error", "the daemon sent a reply without id")))
+            self._replies[number] = reply
+        elif kind is Kind.DATA:
+            seq, dropped = DATA_HEAD.unpack_from(payload)
+            batch = wire.decode_batch(memoryview(payload)[DATA_HEAD.size :])
+            records = np.array(batch.records)
+            named = NamedBatch(batch.head, records, Clock.from_head(batch.head))
+            self._events.append(StreamBatch(named, seq, dropped))
+        elif kind is Kind.PROCESSES:
+            self._events.append(ProcessesEvent(msgspec.json.decode(payload, type=list[Process])))
+        elif kind is Kind.SNAPS:
+            self._events.append(SnapsEvent(wire.decode_snaps(payload)))
+        else:
+            fields = parse_json(payload)
+            name = str(fields.pop("event", ""))
+            account = fields.get("account")
+            if name == "account" and isinstance(account, dict):
+                self._events.append(AccountEvent(account))
+            else:
+                self._events.append(DaemonEvent(name, fields))

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""Engines: where records come from. `module` and `ebpf` are exact, `packet` needs neither."""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol, Self
+
+import numpy as np
+
+from nlproto.errors import NoModule, NoPrivilege, UsageError
+from nlproto.kernel.loading import advice
+from nlproto.records.wire import Batch, ProcessEvent, SnapBatch
+
+__all__ = ["ENGINES", "Engine", "Event", "open_engine"]
+
+ENGINES = ("auto", "module", "ebpf", "packet")
+
+Event = Batch | ProcessEvent | SnapBatch
+
+
+class Engine(Protocol):
+    """A source of records that is open from its construction to the end of its context.
+
+    One thread at a time. `opening` and `closing` are TAIL arrays for Account.open and .close:
+    where the stream of each CPU began, and after finish() where it ended.
+    """
+
+    name: str
+    instance: int
+    opening: np.ndarray
+    closing: np.ndarray
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def read(self, timeout: float) -> Iterable[Event]:
+        """Yield what there is, waiting up to `timeout` s for the first.
+
+        A Batch is a view that the next step of the iteration overwrites: copy it to keep it.
+        Raises NoModule when the module is gone, Error when the kernel sends nonsense.
+        """
+        ...
+
+    def want_snaps(self, wanted: bool) -> bool:
+        """Send the first bytes of packets too, or no more; whether it can. From any thread."""
+        ...
+
+    def flush(self) -> np.ndarray:
+        """Make the source send what it holds back; return where each CPU stands (TAIL)."""
+        ...
+
+    def begin(self) -> int:
+        """Let the stream begin (`opening`) now instead; that moment in CLOCK_MONOTONIC ns."""
+        ...
+
+    def finish(self, until_ns: int | None = None) -> Iterable[Event]:
+        """Flush and yield the rest of the stream; afterwards `closing` is set.
+
+        `until_ns`: when another engine began; engine packet leaves out what came since.
+        """
+        ...
+
+    def stats(self) -> dict[str, object]:
+        """Return the engine's own figures, for JSON."""
+        ...
+
+
+def open_engine(
+    name: str, notify: Callable[[str], None], *, ring_bytes: int | None = None
+) -> Engine:
+    """Return the engine called `name`; "auto" is the module when loaded, else `packet`.
+
+    `ring_bytes`: what engine packet has for packets that wait (16 MiB). `notify` gets one plain
+    line for each thing that makes the result less than it could be.
+    Raises UsageError for another name, NoModule, NoBpf, NoPrivilege.
+    """
+    if name not in ENGINES:
+        raise UsageError(f"no engine '{name}': it is one of {', '.join(ENGINES)}")
+    if name in ("auto", "module"):
+        # Imported here: each engine is of no use to who takes the other.
+        from nlproto.engines.module import ModuleEngine
+
+        try:
+            return ModuleEngine(notify=notify)
+        except NoModule:
+            if name == "module":
+                raise NoModule(
+                    f"sniffer.ko does not answer; {advice().text}; or use --engine packet"
+                ) from None
+        except NoPrivilege:
+            if name == "module":
+                raise
+    if name == "ebpf":
+        from nlproto.engines.bpf import NoBpf
+        from nlproto.engines.ebpf import EbpfEngine
+
+        try:
+            return EbpfEngine(notify)
+        except NoBpf as error:
+            raise NoBpf(f"engine ebpf cannot run: {error}; or use --engine packet") from error
+    from nlproto.engines.packet import RING_BYTES, PacketEngine
+
+    engine = PacketEngine(notify, ring_bytes=ring_bytes or RING_BYTES)
+    if name == "auto":
+        notify(
+            "engine packet: without sniffer.ko, sockets that live a few milliseconds stay unnamed;"
+            f" {advice().text}"
+        )
+    return engine

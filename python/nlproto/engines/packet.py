@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: MIT
+"""Engine `packet`: AF_PACKET and sock_diag, for machines where the module cannot be loaded.
+
+What it cannot know: a socket that is closed before its first packet was looked up (a process
+that lives some milliseconds); which of several holders sent; what a local multicast sender's
+own host receives (the kernel shows no tap those copies); what NAT on this host made of a tuple.
+It taps before the firewall (in) and after it (out), and fragments as fragments.
+"""
+
+import contextlib
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from nlproto.engines.namespaces import CapturedNamespaces
+from nlproto.engines.packet_names import FLOW_LIMIT, PacketNames
+from nlproto.engines.ring import PacketRing
+from nlproto.errors import Error, NoPrivilege
+from nlproto.host import netns, procfs
+from nlproto.host.holders import Holders
+from nlproto.host.netns import Interfaces
+from nlproto.host.sockdiag import SockDiag
+from nlproto.records import wire
+from nlproto.records.clock import Clock
+from nlproto.records.wire import SNAP, Batch, Snap, SnapBatch, lib
+from nlproto.running import descriptors
+from nlproto.running.supervise import Failures
+from nlproto.running.urgency import Urgency
+
+__all__ = ["PacketEngine"]
+
+RING_BYTES = 16 << 20
+_OTHER_RING_BYTES = 2 << 20  # for each of the first of our own user namespace
+_LARGE_RINGS = 32
+_OTHER_FLOWS, _SMALL_FLOWS = 1 << 15, 1 << 12  # remembered, in a namespace with such a ring
+_SMALL_RING_BYTES = 1 << 19  # for all others: 16 + 64 + 112 MiB at most
+_LOOK_SHARE = 50  # the time between two walks is at least this many times what the last one took
+_WALK_NS = 1_000_000_000  # between two walks of all descriptors that nobody asked for
+_REFRESH_NS = 1_000_000_000
+_MISS_NS = 50_000_000
+_ROUNDS = 16  # ring reads a read() at most, so that its caller gets a turn under a flood
+_INITIAL_PIDNS = 0xEFFFFFFC
+_SYN, _ACK = 2, 16
+
+
+class _Addresses:
+    """Local addresses and tapped-twice interfaces of one network namespace, read when stale."""
+
+    def __init__(self, interfaces: Interfaces, now_ns: Callable[[], int]) -> None:
+        self._interfaces = interfaces
+        self._now_ns = now_ns
+        self._read_ns = 0
+        self._addresses: set[bytes] = set()
+        self.duplicating: np.ndarray = np.zeros(0, np.uint32)
+        self.refresh()
+
+    def refresh(self, older_ns: int = 0) -> None:
+        now = self._now_ns()
+        if now - self._read_ns < older_ns:
+            return
+        self._read_ns = now
+        with contextlib.suppress(Error, OSError):
+            self._addresses = self._interfaces.addresses()
+            self.duplicating = np.array(sorted(self._interfaces.duplicating()), np.uint32)
+
+    def is_local(self, family: int, address: bytes) -> bool:
+        if family == socket.AF_INET:
+            first = address[0]
+            if first == 127 or first >= 224 or not any(address):
+                return True
+        elif address[0] == 0xFF:
+            return True
+        if address in self._addresses:
+            return True
+        self.refresh(_MISS_NS)
+        return address in self._addresses
+
+
+@dataclass(slots=True)
+class _Capture:
+    """Everything of one network namespace; made inside it."""
+
+    capture: PacketRing
+    diag: SockDiag | None
+    interfaces: Interfaces
+    addresses: _Addresses
+    names: PacketNames
+    large: bool = False
+    """Whether its ring is one of the larger ones."""
+    told: bool = False
+    """Whether it was told that it lost packets."""
+
+    def close(self) -> None:
+        self.capture.close()
+        self.interfaces.close()
+        if self.diag is not None:
+            self.diag.close()
+
+
+class PacketEngine:
+    """Captures in every network namespace that it may enter; see nlproto.engines.engine.Engine.
+
+    Batches are of its own `instance` and of CPU 0; what a ring had no room for appears as a gap
+    in record_seq, so as lost in "socket". Raises NoPrivilege without CAP_NET_RAW.
+    """
+
+    name = "packet"
+
+    def __init__(
+        self,
+        notify: Callable[[str], None],
+        *,
+        proc: Path = procfs.PROC,
+        everywhere: bool = True,
+        sock_diag: bool = True,
+        ring_bytes: int = RING_BYTES,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._notify = notify
+        self._proc = proc
+        self._use_diag = sock_diag
+        self._now_ns = now_ns
+        self._holders = Holders(proc, now_ns)
+        self._failures = Failures("engine packet")
+        self._urgency = Urgency(now_ns)
+        self._places: dict[int, _Capture] = {}
+        self._poll = select.poll()
+        self._by_fd: dict[int, _Capture] = {}
+        self._batch_seq = self._record_seq = 0
+        self._packets = self._skipped = self._dropped = 0
+        self._walk_again_ns = 0
+        self._large_rings = 0
+        self._snapping = False
+        self._from_ns = 0
+        self.instance = time.time_ns()
+        self._own = netns.own(proc)
+        self._add(self._own, self._open(self._own, proc / "self" / "ns" / "net", ring_bytes))
+        self._others = CapturedNamespaces(self._open_other, self._own, notify, proc)
+        self.opening = self.flush()
+        self.closing: np.ndarray = np.zeros(0, wire.TAIL)
+        try:
+            if everywhere:
+                self._others.start()
+            self._take_changes()
+            self._walk(self._now_ns())
+            if not self._complete():
+                notify("some processes cannot be asked for their sockets: run it as root")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._urgency.rest()
+        self._others.close(self._places.values())
+        self._places.clear()
+        self._by_fd.clear()
+
+    def _complete(self) -> bool:
+        """Whether all processes can be asked: no EACCES, and not inside a pid namespace."""
+        try:
+            inside = (self._proc / "self" / "ns" / "pid").stat().st_ino != _INITIAL_PIDNS
+        except OSError:
+            inside = True
+        if inside:
+            self._holders.complete = False
+        return self._holders.complete
+
+    # Network namespaces
+
+    def _open(
+        self, inode: int, path: Path, ring_bytes: int, flow_limit: int = FLOW_LIMIT
+    ) -> _Capture:
+        def make() -> _Capture:
+            with contextlib.ExitStack() as undo:
+                capture = undo.enter_context(PacketRing(inode, ring_bytes))
+                interfaces = undo.enter_context(Interfaces())
+                diag = self._open_diag() if self._use_diag else None
+                addresses = _Addresses(interfaces, self._now_ns)
+                net = path.parent.parent / "net"
+                names = PacketNames(
+                    diag, self._holders, addresses.is_local, self._now_ns, net, flow_limit
+                )
+                undo.pop_all()
+                return _Capture(capture, diag, interfaces, addresses, names)
+
+        if inode != self._own:
+            return netns.run_inside(path, make)
+        try:
+            return make()
+        except OSError as error:
+            raise Error(f"engine packet cannot start: {error.strerror}; try again") from error
+
+    def _open_other(self, inode: int, path: Path, ours: bool) -> _Capture:
+        """In the thread of Places."""
+        large = ours and self._large_rings < _LARGE_RINGS
+        size = (_OTHER_RING_BYTES, _OTHER_FLOWS) if large else (_SMALL_RING_BYTES, _SMALL_FLOWS)
+        place = self._open(inode, path, *size)
+        place.large = large
+        self._large_rings += large
+        return place
+
+    def _take_changes(self) -> None:
+        """Read what was opened, read no more what is to be closed."""
+        for inode, place in self._others.changes():
+            if place is not None:
+                self._add(inode, place)
+                continue
+            gone = self._places.pop(inode)
+            self._by_fd.pop(gone.capture.fileno(), None)
+            self._poll.unregister(gone.capture)
+            self._large_rings -= gone.large
+            self._others.give_back(gone)
+
+    def _add(self, inode: int, place: _Capture) -> None:
+        self._places[inode] = place
+        self._by_fd[place.capture.fileno()] = place
+        self._poll.register(place.capture, select.POLLIN)
+
+    def _open_diag(self) -> SockDiag | None:
+        diag = SockDiag()
+        try:
+            diag.dump()
+        except NoPrivilege as error:
+            diag.close()
+            self._notify(f"{error}; falling back to /proc/net, which is slower to see sockets")
+            self._use_diag = False
+            return None
+        return diag
+
+    def _walk(self, now: int) -> None:
+        """Learn who else holds what: a search ends at the first holders that it finds."""
+        if now >= self._walk_again_ns and self._holders.due():
+            self._holders.walk()
+            self._complete()
+            self._walk_again_ns = now + max(_WALK_NS, _LOOK_SHARE * (self._now_ns() - now))
+
+    # Engine
+
+    def read(self, timeout: float) -> Iterator[Batch | SnapBatch]:
+        now = self._now_ns()
+        self._urgency.look()
+        self._take_changes()
+        try:
+            self._walk(now)
+        except descriptors.NoDescriptors as error:  # what is known goes on
+            self._walk_again_ns = now + _WALK_NS
+            self._failures.add(error)
+        ready = self._poll.poll(min(timeout, 0.1) * 1000)
+        if not ready:
+            return
+        for _ in range(_ROUNDS):
+            got = False
+            for fd, _event in ready:
+                events = self._read_place(self._by_fd[fd])
+                got = got or bool(events)
+                yield from events
+            if not got:
+                return
+
+    def _read_place(self, place: _Capture, until_ns: int | None = None) -> list[Batch | SnapBatch]:
+        before = place.capture.skipped
+        frames = place.capture.read(self._snapping)
+        if _has_syn(frames.records):
+            # Its answer is a moment away, and tells whether anybody listened.
+            frames = frames.with_more(place.capture.read(self._snapping))
+        records, to_all = frames.records, frames.to_all
+        self._skipped += place.capture.skipped - before
+        self._packets += place.capture.skipped - before
+        dropped = place.capture.drops()
+        if dropped and not place.told:
+            place.told = True
+            own = place.capture.netns == self._own
+            self._notify(
+                f"packets of network namespace {place.capture.netns} are lost: its ring of"
+                f" {place.capture.ring_bytes >> 10} KiB was full"
+                + ("; -B KIB (daemon.yaml: ring_size) makes it larger" if own else "")
+            )
+        self._dropped += dropped
+        self._record_seq += dropped
+        self._packets += dropped
+        if not len(records):
+            return []
+        records["seq"] = np.arange(len(records))  # for now: which frame it was
+        taken = records["time_ns"] >= self._from_ns
+        if until_ns is not None:
+            taken &= records["time_ns"] < until_ns
+        if not taken.all():
+            records, to_all = records[taken], to_all[taken]
+        place.addresses.refresh(_REFRESH_NS)
+        if len(place.addresses.duplicating):
+            once = ~np.isin(records["ifindex"], place.addresses.duplicating)
+            records, to_all = records[once], to_all[once]
+        try:
+            records = place.names.name(records, to_all)
+        except Exception as error:  # what one process does must not cost others their packets
+            self._failures.add(error, "naming")
+            records["how"][records["how"] == 0] = lib.SNIFFER_HOW_NOT_PROBED
+        if not len(records):
+            return []
+        copies = np.count_nonzero(records["flags"] & lib.SNIFFER_F_COPY)
+        self._packets += len(records) - int(copies)
+        first = self._record_seq
+        self._record_seq += len(records)
+        frame = records["seq"].copy()
+        records["seq"] = np.arange(first, self._record_seq, dtype=np.uint64).astype(np.uint32)
+        head = self._head(first, len(records))
+        self._batch_seq += 1
+        if frames.snaps is None:
+            return [Batch(head, records)]
+        # a snap first: here a record does not wait for the packets of other CPUs
+        return [_snaps(head, records, frames.snaps[frame]), Batch(head, records)]
+
+    def _head(self, first: int, count: int) -> np.void:
+        clock, mono = Clock.now(), time.monotonic_ns()
+        heads = np.zeros(1, wire.BATCH)
+        heads["version"] = lib.SNIFFER_VERSION
+        heads["record_size"] = wire.RECORD.itemsize
+        heads["count"] = count
+        heads["instance"] = self.instance
+        heads["batch_seq"] = self._batch_seq
+        heads["record_seq"] = first
+        heads["packets"] = self._packets
+        heads["skipped"] = self._skipped
+        heads["mono_ns"] = mono
+        heads["real_ns"] = clock.real_ns(mono)
+        heads["boot_ns"] = clock.boot_ns(mono)
+        head: np.void = heads[0]
+        return head
+
+    def want_snaps(self, wanted: bool) -> bool:
+        self._snapping = wanted
+        return True
+
+    def flush(self) -> np.ndarray:
+        """Return where the stream stands; there is nothing held back that read() does not see."""
+        tail = np.zeros(1, wire.TAIL)
+        tail["batch_seq"], tail["record_seq"] = self._batch_seq, self._record_seq
+        tail["packets"], tail["skipped"] = self._packets, self._skipped
+        return tail
+
+    def begin(self) -> int:
+        self.opening = self.flush()
+        self._from_ns = time.monotonic_ns()
+        return self._from_ns
+
+    def finish(self, until_ns: int | None = None) -> Iterator[Batch | SnapBatch]:
+        end = self._now_ns()
+        self._take_changes()
+        for place in list(self._places.values()):
+            # What comes in from now on is another time's; without an end a flood had none.
+            while events := self._read_place(place, until_ns):
+                yield from events
+                if any(isinstance(e, Batch) and e.records["time_ns"].max() > end for e in events):
+                    break
+        self.closing = self.flush()
+
+    def stats(self) -> dict[str, object]:
+        return {
+            "engine": self.name,
+            "instance": self.instance,
+            "packets": self._packets,
+            "skipped": self._skipped,
+            "records": self._record_seq - self._dropped,
+            "lost_socket": self._dropped,
+            "network_namespaces": len(self._places),
+            "network_namespaces_left_out": self._others.left_out,
+            "sock_diag": self._use_diag,
+        }
+
+
+def _has_syn(records: np.ndarray) -> bool:
+    """Whether there are beginnings of TCP connections among what came in."""
+    syn = records["tcp_flags"] & (_SYN | _ACK) == _SYN
+    return bool(np.any(syn & (records["dir"] == lib.SNIFFER_DIR_IN)))
+
+
+def _snaps(head: np.void, records: np.ndarray, frames: np.ndarray) -> SnapBatch:
+    """Return the first bytes of the packets of `records`; copies of a datagram have them too."""
+    heads = np.zeros(len(records), SNAP)
+    for name in ("time_ns", "seq", "cpu", "len"):
+        heads[name] = records[name]
+    heads["caplen"] = frames["caplen"]
+    found = zip(heads, frames["data"], frames["caplen"].tolist(), strict=True)
+    return SnapBatch(head, tuple(Snap(one, data[:size].tobytes()) for one, data, size in found))

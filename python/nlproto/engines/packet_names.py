@@ -1,0 +1,471 @@
+# SPDX-License-Identifier: MIT
+"""Names packets without the module: their socket by sock_diag or /proc/net, its holder by /proc.
+
+The socket is asked for by the packet's own tuple at a flow's first packet, so what counts is
+how soon that is. A TCP socket that was closed before belonged to its listener's owner, if a
+listener accepted it: `how` listener, flagged AMBIGUOUS. Any other is `socket_gone`, which says
+that none was there when it was asked for. `no_socket` is said only of a SYN that was refused.
+"""
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nlproto.engines.listeners import Listener, Listeners
+from nlproto.host import procfs
+from nlproto.host.holders import Holders
+from nlproto.host.procfs import Owner
+from nlproto.host.sockdiag import SockDiag, TcpState
+from nlproto.host.socket_lookup import ANY, SocketLookup, Tuple, mapped, tuple_of_socket
+from nlproto.records.wire import lib
+from nlproto.running.budget import Budget
+
+__all__ = ["FLOW_LIMIT", "PacketNames"]
+
+TTL_NS = 200_000_000
+"""How long an owner is believed at most before socket and holder are looked at again."""
+_SOON_NS = 20_000_000  # and as early as this while there is time for it
+_SOON_SHARE, _SOON_SAVED_NS = 4, 100_000_000
+# A port can be another process's as soon as a UDP socket is closed; TCP begins with a SYN.
+_LINGER_NS = {socket.IPPROTO_UDP: 50_000_000, socket.IPPROTO_TCP: 1_000_000_000}
+_FORGET_NS = 10_000_000_000
+_CLOSING_NS = 200_000_000  # from a descriptor's end to its socket's, on a busy machine
+FLOW_LIMIT = 262144
+_FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
+_SIMULTANEOUS_NS = 1_000_000_000  # between two SYNs that cross and make one connection
+_NOT_ACCEPTED = {TcpState.ESTABLISHED, TcpState.SYN_RECV, TcpState.CLOSE_WAIT}
+_GUESS = lib.SNIFFER_F_DEAD | lib.SNIFFER_F_AMBIGUOUS
+_SHARED = lib.SNIFFER_F_SHARED | lib.SNIFFER_F_AMBIGUOUS
+
+_KEY = np.dtype(
+    {
+        "names": ["proto", "family", "lport", "rport", "local", "remote"],
+        "formats": ["u1", "u1", "u2", "u2", ("u1", (16,)), ("u1", (16,))],
+    }
+)
+_COMM = lib.SNIFFER_COMM_LEN
+
+
+@dataclass(slots=True)
+class _Connection:
+    """What the packets of one TCP connection told of it."""
+
+    began_ns: int = 0
+    """When its SYN passed; 0: that was not seen."""
+    active: bool = False
+    """Whether this end sent the SYN: then no listener accepted it."""
+    answered: bool = False
+    """Whether this end sent a SYN-ACK, data or a FIN."""
+    refused: bool = False
+    """Whether this end answered the SYN with a reset: nobody listened."""
+    owned: bool = False
+    """Whether its own socket was found with an owner."""
+    listener: Listener | None = None
+    """Who listened when it began."""
+
+
+@dataclass(slots=True)
+class _Flow:
+    checked_ns: int
+    how: int
+    flags: int = 0
+    cookie: int = 0
+    inode: int = 0
+    owner: Owner | None = None
+    settled: bool = False
+    """Whether the answer may be kept for TTL_NS; else the next packet asks again."""
+    unheld: bool = False
+    """Whether there is a socket, and a quick search found nobody who holds it."""
+    row: np.void | None = None
+    """The socket (HOST_SOCKET) that was found."""
+    connection: _Connection | None = None
+
+
+@dataclass(slots=True)
+class _Group:
+    """Packets of one connection in one direction, in one read."""
+
+    key: bytes
+    out: bool
+    to_all: bool
+    first: bool
+    """Whether it is the first of its key in this read."""
+    rows: list[int]
+    syn: bool = False
+    """Whether it begins with the SYN of a new connection."""
+    refused: bool = False
+    """Whether that SYN was answered with a reset in this read."""
+
+
+class PacketNames:
+    """Names the records of one network namespace. One thread at a time.
+
+    `diag` is None where sock_diag is refused: then /proc/net in `net` is read, for a quarter
+    of the time at most. `is_local(family, address)` tells whether 16 bytes are this host's address.
+    Some `flow_limit` flows are remembered, of some 500 bytes each.
+    """
+
+    def __init__(
+        self,
+        diag: SockDiag | None,
+        holders: Holders,
+        is_local: Callable[[int, bytes], bool],
+        now_ns: Callable[[], int],
+        net: Path = procfs.PROC / "self" / "net",
+        flow_limit: int = FLOW_LIMIT,
+    ) -> None:
+        self._flow_limit = flow_limit
+        self._sockets = SocketLookup(diag, now_ns, net)
+        self._holders = holders
+        self._listeners = Listeners(self._sockets, holders, now_ns)
+        self._is_local = is_local
+        self._now_ns = now_ns
+        self._unheld: dict[int, int] = {}
+        self._flows: dict[bytes, _Flow] = {}
+        self._ends: dict[tuple[int, int, bytes], _Flow] = {}
+        self._soon = Budget(_SOON_SHARE, _SOON_SAVED_NS, now_ns)
+
+    def name(self, records: np.ndarray, to_all: np.ndarray) -> np.ndarray:
+        """Fill in owners and reasons; return the records to deliver.
+
+        A packet for several sockets (`to_all`) becomes one record each, further ones flagged as
+        copies. Forwarded packets, tapped on the way in and again on the way out, become one.
+        """
+        outward = records["dir"] == lib.SNIFFER_DIR_OUT
+        keys = _keys(records, outward)
+        keep = np.ones(len(records), bool)
+        copies: list[np.ndarray] = []
+        named: list[tuple[list[int], Tuple, _Flow]] = []
+        groups = _groups(records, keys, outward, to_all)
+        # Who has just begun a connection may end first, and has no listener to stand for it.
+        groups.sort(key=lambda group: not (group.syn and group.out and group.first))
+        for group in groups:
+            rows, out = group.rows, group.out
+            one = _tuple_of(keys[rows[0]])
+            if group.to_all and one.proto == socket.IPPROTO_UDP:
+                copies += self._name_all(records, rows, one)
+                continue
+            forwarded = not self._is_local(one.family, one.local)
+            if forwarded and not out:
+                records["dir"][rows] = lib.SNIFFER_DIR_FWD
+                records["how"][rows] = lib.SNIFFER_HOW_FORWARDED
+                continue
+            flow = self._flow(group, one, records, forwarded)
+            if forwarded and not flow.cookie and not flow.inode:
+                keep[rows] = False
+                continue
+            named.append((rows, one, flow))
+        # What takes long comes last: meanwhile others close what they have.
+        for rows, one, flow in named:
+            if flow.unheld:
+                self._look_further(one, flow)
+            self._doubt(flow)
+            self._fill(records, rows, flow)
+        if copies:
+            records = np.concatenate([records, *copies])
+            keep = np.concatenate([keep, np.ones(len(records) - len(keep), bool)])
+        return records if keep.all() else records[keep]
+
+    def _doubt(self, flow: _Flow) -> None:
+        """Flag who shares a UDP port with others: which of their sockets it was is not told."""
+        row, flow.row = flow.row, None
+        if row is None or flow.owner is None or row["proto"] != socket.IPPROTO_UDP or row["dport"]:
+            return
+        rivals = self._sockets.rivals(row)
+        for inode in set(rivals["inode"].tolist()) - {0, flow.inode}:
+            holders = self._holders.find_soon(inode)
+            if not holders or any(one.identity != flow.owner.identity for one in holders):
+                flow.flags |= lib.SNIFFER_F_AMBIGUOUS
+                return
+
+    def _fill(self, records: np.ndarray, rows: list[int], flow: _Flow) -> None:
+        records["how"][rows] = flow.how
+        records["cookie"][rows] = flow.cookie
+        records["inode"][rows] = flow.inode
+        records["flags"][rows] |= flow.flags
+        if flow.owner is not None:
+            records["tgid"][rows] = flow.owner.identity.tgid
+            records["start_ns"][rows] = flow.owner.identity.start_ns
+            records["uid"][rows] = flow.owner.uid
+            records["comm"][rows] = flow.owner.comm[:_COMM]
+
+    def _flow(self, group: _Group, one: Tuple, records: np.ndarray, forwarded: bool) -> _Flow:
+        now = self._now_ns()
+        known = self._flows.get(group.key)
+        sent_ns = int(records["time_ns"][group.rows[0]])
+        connection = None
+        if one.proto == socket.IPPROTO_TCP:
+            connection = _follow(known, group, records[group.rows], sent_ns)
+            if connection.refused:
+                found = _Flow(now, lib.SNIFFER_HOW_NO_SOCKET, connection=connection)
+                self._flows[group.key] = found
+                return found
+        if known is not None and not group.syn and known.settled:
+            age = now - known.checked_ns
+            if age < _SOON_NS or (age < TTL_NS and not self._soon.allows()):
+                return known
+        with self._soon.spend():
+            found = self._ask(one, now)
+            if known is not None and not group.syn:
+                found = self._linger(known, found, one.proto, sent_ns)
+            if one.proto == socket.IPPROTO_UDP:
+                found = self._remember_end(one, found, sent_ns)
+            elif connection is not None:
+                found.connection = connection
+                if found.owner is None and not forwarded:
+                    self._take_listener(one, found, connection)
+                elif found.owner is not None and not connection.owned:
+                    connection.owned = True
+                    if connection.listener is not None:
+                        self._listeners.accepted(connection.listener, found.owner)
+        if len(self._flows) > self._flow_limit:
+            self._forget(now)
+        self._flows[group.key] = found
+        return found
+
+    def _remember_end(self, one: Tuple, found: _Flow, sent_ns: int) -> _Flow:
+        """A client that asked several servers may be gone before the last is looked up."""
+        end = (one.proto, one.lport, one.local)
+        before = self._ends.get(end)
+        if found.owner is not None:
+            self._ends[end] = found
+        elif before is not None:
+            found = self._linger(before, found, one.proto, sent_ns)
+        return found
+
+    def _linger(self, known: _Flow, found: _Flow, proto: int, sent_ns: int) -> _Flow:
+        """The last owner for packets that were under way when the socket went.
+
+        Without a socket those tapped shortly after it was last seen; for as long as the kernel
+        still keeps a closed connection (cookie the same), whatever it sends is its last owner's.
+        """
+        if found.owner is not None or known.owner is None:
+            return found
+        if known.how == lib.SNIFFER_HOW_LISTENER:
+            return found  # the listener is asked about anew
+        same = known.cookie != 0 and known.cookie == found.cookie
+        if not (same or sent_ns - known.checked_ns < _LINGER_NS[proto]):
+            return found
+        if found.cookie and not same:
+            return found
+        known.flags |= lib.SNIFFER_F_DEAD
+        late = sent_ns - known.checked_ns > _SOON_NS
+        if proto == socket.IPPROTO_UDP or found.inode or late:
+            # A UDP port may have a new owner, and what was open may have been passed on.
+            known.flags |= lib.SNIFFER_F_AMBIGUOUS
+        known.settled, known.unheld = False, found.unheld
+        if same:
+            known.checked_ns = found.checked_ns
+        return known
+
+    def _take_listener(self, one: Tuple, found: _Flow, connection: _Connection) -> None:
+        """Name who accepted, or will accept, a connection without a socket of a process's own."""
+        if connection.active or connection.owned or found.how == lib.SNIFFER_HOW_KERNEL:
+            return
+        listening = found.row is not None and int(found.row["state"]) == TcpState.LISTEN
+        there = found.row is not None and not listening
+        if not there and not connection.began_ns and not connection.answered:
+            return  # nothing says that there was a connection: a probe, an answer to a reset
+        waits = False
+        if found.row is not None and there:
+            waits = int(found.row["state"]) in _NOT_ACCEPTED and not found.inode
+        before = now = connection.listener
+        if before is None or waits:
+            now = self._listeners.of(one, connection.began_ns, found.row if listening else None)
+        listener = now or before
+        connection.listener = before or now
+        # A connection that waits may have moved to another listener (net.ipv4.tcp_migrate_req).
+        moved = waits and before is not None and (now is None or now.inode != before.inode)
+        if listener is None:
+            return
+        found.owner, found.how = listener.owner, lib.SNIFFER_HOW_LISTENER
+        found.flags = 0 if waits else _GUESS
+        if moved or not listener.sure:
+            found.flags |= lib.SNIFFER_F_AMBIGUOUS
+        if listener.shared:
+            found.flags |= _SHARED
+        found.settled = not waits
+
+    def _forget(self, now: int) -> None:
+        limit = now - _FORGET_NS
+        self._flows = {key: flow for key, flow in self._flows.items() if flow.checked_ns > limit}
+        self._ends = {key: flow for key, flow in self._ends.items() if flow.checked_ns > limit}
+        if len(self._flows) > self._flow_limit * 3 // 4:  # or the next flow would be as dear
+            self._flows.clear()
+            self._ends.clear()
+
+    def _ask(self, one: Tuple, now: int) -> _Flow:
+        """The socket of the packet's own, with who holds it; a listener is not that."""
+        row = self._sockets.find(one)
+        if row is None or int(row["state"]) == TcpState.LISTEN:
+            return _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, row=row)
+        return self._held(row, now, self._listeners.likely(one))
+
+    def _look_further(self, one: Tuple, flow: _Flow) -> None:
+        """Search all processes for the holder of a socket, unless it is just being closed."""
+        flow.unheld = False
+        again = self._sockets.find(one)
+        if again is None or int(again["inode"]) != flow.inode:
+            if flow.owner is None:
+                flow.how = lib.SNIFFER_HOW_SOCKET_GONE
+            return
+        owners = self._holders.find_anywhere(flow.inode)
+        if owners or flow.owner is None:
+            self._own(flow, owners)
+        if flow.owner is None and flow.how == lib.SNIFFER_HOW_SOCKET_GONE and self._stays(flow):
+            flow.how, flow.flags = lib.SNIFFER_HOW_KERNEL, lib.SNIFFER_F_KERNEL
+
+    def _stays(self, flow: _Flow) -> bool:
+        """Whether nobody held the socket for a while: one that is being closed goes soon."""
+        if len(self._unheld) > self._flow_limit:
+            self._unheld.clear()
+        first = self._unheld.setdefault(flow.inode, flow.checked_ns)
+        return flow.checked_ns - first > _CLOSING_NS
+
+    def _held(self, row: np.void, now: int, likely: tuple[int, ...] = ()) -> _Flow:
+        """Return who holds a socket (HOST_SOCKET)."""
+        inode = int(row["inode"])
+        flow = _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, 0, int(row["cookie"]), inode, row=row)
+        if not inode:
+            return flow
+        self._own(flow, self._holders.find_soon(inode, likely))
+        flow.unheld = flow.owner is None
+        return flow
+
+    def _own(self, flow: _Flow, owners: tuple[Owner, ...]) -> None:
+        if owners:
+            flow.owner, flow.flags = owners[0], 0
+            if flow.connection is not None:
+                flow.connection.owned = True
+            flow.how = lib.SNIFFER_HOW_DIAG if self._sockets.by_diag else lib.SNIFFER_HOW_PROC
+            flow.settled = True
+            if len(owners) > 1:
+                flow.flags |= _SHARED  # which of them uses it is not to be seen from outside
+        elif not self._holders.exhaustive:
+            flow.how = lib.SNIFFER_HOW_NOT_PROBED
+        else:
+            flow.how = lib.SNIFFER_HOW_SOCKET_GONE
+
+    def _name_all(self, records: np.ndarray, rows: list[int], one: Tuple) -> list[np.ndarray]:
+        """Name a datagram for everybody; return the copies for its second receiver and further."""
+        flows = [self._held(found, self._now_ns()) for found in self._receivers(one)]
+        for flow in flows:
+            if flow.unheld:
+                self._own(flow, self._holders.find_anywhere(flow.inode))
+        if not flows:
+            records["how"][rows] = lib.SNIFFER_HOW_SOCKET_GONE
+            return []
+        copies = []
+        for flow in flows[1:]:
+            copy = records[rows]
+            copy["flags"] |= lib.SNIFFER_F_COPY
+            self._fill(copy, list(range(len(rows))), flow)
+            copies.append(copy)
+        self._fill(records, rows, flows[0])
+        return copies
+
+    def _receivers(self, one: Tuple) -> list[np.void]:
+        """UDP sockets that a datagram to a group or to all reaches.
+
+        By default each socket bound to the port gets what any of this host joined
+        (IP_MULTICAST_ALL); who joined what is not to be seen from outside.
+        """
+        found = []
+        for row in self._sockets.bound(one.proto, one.lport):
+            tuple_ = tuple_of_socket(row)
+            local = tuple_.local == ANY or tuple_.local in (one.local, mapped(one.local))
+            remote = not tuple_.rport or (
+                tuple_.rport == one.rport and tuple_.remote in (one.remote, mapped(one.remote))
+            )
+            family = tuple_.family == one.family or tuple_.family == socket.AF_INET6
+            if local and remote and family:
+                found.append(row)
+        return found
+
+
+def _keys(records: np.ndarray, outward: np.ndarray) -> np.ndarray:
+    """Return the ends of each packet's connection, this host's first."""
+    keys = np.zeros(len(records), _KEY)
+    keys["proto"], keys["family"] = records["proto"], records["family"]
+    keys["lport"] = np.where(outward, records["sport"], records["dport"])
+    keys["rport"] = np.where(outward, records["dport"], records["sport"])
+    column = outward[:, np.newaxis]
+    keys["local"] = np.where(column, records["saddr"], records["daddr"])
+    keys["remote"] = np.where(column, records["daddr"], records["saddr"])
+    return keys
+
+
+def _groups(
+    records: np.ndarray, keys: np.ndarray, outward: np.ndarray, to_all: np.ndarray
+) -> list[_Group]:
+    """Put together what has one owner: a SYN begins another connection of the same tuple."""
+    raw, size = keys.tobytes(), _KEY.itemsize
+    tcp = records["proto"] == socket.IPPROTO_TCP
+    kinds = records["tcp_flags"] & (_SYN | _RST | _ACK)
+    syns = tcp & (records["tcp_flags"] & (_SYN | _ACK) == _SYN)
+    resets = set(np.flatnonzero(tcp & outward & (kinds == _RST | _ACK)).tolist())
+    epochs: dict[bytes, int] = {}
+    groups: dict[tuple[bytes, int, bool, bool], _Group] = {}
+    refused = []
+    facts = zip(outward.tolist(), to_all.tolist(), syns.tolist(), strict=True)
+    for index, (out, every, syn) in enumerate(facts):
+        key = raw[index * size : (index + 1) * size]
+        epoch = epochs.get(key)
+        first = epoch is None
+        if epoch is None or syn:
+            epoch = epochs[key] = 0 if epoch is None else epoch + 1
+        group = groups.get((key, epoch, out, every))
+        if group is None:
+            groups[key, epoch, out, every] = _Group(key, out, every, first, [index], syn)
+        else:
+            group.rows.append(index)
+        if index in resets:
+            refused.append((key, epoch))
+    for key, epoch in refused:
+        asked = groups.get((key, epoch, False, False))
+        if asked is not None and asked.syn:
+            answers = groups[key, epoch, True, False].rows
+            asked.refused = not _is_answer(records[answers])
+    return list(groups.values())
+
+
+def _is_answer(sent: np.ndarray) -> bool:
+    """Whether one of these packets of this end's shows that it has a connection."""
+    flags = sent["tcp_flags"]
+    return bool(
+        np.any(flags & (_SYN | _ACK) == _SYN | _ACK)
+        or np.any(flags & _FIN)
+        or np.any(sent["len"] > sent["hdr_len"])
+    )
+
+
+def _follow(known: _Flow | None, group: _Group, records: np.ndarray, sent_ns: int) -> _Connection:
+    """Return what is known of a TCP connection, after these packets of it."""
+    before = known.connection if known is not None else None
+    connection = before or _Connection()
+    if group.syn:
+        crossed = before is not None and before.active and not group.out
+        if not crossed or sent_ns - connection.began_ns > _SIMULTANEOUS_NS:
+            connection = _Connection(sent_ns, active=group.out)
+    if group.out:
+        connection.answered |= _is_answer(records)
+        passive = connection.began_ns and not connection.active and not connection.answered
+        # Only what had no ACK is answered by a reset with one.
+        if passive and np.any(records["tcp_flags"] & (_SYN | _RST | _ACK) == _RST | _ACK):
+            connection.refused = True
+    connection.refused |= group.refused
+    return connection
+
+
+def _tuple_of(key: np.void) -> Tuple:
+    return Tuple(
+        int(key["proto"]),
+        int(key["family"]),
+        key["local"].tobytes(),
+        int(key["lport"]),
+        key["remote"].tobytes(),
+        int(key["rport"]),
+    )

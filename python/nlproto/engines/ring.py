@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: MIT
+"""AF_PACKET: a ring with the IP packets of one network namespace; TCP and UDP become records.
+
+Sources: man 7 packet, Documentation/networking/packet_mmap.rst, net/packet/af_packet.c.
+"""
+
+import ctypes
+import mmap
+import os
+import platform
+import re
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from nlproto._host import ffi, lib
+from nlproto.errors import Error, NoPrivilege
+from nlproto.records.clock import Clock
+from nlproto.records.wire import RECORD, dtype_of
+
+__all__ = ["PacketRing", "Frames"]
+
+HOST_SNAP = dtype_of("host_snap", ffi)
+
+SOL_PACKET = 263
+PACKET_RX_RING, PACKET_STATISTICS, PACKET_VERSION, PACKET_VNET_HDR = 5, 6, 10, 15
+TPACKET_V2 = 1
+ETH_P_IP, ETH_P_IPV6 = 0x0800, 0x86DD
+PACKET_OTHERHOST = 3
+SO_ATTACH_FILTER = 26
+
+SNAP = 256  # link header, IPv6 with extension headers, TCP with options
+_BLOCK = 1 << 18
+_READ = 1024  # records at once
+
+_LD_W_ABS, _JEQ, _JSET, _RET = 0x20, 0x15, 0x45, 0x06
+_AD = 0xFFFFF000  # SKF_AD_OFF
+_AD_PROTOCOL, _AD_PKTTYPE, _AD_VLAN_TAG = _AD, _AD + 4, _AD + 44
+
+
+def _filter() -> list[tuple[int, int, int, int]]:
+    """Return the classic BPF program: IPv4 and IPv6, each packet once.
+
+    Tagged frames are seen again on their VLAN device, and packets to other hosts only because
+    somebody made an interface promiscuous. What is neither TCP nor UDP is counted in user space.
+    """
+    program: list[tuple[int, int | str, int | str, int]] = [
+        (_LD_W_ABS, 0, 0, _AD_PKTTYPE),
+        (_JEQ, "drop", 0, PACKET_OTHERHOST),
+        (_LD_W_ABS, 0, 0, _AD_VLAN_TAG),
+        (_JSET, "drop", 0, 0x0FFF),
+        (_LD_W_ABS, 0, 0, _AD_PROTOCOL),
+        (_JEQ, "take", 0, ETH_P_IP),
+        (_JEQ, "take", "drop", ETH_P_IPV6),
+    ]
+    labels = {"drop": len(program), "take": len(program) + 1}
+    program += [(_RET, 0, 0, 0), (_RET, 0, 0, SNAP)]
+
+    def distance(at: int, target: int | str) -> int:
+        return labels[target] - at - 1 if isinstance(target, str) else target
+
+    return [
+        (code, distance(at, yes), distance(at, no), value)
+        for at, (code, yes, no, value) in enumerate(program)
+    ]
+
+
+def _attach(sock: socket.socket) -> None:
+    code = b"".join(struct.pack("=HBBI", *step) for step in _filter())
+    held = ctypes.create_string_buffer(code)
+    sock.setsockopt(
+        socket.SOL_SOCKET,
+        SO_ATTACH_FILTER,
+        struct.pack("@HP", len(code) // 8, ctypes.addressof(held)),
+    )
+
+
+def _segments_are_told() -> bool:
+    """Whether PACKET_VNET_HDR is safe: before 6.2 it dropped packets with UDP segmentation."""
+    version = re.match(r"(\d+)\.(\d+)", platform.release())
+    return version is not None and (int(version[1]), int(version[2])) >= (6, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """Records not yet named, which of them came as multicast or broadcast, their first bytes."""
+
+    records: np.ndarray
+    to_all: np.ndarray
+    snaps: np.ndarray | None
+    """HOST_SNAP, when wanted."""
+
+    def with_more(self, later: "Frames") -> "Frames":
+        """Return these and those that were read after them."""
+        both = None
+        if self.snaps is not None and later.snaps is not None:
+            both = np.concatenate([self.snaps, later.snaps])
+        return Frames(
+            np.concatenate([self.records, later.records]),
+            np.concatenate([self.to_all, later.to_all]),
+            both,
+        )
+
+
+class PacketRing:
+    """A ring in the network namespace it is made in (inode `netns`); a context manager.
+
+    `ring_bytes` of kernel memory are pinned. Raises NoPrivilege without CAP_NET_RAW.
+    """
+
+    def __init__(self, netns: int, ring_bytes: int) -> None:
+        self.netns = netns
+        self.dropped = 0
+        try:
+            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+        except PermissionError:
+            raise NoPrivilege("engine packet needs root (CAP_NET_RAW): run it with sudo") from None
+        try:
+            self._socket.setblocking(False)
+            _attach(self._socket)
+            self._ring = self._make_ring(ring_bytes)
+            # Protocol 0 until here: no packet came in before filter and ring were there.
+            code = -lib.host_capture_all(self._socket.fileno())
+            if code:
+                raise OSError(code, os.strerror(code))
+        except OSError as error:
+            self._socket.close()
+            raise Error(f"engine packet cannot set up its ring: {error.strerror}") from error
+        self._records = np.zeros(_READ, RECORD)
+        self._to_all = np.zeros(_READ, np.uint8)
+        self._snaps = np.zeros(0, HOST_SNAP)
+
+    def _make_ring(self, ring_bytes: int) -> "ffi.CData":
+        vnet = _segments_are_told()
+        self._socket.setsockopt(SOL_PACKET, PACKET_VERSION, TPACKET_V2)
+        if vnet:
+            self._socket.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+        frame = lib.host_frame_size(SNAP)
+        blocks = max(1, ring_bytes // _BLOCK)
+        self.ring_bytes = blocks * _BLOCK
+        count = blocks * _BLOCK // frame
+        self._socket.setsockopt(
+            SOL_PACKET, PACKET_RX_RING, struct.pack("=IIII", _BLOCK, blocks, frame, count)
+        )
+        self._map = mmap.mmap(self._socket.fileno(), blocks * _BLOCK)
+        self._frames = ffi.from_buffer("uint8_t[]", self._map)
+        ring = ffi.new("struct host_ring *")
+        ring.frames, ring.count, ring.size = self._frames, count, frame
+        ring.netns, ring.vnet = self.netns, vnet
+        return ring
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._ring.frames = ffi.NULL
+        ffi.release(self._frames)
+        self._map.close()
+        self._socket.close()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def skipped(self) -> int:
+        """Packets read that became no record: later fragments, truncated, other protocols."""
+        return int(self._ring.fragments + self._ring.truncated + self._ring.other)
+
+    def read(self, snaps: bool = False) -> Frames:
+        """Return the packets that wait, up to some hundred; the arrays are the caller's own."""
+        if snaps and not len(self._snaps):
+            self._snaps = np.zeros(_READ, HOST_SNAP)
+        room = ffi.from_buffer("struct host_snap[]", self._snaps) if snaps else ffi.NULL
+        self._ring.snaps = room
+        self._ring.mono_offset = -Clock.now().real_offset_ns
+        read = lib.host_ring_read(
+            self._ring,
+            ffi.from_buffer("struct sniffer_record[]", self._records),
+            ffi.from_buffer("struct host_frame[]", self._to_all),
+            _READ,
+        )
+        first_bytes = self._snaps[:read].copy() if snaps else None
+        return Frames(self._records[:read].copy(), self._to_all[:read] != 0, first_bytes)
+
+    def drops(self) -> int:
+        """Return packets that the ring had no room for since the last call."""
+        raw = self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8)
+        dropped = int(struct.unpack("=II", raw)[1])
+        self.dropped += dropped
+        return dropped

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: MIT
+"""Which processes hold a socket: inode -> descriptors under /proc/PID/fd, learnt step by step.
+
+A full walk costs time in proportion to all descriptors of the machine, so what is known is
+checked by one readlink, processes born since the last walk are asked first, and full walks
+are rationed.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from nlproto.host import procfs
+from nlproto.host.procfs import Owner
+from nlproto.running.budget import Budget
+
+__all__ = ["Holders"]
+
+_WALK_SHARE = 4  # walks may take a quarter of the time in the long run
+_WALK_SAVED_NS = 500_000_000  # walking time that can be saved up while nothing is unknown
+_ASKED_AGAIN_NS = 50_000_000  # an inode that nobody held, when asked for again
+_MISSING_LIMIT = 65536
+_GENERATIONS = 8
+_BORN_NS = 10_000_000  # between two looks for new processes that nobody waits for
+_YOUNG_NS = 1_000_000_000  # how long one may be about to open its first socket
+
+
+class Holders:
+    """The holders of sockets, as of their last check. One thread at a time."""
+
+    def __init__(
+        self, proc: Path = procfs.PROC, now_ns: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        self._proc = proc
+        self._now_ns = now_ns
+        self._by_inode: dict[int, dict[int, int]] = {}
+        self._known: set[int] = set()
+        self._young: dict[int, int] = {}
+        self._sole: dict[int, int] = {}
+        self._listed_ns = 0
+        self._talkers: dict[int, None] = {}
+        self._missing: dict[int, int] = {}
+        self._settled: dict[int, int] = {}
+        self._budget = Budget(_WALK_SHARE, _WALK_SAVED_NS, now_ns)
+        self.complete = True
+        """Whether every process could be asked at the last walk (else it needs root)."""
+        self.exhaustive = False
+        """Whether the last find() that found nobody had asked every process."""
+
+    def walk(self) -> None:
+        """Ask every process; the time it takes is missing for later ones (see due())."""
+        with self._budget.spend():
+            by_inode: dict[int, dict[int, int]] = {}
+            alive = procfs.pids(self._proc)
+            sockets, complete = procfs.held_sockets(alive, self._proc)
+            for inode, pid, fd in sockets.tolist():
+                by_inode.setdefault(inode, {})[pid] = fd
+            self._by_inode = by_inode
+            self._settled = {
+                inode: pid
+                for inode, held in by_inode.items()
+                if (pid := next(iter(held)) if len(held) == 1 else self._settled.get(inode, 0))
+                in held
+            }
+            self._known = set(alive)
+            self._talkers = {pid: None for held in by_inode.values() for pid in held}
+            self._missing.clear()
+            self._sole = {inode: pid for inode, held in by_inode.items() for pid in held}
+            self.complete = complete
+
+    def due(self) -> bool:
+        """Return whether a full walk may be made now."""
+        return self._budget.allows()
+
+    def find(self, inode: int) -> tuple[Owner, ...]:
+        """Return the living holders of a socket, its likely user first; empty when none is found.
+
+        That is who once held it alone, for as long as it does: children get descriptors by fork
+        that they never use. Else the youngest, which was probably given it to use it.
+        """
+        return self.find_soon(inode) or self.find_anywhere(inode)
+
+    def find_soon(self, inode: int, likely: Sequence[int] = ()) -> tuple[Owner, ...]:
+        """As find(), but ask only the newly born, then `likely`, then who had sockets before."""
+        self.exhaustive = False
+        if not inode:
+            return ()
+        self._ask_born(_BORN_NS)
+        if not self._checked(inode) and self._now_ns() >= self._missing.get(inode, 0):
+            self._ask_some(inode, likely)
+        held = self._checked(inode)
+        if len(held) == 1:
+            self._ask_parents(inode, *held)
+        return self._owners(inode, held)
+
+    def find_anywhere(self, inode: int) -> tuple[Owner, ...]:
+        """As find(), after find_soon() found nobody: ask all, if a walk is due."""
+        if not inode:
+            return ()
+        if self._now_ns() < self._missing.get(inode, 0):
+            self.exhaustive = self.complete
+            return ()
+        if self.due():
+            self.walk()
+            self.exhaustive = self.complete
+        held = self._by_inode.get(inode, {})
+        if not held and self.exhaustive:
+            if len(self._missing) > _MISSING_LIMIT:
+                self._missing.clear()
+            self._missing[inode] = self._now_ns() + _ASKED_AGAIN_NS
+        return self._owners(inode, held)
+
+    def known(self, inode: int) -> tuple[Owner, ...]:
+        """As find(), but only of those that were known before; cheap."""
+        return self._owners(inode, self._checked(inode))
+
+    def peek(self, inode: int) -> Iterator[Owner]:
+        """As known(), from any thread: nothing is learnt or forgotten."""
+        held = self._by_inode.get(inode)
+        target = f"socket:[{inode}]"
+        for pid, fd in ({} if held is None else held.copy()).items():
+            try:
+                holds = os.readlink(f"{self._proc}/{pid}/fd/{fd}") == target
+            except OSError:
+                continue
+            one = procfs.owner(pid, self._proc) if holds else None
+            if one is not None:
+                yield one
+
+    def _owners(self, inode: int, held: Iterable[int]) -> tuple[Owner, ...]:
+        owners = [found for pid in held if (found := procfs.owner(pid, self._proc)) is not None]
+        for found in owners:
+            self._talkers.pop(found.identity.tgid, None)
+            self._talkers[found.identity.tgid] = None  # the last to have talked is asked first
+        if len(owners) == 1:
+            self._settled[inode] = owners[0].identity.tgid
+        user = self._settled.get(inode)
+        owners.sort(
+            key=lambda one: (
+                one.identity.tgid == user,
+                one.identity.start_ticks,
+                one.identity.tgid,
+            ),
+            reverse=True,
+        )
+        return tuple(owners)
+
+    def _checked(self, inode: int) -> dict[int, int]:
+        known = self._by_inode.get(inode, {})
+        target = f"socket:[{inode}]"
+        for pid, fd in list(known.items()):
+            try:
+                holds = os.readlink(f"{self._proc}/{pid}/fd/{fd}") == target
+            except OSError:
+                holds = False
+            if not holds:
+                del known[pid]
+        return known
+
+    def _ask_born(self, older_ns: int) -> None:
+        """Ask who was born since the last time: by fork they hold what their parents hold."""
+        now = self._now_ns()
+        if now - self._listed_ns < older_ns:
+            return
+        self._listed_ns = now
+        alive = procfs.pids(self._proc)
+        born = [pid for pid in alive if pid not in self._known]
+        self._known = set(alive)
+        self._ask(born)
+        self._young = {pid: at for pid, at in self._young.items() if now - at < _YOUNG_NS}
+        if len(born) < len(alive):  # not the first look
+            self._young |= dict.fromkeys(born, now)
+
+    def _ask_some(self, inode: int, likely: Sequence[int]) -> None:
+        self._ask_born(0)
+        if not self._by_inode.get(inode):
+            self._ask([pid for pid in self._young if pid in self._known])
+        for pid in (*likely, *reversed(self._talkers)):
+            if self._by_inode.get(inode):
+                break
+            if pid in self._known:
+                self._ask([pid])
+
+    def _ask_parents(self, inode: int, pid: int) -> None:
+        """Holders share by fork first of all: ask upwards for as long as they hold it too."""
+        if self._sole.get(inode) == pid:
+            return
+        if len(self._sole) > _MISSING_LIMIT:
+            self._sole.clear()
+        self._sole[inode] = pid
+        held = self._by_inode[inode]
+        for _ in range(_GENERATIONS):
+            pid = procfs.parent(pid, self._proc)
+            if pid in (0, 1) or pid in held:
+                return
+            self._ask([pid])
+            if pid not in held:
+                return
+
+    def _ask(self, some: Sequence[int]) -> None:
+        if some:
+            for inode, pid, fd in procfs.held_sockets(some, self._proc)[0].tolist():
+                self._by_inode.setdefault(inode, {})[pid] = fd

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: MIT
+"""One sock_diag socket for each network namespace that can be entered, up to a bound."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Self
+
+import numpy as np
+
+from nlproto.errors import Error, NoPrivilege
+from nlproto.host import netns, procfs
+from nlproto.host.sockdiag import SockDiag
+from nlproto.running.supervise import Failures
+
+__all__ = ["NamespaceDiags"]
+
+_LOOK_NS = 2_000_000_000
+
+
+class NamespaceDiags:
+    """Looks for new and ended namespaces at most every 2 s; a context manager, for one thread.
+
+    Of netns.room() at most, chosen as engine packet chooses.
+    A sock_diag socket keeps its namespace alive, so one that no process and no name holds any
+    more is let go at the next look.
+    """
+
+    def __init__(self, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._now_ns = now_ns
+        self._looked_ns = -_LOOK_NS
+        self.own = netns.own()
+        self._failures = Failures("sock_diag")
+        self._diags: dict[int, SockDiag | None] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for diag in self._diags.values():
+            if diag is not None:
+                diag.close()
+        self._diags.clear()
+
+    def get(self, number: int) -> SockDiag | None:
+        """That of namespace `number`, None when it is not to be entered or sock_diag is refused."""
+        if number not in self._diags:
+            self.look()
+        return self._diags.get(number)
+
+    def look(self) -> None:
+        """Take note of namespaces that came and went."""
+        now = self._now_ns()
+        if now - self._looked_ns < _LOOK_NS:
+            return
+        self._looked_ns = now
+        try:
+            there = netns.paths()
+        except OSError:  # no descriptor is left for it
+            return
+        there.pop(self.own, None)
+        if len(there) > netns.room():
+            owners = {number: netns.owner_or_unknown(path) for number, path in there.items()}
+            chosen = netns.choose(owners, self._diags, netns.room())
+            self._failures.add(
+                Error(f"sockets of {len(chosen)} of {len(there)} network namespaces are read")
+            )
+            there = {number: path for number, path in there.items() if number in chosen}
+        for number in set(self._diags) - set(there) - {self.own}:
+            diag = self._diags.pop(number)
+            if diag is not None:
+                diag.close()
+        if self.own not in self._diags:
+            try:
+                self._diags[self.own] = SockDiag()
+            except NoPrivilege:
+                self._diags[self.own] = None
+        for number, path in there.items():
+            if number in self._diags:
+                continue
+            try:
+                self._diags[number] = netns.run_inside(path, SockDiag)
+            except (Error, OSError):
+                self._diags[number] = None
+
+    def tables(self) -> dict[int, np.ndarray]:
+        """{namespace: all its sockets (HOST_SOCKET)}; of our own by /proc/net if need be."""
+        self.look()
+        found: dict[int, np.ndarray] = {}
+        for number, diag in list(self._diags.items()):
+            if diag is not None:
+                try:
+                    found[number] = diag.dump()
+                    continue
+                except NoPrivilege:
+                    diag.close()
+                    self._diags[number] = None
+            if number == self.own:
+                found[number] = procfs.tables()
+        return found

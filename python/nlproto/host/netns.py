@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: MIT
+"""Network namespaces: which there are, work inside one, its addresses and interfaces.
+
+Sources: man 7 network_namespaces, man 2 setns, man 7 rtnetlink.
+"""
+
+import fcntl
+import os
+import re
+import socket
+import struct
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Self, TypeVar
+
+from nlproto._host import lib
+from nlproto.errors import Error, NoPrivilege
+from nlproto.kernel.netlink import NLM_F_DUMP, Connection, attributes
+from nlproto.running import descriptors
+from nlproto.running.descriptors import or_error
+
+__all__ = [
+    "MAX_OTHERS",
+    "UNKNOWN_OWNER",
+    "Interfaces",
+    "choose",
+    "own",
+    "owner",
+    "owner_or_unknown",
+    "paths",
+    "room",
+    "run_inside",
+]
+
+T = TypeVar("T")
+
+NAMED = Path("/run/netns")
+MAX_OTHERS = 255
+"""Namespaces beside our own that are looked into at most."""
+UNKNOWN_OWNER = -1
+
+NS_GET_USERNS, NS_GET_PARENT, NS_GET_OWNER_UID = 0xB701, 0xB702, 0xB704
+_UID = struct.Struct("=I")
+
+RTM_NEWLINK, RTM_GETLINK, RTM_NEWADDR, RTM_GETADDR = 16, 18, 20, 22
+IFA_ADDRESS, IFA_LOCAL = 1, 2
+IFLA_LINKINFO, IFLA_INFO_KIND, IFLA_INFO_SLAVE_KIND = 18, 1, 4
+_IFADDRMSG_BYTES, _IFINFOMSG_BYTES = 8, 16
+_INDEX = struct.Struct("=4xi")  # ifi_index in struct ifinfomsg
+
+# Their ports hand every packet up to the device above, which is the one that has addresses.
+_DUPLICATING_PORTS = {"bridge", "bond", "team", "openvswitch"}
+
+
+def own(proc: Path = Path("/proc")) -> int:
+    """Return the inode of this process's network namespace."""
+    return os.stat(proc / "self" / "ns" / "net").st_ino
+
+
+def paths(proc: Path = Path("/proc"), named: Path = NAMED) -> dict[int, Path]:
+    """Return {inode: a path to open} of every network namespace that can be seen.
+
+    Those that neither a process nor a name in /run/netns holds are not among them. Raises Error
+    when no file descriptor is left.
+    """
+    found: dict[int, Path] = {}
+    seen: set[str] = set()
+    with or_error():
+        names = os.listdir(proc)
+    for name in names:
+        if not name.isdecimal():
+            continue
+        path = f"{proc}/{name}/ns/net"
+        try:
+            target = os.readlink(path)
+        except OSError:
+            continue
+        if target not in seen:
+            seen.add(target)
+            inode = re.fullmatch(r"net:\[(\d+)\]", target)
+            if inode:
+                found[int(inode[1])] = Path(path)
+    try:
+        with or_error():
+            entries = list(named.iterdir())
+        nsfs = os.stat(proc / "self" / "ns" / "net").st_dev
+    except OSError:
+        entries = []
+    for entry in entries:
+        try:
+            status = entry.stat()
+        except OSError:
+            continue
+        if status.st_dev == nsfs and status.st_ino not in found:
+            found[status.st_ino] = entry
+    return found
+
+
+def owner(path: Path, proc: Path = Path("/proc")) -> int | None:
+    """Return whose the namespace at `path` is: None if it belongs to our own user namespace.
+
+    Else the uid that made the outermost user namespace around it. Inside that a user has further
+    ids, and can make further user namespaces with them. Raises OSError when it may not be asked.
+    """
+    ours = os.stat(proc / "self" / "ns" / "user").st_ino
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        handle = _related(handle, NS_GET_USERNS)
+        uid: int | None = None
+        while os.fstat(handle).st_ino != ours:
+            (uid,) = _UID.unpack(fcntl.ioctl(handle, NS_GET_OWNER_UID, bytes(_UID.size)))
+            try:
+                handle = _related(handle, NS_GET_PARENT)
+            except PermissionError:  # ours is not above it
+                break
+        return uid
+    finally:
+        os.close(handle)
+
+
+def owner_or_unknown(path: Path, proc: Path = Path("/proc")) -> int | None:
+    """As owner(); UNKNOWN_OWNER when it has ended or may not be asked."""
+    try:
+        return owner(path, proc)
+    except OSError:
+        return UNKNOWN_OWNER
+
+
+def _related(handle: int, request: int) -> int:
+    """Exchange the descriptor of a namespace for that of a related one."""
+    other = fcntl.ioctl(handle, request)
+    os.close(handle)
+    return other
+
+
+def room() -> int:
+    """Return for how many namespaces beside our own there are descriptors."""
+    return descriptors.namespaces(MAX_OTHERS + 1) - 1
+
+
+def choose(owners: Mapping[int, int | None], held: Collection[int], limit: int) -> set[int]:
+    """Return which `limit` namespaces of {inode: owner()} get a place.
+
+    Those of our own user namespace and root's first, then one of each uid in turn; of a uid's
+    those that have a place (`held`) keep it.
+    """
+    by_uid: dict[int | None, list[int]] = {}
+    for inode in sorted(owners, key=lambda one: one not in held):
+        by_uid.setdefault(owners[inode] or None, []).append(inode)
+    chosen = set(by_uid.pop(None, [])[:limit])
+    turn = 0
+    while len(chosen) < limit and by_uid:
+        for uid in list(by_uid):
+            if turn >= len(by_uid[uid]):
+                del by_uid[uid]
+            elif len(chosen) < limit:
+                chosen.add(by_uid[uid][turn])
+        turn += 1
+    return chosen
+
+
+def run_inside(path: Path, work: Callable[[], T]) -> T:
+    """Return work(), run in a thread of its own inside the namespace at `path`.
+
+    Sockets made in there stay there. Raises NoPrivilege without CAP_SYS_ADMIN, Error where no
+    thread can be made, what work() raises.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                code = -lib.host_setns_net(handle)
+            finally:
+                os.close(handle)
+            if code:
+                raise NoPrivilege(f"entering a network namespace: {os.strerror(code)}")
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=enter, name="netns")
+    try:
+        thread.start()
+    except RuntimeError as error:  # TasksMax=, ulimit -u
+        raise Error(f"{error}: raise the limit of tasks, or end some") from None
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+class Interfaces:
+    """rtnetlink of the network namespace it was made in; a context manager."""
+
+    def __init__(self) -> None:
+        self._connection = Connection(socket.NETLINK_ROUTE)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _dump(self, kind: int, body: int) -> Iterator[memoryview]:
+        for message in self._connection.exchange(kind, NLM_F_DUMP, bytes(body)):
+            yield message.payload
+
+    def addresses(self) -> set[bytes]:
+        """Return this host's addresses as 16 bytes each, IPv4 in the first four."""
+        found: set[bytes] = set()
+        for payload in self._dump(RTM_GETADDR, _IFADDRMSG_BYTES):
+            values = dict(attributes(payload[_IFADDRMSG_BYTES:]))
+            address = values.get(IFA_LOCAL, values.get(IFA_ADDRESS))
+            if address is not None:
+                found.add(bytes(address).ljust(16, b"\0"))
+        return found
+
+    def duplicating(self) -> set[int]:
+        """Return interfaces whose packets a tap sees a second time on another one.
+
+        Ports of bridges, bonds and teams, and VRF devices (their ports have the addresses).
+        """
+        found: set[int] = set()
+        for payload in self._dump(RTM_GETLINK, _IFINFOMSG_BYTES):
+            (index,) = _INDEX.unpack_from(payload)
+            values = dict(attributes(payload[_IFINFOMSG_BYTES:]))
+            info = dict(attributes(values.get(IFLA_LINKINFO, memoryview(b""))))
+            kind = bytes(info.get(IFLA_INFO_KIND, b"")).rstrip(b"\0").decode("ascii", "replace")
+            port = bytes(info.get(IFLA_INFO_SLAVE_KIND, b"")).rstrip(b"\0")
+            if port.decode("ascii", "replace") in _DUPLICATING_PORTS or kind == "vrf":
+                found.add(index)
+        return found

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: MIT
+"""/proc: socket tables, who a process is and what is known of it, bracketed by its start time.
+
+Sources: man 5 proc, net/ipv4/tcp_ipv4.c (get_tcp4_sock), fs/proc/array.c (do_task_stat).
+"""
+
+import contextlib
+import os
+import pwd
+import re
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nlproto._host import ffi, lib
+from nlproto.errors import UsageError
+from nlproto.host import cgroups
+from nlproto.host.cgroups import container_of, unit_of
+from nlproto.host.sockdiag import HOST_SOCKET
+from nlproto.records.wire import MAX_TEXT, bounded, dtype_of
+from nlproto.running.descriptors import or_error
+
+__all__ = [
+    "CMDLINE_MODES",
+    "Identity",
+    "Owner",
+    "ProcessDetails",
+    "container_of",
+    "details",
+    "held_sockets",
+    "identity",
+    "owner",
+    "parent",
+    "pids",
+    "same_start",
+    "socket_inodes",
+    "tables",
+    "unit_of",
+    "user_name",
+]
+
+PROC = Path("/proc")
+TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+CMDLINE_MODES = ("full", "program", "off")
+_HELD_AT_ONCE, _MAX_HELD = 4096, 1 << 21
+HELD = dtype_of("host_held", ffi)
+"""A process's descriptor of a socket: inode, pid, fd."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A process that no reuse of its pid can be taken for; `start_ticks` as in /proc/PID/stat."""
+
+    tgid: int
+    start_ticks: int
+
+    @property
+    def start_ns(self) -> int:
+        """Start since boot in ns, as exact as ticks are (10 ms): compare with same_start()."""
+        return self.start_ticks * TICK_NS
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A process as a record names it; `uid` is the real one."""
+
+    identity: Identity
+    comm: bytes
+    uid: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessDetails:
+    """What /proc tells of one living process; empty where it tells nothing (kernel threads)."""
+
+    tgid: int
+    start_ns: int
+    comm: str
+    exe: str
+    cmdline: str
+    ppid: int
+    uid: int
+    user: str
+    cgroup: str
+    unit: str
+    container: str
+
+
+def same_start(start_ns: int, ticks: int) -> bool:
+    """Return whether a record's start_ns is the start time `ticks` of /proc/PID/stat."""
+    return start_ns // TICK_NS == ticks
+
+
+def pids(proc: Path = PROC) -> list[int]:
+    """Return the thread-group ids of all visible processes, in the order of /proc.
+
+    Raises Error when no file descriptor is left.
+    """
+    with or_error():
+        return [int(name) for name in os.listdir(proc) if name.isdecimal()]
+
+
+_COUNT = re.compile(rb"\d{1,20}")
+_GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
+
+
+def _read(path: str, limit: int = 8192) -> bytes:
+    """Return the first `limit` bytes of a file of /proc in one read, which gives all there is."""
+    with or_error():
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(handle, limit)
+    finally:
+        os.close(handle)
+
+
+def _stat(pid: int, proc: Path) -> tuple[bytes, int, int] | None:
+    """Return comm, start ticks and ppid.
+
+    comm may hold blanks, newlines and parentheses of its own; no field behind it does.
+    """
+    try:
+        raw = _read(f"{proc}/{pid}/stat")
+    except _GONE:
+        return None
+    head, _, tail = raw.rpartition(b")")
+    fields = tail.split()
+    if len(fields) < 20 or not (_COUNT.fullmatch(fields[1]) and _COUNT.fullmatch(fields[19])):
+        return None
+    return head.partition(b"(")[2], int(fields[19]), int(fields[1])
+
+
+def identity(pid: int, proc: Path = PROC) -> Identity | None:
+    """Return who `pid` is now, None when there is no such process."""
+    found = _stat(pid, proc)
+    return Identity(pid, found[1]) if found else None
+
+
+def parent(pid: int, proc: Path = PROC) -> int:
+    """Return the parent's pid; 0 when there is none, or no such process."""
+    try:
+        raw = _read(f"{proc}/{pid}/stat")
+    except OSError:
+        return 0
+    fields = raw.rpartition(b")")[2].split()
+    return int(fields[1]) if len(fields) > 1 else 0
+
+
+def owner(pid: int, proc: Path = PROC) -> Owner | None:
+    """Return `pid` as an owner: identity, comm and real uid; None when it is gone."""
+    found = _stat(pid, proc)
+    if found is None:
+        return None
+    uid = _uid(pid, proc)
+    return None if uid is None else Owner(Identity(pid, found[1]), found[0], uid)
+
+
+def _uid(pid: int, proc: Path) -> int | None:
+    """Return the real uid; the line before it holds the name, in which newlines are escaped."""
+    try:
+        status = _read(f"{proc}/{pid}/status")
+    except _GONE:
+        return None
+    uid = re.search(rb"^Uid:[ \t]+(\d{1,10})[ \t]", status, re.MULTILINE)
+    return int(uid[1]) if uid else None
+
+
+def held_sockets(some: Sequence[int], proc: Path = PROC) -> tuple[np.ndarray, bool]:
+    """Return which sockets the processes `some` hold (HELD), and whether all could be asked.
+
+    One call asks them all, without Python's lock: the answer is a matter of milliseconds.
+    """
+    try:
+        directory = os.open(proc, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return np.zeros(0, HELD), False
+    try:
+        pids = np.array(some, np.uint32)
+        refused = ffi.new("uint32_t *")
+        room = _HELD_AT_ONCE
+        while True:
+            found = np.zeros(room, HELD)
+            read = lib.host_held_sockets(
+                directory,
+                ffi.from_buffer("uint32_t[]", pids),
+                len(pids),
+                ffi.from_buffer("struct host_held[]", found),
+                room,
+                refused,
+            )
+            if read < room or room >= _MAX_HELD:
+                return found[:read], not refused[0]
+            room *= 8
+    finally:
+        os.close(directory)
+
+
+def socket_inodes(pid: int, proc: Path = PROC) -> dict[int, int] | None:
+    """Return {inode: descriptor} of the sockets that `pid` holds.
+
+    None when it may not be asked (another user's); empty when it is gone.
+    """
+    held, asked = held_sockets([pid], proc)
+    if not asked:
+        return None
+    return dict(zip(held["inode"].tolist(), held["fd"].tolist(), strict=True))
+
+
+def tables(net: Path = PROC / "self" / "net") -> np.ndarray:
+    """Return the sockets (HOST_SOCKET, cookie 0) in {tcp,udp}{,6} of a /proc/PID/net directory.
+
+    A table that this kernel lacks (IPv6 switched off) is left out.
+    """
+    rows: list[tuple[object, ...]] = []
+    for name, family, proto in (
+        ("tcp", socket.AF_INET, socket.IPPROTO_TCP),
+        ("tcp6", socket.AF_INET6, socket.IPPROTO_TCP),
+        ("udp", socket.AF_INET, socket.IPPROTO_UDP),
+        ("udp6", socket.AF_INET6, socket.IPPROTO_UDP),
+    ):
+        with contextlib.suppress(OSError), open(net / name, "rb") as lines:
+            next(lines, None)
+            for line in lines:
+                with contextlib.suppress(ValueError, IndexError):
+                    rows.append(_row(line.split(), family, proto))
+    found = np.zeros(len(rows), HOST_SOCKET)
+    for index, row in enumerate(rows):
+        found[index] = row
+    return found
+
+
+def _row(fields: list[bytes], family: int, proto: int) -> tuple[object, ...]:
+    """Return a line of /proc/net/tcp as HOST_SOCKET. Raises ValueError, IndexError for others."""
+    saddr, sport = _endpoint(fields[1])
+    daddr, dport = _endpoint(fields[2])
+    state, uid, inode = _number(fields[3], 16, 8), _number(fields[7]), _number(fields[9], 10, 64)
+    return 0, inode, uid, 0, sport, dport, family, proto, state, 0, saddr, daddr
+
+
+def _number(digits: bytes, base: int = 10, bits: int = 32) -> int:
+    number = int(digits, base)
+    if number < 0 or number >> bits:
+        raise ValueError(f"{number} has more than {bits} bits")
+    return number
+
+
+def _endpoint(field: bytes) -> tuple[list[int], int]:
+    """Return the address (16 octets) and port of "0100007F:0016": words in the host's order."""
+    words, port = field.split(b":")
+    octets = b"".join(
+        _number(words[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(words), 8)
+    )
+    if len(octets) not in (4, 16):
+        raise ValueError(f"an address of {len(octets)} bytes")
+    return list(octets.ljust(16, b"\0")), _number(port, 16, 16)
+
+
+def details(
+    pid: int, start_ns: int, cmdline: str = "program", proc: Path = PROC
+) -> ProcessDetails | None:
+    """Return what /proc tells of the process (pid, start_ns); None when it is gone or reused.
+
+    `cmdline`: "full" with all arguments (they may hold secrets), "program" the first word only,
+    "off" nothing. Raises UsageError for another word.
+    """
+    if cmdline not in CMDLINE_MODES:
+        raise UsageError(f"cmdline '{cmdline}': it is one of {', '.join(CMDLINE_MODES)}")
+    before = identity(pid, proc)
+    if before is None or not same_start(start_ns, before.start_ticks):
+        return None
+    found, uid = _stat(pid, proc), _uid(pid, proc)
+    exe = arguments = hierarchy = ""
+    path = b""
+    with contextlib.suppress(OSError):
+        exe = bounded(os.readlink(f"{proc}/{pid}/exe".encode()).removesuffix(b" (deleted)"))
+    if cmdline != "off":
+        with contextlib.suppress(OSError):
+            arguments = _arguments(_read(f"{proc}/{pid}/cmdline", _CMDLINE_BYTES), cmdline)
+    with contextlib.suppress(OSError):
+        hierarchy, path = cgroups.path_of(_read(f"{proc}/{pid}/cgroup", _CGROUP_BYTES))
+    if found is None or uid is None or identity(pid, proc) != before:
+        return None
+    place = cgroups.place_of(os.fsdecode(path), cgroups.only_root_makes(hierarchy))
+    return ProcessDetails(
+        tgid=pid,
+        start_ns=start_ns,
+        comm=bounded(found[0]),
+        exe=exe,
+        cmdline=arguments,
+        ppid=found[2],
+        uid=uid,
+        user=user_name(uid),
+        cgroup=bounded(path),
+        unit=bounded(os.fsencode(place.unit)),
+        container=bounded(os.fsencode(place.container)),
+    )
+
+
+_CMDLINE_BYTES = MAX_TEXT + 1  # more is not shown
+_CGROUP_BYTES = 128 << 10  # a path of 4 KiB for each hierarchy; v2 has the last line
+
+
+def _arguments(raw: bytes, mode: str) -> str:
+    """Return a command line; one that its process rewrote ("nginx: worker") has no NUL inside."""
+    words = raw.rstrip(b"\0").split(b"\0")
+    if len(words) == 1:
+        words = raw.rstrip(b"\0").split(b" ")
+    return bounded(b" ".join(words) if mode == "full" else words[0])
+
+
+def user_name(uid: int) -> str:
+    """Return the user's name, or the number of one that has none; may wait for a directory."""
+    try:
+        return bounded(os.fsencode(pwd.getpwuid(uid).pw_name))
+    except (KeyError, OSError, ValueError):
+        return str(uid)

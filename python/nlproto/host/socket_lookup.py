@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: MIT
+"""Asks one network namespace for its sockets: by sock_diag, or from /proc/net where it must be."""
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nlproto.errors import NoPrivilege
+from nlproto.host import procfs
+from nlproto.host.sockdiag import ALL_STATES, HOST_SOCKET, SockDiag, TcpState
+from nlproto.running.budget import Budget
+
+__all__ = ["ANY", "SocketLookup", "Tuple", "mapped", "tuple_of_socket"]
+
+_TABLE_SHARE, _TABLE_SAVED_NS = 4, 500_000_000  # of the time, for reading /proc/net
+_BOUND_NS = 200_000_000  # how long the sockets of a port are taken as known
+_RIVALS_NS = 10_000_000  # and where it matters that another one may have come
+_BOUND_LIMIT = 1024  # ports
+_MAPPED = bytes(10) + b"\xff\xff"
+ANY = bytes(16)
+
+
+@dataclass(frozen=True, slots=True)
+class Tuple:
+    """One flow as this host sees it; addresses as the 16 bytes of a record."""
+
+    proto: int
+    family: int
+    local: bytes
+    lport: int
+    remote: bytes
+    rport: int
+
+
+def mapped(address: bytes) -> bytes:
+    """Return ::ffff:a.b.c.d, by which a dual-stack socket knows an IPv4 address."""
+    return _MAPPED + address[:4]
+
+
+def tuple_of_socket(row: np.void) -> Tuple:
+    """Return the ends of a HOST_SOCKET."""
+    return Tuple(
+        int(row["proto"]),
+        int(row["family"]),
+        row["saddr"].tobytes(),
+        int(row["sport"]),
+        row["daddr"].tobytes(),
+        int(row["dport"]),
+    )
+
+
+class SocketLookup:
+    """`diag` is None where sock_diag is refused: then /proc/net in `net` is read, for a quarter
+    of the time at most. One thread at a time.
+    """
+
+    def __init__(
+        self,
+        diag: SockDiag | None,
+        now_ns: Callable[[], int],
+        net: Path = procfs.PROC / "self" / "net",
+    ) -> None:
+        self._diag = diag
+        self._now_ns = now_ns
+        self._net = net
+        self._table: dict[Tuple, np.void] = {}
+        self._table_budget = Budget(_TABLE_SHARE, _TABLE_SAVED_NS, now_ns)
+        self._bound: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
+
+    @property
+    def by_diag(self) -> bool:
+        """Whether sock_diag answers."""
+        return self._diag is not None
+
+    def find(self, one: Tuple) -> np.void | None:
+        """Return the socket (HOST_SOCKET) that a packet of `one` has, None when there is none."""
+        if self._diag is not None:
+            try:
+                return self._diag.find(
+                    one.proto, one.family, one.local, one.lport, one.remote, one.rport
+                )
+            except NoPrivilege:
+                self._diag = None
+        found = self._look_up(one)
+        if found is None and self._table_budget.allows():
+            self._read_tables()
+            found = self._look_up(one)
+        return found
+
+    def listener(self, one: Tuple) -> np.void | None:
+        """Return the TCP listener (HOST_SOCKET) at the local end of `one`."""
+        return self.find(Tuple(one.proto, one.family, one.local, one.lport, ANY, 0))
+
+    def bound(self, proto: int, port: int, older_ns: int = _BOUND_NS) -> np.ndarray:
+        """Return UDP sockets, or TCP listeners, on `port`, as of `older_ns` ago at most."""
+        now = self._now_ns()
+        asked, sockets = self._bound.get((proto, port), (None, np.zeros(0, HOST_SOCKET)))
+        if asked is None or now - asked >= older_ns:
+            if len(self._bound) > _BOUND_LIMIT:
+                self._bound.clear()
+            sockets = self._bound_to(proto, port)
+            self._bound[proto, port] = (now, sockets)
+        return sockets
+
+    def rivals(self, row: np.void, fresh: bool = False) -> np.ndarray:
+        """Return the sockets bound exactly as `row` (HOST_SOCKET) is, itself among them.
+
+        More than one: they share the port (SO_REUSEPORT), and a program may choose among them.
+        """
+        bound = self.bound(int(row["proto"]), int(row["sport"]), 0 if fresh else _RIVALS_NS)
+        same = (bound["dport"] == 0) & (bound["family"] == row["family"])
+        same &= (bound["saddr"] == row["saddr"]).all(axis=1)
+        found: np.ndarray = bound[same]
+        return found
+
+    def _read_tables(self) -> None:
+        with self._table_budget.spend():
+            self._table = {tuple_of_socket(row): row for row in procfs.tables(self._net)}
+
+    def _look_up(self, one: Tuple) -> np.void | None:
+        """The socket in /proc/net's tables that the kernel would choose: most exact first."""
+        forms = [(one.family, one.local, one.remote)]
+        if one.family == socket.AF_INET:
+            remote = mapped(one.remote) if one.rport else ANY
+            forms.append((socket.AF_INET6, mapped(one.local), remote))
+        for connected in (True, False):
+            for family, local, remote in forms:
+                for address in (local, ANY):
+                    peer = (remote, one.rport) if connected else (ANY, 0)
+                    found = self._table.get(Tuple(one.proto, family, address, one.lport, *peer))
+                    if found is not None:
+                        return found
+        return None
+
+    def _bound_to(self, proto: int, port: int) -> np.ndarray:
+        states = 1 << TcpState.LISTEN if proto == socket.IPPROTO_TCP else ALL_STATES
+        if self._diag is not None:
+            try:
+                return self._diag.dump((proto,), lport=port, states=states)
+            except NoPrivilege:
+                self._diag = None
+        table = procfs.tables(self._net)
+        there = (table["proto"] == proto) & (table["sport"] == port)
+        if proto == socket.IPPROTO_TCP:
+            there &= table["state"] == TcpState.LISTEN
+        found: np.ndarray = table[there]
+        return found

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""From an engine to its subscribers: counted, named, in order of time."""

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: MIT
+"""Names in user space what the module could not: sock_diag, then /proc/PID/fd.
+
+(Engine `packet` names its records itself, in packet_names.py, as soon as it has read them.)
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from nlproto.errors import Error
+from nlproto.host.holders import Holders
+from nlproto.host.namespace_diags import NamespaceDiags
+from nlproto.host.procfs import Owner
+from nlproto.host.sockdiag import TcpState
+from nlproto.records.wire import lib
+from nlproto.tables.flows import address_bytes, group
+
+__all__ = ["Namer"]
+
+_OPEN = (lib.SNIFFER_HOW_PREDATES, lib.SNIFFER_HOW_NOT_PROBED)
+"""Reasons that say that user space may know better."""
+_FILLED = ("cookie", "inode", "how", "flags", "comm", "tgid", "start_ns", "uid")
+_FRESH_NS = 250_000_000
+_REMEMBERED_NS = 120_000_000_000
+_LIMIT = 65536
+
+_Key = tuple[int, int, bytes, int, bytes, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    cookie: int
+    inode: int
+    owners: tuple[Owner, ...]
+    asked_ns: int
+    listening: bool = False
+
+
+class Namer:
+    """Asks about each flow once, and again when the answer is a quarter of a second old.
+
+    A context manager, for one thread. `start_of` is Processes.start_of. An owner found before
+    stands for what a socket still sends after it was closed, if the kernel tells the same cookie.
+    """
+
+    def __init__(
+        self,
+        start_of: Callable[[int, int], int] = lambda tgid, start_ns: start_ns,
+        holders: Holders | None = None,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._start_of = start_of
+        self._holders = holders or Holders()
+        self._now_ns = now_ns
+        self._diags = NamespaceDiags(now_ns)
+        self._known: dict[tuple[int, _Key], _Found] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._diags.close()
+
+    def name(self, records: np.ndarray) -> None:
+        """Fill in owner, socket, `how` and flags of records left open; the others stay as is."""
+        open_ = (records["tgid"] == 0) & np.isin(records["how"], _OPEN)
+        open_ &= records["dir"] != lib.SNIFFER_DIR_FWD
+        places = np.flatnonzero(open_)
+        if not len(places):
+            return
+        flows, belongs = group(records[places])
+        answers = np.zeros(len(flows), records.dtype)
+        for index in range(len(flows)):
+            self._answer(answers[index : index + 1], flows[index])
+        for field in _FILLED:
+            records[field][places] = answers[field][belongs]
+
+    def _answer(self, answer: np.ndarray, flow: np.void) -> None:
+        for field in ("cookie", "inode", "how", "flags", "comm"):
+            answer[field] = flow[field]
+        found = self._find(flow)
+        if found is None or not found.owners:
+            return
+        other = flow["cookie"] and flow["cookie"] != found.cookie
+        if other or (found.listening and not flow["cookie"]):
+            return  # another socket: of who has the port since, or the listener's for a connection
+        owner = found.owners[0]  # the youngest: it was given the socket to use it
+        answer["cookie"] = found.cookie
+        answer["inode"] = found.inode
+        answer["how"] = lib.SNIFFER_HOW_DIAG
+        answer["tgid"] = owner.identity.tgid
+        identity = owner.identity
+        answer["start_ns"] = self._start_of(identity.tgid, identity.start_ns)
+        answer["uid"] = owner.uid
+        answer["comm"] = owner.comm
+        if len(found.owners) > 1:
+            answer["flags"] |= lib.SNIFFER_F_SHARED
+
+    def _find(self, flow: np.void) -> _Found | None:
+        key = (
+            int(flow["proto"]),
+            int(flow["family"]),
+            address_bytes(flow["laddr"]),
+            int(flow["lport"]),
+            address_bytes(flow["raddr"]),
+            int(flow["rport"]),
+        )
+        netns, now = int(flow["netns"]), self._now_ns()
+        known = self._known.get((netns, key))
+        if known is not None and now - known.asked_ns < _FRESH_NS:
+            return known
+        found = self._ask(netns, key, known, now)
+        if len(self._known) >= _LIMIT:
+            self._known.clear()
+        self._known[netns, key] = found
+        return found
+
+    def _ask(self, netns: int, key: _Key, known: _Found | None, now: int) -> _Found:
+        diag = self._diags.get(netns)
+        try:
+            there = None if diag is None else diag.find(*key)
+        except Error:
+            there = None
+        if there is None:
+            return _Found(0, 0, (), now)
+        cookie, inode = int(there["cookie"]), int(there["inode"])
+        owners = self._holders.find(inode)
+        if not owners and known is not None and known.cookie == cookie:
+            if now - known.asked_ns < _REMEMBERED_NS:
+                owners, inode = known.owners, known.inode
+        listening = key[0] == socket.IPPROTO_TCP and int(there["state"]) == TcpState.LISTEN
+        return _Found(cookie, inode, owners, now, listening)

@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: MIT
+"""The wire of shared_proto.h: dtypes, enum names, batches in and out, and one record for people.
+
+Every layout comes from the compiled header (`ffi.typeof(...).fields`); nothing is repeated here.
+"""
+
+import functools
+import ipaddress
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+
+from nlproto._wire import ffi, lib
+from nlproto.errors import Error, VersionMismatch
+from nlproto.records.clock import Clock
+
+__all__ = [
+    "BATCH",
+    "COUNTERS",
+    "HOLDER",
+    "HOW_NAMES",
+    "INFO",
+    "MAX_TEXT",
+    "PROCESS",
+    "RECORD",
+    "SNAP",
+    "SOCKET",
+    "TAIL",
+    "Batch",
+    "Packet",
+    "ProcessEvent",
+    "Snap",
+    "SnapBatch",
+    "address_text",
+    "bounded",
+    "decode_array",
+    "decode_batch",
+    "decode_process",
+    "decode_snaps",
+    "decode_struct",
+    "dtype_of",
+    "encode_batch",
+    "encode_snaps",
+    "ffi",
+    "how_name",
+    "how_value",
+    "is_named",
+    "lib",
+    "packet",
+    "text",
+]
+
+_UNSIGNED = {1: "u1", 2: "u2", 4: "u4", 8: "u8"}
+
+
+def dtype_of(struct: str, compiled: Any = ffi) -> np.dtype[np.void]:
+    """Return the NumPy dtype of a struct of unsigned fields, as the compiler laid it out.
+
+    `compiled` is the ffi of the extension that knows it.
+    """
+
+    def field_format(ctype: Any) -> Any:
+        if ctype.kind != "array":
+            return _UNSIGNED[compiled.sizeof(ctype)]
+        if ctype.item.cname == "char":
+            return f"S{ctype.length}"
+        return (_UNSIGNED[compiled.sizeof(ctype.item)], (ctype.length,))
+
+    ctype = compiled.typeof(f"struct {struct}")
+    return np.dtype(
+        {
+            "names": [name for name, _ in ctype.fields],
+            "formats": [field_format(field.type) for _, field in ctype.fields],
+            "offsets": [field.offset for _, field in ctype.fields],
+            "itemsize": compiled.sizeof(ctype),
+        }
+    )
+
+
+RECORD = dtype_of("sniffer_record")
+BATCH = dtype_of("sniffer_batch")
+TAIL = dtype_of("sniffer_tail")
+PROCESS = dtype_of("sniffer_process")
+SOCKET = dtype_of("sniffer_socket")
+HOLDER = dtype_of("sniffer_holder")
+INFO = dtype_of("sniffer_info")
+COUNTERS = dtype_of("sniffer_counters")
+SNAP = dtype_of("sniffer_snap")
+
+_HOW_VALUES: dict[str, int] = {
+    name.removeprefix("SNIFFER_HOW_").lower(): value
+    for name, value in ffi.typeof("enum sniffer_how").relements.items()
+    if name != "SNIFFER_HOW_REASONS"
+}
+_NAMES = {value: name for name, value in _HOW_VALUES.items()}
+
+HOW_NAMES: tuple[str, ...] = tuple(_NAMES.get(value, f"how_{value}") for value in range(256))
+"""Name of every value that the field `how` can hold, indexed by it."""
+
+DIR_NAMES = {lib.SNIFFER_DIR_IN: "in", lib.SNIFFER_DIR_OUT: "out", lib.SNIFFER_DIR_FWD: "fwd"}
+PROTO_NAMES = {socket.IPPROTO_TCP: "tcp", socket.IPPROTO_UDP: "udp"}
+
+
+def how_name(how: int) -> str:
+    """Return the enum name of `how`, lower-cased ("context"); "how_N" for a value of the future."""
+    return HOW_NAMES[how]
+
+
+def how_value(name: str) -> int:
+    """Return the value of a `how` name; raise Error for a word that names none."""
+    try:
+        return _HOW_VALUES[name]
+    except KeyError:
+        known = ", ".join(sorted(_HOW_VALUES))
+        raise Error(f"unknown how '{name}': it is one of {known}") from None
+
+
+def is_named(how: int) -> bool:
+    """Return whether `how` is a naming rule (True) or a reason why there is no owner (False)."""
+    return 0 < how < int(lib.SNIFFER_HOW_REASONS)
+
+
+def text(raw: bytes) -> str:
+    """Return a kernel string as str: up to the first NUL, bytes that are no UTF-8 as \\xNN."""
+    return bytes(raw).split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
+
+
+MAX_TEXT = 4096
+"""Bytes of UTF-8 that are kept of a text which a user chose."""
+_CUT = "…[cut]"
+
+
+def bounded(raw: bytes) -> str:
+    """Return `raw` as text of at most MAX_TEXT bytes; what is longer ends with "…[cut]".
+
+    Bytes that are no UTF-8 become \\xNN, so the result is harmless JSON text.
+    """
+    whole = raw[: MAX_TEXT + 1].decode("utf-8", "backslashreplace")
+    if len(whole) * 4 <= MAX_TEXT or len(whole.encode()) <= MAX_TEXT:
+        return whole
+    room = MAX_TEXT - len(_CUT.encode())
+    return whole.encode()[:room].decode("utf-8", "ignore") + _CUT
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One message of the packets group.
+
+    `head` is one BATCH, `records` an array of RECORD. Both are read-only views of the buffer
+    that was decoded and live as long as its contents do.
+    """
+
+    head: np.void
+    records: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEvent:
+    """One struct sniffer_process; `event` is of enum sniffer_event, times in ns."""
+
+    time_ns: int
+    start_ns: int
+    cgroup_id: int
+    tgid: int
+    ppid: int
+    uid: int
+    pidns: int
+    ns_tgid: int
+    event: int
+    comm: str
+    exe: str
+    cgroup: bytes = b""
+    """Path from the root of v2; empty when it is the root, too long, or not told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snap:
+    """The first bytes of one packet, from its IP header on; `head` is one SNAP."""
+
+    head: np.void
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SnapBatch:
+    """One message of the snaps group."""
+
+    head: np.void
+    snaps: tuple[Snap, ...]
+
+
+def decode_struct(buf: bytes | memoryview, dtype: np.dtype[np.void]) -> np.void:
+    """Return one struct at the head of `buf`, zero-copy; a longer one of the future is accepted.
+
+    Raises Error when `buf` is too short.
+    """
+    if len(buf) < dtype.itemsize:
+        raise Error(f"malformed message: {len(buf)} bytes where {dtype.itemsize} are needed")
+    view = memoryview(buf).toreadonly()
+    one: np.void = np.frombuffer(view, dtype, 1)[0]
+    return one
+
+
+def decode_array(buf: bytes | memoryview, dtype: np.dtype[np.void]) -> np.ndarray:
+    """Return `buf` as a read-only array of `dtype`; raise Error when it is no whole number."""
+    if len(buf) % dtype.itemsize:
+        raise Error(f"malformed message: {len(buf)} bytes are no multiple of {dtype.itemsize}")
+    return np.frombuffer(memoryview(buf).toreadonly(), dtype)
+
+
+def _decode_head(buf: bytes | memoryview) -> np.void:
+    head = decode_struct(buf, BATCH)
+    version = int(head["version"])
+    if version != lib.SNIFFER_VERSION:
+        raise VersionMismatch(
+            f"the sender speaks version {version} of the wire, this program version"
+            f" {lib.SNIFFER_VERSION}: install module, daemon and hunter of one release"
+        )
+    return head
+
+
+def decode_batch(buf: bytes | memoryview) -> Batch:
+    """Return the batch in `buf` (attribute SNIFFER_A_RECORDS) as views, without copying.
+
+    Records step by the head's record_size: longer records of a later release are read up to
+    what this one knows. Raises VersionMismatch for a version it does not know, Error when sizes
+    do not add up. Source: shared_proto.h, rules for readers.
+    """
+    head = _decode_head(buf)
+    size, count = int(head["record_size"]), int(head["count"])
+    if size < RECORD.itemsize:
+        raise Error(f"malformed batch: records of {size} bytes, at least {RECORD.itemsize} needed")
+    if BATCH.itemsize + size * count != len(buf):
+        raise Error(f"malformed batch: {len(buf)} bytes do not hold {count} records of {size}")
+    records: np.ndarray = np.ndarray(
+        (count,), RECORD, memoryview(buf).toreadonly(), BATCH.itemsize, (size,)
+    )
+    return Batch(head, records)
+
+
+def encode_batch(head: np.void, records: np.ndarray) -> bytes:
+    """Return the message for `records` (RECORD): `head` with version, size and count set for them.
+
+    Raises Error when there are more records than a head can count.
+    """
+    if len(records) > np.iinfo(BATCH["count"]).max:
+        raise Error(f"a batch cannot hold {len(records)} records: split it")
+    first = np.zeros(1, BATCH)
+    first[0] = head
+    first["version"] = lib.SNIFFER_VERSION
+    first["record_size"] = RECORD.itemsize
+    first["count"] = len(records)
+    return first.tobytes() + records.astype(RECORD, copy=False).tobytes()
+
+
+def decode_process(buf: bytes | memoryview) -> ProcessEvent:
+    """Return the process event in `buf` (attribute SNIFFER_A_PROCESS); raise Error if too short.
+
+    A module that tells no cgroup ends it where that begins.
+    """
+    first = int(ffi.offsetof("struct sniffer_process", "cgroup"))
+    if first <= len(buf) < PROCESS.itemsize:
+        buf = bytes(buf[:first]).ljust(PROCESS.itemsize, b"\0")
+    one = decode_struct(buf, PROCESS)
+    return ProcessEvent(
+        time_ns=int(one["time_ns"]),
+        start_ns=int(one["start_ns"]),
+        cgroup_id=int(one["cgroup_id"]),
+        tgid=int(one["tgid"]),
+        ppid=int(one["ppid"]),
+        uid=int(one["uid"]),
+        pidns=int(one["pidns"]),
+        ns_tgid=int(one["ns_tgid"]),
+        event=int(one["event"]),
+        comm=text(one["comm"]),
+        exe=text(one["exe"]).removesuffix(" (deleted)"),
+        cgroup=bytes(one["cgroup"]).partition(b"\0")[0],
+    )
+
+
+def decode_snaps(buf: bytes | memoryview) -> SnapBatch:
+    """Return the snaps in `buf` (attribute SNIFFER_A_SNAPS), all of it copied.
+
+    Raises VersionMismatch for a version it does not know, Error when sizes do not add up.
+    """
+    head = _decode_head(bytes(buf[: BATCH.itemsize]))
+    view = memoryview(buf).toreadonly()
+    snaps = []
+    at = BATCH.itemsize
+    for _ in range(int(head["count"])):
+        one = decode_struct(bytes(view[at : at + SNAP.itemsize]), SNAP)
+        at += SNAP.itemsize
+        caplen = int(one["caplen"])
+        if at + caplen > len(view):
+            raise Error(f"malformed snap: {caplen} bytes announced, {len(view) - at} left")
+        snaps.append(Snap(one, bytes(view[at : at + caplen])))
+        at += -(-caplen // 8) * 8
+    return SnapBatch(head, tuple(snaps))
+
+
+def encode_snaps(head: np.void, snaps: Sequence[Snap]) -> bytes:
+    """Return the message that decode_snaps() reads: `head` with version and count set for them."""
+    first = np.zeros(1, BATCH)
+    first[0] = head
+    first["version"], first["record_size"], first["count"] = lib.SNIFFER_VERSION, 0, len(snaps)
+    parts = [first.tobytes()]
+    for snap in snaps:
+        parts += (snap.head.tobytes(), snap.data, bytes(-len(snap.data) % 8))
+    return b"".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """One record for people: plain Python values, unknown ones None.
+
+    `len` is the IP length in bytes before segmentation, `segments` the wire packets in it;
+    `how` is the naming rule or the reason why `pid` is None.
+    """
+
+    time: datetime
+    dir: str
+    proto: str
+    src: str
+    sport: int
+    dst: str
+    dport: int
+    len: int
+    pid: int | None
+    comm: str
+    uid: int | None
+    netns: int
+    how: str
+    flags: int
+    tcp_flags: int
+    segments: int
+    ifindex: int
+    cookie: int
+    inode: int
+    tid: int | None
+    creator: int | None
+    start_ns: int
+    time_ns: int
+
+
+def address_text(family: int, raw: bytes | np.ndarray) -> str:
+    """Return the address in a 16-byte field as text; `family` is AF_INET or AF_INET6."""
+    return _address_text(family, bytes(raw))
+
+
+@functools.lru_cache(1 << 14)
+def _address_text(family: int, octets: bytes) -> str:
+    if family == socket.AF_INET:
+        return str(ipaddress.IPv4Address(octets[:4]))
+    return str(ipaddress.IPv6Address(octets))
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def packet(record: np.void, clock: Clock) -> Packet:
+    """Return one RECORD for people; `clock` is that of its batch's head (Clock.from_head)."""
+    family = int(record["family"])
+    how = int(record["how"])
+    named = is_named(how)
+    time_ns = int(record["time_ns"])
+    return Packet(
+        time=_EPOCH + timedelta(microseconds=clock.real_ns(time_ns) // 1000),
+        dir=DIR_NAMES.get(int(record["dir"]), "?"),
+        proto=PROTO_NAMES.get(int(record["proto"]), str(int(record["proto"]))),
+        src=address_text(family, record["saddr"]),
+        sport=int(record["sport"]),
+        dst=address_text(family, record["daddr"]),
+        dport=int(record["dport"]),
+        len=int(record["len"]),
+        pid=int(record["tgid"]) if named else None,
+        comm=text(record["comm"]) if named else "",
+        uid=int(record["uid"]) if named else None,
+        netns=int(record["netns"]),
+        how=HOW_NAMES[how],
+        flags=int(record["flags"]),
+        tcp_flags=int(record["tcp_flags"]),
+        segments=max(1, int(record["gso_segs"])),
+        ifindex=int(record["ifindex"]),
+        cookie=int(record["cookie"]),
+        inode=int(record["inode"]),
+        tid=int(record["tid"]) or None,
+        creator=int(record["creator"]) or None,
+        start_ns=int(record["start_ns"]),
+        time_ns=time_ns,
+    )

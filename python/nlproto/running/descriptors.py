@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: MIT
+"""File descriptors: a limit as high as allowed, shares that leave some over, and the end of them.
+
+Sources: man 2 getrlimit, man 5 systemd.exec (LimitNOFILE: raise the soft limit, avoid select()).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import resource
+from collections.abc import Iterator
+
+from nlproto.errors import Error
+
+__all__ = ["NoDescriptors", "lower_limit", "namespaces", "none_left", "or_error", "raise_limit"]
+
+_PER_NETNS = 5  # ring, sock_diag and rtnetlink of the engine, sock_diag of keeper and of namer
+_OTHERS = 64  # files, history, event loop, the questions under way
+_CLIENTS = 512
+_LEAST = 18
+
+_soft_at_start = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+class NoDescriptors(Error):
+    """This process, or the machine, has no file descriptor left."""
+
+    @classmethod
+    def of(cls, error: OSError) -> NoDescriptors:
+        return cls(f"{error.strerror}: raise the limit (ulimit -n, LimitNOFILE=) or close some")
+
+
+def raise_limit() -> None:
+    """Raise this process's soft limit to the hard one. Nothing here uses select(2).
+
+    Raises Error where even that is too low to begin.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if 0 <= hard < _LEAST:
+        raise NoDescriptors(f"{hard} open files are too few: raise the limit (ulimit -n)")
+
+
+def lower_limit() -> None:
+    """Go back to the soft limit at start, for a program that is run from here."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_soft_at_start, hard))
+
+
+def namespaces(most: int) -> int:
+    """Return how many network namespaces may be captured, `most` at most and at least one.
+
+    At least half of the descriptors, or enough for a full house of clients, is for others.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return most
+    others = _OTHERS + min(_CLIENTS, soft // 2)
+    return max(1, min(most, (soft - others) // _PER_NETNS))
+
+
+def none_left(error: BaseException) -> bool:
+    """Return whether `error` says that there are no descriptors left."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+@contextlib.contextmanager
+def or_error() -> Iterator[None]:
+    """Raise NoDescriptors instead of the OSError that says the same."""
+    try:
+        yield
+    except OSError as error:
+        if not none_left(error):
+            raise
+        raise NoDescriptors.of(error) from None

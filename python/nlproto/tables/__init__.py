@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""What is remembered: flows, processes, who owns which port."""

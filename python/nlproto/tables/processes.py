@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: MIT
+"""Processes by identity (tgid, start_ns): what the kernel and /proc tell of them, bounded."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from nlproto.host import cgroups
+from nlproto.host.procfs import TICK_NS, same_start
+from nlproto.records.wire import ProcessEvent, bounded, lib, text
+from nlproto.running.supervise import Failures
+from nlproto.tables.column_table import mix
+from nlproto.tables.shares import NOBODY, Payers, surplus
+
+__all__ = ["ProcessKey", "Process", "Processes", "process_of_event"]
+
+ProcessKey = tuple[int, int]
+"""(tgid, start_ns) in the initial pid namespace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process; empty or None where nothing is known. Strings are harmless JSON text."""
+
+    tgid: int
+    start_ns: int
+    comm: str = ""
+    ppid: int | None = None
+    uid: int | None = None
+    user: str = ""
+    exe: str = ""
+    cmdline: str = ""
+    cgroup: str = ""
+    cgroup_id: int = 0
+    unit: str = ""
+    container: str = ""
+    pidns: int = 0
+    ns_tgid: int = 0
+    exit_ns: int | None = None
+    """CLOCK_MONOTONIC of its exit, None while it lives or when nobody told."""
+
+    @property
+    def key(self) -> ProcessKey:
+        return self.tgid, self.start_ns
+
+
+ReadDetails = Callable[[int, int], Any]
+"""(pid, start_ns) -> an object with some of Process's attributes, or None when it is gone."""
+
+_KERNEL = ("comm", "exe", "ppid", "uid", "cgroup_id", "pidns", "ns_tgid")
+_CGROUP = ("cgroup", "unit", "container")
+"""What /proc tells better while the process lives: it may have moved, or be on v1."""
+_PROC = ("exe", "cmdline", "user", "cgroup", "unit", "container", "ppid")
+
+
+def process_of_event(event: ProcessEvent) -> Process:
+    """The Process that an event tells of."""
+    place = cgroups.NOWHERE
+    if event.cgroup:
+        place = cgroups.place_of(os.fsdecode(event.cgroup), cgroups.only_root_makes(""))
+    return Process(
+        tgid=event.tgid,
+        start_ns=event.start_ns,
+        comm=event.comm,
+        ppid=event.ppid or None,
+        uid=event.uid,
+        exe=event.exe,
+        cgroup=bounded(event.cgroup),
+        cgroup_id=event.cgroup_id,
+        unit=bounded(os.fsencode(place.unit)),
+        container=bounded(os.fsencode(place.container)),
+        pidns=event.pidns,
+        ns_tgid=event.ns_tgid,
+        exit_ns=event.time_ns if event.event == lib.SNIFFER_EVENT_EXIT else None,
+    )
+
+
+_BYTES_EACH = 2048
+"""Memory for one process on average; most need 800 bytes, the longest strings far more."""
+_BYTES_LEAST = 1 << 20
+_STRINGS = ("comm", "user", "exe", "cmdline", "cgroup", "unit", "container")
+_FIXED = 500  # bytes of a Process and its places in the tables, without the strings
+
+
+class Processes:
+    """The processes seen, at most `limit` in at most `max_bytes` of memory. Thread-safe.
+
+    When full, the payer with most of them gives, of its programs the one with most, of that the
+    least recently used (nlproto.tables.shares).
+    `details` reads /proc and is asked once per process and once more after an exec.
+    `on_change` is called, without the lock, for each process that is new or changed.
+    """
+
+    def __init__(
+        self,
+        details: ReadDetails | None = None,
+        limit: int = 65536,
+        on_change: Callable[[Process], None] | None = None,
+        payers: Payers | None = None,
+    ) -> None:
+        self._details = details
+        self._payers = payers
+        self._lock = threading.Lock()
+        self._table: OrderedDict[ProcessKey, Process] = OrderedDict()
+        self._newest: dict[int, int] = {}
+        self._read: set[ProcessKey] = set()
+        self._failures = Failures("details of a process")
+        self.limit = limit
+        self.max_bytes = max(_BYTES_LEAST, limit * _BYTES_EACH)
+        self.bytes = 0
+        self.on_change = on_change
+        self.evicted = 0
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def get(self, tgid: int, start_ns: int) -> Process | None:
+        return self._table.get((tgid, start_ns))
+
+    def start_of(self, tgid: int, start_ns: int) -> int:
+        """The start time by which this process is known already, else `start_ns`.
+
+        /proc tells it in clock ticks, the module in ns; they are one process when ticks agree.
+        """
+        known = self._newest.get(tgid)
+        if known is not None and same_start(known, start_ns // TICK_NS):
+            return known
+        return start_ns
+
+    def get_many(self, keys: Iterable[ProcessKey]) -> list[Process]:
+        """Those of `keys` that are known."""
+        table = self._table
+        return [found for key in keys if (found := table.get(key)) is not None]
+
+    def find(self, pid: int | None = None, name: str | None = None) -> list[Process]:
+        """Known processes by pid or by comm, newest start first."""
+        with self._lock:
+            everything = list(self._table.values())
+        found = [
+            process
+            for process in everything
+            if (pid is None or process.tgid == pid) and (name is None or process.comm == name)
+        ]
+        return sorted(found, key=lambda process: -process.start_ns)
+
+    def add_event(self, event: ProcessEvent) -> Process:
+        """Take an event: first use, exec, rename, exit or dump."""
+        told = process_of_event(event)
+        kind = event.event
+        key = told.key
+        known = self._table.get(key)
+        if kind == lib.SNIFFER_EVENT_EXEC:
+            self._read.discard(key)
+            known = None
+        if known is None:
+            process = told
+        else:
+            names = _KERNEL if known.cgroup else (*_KERNEL, *_CGROUP)
+            values = {name: getattr(told, name) for name in names if getattr(told, name)}
+            process = replace(known, exit_ns=told.exit_ns or known.exit_ns, **values)
+        if kind != lib.SNIFFER_EVENT_EXIT:
+            process = self._with_details(process)
+        self._keep(process)
+        return process
+
+    def add_records(self, records: np.ndarray) -> None:
+        """Learn of the processes that named RECORDs mention and that are not known yet."""
+        named = records[records["tgid"] != 0]
+        if not len(named):
+            return
+        _, first = np.unique(_identity(named), return_index=True)
+        for index in first.tolist():
+            record = named[index]
+            key = (int(record["tgid"]), int(record["start_ns"]))
+            comm = text(bytes(record["comm"]))
+            known = self._table.get(key)
+            if known is not None:
+                if comm and known.comm != comm:
+                    self._keep(replace(known, comm=comm))
+                else:
+                    self._touch(key)
+                continue
+            process = Process(tgid=key[0], start_ns=key[1], comm=comm, uid=int(record["uid"]))
+            self._keep(self._with_details(process))
+
+    def add(self, tgid: int, start_ns: int, comm: str = "", uid: int | None = None) -> Process:
+        """Learn of one process, for instance a socket's holder."""
+        known = self._table.get((tgid, start_ns))
+        if known is not None:
+            self._touch(known.key)
+            return known
+        process = self._with_details(Process(tgid=tgid, start_ns=start_ns, comm=comm, uid=uid))
+        self._keep(process)
+        return process
+
+    def restore(self, processes: Sequence[Process]) -> None:
+        """Put back what a store kept, without asking /proc or telling anybody."""
+        with self._lock:
+            for process in processes:
+                self._put(process)
+            self._shrink()
+
+    def _touch(self, key: ProcessKey) -> None:
+        with self._lock:
+            if key in self._table:
+                self._table.move_to_end(key)
+
+    def _with_details(self, process: Process) -> Process:
+        if self._details is None or process.key in self._read:
+            return process
+        self._read.add(process.key)
+        try:
+            found = self._details(process.tgid, process.start_ns)
+        except Exception as error:  # what one process is called must not cost others their names
+            self._failures.add(error)
+            return process
+        if found is None:
+            return process
+        values = {name: value for name in _PROC if (value := getattr(found, name, None))}
+        if "cgroup" in values:
+            values |= {name: getattr(found, name, "") for name in _CGROUP}
+        uid = getattr(found, "uid", None)
+        if uid is not None:
+            values["uid"] = uid
+        if not process.comm:
+            values["comm"] = getattr(found, "comm", "")
+        return replace(process, **values)
+
+    def _keep(self, process: Process) -> None:
+        with self._lock:
+            self._put(process)
+            self._table.move_to_end(process.key)
+            if self._newest.get(process.tgid, -1) < process.start_ns:
+                self._newest[process.tgid] = process.start_ns
+            self._shrink()
+        if self.on_change is not None:
+            self.on_change(process)
+
+    def _put(self, process: Process) -> None:
+        known = self._table.get(process.key)
+        self.bytes += _size(process) - (0 if known is None else _size(known))
+        self._table[process.key] = process
+
+    def _shrink(self) -> None:
+        """A sixteenth more goes than has to: what it takes to choose is then little for each."""
+        if len(self._table) > self.limit:
+            self._evict(self.limit - self.limit // 16)
+        if self.bytes > self.max_bytes:
+            sizes = np.fromiter(map(_size, self._table.values()), np.int64, len(self._table))
+            self._evict(self.max_bytes - self.max_bytes // 16, sizes)
+
+    def _evict(self, keep: int, weights: np.ndarray | None = None) -> None:
+        everything = list(self._table.values())
+        count = len(everything)
+        uids = [NOBODY if process.uid is None else process.uid for process in everything]
+        payers = np.array(uids, np.uint32)
+        if self._payers is not None:
+            payers = self._payers.of(payers)
+        names = np.fromiter((hash(process.comm) for process in everything), np.int64, count)
+        programs = mix((payers.astype(np.uint64), names.view(np.uint64)), 0)
+        goes = surplus(np.arange(count)[::-1], (payers, programs), keep, weights)
+        for index in np.flatnonzero(goes).tolist():
+            process = everything[index]
+            key = process.key
+            del self._table[key]
+            self.bytes -= _size(process)
+            self._read.discard(key)
+            if self._newest.get(key[0]) == key[1]:
+                del self._newest[key[0]]
+        self.evicted += int(np.count_nonzero(goes))
+
+
+def _size(process: Process) -> int:
+    """Bytes of memory, nearly."""
+    return _FIXED + sum(sys.getsizeof(getattr(process, name)) for name in _STRINGS)
+
+
+def _identity(records: np.ndarray) -> np.ndarray:
+    """One number per (tgid, start_ns); two processes of a batch never share one in practice,
+    and if they did, the later would be learnt from a later batch."""
+    tgid = records["tgid"].astype(np.uint64)
+    return np.asarray(tgid * np.uint64(0x9E3779B97F4A7C15) ^ records["start_ns"])
