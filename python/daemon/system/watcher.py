@@ -154,7 +154,7 @@ class Watcher:
     def _replace(self, pipeline: Pipeline) -> None:
         """The engine failed."""
         gone = pipeline.engine.name
-        engine = _module() if self._wanted != "packet" else None
+        engine = _module() if self._wanted in ("auto", "module") else None
         if engine is not None:
             self._change(engine, "module_back", "the module is loaded again")
             return
@@ -165,8 +165,10 @@ class Watcher:
                 " (packet-hunter doctor says how)",
             )
             return
-        engine = open_engine("packet", log.warning, ring_bytes=self._ring_bytes)
-        self._change(engine, f"{gone}_gone", f"engine {gone} has gone: going on with engine packet")
+        wanted = "packet" if gone == "ebpf" else self._wanted
+        engine = open_engine(wanted, log.warning, ring_bytes=self._ring_bytes)
+        message = f"engine {gone} has gone: going on with engine {engine.name}"
+        self._change(engine, f"{gone}_gone", message)
 
     def _change(self, engine: Engine, event: str, message: str) -> None:
         self._pipeline.switch(engine)
