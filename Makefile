@@ -34,8 +34,8 @@ test-host: tools ## real sockets and processes, no module
 	$(PYTEST) tests/host
 test-vm: tools ## the module on PACKET_HUNTER_KERNEL (default: Debian's 6.1, in QEMU)
 	$(PYTEST) tests/vm --ignore tests/vm/test_attribution.py
-test-attribution: tools ## the ground-truth suite; REPEAT=10: each ten times, LOAD=1: every CPU busy
-	PACKET_HUNTER_REPEAT=$(REPEAT) PACKET_HUNTER_LOAD=$(LOAD) $(PYTEST) tests/vm/test_attribution.py
+test-attribution: tools ## the ground-truth suite; ENGINE=ebpf; REPEAT=10: each ten times, LOAD=1: every CPU busy
+	PACKET_HUNTER_REPEAT=$(REPEAT) PACKET_HUNTER_LOAD=$(LOAD) PACKET_HUNTER_ENGINE=$(filter ebpf,$(ENGINE)) $(PYTEST) tests/vm/test_attribution.py
 test-matrix: tools ## tests/vm on 5.10, 6.1, 6.12 (two), 7.2, 7.3: a table of build, load, attribution, unload, dmesg
 	@PYTHONPATH=tests/vm $(PYTHON) -m vmtest.matrix
 test-kasan: tools ## tests/vm and two minutes of stress on a 6.1 with KASAN, lockdep, kmemleak (compiled once, 10 min)

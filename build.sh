@@ -31,7 +31,7 @@ case "${1-}" in
 clean | distclean)
 	cache=${PACKET_HUNTER_CACHE:-${XDG_CACHE_HOME:-${HOME-/root}/.cache}/packet-hunter}
 	[ ! -e kmod/Makefile ] || make -s -C kmod clean
-	rm -rf build dist python/*.egg-info python/nlproto/_*.so python/nlproto/_wire.c python/nlproto/_host.c
+	rm -rf build dist python/*.egg-info python/nlproto/_*.so python/nlproto/_wire.c python/nlproto/_host.c python/nlproto/engines/*.o
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	if [ "$1" = distclean ]; then
@@ -64,6 +64,13 @@ PATH=$PATH:/usr/sbin:/sbin
 want python3 python3
 want gcc gcc
 want make make
+# the programs of engine ebpf; who has no such packages goes on without them
+if [ ! -e python/nlproto/engines/hunter.bpf.o ] || [ "$tools" = yes ]; then
+	want clang clang
+	want llvm-strip llvm
+	[ -e /usr/include/bpf/bpf_helpers.h ] || missing="$missing libbpf-dev"
+fi
+ldconfig -p 2>/dev/null | grep -q 'libbpf\.so\.1' || missing="$missing libbpf1"
 if command -v python3 >/dev/null 2>&1; then
 	python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
 	header=$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')
@@ -135,6 +142,13 @@ if [ ! -e "$stamp" ] || [ -n "$(find pyproject.toml setup.py shared_proto.h VERS
 fi
 # an editable installation leaves it out; see python/nlproto/guard.py
 cp python/packet-hunter.pth .venv/lib/python3*/site-packages/
+
+# --- the programs of engine ebpf
+if make -s -C bpf; then
+	:
+else
+	say "python/nlproto/engines/hunter.bpf.o not built: see clang's words above (going on without engine ebpf)"
+fi
 
 # --- a real Prometheus server for the tests: unpacked, not installed, so that no service begins
 if [ "$tools" = yes ] && [ ! -x .venv/prometheus/usr/bin/prometheus ]; then

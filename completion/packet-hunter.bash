@@ -51,13 +51,13 @@ _shtab_packet_hunter_top__Q_choices=(in out inout)
 _shtab_packet_hunter_top___direction_choices=(in out inout)
 _shtab_packet_hunter_top__u_choices=(bin-bytes bin-bits si-bytes si-bits)
 _shtab_packet_hunter_top___units_choices=(bin-bytes bin-bits si-bytes si-bits)
-_shtab_packet_hunter_top___engine_choices=(auto module packet)
+_shtab_packet_hunter_top___engine_choices=(auto module ebpf packet)
 _shtab_packet_hunter_who___proto_choices=(tcp udp)
 _shtab_packet_hunter_pos_0_choices=(top who stats annotate report doctor)
 _shtab_packet_hunter__Q_choices=(in out inout)
 _shtab_packet_hunter___direction_choices=(in out inout)
 _shtab_packet_hunter___format_choices=(csv jsonl parquet pcapng)
-_shtab_packet_hunter___engine_choices=(auto module packet)
+_shtab_packet_hunter___engine_choices=(auto module ebpf packet)
 
 _shtab_packet_hunter_top__h_nargs=0
 _shtab_packet_hunter_top___help_nargs=0

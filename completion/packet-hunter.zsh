@@ -50,7 +50,7 @@ _shtab_packet_hunter_options=(
   {-W,--keep}"[with -C\: keep the last N files]:N:"
   "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
-  "--engine[without the daemon or with --direct\: module, packet, or auto (default)]:E:(auto module packet)"
+  "--engine[without the daemon or with --direct\: module, ebpf, packet, or auto (default)]:E:(auto module ebpf packet)"
   {-B,--buffer}"[of engine packet, without the daemon\: for packets that wait (default\: 16384)]:KIB:"
   "*"{-r,--read}"[show a saved capture of any format, gzip or not\; - is standard input (repeatable\: all in order of time)]:FILE:_files"
   {-D,--list-interfaces}"[list interfaces, and end]"
@@ -110,7 +110,7 @@ _shtab_packet_hunter_top_options=(
   {-d,--interval}"[between looks (1s)]:S:"
   "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
-  "--engine[without the daemon or with --direct\: module, packet, or auto (default)]:E:(auto module packet)"
+  "--engine[without the daemon or with --direct\: module, ebpf, packet, or auto (default)]:E:(auto module ebpf packet)"
   {-B,--buffer}"[of engine packet, without the daemon\: for packets that wait (default\: 16384)]:KIB:"
   "*"{-r,--read}"[show a saved capture of any format, gzip or not\; - is standard input (repeatable\: all in order of time)]:FILE:_files"
 )

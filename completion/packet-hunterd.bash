@@ -11,7 +11,7 @@ _shtab_packet_hunterd_option_strings=(-h --help -V --version --engine --socket -
 
 
 
-_shtab_packet_hunterd___engine_choices=(auto module packet)
+_shtab_packet_hunterd___engine_choices=(auto module ebpf packet)
 
 _shtab_packet_hunterd__h_nargs=0
 _shtab_packet_hunterd___help_nargs=0

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-V", "--version", action=_Version)
     parser.add_argument(
         "--engine",
-        choices=("auto", "module", "packet"),
+        choices=("auto", "module", "ebpf", "packet"),
         help="where packets come from; auto: the kernel module when it is loaded",
     )
     parser.add_argument("--socket", metavar="PATH", help="UNIX socket to serve")

@@ -259,7 +259,7 @@ def completed(*words, before=""):
         (["how", "socket_"], ["socket_gone"]),
         (["how", "unn"], ["unnamed"]),
         (["tcp", "-i", "l"], ["lo"]),
-        (["--engine", ""], ["auto", "module", "packet"]),
+        (["--engine", ""], ["auto", "module", "ebpf", "packet"]),
         (["-Q", "o"], ["out"]),
         (["--summ"], ["--summary"]),
         (["who", "--pr"], ["--proto"]),

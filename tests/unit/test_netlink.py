@@ -106,7 +106,7 @@ def test_engine_module_without_the_module_leaves_no_descriptor_open():
 
 
 def test_an_unknown_engine_is_a_usage_error():
-    with pytest.raises(UsageError, match="auto, module, packet"):
+    with pytest.raises(UsageError, match="auto, module, ebpf, packet"):
         open_engine("magic", print)
 
 

@@ -107,7 +107,7 @@ class Config:
     Each field has what reads its text in the file, and says what it may be.
     """
 
-    engine: Annotated[str, _word("auto", "module", "packet")] = "auto"
+    engine: Annotated[str, _word("auto", "module", "ebpf", "packet")] = "auto"
     socket: Annotated[str, _path] = DEFAULT_SOCKET
     group: Annotated[str, _name] = DEFAULT_GROUP
     """Members see everything, as root does."""

@@ -157,9 +157,9 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--engine",
         metavar="E",
-        choices=("auto", "module", "packet"),
+        choices=("auto", "module", "ebpf", "packet"),
         default="auto",
-        help="without the daemon or with --direct: module, packet, or auto (default)",
+        help="without the daemon or with --direct: module, ebpf, packet, or auto (default)",
     )
     group.add_argument(
         "-B",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Engines: where records come from. `module` is exact, `packet` needs no module."""
+"""Engines: where records come from. `module` and `ebpf` are exact, `packet` needs neither."""
 
 from collections.abc import Callable, Iterable
 from typing import Protocol, Self
@@ -12,7 +12,7 @@ from nlproto.records.wire import Event
 
 __all__ = ["ENGINES", "Engine", "Event", "open_engine"]
 
-ENGINES = ("auto", "module", "packet")
+ENGINES = ("auto", "module", "ebpf", "packet")
 
 
 class Engine(Protocol):
@@ -83,11 +83,11 @@ def open_engine(
 
     `ring_bytes`: what engine packet has for packets that wait (16 MiB). `notify` gets one plain
     line for each thing that makes the result less than it could be.
-    Raises UsageError for another name, NoModule, NoPrivilege.
+    Raises UsageError for another name, NoModule, NoBpf, NoPrivilege.
     """
     if name not in ENGINES:
         raise UsageError(f"no engine '{name}': it is one of {', '.join(ENGINES)}")
-    if name != "packet":
+    if name in ("auto", "module"):
         # Imported here: each engine is of no use to who takes the other.
         from nlproto.engines.module import ModuleEngine
 
@@ -101,6 +101,14 @@ def open_engine(
         except NoPrivilege:
             if name == "module":
                 raise
+    if name == "ebpf":
+        from nlproto.engines.bpf import NoBpf
+        from nlproto.engines.ebpf import EbpfEngine
+
+        try:
+            return EbpfEngine(notify)
+        except NoBpf as error:
+            raise NoBpf(f"engine ebpf cannot run: {error}; or use --engine packet") from error
     from nlproto.engines.packet import RING_BYTES, PacketEngine
 
     engine = PacketEngine(notify, ring_bytes=ring_bytes or RING_BYTES)

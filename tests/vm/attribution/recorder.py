@@ -14,6 +14,29 @@ from nlproto.engines.engine import Engine, open_engine
 from nlproto.pipeline.account import Account
 from nlproto.records.wire import RECORD, Batch, lib
 
+_EBPF: list[Engine] = []
+"""Engine ebpf, kept from scenario to scenario as a loaded module is: loading takes a while."""
+
+
+def _open(engine: str, notes: list[str]) -> Engine:
+    if engine != "ebpf":
+        return open_engine(engine, notes.append)
+    if not _EBPF:
+        _EBPF.append(open_engine(engine, notes.append).__enter__())
+    for _ in _EBPF[0].read(0):
+        pass
+    _EBPF[0].begin()
+    return _EBPF[0]
+
+
+def forget_ebpf(recorder: Recorder | None) -> None:
+    """Load engine ebpf anew, as a module would be: what exists now is older than it."""
+    for engine in _EBPF:
+        engine.__exit__(None, None, None)
+    _EBPF.clear()
+    if recorder is not None:
+        recorder.reopen()
+
 
 class Recorder:
     """An open engine with all its records so far; a context manager.
@@ -24,7 +47,7 @@ class Recorder:
 
     def __init__(self, engine: str) -> None:
         self.notes: list[str] = []
-        self.engine: Engine = open_engine(engine, self.notes.append)
+        self.engine: Engine = _open(engine, self.notes)
         self.account = Account()
         self.account.open(self.engine.opening, self.engine.instance)
         self._before = self._counters()
@@ -35,10 +58,18 @@ class Recorder:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.engine.__exit__(*exc)
+        if self.engine.name != "ebpf":
+            self.engine.__exit__(*exc)
+
+    def reopen(self) -> None:
+        """Go on with a fresh engine ebpf."""
+        self.engine = _open("ebpf", self.notes)
+        self.account.open(self.engine.opening, self.engine.instance)
 
     def starve(self) -> None:
         """Make the module engine's receive buffer hold no more than a few batches."""
+        if self.engine.name == "ebpf":  # its ring is too large to fill here
+            return
         with socket.socket(fileno=os.dup(self.engine._listener.fileno())) as netlink:  # type: ignore[attr-defined]
             netlink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
 

@@ -28,7 +28,7 @@ from nlproto.records.wire import how_name
 from . import truth
 from .busy import busy
 from .catalog import Scenario, load
-from .recorder import Recorder
+from .recorder import Recorder, forget_ebpf
 from .score import score
 from .stage import CLONE_NEWNET, Stage, Unable, Wire, call, loopback_up, rename
 from .workers import BINARIES, compile_workers
@@ -147,7 +147,9 @@ def _follow(
                     recorder.starve()
                 wire.tell()
             elif "reload" in message:
-                if module is not None:
+                if engine == "ebpf":
+                    forget_ebpf(recorder)
+                elif module is not None:
                     reload_module(module)
                 wire.tell()
             elif "unable" in message:
@@ -180,7 +182,7 @@ def _judge(
         records,
         claims,
         how_name,
-        comm=engine == "module",
+        comm=engine != "packet",
         counts=not scenario.lossy,
         asks_later=engine == "packet",
     )
@@ -237,7 +239,7 @@ def report(result: dict[str, Any], say: Callable[..., None]) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="attribution.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--engine", choices=("module", "packet"), required=True)
+    parser.add_argument("--engine", choices=("module", "ebpf", "packet"), required=True)
     parser.add_argument("--only", action="append", metavar="NAME", help="may be repeated")
     parser.add_argument("--repeat", type=int, default=1, metavar="N")
     parser.add_argument("--load", action="store_true", help="two busy processes a CPU meanwhile")
@@ -274,7 +276,8 @@ def main() -> int:
             for round_number in range(arguments.repeat):
                 for name in arguments.only or scenarios:
                     scenario = scenarios[name]
-                    if arguments.engine not in scenario.engines:
+                    asked = "module" if arguments.engine == "ebpf" else arguments.engine
+                    if asked not in scenario.engines:
                         continue
                     result = perform(
                         scenario, arguments.engine, binaries, arguments.module, arguments.scale

@@ -1,0 +1,164 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef HUNTER_KERNEL_H
+#define HUNTER_KERNEL_H
+/*
+ * The kernel's types, as far as the programs read them. Kept by hand: libbpf
+ * moves each access to where the running kernel has the field (CO-RE), so the
+ * order and the rest of each structure do not matter here.
+ */
+#include <linux/types.h>
+#include <linux/bpf.h>
+
+typedef __u8 u8;
+typedef __u16 u16;
+typedef __u32 u32;
+typedef __u64 u64;
+typedef __s32 s32;
+typedef __s64 s64;
+typedef _Bool bool;
+enum { false, true };
+#ifndef NULL
+#define NULL ((void *)0)
+#endif
+
+#define AF_INET			2
+#define AF_INET6		10
+#define IPPROTO_TCP		6
+#define IPPROTO_UDP		17
+#define IPPROTO_MPTCP		262
+#define SOCK_STREAM		1
+#define SOCK_RAW		3
+#define SOCKFS_MAGIC		0x534F434B
+#define PF_IO_WORKER		0x00000010
+#define PF_EXITING		0x00000004
+#define PF_MEMALLOC		0x00000800
+#define PF_KTHREAD		0x00200000
+#define IPSKB_FORWARDED		1
+#define IP6SKB_FORWARDED	2
+#define SOCK_DEAD_BIT		1	/* 1 << SOCK_DEAD */
+
+enum {
+	TCP_ESTABLISHED = 1, TCP_SYN_SENT, TCP_SYN_RECV, TCP_FIN_WAIT1, TCP_FIN_WAIT2,
+	TCP_TIME_WAIT, TCP_CLOSE, TCP_CLOSE_WAIT, TCP_LAST_ACK, TCP_LISTEN, TCP_CLOSING,
+	TCP_NEW_SYN_RECV,
+};
+
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+
+typedef struct { int counter; } atomic_t;
+typedef struct { s64 counter; } atomic64_t;
+
+struct list_head { struct list_head *next, *prev; };
+struct ns_common { unsigned int inum; };
+struct net { struct ns_common ns; };
+typedef struct { struct net *net; } possible_net_t;
+struct net_device { int ifindex; possible_net_t nd_net; };
+struct dst_entry { struct net_device *dev; };
+
+struct super_block { unsigned long s_magic; };
+struct inode { unsigned long i_ino; struct super_block *i_sb; };
+struct qstr { const unsigned char *name; };
+struct dentry { struct qstr d_name; };
+struct path { struct dentry *dentry; };
+struct file {
+	struct inode *f_inode;
+	void *private_data;
+	struct path f_path;
+};
+/* file_count() over the ages: f_count up to 6.12, f_ref from 6.13 on */
+struct file___count { atomic64_t f_count; };
+struct file_ref___new { atomic64_t refcnt; };
+struct file___ref { struct file_ref___new f_ref; };
+
+struct fdtable { unsigned int max_fds; struct file **fd; };
+struct files_struct { atomic_t count; struct fdtable *fdt; };
+typedef struct { u32 val; } kuid_t;
+struct cred { kuid_t uid; };
+struct signal_struct { atomic_t live; int nr_threads; struct list_head thread_head; };
+struct nsproxy { struct net *net_ns; };
+struct task_struct {
+	unsigned int flags;
+	int pid;
+	int tgid;
+	u64 start_boottime;
+	struct task_struct *group_leader;
+	struct task_struct *real_parent;
+	const struct cred *cred;
+	struct files_struct *files;
+	struct signal_struct *signal;
+	struct list_head tasks;
+	struct list_head thread_node;
+	char comm[16];
+	void *io_uring;
+	struct nsproxy *nsproxy;
+};
+/* where a processor counts what runs on it: arm64 in the task, x86 6.2 to 6.14 in pcpu_hot */
+struct thread_info___arm { u64 preempt_count; };
+struct task_struct___arm { struct thread_info___arm thread_info; };
+struct pcpu_hot___x { int preempt_count; };
+
+struct sock;
+struct in6_addr { u8 octets[16]; };
+struct sock_common {
+	unsigned short skc_family;
+	volatile unsigned char skc_state;
+	u16 skc_num;
+	u16 skc_dport;
+	u32 skc_daddr;
+	u32 skc_rcv_saddr;
+	struct in6_addr skc_v6_daddr;
+	struct in6_addr skc_v6_rcv_saddr;
+	possible_net_t skc_net;
+	atomic64_t skc_cookie;
+	struct sock *skc_listener;
+	unsigned long skc_flags;
+};
+struct socket { struct sock *sk; struct file *file; };
+struct socket_alloc { struct socket socket; struct inode vfs_inode; };
+struct sock {
+	struct sock_common __sk_common;
+	struct socket *sk_socket;
+	u16 sk_type;
+	u16 sk_protocol;
+	u8 sk_kern_sock : 1;
+	void *sk_user_data;
+};
+struct tcp_sock { bool is_mptcp; };
+struct tcp_sock___bit { u8 is_mptcp : 1; };
+struct inet_connection_sock { void *icsk_ulp_data; };
+struct mptcp_subflow_context___x { struct sock *conn; };
+struct request_sock { struct sock_common __req_common; };
+struct inet_timewait_sock { struct sock_common __tw_common; };
+
+struct sk_buff {
+	struct sock *sk;
+	struct net_device *dev;
+	char cb[48];
+	unsigned long _skb_refdst;
+	unsigned int len;
+	unsigned int data_len;
+	int skb_iif;
+	u16 protocol;
+	u16 transport_header;
+	u16 network_header;
+	unsigned int end;
+	unsigned char *head;
+	unsigned char *data;
+};
+struct skb_shared_info { unsigned short gso_size; unsigned short gso_segs; };
+struct inet_skb_parm { u16 flags; };
+struct inet6_skb_parm { u16 flags; };
+
+struct seq_file;
+struct bpf_map;
+struct bpf_iter_meta { struct seq_file *seq; };
+struct bpf_iter__task_file {
+	struct bpf_iter_meta *meta;
+	struct task_struct *task;
+	u32 fd;
+	struct file *file;
+};
+
+#pragma clang attribute pop
+
+#endif /* HUNTER_KERNEL_H */

@@ -1,0 +1,236 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef HUNTER_NAME_H
+#define HUNTER_NAME_H
+/* Whose packet is it? What the hooks ask of the owner table. */
+#include "packet.h"
+#include "use.h"
+
+/* What naming needs to know of a socket, read while it is at hand. */
+struct about {
+	u64 cookie;
+	u64 parent;	/* cookie of the MPTCP socket whose subflow it is, or of its listener's */
+	u64 listener;	/* cookie of a request's */
+	u64 inode;
+	u8 state;
+	u8 fresh;	/* it had no cookie: no probe had ever seen it */
+	u8 full;	/* neither a request nor a TIME_WAIT */
+	u8 servers;	/* the kernel's own, or its server's listener */
+	u8 gone;	/* closed, no process has it */
+	u8 unused[3];
+};
+
+/*
+ * A socket of the kernel's own: flagged so, or without a file (nvmet and iSCSI
+ * make theirs as a process does). MPTCP makes its subflows in the same ways; the
+ * type tells the stack's control sockets, which are raw, from TCP's.
+ */
+static __always_inline bool is_kernel(struct sock *sk)
+{
+	struct socket *sock = sk->sk_socket;
+
+	if (!BPF_CORE_READ_BITFIELD(sk, sk_kern_sock) && (!sock || sock->file))
+		return false;
+	return !(sk->sk_type == SOCK_STREAM && sk->sk_protocol == IPPROTO_TCP &&
+		 BPF_CORE_READ_BITFIELD_PROBED((struct tcp_sock *)sk, is_mptcp));
+}
+
+static __always_inline bool is_kernel_at(struct sock *sk)
+{
+	struct socket *sock = BPF_CORE_READ(sk, sk_socket);
+
+	if (!BPF_CORE_READ_BITFIELD_PROBED(sk, sk_kern_sock) &&
+	    (!sock || BPF_CORE_READ(sock, file)))
+		return false;
+	return !(BPF_CORE_READ(sk, sk_type) == SOCK_STREAM &&
+		 BPF_CORE_READ(sk, sk_protocol) == IPPROTO_TCP &&
+		 BPF_CORE_READ_BITFIELD_PROBED((struct tcp_sock *)sk, is_mptcp));
+}
+
+/*
+ * A listener that a kernel's server accepts from: its own, or one that a process
+ * has handed to it (knfsd) and may have closed since. Such a server has put
+ * something of its own there; BPF's maps mark what they put.
+ */
+static __always_inline bool is_servers_data(u64 data)
+{
+	return data && !(data & 7);
+}
+
+static __always_inline bool is_servers(struct sock *sk)
+{
+	return is_kernel(sk) || (sk->__sk_common.skc_state == TCP_LISTEN &&
+				 is_servers_data((u64)sk->sk_user_data));
+}
+
+/* A request or TIME_WAIT: sk is a pointer that is typed. */
+static __always_inline void about_mini(struct sock_common *common, struct about *a)
+{
+	struct sock *other;
+
+	a->state = common->skc_state;
+	a->cookie = common->skc_cookie.counter;
+	a->fresh = !a->cookie;
+	if (a->state != TCP_NEW_SYN_RECV)
+		return;
+	other = BPF_CORE_READ(common, skc_listener);
+	if (!other)
+		return;
+	a->listener = cookie_at(other);
+	a->servers = is_kernel_at(other) ||
+		     is_servers_data((u64)BPF_CORE_READ(other, sk_user_data));
+	other = BPF_CORE_READ(other, sk_socket, sk);
+	if (other)
+		a->parent = cookie_at(other);
+}
+
+/* Any socket; sk is a pointer that is typed. */
+static __always_inline void about_socket(struct sock *sk, struct about *a)
+{
+	u8 state = sk->__sk_common.skc_state;
+	struct mptcp_subflow_context___x *context;
+	struct socket *sock;
+	struct sock *other;
+	struct file *file;
+
+	if (state == TCP_TIME_WAIT || state == TCP_NEW_SYN_RECV) {
+		about_mini(&sk->__sk_common, a);
+		return;
+	}
+	a->state = state;
+	a->full = 1;
+	a->cookie = sk->__sk_common.skc_cookie.counter;
+	a->fresh = !a->cookie;
+	a->servers = is_servers(sk);
+	a->gone = (sk->__sk_common.skc_flags & SOCK_DEAD_BIT) != 0;
+	sock = sk->sk_socket;
+	if (sock) {
+		file = sock->file;
+		a->inode = file ? file->f_inode->i_ino : 0;
+		other = sock->sk;
+		if (other && other != sk)
+			a->parent = other->__sk_common.skc_cookie.counter;
+	}
+	if (!a->parent && !a->inode && sk->sk_type == SOCK_STREAM &&
+	    sk->sk_protocol == IPPROTO_TCP &&
+	    bpf_core_type_exists(struct mptcp_subflow_context___x) &&
+	    BPF_CORE_READ_BITFIELD_PROBED((struct tcp_sock *)sk, is_mptcp)) {
+		context = BPF_CORE_READ((struct inet_connection_sock *)sk, icsk_ulp_data);
+		other = context ? BPF_CORE_READ(context, conn) : NULL;
+		if (other)
+			a->parent = cookie_at(other);
+	}
+}
+
+/* The kernel itself sends or receives the packet. */
+static __always_inline void name_kernel(struct sniffer_record *r)
+{
+	r->how = SNIFFER_HOW_KERNEL;
+	r->flags |= SNIFFER_F_KERNEL;
+}
+
+static __always_inline void name_facts(struct sniffer_record *r, struct owner *o,
+				       struct proc *user)
+{
+	r->creator = o->creator;
+	r->flags |= o->flags;
+	if (parts && (!user || o->many || user->forked > o->since))
+		r->flags |= SNIFFER_F_AMBIGUOUS;
+	if (!o->held || !user || user->exit)
+		r->flags |= SNIFFER_F_DEAD;
+	else if (owner_shared(o, user))
+		r->flags |= SNIFFER_F_SHARED | (o->guess ? SNIFFER_F_AMBIGUOUS : 0);
+}
+
+/* Names a record after an owner's user, with what else the table knows of the socket. */
+static __always_inline void name_owner(struct sniffer_record *r, struct owner *o, u8 how)
+{
+	struct key key = o->user;
+	struct proc *user = bpf_map_lookup_elem(&procs, &key);
+
+	r->how = how;
+	r->tgid = key.tgid;
+	r->start_ns = key.start;
+	r->tid = o->tid;
+	if (user) {
+		r->uid = user->uid;
+		__builtin_memcpy(r->comm, user->comm, SNIFFER_COMM_LEN);
+	}
+	name_facts(r, o, user);
+}
+
+/* Names a record after the one who would accept the connection. */
+static __always_inline void name_acceptor(struct sniffer_record *r, struct owner *listener)
+{
+	name_owner(r, listener, SNIFFER_HOW_LISTENER);
+	if (r->flags & SNIFFER_F_SHARED)
+		r->flags |= SNIFFER_F_AMBIGUOUS;
+}
+
+/* The entry with a user: by cookie, else the parent's (MPTCP). */
+static __always_inline struct owner *name_find(u64 cookie, u64 parent)
+{
+	struct owner *o = owner_find(cookie);
+
+	if ((!o || !o->user.tgid) && parent)
+		o = owner_find(parent);
+	return o && o->user.tgid ? o : NULL;
+}
+
+/* Names a record after the owner of a socket, or says why not. */
+__noinline int name(struct sniffer_record *r, struct about *a, u32 how)
+{
+	struct owner *o, *other;
+	u64 via = 0;
+
+	if (!r || !a)
+		return 0;
+	o = owner_find(a->cookie);
+	if (o) {
+		via = o->via;
+		if (o->servers) {
+			name_kernel(r);
+			return 0;
+		}
+	}
+	/* a plain client of an MPTCP listener is a copy of the listener's subflow */
+	if (a->servers && !(a->full && a->state != TCP_LISTEN && o)) {
+		name_kernel(r);
+		return 0;
+	}
+	r->cookie = a->cookie;
+	r->inode = a->inode;
+	if (a->state == TCP_NEW_SYN_RECV || a->state == TCP_LISTEN) {
+		o = name_find(a->state == TCP_LISTEN ? a->cookie : a->listener, a->parent);
+		if (o)
+			name_acceptor(r, o);
+		else
+			r->how = a->state == TCP_LISTEN || a->listener ? SNIFFER_HOW_PREDATES :
+									 SNIFFER_HOW_SOCKET_GONE;
+		return 0;
+	}
+	if (o && !via && o->user.tgid) {
+		name_owner(r, o, how);
+		return 0;
+	}
+	if (a->parent) {
+		other = owner_find(a->parent);
+		if (other && other->user.tgid) {
+			owner_refer(a->cookie, a->parent, SNIFFER_HOW_INODE);
+			name_owner(r, other, SNIFFER_HOW_INODE);
+			return 0;
+		}
+	}
+	other = owner_find(via);
+	if (other && other->user.tgid && o) {
+		if (o->via_how == SNIFFER_HOW_INODE)
+			name_owner(r, other, SNIFFER_HOW_INODE);
+		else
+			name_acceptor(r, other);
+		return 0;
+	}
+	r->how = a->gone || !a->full ? a->fresh ? SNIFFER_HOW_PREDATES : SNIFFER_HOW_SOCKET_GONE :
+				       SNIFFER_HOW_PREDATES;
+	return 0;
+}
+
+#endif /* HUNTER_NAME_H */

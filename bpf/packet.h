@@ -1,0 +1,171 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef HUNTER_PACKET_H
+#define HUNTER_PACKET_H
+/* A packet's headers into its record, and a record to the reader. */
+#include "hunter.h"
+
+#define TCP_FIN		1
+#define TCP_SYN		2
+#define TCP_RST		4
+#define TCP_ACK		16
+#define EXTENSIONS	8	/* headers between IPv6's and TCP's or UDP's that are walked */
+#define WAKE_NS		(10 * 1000000ULL)
+
+enum parsed { PARSED, PARSED_SKIP, PARSED_TWICE };
+
+/* The transport header's offset from the IP header in an IPv6 packet, and its protocol; 0: none. */
+static __always_inline u32 parse_extensions(u8 *net, u8 *proto)
+{
+	u32 at = 40;
+	u8 ext[8];
+	int i;
+
+	APART();
+	for (i = 0; i < EXTENSIONS; i++) {
+		if (*proto == IPPROTO_TCP || *proto == IPPROTO_UDP)
+			return at;
+		if (*proto != 0 && *proto != 43 && *proto != 44 && *proto != 60 && *proto != 51)
+			return 0;
+		if (bpf_probe_read_kernel(ext, sizeof(ext), net + at))
+			return 0;
+		if (*proto == 44) {
+			if (ext[2] | (ext[3] & 0xf8))
+				return 0;	/* a later fragment */
+			at += 8;
+		} else if (*proto == 51) {
+			at += (ext[1] + 2) * 4;
+		} else {
+			at += (ext[1] + 1) * 8;
+		}
+		*proto = ext[0];
+		at &= 0xfff;
+	}
+	return 0;
+}
+
+/* What of a packet is asked for at once. */
+struct shape {
+	u64 net;	/* address of the IP header */
+	u32 len;	/* from there on */
+	u32 thoff;	/* of the transport header from there, 0: to be found */
+	u64 end;	/* address of struct skb_shared_info */
+};
+
+static __always_inline void shape_out(struct sk_buff *skb, struct shape *s)
+{
+	s->net = (u64)skb->head + skb->network_header;
+	s->len = skb->len;
+	s->thoff = 0;
+	s->end = (u64)skb->head + skb->end;
+}
+
+/* The stack has taken the IP header off already. */
+static __always_inline void shape_in(struct sk_buff *skb, struct shape *s)
+{
+	s->net = (u64)skb->head + skb->network_header;
+	s->thoff = (u16)(skb->transport_header - skb->network_header);
+	s->len = skb->len + s->thoff;
+	s->end = (u64)skb->head + skb->end;
+}
+
+/* Fills in what the headers tell; 0 when it is no packet for us. */
+__noinline int parse(struct sniffer_record *r, struct shape *s)
+{
+	struct skb_shared_info *info;
+	u8 head[40], transport[20];
+	u32 thoff, size;
+	u8 proto;
+
+	if (!r || !s)
+		return 0;
+	if (bpf_probe_read_kernel(head, 20, (void *)s->net))
+		return 0;
+	thoff = s->thoff;
+	if (head[0] >> 4 == 4) {
+		r->family = AF_INET;
+		proto = head[9];
+		if (!thoff) {
+			if ((head[6] & 0x1f) | head[7])
+				return 0;	/* a later fragment */
+			thoff = (head[0] & 15) * 4;
+		}
+		__builtin_memcpy(r->saddr, head + 12, 4);
+		__builtin_memcpy(r->daddr, head + 16, 4);
+	} else {
+		if (bpf_probe_read_kernel(head, 40, (void *)s->net))
+			return 0;
+		r->family = AF_INET6;
+		proto = head[6];
+		__builtin_memcpy(r->saddr, head + 8, 16);
+		__builtin_memcpy(r->daddr, head + 24, 16);
+		if (!thoff)
+			thoff = parse_extensions((u8 *)s->net, &proto);
+		else
+			proto = r->proto;
+		if (!thoff)
+			return 0;
+	}
+	if (proto != IPPROTO_TCP && proto != IPPROTO_UDP)
+		return 0;
+	size = proto == IPPROTO_TCP ? 20 : 8;
+	if (bpf_probe_read_kernel(transport, size, (void *)(s->net + thoff)))
+		return 0;
+	r->sport = transport[0] << 8 | transport[1];
+	r->dport = transport[2] << 8 | transport[3];
+	if (proto == IPPROTO_TCP) {
+		r->tcp_flags = transport[13];
+		thoff += (transport[12] >> 4) * 4;
+	} else {
+		thoff += 8;
+	}
+	r->proto = proto;
+	r->hdr_len = thoff > 255 ? 255 : thoff;
+	r->len = s->len;
+	r->gso_segs = 1;
+	info = (void *)s->end;
+	size = BPF_CORE_READ(info, gso_size);
+	if (size) {
+		r->gso_segs = BPF_CORE_READ(info, gso_segs);
+		if (!r->gso_segs)
+			r->gso_segs = (s->len - r->hdr_len + size - 1) / size;
+	}
+	r->time_ns = bpf_ktime_get_ns();
+	return 1;
+}
+
+static __always_inline void skip(void)
+{
+	struct counters *c;
+	u32 cpu;
+
+	c = counters_here(&cpu);
+	if (c)
+		__sync_fetch_and_add(&c->skipped, 1);
+}
+
+/*
+ * To the reader. He is woken for the first of a while and for each 256th; else
+ * he looks by himself.
+ */
+static __always_inline void emit(struct sniffer_record *r)
+{
+	u64 flags = BPF_RB_NO_WAKEUP;
+	struct counters *c;
+	u32 cpu;
+
+	c = counters_here(&cpu);
+	if (!c)
+		return;
+	r->cpu = cpu;
+	if (r->flags & SNIFFER_F_COPY)
+		__sync_fetch_and_add(&c->copies, 1);
+	r->seq = __sync_fetch_and_add(&c->seq, 1);
+	if ((r->seq & 255) == 255 || r->time_ns - c->woken > WAKE_NS) {
+		c->woken = r->time_ns;
+		flags = BPF_RB_FORCE_WAKEUP;
+	}
+	if (bpf_ringbuf_output(&ring, r, sizeof(*r), flags))
+		__sync_fetch_and_add(&c->lost, 1);
+}
+
+#endif /* HUNTER_PACKET_H */

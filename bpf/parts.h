@@ -1,0 +1,290 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef HUNTER_PARTS_H
+#define HUNTER_PARTS_H
+/*
+ * Where trampolines are refused: what tells of sockets and packets without
+ * them. Tracepoints and the hooks of the root cgroup. Not told are the end of
+ * descriptors, SCM_RIGHTS and accept(); names that hang on these are flagged
+ * AMBIGUOUS, and the sender of each packet is seen as ever.
+ */
+#include "hooks.h"
+
+#define PROTOCOL_IP	bpf_htons(0x0800)
+#define PROTOCOL_IP6	bpf_htons(0x86DD)
+#define TIMEWAIT	(65 * SECOND)
+
+/* A connection of this host; of each address its last four bytes. */
+struct ends {
+	u32 netns;
+	u32 local, remote;
+	u16 local_port, remote_port;
+};
+
+struct rest {
+	u64 cookie;
+	u64 since;
+};
+
+/* Connections in TIME_WAIT, whose packets no cgroup is told of. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct ends);
+	__type(value, struct rest);
+} rests SEC(".maps");
+
+static __always_inline void ends_of(struct sock *sk, struct ends *ends)
+{
+	struct sock_common *c = &sk->__sk_common;
+	u32 at = 12;
+
+	__builtin_memset(ends, 0, sizeof(*ends));
+	ends->netns = c->skc_net.net->ns.inum;
+	ends->local_port = c->skc_num;
+	ends->remote_port = bpf_ntohs(c->skc_dport);
+	if (c->skc_family == AF_INET) {
+		ends->local = c->skc_rcv_saddr;
+		ends->remote = c->skc_daddr;
+	} else {
+		bpf_probe_read_kernel(&ends->local, 4, (void *)&c->skc_v6_rcv_saddr + at);
+		bpf_probe_read_kernel(&ends->remote, 4, (void *)&c->skc_v6_daddr + at);
+	}
+}
+
+/* What is left of the connection that a packet of TCP belongs to; NULL: nothing. */
+static __always_inline struct owner *rest_find(struct sniffer_record *r, bool in)
+{
+	struct ends ends = { .netns = r->netns };
+	u32 at = r->family == AF_INET ? 0 : 12;
+	struct rest *rest;
+	u32 from, to;
+
+	from = at ? *(u32 *)(r->saddr + 12) : *(u32 *)r->saddr;
+	to = at ? *(u32 *)(r->daddr + 12) : *(u32 *)r->daddr;
+	ends.local = in ? to : from;
+	ends.remote = in ? from : to;
+	ends.local_port = in ? r->dport : r->sport;
+	ends.remote_port = in ? r->sport : r->dport;
+	rest = bpf_map_lookup_elem(&rests, &ends);
+	if (!rest || bpf_ktime_get_ns() - rest->since > TIMEWAIT)
+		return NULL;
+	r->cookie = rest->cookie;
+	return owner_find(rest->cookie);
+}
+
+SEC("cgroup/sock_create")
+int part_create(struct bpf_sock *sk)
+{
+	struct task_struct *current = bpf_get_current_task_btf();
+	u64 cookie = bpf_get_socket_cookie(sk);
+	struct owner *o;
+
+	use_take(cookie, 0, 0);
+	o = owner_find(cookie);
+	if (o)
+		o->netns = current->nsproxy->net_ns->ns.inum;
+	return 1;
+}
+
+SEC("cgroup/sock_release")
+int part_release(struct bpf_sock *sk)
+{
+	u64 cookie = bpf_get_socket_cookie(sk);
+	struct owner *o = owner_find(cookie);
+
+	owner_release(cookie);
+	if (o && sk->protocol != IPPROTO_TCP)
+		o->dead = bpf_ktime_get_ns();
+	return 1;
+}
+
+SEC("tp_btf/inet_sock_set_state")
+int BPF_PROG(part_state, struct sock *sk, int oldstate, int newstate)
+{
+	struct task_struct *current = bpf_get_current_task_btf();
+	struct socket *sock = sk->sk_socket;
+	struct rest rest = {};
+	struct door door = {};
+	struct ends ends;
+	struct owner *o;
+	u64 cookie, *via;
+
+	if (sk->sk_protocol != IPPROTO_TCP || !wants(sk))
+		return 0;
+	door.netns = sk->__sk_common.skc_net.net->ns.inum;
+	door.port = sk->__sk_common.skc_num;
+	if (newstate == TCP_LISTEN || newstate == TCP_SYN_SENT) {
+		cookie = COOKIE(sk);
+		if (sock && in_task_only(current))
+			use(cookie, address(sock->file), 1);
+		if (newstate == TCP_LISTEN)
+			bpf_map_update_elem(&doors, &door, &cookie, BPF_ANY);
+	} else if (newstate == TCP_ESTABLISHED) {
+		cookie = COOKIE(sk);
+		via = oldstate == TCP_SYN_RECV ? bpf_map_lookup_elem(&doors, &door) : NULL;
+		if (via && owner_find(*via))
+			owner_refer(cookie, *via, SNIFFER_HOW_LISTENER);
+		ends_of(sk, &ends);
+		bpf_map_delete_elem(&rests, &ends);
+	} else if (newstate == TCP_CLOSE) {
+		cookie = sk->__sk_common.skc_cookie.counter;
+		if (oldstate == TCP_FIN_WAIT2 || oldstate == TCP_CLOSING) {
+			rest.cookie = cookie;
+			rest.since = bpf_ktime_get_ns();
+			ends_of(sk, &ends);
+			bpf_map_update_elem(&rests, &ends, &rest, BPF_ANY);
+		}
+		o = owner_find(cookie);
+		if (o && oldstate != TCP_LISTEN)
+			o->dead = bpf_ktime_get_ns();
+		return 0;
+	} else {
+		return 0;
+	}
+	o = owner_find(cookie);
+	if (o)
+		o->netns = door.netns;
+	return 0;
+}
+
+/* Out: on its way to a device, where the sender still is at work. */
+SEC("tp_btf/net_dev_queue")
+int BPF_PROG(part_out, struct sk_buff *skb)
+{
+	struct net_device *dev = skb->dev;
+	u16 protocol = skb->protocol;
+	struct sniffer_record r = {};
+	struct sock *sk = skb->sk;
+	struct owner *o;
+	struct shape s;
+
+	if (protocol != PROTOCOL_IP && protocol != PROTOCOL_IP6)
+		return 0;
+	shape_out(skb, &s);
+	s.len = skb->len - (u32)(s.net - address(skb->data));
+	if (!parse(&r, &s)) {
+		skip();
+		return 0;
+	}
+	r.ifindex = dev->ifindex;
+	r.netns = dev->nd_net.net->ns.inum;
+	r.dir = SNIFFER_DIR_OUT;
+	out_named(&r, dev->nd_net.net, sk, skb);
+	if (r.how == SNIFFER_HOW_NO_SOCKET && r.proto == IPPROTO_TCP) {
+		o = rest_find(&r, false);
+		if (o && o->user.tgid)
+			name_owner(&r, o, SNIFFER_HOW_REVERSE);
+	}
+	o = owner_find(r.cookie);
+	if (o && !o->netns)
+		o->netns = r.netns;
+	emit(&r);
+	return 0;
+}
+
+/* In: to a socket of whatever kind but a TIME_WAIT. */
+static __always_inline int parse_skb(struct sniffer_record *r, struct __sk_buff *skb)
+{
+	u8 head[40], transport[20];
+	u32 thoff, size;
+	u8 proto;
+
+	if (bpf_skb_load_bytes(skb, 0, head, 20))
+		return 0;
+	if (head[0] >> 4 == 4) {
+		r->family = AF_INET;
+		proto = head[9];
+		thoff = (head[0] & 15) * 4;
+		__builtin_memcpy(r->saddr, head + 12, 4);
+		__builtin_memcpy(r->daddr, head + 16, 4);
+	} else {
+		if (bpf_skb_load_bytes(skb, 0, head, 40))
+			return 0;
+		r->family = AF_INET6;
+		proto = head[6];
+		thoff = 40;
+		__builtin_memcpy(r->saddr, head + 8, 16);
+		__builtin_memcpy(r->daddr, head + 24, 16);
+	}
+	if (proto != IPPROTO_TCP && proto != IPPROTO_UDP)
+		return 0;
+	__builtin_memset(transport, 0, sizeof(transport));
+	if (proto == IPPROTO_TCP ? bpf_skb_load_bytes(skb, thoff, transport, 20) :
+				   bpf_skb_load_bytes(skb, thoff, transport, 8))
+		return 0;
+	r->sport = transport[0] << 8 | transport[1];
+	r->dport = transport[2] << 8 | transport[3];
+	if (proto == IPPROTO_TCP) {
+		r->tcp_flags = transport[13];
+		thoff += (transport[12] >> 4) * 4;
+	} else {
+		thoff += 8;
+	}
+	r->proto = proto;
+	r->hdr_len = thoff > 255 ? 255 : thoff;
+	r->len = skb->len;
+	r->gso_segs = skb->gso_segs ?: 1;
+	size = skb->gso_size;
+	if (size && !skb->gso_segs)
+		r->gso_segs = (r->len - r->hdr_len + size - 1) / size;
+	r->time_ns = bpf_ktime_get_ns();
+	return 1;
+}
+
+SEC("cgroup_skb/ingress")
+int part_in(struct __sk_buff *skb)
+{
+	struct sniffer_record r = {};
+	struct bpf_sock *sk = skb->sk;
+	struct about a = { .full = 1 };
+	struct owner *o;
+
+	if (sk)
+		sk = bpf_sk_fullsock(sk);
+	if (!sk)
+		return 1;
+	if (!parse_skb(&r, skb)) {
+		skip();
+		return 1;
+	}
+	a.cookie = bpf_get_socket_cookie(skb);
+	a.state = sk->state;
+	r.ifindex = skb->ifindex;
+	r.dir = SNIFFER_DIR_IN;
+	o = owner_find(a.cookie);
+	r.netns = o ? o->netns : 0;	/* 0: user space takes it for its own */
+	name(&r, &a, SNIFFER_HOW_SOCKET);
+	emit(&r);
+	return 1;
+}
+
+/* In, to a TIME_WAIT. */
+SEC("tp_btf/netif_receive_skb")
+int BPF_PROG(part_timewait, struct sk_buff *skb)
+{
+	struct net_device *dev = skb->dev;
+	u16 protocol = skb->protocol;
+	struct sniffer_record r = {};
+	struct owner *o;
+	struct shape s;
+
+	if (protocol != PROTOCOL_IP && protocol != PROTOCOL_IP6)
+		return 0;
+	s.net = address(skb->data);
+	s.len = skb->len;
+	s.thoff = 0;
+	s.end = address(skb->head) + skb->end;
+	if (!parse(&r, &s) || r.proto != IPPROTO_TCP || r.tcp_flags & TCP_SYN)
+		return 0;
+	r.ifindex = dev->ifindex;
+	r.netns = dev->nd_net.net->ns.inum;
+	r.dir = SNIFFER_DIR_IN;
+	o = rest_find(&r, true);
+	if (!o || !o->user.tgid)
+		return 0;
+	name_owner(&r, o, SNIFFER_HOW_SOCKET);
+	emit(&r);
+	return 0;
+}
+
+#endif /* HUNTER_PARTS_H */

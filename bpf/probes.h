@@ -1,0 +1,297 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef HUNTER_PROBES_H
+#define HUNTER_PROBES_H
+/*
+ * What the owner table learns from: the LSM hooks of sockets and files, by
+ * trampolines, and tracepoints of process life. User space leaves out those
+ * whose function this kernel lacks.
+ */
+#include "use.h"
+
+/* The first argument of most hooks: an inet socket in use by current. */
+static __always_inline int probe_use(struct socket *sock)
+{
+	struct task_struct *current = bpf_get_current_task_btf();
+	struct sock *sk = sock->sk;
+	struct file *file;
+	u64 cookie;
+
+	if (!sk || !wants(sk))
+		return 0;
+	cookie = COOKIE(sk);
+	if (use_is_plain(cookie, current))
+		return 0;
+	file = sock->file;
+	/* without a file it is the kernel's, which only made it here (nvmet) */
+	if (file)
+		use(cookie, address(file), 1);
+	return 0;
+}
+
+#define PROBE_USE(name) \
+SEC("fentry/" #name) \
+int BPF_PROG(probe_##name, struct socket *sock) { return probe_use(sock); }
+
+PROBE_USE(security_socket_bind)
+PROBE_USE(security_socket_connect)
+PROBE_USE(security_socket_listen)
+PROBE_USE(security_socket_accept)
+PROBE_USE(security_socket_sendmsg)
+PROBE_USE(security_socket_recvmsg)
+/* what moves data without a message: no LSM hook is asked */
+PROBE_USE(tcp_splice_read)
+PROBE_USE(inet_sendpage)
+
+SEC("fentry/security_socket_post_create")
+int BPF_PROG(probe_create, struct socket *sock, int family, int type, int protocol, int kern)
+{
+	struct sock *sk = sock->sk;
+
+	if (!kern && sk && wants(sk))
+		use_take(COOKIE(sk), 0, 0);
+	return 0;
+}
+
+/* accept() ties the new sock to its socket. */
+SEC("fentry/security_sock_graft")
+int BPF_PROG(probe_graft, struct sock *sk, struct socket *parent)
+{
+	if (sk && parent && wants(sk))
+		use_take(COOKIE(sk), address(parent->file), 0);
+	return 0;
+}
+
+/* The descriptor is installed by now, whatever could have failed. */
+SEC("fentry/__receive_sock")
+int BPF_PROG(probe_receive, struct file *file)
+{
+	u64 number = address(file);
+	u64 cookie = file_cookie(number);
+
+	if (cookie)
+		use_take(cookie, number, SNIFFER_F_INHERITED);
+	return 0;
+}
+
+SEC("fentry/security_sk_free")
+int BPF_PROG(probe_free, struct sock *sk)
+{
+	u64 cookie = sk->__sk_common.skc_cookie.counter;
+	struct owner *o;
+
+	if (!cookie || !wants(sk))
+		return 0;
+	o = owner_find(cookie);
+	if (o)
+		o->dead = bpf_ktime_get_ns();
+	return 0;
+}
+
+/* The last file of a socket goes. */
+SEC("fentry/inet_release")
+int BPF_PROG(probe_release, struct socket *sock)
+{
+	struct sock *sk = sock->sk;
+	u64 cookie = sk ? sk->__sk_common.skc_cookie.counter : 0;
+
+	if (cookie)
+		owner_release(cookie);
+	return 0;
+}
+
+/*
+ * A descriptor has gone: by close(), dup2() over one, close_range(), io_uring,
+ * an exec or an exit. Only its last user's matters, and only where the socket
+ * lives on: whoever else closes was not named.
+ */
+SEC("fentry/locks_remove_posix")
+int BPF_PROG(probe_close, struct file *file)
+{
+	struct task_struct *current = bpf_get_current_task_btf();
+	struct files_struct *files;
+	struct owner *o;
+	struct key who;
+	char name[12];
+	u64 leader, cookie;
+
+	if (file->f_inode->i_sb->s_magic != SOCKFS_MAGIC) {
+		if (!has_uring(current))
+			return 0;
+		bpf_probe_read_kernel_str(name, sizeof(name), file->f_path.dentry->d_name.name);
+		if (bpf_strncmp(name, sizeof(name) - 1, "[io_uring]"))
+			return 0;
+		key_of(current, &who);
+		settle_rings(&who);
+		return 0;
+	}
+	if (file_refs((u64)file) < 2)
+		return 0;
+	cookie = file_cookie((u64)file);
+	o = owner_find(cookie);
+	if (!o || !o->held)
+		return 0;
+	key_of(current, &who);
+	if (!same(&o->user, &who)) {
+		/* has the user this very table, too (clone() with CLONE_FILES)? */
+		files = current->files;
+		if (!files || files->count.counter < 2)
+			return 0;
+		leader = process_leader(&o->user);
+		if (!leader || BPF_CORE_READ((struct task_struct *)leader, files) != files)
+			return 0;
+	}
+	settle(cookie, 0);
+	return 0;
+}
+
+SEC("fentry/commit_creds")
+int BPF_PROG(probe_credentials, struct cred *cred)
+{
+	struct task_struct *current = bpf_get_current_task_btf();
+	struct proc *proc;
+	struct key who;
+
+	if (current->pid != current->tgid)
+		return 0;
+	key_of(current, &who);
+	proc = bpf_map_lookup_elem(&procs, &who);
+	if (proc)
+		proc->uid = cred->uid.val;
+	return 0;
+}
+
+SEC("tp_btf/sched_process_fork")
+int BPF_PROG(probe_fork, struct task_struct *parent, struct task_struct *child)
+{
+	struct task_struct *current = bpf_get_current_task_btf();
+	struct proc *proc;
+	struct key who;
+
+	if (child->tgid == current->tgid || child->flags & PF_KTHREAD)
+		return 0;
+	key_of(current, &who);
+	proc = bpf_map_lookup_elem(&procs, &who);
+	if (!proc)
+		return 0;
+	proc->child = (u64)child;
+	key_of(child, &proc->child_key);
+	proc->forked = bpf_ktime_get_ns();
+	return 0;
+}
+
+SEC("tp_btf/sched_process_exec")
+int BPF_PROG(probe_exec, struct task_struct *task)
+{
+	struct task_struct *leader = task->group_leader;
+	struct proc *proc;
+	struct key who;
+
+	key_of(task, &who);
+	proc = bpf_map_lookup_elem(&procs, &who);
+	if (!proc)
+		return 0;
+	proc->uid = task->cred->uid.val;
+	proc->leader = (u64)leader;
+	comm_at(proc->comm, leader->comm);
+	return 0;
+}
+
+SEC("tp_btf/sched_process_exit")
+int BPF_PROG(probe_exit, struct task_struct *task)
+{
+	struct files_struct *files = task->files;
+	struct proc *proc;
+	struct key who;
+
+	if (task->signal->live.counter)
+		return 0;
+	key_of(task, &who);
+	proc = bpf_map_lookup_elem(&procs, &who);
+	if (!proc)
+		return 0;
+	proc->exit = bpf_ktime_get_ns() | 1;
+	settle_rings(&who);
+	/* each file of a table of its own is closed, and told as such */
+	if (files && files->count.counter > 1)
+		settle_table(files, &who);
+	return 0;
+}
+
+SEC("tp_btf/task_rename")
+int BPF_PROG(probe_rename, struct task_struct *task, const char *comm)
+{
+	struct proc *proc;
+	struct key who;
+
+	if (task->pid != task->tgid)
+		return 0;
+	key_of(task, &who);
+	proc = bpf_map_lookup_elem(&procs, &who);
+	if (proc)
+		comm_at(proc->comm, comm);
+	return 0;
+}
+
+/* One that ends out of a state which its own FIN led to may leave a TIME_WAIT behind. */
+SEC("tp_btf/inet_sock_set_state")
+int BPF_PROG(probe_state, struct sock *sk, int oldstate, int newstate)
+{
+	struct owner *o;
+
+	if (newstate != TCP_CLOSE && oldstate != TCP_CLOSE)
+		return 0;
+	if (sk->sk_protocol != IPPROTO_TCP)
+		return 0;
+	o = owner_find(sk->__sk_common.skc_cookie.counter);
+	if (!o || o->via)
+		return 0;
+	o->waits = newstate == TCP_CLOSE && (oldstate == TCP_FIN_WAIT2 ||
+					     oldstate == TCP_CLOSING || oldstate == TCP_TIME_WAIT);
+	if (newstate != TCP_CLOSE)
+		o->dead = 0;
+	return 0;
+}
+
+/* Sockets that are older than the engine: the last one told is named. */
+SEC("iter/task_file")
+int seed(struct bpf_iter__task_file *ctx)
+{
+	struct task_struct *task = ctx->task;
+	struct file *file = ctx->file;
+	struct gain g = { .flags = SNIFFER_F_SEEDED };
+	struct socket *sock;
+	struct owner *o;
+	struct sock *sk;
+	u64 cookie;
+
+	if (!task || !file)
+		return 0;
+	sock = bpf_sock_from_file(file);
+	if (!sock)
+		return 0;
+	sk = sock->sk;
+	if (!sk || !wants(sk))
+		return 0;
+	key_of(task, &g.who);
+	g.file = (u64)file;
+	g.fd = ctx->fd;
+	process_enter(address(task), &g.who);
+	cookie = COOKIE(sk);
+	owner_gain(cookie, &g);
+	o = owner_find(cookie);
+	if (o)
+		o->netns = sk->__sk_common.skc_net.net->ns.inum;
+#ifdef HUNTER_PARTS
+	if (sk->__sk_common.skc_state == TCP_LISTEN) {
+		struct door door = {
+			.netns = sk->__sk_common.skc_net.net->ns.inum,
+			.port = sk->__sk_common.skc_num,
+		};
+
+		bpf_map_update_elem(&doors, &door, &cookie, BPF_ANY);
+	}
+#endif
+	return 0;
+}
+
+#endif /* HUNTER_PROBES_H */

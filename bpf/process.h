@@ -1,0 +1,74 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef HUNTER_PROCESS_H
+#define HUNTER_PROCESS_H
+/* The process table: everyone who used a socket, by (tgid, start time). */
+#include "hunter.h"
+
+static __always_inline void key_of(struct task_struct *task, struct key *key)
+{
+	key->start = task->group_leader->start_boottime;
+	key->tgid = task->tgid;
+	key->unused = 0;
+}
+
+static __always_inline void key_at(struct task_struct *task, struct key *key)
+{
+	key->start = BPF_CORE_READ(task, group_leader, start_boottime);
+	key->tgid = BPF_CORE_READ(task, tgid);
+	key->unused = 0;
+}
+
+/* What follows a NUL in a task's comm is left over from earlier names: not for the wire. */
+static __always_inline void comm_at(char *to, const char *from)
+{
+	__builtin_memset(to, 0, SNIFFER_COMM_LEN);
+	bpf_probe_read_kernel_str(to, SNIFFER_COMM_LEN, from);
+}
+
+/* Enters the process of a task (an address), or follows its setuid(). */
+__noinline int process_enter(u64 task_address, struct key *who)
+{
+	struct task_struct *task = (void *)task_address;
+	struct task_struct *leader;
+	struct proc *proc, fresh = {};
+	struct key key;
+	u32 uid;
+
+	if (!who)
+		return 0;
+	key = *who;	/* 6.1 takes a key from the stack only */
+	uid = BPF_CORE_READ(task, cred, uid.val);
+	proc = bpf_map_lookup_elem(&procs, &key);
+	if (proc) {
+		if (proc->uid != uid)
+			proc->uid = uid;
+		return 0;
+	}
+	leader = BPF_CORE_READ(task, group_leader);
+	fresh.leader = (u64)leader;
+	fresh.uid = uid;
+	comm_at(fresh.comm, leader->comm);
+	if (!BPF_CORE_READ(task, signal, live.counter))
+		fresh.exit = bpf_ktime_get_ns() | 1;
+	if (bpf_map_update_elem(&procs, &key, &fresh, BPF_NOEXIST) == -7)
+		count_full();
+	return 0;
+}
+
+/* The first task of a process that is still there, as an address; 0 when it has gone. */
+static __always_inline u64 process_leader(const struct key *key)
+{
+	struct proc *proc = bpf_map_lookup_elem(&procs, key);
+	struct task_struct *leader;
+
+	if (!proc || proc->exit)
+		return 0;
+	leader = (void *)proc->leader;
+	/* exec() by another thread puts that one in its place */
+	if (BPF_CORE_READ(leader, tgid) != key->tgid ||
+	    BPF_CORE_READ(leader, start_boottime) != key->start)
+		return 0;
+	return (u64)leader;
+}
+
+#endif /* HUNTER_PROCESS_H */

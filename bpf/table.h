@@ -1,0 +1,275 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef HUNTER_TABLE_H
+#define HUNTER_TABLE_H
+/*
+ * The owner table: socket cookie -> the process that its packets belong to.
+ *
+ * | state    | fields            | who is named                | left when                        |
+ * |----------|-------------------|-----------------------------|----------------------------------|
+ * | (none)   | no entry          | nobody, with a reason       | created, used, found at load; a  |
+ * |          |                   |                             | handshake ends: VIA              |
+ * | VIA      | via               | the listener's user, or the | accepted: HELD; 130 s            |
+ * |          |                   | MPTCP parent's              |                                  |
+ * | HELD     | user, held        | user                        | another one who has it uses or   |
+ * |          |                   |                             | receives it: HELD, the old user  |
+ * |          |                   |                             | joins the past; user lets go:    |
+ * |          |                   |                             | settled                          |
+ * | (settle) | user, held, file, | user, DEAD once he exited   | at once, in the context of who   |
+ * |          | exit              |                             | let go: HELD by an heir; UNHELD  |
+ * | UNHELD   | user, not held    | user, flagged DEAD          | somebody uses or receives it:    |
+ * |          |                   |                             | HELD; its file goes: RELEASED    |
+ * | RELEASED | released          | user, flagged DEAD          | freed                            |
+ * | dead     | dead              | user, flagged DEAD          | 2 s, or 130 s after a state that |
+ * |          |                   |                             | leaves a TIME_WAIT               |
+ *
+ * Rules, each measured on real traffic:
+ * - the last process that used a socket and still has it owns its packets;
+ * - who does not have a socket does not use it, whatever runs in its context;
+ * - receiving a descriptor (SCM_RIGHTS, pidfd_getfd) is a use;
+ * - who has a socket is not counted but looked up, in descriptor tables, when
+ *   its user lets go (holders.c). The heir is the latest earlier user that still
+ *   has it; else somebody who does, a guess that is flagged AMBIGUOUS while
+ *   several do;
+ * - an entry outlives its socket: TIME_WAIT and orphans still send.
+ *
+ * The rules are those of kmod/table.c, word for word; a test compares them. An
+ * entry that is dead is collected by user space, which runs collect() for it.
+ */
+#include "process.h"
+
+/* Somebody has a socket now; the names are those of struct sniffer_gain. */
+struct gain {
+	struct key who;
+	u64 file;
+	u32 tid;
+	s32 fd;			/* -1: not known */
+	u16 flags;
+	u8 ring;
+	u8 many;
+};
+
+static __always_inline struct owner *owner_find(u64 cookie)
+{
+	return cookie ? bpf_map_lookup_elem(&owners, &cookie) : NULL;
+}
+
+static __always_inline struct owner *owner_make(u64 cookie)
+{
+	struct blank *blank;
+	u32 zero = 0;
+
+	blank = bpf_map_lookup_elem(&blanks, &zero);
+	if (!blank)
+		return NULL;
+	if (bpf_map_update_elem(&owners, &cookie, blank, BPF_NOEXIST) == -7)
+		count_full();
+	return bpf_map_lookup_elem(&owners, &cookie);
+}
+
+/* Under the lock: its user has it no longer, as far as is known. */
+static __always_inline void owner_let_go(struct owner *o)
+{
+	o->held = 0;
+	o->ring = 0;
+}
+
+/* Under the lock: this one is not among the earlier users any more. */
+static __always_inline void owner_forget(struct owner *o, const struct key *who)
+{
+	if (same(&o->past[0], who)) {
+		o->past[0] = o->past[1];
+		o->past[1] = o->past[2];
+		o->past[2].tgid = 0;
+	} else if (same(&o->past[1], who)) {
+		o->past[1] = o->past[2];
+		o->past[2].tgid = 0;
+	} else if (same(&o->past[2], who)) {
+		o->past[2].tgid = 0;
+	}
+}
+
+/*
+ * Under the lock: this one has it, and is named. Who was the user before may
+ * still have it if he is kept.
+ */
+static __always_inline void owner_set_user(struct owner *o, const struct key *who, bool kept)
+{
+	struct key old = o->user;
+
+	if (!same(&old, who)) {
+		owner_let_go(o);
+		owner_forget(o, who);
+		if (old.tgid && kept && !o->guess) {
+			o->past[2] = o->past[1];
+			o->past[1] = o->past[0];
+			o->past[0] = old;
+		}
+		o->user = *who;
+	}
+	o->held = 1;
+}
+
+/* A process uses or has got a socket. */
+__noinline int owner_gain(u64 cookie, struct gain *g)
+{
+	struct owner *o;
+	bool known, seeded, kept = true;
+	struct proc *old;
+	struct key user;
+	u64 now;
+
+	if (!g || !cookie)
+		return 0;
+	now = bpf_ktime_get_ns();
+	o = owner_find(cookie);
+	known = o;
+	if (!known)
+		o = owner_make(cookie);
+	if (!o)
+		return 0;
+	seeded = g->flags & SNIFFER_F_SEEDED;
+	user = o->user;
+	if (user.tgid && !same(&user, &g->who)) {
+		old = bpf_map_lookup_elem(&procs, &user);
+		kept = old && !old->exit;
+	}
+	bpf_spin_lock(&o->lock);
+	user = o->user;
+	if (o->via || (!known && !(g->flags & (SNIFFER_F_SEEDED | SNIFFER_F_INHERITED))))
+		o->creator = g->who.tgid;
+	if (!user.tgid)
+		o->since = now;
+	if (g->many || (user.tgid && !same(&user, &g->who)) || g->flags & SNIFFER_F_INHERITED)
+		o->many = 1;
+	if (g->file && !o->released)
+		o->file = g->file;
+	if (!user.tgid || !seeded || o->guess) {
+		if (g->flags)
+			o->flags = (o->flags & ~SNIFFER_F_INHERITED) | g->flags;
+		owner_set_user(o, &g->who, kept);
+		o->tid = g->tid;
+		o->guess = seeded;
+		o->ring = g->ring;
+		if (g->fd >= 0)
+			o->fd = g->fd;
+	}
+	/* the hooks read without the lock: no listener to ask only now that there is a user */
+	if (o->via) {
+		o->dead = 0;
+		o->via = 0;
+	}
+	bpf_spin_unlock(&o->lock);
+	return 0;
+}
+
+/* The user of a socket has let go of it: its heir, tgid 0 for nobody, is named. */
+static __always_inline void owner_inherit(struct owner *o, const struct key *from, u64 file,
+					  const struct key *heir, s32 fd, bool past)
+{
+	bpf_spin_lock(&o->lock);
+	if (same(&o->user, from) && o->held && o->file == file) {
+		if (heir->tgid) {
+			owner_set_user(o, heir, false);
+			o->tid = 0;
+			o->guess = !past;
+			o->many = 1;
+			o->flags |= SNIFFER_F_INHERITED;
+			o->ring = 0;
+			o->fd = fd;
+		} else {
+			owner_let_go(o);
+		}
+	}
+	bpf_spin_unlock(&o->lock);
+}
+
+/* A socket's packets belong to another socket's owner. */
+static __always_inline void owner_refer(u64 cookie, u64 via, u8 how)
+{
+	struct owner *o = owner_find(cookie);
+	u64 now = bpf_ktime_get_ns();
+
+	if (o && (!o->via || o->via_how == how))
+		return;
+	if (!o)
+		o = owner_make(cookie);
+	if (!o)
+		return;
+	bpf_spin_lock(&o->lock);
+	if (!o->user.tgid) {
+		o->via = via;
+		o->via_how = how;
+		/* such sockets end unseen: forget it in time unless it is accepted */
+		o->dead = now;
+	}
+	bpf_spin_unlock(&o->lock);
+}
+
+/* A socket loses its file: nobody has it any more. */
+static __always_inline void owner_release(u64 cookie)
+{
+	struct owner *o = owner_find(cookie);
+
+	if (!o)
+		return;
+	bpf_spin_lock(&o->lock);
+	if (!o->via) {
+		owner_let_go(o);
+		o->file = 0;
+		o->released = 1;
+		o->past[0].tgid = o->past[1].tgid = o->past[2].tgid = 0;
+	}
+	bpf_spin_unlock(&o->lock);
+}
+
+/*
+ * May another process than its user have a socket? Never false when one does.
+ * A descriptor on its way to another process, and a thread that waits in a
+ * call, count as one.
+ */
+static __always_inline bool owner_shared(const struct owner *o, const struct proc *user)
+{
+	u64 file = o->file;
+
+	if (!o->many && user->forked <= o->since)
+		return false;
+	return file && file_refs(file) > 1;
+}
+
+static long collect_owner(struct bpf_map *map, u64 *cookie, struct owner *o, u64 *now)
+{
+	u64 dead = o->dead;
+
+	if (dead && *now > dead + (o->via || o->waits ? owner_keep_wait : owner_keep)) {
+		u64 key = *cookie;
+
+		bpf_map_delete_elem(&owners, &key);
+	}
+	return 0;
+}
+
+static long collect_proc(struct bpf_map *map, struct key *key, struct proc *p, u64 *now)
+{
+	if (p->exit && *now > p->exit + owner_keep_wait) {
+		struct key gone = *key;
+
+		bpf_map_delete_elem(&procs, &gone);
+	}
+	return 0;
+}
+
+/*
+ * User space runs it each second: what has ended long enough ago is forgotten.
+ * A program of this kind can be run so and may use maps with locks.
+ */
+SEC("tc")
+int collect(struct __sk_buff *unused)
+{
+	u64 now = bpf_ktime_get_ns();
+
+	bpf_for_each_map_elem(&owners, collect_owner, &now, 0);
+	bpf_for_each_map_elem(&procs, collect_proc, &now, 0);
+	return 0;
+}
+
+#endif /* HUNTER_TABLE_H */

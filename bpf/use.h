@@ -1,0 +1,156 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef HUNTER_USE_H
+#define HUNTER_USE_H
+/*
+ * What a process does to a socket: it makes, uses, receives or closes one, it
+ * forks, executes a program or ends.
+ */
+#include "holders.h"
+
+/*
+ * Who was last found not to have a socket, so that a firewall's daemon or a
+ * reader of a network's disk is not searched for it packet by packet.
+ */
+struct stranger {
+	u64 cookie;
+	struct key who;
+	u64 gains;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct stranger);
+} strangers SEC(".maps");
+
+u64 gains = 0;	/* descriptors received: then a stranger may be none any more */
+
+static __always_inline bool has_uring(struct task_struct *task)
+{
+	if (task->flags & PF_IO_WORKER)
+		return true;
+	return bpf_core_field_exists(task->io_uring) && BPF_CORE_READ(task, io_uring);
+}
+
+/*
+ * May current, which did not use a socket last, be its user now? It must have
+ * it in its descriptor table, or in an io_uring where it called for it; if
+ * nobody knows the socket, to be closing it will do. Other people's packets are
+ * sent in a process's context as well, and the kernel calls for their sockets.
+ */
+static __always_inline bool use_is_possible(struct gain *g, struct owner *o, u64 cookie,
+					    struct task_struct *current, bool called)
+{
+	struct stranger *known;
+	s32 hint = o ? o->fd : -1;
+	u32 zero = 0;
+	u64 now;
+
+	if (g->file) {
+		g->fd = task_has(address(current), g->file, hint, 0) - 1;
+		if (g->fd >= 0)
+			return true;
+	}
+	/* a task that must not wait for memory does block I/O, for whoever wants the disk */
+	if (called && !(current->flags & PF_MEMALLOC) && has_uring(current)) {
+		g->ring = 1;
+		return true;
+	}
+	if (!g->file)
+		return false;
+	known = bpf_map_lookup_elem(&strangers, &zero);
+	now = gains;
+	if (known && known->cookie == cookie && same(&known->who, &g->who) && known->gains == now)
+		return false;
+	g->fd = task_has(address(current), g->file, -1, 1) - 1;
+	if (g->fd >= 0 || (!o && !file_refs(g->file)))
+		return true;
+	if (known) {
+		known->who = g->who;
+		known->gains = now;
+		known->cookie = cookie;
+	}
+	return false;
+}
+
+/* Enters what current has got. */
+static __always_inline void use_gain(u64 cookie, struct gain *g, struct task_struct *current)
+{
+	struct files_struct *files = current->files;
+	struct proc *proc;
+
+	process_enter(address(current), &g->who);
+	/* another process with the same table (clone() with CLONE_FILES) has it at once */
+	g->many = files && files->count.counter > current->signal->nr_threads;
+	if (g->ring) {
+		proc = bpf_map_lookup_elem(&procs, &g->who);
+		if (proc)
+			proc->rings++;
+	}
+	owner_gain(cookie, g);
+}
+
+/*
+ * The current process uses a socket, or seems to; called: it has called for
+ * this very socket. Returns 0 when the use is another one's.
+ */
+__noinline int use(u64 cookie, u64 file, u32 called)
+{
+	struct task_struct *current = bpf_get_current_task_btf();
+	struct gain g = { .file = file, .tid = current->pid, .fd = -1 };
+	struct owner *o;
+
+	if (current->flags & PF_KTHREAD)
+		return 1;
+	key_of(current, &g.who);
+	o = owner_find(cookie);
+	if (o && !o->via && same(&o->user, &g.who)) {
+		/* its own end of a socket that it has closed: no use of it any more */
+		if (!called && !o->held)
+			return 1;
+		if (o->held && o->tid && o->file) {
+			if (o->tid != g.tid)
+				o->tid = g.tid;
+			return 1;
+		}
+		g.fd = file ? task_has(address(current), file, o->fd, 0) - 1 : -1;
+		g.ring = o->ring || (!o->held && g.fd < 0 && has_uring(current));
+	} else if (!use_is_possible(&g, o, cookie, current, called)) {
+		return 0;
+	}
+	use_gain(cookie, &g, current);
+	return 1;
+}
+
+/* Nearly always it is the one who used it last: then only read. */
+static __always_inline bool use_is_plain(u64 cookie, struct task_struct *current)
+{
+	struct owner *o = owner_find(cookie);
+	u32 tid = current->pid;
+
+	if (!o || o->via || !o->held || !o->file || !o->tid ||
+	    o->user.tgid != current->tgid ||
+	    o->user.start != current->group_leader->start_boottime)
+		return false;
+	if (o->tid != tid)
+		o->tid = tid;
+	return true;
+}
+
+/* The current process made or accepted a socket, or got a descriptor of one. */
+__noinline int use_take(u64 cookie, u64 file, u32 flags)
+{
+	struct task_struct *current = bpf_get_current_task_btf();
+	struct gain g = { .file = file, .tid = current->pid, .fd = -1, .flags = flags };
+
+	if (current->flags & PF_KTHREAD || !cookie)
+		return 0;
+	key_of(current, &g.who);
+	if (flags & SNIFFER_F_INHERITED)
+		__sync_fetch_and_add(&gains, 1);
+	use_gain(cookie, &g, current);
+	return 0;
+}
+
+#endif /* HUNTER_USE_H */

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: MIT
+"""BPF objects, by libbpf.so.1 through cffi's ABI mode: no compiler, no wheel of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from cffi import FFI
+
+from nlproto.errors import Error
+
+__all__ = ["NoBpf", "Object", "Program", "has_function"]
+
+_LIBRARY = "libbpf.so.1"
+_BTF_KIND_FUNC = 12
+_INFO_BYTES = 256  # struct bpf_prog_info; what a kernel does not know stays 0
+_PACKET_BYTES = 64  # the least that every kernel takes
+_MISSES_AT, _VERIFIED_AT = 208, 216
+
+_ffi = FFI()
+_ffi.cdef("""
+struct bpf_object; struct bpf_program; struct bpf_map; struct bpf_link; struct btf;
+struct bpf_test_run_opts {
+    size_t sz;
+    const void *data_in; void *data_out; uint32_t data_size_in, data_size_out;
+    const void *ctx_in; void *ctx_out; uint32_t ctx_size_in, ctx_size_out;
+    uint32_t retval; int repeat; uint32_t duration, flags, cpu, batch_size;
+};
+void *libbpf_set_print(void *print);
+struct bpf_object *bpf_object__open_file(const char *path, const void *opts);
+int bpf_object__load(struct bpf_object *obj);
+void bpf_object__close(struct bpf_object *obj);
+struct bpf_program *bpf_object__next_program(
+    const struct bpf_object *obj, struct bpf_program *prog);
+const char *bpf_program__name(const struct bpf_program *prog);
+const char *bpf_program__section_name(const struct bpf_program *prog);
+int bpf_program__set_autoload(struct bpf_program *prog, bool autoload);
+int bpf_program__set_log_buf(struct bpf_program *prog, char *log_buf, size_t log_size);
+struct bpf_link *bpf_program__attach(const struct bpf_program *prog);
+struct bpf_link *bpf_program__attach_cgroup(const struct bpf_program *prog, int cgroup_fd);
+int bpf_program__fd(const struct bpf_program *prog);
+struct bpf_map *bpf_object__find_map_by_name(const struct bpf_object *obj, const char *name);
+int bpf_map__set_max_entries(struct bpf_map *map, uint32_t max_entries);
+int bpf_map__fd(const struct bpf_map *map);
+int bpf_link__fd(const struct bpf_link *link);
+int bpf_link__destroy(struct bpf_link *link);
+int bpf_iter_create(int link_fd);
+int bpf_obj_get_info_by_fd(int fd, void *info, uint32_t *len);
+int bpf_prog_test_run_opts(int prog_fd, struct bpf_test_run_opts *opts);
+struct btf *btf__load_vmlinux_btf(void);
+int32_t btf__find_by_name_kind(const struct btf *btf, const char *name, uint32_t kind);
+void btf__free(struct btf *btf);
+""")
+
+
+class NoBpf(Error):
+    """BPF cannot be used here; the message says why and what to do, in one line."""
+
+
+def _open_library() -> Any:
+    try:
+        library: Any = _ffi.dlopen(_LIBRARY)
+    except OSError:
+        raise NoBpf(f"{_LIBRARY} is missing: install libbpf1") from None
+    library.libbpf_set_print(_ffi.NULL)  # its words are for who writes programs
+    return library
+
+
+def has_function(names: Iterable[str]) -> set[str]:
+    """Which of these functions the running kernel has and describes. Raises NoBpf without BTF."""
+    library = _open_library()
+    btf = library.btf__load_vmlinux_btf()
+    if btf == _ffi.NULL:
+        raise NoBpf("this kernel does not describe itself (no CONFIG_DEBUG_INFO_BTF)")
+    try:
+        return {
+            name
+            for name in names
+            if library.btf__find_by_name_kind(btf, name.encode(), _BTF_KIND_FUNC) > 0
+        }
+    finally:
+        library.btf__free(btf)
+
+
+class Program:
+    """One program of an Object; `section` says where it belongs ("fentry/tcp_v4_rcv")."""
+
+    def __init__(self, library: Any, handle: Any) -> None:
+        self._library = library
+        self._handle = handle
+        self.name = _text(library.bpf_program__name(handle))
+        self.section = _text(library.bpf_program__section_name(handle))
+        self._log: Any = None
+
+    def choose(self, wanted: bool) -> None:
+        """Load it with its object, or leave it out."""
+        self._library.bpf_program__set_autoload(self._handle, wanted)
+
+    def keep_log(self, size: int = 1 << 24) -> None:
+        """Keep what the verifier says of it, for log()."""
+        self._log = _ffi.new("char[]", size)
+        self._library.bpf_program__set_log_buf(self._handle, self._log, size)
+
+    def log(self) -> str:
+        return "" if self._log is None else _text(self._log)
+
+    @property
+    def fd(self) -> int:
+        return int(self._library.bpf_program__fd(self._handle))
+
+    def attach(self) -> Any:
+        """A link; raises OSError."""
+        return self._linked(self._library.bpf_program__attach(self._handle))
+
+    def attach_cgroup(self, path: str) -> Any:
+        """A link to the cgroup that this directory is; raises OSError."""
+        directory = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+        try:
+            return self._linked(self._library.bpf_program__attach_cgroup(self._handle, directory))
+        finally:
+            os.close(directory)
+
+    def _linked(self, link: Any) -> Any:
+        if link == _ffi.NULL:
+            raise OSError(_ffi.errno, os.strerror(_ffi.errno), self.name)
+        return link
+
+    def run(self) -> int:
+        """Call a "tc" program on a packet of zeros; raises OSError."""
+        size = _ffi.sizeof("struct bpf_test_run_opts")
+        data = _ffi.new("char[]", _PACKET_BYTES)
+        opts: Any = _ffi.new(
+            "struct bpf_test_run_opts *",
+            {"sz": size, "data_in": data, "data_size_in": _PACKET_BYTES, "repeat": 1},
+        )
+        _check(self._library.bpf_prog_test_run_opts(self.fd, opts), self.name)
+        return int(opts.retval)
+
+    def figures(self) -> tuple[int, int]:
+        """How often it was left out because it interrupted itself; instructions verified."""
+        raw, size = _ffi.new("char[]", _INFO_BYTES), _ffi.new("uint32_t *", _INFO_BYTES)
+        if self._library.bpf_obj_get_info_by_fd(self.fd, raw, size):
+            return 0, 0
+        info = bytes(_ffi.buffer(raw))
+        misses = int.from_bytes(info[_MISSES_AT : _MISSES_AT + 8], "little")
+        return misses, int.from_bytes(info[_VERIFIED_AT : _VERIFIED_AT + 4], "little")
+
+
+class Object:
+    """A compiled object: opened, then its programs chosen, then loaded; close() ends all of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = _open_library()
+        self._links: list[Any] = []
+        self._handle = self._library.bpf_object__open_file(os.fsencode(path), _ffi.NULL)
+        if self._handle == _ffi.NULL:
+            why = os.strerror(_ffi.errno)
+            raise NoBpf(f"{path} cannot be opened ({why}): install packet-hunter anew")
+        self.programs: dict[str, Program] = {}
+        handle = _ffi.NULL
+        while (handle := self._next(handle)) != _ffi.NULL:
+            program = Program(self._library, handle)
+            self.programs[program.name] = program
+
+    def _next(self, handle: Any) -> Any:
+        return self._library.bpf_object__next_program(self._handle, handle)
+
+    def set_entries(self, map_name: str, entries: int) -> None:
+        """Before load(): how much a map can hold."""
+        _check(self._library.bpf_map__set_max_entries(self._map(map_name), entries), map_name)
+
+    def load(self) -> None:
+        """Load the programs that are chosen; raises OSError when the kernel refuses one."""
+        _check(self._library.bpf_object__load(self._handle), "load")
+
+    def _map(self, name: str) -> Any:
+        return self._library.bpf_object__find_map_by_name(self._handle, name.encode())
+
+    def map_fd(self, name: str) -> int:
+        """Descriptor of a map, which is the object's to close."""
+        return int(self._library.bpf_map__fd(self._map(name)))
+
+    def attach(self, name: str, cgroup: str | None = None) -> None:
+        """Attach a program until close(); raises OSError."""
+        program = self.programs[name]
+        self._links.append(program.attach() if cgroup is None else program.attach_cgroup(cgroup))
+
+    def iterate(self, name: str) -> None:
+        """Run an iterator's program over everything once; raises OSError."""
+        link = self.programs[name].attach()
+        try:
+            fd = self._library.bpf_iter_create(self._library.bpf_link__fd(link))
+            _check(fd, name)
+            with contextlib.closing(os.fdopen(fd, "rb", buffering=0)) as walk:
+                while walk.read(4096):
+                    pass
+        finally:
+            self._library.bpf_link__destroy(link)
+
+    def detach(self) -> None:
+        """End all links."""
+        while self._links:
+            self._library.bpf_link__destroy(self._links.pop())
+
+    def close(self) -> None:
+        self.detach()
+        if self._handle != _ffi.NULL:
+            self._library.bpf_object__close(self._handle)
+            self._handle = _ffi.NULL
+
+
+def _text(pointer: Any) -> str:
+    raw: Any = _ffi.string(pointer)
+    return bytes(raw).decode("utf-8", "replace")
+
+
+def _check(result: int, what: str) -> None:
+    if result < 0:
+        number = -result if result != -1 else (_ffi.errno or errno.EPERM)
+        raise OSError(number, os.strerror(number), what)

@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: MIT
+"""Engine `ebpf`: what sniffer.ko does, by programs that the kernel checks (bpf/). Exact too.
+
+What it cannot do is in the README's table of engines. The programs are attached while the engine
+is open and go with this process, however it ends.
+"""
+
+from __future__ import annotations
+
+import mmap
+import select
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from nlproto.engines.bpf import NoBpf, Object, has_function
+from nlproto.host import netns
+from nlproto.records import wire
+from nlproto.records.clock import Clock
+from nlproto.records.wire import Batch, lib
+
+__all__ = ["EbpfEngine"]
+
+OBJECT = Path(__file__).with_name("hunter.bpf.o")
+PARTS = Path(__file__).with_name("hunter_parts.bpf.o")
+RING_BYTES = 16 << 20
+_CPUS = 1024  # as in bpf/hunter.h
+_BATCH = 60000  # records; a head can count 65535
+_POLL = 0.02  # s: the programs wake the reader for the first record of a while only
+_LATE = 0.2  # s that a record may take from its number to the ring
+_COLLECT = 1.0  # s from sweep to sweep
+_COLLECT_SHARE = 50  # the time between two is at least this many times what the last one took
+
+_ENTRY = np.dtype(
+    {
+        "names": ["length", "record"],
+        "formats": ["u4", wire.RECORD],
+        "offsets": [0, 8],
+        "itemsize": 8 + wire.RECORD.itemsize,
+    }
+)
+_BUSY = 1 << 31  # BPF_RINGBUF_BUSY_BIT
+_COUNTERS = np.dtype(
+    [(name, "u8") for name in ("seq", "copies", "skipped", "lost", "full", "woken", "a", "b")]
+)
+# Without one of these names could be wrong.
+_NEEDED = {
+    "security_socket_post_create",
+    "security_sock_graft",
+    "__receive_sock",
+    "security_sk_free",
+    "inet_release",
+    "locks_remove_posix",
+    "tcp_v4_rcv",
+    "udp_rcv",
+    "sk_filter_trim_cap",
+    "ip_output",
+}
+_TRAMPOLINES = ("fentry/", "fexit/")
+_CGROUP = "cgroup"
+# What tells of packets and sockets where trampolines are refused, beside part_*.
+_WITH_PARTS = {"probe_fork", "probe_exec", "probe_exit", "probe_rename", "seed", "collect"}
+_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}
+_CAP_SYS_ADMIN = 21
+
+
+@dataclass(slots=True)
+class _Cpu:
+    """Where one processor's stream stands; sequences are whole, not of 32 bits."""
+
+    first: int
+    lost_before: int
+    got: int = 0
+    end: int = 0
+    held: np.ndarray = field(default_factory=lambda: np.zeros(0, wire.RECORD))
+    held_since: float = 0.0
+
+
+class EbpfEngine:
+    """See nlproto.engines.engine.Engine. Raises NoBpf, which says why it cannot run here."""
+
+    name = "ebpf"
+    group = "packets"
+
+    def __init__(self, notify: Callable[[str], None], *, ring_bytes: int = RING_BYTES) -> None:
+        self._notify = notify
+        self.instance = time.time_ns()
+        self.closing: np.ndarray = np.zeros(0, wire.TAIL)
+        began = time.monotonic()
+        self.whole, self._object = _load(ring_bytes, notify)
+        try:
+            self._map(ring_bytes)
+            self._attach()
+            self.loaded_in = time.monotonic() - began
+            self._object.iterate("seed")
+        except BaseException:
+            self._object.close()
+            raise
+        self.opening = np.zeros(0, wire.TAIL)
+        self._netns = netns.own(Path("/proc"))
+        self._batch_seq = 0
+        self._until: dict[int, int] = {}
+        self._collect_again = time.monotonic() + _COLLECT
+        self._busy_until = 0.0
+        self.begin()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._object.close()
+
+    # The object
+
+    def _map(self, ring_bytes: int) -> None:
+        page = mmap.PAGESIZE
+        ring = self._object.map_fd("ring")
+        shared = mmap.MAP_SHARED
+        consumer = mmap.mmap(ring, page, shared, mmap.PROT_READ | mmap.PROT_WRITE)
+        # the data is there twice, one behind the other: no entry is cut in two
+        self._data = mmap.mmap(ring, page + 2 * ring_bytes, shared, mmap.PROT_READ, offset=page)
+        self._ring_bytes = ring_bytes
+        self._consumed = np.frombuffer(consumer, "u8", 1)
+        self._produced = np.frombuffer(self._data, "u8", 1)
+        counters = mmap.mmap(
+            self._object.map_fd("cpus"), _CPUS * _COUNTERS.itemsize, shared, mmap.PROT_READ
+        )
+        self._counters = np.frombuffer(counters, _COUNTERS)[: _possible_cpus()]
+        self._poll = select.epoll()
+        self._poll.register(ring, select.EPOLLIN)
+
+    def _attach(self) -> None:
+        self._attached: list[str] = []
+        self._refused: list[str] = []
+        for name, program in self._object.programs.items():
+            cgroup = program.section.startswith(_CGROUP)
+            traced = program.section.startswith((*_TRAMPOLINES, "tp_btf/"))
+            if program.fd < 0 or not (cgroup or traced):
+                continue
+            try:
+                self._object.attach(name, _root_cgroup() if cgroup else None)
+            except OSError as error:
+                function = program.section.partition("/")[2]
+                if function in _NEEDED:
+                    raise NoBpf(
+                        f"the kernel does not let {function} be traced: {error.strerror}"
+                    ) from error
+                self._refused.append(function)
+            else:
+                self._attached.append(name)
+
+    # The stream
+
+    def _take(self) -> np.ndarray:
+        """Records that are complete, copied, in the ring's order."""
+        consumed = int(self._consumed[0])
+        count = (int(self._produced[0]) - consumed) // _ENTRY.itemsize
+        if not count:
+            return np.zeros(0, wire.RECORD)
+        at = mmap.PAGESIZE + (consumed & (self._ring_bytes - 1))
+        entries: np.ndarray = np.ndarray((count,), _ENTRY, self._data, at)
+        busy = np.flatnonzero(entries["length"] & _BUSY)
+        if len(busy):
+            count = int(busy[0])
+        records: np.ndarray = entries["record"][:count].copy()
+        self._consumed[0] = consumed + count * _ENTRY.itemsize
+        if not self.whole:
+            records["netns"][records["netns"] == 0] = self._netns
+        return records
+
+    def _batches(self, records: np.ndarray) -> Iterator[Batch]:
+        numbers = np.unique(records["cpu"]).tolist()
+        numbers += [n for n, one in self._cpus.items() if len(one.held) and n not in numbers]
+        for number in numbers:
+            mine = records[records["cpu"] == number]
+            yield from self._batches_of(number, self._cpus[number], mine)
+
+    def _batches_of(self, number: int, cpu: _Cpu, records: np.ndarray) -> Iterator[Batch]:
+        if len(cpu.held):
+            records = np.concatenate((cpu.held, records))
+            cpu.held = records[:0]
+        # a difference of 32 bits with a sign: late ones lie before the end
+        steps = (records["seq"] - np.uint32(cpu.end & 0xFFFFFFFF)).astype(np.int32)
+        order = np.argsort(steps, kind="stable")
+        records, places = records[order], cpu.end + steps[order].astype(np.int64)
+        inside = places >= cpu.first
+        if number in self._until:
+            inside &= places < self._until[number]
+        records, places = records[inside], places[inside]
+        if not len(records):
+            return
+        counters = self._counters[number]
+        end = max(cpu.end, int(places[-1]) + 1)
+        missing = end - cpu.first - cpu.got - len(records)
+        if missing > int(counters["lost"]) - cpu.lost_before:
+            # one has its number, but is not in the ring yet
+            now = time.monotonic()
+            cpu.held_since = cpu.held_since or now
+            if now - cpu.held_since < _LATE:
+                cpu.held = records
+                return
+        cpu.held_since = 0.0
+        cpu.end = end
+        cpu.got += len(records)
+        lost = cpu.lost_before + end - cpu.first - cpu.got
+        for at in range(0, len(records), _BATCH):
+            some = records[at : at + _BATCH]
+            behind = len(records) - at - len(some)
+            yield Batch(self._head(number, end - behind, len(some), lost, counters), some)
+
+    def _head(self, number: int, end: int, count: int, lost: int, counters: np.void) -> np.void:
+        clock, mono = Clock.now(), time.monotonic_ns()
+        heads = np.zeros(1, wire.BATCH)
+        heads["version"] = lib.SNIFFER_VERSION
+        heads["record_size"] = wire.RECORD.itemsize
+        heads["cpu"] = number
+        heads["count"] = count
+        heads["instance"] = self.instance
+        heads["batch_seq"] = self._batch_seq
+        heads["record_seq"] = end - count
+        heads["packets"] = max(0, end - int(counters["copies"])) + int(counters["skipped"])
+        heads["skipped"] = counters["skipped"]
+        heads["lost"] = lost
+        heads["mono_ns"] = mono
+        heads["real_ns"] = clock.real_ns(mono)
+        heads["boot_ns"] = clock.boot_ns(mono)
+        self._batch_seq += 1
+        head: np.void = heads[0]
+        return head
+
+    def read(self, timeout: float) -> Iterator[Batch]:
+        self._collect()
+        records = self._take()
+        if not len(records) and not any(len(cpu.held) for cpu in self._cpus.values()):
+            now = time.monotonic()
+            self._poll.poll(min(timeout, _POLL) if now < self._busy_until else timeout)
+            records = self._take()
+        if len(records):
+            self._busy_until = time.monotonic() + 10 * _POLL
+        yield from self._batches(records)
+
+    def _collect(self) -> None:
+        """Let the kernel's tables forget what has ended long enough ago."""
+        now = time.monotonic()
+        if now < self._collect_again:
+            return
+        self._object.programs["collect"].run()
+        took = time.monotonic() - now
+        self._collect_again = now + max(_COLLECT, _COLLECT_SHARE * took)
+
+    def want_snaps(self, wanted: bool) -> bool:
+        return False
+
+    def want_packets(self, wanted: bool) -> None:
+        """There is nothing else to be had."""
+
+    def _position(self) -> np.ndarray:
+        """Where each processor stands, as TAIL."""
+        counters = self._counters.copy()
+        tails = np.zeros(len(counters), wire.TAIL)
+        tails["cpu"] = np.arange(len(counters))
+        tails["batch_seq"] = self._batch_seq
+        tails["record_seq"] = counters["seq"]
+        tails["packets"] = counters["seq"] - counters["copies"] + counters["skipped"]
+        tails["skipped"] = counters["skipped"]
+        tails["lost"] = counters["lost"]
+        return tails
+
+    def begin(self) -> int:
+        self.opening = self._position()
+        self._until = {}
+        self._cpus = {
+            int(tail["cpu"]): _Cpu(
+                int(tail["record_seq"]), int(tail["lost"]), end=int(tail["record_seq"])
+            )
+            for tail in self.opening
+        }
+        return time.monotonic_ns()
+
+    def finish(self, until_ns: int | None = None) -> Iterator[Batch]:
+        tails = self._position()
+        self._until = {int(tail["cpu"]): int(tail["record_seq"]) for tail in tails}
+        yield from self._up_to(tails)
+        self.closing = tails
+
+    def catch_up(self) -> Iterator[Batch]:
+        tails = self._position()
+        yield from self._up_to(tails)
+        self.closing = tails
+
+    def _up_to(self, tails: np.ndarray) -> Iterator[Batch]:
+        deadline = time.monotonic() + 2 * _LATE
+        while True:
+            yield from self._batches(self._take())
+            if self._arrived(tails) or time.monotonic() > deadline:
+                break
+            time.sleep(0.001)
+
+    def _arrived(self, tails: np.ndarray) -> bool:
+        """Whether everything up to `tails` was read or is known to be lost."""
+        return all(
+            int(tail["record_seq"]) - cpu.first - cpu.got <= int(tail["lost"]) - cpu.lost_before
+            for tail in tails
+            if (cpu := self._cpus[int(tail["cpu"])])
+        )
+
+    def stats(self) -> dict[str, object]:
+        counters = self._counters.copy()
+        programs = [p for p in self._object.programs.values() if p.fd >= 0]
+        figures = [program.figures() for program in programs]
+        total = {name: int(counters[name].sum()) for name in ("seq", "copies", "skipped", "lost")}
+        return {
+            "engine": self.name,
+            "instance": self.instance,
+            "packets": total["seq"] - total["copies"] + total["skipped"],
+            "skipped": total["skipped"],
+            "records": total["seq"],
+            "lost_ring": total["lost"],
+            "table_full": int(counters["full"].sum()),
+            "programs": len(self._attached),
+            "programs_refused": self._refused,
+            "misses": sum(misses for misses, _ in figures),
+            "verified_instructions": sum(verified for _, verified in figures),
+            "whole": self.whole,
+            "loaded_in_s": round(self.loaded_in, 3),
+        }
+
+
+def _possible_cpus() -> int:
+    last = Path("/sys/devices/system/cpu/possible").read_text().strip().split("-")[-1]
+    return min(int(last.split(",")[-1]) + 1, _CPUS)
+
+
+def _root_cgroup() -> str:
+    """Where the root of cgroup v2 is mounted; raises NoBpf."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, where, kind, *_ = line.split()
+        if kind == "cgroup2":
+            return where
+    raise NoBpf("cgroup v2 is not mounted")
+
+
+def _load(ring_bytes: int, notify: Callable[[str], None]) -> tuple[bool, Object]:
+    """All programs, else those that tracepoints and cgroups take; whether it is all of them.
+
+    Raises NoBpf with the reason why not even these.
+    """
+    try:
+        return True, _load_whole(ring_bytes)
+    except NoBpf as error:
+        if not PARTS.exists():
+            raise
+        why = str(error)
+    opened = Object(PARTS)
+    try:
+        for name, program in opened.programs.items():
+            program.choose(name.startswith("part_") or name in _WITH_PARTS)
+        opened.set_entries("ring", ring_bytes)
+        try:
+            opened.load()
+        except OSError as error:
+            raise NoBpf(why) from error
+    except BaseException:
+        opened.close()
+        raise
+    notify(f"engine ebpf runs in parts: {why}; shared and passed sockets are flagged AMBIGUOUS")
+    return False, opened
+
+
+def _load_whole(ring_bytes: int) -> Object:
+    """The object with every program whose function is there. Raises NoBpf with the reason."""
+    if not OBJECT.exists():
+        raise NoBpf("its programs were not compiled: ./build.sh does it where clang is")
+    opened = Object(OBJECT)
+    try:
+        targets = {
+            name: program.section.partition("/")[2]
+            for name, program in opened.programs.items()
+            if program.section.startswith(_TRAMPOLINES)
+        }
+        known = has_function(set(targets.values()))
+        for name, function in targets.items():
+            opened.programs[name].choose(function in known)
+        if _NEEDED - known:
+            raise NoBpf(f"this kernel lacks {', '.join(sorted(_NEEDED - known))}")
+        opened.set_entries("ring", ring_bytes)
+        try:
+            opened.load()
+        except OSError as error:
+            raise NoBpf(_why(error)) from error
+    except BaseException:
+        opened.close()
+        raise
+    return opened
+
+
+def _why(error: OSError) -> str:
+    """One line for people: what keeps the kernel from taking the programs."""
+    status = Path("/proc/self/status").read_text()
+    effective = int(status.partition("CapEff:")[2].split()[0], 16)
+    missing = [name for name, bit in _CAPABILITIES.items() if not effective >> bit & 1]
+    if missing and not effective >> _CAP_SYS_ADMIN & 1:
+        return f"it needs {', '.join(missing)}; run it as root"
+    try:
+        lockdown = Path("/sys/kernel/security/lockdown").read_text()
+    except OSError:
+        lockdown = ""
+    if "[confidentiality]" in lockdown:
+        return "this kernel lets nobody read it (lockdown=confidentiality)"
+    return f"this kernel refuses its programs ({error.strerror})"

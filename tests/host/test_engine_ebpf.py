@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""Engine ebpf on the kernel that runs us, whole or in parts: names, account, and that it goes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+
+from nlproto.engines.bpf import NoBpf
+from nlproto.engines.engine import Engine, open_engine
+from nlproto.pipeline.account import Account
+from nlproto.records.wire import RECORD, Batch, is_named
+from waiting import until
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it loads programs")
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    with ExitStack() as stack:
+        try:
+            opened = stack.enter_context(open_engine("ebpf", print))
+        except NoBpf as error:
+            pytest.skip(str(error))
+        yield opened
+
+
+def records_of(engine: Engine, account: Account) -> np.ndarray:
+    """Everything until now, counted."""
+    parts = [np.zeros(0, RECORD)]
+    for event in (*engine.read(0.1), *engine.finish()):
+        assert isinstance(event, Batch)
+        account.add(event.head, event.records)
+        account.deliver(event.records["how"])
+        parts.append(event.records)
+    account.close(engine.closing)
+    return np.concatenate(parts)
+
+
+def test_every_packet_of_a_connection_is_ours(engine: Engine) -> None:
+    account = Account()
+    account.open(engine.opening, engine.instance)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            accepted, _ = server.accept()
+            with accepted:
+                accepted.send(b"hello")
+            assert client.recv(100) == b"hello" and client.recv(100) == b""
+    records = records_of(engine, account)
+    ours = records[(records["sport"] == port) | (records["dport"] == port)]
+    # the last answer may still be on its way
+    assert len(ours) >= 18
+    assert all(is_named(how) for how in ours["how"].tolist())
+    assert set(ours["tgid"].tolist()) == {os.getpid()}
+    assert set(ours["netns"].tolist()) == {os.stat("/proc/self/ns/net").st_ino}
+    assert account.closes(), account.as_dict()
+
+
+def test_a_listener_older_than_the_engine_names_its_connections() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, ExitStack() as stack:
+        try:
+            engine = stack.enter_context(open_engine("ebpf", print))
+        except NoBpf as error:
+            pytest.skip(str(error))
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.send(b"before accept")
+            records = records_of(engine, Account())
+    ours = records[(records["sport"] == port) | (records["dport"] == port)]
+    assert len(ours) and set(ours["tgid"].tolist()) == {os.getpid()}
+
+
+def test_loss_is_counted_to_the_record() -> None:
+    from nlproto.engines.ebpf import EbpfEngine
+
+    with ExitStack() as stack:
+        try:
+            engine = stack.enter_context(EbpfEngine(print, ring_bytes=1 << 16))
+        except NoBpf as error:
+            pytest.skip(str(error))
+        account = Account()
+        account.open(engine.opening, engine.instance)
+        with (
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver,
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
+        ):
+            receiver.bind(("127.0.0.1", 0))
+            for _ in range(3000):
+                sender.sendto(b"x", receiver.getsockname())
+        records_of(engine, account)
+    assert account.closes(), account.as_dict()
+    assert account.lost["alloc"] > 1000
+    assert account.lost["socket"] == 0
+
+
+def test_a_killed_reader_leaves_nothing_attached(engine: Engine) -> None:
+    before = _programs()
+    script = (
+        "import time; from nlproto.engines.engine import open_engine\n"
+        "with open_engine('ebpf', print): print('open', flush=True); time.sleep(1000)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        while b"open" not in child.stdout.readline():
+            pass
+        assert _programs() > before
+        child.send_signal(signal.SIGKILL)
+    until(lambda: _programs() <= before)
+
+
+def _programs() -> int:
+    """Links of all processes."""
+    count = 0
+    for fdinfo in _bpf_links():
+        count += "link_type" in fdinfo
+    return count
+
+
+def _bpf_links() -> Iterator[str]:
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            for fd in os.listdir(f"/proc/{pid}/fdinfo"):
+                with open(f"/proc/{pid}/fdinfo/{fd}") as file:
+                    yield file.read()
+        except OSError:
+            continue
