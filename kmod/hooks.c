@@ -6,7 +6,10 @@
  *
  * Priority last, everywhere: after NAT, so that a record has the addresses
  * under which the packet goes on (for LOCAL_IN those of the socket), and after
- * filter, so that what a firewall drops was neither sent nor received.
+ * filter, so that what a firewall drops was neither sent nor received. Of hooks
+ * with one priority the older one runs last. So where conntrack was in use
+ * before the module came, what it drops when it confirms a connection counts as
+ * received; elsewhere ours is the older one.
  */
 #include <linux/netfilter.h>
 #include <linux/netfilter_ipv4.h>
