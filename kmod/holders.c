@@ -177,7 +177,7 @@ static long holders_references(u64 cookie, struct file *file)
 
 	rcu_read_lock();
 	owner = sniffer_owner_find(cookie);
-	if (owner && READ_ONCE(owner->file) == file)
+	if (owner && sniffer_owner_file(owner) == file)
 		count = file_count(file);
 	rcu_read_unlock();
 	return count;

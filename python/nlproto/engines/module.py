@@ -199,6 +199,7 @@ class ModuleEngine:
         info, counters = self._control.info(), self._control.counters()
         found: dict[str, object] = {
             "engine": self.name,
+            "group": self.group,
             "receive_bytes": self._listener.receive_bytes,
         }
         found.update({name: int(info[name]) for name in wire.INFO.names or ()})

@@ -127,9 +127,9 @@ class PacketEngine:
         self._proc = proc
         self._use_diag = sock_diag
         self._now_ns = now_ns
-        self._holders = Holders(proc, now_ns)
-        self._failures = Failures("engine packet")
         self._urgency = Urgency(now_ns)
+        self._holders = Holders(proc, now_ns, self._urgency.patiently)
+        self._failures = Failures("engine packet")
         self._places: dict[int, _Capture] = {}
         self._poll = select.poll()
         self._by_fd: dict[int, _Capture] = {}
