@@ -1,7 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Tests with a thousand sockets, where a login allows 1024 open files."""
+"""Daemons for tests; room for a thousand sockets, where a login allows 1024 open files."""
+
+from __future__ import annotations
 
 import resource
+import signal
+import socket
+
+import pytest
+
+from daemons import Daemon, senders
 
 FILES = 8192
 
@@ -9,3 +17,49 @@ soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 if soft != resource.RLIM_INFINITY and soft < FILES:
     wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+@pytest.fixture(name="directory")
+def _directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("daemon")
+    for part in (directory, directory.parent, directory.parent.parent):
+        part.chmod(0o755)
+    return directory
+
+
+@pytest.fixture(name="start")
+def _start(directory):
+    started = []
+
+    def start(*arguments, config=""):
+        daemon = Daemon(directory, *arguments, config=config)
+        started.append(daemon)
+        return daemon
+
+    yield start
+    for daemon in started:
+        daemon.process.send_signal(signal.SIGCONT) if daemon.process.poll() is None else None
+        if daemon.process.poll() is None:
+            daemon.process.kill()
+            daemon.process.wait()
+
+
+@pytest.fixture(name="daemon")
+def _daemon(start):
+    return start()
+
+
+@pytest.fixture(name="receiver")
+def _receiver():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(("127.0.0.1", 0))
+        receiver.settimeout(10)
+        yield receiver
+
+
+@pytest.fixture(autouse=True)
+def _senders_stay_until_the_test_ends():
+    """Engine packet names by a socket that is still there."""
+    yield
+    while senders:
+        senders.pop().close()

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.host.test_daemon import Daemon, _directory, _start  # noqa: F401
 
 from nlproto.client.client import DaemonClient
 from nlproto.host import procfs

@@ -7,17 +7,16 @@ import io
 import json
 import os
 import resource
-import socket
 import struct
 import subprocess
 import sys
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
+from damage import CHANGES, PORTS, TCP, UDP, changed, ipv4
 from hunter.formats import pcapng
-from hunter.formats.captures import flow_of, look, read_capture
+from hunter.formats.captures import read_capture
 from hunter.formats.inputs import Input
 from hunter.show.columns import FIRST_COLUMNS
 from hunter.sources.source_file import FileSource
@@ -25,7 +24,6 @@ from nlproto import Error
 from nlproto.filters.filter import EVERYTHING
 
 SUFFIXES = (".csv", ".jsonl", ".parquet", ".pcapng")
-UDP, TCP = socket.IPPROTO_UDP, socket.IPPROTO_TCP
 
 
 def hunt(*arguments, **options):
@@ -84,55 +82,6 @@ def good(tmp_path_factory):
     return {path.suffix: path.read_bytes() for path in folder.iterdir()}
 
 
-def ipv4(proto, options=b"", offset=0):
-    head = struct.pack("!BBHHHBBH", 0x45 + len(options) // 4, 0, 40, 0, offset, 64, proto, 0)
-    return head + bytes([10, 0, 0, 1, 10, 0, 0, 2]) + options
-
-
-def ipv6(proto, rest=b""):
-    return (
-        struct.pack("!IHBB", 6 << 28, len(rest), proto, 64)
-        + bytes(15)
-        + b"\1"
-        + bytes(15)
-        + b"\2"
-        + rest
-    )
-
-
-PORTS = struct.pack("!HHHH", 1000, 53, 8, 0)
-
-CHANGES = st.lists(
-    st.tuples(
-        st.floats(0, 1),
-        st.one_of(
-            st.binary(max_size=12),
-            st.sampled_from(
-                [b"\0" * 4000, b'"', b"\n", b",", b"[" * 5000, b"9" * 5000, b"-1", b"null", b"true"]
-            ),
-            st.integers(0, 2**32 - 1).map(lambda one: one.to_bytes(4, "little")),
-        ),
-        st.sampled_from(["put over", "put in", "cut out", "end"]),
-    ),
-    min_size=1,
-    max_size=4,
-)
-
-
-def changed(data, changes):
-    for place, piece, how in changes:
-        at = int(place * len(data))
-        if how == "end":
-            data = data[:at]
-        elif how == "put in":
-            data = data[:at] + piece + data[at:]
-        elif how == "cut out":
-            data = data[:at] + data[at + len(piece) :]
-        else:
-            data = data[:at] + piece + data[at + len(piece) :]
-    return data
-
-
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=CHANGES)
@@ -142,167 +91,6 @@ def test_nothing_but_an_error_comes_out_of_a_damaged_capture(suffix, good, tmp_p
     path = tmp_path / f"x{suffix}"
     path.write_bytes(changed(good[suffix], changes))
     drain(path)
-
-
-def captures():
-    """Bytes of pcap and pcapng, both orders, every kind of packet block."""
-    frames = [
-        (1, bytes(12) + b"\x08\x00" + ipv4(UDP) + PORTS),
-        (1, bytes(12) + b"\x81\x00\x00\x05\x86\xdd" + ipv6(0, bytes([UDP, 0]) + bytes(6) + PORTS)),
-        (113, bytes(14) + b"\x81\x00\x00\x05\x08\x00" + ipv4(UDP) + PORTS),
-        (276, b"\x08\x00" + bytes(18) + ipv4(UDP) + PORTS),
-        (101, ipv4(UDP) + PORTS),
-    ]
-    for order in "<>":
-        for linktype, data in frames:
-            head = struct.pack(f"{order}IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 65535, linktype)
-            packet = struct.pack(f"{order}IIII", 1, 2, len(data), len(data)) + data
-            yield head + packet * 3
-    section, data = pcapng.section_header("x", "y"), frames[0][1]
-    interface = pcapng.interface_description("eth0", 1)
-    simple = pcapng._block(3, struct.pack("<I", len(data)) + pcapng._pad(data))
-    old = pcapng._block(
-        2, struct.pack("<HHIIII", 0, 0, 0, 1, len(data), len(data)) + pcapng._pad(data)
-    )
-    new = pcapng.enhanced_packet(0, 1, data, len(data), "own", 2)
-    yield section + interface + (simple + old + new) * 2
-
-
-@settings(max_examples=200)
-@given(data=st.sampled_from(list(captures())), changes=CHANGES)
-def test_nothing_but_an_error_comes_out_of_a_damaged_trace(data, changes):
-    interfaces = []
-    try:
-        for block in read_capture(io.BytesIO(changed(data, changes)), "x"):
-            if block.kind == pcapng.SECTION:
-                interfaces = []
-            elif block.kind == pcapng.INTERFACE:
-                interfaces.append(pcapng.Interface.of(block))
-            packet = pcapng.packet_of(block, interfaces)
-            if packet is not None:
-                assert look(packet)
-                pcapng.comments(block)
-                if block.kind != pcapng.SIMPLE:
-                    pcapng.with_comment(block, "x")
-    except Error as error:
-        assert "\n" not in str(error)
-
-
-@settings(max_examples=200)
-@given(st.sampled_from([0, 1, 9, 101, 108, 113, 228, 229, 276, 65535]), st.binary(max_size=200))
-def test_any_bytes_are_a_flow_or_a_word(linktype, data):
-    found = look(pcapng.Packet(linktype, None, data))
-    assert isinstance(found, str | tuple) and found
-
-
-@pytest.mark.parametrize("data", list(captures()), ids=range(11))
-def test_every_kind_of_capture_is_understood(data):
-    interfaces, flows = [], []
-    for block in read_capture(io.BytesIO(data), "x"):
-        if block.kind == pcapng.INTERFACE:
-            interfaces.append(pcapng.Interface.of(block))
-        packet = pcapng.packet_of(block, interfaces)
-        flows += [packet and flow_of(packet)] if block.kind in (2, 3, 6) else []
-    assert len(flows) in (3, 6)
-    assert all(flow and (flow[1][1], flow[2][1]) == (1000, 53) for flow in flows)
-
-
-@pytest.mark.parametrize(
-    ("linktype", "data", "word"),
-    [
-        (239, b"\0" * 60, "link type 239 (NFLOG)"),
-        (9, b"\0" * 60, "link type 9 (PPP)"),
-        (147, b"\0" * 60, "link type 147"),
-        (1, bytes(12) + b"\x88\x64" + bytes(40), "PPPoE"),
-        (1, bytes(12) + b"\x88\x47" + bytes(40), "MPLS"),
-        (1, bytes(12) + b"\x08\x06" + bytes(40), "ARP"),
-        (1, bytes(12) + b"\x12\x34" + bytes(40), "EtherType 0x1234"),
-        (1, bytes(12) + b"\x00\x20" + bytes(40), "802.3"),
-        (101, ipv4(47) + bytes(20), "GRE"),
-        (101, ipv4(1) + bytes(20), "ICMP"),
-        (101, ipv4(253) + bytes(20), "IP protocol 253"),
-        (101, ipv4(UDP, offset=1) + PORTS, "later fragments"),
-        (101, ipv4(UDP), "cut short"),
-        (101, b"", "cut short"),
-        (101, ipv6(44, bytes([UDP, 0, 1, 0]) + bytes(4) + PORTS), "later fragments"),
-        (101, ipv6(0, (b"\0" * 8) * 65 + PORTS), "more extension headers than can be"),
-        (1, bytes(12) + b"\x81\x00\x00\x01" * 9 + b"\x08\x00", "more VLANs than can be"),
-    ],
-)
-def test_what_is_not_understood_has_a_name(linktype, data, word):
-    assert look(pcapng.Packet(linktype, None, data)) == word
-
-
-class Counting(bytes):
-    """Counts the bytes that slices of it copy."""
-
-    copied = 0
-
-    def __getitem__(self, key):
-        found = super().__getitem__(key)
-        if isinstance(found, bytes):
-            Counting.copied += len(found)
-            return Counting(found)
-        return found
-
-
-def test_a_packet_of_nothing_but_headers_is_not_copied_for_each():
-    """8 MiB of extension headers: with a slice a header that is 4 TiB, two minutes and more."""
-    Counting.copied = 0
-    data = Counting(ipv6(60) + b"\x3c\0\0\0\0\0\0\0" * (1 << 20))
-    assert look(pcapng.Packet(101, None, data)) == "more extension headers than can be"
-    assert Counting.copied < 1000
-    ok = ipv6(60, b"\x3c\0\0\0\0\0\0\0" * 20 + b"\x11\0\0\0\0\0\0\0" + PORTS)
-    assert flow_of(pcapng.Packet(101, None, ok))[1:] == (("::1", 1000), ("::2", 53))
-
-
-def test_an_interface_block_of_12_bytes_is_an_error_with_its_place():
-    section = pcapng.section_header("x")
-    data = section + struct.pack("<III", 1, 12, 12)
-    with pytest.raises(Error, match=f"^x: a block of 12 bytes at byte {len(section)} cannot be$"):
-        list(read_capture(io.BytesIO(data), "x"))
-
-
-def test_a_packet_longer_than_its_block_is_an_error():
-    block = bytearray(pcapng.enhanced_packet(0, 0, b"1234", 4))
-    block[20:24] = struct.pack("<I", 5000)
-    data = pcapng.section_header("x") + pcapng.interface_description("") + block
-    with pytest.raises(Error, match="longer than its block"):
-        list(read_capture(io.BytesIO(data), "x"))
-
-
-def test_interfaces_without_end_do_not_fill_the_memory():
-    class Endless(io.RawIOBase):
-        def __init__(self):
-            self.given = 0
-
-        def readable(self):
-            return True
-
-        def readinto(self, buffer):
-            one = pcapng.interface_description("")
-            data = pcapng.section_header("x") if not self.given else one * (len(buffer) // len(one))
-            buffer[: len(data)] = data
-            self.given += len(data)
-            return len(data)
-
-    with pytest.raises(Error, match="more than 65536 interfaces"):
-        for _ in read_capture(io.BufferedReader(Endless()), "x"):
-            pass
-
-
-@pytest.mark.parametrize("cut", [1, 7, 15, 16, 40])
-@pytest.mark.parametrize("number", [0, 5, 10])
-def test_a_cut_trace_is_read_to_its_last_whole_packet(number, cut):
-    data = list(captures())[number]
-    whole = [block.data for block in read_capture(io.BytesIO(data), "x")]
-    found = []
-    with pytest.raises(
-        Error, match="ends in the middle of a .*, at byte .*; all before it is read"
-    ):
-        for block in read_capture(io.BytesIO(data[:-cut]), "x"):
-            found.append(block.data)
-    assert found == whole[: len(found)] and len(found) in (len(whole) - 1, len(whole) - 2)
 
 
 BAD = {

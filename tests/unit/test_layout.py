@@ -136,3 +136,24 @@ def test_the_architecture_names_files_and_functions_that_are_there() -> None:
     for function, where in re.findall(r"`(\w+)\(\)` in `([\w/]+\.(?:c|py))`", text):
         path = ROOT / where if where.startswith("kmod/") else PYTHON / where
         assert re.search(rf"\b{function}\(", path.read_text()), f"{function} in {where}"
+
+
+def public(body: Iterable[ast.stmt]) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    """Functions, classes and their methods that others may use."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from public(node.body)
+
+
+def test_every_public_name_of_the_library_says_what_it_is() -> None:
+    """nlproto is for scripts of others."""
+    silent = [
+        f"{name}:{node.lineno} {node.name}"
+        for name, path in MODULES.items()
+        if name.partition(".")[0] == "nlproto"
+        for node in public(ast.parse(path.read_text()).body)
+        if not ast.get_docstring(node)
+    ]
+    assert silent == []

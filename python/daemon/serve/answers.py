@@ -22,7 +22,7 @@ from nlproto.host.kernel_sockets import KernelSockets
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records.wire import PROTO_NAMES
 from nlproto.tables.flows import pack_address
-from nlproto.tables.portmap import PortOwner
+from nlproto.tables.port_owner import PortOwner
 from nlproto.tables.processes import Process
 
 __all__ = ["Answers", "Past", "PROTOS", "Room"]

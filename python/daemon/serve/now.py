@@ -15,7 +15,8 @@ from nlproto.host.sockdiag import HOST_SOCKET
 from nlproto.host.sockets import fields, fitting, held, unmapped
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records.wire import text
-from nlproto.tables.portmap import PortMap, PortOwner
+from nlproto.tables.port_owner import PortOwner
+from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import ProcessKey
 
 __all__ = ["Looking", "holder", "sockets_now"]

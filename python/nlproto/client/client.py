@@ -155,9 +155,11 @@ class DaemonClient:
         self.close()
 
     def close(self) -> None:
+        """End the connection; a second time nothing happens."""
         self._socket.close()
 
     def fileno(self) -> int:
+        """Return the descriptor of its socket, for poll(2)."""
         return self._socket.fileno()
 
     # Questions

@@ -50,6 +50,8 @@ class FrameError(Error):
 
 
 class Kind(enum.IntEnum):
+    """What a frame has (docs/PROTOCOL.md, "Frames")."""
+
     CONTROL = 1
     DATA = 2
     PROCESSES = 3
@@ -65,6 +67,7 @@ def encode(kind: Kind, payload: bytes) -> bytes:
 
 
 def encode_json(kind: Kind, value: object) -> bytes:
+    """Return a frame of `kind` with `value` as JSON. Raises FrameError when it is too long."""
     return encode(kind, msgspec.json.encode(value))
 
 

@@ -132,6 +132,7 @@ class ModuleEngine:
         return None
 
     def want_packets(self, wanted: bool) -> None:
+        """See Engine."""
         before, group = self.group, PACKETS if wanted else FLOWS
         if group == before:
             return
@@ -152,6 +153,7 @@ class ModuleEngine:
         self._cuts = [*self._cuts[-_CUTS:], (_sequences(self.opening), self.group)]
 
     def want_snaps(self, wanted: bool) -> bool:
+        """See Engine."""
         if not wanted:
             self._listener.leave("snaps")
             return True
@@ -169,6 +171,7 @@ class ModuleEngine:
         return self._control.flush()
 
     def catch_up(self) -> Iterator[Event]:
+        """See Engine."""
         tails = self._flush()
         yield from self._queued()
         self.closing = tails
@@ -184,18 +187,21 @@ class ModuleEngine:
                 break
 
     def begin(self) -> int:
+        """See Engine."""
         self.opening = self._flush()
         self._cuts.clear()
         self._cut()
         return time.monotonic_ns()
 
     def finish(self, until_ns: int | None = None) -> Iterator[Event]:
+        """See Engine."""
         tails = self._flush()
         self._ends = _sequences(tails)
         yield from self._queued()
         self.closing = tails
 
     def stats(self) -> dict[str, object]:
+        """See Engine."""
         info, counters = self._control.info(), self._control.counters()
         found: dict[str, object] = {
             "engine": self.name,

@@ -31,7 +31,9 @@ _TELL = 60.0  # s between two messages of one kind
 class OpenNamespace(Protocol):
     """What is open in one namespace."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give back what is open in it; may take 50 ms."""
+        ...
 
 
 P = TypeVar("P", bound=OpenNamespace)

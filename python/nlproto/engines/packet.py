@@ -163,6 +163,7 @@ class PacketEngine:
         self.close()
 
     def close(self) -> None:
+        """Give back rings, sockets and namespaces."""
         self._urgency.rest()
         self._others.close(self._places.values())
         self._places.clear()
@@ -250,6 +251,7 @@ class PacketEngine:
     # Engine
 
     def read(self, timeout: float) -> Iterator[Batch | SnapBatch]:
+        """See Engine."""
         now = self._now_ns()
         self._urgency.look()
         self._take_changes()
@@ -345,6 +347,7 @@ class PacketEngine:
         return head
 
     def want_snaps(self, wanted: bool) -> bool:
+        """See Engine."""
         self._snapping = wanted
         return True
 
@@ -359,11 +362,13 @@ class PacketEngine:
         return tail
 
     def begin(self) -> int:
+        """See Engine."""
         self.opening = self._position()
         self._from_ns = time.monotonic_ns()
         return self._from_ns
 
     def catch_up(self, until_ns: int | None = None) -> Iterator[Batch | SnapBatch]:
+        """See Engine."""
         self._take_changes()
         # what comes in from now on is another time's: a flood must not hold us here
         waiting = [(place, place.capture.waiting()) for place in self._places.values()]
@@ -375,9 +380,11 @@ class PacketEngine:
         self.closing = self._position()
 
     def finish(self, until_ns: int | None = None) -> Iterator[Batch | SnapBatch]:
+        """See Engine."""
         yield from self.catch_up(until_ns)
 
     def stats(self) -> dict[str, object]:
+        """See Engine."""
         return {
             "engine": self.name,
             "instance": self.instance,

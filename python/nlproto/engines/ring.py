@@ -159,12 +159,14 @@ class PacketRing:
         self.close()
 
     def close(self) -> None:
+        """Unmap the ring and close its socket."""
         self._ring.frames = ffi.NULL
         ffi.release(self._frames)
         self._map.close()
         self._socket.close()
 
     def fileno(self) -> int:
+        """Return the descriptor of its socket, for poll(2)."""
         return self._socket.fileno()
 
     @property

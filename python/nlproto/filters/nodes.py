@@ -41,10 +41,14 @@ _COMM_MAX = int(wire.lib.SNIFFER_COMM_LEN) - 1
 class Node(Protocol):
     """One test, or several joined."""
 
-    def mask(self, view: View) -> np.ndarray: ...
+    def mask(self, view: View) -> np.ndarray:
+        """Return one bool for each record of `view`."""
+        ...
 
     @property
-    def cost(self) -> int: ...
+    def cost(self) -> int:
+        """How many tests it makes."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +66,11 @@ class Chain:
 
     @property
     def cost(self) -> int:
+        """See Node."""
         return self.first.cost + sum(node.cost for _, node in self.rest)
 
     def mask(self, view: View) -> np.ndarray:
+        """See Node."""
         result = self.first.mask(view)
         for word, node in self.rest:
             other = node.mask(view)
@@ -87,9 +93,11 @@ class Not:
 
     @property
     def cost(self) -> int:
+        """See Node."""
         return self.node.cost
 
     def mask(self, view: View) -> np.ndarray:
+        """See Node."""
         return ~self.node.mask(view)
 
 
@@ -107,9 +115,11 @@ class Equal:
 
     @property
     def cost(self) -> int:
+        """See Node."""
         return 1
 
     def mask(self, view: View) -> np.ndarray:
+        """See Node."""
         column = view.column(self.field)
         if len(self.values) == 1:
             result: np.ndarray = column == self.values[0]
@@ -151,9 +161,11 @@ class Ports:
 
     @property
     def cost(self) -> int:
+        """See Node."""
         return 1
 
     def mask(self, view: View) -> np.ndarray:
+        """See Node."""
         ends, join = _SIDES[self.side]
         masks = [self._end(view.column(f"{end}port")) for end in ends]
         return _join(join, masks)
@@ -180,9 +192,11 @@ class Net:
 
     @property
     def cost(self) -> int:
+        """See Node."""
         return 1
 
     def mask(self, view: View) -> np.ndarray:
+        """See Node."""
         ends, join = _SIDES[self.side]
         family = socket.AF_INET if self.net.version == 4 else socket.AF_INET6
         bits = np.frombuffer(self.net.netmask.packed.ljust(16, b"\0"), np.uint64)
@@ -210,9 +224,11 @@ class Length:
 
     @property
     def cost(self) -> int:
+        """See Node."""
         return 1
 
     def mask(self, view: View) -> np.ndarray:
+        """See Node."""
         sizes = view.column("len")
         result: np.ndarray = sizes <= self.bytes if self.word == "less" else sizes >= self.bytes
         return result
@@ -232,9 +248,11 @@ class OwnerTest:
 
     @property
     def cost(self) -> int:
+        """See Node."""
         return NAME_COST
 
     def mask(self, view: View) -> np.ndarray:
+        """See Node."""
         places, belongs, processes = view.processes
         wanted = (self._is_wanted(*one) for one in processes)
         verdicts = np.fromiter(wanted, bool, len(processes))

@@ -21,17 +21,27 @@ class ProcessLike(Protocol):
     """What a filter asks of a process."""
 
     @property
-    def exe(self) -> str: ...
+    def exe(self) -> str:
+        """Path of its program, "" where it is not known."""
+        ...
+
     @property
-    def container(self) -> str: ...
+    def container(self) -> str:
+        """As "docker:4f1c0d2e9a3b", "" for none."""
+        ...
+
     @property
-    def unit(self) -> str: ...
+    def unit(self) -> str:
+        """Its systemd unit, "" for none."""
+        ...
 
 
 class KnownProcesses(Protocol):
     """What is known of processes beyond their records (nlproto.tables.processes.Processes)."""
 
-    def get(self, tgid: int, start_ns: int, /) -> ProcessLike | None: ...
+    def get(self, tgid: int, start_ns: int, /) -> ProcessLike | None:
+        """Return the process, None where it is not known; `start_ns` is its start_boottime."""
+        ...
 
 
 class View:

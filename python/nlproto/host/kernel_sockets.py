@@ -51,6 +51,7 @@ class BoundSocket(NamedTuple):
 
     @property
     def key(self) -> tuple[int, int]:
+        """(tgid, start_ns) of its process."""
         return self.tgid, self.start_ns
 
 
@@ -104,6 +105,7 @@ class KernelSockets:
         return self._holders.peek(inode)
 
     def read(self) -> HeldSockets:
+        """Look at the tables of all namespaces. Costs time by their size; see HeldSockets."""
         began = self._now_ns()
         tables = self._diags.tables()
         found = self._read(tables)

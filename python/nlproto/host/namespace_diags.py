@@ -41,6 +41,7 @@ class NamespaceDiags:
         self.close()
 
     def close(self) -> None:
+        """Close all sockets."""
         for diag in self._diags.values():
             if diag is not None:
                 diag.close()

@@ -206,6 +206,7 @@ class Interfaces:
         self.close()
 
     def close(self) -> None:
+        """Close its Netlink socket."""
         self._connection.close()
 
     def _dump(self, kind: int, body: int) -> Iterator[memoryview]:

@@ -72,6 +72,7 @@ class SockDiag:
         self.close()
 
     def close(self) -> None:
+        """Close its Netlink socket."""
         self._socket.close()
 
     def _send(

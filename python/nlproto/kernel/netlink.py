@@ -160,6 +160,7 @@ class Connection:
         self.close()
 
     def close(self) -> None:
+        """Close its socket."""
         self._socket.close()
 
     def exchange(self, kind: int, flags: int, body: bytes) -> Iterator[Message]:
@@ -266,6 +267,7 @@ class Sniffer:
         self.close()
 
     def close(self) -> None:
+        """Close its socket; the module stays."""
         self._connection.close()
 
     def _ask(
@@ -415,9 +417,11 @@ class Listener:
         self.close()
 
     def close(self) -> None:
+        """Leave the groups and close the socket."""
         self._socket.close()
 
     def fileno(self) -> int:
+        """Return the descriptor of its socket, for poll(2)."""
         return self._socket.fileno()
 
     def recv(self, timeout: float) -> tuple[int, memoryview] | None:

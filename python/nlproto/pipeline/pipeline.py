@@ -142,6 +142,7 @@ class Pipeline:
 
     @property
     def engine(self) -> Engine:
+        """Where records come from now."""
         return self._engine
 
     @property

@@ -36,6 +36,7 @@ class MessageQueue(Generic[T]):
 
     @property
     def closed(self) -> bool:
+        """Whether nothing more is taken in."""
         return self._closed
 
     def put(self, item: T, size: int, records: int = 0) -> int:

@@ -28,6 +28,7 @@ class NoDescriptors(Error):
 
     @classmethod
     def of(cls, error: OSError) -> NoDescriptors:
+        """Return the one that says what `error` means."""
         return cls(f"{error.strerror}: raise the limit (ulimit -n, LimitNOFILE=) or close some")
 
 

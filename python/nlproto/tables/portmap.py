@@ -7,13 +7,12 @@ import threading
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from operator import attrgetter
-from typing import NamedTuple
 
 import numpy as np
 
 from nlproto._host import ffi, lib
 from nlproto.host.kernel_sockets import BoundSocket, Endpoint
-from nlproto.records.wire import address_text, dtype_of, taken, text
+from nlproto.records.wire import dtype_of, taken, text
 from nlproto.tables.column_table import (
     ColumnTable,
     mix,
@@ -24,10 +23,11 @@ from nlproto.tables.column_table import (
     with_fields,
     without,
 )
+from nlproto.tables.port_owner import PortOwner
 from nlproto.tables.processes import ProcessKey
 from nlproto.tables.shares import Payers, surplus
 
-__all__ = ["PortOwner", "PortMap"]
+__all__ = ["PortMap"]
 
 _ROW = with_fields(
     without(dtype_of("port", ffi), "reserved", "reserved2", "reserved3"),
@@ -53,41 +53,6 @@ _COMPACT = 4096
 """Rows that are worth the work of moving owners together, when most are free."""
 _PART = 2048
 """Flows that are learnt at once: no question waits longer than that for the lock."""
-
-
-class PortOwner(NamedTuple):
-    """One process at one local end."""
-
-    endpoint: Endpoint
-    tgid: int
-    start_ns: int
-    uid: int
-    comm: str
-    cookie: int
-    listening: bool
-    """Found in the kernel's tables as a listener or an unconnected UDP socket."""
-    seen_ns: int
-    """CLOCK_MONOTONIC when a packet or the kernel's tables last showed it."""
-
-    @property
-    def key(self) -> ProcessKey:
-        return self.tgid, self.start_ns
-
-    @property
-    def netns(self) -> int:
-        return self.endpoint[0]
-
-    @property
-    def proto(self) -> int:
-        return self.endpoint[1]
-
-    @property
-    def address(self) -> str:
-        return address_text(self.endpoint[2], self.endpoint[3])
-
-    @property
-    def port(self) -> int:
-        return self.endpoint[4]
 
 
 class PortMap:

@@ -52,6 +52,7 @@ class Process:
 
     @property
     def key(self) -> ProcessKey:
+        """(tgid, start_ns): who it is, also when its pid is used again."""
         return self.tgid, self.start_ns
 
 
@@ -135,6 +136,7 @@ class Processes:
         return len(self._table)
 
     def get(self, tgid: int, start_ns: int) -> Process | None:
+        """Return what is known of a process, None if nothing is."""
         return self._table.get((tgid, start_ns))
 
     def start_of(self, tgid: int, start_ns: int) -> int:

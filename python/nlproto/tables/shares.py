@@ -67,6 +67,7 @@ class Payers:
         return np.where(inside, ranges[places, 2], uids).astype(np.uint32)
 
     def of_one(self, uid: int | None) -> int:
+        """Return the uid that pays for what `uid` has."""
         return NOBODY if uid is None else int(self.of(np.array([uid], np.uint32))[0])
 
 

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: MIT
+"""A daemon of a test's own, and traffic for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from nlproto.client.client import StreamBatch
+from nlproto.errors import NoDaemon
+from waiting import patient, until
+
+# A user of this run's own: what others on this machine do as nobody is not ours.
+NOBODY = 60000 + os.getpid() % 5000
+
+
+class Daemon:
+    """One daemon process and its log."""
+
+    def __init__(self, directory: Path, *arguments: str, config: str = "") -> None:
+        self.path = str(directory / "daemon.sock")
+        self.config = directory / "daemon.yaml"
+        self.config.write_text(config)
+        self.log = directory / "log"
+        command = [sys.executable, "-I", "-m", "daemon", "--engine", "packet", "--foreground"]
+        command += ["--socket", self.path, "--config", str(self.config), *arguments]
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(command, stderr=log, stdout=log, cwd="/")
+        self.wait_for("serving")
+
+    def wait_for(self, text: str, seconds: float = 30) -> None:
+        until(lambda: text in self.text() or self._ended(), seconds, f"{text!r} in {self.log}")
+
+    def _ended(self) -> None:
+        assert self.process.poll() is None, self.text()
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(patient(20))
+
+    def memory(self) -> int:
+        """Resident bytes."""
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4096
+
+
+senders = []
+
+
+def send(port, count=1, pause=0.0, size=20):
+    sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    senders.append(sender)
+    for _ in range(count):
+        sender.sendto(b"x" * size, ("127.0.0.1", port))
+        if pause:
+            time.sleep(pause)
+
+
+def records_of(events):
+    return [r for e in events if isinstance(e, StreamBatch) for r in e.batch.records]
+
+
+def drain(client):
+    events = []
+    try:
+        while found := client.read(5):
+            events += found
+    except NoDaemon:
+        pass
+    return events
+
+
+def send_burst(port, count):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for _ in range(count):
+            sender.sendto(b"x", ("127.0.0.1", port))
+        time.sleep(0.02)
