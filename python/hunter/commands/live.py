@@ -14,7 +14,7 @@ from hunter.cli.arguments import filter_of
 from hunter.commands.living import absent
 from hunter.save.capturefile import CaptureFile
 from hunter.save.save_jsonl import JsonSaver
-from hunter.save.saving import Saver, format_of, open_saver, refuse_input
+from hunter.save.saving import Rotation, Saver, format_of, open_saver, refuse_input
 from hunter.show.account import ShownAccount
 from hunter.show.columns import columns
 from hunter.show.lines import LinePrinter, Style
@@ -66,6 +66,7 @@ def run(
         # the source first: an old capture is not emptied for one that cannot begin
         source = stack.enter_context(open_source(options, wanted, notify))
         savers: dict[str, Saver] = {}
+        saver: Rotation | None = None
         if options.save:
             savers[options.save] = saver = open_saver(
                 options.save, kind, source.snaps, options.rotate, options.keep
@@ -91,9 +92,10 @@ def run(
             notify(_greeting(source, options))
         for line in [] if options.read else absent(wanted):
             notify(line)
+        reopening = _Reopening(stop, saver)
         try:
             try:
-                return _flow(source, counts, takes, shown, options, argv, stop, notify)
+                return _flow(source, counts, takes, shown, options, argv, reopening, notify)
             finally:
                 for saver in savers.values():
                     saver.close()  # Parquet is a file only now
@@ -118,6 +120,20 @@ def run(
                     notify(note)
 
 
+class _Reopening:
+    """Between two looks at the source: whether to end, or to go on in a new file."""
+
+    def __init__(self, stop: Stop, saver: Rotation | None) -> None:
+        self._stop = stop
+        self._saver = saver
+
+    def asked(self) -> bool:
+        """Return whether to end. Raises Error when the new file cannot be made."""
+        if self._stop.takes_reopen() and self._saver is not None:
+            self._saver.reopen()
+        return bool(self._stop)
+
+
 def _output_is_free(options: argparse.Namespace) -> bool:
     """Whether nothing else goes to standard output, so that the table can."""
     return not (options.print or options.json or options.save == "-")
@@ -137,7 +153,7 @@ def _flow(
     shown: ShownAccount,
     options: argparse.Namespace,
     argv: Sequence[str],
-    stop: Stop,
+    stop: _Reopening,
     notify: Callable[[str], None],
 ) -> int:
     command: Command | None = None
@@ -176,7 +192,7 @@ def _flow(
         command = Command(argv, notify, not options.all) if argv else None
         try:
             until = None if options.duration is None else time.monotonic() + options.duration
-            while not stop:
+            while not stop.asked():
                 left = _POLL if until is None else min(_POLL, until - time.monotonic())
                 if left <= 0:
                     break
