@@ -4,6 +4,8 @@
 import csv
 import itertools
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hunter.cli.signals import Stop
 from hunter.formats.ownercomment import comment_of, read_comment
 from hunter.save.saving import open_saver
 from hunter.show.account import ShownAccount
@@ -349,3 +352,10 @@ def test_a_file_that_was_moved_away_gets_a_successor(suffix, make_records, tmp_p
     assert saver.rows == 8
     assert (_count(moved, suffix), _count(path, suffix)) == (6, 2)
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_sigusr2_asks_for_a_new_file_once_and_does_not_end_anything():
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert stop.takes_reopen() and not stop.takes_reopen()
+        assert not stop
