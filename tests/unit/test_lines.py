@@ -19,8 +19,8 @@ from hunter.show.columns import COLUMNS, columns
 from hunter.show.lines import LinePrinter, Style, tcp_flags
 from hunter.show.summary import Summary
 from hunter.show.text import cell, plain, uncell
-from nlproto.pipeline.pipeline import NamedBatch
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.processes import Process, Processes
 from waiting import until

@@ -24,8 +24,8 @@ from hunter.show.summary import Summary
 from hunter.show.text import cell, escaped, plain, uncell, unescaped
 from hunter.sources.source_file import FileSource
 from nlproto.filters.filter import EVERYTHING
-from nlproto.pipeline.pipeline import NamedBatch
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.processes import Process, Processes
 

@@ -10,9 +10,10 @@ import pytest
 
 from daemon.history.memory import FlowMemory
 from daemon.serve.answers import Answers
-from daemon.serve.server import Server, SocketFile
+from daemon.serve.server import Server
 from daemon.serve.subscription import Subscription
 from daemon.system.config import Config
+from daemon.system.socketfile import SocketFile
 from nlproto.client.client import DaemonClient
 from nlproto.errors import Error, NoDaemon, UsageError
 from nlproto.pipeline.account import Account
@@ -29,6 +30,7 @@ class Quiet:
     """An engine with nothing to tell but what `batches` has."""
 
     name = "quiet"
+    group = "packets"
     instance = 7
 
     def __init__(self):
@@ -46,6 +48,9 @@ class Quiet:
         while self.batches:
             yield self.batches.pop(0)
         self.pause.wait(min(timeout, 0.01))
+
+    def want_packets(self, wanted):
+        return ()
 
     def catch_up(self):
         while self.batches:

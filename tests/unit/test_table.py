@@ -2,9 +2,11 @@
 import numpy as np
 import pytest
 
-from nlproto.tables.column_table import ColumnTable, mix
+from nlproto.tables.column_table import ColumnTable, mix, part_of
 
 ROW = np.dtype([("hash", "u8"), ("port", "u2"), ("address", "u8", (2,)), ("seen", "u4")])
+
+GROUPS = part_of(ROW, "hash"), part_of(ROW, "port"), part_of(ROW, "address", "seen")
 
 
 def _values(*rows):
@@ -15,7 +17,7 @@ def _values(*rows):
 
 
 def _table(*rows):
-    table = ColumnTable(ROW, ("port", "address"), 8)
+    table = ColumnTable(GROUPS, ("port", "address"), 8)
     table.put(np.arange(len(rows)), _values(*rows))
     return table
 

@@ -7,7 +7,6 @@ import os
 import socket
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +15,15 @@ from textual.widgets import Input, Static
 
 from hunter.show import rates as rates_module
 from hunter.show.names import Names
-from hunter.show.rates import KEPT_S, Rates, amount
-from hunter.top.app import FlowsView, Top, sparkline
+from hunter.show.rates import KEPT_S, Rates
+from hunter.show.units import amount
+from hunter.top.app import Top
 from hunter.top.grid import Grid
+from hunter.top.state import State
+from hunter.top.views import FlowsView, bars, sparkline
 from nlproto import Error
-from nlproto.pipeline.pipeline import NamedBatch
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.processes import Process, Processes
 
@@ -158,8 +160,7 @@ def test_bars_are_ascii_where_the_terminal_has_no_others(monkeypatch, environmen
     monkeypatch.setenv("TERM", "xterm-256color")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    app = Top(SimpleNamespace(), SimpleNamespace())
-    assert sparkline([0, 1, 4, 8], app.bars).isascii() == plain
+    assert sparkline([0, 1, 4, 8], bars()).isascii() == plain
 
 
 class Feed:
@@ -198,7 +199,8 @@ class Feed:
 
 
 def drive(feed, script, **options):
-    app = Top(feed, Names(), interval=0.05, **options)
+    notes = options.pop("notes", ())
+    app = Top(State(feed, Names(), **options), interval=0.05, notes=notes)
 
     async def run():
         async with app.run_test(size=(140, 30)) as pilot:
@@ -327,7 +329,7 @@ def test_space_pauses_what_is_shown_but_not_the_count():
     async def script(app, pilot):
         await pilot.press("space")
         feed.put({"tgid": 1, "comm": b"late"})
-        await becomes(pilot, lambda: app.shown.records == 2)
+        await becomes(pilot, lambda: app.state.shown.records == 2)
         assert len(cells(app)) == 1 and "PAUSED" in text(app, "#title")
         await pilot.press("space")
         await becomes(pilot, lambda: len(cells(app)) == 2)
@@ -380,9 +382,9 @@ def test_a_source_that_fails_ends_the_program_with_its_error():
 
     async def script(app, pilot):
         feed.failure = Error("the module is gone")
-        await becomes(pilot, lambda: app.failure)
+        await becomes(pilot, lambda: app.state.failure)
 
-    assert str(drive(feed, script).failure) == "the module is gone"
+    assert str(drive(feed, script).state.failure) == "the module is gone"
 
 
 def test_s_and_r_sort_as_in_nethogs():

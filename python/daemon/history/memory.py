@@ -17,9 +17,9 @@ import numpy as np
 
 from nlproto._host import ffi, lib
 from nlproto.records.clock import Clock
-from nlproto.records.wire import PROTO_NAMES, address_text, how_name, taken, text
+from nlproto.records.wire import PROTO_NAMES, address_text, dtype_of, how_name, taken, text
 from nlproto.records.wire import lib as wire
-from nlproto.tables.column_table import ColumnTable, columns_of, mix, numbers
+from nlproto.tables.column_table import ColumnTable, mix, numbers, part_of, with_fields
 from nlproto.tables.flows import FLOW, KEY_FIELDS, address_bytes
 from nlproto.tables.shares import NOBODY, Payers, surplus
 
@@ -33,10 +33,22 @@ __all__ = [
     "payers_of",
 ]
 
-_MORE = np.dtype([("began_ns", "u8"), ("heard_ns", "u8"), ("id", "u8"), ("dirty", "?")])
-_ROW = columns_of(FLOW, _MORE)
-"""began_ns and heard_ns are first_ns and last_ns by CLOCK_MONOTONIC, which nobody sets."""
-ROW_BYTES = _ROW.itemsize + 16
+_LAST, _SUMS, _TIMES = 4, 5, 6
+_GROUPS = (
+    part_of(FLOW, "hash"),
+    part_of(FLOW, "cookie", "start_ns", "tgid", "netns"),
+    part_of(FLOW, "laddr", "raddr"),
+    part_of(FLOW, "lport", "rport", "proto", "family", "forwarded"),
+    with_fields(
+        part_of(FLOW, "inode", "uid", "flags", "how", "comm"),
+        ("dirty", "?", ffi.offsetof("struct history_last", "dirty")),
+        ("words", ("u8", (2,)), ffi.offsetof("struct history_last", "comm")),
+    ),
+    part_of(FLOW, "packets_in", "bytes_in", "packets_out", "bytes_out"),
+    dtype_of("history_times", ffi),
+    np.dtype([("id", "u8")]),
+)
+ROW_BYTES = sum(group.itemsize for group in _GROUPS) + 16
 """Of a flow in memory, its place in the table included."""
 
 
@@ -97,8 +109,12 @@ class FlowMemory:
         self._lock = threading.Lock()
         self._size = 0
         self._next_id = next_id
-        self._table = ColumnTable(_ROW, KEY_FIELDS, limit)
-        self._pointers = self._table.pointers("struct history")
+        self._table = ColumnTable(_GROUPS, KEY_FIELDS, limit)
+        self._pointers = ffi.new("struct history *")
+        groups = self._table.groups
+        self._pointers.last = ffi.from_buffer("struct history_last[]", groups[_LAST])
+        self._pointers.sums = ffi.from_buffer("struct history_sums[]", groups[_SUMS])
+        self._pointers.times = ffi.from_buffer("struct history_times[]", groups[_TIMES])
 
     def __len__(self) -> int:
         return self._size
@@ -134,7 +150,7 @@ class FlowMemory:
         place, columns = slice(self._size, end), self._columns
         self._table.put(np.arange(self._size, end), flows)
         for name, wall in (("began_ns", "first_ns"), ("heard_ns", "last_ns")):
-            columns[name][place] = flows[wall]
+            columns[name][place] = columns[wall][place]
             columns[wall][place] += np.uint64(real)
         columns["id"][place] = np.arange(self._next_id, self._next_id + len(flows))
         columns["dirty"][place] = True
@@ -144,7 +160,7 @@ class FlowMemory:
     def _evict(self, count: int) -> None:
         columns = {name: column[: self._size] for name, column in self._columns.items()}
         payers = payers_of(columns["tgid"], columns["uid"], self._payers)
-        names = columns["comm"].view(np.uint64).reshape(self._size, 2)
+        names = columns["words"]
         programs = mix((payers.astype(np.uint64), names[:, 0], names[:, 1]), 0)
         heard = columns["heard_ns"]
         age = heard.max(initial=0) - heard
@@ -209,7 +225,7 @@ class FlowMemory:
             mask &= (columns["tgid"][:size] != 0) & (columns["uid"][:size] == question.uid)
         if question.comm is not None:
             # as two numbers: comparing strings takes ten times as long
-            names = columns["comm"][:size].view(np.uint64).reshape(size, 2)
+            names = columns["words"][:size]
             wanted = np.frombuffer(question.comm.ljust(16, b"\0"), np.uint64)
             mask &= names[:, 0] == wanted[0]
             mask &= names[:, 1] == wanted[1]
@@ -225,7 +241,9 @@ class FlowMemory:
     def _between(self, local: End, remote: End) -> np.ndarray:
         """A mask of the flows with these ends."""
         size, columns = self._size, self._columns
-        mask = (columns["lport"][:size] == local[2]) & (columns["rport"][:size] == remote[2])
+        mask: np.ndarray = (columns["lport"][:size] == local[2]) & (
+            columns["rport"][:size] == remote[2]
+        )
         for name, end in (("laddr", local), ("raddr", remote)):
             rows = np.flatnonzero(mask)
             same = (columns[name][rows] == np.frombuffer(end[1], np.uint64)).all(axis=1)

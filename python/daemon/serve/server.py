@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""The UNIX socket: one daemon a path, any number of clients."""
+"""Serves any number of clients: who may connect, whose turn it is, what all of them share."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import select
 import socket
-import stat
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
@@ -25,22 +23,20 @@ from daemon.serve.publisher import Stream
 from daemon.serve.questions import FAILED, Question, Questions
 from daemon.serve.session import MAX_ANSWER, Session
 from daemon.serve.streams import Streams
-from daemon.sharing.allowance import FILTERS, QUESTIONS, REQUESTS, Allowance, Meter
+from daemon.sharing.allowance import FILTERS, QUESTIONS, REQUESTS, Allowance
 from daemon.sharing.quota import Quota
-from daemon.sharing.rounds import Rounds
+from daemon.sharing.turns import Turns
 from daemon.system.config import Config
-from daemon.system.directory import HeldDirectory
 from daemon.system.rights import Peer, group_id, peer_of
 from nlproto._host import ffi, lib
-from nlproto.client.frames import DEFAULT_SOCKET, PROTOCOL
-from nlproto.errors import Error, NoPrivilege
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.client.frames import PROTOCOL
+from nlproto.errors import Error
+from nlproto.records.batch import NamedBatch
 from nlproto.running.supervise import Failures
 from nlproto.tables.shares import Payers
 
-__all__ = ["Server", "SocketFile"]
+__all__ = ["Server"]
 
-_BACKLOG = 4096  # what the kernel allows, by default
 _AT_ONCE = 512
 """Connections accepted before anything else is done."""
 _READ = 16 << 10
@@ -59,88 +55,6 @@ Asker = Callable[[dict[str, Any] | Error], None]
 log = logging.getLogger(__name__)
 
 
-class SocketFile:
-    """A bound, listening UNIX socket at `path`, ours alone by a lock on `path`.lock.
-
-    Raises Error when a live daemon has it or something else than a socket is there, NoPrivilege
-    when the directory may not be written. On exit the socket's file is removed; the lock's file
-    stays, since removing it would let two daemons hold a lock each.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._lock = -1
-        self._place: HeldDirectory | None = None
-        self._mine: os.stat_result | None = None
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-
-    def __enter__(self) -> SocketFile:
-        try:
-            self._place = HeldDirectory(self.path, os.path.dirname(DEFAULT_SOCKET), 0o755)
-            self._take_lock(self._place)
-            self._remove_stale(self._place)
-            self._mine = self._place.bind(self.socket, 0o666)  # access is decided by credentials
-            self.socket.listen(_BACKLOG)
-        except OSError as error:
-            self._release()
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise NoPrivilege(
-                    f"{self.path}: {error.strerror}; run as root or choose another --socket"
-                ) from None
-            raise Error(
-                f"{self.path}: {error.strerror or error}; choose another --socket"
-            ) from None
-        except BaseException:
-            self._release()
-            raise
-        return self
-
-    def _take_lock(self, place: HeldDirectory) -> None:
-        self._lock = place.open_file(0o600, ".lock")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip()
-            by = f" (pid {holder})" if holder.isdigit() else ""
-            raise Error(
-                f"a daemon{by} already serves {self.path}; stop it first or choose another --socket"
-            ) from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
-
-    def _remove_stale(self, place: HeldDirectory) -> None:
-        found = place.stat()
-        if found is None:
-            return
-        if not stat.S_ISSOCK(found.st_mode):
-            raise Error(
-                f"{self.path} exists and is no socket; remove it or choose another --socket"
-            )
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(1)
-            try:
-                probe.connect(place.path)
-            except (ConnectionRefusedError, FileNotFoundError):
-                pass
-            else:
-                raise Error(f"another program listens on {self.path}; choose another --socket")
-        log.info("taking over the stale socket %s", self.path)
-        place.unlink()
-
-    def __exit__(self, *_: object) -> None:
-        if self._place is not None:
-            self._place.unlink(self._mine)
-        self._release()
-
-    def _release(self) -> None:
-        self.socket.close()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-        if self._place is not None:
-            self._place.close()
-
-
 class Server:
     """Serves `answers` and streams on a bound socket; belongs to the event loop's thread."""
 
@@ -156,7 +70,6 @@ class Server:
         self.answers = answers
         self.config = config
         self.bounds = bounds or bounds_of(config)
-        self._allowance = Allowance(REQUESTS)
         self.streams = Streams(
             answers.pipeline, self._post, config.max_filters, STREAM_BYTES, Allowance(FILTERS)
         )
@@ -172,17 +85,16 @@ class Server:
         self._arrivals: set[Arrival] = set()
         self._accepted = ffi.new("int[]", _AT_ONCE)
         self._payers = Payers()
-        self._turns: dict[bool, Rounds[Session | Arrival]] = {True: Rounds(), False: Rounds()}
+        self._failures = Failures("clients")
+        self._turns: Turns[Session | Arrival] = Turns(loop, Allowance(REQUESTS), self._failures)
         self._waiting: list[tuple[Stream, Asker]] = []
         """What users without rights want to know once all records have passed."""
-        self._turning: set[bool] = set()
         self._figures = figures
         self._dropped_before = 0
         self._gid = group_id(config.group)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._listener: socket.socket | None = None
         self._complained = -_COMPLAIN
-        self._failures = Failures("clients")
         self._started = time.time()
 
     def start(self, listener: socket.socket) -> None:
@@ -276,7 +188,7 @@ class Server:
             log.debug("client lost while it connected: %s", error)
             connection.detach()
             return False
-        user, full = self._payers.of_one(peer.uid), self.sees_everything(peer)
+        user, full = self._payers.of_one(peer.uid), peer.sees_everything(self._gid)
         counted = None if full else user
         if not self._places.has_room(counted):
             connection.detach()
@@ -294,7 +206,7 @@ class Server:
             return
         self._arrivals.discard(arrival)
         self._places.give_back(arrival)
-        session = Session(self, arrival.peer, arrival.user)
+        session = Session(self, arrival.peer, arrival.user, arrival.full)
         self._places.take(session, None if session.full else session.user)
         self._sessions.add(session)
         self._task(self._connect(session, arrival.connection))
@@ -302,7 +214,7 @@ class Server:
     def turn_away(self, arrival: Arrival) -> None:
         self._arrivals.discard(arrival)
         self._places.give_back(arrival)
-        self._turns[arrival.full].discard(arrival.user, arrival)
+        self._turns.discard(arrival)
         arrival.connection.close()
 
     async def _connect(self, session: Session, connection: socket.socket) -> None:
@@ -315,46 +227,33 @@ class Server:
                 raise
             log.debug("client lost while it connected: %s", error)
 
-    def sees_everything(self, peer: Peer) -> bool:
-        return peer.sees_everything(self._gid)
+    @property
+    def queue_size(self) -> int:
+        """Bytes that may wait for one client."""
+        return self.config.client_queue_size
 
-    def left(self, session: Session) -> None:
+    def left(self, session: Session, /) -> None:
         self.slow.discard(session)
         if session in self._sessions:
             self._sessions.discard(session)
             self._places.give_back(session)
             self._dropped_before += session.dropped
-        self._turns[session.full].discard(session.user, session)
+        self._turns.discard(session)
         self.questions.pump()
 
     # Whose turn it is
 
-    def wants_turn(self, session: Session | Arrival) -> None:
+    def wants_turn(self, session: Session | Arrival, /) -> None:
         """The session has something to do; users take turns."""
-        self._turns[session.full].add(session.user, session)
-        if session.full not in self._turning:
-            self._turning.add(session.full)
-            self.loop.call_soon(self._take_turn, session.full)
+        self._turns.add(session)
 
-    def _take_turn(self, full: bool) -> None:
-        rounds, meter = self._turns[full], Meter(None if full else self._allowance)
-        session = rounds.next()
-        try:
-            if session is not None and session.take_turn():
-                rounds.add(session.user, session)
-        except Exception as error:  # the turns of the others go on
-            self._failures.add(error, "a turn")
-            assert session is not None
-            session.abort()
-        pause = meter.pause()
-        if not rounds:
-            self._turning.discard(full)
-        elif pause:
-            self.loop.call_later(pause, self._take_turn, full)
-        else:
-            self.loop.call_soon(self._take_turn, full)
+    def falls_behind(self, session: Session, /) -> None:
+        self.slow.add(session)
 
-    def has_read(self, session: Session) -> None:
+    def catches_up(self, session: Session, /) -> None:
+        self.slow.discard(session)
+
+    def has_read(self, session: Session, /) -> None:
         self.wants_turn(session)
         self.questions.pump()
 
@@ -431,7 +330,7 @@ class Server:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
             self.loop.call_soon_threadsafe(function)
 
-    def after_all_records(self, stream: Stream, function: Asker) -> None:
+    def after_all_records(self, stream: Stream, function: Asker, /) -> None:
         """Call `function` in the loop once all packets recorded until now were offered to `stream`.
 
         It gets the account of exactly these, or the Error that tells why there is none.
@@ -476,19 +375,6 @@ class Server:
         pipeline = self.answers.pipeline
         with pipeline.account_lock:
             return pipeline.account.as_dict(settled)
-
-    def stats(self, session: Session) -> dict[str, Any]:
-        """What this client may know."""
-        subscription = session.subscription
-        own = {
-            "seen": subscription.seen if session.full else None,
-            "matched": subscription.matched,
-            "sent": subscription.sent,
-            "dropped": subscription.dropped,
-            "queued_bytes": subscription.queued,
-        }
-        fields = self.greeting() | {"client": own}
-        return fields | self.figures() if session.full else fields
 
     def figures(self) -> dict[str, Any]:
         """The account, and sizes and losses of every part. Any thread."""

@@ -7,20 +7,22 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
+from nlproto._host import lib as host
 from nlproto.engines.engine import Engine, open_engine
 from nlproto.errors import Error, NoModule, NoPrivilege
 from nlproto.host.kernel_sockets import BoundSocket, KernelSockets
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.running.supervise import Failures, keep_going
+from nlproto.tables.processes import ProcessKey
 
 __all__ = ["Watcher"]
 
 _SOCKETS = 0.5  # s between two looks
 _STALE = 0.9  # s: with a look that takes long, the port map is still never stale by more than 1 s
 _MODULE = 1.0  # s between two tries to open the module
+_TRIM = 10.0  # s between two times that free memory is given back
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class Watcher:
             (_SOCKETS, self._look_at_sockets),
             (_MODULE, self._look_for_module),
             (_MODULE, self._look_at_probes),
+            (_TRIM, host.host_trim),
         ]
         due = [0.0 for _ in jobs]
         while not self._stopping.wait(0.1):
@@ -115,11 +118,14 @@ class Watcher:
     def _known(self, sockets: list[BoundSocket]) -> list[BoundSocket]:
         """With the start times by which their processes are known; from now on they are."""
         processes = self._pipeline.processes
+        starts: dict[ProcessKey, int] = {}
         known = []
         for one in sockets:
-            one = replace(one, start_ns=processes.start_of(one.tgid, one.start_ns))
-            processes.add(one.tgid, one.start_ns, one.comm, one.uid)
-            known.append(one)
+            start_ns = starts.get(one.key)
+            if start_ns is None:
+                start_ns = starts[one.key] = processes.start_of(one.tgid, one.start_ns)
+                processes.add(one.tgid, start_ns, one.comm, one.uid)
+            known.append(one if start_ns == one.start_ns else one._replace(start_ns=start_ns))
         return known
 
     def _look_for_module(self) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,18 +13,19 @@ from string import Template
 
 import numpy as np
 
+from hunter.cli.options import Report
 from hunter.save.capturefile import CaptureFile
 from hunter.save.saving import refuse_input
 from hunter.show.columns import addresses
 from hunter.show.names import Namespaces
-from hunter.show.rates import amount
 from hunter.show.summary import on_the_wire
 from hunter.show.text import plain
+from hunter.show.units import amount
 from hunter.sources.source_file import FileSource
 from nlproto import Error
 from nlproto.filters.filter import EVERYTHING
-from nlproto.pipeline.pipeline import NamedBatch
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 
 __all__ = ["CaptureSums", "page", "run"]
 
@@ -115,7 +115,7 @@ class CaptureSums:
         return sorted(self.processes.items(), key=lambda one: -one[1].total)
 
 
-def run(options: argparse.Namespace, notify: Callable[[str], None]) -> None:
+def run(options: Report, notify: Callable[[str], None]) -> None:
     """Write the page of options.input to options.output. Raises Error."""
     capture = CaptureSums()
     refuse_input(options.output, options.input)

@@ -15,7 +15,7 @@ from rich.text import Text
 from hunter.show.columns import FLAGS, Columns, Details, Holders, columns, tcp_flags
 from hunter.show.names import Names, Namespaces, service
 from hunter.show.text import plain
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 
 __all__ = ["LinePrinter", "Style", "tcp_flags"]
 

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nlproto.pipeline.pipeline import NamedBatch
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from nlproto.tables.flows import address_bytes, summarize
 
-__all__ = ["FlowRate", "Meter", "ProcessRate", "Rates", "UNITS", "amount"]
+__all__ = ["FlowRate", "Meter", "ProcessRate", "Rates"]
 
-UNITS = ("bin-bytes", "bin-bits", "si-bytes", "si-bits")
 HISTORY = 12  # ticks that a sparkline shows
 KEPT_S = 60.0  # what a live view keeps a process for after its last packet
 MAX_FLOWS = 50_000
@@ -27,22 +26,6 @@ FlowKey = tuple[int, ...]
 
 FarEnd = tuple[int, str]
 """Network namespace and address: an address may be another host's in each."""
-
-
-def amount(value: float, units: str) -> str:
-    """Return bytes as text in one of UNITS, 3 or 4 digits: "1.2 KiB", "12 Mb"."""
-    if units.endswith("bits"):
-        value *= 8
-    unit = "b" if units.endswith("bits") else "B"
-    step, letters = (1024.0, "KMGT") if units.startswith("bin") else (1000.0, "kMGT")
-    if value < step:
-        return f"{value:.0f} {unit}"
-    for letter in letters:
-        value /= step
-        if value < step or letter == "T":
-            break
-    infix = "i" if units.startswith("bin") else ""
-    return f"{value:.{1 if value < 99.95 else 0}f} {letter}{infix}{unit}"
 
 
 @dataclass(slots=True)

@@ -14,8 +14,8 @@ from rich.table import Table
 from hunter.show.columns import Details, addresses
 from hunter.show.console import Output
 from hunter.show.text import plain
-from nlproto.pipeline.pipeline import NamedBatch
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 
 __all__ = ["Summary", "on_the_wire"]
 

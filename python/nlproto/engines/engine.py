@@ -8,13 +8,11 @@ import numpy as np
 
 from nlproto.errors import NoModule, NoPrivilege, UsageError
 from nlproto.kernel.loading import advice
-from nlproto.records.wire import Batch, ProcessEvent, SnapBatch
+from nlproto.records.wire import Event
 
 __all__ = ["ENGINES", "Engine", "Event", "open_engine"]
 
 ENGINES = ("auto", "module", "packet")
-
-Event = Batch | ProcessEvent | SnapBatch
 
 
 class Engine(Protocol):
@@ -26,6 +24,8 @@ class Engine(Protocol):
 
     name: str
     instance: int
+    group: str
+    """Where records come from now: "packets", or "flows" and summed up."""
     opening: np.ndarray
     closing: np.ndarray
 
@@ -43,6 +43,14 @@ class Engine(Protocol):
 
     def want_snaps(self, wanted: bool) -> bool:
         """Send the first bytes of packets too, or no more; whether it can. From any thread."""
+        ...
+
+    def want_packets(self, wanted: bool) -> None:
+        """Go over to packets one by one, or to flows where the source sums up, each record once.
+
+        Afterwards `group` is from where records come that are made from now on, `opening` where
+        they begin. A source that always tells of packets does nothing. Raises as read().
+        """
         ...
 
     def catch_up(self) -> Iterable[Event]:

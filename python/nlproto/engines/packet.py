@@ -111,6 +111,7 @@ class PacketEngine:
     """
 
     name = "packet"
+    group = "packets"
 
     def __init__(
         self,
@@ -346,6 +347,9 @@ class PacketEngine:
     def want_snaps(self, wanted: bool) -> bool:
         self._snapping = wanted
         return True
+
+    def want_packets(self, wanted: bool) -> None:
+        """There is nothing else to be had."""
 
     def _position(self) -> np.ndarray:
         """Where the stream stands, as TAIL."""

@@ -7,33 +7,42 @@
  * any thread, and locks what threads share. Calls run without Python's lock.
  */
 
-/* A flow of one owner (nlproto.tables.flows.FLOW). From cookie to zero it is what makes two different. */
+/*
+ * A flow of one owner (nlproto.tables.flows.FLOW). From cookie to zero it is what makes two different.
+ * Tables keep what stands in one paragraph side by side: it is used together.
+ */
 struct flow {
 	uint64_t hash;		/* of the key */
+
 	uint64_t cookie;
 	uint64_t start_ns;
-	uint64_t laddr[2];	/* 16 bytes in network order, seen as two numbers */
-	uint64_t raddr[2];
 	uint32_t tgid;
 	uint32_t netns;
+
+	uint64_t laddr[2];	/* 16 bytes in network order, seen as two numbers */
+	uint64_t raddr[2];
+
 	uint16_t lport;
 	uint16_t rport;
 	uint8_t proto;
 	uint8_t family;
 	uint8_t forwarded;
 	uint8_t zero;
+
 	uint64_t inode;		/* of the last record, as are uid, how and comm */
-	uint64_t first_ns;
-	uint64_t last_ns;
+	uint32_t uid;
+	uint16_t flags;		/* all that were set */
+	uint8_t how;
+	uint8_t dirty;		/* 1; until a store has taken it */
+	char comm[16];
+
 	uint64_t packets_in;
 	uint64_t bytes_in;
 	uint64_t packets_out;
 	uint64_t bytes_out;
-	uint32_t uid;
-	uint16_t flags;		/* all that were set */
-	uint8_t how;
-	uint8_t reserved;
-	char comm[16];
+
+	uint64_t first_ns;
+	uint64_t last_ns;
 };
 
 /*
@@ -55,6 +64,7 @@ uint32_t flows_unnamed(const struct sniffer_record *records, uint32_t count, uin
 /* An owner of a local end (nlproto.tables.portmap). From address to family it is the key. */
 struct port {
 	uint64_t hash;
+
 	uint64_t address[2];
 	uint64_t start_ns;
 	uint32_t netns;
@@ -62,14 +72,17 @@ struct port {
 	uint16_t port;
 	uint8_t proto;
 	uint8_t family;
-	uint8_t listening;
-	uint8_t live;
-	uint16_t reserved;
+	uint32_t reserved;
+
 	uint64_t cookie;
 	uint64_t seen_ns;
 	uint32_t uid;
-	uint32_t reserved2;
+	uint8_t listening;
+	uint8_t reserved2[3];
 	char comm[16];
+
+	uint8_t live;		/* 1: the row is in use */
+	uint8_t reserved3[7];
 };
 
 /*
@@ -83,13 +96,13 @@ uint32_t ports_of_flows(const struct flow *flows, uint32_t count, uint64_t seed,
 uint32_t ports_newest(struct port *ports, uint32_t count, uint64_t seed, uint32_t *slots,
 		      uint32_t bits);
 
-/* A column of a table. */
+/* Some fields of all rows of a table, side by side. */
 struct table_column {
 	uint8_t *data;
 	uint32_t width;		/* bytes of a row */
-	uint32_t field;		/* where values have it */
-	uint32_t given;		/* whether they have it */
-	uint32_t key;
+	uint32_t given;		/* of these, from the first on: values have them */
+	uint32_t field;		/* where in a value */
+	uint32_t compared;	/* of these: they are the key */
 };
 
 /* Columns in which rows are found by a hash. */
@@ -119,16 +132,37 @@ uint32_t table_keep(const struct table *table, const uint8_t *keep, uint32_t cou
 /* These rows are found from now on. There must be free slots. */
 void table_enter(const struct table *table, const int64_t *rows, uint32_t count);
 
-/* Columns of nlproto.tables.portmap; rows of one port are a ring through next and previous. */
+/* Columns of nlproto.tables.portmap as struct port has them. */
+struct portmap_key {
+	uint64_t address[2];
+	uint64_t start_ns;
+	uint32_t netns;
+	uint32_t tgid;
+	uint16_t port;
+	uint8_t proto;
+	uint8_t family;
+	uint32_t reserved;
+};
+
+struct portmap_state {
+	uint64_t cookie;
+	uint64_t seen_ns;
+	uint32_t uid;
+	uint8_t listening;
+	uint8_t reserved2[3];
+	char comm[16];
+};
+
+/* The rows of one port are a ring. */
+struct portmap_ring {
+	uint32_t next;
+	uint32_t previous;
+};
+
 struct portmap {
-	uint64_t *cookie;
-	uint64_t *seen_ns;
-	uint32_t *uid;
-	uint16_t *port;
-	uint8_t *listening;
-	char *comm;
-	uint32_t *next;
-	uint32_t *previous;
+	struct portmap_key *keys;
+	struct portmap_state *states;
+	struct portmap_ring *rings;
 	uint32_t *heads;	/* 65536: row + 1, 0: none */
 	uint32_t *counts;	/* 65536 */
 };
@@ -144,22 +178,34 @@ void portmap_unlink(const struct portmap *map, const int64_t *rows, uint32_t cou
 /* The counts[port] rows of a port. */
 void portmap_rows(const struct portmap *map, uint16_t port, int64_t *rows);
 
-/* Columns of daemon.history.memory. */
+/* Columns of daemon.history.memory as struct flow has them, but for the times. */
+struct history_last {
+	uint64_t inode;
+	uint32_t uid;
+	uint16_t flags;
+	uint8_t how;
+	uint8_t dirty;
+	char comm[16];
+};
+
+struct history_sums {
+	uint64_t packets_in;
+	uint64_t bytes_in;
+	uint64_t packets_out;
+	uint64_t bytes_out;
+};
+
+struct history_times {
+	uint64_t first_ns;	/* since 1970 */
+	uint64_t last_ns;
+	uint64_t began_ns;	/* the same by CLOCK_MONOTONIC, which nobody sets */
+	uint64_t heard_ns;
+};
+
 struct history {
-	uint64_t *first_ns;
-	uint64_t *last_ns;
-	uint64_t *began_ns;
-	uint64_t *heard_ns;
-	uint64_t *packets_in;
-	uint64_t *bytes_in;
-	uint64_t *packets_out;
-	uint64_t *bytes_out;
-	uint64_t *inode;
-	uint32_t *uid;
-	uint16_t *flags;
-	uint8_t *how;
-	char *comm;
-	uint8_t *dirty;
+	struct history_last *last;
+	struct history_sums *sums;
+	struct history_times *times;
 };
 
 /* Add flows to their rows (-1: to none); `real` is what makes a time of day of theirs. */

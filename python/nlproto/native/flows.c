@@ -7,18 +7,15 @@
 #include "accounting.h"
 
 _Static_assert(sizeof(struct flow) == 152, "flow");
-_Static_assert(sizeof(struct port) == 88, "port");
+_Static_assert(sizeof(struct port) == 96, "port");
 _Static_assert(sizeof(((struct flow *)0)->comm) == SNIFFER_COMM_LEN, "comm");
 
 #define KEY_WORDS 8
 
-/* As words: from cookie to zero. */
+/* What makes flows different, in registers. */
 struct key {
 	uint64_t word[KEY_WORDS];
 };
-
-_Static_assert(offsetof(struct flow, inode) - offsetof(struct flow, cookie) ==
-		       sizeof(struct key), "key");
 
 /* Packets and bytes of the wire that a record stands for: each segment has headers of its own. */
 static inline void record_amount(const struct sniffer_record *r, uint64_t *packets,
@@ -77,38 +74,61 @@ static inline int is_higher(const uint64_t *source, uint16_t sport, const uint64
 	return sport > dport;
 }
 
-/* Fill in the key; returns whether the record goes out: from the local, or the lower end. */
-static inline int key_of_record(const struct sniffer_record *r, struct flow *flow)
+/* The key of a record; returns whether it goes out: from the local, or the lower end. */
+static inline int key_of_record(const struct sniffer_record *r, struct key *key)
 {
 	uint64_t source[2] = { load64(r->saddr), load64(r->saddr + 8) };
 	uint64_t target[2] = { load64(r->daddr), load64(r->daddr + 8) };
 	int forwarded = r->dir == SNIFFER_DIR_FWD;
 	int swap = r->dir == SNIFFER_DIR_IN ||
 		   (forwarded && is_higher(source, r->sport, target, r->dport));
+	uint64_t lport = swap ? r->dport : r->sport, rport = swap ? r->sport : r->dport;
 
-	flow->cookie = r->cookie;
-	flow->start_ns = r->start_ns;
-	memcpy(flow->laddr, swap ? target : source, sizeof(source));
-	memcpy(flow->raddr, swap ? source : target, sizeof(source));
-	flow->tgid = r->tgid;
-	flow->netns = r->netns;
-	flow->lport = swap ? r->dport : r->sport;
-	flow->rport = swap ? r->sport : r->dport;
-	flow->proto = r->proto;
-	flow->family = r->family;
-	flow->forwarded = (uint8_t)forwarded;
-	flow->zero = 0;
+	*key = (struct key){ {
+		r->cookie,
+		r->start_ns,
+		swap ? target[0] : source[0],
+		swap ? target[1] : source[1],
+		swap ? source[0] : target[0],
+		swap ? source[1] : target[1],
+		(uint64_t)r->tgid << 32 | r->netns,
+		lport << 48 | rport << 32 | (uint64_t)r->proto << 16 | r->family << 8 | forwarded,
+	} };
 	return forwarded ? !swap : r->dir == SNIFFER_DIR_OUT;
 }
 
-static inline void flow_begin(struct flow *flow)
+static inline int has_key(const struct flow *flow, const struct key *key)
 {
-	flow->first_ns = UINT64_MAX;
-	flow->last_ns = 0;
-	flow->packets_in = flow->bytes_in = 0;
-	flow->packets_out = flow->bytes_out = 0;
-	flow->flags = 0;
-	flow->reserved = 0;
+	const uint64_t *word = key->word;
+
+	return flow->cookie == word[0] && flow->start_ns == word[1] &&
+	       flow->laddr[0] == word[2] && flow->laddr[1] == word[3] &&
+	       flow->raddr[0] == word[4] && flow->raddr[1] == word[5] &&
+	       ((uint64_t)flow->tgid << 32 | flow->netns) == word[6] &&
+	       ((uint64_t)flow->lport << 48 | (uint64_t)flow->rport << 32 |
+		(uint64_t)flow->proto << 16 | flow->family << 8 | flow->forwarded) == word[7];
+}
+
+static inline void flow_begin(struct flow *flow, const struct key *key, uint64_t hash)
+{
+	const uint64_t *word = key->word;
+
+	*flow = (struct flow){
+		.hash = hash,
+		.cookie = word[0],
+		.start_ns = word[1],
+		.laddr = { word[2], word[3] },
+		.raddr = { word[4], word[5] },
+		.tgid = (uint32_t)(word[6] >> 32),
+		.netns = (uint32_t)word[6],
+		.lport = (uint16_t)(word[7] >> 48),
+		.rport = (uint16_t)(word[7] >> 32),
+		.proto = (uint8_t)(word[7] >> 16),
+		.family = (uint8_t)(word[7] >> 8),
+		.forwarded = (uint8_t)word[7],
+		.dirty = 1,
+		.first_ns = UINT64_MAX,
+	};
 }
 
 static inline void flow_add(struct flow *flow, const struct sniffer_record *r, int out)
@@ -141,25 +161,16 @@ uint32_t flows_sum(const struct sniffer_record *records, uint32_t count, uint64_
 	uint32_t n = 0;
 
 	for (uint32_t i = 0; i < count; i++) {
-		struct flow *new = &flows[n];	/* there is room: n <= i */
-		int out = key_of_record(&records[i], new);
-		uint64_t at, word[KEY_WORDS];
+		struct key key;
+		int out = key_of_record(&records[i], &key);
+		uint64_t hash = hash_words(key.word, KEY_WORDS, seed), at = hash & mask;
 		uint32_t found;
 
-		memcpy(word, &new->cookie, sizeof(word));
-		new->hash = hash_words(word, KEY_WORDS, seed);
-		for (at = new->hash & mask;; at = (at + 1) & mask) {
-			uint64_t other[KEY_WORDS];
-
-			found = slots[at];
-			if (!found)
-				break;
-			memcpy(other, &flows[found - 1].cookie, sizeof(other));
-			if (same_key(word, other, KEY_WORDS))
-				break;
-		}
+		while ((found = slots[at]) && !(flows[found - 1].hash == hash &&
+						has_key(&flows[found - 1], &key)))
+			at = (at + 1) & mask;
 		if (!found) {
-			flow_begin(new);
+			flow_begin(&flows[n], &key, hash);
 			slots[at] = found = ++n;
 		}
 		flow_add(&flows[found - 1], &records[i], out);
@@ -210,7 +221,7 @@ uint32_t flows_unnamed(const struct sniffer_record *records, uint32_t count, uin
 
 #define PORT_WORDS 5
 
-_Static_assert(offsetof(struct port, listening) - offsetof(struct port, address) ==
+_Static_assert(offsetof(struct port, reserved) - offsetof(struct port, address) ==
 		       PORT_WORDS * sizeof(uint64_t) - 4, "port key");
 
 static inline void port_words(const struct port *port, uint64_t *word)
@@ -269,6 +280,7 @@ uint32_t ports_of_flows(const struct flow *flows, uint32_t count, uint64_t seed,
 		port->cookie = flow->cookie;
 		port->seen_ns = flow->last_ns;
 		port->uid = flow->uid;
+		port->live = 1;
 		memcpy(port->comm, flow->comm, sizeof(port->comm));
 		n = port_keep(ports, n, seed, slots, mask);
 	}

@@ -102,3 +102,9 @@ int host_accept(int listener, int *fds, uint32_t max);
 
 /* Close some descriptors. */
 void host_close(const int *fds, uint32_t count);
+
+/* From now on all threads take memory from one heap: what one has freed the next one uses. */
+void host_one_heap(void);
+
+/* Give memory that nobody uses back to the kernel. */
+void host_trim(void);

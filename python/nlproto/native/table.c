@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: MIT */
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -6,54 +7,12 @@
 #include "shared_proto.h"
 #include "accounting.h"
 
-/* memcpy and memcmp of the widths that columns have, which the compiler makes loads of. */
-static inline void copy(uint8_t *to, const uint8_t *from, uint32_t width)
-{
-	switch (width) {
-	case 1:
-		*to = *from;
-		break;
-	case 2:
-		memcpy(to, from, 2);
-		break;
-	case 4:
-		memcpy(to, from, 4);
-		break;
-	case 8:
-		memcpy(to, from, 8);
-		break;
-	case 16:
-		memcpy(to, from, 16);
-		break;
-	default:
-		memmove(to, from, width);
-	}
-}
-
-static inline int same(const uint8_t *one, const uint8_t *other, uint32_t width)
-{
-	switch (width) {
-	case 1:
-		return *one == *other;
-	case 2:
-		return !memcmp(one, other, 2);
-	case 4:
-		return !memcmp(one, other, 4);
-	case 8:
-		return !memcmp(one, other, 8);
-	case 16:
-		return !memcmp(one, other, 16);
-	default:
-		return !memcmp(one, other, width);
-	}
-}
-
 static int has_key(const struct table *t, size_t row, const uint8_t *value)
 {
 	for (uint32_t i = 0; i < t->column_count; i++) {
 		const struct table_column *c = &t->columns[i];
 
-		if (c->key && !same(c->data + row * c->width, value + c->field, c->width))
+		if (c->compared && memcmp(c->data + row * c->width, value + c->field, c->compared))
 			return 0;
 	}
 	return 1;
@@ -105,7 +64,7 @@ void table_put(const struct table *t, const uint8_t *values, uint32_t count, con
 		const uint8_t *from = values + c->field;
 
 		for (uint32_t i = 0; c->given && i < count; i++, from += t->value_size)
-			copy(c->data + (size_t)rows[i] * c->width, from, c->width);
+			memcpy(c->data + (size_t)rows[i] * c->width, from, c->given);
 	}
 	for (uint32_t i = 0; i < count; i++)
 		enter(t, mask, (uint32_t)rows[i]);
@@ -183,45 +142,50 @@ void table_enter(const struct table *t, const int64_t *rows, uint32_t count)
 		enter(t, mask, (uint32_t)rows[i]);
 }
 
+_Static_assert(sizeof(struct portmap_key) ==
+		       offsetof(struct port, cookie) - offsetof(struct port, address), "key");
+_Static_assert(sizeof(struct portmap_state) ==
+		       offsetof(struct port, live) - offsetof(struct port, cookie), "state");
+
 void portmap_renew(const struct portmap *map, const struct port *ports, uint32_t count,
 		   const int64_t *rows)
 {
 	for (uint32_t i = 0; i < count; i++) {
 		const struct port *new = &ports[i];
-		int64_t row = rows[i];
+		struct portmap_state *state;
 
-		if (row < 0)
+		if (rows[i] < 0)
 			continue;
+		state = &map->states[rows[i]];
 		/* a connection accepted on the listener's own address does not take its place */
-		if (new->cookie && !(map->listening[row] && !new->listening && map->cookie[row]))
-			map->cookie[row] = new->cookie;
+		if (new->cookie && !(state->listening && !new->listening && state->cookie))
+			state->cookie = new->cookie;
 		if (new->comm[0])
-			memcpy(map->comm + row * SNIFFER_COMM_LEN, new->comm, SNIFFER_COMM_LEN);
-		map->uid[row] = new->uid;
-		map->listening[row] |= new->listening;
-		if (new->seen_ns > map->seen_ns[row])
-			map->seen_ns[row] = new->seen_ns;
+			memcpy(state->comm, new->comm, sizeof(state->comm));
+		state->uid = new->uid;
+		state->listening |= new->listening;
+		if (new->seen_ns > state->seen_ns)
+			state->seen_ns = new->seen_ns;
 	}
 }
 
 void portmap_link(const struct portmap *map, const int64_t *rows, uint32_t count)
 {
+	struct portmap_ring *rings = map->rings;
+
 	for (uint32_t i = 0; i < count; i++) {
-		uint32_t row = (uint32_t)rows[i], last;
-		uint16_t port = map->port[row];
+		uint32_t row = (uint32_t)rows[i], head = row, last = row;
+		uint16_t port = map->keys[row].port;
 
 		if (map->heads[port]) {
-			uint32_t head = map->heads[port] - 1;
-
-			last = map->previous[head];
-			map->next[last] = row;
-			map->previous[head] = row;
-			map->next[row] = head;
-			map->previous[row] = last;
+			head = map->heads[port] - 1;
+			last = rings[head].previous;
+			rings[last].next = row;
+			rings[head].previous = row;
 		} else {
-			map->next[row] = map->previous[row] = row;
 			map->heads[port] = row + 1;
 		}
+		rings[row] = (struct portmap_ring){ head, last };
 		map->counts[port]++;
 	}
 }
@@ -230,13 +194,13 @@ void portmap_unlink(const struct portmap *map, const int64_t *rows, uint32_t cou
 {
 	for (uint32_t i = 0; i < count; i++) {
 		uint32_t row = (uint32_t)rows[i];
-		uint32_t next = map->next[row], previous = map->previous[row];
-		uint16_t port = map->port[row];
+		struct portmap_ring ring = map->rings[row];
+		uint16_t port = map->keys[row].port;
 
-		map->next[previous] = next;
-		map->previous[next] = previous;
+		map->rings[ring.previous].next = ring.next;
+		map->rings[ring.next].previous = ring.previous;
 		if (map->heads[port] == row + 1)
-			map->heads[port] = next == row ? 0 : next + 1;
+			map->heads[port] = ring.next == row ? 0 : ring.next + 1;
 		map->counts[port]--;
 	}
 }
@@ -247,40 +211,50 @@ void portmap_rows(const struct portmap *map, uint16_t port, int64_t *rows)
 
 	for (uint32_t i = 0; i < map->counts[port]; i++) {
 		rows[i] = row;
-		row = map->next[row];
+		row = map->rings[row].next;
 	}
 }
+
+_Static_assert(sizeof(struct history_last) ==
+		       offsetof(struct flow, packets_in) - offsetof(struct flow, inode), "last");
+_Static_assert(sizeof(struct history_sums) ==
+		       offsetof(struct flow, first_ns) - offsetof(struct flow, packets_in), "sums");
 
 void history_add(const struct history *h, const struct flow *flows, uint32_t count,
 		 const int64_t *rows, uint64_t real)
 {
 	for (uint32_t i = 0; i < count; i++) {
 		const struct flow *f = &flows[i];
-		int64_t row = rows[i];
+		struct history_times *times;
+		struct history_last *last;
+		struct history_sums *sums;
 
-		if (row < 0)
+		if (rows[i] < 0)
 			continue;
-		h->packets_in[row] += f->packets_in;
-		h->bytes_in[row] += f->bytes_in;
-		h->packets_out[row] += f->packets_out;
-		h->bytes_out[row] += f->bytes_out;
-		if (f->first_ns < h->began_ns[row]) {
-			h->began_ns[row] = f->first_ns;
-			h->first_ns[row] = f->first_ns + real;
+		sums = &h->sums[rows[i]];
+		sums->packets_in += f->packets_in;
+		sums->bytes_in += f->bytes_in;
+		sums->packets_out += f->packets_out;
+		sums->bytes_out += f->bytes_out;
+		times = &h->times[rows[i]];
+		last = &h->last[rows[i]];
+		if (f->first_ns < times->began_ns) {
+			times->began_ns = f->first_ns;
+			times->first_ns = f->first_ns + real;
 		}
-		if (f->last_ns >= h->heard_ns[row]) {
-			h->heard_ns[row] = f->last_ns;
-			h->last_ns[row] = f->last_ns + real;
-			h->inode[row] = f->inode;
-			h->uid[row] = f->uid;
-			h->how[row] = f->how;
-			memcpy(h->comm + row * SNIFFER_COMM_LEN, f->comm, SNIFFER_COMM_LEN);
+		if (f->last_ns >= times->heard_ns) {
+			times->heard_ns = f->last_ns;
+			times->last_ns = f->last_ns + real;
+			last->inode = f->inode;
+			last->uid = f->uid;
+			last->how = f->how;
+			memcpy(last->comm, f->comm, sizeof(last->comm));
 		}
 		/* the time of day may have been set back in between */
-		if (h->first_ns[row] > h->last_ns[row])
-			h->first_ns[row] = h->last_ns[row];
-		h->flags[row] |= f->flags;
-		h->dirty[row] = 1;
+		if (times->first_ns > times->last_ns)
+			times->first_ns = times->last_ns;
+		last->flags |= f->flags;
+		last->dirty = 1;
 	}
 }
 
@@ -369,8 +343,11 @@ static inline uint64_t weight_of(const int64_t *weights, uint64_t row)
 	return weights ? (uint64_t)weights[row] : 1;
 }
 
-/* places[row]: the weight of its group up to it, rows in this order. 0, or -1 without memory. */
-static int place_in_group(const struct item *in_order, uint32_t count, const uint64_t *group,
+/*
+ * places[row]: the weight of its group up to it, rows in this order. Returns how many groups
+ * there are, or -1 without memory.
+ */
+static int64_t place_in_group(const struct item *in_order, uint32_t count, const uint64_t *group,
 			  const int64_t *weights, uint64_t seed, uint64_t *places)
 {
 	struct sums sums = { calloc(256, sizeof(*sums.slots)), 255, 0, seed };
@@ -389,7 +366,7 @@ static int place_in_group(const struct item *in_order, uint32_t count, const uin
 		}
 	}
 	free(sums.slots);
-	return failed ? -1 : 0;
+	return failed ? -1 : (int64_t)sums.used;
 }
 
 /* The rows that go; `items` has room for three times as many items, `places` for as many. */
@@ -405,9 +382,14 @@ static int choose(const int64_t *age, const uint64_t *groups, uint32_t group_cou
 	in_order = sort(items, spare, count);
 	memcpy(by_age, in_order, count * sizeof(*items));
 	while (group_count--) {		/* the finest first */
-		if (place_in_group(in_order, count, groups + (size_t)group_count * count,
-				   weights, seed, places))
+		int64_t found = place_in_group(in_order, count,
+					       groups + (size_t)group_count * count, weights,
+					       seed, places);
+
+		if (found < 0)
 			return -1;
+		if (found == 1 && !weights)	/* in order of their places already */
+			continue;
 		for (uint32_t i = 0; i < count; i++)
 			items[i] = (struct item){ places[by_age[i].row], by_age[i].row };
 		in_order = sort(items, spare, count);

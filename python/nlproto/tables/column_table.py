@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import mmap
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +13,17 @@ import numpy as np
 
 from nlproto._host import ffi, lib
 
-__all__ = ["ColumnTable", "columns_of", "mix", "new_slots", "numbers", "octets"]
+__all__ = [
+    "ColumnTable",
+    "mix",
+    "new_slots",
+    "numbers",
+    "octets",
+    "part_of",
+    "random_seed",
+    "with_fields",
+    "without",
+]
 
 _ODD = [
     np.uint64(value)
@@ -52,38 +62,69 @@ def new_slots(count: int) -> tuple[np.ndarray, int]:
     return np.zeros(1 << bits, np.uint32), bits
 
 
-def columns_of(*dtypes: np.dtype[np.void]) -> np.dtype[np.void]:
-    """The fields of all of them."""
-    return np.dtype([(name, one[name]) for one in dtypes for name in one.names or ()])
+def random_seed() -> int:
+    """64 bits that nobody foresees. (The module `secrets` costs 3 MB of memory.)"""
+    return int.from_bytes(os.urandom(8), "little")
+
+
+def part_of(dtype: np.dtype[np.void], *names: str) -> np.dtype[np.void]:
+    """The fields from the first to the last of `names`, which lie side by side, as a group."""
+    fields: Mapping[str, Any] = dtype.fields or {}
+    begin = fields[names[0]][1]
+    ends = [fields[name][1] + fields[name][0].itemsize for name in names]
+    return np.dtype(
+        {
+            "names": names,
+            "formats": [fields[name][0] for name in names],
+            "offsets": [fields[name][1] - begin for name in names],
+            "itemsize": -(-(max(ends) - begin) // 8) * 8,
+        }
+    )
+
+
+def with_fields(dtype: np.dtype[np.void], *more: tuple[str, Any, int]) -> np.dtype[np.void]:
+    """The same layout, in which bytes have a name, format and offset more, or another format."""
+    fields: dict[str, Any] = {name: field[:2] for name, field in (dtype.fields or {}).items()}
+    fields |= {name: (kind, offset) for name, kind, offset in more}
+    return np.dtype(
+        {
+            "names": list(fields),
+            "formats": [kind for kind, _ in fields.values()],
+            "offsets": [offset for _, offset in fields.values()],
+            "itemsize": dtype.itemsize,
+        }
+    )
+
+
+def without(dtype: np.dtype[np.void], *names: str) -> np.dtype[np.void]:
+    """The same layout, in which `names` have no name."""
+    return dtype[[name for name in dtype.names or () if name not in names]]
 
 
 class ColumnTable:
-    """Columns of `dtype` for `rows` rows, in which `hash` is made of the fields `key`.
+    """Columns of `groups` for `rows` rows, in which `hash` is made of the fields `key`.
 
+    A group's fields lie side by side, as they do in the values that are put here: what is used
+    together takes one access to memory. Fields of a group that are in the key come first.
     Not thread-safe. Which rows are in use is up to the owner. A row takes memory when it is first
     written to, so a large table costs nothing while it is empty; trim() gives memory back.
     """
 
-    def __init__(self, dtype: np.dtype[np.void], key: Sequence[str], rows: int) -> None:
+    def __init__(self, groups: Sequence[np.dtype[np.void]], key: Sequence[str], rows: int) -> None:
         self.capacity = rows
         """How many rows there is room for."""
-        self.columns: dict[str, np.ndarray] = {}
+        self._memory = [_reserve(group.itemsize * rows) for group in groups]
+        self.groups = [
+            np.ndarray(rows, group, memory)
+            for group, memory in zip(groups, self._memory, strict=True)
+        ]
+        self.columns: dict[str, np.ndarray] = {
+            name: group[name] for group in self.groups for name in group.dtype.names or ()
+        }
         self._key = key
         self._count = 0
-        self._memory: dict[str, mmap.mmap] = {}
-        for name in dtype.names or ():
-            self._add_column(name, dtype[name])
         self._layouts: dict[np.dtype[np.void], Any] = {}
         self._slots = new_slots(0)[0]
-
-    def _add_column(self, name: str, dtype: np.dtype[Any]) -> None:
-        size = self.capacity * dtype.itemsize
-        memory = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without huge pages, which would waste memory
-            memory.madvise(mmap.MADV_NOHUGEPAGE)
-        self._memory[name] = memory
-        flat = np.frombuffer(memory, dtype.base, size // dtype.base.itemsize)
-        self.columns[name] = flat.reshape(self.capacity, *dtype.shape)
 
     def __len__(self) -> int:
         return self._count
@@ -128,20 +169,10 @@ class ColumnTable:
 
     def trim(self, rows: int) -> None:
         """No row from `rows` on is in use: their memory is given back."""
-        for name, column in self.columns.items():
-            size = column.itemsize * math.prod(column.shape[1:])
-            begin = -(-rows * size // mmap.PAGESIZE) * mmap.PAGESIZE
-            if begin < len(self._memory[name]):
-                length = len(self._memory[name]) - begin
-                self._memory[name].madvise(mmap.MADV_DONTNEED, begin, length)
-
-    def pointers(self, struct: str) -> Any:
-        """A C struct of pointers with the columns of the same names; lives as long as this."""
-        found = ffi.new(f"{struct} *")
-        for name, field in ffi.typeof(struct).fields:
-            if name in self._memory:
-                setattr(found, name, ffi.cast(field.type, ffi.from_buffer(self._memory[name])))
-        return found
+        for group, memory in zip(self.groups, self._memory, strict=True):
+            begin = -(-rows * group.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+            if begin < len(memory):
+                memory.madvise(mmap.MADV_DONTNEED, begin, len(memory) - begin)
 
     def take(self, rows: np.ndarray, dtype: np.dtype[np.void]) -> np.ndarray:
         """The fields of `dtype` in these rows."""
@@ -155,15 +186,19 @@ class ColumnTable:
         if dtype in self._layouts:
             return self._layouts[dtype][0]
         fields: Mapping[str, Any] = dtype.fields or {}
-        columns = ffi.new("struct table_column[]", len(self.columns))
-        for at, (name, column) in zip(columns, self.columns.items(), strict=True):
-            at.data = ffi.from_buffer("uint8_t[]", self._memory[name])
-            at.width = column.itemsize * math.prod(column.shape[1:])
-            at.key = name in self._key
-            if name in fields:
-                at.given, at.field = True, fields[name][1]
-                if fields[name][0] != np.dtype((column.dtype, column.shape[1:])):
-                    raise TypeError(f"{name} is of another type in the table")
+        columns = ffi.new("struct table_column[]", len(self.groups))
+        for at, group in zip(columns, self.groups, strict=True):
+            at.data, at.width = octets(group), group.itemsize
+            for name, (kind, offset, *_) in (group.dtype.fields or {}).items():
+                end = offset + kind.itemsize
+                if name in self._key:
+                    at.compared = max(at.compared, end)
+                if name not in fields:
+                    continue
+                begin = fields[name][1] - offset
+                if fields[name][0] != kind or (at.given and begin != at.field):
+                    raise TypeError(f"{name} lies elsewhere in the table")
+                at.given, at.field = max(at.given, end), begin
         layout = ffi.new("struct table *")
         layout.columns, layout.column_count = columns, len(columns)
         layout.value_size = dtype.itemsize
@@ -173,6 +208,14 @@ class ColumnTable:
         layout.slot_bits = len(self._slots).bit_length() - 1
         self._layouts[dtype] = layout, columns
         return layout
+
+
+def _reserve(size: int) -> mmap.mmap:
+    """Zeros that take no memory yet."""
+    memory = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages, which would waste memory
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory
 
 
 def numbers(array: np.ndarray) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 from nlproto._host import ffi, lib
 from nlproto.records.wire import dtype_of
-from nlproto.tables.column_table import new_slots
+from nlproto.tables.column_table import new_slots, without
 
 __all__ = [
     "FLOW",
@@ -28,12 +28,7 @@ __all__ = [
 _WORD = (1 << 64) - 1
 
 
-def _without(dtype: np.dtype[np.void], *names: str) -> np.dtype[np.void]:
-    """The same layout; what pads it has no name."""
-    return dtype[[name for name in dtype.names or () if name not in names]]
-
-
-FLOW = _without(dtype_of("flow", ffi), "zero", "reserved")
+FLOW = without(dtype_of("flow", ffi), "zero", "dirty")
 """One flow of one owner. Local and remote end (of a forwarded flow: the lower and the higher end,
 "out" is from the lower one); addresses are the 16 bytes of the record seen as two numbers; times
 are CLOCK_MONOTONIC; packets and bytes are those of the wire, after segmentation; how, uid, inode

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -15,23 +14,37 @@ import numpy as np
 from nlproto._host import ffi, lib
 from nlproto.host.kernel_sockets import BoundSocket, Endpoint
 from nlproto.records.wire import address_text, dtype_of, taken, text
-from nlproto.tables.column_table import ColumnTable, columns_of, mix, new_slots, numbers
+from nlproto.tables.column_table import (
+    ColumnTable,
+    mix,
+    new_slots,
+    numbers,
+    part_of,
+    random_seed,
+    with_fields,
+    without,
+)
 from nlproto.tables.processes import ProcessKey
 from nlproto.tables.shares import Payers, surplus
 
 __all__ = ["PortOwner", "PortMap"]
 
-_PORT = dtype_of("port", ffi)
-_NAMES = [name for name in _PORT.names or () if not name.startswith("reserved")]
-_ROW = np.dtype(
-    {
-        "names": _NAMES,
-        "formats": ["?" if name in ("listening", "live") else _PORT[name] for name in _NAMES],
-        "offsets": [ffi.offsetof("struct port", name) for name in _NAMES],
-        "itemsize": _PORT.itemsize,
-    }
+_ROW = with_fields(
+    without(dtype_of("port", ffi), "reserved", "reserved2", "reserved3"),
+    ("listening", "?", ffi.offsetof("struct port", "listening")),
+    ("live", "?", ffi.offsetof("struct port", "live")),
 )
-_RING = np.dtype([("next", "u4"), ("previous", "u4")])
+_KEYS, _STATES, _RINGS = 1, 2, 4
+_GROUPS = (
+    part_of(_ROW, "hash"),
+    part_of(_ROW, "address", "start_ns", "netns", "tgid", "port", "proto", "family"),
+    with_fields(
+        part_of(_ROW, "cookie", "seen_ns", "uid", "listening", "comm"),
+        ("words", ("u8", (2,)), ffi.offsetof("struct portmap_state", "comm")),
+    ),
+    np.dtype([("live", "?")]),
+    dtype_of("portmap_ring", ffi),
+)
 _KEY = ("address", "start_ns", "netns", "tgid", "port", "proto", "family")
 _PORTS = 1 << 16
 _FEW = 16
@@ -95,10 +108,14 @@ class PortMap:
         self.ttl_ns = ttl_ns
         self.evicted = 0
         self._lock = threading.Lock()
-        self._seed = secrets.randbits(64)
-        self._table = ColumnTable(columns_of(_ROW, _RING), _KEY, limit + _PART)
+        self._seed = random_seed()
+        self._table = ColumnTable(_GROUPS, _KEY, limit + _PART)
         self._heads, self._counts = np.zeros((2, _PORTS), np.uint32)
-        self._pointers = self._table.pointers("struct portmap")
+        self._pointers = ffi.new("struct portmap *")
+        groups = self._table.groups
+        self._pointers.keys = ffi.from_buffer("struct portmap_key[]", groups[_KEYS])
+        self._pointers.states = ffi.from_buffer("struct portmap_state[]", groups[_STATES])
+        self._pointers.rings = ffi.from_buffer("struct portmap_ring[]", groups[_RINGS])
         self._pointers.heads = ffi.from_buffer("uint32_t[]", self._heads)
         self._pointers.counts = ffi.from_buffer("uint32_t[]", self._counts)
         self._top = 0
@@ -389,7 +406,7 @@ class PortMap:
         rows = np.flatnonzero(columns["live"])
         uids, seen = columns["uid"][rows], columns["seen_ns"][rows]
         payers = uids if self._payers is None else self._payers.of(uids)
-        names = columns["comm"][rows].view(np.uint64).reshape(len(rows), 2)
+        names = columns["words"][rows]
         programs = mix((payers.astype(np.uint64), names[:, 0], names[:, 1]), 0)
         age = (seen.max() - seen).view(np.int64)
         goes = surplus(age, (payers, programs), self.limit - self.limit // 4)
@@ -399,12 +416,14 @@ class PortMap:
         self, sockets: Sequence[BoundSocket], now_ns: int, listening: bool = False
     ) -> np.ndarray:
         rows = np.zeros(len(sockets), _ROW)
-        for number, one in enumerate(sockets):
-            row = rows[number]
-            row["netns"], row["proto"], row["family"], address, row["port"] = one.endpoint
-            row["address"] = np.frombuffer(address, np.uint64)
-            row["tgid"], row["start_ns"], row["uid"] = one.tgid, one.start_ns, one.uid
-            row["comm"], row["cookie"] = one.comm.encode(), one.cookie
+        if not len(rows):
+            return rows
+        ends = zip(*(one.endpoint for one in sockets), strict=True)
+        rows["netns"], rows["proto"], rows["family"], addresses, rows["port"] = ends
+        rows["address"] = np.frombuffer(b"".join(addresses), np.uint64).reshape(-1, 2)
+        for name in ("tgid", "start_ns", "uid", "cookie"):
+            rows[name] = [getattr(one, name) for one in sockets]
+        rows["comm"] = [one.comm.encode() for one in sockets]
         rows["seen_ns"] = now_ns
         rows["listening"] = listening
         slots, bits = new_slots(len(rows))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import os
-import secrets
 import sys
 import threading
 import time
@@ -20,7 +19,7 @@ from nlproto.host import cgroups
 from nlproto.host.procfs import TICK_NS, same_start
 from nlproto.records.wire import ProcessEvent, bounded, lib, taken, text
 from nlproto.running.supervise import Failures
-from nlproto.tables.column_table import mix
+from nlproto.tables.column_table import mix, random_seed
 from nlproto.tables.flows import first_of_processes
 from nlproto.tables.shares import NOBODY, Payers, surplus
 
@@ -120,7 +119,7 @@ class Processes:
         self._details = details
         self._payers = payers
         self._lock = threading.Lock()
-        self._seed = secrets.randbits(64)
+        self._seed = random_seed()
         self._table: OrderedDict[ProcessKey, Process] = OrderedDict()
         self._newest: dict[int, int] = {}
         self._read: dict[ProcessKey, int] = {}

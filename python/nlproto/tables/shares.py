@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import os
 import pwd
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from nlproto._host import ffi, lib
-from nlproto.tables.column_table import numbers, octets
+from nlproto.tables.column_table import numbers, octets, random_seed
 
 __all__ = ["NOBODY", "Payers", "level", "surplus"]
 
@@ -123,7 +122,7 @@ def surplus(
         ffi.NULL if weights is None else numbers(weights),
         count,
         keep,
-        secrets.randbits(64),
+        random_seed(),
         octets(goes),
     )
     if failed:
