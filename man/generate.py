@@ -67,6 +67,12 @@ def _subcommands() -> str:
     return "".join(parts)
 
 
+_SIGNALS = """\
+.SH SIGNALS
+SIGINT, SIGTERM and SIGHUP end the program in order, a second one at once.
+With \\-w FILE, SIGUSR2 goes on in a new FILE, once the present one has been moved away
+(logrotate: mv, then kill \\-USR2; not copytruncate).
+"""
 _EXIT = """\
 .SH EXIT STATUS
 0 on success, SIGINT, SIGTERM and when standard output is closed; 1 on failure; 2 on bad usage.
@@ -122,7 +128,8 @@ def write(directory: Path) -> list[Path]:
     files = {
         "man/packet-hunter.1": _page(
             live_parser(), 1, "which process owns each packet",
-            _file("lines.roff") + _subcommands() + _file("files.roff") + _EXIT + _EXIT_OF_COMMAND
+            _file("lines.roff") + _subcommands() + _file("files.roff") + _SIGNALS + _EXIT
+            + _EXIT_OF_COMMAND
             + ".SH SEE ALSO\n.BR packet\\-hunterd (8),\n.BR tcpdump (1),\n.BR pcap\\-filter (7)\n",
         ),
         "man/packet-hunterd.8": _page(

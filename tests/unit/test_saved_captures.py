@@ -4,6 +4,8 @@
 import csv
 import itertools
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hunter.cli.signals import Stop
 from hunter.formats.ownercomment import comment_of, read_comment
 from hunter.save.saving import open_saver
 from hunter.show.account import ShownAccount
@@ -320,3 +323,39 @@ def test_several_files_are_one_in_order_of_time(make_records, tmp_path):
         row["time"] for row in rows
     )
     assert hunt("report", *paths, "-o", tmp_path / "x.html").returncode == 0
+
+
+def _count(path, suffix):
+    if suffix == ".parquet":
+        parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+        return parquet.read_table(path).num_rows
+    return len(rows_of(read(path)))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_that_was_moved_away_gets_a_successor(suffix, make_records, tmp_path):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    path, moved = tmp_path / f"x{suffix}", tmp_path / f"old{suffix}"
+    saver = open_saver(str(path), suffix[1:], None)
+    records = make_records({}, {})
+    batch = NamedBatch(np.zeros(1, wire.BATCH)[0], records, Clock(NOON_NS, 0))
+    table = columns(batch, Everything(), lambda _: {})
+    saver.add(table)
+    saver.reopen()  # it is still there: nothing is lost
+    saver.add(table)
+    path.rename(moved)
+    saver.add(table)
+    saver.reopen()
+    saver.add(table)
+    saver.close()
+    assert saver.rows == 8
+    assert (_count(moved, suffix), _count(path, suffix)) == (6, 2)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_sigusr2_asks_for_a_new_file_once_and_does_not_end_anything():
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert stop.takes_reopen() and not stop.takes_reopen()
+        assert not stop

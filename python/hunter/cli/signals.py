@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""SIGINT and SIGTERM end the program in order; a second one at once."""
+"""SIGINT, SIGTERM and SIGHUP end the program in order, a second one at once; SIGUSR2 reopens."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ class Stop:
 
     def __init__(self) -> None:
         self._asked = False
+        self._reopen = False
         self._before: dict[int, Any] = {}
 
     def __bool__(self) -> bool:
@@ -24,7 +25,13 @@ class Stop:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN or number == signal.SIGINT:
                 self._before[number] = signal.signal(number, self._ask)
+        self._before[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, self._ask_reopen)
         return self
+
+    def takes_reopen(self) -> bool:
+        """Whether SIGUSR2 came since the last time: what is saved to was moved away."""
+        asked, self._reopen = self._reopen, False
+        return asked
 
     def __exit__(
         self,
@@ -39,3 +46,6 @@ class Stop:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
+
+    def _ask_reopen(self, number: int, frame: FrameType | None) -> None:
+        self._reopen = True

@@ -14,7 +14,7 @@ from hunter.cli.signals import Stop
 from hunter.commands.living import absent
 from hunter.save.capturefile import CaptureFile
 from hunter.save.save_jsonl import JsonSaver
-from hunter.save.saving import Saver, format_of, open_saver, refuse_input
+from hunter.save.saving import Rotation, Saver, format_of, open_saver, refuse_input
 from hunter.show.account import ShownAccount
 from hunter.show.columns import columns
 from hunter.show.lines import LinePrinter, Style
@@ -62,11 +62,12 @@ def run(
             open_source(options.origin, options.choice, wanted, notify, snaps=kind == "pcapng")
         )
         savers: dict[str, Saver] = {}
+        rotation: Rotation | None = None
         if options.save:
-            savers[options.save] = saver = open_saver(
+            savers[options.save] = rotation = open_saver(
                 options.save, kind, source.snaps, options.rotate, options.keep
             )
-            stack.callback(saver.close)
+            stack.callback(rotation.close)
         if options.json:
             savers["standard output"] = JsonSaver(CaptureFile("-"))
         counts: list[Callable[[NamedBatch], None]] = [shown.add]
@@ -89,9 +90,10 @@ def run(
             notify(_greeting(source, options))
         for line in [] if options.origin.read else absent(wanted):
             notify(line)
+        reopening = _Reopening(stop, rotation)
         try:
             try:
-                return _flow(source, counts, takes, shown, options, stop, notify)
+                return _flow(source, counts, takes, shown, options, reopening, notify)
             finally:
                 for saver in savers.values():
                     saver.close()  # Parquet is a file only now
@@ -116,6 +118,20 @@ def run(
                     notify(note)
 
 
+class _Reopening:
+    """Between two looks at the source: whether to end, or to go on in a new file."""
+
+    def __init__(self, stop: Stop, saver: Rotation | None) -> None:
+        self._stop = stop
+        self._saver = saver
+
+    def asked(self) -> bool:
+        """Return whether to end. Raises Error when the new file cannot be made."""
+        if self._stop.takes_reopen() and self._saver is not None:
+            self._saver.reopen()
+        return bool(self._stop)
+
+
 def _output_is_free(options: Live) -> bool:
     """Whether nothing else goes to standard output, so that the table can."""
     return not (options.print or options.json or options.save == "-")
@@ -134,7 +150,7 @@ def _flow(
     takes: list[Callable[[NamedBatch], None]],
     shown: ShownAccount,
     options: Live,
-    stop: Stop,
+    stop: _Reopening,
     notify: Callable[[str], None],
 ) -> int:
     command: Command | None = None
@@ -173,7 +189,7 @@ def _flow(
         command = Command(options.argv, notify, not options.all) if options.argv else None
         try:
             until = None if options.duration is None else time.monotonic() + options.duration
-            while not stop:
+            while not stop.asked():
                 left = _POLL if until is None else min(_POLL, until - time.monotonic())
                 if left <= 0:
                     break

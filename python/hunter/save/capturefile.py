@@ -113,6 +113,15 @@ class CaptureFile:
     def fileno(self) -> int:
         return self._fd
 
+    def is_moved(self) -> bool:
+        """Whether it is a file that its path does not lead to any more."""
+        if not self._regular:
+            return False
+        try:
+            return not os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+        except OSError:
+            return True
+
     def is_output(self) -> bool:
         """Whether it is what standard output is: words for people must not go there."""
         return os.path.sameopenfile(self._fd, 1)

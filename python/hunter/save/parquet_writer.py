@@ -22,7 +22,7 @@ _ROWS = 50_000  # a row group
 
 def main() -> int:
     """Body of the program; returns its exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     try:
         with open(0, "rb") as stream, open(1, "wb") as output:

@@ -12,7 +12,7 @@ from hunter.show.columns import Columns
 from nlproto import UsageError
 from nlproto.records.first_bytes import FirstBytes
 
-__all__ = ["Saver", "format_of", "open_saver", "refuse_input", "refuse_pcap"]
+__all__ = ["Rotation", "Saver", "format_of", "open_saver", "refuse_input", "refuse_pcap"]
 
 SUFFIXES = {
     ".csv": "csv",
@@ -98,23 +98,24 @@ def open_saver(
     snaps: FirstBytes | None,
     rotate: int | None = None,
     keep: int | None = None,
-) -> Saver:
+) -> Rotation:
     """Return a saver of format `kind` to `path` ("-": standard output); pcapng takes `snaps`.
 
     `rotate`: bytes after which the next file begins, as tcpdump's -C: path, path1, path2 ...;
     `keep`: after so many files the first is written again (-W). Raises Error, UsageError.
     """
-    make = _make(kind, snaps)
-    if rotate is None:
-        return make(CaptureFile(path))
-    return _Rotation(path, make, rotate, keep)
+    return Rotation(path, _make(kind, snaps), rotate, keep)
 
 
-class _Rotation:
-    """One file after the other."""
+class Rotation:
+    """One file after the other: a full one's successor, or that of one that others moved away."""
 
     def __init__(
-        self, path: str, make: Callable[[CaptureFile], Saver], size: int, keep: int | None
+        self,
+        path: str,
+        make: Callable[[CaptureFile], Saver],
+        size: int | None = None,
+        keep: int | None = None,
     ) -> None:
         self._path = path
         self._make = make
@@ -139,15 +140,24 @@ class _Rotation:
         return f"{stem}{number}{suffix}"
 
     def add(self, table: Columns) -> None:
-        if self._saver is not None and self._file.size >= self._size:
-            full, self._saver = self._saver, None
-            full.close()
-            self._done += full.rows
+        if self._saver is not None and self._size is not None and self._file.size >= self._size:
+            self._finish(self._saver)
             self._number += 1
         if self._saver is None:
             self._open()
         assert self._saver is not None
         self._saver.add(table)
+
+    def reopen(self) -> None:
+        """Go on in a new file if the present one was moved away. Raises Error."""
+        if self._saver is not None and self._file.is_moved():
+            self._finish(self._saver)
+            self._open()
+
+    def _finish(self, saver: Saver) -> None:
+        self._saver = None
+        saver.close()
+        self._done += saver.rows
 
     @property
     def rows(self) -> int:

@@ -64,7 +64,7 @@ class Writer:
 
 def _serve() -> None:
     """Body of the process."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     size = os.lseek(1, 0, os.SEEK_CUR)
     with open(0, "rb") as channel:
