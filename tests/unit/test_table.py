@@ -6,7 +6,7 @@ from nlproto.tables.column_table import ColumnTable, mix, part_of
 
 ROW = np.dtype([("hash", "u8"), ("port", "u2"), ("address", "u8", (2,)), ("seen", "u4")])
 
-GROUPS = part_of(ROW, "hash"), part_of(ROW, "port"), part_of(ROW, "address", "seen")
+GROUPS = part_of(ROW, "port"), part_of(ROW, "address", "seen")
 
 
 def _values(*rows):

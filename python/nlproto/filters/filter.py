@@ -7,7 +7,6 @@ same in another program: two filters of one text form are the same filter.
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import functools
 import ipaddress
@@ -18,7 +17,6 @@ import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -420,7 +418,10 @@ def _is_container(name: str, wanted: str, fits: Callable[[str], object]) -> bool
 
 @functools.cache
 def _parser() -> Lark:
-    from lark import Lark  # here and below: only who parses a filter needs it, and its 4 MB
+    # here and below: only who parses a filter needs these, and their 5 MB
+    from importlib import resources
+
+    from lark import Lark
 
     grammar = resources.files("nlproto.filters").joinpath("filter.lark").read_text("utf-8")
     return Lark(grammar, parser="lalr", lexer="basic", maybe_placeholders=False)
@@ -477,6 +478,8 @@ def _span(token: Token) -> tuple[int, int]:
 
 
 def _suggest(word: str, known: list[str]) -> str:
+    import difflib
+
     close = difflib.get_close_matches(word.lower(), known, 1, 0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
 

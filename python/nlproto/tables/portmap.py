@@ -34,9 +34,8 @@ _ROW = with_fields(
     ("listening", "?", ffi.offsetof("struct port", "listening")),
     ("live", "?", ffi.offsetof("struct port", "live")),
 )
-_KEYS, _STATES, _RINGS = 1, 2, 4
+_KEYS, _STATES, _RINGS = 0, 1, 3
 _GROUPS = (
-    part_of(_ROW, "hash"),
     part_of(_ROW, "address", "start_ns", "netns", "tgid", "port", "proto", "family"),
     with_fields(
         part_of(_ROW, "cookie", "seen_ns", "uid", "listening", "comm"),
