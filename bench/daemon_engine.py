@@ -22,7 +22,7 @@ def make_batch(number: int, flow: np.ndarray, processes: int, seq: int, now: int
     out = random.integers(0, 2, len(flow)) == 1
     records = np.zeros(len(flow), wire.RECORD)
     records["time_ns"] = now + number * 1_000_000 + np.arange(len(flow))
-    records["tgid"] = 1_000_000 + flow % processes
+    records["tgid"] = 1_000_000 + flow % PORTS % processes
     records["start_ns"] = 7
     records["uid"] = 1000
     records["how"] = wire.lib.SNIFFER_HOW_SOCKET
