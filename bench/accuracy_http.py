@@ -30,8 +30,9 @@ from nlproto.engines.engine import open_engine
 from nlproto.host import procfs
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.naming import Namer
-from nlproto.pipeline.pipeline import NamedBatch, Pipeline
+from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from nlproto.tables.processes import Processes
 
 REQUESTS, SECONDS = 8000, 60.0

@@ -30,17 +30,19 @@ from daemon.history.memory import FlowMemory, Question
 from daemon.history.recorder import Recorder
 from daemon.history.store import Store
 from daemon.serve.answers import Answers
-from daemon.serve.server import Server, SocketFile
+from daemon.serve.server import Server
 from daemon.serve.streams import Streams
 from daemon.service import SWITCH_INTERVAL
 from daemon.system.config import Config
+from daemon.system.socketfile import SocketFile
 from nlproto.client.client import DaemonClient
 from nlproto.client.frames import Kind, encode_json
-from nlproto.filters.filter import parse
+from nlproto.filters.parse import parse
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.naming import Namer
-from nlproto.pipeline.pipeline import NamedBatch, Pipeline
+from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import summarize
 from nlproto.tables.portmap import PortMap
@@ -80,8 +82,8 @@ class Synthetic:
                 return
             yield wire.decode_batch(batch)
 
-    def flush(self) -> np.ndarray:
-        return self.opening
+    def catch_up(self) -> Any:
+        return iter(())
 
     def begin(self) -> int:
         return 0

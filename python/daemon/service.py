@@ -23,11 +23,12 @@ from typing import Any, Protocol
 from daemon.history.recorder import Recorder
 from daemon.serve.answers import Answers
 from daemon.serve.bounds import bounds_of, memory_limit
-from daemon.serve.server import Server, SocketFile
+from daemon.serve.server import Server
 from daemon.system import logs
 from daemon.system.config import RELOADABLE, Config
 from daemon.system.metrics import Metrics
 from daemon.system.notify import Notifier
+from daemon.system.socketfile import SocketFile
 from daemon.system.watcher import Watcher
 from nlproto._host import lib as host
 from nlproto.engines.engine import open_engine
@@ -95,6 +96,7 @@ class Service:
                 portmap=PortMap(config.max_ports, payers=payers),
                 queue=MessageQueue(config.queue_size),
                 on_death=self._die,
+                packets=False,
             )
             recorder.on_death = self._die
             asyncio.run(self._serve(socket_file, pipeline, recorder))
@@ -155,6 +157,12 @@ class Service:
         """SIGHUP: take what can change at run time; a file with a mistake changes nothing."""
         self._notifier.reloading()
         try:
+            self._take_configuration(server, parts)
+        finally:  # or the service manager waits for it
+            self._notifier.ready(f"serving {self.config.socket}")
+
+    def _take_configuration(self, server: Server, parts: list[Reconfigurable]) -> None:
+        try:
             new, old = self._configuration(), self.config
             values = dataclasses.asdict(new)
             changed = dataclasses.replace(old, **{name: values[name] for name in RELOADABLE})
@@ -172,7 +180,6 @@ class Service:
             for part in parts:
                 part.reconfigure(self.config)
             log.info("configuration read again")
-        self._notifier.ready(f"serving {self.config.socket}")
 
     async def _watch(self, pipeline: Pipeline) -> None:
         """Feed the watchdog as long as both this loop and the worker go round."""

@@ -89,4 +89,6 @@ def test_a_look_has_every_bound_socket_with_its_holders(held):
         ours.setdefault(one.tgid, []).append(one)
     assert all(len(ours[child]) == 21 for child in children)
     assert all(one.endpoint[3][:4] == b"\x7f\0\0\1" for child in children for one in ours[child])
-    assert {one.cookie for child in children for one in ours[child]} <= sockets.cookies
+    assert {one.cookie for child in children for one in ours[child]} <= set(
+        sockets.cookies.tolist()
+    )

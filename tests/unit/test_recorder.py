@@ -13,7 +13,7 @@ from daemon.history.recorder import Recorder
 from daemon.history.store import Store
 from daemon.system.config import Config
 from nlproto.errors import UsageError
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import summarize
 from nlproto.tables.processes import Process, Processes

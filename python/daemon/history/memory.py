@@ -240,7 +240,9 @@ class FlowMemory:
     def _between(self, local: End, remote: End) -> np.ndarray:
         """A mask of the flows with these ends."""
         size, columns = self._size, self._columns
-        mask = (columns["lport"][:size] == local[2]) & (columns["rport"][:size] == remote[2])
+        mask: np.ndarray = (columns["lport"][:size] == local[2]) & (
+            columns["rport"][:size] == remote[2]
+        )
         for name, end in (("laddr", local), ("raddr", remote)):
             rows = np.flatnonzero(mask)
             same = (columns[name][rows] == np.frombuffer(end[1], np.uint64)).all(axis=1)

@@ -16,7 +16,7 @@ from daemon.history.memory import FlowMemory, Question
 from daemon.history.store import Damaged, Store
 from daemon.system.config import Config
 from nlproto.errors import Error, UsageError
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 from nlproto.running.supervise import Failures, keep_going
 from nlproto.tables.processes import Process, Processes, ProcessKey
 from nlproto.tables.shares import Payers

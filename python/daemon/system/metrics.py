@@ -13,7 +13,7 @@ import numpy as np
 
 from daemon.system.config import Config
 from nlproto.errors import Error, UsageError
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 from nlproto.records.wire import text
 from nlproto.running.supervise import Failures, keep_going
 

@@ -105,9 +105,13 @@ class Watcher:
             return
         before = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         found = self.kernel.read()
-        portmap.replace_bound(self._known(found.bound), before)
+        bound = self._known(found.bound)
+        if found.present is None:
+            portmap.replace_bound(bound, before)
+        else:
+            portmap.update_bound(bound, found.changed, found.present, before)
         portmap.add_connected(self._known(found.connected), before)
-        if found.cookies:
+        if len(found.cookies):
             portmap.keep_cookies(found.cookies, before)
         portmap.expire(before)
 
@@ -183,10 +187,10 @@ class Watcher:
 def _pause(interval: float, took: float) -> float:
     """Seconds from the beginning of a look that took `took` s to the next.
 
-    A look that takes long comes less often, to take no more than a tenth of one core, as long as
-    what it finds is not older than promised.
+    A look that takes long comes less often, to take no more than a fiftieth of one core, as long
+    as what it finds is not older than promised.
     """
-    return max(interval, min(10 * took, _STALE - took))
+    return max(interval, min(50 * took, _STALE - took))
 
 
 def _module() -> Engine | None:

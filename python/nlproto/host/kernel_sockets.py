@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -14,14 +13,21 @@ import numpy as np
 from nlproto.host.holders import Holders
 from nlproto.host.namespace_diags import NamespaceDiags
 from nlproto.host.procfs import Owner
-from nlproto.host.sockdiag import TcpState
+from nlproto.host.sockdiag import HOST_SOCKET, TcpState
 from nlproto.host.sockets import held
 from nlproto.records.wire import text
+from nlproto.running.budget import Budget
 
 __all__ = ["Endpoint", "BoundSocket", "KernelSockets", "HeldSockets"]
 
 _HELD_NS = 3_000_000_000
-"""How long the holders of a bound socket are taken as known."""
+"""From one time that the holders of all bound sockets are checked to the next."""
+_CHECK_SHARE, _CHECK_SAVED_NS = 100, 20_000_000
+"""Checking takes this part of the time at most: with many sockets a round takes longer."""
+_CHUNK = 32
+"""Checked between two looks at the clock."""
+_UNHELD = 200
+"""Sockets without a known holder that are asked about in one look."""
 _ROUND_NS = 60_000_000_000
 """And those of a connected one, which traffic tells sooner."""
 _ASKED = 200
@@ -52,10 +58,14 @@ class HeldSockets(NamedTuple):
     """One entry for each holder of each socket."""
 
     bound: list[BoundSocket]
-    """All listeners and bound UDP sockets."""
+    """Listeners and bound UDP sockets: those that are new or changed hands."""
+    changed: np.ndarray
+    """Cookies of these sockets; other holders that were known of them are none any more."""
+    present: np.ndarray | None
+    """Cookies of all bound sockets; None: `bound` has all there are, without cookies."""
     connected: list[BoundSocket]
     """Some of the connected ones; each is among them once in a round of a minute."""
-    cookies: set[int]
+    cookies: np.ndarray
     """Of all sockets that a process still has; empty where sock_diag is refused."""
 
 
@@ -68,9 +78,16 @@ class KernelSockets:
         self._holders = holders or Holders()
         self._now_ns = now_ns
         self._diags = NamespaceDiags(now_ns)
-        self._held: dict[int, tuple[int, tuple[Owner, ...]]] = {}
-        self._round_ns = self._began_ns = now_ns()
-        self._waiting: list[_Row] = []
+        self._held: dict[int, tuple[Owner, ...]] = {}
+        self._ports: dict[int, int] = {}
+        self._unchecked: list[int] = []
+        self._checks_ns = now_ns()
+        self._check_budget = Budget(_CHECK_SHARE, _CHECK_SAVED_NS, now_ns)
+        self._round_ns = now_ns()
+        self._met, self._asked = np.zeros((2, 0), np.uint64)
+        """Cookies of the connections of the last look, and of those that were asked about."""
+        self._new_budget = Budget(_CHECK_SHARE, _CHECK_SAVED_NS, now_ns)
+        self._waiting: list[tuple[int, np.void]] = []
         self.tables: dict[int, np.ndarray] = {}
         """{namespace: all its sockets (HOST_SOCKET)} as of the last look."""
         self.looked_ns = 0
@@ -87,98 +104,155 @@ class KernelSockets:
         return self._holders.peek(inode)
 
     def read(self) -> HeldSockets:
-        self._began_ns = self._now_ns()
+        began = self._now_ns()
         tables = self._diags.tables()
         found = self._read(tables)
-        self.tables, self.looked_ns = tables, self._began_ns
+        self.tables, self.looked_ns = tables, began
         return found
 
     def _read(self, tables: dict[int, np.ndarray]) -> HeldSockets:
-        bound = [
-            one
-            for number, table in tables.items()
-            for one in _rows(number, table[_is_bound(table)])
-        ]
-        owners = self._owners([one.inode for one in bound])
-        cookies = {
-            cookie for table in tables.values() for cookie in table["cookie"][held(table)].tolist()
-        }
+        numbers = list(tables)
+        parts = [tables[number][_is_bound(tables[number])] for number in numbers]
+        bound = np.concatenate(parts) if parts else np.zeros(0, HOST_SOCKET)
+        netns = np.repeat(np.array(numbers, np.int64), [len(part) for part in parts])
+        there = [table["cookie"][held(table)] for table in tables.values()]
+        cookies = np.concatenate(there) if there else np.zeros(0, np.uint64)
+        whole = bool(np.any(bound["cookie"] == 0))
+        if whole:
+            # /proc/net has no cookies
+            rows = np.arange(len(bound))
+            entries = self._entries(bound, netns, rows, self._holders.find)
+            self._held.clear()
+        else:
+            rows = self._changed(bound)
+            known = {
+                int(bound["inode"][row]): self._held[int(bound["cookie"][row])] for row in rows
+            }
+            entries = self._entries(bound, netns, rows, known.__getitem__)
         return HeldSockets(
-            [entry for one in bound for entry in _entries(one, owners[one.inode])],
-            [
-                entry
-                for one in self._connected(tables)
-                for entry in _entries(one, self._holders.known(one.inode))
-            ],
-            cookies - {0},
+            entries,
+            bound["cookie"][rows],
+            None if whole else bound["cookie"],
+            [*self._of_this_turn(tables), *self._of_new_ones(tables)],
+            cookies[cookies != 0],
         )
 
-    def _connected(self, tables: dict[int, np.ndarray]) -> list[_Row]:
-        """Those whose turn it is."""
+    def _entries(
+        self,
+        bound: np.ndarray,
+        netns: np.ndarray,
+        rows: np.ndarray,
+        owners: Callable[[int], tuple[Owner, ...]],
+    ) -> list[BoundSocket]:
+        return [
+            entry
+            for row in rows.tolist()
+            for entry in _entries(int(netns[row]), bound[row], owners(int(bound["inode"][row])))
+        ]
+
+    def _changed(self, bound: np.ndarray) -> np.ndarray:
+        """Rows of `bound` that are new, changed hands, or share a port with such or with one gone.
+
+        The port map has one row for all sockets of a process at one end, as SO_REUSEPORT allows.
+        """
+        cookies = bound["cookie"]
+        before = np.fromiter(self._held, np.uint64, len(self._held))
+        ports = set()
+        for cookie in before[~np.isin(before, cookies)].tolist():
+            del self._held[cookie]
+            ports.add(self._ports.pop(cookie))
+        new = np.flatnonzero(~np.isin(cookies, before))
+        order = np.argsort(cookies)
+        unheld = [cookie for cookie, owners in self._held.items() if not owners][:_UNHELD]
+        asked = [*new.tolist(), *_rows_of(unheld, cookies, order)]
+        found = dict(self._holders.find_many(bound["inode"][asked].tolist()))
+        for row in asked:
+            ports |= self._keep(bound[row], found[int(bound["inode"][row])])
+        now = self._now_ns()
+        if not self._unchecked and now >= self._checks_ns:
+            self._checks_ns = now + _HELD_NS
+            self._unchecked = list(self._held)
+        while self._unchecked and self._check_budget.allows():
+            with self._check_budget.spend():
+                some, self._unchecked = self._unchecked[:_CHUNK], self._unchecked[_CHUNK:]
+                for row in _rows_of(some, cookies, order):
+                    ports |= self._ask(bound[row])
+        if not ports:
+            return np.zeros(0, np.intp)
+        return np.flatnonzero(np.isin(bound["sport"], np.fromiter(ports, np.uint16, len(ports))))
+
+    def _ask(self, row: np.void) -> set[int]:
+        """Look for a socket's holders; its port, if they are others than before."""
+        return self._keep(row, self._holders.find(int(row["inode"])))
+
+    def _keep(self, row: np.void, owners: tuple[Owner, ...]) -> set[int]:
+        cookie, port = int(row["cookie"]), int(row["sport"])
+        before = self._held.get(cookie)
+        self._held[cookie], self._ports[cookie] = owners, port
+        return set() if owners == before else {port}
+
+    def _of_this_turn(self, tables: dict[int, np.ndarray]) -> Iterator[BoundSocket]:
+        """Entries of the connections whose turn it is in a round."""
         now = self._now_ns()
         if not self._waiting and now >= self._round_ns:
             self._round_ns = now + _ROUND_NS
-            if self._holders.walked_ns < self._began_ns:
-                self._holders.walk()
-            self._waiting = [
-                one
-                for number, table in tables.items()
-                for one in _rows(number, table[_is_connected(table)])
-            ]
+            self._holders.walk()
+            numbers, rows = _connected(tables)
+            self._waiting = list(zip(numbers.tolist(), rows, strict=True))
+            self._asked = rows["cookie"]
         part, self._waiting = self._waiting[:_ASKED], self._waiting[_ASKED:]
-        return part
+        for number, row in part:
+            yield from _entries(number, row, self._holders.known(int(row["inode"])))
 
-    def _owners(self, inodes: list[int]) -> dict[int, tuple[Owner, ...]]:
-        """The holders of each, as they were at most _HELD_NS ago."""
-        now = self._now_ns()
-        old, self._held = self._held, {}
+    def _of_new_ones(self, tables: dict[int, np.ndarray]) -> Iterator[BoundSocket]:
+        """Entries of connections that have lasted for two looks: no packet may tell of them."""
+        numbers, rows = _connected(tables)
+        cookies = rows["cookie"]
+        new = np.isin(cookies, self._met) & ~np.isin(cookies, self._asked)
+        self._met = cookies
+        self._asked = self._asked[np.isin(self._asked, cookies)]
         asked = []
-        for inode in inodes:
-            known = old.get(inode)
-            if known is not None and known[1] and now - known[0] < _HELD_NS:
-                self._held[inode] = known
-            else:
-                asked.append(inode)
-        for inode, owners in self._holders.find_many(asked):
-            self._held[inode] = (now, owners)
-        return {inode: owners for inode, (_, owners) in self._held.items()}
+        for at in np.flatnonzero(new).tolist():
+            if not self._new_budget.allows():
+                break
+            with self._new_budget.spend():
+                owners = self._holders.find(int(rows["inode"][at]))
+            asked.append(cookies[at])
+            yield from _entries(int(numbers[at]), rows[at], owners)
+        self._asked = np.concatenate([self._asked, np.array(asked, np.uint64)])
 
 
-class _Row(NamedTuple):
-    """A HOST_SOCKET and its network namespace."""
-
-    netns: int
-    inode: int
-    cookie: int
-    proto: int
-    family: int
-    address: bytes
-    port: int
+def _connected(tables: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(namespaces, HOST_SOCKETs) of all connections."""
+    parts = {number: table[_is_connected(table)] for number, table in tables.items()}
+    numbers = np.repeat(np.array(list(parts), np.int64), [len(part) for part in parts.values()])
+    return numbers, np.concatenate([np.zeros(0, HOST_SOCKET), *parts.values()])
 
 
-def _rows(netns: int, table: np.ndarray) -> Iterator[_Row]:
-    names = ("inode", "cookie", "proto", "family", "sport")
-    raw = np.ascontiguousarray(table["saddr"]).tobytes()
-    columns = zip(*(table[name].tolist() for name in names), strict=True)
-    for at, (inode, cookie, proto, family, port) in zip(
-        range(0, len(raw), 16), columns, strict=True
-    ):
-        yield _Row(netns, inode, cookie, proto, family, raw[at : at + 16], port)
+def _rows_of(some: list[int], cookies: np.ndarray, order: np.ndarray) -> list[int]:
+    """Where `some` are in `cookies`, which `order` sorts; those that are not there are left out."""
+    wanted = np.fromiter(some, np.uint64, len(some))
+    places = np.searchsorted(cookies, wanted, sorter=order)
+    found: list[int] = order[places[places < len(order)]].tolist()
+    there = set(some)
+    return [row for row in found if int(cookies[row]) in there]
 
 
-def _entries(row: _Row, owners: tuple[Owner, ...]) -> Iterator[BoundSocket]:
-    family, address = row.family, row.address
+def _entries(netns: int, row: np.void, owners: tuple[Owner, ...]) -> Iterator[BoundSocket]:
+    family, address = int(row["family"]), row["saddr"].tobytes()
     if family == socket.AF_INET6 and address.startswith(_MAPPED):
         family, address = socket.AF_INET, address[len(_MAPPED) :].ljust(16, b"\0")
-    endpoint = (row.netns, row.proto, family, address, row.port)
+    endpoint = (netns, int(row["proto"]), family, address, int(row["sport"]))
     for owner in owners:
         identity = owner.identity
         yield BoundSocket(
-            endpoint, identity.tgid, identity.start_ns, owner.uid, _text(owner.comm), row.cookie
+            endpoint,
+            identity.tgid,
+            identity.start_ns,
+            owner.uid,
+            text(owner.comm),
+            int(row["cookie"]),
         )
-
-
-_text = functools.lru_cache(4096)(text)
 
 
 def _is_connected(table: np.ndarray) -> np.ndarray:

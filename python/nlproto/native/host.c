@@ -198,6 +198,21 @@ uint32_t host_ring_read(struct host_ring *ring, struct sniffer_record *records,
 	return n;
 }
 
+uint32_t host_ring_waiting(const struct host_ring *ring)
+{
+	uint32_t n = 0;
+
+	while (n < ring->count) {
+		uint32_t at = (ring->at + n) % ring->count;
+		struct tpacket2_hdr *h = (void *)(ring->frames + (size_t)at * ring->size);
+
+		if (!(__atomic_load_n(&h->tp_status, __ATOMIC_ACQUIRE) & TP_STATUS_USER))
+			break;
+		n++;
+	}
+	return n;
+}
+
 uint32_t host_frame_size(uint32_t snap)
 {
 	uint32_t need = TPACKET2_HDRLEN + 64 + sizeof(struct virtio_net_hdr) + snap;

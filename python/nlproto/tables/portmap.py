@@ -155,18 +155,41 @@ class PortMap:
             gone[present] = False
             self._drop(gone)
 
+    def update_bound(
+        self,
+        sockets: Sequence[BoundSocket],
+        changed: np.ndarray,
+        present: np.ndarray,
+        now_ns: int,
+    ) -> None:
+        """As replace_bound(), of those sockets alone (cookies `changed`) that are new or changed.
+
+        `present`: cookies of all there are.
+        """
+        rows = self._rows_of(sockets, now_ns, listening=True)
+        with self._lock:
+            put = self._put_all(rows)
+            columns = self._columns
+            bound = columns["live"] & columns["listening"]
+            columns["seen_ns"][bound] = now_ns  # or they would be the first to be evicted
+            gone = bound & np.isin(columns["cookie"], changed)
+            gone[put] = False
+            self._drop(gone | (bound & ~np.isin(columns["cookie"], present)))
+
     def add_connected(self, sockets: Sequence[BoundSocket], now_ns: int) -> None:
         """Learn of connected sockets from the kernel's tables, as from a packet at `now_ns`."""
         rows = self._rows_of(sockets, now_ns)
         with self._lock:
             self._put_all(rows)
 
-    def keep_cookies(self, cookies: set[int], before_ns: int) -> None:
+    def keep_cookies(self, cookies: Collection[int] | np.ndarray, before_ns: int) -> None:
         """Drop owners whose socket is not among all the kernel's `cookies`, read after `before_ns`.
 
         Owners seen since then, or known without a cookie, stay until their time is over.
         """
-        there = np.fromiter(cookies, np.uint64, len(cookies))
+        there = cookies
+        if not isinstance(there, np.ndarray):
+            there = np.fromiter(there, np.uint64, len(there))
         with self._lock:
             known = self._columns["cookie"].copy()
         gone = (known != 0) & ~np.isin(known, there)

@@ -24,6 +24,7 @@ NOBODY = 0xFFFFFFFF
 
 _SUBUID = "/etc/subuid"
 _MAX_SUBUID = 1 << 20  # bytes of it that are read
+_MAX_LINE = 1024  # Python refuses to read numbers of more than some thousand digits
 
 Name = TypeVar("Name")
 
@@ -72,7 +73,9 @@ class Payers:
 def _range(line: bytes) -> tuple[int, int, int] | None:
     owner, _, rest = line.strip().partition(b":")
     first, _, count = rest.partition(b":")
-    if not owner or not first.isdigit() or not count.isdigit() or int(count) == 0:
+    if not owner or not first.isdigit() or not count.isdigit() or len(line) > _MAX_LINE:
+        return None
+    if int(count) == 0:
         return None
     low, high = int(first), int(first) + int(count) - 1
     if high >= NOBODY:
