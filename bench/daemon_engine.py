@@ -59,6 +59,7 @@ class Piped:
 
     name = "module"
     instance = 1
+    group = "packets"
 
     def __init__(self, file: BinaryIO) -> None:
         self.opening = self.closing = np.zeros(0, wire.TAIL)
@@ -77,8 +78,11 @@ class Piped:
             return
         yield wire.decode_batch(self._file.read(int.from_bytes(size, "little")))
 
-    def flush(self) -> np.ndarray:
-        return self.opening
+    def want_packets(self, wanted: bool) -> None:
+        pass
+
+    def catch_up(self) -> Iterator[Any]:
+        return iter(())
 
     def begin(self) -> int:
         return 0
