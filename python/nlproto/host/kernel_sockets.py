@@ -17,6 +17,7 @@ from nlproto.host.sockdiag import HOST_SOCKET, TcpState
 from nlproto.host.sockets import held
 from nlproto.records.wire import text
 from nlproto.running.budget import Budget
+from nlproto.tables.column_table import among
 
 __all__ = ["Endpoint", "BoundSocket", "KernelSockets", "HeldSockets"]
 
@@ -158,10 +159,10 @@ class KernelSockets:
         cookies = bound["cookie"]
         before = np.fromiter(self._held, np.uint64, len(self._held))
         ports = set()
-        for cookie in before[~np.isin(before, cookies)].tolist():
+        for cookie in before[~among(before, cookies)].tolist():
             del self._held[cookie]
             ports.add(self._ports.pop(cookie))
-        new = np.flatnonzero(~np.isin(cookies, before))
+        new = np.flatnonzero(~among(cookies, before))
         order = np.argsort(cookies)
         unheld = [cookie for cookie, owners in self._held.items() if not owners][:_UNHELD]
         asked = [*new.tolist(), *_rows_of(unheld, cookies, order)]
@@ -179,7 +180,7 @@ class KernelSockets:
                     ports |= self._ask(bound[row])
         if not ports:
             return np.zeros(0, np.intp)
-        return np.flatnonzero(np.isin(bound["sport"], np.fromiter(ports, np.uint16, len(ports))))
+        return np.flatnonzero(among(bound["sport"], np.fromiter(ports, np.uint16, len(ports))))
 
     def _ask(self, row: np.void) -> set[int]:
         """Look for a socket's holders; its port, if they are others than before."""
@@ -208,9 +209,9 @@ class KernelSockets:
         """Entries of connections that have lasted for two looks: no packet may tell of them."""
         numbers, rows = _connected(tables)
         cookies = rows["cookie"]
-        new = np.isin(cookies, self._met) & ~np.isin(cookies, self._asked)
+        new = among(cookies, self._met) & ~among(cookies, self._asked)
         self._met = cookies
-        self._asked = self._asked[np.isin(self._asked, cookies)]
+        self._asked = self._asked[among(self._asked, cookies)]
         asked = []
         for at in np.flatnonzero(new).tolist():
             if not self._new_budget.allows():
