@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -126,8 +127,9 @@ class KernelSockets:
             self._held.clear()
         else:
             rows = self._changed(bound)
+            inodes, held_by = bound["inode"][rows].tolist(), bound["cookie"][rows].tolist()
             known = {
-                int(bound["inode"][row]): self._held[int(bound["cookie"][row])] for row in rows
+                inode: self._held[cookie] for inode, cookie in zip(inodes, held_by, strict=True)
             }
             entries = self._entries(bound, netns, rows, known.__getitem__)
         return HeldSockets(
@@ -145,11 +147,17 @@ class KernelSockets:
         rows: np.ndarray,
         owners: Callable[[int], tuple[Owner, ...]],
     ) -> list[BoundSocket]:
-        return [
-            entry
-            for row in rows.tolist()
-            for entry in _entries(int(netns[row]), bound[row], owners(int(bound["inode"][row])))
-        ]
+        some = bound[rows]
+        raw = np.ascontiguousarray(some["saddr"]).tobytes()
+        names = ("inode", "cookie", "proto", "family", "sport")
+        columns = (some[name].tolist() for name in names)
+        entries = []
+        for at, number, inode, cookie, proto, family, port in zip(
+            range(0, len(raw), 16), netns[rows].tolist(), *columns, strict=True
+        ):
+            end = _endpoint(number, proto, family, raw[at : at + 16], port)
+            entries += [_entry(end, owner, cookie) for owner in owners(inode)]
+        return entries
 
     def _changed(self, bound: np.ndarray) -> np.ndarray:
         """Rows of `bound` that are new, changed hands, or share a port with such or with one gone.
@@ -167,8 +175,9 @@ class KernelSockets:
         unheld = [cookie for cookie, owners in self._held.items() if not owners][:_UNHELD]
         asked = [*new.tolist(), *_rows_of(unheld, cookies, order)]
         found = dict(self._holders.find_many(bound["inode"][asked].tolist()))
-        for row in asked:
-            ports |= self._keep(bound[row], found[int(bound["inode"][row])])
+        columns = (bound[name][asked].tolist() for name in ("inode", "cookie", "sport"))
+        for inode, cookie, port in zip(*columns, strict=True):
+            ports |= self._keep(cookie, port, found[inode])
         now = self._now_ns()
         if not self._unchecked and now >= self._checks_ns:
             self._checks_ns = now + _HELD_NS
@@ -184,10 +193,10 @@ class KernelSockets:
 
     def _ask(self, row: np.void) -> set[int]:
         """Look for a socket's holders; its port, if they are others than before."""
-        return self._keep(row, self._holders.find(int(row["inode"])))
+        owners = self._holders.find(int(row["inode"]))
+        return self._keep(int(row["cookie"]), int(row["sport"]), owners)
 
-    def _keep(self, row: np.void, owners: tuple[Owner, ...]) -> set[int]:
-        cookie, port = int(row["cookie"]), int(row["sport"])
+    def _keep(self, cookie: int, port: int, owners: tuple[Owner, ...]) -> set[int]:
         before = self._held.get(cookie)
         self._held[cookie], self._ports[cookie] = owners, port
         return set() if owners == before else {port}
@@ -240,20 +249,27 @@ def _rows_of(some: list[int], cookies: np.ndarray, order: np.ndarray) -> list[in
 
 
 def _entries(netns: int, row: np.void, owners: tuple[Owner, ...]) -> Iterator[BoundSocket]:
-    family, address = int(row["family"]), row["saddr"].tobytes()
+    end = _endpoint(
+        netns, int(row["proto"]), int(row["family"]), row["saddr"].tobytes(), int(row["sport"])
+    )
+    for owner in owners:
+        yield _entry(end, owner, int(row["cookie"]))
+
+
+def _endpoint(netns: int, proto: int, family: int, address: bytes, port: int) -> Endpoint:
     if family == socket.AF_INET6 and address.startswith(_MAPPED):
         family, address = socket.AF_INET, address[len(_MAPPED) :].ljust(16, b"\0")
-    endpoint = (netns, int(row["proto"]), family, address, int(row["sport"]))
-    for owner in owners:
-        identity = owner.identity
-        yield BoundSocket(
-            endpoint,
-            identity.tgid,
-            identity.start_ns,
-            owner.uid,
-            text(owner.comm),
-            int(row["cookie"]),
-        )
+    return netns, proto, family, address, port
+
+
+def _entry(end: Endpoint, owner: Owner, cookie: int) -> BoundSocket:
+    identity = owner.identity
+    return BoundSocket(
+        end, identity.tgid, identity.start_ns, owner.uid, _text(owner.comm), cookie
+    )
+
+
+_text = functools.lru_cache(4096)(text)
 
 
 def _is_connected(table: np.ndarray) -> np.ndarray:
