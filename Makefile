@@ -56,11 +56,15 @@ attack: tools ## one user does the worst on 63 connections while root works: fig
 soak: tools ## mixed traffic and clients for SECONDS=600: the daemon's memory stays flat (root)
 	$(PYTHON) tests/soak.py $(or $(SECONDS),600)
 
-bench: bench-kernel bench-daemon bench-hunter ## all of the following but accuracy; into bench/RESULTS.md
+bench: bench-kernel bench-daemon bench-memory bench-start bench-hunter ## all of the following but accuracy; into bench/RESULTS.md
 bench-kernel: tools ## what the module costs, in instructions, in QEMU
 	PYTHONPATH=tests/vm $(PYTHON) bench/kernel_cost.py
 bench-daemon: tools ## ingest, history at a million flows, port questions
 	PYTHONPATH=python $(PYTHON) bench/daemon_cost.py
+bench-memory: tools ## the daemon's memory with 1,000 to 1,000,000 flows
+	PYTHONPATH=python $(PYTHON) bench/memory_cost.py
+bench-start: tools ## the first look at 50,000 sockets, beside psutil and lsof (root)
+	PYTHONPATH=python $(PYTHON) bench/start_cost.py
 bench-hunter: tools ## top with 10,000 flows, annotate with 1 GB
 	PYTHONPATH=python $(PYTHON) bench/hunter_cost.py
 bench-accuracy: tools ## beside nethogs, ss, psutil, tcplife, tcpconnect; all scenarios, both engines (root)
@@ -79,4 +83,4 @@ clean: ## remove what was built, .venv too
 distclean: ## clean, and what tests keep in ~/.cache/packet-hunter (kernels, modules, boxes)
 	@./build.sh distclean
 
-.PHONY: help run demo test tools lint test-unit test-host test-vm test-attribution test-matrix test-kasan test-vagrant test-browser test-packages test-bare fuzz attack soak bench bench-kernel bench-daemon bench-hunter bench-accuracy menu deb clean distclean
+.PHONY: help run demo test tools lint test-unit test-host test-vm test-attribution test-matrix test-kasan test-vagrant test-browser test-packages test-bare fuzz attack soak bench bench-kernel bench-daemon bench-memory bench-start bench-hunter bench-accuracy menu deb clean distclean

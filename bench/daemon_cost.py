@@ -59,6 +59,7 @@ class Synthetic:
 
     name = "synthetic"
     instance = 1
+    group = "packets"
 
     def __init__(self, batches: list[bytes], pause: threading.Semaphore) -> None:
         self.opening = self.closing = np.zeros(0, wire.TAIL)
@@ -81,6 +82,9 @@ class Synthetic:
                 self.done.set()
                 return
             yield wire.decode_batch(batch)
+
+    def want_packets(self, wanted: bool) -> None:
+        pass
 
     def catch_up(self) -> Any:
         return iter(())

@@ -12,6 +12,8 @@ import numpy as np
 from nlproto.records import wire
 
 BATCH = 124
+PORTS = 28_232
+"""Local ports that a machine gives its clients by default (net.ipv4.ip_local_port_range)."""
 
 
 def make_batch(number: int, flow: np.ndarray, processes: int, seq: int, now: int) -> bytes:
@@ -20,8 +22,7 @@ def make_batch(number: int, flow: np.ndarray, processes: int, seq: int, now: int
     out = random.integers(0, 2, len(flow)) == 1
     records = np.zeros(len(flow), wire.RECORD)
     records["time_ns"] = now + number * 1_000_000 + np.arange(len(flow))
-    records["cookie"] = flow + 1
-    records["tgid"] = 1_000_000 + flow % processes
+    records["tgid"] = 1_000_000 + flow % PORTS % processes
     records["start_ns"] = 7
     records["uid"] = 1000
     records["how"] = wire.lib.SNIFFER_HOW_SOCKET
@@ -30,11 +31,11 @@ def make_batch(number: int, flow: np.ndarray, processes: int, seq: int, now: int
     records["len"], records["hdr_len"], records["gso_segs"] = 1200, 52, 1
     records["netns"], records["comm"] = 4026531840, b"bench"
     records["cpu"] = number % 4
-    port = 1024 + flow % 60000
+    port = 32768 + flow % PORTS
     records["sport"] = np.where(out, port, 443)
     records["dport"] = np.where(out, 443, port)
-    records["saddr"][:, 3] = np.where(out, 1, flow // 60000)
-    records["daddr"][:, 3] = np.where(out, flow // 60000, 1)
+    records["saddr"][:, 3] = np.where(out, 1, flow // PORTS)
+    records["daddr"][:, 3] = np.where(out, flow // PORTS, 1)
     head = np.zeros(1, wire.BATCH)[0]
     head["cpu"], head["instance"], head["record_seq"] = number % 4, 1, seq
     head["packets"] = seq + len(flow)
@@ -58,6 +59,7 @@ class Piped:
 
     name = "module"
     instance = 1
+    group = "packets"
 
     def __init__(self, file: BinaryIO) -> None:
         self.opening = self.closing = np.zeros(0, wire.TAIL)
@@ -76,8 +78,11 @@ class Piped:
             return
         yield wire.decode_batch(self._file.read(int.from_bytes(size, "little")))
 
-    def flush(self) -> np.ndarray:
-        return self.opening
+    def want_packets(self, wanted: bool) -> None:
+        pass
+
+    def catch_up(self) -> Iterator[Any]:
+        return iter(())
 
     def begin(self) -> int:
         return 0

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nlproto.tables.column_table import ColumnTable, mix, part_of
+from nlproto.tables.column_table import ColumnTable, among, mix, part_of
 
 ROW = np.dtype([("hash", "u8"), ("port", "u2"), ("address", "u8", (2,)), ("seen", "u4")])
 
-GROUPS = part_of(ROW, "hash"), part_of(ROW, "port"), part_of(ROW, "address", "seen")
+GROUPS = part_of(ROW, "port"), part_of(ROW, "address", "seen")
 
 
 def _values(*rows):
@@ -60,3 +62,9 @@ def test_another_seed_makes_other_hashes():
     one, two = mix((column,), 1), mix((column,), 2)
     assert len(np.unique(one)) == len(np.unique(two)) == 1000
     assert not np.any(one == two)
+
+
+@given(st.lists(st.integers(0, 9)), st.lists(st.integers(0, 9)))
+def test_among_is_what_isin_says_and_imports_nothing(values, some):
+    values, some = np.array(values, np.uint64), np.array(some, np.uint64)
+    assert among(values, some).tolist() == np.isin(values, some).tolist()

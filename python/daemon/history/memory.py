@@ -33,9 +33,8 @@ __all__ = [
     "payers_of",
 ]
 
-_LAST, _SUMS, _TIMES = 4, 5, 6
+_LAST, _SUMS, _TIMES = 3, 4, 5
 _GROUPS = (
-    part_of(FLOW, "hash"),
     part_of(FLOW, "cookie", "start_ns", "tgid", "netns"),
     part_of(FLOW, "laddr", "raddr"),
     part_of(FLOW, "lport", "rport", "proto", "family", "forwarded"),
@@ -48,7 +47,7 @@ _GROUPS = (
     dtype_of("history_times", ffi),
     np.dtype([("id", "u8")]),
 )
-ROW_BYTES = sum(group.itemsize for group in _GROUPS) + 16
+ROW_BYTES = sum(group.itemsize for group in _GROUPS) + 20
 """Of a flow in memory, its place in the table included."""
 
 
@@ -149,9 +148,9 @@ class FlowMemory:
             end = self._size + len(flows)
         place, columns = slice(self._size, end), self._columns
         self._table.put(np.arange(self._size, end), flows)
-        for name, wall in (("began_ns", "first_ns"), ("heard_ns", "last_ns")):
-            columns[name][place] = columns[wall][place]
-            columns[wall][place] += np.uint64(real)
+        columns["heard_ns"][place] = columns["last_ns"][place]
+        for name in ("first_ns", "last_ns"):
+            columns[name][place] += np.uint64(real)
         columns["id"][place] = np.arange(self._next_id, self._next_id + len(flows))
         columns["dirty"][place] = True
         self._next_id += len(flows)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from nlproto.host.sockdiag import HOST_SOCKET, TcpState
 from nlproto.host.sockets import held
 from nlproto.records.wire import text
 from nlproto.running.budget import Budget
+from nlproto.tables.column_table import among
 
 __all__ = ["Endpoint", "BoundSocket", "KernelSockets", "HeldSockets"]
 
@@ -51,7 +53,6 @@ class BoundSocket(NamedTuple):
 
     @property
     def key(self) -> tuple[int, int]:
-        """(tgid, start_ns) of its process."""
         return self.tgid, self.start_ns
 
 
@@ -127,8 +128,9 @@ class KernelSockets:
             self._held.clear()
         else:
             rows = self._changed(bound)
+            inodes, held_by = bound["inode"][rows].tolist(), bound["cookie"][rows].tolist()
             known = {
-                int(bound["inode"][row]): self._held[int(bound["cookie"][row])] for row in rows
+                inode: self._held[cookie] for inode, cookie in zip(inodes, held_by, strict=True)
             }
             entries = self._entries(bound, netns, rows, known.__getitem__)
         return HeldSockets(
@@ -146,11 +148,17 @@ class KernelSockets:
         rows: np.ndarray,
         owners: Callable[[int], tuple[Owner, ...]],
     ) -> list[BoundSocket]:
-        return [
-            entry
-            for row in rows.tolist()
-            for entry in _entries(int(netns[row]), bound[row], owners(int(bound["inode"][row])))
-        ]
+        some = bound[rows]
+        raw = np.ascontiguousarray(some["saddr"]).tobytes()
+        names = ("inode", "cookie", "proto", "family", "sport")
+        columns = (some[name].tolist() for name in names)
+        entries = []
+        for at, number, inode, cookie, proto, family, port in zip(
+            range(0, len(raw), 16), netns[rows].tolist(), *columns, strict=True
+        ):
+            end = _endpoint(number, proto, family, raw[at : at + 16], port)
+            entries += [_entry(end, owner, cookie) for owner in owners(inode)]
+        return entries
 
     def _changed(self, bound: np.ndarray) -> np.ndarray:
         """Rows of `bound` that are new, changed hands, or share a port with such or with one gone.
@@ -160,13 +168,17 @@ class KernelSockets:
         cookies = bound["cookie"]
         before = np.fromiter(self._held, np.uint64, len(self._held))
         ports = set()
-        for cookie in before[~np.isin(before, cookies)].tolist():
+        for cookie in before[~among(before, cookies)].tolist():
             del self._held[cookie]
             ports.add(self._ports.pop(cookie))
-        new = np.flatnonzero(~np.isin(cookies, before))
+        new = np.flatnonzero(~among(cookies, before))
         order = np.argsort(cookies)
         unheld = [cookie for cookie, owners in self._held.items() if not owners][:_UNHELD]
-        ports |= self._ask(bound[[*new.tolist(), *_rows_of(unheld, cookies, order)]])
+        asked = [*new.tolist(), *_rows_of(unheld, cookies, order)]
+        found = dict(self._holders.find_many(bound["inode"][asked].tolist()))
+        columns = (bound[name][asked].tolist() for name in ("inode", "cookie", "sport"))
+        for inode, cookie, port in zip(*columns, strict=True):
+            ports |= self._keep(cookie, port, found[inode])
         now = self._now_ns()
         if not self._unchecked and now >= self._checks_ns:
             self._checks_ns = now + _HELD_NS
@@ -174,30 +186,28 @@ class KernelSockets:
         while self._unchecked and self._check_budget.allows():
             with self._check_budget.spend():
                 some, self._unchecked = self._unchecked[:_CHUNK], self._unchecked[_CHUNK:]
-                ports |= self._ask(bound[_rows_of(some, cookies, order)])
+                for row in _rows_of(some, cookies, order):
+                    ports |= self._ask(bound[row])
         if not ports:
             return np.zeros(0, np.intp)
-        return np.flatnonzero(np.isin(bound["sport"], np.fromiter(ports, np.uint16, len(ports))))
+        return np.flatnonzero(among(bound["sport"], np.fromiter(ports, np.uint16, len(ports))))
 
-    def _ask(self, rows: np.ndarray) -> set[int]:
-        """Look for the sockets' holders; the ports of those that have others than before."""
-        cookies, inodes, ports = (rows[name].tolist() for name in ("cookie", "inode", "sport"))
-        owners = dict(self._holders.find_many(inodes))
-        changed = set()
-        for cookie, inode, port in zip(cookies, inodes, ports, strict=True):
-            found = owners[inode]
-            if self._held.get(cookie) != found:
-                changed.add(port)
-            self._held[cookie], self._ports[cookie] = found, port
-        return changed
+    def _ask(self, row: np.void) -> set[int]:
+        """Look for a socket's holders; its port, if they are others than before."""
+        owners = self._holders.find(int(row["inode"]))
+        return self._keep(int(row["cookie"]), int(row["sport"]), owners)
+
+    def _keep(self, cookie: int, port: int, owners: tuple[Owner, ...]) -> set[int]:
+        before = self._held.get(cookie)
+        self._held[cookie], self._ports[cookie] = owners, port
+        return set() if owners == before else {port}
 
     def _of_this_turn(self, tables: dict[int, np.ndarray]) -> Iterator[BoundSocket]:
         """Entries of the connections whose turn it is in a round."""
         now = self._now_ns()
         if not self._waiting and now >= self._round_ns:
             self._round_ns = now + _ROUND_NS
-            if self._holders.walked_ns <= now - _ROUND_NS:
-                self._holders.walk()
+            self._holders.walk()
             numbers, rows = _connected(tables)
             self._waiting = list(zip(numbers.tolist(), rows, strict=True))
             self._asked = rows["cookie"]
@@ -209,9 +219,9 @@ class KernelSockets:
         """Entries of connections that have lasted for two looks: no packet may tell of them."""
         numbers, rows = _connected(tables)
         cookies = rows["cookie"]
-        new = np.isin(cookies, self._met) & ~np.isin(cookies, self._asked)
+        new = among(cookies, self._met) & ~among(cookies, self._asked)
         self._met = cookies
-        self._asked = self._asked[np.isin(self._asked, cookies)]
+        self._asked = self._asked[among(self._asked, cookies)]
         asked = []
         for at in np.flatnonzero(new).tolist():
             if not self._new_budget.allows():
@@ -240,20 +250,27 @@ def _rows_of(some: list[int], cookies: np.ndarray, order: np.ndarray) -> list[in
 
 
 def _entries(netns: int, row: np.void, owners: tuple[Owner, ...]) -> Iterator[BoundSocket]:
-    family, address = int(row["family"]), row["saddr"].tobytes()
+    end = _endpoint(
+        netns, int(row["proto"]), int(row["family"]), row["saddr"].tobytes(), int(row["sport"])
+    )
+    for owner in owners:
+        yield _entry(end, owner, int(row["cookie"]))
+
+
+def _endpoint(netns: int, proto: int, family: int, address: bytes, port: int) -> Endpoint:
     if family == socket.AF_INET6 and address.startswith(_MAPPED):
         family, address = socket.AF_INET, address[len(_MAPPED) :].ljust(16, b"\0")
-    endpoint = (netns, int(row["proto"]), family, address, int(row["sport"]))
-    for owner in owners:
-        identity = owner.identity
-        yield BoundSocket(
-            endpoint,
-            identity.tgid,
-            identity.start_ns,
-            owner.uid,
-            text(owner.comm),
-            int(row["cookie"]),
-        )
+    return netns, proto, family, address, port
+
+
+def _entry(end: Endpoint, owner: Owner, cookie: int) -> BoundSocket:
+    identity = owner.identity
+    return BoundSocket(
+        end, identity.tgid, identity.start_ns, owner.uid, _text(owner.comm), cookie
+    )
+
+
+_text = functools.lru_cache(4096)(text)
 
 
 def _is_connected(table: np.ndarray) -> np.ndarray:

@@ -112,7 +112,7 @@ struct table {
 	uint32_t value_size;	/* bytes from one value to the next */
 	uint32_t value_hash;	/* where values have their hash */
 	uint32_t slot_bits;
-	uint64_t *hashes;	/* the column of them */
+	uint32_t *hashes;	/* of rows: the lower half is enough, keys are compared */
 	uint32_t *slots;	/* 2^slot_bits: row + 1, 0: none */
 };
 
@@ -198,8 +198,7 @@ struct history_sums {
 struct history_times {
 	uint64_t first_ns;	/* since 1970 */
 	uint64_t last_ns;
-	uint64_t began_ns;	/* the same by CLOCK_MONOTONIC, which nobody sets */
-	uint64_t heard_ns;
+	uint64_t heard_ns;	/* last_ns by CLOCK_MONOTONIC, which nobody sets */
 };
 
 struct history {

@@ -18,12 +18,12 @@ static int has_key(const struct table *t, size_t row, const uint8_t *value)
 	return 1;
 }
 
-static inline uint64_t hash_of(const struct table *t, const uint8_t *value)
+static inline uint32_t hash_of(const struct table *t, const uint8_t *value)
 {
 	uint64_t hash;
 
 	memcpy(&hash, value + t->value_hash, sizeof(hash));
-	return hash;
+	return (uint32_t)hash;
 }
 
 void table_find(const struct table *t, const uint8_t *values, uint32_t count, int64_t *rows)
@@ -32,7 +32,8 @@ void table_find(const struct table *t, const uint8_t *values, uint32_t count, in
 
 	for (uint32_t i = 0; i < count; i++) {
 		const uint8_t *value = values + (size_t)i * t->value_size;
-		uint64_t hash = hash_of(t, value), at;
+		uint32_t hash = hash_of(t, value);
+		uint64_t at;
 
 		rows[i] = -1;
 		for (at = hash & mask; t->slots[at]; at = (at + 1) & mask) {
@@ -66,8 +67,10 @@ void table_put(const struct table *t, const uint8_t *values, uint32_t count, con
 		for (uint32_t i = 0; c->given && i < count; i++, from += t->value_size)
 			memcpy(c->data + (size_t)rows[i] * c->width, from, c->given);
 	}
-	for (uint32_t i = 0; i < count; i++)
+	for (uint32_t i = 0; i < count; i++) {
+		t->hashes[rows[i]] = hash_of(t, values + (size_t)i * t->value_size);
 		enter(t, mask, (uint32_t)rows[i]);
+	}
 }
 
 /* Free a slot, and move up those behind that would no more be found. */
@@ -131,6 +134,7 @@ uint32_t table_keep(const struct table *t, const uint8_t *keep, uint32_t count)
 
 	for (uint32_t column = 0; column < t->column_count; column++)
 		n = keep_runs(t->columns[column].data, t->columns[column].width, keep, count);
+	keep_runs((uint8_t *)t->hashes, sizeof(*t->hashes), keep, count);
 	return n;
 }
 
@@ -238,10 +242,8 @@ void history_add(const struct history *h, const struct flow *flows, uint32_t cou
 		sums->bytes_out += f->bytes_out;
 		times = &h->times[rows[i]];
 		last = &h->last[rows[i]];
-		if (f->first_ns < times->began_ns) {
-			times->began_ns = f->first_ns;
+		if (f->first_ns + real < times->first_ns)
 			times->first_ns = f->first_ns + real;
-		}
 		if (f->last_ns >= times->heard_ns) {
 			times->heard_ns = f->last_ns;
 			times->last_ns = f->last_ns + real;

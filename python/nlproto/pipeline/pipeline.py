@@ -337,7 +337,7 @@ class Pipeline:
 
     def _put_batch(self, batch: Batch | FlowBatch) -> int:
         """Count and copy it; how many records of older ones were lost for it."""
-        head: np.void = np.frombuffer(batch.head.tobytes(), BATCH)[0]
+        head: np.void = np.frombuffer(batch.head.tobytes(), BATCH)[0]  # copy() takes 7 us
         copy: Batch | FlowBatch
         # tobytes() copies as plain bytes, where a copy would go field by field
         if isinstance(batch, Batch):

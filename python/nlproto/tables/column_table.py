@@ -15,6 +15,7 @@ from nlproto._host import ffi, lib
 
 __all__ = [
     "ColumnTable",
+    "among",
     "mix",
     "new_slots",
     "numbers",
@@ -62,6 +63,16 @@ def new_slots(count: int) -> tuple[np.ndarray, int]:
     return np.zeros(1 << bits, np.uint32), bits
 
 
+def among(values: np.ndarray, some: np.ndarray) -> np.ndarray:
+    """Whether each of `values` is one of `some`: np.isin() without the 2 MB that it imports."""
+    if not len(some):
+        return np.zeros(len(values), bool)
+    some = np.sort(some)
+    places = np.searchsorted(some, values)
+    places[places == len(some)] = 0
+    return np.asarray(some[places] == values)
+
+
 def random_seed() -> int:
     """64 bits that nobody foresees. (The module `secrets` costs 3 MB of memory.)"""
     return int.from_bytes(os.urandom(8), "little")
@@ -102,7 +113,7 @@ def without(dtype: np.dtype[np.void], *names: str) -> np.dtype[np.void]:
 
 
 class ColumnTable:
-    """Columns of `groups` for `rows` rows, in which `hash` is made of the fields `key`.
+    """Columns of `groups` for `rows` rows, found by `hash`, which is made of the fields `key`.
 
     A group's fields lie side by side, as they do in the values that are put here: what is used
     together takes one access to memory. Fields of a group that are in the key come first.
@@ -113,6 +124,7 @@ class ColumnTable:
     def __init__(self, groups: Sequence[np.dtype[np.void]], key: Sequence[str], rows: int) -> None:
         self.capacity = rows
         """How many rows there is room for."""
+        self._hashes = _reserve(4 * rows)
         self._memory = [_reserve(group.itemsize * rows) for group in groups]
         self.groups = [
             np.ndarray(rows, group, memory)
@@ -175,10 +187,11 @@ class ColumnTable:
                 memory.madvise(mmap.MADV_DONTNEED, begin, len(memory) - begin)
 
     def take(self, rows: np.ndarray, dtype: np.dtype[np.void]) -> np.ndarray:
-        """The fields of `dtype` in these rows."""
-        found = np.empty(len(rows), dtype)
+        """The fields of `dtype` in these rows; 0 where there is no such column (`hash`)."""
+        found = np.zeros(len(rows), dtype)
         for name in dtype.names or ():
-            found[name] = self.columns[name][rows]
+            if name in self.columns:
+                found[name] = self.columns[name][rows]
         return found
 
     def _layout(self, dtype: np.dtype[np.void] = _NO_FIELDS) -> Any:
@@ -203,7 +216,7 @@ class ColumnTable:
         layout.columns, layout.column_count = columns, len(columns)
         layout.value_size = dtype.itemsize
         layout.value_hash = fields["hash"][1] if fields else 0
-        layout.hashes = ffi.from_buffer("uint64_t[]", self.columns["hash"])
+        layout.hashes = ffi.from_buffer("uint32_t[]", self._hashes)
         layout.slots = ffi.from_buffer("uint32_t[]", self._slots)
         layout.slot_bits = len(self._slots).bit_length() - 1
         self._layouts[dtype] = layout, columns

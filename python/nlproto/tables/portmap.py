@@ -15,6 +15,7 @@ from nlproto.host.kernel_sockets import BoundSocket, Endpoint
 from nlproto.records.wire import dtype_of, taken, text
 from nlproto.tables.column_table import (
     ColumnTable,
+    among,
     mix,
     new_slots,
     numbers,
@@ -34,9 +35,8 @@ _ROW = with_fields(
     ("listening", "?", ffi.offsetof("struct port", "listening")),
     ("live", "?", ffi.offsetof("struct port", "live")),
 )
-_KEYS, _STATES, _RINGS = 1, 2, 4
+_KEYS, _STATES, _RINGS = 0, 1, 3
 _GROUPS = (
-    part_of(_ROW, "hash"),
     part_of(_ROW, "address", "start_ns", "netns", "tgid", "port", "proto", "family"),
     with_fields(
         part_of(_ROW, "cookie", "seen_ns", "uid", "listening", "comm"),
@@ -138,9 +138,9 @@ class PortMap:
             columns = self._columns
             bound = columns["live"] & columns["listening"]
             columns["seen_ns"][bound] = now_ns  # or they would be the first to be evicted
-            gone = bound & np.isin(columns["cookie"], changed)
+            gone = bound & among(columns["cookie"], changed)
             gone[put] = False
-            self._drop(gone | (bound & ~np.isin(columns["cookie"], present)))
+            self._drop(gone | (bound & ~among(columns["cookie"], present)))
 
     def add_connected(self, sockets: Sequence[BoundSocket], now_ns: int) -> None:
         """Learn of connected sockets from the kernel's tables, as from a packet at `now_ns`."""
@@ -158,7 +158,7 @@ class PortMap:
             there = np.fromiter(there, np.uint64, len(there))
         with self._lock:
             known = self._columns["cookie"].copy()
-        gone = (known != 0) & ~np.isin(known, there)
+        gone = (known != 0) & ~among(known, there)
         with self._lock:
             columns = self._columns
             known, gone = known[: self._top], gone[: self._top]
@@ -243,7 +243,7 @@ class PortMap:
             at = np.flatnonzero(columns["live"]) if port is None else self._at_port(port)
             if keys is not None:
                 starts = np.fromiter((key[1] for key in keys), np.uint64, len(keys))
-                at = at[np.isin(columns["start_ns"][at], starts)]
+                at = at[among(columns["start_ns"][at], starts)]
             given = {"proto": proto, "tgid": tgid, "comm": comm, "uid": uid}
             for name, value in given.items():
                 if value is not None:
@@ -266,7 +266,7 @@ class PortMap:
         wanted = np.fromiter(cookies, np.uint64, len(cookies))
         with self._lock:
             columns = self._columns
-            fits = columns["live"] & np.isin(columns["cookie"], wanted)
+            fits = columns["live"] & among(columns["cookie"], wanted)
             if uid is not None:
                 fits &= columns["uid"] == uid
             rows = self._table.take(np.flatnonzero(fits), _ROW)
