@@ -25,7 +25,7 @@ demo: tools ## the module itself, in a throw-away virtual machine with traffic o
 tools:
 	@./build.sh --test-tools
 
-lint: tools ## ruff, mypy --strict on nlproto, shellcheck, sparse in the kernel's own root
+lint: tools ## ruff, mypy --strict, shellcheck, sparse in the kernel's own root
 	@sh tests/lint.sh
 
 test-unit: tools ## what needs no root

@@ -19,6 +19,7 @@
  *                                  each optional -> SNIFFER_A_INFO
  *   SNIFFER_CMD_FLUSH        do    sends every per-CPU batch, then answers with
  *                                  SNIFFER_A_TAILS (array of struct sniffer_tail)
+ *                                  and SNIFFER_A_FLOW_TAILS (struct sniffer_flow_tail)
  *   SNIFFER_CMD_GET_SOCKET   do    SNIFFER_A_COOKIE (u64) -> SNIFFER_A_SOCKET
  *                                  and SNIFFER_A_HOLDERS; -ENOENT if unknown
  *                            dump  one message a socket, whole table
@@ -35,6 +36,13 @@
  *                            struct sniffer_batch whose .record_size is 0,
  *                            then .count struct sniffer_snap, each followed by
  *                            .caplen bytes and zeros up to a multiple of 8
+ *   SNIFFER_GROUP_FLOWS      SNIFFER_CMD_FLOWS, one SNIFFER_A_FLOWS each: a
+ *                            struct sniffer_flow_batch, then .count flow records
+ *                            of .record_size bytes
+ *
+ * Records exist while somebody listens to packets or to flows, and have the
+ * same sequence numbers for both: who goes from one group to the other at a
+ * FLUSH, while a member of both, misses none and has none twice.
  *
  * Rules for readers
  * -----------------
@@ -45,7 +53,8 @@
  *    .record_seq and the end of the previous batch of that CPU is exactly the
  *    number of records you lost; growth of .lost says how many of these the
  *    kernel could not even build. Do not count ENOBUFS: one stands for any
- *    number of messages.
+ *    number of messages. A batch of flows ends at .record_seq plus the sum of
+ *    its flow records' .records.
  * 3. .instance changes when the module is loaded anew: start a new account.
  * 4. Key by .cookie, or by netns and tuple where it is 0; by (tgid, start_ns).
  *    Ports and pids are reused.
@@ -59,6 +68,7 @@
 #define SNIFFER_GROUP_PACKETS	"packets"
 #define SNIFFER_GROUP_PROCESSES	"processes"
 #define SNIFFER_GROUP_SNAPS	"snaps"
+#define SNIFFER_GROUP_FLOWS	"flows"
 
 enum sniffer_limits {
 	SNIFFER_VERSION		= 1,
@@ -66,7 +76,7 @@ enum sniffer_limits {
 	SNIFFER_EXE_LEN		= 256,	/* a longer path keeps its tail */
 	SNIFFER_CGROUP_LEN	= 256,	/* a longer path is left out */
 	SNIFFER_BATCH_MAX	= 252,	/* records a message at most */
-	SNIFFER_BATCH_DEFAULT	= 124,	/* fills a 16 KiB skb exactly */
+	SNIFFER_BATCH_DEFAULT	= 128,	/* fills 16 KiB of pages exactly */
 	SNIFFER_FLUSH_MS_MAX	= 1000,
 	SNIFFER_FLUSH_MS_DEFAULT = 20,
 	SNIFFER_SNAP_LEN	= 128,	/* packet bytes in a snap at most */
@@ -84,6 +94,7 @@ enum sniffer_cmd {
 	SNIFFER_CMD_FLUSH,
 	SNIFFER_CMD_GET_SOCKET,
 	SNIFFER_CMD_GET_PROCESS,
+	SNIFFER_CMD_FLOWS,		/* multicast only */
 };
 
 enum sniffer_attr {
@@ -99,6 +110,8 @@ enum sniffer_attr {
 	SNIFFER_A_COOKIE,		/* u64 */
 	SNIFFER_A_BATCH,		/* u32, records a batch: 1 .. SNIFFER_BATCH_MAX */
 	SNIFFER_A_FLUSH_MS,		/* u32, ms: 1 .. SNIFFER_FLUSH_MS_MAX */
+	SNIFFER_A_FLOWS,		/* binary */
+	SNIFFER_A_FLOW_TAILS,		/* struct sniffer_flow_tail [] */
 	SNIFFER_A_PAD,
 };
 
@@ -171,6 +184,19 @@ struct sniffer_record {
 };
 
 /*
+ * Records of one CPU that differ in time, thread, size and TCP flags alone, as
+ * one. In last, time_ns, tid and seq are the latest record's, tcp_flags all that
+ * were set, gso_segs the sum, len the bytes after segmentation of all, hdr_len 0:
+ * so len + (gso_segs - 1) * hdr_len are the bytes on the wire, as of any record.
+ */
+struct sniffer_flow_record {
+	struct sniffer_record last;
+	__u64 first_ns;		/* of the earliest record */
+	__u32 records;		/* that it stands for, at least 1 */
+	__u32 reserved;
+};
+
+/*
  * Head of a batch. Counters are of this CPU since load and were read together:
  *   packets = recorded + skipped,  record_seq + count = recorded + copies
  */
@@ -190,6 +216,13 @@ struct sniffer_batch {
 	__u64 boot_ns;
 };
 
+/* Head of a batch of flow records; what the two sums grow by and you do not get is lost. */
+struct sniffer_flow_batch {
+	struct sniffer_batch batch;
+	__u64 wire_packets;	/* of all records up to the last one here, since load */
+	__u64 wire_bytes;
+};
+
 /* Reply to FLUSH: what this CPU has sent so far. */
 struct sniffer_tail {
 	__u32 cpu;
@@ -199,6 +232,13 @@ struct sniffer_tail {
 	__u64 packets;
 	__u64 skipped;
 	__u64 lost;
+};
+
+/* The same for group flows. */
+struct sniffer_flow_tail {
+	struct sniffer_tail tail;
+	__u64 wire_packets;
+	__u64 wire_bytes;
 };
 
 enum sniffer_event {
@@ -292,7 +332,9 @@ struct sniffer_info {
 /*
  * Since load, summed over CPUs:
  *   packets = recorded + skipped_*          records = recorded + copies
- *   records = sum(by_how)                   records = sent + lost_* + those waiting in a batch
+ *   records = sum(by_how)                   records = sent + lost_* + only_flows
+ *                                                     + those waiting in a batch
+ *   flow_records = flow_sent + flow_lost + those waiting in a batch of flows
  */
 struct sniffer_counters {
 	__u64 packets;		/* IP packets the hooks saw */
@@ -312,6 +354,11 @@ struct sniffer_counters {
 	__u64 wire_packets;	/* sum of gso_segs */
 	__u64 wire_bytes;	/* IP bytes after segmentation */
 	__u64 by_how[SNIFFER_HOW_SLOTS];
+	__u64 only_flows;	/* records while nobody listened to group packets */
+	__u64 flow_records;	/* records while somebody listened to group flows */
+	__u64 flow_sent;	/* of these: handed to Netlink */
+	__u64 flow_lost;	/* of these: no memory, or Netlink took the batch for no reader */
+	__u64 flows;		/* flow records handed to Netlink */
 };
 
 /* Head of one packet's first bytes in group SNIFFER_GROUP_SNAPS. */
@@ -330,13 +377,16 @@ struct sniffer_snap {
 #include <assert.h>
 #endif
 static_assert(sizeof(struct sniffer_record) == 128, "record");
+static_assert(sizeof(struct sniffer_flow_record) == 144, "flow record");
 static_assert(sizeof(struct sniffer_batch) == 80, "batch");
+static_assert(sizeof(struct sniffer_flow_batch) == 96, "flow batch");
 static_assert(sizeof(struct sniffer_tail) == 48, "tail");
+static_assert(sizeof(struct sniffer_flow_tail) == 64, "flow tail");
 static_assert(sizeof(struct sniffer_process) == 576, "process");
 static_assert(sizeof(struct sniffer_socket) == 96, "socket");
 static_assert(sizeof(struct sniffer_holder) == 16, "holder");
 static_assert(sizeof(struct sniffer_info) == 48, "info");
-static_assert(sizeof(struct sniffer_counters) == 16 * 8 + 32 * 8, "counters");
+static_assert(sizeof(struct sniffer_counters) == 16 * 8 + 32 * 8 + 5 * 8, "counters");
 static_assert(sizeof(struct sniffer_snap) == 24, "snap");
 #endif
 

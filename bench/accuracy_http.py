@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Engine packet (or $ENGINE) beside a busy HTTP server: python3 -m http.server, and curl.
+"""Engine packet beside a busy HTTP server: python3 -m http.server, and curl in a loop.
 
     PYTHONPATH=python:bench python -m accuracy_http [--requests N] [--seconds S] [--json OUT]
 
@@ -30,8 +30,9 @@ from nlproto.engines.engine import open_engine
 from nlproto.host import procfs
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.naming import Namer
-from nlproto.pipeline.pipeline import NamedBatch, Pipeline
+from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from nlproto.tables.processes import Processes
 
 REQUESTS, SECONDS = 8000, 60.0
@@ -121,8 +122,7 @@ def _record(port: int, output: Path, tell: int, stop: int) -> None:
         records = batch.records
         parts.append(records[(records["sport"] == port) | (records["dport"] == port)])
 
-    name = os.environ.get("ENGINE") or "packet"
-    engine = open_engine(name, lambda note: print(f"  {note}", file=sys.stderr))
+    engine = open_engine("packet", lambda note: print(f"  {note}", file=sys.stderr))
     pipeline = Pipeline(engine, account=account, processes=Processes(procfs.details), namer=Namer())
     pipeline.subscribe(take)
     with pipeline:

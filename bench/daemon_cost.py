@@ -15,6 +15,7 @@ import json
 import resource
 import select
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -29,17 +30,19 @@ from daemon.history.memory import FlowMemory, Question
 from daemon.history.recorder import Recorder
 from daemon.history.store import Store
 from daemon.serve.answers import Answers
-from daemon.serve.server import Server, SocketFile
+from daemon.serve.server import Server
 from daemon.serve.streams import Streams
 from daemon.service import SWITCH_INTERVAL
 from daemon.system.config import Config
+from daemon.system.socketfile import SocketFile
 from nlproto.client.client import DaemonClient
 from nlproto.client.frames import Kind, encode_json
-from nlproto.filters.filter import parse
+from nlproto.filters.parse import parse
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.naming import Namer
-from nlproto.pipeline.pipeline import NamedBatch, Pipeline
+from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import summarize
 from nlproto.tables.portmap import PortMap
@@ -57,7 +60,7 @@ class Synthetic:
     name = "synthetic"
     instance = 1
 
-    def __init__(self, batches: list[wire.Batch], pause: threading.Semaphore) -> None:
+    def __init__(self, batches: list[bytes], pause: threading.Semaphore) -> None:
         self.opening = self.closing = np.zeros(0, wire.TAIL)
         self._batches = iter(batches)
         self._pause = pause
@@ -77,10 +80,10 @@ class Synthetic:
             if batch is None:
                 self.done.set()
                 return
-            yield batch
+            yield wire.decode_batch(batch)
 
-    def flush(self) -> np.ndarray:
-        return self.opening
+    def catch_up(self) -> Any:
+        return iter(())
 
     def begin(self) -> int:
         return 0
@@ -92,7 +95,7 @@ class Synthetic:
         return {}
 
 
-def make_batches(count: int, flows: int, processes: int, new: bool = False) -> list[wire.Batch]:
+def make_batches(count: int, flows: int, processes: int, new: bool = False) -> list[bytes]:
     """Batches of `flows` TCP flows of `processes` processes, both directions, over 4 CPUs.
 
     `new`: each record is another flow.
@@ -128,7 +131,7 @@ def make_batches(count: int, flows: int, processes: int, new: bool = False) -> l
         head["packets"] = sequences[cpu]
         head["mono_ns"] = now + number * 1_000_000 + 1000
         head["real_ns"] = head["mono_ns"] + 10**18
-        batches.append(wire.decode_batch(wire.encode_batch(head, records)))
+        batches.append(wire.encode_batch(head, records))
     return batches
 
 
@@ -178,6 +181,54 @@ def ingest(count: int, flows: int, filters: int = 0, new: bool = False) -> dict[
         took, cpu = time.perf_counter() - began, cpu_seconds() - cpu
     assert pipeline.account.closes() and pipeline.account.delivered == count * BATCH
     return {"records_per_cpu_s": count * BATCH / cpu, "records_per_s": count * BATCH / took}
+
+
+_RECORD = struct.Struct("=QQQQIIIIIIIIHHHHBBBBBBH16s16s16s")
+"""As shared_proto.h lays a record out."""
+
+
+def plain_sums(records: bytes) -> dict[tuple[Any, ...], list[Any]]:
+    """What flows.summarize() adds up, record by record: {key: packets and bytes in and out, ...}"""
+    flows: dict[tuple[Any, ...], list[Any]] = {}
+    for (
+        time_ns, cookie, inode, start_ns, tgid, _, uid, _, netns, _, _, size, _, segments,
+        sport, dport, family, proto, way, _, how, head, flags, saddr, daddr, comm,
+    ) in _RECORD.iter_unpack(records):  # fmt: skip
+        ends = (saddr, sport, daddr, dport) if way == 2 else (daddr, dport, saddr, sport)
+        key = (cookie, start_ns, tgid, netns, proto, family, *ends)
+        flow = flows.get(key)
+        if flow is None:
+            flow = flows[key] = [0, 0, 0, 0, 0, time_ns, time_ns, 0, 0, 0, b""]
+        at = 2 if way == 2 else 0
+        flow[at] += segments
+        flow[at + 1] += size + (segments - 1) * head
+        flow[4] |= flags
+        if time_ns < flow[5]:
+            flow[5] = time_ns
+        if time_ns > flow[6]:
+            flow[6] = time_ns
+        flow[7:] = how, uid, inode, comm
+    return flows
+
+
+def sums() -> dict[str, float]:
+    """Records/s of summing up what the worker takes at once; and of a loop over iter_unpack()."""
+    batches = make_batches(64, 1000, 200)
+    raw = b"".join(batch[wire.BATCH.itemsize :] for batch in batches)
+
+    def ours() -> np.ndarray:
+        return summarize(np.frombuffer(raw, wire.RECORD), 5)
+
+    flows, plain = ours(), plain_sums(raw)
+    for number, name in enumerate(("packets_in", "bytes_in", "packets_out", "bytes_out")):
+        assert int(flows[name].sum()) == sum(flow[number] for flow in plain.values())
+    times: dict[str, list[float]] = {"ours": [], "plain": []}
+    for _ in range(50):  # in turn: both have the same neighbours
+        for name, work in (("ours", ours), ("plain", lambda: plain_sums(raw))):
+            cpu = time.thread_time()
+            work()
+            times[name].append(time.thread_time() - cpu)
+    return {way: len(batches) * BATCH / float(np.median(taken)) for way, taken in times.items()}
 
 
 class _Sink:
@@ -255,10 +306,10 @@ def owner() -> dict[str, dict[str, float]]:
     return {"ingest idle": quiet, f"{RATE:,} records/s": busy}
 
 
-async def _owner(batches: list[wire.Batch], rate: int) -> dict[str, float]:
+async def _owner(batches: list[bytes], rate: int) -> dict[str, float]:
     loop = asyncio.get_running_loop()
     portmap = PortMap()
-    portmap.update(summarize(batches[0].records))
+    portmap.update(summarize(wire.decode_batch(batches[0]).records))
     ports = [str(owner.port) for owner in portmap.everything()]
     config, processes = Config(), Processes()
     semaphore = threading.Semaphore(0)
@@ -399,6 +450,14 @@ def main() -> None:
             ],
         )
     ]
+    alone = sums()
+    ours, plain = alone.values()
+    parts.append(
+        f"Summing up alone what the worker takes at once (7,936 records of 1,000 flows), records/s"
+        f" of a processor:"
+        f" {ours:,.0f}; a loop over struct.iter_unpack() that adds up the same:"
+        f" {plain:,.0f}, {ours / plain:.0f} times as long."
+    )
     past = who()
     written = past["file_ms"].pop("(rows/s written)")
     parts.append(

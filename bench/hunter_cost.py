@@ -25,13 +25,17 @@ import numpy as np
 
 from daemon.history.recorder import Recorder
 from daemon.serve.answers import Answers
-from daemon.serve.server import Server, SocketFile
+from daemon.serve.server import Server
 from daemon.system.config import Config
+from daemon.system.socketfile import SocketFile
 from hunter.show.names import Names
-from hunter.top.app import FlowsView, Top
+from hunter.top.app import Top
+from hunter.top.state import State
+from hunter.top.views import FlowsView
 from nlproto.pipeline.account import Account
-from nlproto.pipeline.pipeline import NamedBatch, Pipeline
+from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import summarize
 from nlproto.tables.portmap import PortMap
@@ -93,12 +97,13 @@ def watch_top(processes: int, view: str) -> float:
     reading, writing = os.pipe()
     pid, terminal = pty.fork()
     if pid == 0:
-        app = Top(Stream(processes), Names())  # type: ignore[arg-type]
+        app = Top(State(Stream(processes), Names()))  # type: ignore[arg-type]
 
         def measure() -> None:
             time.sleep(5)
             if view == "flows":
-                app.call_from_thread(app.push_screen, FlowsView(next(iter(app.rates))))
+                flows = FlowsView(app.state, next(iter(app.state.rates)))
+                app.call_from_thread(app.push_screen, flows)
                 time.sleep(2)
             before, began = cpu_seconds(), time.monotonic()
             time.sleep(SECONDS)

@@ -2,8 +2,10 @@
 """What the module costs everybody, in instructions: python bench/kernel_cost.py [--rounds N]
 
 A guest with one processor under `-icount shift=2` plays bench/workload.c without the module, with
-it, and with one reader of its records. There a nanosecond is a quarter of an instruction, whatever
-else this machine does. Sender, receiver and reader share the processor, so all of it is counted.
+it, and with one reader of its records or of its flows; beside them tcpdump, nethogs, and a module
+that sends each packet to its reader alone (bench/unicast). There a nanosecond is a quarter of an
+instruction, whatever else this machine does. Sender, receiver and reader share the processor, so
+all of it is counted.
 """
 
 from __future__ import annotations
@@ -16,17 +18,21 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from vmtest.build import BuildFailed, build_module
+from vmtest.build import BuildFailed, build_module, make
 from vmtest.guest import Guest, GuestLost
-from vmtest.kernels import KERNELS, Unavailable, cache_directory, unpack
+from vmtest.kernels import KERNELS, Unavailable, UnpackedKernel, cache_directory, unpack
 
 from results import ROOT, put, table
 
 SHIFT = 2
 CONFIGURATIONS = {
     "unloaded": "module not loaded",
+    "tcpdump": "tcpdump -i lo -w /dev/null",
+    "nethogs": "nethogs -t -d 1 lo",
+    "unicast": "one message a packet, one reader",
     "loaded": "loaded, nobody listens",
     "reader": "loaded, one reader",
+    "flows": "loaded, one reader of flows",
 }
 WORKLOADS = {
     "udp": "UDP datagram sent and received (2 records)",
@@ -61,6 +67,7 @@ def measure(module: Path | None, rounds: int, configurations: list[str]) -> tupl
     )
     with guest:
         shutil.copy(module, guest.shared / "sniffer.ko")
+        shutil.copy(build_unicast(kernel), guest.shared / "unicast.ko")
         for program in ("workload", "reader"):
             compile_c(ROOT / "bench" / f"{program}.c", guest.shared / program)
         try:
@@ -76,6 +83,14 @@ def measure(module: Path | None, rounds: int, configurations: list[str]) -> tupl
         configuration, workload, nanoseconds = line.split()
         figures[workload][configuration].append(float(nanoseconds) / (1 << SHIFT))
     return figures, kernel.release
+
+
+def build_unicast(kernel: UnpackedKernel) -> Path:
+    """The module of bench/unicast."""
+    tree = cache_directory() / "modules" / kernel.name / "unicast"
+    shutil.copytree(ROOT / "bench" / "unicast", tree, dirs_exist_ok=True)
+    make(kernel, tree, ["modules"])
+    return tree / "unicast.ko"
 
 
 def compile_c(source: Path, target: Path) -> None:
@@ -114,6 +129,10 @@ def main() -> int:
     parser.add_argument("--module", type=Path, help="another sniffer.ko; RESULTS.md stays as it is")
     arguments = parser.parse_args()
     configurations = list(CONFIGURATIONS)
+    for tool in ("tcpdump", "nethogs"):
+        if shutil.which(tool) is None:
+            print(f"bench: no column for {tool}: apt install {tool}", file=sys.stderr)
+            configurations.remove(tool)
     try:
         figures, release = measure(arguments.module, arguments.rounds, configurations)
     except (Unavailable, BuildFailed, GuestLost) as error:

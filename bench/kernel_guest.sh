@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: MIT
 # In the guest: plays each workload ROUNDS times in each configuration and prints
 # "CONFIGURATION WORKLOAD NANOSECONDS" lines. kernel_guest.sh DIRECTORY ROUNDS CONFIGURATION...
-# DIRECTORY has sniffer.ko, workload and reader. The module is loaded before the first configuration
-# that wants it.
+# DIRECTORY has sniffer.ko, unicast.ko, workload and reader. The module is loaded before the first
+# configuration that wants it; those of others come before.
 set -eu
 directory=$1 rounds=$2
 shift 2
@@ -30,18 +30,38 @@ play() {
 	done
 }
 
+# Starts a program that runs beside the workloads; then waits until it has said something.
+beside() {
+	: >"$directory/said"
+	"$@" >"$directory/said" 2>&1 &
+	beside=$!
+}
+await() {
+	while ! grep -q "$1" "$directory/said"; do sleep 0.1; done
+}
+
 play warm >/dev/null
 for configuration; do
 	beside=
 	case $configuration in
-	unloaded) ;;
+	unloaded | tcpdump | nethogs) ;;
+	unicast) insmod "$directory/unicast.ko" ;;
 	*) [ -e /sys/module/sniffer ] || insmod "$directory/sniffer.ko" ;;
 	esac
 	case $configuration in
-	reader)
-		"$directory/reader" >"$directory/joined" &
-		beside=$!
-		while ! grep -q joined "$directory/joined"; do sleep 0.1; done
+	reader | flows | unicast)
+		group=packets
+		[ "$configuration" = reader ] || group=$configuration
+		beside "$directory/reader" "$group"
+		await joined
+		;;
+	tcpdump)
+		beside tcpdump -i lo -w /dev/null
+		await 'listening on'
+		;;
+	nethogs)
+		beside nethogs -t -d 1 lo
+		await Refreshing
 		;;
 	esac
 	round=0
@@ -49,5 +69,9 @@ for configuration; do
 		play "$configuration"
 		round=$((round + 1))
 	done
-	[ -z "$beside" ] || kill "$beside"
+	if [ -n "$beside" ]; then
+		kill "$beside"
+		wait "$beside" || true # it ends by the signal
+	fi
+	[ "$configuration" != unicast ] || rmmod unicast
 done

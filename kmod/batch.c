@@ -1,126 +1,155 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Records (and, for who asks for them, the packets' first bytes) gather per CPU
- * and leave as one Netlink message: when the batch is full, when its oldest
- * record has waited flush_ms, or when a reader asks.
+ * Records gather per CPU, for who listens to packets as they are, for who listens
+ * to flows summed up (merge.c), with the packets' first bytes for who asks for
+ * these. They leave as Netlink messages: when one is full, when its oldest record
+ * has waited flush_ms, or when a reader asks.
  * All counting happens here too, beside the batch.
  */
 #include <linux/cpu.h>
 #include <linux/module.h>
-#include <linux/moduleparam.h>
 #include <linux/percpu.h>
 #include <linux/timekeeping.h>
 #include <linux/timer.h>
 #include <linux/workqueue.h>
 
 #include "batch.h"
+#include "config.h"
+#include "merge.h"
 #include "netlink.h"
-#include "owner.h"
+#include "skip.h"
+#include "stream.h"
 
-static unsigned int batch = SNIFFER_BATCH_DEFAULT;
-module_param(batch, uint, 0444);
-MODULE_PARM_DESC(batch, "records a message at most, 1 to 252 (default 124)");
-
-static unsigned int flush_ms = SNIFFER_FLUSH_MS_DEFAULT;
-module_param(flush_ms, uint, 0444);
-MODULE_PARM_DESC(flush_ms, "milliseconds a record waits at most, 1 to 1000 (default 20)");
-
-/* Bytes of snaps a message: as large as a default batch of records. */
-#define BATCH_SNAP_ROOM	(SNIFFER_BATCH_DEFAULT * sizeof(struct sniffer_record))
-
-/**
- * struct batch_stream - a message under construction, and where its sequence stands
- * @skb: the message, NULL when nothing waits
- * @head: its struct sniffer_batch, within @skb
- * @used: bytes after the head
- * @room: bytes that @skb was sized for
- * @batch_seq: of the next message
- * @seq: of the next record or snap
- * @lost: records or snaps that got no skb
- */
-struct batch_stream {
-	struct sk_buff *skb;
-	struct sniffer_batch *head;
-	unsigned int used;
-	unsigned int room;
-	u64 batch_seq;
-	u64 seq;
-	u64 lost;
-};
+/* Bits of sniffer_wanted.groups. */
+#define BATCH_PACKETS	BIT(SNIFFER_GROUP_INDEX_PACKETS)
+#define BATCH_SNAPS	BIT(SNIFFER_GROUP_INDEX_SNAPS)
+#define BATCH_FLOWS	BIT(SNIFFER_GROUP_INDEX_FLOWS)
 
 /**
  * struct batch_cpu - one CPU's batches and counters
  * @lock: guards all below. Taken by the hooks of this CPU (process context or
  *	softirq), its timer, and flushes: _bh. In practice its own CPU only, so
  *	it is never contended; it is there for CPU hotplug, when a timer migrates.
+ * @id: which CPU
+ * @seq: records so far, whoever wanted them
+ * @packets: of all records, on the wire
+ * @bytes: the same
+ * @by_how: records
+ * @copies: of these: further ones of a packet
+ * @copy_packets: of these, on the wire
+ * @copy_bytes: the same
  * @timer: pinned; runs while a batch waits
  * @records: for group packets
+ * @flows: for group flows
  * @snaps: for group snaps
- * @count: counters, by_how included; those the header wants are derived
- * @skipped: packets without a record, by cause; without the lock, this_cpu_inc()
+ * @snap_seq: snaps so far
+ * @count: further counters; those that the ones above tell are 0
  */
 struct batch_cpu {
 	spinlock_t lock;
+	u16 id;
+	u64 seq;
+	u64 packets;
+	u64 bytes;
+	u64 by_how[SNIFFER_HOW_SLOTS];
+	u64 copies;
+	u64 copy_packets;
+	u64 copy_bytes;
 	struct timer_list timer;
-	struct batch_stream records;
-	struct batch_stream snaps;
+	struct sniffer_stream records;
+	struct sniffer_merge flows;
+	struct sniffer_stream snaps;
+	u64 snap_seq;
 	struct sniffer_counters count;
-	u64 skipped[SNIFFER_SKIPS];
 };
 
+DEFINE_PER_CPU(struct sniffer_wanted, sniffer_wanted);
 static DEFINE_PER_CPU(struct batch_cpu, batch_cpus);
 static u64 batch_instance;
 static bool batch_stopped;
 
-static u64 batch_skipped(const struct batch_cpu *cpu)
+/* Under the lock. All of @head but record_size and what a stream adds. */
+static void batch_fill_head(struct batch_cpu *cpu, const struct sniffer_stream *stream,
+			    struct sniffer_batch *head)
 {
-	u64 sum = 0;
-	int i;
-
-	for (i = 0; i < SNIFFER_SKIPS; i++)
-		sum += cpu->skipped[i];
-	return sum;
-}
-
-/* Under the lock. Return: 0, or an error when nobody got the message. */
-static int batch_stream_send(struct batch_cpu *cpu, struct batch_stream *stream,
-			     enum sniffer_group group)
-{
-	struct sniffer_batch *head = stream->head;
-	struct sk_buff *skb = stream->skb;
-
-	head->skipped = batch_skipped(cpu);
-	head->packets = cpu->count.recorded + head->skipped;
+	head->version = SNIFFER_VERSION;
+	head->cpu = cpu->id;
+	head->count = stream->count;
+	head->instance = batch_instance;
+	head->batch_seq = stream->batch_seq;
+	head->record_seq = stream->first;
+	head->skipped = sniffer_skip_sum(cpu->id);
+	head->packets = cpu->seq - cpu->copies + head->skipped;
 	head->lost = stream->lost;
 	head->mono_ns = ktime_get_ns();
 	head->real_ns = ktime_get_real_ns();
 	head->boot_ns = ktime_get_boottime_ns();
-	stream->batch_seq++;
-	stream->skb = NULL;
-	return sniffer_netlink_send(skb, group, stream->used);
 }
 
 /* Under the lock. */
 static void batch_send_records(struct batch_cpu *cpu)
 {
-	unsigned int count;
+	struct sniffer_stream *stream = &cpu->records;
+	struct sniffer_batch head = { .record_size = sizeof(struct sniffer_record) };
+	int err;
 
-	if (!cpu->records.skb)
+	if (!stream->data)
 		return;
-	count = cpu->records.head->count;
+	batch_fill_head(cpu, stream, &head);
+	err = sniffer_stream_send(stream, SNIFFER_GROUP_INDEX_PACKETS, &head, sizeof(head));
 	cpu->count.batches++;
-	if (batch_stream_send(cpu, &cpu->records, SNIFFER_GROUP_INDEX_PACKETS))
-		cpu->count.lost_batch += count;
+	if (err)
+		cpu->count.lost_batch += stream->count;
 	else
-		cpu->count.sent += count;
+		cpu->count.sent += stream->count;
+	if (err == -ENOMEM)
+		stream->lost += stream->count;
 }
 
-/* Under the lock. Records first: a reader joins a snap to the record it knows. */
+/* Under the lock. */
+static void batch_send_flows(struct batch_cpu *cpu)
+{
+	struct sniffer_stream *stream = &cpu->flows.stream;
+	struct sniffer_flow_batch head = {
+		.batch.record_size = sizeof(struct sniffer_flow_record),
+		.wire_packets = cpu->packets, .wire_bytes = cpu->bytes,
+	};
+	u64 records = cpu->seq - stream->first;
+	int err;
+
+	if (!stream->data)
+		return;
+	batch_fill_head(cpu, stream, &head.batch);
+	err = sniffer_stream_send(stream, SNIFFER_GROUP_INDEX_FLOWS, &head, sizeof(head));
+	if (err) {
+		cpu->count.flow_lost += records;
+	} else {
+		cpu->count.flow_sent += records;
+		cpu->count.flows += stream->count;
+	}
+	if (err == -ENOMEM)
+		stream->lost += records;
+}
+
+/* Under the lock. */
+static void batch_send_snaps(struct batch_cpu *cpu)
+{
+	struct sniffer_batch head = { .record_size = 0 };
+
+	if (!cpu->snaps.data)
+		return;
+	batch_fill_head(cpu, &cpu->snaps, &head);
+	if (sniffer_stream_send(&cpu->snaps, SNIFFER_GROUP_INDEX_SNAPS, &head,
+				sizeof(head)) == -ENOMEM)
+		cpu->snaps.lost += cpu->snaps.count;
+}
+
+/* Under the lock. Records before snaps: a reader joins a snap to the record it knows. */
 static void batch_send(struct batch_cpu *cpu)
 {
 	batch_send_records(cpu);
-	if (cpu->snaps.skb)
-		batch_stream_send(cpu, &cpu->snaps, SNIFFER_GROUP_INDEX_SNAPS);
+	batch_send_flows(cpu);
+	batch_send_snaps(cpu);
 }
 
 static void batch_expired(struct timer_list *timer)
@@ -133,121 +162,154 @@ static void batch_expired(struct timer_list *timer)
 }
 
 /*
- * Under the lock. Return: @size bytes to be written at the end of
- * the stream's message, or NULL when there is no memory for one.
+ * Under the lock of this CPU. Ask who listens. What is on its way to nobody any
+ * more goes now, so that a message has no gap within.
  */
-static void *batch_stream_reserve(struct batch_cpu *cpu, struct batch_stream *stream,
-				  unsigned int size, unsigned int room)
+static void batch_ask(struct batch_cpu *cpu)
 {
-	bool records = stream == &cpu->records;
-	void *data;
+	struct sniffer_wanted *wanted = this_cpu_ptr(&sniffer_wanted);
+	unsigned int groups = 0, group;
 
-	if (!stream->skb) {
-		stream->skb = sniffer_netlink_begin(records ? SNIFFER_A_RECORDS : SNIFFER_A_SNAPS,
-						    records ? SNIFFER_CMD_PACKETS :
-							      SNIFFER_CMD_SNAPS,
-						    sizeof(*stream->head), room,
-						    (void **)&stream->head);
-		if (!stream->skb) {
-			stream->seq++;
-			stream->lost++;
-			return NULL;
-		}
-		memset(stream->head, 0, sizeof(*stream->head));
-		stream->head->version = SNIFFER_VERSION;
-		stream->head->record_size = records ? size : 0;
-		stream->head->cpu = smp_processor_id();
-		stream->head->instance = batch_instance;
-		stream->head->batch_seq = stream->batch_seq;
-		stream->head->record_seq = stream->seq;
-		stream->used = 0;
-		stream->room = room;
-		if (!timer_pending(&cpu->timer) && !READ_ONCE(batch_stopped))
-			mod_timer(&cpu->timer,
-				  jiffies + msecs_to_jiffies(READ_ONCE(flush_ms)));
-	}
-	data = (u8 *)(stream->head + 1) + stream->used;
-	stream->used += size;
-	stream->head->count++;
-	stream->seq++;
-	return data;
+	for (group = 0; group < SNIFFER_GROUPS; group++)
+		if (sniffer_netlink_listening(group))
+			groups |= BIT(group);
+	if (wanted->groups & ~groups)
+		batch_send(cpu);
+	wanted->groups = groups;
+	wanted->asked = jiffies;
 }
 
 /**
- * sniffer_batch_skip - count a packet that gets no record
- * @why: the cause
+ * sniffer_batch_ask - ask now who listens
  */
-void sniffer_batch_skip(enum sniffer_skip why)
+void sniffer_batch_ask(void)
 {
-	this_cpu_inc(batch_cpus.skipped[why]);
+	struct batch_cpu *cpu;
+
+	local_bh_disable();
+	cpu = this_cpu_ptr(&batch_cpus);
+	spin_lock(&cpu->lock);
+	batch_ask(cpu);
+	spin_unlock(&cpu->lock);
+	local_bh_enable();
+}
+
+/* Under the lock, when a message has begun. */
+static void batch_arm(struct batch_cpu *cpu)
+{
+	if (!timer_pending(&cpu->timer) && !READ_ONCE(batch_stopped))
+		mod_timer(&cpu->timer, jiffies + msecs_to_jiffies(sniffer_config_flush_ms()));
+}
+
+/* Under the lock. */
+static void batch_put_record(struct batch_cpu *cpu, const struct sniffer_record *record)
+{
+	struct sniffer_stream *stream = &cpu->records;
+
+	if (unlikely(!stream->data)) {
+		if (!sniffer_stream_begin(stream, sniffer_config_batch() * sizeof(*record), cpu->seq)) {
+			stream->lost++;
+			cpu->count.lost_alloc++;
+			return;
+		}
+		batch_arm(cpu);
+	}
+	*(struct sniffer_record *)sniffer_stream_reserve(stream, sizeof(*record)) = *record;
+}
+
+/* Under the lock. */
+static void batch_put_flow(struct batch_cpu *cpu, const struct sniffer_record *record, u32 bytes)
+{
+	struct sniffer_merge *flows = &cpu->flows;
+
+	cpu->count.flow_records++;
+	if (likely(flows->stream.data)) {
+		if (likely(sniffer_merge_add(flows, record, bytes)))
+			return;
+		batch_send_flows(cpu);
+	}
+	if (!sniffer_merge_begin(flows, cpu->seq)) {
+		flows->stream.lost++;
+		cpu->count.flow_lost++;
+		return;
+	}
+	batch_arm(cpu);
+	sniffer_merge_add(flows, record, bytes);
+}
+
+/* Under the lock. The first bytes of a packet, data at the IP header. */
+static void batch_put_snap(struct batch_cpu *cpu, const struct sniffer_record *record,
+			   const struct sk_buff *skb)
+{
+	unsigned int caplen = min_t(unsigned int, skb->len, SNIFFER_SNAP_LEN);
+	unsigned int size = sizeof(struct sniffer_snap) + ALIGN(caplen, 8);
+	struct sniffer_stream *stream = &cpu->snaps;
+	u64 seq = cpu->snap_seq++;
+	struct sniffer_snap *snap;
+
+	if (stream->data && stream->used + size > stream->room)
+		batch_send(cpu);
+	if (!stream->data) {
+		if (!sniffer_stream_begin(stream, SNIFFER_STREAM_ROOM, seq)) {
+			stream->lost++;
+			return;
+		}
+		batch_arm(cpu);
+	}
+	snap = sniffer_stream_reserve(stream, size);
+	memset(snap, 0, size);
+	snap->time_ns = record->time_ns;
+	snap->seq = record->seq;
+	snap->cpu = record->cpu;
+	snap->len = record->len;
+	if (!skb_copy_bits(skb, 0, snap + 1, caplen))
+		snap->caplen = caplen;
 }
 
 /**
  * sniffer_batch_add - hand a record on
  * @record: all but cpu and sequence, which are filled in here
+ * @skb: its packet, data at the IP header
  */
-void sniffer_batch_add(struct sniffer_record *record)
+void sniffer_batch_add(struct sniffer_record *record, const struct sk_buff *skb)
 {
+	u32 bytes = record->len + (record->gso_segs - 1) * record->hdr_len;
+	bool copy = record->flags & SNIFFER_F_COPY;
 	struct batch_cpu *cpu;
-	void *data;
+	unsigned int wanted;
 
 	local_bh_disable();
 	cpu = this_cpu_ptr(&batch_cpus);
 	spin_lock(&cpu->lock);
+	/* perhaps another CPU than the hook began on */
+	if (unlikely(this_cpu_read(sniffer_wanted.asked) != jiffies))
+		batch_ask(cpu);
+	wanted = this_cpu_read(sniffer_wanted.groups);
 
-	record->cpu = smp_processor_id();
-	record->seq = cpu->records.seq;
-	cpu->count.records++;
-	cpu->count.by_how[record->how]++;
-	if (record->flags & SNIFFER_F_COPY) {
-		cpu->count.copies++;
-	} else {
-		cpu->count.recorded++;
-		cpu->count.wire_packets += record->gso_segs;
-		cpu->count.wire_bytes += record->len + (record->gso_segs - 1) * record->hdr_len;
+	record->cpu = cpu->id;
+	record->seq = cpu->seq;
+	if (wanted & BATCH_PACKETS)
+		batch_put_record(cpu, record);
+	else
+		cpu->count.only_flows++;
+	if (wanted & BATCH_FLOWS)
+		batch_put_flow(cpu, record, bytes);
+
+	cpu->seq++;
+	cpu->packets += record->gso_segs;
+	cpu->bytes += bytes;
+	cpu->by_how[record->how]++;
+	if (unlikely(copy)) {
+		cpu->copies++;
+		cpu->copy_packets += record->gso_segs;
+		cpu->copy_bytes += bytes;
 	}
-	data = batch_stream_reserve(cpu, &cpu->records, sizeof(*record),
-				    READ_ONCE(batch) * sizeof(*record));
-	if (data) {
-		memcpy(data, record, sizeof(*record));
-		if (cpu->records.used >= cpu->records.room)
-			batch_send_records(cpu);
-	} else {
-		cpu->count.lost_alloc++;
-	}
-
-	spin_unlock(&cpu->lock);
-	local_bh_enable();
-}
-
-/**
- * sniffer_batch_snap - hand on the first bytes of a packet
- * @record: its record, after sniffer_batch_add()
- * @skb: the packet, data at the IP header
- */
-void sniffer_batch_snap(const struct sniffer_record *record, const struct sk_buff *skb)
-{
-	unsigned int caplen = min_t(unsigned int, skb->len, SNIFFER_SNAP_LEN);
-	unsigned int size = sizeof(struct sniffer_snap) + ALIGN(caplen, 8);
-	struct sniffer_snap *snap;
-	struct batch_cpu *cpu;
-
-	local_bh_disable();
-	cpu = this_cpu_ptr(&batch_cpus);
-	spin_lock(&cpu->lock);
-
-	if (cpu->snaps.skb && cpu->snaps.used + size > cpu->snaps.room)
-		batch_send(cpu);
-	snap = batch_stream_reserve(cpu, &cpu->snaps, size, BATCH_SNAP_ROOM);
-	if (snap) {
-		memset(snap, 0, size);
-		snap->time_ns = record->time_ns;
-		snap->seq = record->seq;
-		snap->cpu = record->cpu;
-		snap->len = record->len;
-		if (!skb_copy_bits(skb, 0, snap + 1, caplen))
-			snap->caplen = caplen;
-	}
+	/* with all that its head counts */
+	if (cpu->records.data && cpu->records.used == cpu->records.room)
+		batch_send_records(cpu);
+	if ((wanted & (BATCH_SNAPS | BATCH_PACKETS)) == (BATCH_SNAPS | BATCH_PACKETS) &&
+	    !copy)
+		batch_put_snap(cpu, record, skb);
 
 	spin_unlock(&cpu->lock);
 	local_bh_enable();
@@ -256,42 +318,54 @@ void sniffer_batch_snap(const struct sniffer_record *record, const struct sk_buf
 struct batch_flush_work {
 	struct work_struct work;
 	struct sniffer_tail tail;
+	struct sniffer_flow_tail flows;
 };
 
-static void batch_flush_cpu(int id, struct sniffer_tail *tail)
+static void batch_flush_cpu(int id, struct sniffer_tail *tail, struct sniffer_flow_tail *flows)
 {
 	struct batch_cpu *cpu = per_cpu_ptr(&batch_cpus, id);
 
 	spin_lock_bh(&cpu->lock);
 	batch_send(cpu);
+	/* from here on whoever has joined gets everything; an offline CPU will ask itself */
+	if (id == smp_processor_id())
+		batch_ask(cpu);
 	tail->cpu = id;
 	tail->batch_seq = cpu->records.batch_seq;
-	tail->record_seq = cpu->records.seq;
-	tail->skipped = batch_skipped(cpu);
-	tail->packets = cpu->count.recorded + tail->skipped;
+	tail->record_seq = cpu->seq;
+	tail->skipped = sniffer_skip_sum(cpu->id);
+	tail->packets = cpu->seq - cpu->copies + tail->skipped;
 	tail->lost = cpu->records.lost;
+	flows->tail = *tail;
+	flows->tail.batch_seq = cpu->flows.stream.batch_seq;
+	flows->tail.lost = cpu->flows.stream.lost;
+	flows->wire_packets = cpu->packets;
+	flows->wire_bytes = cpu->bytes;
 	spin_unlock_bh(&cpu->lock);
 }
 
 static void batch_flush_here(struct work_struct *work)
 {
+	struct batch_flush_work *flush = container_of(work, struct batch_flush_work, work);
+
 	local_bh_disable();
-	batch_flush_cpu(smp_processor_id(),
-			&container_of(work, struct batch_flush_work, work)->tail);
+	batch_flush_cpu(smp_processor_id(), &flush->tail, &flush->flows);
 	local_bh_enable();
 }
 
 /**
  * sniffer_batch_flush - send what waits on every CPU
- * @tails: filled with what each CPU has sent so far
- * @max: room in @tails
+ * @tails: filled with what each CPU has sent to group packets so far
+ * @flows: the same for group flows
+ * @max: room in each
  *
  * Process context. Runs on each CPU itself, so that its counters stand still;
  * those of one that is offline do, but what it has sent is told as well.
  *
  * Return: number of tails.
  */
-unsigned int sniffer_batch_flush(struct sniffer_tail *tails, unsigned int max)
+unsigned int sniffer_batch_flush(struct sniffer_tail *tails, struct sniffer_flow_tail *flows,
+				 unsigned int max)
 {
 	struct batch_flush_work work;
 	unsigned int count = 0;
@@ -302,16 +376,16 @@ unsigned int sniffer_batch_flush(struct sniffer_tail *tails, unsigned int max)
 		if (count == max)
 			break;
 		memset(&work, 0, sizeof(work));
-		if (!cpu_online(cpu)) {
-			batch_flush_cpu(cpu, &work.tail);
-			tails[count++] = work.tail;
-			continue;
+		if (cpu_online(cpu)) {
+			INIT_WORK_ONSTACK(&work.work, batch_flush_here);
+			queue_work_on(cpu, system_highpri_wq, &work.work);
+			flush_work(&work.work);
+			destroy_work_on_stack(&work.work);
+		} else {
+			batch_flush_cpu(cpu, &work.tail, &work.flows);
 		}
-		INIT_WORK_ONSTACK(&work.work, batch_flush_here);
-		queue_work_on(cpu, system_highpri_wq, &work.work);
-		flush_work(&work.work);
-		destroy_work_on_stack(&work.work);
-		tails[count++] = work.tail;
+		tails[count] = work.tail;
+		flows[count++] = work.flows;
 	}
 	cpus_read_unlock();
 	return count;
@@ -319,7 +393,7 @@ unsigned int sniffer_batch_flush(struct sniffer_tail *tails, unsigned int max)
 
 /**
  * sniffer_batch_counters - add up the counters of all CPUs
- * @sum: filled whole
+ * @sum: filled but for what the tables count
  */
 void sniffer_batch_counters(struct sniffer_counters *sum)
 {
@@ -336,42 +410,20 @@ void sniffer_batch_counters(struct sniffer_counters *sum)
 		from = (const u64 *)&cpu->count;
 		for (i = 0; i < sizeof(*sum) / sizeof(u64); i++)
 			to[i] += from[i];
-		sum->skipped_listener += cpu->skipped[SNIFFER_SKIP_LISTENER];
-		sum->skipped_fragment += cpu->skipped[SNIFFER_SKIP_FRAGMENT];
-		sum->skipped_truncated += cpu->skipped[SNIFFER_SKIP_TRUNCATED];
-		sum->skipped_other += cpu->skipped[SNIFFER_SKIP_OTHER];
-		sum->packets += cpu->count.recorded + batch_skipped(cpu);
+		for (i = 0; i < SNIFFER_HOW_SLOTS; i++)
+			sum->by_how[i] += cpu->by_how[i];
+		sum->records += cpu->seq;
+		sum->recorded += cpu->seq - cpu->copies;
+		sum->copies += cpu->copies;
+		sum->wire_packets += cpu->packets - cpu->copy_packets;
+		sum->wire_bytes += cpu->bytes - cpu->copy_bytes;
+		sum->skipped_listener += sniffer_skip_count(cpu->id, SNIFFER_SKIP_LISTENER);
+		sum->skipped_fragment += sniffer_skip_count(cpu->id, SNIFFER_SKIP_FRAGMENT);
+		sum->skipped_truncated += sniffer_skip_count(cpu->id, SNIFFER_SKIP_TRUNCATED);
+		sum->skipped_other += sniffer_skip_count(cpu->id, SNIFFER_SKIP_OTHER);
+		sum->packets += cpu->seq - cpu->copies + sniffer_skip_sum(cpu->id);
 		spin_unlock_bh(&cpu->lock);
 	}
-	sum->table_full = sniffer_owner_full();
-	sum->process_lost = sniffer_netlink_process_lost();
-}
-
-/**
- * sniffer_batch_size - records a message at most
- */
-unsigned int sniffer_batch_size(void)
-{
-	return READ_ONCE(batch);
-}
-
-/**
- * sniffer_batch_flush_ms - milliseconds a record waits at most
- */
-unsigned int sniffer_batch_flush_ms(void)
-{
-	return READ_ONCE(flush_ms);
-}
-
-/**
- * sniffer_batch_configure - change size and interval from the next batch on
- * @size: 1 to SNIFFER_BATCH_MAX
- * @interval: ms, 1 to SNIFFER_FLUSH_MS_MAX
- */
-void sniffer_batch_configure(unsigned int size, unsigned int interval)
-{
-	WRITE_ONCE(batch, size);
-	WRITE_ONCE(flush_ms, interval);
 }
 
 /**
@@ -384,22 +436,18 @@ u64 sniffer_batch_instance(void)
 
 int sniffer_batch_init(void)
 {
+	int err = sniffer_config_check();
 	int id;
 
-	if (batch < 1 || batch > SNIFFER_BATCH_MAX) {
-		pr_err("sniffer: batch must be 1 to %u, not %u\n", SNIFFER_BATCH_MAX, batch);
-		return -EINVAL;
-	}
-	if (flush_ms < 1 || flush_ms > SNIFFER_FLUSH_MS_MAX) {
-		pr_err("sniffer: flush_ms must be 1 to %u, not %u\n", SNIFFER_FLUSH_MS_MAX,
-		       flush_ms);
-		return -EINVAL;
-	}
+	if (err)
+		return err;
 	batch_instance = ktime_get_real_ns();
+	sniffer_merge_init();
 	for_each_possible_cpu(id) {
 		struct batch_cpu *cpu = per_cpu_ptr(&batch_cpus, id);
 
 		spin_lock_init(&cpu->lock);
+		cpu->id = id;
 		timer_setup(&cpu->timer, batch_expired, TIMER_PINNED);
 	}
 	return 0;
@@ -426,6 +474,12 @@ void sniffer_batch_exit(void)
 {
 	int id;
 
-	for_each_possible_cpu(id)
-		timer_delete_sync(&per_cpu_ptr(&batch_cpus, id)->timer);
+	for_each_possible_cpu(id) {
+		struct batch_cpu *cpu = per_cpu_ptr(&batch_cpus, id);
+
+		timer_delete_sync(&cpu->timer);
+		sniffer_stream_free(&cpu->records);
+		sniffer_stream_free(&cpu->flows.stream);
+		sniffer_stream_free(&cpu->snaps);
+	}
 }

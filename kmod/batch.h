@@ -2,27 +2,56 @@
 #ifndef SNIFFER_BATCH_H
 #define SNIFFER_BATCH_H
 
+#include <linux/bits.h>
+#include <linux/jiffies.h>
+#include <linux/percpu.h>
 #include <linux/skbuff.h>
 
+#include "netlink.h"
 #include "shared_proto.h"
 
-/* Why a packet has no record. */
-enum sniffer_skip {
-	SNIFFER_SKIP_LISTENER,
-	SNIFFER_SKIP_FRAGMENT,
-	SNIFFER_SKIP_TRUNCATED,
-	SNIFFER_SKIP_OTHER,
-	SNIFFER_SKIPS,
+/**
+ * struct sniffer_wanted - which groups had listeners
+ * @asked: jiffies when that was asked for; it is in each anew, and at a flush
+ * @groups: bit mask of enum sniffer_group
+ */
+struct sniffer_wanted {
+	unsigned long asked;
+	unsigned int groups;
 };
 
-void sniffer_batch_skip(enum sniffer_skip why);
-void sniffer_batch_add(struct sniffer_record *record);
-void sniffer_batch_snap(const struct sniffer_record *record, const struct sk_buff *skb);
-unsigned int sniffer_batch_flush(struct sniffer_tail *tails, unsigned int max);
+/* Written by its own CPU, bottom halves off. */
+DECLARE_PER_CPU(struct sniffer_wanted, sniffer_wanted);
+
+void sniffer_batch_ask(void);
+
+/**
+ * sniffer_batch_was_wanted - did anybody want records when that was asked last?
+ *
+ * Any context.
+ */
+static inline bool sniffer_batch_was_wanted(void)
+{
+	return this_cpu_read(sniffer_wanted.groups) &
+	       (BIT(SNIFFER_GROUP_INDEX_PACKETS) | BIT(SNIFFER_GROUP_INDEX_FLOWS));
+}
+
+/**
+ * sniffer_batch_wanted - does anybody want records, be it summed up?
+ *
+ * Where bottom halves may be switched off and on.
+ */
+static inline bool sniffer_batch_wanted(void)
+{
+	if (unlikely(this_cpu_read(sniffer_wanted.asked) != jiffies))
+		sniffer_batch_ask();
+	return sniffer_batch_was_wanted();
+}
+
+void sniffer_batch_add(struct sniffer_record *record, const struct sk_buff *skb);
+unsigned int sniffer_batch_flush(struct sniffer_tail *tails, struct sniffer_flow_tail *flows,
+				 unsigned int max);
 void sniffer_batch_counters(struct sniffer_counters *sum);
-unsigned int sniffer_batch_size(void);
-unsigned int sniffer_batch_flush_ms(void);
-void sniffer_batch_configure(unsigned int size, unsigned int flush_ms);
 u64 sniffer_batch_instance(void);
 int sniffer_batch_init(void);
 void sniffer_batch_stop(void);

@@ -70,6 +70,15 @@
 #define SNIFFER_RESET_ARGS	const struct sock *sk, const struct sk_buff *skb
 #endif
 
+/* io_uring_register lost one. */
+#ifdef HAVE_RING_EVENTFD
+#define SNIFFER_RING_ARGS	void *ctx, unsigned int opcode, unsigned int nr_files, \
+				unsigned int nr_bufs, bool eventfd, long ret
+#else
+#define SNIFFER_RING_ARGS	void *ctx, unsigned int opcode, unsigned int nr_files, \
+				unsigned int nr_bufs, long ret
+#endif
+
 /*
  * What ftrace's handlers get, how a probed function's arguments are read from
  * it, and the flags to ask for it. PERMANENT: as long as we are there nobody
@@ -130,6 +139,12 @@ static inline bool sniffer_has_uring(const struct task_struct *task)
 #else
 	return false;
 #endif
+}
+
+/* No function that tells an io_uring is exported. @file cannot go away. */
+static inline bool sniffer_is_uring(const struct file *file)
+{
+	return !strcmp(file->f_path.dentry->d_name.name, "[io_uring]");
 }
 
 static inline struct file *sniffer_exe_file(struct mm_struct *mm)

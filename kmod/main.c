@@ -2,18 +2,23 @@
 /*
  * sniffer - names each TCP and UDP packet's socket and process.
  *
- * The way of a packet: hooks.c -> lookup.c (which socket) -> table.c (which
- * process) -> batch.c -> netlink.c. What the table knows comes from probes.c
- * through use.c and, when a socket's user lets go of it, holders.c; process.c
- * describes the processes.
+ * The way of a packet: hooks.c -> parse.c (its headers) -> lookup.c (which
+ * socket) -> name.c (which process, by table.c) -> batch.c -> netlink.c. What the
+ * table knows comes from probes.c and tracepoints.c through use.c and, when a
+ * socket's user lets go of it, holders.c: owner.c has the rules. process.c
+ * describes the processes, commands.c answers questions.
+ *
+ * Each file includes only what lies below it.
  *
  * Here: the order in which the parts start, and its reverse.
  */
 #include <linux/module.h>
 
 #include "batch.h"
+#include "collect.h"
+#include "commands.h"
 #include "hooks.h"
-#include "netlink.h"
+#include "listen.h"
 #include "owner.h"
 #include "probes.h"
 #include "process.h"
@@ -30,34 +35,37 @@ static int __init sniffer_init(void)
 	if (err)
 		goto exit_process;
 
+	sniffer_collect_init();
 	err = sniffer_batch_init();
 	if (err)
 		goto exit_owner;
 
-	err = sniffer_netlink_init();
+	err = sniffer_commands_init();
 	if (err)
 		goto exit_batch;
 
 	/* Before the hooks, so that the first packet finds its owner. */
 	err = sniffer_probes_init();
 	if (err)
-		goto exit_netlink;
+		goto exit_commands;
 
 	err = sniffer_hooks_init();
 	if (err)
 		goto exit_probes;
+	sniffer_listen_init();
 
 	pr_info("sniffer: loaded, version " SNIFFER_RELEASE "\n");
 	return 0;
 
 exit_probes:
 	sniffer_probes_exit();
-exit_netlink:
+exit_commands:
 	sniffer_batch_stop();
-	sniffer_netlink_exit();
+	sniffer_commands_exit();
 exit_batch:
 	sniffer_batch_exit();
 exit_owner:
+	sniffer_collect_exit();
 	sniffer_owner_exit();
 exit_process:
 	sniffer_process_exit();
@@ -66,11 +74,13 @@ exit_process:
 
 static void __exit sniffer_exit(void)
 {
+	sniffer_listen_exit();
 	sniffer_hooks_exit();
 	sniffer_probes_exit();
 	sniffer_batch_stop();
-	sniffer_netlink_exit();
+	sniffer_commands_exit();
 	sniffer_batch_exit();
+	sniffer_collect_exit();
 	sniffer_owner_exit();
 	sniffer_process_exit();
 }

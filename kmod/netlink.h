@@ -4,22 +4,21 @@
 
 #include <linux/skbuff.h>
 
-#include "process.h"
 #include "shared_proto.h"
+
+struct genl_family;
 
 enum sniffer_group {
 	SNIFFER_GROUP_INDEX_PACKETS,
 	SNIFFER_GROUP_INDEX_PROCESSES,
 	SNIFFER_GROUP_INDEX_SNAPS,
+	SNIFFER_GROUP_INDEX_FLOWS,
+	SNIFFER_GROUPS,
 };
 
-bool sniffer_netlink_listening(void);
-bool sniffer_netlink_snapping(void);
-struct sk_buff *sniffer_netlink_begin(int attr, u8 cmd, size_t head, size_t room, void **data);
-int sniffer_netlink_send(struct sk_buff *skb, enum sniffer_group group, size_t used);
-void sniffer_netlink_process(const struct sniffer_proc *proc, u32 event);
-u64 sniffer_netlink_process_lost(void);
-int sniffer_netlink_init(void);
-void sniffer_netlink_exit(void);
+bool sniffer_netlink_listening(enum sniffer_group group);
+struct sk_buff *sniffer_netlink_begin(enum sniffer_group group, size_t room);
+int sniffer_netlink_send(struct sk_buff *skb, enum sniffer_group group);
+void sniffer_netlink_init(struct genl_family *family);
 
 #endif /* SNIFFER_NETLINK_H */

@@ -2,118 +2,33 @@
 #ifndef SNIFFER_OWNER_H
 #define SNIFFER_OWNER_H
 
-#include <linux/fs.h>
-#include <linux/spinlock.h>
-#include <net/sock.h>
-
 #include "process.h"
-#include "shared_proto.h"
-
-#define SNIFFER_OWNER_PAST	3	/* earlier users of a socket that are remembered */
-
-/**
- * struct sniffer_owner - what is known of one socket
- * @by_cookie: in the cookie index
- * @cookie: socket cookie
- * @user: last process that used it and had it, with a reference; RCU
- * @via: cookie of the socket whose owner counts instead: the listener while
- *	nobody has accepted this one, the parent of an MPTCP subflow; else 0
- * @file: the socket's file while it has one. Read it under RCU: cleared before
- *	the file is freed, and never set where that is not told for certain.
- * @since: owner_clock when @user got it
- * @tid: thread of last use
- * @flags: enum sniffer_flag as far as they belong to the socket
- * @port: local port when last used
- * @via_how: SNIFFER_HOW_LISTENER or SNIFFER_HOW_INODE, says which @via is
- * @held: as far as is known @user has it
- * @many: another process may have it, too; see also sniffer_owner_shared()
- * @guess: @user was never seen to use it
- * @ring: @user has it by an io_uring, without a descriptor
- * @waits: its end may have left a TIME_WAIT, which sends on for a while
- * @released: nobody has it any more, and nobody will
- * @by_inode: in the inode index while @inode is not 0
- * @inode: socket inode, 0 before accept()
- * @creator: tgid that made or accepted it
- * @netns: inode of the socket's network namespace
- * @creator_start: start_boottime of @creator
- * @by_user: in @user's list while @held
- * @past: who used it before, latest first, with references
- * @by_death: in a list of those that end, once they do
- * @dead: jiffies | 1 when the socket was freed, or when @via was set; else 0
- * @seen: jiffies when last held; of last use while not every probe fires
- * @rcu: readers hold rcu_read_lock()
- * @fd: where a descriptor of it was seen last, in whatever table
- * @proto: IPPROTO_TCP or IPPROTO_UDP
- * @family: AF_INET or AF_INET6
- * @addr: local address when last used
- *
- * Everything is written under the lock of @cookie's bucket, but @tid, @seen and
- * @dead, which are single words; the hooks read without. The first members are
- * what a packet needs: one cache line and a half.
- */
-struct sniffer_owner {
-	struct hlist_node by_cookie;
-	u64 cookie;
-	struct sniffer_proc __rcu *user;
-	u64 via;
-	struct file *file;
-	u64 since;
-	u32 tid;
-	u16 flags;
-	u16 port;
-	u8 via_how;
-	bool held;
-	bool many;
-	bool guess;
-	bool ring;
-	bool waits;
-	bool released;
-	/* colder */
-	struct hlist_node by_inode;
-	u64 inode;
-	u32 creator;
-	u32 netns;
-	u64 creator_start;
-	struct list_head by_user;
-	struct sniffer_proc *past[SNIFFER_OWNER_PAST];
-	struct list_head by_death;
-	unsigned long dead;
-	unsigned long seen;
-	struct rcu_head rcu;
-	int fd;
-	u8 proto;
-	u8 family;
-	u8 addr[16];
-};
+#include "table.h"
 
 /**
  * struct sniffer_gain - somebody has a socket now
  * @proc: who; the caller has a reference
  * @tid: thread, 0: none was seen to use it
  * @inode: the socket's, 0 when it has none yet
- * @file: the socket's file, NULL when not known
+ * @sock: the socket, NULL when not known or not to be remembered
  * @fd: a descriptor of it, -1 when not known
  * @flags: enum sniffer_flag that follow from how it was got
  * @ring: without a descriptor, by an io_uring
  * @many: so has somebody else
+ * @guess: who used it last is not known for certain
  */
 struct sniffer_gain {
 	struct sniffer_proc *proc;
 	u32 tid;
 	u64 inode;
-	struct file *file;
+	struct socket *sock;
 	int fd;
 	u16 flags;
 	bool ring;
 	bool many;
+	bool guess;
 };
 
-/* table.c: entries, indices, and who is named */
-bool sniffer_owner_wants(const struct sock *sk);
-u64 sniffer_owner_cookie(struct sock *sk);
-struct sniffer_owner *sniffer_owner_find(u64 cookie);
-struct sniffer_owner *sniffer_owner_find_inode(u64 inode);
-raw_spinlock_t *sniffer_owner_lock(u64 cookie);
 void sniffer_owner_gain(struct sock *sk, const struct sniffer_gain *gain);
 bool sniffer_owner_inherit(u64 cookie, const struct sniffer_proc *from, const struct file *file,
 			   struct sniffer_proc *heir, int fd, bool past);
@@ -121,46 +36,10 @@ void sniffer_owner_refer(struct sock *sk, u64 via, u8 how);
 void sniffer_owner_release(struct sock *sk);
 void sniffer_owner_free(struct sock *sk);
 void sniffer_owner_close_state(struct sock *sk, int oldstate, int newstate);
+void sniffer_owner_remove(struct sniffer_owner *owner);
 bool sniffer_owner_shared(const struct sniffer_owner *owner, const struct sniffer_proc *user);
 u64 sniffer_owner_tick(void);
-struct sniffer_owner *sniffer_owner_next(unsigned int *bucket, unsigned int *index);
-unsigned int sniffer_owner_count(void);
-unsigned int sniffer_owner_generation(void);
-unsigned int sniffer_owner_max(void);
-u64 sniffer_owner_full(void);
-bool sniffer_owner_is_full(void);
-void sniffer_owner_count_full(void);
-int sniffer_owner_init(void);
-void sniffer_owner_exit(void);
-
-/* use.c: what a process does to a socket */
-bool sniffer_use(struct sock *sk, bool called);
-void sniffer_use_create(struct sock *sk, u64 inode, struct file *file);
-void sniffer_use_receive(struct sock *sk, struct file *file);
-void sniffer_use_fork(struct task_struct *child);
-void sniffer_use_exec(void);
-void sniffer_use_end(void);
-void sniffer_use_thread_end(void);
-void sniffer_use_close_file(struct file *file, int fd);
-void sniffer_use_close(unsigned int fd);
-void sniffer_use_close_range(unsigned int fd, unsigned int last);
-struct sock *sniffer_use_sock(struct file *file);
-
-/* holders.c: who has a socket, by the descriptor tables themselves */
-void sniffer_holders_settle(u64 cookie);
-void sniffer_holders_settle_process(struct sniffer_proc *proc, bool rings);
-void sniffer_holders_settle_later(u64 cookie, struct sniffer_proc *proc, bool rings);
-unsigned int sniffer_holders_list(u64 cookie, struct sniffer_holder *out, unsigned int max);
-void sniffer_holders_seed(void);
-void sniffer_holders_exit(void);
-
-/* Read a socket's inode; the caller is under RCU, under which inodes are freed. */
-static inline u64 sniffer_owner_inode(const struct sock *sk)
-{
-	struct socket *sock = READ_ONCE(sk->sk_socket);
-
-	return sock ? SOCK_INODE(sock)->i_ino : 0;
-}
+u64 sniffer_owner_clock(void);
 
 /* Does @user, who is @owner's, still have it, as far as is known? */
 static inline bool sniffer_owner_held(const struct sniffer_owner *owner,

@@ -1,33 +1,33 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * What the owner table learns from: the LSM hooks of sockets and files, by
- * ftrace, and tracepoints of process life. Each is optional.
+ * What the owner table learns from calls of the kernel's functions: LSM hooks of
+ * sockets, and those by which descriptors come and go. Each is optional.
+ * trace.c says how they are told.
  *
- * Ftrace calls us each time, whatever runs on the CPU. A kprobe is left out
- * while its CPU is in any kprobe's handler, and can be switched off behind our
- * back (debugfs kprobes/enabled): it is the fallback where ftrace refuses,
- * what it left out is counted, and a canary of our own tells whether it fires.
+ * Where a needed one is told by a kprobe, a canary of our own shows every second
+ * whether kprobes fire. What they leave out is counted.
  *
  * Handlers may run with preemption or interrupts off: no sleep, no GFP_KERNEL.
  */
-#include <linux/ftrace.h>
 #include <linux/kprobes.h>
-#include <linux/magic.h>
 #include <linux/module.h>
 #include <linux/moduleparam.h>
 #include <linux/net.h>
 #include <linux/ptrace.h>
-#include <linux/tracepoint.h>
 #include <linux/workqueue.h>
 #include <asm/syscall.h>
 #include <net/sock.h>
-#include <net/tcp_states.h>
 
+#include "alive.h"
 #include "compat.h"
-#include "hooks.h"
+#include "holders.h"
 #include "owner.h"
 #include "probes.h"
 #include "process.h"
+#include "seed.h"
+#include "trace.h"
+#include "tracepoints.h"
+#include "use.h"
 
 /* Without one of these holds would never end, or begin too late: names could be wrong. */
 #define PROBES_NEEDED	(SNIFFER_PROBE_CREATE | SNIFFER_PROBE_RECEIVE | SNIFFER_PROBE_FREE | \
@@ -37,10 +37,6 @@
 static unsigned int refuse;
 module_param(refuse, uint, 0444);
 MODULE_PARM_DESC(refuse, "enum sniffer_probe of those not to use, for tests (default 0)");
-
-static bool kprobes;
-module_param(kprobes, bool, 0444);
-MODULE_PARM_DESC(kprobes, "use kprobes even where ftrace can be used, for tests (default N)");
 
 /* /sys/module/sniffer/parameters/missed */
 static int probes_get_missed(char *buffer, const struct kernel_param *param)
@@ -52,111 +48,104 @@ static const struct kernel_param_ops probes_missed_ops = { .get = probes_get_mis
 module_param_cb(missed, &probes_missed_ops, NULL, 0444);
 MODULE_PARM_DESC(missed, "read: events that kprobes left out; ftrace leaves out none");
 
-static u32 probes_registered;	/* enum sniffer_probe; set at load only */
-static u32 probes_firing;	/* enum sniffer_probe; only ever gains bits */
-static bool probes_alive;	/* do the needed ones fire? by the last canary, if by kprobes */
-static bool probes_by_kprobe;	/* is one of the needed ones a kprobe? set at load only */
+/* All are set at load only, but for the last one, which the canary's handler alone writes. */
+static u32 probes_registered;	/* enum sniffer_probe */
+static u32 probes_ways;		/* PROBES_WAY_... that are told */
+static bool probes_by_kprobe;	/* is one of the needed ones a kprobe? */
 static unsigned int probes_sung;
-static u32 probes_ways;		/* PROBES_WAY_...; set at load only */
-static bool probes_release_told; /* without fail; set at load only */
-
-static void probes_note(u32 bit)
-{
-	/* a race can lose a bit until the next time: nobody minds */
-	if (unlikely(!(READ_ONCE(probes_firing) & bit)))
-		WRITE_ONCE(probes_firing, probes_firing | bit);
-}
-
-/* The first arguments of a probed function; inlined away. */
-struct probes_args {
-	unsigned long n[5];
-};
 
 /* The first argument of most hooks: an inet socket in use by current. */
-static __always_inline void probes_use(const struct probes_args *args, u32 bit)
+static void probes_use(const struct sniffer_args *args, u32 bit)
 {
 	struct socket *sock = (void *)args->n[0];
 	struct sock *sk = sock ? READ_ONCE(sock->sk) : NULL;
 
-	probes_note(bit);
+	sniffer_alive_note(bit);
 	if (sk)
-		sniffer_use(sk, true);
+		sniffer_use(sk, true, NULL);
 }
 
-static __always_inline void probes_create(const struct probes_args *args)
+static void probes_create(const struct sniffer_args *args)
 {
 	struct socket *sock = (void *)args->n[0];
 	bool kern = (int)args->n[4];
 
-	probes_note(SNIFFER_PROBE_CREATE);
+	sniffer_alive_note(SNIFFER_PROBE_CREATE);
 	if (!kern && sock->sk)
-		sniffer_use_create(sock->sk, SOCK_INODE(sock)->i_ino, NULL);
+		sniffer_use_create(sock->sk, sock);
 }
 
-static __always_inline void probes_bind(const struct probes_args *args)
+static void probes_bind(const struct sniffer_args *args)
 {
 	probes_use(args, SNIFFER_PROBE_BIND);
 }
 
-static __always_inline void probes_connect(const struct probes_args *args)
+static void probes_connect(const struct sniffer_args *args)
 {
 	probes_use(args, SNIFFER_PROBE_CONNECT);
 }
 
-static __always_inline void probes_listen(const struct probes_args *args)
+static void probes_listen(const struct sniffer_args *args)
 {
 	probes_use(args, SNIFFER_PROBE_LISTEN);
 }
 
-static __always_inline void probes_accept(const struct probes_args *args)
+static void probes_accept(const struct sniffer_args *args)
 {
 	probes_use(args, SNIFFER_PROBE_ACCEPT);
 }
 
-static __always_inline void probes_sendmsg(const struct probes_args *args)
-{
-	probes_use(args, SNIFFER_PROBE_SENDMSG);
-}
+static void (*probes_joined)(void);	/* listen.c's; set at load and unload only */
+static unsigned long probes_send_ip;	/* of security_socket_sendmsg(); set at load only */
 
-static __always_inline void probes_recvmsg(const struct probes_args *args)
+/* Sends or receives: a group of its own, since it happens so often. */
+static void probes_message(const struct sniffer_args *args)
 {
-	probes_use(args, SNIFFER_PROBE_RECVMSG);
+	const u32 both = SNIFFER_PROBE_SENDMSG | SNIFFER_PROBE_RECVMSG;
+	struct socket *sock = (void *)args->n[0];
+	struct sock *sk = READ_ONCE(sock->sk);
+
+	if (unlikely((READ_ONCE(sniffer_alive_fired) & both) != both))
+		sniffer_alive_note(args->ip / 16 == probes_send_ip / 16 ? SNIFFER_PROBE_SENDMSG :
+									  SNIFFER_PROBE_RECVMSG);
+	if (sk)
+		sniffer_use(sk, true, NULL);
 }
 
 /* accept() ties the new sock to its socket; callback lock held, BH off. */
-static __always_inline void probes_graft(const struct probes_args *args)
+static void probes_graft(const struct sniffer_args *args)
 {
 	struct sock *sk = (void *)args->n[0];
 	struct socket *parent = (void *)args->n[1];
 
-	probes_note(SNIFFER_PROBE_GRAFT);
-	if (parent && SOCK_INODE(parent))
-		sniffer_use_create(sk, SOCK_INODE(parent)->i_ino, READ_ONCE(parent->file));
+	sniffer_alive_note(SNIFFER_PROBE_GRAFT);
+	if (parent)
+		sniffer_use_create(sk, parent);
 }
 
 /* __receive_sock(): the descriptor is installed by now, whatever could have failed. */
-static __always_inline void probes_receive(const struct probes_args *args)
+static void probes_receive(const struct sniffer_args *args)
 {
 	struct file *file = (void *)args->n[0];
-	struct sock *sk = sniffer_use_sock(file);
+	struct sock *sk = sniffer_owner_sock(file);
 
-	probes_note(SNIFFER_PROBE_RECEIVE);
+	sniffer_alive_note(SNIFFER_PROBE_RECEIVE);
 	if (sk)
 		sniffer_use_receive(sk, file);
 }
 
-static __always_inline void probes_free(const struct probes_args *args)
+static void probes_free(const struct sniffer_args *args)
 {
-	probes_note(SNIFFER_PROBE_FREE);
+	sniffer_alive_note(SNIFFER_PROBE_FREE);
 	sniffer_owner_free((void *)args->n[0]);
 }
 
 /* The last file of a socket goes. */
-static __always_inline void probes_release(const struct probes_args *args)
+static void probes_release(const struct sniffer_args *args)
 {
 	struct sock *sk = ((struct socket *)args->n[0])->sk;
 
-	probes_note(SNIFFER_PROBE_RELEASE);
+	sniffer_alive_note(SNIFFER_PROBE_RELEASE);
 	if (sk)
 		sniffer_owner_release(sk);
 }
@@ -165,109 +154,75 @@ static __always_inline void probes_release(const struct probes_args *args)
  * How descriptors go: close(), dup2() over one, close_range() and io_uring. An
  * exec and an exit are told as such.
  */
-static __always_inline void probes_close(const struct probes_args *args)
+static void probes_close(const struct sniffer_args *args)
 {
-	probes_note(SNIFFER_PROBE_CLOSE);
+	sniffer_alive_note(SNIFFER_PROBE_CLOSE);
 	sniffer_use_close(args->n[0]);
 }
 
-static __always_inline void probes_close_locked(const struct probes_args *args)
+static void probes_close_locked(const struct sniffer_args *args)
 {
-	probes_note(SNIFFER_PROBE_CLOSE);
+	sniffer_alive_note(SNIFFER_PROBE_CLOSE);
 	if ((void *)args->n[0] == current->files)
 		sniffer_use_close(args->n[1]);
 }
 
-static __always_inline void probes_dup2(const struct probes_args *args)
+static void probes_dup2(const struct sniffer_args *args)
 {
-	probes_note(SNIFFER_PROBE_CLOSE);
+	sniffer_alive_note(SNIFFER_PROBE_CLOSE);
 	if ((void *)args->n[0] == current->files)
 		sniffer_use_close(args->n[2]);
 }
 
-static __always_inline void probes_close_range(const struct probes_args *args)
+static void probes_close_range(const struct sniffer_args *args)
 {
-	probes_note(SNIFFER_PROBE_CLOSE);
+	sniffer_alive_note(SNIFFER_PROBE_CLOSE);
 	sniffer_use_close_range(args->n[0], args->n[1]);
 }
 
-static __always_inline void probes_close_range_call(const struct probes_args *args)
+static void probes_close_range_call(const struct sniffer_args *args)
 {
 	unsigned long n[6];
 
-	probes_note(SNIFFER_PROBE_CLOSE);
+	sniffer_alive_note(SNIFFER_PROBE_CLOSE);
 	syscall_get_arguments(current, task_pt_regs(current), n);
 	sniffer_use_close_range(n[0], n[1]);
 }
 
 /* All of these, and each file at an exit: where one of them cannot be probed. */
-static __always_inline void probes_close_file(const struct probes_args *args)
+static void probes_close_file(const struct sniffer_args *args)
 {
-	probes_note(SNIFFER_PROBE_CLOSE);
+	sniffer_alive_note(SNIFFER_PROBE_CLOSE);
 	sniffer_use_close_file((void *)args->n[0], -1);
 }
 
 /* What moves data without a message: no LSM hook is asked. */
-static __always_inline void probes_splice(const struct probes_args *args)
+static void probes_splice(const struct sniffer_args *args)
 {
-	probes_use(args, SNIFFER_PROBE_RECVMSG);
+	struct sock *sk = sniffer_owner_sock((void *)args->n[0]);
+
+	if (sk)
+		sniffer_use(sk, true, NULL);
 }
 
-static __always_inline void probes_sendpage(const struct probes_args *args)
+static void probes_sendpage(const struct sniffer_args *args)
 {
 	probes_use(args, SNIFFER_PROBE_SENDMSG);
 }
 
-static __always_inline void probes_credentials(const struct probes_args *args)
+static void probes_credentials(const struct sniffer_args *args)
 {
 	sniffer_process_credentials((void *)args->n[0]);
 }
 
-/* The two ways into one handler. */
-#define PROBES_WAYS(handler)								\
-static void handler##_traced(unsigned long ip, unsigned long parent, struct ftrace_ops *ops, \
-			     SNIFFER_FTRACE_REGS *regs)					\
-{											\
-	const struct probes_args args = { {						\
-		sniffer_ftrace_argument(regs, 0), sniffer_ftrace_argument(regs, 1),	\
-		sniffer_ftrace_argument(regs, 2), sniffer_ftrace_argument(regs, 3),	\
-		sniffer_ftrace_argument(regs, 4),					\
-	} };										\
-											\
-	handler(&args);									\
-}											\
-static int handler##_probed(struct kprobe *probe, struct pt_regs *regs)		\
-{											\
-	const struct probes_args args = { {						\
-		regs_get_kernel_argument(regs, 0), regs_get_kernel_argument(regs, 1),	\
-		regs_get_kernel_argument(regs, 2), regs_get_kernel_argument(regs, 3),	\
-		regs_get_kernel_argument(regs, 4),					\
-	} };										\
-											\
-	handler(&args);									\
-	return 0;									\
-}
+/* Somebody is about to join a group of some Generic Netlink family. */
+static void probes_join(const struct sniffer_args *args)
+{
+	void (*joined)(void) = READ_ONCE(probes_joined);
 
-PROBES_WAYS(probes_create)
-PROBES_WAYS(probes_bind)
-PROBES_WAYS(probes_connect)
-PROBES_WAYS(probes_listen)
-PROBES_WAYS(probes_accept)
-PROBES_WAYS(probes_graft)
-PROBES_WAYS(probes_sendmsg)
-PROBES_WAYS(probes_recvmsg)
-PROBES_WAYS(probes_receive)
-PROBES_WAYS(probes_free)
-PROBES_WAYS(probes_release)
-PROBES_WAYS(probes_close)
-PROBES_WAYS(probes_close_locked)
-PROBES_WAYS(probes_dup2)
-PROBES_WAYS(probes_close_range)
-PROBES_WAYS(probes_close_range_call)
-PROBES_WAYS(probes_close_file)
-PROBES_WAYS(probes_splice)
-PROBES_WAYS(probes_sendpage)
-PROBES_WAYS(probes_credentials)
+	if (joined)
+		joined();
+}
 
 static noinline void probes_canary(void)
 {
@@ -285,26 +240,6 @@ static struct kprobe probes_canary_probe = {
 	.pre_handler = probes_sing,
 };
 
-/**
- * struct probes_function - a function of the kernel that we are told of
- * @symbol: its name
- * @bit: enum sniffer_probe, 0 when names are right without it
- * @ways: of descriptors to go, that it tells of
- * @ops: used while @traced
- * @kprobe: used while @probed
- * @traced: registered with ftrace
- * @probed: registered as a kprobe
- */
-struct probes_function {
-	const char *symbol;
-	u32 bit;
-	u32 ways;
-	struct ftrace_ops ops;
-	struct kprobe kprobe;
-	bool traced;
-	bool probed;
-};
-
 /* Ways of descriptors to go: one function of each has to be told. */
 enum {
 	PROBES_WAY_CLOSE	= 1 << 0,
@@ -314,27 +249,37 @@ enum {
 	PROBES_WAYS_ALL		= (1 << 4) - 1,
 };
 
-#define PROBES_FUNCTION(name, handler, what, how)					\
-	{ .symbol = name, .bit = what, .ways = how,					\
-	  .ops = { .func = handler##_traced, .flags = SNIFFER_FTRACE_FLAGS },		\
-	  .kprobe = { .symbol_name = name, .pre_handler = handler##_probed } }
+SNIFFER_TRACE_GROUP(probes_messages, probes_message, true);
+SNIFFER_TRACE_GROUP(probes_closes, probes_close, false);
+SNIFFER_TRACE_GROUP(probes_files, probes_close_file, false);
 
-static struct probes_function probes_functions[] = {
+#define PROBES_FUNCTION(name, function, what, how)	\
+	{ .symbol = name, .handler = function, .bit = what, .ways = how }
+
+#define PROBES_GROUPED(name, function, what, how, by)	\
+	{ .symbol = name, .handler = function, .bit = what, .ways = how, .group = by }
+
+static struct sniffer_trace probes_functions[] = {
 	PROBES_FUNCTION("security_socket_post_create", probes_create, SNIFFER_PROBE_CREATE, 0),
 	PROBES_FUNCTION("security_socket_bind", probes_bind, SNIFFER_PROBE_BIND, 0),
 	PROBES_FUNCTION("security_socket_connect", probes_connect, SNIFFER_PROBE_CONNECT, 0),
 	PROBES_FUNCTION("security_socket_listen", probes_listen, SNIFFER_PROBE_LISTEN, 0),
 	PROBES_FUNCTION("security_socket_accept", probes_accept, SNIFFER_PROBE_ACCEPT, 0),
 	PROBES_FUNCTION("security_sock_graft", probes_graft, SNIFFER_PROBE_GRAFT, 0),
-	PROBES_FUNCTION("security_socket_sendmsg", probes_sendmsg, SNIFFER_PROBE_SENDMSG, 0),
-	PROBES_FUNCTION("security_socket_recvmsg", probes_recvmsg, SNIFFER_PROBE_RECVMSG, 0),
+	PROBES_GROUPED("security_socket_sendmsg", probes_message, SNIFFER_PROBE_SENDMSG, 0,
+		       &probes_messages),
+	PROBES_GROUPED("security_socket_recvmsg", probes_message, SNIFFER_PROBE_RECVMSG, 0,
+		       &probes_messages),
 	PROBES_FUNCTION("__receive_sock", probes_receive, SNIFFER_PROBE_RECEIVE, 0),
 	PROBES_FUNCTION("inet_release", probes_release, SNIFFER_PROBE_RELEASE, 0),
 	PROBES_FUNCTION("security_sk_free", probes_free, SNIFFER_PROBE_FREE, 0),
 	/* not in every kernel */
-	PROBES_FUNCTION("close_fd", probes_close, SNIFFER_PROBE_CLOSE, PROBES_WAY_CLOSE),
-	PROBES_FUNCTION("file_close_fd", probes_close, SNIFFER_PROBE_CLOSE, PROBES_WAY_CLOSE),
-	PROBES_FUNCTION("__close_fd_get_file", probes_close, SNIFFER_PROBE_CLOSE, PROBES_WAY_RING),
+	PROBES_GROUPED("close_fd", probes_close, SNIFFER_PROBE_CLOSE, PROBES_WAY_CLOSE,
+		       &probes_closes),
+	PROBES_GROUPED("file_close_fd", probes_close, SNIFFER_PROBE_CLOSE, PROBES_WAY_CLOSE,
+		       &probes_closes),
+	PROBES_GROUPED("__close_fd_get_file", probes_close, SNIFFER_PROBE_CLOSE, PROBES_WAY_RING,
+		       &probes_closes),
 	PROBES_FUNCTION("file_close_fd_locked", probes_close_locked, SNIFFER_PROBE_CLOSE,
 			PROBES_WAY_RING),
 	PROBES_FUNCTION("do_dup2", probes_dup2, SNIFFER_PROBE_CLOSE, PROBES_WAY_DUP),
@@ -342,148 +287,49 @@ static struct probes_function probes_functions[] = {
 			PROBES_WAY_RANGE),
 	PROBES_FUNCTION(SNIFFER_SYSCALL("close_range"), probes_close_range_call,
 			SNIFFER_PROBE_CLOSE, PROBES_WAY_RANGE),
-	PROBES_FUNCTION("tcp_splice_read", probes_splice, 0, 0),
+	PROBES_FUNCTION("sock_splice_read", probes_splice, 0, 0),
 	PROBES_FUNCTION("inet_sendpage", probes_sendpage, 0, 0),
 	PROBES_FUNCTION("commit_creds", probes_credentials, 0, 0),
+	PROBES_FUNCTION("genl_bind", probes_join, 0, 0),
 };
 
-static struct probes_function probes_all_closes =
-	PROBES_FUNCTION("locks_remove_posix", probes_close_file, SNIFFER_PROBE_CLOSE,
-			PROBES_WAYS_ALL);
+static struct sniffer_trace probes_all_closes =
+	PROBES_GROUPED("locks_remove_posix", probes_close_file, SNIFFER_PROBE_CLOSE,
+		       PROBES_WAYS_ALL, &probes_files);
 
-/*
- * Where a function is that ftrace can call us from: kprobes look names up, which
- * ftrace would do for each function of the kernel.
- */
-static unsigned long probes_find(struct probes_function *function)
+static void probes_count(const struct sniffer_trace *function)
 {
-	struct kprobe finder = { .symbol_name = function->symbol };
-	unsigned long found;
-
-	if (register_kprobe(&finder))
-		return 0;
-	found = (unsigned long)finder.addr;
-	unregister_kprobe(&finder);
-	return found;
-}
-
-/* Ftrace may lack the function, or be switched off (kernel.ftrace_enabled, ftrace_kill()). */
-static bool probes_trace(struct probes_function *function)
-{
-	char *name = (char *)function->symbol;	/* only read */
-	unsigned long ip;
-
-	if (kprobes)
-		return false;
-	ip = probes_find(function);
-	if (ip ? ftrace_set_filter_ip(&function->ops, ip, 0, 1) :
-		 ftrace_set_filter(&function->ops, name, strlen(name), 1))
-		return false;
-	if (!register_ftrace_function(&function->ops))
-		return true;
-	ftrace_set_filter(&function->ops, NULL, 0, 1);
-	return false;
-}
-
-static void probes_register(struct probes_function *function)
-{
-	if (refuse & function->bit)
+	if (function->bit == SNIFFER_PROBE_SENDMSG && function->group)
+		probes_send_ip = function->ip;
+	if (!function->traced && !function->probed)
 		return;
-	function->traced = probes_trace(function);
-	if (!function->traced)
-		function->probed = !register_kprobe(&function->kprobe);
-	if (function->traced || function->probed) {
-		probes_ways |= function->ways;
-		if (!function->ways || probes_ways == PROBES_WAYS_ALL)
-			probes_registered |= function->bit;
-	}
+	probes_ways |= function->ways;
+	if (!function->ways || probes_ways == PROBES_WAYS_ALL)
+		probes_registered |= function->bit;
 	if (function->probed && function->bit & PROBES_NEEDED)
 		probes_by_kprobe = true;
+	if (function->traced && function->bit == SNIFFER_PROBE_RELEASE)
+		sniffer_alive_release = true;
 }
 
-static void probes_unregister(struct probes_function *function)
-{
-	if (function->traced) {
-		unregister_ftrace_function(&function->ops);
-		ftrace_set_filter(&function->ops, NULL, 0, 1);
-	} else if (function->probed) {
-		unregister_kprobe(&function->kprobe);
-	}
-}
-static void probes_fork(void *data, struct task_struct *parent, struct task_struct *child)
-{
-	probes_note(SNIFFER_PROBE_FORK);
-	sniffer_use_fork(child);
-}
-
-static void probes_exec(void *data, struct task_struct *task, pid_t old_pid,
-			struct linux_binprm *bprm)
-{
-	probes_note(SNIFFER_PROBE_EXEC);
-	sniffer_process_exec(task);
-	sniffer_use_exec();
-}
-
-static void probes_exited(void *data, SNIFFER_EXIT_ARGS)
-{
-	probes_note(SNIFFER_PROBE_EXIT);
-	if (atomic_read(&task->signal->live)) {
-		sniffer_use_thread_end();
-		return;
-	}
-	sniffer_process_exited(task);
-	sniffer_use_end();
-}
-
-static void probes_rename(void *data, struct task_struct *task, const char *comm)
-{
-	probes_note(SNIFFER_PROBE_RENAME);
-	sniffer_process_rename(task, comm);
-}
-
-/* Keeps TCP exact where kprobes are missing: connect and listen run in their caller. */
-static void probes_state(void *data, const struct sock *sk, int oldstate, int newstate)
-{
-	probes_note(SNIFFER_PROBE_STATE);
-	if (sk->sk_protocol != IPPROTO_TCP)
-		return;
-	if (newstate == TCP_CLOSE || oldstate == TCP_CLOSE)
-		sniffer_owner_close_state((struct sock *)sk, oldstate, newstate);
-	if (in_task() && (newstate == TCP_SYN_SENT || newstate == TCP_LISTEN))
-		sniffer_use((struct sock *)sk, true);
-}
-
-/* Fires before the packet leaves, in the same context. */
-static void probes_reset(void *data, SNIFFER_RESET_ARGS)
-{
-	probes_note(SNIFFER_PROBE_RESET);
-	if (sk && skb && sk_fullsock(sk))
-		sniffer_hooks_reset((struct sock *)sk, skb);
-}
-
-struct probes_tracepoint {
-	const char *name;
-	void *handler;
-	u32 bit;
-	struct tracepoint *tp;
-};
-
-static struct probes_tracepoint probes_tracepoints[] = {
-	{ "sched_process_fork", probes_fork, SNIFFER_PROBE_FORK },
-	{ "sched_process_exec", probes_exec, SNIFFER_PROBE_EXEC },
-	{ "sched_process_exit", probes_exited, SNIFFER_PROBE_EXIT },
-	{ "task_rename", probes_rename, SNIFFER_PROBE_RENAME },
-	{ "inet_sock_set_state", probes_state, SNIFFER_PROBE_STATE },
-	{ "tcp_send_reset", probes_reset, SNIFFER_PROBE_RESET },
-};
-
-static void probes_match_tracepoint(struct tracepoint *tp, void *data)
+static void probes_register(void)
 {
 	unsigned int i;
 
-	for (i = 0; i < ARRAY_SIZE(probes_tracepoints); i++)
-		if (!strcmp(tp->name, probes_tracepoints[i].name))
-			probes_tracepoints[i].tp = tp;
+	for (i = 0; i < ARRAY_SIZE(probes_functions); i++)
+		if (refuse & probes_functions[i].bit)
+			probes_functions[i].handler = NULL;
+	sniffer_trace_register(probes_functions, ARRAY_SIZE(probes_functions));
+	for (i = 0; i < ARRAY_SIZE(probes_functions); i++)
+		probes_count(&probes_functions[i]);
+	if (probes_ways != PROBES_WAYS_ALL && !(refuse & SNIFFER_PROBE_CLOSE)) {
+		sniffer_trace_register(&probes_all_closes, 1);
+		probes_count(&probes_all_closes);
+	}
+	for (i = 0; i < ARRAY_SIZE(probes_functions); i++)
+		if (probes_functions[i].bit & ~probes_registered)
+			pr_notice("sniffer: no probe on %s: some owners will be unknown\n",
+				  probes_functions[i].symbol);
 }
 
 static void probes_self_test(void)
@@ -494,10 +340,10 @@ static void probes_self_test(void)
 	if (alive && probes_by_kprobe) {
 		probes_canary();
 		alive = READ_ONCE(probes_sung) != before;
-		if (!alive && READ_ONCE(probes_alive))
+		if (!alive && sniffer_alive_names)
 			pr_warn("sniffer: kprobes stopped firing: check kernel.ftrace_enabled and debugfs kprobes/enabled\n");
 	}
-	WRITE_ONCE(probes_alive, alive);
+	WRITE_ONCE(sniffer_alive_names, alive);
 }
 
 static void probes_tick(struct work_struct *work);
@@ -508,24 +354,6 @@ static void probes_tick(struct work_struct *work)
 {
 	probes_self_test();
 	schedule_delayed_work(&probes_ticker, HZ);
-}
-
-/**
- * sniffer_probes_alive - do all those fire that the owner table needs to be right?
- */
-bool sniffer_probes_alive(void)
-{
-	return READ_ONCE(probes_alive);
-}
-
-/**
- * sniffer_probes_tell_release - is the end of each socket's file told without fail?
- *
- * Else nobody may remember its address.
- */
-bool sniffer_probes_tell_release(void)
-{
-	return probes_release_told;
 }
 
 /**
@@ -541,7 +369,7 @@ u32 sniffer_probes_registered(void)
  */
 u32 sniffer_probes_firing(void)
 {
-	return READ_ONCE(probes_firing);
+	return READ_ONCE(sniffer_alive_fired);
 }
 
 /**
@@ -558,62 +386,57 @@ u64 sniffer_probes_missed(void)
 	return missed;
 }
 
+/**
+ * sniffer_probes_tell_messages - be told of who sends and receives, or no longer
+ * @on: from now on
+ *
+ * Process context, one at a time; takes some ms.
+ *
+ * Return: false when not all of it can be told.
+ */
+bool sniffer_probes_tell_messages(bool on)
+{
+	if (on)
+		return sniffer_trace_start(&probes_messages, probes_functions,
+					   ARRAY_SIZE(probes_functions));
+	sniffer_trace_stop(&probes_messages, probes_functions, ARRAY_SIZE(probes_functions));
+	return false;
+}
+
+/**
+ * sniffer_probes_tell_joins - what to call when somebody may join a group
+ * @joined: right before; in any context, must not sleep
+ */
+void sniffer_probes_tell_joins(void (*joined)(void))
+{
+	WRITE_ONCE(probes_joined, joined);
+}
+
 int sniffer_probes_init(void)
 {
-	unsigned int i;
-
-	for (i = 0; i < ARRAY_SIZE(probes_functions); i++)
-		probes_register(&probes_functions[i]);
-	if (probes_ways != PROBES_WAYS_ALL)
-		probes_register(&probes_all_closes);
-	for (i = 0; i < ARRAY_SIZE(probes_functions); i++) {
-		u32 bit = probes_functions[i].bit;
-
-		if (!(probes_registered & bit) && bit)
-			pr_notice("sniffer: no probe on %s: some owners will be unknown\n",
-				  probes_functions[i].symbol);
-		if (probes_functions[i].traced && bit == SNIFFER_PROBE_RELEASE)
-			probes_release_told = true;
-	}
-
-	for_each_kernel_tracepoint(probes_match_tracepoint, NULL);
-	for (i = 0; i < ARRAY_SIZE(probes_tracepoints); i++) {
-		struct probes_tracepoint *p = &probes_tracepoints[i];
-
-		if (p->tp && !(refuse & p->bit) &&
-		    !tracepoint_probe_register(p->tp, p->handler, NULL))
-			probes_registered |= p->bit;
-		else
-			pr_notice("sniffer: no tracepoint %s: some owners will be unknown\n",
-				  p->name);
-	}
+	probes_register();
+	probes_registered |= sniffer_tracepoints_init(refuse);
 
 	if (!probes_by_kprobe || register_kprobe(&probes_canary_probe))
 		probes_canary_probe.addr = NULL;
 	probes_self_test();
-	if (!probes_alive)
+	if (!sniffer_alive_names)
 		pr_warn("sniffer: a probe does not fire: UDP receivers and shared sockets will be unknown\n");
 	if (probes_by_kprobe)
 		schedule_delayed_work(&probes_ticker, HZ);
 
-	sniffer_holders_seed();
+	/* after the probes: what they missed is found here */
+	sniffer_seed();
 	return 0;
 }
 
 void sniffer_probes_exit(void)
 {
-	unsigned int i;
-
 	cancel_delayed_work_sync(&probes_ticker);
 	if (probes_canary_probe.addr)
 		unregister_kprobe(&probes_canary_probe);
-	for (i = 0; i < ARRAY_SIZE(probes_tracepoints); i++)
-		if (probes_registered & probes_tracepoints[i].bit)
-			tracepoint_probe_unregister(probes_tracepoints[i].tp,
-						    probes_tracepoints[i].handler, NULL);
-	for (i = 0; i < ARRAY_SIZE(probes_functions); i++)
-		probes_unregister(&probes_functions[i]);
-	probes_unregister(&probes_all_closes);
-	tracepoint_synchronize_unregister();
+	sniffer_trace_unregister(probes_functions, ARRAY_SIZE(probes_functions));
+	sniffer_trace_unregister(&probes_all_closes, 1);
+	sniffer_tracepoints_exit();
 	sniffer_holders_exit();
 }

@@ -4,9 +4,9 @@
 
 #include <linux/types.h>
 
-bool sniffer_probes_alive(void);
 u64 sniffer_probes_missed(void);
-bool sniffer_probes_tell_release(void);
+bool sniffer_probes_tell_messages(bool on);
+void sniffer_probes_tell_joins(void (*joined)(void));
 u32 sniffer_probes_registered(void);
 u32 sniffer_probes_firing(void);
 int sniffer_probes_init(void);

@@ -15,12 +15,12 @@
 #include <linux/slab.h>
 
 #include "compat.h"
-#include "netlink.h"
+#include "events.h"
 #include "process.h"
 
 #define PROCESS_BITS	12
 #define PROCESS_MAX	(1U << 22)	/* as many as Linux can have, PID_MAX_LIMIT */
-#define PROCESS_KEEP	(130 * HZ)	/* as long as a socket is kept, see table.c */
+#define PROCESS_KEEP	(130 * HZ)	/* as long as a socket is kept, see table.h */
 #define PROCESS_KEEP_MIN (5 * HZ)	/* when the table is nearly full */
 
 static unsigned int max_processes = 32768;
@@ -160,6 +160,16 @@ void sniffer_process_describe(const struct sniffer_proc *proc, u32 event,
 	memcpy(out->comm, proc->comm, SNIFFER_COMM_LEN);
 }
 
+static void process_tell(const struct sniffer_proc *proc, u32 what)
+{
+	struct sniffer_process *event = sniffer_events_begin();
+
+	if (!event)
+		return;
+	sniffer_process_describe(proc, what, event);
+	sniffer_events_end(event);
+}
+
 /**
  * sniffer_process_find - the entry of a task's process
  * @task: any live task
@@ -216,7 +226,7 @@ struct sniffer_proc *sniffer_process_get(struct task_struct *task)
 	process_changes++;
 	raw_spin_unlock_irqrestore(&process_lock, flags);
 
-	sniffer_netlink_process(fresh, SNIFFER_EVENT_SEEN);
+	process_tell(fresh, SNIFFER_EVENT_SEEN);
 	return fresh;
 }
 
@@ -277,7 +287,7 @@ void sniffer_process_exec(struct task_struct *task)
 		if (task->mm)
 			process_exe(task->mm, proc->about.exe);
 		sniffer_process_refresh(proc);
-		sniffer_netlink_process(proc, SNIFFER_EVENT_EXEC);
+		process_tell(proc, SNIFFER_EVENT_EXEC);
 	}
 	rcu_read_unlock();
 }
@@ -294,7 +304,7 @@ void sniffer_process_exited(struct task_struct *task)
 	proc = sniffer_process_find(task);
 	if (proc) {
 		WRITE_ONCE(proc->exit_jiffies, jiffies | 1);
-		sniffer_netlink_process(proc, SNIFFER_EVENT_EXIT);
+		process_tell(proc, SNIFFER_EVENT_EXIT);
 	}
 	rcu_read_unlock();
 }
@@ -314,7 +324,7 @@ void sniffer_process_rename(struct task_struct *task, const char *comm)
 	proc = sniffer_process_find(task);
 	if (proc && strncmp(proc->comm, comm, SNIFFER_COMM_LEN)) {
 		sniffer_process_comm(proc->comm, comm);
-		sniffer_netlink_process(proc, SNIFFER_EVENT_RENAME);
+		process_tell(proc, SNIFFER_EVENT_RENAME);
 	}
 	rcu_read_unlock();
 }
@@ -343,7 +353,9 @@ struct sniffer_proc *sniffer_process_next(unsigned int *bucket, unsigned int *in
 }
 
 /**
- * sniffer_process_orphan - one that has ended, but whose sockets nobody has looked at
+ * sniffer_process_orphan - one whose sockets are to be looked at
+ *
+ * It has ended, and nobody has; or a ring of it has let go of files meanwhile.
  *
  * Return: with a reference for the caller, or NULL.
  */
@@ -356,9 +368,13 @@ struct sniffer_proc *sniffer_process_orphan(void)
 	for (i = 0; i < ARRAY_SIZE(process_table); i++)
 		hlist_for_each_entry_rcu(proc, &process_table[i], node) {
 			unsigned long gone = READ_ONCE(proc->exit_jiffies);
+			unsigned long doubt = READ_ONCE(proc->doubt);
 
-			if (gone && time_after(jiffies, gone + HZ) && !list_empty(&proc->uses) &&
-			    refcount_inc_not_zero(&proc->refs)) {
+			if (doubt && time_after(jiffies, doubt))
+				WRITE_ONCE(proc->doubt, 0);
+			else if (!gone || !time_after(jiffies, gone + HZ))
+				continue;
+			if (!list_empty(&proc->uses) && refcount_inc_not_zero(&proc->refs)) {
 				rcu_read_unlock();
 				return proc;
 			}
@@ -396,7 +412,7 @@ bool sniffer_process_tight(void)
 /**
  * sniffer_process_collect - forget processes that exited long ago
  *
- * Process context, from table.c's collector.
+ * Process context, from the collector.
  */
 void sniffer_process_collect(void)
 {

@@ -22,6 +22,8 @@
  * @comm: of the leader; written whole, but a reader may see half a rename
  * @rcu: readers of the table and of owners hold rcu_read_lock()
  * @exit_jiffies: when it exited, 0 while it runs
+ * @doubt: jiffies | 1 when a ring of it is to be looked at again, which lets go of
+ *	files later than it says; 0: none
  * @forked: sniffer_owner_tick() of its last fork, 0: none
  * @child: tgid of the child of that
  * @lock: guards @uses and @nuses; inside a socket's lock, any context: irqsave, raw
@@ -40,6 +42,7 @@ struct sniffer_proc {
 	u64 start_ns;
 	char comm[SNIFFER_COMM_LEN];
 	unsigned long exit_jiffies;
+	unsigned long doubt;
 	u64 forked;
 	raw_spinlock_t lock;
 	struct list_head uses;

@@ -11,10 +11,14 @@
 #include <asm/syscall.h>
 #include <net/inet_sock.h>
 
+#include "alive.h"
 #include "compat.h"
-#include "netlink.h"
+#include "holders.h"
 #include "owner.h"
-#include "probes.h"
+#include "process.h"
+#include "use.h"
+
+#define USE_RING_LAG	(2 * HZ)	/* until an io_uring lets go of a file that it has given up */
 
 /* Descriptors that are looked at for a sender in context; who has more is asked by number only. */
 #define USE_WALK_MAX	65536
@@ -115,7 +119,7 @@ static void use_note_stranger(u64 cookie)
 static bool use_is_possible(struct sniffer_gain *gain, const struct sniffer_owner *owner,
 			    struct sock *sk, bool called)
 {
-	struct file *file = gain->file;
+	struct file *file = gain->sock ? READ_ONCE(gain->sock->file) : NULL;
 	u64 cookie = atomic64_read(&sk->sk_cookie);
 	int hint = owner ? READ_ONCE(owner->fd) : -1;
 
@@ -144,20 +148,13 @@ static bool use_is_possible(struct sniffer_gain *gain, const struct sniffer_owne
 	return false;
 }
 
-static struct file *use_file(const struct sock *sk)
-{
-	const struct socket *sock = READ_ONCE(sk->sk_socket);
-
-	return sock ? READ_ONCE(sock->file) : NULL;
-}
-
 /*
  * Is current at work on the MPTCP socket whose subflow @sk is? `ip mptcp` opens
  * and closes other people's subflows, and sends on what waits in them.
  */
 static bool use_is_of_parent(struct sock *sk)
 {
-	struct sniffer_gain gain = { .file = use_file(sk) };
+	struct sniffer_gain gain = { .sock = READ_ONCE(sk->sk_socket) };
 	struct sniffer_owner *owner = NULL;
 	struct sniffer_proc *user = NULL;
 	bool uses;
@@ -188,80 +185,118 @@ static void use_gain(struct sock *sk, struct sniffer_gain *gain)
 	gain->many = current->files &&
 		     atomic_read(&current->files->count) > get_nr_threads(current);
 	if (!sniffer_probes_tell_release())
-		gain->file = NULL;
+		gain->sock = NULL;
 	sniffer_owner_gain(sk, gain);
 	sniffer_process_put(gain->proc);
+}
+
+/*
+ * Is all known that the use of @owner's socket by current tells? Nearly always
+ * it is the one who used it last, and this only reads. Under RCU.
+ */
+static bool use_is_known(struct sniffer_owner *owner, const struct sock *sk)
+{
+	struct sniffer_proc *user = rcu_dereference(owner->user);
+
+	if (!user || !sniffer_process_is(user, current) || READ_ONCE(owner->via) ||
+	    !READ_ONCE(owner->held) || READ_ONCE(owner->guess) ||
+	    owner->port != inet_sk(sk)->inet_num || !READ_ONCE(owner->tid))
+		return false;
+	/* a cache line that all threads share: only for somebody who reads it */
+	if (READ_ONCE(owner->tid) != current->pid && static_branch_unlikely(&sniffer_listening))
+		WRITE_ONCE(owner->tid, current->pid);
+	if (unlikely(!sniffer_probes_alive()))
+		WRITE_ONCE(owner->seen, jiffies);
+	sniffer_process_refresh(user);
+	return true;
+}
+
+/* Under RCU. What is known does not say so: is it current's use? Then @gain says how. */
+static bool use_is_mine(struct sniffer_gain *gain, struct sniffer_owner *owner, struct sock *sk,
+			bool called)
+{
+	struct sniffer_proc *user = owner ? rcu_dereference(owner->user) : NULL;
+	struct file *file;
+	bool held;
+
+	if (!user || READ_ONCE(owner->via) || !sniffer_process_is(user, current))
+		return use_is_possible(gain, owner, sk, called);
+	held = READ_ONCE(owner->held);
+	file = gain->sock ? READ_ONCE(gain->sock->file) : NULL;
+	gain->fd = file ? use_find_fd(file, READ_ONCE(owner->fd), false) : -1;
+	gain->ring = READ_ONCE(owner->ring) ||
+		     (!held && gain->fd < 0 && sniffer_has_uring(current));
+	return true;
+}
+
+/* Is it @owner's user's own end of a socket that it has closed? That is no use of it any more. */
+static bool use_is_over(const struct sniffer_owner *owner)
+{
+	const struct sniffer_proc *user = rcu_dereference(owner->user);
+
+	return user && !READ_ONCE(owner->via) && !READ_ONCE(owner->held) &&
+	       sniffer_process_is(user, current);
 }
 
 /**
  * sniffer_use - the current process uses a socket, or seems to
  * @sk: full socket; from a probe or from LOCAL_OUT in trusted context
  * @called: from a probe: current has called for this very socket
+ * @found: set to the socket's entry, or NULL; may be NULL itself
+ *
+ * Under RCU, or with preemption off.
  *
  * Return: false when the use is another one's.
  */
-bool sniffer_use(struct sock *sk, bool called)
+bool sniffer_use(struct sock *sk, bool called, struct sniffer_owner **found)
 {
-	const struct socket *sock = READ_ONCE(sk->sk_socket);
-	u64 cookie = atomic64_read(&sk->sk_cookie);
 	struct sniffer_gain gain = { .tid = current->pid, .fd = -1 };
+	u64 cookie = atomic64_read(&sk->sk_cookie);
 	struct sniffer_owner *owner;
-	struct sniffer_proc *user;
+	bool mine;
 
-	if (!use_is_process(current))
-		return true;
-	if (!sniffer_owner_wants(sk))
-		return called || use_is_of_parent(sk);
-	/* without a file it is the kernel's, which only made it here (nvmet) */
-	gain.file = sock ? READ_ONCE(sock->file) : NULL;
-	if (sock && !gain.file)
-		return false;
-
-	/* Nearly always it is the one who used it last: then only read. */
 	rcu_read_lock();
+	gain.sock = READ_ONCE(sk->sk_socket);
 	owner = cookie ? sniffer_owner_find(cookie) : NULL;
-	user = owner ? rcu_dereference(owner->user) : NULL;
-	if (user && !READ_ONCE(owner->via) && sniffer_process_is(user, current)) {
-		bool held = READ_ONCE(owner->held);
-
-		/* its own end of a socket that it has closed: no use of it any more */
-		if (!called && !held) {
-			rcu_read_unlock();
-			return true;
-		}
-		if (held && owner->port == inet_sk(sk)->inet_num && READ_ONCE(owner->tid) &&
-		    (READ_ONCE(owner->file) || !sniffer_probes_tell_release())) {
-			/* a cache line that all threads share: only for somebody who reads it */
-			if (READ_ONCE(owner->tid) != current->pid && sniffer_netlink_listening())
-				WRITE_ONCE(owner->tid, current->pid);
-			if (unlikely(!sniffer_probes_alive()))
-				WRITE_ONCE(owner->seen, jiffies);
-			sniffer_process_refresh(user);
-			rcu_read_unlock();
-			return true;
-		}
-		gain.fd = gain.file ? use_find_fd(gain.file, READ_ONCE(owner->fd), false) : -1;
-		gain.ring = READ_ONCE(owner->ring) ||
-			    (!held && gain.fd < 0 && sniffer_has_uring(current));
-	} else if (!use_is_possible(&gain, owner, sk, called)) {
+	if (found)
+		*found = owner;
+	/* without a file it is the kernel's, which only made it here (nvmet) */
+	mine = owner && gain.sock && READ_ONCE(gain.sock->file) && use_is_known(owner, sk);
+	if (likely(mine)) {
 		rcu_read_unlock();
-		return false;
+		return true;
 	}
-	gain.inode = sniffer_owner_inode(sk);
+	if (!use_is_process(current)) {
+		mine = true;
+	} else if (!sniffer_owner_wants(sk)) {
+		mine = called || use_is_of_parent(sk);
+	} else if (gain.sock && !READ_ONCE(gain.sock->file)) {
+		mine = false;
+	} else if (!called && owner && use_is_over(owner)) {
+		mine = true;
+	} else if (use_is_mine(&gain, owner, sk, called)) {
+		gain.inode = sniffer_owner_inode(sk);
+		use_gain(sk, &gain);
+		mine = true;
+	} else {
+		mine = false;
+	}
+	if (found && !owner)
+		*found = sniffer_owner_find(atomic64_read(&sk->sk_cookie));
 	rcu_read_unlock();
-	use_gain(sk, &gain);
-	return true;
+	return mine;
 }
 
 /**
  * sniffer_use_create - the current process made or accepted a socket
  * @sk: full socket
- * @inode: its inode; sk_socket may not point to it yet
- * @file: its file, NULL when it has none yet
+ * @sock: its socket; @sk may not point to it yet
  */
-void sniffer_use_create(struct sock *sk, u64 inode, struct file *file)
+void sniffer_use_create(struct sock *sk, struct socket *sock)
 {
-	struct sniffer_gain gain = { .tid = current->pid, .inode = inode, .file = file, .fd = -1 };
+	struct sniffer_gain gain = {
+		.tid = current->pid, .inode = SOCK_INODE(sock)->i_ino, .sock = sock, .fd = -1,
+	};
 
 	if (sniffer_owner_wants(sk) && use_is_process(current))
 		use_gain(sk, &gain);
@@ -275,15 +310,13 @@ void sniffer_use_create(struct sock *sk, u64 inode, struct file *file)
 void sniffer_use_receive(struct sock *sk, struct file *file)
 {
 	struct sniffer_gain gain = {
-		.tid = current->pid, .file = file, .fd = -1, .flags = SNIFFER_F_INHERITED,
+		.tid = current->pid, .inode = file_inode(file)->i_ino,
+		.sock = SOCKET_I(file_inode(file)), .fd = -1, .flags = SNIFFER_F_INHERITED,
 	};
 
 	if (!sniffer_owner_wants(sk) || !use_is_process(current))
 		return;
 	atomic_inc(&use_gains);
-	rcu_read_lock();
-	gain.inode = sniffer_owner_inode(sk);
-	rcu_read_unlock();
 	use_gain(sk, &gain);
 }
 
@@ -315,6 +348,8 @@ static void use_settle_later(bool rings)
 	proc = sniffer_process_find(current);
 	if (proc && list_empty(&proc->uses))
 		proc = NULL;
+	if (proc && rings && sniffer_has_uring(current))
+		WRITE_ONCE(proc->doubt, (jiffies + USE_RING_LAG) | 1);
 	if (proc && !refcount_inc_not_zero(&proc->refs))
 		proc = NULL;
 	rcu_read_unlock();
@@ -325,11 +360,11 @@ static void use_settle_later(bool rings)
 /**
  * sniffer_use_exec - the current process has become another program
  *
- * What was to be closed at that is closed.
+ * What was to be closed at that is closed, rings with it.
  */
 void sniffer_use_exec(void)
 {
-	use_settle_later(false);
+	use_settle_later(true);
 }
 
 /**
@@ -355,23 +390,6 @@ void sniffer_use_thread_end(void)
 		use_settle_later(false);
 }
 
-/**
- * sniffer_use_sock - the socket behind a file
- * @file: any file; nothing but its inode is touched if it is no socket's
- *
- * Return: a socket that the table is about, or NULL.
- */
-struct sock *sniffer_use_sock(struct file *file)
-{
-	struct inode *inode = file_inode(file);
-	struct sock *sk;
-
-	if (inode->i_sb->s_magic != SOCKFS_MAGIC)
-		return NULL;
-	sk = READ_ONCE(SOCKET_I(inode)->sk);
-	return sk && sniffer_owner_wants(sk) ? sk : NULL;
-}
-
 /* Under RCU. Has the user @proc this very table, too (clone() with CLONE_FILES)? */
 static bool use_shares_table(const struct sniffer_proc *proc, const struct files_struct *files)
 {
@@ -385,11 +403,18 @@ static bool use_shares_table(const struct sniffer_proc *proc, const struct files
 	return task && READ_ONCE(task->files) == files;
 }
 
-/* Is it an io_uring? With it go the sockets that it alone has. */
+/**
+ * sniffer_use_ring - the current process may take files out of an io_uring
+ */
+void sniffer_use_ring(void)
+{
+	use_settle_later(true);
+}
+
+/* With it go the sockets that it alone has. */
 static bool use_is_ring(const struct file *file)
 {
-	return sniffer_has_uring(current) &&
-	       !strcmp(file->f_path.dentry->d_name.name, "[io_uring]");
+	return sniffer_has_uring(current) && sniffer_is_uring(file);
 }
 
 /**
@@ -416,7 +441,7 @@ void sniffer_use_close_file(struct file *file, int fd)
 	if (file_count(file) < 2 || !files)
 		return;
 	rcu_read_lock();
-	sk = sniffer_use_sock(file);
+	sk = sniffer_owner_sock(file);
 	owner = sk ? sniffer_owner_find(atomic64_read(&sk->sk_cookie)) : NULL;
 	user = owner ? rcu_dereference(owner->user) : NULL;
 	if (user && READ_ONCE(owner->held) &&
@@ -456,8 +481,13 @@ void sniffer_use_close(unsigned int fd)
  */
 void sniffer_use_close_range(unsigned int fd, unsigned int last)
 {
+	bool shared = current->files &&
+		      atomic_read(&current->files->count) > get_nr_threads(current);
+
 	/* it may have a copy of the table made first, or close at an exec only: all is looked up */
-	if (fd == last)
+	if (shared)
+		sniffer_holders_settle_later(0, NULL, false);
+	else if (fd == last)
 		sniffer_use_close(fd);
 	else
 		use_settle_later(false);

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from hunter.cli.arguments import SUBCOMMANDS, parser_of
-from nlproto.filters.filter import WORDS
+from hunter.cli.arguments import parser_of
+from hunter.cli.options import SUBCOMMANDS
+from nlproto.filters.words import WORDS
 from nlproto.records import wire
 
 __all__ = ["VALUES", "bash", "zsh"]

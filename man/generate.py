@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import completing
 
 from daemon.__main__ import _parser as daemon_parser
-from hunter.cli.arguments import SUBCOMMANDS, live_parser, parser_of
+from hunter.cli.arguments import live_parser, parser_of
+from hunter.cli.options import SUBCOMMANDS
 
 _DATE = "2026-11-01"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Builds nlproto._host: AF_PACKET rings, sock_diag and descriptor tables, read in bulk."""
+"""Builds nlproto._host: what is read in bulk (rings, sock_diag, descriptors) and summed up."""
 
 from pathlib import Path
 
@@ -10,11 +10,15 @@ SOURCES = ROOT / "python" / "nlproto" / "native"
 
 builder = FFI()
 # Records are filled by pointer only; their layout stays in nlproto._wire.
-builder.cdef("struct sniffer_record { ...; };\n" + (SOURCES / "host.h").read_text())
+HEADERS = ("host.h", "accounting.h")
+builder.cdef(
+    "struct sniffer_record { ...; };\n"
+    + "\n".join((SOURCES / name).read_text() for name in HEADERS)
+)
 builder.set_source(
     "nlproto._host",
-    '#include <stdint.h>\n#include "shared_proto.h"\n#include "host.h"',
-    sources=["python/nlproto/native/host.c"],
+    '#include <stdint.h>\n#include "shared_proto.h"\n#include "host.h"\n#include "accounting.h"',
+    sources=[f"python/nlproto/native/{name}.c" for name in ("host", "flows", "table")],
     include_dirs=[str(ROOT), str(SOURCES)],
-    depends=[str(ROOT / "shared_proto.h"), str(SOURCES / "host.h")],
+    depends=[str(ROOT / "shared_proto.h"), *(str(SOURCES / name) for name in HEADERS)],
 )

@@ -8,8 +8,8 @@ check() {
 	shift
 	"$@" || failed=1
 }
-check ruff .venv/bin/ruff check -q python tests bench
-check "mypy --strict on nlproto" .venv/bin/mypy --no-error-summary
+check ruff .venv/bin/ruff check -q python tests bench man examples
+check "mypy --strict" .venv/bin/mypy --no-error-summary
 # shellcheck disable=SC2046 # one word a file
 check shellcheck shellcheck $(find . -name '*.sh' -not -path './.venv/*') .ci/run python/scripts/*
 if [ "${PACKET_HUNTER_KERNEL-}" != own ]; then

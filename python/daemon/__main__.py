@@ -17,15 +17,25 @@ import argparse  # noqa: E402
 import dataclasses  # noqa: E402
 import os  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
+from typing import Any  # noqa: E402
 
 from daemon.service import Service  # noqa: E402
 from daemon.system.config import Config, load  # noqa: E402
-from nlproto import __version__  # noqa: E402
 from nlproto.errors import Error, UsageError  # noqa: E402
 from nlproto.running import descriptors  # noqa: E402
 from nlproto.running.foreign import foreign_packages  # noqa: E402
 
 DEFAULT_CONFIG = "/etc/packet-hunter/daemon.yaml"
+
+
+class _Version(argparse._VersionAction):
+    """argparse's own, but the version is looked up when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
+        import nlproto
+
+        self.version = f"%(prog)s {nlproto.__version__}"
+        super().__call__(parser, *arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Name the process behind each packet, keep history, serve hunters.",
         epilog="Signals: SIGTERM and SIGINT end it, SIGHUP reads the configuration again.",
     )
-    parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("-V", "--version", action=_Version)
     parser.add_argument(
         "--engine",
         choices=("auto", "module", "ebpf", "packet"),

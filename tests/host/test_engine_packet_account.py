@@ -4,11 +4,15 @@
 import os
 import socket
 import struct
+import threading
+import time
 
 import pytest
 
 from nlproto.engines.packet import PacketEngine
 from nlproto.pipeline.account import Account
+from nlproto.pipeline.pipeline import Pipeline
+from nlproto.tables.processes import Processes
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for AF_PACKET")
 
@@ -54,3 +58,37 @@ def test_a_full_ring_is_told_once_with_the_way_out():
     assert account.lost["socket"] > 0
     assert [note for note in told if "-B" in note] == told
     assert len(told) == 1
+
+
+class Slow(PacketEngine):
+    """On a machine where each look into the ring takes its time."""
+
+    def _read_place(self, place, until_ns=None):
+        time.sleep(0.05)
+        return super()._read_place(place, until_ns)
+
+
+def test_a_barrier_covers_all_that_the_ring_held_however_long_it_takes():
+    sent, got, seen, passed = 9_000, [], [], threading.Event()
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
+    ):
+        receiver.bind(("127.0.0.1", 0))
+        port = receiver.getsockname()[1]
+        engine = Slow(pytest.fail, everywhere=False)
+        pipeline = Pipeline(engine, account=Account(), processes=Processes())
+        pipeline.subscribe(lambda batch: got.append((batch.records["dport"] == port).sum()))
+
+        def ask():
+            seen.append((sum(got), pipeline.account.as_dict(settled=True)["lost"]["socket"]))
+            passed.set()
+
+        for _ in range(sent):
+            sender.sendto(b"x", receiver.getsockname())
+        pipeline.barrier(ask)
+        with pipeline:
+            assert passed.wait(120)
+    ((records, lost),) = seen
+    assert records + lost >= 2 * sent  # out and in
+    assert records == 2 * sent or lost

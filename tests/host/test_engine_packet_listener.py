@@ -11,11 +11,13 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 from nlproto.engines.packet import PacketEngine
+from nlproto.host.procfs import TICK_NS
 from nlproto.records import wire
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for AF_PACKET")
@@ -264,3 +266,65 @@ def test_a_datagram_to_a_socket_that_is_gone_had_one(engine):
         assert to.recv(10) == b"x"
     found = local(records(engine, port), port)
     assert found["how"].tolist() == [GONE]
+
+
+TAKES_TURNS = """
+def client(source, port, stay, kind=socket.SOCK_STREAM):
+    s = socket.socket(socket.AF_INET, kind)
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if kind == socket.SOCK_STREAM:  # closed by a reset: no TIME_WAIT
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\\1\\0\\0\\0\\0\\0\\0\\0")
+    s.bind(("127.0.0.1", source)); s.connect(("127.0.0.1", port)); s.sendall(b"x")
+    tell(port=s.getsockname()[1])
+    if stay: sys.stdin.read()
+    s.close()
+"""
+
+
+def another_tick():
+    """What begins from now on has another start time than what was there."""
+    tick = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // TICK_NS
+    while time.clock_gettime_ns(time.CLOCK_BOOTTIME) // TICK_NS <= tick:
+        pass
+
+
+@pytest.mark.parametrize("older", [True, False], ids=["older", "younger"])
+def test_who_takes_over_a_tuple_is_not_named_for_what_came_before(engine, worker, older):
+    """Whether the one who has it now was there at that time, or began later."""
+    listener = worker(
+        "s = listening(); tell(port=s.getsockname()[1])\n"
+        "held = [s.accept() for _ in range(2)]; sys.stdin.read()"
+    )
+    port = facts(listener)["port"]
+    turn = f"client(int(sys.stdin.readline()), {port}, True)"
+    second = worker(TAKES_TURNS + turn) if older else None
+    one = worker(TAKES_TURNS + f"client(0, {port}, False)")
+    first = facts(one)
+    assert one.wait() == 0
+    if second is None:
+        another_tick()
+        second = worker(TAKES_TURNS + turn)
+    second.stdin.write(f"{first['port']}\n")
+    second.stdin.flush()
+    taken_over = facts(second)
+    assert taken_over["port"] == first["port"]
+    ours = local(records(engine, port), first["port"])
+    begins = ours[(ours["tcp_flags"] & (SYN | ACK) == SYN)]["time_ns"].max()
+    before, after = ours[ours["time_ns"] < begins], ours[ours["time_ns"] >= begins]
+    assert len(before) > 3 and taken_over["pid"] not in before["tgid"], before["how"]
+    assert set(after["tgid"].tolist()) == {taken_over["pid"]}
+
+
+def test_who_takes_over_a_udp_port_is_not_named_for_what_was_sent_before_it_began(engine, worker):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(("127.0.0.1", 0))
+        port = receiver.getsockname()[1]
+        first = worker(TAKES_TURNS + f"client(0, {port}, False, socket.SOCK_DGRAM)")
+        source = facts(first)["port"]
+        assert first.wait() == 0
+        another_tick()
+        taken = worker(TAKES_TURNS + f"client({source}, {port}, True, socket.SOCK_DGRAM)")
+        pid = facts(taken)["pid"]
+        ours = np.sort(local(records(engine, port), source), order="time_ns")
+    assert len(ours) == 2  # the one that sends is looked up for both
+    assert pid not in ours["tgid"][:1], ours["how"]

@@ -13,6 +13,8 @@ import threading
 
 import pytest
 
+from waiting import patient
+
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 
 HUNTER = [sys.executable, "-m", "hunter"]
@@ -21,9 +23,10 @@ SAY = """
 import os, socket, sys, time
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
     peer.connect(("127.0.0.1", int(sys.argv[1])))
-    time.sleep(0.3)
+    time.sleep(float(sys.argv[3]))
     peer.send(sys.argv[2].encode())
-    time.sleep(0.5)
+    time.sleep(float(sys.argv[3]))
+open(sys.argv[4] + sys.argv[2], "w").close()
 """
 """Its socket is there long enough for engine packet to name it."""
 
@@ -61,13 +64,20 @@ def heard():
 def script(tmp_path, heard):
     """A command whose children, orphans and daemons each say one word; it ends with 7."""
     (tmp_path / "say.py").write_text(SAY)
-    say = f"{sys.executable} {tmp_path}/say.py {heard}"
+    said = tmp_path / "said"
+    said.mkdir()
+    said.chmod(0o777)
+
+    def say(word):
+        return f"{sys.executable} {tmp_path}/say.py {heard} {word} {patient(0.4)} {said}/"
+
     path = tmp_path / "script.sh"
     lines = [
-        f"{say} child",
-        f"( ( {say} orphan & ) & )",
-        f"setsid -f sh -c '{say} daemon; true'",
-        "sleep 1.5",
+        f"rm -f {said}/*",
+        say("child"),
+        f"( ( {say('orphan')} & ) & )",
+        f"setsid -f sh -c '{say('daemon')}; true'",
+        f"until [ -e {said}/orphan ] && [ -e {said}/daemon ]; do sleep 0.1; done",
         "exit 7",
     ]
     path.write_text("\n".join(lines))
@@ -79,7 +89,7 @@ def figures(stderr):
     delivered = int(re.search(r" records = (\d+) delivered", stderr)[1])
     shown = int(re.search(r"(\d+) (?:shown|saved) = ", stderr)[1])
     others = re.search(
-        r"(\d+) not of the command = (\d+) of other processes \+ (\d+) unnamed", stderr
+        r"(\d+) not of the command = (\d+) named[^+]* \+ (\d+) unnamed", stderr
     )
     assert int(others[1]) == int(others[2]) + int(others[3])
     return delivered, shown, int(others[1])

@@ -14,6 +14,7 @@ import time
 import pytest
 
 from nlproto.client.client import DaemonClient
+from waiting import patient, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 needs_captures = pytest.mark.skipif(
@@ -51,12 +52,13 @@ with socket.socket() as peer:
 """
 
 
-def until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, condition
+PROBE = """
+import socket, time
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+    while True:
+        peer.sendto(b"x", ("127.0.0.1", 9))
         time.sleep(0.05)
-    return found
+"""
 
 
 def ip(*words):
@@ -87,7 +89,7 @@ def daemon(tmp_path_factory):
     until(path.exists)
     yield path
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+    assert process.wait(patient(20)) == 0
 
 
 @contextlib.contextmanager
@@ -161,10 +163,13 @@ def twins(namespaces, daemon, tmp_path):
     trace = tmp_path / "a.pcap"
     with contextlib.ExitStack() as stack:
         pairs = [stack.enter_context(inside(one, PAIR, one[-1])) for one in namespaces]
+        for one in namespaces:
+            stack.enter_context(inside(one, PROBE))
         with DaemonClient(daemon) as client:
             numbers = {os.stat(f"/run/netns/{one}").st_ino for one in namespaces}
-            # both are captured by now
             until(lambda: numbers <= {one["netns"] for one in client.owner(8080)})
+            # what passes from now on is recorded
+            until(lambda: numbers <= {one["netns"] for one in client.who(port=9)["flows"]})
         with tcpdump(trace, "tcp", netns=namespaces[0]):
             for pair in pairs:
                 pair.stdin.write("\n")
@@ -193,7 +198,7 @@ def test_a_flow_that_two_namespaces_had_is_never_the_others(twins, daemon, tmp_p
     for place in (names[0], os.stat(f"/run/netns/{names[0]}").st_ino):
         named, ambiguous, done = annotate(daemon, trace, out, "--netns", str(place))
         rows = comments(out)
-        assert named == len(rows), rows
+        assert named == len(rows) and ambiguous == 0, rows
         assert all("client-a" in row and "server-a" in row for row in rows)
         assert not any("-b" in row for row in rows)
 
@@ -308,6 +313,7 @@ def test_a_tuple_that_one_process_after_another_uses(daemon, tmp_path):
         text=True,
         check=True,
     )
+    certain = 0
     for line in done.stdout.splitlines():
         moment, comment, sport = line.split("|")
         (truth,) = [pid for start, end, pid in spans if start <= float(moment) <= end]
@@ -315,5 +321,6 @@ def test_a_tuple_that_one_process_after_another_uses(daemon, tmp_path):
         found = re.search(rf"{role} (.*?)(, to|$)", comment)
         if found and "AMBIGUOUS" not in found[1]:
             assert re.match(rf"\S+\.{truth} ", found[1]), (truth, line)
-    # engine packet says AMBIGUOUS of what it names by a listener alone
-    assert named > 60
+            certain += 1
+    # the more a crowded machine is late to ask, the more is AMBIGUOUS
+    assert named > 60 and certain > 5, done.stdout

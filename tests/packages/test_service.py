@@ -14,6 +14,8 @@ from machine import Machine
 from roots import Root
 from vmtest.kernlog import problems
 
+from waiting import until
+
 UNIT = "packet-hunterd.service"
 TRAFFIC = (
     'python3 -c "import socket; a = socket.socket(type=socket.SOCK_DGRAM); '
@@ -70,23 +72,29 @@ def test_the_module_that_dkms_installed_loads_and_the_daemon_uses_it(
 
 
 def test_the_daemon_knows_who_owned_a_port_after_its_process_ended(machine: Machine) -> None:
-    machine.run(f"{TRAFFIC}; sleep 1")
-    owners = machine.run("packet-hunter who --port 4711 --json").stdout
-    assert "python3" in owners
+    machine.run(TRAFFIC)
+    until(lambda: "python3" in machine.run("packet-hunter who --port 4711 --json; true").stdout)
+
+
+def _journal(machine: Machine) -> list[dict[str, object]]:
+    lines = machine.run(f"journalctl -o json --no-pager -u {UNIT}").stdout.splitlines()
+    entries = [json.loads(line) for line in lines if line.startswith("{")]
+    return [one for one in entries if one.get("SYSLOG_IDENTIFIER") == "packet-hunterd"]
+
+
+def _messages(machine: Machine) -> list[str]:
+    return [str(one["MESSAGE"]) for one in _journal(machine)]
 
 
 def test_reload_reads_the_configuration_again_and_the_journal_has_fields(machine: Machine) -> None:
     machine.run("echo 'max_clients: many' > /etc/packet-hunter/daemon.yaml")
-    machine.run(f"systemctl reload {UNIT}; sleep 2")
+    machine.run(f"systemctl reload {UNIT}")
+    until(lambda: any("daemon.yaml:1: max_clients" in one for one in _messages(machine)), 60)
     machine.run("echo 'log_level: debug' > /etc/packet-hunter/daemon.yaml")
-    machine.run(f"systemctl reload {UNIT}; sleep 2")
+    machine.run(f"systemctl reload {UNIT}")
+    until(lambda: "configuration read again" in _messages(machine), 60)
     assert machine.run(f"systemctl is-active {UNIT}").stdout == "active\n"
-    lines = machine.run(f"journalctl -o json --no-pager -u {UNIT}").stdout.splitlines()
-    entries = [json.loads(line) for line in lines if line.startswith("{")]
-    own = [one for one in entries if one.get("SYSLOG_IDENTIFIER") == "packet-hunterd"]
-    messages = [str(one["MESSAGE"]) for one in own]
-    assert any("daemon.yaml:1: max_clients" in message for message in messages)
-    assert "configuration read again" in messages
+    own = _journal(machine)
     assert {"daemon"} <= {one.get("LOGGER") for one in own}
     assert all("CODE_FILE" in one and "THREAD_NAME" in one for one in own)
 

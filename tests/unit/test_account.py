@@ -160,7 +160,7 @@ def test_lines_tell_the_sums():
     assert account.lines() == [
         "4 packets seen = 4 recorded + 0 skipped",
         "4 records = 4 delivered + 0 lost",
-        "3 named (75.0%), 1 unnamed (no socket 1)",
+        "4 delivered = 3 named (75.0 %) + 1 unnamed (no socket 1)",
     ]
 
 
@@ -233,3 +233,37 @@ def test_a_settled_account_leaves_out_what_still_waits_and_closes():
     assert (found["packets"], found["records"], found["delivered"]) == (5, 5, 5)
     assert found["position"] == {"instance": cpu.instance, "packets": 55}
     assert found["closes"] and not account.closes()
+
+
+def test_who_goes_over_to_flows_and_back_has_each_groups_own_loss():
+    account, packets, flows = Account(), Cpu(lost=7), Cpu(lost=100)
+    account.open(packets.tail(), instance=1, group="packets")
+    account.add(packets.send(3))
+    packets.lose(2)
+    flows.record_seq, flows.packets = packets.record_seq, packets.packets
+    account.close(packets.tail(), "packets")
+    account.go_over(flows.tail(), 1, "flows")
+    account.add(flows.send(5), None, 5, "flows")
+    flows.lose(1)
+    packets.lost += 50  # of somebody else's
+    packets.record_seq, packets.packets = flows.record_seq, flows.packets
+    account.go_over(packets.tail(), 1, "packets")
+    account.add(packets.send(4))
+    packets.lose(1)
+    packets.send(6)
+    account.close(packets.tail(), "packets")
+    account.deliver(hows(CONTEXT, CONTEXT), np.array([7, 5], np.uint32))
+    assert (account.records, account.delivered) == (22, 12)
+    assert (account.lost["alloc"], account.lost["socket"]) == (3, 7)
+    assert account.closes()
+
+
+def test_a_batch_of_flows_counts_the_records_it_stands_for():
+    account, cpu = Account(), Cpu()
+    account.open(cpu.tail(), instance=1, group="flows")
+    head = cpu.send(10)
+    head["count"] = 2  # flow records
+    account.add(head, None, 10, "flows")
+    account.deliver(hows(CONTEXT, NO_SOCKET), np.array([9, 1], np.uint32))
+    assert (account.records, account.named, account.unnamed) == (10, 9, {"no_socket": 1})
+    assert account.closes()

@@ -10,24 +10,32 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
 import pytest
 
 from daemon.system.config import Config
-from hunter.cli.arguments import SUBCOMMANDS, filter_of, live_parser, parse, parser_of
+from hunter.cli.arguments import live_parser, parse, parser_of
+from hunter.cli.choice import filter_of
+from hunter.cli.options import SUBCOMMANDS, Live, Who
 from hunter.show.columns import FLAGS
 from nlproto import UsageError
 from nlproto.client.frames import DEFAULT_SOCKET
-from nlproto.filters.filter import FilterError
+from nlproto.filters.mistakes import FilterError
 from nlproto.records import wire
 
 TREE = Path(__file__).parents[2]
 
 
+def live(words):
+    command = parse(words)
+    assert isinstance(command, Live)
+    return command
+
+
 def filter_text(*words):
-    return str(filter_of(parse(words).options))
+    return str(filter_of(live(words).choice))
 
 
 @pytest.mark.parametrize(
@@ -59,8 +67,9 @@ def test_an_interface_counts_in_its_own_network_namespace_only():
 
 
 def test_a_first_word_is_a_subcommand_and_anything_else_a_filter():
-    assert parse(["who", "--port", "http"]).options.port == 80
-    assert parse(["tcp"]).name == "live"
+    who = parse(["who", "--port", "http"])
+    assert isinstance(who, Who) and who.port == 80
+    assert isinstance(parse(["tcp"]), Live)
     with pytest.raises(UsageError, match="before the options"):
         parse(["-n", "top"])
     with pytest.raises(FilterError, match="pname nginx"):
@@ -68,22 +77,22 @@ def test_a_first_word_is_a_subcommand_and_anything_else_a_filter():
 
 
 def test_what_follows_two_dashes_is_the_command():
-    command = parse(["tcp", "--", "curl", "-v", "--json"])
-    assert command.argv == ("curl", "-v", "--json") and not command.options.json
+    command = live(["tcp", "--", "curl", "-v", "--json"])
+    assert command.argv == ("curl", "-v", "--json") and not command.json
 
 
 @pytest.mark.parametrize(
     ("text", "seconds"), [("30", 30), ("1.5", 1.5), ("500ms", 0.5), ("5m", 300), ("2h", 7200)]
 )
 def test_times_have_units(text, seconds):
-    assert parse(["--duration", text]).options.duration == seconds
+    assert live(["--duration", text]).duration == seconds
 
 
 @pytest.mark.parametrize(
     ("text", "size"), [("1", 10**6), ("4k", 4096), ("2M", 2 << 20), ("1g", 1 << 30)]
 )
 def test_sizes_are_tcpdumps_millions_or_powers_of_two(text, size):
-    assert parse(["--save", "x.csv", "-C", text]).options.rotate == size
+    assert live(["--save", "x.csv", "-C", text]).rotate == size
 
 
 @pytest.mark.parametrize(
@@ -128,7 +137,7 @@ def test_the_letters_that_tcpdump_has_too_mean_the_same():
 
 def test_tcpdumps_habits_change_nothing():
     words = ["-l", "-U", "-p", "-K", "-s", "0", "-s128", "-lnn", "-i", "any", "tcp"]
-    assert filter_text(*words) == "tcp" and parse(words).options.numbers
+    assert filter_text(*words) == "tcp" and live(words).numbers
 
 
 def test_interfaces_are_listed(capsys):
@@ -161,10 +170,20 @@ def test_a_first_word_that_is_nearly_a_subcommand_is_asked_about(word, meant):
 
 
 def test_a_socket_is_known_to_be_given():
-    assert parse(["--socket", "/x"]).options.socket_given
+    assert live(["--socket", "/x"]).origin.socket_given
     for words in ([], ["stats"], ["doctor"], ["top"]):
-        options = parse(words).options
-        assert not options.socket_given and options.socket == DEFAULT_SOCKET
+        command = parse(words)
+        origin = getattr(command, "origin", command)
+        assert not origin.socket_given and origin.socket == DEFAULT_SOCKET
+
+
+def test_what_was_said_is_changed_by_nobody():
+    command = live(["--save", "/dev/stdout", "--format", "csv"])
+    assert command.save == "-"
+    with pytest.raises(FrozenInstanceError):
+        command.save = "x.csv"
+    with pytest.raises(FrozenInstanceError):
+        command.origin.read = []
 
 
 CONTRACT = {

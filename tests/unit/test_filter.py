@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nlproto import UsageError
-from nlproto.filters.filter import WORDS, FilterError, parse, quote
+from nlproto.filters.mistakes import FilterError
+from nlproto.filters.parse import parse
+from nlproto.filters.words import WORDS, quote
 from nlproto.records import wire
 
 
@@ -375,7 +377,7 @@ def test_owner_words_look_at_each_process_once_however_many_words_and_records(mo
 def test_a_word_is_held_against_each_process_once(monkeypatch):
     looked = []
     monkeypatch.setattr(
-        "nlproto.filters.filter._matcher", lambda name: lambda other: looked.append(other) or False
+        "nlproto.filters.parse.matcher", lambda name: lambda other: looked.append(other) or False
     )
     records = np.repeat(BATCH, 500)
     parse("pname nobody").mask(records)

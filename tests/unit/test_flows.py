@@ -102,17 +102,6 @@ def test_sums_are_those_of_a_plain_loop(make_records):
     assert found == expected
 
 
-def test_flows_stay_exact_when_every_hash_collides(make_records, monkeypatch):
-    monkeypatch.setattr(flows, "_hash", lambda flows, seed: np.zeros(len(flows), np.uint64))
-    ports = [1, 2, 1, 3, 2, 1]
-    found = summarize(make_records(*({"sport": port} for port in ports)))
-    assert sorted((int(f["lport"]), int(f["packets_out"])) for f in found) == [
-        (1, 3),
-        (2, 2),
-        (3, 1),
-    ]
-
-
 def test_each_record_is_told_which_flow_it_belongs_to(make_records):
     records = make_records(*({"sport": port} for port in (5, 6, 5, 7)))
     found, belongs = group(records)

@@ -17,9 +17,10 @@ from hunter.save.save_jsonl import JsonSaver
 from hunter.show import names
 from hunter.show.columns import COLUMNS, columns
 from hunter.show.lines import LinePrinter, Style, tcp_flags
+from hunter.show.summary import Summary
 from hunter.show.text import cell, plain, uncell
-from nlproto.pipeline.pipeline import NamedBatch
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.processes import Process, Processes
 from waiting import until
@@ -70,6 +71,22 @@ def printed(given, known=None, holders=nobody, **style):
     style = Style(**({"numbers": True, "times": 1} | style))
     printer = LinePrinter(style, known or Processes(), holders, names.Names(), io.StringIO())
     return printer.lines(given)
+
+
+def test_lines_of_a_file_name_the_namespace_once_there_are_several():
+    (one,) = printed(batch({}))
+    assert "netns" not in one
+    lines = printed(batch({}, {"netns": 100}, {"netns": 0}))
+    assert [line.partition(" netns ")[2] for line in lines] == ["99", "100", ""]
+    lines = printed(batch({}, {"netns": 100}), netns=99)
+    assert [line.partition(" netns ")[2] for line in lines] == ["", "100"]
+
+
+def test_the_summary_counts_equal_addresses_of_two_namespaces_apart():
+    summary = Summary()
+    summary.add(batch({}, {"netns": 100}, {"netns": 100}))
+    ((_, packets, _, ends),) = summary.figures().values()
+    assert (packets, ends) == (3, 2)
 
 
 def saved(saver, given, known, path, holders=nobody):

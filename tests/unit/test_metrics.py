@@ -53,7 +53,7 @@ def _threads():
 
 
 def test_a_client_that_does_not_read_writes_nothing_to_stderr(path, monkeypatch, capfd):
-    monkeypatch.setattr("daemon.system.metrics._Quiet.timeout", 0.2)
+    monkeypatch.setattr("daemon.system.scrapes._Quiet.timeout", 0.2)
     held = [_connect(path, b"GET /metrics HTTP/1.0\r\n\r\n") for _ in range(3)]
     _until(_threads)
     _until(lambda: not _threads())
@@ -63,7 +63,7 @@ def test_a_client_that_does_not_read_writes_nothing_to_stderr(path, monkeypatch,
 
 
 def test_clients_that_send_nothing_hold_few_threads_and_others_are_answered(path, monkeypatch):
-    monkeypatch.setattr("daemon.system.metrics._Quiet.timeout", 60)
+    monkeypatch.setattr("daemon.system.scrapes._Quiet.timeout", 60)
     held = [_connect(path) for _ in range(40)]
     one = _connect(path, b"GET /metrics HTTP/1.0\r\n\r\n")
     assert b"200 OK" in one.recv(100)

@@ -5,6 +5,7 @@ import errno
 import os
 import socket
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,33 @@ def test_a_dump_lists_every_family():
     names = {attrs[2].rstrip(b"\0") for _, attrs in answers}
     assert b"nlctrl" in names
     assert len(answers) == len(names)
+
+
+def test_a_dump_of_a_table_that_changed_meanwhile_is_asked_for_again():
+    ours, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def message(kind, flags, request, body):
+        return struct.pack("=IHHII", 16 + len(body), kind, flags, request, 0) + body
+
+    def answer():
+        # the first time the second entry is passed over
+        for flags, names in ((0x12, b"a"), (0x2, b"ab")):
+            request = struct.unpack_from("=I", kernel.recv(1000), 8)[0]
+            for name in names:
+                kernel.send(
+                    message(0x20, flags, request, bytes(4) + struct.pack("=HHI", 8, 1, name))
+                )
+            kernel.send(message(3, 0, request, bytes(4)))
+
+    with kernel, ours, Connection() as connection:
+        connection._socket.close()
+        connection._socket = ours
+        ours.settimeout(5)
+        peer = threading.Thread(target=answer, daemon=True)
+        peer.start()
+        answers = connection.request(0x20, 1, dump=True)
+        peer.join(5)
+    assert {found[1][0] for _, found in answers} == {ord("a"), ord("b")}
 
 
 def test_an_unknown_command_gives_the_kernels_error():

@@ -29,6 +29,7 @@ class Replay:
         self.error = error
         self.opening = self.closing = np.zeros(0, wire.TAIL)
         self.closed = threading.Event()
+        self.group = "packets"
 
     def __enter__(self):
         return self
@@ -44,8 +45,10 @@ class Replay:
         else:
             time.sleep(min(timeout, 0.01))
 
-    def flush(self):
-        return self.opening
+    def catch_up(self):
+        while self.batches:
+            yield self.batches.pop(0)
+        self.closing = self.opening
 
     def begin(self):
         self.batches.clear()
@@ -191,6 +194,25 @@ def test_a_barrier_is_passed_after_everything_recorded_before_it(make_records, m
         pipeline.barrier(lambda: (seen.append(sum(got)), passed.set()))
         assert passed.wait(10)
     assert seen == [20]
+
+
+def test_what_is_lost_before_a_barrier_is_in_the_account_that_it_sees(make_records, make_batch):
+    """The engine knows of it, though no batch came since to tell."""
+    engine, seen, passed = Replay(), [], threading.Event()
+    engine.opening = np.zeros(1, wire.TAIL)
+    pipeline = _pipeline(engine)
+
+    def ask():
+        seen.append(pipeline.account.as_dict(settled=True)["lost"]["socket"])
+        passed.set()
+
+    with pipeline:
+        until(lambda: pipeline.account.instances)
+        engine.opening = np.zeros(1, wire.TAIL)
+        engine.opening["record_seq"] = engine.opening["packets"] = 5
+        pipeline.barrier(ask)
+        assert passed.wait(10)
+    assert seen == [5]
 
 
 def test_an_engine_that_fails_is_replaced_and_the_account_spans_both(make_records, make_batch):
@@ -347,3 +369,145 @@ def test_a_question_that_fails_leaves_the_worker_alive(make_records, make_batch)
         assert asked.wait(30)
         engine.batches.append(make_batch(make_records({})))
     assert got == [1]
+
+
+class Summing(Replay):
+    """An engine with groups packets and flows: `stream` is told from where it is asked for."""
+
+    def __init__(self, records, make_batch):
+        super().__init__()
+        self.instance = 7
+        self.records = records
+        self.make_batch = make_batch
+        self.at = 0
+        self.limit = len(records)
+        self.queued = []
+        self.opening = self.tail_at()
+
+    def tail_at(self):
+        tail = np.zeros(1, wire.TAIL)
+        tail["record_seq"] = tail["packets"] = self.at
+        return tail
+
+    def next(self, count):
+        """The next `count` records, in the present group; flows of up to 5 records."""
+        records = self.records[self.at : self.at + count]
+        batch = self.make_batch(records, self.at)
+        self.at += len(records)
+        if self.group == "packets":
+            return batch
+        parts = [records[n : n + 5] for n in range(0, len(records), 5)]
+        flows = np.zeros(len(parts), wire.FLOW_RECORD)
+        for flow, part in zip(flows, parts, strict=True):
+            flow["last"] = part[-1]
+            flow["last"]["len"], flow["last"]["hdr_len"] = part["len"].sum(), 0
+            flow["last"]["gso_segs"] = len(part)
+            flow["first_ns"], flow["records"] = part["time_ns"][0], len(part)
+        return wire.FlowBatch(batch.head, flows, self.at, 0)
+
+    def read(self, timeout):
+        if self.queued:
+            yield self.queued.pop(0)
+        elif self.at < self.limit:
+            yield self.next(20)
+        else:
+            time.sleep(min(timeout, 0.01))
+
+    def catch_up(self):
+        yield from ()
+        self.closing = self.tail_at()
+
+    def want_packets(self, wanted):
+        self.queued.append(self.next(13))  # recorded until now, and not yet read
+        self.group = "packets" if wanted else "flows"
+        self.opening = self.tail_at()
+
+    def finish(self, until_ns=None):
+        yield from self.queued
+        self.closing = self.tail_at()
+
+
+def test_flows_and_packets_in_turn_give_the_sums_of_packets_alone(make_records, make_batch):
+    records = make_records(
+        *({"time_ns": 10**9 + n, "len": 60 + n % 11, "hdr_len": 28} for n in range(4000))
+    )
+    engine, sums, one_by_one = Summing(records, make_batch), [], []
+    first, last = [], []
+
+    def take(batch):
+        sums.append(int(batch.flows["packets_out"].sum()))
+        first.append(int(batch.flows["first_ns"].min()))
+        last.append(int(batch.flows["last_ns"].max()))
+        one_by_one.extend(batch.records["time_ns"].tolist())
+
+    pipeline = _pipeline(engine, packets=False)
+    pipeline.subscribe(take)
+    total = []
+    pipeline.subscribe(lambda batch: total.append(int(batch.flows["bytes_out"].sum())))
+    with pipeline:
+        wanted = False
+        while engine.at < 4000:
+            wanted = not wanted
+            pipeline.want_packets(wanted)
+            passed = threading.Event()
+            pipeline.barrier(passed.set)
+            assert passed.wait(20)
+    assert sum(sums) == 4000
+    assert sum(total) == int(records["len"].sum())
+    assert (min(first), max(last)) == (10**9, 10**9 + 3999)
+    assert 0 < len(one_by_one) < 4000
+    assert len(set(one_by_one)) == len(one_by_one)
+    assert pipeline.account.delivered == 4000
+    assert pipeline.account.closes()
+
+
+def test_after_a_barrier_there_are_only_packets_for_who_wanted_them(make_records, make_batch):
+    records = make_records(*({"time_ns": 10**9 + n} for n in range(1000)))
+    engine, after = Summing(records, make_batch), []
+    engine.limit = 200
+    pipeline = _pipeline(engine, packets=False)
+    passed = threading.Event()
+    pipeline.subscribe(lambda batch: passed.is_set() and after.append(len(batch.records)))
+    with pipeline:
+        until(lambda: engine.at >= 200)
+        pipeline.want_packets(True)
+        pipeline.barrier(passed.set)
+        assert passed.wait(20)
+        engine.limit = 1000
+        until(lambda: sum(after) >= 700)
+    assert all(after)
+
+
+def test_flows_that_nobody_can_take_are_lost_as_many_records(make_records, make_batch):
+    def broken(batch):
+        raise RuntimeError("no")
+
+    engine = Summing(make_records(*({"time_ns": 10**9 + n} for n in range(100))), make_batch)
+    pipeline = _pipeline(engine, packets=False)
+    pipeline.subscribe(broken)
+    with pipeline:
+        until(lambda: pipeline.account.lost["failed"] == 100)
+    assert pipeline.account.closes()
+
+
+def test_an_engine_without_flows_keeps_what_its_kernel_had_no_memory_for(make_records, make_batch):
+    class Old(Replay):
+        instance = 7
+
+        def want_packets(self, wanted):
+            pass
+
+    batch = make_batch(make_records({}, {}), 5)
+    head = batch.head.copy()
+    head["lost"], head["packets"] = 5, 7
+    engine = Old([wire.Batch(head, batch.records)])
+    engine.opening = np.zeros(1, wire.TAIL)
+    pipeline = _pipeline(engine, packets=False)
+    with pipeline:
+        until(lambda: pipeline.account.delivered == 2)
+        pipeline.want_packets(True)
+        passed = threading.Event()
+        pipeline.barrier(passed.set)
+        assert passed.wait(20)
+    assert pipeline.account.lost["alloc"] == 5
+    assert pipeline.account.closes()

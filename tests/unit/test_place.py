@@ -7,10 +7,10 @@ import stat
 
 import pytest
 
-from daemon.serve.server import SocketFile
 from daemon.system.config import Config
 from daemon.system.directory import HeldDirectory
 from daemon.system.metrics import Metrics
+from daemon.system.socketfile import SocketFile
 from nlproto.errors import Error
 
 

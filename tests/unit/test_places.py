@@ -4,7 +4,7 @@
 import pytest
 
 from hunter.commands.living import absent
-from nlproto.filters.filter import parse
+from nlproto.filters.parse import parse
 
 ID = "0123456789ab" + "0" * 52
 

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -175,3 +176,57 @@ def test_long_strings_are_bounded_in_bytes_and_cost_their_owner():
     assert held < processes.bytes < 1.1 * held
     assert sum(p.uid == 0 for p in processes.find()) == 10
     assert 5 < sum(p.uid == 1000 for p in processes.find()) < 25
+
+
+def test_a_young_process_is_read_again_once_when_it_has_settled():
+    """Managers move what they have forked into a cgroup; exec follows."""
+    asked = []
+
+    def details(pid, start_ns):
+        asked.append(pid)
+        return SimpleNamespace(cgroup=f"/at/{len(asked)}", unit="", container="")
+
+    processes = Processes(details)
+    start_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    assert processes.add(7, start_ns).cgroup == "/at/1"
+    assert processes.add(7, start_ns).cgroup == "/at/1"
+    until(lambda: processes.add(7, start_ns).cgroup == "/at/2")
+    processes.add(7, start_ns)
+    processes.add(8, start_ns - 10**10)
+    processes.add(8, start_ns - 10**10)
+    assert asked == [7, 7, 8]
+
+
+def test_records_of_a_young_process_have_it_read_again(make_records):
+    asked = []
+
+    def details(pid, start_ns):
+        asked.append(pid)
+        return SimpleNamespace(cgroup=f"/at/{len(asked)}")
+
+    processes = Processes(details)
+    start_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    records = make_records(dict(tgid=7, start_ns=start_ns, comm=b"one"))
+    processes.add_records(records)
+    until(lambda: processes.add_records(records) or len(asked) == 2)
+    processes.add_records(records)
+    assert asked == [7, 7] and processes.get(7, start_ns).cgroup == "/at/2"
+
+
+def test_a_new_comm_in_a_record_has_the_program_read_again(make_records):
+    """Without the module nothing tells of an exec."""
+    script = "read go; exec sleep 60"
+    with subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE) as child:
+        identity = procfs.identity(child.pid)
+        processes = Processes(procfs.details)
+        started = {"tgid": child.pid, "start_ns": identity.start_ns}
+        processes.add_records(make_records(started | {"comm": b"sh"}))
+        before = processes.get(child.pid, identity.start_ns).exe
+        child.stdin.write(b"\n")
+        child.stdin.flush()
+        until(lambda: procfs.owner(child.pid).comm == b"sleep")
+        processes.add_records(make_records(started | {"comm": b"sleep"}))
+        found = processes.get(child.pid, identity.start_ns)
+        child.kill()
+    assert (found.comm, os.path.basename(found.exe)) == ("sleep", "sleep")
+    assert found.exe != before

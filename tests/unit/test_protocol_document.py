@@ -29,7 +29,7 @@ def test_the_tables_have_every_field_at_its_offset():
     rows = re.findall(r"^\| (\d+) \| (\d+) \| `(\w+)` ", NETLINK, re.MULTILINE)
     expected = [
         (str(dtype.fields[name][1]), str(dtype.fields[name][0].itemsize), name)
-        for dtype in (wire.BATCH, wire.RECORD)
+        for dtype in (wire.BATCH, wire.RECORD, wire.FLOW_RECORD)
         for name in dtype.names
     ]
     assert rows == expected

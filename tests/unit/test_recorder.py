@@ -13,7 +13,7 @@ from daemon.history.recorder import Recorder
 from daemon.history.store import Store
 from daemon.system.config import Config
 from nlproto.errors import UsageError
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import summarize
 from nlproto.tables.processes import Process, Processes
@@ -119,6 +119,26 @@ def test_what_memory_no_longer_holds_is_counted(record, path, processes):
         kept = _ports(recorder)
         assert len(kept) + recorder.history.unstored == 1001
         assert 0 < figures["unstored_processes"] <= 1001 - 94
+
+
+def test_what_waits_is_bounded_when_a_write_fails_while_more_comes(record, processes, monkeypatch):
+    processes.limit = 100
+    recorder = record(history_flows=100)
+    recorder.play(1)
+    recorder._flush()
+    _fill_up(recorder)
+    recorder.play(*range(2, 190))
+    write = recorder._store.write
+
+    def write_meanwhile(*arguments):
+        recorder.play(*range(300, 490))
+        write(*arguments)
+
+    monkeypatch.setattr(recorder._store, "write", write_meanwhile)
+    recorder._flush()
+    assert recorder.store_figures()["failures"] == 1
+    assert len(recorder._changed) <= 200
+    recorder.__exit__()
 
 
 def _ports(recorder):

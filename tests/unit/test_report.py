@@ -69,6 +69,24 @@ def test_a_report_has_pictures_and_tables_and_loads_nothing(tmp_path):
     assert "3 packets" in words and "66.7 % of them named" in words and "forwarded" in words
 
 
+def test_equal_addresses_of_two_namespaces_are_two_far_ends(tmp_path):
+    with open(tmp_path / "x.csv", "w", newline="") as file:
+        rows = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        rows.writeheader()
+        for pid, netns in ((100, 11), (101, 12)):
+            row = {"time": "2026-05-28T20:26:01.123456Z", "dir": "out", "proto": "tcp"}
+            row |= {"src": "10.0.0.1", "sport": 5000, "dst": "127.0.0.1", "dport": 80, "len": 60}
+            rows.writerow(
+                row | {"pid": pid, "comm": "web", "uid": 0, "netns": netns, "how": "diag"}
+            )
+    assert report(tmp_path / "x.csv", tmp_path / "x.html").returncode == 0
+    page = Page()
+    page.feed((tmp_path / "x.html").read_text())
+    ends = {text for text in page.text if text.startswith("127.0.0.1")}
+    assert ends == {"127.0.0.1 netns 11", "127.0.0.1 netns 12"}
+    assert not [text for text in page.text if "web.100" in text and "web.101" in text]
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_name_is_only_text(name, tmp_path):
     write(tmp_path / "x.csv", [name])

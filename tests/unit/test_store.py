@@ -16,7 +16,7 @@ from daemon.history.recorder import Recorder
 from daemon.history.store import Store
 from daemon.system.config import Config
 from nlproto.errors import Error
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import FLOW, pack_address, summarize
 from nlproto.tables.processes import Process, Processes
@@ -248,7 +248,7 @@ from daemon.history.recorder import Recorder
 from nlproto.records import wire
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import summarize
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 from nlproto.tables.processes import Processes
 
 class Telling(Recorder):

@@ -13,8 +13,9 @@ from daemon.serve.publisher import MAX_RECORDS
 from daemon.serve.streams import Streams
 from daemon.sharing.allowance import Allowance
 from nlproto.errors import Error
-from nlproto.filters.filter import Filter, parse
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.filters.filter import Filter
+from nlproto.filters.parse import parse
+from nlproto.records.batch import NamedBatch
 from nlproto.tables.processes import Processes
 
 
@@ -47,7 +48,7 @@ def _streams(max_filters=100, max_bytes=1 << 20, **options):
         with lock:
             function()
 
-    pipeline = SimpleNamespace(processes=Processes())
+    pipeline = SimpleNamespace(processes=Processes(), want_packets=lambda wanted: None)
     with Streams(pipeline, post, max_filters, max_bytes, **options) as streams:
         yield streams
 

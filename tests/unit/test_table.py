@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
 import numpy as np
+import pytest
 
-from nlproto.tables.column_table import ColumnTable, mix
+from nlproto.tables.column_table import ColumnTable, mix, part_of
 
 ROW = np.dtype([("hash", "u8"), ("port", "u2"), ("address", "u8", (2,)), ("seen", "u4")])
+
+GROUPS = part_of(ROW, "hash"), part_of(ROW, "port"), part_of(ROW, "address", "seen")
 
 
 def _values(*rows):
@@ -14,8 +17,7 @@ def _values(*rows):
 
 
 def _table(*rows):
-    table = ColumnTable(ROW, ("port", "address"))
-    table.grow(8)
+    table = ColumnTable(GROUPS, ("port", "address"), 8)
     table.put(np.arange(len(rows)), _values(*rows))
     return table
 
@@ -40,16 +42,17 @@ def test_a_removed_row_is_not_found_and_the_one_that_took_its_hash_still_is():
 
 def test_kept_rows_become_the_first():
     table = _table((1, 80, 7, 100), (2, 443, 7, 200), (3, 22, 7, 300))
-    table.keep(np.array([1, 2]))
+    table.keep(np.array([False, True, True]))
     assert table.find(_values((1, 80, 7, 0), (2, 443, 7, 0), (3, 22, 7, 0))).tolist() == [-1, 0, 1]
     assert table.take(np.array([1]), ROW)["seen"].tolist() == [300]
 
 
-def test_growing_keeps_what_is_there():
+def test_rows_beyond_the_table_are_refused():
     table = _table((1, 80, 7, 100))
-    table.grow(1000)
-    assert table.capacity == 1000
-    assert table.find(_values((1, 80, 7, 0))).tolist() == [0]
+    for row in (-1, 8):
+        with pytest.raises(IndexError):
+            table.put(np.array([row]), _values((2, 80, 7, 0)))
+    assert len(table) == 1
 
 
 def test_another_seed_makes_other_hashes():

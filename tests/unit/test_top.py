@@ -15,12 +15,15 @@ from textual.widgets import Input, Static
 
 from hunter.show import rates as rates_module
 from hunter.show.names import Names
-from hunter.show.rates import KEPT_S, Rates, amount
-from hunter.top.app import FlowsView, Top, sparkline
+from hunter.show.rates import KEPT_S, Rates
+from hunter.show.units import amount
+from hunter.top.app import Top
 from hunter.top.grid import Grid
+from hunter.top.state import State
+from hunter.top.views import FlowsView, bars, sparkline
 from nlproto import Error
-from nlproto.pipeline.pipeline import NamedBatch
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.processes import Process, Processes
 
@@ -77,7 +80,16 @@ def test_far_ends_add_up_their_flows():
     rates.tick([batch({}, {"sport": 50001}, {"daddr": [10, 0, 0, 3] + [0] * 12})], 1.0, 1.0)
     (process,) = rates
     ends = process.remotes()
-    assert {end: meter.sent for end, meter in ends.items()} == {"10.0.0.2": 2000, "10.0.0.3": 1000}
+    sent = {end: meter.sent for (_, end), meter in ends.items()}
+    assert sent == {"10.0.0.2": 2000, "10.0.0.3": 1000}
+
+
+def test_equal_addresses_of_two_namespaces_are_two_far_ends():
+    rates = Rates()
+    rates.tick([batch({"netns": 11}, {"netns": 12}, {"netns": 12})], 1.0, 1.0)
+    (process,) = rates
+    sent = {end: meter.sent for end, meter in process.remotes().items()}
+    assert sent == {(11, "10.0.0.2"): 1000, (12, "10.0.0.2"): 2000}
 
 
 def test_a_process_stays_for_a_minute_after_its_last_packet():
@@ -132,6 +144,25 @@ def test_a_sparkline_has_full_height_at_its_maximum():
     assert sparkline([0, 0]) == "  "
 
 
+@pytest.mark.parametrize(
+    ("environment", "plain"),
+    [
+        ({"LANG": "C.UTF-8"}, False),
+        ({"LANG": "C"}, True),
+        ({"LANG": "C.UTF-8", "LC_ALL": "POSIX"}, True),
+        ({"LANG": "C.UTF-8", "TERM": "dumb"}, True),
+        ({"LANG": "C.UTF-8", "TERM": "linux"}, True),
+    ],
+)
+def test_bars_are_ascii_where_the_terminal_has_no_others(monkeypatch, environment, plain):
+    for name in ("LC_ALL", "LC_CTYPE", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert sparkline([0, 1, 4, 8], bars()).isascii() == plain
+
+
 class Feed:
     """A source that gives what the test puts in."""
 
@@ -168,7 +199,8 @@ class Feed:
 
 
 def drive(feed, script, **options):
-    app = Top(feed, Names(), interval=0.05, **options)
+    notes = options.pop("notes", ())
+    app = Top(State(feed, Names(), **options), interval=0.05, notes=notes)
 
     async def run():
         async with app.run_test(size=(140, 30)) as pilot:
@@ -241,6 +273,26 @@ def test_enter_shows_flows_tab_far_ends_and_escape_goes_back():
     drive(feed, script)
 
 
+def test_far_ends_of_two_namespaces_of_a_file_say_which():
+    feed = Feed()
+    feed.put({"netns": 11}, {"netns": 12})
+
+    async def script(app, pilot):
+        await pilot.press("enter")
+        await becomes(pilot, lambda: isinstance(app.screen, FlowsView) and cells(app))
+        assert {row[2] for row in cells(app)} == {
+            "10.0.0.2.http netns 11",
+            "10.0.0.2.http netns 12",
+        }
+        await pilot.press("tab")
+        await becomes(
+            pilot,
+            lambda: {row[2] for row in cells(app)} == {"10.0.0.2 netns 11", "10.0.0.2 netns 12"},
+        )
+
+    drive(feed, script)
+
+
 def test_greater_sorts_by_the_next_column():
     feed = Feed()
     feed.put({"tgid": 1, "comm": b"zzz", "len": 9000}, {"comm": b"aaa"})
@@ -277,7 +329,7 @@ def test_space_pauses_what_is_shown_but_not_the_count():
     async def script(app, pilot):
         await pilot.press("space")
         feed.put({"tgid": 1, "comm": b"late"})
-        await becomes(pilot, lambda: app.shown.records == 2)
+        await becomes(pilot, lambda: app.state.shown.records == 2)
         assert len(cells(app)) == 1 and "PAUSED" in text(app, "#title")
         await pilot.press("space")
         await becomes(pilot, lambda: len(cells(app)) == 2)
@@ -330,9 +382,9 @@ def test_a_source_that_fails_ends_the_program_with_its_error():
 
     async def script(app, pilot):
         feed.failure = Error("the module is gone")
-        await becomes(pilot, lambda: app.failure)
+        await becomes(pilot, lambda: app.state.failure)
 
-    assert str(drive(feed, script).failure) == "the module is gone"
+    assert str(drive(feed, script).state.failure) == "the module is gone"
 
 
 def test_s_and_r_sort_as_in_nethogs():

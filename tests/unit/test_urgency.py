@@ -2,6 +2,7 @@
 """A thread that has little to do goes first; one that is busy does not."""
 
 import os
+import subprocess
 import threading
 
 import pytest
@@ -18,25 +19,99 @@ class Time:
         return self.now
 
 
+def policy(thread=0):
+    return os.sched_getscheduler(thread) & ~os.SCHED_RESET_ON_FORK
+
+
 def nice():
     return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
+def first():
+    return policy() == os.SCHED_RR or nice() == -10
+
+
+def in_a_thread(work):
+    """Run `work` in a thread that takes its class with it; what it raises is raised here."""
+    failures = []
+
+    def run():
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+
+
 def test_a_busy_thread_goes_back_into_the_queue():
-    before, now, used = nice(), Time(), Time()
-    urgency = Urgency(now, used)
-    urgency.look()
-    assert nice() == -10
-    now.now += 200_000_000
-    used.now += 150_000_000
-    urgency.look()
-    assert nice() == before
-    now.now += 200_000_000
-    used.now += 50_000_000
-    urgency.look()
-    assert nice() == -10
-    urgency.rest()
-    assert nice() == before
+    def work():
+        before, now, used = nice(), Time(), Time()
+        urgency = Urgency(now, used)
+        urgency.look()
+        assert first()
+        now.now += 200_000_000
+        used.now += 150_000_000
+        urgency.look()
+        assert not first() and nice() == before
+        now.now += 200_000_000
+        used.now += 50_000_000
+        urgency.look()
+        assert first()
+        with urgency.patiently():
+            assert not first()
+        assert first()
+        urgency.rest()
+        assert not first() and nice() == before
+
+    in_a_thread(work)
+
+
+def test_the_class_is_real_time_where_that_is_allowed():
+    """A nice value is weighed within one session alone."""
+
+    def work():
+        try:
+            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+        except PermissionError:
+            pytest.skip("no real-time class here")
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        Urgency().look()
+        assert policy() == os.SCHED_RR
+        done = subprocess.run(["chrt", "-p", "0"], capture_output=True, text=True, check=True)
+        assert "SCHED_OTHER" in done.stdout
+
+    in_a_thread(work)
+
+
+def test_without_real_time_a_nice_value_is_taken(monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    def work():
+        before, urgency = nice(), Urgency()
+        monkeypatch.setattr(os, "sched_setscheduler", refuse)
+        urgency.look()
+        assert nice() == -10 and urgency.raised
+        urgency.rest()
+        assert nice() == before
+
+    in_a_thread(work)
+
+
+def test_a_thread_with_a_class_of_its_own_keeps_it():
+    def work():
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        urgency = Urgency()
+        urgency.look()
+        urgency.rest()
+        assert policy() == os.SCHED_BATCH
+
+    in_a_thread(work)
 
 
 def test_no_other_thread_is_touched():
@@ -45,6 +120,6 @@ def test_no_other_thread_is_touched():
     reader = threading.Thread(target=urgency.look)
     reader.start()
     reader.join()
-    assert nice() == before
+    assert nice() == before and policy() == os.SCHED_OTHER
     urgency.rest()
     assert nice() == before

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """who for people: sums instead of repetitions, the newest rows, far ends, namespaces."""
 
-import argparse
 import io
 
 import pytest
 
+from hunter.cli.options import Who
 from hunter.commands import who_show
 from hunter.show.console import Output
 from nlproto.host import netns
@@ -72,7 +72,13 @@ def shown(owners=(), flows=(), processes=(), width=None, total=None, limit=None,
         "complete": True,
         "since": NOW - 23,
     } | answer
-    options = argparse.Namespace(limit=limit, port=None)
+    options = Who(
+        **dict.fromkeys(("port", "proto", "host", "pid", "pname", "since")),
+        limit=limit,
+        json=False,
+        socket="",
+        socket_given=False,
+    )
     who_show.show(whole, console, NOW, options)
     return out.getvalue()
 

@@ -18,8 +18,11 @@ from nlproto.records.clock import Clock
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {
     "sniffer_record": wire.RECORD,
+    "sniffer_flow_record": wire.FLOW_RECORD,
     "sniffer_batch": wire.BATCH,
+    "sniffer_flow_batch": wire.FLOW_BATCH,
     "sniffer_tail": wire.TAIL,
+    "sniffer_flow_tail": wire.FLOW_TAIL,
     "sniffer_process": wire.PROCESS,
     "sniffer_socket": wire.SOCKET,
     "sniffer_holder": wire.HOLDER,
@@ -75,7 +78,9 @@ def test_every_field_that_c_wrote_is_read_back_by_numpy():
             if isinstance(value, int):
                 assert int(row[name]) == value, (struct, name)
             else:
-                assert row[name].tobytes() == bytes(wire.ffi.buffer(value)), (struct, name)
+                assert row[name].tobytes() == bytes(
+                    wire.ffi.buffer(wire.ffi.addressof(one, name))
+                ), (struct, name)
 
 
 def test_no_python_file_repeats_a_layout_of_the_wire():
@@ -242,3 +247,41 @@ def test_an_unnamed_packet_has_no_pid_and_a_reason():
 def test_ipv6_addresses_are_shortened():
     raw = socket.inet_pton(socket.AF_INET6, "2001:db8::1")
     assert wire.address_text(socket.AF_INET6, raw) == "2001:db8::1"
+
+
+def flows_message(*records, size=None):
+    """A message of group flows; each flow stands for so many records."""
+    whole = np.zeros(1, wire.FLOW_BATCH)
+    flows = np.zeros(len(records), wire.FLOW_RECORD)
+    flows["records"] = records
+    flows["last"]["len"] = 1000
+    whole["batch"]["version"], whole["batch"]["count"] = wire.lib.SNIFFER_VERSION, len(records)
+    whole["batch"]["record_size"] = size or wire.FLOW_RECORD.itemsize
+    whole["wire_packets"], whole["wire_bytes"] = 70, 80000
+    more = (size or wire.FLOW_RECORD.itemsize) - wire.FLOW_RECORD.itemsize
+    return whole.tobytes() + b"".join(flow.tobytes() + bytes(more) for flow in flows)
+
+
+def test_a_batch_of_flows_tells_how_many_records_it_stands_for():
+    batch = wire.decode_flows(flows_message(3, 4))
+    assert (batch.count, len(batch.flows)) == (7, 2)
+    assert (batch.wire_packets, batch.wire_bytes) == (70, 80000)
+    assert batch.flows["last"]["len"].tolist() == [1000, 1000]
+    assert int(batch.head["version"]) == wire.lib.SNIFFER_VERSION
+
+
+def test_longer_flow_records_of_a_later_release_are_read():
+    assert wire.decode_flows(flows_message(3, 4, size=160)).flows["records"].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("cut", [1, 90, 200])
+def test_a_batch_of_flows_that_is_cut_is_refused(cut):
+    with pytest.raises(Error, match="malformed"):
+        wire.decode_flows(flows_message(3, 4)[:-cut])
+
+
+def test_a_batch_of_flows_of_another_version_is_refused():
+    message = bytearray(flows_message(1))
+    message[0] += 1
+    with pytest.raises(VersionMismatch):
+        wire.decode_flows(bytes(message))

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -204,6 +205,58 @@ def test_a_flood_is_lost_at_the_right_place_within_the_limit_and_the_account_clo
     assert end["sent"] == 10
     assert end["account"]["closes"]
     assert daemon.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.patience(600)
+def test_history_and_account_are_exact_while_clients_that_want_packets_come_and_go(
+    start: Callable[..., Program], path: str, receiver: socket.socket
+) -> None:
+    port = receiver.getsockname()[1]
+    start("daemon", "--engine", "module")
+    ended = threading.Event()
+    sent = 0
+
+    def go_on() -> None:
+        nonlocal sent
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            while not ended.is_set():
+                sender.sendto(b"x" * (sent % 9), ("127.0.0.1", port))
+                sent += 1
+                time.sleep(0.002)
+
+    def summed_up(client: DaemonClient) -> int:
+        return int(client.stats()["engine_stats"]["only_flows"])
+
+    sender = threading.Thread(target=go_on)
+    with DaemonClient(path, timeout=patient(10)) as asker:
+        before = until(lambda: summed_up(asker))
+        sender.start()
+        shown = 0
+        for _ in range(8):
+            with DaemonClient(path, timeout=patient(10)) as client:
+                client.start(f"udp dst port {port} and outbound")
+                already = sent
+                until(lambda already=already: sent > already + 50)
+                shown += int(client.unsubscribe()["sent"])
+        # nobody wants packets: flows again
+        now = summed_up(asker)
+        until(lambda: summed_up(asker) > max(now, before) + 50)
+        ended.set()
+        sender.join()
+        # the daemon may be behind: what the kernel has queued is in no figure yet
+        figures = "packets_out", "packets_in", "bytes_out", "bytes_in"
+        size = sum(28 + n % 9 for n in range(sent))
+        right = [sent, sent, size, size]
+
+        def sums() -> list[int]:
+            flows = asker.request("history", port=port)["flows"]
+            return [sum(flow[name] for flow in flows) for name in figures]
+
+        until(lambda: sums() == right, what=f"a history of {right}")
+        stats = until(lambda: at_rest(asker))
+    assert 8 * 50 <= shown < sent
+    assert sum(stats["account"]["lost"].values()) == 0
+    assert stats["engine_stats"]["sent"] > 0
 
 
 def at_rest(client: DaemonClient) -> dict[str, Any] | None:

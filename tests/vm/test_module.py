@@ -31,3 +31,25 @@ def test_modinfo_describes_every_parameter(module_file: Path) -> None:
 @pytest.mark.boot("ipv6.disable=1")
 def test_module_loads_where_ipv6_is_disabled(module_file: Path, unloaded: None) -> None:
     subprocess.run(["insmod", str(module_file)], check=True)
+
+
+RULES = "table ip t { chain in { type filter hook input priority 0; ct state new accept; }; }"
+
+
+def test_what_conntrack_drops_when_it_confirms_is_not_received(
+    module_file: Path, unloaded: None
+) -> None:
+    """Of hooks of one priority the older runs last. A namespace that is made later has ours first.
+
+    Where connection tracking is older than the module, the order is the other one.
+    """
+    subprocess.run(["insmod", str(module_file)], check=True)
+    script = f"nft '{RULES}' && nft list hooks ip"
+    done = subprocess.run(
+        ["unshare", "-n", "sh", "-c", script], check=False, capture_output=True, text=True
+    )
+    if done.returncode or "hooks_in4" not in done.stdout:
+        pytest.skip(f"this kernel does not list its hooks: {done.stderr.strip()[:200]}")
+    hooks = done.stdout.partition("hook input {")[2].partition("}")[0]
+    assert "confirm" in hooks
+    assert hooks.index("confirm") < hooks.index("hooks_in4")

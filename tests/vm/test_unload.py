@@ -6,18 +6,27 @@ The kernel log is read after each test: any warning there fails it.
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from stress import stress
 
 from nlproto.engines.module import ModuleEngine
 from nlproto.errors import NoModule
 from nlproto.kernel.netlink import Sniffer
 from nlproto.records.wire import Batch
 
+CYCLES = int(os.environ.get("PACKET_HUNTER_CYCLES", "4"))
+"""Loads and unloads under churn; a cycle takes an emulated guest some ten seconds."""
+GROUPS = ("packets", "processes", "snaps")
 KPROBES = Path("/sys/kernel/debug/kprobes/list")
 OURS = ("security_socket_", "security_sock_graft", "security_sk_free", "locks_remove_posix")
 TRAFFIC = """
@@ -56,7 +65,7 @@ def test_the_module_comes_and_goes_under_traffic_and_leaves_nothing(
     ]
     for _ in range(6):
         subprocess.run(["insmod", str(module_file)], check=True)
-        with ModuleEngine(("packets", "processes", "snaps")) as engine:
+        with ModuleEngine(GROUPS) as engine:
             named = 0
             while not named:
                 batches = (event for event in engine.read(0.5) if isinstance(event, Batch))
@@ -78,3 +87,91 @@ def test_the_module_comes_and_goes_under_traffic_and_leaves_nothing(
         subprocess.run(["mount", "-t", "debugfs", "debugfs", "/sys/kernel/debug"], check=True)
     probes = KPROBES.read_text()
     assert [line for line in probes.splitlines() if any(name in line for name in OURS)] == []
+
+
+def _fork(work: Callable[[], None]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setpgid(0, 0)
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return pid
+
+
+def _end(pid: int) -> None:
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+@contextmanager
+def churn() -> Iterator[None]:
+    """TCP, UDP, descriptors and network namespaces that come and go."""
+    jobs = (
+        *(stress.tcp_server, stress.tcp_client, stress.tcp_client, stress.udp),
+        *(stress.passing, stress.namespaces),
+    )
+    pids = [_fork(job) for job in jobs]
+    try:
+        yield
+    finally:
+        for pid in pids:
+            _end(pid)
+
+
+def _reader(joined: int) -> None:
+    """Reads until the module is gone."""
+    with ModuleEngine(GROUPS) as engine:
+        os.write(joined, b"x")
+        try:
+            while True:
+                list(engine.read(0.5))
+        except NoModule:
+            return
+
+
+def _cycle(module_file: Path) -> None:
+    """Load and unload with three readers: one that reads, one that has stopped, one that dies."""
+    subprocess.run(["insmod", str(module_file)], check=True)
+    ready, joined = os.pipe()
+    reading, stopped, dying = (_fork(lambda: _reader(joined)) for _ in range(3))
+    count = 0
+    while count < 3:
+        count += len(os.read(ready, 3))
+    os.kill(stopped, signal.SIGSTOP)
+    time.sleep(0.2)  # so that batches wait for it
+    unload = subprocess.Popen(["rmmod", "sniffer"])
+    _end(dying)
+    assert unload.wait() == 0
+    assert os.waitpid(reading, 0)[1] == 0
+    _end(stopped)
+    os.close(ready)
+    os.close(joined)
+
+
+def _objects() -> int:
+    """Objects in the kernel's caches for kmalloc (slabinfo(5)), once all that waits is freed."""
+    Path("/proc/sys/vm/drop_caches").write_text("2")
+    rows = Path("/proc/slabinfo").read_text().splitlines()
+    return sum(int(row.split()[1]) for row in rows if row.startswith("kmalloc-"))
+
+
+@pytest.mark.patience(600 + 60 * CYCLES)
+def test_it_comes_and_goes_under_churn_and_leaves_no_memory(
+    module_file: Path, unloaded: None
+) -> None:
+    """PACKET_HUNTER_CYCLES times. What stays a process or socket that came would be hundreds."""
+    subprocess.run(["ip", "link", "set", "lo", "up", "multicast", "on"], check=True)
+    subprocess.run(["ip", "route", "add", "239.0.0.0/8", "dev", "lo"], check=False)
+    with churn():
+        _cycle(module_file)
+    before = _objects()
+    with churn():
+        for _ in range(CYCLES):
+            _cycle(module_file)
+    grown = _objects() - before
+    print(f"{CYCLES} cycles, {grown:+} objects")
+    assert grown < 2000 + 20 * CYCLES
+    assert "[sniffer]" not in Path("/proc/kallsyms").read_text()

@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from nlproto._host import ffi, lib
 from nlproto.records.clock import Clock
-from nlproto.records.wire import PROTO_NAMES, address_text, how_name, lib, text
-from nlproto.tables.column_table import ColumnTable, mix
+from nlproto.records.wire import PROTO_NAMES, address_text, dtype_of, how_name, taken, text
+from nlproto.records.wire import lib as wire
+from nlproto.tables.column_table import ColumnTable, mix, numbers, part_of, with_fields
 from nlproto.tables.flows import FLOW, KEY_FIELDS, address_bytes
 from nlproto.tables.shares import NOBODY, Payers, surplus
 
@@ -31,13 +33,23 @@ __all__ = [
     "payers_of",
 ]
 
-_FIRST_ROWS = 1024
-_ROW = np.dtype([*FLOW.descr, ("began_ns", "u8"), ("heard_ns", "u8"), ("id", "u8"), ("dirty", "?")])
-"""began_ns and heard_ns are first_ns and last_ns by CLOCK_MONOTONIC, which nobody sets."""
-ROW_BYTES = _ROW.itemsize + 120
+_LAST, _SUMS, _TIMES = 4, 5, 6
+_GROUPS = (
+    part_of(FLOW, "hash"),
+    part_of(FLOW, "cookie", "start_ns", "tgid", "netns"),
+    part_of(FLOW, "laddr", "raddr"),
+    part_of(FLOW, "lport", "rport", "proto", "family", "forwarded"),
+    with_fields(
+        part_of(FLOW, "inode", "uid", "flags", "how", "comm"),
+        ("dirty", "?", ffi.offsetof("struct history_last", "dirty")),
+        ("words", ("u8", (2,)), ffi.offsetof("struct history_last", "comm")),
+    ),
+    part_of(FLOW, "packets_in", "bytes_in", "packets_out", "bytes_out"),
+    dtype_of("history_times", ffi),
+    np.dtype([("id", "u8")]),
+)
+ROW_BYTES = sum(group.itemsize for group in _GROUPS) + 16
 """Of a flow in memory, its place in the table included."""
-_SUMS = ("packets_in", "bytes_in", "packets_out", "bytes_out")
-_LAST = ("how", "uid", "inode", "comm")
 
 
 End = tuple[int, bytes, int]
@@ -69,7 +81,7 @@ class Question:
         """`pname` as the kernel keeps it: 15 bytes."""
         if self.pname is None:
             return None
-        return self.pname.encode("utf-8", "replace")[: lib.SNIFFER_COMM_LEN - 1]
+        return self.pname.encode("utf-8", "replace")[: wire.SNIFFER_COMM_LEN - 1]
 
 
 def payers_of(tgids: np.ndarray, uids: np.ndarray, payers: Payers | None = None) -> np.ndarray:
@@ -97,8 +109,12 @@ class FlowMemory:
         self._lock = threading.Lock()
         self._size = 0
         self._next_id = next_id
-        self._table = ColumnTable(_ROW, KEY_FIELDS)
-        self._table.grow(min(limit, _FIRST_ROWS))
+        self._table = ColumnTable(_GROUPS, KEY_FIELDS, limit)
+        self._pointers = ffi.new("struct history *")
+        groups = self._table.groups
+        self._pointers.last = ffi.from_buffer("struct history_last[]", groups[_LAST])
+        self._pointers.sums = ffi.from_buffer("struct history_sums[]", groups[_SUMS])
+        self._pointers.times = ffi.from_buffer("struct history_times[]", groups[_TIMES])
 
     def __len__(self) -> int:
         return self._size
@@ -109,59 +125,42 @@ class FlowMemory:
 
     def update(self, flows: np.ndarray, clock: Clock) -> None:
         """Add FLOWs with CLOCK_MONOTONIC times, as summarize() makes them with one seed."""
-        real = np.int64(clock.real_offset_ns)
-        found, flows = flows, np.empty(len(flows), _ROW)
-        for name in found.dtype.names or ():
-            flows[name] = found[name]
-        for name, wall in (("began_ns", "first_ns"), ("heard_ns", "last_ns")):
-            flows[name] = found[wall]
-            flows[wall] = found[wall].astype(np.int64) + real
+        flows = np.ascontiguousarray(flows)
+        real = clock.real_offset_ns & 0xFFFFFFFFFFFFFFFF
         with self._lock:
             rows = self._table.find(flows)
-            known = rows >= 0
-            if known.any():
-                self._add(rows[known], flows[known])
-            new = flows[~known]
-            if len(new):
-                self._insert(new)
+            lib.history_add(
+                self._pointers,
+                ffi.from_buffer("struct flow[]", flows),
+                len(flows),
+                numbers(rows),
+                real,
+            )
+            new = taken(flows, rows < 0)
+            # no more at once than are evicted at once: or a flood would take everybody's place
+            piece = max(1, self.limit // 8)
+            for at in range(0, len(new), piece):
+                self._insert(new[at : at + piece], real)
 
-    def _add(self, rows: np.ndarray, flows: np.ndarray) -> None:
-        columns = self._columns
-        for name in _SUMS:
-            columns[name][rows] += flows[name]
-        earlier = flows["began_ns"] < columns["began_ns"][rows]
-        for name in ("began_ns", "first_ns"):
-            columns[name][rows[earlier]] = flows[name][earlier]
-        later = flows["heard_ns"] >= columns["heard_ns"][rows]
-        for name in ("heard_ns", "last_ns", *_LAST):
-            columns[name][rows[later]] = flows[name][later]
-        # the time of day may have been set back in between
-        columns["first_ns"][rows] = np.minimum(columns["first_ns"][rows], columns["last_ns"][rows])
-        columns["flags"][rows] |= flows["flags"]
-        columns["dirty"][rows] = True
-
-    def _insert(self, flows: np.ndarray) -> None:
-        # no more at once than are evicted at once: or a flood would take everybody's place
-        piece = max(1, self.limit // 8)
-        while len(flows) > piece:
-            self._insert(flows[:piece])
-            flows = flows[piece:]
-        if self._size + len(flows) > self.limit:
-            self._evict(max(piece, self._size + len(flows) - self.limit))
+    def _insert(self, flows: np.ndarray, real: int) -> None:
         end = self._size + len(flows)
-        if end > self._table.capacity:
-            self._table.grow(min(self.limit, max(end, 2 * self._table.capacity)))
-        place = slice(self._size, end)
+        if end > self.limit:
+            self._evict(max(self.limit // 8, end - self.limit))
+            end = self._size + len(flows)
+        place, columns = slice(self._size, end), self._columns
         self._table.put(np.arange(self._size, end), flows)
-        self._columns["id"][place] = np.arange(self._next_id, self._next_id + len(flows))
-        self._columns["dirty"][place] = True
+        for name, wall in (("began_ns", "first_ns"), ("heard_ns", "last_ns")):
+            columns[name][place] = columns[wall][place]
+            columns[wall][place] += np.uint64(real)
+        columns["id"][place] = np.arange(self._next_id, self._next_id + len(flows))
+        columns["dirty"][place] = True
         self._next_id += len(flows)
         self._size = end
 
     def _evict(self, count: int) -> None:
         columns = {name: column[: self._size] for name, column in self._columns.items()}
         payers = payers_of(columns["tgid"], columns["uid"], self._payers)
-        names = columns["comm"].view(np.uint64).reshape(self._size, 2)
+        names = columns["words"]
         programs = mix((payers.astype(np.uint64), names[:, 0], names[:, 1]), 0)
         heard = columns["heard_ns"]
         age = heard.max(initial=0) - heard
@@ -171,9 +170,8 @@ class FlowMemory:
         self.horizon_ns = max(self.horizon_ns, int(columns["last_ns"][goes].max()))
         self.evicted += int(np.count_nonzero(goes))
         self.unstored += int(np.count_nonzero(columns["dirty"] & goes))
-        stay = np.flatnonzero(~goes)
-        self._table.keep(stay)
-        self._size = len(stay)
+        self._table.keep(~goes)
+        self._size = len(self._table)
 
     def renumber(self, offset: int) -> None:
         """Add `offset` to all ids: the file that they are for has others already."""
@@ -227,7 +225,7 @@ class FlowMemory:
             mask &= (columns["tgid"][:size] != 0) & (columns["uid"][:size] == question.uid)
         if question.comm is not None:
             # as two numbers: comparing strings takes ten times as long
-            names = columns["comm"][:size].view(np.uint64).reshape(size, 2)
+            names = columns["words"][:size]
             wanted = np.frombuffer(question.comm.ljust(16, b"\0"), np.uint64)
             mask &= names[:, 0] == wanted[0]
             mask &= names[:, 1] == wanted[1]
@@ -243,7 +241,9 @@ class FlowMemory:
     def _between(self, local: End, remote: End) -> np.ndarray:
         """A mask of the flows with these ends."""
         size, columns = self._size, self._columns
-        mask = (columns["lport"][:size] == local[2]) & (columns["rport"][:size] == remote[2])
+        mask: np.ndarray = (columns["lport"][:size] == local[2]) & (
+            columns["rport"][:size] == remote[2]
+        )
         for name, end in (("laddr", local), ("raddr", remote)):
             rows = np.flatnonzero(mask)
             same = (columns[name][rows] == np.frombuffer(end[1], np.uint64)).all(axis=1)
@@ -288,13 +288,13 @@ def network_words(
 
 
 _FLAGS = {
-    lib.SNIFFER_F_SHARED: "shared",
-    lib.SNIFFER_F_INHERITED: "inherited",
-    lib.SNIFFER_F_SEEDED: "seeded",
-    lib.SNIFFER_F_DEAD: "dead",
-    lib.SNIFFER_F_KERNEL: "kernel",
-    lib.SNIFFER_F_AMBIGUOUS: "ambiguous",
-    lib.SNIFFER_F_COPY: "copy",
+    wire.SNIFFER_F_SHARED: "shared",
+    wire.SNIFFER_F_INHERITED: "inherited",
+    wire.SNIFFER_F_SEEDED: "seeded",
+    wire.SNIFFER_F_DEAD: "dead",
+    wire.SNIFFER_F_KERNEL: "kernel",
+    wire.SNIFFER_F_AMBIGUOUS: "ambiguous",
+    wire.SNIFFER_F_COPY: "copy",
 }
 
 

@@ -16,7 +16,7 @@ from daemon.history.memory import FlowMemory, Question
 from daemon.history.store import Damaged, Store
 from daemon.system.config import Config
 from nlproto.errors import Error, UsageError
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 from nlproto.running.supervise import Failures, keep_going
 from nlproto.tables.processes import Process, Processes, ProcessKey
 from nlproto.tables.shares import Payers
@@ -154,10 +154,14 @@ class Recorder:
     def _note(self, process: Process) -> None:
         with self._changed_lock:
             self._changed[process.key] = None
-            if len(self._changed) > 2 * self._processes.limit:
-                known = {key: None for key in self._changed if self._processes.get(*key)}
-                self.unstored += len(self._changed) - len(known)
-                self._changed = known
+            self._bound()
+
+    def _bound(self) -> None:
+        """With `_changed_lock`: what memory has forgotten cannot be written and need not wait."""
+        if len(self._changed) > 2 * self._processes.limit:
+            known = {key: None for key in self._changed if self._processes.get(*key)}
+            self.unstored += len(self._changed) - len(known)
+            self._changed = known
 
     def _open(self, path: str) -> None:
         """Try to open the file. What memory holds goes into one that does not have it yet."""
@@ -239,6 +243,7 @@ class Recorder:
             self.history.mark_changed(ids)
             with self._changed_lock:
                 self._changed = dict.fromkeys(keys) | self._changed
+                self._bound()
             if not isinstance(error, Error):
                 self.failures += 1
                 raise

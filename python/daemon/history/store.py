@@ -21,7 +21,8 @@ import msgspec
 import numpy as np
 
 from daemon.history.elapsed import Elapsed, Moment, read_moment
-from daemon.history.memory import Question, network_words, payers_of
+from daemon.history.memory import Question, payers_of
+from daemon.history.query import conditions, ways
 from daemon.history.trim import trim
 from daemon.system.directory import HeldDirectory
 from nlproto.errors import Error, UsageError
@@ -376,15 +377,15 @@ class Store:
 
         `stop` is called every few ms, and ends this by raising.
         """
-        wheres, values = _conditions(question)
+        wheres, values = conditions(question)
         wheres.append("last_ns <= ?")
         values.append(until_ns)
         columns = ", ".join(("id", *_COLUMNS))
         parts, all_values = [], []
-        for words, own in _ways(question):
-            conditions = " AND ".join([*words, *wheres])
+        for words, own in ways(question):
+            fits = " AND ".join([*words, *wheres])
             parts.append(
-                f"SELECT * FROM (SELECT {columns} FROM flows WHERE {conditions}"
+                f"SELECT * FROM (SELECT {columns} FROM flows WHERE {fits}"
                 " ORDER BY last_ns DESC LIMIT ?)"
             )
             all_values += [*own, *values, question.limit + 1]
@@ -430,52 +431,6 @@ class Store:
         except (sqlite3.Error, msgspec.DecodeError, msgspec.ValidationError) as error:
             log.warning("history %s: %s", self.path, error)
             return None
-
-
-def _ways(question: Question) -> list[tuple[list[str], list[Any]]]:
-    """Conditions and values that exclude each other, each with an index of its own."""
-    if question.ends is not None:
-        words = "lport = ? AND rport = ? AND family = ? AND laddr = ? AND raddr = ?"
-        (family, one, port), (_, other, far) = question.ends
-        ways = [(port, far, family, one, other), (far, port, family, other, one)]
-        return [([words], list(way)) for way in dict.fromkeys(ways)]
-    if question.port is not None:
-        port = question.port
-        return [(["lport = ?"], [port]), (["rport = ? AND lport <> ?"], [port, port])]
-    return [([], [])]
-
-
-def _conditions(question: Question) -> tuple[list[str], list[Any]]:
-    wheres: list[str] = []
-    values: list[Any] = []
-    for name, value in (
-        ("proto", question.proto),
-        ("tgid", question.pid),
-        ("comm", question.comm),
-        ("uid", question.uid),
-    ):
-        if value is not None:
-            wheres.append(f"{name} = ?")
-            values.append(value)
-    if question.uid is not None:
-        wheres.append("tgid <> 0")
-    if question.ends is not None and question.port is not None:
-        wheres.append("? IN (lport, rport)")
-        values.append(question.port)
-    if question.since_ns is not None:
-        wheres.append("last_ns >= ?")
-        values.append(question.since_ns)
-    if question.at_ns is not None:
-        wheres.append("first_ns <= ? AND last_ns >= ?")
-        values += [question.at_ns, question.at_ns]
-    if question.host is not None:
-        family, _, _ = network_words(question.host)
-        low = question.host.network_address.packed.ljust(16, b"\0")
-        high = question.host.broadcast_address.packed.ljust(16, b"\0")
-        near = "raddr BETWEEN ? AND ? OR forwarded AND laddr BETWEEN ? AND ?"
-        wheres.append(f"family = ? AND ({near})")
-        values += [family, low, high, low, high]
-    return wheres, values
 
 
 def _encoded(process: Process) -> bytes:

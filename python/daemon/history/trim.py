@@ -8,16 +8,15 @@ that the process with most, of that the oldest.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sqlite3
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import numpy as np
 
 from nlproto.tables.shares import level, surplus
 
-if TYPE_CHECKING:
-    from daemon.history.store import Store
-
-__all__ = ["trim"]
+__all__ = ["Shrinking", "trim"]
 
 _PIECE = 5000  # rows deleted in one transaction: so long does a flush wait
 _FLOW = 280
@@ -44,7 +43,17 @@ _DELETE_PROCESS = f"DELETE FROM processes WHERE tgid = ? AND start_ns = ? AND {_
 Key = tuple[int, int]
 
 
-def trim(store: Store, before: int | None, size: int) -> int:
+class Shrinking(Protocol):
+    """What is asked of the file (daemon.history.store.Store)."""
+
+    def transaction(self) -> AbstractContextManager[sqlite3.Connection]: ...
+
+    def used_bytes(self) -> int: ...
+
+    def shrink(self) -> None: ...
+
+
+def trim(store: Shrinking, before: int | None, size: int) -> int:
     """Delete what was last seen `before` that second (None: nothing), then down to `size` bytes.
 
     How many flows went. Raises Error.
@@ -61,7 +70,7 @@ def trim(store: Store, before: int | None, size: int) -> int:
     return gone
 
 
-def _drop_old(store: Store, before: int) -> int:
+def _drop_old(store: Shrinking, before: int) -> int:
     gone = 0
     for query, delete in (
         (_OLD_FLOWS, _DELETE_FLOW),
@@ -78,7 +87,7 @@ def _drop_old(store: Store, before: int) -> int:
     return gone
 
 
-def _shorten(store: Store, size: int) -> tuple[int, bool]:
+def _shorten(store: Shrinking, size: int) -> tuple[int, bool]:
     """One round: (flows deleted, whether anything was)."""
     with store.transaction() as writer:
         counts = dict(writer.execute("SELECT payer, count(*) FROM flows GROUP BY payer"))
@@ -109,7 +118,7 @@ def _shorten(store: Store, size: int) -> tuple[int, bool]:
     return flows, anything
 
 
-def _drop_processes(store: Store, payer: int, wanted: int) -> int:
+def _drop_processes(store: Shrinking, payer: int, wanted: int) -> int:
     """Delete processes without flows, the oldest first; bytes freed, `wanted` or more if there."""
     freed = 0
     while freed < wanted:
@@ -127,7 +136,7 @@ def _drop_processes(store: Store, payer: int, wanted: int) -> int:
     return freed
 
 
-def _drop_flows(store: Store, payer: int, wanted: int) -> int:
+def _drop_flows(store: Shrinking, payer: int, wanted: int) -> int:
     """Delete `wanted` of the payer's older flows; how many went."""
     window = min(max(4 * wanted, 2 * _PIECE), _AT_ONCE // 2)
     with store.transaction() as writer:

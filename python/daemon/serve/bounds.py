@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from daemon.history.memory import ROW_BYTES as HISTORY_ROW
-from daemon.serve.session import MAX_ANSWER, MAX_BUFFERED, WRITE_HIGH
+from daemon.serve.connection import MAX_BUFFERED, WRITE_HIGH
+from daemon.serve.session import MAX_ANSWER
 from daemon.system.config import Config
 from nlproto.errors import UsageError
 

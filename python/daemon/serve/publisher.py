@@ -210,13 +210,15 @@ class Publisher:
 
     def _step(self, lane: Lane) -> None:
         """One stream's part of one batch, then it is another's turn."""
-        if lane.work is None:
-            self._begin(lane)
-        if lane.work is not None and next(lane.work, self) is self:
-            lane.work = None
-        with self._changed:
-            if lane.work is not None or lane.items:
-                self._rounds.add(lane.user, lane)
+        try:
+            if lane.work is None:
+                self._begin(lane)
+            if lane.work is not None and next(lane.work, self) is self:
+                lane.work = None
+        finally:  # whoever waits behind what failed
+            with self._changed:
+                if lane.work is not None or lane.items:
+                    self._rounds.add(lane.user, lane)
 
     def _begin(self, lane: Lane) -> None:
         with self._changed:

@@ -19,7 +19,7 @@ from daemon.sharing.allowance import Allowance, Meter
 from daemon.sharing.rounds import Rounds
 from nlproto.errors import Error
 
-__all__ = ["Cancelled", "Question", "Questions", "Stop"]
+__all__ = ["FAILED", "Cancelled", "Question", "Questions", "Stop"]
 
 Stop = Callable[[], None]
 """Raises what ends a question; to be called every few ms."""
@@ -27,6 +27,7 @@ Stop = Callable[[], None]
 log = logging.getLogger(__name__)
 
 
+FAILED = "the daemon failed on this request; see its log"
 _LONGEST = 5.0
 """s that a question of a user without rights may take."""
 _PART = 0.002  # s of work between two looks at the allowance
@@ -73,7 +74,7 @@ class Question:
             return error
         except Exception:
             log.exception("a question failed")
-            return Error("the daemon failed on this request; see its log")
+            return Error(FAILED)
         finally:
             _sleep(meter.pause(), self)
 
@@ -141,7 +142,12 @@ class Questions:
             side.waiting -= 1
             side.running = question
             question.running = True
-            future = self._loop.run_in_executor(side.executor, question.run, self._allowance)
+            try:
+                future = self._loop.run_in_executor(side.executor, question.run, self._allowance)
+            except RuntimeError as error:  # no thread can be started
+                side.running = None
+                question.done(Error(f"the daemon cannot work on this now ({error}); try again"))
+                continue
             future.add_done_callback(functools.partial(self._done, side, question))
             return
 

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""The UNIX socket: one daemon a path, any number of clients."""
+"""Serves any number of clients: who may connect, whose turn it is, what all of them share."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import select
 import socket
-import stat
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
@@ -22,24 +20,23 @@ import nlproto
 from daemon.serve.answers import Answers
 from daemon.serve.bounds import ANSWER_BYTES, STREAM_BYTES, Bounds, bounds_of
 from daemon.serve.publisher import Stream
-from daemon.serve.questions import Question, Questions
+from daemon.serve.questions import FAILED, Question, Questions
 from daemon.serve.session import MAX_ANSWER, Session
 from daemon.serve.streams import Streams
-from daemon.sharing.allowance import FILTERS, QUESTIONS, REQUESTS, Allowance, Meter
+from daemon.sharing.allowance import FILTERS, QUESTIONS, REQUESTS, Allowance
 from daemon.sharing.quota import Quota
-from daemon.sharing.rounds import Rounds
+from daemon.sharing.turns import Turns
 from daemon.system.config import Config
-from daemon.system.directory import HeldDirectory
 from daemon.system.rights import Peer, group_id, peer_of
 from nlproto._host import ffi, lib
-from nlproto.client.frames import DEFAULT_SOCKET, PROTOCOL
-from nlproto.errors import Error, NoPrivilege
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.client.frames import PROTOCOL
+from nlproto.errors import Error
+from nlproto.records.batch import NamedBatch
+from nlproto.running.supervise import Failures
 from nlproto.tables.shares import Payers
 
-__all__ = ["Server", "SocketFile"]
+__all__ = ["Server"]
 
-_BACKLOG = 4096  # what the kernel allows, by default
 _AT_ONCE = 512
 """Connections accepted before anything else is done."""
 _READ = 16 << 10
@@ -53,89 +50,9 @@ _PATIENCE = 1.0
 """s that what waits for clients may take when the daemon ends; twice, if need be."""
 _COMPLAIN = 60.0  # s between two entries in the log about the same
 
+Asker = Callable[[dict[str, Any] | Error], None]
+
 log = logging.getLogger(__name__)
-
-
-class SocketFile:
-    """A bound, listening UNIX socket at `path`, ours alone by a lock on `path`.lock.
-
-    Raises Error when a live daemon has it or something else than a socket is there, NoPrivilege
-    when the directory may not be written. On exit the socket's file is removed; the lock's file
-    stays, since removing it would let two daemons hold a lock each.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._lock = -1
-        self._place: HeldDirectory | None = None
-        self._mine: os.stat_result | None = None
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-
-    def __enter__(self) -> SocketFile:
-        try:
-            self._place = HeldDirectory(self.path, os.path.dirname(DEFAULT_SOCKET), 0o755)
-            self._take_lock(self._place)
-            self._remove_stale(self._place)
-            self._mine = self._place.bind(self.socket, 0o666)  # access is decided by credentials
-            self.socket.listen(_BACKLOG)
-        except OSError as error:
-            self._release()
-            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise NoPrivilege(
-                    f"{self.path}: {error.strerror}; run as root or choose another --socket"
-                ) from None
-            raise Error(
-                f"{self.path}: {error.strerror or error}; choose another --socket"
-            ) from None
-        except BaseException:
-            self._release()
-            raise
-        return self
-
-    def _take_lock(self, place: HeldDirectory) -> None:
-        self._lock = place.open_file(0o600, ".lock")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._lock, 32, 0).decode("ascii", "replace").strip()
-            by = f" (pid {holder})" if holder.isdigit() else ""
-            raise Error(
-                f"a daemon{by} already serves {self.path}; stop it first or choose another --socket"
-            ) from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
-
-    def _remove_stale(self, place: HeldDirectory) -> None:
-        found = place.stat()
-        if found is None:
-            return
-        if not stat.S_ISSOCK(found.st_mode):
-            raise Error(
-                f"{self.path} exists and is no socket; remove it or choose another --socket"
-            )
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(1)
-            try:
-                probe.connect(place.path)
-            except (ConnectionRefusedError, FileNotFoundError):
-                pass
-            else:
-                raise Error(f"another program listens on {self.path}; choose another --socket")
-        log.info("taking over the stale socket %s", self.path)
-        place.unlink()
-
-    def __exit__(self, *_: object) -> None:
-        if self._place is not None:
-            self._place.unlink(self._mine)
-        self._release()
-
-    def _release(self) -> None:
-        self.socket.close()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-        if self._place is not None:
-            self._place.close()
 
 
 class Server:
@@ -153,7 +70,6 @@ class Server:
         self.answers = answers
         self.config = config
         self.bounds = bounds or bounds_of(config)
-        self._allowance = Allowance(REQUESTS)
         self.streams = Streams(
             answers.pipeline, self._post, config.max_filters, STREAM_BYTES, Allowance(FILTERS)
         )
@@ -169,10 +85,10 @@ class Server:
         self._arrivals: set[Arrival] = set()
         self._accepted = ffi.new("int[]", _AT_ONCE)
         self._payers = Payers()
-        self._turns: dict[bool, Rounds[Session | Arrival]] = {True: Rounds(), False: Rounds()}
-        self._waiting: list[tuple[Stream, Callable[[dict[str, Any]], None]]] = []
+        self._failures = Failures("clients")
+        self._turns: Turns[Session | Arrival] = Turns(loop, Allowance(REQUESTS), self._failures)
+        self._waiting: list[tuple[Stream, Asker]] = []
         """What users without rights want to know once all records have passed."""
-        self._turning: set[bool] = set()
         self._figures = figures
         self._dropped_before = 0
         self._gid = group_id(config.group)
@@ -193,7 +109,7 @@ class Server:
             self.loop.remove_reader(self._listener)
             self._listener = None
         for arrival in tuple(self._arrivals):
-            self._turn_away(arrival)
+            self.turn_away(arrival)
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -238,7 +154,7 @@ class Server:
             if -found != errno.EAGAIN:
                 self._rest(listener, os.strerror(-found))
             return
-        refused = [fd for fd in ffi.unpack(self._accepted, found) if not self._admit(fd)]
+        refused = [fd for fd in ffi.unpack(self._accepted, found) if not self._may_stay(fd)]
         if refused:
             self.refused += len(refused)
             lib.host_close(refused, len(refused))
@@ -256,6 +172,13 @@ class Server:
 
         self.loop.call_later(0.1, again)
 
+    def _may_stay(self, fd: int) -> bool:
+        try:
+            return self._admit(fd)
+        except Exception as error:  # the others that were accepted with it are no less welcome
+            self._failures.add(error, "accepting")
+            return False
+
     def _admit(self, fd: int) -> bool:
         """Whether the connection may stay; what it takes to serve it is done in its user's turn."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
@@ -265,7 +188,7 @@ class Server:
             log.debug("client lost while it connected: %s", error)
             connection.detach()
             return False
-        user, full = self._payers.of_one(peer.uid), self.sees_everything(peer)
+        user, full = self._payers.of_one(peer.uid), peer.sees_everything(self._gid)
         counted = None if full else user
         if not self._places.has_room(counted):
             connection.detach()
@@ -279,19 +202,19 @@ class Server:
     def serve(self, arrival: Arrival) -> None:
         """Give a connection its session, unless its client has gone already."""
         if _has_gone(arrival.connection):
-            self._turn_away(arrival)
+            self.turn_away(arrival)
             return
         self._arrivals.discard(arrival)
         self._places.give_back(arrival)
-        session = Session(self, arrival.peer, arrival.user)
+        session = Session(self, arrival.peer, arrival.user, arrival.full)
         self._places.take(session, None if session.full else session.user)
         self._sessions.add(session)
         self._task(self._connect(session, arrival.connection))
 
-    def _turn_away(self, arrival: Arrival) -> None:
+    def turn_away(self, arrival: Arrival) -> None:
         self._arrivals.discard(arrival)
         self._places.give_back(arrival)
-        self._turns[arrival.full].discard(arrival.user, arrival)
+        self._turns.discard(arrival)
         arrival.connection.close()
 
     async def _connect(self, session: Session, connection: socket.socket) -> None:
@@ -304,41 +227,33 @@ class Server:
                 raise
             log.debug("client lost while it connected: %s", error)
 
-    def sees_everything(self, peer: Peer) -> bool:
-        return peer.sees_everything(self._gid)
+    @property
+    def queue_size(self) -> int:
+        """Bytes that may wait for one client."""
+        return self.config.client_queue_size
 
-    def left(self, session: Session) -> None:
+    def left(self, session: Session, /) -> None:
         self.slow.discard(session)
         if session in self._sessions:
             self._sessions.discard(session)
             self._places.give_back(session)
             self._dropped_before += session.dropped
-        self._turns[session.full].discard(session.user, session)
+        self._turns.discard(session)
         self.questions.pump()
 
     # Whose turn it is
 
-    def wants_turn(self, session: Session | Arrival) -> None:
+    def wants_turn(self, session: Session | Arrival, /) -> None:
         """The session has something to do; users take turns."""
-        self._turns[session.full].add(session.user, session)
-        if session.full not in self._turning:
-            self._turning.add(session.full)
-            self.loop.call_soon(self._take_turn, session.full)
+        self._turns.add(session)
 
-    def _take_turn(self, full: bool) -> None:
-        rounds, meter = self._turns[full], Meter(None if full else self._allowance)
-        session = rounds.next()
-        if session is not None and session.take_turn():
-            rounds.add(session.user, session)
-        pause = meter.pause()
-        if not rounds:
-            self._turning.discard(full)
-        elif pause:
-            self.loop.call_later(pause, self._take_turn, full)
-        else:
-            self.loop.call_soon(self._take_turn, full)
+    def falls_behind(self, session: Session, /) -> None:
+        self.slow.add(session)
 
-    def has_read(self, session: Session) -> None:
+    def catches_up(self, session: Session, /) -> None:
+        self.slow.discard(session)
+
+    def has_read(self, session: Session, /) -> None:
         self.wants_turn(session)
         self.questions.pump()
 
@@ -355,12 +270,18 @@ class Server:
         """Clients that have gone while nothing was read from them, or that do not read."""
         while True:
             await asyncio.sleep(_LOOK)
-            for session in _hung_up(self._sessions):
+            try:
+                self._let_go()
+            except Exception as error:
+                self._failures.add(error, "looking after clients")
+
+    def _let_go(self) -> None:
+        for session in _hung_up(self._sessions):
+            session.abort()
+        for session in tuple(self.slow):
+            if session.is_stuck(self.loop.time(), _STUCK):
+                self.stuck += 1
                 session.abort()
-            for session in tuple(self.slow):
-                if session.is_stuck(self.loop.time(), _STUCK):
-                    self.stuck += 1
-                    session.abort()
 
     def share_out(self) -> None:
         """Each user's clients have an equal part of the room for queues."""
@@ -379,9 +300,10 @@ class Server:
     async def _tell_accounts(self) -> None:
         """What a client goes by when this daemon dies without a word."""
 
-        def tell(account: dict[str, Any]) -> None:
-            for session in tuple(self._sessions):
-                session.tell_account(account)
+        def tell(account: dict[str, Any] | Error) -> None:
+            if not isinstance(account, Error):
+                for session in tuple(self._sessions):
+                    session.tell_account(account)
 
         while True:
             await asyncio.sleep(_ACCOUNT)
@@ -408,10 +330,10 @@ class Server:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
             self.loop.call_soon_threadsafe(function)
 
-    def after_all_records(self, stream: Stream, function: Callable[[dict[str, Any]], None]) -> None:
+    def after_all_records(self, stream: Stream, function: Asker, /) -> None:
         """Call `function` in the loop once all packets recorded until now were offered to `stream`.
 
-        It gets the account of exactly these.
+        It gets the account of exactly these, or the Error that tells why there is none.
         """
 
         if stream.uid is None:
@@ -422,12 +344,17 @@ class Server:
         if len(self._waiting) == 1:
             self.loop.call_later(_TOGETHER, self._barrier, self._waiting)
 
-    def _barrier(self, waiting: list[tuple[Stream, Callable[[dict[str, Any]], None]]]) -> None:
+    def _barrier(self, waiting: list[tuple[Stream, Asker]]) -> None:
         if waiting is self._waiting:
             self._waiting = []
 
         def passed() -> None:
-            account = self._account(settled=True)
+            account: dict[str, Any] | Error
+            try:
+                account = self._account(settled=True)
+            except Exception as error:  # whoever waits hears of it
+                self._failures.add(error, "the account")
+                account = Error(FAILED)
             for stream, function in waiting:
                 self.streams.mark(stream, partial(function, account))
 
@@ -448,19 +375,6 @@ class Server:
         pipeline = self.answers.pipeline
         with pipeline.account_lock:
             return pipeline.account.as_dict(settled)
-
-    def stats(self, session: Session) -> dict[str, Any]:
-        """What this client may know."""
-        subscription = session.subscription
-        own = {
-            "seen": subscription.seen if session.full else None,
-            "matched": subscription.matched,
-            "sent": subscription.sent,
-            "dropped": subscription.dropped,
-            "queued_bytes": subscription.queued,
-        }
-        fields = self.greeting() | {"client": own}
-        return fields | self.figures() if session.full else fields
 
     def figures(self) -> dict[str, Any]:
         """The account, and sizes and losses of every part. Any thread."""
@@ -493,6 +407,9 @@ class Arrival:
     def take_turn(self) -> bool:
         self.server.serve(self)
         return False
+
+    def abort(self) -> None:
+        self.server.turn_away(self)
 
 
 def _has_gone(connection: socket.socket) -> bool:

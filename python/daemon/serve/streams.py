@@ -14,8 +14,10 @@ from daemon.serve.publisher import Batch, Lane, Piece, Publisher, Stream, Subscr
 from daemon.sharing.allowance import Allowance
 from daemon.sharing.quota import Quota
 from nlproto.errors import Error
-from nlproto.filters.filter import MAX_COST, Filter
-from nlproto.pipeline.pipeline import NamedBatch, Pipeline
+from nlproto.filters.filter import Filter
+from nlproto.filters.words import MAX_COST
+from nlproto.pipeline.pipeline import Pipeline
+from nlproto.records.batch import NamedBatch
 from nlproto.records.wire import BATCH, encode_batch, encode_snaps
 from nlproto.tables.processes import Process, ProcessKey
 
@@ -138,11 +140,12 @@ class Streams:
         self._changed()
 
     def _changed(self) -> None:
-        """The module takes first bytes only while a stream wants them."""
+        """The module tells of packets, and of their first bytes, only while a stream wants them."""
         snapping = any(stream.snaps for lane in self._snapshot for stream in lane.streams)
         self._snapshot = tuple(self._lanes.values())
         self._full.lanes = len(self._lanes.keys() & {None})
         self._others.lanes = len(self._lanes.keys() - {None})
+        self._pipeline.want_packets(bool(self._streams))
         wanted = any(stream.snaps for stream in self._streams.values())
         if wanted != snapping:
             self._pipeline.want_snaps(wanted)
@@ -151,6 +154,8 @@ class Streams:
 
     def publish(self, batch: NamedBatch) -> None:
         """Put the batch, or what each uid may see of it, where the publishers take it."""
+        if not len(batch.records):
+            return
         present: set[int] | None = None
         for lane in self._snapshot:
             if lane.uid is None:

@@ -6,10 +6,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any
-
-import yaml
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_type_hints
 
 from daemon.system.rights import group_id
 from nlproto.client.frames import DEFAULT_SOCKET
@@ -20,64 +18,6 @@ __all__ = ["DEFAULT_GROUP", "RELOADABLE", "Config", "load", "parse"]
 DEFAULT_GROUP = "packet-hunter"
 """Where it is not there, root alone sees everything."""
 
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """Sizes in bytes, times in seconds; `parse` accepts units ("64MiB", "7d")."""
-
-    engine: str = "auto"
-    socket: str = DEFAULT_SOCKET
-    group: str = DEFAULT_GROUP
-    """Members see everything, as root does."""
-    log: str = "auto"
-    """auto (journal under systemd, else stderr), journal, syslog, stderr."""
-    log_level: str = "info"
-    cmdline: str = "program"
-    """What is kept of command lines: full, program (the first word), off."""
-
-    queue_size: int = 64 << 20
-    """Between receiver and worker."""
-    ring_size: int = 16 << 20
-    """For packets that wait for engine packet, in the daemon's own network namespace."""
-    client_queue_size: int = 8 << 20
-    """For each client, as far as the memory limit has room for all (daemon.serve.bounds)."""
-    max_clients: int = 512
-    """A quarter is for those who see everything; another user has an eighth at most."""
-    max_filters: int = 256
-    """Distinct filters at once."""
-    max_processes: int = 65536
-    max_ports: int = 262144
-
-    history: str | None = None
-    """SQLite file; without it the history is in memory alone."""
-    history_flows: int = 200_000
-    """Flows in memory, about 220 bytes each."""
-    history_age: float = 7 * 86400.0
-    history_size: int = 1 << 30
-    flush_interval: float = 1.0
-
-    metrics: str | None = None
-    """HOST:PORT on loopback, which all local users can read, or the absolute path of a UNIX socket
-    for the group; none: off."""
-    metrics_processes: int = 50
-    """Process names with counters of their own; the rest is summed up as "other"."""
-
-
-RELOADABLE = frozenset(
-    {
-        "log_level",
-        "cmdline",
-        "client_queue_size",
-        "max_clients",
-        "max_filters",
-        "history_age",
-        "history_size",
-        "flush_interval",
-        "metrics_processes",
-        "group",
-    }
-)
-"""What SIGHUP changes; the others want a restart."""
 
 _SIZES = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3}
 _SIZES |= {"kb": 1000, "mb": 1000**2, "gb": 1000**3}
@@ -160,29 +100,66 @@ def _metrics(raw: str) -> str:
     return raw
 
 
-_READ: dict[str, Callable[[str], Any]] = {
-    "engine": _word("auto", "module", "ebpf", "packet"),
-    "socket": _path,
-    "group": _name,
-    "log": _word("auto", "journal", "syslog", "stderr"),
-    "log_level": _word("debug", "info", "warning", "error"),
-    "cmdline": _word("full", "program", "off"),
-    "queue_size": _size(1 << 16, 16 << 30),
-    "ring_size": _size(1 << 18, 1 << 30),
-    "client_queue_size": _size(1 << 16, 1 << 30),
-    "max_clients": _number(1, 16384),
-    "max_filters": _number(1, 4096),
-    "max_processes": _number(16, 1 << 20),
-    "max_ports": _number(16, 1 << 22),
-    "history": _path,
-    "history_flows": _number(16, 1 << 24),
-    "history_age": _time(1.0, 100 * 365.25 * 86400),
-    "history_size": _size(1 << 20, 1 << 44),
-    "flush_interval": _time(0.05, 3600.0),
-    "metrics": _metrics,
-    "metrics_processes": _number(1, 10000),
-}
-_OPTIONAL = {"history", "metrics"}
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Sizes in bytes, times in seconds; `parse` accepts units ("64MiB", "7d").
+
+    Each field has what reads its text in the file, and says what it may be.
+    """
+
+    engine: Annotated[str, _word("auto", "module", "ebpf", "packet")] = "auto"
+    socket: Annotated[str, _path] = DEFAULT_SOCKET
+    group: Annotated[str, _name] = DEFAULT_GROUP
+    """Members see everything, as root does."""
+    log: Annotated[str, _word("auto", "journal", "syslog", "stderr")] = "auto"
+    """auto (journal under systemd, else stderr), journal, syslog, stderr."""
+    log_level: Annotated[str, _word("debug", "info", "warning", "error")] = "info"
+    cmdline: Annotated[str, _word("full", "program", "off")] = "program"
+    """What is kept of command lines: full, program (the first word), off."""
+
+    queue_size: Annotated[int, _size(1 << 16, 16 << 30)] = 64 << 20
+    """Between receiver and worker."""
+    ring_size: Annotated[int, _size(1 << 18, 1 << 30)] = 16 << 20
+    """For packets that wait for engine packet, in the daemon's own network namespace."""
+    client_queue_size: Annotated[int, _size(1 << 16, 1 << 30)] = 8 << 20
+    """For each client, as far as the memory limit has room for all (daemon.serve.bounds)."""
+    max_clients: Annotated[int, _number(1, 16384)] = 512
+    """A quarter is for those who see everything; another user has an eighth at most."""
+    max_filters: Annotated[int, _number(1, 4096)] = 256
+    """Distinct filters at once."""
+    max_processes: Annotated[int, _number(16, 1 << 20)] = 65536
+    max_ports: Annotated[int, _number(16, 1 << 22)] = 262144
+
+    history: Annotated[str | None, _path] = None
+    """SQLite file; without it the history is in memory alone."""
+    history_flows: Annotated[int, _number(16, 1 << 24)] = 200_000
+    """Flows in memory, about 220 bytes each."""
+    history_age: Annotated[float, _time(1.0, 100 * 365.25 * 86400)] = 7 * 86400.0
+    history_size: Annotated[int, _size(1 << 20, 1 << 44)] = 1 << 30
+    flush_interval: Annotated[float, _time(0.05, 3600.0)] = 1.0
+
+    metrics: Annotated[str | None, _metrics] = None
+    """HOST:PORT on loopback, which all local users can read, or the absolute path of a UNIX socket
+    for the group; none: off."""
+    metrics_processes: Annotated[int, _number(1, 10000)] = 50
+    """Process names with counters of their own; the rest is summed up as "other"."""
+
+
+RELOADABLE = frozenset(
+    {
+        "log_level",
+        "cmdline",
+        "client_queue_size",
+        "max_clients",
+        "max_filters",
+        "history_age",
+        "history_size",
+        "flush_interval",
+        "metrics_processes",
+        "group",
+    }
+)
+"""What SIGHUP changes; the others want a restart."""
 
 
 def load(path: str) -> Config:
@@ -198,6 +175,8 @@ def load(path: str) -> Config:
 
 def parse(text: str, name: str = "configuration") -> Config:
     """The Config in `text`. Raises UsageError whose message begins with `name`:LINE."""
+    import yaml  # only who has a file needs it
+
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -211,24 +190,25 @@ def parse(text: str, name: str = "configuration") -> Config:
     if not isinstance(root, yaml.MappingNode):
         raise UsageError(f"{name}:1: expected 'name: value' lines")
     values: dict[str, Any] = {}
+    known = get_type_hints(Config, include_extras=True)
     for key, value in root.value:
         place = f"{name}:{key.start_mark.line + 1}"
-        if not isinstance(key, yaml.ScalarNode) or key.value not in _READ:
+        if not isinstance(key, yaml.ScalarNode) or key.value not in known:
             shown = key.value if isinstance(key, yaml.ScalarNode) else "a collection"
-            known = ", ".join(field.name for field in fields(Config))
-            raise UsageError(f"{place}: unknown name {shown!r}; known: {known}")
+            raise UsageError(f"{place}: unknown name {shown!r}; known: {', '.join(known)}")
         if key.value in values:
             raise UsageError(f"{place}: '{key.value}' is given twice")
         if not isinstance(value, yaml.ScalarNode):
             raise UsageError(f"{place}: '{key.value}' takes one value")
+        kind, read = get_args(known[key.value])
         # YAML reads a bare off as a truth value; the words of the file are meant as written
         if value.tag == "tag:yaml.org,2002:null":
-            if key.value not in _OPTIONAL:
+            if type(None) not in get_args(kind):
                 raise UsageError(f"{place}: '{key.value}' has no value")
             values[key.value] = None
             continue
         try:
-            values[key.value] = _READ[key.value](value.value)
+            values[key.value] = read(value.value)
         except ValueError as error:
             raise UsageError(f"{place}: {key.value}: {error}") from None
     return Config(**values)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from nlproto._host import lib as host
 from nlproto.engines.engine import Engine, open_engine
 from nlproto.errors import Error, NoModule, NoPrivilege
 from nlproto.host.kernel_sockets import BoundSocket, KernelSockets
@@ -21,6 +22,7 @@ __all__ = ["Watcher"]
 _SOCKETS = 0.5  # s between two looks
 _STALE = 0.9  # s: with a look that takes long, the port map is still never stale by more than 1 s
 _MODULE = 1.0  # s between two tries to open the module
+_TRIM = 10.0  # s between two times that free memory is given back
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class Watcher:
             (_SOCKETS, self._look_at_sockets),
             (_MODULE, self._look_for_module),
             (_MODULE, self._look_at_probes),
+            (_TRIM, host.host_trim),
         ]
         due = [0.0 for _ in jobs]
         while not self._stopping.wait(0.1):
@@ -102,9 +105,13 @@ class Watcher:
             return
         before = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         found = self.kernel.read()
-        portmap.replace_bound(self._known(found.bound), before)
+        bound = self._known(found.bound)
+        if found.present is None:
+            portmap.replace_bound(bound, before)
+        else:
+            portmap.update_bound(bound, found.changed, found.present, before)
         portmap.add_connected(self._known(found.connected), before)
-        if found.cookies:
+        if len(found.cookies):
             portmap.keep_cookies(found.cookies, before)
         portmap.expire(before)
 
@@ -155,10 +162,8 @@ class Watcher:
                 " (packet-hunter doctor says how)",
             )
             return
-        wanted = "packet" if gone == "ebpf" else self._wanted
-        engine = open_engine(wanted, log.warning, ring_bytes=self._ring_bytes)
-        message = f"engine {gone} has gone: going on with engine {engine.name}"
-        self._change(engine, f"{gone}_gone", message)
+        engine = open_engine("packet", log.warning, ring_bytes=self._ring_bytes)
+        self._change(engine, f"{gone}_gone", f"engine {gone} has gone: going on with engine packet")
 
     def _change(self, engine: Engine, event: str, message: str) -> None:
         self._pipeline.switch(engine)
@@ -179,10 +184,10 @@ class Watcher:
 def _pause(interval: float, took: float) -> float:
     """Seconds from the beginning of a look that took `took` s to the next.
 
-    A look that takes long comes less often, to take no more than a tenth of one core, as long as
-    what it finds is not older than promised.
+    A look that takes long comes less often, to take no more than a fiftieth of one core, as long
+    as what it finds is not older than promised.
     """
-    return max(interval, min(10 * took, _STALE - took))
+    return max(interval, min(50 * took, _STALE - took))
 
 
 def _module() -> Engine | None:

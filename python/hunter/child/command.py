@@ -24,7 +24,6 @@ __all__ = ["Command", "as_invoker"]
 
 _PR_SET_CHILD_SUBREAPER = 36
 _MAX_VERDICTS = 65536
-_REASONS = wire.lib.SNIFFER_HOW_REASONS
 
 Notify = Callable[[str], None]
 
@@ -141,7 +140,7 @@ class Command:
         if self._forks is not None:
             self._forks.read()
         result = np.zeros(len(records), bool)
-        named = np.flatnonzero((records["how"] > 0) & (records["how"] < _REASONS))
+        named = np.flatnonzero(wire.are_named(records["how"]))
         if not len(named):
             return result
         keys = np.empty(len(named), [("tgid", "u8"), ("start", "u8")])

@@ -1,36 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""The command line: what may be said, and the filter that it amounts to."""
+"""The command line: what may be said."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import socket
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NoReturn
 
-from hunter.show.rates import UNITS
-from hunter.sources import interfaces
-from nlproto import Error, UsageError, __version__
+from hunter.cli.options import SUBCOMMANDS, Command, Live, Who, command_of
+from hunter.show.units import UNITS
+from nlproto import UsageError, __version__
 from nlproto.client.frames import DEFAULT_SOCKET
-from nlproto.filters import filter
-from nlproto.filters.filter import Filter, FilterError
 
-__all__ = ["SUBCOMMANDS", "Command", "live_parser", "parse", "parser_of"]
+__all__ = ["live_parser", "parse", "parser_of"]
 
 _SUFFIXES = ".csv .jsonl .parquet .pcapng"
 FORMATS = ("csv", "jsonl", "parquet", "pcapng")
-SUBCOMMANDS = {
-    "top": "processes by rate, live",
-    "who": "which process owns, or owned, a port",
-    "stats": "what the daemon has seen, and how well it names",
-    "annotate": "write the owners into a capture of tcpdump or Wireshark",
-    "report": "make a page of a saved capture",
-    "doctor": "what works on this machine, and what to do about the rest",
-}
 
 _FILTER_HELP = """\
 filter words, as in pcap-filter(7):
@@ -57,15 +45,6 @@ examples:
   sudo packet-hunter -- ./check.sh                  runs as you; as root: -- sudo ./check.sh
   packet-hunter who --port 8080          first words: top who stats annotate report doctor
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """What to do: `name` is "live" or a subcommand, `argv` what "--" precedes."""
-
-    name: str
-    options: argparse.Namespace
-    argv: tuple[str, ...] = ()
 
 
 def _count(text: str) -> int:
@@ -435,10 +414,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """Return the command in `arguments` (sys.argv[1:]).
-
-    Raises UsageError, FilterError.
-    """
+    """Return the command in `arguments` (sys.argv[1:]). Raises UsageError."""
     argv: tuple[str, ...] = ()
     arguments = list(arguments)
     if arguments and arguments[0] in SUBCOMMANDS:
@@ -451,25 +427,21 @@ def parse(arguments: Sequence[str]) -> Command:
             arguments = arguments[:at]
             if not argv:
                 raise UsageError("a command must follow --, as in: packet-hunter -- curl URL")
-    options = parser_of(name).parse_intermixed_args(arguments)
-    # who names a socket means that daemon and nothing else
-    options.socket_given = getattr(options, "socket", None) is not None
-    if not options.socket_given:
-        options.socket = DEFAULT_SOCKET
-    for option in ("save", "output"):
-        if getattr(options, option, None) == "/dev/stdout":
-            setattr(options, option, "-")
-    command = Command(name, options, argv)
-    _check(command)
+    parsed = parser_of(name).parse_intermixed_args(arguments)
+    command = command_of(name, parsed, argv)
+    if isinstance(command, Who):
+        _check_who(command)
+    elif isinstance(command, Live):
+        _check_live(command)
     return command
 
 
-def _check(command: Command) -> None:
-    options = command.options
-    if command.name == "who" and not (options.port or options.host or options.pid or options.pname):
+def _check_who(options: Who) -> None:
+    if not (options.port or options.host or options.pid or options.pname):
         raise UsageError("say what about: who --port N, --host H, --pid P or --pname NAME")
-    if command.name != "live":
-        return
+
+
+def _check_live(options: Live) -> None:
     if options.keep and not options.rotate:
         raise UsageError("-W says how many files -C keeps: give -C SIZE too")
     if options.rotate and (not options.save or options.save == "-"):
@@ -478,62 +450,8 @@ def _check(command: Command) -> None:
         raise UsageError("--format is of --save: give --save FILE too")
     if options.save == "-" and (options.json or options.print):
         raise UsageError("standard output cannot hold both: save to a file")
-    if options.read and (options.direct or command.argv):
+    if options.origin.read and (options.origin.direct or options.argv):
         raise UsageError("-r reads a file: --direct and -- CMD do not go with it")
-    words = options.filter
+    words = options.choice.filter
     if words and words[0] in SUBCOMMANDS:
         raise UsageError(f"{words[0]!r} is a subcommand: write it before the options")
-
-
-def _any(word: str, values: Sequence[str] | None) -> str:
-    return " or ".join(f"{word} {filter.quote(value)}" for value in values or ())
-
-
-def filter_of(options: argparse.Namespace, all_there: bool = True) -> Filter:
-    """Return the filter that words, -F and options amount to.
-
-    `all_there`: the interfaces of -i must be. Raises UsageError, FilterError.
-    """
-    texts = [_joined(options.filter)]
-    if options.filter_file:
-        try:
-            with open(options.filter_file, encoding="utf-8") as file:
-                lines = file.read(filter.MAX_LENGTH + 1).splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8"
-            raise Error(f"cannot read the filter in {options.filter_file}: {reason}") from None
-        texts.append(" ".join(line for line in lines if not line.lstrip().startswith("#")))
-    texts.append({"in": "inbound", "out": "outbound"}.get(options.direction, ""))
-    texts.append(interfaces.filter_text(options.interface, all_there))
-    for word in ("pid", "pname", "uid", "netns", "container", "unit"):
-        texts.append(_any(word, getattr(options, word)))
-    result = filter.EVERYTHING
-    for text in texts:
-        try:
-            result = result & filter.parse(text)
-        except FilterError as error:
-            raise _meant_command(error) or error from None
-    return result
-
-
-def _meant_command(error: FilterError) -> FilterError | None:
-    """What to say when the first word is no filter but nearly a subcommand; None: it is not."""
-    word = error.text[: error.end]
-    if error.start != 0 or "did you mean" in str(error):
-        return None
-    meant = [f"--{word}"] if word in ("help", "version") else []
-    meant = meant or difflib.get_close_matches(word, SUBCOMMANDS, 1, 0.6)
-    if not meant:
-        return None
-    return FilterError(
-        f"unknown word {word!r}; did you mean '{meant[0]}'?", error.text, 0, error.end
-    )
-
-
-def _joined(words: Sequence[str]) -> str:
-    """The filter as one text; a name that the shell unquoted is quoted again."""
-    texts = []
-    for index, word in enumerate(words):
-        named = index and words[index - 1] in ("pname", "container", "unit")
-        texts.append(filter.quote(word) if named and not word.startswith('"') else word)
-    return " ".join(texts)

@@ -3,20 +3,20 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol
 
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from hunter.cli.options import Annotate
+from hunter.cli.signals import Stop
 from hunter.commands.past_owners import Answer, PastOwners, place
 from hunter.formats import pcapng
 from hunter.formats.captures import Flow, look, read_capture
@@ -40,10 +40,6 @@ _CAUSES = 8  # told one by one
 _CANDIDATES = 8  # written of one end; more are counted
 
 
-class Stop(Protocol):
-    def __bool__(self) -> bool: ...
-
-
 @dataclass(slots=True)
 class _Result:
     packets: int = 0
@@ -65,7 +61,7 @@ class _Result:
     exes: dict[tuple[str, int], str] = field(default_factory=dict)
 
 
-def run(options: argparse.Namespace, stop: Stop, notify: Callable[[str], None]) -> None:
+def run(options: Annotate, stop: Stop, notify: Callable[[str], None]) -> None:
     """Annotate options.input into options.output. Raises Error."""
     refuse_pcap(options.output)
     refuse_input(options.output, [options.input])

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hunter.cli.options import Doctor
 from hunter.show.text import plain
 from nlproto import Error
 from nlproto.client.client import DaemonClient
@@ -34,7 +34,7 @@ class Finding:
     text: str
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: Doctor) -> None:
     """Print one line a subject. Raises Error when something is bad."""
     findings = list(examine(options.socket, options.socket_given))
     for finding in findings:

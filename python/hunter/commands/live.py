@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Protocol
 
 from hunter.child.command import Command
-from hunter.cli.arguments import filter_of
+from hunter.cli.choice import filter_of
+from hunter.cli.options import Live
+from hunter.cli.signals import Stop
 from hunter.commands.living import absent
 from hunter.save.capturefile import CaptureFile
 from hunter.save.save_jsonl import JsonSaver
@@ -20,20 +20,15 @@ from hunter.show.columns import columns
 from hunter.show.lines import LinePrinter, Style
 from hunter.show.names import Names
 from hunter.show.summary import Summary
-from hunter.sources.source import Source, open_source
+from hunter.sources.opening import open_source
+from hunter.sources.source import Source
 from nlproto import Error
 from nlproto.host import netns
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 
-__all__ = ["Stop", "run"]
+__all__ = ["run"]
 
 _POLL = 0.1  # s, how soon a signal or the end of a command is noticed
-
-
-class Stop(Protocol):
-    """Whether to end (hunter.cli.signals.Stop)."""
-
-    def __bool__(self) -> bool: ...
 
 
 class _Tables:
@@ -48,23 +43,24 @@ class _Tables:
 
 
 def run(
-    options: argparse.Namespace,
-    argv: Sequence[str],
+    options: Live,
     stop: Stop,
     notify: Callable[[str], None],
 ) -> int:
-    """Show and save until `stop`, -c, --duration or the end of the command `argv`.
+    """Show and save until `stop`, -c, --duration or the end of the command behind "--".
 
     Returns the command's exit code when it ended by itself, else 0. `notify` gets lines for
     people (stderr). Raises Error, BrokenPipeError.
     """
-    wanted = filter_of(options)
+    wanted = filter_of(options.choice)
     shown = ShownAccount()
     with ExitStack() as stack:
-        kind = options.kind = format_of(options.save, options.format) if options.save else ""
-        refuse_input(options.save or "-", options.read or ())
+        kind = format_of(options.save, options.format) if options.save else ""
+        refuse_input(options.save or "-", options.origin.read or ())
         # the source first: an old capture is not emptied for one that cannot begin
-        source = stack.enter_context(open_source(options, wanted, notify))
+        source = stack.enter_context(
+            open_source(options.origin, options.choice, wanted, notify, snaps=kind == "pcapng")
+        )
         savers: dict[str, Saver] = {}
         if options.save:
             savers[options.save] = saver = open_saver(
@@ -74,13 +70,14 @@ def run(
         if options.json:
             savers["standard output"] = JsonSaver(CaptureFile("-"))
         counts: list[Callable[[NamedBatch], None]] = [shown.add]
-        takes = [_Tables(saver, source).add for saver in savers.values()]
+        takes: list[Callable[[NamedBatch], None]] = [
+            _Tables(saver, source).add for saver in savers.values()
+        ]
         outputs: dict[str, Saver | LinePrinter] = {**savers}
         if options.print or not (options.save or options.summary or options.json):
             names = stack.enter_context(Names())
-            style = Style(
-                options.numbers, options.quiet > 0, options.verbose, options.times, netns.own()
-            )
+            own = None if options.origin.read else netns.own()
+            style = Style(options.numbers, options.quiet > 0, options.verbose, options.times, own)
             printer = LinePrinter(style, source, source.holders, names)
             outputs["standard output"] = printer
             takes.append(printer.add)
@@ -90,11 +87,11 @@ def run(
         silent = options.quiet > 1
         if not silent:
             notify(_greeting(source, options))
-        for line in [] if options.read else absent(wanted):
+        for line in [] if options.origin.read else absent(wanted):
             notify(line)
         try:
             try:
-                return _flow(source, counts, takes, shown, options, argv, stop, notify)
+                return _flow(source, counts, takes, shown, options, stop, notify)
             finally:
                 for saver in savers.values():
                     saver.close()  # Parquet is a file only now
@@ -119,12 +116,12 @@ def run(
                     notify(note)
 
 
-def _output_is_free(options: argparse.Namespace) -> bool:
+def _output_is_free(options: Live) -> bool:
     """Whether nothing else goes to standard output, so that the table can."""
     return not (options.print or options.json or options.save == "-")
 
 
-def _greeting(source: Source, options: argparse.Namespace) -> str:
+def _greeting(source: Source, options: Live) -> str:
     where = f"saving to {options.save}" if options.save else "showing"
     if options.summary and not options.save and _output_is_free(options):
         where = "adding up"
@@ -136,8 +133,7 @@ def _flow(
     counts: Sequence[Callable[[NamedBatch], None]],
     takes: list[Callable[[NamedBatch], None]],
     shown: ShownAccount,
-    options: argparse.Namespace,
-    argv: Sequence[str],
+    options: Live,
     stop: Stop,
     notify: Callable[[str], None],
 ) -> int:
@@ -174,7 +170,7 @@ def _flow(
     full = False
     code = 0
     try:
-        command = Command(argv, notify, not options.all) if argv else None
+        command = Command(options.argv, notify, not options.all) if options.argv else None
         try:
             until = None if options.duration is None else time.monotonic() + options.duration
             while not stop:

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from nlproto.filters.filter import Filter, is_container
+from nlproto.filters.filter import Filter
+from nlproto.filters.nodes import is_container
 from nlproto.host.procfs import container_of, pids, unit_of
 
 __all__ = ["absent"]

@@ -154,6 +154,7 @@ class PastOwners:
     def at(self, flow: Flow, end: int, time_s: float | None) -> Answer:
         """Return who owned the flow's source (1) or destination (2) at that Unix time."""
         pair = _pair(flow)
+        near, far = (flow[1], flow[2]) if end == 1 else (flow[2], flow[1])
         begun = self._begun.get(pair)
         moment = _Moment(time_s, None if begun is None else begun[2])
         groups: dict[int, list[Entry]] = {}
@@ -163,7 +164,7 @@ class PastOwners:
                 continue
             if entry["forwarded"]:
                 passed.add(entry["netns"])
-            elif _is(entry, flow[end], flow[3 - end]):
+            elif _is(entry, near, far):
                 groups.setdefault(entry["netns"], []).append(entry)
         certain = pair not in self._cut
         if self._place is not None:
@@ -209,9 +210,7 @@ class _Moment:
         for one in near or named:
             by_process.setdefault((one["pid"], one["start_ns"]), []).append(one)
         found = [max(some, key=_newest) for some in by_process.values()]
-        certain = len(found) == 1 and self._certain(
-            *by_process.values(), near=bool(near), nobody=nobody
-        )
+        certain = len(found) == 1 and self._certain(near or named, bool(near), nobody)
         return _Settled(found, certain, nobody)
 
     def _certain(self, entries: Sequence[Entry], near: bool, nobody: bool) -> bool:

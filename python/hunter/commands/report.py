@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,17 +13,19 @@ from string import Template
 
 import numpy as np
 
+from hunter.cli.options import Report
 from hunter.save.capturefile import CaptureFile
 from hunter.save.saving import refuse_input
 from hunter.show.columns import addresses
-from hunter.show.rates import amount
+from hunter.show.names import Namespaces
 from hunter.show.summary import on_the_wire
 from hunter.show.text import plain
+from hunter.show.units import amount
 from hunter.sources.source_file import FileSource
 from nlproto import Error
 from nlproto.filters.filter import EVERYTHING
-from nlproto.pipeline.pipeline import NamedBatch
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 
 __all__ = ["CaptureSums", "page", "run"]
 
@@ -36,6 +37,8 @@ _ROWS = 200  # in a table
 
 Name = tuple[str, int]
 """(comm, pid); pid 0: a reason instead."""
+Peer = tuple[int, str]
+"""Far end: network namespace and address, which may be another host's in each."""
 
 
 @dataclass(slots=True)
@@ -44,7 +47,7 @@ class _Process:
     sent: int = 0
     received: int = 0
     exe: str = ""
-    peers: set[str] = field(default_factory=set)
+    peers: set[Peer] = field(default_factory=set)
 
     @property
     def total(self) -> int:
@@ -58,7 +61,8 @@ class CaptureSums:
         self.packets = 0
         self.first_s = self.last_s = 0
         self.processes: dict[Name, _Process] = defaultdict(_Process)
-        self.edges: Counter[tuple[Name, str]] = Counter()
+        self.edges: Counter[tuple[Name, Peer]] = Counter()
+        self.namespaces = Namespaces(None)
         self.reasons: Counter[str] = Counter()
         self.seconds: dict[Name, Counter[int]] = defaultdict(Counter)
 
@@ -67,6 +71,8 @@ class CaptureSums:
         records = batch.records
         if not len(records):
             return
+        self.namespaces.see(records["netns"])
+        places = records["netns"].tolist()
         segments, size = on_the_wire(records)
         ends = addresses(records, "saddr"), addresses(records, "daddr")
         incoming = (records["dir"] == wire.lib.SNIFFER_DIR_IN).tolist()
@@ -84,7 +90,7 @@ class CaptureSums:
             if pid and not one.exe:
                 details = source.get(pid, start)
                 one.exe = details.exe if details else ""
-            peer = ends[0][i] if incoming[i] else ends[1][i]
+            peer = (places[i], ends[0][i] if incoming[i] else ends[1][i])
             one.packets += packets[i]
             if incoming[i]:
                 one.received += sizes[i]
@@ -99,12 +105,17 @@ class CaptureSums:
         self.last_s = max(self.last_s, max(seconds))
         self.packets += sum(packets)
 
+    def peer(self, peer: Peer) -> str:
+        """Return the text of a far end, with its namespace where the capture has several."""
+        place = self.namespaces.name(peer[0])
+        return f"{peer[1]} netns {place}" if place else peer[1]
+
     def by_bytes(self) -> list[tuple[Name, _Process]]:
         """Return processes, most bytes first."""
         return sorted(self.processes.items(), key=lambda one: -one[1].total)
 
 
-def run(options: argparse.Namespace, notify: Callable[[str], None]) -> None:
+def run(options: Report, notify: Callable[[str], None]) -> None:
     """Write the page of options.input to options.output. Raises Error."""
     capture = CaptureSums()
     refuse_input(options.output, options.input)
@@ -160,12 +171,12 @@ def page(capture: CaptureSums, title: str) -> str:
         for name, one in ordered[:_ROWS]
         if name[1]
     ]
-    ends: dict[str, Counter[Name]] = defaultdict(Counter)
+    ends: dict[Peer, Counter[Name]] = defaultdict(Counter)
     for (name, peer), size in capture.edges.items():
         ends[peer][name] += size
     peers = [
         (
-            _h(peer),
+            _h(capture.peer(peer)),
             amount(sum(names.values()), "bin-bytes"),
             ", ".join(_h(_label(name)) for name, _ in names.most_common(5)),
         )
@@ -248,7 +259,7 @@ def _timeline(capture: CaptureSums, colours: dict[Name, str]) -> str:
 def _graph(capture: CaptureSums, colours: dict[Name, str]) -> str:
     """Processes at the left, far ends at the right; the wider the line, the more bytes."""
     left = [name for name, _ in capture.by_bytes() if name[1]][:_SHOWN]
-    weight: Counter[str] = Counter()
+    weight: Counter[Peer] = Counter()
     for (name, peer), size in capture.edges.items():
         if name in left:
             weight[peer] += size
@@ -266,13 +277,14 @@ def _graph(capture: CaptureSums, colours: dict[Name, str]) -> str:
         parts.append(
             f'<path d="M290 {y1} C500 {y1} 500 {y2} 700 {y2}" fill="none" stroke-opacity=".6"'
             f' stroke="{colours.get(name, _REST)}" stroke-width="{1 + 11 * size / most:.1f}">'
-            f"<title>{_h(_label(name))} and {_h(peer)}: {amount(size, 'bin-bytes')}</title></path>"
+            f"<title>{_h(_label(name))} and {_h(capture.peer(peer))}:"
+            f" {amount(size, 'bin-bytes')}</title></path>"
         )
     for index, name in enumerate(left):
         y = index * row + 24
         parts.append(f'<text x="280" y="{y}" text-anchor="end">{_h(_label(name))}</text>')
     parts += [
-        f'<text x="710" y="{index * row + 24}">{_h(peer)}</text>'
+        f'<text x="710" y="{index * row + 24}">{_h(capture.peer(peer))}</text>'
         for index, peer in enumerate(right)
     ]
     return (

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Mapping
@@ -14,9 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hunter.cli.options import Stats
 from hunter.show.console import Output
 from hunter.show.text import plain
 from nlproto.client.client import DaemonClient
+from nlproto.pipeline.figures import reasons
 
 __all__ = ["run"]
 
@@ -27,7 +28,7 @@ _CONSTANTS = {
 }
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: Stats) -> None:
     """Ask and print. Raises Error."""
     with DaemonClient(options.socket) as client:
         figures = client.stats()
@@ -93,9 +94,9 @@ def _account(account: Mapping[str, Any]) -> Table:
         ("recorded", account.get("recorded", 0), ""),
         ("records delivered", delivered, ""),
         ("named", named, share),
-        ("unnamed", sum(unnamed.values()), _detail(unnamed)),
+        ("unnamed", sum(unnamed.values()), reasons(unnamed, ",")),
         ("being named", account.get("waiting", 0), ""),
-        ("lost", sum(lost.values()), _detail(lost)),
+        ("lost", sum(lost.values()), reasons(lost, ",")),
     ]
     for name, count, more in rows:
         if name == "being named" and not count:
@@ -103,10 +104,6 @@ def _account(account: Mapping[str, Any]) -> Table:
         bad = name == "lost" and count
         table.add_row(name, Text(f"{count:,}", style="bold red" if bad else "bold"), Text(more))
     return table
-
-
-def _detail(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {n:,}" for name, n in counts.items())
 
 
 _WORDS = {

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+from hunter.cli.options import Who
 from hunter.commands.who_show import show
 from hunter.show.console import Output
 from nlproto import NoDaemon
@@ -22,7 +22,7 @@ _WAIT_S = 10.0  # for the first look of a daemon that has just started
 _ASK_AGAIN_S = 0.2
 
 
-def run(options: argparse.Namespace, notify: Callable[[str], None]) -> None:
+def run(options: Who, notify: Callable[[str], None]) -> None:
     """Ask the daemon, or the kernel's own tables when there is none; print.
 
     Raises Error, and SystemExit(1) when nobody was found.
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace, notify: Callable[[str], None]) -> None:
         raise SystemExit(1)
 
 
-def _ask(client: DaemonClient, options: argparse.Namespace) -> dict[str, Any]:
+def _ask(client: DaemonClient, options: Who) -> dict[str, Any]:
     """A daemon that has just started is asked again until it has seen the kernel's tables once."""
     limit = options.limit
     if not options.json:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ipaddress
 import os
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hunter.cli.options import Who
 from nlproto import NoPrivilege, UsageError
 from nlproto.host import procfs
 from nlproto.host.holders import Holders
@@ -23,7 +23,7 @@ __all__ = ["owners_now"]
 _PROTOS = {name: number for number, name in wire.PROTO_NAMES.items()}
 
 
-def owners_now(options: argparse.Namespace) -> dict[str, Any]:
+def owners_now(options: Who) -> dict[str, Any]:
     """Return what op "who" of the daemon does, as far as the kernel's tables tell.
 
     `options`: port, proto, host, pid, pname. Raises UsageError.
@@ -69,7 +69,7 @@ def _sockets() -> np.ndarray:
 def _owner(
     one: np.void,
     holders: Holders,
-    options: argparse.Namespace,
+    options: Who,
     processes: dict[int, dict[str, Any]],
 ) -> dict[str, Any] | None:
     found = holders.find(int(one["inode"]))

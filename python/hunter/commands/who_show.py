@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from hunter.cli.options import Who
 from hunter.show import names
 from hunter.show.console import Row, put
 from hunter.show.programs import label, programs
@@ -32,7 +32,7 @@ def show(
     answer: Mapping[str, Any],
     console: Console,
     now: float,
-    options: argparse.Namespace,
+    options: Who,
     remembers: bool = True,
 ) -> None:
     """Print the reply of op "who"; `now` is Unix time, `remembers`: it came from a daemon."""
@@ -130,7 +130,7 @@ def _service(lport: int, rport: int | None, asked: int | None) -> tuple[int | No
     return (lport, None) if lport <= rport else (None, rport)
 
 
-def _now_rows(owners: Sequence[Entry], options: argparse.Namespace) -> list[Row]:
+def _now_rows(owners: Sequence[Entry], options: Who) -> list[Row]:
     """A row for each owner, far host and state."""
     sums: dict[tuple[Any, ...], tuple[Entry, _Ends, set[tuple[Any, ...]]]] = {}
     for one in owners:
@@ -197,7 +197,7 @@ class _Sum:
 def _seen_rows(
     flows: Sequence[Entry],
     processes: Mapping[tuple[int, int], Entry],
-    options: argparse.Namespace,
+    options: Who,
     now: float,
 ) -> list[Row]:
     """A row for each program, far host and service, newest first."""

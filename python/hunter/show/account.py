@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from nlproto.pipeline.pipeline import NamedBatch
-from nlproto.records import wire
+from nlproto.pipeline import figures
+from nlproto.records.batch import NamedBatch
 
 __all__ = ["ShownAccount"]
 
@@ -33,12 +33,12 @@ class ShownAccount:
 
     @property
     def named(self) -> int:
-        return _named(self._by_how)
+        return figures.named(self._by_how)
 
     @property
     def unnamed(self) -> dict[str, int]:
         """Records without an owner, by reason."""
-        return _unnamed(self._by_how)
+        return figures.unnamed(self._by_how)
 
     def lines(
         self,
@@ -53,7 +53,6 @@ class ShownAccount:
         """
         lines = []
         if account is not None:
-            gone = {place: n for place, n in account["lost"].items() if n}
             lines.append(
                 f"{account['packets']} packets seen, {account['skipped']} of them of no interest "
                 "(later fragments, other protocols)"
@@ -61,41 +60,18 @@ class ShownAccount:
                 else f"{account['packets']} packets seen"
             )
             lines.append(
-                f"{account['records']} records = {account['delivered']} delivered"
-                f" + {sum(gone.values())} lost{_detail(gone)}"
+                figures.delivery(account["records"], account["delivered"], account["lost"])
             )
             if account.get("gap_ms"):
-                away = account["gap_ms"] / 1000
-                lines.append(f"nothing was recorded for {away:.1f} s: lost, not counted")
-        share = f" ({100 * self.named / self.records:.1f} %)" if self.records else ""
-        lines.append(
-            f"{self.records} {done} = {self.named} named{share}"
-            f" + {self.records - self.named} unnamed{_detail(self.unnamed)}"
-        )
+                lines.append(figures.gap(account["gap_ms"]))
+        lines.append(figures.naming(self.records, done, self.unnamed))
         for name, count in (missing or {}).items():
             if count:
                 lines.append(f"{count} of {self.records} {done} are not in {name}")
         others = int(self._others.sum())
         if others:
-            named = _named(self._others)
-            lines.append(
-                f"{others} not of the command = {named} of other processes + {others - named}"
-                f" unnamed{_detail(_unnamed(self._others))}; --all shows them"
-            )
+            told = figures.naming(others, "not of the command", figures.unnamed(self._others))
+            lines.append(f"{told}; --all shows them")
         if lost:
             lines.append(f"{lost} lost on the way to this program, which read too slowly")
         return lines
-
-
-def _named(by_how: np.ndarray) -> int:
-    return int(by_how[1 : wire.lib.SNIFFER_HOW_REASONS].sum())
-
-
-def _unnamed(by_how: np.ndarray) -> dict[str, int]:
-    counts = enumerate(by_how.tolist())
-    return {wire.HOW_NAMES[how]: n for how, n in counts if n and not wire.is_named(how)}
-
-
-def _detail(counts: Mapping[str, int]) -> str:
-    parts = [f"{name.replace('_', ' ')} {n}" for name, n in counts.items()]
-    return f" ({', '.join(parts)})" if parts else ""

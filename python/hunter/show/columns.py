@@ -15,8 +15,8 @@ import numpy as np
 
 from hunter.show import names
 from hunter.show.text import sound
-from nlproto.pipeline.pipeline import NamedBatch
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from nlproto.tables.processes import Process
 
 __all__ = [
@@ -198,7 +198,7 @@ def _shared(records: np.ndarray, holders: Holders) -> dict[int, list[Holder]]:
 def columns(batch: NamedBatch, details: Details, holders: Holders = nobody) -> Columns:
     """Return the records of `batch` as columns; `details` gives what records lack (exe)."""
     records = batch.records
-    named = ((records["how"] > 0) & (records["how"] < wire.lib.SNIFFER_HOW_REASONS)).tolist()
+    named = wire.are_named(records["how"]).tolist()
     tgid, start = records["tgid"].tolist(), records["start_ns"].tolist()
     processes = [
         details.get(pid, since) if known else None

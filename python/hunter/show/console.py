@@ -16,7 +16,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Output", "Row", "put"]
+__all__ = ["Output", "Row", "has_blocks", "put"]
 
 Row = list[str | Text]
 
@@ -37,7 +37,7 @@ class Output(Console):
     @property
     def encoding(self) -> str:
         """What rich chooses ASCII boxes by; Python says UTF-8 in the C locale too."""
-        return "ascii" if self._plain or _locale_is_ascii() else super().encoding
+        return "ascii" if self._plain or locale_is_ascii() else super().encoding
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print; a table loses the blanks that fill its lines."""
@@ -68,7 +68,12 @@ class _Trimmed:
             yield Segment.line()
 
 
-def _locale_is_ascii() -> bool:
+def has_blocks() -> bool:
+    """Whether the terminal can be expected to have the blocks that bars are made of."""
+    return os.environ.get("TERM") not in ("dumb", "linux") and not locale_is_ascii()
+
+
+def locale_is_ascii() -> bool:
     """Whether the user's locale is C or POSIX, whatever encoding Python takes in it."""
     for name in ("LC_ALL", "LC_CTYPE", "LANG"):
         value = os.environ.get(name)

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.text import Text
 
 from hunter.show.columns import FLAGS, Columns, Details, Holders, columns, tcp_flags
-from hunter.show.names import Names, netns, service
+from hunter.show.names import Names, Namespaces, service
 from hunter.show.text import plain
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 
 __all__ = ["LinePrinter", "Style", "tcp_flags"]
 
@@ -31,7 +31,7 @@ class Style:
     verbose: int = 0
     times: int = 0
     netns: int | None = None
-    """The reader's own network namespace: packets of others say theirs."""
+    """As in hunter.show.names.Namespaces."""
 
 
 class LinePrinter:
@@ -52,6 +52,7 @@ class LinePrinter:
         self._details = details
         self._holders = holders
         self._names = names
+        self._namespaces = Namespaces(style.netns)
         self.rows = 0
         """Lines that are written, at least."""
         self._out = out or sys.stdout
@@ -80,6 +81,7 @@ class LinePrinter:
     def _parts(self, batch: NamedBatch) -> list[list[tuple[str, str]]]:
         table = columns(batch, self._details, self._holders)
         records = batch.records
+        self._namespaces.see(records["netns"])
         moments = self._moments(batch)
         flags = records["tcp_flags"].tolist()
         rows = []
@@ -97,8 +99,8 @@ class LinePrinter:
             if known and not self._style.quiet:
                 parts.append((f" [{_TCP_FLAGS[flags[i]]}]", "dim"))
             parts += self._owner(table, i)
-            if self._style.netns not in (None, table.netns[i]):
-                parts.append((f" netns {plain(netns(table.netns[i]))}", "blue"))
+            if place := self._namespaces.name(table.netns[i]):
+                parts.append((f" netns {plain(place)}", "blue"))
             if self._style.verbose:
                 parts.append((self._more(table, records, i), "dim"))
             rows.append(parts)

@@ -15,6 +15,8 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from nlproto.host.netns import NAMED
 from nlproto.host.procfs import user_name as user
 from nlproto.records.wire import bounded
@@ -22,7 +24,17 @@ from nlproto.running.supervise import Failures
 
 _SETTLED_NS = 2_000_000_000
 
-__all__ = ["Names", "interface", "netns", "own_hosts", "own_users", "service", "services", "user"]
+__all__ = [
+    "Names",
+    "Namespaces",
+    "interface",
+    "netns",
+    "own_hosts",
+    "own_users",
+    "service",
+    "services",
+    "user",
+]
 
 
 @lru_cache(1)
@@ -61,6 +73,36 @@ def netns(inode: int, since_s: float | None = None) -> str:
     if inode not in known or (since_s is not None and since_s < changed_s):
         return str(inode)
     return known[inode]
+
+
+class Namespaces:
+    """Says which network namespace something is of, where that goes without saying otherwise.
+
+    `own`: the reader's, which needs no word. None: what is shown is of a file. Its namespaces may
+    be another machine's, so they have numbers alone, and those once there are several.
+    """
+
+    def __init__(self, own: int | None) -> None:
+        self._own = own
+        self._first = 0
+        self.several = False
+        """Whether a file has more than one (see())."""
+
+    def see(self, numbers: np.ndarray) -> None:
+        """Learn of namespaces before they are shown; 0 is none that is known."""
+        if not self.several:
+            there = np.unique(numbers)
+            there = there[there != 0]
+            self._first = self._first or int(there[0] if len(there) else 0)
+            self.several = bool(np.any(there != self._first))
+
+    def name(self, number: int) -> str:
+        """Return "" where it goes without saying."""
+        if number == 0 or number == self._own:
+            return ""
+        if self._own is None:
+            return str(number) if self.several else ""
+        return netns(number)
 
 
 def _namespaces() -> tuple[dict[int, str], float]:

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nlproto.pipeline.pipeline import NamedBatch
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from nlproto.tables.flows import address_bytes, summarize
 
-__all__ = ["FlowRate", "Meter", "ProcessRate", "Rates", "UNITS", "amount"]
+__all__ = ["FlowRate", "Meter", "ProcessRate", "Rates"]
 
-UNITS = ("bin-bytes", "bin-bits", "si-bytes", "si-bits")
 HISTORY = 12  # ticks that a sparkline shows
 KEPT_S = 60.0  # what a live view keeps a process for after its last packet
 MAX_FLOWS = 50_000
@@ -25,21 +24,8 @@ RateKey = tuple[int, int, int]
 FlowKey = tuple[int, ...]
 """netns, proto, local port, remote port, local and remote address as two numbers each."""
 
-
-def amount(value: float, units: str) -> str:
-    """Return bytes as text in one of UNITS, 3 or 4 digits: "1.2 KiB", "12 Mb"."""
-    if units.endswith("bits"):
-        value *= 8
-    unit = "b" if units.endswith("bits") else "B"
-    step, letters = (1024.0, "KMGT") if units.startswith("bin") else (1000.0, "kMGT")
-    if value < step:
-        return f"{value:.0f} {unit}"
-    for letter in letters:
-        value /= step
-        if value < step or letter == "T":
-            break
-    infix = "i" if units.startswith("bin") else ""
-    return f"{value:.{1 if value < 99.95 else 0}f} {letter}{infix}{unit}"
+FarEnd = tuple[int, str]
+"""Network namespace and address: an address may be another host's in each."""
 
 
 @dataclass(slots=True)
@@ -78,8 +64,9 @@ class Meter:
 
 @dataclass(slots=True)
 class FlowRate:
-    """One flow of one process; addresses are text."""
+    """One flow of one process, in one network namespace; addresses are text."""
 
+    netns: int
     proto: str
     local: str
     lport: int
@@ -105,11 +92,11 @@ class ProcessRate:
     def pid(self) -> int | None:
         return self.key[0] or None
 
-    def remotes(self) -> dict[str, Meter]:
-        """Return the far ends by address, their flows added up."""
-        ends: dict[str, Meter] = {}
+    def remotes(self) -> dict[FarEnd, Meter]:
+        """Return the far ends, their flows added up."""
+        ends: dict[FarEnd, Meter] = {}
         for flow in self.flows.values():
-            end = ends.setdefault(flow.remote, Meter())
+            end = ends.setdefault((flow.netns, flow.remote), Meter())
             end.sent += flow.meter.sent
             end.received += flow.meter.received
             end.packets += flow.meter.packets
@@ -178,6 +165,7 @@ class Rates:
             flow = process.flows.get(name)
             if flow is None:
                 flow = FlowRate(
+                    netns,
                     wire.PROTO_NAMES.get(proto, str(proto)),
                     wire.address_text(family, address_bytes(flows["laddr"][index])),
                     lport,

@@ -14,8 +14,8 @@ from rich.table import Table
 from hunter.show.columns import Details, addresses
 from hunter.show.console import Output
 from hunter.show.text import plain
-from nlproto.pipeline.pipeline import NamedBatch
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 
 __all__ = ["Summary", "on_the_wire"]
 
@@ -27,7 +27,8 @@ class _Sum:
     comm: str
     packets: int = 0
     bytes: int = 0
-    peers: set[str] = field(default_factory=set)
+    peers: set[tuple[int, str]] = field(default_factory=set)
+    """Far ends: an address is another host's in another network namespace."""
 
 
 def on_the_wire(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -48,6 +49,7 @@ class Summary:
         packets, sizes = (one.tolist() for one in on_the_wire(records))
         comms = records["comm"].tolist()
         source, target = addresses(records, "saddr"), addresses(records, "daddr")
+        places = records["netns"].tolist()
         incoming = (records["dir"] == wire.lib.SNIFFER_DIR_IN).tolist()
         owners = zip(
             records["tgid"].tolist(),
@@ -64,7 +66,7 @@ class Summary:
             one.packets += packets[i]
             one.bytes += sizes[i]
             if len(one.peers) < _MAX_PEERS:
-                one.peers.add(source[i] if incoming[i] else target[i])
+                one.peers.add((places[i], source[i] if incoming[i] else target[i]))
 
     def figures(self) -> Mapping[tuple[int, int, int], tuple[str, int, int, int]]:
         """Return (name, packets, bytes, far ends) by (tgid, start_ns, 0) or (0, 0, how)."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nlproto.records.wire import lib
+from nlproto.records.wire import are_named
 
 __all__ = ["DaemonAccounts"]
 
@@ -51,7 +51,7 @@ class DaemonAccounts:
     def received(self, hows: np.ndarray) -> None:
         """Records came; `hows` is their field `how`."""
         self._since += len(hows)
-        self._named_since += int(np.count_nonzero(hows < lib.SNIFFER_HOW_REASONS))
+        self._named_since += int(np.count_nonzero(are_named(hows)))
 
     def cut(self) -> None:
         """The daemon died: what is known of it is the last mark and what came after."""

@@ -17,7 +17,8 @@ from nlproto.filters.filter import Filter
 from nlproto.host import procfs
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.naming import Namer
-from nlproto.pipeline.pipeline import NamedBatch, Pipeline
+from nlproto.pipeline.pipeline import Pipeline
+from nlproto.records.batch import NamedBatch
 from nlproto.running.commands import as_root
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import Process, Processes

@@ -21,7 +21,7 @@ from nlproto.client.client import (
     StreamBatch,
 )
 from nlproto.filters.filter import Filter
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 from nlproto.records.first_bytes import FirstBytes
 from nlproto.tables.processes import Process, Processes
 

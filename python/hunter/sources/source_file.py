@@ -21,8 +21,8 @@ from hunter.show.columns import FLAGS, Holder, tcp_flags_of
 from hunter.show.text import sound
 from nlproto import Error, UsageError
 from nlproto.filters.filter import Filter
-from nlproto.pipeline.pipeline import NamedBatch
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.records.first_bytes import FirstBytes
 from nlproto.tables.flows import pack_address
@@ -257,7 +257,7 @@ class FileSource:
         uid = _number(values, "uid", _U32, None)
         if not pid:
             raise _Bad("pid", pid)
-        texts = {name: _text(values, name) for name in _TEXTS}
+        texts: dict[str, Any] = {name: _text(values, name) for name in _TEXTS}
         comm = _text(values, "comm")
         if values.get("start_ns") in ("", None):
             start = self._start((pid, uid, texts["exe"]))

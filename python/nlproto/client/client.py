@@ -29,8 +29,8 @@ from nlproto.client.frames import (
     parse_json,
 )
 from nlproto.errors import DaemonBusy, Error, NoDaemon, NoPrivilege, UsageError, VersionMismatch
-from nlproto.pipeline.pipeline import NamedBatch
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.running.commands import as_root
 from nlproto.tables.processes import Process

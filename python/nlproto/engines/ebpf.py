@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Engine `ebpf`: what sniffer.ko does, by programs that the kernel checks (bpf/). Exact too.
+"""Engine `ebpf`: what sniffer.ko does, by programs that the kernel checks (bpf/).
 
-What it cannot do is in the README's table of engines. The programs are attached while the engine
+What it cannot do is in the README. The programs are attached while the engine
 is open and go with this process, however it ends.
 """
 
@@ -81,9 +81,10 @@ class _Cpu:
 
 
 class EbpfEngine:
-    """See nlproto.engines.engine.Engine. Raises NoBpf, whose message says why it cannot run here."""
+    """See nlproto.engines.engine.Engine. Raises NoBpf, which says why it cannot run here."""
 
     name = "ebpf"
+    group = "packets"
 
     def __init__(self, notify: Callable[[str], None], *, ring_bytes: int = RING_BYTES) -> None:
         self._notify = notify
@@ -254,8 +255,11 @@ class EbpfEngine:
     def want_snaps(self, wanted: bool) -> bool:
         return False
 
-    def flush(self) -> np.ndarray:
-        """Return where each processor stands; nothing is held back that read() does not see."""
+    def want_packets(self, wanted: bool) -> None:
+        """There is nothing else to be had."""
+
+    def _position(self) -> np.ndarray:
+        """Where each processor's stream stands, as TAIL."""
         counters = self._counters.copy()
         tails = np.zeros(len(counters), wire.TAIL)
         tails["cpu"] = np.arange(len(counters))
@@ -267,7 +271,7 @@ class EbpfEngine:
         return tails
 
     def begin(self) -> int:
-        self.opening = self.flush()
+        self.opening = self._position()
         self._until = {}
         self._cpus = {
             int(tail["cpu"]): _Cpu(
@@ -278,8 +282,14 @@ class EbpfEngine:
         return time.monotonic_ns()
 
     def finish(self, until_ns: int | None = None) -> Iterator[Batch]:
-        tails = self.flush()
+        tails = self._position()
         self._until = {int(tail["cpu"]): int(tail["record_seq"]) for tail in tails}
+        yield from self._up_to(tails)
+
+    def catch_up(self) -> Iterator[Batch]:
+        yield from self._up_to(self._position())
+
+    def _up_to(self, tails: np.ndarray) -> Iterator[Batch]:
         deadline = time.monotonic() + 2 * _LATE
         while True:
             yield from self._batches(self._take())

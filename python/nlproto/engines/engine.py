@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Engines: where records come from. `module` and `ebpf` are exact, `packet` needs neither."""
+"""Engines: where records come from. `packet` needs neither module nor BPF."""
 
 from collections.abc import Callable, Iterable
 from typing import Protocol, Self
@@ -8,24 +8,24 @@ import numpy as np
 
 from nlproto.errors import NoModule, NoPrivilege, UsageError
 from nlproto.kernel.loading import advice
-from nlproto.records.wire import Batch, ProcessEvent, SnapBatch
+from nlproto.records.wire import Event
 
 __all__ = ["ENGINES", "Engine", "Event", "open_engine"]
 
 ENGINES = ("auto", "module", "ebpf", "packet")
-
-Event = Batch | ProcessEvent | SnapBatch
 
 
 class Engine(Protocol):
     """A source of records that is open from its construction to the end of its context.
 
     One thread at a time. `opening` and `closing` are TAIL arrays for Account.open and .close:
-    where the stream of each CPU began, and after finish() where it ended.
+    where the stream of each CPU began, and what catch_up() or finish() have read it up to.
     """
 
     name: str
     instance: int
+    group: str
+    """Where records come from now: "packets", or "flows" and summed up."""
     opening: np.ndarray
     closing: np.ndarray
 
@@ -45,8 +45,19 @@ class Engine(Protocol):
         """Send the first bytes of packets too, or no more; whether it can. From any thread."""
         ...
 
-    def flush(self) -> np.ndarray:
-        """Make the source send what it holds back; return where each CPU stands (TAIL)."""
+    def want_packets(self, wanted: bool) -> None:
+        """Go over to packets one by one, or to flows where the source sums up, each record once.
+
+        Afterwards `group` is from where records come that are made from now on, `opening` where
+        they begin. A source that always tells of packets does nothing. Raises as read().
+        """
+        ...
+
+    def catch_up(self) -> Iterable[Event]:
+        """Yield everything that was recorded until now; afterwards `closing` is set.
+
+        Bounded by where the stream stands now: not by a time, and a flood does not prolong it.
+        """
         ...
 
     def begin(self) -> int:
@@ -54,7 +65,7 @@ class Engine(Protocol):
         ...
 
     def finish(self, until_ns: int | None = None) -> Iterable[Event]:
-        """Flush and yield the rest of the stream; afterwards `closing` is set.
+        """Yield the rest of the stream; afterwards `closing` is set and it has ended.
 
         `until_ns`: when another engine began; engine packet leaves out what came since.
         """

@@ -9,28 +9,31 @@ from typing import Self
 
 import numpy as np
 
-from nlproto.errors import NoModule, VersionMismatch
-from nlproto.kernel.netlink import Listener, Sniffer
+from nlproto.errors import Error, NoModule, VersionMismatch
+from nlproto.kernel.netlink import FLOWS, PACKETS, Listener, Sniffer
 from nlproto.records import wire
-from nlproto.records.wire import Batch, ProcessEvent, SnapBatch, lib
+from nlproto.records.wire import Batch, Event, FlowBatch, lib
 
 __all__ = ["ModuleEngine"]
 
+_CUTS = 64  # changes of the group that are known at most; batches before that are lost
 _BURST = 64  # messages a read() at most, so that its caller gets a turn under a flood
-
 
 _STATE = Path("/sys/module/sniffer/initstate")  # kernel/module/sysfs.c; "live" when it is loaded
 
 
 def _refuse_half_loaded() -> None:
-    """Raise NoModule while insmod is at work: the family answers before the probes are there."""
+    """Raise NoModule while insmod or rmmod is at work: the family answers without the probes.
+
+    To be asked after the family has answered: the file is older than the family.
+    """
     with contextlib.suppress(OSError):
-        if _STATE.read_text() == "coming\n":
-            raise NoModule("sniffer.ko is being loaded; try again in a moment")
+        if _STATE.read_text() != "live\n":
+            raise NoModule("sniffer.ko is being loaded or unloaded; try again in a moment")
 
 
 class ModuleEngine:
-    """Reads the groups `groups`; see nlproto.engines.engine.Engine.
+    """Reads the groups `groups`, of packets and flows one; see nlproto.engines.engine.Engine.
 
     The stream begins at a FLUSH after joining, so that an account opened with `opening` knows
     every record from there on, also on a CPU whose first batches were lost.
@@ -43,10 +46,11 @@ class ModuleEngine:
         groups: tuple[str, ...] = ("packets", "processes"),
         notify: Callable[[str], None] | None = None,
     ) -> None:
+        self.group = FLOWS if FLOWS in groups else PACKETS
         self.closing: np.ndarray = np.zeros(0, wire.TAIL)
-        _refuse_half_loaded()
         self._control = Sniffer()
         try:
+            _refuse_half_loaded()
             self._listener = Listener(groups, notify)
             try:
                 info = self._control.info()
@@ -56,7 +60,7 @@ class ModuleEngine:
                         f" program version {lib.SNIFFER_VERSION}: load the module of this release"
                     )
                 self.instance = int(info["instance"])
-                self.opening = self._control.flush()
+                self.opening = self._flush()
                 # after the group was joined: who is not in the dump is told of there
                 self._known = self._control.processes() if "processes" in groups else []
             except BaseException:
@@ -65,8 +69,12 @@ class ModuleEngine:
         except BaseException:
             self._control.close()
             raise
-        self._starts = _sequences(self.opening)
+        self._cuts: list[tuple[dict[int, int], str]] = []
+        """From which sequence of each CPU on records come from which group."""
+        self._cut()
         self._ends: dict[int, int] = {}
+        self._sent_ns = 0
+        """When the last batch that was read left its CPU."""
 
     def __enter__(self) -> Self:
         return self
@@ -80,7 +88,7 @@ class ModuleEngine:
         """The commands, for callers that ask the module more than the stream tells."""
         return self._control
 
-    def read(self, timeout: float) -> Iterator[Batch | ProcessEvent | SnapBatch]:
+    def read(self, timeout: float) -> Iterator[Event]:
         """Begins with the processes that the module knows already."""
         known, self._known = self._known, []
         yield from known
@@ -88,29 +96,60 @@ class ModuleEngine:
         for _ in range(_BURST):
             received = self._listener.recv(timeout)
             if received is None:
+                del self._cuts[:-1]  # what was recorded before the last one has been read
                 return
             timeout = 0.0
             event = self._decode(*received)
             if event is not None:
                 yield event
 
-    def _decode(self, command: int, payload: memoryview) -> Batch | ProcessEvent | SnapBatch | None:
+    def _decode(self, command: int, payload: memoryview) -> Event | None:
         if command == lib.SNIFFER_CMD_PACKETS:
-            batch = wire.decode_batch(payload)
-            return batch if self._belongs(batch.head) else None
+            return self._belonging(wire.decode_batch(payload), PACKETS)
+        if command == lib.SNIFFER_CMD_FLOWS:
+            return self._belonging(wire.decode_flows(payload), FLOWS)
         if command == lib.SNIFFER_CMD_PROCESS:
             return wire.decode_process(payload)
         if command == lib.SNIFFER_CMD_SNAPS:
             return wire.decode_snaps(payload)
         return None
 
-    def _belongs(self, head: np.void) -> bool:
-        """Whether a batch lies between opening and closing; FLUSH cuts at batch boundaries."""
+    def _belonging(self, batch: Batch | FlowBatch, group: str) -> Batch | FlowBatch | None:
+        """The batch, if it is from the right group, and from between opening and closing.
+
+        FLUSH cuts at batch boundaries.
+        """
+        head = batch.head
+        self._sent_ns = int(head["mono_ns"])
         if int(head["instance"]) != self.instance:
-            return True
+            return batch
         cpu, first = int(head["cpu"]), int(head["record_seq"])
-        end = self._ends.get(cpu)
-        return first >= self._starts.get(cpu, 0) and (end is None or first < end)
+        if cpu in self._ends and first >= self._ends[cpu]:
+            return None
+        for starts, wanted in reversed(self._cuts):
+            if first >= starts.get(cpu, 0):
+                return batch if group == wanted else None
+        return None
+
+    def want_packets(self, wanted: bool) -> None:
+        before, group = self.group, PACKETS if wanted else FLOWS
+        if group == before:
+            return
+        try:
+            self._listener.join(group)
+        except OSError:  # unloaded meanwhile: the next read() tells
+            return
+        except Error:  # an older module: it has packets alone
+            return
+        # a member of both: records until this flush come from the one, the rest from the other
+        self.group = group
+        self.opening = self._flush()
+        self._cut()
+        self._listener.leave(before)
+
+    def _cut(self) -> None:
+        """At `opening`; one for each change since the kernel's queue was last empty."""
+        self._cuts = [*self._cuts[-_CUTS:], (_sequences(self.opening), self.group)]
 
     def want_snaps(self, wanted: bool) -> bool:
         if not wanted:
@@ -122,28 +161,45 @@ class ModuleEngine:
             return False
         return True
 
-    def flush(self) -> np.ndarray:
+    def _flush(self) -> np.ndarray:
+        """Make the module send what it holds back; where each CPU stands (TAIL)."""
+        if self.group == FLOWS:
+            tails: np.ndarray = self._control.flush_flows()["tail"]
+            return tails
         return self._control.flush()
 
-    def begin(self) -> int:
-        self.opening = self._control.flush()
-        self._starts = _sequences(self.opening)
-        return time.monotonic_ns()
+    def catch_up(self) -> Iterator[Event]:
+        tails = self._flush()
+        yield from self._queued()
+        self.closing = tails
 
-    def finish(self, until_ns: int | None = None) -> Iterator[Batch | ProcessEvent | SnapBatch]:
-        # The kernel queues the last batches before it answers, so what is there now is all.
-        tails = self._control.flush()
-        self._ends = _sequences(tails)
+    def _queued(self) -> Iterator[Event]:
+        """What the kernel queued before it answered a FLUSH just now; a flood has no end."""
+        end = time.monotonic_ns()
         while (received := self._listener.recv(0)) is not None:
             event = self._decode(*received)
             if event is not None:
                 yield event
+            if self._sent_ns > end:
+                break
+
+    def begin(self) -> int:
+        self.opening = self._flush()
+        self._cuts.clear()
+        self._cut()
+        return time.monotonic_ns()
+
+    def finish(self, until_ns: int | None = None) -> Iterator[Event]:
+        tails = self._flush()
+        self._ends = _sequences(tails)
+        yield from self._queued()
         self.closing = tails
 
     def stats(self) -> dict[str, object]:
         info, counters = self._control.info(), self._control.counters()
         found: dict[str, object] = {
             "engine": self.name,
+            "group": self.group,
             "receive_bytes": self._listener.receive_bytes,
         }
         found.update({name: int(info[name]) for name in wire.INFO.names or ()})

@@ -111,6 +111,7 @@ class PacketEngine:
     """
 
     name = "packet"
+    group = "packets"
 
     def __init__(
         self,
@@ -126,9 +127,9 @@ class PacketEngine:
         self._proc = proc
         self._use_diag = sock_diag
         self._now_ns = now_ns
-        self._holders = Holders(proc, now_ns)
-        self._failures = Failures("engine packet")
         self._urgency = Urgency(now_ns)
+        self._holders = Holders(proc, now_ns, self._urgency.patiently)
+        self._failures = Failures("engine packet")
         self._places: dict[int, _Capture] = {}
         self._poll = select.poll()
         self._by_fd: dict[int, _Capture] = {}
@@ -142,7 +143,7 @@ class PacketEngine:
         self._own = netns.own(proc)
         self._add(self._own, self._open(self._own, proc / "self" / "ns" / "net", ring_bytes))
         self._others = CapturedNamespaces(self._open_other, self._own, notify, proc)
-        self.opening = self.flush()
+        self.opening = self._position()
         self.closing: np.ndarray = np.zeros(0, wire.TAIL)
         try:
             if everywhere:
@@ -278,18 +279,7 @@ class PacketEngine:
         records, to_all = frames.records, frames.to_all
         self._skipped += place.capture.skipped - before
         self._packets += place.capture.skipped - before
-        dropped = place.capture.drops()
-        if dropped and not place.told:
-            place.told = True
-            own = place.capture.netns == self._own
-            self._notify(
-                f"packets of network namespace {place.capture.netns} are lost: its ring of"
-                f" {place.capture.ring_bytes >> 10} KiB was full"
-                + ("; -B KIB (daemon.yaml: ring_size) makes it larger" if own else "")
-            )
-        self._dropped += dropped
-        self._record_seq += dropped
-        self._packets += dropped
+        self._count_drops(place)
         if not len(records):
             return []
         records["seq"] = np.arange(len(records))  # for now: which frame it was
@@ -322,6 +312,21 @@ class PacketEngine:
         # a snap first: here a record does not wait for the packets of other CPUs
         return [_snaps(head, records, frames.snaps[frame]), Batch(head, records)]
 
+    def _count_drops(self, place: _Capture) -> None:
+        """What a ring had no room for is a gap in record_seq."""
+        dropped = place.capture.drops()
+        if dropped and not place.told:
+            place.told = True
+            own = place.capture.netns == self._own
+            self._notify(
+                f"packets of network namespace {place.capture.netns} are lost: its ring of"
+                f" {place.capture.ring_bytes >> 10} KiB was full"
+                + ("; -B KIB (daemon.yaml: ring_size) makes it larger" if own else "")
+            )
+        self._dropped += dropped
+        self._record_seq += dropped
+        self._packets += dropped
+
     def _head(self, first: int, count: int) -> np.void:
         clock, mono = Clock.now(), time.monotonic_ns()
         heads = np.zeros(1, wire.BATCH)
@@ -343,28 +348,34 @@ class PacketEngine:
         self._snapping = wanted
         return True
 
-    def flush(self) -> np.ndarray:
-        """Return where the stream stands; there is nothing held back that read() does not see."""
+    def want_packets(self, wanted: bool) -> None:
+        """There is nothing else to be had."""
+
+    def _position(self) -> np.ndarray:
+        """Where the stream stands, as TAIL."""
         tail = np.zeros(1, wire.TAIL)
         tail["batch_seq"], tail["record_seq"] = self._batch_seq, self._record_seq
         tail["packets"], tail["skipped"] = self._packets, self._skipped
         return tail
 
     def begin(self) -> int:
-        self.opening = self.flush()
+        self.opening = self._position()
         self._from_ns = time.monotonic_ns()
         return self._from_ns
 
-    def finish(self, until_ns: int | None = None) -> Iterator[Batch | SnapBatch]:
-        end = self._now_ns()
+    def catch_up(self, until_ns: int | None = None) -> Iterator[Batch | SnapBatch]:
         self._take_changes()
-        for place in list(self._places.values()):
-            # What comes in from now on is another time's; without an end a flood had none.
-            while events := self._read_place(place, until_ns):
-                yield from events
-                if any(isinstance(e, Batch) and e.records["time_ns"].max() > end for e in events):
-                    break
-        self.closing = self.flush()
+        # what comes in from now on is another time's: a flood must not hold us here
+        waiting = [(place, place.capture.waiting()) for place in self._places.values()]
+        for place, count in waiting:
+            end = place.capture.frames_read + count
+            while place.capture.frames_read < end:
+                yield from self._read_place(place, until_ns)
+            self._count_drops(place)
+        self.closing = self._position()
+
+    def finish(self, until_ns: int | None = None) -> Iterator[Batch | SnapBatch]:
+        yield from self.catch_up(until_ns)
 
     def stats(self) -> dict[str, object]:
         return {

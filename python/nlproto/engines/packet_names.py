@@ -20,6 +20,7 @@ from nlproto.host.holders import Holders
 from nlproto.host.procfs import Owner
 from nlproto.host.sockdiag import SockDiag, TcpState
 from nlproto.host.socket_lookup import ANY, SocketLookup, Tuple, mapped, tuple_of_socket
+from nlproto.records.clock import Clock
 from nlproto.records.wire import lib
 from nlproto.running.budget import Budget
 
@@ -82,6 +83,8 @@ class _Flow:
     row: np.void | None = None
     """The socket (HOST_SOCKET) that was found."""
     connection: _Connection | None = None
+    sent_ns: int = 0
+    """When the packet passed that it was asked for: who has the socket may be younger."""
 
 
 @dataclass(slots=True)
@@ -98,6 +101,8 @@ class _Group:
     """Whether it begins with the SYN of a new connection."""
     refused: bool = False
     """Whether that SYN was answered with a reset in this read."""
+    over: bool = False
+    """Whether another connection of the same tuple begins in this read, behind this one."""
 
 
 class PacketNames:
@@ -208,7 +213,9 @@ class PacketNames:
             if age < _SOON_NS or (age < TTL_NS and not self._soon.allows()):
                 return known
         with self._soon.spend():
-            found = self._ask(one, now)
+            # what has the tuple now is the next connection's, if this one is over
+            gone = _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE)
+            found = gone if group.over else self._ask(one, now, sent_ns)
             if known is not None and not group.syn:
                 found = self._linger(known, found, one.proto, sent_ns)
             if one.proto == socket.IPPROTO_UDP:
@@ -297,12 +304,12 @@ class PacketNames:
             self._flows.clear()
             self._ends.clear()
 
-    def _ask(self, one: Tuple, now: int) -> _Flow:
+    def _ask(self, one: Tuple, now: int, sent_ns: int) -> _Flow:
         """The socket of the packet's own, with who holds it; a listener is not that."""
         row = self._sockets.find(one)
         if row is None or int(row["state"]) == TcpState.LISTEN:
             return _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, row=row)
-        return self._held(row, now, self._listeners.likely(one))
+        return self._held(row, now, sent_ns, self._listeners.likely(one))
 
     def _look_further(self, one: Tuple, flow: _Flow) -> None:
         """Search all processes for the holder of a socket, unless it is just being closed."""
@@ -315,7 +322,8 @@ class PacketNames:
         owners = self._holders.find_anywhere(flow.inode)
         if owners or flow.owner is None:
             self._own(flow, owners)
-        if flow.owner is None and flow.how == lib.SNIFFER_HOW_SOCKET_GONE and self._stays(flow):
+        nobody = not owners and flow.owner is None and flow.how == lib.SNIFFER_HOW_SOCKET_GONE
+        if nobody and self._stays(flow):
             flow.how, flow.flags = lib.SNIFFER_HOW_KERNEL, lib.SNIFFER_F_KERNEL
 
     def _stays(self, flow: _Flow) -> bool:
@@ -325,10 +333,11 @@ class PacketNames:
         first = self._unheld.setdefault(flow.inode, flow.checked_ns)
         return flow.checked_ns - first > _CLOSING_NS
 
-    def _held(self, row: np.void, now: int, likely: tuple[int, ...] = ()) -> _Flow:
+    def _held(self, row: np.void, now: int, sent_ns: int, likely: tuple[int, ...] = ()) -> _Flow:
         """Return who holds a socket (HOST_SOCKET)."""
         inode = int(row["inode"])
         flow = _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, 0, int(row["cookie"]), inode, row=row)
+        flow.sent_ns = sent_ns
         if not inode:
             return flow
         self._own(flow, self._holders.find_soon(inode, likely))
@@ -336,6 +345,13 @@ class PacketNames:
         return flow
 
     def _own(self, flow: _Flow, owners: tuple[Owner, ...]) -> None:
+        sent_ns = Clock.now().boot_ns(flow.sent_ns)
+        there = tuple(one for one in owners if one.identity.start_ns <= sent_ns)
+        if owners and not there:
+            # somebody who began after the packet: of a later connection, or of one passed on
+            flow.how = lib.SNIFFER_HOW_SOCKET_GONE
+            return
+        owners = there
         if owners:
             flow.owner, flow.flags = owners[0], 0
             if flow.connection is not None:
@@ -351,7 +367,8 @@ class PacketNames:
 
     def _name_all(self, records: np.ndarray, rows: list[int], one: Tuple) -> list[np.ndarray]:
         """Name a datagram for everybody; return the copies for its second receiver and further."""
-        flows = [self._held(found, self._now_ns()) for found in self._receivers(one)]
+        sent_ns = int(records["time_ns"][rows[0]])
+        flows = [self._held(found, self._now_ns(), sent_ns) for found in self._receivers(one)]
         for flow in flows:
             if flow.unheld:
                 self._own(flow, self._holders.find_anywhere(flow.inode))
@@ -424,6 +441,13 @@ def _groups(
             group.rows.append(index)
         if index in resets:
             refused.append((key, epoch))
+    for (key, epoch, _, _), group in groups.items():
+        if epoch == epochs[key]:
+            continue
+        # SYNs alone may be the same one, sent again
+        began = [groups.get((key, epoch, out, False)) for out in (False, True)]
+        rows = [row for part in began if part is not None for row in part.rows]
+        group.over = not np.all(syns[rows])
     for key, epoch in refused:
         asked = groups.get((key, epoch, False, False))
         if asked is not None and asked.syn:

@@ -172,6 +172,15 @@ class PacketRing:
         """Packets read that became no record: later fragments, truncated, other protocols."""
         return int(self._ring.fragments + self._ring.truncated + self._ring.other)
 
+    @property
+    def frames_read(self) -> int:
+        """Frames taken out of the ring, those included that became no record."""
+        return int(self._ring.packets)
+
+    def waiting(self) -> int:
+        """Frames that are in the ring now."""
+        return int(lib.host_ring_waiting(self._ring))
+
     def read(self, snaps: bool = False) -> Frames:
         """Return the packets that wait, up to some hundred; the arrays are the caller's own."""
         if snaps and not len(self._snaps):

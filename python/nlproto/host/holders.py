@@ -6,6 +6,7 @@ checked by one readlink, processes born since the last walk are asked first, and
 are rationed.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,11 +28,18 @@ _YOUNG_NS = 1_000_000_000  # how long one may be about to open its first socket
 
 
 class Holders:
-    """The holders of sockets, as of their last check. One thread at a time."""
+    """The holders of sockets, as of their last check. One thread at a time.
+
+    Processes are walked inside `walking()`.
+    """
 
     def __init__(
-        self, proc: Path = procfs.PROC, now_ns: Callable[[], int] = time.monotonic_ns
+        self,
+        proc: Path = procfs.PROC,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+        walking: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
+        self._walking = walking
         self._proc = proc
         self._now_ns = now_ns
         self._by_inode: dict[int, dict[int, int]] = {}
@@ -50,7 +58,7 @@ class Holders:
 
     def walk(self) -> None:
         """Ask every process; the time it takes is missing for later ones (see due())."""
-        with self._budget.spend():
+        with self._budget.spend(), self._walking():
             by_inode: dict[int, dict[int, int]] = {}
             alive = procfs.pids(self._proc)
             sockets, complete = procfs.held_sockets(alive, self._proc)

@@ -14,14 +14,21 @@ import numpy as np
 from nlproto.host.holders import Holders
 from nlproto.host.namespace_diags import NamespaceDiags
 from nlproto.host.procfs import Owner
-from nlproto.host.sockdiag import TcpState
+from nlproto.host.sockdiag import HOST_SOCKET, TcpState
 from nlproto.host.sockets import held
 from nlproto.records.wire import text
+from nlproto.running.budget import Budget
 
 __all__ = ["Endpoint", "BoundSocket", "KernelSockets", "HeldSockets"]
 
 _HELD_NS = 3_000_000_000
-"""How long the holders of a bound socket are taken as known."""
+"""From one time that the holders of all bound sockets are checked to the next."""
+_CHECK_SHARE, _CHECK_SAVED_NS = 100, 20_000_000
+"""Checking takes this part of the time at most: with many sockets a round takes longer."""
+_CHUNK = 32
+"""Checked between two looks at the clock."""
+_UNHELD = 200
+"""Sockets without a known holder that are asked about in one look."""
 _ROUND_NS = 60_000_000_000
 """And those of a connected one, which traffic tells sooner."""
 _ASKED = 200
@@ -49,10 +56,14 @@ class HeldSockets(NamedTuple):
     """One entry for each holder of each socket."""
 
     bound: list[BoundSocket]
-    """All listeners and bound UDP sockets."""
+    """Listeners and bound UDP sockets: those that are new or changed hands."""
+    changed: np.ndarray
+    """Cookies of these sockets; other holders that were known of them are none any more."""
+    present: np.ndarray | None
+    """Cookies of all bound sockets; None: `bound` has all there are, without cookies."""
     connected: list[BoundSocket]
     """Some of the connected ones; each is among them once in a round of a minute."""
-    cookies: set[int]
+    cookies: np.ndarray
     """Of all sockets that a process still has; empty where sock_diag is refused."""
 
 
@@ -65,8 +76,15 @@ class KernelSockets:
         self._holders = holders or Holders()
         self._now_ns = now_ns
         self._diags = NamespaceDiags(now_ns)
-        self._held: dict[int, tuple[int, tuple[Owner, ...]]] = {}
+        self._held: dict[int, tuple[Owner, ...]] = {}
+        self._ports: dict[int, int] = {}
+        self._unchecked: list[int] = []
+        self._checks_ns = now_ns()
+        self._check_budget = Budget(_CHECK_SHARE, _CHECK_SAVED_NS, now_ns)
         self._round_ns = now_ns()
+        self._met, self._asked = np.zeros((2, 0), np.uint64)
+        """Cookies of the connections of the last look, and of those that were asked about."""
+        self._new_budget = Budget(_CHECK_SHARE, _CHECK_SAVED_NS, now_ns)
         self._waiting: list[tuple[int, np.void]] = []
         self.tables: dict[int, np.ndarray] = {}
         """{namespace: all its sockets (HOST_SOCKET)} as of the last look."""
@@ -91,49 +109,128 @@ class KernelSockets:
         return found
 
     def _read(self, tables: dict[int, np.ndarray]) -> HeldSockets:
-        bound = {number: table[_is_bound(table)] for number, table in tables.items()}
-        inodes = {inode for table in bound.values() for inode in table["inode"].tolist()}
-        self._held = {inode: held for inode, held in self._held.items() if inode in inodes}
-        cookies = {
-            cookie for table in tables.values() for cookie in table["cookie"][held(table)].tolist()
-        }
+        numbers = list(tables)
+        parts = [tables[number][_is_bound(tables[number])] for number in numbers]
+        bound = np.concatenate(parts) if parts else np.zeros(0, HOST_SOCKET)
+        netns = np.repeat(np.array(numbers, np.int64), [len(part) for part in parts])
+        there = [table["cookie"][held(table)] for table in tables.values()]
+        cookies = np.concatenate(there) if there else np.zeros(0, np.uint64)
+        whole = bool(np.any(bound["cookie"] == 0))
+        if whole:
+            # /proc/net has no cookies
+            rows = np.arange(len(bound))
+            entries = self._entries(bound, netns, rows, self._holders.find)
+            self._held.clear()
+        else:
+            rows = self._changed(bound)
+            known = {
+                int(bound["inode"][row]): self._held[int(bound["cookie"][row])] for row in rows
+            }
+            entries = self._entries(bound, netns, rows, known.__getitem__)
         return HeldSockets(
-            [
-                entry
-                for number, table in bound.items()
-                for row in table
-                for entry in _entries(number, row, self._owners(int(row["inode"])))
-            ],
-            [
-                entry
-                for number, row in self._connected(tables)
-                for entry in _entries(number, row, self._holders.known(int(row["inode"])))
-            ],
-            cookies - {0},
+            entries,
+            bound["cookie"][rows],
+            None if whole else bound["cookie"],
+            [*self._of_this_turn(tables), *self._of_new_ones(tables)],
+            cookies[cookies != 0],
         )
 
-    def _connected(self, tables: dict[int, np.ndarray]) -> list[tuple[int, np.void]]:
-        """(namespace, HOST_SOCKET) of those whose turn it is."""
+    def _entries(
+        self,
+        bound: np.ndarray,
+        netns: np.ndarray,
+        rows: np.ndarray,
+        owners: Callable[[int], tuple[Owner, ...]],
+    ) -> list[BoundSocket]:
+        return [
+            entry
+            for row in rows.tolist()
+            for entry in _entries(int(netns[row]), bound[row], owners(int(bound["inode"][row])))
+        ]
+
+    def _changed(self, bound: np.ndarray) -> np.ndarray:
+        """Rows of `bound` that are new, changed hands, or share a port with such or with one gone.
+
+        The port map has one row for all sockets of a process at one end, as SO_REUSEPORT allows.
+        """
+        cookies = bound["cookie"]
+        before = np.fromiter(self._held, np.uint64, len(self._held))
+        ports = set()
+        for cookie in before[~np.isin(before, cookies)].tolist():
+            del self._held[cookie]
+            ports.add(self._ports.pop(cookie))
+        new = np.flatnonzero(~np.isin(cookies, before))
+        order = np.argsort(cookies)
+        unheld = [cookie for cookie, owners in self._held.items() if not owners][:_UNHELD]
+        asked = [*new.tolist(), *_rows_of(unheld, cookies, order)]
+        for row in asked:
+            ports |= self._ask(bound[row])
+        now = self._now_ns()
+        if not self._unchecked and now >= self._checks_ns:
+            self._checks_ns = now + _HELD_NS
+            self._unchecked = list(self._held)
+        while self._unchecked and self._check_budget.allows():
+            with self._check_budget.spend():
+                some, self._unchecked = self._unchecked[:_CHUNK], self._unchecked[_CHUNK:]
+                for row in _rows_of(some, cookies, order):
+                    ports |= self._ask(bound[row])
+        if not ports:
+            return np.zeros(0, np.intp)
+        return np.flatnonzero(np.isin(bound["sport"], np.fromiter(ports, np.uint16, len(ports))))
+
+    def _ask(self, row: np.void) -> set[int]:
+        """Look for a socket's holders; its port, if they are others than before."""
+        cookie, port = int(row["cookie"]), int(row["sport"])
+        owners = self._holders.find(int(row["inode"]))
+        before = self._held.get(cookie)
+        self._held[cookie], self._ports[cookie] = owners, port
+        return set() if owners == before else {port}
+
+    def _of_this_turn(self, tables: dict[int, np.ndarray]) -> Iterator[BoundSocket]:
+        """Entries of the connections whose turn it is in a round."""
         now = self._now_ns()
         if not self._waiting and now >= self._round_ns:
             self._round_ns = now + _ROUND_NS
             self._holders.walk()
-            self._waiting = [
-                (number, row)
-                for number, table in tables.items()
-                for row in table[_is_connected(table)]
-            ]
+            numbers, rows = _connected(tables)
+            self._waiting = list(zip(numbers.tolist(), rows, strict=True))
+            self._asked = rows["cookie"]
         part, self._waiting = self._waiting[:_ASKED], self._waiting[_ASKED:]
-        return part
+        for number, row in part:
+            yield from _entries(number, row, self._holders.known(int(row["inode"])))
 
-    def _owners(self, inode: int) -> tuple[Owner, ...]:
-        now = self._now_ns()
-        known = self._held.get(inode)
-        if known is not None and known[1] and now - known[0] < _HELD_NS:
-            return known[1]
-        owners = self._holders.find(inode)
-        self._held[inode] = (now, owners)
-        return owners
+    def _of_new_ones(self, tables: dict[int, np.ndarray]) -> Iterator[BoundSocket]:
+        """Entries of connections that have lasted for two looks: no packet may tell of them."""
+        numbers, rows = _connected(tables)
+        cookies = rows["cookie"]
+        new = np.isin(cookies, self._met) & ~np.isin(cookies, self._asked)
+        self._met = cookies
+        self._asked = self._asked[np.isin(self._asked, cookies)]
+        asked = []
+        for at in np.flatnonzero(new).tolist():
+            if not self._new_budget.allows():
+                break
+            with self._new_budget.spend():
+                owners = self._holders.find(int(rows["inode"][at]))
+            asked.append(cookies[at])
+            yield from _entries(int(numbers[at]), rows[at], owners)
+        self._asked = np.concatenate([self._asked, np.array(asked, np.uint64)])
+
+
+def _connected(tables: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(namespaces, HOST_SOCKETs) of all connections."""
+    parts = {number: table[_is_connected(table)] for number, table in tables.items()}
+    numbers = np.repeat(np.array(list(parts), np.int64), [len(part) for part in parts.values()])
+    return numbers, np.concatenate([np.zeros(0, HOST_SOCKET), *parts.values()])
+
+
+def _rows_of(some: list[int], cookies: np.ndarray, order: np.ndarray) -> list[int]:
+    """Where `some` are in `cookies`, which `order` sorts; those that are not there are left out."""
+    wanted = np.fromiter(some, np.uint64, len(some))
+    places = np.searchsorted(cookies, wanted, sorter=order)
+    found: list[int] = order[places[places < len(order)]].tolist()
+    there = set(some)
+    return [row for row in found if int(cookies[row]) in there]
 
 
 def _entries(netns: int, row: np.void, owners: tuple[Owner, ...]) -> Iterator[BoundSocket]:

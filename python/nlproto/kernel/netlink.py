@@ -38,7 +38,7 @@ NETLINK_ADD_MEMBERSHIP, NETLINK_DROP_MEMBERSHIP = 1, 2
 NETLINK_EXT_ACK = 11
 SO_RCVBUFFORCE = 33
 
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_DUMP = 0x1, 0x4, 0x10, 0x300
 NLMSG_NOOP, NLMSG_ERROR, NLMSG_DONE = 1, 2, 3
 NLMSG_MIN_TYPE = 0x10
 NLA_TYPE_MASK = 0x3FFF
@@ -57,11 +57,13 @@ _U16, _U32, _U64 = struct.Struct("=H"), struct.Struct("=I"), struct.Struct("=Q")
 RECEIVE_BYTES = 16 << 20
 _MESSAGE_BYTES = 128 << 10  # a full batch is 32 KiB, a dump's datagram at most as large
 _TIMEOUT = 5.0  # s, for an answer of the kernel's
+_DUMPS = 4  # times that a table is asked for which changes meanwhile
 
 FAMILY = ffi.string(lib.SNIFFER_FAMILY).decode()
 PACKETS = ffi.string(lib.SNIFFER_GROUP_PACKETS).decode()
 PROCESSES = ffi.string(lib.SNIFFER_GROUP_PROCESSES).decode()
 SNAPS = ffi.string(lib.SNIFFER_GROUP_SNAPS).decode()
+FLOWS = ffi.string(lib.SNIFFER_GROUP_FLOWS).decode()
 
 NO_MODULE = (
     "sniffer.ko is not loaded, or this is not the initial network namespace:"
@@ -179,6 +181,8 @@ class Connection:
             for message in messages(self._buffer[:size]):
                 if message.seq != self._seq:
                     continue  # left over from a request that timed out
+                if message.type == NLMSG_DONE and message.flags & NLM_F_DUMP_INTR:
+                    yield message
                 if message.type in (NLMSG_ERROR, NLMSG_DONE):
                     code = _error_code(message)
                     if code:
@@ -197,15 +201,22 @@ class Connection:
     ) -> list[tuple[int, dict[int, bytes]]]:
         """Send a Generic Netlink command and return its answers as (command, attributes).
 
+        A dump that the kernel says may lack entries, since its table changed meanwhile, is repeated
+        a few times; what comes twice is returned twice, the later one last.
         Raises what exchange() raises.
         """
         flags = NLM_F_DUMP if dump else NLM_F_ACK
         body = _GENLMSGHDR.pack(command, version, 0) + payload
         answers: list[tuple[int, dict[int, bytes]]] = []
-        for message in self.exchange(family, flags, body):
-            if message.type == family:
-                kind, rest = _generic(message.payload)
-                answers.append((kind, {key: bytes(data) for key, data in attributes(rest)}))
+        for _ in range(_DUMPS):
+            interrupted = False
+            for message in self.exchange(family, flags, body):
+                interrupted |= bool(message.flags & NLM_F_DUMP_INTR)
+                if message.type == family:
+                    kind, rest = _generic(message.payload)
+                    answers.append((kind, {key: bytes(data) for key, data in attributes(rest)}))
+            if not interrupted:
+                break
         return answers
 
 
@@ -313,6 +324,12 @@ class Sniffer:
         """Make every CPU send its batch; return TAIL for each: where its stream stands now."""
         return wire.decode_array(self._one(lib.SNIFFER_CMD_FLUSH, lib.SNIFFER_A_TAILS), wire.TAIL)
 
+    def flush_flows(self) -> np.ndarray:
+        """As flush(), but for group flows: FLOW_TAILs."""
+        return wire.decode_array(
+            self._one(lib.SNIFFER_CMD_FLUSH, lib.SNIFFER_A_FLOW_TAILS), wire.FLOW_TAIL
+        )
+
     def socket(self, cookie: int) -> tuple[np.void, np.ndarray] | None:
         """Return (SOCKET, HOLDER array) of the owner table, None when it does not know it."""
         payload = encode_attribute(lib.SNIFFER_A_COOKIE, _U64.pack(cookie))
@@ -324,12 +341,14 @@ class Sniffer:
 
     def sockets(self) -> list[tuple[np.void, np.ndarray]]:
         """Return the whole owner table as (SOCKET, HOLDER array)."""
-        return [_socket_of(answer) for answer in self._ask(lib.SNIFFER_CMD_GET_SOCKET, dump=True)]
+        answers = map(_socket_of, self._ask(lib.SNIFFER_CMD_GET_SOCKET, dump=True))
+        return list({int(answer[0]["cookie"]): answer for answer in answers}.values())
 
     def processes(self) -> list[wire.ProcessEvent]:
         """Return the whole process table, each as an event SNIFFER_EVENT_DUMP."""
         answers = self._ask(lib.SNIFFER_CMD_GET_PROCESS, dump=True)
-        return [wire.decode_process(found[lib.SNIFFER_A_PROCESS]) for _, found in answers]
+        events = (wire.decode_process(found[lib.SNIFFER_A_PROCESS]) for _, found in answers)
+        return list({(event.tgid, event.start_ns): event for event in events}.values())
 
 
 def _socket_of(answer: tuple[int, dict[int, bytes]]) -> tuple[np.void, np.ndarray]:

@@ -10,6 +10,7 @@
 #include <linux/netlink.h>
 #include <linux/sock_diag.h>
 #include <linux/virtio_net.h>
+#include <malloc.h>
 #include <netinet/in.h>
 #include <sched.h>
 #include <stdint.h>
@@ -197,6 +198,21 @@ uint32_t host_ring_read(struct host_ring *ring, struct sniffer_record *records,
 	return n;
 }
 
+uint32_t host_ring_waiting(const struct host_ring *ring)
+{
+	uint32_t n = 0;
+
+	while (n < ring->count) {
+		uint32_t at = (ring->at + n) % ring->count;
+		struct tpacket2_hdr *h = (void *)(ring->frames + (size_t)at * ring->size);
+
+		if (!(__atomic_load_n(&h->tp_status, __ATOMIC_ACQUIRE) & TP_STATUS_USER))
+			break;
+		n++;
+	}
+	return n;
+}
+
 uint32_t host_frame_size(uint32_t snap)
 {
 	uint32_t need = TPACKET2_HDRLEN + 64 + sizeof(struct virtio_net_hdr) + snap;
@@ -376,4 +392,18 @@ void host_close(const int *fds, uint32_t count)
 
 	for (i = 0; i < count; i++)
 		close(fds[i]);
+}
+
+void host_one_heap(void)
+{
+#ifdef M_ARENA_MAX
+	mallopt(M_ARENA_MAX, 1);
+#endif
+}
+
+void host_trim(void)
+{
+#ifdef __GLIBC__
+	malloc_trim(0);
+#endif
 }

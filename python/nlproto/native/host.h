@@ -53,6 +53,9 @@ struct host_frame {
 uint32_t host_ring_read(struct host_ring *ring, struct sniffer_record *records,
 			struct host_frame *frames, uint32_t max);
 
+/* Frames that wait to be read, as far as the kernel has completed them without a hole. */
+uint32_t host_ring_waiting(const struct host_ring *ring);
+
 /* The sizes a ring needs: a frame with snap packet bytes. */
 uint32_t host_frame_size(uint32_t snap);
 
@@ -99,3 +102,9 @@ int host_accept(int listener, int *fds, uint32_t max);
 
 /* Close some descriptors. */
 void host_close(const int *fds, uint32_t count);
+
+/* From now on all threads take memory from one heap: what one has freed the next one uses. */
+void host_one_heap(void);
+
+/* Give memory that nobody uses back to the kernel. */
+void host_trim(void);

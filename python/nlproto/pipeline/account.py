@@ -11,11 +11,15 @@ Each CPU's totals come from its counters and sequences at the first and last mom
 from adding up gaps, so batches that arrive out of order change nothing. Not thread-safe.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 
-from nlproto.records.wire import HOW_NAMES, is_named, lib
+from nlproto.pipeline import figures
+from nlproto.records.wire import BATCH, HOW_NAMES, TAIL, lib
 
 __all__ = ["PLACES", "Account"]
 
@@ -33,18 +37,27 @@ class _Point:
     record_seq: int
     packets: int
     skipped: int
-    lost: int
 
-    def raise_to(self, other: "_Point") -> None:
-        for field in fields(self):
-            name = field.name
-            setattr(self, name, max(getattr(self, name), getattr(other, name)))
+    def raise_to(self, record_seq: int, packets: int, skipped: int) -> None:
+        if record_seq > self.record_seq:
+            self.record_seq = record_seq
+        if packets > self.packets:
+            self.packets = packets
+        if skipped > self.skipped:
+            self.skipped = skipped
 
 
-def _point_of(tail: np.void) -> _Point:
-    return _Point(
-        int(tail["record_seq"]), int(tail["packets"]), int(tail["skipped"]), int(tail["lost"])
+_Counts = tuple[int, int, int, int]
+"""record_seq, packets, skipped, lost."""
+_counts_of_tail: Callable[[Any], _Counts] = itemgetter(
+    *map((TAIL.names or ()).index, ("record_seq", "packets", "skipped", "lost"))
+)
+_of_head: Callable[[Any], tuple[int, int, int, int, int, int, int]] = itemgetter(
+    *map(
+        (BATCH.names or ()).index,
+        ("instance", "cpu", "count", "record_seq", "packets", "skipped", "lost"),
     )
+)
 
 
 class Account:
@@ -53,6 +66,8 @@ class Account:
     def __init__(self) -> None:
         self._first: dict[tuple[int, int], _Point] = {}
         self._last: dict[tuple[int, int], _Point] = {}
+        self._unmade: dict[tuple[int, int, str], tuple[int, int]] = {}
+        """First and last `lost` of each CPU, which every group has its own of."""
         self._instance = 0
         self._received = 0
         self._lost_later = {"queue": 0, "client": 0, "failed": 0}
@@ -62,7 +77,7 @@ class Account:
         self.gap_ms = 0
         """How long no engine recorded: how many packets passed meanwhile nobody knows."""
 
-    def open(self, tails: np.ndarray, instance: int) -> None:
+    def open(self, tails: np.ndarray, instance: int, group: str = "packets") -> None:
         """Begin at `tails` (TAIL array, reply to FLUSH): the first batch is the one behind them.
 
         Of an instance that this account knows already, what came in between is lost.
@@ -70,63 +85,83 @@ class Account:
         self._enter(instance)
         for tail in tails:
             key = (instance, int(tail["cpu"]))
-            self._first.setdefault(key, _point_of(tail))
-            self._last.setdefault(key, _point_of(tail)).raise_to(_point_of(tail))
+            record_seq, packets, skipped, lost = _counts_of_tail(tail.item())
+            counts = record_seq, packets, skipped
+            self._first.setdefault(key, _Point(*counts))
+            self._last.setdefault(key, _Point(*counts)).raise_to(*counts)
+            self._lack(key, group, lost)
+
+    def go_over(self, tails: np.ndarray, instance: int, group: str) -> None:
+        """Go on with the batches of another group from `tails` on, of which they are.
+
+        Records have the same sequence in all groups, and each group its own `lost`.
+        """
+        for tail in tails:
+            key = (instance, int(tail["cpu"]), group)
+            first, last = self._unmade.get(key, (0, 0))
+            self._unmade[key] = first + int(tail["lost"]) - last, int(tail["lost"])
 
     def gap(self, seconds: float) -> None:
         """Count a time without any engine."""
         self.gap_ms += max(1, round(seconds * 1000))
 
-    def add(self, head: np.void, records: np.ndarray | None = None) -> None:
-        """Count one batch as received; `head` is its BATCH.
+    def add(
+        self,
+        head: np.void,
+        records: np.ndarray | None = None,
+        count: int | None = None,
+        group: str = "packets",
+    ) -> None:
+        """Count one batch as received; `head` is its BATCH, `count` its records if merged.
 
         `records` makes the first batch of a CPU exact when it holds copies and there was no
         open(). Another instance than before (module loaded anew) starts afresh and adds up.
         """
-        instance, cpu, count = int(head["instance"]), int(head["cpu"]), int(head["count"])
+        instance, cpu, held, seq, packets, skipped, lost = _of_head(head.item())
+        count = held if count is None else count
         self._enter(instance)
         key = (instance, cpu)
-        point = _Point(
-            int(head["record_seq"]) + count,
-            int(head["packets"]),
-            int(head["skipped"]),
-            int(head["lost"]),
-        )
-        if key not in self._first:
+        self._lack(key, group, lost)
+        first = self._first.get(key)
+        if first is None:
             copies = 0 if records is None else np.count_nonzero(records["flags"] & _COPY)
-            self._first[key] = _Point(
-                point.record_seq - count,
-                point.packets - count + int(copies),
-                point.skipped,
-                point.lost,
-            )
-            self._last[key] = point
+            self._first[key] = _Point(seq, packets - count + int(copies), skipped)
+            self._last[key] = _Point(seq + count, packets, skipped)
         else:
-            first = self._first[key]
-            if point.record_seq - count < first.record_seq:
+            if seq < first.record_seq:
                 # It was overtaken by the batch that the account began with.
-                first.packets -= first.record_seq - (point.record_seq - count)
-                first.record_seq = point.record_seq - count
-            self._last[key].raise_to(point)
+                first.packets -= first.record_seq - seq
+                first.record_seq = seq
+            self._last[key].raise_to(seq + count, packets, skipped)
         self._received += count
 
-    def close(self, tails: np.ndarray) -> None:
+    def _lack(self, key: tuple[int, int], group: str, lost: int) -> None:
+        first, last = self._unmade.get((*key, group), (lost, lost))
+        self._unmade[*key, group] = first, max(last, lost)
+
+    def close(self, tails: np.ndarray, group: str = "packets") -> None:
         """Count what was sent up to `tails` (TAIL array): what did not arrive is lost.
 
         A CPU of which no batch ever arrived is left out unless open() began the account.
         """
         for tail in tails:
-            known = self._last.get((self._instance, int(tail["cpu"])))
+            key = (self._instance, int(tail["cpu"]))
+            known = self._last.get(key)
             if known is not None:
-                known.raise_to(_point_of(tail))
+                record_seq, packets, skipped, lost = _counts_of_tail(tail.item())
+                known.raise_to(record_seq, packets, skipped)
+                self._lack(key, group, lost)
 
     def lose(self, place: str, records: int) -> None:
         """Count received records as lost afterwards, in "queue", "client" or "failed"."""
         self._lost_later[place] += records
 
-    def deliver(self, hows: np.ndarray) -> None:
-        """Count records by their field `how` (array of uint8) that have been handed on."""
-        self._by_how += np.bincount(hows, minlength=256)
+    def deliver(self, hows: np.ndarray, counts: np.ndarray | None = None) -> None:
+        """Count records by their field `how` (array of uint8) that have been handed on.
+
+        `counts`: how many records each stands for.
+        """
+        self._by_how += np.bincount(hows, counts, 256).astype(np.int64)
 
     def _enter(self, instance: int) -> None:
         if instance != self._instance:
@@ -168,7 +203,7 @@ class Account:
     @property
     def lost(self) -> dict[str, int]:
         """Lost records by place."""
-        alloc = self._growth("lost")
+        alloc = sum(last - first for first, last in self._unmade.values())
         return {
             "alloc": alloc,
             "socket": self.records - self._received - alloc,
@@ -183,13 +218,12 @@ class Account:
     @property
     def named(self) -> int:
         """Delivered records with a process."""
-        return sum(n for how, n in enumerate(self._by_how.tolist()) if n and is_named(how))
+        return figures.named(self._by_how)
 
     @property
     def unnamed(self) -> dict[str, int]:
         """Delivered records without a process, by reason."""
-        counts = enumerate(self._by_how.tolist())
-        return {HOW_NAMES[how]: n for how, n in counts if n and not is_named(how)}
+        return figures.unnamed(self._by_how)
 
     @property
     def by_how(self) -> dict[str, int]:
@@ -251,26 +285,17 @@ class Account:
 
     def lines(self) -> list[str]:
         """Return the account for people, one fact a line."""
-        lost = self.lost
-        share = 100 * self.named / self.delivered if self.delivered else 100.0
         lines = [
             f"{self.packets} packets seen = {self.recorded} recorded + {self.skipped} skipped",
-            f"{self.records} records = {self.delivered} delivered + {sum(lost.values())} lost"
-            + _detail(lost),
-            f"{self.named} named ({share:.1f}%), {sum(self.unnamed.values())} unnamed"
-            + _detail(self.unnamed),
+            figures.delivery(self.records, self.delivered, self.lost),
+            figures.naming(self.delivered, "delivered", self.unnamed),
         ]
         if self.waiting:
             lines.append(f"{self.waiting} records still waiting to be named")
         if self.instances > 1:
             lines.append(f"the engine was restarted {self.instances - 1} times in between")
         if self.gap_ms:
-            lines.append(f"nothing was recorded for {self.gap_ms / 1000:.1f} s: lost, not counted")
+            lines.append(figures.gap(self.gap_ms))
         if not self.closes():
             lines.append("the account does not close: please report this")
         return lines
-
-
-def _detail(counts: dict[str, int]) -> str:
-    parts = [f"{name.replace('_', ' ')} {n}" for name, n in counts.items() if n]
-    return f" ({', '.join(parts)})" if parts else ""

@@ -19,8 +19,8 @@ from nlproto.host.holders import Holders
 from nlproto.host.namespace_diags import NamespaceDiags
 from nlproto.host.procfs import Owner
 from nlproto.host.sockdiag import TcpState
-from nlproto.records.wire import lib
-from nlproto.tables.flows import address_bytes, group
+from nlproto.records.wire import lib, taken
+from nlproto.tables.flows import address_bytes, group, unnamed_places
 
 __all__ = ["Namer"]
 
@@ -70,12 +70,10 @@ class Namer:
 
     def name(self, records: np.ndarray) -> None:
         """Fill in owner, socket, `how` and flags of records left open; the others stay as is."""
-        open_ = (records["tgid"] == 0) & np.isin(records["how"], _OPEN)
-        open_ &= records["dir"] != lib.SNIFFER_DIR_FWD
-        places = np.flatnonzero(open_)
+        places = unnamed_places(records, _OPEN)
         if not len(places):
             return
-        flows, belongs = group(records[places])
+        flows, belongs = group(taken(records, places))
         answers = np.zeros(len(flows), records.dtype)
         for index in range(len(flows)):
             self._answer(answers[index : index + 1], flows[index])

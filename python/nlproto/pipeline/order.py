@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nlproto.records import wire
+from nlproto.records.wire import RECORD, joined, taken
 
 __all__ = ["TimeOrder"]
 
@@ -21,6 +21,7 @@ class TimeOrder:
         self.interval_ns = interval_ns
         self._limit = limit
         self._waiting: list[np.ndarray] = []
+        """Each in order of time and not empty."""
         self._count = 0
         self._newest = 0
 
@@ -31,7 +32,7 @@ class TimeOrder:
         """Take the records of one batch whose head was made at `head_ns` (CLOCK_MONOTONIC)."""
         self._newest = max(self._newest, head_ns)
         if len(records):
-            self._waiting.append(records)
+            self._waiting.append(_ordered(records))
             self._count += len(records)
 
     def take(self, now_ns: int | None = None) -> np.ndarray:
@@ -39,31 +40,45 @@ class TimeOrder:
 
         `now_ns`: the time until which the source was read empty, when that is known.
         """
-        if not self._count:
-            return _NONE
         newest = self._newest if now_ns is None else max(self._newest, now_ns)
-        if newest <= self.interval_ns:
+        if not self._count or newest <= self.interval_ns:
             return _NONE
-        return self._take_until(np.uint64(newest - self.interval_ns))
+        found = self._take_until(newest - self.interval_ns)
+        if self._count <= self._limit:
+            return found
+        times = np.concatenate([part["time_ns"] for part in self._waiting])
+        excess = self._count - self._limit
+        return joined([found, self._take_until(int(np.partition(times, excess - 1)[excess - 1]))])
 
     def drain(self) -> np.ndarray:
         """Everything, in order of time."""
-        return self._take_until(None)
+        return self._take_until((1 << 64) - 1)
 
-    def _take_until(self, until: np.uint64 | None) -> np.ndarray:
-        if not self._waiting:
-            return _NONE
-        records = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)
-        times = np.ascontiguousarray(records["time_ns"])
-        if np.any(times[1:] < times[:-1]):
-            order = np.argsort(times, kind="stable")
-            records, times = records[order], times[order]
-        cut = len(records) if until is None else int(np.searchsorted(times, until, "right"))
-        cut = max(cut, len(records) - self._limit)
-        rest = records[cut:]
-        self._waiting = [rest] if len(rest) else []
-        self._count = len(rest)
-        return records[:cut]
+    def _take_until(self, until_ns: int) -> np.ndarray:
+        """What waits on is seldom copied, however much it is."""
+        old, self._waiting = self._waiting, []
+        ripe = []
+        for part in old:
+            cut = int(np.searchsorted(part["time_ns"], np.uint64(until_ns), "right"))
+            if cut:
+                ripe.append(part[:cut])
+                self._count -= cut
+            if cut < len(part):
+                self._waiting.append(_alone(part[cut:]))
+        return ripe[0] if len(ripe) == 1 else _ordered(joined(ripe))
 
 
-_NONE = np.empty(0, wire.RECORD)
+def _ordered(records: np.ndarray) -> np.ndarray:
+    times = np.ascontiguousarray(records["time_ns"])
+    if np.any(times[1:] < times[:-1]):
+        return taken(records, np.argsort(times, kind="stable"))
+    return records
+
+
+def _alone(part: np.ndarray) -> np.ndarray:
+    """`part`, without much more memory than it needs: a record may wait long."""
+    whole = part.base
+    return joined([part]) if whole is not None and whole.nbytes > 4 * part.nbytes else part
+
+
+_NONE = np.empty(0, RECORD)

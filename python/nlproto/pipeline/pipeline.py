@@ -8,53 +8,49 @@ worker takes all batches that wait as one array: the more there is to do, the ch
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from nlproto.engines.engine import Engine
+from nlproto.engines.engine import Engine, Event
 from nlproto.errors import Error
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.order import TimeOrder
 from nlproto.pipeline.queue import MessageQueue
+from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.records.first_bytes import FirstBytes
-from nlproto.records.wire import BATCH, RECORD, Batch, ProcessEvent, SnapBatch, lib
+from nlproto.records.wire import (
+    FLOW_RECORD,
+    RECORD,
+    Batch,
+    FlowBatch,
+    ProcessEvent,
+    joined,
+    lib,
+    plain_copy,
+)
 from nlproto.running.supervise import PATIENCE, Failures, described, keep_going
-from nlproto.tables.flows import summarize
+from nlproto.tables.column_table import random_seed
+from nlproto.tables.flows import group, summarize
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import Processes
 
-__all__ = ["NamedBatch", "Names", "Pipeline", "QUEUE_BYTES"]
+__all__ = ["Names", "Pipeline", "QUEUE_BYTES"]
 
 QUEUE_BYTES = 64 << 20
-_RAW = np.dtype((np.void, RECORD.itemsize))
 _PROCESS_BYTES = 600  # a ProcessEvent with its strings
 _CHUNK = 64  # batches that the worker takes at once
 _ASK = 1.0  # s between two looks at the engine's own figures
-_DRAIN = 0.5  # s
+_NO_RECORDS = np.empty(0, RECORD)
 _POLL = 0.1  # s, longest wait of either thread
-_FLUSH_NS = 20_000_000  # SNIFFER_FLUSH_MS_DEFAULT, see Merge
+_FLUSH_NS = 20_000_000  # SNIFFER_FLUSH_MS_DEFAULT, see TimeOrder
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class NamedBatch:
-    """Records with their owners, in order of time; several batches of the engine made one."""
-
-    head: np.void
-    """BATCH of the last one. Its clocks are right for all, its counters for its CPU alone."""
-    records: np.ndarray
-    """RECORD; not to be written by subscribers, who share it."""
-    clock: Clock
-    flows: np.ndarray | None = None
-    """The records summed up (nlproto.tables.flows.FLOW), when the pipeline made this batch."""
 
 
 class Names(Protocol):
@@ -71,8 +67,9 @@ class _Barrier:
     passed: Callable[[], None]
 
 
-Item = Batch | ProcessEvent | SnapBatch | _Barrier
+Item = Event | _Barrier
 OnBatch = Callable[[NamedBatch], None]
+B = TypeVar("B", Batch, FlowBatch)
 
 
 class Pipeline:
@@ -84,6 +81,8 @@ class Pipeline:
 
     What fails otherwise is logged, its records are lost in "failed", and both threads go on. One
     that only fails for `patience` s ends and calls `on_death(error)`: the program must end too.
+
+    `packets` False: flows will do where the engine has them, until want_packets().
     """
 
     def __init__(
@@ -98,6 +97,7 @@ class Pipeline:
         on_failure: Callable[[Error], None] | None = None,
         on_death: Callable[[Error], None] | None = None,
         patience: float = PATIENCE,
+        packets: bool = True,
     ) -> None:
         self.account = account
         self.processes = processes
@@ -121,10 +121,13 @@ class Pipeline:
         self._working = Failures("worker", patience)
         self.snaps = FirstBytes()
         self._snapping = False
+        self._packets = packets
+        self._asked_for = True
+        """Whether the engine was asked for packets, as it is at its start."""
         self._takes: tuple[OnBatch, ...] = ()
         self._merge = TimeOrder(_FLUSH_NS)
         self._head: np.void | None = None
-        self._seed = secrets.randbits(64)
+        self._seed = random_seed()
         self._stopping = threading.Event()
         self._barriers: list[_Barrier] = []
         self._barrier_lock = threading.Lock()
@@ -160,8 +163,9 @@ class Pipeline:
         self.queue.close()
         self._worker.join()
         # nothing, unless the worker has died
-        left = [one for one in self.queue.get_many(len(self.queue)) if isinstance(one, Batch)]
-        self._lose(sum(len(batch.records) for batch in left) + len(self._merge))
+        left = self.queue.get_many(len(self.queue))
+        batches = [one for one in left if isinstance(one, Batch | FlowBatch)]
+        self._lose(sum(batch.count for batch in batches) + len(self._merge))
 
     def _die(self, error: Error) -> None:
         if self._on_death is None:
@@ -186,6 +190,14 @@ class Pipeline:
         self._snapping = wanted
         self._merge.interval_ns = _FLUSH_NS * (2 if wanted else 1)
         return self._engine.want_snaps(wanted)
+
+    def want_packets(self, wanted: bool) -> None:
+        """Give subscribers packets one by one, or flows alone; from any thread.
+
+        It holds for all that is recorded after a barrier() that is asked for later. No record is
+        summed up twice or left out.
+        """
+        self._packets = wanted
 
     def switch(self, engine: Engine, timeout: float = 2.0) -> None:
         """Go on with another engine (already open), which is ours then; the present one ends.
@@ -224,12 +236,13 @@ class Pipeline:
             self._change_engine()
         markers = self._take_barriers()
         try:
+            self._choose_group()
             if markers:
                 self._read_all()
             elif self.failed:
                 self._stopping.wait(_POLL)
             else:
-                self._read(_POLL)
+                self._read(self._engine.read(_POLL))
         finally:
             for marker in markers:
                 self.queue.put(marker, 0)
@@ -237,11 +250,29 @@ class Pipeline:
         return True
 
     def _open(self) -> None:
+        engine = self._engine
         with self.account_lock:
-            self.account.open(self._engine.opening, self._engine.instance)
+            self.account.open(engine.opening, engine.instance, engine.group)
         self._opened = True
+        self._asked_for = True
         self._asked = 0.0
         self._ask_engine()
+
+    def _choose_group(self) -> None:
+        """Packets or flows."""
+        wanted = self._packets
+        if wanted == self._asked_for or self.failed:
+            return
+        self._asked_for = wanted
+        engine, before = self._engine, self._engine.group
+        try:
+            engine.want_packets(wanted)
+        except Error as error:
+            self._fail(error)
+            return
+        if engine.group != before:
+            with self.account_lock:
+                self.account.go_over(engine.opening, engine.instance, engine.group)
 
     def _take_barriers(self) -> list[_Barrier]:
         with self._barrier_lock:
@@ -249,31 +280,23 @@ class Pipeline:
         return markers
 
     def _read_all(self) -> None:
-        """Everything recorded until now."""
+        """Everything recorded until now; what did not come is lost."""
         if self.failed:
             return
-        try:
-            self._engine.flush()
-        except Error as error:
-            self._fail(error)
-        # what comes after the flush belongs to nobody's question: a flood must not hold us here
-        until = time.monotonic() + _DRAIN
-        while not self.failed and self._read(0.0) and time.monotonic() < until:
-            pass
+        self._read(self._engine.catch_up())
+        if not self.failed:
+            with self.account_lock:
+                self.account.close(self._engine.closing, self._engine.group)
 
-    def _read(self, timeout: float) -> int:
-        """How many events came."""
-        count = 0
+    def _read(self, events: Iterable[Event]) -> None:
         try:
-            for event in self._engine.read(timeout):
+            for event in events:
                 self._put(event)
-                count += 1
         except Error as error:
             self._fail(error)
         except Exception as error:
             self._receiving.add(error, f"engine {self._engine.name}")
             self._fail(Error(f"engine {self._engine.name} broke: {described(error)}"))
-        return count
 
     def _fail(self, error: Error) -> None:
         self._failed_at = time.monotonic()
@@ -297,13 +320,9 @@ class Pipeline:
             with self.account_lock:
                 self.account.lose("failed", records)
 
-    def _put(self, event: Batch | ProcessEvent | SnapBatch) -> None:
-        if isinstance(event, Batch):
-            records = np.array(event.records)
-            head: np.void = np.array([event.head], BATCH)[0]
-            with self.account_lock:
-                self.account.add(head, records)
-            lost = self.queue.put(Batch(head, records), records.nbytes + head.nbytes, len(records))
+    def _put(self, event: Event) -> None:
+        if isinstance(event, Batch | FlowBatch):
+            lost = self._put_batch(event)
             self._receiving.clear()
         elif isinstance(event, ProcessEvent):
             lost = self.queue.put(event, _PROCESS_BYTES)
@@ -313,6 +332,23 @@ class Pipeline:
         if lost:
             with self.account_lock:
                 self.account.lose("queue", lost)
+
+    def _put_batch(self, batch: Batch | FlowBatch) -> int:
+        """Count and copy it; how many records of older ones were lost for it."""
+        head: np.void = batch.head.copy()
+        copy: Batch | FlowBatch
+        # tobytes() copies as plain bytes, where a copy would go field by field
+        if isinstance(batch, Batch):
+            found = plain_copy(batch.records)
+            copy = Batch(head, found)
+            with self.account_lock:
+                self.account.add(head, found)
+        else:
+            found = plain_copy(batch.flows)
+            copy = FlowBatch(head, found, batch.wire_packets, batch.wire_bytes)
+            with self.account_lock:
+                self.account.add(head, None, copy.count, "flows")
+        return self.queue.put(copy, found.nbytes + head.nbytes, copy.count)
 
     def _change_engine(self) -> None:
         engine, self._next = self._next, None
@@ -338,7 +374,7 @@ class Pipeline:
             for event in self._engine.finish(until_ns):
                 self._put(event)
             with self.account_lock:
-                self.account.close(self._engine.closing)
+                self.account.close(self._engine.closing, self._engine.group)
         except Error as error:
             log.warning("the engine's tail could not be read: %s", error)
         except Exception as error:
@@ -355,11 +391,8 @@ class Pipeline:
         for item in items:
             if isinstance(item, ProcessEvent):
                 self._attempt("a process event", self._learn, item)
-        batches = [item for item in items if isinstance(item, Batch)]
-        if batches and not self._attempt("naming", self._arrive, batches):
-            for batch in batches:  # one of them is to blame, and is lost alone
-                if not self._attempt("naming", self._arrive, [batch]):
-                    self._lose(len(batch.records))
+        self._name([item for item in items if isinstance(item, Batch)], self._arrive)
+        self._name([item for item in items if isinstance(item, FlowBatch)], self._arrive_flows)
         markers = [item for item in items if isinstance(item, _Barrier)]
         ended = not items and self.queue.closed
         idle = not items and len(self._merge) > 0
@@ -367,6 +400,12 @@ class Pipeline:
         for marker in markers:
             self._attempt("a question", marker.passed)
         return not ended
+
+    def _name(self, batches: list[B], arrive: Callable[[list[B]], None]) -> None:
+        if batches and not self._attempt("naming", arrive, batches):
+            for batch in batches:  # one of them is to blame, and is lost alone
+                if not self._attempt("naming", arrive, [batch]):
+                    self._lose(batch.count)
 
     def _attempt(self, what: str, work: Callable[..., object], *arguments: object) -> bool:
         """Do work(*arguments); whether it went well."""
@@ -379,14 +418,27 @@ class Pipeline:
 
     def _arrive(self, batches: list[Batch]) -> None:
         """Name at once, while sockets and processes are still there to be asked about."""
-        # as plain bytes: NumPy compares the fields of structures for each pair
-        raw = np.concatenate([batch.records.view(_RAW) for batch in batches])
-        records = raw.view(RECORD)
+        records = joined([batch.records for batch in batches])
         if self.namer is not None:
             self.namer.name(records)
         self.processes.add_records(records)
         self._head = batches[-1].head
         self._merge.add(records, max(int(batch.head["mono_ns"]) for batch in batches))
+
+    def _arrive_flows(self, batches: list[FlowBatch]) -> None:
+        """Hand on at once: nobody asks for an order of flows."""
+        merged = joined([batch.flows for batch in batches], FLOW_RECORD)
+        records = joined([merged["last"]])
+        if self.namer is not None:
+            self.namer.name(records)
+        self.processes.add_records(records)
+        flows, belongs = group(records, self._seed)
+        np.minimum.at(flows["first_ns"], belongs, merged["first_ns"])
+        if self.portmap is not None:
+            self.portmap.update(flows)
+        head = batches[-1].head
+        batch = NamedBatch(head, _NO_RECORDS, Clock.from_head(head), flows)
+        self._hand_on(batch, records["how"], merged["records"])
 
     def _learn(self, event: ProcessEvent) -> None:
         process = self.processes.add_event(event)
@@ -407,11 +459,17 @@ class Pipeline:
             self._lose(len(records))
             return
         batch = NamedBatch(self._head, records, Clock.from_head(self._head), flows)
+        self._hand_on(batch, records["how"])
+
+    def _hand_on(
+        self, batch: NamedBatch, hows: np.ndarray, counts: np.ndarray | None = None
+    ) -> None:
+        """`hows`: of the records in it, each of which stands for so many as `counts` says."""
         if not all([self._attempt("a subscriber", take, batch) for take in self._takes]):
-            self._lose(len(records))
+            self._lose(len(hows) if counts is None else int(counts.sum()))
             return
         with self.account_lock:
-            self.account.deliver(records["how"])
+            self.account.deliver(hows, counts)
         self._working.clear()
 
 

@@ -1,14 +1,29 @@
 # SPDX-License-Identifier: MIT
-"""Tables that are filled and searched whole batches at a time: NumPy columns, found by a hash."""
+"""Tables filled and searched whole batches at a time: columns found by a hash (table.c)."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import contextlib
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-__all__ = ["ColumnTable", "mix"]
+from nlproto._host import ffi, lib
+
+__all__ = [
+    "ColumnTable",
+    "mix",
+    "new_slots",
+    "numbers",
+    "octets",
+    "part_of",
+    "random_seed",
+    "with_fields",
+    "without",
+]
 
 _ODD = [
     np.uint64(value)
@@ -38,65 +53,126 @@ def mix(parts: Sequence[np.ndarray], seed: int) -> np.ndarray:
     return value
 
 
-class ColumnTable:
-    """Columns of `dtype`, in which `hash` is made of the fields `key`. Not thread-safe.
+_NO_FIELDS = np.dtype([])
 
-    Which rows are in use is up to the owner.
+
+def new_slots(count: int) -> tuple[np.ndarray, int]:
+    """An empty hash index with room for `count`; (slots, how many bits number them)."""
+    bits = max(4, (2 * count).bit_length())
+    return np.zeros(1 << bits, np.uint32), bits
+
+
+def random_seed() -> int:
+    """64 bits that nobody foresees. (The module `secrets` costs 3 MB of memory.)"""
+    return int.from_bytes(os.urandom(8), "little")
+
+
+def part_of(dtype: np.dtype[np.void], *names: str) -> np.dtype[np.void]:
+    """The fields from the first to the last of `names`, which lie side by side, as a group."""
+    fields: Mapping[str, Any] = dtype.fields or {}
+    begin = fields[names[0]][1]
+    ends = [fields[name][1] + fields[name][0].itemsize for name in names]
+    return np.dtype(
+        {
+            "names": names,
+            "formats": [fields[name][0] for name in names],
+            "offsets": [fields[name][1] - begin for name in names],
+            "itemsize": -(-(max(ends) - begin) // 8) * 8,
+        }
+    )
+
+
+def with_fields(dtype: np.dtype[np.void], *more: tuple[str, Any, int]) -> np.dtype[np.void]:
+    """The same layout, in which bytes have a name, format and offset more, or another format."""
+    fields: dict[str, Any] = {name: field[:2] for name, field in (dtype.fields or {}).items()}
+    fields |= {name: (kind, offset) for name, kind, offset in more}
+    return np.dtype(
+        {
+            "names": list(fields),
+            "formats": [kind for kind, _ in fields.values()],
+            "offsets": [offset for _, offset in fields.values()],
+            "itemsize": dtype.itemsize,
+        }
+    )
+
+
+def without(dtype: np.dtype[np.void], *names: str) -> np.dtype[np.void]:
+    """The same layout, in which `names` have no name."""
+    return dtype[[name for name in dtype.names or () if name not in names]]
+
+
+class ColumnTable:
+    """Columns of `groups` for `rows` rows, in which `hash` is made of the fields `key`.
+
+    A group's fields lie side by side, as they do in the values that are put here: what is used
+    together takes one access to memory. Fields of a group that are in the key come first.
+    Not thread-safe. Which rows are in use is up to the owner. A row takes memory when it is first
+    written to, so a large table costs nothing while it is empty; trim() gives memory back.
     """
 
-    def __init__(self, dtype: np.dtype[np.void], key: Sequence[str]) -> None:
-        self._key = key
-        self._rows: dict[int, int] = {}
-        self.columns = {
-            name: np.zeros((0, *dtype[name].shape), dtype[name].base) for name in dtype.names or ()
+    def __init__(self, groups: Sequence[np.dtype[np.void]], key: Sequence[str], rows: int) -> None:
+        self.capacity = rows
+        """How many rows there is room for."""
+        self._memory = [_reserve(group.itemsize * rows) for group in groups]
+        self.groups = [
+            np.ndarray(rows, group, memory)
+            for group, memory in zip(groups, self._memory, strict=True)
+        ]
+        self.columns: dict[str, np.ndarray] = {
+            name: group[name] for group in self.groups for name in group.dtype.names or ()
         }
+        self._key = key
+        self._count = 0
+        self._layouts: dict[np.dtype[np.void], Any] = {}
+        self._slots = new_slots(0)[0]
 
     def __len__(self) -> int:
-        return len(self._rows)
-
-    @property
-    def capacity(self) -> int:
-        """How many rows there is room for."""
-        return len(self.columns["hash"])
-
-    def grow(self, rows: int) -> None:
-        for name, old in self.columns.items():
-            column = np.zeros((rows, *old.shape[1:]), old.dtype)
-            column[: len(old)] = old
-            self.columns[name] = column
+        return self._count
 
     def find(self, values: np.ndarray) -> np.ndarray:
         """For each of `values` the row that has its key, or -1."""
-        found = map(self._rows.get, values["hash"].tolist(), itertools.repeat(-1))
-        rows = np.fromiter(found, np.int64, len(values))
-        known = np.flatnonzero(rows >= 0)
-        if len(known):
-            other = np.zeros(len(known), bool)
-            for name in self._key:
-                differs = self.columns[name][rows[known]] != values[name][known]
-                other |= differs.any(axis=1) if differs.ndim == 2 else differs
-            rows[known[other]] = -1
+        values = np.ascontiguousarray(values)
+        rows = np.empty(len(values), np.int64)
+        lib.table_find(self._layout(values.dtype), octets(values), len(values), numbers(rows))
         return rows
 
     def put(self, rows: np.ndarray, values: np.ndarray) -> None:
         """Write `values` (any of the fields, `hash` among them) to `rows`; they can be found."""
-        for name in values.dtype.names or ():
-            self.columns[name][rows] = values[name]
-        self._rows.update(zip(values["hash"].tolist(), rows.tolist(), strict=True))
+        if not len(rows):
+            return
+        if len(rows) != len(values) or rows.min() < 0 or rows.max() >= self.capacity:
+            raise IndexError(f"{len(values)} values for {len(rows)} of {self.capacity} rows")
+        if 2 * (self._count + len(rows)) > len(self._slots):
+            self._enter(self._slots[self._slots != 0] - np.uint32(1), len(rows))
+        rows, values = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(values)
+        lib.table_put(self._layout(values.dtype), octets(values), len(rows), numbers(rows))
+        self._count += len(rows)
 
     def remove(self, rows: np.ndarray) -> None:
         """They are found no more."""
-        known = self._rows
-        for number, row in zip(self.columns["hash"][rows].tolist(), rows.tolist(), strict=True):
-            if known.get(number) == row:
-                del known[number]
+        rows = np.ascontiguousarray(rows, np.int64)
+        self._count -= lib.table_remove(self._layout(), numbers(rows), len(rows))
 
-    def keep(self, rows: np.ndarray) -> None:
-        """These rows alone, which become the first."""
-        for column in self.columns.values():
-            column[: len(rows)] = column[rows]
-        hashes = self.columns["hash"][: len(rows)].tolist()
-        self._rows = dict(zip(hashes, range(len(rows)), strict=True))
+    def keep(self, mask: np.ndarray) -> None:
+        """Of the first len(mask) rows those with `mask` alone, which become the first."""
+        mask = np.ascontiguousarray(mask, bool)
+        self._count = lib.table_keep(self._layout(), octets(mask), len(mask))
+        self._enter(np.arange(self._count))
+
+    def _enter(self, rows: np.ndarray, more: int = 0) -> None:
+        """Index `rows` alone, with room for `more`."""
+        rows = rows.astype(np.int64)
+        self._slots, bits = new_slots(len(rows) + more)
+        for layout, _ in self._layouts.values():
+            layout.slots, layout.slot_bits = ffi.from_buffer("uint32_t[]", self._slots), bits
+        lib.table_enter(self._layout(), numbers(rows), len(rows))
+
+    def trim(self, rows: int) -> None:
+        """No row from `rows` on is in use: their memory is given back."""
+        for group, memory in zip(self.groups, self._memory, strict=True):
+            begin = -(-rows * group.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+            if begin < len(memory):
+                memory.madvise(mmap.MADV_DONTNEED, begin, len(memory) - begin)
 
     def take(self, rows: np.ndarray, dtype: np.dtype[np.void]) -> np.ndarray:
         """The fields of `dtype` in these rows."""
@@ -104,3 +180,49 @@ class ColumnTable:
         for name in dtype.names or ():
             found[name] = self.columns[name][rows]
         return found
+
+    def _layout(self, dtype: np.dtype[np.void] = _NO_FIELDS) -> Any:
+        """This table as C sees it, and where values of `dtype` have their fields."""
+        if dtype in self._layouts:
+            return self._layouts[dtype][0]
+        fields: Mapping[str, Any] = dtype.fields or {}
+        columns = ffi.new("struct table_column[]", len(self.groups))
+        for at, group in zip(columns, self.groups, strict=True):
+            at.data, at.width = octets(group), group.itemsize
+            for name, (kind, offset, *_) in (group.dtype.fields or {}).items():
+                end = offset + kind.itemsize
+                if name in self._key:
+                    at.compared = max(at.compared, end)
+                if name not in fields:
+                    continue
+                begin = fields[name][1] - offset
+                if fields[name][0] != kind or (at.given and begin != at.field):
+                    raise TypeError(f"{name} lies elsewhere in the table")
+                at.given, at.field = max(at.given, end), begin
+        layout = ffi.new("struct table *")
+        layout.columns, layout.column_count = columns, len(columns)
+        layout.value_size = dtype.itemsize
+        layout.value_hash = fields["hash"][1] if fields else 0
+        layout.hashes = ffi.from_buffer("uint64_t[]", self.columns["hash"])
+        layout.slots = ffi.from_buffer("uint32_t[]", self._slots)
+        layout.slot_bits = len(self._slots).bit_length() - 1
+        self._layouts[dtype] = layout, columns
+        return layout
+
+
+def _reserve(size: int) -> mmap.mmap:
+    """Zeros that take no memory yet."""
+    memory = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages, which would waste memory
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory
+
+
+def numbers(array: np.ndarray) -> Any:
+    """int64 for C; lives as long as `array`."""
+    return ffi.from_buffer("int64_t[]", array)
+
+
+def octets(array: np.ndarray) -> Any:
+    """Any packed array for C; lives as long as it does."""
+    return ffi.from_buffer("uint8_t[]", array)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -12,36 +11,46 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nlproto._host import ffi, lib
 from nlproto.host.kernel_sockets import BoundSocket, Endpoint
-from nlproto.records.wire import RECORD, address_text, lib, text
-from nlproto.tables.column_table import ColumnTable, mix
+from nlproto.records.wire import address_text, dtype_of, taken, text
+from nlproto.tables.column_table import (
+    ColumnTable,
+    mix,
+    new_slots,
+    numbers,
+    part_of,
+    random_seed,
+    with_fields,
+    without,
+)
 from nlproto.tables.processes import ProcessKey
 from nlproto.tables.shares import Payers, surplus
 
 __all__ = ["PortOwner", "PortMap"]
 
-_ROW = np.dtype(
-    [
-        ("hash", "u8"),
-        ("address", "u8", (2,)),
-        ("start_ns", "u8"),
-        ("cookie", "u8"),
-        ("seen_ns", "u8"),
-        ("netns", "u4"),
-        ("tgid", "u4"),
-        ("uid", "u4"),
-        ("port", "u2"),
-        ("proto", "u1"),
-        ("family", "u1"),
-        ("listening", "?"),
-        ("live", "?"),
-        ("comm", RECORD["comm"]),
-    ]
+_ROW = with_fields(
+    without(dtype_of("port", ffi), "reserved", "reserved2", "reserved3"),
+    ("listening", "?", ffi.offsetof("struct port", "listening")),
+    ("live", "?", ffi.offsetof("struct port", "live")),
+)
+_KEYS, _STATES, _RINGS = 1, 2, 4
+_GROUPS = (
+    part_of(_ROW, "hash"),
+    part_of(_ROW, "address", "start_ns", "netns", "tgid", "port", "proto", "family"),
+    with_fields(
+        part_of(_ROW, "cookie", "seen_ns", "uid", "listening", "comm"),
+        ("words", ("u8", (2,)), ffi.offsetof("struct portmap_state", "comm")),
+    ),
+    np.dtype([("live", "?")]),
+    dtype_of("portmap_ring", ffi),
 )
 _KEY = ("address", "start_ns", "netns", "tgid", "port", "proto", "family")
-_FIRST_ROWS = 256
+_PORTS = 1 << 16
 _FEW = 16
 """Owners that are found faster one by one than with NumPy."""
+_COMPACT = 4096
+"""Rows that are worth the work of moving owners together, when most are free."""
 _PART = 2048
 """Flows that are learnt at once: no question waits longer than that for the lock."""
 
@@ -99,10 +108,18 @@ class PortMap:
         self.ttl_ns = ttl_ns
         self.evicted = 0
         self._lock = threading.Lock()
-        self._seed = secrets.randbits(64)
-        self._table = ColumnTable(_ROW, _KEY)
-        self._free: list[int] = []
-        self._ports: defaultdict[int, set[int]] = defaultdict(set)
+        self._seed = random_seed()
+        self._table = ColumnTable(_GROUPS, _KEY, limit + _PART)
+        self._heads, self._counts = np.zeros((2, _PORTS), np.uint32)
+        self._pointers = ffi.new("struct portmap *")
+        groups = self._table.groups
+        self._pointers.keys = ffi.from_buffer("struct portmap_key[]", groups[_KEYS])
+        self._pointers.states = ffi.from_buffer("struct portmap_state[]", groups[_STATES])
+        self._pointers.rings = ffi.from_buffer("struct portmap_ring[]", groups[_RINGS])
+        self._pointers.heads = ffi.from_buffer("uint32_t[]", self._heads)
+        self._pointers.counts = ffi.from_buffer("uint32_t[]", self._counts)
+        self._top = 0
+        """No row from here on is in use."""
         self._count = 0
 
     def __len__(self) -> int:
@@ -110,47 +127,76 @@ class PortMap:
 
     @property
     def _columns(self) -> dict[str, np.ndarray]:
-        return self._table.columns
+        return {name: column[: self._top] for name, column in self._table.columns.items()}
 
     def update(self, flows: np.ndarray) -> None:
         """Learn from FLOWs; forwarded, unnamed and those of closed sockets tell nothing."""
-        dead = flows["flags"] & lib.SNIFFER_F_DEAD != 0
-        useful = flows[(flows["tgid"] != 0) & (flows["forwarded"] == 0) & ~dead]
-        rows = np.zeros(len(useful), _ROW)
-        for name in ("start_ns", "cookie", "netns", "tgid", "uid", "proto", "family", "comm"):
-            rows[name] = useful[name]
-        rows["address"], rows["port"] = useful["laddr"], useful["lport"]
-        rows["seen_ns"] = useful["last_ns"]
-        for at in range(0, len(rows), _PART):
+        flows = np.ascontiguousarray(flows)
+        rows = np.empty(len(flows), _ROW)
+        slots, bits = new_slots(len(flows))
+        count = lib.ports_of_flows(
+            ffi.from_buffer("struct flow[]", flows),
+            len(flows),
+            self._seed,
+            ffi.from_buffer("struct port[]", rows),
+            ffi.from_buffer("uint32_t[]", slots),
+            bits,
+        )
+        for at in range(0, count, _PART):
             with self._lock:
-                self._put(rows[at : at + _PART])
+                self._put(rows[at : min(at + _PART, count)])
 
     def replace_bound(self, sockets: Sequence[BoundSocket], now_ns: int) -> None:
         """Take the kernel's present listeners and bound sockets: those not among them are gone."""
-        rows = _rows_of(sockets, now_ns)
-        rows["listening"] = True
+        rows = self._rows_of(sockets, now_ns, listening=True)
         with self._lock:
-            present = self._put(rows)
-            gone = self._columns["live"] & self._columns["listening"]
+            present = self._put_all(rows)
+            columns = self._columns
+            gone = columns["live"] & columns["listening"]
             gone[present] = False
             self._drop(gone)
 
+    def update_bound(
+        self,
+        sockets: Sequence[BoundSocket],
+        changed: np.ndarray,
+        present: np.ndarray,
+        now_ns: int,
+    ) -> None:
+        """As replace_bound(), of those sockets alone (cookies `changed`) that are new or changed.
+
+        `present`: cookies of all there are.
+        """
+        rows = self._rows_of(sockets, now_ns, listening=True)
+        with self._lock:
+            put = self._put_all(rows)
+            columns = self._columns
+            bound = columns["live"] & columns["listening"]
+            columns["seen_ns"][bound] = now_ns  # or they would be the first to be evicted
+            gone = bound & np.isin(columns["cookie"], changed)
+            gone[put] = False
+            self._drop(gone | (bound & ~np.isin(columns["cookie"], present)))
+
     def add_connected(self, sockets: Sequence[BoundSocket], now_ns: int) -> None:
         """Learn of connected sockets from the kernel's tables, as from a packet at `now_ns`."""
+        rows = self._rows_of(sockets, now_ns)
         with self._lock:
-            self._put(_rows_of(sockets, now_ns))
+            self._put_all(rows)
 
-    def keep_cookies(self, cookies: set[int], before_ns: int) -> None:
+    def keep_cookies(self, cookies: Collection[int] | np.ndarray, before_ns: int) -> None:
         """Drop owners whose socket is not among all the kernel's `cookies`, read after `before_ns`.
 
         Owners seen since then, or known without a cookie, stay until their time is over.
         """
-        there = np.fromiter(cookies, np.uint64, len(cookies))
+        there = cookies
+        if not isinstance(there, np.ndarray):
+            there = np.fromiter(there, np.uint64, len(there))
         with self._lock:
             known = self._columns["cookie"].copy()
         gone = (known != 0) & ~np.isin(known, there)
         with self._lock:
             columns = self._columns
+            known, gone = known[: self._top], gone[: self._top]
             same = columns["cookie"][: len(known)] == known
             gone &= same & (columns["seen_ns"][: len(known)] < max(0, before_ns))
             self._drop(gone & columns["live"][: len(known)])
@@ -158,7 +204,7 @@ class PortMap:
     def forget_process(self, key: ProcessKey) -> None:
         """The process has exited."""
         with self._lock:
-            self._drop(self._of(key))
+            self._drop_rows(self._of(key))
 
     def expire(self, now_ns: int) -> None:
         """Drop owners that only traffic showed, and not for `ttl_ns`."""
@@ -166,10 +212,12 @@ class PortMap:
             columns = self._columns
             old = columns["seen_ns"] < max(0, now_ns - self.ttl_ns)
             self._drop(old & columns["live"] & ~columns["listening"])
+            if self._top >= _COMPACT and self._count < self._top // 4:
+                self._compact()
 
     def count(self, port: int) -> int:
         """How many owners `port` has."""
-        return len(self._ports.get(port, ()))
+        return int(self._counts[port]) if 0 <= port < _PORTS else 0
 
     def who(
         self,
@@ -185,11 +233,11 @@ class PortMap:
         or to the wildcard of its family (an IPv6 wildcard takes IPv4 as well).
         """
         with self._lock:
-            at = self._ports.get(port, ())
+            at = self._at_port(port)
             if len(at) <= _FEW:
-                owners = [self._owner(row) for row in at]
+                owners = [self._owner(row) for row in at.tolist()]
                 return _fitting(owners, proto, address, uid)[:limit]
-            rows = self._table.take(self._at_port(port), _ROW)
+            rows = self._table.take(at, _ROW)
         fits = np.ones(len(rows), bool)
         if proto is not None:
             fits &= rows["proto"] == proto
@@ -270,19 +318,21 @@ class PortMap:
         """All owners, last seen first."""
         return self.select()
 
-    # All of these with the lock held; a mask has an element for each row
+    # All of these with the lock held; a mask has an element for each row up to the top
 
     def _at_port(self, port: int) -> np.ndarray:
-        return np.array(list(self._ports.get(port, ())), np.int64)
+        rows = np.empty(self.count(port), np.int64)
+        if len(rows):
+            lib.portmap_rows(self._pointers, port, numbers(rows))
+        return rows
 
     def _of(self, key: ProcessKey) -> np.ndarray:
         columns = self._columns
-        mask = columns["live"] & (columns["tgid"] == key[0])
-        mask &= columns["start_ns"] == key[1]
-        return np.asarray(mask)
+        rows = np.flatnonzero(columns["tgid"] == key[0])
+        return np.asarray(rows[columns["live"][rows] & (columns["start_ns"][rows] == key[1])])
 
     def _owner(self, row: int) -> PortOwner:
-        columns = self._columns
+        columns = self._table.columns
         endpoint = (
             columns["netns"].item(row),
             columns["proto"].item(row),
@@ -301,86 +351,88 @@ class PortMap:
             columns["seen_ns"].item(row),
         )
 
+    def _put_all(self, new: np.ndarray) -> np.ndarray:
+        parts = [self._put(new[at : at + _PART]) for at in range(0, len(new), _PART)]
+        return np.concatenate([np.empty(0, np.int64), *parts])
+
     def _put(self, new: np.ndarray) -> np.ndarray:
-        """Add owners or renew them; the rows where they are. Writes to `new`."""
-        new["hash"] = mix(
-            (
-                new["address"][:, 0],
-                new["address"][:, 1],
-                new["start_ns"],
-                new["netns"].astype(np.uint64) << np.uint64(32) | new["tgid"],
-                new["port"].astype(np.uint64) << np.uint64(16)
-                | new["proto"].astype(np.uint64) << np.uint64(8)
-                | new["family"],
-            ),
-            self._seed,
-        )
-        new = _newest_of_each(new)
+        """Add up to _PART owners, each once, or renew them; the rows where they are."""
         rows = self._table.find(new)
-        known = rows >= 0
-        if known.any():
-            self._renew(rows[known], new[known])
-        missing = np.flatnonzero(~known)
+        lib.portmap_renew(
+            self._pointers, ffi.from_buffer("struct port[]", new), len(new), numbers(rows)
+        )
+        missing = np.flatnonzero(rows < 0)
         if len(missing):
-            new["live"][missing] = True
-            rows[missing] = self._take_rows(len(missing))
-            self._table.put(rows[missing], new[missing])
-            for port, row in zip(
-                new["port"][missing].tolist(), rows[missing].tolist(), strict=True
-            ):
-                self._ports[port].add(row)
+            new["live"] = True
+            rows[missing] = places = self._take_rows(len(missing))
+            self._table.put(places, taken(new, missing))
+            lib.portmap_link(self._pointers, numbers(places), len(places))
             self._shrink()
         return rows
 
-    def _renew(self, rows: np.ndarray, new: np.ndarray) -> None:
-        columns = self._columns
-        cookie, comm = columns["cookie"][rows], columns["comm"][rows]
-        # a connection accepted on the listener's own address does not take its place
-        stays = columns["listening"][rows] & ~new["listening"] & (cookie != 0)
-        columns["cookie"][rows] = np.where(stays | (new["cookie"] == 0), cookie, new["cookie"])
-        columns["comm"][rows] = np.where(new["comm"] == b"", comm, new["comm"])
-        columns["uid"][rows] = new["uid"]
-        columns["listening"][rows] |= new["listening"]
-        columns["seen_ns"][rows] = np.maximum(columns["seen_ns"][rows], new["seen_ns"])
-
     def _take_rows(self, count: int) -> np.ndarray:
-        if count > len(self._free):
-            before = self._table.capacity
-            wanted = min(max(2 * before, _FIRST_ROWS), self.limit + _PART)
-            self._table.grow(max(wanted, before + count))
-            self._free += range(self._table.capacity - 1, before - 1, -1)
-        rows = np.array(self._free[-count:], np.int64)
-        del self._free[-count:]
+        rows = np.empty(0, np.int64)
+        if self._count < self._top:
+            rows = np.flatnonzero(~self._columns["live"])[:count]
+        more = count - len(rows)
         self._count += count
-        return rows
+        self._top += more
+        return np.concatenate((rows, np.arange(self._top - more, self._top)))
 
     def _drop(self, mask: np.ndarray) -> int:
-        rows = np.flatnonzero(mask)
-        columns = self._columns
-        for port, row in zip(columns["port"][rows].tolist(), rows.tolist(), strict=True):
-            at_port = self._ports[port]
-            at_port.discard(row)
-            if not at_port:
-                del self._ports[port]
+        return self._drop_rows(np.flatnonzero(mask))
+
+    def _drop_rows(self, rows: np.ndarray) -> int:
+        lib.portmap_unlink(self._pointers, numbers(rows), len(rows))
         self._table.remove(rows)
-        columns["live"][rows] = False
-        self._free += rows.tolist()
+        self._columns["live"][rows] = False
         self._count -= len(rows)
         return len(rows)
+
+    def _compact(self) -> None:
+        """Move owners together and give the memory of free rows back."""
+        self._table.keep(self._columns["live"])
+        self._top = self._count
+        self._heads[:] = self._counts[:] = 0
+        rows = np.arange(self._top)
+        lib.portmap_link(self._pointers, numbers(rows), len(rows))
+        self._table.trim(self._top)
 
     def _shrink(self) -> None:
         excess = self._count - self.limit
         if excess <= 0:
             return
-        rows = np.flatnonzero(self._columns["live"])
-        uids, seen = self._columns["uid"][rows], self._columns["seen_ns"][rows]
+        columns = self._columns
+        rows = np.flatnonzero(columns["live"])
+        uids, seen = columns["uid"][rows], columns["seen_ns"][rows]
         payers = uids if self._payers is None else self._payers.of(uids)
-        names = self._columns["comm"][rows].view(np.uint64).reshape(len(rows), 2)
+        names = columns["words"][rows]
         programs = mix((payers.astype(np.uint64), names[:, 0], names[:, 1]), 0)
         age = (seen.max() - seen).view(np.int64)
-        mask = np.zeros(self._table.capacity, bool)
-        mask[rows[surplus(age, (payers, programs), self.limit - self.limit // 4)]] = True
-        self.evicted += self._drop(mask)
+        goes = surplus(age, (payers, programs), self.limit - self.limit // 4)
+        self.evicted += self._drop_rows(rows[goes])
+
+    def _rows_of(
+        self, sockets: Sequence[BoundSocket], now_ns: int, listening: bool = False
+    ) -> np.ndarray:
+        rows = np.zeros(len(sockets), _ROW)
+        for number, one in enumerate(sockets):
+            row = rows[number]
+            row["netns"], row["proto"], row["family"], address, row["port"] = one.endpoint
+            row["address"] = np.frombuffer(address, np.uint64)
+            row["tgid"], row["start_ns"], row["uid"] = one.tgid, one.start_ns, one.uid
+            row["comm"], row["cookie"] = one.comm.encode(), one.cookie
+        rows["seen_ns"] = now_ns
+        rows["listening"] = listening
+        slots, bits = new_slots(len(rows))
+        count = lib.ports_newest(
+            ffi.from_buffer("struct port[]", rows),
+            len(rows),
+            self._seed,
+            ffi.from_buffer("uint32_t[]", slots),
+            bits,
+        )
+        return rows[:count]
 
 
 def _owners(rows: np.ndarray, limit: int | None = None) -> list[PortOwner]:
@@ -409,27 +461,6 @@ def _owners(rows: np.ndarray, limit: int | None = None) -> list[PortOwner]:
         for at, (netns, proto, family, port, tgid, start_ns, uid, comm, cookie, listening, seen_ns)
         in zip(range(0, len(addresses), 16), zip(*columns, strict=True), strict=True)
     ]  # fmt: skip
-
-
-def _rows_of(sockets: Sequence[BoundSocket], now_ns: int) -> np.ndarray:
-    rows = np.zeros(len(sockets), _ROW)
-    for number, one in enumerate(sockets):
-        row = rows[number]
-        row["netns"], row["proto"], row["family"], address, row["port"] = one.endpoint
-        row["address"] = np.frombuffer(address, np.uint64)
-        row["tgid"], row["start_ns"], row["uid"] = one.tgid, one.start_ns, one.uid
-        row["comm"], row["cookie"] = one.comm.encode(), one.cookie
-    rows["seen_ns"] = now_ns
-    return rows
-
-
-def _newest_of_each(new: np.ndarray) -> np.ndarray:
-    """One row of each hash: the last seen."""
-    order = np.lexsort((new["seen_ns"], new["hash"]))
-    hashes = new["hash"][order]
-    last = np.ones(len(order), bool)
-    last[:-1] = hashes[1:] != hashes[:-1]
-    return new[order[last]]
 
 
 def _fitting(

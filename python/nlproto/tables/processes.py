@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +17,10 @@ import numpy as np
 
 from nlproto.host import cgroups
 from nlproto.host.procfs import TICK_NS, same_start
-from nlproto.records.wire import ProcessEvent, bounded, lib, text
+from nlproto.records.wire import ProcessEvent, bounded, lib, taken, text
 from nlproto.running.supervise import Failures
-from nlproto.tables.column_table import mix
+from nlproto.tables.column_table import mix, random_seed
+from nlproto.tables.flows import first_of_processes
 from nlproto.tables.shares import NOBODY, Payers, surplus
 
 __all__ = ["ProcessKey", "Process", "Processes", "process_of_event"]
@@ -51,6 +54,13 @@ class Process:
     def key(self) -> ProcessKey:
         return self.tgid, self.start_ns
 
+
+_SETTLED_NS = 2_000_000_000
+"""A process changes its program, user and cgroup soon after its start: read again at this age."""
+
+_NEVER = sys.maxsize
+_NAMED = ("tgid", "start_ns", "uid", "comm")
+_text = functools.lru_cache(4096)(text)
 
 ReadDetails = Callable[[int, int], Any]
 """(pid, start_ns) -> an object with some of Process's attributes, or None when it is gone."""
@@ -109,9 +119,11 @@ class Processes:
         self._details = details
         self._payers = payers
         self._lock = threading.Lock()
+        self._seed = random_seed()
         self._table: OrderedDict[ProcessKey, Process] = OrderedDict()
         self._newest: dict[int, int] = {}
-        self._read: set[ProcessKey] = set()
+        self._read: dict[ProcessKey, int] = {}
+        """Whose details were read, and when they are due again in CLOCK_BOOTTIME ns."""
         self._failures = Failures("details of a process")
         self.limit = limit
         self.max_bytes = max(_BYTES_LEAST, limit * _BYTES_EACH)
@@ -158,7 +170,7 @@ class Processes:
         key = told.key
         known = self._table.get(key)
         if kind == lib.SNIFFER_EVENT_EXEC:
-            self._read.discard(key)
+            self._read.pop(key, None)
             known = None
         if known is None:
             process = told
@@ -173,31 +185,42 @@ class Processes:
 
     def add_records(self, records: np.ndarray) -> None:
         """Learn of the processes that named RECORDs mention and that are not known yet."""
-        named = records[records["tgid"] != 0]
-        if not len(named):
-            return
-        _, first = np.unique(_identity(named), return_index=True)
-        for index in first.tolist():
-            record = named[index]
-            key = (int(record["tgid"]), int(record["start_ns"]))
-            comm = text(bytes(record["comm"]))
-            known = self._table.get(key)
-            if known is not None:
-                if comm and known.comm != comm:
-                    self._keep(replace(known, comm=comm))
-                else:
-                    self._touch(key)
-                continue
-            process = Process(tgid=key[0], start_ns=key[1], comm=comm, uid=int(record["uid"]))
+        first = taken(records, first_of_processes(records, self._seed))
+        names = zip(*(first[name].tolist() for name in _NAMED), strict=True)
+        with self._lock:
+            now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+            unknown = [one for one in names if not self._is_as_known(now, *one)]
+        for tgid, start_ns, uid, comm in unknown:
+            known = self._table.get((tgid, start_ns))
+            if known is None:
+                process = Process(tgid=tgid, start_ns=start_ns, comm=_text(comm), uid=uid)
+            else:
+                process = replace(known, comm=_text(comm)) if comm else known
+                self._read.pop(known.key, None)
             self._keep(self._with_details(process))
+
+    def _is_as_known(self, now_ns: int, tgid: int, start_ns: int, uid: int, comm: bytes) -> bool:
+        """Whether nothing is new; then the process has been used. With the lock."""
+        known = self._table.get((tgid, start_ns))
+        if known is None or (comm and known.comm != _text(comm)):
+            return False
+        if self._read.get(known.key, _NEVER) <= now_ns:
+            return False
+        self._table.move_to_end(known.key)
+        return True
 
     def add(self, tgid: int, start_ns: int, comm: str = "", uid: int | None = None) -> Process:
         """Learn of one process, for instance a socket's holder."""
         known = self._table.get((tgid, start_ns))
         if known is not None:
-            self._touch(known.key)
-            return known
-        process = self._with_details(Process(tgid=tgid, start_ns=start_ns, comm=comm, uid=uid))
+            if self._read.get(known.key, _NEVER) > time.clock_gettime_ns(time.CLOCK_BOOTTIME):
+                self._touch(known.key)
+                return known
+            del self._read[known.key]
+            process = self._with_details(known)
+        else:
+            new = Process(tgid=tgid, start_ns=start_ns, comm=comm, uid=uid)
+            process = self._with_details(new)
         self._keep(process)
         return process
 
@@ -216,7 +239,9 @@ class Processes:
     def _with_details(self, process: Process) -> Process:
         if self._details is None or process.key in self._read:
             return process
-        self._read.add(process.key)
+        now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        settled = process.start_ns + _SETTLED_NS
+        self._read[process.key] = settled if now < settled else _NEVER
         try:
             found = self._details(process.tgid, process.start_ns)
         except Exception as error:  # what one process is called must not cost others their names
@@ -272,7 +297,7 @@ class Processes:
             key = process.key
             del self._table[key]
             self.bytes -= _size(process)
-            self._read.discard(key)
+            self._read.pop(key, None)
             if self._newest.get(key[0]) == key[1]:
                 del self._newest[key[0]]
         self.evicted += int(np.count_nonzero(goes))
@@ -281,10 +306,3 @@ class Processes:
 def _size(process: Process) -> int:
     """Bytes of memory, nearly."""
     return _FIXED + sum(sys.getsizeof(getattr(process, name)) for name in _STRINGS)
-
-
-def _identity(records: np.ndarray) -> np.ndarray:
-    """One number per (tgid, start_ns); two processes of a batch never share one in practice,
-    and if they did, the later would be learnt from a later batch."""
-    tgid = records["tgid"].astype(np.uint64)
-    return np.asarray(tgid * np.uint64(0x9E3779B97F4A7C15) ^ records["start_ns"])

@@ -14,6 +14,9 @@ from typing import TypeVar
 
 import numpy as np
 
+from nlproto._host import ffi, lib
+from nlproto.tables.column_table import numbers, octets, random_seed
+
 __all__ = ["NOBODY", "Payers", "level", "surplus"]
 
 NOBODY = 0xFFFFFFFF
@@ -21,6 +24,7 @@ NOBODY = 0xFFFFFFFF
 
 _SUBUID = "/etc/subuid"
 _MAX_SUBUID = 1 << 20  # bytes of it that are read
+_MAX_LINE = 1024  # Python refuses to read numbers of more than some thousand digits
 
 Name = TypeVar("Name")
 
@@ -69,7 +73,9 @@ class Payers:
 def _range(line: bytes) -> tuple[int, int, int] | None:
     owner, _, rest = line.strip().partition(b":")
     first, _, count = rest.partition(b":")
-    if not owner or not first.isdigit() or not count.isdigit() or int(count) == 0:
+    if not owner or not first.isdigit() or not count.isdigit() or len(line) > _MAX_LINE:
+        return None
+    if int(count) == 0:
         return None
     low, high = int(first), int(first) + int(count) - 1
     if high >= NOBODY:
@@ -101,18 +107,24 @@ def surplus(
     `age`: the greatest go first. `groups`: numbers, the coarsest first, such as payer, then payer
     and program: the greatest group gives, in it the greatest part of it, of that the oldest rows.
     """
-    weight = np.ones(len(age), np.int64) if weights is None else weights.astype(np.int64)
-    place = age
-    for group in reversed(groups):
-        rows = np.lexsort((age, place, group))
-        sums = np.cumsum(weight[rows])
-        starts = np.flatnonzero(np.diff(group[rows], prepend=group[rows[:1]]) != 0)
-        starts = np.concatenate(([0], starts)).astype(np.intp)
-        before = np.concatenate(([0], sums[starts[1:] - 1]))
-        sums -= np.repeat(before, np.diff(np.append(starts, len(rows))))
-        place = np.empty(len(age), np.int64)
-        place[rows] = sums
-    rows = np.lexsort((age, place))
-    goes = np.ones(len(age), bool)
-    goes[rows[np.cumsum(weight[rows]) <= keep]] = False
-    return goes
+    count = len(age)
+    goes = np.ones(count, np.uint8)
+    ages = np.ascontiguousarray(age, np.int64)
+    names = np.empty((len(groups), count), np.uint64)
+    for row, group in zip(names, groups, strict=True):
+        row[:] = group.astype(np.uint64, copy=False)
+    if weights is not None:
+        weights = np.ascontiguousarray(weights, np.int64)
+    failed = lib.shares_surplus(
+        numbers(ages),
+        ffi.from_buffer("uint64_t[]", names),
+        len(groups),
+        ffi.NULL if weights is None else numbers(weights),
+        count,
+        keep,
+        random_seed(),
+        octets(goes),
+    )
+    if failed:
+        raise MemoryError
+    return goes.view(bool)

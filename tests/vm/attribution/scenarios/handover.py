@@ -7,8 +7,10 @@ import contextlib
 import os
 import resource
 import socket
+import subprocess
 import threading
 import time
+from pathlib import Path
 
 from ..catalog import scenario
 from ..stage import LIBC, Child, Stage, Wire
@@ -318,6 +320,7 @@ def splicing(worker: Worker, wire: Wire, sock: socket.socket) -> None:
     while moved := os.splice(sock.fileno(), ends[1], 100):
         os.read(ends[0], moved)
         wire.tell("moved")
+    quiet()
     worker.end(claim)
 
 
@@ -356,3 +359,104 @@ def splice_from_shared_socket(stage: Stage) -> None:
             parent.hear()
         sock.close()
         parent.join()
+
+
+def messages_told() -> bool:
+    """Whether the module is told of who sends and receives (ftrace's own list)."""
+    tracing = Path("/sys/kernel/tracing")
+    if not (tracing / "enabled_functions").exists():
+        subprocess.run(["mount", "-t", "tracefs", "tracefs", str(tracing)], check=True)
+    return "security_socket_recvmsg" in (tracing / "enabled_functions").read_text()
+
+
+def wait_told(told: bool) -> None:
+    deadline = time.monotonic() + 120
+    while messages_told() != told:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"after 120 s calls are {'not ' if told else ''}told")
+        time.sleep(0.1)
+
+
+def waits_before(worker: Worker, wire: Wire, sock: socket.socket) -> None:
+    """Is in recv() already when somebody begins to listen."""
+    worker.claim(sock, dirs="i", in_=COUNT, exact=True)
+    wire.tell()
+    for _ in range(COUNT):
+        sock.recv(100)
+    wire.tell()
+    wire.hear()
+
+
+@scenario(engines=("module",))
+def late_reader_of_a_call(stage: Stage) -> None:
+    """A child waits in recv() on its parent's socket, and then somebody begins to listen."""
+    wait_told(False)
+    sock = bound(V4, UDP)
+    sock.settimeout(None)
+    sock.sendto(b"parent", sock.getsockname())
+    sock.recv(100)
+    child = stage.spawn("waits", waits_before, sock)
+    child.hear()
+    wait_asleep(child.pid)
+    with playing(stage):
+        Sender(stage).to(sock.getsockname())
+        child.hear()
+        child.tell()
+
+
+def uses_before(worker: Worker, wire: Wire, sock: socket.socket) -> None:
+    """Has used the socket, and is in no call on it when somebody begins to listen."""
+    wire.hear()
+    touch(sock)
+    worker.claim(sock, dirs="i", in_=COUNT, exact=True, flags=["not-ambiguous"])
+    wire.tell()
+    wire.hear()
+
+
+@scenario(engines=("module",))
+def late_reader_of_shared_socket(stage: Stage) -> None:
+    """A child has used its parent's socket some time ago, and then somebody begins to listen."""
+    wait_told(False)
+    sock = bound(V4, UDP)
+    child = stage.spawn("uses", uses_before, sock)
+    touch(sock)
+    wait_told(True)
+    child.tell()
+    child.hear()
+    with playing(stage):
+        Sender(stage).to(sock.getsockname())
+        child.tell()
+
+
+@scenario(engines=("module",))
+def late_reader_of_a_heir(stage: Stage) -> None:
+    """While nobody listens a parent sends, forks and ends: the child is the socket's user then."""
+    wait_told(False)
+    stage_end, heir_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent = stage.spawn("leaves", leaves_to_child, Wire(heir_end))
+    peer = ask(parent)
+    parent.join()
+    heir = Wire(stage_end)
+    heir.hear()
+    with playing(stage):
+        Sender(stage).to(peer)
+        heir.tell()
+        heir.hear()
+
+
+def leaves_to_child(worker: Worker, wire: Wire, heir: Wire) -> None:
+    """Uses a socket that no call but send() was made on, and leaves it to its child."""
+    sock = socket.socket(V4, UDP)
+    sock.sendto(b"first", ("127.0.0.1", 9))
+    port = sock.getsockname()[1]
+    if os.fork() == 0:
+        worker.again()
+        worker.claim(sock, dirs="i", in_=COUNT, any_address=True, flags=["not-dead"])
+        parent = os.getppid()
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        heir.tell()
+        heir.hear()
+        heir.tell()
+        os._exit(0)
+    wire.tell(("127.0.0.1", port))

@@ -3,45 +3,17 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+from hunter.cli.interfaces import indexes
 from hunter.show.columns import Holder
-from nlproto import UsageError
+from hunter.sources.source import Source
 from nlproto.filters.filter import Filter
-from nlproto.pipeline.pipeline import NamedBatch
+from nlproto.records.batch import NamedBatch
 from nlproto.tables.processes import Process
 
-if TYPE_CHECKING:
-    from hunter.sources.source import Source
-
-__all__ = ["FollowingSource", "filter_text"]
-
-
-def indexes(names: Sequence[str]) -> dict[str, int]:
-    """Return the indexes of those of `names` that are there."""
-    there = {name: index for index, name in socket.if_nameindex()}
-    return {name: there[name] for name in names if name in there}
-
-
-def filter_text(names: Sequence[str] | None, all_there: bool = True) -> str:
-    """Return the filter that -i NAME ... amounts to now.
-
-    Raises UsageError for a name that is not there, unless that is not asked for.
-    """
-    if not names or "any" in names:
-        return ""
-    found = indexes(names)
-    missing = [name for name in names if name not in found]
-    if missing and all_there:
-        known = ", ".join(name for _, name in socket.if_nameindex())
-        raise UsageError(f"no interface {missing[0]!r} here; there are: {known}")
-    # an index means something in its own network namespace only
-    here = os.stat("/proc/self/ns/net").st_ino
-    some = " or ".join(f"ifindex {index}" for index in found.values()) or "ifindex 4294967295"
-    return f"netns {here} and ({some})"
+__all__ = ["FollowingSource"]
 
 
 class FollowingSource:

@@ -1,0 +1,25 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Prints who has, and who had, a port: who_had_port.py [--socket PATH] PORT"""
+
+import argparse
+from datetime import datetime
+
+from nlproto.client.client import DaemonClient
+from nlproto.client.frames import DEFAULT_SOCKET
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--socket", default=DEFAULT_SOCKET)
+parser.add_argument("port", type=int)
+options = parser.parse_args()
+
+with DaemonClient(options.socket) as client:
+    found = client.who(port=options.port)
+for owner in found["owners"]:  # sockets that are there now
+    print(
+        f"has  {owner['proto']} {owner['address']}.{owner['port']}  {owner['comm']}.{owner['pid']}"
+    )
+for flow in found["flows"]:  # of the history, last seen first; "pid" is None where nobody is known
+    seen = datetime.fromtimestamp(flow["last"])
+    ends = f"{flow['local']}.{flow['lport']} - {flow['remote']}.{flow['rport']}"
+    print(f"had  {flow['proto']} {ends}  {flow['comm']}.{flow['pid']}  until {seen:%F %T}")

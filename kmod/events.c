@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Process events, for group "processes". They are made in probe handlers, where
+ * nothing may be sent: they wait in a list and a work item multicasts them.
+ */
+#include <linux/llist.h>
+#include <linux/slab.h>
+#include <linux/workqueue.h>
+
+#include "events.h"
+#include "netlink.h"
+
+#define EVENTS_MAX	4096	/* that may wait to be sent */
+
+struct event {
+	struct llist_node node;
+	struct sniffer_process process;
+};
+
+static LLIST_HEAD(events);		/* latest first; without a lock */
+static atomic_t events_waiting;
+static atomic64_t events_dropped;
+
+static void events_send_one(const struct sniffer_process *process)
+{
+	struct sk_buff *skb = sniffer_netlink_begin(SNIFFER_GROUP_INDEX_PROCESSES,
+						    sizeof(*process));
+
+	if (!skb) {
+		atomic64_inc(&events_dropped);
+		return;
+	}
+	skb_put_data(skb, process, sizeof(*process));
+	sniffer_netlink_send(skb, SNIFFER_GROUP_INDEX_PROCESSES);
+}
+
+static void events_send(struct work_struct *work)
+{
+	struct llist_node *list = llist_reverse_order(llist_del_all(&events));
+	struct event *event, *next;
+
+	llist_for_each_entry_safe(event, next, list, node) {
+		events_send_one(&event->process);
+		atomic_dec(&events_waiting);
+		kfree(event);
+	}
+}
+
+static DECLARE_WORK(events_work, events_send);
+
+/**
+ * sniffer_events_begin - somebody is to be told about a process
+ *
+ * Any context, interrupts off included.
+ *
+ * Return: what is to be filled whole and given to sniffer_events_end(), or NULL
+ * when nobody listens, or too many wait.
+ */
+struct sniffer_process *sniffer_events_begin(void)
+{
+	struct event *event;
+
+	if (!sniffer_netlink_listening(SNIFFER_GROUP_INDEX_PROCESSES))
+		return NULL;
+	if (atomic_inc_return(&events_waiting) > EVENTS_MAX)
+		goto lost;
+	event = kmalloc(sizeof(*event), GFP_ATOMIC | __GFP_NOWARN);
+	if (!event)
+		goto lost;
+	return &event->process;
+lost:
+	atomic_dec(&events_waiting);
+	atomic64_inc(&events_dropped);
+	return NULL;
+}
+
+/**
+ * sniffer_events_end - tell it
+ * @process: from sniffer_events_begin()
+ */
+void sniffer_events_end(struct sniffer_process *process)
+{
+	llist_add(&container_of(process, struct event, process)->node, &events);
+	queue_work(system_highpri_wq, &events_work);
+}
+
+/**
+ * sniffer_events_lost - events dropped since load
+ */
+u64 sniffer_events_lost(void)
+{
+	return atomic64_read(&events_dropped);
+}
+
+/* No new ones come; the family still exists. */
+void sniffer_events_exit(void)
+{
+	cancel_work_sync(&events_work);
+	events_send(NULL);
+}

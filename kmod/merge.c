@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Flow records: records that tell the same but for time, thread, sizes and TCP
+ * flags become one, right in the message that it leaves in. Whatever else a
+ * reader could tell two packets apart by keeps them apart here too.
+ */
+#include <linux/bitops.h>
+#include <linux/build_bug.h>
+#include <linux/compiler.h>
+#include <linux/hash.h>
+#include <linux/random.h>
+
+#include "merge.h"
+
+#define MERGE_WORDS	(sizeof(struct sniffer_record) / sizeof(u64))
+
+/* Bits that keep records apart. */
+static const union {
+	struct sniffer_record record;
+	u64 words[MERGE_WORDS];
+} merge_key = {
+	.record = {
+		.cookie = U64_MAX, .inode = U64_MAX, .start_ns = U64_MAX,
+		.tgid = U32_MAX, .uid = U32_MAX, .creator = U32_MAX,
+		.netns = U32_MAX, .ifindex = U32_MAX,
+		.sport = U16_MAX, .dport = U16_MAX,
+		.family = U8_MAX, .proto = U8_MAX, .dir = U8_MAX, .how = U8_MAX,
+		.flags = U16_MAX,
+		.saddr = { [0 ... 15] = U8_MAX }, .daddr = { [0 ... 15] = U8_MAX },
+		.comm = { [0 ... SNIFFER_COMM_LEN - 1] = -1 },
+	},
+};
+
+/* Odd and unknown to who chooses ports and addresses. */
+static u64 merge_secret[3];
+
+static bool merge_is_same(const struct sniffer_record *one, const struct sniffer_record *other)
+{
+	const u64 *a = (const u64 *)one, *b = (const u64 *)other;
+	u64 differs = 0;
+	unsigned int i;
+
+	/* the first word is the time */
+#pragma GCC unroll 16
+	for (i = 1; i < MERGE_WORDS; i++)
+		differs |= (a[i] ^ b[i]) & merge_key.words[i];
+	return !differs;
+}
+
+static unsigned int merge_slot(const struct sniffer_record *r)
+{
+	const u64 *from = (const u64 *)r->saddr, *to = (const u64 *)r->daddr;
+	u64 ends = (u64)r->sport << 32 | r->dport << 8 | r->dir;
+	u64 hash;
+
+	BUILD_BUG_ON(offsetof(struct sniffer_record, saddr) % sizeof(u64));
+	BUILD_BUG_ON(SNIFFER_MERGE_MAX > U8_MAX || SNIFFER_MERGE_MAX >= SNIFFER_MERGE_SLOTS);
+	hash = (r->cookie ^ from[0] ^ rol64(to[0], 32)) * merge_secret[0];
+	hash += (ends ^ from[1]) * merge_secret[1] + (r->tgid ^ to[1]) * merge_secret[2];
+	return hash >> 56;
+}
+
+/**
+ * sniffer_merge_begin - start a message
+ * @merge: without one
+ * @first: sequence of the record that comes next
+ *
+ * Return: false when there is no memory.
+ */
+bool sniffer_merge_begin(struct sniffer_merge *merge, u64 first)
+{
+	if (!sniffer_stream_begin(&merge->stream, SNIFFER_MERGE_ROOM, first))
+		return false;
+	memset(merge->slots, 0, sizeof(merge->slots));
+	return true;
+}
+
+static void merge_into(struct sniffer_flow_record *flow, const struct sniffer_record *record,
+		       u32 bytes)
+{
+	struct sniffer_record *last = &flow->last;
+
+	/* a packet that interrupts another's naming overtakes it */
+	if (likely(record->time_ns >= last->time_ns)) {
+		last->time_ns = record->time_ns;
+		last->tid = record->tid;
+		last->seq = record->seq;
+	} else {
+		flow->first_ns = min(flow->first_ns, record->time_ns);
+	}
+	last->len += bytes;
+	last->gso_segs += record->gso_segs;
+	last->tcp_flags |= record->tcp_flags;
+	flow->records++;
+}
+
+/**
+ * sniffer_merge_add - sum a record up
+ * @merge: with a message that has begun
+ * @record: what happened, whole
+ * @bytes: it stands for on the wire
+ *
+ * Return: false when it is the first of a flow and there is no room for one.
+ */
+bool sniffer_merge_add(struct sniffer_merge *merge, const struct sniffer_record *record, u32 bytes)
+{
+	struct sniffer_flow_record *flows = merge->stream.data, *flow;
+	unsigned int slot = merge_slot(record);
+
+	for (; merge->slots[slot]; slot = (slot + 1) % SNIFFER_MERGE_SLOTS) {
+		flow = &flows[merge->slots[slot] - 1];
+		/* nearly always the first: nothing is to be prepared for more */
+		OPTIMIZER_HIDE_VAR(record);
+		if (merge_is_same(&flow->last, record) &&
+		    likely(flow->last.len + bytes >= bytes &&
+			   flow->last.gso_segs + record->gso_segs <= U16_MAX)) {
+			merge_into(flow, record, bytes);
+			return true;
+		}
+	}
+	if (merge->stream.used == merge->stream.room)
+		return false;
+	flow = sniffer_stream_reserve(&merge->stream, sizeof(*flow));
+	flow->last = *record;
+	flow->last.len = bytes;
+	flow->last.hdr_len = 0;
+	flow->first_ns = record->time_ns;
+	flow->records = 1;
+	flow->reserved = 0;
+	merge->slots[slot] = merge->stream.count;
+	return true;
+}
+
+/**
+ * sniffer_merge_init - choose how flows are hashed in this load of the module
+ */
+void sniffer_merge_init(void)
+{
+	unsigned int i;
+
+	get_random_bytes(merge_secret, sizeof(merge_secret));
+	for (i = 0; i < ARRAY_SIZE(merge_secret); i++)
+		merge_secret[i] |= 1;
+}

@@ -1,0 +1,433 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Whose packet is it? From a socket to the second half of a record.
+ */
+#include <linux/netfilter.h>
+#include <linux/tcp.h>
+#include <net/mptcp.h>
+#include <net/net_namespace.h>
+#include <net/request_sock.h>
+#include <net/tcp.h>
+
+#include "alive.h"
+#include "compat.h"
+#include "lookup.h"
+#include "name.h"
+#include "owner.h"
+#include "process.h"
+#include "reset.h"
+#include "use.h"
+
+/*
+ * A socket of the kernel's own: flagged so, or without a file (nvmet and iSCSI
+ * make theirs as a process does). MPTCP makes its subflows in the same ways; the
+ * type tells the stack's control sockets, which are raw, from TCP's.
+ */
+static bool name_is_kernel(const struct sock *sk)
+{
+	const struct socket *sock = READ_ONCE(sk->sk_socket);
+
+	if (!sk->sk_kern_sock && (!sock || READ_ONCE(sock->file)))
+		return false;
+	return !(sk->sk_type == SOCK_STREAM && sk->sk_protocol == IPPROTO_TCP && sk_is_mptcp(sk));
+}
+
+/* Has a server in the kernel put something of its own there? BPF's maps mark what they put. */
+static bool name_has_server(const struct sock *sk)
+{
+	unsigned long data = (unsigned long)READ_ONCE(sk->sk_user_data);
+
+	return data && !(data & 7);
+}
+
+/*
+ * A listener that a kernel's server accepts from: its own, or one that a process
+ * has handed to it (knfsd) and may have closed since.
+ */
+static bool name_is_servers(const struct sock *sk)
+{
+	return name_is_kernel(sk) || (sk->sk_state == TCP_LISTEN && name_has_server(sk));
+}
+
+/*
+ * Is this flagged socket a connection that waits to be accepted from an MPTCP
+ * listener, by a client of plain TCP? It is a copy of the listener's subflow.
+ */
+static bool name_is_fallback(struct sniffer_flow *flow, const struct sock *sk)
+{
+	struct sock *listener;
+
+	if (flow->record.proto != IPPROTO_TCP || READ_ONCE(sk->sk_socket))
+		return false;
+	if (sniffer_owner_find(atomic64_read(&sk->sk_cookie)))
+		return true;
+	listener = sniffer_lookup_listener(flow, flow->record.dir == SNIFFER_DIR_OUT);
+	return listener && !name_is_servers(listener);
+}
+
+/* The kernel itself sends or receives the packet. */
+static void name_kernel(struct sniffer_record *r)
+{
+	r->how = SNIFFER_HOW_KERNEL;
+	r->flags |= SNIFFER_F_KERNEL;
+}
+
+static void name_add_facts(struct sniffer_record *r, const struct sniffer_owner *owner,
+			    const struct sniffer_proc *user)
+{
+	r->creator = owner->creator;
+	r->flags |= READ_ONCE(owner->flags);
+	if (!sniffer_owner_held(owner, user))
+		r->flags |= SNIFFER_F_DEAD;
+	else if (sniffer_owner_shared(owner, user))
+		r->flags |= SNIFFER_F_SHARED |
+			    (READ_ONCE(owner->guess) ? SNIFFER_F_AMBIGUOUS : 0);
+}
+
+/* Names @r after @owner's user, with what else the table knows of the socket. Under RCU. */
+static void name_owner(struct sniffer_record *r, const struct sniffer_owner *owner, u8 how)
+{
+	const struct sniffer_proc *user = rcu_dereference(owner->user);
+
+	r->how = how;
+	r->tgid = user->tgid;
+	r->start_ns = user->start_ns;
+	r->uid = READ_ONCE(user->uid);
+	r->tid = READ_ONCE(owner->tid);
+	memcpy(r->comm, user->comm, SNIFFER_COMM_LEN);
+	name_add_facts(r, owner, user);
+}
+
+/* The table's entry with a user for @sk: by cookie, else by inode (MPTCP). */
+static const struct sniffer_owner *name_find(struct sock *sk)
+{
+	const struct sniffer_owner *owner = sniffer_owner_find(sniffer_owner_cookie(sk));
+	u64 inode;
+
+	if (!owner || !rcu_access_pointer(owner->user)) {
+		inode = sniffer_owner_inode(sk);
+		owner = inode ? sniffer_owner_find_inode(inode) : NULL;
+	}
+	return owner && rcu_access_pointer(owner->user) ? owner : NULL;
+}
+
+static bool name_is_held(const struct sniffer_owner *owner)
+{
+	const struct sniffer_proc *user = rcu_dereference(owner->user);
+
+	return user && sniffer_owner_held(owner, user);
+}
+
+/* Names @r after the one who would accept the connection. */
+static void name_acceptor(struct sniffer_record *r, const struct sniffer_owner *listener)
+{
+	name_owner(r, listener, SNIFFER_HOW_LISTENER);
+	if (r->flags & SNIFFER_F_SHARED)
+		r->flags |= SNIFFER_F_AMBIGUOUS;
+}
+
+/* Why does the table not know @sk? @fresh: no probe had ever seen it. */
+static u8 name_reason(const struct sock *sk, bool fresh)
+{
+	bool full = sk_fullsock(sk);
+
+	/* a full table may never have taken it */
+	if (!fresh && sniffer_probes_alive() && sniffer_owner_is_full())
+		return SNIFFER_HOW_TABLE_FULL;
+	if (!full || (sk->sk_state != TCP_LISTEN && sock_flag(sk, SOCK_DEAD)))
+		return fresh ? SNIFFER_HOW_PREDATES : SNIFFER_HOW_SOCKET_GONE;
+	if (!sniffer_probes_alive())
+		return SNIFFER_HOW_NOT_PROBED;
+	return sniffer_owner_full() ? SNIFFER_HOW_TABLE_FULL : SNIFFER_HOW_PREDATES;
+}
+
+/* A connection that has not become a full socket yet. */
+static void name_request(struct sniffer_record *r, struct sock *sk, bool fresh)
+{
+	struct sock *listener = inet_reqsk(sk)->rsk_listener;
+	const struct sniffer_owner *owner;
+
+	if (!listener) {
+		r->how = SNIFFER_HOW_SOCKET_GONE;
+		return;
+	}
+	if (name_is_servers(listener)) {
+		name_kernel(r);
+		return;
+	}
+	owner = name_find(listener);
+	if (!owner) {
+		r->how = name_reason(listener, fresh);
+		return;
+	}
+	if (r->dir == SNIFFER_DIR_IN && r->tcp_flags & TCPHDR_ACK && !(r->tcp_flags & TCPHDR_RST))
+		sniffer_owner_refer(sk, owner->cookie, SNIFFER_HOW_LISTENER);
+	name_acceptor(r, owner);
+}
+
+/*
+ * Is accept() on another CPU giving @sk its socket right now? Then it has its
+ * inode already, but the probe may not have told its owner yet.
+ */
+static bool name_is_grafted_now(struct sock *sk)
+{
+	bool busy;
+
+	local_bh_disable();
+	/* sock_graft() holds it while it does so, and calls what we probe */
+	busy = !read_trylock(&sk->sk_callback_lock);
+	if (!busy)
+		read_unlock(&sk->sk_callback_lock);
+	local_bh_enable();
+	return busy;
+}
+
+/**
+ * sniffer_name_socket - name a packet after the owner of a socket
+ * @flow: the packet; its record is filled in, or says in @how why nobody is named
+ * @sk: the socket, of any kind
+ * @how: SNIFFER_HOW_SOCKET or SNIFFER_HOW_REVERSE, how it was found
+ */
+void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
+{
+	struct sniffer_record *r = &flow->record;
+	bool fresh = !atomic64_read(&sk->sk_cookie);
+	const struct sniffer_owner *owner, *other, *gone = NULL;
+	bool full = sk_fullsock(sk);
+	struct sock *listener;
+	bool grafted = false;
+	bool young;
+	u64 via;
+
+	if (full && name_is_servers(sk) && !name_is_fallback(flow, sk)) {
+		name_kernel(r);
+		return;
+	}
+	r->cookie = sniffer_owner_cookie(sk);
+	if (sk->sk_state == TCP_NEW_SYN_RECV) {
+		name_request(r, sk, fresh);
+		return;
+	}
+	if (full)
+		r->inode = sniffer_owner_inode(sk);
+	if (full && sk->sk_state == TCP_LISTEN) {
+		owner = name_find(sk);
+		if (owner)
+			name_acceptor(r, owner);
+		else
+			r->how = name_reason(sk, fresh);
+		return;
+	}
+
+	owner = sniffer_owner_find(r->cookie);
+	/* datagrams are received by the server itself: who handed the socket over has let go of it */
+	if (full && owner && name_has_server(sk) && !name_is_held(owner)) {
+		name_kernel(r);
+		return;
+	}
+	/* read once: accept() may clear it meanwhile, with the new user in place */
+	via = owner ? smp_load_acquire(&owner->via) : 0;
+	if (owner && !via && rcu_access_pointer(owner->user)) {
+		name_owner(r, owner, how);
+		return;
+	}
+	if (r->inode) {
+		other = sniffer_owner_find_inode(r->inode);
+		if (other && rcu_access_pointer(other->user)) {
+			sniffer_owner_refer(sk, other->cookie, SNIFFER_HOW_INODE);
+			name_owner(r, other, SNIFFER_HOW_INODE);
+			return;
+		}
+	}
+	if (via) {
+		other = sniffer_owner_find(via);
+		if (other && rcu_access_pointer(other->user)) {
+			if (READ_ONCE(owner->via_how) != SNIFFER_HOW_LISTENER) {
+				name_owner(r, other, SNIFFER_HOW_INODE);
+				return;
+			}
+			/* the listener itself is freed, and so dead, only after a grace period */
+			if (!full || sock_flag(sk, SOCK_DEAD) ||
+			    (name_is_held(other) && !READ_ONCE(other->dead))) {
+				name_acceptor(r, other);
+				return;
+			}
+			gone = other;
+		}
+	}
+	if (full && r->inode && r->proto == IPPROTO_TCP) {
+		grafted = name_is_grafted_now(sk);
+		owner = grafted ? NULL : sniffer_owner_find(r->cookie);
+		/* the entry may be there by now: pairs with sniffer_owner_gain() */
+		if (owner && !smp_load_acquire(&owner->via) && rcu_access_pointer(owner->user)) {
+			name_owner(r, owner, how);
+			return;
+		}
+	}
+	if (r->proto == IPPROTO_TCP) {
+		/*
+		 * SYN cookies, Fast Open: a child that never was a request. Or
+		 * its listener closed and left it to another (tcp_migrate_req).
+		 * Or the kernel accepted it, and gave it a file (nvmet).
+		 */
+		listener = sniffer_lookup_listener(flow, r->dir == SNIFFER_DIR_OUT);
+		if (listener && name_is_servers(listener)) {
+			name_kernel(r);
+			return;
+		}
+		young = full && (!r->inode || grafted) && sk->sk_state != TCP_CLOSE;
+		other = young && listener ? name_find(listener) : NULL;
+		/* one that a kernel's server stops using, and had from him, is his no more */
+		if (other && name_is_held(other)) {
+			name_acceptor(r, other);
+			return;
+		}
+	}
+	if (gone)
+		name_acceptor(r, gone);
+	else
+		r->how = name_reason(sk, fresh);
+}
+
+/* Names a reset after the socket that the tracepoint has just told. */
+static bool name_reset(struct sniffer_record *r)
+{
+	bool listens;
+	u64 cookie = sniffer_reset_take(r, &listens);
+	const struct sniffer_owner *owner = cookie ? sniffer_owner_find(cookie) : NULL;
+
+	/* pairs with sniffer_owner_gain(): no listener to ask, hence a user */
+	if (!owner || smp_load_acquire(&owner->via) || !rcu_access_pointer(owner->user))
+		return false;
+	r->cookie = owner->cookie;
+	name_owner(r, owner, SNIFFER_HOW_REVERSE);
+	/* any of them could have accepted what is refused */
+	if (listens && r->flags & SNIFFER_F_SHARED)
+		r->flags |= SNIFFER_F_AMBIGUOUS;
+	return true;
+}
+
+/*
+ * A packet without a socket, or with one that the stack answers with: who is it for?
+ * Netfilter makes packets without any (a firewall's reset, a copy), and IPVS
+ * sends on what came in; of the stack's own only the SYN-ACKs of SYN cookies
+ * are such, IPv4's. Anybody could listen on the port of a foreign address.
+ */
+static void name_answer(struct sniffer_flow *flow, const struct nf_hook_state *state,
+			      const struct sock *sk)
+{
+	const u8 both = TCPHDR_SYN | TCPHDR_ACK;
+	struct sniffer_record *r = &flow->record;
+	struct sniffer_record shown;
+	struct sock *found;
+	bool put;
+
+	r->how = SNIFFER_HOW_NO_SOCKET;
+	if (!sk) {
+		bool local = sniffer_lookup_is_local(flow, state->out);
+
+		if (!local && flow->skb->skb_iif) {
+			r->dir = SNIFFER_DIR_FWD;
+			r->how = SNIFFER_HOW_FORWARDED;
+		}
+		if (!local || r->proto != IPPROTO_TCP || (r->tcp_flags & both) != both)
+			return;
+	} else if (r->proto == IPPROTO_UDP) {
+		name_kernel(r);
+		return;
+	}
+	shown = *r;
+	sniffer_lookup_untranslate(flow);
+	if (!sk || !(r->tcp_flags & TCPHDR_RST) || !name_reset(r)) {
+		found = sniffer_lookup_reverse(flow);
+		put = found;
+		if (!found)
+			found = sniffer_lookup_listener(flow, true);
+		if (found)
+			sniffer_name_socket(flow, found, SNIFFER_HOW_REVERSE);
+		if (put)
+			sniffer_lookup_put(found);
+	}
+	memcpy(r->saddr, shown.saddr, sizeof(r->saddr));
+	memcpy(r->daddr, shown.daddr, sizeof(r->daddr));
+	r->sport = shown.sport;
+	r->dport = shown.dport;
+}
+
+/*
+ * Is this UDP the kernel's wrapping around a packet, whose sender @sk still is?
+ * A socket that is closed while its packet waits (NFQUEUE) has no port any more.
+ */
+static bool name_is_wrapped(const struct sniffer_record *r, const struct sock *sk)
+{
+	if (r->proto != IPPROTO_UDP)
+		return false;
+	if (!sk_fullsock(sk) || (sk->sk_family != AF_INET && sk->sk_family != AF_INET6))
+		return true;
+	if (sk->sk_type == SOCK_RAW)
+		return false;
+	return sk->sk_protocol != IPPROTO_UDP ||
+	       (inet_sk(sk)->inet_num && inet_sk(sk)->inet_num != r->sport);
+}
+
+/**
+ * sniffer_name_out - name a packet at LOCAL_OUT
+ * @flow: the packet; its record is filled in
+ * @state: the hook's
+ * @trusted: current may be taken for the sender
+ */
+void sniffer_name_out(struct sniffer_flow *flow, const struct nf_hook_state *state, bool trusted)
+{
+	struct sniffer_record *r = &flow->record;
+	const struct sniffer_proc *user;
+	struct sniffer_owner *owner;
+	struct sock *sk = flow->skb->sk;
+
+	/*
+	 * Tunnels leave the inner sender in skb->sk and say with state->sk, if
+	 * at all, whose the packet is; IPv6 says there the listener of a SYN
+	 * cookie, but also whose packet a firewall answers with a reset.
+	 */
+	if (!sk || (state->sk && r->proto == IPPROTO_UDP)) {
+		trusted &= sk == state->sk;
+		sk = state->sk;
+		if (sk && r->proto == IPPROTO_TCP && sk_fullsock(sk) &&
+		    sk->sk_state != TCP_LISTEN && !name_is_kernel(sk))
+			sk = NULL;
+	}
+	if (!sk || (sk_fullsock(sk) && name_is_kernel(sk))) {
+		if (sk && sk->sk_type == SOCK_STREAM)
+			sniffer_name_socket(flow, sk, SNIFFER_HOW_SOCKET);
+		else
+			name_answer(flow, state, sk);
+		return;
+	}
+	if (name_is_wrapped(r, sk)) {
+		name_kernel(r);
+		return;
+	}
+	/* ipvlan takes the packet of another namespace on its way through this one */
+	if (!net_eq(sock_net(sk), state->net)) {
+		r->dir = SNIFFER_DIR_FWD;
+		r->how = SNIFFER_HOW_FORWARDED;
+		return;
+	}
+	if (!trusted || !sk_fullsock(sk) || sk->sk_state == TCP_LISTEN ||
+	    !sniffer_use(sk, false, &owner)) {
+		sniffer_name_socket(flow, sk, SNIFFER_HOW_SOCKET);
+		return;
+	}
+
+	/* The sender is on the CPU: nobody can know better. */
+	r->how = SNIFFER_HOW_CONTEXT;
+	r->cookie = sniffer_owner_cookie(sk);
+	r->inode = sniffer_owner_inode(sk);
+	r->tgid = current->tgid;
+	r->tid = current->pid;
+	r->start_ns = current->group_leader->start_boottime;
+	r->uid = __kuid_val(current_uid());
+	sniffer_process_comm(r->comm, current->group_leader->comm);
+	user = owner ? rcu_dereference(owner->user) : NULL;
+	if (user)
+		name_add_facts(r, owner, user);
+}

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/* Counts packets that get no record. */
+#include "skip.h"
+
+DEFINE_PER_CPU(u64 [SNIFFER_SKIPS], sniffer_skips);
+
+/**
+ * sniffer_skip_count - packets that a CPU has skipped for one cause
+ * @cpu: which
+ * @why: the cause
+ */
+u64 sniffer_skip_count(int cpu, enum sniffer_skip why)
+{
+	return per_cpu(sniffer_skips, cpu)[why];
+}
+
+/**
+ * sniffer_skip_sum - packets that a CPU has skipped
+ * @cpu: which
+ */
+u64 sniffer_skip_sum(int cpu)
+{
+	u64 sum = 0;
+	int i;
+
+	for (i = 0; i < SNIFFER_SKIPS; i++)
+		sum += per_cpu(sniffer_skips, cpu)[i];
+	return sum;
+}

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: MIT
+"""The one filter that filter words, -F and the options of choice amount to."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from hunter.cli import interfaces
+from hunter.cli.options import SUBCOMMANDS, Choice
+from nlproto import Error
+from nlproto.filters.filter import EVERYTHING, Filter
+from nlproto.filters.mistakes import FilterError
+from nlproto.filters.parse import parse
+from nlproto.filters.words import MAX_LENGTH, quote
+
+__all__ = ["filter_of"]
+
+
+def _any(word: str, values: Sequence[str] | None) -> str:
+    return " or ".join(f"{word} {quote(value)}" for value in values or ())
+
+
+def filter_of(choice: Choice, all_there: bool = True) -> Filter:
+    """Return the filter that words, -F and options amount to.
+
+    `all_there`: the interfaces of -i must be. Raises UsageError, FilterError.
+    """
+    texts = [_joined(choice.filter)]
+    if choice.filter_file:
+        try:
+            with open(choice.filter_file, encoding="utf-8") as file:
+                lines = file.read(MAX_LENGTH + 1).splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise Error(f"cannot read the filter in {choice.filter_file}: {reason}") from None
+        texts.append(" ".join(line for line in lines if not line.lstrip().startswith("#")))
+    texts.append({"in": "inbound", "out": "outbound"}.get(choice.direction or "", ""))
+    texts.append(interfaces.filter_text(choice.interface, all_there))
+    for word in ("pid", "pname", "uid", "netns", "container", "unit"):
+        texts.append(_any(word, getattr(choice, word)))
+    result = EVERYTHING
+    for text in texts:
+        try:
+            result = result & parse(text)
+        except FilterError as error:
+            raise _meant_command(error) or error from None
+    return result
+
+
+def _meant_command(error: FilterError) -> FilterError | None:
+    """What to say when the first word is no filter but nearly a subcommand; None: it is not."""
+    word = error.text[: error.end]
+    if error.start != 0 or "did you mean" in str(error):
+        return None
+    meant = [f"--{word}"] if word in ("help", "version") else []
+    meant = meant or difflib.get_close_matches(word, SUBCOMMANDS, 1, 0.6)
+    if not meant:
+        return None
+    return FilterError(
+        f"unknown word {word!r}; did you mean '{meant[0]}'?", error.text, 0, error.end
+    )
+
+
+def _joined(words: Sequence[str]) -> str:
+    """The filter as one text; a name that the shell unquoted is quoted again."""
+    texts = []
+    for index, word in enumerate(words):
+        named = index and words[index - 1] in ("pname", "container", "unit")
+        texts.append(quote(word) if named and not word.startswith('"') else word)
+    return " ".join(texts)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: MIT
+"""What a command line asks for: made once from the parsed words, changed by nobody."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from nlproto.client.frames import DEFAULT_SOCKET
+
+__all__ = [
+    "Annotate",
+    "Choice",
+    "Command",
+    "Doctor",
+    "Live",
+    "Origin",
+    "SUBCOMMANDS",
+    "Report",
+    "Stats",
+    "Top",
+    "Who",
+    "command_of",
+]
+
+SUBCOMMANDS = {
+    "top": "processes by rate, live",
+    "who": "which process owns, or owned, a port",
+    "stats": "what the daemon has seen, and how well it names",
+    "annotate": "write the owners into a capture of tcpdump or Wireshark",
+    "report": "make a page of a saved capture",
+    "doctor": "what works on this machine, and what to do about the rest",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which packets: all that is given must fit (hunter.cli.choice makes one Filter of it)."""
+
+    filter: list[str]
+    """Filter words."""
+    filter_file: str | None
+    interface: list[str] | None
+    direction: str | None
+    """"in", "out" or "inout"."""
+    pid: list[str] | None
+    pname: list[str] | None
+    uid: list[str] | None
+    netns: list[str] | None
+    container: list[str] | None
+    unit: list[str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where packets come from."""
+
+    socket: str
+    """The daemon's."""
+    socket_given: bool
+    """Who names a socket means that daemon and nothing else."""
+    direct: bool
+    engine: str
+    """"auto", "module" or "packet"."""
+    buffer: int | None
+    """Bytes of engine packet's ring."""
+    read: list[str] | None
+    """Saved captures; "-" is standard input."""
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """The main command."""
+
+    choice: Choice
+    origin: Origin
+    argv: tuple[str, ...]
+    """The command behind "--"."""
+    count: int | None
+    duration: float | None
+    """Seconds."""
+    all: bool
+    numbers: bool
+    quiet: int
+    verbose: int
+    times: int
+    """How often -t was said."""
+    json: bool
+    summary: bool
+    save: str | None
+    """A file; "-" is standard output."""
+    format: str | None
+    print: bool
+    rotate: int | None
+    """Bytes."""
+    keep: int | None
+    """Files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Top:
+    choice: Choice
+    origin: Origin
+    numbers: bool
+    units: str
+    interval: float
+    """Seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Who:
+    port: int | None
+    proto: str | None
+    host: str | None
+    pid: int | None
+    pname: str | None
+    since: float | None
+    """Seconds before now."""
+    limit: int | None
+    json: bool
+    socket: str
+    socket_given: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    json: bool
+    socket: str
+    socket_given: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Annotate:
+    input: str
+    output: str
+    netns: str | None
+    socket: str
+    socket_given: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    input: list[str]
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class Doctor:
+    socket: str
+    socket_given: bool
+
+
+Command = Live | Top | Who | Stats | Annotate | Report | Doctor
+
+_KINDS: dict[str, type[Command]] = {
+    "live": Live,
+    "top": Top,
+    "who": Who,
+    "stats": Stats,
+    "annotate": Annotate,
+    "report": Report,
+    "doctor": Doctor,
+}
+_PARTS = {"choice": Choice, "origin": Origin}
+_FILES = ("save", "output")
+
+T = TypeVar("T")
+
+
+def command_of(name: str, parsed: argparse.Namespace, argv: tuple[str, ...] = ()) -> Command:
+    """Return the options of command `name` ("live" or a subcommand) that argparse found."""
+    found = vars(parsed) | {"argv": argv}
+    given = found.get("socket")
+    found |= {"socket": given or DEFAULT_SOCKET, "socket_given": given is not None}
+    for file in _FILES:
+        if found.get(file) == "/dev/stdout":
+            found[file] = "-"
+    return _made(_KINDS[name], found)
+
+
+def _made(kind: type[T], found: dict[str, Any]) -> T:
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    parts: dict[str, Any] = {name: _made(_PARTS[name], found) for name in names if name in _PARTS}
+    return kind(**parts, **{name: found[name] for name in names if name not in _PARTS})

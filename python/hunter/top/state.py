@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT
+"""What hunter top shows, whichever table shows it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+from hunter.show.account import ShownAccount
+from hunter.show.names import Names, Namespaces
+from hunter.show.rates import KEPT_S, ProcessRate, Rates
+from hunter.show.text import plain
+from hunter.show.units import UNITS
+from hunter.sources.source import Source
+from nlproto import Error
+from nlproto.records.batch import NamedBatch
+
+__all__ = ["State"]
+
+
+class State:
+    """Rates and account of what came from `source`, and how they are to be shown.
+
+    A thread of its own reads the source between start() and stop(); everything else belongs to
+    the thread that calls take().
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        known: Names,
+        units: str = UNITS[0],
+        filter_text: str = "",
+        kept_s: float = KEPT_S,
+        numbers: bool = False,
+    ) -> None:
+        self.source = source
+        self.known = known
+        self.numbers = numbers
+        """Hosts and services as numbers."""
+        self.units = units
+        self.paused = False
+        self.namespaces = Namespaces(None)
+        self.rates = Rates(kept_s)
+        self.shown = ShownAccount()
+        self.failure: Error | None = None
+        """Why nothing comes any more."""
+        self._filter_text = filter_text
+        self._inbox = _Inbox(source)
+        self._last_s = time.monotonic()
+
+    def start(self) -> None:
+        self._inbox.start()
+
+    def stop(self) -> None:
+        self._inbox.stop()
+
+    def take(self) -> None:
+        """Count what came since the last call."""
+        now_s = time.monotonic()
+        batches = self._inbox.take()
+        for batch in batches:
+            self.shown.add(batch)
+            self.namespaces.see(batch.records["netns"])
+        self.rates.tick(batches, now_s, max(now_s - self._last_s, 1e-3))
+        self._last_s = now_s
+        self.failure = self._inbox.failure
+
+    def next_units(self) -> None:
+        self.units = UNITS[(UNITS.index(self.units) + 1) % len(UNITS)]
+
+    def ended(self, process: ProcessRate) -> bool:
+        """Whether the process is known to have exited; its row stays a minute."""
+        if process.pid is None:
+            return False
+        details = self.source.get(*process.key[:2])
+        if details is not None and details.exit_ns is not None:
+            return True
+        return not os.path.exists(f"/proc/{process.pid}")
+
+    def account_text(self) -> str:
+        shown = self.shown
+        share = f" ({100 * shown.named / shown.records:.1f} %)" if shown.records else ""
+        text = f"{shown.records:,} packets, {shown.named:,} named{share}"
+        account = self.source.account()
+        lost = self.source.lost() + (sum(account["lost"].values()) if account else 0)
+        text += f", {lost:,} lost ({self.source.description})"
+        if self._filter_text:
+            text += f" | {self._filter_text}"
+        if self._inbox.ended:
+            text += " | the source has ended"
+        return plain(text)
+
+    def host(self, address: str) -> str:
+        return address if self.numbers else self.known.host(address)
+
+
+class _Inbox:
+    """What a thread of its own reads from the source, until the next tick."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._batches: list[NamedBatch] = []
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="reader", daemon=True)
+        self.failure: Error | None = None
+        self.ended = False
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def take(self) -> list[NamedBatch]:
+        with self._lock:
+            batches, self._batches = self._batches, []
+        return batches
+
+    def _read(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                batches = self._source.read(0.1)
+            except Error as error:
+                self.failure = error
+                return
+            if batches is None:
+                self.ended = True
+                return
+            with self._lock:
+                self._batches += batches

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: MIT
+"""What a filter is made of: tests of records, and how they are joined.
+
+A node's `str` is its text form; its `cost` is how many tests it makes; `mask` is one bool a record.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import ipaddress
+import operator
+import re
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from nlproto.filters.view import View
+from nlproto.filters.words import NAME_COST, quote
+from nlproto.records import wire
+
+__all__ = [
+    "Chain",
+    "Equal",
+    "Length",
+    "Net",
+    "Node",
+    "Not",
+    "OwnerTest",
+    "Ports",
+    "is_container",
+    "matcher",
+]
+
+_COMM_MAX = int(wire.lib.SNIFFER_COMM_LEN) - 1
+
+
+class Node(Protocol):
+    """One test, or several joined."""
+
+    def mask(self, view: View) -> np.ndarray: ...
+
+    @property
+    def cost(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Tests joined by `and` and `or`, from left to right."""
+
+    first: Node
+    rest: tuple[tuple[str, Node], ...]
+
+    def __str__(self) -> str:
+        words = [_grouped(self.first)]
+        for word, node in self.rest:
+            words += [word, _grouped(node)]
+        return " ".join(words)
+
+    @property
+    def cost(self) -> int:
+        return self.first.cost + sum(node.cost for _, node in self.rest)
+
+    def mask(self, view: View) -> np.ndarray:
+        result = self.first.mask(view)
+        for word, node in self.rest:
+            other = node.mask(view)
+            result = result & other if word == "and" else result | other
+        return result
+
+
+def _grouped(node: Node) -> str:
+    return f"({node})" if isinstance(node, Chain) else str(node)
+
+
+@dataclass(frozen=True, slots=True)
+class Not:
+    """What the node does not want."""
+
+    node: Node
+
+    def __str__(self) -> str:
+        return f"not {_grouped(self.node)}"
+
+    @property
+    def cost(self) -> int:
+        return self.node.cost
+
+    def mask(self, view: View) -> np.ndarray:
+        return ~self.node.mask(view)
+
+
+@dataclass(frozen=True, slots=True)
+class Equal:
+    """`field` of the record is one of `values`."""
+
+    text: str
+    field: str
+    values: tuple[int, ...]
+    named: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def cost(self) -> int:
+        return 1
+
+    def mask(self, view: View) -> np.ndarray:
+        column = view.column(self.field)
+        if len(self.values) == 1:
+            result: np.ndarray = column == self.values[0]
+        else:  # `how` alone, one byte
+            table = np.zeros(256, bool)
+            table[list(self.values)] = True
+            result = table[column]
+        return result & view.named if self.named else result
+
+
+_SIDES = {
+    "src": ("s", operator.or_),
+    "dst": ("d", operator.or_),
+    "src or dst": ("sd", operator.or_),
+    "src and dst": ("sd", operator.and_),
+}
+
+
+def _sided(side: str, text: str) -> str:
+    return text if side == "src or dst" else f"{side} {text}"
+
+
+def _join(join: Callable[[Any, Any], Any], masks: list[np.ndarray]) -> np.ndarray:
+    result: np.ndarray = functools.reduce(join, masks)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """A port, or a range, of one end or both."""
+
+    side: str
+    low: int
+    high: int
+
+    def __str__(self) -> str:
+        span = f"port {self.low}" if self.low == self.high else f"portrange {self.low}-{self.high}"
+        return _sided(self.side, span)
+
+    @property
+    def cost(self) -> int:
+        return 1
+
+    def mask(self, view: View) -> np.ndarray:
+        ends, join = _SIDES[self.side]
+        masks = [self._end(view.column(f"{end}port")) for end in ends]
+        return _join(join, masks)
+
+    def _end(self, ports: np.ndarray) -> np.ndarray:
+        result: np.ndarray = (
+            ports == self.low
+            if self.low == self.high
+            else (ports >= self.low) & (ports <= self.high)
+        )
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Net:
+    """An address, or a network, of one end or both."""
+
+    side: str
+    net: ipaddress.IPv4Network | ipaddress.IPv6Network
+
+    def __str__(self) -> str:
+        single = self.net.prefixlen == self.net.max_prefixlen
+        return _sided(self.side, f"host {self.net[0]}" if single else f"net {self.net}")
+
+    @property
+    def cost(self) -> int:
+        return 1
+
+    def mask(self, view: View) -> np.ndarray:
+        ends, join = _SIDES[self.side]
+        family = socket.AF_INET if self.net.version == 4 else socket.AF_INET6
+        bits = np.frombuffer(self.net.netmask.packed.ljust(16, b"\0"), np.uint64)
+        wanted = np.frombuffer(self.net.network_address.packed.ljust(16, b"\0"), np.uint64)
+        masks = []
+        for end in ends:
+            words = view.column(f"{end}addr")
+            fits = (words[:, 0] & bits[0]) == wanted[0]
+            if bits[1]:
+                fits &= (words[:, 1] & bits[1]) == wanted[1]
+            masks.append(fits)
+        result: np.ndarray = _join(join, masks) & (view.column("family") == family)
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """`less` or `greater`: the IP packet has so many bytes at most, or at least."""
+
+    word: str
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.word} {self.bytes}"
+
+    @property
+    def cost(self) -> int:
+        return 1
+
+    def mask(self, view: View) -> np.ndarray:
+        sizes = view.column("len")
+        result: np.ndarray = sizes <= self.bytes if self.word == "less" else sizes >= self.bytes
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerTest:
+    """`pname`, `container` or `unit`: a name, or a pattern with * ? [ ]."""
+
+    word: str
+    name: str
+    fits: Callable[[str], object] = field(compare=False, repr=False)
+    """Whether a name is `name` or matches it."""
+
+    def __str__(self) -> str:
+        return f"{self.word} {quote(self.name)}"
+
+    @property
+    def cost(self) -> int:
+        return NAME_COST
+
+    def mask(self, view: View) -> np.ndarray:
+        places, belongs, processes = view.processes
+        wanted = (self._is_wanted(*one) for one in processes)
+        verdicts = np.fromiter(wanted, bool, len(processes))
+        result = np.zeros(len(view), bool)
+        result[places] = verdicts[belongs]
+        return result
+
+    def _is_wanted(self, comm: str, program: str, container: str, unit: str) -> bool:
+        if self.word == "container":
+            return bool(container) and _is_container(container, self.name, self.fits)
+        if self.word == "unit":  # systemctl too takes "nginx" for "nginx.service"
+            return bool(unit) and bool(self.fits(unit) or self.fits(unit.rpartition(".")[0]))
+        if self.fits(comm) or program and self.fits(program):
+            return True
+        return self._is_cut(comm, program)
+
+    def _is_cut(self, comm: str, program: str) -> bool:
+        """The kernel keeps 15 bytes of a name; a longer one is settled by the executable."""
+        if program or len(comm) + 1 > len(self.name):
+            return False
+        name = self.name.encode()
+        return len(name) > _COMM_MAX and comm.encode() == name[:_COMM_MAX]
+
+
+def matcher(name: str) -> Callable[[str], object]:
+    """Return what tells whether a name is `name`, or matches it.
+
+    fnmatch's own cache would keep 32,768 patterns of strangers.
+    """
+    if any(character in name for character in "*?["):
+        return re.compile(fnmatch.translate(name)).match
+    return name.__eq__
+
+
+def is_container(name: str, wanted: str) -> bool:
+    """Whether the container `name` ("docker:4f1c0d2e9a3b", "lxc:web") is the one `wanted`.
+
+    That is its name or id, a pattern, or the beginning of an id, as docker and podman take it;
+    each with or without the runtime before it.
+    """
+    return _is_container(name, wanted, matcher(wanted))
+
+
+def _is_container(name: str, wanted: str, fits: Callable[[str], object]) -> bool:
+    runtime, _, short = name.partition(":")
+    if fits(name) or fits(short):
+        return True
+    asked, colon, rest = wanted.rpartition(":")
+    is_id = re.fullmatch("[0-9a-f]{12}", short) and re.fullmatch("[0-9a-f]{1,64}", rest)
+    return bool(is_id) and (not colon or asked == runtime) and short.startswith(rest[:12])

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: MIT
+"""The look at bound sockets: what changed, and work for that alone."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nlproto.host.holders import Holders
+from nlproto.host.kernel_sockets import KernelSockets
+from nlproto.tables.portmap import PortMap
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="holders of all sockets need root")
+
+ADDRESS = "127.0.7.31"
+
+
+class Counting(Holders):
+    asked = 0
+
+    def find(self, inode):
+        self.asked += 1
+        return super().find(inode)
+
+
+def bound(port=0, reuse=False):
+    one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    if reuse:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    one.bind((ADDRESS, port))
+    return one
+
+
+class Keeping:
+    """As the keeper does it."""
+
+    def __init__(self):
+        self.holders = Counting()
+        self.kernel = KernelSockets(self.holders)
+        self.portmap = PortMap()
+
+    def look(self):
+        before = time.monotonic_ns()
+        found = self.kernel.read()
+        self.portmap.update_bound(found.bound, found.changed, found.present, before)
+        return found
+
+    def pids(self, one):
+        return sorted(owner.tgid for owner in self.portmap.who(one.getsockname()[1]))
+
+
+@pytest.fixture
+def keeping():
+    one = Keeping()
+    with one.kernel:
+        yield one
+
+
+def test_a_look_asks_only_about_what_is_new(keeping):
+    many = [bound() for _ in range(900)]
+    keeping.look()
+    assert all(keeping.pids(one) == [os.getpid()] for one in many)
+    keeping.kernel._checks_ns = time.monotonic_ns() + 10**12  # a round of checks is another test
+    keeping.kernel._unchecked = []
+    new = bound()
+    before = keeping.holders.asked
+    found = keeping.look()
+    assert keeping.holders.asked - before < 250  # the new one, and sockets of the kernel's own
+    assert len(found.bound) < 250
+    assert keeping.pids(new) == [os.getpid()]
+    gone, port = many[0], many[0].getsockname()[1]
+    gone.close()
+    keeping.look()
+    assert keeping.portmap.who(port) == []
+    assert all(keeping.pids(one) == [os.getpid()] for one in many[1:])
+    for one in [*many, new]:
+        one.close()
+
+
+def test_a_round_of_checks_takes_a_part_of_the_time(keeping):
+    """Twenty thousand sockets are not all asked about each 3 s."""
+    many = [bound() for _ in range(900)]
+    keeping.look()
+    clock = keeping.kernel._check_budget
+    clock._left_ns = 0
+    keeping.kernel._checks_ns = 0
+    before = keeping.holders.asked
+    keeping.look()
+    assert keeping.holders.asked - before < 450
+    for one in many:
+        one.close()
+
+
+def test_a_socket_that_was_handed_over_has_its_new_holder_alone(keeping):
+    one = bound()
+    keeping.look()
+    assert keeping.pids(one) == [os.getpid()]
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read()"],
+        stdin=subprocess.PIPE,
+        pass_fds=[one.fileno()],
+    )
+    try:
+        name = one.getsockname()[1]
+        one.close()
+        end = time.monotonic() + 60
+        while [owner.tgid for owner in keeping.portmap.who(name)] != [child.pid]:
+            assert time.monotonic() < end, keeping.portmap.who(name)
+            keeping.look()
+            time.sleep(0.05)
+    finally:
+        child.communicate()
+
+
+def test_one_of_two_sockets_at_one_end_may_close(keeping):
+    first = bound(reuse=True)
+    port = first.getsockname()[1]
+    second = bound(port, reuse=True)
+    keeping.look()
+    for closing, staying in ((first, second), (second, None)):
+        closing.close()
+        keeping.look()
+        owners = [owner.tgid for owner in keeping.portmap.who(port)]
+        assert owners == ([os.getpid()] if staying else [])
+
+
+def test_an_idle_connection_that_is_new_is_known_after_two_looks(keeping):
+    """Between two rounds, and no packet tells of it."""
+    keeping.look()
+    code = (
+        "import socket, sys\n"
+        "server = socket.create_server(('127.0.7.32', 0))\n"
+        "peer = socket.create_connection(server.getsockname())\n"
+        "print(peer.getsockname()[1], flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        port = int(child.stdout.readline())
+        keeping.look()
+        end = time.monotonic() + 30
+        found = []
+        while not found:
+            assert time.monotonic() < end
+            found = [one for one in keeping.look().connected if one.endpoint[4] == port]
+        assert {one.tgid for one in found} == {child.pid}
+        assert not [one for one in keeping.look().connected if one.endpoint[4] == port]
+    finally:
+        child.communicate("")

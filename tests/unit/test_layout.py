@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT
+"""The rooms stay rooms: their size, and which way imports run."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = ROOT / "python"
+PROGRAMS = ("nlproto", "daemon", "hunter")
+MOST_MODULES = 12
+MOST_LINES = 500
+
+Graph = Mapping[str, Iterable[str]]
+
+
+def files() -> dict[str, Path]:
+    """Each module's file by its name; a package has the name of its folder."""
+    found = {}
+    for program in PROGRAMS:
+        for path in sorted((PYTHON / program).rglob("*.py")):
+            parts = path.relative_to(PYTHON).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = files()
+
+
+def imported(name: str) -> Iterator[str]:
+    """Modules of ours that `name` imports, wherever in the file, for type checkers too."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            yield from (one.name for one in node.names if one.name in MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} imports relatively"
+            origin = node.module or ""
+            for one in node.names:
+                inner = f"{origin}.{one.name}"
+                if inner in MODULES or origin in MODULES:
+                    yield inner if inner in MODULES else origin
+
+
+IMPORTS = {name: sorted(set(imported(name)) - {name}) for name in MODULES}
+
+
+def folder(name: str) -> str:
+    return ".".join(MODULES[name].relative_to(PYTHON).parent.parts)
+
+
+def circle(graph: Graph) -> list[str]:
+    """One way that comes back to where it began, empty if there is none."""
+    done: set[str] = set()
+
+    def walk(node: str, way: list[str]) -> list[str]:
+        if node in way:
+            return [*way[way.index(node) :], node]
+        if node in done:
+            return []
+        for following in graph.get(node, ()):
+            if found := walk(following, [*way, node]):
+                return found
+        done.add(node)
+        return []
+
+    return next((found for node in graph if (found := walk(node, []))), [])
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c", "b"]
+    assert circle({"a": ["b", "c"], "b": ["c"], "c": []}) == []
+
+
+def test_no_module_imports_itself_over_others() -> None:
+    assert circle(IMPORTS) == []
+
+
+def test_no_folder_imports_itself_over_others() -> None:
+    folders: dict[str, set[str]] = {}
+    for name, others in IMPORTS.items():
+        mine = folders.setdefault(folder(name), set())
+        mine |= {folder(other) for other in others} - {folder(name)}
+    assert circle({name: sorted(others) for name, others in folders.items()}) == []
+
+
+def test_hunter_and_daemon_know_the_library_only() -> None:
+    programs = {
+        (name.partition(".")[0], other.partition(".")[0])
+        for name, others in IMPORTS.items()
+        for other in others
+    }
+    assert {(one, other) for one, other in programs if one != other} == {
+        ("daemon", "nlproto"),
+        ("hunter", "nlproto"),
+    }
+
+
+@pytest.mark.parametrize("name", sorted({folder(name) for name in MODULES}))
+def test_a_folder_can_be_taken_in_at_a_glance(name: str) -> None:
+    inside = [path for path in MODULES.values() if path.parent == PYTHON / name.replace(".", "/")]
+    assert sum(path.name != "__init__.py" for path in inside) <= MOST_MODULES
+
+
+@pytest.mark.parametrize("name", sorted({folder(name) for name in MODULES}))
+def test_a_folder_says_what_is_in_it(name: str) -> None:
+    assert ast.get_docstring(ast.parse(MODULES[name].read_text()))
+
+
+def test_no_file_is_longer_than_one_concern() -> None:
+    lines = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES} == {}
+
+
+def test_no_header_of_the_module_includes_itself_over_others() -> None:
+    kmod = {path.name: path for path in (ROOT / "kmod").glob("*.[ch]")}
+    includes = {
+        name: [one for one in re.findall(r'#include "(\S+)"', path.read_text()) if one in kmod]
+        for name, path in kmod.items()
+    }
+    assert circle(includes) == []
+
+
+def test_the_architecture_names_files_and_functions_that_are_there() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    known = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    there = {"/".join(name.split("/")[at:]) for name in known for at in range(name.count("/") + 1)}
+    assert {name for name in re.findall(r"`([\w./]+\.(?:py|c|h|sh))`", text)} <= there
+    for function, where in re.findall(r"`(\w+)\(\)` in `([\w/]+\.(?:c|py))`", text):
+        path = ROOT / where if where.startswith("kmod/") else PYTHON / where
+        assert re.search(rf"\b{function}\(", path.read_text()), f"{function} in {where}"

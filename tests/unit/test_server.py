@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: MIT
+"""Whatever fails while a client waits: it is answered, and everybody else is served."""
+
+import asyncio
+import socket
+import threading
+
+import numpy as np
+import pytest
+
+from daemon.history.memory import FlowMemory
+from daemon.serve.answers import Answers
+from daemon.serve.server import Server
+from daemon.serve.subscription import Subscription
+from daemon.system.config import Config
+from daemon.system.socketfile import SocketFile
+from nlproto.client.client import DaemonClient
+from nlproto.errors import Error, NoDaemon, UsageError
+from nlproto.pipeline.account import Account
+from nlproto.pipeline.pipeline import Pipeline
+from nlproto.records import wire
+from nlproto.tables.portmap import PortMap
+from nlproto.tables.processes import Processes
+from waiting import until
+
+FAILED = "the daemon failed on this request; see its log"
+
+
+class Quiet:
+    """An engine with nothing to tell but what `batches` has."""
+
+    name = "quiet"
+    group = "packets"
+    instance = 7
+
+    def __init__(self):
+        self.opening = self.closing = np.zeros(0, wire.TAIL)
+        self.batches = []
+        self.pause = threading.Event()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        pass
+
+    def read(self, timeout):
+        while self.batches:
+            yield self.batches.pop(0)
+        self.pause.wait(min(timeout, 0.01))
+
+    def want_packets(self, wanted):
+        return ()
+
+    def catch_up(self):
+        while self.batches:
+            yield self.batches.pop(0)
+
+    def finish(self, until_ns=None):
+        return iter(())
+
+    def want_snaps(self, wanted):
+        return False
+
+    def stats(self):
+        return {}
+
+
+class Running:
+    """A server in a thread of its own."""
+
+    def __init__(self, path):
+        self.path = f"{path}/d.sock"
+        self.engine = Quiet()
+        self.pipeline = Pipeline(
+            self.engine, account=Account(), processes=Processes(), portmap=PortMap()
+        )
+        self.ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+
+    async def _serve(self):
+        loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
+        self.end = lambda: loop.call_soon_threadsafe(self._ended.set)
+        config = Config(socket=self.path)
+        answers = Answers(self.pipeline, FlowMemory(16))
+        self.server = Server(loop, answers, config, dict)
+        with SocketFile(self.path) as file, self.pipeline:
+            self.pipeline.subscribe(self.server.publish)
+            self.server.start(file.socket)
+            self.ready.set()
+            await self._ended.wait()
+            await loop.run_in_executor(None, self.pipeline.stop)
+            await self.server.stop()
+
+    def __enter__(self):
+        self._thread.start()
+        assert self.ready.wait(30)
+        return self
+
+    def __exit__(self, *_):
+        self.end()
+        self._thread.join()
+
+
+@pytest.fixture(name="running")
+def _running(tmp_path):
+    with Running(tmp_path) as running:
+        yield running
+
+
+def broken(*_arguments, **_names):
+    raise ZeroDivisionError("broken")
+
+
+def test_a_subscription_that_fails_is_answered_and_can_be_tried_again(running, monkeypatch):
+    with DaemonClient(running.path) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(running.server, "share_out", broken)
+            with pytest.raises(Error, match=FAILED):
+                client.start("udp")
+        with pytest.raises(UsageError, match="no subscription"):
+            client.unsubscribe()
+        client.start("udp")
+
+
+@pytest.mark.parametrize("part", ["_account", "after_all_records"])
+def test_what_fails_behind_the_barrier_is_answered(running, monkeypatch, part):
+    with DaemonClient(running.path) as client, DaemonClient(running.path) as other:
+        other.start("")
+        with monkeypatch.context() as patch:
+            patch.setattr(running.server, part, broken)
+            with pytest.raises(Error, match=FAILED):
+                client.start("udp")
+            with pytest.raises(Error, match=FAILED):
+                other.unsubscribe()
+        assert client.owner(1) == []
+        assert other.owner(1) == []
+
+
+def test_the_end_of_a_subscription_that_fails_is_answered(running, monkeypatch):
+    with DaemonClient(running.path) as client:
+        client.start("")
+        with monkeypatch.context() as patch:
+            patch.setattr("daemon.serve.session.Session._shown", broken)
+            with pytest.raises(Error, match=FAILED):
+                client.unsubscribe()
+        client.start("udp")
+        client.unsubscribe()
+
+
+def test_a_question_for_which_there_is_no_thread_is_answered(running, monkeypatch):
+    def no_thread(*_):
+        raise RuntimeError("can't start new thread")
+
+    with DaemonClient(running.path) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(running.server.loop, "run_in_executor", no_thread)
+            with pytest.raises(Error, match="can't start new thread"):
+                client.who(port=1)
+        with pytest.raises(UsageError):
+            client.start("wrong wrong")
+
+
+def test_a_turn_that_fails_costs_one_client_its_connection(running, monkeypatch):
+    with DaemonClient(running.path) as other:
+        with monkeypatch.context() as patch:
+            patch.setattr("nlproto.client.frames.Decoder.next", broken)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as raw:
+                raw.connect(running.path)
+                raw.settimeout(30)
+                raw.sendall(b"x" * 8)
+                assert raw.recv(1) == b""
+        assert other.owner(1) == []
+
+
+def test_a_connection_that_cannot_be_taken_leaves_the_others_their_turns(running, monkeypatch):
+    with DaemonClient(running.path) as other:
+        with monkeypatch.context() as patch:
+            patch.setattr("daemon.serve.server._has_gone", broken)
+            with pytest.raises(Error):
+                DaemonClient(running.path)
+            patch.setattr("daemon.serve.server.peer_of", broken)
+            with pytest.raises(Error):
+                DaemonClient(running.path)
+        assert other.owner(1) == []
+        with DaemonClient(running.path) as another:
+            assert another.owner(1) == []
+
+
+def test_frames_that_cannot_be_made_cost_one_client_its_stream(
+    running, monkeypatch, make_records, make_batch
+):
+    with DaemonClient(running.path) as victim, DaemonClient(running.path) as other:
+        victim.start("")
+        other.start("")
+        victims = next(iter(running.server._sessions)).subscription
+        pumped = Subscription.next_frame
+
+        def next_frame(subscription):
+            return broken() if subscription is victims else pumped(subscription)
+
+        monkeypatch.setattr(Subscription, "next_frame", next_frame)
+        running.engine.batches.append(make_batch(make_records({})))
+        gone, got = set(), []
+
+        def read():
+            for client in {victim, other} - gone:
+                try:
+                    got.extend(event for event in client.read(0.1) if hasattr(event, "batch"))
+                except NoDaemon:
+                    gone.add(client)
+            return got and gone
+
+        until(read)
+        (left,) = {victim, other} - gone
+        assert left.unsubscribe()["sent"] == 1
+
+
+def test_what_looks_after_clients_goes_on(running, monkeypatch):
+    with DaemonClient(running.path) as client:
+        client.start("")
+        tried = threading.Event()
+
+        def failing(*_):
+            tried.set()
+            raise ZeroDivisionError("broken")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("daemon.serve.server._hung_up", failing)
+            assert tried.wait(30)
+        looked = threading.Event()
+        monkeypatch.setattr("daemon.serve.server._hung_up", lambda _: looked.set() or [])
+        assert looked.wait(30)

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: MIT
+"""Descriptor tables that processes share without being threads, and that split."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+
+from ..catalog import scenario
+from ..stage import LIBC, Stage, Wire, rename
+from ..traffic import UDP, V4, bound, playing
+from ..truth import Worker
+from .handover import (
+    CLONE_FILES,
+    CLOSE_RANGE_UNSHARE,
+    COUNT,
+    SIGCHLD,
+    SYS_CLONE,
+    SYS_CLOSE_RANGE,
+    Sender,
+    touch,
+)
+
+ALIVE = ("not-dead", "not-ambiguous")
+
+
+class Partner:
+    """A process with the table of its maker, which does one thing at a time as it is told."""
+
+    def __init__(self, worker: Worker, role: str) -> None:
+        self._orders, orders = os.pipe()
+        self._answers, answers = os.pipe()
+        self.pid = LIBC.syscall(SYS_CLONE, CLONE_FILES | SIGCHLD, 0, 0, 0, 0)
+        if self.pid == 0:
+            try:
+                rename(role)
+                worker.role = role
+                worker.again()
+                for work in self.works:
+                    os.read(self._orders, 1)
+                    work()
+                    os.write(answers, b"x")
+                os.read(self._orders, 1)
+            finally:
+                os._exit(0)
+        self._tells = orders
+
+    works: tuple[Callable[[], object], ...] = ()
+
+    def next(self) -> None:
+        """Have it do the next thing."""
+        os.write(self._tells, b"x")
+        os.read(self._answers, 1)
+
+    def end(self) -> None:
+        """Have it exit, and wait for that."""
+        os.write(self._tells, b"x")
+        os.waitpid(self.pid, 0)
+
+
+def partner(worker: Worker, role: str, *works: Callable[[], object]) -> Partner:
+    return type(role, (Partner,), {"works": works})(worker, role)
+
+
+def part() -> None:
+    """Take a copy of the table."""
+    if LIBC.unshare(CLONE_FILES):
+        raise OSError("unshare")
+
+
+def mine(worker: Worker, sock: socket.socket, *flags: str) -> Callable[[], object]:
+    """What is to come is the caller's."""
+    return lambda: worker.claim(sock, dirs="i", in_=COUNT, exact=True, flags=flags or ALIVE)
+
+
+def bursts(stage: Stage, work: Callable[[Worker, Wire], None], count: int = 1) -> None:
+    """A process says where to send to, and each time that the next datagrams may come."""
+    with playing(stage):
+        child = stage.spawn("table", work)
+        sender = Sender(stage)
+        peer = tuple(child.hear())
+        for _ in range(count):
+            child.hear()
+            sender.to(peer)
+            child.tell()
+
+
+def user_parts_and_closes(worker: Worker, wire: Wire) -> None:
+    sock = bound(V4, UDP)
+    number = sock.fileno()
+    touch(sock)
+    wire.tell(sock.getsockname())
+    other = partner(worker, "partner", lambda: touch(sock), part, lambda: os.close(number))
+    for _ in range(3):
+        other.next()
+    mine(worker, sock)()
+    wire.tell("mine")
+    wire.hear()
+    other.end()
+
+
+@scenario(engines=("module",))
+def partner_parts_and_closes(stage: Stage) -> None:
+    """Who used the socket last takes a copy of the table and closes in it: the other one's."""
+    bursts(stage, user_parts_and_closes)
+
+
+def user_exits(worker: Worker, wire: Wire) -> None:
+    """Leaves its socket to a partner that has taken a copy of the table."""
+    sock = bound(V4, UDP)
+    touch(sock)
+    wire.tell(sock.getsockname())
+    ready, done = os.pipe()
+    pid = LIBC.syscall(SYS_CLONE, CLONE_FILES | SIGCHLD, 0, 0, 0, 0)
+    if pid == 0:
+        try:
+            parent = os.getppid()
+            part()
+            os.write(done, b"x")
+            while os.getppid() == parent:
+                time.sleep(0.005)
+            rename("partner")
+            worker.role = "partner"
+            worker.again()
+            mine(worker, sock)()
+            wire.tell("mine")
+            wire.hear()
+        finally:
+            os._exit(0)
+    os.read(ready, 1)
+    os._exit(0)
+
+
+@scenario(engines=("module",))
+def user_exits_after_partner_parts(stage: Stage) -> None:
+    """A partner takes a copy of the table; then the socket's user exits."""
+    bursts(stage, user_exits)
+
+
+def partner_of_three(worker: Worker, wire: Wire) -> None:
+    """Three share a table; one takes a copy, and another one closes in that of the two."""
+    sock = bound(V4, UDP)
+    number = sock.fileno()
+    touch(sock)
+    wire.tell(sock.getsockname())
+    first = partner(worker, "first", part, mine(worker, sock))
+    second = partner(worker, "second", lambda: os.close(number))
+    first.next()
+    second.next()
+    first.next()
+    wire.tell("the first one's")
+    wire.hear()
+    sock.detach()
+    first.end()
+    second.end()
+
+
+@scenario(engines=("module",))
+def partner_of_three_has_a_copy(stage: Stage) -> None:
+    """One of three with one table takes a copy; another one closes in the table of the two."""
+    bursts(stage, partner_of_three)
+
+
+def copy_made_while_closing(worker: Worker, wire: Wire) -> None:
+    sock = bound(V4, UDP)
+    number = sock.fileno()
+    touch(sock)
+    wire.tell(sock.getsockname())
+
+    def leave() -> None:
+        touch(sock)
+        if LIBC.syscall(SYS_CLOSE_RANGE, number, number, CLOSE_RANGE_UNSHARE):
+            raise OSError("close_range")
+
+    other = partner(worker, "partner", leave)
+    other.next()
+    mine(worker, sock)()
+    wire.tell("mine")
+    wire.hear()
+    other.end()
+
+
+@scenario(engines=("module",))
+def partner_closes_in_a_copy(stage: Stage) -> None:
+    """close_range(CLOSE_RANGE_UNSHARE) closes the last user's descriptor in a copy it makes."""
+    bursts(stage, copy_made_while_closing)
+
+
+def copy_survives(worker: Worker, wire: Wire) -> None:
+    sock = bound(V4, UDP)
+    number = sock.fileno()
+    touch(sock)
+    wire.tell(sock.getsockname())
+    heir = os.fork()
+    if heir == 0:
+        try:
+            rename("heir")
+            worker.role = "heir"
+            worker.again()
+            wire.hear()
+            mine(worker, sock)()
+            wire.tell("mine")
+            wire.hear()
+        finally:
+            os._exit(0)
+
+    def close() -> None:
+        for other in (200, 201):
+            os.dup2(number, other)
+        os.close(number)
+        if LIBC.syscall(SYS_CLOSE_RANGE, 200, 201, 0):
+            raise OSError("close_range")
+
+    other = partner(worker, "partner", close)
+    other.next()
+    wire.tell("closed")
+    os.waitpid(heir, 0)
+    sock.detach()
+    other.end()
+
+
+@scenario(engines=("module",))
+def partner_closes_a_range(stage: Stage) -> None:
+    """The other process with the same table closes all by close_range(): a child has it still."""
+    with playing(stage):
+        child = stage.spawn("table", copy_survives)
+        sender = Sender(stage)
+        peer = tuple(child.hear())
+        child.hear()
+        child.tell()
+        child.hear()
+        sender.to(peer)
+        child.tell()

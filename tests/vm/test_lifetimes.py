@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""What the module tells after an exec, a refused connection, a CPU's end, with full tables."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from contextlib import closing, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_table import LOOPBACK, cookie_of, insert, listening, loopback_is_up, reasons, udp_receiver
+
+from nlproto.engines.module import ModuleEngine
+from nlproto.kernel.netlink import Sniffer
+from nlproto.records import wire
+from nlproto.records.wire import Batch, lib
+from waiting import until
+
+__all__ = ["loopback_is_up"]
+
+SECOND_CPU = Path("/sys/devices/system/cpu/cpu1/online")
+TALK = """
+import socket
+with socket.create_server(("127.0.0.1", {port})) as server:
+    for _ in range(5):
+        client = socket.create_connection(server.getsockname())
+        peer, _ = server.accept()
+        client.close()
+        peer.close()
+"""
+
+
+def test_nothing_is_left_of_the_name_of_an_earlier_program(loaded: None) -> None:
+    """In the bytes on the wire, behind the end of a shorter one."""
+    script = "import os, socket; s = socket.socket(2, 2); os.execv('/bin/sleep', ['sleep', '600'])"
+    child = subprocess.Popen([sys.executable, "-c", script])
+
+    def exe() -> bytes:
+        with Sniffer() as sniffer:
+            for _, found in sniffer._ask(lib.SNIFFER_CMD_GET_PROCESS, dump=True):
+                one = np.frombuffer(found[lib.SNIFFER_A_PROCESS], wire.PROCESS)[0]
+                if one["tgid"] == child.pid:
+                    return one["exe"].tobytes()
+        return b""
+
+    program = os.path.realpath("/bin/sleep").encode()
+    try:
+        until(lambda: exe().startswith(program), what="exec")
+        assert not exe().rstrip(b"\0").removeprefix(program)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_socket_that_connects_after_a_refusal_stays_known(
+    module_file: Path, unloaded: None
+) -> None:
+    """Where the end of sockets is not told, TCP_CLOSE is taken for it, until it connects again."""
+    insert(module_file, f"refuse={lib.SNIFFER_PROBE_FREE}")
+    with (
+        Sniffer() as sniffer,
+        socket.create_server((LOOPBACK, 0)) as server,
+        closing(socket.socket()) as again,
+        closing(socket.socket()) as once,
+    ):
+        for sock in (again, once):
+            with suppress(ConnectionRefusedError):
+                sock.connect((LOOPBACK, 9))
+        again.connect(server.getsockname())
+        cookies = [cookie_of(sock) for sock in (once, again)]
+        until(lambda: sniffer.socket(cookies[0]) is None)
+        assert sniffer.socket(cookies[1]) is not None
+
+
+@pytest.mark.skipif(not SECOND_CPU.exists(), reason="one CPU that can be taken away is needed")
+def test_what_a_cpu_sent_that_left_is_told(loaded: None) -> None:
+    with ModuleEngine(("packets",)) as engine, closing(udp_receiver()) as receiver:
+        everywhere = os.sched_getaffinity(0)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            os.sched_setaffinity(0, {1})
+            for _ in range(10):
+                sender.sendto(b"x", receiver.getsockname())
+            os.sched_setaffinity(0, everywhere)
+        SECOND_CPU.write_text("0")
+        try:
+            delivered = sum(len(b.records) for b in engine.finish() if isinstance(b, Batch))
+        finally:
+            SECOND_CPU.write_text("1")
+        tails = engine.closing
+        sent = int(tails["record_seq"].sum()) - int(engine.opening["record_seq"].sum())
+    assert 1 in tails["cpu"]
+    assert delivered == sent >= 20
+
+
+def test_what_a_full_process_table_has_not_taken_is_not_called_gone(
+    module_file: Path, unloaded: None
+) -> None:
+    with socket.socket() as sock:
+        sock.bind((LOOPBACK, 0))
+        port = sock.getsockname()[1]
+    insert(module_file, "max_processes=1")
+    with listening() as seen:
+        subprocess.run([sys.executable, "-c", TALK.format(port=port)], check=True)
+    records = seen.records
+    ours = records[(records["dport"] == port) | (records["sport"] == port)]
+    assert len(ours) > 20
+    assert reasons(ours) <= {"table_full", "context"}
+
+
+def test_setuid_and_exec_are_followed_by_who_only_has_a_socket(loaded: None) -> None:
+    with listening() as seen, closing(udp_receiver()) as receiver:
+        port = receiver.getsockname()[1]
+        receiver.setblocking(False)
+        receiver.set_inheritable(True)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                with suppress(BlockingIOError):
+                    receiver.recv(1)  # named after it, as root
+                os.setresuid(65534, 65534, 65534)
+                os.execv("/bin/sleep", ["sleep", "600"])
+            finally:
+                os._exit(1)
+        until(lambda: os.readlink(f"/proc/{pid}/exe") == os.path.realpath("/bin/sleep"))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"x", (LOOPBACK, port))
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+    received = seen.to_port(port, lib.SNIFFER_DIR_IN)
+    assert set(received["tgid"]) == {pid}
+    assert set(received["uid"]) == {65534}
