@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Engine packet beside a busy HTTP server: python3 -m http.server, and curl in a loop.
+"""Engine packet (or $ENGINE) beside a busy HTTP server: python3 -m http.server, and curl.
 
     PYTHONPATH=python:bench python -m accuracy_http [--requests N] [--seconds S] [--json OUT]
 
@@ -122,7 +122,8 @@ def _record(port: int, output: Path, tell: int, stop: int) -> None:
         records = batch.records
         parts.append(records[(records["sport"] == port) | (records["dport"] == port)])
 
-    engine = open_engine("packet", lambda note: print(f"  {note}", file=sys.stderr))
+    name = os.environ.get("ENGINE") or "packet"
+    engine = open_engine(name, lambda note: print(f"  {note}", file=sys.stderr))
     pipeline = Pipeline(engine, account=account, processes=Processes(procfs.details), namer=Namer())
     pipeline.subscribe(take)
     with pipeline:

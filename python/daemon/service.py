@@ -13,6 +13,7 @@ if "asyncio" not in sys.modules:
     del sys.modules["ssl"]
 import asyncio
 import dataclasses
+import gc
 import logging
 import signal
 import time
@@ -141,6 +142,7 @@ class Service:
             status = f"engine {pipeline.engine.name}, serving {self.config.socket}"
             log.info("%s", status)
             self._notifier.ready(status)
+            gc.freeze()  # what is there now stays: nobody has to look through it again
             watchdog = loop.create_task(self._watch(pipeline))
             await ended.wait()
             log.info("ending")

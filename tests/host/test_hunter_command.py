@@ -88,9 +88,7 @@ def script(tmp_path, heard):
 def figures(stderr):
     delivered = int(re.search(r" records = (\d+) delivered", stderr)[1])
     shown = int(re.search(r"(\d+) (?:shown|saved) = ", stderr)[1])
-    others = re.search(
-        r"(\d+) not of the command = (\d+) named[^+]* \+ (\d+) unnamed", stderr
-    )
+    others = re.search(r"(\d+) not of the command = (\d+) named[^+]* \+ (\d+) unnamed", stderr)
     assert int(others[1]) == int(others[2]) + int(others[3])
     return delivered, shown, int(others[1])
 

@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from nlproto._host import lib as host
@@ -16,6 +15,7 @@ from nlproto.errors import Error, NoModule, NoPrivilege
 from nlproto.host.kernel_sockets import BoundSocket, KernelSockets
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.running.supervise import Failures, keep_going
+from nlproto.tables.processes import ProcessKey
 
 __all__ = ["Watcher"]
 
@@ -118,11 +118,14 @@ class Watcher:
     def _known(self, sockets: list[BoundSocket]) -> list[BoundSocket]:
         """With the start times by which their processes are known; from now on they are."""
         processes = self._pipeline.processes
+        starts: dict[ProcessKey, int] = {}
         known = []
         for one in sockets:
-            one = replace(one, start_ns=processes.start_of(one.tgid, one.start_ns))
-            processes.add(one.tgid, one.start_ns, one.comm, one.uid)
-            known.append(one)
+            start_ns = starts.get(one.key)
+            if start_ns is None:
+                start_ns = starts[one.key] = processes.start_of(one.tgid, one.start_ns)
+                processes.add(one.tgid, start_ns, one.comm, one.uid)
+            known.append(one if start_ns == one.start_ns else one._replace(start_ns=start_ns))
         return known
 
     def _look_for_module(self) -> None:
@@ -162,8 +165,10 @@ class Watcher:
                 " (packet-hunter doctor says how)",
             )
             return
-        engine = open_engine("packet", log.warning, ring_bytes=self._ring_bytes)
-        self._change(engine, f"{gone}_gone", f"engine {gone} has gone: going on with engine packet")
+        wanted = "packet" if gone == "ebpf" else self._wanted
+        engine = open_engine(wanted, log.warning, ring_bytes=self._ring_bytes)
+        message = f"engine {gone} has gone: going on with engine {engine.name}"
+        self._change(engine, f"{gone}_gone", message)
 
     def _change(self, engine: Engine, event: str, message: str) -> None:
         self._pipeline.switch(engine)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Engine `ebpf`: what sniffer.ko does, by programs that the kernel checks (bpf/).
+"""Engine `ebpf`: what sniffer.ko does, by programs that the kernel checks (bpf/). Exact too.
 
-What it cannot do is in the README. The programs are attached while the engine
+What it cannot do is in the README's table of engines. The programs are attached while the engine
 is open and go with this process, however it ends.
 """
 
@@ -259,7 +259,7 @@ class EbpfEngine:
         """There is nothing else to be had."""
 
     def _position(self) -> np.ndarray:
-        """Where each processor's stream stands, as TAIL."""
+        """Where each processor stands, as TAIL."""
         counters = self._counters.copy()
         tails = np.zeros(len(counters), wire.TAIL)
         tails["cpu"] = np.arange(len(counters))
@@ -285,9 +285,12 @@ class EbpfEngine:
         tails = self._position()
         self._until = {int(tail["cpu"]): int(tail["record_seq"]) for tail in tails}
         yield from self._up_to(tails)
+        self.closing = tails
 
     def catch_up(self) -> Iterator[Batch]:
-        yield from self._up_to(self._position())
+        tails = self._position()
+        yield from self._up_to(tails)
+        self.closing = tails
 
     def _up_to(self, tails: np.ndarray) -> Iterator[Batch]:
         deadline = time.monotonic() + 2 * _LATE
@@ -296,7 +299,6 @@ class EbpfEngine:
             if self._arrived(tails) or time.monotonic() > deadline:
                 break
             time.sleep(0.001)
-        self.closing = tails
 
     def _arrived(self, tails: np.ndarray) -> bool:
         """Whether everything up to `tails` was read or is known to be lost."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Engines: where records come from. `packet` needs neither module nor BPF."""
+"""Engines: where records come from. `module` and `ebpf` are exact, `packet` needs neither."""
 
 from collections.abc import Callable, Iterable
 from typing import Protocol, Self

@@ -7,6 +7,7 @@ are rationed.
 """
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,8 @@ _WALK_SHARE = 4  # walks may take a quarter of the time in the long run
 _WALK_SAVED_NS = 500_000_000  # walking time that can be saved up while nothing is unknown
 _ASKED_AGAIN_NS = 50_000_000  # an inode that nobody held, when asked for again
 _MISSING_LIMIT = 65536
+_MANY = 500
+_WALK_GAIN = 16  # a walk asks so many sockets in the time in which find() asks one
 _GENERATIONS = 8
 _BORN_NS = 10_000_000  # between two looks for new processes that nobody waits for
 _YOUNG_NS = 1_000_000_000  # how long one may be about to open its first socket
@@ -51,6 +54,7 @@ class Holders:
         self._missing: dict[int, int] = {}
         self._settled: dict[int, int] = {}
         self._budget = Budget(_WALK_SHARE, _WALK_SAVED_NS, now_ns)
+        self.walked_ns = -(1 << 62)
         self.complete = True
         """Whether every process could be asked at the last walk (else it needs root)."""
         self.exhaustive = False
@@ -59,11 +63,15 @@ class Holders:
     def walk(self) -> None:
         """Ask every process; the time it takes is missing for later ones (see due())."""
         with self._budget.spend(), self._walking():
+            self.walked_ns = self._now_ns()
             by_inode: dict[int, dict[int, int]] = {}
             alive = procfs.pids(self._proc)
             sockets, complete = procfs.held_sockets(alive, self._proc)
             for inode, pid, fd in sockets.tolist():
-                by_inode.setdefault(inode, {})[pid] = fd
+                if inode in by_inode:
+                    by_inode[inode][pid] = fd
+                else:
+                    by_inode[inode] = {pid: fd}
             self._by_inode = by_inode
             self._settled = {
                 inode: pid
@@ -88,6 +96,25 @@ class Holders:
         that they never use. Else the youngest, which was probably given it to use it.
         """
         return self.find_soon(inode) or self.find_anywhere(inode)
+
+    def find_many(self, inodes: Sequence[int]) -> Iterator[tuple[int, tuple[Owner, ...]]]:
+        """As find(), for each of `inodes`. When they are many each process is asked once."""
+        many = len(inodes) > max(_MANY, len(self._by_inode) // _WALK_GAIN)
+        if not many:
+            yield from ((inode, self.find(inode)) for inode in inodes)
+            return
+        if self.due():
+            self.walk()
+        else:
+            self._ask_born(0)
+        ask = functools.cache(functools.partial(procfs.owner, proc=self._proc))
+        for inode in inodes:
+            held = self._by_inode.get(inode, {})
+            if len(held) == 1:
+                owner = ask(next(iter(held)))
+                yield inode, () if owner is None else (owner,)
+            else:
+                yield inode, self._owners(inode, held, ask)
 
     def find_soon(self, inode: int, likely: Sequence[int] = ()) -> tuple[Owner, ...]:
         """As find(), but ask only the newly born, then `likely`, then who had sockets before."""
@@ -136,8 +163,14 @@ class Holders:
             if one is not None:
                 yield one
 
-    def _owners(self, inode: int, held: Iterable[int]) -> tuple[Owner, ...]:
-        owners = [found for pid in held if (found := procfs.owner(pid, self._proc)) is not None]
+    def _owners(
+        self,
+        inode: int,
+        held: Iterable[int],
+        ask: Callable[[int], Owner | None] | None = None,
+    ) -> tuple[Owner, ...]:
+        ask = ask or functools.partial(procfs.owner, proc=self._proc)
+        owners = [found for pid in held if (found := ask(pid)) is not None]
         for found in owners:
             self._talkers.pop(found.identity.tgid, None)
             self._talkers[found.identity.tgid] = None  # the last to have talked is asked first

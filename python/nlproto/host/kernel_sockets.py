@@ -6,7 +6,6 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -40,8 +39,7 @@ Endpoint = tuple[int, int, int, bytes, int]
 """(netns, protocol number, family, 16 address bytes, port): the local end of a socket."""
 
 
-@dataclass(frozen=True, slots=True)
-class BoundSocket:
+class BoundSocket(NamedTuple):
     """A socket of the kernel's tables with one of its holders."""
 
     endpoint: Endpoint
@@ -50,6 +48,10 @@ class BoundSocket:
     uid: int
     comm: str
     cookie: int
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.tgid, self.start_ns
 
 
 class HeldSockets(NamedTuple):
@@ -162,9 +164,7 @@ class KernelSockets:
         new = np.flatnonzero(~np.isin(cookies, before))
         order = np.argsort(cookies)
         unheld = [cookie for cookie, owners in self._held.items() if not owners][:_UNHELD]
-        asked = [*new.tolist(), *_rows_of(unheld, cookies, order)]
-        for row in asked:
-            ports |= self._ask(bound[row])
+        ports |= self._ask(bound[[*new.tolist(), *_rows_of(unheld, cookies, order)]])
         now = self._now_ns()
         if not self._unchecked and now >= self._checks_ns:
             self._checks_ns = now + _HELD_NS
@@ -172,26 +172,30 @@ class KernelSockets:
         while self._unchecked and self._check_budget.allows():
             with self._check_budget.spend():
                 some, self._unchecked = self._unchecked[:_CHUNK], self._unchecked[_CHUNK:]
-                for row in _rows_of(some, cookies, order):
-                    ports |= self._ask(bound[row])
+                ports |= self._ask(bound[_rows_of(some, cookies, order)])
         if not ports:
             return np.zeros(0, np.intp)
         return np.flatnonzero(np.isin(bound["sport"], np.fromiter(ports, np.uint16, len(ports))))
 
-    def _ask(self, row: np.void) -> set[int]:
-        """Look for a socket's holders; its port, if they are others than before."""
-        cookie, port = int(row["cookie"]), int(row["sport"])
-        owners = self._holders.find(int(row["inode"]))
-        before = self._held.get(cookie)
-        self._held[cookie], self._ports[cookie] = owners, port
-        return set() if owners == before else {port}
+    def _ask(self, rows: np.ndarray) -> set[int]:
+        """Look for the sockets' holders; the ports of those that have others than before."""
+        cookies, inodes, ports = (rows[name].tolist() for name in ("cookie", "inode", "sport"))
+        owners = dict(self._holders.find_many(inodes))
+        changed = set()
+        for cookie, inode, port in zip(cookies, inodes, ports, strict=True):
+            found = owners[inode]
+            if self._held.get(cookie) != found:
+                changed.add(port)
+            self._held[cookie], self._ports[cookie] = found, port
+        return changed
 
     def _of_this_turn(self, tables: dict[int, np.ndarray]) -> Iterator[BoundSocket]:
         """Entries of the connections whose turn it is in a round."""
         now = self._now_ns()
         if not self._waiting and now >= self._round_ns:
             self._round_ns = now + _ROUND_NS
-            self._holders.walk()
+            if self._holders.walked_ns <= now - _ROUND_NS:
+                self._holders.walk()
             numbers, rows = _connected(tables)
             self._waiting = list(zip(numbers.tolist(), rows, strict=True))
             self._asked = rows["cookie"]

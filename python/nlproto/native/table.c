@@ -343,8 +343,11 @@ static inline uint64_t weight_of(const int64_t *weights, uint64_t row)
 	return weights ? (uint64_t)weights[row] : 1;
 }
 
-/* places[row]: the weight of its group up to it, rows in this order. 0, or -1 without memory. */
-static int place_in_group(const struct item *in_order, uint32_t count, const uint64_t *group,
+/*
+ * places[row]: the weight of its group up to it, rows in this order. Returns how many groups
+ * there are, or -1 without memory.
+ */
+static int64_t place_in_group(const struct item *in_order, uint32_t count, const uint64_t *group,
 			  const int64_t *weights, uint64_t seed, uint64_t *places)
 {
 	struct sums sums = { calloc(256, sizeof(*sums.slots)), 255, 0, seed };
@@ -363,7 +366,7 @@ static int place_in_group(const struct item *in_order, uint32_t count, const uin
 		}
 	}
 	free(sums.slots);
-	return failed ? -1 : 0;
+	return failed ? -1 : (int64_t)sums.used;
 }
 
 /* The rows that go; `items` has room for three times as many items, `places` for as many. */
@@ -379,9 +382,14 @@ static int choose(const int64_t *age, const uint64_t *groups, uint32_t group_cou
 	in_order = sort(items, spare, count);
 	memcpy(by_age, in_order, count * sizeof(*items));
 	while (group_count--) {		/* the finest first */
-		if (place_in_group(in_order, count, groups + (size_t)group_count * count,
-				   weights, seed, places))
+		int64_t found = place_in_group(in_order, count,
+					       groups + (size_t)group_count * count, weights,
+					       seed, places);
+
+		if (found < 0)
 			return -1;
+		if (found == 1 && !weights)	/* in order of their places already */
+			continue;
 		for (uint32_t i = 0; i < count; i++)
 			items[i] = (struct item){ places[by_age[i].row], by_age[i].row };
 		in_order = sort(items, spare, count);

@@ -25,6 +25,7 @@ from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.records.first_bytes import FirstBytes
 from nlproto.records.wire import (
+    BATCH,
     FLOW_RECORD,
     RECORD,
     Batch,
@@ -335,7 +336,7 @@ class Pipeline:
 
     def _put_batch(self, batch: Batch | FlowBatch) -> int:
         """Count and copy it; how many records of older ones were lost for it."""
-        head: np.void = batch.head.copy()
+        head: np.void = np.frombuffer(batch.head.tobytes(), BATCH)[0]
         copy: Batch | FlowBatch
         # tobytes() copies as plain bytes, where a copy would go field by field
         if isinstance(batch, Batch):

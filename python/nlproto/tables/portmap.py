@@ -416,12 +416,14 @@ class PortMap:
         self, sockets: Sequence[BoundSocket], now_ns: int, listening: bool = False
     ) -> np.ndarray:
         rows = np.zeros(len(sockets), _ROW)
-        for number, one in enumerate(sockets):
-            row = rows[number]
-            row["netns"], row["proto"], row["family"], address, row["port"] = one.endpoint
-            row["address"] = np.frombuffer(address, np.uint64)
-            row["tgid"], row["start_ns"], row["uid"] = one.tgid, one.start_ns, one.uid
-            row["comm"], row["cookie"] = one.comm.encode(), one.cookie
+        if not len(rows):
+            return rows
+        ends = zip(*(one.endpoint for one in sockets), strict=True)
+        rows["netns"], rows["proto"], rows["family"], addresses, rows["port"] = ends
+        rows["address"] = np.frombuffer(b"".join(addresses), np.uint64).reshape(-1, 2)
+        for name in ("tgid", "start_ns", "uid", "cookie"):
+            rows[name] = [getattr(one, name) for one in sockets]
+        rows["comm"] = [one.comm.encode() for one in sockets]
         rows["seen_ns"] = now_ns
         rows["listening"] = listening
         slots, bits = new_slots(len(rows))
