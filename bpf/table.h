@@ -32,7 +32,7 @@
  *   several do;
  * - an entry outlives its socket: TIME_WAIT and orphans still send.
  *
- * The rules are those of kmod/table.c, word for word; a test compares them. An
+ * The rules are those of kmod/owner.c, word for word; a test compares them. An
  * entry that is dead is collected by user space, which runs collect() for it.
  */
 #include "process.h"

@@ -57,8 +57,8 @@ def test_every_packet_of_a_connection_is_ours(engine: Engine) -> None:
             assert client.recv(100) == b"hello" and client.recv(100) == b""
     records = records_of(engine, account)
     ours = records[(records["sport"] == port) | (records["dport"] == port)]
-    # the last answer may still be on its way
-    assert len(ours) >= 18
+    # both see three packets of the handshake, one of data and two ends, at least
+    assert len(ours) >= 12
     assert all(is_named(how) for how in ours["how"].tolist())
     assert set(ours["tgid"].tolist()) == {os.getpid()}
     assert set(ours["netns"].tolist()) == {os.stat("/proc/self/ns/net").st_ino}

@@ -33,7 +33,9 @@ compile_workers(BINARIES)
 SCENARIOS = {
     name: one
     for name, one in load().items()
-    if "module" in one.engines and not (ENGINE == "ebpf" and one.lossy)
+    if "module" in one.engines
+    # without a reader nothing of engine ebpf is there; tests/host/test_engine_ebpf.py makes it lose
+    and not (ENGINE == "ebpf" and (one.lossy or name.startswith("late_reader_")))
 }
 
 
