@@ -107,10 +107,12 @@ class Program:
         self._library.bpf_program__set_log_buf(self._handle, self._log, size)
 
     def log(self) -> str:
+        """Return what keep_log() kept, "" without it."""
         return "" if self._log is None else _text(self._log)
 
     @property
     def fd(self) -> int:
+        """Descriptor of the loaded program."""
         return int(self._library.bpf_program__fd(self._handle))
 
     def attach(self) -> Any:
@@ -208,6 +210,7 @@ class Object:
             self._library.bpf_link__destroy(self._links.pop())
 
     def close(self) -> None:
+        """Unload programs and maps."""
         self.detach()
         if self._handle != _ffi.NULL:
             self._library.bpf_object__close(self._handle)

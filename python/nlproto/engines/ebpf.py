@@ -233,6 +233,7 @@ class EbpfEngine:
         return head
 
     def read(self, timeout: float) -> Iterator[Batch]:
+        """See Engine."""
         self._collect()
         records = self._take()
         if not len(records) and not any(len(cpu.held) for cpu in self._cpus.values()):
@@ -253,6 +254,7 @@ class EbpfEngine:
         self._collect_again = now + max(_COLLECT, _COLLECT_SHARE * took)
 
     def want_snaps(self, wanted: bool) -> bool:
+        """See Engine."""
         return False
 
     def want_packets(self, wanted: bool) -> None:
@@ -271,6 +273,7 @@ class EbpfEngine:
         return tails
 
     def begin(self) -> int:
+        """See Engine."""
         self.opening = self._position()
         self._until = {}
         self._cpus = {
@@ -282,12 +285,14 @@ class EbpfEngine:
         return time.monotonic_ns()
 
     def finish(self, until_ns: int | None = None) -> Iterator[Batch]:
+        """See Engine."""
         tails = self._position()
         self._until = {int(tail["cpu"]): int(tail["record_seq"]) for tail in tails}
         yield from self._up_to(tails)
         self.closing = tails
 
     def catch_up(self) -> Iterator[Batch]:
+        """See Engine."""
         tails = self._position()
         yield from self._up_to(tails)
         self.closing = tails
@@ -309,6 +314,7 @@ class EbpfEngine:
         )
 
     def stats(self) -> dict[str, object]:
+        """See Engine."""
         counters = self._counters.copy()
         programs = [p for p in self._object.programs.values() if p.fd >= 0]
         figures = [program.figures() for program in programs]
