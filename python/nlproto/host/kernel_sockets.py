@@ -207,7 +207,8 @@ class KernelSockets:
         now = self._now_ns()
         if not self._waiting and now >= self._round_ns:
             self._round_ns = now + _ROUND_NS
-            self._holders.walk()
+            if now - self._holders.walked_ns > _HELD_NS:
+                self._holders.walk()
             numbers, rows = _connected(tables)
             self._waiting = list(zip(numbers.tolist(), rows, strict=True))
             self._asked = rows["cookie"]
