@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nlproto.tables.column_table import ColumnTable, among, mix, part_of
+from nlproto.records.wire import among
+from nlproto.tables.column_table import ColumnTable, mix, part_of
 
 ROW = np.dtype([("hash", "u8"), ("port", "u2"), ("address", "u8", (2,)), ("seen", "u4")])
 

@@ -54,6 +54,8 @@ class Holders:
         self._missing: dict[int, int] = {}
         self._settled: dict[int, int] = {}
         self._budget = Budget(_WALK_SHARE, _WALK_SAVED_NS, now_ns)
+        self.walked_ns = -(1 << 62)
+        """When all processes were last asked."""
         self.complete = True
         """Whether every process could be asked at the last walk (else it needs root)."""
         self.exhaustive = False
@@ -62,6 +64,7 @@ class Holders:
     def walk(self) -> None:
         """Ask every process; the time it takes is missing for later ones (see due())."""
         with self._budget.spend(), self._walking():
+            self.walked_ns = self._now_ns()
             by_inode: dict[int, dict[int, int]] = {}
             alive = procfs.pids(self._proc)
             sockets, complete = procfs.held_sockets(alive, self._proc)

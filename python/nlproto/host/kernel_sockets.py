@@ -16,9 +16,8 @@ from nlproto.host.namespace_diags import NamespaceDiags
 from nlproto.host.procfs import Owner
 from nlproto.host.sockdiag import HOST_SOCKET, TcpState
 from nlproto.host.sockets import held
-from nlproto.records.wire import text
+from nlproto.records.wire import among, text
 from nlproto.running.budget import Budget
-from nlproto.tables.column_table import among
 
 __all__ = ["Endpoint", "BoundSocket", "KernelSockets", "HeldSockets"]
 
@@ -53,6 +52,7 @@ class BoundSocket(NamedTuple):
 
     @property
     def key(self) -> tuple[int, int]:
+        """(tgid, start_ns) of its process."""
         return self.tgid, self.start_ns
 
 
@@ -266,9 +266,7 @@ def _endpoint(netns: int, proto: int, family: int, address: bytes, port: int) ->
 
 def _entry(end: Endpoint, owner: Owner, cookie: int) -> BoundSocket:
     identity = owner.identity
-    return BoundSocket(
-        end, identity.tgid, identity.start_ns, owner.uid, _text(owner.comm), cookie
-    )
+    return BoundSocket(end, identity.tgid, identity.start_ns, owner.uid, _text(owner.comm), cookie)
 
 
 _text = functools.lru_cache(4096)(text)

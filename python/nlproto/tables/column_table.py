@@ -15,7 +15,6 @@ from nlproto._host import ffi, lib
 
 __all__ = [
     "ColumnTable",
-    "among",
     "mix",
     "new_slots",
     "numbers",
@@ -61,16 +60,6 @@ def new_slots(count: int) -> tuple[np.ndarray, int]:
     """An empty hash index with room for `count`; (slots, how many bits number them)."""
     bits = max(4, (2 * count).bit_length())
     return np.zeros(1 << bits, np.uint32), bits
-
-
-def among(values: np.ndarray, some: np.ndarray) -> np.ndarray:
-    """Whether each of `values` is one of `some`: np.isin() without the 2 MB that it imports."""
-    if not len(some):
-        return np.zeros(len(values), bool)
-    some = np.sort(some)
-    places = np.searchsorted(some, values)
-    places[places == len(some)] = 0
-    return np.asarray(some[places] == values)
 
 
 def random_seed() -> int:

@@ -12,10 +12,9 @@ import numpy as np
 
 from nlproto._host import ffi, lib
 from nlproto.host.kernel_sockets import BoundSocket, Endpoint
-from nlproto.records.wire import dtype_of, taken, text
+from nlproto.records.wire import among, dtype_of, taken, text
 from nlproto.tables.column_table import (
     ColumnTable,
-    among,
     mix,
     new_slots,
     numbers,
