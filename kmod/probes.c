@@ -15,6 +15,7 @@
 #include <linux/net.h>
 #include <linux/ptrace.h>
 #include <linux/workqueue.h>
+#include <linux/sched/task_stack.h>
 #include <asm/syscall.h>
 #include <net/sock.h>
 

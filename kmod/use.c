@@ -8,6 +8,7 @@
 #include <linux/module.h>
 #include <linux/percpu.h>
 #include <linux/pid_namespace.h>
+#include <linux/sched/task_stack.h>
 #include <asm/syscall.h>
 #include <net/inet_sock.h>
 
