@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Engines: where records come from. `ebpf` follows the rules of `module`, `packet` needs neither."""
+"""Engines: where records come from. `ebpf` follows the rules of `module`, `packet` has its own."""
 
 from collections.abc import Callable, Iterable
 from typing import Protocol, Self
