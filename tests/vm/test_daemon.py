@@ -229,8 +229,8 @@ def test_history_and_account_are_exact_while_clients_that_want_packets_come_and_
 
     sender = threading.Thread(target=go_on)
     with DaemonClient(path, timeout=patient(10)) as asker:
-        before = until(lambda: summed_up(asker))
         sender.start()
+        before = until(lambda: summed_up(asker))
         shown = 0
         for _ in range(8):
             with DaemonClient(path, timeout=patient(10)) as client:

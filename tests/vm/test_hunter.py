@@ -268,5 +268,5 @@ def test_of_a_command_every_descendant_is_shown_and_nobody_else(
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["pid"] for row in rows} == set(map(int, pids.read_text().split())), done.stderr
     assert {row["dir"] for row in rows} == {"out"} and len(rows) == 3
-    others = re.search(r"(\d+) not of the command = (\d+) of other", done.stderr)
+    others = re.search(r"(\d+) not of the command = (\d+) named", done.stderr)
     assert others and others[1] == others[2], done.stderr
