@@ -64,13 +64,14 @@ PATH=$PATH:/usr/sbin:/sbin
 want python3 python3
 want gcc gcc
 want make make
-# the programs of engine ebpf; who has no such packages goes on without them
+# engine ebpf's: installed with the others where this can install, else done without
+bpf=
 if [ ! -e python/nlproto/engines/hunter.bpf.o ] || [ "$tools" = yes ]; then
-	want clang clang
-	want llvm-strip llvm
-	[ -e /usr/include/bpf/bpf_helpers.h ] || missing="$missing libbpf-dev"
+	command -v clang >/dev/null 2>&1 || bpf="$bpf clang"
+	command -v llvm-strip >/dev/null 2>&1 || bpf="$bpf llvm"
+	[ -e /usr/include/bpf/bpf_helpers.h ] || bpf="$bpf libbpf-dev"
 fi
-ldconfig -p 2>/dev/null | grep -q 'libbpf\.so\.1' || missing="$missing libbpf1"
+ldconfig -p 2>/dev/null | grep -q 'libbpf\.so\.1' || bpf="$bpf libbpf1"
 if command -v python3 >/dev/null 2>&1; then
 	python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
 	header=$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')
@@ -110,6 +111,7 @@ fi
 if [ "$browser" = yes ] && ! command -v chromium-browser >/dev/null 2>&1; then
 	want chromium chromium
 fi
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then missing="$missing$bpf"; fi
 if [ -n "$missing" ]; then
 	command -v apt-get >/dev/null 2>&1 || die "needs$missing; install them with this system's package manager"
 	install="apt-get install -y --no-install-recommends$missing"
@@ -144,10 +146,10 @@ fi
 cp python/packet-hunter.pth .venv/lib/python3*/site-packages/
 
 # --- the programs of engine ebpf
-if make -s -C bpf; then
-	:
-else
-	say "python/nlproto/engines/hunter.bpf.o not built: see clang's words above (going on without engine ebpf)"
+if ! command -v clang >/dev/null 2>&1; then
+	[ -e python/nlproto/engines/hunter.bpf.o ] || say "going on without engine ebpf, which wants$bpf"
+elif ! make -s -C bpf; then
+	say "engine ebpf not built: see clang's words above (going on without it)"
 fi
 
 # --- a real Prometheus server for the tests: unpacked, not installed, so that no service begins
