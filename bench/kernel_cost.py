@@ -28,7 +28,7 @@ SHIFT = 2
 CONFIGURATIONS = {
     "unloaded": "module not loaded",
     "tcpdump": "tcpdump -i lo -w /dev/null",
-    "nethogs": "nethogs -t -d 1 lo",
+    "nethogs": "nethogs -t -a -d 1",
     "unicast": "one message a packet, one reader",
     "loaded": "loaded, nobody listens",
     "reader": "loaded, one reader",

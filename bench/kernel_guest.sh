@@ -37,7 +37,10 @@ beside() {
 	beside=$!
 }
 await() {
-	while ! grep -q "$1" "$directory/said"; do sleep 0.1; done
+	while ! grep -q "$1" "$directory/said"; do
+		kill -0 "$beside" || { cat "$directory/said" >&2; exit 1; }
+		sleep 0.1
+	done
 }
 
 play warm >/dev/null
@@ -60,7 +63,7 @@ for configuration; do
 		await 'listening on'
 		;;
 	nethogs)
-		beside nethogs -t -d 1 lo
+		beside nethogs -t -a -d 1
 		await Refreshing
 		;;
 	esac
