@@ -24,9 +24,6 @@ class Notifier:
     def ready(self, status: str) -> None:
         self._send(READY="1", STATUS=status)
 
-    def status(self, status: str) -> None:
-        self._send(STATUS=status)
-
     def reloading(self) -> None:
         usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._send(RELOADING="1", MONOTONIC_USEC=str(usec))

@@ -373,7 +373,7 @@ def _load(ring_bytes: int, notify: Callable[[str], None]) -> tuple[bool, Object]
     except BaseException:
         opened.close()
         raise
-    notify(f"engine ebpf runs in parts: {why}; shared and passed sockets are flagged AMBIGUOUS")
+    notify(f"engine ebpf runs in parts: {why}; shared and passed sockets may be named wrongly")
     return False, opened
 
 
