@@ -52,7 +52,7 @@ _shtab_packet_hunter_options=(
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, ebpf, packet, or auto (default)]:E:(auto module ebpf packet)"
   {-B,--buffer}"[of engine packet, without the daemon\: for packets that wait (default\: 16384)]:KIB:"
-  "*"{-r,--read}"[show a saved capture of any format, gzip or not\; - is standard input (repeatable\: all in order of time)]:FILE:_files"
+  "*"{-r,--read}"[show a saved capture of any format, compressed or not\; - is standard input (repeatable\: all in order of time)]:FILE:_files"
   {-D,--list-interfaces}"[list interfaces, and end]"
 )
 
@@ -112,7 +112,7 @@ _shtab_packet_hunter_top_options=(
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, ebpf, packet, or auto (default)]:E:(auto module ebpf packet)"
   {-B,--buffer}"[of engine packet, without the daemon\: for packets that wait (default\: 16384)]:KIB:"
-  "*"{-r,--read}"[show a saved capture of any format, gzip or not\; - is standard input (repeatable\: all in order of time)]:FILE:_files"
+  "*"{-r,--read}"[show a saved capture of any format, compressed or not\; - is standard input (repeatable\: all in order of time)]:FILE:_files"
 )
 
 # guard to ensure default positional specs are added only once per session

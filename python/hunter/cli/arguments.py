@@ -173,8 +173,8 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "--read",
         metavar="FILE",
         action="append",
-        help="show a saved capture of any format, gzip or not; - is standard input (repeatable:"
-        " all in order of time)",
+        help="show a saved capture of any format, compressed or not; - is standard input"
+        " (repeatable: all in order of time)",
     )
 
 
@@ -362,7 +362,7 @@ def _annotate_parser() -> argparse.ArgumentParser:
     )
     _add_files(
         parser,
-        "pcap or pcapng, gzip or not; - is standard input",
+        "pcap or pcapng, compressed or not; - is standard input",
         "pcapng to write; - is standard output",
     )
     parser.add_argument(
@@ -383,7 +383,7 @@ def _report_parser() -> argparse.ArgumentParser:
     )
     _add_files(
         parser,
-        "saved capture of any format, gzip or not; - is standard input",
+        "saved capture of any format, compressed or not; - is standard input",
         "HTML file to write; - is standard output",
         several=True,
     )

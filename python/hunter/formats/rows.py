@@ -14,7 +14,8 @@ from datetime import datetime
 from typing import IO, Any
 
 from hunter.formats import pcapng
-from hunter.formats.captures import is_pcap, transport
+from hunter.formats.captures import is_pcap
+from hunter.formats.headers import transport
 from hunter.formats.inputs import Input
 from hunter.formats.ownercomment import is_owner_comment, read_comment
 from hunter.show.columns import COLUMNS, FIRST_COLUMNS, TEXTS, tcp_flags

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hunter.formats.captures import transport
+from hunter.formats.headers import transport
 from hunter.formats.ownercomment import comment_of
 from hunter.formats.pcapng import (
     LINKTYPE_RAW,
