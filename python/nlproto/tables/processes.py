@@ -17,6 +17,7 @@ import numpy as np
 
 from nlproto.host import cgroups
 from nlproto.host.procfs import TICK_NS, same_start
+from nlproto.records.ends import Ends, NoEnds
 from nlproto.records.wire import ProcessEvent, bounded, lib, taken, text
 from nlproto.running.supervise import Failures
 from nlproto.tables.column_table import mix, random_seed
@@ -117,6 +118,8 @@ class Processes:
         on_change: Callable[[Process], None] | None = None,
         payers: Payers | None = None,
     ) -> None:
+        self.ends: Ends = NoEnds()
+        """What is known of the far ends of these processes' packets."""
         self._details = details
         self._payers = payers
         self._lock = threading.Lock()
