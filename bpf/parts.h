@@ -7,6 +7,7 @@
  * descriptors, SCM_RIGHTS and accept(); names that hang on these are flagged
  * AMBIGUOUS, and the sender of each packet is seen as ever.
  */
+#include "calls.h"
 #include "hooks.h"
 
 #define PROTOCOL_IP	bpf_htons(0x0800)
@@ -72,6 +73,25 @@ static __always_inline struct owner *rest_find(struct sniffer_record *r, bool in
 	return owner_find(rest->cookie);
 }
 
+/* A socket that was made by a listener: until it is accepted it is for who has that. */
+static __always_inline void child_of(const u64 *via, u64 cookie)
+{
+	struct owner *o;
+
+	if (!via || *via == cookie)
+		return;
+	if (*via != KERNELS) {
+		if (owner_find(*via))
+			owner_refer(cookie, *via, SNIFFER_HOW_LISTENER);
+		return;
+	}
+	o = owner_make(cookie);
+	if (o && !o->user.tgid) {
+		o->servers = 1;
+		o->dead = bpf_ktime_get_ns();
+	}
+}
+
 SEC("cgroup/sock_create")
 int part_create(struct bpf_sock *sk)
 {
@@ -103,27 +123,34 @@ int BPF_PROG(part_state, struct sock *sk, int oldstate, int newstate)
 {
 	struct task_struct *current = bpf_get_current_task_btf();
 	struct socket *sock = sk->sk_socket;
+	u32 netns = sk->__sk_common.skc_net.net->ns.inum;
 	struct rest rest = {};
-	struct door door = {};
 	struct ends ends;
 	struct owner *o;
-	u64 cookie, *via;
+	struct sock *whole;
+	u64 cookie, via;
 
-	if (sk->sk_protocol != IPPROTO_TCP || !wants(sk))
+	if (sk->sk_protocol != IPPROTO_TCP)
 		return 0;
-	door.netns = sk->__sk_common.skc_net.net->ns.inum;
-	door.port = sk->__sk_common.skc_num;
+	if (newstate == TCP_LISTEN) {
+		via = COOKIE(sk);
+		whole = sock ? sock->sk : NULL;
+		if (whole && whole != sk)
+			via = whole->__sk_common.skc_cookie.counter;
+		if (is_kernel(sk))
+			via = KERNELS;
+		bpf_sk_storage_get(&listeners, sk, &via, BPF_SK_STORAGE_GET_F_CREATE);
+	}
+	if (!wants(sk))
+		return 0;
 	if (newstate == TCP_LISTEN || newstate == TCP_SYN_SENT) {
 		cookie = COOKIE(sk);
 		if (sock && in_task_only(current))
 			use(cookie, address(sock->file), 1);
-		if (newstate == TCP_LISTEN)
-			bpf_map_update_elem(&doors, &door, &cookie, BPF_ANY);
 	} else if (newstate == TCP_ESTABLISHED) {
 		cookie = COOKIE(sk);
-		via = oldstate == TCP_SYN_RECV ? bpf_map_lookup_elem(&doors, &door) : NULL;
-		if (via && owner_find(*via))
-			owner_refer(cookie, *via, SNIFFER_HOW_LISTENER);
+		if (oldstate == TCP_SYN_RECV)
+			child_of(bpf_sk_storage_get(&listeners, sk, NULL, 0), cookie);
 		ends_of(sk, &ends);
 		bpf_map_delete_elem(&rests, &ends);
 	} else if (newstate == TCP_CLOSE) {
@@ -143,7 +170,7 @@ int BPF_PROG(part_state, struct sock *sk, int oldstate, int newstate)
 	}
 	o = owner_find(cookie);
 	if (o)
-		o->netns = door.netns;
+		o->netns = netns;
 	return 0;
 }
 
@@ -252,6 +279,10 @@ int part_in(struct __sk_buff *skb)
 	r.ifindex = skb->ifindex;
 	r.dir = SNIFFER_DIR_IN;
 	o = owner_find(a.cookie);
+	if (!o && r.proto == IPPROTO_TCP && a.state != TCP_LISTEN) {
+		child_of(bpf_sk_storage_get(&listeners, sk, NULL, 0), a.cookie);
+		o = owner_find(a.cookie);
+	}
 	r.netns = o ? o->netns : 0;	/* 0: user space takes it for its own */
 	name(&r, &a, SNIFFER_HOW_SOCKET);
 	emit(&r);
