@@ -38,6 +38,7 @@ enum { false, true };
 #define TS_COMPAT		2	/* x86: a call of 32 bits is under way */
 #define TIF_32BIT		22	/* arm64: a program of 32 bits */
 #define CLOSE_RANGE_UNSHARE	2
+#define NAT_DONE		(3 << 4)	/* IPS_NAT_MASK */
 #define SOCK_DEAD_BIT		1	/* 1 << SOCK_DEAD */
 
 enum {
@@ -147,6 +148,7 @@ struct sk_buff {
 	struct net_device *dev;
 	char cb[48];
 	unsigned long _skb_refdst;
+	unsigned long _nfct;
 	unsigned int len;
 	unsigned int data_len;
 	int skb_iif;
@@ -157,6 +159,8 @@ struct sk_buff {
 	unsigned char *head;
 	unsigned char *data;
 };
+struct nf_conn { unsigned long status; };
+enum skb_drop_reason___x { SKB_DROP_REASON_NO_SOCKET___x = 3 };
 struct skb_shared_info { unsigned short gso_size; unsigned short gso_segs; };
 struct inet_skb_parm { u16 flags; };
 struct inet6_skb_parm { u16 flags; };

@@ -244,6 +244,9 @@ __noinline int name(struct sniffer_record *r, struct about *a, u32 how)
 			name_owner(r, other, SNIFFER_HOW_INODE);
 		else
 			name_acceptor(r, other);
+		/* in parts nothing tells to whom a closed listener's queue has gone */
+		if (parts && (!other->held || other->dead))
+			r->flags |= SNIFFER_F_AMBIGUOUS;
 		return 0;
 	}
 	r->how = a->gone || !a->full ? a->fresh ? SNIFFER_HOW_PREDATES : SNIFFER_HOW_SOCKET_GONE :
