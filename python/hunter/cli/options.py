@@ -101,6 +101,8 @@ class Live:
     """Bytes."""
     keep: int | None
     """Files."""
+    process_blocks: bool
+    """In pcapng."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,7 @@ class Annotate:
     input: str
     output: str
     netns: str | None
+    process_blocks: bool
     socket: str
     socket_given: bool
 

@@ -23,7 +23,7 @@ _PREFIX = "packet-hunter: "
 _NOBODY = "nobody,"
 MADE = " (headers made from the record)"
 _MAX = 65_000  # bytes; an option has at most 65,535
-_ELSEWHERE = ("time", "pid", "comm", "netns", "interface", "ifindex")
+_ELSEWHERE = ("time", "pid", "comm", "netns", "interface", "ifindex", "community_id")
 """Columns that the comment begins with, or that the file has another place for."""
 _EARLY = (
     *("uid", "exe", "container", "container_name", "image", "pod", "unit", "how", "flags"),

@@ -19,6 +19,7 @@ from hunter.show.text import sound
 from nlproto.host.procfs import Parent
 from nlproto.records import wire
 from nlproto.records.batch import NamedBatch
+from nlproto.records.community_id import community_id
 from nlproto.tables.processes import Process
 
 __all__ = [
@@ -99,6 +100,7 @@ _COLUMNS = (
     Column("creator", Kind.U32),
     Column("cookie", Kind.U64),
     Column("holders", Kind.PEOPLE),
+    Column("community_id", Kind.WORD),
     Column("container_name", Kind.TEXT, of_process=True),
     Column("image", Kind.TEXT, of_process=True),
     Column("pod", Kind.TEXT, of_process=True),
@@ -109,7 +111,8 @@ _COLUMNS = (
 `flags` are words of FLAGS, `tcp_flags` letters as of tcpdump (TCP only), `segments` the packets
 on the wire that the record stands for, `hdr_len` the bytes of headers that each of them has,
 `start_ns` the start of the process in ns since boot, `creator` the pid that made the socket,
-`parents` who started the process, the nearest first.
+`community_id` the flow's name for Zeek, Suricata and others, `parents` who started the process,
+the nearest first.
 """
 
 KINDS = {column.name: column.kind for column in _COLUMNS}
@@ -314,6 +317,7 @@ def cells(table: Columns) -> dict[str, list[Any]]:
         "creator": unless_0("creator"),
         "cookie": unless_0("cookie"),
         "holders": [table.holders.get(i) for i in range(len(known))],
+        "community_id": _community_ids(records),
     }
     for name in TEXTS:
         values[name] = [sound(text) if text else None for text in values[name]]
@@ -324,6 +328,15 @@ def cells(table: Columns) -> dict[str, list[Any]]:
 @lru_cache(4096)
 def _people(some: tuple[Parent, ...] | None) -> list[Holder] | None:
     return [{"pid": one.pid, "comm": sound(one.comm)} for one in some] if some else None
+
+
+def _community_ids(records: np.ndarray) -> list[str]:
+    ends = (records[name].tolist() for name in ("family", "proto", "sport", "dport"))
+    addresses = (map(bytes, np.ascontiguousarray(records[name])) for name in ("saddr", "daddr"))
+    return [
+        community_id(family, proto, source, sport, target, dport)
+        for family, proto, sport, dport, source, target in zip(*ends, *addresses, strict=True)
+    ]
 
 
 def _where(known: Iterable[bool], values: Iterable[Any]) -> list[Any]:
