@@ -17,8 +17,8 @@ from nlproto.client.frames import DEFAULT_SOCKET
 
 __all__ = ["live_parser", "parse", "parser_of"]
 
-_SUFFIXES = ".csv .jsonl .parquet .pcapng"
-FORMATS = ("csv", "jsonl", "parquet", "pcapng")
+_SUFFIXES = ".csv .jsonl .ecs.jsonl .parquet .pcapng"
+FORMATS = ("csv", "jsonl", "ecs", "parquet", "pcapng")
 
 _FILTER_HELP = """\
 filter words, as in pcap-filter(7):
@@ -173,8 +173,8 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "--read",
         metavar="FILE",
         action="append",
-        help="show a saved capture of any format, gzip or not; - is standard input (repeatable:"
-        " all in order of time)",
+        help="show a saved capture of any format, compressed or not; - is standard input"
+        " (repeatable: all in order of time)",
     )
 
 
@@ -260,6 +260,7 @@ def live_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "-W", "--keep", metavar="N", type=_count, help="with -C: keep the last N files"
     )
+    _add_process_blocks(group)
     _add_source(parser)
     _add_habits(parser)
     return parser
@@ -362,7 +363,7 @@ def _annotate_parser() -> argparse.ArgumentParser:
     )
     _add_files(
         parser,
-        "pcap or pcapng, gzip or not; - is standard input",
+        "pcap or pcapng, compressed or not; - is standard input",
         "pcapng to write; - is standard output",
     )
     parser.add_argument(
@@ -371,8 +372,17 @@ def _annotate_parser() -> argparse.ArgumentParser:
         help="where the capture was made: a network namespace by name, pid or inode; else packets"
         " that fit in several are marked AMBIGUOUS",
     )
+    _add_process_blocks(parser)
     _add_socket(parser)
     return parser
+
+
+def _add_process_blocks(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--process-blocks",
+        action="store_true",
+        help="in pcapng: a block for each process; Wireshark up to 4.6 counts it as a frame",
+    )
 
 
 def _report_parser() -> argparse.ArgumentParser:
@@ -383,7 +393,7 @@ def _report_parser() -> argparse.ArgumentParser:
     )
     _add_files(
         parser,
-        "saved capture of any format, gzip or not; - is standard input",
+        "saved capture of any format, compressed or not; - is standard input",
         "HTML file to write; - is standard output",
         several=True,
     )
