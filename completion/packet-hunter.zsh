@@ -44,11 +44,12 @@ _shtab_packet_hunter_options=(
   "*-t[no time\; -tt Unix time, -ttt since the line before, -tttt with date, -ttttt since the first]"
   "--json[JSON lines on standard output]"
   "--summary[a table of processes at the end, instead of lines]"
-  {--save,-w}"[save to FILE (.csv .jsonl .parquet .pcapng\; - is standard output)]:FILE:_files"
-  "--format[when the suffix is none of .csv .jsonl .parquet .pcapng]:F:(csv jsonl parquet pcapng)"
+  {--save,-w}"[save to FILE (.csv .jsonl .ecs.jsonl .parquet .pcapng\; - is standard output)]:FILE:_files"
+  "--format[when the suffix is none of .csv .jsonl .ecs.jsonl .parquet .pcapng]:F:(csv jsonl ecs parquet pcapng)"
   "--print[show lines too, with --save or --summary]"
   {-C,--rotate}"[new file every SIZE million bytes (1g)]:SIZE:"
   {-W,--keep}"[with -C\: keep the last N files]:N:"
+  "--process-blocks[in pcapng\: a block for each process\; Wireshark up to 4.6 counts it as a frame]"
   "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, ebpf, packet, or auto (default)]:E:(auto module ebpf packet)"
@@ -64,6 +65,7 @@ _shtab_packet_hunter_annotate_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   {-o,--output}"[pcapng to write\; - is standard output]:OUT:_files"
   "--netns[where the capture was made\: a network namespace by name, pid or inode\; else packets that fit in several are marked AMBIGUOUS]:NS:"
+  "--process-blocks[in pcapng\: a block for each process\; Wireshark up to 4.6 counts it as a frame]"
   "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
 )
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from hunter.cli.signals import Stop
 from hunter.formats.ownercomment import comment_of, read_comment
-from hunter.save.saving import open_saver
+from hunter.save.saving import format_of, open_saver
 from hunter.show.account import ShownAccount
 from hunter.show.columns import COLUMNS, FIRST_COLUMNS, cells, columns
 from hunter.show.summary import Summary
@@ -29,7 +29,7 @@ from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.processes import Process, Processes
 
-SUFFIXES = [".csv", ".jsonl", ".parquet", ".pcapng"]
+SUFFIXES = [".csv", ".jsonl", ".parquet", ".pcapng", ".ecs.jsonl"]
 NOON_NS = 1_780_000_000_123_456_000
 NETNS = 4026532999
 F = wire.lib
@@ -141,7 +141,7 @@ def everything(make_records):
 
 
 def save(path, batch, details, holders, snaps=None):
-    saver = open_saver(str(path), path.suffix[1:], snaps)
+    saver = open_saver(str(path), format_of(str(path), None), snaps)
     saver.add(columns(batch, details, holders))
     saver.close()
     assert saver.rows == len(batch.records)

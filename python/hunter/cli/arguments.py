@@ -17,8 +17,8 @@ from nlproto.client.frames import DEFAULT_SOCKET
 
 __all__ = ["live_parser", "parse", "parser_of"]
 
-_SUFFIXES = ".csv .jsonl .parquet .pcapng"
-FORMATS = ("csv", "jsonl", "parquet", "pcapng")
+_SUFFIXES = ".csv .jsonl .ecs.jsonl .parquet .pcapng"
+FORMATS = ("csv", "jsonl", "ecs", "parquet", "pcapng")
 
 _FILTER_HELP = """\
 filter words, as in pcap-filter(7):
@@ -260,6 +260,7 @@ def live_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "-W", "--keep", metavar="N", type=_count, help="with -C: keep the last N files"
     )
+    _add_process_blocks(group)
     _add_source(parser)
     _add_habits(parser)
     return parser
@@ -385,8 +386,17 @@ def _annotate_parser() -> argparse.ArgumentParser:
         help="where the capture was made: a network namespace by name, pid or inode; else packets"
         " that fit in several are marked AMBIGUOUS",
     )
+    _add_process_blocks(parser)
     _add_socket(parser)
     return parser
+
+
+def _add_process_blocks(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--process-blocks",
+        action="store_true",
+        help="in pcapng: a block for each process; Wireshark up to 4.6 counts it as a frame",
+    )
 
 
 def _report_parser() -> argparse.ArgumentParser:

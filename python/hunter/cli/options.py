@@ -99,6 +99,8 @@ class Live:
     """Bytes."""
     keep: int | None
     """Files."""
+    process_blocks: bool
+    """In pcapng."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,7 @@ class Annotate:
     input: str
     output: str
     netns: str | None
+    process_blocks: bool
     socket: str
     socket_given: bool
 

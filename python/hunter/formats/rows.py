@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from hunter.formats import pcapng
 from hunter.formats.captures import is_pcap
+from hunter.formats.ecs import is_document, row_of
 from hunter.formats.headers import transport
 from hunter.formats.inputs import Input
 from hunter.formats.ownercomment import is_owner_comment, read_comment
@@ -124,6 +125,8 @@ def _json_rows(source: Input) -> Iterator[Row]:
         values = _parsed(source, number, line)
         if not isinstance(values, dict):
             raise Error(f"{source.name}, line {number} is no JSON object")
+        if is_document(values):
+            values = row_of(values)
         yield Row(f"line {number}", values)
 
 

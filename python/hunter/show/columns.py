@@ -17,6 +17,7 @@ from hunter.show import names
 from hunter.show.text import sound
 from nlproto.records import wire
 from nlproto.records.batch import NamedBatch
+from nlproto.records.community_id import community_id
 from nlproto.tables.processes import Process
 
 __all__ = [
@@ -71,12 +72,14 @@ COLUMNS = (
     "creator",
     "cookie",
     "holders",
+    "community_id",
 )
 """Names and order of what is saved; stable: new ones come at the end.
 
 `flags` are words of FLAGS, `tcp_flags` letters as of tcpdump (TCP only), `segments` the packets
 on the wire that the record stands for, `hdr_len` the bytes of headers that each of them has,
-`start_ns` the start of the process in ns since boot, `creator` the pid that made the socket.
+`start_ns` the start of the process in ns since boot, `creator` the pid that made the socket,
+`community_id` the flow's name for Zeek, Suricata and others.
 """
 
 TEXTS = frozenset(("comm", "exe", "flags", "interface", "unit", "container", "cmdline"))
@@ -279,10 +282,20 @@ def cells(table: Columns) -> dict[str, list[Any]]:
         "creator": unless_0("creator"),
         "cookie": unless_0("cookie"),
         "holders": [table.holders.get(i) for i in range(len(known))],
+        "community_id": _community_ids(records),
     }
     for name in TEXTS:
         values[name] = [sound(text) if text else None for text in values[name]]
     return values
+
+
+def _community_ids(records: np.ndarray) -> list[str]:
+    ends = (records[name].tolist() for name in ("family", "proto", "sport", "dport"))
+    addresses = (map(bytes, np.ascontiguousarray(records[name])) for name in ("saddr", "daddr"))
+    return [
+        community_id(family, proto, source, sport, target, dport)
+        for family, proto, sport, dport, source, target in zip(*ends, *addresses, strict=True)
+    ]
 
 
 def _where(known: Iterable[bool], values: Iterable[Any]) -> list[Any]:
