@@ -43,7 +43,7 @@ examples:
   packet-hunter --json -c 100 how unnamed | jq .
   packet-hunter -- curl https://example.org/        of curl and what it starts; its exit code
   sudo packet-hunter -- ./check.sh                  runs as you; as root: -- sudo ./check.sh
-  packet-hunter who --port 8080          first words: top who stats annotate report doctor
+  packet-hunter who --port 8080          first words: top who web stats annotate report doctor
 """
 
 
