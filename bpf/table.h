@@ -151,6 +151,7 @@ __noinline int owner_gain(u64 cookie, struct gain *g)
 		owner_set_user(o, &g->who, kept);
 		o->tid = g->tid;
 		o->guess = seeded;
+		o->blind = 0;
 		o->ring = g->ring;
 		if (g->fd >= 0)
 			o->fd = g->fd;
@@ -236,42 +237,6 @@ static __always_inline bool owner_shared(const struct owner *o, const struct pro
 	if (!o->many && user->forked <= o->since)
 		return false;
 	return file && file_refs(file) > 1;
-}
-
-static long collect_owner(struct bpf_map *map, u64 *cookie, struct owner *o, u64 *now)
-{
-	u64 dead = o->dead;
-
-	if (dead && *now > dead + (o->via || o->waits ? owner_keep_wait : owner_keep)) {
-		u64 key = *cookie;
-
-		bpf_map_delete_elem(&owners, &key);
-	}
-	return 0;
-}
-
-static long collect_proc(struct bpf_map *map, struct key *key, struct proc *p, u64 *now)
-{
-	if (p->exit && *now > p->exit + owner_keep_wait) {
-		struct key gone = *key;
-
-		bpf_map_delete_elem(&procs, &gone);
-	}
-	return 0;
-}
-
-/*
- * User space runs it each second: what has ended long enough ago is forgotten.
- * A program of this kind can be run so and may use maps with locks.
- */
-SEC("tc")
-int collect(struct __sk_buff *unused)
-{
-	u64 now = bpf_ktime_get_ns();
-
-	bpf_for_each_map_elem(&owners, collect_owner, &now, 0);
-	bpf_for_each_map_elem(&procs, collect_proc, &now, 0);
-	return 0;
 }
 
 #endif /* HUNTER_TABLE_H */

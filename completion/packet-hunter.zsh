@@ -18,7 +18,7 @@ _shtab_packet_hunter_commands() {
     who:'which process owns, or owned, a port'
   )
   _describe 'packet-hunter commands' _commands
-  local _words=(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit ifindex less greater)
+  local _words=(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe ifindex less greater)
   _describe 'filter words' _words
 }
 
@@ -33,7 +33,11 @@ _shtab_packet_hunter_options=(
   "*--uid[of this user\'s processes]:U:_users"
   "*--netns[in a network namespace]:NS:"
   "*--container[of a container\: its name or id\'s beginning]:C:"
+  "*--pod[of a pod\: NAME or NAMESPACE\/NAME]:P:"
   "*--unit[of a systemd unit]:U:"
+  "*--parent[of what a process so named, or its pid, started]:P:"
+  "*--exe[of a program\: its path or name]:PATH:"
+  "*--cmdline[with TEXT in the command line]:TEXT:"
   {-c,--count}"[end after N packets]:N:"
   "--duration[end after S seconds (60s, 5m)]:S:"
   "--all[with -- CMD\: packets of everybody, not of CMD and its descendants only]"
@@ -43,11 +47,12 @@ _shtab_packet_hunter_options=(
   "*-t[no time\; -tt Unix time, -ttt since the line before, -tttt with date, -ttttt since the first]"
   "--json[JSON lines on standard output]"
   "--summary[a table of processes at the end, instead of lines]"
-  {--save,-w}"[save to FILE (.csv .jsonl .parquet .pcapng\; - is standard output)]:FILE:_files"
-  "--format[when the suffix is none of .csv .jsonl .parquet .pcapng]:F:(csv jsonl parquet pcapng)"
+  {--save,-w}"[save to FILE (.csv .jsonl .ecs.jsonl .parquet .pcapng\; - is standard output)]:FILE:_files"
+  "--format[when the suffix is none of .csv .jsonl .ecs.jsonl .parquet .pcapng]:F:(csv jsonl ecs parquet pcapng)"
   "--print[show lines too, with --save or --summary]"
   {-C,--rotate}"[new file every SIZE million bytes (1g)]:SIZE:"
   {-W,--keep}"[with -C\: keep the last N files]:N:"
+  "--process-blocks[in pcapng\: a block for each process\; Wireshark up to 4.6 counts it as a frame]"
   "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, ebpf, packet, or auto (default)]:E:(auto module ebpf packet)"
@@ -63,6 +68,7 @@ _shtab_packet_hunter_annotate_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   {-o,--output}"[pcapng to write\; - is standard output]:OUT:_files"
   "--netns[where the capture was made\: a network namespace by name, pid or inode\; else packets that fit in several are marked AMBIGUOUS]:NS:"
+  "--process-blocks[in pcapng\: a block for each process\; Wireshark up to 4.6 counts it as a frame]"
   "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
 )
 
@@ -104,7 +110,11 @@ _shtab_packet_hunter_top_options=(
   "*--uid[of this user\'s processes]:U:_users"
   "*--netns[in a network namespace]:NS:"
   "*--container[of a container\: its name or id\'s beginning]:C:"
+  "*--pod[of a pod\: NAME or NAMESPACE\/NAME]:P:"
   "*--unit[of a systemd unit]:U:"
+  "*--parent[of what a process so named, or its pid, started]:P:"
+  "*--exe[of a program\: its path or name]:PATH:"
+  "*--cmdline[with TEXT in the command line]:TEXT:"
   {-n,--numbers}"[no names of hosts and services]"
   {-u,--units}"[bin-bytes bin-bits si-bytes si-bits]:U:(bin-bytes bin-bits si-bytes si-bits)"
   {-d,--interval}"[between looks (1s)]:S:"
@@ -159,7 +169,7 @@ _shtab_packet_hunter() {
         stats) _arguments -C -s $_shtab_packet_hunter_stats_options ;;
         top) _arguments -C -s $_shtab_packet_hunter_top_options ;;
         who) _arguments -C -s $_shtab_packet_hunter_who_options ;;
-        *) _arguments -C -s $_shtab_packet_hunter_options '*:filter word:(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit ifindex less greater)' ;;
+        *) _arguments -C -s $_shtab_packet_hunter_options '*:filter word:(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe ifindex less greater)' ;;
       esac
   esac
 }

@@ -441,7 +441,7 @@ def test_annotate_writes_no_pcapng_under_the_name_of_pcap(name, daemon, tmp_path
     assert done.stderr.count(b"\n") == 1 and b".pcapng" in done.stderr
 
 
-@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet", "pcapng"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "ecs.jsonl", "parquet", "pcapng"])
 def test_a_file_gives_the_figures_of_the_live_run(suffix, alone, tmp_path):
     """What is saved and shown at once, to the last word of -vv, and the table of processes."""
     if suffix == "parquet":

@@ -162,13 +162,13 @@ def test_tcp_flags_read_as_in_tcpdump(flags, text):
 def test_csv_has_the_agreed_columns_and_values(tmp_path):
     rows = batch({}, {"how": wire.lib.SNIFFER_HOW_FORWARDED, "tgid": 0, "dir": 3, "comm": b""})
     text = saved(CsvSaver, rows, processes(exe="/usr/bin/curl"), tmp_path / "x.csv")
-    ends = "tcp,127.0.0.1,50000,127.0.0.1,8080,60"
+    ends, flow = "tcp,127.0.0.1,50000,127.0.0.1,8080,60", "1:bwaxBSrjQiL/QKPJx556VoDZ60U="
     assert text == (
         "time,dir,proto,src,sport,dst,dport,len,pid,comm,exe,uid,netns,how,"
         "flags,tcp_flags,interface,unit,container,cmdline,ppid,segments,hdr_len,ifindex,start_ns,"
-        "tid,creator,cookie,holders\n"
-        f"{NOON},out,{ends},1234,curl,/usr/bin/curl,1000,99,context,,S,,,,,,1,0,,7,,,,\n"
-        f"{NOON},fwd,{ends},,,,,99,forwarded,,S,,,,,,1,0,,,,,,\n"
+        "tid,creator,cookie,holders,community_id,container_name,image,pod,parents\n"
+        f"{NOON},out,{ends},1234,curl,/usr/bin/curl,1000,99,context,,S,,,,,,1,0,,7,,,,,{flow},,,,\n"
+        f"{NOON},fwd,{ends},,,,,99,forwarded,,S,,,,,,1,0,,,,,,,{flow},,,,\n"
     )
 
 

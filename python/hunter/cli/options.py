@@ -49,8 +49,12 @@ class Choice:
     pname: list[str] | None
     uid: list[str] | None
     netns: list[str] | None
+    exe: list[str] | None
+    cmdline: list[str] | None
     container: list[str] | None
+    pod: list[str] | None
     unit: list[str] | None
+    parent: list[str] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,8 @@ class Live:
     """Bytes."""
     keep: int | None
     """Files."""
+    process_blocks: bool
+    """In pcapng."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +142,7 @@ class Annotate:
     input: str
     output: str
     netns: str | None
+    process_blocks: bool
     socket: str
     socket_given: bool
 

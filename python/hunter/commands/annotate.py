@@ -17,7 +17,7 @@ from rich.table import Table
 
 from hunter.cli.options import Annotate
 from hunter.cli.signals import Stop
-from hunter.commands.past_owners import Answer, PastOwners, place
+from hunter.commands.past_owners import Answer, Entry, PastOwners, place
 from hunter.formats import pcapng
 from hunter.formats.captures import Flow, look, read_capture
 from hunter.formats.inputs import Input
@@ -59,6 +59,8 @@ class _Result:
     by_choice: Counter[tuple[str, ...]] = field(default_factory=Counter)
     """Packets of one or the other of these comms."""
     exes: dict[tuple[str, int], str] = field(default_factory=dict)
+    described: dict[int, tuple[str, str, int]] | None = None
+    """By pid (name, executable, uid) of its last process block; None: no such blocks."""
 
 
 def run(options: Annotate, stop: Stop, notify: Callable[[str], None]) -> None:
@@ -78,7 +80,7 @@ def run(options: Annotate, stop: Stop, notify: Callable[[str], None]) -> None:
             ) as progress,
         ):
             task = progress.add_task(os.path.basename(source.name), total=source.size)
-            result = _Result()
+            result = _Result(described={} if options.process_blocks else None)
             chunks = _chunks(first, stream, source, lambda at: progress.update(task, completed=at))
             owners = PastOwners(client, at)
             try:
@@ -128,6 +130,8 @@ def _annotate(
         for block in chunk:
             if block.kind == pcapng.SECTION:
                 interfaces = []
+                if result.described is not None:
+                    result.described = {}
             elif block.kind == pcapng.INTERFACE:
                 interfaces.append(pcapng.Interface.of(block))
             packet = pcapng.packet_of(block, interfaces)
@@ -172,7 +176,25 @@ def _named(
     if block.kind == pcapng.SIMPLE:  # it has no place for a comment
         result.unmarked += 1
         return block.data
-    return pcapng.with_comment(block, "packet-hunter: " + ", ".join(texts))
+    head, ids = b"", None
+    who = next(iter(ends.values()))  # who sent it, else who received it
+    if who.certain:
+        entry = who.entries[0]
+        ids = entry["pid"], 0
+        if result.described is not None:
+            head = _description(entry, owners.exe(entry), block.order, result.described)
+    return head + pcapng.with_comment(block, "packet-hunter: " + ", ".join(texts), ids)
+
+
+def _description(
+    entry: Entry, exe: str, order: str, described: dict[int, tuple[str, str, int]]
+) -> bytes:
+    """Its block, when its pid had another before or none."""
+    known = str(entry["comm"]), exe, int(entry["uid"])
+    if described.get(entry["pid"]) == known:
+        return b""
+    described[entry["pid"]] = known
+    return pcapng.process_block(entry["pid"], known[0], exe, uid=known[2], order=order)
 
 
 def _text(answer: Answer, owners: PastOwners) -> str:

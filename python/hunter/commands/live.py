@@ -22,7 +22,7 @@ from hunter.show.names import Names
 from hunter.show.summary import Summary
 from hunter.sources.opening import open_source
 from hunter.sources.source import Source
-from nlproto import Error
+from nlproto import Error, UsageError
 from nlproto.host import netns
 from nlproto.records.batch import NamedBatch
 
@@ -56,6 +56,8 @@ def run(
     shown = ShownAccount()
     with ExitStack() as stack:
         kind = format_of(options.save, options.format) if options.save else ""
+        if options.process_blocks and kind != "pcapng":
+            raise UsageError("--process-blocks are of pcapng: give --save x.pcapng too")
         refuse_input(options.save or "-", options.origin.read or ())
         # the source first: an old capture is not emptied for one that cannot begin
         source = stack.enter_context(
@@ -65,7 +67,12 @@ def run(
         rotation: Rotation | None = None
         if options.save:
             savers[options.save] = rotation = open_saver(
-                options.save, kind, source.snaps, options.rotate, options.keep
+                options.save,
+                kind,
+                source.snaps,
+                options.rotate,
+                options.keep,
+                options.process_blocks,
             )
             stack.callback(rotation.close)
         if options.json:

@@ -22,6 +22,7 @@ SUFFIXES = {
     ".parquet": "parquet",
     ".pcapng": "pcapng",
 }
+_ECS = (".ecs.jsonl", ".ecs.ndjson", ".ecs.json")
 
 
 class Saver(Protocol):
@@ -47,11 +48,13 @@ def format_of(path: str, asked: str | None) -> str:
         return asked
     if path == "-":
         return "csv"
+    if path.lower().endswith(_ECS):
+        return "ecs"
     suffix = os.path.splitext(path)[1].lower()
     if suffix in SUFFIXES:
         return SUFFIXES[suffix]
     refuse_pcap(path)
-    known = ", ".join(SUFFIXES)
+    known = ", ".join((*SUFFIXES, _ECS[0]))
     raise UsageError(f"{path}: its format is not clear; end it with {known}, or give --format")
 
 
@@ -73,7 +76,9 @@ def refuse_input(path: str, inputs: Iterable[str]) -> None:
             raise UsageError(f"{path} is the capture itself: choose another name")
 
 
-def _make(kind: str, snaps: FirstBytes | None) -> Callable[[CaptureFile], Saver]:
+def _make(
+    kind: str, snaps: FirstBytes | None, process_blocks: bool
+) -> Callable[[CaptureFile], Saver]:
     # Imported here: Parquet needs an optional package.
     if kind == "csv":
         from hunter.save.save_csv import CsvSaver
@@ -83,10 +88,14 @@ def _make(kind: str, snaps: FirstBytes | None) -> Callable[[CaptureFile], Saver]
         from hunter.save.save_jsonl import JsonSaver
 
         return JsonSaver
+    if kind == "ecs":
+        from hunter.save.save_ecs import EcsSaver
+
+        return EcsSaver
     if kind == "pcapng":
         from hunter.save.save_pcapng import PcapngSaver
 
-        return lambda file: PcapngSaver(file, snaps)
+        return lambda file: PcapngSaver(file, snaps, process_blocks)
     from hunter.save.save_parquet import ParquetSaver
 
     return ParquetSaver
@@ -98,13 +107,16 @@ def open_saver(
     snaps: FirstBytes | None,
     rotate: int | None = None,
     keep: int | None = None,
+    process_blocks: bool = False,
 ) -> Rotation:
-    """Return a saver of format `kind` to `path` ("-": standard output); pcapng takes `snaps`.
+    """Return a saver of format `kind` to `path` ("-": standard output).
+
+    pcapng takes `snaps`, and `process_blocks`.
 
     `rotate`: bytes after which the next file begins, as tcpdump's -C: path, path1, path2 ...;
     `keep`: after so many files the first is written again (-W). Raises Error, UsageError.
     """
-    return Rotation(path, _make(kind, snaps), rotate, keep)
+    return Rotation(path, _make(kind, snaps, process_blocks), rotate, keep)
 
 
 class Rotation:
