@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from hunter.save.capturefile import CaptureFile
-from hunter.show.columns import COLUMNS, TEXTS, Columns, cells
+from hunter.show.columns import COLUMNS, PEOPLE, TEXTS, Columns, cells
 from hunter.show.text import cell
 
 __all__ = ["CsvSaver"]
@@ -27,7 +27,8 @@ class CsvSaver:
         values = cells(table)
         for name in TEXTS:
             values[name] = [text and cell(text) for text in values[name]]
-        values["holders"] = [held and _holders(held) for held in values["holders"]]
+        for name in PEOPLE:
+            values[name] = [some and _people(some) for some in values[name]]
         rows = io.StringIO()
         csv.writer(rows, lineterminator="\n").writerows(
             zip(*(values[name] for name in COLUMNS), strict=True)
@@ -43,6 +44,6 @@ class CsvSaver:
         self._file.close()
 
 
-def _holders(held: list[dict[str, Any]]) -> str:
+def _people(some: list[dict[str, Any]]) -> str:
     """As in JSON lines: ASCII, without a line break, and without what a spreadsheet computes."""
-    return json.dumps(held, separators=(",", ":")).replace(";", "\\u003b")
+    return json.dumps(some, separators=(",", ":")).replace(";", "\\u003b")
