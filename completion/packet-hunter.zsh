@@ -18,7 +18,7 @@ _shtab_packet_hunter_commands() {
     who:'which process owns, or owned, a port'
   )
   _describe 'packet-hunter commands' _commands
-  local _words=(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit ifindex less greater)
+  local _words=(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe ifindex less greater)
   _describe 'filter words' _words
 }
 
@@ -33,7 +33,11 @@ _shtab_packet_hunter_options=(
   "*--uid[of this user\'s processes]:U:_users"
   "*--netns[in a network namespace]:NS:"
   "*--container[of a container\: its name or id\'s beginning]:C:"
+  "*--pod[of a pod\: NAME or NAMESPACE\/NAME]:P:"
   "*--unit[of a systemd unit]:U:"
+  "*--parent[of what a process so named, or its pid, started]:P:"
+  "*--exe[of a program\: its path or name]:PATH:"
+  "*--cmdline[with TEXT in the command line]:TEXT:"
   {-c,--count}"[end after N packets]:N:"
   "--duration[end after S seconds (60s, 5m)]:S:"
   "--all[with -- CMD\: packets of everybody, not of CMD and its descendants only]"
@@ -106,7 +110,11 @@ _shtab_packet_hunter_top_options=(
   "*--uid[of this user\'s processes]:U:_users"
   "*--netns[in a network namespace]:NS:"
   "*--container[of a container\: its name or id\'s beginning]:C:"
+  "*--pod[of a pod\: NAME or NAMESPACE\/NAME]:P:"
   "*--unit[of a systemd unit]:U:"
+  "*--parent[of what a process so named, or its pid, started]:P:"
+  "*--exe[of a program\: its path or name]:PATH:"
+  "*--cmdline[with TEXT in the command line]:TEXT:"
   {-n,--numbers}"[no names of hosts and services]"
   {-u,--units}"[bin-bytes bin-bits si-bytes si-bits]:U:(bin-bytes bin-bits si-bytes si-bits)"
   {-d,--interval}"[between looks (1s)]:S:"
@@ -161,7 +169,7 @@ _shtab_packet_hunter() {
         stats) _arguments -C -s $_shtab_packet_hunter_stats_options ;;
         top) _arguments -C -s $_shtab_packet_hunter_top_options ;;
         who) _arguments -C -s $_shtab_packet_hunter_who_options ;;
-        *) _arguments -C -s $_shtab_packet_hunter_options '*:filter word:(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit ifindex less greater)' ;;
+        *) _arguments -C -s $_shtab_packet_hunter_options '*:filter word:(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe ifindex less greater)' ;;
       esac
   esac
 }

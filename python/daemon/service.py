@@ -34,6 +34,7 @@ from nlproto._host import lib as host
 from nlproto.engines.engine import open_engine
 from nlproto.errors import Error, UsageError
 from nlproto.host import procfs
+from nlproto.host.containers import ContainerFiles
 from nlproto.host.holders import Holders
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.naming import Namer
@@ -83,7 +84,9 @@ class Service:
         host.host_one_heap()
         payers = Payers()
         holders = Holders()
-        processes = Processes(self._details, config.max_processes, payers=payers)
+        processes = Processes(
+            self._details, config.max_processes, payers=payers, containers=ContainerFiles()
+        )
         with (
             SocketFile(config.socket) as socket_file,
             Recorder(config, processes, payers) as recorder,

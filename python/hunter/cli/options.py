@@ -49,8 +49,12 @@ class Choice:
     pname: list[str] | None
     uid: list[str] | None
     netns: list[str] | None
+    exe: list[str] | None
+    cmdline: list[str] | None
     container: list[str] | None
+    pod: list[str] | None
     unit: list[str] | None
+    parent: list[str] | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from hunter.formats.ecs import document
 from hunter.save.capturefile import CaptureFile
-from hunter.show.columns import COLUMNS, TEXTS, Columns, cells
+from hunter.show.columns import COLUMNS, PEOPLE, TEXTS, Columns, cells
 from hunter.show.text import cell
 
 __all__ = ["LINES", "LineFormat", "LineSaver"]
@@ -59,16 +59,17 @@ def _csv(table: Columns) -> Iterator[str]:
     values = cells(table)
     for name in TEXTS:
         values[name] = [text and cell(text) for text in values[name]]
-    values["holders"] = [held and _holders(held) for held in values["holders"]]
+    for name in PEOPLE:
+        values[name] = [some and _people(some) for some in values[name]]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(_rows(values))
     # no name has a line break in it: cell() has seen to that
     return iter(text.getvalue().split("\n")[:-1])
 
 
-def _holders(held: list[dict[str, Any]]) -> str:
+def _people(some: list[dict[str, Any]]) -> str:
     """As in JSON lines: ASCII, without a line break, and without what a spreadsheet computes."""
-    return json.dumps(held, separators=(",", ":")).replace(";", "\\u003b")
+    return json.dumps(some, separators=(",", ":")).replace(";", "\\u003b")
 
 
 def _objects(table: Columns) -> Iterator[dict[str, Any]]:
