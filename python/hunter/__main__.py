@@ -62,6 +62,10 @@ def _run(command: options.Command, stop: Stop) -> int:
             from hunter.commands import who
 
             who.run(command, _tell)
+        case options.Web():
+            from hunter.web import web
+
+            web.run(command, stop, _tell)
         case options.Stats():
             from hunter.commands import stats
 
