@@ -26,7 +26,10 @@ def encoded(process: Process) -> bytes:
     return raw
 
 
-_STRINGS = ("comm", "user", "exe", "cmdline", "cgroup", "unit", "container")
+_STRINGS = (
+    *("comm", "user", "exe", "cmdline", "cgroup", "unit", "container"),
+    *("container_name", "image", "pod"),
+)
 
 
 def space(size: int) -> int:

@@ -4,8 +4,10 @@
 An answer belongs to the process that asked: the owner of the flow to the server, which must have
 sent there. A resolver of the system (systemd-resolved, dnsmasq) asks for others: its answers serve
 all processes of its network namespace that have no own, and where several names have one address,
-the flow has them all. So do, for 5 s, answers of whose asker nothing is known. A name is a flow's if it was there before the flow and its time to live had
-not ended; the flow keeps it. A ClientHello's name is its own flow's.
+the flow has them all. So do, for 5 s, answers of whose asker nothing is known.
+
+A name is a flow's if it was there before the flow and its time to live had not ended; the flow
+keeps it. A ClientHello's name is its own flow's.
 """
 
 from __future__ import annotations
