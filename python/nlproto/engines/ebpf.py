@@ -257,7 +257,7 @@ class EbpfEngine:
         took = time.monotonic() - now
         self._collect_again = now + max(_COLLECT, _COLLECT_SHARE * took)
 
-    def want_snaps(self, wanted: bool) -> bool:
+    def want_first_bytes(self, wanted: bool) -> bool:
         """See Engine."""
         return False
 
