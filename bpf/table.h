@@ -7,9 +7,11 @@
  * | state    | fields            | who is named                | left when                        |
  * |----------|-------------------|-----------------------------|----------------------------------|
  * | (none)   | no entry          | nobody, with a reason       | created, used, found at load; a  |
- * |          |                   |                             | handshake ends: VIA              |
+ * |          |                   |                             | handshake ends: VIA; the kernel  |
+ * |          |                   |                             | accepts it: SERVER               |
  * | VIA      | via               | the listener's user, or the | accepted: HELD; 130 s            |
  * |          |                   | MPTCP parent's              |                                  |
+ * | SERVER   | server            | nobody: it is the kernel's  | a process uses it: HELD; freed   |
  * | HELD     | user, held        | user                        | another one who has it uses or   |
  * |          |                   |                             | receives it: HELD, the old user  |
  * |          |                   |                             | joins the past; user lets go:    |

@@ -444,7 +444,10 @@ def _encoded(process: Process) -> bytes:
     return raw
 
 
-_STRINGS = ("comm", "user", "exe", "cmdline", "cgroup", "unit", "container")
+_STRINGS = (
+    *("comm", "user", "exe", "cmdline", "cgroup", "unit", "container"),
+    *("container_name", "image", "pod"),
+)
 
 
 def _space(size: int) -> int:
