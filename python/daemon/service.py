@@ -137,7 +137,7 @@ class Service:
             self.config.engine, pipeline, server.announce, self._die, holders, self.config.ring_size
         )
         answers.kernel = watcher.kernel
-        metrics = Metrics(self.config, server.figures)
+        metrics = Metrics(self.config, server.figures, pipeline.processes)
         for take in (recorder.take, metrics.take, server.publish):
             pipeline.subscribe(take)
         ended = asyncio.Event()

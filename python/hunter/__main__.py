@@ -59,7 +59,7 @@ def _run(command: options.Command, stop: Stop) -> int:
 
             return live.run(command, stop, _tell)
         case options.Who():
-            from hunter.commands import who
+            from hunter.who import who
 
             who.run(command, _tell)
         case options.Web():
