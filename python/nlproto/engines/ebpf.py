@@ -22,7 +22,7 @@ from nlproto.engines.bpf import NoBpf, Object, Ring, has_target
 from nlproto.host import netns
 from nlproto.records import wire
 from nlproto.records.clock import Clock
-from nlproto.records.wire import Batch, Snap, SnapBatch, lib
+from nlproto.records.wire import Batch, FirstBytesBatch, PacketBytes, lib
 
 __all__ = ["EbpfEngine", "runs"]
 
@@ -122,7 +122,7 @@ class EbpfEngine:
         shared = mmap.MAP_SHARED
         fd = self._object.map_fd("ring")
         self._ring = Ring(fd, ring_bytes, wire.RECORD)
-        self._snaps = Ring(self._object.map_fd("snaps"), _SNAP_BYTES, _SNAP)
+        self._first_bytes_ring = Ring(self._object.map_fd("snaps"), _SNAP_BYTES, _SNAP)
         wishes = mmap.mmap(self._object.map_fd("wishes"), mmap.PAGESIZE, shared)
         self._wish = np.frombuffer(wishes, "u8", 1)
         counters = mmap.mmap(
@@ -161,7 +161,7 @@ class EbpfEngine:
             records["netns"][records["netns"] == 0] = self._netns
         return records
 
-    def _batches(self, records: np.ndarray) -> Iterator[Batch | SnapBatch]:
+    def _batches(self, records: np.ndarray) -> Iterator[Batch | FirstBytesBatch]:
         if self._wish[0]:
             yield from self._first_bytes()
         numbers = np.unique(records["cpu"]).tolist()
@@ -223,7 +223,7 @@ class EbpfEngine:
         head: np.void = heads[0]
         return head
 
-    def read(self, timeout: float) -> Iterator[Batch | SnapBatch]:
+    def read(self, timeout: float) -> Iterator[Batch | FirstBytesBatch]:
         """See Engine."""
         self._collect()
         records = self._take()
@@ -235,17 +235,20 @@ class EbpfEngine:
             self._busy_until = time.monotonic() + 10 * _POLL
         yield from self._batches(records)
 
-    def _first_bytes(self) -> Iterator[SnapBatch]:
+    def _first_bytes(self) -> Iterator[FirstBytesBatch]:
         """What there is of them; a record may come before, but not be waited for long."""
-        found = self._snaps.take()
+        found = self._first_bytes_ring.take()
         if len(found):
             heads, data = found["head"], found["data"]
-            snaps = zip(heads, data.tolist(), heads["caplen"].tolist(), strict=True)
+            packets = zip(heads, data.tolist(), heads["caplen"].tolist(), strict=True)
             size = lib.SNIFFER_SNAP_LEN
             head: np.void = np.zeros(1, wire.BATCH)[0]
-            yield SnapBatch(
+            yield FirstBytesBatch(
                 head,
-                tuple(Snap(first, one.ljust(size, b"\0")[:caplen]) for first, one, caplen in snaps),
+                tuple(
+                    PacketBytes(first, one.ljust(size, b"\0")[:caplen])
+                    for first, one, caplen in packets
+                ),
             )
 
     def _collect(self) -> None:
@@ -289,7 +292,7 @@ class EbpfEngine:
         }
         return time.monotonic_ns()
 
-    def finish(self, until_ns: int | None = None) -> Iterator[Batch | SnapBatch]:
+    def finish(self, until_ns: int | None = None) -> Iterator[Batch | FirstBytesBatch]:
         """See Engine."""
         tails = self._position()
         self._until = {int(tail["cpu"]): int(tail["record_seq"]) for tail in tails}
@@ -300,13 +303,13 @@ class EbpfEngine:
                 yield event
         self.closing = tails
 
-    def catch_up(self) -> Iterator[Batch | SnapBatch]:
+    def catch_up(self) -> Iterator[Batch | FirstBytesBatch]:
         """See Engine."""
         tails = self._position()
         yield from self._up_to(tails)
         self.closing = tails
 
-    def _up_to(self, tails: np.ndarray) -> Iterator[Batch | SnapBatch]:
+    def _up_to(self, tails: np.ndarray) -> Iterator[Batch | FirstBytesBatch]:
         deadline = time.monotonic() + 2 * _LATE
         while True:
             yield from self._batches(self._take())
