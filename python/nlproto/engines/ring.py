@@ -71,14 +71,14 @@ class Frames:
 
     records: np.ndarray
     to_all: np.ndarray
-    snaps: np.ndarray | None
+    first_bytes: np.ndarray | None
     """HOST_SNAP, when wanted."""
 
     def with_more(self, later: "Frames") -> "Frames":
         """Return these and those that were read after them."""
         both = None
-        if self.snaps is not None and later.snaps is not None:
-            both = np.concatenate([self.snaps, later.snaps])
+        if self.first_bytes is not None and later.first_bytes is not None:
+            both = np.concatenate([self.first_bytes, later.first_bytes])
         return Frames(
             np.concatenate([self.records, later.records]),
             np.concatenate([self.to_all, later.to_all]),
@@ -112,7 +112,7 @@ class PacketRing:
             raise Error(f"engine packet cannot set up its ring: {error.strerror}") from error
         self._records = np.zeros(_READ, RECORD)
         self._to_all = np.zeros(_READ, np.uint8)
-        self._snaps = np.zeros(0, HOST_SNAP)
+        self._first_bytes = np.zeros(0, HOST_SNAP)
 
     def _make_ring(self, ring_bytes: int) -> "ffi.CData":
         vnet = _segments_are_told()
@@ -164,11 +164,11 @@ class PacketRing:
         """Frames that are in the ring now."""
         return int(lib.host_ring_waiting(self._ring))
 
-    def read(self, snaps: bool = False) -> Frames:
+    def read(self, wanted: bool = False) -> Frames:
         """Return the packets that wait, up to some hundred; the arrays are the caller's own."""
-        if snaps and not len(self._snaps):
-            self._snaps = np.zeros(_READ, HOST_SNAP)
-        room = ffi.from_buffer("struct host_snap[]", self._snaps) if snaps else ffi.NULL
+        if wanted and not len(self._first_bytes):
+            self._first_bytes = np.zeros(_READ, HOST_SNAP)
+        room = ffi.from_buffer("struct host_snap[]", self._first_bytes) if wanted else ffi.NULL
         self._ring.snaps = room
         self._ring.mono_offset = -Clock.now().real_offset_ns
         read = lib.host_ring_read(
@@ -177,7 +177,7 @@ class PacketRing:
             ffi.from_buffer("struct host_frame[]", self._to_all),
             _READ,
         )
-        first_bytes = self._snaps[:read].copy() if snaps else None
+        first_bytes = self._first_bytes[:read].copy() if wanted else None
         return Frames(self._records[:read].copy(), self._to_all[:read] != 0, first_bytes)
 
     def drops(self) -> int:
