@@ -7,14 +7,14 @@
 
 _shtab_packet_hunter_subparsers=(top who web stats annotate report doctor)
 
-_shtab_packet_hunter_top_option_strings=(-h --help -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container --pod --unit --parent --exe --cmdline -n --numbers -u --units -d --interval --socket --direct --engine -B --buffer -r --read)
-_shtab_packet_hunter_who_option_strings=(-h --help --port --proto --host --pid --pname --since --limit --json --socket)
+_shtab_packet_hunter_top_option_strings=(-h --help -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container --pod --unit --parent --exe --cmdline -n --numbers -u --units -d --interval --socket --direct --engine -B --buffer --domains -r --read)
+_shtab_packet_hunter_who_option_strings=(-h --help --port --proto --host --pid --pname --domain --since --limit --json --socket)
 _shtab_packet_hunter_web_option_strings=(-h --help --port --socket)
 _shtab_packet_hunter_stats_option_strings=(-h --help --json --socket)
 _shtab_packet_hunter_annotate_option_strings=(-h --help -o --output --netns --process-blocks --socket)
 _shtab_packet_hunter_report_option_strings=(-h --help -o --output)
 _shtab_packet_hunter_doctor_option_strings=(-h --help --socket)
-_shtab_packet_hunter_option_strings=(-h --help -V --version -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container --pod --unit --parent --exe --cmdline -c --count --duration --all -n --numbers -q --quiet -v --verbose -t --json --summary --save -w --format --print -C --rotate -W --keep --process-blocks --socket --direct --engine -B --buffer -r --read -D --list-interfaces)
+_shtab_packet_hunter_option_strings=(-h --help -V --version -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container --pod --unit --parent --exe --cmdline -c --count --duration --all -n --numbers -q --quiet -v --verbose -t --json --summary --save -w --format --print -C --rotate -W --keep --process-blocks --socket --direct --engine -B --buffer --domains -r --read -D --list-interfaces)
 
 _shtab_packet_hunter_top__F_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_top___filter_file_COMPGEN=_shtab_compgen_files
@@ -55,12 +55,14 @@ _shtab_packet_hunter_top___direction_choices=(in out inout)
 _shtab_packet_hunter_top__u_choices=(bin-bytes bin-bits si-bytes si-bits)
 _shtab_packet_hunter_top___units_choices=(bin-bytes bin-bits si-bytes si-bits)
 _shtab_packet_hunter_top___engine_choices=(auto module ebpf packet)
+_shtab_packet_hunter_top___domains_choices=(dns sni off)
 _shtab_packet_hunter_who___proto_choices=(tcp udp)
 _shtab_packet_hunter_pos_0_choices=(top who web stats annotate report doctor)
 _shtab_packet_hunter__Q_choices=(in out inout)
 _shtab_packet_hunter___direction_choices=(in out inout)
 _shtab_packet_hunter___format_choices=(csv jsonl ecs parquet pcapng)
 _shtab_packet_hunter___engine_choices=(auto module ebpf packet)
+_shtab_packet_hunter___domains_choices=(dns sni off)
 
 _shtab_packet_hunter_top__h_nargs=0
 _shtab_packet_hunter_top___help_nargs=0
@@ -305,7 +307,7 @@ _packet_hunter() {
     return
   fi
   case $before in
-    --buffer | --cmdline | --container | --count | --direction | --duration | --engine | --exe | --filter-file | --format | --interface | --interval | --keep | --netns | --parent | --pid | --pname | --pod | --read | --rotate | --save | --socket | --uid | --unit | --units | -B | -C | -F | -Q | -W | -c | -d | -i | -r | -s | -u | -w)
+    --buffer | --cmdline | --container | --count | --direction | --domains | --duration | --engine | --exe | --filter-file | --format | --interface | --interval | --keep | --netns | --parent | --pid | --pname | --pod | --read | --rotate | --save | --socket | --uid | --unit | --units | -B | -C | -F | -Q | -W | -c | -d | -i | -r | -s | -u | -w)
       _shtab_packet_hunter
       return
       ;;
@@ -314,7 +316,7 @@ _packet_hunter() {
     _shtab_packet_hunter
     return
   fi
-  _packet_hunter_offer < <(printf '%s\n' tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe ifindex less greater)
+  _packet_hunter_offer < <(printf '%s\n' tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe domain ifindex less greater)
   ((COMP_CWORD > 1)) || _packet_hunter_offer < <(printf '%s\n' top who web stats annotate report doctor)
 }
 

@@ -19,7 +19,7 @@ _shtab_packet_hunter_commands() {
     who:'which process owns, or owned, a port'
   )
   _describe 'packet-hunter commands' _commands
-  local _words=(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe ifindex less greater)
+  local _words=(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe domain ifindex less greater)
   _describe 'filter words' _words
 }
 
@@ -58,6 +58,7 @@ _shtab_packet_hunter_options=(
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, ebpf, packet, or auto (default)]:E:(auto module ebpf packet)"
   {-B,--buffer}"[of engine packet, without the daemon\: for packets that wait (default\: 16384)]:KIB:"
+  "--domains[without the daemon\: names of far ends from DNS answers (default), or from TLS to port 443 too (sni), or off]:domains:(dns sni off)"
   "*"{-r,--read}"[show a saved capture of any format, compressed or not\; - is standard input (repeatable\: all in order of time)]:FILE:_files"
   {-D,--list-interfaces}"[list interfaces, and end]"
 )
@@ -123,6 +124,7 @@ _shtab_packet_hunter_top_options=(
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, ebpf, packet, or auto (default)]:E:(auto module ebpf packet)"
   {-B,--buffer}"[of engine packet, without the daemon\: for packets that wait (default\: 16384)]:KIB:"
+  "--domains[without the daemon\: names of far ends from DNS answers (default), or from TLS to port 443 too (sni), or off]:domains:(dns sni off)"
   "*"{-r,--read}"[show a saved capture of any format, compressed or not\; - is standard input (repeatable\: all in order of time)]:FILE:_files"
 )
 
@@ -145,6 +147,7 @@ _shtab_packet_hunter_who_options=(
   "--host[address or network of the other end]:H:_hosts"
   "--pid[what this process talks to]:P:_pids"
   "--pname[what processes so named talk to]:NAME:"
+  "--domain[who talks to the host so named]:NAME:"
   "--since[seen so long ago at most (60s, 5m)]:S:"
   "--limit[at most N rows of a table (default\: 50)\; with --json\: N flows (1000)]:N:"
   "--json[one JSON object]"
@@ -180,7 +183,7 @@ _shtab_packet_hunter() {
         top) _arguments -C -s $_shtab_packet_hunter_top_options ;;
         web) _arguments -C -s $_shtab_packet_hunter_web_options ;;
         who) _arguments -C -s $_shtab_packet_hunter_who_options ;;
-        *) _arguments -C -s $_shtab_packet_hunter_options '*:filter word:(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe ifindex less greater)' ;;
+        *) _arguments -C -s $_shtab_packet_hunter_options '*:filter word:(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe domain ifindex less greater)' ;;
       esac
   esac
 }

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Far ends have the names that the process asked for: real servers and clients on loopback."""
 
+import json
 import os
 import signal
 import socket
@@ -60,6 +61,7 @@ class Client:
 
     def __init__(self, name, port, address, kind=A, tcp=""):
         words = [name, str(kind), tcp, str(port), "", address, ""]
+        self.peer = port
         self.process = subprocess.Popen(
             [sys.executable, "-c", CLIENT, *words],
             env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(__file__))},
@@ -128,3 +130,47 @@ def test_names_are_in_the_file_of_the_history(start, connect, tmp_path):
     assert daemon.stop(signal.SIGTERM) == 0
     again = start(config=f"history: {tmp_path}/history.db\n")
     until(lambda: seen(again, client)["domain"] == "www.example", 20, "its name")
+
+
+def hunt(daemon, *words):
+    """What the hunter, on its way, shows of packets; a function that waits for them."""
+    command = [sys.executable, "-m", "hunter", "--socket", daemon.path, "-n", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "Ctrl-C ends" in process.stderr.readline()
+
+    def end():
+        process.send_signal(signal.SIGINT)
+        return process.communicate(timeout=30)[0]
+
+    return process, end
+
+
+def test_lines_and_filters_have_the_name(daemon, connect):
+    process, end = hunt(daemon, "domain", "example")
+    client = connect("www.example", "127.0.53.80")
+    first = process.stdout.readline()
+    rest = end()
+    assert f" 127.0.53.80.{client.peer} [www.example]" in first
+    assert all("[www.example]" in line for line in rest.splitlines())
+
+
+def test_saved_names_are_read_again(daemon, connect, tmp_path):
+    saved = str(tmp_path / "names.pcapng")
+    process, end = hunt(daemon, "--print", "-w", saved, "domain", "alias.example")
+    connect("alias.example", "127.0.53.81")
+    assert process.stdout.readline()
+    end()
+    read = [sys.executable, "-m", "hunter", "-r", saved, "--json", "domain", "*.example"]
+    rows = [json.loads(line) for line in subprocess.check_output(read, text=True).splitlines()]
+    assert rows and {row["domain"] for row in rows} == {"alias.example"}
+
+
+def test_who_asks_by_name(daemon, connect):
+    client = connect("www.example", "127.0.53.80")
+    until(lambda: seen(daemon, client)["domain"] == "www.example", 20, "its name")
+    words = [sys.executable, "-m", "hunter", "who", "--socket", daemon.path]
+    answer = json.loads(subprocess.check_output([*words, "--domain", "WWW.example.", "--json"]))
+    assert {flow["pid"] for flow in answer["flows"]} >= {client.process.pid}
+    assert {flow["domain"] for flow in answer["flows"]} == {"www.example"}
+    shown = subprocess.check_output([*words, "--domain", "www.example"], text=True)
+    assert "www.example" in shown

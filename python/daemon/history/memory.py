@@ -17,7 +17,7 @@ import numpy as np
 
 from nlproto._host import ffi, lib
 from nlproto.records.clock import Clock
-from nlproto.records.wire import PROTO_NAMES, address_text, dtype_of, how_name, taken, text
+from nlproto.records.wire import PROTO_NAMES, address_text, among, dtype_of, how_name, taken, text
 from nlproto.records.wire import lib as wire
 from nlproto.tables.column_table import ColumnTable, mix, numbers, part_of, with_fields
 from nlproto.tables.flows import FLOW, KEY_FIELDS, address_bytes
@@ -65,6 +65,8 @@ class Question:
     """Of the far end; of a forwarded flow: of either."""
     pid: int | None = None
     pname: str | None = None
+    domains: tuple[int, ...] | None = None
+    """Numbers of the far end's name (nlproto.overheard.names)."""
     uid: int | None = None
     """Only named flows of this owner; what a user without rights may see."""
     since_ns: int | None = None
@@ -228,6 +230,8 @@ class FlowMemory:
         for name, value in (("proto", question.proto), ("tgid", question.pid)):
             if value is not None:
                 mask &= columns[name][:size] == value
+        if question.domains is not None:
+            mask &= among(columns["domain"][:size], np.array(question.domains, np.uint64))
         if question.ends is not None:
             one, other = question.ends
             mask &= self._between(one, other) | self._between(other, one)

@@ -36,6 +36,9 @@ def conditions(question: Question) -> tuple[list[str], list[Any]]:
         if value is not None:
             wheres.append(f"{name} = ?")
             values.append(value)
+    if question.domains is not None:
+        wheres.append(f"domain IN ({', '.join('?' * len(question.domains))})")
+        values += [one - (one >> 63 << 64) for one in question.domains]
     if question.uid is not None:
         wheres.append("tgid <> 0")
     if question.ends is not None and question.port is not None:

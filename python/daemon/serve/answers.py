@@ -19,7 +19,7 @@ from daemon.serve.requests import History as HistoryRequest
 from daemon.serve.requests import Lookup, LookupKey, OwnerOf, Who
 from nlproto.errors import UsageError
 from nlproto.host.kernel_sockets import KernelSockets
-from nlproto.overheard.names import is_of_resolver
+from nlproto.overheard.names import is_of_resolver, number_of
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records.wire import PROTO_NAMES
 from nlproto.tables.flows import pack_address
@@ -161,6 +161,7 @@ class Answers:
             host=network,
             pid=request.pid,
             pname=request.pname,
+            domains=None if request.domain is None else _numbers(request.domain, uid is None),
             uid=asked_uid,
             since_ns=None if request.since is None else now_ns - int(request.since * 1e9),
             at_ns=None if request.at is None else int(request.at * 1e9),
@@ -170,7 +171,11 @@ class Answers:
         total, rows = self._ask(question, stop)
         owners: list[dict[str, Any]] = []
         owners_total = 0
-        if request.at is None and not isinstance(request, HistoryRequest):
+        if (
+            request.at is None
+            and request.domain is None
+            and not isinstance(request, HistoryRequest)
+        ):
             looking = Looking(uid, stop)
             owners_total, owners = self._owners_now(question, looking)
             room.truncated |= looking.truncated
@@ -297,6 +302,13 @@ class Answers:
 
 def _proto(name: str | None) -> int | None:
     return None if name is None else PROTOS[name]
+
+
+def _numbers(domain: str, everything: bool) -> tuple[int, ...]:
+    """What flows to `domain` have as its number, asked by themselves or, for who may know, by a
+    resolver."""
+    name = domain.lower().rstrip(".")
+    return tuple(number_of(name, one) for one in (False, True)[: 1 + everything])
 
 
 def _address(text: str) -> tuple[int, bytes]:

@@ -42,6 +42,8 @@ class Piece:
     """(key, generation, JSON) of every process that the records name."""
     first_bytes: bytes = b""
     """First bytes of the packets, as the module sends them; empty when none are there."""
+    ends: bytes = b""
+    """JSON of the far ends' names, empty when none has one."""
     size: int = 0
     """Bytes of all of it."""
 

@@ -57,6 +57,7 @@ class Who(_Base, tag="who", frozen=True):
     host: Host | None = None
     pid: U32 | None = None
     pname: Name | None = None
+    domain: Name | None = None
     since: Seconds | None = None
     at: Seconds | None = None
     ends: tuple[End, End] | None = None

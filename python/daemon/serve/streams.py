@@ -13,13 +13,15 @@ import numpy as np
 from daemon.serve.publisher import Batch, Lane, Piece, Publisher, Stream, Subscriber
 from daemon.sharing.allowance import Allowance
 from daemon.sharing.quota import Quota
+from nlproto.client.told import ToldEnd
 from nlproto.errors import Error
 from nlproto.filters.filter import Filter
 from nlproto.filters.words import MAX_COST
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records.batch import NamedBatch
+from nlproto.records.ends import record_keys
 from nlproto.records.wire import BATCH, encode_batch, encode_first_bytes
-from nlproto.tables.processes import Process, ProcessKey
+from nlproto.tables.processes import Process, Processes, ProcessKey
 
 __all__ = ["Streams"]
 
@@ -188,7 +190,8 @@ class Streams:
 
     def _encode(self, head: np.void, records: np.ndarray, stream: Stream) -> list[Piece]:
         if stream.filter is not None:
-            records = records[stream.filter.mask(records, self._processes)]
+            details = self._processes if stream.uid is None else _Own(self._processes)
+            records = records[stream.filter.mask(records, details)]
         return self._pieces(head, records, stream) if len(records) else []
 
     def _pieces(self, head: np.void, records: np.ndarray, stream: Stream) -> list[Piece]:
@@ -204,8 +207,19 @@ class Streams:
             found = [one for one in looked_up if one is not None]
             first_bytes = encode_first_bytes(head, found) if found else b""
         payload = encode_batch(head, records)
-        size = len(payload) + len(first_bytes) + details
-        return [Piece(payload, len(records), named, first_bytes, size)]
+        ends = self._ends(records, stream.uid)
+        size = len(payload) + len(first_bytes) + len(ends) + details
+        return [Piece(payload, len(records), named, first_bytes, ends, size)]
+
+    def _ends(self, records: np.ndarray, uid: int | None) -> bytes:
+        """What the stream may know of far ends."""
+        ends = self._processes.ends if uid is None else self._processes.ends.for_own()
+        domains = ends.domains(records)
+        if not any(domains):
+            return b""
+        keys = record_keys(records)
+        told = {key: domain for key, domain in zip(keys, domains, strict=True) if domain}
+        return msgspec.json.encode([ToldEnd.of(*one) for one in told.items()])
 
     def _named(
         self, records: np.ndarray, uid: int | None
@@ -221,6 +235,14 @@ class Streams:
             for process in processes
             if uid is None or process.uid == uid
         )
+
+
+class _Own:
+    """Processes, and what who sees only their own packets may know of far ends."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.get = processes.get
+        self.ends = processes.ends.for_own()
 
 
 class _ProcessEncoder:

@@ -99,6 +99,8 @@ class Subscription:
         if gap is not None:
             yield gap
         yield from self._news(piece)
+        if piece.ends:
+            yield encode(Kind.ENDS, piece.ends)
         if piece.first_bytes:
             yield encode(Kind.SNAPS, piece.first_bytes)
         length = DATA_HEAD.size + len(piece.payload) + HEAD.size - 4

@@ -24,7 +24,7 @@ _FILTER_HELP = """\
 filter words, as in pcap-filter(7):
   tcp udp ip ip6 inbound outbound, [src|dst] host H, net N/BITS, port P,
   portrange A-B, less BYTES, greater BYTES (of the IP packet),
-  pid N, pname NAME, exe PATH, cmdline TEXT, parent NAME|PID (any above),
+  pid N, pname NAME, exe PATH, cmdline TEXT, domain NAME, parent NAME|PID (any above),
   uid U, unit U, container NAME|ID, pod NAME, netns NS,
   how RULE|named|unnamed
   joined by and, or, not and ( ); a name may be a pattern with * ? [ ]
@@ -168,6 +168,13 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         metavar="KIB",
         type=_buffer,
         help="of engine packet, without the daemon: for packets that wait (default: 16384)",
+    )
+    group.add_argument(
+        "--domains",
+        choices=("dns", "sni", "off"),
+        default="dns",
+        help="without the daemon: names of far ends from DNS answers (default), or from TLS to"
+        " port 443 too (sni), or off",
     )
     group.add_argument(
         "-r",
@@ -332,6 +339,7 @@ def _who_parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", metavar="H", help="address or network of the other end")
     parser.add_argument("--pid", metavar="P", type=_count, help="what this process talks to")
     parser.add_argument("--pname", metavar="NAME", help="what processes so named talk to")
+    parser.add_argument("--domain", metavar="NAME", help="who talks to the host so named")
     parser.add_argument(
         "--since", metavar="S", type=_seconds, help="seen so long ago at most (60s, 5m)"
     )
@@ -465,8 +473,10 @@ def parse(arguments: Sequence[str]) -> Command:
 
 
 def _check_who(options: Who) -> None:
-    if not (options.port or options.host or options.pid or options.pname):
-        raise UsageError("say what about: who --port N, --host H, --pid P or --pname NAME")
+    if not any((options.port, options.host, options.pid, options.pname, options.domain)):
+        raise UsageError(
+            "say what about: who --port N, --host H, --pid P, --pname NAME or --domain NAME"
+        )
 
 
 def _check_live(options: Live) -> None:

@@ -72,6 +72,8 @@ class Origin:
     """"auto", "module" or "packet"."""
     buffer: int | None
     """Bytes of engine packet's ring."""
+    domains: str
+    """Names of far ends without a daemon: "dns", "sni" or "off"."""
     read: list[str] | None
     """Saved captures; "-" is standard input."""
 
@@ -124,6 +126,7 @@ class Who:
     host: str | None
     pid: int | None
     pname: str | None
+    domain: str | None
     since: float | None
     """Seconds before now."""
     limit: int | None

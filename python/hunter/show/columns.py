@@ -20,6 +20,7 @@ from nlproto.host.procfs import Parent
 from nlproto.records import wire
 from nlproto.records.batch import NamedBatch
 from nlproto.records.community_id import community_id
+from nlproto.records.ends import NoEnds
 from nlproto.tables.processes import Process
 
 __all__ = [
@@ -105,6 +106,7 @@ _COLUMNS = (
     Column("image", Kind.TEXT, of_process=True),
     Column("pod", Kind.TEXT, of_process=True),
     Column("parents", Kind.PEOPLE, of_process=True),
+    Column("domain", Kind.TEXT),
 )
 """Names and order of what is saved; stable: new ones come at the end. All formats follow this.
 
@@ -112,7 +114,7 @@ _COLUMNS = (
 on the wire that the record stands for, `hdr_len` the bytes of headers that each of them has,
 `start_ns` the start of the process in ns since boot, `creator` the pid that made the socket,
 `community_id` the flow's name for Zeek, Suricata and others, `parents` who started the process,
-the nearest first.
+the nearest first, `domain` the far end's name that the process had asked for.
 """
 
 KINDS = {column.name: column.kind for column in _COLUMNS}
@@ -156,11 +158,14 @@ def words_of(flags: int) -> str:
 class Details(Protocol):
     """What is known beyond the records.
 
-    One that reads files has interface(netns, ifindex) and tcp_flags too (FileSource).
+    One that reads files has interface(netns, ifindex) and tcp_flags too (FileSource); all sources
+    have ends (Source).
     """
 
     def get(self, tgid: int, start_ns: int, /) -> Process | None: ...
 
+
+_NO_ENDS = NoEnds()
 
 Holder = dict[str, int | str]
 """A process: pid and comm."""
@@ -204,6 +209,8 @@ class Columns:
     """(netns, ifindex) -> the interface's name."""
     tells_tcp_flags: bool
     """Whether the records know them."""
+    domain: list[str]
+    """Names of far ends, "" where none is known."""
 
 
 @lru_cache(65536)
@@ -268,6 +275,7 @@ def columns(batch: NamedBatch, details: Details, holders: Holders = nobody) -> C
         holders=_shared(records, holders),
         interface=getattr(details, "interface", _interface),
         tells_tcp_flags=getattr(details, "tcp_flags", True),
+        domain=getattr(details, "ends", _NO_ENDS).domains(records),
     )
 
 
@@ -318,6 +326,7 @@ def cells(table: Columns) -> dict[str, list[Any]]:
         "cookie": unless_0("cookie"),
         "holders": [table.holders.get(i) for i in range(len(known))],
         "community_id": _community_ids(records),
+        "domain": table.domain,
     }
     for name in TEXTS:
         values[name] = [sound(text) if text else None for text in values[name]]

@@ -92,8 +92,10 @@ class LinePrinter:
                 (f"{table.dir[i]:3} ", "cyan" if table.dir[i] == "out" else "magenta"),
                 (f"{table.proto[i]} ", ""),
                 (self._end(table.src[i], table.sport[i], table.proto[i]), ""),
+                (self._domain(table, i, "in"), "bold"),
                 (" > ", "dim"),
                 (self._end(table.dst[i], table.dport[i], table.proto[i]), ""),
+                (self._domain(table, i, "out"), "bold"),
                 (f" len {table.len[i]}", "dim"),
             ]
             known = table.proto[i] == "tcp" and (table.tells_tcp_flags or flags[i])
@@ -111,6 +113,12 @@ class LinePrinter:
         if self._style.numbers:
             return f"{address}.{port}"
         return f"{plain(self._names.host(address))}.{service(port, proto)}"
+
+    def _domain(self, table: Columns, i: int, way: str) -> str:
+        """The name that the process asked for, behind the far end."""
+        if not table.domain[i] or table.dir[i] != way or self._style.quiet:
+            return ""
+        return f" [{plain(table.domain[i])}]"
 
     def _owner(self, table: Columns, i: int) -> list[tuple[str, str]]:
         pid = table.pid[i]

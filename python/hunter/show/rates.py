@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nlproto.records import wire
+from nlproto.records import ends, wire
 from nlproto.records.batch import NamedBatch
 from nlproto.tables.flows import address_bytes, summarize
 
@@ -72,6 +72,8 @@ class FlowRate:
     lport: int
     remote: str
     rport: int
+    key: ends.FlowKey
+    """By which its far end's name is known (nlproto.records.ends)."""
     meter: Meter = field(default_factory=Meter)
 
 
@@ -94,16 +96,16 @@ class ProcessRate:
 
     def remotes(self) -> dict[FarEnd, Meter]:
         """Return the far ends, their flows added up."""
-        ends: dict[FarEnd, Meter] = {}
+        found: dict[FarEnd, Meter] = {}
         for flow in self.flows.values():
-            end = ends.setdefault((flow.netns, flow.remote), Meter())
+            end = found.setdefault((flow.netns, flow.remote), Meter())
             end.sent += flow.meter.sent
             end.received += flow.meter.received
             end.packets += flow.meter.packets
             end.sent_rate += flow.meter.sent_rate
             end.received_rate += flow.meter.received_rate
             end.last_s = max(end.last_s, flow.meter.last_s)
-        return ends
+        return found
 
 
 class Rates:
@@ -164,13 +166,16 @@ class Rates:
             name = (netns, proto, lport, rport, *local[index], *remote[index])
             flow = process.flows.get(name)
             if flow is None:
+                near = address_bytes(flows["laddr"][index])
+                far = address_bytes(flows["raddr"][index])
                 flow = FlowRate(
                     netns,
                     wire.PROTO_NAMES.get(proto, str(proto)),
-                    wire.address_text(family, address_bytes(flows["laddr"][index])),
+                    wire.address_text(family, near),
                     lport,
-                    wire.address_text(family, address_bytes(flows["raddr"][index])),
+                    wire.address_text(family, far),
                     rport,
+                    (tgid, start, (netns, proto, family, near, lport, far, rport)),
                 )
                 process.flows[name] = flow
                 self._flow_count += 1

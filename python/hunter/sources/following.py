@@ -33,6 +33,7 @@ class FollowingSource:
         self._there = self._followed = indexes(names)
         self.description = source.description
         self.first_bytes = source.first_bytes
+        self.ends = source.ends
 
     def __enter__(self) -> Self:
         self._source.__enter__()

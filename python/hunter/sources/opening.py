@@ -64,4 +64,4 @@ def _open(
                 raise
     from hunter.sources.source_alone import open_alone
 
-    return open_alone(origin.engine, filter, notify, first_bytes, origin.buffer)
+    return open_alone(origin.engine, filter, notify, first_bytes, origin.buffer, origin.domains)

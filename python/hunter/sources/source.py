@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self
 from hunter.show.columns import Holder
 from nlproto.filters.filter import Filter
 from nlproto.records.batch import NamedBatch
+from nlproto.records.ends import Ends
 from nlproto.records.first_bytes import FirstBytes
 from nlproto.tables.processes import Process
 
@@ -22,6 +23,11 @@ class Source(Protocol):
     """What it is, for people: "daemon", "engine packet"."""
     first_bytes: FirstBytes | None
     """The first bytes of packets, when they were asked for and come."""
+
+    @property
+    def ends(self) -> Ends:
+        """Names of far ends."""
+        ...
 
     def __enter__(self) -> Self: ...
 

@@ -8,6 +8,7 @@ import shlex
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 from hunter.show.columns import Holder
@@ -16,10 +17,12 @@ from nlproto.engines.engine import open_engine
 from nlproto.filters.filter import Filter
 from nlproto.host import procfs
 from nlproto.host.containers import ContainerFiles
+from nlproto.overheard.listening import Overheard
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.naming import Namer
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records.batch import NamedBatch
+from nlproto.records.ends import Ends
 from nlproto.running.commands import as_root
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import Process, Processes
@@ -33,8 +36,16 @@ _BATCHES = 64  # that may wait for the reader; behind them the pipeline's own qu
 class PipelineSource:
     """Takes what `pipeline` gives; a slow reader shows as loss in the pipeline's queue."""
 
-    def __init__(self, pipeline: Pipeline, filter: Filter, first_bytes: bool) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        filter: Filter,
+        first_bytes: bool,
+        overheard: Overheard | None = None,
+    ) -> None:
         self.description = f"engine {pipeline.engine.name}"
+        self.ends: Ends = pipeline.processes.ends
+        self._overheard: AbstractContextManager[object] = overheard or nullcontext()
         self._pipeline = pipeline
         self._filter = filter
         self._inbox: queue.Queue[NamedBatch | None] = queue.Queue(_BATCHES)
@@ -47,6 +58,7 @@ class PipelineSource:
         pipeline.subscribe(self._take)
 
     def __enter__(self) -> Self:
+        self._overheard.__enter__()
         self._pipeline.__enter__()
         return self
 
@@ -56,6 +68,7 @@ class PipelineSource:
         if self._stopper is None:
             self.finish()
         self._pipeline.engine.__exit__(None, None, None)
+        self._overheard.__exit__(None, None, None)
         lost = self._pipeline.account.lost["failed"]
         if lost and kind is None:
             raise Error(f"{lost} records were lost by a fault of this program: please report it")
@@ -130,8 +143,10 @@ def open_alone(
     notify: Callable[[str], None],
     first_bytes: bool = False,
     ring_bytes: int | None = None,
+    domains: str = "dns",
 ) -> PipelineSource:
     """Return a source with an engine of its own; `first_bytes`: with the first bytes of packets.
+    `domains`: where names of far ends come from, "dns", "sni" or "off".
 
     Raises Error, NoPrivilege with the way out."""
     try:
@@ -140,6 +155,9 @@ def open_alone(
         again = " ".join([as_root("packet-hunter"), *map(shlex.quote, sys.argv[1:])])
         raise NoPrivilege(f"{str(error).partition(':')[0]}: {again}") from None
     processes = Processes(procfs.details, containers=ContainerFiles())
+    overheard = None if domains == "off" else Overheard(notify, domains == "sni")
+    if overheard is not None:
+        processes.ends = overheard.ends
     sources: list[PipelineSource] = []
     pipeline = Pipeline(
         opened,
@@ -150,6 +168,7 @@ def open_alone(
         on_failure=lambda error: sources[0].failed(error),
         on_death=lambda error: sources[0].failed(error),
         patience=PATIENCE,
+        overheard=overheard,
     )
-    sources.append(PipelineSource(pipeline, filter, first_bytes))
+    sources.append(PipelineSource(pipeline, filter, first_bytes, overheard))
     return sources[0]

@@ -15,6 +15,7 @@ from nlproto.client.client import (
     AccountEvent,
     DaemonClient,
     DaemonEvent,
+    EndsEvent,
     Event,
     FirstBytesEvent,
     ProcessesEvent,
@@ -22,6 +23,7 @@ from nlproto.client.client import (
 )
 from nlproto.filters.filter import Filter
 from nlproto.records.batch import NamedBatch
+from nlproto.records.ends import ToldEnds
 from nlproto.records.first_bytes import FirstBytes
 from nlproto.tables.processes import Process, Processes
 
@@ -80,6 +82,7 @@ class DaemonSource:
         self._filter = str(filter)
         self._notify = notify
         self._processes = Processes()
+        self.ends = self._processes.ends = ToldEnds()
         self._questions = OwnerQuestions(path)
         self._spans = DaemonAccounts()
         self._wants_first_bytes = first_bytes
@@ -160,6 +163,9 @@ class DaemonSource:
                 batches.append(event.batch)
             elif isinstance(event, ProcessesEvent):
                 self._processes.restore(event.processes)
+            elif isinstance(event, EndsEvent):
+                for one in event.ends:
+                    self.ends.tell(one.key, one.domain)
             elif isinstance(event, FirstBytesEvent):
                 if self.first_bytes is not None:
                     self.first_bytes.keep(event.batch)

@@ -25,6 +25,7 @@ from nlproto.host.procfs import Parent
 from nlproto.records import wire
 from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
+from nlproto.records.ends import FlowKey, ToldEnds
 from nlproto.records.first_bytes import FirstBytes
 from nlproto.tables.flows import pack_address
 from nlproto.tables.processes import Process, Processes
@@ -78,6 +79,9 @@ class _Packet:
     holders: list[Holder]
     interface: str | None
     data: bytes | None
+    end: FlowKey | None
+    """The flow whose far end is called `domain`."""
+    domain: str
 
 
 class FileSource:
@@ -94,8 +98,11 @@ class FileSource:
         self.first_bytes: FirstBytes | None = None
         self._filter = filter
         self._processes = Processes(limit=_MAX_PROCESSES)
+        self.ends = self._processes.ends = ToldEnds()
         self._starts: dict[tuple[Any, ...], int] = {}
         self._holders: OrderedDict[int, list[Holder]] = OrderedDict()
+        self._domains = False
+        """Whether any row had a name of its far end."""
         self._interfaces: dict[tuple[int, int], str] = {}
         self._damage: list[Error] = []
         self._next: _Packet | None = None
@@ -186,6 +193,8 @@ class FileSource:
         if one.holders:
             cookie = one.fields["cookie"]
             yield ("holders", cookie), self._holders.get(cookie), one.holders
+        if one.end is not None:
+            yield ("domain", one.end), self.ends.domain_of(one.end), one.domain
         if one.interface is not None:
             place = one.fields["netns"], one.fields["ifindex"]
             yield ("interface", place), self._interfaces.get(place), one.interface
@@ -201,6 +210,8 @@ class FileSource:
             kind, key = what
             if kind == "process":
                 self._processes.restore([said])
+            elif kind == "domain":
+                self.ends.tell(key, said)
             elif kind == "interface":
                 self._interfaces[key] = said
             else:
@@ -247,7 +258,14 @@ class FileSource:
             fields["cookie"] = fields["cookie"] or self._start(("holders", *map(str, holders)))
         interface = _text(values, "interface") if "interface" in values else None
         process = self._owner(values, fields)
-        return _Packet(time_ns, fields, process, holders, interface, row.data)
+        domain = _text(values, "domain")
+        end = (
+            None
+            if process is None or not (domain or self._domains)
+            else _end(fields, source, target)
+        )
+        self._domains |= bool(domain)
+        return _Packet(time_ns, fields, process, holders, interface, row.data, end, domain)
 
     def _owner(self, values: Mapping[str, Any], fields: dict[str, Any]) -> Process | None:
         """Rows of the first release lack the start of a process: it is its pid, user and exe."""
@@ -298,6 +316,14 @@ class FileSource:
 
     def lost(self) -> int:
         return 0
+
+
+def _end(fields: Mapping[str, Any], source: bytes, target: bytes) -> FlowKey:
+    near, far = (source, fields["sport"]), (target, fields["dport"])
+    if fields["dir"] == wire.lib.SNIFFER_DIR_IN:
+        near, far = far, near
+    way = (fields["netns"], fields["proto"], fields["family"], *near, *far)
+    return fields["tgid"], fields["start_ns"], way
 
 
 def _number(values: Mapping[str, Any], column: str, highest: int, default: int | None) -> int:

@@ -308,14 +308,26 @@ class FlowsView(View):
         if isinstance(flow, int):
             assert isinstance(key, tuple)
             place, remote = key
+            domain = self._domain(place, remote)
             port = ""
         else:
             place, remote = flow.netns, flow.remote
+            domain = self.state.source.ends.domain_of(flow.key)
             port = str(flow.rport) if self.state.numbers else service(flow.rport, flow.proto)
             port = f".{port}"
         other = self.state.namespaces.name(place)
         where = f" netns {plain(other)}" if other else ""
-        return f"{plain(self.state.host(remote))}{port}{where}"
+        return f"{plain(domain or self.state.host(remote))}{port}{where}"
+
+    def _domain(self, netns: int, remote: str) -> str:
+        """What the far end is called, if all flows that have a name for it agree."""
+        ends, flows = self.state.source.ends, self.process.flows.values()
+        found = {
+            domain
+            for flow in flows
+            if (flow.netns, flow.remote) == (netns, remote) and (domain := ends.domain_of(flow.key))
+        }
+        return found.pop() if len(found) == 1 else ""
 
     def words(self, item: _Flow) -> str:
         return " ".join(text for text, _ in self.cells(item)[:3])

@@ -34,7 +34,7 @@ def run(options: Who, notify: Callable[[str], None]) -> None:
     except NoDaemon as error:
         from hunter.who.who_now import owners_now
 
-        if options.since or options.socket_given:
+        if options.since or options.domain or options.socket_given:
             raise
         notify(f"{error}; until then: sockets of now, of this network namespace")
         answer = owners_now(options)
@@ -61,6 +61,7 @@ def _ask(client: DaemonClient, options: Who) -> dict[str, Any]:
             host=options.host,
             pid=options.pid,
             pname=options.pname,
+            domain=options.domain,
             since=options.since,
             limit=limit,
         )

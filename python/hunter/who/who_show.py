@@ -85,9 +85,9 @@ def _cut(console: Console, what: str, shown: int, total: int) -> None:
 
 
 _NOW = ("process", "socket", "state", "sockets", "netns", "shared with")
-_SEEN = ("process", "flow", "flows", "packets", "bytes", "first", "last", "netns", "how")
+_SEEN = ("process", "flow", "flows", "packets", "bytes", "domain", "first", "last", "netns", "how")
 _PROCESSES = ("process", "user", "parent", "runs in", "executable", "command")
-_OPTIONAL = ("sockets", "flows", "netns", "shared with", "command", "runs in")
+_OPTIONAL = ("sockets", "flows", "domain", "netns", "shared with", "command", "runs in")
 _NUMBERS = ("sockets", "flows", "packets", "bytes", "parent")
 
 
@@ -207,7 +207,7 @@ def _seen_rows(
         owner = program_of.get((flow["pid"], flow["start_ns"]), flow["how"])
         port = _service(flow["lport"], flow["rport"], options.port)
         ends = (flow["proto"], flow["local"], flow["remote"])
-        key = (owner, flow["netns"], flow["forwarded"], *ends, *port)
+        key = (owner, flow["netns"], flow["forwarded"], *ends, *port, flow.get("domain"))
         sums.setdefault(key, _Sum(flow, _Ends(*ends))).add(flow)
     rows: list[Row] = []
     for one in sorted(sums.values(), key=lambda one: -one.newest["last"]):
@@ -219,6 +219,7 @@ def _seen_rows(
                 f"{len(one.flows):,}" if len(one.flows) > 1 else "",
                 f"{one.packets:,}",
                 f"{one.bytes:,}",
+                plain(newest.get("domain", "")),
                 _clock(one.first, now),
                 f"{_clock(newest['last'], now)}, {_ago(now - newest['last'])}",
                 _netns(newest["netns"], one.first),

@@ -28,6 +28,7 @@ from nlproto.client.frames import (
     encode_json,
     parse_json,
 )
+from nlproto.client.told import ToldEnd
 from nlproto.errors import DaemonBusy, Error, NoDaemon, NoPrivilege, UsageError, VersionMismatch
 from nlproto.records import wire
 from nlproto.records.batch import NamedBatch
@@ -39,6 +40,7 @@ __all__ = [
     "AccountEvent",
     "DaemonClient",
     "DaemonEvent",
+    "EndsEvent",
     "Event",
     "ProcessesEvent",
     "FirstBytesEvent",
@@ -72,6 +74,13 @@ class FirstBytesEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class EndsEvent:
+    """Names of far ends of packets whose records come next."""
+
+    ends: list[ToldEnd]
+
+
+@dataclass(frozen=True, slots=True)
 class DaemonEvent:
     """Something that happened: `name` is gap, module_gone, module_back, packet_gone or bye."""
 
@@ -89,7 +98,7 @@ class AccountEvent:
 _PIPELINED = 128
 """Requests sent at once; twice as many are under way, for which the socket has room."""
 
-Event = StreamBatch | ProcessesEvent | FirstBytesEvent | DaemonEvent | AccountEvent
+Event = StreamBatch | ProcessesEvent | FirstBytesEvent | EndsEvent | DaemonEvent | AccountEvent
 
 _ERRORS: Mapping[str, type[Error]] = {"usage": UsageError, "denied": NoPrivilege}
 
@@ -187,6 +196,7 @@ class DaemonClient:
         host: str | None = None,
         pid: int | None = None,
         pname: str | None = None,
+        domain: str | None = None,
         since: float | None = None,
         at: float | None = None,
         limit: int | None = None,
@@ -204,6 +214,7 @@ class DaemonClient:
             host=host,
             pid=pid,
             pname=pname,
+            domain=domain,
             since=since,
             at=at,
             limit=limit,
@@ -345,6 +356,8 @@ class DaemonClient:
             self._events.append(ProcessesEvent(msgspec.json.decode(payload, type=list[Process])))
         elif kind is Kind.SNAPS:
             self._events.append(FirstBytesEvent(wire.decode_first_bytes(payload)))
+        elif kind is Kind.ENDS:
+            self._events.append(EndsEvent(msgspec.json.decode(payload, type=list[ToldEnd])))
         else:
             fields = parse_json(payload)
             name = str(fields.pop("event", ""))

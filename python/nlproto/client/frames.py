@@ -57,6 +57,7 @@ class Kind(enum.IntEnum):
     PROCESSES = 3
     EVENT = 4
     SNAPS = 5
+    ENDS = 6
 
 
 def encode(kind: Kind, payload: bytes) -> bytes:

@@ -25,6 +25,7 @@ from nlproto.records import wire
 
 __all__ = [
     "Chain",
+    "DomainTest",
     "Equal",
     "Length",
     "Net",
@@ -293,6 +294,33 @@ class OwnerTest:
             return False
         name = self.name.encode()
         return len(name) > _COMM_MAX and comm.encode() == name[:_COMM_MAX]
+
+
+@dataclass(frozen=True, slots=True)
+class DomainTest:
+    """`domain`: the far end's name is this, or below it, or matches the pattern."""
+
+    name: str
+    fits: Callable[[str], object] = field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"domain {quote(self.name)}"
+
+    @property
+    def cost(self) -> int:
+        """See Node."""
+        return NAME_COST
+
+    def mask(self, view: View) -> np.ndarray:
+        """See Node."""
+        verdicts = {domain: self._is_wanted(domain) for domain in set(view.domains)}
+        return np.fromiter((verdicts[one] for one in view.domains), bool, len(view))
+
+    def _is_wanted(self, domains: str) -> bool:
+        below = f".{self.name}"
+        return bool(domains) and any(
+            self.fits(one) or one.endswith(below) for one in domains.split("|")
+        )
 
 
 def matcher(name: str) -> Callable[[str], object]:

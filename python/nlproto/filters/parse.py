@@ -25,7 +25,18 @@ from nlproto.filters.mistakes import (
     syntax_error,
     unknown,
 )
-from nlproto.filters.nodes import Chain, Equal, Length, Net, Node, Not, OwnerTest, Ports, matcher
+from nlproto.filters.nodes import (
+    Chain,
+    DomainTest,
+    Equal,
+    Length,
+    Net,
+    Node,
+    Not,
+    OwnerTest,
+    Ports,
+    matcher,
+)
 from nlproto.filters.words import (
     MAX_COST,
     MAX_LENGTH,
@@ -162,6 +173,12 @@ class _Builder:
 
     def _fail(self, message: str, token: Token) -> FilterError:
         return FilterError(message, self._text, *span(token))
+
+    def _domain(self, words: _Words, value: Token) -> Node:
+        name = plain(value).lower().rstrip(".")
+        if not name or len(name) > MAX_NAME:
+            raise self._fail(f"a name has 1 to {MAX_NAME} characters", value)
+        return DomainTest(name, matcher(name))
 
     def _owner(self, word: str, value: Token) -> Node:
         name = plain(value)

@@ -78,6 +78,14 @@ class KnownProcesses(Protocol):
         ...
 
 
+class _Names(Protocol):
+    """What knows the names of far ends (nlproto.records.ends.Ends)."""
+
+    def domains(self, records: np.ndarray) -> list[str]:
+        """Return one for each record."""
+        ...
+
+
 class View:
     """The records that a filter looks at; what several tests need is made once."""
 
@@ -103,6 +111,12 @@ class View:
     def named(self) -> np.ndarray:
         """Which records have a process."""
         return wire.are_named(self.column("how"))
+
+    @functools.cached_property
+    def domains(self) -> list[str]:
+        """The name of each record's far end, "" for none; several have "|" between them."""
+        ends: _Names | None = getattr(self._details, "ends", None)
+        return [""] * len(self) if ends is None else ends.domains(self.records)
 
     @functools.cached_property
     def processes(self) -> tuple[np.ndarray, np.ndarray, list[tuple[str, ProcessLike | None]]]:

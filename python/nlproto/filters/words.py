@@ -31,7 +31,7 @@ MAX_NAME = 256
 
 WORDS = (
     "tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not "
-    "pid pname uid netns how container unit pod parent cmdline exe ifindex less greater"
+    "pid pname uid netns how container unit pod parent cmdline exe domain ifindex less greater"
 ).split()
 
 

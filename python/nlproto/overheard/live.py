@@ -7,7 +7,7 @@ import numpy as np
 
 from nlproto.overheard.domains import Domains
 from nlproto.overheard.names import is_of_resolver
-from nlproto.records.ends import record_keys
+from nlproto.records.ends import FlowKey, record_keys
 
 __all__ = ["LiveEnds"]
 
@@ -27,11 +27,11 @@ class LiveEnds:
         """See Ends."""
         if not self._domains.any_named:
             return [""] * len(records)
-        numbers = map(self._domains.number_of, record_keys(records))
-        return [self.text(number) for number in numbers]
+        return [self.domain_of(key) for key in record_keys(records)]
 
-    def text(self, number: int) -> str:
-        """Return the name, as far as it may be shown."""
+    def domain_of(self, key: FlowKey) -> str:
+        """See Ends."""
+        number = self._domains.number_of(key)
         if not number or self._own and is_of_resolver(number):
             return ""
         return self._domains.names.text(number)

@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from hashlib import blake2b
 
-__all__ = ["SEPARATOR", "Names", "is_of_resolver"]
+__all__ = ["SEPARATOR", "Names", "is_of_resolver", "number_of"]
 
 SEPARATOR = "|"
 """Between names of which a resolver was asked all: nobody knows which one is meant."""
@@ -20,6 +20,12 @@ _LIMIT = 1 << 16
 def is_of_resolver(number: int) -> bool:
     """Whether a resolver asked for the name, for anybody: not to be shown to who sees only his."""
     return bool(number & 1)
+
+
+def number_of(name: str, of_resolver: bool = False) -> int:
+    """Return the number of a name, never 0."""
+    number = int.from_bytes(blake2b(name.encode(), digest_size=8).digest()) & ~1
+    return (number or 2) | of_resolver
 
 
 class Names:
@@ -37,8 +43,7 @@ class Names:
         """Return the number of `name`, from now on known; 0 of no name."""
         if not name:
             return 0
-        number = int.from_bytes(blake2b(name.encode(), digest_size=8).digest()) & ~1 | of_resolver
-        number = number or 2
+        number = number_of(name, of_resolver)
         with self._lock:
             self._texts[number] = name
             self._texts.move_to_end(number)

@@ -24,8 +24,16 @@ FlowKey = tuple[int, int, Way]
 class Ends(Protocol):
     """For records: RECORD, shape (n,)."""
 
+    def domain_of(self, key: FlowKey) -> str:
+        """Return the name that the flow's owner asked for, "" for none."""
+        ...
+
     def domains(self, records: np.ndarray) -> list[str]:
-        """Return the name that the owner of each record asked for, "" for none."""
+        """Return that of each record's flow."""
+        ...
+
+    def for_own(self) -> Ends:
+        """Return what who sees only their own packets may know."""
         ...
 
 
@@ -47,6 +55,14 @@ def record_keys(records: np.ndarray) -> Iterator[FlowKey]:
 class NoEnds:
     """Nothing is known."""
 
+    def domain_of(self, key: FlowKey) -> str:
+        """See Ends."""
+        return ""
+
+    def for_own(self) -> Ends:
+        """See Ends."""
+        return self
+
     def domains(self, records: np.ndarray) -> list[str]:
         """See Ends."""
         return [""] * len(records)
@@ -67,6 +83,14 @@ class ToldEnds:
                 self._domains.popitem(last=False)
         elif self._domains:
             self._domains.pop(key, None)
+
+    def domain_of(self, key: FlowKey) -> str:
+        """See Ends."""
+        return self._domains.get(key, "")
+
+    def for_own(self) -> Ends:
+        """See Ends."""
+        return self
 
     def domains(self, records: np.ndarray) -> list[str]:
         """See Ends."""

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: MIT
+"""Names that strangers send: DNS answers, ClientHellos, TCP in pieces; and whose names they are."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nameserver import AAAA, CNAME, A, answer, encoded, question
+from nlproto.overheard import dns
+from nlproto.overheard.domains import Domains, flow_keys
+from nlproto.overheard.hello import server_name
+from nlproto.overheard.live import LiveEnds
+from nlproto.overheard.names import Names
+from nlproto.overheard.streams import Streams
+from nlproto.tables.flows import FLOW
+
+SECOND = 1_000_000_000
+
+
+def raw(address: str) -> bytes:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.inet_pton(family, address).ljust(16, b"\0")
+
+
+def test_an_answer_tells_the_name_and_follows_aliases_with_the_least_ttl():
+    records = [("a.example", CNAME, 300, "b.example"), ("b.example", A, 20, "192.0.2.1")]
+    found = dns.parse(answer(question("A.example"), records))
+    assert found == dns.Answer("a.example", ((socket.AF_INET, raw("192.0.2.1"), 20),))
+    six = dns.parse(answer(question("a.example", AAAA), [("a.example", AAAA, 5, "2001:db8::1")]))
+    assert six.addresses == ((socket.AF_INET6, raw("2001:db8::1"), 5),)
+
+
+def test_addresses_of_other_names_are_left_out():
+    records = [("bank.example", A, 20, "192.0.2.1"), ("a.example", CNAME, 9, "a.example")]
+    assert dns.parse(answer(question("a.example"), records)).addresses == ()
+
+
+@pytest.mark.parametrize(
+    "name", ["a\nb.example", "a b.example", "\x1b[31m.example", "-a.example", "ä.example", "a/b.c"]
+)
+def test_a_name_that_no_host_has_is_refused(name):
+    with pytest.raises(dns.Malformed):
+        dns.parse(answer(question(name), [(name, A, 9, "192.0.2.1")]))
+
+
+def test_pointers_that_lead_nowhere_end():
+    head = struct.pack(">6H", 7, 0x8180, 1, 1, 0, 0)
+    for name in (b"\xc0\x0c", b"\xc0\x0e\xc0\x0c", b"\x01a\xc0\x0c", b"\xc0\xff", b"\x80", b"\x3f"):
+        with pytest.raises(dns.Malformed):
+            dns.parse(head + name + struct.pack(">HH", A, 1))
+    long = head + encoded(".".join(["a" * 60] * 5)) + struct.pack(">HH", A, 1)
+    with pytest.raises(dns.Malformed):
+        dns.parse(long)
+
+
+def test_what_is_cut_tells_what_it_has():
+    records = [("a.example", A, 9, f"192.0.2.{n}") for n in range(200)]
+    whole = answer(question("a.example"), records)
+    assert len(dns.parse(whole).addresses) == 64
+    assert len(dns.parse(whole[:100]).addresses) == 4
+
+
+@given(st.binary(max_size=600))
+def test_noise_is_harmless(noise):
+    for message in (noise, struct.pack(">6H", 7, 0x8180, 1, 9, 0, 0) + noise):
+        try:
+            found = dns.parse(message)
+        except dns.Malformed:
+            continue
+        assert dns.valid_name(found.name)
+    for stream in (noise, b"\x16\x03\x01" + noise, b"\x16\x03\x01\x02\x00\x01\x00\x01" + noise):
+        name = server_name(stream)
+        assert not name or dns.valid_name(name)
+
+
+def hello(name: str | None) -> bytes:
+    """A real ClientHello."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    out = ssl.MemoryBIO()
+    client = context.wrap_bio(ssl.MemoryBIO(), out, server_hostname=name)
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    return out.read()
+
+
+def test_a_client_hello_tells_the_name_whole_or_in_parts():
+    whole = hello("www.example")
+    assert server_name(whole) == "www.example"
+    assert server_name(whole + b"more") == "www.example"
+    assert {server_name(whole[:size]) for size in range(len(whole))} == {None}
+    assert server_name(hello(None)) == ""
+    body = whole[5:]
+    halves = b"".join(
+        b"\x16\x03\x01" + len(part).to_bytes(2) + part for part in (body[:99], body[99:])
+    )
+    assert server_name(halves) == "www.example"
+    assert server_name(b"GET / HTTP/1.1\r\n") == ""
+    assert server_name(whole.replace(b"www.example", b"www\n.xample")) == ""
+
+
+def test_streams_are_put_together_and_bounded():
+    streams = Streams(2, 100)
+    streams.begin("a", (1 << 32) - 2)
+    assert streams.add("a", 2, b"ef") == b""
+    assert streams.add("a", (1 << 32) - 2, b"abcd") == b"abcdef"
+    assert streams.add("a", 0, b"cdefgh") == b"abcdefgh"
+    assert streams.add("a", 6, b"x" * 200) is None and "a" not in streams
+    for name in "bcd":
+        streams.begin(name, 0)
+    assert len(streams) == 2 and "b" not in streams
+
+
+def flow(remote, rport=443, tgid=10, since=5 * SECOND, lport=40000, comm=b"curl", uid=1000, out=1):
+    flows = np.zeros(1, FLOW)
+    one = flows[0]
+    one["hash"] = hash((remote, rport, tgid, lport)) & (2**64 - 1)
+    one["tgid"], one["start_ns"], one["netns"], one["uid"], one["comm"] = tgid, 1, 7, uid, comm
+    one["family"], one["proto"] = socket.AF_INET, socket.IPPROTO_UDP if rport == 53 else 6
+    one["laddr"] = np.frombuffer(raw("192.0.2.99"), np.uint64)
+    one["raddr"] = np.frombuffer(raw(remote), np.uint64)
+    one["lport"], one["rport"], one["packets_out"] = lport, rport, out
+    one["first_ns"] = one["last_ns"] = since
+    return flows
+
+
+class Told:
+    """Domains that have heard one answer."""
+
+    def __init__(self, ttl=60, at=4 * SECOND, **asker):
+        self.domains = Domains(Names())
+        self.hear("www.example", ttl, at, **asker)
+
+    def hear(self, name, ttl=60, at=4 * SECOND, **asker):
+        asking = flow("192.0.2.53", 53, since=at, **asker)
+        self.domains.stamp(asking)
+        ((_, _, way),) = flow_keys(asking)
+        found = dns.Answer(name, ((socket.AF_INET, raw("198.51.100.1"), ttl),))
+        self.domains.add_answer(way, found, at)
+
+    def name(self, own=False, **more):
+        flows = flow("198.51.100.1", **more)
+        self.domains.stamp(flows)
+        assert flows["domain"][0] == self.domains.number_of(next(flow_keys(flows)))
+        return LiveEnds(self.domains, own).domain_of(next(flow_keys(flows)))
+
+
+def test_a_name_is_of_who_asked():
+    told = Told()
+    assert told.name() == "www.example"
+    assert told.name(tgid=11) == ""
+
+
+def test_a_name_counts_from_its_answer_to_the_end_of_its_time():
+    assert Told().name(since=3 * SECOND) == ""
+    assert Told(ttl=10).name(since=19 * SECOND) == "www.example"
+    assert Told(ttl=10).name(since=20 * SECOND) == ""
+
+
+def test_a_flow_keeps_its_name_and_an_older_flow_gets_none():
+    told = Told(ttl=1)
+    assert told.name() == "www.example"
+    told.hear("other.example", at=50 * SECOND)
+    assert told.name(since=60 * SECOND) == "www.example"  # of the same flow
+    assert told.name(since=60 * SECOND, lport=40001) == "other.example"
+    fresh = Told(at=40 * SECOND)
+    assert fresh.name(since=30 * SECOND) == ""
+    assert fresh.name(since=45 * SECOND) == ""  # seen before
+
+
+def test_an_answer_that_nobody_asked_for_is_nobodys():
+    told = Told(out=0)
+    assert told.name() == ""
+
+
+def test_a_resolver_asks_for_all_but_not_in_the_eyes_of_who_sees_only_his():
+    told = Told(tgid=2, comm=b"systemd-resolve", uid=101)
+    assert told.name() == "www.example"
+    assert told.name(own=True) == ""
+    told.hear("other.example", tgid=2, comm=b"systemd-resolve", uid=101)
+    assert told.name(lport=40001) == "other.example|www.example"
+    assert Told(tgid=2, comm=b"systemd-resolve", uid=1000).name() == ""
+
+
+def test_a_flood_of_one_user_costs_himself(monkeypatch):
+    monkeypatch.setattr("nlproto.overheard.domains._LIMIT", 64)
+    told = Told()
+    asking = flow("192.0.2.53", 53, tgid=66, uid=66, lport=5)
+    told.domains.stamp(asking)
+    ((_, _, way),) = flow_keys(asking)
+    for number in range(1000):
+        address = (socket.AF_INET, number.to_bytes(16), 60)
+        told.domains.add_answer(way, dns.Answer(f"n{number}.example", (address,)), SECOND)
+    assert len(told.domains) <= 65
+    assert told.name() == "www.example"
