@@ -44,7 +44,7 @@ examples:
   packet-hunter --json -c 100 how unnamed | jq .
   packet-hunter -- curl https://example.org/        of curl and what it starts; its exit code
   sudo packet-hunter -- ./check.sh                  runs as you; as root: -- sudo ./check.sh
-  packet-hunter who --port 8080          first words: top who stats annotate report doctor
+  packet-hunter who --port 8080          first words: top who web stats annotate report doctor
 """
 
 
@@ -346,6 +346,20 @@ def _who_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _web_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "web",
+        "Serve a page on loopback: processes by rate, live, and questions to the history. It shows"
+        " what the daemon shows to you, to whoever has the address that is printed.",
+        "example:\n  sudo packet-hunter web --port 8470\n",
+    )
+    parser.add_argument(
+        "--port", metavar="N", type=_port, default=0, help="on 127.0.0.1 (default: any free)"
+    )
+    _add_socket(parser)
+    return parser
+
+
 def _stats_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "stats",
@@ -419,6 +433,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
         "live": live_parser,
         "top": _top_parser,
         "who": _who_parser,
+        "web": _web_parser,
         "stats": _stats_parser,
         "annotate": _annotate_parser,
         "report": _report_parser,

@@ -13,7 +13,7 @@ from hunter.cli.options import Live
 from hunter.cli.signals import Stop
 from hunter.commands.living import absent
 from hunter.save.capturefile import CaptureFile
-from hunter.save.save_jsonl import JsonSaver
+from hunter.save.save_lines import LINES, LineSaver
 from hunter.save.saving import Rotation, Saver, format_of, open_saver, refuse_input
 from hunter.show.account import ShownAccount
 from hunter.show.columns import columns
@@ -61,7 +61,9 @@ def run(
         refuse_input(options.save or "-", options.origin.read or ())
         # the source first: an old capture is not emptied for one that cannot begin
         source = stack.enter_context(
-            open_source(options.origin, options.choice, wanted, notify, snaps=kind == "pcapng")
+            open_source(
+                options.origin, options.choice, wanted, notify, first_bytes=kind == "pcapng"
+            )
         )
         savers: dict[str, Saver] = {}
         rotation: Rotation | None = None
@@ -69,14 +71,14 @@ def run(
             savers[options.save] = rotation = open_saver(
                 options.save,
                 kind,
-                source.snaps,
+                source.first_bytes,
                 options.rotate,
                 options.keep,
                 options.process_blocks,
             )
             stack.callback(rotation.close)
         if options.json:
-            savers["standard output"] = JsonSaver(CaptureFile("-"))
+            savers["standard output"] = LineSaver(CaptureFile("-"), LINES["jsonl"])
         counts: list[Callable[[NamedBatch], None]] = [shown.add]
         takes: list[Callable[[NamedBatch], None]] = [
             _Tables(saver, source).add for saver in savers.values()
