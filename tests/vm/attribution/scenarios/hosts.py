@@ -469,7 +469,7 @@ def becomes_a_program(worker: Worker, wire: Wire, sock: socket.socket) -> None:
     wire.hear()
     place({wire.end.fileno(): 9})
     os.set_blocking(9, True)
-    os.execv("/bin/sh", ["sh", "-c", "printf '\"gone\"' >&9; read x <&9"])
+    os.execv("/bin/sh", ["sh", "-c", "printf '\"gone\"' >&9; head -c1 <&9 >/dev/null"])
 
 
 @scenario(engines=("module",))
