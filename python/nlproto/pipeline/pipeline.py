@@ -61,6 +61,13 @@ class Names(Protocol):
         """Fill in owner, `how` and `flags` of the records that the engine could not name."""
 
 
+class Hears(Protocol):
+    """What knows the names of far ends: nlproto.overheard.listening.Overheard."""
+
+    def hear(self, flows: np.ndarray) -> None:
+        """Fill in what is known of these FLOWs."""
+
+
 @dataclass(slots=True)
 class _Barrier:
     """Goes through the queue behind everything before it."""
@@ -99,11 +106,13 @@ class Pipeline:
         on_death: Callable[[Error], None] | None = None,
         patience: float = PATIENCE,
         packets: bool = True,
+        overheard: Hears | None = None,
     ) -> None:
         self.account = account
         self.processes = processes
         self.portmap = portmap
         self.namer = namer
+        self.overheard = overheard
         # not "or": an empty queue is false
         self.queue: MessageQueue[Item] = MessageQueue(QUEUE_BYTES) if queue is None else queue
         self.account_lock = threading.Lock()
@@ -467,6 +476,8 @@ class Pipeline:
         self, batch: NamedBatch, hows: np.ndarray, counts: np.ndarray | None = None
     ) -> None:
         """`hows`: of the records in it, each of which stands for so many as `counts` says."""
+        if self.overheard is not None and batch.flows is not None:
+            self._attempt("names of far ends", self.overheard.hear, batch.flows)
         if not all([self._attempt("a subscriber", take, batch) for take in self._takes]):
             self._lose(len(hows) if counts is None else int(counts.sum()))
             return
