@@ -14,12 +14,12 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from daemon.history.details import encoded, space
 from daemon.history.elapsed import Elapsed, Moment, read_moment
 from daemon.history.memory import Question, payers_of
 from daemon.history.query import conditions, ways
@@ -35,7 +35,7 @@ __all__ = ["OWN_DIRECTORY", "Damaged", "Store"]
 OWN_DIRECTORY = "/var/lib/packet-hunter"
 """The only one that is made when it is not there."""
 
-_SCHEMA = 2
+_SCHEMA = 3
 _APPLICATION = 0x706B6874  # "pkht", in the file's header: file(1) and we know it by that
 _CREATE = """
 CREATE TABLE flows (
@@ -73,10 +73,16 @@ INSERT INTO identity VALUES (randomblob(16));
 """
 """`payer` as in nlproto.tables.shares; `seen` in seconds of daemon.history.elapsed, never of a day;
 `size` in bytes of the file."""
+_FROM_2 = """
+ALTER TABLE flows ADD COLUMN domain INTEGER DEFAULT 0;
+CREATE TABLE names (id INTEGER PRIMARY KEY, name TEXT);
+"""
+"""`domain` is the `id` of a name (nlproto.overheard.names), 0: none."""
 _COLUMNS = tuple(FLOW.names or ())[1:]
 _WRITTEN = (*_COLUMNS, "payer", "seen")
 _UPDATED = (
-    "how flags uid inode comm first_ns last_ns packets_in bytes_in packets_out bytes_out payer seen"
+    "how flags uid inode comm domain first_ns last_ns packets_in bytes_in packets_out bytes_out"
+    " payer seen"
 ).split()
 _WRITE_FLOW = (
     f"INSERT INTO flows (id, {', '.join(_WRITTEN)}) VALUES (?{', ?' * len(_WRITTEN)})"
@@ -91,8 +97,6 @@ _BUSY = 5000  # ms
 _STEPS = 20_000
 """Of SQLite's machine, some ms, between two looks whether anybody still wants the answer."""
 _AGED = 3600  # s at most between two looks for what is too old: they read a whole index
-_DETAILS = 16384
-"""Bytes of one process in the file; longer strings in it are cut."""
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +181,7 @@ class Store:
             if state != "ok":
                 raise sqlite3.DatabaseError(state)
             if version < _SCHEMA:
-                steps = (_CREATE if version == 0 else "") + _FROM_1
+                steps = "".join((_CREATE, _FROM_1, _FROM_2)[version:])
                 writer.executescript(
                     f"BEGIN; {steps} PRAGMA application_id = {_APPLICATION};"
                     f" PRAGMA user_version = {_SCHEMA}; COMMIT;"
@@ -283,10 +287,12 @@ class Store:
         flows: np.ndarray,
         processes: Sequence[Process],
         known: Known = lambda tgid, start_ns: None,
+        text_of: Callable[[int], str] = lambda number: "",
     ) -> None:
         """Insert or update in one transaction. Raises Error; then nothing was written.
 
         `known` has the owners of `flows`: whose details are not in the file are written, too.
+        `text_of` has the names of their far ends.
         """
         if not len(ids) and not processes:
             return
@@ -295,6 +301,9 @@ class Store:
             payers = payers_of(flows["tgid"], flows["uid"], self._payers)
             seen = np.full(len(flows), now, np.int64)
             writer.executemany(_WRITE_FLOW, _rows(ids, flows, payers, seen))
+            numbers = np.unique(flows["domain"]).tolist()
+            names = [(_signed(one), name) for one in numbers if one and (name := text_of(one))]
+            writer.executemany("INSERT OR IGNORE INTO names VALUES (?, ?)", names)
             written = {one.key for one in processes}
             owners = np.unique(flows[["tgid", "start_ns"]][flows["tgid"] != 0]).tolist()
             missing = [
@@ -309,10 +318,10 @@ class Store:
             )
 
     def _details(self, process: Process, now: int) -> tuple[Any, ...]:
-        raw = _encoded(process)
+        raw = encoded(process)
         payer = self._payers.of_one(process.uid) if self._payers is not None else process.uid
         payer = NOBODY if payer is None else payer
-        return process.tgid, _signed(process.start_ns), now, raw, payer, _space(len(raw))
+        return process.tgid, _signed(process.start_ns), now, raw, payer, space(len(raw))
 
     def mark_time(self) -> int:
         """In a transaction: write down how long the history has lived, in seconds."""
@@ -349,6 +358,8 @@ class Store:
         old_age, looked = self._aged
         if age != old_age or now - looked >= min(_AGED, age / 50):
             self._aged = age, now
+            with self.transaction() as writer:
+                writer.execute("DELETE FROM names WHERE id NOT IN (SELECT domain FROM flows)")
             return trim(self, now - math.ceil(age), size)
         return trim(self, None, size)
 
@@ -422,6 +433,11 @@ class Store:
         reader.execute(f"PRAGMA busy_timeout = {_BUSY}")
         return reader
 
+    def name(self, number: int) -> str:
+        """The name of a far end that has this number in flows, "" when it is not here."""
+        name = self._one("SELECT name FROM names WHERE id = ?", _signed(number))
+        return name or ""
+
     def process(self, tgid: int, start_ns: int) -> Process | None:
         query = "SELECT details FROM processes WHERE tgid = ? AND start_ns = ?"
         try:
@@ -431,28 +447,6 @@ class Store:
         except (sqlite3.Error, msgspec.DecodeError, msgspec.ValidationError) as error:
             log.warning("history %s: %s", self.path, error)
             return None
-
-
-def _encoded(process: Process) -> bytes:
-    """As JSON of at most _DETAILS bytes."""
-    raw = msgspec.json.encode(process)
-    room = _DETAILS // 4
-    while len(raw) > _DETAILS:
-        room //= 2
-        short = {name: getattr(process, name)[:room] for name in _STRINGS}
-        raw = msgspec.json.encode(replace(process, **short))
-    return raw
-
-
-_STRINGS = (
-    *("comm", "user", "exe", "cmdline", "cgroup", "unit", "container"),
-    *("container_name", "image", "pod"),
-)
-
-
-def _space(size: int) -> int:
-    """Bytes that so many of details take in the file: what is long goes to pages of its own."""
-    return size + 100 if size < 900 else 600 + (size // 4092 + 1) * 4096
 
 
 def _is_damage(error: sqlite3.Error) -> bool:
