@@ -27,6 +27,8 @@ from nlproto.filters.filter import EVERYTHING
 from nlproto.filters.parse import parse
 from nlproto.host import cgroups, containers, procfs
 from nlproto.kernel import netlink
+from nlproto.overheard import dns
+from nlproto.overheard.hello import server_name
 from nlproto.records import wire
 
 __all__ = ["SEEDS", "TARGETS"]
@@ -52,9 +54,9 @@ def process(data: bytes) -> None:
     wire.decode_process(data)
 
 
-def snaps(data: bytes) -> None:
+def first_bytes(data: bytes) -> None:
     """First bytes of packets."""
-    wire.decode_snaps(data)
+    wire.decode_first_bytes(data)
 
 
 def attributes(data: bytes) -> None:
@@ -132,6 +134,20 @@ def runtime_file(data: bytes) -> None:
     """What container runtimes write of a container."""
     for read in _RUNTIME_READERS:
         read(data)
+
+
+def dns_answer(data: bytes) -> None:
+    """An answer of DNS: whoever is asked chooses it. Names that come out are host names."""
+    with contextlib.suppress(dns.Malformed):
+        found = dns.parse(data)
+        assert not found.name or dns.valid_name(found.name), found
+
+
+def client_hello(data: bytes) -> None:
+    """The beginning of a TLS stream, whole and cut."""
+    for end in (len(data), len(data) // 2):
+        name = server_name(data[:end])
+        assert not name or dns.valid_name(name), name
 
 
 def proc(data: bytes) -> None:
@@ -215,6 +231,19 @@ def _rows() -> Iterator[bytes]:
     yield json.dumps(columns).encode() + b"\n"
 
 
+_QUESTION = b"\7example\3org\0" + bytes.fromhex("00010001")
+
+
+def _hello(name: bytes) -> bytes:
+    """A ClientHello (RFC 8446, 4.1.2) that asks for `name`."""
+    names = b"\0" + len(name).to_bytes(2) + name
+    extension = b"\0\0" + (len(names) + 2).to_bytes(2) + len(names).to_bytes(2) + names
+    body = b"\3\3" + bytes(32) + b"\0" + b"\0\2\x13\1" + b"\1\0"
+    body += len(extension).to_bytes(2) + extension
+    message = b"\1" + len(body).to_bytes(3) + body
+    return b"\x16\3\1" + len(message).to_bytes(2) + message
+
+
 def _plain(*texts: str) -> Callable[[], list[bytes]]:
     return lambda: [text.encode() for text in texts]
 
@@ -222,8 +251,8 @@ def _plain(*texts: str) -> Callable[[], list[bytes]]:
 TARGETS: dict[str, Target] = {
     one.__name__: one
     for one in (
-        *(batch, flows, process, snaps, attributes, frames, request, filter_text),
-        *(capture, saved, comment, cgroup, runtime_file, proc, proc_net),
+        *(batch, flows, process, first_bytes, attributes, frames, request, filter_text),
+        *(capture, saved, comment, cgroup, runtime_file, proc, proc_net, dns_answer, client_hello),
     )
 }
 
@@ -234,7 +263,7 @@ SEEDS: dict[str, Callable[[], Iterator[bytes] | list[bytes]]] = {
         + bytes(wire.FLOW_BATCH.itemsize - wire.BATCH.itemsize + wire.FLOW_RECORD.itemsize)
     ],
     "process": lambda: [bytes(wire.PROCESS.itemsize)],
-    "snaps": lambda: [_head(wire.BATCH, 0, 1) + bytes(wire.SNAP.itemsize)],
+    "first_bytes": lambda: [_head(wire.BATCH, 0, 1) + bytes(wire.SNAP.itemsize)],
     "attributes": lambda: [
         struct.pack("=IHHII", 28, 16, 0, 1, 0) + bytes(4) + struct.pack("=HHI", 8, 1, 7)
     ],
@@ -261,6 +290,13 @@ SEEDS: dict[str, Callable[[], Iterator[bytes] | list[bytes]]] = {
         '{"annotations": {"io.kubernetes.cri.container-name": "web"}}',
         '[{"id": "a", "names": ["web"], "metadata": "{}"}]',
     ),
+    "dns_answer": lambda: [
+        bytes.fromhex("123481800001000200000000")
+        + _QUESTION
+        + bytes.fromhex("c00c000500010000003c000603777777c00c")
+        + bytes.fromhex("03777777c00c00010001000000050004c0000201")
+    ],
+    "client_hello": lambda: [_hello(b"example.org")],
     "proc": _plain("1 (a) b) S 1 1 1 0 -1 4194560 1 0 0 0 1 1 0 0 20 0 1 0 12 1 1 1 1\n"),
     "proc_net": _plain(
         "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid\n"
