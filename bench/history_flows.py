@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Flows as a busy server has them: what it serves, what it asks of others, names, short programs."""
+"""Flows of a busy server: what it serves, what it asks of others, DNS, short programs."""
 
 from __future__ import annotations
 

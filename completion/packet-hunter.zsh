@@ -15,10 +15,11 @@ _shtab_packet_hunter_commands() {
     report:'make a page of a saved capture'
     stats:'what the daemon has seen, and how well it names'
     top:'processes by rate, live'
+    web:'the same in a browser, with the history'
     who:'which process owns, or owned, a port'
   )
   _describe 'packet-hunter commands' _commands
-  local _words=(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit ifindex less greater)
+  local _words=(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe ifindex less greater)
   _describe 'filter words' _words
 }
 
@@ -33,7 +34,11 @@ _shtab_packet_hunter_options=(
   "*--uid[of this user\'s processes]:U:_users"
   "*--netns[in a network namespace]:NS:"
   "*--container[of a container\: its name or id\'s beginning]:C:"
+  "*--pod[of a pod\: NAME or NAMESPACE\/NAME]:P:"
   "*--unit[of a systemd unit]:U:"
+  "*--parent[of what a process so named, or its pid, started]:P:"
+  "*--exe[of a program\: its path or name]:PATH:"
+  "*--cmdline[with TEXT in the command line]:TEXT:"
   {-c,--count}"[end after N packets]:N:"
   "--duration[end after S seconds (60s, 5m)]:S:"
   "--all[with -- CMD\: packets of everybody, not of CMD and its descendants only]"
@@ -106,7 +111,11 @@ _shtab_packet_hunter_top_options=(
   "*--uid[of this user\'s processes]:U:_users"
   "*--netns[in a network namespace]:NS:"
   "*--container[of a container\: its name or id\'s beginning]:C:"
+  "*--pod[of a pod\: NAME or NAMESPACE\/NAME]:P:"
   "*--unit[of a systemd unit]:U:"
+  "*--parent[of what a process so named, or its pid, started]:P:"
+  "*--exe[of a program\: its path or name]:PATH:"
+  "*--cmdline[with TEXT in the command line]:TEXT:"
   {-n,--numbers}"[no names of hosts and services]"
   {-u,--units}"[bin-bytes bin-bits si-bytes si-bits]:U:(bin-bytes bin-bits si-bytes si-bits)"
   {-d,--interval}"[between looks (1s)]:S:"
@@ -119,6 +128,15 @@ _shtab_packet_hunter_top_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_packet_hunter_top_defaults_added=0
+
+_shtab_packet_hunter_web_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--port[on 127.0.0.1 (default\: any free)]:N:_ports"
+  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_packet_hunter_web_defaults_added=0
 
 _shtab_packet_hunter_who_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -160,8 +178,9 @@ _shtab_packet_hunter() {
         report) _arguments -C -s $_shtab_packet_hunter_report_options ;;
         stats) _arguments -C -s $_shtab_packet_hunter_stats_options ;;
         top) _arguments -C -s $_shtab_packet_hunter_top_options ;;
+        web) _arguments -C -s $_shtab_packet_hunter_web_options ;;
         who) _arguments -C -s $_shtab_packet_hunter_who_options ;;
-        *) _arguments -C -s $_shtab_packet_hunter_options '*:filter word:(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit ifindex less greater)' ;;
+        *) _arguments -C -s $_shtab_packet_hunter_options '*:filter word:(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe ifindex less greater)' ;;
       esac
   esac
 }

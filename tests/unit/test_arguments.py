@@ -255,7 +255,7 @@ def completed(*words, before=""):
         (["por"], ["port", "portrange"]),
         (["port", "80", "a"], ["and"]),
         (["-n", "port", "80", "and", "un"], ["unit"]),
-        (["top", "po"], ["port", "portrange"]),
+        (["top", "po"], ["port", "portrange", "pod"]),
         (["how", "socket_"], ["socket_gone"]),
         (["how", "unn"], ["unnamed"]),
         (["tcp", "-i", "l"], ["lo"]),

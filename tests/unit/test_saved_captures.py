@@ -24,6 +24,7 @@ from hunter.show.summary import Summary
 from hunter.show.text import cell, escaped, plain, uncell, unescaped
 from hunter.sources.source_file import FileSource
 from nlproto.filters.filter import EVERYTHING
+from nlproto.host.procfs import Parent
 from nlproto.records import wire
 from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
@@ -117,6 +118,10 @@ def everything(make_records):
                     unit=name,
                     container=name[::-1],
                     cmdline=f"{name} --{name}",
+                    container_name=f"x{name}",
+                    image=f"{name}:1",
+                    pod=f"{name}/y",
+                    parents=(Parent(50 + i, name), Parent(1, "systemd"))[: i % 3],
                 )
             ]
         )

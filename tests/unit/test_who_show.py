@@ -6,8 +6,8 @@ import io
 import pytest
 
 from hunter.cli.options import Who
-from hunter.commands import who_show
 from hunter.show.console import Output
+from hunter.who import who_show
 from nlproto.host import netns
 
 NOW = 1_780_000_000.0

@@ -96,7 +96,10 @@ ROW_SIZE = 280
 """Bytes of a flow, with its places in the indexes."""
 _DETAILS = 16384
 """Bytes of one process in the file; longer strings in it are cut."""
-_STRINGS = ("comm", "user", "exe", "cmdline", "cgroup", "unit", "container")
+_STRINGS = (
+    *("comm", "user", "exe", "cmdline", "cgroup", "unit", "container"),
+    *("container_name", "image", "pod"),
+)
 
 
 def rows_of(ids: np.ndarray, flows: np.ndarray, *more: np.ndarray) -> Iterator[tuple[Any, ...]]:

@@ -24,9 +24,10 @@ _FILTER_HELP = """\
 filter words, as in pcap-filter(7):
   tcp udp ip ip6 inbound outbound, [src|dst] host H, net N/BITS, port P,
   portrange A-B, less BYTES, greater BYTES (of the IP packet),
-  pid N, pname NAME, uid U, netns NS, container C, unit U,
+  pid N, pname NAME, exe PATH, cmdline TEXT, parent NAME|PID (any above),
+  uid U, unit U, container NAME|ID, pod NAME, netns NS,
   how RULE|named|unnamed
-  joined by and, or, not and ( )
+  joined by and, or, not and ( ); a name may be a pattern with * ? [ ]
 """
 
 _HABITS = """\
@@ -43,7 +44,7 @@ examples:
   packet-hunter --json -c 100 how unnamed | jq .
   packet-hunter -- curl https://example.org/        of curl and what it starts; its exit code
   sudo packet-hunter -- ./check.sh                  runs as you; as root: -- sudo ./check.sh
-  packet-hunter who --port 8080          first words: top who stats annotate report doctor
+  packet-hunter who --port 8080          first words: top who web stats annotate report doctor
 """
 
 
@@ -192,13 +193,15 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pname", metavar="NAME", action="append", help="of processes so named")
     group.add_argument("--uid", metavar="U", action="append", help="of this user's processes")
     group.add_argument("--netns", metavar="NS", action="append", help="in a network namespace")
-    group.add_argument(
-        "--container",
-        metavar="C",
-        action="append",
-        help="of a container: its name or id's beginning",
-    )
-    group.add_argument("--unit", metavar="U", action="append", help="of a systemd unit")
+    for word, metavar, help in (
+        ("container", "C", "of a container: its name or id's beginning"),
+        ("pod", "P", "of a pod: NAME or NAMESPACE/NAME"),
+        ("unit", "U", "of a systemd unit"),
+        ("parent", "P", "of what a process so named, or its pid, started"),
+        ("exe", "PATH", "of a program: its path or name"),
+        ("cmdline", "TEXT", "with TEXT in the command line"),
+    ):
+        group.add_argument(f"--{word}", metavar=metavar, action="append", help=help)
 
 
 def live_parser() -> argparse.ArgumentParser:
@@ -343,6 +346,20 @@ def _who_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _web_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "web",
+        "Serve a page on loopback: processes by rate, live, and questions to the history. It shows"
+        " what the daemon shows to you, to whoever has the address that is printed.",
+        "example:\n  sudo packet-hunter web --port 8470\n",
+    )
+    parser.add_argument(
+        "--port", metavar="N", type=_port, default=0, help="on 127.0.0.1 (default: any free)"
+    )
+    _add_socket(parser)
+    return parser
+
+
 def _stats_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "stats",
@@ -416,6 +433,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
         "live": live_parser,
         "top": _top_parser,
         "who": _who_parser,
+        "web": _web_parser,
         "stats": _stats_parser,
         "annotate": _annotate_parser,
         "report": _report_parser,

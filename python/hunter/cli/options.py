@@ -21,6 +21,7 @@ __all__ = [
     "Report",
     "Stats",
     "Top",
+    "Web",
     "Who",
     "command_of",
 ]
@@ -28,6 +29,7 @@ __all__ = [
 SUBCOMMANDS = {
     "top": "processes by rate, live",
     "who": "which process owns, or owned, a port",
+    "web": "the same in a browser, with the history",
     "stats": "what the daemon has seen, and how well it names",
     "annotate": "write the owners into a capture of tcpdump or Wireshark",
     "report": "make a page of a saved capture",
@@ -49,8 +51,12 @@ class Choice:
     pname: list[str] | None
     uid: list[str] | None
     netns: list[str] | None
+    exe: list[str] | None
+    cmdline: list[str] | None
     container: list[str] | None
+    pod: list[str] | None
     unit: list[str] | None
+    parent: list[str] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +140,14 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
+class Web:
+    port: int
+    """0: any that is free."""
+    socket: str
+    socket_given: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Annotate:
     input: str
     output: str
@@ -155,12 +169,13 @@ class Doctor:
     socket_given: bool
 
 
-Command = Live | Top | Who | Stats | Annotate | Report | Doctor
+Command = Live | Top | Who | Web | Stats | Annotate | Report | Doctor
 
 _KINDS: dict[str, type[Command]] = {
     "live": Live,
     "top": Top,
     "who": Who,
+    "web": Web,
     "stats": Stats,
     "annotate": Annotate,
     "report": Report,

@@ -13,7 +13,7 @@ from hunter.cli.options import Live
 from hunter.cli.signals import Stop
 from hunter.commands.living import absent
 from hunter.save.capturefile import CaptureFile
-from hunter.save.save_jsonl import JsonSaver
+from hunter.save.save_lines import LINES, LineSaver
 from hunter.save.saving import Rotation, Saver, format_of, open_saver, refuse_input
 from hunter.show.account import ShownAccount
 from hunter.show.columns import columns
@@ -76,7 +76,7 @@ def run(
             )
             stack.callback(rotation.close)
         if options.json:
-            savers["standard output"] = JsonSaver(CaptureFile("-"))
+            savers["standard output"] = LineSaver(CaptureFile("-"), LINES["jsonl"])
         counts: list[Callable[[NamedBatch], None]] = [shown.add]
         takes: list[Callable[[NamedBatch], None]] = [
             _Tables(saver, source).add for saver in savers.values()

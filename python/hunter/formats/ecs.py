@@ -31,6 +31,8 @@ _FIELDS = {
     "tid": "process.thread.id",
     "uid": "user.id",
     "container": "container.id",
+    "container_name": "container.name",
+    "image": "container.image.name",
 }
 _OWN = "packet_hunter"
 _DIRECTIONS = {"in": "ingress", "out": "egress"}

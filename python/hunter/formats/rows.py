@@ -19,7 +19,7 @@ from hunter.formats.ecs import is_document, row_of
 from hunter.formats.headers import transport
 from hunter.formats.inputs import Input
 from hunter.formats.ownercomment import is_owner_comment, read_comment
-from hunter.show.columns import COLUMNS, FIRST_COLUMNS, TEXTS, tcp_flags
+from hunter.show.columns import COLUMNS, FIRST_COLUMNS, PEOPLE, TEXTS, tcp_flags
 from hunter.show.text import uncell
 from nlproto import Error, UsageError
 from nlproto.records import wire
@@ -115,8 +115,9 @@ def _csv_rows(source: Input) -> Iterator[Row]:
         values: dict[str, Any] = dict(zip(header, fields, strict=False))
         for name in TEXTS & values.keys():
             values[name] = uncell(values[name])
-        if values.get("holders"):
-            values["holders"] = _parsed(source, number, values["holders"])
+        for name in PEOPLE:
+            if values.get(name):
+                values[name] = _parsed(source, number, values[name])
         yield Row(f"line {number}", values)
 
 

@@ -19,7 +19,7 @@ from hunter.formats.pcapng import (
     section_header,
 )
 from hunter.save.capturefile import CaptureFile
-from hunter.show.columns import Columns, cells
+from hunter.show.columns import COLUMNS, Columns, cells
 from nlproto import __version__
 from nlproto.records.first_bytes import FirstBytes
 from nlproto.records.wire import lib
@@ -30,10 +30,9 @@ __all__ = ["PcapngSaver", "rebuilt"]
 _FLAGS = {"in": 1, "out": 2}
 _LOOPBACK = 1  # its index in every network namespace
 _IN_PACKET = ("proto", "src", "sport", "dst", "dport", "tcp_flags")
-_WORDS = (
-    *("uid", "exe", "container", "unit", "how", "flags", "hdr_len", "segments", "start_ns"),
-    *("ppid", "tid", "creator", "cookie", "holders", "cmdline", "pid", "comm"),
-)
+_APART = ("time", "dir", "len", "netns", "interface", "ifindex", "community_id")
+"""What the file says of a packet in other places."""
+_WORDS = tuple(name for name in COLUMNS if name not in (*_IN_PACKET, *_APART))
 
 
 class PcapngSaver:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from hunter.save.capturefile import CaptureFile
+from hunter.save.save_lines import LINES, LineSaver
 from hunter.show.columns import Columns
 from nlproto import UsageError
 from nlproto.records.first_bytes import FirstBytes
@@ -79,19 +80,9 @@ def refuse_input(path: str, inputs: Iterable[str]) -> None:
 def _make(
     kind: str, snaps: FirstBytes | None, process_blocks: bool
 ) -> Callable[[CaptureFile], Saver]:
+    if kind in LINES:
+        return lambda file: LineSaver(file, LINES[kind])
     # Imported here: Parquet needs an optional package.
-    if kind == "csv":
-        from hunter.save.save_csv import CsvSaver
-
-        return CsvSaver
-    if kind == "jsonl":
-        from hunter.save.save_jsonl import JsonSaver
-
-        return JsonSaver
-    if kind == "ecs":
-        from hunter.save.save_ecs import EcsSaver
-
-        return EcsSaver
     if kind == "pcapng":
         from hunter.save.save_pcapng import PcapngSaver
 

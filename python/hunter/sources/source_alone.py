@@ -15,6 +15,7 @@ from nlproto import Error, NoPrivilege
 from nlproto.engines.engine import open_engine
 from nlproto.filters.filter import Filter
 from nlproto.host import procfs
+from nlproto.host.containers import ContainerFiles
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.naming import Namer
 from nlproto.pipeline.pipeline import Pipeline
@@ -136,7 +137,7 @@ def open_alone(
     except NoPrivilege as error:
         again = " ".join([as_root("packet-hunter"), *map(shlex.quote, sys.argv[1:])])
         raise NoPrivilege(f"{str(error).partition(':')[0]}: {again}") from None
-    processes = Processes(procfs.details)
+    processes = Processes(procfs.details, containers=ContainerFiles())
     sources: list[PipelineSource] = []
     pipeline = Pipeline(
         opened,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from hunter.show.columns import Holder
@@ -73,7 +74,7 @@ class DaemonNames:
     def details(self, pid: int, start_ns: int) -> Process | None:
         """Return what the daemon knows of a process."""
         (answer,) = self._ask([{"tgid": pid, "start_ns": start_ns}]) or [None]
-        return Process(**answer["process"]) if answer else None
+        return msgspec.convert(answer["process"], Process) if answer else None
 
     def _ask(self, keys: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
         answers: list[dict[str, Any] | None] = []

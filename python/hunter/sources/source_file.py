@@ -17,10 +17,11 @@ import numpy as np
 
 from hunter.formats.inputs import Input
 from hunter.formats.rows import Row, has_bytes, read_rows
-from hunter.show.columns import FLAGS, Holder, tcp_flags_of
+from hunter.show.columns import FLAGS, OF_PROCESS, TEXTS, Holder, tcp_flags_of
 from hunter.show.text import sound
 from nlproto import Error, UsageError
 from nlproto.filters.filter import Filter
+from nlproto.host.procfs import Parent
 from nlproto.records import wire
 from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
@@ -52,7 +53,7 @@ _NUMBERS = {
     "creator": ("creator", _U32, 0),
     "cookie": ("cookie", _U64, 0),
 }
-_TEXTS = ("exe", "unit", "container", "cmdline")
+_TEXTS = tuple(name for name in OF_PROCESS if name in TEXTS)
 _FIELDS = (
     *_NUMBERS,
     *("time_ns", "dir", "proto", "family", "saddr", "daddr", "how", "flags", "tcp_flags"),
@@ -238,7 +239,7 @@ class FileSource:
             raise _Bad("dst", values["dst"])
         fields["family"], fields["saddr"], fields["daddr"] = family, list(source), list(target)
         fields["tcp_flags"] = _tcp_flags(values)
-        holders = _holders(values.get("holders"))
+        holders = _people(values, "holders")
         if holders:
             fields["flags"] |= wire.lib.SNIFFER_F_SHARED
             fields["cookie"] = fields["cookie"] or self._start(("holders", *map(str, holders)))
@@ -257,16 +258,19 @@ class FileSource:
         uid = _number(values, "uid", _U32, None)
         if not pid:
             raise _Bad("pid", pid)
-        texts: dict[str, Any] = {name: _text(values, name) for name in _TEXTS}
+        known: dict[str, Any] = {name: _text(values, name) for name in _TEXTS}
+        known["parents"] = tuple(
+            Parent(int(one["pid"]), str(one["comm"])) for one in _people(values, "parents")
+        )
         comm = _text(values, "comm")
         if values.get("start_ns") in ("", None):
-            start = self._start((pid, uid, texts["exe"]))
+            start = self._start((pid, uid, known["exe"]))
         else:
             start = _number(values, "start_ns", _U64, None)
         ppid = _number(values, "ppid", _U32, 0)
         fields["tgid"], fields["start_ns"], fields["uid"] = pid, start, uid
         fields["comm"] = _comm(comm)
-        return Process(pid, start, comm=comm, uid=uid, ppid=ppid or None, **texts)
+        return Process(pid, start, comm=comm, uid=uid, ppid=ppid or None, **known)
 
     def _start(self, key: tuple[Any, ...]) -> int:
         return self._starts.setdefault(key, len(self._starts) + 1)
@@ -361,11 +365,12 @@ def _time(values: Mapping[str, Any]) -> int:
     return seconds * 10**9 + moment.microsecond * 1000
 
 
-def _holders(value: Any) -> list[Holder]:
+def _people(values: Mapping[str, Any], column: str) -> list[Holder]:
+    value = values.get(column)
     if value in ("", None):
         return []
     if not isinstance(value, list):
-        raise _Bad("holders", value)
+        raise _Bad(column, value)
     for one in value:
         if (
             not isinstance(one, dict)
@@ -373,7 +378,7 @@ def _holders(value: Any) -> list[Holder]:
             or not 0 <= one["pid"] <= _U32
             or not isinstance(one.get("comm"), str)
         ):
-            raise _Bad("holders", value)
+            raise _Bad(column, value)
     return [{"pid": one["pid"], "comm": sound(one["comm"])} for one in value]
 
 

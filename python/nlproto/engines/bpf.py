@@ -14,10 +14,10 @@ from cffi import FFI
 
 from nlproto.errors import Error
 
-__all__ = ["NoBpf", "Object", "Program", "has_function"]
+__all__ = ["NoBpf", "Object", "Program", "has_target"]
 
 _LIBRARY = "libbpf.so.1"
-_BTF_KIND_FUNC = 12
+_BTF_KIND_TYPEDEF, _BTF_KIND_FUNC = 8, 12
 _INFO_BYTES = 256  # struct bpf_prog_info; what a kernel does not know stays 0
 _PACKET_BYTES = 64  # the least that every kernel takes
 _MISSES_AT, _VERIFIED_AT = 208, 216
@@ -71,20 +71,31 @@ def _open_library() -> Any:
     return library
 
 
-def has_function(names: Iterable[str]) -> set[str]:
-    """Which of these functions the running kernel has and describes. Raises NoBpf without BTF."""
+def has_target(sections: Iterable[str]) -> set[str]:
+    """Which of these sections' functions or tracepoints the running kernel has and describes.
+
+    Raises NoBpf without BTF.
+    """
     library = _open_library()
     btf = library.btf__load_vmlinux_btf()
     if btf == _ffi.NULL:
         raise NoBpf("this kernel does not describe itself (no CONFIG_DEBUG_INFO_BTF)")
     try:
         return {
-            name
-            for name in names
-            if library.btf__find_by_name_kind(btf, name.encode(), _BTF_KIND_FUNC) > 0
+            section
+            for section in sections
+            if library.btf__find_by_name_kind(btf, *_described_as(section)) > 0
         }
     finally:
         library.btf__free(btf)
+
+
+def _described_as(section: str) -> tuple[bytes, int]:
+    """Name and kind in the kernel's BTF of what a program of this section is put on."""
+    kind, _, target = section.partition("/")
+    if kind == "tp_btf":
+        return f"btf_trace_{target}".encode(), _BTF_KIND_TYPEDEF
+    return target.encode(), _BTF_KIND_FUNC
 
 
 class Program:

@@ -17,7 +17,7 @@ from typing import Self
 
 import numpy as np
 
-from nlproto.engines.bpf import NoBpf, Object, has_function
+from nlproto.engines.bpf import NoBpf, Object, has_target
 from nlproto.host import netns
 from nlproto.records import wire
 from nlproto.records.clock import Clock
@@ -61,9 +61,13 @@ _NEEDED = {
     "ip_output",
 }
 _TRAMPOLINES = ("fentry/", "fexit/")
+_TRACED = (*_TRAMPOLINES, "tp_btf/")
 _CGROUP = "cgroup"
 # What tells of packets and sockets where trampolines are refused, beside part_*.
-_WITH_PARTS = {"probe_fork", "probe_exec", "probe_exit", "probe_rename", "seed", "collect"}
+_WITH_PARTS = {
+    *("probe_fork", "probe_exec", "probe_exit", "probe_rename", "reset_sent"),
+    *("seed", "collect"),
+}
 _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}
 _CAP_SYS_ADMIN = 21
 
@@ -138,7 +142,7 @@ class EbpfEngine:
         self._refused: list[str] = []
         for name, program in self._object.programs.items():
             cgroup = program.section.startswith(_CGROUP)
-            traced = program.section.startswith((*_TRAMPOLINES, "tp_btf/"))
+            traced = program.section.startswith(_TRACED)
             if program.fd < 0 or not (cgroup or traced):
                 continue
             try:
@@ -363,8 +367,10 @@ def _load(ring_bytes: int, notify: Callable[[str], None]) -> tuple[bool, Object]
         why = str(error)
     opened = Object(PARTS)
     try:
+        known = _targets(opened)
         for name, program in opened.programs.items():
-            program.choose(name.startswith("part_") or name in _WITH_PARTS)
+            wanted = name.startswith("part_") or name in _WITH_PARTS
+            program.choose(wanted and program.section in known)
         opened.set_entries("ring", ring_bytes)
         try:
             opened.load()
@@ -383,16 +389,12 @@ def _load_whole(ring_bytes: int) -> Object:
         raise NoBpf("its programs were not compiled: ./build.sh does it where clang is")
     opened = Object(OBJECT)
     try:
-        targets = {
-            name: program.section.partition("/")[2]
-            for name, program in opened.programs.items()
-            if program.section.startswith(_TRAMPOLINES)
-        }
-        known = has_function(set(targets.values()))
-        for name, function in targets.items():
-            opened.programs[name].choose(function in known)
-        if _NEEDED - known:
-            raise NoBpf(f"this kernel lacks {', '.join(sorted(_NEEDED - known))}")
+        known = _targets(opened)
+        for program in opened.programs.values():
+            program.choose(program.section in known)
+        lacking = _NEEDED - {section.partition("/")[2] for section in known}
+        if lacking:
+            raise NoBpf(f"this kernel lacks {', '.join(sorted(lacking))}")
         opened.set_entries("ring", ring_bytes)
         try:
             opened.load()
@@ -402,6 +404,13 @@ def _load_whole(ring_bytes: int) -> Object:
         opened.close()
         raise
     return opened
+
+
+def _targets(opened: Object) -> set[str]:
+    """Sections of its programs that have something here to be put on."""
+    sections = {program.section for program in opened.programs.values()}
+    traced = {section for section in sections if section.startswith(_TRACED)}
+    return sections - traced | has_target(traced)
 
 
 def _why(error: OSError) -> str:

@@ -7,6 +7,7 @@ from typing import Protocol, Self
 import numpy as np
 
 from nlproto.errors import NoModule, NoPrivilege, UsageError
+from nlproto.host.holders import Holders
 from nlproto.kernel.loading import advice
 from nlproto.records.wire import Event
 
@@ -77,12 +78,17 @@ class Engine(Protocol):
 
 
 def open_engine(
-    name: str, notify: Callable[[str], None], *, ring_bytes: int | None = None
+    name: str,
+    notify: Callable[[str], None],
+    *,
+    ring_bytes: int | None = None,
+    holders: Holders | None = None,
 ) -> Engine:
     """Return the engine called `name`; "auto" is the module when loaded, else `packet`.
 
-    `ring_bytes`: what engine packet has for packets that wait (16 MiB). `notify` gets one plain
-    line for each thing that makes the result less than it could be.
+    `ring_bytes`: what engine packet has for packets that wait (16 MiB). `holders`: who holds a
+    socket, where others of this program ask too. `notify` gets one plain line for each thing that
+    makes the result less than it could be.
     Raises UsageError for another name, NoModule, NoBpf, NoPrivilege.
     """
     if name not in ENGINES:
@@ -111,7 +117,7 @@ def open_engine(
             raise NoBpf(f"engine ebpf cannot run: {error}; or use --engine packet") from error
     from nlproto.engines.packet import RING_BYTES, PacketEngine
 
-    engine = PacketEngine(notify, ring_bytes=ring_bytes or RING_BYTES)
+    engine = PacketEngine(notify, ring_bytes=ring_bytes or RING_BYTES, holders=holders)
     if name == "auto":
         notify(
             "engine packet: without sniffer.ko, sockets that live a few milliseconds stay unnamed;"

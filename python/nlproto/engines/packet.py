@@ -122,13 +122,15 @@ class PacketEngine:
         sock_diag: bool = True,
         ring_bytes: int = RING_BYTES,
         now_ns: Callable[[], int] = time.monotonic_ns,
+        holders: Holders | None = None,
     ) -> None:
         self._notify = notify
         self._proc = proc
         self._use_diag = sock_diag
         self._now_ns = now_ns
         self._urgency = Urgency(now_ns)
-        self._holders = Holders(proc, now_ns, self._urgency.patiently)
+        self._holders = holders or Holders(proc, now_ns)
+        self._holders.walking = self._urgency.patiently
         self._failures = Failures("engine packet")
         self._places: dict[int, _Capture] = {}
         self._poll = select.poll()

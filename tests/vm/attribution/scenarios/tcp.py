@@ -136,8 +136,10 @@ def tcp_fin_wait2_and_time_wait(stage: Stage) -> None:
         server.tell()
 
 
-def big_sender(worker: Worker, wire: Wire, peer: tuple[str, int], size: int) -> None:
-    sock = bound(V4, TCP)
+def big_sender(
+    worker: Worker, wire: Wire, peer: tuple[str, int], size: int, host: str = ""
+) -> None:
+    sock = bound(V4, TCP, host)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * size)
     worker.claim(sock, out=5, in_=2)
     sock.connect(tuple(peer))
@@ -145,8 +147,8 @@ def big_sender(worker: Worker, wire: Wire, peer: tuple[str, int], size: int) -> 
     os._exit(0)
 
 
-def slow_reader(worker: Worker, wire: Wire, size: int) -> None:
-    sock = listening(V4)
+def slow_reader(worker: Worker, wire: Wire, size: int, host: str = "") -> None:
+    sock = listening(V4, host)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     claim = worker.claim(sock, any_address=True, in_=5, out=2)
     wire.tell(sock.getsockname())

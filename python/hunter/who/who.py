@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from hunter.cli.options import Who
-from hunter.commands.who_show import show
 from hunter.show.console import Output
+from hunter.who.who_show import show
 from nlproto import NoDaemon
 from nlproto.client.client import DaemonClient
 
@@ -32,7 +32,7 @@ def run(options: Who, notify: Callable[[str], None]) -> None:
         with DaemonClient(options.socket) as client:
             answer = _ask(client, options)
     except NoDaemon as error:
-        from hunter.commands.who_now import owners_now
+        from hunter.who.who_now import owners_now
 
         if options.since or options.socket_given:
             raise

@@ -13,6 +13,7 @@ import numpy as np
 from hunter.cli.options import Who
 from nlproto import NoPrivilege, UsageError
 from nlproto.host import procfs
+from nlproto.host.containers import UNKNOWN, ContainerFiles
 from nlproto.host.holders import Holders
 from nlproto.host.sockdiag import SockDiag
 from nlproto.host.sockets import fields, fitting, held, unmapped
@@ -37,13 +38,13 @@ def owners_now(options: Who) -> dict[str, Any]:
     proto = _PROTOS[options.proto] if options.proto else None
     table = unmapped(_sockets())
     table = table[held(table) & fitting(table, options.port, proto, network)]
-    holders = Holders()
+    holders, files = Holders(), ContainerFiles()
     holders.walk()
     owners: list[dict[str, Any]] = []
     processes: dict[int, dict[str, Any]] = {}
     # listeners before others
     for index in np.lexsort((table["sport"], table["dport"] != 0)).tolist():
-        owner = _owner(table[index], holders, options, processes)
+        owner = _owner(table[index], holders, options, processes, files)
         if owner is not None:
             owners.append(owner)
     return {
@@ -71,6 +72,7 @@ def _owner(
     holders: Holders,
     options: Who,
     processes: dict[int, dict[str, Any]],
+    files: ContainerFiles,
 ) -> dict[str, Any] | None:
     found = holders.find(int(one["inode"]))
     named = [
@@ -92,7 +94,14 @@ def _owner(
         if details is not None:
             processes[pid] = {
                 name: getattr(details, name)
-                for name in "tgid start_ns comm exe unit container uid user ppid".split()
+                for name in "tgid start_ns comm exe cmdline unit container uid user ppid".split()
+            }
+            called = files.find(details.container, details.cgroup) if details.container else UNKNOWN
+            processes[pid] |= {
+                "container_name": called.name,
+                "image": called.image,
+                "pod": called.pod,
+                "parents": [{"pid": one.pid, "comm": one.comm} for one in details.parents],
             }
     if not named and not options.port:
         return None

@@ -15,7 +15,7 @@ from rich.text import Text
 from hunter.cli.options import Who
 from hunter.show import names
 from hunter.show.console import Row, put
-from hunter.show.programs import label, programs
+from hunter.show.programs import label, place, programs
 from hunter.show.text import plain
 from nlproto.host import netns
 
@@ -249,19 +249,23 @@ def _process_rows(processes: Iterable[Entry]) -> list[Row]:
     program_of = programs({key: (one["comm"], one["exe"]) for key, one in known.items()})
     rows: defaultdict[tuple[Any, ...], list[Entry]] = defaultdict(list)
     for key, one in sorted(known.items()):
-        place = one["container"] or one["unit"]
-        rows[(*program_of[key], one["uid"], place)].append(one)
+        rows[(*program_of[key], one["uid"], _place(one))].append(one)
     return [
         [
             _name(label(some[0]["comm"], {one["tgid"] for one in some})),
             "" if some[0]["uid"] is None else plain(names.user(some[0]["uid"])),
             _same(str(one.get("ppid") or "") for one in some),
-            plain(some[0]["container"] or some[0]["unit"]),
+            plain(_place(some[0])),
             plain(key[1]),
             plain(_command(some[0])),
         ]
         for key, some in rows.items()
     ]
+
+
+def _place(process: Entry) -> str:
+    names = ("container", "container_name", "pod", "unit")
+    return place(*(process.get(name, "") for name in names))
 
 
 def _same(values: Iterable[str]) -> str:
