@@ -280,8 +280,6 @@ int BPF_PROG(part_enter, struct pt_regs *regs, long id)
 {
 	struct task_struct *current = bpf_get_current_task_btf();
 
-	if (!calls_told)
-		calls_told = 1;
 	if (is_compat(current)) {
 		call_unknown(current);
 		return 0;

@@ -134,9 +134,6 @@ enum { parts = false };
 /* 6.1: a loop may not begin right behind a call */
 #define APART() asm volatile("r0 = 0" ::: "r0", "memory")
 
-/* in parts: are system calls told of? If not, names are less sure. */
-u64 calls_told = 0;
-
 #ifdef HUNTER_PARTS
 /* Who has the socket is asked of his descriptors in any case; not every kernel tells more. */
 static __always_inline bool in_task_only(struct task_struct *current)

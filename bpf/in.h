@@ -11,6 +11,7 @@
 /* The packet that this processor's TCP or UDP is at. */
 struct slot {
 	struct sniffer_record r;
+	struct shape shape;
 	struct about found;	/* the socket that it is for, or that is answered for */
 	u64 last;		/* address of the socket told last */
 	u8 active;		/* its protocol, 0: none */
@@ -53,16 +54,15 @@ static __always_inline int in_begin(struct sk_buff *skb, u8 proto)
 {
 	struct net_device *dev;
 	struct slot *slot;
-	struct shape s;
 	u32 zero = 0;
 
 	slot = bpf_map_lookup_elem(&slots, &zero);
 	if (!slot)
 		return 0;
 	__builtin_memset(slot, 0, sizeof(*slot));
-	shape_in(skb, &s);
+	shape_in(skb, &slot->shape);
 	slot->r.proto = proto;
-	if (!parse(&slot->r, &s)) {
+	if (!parse(&slot->r, &slot->shape)) {
 		skip();
 		return 0;
 	}
@@ -121,7 +121,7 @@ static __always_inline int in_socket(struct sock *sk)
 	if (slot->active == IPPROTO_TCP && slot->found.state == TCP_LISTEN)
 		return 0;
 	name(&slot->r, &slot->found, SNIFFER_HOW_SOCKET);
-	emit(&slot->r);
+	emit(&slot->r, &slot->shape);
 	slot->done = 1;
 	return 0;
 }
@@ -150,7 +150,7 @@ int BPF_PROG(in_request, struct sock *sk, struct sk_buff *skb, struct request_so
 		slot->found.cookie = bpf_get_socket_cookie((void *)req);
 	slot->known = 1;
 	name(&slot->r, &slot->found, SNIFFER_HOW_SOCKET);
-	emit(&slot->r);
+	emit(&slot->r, &slot->shape);
 	slot->done = 1;
 	return 0;
 }
@@ -180,7 +180,7 @@ static __always_inline int in_end(void)
 			name(&slot->r, &slot->found, SNIFFER_HOW_SOCKET);
 		else
 			slot->r.how = SNIFFER_HOW_NO_SOCKET;
-		emit(&slot->r);
+		emit(&slot->r, &slot->shape);
 	}
 	slot->active = 0;
 	return 0;

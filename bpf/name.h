@@ -136,9 +136,7 @@ static __always_inline void name_kernel(struct sniffer_record *r)
  */
 static __always_inline bool is_less_sure(struct owner *o, struct proc *user)
 {
-	if (!user || user->blind || o->blind || (!o->held && !o->released && o->file))
-		return true;
-	return !calls_told && (o->many || user->forked > o->since);
+	return !user || user->blind || o->blind || (!o->held && !o->released && o->file);
 }
 
 static __always_inline void name_facts(struct sniffer_record *r, struct owner *o,

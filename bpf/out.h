@@ -140,7 +140,7 @@ static __always_inline void out(struct net *net, struct sock *given, struct sk_b
 	} else {
 		out_named(&r, net, given, skb);
 	}
-	emit(&r);
+	emit(&r, &s);
 }
 
 /*

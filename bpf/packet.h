@@ -2,7 +2,7 @@
 #ifndef HUNTER_PACKET_H
 #define HUNTER_PACKET_H
 /* A packet's headers into its record, and a record to the reader. */
-#include "hunter.h"
+#include "snap.h"
 
 #define TCP_FIN		1
 #define TCP_SYN		2
@@ -108,20 +108,13 @@ static __always_inline void parse_size(struct sniffer_record *r, u32 len, u32 si
 	r->time_ns = bpf_ktime_get_ns();
 }
 
-/* What of a packet is asked for at once. */
-struct shape {
-	u64 net;	/* address of the IP header */
-	u32 len;	/* from there on */
-	u32 thoff;	/* of the transport header from there, 0: to be found */
-	u64 end;	/* address of struct skb_shared_info */
-};
-
 static __always_inline void shape_out(struct sk_buff *skb, struct shape *s)
 {
 	s->net = (u64)skb->head + skb->network_header;
 	s->len = skb->len;
 	s->thoff = 0;
 	s->end = (u64)skb->head + skb->end;
+	s->linear = (u32)(address(skb->data) - s->net) + skb->len - skb->data_len;
 }
 
 /* The stack has taken the IP header off already. */
@@ -131,6 +124,7 @@ static __always_inline void shape_in(struct sk_buff *skb, struct shape *s)
 	s->thoff = (u16)(skb->transport_header - skb->network_header);
 	s->len = skb->len + s->thoff;
 	s->end = (u64)skb->head + skb->end;
+	s->linear = s->len - skb->data_len;
 }
 
 static __always_inline long read_address(const void *packet, u32 at, void *to, u32 size)
@@ -164,7 +158,7 @@ static __always_inline void skip(void)
  * To the reader. He is woken for the first of a while and for each 256th; else
  * he looks by himself.
  */
-static __always_inline void emit(struct sniffer_record *r)
+static __always_inline void emit(struct sniffer_record *r, struct shape *s)
 {
 	u64 flags = BPF_RB_NO_WAKEUP;
 	struct counters *c;
@@ -181,6 +175,8 @@ static __always_inline void emit(struct sniffer_record *r)
 		c->woken = r->time_ns;
 		flags = BPF_RB_FORCE_WAKEUP;
 	}
+	if (s && snaps_wanted())
+		snap_record(r, s);
 	if (bpf_ringbuf_output(&ring, r, sizeof(*r), flags))
 		__sync_fetch_and_add(&c->lost, 1);
 }

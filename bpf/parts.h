@@ -272,7 +272,7 @@ int BPF_PROG(part_out, struct sk_buff *skb)
 	o = owner_find(r.cookie);
 	if (o && !o->netns)
 		o->netns = r.netns;
-	emit(&r);
+	emit(&r, &s);
 	return 0;
 }
 
@@ -327,7 +327,9 @@ int part_in(struct __sk_buff *skb)
 	if (a.state == TCP_LISTEN)
 		in_remember(&r, &a);
 	name(&r, &a, SNIFFER_HOW_SOCKET);
-	emit(&r);
+	emit(&r, NULL);
+	if (snaps_wanted())
+		snap_at_hand(&r, skb);
 	return 1;
 }
 
@@ -347,6 +349,7 @@ int BPF_PROG(part_timewait, struct sk_buff *skb)
 	s.len = skb->len;
 	s.thoff = 0;
 	s.end = address(skb->head) + skb->end;
+	s.linear = skb->len - skb->data_len;
 	if (!parse(&r, &s) || r.proto != IPPROTO_TCP || r.tcp_flags & TCP_SYN)
 		return 0;
 	r.ifindex = dev->ifindex;
@@ -356,7 +359,7 @@ int BPF_PROG(part_timewait, struct sk_buff *skb)
 	if (!o || !o->user.tgid)
 		return 0;
 	name_owner(&r, o, SNIFFER_HOW_SOCKET);
-	emit(&r);
+	emit(&r, &s);
 	if (r.tcp_flags & TCP_RST)
 		rest_forget(&r);
 	return 0;
@@ -381,7 +384,7 @@ int BPF_PROG(part_unwanted, struct sk_buff *skb, void *location, u64 reason)
 	r.netns = dev->nd_net.net->ns.inum;
 	r.dir = SNIFFER_DIR_IN;
 	r.how = SNIFFER_HOW_NO_SOCKET;
-	emit(&r);
+	emit(&r, &s);
 	return 0;
 }
 

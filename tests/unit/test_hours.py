@@ -179,15 +179,22 @@ def test_a_file_is_made_when_there_is_an_hour_of_rows(store, make_records, clock
 def test_processes_come_back_from_the_file_of_their_flows(path, store, make_records, clocks):
     known = [Process(12, 7, "dig", exe="/bin/dig", unit="a.service"), Process(11, 7, "curl")]
     rows = [{"tgid": 12, "start_ns": 7, "comm": b"dig", "sport": n} for n in range(100)]
-    fill(store, make_records, rows, processes=known)
+    flows = np.concatenate([summarize(make_records(row), 1) for row in rows])
+    flows["domain"] = 77 << 40
+    numbers = np.arange(1, 101, dtype=np.uint64)
+    names = {77 << 40: "example.org"}
+    store.write(numbers, flows, known, text_of=lambda number: names.get(number, ""))
     fill(store, make_records, [{"tgid": 11, "start_ns": 7, "sport": 1}], first_id=101)
     assert store.seal(lambda ids: ids > 100, 100) == 100
     assert store._one("SELECT count(*) FROM processes") == 1
+    store.trim(1e9, 1 << 30)
+    assert store._one("SELECT count(*) FROM names") == 0
     store.close()
     again = Store(path, moment=clocks)
     assert ids(again, pid=12, limit=5)
     assert [again.process(*one.key) for one in known] == known
     assert again.process(12, 8) is None
+    assert again.name(77 << 40) == "example.org" and again.name(78 << 40) == ""
     again.close()
 
 
@@ -485,6 +492,8 @@ def test_a_history_of_today_goes_on_and_is_sealed(path, store, make_records, clo
     store.close()
     with sqlite3.connect(path) as old:  # as the version before had it
         old.execute("DROP TABLE hours")
+        old.execute("DROP TABLE names")
+        old.execute("ALTER TABLE flows DROP COLUMN domain")
         old.execute("CREATE INDEX flows_comm ON flows (comm, last_ns)")
         old.execute("PRAGMA user_version = 2")
     old.close()

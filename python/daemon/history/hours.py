@@ -18,24 +18,29 @@ import os
 import re
 import sqlite3
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 
+from daemon.history.details import sums
 from daemon.history.memory import Question
 from daemon.history.sealed import Broken, Contents, Key, Rows, Sealed, seal
 from daemon.system.directory import HeldDirectory
 from nlproto.tables.shares import level
 
-__all__ = ["Hours", "Piece", "sums"]
+__all__ = ["Hours", "Piece"]
 
 _NAME = re.compile(r"-(\d{8,18})\.hour\Z")
 _KNOWN = 1 << 16
 """Owners whose file is remembered."""
+_NAME_KEY = -1
+"""In the place of a pid: what follows is the number of a name."""
 _PROGRAMS = 100
 """Of a payer that a piece tells apart; the rest counts as one."""
+
+_What = TypeVar("_What")
 
 log = logging.getLogger(__name__)
 
@@ -279,6 +284,8 @@ class Hours:
                 for ids, flows in sealed.search(question, until_ns, limit, stop):
                     for key in set(flows[["tgid", "start_ns"]].tolist()):
                         self._remember(key, piece.number)
+                    for name in set(flows["domain"].tolist()):
+                        self._remember((_NAME_KEY, name), piece.number)
                     yield from zip(ids.tolist(), flows, strict=True)
             except Broken as error:
                 self._tell(piece.number, error)
@@ -293,21 +300,28 @@ class Hours:
 
     def process(self, key: Key) -> bytes | None:
         """Details of who an answer of ask() named."""
+        return self._told(key, lambda sealed: sealed.processes().get(key))
+
+    def name(self, number: int) -> str:
+        """The name of a far end that an answer of ask() has; "" where there is none."""
+        return self._told((_NAME_KEY, number), lambda sealed: sealed.names().get(number)) or ""
+
+    def _told(self, key: Key, read: Callable[[Sealed], _What | None]) -> _What | None:
         number = self._where.get(key)
-        if number is None:
-            return None
-        sealed = self._open(number)
-        if sealed is None:
+        sealed = None if number is None else self._open(number)
+        if number is None or sealed is None:
             return None
         with sealed:
             try:
-                return sealed.processes().get(key)
+                return read(sealed)
             except Broken as error:
                 self._tell(number, error)
                 return None
 
-    def usage(self, since_ns: int, stop: Callable[[], None]) -> Iterator[list[Any]]:
-        """Yield sums() of what was last seen since then, of each file."""
+    def usage(
+        self, since_ns: int, stop: Callable[[], None]
+    ) -> Iterator[tuple[list[Any], dict[int, str]]]:
+        """Yield sums() of what was last seen since then, and names of far ends, of each file."""
         for piece in self.pieces:
             if piece.newest_ns < since_ns:
                 return
@@ -318,12 +332,12 @@ class Hours:
             with sealed:
                 try:
                     if piece.oldest_ns >= since_ns:
-                        yield sealed.usage()
+                        yield sealed.usage(), sealed.names()
                         continue
                     rows = _joined(sealed.rows(since_ns))
                     new = rows["last_ns"] >= since_ns
                     rows = {name: column[new] for name, column in rows.items()}
-                    yield sums(rows, sealed.processes())
+                    yield sums(rows, sealed.processes()), sealed.names()
                 except Broken as error:
                     self._tell(piece.number, error)
 
@@ -368,7 +382,7 @@ class Hours:
             return None
         with sealed:
             rows = _joined(sealed.rows())
-            details = sealed.processes()
+            details, names = sealed.processes(), sealed.names()
         programs = _programs(rows["comm"], rows["payer"], {one for one in told if one[1]})
         stays = np.array(
             [pair not in which for pair in zip(rows["payer"].tolist(), programs, strict=True)], bool
@@ -378,7 +392,9 @@ class Hours:
         rows = {name: column[stays] for name, column in rows.items()}
         owners = set(zip(rows["tgid"].tolist(), rows["start_ns"].tolist(), strict=True))
         details = {key: raw for key, raw in details.items() if key in owners}
-        return Contents(rows, details, sums(rows, details), piece.number)
+        numbers = set(rows["domain"].tolist())
+        names = {number: name for number, name in names.items() if number in numbers}
+        return Contents(rows, details, sums(rows, details), names, piece.number)
 
 
 def _joined(parts: Iterable[Rows]) -> Rows:
@@ -420,54 +436,3 @@ def _programs(comms: np.ndarray, payers: np.ndarray, told: set[tuple[int, str]])
         name if (payer, name := names[comm]) in told else ""
         for comm, payer in zip(comms.tolist(), payers.tolist(), strict=True)
     ]
-
-
-_SUMS = ("packets_in", "bytes_in", "packets_out", "bytes_out")
-
-
-def sums(rows: Rows, details: Mapping[Key, bytes]) -> list[Any]:
-    """[comm, uid or None, unit, container, flows, packets and bytes in, and out] of each."""
-    owner = np.zeros((len(rows["tgid"]), 5), np.uint64)
-    comm = np.ascontiguousarray(rows["comm"]).view(np.uint64).reshape(-1, 2)
-    for place, column in enumerate((rows["tgid"], rows["start_ns"], *comm.T, rows["uid"])):
-        owner[:, place] = column
-    as_bytes = owner.view("S40").reshape(-1)
-    names, first, places = np.unique(as_bytes, return_index=True, return_inverse=True)
-    flows = np.bincount(places, minlength=len(names))
-    totals = [_summed(places, rows[name], len(names)) for name in _SUMS]
-    found: dict[tuple[Any, ...], list[int]] = {}
-    for at, row in enumerate(first.tolist()):
-        named = bool(rows["tgid"][row])
-        key = int(rows["tgid"][row]), int(rows["start_ns"][row])
-        unit, container = _unit(details.get(key)) if named else ("", "")
-        name = rows["comm"][row].decode("utf-8", "backslashreplace") if named else ""
-        group = name, int(rows["uid"][row]) if named else None, unit, container
-        values = found.setdefault(group, [0] * 5)
-        values[0] += int(flows[at])
-        for place, column in enumerate(totals, 1):
-            values[place] += int(column[at])
-    return [[*group, *values] for group, values in found.items()]
-
-
-def _summed(places: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    total = np.zeros(count, np.uint64)
-    np.add.at(total, places, values)
-    return total
-
-
-class _Of(msgspec.Struct):
-    unit: str = ""
-    container: str = ""
-
-
-_of = msgspec.json.Decoder(_Of)
-
-
-def _unit(raw: bytes | None) -> tuple[str, str]:
-    if raw is None:
-        return "", ""
-    try:
-        one = _of.decode(raw)
-    except (msgspec.DecodeError, msgspec.ValidationError):
-        return "", ""
-    return one.unit, one.container

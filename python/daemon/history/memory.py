@@ -41,7 +41,7 @@ _GROUPS = (
     part_of(FLOW, "laddr", "raddr"),
     part_of(FLOW, "lport", "rport", "proto", "family", "forwarded"),
     with_fields(
-        part_of(FLOW, "inode", "uid", "flags", "how", "comm"),
+        part_of(FLOW, "inode", "uid", "flags", "how", "comm", "domain"),
         ("dirty", "?", ffi.offsetof("struct history_last", "dirty")),
         ("words", ("u8", (2,)), ffi.offsetof("struct history_last", "comm")),
     ),
@@ -142,6 +142,17 @@ class FlowMemory:
             piece = max(1, self.limit // 8)
             for at in range(0, len(new), piece):
                 self._insert(new[at : at + piece], real)
+
+    def note(self, flows: np.ndarray) -> None:
+        """Nothing: update() will (nlproto.overheard.domains.Beginnings)."""
+
+    def first_seen(self, flows: np.ndarray) -> np.ndarray:
+        """CLOCK_MONOTONIC ns of the first packet of each FLOW, 0 of one that is not here."""
+        offset = np.uint64(Clock.now().real_offset_ns & 0xFFFFFFFFFFFFFFFF)
+        with self._lock:
+            rows = self._table.find(np.ascontiguousarray(flows))
+            first = self._columns["first_ns"][np.maximum(rows, 0)] - offset
+        return np.where(rows < 0, np.uint64(0), first)
 
     def _insert(self, flows: np.ndarray, real: int) -> None:
         end = self._size + len(flows)

@@ -62,6 +62,8 @@ class Recorder:
         self._row = 0
         """Failures since the last success."""
         self.failures = 0
+        self.text_of: Callable[[int], str] = lambda number: ""
+        """The name of a far end by its number in flows (nlproto.overheard.names)."""
         self.on_death: Callable[[Error], None] = lambda error: None
         """Called when nothing can be written for good, for a reason that nobody foresaw."""
         self._unforeseen = Failures("recorder")
@@ -138,6 +140,17 @@ class Recorder:
     def past_process(self, tgid: int, start_ns: int) -> Process | None:
         store = self._store
         return None if store is None else store.process(tgid, start_ns)
+
+    def name_of(self, number: int) -> str:
+        """The name of a flow's far end, in memory or in the file; "" where it is lost."""
+        name, store = self.text_of(number), self._store
+        if name or store is None:
+            return name
+        try:
+            return store.name(number)
+        except Error as error:
+            self._failed("not read", error)
+            return ""
 
     def store_figures(self) -> dict[str, Any] | None:
         if self._config.history is None:
@@ -250,7 +263,7 @@ class Recorder:
         found = [self._processes.get(*key) for key in keys]
         processes = [process for process in found if process is not None]
         try:
-            store.write(ids, flows, processes, self._processes.get)
+            store.write(ids, flows, processes, self._processes.get, self.text_of)
             self._unforeseen.clear()
         except Exception as error:
             self.history.mark_changed(ids)

@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from nlproto.tables.flows import FLOW
-from nlproto.tables.processes import Process
 
 __all__ = [
     "APPLICATION",
@@ -19,20 +16,19 @@ __all__ = [
     "CREATE",
     "FROM_1",
     "FROM_2",
+    "FROM_3",
     "HAS_PROCESS",
     "INDEXES",
     "ROW_SIZE",
     "SCHEMA",
     "WRITE_FLOW",
     "WRITE_PROCESS",
-    "details_of",
     "flows_of",
     "rows_of",
     "signed",
-    "space_of",
 ]
 
-SCHEMA = 3
+SCHEMA = 4
 APPLICATION = 0x706B6874  # "pkht", in the file's header: file(1) and we know it by that
 CREATE = """
 CREATE TABLE flows (
@@ -65,6 +61,11 @@ INSERT INTO identity VALUES (randomblob(16));
 """`payer` as in nlproto.tables.shares; `seen` in seconds of daemon.history.elapsed, never of a day;
 `size` in bytes of the file."""
 FROM_2 = """
+ALTER TABLE flows ADD COLUMN domain INTEGER DEFAULT 0;
+CREATE TABLE names (id INTEGER PRIMARY KEY, name TEXT);
+"""
+"""`domain` is the `id` of a name (nlproto.overheard.names), 0: none."""
+FROM_3 = """
 CREATE TABLE IF NOT EXISTS hours (number INTEGER PRIMARY KEY, about BLOB);
 DROP INDEX IF EXISTS flows_comm;
 """
@@ -81,7 +82,8 @@ INDEXES = {
 COLUMNS = tuple(FLOW.names or ())[1:]
 _WRITTEN = (*COLUMNS, "payer", "seen")
 _UPDATED = (
-    "how flags uid inode comm first_ns last_ns packets_in bytes_in packets_out bytes_out payer seen"
+    "how flags uid inode comm domain first_ns last_ns packets_in bytes_in packets_out bytes_out"
+    " payer seen"
 ).split()
 WRITE_FLOW = (
     f"INSERT INTO flows (id, {', '.join(_WRITTEN)}) VALUES (?{', ?' * len(_WRITTEN)})"
@@ -94,12 +96,6 @@ WRITE_PROCESS = (
 HAS_PROCESS = "SELECT 1 FROM processes WHERE tgid = ? AND start_ns = ?"
 ROW_SIZE = 280
 """Bytes of a flow, with its places in the indexes."""
-_DETAILS = 16384
-"""Bytes of one process in the file; longer strings in it are cut."""
-_STRINGS = (
-    *("comm", "user", "exe", "cmdline", "cgroup", "unit", "container"),
-    *("container_name", "image", "pod"),
-)
 
 
 def rows_of(ids: np.ndarray, flows: np.ndarray, *more: np.ndarray) -> Iterator[tuple[Any, ...]]:
@@ -132,19 +128,3 @@ def flows_of(rows: Sequence[tuple[Any, ...]]) -> np.ndarray:
 
 def signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
-
-
-def details_of(process: Process) -> bytes:
-    """As JSON of at most _DETAILS bytes."""
-    raw = msgspec.json.encode(process)
-    room = _DETAILS // 4
-    while len(raw) > _DETAILS:
-        room //= 2
-        short = {name: getattr(process, name)[:room] for name in _STRINGS}
-        raw = msgspec.json.encode(replace(process, **short))
-    return raw
-
-
-def space_of(size: int) -> int:
-    """Bytes that so many of details take in the file: what is long goes to pages of its own."""
-    return size + 100 if size < 900 else 600 + (size // 4092 + 1) * 4096

@@ -16,7 +16,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -37,6 +37,8 @@ _WIDE = ("laddr", "raddr", "comm")
 """Columns of 16 bytes, always in a dictionary."""
 _BYTES = np.dtype("S16")
 COLUMNS = ("id", *(FLOW.names or ())[1:], "payer", "seen")
+
+_Kind = TypeVar("_Kind")
 
 Rows = dict[str, np.ndarray]
 """Columns of one length by name: id, those of FLOW, payer, seen."""
@@ -77,14 +79,19 @@ class _Index(msgspec.Struct, frozen=True):
     replaces: int
     first_id: int
     usage: tuple[int, int]
+    names: tuple[int, int]
 
 
 class Contents(msgspec.Struct, frozen=True):
-    """What seal() is given: `rows`, details of their owners as JSON, sums for `usage`."""
+    """What seal() is given.
+
+    `rows`, details of their owners as JSON, sums for usage, and names of far ends by number.
+    """
 
     rows: Rows
     processes: Mapping[Key, bytes]
     usage: list[Any]
+    names: Mapping[int, str]
     replaces: int = 0
     """The number of the file that this one is instead of."""
 
@@ -150,6 +157,7 @@ def seal(contents: Contents) -> bytes:
             contents.replaces,
             int(rows["id"].min(initial=0)),
             put(msgspec.json.encode(contents.usage)),
+            put(msgspec.json.encode(dict(contents.names))),
         )
     )
     return b"".join([*parts, index, _TAIL.pack(len(index), zlib.crc32(index), _MAGIC)])
@@ -353,10 +361,18 @@ class Sealed:
                     raise Broken("its processes are damaged") from None
         return found
 
-    def usage(self) -> Any:
+    def usage(self) -> list[Any]:
+        """The sums of all rows."""
+        return self._json(self._index.usage, list[Any])
+
+    def names(self) -> dict[int, str]:
+        """Names of far ends by the number that rows have."""
+        return self._json(self._index.names, dict[int, str])
+
+    def _json(self, place: tuple[int, int], kind: type[_Kind]) -> _Kind:
         try:
-            return msgspec.json.decode(self._blob(self._index.usage))
-        except msgspec.DecodeError as error:
+            return msgspec.json.decode(self._blob(place), type=kind)
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
             raise Broken(str(error)) from None
 
 

@@ -10,7 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from daemon.history.hours import Hours, sums
+from daemon.history.details import sums
+from daemon.history.hours import Hours
 from daemon.history.schema import COLUMNS, INDEXES, flows_of, signed
 from daemon.history.sealed import Broken, Contents, Key, Rows
 from nlproto.errors import Error
@@ -25,6 +26,7 @@ _PIECE = 20_000  # rows read at a time
 
 _ROWS = f"SELECT id, {', '.join(COLUMNS)}, payer, seen FROM flows WHERE id BETWEEN ? AND ?"
 _DETAILS = "SELECT details FROM processes WHERE tgid = ? AND start_ns = ?"
+_NAME = "SELECT name FROM names WHERE id = ?"
 _DELETE_FLOW = "DELETE FROM flows WHERE id = ?"
 _DELETE_PROCESS = (
     "DELETE FROM processes WHERE tgid = ? AND start_ns = ? AND NOT EXISTS (SELECT 1 FROM flows"
@@ -65,8 +67,9 @@ def seal(store: Sealing, in_memory: Callable[[np.ndarray], np.ndarray], most: in
         owners = set(zip(rows["tgid"].tolist(), rows["start_ns"].tolist(), strict=True))
         owners.discard((0, 0))
         details = dict(_details(writer, owners))
+        names = dict(_names(writer, set(rows["domain"].tolist())))
     try:
-        piece = store.hours.write(Contents(rows, details, sums(rows, details)))
+        piece = store.hours.write(Contents(rows, details, sums(rows, details), names))
     except OSError as error:
         raise Error(f"{store.path}: no hour is sealed: {error.strerror}") from None
     with store.transaction(durable=True) as writer:
@@ -103,6 +106,13 @@ def _details(writer: sqlite3.Connection, owners: set[Key]) -> Iterator[tuple[Key
         found = writer.execute(_DETAILS, (tgid, signed(start_ns))).fetchone()
         if found is not None:
             yield (tgid, start_ns), bytes(found[0])
+
+
+def _names(writer: sqlite3.Connection, numbers: set[int]) -> Iterator[tuple[int, str]]:
+    for number in numbers:
+        found = writer.execute(_NAME, (signed(number),)).fetchone()
+        if found is not None:
+            yield number, found[0]
 
 
 def drop(store: Sealing, before: int) -> int:

@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from daemon.history.details import encoded, space
 from daemon.history.elapsed import Elapsed, Moment, read_moment
 from daemon.history.hours import Hours
 from daemon.history.memory import Question, payers_of
@@ -32,16 +33,15 @@ from daemon.history.schema import (
     CREATE,
     FROM_1,
     FROM_2,
+    FROM_3,
     HAS_PROCESS,
     INDEXES,
     SCHEMA,
     WRITE_FLOW,
     WRITE_PROCESS,
-    details_of,
     flows_of,
     rows_of,
     signed,
-    space_of,
 )
 from daemon.history.sealing import LEAST, MOST, drop, seal, shorten
 from daemon.history.trim import trim
@@ -143,7 +143,7 @@ class Store:
             if state != "ok":
                 raise sqlite3.DatabaseError(state)
             if version < SCHEMA:
-                steps = "".join((CREATE, FROM_1, FROM_2)[version:])
+                steps = "".join((CREATE, FROM_1, FROM_2, FROM_3)[version:])
                 writer.executescript(
                     f"BEGIN; {steps} PRAGMA application_id = {APPLICATION};"
                     f" PRAGMA user_version = {SCHEMA}; COMMIT;"
@@ -265,10 +265,12 @@ class Store:
         flows: np.ndarray,
         processes: Sequence[Process],
         known: Known = lambda tgid, start_ns: None,
+        text_of: Callable[[int], str] = lambda number: "",
     ) -> None:
         """Insert or update in one transaction. Raises Error; then nothing was written.
 
         `known` has the owners of `flows`: whose details are not in the file are written, too.
+        `text_of` has the names of their far ends.
         """
         if not len(ids) and not processes:
             return
@@ -277,6 +279,9 @@ class Store:
             payers = payers_of(flows["tgid"], flows["uid"], self._payers)
             seen = np.full(len(flows), now, np.int64)
             writer.executemany(WRITE_FLOW, rows_of(ids, flows, payers, seen))
+            numbers = np.unique(flows["domain"]).tolist()
+            names = [(signed(one), name) for one in numbers if one and (name := text_of(one))]
+            writer.executemany("INSERT OR IGNORE INTO names VALUES (?, ?)", names)
             written = {one.key for one in processes}
             owners = np.unique(flows[["tgid", "start_ns"]][flows["tgid"] != 0]).tolist()
             missing = [
@@ -291,10 +296,10 @@ class Store:
             )
 
     def _details(self, process: Process, now: int) -> tuple[Any, ...]:
-        raw = details_of(process)
+        raw = encoded(process)
         payer = self._payers.of_one(process.uid) if self._payers is not None else process.uid
         payer = NOBODY if payer is None else payer
-        return process.tgid, signed(process.start_ns), now, raw, payer, space_of(len(raw))
+        return process.tgid, signed(process.start_ns), now, raw, payer, space(len(raw))
 
     def mark_time(self) -> int:
         """In a transaction: write down how long the history has lived, in seconds."""
@@ -338,6 +343,8 @@ class Store:
         if age != old_age or now - looked >= min(_AGED, age / 50):
             self._aged = age, now
             before = now - math.ceil(age)
+            with self.transaction() as writer:
+                writer.execute("DELETE FROM names WHERE id NOT IN (SELECT domain FROM flows)")
         # neither part can push out the other altogether
         gone += shorten(self, max(size - self.used_bytes(), size // 4))
         return gone + trim(self, before, max(size - self.hours.size, size // 4))
@@ -419,6 +426,11 @@ class Store:
         )
         reader.execute(f"PRAGMA busy_timeout = {_BUSY}")
         return reader
+
+    def name(self, number: int) -> str:
+        """The name of a far end that has this number in flows, "" when it is not here."""
+        name: str | None = self._one("SELECT name FROM names WHERE id = ?", signed(number))
+        return name or self.hours.name(number)
 
     def process(self, tgid: int, start_ns: int) -> Process | None:
         query = "SELECT details FROM processes WHERE tgid = ? AND start_ns = ?"

@@ -19,6 +19,7 @@ from daemon.serve.requests import History as HistoryRequest
 from daemon.serve.requests import Lookup, LookupKey, OwnerOf, Who
 from nlproto.errors import UsageError
 from nlproto.host.kernel_sockets import KernelSockets
+from nlproto.overheard.names import is_of_resolver
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records.wire import PROTO_NAMES
 from nlproto.tables.flows import pack_address
@@ -86,6 +87,8 @@ class Answers:
     kernel: KernelSockets | None = None
     remembers_since: Callable[[], float] = time.time
     """Unix time: what was seen later is still known."""
+    name_of: Callable[[int], str] = lambda number: ""
+    """The name of a flow's far end."""
 
     def is_cheap(self, request: OwnerOf) -> bool:
         """Whether the answer takes less time than another thread takes to begin with it."""
@@ -179,7 +182,7 @@ class Answers:
         def fields() -> Iterable[dict[str, Any]]:
             for _, row in rows:
                 stop()
-                flow = flow_fields(row)
+                flow = flow_fields(row) | {"domain": self._domain(int(row["domain"]), uid)}
                 if flow["pid"] is not None:
                     keys[flow["pid"], flow["start_ns"]] = None
                 yield flow
@@ -195,6 +198,12 @@ class Answers:
             "processes": room.fill(self._processes(keys, uid, stop)),
             "truncated": room.truncated or total > len(flows) or owners_total > len(owners_now),
         }
+
+    def _domain(self, number: int, uid: int | None) -> str:
+        """What a resolver asked for others is for who sees everything."""
+        if not number or (uid is not None and is_of_resolver(number)):
+            return ""
+        return self.name_of(number)
 
     def _ask(self, question: Question, stop: Stop) -> tuple[int, list[tuple[int, np.void]]]:
         total, rows = self.history.ask(question)

@@ -78,6 +78,9 @@ class Config:
     cmdline: Literal["full", "program", "off"] = "program"
     """What is kept of command lines: full, program (the first word), off."""
 
+    domains: Literal["dns", "sni", "off"] = "dns"
+    """Names of far ends: from DNS answers, or (sni) from TLS to port 443 too; off."""
+
     queue_size: Annotated[int, _size(1 << 16, 16 << 30)] = 64 << 20
     """Between receiver and worker."""
     ring_size: Annotated[int, _size(1 << 18, 1 << 30)] = 16 << 20
