@@ -242,14 +242,14 @@ class Hours:
         heapq.heapify(newest)
         more: list[tuple[int, np.void]] = []
         since_ns = max(question.since_ns or 0, question.at_ns or 0)
+        ends = (question.until_ns, question.at_ns)
+        begins_ns = min((one for one in ends if one is not None), default=until_ns)
         for piece in self.pieces:
             if piece.newest_ns < since_ns:
                 break
             if len(newest) == count and newest[0] >= piece.newest_ns:
                 break
-            if question.at_ns is not None and piece.begin_ns > question.at_ns:
-                continue
-            if piece.oldest_ns > until_ns:
+            if piece.begin_ns > begins_ns or piece.oldest_ns > until_ns:
                 continue
             stop()
             for number, flow in self._rows(piece, question, until_ns, count, stop):

@@ -71,10 +71,15 @@ class Question:
     """Only named flows of this owner; what a user without rights may see."""
     since_ns: int | None = None
     """Last packet at this time or later."""
+    until_ns: int | None = None
+    """First packet at this time or before."""
     at_ns: int | None = None
     """First packet at or before, last packet at or after."""
     ends: tuple[End, End] | None = None
     """Of one flow, whichever of them is local."""
+    netns: int | None = None
+    listening: bool = False
+    """Of sockets of now: those that wait for somebody."""
     limit: int = 1000
 
     @property
@@ -250,11 +255,17 @@ def matching(columns: Mapping[str, np.ndarray], size: int, question: Question) -
         )
     if question.since_ns is not None:
         mask &= columns["last_ns"][:size] >= max(0, question.since_ns)
+    if question.until_ns is not None:
+        mask &= columns["first_ns"][:size] <= max(0, question.until_ns)
     if question.at_ns is not None:
         moment = max(0, question.at_ns)
         mask &= columns["first_ns"][:size] <= moment
         mask &= columns["last_ns"][:size] >= moment
-    for name, value in (("proto", question.proto), ("tgid", question.pid)):
+    for name, value in (
+        ("proto", question.proto),
+        ("tgid", question.pid),
+        ("netns", question.netns),
+    ):
         if value is not None:
             mask &= columns[name][:size] == value
     if question.ends is not None:

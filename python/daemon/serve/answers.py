@@ -163,14 +163,18 @@ class Answers:
             pname=request.pname,
             uid=asked_uid,
             since_ns=None if request.since is None else now_ns - int(request.since * 1e9),
+            until_ns=None if request.until is None else now_ns - int(request.until * 1e9),
             at_ns=None if request.at is None else int(request.at * 1e9),
             ends=None if request.ends is None else _ends(*request.ends),
+            netns=request.netns,
+            listening=request.listening,
             limit=request.limit,
         )
-        total, rows = self._ask(question, stop)
+        total, rows = (0, []) if request.listening else self._ask(question, stop)
         owners: list[dict[str, Any]] = []
         owners_total = 0
-        if request.at is None and not isinstance(request, HistoryRequest):
+        of_now = request.at is None and not request.until
+        if of_now and not isinstance(request, HistoryRequest):
             looking = Looking(uid, stop)
             owners_total, owners = self._owners_now(question, looking)
             room.truncated |= looking.truncated

@@ -188,14 +188,18 @@ class DaemonClient:
         pid: int | None = None,
         pname: str | None = None,
         since: float | None = None,
+        until: float | None = None,
         at: float | None = None,
+        netns: int | None = None,
+        listening: bool | None = None,
         limit: int | None = None,
     ) -> dict[str, Any]:
         """Who owns, or owned, the traffic that fits.
 
-        `since`: seconds before now; `at`: Unix time in seconds; `proto`: "tcp" or "udp";
-        `host`: address or network. The reply has "owners" (sockets there now), "flows" (of the
-        history, last seen first), "total", "truncated" and "processes" (Process as dicts).
+        `since`, `until`: seconds before now; `at`: Unix time in seconds; `proto`: "tcp" or "udp";
+        `host`: address or network; `netns`: inode; `listening`: what waits for somebody alone.
+        The reply has "owners" (sockets there now), "flows" (of the history, last seen first),
+        "total", "truncated" and "processes" (Process as dicts).
         """
         return self.request(
             "who",
@@ -205,7 +209,10 @@ class DaemonClient:
             pid=pid,
             pname=pname,
             since=since,
+            until=until,
             at=at,
+            netns=netns,
+            listening=listening,
             limit=limit,
         )
 
