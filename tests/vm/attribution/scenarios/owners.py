@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sockets that change hands: fork, exec, SCM_RIGHTS, pidfd_getfd, shared listeners."""
+"""Sockets that change hands: fork, exec, SCM_RIGHTS, pidfd_getfd."""
 
 from __future__ import annotations
 
