@@ -8,7 +8,7 @@
 _shtab_packet_hunter_subparsers=(top who web stats annotate report doctor)
 
 _shtab_packet_hunter_top_option_strings=(-h --help -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container --pod --unit --parent --exe --cmdline -n --numbers -u --units -d --interval --socket --direct --engine -B --buffer -r --read)
-_shtab_packet_hunter_who_option_strings=(-h --help --port --proto --host --pid --pname --since --limit --json --socket)
+_shtab_packet_hunter_who_option_strings=(-h --help --port --proto --host --pid --pname --netns --since --until --by --limit --json --socket)
 _shtab_packet_hunter_web_option_strings=(-h --help --port --socket)
 _shtab_packet_hunter_stats_option_strings=(-h --help --json --socket)
 _shtab_packet_hunter_annotate_option_strings=(-h --help -o --output --netns --process-blocks --socket)
@@ -25,7 +25,6 @@ _shtab_packet_hunter_top___uid_COMPGEN=''
 _shtab_packet_hunter_top___socket_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_top__r_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_top___read_COMPGEN=_shtab_compgen_files
-_shtab_packet_hunter_who___port_COMPGEN=''
 _shtab_packet_hunter_who___host_COMPGEN=''
 _shtab_packet_hunter_who___pid_COMPGEN=''
 _shtab_packet_hunter_who___socket_COMPGEN=_shtab_compgen_files
@@ -56,6 +55,7 @@ _shtab_packet_hunter_top__u_choices=(bin-bytes bin-bits si-bytes si-bits)
 _shtab_packet_hunter_top___units_choices=(bin-bytes bin-bits si-bytes si-bits)
 _shtab_packet_hunter_top___engine_choices=(auto module ebpf packet)
 _shtab_packet_hunter_who___proto_choices=(tcp udp)
+_shtab_packet_hunter_who___by_choices=(name unit container user host port)
 _shtab_packet_hunter_pos_0_choices=(top who web stats annotate report doctor)
 _shtab_packet_hunter__Q_choices=(in out inout)
 _shtab_packet_hunter___direction_choices=(in out inout)

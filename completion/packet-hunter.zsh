@@ -16,7 +16,7 @@ _shtab_packet_hunter_commands() {
     stats:'what the daemon has seen, and how well it names'
     top:'processes by rate, live'
     web:'the same in a browser, with the history'
-    who:'which process owns, or owned, a port'
+    who:'what listens, and which process owns, or owned, a port'
   )
   _describe 'packet-hunter commands' _commands
   local _words=(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe ifindex less greater)
@@ -140,12 +140,15 @@ _shtab_packet_hunter_web_defaults_added=0
 
 _shtab_packet_hunter_who_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--port[local or remote port, or its service]:N:_ports"
+  "--port[the same]:N:"
   "--proto[tcp or udp]:P:(tcp udp)"
   "--host[address or network of the other end]:H:_hosts"
   "--pid[what this process talks to]:P:_pids"
   "--pname[what processes so named talk to]:NAME:"
-  "--since[seen so long ago at most (60s, 5m)]:S:"
+  "--netns[in this network namespace alone\: its name, a pid or its inode]:NS:"
+  "--since[seen so long ago at most (60s, 5m), or since 14\:30, 2026-05-28 or both]:T:"
+  "--until[not begun later than that\; nothing of now]:T:"
+  "--by[sums instead of rows\: by name, unit, container, user, host, port]:KEY:(name unit container user host port)"
   "--limit[at most N rows of a table (default\: 50)\; with --json\: N flows (1000)]:N:"
   "--json[one JSON object]"
   "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"

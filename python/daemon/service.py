@@ -12,6 +12,7 @@ if "asyncio" not in sys.modules:
 
     del sys.modules["ssl"]
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -36,6 +37,7 @@ from nlproto.errors import Error, UsageError
 from nlproto.host import procfs
 from nlproto.host.containers import ContainerFiles
 from nlproto.host.holders import Holders
+from nlproto.overheard.listening import Overheard
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.naming import Namer
 from nlproto.pipeline.pipeline import Pipeline
@@ -91,7 +93,15 @@ class Service:
             SocketFile(config.socket) as socket_file,
             Recorder(config, processes, payers) as recorder,
             Namer(processes.start_of, holders) as namer,
+            contextlib.ExitStack() as stack,
         ):
+            overheard = None
+            if config.domains != "off":
+                overheard = stack.enter_context(
+                    Overheard(log.warning, config.domains == "sni", recorder.history)
+                )
+                processes.ends = overheard.ends
+                recorder.text_of = overheard.names.text
             engine = open_engine(
                 config.engine, log.warning, ring_bytes=config.ring_size, holders=holders
             )
@@ -104,6 +114,7 @@ class Service:
                 queue=MessageQueue(config.queue_size),
                 on_death=self._die,
                 packets=False,
+                overheard=overheard,
             )
             recorder.on_death = self._die
             asyncio.run(self._serve(socket_file, pipeline, recorder, holders))
@@ -130,6 +141,7 @@ class Service:
         loop = asyncio.get_running_loop()
         answers = Answers(pipeline, recorder.history, recorder.past, recorder.past_process)
         answers.remembers_since = recorder.remembers_since
+        answers.name_of = recorder.name_of
         server = Server(
             loop, answers, self.config, lambda: figures(pipeline, recorder), self._bounds
         )

@@ -241,7 +241,7 @@ def test_first_bytes_are_not_for_users_without_rights(daemon, tmp_path):
     """What a process sends is for those who could capture it themselves."""
     script = (
         "import sys; from nlproto.client.client import DaemonClient\n"
-        "print(DaemonClient(sys.argv[1]).start('', snaps=True)['snaps'])"
+        "print(DaemonClient(sys.argv[1]).start('', first_bytes=True)['snaps'])"
     )
     os.chmod(daemon.parent, 0o755)
     # as nobody, who may still read this Python wherever it is installed

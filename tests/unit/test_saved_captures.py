@@ -145,8 +145,8 @@ def everything(make_records):
     return NamedBatch(head, records, Clock(NOON_NS, 0)), known, holders
 
 
-def save(path, batch, details, holders, snaps=None):
-    saver = open_saver(str(path), format_of(str(path), None), snaps)
+def save(path, batch, details, holders, first_bytes=None):
+    saver = open_saver(str(path), format_of(str(path), None), first_bytes)
     saver.add(columns(batch, details, holders))
     saver.close()
     assert saver.rows == len(batch.records)

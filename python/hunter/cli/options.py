@@ -12,6 +12,7 @@ from nlproto.client.frames import DEFAULT_SOCKET
 
 __all__ = [
     "Annotate",
+    "BY",
     "Choice",
     "Command",
     "Doctor",
@@ -26,9 +27,12 @@ __all__ = [
     "command_of",
 ]
 
+BY = ("name", "unit", "container", "user", "host", "port")
+"""What `who` sums up by."""
+
 SUBCOMMANDS = {
     "top": "processes by rate, live",
-    "who": "which process owns, or owned, a port",
+    "who": "what listens, and which process owns, or owned, a port",
     "web": "the same in a browser, with the history",
     "stats": "what the daemon has seen, and how well it names",
     "annotate": "write the owners into a capture of tcpdump or Wireshark",
@@ -119,17 +123,29 @@ class Top:
 
 @dataclass(frozen=True, slots=True)
 class Who:
+    """Without a word of what is asked about: what listens."""
+
     port: int | None
     proto: str | None
     host: str | None
     pid: int | None
     pname: str | None
     since: float | None
+    until: float | None
     """Seconds before now."""
+    netns: str | None
+    by: str | None
+    """One of BY."""
     limit: int | None
     json: bool
     socket: str
     socket_given: bool
+
+    @property
+    def listening(self) -> bool:
+        """Whether nothing was asked for but what listens."""
+        asked = (self.port, self.host, self.pid, self.pname, self.since, self.until, self.by)
+        return all(one is None for one in asked)
 
 
 @dataclass(frozen=True, slots=True)

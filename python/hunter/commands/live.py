@@ -61,7 +61,9 @@ def run(
         refuse_input(options.save or "-", options.origin.read or ())
         # the source first: an old capture is not emptied for one that cannot begin
         source = stack.enter_context(
-            open_source(options.origin, options.choice, wanted, notify, snaps=kind == "pcapng")
+            open_source(
+                options.origin, options.choice, wanted, notify, first_bytes=kind == "pcapng"
+            )
         )
         savers: dict[str, Saver] = {}
         rotation: Rotation | None = None
@@ -69,7 +71,7 @@ def run(
             savers[options.save] = rotation = open_saver(
                 options.save,
                 kind,
-                source.snaps,
+                source.first_bytes,
                 options.rotate,
                 options.keep,
                 options.process_blocks,

@@ -36,7 +36,7 @@ _WORDS = tuple(name for name in COLUMNS if name not in (*_IN_PACKET, *_APART))
 
 
 class PcapngSaver:
-    """Real first bytes where `snaps` has them; else IP, TCP and UDP headers made from the record.
+    """Real bytes where `first_bytes` has them; else IP, TCP and UDP headers made from the record.
 
     Each has the pid and tid of its process as option 8: outbound, of who sent it, inbound, of who
     receives it. `process_blocks`: before its first packet each process has a block.
@@ -45,12 +45,12 @@ class PcapngSaver:
     """
 
     def __init__(
-        self, file: CaptureFile, snaps: FirstBytes | None, process_blocks: bool = False
+        self, file: CaptureFile, first_bytes: FirstBytes | None, process_blocks: bool = False
     ) -> None:
         self._file = file
         self._process_blocks = process_blocks
         self._described: dict[int, Process] = {}
-        self._snaps = snaps
+        self._first_bytes = first_bytes
         self._interfaces: dict[tuple[int, int, str], int] = {}
         self._loopback: set[str] = set()
         file.write(section_header(f"packet-hunter {__version__}"))
@@ -77,8 +77,8 @@ class PcapngSaver:
         parts: list[bytes] = []
         for i, time_ns in enumerate(real):
             record, way, length = records[i], table.dir[i], table.len[i]
-            snap = None if self._snaps is None else self._snaps.find(record)
-            data = rebuilt(record) if snap is None else snap.data
+            found = None if self._first_bytes is None else self._first_bytes.find(record)
+            data = rebuilt(record) if found is None else found.data
             row: dict[str, Any] = {name: values[name][i] for name in _WORDS}
             if not _tells(data, record):
                 row |= {name: values[name][i] for name in _IN_PACKET}
@@ -89,7 +89,7 @@ class PcapngSaver:
             head, interface = self._interface(values, i)
             if values["ifindex"][i] == _LOOPBACK:
                 self._loopback.add(way)
-            text = comment_of(row, made=snap is None)
+            text = comment_of(row, made=found is None)
             flags, length = _FLAGS.get(way, 0), max(length, len(data))
             pid, process = row["pid"], table.process[i]
             ids = None if pid is None else (pid, row["tid"] or 0)

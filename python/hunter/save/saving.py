@@ -78,7 +78,7 @@ def refuse_input(path: str, inputs: Iterable[str]) -> None:
 
 
 def _make(
-    kind: str, snaps: FirstBytes | None, process_blocks: bool
+    kind: str, first_bytes: FirstBytes | None, process_blocks: bool
 ) -> Callable[[CaptureFile], Saver]:
     if kind in LINES:
         return lambda file: LineSaver(file, LINES[kind])
@@ -86,7 +86,7 @@ def _make(
     if kind == "pcapng":
         from hunter.save.save_pcapng import PcapngSaver
 
-        return lambda file: PcapngSaver(file, snaps, process_blocks)
+        return lambda file: PcapngSaver(file, first_bytes, process_blocks)
     from hunter.save.save_parquet import ParquetSaver
 
     return ParquetSaver
@@ -95,19 +95,19 @@ def _make(
 def open_saver(
     path: str,
     kind: str,
-    snaps: FirstBytes | None,
+    first_bytes: FirstBytes | None,
     rotate: int | None = None,
     keep: int | None = None,
     process_blocks: bool = False,
 ) -> Rotation:
     """Return a saver of format `kind` to `path` ("-": standard output).
 
-    pcapng takes `snaps`, and `process_blocks`.
+    pcapng takes `first_bytes`, and `process_blocks`.
 
     `rotate`: bytes after which the next file begins, as tcpdump's -C: path, path1, path2 ...;
     `keep`: after so many files the first is written again (-W). Raises Error, UsageError.
     """
-    return Rotation(path, _make(kind, snaps, process_blocks), rotate, keep)
+    return Rotation(path, _make(kind, first_bytes, process_blocks), rotate, keep)
 
 
 class Rotation:

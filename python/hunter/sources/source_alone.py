@@ -33,7 +33,7 @@ _BATCHES = 64  # that may wait for the reader; behind them the pipeline's own qu
 class PipelineSource:
     """Takes what `pipeline` gives; a slow reader shows as loss in the pipeline's queue."""
 
-    def __init__(self, pipeline: Pipeline, filter: Filter, snaps: bool) -> None:
+    def __init__(self, pipeline: Pipeline, filter: Filter, first_bytes: bool) -> None:
         self.description = f"engine {pipeline.engine.name}"
         self._pipeline = pipeline
         self._filter = filter
@@ -41,7 +41,9 @@ class PipelineSource:
         self._failure: Error | None = None
         self._left = False
         self._stopper: threading.Thread | None = None
-        self.snaps = pipeline.snaps if snaps and pipeline.want_snaps(True) else None
+        self.first_bytes = (
+            pipeline.first_bytes if first_bytes and pipeline.want_first_bytes(True) else None
+        )
         pipeline.subscribe(self._take)
 
     def __enter__(self) -> Self:
@@ -126,10 +128,10 @@ def open_alone(
     engine: str,
     filter: Filter,
     notify: Callable[[str], None],
-    snaps: bool = False,
+    first_bytes: bool = False,
     ring_bytes: int | None = None,
 ) -> PipelineSource:
-    """Return a source with an engine of its own; `snaps`: with the first bytes of packets.
+    """Return a source with an engine of its own; `first_bytes`: with the first bytes of packets.
 
     Raises Error, NoPrivilege with the way out."""
     try:
@@ -149,5 +151,5 @@ def open_alone(
         on_death=lambda error: sources[0].failed(error),
         patience=PATIENCE,
     )
-    sources.append(PipelineSource(pipeline, filter, snaps))
+    sources.append(PipelineSource(pipeline, filter, first_bytes))
     return sources[0]

@@ -91,7 +91,7 @@ class FileSource:
         self.description = f"from {', '.join(paths)}"
         self.tcp_flags = True
         """Whether rows tell TCP's flags."""
-        self.snaps: FirstBytes | None = None
+        self.first_bytes: FirstBytes | None = None
         self._filter = filter
         self._processes = Processes(limit=_MAX_PROCESSES)
         self._starts: dict[tuple[Any, ...], int] = {}
@@ -104,7 +104,7 @@ class FileSource:
             packets = [self._open(stack.enter_context(Input(path)), bytes) for path in paths]
             self._closing = stack.pop_all()
         if bytes:
-            self.snaps = FirstBytes()
+            self.first_bytes = FirstBytes()
         self._packets: Iterator[_Packet] = (
             packets[0] if len(packets) == 1 else heapq.merge(*packets, key=lambda one: one.time_ns)
         )
@@ -154,8 +154,8 @@ class FileSource:
                     record[name] = one.fields[name]
         records["seq"] = np.arange(self._seq, self._seq + len(packets)) & _U32
         self._seq += len(packets)
-        if self.snaps is not None:
-            self._keep(records, packets, self.snaps)
+        if self.first_bytes is not None:
+            self._keep(records, packets, self.first_bytes)
         head = np.zeros(1, wire.BATCH)[0]
         return [NamedBatch(head, records[self._filter.mask(records, self._processes)], _CLOCK)]
 
@@ -208,15 +208,17 @@ class FileSource:
                 if len(self._holders) > _MAX_SHARED + _ROWS:
                     self._holders.popitem(last=False)
 
-    def _keep(self, records: np.ndarray, packets: Sequence[_Packet], snaps: FirstBytes) -> None:
+    def _keep(
+        self, records: np.ndarray, packets: Sequence[_Packet], first_bytes: FirstBytes
+    ) -> None:
         found = []
         for record, one in zip(records, packets, strict=True):
             if one.data is None:
                 continue
             head = np.zeros(1, wire.SNAP)[0]
             head["time_ns"], head["seq"], head["caplen"] = one.time_ns, record["seq"], len(one.data)
-            found.append(wire.Snap(head, one.data))
-        snaps.keep(wire.SnapBatch(np.zeros(1, wire.BATCH)[0], tuple(found)))
+            found.append(wire.PacketBytes(head, one.data))
+        first_bytes.keep(wire.FirstBytesBatch(np.zeros(1, wire.BATCH)[0], tuple(found)))
 
     def _understood(self, row: Row) -> _Packet:
         """Raises ValueError."""

@@ -22,7 +22,7 @@ from nlproto.engines.bpf import NoBpf, Object, Ring, has_target
 from nlproto.host import netns
 from nlproto.records import wire
 from nlproto.records.clock import Clock
-from nlproto.records.wire import NO_CPU, Batch, Snap, SnapBatch, lib
+from nlproto.records.wire import NO_CPU, Batch, FirstBytesBatch, PacketBytes, lib
 
 __all__ = ["EbpfEngine", "runs"]
 
@@ -128,7 +128,7 @@ class EbpfEngine:
         shared = mmap.MAP_SHARED
         fd = self._object.map_fd("ring")
         self._ring = Ring(fd, ring_bytes, wire.RECORD)
-        self._snaps = Ring(self._object.map_fd("snaps"), _SNAP_BYTES, _SNAP)
+        self._first_bytes_ring = Ring(self._object.map_fd("snaps"), _SNAP_BYTES, _SNAP)
         wishes = mmap.mmap(self._object.map_fd("wishes"), mmap.PAGESIZE, shared)
         self._wish = np.frombuffer(wishes, "u8", 1)
         counters = mmap.mmap(
@@ -167,7 +167,7 @@ class EbpfEngine:
             records["netns"][records["netns"] == 0] = self._netns
         return records
 
-    def _batches(self, records: np.ndarray) -> Iterator[Batch | SnapBatch]:
+    def _batches(self, records: np.ndarray) -> Iterator[Batch | FirstBytesBatch]:
         if self._wish[0]:
             yield from self._first_bytes()
         numbers = np.unique(records["cpu"]).tolist()
@@ -229,7 +229,7 @@ class EbpfEngine:
         head: np.void = heads[0]
         return head
 
-    def read(self, timeout: float) -> Iterator[Batch | SnapBatch]:
+    def read(self, timeout: float) -> Iterator[Batch | FirstBytesBatch]:
         """See Engine."""
         self._collect()
         records = self._take()
@@ -241,17 +241,20 @@ class EbpfEngine:
             self._busy_until = time.monotonic() + 10 * _POLL
         yield from self._batches(records)
 
-    def _first_bytes(self) -> Iterator[SnapBatch]:
+    def _first_bytes(self) -> Iterator[FirstBytesBatch]:
         """What there is of them; a record may come before, but not be waited for long."""
-        found = self._snaps.take()
+        found = self._first_bytes_ring.take()
         if len(found):
             heads, data = found["head"], found["data"]
-            snaps = zip(heads, data.tolist(), heads["caplen"].tolist(), strict=True)
+            packets = zip(heads, data.tolist(), heads["caplen"].tolist(), strict=True)
             size = lib.SNIFFER_SNAP_LEN
             head: np.void = np.zeros(1, wire.BATCH)[0]
-            yield SnapBatch(
+            yield FirstBytesBatch(
                 head,
-                tuple(Snap(first, one.ljust(size, b"\0")[:caplen]) for first, one, caplen in snaps),
+                tuple(
+                    PacketBytes(first, one.ljust(size, b"\0")[:caplen])
+                    for first, one, caplen in packets
+                ),
             )
 
     def _collect(self) -> None:
@@ -263,7 +266,7 @@ class EbpfEngine:
         took = time.monotonic() - now
         self._collect_again = now + max(_COLLECT, _COLLECT_SHARE * took)
 
-    def want_snaps(self, wanted: bool) -> bool:
+    def want_first_bytes(self, wanted: bool) -> bool:
         """See Engine."""
         self._wish[0] = wanted
         return True
@@ -316,7 +319,7 @@ class EbpfEngine:
         }
         return time.monotonic_ns()
 
-    def finish(self, until_ns: int | None = None) -> Iterator[Batch | SnapBatch]:
+    def finish(self, until_ns: int | None = None) -> Iterator[Batch | FirstBytesBatch]:
         """See Engine."""
         tails = self._position()
         self._until = {int(tail["cpu"]): int(tail["record_seq"]) for tail in tails}
@@ -327,13 +330,13 @@ class EbpfEngine:
                 yield event
         self.closing = tails
 
-    def catch_up(self) -> Iterator[Batch | SnapBatch]:
+    def catch_up(self) -> Iterator[Batch | FirstBytesBatch]:
         """See Engine."""
         tails = self._position()
         yield from self._up_to(tails)
         self.closing = tails
 
-    def _up_to(self, tails: np.ndarray) -> Iterator[Batch | SnapBatch]:
+    def _up_to(self, tails: np.ndarray) -> Iterator[Batch | FirstBytesBatch]:
         deadline = time.monotonic() + 2 * _LATE
         while True:
             yield from self._batches(self._take())

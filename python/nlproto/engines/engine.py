@@ -42,7 +42,7 @@ class Engine(Protocol):
         """
         ...
 
-    def want_snaps(self, wanted: bool) -> bool:
+    def want_first_bytes(self, wanted: bool) -> bool:
         """Send the first bytes of packets too, or no more; whether it can. From any thread."""
         ...
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from nlproto.host.holders import Holders
-from nlproto.host.namespace_diags import NamespaceDiags
+from nlproto.host.namespace_sockets import NamespaceSockets
 from nlproto.host.procfs import Owner
 from nlproto.host.sockdiag import HOST_SOCKET, TcpState
 from nlproto.host.sockets import held
@@ -79,7 +79,7 @@ class KernelSockets:
     ) -> None:
         self._holders = holders or Holders()
         self._now_ns = now_ns
-        self._diags = NamespaceDiags(now_ns)
+        self._namespaces = NamespaceSockets(now_ns)
         self._held: dict[int, tuple[Owner, ...]] = {}
         self._ports: dict[int, int] = {}
         self._unchecked: list[int] = []
@@ -99,7 +99,7 @@ class KernelSockets:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._diags.close()
+        self._namespaces.close()
 
     def holders_of(self, inode: int) -> Iterator[Owner]:
         """Who holds a socket at this moment, as far as known; from any thread."""
@@ -108,7 +108,7 @@ class KernelSockets:
     def read(self) -> HeldSockets:
         """Look at the tables of all namespaces. Costs time by their size; see HeldSockets."""
         began = self._now_ns()
-        tables = self._diags.tables()
+        tables = self._namespaces.tables()
         found = self._read(tables)
         self.tables, self.looked_ns = tables, began
         return found

@@ -18,6 +18,7 @@ import numpy as np
 from nlproto.host import cgroups, procfs
 from nlproto.host.containers import ContainerFiles
 from nlproto.host.procfs import TICK_NS, Parent, same_start
+from nlproto.records.ends import Ends, NoEnds
 from nlproto.records.wire import ProcessEvent, bounded, lib, taken, text
 from nlproto.running.supervise import Failures
 from nlproto.tables.column_table import mix, random_seed
@@ -132,6 +133,8 @@ class Processes:
         payers: Payers | None = None,
         containers: ContainerFiles | None = None,
     ) -> None:
+        self.ends: Ends = NoEnds()
+        """What is known of the far ends of these processes' packets."""
         self._details = details
         self._containers = containers
         self._payers = payers
