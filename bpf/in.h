@@ -203,7 +203,6 @@ SEC("fexit/inet_csk_clone_lock")
 int BPF_PROG(child_made, struct sock *sk, struct request_sock *req, u32 priority,
 	     struct sock *child)
 {
-	struct owner *o;
 	struct sock *parent;
 	u64 via, cookie;
 
@@ -211,11 +210,7 @@ int BPF_PROG(child_made, struct sock *sk, struct request_sock *req, u32 priority
 		return 0;
 	cookie = bpf_get_socket_cookie(child);
 	if (is_servers(sk)) {
-		o = owner_make(cookie);
-		if (o && !o->user.tgid) {
-			o->servers = 1;
-			o->dead = bpf_ktime_get_ns();
-		}
+		owner_kernel(cookie);
 		return 0;
 	}
 	via = sk->__sk_common.skc_cookie.counter;

@@ -145,6 +145,7 @@ class Service:
         answers = Answers(pipeline, recorder.history, recorder.past, recorder.past_process)
         answers.remembers_since = recorder.remembers_since
         answers.name_of = recorder.name_of
+        answers.sums = recorder.usage
         server = Server(
             loop, answers, self.config, lambda: figures(pipeline, recorder), self._bounds
         )
