@@ -15,8 +15,9 @@ _shtab_packet_hunter_commands() {
     report:'make a page of a saved capture'
     stats:'what the daemon has seen, and how well it names'
     top:'processes by rate, live'
+    usage:'who used how much, in an hour or a month'
     web:'the same in a browser, with the history'
-    who:'which process owns, or owned, a port'
+    who:'what listens, and which process owns, or owned, a port'
   )
   _describe 'packet-hunter commands' _commands
   local _words=(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe domain ifindex less greater)
@@ -58,7 +59,7 @@ _shtab_packet_hunter_options=(
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, ebpf, packet, or auto (default)]:E:(auto module ebpf packet)"
   {-B,--buffer}"[of engine packet, without the daemon\: for packets that wait (default\: 16384)]:KIB:"
-  "--domains[without the daemon\: names of far ends from DNS answers (default), or from TLS to port 443 too (sni), or off]:domains:(dns sni off)"
+  "--domains[without the daemon\: far ends\' names from DNS (default), TLS to port 443 too (sni), off]:domains:(dns sni off)"
   "*"{-r,--read}"[show a saved capture of any format, compressed or not\; - is standard input (repeatable\: all in order of time)]:FILE:_files"
   {-D,--list-interfaces}"[list interfaces, and end]"
 )
@@ -124,12 +125,24 @@ _shtab_packet_hunter_top_options=(
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, ebpf, packet, or auto (default)]:E:(auto module ebpf packet)"
   {-B,--buffer}"[of engine packet, without the daemon\: for packets that wait (default\: 16384)]:KIB:"
-  "--domains[without the daemon\: names of far ends from DNS answers (default), or from TLS to port 443 too (sni), or off]:domains:(dns sni off)"
+  "--domains[without the daemon\: far ends\' names from DNS (default), TLS to port 443 too (sni), off]:domains:(dns sni off)"
   "*"{-r,--read}"[show a saved capture of any format, compressed or not\; - is standard input (repeatable\: all in order of time)]:FILE:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
 _shtab_packet_hunter_top_defaults_added=0
+
+_shtab_packet_hunter_usage_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--by[sums by process, unit, container, user, domain (process)]:KEY:(process unit container user domain)"
+  "--since[so long ago (12h, 30d\; 1d), or since 14\:30, 2026-05-28 or both]:T:"
+  "--limit[at most N rows (50\; with --json 1000)]:N:"
+  "--json[one JSON object]"
+  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_packet_hunter_usage_defaults_added=0
 
 _shtab_packet_hunter_web_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -142,13 +155,16 @@ _shtab_packet_hunter_web_defaults_added=0
 
 _shtab_packet_hunter_who_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--port[local or remote port, or its service]:N:_ports"
+  "--port[the same]:N:"
   "--proto[tcp or udp]:P:(tcp udp)"
   "--host[address or network of the other end]:H:_hosts"
   "--pid[what this process talks to]:P:_pids"
   "--pname[what processes so named talk to]:NAME:"
   "--domain[who talks to the host so named]:NAME:"
-  "--since[seen so long ago at most (60s, 5m)]:S:"
+  "--netns[in this network namespace alone\: its name, a pid or its inode]:NS:"
+  "--since[seen so long ago at most (60s, 5m), or since 14\:30, 2026-05-28 or both]:T:"
+  "--until[not begun later than that\; nothing of now]:T:"
+  "--by[sums instead of rows\: by name, unit, container, user, host, port]:KEY:(name unit container user host port)"
   "--limit[at most N rows of a table (default\: 50)\; with --json\: N flows (1000)]:N:"
   "--json[one JSON object]"
   "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
@@ -181,6 +197,7 @@ _shtab_packet_hunter() {
         report) _arguments -C -s $_shtab_packet_hunter_report_options ;;
         stats) _arguments -C -s $_shtab_packet_hunter_stats_options ;;
         top) _arguments -C -s $_shtab_packet_hunter_top_options ;;
+        usage) _arguments -C -s $_shtab_packet_hunter_usage_options ;;
         web) _arguments -C -s $_shtab_packet_hunter_web_options ;;
         who) _arguments -C -s $_shtab_packet_hunter_who_options ;;
         *) _arguments -C -s $_shtab_packet_hunter_options '*:filter word:(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe domain ifindex less greater)' ;;

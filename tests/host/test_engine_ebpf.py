@@ -22,7 +22,7 @@ from nlproto.engines.ebpf import OBJECT
 from nlproto.engines.engine import Engine, open_engine
 from nlproto.pipeline.account import Account
 from nlproto.records.first_bytes import FirstBytes
-from nlproto.records.wire import RECORD, Batch, SnapBatch, is_named
+from nlproto.records.wire import RECORD, Batch, FirstBytesBatch, is_named
 from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it loads programs")
@@ -78,7 +78,7 @@ def test_every_packet_of_a_connection_is_ours(engine: Engine) -> None:
 
 
 def test_the_first_bytes_come_with_their_records(engine: Engine) -> None:
-    assert engine.want_snaps(True)
+    assert engine.want_first_bytes(True)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)) as client:
@@ -89,7 +89,7 @@ def test_the_first_bytes_come_with_their_records(engine: Engine) -> None:
                 datagrams.sendto(b"through UDP", ("127.0.0.1", port))
     kept, parts = FirstBytes(), [np.zeros(0, RECORD)]
     for event in (*engine.read(0.1), *engine.finish()):
-        if isinstance(event, SnapBatch):
+        if isinstance(event, FirstBytesBatch):
             kept.keep(event)
         elif isinstance(event, Batch):
             parts.append(event.records)

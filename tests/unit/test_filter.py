@@ -53,7 +53,9 @@ RECORDS = {
     "dns": record(
         dport=53, proto=socket.IPPROTO_UDP, tgid=200, uid=0, len=90, comm=b"systemd-resolve"
     ),
-    "six": record(src="fe80::1", dst="2001:db8::5", dport=443, tgid=300, netns=5, ifindex=3),
+    "six": record(
+        src="fe80::1", dst="2001:db8::5", dport=443, tgid=300, netns=4026532005, ifindex=3
+    ),
     "routed": record(
         how=wire.lib.SNIFFER_HOW_FORWARDED, dir=wire.lib.SNIFFER_DIR_FWD, tgid=0, uid=0, comm=b""
     ),
@@ -110,7 +112,7 @@ def chosen(text, details=None):
         ("pname cu", ""),
         ("uid 0", "dns"),
         ("uid root", "dns"),
-        ("netns 5", "six"),
+        ("netns 4026532005", "six"),
         ("ifindex 3", "six"),
         ("how forwarded", "routed"),
         ("how unnamed", "routed"),

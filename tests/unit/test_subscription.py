@@ -10,7 +10,7 @@ from nlproto.client.frames import DATA_HEAD, Decoder, Kind
 
 def _piece(count=1, size=100, details=()):
     payload = b"x" * (size - sum(len(encoded) for _, _, encoded in details))
-    return Piece(payload, count, tuple(details), b"", size)
+    return Piece(payload, count, tuple(details), b"", b"", size)
 
 
 def _begun(limit):

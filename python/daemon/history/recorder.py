@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from daemon.history.details import Group, Place, Sum, add, place, sums
 from daemon.history.memory import FlowMemory, Question
+from daemon.history.schema import ROW_SIZE
+from daemon.history.sealing import LEAST, MOST
 from daemon.history.store import Damaged, Store
 from daemon.system.config import Config
 from nlproto.errors import Error, UsageError
@@ -27,6 +30,7 @@ _FLUSH_ROWS = 50_000
 """Flows written in one transaction; what is left waits for the next."""
 _FLUSH_PROCESSES = 10_000
 _RETENTION = 30.0  # s between two looks at age and size
+_LEAST_SIZE = 1 << 20
 _REOPEN = 2.0  # s between two tries to open the file
 
 log = logging.getLogger(__name__)
@@ -35,10 +39,10 @@ log = logging.getLogger(__name__)
 class Recorder:
     """A History and, with `history` configured, a thread that writes it to a Store.
 
-    A context manager; on exit everything is written. What SIGKILL can take is what came since
-    the last flush interval. What cannot be written waits in memory, in the bounds of `processes`
-    and of the History, and is written when it can be: also by a daemon that could not open its
-    file at start. Raises UsageError when the directory of the file is not there.
+    A context manager; on exit everything is written. SIGKILL can take what came since the last
+    flush interval. What cannot be written waits in memory, in the bounds of `processes` and of the
+    History. It is written when that is possible, even if the file could not be opened at start.
+    Raises UsageError when the directory of the file is not there.
     """
 
     def __init__(self, config: Config, processes: Processes, payers: Payers | None = None) -> None:
@@ -124,6 +128,36 @@ class Recorder:
         older = [row for row, known in zip(rows, here.tolist(), strict=True) if not known]
         return len(older), older
 
+    def usage(
+        self, since_ns: int, stop: Callable[[], None] = lambda: None
+    ) -> tuple[dict[Group, list[int]], dict[int, str]]:
+        """What was used by flows last seen since then, each in memory or in the files.
+
+        And names of far ends that this daemon does not know. Raises Error.
+        """
+        here = self.history.seen_since(since_ns)
+        found: dict[Group, list[int]] = {}
+        names: dict[int, str] = {}
+        _add_up(found, sums(here, self._place))
+        store = self._store
+        while store is not None:
+            pieces = store.hours.pieces
+            stored = [
+                sums(rows, self._place) for rows in store.seen_since(since_ns, here["id"], stop)
+            ]
+            if store.hours.pieces is not pieces:
+                continue  # rows moved meanwhile
+            for part in stored:
+                _add_up(found, part)
+            for part, told in store.hours.usage(pieces, since_ns, stop):
+                _add_up(found, part)
+                names |= told
+            break
+        return found, names
+
+    def _place(self, key: ProcessKey) -> Place:
+        return place(self._processes.get(*key) or self.past_process(*key))
+
     def remembers_since(self) -> float:
         """Unix time: what was seen later is still known, in memory or in the file."""
         store = self._store
@@ -162,6 +196,9 @@ class Recorder:
             "waiting_processes": len(self._changed) + processes,
             "unstored_processes": self.unstored,
             "bytes": 0 if store is None else store.size(),
+            "sealed_files": 0 if store is None else len(store.hours.pieces),
+            "damaged_files": 0 if store is None else store.hours.broken,
+            "since": self.remembers_since(),
         }
 
     def _note(self, process: Process) -> None:
@@ -231,6 +268,13 @@ class Recorder:
             if ending:
                 return False
 
+    def _size(self, store: Store) -> int:
+        """Bytes that the file may have."""
+        size = self._config.history_size
+        if self._config.history_free:
+            size = min(size, store.size() + store.room() - self._config.history_free)
+        return max(_LEAST_SIZE, size)
+
     def _flush(self) -> bool:
         """Write what changed; whether more is waiting."""
         store = self._store
@@ -272,6 +316,7 @@ class Recorder:
         return len(ids) == _FLUSH_ROWS or len(keys) == _FLUSH_PROCESSES
 
     def _trim(self) -> None:
+        """Seal what is an hour old, and let go of what is too old or too much."""
         if self._payers is not None:
             self._payers.refresh()
         store = self._store
@@ -282,7 +327,10 @@ class Recorder:
             self._close()
             return
         try:
-            gone = store.trim(self._config.history_age, self._config.history_size)
+            # by pieces of a third, or the database alone would take all the room
+            most = max(LEAST, min(MOST, self._config.history_size // ROW_SIZE // 3))
+            store.seal(self.history.has, most)
+            gone = store.trim(self._config.history_age, self._size(store))
         except Error as error:
             self._failed("not trimmed", error)
             if isinstance(error, Damaged):
@@ -290,3 +338,8 @@ class Recorder:
             return
         if gone:
             log.info("history: %d flows were too old or too many", gone)
+
+
+def _add_up(found: dict[Group, list[int]], part: list[Sum]) -> None:
+    for group, values in part:
+        add(found, group, values)

@@ -19,6 +19,7 @@ __all__ = [
     "Stats",
     "Subscribe",
     "Unsubscribe",
+    "Usage",
     "Who",
     "parse_request",
     "request_id",
@@ -59,14 +60,26 @@ class Who(_Base, tag="who", frozen=True):
     pname: Name | None = None
     domain: Name | None = None
     since: Seconds | None = None
+    until: Seconds | None = None
+    """Both before now."""
     at: Seconds | None = None
     ends: tuple[End, End] | None = None
     """Both ends of one flow, in either order."""
+    netns: U32 | None = None
+    listening: bool = False
+    """Sockets that wait for somebody, and nothing of the past."""
     limit: Limit = 1000
 
 
 class History(Who, tag="history", frozen=True):
     uid: U32 | None = None
+
+
+class Usage(_Base, tag="usage", frozen=True):
+    by: Literal["process", "unit", "container", "user", "domain"] = "process"
+    since: Seconds = 86400.0
+    """Before now."""
+    limit: Limit = 1000
 
 
 class OwnerOf(_Base, tag="owner", frozen=True):
@@ -103,7 +116,7 @@ class Unsubscribe(_Base, tag="unsubscribe", frozen=True):
     pass
 
 
-Request = Hello | Stats | Who | History | OwnerOf | Lookup | Subscribe | Unsubscribe
+Request = Hello | Stats | Who | History | Usage | OwnerOf | Lookup | Subscribe | Unsubscribe
 
 _decoder: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 

@@ -98,9 +98,16 @@ class Config:
     """SQLite file; without it the history is in memory alone."""
     history_flows: Annotated[int, _number(16, 1 << 24)] = 200_000
     """Flows in memory, about 220 bytes each."""
-    history_age: Annotated[float, _time(1.0, 100 * 365.25 * 86400)] = 7 * 86400.0
-    history_size: Annotated[int, _size(1 << 20, 1 << 44)] = 1 << 30
+    history_age: Annotated[float, _time(1.0, 100 * 365.25 * 86400)] = 30 * 86400.0
+    history_size: Annotated[int, _size(1 << 20, 1 << 44)] = 4 << 30
+    """A flow takes some 30 bytes once its hour is sealed: a month of 100 flows/s takes 8 GiB."""
+    history_free: Annotated[int, _size(0, 1 << 44)] = 0
+    """Bytes of its file system that the history leaves free. Whoever fills that disk shortens the
+    history then; 0: only its own size counts."""
     flush_interval: Annotated[float, _time(0.05, 3600.0)] = 1.0
+
+    sha256: Literal["on", "off"] = "off"
+    """Of the programs of all processes that use sockets: each file is read once."""
 
     metrics: _Address | None = None
     """HOST:PORT on loopback, which all local users can read, or the absolute path of a UNIX socket
@@ -118,6 +125,7 @@ RELOADABLE = frozenset(
         "max_filters",
         "history_age",
         "history_size",
+        "history_free",
         "flush_interval",
         "metrics_processes",
         "group",

@@ -12,6 +12,7 @@ from nlproto.client.frames import DEFAULT_SOCKET
 
 __all__ = [
     "Annotate",
+    "BY",
     "Choice",
     "Command",
     "Doctor",
@@ -21,14 +22,23 @@ __all__ = [
     "Report",
     "Stats",
     "Top",
+    "USED_BY",
+    "Usage",
     "Web",
     "Who",
     "command_of",
 ]
 
+BY = ("name", "unit", "container", "user", "host", "port")
+"""What `who` sums up by."""
+
+USED_BY = ("process", "unit", "container", "user", "domain")
+"""What `usage` sums up by."""
+
 SUBCOMMANDS = {
     "top": "processes by rate, live",
-    "who": "which process owns, or owned, a port",
+    "who": "what listens, and which process owns, or owned, a port",
+    "usage": "who used how much, in an hour or a month",
     "web": "the same in a browser, with the history",
     "stats": "what the daemon has seen, and how well it names",
     "annotate": "write the owners into a capture of tcpdump or Wireshark",
@@ -121,6 +131,8 @@ class Top:
 
 @dataclass(frozen=True, slots=True)
 class Who:
+    """Without a word of what is asked about: what listens."""
+
     port: int | None
     proto: str | None
     host: str | None
@@ -128,6 +140,29 @@ class Who:
     pname: str | None
     domain: str | None
     since: float | None
+    until: float | None
+    """Seconds before now."""
+    netns: str | None
+    by: str | None
+    """One of BY."""
+    limit: int | None
+    json: bool
+    socket: str
+    socket_given: bool
+
+    @property
+    def listening(self) -> bool:
+        """Whether nothing was asked for but what listens."""
+        about = (self.port, self.host, self.pid, self.pname, self.domain)
+        asked = (*about, self.since, self.until, self.by)
+        return all(one is None for one in asked)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    by: str
+    """One of USED_BY."""
+    since: float
     """Seconds before now."""
     limit: int | None
     json: bool
@@ -172,12 +207,13 @@ class Doctor:
     socket_given: bool
 
 
-Command = Live | Top | Who | Web | Stats | Annotate | Report | Doctor
+Command = Live | Top | Who | Usage | Web | Stats | Annotate | Report | Doctor
 
 _KINDS: dict[str, type[Command]] = {
     "live": Live,
     "top": Top,
     "who": Who,
+    "usage": Usage,
     "web": Web,
     "stats": Stats,
     "annotate": Annotate,

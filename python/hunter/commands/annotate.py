@@ -17,7 +17,7 @@ from rich.table import Table
 
 from hunter.cli.options import Annotate
 from hunter.cli.signals import Stop
-from hunter.commands.past_owners import Answer, Entry, PastOwners, place
+from hunter.commands.past_owners import Answer, Entry, PastOwners
 from hunter.formats import pcapng
 from hunter.formats.captures import Flow, look, read_capture
 from hunter.formats.inputs import Input
@@ -30,6 +30,7 @@ from hunter.show.programs import label, programs
 from hunter.show.text import escaped, plain
 from nlproto import Error
 from nlproto.client.client import DaemonClient
+from nlproto.host import netns
 
 __all__ = ["run"]
 
@@ -67,7 +68,7 @@ def run(options: Annotate, stop: Stop, notify: Callable[[str], None]) -> None:
     """Annotate options.input into options.output. Raises Error."""
     refuse_pcap(options.output)
     refuse_input(options.output, [options.input])
-    at = None if options.netns is None else place(options.netns)
+    at = None if options.netns is None else netns.find(options.netns)
     with Input(options.input) as source, DaemonClient(options.socket) as client:
         if not client.daemon["everything"]:
             notify("only your own processes are known: see packet-hunter doctor")
@@ -211,7 +212,7 @@ def _text(answer: Answer, owners: PastOwners) -> str:
     if len(answer.entries) > _CANDIDATES:
         texts.append(f"{len(answer.entries) - _CANDIDATES} more")
     empty = answer.namespaces - {entry["netns"] for entry in answer.entries}
-    texts += [f"somebody in netns={netns}" for netns in sorted(empty)[:_CANDIDATES]]
+    texts += [f"somebody in netns={number}" for number in sorted(empty)[:_CANDIDATES]]
     return " or ".join(texts) + ("" if answer.certain else " AMBIGUOUS")
 
 

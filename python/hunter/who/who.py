@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""hunter who: which process owns, or owned, the traffic of a port, a host or a process."""
+"""hunter who: what listens, and who owns, or owned, the traffic of a port, host or process."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 
 from hunter.cli.options import Who
 from hunter.show.console import Output
+from hunter.who.who_groups import show_groups, summed
 from hunter.who.who_show import show
 from nlproto import NoDaemon
 from nlproto.client.client import DaemonClient
+from nlproto.host.netns import find
 
 __all__ = ["run"]
 
@@ -34,13 +36,18 @@ def run(options: Who, notify: Callable[[str], None]) -> None:
     except NoDaemon as error:
         from hunter.who.who_now import owners_now
 
-        if options.since or options.domain or options.socket_given:
+        past = (options.since, options.until, options.domain)
+        if any(one is not None for one in past) or options.socket_given:
             raise
         notify(f"{error}; until then: sockets of now, of this network namespace")
         answer = owners_now(options)
         remembers = False
-    if options.json:
+    if options.json and options.by:
+        print(json.dumps(summed(answer, options)))
+    elif options.json:
         print(json.dumps(answer))
+    elif options.by:
+        show_groups(answer, Output(soft_wrap=True), time.time(), options)
     else:
         show(answer, Output(soft_wrap=True), time.time(), options, remembers)
     sys.stdout.flush()
@@ -51,8 +58,11 @@ def run(options: Who, notify: Callable[[str], None]) -> None:
 def _ask(client: DaemonClient, options: Who) -> dict[str, Any]:
     """A daemon that has just started is asked again until it has seen the kernel's tables once."""
     limit = options.limit
-    if not options.json:
+    if options.by:
+        limit = _MAX_FLOWS
+    elif not options.json:
         limit = min(max(limit or 0, _FLOWS), _MAX_FLOWS)
+    netns = None if options.netns is None else find(options.netns).netns
     end = time.monotonic() + _WAIT_S
     while True:
         answer = client.who(
@@ -63,6 +73,9 @@ def _ask(client: DaemonClient, options: Who) -> dict[str, Any]:
             pname=options.pname,
             domain=options.domain,
             since=options.since,
+            until=options.until,
+            netns=netns,
+            listening=options.listening or None,
             limit=limit,
         )
         if answer["complete"] or answer["owners"] or time.monotonic() > end:

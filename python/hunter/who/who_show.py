@@ -19,7 +19,7 @@ from hunter.show.programs import label, place, programs
 from hunter.show.text import plain
 from nlproto.host import netns
 
-__all__ = ["show"]
+__all__ = ["clock", "place_of", "service_of", "show"]
 
 _ROWS = 50
 """Shown of a table, unless --limit says otherwise."""
@@ -39,13 +39,16 @@ def show(
     owners, flows = answer["owners"], answer["flows"]
     limit = options.limit or _ROWS
     if not owners and not flows:
-        console.print(_nobody(answer, now) if remembers else "nobody now")
+        if options.listening and answer["complete"]:
+            console.print("nothing listens that you may see")
+        else:
+            console.print(_nobody(answer, now) if remembers else "nobody now")
         return
     if not answer.get("complete", True):
         console.print("the daemon is still reading the kernel's tables", style="dim")
     processes = {(one["tgid"], one["start_ns"]): one for one in answer["processes"]}
-    rows = _now_rows(owners, options)
-    _put(console, "now", _NOW, rows, limit)
+    rows = _now_rows(owners, processes, options)
+    _put(console, "listening" if options.listening else "now", _NOW, rows, limit)
     _cut(console, "sockets", len(owners), answer.get("owners_total", len(owners)))
     _put(console, "seen", _SEEN, _seen_rows(flows, processes, options, now), limit)
     _cut(console, "flows", len(flows), answer["total"])
@@ -54,6 +57,8 @@ def show(
         answer["total"],
     ):
         console.print("there is more than one answer holds: ask for a process", style="dim")
+    if options.listening:  # who and where is in each row
+        return
     _put(console, "processes", _PROCESSES, _process_rows(processes.values()), limit)
 
 
@@ -61,7 +66,7 @@ def _nobody(answer: Mapping[str, Any], now: float) -> str:
     if not answer["complete"]:
         return "the daemon is still reading the kernel's tables: ask again in a moment"
     since = answer["since"]
-    return f"nobody, now or since {_clock(since, now)}, which is as far back as is remembered"
+    return f"nobody, now or since {clock(since, now)}, which is as far back as is remembered"
 
 
 def _put(
@@ -84,10 +89,10 @@ def _cut(console: Console, what: str, shown: int, total: int) -> None:
         )
 
 
-_NOW = ("process", "socket", "state", "sockets", "netns", "shared with")
+_NOW = ("process", "socket", "state", "sockets", "user", "runs in", "netns", "shared with")
 _SEEN = ("process", "flow", "flows", "packets", "bytes", "domain", "first", "last", "netns", "how")
 _PROCESSES = ("process", "user", "parent", "runs in", "executable", "command")
-_OPTIONAL = ("sockets", "flows", "domain", "netns", "shared with", "command", "runs in")
+_OPTIONAL = ("state", "sockets", "flows", "domain", "netns", "shared with", "command", "runs in")
 _NUMBERS = ("sockets", "flows", "packets", "bytes", "parent")
 
 
@@ -121,8 +126,8 @@ def _port(ports: set[int]) -> str:
     return str(next(iter(ports))) if len(ports) == 1 else "*"
 
 
-def _service(lport: int, rport: int | None, asked: int | None) -> tuple[int | None, int | None]:
-    """The port that says what is talked about; the other one is of a moment."""
+def service_of(lport: int, rport: int | None, asked: int | None) -> tuple[int | None, int | None]:
+    """(local, remote): the port that says what is talked about; the other one is of a moment."""
     if rport is None:
         return lport, None
     if asked in (lport, rport):
@@ -130,12 +135,14 @@ def _service(lport: int, rport: int | None, asked: int | None) -> tuple[int | No
     return (lport, None) if lport <= rport else (None, rport)
 
 
-def _now_rows(owners: Sequence[Entry], options: Who) -> list[Row]:
+def _now_rows(
+    owners: Sequence[Entry], processes: Mapping[tuple[int, int], Entry], options: Who
+) -> list[Row]:
     """A row for each owner, far host and state."""
     sums: dict[tuple[Any, ...], tuple[Entry, _Ends, set[tuple[Any, ...]]]] = {}
     for one in owners:
         others = sorted({(h["comm"], h["pid"]) for h in one["holders"] if h["pid"] != one["pid"]})
-        port = _service(one["port"], one.get("rport"), options.port)
+        port = service_of(one["port"], one.get("rport"), options.port)
         place = (one["netns"], one["proto"], one["address"], one.get("remote"), one["state"])
         key = (one["comm"], one["pid"], *place, *port, tuple(others))
         ends = _Ends(one["proto"], one["address"], one.get("remote"))
@@ -147,12 +154,16 @@ def _now_rows(owners: Sequence[Entry], options: Who) -> list[Row]:
     for key, (one, ends, sockets) in sums.items():
         listens = one["listening"] and one["proto"] == "tcp"
         who = "-" if one["pid"] is None else f"{plain(one['comm'])}.{one['pid']}"
+        process = processes.get((one["pid"], one["start_ns"]))
+        verb = "" if options.listening else "listens on " if listens else "has "
         rows.append(
             [
                 _name(who, one["pid"] is not None),
-                f"{'listens on' if listens else 'has'} {ends.text('<>')}",
-                "" if listens else one["state"],
+                f"{verb}{ends.text('<>')}",
+                "" if listens or options.listening else one["state"],
                 f"{len(sockets):,}" if len(sockets) > 1 else "",
+                "" if one.get("uid") is None else plain(names.user(one["uid"])),
+                "" if process is None else plain(place_of(process)),
                 _netns(one["netns"]),
                 ", ".join(f"{plain(comm)}.{pid}" for comm, pid in key[-1]),
             ]
@@ -205,7 +216,7 @@ def _seen_rows(
     sums: dict[tuple[Any, ...], _Sum] = {}
     for flow in flows:
         owner = program_of.get((flow["pid"], flow["start_ns"]), flow["how"])
-        port = _service(flow["lport"], flow["rport"], options.port)
+        port = service_of(flow["lport"], flow["rport"], options.port)
         ends = (flow["proto"], flow["local"], flow["remote"])
         key = (owner, flow["netns"], flow["forwarded"], *ends, *port, flow.get("domain"))
         sums.setdefault(key, _Sum(flow, _Ends(*ends))).add(flow)
@@ -220,8 +231,8 @@ def _seen_rows(
                 f"{one.packets:,}",
                 f"{one.bytes:,}",
                 plain(newest.get("domain", "")),
-                _clock(one.first, now),
-                f"{_clock(newest['last'], now)}, {_ago(now - newest['last'])}",
+                clock(one.first, now),
+                f"{clock(newest['last'], now)}, {_ago(now - newest['last'])}",
                 _netns(newest["netns"], one.first),
                 " ".join([newest["how"].replace("_", " "), *_uncertain(newest)]),
             ]
@@ -250,13 +261,13 @@ def _process_rows(processes: Iterable[Entry]) -> list[Row]:
     program_of = programs({key: (one["comm"], one["exe"]) for key, one in known.items()})
     rows: defaultdict[tuple[Any, ...], list[Entry]] = defaultdict(list)
     for key, one in sorted(known.items()):
-        rows[(*program_of[key], one["uid"], _place(one))].append(one)
+        rows[(*program_of[key], one["uid"], place_of(one))].append(one)
     return [
         [
             _name(label(some[0]["comm"], {one["tgid"] for one in some})),
             "" if some[0]["uid"] is None else plain(names.user(some[0]["uid"])),
             _same(str(one.get("ppid") or "") for one in some),
-            plain(_place(some[0])),
+            plain(place_of(some[0])),
             plain(key[1]),
             plain(_command(some[0])),
         ]
@@ -264,7 +275,8 @@ def _process_rows(processes: Iterable[Entry]) -> list[Row]:
     ]
 
 
-def _place(process: Entry) -> str:
+def place_of(process: Entry) -> str:
+    """Return what a process of an answer runs in; it may hold any character."""
     names = ("container", "container_name", "pod", "unit")
     return place(*(process.get(name, "") for name in names))
 
@@ -280,7 +292,8 @@ def _command(process: Entry) -> str:
     return words if " " in words else ""
 
 
-def _clock(moment: float, now: float) -> str:
+def clock(moment: float, now: float) -> str:
+    """Return a Unix time as people write it, with the date if it is not today's."""
     then, today = datetime.fromtimestamp(moment), datetime.fromtimestamp(now)
     return then.strftime("%H:%M:%S" if then.date() == today.date() else "%Y-%m-%d %H:%M:%S")
 

@@ -198,14 +198,18 @@ class DaemonClient:
         pname: str | None = None,
         domain: str | None = None,
         since: float | None = None,
+        until: float | None = None,
         at: float | None = None,
+        netns: int | None = None,
+        listening: bool | None = None,
         limit: int | None = None,
     ) -> dict[str, Any]:
         """Who owns, or owned, the traffic that fits.
 
-        `since`: seconds before now; `at`: Unix time in seconds; `proto`: "tcp" or "udp";
-        `host`: address or network. The reply has "owners" (sockets there now), "flows" (of the
-        history, last seen first), "total", "truncated" and "processes" (Process as dicts).
+        `since`, `until`: seconds before now; `at`: Unix time in seconds; `proto`: "tcp" or "udp";
+        `host`: address or network; `netns`: inode; `listening`: what waits for somebody alone.
+        The reply has "owners" (sockets there now), "flows" (of the history, last seen first),
+        "total", "truncated" and "processes" (Process as dicts).
         """
         return self.request(
             "who",
@@ -216,7 +220,10 @@ class DaemonClient:
             pname=pname,
             domain=domain,
             since=since,
+            until=until,
             at=at,
+            netns=netns,
+            listening=listening,
             limit=limit,
         )
 
@@ -237,6 +244,15 @@ class DaemonClient:
         reply = self.request("lookup", keys=list(keys))
         owners: list[dict[str, Any] | None] = reply["owners"]
         return owners
+
+    def usage(
+        self, *, by: str = "process", since: float = 86400.0, limit: int = 1000
+    ) -> dict[str, Any]:
+        """Sums of the flows with packets in the last `since` seconds, most bytes first.
+
+        `by`: process, unit, container, user or domain.
+        """
+        return self.request("usage", by=by, since=since, limit=limit)
 
     def stats(self) -> dict[str, Any]:
         """The account, queues, engine and table sizes, as far as this user may see them."""

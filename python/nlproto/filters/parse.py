@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import ipaddress
-import os
 import pwd
 import re
 import socket
@@ -15,6 +14,7 @@ from importlib import resources
 from lark import Lark, Token, Tree
 from lark.exceptions import UnexpectedInput
 
+from nlproto.errors import UsageError
 from nlproto.filters.filter import EVERYTHING, Filter
 from nlproto.filters.mistakes import (
     FilterError,
@@ -46,11 +46,10 @@ from nlproto.filters.words import (
     plain,
     quote,
 )
+from nlproto.host import netns
 from nlproto.records import wire
 
-__all__ = ["NETNS_DIR", "parse"]
-
-NETNS_DIR = "/run/netns"
+__all__ = ["parse"]
 
 
 @functools.cache
@@ -271,13 +270,11 @@ class _Builder:
         return Equal(f"uid {uid}", "uid", (uid,), named=True)
 
     def _netns(self, words: _Words, value: Token) -> Node:
-        name = plain(value)
-        if self._resolve and not name.isdigit():
-            path = name if name.startswith("/") else os.path.join(NETNS_DIR, name)
+        if self._resolve:
             try:
-                inode = os.stat(path).st_ino
-            except (OSError, ValueError):
-                raise self._fail(f"no network namespace {name!r} ({path})", value) from None
+                inode = netns.find(plain(value)).netns
+            except UsageError as error:
+                raise self._fail(str(error), value) from None
         else:
             inode = self._number(value, "inode of a network namespace")
         return Equal(f"netns {inode}", "netns", (inode,))

@@ -156,12 +156,8 @@ def identity(pid: int, proc: Path = PROC) -> Identity | None:
 
 def parent(pid: int, proc: Path = PROC) -> int:
     """Return the parent's pid; 0 when there is none, or no such process."""
-    try:
-        raw = _read(f"{proc}/{pid}/stat")
-    except OSError:
-        return 0
-    fields = raw.rpartition(b")")[2].split()
-    return int(fields[1]) if len(fields) > 1 else 0
+    found = _stat(pid, proc)
+    return found[2] if found else 0
 
 
 _MAX_PARENTS = 16
