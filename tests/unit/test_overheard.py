@@ -190,6 +190,13 @@ def test_a_resolver_asks_for_all_but_not_in_the_eyes_of_who_sees_only_his():
     assert Told(tgid=2, comm=b"systemd-resolve", uid=1000).name() == ""
 
 
+def test_an_answer_of_an_unknown_asker_names_the_next_flow_alone():
+    told = Told(tgid=0)
+    assert told.name() == "www.example"
+    assert told.name(lport=40001, tgid=11) == ""
+    assert Told(tgid=0).name(since=10 * SECOND) == ""
+
+
 def test_a_flood_of_one_user_costs_himself(monkeypatch):
     monkeypatch.setattr("nlproto.overheard.domains._LIMIT", 64)
     told = Told()

@@ -4,7 +4,8 @@
 An answer belongs to the process that asked: the owner of the flow to the server, which must have
 sent there. A resolver of the system (systemd-resolved, dnsmasq) asks for others: its answers serve
 all processes of its network namespace that have no own, and where several names have one address,
-the flow has them all. So do, for 5 s, answers of whose asker nothing is known.
+the flow has them all. An answer of whose asker nothing is known names the next flow to its address
+within 5 s, and no other.
 
 A name is a flow's if it was there before the flow and its time to live had not ended; the flow
 keeps it. A ClientHello's name is its own flow's.
@@ -48,6 +49,8 @@ class _Asked:
     name: str
     asked_ns: int
     until_ns: int
+    once: bool = False
+    """Nobody knows who asked: it is the name of the first flow to the address, and of no other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,8 @@ class Domains:
     def _keep(self, asker: _Asker, answer: Answer, time_ns: int) -> None:
         for family, raw, ttl in answer.addresses:
             lasts_ns = ttl * 1_000_000_000 if asker.tgid else 0
-            new = _Asked(answer.name, time_ns, time_ns + lasts_ns + _GRACE_NS)
+            until_ns = time_ns + lasts_ns + _GRACE_NS
+            new = _Asked(answer.name, time_ns, until_ns, once=not asker.tgid)
             if asker.is_resolver:
                 found = self._resolved.setdefault((asker.netns, family, raw), [])
                 self._resolved.move_to_end((asker.netns, family, raw))
@@ -253,11 +257,10 @@ class Domains:
         for one in own:  # the latest first
             if one.asked_ns <= since_ns <= one.until_ns:
                 return self.names.number(one.name)
-        candidates = [
-            one.name
-            for one in self._resolved.get((way[0], way[2], way[5]), ())
-            if one.asked_ns <= since_ns <= one.until_ns
-        ]
+        resolved = self._resolved.get((way[0], way[2], way[5]), [])
+        fitting = [one for one in resolved if one.asked_ns <= since_ns <= one.until_ns]
+        resolved[:] = [one for one in resolved if not (one.once and one in fitting)]
+        candidates = [one.name for one in fitting]
         return self.names.number(SEPARATOR.join(candidates), of_resolver=True)
 
     def number_of(self, key: FlowKey) -> int:
