@@ -49,8 +49,11 @@ test-packages: tools ## Debian packages and DKMS in a Debian 12 and 13 of their 
 	$(PYTEST) tests/packages --ignore tests/packages/test_bare.py
 test-bare: tools ## a fresh clone on Debian 12 and 13 with nothing installed (root)
 	$(PYTEST) tests/packages/test_bare.py
-fuzz: tools ## 10 million bytes of nonsense for a running daemon (root; BYTES=, SEED=)
-	$(PYTHON) tests/fuzz.py $(or $(BYTES),10000000) $(SEED)
+fuzz: ## every reader of foreign input, guided by coverage, SECONDS=600 each (atheris, libFuzzer; NAMES=)
+	@./build.sh --fuzz
+	$(PYTHON) tests/fuzzing/run.py $(or $(SECONDS),600) $(NAMES)
+nonsense: tools ## 10 million bytes of nonsense for a running daemon (root; BYTES=, SEED=)
+	$(PYTHON) tests/nonsense.py $(or $(BYTES),10000000) $(SEED)
 attack: tools ## one user does the worst on 63 connections while root works: figures (root; SECONDS=30)
 	$(PYTHON) tests/attack.py $(or $(SECONDS),30)
 soak: tools ## mixed traffic and clients for SECONDS=600: the daemon's memory stays flat (root)
@@ -83,4 +86,4 @@ clean: ## remove what was built, .venv too
 distclean: ## clean, and what tests keep in ~/.cache/packet-hunter (kernels, modules, boxes)
 	@./build.sh distclean
 
-.PHONY: help run demo test tools lint test-unit test-host test-vm test-attribution test-matrix test-kasan test-vagrant test-browser test-packages test-bare fuzz attack soak bench bench-kernel bench-daemon bench-memory bench-start bench-hunter bench-accuracy menu deb clean distclean
+.PHONY: help run demo test tools lint test-unit test-host test-vm test-attribution test-matrix test-kasan test-vagrant test-browser test-packages test-bare fuzz nonsense attack soak bench bench-kernel bench-daemon bench-memory bench-start bench-hunter bench-accuracy menu deb clean distclean

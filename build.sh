@@ -7,6 +7,7 @@
 #   ./build.sh --no-module    without the kernel module (engine `packet` needs none)
 #   ./build.sh --test-tools   --try-module, and what the tests need
 #   ./build.sh --browser      that and chromium, for make test-browser
+#   ./build.sh --fuzz         that and what make fuzz needs
 #   ./build.sh clean          removes what was built, .venv too (made again in a minute)
 #   ./build.sh distclean      that, and what tests keep in ~/.cache/packet-hunter (up to some GB)
 set -eu
@@ -18,12 +19,14 @@ die() { say "$*"; exit 1; }
 module=required
 tools=no
 browser=no
+fuzz=no
 case "${1-}" in
 '') ;;
 --try-module) module=wanted ;;
 --no-module) module=no ;;
 --test-tools) module=wanted tools=yes ;;
 --browser) module=wanted tools=yes browser=yes ;;
+--fuzz) module=wanted tools=yes fuzz=yes ;;
 -h | --help)
 	sed -n '3,/^set/s/^# \{0,1\}//p' "$0"
 	exit 0
@@ -43,7 +46,7 @@ clean | distclean)
 	exit 0
 	;;
 *)
-	say "unknown word '$1'; ./build.sh [--try-module | --no-module | --test-tools | --browser | clean | distclean | --help]"
+	say "unknown word '$1'; ./build.sh [--try-module | --no-module | --test-tools | --browser | --fuzz | clean | distclean | --help]"
 	exit 2
 	;;
 esac
@@ -111,6 +114,9 @@ fi
 if [ "$browser" = yes ] && ! command -v chromium-browser >/dev/null 2>&1; then
 	want chromium chromium
 fi
+if [ "$fuzz" = yes ] && [ ! -e "$(clang -print-file-name=libclang_rt.fuzzer-x86_64.a 2>/dev/null)" ]; then
+	missing="$missing libclang-rt-dev"
+fi
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then missing="$missing$bpf"; fi
 if [ -n "$missing" ]; then
 	command -v apt-get >/dev/null 2>&1 || die "needs$missing; install them with this system's package manager"
@@ -133,6 +139,7 @@ fi
 [ -x .venv/bin/python ] || { say "making .venv"; python3 -m venv .venv; }
 extra=all
 [ "$tools" = no ] || extra=dev
+[ "$fuzz" = no ] || extra=fuzz
 stamp=.venv/built-$extra
 if [ ! -e "$stamp" ] || [ -n "$(find pyproject.toml setup.py shared_proto.h VERSION python/build_*.py python/nlproto/native/*.[ch] -newer "$stamp")" ] ||
 	! .venv/bin/python -c 'import nlproto.records.wire' 2>/dev/null; then

@@ -90,7 +90,7 @@ class Piped:
     def finish(self, until_ns: int | None = None) -> Iterator[Any]:
         return iter(())
 
-    def want_snaps(self, wanted: bool) -> bool:
+    def want_first_bytes(self, wanted: bool) -> bool:
         return False
 
     def stats(self) -> dict[str, object]:

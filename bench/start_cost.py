@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 from daemon.system.watcher import Watcher
+from nlproto.host.holders import Holders
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import Processes
 from results import put, table
@@ -59,9 +60,9 @@ def first_look() -> int:
     """As a daemon that has just started: how many owners the port map has then."""
     portmap = PortMap()
     pipeline: Any = SimpleNamespace(portmap=portmap, processes=Processes())
-    keeper = Watcher("packet", pipeline, lambda *_, **__: None, lambda error: None)
-    with keeper.kernel:
-        keeper._look_at_sockets()
+    watcher = Watcher("packet", pipeline, lambda *_, **__: None, lambda error: None, Holders())
+    with watcher.kernel:
+        watcher._look_at_sockets()
     return len(portmap)
 
 

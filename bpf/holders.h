@@ -11,6 +11,7 @@
 
 #define SCAN	4	/* descriptors a step */
 #define FDS_MAX	(1 << 20)
+#define RING_LAG	(2 * SECOND)	/* until an io_uring lets go of a file that it has given up */
 
 struct scan {
 	u64 file;
@@ -166,6 +167,78 @@ static __always_inline u64 youngest(u64 file, s32 *fd)
 	return s.best;
 }
 
+/* Is the file at an address an io_uring? */
+static __always_inline bool is_uring_at(u64 file)
+{
+	const unsigned char *from = BPF_CORE_READ((struct file *)file, f_path.dentry, d_name.name);
+	char name[12];
+
+	return bpf_probe_read_kernel_str(name, sizeof(name), from) > 0 &&
+	       !bpf_strncmp(name, sizeof(name) - 1, "[io_uring]");
+}
+
+struct census {
+	u64 file, fds, first, pos;
+	u32 count;	/* descriptors of that file */
+	u16 seek;	/* look for an io_uring, too */
+	u16 rings;
+};
+
+static long census_fd(u32 i, struct census *c)
+{
+	u64 file = 0;
+
+	bpf_probe_read_kernel(&file, sizeof(file), (void *)(c->fds + (u64)i * 8));
+	if (file == c->file)
+		c->count++;
+	else if (c->seek && file && is_uring_at(file))
+		c->rings = 1;
+	return 0;
+}
+
+static __always_inline void census_table(u64 task, struct census *c)
+{
+	u64 at, fdt;
+	u32 max;
+
+	if (READ_AT(at, task, struct task_struct, flags) & (PF_EXITING | PF_KTHREAD) ||
+	    !READ_AT(at, task, struct task_struct, files))
+		return;
+	fdt = READ_AT(at, at, struct files_struct, fdt);
+	c->fds = READ_AT(at, fdt, struct fdtable, fd);
+	max = READ_AT(at, fdt, struct fdtable, max_fds);
+	bpf_loop(max > FDS_MAX ? FDS_MAX : max, census_fd, c, 0);
+}
+
+static long census_task(u32 i, struct census *c)
+{
+	if (!c->pos || (i && c->pos == c->first))
+		return 1;
+	census_table(c->pos - bpf_core_field_offset(struct task_struct, tasks), c);
+	bpf_probe_read_kernel(&c->pos, sizeof(c->pos), (void *)c->pos);
+	return 0;
+}
+
+/*
+ * A process had a socket by an io_uring, and one of its has lost files or is
+ * closed: does another have it still? What no descriptor refers to is taken for
+ * a ring's.
+ */
+__noinline int in_ring(u64 leader, u64 file, u32 many)
+{
+	struct census c = { .file = file, .seek = 1 };
+
+	if (!leader)
+		return 0;
+	census_table(leader, &c);
+	if (!c.rings || !many)
+		return c.rings;
+	c.seek = c.count = 0;
+	c.pos = c.first = leader + bpf_core_field_offset(struct task_struct, tasks);
+	bpf_loop(1 << 20, census_task, &c, 0);
+	return file_refs(file) > c.count;
+}
+
 /* The user of a socket may have let go of it: who has it now is named. */
 __noinline int settle(u64 cookie, u32 rings)
 {
@@ -192,8 +265,10 @@ __noinline int settle(u64 cookie, u32 rings)
 	proc = bpf_map_lookup_elem(&procs, &user);
 	if (proc && proc->forked > o->since)
 		many = true;
-	if (file && ((ring && !rings && proc && !proc->exit) ||
-		     process_has(process_leader(&user), file, fd, 1)))
+	leader = process_leader(&user);
+	if (file && leader &&
+	    ((ring && !rings) || process_has(leader, file, fd, 1) ||
+	     (ring && in_ring(leader, file, many))))
 		return 0;
 	if (!file)
 		goto inherit;
@@ -238,23 +313,38 @@ inherit:
 
 struct mine {
 	struct key who;
+	u32 rings;	/* only what it had by an io_uring */
 };
 
-static long settle_ring(struct bpf_map *map, u64 *cookie, struct owner *o, struct mine *mine)
+static long settle_one(struct bpf_map *map, u64 *cookie, struct owner *o, struct mine *mine)
 {
-	if (o->ring && same(&o->user, &mine->who))
-		settle(*cookie, 1);
+	if ((o->ring || !mine->rings) && same(&o->user, &mine->who))
+		settle(*cookie, mine->rings);
 	return 0;
 }
 
-/* An io_uring of a process goes, and with it the sockets that it alone has. */
-static __always_inline void settle_rings(const struct key *who)
+/* A process has closed what it may be the last user of: not known which. */
+static __always_inline void settle_mine(const struct key *who)
 {
-	struct proc *proc = bpf_map_lookup_elem(&procs, (void *)who);
 	struct mine mine = { .who = *who };
 
-	if (proc && proc->rings)
-		bpf_for_each_map_elem(&owners, settle_ring, &mine, 0);
+	if (bpf_map_lookup_elem(&procs, &mine.who))
+		bpf_for_each_map_elem(&owners, settle_one, &mine, 0);
+}
+
+/*
+ * An io_uring of a process goes or loses files, and with it the sockets that it
+ * alone has; it lets go of them a little later.
+ */
+static __always_inline void settle_rings(const struct key *who)
+{
+	struct mine mine = { .who = *who, .rings = 1 };
+	struct proc *proc = bpf_map_lookup_elem(&procs, &mine.who);
+
+	if (!proc || !proc->rings)
+		return;
+	proc->doubt = bpf_ktime_get_ns() + RING_LAG;
+	bpf_for_each_map_elem(&owners, settle_one, &mine, 0);
 }
 
 struct table {
@@ -285,6 +375,51 @@ static __always_inline void settle_table(struct files_struct *files, const struc
 
 	t.fds = (u64)BPF_CORE_READ(fdt, fd);
 	bpf_loop(max > FDS_MAX ? FDS_MAX : max, settle_fd, &t, 0);
+}
+
+static long collect_owner(struct bpf_map *map, u64 *cookie, struct owner *o, u64 *now)
+{
+	u64 dead = o->dead;
+	struct proc *user;
+	struct key who;
+
+	if (o->ring) {
+		who = o->user;
+		user = bpf_map_lookup_elem(&procs, &who);
+		if (user && user->doubt > *now)
+			settle(*cookie, 1);
+	}
+
+	if (dead && *now > dead + (o->via || o->waits ? owner_keep_wait : owner_keep)) {
+		u64 key = *cookie;
+
+		bpf_map_delete_elem(&owners, &key);
+	}
+	return 0;
+}
+
+static long collect_proc(struct bpf_map *map, struct key *key, struct proc *p, u64 *now)
+{
+	if (p->exit && *now > p->exit + owner_keep_wait) {
+		struct key gone = *key;
+
+		bpf_map_delete_elem(&procs, &gone);
+	}
+	return 0;
+}
+
+/*
+ * User space runs it each second: what has ended long enough ago is forgotten.
+ * A program of this kind can be run so and may use maps with locks.
+ */
+SEC("tc")
+int collect(struct __sk_buff *unused)
+{
+	u64 now = bpf_ktime_get_ns();
+
+	bpf_for_each_map_elem(&owners, collect_owner, &now, 0);
+	bpf_for_each_map_elem(&procs, collect_proc, &now, 0);
+	return 0;
 }
 
 #endif /* HUNTER_HOLDERS_H */

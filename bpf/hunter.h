@@ -46,7 +46,8 @@ struct owner {
 	u8 released;
 	u8 servers;		/* accepted by a server of the kernel */
 	u32 netns;
-	u8 unused[2];
+	u8 blind;		/* it may have got another user that nothing tells of */
+	u8 unused;
 };
 
 /* The same without the lock, to make one from. */
@@ -60,8 +61,11 @@ struct proc {
 	u64 exit;
 	u64 child;		/* address of the child of that fork */
 	struct key child_key;
+	u64 doubt;		/* until then one of its io_urings may let go of files */
 	u32 uid;
-	u32 rings;		/* sockets that it had by an io_uring alone */
+	u16 rings;		/* sockets that it had by an io_uring alone */
+	u8 blind;		/* it makes calls that nothing tells of */
+	u8 unused;
 	char comm[SNIFFER_COMM_LEN];
 };
 
@@ -120,7 +124,7 @@ const volatile u64 owner_keep = 2 * SECOND;
 /* FIN_WAIT2 and then TIME_WAIT, 60 s each, and some; a place in a listener's queue */
 const volatile u64 owner_keep_wait = 130 * SECOND;
 
-/* only parts of the programs run: what is not told makes names less sure */
+/* only parts of the programs run */
 #ifdef HUNTER_PARTS
 enum { parts = true };
 #else
@@ -254,18 +258,18 @@ static __always_inline u64 file_cookie(u64 address)
 }
 
 #ifdef HUNTER_PARTS
-struct door {
-	u32 netns;
-	u32 port;
-};
+#define KERNELS		(~0ULL)
 
-/* Who listens: children are the listener's owner's until they are seen to be used. */
+/*
+ * A listener's cookie, or that of what it is a part of (MPTCP); KERNELS for one
+ * of the kernel's own. The kernel copies it to each child.
+ */
 struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 16384);
-	__type(key, struct door);
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC | BPF_F_CLONE);
+	__type(key, int);
 	__type(value, u64);
-} doors SEC(".maps");
+} listeners SEC(".maps");
 #endif
 
 #endif /* HUNTER_H */

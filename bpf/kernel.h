@@ -35,6 +35,10 @@ enum { false, true };
 #define PF_KTHREAD		0x00200000
 #define IPSKB_FORWARDED		1
 #define IP6SKB_FORWARDED	2
+#define TS_COMPAT		2	/* x86: a call of 32 bits is under way */
+#define TIF_32BIT		22	/* arm64: a program of 32 bits */
+#define CLOSE_RANGE_UNSHARE	2
+#define NAT_DONE		(3 << 4)	/* IPS_NAT_MASK */
 #define SOCK_DEAD_BIT		1	/* 1 << SOCK_DEAD */
 
 enum {
@@ -93,9 +97,18 @@ struct task_struct {
 	struct nsproxy *nsproxy;
 };
 /* where a processor counts what runs on it: arm64 in the task, x86 6.2 to 6.14 in pcpu_hot */
-struct thread_info___arm { u64 preempt_count; };
+struct thread_info___arm { u64 flags, preempt_count; };
 struct task_struct___arm { struct thread_info___arm thread_info; };
+struct thread_info___x86 { u32 status; };
+struct task_struct___x86 { struct thread_info___x86 thread_info; };
 struct pcpu_hot___x { int preempt_count; };
+
+/* what a system call was given */
+#ifdef __TARGET_ARCH_x86
+struct pt_regs { unsigned long di, si, dx, r10, orig_ax; };
+#else
+struct pt_regs { u64 regs[31]; s32 syscallno; };
+#endif
 
 struct sock;
 struct in6_addr { u8 octets[16]; };
@@ -135,6 +148,7 @@ struct sk_buff {
 	struct net_device *dev;
 	char cb[48];
 	unsigned long _skb_refdst;
+	unsigned long _nfct;
 	unsigned int len;
 	unsigned int data_len;
 	int skb_iif;
@@ -145,6 +159,8 @@ struct sk_buff {
 	unsigned char *head;
 	unsigned char *data;
 };
+struct nf_conn { unsigned long status; };
+enum skb_drop_reason___x { SKB_DROP_REASON_NO_SOCKET___x = 3 };
 struct skb_shared_info { unsigned short gso_size; unsigned short gso_segs; };
 struct inet_skb_parm { u16 flags; };
 struct inet6_skb_parm { u16 flags; };
@@ -160,5 +176,21 @@ struct bpf_iter__task_file {
 };
 
 #pragma clang attribute pop
+
+#ifdef __TARGET_ARCH_x86
+#define SYSCALL(name)	"__x64_sys_" #name
+#define ARGUMENT1(r)	((r)->di)
+#define ARGUMENT2(r)	((r)->si)
+#define ARGUMENT3(r)	((r)->dx)
+#define ARGUMENT4(r)	((r)->r10)
+#define CALL_NUMBER(r)	((r)->orig_ax)
+#else
+#define SYSCALL(name)	"__arm64_sys_" #name
+#define ARGUMENT1(r)	((r)->regs[0])
+#define ARGUMENT2(r)	((r)->regs[1])
+#define ARGUMENT3(r)	((r)->regs[2])
+#define ARGUMENT4(r)	((r)->regs[3])
+#define CALL_NUMBER(r)	((r)->syscallno)
+#endif
 
 #endif /* HUNTER_KERNEL_H */

@@ -16,7 +16,8 @@ struct about {
 	u8 full;	/* neither a request nor a TIME_WAIT */
 	u8 servers;	/* the kernel's own, or its server's listener */
 	u8 gone;	/* closed, no process has it */
-	u8 unused[3];
+	u8 served;	/* a server in the kernel has put something of its own there */
+	u8 unused[2];
 };
 
 /*
@@ -100,7 +101,8 @@ static __always_inline void about_socket(struct sock *sk, struct about *a)
 	a->full = 1;
 	a->cookie = sk->__sk_common.skc_cookie.counter;
 	a->fresh = !a->cookie;
-	a->servers = is_servers(sk);
+	a->served = is_servers_data((u64)sk->sk_user_data);
+	a->servers = is_kernel(sk) || (state == TCP_LISTEN && a->served);
 	a->gone = (sk->__sk_common.skc_flags & SOCK_DEAD_BIT) != 0;
 	sock = sk->sk_socket;
 	if (sock) {
@@ -128,12 +130,21 @@ static __always_inline void name_kernel(struct sniffer_record *r)
 	r->flags |= SNIFFER_F_KERNEL;
 }
 
+/*
+ * In parts: may another one have the socket without having been told of? One
+ * that nobody was found to have lies in a queue or ring, or nobody told.
+ */
+static __always_inline bool is_less_sure(struct owner *o, struct proc *user)
+{
+	return !user || user->blind || o->blind || (!o->held && !o->released && o->file);
+}
+
 static __always_inline void name_facts(struct sniffer_record *r, struct owner *o,
 				       struct proc *user)
 {
 	r->creator = o->creator;
 	r->flags |= o->flags;
-	if (parts && (!user || o->many || user->forked > o->since))
+	if (parts && is_less_sure(o, user))
 		r->flags |= SNIFFER_F_AMBIGUOUS;
 	if (!o->held || !user || user->exit)
 		r->flags |= SNIFFER_F_DEAD;
@@ -208,6 +219,11 @@ __noinline int name(struct sniffer_record *r, struct about *a, u32 how)
 									 SNIFFER_HOW_SOCKET_GONE;
 		return 0;
 	}
+	/* datagrams are received by the server itself: who handed the socket over has let go of it */
+	if (o && a->full && a->served && !o->held) {
+		name_kernel(r);
+		return 0;
+	}
 	if (o && !via && o->user.tgid) {
 		name_owner(r, o, how);
 		return 0;
@@ -226,6 +242,9 @@ __noinline int name(struct sniffer_record *r, struct about *a, u32 how)
 			name_owner(r, other, SNIFFER_HOW_INODE);
 		else
 			name_acceptor(r, other);
+		/* in parts nothing tells to whom a closed listener's queue has gone */
+		if (parts && (!other->held || other->dead))
+			r->flags |= SNIFFER_F_AMBIGUOUS;
 		return 0;
 	}
 	r->how = a->gone || !a->full ? a->fresh ? SNIFFER_HOW_PREDATES : SNIFFER_HOW_SOCKET_GONE :

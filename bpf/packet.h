@@ -2,7 +2,7 @@
 #ifndef HUNTER_PACKET_H
 #define HUNTER_PACKET_H
 /* A packet's headers into its record, and a record to the reader. */
-#include "hunter.h"
+#include "snap.h"
 
 #define TCP_FIN		1
 #define TCP_SYN		2
@@ -11,10 +11,11 @@
 #define EXTENSIONS	8	/* headers between IPv6's and TCP's or UDP's that are walked */
 #define WAKE_NS		(10 * 1000000ULL)
 
-enum parsed { PARSED, PARSED_SKIP, PARSED_TWICE };
+/* A copy of some bytes of a packet, counted from its IP header; 0 when they are there. */
+typedef long (*packet_reader)(const void *packet, u32 at, void *to, u32 size);
 
 /* The transport header's offset from the IP header in an IPv6 packet, and its protocol; 0: none. */
-static __always_inline u32 parse_extensions(u8 *net, u8 *proto)
+static __always_inline u32 parse_extensions(const void *packet, packet_reader read, u8 *proto)
 {
 	u32 at = 40;
 	u8 ext[8];
@@ -26,7 +27,7 @@ static __always_inline u32 parse_extensions(u8 *net, u8 *proto)
 			return at;
 		if (*proto != 0 && *proto != 43 && *proto != 44 && *proto != 60 && *proto != 51)
 			return 0;
-		if (bpf_probe_read_kernel(ext, sizeof(ext), net + at))
+		if (read(packet, at, ext, sizeof(ext)))
 			return 0;
 		if (*proto == 44) {
 			if (ext[2] | (ext[3] & 0xf8))
@@ -43,44 +44,18 @@ static __always_inline u32 parse_extensions(u8 *net, u8 *proto)
 	return 0;
 }
 
-/* What of a packet is asked for at once. */
-struct shape {
-	u64 net;	/* address of the IP header */
-	u32 len;	/* from there on */
-	u32 thoff;	/* of the transport header from there, 0: to be found */
-	u64 end;	/* address of struct skb_shared_info */
-};
-
-static __always_inline void shape_out(struct sk_buff *skb, struct shape *s)
+/*
+ * What the headers tell; 0 when it is no packet for us. The transport header is
+ * searched for unless thoff says where it is, r->proto then what it is.
+ */
+static __always_inline int parse_headers(struct sniffer_record *r, const void *packet,
+					 packet_reader read, u32 thoff)
 {
-	s->net = (u64)skb->head + skb->network_header;
-	s->len = skb->len;
-	s->thoff = 0;
-	s->end = (u64)skb->head + skb->end;
-}
-
-/* The stack has taken the IP header off already. */
-static __always_inline void shape_in(struct sk_buff *skb, struct shape *s)
-{
-	s->net = (u64)skb->head + skb->network_header;
-	s->thoff = (u16)(skb->transport_header - skb->network_header);
-	s->len = skb->len + s->thoff;
-	s->end = (u64)skb->head + skb->end;
-}
-
-/* Fills in what the headers tell; 0 when it is no packet for us. */
-__noinline int parse(struct sniffer_record *r, struct shape *s)
-{
-	struct skb_shared_info *info;
 	u8 head[40], transport[20];
-	u32 thoff, size;
 	u8 proto;
 
-	if (!r || !s)
+	if (read(packet, 0, head, 20))
 		return 0;
-	if (bpf_probe_read_kernel(head, 20, (void *)s->net))
-		return 0;
-	thoff = s->thoff;
 	if (head[0] >> 4 == 4) {
 		r->family = AF_INET;
 		proto = head[9];
@@ -92,44 +67,80 @@ __noinline int parse(struct sniffer_record *r, struct shape *s)
 		__builtin_memcpy(r->saddr, head + 12, 4);
 		__builtin_memcpy(r->daddr, head + 16, 4);
 	} else {
-		if (bpf_probe_read_kernel(head, 40, (void *)s->net))
+		if (read(packet, 0, head, 40))
 			return 0;
 		r->family = AF_INET6;
-		proto = head[6];
+		proto = thoff ? r->proto : head[6];
 		__builtin_memcpy(r->saddr, head + 8, 16);
 		__builtin_memcpy(r->daddr, head + 24, 16);
 		if (!thoff)
-			thoff = parse_extensions((u8 *)s->net, &proto);
-		else
-			proto = r->proto;
+			thoff = parse_extensions(packet, read, &proto);
 		if (!thoff)
 			return 0;
 	}
-	if (proto != IPPROTO_TCP && proto != IPPROTO_UDP)
-		return 0;
-	size = proto == IPPROTO_TCP ? 20 : 8;
-	if (bpf_probe_read_kernel(transport, size, (void *)(s->net + thoff)))
-		return 0;
-	r->sport = transport[0] << 8 | transport[1];
-	r->dport = transport[2] << 8 | transport[3];
+	__builtin_memset(transport, 0, sizeof(transport));
 	if (proto == IPPROTO_TCP) {
+		if (read(packet, thoff, transport, 20))
+			return 0;
 		r->tcp_flags = transport[13];
 		thoff += (transport[12] >> 4) * 4;
-	} else {
+	} else if (proto == IPPROTO_UDP) {
+		if (read(packet, thoff, transport, 8))
+			return 0;
 		thoff += 8;
+	} else {
+		return 0;
 	}
+	r->sport = transport[0] << 8 | transport[1];
+	r->dport = transport[2] << 8 | transport[3];
 	r->proto = proto;
 	r->hdr_len = thoff > 255 ? 255 : thoff;
-	r->len = s->len;
+	return 1;
+}
+
+/* How long it is, in how many segments; size is that of each, 0: it is one. */
+static __always_inline void parse_size(struct sniffer_record *r, u32 len, u32 size, u32 segments)
+{
+	r->len = len;
 	r->gso_segs = 1;
-	info = (void *)s->end;
-	size = BPF_CORE_READ(info, gso_size);
-	if (size) {
-		r->gso_segs = BPF_CORE_READ(info, gso_segs);
-		if (!r->gso_segs)
-			r->gso_segs = (s->len - r->hdr_len + size - 1) / size;
-	}
+	if (size)
+		r->gso_segs = segments ?: (len - r->hdr_len + size - 1) / size;
 	r->time_ns = bpf_ktime_get_ns();
+}
+
+static __always_inline void shape_out(struct sk_buff *skb, struct shape *s)
+{
+	s->net = (u64)skb->head + skb->network_header;
+	s->len = skb->len;
+	s->thoff = 0;
+	s->end = (u64)skb->head + skb->end;
+	s->linear = (u32)(address(skb->data) - s->net) + skb->len - skb->data_len;
+}
+
+/* The stack has taken the IP header off already. */
+static __always_inline void shape_in(struct sk_buff *skb, struct shape *s)
+{
+	s->net = (u64)skb->head + skb->network_header;
+	s->thoff = (u16)(skb->transport_header - skb->network_header);
+	s->len = skb->len + s->thoff;
+	s->end = (u64)skb->head + skb->end;
+	s->linear = s->len - skb->data_len;
+}
+
+static __always_inline long read_address(const void *packet, u32 at, void *to, u32 size)
+{
+	return bpf_probe_read_kernel(to, size, packet + at);
+}
+
+/* Fills in what the packet tells; 0 when it is none for us. */
+__noinline int parse(struct sniffer_record *r, struct shape *s)
+{
+	struct skb_shared_info *info;
+
+	if (!r || !s || !parse_headers(r, (void *)s->net, read_address, s->thoff))
+		return 0;
+	info = (void *)s->end;
+	parse_size(r, s->len, BPF_CORE_READ(info, gso_size), BPF_CORE_READ(info, gso_segs));
 	return 1;
 }
 
@@ -147,7 +158,7 @@ static __always_inline void skip(void)
  * To the reader. He is woken for the first of a while and for each 256th; else
  * he looks by himself.
  */
-static __always_inline void emit(struct sniffer_record *r)
+static __always_inline void emit(struct sniffer_record *r, struct shape *s)
 {
 	u64 flags = BPF_RB_NO_WAKEUP;
 	struct counters *c;
@@ -164,6 +175,8 @@ static __always_inline void emit(struct sniffer_record *r)
 		c->woken = r->time_ns;
 		flags = BPF_RB_FORCE_WAKEUP;
 	}
+	if (s && snaps_wanted())
+		snap_record(r, s);
 	if (bpf_ringbuf_output(&ring, r, sizeof(*r), flags))
 		__sync_fetch_and_add(&c->lost, 1);
 }

@@ -2,12 +2,13 @@
 #ifndef HUNTER_PARTS_H
 #define HUNTER_PARTS_H
 /*
- * Where trampolines are refused: what tells of sockets and packets without
- * them. Tracepoints and the hooks of the root cgroup. Not told are the end of
- * descriptors, SCM_RIGHTS and accept(); names that hang on these are flagged
- * AMBIGUOUS, and the sender of each packet is seen as ever.
+ * Where trampolines are refused: what tells of packets and TCP's states without
+ * them, tracepoints and the hooks of the root cgroup. What leaves is met behind
+ * the last NAT and once for each fragment. Nothing tells of a queue that a closed
+ * listener leaves to another: AMBIGUOUS.
  */
-#include "hooks.h"
+#include "calls.h"
+#include "out.h"
 
 #define PROTOCOL_IP	bpf_htons(0x0800)
 #define PROTOCOL_IP6	bpf_htons(0x86DD)
@@ -51,25 +52,61 @@ static __always_inline void ends_of(struct sock *sk, struct ends *ends)
 	}
 }
 
+static __always_inline void ends_of_packet(struct sniffer_record *r, bool in, struct ends *ends)
+{
+	u32 at = r->family == AF_INET ? 0 : 12;
+	u32 from, to;
+
+	__builtin_memset(ends, 0, sizeof(*ends));
+	ends->netns = r->netns;
+	from = at ? *(u32 *)(r->saddr + 12) : *(u32 *)r->saddr;
+	to = at ? *(u32 *)(r->daddr + 12) : *(u32 *)r->daddr;
+	ends->local = in ? to : from;
+	ends->remote = in ? from : to;
+	ends->local_port = in ? r->dport : r->sport;
+	ends->remote_port = in ? r->sport : r->dport;
+}
+
+/* One that came in has ended it. */
+static __always_inline void rest_forget(struct sniffer_record *r)
+{
+	struct ends ends;
+
+	ends_of_packet(r, true, &ends);
+	bpf_map_delete_elem(&rests, &ends);
+}
+
 /* What is left of the connection that a packet of TCP belongs to; NULL: nothing. */
 static __always_inline struct owner *rest_find(struct sniffer_record *r, bool in)
 {
-	struct ends ends = { .netns = r->netns };
-	u32 at = r->family == AF_INET ? 0 : 12;
+	struct ends ends;
 	struct rest *rest;
-	u32 from, to;
 
-	from = at ? *(u32 *)(r->saddr + 12) : *(u32 *)r->saddr;
-	to = at ? *(u32 *)(r->daddr + 12) : *(u32 *)r->daddr;
-	ends.local = in ? to : from;
-	ends.remote = in ? from : to;
-	ends.local_port = in ? r->dport : r->sport;
-	ends.remote_port = in ? r->sport : r->dport;
+	ends_of_packet(r, in, &ends);
 	rest = bpf_map_lookup_elem(&rests, &ends);
 	if (!rest || bpf_ktime_get_ns() - rest->since > TIMEWAIT)
 		return NULL;
 	r->cookie = rest->cookie;
 	return owner_find(rest->cookie);
+}
+
+/* A socket that was made by a listener: until it is accepted it is for who has that. */
+static __always_inline void child_of(const u64 *via, u64 cookie)
+{
+	struct owner *o;
+
+	if (!via || *via == cookie)
+		return;
+	if (*via != KERNELS) {
+		if (owner_find(*via))
+			owner_refer(cookie, *via, SNIFFER_HOW_LISTENER);
+		return;
+	}
+	o = owner_make(cookie);
+	if (o && !o->user.tgid) {
+		o->servers = 1;
+		o->dead = bpf_ktime_get_ns();
+	}
 }
 
 SEC("cgroup/sock_create")
@@ -103,27 +140,34 @@ int BPF_PROG(part_state, struct sock *sk, int oldstate, int newstate)
 {
 	struct task_struct *current = bpf_get_current_task_btf();
 	struct socket *sock = sk->sk_socket;
+	u32 netns = sk->__sk_common.skc_net.net->ns.inum;
 	struct rest rest = {};
-	struct door door = {};
 	struct ends ends;
 	struct owner *o;
-	u64 cookie, *via;
+	struct sock *whole;
+	u64 cookie, via;
 
-	if (sk->sk_protocol != IPPROTO_TCP || !wants(sk))
+	if (sk->sk_protocol != IPPROTO_TCP)
 		return 0;
-	door.netns = sk->__sk_common.skc_net.net->ns.inum;
-	door.port = sk->__sk_common.skc_num;
+	if (newstate == TCP_LISTEN) {
+		via = COOKIE(sk);
+		whole = sock ? sock->sk : NULL;
+		if (whole && whole != sk)
+			via = whole->__sk_common.skc_cookie.counter;
+		if (is_kernel(sk))
+			via = KERNELS;
+		bpf_sk_storage_get(&listeners, sk, &via, BPF_SK_STORAGE_GET_F_CREATE);
+	}
+	if (!wants(sk))
+		return 0;
 	if (newstate == TCP_LISTEN || newstate == TCP_SYN_SENT) {
 		cookie = COOKIE(sk);
 		if (sock && in_task_only(current))
 			use(cookie, address(sock->file), 1);
-		if (newstate == TCP_LISTEN)
-			bpf_map_update_elem(&doors, &door, &cookie, BPF_ANY);
 	} else if (newstate == TCP_ESTABLISHED) {
 		cookie = COOKIE(sk);
-		via = oldstate == TCP_SYN_RECV ? bpf_map_lookup_elem(&doors, &door) : NULL;
-		if (via && owner_find(*via))
-			owner_refer(cookie, *via, SNIFFER_HOW_LISTENER);
+		if (oldstate == TCP_SYN_RECV)
+			child_of(bpf_sk_storage_get(&listeners, sk, NULL, 0), cookie);
 		ends_of(sk, &ends);
 		bpf_map_delete_elem(&rests, &ends);
 	} else if (newstate == TCP_CLOSE) {
@@ -143,8 +187,47 @@ int BPF_PROG(part_state, struct sock *sk, int oldstate, int newstate)
 	}
 	o = owner_find(cookie);
 	if (o)
-		o->netns = door.netns;
+		o->netns = netns;
 	return 0;
+}
+
+/* What this processor sent last: a packet is told once for each device that it goes through. */
+struct sent {
+	u64 skb;
+	u64 ends;	/* of its addresses and ports as much as tells it from another one */
+	u32 netns;
+	u32 ifindex;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct sent);
+} sents SEC(".maps");
+
+/* Is it on its way through a further device (VLAN, bond, bridge) of the same namespace? */
+static __always_inline bool is_sent_on(struct sniffer_record *r, struct sk_buff *skb)
+{
+	u32 zero = 0, from = *(u32 *)(r->saddr + (r->family == AF_INET ? 0 : 12));
+	struct sent *sent = bpf_map_lookup_elem(&sents, &zero);
+	u64 ends = ((u64)r->sport << 48 | (u64)r->dport << 32 | from) ^ r->len;
+	bool again;
+
+	if (!sent)
+		return false;
+	again = sent->skb == (u64)skb && sent->ends == ends && sent->netns == r->netns &&
+		sent->ifindex != r->ifindex;
+	sent->skb = (u64)skb;
+	sent->ends = ends;
+	sent->netns = r->netns;
+	sent->ifindex = r->ifindex;
+	return again;
+}
+
+static __always_inline bool is_mini(u8 state)
+{
+	return state == TCP_TIME_WAIT || state == TCP_NEW_SYN_RECV;
 }
 
 /* Out: on its way to a device, where the sender still is at work. */
@@ -157,6 +240,7 @@ int BPF_PROG(part_out, struct sk_buff *skb)
 	struct sock *sk = skb->sk;
 	struct owner *o;
 	struct shape s;
+	u64 *via;
 
 	if (protocol != PROTOCOL_IP && protocol != PROTOCOL_IP6)
 		return 0;
@@ -168,8 +252,18 @@ int BPF_PROG(part_out, struct sk_buff *skb)
 	}
 	r.ifindex = dev->ifindex;
 	r.netns = dev->nd_net.net->ns.inum;
+	if (is_sent_on(&r, skb))
+		return 0;
 	r.dir = SNIFFER_DIR_OUT;
 	out_named(&r, dev->nd_net.net, sk, skb);
+	/* what a child of Fast Open sends before it has a cookie */
+	if (r.how == SNIFFER_HOW_PREDATES && !r.cookie && sk && r.proto == IPPROTO_TCP &&
+	    !is_mini(sk->__sk_common.skc_state)) {
+		via = bpf_sk_storage_get(&listeners, sk, NULL, 0);
+		o = via ? owner_find(*via) : NULL;
+		if (o && o->user.tgid)
+			name_acceptor(&r, o);
+	}
 	if (r.how == SNIFFER_HOW_NO_SOCKET && r.proto == IPPROTO_TCP) {
 		o = rest_find(&r, false);
 		if (o && o->user.tgid)
@@ -178,57 +272,28 @@ int BPF_PROG(part_out, struct sk_buff *skb)
 	o = owner_find(r.cookie);
 	if (o && !o->netns)
 		o->netns = r.netns;
-	emit(&r);
+	emit(&r, &s);
 	return 0;
 }
 
-/* In: to a socket of whatever kind but a TIME_WAIT. */
-static __always_inline int parse_skb(struct sniffer_record *r, struct __sk_buff *skb)
+static __always_inline long read_skb(const void *skb, u32 at, void *to, u32 size)
 {
-	u8 head[40], transport[20];
-	u32 thoff, size;
-	u8 proto;
+	return bpf_skb_load_bytes(skb, at, to, size);
+}
 
-	if (bpf_skb_load_bytes(skb, 0, head, 20))
-		return 0;
-	if (head[0] >> 4 == 4) {
-		r->family = AF_INET;
-		proto = head[9];
-		thoff = (head[0] & 15) * 4;
-		__builtin_memcpy(r->saddr, head + 12, 4);
-		__builtin_memcpy(r->daddr, head + 16, 4);
-	} else {
-		if (bpf_skb_load_bytes(skb, 0, head, 40))
-			return 0;
-		r->family = AF_INET6;
-		proto = head[6];
-		thoff = 40;
-		__builtin_memcpy(r->saddr, head + 8, 16);
-		__builtin_memcpy(r->daddr, head + 24, 16);
-	}
-	if (proto != IPPROTO_TCP && proto != IPPROTO_UDP)
-		return 0;
-	__builtin_memset(transport, 0, sizeof(transport));
-	if (proto == IPPROTO_TCP ? bpf_skb_load_bytes(skb, thoff, transport, 20) :
-				   bpf_skb_load_bytes(skb, thoff, transport, 8))
-		return 0;
-	r->sport = transport[0] << 8 | transport[1];
-	r->dport = transport[2] << 8 | transport[3];
-	if (proto == IPPROTO_TCP) {
-		r->tcp_flags = transport[13];
-		thoff += (transport[12] >> 4) * 4;
-	} else {
-		thoff += 8;
-	}
-	r->proto = proto;
-	r->hdr_len = thoff > 255 ? 255 : thoff;
-	r->len = skb->len;
-	r->gso_segs = skb->gso_segs ?: 1;
-	size = skb->gso_size;
-	if (size && !skb->gso_segs)
-		r->gso_segs = (r->len - r->hdr_len + size - 1) / size;
-	r->time_ns = bpf_ktime_get_ns();
-	return 1;
+/* In: to a socket of whatever kind but a TIME_WAIT. */
+/* For the SYN-ACK under SYN cookies, which has no socket. */
+static __always_inline void in_remember(struct sniffer_record *r, struct about *a)
+{
+	u32 zero = 0;
+	struct slot *slot = bpf_map_lookup_elem(&slots, &zero);
+
+	if (!slot)
+		return;
+	slot->r = *r;
+	slot->found = *a;
+	slot->active = r->proto;
+	slot->known = 1;
 }
 
 SEC("cgroup_skb/ingress")
@@ -241,20 +306,30 @@ int part_in(struct __sk_buff *skb)
 
 	if (sk)
 		sk = bpf_sk_fullsock(sk);
-	if (!sk)
+	/* raw sockets get a copy of what others get */
+	if (!sk || sk->type == SOCK_RAW)
 		return 1;
-	if (!parse_skb(&r, skb)) {
+	if (!parse_headers(&r, skb, read_skb, 0)) {
 		skip();
 		return 1;
 	}
+	parse_size(&r, skb->len, skb->gso_size, skb->gso_segs);
 	a.cookie = bpf_get_socket_cookie(skb);
 	a.state = sk->state;
 	r.ifindex = skb->ifindex;
 	r.dir = SNIFFER_DIR_IN;
 	o = owner_find(a.cookie);
+	if (!o && r.proto == IPPROTO_TCP && a.state != TCP_LISTEN) {
+		child_of(bpf_sk_storage_get(&listeners, sk, NULL, 0), a.cookie);
+		o = owner_find(a.cookie);
+	}
 	r.netns = o ? o->netns : 0;	/* 0: user space takes it for its own */
+	if (a.state == TCP_LISTEN)
+		in_remember(&r, &a);
 	name(&r, &a, SNIFFER_HOW_SOCKET);
-	emit(&r);
+	emit(&r, NULL);
+	if (snaps_wanted())
+		snap_at_hand(&r, skb);
 	return 1;
 }
 
@@ -274,6 +349,7 @@ int BPF_PROG(part_timewait, struct sk_buff *skb)
 	s.len = skb->len;
 	s.thoff = 0;
 	s.end = address(skb->head) + skb->end;
+	s.linear = skb->len - skb->data_len;
 	if (!parse(&r, &s) || r.proto != IPPROTO_TCP || r.tcp_flags & TCP_SYN)
 		return 0;
 	r.ifindex = dev->ifindex;
@@ -283,7 +359,32 @@ int BPF_PROG(part_timewait, struct sk_buff *skb)
 	if (!o || !o->user.tgid)
 		return 0;
 	name_owner(&r, o, SNIFFER_HOW_SOCKET);
-	emit(&r);
+	emit(&r, &s);
+	if (r.tcp_flags & TCP_RST)
+		rest_forget(&r);
+	return 0;
+}
+
+/* In, and for nobody. */
+SEC("tp_btf/kfree_skb")
+int BPF_PROG(part_unwanted, struct sk_buff *skb, void *location, u64 reason)
+{
+	struct net_device *dev = skb->dev;
+	struct sniffer_record r = {};
+	struct shape s;
+
+	if ((u32)reason != bpf_core_enum_value(enum skb_drop_reason___x,
+					       SKB_DROP_REASON_NO_SOCKET___x) || !dev)
+		return 0;
+	shape_in(skb, &s);
+	s.thoff = 0;
+	if (!parse(&r, &s))
+		return 0;
+	r.ifindex = dev->ifindex;
+	r.netns = dev->nd_net.net->ns.inum;
+	r.dir = SNIFFER_DIR_IN;
+	r.how = SNIFFER_HOW_NO_SOCKET;
+	emit(&r, &s);
 	return 0;
 }
 

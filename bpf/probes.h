@@ -39,8 +39,18 @@ PROBE_USE(security_socket_accept)
 PROBE_USE(security_socket_sendmsg)
 PROBE_USE(security_socket_recvmsg)
 /* what moves data without a message: no LSM hook is asked */
-PROBE_USE(tcp_splice_read)
 PROBE_USE(inet_sendpage)
+
+SEC("fentry/sock_splice_read")
+int BPF_PROG(probe_splice, struct file *file)
+{
+	u64 number = address(file);
+	u64 cookie = file_cookie(number);
+
+	if (cookie && !use_is_plain(cookie, bpf_get_current_task_btf()))
+		use(cookie, number, 1);
+	return 0;
+}
 
 SEC("fentry/security_socket_post_create")
 int BPF_PROG(probe_create, struct socket *sock, int family, int type, int protocol, int kern)
@@ -111,14 +121,10 @@ int BPF_PROG(probe_close, struct file *file)
 	struct files_struct *files;
 	struct owner *o;
 	struct key who;
-	char name[12];
 	u64 leader, cookie;
 
 	if (file->f_inode->i_sb->s_magic != SOCKFS_MAGIC) {
-		if (!has_uring(current))
-			return 0;
-		bpf_probe_read_kernel_str(name, sizeof(name), file->f_path.dentry->d_name.name);
-		if (bpf_strncmp(name, sizeof(name) - 1, "[io_uring]"))
+		if (!has_uring(current) || !is_uring_at((u64)file))
 			return 0;
 		key_of(current, &who);
 		settle_rings(&who);
@@ -141,6 +147,30 @@ int BPF_PROG(probe_close, struct file *file)
 			return 0;
 	}
 	settle(cookie, 0);
+	return 0;
+}
+
+/* It may have closed in a copy of the table that became its own only afterwards. */
+SEC("fexit/" SYSCALL(close_range))
+int BPF_PROG(probe_close_range, const struct pt_regs *regs)
+{
+	struct key who;
+
+	if (!(ARGUMENT3(regs) & CLOSE_RANGE_UNSHARE))
+		return 0;
+	key_of(bpf_get_current_task_btf(), &who);
+	settle_mine(&who);
+	return 0;
+}
+
+/* After io_uring_register(), which may have taken files out of a ring. */
+SEC("tp_btf/io_uring_register")
+int BPF_PROG(probe_ring)
+{
+	struct key who;
+
+	key_of(bpf_get_current_task_btf(), &who);
+	settle_rings(&who);
 	return 0;
 }
 
@@ -193,6 +223,10 @@ int BPF_PROG(probe_exec, struct task_struct *task)
 	proc->uid = task->cred->uid.val;
 	proc->leader = (u64)leader;
 	comm_at(proc->comm, leader->comm);
+	/* what was to be closed at that is closed, rings with it */
+	settle_rings(&who);
+	if (parts)
+		settle_mine(&who);
 	return 0;
 }
 
@@ -203,16 +237,20 @@ int BPF_PROG(probe_exit, struct task_struct *task)
 	struct proc *proc;
 	struct key who;
 
-	if (task->signal->live.counter)
-		return 0;
 	key_of(task, &who);
+	if (task->signal->live.counter) {
+		/* with a thread goes a table of its own: each file is told as closed, but not in parts */
+		if (parts && files && files->count.counter == 1)
+			settle_table(files, &who);
+		return 0;
+	}
 	proc = bpf_map_lookup_elem(&procs, &who);
 	if (!proc)
 		return 0;
 	proc->exit = bpf_ktime_get_ns() | 1;
 	settle_rings(&who);
 	/* each file of a table of its own is closed, and told as such */
-	if (files && files->count.counter > 1)
+	if (files && (parts || files->count.counter > 1))
 		settle_table(files, &who);
 	return 0;
 }
@@ -282,14 +320,8 @@ int seed(struct bpf_iter__task_file *ctx)
 	if (o)
 		o->netns = sk->__sk_common.skc_net.net->ns.inum;
 #ifdef HUNTER_PARTS
-	if (sk->__sk_common.skc_state == TCP_LISTEN) {
-		struct door door = {
-			.netns = sk->__sk_common.skc_net.net->ns.inum,
-			.port = sk->__sk_common.skc_num,
-		};
-
-		bpf_map_update_elem(&doors, &door, &cookie, BPF_ANY);
-	}
+	if (sk->__sk_common.skc_state == TCP_LISTEN)
+		bpf_sk_storage_get(&listeners, sk, &cookie, BPF_SK_STORAGE_GET_F_CREATE);
 #endif
 	return 0;
 }

@@ -7,9 +7,11 @@
  * | state    | fields            | who is named                | left when                        |
  * |----------|-------------------|-----------------------------|----------------------------------|
  * | (none)   | no entry          | nobody, with a reason       | created, used, found at load; a  |
- * |          |                   |                             | handshake ends: VIA              |
+ * |          |                   |                             | handshake ends: VIA; the kernel  |
+ * |          |                   |                             | accepts it: SERVER               |
  * | VIA      | via               | the listener's user, or the | accepted: HELD; 130 s            |
  * |          |                   | MPTCP parent's              |                                  |
+ * | SERVER   | server            | nobody: it is the kernel's  | a process uses it: HELD; freed   |
  * | HELD     | user, held        | user                        | another one who has it uses or   |
  * |          |                   |                             | receives it: HELD, the old user  |
  * |          |                   |                             | joins the past; user lets go:    |
@@ -149,6 +151,7 @@ __noinline int owner_gain(u64 cookie, struct gain *g)
 		owner_set_user(o, &g->who, kept);
 		o->tid = g->tid;
 		o->guess = seeded;
+		o->blind = 0;
 		o->ring = g->ring;
 		if (g->fd >= 0)
 			o->fd = g->fd;
@@ -234,42 +237,6 @@ static __always_inline bool owner_shared(const struct owner *o, const struct pro
 	if (!o->many && user->forked <= o->since)
 		return false;
 	return file && file_refs(file) > 1;
-}
-
-static long collect_owner(struct bpf_map *map, u64 *cookie, struct owner *o, u64 *now)
-{
-	u64 dead = o->dead;
-
-	if (dead && *now > dead + (o->via || o->waits ? owner_keep_wait : owner_keep)) {
-		u64 key = *cookie;
-
-		bpf_map_delete_elem(&owners, &key);
-	}
-	return 0;
-}
-
-static long collect_proc(struct bpf_map *map, struct key *key, struct proc *p, u64 *now)
-{
-	if (p->exit && *now > p->exit + owner_keep_wait) {
-		struct key gone = *key;
-
-		bpf_map_delete_elem(&procs, &gone);
-	}
-	return 0;
-}
-
-/*
- * User space runs it each second: what has ended long enough ago is forgotten.
- * A program of this kind can be run so and may use maps with locks.
- */
-SEC("tc")
-int collect(struct __sk_buff *unused)
-{
-	u64 now = bpf_ktime_get_ns();
-
-	bpf_for_each_map_elem(&owners, collect_owner, &now, 0);
-	bpf_for_each_map_elem(&procs, collect_proc, &now, 0);
-	return 0;
 }
 
 #endif /* HUNTER_TABLE_H */

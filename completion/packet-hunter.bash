@@ -5,15 +5,16 @@
 #    source ~/.local/share/bash_completion/packet-hunter
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_packet_hunter_subparsers=(top who stats annotate report doctor)
+_shtab_packet_hunter_subparsers=(top who web stats annotate report doctor)
 
-_shtab_packet_hunter_top_option_strings=(-h --help -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container --unit -n --numbers -u --units -d --interval --socket --direct --engine -B --buffer -r --read)
-_shtab_packet_hunter_who_option_strings=(-h --help --port --proto --host --pid --pname --since --limit --json --socket)
+_shtab_packet_hunter_top_option_strings=(-h --help -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container --pod --unit --parent --exe --cmdline -n --numbers -u --units -d --interval --socket --direct --engine -B --buffer -r --read)
+_shtab_packet_hunter_who_option_strings=(-h --help --port --proto --host --pid --pname --netns --since --until --by --limit --json --socket)
+_shtab_packet_hunter_web_option_strings=(-h --help --port --socket)
 _shtab_packet_hunter_stats_option_strings=(-h --help --json --socket)
-_shtab_packet_hunter_annotate_option_strings=(-h --help -o --output --netns --socket)
+_shtab_packet_hunter_annotate_option_strings=(-h --help -o --output --netns --process-blocks --socket)
 _shtab_packet_hunter_report_option_strings=(-h --help -o --output)
 _shtab_packet_hunter_doctor_option_strings=(-h --help --socket)
-_shtab_packet_hunter_option_strings=(-h --help -V --version -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container --unit -c --count --duration --all -n --numbers -q --quiet -v --verbose -t --json --summary --save -w --format --print -C --rotate -W --keep --socket --direct --engine -B --buffer -r --read -D --list-interfaces)
+_shtab_packet_hunter_option_strings=(-h --help -V --version -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container --pod --unit --parent --exe --cmdline -c --count --duration --all -n --numbers -q --quiet -v --verbose -t --json --summary --save -w --format --print -C --rotate -W --keep --process-blocks --socket --direct --engine -B --buffer -r --read -D --list-interfaces)
 
 _shtab_packet_hunter_top__F_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_top___filter_file_COMPGEN=_shtab_compgen_files
@@ -24,10 +25,11 @@ _shtab_packet_hunter_top___uid_COMPGEN=''
 _shtab_packet_hunter_top___socket_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_top__r_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_top___read_COMPGEN=_shtab_compgen_files
-_shtab_packet_hunter_who___port_COMPGEN=''
 _shtab_packet_hunter_who___host_COMPGEN=''
 _shtab_packet_hunter_who___pid_COMPGEN=''
 _shtab_packet_hunter_who___socket_COMPGEN=_shtab_compgen_files
+_shtab_packet_hunter_web___port_COMPGEN=''
+_shtab_packet_hunter_web___socket_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_stats___socket_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_annotate__o_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_annotate___output_COMPGEN=_shtab_compgen_files
@@ -53,10 +55,11 @@ _shtab_packet_hunter_top__u_choices=(bin-bytes bin-bits si-bytes si-bits)
 _shtab_packet_hunter_top___units_choices=(bin-bytes bin-bits si-bytes si-bits)
 _shtab_packet_hunter_top___engine_choices=(auto module ebpf packet)
 _shtab_packet_hunter_who___proto_choices=(tcp udp)
-_shtab_packet_hunter_pos_0_choices=(top who stats annotate report doctor)
+_shtab_packet_hunter_who___by_choices=(name unit container user host port)
+_shtab_packet_hunter_pos_0_choices=(top who web stats annotate report doctor)
 _shtab_packet_hunter__Q_choices=(in out inout)
 _shtab_packet_hunter___direction_choices=(in out inout)
-_shtab_packet_hunter___format_choices=(csv jsonl parquet pcapng)
+_shtab_packet_hunter___format_choices=(csv jsonl ecs parquet pcapng)
 _shtab_packet_hunter___engine_choices=(auto module ebpf packet)
 
 _shtab_packet_hunter_top__h_nargs=0
@@ -67,11 +70,14 @@ _shtab_packet_hunter_top___direct_nargs=0
 _shtab_packet_hunter_who__h_nargs=0
 _shtab_packet_hunter_who___help_nargs=0
 _shtab_packet_hunter_who___json_nargs=0
+_shtab_packet_hunter_web__h_nargs=0
+_shtab_packet_hunter_web___help_nargs=0
 _shtab_packet_hunter_stats__h_nargs=0
 _shtab_packet_hunter_stats___help_nargs=0
 _shtab_packet_hunter_stats___json_nargs=0
 _shtab_packet_hunter_annotate__h_nargs=0
 _shtab_packet_hunter_annotate___help_nargs=0
+_shtab_packet_hunter_annotate___process_blocks_nargs=0
 _shtab_packet_hunter_report__h_nargs=0
 _shtab_packet_hunter_report___help_nargs=0
 _shtab_packet_hunter_doctor__h_nargs=0
@@ -92,6 +98,7 @@ _shtab_packet_hunter__t_nargs=0
 _shtab_packet_hunter___json_nargs=0
 _shtab_packet_hunter___summary_nargs=0
 _shtab_packet_hunter___print_nargs=0
+_shtab_packet_hunter___process_blocks_nargs=0
 _shtab_packet_hunter___direct_nargs=0
 _shtab_packet_hunter__D_nargs=0
 _shtab_packet_hunter___list_interfaces_nargs=0
@@ -253,14 +260,14 @@ _packet_hunter_values() { # WORD: what may follow it, a line each; fails when an
   case $1 in
     -i | --interface) (cd /sys/class/net && printf '%s\n' any *) ;;
     pid | --pid) (cd /proc && printf '%s\n' [0-9]*) ;;
-    pname | --pname) cat /proc/[0-9]*/comm 2>/dev/null ;;
+    pname | --pname | parent | --parent) cat /proc/[0-9]*/comm 2>/dev/null ;;
     uid | --uid) compgen -u ;;
     host | --host) compgen -A hostname ;;
     port | --port) compgen -A service ;;
     netns | --netns) (cd /run/netns 2>/dev/null && printf '%s\n' *) ;;
     unit | --unit) systemctl list-units --plain --no-legend 2>/dev/null | cut -d' ' -f1 ;;
     how) printf '%s\n' named unnamed context socket inode listener reverse diag proc forwarded kernel no_socket socket_gone predates table_full not_probed ;;
-    container | --container | net | portrange | mask | ifindex | less | greater) ;;
+    container | --container | pod | --pod | net | portrange | mask | ifindex | less | greater) ;;
     *) return 1 ;;
   esac
   return 0
@@ -287,7 +294,7 @@ _packet_hunter() {
       return
     fi
   done
-  if ((COMP_CWORD > 1)) && [[ " who stats annotate report doctor " == *" ${COMP_WORDS[1]} "* ]]; then
+  if ((COMP_CWORD > 1)) && [[ " who web stats annotate report doctor " == *" ${COMP_WORDS[1]} "* ]]; then
     case $before in
       --pid | --pname | --port | --host) ;;
       *) _shtab_packet_hunter; return ;;
@@ -298,7 +305,7 @@ _packet_hunter() {
     return
   fi
   case $before in
-    --buffer | --container | --count | --direction | --duration | --engine | --filter-file | --format | --interface | --interval | --keep | --netns | --pid | --pname | --read | --rotate | --save | --socket | --uid | --unit | --units | -B | -C | -F | -Q | -W | -c | -d | -i | -r | -s | -u | -w)
+    --buffer | --cmdline | --container | --count | --direction | --duration | --engine | --exe | --filter-file | --format | --interface | --interval | --keep | --netns | --parent | --pid | --pname | --pod | --read | --rotate | --save | --socket | --uid | --unit | --units | -B | -C | -F | -Q | -W | -c | -d | -i | -r | -s | -u | -w)
       _shtab_packet_hunter
       return
       ;;
@@ -307,8 +314,8 @@ _packet_hunter() {
     _shtab_packet_hunter
     return
   fi
-  _packet_hunter_offer < <(printf '%s\n' tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit ifindex less greater)
-  ((COMP_CWORD > 1)) || _packet_hunter_offer < <(printf '%s\n' top who stats annotate report doctor)
+  _packet_hunter_offer < <(printf '%s\n' tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe ifindex less greater)
+  ((COMP_CWORD > 1)) || _packet_hunter_offer < <(printf '%s\n' top who web stats annotate report doctor)
 }
 
 complete -o bashdefault -F _packet_hunter packet-hunter

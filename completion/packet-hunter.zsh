@@ -15,10 +15,11 @@ _shtab_packet_hunter_commands() {
     report:'make a page of a saved capture'
     stats:'what the daemon has seen, and how well it names'
     top:'processes by rate, live'
-    who:'which process owns, or owned, a port'
+    web:'the same in a browser, with the history'
+    who:'what listens, and which process owns, or owned, a port'
   )
   _describe 'packet-hunter commands' _commands
-  local _words=(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit ifindex less greater)
+  local _words=(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe ifindex less greater)
   _describe 'filter words' _words
 }
 
@@ -33,7 +34,11 @@ _shtab_packet_hunter_options=(
   "*--uid[of this user\'s processes]:U:_users"
   "*--netns[in a network namespace]:NS:"
   "*--container[of a container\: its name or id\'s beginning]:C:"
+  "*--pod[of a pod\: NAME or NAMESPACE\/NAME]:P:"
   "*--unit[of a systemd unit]:U:"
+  "*--parent[of what a process so named, or its pid, started]:P:"
+  "*--exe[of a program\: its path or name]:PATH:"
+  "*--cmdline[with TEXT in the command line]:TEXT:"
   {-c,--count}"[end after N packets]:N:"
   "--duration[end after S seconds (60s, 5m)]:S:"
   "--all[with -- CMD\: packets of everybody, not of CMD and its descendants only]"
@@ -43,16 +48,17 @@ _shtab_packet_hunter_options=(
   "*-t[no time\; -tt Unix time, -ttt since the line before, -tttt with date, -ttttt since the first]"
   "--json[JSON lines on standard output]"
   "--summary[a table of processes at the end, instead of lines]"
-  {--save,-w}"[save to FILE (.csv .jsonl .parquet .pcapng\; - is standard output)]:FILE:_files"
-  "--format[when the suffix is none of .csv .jsonl .parquet .pcapng]:F:(csv jsonl parquet pcapng)"
+  {--save,-w}"[save to FILE (.csv .jsonl .ecs.jsonl .parquet .pcapng\; - is standard output)]:FILE:_files"
+  "--format[when the suffix is none of .csv .jsonl .ecs.jsonl .parquet .pcapng]:F:(csv jsonl ecs parquet pcapng)"
   "--print[show lines too, with --save or --summary]"
   {-C,--rotate}"[new file every SIZE million bytes (1g)]:SIZE:"
   {-W,--keep}"[with -C\: keep the last N files]:N:"
+  "--process-blocks[in pcapng\: a block for each process\; Wireshark up to 4.6 counts it as a frame]"
   "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, ebpf, packet, or auto (default)]:E:(auto module ebpf packet)"
   {-B,--buffer}"[of engine packet, without the daemon\: for packets that wait (default\: 16384)]:KIB:"
-  "*"{-r,--read}"[show a saved capture of any format, gzip or not\; - is standard input (repeatable\: all in order of time)]:FILE:_files"
+  "*"{-r,--read}"[show a saved capture of any format, compressed or not\; - is standard input (repeatable\: all in order of time)]:FILE:_files"
   {-D,--list-interfaces}"[list interfaces, and end]"
 )
 
@@ -63,6 +69,7 @@ _shtab_packet_hunter_annotate_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   {-o,--output}"[pcapng to write\; - is standard output]:OUT:_files"
   "--netns[where the capture was made\: a network namespace by name, pid or inode\; else packets that fit in several are marked AMBIGUOUS]:NS:"
+  "--process-blocks[in pcapng\: a block for each process\; Wireshark up to 4.6 counts it as a frame]"
   "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
 )
 
@@ -104,7 +111,11 @@ _shtab_packet_hunter_top_options=(
   "*--uid[of this user\'s processes]:U:_users"
   "*--netns[in a network namespace]:NS:"
   "*--container[of a container\: its name or id\'s beginning]:C:"
+  "*--pod[of a pod\: NAME or NAMESPACE\/NAME]:P:"
   "*--unit[of a systemd unit]:U:"
+  "*--parent[of what a process so named, or its pid, started]:P:"
+  "*--exe[of a program\: its path or name]:PATH:"
+  "*--cmdline[with TEXT in the command line]:TEXT:"
   {-n,--numbers}"[no names of hosts and services]"
   {-u,--units}"[bin-bytes bin-bits si-bytes si-bits]:U:(bin-bytes bin-bits si-bytes si-bits)"
   {-d,--interval}"[between looks (1s)]:S:"
@@ -112,20 +123,32 @@ _shtab_packet_hunter_top_options=(
   "--direct[listen to the module or an own capture, ask the daemon for owners only]"
   "--engine[without the daemon or with --direct\: module, ebpf, packet, or auto (default)]:E:(auto module ebpf packet)"
   {-B,--buffer}"[of engine packet, without the daemon\: for packets that wait (default\: 16384)]:KIB:"
-  "*"{-r,--read}"[show a saved capture of any format, gzip or not\; - is standard input (repeatable\: all in order of time)]:FILE:_files"
+  "*"{-r,--read}"[show a saved capture of any format, compressed or not\; - is standard input (repeatable\: all in order of time)]:FILE:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
 _shtab_packet_hunter_top_defaults_added=0
 
+_shtab_packet_hunter_web_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--port[on 127.0.0.1 (default\: any free)]:N:_ports"
+  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_packet_hunter_web_defaults_added=0
+
 _shtab_packet_hunter_who_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--port[local or remote port, or its service]:N:_ports"
+  "--port[the same]:N:"
   "--proto[tcp or udp]:P:(tcp udp)"
   "--host[address or network of the other end]:H:_hosts"
   "--pid[what this process talks to]:P:_pids"
   "--pname[what processes so named talk to]:NAME:"
-  "--since[seen so long ago at most (60s, 5m)]:S:"
+  "--netns[in this network namespace alone\: its name, a pid or its inode]:NS:"
+  "--since[seen so long ago at most (60s, 5m), or since 14\:30, 2026-05-28 or both]:T:"
+  "--until[not begun later than that\; nothing of now]:T:"
+  "--by[sums instead of rows\: by name, unit, container, user, host, port]:KEY:(name unit container user host port)"
   "--limit[at most N rows of a table (default\: 50)\; with --json\: N flows (1000)]:N:"
   "--json[one JSON object]"
   "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
@@ -158,8 +181,9 @@ _shtab_packet_hunter() {
         report) _arguments -C -s $_shtab_packet_hunter_report_options ;;
         stats) _arguments -C -s $_shtab_packet_hunter_stats_options ;;
         top) _arguments -C -s $_shtab_packet_hunter_top_options ;;
+        web) _arguments -C -s $_shtab_packet_hunter_web_options ;;
         who) _arguments -C -s $_shtab_packet_hunter_who_options ;;
-        *) _arguments -C -s $_shtab_packet_hunter_options '*:filter word:(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit ifindex less greater)' ;;
+        *) _arguments -C -s $_shtab_packet_hunter_options '*:filter word:(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe ifindex less greater)' ;;
       esac
   esac
 }

@@ -78,7 +78,7 @@ static void collect_run(struct work_struct *work)
 		collect_sweep();
 	/* its work found no memory */
 	while ((orphan = sniffer_process_orphan())) {
-		sniffer_holders_settle_process(orphan, true);
+		sniffer_holders_settle_process(orphan);
 		sniffer_process_put(orphan);
 	}
 	sniffer_process_collect();

@@ -23,13 +23,11 @@
  * @cookie: this socket, or 0:
  * @proc: all that this process was the last user of, with a reference, or NULL:
  *	that those were who have the same descriptor table
- * @rings: an io_uring of it has gone
  */
 struct holders_work {
 	struct callback_head work;
 	u64 cookie;
 	struct sniffer_proc *proc;
-	bool rings;
 };
 
 static atomic_t holders_pending;
@@ -97,7 +95,7 @@ static bool holders_read(struct holders_case *c, u64 cookie)
 		}
 		c->file = sniffer_owner_file(owner);
 		c->fd = owner->fd;
-		c->ring = owner->ring;
+		c->ring = owner->ring || READ_ONCE(c->user->ring_files);
 		c->many = owner->many || (s64)(READ_ONCE(c->user->forked) - owner->since) > 0;
 	}
 	raw_spin_unlock_irqrestore(lock, flags);
@@ -184,14 +182,14 @@ static long holders_references(u64 cookie, struct file *file)
 }
 
 /*
- * The user had it by an io_uring, and one of his has lost files or is closed:
- * does another have it still? What no descriptor refers to is taken for a ring's.
+ * The user has no descriptor of it, but may have it by an io_uring. What no
+ * descriptor refers to is taken for a ring's, if he has one.
  */
 static bool holders_in_ring(const struct holders_case *c)
 {
 	struct task_struct *leader = sniffer_descriptors_leader(c->user->tgid, c->user->start_ns);
 	struct task_struct *process = NULL, *task = NULL;
-	bool rings = false;
+	bool rings = READ_ONCE(c->user->ring_numbers);
 	long count = 0;
 	int fd = -1;
 
@@ -209,7 +207,7 @@ static bool holders_in_ring(const struct holders_case *c)
 }
 
 /* Settles one; @guess is who was found for the one before, with a reference, and is replaced. */
-static void holders_settle(u64 cookie, bool rings, struct sniffer_proc **guess)
+static void holders_settle(u64 cookie, struct sniffer_proc **guess)
 {
 	struct sniffer_proc *heir = NULL;
 	struct holders_case c;
@@ -219,7 +217,7 @@ static void holders_settle(u64 cookie, bool rings, struct sniffer_proc **guess)
 	if (!holders_read(&c, cookie))
 		return;
 	if (c.file && !READ_ONCE(c.user->exit_jiffies) &&
-	    ((c.ring && !rings) || holders_has(c.user->tgid, c.user->start_ns, c.file, &c.fd) ||
+	    (holders_has(c.user->tgid, c.user->start_ns, c.file, &c.fd) ||
 	     (c.ring && holders_in_ring(&c))))
 		goto put;
 	if (c.file)
@@ -247,7 +245,7 @@ void sniffer_holders_settle(u64 cookie)
 {
 	struct sniffer_proc *guess = NULL;
 
-	holders_settle(cookie, false, &guess);
+	holders_settle(cookie, &guess);
 	sniffer_process_put(guess);
 }
 
@@ -271,18 +269,17 @@ static u64 holders_rotate(struct sniffer_proc *proc)
 /**
  * sniffer_holders_settle_process - find out who has what a process was the last user of
  * @proc: it has ended, or has closed some of it; the caller has a reference
- * @rings: what it had by an io_uring alone it has no longer
  *
  * Process context; may take long.
  */
-void sniffer_holders_settle_process(struct sniffer_proc *proc, bool rings)
+void sniffer_holders_settle_process(struct sniffer_proc *proc)
 {
 	unsigned int left = READ_ONCE(proc->nuses);
 	struct sniffer_proc *guess = NULL;
 	u64 cookie;
 
 	while (left-- && (cookie = holders_rotate(proc))) {
-		holders_settle(cookie, rings, &guess);
+		holders_settle(cookie, &guess);
 		cond_resched();
 	}
 	sniffer_process_put(guess);
@@ -303,7 +300,7 @@ static void holders_settle_table(void)
 			proc = NULL;
 		rcu_read_unlock();
 		if (proc)
-			sniffer_holders_settle_process(proc, false);
+			sniffer_holders_settle_process(proc);
 		sniffer_process_put(proc);
 	}
 }
@@ -313,7 +310,7 @@ static void holders_do(struct callback_head *head)
 	struct holders_work *work = container_of(head, struct holders_work, work);
 
 	if (work->proc) {
-		sniffer_holders_settle_process(work->proc, work->rings);
+		sniffer_holders_settle_process(work->proc);
 		sniffer_process_put(work->proc);
 	} else if (work->cookie) {
 		sniffer_holders_settle(work->cookie);
@@ -329,11 +326,10 @@ static void holders_do(struct callback_head *head)
  * sniffer_holders_settle_later - the same when the current task's system call or life is over
  * @cookie: one socket, or 0 for all of:
  * @proc: a process, whose reference is taken over; NULL: of all with the table of current
- * @rings: an io_uring of it goes
  *
  * Any context of a task. What finds no memory is left to the collector.
  */
-void sniffer_holders_settle_later(u64 cookie, struct sniffer_proc *proc, bool rings)
+void sniffer_holders_settle_later(u64 cookie, struct sniffer_proc *proc)
 {
 	struct holders_work *work = kmalloc(sizeof(*work), GFP_ATOMIC | __GFP_NOWARN);
 
@@ -341,7 +337,6 @@ void sniffer_holders_settle_later(u64 cookie, struct sniffer_proc *proc, bool ri
 		goto put;
 	work->cookie = cookie;
 	work->proc = proc;
-	work->rings = rings;
 	init_task_work(&work->work, holders_do);
 	atomic_inc(&holders_pending);
 	if (!task_work_add(current, &work->work, TWA_RESUME))

@@ -221,7 +221,8 @@ void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 
 	owner = sniffer_owner_find(r->cookie);
 	/* datagrams are received by the server itself: who handed the socket over has let go of it */
-	if (full && owner && name_has_server(sk) && !name_is_held(owner)) {
+	if (owner && (READ_ONCE(owner->server) || (full && name_has_server(sk))) &&
+	    !name_is_held(owner)) {
 		name_kernel(r);
 		return;
 	}

@@ -5,9 +5,11 @@
  * | state    | fields            | who is named                | left when                        |
  * |----------|-------------------|-----------------------------|----------------------------------|
  * | (none)   | no entry          | nobody, with a reason       | created, used, found at load; a  |
- * |          |                   |                             | handshake ends: VIA              |
+ * |          |                   |                             | handshake ends: VIA; the kernel  |
+ * |          |                   |                             | accepts it: SERVER               |
  * | VIA      | via               | the listener's user, or the | accepted: HELD; 130 s            |
  * |          |                   | MPTCP parent's              |                                  |
+ * | SERVER   | server            | nobody: it is the kernel's  | a process uses it: HELD; freed   |
  * | HELD     | user, held        | user                        | another one who has it uses or   |
  * |          |                   |                             | receives it: HELD, the old user  |
  * |          |                   |                             | joins the past; user lets go:    |
@@ -196,6 +198,44 @@ void sniffer_owner_gain(struct sock *sk, const struct sniffer_gain *gain)
 	}
 	sniffer_owner_index_inode(owner, gain->inode);
 out:
+	raw_spin_unlock_irqrestore(lock, flags);
+	rcu_read_unlock();
+	sniffer_owner_drop(fresh);
+}
+
+/**
+ * sniffer_owner_serve - a server in the kernel has accepted a socket
+ * @sk: full socket
+ * @sock: its socket
+ *
+ * So it is known as the kernel's when server and listener have gone.
+ */
+void sniffer_owner_serve(struct sock *sk, struct socket *sock)
+{
+	u64 cookie = sniffer_owner_cookie(sk);
+	raw_spinlock_t *lock = sniffer_owner_lock(cookie);
+	struct sniffer_owner *owner, *fresh = NULL;
+	unsigned long flags;
+
+	rcu_read_lock();
+	if (!sniffer_owner_find(cookie))
+		fresh = sniffer_owner_alloc(sk, cookie);
+	raw_spin_lock_irqsave(lock, flags);
+	owner = sniffer_owner_find(cookie);
+	if (!owner && fresh) {
+		owner = fresh;
+		fresh = NULL;
+		owner_note_address(owner, sk);
+		sniffer_owner_insert(owner);
+	}
+	if (owner && !rcu_access_pointer(owner->user)) {
+		if (sniffer_probes_tell_release())
+			WRITE_ONCE(owner->sock, sock);
+		owner->seen = jiffies;
+		WRITE_ONCE(owner->dead, 0);
+		WRITE_ONCE(owner->server, true);
+		smp_store_release(&owner->via, 0);	/* pairs with name.c */
+	}
 	raw_spin_unlock_irqrestore(lock, flags);
 	rcu_read_unlock();
 	sniffer_owner_drop(fresh);

@@ -25,6 +25,7 @@
 #include "owner.h"
 #include "probes.h"
 #include "process.h"
+#include "rings.h"
 #include "seed.h"
 #include "trace.h"
 #include "tracepoints.h"
@@ -225,6 +226,12 @@ static void probes_sendpage(const struct sniffer_args *args)
 	probes_use(args, SNIFFER_PROBE_SENDMSG);
 }
 
+/* An operation of an io_uring takes a file out of it. */
+static void probes_ring(const struct sniffer_args *args)
+{
+	sniffer_rings_forget();
+}
+
 static void probes_credentials(const struct sniffer_args *args)
 {
 	sniffer_process_credentials((void *)args->n[0]);
@@ -306,6 +313,8 @@ static struct sniffer_trace probes_functions[] = {
 			SNIFFER_PROBE_CLOSE, PROBES_WAY_RANGE),
 	PROBES_FUNCTION("sock_splice_read", probes_splice, 0, 0),
 	PROBES_FUNCTION("inet_sendpage", probes_sendpage, 0, 0),
+	PROBES_FUNCTION("io_fixed_fd_remove", probes_ring, 0, 0),
+	PROBES_FUNCTION("io_files_update", probes_ring, 0, 0),
 	PROBES_FUNCTION("commit_creds", probes_credentials, 0, 0),
 	PROBES_FUNCTION("genl_bind", probes_join, 0, 0),
 };

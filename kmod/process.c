@@ -22,6 +22,7 @@
 #define PROCESS_MAX	(1U << 22)	/* as many as Linux can have, PID_MAX_LIMIT */
 #define PROCESS_KEEP	(130 * HZ)	/* as long as a socket is kept, see table.h */
 #define PROCESS_KEEP_MIN (5 * HZ)	/* when the table is nearly full */
+#define PROCESS_RING_LAG (2 * HZ)	/* until an io_uring lets go of a file that it has given up */
 
 static unsigned int max_processes = 32768;
 module_param(max_processes, uint, 0444);
@@ -284,6 +285,7 @@ void sniffer_process_exec(struct task_struct *task)
 	proc = sniffer_process_find(task);
 	if (proc) {
 		sniffer_process_comm(proc->comm, task->group_leader->comm);
+		WRITE_ONCE(proc->ring_numbers, 0);	/* ends with its program */
 		if (task->mm)
 			process_exe(task->mm, proc->about.exe);
 		sniffer_process_refresh(proc);
@@ -307,6 +309,35 @@ void sniffer_process_exited(struct task_struct *task)
 		process_tell(proc, SNIFFER_EVENT_EXIT);
 	}
 	rcu_read_unlock();
+}
+
+/**
+ * sniffer_process_doubt - look soon at the sockets of a process
+ * @proc: a ring of it lets go of a file; under RCU or with a reference
+ *
+ * However often that is, no more than one look in some seconds comes of it.
+ */
+void sniffer_process_doubt(struct sniffer_proc *proc)
+{
+	if (READ_ONCE(proc->doubt))
+		WRITE_ONCE(proc->again, true);
+	else
+		WRITE_ONCE(proc->doubt, (jiffies + PROCESS_RING_LAG) | 1);
+}
+
+/* Is the look due that sniffer_process_doubt() has asked for? */
+static bool process_is_due(struct sniffer_proc *proc)
+{
+	unsigned long doubt = READ_ONCE(proc->doubt);
+
+	if (!doubt || !time_after(jiffies, doubt))
+		return false;
+	WRITE_ONCE(proc->doubt, 0);
+	if (READ_ONCE(proc->again)) {
+		WRITE_ONCE(proc->again, false);
+		sniffer_process_doubt(proc);
+	}
+	return true;
 }
 
 /**
@@ -368,11 +399,8 @@ struct sniffer_proc *sniffer_process_orphan(void)
 	for (i = 0; i < ARRAY_SIZE(process_table); i++)
 		hlist_for_each_entry_rcu(proc, &process_table[i], node) {
 			unsigned long gone = READ_ONCE(proc->exit_jiffies);
-			unsigned long doubt = READ_ONCE(proc->doubt);
 
-			if (doubt && time_after(jiffies, doubt))
-				WRITE_ONCE(proc->doubt, 0);
-			else if (!gone || !time_after(jiffies, gone + HZ))
+			if (!process_is_due(proc) && (!gone || !time_after(jiffies, gone + HZ)))
 				continue;
 			if (!list_empty(&proc->uses) && refcount_inc_not_zero(&proc->refs)) {
 				rcu_read_unlock();

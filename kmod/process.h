@@ -22,8 +22,12 @@
  * @comm: of the leader; written whole, but a reader may see half a rename
  * @rcu: readers of the table and of owners hold rcu_read_lock()
  * @exit_jiffies: when it exited, 0 while it runs
- * @doubt: jiffies | 1 when a ring of it is to be looked at again, which lets go of
- *	files later than it says; 0: none
+ * @doubt: jiffies | 1 when its sockets are to be looked at, since a ring of it lets
+ *	go of a file, later than it says; 0: not
+ * @again: and once more, since it let go of another one meanwhile
+ * @ring_files: it has put files into an io_uring: it may have there what no
+ *	descriptor accounts for
+ * @ring_numbers: io_urings that it can use without a descriptor of them
  * @forked: sniffer_owner_tick() of its last fork, 0: none
  * @child: tgid of the child of that
  * @lock: guards @uses and @nuses; inside a socket's lock, any context: irqsave, raw
@@ -43,6 +47,9 @@ struct sniffer_proc {
 	char comm[SNIFFER_COMM_LEN];
 	unsigned long exit_jiffies;
 	unsigned long doubt;
+	bool again;
+	bool ring_files;
+	unsigned int ring_numbers;
 	u64 forked;
 	raw_spinlock_t lock;
 	struct list_head uses;
@@ -71,6 +78,7 @@ void sniffer_process_refresh(struct sniffer_proc *proc);
 void sniffer_process_credentials(const struct cred *cred);
 void sniffer_process_exec(struct task_struct *task);
 void sniffer_process_exited(struct task_struct *task);
+void sniffer_process_doubt(struct sniffer_proc *proc);
 void sniffer_process_rename(struct task_struct *task, const char *comm);
 void sniffer_process_describe(const struct sniffer_proc *proc, u32 event,
 			      struct sniffer_process *out);

@@ -14,6 +14,7 @@
 #include "owner.h"
 #include "process.h"
 #include "reset.h"
+#include "rings.h"
 #include "tracepoints.h"
 #include "use.h"
 
@@ -28,7 +29,7 @@ static void tracepoints_exec(void *data, struct task_struct *task, pid_t old_pid
 {
 	sniffer_alive_note(SNIFFER_PROBE_EXEC);
 	sniffer_process_exec(task);
-	sniffer_use_exec();
+	sniffer_use_rings_end();
 }
 
 static void tracepoints_exited(void *data, SNIFFER_EXIT_ARGS)
@@ -68,10 +69,10 @@ static void tracepoints_reset(void *data, SNIFFER_RESET_ARGS)
 		sniffer_reset_told((struct sock *)sk, skb);
 }
 
-/* After io_uring_register(), which may have taken files out of a ring. */
+/* At the end of io_uring_register(). */
 static void tracepoints_ring(void *data, SNIFFER_RING_ARGS)
 {
-	sniffer_use_ring();
+	sniffer_rings_registered(opcode, ret);
 }
 
 /* All of it is set at load only. */

@@ -19,8 +19,6 @@
 #include "process.h"
 #include "use.h"
 
-#define USE_RING_LAG	(2 * HZ)	/* until an io_uring lets go of a file that it has given up */
-
 /* Descriptors that are looked at for a sender in context; who has more is asked by number only. */
 #define USE_WALK_MAX	65536
 
@@ -289,7 +287,7 @@ bool sniffer_use(struct sock *sk, bool called, struct sniffer_owner **found)
 }
 
 /**
- * sniffer_use_create - the current process made or accepted a socket
+ * sniffer_use_create - the current process, or the kernel, made or accepted a socket
  * @sk: full socket
  * @sock: its socket; @sk may not point to it yet
  */
@@ -299,8 +297,12 @@ void sniffer_use_create(struct sock *sk, struct socket *sock)
 		.tid = current->pid, .inode = SOCK_INODE(sock)->i_ino, .sock = sock, .fd = -1,
 	};
 
-	if (sniffer_owner_wants(sk) && use_is_process(current))
+	if (!sniffer_owner_wants(sk))
+		return;
+	if (use_is_process(current))
 		use_gain(sk, &gain);
+	else
+		sniffer_owner_serve(sk, sock);
 }
 
 /**
@@ -340,8 +342,11 @@ void sniffer_use_fork(struct task_struct *child)
 	rcu_read_unlock();
 }
 
-/* Looks, once the descriptors that go are gone, who has what current was the user of. */
-static void use_settle_later(bool rings)
+/*
+ * Looks, once the descriptors that go are gone, who has what current was the
+ * user of; and again later where @ring goes with them.
+ */
+static void use_settle_later(bool ring)
 {
 	struct sniffer_proc *proc;
 
@@ -349,21 +354,21 @@ static void use_settle_later(bool rings)
 	proc = sniffer_process_find(current);
 	if (proc && list_empty(&proc->uses))
 		proc = NULL;
-	if (proc && rings && sniffer_has_uring(current))
-		WRITE_ONCE(proc->doubt, (jiffies + USE_RING_LAG) | 1);
+	if (proc && ring && sniffer_has_uring(current))
+		sniffer_process_doubt(proc);
 	if (proc && !refcount_inc_not_zero(&proc->refs))
 		proc = NULL;
 	rcu_read_unlock();
 	if (proc)
-		sniffer_holders_settle_later(0, proc, rings);
+		sniffer_holders_settle_later(0, proc);
 }
 
 /**
- * sniffer_use_exec - the current process has become another program
+ * sniffer_use_rings_end - io_urings of the current process, or all their files, go
  *
- * What was to be closed at that is closed, rings with it.
+ * Also when it has become another program: what was to be closed at that is closed.
  */
-void sniffer_use_exec(void)
+void sniffer_use_rings_end(void)
 {
 	use_settle_later(true);
 }
@@ -402,14 +407,6 @@ static bool use_shares_table(const struct sniffer_proc *proc, const struct files
 	pid = find_pid_ns(proc->tgid, &init_pid_ns);
 	task = pid ? pid_task(pid, PIDTYPE_TGID) : NULL;
 	return task && READ_ONCE(task->files) == files;
-}
-
-/**
- * sniffer_use_ring - the current process may take files out of an io_uring
- */
-void sniffer_use_ring(void)
-{
-	use_settle_later(true);
 }
 
 /* With it go the sockets that it alone has. */
@@ -453,7 +450,7 @@ void sniffer_use_close_file(struct file *file, int fd)
 	}
 	rcu_read_unlock();
 	if (cookie)
-		sniffer_holders_settle_later(cookie, NULL, false);
+		sniffer_holders_settle_later(cookie, NULL);
 }
 
 /**
@@ -487,7 +484,7 @@ void sniffer_use_close_range(unsigned int fd, unsigned int last)
 
 	/* it may have a copy of the table made first, or close at an exec only: all is looked up */
 	if (shared)
-		sniffer_holders_settle_later(0, NULL, false);
+		sniffer_holders_settle_later(0, NULL);
 	else if (fd == last)
 		sniffer_use_close(fd);
 	else

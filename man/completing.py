@@ -29,14 +29,14 @@ _packet_hunter_values() { # WORD: what may follow it, a line each; fails when an
   case $1 in
     -i | --interface) (cd /sys/class/net && printf '%%s\\n' any *) ;;
     pid | --pid) (cd /proc && printf '%%s\\n' [0-9]*) ;;
-    pname | --pname) cat /proc/[0-9]*/comm 2>/dev/null ;;
+    pname | --pname | parent | --parent) cat /proc/[0-9]*/comm 2>/dev/null ;;
     uid | --uid) compgen -u ;;
     host | --host) compgen -A hostname ;;
     port | --port) compgen -A service ;;
     netns | --netns) (cd /run/netns 2>/dev/null && printf '%%s\\n' *) ;;
     unit | --unit) systemctl list-units --plain --no-legend 2>/dev/null | cut -d' ' -f1 ;;
     how) printf '%%s\\n' %(hows)s ;;
-    container | --container | net | portrange | mask | ifindex | less | greater) ;;
+    container | --container | pod | --pod | net | portrange | mask | ifindex | less | greater) ;;
     *) return 1 ;;
   esac
   return 0

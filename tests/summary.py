@@ -19,6 +19,7 @@ NOT_RUN = (
     "test-packages",
     "test-bare",
     "fuzz",
+    "nonsense",
     "soak",
     "bench",
     "bench-accuracy",

@@ -12,6 +12,7 @@ if "asyncio" not in sys.modules:
 
     del sys.modules["ssl"]
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -34,6 +35,9 @@ from nlproto._host import lib as host
 from nlproto.engines.engine import open_engine
 from nlproto.errors import Error, UsageError
 from nlproto.host import procfs
+from nlproto.host.containers import ContainerFiles
+from nlproto.host.holders import Holders
+from nlproto.overheard.listening import Overheard
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.naming import Namer
 from nlproto.pipeline.pipeline import Pipeline
@@ -81,13 +85,26 @@ class Service:
         sys.setswitchinterval(SWITCH_INTERVAL)
         host.host_one_heap()
         payers = Payers()
-        processes = Processes(self._details, config.max_processes, payers=payers)
+        holders = Holders()
+        processes = Processes(
+            self._details, config.max_processes, payers=payers, containers=ContainerFiles()
+        )
         with (
             SocketFile(config.socket) as socket_file,
             Recorder(config, processes, payers) as recorder,
-            Namer(processes.start_of) as namer,
+            Namer(processes.start_of, holders) as namer,
+            contextlib.ExitStack() as stack,
         ):
-            engine = open_engine(config.engine, log.warning, ring_bytes=config.ring_size)
+            overheard = None
+            if config.domains != "off":
+                overheard = stack.enter_context(
+                    Overheard(log.warning, config.domains == "sni", recorder.history)
+                )
+                processes.ends = overheard.ends
+                recorder.text_of = overheard.names.text
+            engine = open_engine(
+                config.engine, log.warning, ring_bytes=config.ring_size, holders=holders
+            )
             pipeline = Pipeline(
                 engine,
                 account=Account(),
@@ -97,9 +114,10 @@ class Service:
                 queue=MessageQueue(config.queue_size),
                 on_death=self._die,
                 packets=False,
+                overheard=overheard,
             )
             recorder.on_death = self._die
-            asyncio.run(self._serve(socket_file, pipeline, recorder))
+            asyncio.run(self._serve(socket_file, pipeline, recorder, holders))
         for line in pipeline.account.lines():
             log.info("%s", line)
         return 0 if self._death is None else 1
@@ -113,18 +131,25 @@ class Service:
     def _details(self, pid: int, start_ns: int) -> procfs.ProcessDetails | None:
         return procfs.details(pid, start_ns, cmdline=self.config.cmdline)
 
-    async def _serve(self, socket_file: SocketFile, pipeline: Pipeline, recorder: Recorder) -> None:
+    async def _serve(
+        self,
+        socket_file: SocketFile,
+        pipeline: Pipeline,
+        recorder: Recorder,
+        holders: Holders,
+    ) -> None:
         loop = asyncio.get_running_loop()
         answers = Answers(pipeline, recorder.history, recorder.past, recorder.past_process)
         answers.remembers_since = recorder.remembers_since
+        answers.name_of = recorder.name_of
         server = Server(
             loop, answers, self.config, lambda: figures(pipeline, recorder), self._bounds
         )
-        keeper = Watcher(
-            self.config.engine, pipeline, server.announce, self._die, self.config.ring_size
+        watcher = Watcher(
+            self.config.engine, pipeline, server.announce, self._die, holders, self.config.ring_size
         )
-        answers.kernel = keeper.kernel
-        metrics = Metrics(self.config, server.figures)
+        answers.kernel = watcher.kernel
+        metrics = Metrics(self.config, server.figures, pipeline.processes)
         for take in (recorder.take, metrics.take, server.publish):
             pipeline.subscribe(take)
         ended = asyncio.Event()
@@ -137,7 +162,7 @@ class Service:
             loop.add_signal_handler(number, ended.set)
         parts: list[Reconfigurable] = [server, recorder, metrics]
         loop.add_signal_handler(signal.SIGHUP, lambda: self._reload(server, parts))
-        with metrics, pipeline, keeper:
+        with metrics, pipeline, watcher:
             server.start(socket_file.socket)
             status = f"engine {pipeline.engine.name}, serving {self.config.socket}"
             log.info("%s", status)
@@ -149,7 +174,7 @@ class Service:
             self._notifier.stopping()
             watchdog.cancel()
             # what is under way still reaches those who subscribed
-            await loop.run_in_executor(None, keeper.stop)
+            await loop.run_in_executor(None, watcher.stop)
             await loop.run_in_executor(None, pipeline.stop)
             await server.stop()
 

@@ -59,9 +59,13 @@ def _run(command: options.Command, stop: Stop) -> int:
 
             return live.run(command, stop, _tell)
         case options.Who():
-            from hunter.commands import who
+            from hunter.who import who
 
             who.run(command, _tell)
+        case options.Web():
+            from hunter.web import web
+
+            web.run(command, stop, _tell)
         case options.Stats():
             from hunter.commands import stats
 

@@ -17,19 +17,14 @@ from collections import Counter
 
 import pytest
 
+from browsing import BROWSER, OPTIONS
 from hunter.show.columns import COLUMNS
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
     pytest.mark.skipif(not BROWSER, reason="chromium is not installed: ./build.sh --browser"),
     pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace of its own needs root"),
 ]
 
-OPTIONS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    *("--enable-logging=stderr", "--window-size=1100,1400"),
-]
 PROCESSES = [
     ("curl", 1201, "/usr/bin/curl", 443, "93.184.216.34"),
     ("nginx", 812, "/usr/sbin/nginx", 40112, "10.0.0.7"),

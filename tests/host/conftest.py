@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Daemons for tests; room for a thousand sockets, where a login allows 1024 open files."""
+"""Daemons, engines, workers; room for 1,000 sockets where a login allows 1,024 files."""
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import signal
 import socket
+import subprocess
+import sys
 
 import pytest
 
+from capturing import COMMON, Run
 from daemons import Daemon, senders
+from hunting import echo
 
 FILES = 8192
 
@@ -63,3 +68,49 @@ def _senders_stay_until_the_test_ends():
     yield
     while senders:
         senders.pop().close()
+
+
+@pytest.fixture(name="server")
+def _server():
+    with echo() as found:
+        yield found
+
+
+@pytest.fixture(name="no_daemon")
+def _no_daemon(tmp_path):
+    return ["--socket", str(tmp_path / "none.sock"), "--engine", "packet"]
+
+
+@pytest.fixture(name="run")
+def _run():
+    with contextlib.ExitStack() as stack:
+
+        def start(**options):
+            made = Run(**options)
+            stack.callback(made.engine.close)
+            stack.callback(made.stop)
+            return made
+
+        yield start
+
+
+@pytest.fixture(name="worker")
+def _worker():
+    running = []
+
+    def start(code, prefix=()):
+        child = subprocess.Popen(
+            [*prefix, sys.executable, "-c", COMMON + code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        running.append(child)
+        return child
+
+    yield start
+    for child in running:
+        child.kill()
+        child.wait()
+        child.stdin.close()
+        child.stdout.close()

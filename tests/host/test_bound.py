@@ -36,7 +36,7 @@ def bound(port=0, reuse=False):
 
 
 class Keeping:
-    """As the keeper does it."""
+    """As the watcher does it."""
 
     def __init__(self):
         self.holders = Counting()

@@ -165,8 +165,8 @@ def test_many_questions_at_once_are_answered_in_order(daemon, receiver):
 
 
 def test_nonsense_neither_ends_it_nor_grows_it(daemon):
-    """A seeded tenth of what `make fuzz` sends."""
-    fuzzer = Path(__file__).parents[1] / "fuzz.py"
+    """A seeded tenth of what `make nonsense` sends."""
+    fuzzer = Path(__file__).parents[1] / "nonsense.py"
     arguments = (daemon.path, daemon.process.pid, 1_000_000, 20261123)
     code = f"import runpy; runpy.run_path({str(fuzzer)!r})['check'](*{arguments!r})"
     done = subprocess.run(

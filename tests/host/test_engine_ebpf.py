@@ -7,8 +7,10 @@ import ctypes
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -19,7 +21,8 @@ from nlproto.engines.bpf import NoBpf
 from nlproto.engines.ebpf import OBJECT
 from nlproto.engines.engine import Engine, open_engine
 from nlproto.pipeline.account import Account
-from nlproto.records.wire import RECORD, Batch, is_named
+from nlproto.records.first_bytes import FirstBytes
+from nlproto.records.wire import RECORD, Batch, FirstBytesBatch, is_named
 from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it loads programs")
@@ -74,6 +77,36 @@ def test_every_packet_of_a_connection_is_ours(engine: Engine) -> None:
     assert account.closes(), account.as_dict()
 
 
+def test_the_first_bytes_come_with_their_records(engine: Engine) -> None:
+    assert engine.want_first_bytes(True)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            accepted, _ = server.accept()
+            with accepted, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
+                client.send(b"through TCP")
+                assert accepted.recv(100)
+                datagrams.sendto(b"through UDP", ("127.0.0.1", port))
+    kept, parts = FirstBytes(), [np.zeros(0, RECORD)]
+    for event in (*engine.read(0.1), *engine.finish()):
+        if isinstance(event, FirstBytesBatch):
+            kept.keep(event)
+        elif isinstance(event, Batch):
+            parts.append(event.records)
+    records = np.concatenate(parts)
+    ours = records[(records["sport"] == port) | (records["dport"] == port)]
+    payloads = []
+    for record in ours:
+        snap = kept.find(record)
+        assert snap is not None, record
+        assert len(snap.data) == record["len"]
+        assert struct.unpack_from("!HH", snap.data, 20) == (record["sport"], record["dport"])
+        payloads.append(snap.data[record["hdr_len"] :])
+    assert payloads.count(b"through TCP") == 2  # as it was sent, as it came
+    # a datagram for a port where nobody listens is no packet of a socket's on its way in
+    assert payloads.count(b"through UDP") >= 1
+
+
 def test_a_listener_older_than_the_engine_names_its_connections() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, ExitStack() as stack:
         try:
@@ -109,6 +142,28 @@ def test_loss_is_counted_to_the_record() -> None:
     assert account.closes(), account.as_dict()
     assert account.lost["alloc"] > 1000
     assert account.lost["socket"] == 0
+
+
+def test_what_another_engine_has_begun_to_tell_is_left_to_it(engine: Engine) -> None:
+    account = Account()
+    account.open(engine.opening, engine.instance)
+    with socket.socket(type=socket.SOCK_DGRAM) as receiver:
+        receiver.bind(("127.0.0.1", 0))
+        with socket.socket(type=socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"before", receiver.getsockname())
+            until_ns = time.monotonic_ns()
+            sender.sendto(b"afterwards", receiver.getsockname())
+        port = receiver.getsockname()[1]
+    told = []
+    for event in engine.finish(until_ns):
+        assert isinstance(event, Batch)
+        account.add(event.head, event.records)
+        account.deliver(event.records["how"])
+        told += event.records[event.records["dport"] == port]["len"].tolist()
+    account.close(engine.closing)
+    assert account.closes(), account.as_dict()
+    assert not sum(account.lost.values())
+    assert told == [28 + len(b"before")] * 2  # sent and received
 
 
 def test_a_killed_reader_leaves_nothing_attached(engine: Engine) -> None:

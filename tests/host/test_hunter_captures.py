@@ -5,6 +5,7 @@ import contextlib
 import gzip
 import io
 import json
+import lzma
 import os
 import re
 import shutil
@@ -240,7 +241,7 @@ def test_first_bytes_are_not_for_users_without_rights(daemon, tmp_path):
     """What a process sends is for those who could capture it themselves."""
     script = (
         "import sys; from nlproto.client.client import DaemonClient\n"
-        "print(DaemonClient(sys.argv[1]).start('', snaps=True)['snaps'])"
+        "print(DaemonClient(sys.argv[1]).start('', first_bytes=True)['snaps'])"
     )
     os.chmod(daemon.parent, 0o755)
     # as nobody, who may still read this Python wherever it is installed
@@ -360,7 +361,8 @@ def comments(path):
 def test_annotate_reads_pipes_gzip_and_cut_captures_and_writes_into_pipes(daemon, talked, tmp_path):
     packet = ethernet(datagram(*talked[:2]))
     data, out = pcap([packet] * 5000, now=talked[2]), tmp_path / "out.pcapng"
-    for source, given in (("-", data), ("/dev/stdin", data), ("-", gzip.compress(data))):
+    packed = [gzip.compress(data), lzma.compress(data)]
+    for source, given in (("-", data), ("/dev/stdin", data), *[("-", one) for one in packed]):
         done = annotate(daemon, source, "-o", out, input=given)
         assert done.returncode == 0 and comments(out) == 5000, done.stderr
         assert b"5,000 packets" in done.stderr and b"python" in done.stdout
@@ -378,15 +380,20 @@ def test_annotate_tells_by_kind_what_it_did_not_look_into(daemon, talked, tmp_pa
     flow, now = datagram(*talked[:2]), talked[2]
     odd = [
         *[ethernet(bytes(40), 0x0806)] * 3,
-        *[ethernet(bytes(40), 0x8864)] * 2,
-        ethernet(flow[:9] + b"\x2f" + flow[10:]),
+        *[ethernet(bytes(40), 0x8863)] * 2,
+        ethernet(flow[:9] + b"\x84" + flow[10:]),
         ethernet(flow[:22]),
     ]
     done = annotate(daemon, "-", "-o", tmp_path / "o", input=pcap([ethernet(flow), *odd], now=now))
     assert b"8 packets, 1 of them TCP or UDP with ports: 1 named (100.0 %)" in done.stderr
-    assert b"not looked into: ARP: 3, PPPoE: 2, GRE: 1, cut short: 1\n" in done.stderr
-    done = annotate(daemon, "-", "-o", tmp_path / "o", input=pcap([bytes(60)] * 209, 239))
-    assert b"not looked into: link type 239 (NFLOG): 209\n" in done.stderr
+    assert b"not looked into: ARP: 3, PPPoE discovery: 2, SCTP: 1, cut short: 1\n" in done.stderr
+    done = annotate(daemon, "-", "-o", tmp_path / "o", input=pcap([bytes(60)] * 209, 227))
+    assert b"not looked into: link type 227 (CAN): 209\n" in done.stderr
+    # of tunnels the inner packet is named
+    tunnel = flow[:2] + struct.pack("!H", len(flow) + 24) + flow[4:9] + b"\x2f" + flow[10:20]
+    carried = [ethernet(tunnel + b"\0\0\x08\0" + flow)] * 3
+    done = annotate(daemon, "-", "-o", tmp_path / "o", input=pcap(carried, now=now))
+    assert comments(tmp_path / "o") == 3 and b"not looked" not in done.stderr
     # Linux cooked, with the tag of a VLAN
     cooked = bytes(14) + b"\x81\x00\x00\x07\x08\x00" + flow
     done = annotate(daemon, "-", "-o", tmp_path / "o", input=pcap([cooked] * 3, 113, now))
@@ -434,7 +441,7 @@ def test_annotate_writes_no_pcapng_under_the_name_of_pcap(name, daemon, tmp_path
     assert done.stderr.count(b"\n") == 1 and b".pcapng" in done.stderr
 
 
-@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet", "pcapng"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "ecs.jsonl", "parquet", "pcapng"])
 def test_a_file_gives_the_figures_of_the_live_run(suffix, alone, tmp_path):
     """What is saved and shown at once, to the last word of -vv, and the table of processes."""
     if suffix == "parquet":

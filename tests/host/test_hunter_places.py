@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -70,11 +71,25 @@ def name(identity):
     return f"hunter-{identity[:12]}"
 
 
+@contextlib.contextmanager
+def config_of_docker(identity):
+    """What docker would keep of the container; on a machine without docker all of it goes again."""
+    place = Path("/var/lib/docker/containers", identity)
+    new = next(one for one in [*reversed(place.parents), place] if not one.exists())
+    place.mkdir(parents=True)
+    config = {"ID": identity, "Name": f"/{name(identity)}", "Config": {"Image": "worker:1"}}
+    (place / "config.v2.json").write_text(json.dumps(config))
+    try:
+        yield
+    finally:
+        shutil.rmtree(new)
+
+
 @pytest.fixture(scope="module")
 def container():
     """(id, pid here, network namespace) of a process in namespaces and a cgroup of its own."""
     identity = uuid.uuid4().hex * 2
-    with own_cgroup(f"docker-{identity}.scope") as cgroup:
+    with config_of_docker(identity), own_cgroup(f"docker-{identity}.scope") as cgroup:
         enter = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
         unshare = "unshare --pid --net --mount --fork --kill-child --mount-proc".split()
         process = subprocess.Popen(
@@ -115,6 +130,10 @@ def outside():
         ["--container", "ID12"],
         ["--container", "ID64"],
         ["--container", "docker:ID12"],
+        ["--container", "NAME"],
+        ["--container", "docker:NAME"],
+        ["--parent", "unshare"],
+        ["--cmdline", "*python*", "--container", "NAME"],
         ["--container", "docker:*"],
         ["--netns", "NETNS"],
         ["--netns", "NAME"],
@@ -140,6 +159,10 @@ def test_a_process_in_a_container_is_found_by_its_place_and_name(
     assert {(row["pid"], row["comm"], row["netns"]) for row in rows} == {
         (pid, "inside-worker", netns)
     }
+    assert {(row["container"], row["container_name"], row["image"]) for row in rows} == {
+        (f"docker:{identity[:12]}", name(identity), "worker:1")
+    }
+    assert rows[0]["parents"][0]["comm"] == "unshare"
     seen = re.search(r"(\d+) packets seen", done.stderr)
     assert int(seen[1]) > 20  # there was other traffic, which did not fit
 
@@ -151,7 +174,7 @@ def test_a_line_shows_the_container_of_its_process(container, tmp_path):
         [*command, "--netns", str(netns)], capture_output=True, text=True, timeout=patient(100)
     )
     for line in done.stdout.splitlines():
-        assert f" inside-worker.{pid} docker:{identity[:12]} netns " in line, line
+        assert f" inside-worker.{pid} docker:{name(identity)} netns " in line, line
     assert len(done.stdout.splitlines()) == 4
 
 

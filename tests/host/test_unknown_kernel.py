@@ -31,7 +31,10 @@ CHANGES = [
     ("trace/events/tcp.h", r"tcp_send_reset,", "tcp_reset_sent,", "tcp_send_reset"),
     ("symvers", r"\t__inet_lookup_established\t", "\tgone\t", "__inet_lookup_established"),
     ("symvers", r"\tudp_table\t", "\tgone\t", "udp_table"),
+    ("config", r"(CONFIG_MODULES=y\n)", r"\1CONFIG_PREEMPT_RT=y\n", "without PREEMPT_RT"),
+    ("config", r"CONFIG_IPV6=y\n", "", "CONFIG_IPV6"),
 ]
+ELSEWHERE = {"symvers": "Module.symvers", "config": "include/config/auto.conf"}
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +50,8 @@ def test_the_build_names_what_the_kernel_lacks(
 ) -> None:
     headers = f"/usr/src/linux-headers-{kernel.release}"
     place = f"{headers.replace('-amd64', '-common')}/include/{file}"
-    if file == "symvers":
-        place = f"{headers}/Module.symvers"
+    if file in ELSEWHERE:
+        place = f"{headers}/{ELSEWHERE[file]}"
     before = (kernel.root / place[1:]).read_text()
     after = re.sub(pattern, text, before)
     assert after != before

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs r
 
 ALONE = pytest.mark.skipif(os.path.exists(DEFAULT_SOCKET), reason="a daemon serves this machine")
 
+NOW = time.time()
 HUNTER = [sys.executable, "-m", "hunter"]
 SERVER, NEAR, FAR = "127.0.7.7", "127.0.7.22", "127.0.7.9"
 
@@ -173,3 +175,87 @@ def test_a_daemon_that_has_just_started_is_not_asked_in_vain(tmp_path):
         assert process.wait(20) == 0
         for one in sockets:
             one.close()
+
+
+def words_of(path, *words):
+    served = [] if path is None else ["--socket", path]
+    done = subprocess.run(
+        [*HUNTER, "who", *served, *map(str, words)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("served", [True, pytest.param(False, marks=ALONE)])
+def test_without_a_question_it_is_what_listens(served, daemon, server):
+    path = daemon if served else None
+    port = server.getsockname()[1]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        udp.bind((SERVER, 0))
+        mine = {("tcp", port), ("udp", udp.getsockname()[1])}
+        with socket.create_connection((SERVER, port)):
+
+            def listen():
+                answer = who(path)
+                assert answer["flows"] == [] and all(one["listening"] for one in answer["owners"])
+                return mine <= {
+                    (one["proto"], one["port"])
+                    for one in answer["owners"]
+                    if one["pid"] == os.getpid() and one["address"] == SERVER
+                }
+
+            until(listen)
+            told = [line for line in words_of(path).splitlines() if f"{SERVER}.{port}" in line]
+            assert len(told) == 1 and f".{os.getpid()} " in told[0] and " root" in told[0]
+
+
+def test_sums_by_name_and_a_time_that_is_over(daemon, server):
+    port = server.getsockname()[1]
+    name = Path("/proc/self/comm").read_text().strip()
+    with socket.create_connection((SERVER, port)) as near, server.accept()[0] as far:
+        near.sendall(b"x" * 1000)
+        far.recv(1000)
+
+        def sums():
+            found = json.loads(words_of(daemon, port, "--by", "name", "--json"))["groups"]
+            return found if found and found[0]["bytes"] > 1000 else None
+
+        (group,) = until(sums)
+        assert group["name"] == name and group["sockets"] == 3 and group["processes"] == 1
+        assert group["flows"] == 2 and NOW - 60 < group["first"] <= group["last"]
+        assert f"{name} " in words_of(daemon, port, "--by", "name")
+        began = until(lambda: who(daemon, "--port", port, "--since", "60s")["flows"])[0]["first"]
+        over = max(0.0, time.time() - began) + 60
+        for words in (["--until", f"{over:.3f}s"], ["--since", "1d", "--until", f"{over:.3f}s"]):
+            answer = who(daemon, "--port", port, *words)
+            assert answer["owners"] == [] and answer["flows"] == []
+        answer = who(daemon, "--port", port, "--until", "1ms")
+        assert answer["owners"] == [] and len(answer["flows"]) == 2
+
+
+def test_the_same_port_in_two_namespaces_is_told_apart(daemon, server):
+    """`--netns` takes a pid; the name of the namespace is that of `ip netns`."""
+    port = server.getsockname()[1]
+    program = (
+        f"import socket, sys; s = socket.create_server(('{SERVER}', {port})); sys.stdin.read()"
+    )
+    inside = subprocess.Popen(
+        ["unshare", "--net", "sh", "-c", 'ip link set lo up; exec "$@"', "sh"]
+        + [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+    )
+    try:
+        both = until(
+            lambda: (
+                pids
+                if len(pids := {one["pid"] for one in who(daemon, "--port", port)["owners"]}) == 2
+                else None
+            )
+        )
+        assert both == {os.getpid(), inside.pid}
+        for pid in both:
+            owners = who(daemon, "--port", port, "--netns", pid)["owners"]
+            assert [one["pid"] for one in owners] == [pid]
+            assert [one["pid"] for one in who(daemon, "--netns", pid)["owners"]].count(pid) == 1
+    finally:
+        inside.communicate()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import FrozenInstanceError, fields
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,8 @@ def test_sizes_are_tcpdumps_millions_or_powers_of_two(text, size):
         ["--save", "-", "--json"],
         ["-r", "x.csv", "--direct"],
         ["--"],
-        ["who"],
+        ["who", "--since", "5m", "--until", "10m"],
+        ["who", "--since", "5m", "--until", "5m"],
     ],
 )
 def test_options_that_make_no_sense_together_are_refused(words):
@@ -119,13 +121,46 @@ def test_options_that_make_no_sense_together_are_refused(words):
         ["--duration", "soon"],
         ["--engine", "x"],
         ["-Q", "up"],
-        ["who", "8080"],
+        ["who", "80800"],
+        ["who", "--since", "25:00"],
+        ["who", "--since", "9999-01-01"],
+        ["who", "--by", "colour"],
         ["top", "-d", "0"],
     ],
 )
 def test_bad_values_are_one_line_that_names_the_help(words):
     with pytest.raises(UsageError, match=r"^[^\n]*; see packet-hunter.* --help$"):
         parse(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 90),
+        ("2h", 7200),
+        ("11:30", 1800),
+        ("9:00:30", 10770),
+        ("12:30", 23.5 * 3600),
+        ("2026-05-28", 12 * 3600),
+        ("2026-05-28 11:59:30", 30),
+        ("2026-05-27T12:00", 86400),
+    ],
+)
+def test_a_moment_is_a_span_a_clock_time_or_a_date(text, seconds, monkeypatch):
+    class Noon(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 5, 28, 12, 0, 0)
+
+    monkeypatch.setattr("hunter.cli.values.datetime", Noon)
+    who = parse(["who", "8080", "--since", text])
+    assert (who.port, who.since) == (8080, seconds)
+
+
+def test_who_without_a_question_asks_what_listens():
+    assert parse(["who"]).listening and parse(["who", "--proto", "udp"]).listening
+    for words in (["80"], ["--port", "80"], ["--by", "unit"], ["--since", "5m"], ["--pid", "1"]):
+        assert not parse(["who", *words]).listening
 
 
 def test_the_letters_that_tcpdump_has_too_mean_the_same():
@@ -255,7 +290,7 @@ def completed(*words, before=""):
         (["por"], ["port", "portrange"]),
         (["port", "80", "a"], ["and"]),
         (["-n", "port", "80", "and", "un"], ["unit"]),
-        (["top", "po"], ["port", "portrange"]),
+        (["top", "po"], ["port", "portrange", "pod"]),
         (["how", "socket_"], ["socket_gone"]),
         (["how", "unn"], ["unnamed"]),
         (["tcp", "-i", "l"], ["lo"]),

@@ -14,6 +14,7 @@ from nlproto import UsageError
 from nlproto.filters.mistakes import FilterError
 from nlproto.filters.parse import parse
 from nlproto.filters.words import WORDS, quote
+from nlproto.host.procfs import Parent
 from nlproto.records import wire
 
 
@@ -52,7 +53,9 @@ RECORDS = {
     "dns": record(
         dport=53, proto=socket.IPPROTO_UDP, tgid=200, uid=0, len=90, comm=b"systemd-resolve"
     ),
-    "six": record(src="fe80::1", dst="2001:db8::5", dport=443, tgid=300, netns=5, ifindex=3),
+    "six": record(
+        src="fe80::1", dst="2001:db8::5", dport=443, tgid=300, netns=4026532005, ifindex=3
+    ),
     "routed": record(
         how=wire.lib.SNIFFER_HOW_FORWARDED, dir=wire.lib.SNIFFER_DIR_FWD, tgid=0, uid=0, comm=b""
     ),
@@ -109,7 +112,7 @@ def chosen(text, details=None):
         ("pname cu", ""),
         ("uid 0", "dns"),
         ("uid root", "dns"),
-        ("netns 5", "six"),
+        ("netns 4026532005", "six"),
         ("ifindex 3", "six"),
         ("how forwarded", "routed"),
         ("how unnamed", "routed"),
@@ -136,8 +139,12 @@ def test_words_select(text, names):
 @dataclass
 class Known:
     exe: str = ""
+    cmdline: str = ""
     container: str = ""
+    container_name: str = ""
+    pod: str = ""
     unit: str = ""
+    parents: tuple[Parent, ...] = ()
 
 
 def test_pname_fits_the_executable_when_the_process_renamed_itself():
@@ -180,6 +187,51 @@ def test_container_fits_by_name_and_by_id(container, words, fits):
 
     assert chosen(f'container "{words}"', Details()) == ({"six"} if fits else set())
     assert chosen(f'container "{words}"') == set()
+
+
+@pytest.mark.parametrize(
+    ("words", "fits"),
+    [
+        ("container web", True),
+        ("container docker:web", True),
+        ("container podman:web", False),
+        ('container "w*"', True),
+        ("container we", False),
+        ("pod default/web-0", True),
+        ("pod web-0", True),
+        ('pod "default/*"', True),
+        ("pod default", False),
+        ("pod other/web-0", False),
+        ("parent sshd", True),
+        ("parent 800", True),
+        ("parent bash", True),
+        ("parent curl", False),
+        ("parent 80", False),
+        ("exe /usr/bin/curl", True),
+        ("exe curl", True),
+        ('exe "/usr/*"', True),
+        ("exe bin/curl", False),
+        ('cmdline "-H secret"', True),
+        ('cmdline "*example.org"', True),
+        ('cmdline "example.com"', False),
+        ("src host 127.0.0.1 and pod web-0 or unit nothing", False),
+    ],
+)
+def test_words_for_what_is_known_of_a_process(words, fits):
+    class Details:
+        def get(self, tgid, start_ns):
+            return known if tgid == 300 else Known()
+
+    known = Known(
+        exe="/usr/bin/curl",
+        cmdline="curl -H secret https://example.org",
+        container="docker:0123456789ab",
+        container_name="web",
+        pod="default/web-0",
+        parents=(Parent(812, "bash"), Parent(800, "sshd")),
+    )
+    assert chosen(words, Details()) == ({"six"} if fits else set())
+    assert chosen(words) == set()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -179,3 +181,47 @@ def test_a_first_look_asks_each_process_once(held, monkeypatch):
     with KernelSockets() as kernel:
         kernel.read()
     assert len(walks) == 1
+
+
+def test_a_walk_of_one_thread_holds_up_no_other(monkeypatch):
+    """Worker, watcher and engine of the daemon ask the same Holders."""
+    walking, go_on = threading.Event(), threading.Event()
+    real = procfs.held_sockets
+
+    def slow(pids, *rest):
+        if threading.current_thread() is walker:
+            walking.set()
+            assert go_on.wait(10)
+        return real(pids, *rest)
+
+    shared = Holders()
+    walker = threading.Thread(target=shared.walk)
+    monkeypatch.setattr(procfs, "held_sockets", slow)
+    with socket.socket() as sock:
+        walker.start()
+        assert walking.wait(10)
+        inode = os.fstat(sock.fileno()).st_ino
+        assert not shared.due()  # one walk at a time
+        assert [one.identity.tgid for one in shared.find(inode)] == [os.getpid()]
+        go_on.set()
+        walker.join()
+        assert [one.identity.tgid for one in shared.known(inode)] == [os.getpid()]
+
+
+def test_whether_everybody_was_asked_is_each_threads_own_answer():
+    shared = Holders()
+    shared.find_anywhere(1)
+    if not shared.complete:
+        pytest.skip("needs root")
+    assert shared.exhaustive
+    others = []
+    thread = threading.Thread(target=lambda: others.append(shared.exhaustive))
+    thread.start()
+    thread.join()
+    assert others == [False]
+
+
+def test_the_daemon_walks_processes_for_their_sockets_in_one_place():
+    folder = Path(holders.__file__).parents[2] / "daemon"
+    made = {path.name for path in folder.rglob("*.py") if "Holders()" in path.read_text()}
+    assert made == {"service.py"}

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from damage import CHANGES, PORTS, UDP, changed, ipv4, ipv6
 from hunter.formats import pcapng
 from hunter.formats.captures import flow_of, look, read_capture
+from hunter.formats.headers import _LINKS as LINKS
 from nlproto import Error
 
 
@@ -59,7 +60,7 @@ def test_nothing_but_an_error_comes_out_of_a_damaged_trace(data, changes):
 
 
 @settings(max_examples=200)
-@given(st.sampled_from([0, 1, 9, 101, 108, 113, 228, 229, 276, 65535]), st.binary(max_size=200))
+@given(st.sampled_from([*LINKS, 65535]), st.binary(max_size=200))
 def test_any_bytes_are_a_flow_or_a_word(linktype, data):
     found = look(pcapng.Packet(linktype, None, data))
     assert isinstance(found, str | tuple) and found
@@ -80,15 +81,25 @@ def test_every_kind_of_capture_is_understood(data):
 @pytest.mark.parametrize(
     ("linktype", "data", "word"),
     [
-        (239, b"\0" * 60, "link type 239 (NFLOG)"),
-        (9, b"\0" * 60, "link type 9 (PPP)"),
+        (227, b"\0" * 60, "link type 227 (CAN)"),
+        (239, b"\0" * 60, "NFLOG without a packet"),
+        (9, b"\xc0\x21" + b"\0" * 60, "PPP control"),
+        (9, b"\0\xfd" + b"\0" * 60, "PPP protocol 0x00fd"),
+        (0, b"\0\0\0\7" + b"\0" * 60, "malformed IP"),
         (147, b"\0" * 60, "link type 147"),
-        (1, bytes(12) + b"\x88\x64" + bytes(40), "PPPoE"),
-        (1, bytes(12) + b"\x88\x47" + bytes(40), "MPLS"),
+        (1, bytes(12) + b"\x88\x63\x11\x09" + bytes(40), "PPPoE discovery"),
+        (1, bytes(12) + b"\x88\x64\x11\xa7" + bytes(40), "PPPoE discovery"),
+        (1, bytes(12) + b"\x88\x47\0\0\1\0" + bytes(40), "MPLS without IP"),
+        (1, bytes(12) + b"\x88\x47" + bytes(80), "more headers than can be"),
         (1, bytes(12) + b"\x08\x06" + bytes(40), "ARP"),
         (1, bytes(12) + b"\x12\x34" + bytes(40), "EtherType 0x1234"),
         (1, bytes(12) + b"\x00\x20" + bytes(40), "802.3"),
-        (101, ipv4(47) + bytes(20), "GRE"),
+        (101, ipv4(47) + b"\x40\0\x08\0" + bytes(20), "GRE"),
+        (101, ipv4(47) + b"\0\7\x08\0" + bytes(20), "GRE"),
+        (101, ipv4(47) + b"\x20\x81\x88\x0b" + bytes(8), "GRE"),
+        (101, ipv4(47) + b"\0\0\x88\xbe" + bytes(8), "EtherType 0x88be"),
+        (101, ipv4(4) * 17, "more headers than can be"),
+        (101, ipv4(41) + ipv4(UDP), "malformed IP"),
         (101, ipv4(1) + bytes(20), "ICMP"),
         (101, ipv4(253) + bytes(20), "IP protocol 253"),
         (101, ipv4(UDP, offset=1) + PORTS, "later fragments"),
@@ -96,7 +107,7 @@ def test_every_kind_of_capture_is_understood(data):
         (101, b"", "cut short"),
         (101, ipv6(44, bytes([UDP, 0, 1, 0]) + bytes(4) + PORTS), "later fragments"),
         (101, ipv6(0, (b"\0" * 8) * 65 + PORTS), "more extension headers than can be"),
-        (1, bytes(12) + b"\x81\x00\x00\x01" * 9 + b"\x08\x00", "more VLANs than can be"),
+        (1, bytes(12) + b"\x81\x00\x00\x01" * 20 + b"\x08\x00", "more headers than can be"),
     ],
 )
 def test_what_is_not_understood_has_a_name(linktype, data, word):

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from hunter.save.capturefile import CaptureFile
-from hunter.save.save_csv import CsvSaver
-from hunter.save.save_jsonl import JsonSaver
+from hunter.save.save_lines import LINES, LineSaver
 from hunter.show import names
 from hunter.show.columns import COLUMNS, columns
 from hunter.show.lines import LinePrinter, Style, tcp_flags
@@ -89,9 +88,9 @@ def test_the_summary_counts_equal_addresses_of_two_namespaces_apart():
     assert (packets, ends) == (3, 2)
 
 
-def saved(saver, given, known, path, holders=nobody):
+def saved(kind, given, known, path, holders=nobody):
     with CaptureFile(str(path)) as file:
-        saver(file).add(columns(given, known, holders))
+        LineSaver(file, LINES[kind]).add(columns(given, known, holders))
     return path.read_text()
 
 
@@ -161,14 +160,14 @@ def test_tcp_flags_read_as_in_tcpdump(flags, text):
 
 def test_csv_has_the_agreed_columns_and_values(tmp_path):
     rows = batch({}, {"how": wire.lib.SNIFFER_HOW_FORWARDED, "tgid": 0, "dir": 3, "comm": b""})
-    text = saved(CsvSaver, rows, processes(exe="/usr/bin/curl"), tmp_path / "x.csv")
-    ends = "tcp,127.0.0.1,50000,127.0.0.1,8080,60"
+    text = saved("csv", rows, processes(exe="/usr/bin/curl"), tmp_path / "x.csv")
+    ends, flow = "tcp,127.0.0.1,50000,127.0.0.1,8080,60", "1:bwaxBSrjQiL/QKPJx556VoDZ60U="
     assert text == (
         "time,dir,proto,src,sport,dst,dport,len,pid,comm,exe,uid,netns,how,"
         "flags,tcp_flags,interface,unit,container,cmdline,ppid,segments,hdr_len,ifindex,start_ns,"
-        "tid,creator,cookie,holders\n"
-        f"{NOON},out,{ends},1234,curl,/usr/bin/curl,1000,99,context,,S,,,,,,1,0,,7,,,,\n"
-        f"{NOON},fwd,{ends},,,,,99,forwarded,,S,,,,,,1,0,,,,,,\n"
+        "tid,creator,cookie,holders,community_id,container_name,image,pod,parents\n"
+        f"{NOON},out,{ends},1234,curl,/usr/bin/curl,1000,99,context,,S,,,,,,1,0,,7,,,,,{flow},,,,\n"
+        f"{NOON},fwd,{ends},,,,,99,forwarded,,S,,,,,,1,0,,,,,,,{flow},,,,\n"
     )
 
 
@@ -179,7 +178,7 @@ def test_json_lines_have_the_same_keys_and_holders_when_shared(tmp_path):
         assert cookies == {5}
         return {5: [{"pid": 1, "comm": "a"}, {"pid": 1234, "comm": "curl"}]}
 
-    text = saved(JsonSaver, rows, processes(exe="/usr/bin/curl"), tmp_path / "x.jsonl", holders)
+    text = saved("jsonl", rows, processes(exe="/usr/bin/curl"), tmp_path / "x.jsonl", holders)
     first, second = map(json.loads, text.splitlines())
     assert tuple(first) == tuple(second) == COLUMNS
     assert first["time"] == NOON and first["pid"] == 1234 and first["sport"] == 50000
@@ -213,7 +212,7 @@ def test_a_hostile_name_is_harmless(comm, output, tmp_path):
         LinePrinter(Style(True, times=1, verbose=2), known, nobody, names.Names(), out).add(rows)
         text = out.getvalue()
     elif output == "csv":
-        text = saved(CsvSaver, rows, known, tmp_path / "x.csv")
+        text = saved("csv", rows, known, tmp_path / "x.csv")
         header, row = csv.reader(io.StringIO(text))
         fields = dict(zip(header, row, strict=True))
         assert len(row) == len(COLUMNS)
@@ -221,7 +220,7 @@ def test_a_hostile_name_is_harmless(comm, output, tmp_path):
         assert {uncell(fields[key]) for key in ("comm", "unit", "container")} == {name}
         assert plain(fields["comm"]) == fields["comm"]
     elif output == "jsonl":
-        text = saved(JsonSaver, rows, known, tmp_path / "x.jsonl")
+        text = saved("jsonl", rows, known, tmp_path / "x.jsonl")
         assert json.loads(text)["comm"] == name
     else:
         text = "\n".join(printed(rows, known, verbose=2 if output == "verbose" else 0)) + "\n"

@@ -4,13 +4,17 @@
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("prometheus_client")
 
 from daemon.system.config import Config  # noqa: E402
 from daemon.system.metrics import Metrics  # noqa: E402
+from nlproto.tables.flows import FLOW  # noqa: E402
+from nlproto.tables.processes import Process, Processes  # noqa: E402
 
 FIGURES = {
     "account": {
@@ -70,3 +74,50 @@ def test_clients_that_send_nothing_hold_few_threads_and_others_are_answered(path
     _until(lambda: _threads() <= 8)
     for each in (*held, one):
         each.close()
+
+
+def _scraped(metrics):
+    return {
+        (one.name, *one.labels.values()): one.value
+        for family in metrics.collect()
+        for one in family.samples
+        if family.name.endswith("_bytes")
+    }
+
+
+def _flows(*owners):
+    flows = np.zeros(len(owners), FLOW)
+    for flow, (tgid, size) in zip(flows, owners, strict=True):
+        flow["tgid"], flow["start_ns"], flow["bytes_in"] = tgid, tgid * 10, size
+        flow["comm"] = b"x" * bool(tgid)
+    return SimpleNamespace(flows=flows)
+
+
+def test_traffic_is_summed_by_unit_and_container_and_bounded(tmp_path):
+    processes = Processes()
+    for tgid, more in {
+        1: {"unit": "web.service"},
+        2: {"unit": "web.service", "container": "docker:0123456789ab", "container_name": "web"},
+        3: {"unit": "later.service", "container": "docker:0123456789ac", "container_name": "late"},
+        # any user could make many of these
+        4: {"unit": "user@7.service/a.service", "container": "podman:user@7/0123456789ab"},
+        5: {"unit": "user@7.service/b.service", "container": "podman:user@7/0123456789ac"},
+    }.items():
+        processes.restore([Process(tgid, tgid * 10, **more)])
+    config = Config(metrics=str(tmp_path / "m"), metrics_processes=2)
+    with Metrics(config, lambda: FIGURES, processes) as metrics:
+        metrics.take(_flows((1, 10), (2, 5), (0, 3)))
+        metrics.take(_flows((4, 100), (5, 200)))
+        metrics.take(_flows((3, 1), (9, 7)))
+        found = _scraped(metrics)
+    unit, container = "packet_hunter_unit_bytes_total", "packet_hunter_container_bytes_total"
+    assert {key: value for key, value in found.items() if value and "process" not in key[0]} == {
+        (unit, "web.service", "in"): 15,
+        (unit, "user@7.service", "in"): 300,
+        (unit, "other", "in"): 1,
+        (container, "docker:0123456789ab", "web", "", "in"): 5,
+        (container, "podman:user@7", "", "", "in"): 300,
+        (container, "other", "", "", "in"): 1,
+    }
+    assert found["packet_hunter_process_bytes_total", "(unnamed)", "in"] == 3
+    assert found["packet_hunter_process_bytes_total", "x", "in"] == 323

@@ -10,8 +10,9 @@ from daemon.history.memory import FlowMemory
 from daemon.serve.answers import Answers
 from daemon.serve.requests import parse_request
 from hunter.commands import past_owners as owners
-from hunter.commands.past_owners import Namespace, PastOwners, place
+from hunter.commands.past_owners import PastOwners
 from nlproto import UsageError
+from nlproto.host.netns import Namespace, find
 from nlproto.records.clock import Clock
 from nlproto.records.wire import lib
 from nlproto.tables.flows import summarize
@@ -155,10 +156,10 @@ def test_both_directions_are_one_question(make_records):
 
 def test_a_place_is_a_name_a_pid_or_an_inode():
     own = os.stat("/proc/self/ns/net").st_ino
-    assert place(str(own)) == Namespace(own)
-    assert place("/proc/self/ns/net").netns == own
-    mine = place(str(os.getpid()))
+    assert find(str(own)) == Namespace(own)
+    assert find("/proc/self/ns/net").netns == own
+    mine = find(str(os.getpid()))
     assert mine.netns == own and mine.since_s > 0
     for wrong in ("nowhere", "4194303", str(1 << 32), "a\0b", "", "-1"):
         with pytest.raises(UsageError):
-            place(wrong)
+            find(wrong)

@@ -12,61 +12,9 @@ from nlproto.pipeline.order import TimeOrder
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.pipeline.queue import MessageQueue
 from nlproto.records import wire
-from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import Processes
+from replaying import Replay, pipeline_of
 from waiting import until
-
-
-class Replay:
-    """Gives `batches` one a read, then waits; `tail` comes at finish()."""
-
-    name = "replay"
-    instance = 7
-
-    def __init__(self, batches=(), tail=(), error=None):
-        self.batches = list(batches)
-        self.tail = list(tail)
-        self.error = error
-        self.opening = self.closing = np.zeros(0, wire.TAIL)
-        self.closed = threading.Event()
-        self.group = "packets"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.closed.set()
-
-    def read(self, timeout):
-        if self.batches:
-            yield self.batches.pop(0)
-        elif self.error is not None:
-            raise self.error
-        else:
-            time.sleep(min(timeout, 0.01))
-
-    def catch_up(self):
-        while self.batches:
-            yield self.batches.pop(0)
-        self.closing = self.opening
-
-    def begin(self):
-        self.batches.clear()
-        self.begun_ns = time.monotonic_ns()
-        return self.begun_ns
-
-    def finish(self, until_ns=None):
-        self.until_ns = until_ns
-        while self.batches:
-            yield self.batches.pop(0)
-        yield from self.tail
-
-    def stats(self):
-        return {}
-
-
-def _pipeline(engine, **more):
-    return Pipeline(engine, account=Account(), processes=Processes(), portmap=PortMap(), **more)
 
 
 def test_every_record_reaches_every_subscriber_and_the_account_closes(make_records, make_batch):
@@ -77,7 +25,7 @@ def test_every_record_reaches_every_subscriber_and_the_account_closes(make_recor
         seq += 20
     tail = [make_batch(make_records({"time_ns": 2 * 10**9}), seq)]
     engine, got, other = Replay(batches, tail), [], []
-    pipeline = _pipeline(engine)
+    pipeline = pipeline_of(engine)
     pipeline.subscribe(lambda batch: got.append(batch.records))
     pipeline.subscribe(lambda batch: other.append(batch.flows["packets_out"].sum()))
     with pipeline:
@@ -99,7 +47,7 @@ def test_records_of_two_cpus_come_in_order_of_time(make_records, make_batch):
         batch(1, 2, [1020, 1041]),
     ]
     got = []
-    pipeline = _pipeline(Replay(batches))
+    pipeline = pipeline_of(Replay(batches))
     pipeline.subscribe(lambda batch: got.extend(batch.records["time_ns"].tolist()))
     with pipeline:
         until(lambda: len(got) == 8)
@@ -137,7 +85,7 @@ def test_a_worker_that_is_too_slow_loses_whole_batches_in_the_queue_and_counts_t
         got.append(len(batch.records))
 
     engine = Replay(batches[:1])
-    pipeline = _pipeline(engine, queue=queue)
+    pipeline = pipeline_of(engine, queue=queue)
     pipeline.subscribe(slow)
     with pipeline:
         assert blocked.wait(10)
@@ -154,7 +102,7 @@ def test_a_worker_that_is_too_slow_loses_whole_batches_in_the_queue_and_counts_t
 
 def test_a_gap_in_the_sequence_is_lost_at_the_socket(make_records, make_batch):
     batches = [make_batch(make_records({}), 0), make_batch(make_records({}), 5)]
-    with _pipeline(Replay(batches)) as pipeline:
+    with pipeline_of(Replay(batches)) as pipeline:
         until(lambda: pipeline.account.delivered == 2)
     assert pipeline.account.lost["socket"] == 4
     assert pipeline.account.closes()
@@ -166,7 +114,7 @@ def test_a_subscriber_that_fails_does_not_stop_the_others(make_records, make_bat
     def fail(batch):
         raise RuntimeError("broken subscriber")
 
-    pipeline = _pipeline(Replay([make_batch(make_records({}))]))
+    pipeline = pipeline_of(Replay([make_batch(make_records({}))]))
     pipeline.subscribe(fail)
     pipeline.subscribe(lambda batch: got.append(len(batch.records)))
     with pipeline:
@@ -178,7 +126,7 @@ def test_a_subscriber_that_fails_does_not_stop_the_others(make_records, make_bat
 def test_a_cancelled_subscription_gets_nothing_more(make_records, make_batch):
     got = []
     engine = Replay()
-    with _pipeline(engine) as pipeline:
+    with pipeline_of(engine) as pipeline:
         cancel = pipeline.subscribe(lambda batch: got.append(batch))
         cancel()
         engine.batches.append(make_batch(make_records({})))
@@ -187,7 +135,7 @@ def test_a_cancelled_subscription_gets_nothing_more(make_records, make_batch):
 
 def test_a_barrier_is_passed_after_everything_recorded_before_it(make_records, make_batch):
     engine, got = Replay(), []
-    with _pipeline(engine) as pipeline:
+    with pipeline_of(engine) as pipeline:
         pipeline.subscribe(lambda batch: got.append(len(batch.records)))
         engine.batches += [make_batch(make_records({}), n) for n in range(20)]
         passed, seen = threading.Event(), []
@@ -200,7 +148,7 @@ def test_what_is_lost_before_a_barrier_is_in_the_account_that_it_sees(make_recor
     """The engine knows of it, though no batch came since to tell."""
     engine, seen, passed = Replay(), [], threading.Event()
     engine.opening = np.zeros(1, wire.TAIL)
-    pipeline = _pipeline(engine)
+    pipeline = pipeline_of(engine)
 
     def ask():
         seen.append(pipeline.account.as_dict(settled=True)["lost"]["socket"])
@@ -220,7 +168,7 @@ def test_an_engine_that_fails_is_replaced_and_the_account_spans_both(make_record
     first = Replay([make_batch(make_records({}), 0)], error=NoModule("the module is gone"))
     second = Replay([make_batch(make_records({}, {}), 0, instance=8)])
     second.instance = 8
-    pipeline = _pipeline(first, on_failure=failures.append)
+    pipeline = pipeline_of(first, on_failure=failures.append)
     with pipeline:
         until(lambda: pipeline.failed)
         pipeline.switch(second)
@@ -238,7 +186,7 @@ def test_an_engine_that_takes_over_begins_where_the_other_is_told_to_end(make_re
     early = make_batch(make_records({}, {}), 0, instance=8)
     second = Replay([early])
     second.instance = 8
-    with _pipeline(first) as pipeline:
+    with pipeline_of(first) as pipeline:
         until(lambda: pipeline.account.delivered == 1)
         pipeline.switch(second)
     assert first.until_ns == second.begun_ns
@@ -249,7 +197,7 @@ def test_an_engine_that_takes_over_begins_where_the_other_is_told_to_end(make_re
 def test_an_engine_that_breaks_by_a_bug_fails_like_one_that_says_so(make_records, make_batch):
     engine = Replay(error=ZeroDivisionError("bug"))
     failures: list[Error] = []
-    with _pipeline(engine, on_failure=failures.append) as pipeline:
+    with pipeline_of(engine, on_failure=failures.append) as pipeline:
         until(lambda: pipeline.failed)
     assert "bug" in str(failures[0])
 
@@ -259,7 +207,7 @@ def test_an_exit_takes_the_process_out_of_the_port_map(make_records, make_batch)
         9, 5_000_000_000, 0, 100, 1, 0, 0, 0, wire.lib.SNIFFER_EVENT_EXIT, "client", ""
     )
     engine = Replay([make_batch(make_records({}))])
-    with _pipeline(engine) as pipeline:
+    with pipeline_of(engine) as pipeline:
         until(lambda: len(pipeline.portmap.who(40000)) == 1)
         engine.batches.append(exited)
         until(lambda: pipeline.portmap.who(40000) == [])
@@ -281,7 +229,7 @@ def test_a_batch_that_cannot_be_named_is_lost_alone_and_counted(make_records, ma
         make_batch(make_records({"sport": 1}, {"sport": 2 + n % 2}), 2 * n) for n in range(40)
     ]
     engine, got = Replay(), []
-    pipeline = _pipeline(engine, namer=Refuses(3))
+    pipeline = pipeline_of(engine, namer=Refuses(3))
     pipeline.subscribe(lambda batch: got.extend(batch.records["sport"].tolist()))
     with pipeline:
         engine.batches += batches
@@ -301,7 +249,7 @@ def test_what_no_subscriber_got_is_lost_and_not_delivered(make_records, make_bat
         raise RuntimeError("broken subscriber")
 
     engine, got = Replay(), []
-    pipeline = _pipeline(engine)
+    pipeline = pipeline_of(engine)
     pipeline.subscribe(fail)
     pipeline.subscribe(lambda batch: got.append(len(batch.records)))
     with pipeline:
@@ -332,7 +280,7 @@ def test_what_a_process_is_called_costs_its_details_and_no_packet(make_records, 
 def test_a_worker_that_only_fails_ends_and_says_so(make_records, make_batch):
     deaths = []
     engine = Replay()
-    pipeline = _pipeline(engine, namer=Refuses(40000), on_death=deaths.append, patience=0.2)
+    pipeline = pipeline_of(engine, namer=Refuses(40000), on_death=deaths.append, patience=0.2)
     with pipeline:
         number = 0
         while not deaths:
@@ -354,7 +302,7 @@ def test_a_receiver_that_only_fails_ends_and_says_so():
             raise ZeroDivisionError("broken figures")
 
     deaths = []
-    with _pipeline(Broken(), on_death=deaths.append, patience=0.2) as pipeline:
+    with pipeline_of(Broken(), on_death=deaths.append, patience=0.2) as pipeline:
         pipeline._asked = -1e9
         until(lambda: deaths)
     assert "receiver cannot go on (ZeroDivisionError: broken figures" in str(deaths[0])
@@ -362,152 +310,10 @@ def test_a_receiver_that_only_fails_ends_and_says_so():
 
 def test_a_question_that_fails_leaves_the_worker_alive(make_records, make_batch):
     engine, got = Replay(), []
-    with _pipeline(engine) as pipeline:
+    with pipeline_of(engine) as pipeline:
         pipeline.subscribe(lambda batch: got.append(len(batch.records)))
         asked = threading.Event()
         pipeline.barrier(lambda: (asked.set(), 1 / 0))
         assert asked.wait(30)
         engine.batches.append(make_batch(make_records({})))
     assert got == [1]
-
-
-class Summing(Replay):
-    """An engine with groups packets and flows: `stream` is told from where it is asked for."""
-
-    def __init__(self, records, make_batch):
-        super().__init__()
-        self.instance = 7
-        self.records = records
-        self.make_batch = make_batch
-        self.at = 0
-        self.limit = len(records)
-        self.queued = []
-        self.opening = self.tail_at()
-
-    def tail_at(self):
-        tail = np.zeros(1, wire.TAIL)
-        tail["record_seq"] = tail["packets"] = self.at
-        return tail
-
-    def next(self, count):
-        """The next `count` records, in the present group; flows of up to 5 records."""
-        records = self.records[self.at : self.at + count]
-        batch = self.make_batch(records, self.at)
-        self.at += len(records)
-        if self.group == "packets":
-            return batch
-        parts = [records[n : n + 5] for n in range(0, len(records), 5)]
-        flows = np.zeros(len(parts), wire.FLOW_RECORD)
-        for flow, part in zip(flows, parts, strict=True):
-            flow["last"] = part[-1]
-            flow["last"]["len"], flow["last"]["hdr_len"] = part["len"].sum(), 0
-            flow["last"]["gso_segs"] = len(part)
-            flow["first_ns"], flow["records"] = part["time_ns"][0], len(part)
-        return wire.FlowBatch(batch.head, flows, self.at, 0)
-
-    def read(self, timeout):
-        if self.queued:
-            yield self.queued.pop(0)
-        elif self.at < self.limit:
-            yield self.next(20)
-        else:
-            time.sleep(min(timeout, 0.01))
-
-    def catch_up(self):
-        yield from ()
-        self.closing = self.tail_at()
-
-    def want_packets(self, wanted):
-        self.queued.append(self.next(13))  # recorded until now, and not yet read
-        self.group = "packets" if wanted else "flows"
-        self.opening = self.tail_at()
-
-    def finish(self, until_ns=None):
-        yield from self.queued
-        self.closing = self.tail_at()
-
-
-def test_flows_and_packets_in_turn_give_the_sums_of_packets_alone(make_records, make_batch):
-    records = make_records(
-        *({"time_ns": 10**9 + n, "len": 60 + n % 11, "hdr_len": 28} for n in range(4000))
-    )
-    engine, sums, one_by_one = Summing(records, make_batch), [], []
-    first, last = [], []
-
-    def take(batch):
-        sums.append(int(batch.flows["packets_out"].sum()))
-        first.append(int(batch.flows["first_ns"].min()))
-        last.append(int(batch.flows["last_ns"].max()))
-        one_by_one.extend(batch.records["time_ns"].tolist())
-
-    pipeline = _pipeline(engine, packets=False)
-    pipeline.subscribe(take)
-    total = []
-    pipeline.subscribe(lambda batch: total.append(int(batch.flows["bytes_out"].sum())))
-    with pipeline:
-        wanted = False
-        while engine.at < 4000:
-            wanted = not wanted
-            pipeline.want_packets(wanted)
-            passed = threading.Event()
-            pipeline.barrier(passed.set)
-            assert passed.wait(20)
-    assert sum(sums) == 4000
-    assert sum(total) == int(records["len"].sum())
-    assert (min(first), max(last)) == (10**9, 10**9 + 3999)
-    assert 0 < len(one_by_one) < 4000
-    assert len(set(one_by_one)) == len(one_by_one)
-    assert pipeline.account.delivered == 4000
-    assert pipeline.account.closes()
-
-
-def test_after_a_barrier_there_are_only_packets_for_who_wanted_them(make_records, make_batch):
-    records = make_records(*({"time_ns": 10**9 + n} for n in range(1000)))
-    engine, after = Summing(records, make_batch), []
-    engine.limit = 200
-    pipeline = _pipeline(engine, packets=False)
-    passed = threading.Event()
-    pipeline.subscribe(lambda batch: passed.is_set() and after.append(len(batch.records)))
-    with pipeline:
-        until(lambda: engine.at >= 200)
-        pipeline.want_packets(True)
-        pipeline.barrier(passed.set)
-        assert passed.wait(20)
-        engine.limit = 1000
-        until(lambda: sum(after) >= 700)
-    assert all(after)
-
-
-def test_flows_that_nobody_can_take_are_lost_as_many_records(make_records, make_batch):
-    def broken(batch):
-        raise RuntimeError("no")
-
-    engine = Summing(make_records(*({"time_ns": 10**9 + n} for n in range(100))), make_batch)
-    pipeline = _pipeline(engine, packets=False)
-    pipeline.subscribe(broken)
-    with pipeline:
-        until(lambda: pipeline.account.lost["failed"] == 100)
-    assert pipeline.account.closes()
-
-
-def test_an_engine_without_flows_keeps_what_its_kernel_had_no_memory_for(make_records, make_batch):
-    class Old(Replay):
-        instance = 7
-
-        def want_packets(self, wanted):
-            pass
-
-    batch = make_batch(make_records({}, {}), 5)
-    head = batch.head.copy()
-    head["lost"], head["packets"] = 5, 7
-    engine = Old([wire.Batch(head, batch.records)])
-    engine.opening = np.zeros(1, wire.TAIL)
-    pipeline = _pipeline(engine, packets=False)
-    with pipeline:
-        until(lambda: pipeline.account.delivered == 2)
-        pipeline.want_packets(True)
-        passed = threading.Event()
-        pipeline.barrier(passed.set)
-        assert passed.wait(20)
-    assert pipeline.account.lost["alloc"] == 5
-    assert pipeline.account.closes()

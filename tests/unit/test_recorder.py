@@ -303,7 +303,8 @@ def test_a_history_of_the_first_schema_goes_on(path, record):
         recorder.play(1, 2)
     with sqlite3.connect(path) as old:
         old.executescript(
-            "DROP TABLE elapsed; DROP TABLE identity;"
+            "DROP TABLE elapsed; DROP TABLE identity; DROP TABLE names;"
+            "ALTER TABLE flows DROP COLUMN domain;"
             "DROP INDEX flows_payer; DROP INDEX processes_payer;"
             "ALTER TABLE flows DROP COLUMN payer; ALTER TABLE flows DROP COLUMN seen;"
             "ALTER TABLE processes DROP COLUMN payer; ALTER TABLE processes DROP COLUMN size;"

@@ -17,19 +17,20 @@ from hypothesis import strategies as st
 
 from hunter.cli.signals import Stop
 from hunter.formats.ownercomment import comment_of, read_comment
-from hunter.save.saving import open_saver
+from hunter.save.saving import format_of, open_saver
 from hunter.show.account import ShownAccount
 from hunter.show.columns import COLUMNS, FIRST_COLUMNS, cells, columns
 from hunter.show.summary import Summary
 from hunter.show.text import cell, escaped, plain, uncell, unescaped
 from hunter.sources.source_file import FileSource
 from nlproto.filters.filter import EVERYTHING
+from nlproto.host.procfs import Parent
 from nlproto.records import wire
 from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.processes import Process, Processes
 
-SUFFIXES = [".csv", ".jsonl", ".parquet", ".pcapng"]
+SUFFIXES = [".csv", ".jsonl", ".parquet", ".pcapng", ".ecs.jsonl"]
 NOON_NS = 1_780_000_000_123_456_000
 NETNS = 4026532999
 F = wire.lib
@@ -117,6 +118,10 @@ def everything(make_records):
                     unit=name,
                     container=name[::-1],
                     cmdline=f"{name} --{name}",
+                    container_name=f"x{name}",
+                    image=f"{name}:1",
+                    pod=f"{name}/y",
+                    parents=(Parent(50 + i, name), Parent(1, "systemd"))[: i % 3],
                 )
             ]
         )
@@ -140,8 +145,8 @@ def everything(make_records):
     return NamedBatch(head, records, Clock(NOON_NS, 0)), known, holders
 
 
-def save(path, batch, details, holders, snaps=None):
-    saver = open_saver(str(path), path.suffix[1:], snaps)
+def save(path, batch, details, holders, first_bytes=None):
+    saver = open_saver(str(path), format_of(str(path), None), first_bytes)
     saver.add(columns(batch, details, holders))
     saver.close()
     assert saver.rows == len(batch.records)

@@ -59,7 +59,7 @@ class Quiet:
     def finish(self, until_ns=None):
         return iter(())
 
-    def want_snaps(self, wanted):
+    def want_first_bytes(self, wanted):
         return False
 
     def stats(self):

@@ -56,7 +56,7 @@ def test_a_smaller_part_of_the_room_is_kept_to_and_the_loss_is_told_though_nothi
     for _ in range(5):
         subscription.offer(1, _piece(count=1, size=200))
     assert subscription.next_frame() is not None  # it is being sent, and counts still
-    subscription.bound(300)
+    subscription.limit_queue(300)
     assert subscription.queued == 400 and subscription.dropped == 3
     assert _gaps(_frames(subscription)) == [3]
     subscription.lose(7, 7)

@@ -46,7 +46,7 @@ def test_the_same_is_told_once_a_minute_with_how_often_it_happened(caplog):
     ],
 )
 def test_a_traceback_is_for_what_nobody_foresaw(caplog, error, traceback):
-    Failures("keeper").add(error)
+    Failures("watcher").add(error)
     assert (caplog.records[0].exc_info is not None) == traceback
     assert caplog.records[0].levelno == logging.ERROR
 

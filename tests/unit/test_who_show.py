@@ -2,12 +2,14 @@
 """who for people: sums instead of repetitions, the newest rows, far ends, namespaces."""
 
 import io
+import re
 
 import pytest
 
 from hunter.cli.options import Who
-from hunter.commands import who_show
 from hunter.show.console import Output
+from hunter.who import who_show
+from hunter.who.who_groups import show_groups, summed
 from nlproto.host import netns
 
 NOW = 1_780_000_000.0
@@ -49,6 +51,8 @@ def owner(**fields):
         "cookie": 1,
         "listening": True,
         "pid": 7,
+        "start_ns": 1,
+        "uid": 0,
         "comm": "nginx",
     } | fields
     return one | {"holders": fields.get("holders", [{"pid": one["pid"], "comm": one["comm"]}])}
@@ -59,7 +63,12 @@ def process(pid, **fields):
     return {"tgid": pid, "start_ns": 1, "comm": "curl"} | empty | fields
 
 
-def shown(owners=(), flows=(), processes=(), width=None, total=None, limit=None, **answer):
+def options(**given):
+    empty = dict.fromkeys("port proto host pid pname since until netns by limit".split())
+    return Who(**empty | given, json=False, socket="", socket_given=False)
+
+
+def shown(owners=(), flows=(), processes=(), width=None, total=None, limit=None, port=1, **answer):
     out = io.StringIO()
     console = Output(file=out, soft_wrap=True, width=width or 80, force_terminal=bool(width))
     whole = {
@@ -72,14 +81,7 @@ def shown(owners=(), flows=(), processes=(), width=None, total=None, limit=None,
         "complete": True,
         "since": NOW - 23,
     } | answer
-    options = Who(
-        **dict.fromkeys(("port", "proto", "host", "pid", "pname", "since")),
-        limit=limit,
-        json=False,
-        socket="",
-        socket_given=False,
-    )
-    who_show.show(whole, console, NOW, options)
+    who_show.show(whole, console, NOW, options(limit=limit, port=port))
     return out.getvalue()
 
 
@@ -120,7 +122,7 @@ def test_the_newest_rows_are_shown_and_how_many_more_there_are():
 def test_now_has_the_far_end_and_the_state():
     far = {"remote": "10.0.0.9", "rport": 40000, "listening": False, "state": "established"}
     text = shown(owners=[owner(), owner(cookie=2, **far)])
-    assert "listens on tcp 10.0.0.1.8080\n" in text
+    assert re.search(r"listens on tcp 10\.0\.0\.1\.8080 +root\n", text)
     assert "has tcp 10.0.0.1.8080 <> 10.0.0.9.40000" in text and "established" in text
     many = [owner(cookie=n, **far | {"rport": n}) for n in range(40000, 40100)]
     (row,) = [line for line in shown(owners=many).splitlines() if "nginx" in line]
@@ -152,3 +154,52 @@ def test_a_narrow_terminal_cuts_nothing_and_breaks_at_words(width):
     plain = [line for line in text.replace("\x1b[0m", "").splitlines() if "\x1b" not in line]
     assert plain and max(map(len, plain)) <= width
     assert "10.0.0.2.443" in text and "3 packets" in " ".join(text.split())
+
+
+def test_what_listens_is_one_table_with_user_and_place():
+    known = [process(7, comm="nginx", unit="web.service", container="docker:0123456789ab")]
+    known[0] |= {"container_name": "web", "pod": ""}
+    text = shown(owners=[owner(), owner(proto="udp", port=53)], processes=known, port=None)
+    rows = [line.split() for line in text.splitlines() if "nginx" in line]
+    assert rows == [
+        ["nginx.7", proto, f"10.0.0.1.{port}", "root", "docker:web"]
+        for proto, port in (("tcp", 8080), ("udp", 53))
+    ]
+    assert text.startswith("listening")
+
+
+@pytest.mark.parametrize(
+    ("by", "names"),
+    [
+        ("name", {"curl": 3, "nginx": 1}),
+        ("unit", {"web.service": 1, "": 3}),
+        ("container", {"docker:web": 1, "": 3}),
+        ("user", {"root": 4}),
+        ("host", {"10.0.0.2": 2, "10.0.0.3": 1}),
+        ("port", {"tcp 443": 3, "tcp 8080": 1}),
+    ],
+)
+def test_sums_are_of_sockets_and_flows_alike(by, names):
+    known = [process(7), process(8, comm="nginx", unit="web.service")]
+    known[1] |= {"container": "docker:0123456789ab", "container_name": "web", "pod": ""}
+    answer = {
+        "owners": [owner(pid=8)],
+        "flows": [flow(), flow(lport=40001), flow(remote="10.0.0.3", pid=9)],
+        "processes": known,
+        **{"owners_total": 1, "total": 3, "truncated": False, "since": 0.0},
+    }
+    sums = summed(answer, options(by=by))
+    assert {one["name"]: one["sockets"] + one["flows"] for one in sums["groups"]} == names
+    assert sums["groups"][0]["bytes"] >= 300 and "total" in sums
+    out = io.StringIO()
+    show_groups(answer | {"total": 9}, Output(file=out, width=100), NOW, options(by=by))
+    assert "of 9 flows these are the 3 newest" in out.getvalue()
+
+
+def test_a_table_of_sums_has_its_limit_and_says_so():
+    flows = [flow(remote=f"10.1.{n // 250}.{n % 250}") for n in range(695)]
+    answer = {"owners": [], "flows": flows, "processes": [], "owners_total": 0, "total": 695}
+    answer |= {"truncated": False, "since": 0.0}
+    out = io.StringIO()
+    show_groups(answer, Output(file=out, width=100), NOW, options(by="host"))
+    assert "645 more: --limit 695" in out.getvalue()

@@ -140,7 +140,7 @@ def test_a_count_beyond_the_message_is_an_error():
         wire.decode_batch(message(2, count=60000))
 
 
-DECODERS = [wire.decode_batch, wire.decode_snaps, wire.decode_process]
+DECODERS = [wire.decode_batch, wire.decode_first_bytes, wire.decode_process]
 
 
 @given(st.binary(max_size=1024), st.sampled_from(DECODERS))
@@ -185,13 +185,13 @@ def test_snaps_are_read_one_behind_the_other():
     head = wire.ffi.new("struct sniffer_batch *", {"version": 1, "count": 2})
     out = bytes(wire.ffi.buffer(head))
     for payload in (b"abcde", b"12345678"):
-        snap = wire.ffi.new("struct sniffer_snap *", {"caplen": len(payload), "seq": 3})
-        out += bytes(wire.ffi.buffer(snap)) + payload.ljust(8, b"\0")
-    found = wire.decode_snaps(out)
-    assert [snap.data for snap in found.snaps] == [b"abcde", b"12345678"]
+        one = wire.ffi.new("struct sniffer_snap *", {"caplen": len(payload), "seq": 3})
+        out += bytes(wire.ffi.buffer(one)) + payload.ljust(8, b"\0")
+    found = wire.decode_first_bytes(out)
+    assert [one.data for one in found.first_bytes] == [b"abcde", b"12345678"]
     for length in range(80, len(out)):
         with pytest.raises(Error):
-            wire.decode_snaps(out[:length])
+            wire.decode_first_bytes(out[:length])
 
 
 def test_a_process_event_becomes_text_and_numbers():

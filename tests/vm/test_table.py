@@ -25,7 +25,7 @@ from attribution.workers import BINARIES, compile_workers
 from nlproto.engines.module import ModuleEngine
 from nlproto.kernel.netlink import Sniffer
 from nlproto.records import wire
-from nlproto.records.wire import Batch, ProcessEvent, SnapBatch, lib
+from nlproto.records.wire import Batch, FirstBytesBatch, ProcessEvent, lib
 from waiting import patient, until
 
 LOOPBACK = "127.0.0.1"
@@ -48,7 +48,7 @@ class Seen:
     def __init__(self) -> None:
         self.records = np.zeros(0, wire.RECORD)
         self.processes: list[ProcessEvent] = []
-        self.snaps: list[wire.Snap] = []
+        self.first_bytes: list[wire.PacketBytes] = []
 
     def to_port(self, port: int, direction: int) -> np.ndarray:
         found = self.records[self.records["dport"] == port]
@@ -66,8 +66,10 @@ def listening(*groups: str) -> Iterator[Seen]:
         for event in chain(engine.read(0.2), engine.finish()):
             if isinstance(event, Batch):
                 parts.append(event.records.copy())
-            elif isinstance(event, SnapBatch):
-                seen.snaps += [wire.Snap(snap.head.copy(), snap.data) for snap in event.snaps]
+            elif isinstance(event, FirstBytesBatch):
+                seen.first_bytes += [
+                    wire.PacketBytes(one.head.copy(), one.data) for one in event.first_bytes
+                ]
             else:
                 seen.processes.append(event)
         if parts:
@@ -446,13 +448,13 @@ def test_snaps_carry_the_first_bytes_and_belong_to_a_record(loaded: None) -> Non
             sender.sendto(b"hello, snap", (LOOPBACK, port))
             sender.sendto(b"y" * 1000, (LOOPBACK, port))
     known = {(int(r["cpu"]), int(r["seq"])): r for r in seen.records if r["dport"] == port}
-    snaps = [s for s in seen.snaps if (int(s.head["cpu"]), int(s.head["seq"])) in known]
-    assert len(snaps) == len(known) == 4
-    assert sorted({len(s.data) for s in snaps}) == [28 + 11, lib.SNIFFER_SNAP_LEN]
-    for snap in snaps:
-        assert snap.data[0] == 0x45
-        assert struct.unpack_from(">H", snap.data, 22)[0] == port
-    assert any(s.data.endswith(b"hello, snap") for s in snaps)
+    first_bytes = [s for s in seen.first_bytes if (int(s.head["cpu"]), int(s.head["seq"])) in known]
+    assert len(first_bytes) == len(known) == 4
+    assert sorted({len(s.data) for s in first_bytes}) == [28 + 11, lib.SNIFFER_SNAP_LEN]
+    for one in first_bytes:
+        assert one.data[0] == 0x45
+        assert struct.unpack_from(">H", one.data, 22)[0] == port
+    assert any(s.data.endswith(b"hello, snap") for s in first_bytes)
 
 
 def test_a_flood_of_handshakes_cannot_fill_the_owner_table(

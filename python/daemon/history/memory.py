@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = [
     "FlowMemory",
     "Question",
     "flow_fields",
+    "matching",
     "network_words",
     "payers_of",
 ]
@@ -39,7 +41,7 @@ _GROUPS = (
     part_of(FLOW, "laddr", "raddr"),
     part_of(FLOW, "lport", "rport", "proto", "family", "forwarded"),
     with_fields(
-        part_of(FLOW, "inode", "uid", "flags", "how", "comm"),
+        part_of(FLOW, "inode", "uid", "flags", "how", "comm", "domain"),
         ("dirty", "?", ffi.offsetof("struct history_last", "dirty")),
         ("words", ("u8", (2,)), ffi.offsetof("struct history_last", "comm")),
     ),
@@ -69,10 +71,15 @@ class Question:
     """Only named flows of this owner; what a user without rights may see."""
     since_ns: int | None = None
     """Last packet at this time or later."""
+    until_ns: int | None = None
+    """First packet at this time or before."""
     at_ns: int | None = None
     """First packet at or before, last packet at or after."""
     ends: tuple[End, End] | None = None
     """Of one flow, whichever of them is local."""
+    netns: int | None = None
+    listening: bool = False
+    """Of sockets of now: those that wait for somebody."""
     limit: int = 1000
 
     @property
@@ -141,6 +148,17 @@ class FlowMemory:
             for at in range(0, len(new), piece):
                 self._insert(new[at : at + piece], real)
 
+    def note(self, flows: np.ndarray) -> None:
+        """Nothing: update() will (nlproto.overheard.domains.Beginnings)."""
+
+    def first_seen(self, flows: np.ndarray) -> np.ndarray:
+        """CLOCK_MONOTONIC ns of the first packet of each FLOW, 0 of one that is not here."""
+        offset = np.uint64(Clock.now().real_offset_ns & 0xFFFFFFFFFFFFFFFF)
+        with self._lock:
+            rows = self._table.find(np.ascontiguousarray(flows))
+            first = self._columns["first_ns"][np.maximum(rows, 0)] - offset
+        return np.where(rows < 0, np.uint64(0), first)
+
     def _insert(self, flows: np.ndarray, real: int) -> None:
         end = self._size + len(flows)
         if end > self.limit:
@@ -191,7 +209,7 @@ class FlowMemory:
     def ask(self, question: Question) -> tuple[int, list[tuple[int, np.void]]]:
         """How many flows fit, and (id, FLOW) of the `limit` last seen, newest first."""
         with self._lock:
-            rows = self._search(question)
+            rows = matching(self._columns, self._size, question)
             total = len(rows)
             last = self._columns["last_ns"][rows]
             if total > question.limit:
@@ -200,54 +218,6 @@ class FlowMemory:
             rows = rows[np.argsort(last, kind="stable")[::-1]]
             found = self._table.take(rows, FLOW)
             return total, list(zip(self._columns["id"][rows].tolist(), found, strict=True))
-
-    def _search(self, question: Question) -> np.ndarray:
-        size, columns = self._size, self._columns
-        mask = np.ones(size, bool)
-        if question.port is not None:
-            mask &= (columns["lport"][:size] == question.port) | (
-                columns["rport"][:size] == question.port
-            )
-        if question.since_ns is not None:
-            mask &= columns["last_ns"][:size] >= max(0, question.since_ns)
-        if question.at_ns is not None:
-            moment = max(0, question.at_ns)
-            mask &= columns["first_ns"][:size] <= moment
-            mask &= columns["last_ns"][:size] >= moment
-        for name, value in (("proto", question.proto), ("tgid", question.pid)):
-            if value is not None:
-                mask &= columns[name][:size] == value
-        if question.ends is not None:
-            one, other = question.ends
-            mask &= self._between(one, other) | self._between(other, one)
-        if question.uid is not None:
-            mask &= (columns["tgid"][:size] != 0) & (columns["uid"][:size] == question.uid)
-        if question.comm is not None:
-            # as two numbers: comparing strings takes ten times as long
-            names = columns["words"][:size]
-            wanted = np.frombuffer(question.comm.ljust(16, b"\0"), np.uint64)
-            mask &= names[:, 0] == wanted[0]
-            mask &= names[:, 1] == wanted[1]
-        rows = np.flatnonzero(mask)
-        if question.host is not None and len(rows):
-            family, base, bits = network_words(question.host)
-            rows = rows[columns["family"][rows] == family]
-            near = ((columns["raddr"][rows] & bits) == base).all(axis=1)
-            lower = ((columns["laddr"][rows] & bits) == base).all(axis=1)
-            rows = rows[near | (lower & (columns["forwarded"][rows] != 0))]
-        return rows
-
-    def _between(self, local: End, remote: End) -> np.ndarray:
-        """A mask of the flows with these ends."""
-        size, columns = self._size, self._columns
-        mask: np.ndarray = (columns["lport"][:size] == local[2]) & (
-            columns["rport"][:size] == remote[2]
-        )
-        for name, end in (("laddr", local), ("raddr", remote)):
-            rows = np.flatnonzero(mask)
-            same = (columns[name][rows] == np.frombuffer(end[1], np.uint64)).all(axis=1)
-            mask[rows[~(same & (columns["family"][rows] == end[0]))]] = False
-        return mask
 
     def changed(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, FLOWs) of up to `limit` rows that changed since they were last taken here."""
@@ -274,6 +244,61 @@ class FlowMemory:
             inside = places < self._size
             inside[inside] = mine[places[inside]] == ids[inside]
             return inside
+
+
+def matching(columns: Mapping[str, np.ndarray], size: int, question: Question) -> np.ndarray:
+    """Return which of the first `size` rows fit; `words` is comm as two numbers."""
+    mask = np.ones(size, bool)
+    if question.port is not None:
+        mask &= (columns["lport"][:size] == question.port) | (
+            columns["rport"][:size] == question.port
+        )
+    if question.since_ns is not None:
+        mask &= columns["last_ns"][:size] >= max(0, question.since_ns)
+    if question.until_ns is not None:
+        mask &= columns["first_ns"][:size] <= max(0, question.until_ns)
+    if question.at_ns is not None:
+        moment = max(0, question.at_ns)
+        mask &= columns["first_ns"][:size] <= moment
+        mask &= columns["last_ns"][:size] >= moment
+    for name, value in (
+        ("proto", question.proto),
+        ("tgid", question.pid),
+        ("netns", question.netns),
+    ):
+        if value is not None:
+            mask &= columns[name][:size] == value
+    if question.ends is not None:
+        one, other = question.ends
+        mask &= _between(columns, size, one, other) | _between(columns, size, other, one)
+    if question.uid is not None:
+        mask &= (columns["tgid"][:size] != 0) & (columns["uid"][:size] == question.uid)
+    if question.comm is not None:
+        # as two numbers: comparing strings takes ten times as long
+        names = columns["words"][:size]
+        wanted = np.frombuffer(question.comm.ljust(16, b"\0"), np.uint64)
+        mask &= names[:, 0] == wanted[0]
+        mask &= names[:, 1] == wanted[1]
+    rows = np.flatnonzero(mask)
+    if question.host is not None and len(rows):
+        family, base, bits = network_words(question.host)
+        rows = rows[columns["family"][rows] == family]
+        near = ((columns["raddr"][rows] & bits) == base).all(axis=1)
+        lower = ((columns["laddr"][rows] & bits) == base).all(axis=1)
+        rows = rows[near | (lower & (columns["forwarded"][rows] != 0))]
+    return rows
+
+
+def _between(columns: Mapping[str, np.ndarray], size: int, local: End, remote: End) -> np.ndarray:
+    """A mask of the flows with these ends."""
+    mask: np.ndarray = (columns["lport"][:size] == local[2]) & (
+        columns["rport"][:size] == remote[2]
+    )
+    for name, end in (("laddr", local), ("raddr", remote)):
+        rows = np.flatnonzero(mask)
+        same = (columns[name][rows] == np.frombuffer(end[1], np.uint64)).all(axis=1)
+        mask[rows[~(same & (columns["family"][rows] == end[0]))]] = False
+    return mask
 
 
 def network_words(

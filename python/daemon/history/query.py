@@ -32,6 +32,7 @@ def conditions(question: Question) -> tuple[list[str], list[Any]]:
         ("tgid", question.pid),
         ("comm", question.comm),
         ("uid", question.uid),
+        ("netns", question.netns),
     ):
         if value is not None:
             wheres.append(f"{name} = ?")
@@ -44,6 +45,9 @@ def conditions(question: Question) -> tuple[list[str], list[Any]]:
     if question.since_ns is not None:
         wheres.append("last_ns >= ?")
         values.append(question.since_ns)
+    if question.until_ns is not None:
+        wheres.append("first_ns <= ?")
+        values.append(question.until_ns)
     if question.at_ns is not None:
         wheres.append("first_ns <= ? AND last_ns >= ?")
         values += [question.at_ns, question.at_ns]

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from daemon.history.memory import FlowMemory, Question
+from daemon.history.schema import ROW_SIZE
+from daemon.history.sealing import LEAST, MOST
 from daemon.history.store import Damaged, Store
 from daemon.system.config import Config
 from nlproto.errors import Error, UsageError
@@ -27,6 +29,7 @@ _FLUSH_ROWS = 50_000
 """Flows written in one transaction; what is left waits for the next."""
 _FLUSH_PROCESSES = 10_000
 _RETENTION = 30.0  # s between two looks at age and size
+_LEAST_SIZE = 1 << 20
 _REOPEN = 2.0  # s between two tries to open the file
 
 log = logging.getLogger(__name__)
@@ -59,6 +62,8 @@ class Recorder:
         self._row = 0
         """Failures since the last success."""
         self.failures = 0
+        self.text_of: Callable[[int], str] = lambda number: ""
+        """The name of a far end by its number in flows (nlproto.overheard.names)."""
         self.on_death: Callable[[Error], None] = lambda error: None
         """Called when nothing can be written for good, for a reason that nobody foresaw."""
         self._unforeseen = Failures("recorder")
@@ -136,6 +141,17 @@ class Recorder:
         store = self._store
         return None if store is None else store.process(tgid, start_ns)
 
+    def name_of(self, number: int) -> str:
+        """The name of a flow's far end, in memory or in the file; "" where it is lost."""
+        name, store = self.text_of(number), self._store
+        if name or store is None:
+            return name
+        try:
+            return store.name(number)
+        except Error as error:
+            self._failed("not read", error)
+            return ""
+
     def store_figures(self) -> dict[str, Any] | None:
         if self._config.history is None:
             return None
@@ -149,6 +165,9 @@ class Recorder:
             "waiting_processes": len(self._changed) + processes,
             "unstored_processes": self.unstored,
             "bytes": 0 if store is None else store.size(),
+            "sealed_files": 0 if store is None else len(store.hours.pieces),
+            "damaged_files": 0 if store is None else store.hours.broken,
+            "since": self.remembers_since(),
         }
 
     def _note(self, process: Process) -> None:
@@ -218,6 +237,13 @@ class Recorder:
             if ending:
                 return False
 
+    def _size(self, store: Store) -> int:
+        """Bytes that the file may have."""
+        size = self._config.history_size
+        if self._config.history_free:
+            size = min(size, store.size() + store.room() - self._config.history_free)
+        return max(_LEAST_SIZE, size)
+
     def _flush(self) -> bool:
         """Write what changed; whether more is waiting."""
         store = self._store
@@ -237,7 +263,7 @@ class Recorder:
         found = [self._processes.get(*key) for key in keys]
         processes = [process for process in found if process is not None]
         try:
-            store.write(ids, flows, processes, self._processes.get)
+            store.write(ids, flows, processes, self._processes.get, self.text_of)
             self._unforeseen.clear()
         except Exception as error:
             self.history.mark_changed(ids)
@@ -259,6 +285,7 @@ class Recorder:
         return len(ids) == _FLUSH_ROWS or len(keys) == _FLUSH_PROCESSES
 
     def _trim(self) -> None:
+        """Seal what is an hour old, and let go of what is too old or too much."""
         if self._payers is not None:
             self._payers.refresh()
         store = self._store
@@ -269,7 +296,10 @@ class Recorder:
             self._close()
             return
         try:
-            gone = store.trim(self._config.history_age, self._config.history_size)
+            # by pieces of a third, or the database alone would take all the room
+            most = max(LEAST, min(MOST, self._config.history_size // ROW_SIZE // 3))
+            store.seal(self.history.has, most)
+            gone = store.trim(self._config.history_age, self._size(store))
         except Error as error:
             self._failed("not trimmed", error)
             if isinstance(error, Damaged):

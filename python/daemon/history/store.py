@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The history's file: SQLite in WAL mode, written in batches, read on a connection of its own."""
+"""The history's files: a database that is written, SQLite in WAL mode, and sealed hours.
+
+The database is read on a connection of its own.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,36 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from daemon.history.details import encoded, space
 from daemon.history.elapsed import Elapsed, Moment, read_moment
+from daemon.history.hours import Hours
 from daemon.history.memory import Question, payers_of
 from daemon.history.query import conditions, ways
+from daemon.history.schema import (
+    APPLICATION,
+    COLUMNS,
+    CREATE,
+    FROM_1,
+    FROM_2,
+    FROM_3,
+    HAS_PROCESS,
+    INDEXES,
+    SCHEMA,
+    WRITE_FLOW,
+    WRITE_PROCESS,
+    flows_of,
+    rows_of,
+    signed,
+)
+from daemon.history.sealing import LEAST, MOST, drop, seal, shorten
 from daemon.history.trim import trim
 from daemon.system.directory import HeldDirectory
 from nlproto.errors import Error, UsageError
-from nlproto.tables.flows import FLOW
 from nlproto.tables.processes import Process
 from nlproto.tables.shares import NOBODY, Payers
 
@@ -35,64 +55,10 @@ __all__ = ["OWN_DIRECTORY", "Damaged", "Store"]
 OWN_DIRECTORY = "/var/lib/packet-hunter"
 """The only one that is made when it is not there."""
 
-_SCHEMA = 2
-_APPLICATION = 0x706B6874  # "pkht", in the file's header: file(1) and we know it by that
-_CREATE = """
-CREATE TABLE flows (
-    id INTEGER PRIMARY KEY,
-    cookie INTEGER, start_ns INTEGER, laddr BLOB, raddr BLOB, tgid INTEGER, netns INTEGER,
-    lport INTEGER, rport INTEGER, proto INTEGER, family INTEGER, forwarded INTEGER,
-    how INTEGER, flags INTEGER, uid INTEGER, inode INTEGER, comm BLOB,
-    first_ns INTEGER, last_ns INTEGER,
-    packets_in INTEGER, bytes_in INTEGER, packets_out INTEGER, bytes_out INTEGER
-);
-CREATE INDEX flows_lport ON flows (lport, last_ns);
-CREATE INDEX flows_rport ON flows (rport, last_ns);
-CREATE INDEX flows_tgid ON flows (tgid, last_ns);
-CREATE INDEX flows_comm ON flows (comm, last_ns);
-CREATE INDEX flows_last ON flows (last_ns);
-CREATE TABLE processes (
-    tgid INTEGER, start_ns INTEGER, seen REAL, details BLOB,
-    PRIMARY KEY (tgid, start_ns)
-) WITHOUT ROWID;
-"""
-_FROM_1 = """
-DROP INDEX IF EXISTS processes_seen;
-ALTER TABLE flows ADD COLUMN payer INTEGER DEFAULT 0;
-ALTER TABLE flows ADD COLUMN seen INTEGER DEFAULT 0;
-UPDATE flows SET payer = CASE tgid WHEN 0 THEN 4294967295 ELSE uid END;
-CREATE INDEX flows_payer ON flows (payer, seen);
-ALTER TABLE processes ADD COLUMN payer INTEGER DEFAULT 4294967295;
-ALTER TABLE processes ADD COLUMN size INTEGER DEFAULT 0;
-UPDATE processes SET seen = 0, size = length(details) + 100,
-    payer = coalesce(json_extract(CAST(details AS TEXT), '$.uid'), 4294967295);
-CREATE INDEX processes_payer ON processes (payer, seen, size);
-CREATE TABLE elapsed (boot_id TEXT, boot REAL, uptime REAL, real REAL, seconds REAL);
-CREATE TABLE identity (name BLOB);
-INSERT INTO identity VALUES (randomblob(16));
-"""
-"""`payer` as in nlproto.tables.shares; `seen` in seconds of daemon.history.elapsed, never of a day;
-`size` in bytes of the file."""
-_COLUMNS = tuple(FLOW.names or ())[1:]
-_WRITTEN = (*_COLUMNS, "payer", "seen")
-_UPDATED = (
-    "how flags uid inode comm first_ns last_ns packets_in bytes_in packets_out bytes_out payer seen"
-).split()
-_WRITE_FLOW = (
-    f"INSERT INTO flows (id, {', '.join(_WRITTEN)}) VALUES (?{', ?' * len(_WRITTEN)})"
-    " ON CONFLICT (id) DO UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in _UPDATED)
-)
-_WRITE_PROCESS = (
-    "INSERT OR REPLACE INTO processes (tgid, start_ns, seen, details, payer, size)"
-    " VALUES (?, ?, ?, ?, ?, ?)"
-)
-_HAS_PROCESS = "SELECT 1 FROM processes WHERE tgid = ? AND start_ns = ?"
 _BUSY = 5000  # ms
 _STEPS = 20_000
 """Of SQLite's machine, some ms, between two looks whether anybody still wants the answer."""
 _AGED = 3600  # s at most between two looks for what is too old: they read a whole index
-_DETAILS = 16384
-"""Bytes of one process in the file; longer strings in it are cut."""
 
 log = logging.getLogger(__name__)
 
@@ -176,16 +142,21 @@ class Store:
             (state,) = writer.execute("PRAGMA quick_check(1)").fetchone()
             if state != "ok":
                 raise sqlite3.DatabaseError(state)
-            if version < _SCHEMA:
-                steps = (_CREATE if version == 0 else "") + _FROM_1
+            if version < SCHEMA:
+                steps = "".join((CREATE, FROM_1, FROM_2, FROM_3)[version:])
                 writer.executescript(
-                    f"BEGIN; {steps} PRAGMA application_id = {_APPLICATION};"
-                    f" PRAGMA user_version = {_SCHEMA}; COMMIT;"
+                    f"BEGIN; {steps} PRAGMA application_id = {APPLICATION};"
+                    f" PRAGMA user_version = {SCHEMA}; COMMIT;"
                 )
             writer.execute("SELECT payer, seen FROM flows LIMIT 1").fetchone()
             writer.execute("SELECT payer, seen FROM processes LIMIT 1").fetchone()
-            # also in files of versions that did not have it
-            writer.execute("CREATE INDEX IF NOT EXISTS flows_ends ON flows (lport, rport, last_ns)")
+            # also in files of versions that did not have them
+            for name, fields in INDEXES.items():
+                writer.execute(f"CREATE INDEX IF NOT EXISTS {name} ON flows ({fields})")
+            self.hours = Hours(self._place, self.path)
+            writer.execute("BEGIN IMMEDIATE")
+            self.hours.begin(writer)
+            writer.execute("COMMIT")
             reader = self._connect_reader()
         except BaseException:
             writer.close()
@@ -204,11 +175,11 @@ class Store:
         tables = {name for (name,) in writer.execute("SELECT name FROM sqlite_master")}
         (application,) = writer.execute("PRAGMA application_id").fetchone()
         (version,) = writer.execute("PRAGMA user_version").fetchone()
-        ours = application == _APPLICATION or {"flows", "processes"} <= tables
+        ours = application == APPLICATION or {"flows", "processes"} <= tables
         if tables and not ours:
             raise OSError(errno.EEXIST, "this is another program's database")
-        if version not in range(_SCHEMA + 1) or (version > 0) != bool(tables):
-            raise sqlite3.DatabaseError(f"schema {version} is not {_SCHEMA}")
+        if version not in range(SCHEMA + 1) or (version > 0) != bool(tables):
+            raise sqlite3.DatabaseError(f"schema {version} is not {SCHEMA}")
         return int(version)
 
     def _begin(self) -> Elapsed:
@@ -244,13 +215,16 @@ class Store:
         self._place.close()
 
     def last_id(self) -> int:
-        return int(self._one("SELECT coalesce(max(id), 0) FROM flows"))
+        sealed = max((piece.last_id for piece in self.hours.pieces), default=0)
+        return max(sealed, int(self._one("SELECT coalesce(max(id), 0) FROM flows")))
 
     def last_seen_ns(self) -> int:
-        return int(self._one("SELECT coalesce(max(last_ns), 0) FROM flows"))
+        sealed = max((piece.newest_ns for piece in self.hours.pieces), default=0)
+        return max(sealed, int(self._one("SELECT coalesce(max(last_ns), 0) FROM flows")))
 
     def first_seen_ns(self) -> int:
-        return int(self._one("SELECT coalesce(min(last_ns), ?) FROM flows", time.time_ns()))
+        first = int(self._one("SELECT coalesce(min(last_ns), ?) FROM flows", time.time_ns()))
+        return min([first, *(piece.oldest_ns for piece in self.hours.pieces)])
 
     def _one(self, query: str, *values: Any) -> Any:
         row = self._one_row(query, *values)
@@ -264,9 +238,17 @@ class Store:
             raise Error(f"history {self.path}: {error}") from None
 
     def size(self) -> int:
-        """Size of the file and its journal."""
+        """Bytes of the database, its journal and the sealed files."""
         found = [self._place.stat(suffix) for suffix in ("", "-wal")]
-        return sum(one.st_size for one in found if one is not None)
+        return self.hours.size + sum(one.st_size for one in found if one is not None)
+
+    def room(self) -> int:
+        """Bytes of the file system that are free for us. Raises Error."""
+        try:
+            found = os.fstatvfs(self._place.fd)
+        except OSError as error:
+            raise Error(f"{self.path}: {error.strerror}") from None
+        return found.f_bavail * found.f_frsize
 
     def identity(self) -> bytes:
         """Which file this is; inodes are used again."""
@@ -283,10 +265,12 @@ class Store:
         flows: np.ndarray,
         processes: Sequence[Process],
         known: Known = lambda tgid, start_ns: None,
+        text_of: Callable[[int], str] = lambda number: "",
     ) -> None:
         """Insert or update in one transaction. Raises Error; then nothing was written.
 
         `known` has the owners of `flows`: whose details are not in the file are written, too.
+        `text_of` has the names of their far ends.
         """
         if not len(ids) and not processes:
             return
@@ -294,7 +278,10 @@ class Store:
             now = self.mark_time()
             payers = payers_of(flows["tgid"], flows["uid"], self._payers)
             seen = np.full(len(flows), now, np.int64)
-            writer.executemany(_WRITE_FLOW, _rows(ids, flows, payers, seen))
+            writer.executemany(WRITE_FLOW, rows_of(ids, flows, payers, seen))
+            numbers = np.unique(flows["domain"]).tolist()
+            names = [(signed(one), name) for one in numbers if one and (name := text_of(one))]
+            writer.executemany("INSERT OR IGNORE INTO names VALUES (?, ?)", names)
             written = {one.key for one in processes}
             owners = np.unique(flows[["tgid", "start_ns"]][flows["tgid"] != 0]).tolist()
             missing = [
@@ -302,17 +289,17 @@ class Store:
                 for key in owners
                 if key not in written
                 and (one := known(*key)) is not None
-                and writer.execute(_HAS_PROCESS, (key[0], _signed(key[1]))).fetchone() is None
+                and writer.execute(HAS_PROCESS, (key[0], signed(key[1]))).fetchone() is None
             ]
             writer.executemany(
-                _WRITE_PROCESS, (self._details(one, now) for one in (*processes, *missing))
+                WRITE_PROCESS, (self._details(one, now) for one in (*processes, *missing))
             )
 
     def _details(self, process: Process, now: int) -> tuple[Any, ...]:
-        raw = _encoded(process)
+        raw = encoded(process)
         payer = self._payers.of_one(process.uid) if self._payers is not None else process.uid
         payer = NOBODY if payer is None else payer
-        return process.tgid, _signed(process.start_ns), now, raw, payer, _space(len(raw))
+        return process.tgid, signed(process.start_ns), now, raw, payer, space(len(raw))
 
     def mark_time(self) -> int:
         """In a transaction: write down how long the history has lived, in seconds."""
@@ -324,9 +311,13 @@ class Store:
         return int(seconds)
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Raises Error; then nothing was changed. Damaged: the file is broken."""
+    def transaction(self, durable: bool = False) -> Iterator[sqlite3.Connection]:
+        """Raises Error; then nothing was changed. Damaged: the file is broken.
+
+        `durable`: what it changed survives a loss of power.
+        """
         try:
+            self._writer.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 yield self._writer
@@ -342,15 +333,27 @@ class Store:
     def trim(self, age: float, size: int) -> int:
         """Delete what was not seen for `age` seconds of running, then down to `size` bytes.
 
-        See daemon.history.trim. How many flows went. Raises Error.
+        See daemon.history.trim and sealing. How many flows went. Raises Error.
         """
         with self.transaction():
             now = self.mark_time()
         old_age, looked = self._aged
+        before = None
+        gone = drop(self, now - math.ceil(age))
         if age != old_age or now - looked >= min(_AGED, age / 50):
             self._aged = age, now
-            return trim(self, now - math.ceil(age), size)
-        return trim(self, None, size)
+            before = now - math.ceil(age)
+            with self.transaction() as writer:
+                writer.execute("DELETE FROM names WHERE id NOT IN (SELECT domain FROM flows)")
+        # neither part can push out the other altogether
+        gone += shorten(self, max(size - self.used_bytes(), size // 4))
+        return gone + trim(self, before, max(size - self.hours.size, size // 4))
+
+    def seal(self, in_memory: Callable[[np.ndarray], np.ndarray], most: int = MOST) -> int:
+        """See daemon.history.sealing. How many flows moved. Raises Error."""
+        if self._one("SELECT count(*) FROM flows") < min(most, LEAST):
+            return 0
+        return seal(self, in_memory, most)
 
     def used_bytes(self) -> int:
         """Without the pages that are free. Raises Error."""
@@ -380,7 +383,7 @@ class Store:
         wheres, values = conditions(question)
         wheres.append("last_ns <= ?")
         values.append(until_ns)
-        columns = ", ".join(("id", *_COLUMNS))
+        columns = ", ".join(("id", *COLUMNS))
         parts, all_values = [], []
         for words, own in ways(question):
             fits = " AND ".join([*words, *wheres])
@@ -391,9 +394,11 @@ class Store:
             all_values += [*own, *values, question.limit + 1]
         query = " UNION ALL ".join(parts)
         rows = self._fetch(query, all_values, stop)
-        flows = _flows(rows)
+        flows = flows_of(rows)
         order = np.argsort(flows["last_ns"], kind="stable")[::-1][: question.limit + 1]
-        return [(rows[index][0], flows[index]) for index in order.tolist()]
+        found = [(rows[index][0], flows[index]) for index in order.tolist()]
+        # the files after the database: what moves meanwhile is found twice and not never
+        return self.hours.ask(question, until_ns, found, stop)
 
     def _fetch(self, query: str, values: list[Any], stop: Callable[[], None]) -> list[Any]:
         """On a connection of its own: nobody waits for another's question."""
@@ -422,68 +427,23 @@ class Store:
         reader.execute(f"PRAGMA busy_timeout = {_BUSY}")
         return reader
 
+    def name(self, number: int) -> str:
+        """The name of a far end that has this number in flows, "" when it is not here."""
+        name: str | None = self._one("SELECT name FROM names WHERE id = ?", signed(number))
+        return name or self.hours.name(number)
+
     def process(self, tgid: int, start_ns: int) -> Process | None:
         query = "SELECT details FROM processes WHERE tgid = ? AND start_ns = ?"
         try:
             with self._reading:
-                row = self._reader.execute(query, (tgid, _signed(start_ns))).fetchone()
-            return None if row is None else msgspec.json.decode(row[0], type=Process)
+                row = self._reader.execute(query, (tgid, signed(start_ns))).fetchone()
+            raw = self.hours.process((tgid, start_ns)) if row is None else row[0]
+            return None if raw is None else msgspec.json.decode(raw, type=Process)
         except (sqlite3.Error, msgspec.DecodeError, msgspec.ValidationError) as error:
             log.warning("history %s: %s", self.path, error)
             return None
 
 
-def _encoded(process: Process) -> bytes:
-    """As JSON of at most _DETAILS bytes."""
-    raw = msgspec.json.encode(process)
-    room = _DETAILS // 4
-    while len(raw) > _DETAILS:
-        room //= 2
-        short = {name: getattr(process, name)[:room] for name in _STRINGS}
-        raw = msgspec.json.encode(replace(process, **short))
-    return raw
-
-
-_STRINGS = ("comm", "user", "exe", "cmdline", "cgroup", "unit", "container")
-
-
-def _space(size: int) -> int:
-    """Bytes that so many of details take in the file: what is long goes to pages of its own."""
-    return size + 100 if size < 900 else 600 + (size // 4092 + 1) * 4096
-
-
 def _is_damage(error: sqlite3.Error) -> bool:
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-
-
-def _rows(ids: np.ndarray, flows: np.ndarray, *more: np.ndarray) -> Iterator[tuple[Any, ...]]:
-    """Values for _WRITE_FLOW; SQLite's integers are signed."""
-    columns: list[list[Any]] = [ids.tolist()]
-    for name in _COLUMNS:
-        column = np.ascontiguousarray(flows[name])
-        if column.ndim == 2:
-            raw = column.tobytes()
-            columns.append([raw[at : at + 16] for at in range(0, len(raw), 16)])
-        elif column.dtype.kind == "u" and column.dtype.itemsize == 8:
-            columns.append(column.view(np.int64).tolist())
-        else:
-            columns.append(column.tolist())
-    return zip(*columns, *(column.tolist() for column in more), strict=True)
-
-
-def _flows(rows: Sequence[tuple[Any, ...]]) -> np.ndarray:
-    flows = np.zeros(len(rows), FLOW)
-    for position, name in enumerate(_COLUMNS, 1):
-        values = [row[position] for row in rows]
-        if FLOW[name].ndim:
-            flows[name] = np.frombuffer(b"".join(values), np.uint64).reshape(-1, 2)
-        elif FLOW[name] == np.uint64:
-            flows[name] = np.array(values, np.int64).view(np.uint64)
-        else:
-            flows[name] = values
-    return flows
-
-
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value

@@ -14,13 +14,12 @@ from typing import Protocol
 
 import numpy as np
 
+from daemon.history.schema import ROW_SIZE
 from nlproto.tables.shares import level, surplus
 
 __all__ = ["Shrinking", "trim"]
 
 _PIECE = 5000  # rows deleted in one transaction: so long does a flush wait
-_FLOW = 280
-"""Bytes of a flow, with its places in the indexes."""
 _ROUNDS = 64
 
 _ALONE = (
@@ -94,7 +93,7 @@ def _shorten(store: Shrinking, size: int) -> tuple[int, bool]:
         details = dict(writer.execute("SELECT payer, sum(size) FROM processes GROUP BY payer"))
     used = store.used_bytes()
     shares = {
-        payer: counts.get(payer, 0) * _FLOW + details.get(payer, 0)
+        payer: counts.get(payer, 0) * ROW_SIZE + details.get(payer, 0)
         for payer in counts.keys() | details.keys()
     }
     # a sixteenth at least, or many small rounds would follow one another
@@ -111,7 +110,7 @@ def _shorten(store: Shrinking, size: int) -> tuple[int, bool]:
         count = counts.get(payer, 0)
         if left <= 0 or not count:
             continue
-        each = max(_FLOW, (share - freed) // count)
+        each = max(ROW_SIZE, (share - freed) // count)
         deleted = _drop_flows(store, payer, -(-left // each))
         flows += deleted
         anything |= deleted > 0

@@ -19,6 +19,7 @@ from daemon.serve.requests import History as HistoryRequest
 from daemon.serve.requests import Lookup, LookupKey, OwnerOf, Who
 from nlproto.errors import UsageError
 from nlproto.host.kernel_sockets import KernelSockets
+from nlproto.overheard.names import is_of_resolver
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records.wire import PROTO_NAMES
 from nlproto.tables.flows import pack_address
@@ -86,6 +87,8 @@ class Answers:
     kernel: KernelSockets | None = None
     remembers_since: Callable[[], float] = time.time
     """Unix time: what was seen later is still known."""
+    name_of: Callable[[int], str] = lambda number: ""
+    """The name of a flow's far end."""
 
     def is_cheap(self, request: OwnerOf) -> bool:
         """Whether the answer takes less time than another thread takes to begin with it."""
@@ -160,14 +163,18 @@ class Answers:
             pname=request.pname,
             uid=asked_uid,
             since_ns=None if request.since is None else now_ns - int(request.since * 1e9),
+            until_ns=None if request.until is None else now_ns - int(request.until * 1e9),
             at_ns=None if request.at is None else int(request.at * 1e9),
             ends=None if request.ends is None else _ends(*request.ends),
+            netns=request.netns,
+            listening=request.listening,
             limit=request.limit,
         )
-        total, rows = self._ask(question, stop)
+        total, rows = (0, []) if request.listening else self._ask(question, stop)
         owners: list[dict[str, Any]] = []
         owners_total = 0
-        if request.at is None and not isinstance(request, HistoryRequest):
+        of_now = request.at is None and not request.until
+        if of_now and not isinstance(request, HistoryRequest):
             looking = Looking(uid, stop)
             owners_total, owners = self._owners_now(question, looking)
             room.truncated |= looking.truncated
@@ -179,7 +186,7 @@ class Answers:
         def fields() -> Iterable[dict[str, Any]]:
             for _, row in rows:
                 stop()
-                flow = flow_fields(row)
+                flow = flow_fields(row) | {"domain": self._domain(int(row["domain"]), uid)}
                 if flow["pid"] is not None:
                     keys[flow["pid"], flow["start_ns"]] = None
                 yield flow
@@ -195,6 +202,12 @@ class Answers:
             "processes": room.fill(self._processes(keys, uid, stop)),
             "truncated": room.truncated or total > len(flows) or owners_total > len(owners_now),
         }
+
+    def _domain(self, number: int, uid: int | None) -> str:
+        """What a resolver asked for others is for who sees everything."""
+        if not number or (uid is not None and is_of_resolver(number)):
+            return ""
+        return self.name_of(number)
 
     def _ask(self, question: Question, stop: Stop) -> tuple[int, list[tuple[int, np.void]]]:
         total, rows = self.history.ask(question)

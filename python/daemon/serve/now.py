@@ -12,7 +12,7 @@ from daemon.history.memory import Question
 from nlproto.host import procfs
 from nlproto.host.kernel_sockets import KernelSockets
 from nlproto.host.sockdiag import HOST_SOCKET
-from nlproto.host.sockets import fields, fitting, held, unmapped
+from nlproto.host.sockets import fields, fitting, held, listening, unmapped
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records.wire import text
 from nlproto.tables.port_owner import PortOwner
@@ -89,8 +89,6 @@ def sockets_now(
 
     Each has its holders, the last known user first.
     """
-    if all(one is None for one in (question.port, question.pid, question.pname, question.host)):
-        return 0, []
     portmap = pipeline.portmap
     numbers, rows = _rows(kernel.tables, question, _inodes(pipeline, question, looking), looking)
     if looking.uid is not None:
@@ -161,9 +159,13 @@ def _rows(
     numbers, parts = [np.zeros(0, np.int64)], [np.zeros(0, HOST_SOCKET)]
     for netns, table in tables.items():
         looking.stop()
+        if question.netns not in (None, netns):
+            continue
         table = unmapped(table)
         mask = held(table) & (table["inode"] != 0)
         mask &= fitting(table, question.port, question.proto, question.host)
+        if question.listening:
+            mask &= listening(table)
         if inodes is not None:
             mask &= np.isin(table["inode"], inodes)
         parts.append(table[mask])

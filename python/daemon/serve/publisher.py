@@ -40,7 +40,7 @@ class Piece:
     count: int
     processes: tuple[tuple[ProcessKey, int, bytes], ...]
     """(key, generation, JSON) of every process that the records name."""
-    snaps: bytes = b""
+    first_bytes: bytes = b""
     """First bytes of the packets, as the module sends them; empty when none are there."""
     size: int = 0
     """Bytes of all of it."""
@@ -69,11 +69,11 @@ class Lane:
 
 @dataclass(eq=False, slots=True)
 class Stream:
-    """All subscribers with the same filter, the same rights, and with or without snaps."""
+    """All subscribers with the same filter, the same rights, and with or without first bytes."""
 
     text: str
     lane: Lane
-    snaps: bool
+    first_bytes: bool
     filter: Filter | None
     subscribers: set[Subscriber] = field(default_factory=set)
 

@@ -58,9 +58,14 @@ class Who(_Base, tag="who", frozen=True):
     pid: U32 | None = None
     pname: Name | None = None
     since: Seconds | None = None
+    until: Seconds | None = None
+    """Both before now."""
     at: Seconds | None = None
     ends: tuple[End, End] | None = None
     """Both ends of one flow, in either order."""
+    netns: U32 | None = None
+    listening: bool = False
+    """Sockets that wait for somebody, and nothing of the past."""
     limit: Limit = 1000
 
 

@@ -50,7 +50,8 @@ _PATIENCE = 1.0
 """s that what waits for clients may take when the daemon ends; twice, if need be."""
 _COMPLAIN = 60.0  # s between two entries in the log about the same
 
-Asker = Callable[[dict[str, Any] | Error], None]
+AccountTaker = Callable[[dict[str, Any] | Error], None]
+"""Gets the account once all records before have left, or what went wrong."""
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class Server:
         self._payers = Payers()
         self._failures = Failures("clients")
         self._turns: Turns[Session | Arrival] = Turns(loop, Allowance(REQUESTS), self._failures)
-        self._waiting: list[tuple[Stream, Asker]] = []
+        self._waiting: list[tuple[Stream, AccountTaker]] = []
         """What users without rights want to know once all records have passed."""
         self._figures = figures
         self._dropped_before = 0
@@ -293,7 +294,7 @@ class Server:
             for sessions in users.values():
                 part = self.bounds.client_queues // 2 // len(users) // len(sessions)
                 for session in sessions:
-                    session.subscription.bound(min(part, self.config.client_queue_size))
+                    session.subscription.limit_queue(min(part, self.config.client_queue_size))
 
     # What passes from other threads
 
@@ -330,7 +331,7 @@ class Server:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
             self.loop.call_soon_threadsafe(function)
 
-    def after_all_records(self, stream: Stream, function: Asker, /) -> None:
+    def after_all_records(self, stream: Stream, function: AccountTaker, /) -> None:
         """Call `function` in the loop once all packets recorded until now were offered to `stream`.
 
         It gets the account of exactly these, or the Error that tells why there is none.
@@ -344,7 +345,7 @@ class Server:
         if len(self._waiting) == 1:
             self.loop.call_later(_TOGETHER, self._barrier, self._waiting)
 
-    def _barrier(self, waiting: list[tuple[Stream, Asker]]) -> None:
+    def _barrier(self, waiting: list[tuple[Stream, AccountTaker]]) -> None:
         if waiting is self._waiting:
             self._waiting = []
 

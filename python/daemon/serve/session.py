@@ -188,9 +188,9 @@ class Session(Connection):
         subscription = self._no_subscription()
         self._dropped_before = self.dropped
         # bytes of packets are for those who could capture them
-        snaps = request.snaps and self.full
+        first_bytes = request.snaps and self.full
         streams = self._desk.streams
-        subscription.stream = streams.join(filter, self.uid, subscription, snaps, self.user)
+        subscription.stream = streams.join(filter, self.uid, subscription, first_bytes, self.user)
         self.subscription = subscription
         try:
             self._desk.share_out()
@@ -211,7 +211,7 @@ class Session(Connection):
         account = _unless_error(result)
         self.subscription.begun = True
         self._account_at_start = self._shown(account)
-        fields = {"account": self._account_at_start, "snaps": stream.snaps}
+        fields = {"account": self._account_at_start, "snaps": stream.first_bytes}
         self._finish(reply(number, fields))
 
     def _shown(self, account: dict[str, Any]) -> dict[str, Any] | None:

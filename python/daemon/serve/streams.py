@@ -18,7 +18,7 @@ from nlproto.filters.filter import Filter
 from nlproto.filters.words import MAX_COST
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records.batch import NamedBatch
-from nlproto.records.wire import BATCH, encode_batch, encode_snaps
+from nlproto.records.wire import BATCH, encode_batch, encode_first_bytes
 from nlproto.tables.processes import Process, ProcessKey
 
 __all__ = ["Streams"]
@@ -93,7 +93,7 @@ class Streams:
         filter: Filter,
         uid: int | None,
         subscriber: Subscriber,
-        snaps: bool = False,
+        first_bytes: bool = False,
         user: int = 0,
     ) -> Stream:
         """Add a subscriber who may see records of `uid`, None: all. Raises Error for too many.
@@ -101,26 +101,26 @@ class Streams:
         `user` is the uid that counts in place of `uid` where somebody has several.
         """
         text = str(filter)
-        stream = self._streams.get((text, uid, snaps))
+        stream = self._streams.get((text, uid, first_bytes))
         if stream is None:
             counted = None if uid is None else user
             if not self._places.has_room(counted):
                 raise Error("too many different filters are in use; use one that is, or fewer")
             if not self._costs.has_room(counted, filter.cost):
                 raise Error("the filters in use have too many tests together; shorten this one")
-            stream = self._add(text, uid, snaps, filter if text else None, user)
+            stream = self._add(text, uid, first_bytes, filter if text else None, user)
             self._places.take(stream, counted)
             self._costs.take(stream, counted, filter.cost)
         stream.subscribers.add(subscriber)
         return stream
 
     def _add(
-        self, text: str, uid: int | None, snaps: bool, filter: Filter | None, user: int
+        self, text: str, uid: int | None, first_bytes: bool, filter: Filter | None, user: int
     ) -> Stream:
         lane = self._lanes.get(uid)
         if lane is None:
             lane = self._lanes[uid] = Lane(uid, user)
-        stream = self._streams[text, uid, snaps] = Stream(text, lane, snaps, filter)
+        stream = self._streams[text, uid, first_bytes] = Stream(text, lane, first_bytes, filter)
         lane.streams = (*lane.streams, stream)
         self._changed()
         return stream
@@ -129,7 +129,7 @@ class Streams:
         stream.subscribers.discard(subscriber)
         if stream.subscribers:
             return
-        if self._streams.pop((stream.text, stream.uid, stream.snaps), None) is None:
+        if self._streams.pop((stream.text, stream.uid, stream.first_bytes), None) is None:
             return
         lane = stream.lane
         lane.streams = tuple(other for other in lane.streams if other is not stream)
@@ -141,14 +141,14 @@ class Streams:
 
     def _changed(self) -> None:
         """The module tells of packets, and of their first bytes, only while a stream wants them."""
-        snapping = any(stream.snaps for lane in self._snapshot for stream in lane.streams)
+        before = any(stream.first_bytes for lane in self._snapshot for stream in lane.streams)
         self._snapshot = tuple(self._lanes.values())
         self._full.lanes = len(self._lanes.keys() & {None})
         self._others.lanes = len(self._lanes.keys() - {None})
         self._pipeline.want_packets(bool(self._streams))
-        wanted = any(stream.snaps for stream in self._streams.values())
-        if wanted != snapping:
-            self._pipeline.want_snaps(wanted)
+        wanted = any(stream.first_bytes for stream in self._streams.values())
+        if wanted != before:
+            self._pipeline.want_first_bytes(wanted)
 
     # Worker thread
 
@@ -198,13 +198,14 @@ class Streams:
             middle = len(records) // 2
             parts = records[:middle], records[middle:]
             return [piece for part in parts for piece in self._pieces(head, part, stream)]
-        snaps = b""
-        if stream.snaps:
-            found = [snap for snap in map(self._pipeline.snaps.find, records) if snap is not None]
-            snaps = encode_snaps(head, found) if found else b""
+        first_bytes = b""
+        if stream.first_bytes:
+            looked_up = map(self._pipeline.first_bytes.find, records)
+            found = [one for one in looked_up if one is not None]
+            first_bytes = encode_first_bytes(head, found) if found else b""
         payload = encode_batch(head, records)
-        size = len(payload) + len(snaps) + details
-        return [Piece(payload, len(records), named, snaps, size)]
+        size = len(payload) + len(first_bytes) + details
+        return [Piece(payload, len(records), named, first_bytes, size)]
 
     def _named(
         self, records: np.ndarray, uid: int | None

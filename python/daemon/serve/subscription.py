@@ -58,7 +58,7 @@ class Subscription:
             self.dropped += matched
             self._ready()
 
-    def bound(self, limit: int) -> None:
+    def limit_queue(self, limit: int) -> None:
         """Hold `limit` bytes from now on, or one piece."""
         self.limit = limit
         while len(self._queue) > 1 and self.queued > limit:
@@ -99,8 +99,8 @@ class Subscription:
         if gap is not None:
             yield gap
         yield from self._news(piece)
-        if piece.snaps:
-            yield encode(Kind.SNAPS, piece.snaps)
+        if piece.first_bytes:
+            yield encode(Kind.SNAPS, piece.first_bytes)
         length = DATA_HEAD.size + len(piece.payload) + HEAD.size - 4
         head = HEAD.pack(length, Kind.DATA, b"\0\0\0") + DATA_HEAD.pack(sequence, self.dropped)
         self.sent += piece.count

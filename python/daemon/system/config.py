@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import msgspec
+from msgspec import Meta
 
 from daemon.system.rights import group_id
 from nlproto.client.frames import DEFAULT_SOCKET
@@ -18,25 +20,19 @@ __all__ = ["DEFAULT_GROUP", "RELOADABLE", "Config", "load", "parse"]
 DEFAULT_GROUP = "packet-hunter"
 """Where it is not there, root alone sees everything."""
 
-
 _SIZES = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3}
 _SIZES |= {"kb": 1000, "mb": 1000**2, "gb": 1000**3}
 _SIZES |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
-_TIMES = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_TIMES = {"": 1, "ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+_QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", re.ASCII)
+_LOOPBACK = r"(127\.0\.0\.1|\[::1\]|localhost)"
+_PORT = r"([1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"
 
 
-def _size(low: int, high: int) -> Callable[[str], int]:
-    def read(raw: str) -> int:
-        found = _QUANTITY.fullmatch(raw)
-        if not found or found[2].lower() not in _SIZES:
-            raise ValueError(f"'{raw}' is not a size such as 64MiB")
-        value = float(found[1]) * _SIZES[found[2].lower()]
-        if not low <= value <= high:
-            raise ValueError(f"'{raw}' is not from {_binary(low)} to {_binary(high)}")
-        return int(value)
-
-    return read
+def _size(low: int, high: int) -> Meta:
+    """A number of bytes."""
+    allowed = f"a size such as 64MiB, from {_binary(low)} to {_binary(high)}"
+    return Meta(ge=low, le=high, description=allowed, extra=_SIZES)
 
 
 def _binary(size: int) -> str:
@@ -44,78 +40,46 @@ def _binary(size: int) -> str:
     return f"{size >> 10 * power}{('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
-def _time(low: float, high: float) -> Callable[[str], float]:
-    def read(raw: str) -> float:
-        found = _QUANTITY.fullmatch(raw)
-        if not found or found[2].lower() not in _TIMES:
-            raise ValueError(f"'{raw}' is not a time such as 30s, 10m, 12h, 7d")
-        value = float(found[1]) * _TIMES[found[2].lower()]
-        if not low <= value <= high:
-            raise ValueError(f"'{raw}' is not from {low:g} s to {high:g} s")
-        return value
-
-    return read
+def _time(low: float, high: float) -> Meta:
+    """Seconds."""
+    allowed = f"a time such as 30s, 10m, 12h, 7d, from {low:g} s to {high:g} s"
+    return Meta(ge=low, le=high, description=allowed, extra=_TIMES)
 
 
-def _number(low: int, high: int) -> Callable[[str], int]:
-    def read(raw: str) -> int:
-        digits = raw.isascii() and raw.isdigit() and len(raw) <= 20  # int() has a limit of its own
-        if not digits or not low <= int(raw) <= high:
-            raise ValueError(f"'{raw}' is not a number from {low} to {high}")
-        return int(raw)
-
-    return read
+def _number(low: int, high: int) -> Meta:
+    return Meta(ge=low, le=high, description=f"a number from {low} to {high}")
 
 
-def _word(*words: str) -> Callable[[str], str]:
-    def read(raw: str) -> str:
-        if raw not in words:
-            raise ValueError(f"'{raw}' is not one of {', '.join(words)}")
-        return raw
-
-    return read
-
-
-def _path(raw: str) -> str:
-    if not os.path.isabs(raw):
-        raise ValueError(f"'{raw}' is not an absolute path")
-    return raw
-
-
-def _name(raw: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*\$?", raw):
-        raise ValueError(f"'{raw}' is not a group name")
-    if raw != DEFAULT_GROUP and group_id(raw) is None:
-        raise ValueError(f"there is no group '{raw}' here; make it with groupadd {raw}")
-    return raw
-
-
-def _metrics(raw: str) -> str:
-    if os.path.isabs(raw):
-        return raw
-    host, _, port = raw.rpartition(":")
-    if host not in ("127.0.0.1", "[::1]", "localhost") or not port.isdigit():
-        raise ValueError(f"'{raw}' is neither 127.0.0.1:PORT, [::1]:PORT nor an absolute path")
-    _number(1, 65535)(port)
-    return raw
+_Path = Annotated[str, Meta(pattern="^/", description="an absolute path")]
+_Group = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*\$?\Z", description="a group name")]
+_Address = Annotated[
+    str,
+    Meta(
+        pattern=rf"^(/|{_LOOPBACK}:{_PORT}\Z)",
+        description="127.0.0.1:PORT, [::1]:PORT or an absolute path; PORT is 1 to 65535",
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
     """Sizes in bytes, times in seconds; `parse` accepts units ("64MiB", "7d").
 
-    Each field has what reads its text in the file, and says what it may be.
+    msgspec holds each value against the type of its field.
     """
 
-    engine: Annotated[str, _word("auto", "module", "ebpf", "packet")] = "auto"
-    socket: Annotated[str, _path] = DEFAULT_SOCKET
-    group: Annotated[str, _name] = DEFAULT_GROUP
+    engine: Literal["auto", "module", "ebpf", "packet"] = "auto"
+    socket: _Path = DEFAULT_SOCKET
+    group: _Group = DEFAULT_GROUP
     """Members see everything, as root does."""
-    log: Annotated[str, _word("auto", "journal", "syslog", "stderr")] = "auto"
-    """auto (journal under systemd, else stderr), journal, syslog, stderr."""
-    log_level: Annotated[str, _word("debug", "info", "warning", "error")] = "info"
-    cmdline: Annotated[str, _word("full", "program", "off")] = "program"
+    log: Literal["auto", "journal", "syslog", "stderr"] = "auto"
+    """auto: journal under systemd, else stderr."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    cmdline: Literal["full", "program", "off"] = "program"
     """What is kept of command lines: full, program (the first word), off."""
+
+    domains: Literal["dns", "sni", "off"] = "dns"
+    """Names of far ends: from DNS answers, or (sni) from TLS to port 443 too; off."""
 
     queue_size: Annotated[int, _size(1 << 16, 16 << 30)] = 64 << 20
     """Between receiver and worker."""
@@ -130,15 +94,19 @@ class Config:
     max_processes: Annotated[int, _number(16, 1 << 20)] = 65536
     max_ports: Annotated[int, _number(16, 1 << 22)] = 262144
 
-    history: Annotated[str | None, _path] = None
+    history: _Path | None = None
     """SQLite file; without it the history is in memory alone."""
     history_flows: Annotated[int, _number(16, 1 << 24)] = 200_000
     """Flows in memory, about 220 bytes each."""
-    history_age: Annotated[float, _time(1.0, 100 * 365.25 * 86400)] = 7 * 86400.0
-    history_size: Annotated[int, _size(1 << 20, 1 << 44)] = 1 << 30
+    history_age: Annotated[float, _time(1.0, 100 * 365.25 * 86400)] = 30 * 86400.0
+    history_size: Annotated[int, _size(1 << 20, 1 << 44)] = 4 << 30
+    """A flow takes some 30 bytes once its hour is sealed: a month of 100 flows/s takes 8 GiB."""
+    history_free: Annotated[int, _size(0, 1 << 44)] = 0
+    """Bytes of its file system that the history leaves free. Whoever fills that disk shortens the
+    history then; 0: only its own size counts."""
     flush_interval: Annotated[float, _time(0.05, 3600.0)] = 1.0
 
-    metrics: Annotated[str | None, _metrics] = None
+    metrics: _Address | None = None
     """HOST:PORT on loopback, which all local users can read, or the absolute path of a UNIX socket
     for the group; none: off."""
     metrics_processes: Annotated[int, _number(1, 10000)] = 50
@@ -154,6 +122,7 @@ RELOADABLE = frozenset(
         "max_filters",
         "history_age",
         "history_size",
+        "history_free",
         "flush_interval",
         "metrics_processes",
         "group",
@@ -200,15 +169,40 @@ def parse(text: str, name: str = "configuration") -> Config:
             raise UsageError(f"{place}: '{key.value}' is given twice")
         if not isinstance(value, yaml.ScalarNode):
             raise UsageError(f"{place}: '{key.value}' takes one value")
-        kind, read = get_args(known[key.value])
         # YAML reads a bare off as a truth value; the words of the file are meant as written
-        if value.tag == "tag:yaml.org,2002:null":
-            if type(None) not in get_args(kind):
-                raise UsageError(f"{place}: '{key.value}' has no value")
-            values[key.value] = None
-            continue
+        null = value.tag == "tag:yaml.org,2002:null"
         try:
-            values[key.value] = read(value.value)
+            values[key.value] = _value(known[key.value], None if null else value.value)
         except ValueError as error:
             raise UsageError(f"{place}: {key.value}: {error}") from None
     return Config(**values)
+
+
+def _value(kind: Any, raw: str | None) -> Any:
+    """What `raw` means as `kind`. Raises ValueError that says what is allowed."""
+    if type(None) in get_args(kind):
+        if raw is None:
+            return None
+        kind = get_args(kind)[0]
+    if raw is None:
+        raise ValueError("it has no value")
+    base, *metas = get_args(kind)
+    meta = metas[0] if metas and isinstance(metas[0], Meta) else None
+    given = raw if meta is None or meta.extra is None else _scaled(raw, meta.extra, base)
+    try:
+        value = msgspec.convert(given, kind, strict=False)
+    except msgspec.ValidationError:
+        allowed = f"one of {', '.join(get_args(kind))}" if meta is None else meta.description
+        raise ValueError(f"{raw!r} is not {allowed}") from None
+    if kind is _Group and value != DEFAULT_GROUP and group_id(value) is None:
+        raise ValueError(f"there is no group '{raw}' here; make it with groupadd {raw}")
+    return value
+
+
+def _scaled(raw: str, units: Mapping[str, float], base: type) -> int | float | str:
+    """`raw` without its unit, as it is if that is not one of `units`."""
+    found = _QUANTITY.fullmatch(raw)
+    if found is None or found[2].lower() not in units:
+        return raw
+    value = float(found[1]) * units[found[2].lower()]
+    return int(value) if base is int and value < 1 << 63 else value

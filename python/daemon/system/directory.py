@@ -79,18 +79,43 @@ class HeldDirectory:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         fd = os.open(self.name + suffix, flags, 0o600, dir_fd=self.fd)
         try:
-            found = os.fstat(fd)
-            if not stat.S_ISREG(found.st_mode):
-                raise OSError(errno.EINVAL, "it is no regular file")
-            owners = {0, os.geteuid(), os.fstat(self.fd).st_uid}
-            if found.st_uid not in owners or found.st_nlink > 1:
-                raise OSError(errno.EPERM, "it has a foreign owner or a second name")
+            found = self._check(fd)
             if stat.S_IMODE(found.st_mode) != mode:
                 os.fchmod(fd, mode)
         except BaseException:
             os.close(fd)
             raise
         return fd
+
+    def open_old(self, suffix: str) -> int:
+        """Open a regular file of ours that is there, for reading."""
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        fd = os.open(self.name + suffix, flags, dir_fd=self.fd)
+        try:
+            self._check(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _check(self, fd: int) -> os.stat_result:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        owners = {0, os.geteuid(), os.fstat(self.fd).st_uid}
+        if found.st_uid not in owners or found.st_nlink > 1:
+            raise OSError(errno.EPERM, "it has a foreign owner or a second name")
+        return found
+
+    def remove(self, suffix: str) -> None:
+        """Remove the name; nothing there is no error."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.name + suffix, dir_fd=self.fd)
+
+    def move(self, old: str, new: str) -> None:
+        """Rename from one suffix to another."""
+        names = self.name + old, self.name + new
+        os.rename(*names, src_dir_fd=self.fd, dst_dir_fd=self.fd)
 
     def rename(self, new: str, suffix: str = "") -> None:
         os.rename(self.name + suffix, new + suffix, src_dir_fd=self.fd, dst_dir_fd=self.fd)

@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from nlproto.errors import Error, UsageError
 from nlproto.records.batch import NamedBatch
 from nlproto.records.wire import text
 from nlproto.running.supervise import Failures, keep_going
+from nlproto.tables.processes import Process
 
 if TYPE_CHECKING:
     from wsgiref.simple_server import WSGIServer
@@ -25,23 +26,45 @@ if TYPE_CHECKING:
 __all__ = ["Metrics"]
 
 _SUMS = ("packets_in", "bytes_in", "packets_out", "bytes_out")
-_OTHER = b"other"
-_UNNAMED = b""
+_OTHER = "other"
+
+Labels = tuple[str, ...]
+
+_FAMILIES: dict[str, Labels] = {
+    "process": ("comm",),
+    "unit": ("unit",),
+    "container": ("container", "name", "pod"),
+}
+"""What traffic is summed up by: names of labels by the word in the family's name."""
+
+
+class KnownProcesses(Protocol):
+    """What is known of processes (nlproto.tables.processes.Processes)."""
+
+    def get(self, tgid: int, start_ns: int, /) -> Process | None: ...
+
 
 log = logging.getLogger(__name__)
 
 
 class Metrics:
-    """Sums traffic by process name and serves it with the daemon's figures; a context manager.
+    """Sums traffic and serves it with the daemon's figures; a context manager.
 
-    Only the first `metrics_processes` names get counters of their own; later ones count as
-    "other", so that the number of series stays bounded. `figures` gives what stats shows.
+    By name of process, unit and container. Only the first `metrics_processes` of each get
+    counters of their own; later ones count as "other", so that the number of series stays
+    bounded. `figures` gives what stats shows.
     """
 
-    def __init__(self, config: Config, figures: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        figures: Callable[[], dict[str, Any]],
+        processes: KnownProcesses | None = None,
+    ) -> None:
         self._config = config
         self._figures = figures
-        self._sums: dict[bytes, np.ndarray] = {}
+        self._processes = processes
+        self._sums: dict[str, dict[Labels, np.ndarray]] = {name: {} for name in _FAMILIES}
         self._lock = threading.Lock()
         self._server: WSGIServer | None = None
         self._thread: threading.Thread | None = None
@@ -94,16 +117,38 @@ class Metrics:
         if self._server is None or batch.flows is None:
             return
         flows = batch.flows
-        names = np.where(flows["tgid"] != 0, flows["comm"], _UNNAMED)
-        found, inverse = np.unique(names, return_inverse=True)
+        who = flows[["tgid", "start_ns", "comm"]]
+        found, inverse = np.unique(who, return_inverse=True)
         sums = np.zeros((len(found), len(_SUMS)), np.uint64)
         for column, field in enumerate(_SUMS):
             np.add.at(sums[:, column], inverse, flows[field])
         with self._lock:
-            for name, values in zip(found.tolist(), sums, strict=True):
-                if name not in self._sums and len(self._sums) >= self._config.metrics_processes:
-                    name = _OTHER
-                self._sums[name] = self._sums.get(name, np.uint64(0)) + values
+            for (tgid, start_ns, comm), values in zip(found.tolist(), sums, strict=True):
+                for family, labels in self._labels(tgid, start_ns, comm):
+                    self._add(family, labels, values)
+
+    def _labels(self, tgid: int, start_ns: int, comm: bytes) -> Iterator[tuple[str, Labels]]:
+        """What counts for whom. All that one user's managers and runtimes name is one."""
+        if not tgid:
+            yield "process", ("(unnamed)",)
+            return
+        yield "process", (text(comm),)
+        process = self._processes.get(tgid, start_ns) if self._processes is not None else None
+        if process is None:
+            return
+        if process.unit:
+            yield "unit", (process.unit.partition("/")[0],)
+        container, of_user, _ = process.container.partition("/")
+        if of_user:
+            yield "container", (container, "", "")
+        elif container:
+            yield "container", (container, process.container_name, process.pod)
+
+    def _add(self, family: str, labels: Labels, values: np.ndarray) -> None:
+        sums = self._sums[family]
+        if labels not in sums and len(sums) >= self._config.metrics_processes:
+            labels = (_OTHER,) + ("",) * (len(labels) - 1)
+        sums[labels] = sums.get(labels, np.uint64(0)) + values
 
     def collect(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -139,23 +184,21 @@ class Metrics:
             ("ports", "Entries of the port map", figures["ports"]["known"]),
         ):
             yield GaugeMetricFamily(f"packet_hunter_{name}", text_of, value=value)
-        yield from self._by_process()
+        for name, labels in _FAMILIES.items():
+            yield from self._traffic(name, labels)
 
-    def _by_process(self) -> Iterator[Metric]:
+    def _traffic(self, name: str, labels: Labels) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily
 
         with self._lock:
-            sums = {name: values.tolist() for name, values in self._sums.items()}
+            sums = {of: values.tolist() for of, values in self._sums[name].items()}
         for offset, unit in ((0, "packets"), (1, "bytes")):
             family = CounterMetricFamily(
-                f"packet_hunter_process_{unit}",
-                f"Wire {unit} by process name",
-                labels=["comm", "dir"],
+                f"packet_hunter_{name}_{unit}", f"Wire {unit} by {name}", labels=[*labels, "dir"]
             )
-            for name, values in sums.items():
-                shown = text(name) if name else "(unnamed)"
-                family.add_metric([shown, "in"], values[offset])
-                family.add_metric([shown, "out"], values[offset + 2])
+            for of, values in sums.items():
+                family.add_metric([*of, "in"], values[offset])
+                family.add_metric([*of, "out"], values[offset + 2])
             yield family
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from nlproto._host import lib as host
 from nlproto.engines.engine import Engine, open_engine
 from nlproto.errors import Error, NoModule, NoPrivilege
+from nlproto.host.holders import Holders
 from nlproto.host.kernel_sockets import BoundSocket, KernelSockets
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.running.supervise import Failures, keep_going
@@ -41,6 +42,7 @@ class Watcher:
         pipeline: Pipeline,
         announce: Callable[..., None],
         on_death: Callable[[Error], None],
+        holders: Holders,
         ring_bytes: int | None = None,
     ) -> None:
         self._wanted = engine
@@ -48,12 +50,13 @@ class Watcher:
         self._announce = announce
         self._ring_bytes = ring_bytes
         self._stopping = threading.Event()
-        self.kernel = KernelSockets()
+        self._holders = holders
+        self.kernel = KernelSockets(self._holders)
         """What the last look found."""
-        self._failures = Failures("keeper")
+        self._failures = Failures("watcher")
         self._thread = threading.Thread(
-            target=lambda: keep_going(self._keep, self._failures, on_death),
-            name="keeper",
+            target=lambda: keep_going(self._watch, self._failures, on_death),
+            name="watcher",
             daemon=True,
         )
         self._told: set[str] = set()
@@ -70,7 +73,7 @@ class Watcher:
         self._stopping.set()
         self._thread.join()
 
-    def _keep(self) -> bool:
+    def _watch(self) -> bool:
         with self.kernel:
             self._go_round()
         return False
@@ -166,7 +169,9 @@ class Watcher:
             )
             return
         wanted = "packet" if gone == "ebpf" else self._wanted
-        engine = open_engine(wanted, log.warning, ring_bytes=self._ring_bytes)
+        engine = open_engine(
+            wanted, log.warning, ring_bytes=self._ring_bytes, holders=self._holders
+        )
         message = f"engine {gone} has gone: going on with engine {engine.name}"
         self._change(engine, f"{gone}_gone", message)
 

@@ -4,29 +4,31 @@
 from __future__ import annotations
 
 import argparse
-import re
+import math
 import socket
 import textwrap
 from collections.abc import Sequence
 from typing import NoReturn
 
-from hunter.cli.options import SUBCOMMANDS, Command, Live, Who, command_of
+from hunter.cli import values
+from hunter.cli.options import BY, SUBCOMMANDS, Command, Live, Who, command_of
 from hunter.show.units import UNITS
 from nlproto import UsageError, __version__
 from nlproto.client.frames import DEFAULT_SOCKET
 
 __all__ = ["live_parser", "parse", "parser_of"]
 
-_SUFFIXES = ".csv .jsonl .parquet .pcapng"
-FORMATS = ("csv", "jsonl", "parquet", "pcapng")
+_SUFFIXES = ".csv .jsonl .ecs.jsonl .parquet .pcapng"
+FORMATS = ("csv", "jsonl", "ecs", "parquet", "pcapng")
 
 _FILTER_HELP = """\
 filter words, as in pcap-filter(7):
   tcp udp ip ip6 inbound outbound, [src|dst] host H, net N/BITS, port P,
   portrange A-B, less BYTES, greater BYTES (of the IP packet),
-  pid N, pname NAME, uid U, netns NS, container C, unit U,
+  pid N, pname NAME, exe PATH, cmdline TEXT, parent NAME|PID (any above),
+  uid U, unit U, container NAME|ID, pod NAME, netns NS,
   how RULE|named|unnamed
-  joined by and, or, not and ( )
+  joined by and, or, not and ( ); a name may be a pattern with * ? [ ]
 """
 
 _HABITS = """\
@@ -43,56 +45,8 @@ examples:
   packet-hunter --json -c 100 how unnamed | jq .
   packet-hunter -- curl https://example.org/        of curl and what it starts; its exit code
   sudo packet-hunter -- ./check.sh                  runs as you; as root: -- sudo ./check.sh
-  packet-hunter who --port 8080          first words: top who stats annotate report doctor
+  packet-hunter who --port 8080          first words: top who web stats annotate report doctor
 """
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time: write 30, 60s, 5m, 2h or 1d")
-    scale = {"ms": 0.001, None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
-    return float(found[1]) * scale
-
-
-def _interval(text: str) -> float:
-    seconds = _seconds(text)
-    if seconds < 0.1:
-        raise argparse.ArgumentTypeError(f"{text!r} is too short to look at: 100ms or more")
-    return seconds
-
-
-def _size(text: str) -> int:
-    """Millions of bytes as tcpdump's -C counts, or with k, m, g: 2 to the 10th, 20th, 30th."""
-    found = re.fullmatch(r"(\d+)([kmg])?b?", text.lower())
-    if not found or int(found[1]) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 100 (million bytes) or 1g")
-    scale = {None: 10**6, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}[found[2]]
-    return int(found[1]) * scale
-
-
-def _buffer(text: str) -> int:
-    """Bytes; the kernel pins them."""
-    if not (text.isascii() and text.isdigit()) or not 256 <= int(text) <= 1 << 20:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of KiB from 256 to 1048576")
-    return int(text) << 10
-
-
-def _port(text: str) -> int:
-    if text.isascii() and text.isdigit() and int(text) < 65536:
-        return int(text)
-    for proto in ("tcp", "udp"):
-        try:
-            return socket.getservbyname(text, proto)
-        except OSError:
-            continue
-    raise argparse.ArgumentTypeError(f"{text!r} is no port")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -165,7 +119,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "-B",
         "--buffer",
         metavar="KIB",
-        type=_buffer,
+        type=values.buffer,
         help="of engine packet, without the daemon: for packets that wait (default: 16384)",
     )
     group.add_argument(
@@ -173,8 +127,8 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "--read",
         metavar="FILE",
         action="append",
-        help="show a saved capture of any format, gzip or not; - is standard input (repeatable:"
-        " all in order of time)",
+        help="show a saved capture of any format, compressed or not; - is standard input"
+        " (repeatable: all in order of time)",
     )
 
 
@@ -192,13 +146,15 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pname", metavar="NAME", action="append", help="of processes so named")
     group.add_argument("--uid", metavar="U", action="append", help="of this user's processes")
     group.add_argument("--netns", metavar="NS", action="append", help="in a network namespace")
-    group.add_argument(
-        "--container",
-        metavar="C",
-        action="append",
-        help="of a container: its name or id's beginning",
-    )
-    group.add_argument("--unit", metavar="U", action="append", help="of a systemd unit")
+    for word, metavar, help in (
+        ("container", "C", "of a container: its name or id's beginning"),
+        ("pod", "P", "of a pod: NAME or NAMESPACE/NAME"),
+        ("unit", "U", "of a systemd unit"),
+        ("parent", "P", "of what a process so named, or its pid, started"),
+        ("exe", "PATH", "of a program: its path or name"),
+        ("cmdline", "TEXT", "with TEXT in the command line"),
+    ):
+        group.add_argument(f"--{word}", metavar=metavar, action="append", help=help)
 
 
 def live_parser() -> argparse.ArgumentParser:
@@ -214,9 +170,9 @@ def live_parser() -> argparse.ArgumentParser:
     parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {__version__}")
     _add_choice(parser)
     group = parser.add_argument_group("how long")
-    group.add_argument("-c", "--count", metavar="N", type=_count, help="end after N packets")
+    group.add_argument("-c", "--count", metavar="N", type=values.count, help="end after N packets")
     group.add_argument(
-        "--duration", metavar="S", type=_seconds, help="end after S seconds (60s, 5m)"
+        "--duration", metavar="S", type=values.seconds, help="end after S seconds (60s, 5m)"
     )
     group.add_argument(
         "--all",
@@ -255,11 +211,16 @@ def live_parser() -> argparse.ArgumentParser:
         "--print", action="store_true", help="show lines too, with --save or --summary"
     )
     group.add_argument(
-        "-C", "--rotate", metavar="SIZE", type=_size, help="new file every SIZE million bytes (1g)"
+        "-C",
+        "--rotate",
+        metavar="SIZE",
+        type=values.size,
+        help="new file every SIZE million bytes (1g)",
     )
     group.add_argument(
-        "-W", "--keep", metavar="N", type=_count, help="with -C: keep the last N files"
+        "-W", "--keep", metavar="N", type=values.count, help="with -C: keep the last N files"
     )
+    _add_process_blocks(group)
     _add_source(parser)
     _add_habits(parser)
     return parser
@@ -307,7 +268,12 @@ def _top_parser() -> argparse.ArgumentParser:
         "-u", "--units", metavar="U", choices=UNITS, default=UNITS[0], help=" ".join(UNITS)
     )
     parser.add_argument(
-        "-d", "--interval", metavar="S", type=_interval, default=1.0, help="between looks (1s)"
+        "-d",
+        "--interval",
+        metavar="S",
+        type=values.interval,
+        default=1.0,
+        help="between looks (1s)",
     )
     _add_source(parser)
     return parser
@@ -316,28 +282,64 @@ def _top_parser() -> argparse.ArgumentParser:
 def _who_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "who",
-        "Which process owns, or owned, the traffic of a port, host or process. Exits 1 when nobody"
-        " is found.",
-        "examples:\n  packet-hunter who --port 8080\n"
-        "  packet-hunter who --port 53 --proto udp --since 10m --json\n",
+        "Which process owns, or owned, the traffic of a port, host or process; of none: what"
+        " listens. Exits 1 when nobody is found.",
+        "examples:\n  packet-hunter who                        what listens\n"
+        "  packet-hunter who 8080\n"
+        "  packet-hunter who --port 53 --proto udp --since 10m --json\n"
+        "  packet-hunter who --pname nginx --since 14:00 --until 14:30 --by host\n"
+        "  packet-hunter who --by container\n",
     )
     parser.add_argument(
-        "--port", metavar="N", type=_port, help="local or remote port, or its service"
+        "port",
+        metavar="PORT",
+        nargs="?",
+        type=values.port,
+        help="local or remote port, or its service",
     )
+    parser.add_argument("--port", metavar="N", type=values.port, dest="port_too", help="the same")
     parser.add_argument("--proto", metavar="P", choices=("tcp", "udp"), help="tcp or udp")
     parser.add_argument("--host", metavar="H", help="address or network of the other end")
-    parser.add_argument("--pid", metavar="P", type=_count, help="what this process talks to")
+    parser.add_argument("--pid", metavar="P", type=values.count, help="what this process talks to")
     parser.add_argument("--pname", metavar="NAME", help="what processes so named talk to")
     parser.add_argument(
-        "--since", metavar="S", type=_seconds, help="seen so long ago at most (60s, 5m)"
+        "--netns",
+        metavar="NS",
+        help="in this network namespace alone: its name, a pid or its inode",
+    )
+    parser.add_argument(
+        "--since",
+        metavar="T",
+        type=values.moment,
+        help="seen so long ago at most (60s, 5m), or since 14:30, 2026-05-28 or both",
+    )
+    parser.add_argument(
+        "--until", metavar="T", type=values.moment, help="not begun later than that; nothing of now"
+    )
+    parser.add_argument(
+        "--by", metavar="KEY", choices=BY, help=f"sums instead of rows: by {', '.join(BY)}"
     )
     parser.add_argument(
         "--limit",
         metavar="N",
-        type=_count,
+        type=values.count,
         help="at most N rows of a table (default: 50); with --json: N flows (1000)",
     )
     _add_json(parser)
+    _add_socket(parser)
+    return parser
+
+
+def _web_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "web",
+        "Serve a page on loopback: processes by rate, live, and questions to the history. It shows"
+        " what the daemon shows to you, to whoever has the address that is printed.",
+        "example:\n  sudo packet-hunter web --port 8470\n",
+    )
+    parser.add_argument(
+        "--port", metavar="N", type=values.port, default=0, help="on 127.0.0.1 (default: any free)"
+    )
     _add_socket(parser)
     return parser
 
@@ -362,7 +364,7 @@ def _annotate_parser() -> argparse.ArgumentParser:
     )
     _add_files(
         parser,
-        "pcap or pcapng, gzip or not; - is standard input",
+        "pcap or pcapng, compressed or not; - is standard input",
         "pcapng to write; - is standard output",
     )
     parser.add_argument(
@@ -371,8 +373,17 @@ def _annotate_parser() -> argparse.ArgumentParser:
         help="where the capture was made: a network namespace by name, pid or inode; else packets"
         " that fit in several are marked AMBIGUOUS",
     )
+    _add_process_blocks(parser)
     _add_socket(parser)
     return parser
+
+
+def _add_process_blocks(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--process-blocks",
+        action="store_true",
+        help="in pcapng: a block for each process; Wireshark up to 4.6 counts it as a frame",
+    )
 
 
 def _report_parser() -> argparse.ArgumentParser:
@@ -383,7 +394,7 @@ def _report_parser() -> argparse.ArgumentParser:
     )
     _add_files(
         parser,
-        "saved capture of any format, gzip or not; - is standard input",
+        "saved capture of any format, compressed or not; - is standard input",
         "HTML file to write; - is standard output",
         several=True,
     )
@@ -406,6 +417,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
         "live": live_parser,
         "top": _top_parser,
         "who": _who_parser,
+        "web": _web_parser,
         "stats": _stats_parser,
         "annotate": _annotate_parser,
         "report": _report_parser,
@@ -428,6 +440,8 @@ def parse(arguments: Sequence[str]) -> Command:
             if not argv:
                 raise UsageError("a command must follow --, as in: packet-hunter -- curl URL")
     parsed = parser_of(name).parse_intermixed_args(arguments)
+    if name == "who":
+        parsed.port = parsed.port_too if parsed.port is None else parsed.port
     command = command_of(name, parsed, argv)
     if isinstance(command, Who):
         _check_who(command)
@@ -437,8 +451,9 @@ def parse(arguments: Sequence[str]) -> Command:
 
 
 def _check_who(options: Who) -> None:
-    if not (options.port or options.host or options.pid or options.pname):
-        raise UsageError("say what about: who --port N, --host H, --pid P or --pname NAME")
+    since = math.inf if options.since is None else options.since
+    if options.until is not None and options.until >= since:
+        raise UsageError("--until is before --since: nothing is between them")
 
 
 def _check_live(options: Live) -> None:

@@ -12,7 +12,7 @@ from nlproto import Error
 from nlproto.filters.filter import EVERYTHING, Filter
 from nlproto.filters.mistakes import FilterError
 from nlproto.filters.parse import parse
-from nlproto.filters.words import MAX_LENGTH, quote
+from nlproto.filters.words import MAX_LENGTH, NAME_WORDS, quote
 
 __all__ = ["filter_of"]
 
@@ -37,7 +37,7 @@ def filter_of(choice: Choice, all_there: bool = True) -> Filter:
         texts.append(" ".join(line for line in lines if not line.lstrip().startswith("#")))
     texts.append({"in": "inbound", "out": "outbound"}.get(choice.direction or "", ""))
     texts.append(interfaces.filter_text(choice.interface, all_there))
-    for word in ("pid", "pname", "uid", "netns", "container", "unit"):
+    for word in ("pid", "uid", "netns", *NAME_WORDS):
         texts.append(_any(word, getattr(choice, word)))
     result = EVERYTHING
     for text in texts:
@@ -66,6 +66,6 @@ def _joined(words: Sequence[str]) -> str:
     """The filter as one text; a name that the shell unquoted is quoted again."""
     texts = []
     for index, word in enumerate(words):
-        named = index and words[index - 1] in ("pname", "container", "unit")
+        named = index and words[index - 1] in NAME_WORDS
         texts.append(quote(word) if named and not word.startswith('"') else word)
     return " ".join(texts)

@@ -12,6 +12,7 @@ from nlproto.client.frames import DEFAULT_SOCKET
 
 __all__ = [
     "Annotate",
+    "BY",
     "Choice",
     "Command",
     "Doctor",
@@ -21,13 +22,18 @@ __all__ = [
     "Report",
     "Stats",
     "Top",
+    "Web",
     "Who",
     "command_of",
 ]
 
+BY = ("name", "unit", "container", "user", "host", "port")
+"""What `who` sums up by."""
+
 SUBCOMMANDS = {
     "top": "processes by rate, live",
-    "who": "which process owns, or owned, a port",
+    "who": "what listens, and which process owns, or owned, a port",
+    "web": "the same in a browser, with the history",
     "stats": "what the daemon has seen, and how well it names",
     "annotate": "write the owners into a capture of tcpdump or Wireshark",
     "report": "make a page of a saved capture",
@@ -49,8 +55,12 @@ class Choice:
     pname: list[str] | None
     uid: list[str] | None
     netns: list[str] | None
+    exe: list[str] | None
+    cmdline: list[str] | None
     container: list[str] | None
+    pod: list[str] | None
     unit: list[str] | None
+    parent: list[str] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +107,8 @@ class Live:
     """Bytes."""
     keep: int | None
     """Files."""
+    process_blocks: bool
+    """In pcapng."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +123,29 @@ class Top:
 
 @dataclass(frozen=True, slots=True)
 class Who:
+    """Without a word of what is asked about: what listens."""
+
     port: int | None
     proto: str | None
     host: str | None
     pid: int | None
     pname: str | None
     since: float | None
+    until: float | None
     """Seconds before now."""
+    netns: str | None
+    by: str | None
+    """One of BY."""
     limit: int | None
     json: bool
     socket: str
     socket_given: bool
+
+    @property
+    def listening(self) -> bool:
+        """Whether nothing was asked for but what listens."""
+        asked = (self.port, self.host, self.pid, self.pname, self.since, self.until, self.by)
+        return all(one is None for one in asked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +156,19 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
+class Web:
+    port: int
+    """0: any that is free."""
+    socket: str
+    socket_given: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Annotate:
     input: str
     output: str
     netns: str | None
+    process_blocks: bool
     socket: str
     socket_given: bool
 
@@ -152,12 +185,13 @@ class Doctor:
     socket_given: bool
 
 
-Command = Live | Top | Who | Stats | Annotate | Report | Doctor
+Command = Live | Top | Who | Web | Stats | Annotate | Report | Doctor
 
 _KINDS: dict[str, type[Command]] = {
     "live": Live,
     "top": Top,
     "who": Who,
+    "web": Web,
     "stats": Stats,
     "annotate": Annotate,
     "report": Report,

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from hunter.cli.options import Annotate
 from hunter.cli.signals import Stop
-from hunter.commands.past_owners import Answer, PastOwners, place
+from hunter.commands.past_owners import Answer, Entry, PastOwners
 from hunter.formats import pcapng
 from hunter.formats.captures import Flow, look, read_capture
 from hunter.formats.inputs import Input
@@ -30,6 +30,7 @@ from hunter.show.programs import label, programs
 from hunter.show.text import escaped, plain
 from nlproto import Error
 from nlproto.client.client import DaemonClient
+from nlproto.host import netns
 
 __all__ = ["run"]
 
@@ -59,13 +60,15 @@ class _Result:
     by_choice: Counter[tuple[str, ...]] = field(default_factory=Counter)
     """Packets of one or the other of these comms."""
     exes: dict[tuple[str, int], str] = field(default_factory=dict)
+    described: dict[int, tuple[str, str, int]] | None = None
+    """By pid (name, executable, uid) of its last process block; None: no such blocks."""
 
 
 def run(options: Annotate, stop: Stop, notify: Callable[[str], None]) -> None:
     """Annotate options.input into options.output. Raises Error."""
     refuse_pcap(options.output)
     refuse_input(options.output, [options.input])
-    at = None if options.netns is None else place(options.netns)
+    at = None if options.netns is None else netns.find(options.netns)
     with Input(options.input) as source, DaemonClient(options.socket) as client:
         if not client.daemon["everything"]:
             notify("only your own processes are known: see packet-hunter doctor")
@@ -78,7 +81,7 @@ def run(options: Annotate, stop: Stop, notify: Callable[[str], None]) -> None:
             ) as progress,
         ):
             task = progress.add_task(os.path.basename(source.name), total=source.size)
-            result = _Result()
+            result = _Result(described={} if options.process_blocks else None)
             chunks = _chunks(first, stream, source, lambda at: progress.update(task, completed=at))
             owners = PastOwners(client, at)
             try:
@@ -128,6 +131,8 @@ def _annotate(
         for block in chunk:
             if block.kind == pcapng.SECTION:
                 interfaces = []
+                if result.described is not None:
+                    result.described = {}
             elif block.kind == pcapng.INTERFACE:
                 interfaces.append(pcapng.Interface.of(block))
             packet = pcapng.packet_of(block, interfaces)
@@ -172,7 +177,25 @@ def _named(
     if block.kind == pcapng.SIMPLE:  # it has no place for a comment
         result.unmarked += 1
         return block.data
-    return pcapng.with_comment(block, "packet-hunter: " + ", ".join(texts))
+    head, ids = b"", None
+    who = next(iter(ends.values()))  # who sent it, else who received it
+    if who.certain:
+        entry = who.entries[0]
+        ids = entry["pid"], 0
+        if result.described is not None:
+            head = _description(entry, owners.exe(entry), block.order, result.described)
+    return head + pcapng.with_comment(block, "packet-hunter: " + ", ".join(texts), ids)
+
+
+def _description(
+    entry: Entry, exe: str, order: str, described: dict[int, tuple[str, str, int]]
+) -> bytes:
+    """Its block, when its pid had another before or none."""
+    known = str(entry["comm"]), exe, int(entry["uid"])
+    if described.get(entry["pid"]) == known:
+        return b""
+    described[entry["pid"]] = known
+    return pcapng.process_block(entry["pid"], known[0], exe, uid=known[2], order=order)
 
 
 def _text(answer: Answer, owners: PastOwners) -> str:
@@ -189,7 +212,7 @@ def _text(answer: Answer, owners: PastOwners) -> str:
     if len(answer.entries) > _CANDIDATES:
         texts.append(f"{len(answer.entries) - _CANDIDATES} more")
     empty = answer.namespaces - {entry["netns"] for entry in answer.entries}
-    texts += [f"somebody in netns={netns}" for netns in sorted(empty)[:_CANDIDATES]]
+    texts += [f"somebody in netns={number}" for number in sorted(empty)[:_CANDIDATES]]
     return " or ".join(texts) + ("" if answer.certain else " AMBIGUOUS")
 
 

@@ -13,6 +13,8 @@ from hunter.cli.options import Doctor
 from hunter.show.text import plain
 from nlproto import Error
 from nlproto.client.client import DaemonClient
+from nlproto.engines.bpf import NoBpf
+from nlproto.engines.ebpf import runs
 from nlproto.errors import NoPrivilege
 from nlproto.kernel.loading import advice
 from nlproto.kernel.netlink import Sniffer
@@ -50,6 +52,7 @@ def examine(socket: str, needed: bool = False, module: Path = MODULE) -> Iterato
         "packages": _python,
         "module": lambda: _module(module),
         "probes": lambda: _probes(module),
+        "ebpf": lambda: _ebpf(module),
         "daemon": lambda: _daemon(socket, needed),
     }
     for subject, check in checks.items():
@@ -71,7 +74,7 @@ def _module(module: Path) -> Finding:
         return Finding(
             "note",
             "module",
-            f"not loaded, short-lived sockets stay unnamed; {advice().text}",
+            f"not loaded; {advice().text}",
         )
     version = module / "version"
     text = f"loaded, version {version.read_text().strip() if version.exists() else 'unknown'}"
@@ -102,6 +105,21 @@ def _probes(module: Path) -> Finding:
         names = ", ".join(name.removeprefix("SNIFFER_PROBE_").lower() for name in missing)
         return Finding("note", "probes", f"{seen}; this kernel lacks {names}")
     return Finding("ok", "probes", seen)
+
+
+def _ebpf(module: Path) -> Finding:
+    if module.exists():
+        return Finding("ok", "ebpf", "not needed: the module is loaded")
+    if os.geteuid() != 0:
+        return Finding("note", "ebpf", "only root can see if it runs: sudo packet-hunter doctor")
+    notes: list[str] = []
+    try:
+        whole = runs(notes.append)
+    except NoBpf as error:
+        return Finding("note", "ebpf", f"cannot run: {error}")
+    if not whole:
+        return Finding("note", "ebpf", notes[0])
+    return Finding("ok", "ebpf", "runs: names are exact without the module")
 
 
 def _daemon(socket: str, needed: bool) -> Finding:

@@ -13,7 +13,7 @@ from hunter.cli.options import Live
 from hunter.cli.signals import Stop
 from hunter.commands.living import absent
 from hunter.save.capturefile import CaptureFile
-from hunter.save.save_jsonl import JsonSaver
+from hunter.save.save_lines import LINES, LineSaver
 from hunter.save.saving import Rotation, Saver, format_of, open_saver, refuse_input
 from hunter.show.account import ShownAccount
 from hunter.show.columns import columns
@@ -22,7 +22,7 @@ from hunter.show.names import Names
 from hunter.show.summary import Summary
 from hunter.sources.opening import open_source
 from hunter.sources.source import Source
-from nlproto import Error
+from nlproto import Error, UsageError
 from nlproto.host import netns
 from nlproto.records.batch import NamedBatch
 
@@ -56,20 +56,29 @@ def run(
     shown = ShownAccount()
     with ExitStack() as stack:
         kind = format_of(options.save, options.format) if options.save else ""
+        if options.process_blocks and kind != "pcapng":
+            raise UsageError("--process-blocks are of pcapng: give --save x.pcapng too")
         refuse_input(options.save or "-", options.origin.read or ())
         # the source first: an old capture is not emptied for one that cannot begin
         source = stack.enter_context(
-            open_source(options.origin, options.choice, wanted, notify, snaps=kind == "pcapng")
+            open_source(
+                options.origin, options.choice, wanted, notify, first_bytes=kind == "pcapng"
+            )
         )
         savers: dict[str, Saver] = {}
         rotation: Rotation | None = None
         if options.save:
             savers[options.save] = rotation = open_saver(
-                options.save, kind, source.snaps, options.rotate, options.keep
+                options.save,
+                kind,
+                source.first_bytes,
+                options.rotate,
+                options.keep,
+                options.process_blocks,
             )
             stack.callback(rotation.close)
         if options.json:
-            savers["standard output"] = JsonSaver(CaptureFile("-"))
+            savers["standard output"] = LineSaver(CaptureFile("-"), LINES["jsonl"])
         counts: list[Callable[[NamedBatch], None]] = [shown.add]
         takes: list[Callable[[NamedBatch], None]] = [
             _Tables(saver, source).add for saver in savers.values()

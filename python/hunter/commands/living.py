@@ -1,40 +1,42 @@
 # SPDX-License-Identifier: MIT
-"""Whether a container or unit that a filter names has any process now."""
+"""Whether a container, pod or unit that a filter names has any process now."""
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from nlproto.filters.filter import Filter
-from nlproto.filters.nodes import is_container
-from nlproto.host.procfs import container_of, pids, unit_of
+from nlproto.filters.nodes import container_names, matcher
+from nlproto.host.cgroups import place_of
+from nlproto.host.containers import ContainerFiles
+from nlproto.host.procfs import pids
 
 __all__ = ["absent"]
 
-_NAMED = re.compile(r'\b(container|unit) ("(?:[^"\\]|\\.)*"|\S+?)(?=[)\s]|$)')
+_NAMED = re.compile(r'\b(container|pod|unit) ("(?:[^"\\]|\\.)*"|\S+?)(?=[)\s]|$)')
 
 
-def absent(filter: Filter, proc: Path = Path("/proc")) -> list[str]:
-    """Return one line for each container or unit in `filter` that no process is in."""
+def absent(
+    filter: Filter, proc: Path = Path("/proc"), files: ContainerFiles | None = None
+) -> list[str]:
+    """Return one line for each container, pod or unit in `filter` that no process is in."""
     wanted = [(word, _plain(name)) for word, name in _NAMED.findall(str(filter))]
     if not wanted:
         return []
+    files = files or ContainerFiles()
     paths = set(_cgroups(proc))
     lines = []
     for word, name in dict.fromkeys(wanted):
-        if word == "container":
-            there = {place for path in paths if (place := container_of(path))}
-            found = any(is_container(place, name) for place in there)
-        else:
-            there = {place for path in paths if (place := unit_of(path))}
-            found = any(
-                fnmatch.fnmatchcase(place, name)
-                or fnmatch.fnmatchcase(place.rpartition(".")[0], name)
-                for place in there
-            )
+        fits = matcher(name)
+        there: dict[str, str] = {}
+        found = False
+        for path in paths:
+            names = list(_names(word, path, name, files))
+            found = found or any(map(fits, names))
+            if names:
+                there[names[0]] = path
         if not found:
             known = ", ".join(sorted(there)[:5]) + (", ..." if len(there) > 5 else "")
             lines.append(
@@ -42,6 +44,19 @@ def absent(filter: Filter, proc: Path = Path("/proc")) -> list[str]:
                 + (f" (there are: {known})" if known else "")
             )
     return lines
+
+
+def _names(word: str, path: str, wanted: str, files: ContainerFiles) -> Iterator[str]:
+    """What people call the thing that a cgroup path is of, the best first."""
+    place = place_of(path)
+    if word == "unit" and place.unit:
+        yield from (place.unit, place.unit.rpartition(".")[0])
+    elif place.container:
+        told = files.find(place.container, path)
+        if word == "container":
+            yield from container_names(place.container, told.name, wanted)
+        elif word == "pod" and told.pod:
+            yield from (told.pod, told.pod.partition("/")[2])
 
 
 def _cgroups(proc: Path) -> Iterator[str]:

@@ -7,20 +7,15 @@ can take over a tuple that another has just left.
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from hunter.formats.captures import End, Flow
-from nlproto import UsageError
 from nlproto.client.frames import MAX_WAITING
-from nlproto.host import procfs
-from nlproto.host.netns import NAMED
+from nlproto.host.netns import Namespace
 
-__all__ = ["Answer", "Client", "PastOwners", "Namespace", "place"]
+__all__ = ["Answer", "Client", "PastOwners"]
 
 _MAX_FLOWS = 100_000  # remembered
 _LIMIT, _MAX_LIMIT = 100, 10_000  # entries of one flow: asked for at first, given at most
@@ -46,15 +41,6 @@ class Client(Protocol):
     def pipeline(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Namespace:
-    """The network namespace where a capture was made."""
-
-    netns: int
-    since_s: float = 0.0
-    """Unix time from which on its number is known to be this namespace's."""
-
-
 class Answer(NamedTuple):
     """`entries` has one of each process that can be meant; several, or not `certain`: ambiguous."""
 
@@ -62,38 +48,6 @@ class Answer(NamedTuple):
     certain: bool = True
     namespaces: frozenset[int] = frozenset()
     """Where the flow was at that time, when there are several."""
-
-
-def place(name: str) -> Namespace:
-    """Return the namespace of a name (ip netns), a path, a pid or an inode. Raises UsageError."""
-    path = name if name.startswith("/") else NAMED / name
-    with suppress(OSError, ValueError):
-        status = os.stat(path)
-        if status.st_dev == os.stat(procfs.PROC / "self/ns/net").st_dev:
-            # the inode of a mounted name lives as long as the name
-            return Namespace(status.st_ino, status.st_ctime if os.path.ismount(path) else 0.0)
-    if not (name.isascii() and name.isdigit()):
-        raise UsageError(f"--netns {name}: no network namespace at {path}")
-    number = int(name)
-    try:
-        inode = os.stat(f"{procfs.PROC}/{number}/ns/net").st_ino
-    except OSError:
-        if number <= _MAX_PID or number >= 1 << 32:
-            raise UsageError(
-                f"--netns {name}: no process {name} whose network namespace can be seen"
-            ) from None
-        return Namespace(number)
-    return Namespace(inode, _started_s(number))
-
-
-_MAX_PID = 1 << 22
-"""PID_MAX_LIMIT (include/linux/threads.h); inodes of namespaces begin near 0xEFFFFFF8."""
-
-
-def _started_s(pid: int) -> float:
-    found = procfs.identity(pid)
-    boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    return boot + found.start_ns / 1e9 if found else 0.0
 
 
 class PastOwners:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from rich import box
@@ -73,6 +74,10 @@ def _show_store(store: Mapping[str, Any], unstored: int, console: Console) -> No
     flows, processes, gone, size = (store.get(name, 0) for name in figures)
     error = store.get("error", "")
     line = f"history {store.get('path', '?')}, {size:,} bytes"
+    if since := store.get("since"):
+        line += f", back to {datetime.fromtimestamp(since):%Y-%m-%d %H:%M}"
+    if damaged := store.get("damaged_files"):
+        line += f"; {damaged:,} of {store.get('sealed_files', 0):,} sealed files cannot be read"
     if error:
         line = f"{error}: {flows:,} flows and {processes:,} processes wait in memory"
     if unstored or gone:

@@ -1,28 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Files that are read: regular ones, pipes and standard input, gzip or not, never with a seek."""
+"""Files that are read: regular ones, pipes, standard input; unpacked, and never with a seek."""
 
 from __future__ import annotations
 
 import io
 import os
 import stat
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import IO, Any, Self, TypeVar
 
+from hunter.formats.compression import KINDS, Decompressor, Kind
 from nlproto import Error
 
 __all__ = ["Input"]
 
-_GZIP = b"\x1f\x8b"
-_OTHERS = {
-    b"\x28\xb5\x2f\xfd": ("zstd", "zstdcat"),
-    b"\xfd7zXZ\0": ("xz", "xzcat"),
-    b"BZh": ("bzip2", "bzcat"),
-    b"\x04\x22\x4d\x18": ("lz4", "lz4cat"),
-    b"PK\x03\x04": ("zip", "unzip -p"),
-}
 _HEAD = 8
 _PIECE = 1 << 16
 
@@ -69,46 +61,51 @@ class _Stream(io.RawIOBase):
         return len(data)
 
 
-class _Unzipped(_Stream):
-    """The same, of gzip; several members follow one another as one."""
+class _Unpacked(_Stream):
+    """The same, of compressed data; several members follow one another as one."""
 
-    def __init__(self, packed: _Stream) -> None:
+    def __init__(
+        self, packed: _Stream, make: Callable[[], Decompressor], damage: type[Exception]
+    ) -> None:
         super().__init__(-1)
         self._packed = packed
-        self._inflate = zlib.decompressobj(31)
-        self._rest = b""
+        self._make = make
+        self._damage = damage
+        self._unpack = make()
 
     def take(self, size: int) -> bytes:
         if self._back:
             return super().take(size)
         while not self.failure:
-            if not self._rest:
-                self._rest = self._packed.take(_PIECE)
-                if not self._rest:
-                    self.failure = self._packed.failure
-                    if not self._inflate.eof and not self.failure:
-                        self.failure = "the compressed data end in the middle"
+            data = b""
+            if self._unpack.eof:
+                data = (self._unpack.unused_data or b"").lstrip(b"\0")
+                while not data:  # padding, as gzip(1) and xz(1) pass it over
+                    more = self._packed.take(_PIECE)
+                    if not more:
+                        self.failure = self._packed.failure
+                        return b""
+                    data = more.lstrip(b"\0")
+                self._unpack = self._make()
+            elif self._unpack.needs_input:
+                data = self._packed.take(_PIECE)
+                if not data:
+                    self.failure = self._packed.failure or "the compressed data end in the middle"
                     return b""
-            if self._inflate.eof:
-                self._rest = self._rest.lstrip(b"\0")  # padding, as gzip(1) passes it over
-                if not self._rest:
-                    continue
-                self._inflate = zlib.decompressobj(31)
             try:
-                data = self._inflate.decompress(self._rest, size)
-            except zlib.error:
+                found = self._unpack.decompress(data, size)
+            except (self._damage, EOFError, MemoryError):
                 self.failure = "the compressed data are damaged"
                 return b""
-            self._rest = self._inflate.unconsumed_tail or self._inflate.unused_data
-            if data:
-                return data
+            if found:
+                return found
         return b""
 
 
 class Input:
     """A file to read from beginning to end; a context manager. Raises Error.
 
-    `path` "-" is standard input. `file` reads it, gzip undone; `head` are its first bytes.
+    `path` "-" is standard input. `file` reads it, unpacked; `head` are its first bytes.
     What cannot be read ends `file`, as the end of the data does: check() tells.
     """
 
@@ -130,18 +127,27 @@ class Input:
 
     def _begin(self) -> None:
         self.head = self._stream.head(_HEAD)
-        if self.head.startswith(_GZIP):
-            self._stream = _Unzipped(self._packed)
-            self.head = self._stream.head(_HEAD)
-        for magic, (kind, tool) in _OTHERS.items():
-            if self.head.startswith(magic):
-                raise Error(
-                    f"{self.name} is compressed with {kind}: run {tool} on it and read from"
-                    " standard input (-)"
-                )
+        for kind in KINDS:
+            if self.head.startswith(kind.magic):
+                self._unpack(kind)
+                break
         if not self.head:
             self.check()
         self.file = io.BufferedReader(self._stream, _PIECE)
+
+    def _unpack(self, kind: Kind) -> None:
+        advice = f"run {kind.tool} on it and read from standard input (-)"
+        try:
+            if kind.load is None:
+                raise Error(f"{self.name} is compressed with {kind.name}: {advice}")
+            make, damage = kind.load()
+        except ImportError:
+            raise Error(
+                f"{self.name} is compressed with {kind.name}: {advice}, or"
+                " pip install 'packet-hunter[compressed]'"
+            ) from None
+        self._stream = _Unpacked(self._packed, make, damage)
+        self.head = self._stream.head(_HEAD)
 
     def __enter__(self) -> Self:
         return self
@@ -160,7 +166,7 @@ class Input:
         return self._packed.position
 
     def seekable(self) -> IO[bytes] | None:
-        """Return the file once more, from its beginning; None for a pipe, and for gzip."""
+        """Return the file once more, from its beginning; None for a pipe, or compressed."""
         if self.size is None or self._stream is not self._packed:
             return None
         file = open(os.dup(self._fd), "rb")

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from hunter.show.columns import COLUMNS, PEOPLE, TEXTS
 from hunter.show.text import escaped, unescaped
 
 __all__ = ["MADE", "comment_of", "is_owner_comment", "read_comment", "word"]
@@ -22,33 +23,25 @@ _PREFIX = "packet-hunter: "
 _NOBODY = "nobody,"
 MADE = " (headers made from the record)"
 _MAX = 65_000  # bytes; an option has at most 65,535
-# As they follow the name; a comment that would be too long loses the last ones first
-_WORDS = (
-    "uid",
-    "exe",
-    "container",
-    "unit",
-    "how",
-    "flags",
-    "dir",
-    "proto",
-    "src",
-    "sport",
-    "dst",
-    "dport",
-    "len",
-    "tcp_flags",
-    "hdr_len",
-    "segments",
-    "start_ns",
-    "ppid",
-    "tid",
-    "creator",
-    "cookie",
-    "holder",
-    "cmdline",
+_ELSEWHERE = ("time", "pid", "comm", "netns", "interface", "ifindex", "community_id")
+"""Columns that the comment begins with, or that the file has another place for."""
+_EARLY = (
+    *("uid", "exe", "container", "container_name", "image", "pod", "unit", "how", "flags"),
+    *("dir", "proto", "src", "sport", "dst", "dport", "len", "tcp_flags", "hdr_len"),
+    *("segments", "start_ns", "ppid", "tid", "creator", "cookie"),
 )
-_NAMES = frozenset(("exe", "container", "unit", "cmdline"))
+_LATE = ("parents", "holders", "cmdline")
+_WORDS = (
+    *_EARLY,
+    *(name for name in COLUMNS if name not in (*_EARLY, *_LATE, *_ELSEWHERE)),
+    *_LATE,
+)
+"""Columns as they follow the name; a comment that would be too long loses the last ones first.
+
+A column of people is a word for each of them, "holder=" for holders.
+"""
+_ONE_OF = {name.removesuffix("s"): name for name in PEOPLE}
+_NAMES = TEXTS - {"flags"}
 _TOKEN = re.compile(r'(?:"([^"]*)"|([^"\s]\S*))(?: |$)')
 
 
@@ -63,9 +56,9 @@ def comment_of(values: Mapping[str, Any], made: bool = False) -> str:
     else:
         words = [word(f"{escaped(values['comm'] or '')}.{pid}")]
     for name in _WORDS:
-        if name == "holder":
-            for one in values.get("holders") or ():
-                words.append(word(f"holder={escaped(str(one['comm']))}.{one['pid']}"))
+        if name in PEOPLE:
+            for one in values.get(name) or ():
+                words.append(word(f"{name[:-1]}={escaped(str(one['comm']))}.{one['pid']}"))
             continue
         value = values.get(name)
         if value is None or name == "how" and pid is None or name == "segments" and value == 1:
@@ -111,21 +104,22 @@ def read_comment(comment: str) -> tuple[dict[str, Any], bool]:
         if not dot:
             raise ValueError("its comment names no process")
         row |= {"comm": unescaped(comm), "pid": pid}
-    holders = []
+    people: dict[str, list[dict[str, Any]]] = {}
     for word in tokens:
         name, _, value = word.partition("=")
-        if name == "holder":
+        if name in _ONE_OF:
             comm, _, pid = value.rpartition(".")
             if not (pid.isascii() and pid.isdigit()) or len(pid) > 10:
-                raise ValueError("its comment names a holder without a pid")
-            holders.append({"comm": unescaped(comm), "pid": int(pid)})
+                raise ValueError(f"its comment names a {name} without a pid")
+            one = {"comm": unescaped(comm), "pid": int(pid)}
+            people.setdefault(_ONE_OF[name], []).append(one)
         elif name not in _WORDS or name in row:
             raise ValueError(f"its comment has a word {word[:40]!r}")
         elif name == "flags":
             row[name] = value.replace(",", " ")
         else:
             row[name] = unescaped(value) if name in _NAMES else value
-    return row | ({"holders": holders} if holders else {}), made
+    return row | people, made
 
 
 def _tokens(text: str) -> Iterator[str]:

@@ -21,6 +21,7 @@ __all__ = [
     "flags_of",
     "interface_description",
     "packet_of",
+    "process_block",
     "section_header",
     "with_comment",
 ]
@@ -30,6 +31,10 @@ MAGIC = 0x1A2B3C4D
 LINKTYPE_RAW = 101
 OPT_COMMENT, SHB_APPLICATION = 1, 4
 IF_NAME, IF_DESCRIPTION, IF_TSRESOL, IF_TSOFFSET, EPB_FLAGS = 2, 3, 9, 14, 2
+EPB_IDS = 8
+"""epb_processid_threadid: whose packet it is, 0 for what is not known."""
+_CUSTOM, _WIRESHARK, _PROCESS = 0xBAD, 32622, 3
+_NAME, _PATH, _COMMAND, _PARENT, _UID, _USER = 2, 3, 4, 5, 6, 7
 MAX_BLOCK = 16 << 20
 """As in Wireshark (wiretap/pcapng.c)."""
 _MAX_INTERFACES = 65536
@@ -39,6 +44,8 @@ _CAPLEN = 20
 """Where enhanced and obsolete packet blocks have it; their data begin 8 bytes on."""
 
 Option = tuple[int, bytes]
+Ids = tuple[int, int]
+"""(pid, tid); a tid of 0 is not known."""
 
 
 def _pad(data: bytes) -> bytes:
@@ -84,18 +91,51 @@ def interface_description(
 
 
 def enhanced_packet(
-    interface: int, time: int, data: bytes, length: int, comment: str = "", flags: int = 0
+    interface: int,
+    time: int,
+    data: bytes,
+    length: int,
+    comment: str = "",
+    flags: int = 0,
+    ids: Ids | None = None,
 ) -> bytes:
     """Return one packet; `time` in the interface's units since 1970, `length` on the wire.
 
-    `flags`: 1 inbound, 2 outbound, 0 unknown.
+    `flags`: 1 inbound, 2 outbound, 0 unknown; `ids`: of its process.
     """
     options = [(OPT_COMMENT, comment.encode())] if comment else []
     if flags:
         options.append((EPB_FLAGS, struct.pack("<I", flags)))
+    if ids is not None:
+        options.append((EPB_IDS, struct.pack("<II", *ids)))
     high, low = time >> 32, time & 0xFFFFFFFF
     head = struct.pack("<IIIII", interface, high, low, len(data), length)
     return _block(ENHANCED, head + _pad(data) + _options(options, "<"))
+
+
+def process_block(
+    pid: int,
+    name: str,
+    path: str = "",
+    command: str = "",
+    parent: int | None = None,
+    uid: int | None = None,
+    user: str = "",
+    order: str = "<",
+) -> bytes:
+    """Return what packets whose ids name `pid` refer to (process information, Wireshark's own).
+
+    Texts that are empty are left out. Wireshark newer than 4.6 reads it; earlier ones count it as
+    a frame, of a custom block.
+    """
+    texts = ((_NAME, name), (_PATH, path), (_COMMAND, command), (_USER, user))
+    numbers = ((_PARENT, parent), (_UID, uid))
+    options = [(code, text.encode("utf-8", "backslashreplace")) for code, text in texts if text]
+    options += [(code, struct.pack("<I", one)) for code, one in numbers if one is not None]
+    # little-endian in a section of either order
+    entry = struct.pack("<I", pid) + _options(sorted(options), "<")
+    head = struct.pack(f"{order}I", _WIRESHARK) + struct.pack("<II", _PROCESS, len(entry))
+    return _block(_CUSTOM, head + _pad(entry), order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,9 +291,16 @@ def flags_of(block: Block) -> int:
     return 0
 
 
-def with_comment(block: Block, comment: str) -> bytes:
-    """Return the (enhanced or obsolete) packet block with one comment more, else as it is."""
+def with_comment(block: Block, comment: str, ids: Ids | None = None) -> bytes:
+    """Return the (enhanced or obsolete) packet block with one comment more.
+
+    And with `ids` of its process, where it is an enhanced one without; an obsolete one has no
+    option for them.
+    """
     at = _options_at(block)
     options = [*_read_options(block.data[at:-4], block.order), (OPT_COMMENT, comment.encode())]
+    known = block.kind != ENHANCED or any(code == EPB_IDS for code, _ in options)
+    if ids is not None and not known:
+        options.append((EPB_IDS, struct.pack(f"{block.order}II", *ids)))
     body = block.data[8:at]
     return _block(block.kind, body + _options(options, block.order), block.order)

@@ -14,10 +14,12 @@ from datetime import datetime
 from typing import IO, Any
 
 from hunter.formats import pcapng
-from hunter.formats.captures import is_pcap, transport
+from hunter.formats.captures import is_pcap
+from hunter.formats.ecs import is_document, row_of
+from hunter.formats.headers import transport
 from hunter.formats.inputs import Input
 from hunter.formats.ownercomment import is_owner_comment, read_comment
-from hunter.show.columns import COLUMNS, FIRST_COLUMNS, TEXTS, tcp_flags
+from hunter.show.columns import COLUMNS, FIRST_COLUMNS, PEOPLE, TEXTS, tcp_flags
 from hunter.show.text import uncell
 from nlproto import Error, UsageError
 from nlproto.records import wire
@@ -113,8 +115,9 @@ def _csv_rows(source: Input) -> Iterator[Row]:
         values: dict[str, Any] = dict(zip(header, fields, strict=False))
         for name in TEXTS & values.keys():
             values[name] = uncell(values[name])
-        if values.get("holders"):
-            values["holders"] = _parsed(source, number, values["holders"])
+        for name in PEOPLE:
+            if values.get(name):
+                values[name] = _parsed(source, number, values[name])
         yield Row(f"line {number}", values)
 
 
@@ -123,6 +126,8 @@ def _json_rows(source: Input) -> Iterator[Row]:
         values = _parsed(source, number, line)
         if not isinstance(values, dict):
             raise Error(f"{source.name}, line {number} is no JSON object")
+        if is_document(values):
+            values = row_of(values)
         yield Row(f"line {number}", values)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from hunter.save.capturefile import CaptureFile
 from hunter.save.writer import start
-from hunter.show.columns import COLUMNS, Columns, cells
+from hunter.show.columns import COLUMNS, KINDS, Columns, Kind, cells
 from nlproto import Error, UsageError
 
 __all__ = ["ParquetSaver"]
@@ -37,29 +37,18 @@ class ParquetSaver:
         self._closed = False
         self.rows = 0
         """Rows that are in the file; none when it lacks its index."""
-        kinds: dict[str, Any] = {
-            "time": pyarrow.timestamp("us", "UTC"),
-            "sport": pyarrow.uint16(),
-            "dport": pyarrow.uint16(),
-            "len": pyarrow.uint32(),
-            "pid": pyarrow.uint32(),
-            "uid": pyarrow.uint32(),
-            "netns": pyarrow.uint32(),
-            "ppid": pyarrow.uint32(),
-            "segments": pyarrow.uint16(),
-            "hdr_len": pyarrow.uint16(),
-            "ifindex": pyarrow.uint32(),
-            "start_ns": pyarrow.uint64(),
-            "tid": pyarrow.uint32(),
-            "creator": pyarrow.uint32(),
-            "cookie": pyarrow.uint64(),
-            "holders": pyarrow.list_(
+        kinds: dict[Kind, Any] = {
+            Kind.TIME: pyarrow.timestamp("us", "UTC"),
+            Kind.WORD: pyarrow.string(),
+            Kind.TEXT: pyarrow.string(),
+            Kind.U16: pyarrow.uint16(),
+            Kind.U32: pyarrow.uint32(),
+            Kind.U64: pyarrow.uint64(),
+            Kind.PEOPLE: pyarrow.list_(
                 pyarrow.struct([("pid", pyarrow.uint32()), ("comm", pyarrow.string())])
             ),
         }
-        self._schema = pyarrow.schema(
-            [(name, kinds.get(name, pyarrow.string())) for name in COLUMNS]
-        )
+        self._schema = pyarrow.schema([(name, kinds[kind]) for name, kind in KINDS.items()])
         # -P: the modules beside the program are not its own
         self._channel, self._process = start(["-P", str(_PROGRAM)], file.fileno())
         self._stream = self._channel.makefile("wb")

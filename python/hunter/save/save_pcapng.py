@@ -9,41 +9,48 @@ from typing import Any
 
 import numpy as np
 
-from hunter.formats.captures import transport
+from hunter.formats.headers import transport
 from hunter.formats.ownercomment import comment_of
 from hunter.formats.pcapng import (
     LINKTYPE_RAW,
     enhanced_packet,
     interface_description,
+    process_block,
     section_header,
 )
 from hunter.save.capturefile import CaptureFile
-from hunter.show.columns import Columns, cells
+from hunter.show.columns import COLUMNS, Columns, cells
 from nlproto import __version__
 from nlproto.records.first_bytes import FirstBytes
 from nlproto.records.wire import lib
+from nlproto.tables.processes import Process
 
 __all__ = ["PcapngSaver", "rebuilt"]
 
 _FLAGS = {"in": 1, "out": 2}
 _LOOPBACK = 1  # its index in every network namespace
 _IN_PACKET = ("proto", "src", "sport", "dst", "dport", "tcp_flags")
-_WORDS = (
-    *("uid", "exe", "container", "unit", "how", "flags", "hdr_len", "segments", "start_ns"),
-    *("ppid", "tid", "creator", "cookie", "holders", "cmdline", "pid", "comm"),
-)
+_APART = ("time", "dir", "len", "netns", "interface", "ifindex", "community_id")
+"""What the file says of a packet in other places."""
+_WORDS = tuple(name for name in COLUMNS if name not in (*_IN_PACKET, *_APART))
 
 
 class PcapngSaver:
-    """Real first bytes where `snaps` has them; else IP, TCP and UDP headers made from the record.
+    """Real bytes where `first_bytes` has them; else IP, TCP and UDP headers made from the record.
 
+    Each has the pid and tid of its process as option 8: outbound, of who sent it, inbound, of who
+    receives it. `process_blocks`: before its first packet each process has a block.
     Made headers have the real addresses, ports, lengths and TCP flags; what a record lacks
     (sequence numbers, time to live, checksums of the payload) is zero, and the comment says so.
     """
 
-    def __init__(self, file: CaptureFile, snaps: FirstBytes | None) -> None:
+    def __init__(
+        self, file: CaptureFile, first_bytes: FirstBytes | None, process_blocks: bool = False
+    ) -> None:
         self._file = file
-        self._snaps = snaps
+        self._process_blocks = process_blocks
+        self._described: dict[int, Process] = {}
+        self._first_bytes = first_bytes
         self._interfaces: dict[tuple[int, int, str], int] = {}
         self._loopback: set[str] = set()
         file.write(section_header(f"packet-hunter {__version__}"))
@@ -70,8 +77,8 @@ class PcapngSaver:
         parts: list[bytes] = []
         for i, time_ns in enumerate(real):
             record, way, length = records[i], table.dir[i], table.len[i]
-            snap = None if self._snaps is None else self._snaps.find(record)
-            data = rebuilt(record) if snap is None else snap.data
+            found = None if self._first_bytes is None else self._first_bytes.find(record)
+            data = rebuilt(record) if found is None else found.data
             row: dict[str, Any] = {name: values[name][i] for name in _WORDS}
             if not _tells(data, record):
                 row |= {name: values[name][i] for name in _IN_PACKET}
@@ -82,10 +89,15 @@ class PcapngSaver:
             head, interface = self._interface(values, i)
             if values["ifindex"][i] == _LOOPBACK:
                 self._loopback.add(way)
-            text = comment_of(row, made=snap is None)
+            text = comment_of(row, made=found is None)
             flags, length = _FLAGS.get(way, 0), max(length, len(data))
-            # an interface and its first packet are there both or not at all
-            parts.append(head + enhanced_packet(interface, time_ns, data, length, text, flags))
+            pid, process = row["pid"], table.process[i]
+            ids = None if pid is None else (pid, row["tid"] or 0)
+            if self._process_blocks and process is not None:
+                head += self._description(process)
+            # what stands before its first packet and this are there both or not at all
+            packet = enhanced_packet(interface, time_ns, data, length, text, flags, ids)
+            parts.append(head + packet)
         self._file.write_rows(parts)
 
     def _interface(self, values: dict[str, list[Any]], i: int) -> tuple[bytes, int]:
@@ -101,6 +113,21 @@ class PcapngSaver:
         return interface_description(
             name, LINKTYPE_RAW, lib.SNIFFER_SNAP_LEN, description=description
         ), number
+
+    def _description(self, process: Process) -> bytes:
+        """Its block, when its pid had another before or none."""
+        if self._described.get(process.tgid) == process:
+            return b""
+        self._described[process.tgid] = process
+        return process_block(
+            process.tgid,
+            process.comm,
+            process.exe,
+            process.cmdline,
+            process.ppid,
+            process.uid,
+            process.user,
+        )
 
     def close(self) -> None:
         self._file.close()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from hunter.save.capturefile import CaptureFile
+from hunter.save.save_lines import LINES, LineSaver
 from hunter.show.columns import Columns
 from nlproto import UsageError
 from nlproto.records.first_bytes import FirstBytes
@@ -22,6 +23,7 @@ SUFFIXES = {
     ".parquet": "parquet",
     ".pcapng": "pcapng",
 }
+_ECS = (".ecs.jsonl", ".ecs.ndjson", ".ecs.json")
 
 
 class Saver(Protocol):
@@ -47,11 +49,13 @@ def format_of(path: str, asked: str | None) -> str:
         return asked
     if path == "-":
         return "csv"
+    if path.lower().endswith(_ECS):
+        return "ecs"
     suffix = os.path.splitext(path)[1].lower()
     if suffix in SUFFIXES:
         return SUFFIXES[suffix]
     refuse_pcap(path)
-    known = ", ".join(SUFFIXES)
+    known = ", ".join((*SUFFIXES, _ECS[0]))
     raise UsageError(f"{path}: its format is not clear; end it with {known}, or give --format")
 
 
@@ -73,20 +77,16 @@ def refuse_input(path: str, inputs: Iterable[str]) -> None:
             raise UsageError(f"{path} is the capture itself: choose another name")
 
 
-def _make(kind: str, snaps: FirstBytes | None) -> Callable[[CaptureFile], Saver]:
+def _make(
+    kind: str, first_bytes: FirstBytes | None, process_blocks: bool
+) -> Callable[[CaptureFile], Saver]:
+    if kind in LINES:
+        return lambda file: LineSaver(file, LINES[kind])
     # Imported here: Parquet needs an optional package.
-    if kind == "csv":
-        from hunter.save.save_csv import CsvSaver
-
-        return CsvSaver
-    if kind == "jsonl":
-        from hunter.save.save_jsonl import JsonSaver
-
-        return JsonSaver
     if kind == "pcapng":
         from hunter.save.save_pcapng import PcapngSaver
 
-        return lambda file: PcapngSaver(file, snaps)
+        return lambda file: PcapngSaver(file, first_bytes, process_blocks)
     from hunter.save.save_parquet import ParquetSaver
 
     return ParquetSaver
@@ -95,16 +95,19 @@ def _make(kind: str, snaps: FirstBytes | None) -> Callable[[CaptureFile], Saver]
 def open_saver(
     path: str,
     kind: str,
-    snaps: FirstBytes | None,
+    first_bytes: FirstBytes | None,
     rotate: int | None = None,
     keep: int | None = None,
+    process_blocks: bool = False,
 ) -> Rotation:
-    """Return a saver of format `kind` to `path` ("-": standard output); pcapng takes `snaps`.
+    """Return a saver of format `kind` to `path` ("-": standard output).
+
+    pcapng takes `first_bytes`, and `process_blocks`.
 
     `rotate`: bytes after which the next file begins, as tcpdump's -C: path, path1, path2 ...;
     `keep`: after so many files the first is written again (-W). Raises Error, UsageError.
     """
-    return Rotation(path, _make(kind, snaps), rotate, keep)
+    return Rotation(path, _make(kind, first_bytes, process_blocks), rotate, keep)
 
 
 class Rotation:

@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -15,19 +16,25 @@ import numpy as np
 
 from hunter.show import names
 from hunter.show.text import sound
+from nlproto.host.procfs import Parent
 from nlproto.records import wire
 from nlproto.records.batch import NamedBatch
+from nlproto.records.community_id import community_id
 from nlproto.tables.processes import Process
 
 __all__ = [
     "COLUMNS",
     "FIRST_COLUMNS",
     "FLAGS",
+    "KINDS",
+    "OF_PROCESS",
+    "PEOPLE",
     "TEXTS",
     "Columns",
     "Details",
     "Holder",
     "Holders",
+    "Kind",
     "cells",
     "columns",
     "nobody",
@@ -36,51 +43,85 @@ __all__ = [
     "words_of",
 ]
 
-FIRST_COLUMNS = (
-    "time",
-    "dir",
-    "proto",
-    "src",
-    "sport",
-    "dst",
-    "dport",
-    "len",
-    "pid",
-    "comm",
-    "exe",
-    "uid",
-    "netns",
-    "how",
-)
-"""Those of the first release; a file that has no more is read too."""
 
-COLUMNS = (
-    *FIRST_COLUMNS,
-    "flags",
-    "tcp_flags",
-    "interface",
-    "unit",
-    "container",
-    "cmdline",
-    "ppid",
-    "segments",
-    "hdr_len",
-    "ifindex",
-    "start_ns",
-    "tid",
-    "creator",
-    "cookie",
-    "holders",
+class Kind(Enum):
+    """What a column's values are; each format writes and reads a kind in one place."""
+
+    TIME = auto()
+    WORD = auto()
+    """Text of this program's own words."""
+    TEXT = auto()
+    """Text that others choose, or that may be empty."""
+    U16 = auto()
+    U32 = auto()
+    U64 = auto()
+    PEOPLE = auto()
+    """A list of processes, each with pid and comm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of saved captures."""
+
+    name: str
+    kind: Kind
+    of_process: bool = False
+    """It is the attribute of that name of the record's Process, and is read back into one."""
+
+
+_COLUMNS = (
+    Column("time", Kind.TIME),
+    Column("dir", Kind.WORD),
+    Column("proto", Kind.WORD),
+    Column("src", Kind.WORD),
+    Column("sport", Kind.U16),
+    Column("dst", Kind.WORD),
+    Column("dport", Kind.U16),
+    Column("len", Kind.U32),
+    Column("pid", Kind.U32),
+    Column("comm", Kind.TEXT),
+    Column("exe", Kind.TEXT, of_process=True),
+    Column("uid", Kind.U32),
+    Column("netns", Kind.U32),
+    Column("how", Kind.WORD),
+    # those of the first release end here
+    Column("flags", Kind.TEXT),
+    Column("tcp_flags", Kind.WORD),
+    Column("interface", Kind.TEXT),
+    Column("unit", Kind.TEXT, of_process=True),
+    Column("container", Kind.TEXT, of_process=True),
+    Column("cmdline", Kind.TEXT, of_process=True),
+    Column("ppid", Kind.U32, of_process=True),
+    Column("segments", Kind.U16),
+    Column("hdr_len", Kind.U16),
+    Column("ifindex", Kind.U32),
+    Column("start_ns", Kind.U64),
+    Column("tid", Kind.U32),
+    Column("creator", Kind.U32),
+    Column("cookie", Kind.U64),
+    Column("holders", Kind.PEOPLE),
+    Column("community_id", Kind.WORD),
+    Column("container_name", Kind.TEXT, of_process=True),
+    Column("image", Kind.TEXT, of_process=True),
+    Column("pod", Kind.TEXT, of_process=True),
+    Column("parents", Kind.PEOPLE, of_process=True),
 )
-"""Names and order of what is saved; stable: new ones come at the end.
+"""Names and order of what is saved; stable: new ones come at the end. All formats follow this.
 
 `flags` are words of FLAGS, `tcp_flags` letters as of tcpdump (TCP only), `segments` the packets
 on the wire that the record stands for, `hdr_len` the bytes of headers that each of them has,
-`start_ns` the start of the process in ns since boot, `creator` the pid that made the socket.
+`start_ns` the start of the process in ns since boot, `creator` the pid that made the socket,
+`community_id` the flow's name for Zeek, Suricata and others, `parents` who started the process,
+the nearest first.
 """
 
-TEXTS = frozenset(("comm", "exe", "flags", "interface", "unit", "container", "cmdline"))
-"""Columns of text that others than this program choose, or that may be empty."""
+KINDS = {column.name: column.kind for column in _COLUMNS}
+COLUMNS = tuple(KINDS)
+FIRST_COLUMNS = COLUMNS[: COLUMNS.index("how") + 1]
+"""Those of the first release; a file that has no more is read too."""
+TEXTS = frozenset(name for name, kind in KINDS.items() if kind is Kind.TEXT)
+PEOPLE = tuple(name for name, kind in KINDS.items() if kind is Kind.PEOPLE)
+OF_PROCESS = tuple(column.name for column in _COLUMNS if column.of_process)
 
 FLAGS = {
     name.removeprefix("SNIFFER_F_").lower(): value
@@ -122,7 +163,7 @@ class Details(Protocol):
 
 
 Holder = dict[str, int | str]
-"""One of the processes that share a socket: pid and comm."""
+"""A process: pid and comm."""
 
 Holders = Callable[[set[int]], Mapping[int, list[Holder]]]
 """Cookies of shared sockets -> who holds them, as far as known."""
@@ -260,6 +301,7 @@ def cells(table: Columns) -> dict[str, list[Any]]:
         return [value or None for value in records[name].tolist()]
 
     values: dict[str, list[Any]] = {name: getattr(table, name) for name in FIRST_COLUMNS}
+    values |= {name: of_process(name) for name in OF_PROCESS if name not in values}
     values |= {
         "flags": [words_of(flags) for flags in records["flags"].tolist()],
         "tcp_flags": [
@@ -267,10 +309,6 @@ def cells(table: Columns) -> dict[str, list[Any]]:
             for flags, is_tcp in zip(records["tcp_flags"].tolist(), tcp, strict=True)
         ],
         "interface": [table.interface(*key) for key in zip(table.netns, ifindex, strict=True)],
-        "unit": of_process("unit"),
-        "container": of_process("container"),
-        "cmdline": of_process("cmdline"),
-        "ppid": of_process("ppid"),
         "segments": np.maximum(records["gso_segs"], 1).tolist(),
         "hdr_len": records["hdr_len"].tolist(),
         "ifindex": unless_0("ifindex"),
@@ -279,10 +317,26 @@ def cells(table: Columns) -> dict[str, list[Any]]:
         "creator": unless_0("creator"),
         "cookie": unless_0("cookie"),
         "holders": [table.holders.get(i) for i in range(len(known))],
+        "community_id": _community_ids(records),
     }
     for name in TEXTS:
         values[name] = [sound(text) if text else None for text in values[name]]
+    values["parents"] = [_people(some) for some in values["parents"]]
     return values
+
+
+@lru_cache(4096)
+def _people(some: tuple[Parent, ...] | None) -> list[Holder] | None:
+    return [{"pid": one.pid, "comm": sound(one.comm)} for one in some] if some else None
+
+
+def _community_ids(records: np.ndarray) -> list[str]:
+    ends = (records[name].tolist() for name in ("family", "proto", "sport", "dport"))
+    addresses = (map(bytes, np.ascontiguousarray(records[name])) for name in ("saddr", "daddr"))
+    return [
+        community_id(family, proto, source, sport, target, dport)
+        for family, proto, sport, dport, source, target in zip(*ends, *addresses, strict=True)
+    ]
 
 
 def _where(known: Iterable[bool], values: Iterable[Any]) -> list[Any]:

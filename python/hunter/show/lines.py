@@ -14,6 +14,7 @@ from rich.text import Text
 
 from hunter.show.columns import FLAGS, Columns, Details, Holders, columns, tcp_flags
 from hunter.show.names import Names, Namespaces, service
+from hunter.show.programs import place
 from hunter.show.text import plain
 from nlproto.records.batch import NamedBatch
 
@@ -118,9 +119,9 @@ class LinePrinter:
         parts = [(f" {plain(table.comm[i]) or '?'}.{pid}", "bold green")]
         process = table.process[i]
         if process is not None and not self._style.quiet:
-            place = process.container or process.unit
-            if place:
-                parts.append((f" {plain(place)}", "blue"))
+            one = process
+            if where := place(one.container, one.container_name, one.pod, one.unit):
+                parts.append((f" {plain(where)}", "blue"))
         return parts
 
     def _more(self, table: Columns, records: np.ndarray, i: int) -> str:
@@ -140,6 +141,13 @@ class LinePrinter:
             process = table.process[i]
             if process is not None and process.cmdline:
                 more.append(f"cmd {plain(process.cmdline)}")
+            if process is not None and process.parents:
+                above = " < ".join(f"{plain(one.comm)}.{one.pid}" for one in process.parents)
+                more.append(f"started by {above}")
+            if process is not None and process.container_name:
+                more.append(f"container {plain(process.container)}")
+            if process is not None and process.image:
+                more.append(f"image {plain(process.image)}")
             more += [
                 f"if {record['ifindex']}",
                 f"netns {record['netns']}",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Processes of one program as one row: short-lived ones would fill a table with their pids."""
+"""What processes are called: those of one program in one row, and what they run in."""
 
 from __future__ import annotations
 
@@ -9,12 +9,24 @@ from typing import TypeVar
 
 from hunter.show.text import plain
 
-__all__ = ["label", "programs"]
+__all__ = ["label", "place", "programs"]
 
 _FEW = 4
 """So many processes of a program keep rows of their own."""
 
 K = TypeVar("K", bound=Hashable)
+
+
+def place(container: str, name: str, pod: str, unit: str) -> str:
+    """Return what a process runs in, as people call it; it may hold any character.
+
+    "pod default/web-0/app", "docker:web", "docker:4f1c0d2e9a3b" without a name, else the unit.
+    """
+    if pod:
+        return f"pod {pod}/{name}" if name else f"pod {pod}"
+    if container and name:
+        return f"{container.partition(':')[0]}:{name}"
+    return container or unit
 
 
 def programs(known: Mapping[K, tuple[str, str]]) -> dict[K, tuple[str, str, K | None]]:

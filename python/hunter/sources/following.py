@@ -32,7 +32,7 @@ class FollowingSource:
         self._notify = notify
         self._there = self._followed = indexes(names)
         self.description = source.description
-        self.snaps = source.snaps
+        self.first_bytes = source.first_bytes
 
     def __enter__(self) -> Self:
         self._source.__enter__()

@@ -20,17 +20,17 @@ def open_source(
     choice: Choice,
     filter: Filter,
     notify: Callable[[str], None],
-    snaps: bool = False,
+    first_bytes: bool = False,
 ) -> Source:
     """Return the source that `origin` asks for, of packets that fit `filter`.
 
-    `choice` is what `filter` was made of: its interfaces are followed. `snaps`: with the first
-    bytes of packets.
+    `choice` is what `filter` was made of: its interfaces are followed. `first_bytes`: with those
+    of packets.
 
     The daemon when one answers, else this process's own pipeline, unless the user named the
     daemon's socket. `notify` gets lines that say what is less than it could be. Raises Error.
     """
-    source = _open(origin, filter, notify, snaps)
+    source = _open(origin, filter, notify, first_bytes)
     if origin.read or not choice.interface or "any" in choice.interface:
         return source
     from hunter.sources.following import FollowingSource
@@ -40,21 +40,23 @@ def open_source(
     )
 
 
-def _open(origin: Origin, filter: Filter, notify: Callable[[str], None], snaps: bool) -> Source:
+def _open(
+    origin: Origin, filter: Filter, notify: Callable[[str], None], first_bytes: bool
+) -> Source:
     # Imported here: each needs parts that the others do without.
     if origin.read:
         from hunter.sources.source_file import FileSource
 
-        return FileSource(origin.read, filter, snaps)
+        return FileSource(origin.read, filter, first_bytes)
     if origin.direct:
         from hunter.sources.source_direct import open_direct
 
-        return open_direct(origin.engine, origin.socket, filter, notify, snaps, origin.buffer)
+        return open_direct(origin.engine, origin.socket, filter, notify, first_bytes, origin.buffer)
     if origin.engine == "auto":
         from hunter.sources.source_daemon import DaemonSource
 
         try:
-            return DaemonSource(origin.socket, filter, notify, snaps)
+            return DaemonSource(origin.socket, filter, notify, first_bytes)
         except DaemonBusy:
             raise
         except NoDaemon:
@@ -62,4 +64,4 @@ def _open(origin: Origin, filter: Filter, notify: Callable[[str], None], snaps: 
                 raise
     from hunter.sources.source_alone import open_alone
 
-    return open_alone(origin.engine, filter, notify, snaps, origin.buffer)
+    return open_alone(origin.engine, filter, notify, first_bytes, origin.buffer)

@@ -20,7 +20,7 @@ class Source(Protocol):
 
     description: str
     """What it is, for people: "daemon", "engine packet"."""
-    snaps: FirstBytes | None
+    first_bytes: FirstBytes | None
     """The first bytes of packets, when they were asked for and come."""
 
     def __enter__(self) -> Self: ...

@@ -15,6 +15,7 @@ from nlproto import Error, NoPrivilege
 from nlproto.engines.engine import open_engine
 from nlproto.filters.filter import Filter
 from nlproto.host import procfs
+from nlproto.host.containers import ContainerFiles
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.naming import Namer
 from nlproto.pipeline.pipeline import Pipeline
@@ -32,7 +33,7 @@ _BATCHES = 64  # that may wait for the reader; behind them the pipeline's own qu
 class PipelineSource:
     """Takes what `pipeline` gives; a slow reader shows as loss in the pipeline's queue."""
 
-    def __init__(self, pipeline: Pipeline, filter: Filter, snaps: bool) -> None:
+    def __init__(self, pipeline: Pipeline, filter: Filter, first_bytes: bool) -> None:
         self.description = f"engine {pipeline.engine.name}"
         self._pipeline = pipeline
         self._filter = filter
@@ -40,7 +41,9 @@ class PipelineSource:
         self._failure: Error | None = None
         self._left = False
         self._stopper: threading.Thread | None = None
-        self.snaps = pipeline.snaps if snaps and pipeline.want_snaps(True) else None
+        self.first_bytes = (
+            pipeline.first_bytes if first_bytes and pipeline.want_first_bytes(True) else None
+        )
         pipeline.subscribe(self._take)
 
     def __enter__(self) -> Self:
@@ -125,10 +128,10 @@ def open_alone(
     engine: str,
     filter: Filter,
     notify: Callable[[str], None],
-    snaps: bool = False,
+    first_bytes: bool = False,
     ring_bytes: int | None = None,
 ) -> PipelineSource:
-    """Return a source with an engine of its own; `snaps`: with the first bytes of packets.
+    """Return a source with an engine of its own; `first_bytes`: with the first bytes of packets.
 
     Raises Error, NoPrivilege with the way out."""
     try:
@@ -136,7 +139,7 @@ def open_alone(
     except NoPrivilege as error:
         again = " ".join([as_root("packet-hunter"), *map(shlex.quote, sys.argv[1:])])
         raise NoPrivilege(f"{str(error).partition(':')[0]}: {again}") from None
-    processes = Processes(procfs.details)
+    processes = Processes(procfs.details, containers=ContainerFiles())
     sources: list[PipelineSource] = []
     pipeline = Pipeline(
         opened,
@@ -148,5 +151,5 @@ def open_alone(
         on_death=lambda error: sources[0].failed(error),
         patience=PATIENCE,
     )
-    sources.append(PipelineSource(pipeline, filter, snaps))
+    sources.append(PipelineSource(pipeline, filter, first_bytes))
     return sources[0]

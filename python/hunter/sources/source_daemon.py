@@ -16,8 +16,8 @@ from nlproto.client.client import (
     DaemonClient,
     DaemonEvent,
     Event,
+    FirstBytesEvent,
     ProcessesEvent,
-    SnapsEvent,
     StreamBatch,
 )
 from nlproto.filters.filter import Filter
@@ -74,16 +74,16 @@ class DaemonSource:
     """
 
     def __init__(
-        self, path: str, filter: Filter, notify: Callable[[str], None], snaps: bool = False
+        self, path: str, filter: Filter, notify: Callable[[str], None], first_bytes: bool = False
     ) -> None:
         self._path = path
         self._filter = str(filter)
         self._notify = notify
         self._processes = Processes()
-        self._asker = OwnerQuestions(path)
+        self._questions = OwnerQuestions(path)
         self._spans = DaemonAccounts()
-        self._wants_snaps = snaps
-        self.snaps: FirstBytes | None = None
+        self._wants_first_bytes = first_bytes
+        self.first_bytes: FirstBytes | None = None
         self._client: DaemonClient | None = None
         self._gone_at = 0.0
         self._away = 0.0
@@ -100,16 +100,16 @@ class DaemonSource:
     def __exit__(self, *exc: object) -> None:
         if self._client is not None:
             self._client.close()
-        self._asker.close()
+        self._questions.close()
 
     def _subscribe(self, client: DaemonClient) -> DaemonClient:
         try:
-            reply = client.start(self._filter, self._wants_snaps)
+            reply = client.start(self._filter, self._wants_first_bytes)
         except BaseException:
             client.close()
             raise
         self._missed = self._spans.begin(reply["account"])
-        self.snaps = self.snaps or (FirstBytes() if reply["snaps"] else None)
+        self.first_bytes = self.first_bytes or (FirstBytes() if reply["snaps"] else None)
         self._client = client
         return client
 
@@ -160,9 +160,9 @@ class DaemonSource:
                 batches.append(event.batch)
             elif isinstance(event, ProcessesEvent):
                 self._processes.restore(event.processes)
-            elif isinstance(event, SnapsEvent):
-                if self.snaps is not None:
-                    self.snaps.keep(event.batch)
+            elif isinstance(event, FirstBytesEvent):
+                if self.first_bytes is not None:
+                    self.first_bytes.keep(event.batch)
             elif isinstance(event, AccountEvent):
                 self._spans.mark(event.account)
             else:
@@ -215,7 +215,7 @@ class DaemonSource:
         return self._processes.get(tgid, start_ns)
 
     def holders(self, cookies: set[int]) -> Mapping[int, list[Holder]]:
-        return self._asker.holders(cookies)
+        return self._questions.holders(cookies)
 
     def account(self) -> Mapping[str, Any] | None:
         return self._spans.total()

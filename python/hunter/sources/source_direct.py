@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from hunter.show.columns import Holder
@@ -17,6 +18,7 @@ from nlproto import Error
 from nlproto.client.client import DaemonClient
 from nlproto.engines.engine import open_engine
 from nlproto.filters.filter import Filter
+from nlproto.host.kernel_sockets import Endpoint
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records import wire
@@ -28,8 +30,6 @@ __all__ = ["DaemonNames", "DirectSource", "open_direct"]
 _DAEMON_LAG_S = 0.06  # from a packet to the daemon's port map, at rest
 _ASK_AGAIN_S = 1.0
 _MAX_UNKNOWN = 65536
-
-LocalEnd = tuple[int, int, int, bytes, int]
 
 
 class DaemonNames:
@@ -44,12 +44,12 @@ class DaemonNames:
         self._client: DaemonClient | None = client
         self._lost = lost
         self._lock = threading.Lock()
-        self._unknown: dict[LocalEnd, float] = {}
+        self._unknown: dict[Endpoint, float] = {}
 
     def name(self, records: np.ndarray) -> None:
         """Fill in owner and `how` of records that nobody named but a process may own."""
         local = records["dir"] != wire.lib.SNIFFER_DIR_FWD
-        keys: dict[LocalEnd, list[int]] = {}
+        keys: dict[Endpoint, list[int]] = {}
         for row in np.flatnonzero(local & np.isin(records["how"], _ASKABLE)).tolist():
             keys.setdefault(_local_end(records[row]), []).append(row)
         now = time.monotonic()
@@ -73,7 +73,7 @@ class DaemonNames:
     def details(self, pid: int, start_ns: int) -> Process | None:
         """Return what the daemon knows of a process."""
         (answer,) = self._ask([{"tgid": pid, "start_ns": start_ns}]) or [None]
-        return Process(**answer["process"]) if answer else None
+        return msgspec.convert(answer["process"], Process) if answer else None
 
     def _ask(self, keys: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
         answers: list[dict[str, Any] | None] = []
@@ -115,7 +115,7 @@ _ASKABLE = np.array(
 )
 
 
-def _local_end(record: np.void) -> LocalEnd:
+def _local_end(record: np.void) -> Endpoint:
     end = "d" if record["dir"] == wire.lib.SNIFFER_DIR_IN else "s"
     return (
         int(record["netns"]),
@@ -126,7 +126,7 @@ def _local_end(record: np.void) -> LocalEnd:
     )
 
 
-def _question(key: LocalEnd) -> dict[str, Any]:
+def _question(key: Endpoint) -> dict[str, Any]:
     netns, proto, family, address, port = key
     return {
         "netns": netns,
@@ -143,24 +143,24 @@ class DirectSource(PipelineSource):
         self,
         pipeline: Pipeline,
         filter: Filter,
-        snaps: bool,
+        first_bytes: bool,
         names: DaemonNames,
-        asker: OwnerQuestions,
+        questions: OwnerQuestions,
     ) -> None:
-        super().__init__(pipeline, filter, snaps)
+        super().__init__(pipeline, filter, first_bytes)
         self.description += ", owners from the daemon"
         self._names = names
-        self._asker = asker
+        self._questions = questions
 
     def __exit__(self, kind: object = None, *exc: object) -> None:
         try:
             super().__exit__(kind, *exc)
         finally:
             self._names.close()
-            self._asker.close()
+            self._questions.close()
 
     def holders(self, cookies: set[int]) -> Mapping[int, list[Holder]]:
-        return self._asker.holders(cookies)
+        return self._questions.holders(cookies)
 
 
 def open_direct(
@@ -168,7 +168,7 @@ def open_direct(
     socket: str,
     filter: Filter,
     notify: Callable[[str], None],
-    snaps: bool = False,
+    first_bytes: bool = False,
     ring_bytes: int | None = None,
 ) -> DirectSource:
     """Return a source with an own engine. Raises NoDaemon, NoModule, NoPrivilege, Error."""
@@ -187,5 +187,5 @@ def open_direct(
     except BaseException:
         names.close()
         raise
-    sources.append(DirectSource(pipeline, filter, snaps, names, OwnerQuestions(socket)))
+    sources.append(DirectSource(pipeline, filter, first_bytes, names, OwnerQuestions(socket)))
     return sources[0]

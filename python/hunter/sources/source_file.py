@@ -17,10 +17,11 @@ import numpy as np
 
 from hunter.formats.inputs import Input
 from hunter.formats.rows import Row, has_bytes, read_rows
-from hunter.show.columns import FLAGS, Holder, tcp_flags_of
+from hunter.show.columns import FLAGS, OF_PROCESS, TEXTS, Holder, tcp_flags_of
 from hunter.show.text import sound
 from nlproto import Error, UsageError
 from nlproto.filters.filter import Filter
+from nlproto.host.procfs import Parent
 from nlproto.records import wire
 from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
@@ -52,7 +53,7 @@ _NUMBERS = {
     "creator": ("creator", _U32, 0),
     "cookie": ("cookie", _U64, 0),
 }
-_TEXTS = ("exe", "unit", "container", "cmdline")
+_TEXTS = tuple(name for name in OF_PROCESS if name in TEXTS)
 _FIELDS = (
     *_NUMBERS,
     *("time_ns", "dir", "proto", "family", "saddr", "daddr", "how", "flags", "tcp_flags"),
@@ -90,7 +91,7 @@ class FileSource:
         self.description = f"from {', '.join(paths)}"
         self.tcp_flags = True
         """Whether rows tell TCP's flags."""
-        self.snaps: FirstBytes | None = None
+        self.first_bytes: FirstBytes | None = None
         self._filter = filter
         self._processes = Processes(limit=_MAX_PROCESSES)
         self._starts: dict[tuple[Any, ...], int] = {}
@@ -103,7 +104,7 @@ class FileSource:
             packets = [self._open(stack.enter_context(Input(path)), bytes) for path in paths]
             self._closing = stack.pop_all()
         if bytes:
-            self.snaps = FirstBytes()
+            self.first_bytes = FirstBytes()
         self._packets: Iterator[_Packet] = (
             packets[0] if len(packets) == 1 else heapq.merge(*packets, key=lambda one: one.time_ns)
         )
@@ -153,8 +154,8 @@ class FileSource:
                     record[name] = one.fields[name]
         records["seq"] = np.arange(self._seq, self._seq + len(packets)) & _U32
         self._seq += len(packets)
-        if self.snaps is not None:
-            self._keep(records, packets, self.snaps)
+        if self.first_bytes is not None:
+            self._keep(records, packets, self.first_bytes)
         head = np.zeros(1, wire.BATCH)[0]
         return [NamedBatch(head, records[self._filter.mask(records, self._processes)], _CLOCK)]
 
@@ -207,15 +208,17 @@ class FileSource:
                 if len(self._holders) > _MAX_SHARED + _ROWS:
                     self._holders.popitem(last=False)
 
-    def _keep(self, records: np.ndarray, packets: Sequence[_Packet], snaps: FirstBytes) -> None:
+    def _keep(
+        self, records: np.ndarray, packets: Sequence[_Packet], first_bytes: FirstBytes
+    ) -> None:
         found = []
         for record, one in zip(records, packets, strict=True):
             if one.data is None:
                 continue
             head = np.zeros(1, wire.SNAP)[0]
             head["time_ns"], head["seq"], head["caplen"] = one.time_ns, record["seq"], len(one.data)
-            found.append(wire.Snap(head, one.data))
-        snaps.keep(wire.SnapBatch(np.zeros(1, wire.BATCH)[0], tuple(found)))
+            found.append(wire.PacketBytes(head, one.data))
+        first_bytes.keep(wire.FirstBytesBatch(np.zeros(1, wire.BATCH)[0], tuple(found)))
 
     def _understood(self, row: Row) -> _Packet:
         """Raises ValueError."""
@@ -238,7 +241,7 @@ class FileSource:
             raise _Bad("dst", values["dst"])
         fields["family"], fields["saddr"], fields["daddr"] = family, list(source), list(target)
         fields["tcp_flags"] = _tcp_flags(values)
-        holders = _holders(values.get("holders"))
+        holders = _people(values, "holders")
         if holders:
             fields["flags"] |= wire.lib.SNIFFER_F_SHARED
             fields["cookie"] = fields["cookie"] or self._start(("holders", *map(str, holders)))
@@ -257,16 +260,19 @@ class FileSource:
         uid = _number(values, "uid", _U32, None)
         if not pid:
             raise _Bad("pid", pid)
-        texts: dict[str, Any] = {name: _text(values, name) for name in _TEXTS}
+        known: dict[str, Any] = {name: _text(values, name) for name in _TEXTS}
+        known["parents"] = tuple(
+            Parent(int(one["pid"]), str(one["comm"])) for one in _people(values, "parents")
+        )
         comm = _text(values, "comm")
         if values.get("start_ns") in ("", None):
-            start = self._start((pid, uid, texts["exe"]))
+            start = self._start((pid, uid, known["exe"]))
         else:
             start = _number(values, "start_ns", _U64, None)
         ppid = _number(values, "ppid", _U32, 0)
         fields["tgid"], fields["start_ns"], fields["uid"] = pid, start, uid
         fields["comm"] = _comm(comm)
-        return Process(pid, start, comm=comm, uid=uid, ppid=ppid or None, **texts)
+        return Process(pid, start, comm=comm, uid=uid, ppid=ppid or None, **known)
 
     def _start(self, key: tuple[Any, ...]) -> int:
         return self._starts.setdefault(key, len(self._starts) + 1)
@@ -361,11 +367,12 @@ def _time(values: Mapping[str, Any]) -> int:
     return seconds * 10**9 + moment.microsecond * 1000
 
 
-def _holders(value: Any) -> list[Holder]:
+def _people(values: Mapping[str, Any], column: str) -> list[Holder]:
+    value = values.get(column)
     if value in ("", None):
         return []
     if not isinstance(value, list):
-        raise _Bad("holders", value)
+        raise _Bad(column, value)
     for one in value:
         if (
             not isinstance(one, dict)
@@ -373,7 +380,7 @@ def _holders(value: Any) -> list[Holder]:
             or not 0 <= one["pid"] <= _U32
             or not isinstance(one.get("comm"), str)
         ):
-            raise _Bad("holders", value)
+            raise _Bad(column, value)
     return [{"pid": one["pid"], "comm": sound(one["comm"])} for one in value]
 
 

@@ -15,6 +15,7 @@ from textual.widgets import Footer, Input, Static
 
 from hunter.show.console import has_blocks
 from hunter.show.names import service
+from hunter.show.programs import place
 from hunter.show.rates import FlowRate, Meter, ProcessRate
 from hunter.show.text import plain
 from hunter.show.units import amount
@@ -205,9 +206,11 @@ class ProcessesView(View):
     def _owner(self, process: ProcessRate) -> tuple[str, str, str, str]:
         """pid, name, user, unit or container."""
         details = self.state.source.get(*process.key[:2]) if process.pid else None
-        place = plain(details.container or details.unit) if details else ""
+        where = ""
+        if (one := details) is not None:
+            where = plain(place(one.container, one.container_name, one.pod, one.unit))
         user = "" if process.uid is None else plain(self.state.known.user(process.uid))
-        return str(process.pid or "-"), plain(process.comm), user, place
+        return str(process.pid or "-"), plain(process.comm), user, where
 
     def words(self, item: ProcessRate) -> str:
         return " ".join(self._owner(item))

@@ -41,7 +41,7 @@ __all__ = [
     "DaemonEvent",
     "Event",
     "ProcessesEvent",
-    "SnapsEvent",
+    "FirstBytesEvent",
     "StreamBatch",
 ]
 
@@ -65,10 +65,10 @@ class ProcessesEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class SnapsEvent:
+class FirstBytesEvent:
     """The first bytes of packets whose records come next."""
 
-    batch: wire.SnapBatch
+    batch: wire.FirstBytesBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class AccountEvent:
 _PIPELINED = 128
 """Requests sent at once; twice as many are under way, for which the socket has room."""
 
-Event = StreamBatch | ProcessesEvent | SnapsEvent | DaemonEvent | AccountEvent
+Event = StreamBatch | ProcessesEvent | FirstBytesEvent | DaemonEvent | AccountEvent
 
 _ERRORS: Mapping[str, type[Error]] = {"usage": UsageError, "denied": NoPrivilege}
 
@@ -188,14 +188,18 @@ class DaemonClient:
         pid: int | None = None,
         pname: str | None = None,
         since: float | None = None,
+        until: float | None = None,
         at: float | None = None,
+        netns: int | None = None,
+        listening: bool | None = None,
         limit: int | None = None,
     ) -> dict[str, Any]:
         """Who owns, or owned, the traffic that fits.
 
-        `since`: seconds before now; `at`: Unix time in seconds; `proto`: "tcp" or "udp";
-        `host`: address or network. The reply has "owners" (sockets there now), "flows" (of the
-        history, last seen first), "total", "truncated" and "processes" (Process as dicts).
+        `since`, `until`: seconds before now; `at`: Unix time in seconds; `proto`: "tcp" or "udp";
+        `host`: address or network; `netns`: inode; `listening`: what waits for somebody alone.
+        The reply has "owners" (sockets there now), "flows" (of the history, last seen first),
+        "total", "truncated" and "processes" (Process as dicts).
         """
         return self.request(
             "who",
@@ -205,7 +209,10 @@ class DaemonClient:
             pid=pid,
             pname=pname,
             since=since,
+            until=until,
             at=at,
+            netns=netns,
+            listening=listening,
             limit=limit,
         )
 
@@ -238,12 +245,12 @@ class DaemonClient:
         self.start(filter)
         return self.events()
 
-    def start(self, filter: str = "", snaps: bool = False) -> dict[str, Any]:
+    def start(self, filter: str = "", first_bytes: bool = False) -> dict[str, Any]:
         """Subscribe; the reply's "account" is the daemon's at that moment.
 
-        `snaps`: ask for the first bytes of packets too; the reply's "snaps" is whether they come.
+        `first_bytes`: ask for those of packets too; the reply's "snaps" is whether they come.
         """
-        return self.request("subscribe", filter=filter, snaps=snaps or None)
+        return self.request("subscribe", filter=filter, snaps=first_bytes or None)
 
     def events(self) -> Iterator[Event]:
         """Events of the subscription as they come. Raises NoDaemon when the daemon dies."""
@@ -344,7 +351,7 @@ class DaemonClient:
         elif kind is Kind.PROCESSES:
             self._events.append(ProcessesEvent(msgspec.json.decode(payload, type=list[Process])))
         elif kind is Kind.SNAPS:
-            self._events.append(SnapsEvent(wire.decode_snaps(payload)))
+            self._events.append(FirstBytesEvent(wire.decode_first_bytes(payload)))
         else:
             fields = parse_json(payload)
             name = str(fields.pop("event", ""))

@@ -5,21 +5,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from cffi import FFI
 
 from nlproto.errors import Error
 
-__all__ = ["NoBpf", "Object", "Program", "has_function"]
+__all__ = ["NoBpf", "Object", "Program", "Ring", "has_target"]
 
 _LIBRARY = "libbpf.so.1"
-_BTF_KIND_FUNC = 12
+_BTF_KIND_TYPEDEF, _BTF_KIND_FUNC = 8, 12
 _INFO_BYTES = 256  # struct bpf_prog_info; what a kernel does not know stays 0
 _PACKET_BYTES = 64  # the least that every kernel takes
+_BUSY = 1 << 31  # BPF_RINGBUF_BUSY_BIT
 _MISSES_AT, _VERIFIED_AT = 208, 216
 
 _ffi = FFI()
@@ -71,20 +74,31 @@ def _open_library() -> Any:
     return library
 
 
-def has_function(names: Iterable[str]) -> set[str]:
-    """Which of these functions the running kernel has and describes. Raises NoBpf without BTF."""
+def has_target(sections: Iterable[str]) -> set[str]:
+    """Which of these sections' functions or tracepoints the running kernel has and describes.
+
+    Raises NoBpf without BTF.
+    """
     library = _open_library()
     btf = library.btf__load_vmlinux_btf()
     if btf == _ffi.NULL:
         raise NoBpf("this kernel does not describe itself (no CONFIG_DEBUG_INFO_BTF)")
     try:
         return {
-            name
-            for name in names
-            if library.btf__find_by_name_kind(btf, name.encode(), _BTF_KIND_FUNC) > 0
+            section
+            for section in sections
+            if library.btf__find_by_name_kind(btf, *_described_as(section)) > 0
         }
     finally:
         library.btf__free(btf)
+
+
+def _described_as(section: str) -> tuple[bytes, int]:
+    """Name and kind in the kernel's BTF of what a program of this section is put on."""
+    kind, _, target = section.partition("/")
+    if kind == "tp_btf":
+        return f"btf_trace_{target}".encode(), _BTF_KIND_TYPEDEF
+    return target.encode(), _BTF_KIND_FUNC
 
 
 class Program:
@@ -215,6 +229,40 @@ class Object:
         if self._handle != _ffi.NULL:
             self._library.bpf_object__close(self._handle)
             self._handle = _ffi.NULL
+
+
+class Ring:
+    """A BPF ring buffer all of whose entries are one dtype; read by one thread."""
+
+    def __init__(self, fd: int, size: int, dtype: np.dtype) -> None:
+        page, shared = mmap.PAGESIZE, mmap.MAP_SHARED
+        consumer = mmap.mmap(fd, page, shared, mmap.PROT_READ | mmap.PROT_WRITE)
+        # the data is there twice, one behind the other: no entry is cut in two
+        self._data = mmap.mmap(fd, page + 2 * size, shared, mmap.PROT_READ, offset=page)
+        self._size = size
+        self._consumed = np.frombuffer(consumer, "u8", 1)
+        self._produced = np.frombuffer(self._data, "u8", 1)
+        self._entry = np.dtype(
+            {
+                "names": ["length", "it"],
+                "formats": ["u4", dtype],
+                "offsets": [0, 8],
+                "itemsize": 8 + dtype.itemsize,
+            }
+        )
+
+    def take(self) -> np.ndarray:
+        """Take out the entries that are complete, copied, in the ring's order."""
+        consumed = int(self._consumed[0])
+        count = (int(self._produced[0]) - consumed) // self._entry.itemsize
+        at = mmap.PAGESIZE + (consumed & (self._size - 1))
+        entries: np.ndarray = np.ndarray((count,), self._entry, self._data, at)
+        busy = np.flatnonzero(entries["length"] & _BUSY)
+        if len(busy):
+            count = int(busy[0])
+        found: np.ndarray = entries["it"][:count].copy()
+        self._consumed[0] = consumed + count * self._entry.itemsize
+        return found
 
 
 def _text(pointer: Any) -> str:

@@ -7,6 +7,7 @@ is open and go with this process, however it ends.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import select
 import time
@@ -17,13 +18,13 @@ from typing import Self
 
 import numpy as np
 
-from nlproto.engines.bpf import NoBpf, Object, has_function
+from nlproto.engines.bpf import NoBpf, Object, Ring, has_target
 from nlproto.host import netns
 from nlproto.records import wire
 from nlproto.records.clock import Clock
-from nlproto.records.wire import Batch, lib
+from nlproto.records.wire import Batch, FirstBytesBatch, PacketBytes, lib
 
-__all__ = ["EbpfEngine"]
+__all__ = ["EbpfEngine", "runs"]
 
 OBJECT = Path(__file__).with_name("hunter.bpf.o")
 PARTS = Path(__file__).with_name("hunter_parts.bpf.o")
@@ -35,15 +36,8 @@ _LATE = 0.2  # s that a record may take from its number to the ring
 _COLLECT = 1.0  # s from sweep to sweep
 _COLLECT_SHARE = 50  # the time between two is at least this many times what the last one took
 
-_ENTRY = np.dtype(
-    {
-        "names": ["length", "record"],
-        "formats": ["u4", wire.RECORD],
-        "offsets": [0, 8],
-        "itemsize": 8 + wire.RECORD.itemsize,
-    }
-)
-_BUSY = 1 << 31  # BPF_RINGBUF_BUSY_BIT
+_SNAP_BYTES = 4 << 20  # as in bpf/snap.h
+_SNAP = np.dtype([("head", wire.SNAP), ("data", f"S{lib.SNIFFER_SNAP_LEN}")])
 _COUNTERS = np.dtype(
     [(name, "u8") for name in ("seq", "copies", "skipped", "lost", "full", "woken", "a", "b")]
 )
@@ -61,9 +55,14 @@ _NEEDED = {
     "ip_output",
 }
 _TRAMPOLINES = ("fentry/", "fexit/")
+_TRACED = (*_TRAMPOLINES, "tp_btf/")
 _CGROUP = "cgroup"
+_CALLS = "tp_btf/sys_enter"
 # What tells of packets and sockets where trampolines are refused, beside part_*.
-_WITH_PARTS = {"probe_fork", "probe_exec", "probe_exit", "probe_rename", "seed", "collect"}
+_WITH_PARTS = {
+    *("probe_fork", "probe_exec", "probe_exit", "probe_rename", "reset_sent"),
+    *("seed", "collect"),
+}
 _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}
 _CAP_SYS_ADMIN = 21
 
@@ -97,6 +96,9 @@ class EbpfEngine:
             self._attach()
             self.loaded_in = time.monotonic() - began
             self._object.iterate("seed")
+        except OSError as error:
+            self._object.close()
+            raise NoBpf(f"its programs do not run here ({error.strerror})") from error
         except BaseException:
             self._object.close()
             raise
@@ -117,37 +119,34 @@ class EbpfEngine:
     # The object
 
     def _map(self, ring_bytes: int) -> None:
-        page = mmap.PAGESIZE
-        ring = self._object.map_fd("ring")
         shared = mmap.MAP_SHARED
-        consumer = mmap.mmap(ring, page, shared, mmap.PROT_READ | mmap.PROT_WRITE)
-        # the data is there twice, one behind the other: no entry is cut in two
-        self._data = mmap.mmap(ring, page + 2 * ring_bytes, shared, mmap.PROT_READ, offset=page)
-        self._ring_bytes = ring_bytes
-        self._consumed = np.frombuffer(consumer, "u8", 1)
-        self._produced = np.frombuffer(self._data, "u8", 1)
+        fd = self._object.map_fd("ring")
+        self._ring = Ring(fd, ring_bytes, wire.RECORD)
+        self._first_bytes_ring = Ring(self._object.map_fd("snaps"), _SNAP_BYTES, _SNAP)
+        wishes = mmap.mmap(self._object.map_fd("wishes"), mmap.PAGESIZE, shared)
+        self._wish = np.frombuffer(wishes, "u8", 1)
         counters = mmap.mmap(
             self._object.map_fd("cpus"), _CPUS * _COUNTERS.itemsize, shared, mmap.PROT_READ
         )
         self._counters = np.frombuffer(counters, _COUNTERS)[: _possible_cpus()]
         self._poll = select.epoll()
-        self._poll.register(ring, select.EPOLLIN)
+        self._poll.register(fd, select.EPOLLIN)
 
     def _attach(self) -> None:
         self._attached: list[str] = []
         self._refused: list[str] = []
         for name, program in self._object.programs.items():
             cgroup = program.section.startswith(_CGROUP)
-            traced = program.section.startswith((*_TRAMPOLINES, "tp_btf/"))
+            traced = program.section.startswith(_TRACED)
             if program.fd < 0 or not (cgroup or traced):
                 continue
             try:
                 self._object.attach(name, _root_cgroup() if cgroup else None)
             except OSError as error:
                 function = program.section.partition("/")[2]
-                if function in _NEEDED:
+                if function in _NEEDED or (cgroup and not self.whole):
                     raise NoBpf(
-                        f"the kernel does not let {function} be traced: {error.strerror}"
+                        f"the kernel does not let {function} be watched: {error.strerror}"
                     ) from error
                 self._refused.append(function)
             else:
@@ -157,22 +156,14 @@ class EbpfEngine:
 
     def _take(self) -> np.ndarray:
         """Records that are complete, copied, in the ring's order."""
-        consumed = int(self._consumed[0])
-        count = (int(self._produced[0]) - consumed) // _ENTRY.itemsize
-        if not count:
-            return np.zeros(0, wire.RECORD)
-        at = mmap.PAGESIZE + (consumed & (self._ring_bytes - 1))
-        entries: np.ndarray = np.ndarray((count,), _ENTRY, self._data, at)
-        busy = np.flatnonzero(entries["length"] & _BUSY)
-        if len(busy):
-            count = int(busy[0])
-        records: np.ndarray = entries["record"][:count].copy()
-        self._consumed[0] = consumed + count * _ENTRY.itemsize
+        records = self._ring.take()
         if not self.whole:
             records["netns"][records["netns"] == 0] = self._netns
         return records
 
-    def _batches(self, records: np.ndarray) -> Iterator[Batch]:
+    def _batches(self, records: np.ndarray) -> Iterator[Batch | FirstBytesBatch]:
+        if self._wish[0]:
+            yield from self._first_bytes()
         numbers = np.unique(records["cpu"]).tolist()
         numbers += [n for n, one in self._cpus.items() if len(one.held) and n not in numbers]
         for number in numbers:
@@ -232,7 +223,7 @@ class EbpfEngine:
         head: np.void = heads[0]
         return head
 
-    def read(self, timeout: float) -> Iterator[Batch]:
+    def read(self, timeout: float) -> Iterator[Batch | FirstBytesBatch]:
         """See Engine."""
         self._collect()
         records = self._take()
@@ -244,6 +235,22 @@ class EbpfEngine:
             self._busy_until = time.monotonic() + 10 * _POLL
         yield from self._batches(records)
 
+    def _first_bytes(self) -> Iterator[FirstBytesBatch]:
+        """What there is of them; a record may come before, but not be waited for long."""
+        found = self._first_bytes_ring.take()
+        if len(found):
+            heads, data = found["head"], found["data"]
+            packets = zip(heads, data.tolist(), heads["caplen"].tolist(), strict=True)
+            size = lib.SNIFFER_SNAP_LEN
+            head: np.void = np.zeros(1, wire.BATCH)[0]
+            yield FirstBytesBatch(
+                head,
+                tuple(
+                    PacketBytes(first, one.ljust(size, b"\0")[:caplen])
+                    for first, one, caplen in packets
+                ),
+            )
+
     def _collect(self) -> None:
         """Let the kernel's tables forget what has ended long enough ago."""
         now = time.monotonic()
@@ -253,9 +260,10 @@ class EbpfEngine:
         took = time.monotonic() - now
         self._collect_again = now + max(_COLLECT, _COLLECT_SHARE * took)
 
-    def want_snaps(self, wanted: bool) -> bool:
+    def want_first_bytes(self, wanted: bool) -> bool:
         """See Engine."""
-        return False
+        self._wish[0] = wanted
+        return True
 
     def want_packets(self, wanted: bool) -> None:
         """There is nothing else to be had."""
@@ -284,20 +292,24 @@ class EbpfEngine:
         }
         return time.monotonic_ns()
 
-    def finish(self, until_ns: int | None = None) -> Iterator[Batch]:
+    def finish(self, until_ns: int | None = None) -> Iterator[Batch | FirstBytesBatch]:
         """See Engine."""
         tails = self._position()
         self._until = {int(tail["cpu"]): int(tail["record_seq"]) for tail in tails}
-        yield from self._up_to(tails)
+        for event in self._up_to(tails):
+            if until_ns is not None and isinstance(event, Batch):
+                yield _cut(event, until_ns, tails)
+            else:
+                yield event
         self.closing = tails
 
-    def catch_up(self) -> Iterator[Batch]:
+    def catch_up(self) -> Iterator[Batch | FirstBytesBatch]:
         """See Engine."""
         tails = self._position()
         yield from self._up_to(tails)
         self.closing = tails
 
-    def _up_to(self, tails: np.ndarray) -> Iterator[Batch]:
+    def _up_to(self, tails: np.ndarray) -> Iterator[Batch | FirstBytesBatch]:
         deadline = time.monotonic() + 2 * _LATE
         while True:
             yield from self._batches(self._take())
@@ -336,6 +348,33 @@ class EbpfEngine:
         }
 
 
+def _cut(batch: Batch, until_ns: int, tails: np.ndarray) -> Batch:
+    """Without what another engine tells of, which `tails` then do not count."""
+    late = batch.records["time_ns"] >= until_ns
+    count = int(np.count_nonzero(late))
+    if not count:
+        return batch
+    copies = int(np.count_nonzero(batch.records["flags"][late] & lib.SNIFFER_F_COPY))
+    tail = tails[tails["cpu"] == batch.head["cpu"]]
+    tail["record_seq"] -= count
+    tail["packets"] -= count - copies
+    tails[tails["cpu"] == batch.head["cpu"]] = tail
+    head: np.void = batch.head.copy()
+    head["count"] -= count
+    head["packets"] = tail["packets"][0]
+    return Batch(head, batch.records[~late])
+
+
+def runs(notify: Callable[[str], None]) -> bool:
+    """Whether all programs could run here, rather than parts; nothing is attached.
+
+    Raises NoBpf with the reason why not even these.
+    """
+    whole, loaded = _load(RING_BYTES, notify)
+    loaded.close()
+    return whole
+
+
 def _possible_cpus() -> int:
     last = Path("/sys/devices/system/cpu/possible").read_text().strip().split("-")[-1]
     return min(int(last.split(",")[-1]) + 1, _CPUS)
@@ -363,8 +402,12 @@ def _load(ring_bytes: int, notify: Callable[[str], None]) -> tuple[bool, Object]
         why = str(error)
     opened = Object(PARTS)
     try:
+        known = _targets(opened)
+        if _CALLS not in known:
+            raise NoBpf(f"{why}; nor does it trace system calls")
         for name, program in opened.programs.items():
-            program.choose(name.startswith("part_") or name in _WITH_PARTS)
+            wanted = name.startswith("part_") or name in _WITH_PARTS
+            program.choose(wanted and program.section in known)
         opened.set_entries("ring", ring_bytes)
         try:
             opened.load()
@@ -373,7 +416,10 @@ def _load(ring_bytes: int, notify: Callable[[str], None]) -> tuple[bool, Object]
     except BaseException:
         opened.close()
         raise
-    notify(f"engine ebpf runs in parts: {why}; shared and passed sockets may be named wrongly")
+    notify(
+        f"engine ebpf runs in parts: {why}; what leaves is seen behind NAT, and each system call"
+        " takes a little longer meanwhile"
+    )
     return False, opened
 
 
@@ -383,16 +429,12 @@ def _load_whole(ring_bytes: int) -> Object:
         raise NoBpf("its programs were not compiled: ./build.sh does it where clang is")
     opened = Object(OBJECT)
     try:
-        targets = {
-            name: program.section.partition("/")[2]
-            for name, program in opened.programs.items()
-            if program.section.startswith(_TRAMPOLINES)
-        }
-        known = has_function(set(targets.values()))
-        for name, function in targets.items():
-            opened.programs[name].choose(function in known)
-        if _NEEDED - known:
-            raise NoBpf(f"this kernel lacks {', '.join(sorted(_NEEDED - known))}")
+        known = _targets(opened)
+        for program in opened.programs.values():
+            program.choose(program.section in known)
+        lacking = _NEEDED - {section.partition("/")[2] for section in known}
+        if lacking:
+            raise NoBpf(f"this kernel lacks {', '.join(sorted(lacking))}")
         opened.set_entries("ring", ring_bytes)
         try:
             opened.load()
@@ -402,6 +444,13 @@ def _load_whole(ring_bytes: int) -> Object:
         opened.close()
         raise
     return opened
+
+
+def _targets(opened: Object) -> set[str]:
+    """Sections of its programs that have something here to be put on."""
+    sections = {program.section for program in opened.programs.values()}
+    traced = {section for section in sections if section.startswith(_TRACED)}
+    return sections - traced | has_target(traced)
 
 
 def _why(error: OSError) -> str:
@@ -417,4 +466,6 @@ def _why(error: OSError) -> str:
         lockdown = ""
     if "[confidentiality]" in lockdown:
         return "this kernel lets nobody read it (lockdown=confidentiality)"
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return "this kernel's vendor lets nobody trace its functions"
     return f"this kernel refuses its programs ({error.strerror})"

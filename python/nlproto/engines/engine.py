@@ -7,6 +7,7 @@ from typing import Protocol, Self
 import numpy as np
 
 from nlproto.errors import NoModule, NoPrivilege, UsageError
+from nlproto.host.holders import Holders
 from nlproto.kernel.loading import advice
 from nlproto.records.wire import Event
 
@@ -41,7 +42,7 @@ class Engine(Protocol):
         """
         ...
 
-    def want_snaps(self, wanted: bool) -> bool:
+    def want_first_bytes(self, wanted: bool) -> bool:
         """Send the first bytes of packets too, or no more; whether it can. From any thread."""
         ...
 
@@ -77,12 +78,17 @@ class Engine(Protocol):
 
 
 def open_engine(
-    name: str, notify: Callable[[str], None], *, ring_bytes: int | None = None
+    name: str,
+    notify: Callable[[str], None],
+    *,
+    ring_bytes: int | None = None,
+    holders: Holders | None = None,
 ) -> Engine:
-    """Return the engine called `name`; "auto" is the module when loaded, else `packet`.
+    """Return the engine called `name`; "auto" is the module when loaded, else `ebpf` or `packet`.
 
-    `ring_bytes`: what engine packet has for packets that wait (16 MiB). `notify` gets one plain
-    line for each thing that makes the result less than it could be.
+    `ring_bytes`: what engine packet has for packets that wait (16 MiB). `holders`: who holds a
+    socket, where others of this program ask too. `notify` gets one plain line for each thing that
+    makes the result less than it could be.
     Raises UsageError for another name, NoModule, NoBpf, NoPrivilege.
     """
     if name not in ENGINES:
@@ -101,20 +107,23 @@ def open_engine(
         except NoPrivilege:
             if name == "module":
                 raise
-    if name == "ebpf":
+    why = ""
+    if name in ("auto", "ebpf"):
         from nlproto.engines.bpf import NoBpf
         from nlproto.engines.ebpf import EbpfEngine
 
         try:
             return EbpfEngine(notify)
         except NoBpf as error:
-            raise NoBpf(f"engine ebpf cannot run: {error}; or use --engine packet") from error
+            if name == "ebpf":
+                raise NoBpf(f"engine ebpf cannot run: {error}; or use --engine packet") from error
+            why = str(error)
     from nlproto.engines.packet import RING_BYTES, PacketEngine
 
-    engine = PacketEngine(notify, ring_bytes=ring_bytes or RING_BYTES)
+    engine = PacketEngine(notify, ring_bytes=ring_bytes or RING_BYTES, holders=holders)
     if name == "auto":
         notify(
-            "engine packet: without sniffer.ko, sockets that live a few milliseconds stay unnamed;"
-            f" {advice().text}"
+            f"engine packet: without sniffer.ko, or eBPF ({why}), sockets that live a few"
+            f" milliseconds stay unnamed; {advice().text}"
         )
     return engine

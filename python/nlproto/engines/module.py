@@ -111,7 +111,7 @@ class ModuleEngine:
         if command == lib.SNIFFER_CMD_PROCESS:
             return wire.decode_process(payload)
         if command == lib.SNIFFER_CMD_SNAPS:
-            return wire.decode_snaps(payload)
+            return wire.decode_first_bytes(payload)
         return None
 
     def _belonging(self, batch: Batch | FlowBatch, group: str) -> Batch | FlowBatch | None:
@@ -152,7 +152,7 @@ class ModuleEngine:
         """At `opening`; one for each change since the kernel's queue was last empty."""
         self._cuts = [*self._cuts[-_CUTS:], (_sequences(self.opening), self.group)]
 
-    def want_snaps(self, wanted: bool) -> bool:
+    def want_first_bytes(self, wanted: bool) -> bool:
         """See Engine."""
         if not wanted:
             self._listener.leave("snaps")

@@ -28,7 +28,7 @@ from nlproto.host.netns import Interfaces
 from nlproto.host.sockdiag import SockDiag
 from nlproto.records import wire
 from nlproto.records.clock import Clock
-from nlproto.records.wire import SNAP, Batch, Snap, SnapBatch, lib
+from nlproto.records.wire import SNAP, Batch, FirstBytesBatch, PacketBytes, lib
 from nlproto.running import descriptors
 from nlproto.running.supervise import Failures
 from nlproto.running.urgency import Urgency
@@ -122,13 +122,15 @@ class PacketEngine:
         sock_diag: bool = True,
         ring_bytes: int = RING_BYTES,
         now_ns: Callable[[], int] = time.monotonic_ns,
+        holders: Holders | None = None,
     ) -> None:
         self._notify = notify
         self._proc = proc
         self._use_diag = sock_diag
         self._now_ns = now_ns
         self._urgency = Urgency(now_ns)
-        self._holders = Holders(proc, now_ns, self._urgency.patiently)
+        self._holders = holders or Holders(proc, now_ns)
+        self._holders.walking = self._urgency.patiently
         self._failures = Failures("engine packet")
         self._places: dict[int, _Capture] = {}
         self._poll = select.poll()
@@ -137,7 +139,7 @@ class PacketEngine:
         self._packets = self._skipped = self._dropped = 0
         self._walk_again_ns = 0
         self._large_rings = 0
-        self._snapping = False
+        self._wants_first_bytes = False
         self._from_ns = 0
         self.instance = time.time_ns()
         self._own = netns.own(proc)
@@ -250,7 +252,7 @@ class PacketEngine:
 
     # Engine
 
-    def read(self, timeout: float) -> Iterator[Batch | SnapBatch]:
+    def read(self, timeout: float) -> Iterator[Batch | FirstBytesBatch]:
         """See Engine."""
         self._urgency.look()
         self._take_changes()
@@ -272,12 +274,14 @@ class PacketEngine:
             self._walk_again_ns = now + _WALK_NS
             self._failures.add(error)
 
-    def _read_place(self, place: _Capture, until_ns: int | None = None) -> list[Batch | SnapBatch]:
+    def _read_place(
+        self, place: _Capture, until_ns: int | None = None
+    ) -> list[Batch | FirstBytesBatch]:
         before = place.capture.skipped
-        frames = place.capture.read(self._snapping)
+        frames = place.capture.read(self._wants_first_bytes)
         if _has_syn(frames.records):
             # Its answer is a moment away, and tells whether anybody listened.
-            frames = frames.with_more(place.capture.read(self._snapping))
+            frames = frames.with_more(place.capture.read(self._wants_first_bytes))
         records, to_all = frames.records, frames.to_all
         self._skipped += place.capture.skipped - before
         self._packets += place.capture.skipped - before
@@ -309,10 +313,10 @@ class PacketEngine:
         records["seq"] = np.arange(first, self._record_seq, dtype=np.uint64).astype(np.uint32)
         head = self._head(first, len(records))
         self._batch_seq += 1
-        if frames.snaps is None:
+        if frames.first_bytes is None:
             return [Batch(head, records)]
-        # a snap first: here a record does not wait for the packets of other CPUs
-        return [_snaps(head, records, frames.snaps[frame]), Batch(head, records)]
+        # first bytes come first: here a record does not wait for the packets of other CPUs
+        return [_first_bytes(head, records, frames.first_bytes[frame]), Batch(head, records)]
 
     def _count_drops(self, place: _Capture) -> None:
         """What a ring had no room for is a gap in record_seq."""
@@ -346,9 +350,9 @@ class PacketEngine:
         head: np.void = heads[0]
         return head
 
-    def want_snaps(self, wanted: bool) -> bool:
+    def want_first_bytes(self, wanted: bool) -> bool:
         """See Engine."""
-        self._snapping = wanted
+        self._wants_first_bytes = wanted
         return True
 
     def want_packets(self, wanted: bool) -> None:
@@ -367,7 +371,7 @@ class PacketEngine:
         self._from_ns = time.monotonic_ns()
         return self._from_ns
 
-    def catch_up(self, until_ns: int | None = None) -> Iterator[Batch | SnapBatch]:
+    def catch_up(self, until_ns: int | None = None) -> Iterator[Batch | FirstBytesBatch]:
         """See Engine."""
         self._take_changes()
         # what comes in from now on is another time's: a flood must not hold us here
@@ -379,7 +383,7 @@ class PacketEngine:
             self._count_drops(place)
         self.closing = self._position()
 
-    def finish(self, until_ns: int | None = None) -> Iterator[Batch | SnapBatch]:
+    def finish(self, until_ns: int | None = None) -> Iterator[Batch | FirstBytesBatch]:
         """See Engine."""
         yield from self.catch_up(until_ns)
 
@@ -404,11 +408,13 @@ def _has_syn(records: np.ndarray) -> bool:
     return bool(np.any(syn & (records["dir"] == lib.SNIFFER_DIR_IN)))
 
 
-def _snaps(head: np.void, records: np.ndarray, frames: np.ndarray) -> SnapBatch:
+def _first_bytes(head: np.void, records: np.ndarray, frames: np.ndarray) -> FirstBytesBatch:
     """Return the first bytes of the packets of `records`; copies of a datagram have them too."""
     heads = np.zeros(len(records), SNAP)
     for name in ("time_ns", "seq", "cpu", "len"):
         heads[name] = records[name]
     heads["caplen"] = frames["caplen"]
     found = zip(heads, frames["data"], frames["caplen"].tolist(), strict=True)
-    return SnapBatch(head, tuple(Snap(one, data[:size].tobytes()) for one, data, size in found))
+    return FirstBytesBatch(
+        head, tuple(PacketBytes(one, data[:size].tobytes()) for one, data, size in found)
+    )

@@ -4,7 +4,6 @@
 Sources: man 7 packet, Documentation/networking/packet_mmap.rst, net/packet/af_packet.c.
 """
 
-import ctypes
 import mmap
 import os
 import platform
@@ -18,6 +17,7 @@ import numpy as np
 
 from nlproto._host import ffi, lib
 from nlproto.errors import Error, NoPrivilege
+from nlproto.kernel.sockfilter import AD, assemble, attach
 from nlproto.records.clock import Clock
 from nlproto.records.wire import RECORD, dtype_of
 
@@ -30,15 +30,13 @@ PACKET_RX_RING, PACKET_STATISTICS, PACKET_VERSION, PACKET_VNET_HDR = 5, 6, 10, 1
 TPACKET_V2 = 1
 ETH_P_IP, ETH_P_IPV6 = 0x0800, 0x86DD
 PACKET_OTHERHOST = 3
-SO_ATTACH_FILTER = 26
 
 SNAP = 256  # link header, IPv6 with extension headers, TCP with options
 _BLOCK = 1 << 18
 _READ = 1024  # records at once
 
-_LD_W_ABS, _JEQ, _JSET, _RET = 0x20, 0x15, 0x45, 0x06
-_AD = 0xFFFFF000  # SKF_AD_OFF
-_AD_PROTOCOL, _AD_PKTTYPE, _AD_VLAN_TAG = _AD, _AD + 4, _AD + 44
+_LD_W_ABS, _JEQ, _JSET = 0x20, 0x15, 0x45
+_AD_PROTOCOL, _AD_PKTTYPE, _AD_VLAN_TAG = AD, AD + 4, AD + 44
 
 
 def _filter() -> list[tuple[int, int, int, int]]:
@@ -47,34 +45,17 @@ def _filter() -> list[tuple[int, int, int, int]]:
     Tagged frames are seen again on their VLAN device, and packets to other hosts only because
     somebody made an interface promiscuous. What is neither TCP nor UDP is counted in user space.
     """
-    program: list[tuple[int, int | str, int | str, int]] = [
-        (_LD_W_ABS, 0, 0, _AD_PKTTYPE),
-        (_JEQ, "drop", 0, PACKET_OTHERHOST),
-        (_LD_W_ABS, 0, 0, _AD_VLAN_TAG),
-        (_JSET, "drop", 0, 0x0FFF),
-        (_LD_W_ABS, 0, 0, _AD_PROTOCOL),
-        (_JEQ, "take", 0, ETH_P_IP),
-        (_JEQ, "take", "drop", ETH_P_IPV6),
-    ]
-    labels = {"drop": len(program), "take": len(program) + 1}
-    program += [(_RET, 0, 0, 0), (_RET, 0, 0, SNAP)]
-
-    def distance(at: int, target: int | str) -> int:
-        return labels[target] - at - 1 if isinstance(target, str) else target
-
-    return [
-        (code, distance(at, yes), distance(at, no), value)
-        for at, (code, yes, no, value) in enumerate(program)
-    ]
-
-
-def _attach(sock: socket.socket) -> None:
-    code = b"".join(struct.pack("=HBBI", *step) for step in _filter())
-    held = ctypes.create_string_buffer(code)
-    sock.setsockopt(
-        socket.SOL_SOCKET,
-        SO_ATTACH_FILTER,
-        struct.pack("@HP", len(code) // 8, ctypes.addressof(held)),
+    return assemble(
+        [
+            (_LD_W_ABS, 0, 0, _AD_PKTTYPE),
+            (_JEQ, "drop", 0, PACKET_OTHERHOST),
+            (_LD_W_ABS, 0, 0, _AD_VLAN_TAG),
+            (_JSET, "drop", 0, 0x0FFF),
+            (_LD_W_ABS, 0, 0, _AD_PROTOCOL),
+            (_JEQ, "take", 0, ETH_P_IP),
+            (_JEQ, "take", "drop", ETH_P_IPV6),
+        ],
+        SNAP,
     )
 
 
@@ -90,14 +71,14 @@ class Frames:
 
     records: np.ndarray
     to_all: np.ndarray
-    snaps: np.ndarray | None
+    first_bytes: np.ndarray | None
     """HOST_SNAP, when wanted."""
 
     def with_more(self, later: "Frames") -> "Frames":
         """Return these and those that were read after them."""
         both = None
-        if self.snaps is not None and later.snaps is not None:
-            both = np.concatenate([self.snaps, later.snaps])
+        if self.first_bytes is not None and later.first_bytes is not None:
+            both = np.concatenate([self.first_bytes, later.first_bytes])
         return Frames(
             np.concatenate([self.records, later.records]),
             np.concatenate([self.to_all, later.to_all]),
@@ -120,7 +101,7 @@ class PacketRing:
             raise NoPrivilege("engine packet needs root (CAP_NET_RAW): run it with sudo") from None
         try:
             self._socket.setblocking(False)
-            _attach(self._socket)
+            attach(self._socket, _filter())
             self._ring = self._make_ring(ring_bytes)
             # Protocol 0 until here: no packet came in before filter and ring were there.
             code = -lib.host_capture_all(self._socket.fileno())
@@ -131,7 +112,7 @@ class PacketRing:
             raise Error(f"engine packet cannot set up its ring: {error.strerror}") from error
         self._records = np.zeros(_READ, RECORD)
         self._to_all = np.zeros(_READ, np.uint8)
-        self._snaps = np.zeros(0, HOST_SNAP)
+        self._first_bytes = np.zeros(0, HOST_SNAP)
 
     def _make_ring(self, ring_bytes: int) -> "ffi.CData":
         vnet = _segments_are_told()
@@ -183,11 +164,11 @@ class PacketRing:
         """Frames that are in the ring now."""
         return int(lib.host_ring_waiting(self._ring))
 
-    def read(self, snaps: bool = False) -> Frames:
+    def read(self, wanted: bool = False) -> Frames:
         """Return the packets that wait, up to some hundred; the arrays are the caller's own."""
-        if snaps and not len(self._snaps):
-            self._snaps = np.zeros(_READ, HOST_SNAP)
-        room = ffi.from_buffer("struct host_snap[]", self._snaps) if snaps else ffi.NULL
+        if wanted and not len(self._first_bytes):
+            self._first_bytes = np.zeros(_READ, HOST_SNAP)
+        room = ffi.from_buffer("struct host_snap[]", self._first_bytes) if wanted else ffi.NULL
         self._ring.snaps = room
         self._ring.mono_offset = -Clock.now().real_offset_ns
         read = lib.host_ring_read(
@@ -196,7 +177,7 @@ class PacketRing:
             ffi.from_buffer("struct host_frame[]", self._to_all),
             _READ,
         )
-        first_bytes = self._snaps[:read].copy() if snaps else None
+        first_bytes = self._first_bytes[:read].copy() if wanted else None
         return Frames(self._records[:read].copy(), self._to_all[:read] != 0, first_bytes)
 
     def drops(self) -> int:

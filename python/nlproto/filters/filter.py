@@ -28,14 +28,14 @@ class Filter:
 
     @property
     def cost(self) -> int:
-        """How many tests it makes; `pname`, `container` and `unit` count as NAME_COST."""
+        """How many tests it makes; a name counts as NAME_COST."""
         return 0 if self.root is None else self.root.cost
 
     def mask(self, records: np.ndarray, details: KnownProcesses | None = None) -> np.ndarray:
         """Return one bool a record of `records` (RECORD, shape (n,)).
 
-        `details` is asked once for each process, by `pname` (names longer than 15 bytes, names of
-        executables), `container` and `unit`; without it these see only what the record says.
+        `details` is asked once for each process, by the words of NAME_WORDS; without it these see
+        only what the record says.
         """
         if self.root is None:
             return np.ones(len(records), bool)

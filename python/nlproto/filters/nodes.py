@@ -10,15 +10,16 @@ import fnmatch
 import functools
 import ipaddress
 import operator
+import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from nlproto.filters.view import View
+from nlproto.filters.view import ProcessLike, View
 from nlproto.filters.words import NAME_COST, quote
 from nlproto.records import wire
 
@@ -31,7 +32,7 @@ __all__ = [
     "Not",
     "OwnerTest",
     "Ports",
-    "is_container",
+    "container_names",
     "matcher",
 ]
 
@@ -236,7 +237,7 @@ class Length:
 
 @dataclass(frozen=True, slots=True)
 class OwnerTest:
-    """`pname`, `container` or `unit`: a name, or a pattern with * ? [ ]."""
+    """A word of NAME_WORDS: a name, or a pattern with * ? [ ]."""
 
     word: str
     name: str
@@ -260,14 +261,31 @@ class OwnerTest:
         result[places] = verdicts[belongs]
         return result
 
-    def _is_wanted(self, comm: str, program: str, container: str, unit: str) -> bool:
-        if self.word == "container":
-            return bool(container) and _is_container(container, self.name, self.fits)
-        if self.word == "unit":  # systemctl too takes "nginx" for "nginx.service"
-            return bool(unit) and bool(self.fits(unit) or self.fits(unit.rpartition(".")[0]))
-        if self.fits(comm) or program and self.fits(program):
-            return True
-        return self._is_cut(comm, program)
+    def _is_wanted(self, comm: str, process: ProcessLike | None) -> bool:
+        if self.word == "pname":
+            program = "" if process is None else os.path.basename(process.exe)
+            if self.fits(comm) or program and self.fits(program):
+                return True
+            return self._is_cut(comm, program)
+        return process is not None and any(map(self.fits, self._names(process)))
+
+    def _names(self, process: ProcessLike) -> Iterator[str]:
+        """What the process is called, in each way that people may write it."""
+        match self.word:
+            case "container":
+                yield from container_names(process.container, process.container_name, self.name)
+            case "unit" if process.unit:  # systemctl too takes "nginx" for "nginx.service"
+                yield from (process.unit, process.unit.rpartition(".")[0])
+            case "pod" if process.pod:
+                yield from (process.pod, process.pod.partition("/")[2])
+            case "parent":
+                for one in process.parents:
+                    yield from (one.comm, str(one.pid))
+            case "exe" if process.exe:
+                yield from (process.exe, os.path.basename(process.exe))
+            case "cmdline" if process.cmdline:
+                # some words of it are enough
+                yield self.name if self.name in process.cmdline else process.cmdline
 
     def _is_cut(self, comm: str, program: str) -> bool:
         """The kernel keeps 15 bytes of a name; a longer one is settled by the executable."""
@@ -287,19 +305,19 @@ def matcher(name: str) -> Callable[[str], object]:
     return name.__eq__
 
 
-def is_container(name: str, wanted: str) -> bool:
-    """Whether the container `name` ("docker:4f1c0d2e9a3b", "lxc:web") is the one `wanted`.
+def container_names(container: str, name: str, wanted: str) -> Iterator[str]:
+    """Yield what a container ("docker:4f1c0d2e9a3b", "lxc:web") that has a `name` is called.
 
-    That is its name or id, a pattern, or the beginning of an id, as docker and podman take it;
-    each with or without the runtime before it.
+    That is its id or name, each with or without the runtime before it; and `wanted` itself when
+    that is the beginning of the id, as docker and podman take it.
     """
-    return _is_container(name, wanted, matcher(wanted))
-
-
-def _is_container(name: str, wanted: str, fits: Callable[[str], object]) -> bool:
-    runtime, _, short = name.partition(":")
-    if fits(name) or fits(short):
-        return True
+    if not container:
+        return
+    runtime, _, short = container.partition(":")
+    yield from (container, short)
+    if name:
+        yield from (name, f"{runtime}:{name}")
     asked, colon, rest = wanted.rpartition(":")
     is_id = re.fullmatch("[0-9a-f]{12}", short) and re.fullmatch("[0-9a-f]{1,64}", rest)
-    return bool(is_id) and (not colon or asked == runtime) and short.startswith(rest[:12])
+    if is_id and (not colon or asked == runtime) and short.startswith(rest[:12]):
+        yield wanted

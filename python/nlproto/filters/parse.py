@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import ipaddress
-import os
 import pwd
 import re
 import socket
@@ -15,6 +14,7 @@ from importlib import resources
 from lark import Lark, Token, Tree
 from lark.exceptions import UnexpectedInput
 
+from nlproto.errors import UsageError
 from nlproto.filters.filter import EVERYTHING, Filter
 from nlproto.filters.mistakes import (
     FilterError,
@@ -26,12 +26,19 @@ from nlproto.filters.mistakes import (
     unknown,
 )
 from nlproto.filters.nodes import Chain, Equal, Length, Net, Node, Not, OwnerTest, Ports, matcher
-from nlproto.filters.words import MAX_COST, MAX_LENGTH, MAX_NAME, NAME_COST, plain, quote
+from nlproto.filters.words import (
+    MAX_COST,
+    MAX_LENGTH,
+    MAX_NAME,
+    NAME_COST,
+    NAME_WORDS,
+    plain,
+    quote,
+)
+from nlproto.host import netns
 from nlproto.records import wire
 
-__all__ = ["NETNS_DIR", "parse"]
-
-NETNS_DIR = "/run/netns"
+__all__ = ["parse"]
 
 
 @functools.cache
@@ -143,12 +150,23 @@ class _Builder:
         return Equal(str(token), "dir", (int(value),))
 
     def _value(self, words: _Words, value: Token, mask: Token | None = None) -> Node:
-        make = getattr(self, f"_{words.kind}")
-        node: Node = make(words, value) if mask is None else self._masked(words, value, mask)
+        node: Node
+        if words.kind in NAME_WORDS:
+            node = self._owner(words.kind, value)
+        elif mask is not None:
+            node = self._masked(words, value, mask)
+        else:
+            node = getattr(self, f"_{words.kind}")(words, value)
         return node if words.proto is None else Chain(_proto(words.proto), (("and", node),))
 
     def _fail(self, message: str, token: Token) -> FilterError:
         return FilterError(message, self._text, *span(token))
+
+    def _owner(self, word: str, value: Token) -> Node:
+        name = plain(value)
+        if len(name) > MAX_NAME:
+            raise self._fail(f"a name has at most {MAX_NAME} characters", value)
+        return OwnerTest(word, name, matcher(name))
 
     # One method a word; the word is the method's name.
 
@@ -235,13 +253,11 @@ class _Builder:
         return Equal(f"uid {uid}", "uid", (uid,), named=True)
 
     def _netns(self, words: _Words, value: Token) -> Node:
-        name = plain(value)
-        if self._resolve and not name.isdigit():
-            path = name if name.startswith("/") else os.path.join(NETNS_DIR, name)
+        if self._resolve:
             try:
-                inode = os.stat(path).st_ino
-            except (OSError, ValueError):
-                raise self._fail(f"no network namespace {name!r} ({path})", value) from None
+                inode = netns.find(plain(value)).netns
+            except UsageError as error:
+                raise self._fail(str(error), value) from None
         else:
             inode = self._number(value, "inode of a network namespace")
         return Equal(f"netns {inode}", "netns", (inode,))
@@ -264,21 +280,6 @@ class _Builder:
             hint = suggest(name, list(known)) or f"; one of {', '.join(known)}"
             raise self._fail(f"unknown rule or reason {name!r}{hint}", value)
         return Equal(f"how {name}", "how", known[name])
-
-    def _pname(self, words: _Words, value: Token) -> Node:
-        return self._owner("pname", value)
-
-    def _container(self, words: _Words, value: Token) -> Node:
-        return self._owner("container", value)
-
-    def _owner(self, word: str, value: Token) -> Node:
-        name = plain(value)
-        if len(name) > MAX_NAME:
-            raise self._fail(f"a name has at most {MAX_NAME} characters", value)
-        return OwnerTest(word, name, matcher(name))
-
-    def _unit(self, words: _Words, value: Token) -> Node:
-        return self._owner("unit", value)
 
     def _less(self, words: _Words, value: Token) -> Node:
         return Length("less", self._number(value, "number of bytes"))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-import os
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,22 +17,56 @@ __all__ = ["KnownProcesses", "ProcessLike", "View"]
 _SEED = random_seed()
 
 
+class ParentLike(Protocol):
+    """One of those above a process."""
+
+    @property
+    def pid(self) -> int:
+        """In the initial pid namespace."""
+        ...
+
+    @property
+    def comm(self) -> str:
+        """What it was called then."""
+        ...
+
+
 class ProcessLike(Protocol):
-    """What a filter asks of a process."""
+    """What a filter asks of a process; "" for what is not known, or not there."""
 
     @property
     def exe(self) -> str:
-        """Path of its program, "" where it is not known."""
+        """Path of its program."""
+        ...
+
+    @property
+    def cmdline(self) -> str:
+        """As the daemon keeps it: whole, the program alone, or nothing."""
         ...
 
     @property
     def container(self) -> str:
-        """As "docker:4f1c0d2e9a3b", "" for none."""
+        """As "docker:4f1c0d2e9a3b"."""
+        ...
+
+    @property
+    def container_name(self) -> str:
+        """As "web"."""
+        ...
+
+    @property
+    def pod(self) -> str:
+        """As "default/web-0"."""
         ...
 
     @property
     def unit(self) -> str:
-        """Its systemd unit, "" for none."""
+        """Its systemd unit."""
+        ...
+
+    @property
+    def parents(self) -> Sequence[ParentLike]:
+        """The nearest first."""
         ...
 
 
@@ -71,10 +105,10 @@ class View:
         return wire.are_named(self.column("how"))
 
     @functools.cached_property
-    def processes(self) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str, str, str]]]:
+    def processes(self) -> tuple[np.ndarray, np.ndarray, list[tuple[str, ProcessLike | None]]]:
         """Where the named records are, which process each has, and these processes.
 
-        A process is (comm, name of its program, container, unit). Each is looked up once.
+        A process is (comm of the record, what is known of it). Each is looked up once.
         """
         places = np.flatnonzero(self.named)
         records = self.records[places]
@@ -90,8 +124,5 @@ class View:
             process = None
             if self._details is not None:
                 process = self._details.get(int(record["tgid"]), int(record["start_ns"]))
-            program = os.path.basename(process.exe) if process is not None else ""
-            container = process.container if process is not None else ""
-            unit = process.unit if process is not None else ""
-            found.append((wire.text(bytes(record["comm"])), program, container, unit))
+            found.append((wire.text(bytes(record["comm"])), process))
         return places, belongs, found

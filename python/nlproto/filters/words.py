@@ -11,6 +11,7 @@ __all__ = [
     "MAX_LENGTH",
     "MAX_NAME",
     "NAME_COST",
+    "NAME_WORDS",
     "WORDS",
     "plain",
     "quote",
@@ -21,14 +22,16 @@ MAX_LENGTH = 4096
 MAX_DEPTH = 50
 """Parentheses and `not` within each other."""
 MAX_COST = 512
-"""Tests in one filter; `pname`, `container` and `unit` count as NAME_COST."""
+"""Tests in one filter; those of NAME_WORDS count as NAME_COST."""
+NAME_WORDS = ("pname", "exe", "cmdline", "container", "pod", "unit", "parent")
+"""Words for what is known of a process, each with a name or pattern behind it."""
 NAME_COST = 4
 MAX_NAME = 256
 """Characters of such a name; the kernel's names have at most 255 bytes."""
 
 WORDS = (
     "tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not "
-    "pid pname uid netns how container unit ifindex less greater"
+    "pid pname uid netns how container unit pod parent cmdline exe ifindex less greater"
 ).split()
 
 

@@ -10,6 +10,7 @@ refers to, or that hundreds of processes have, are dear to look up and cheap to 
 import contextlib
 import functools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -35,9 +36,9 @@ _YOUNG_NS = 1_000_000_000  # how long one may be about to open its first socket
 
 
 class Holders:
-    """The holders of sockets, as of their last check. One thread at a time.
+    """The holders of sockets, as of their last check; for the threads of one program together.
 
-    Processes are walked inside `walking()`.
+    Processes are walked inside `walking()`, by one thread at a time. Others get answers meanwhile.
     """
 
     def __init__(
@@ -46,7 +47,10 @@ class Holders:
         now_ns: Callable[[], int] = time.monotonic_ns,
         walking: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
-        self._walking = walking
+        self.walking = walking
+        self._lock = threading.RLock()
+        self._walk_lock = threading.Lock()
+        self._found = threading.local()
         self._proc = proc
         self._now_ns = now_ns
         self._by_inode: dict[int, dict[int, int]] = {}
@@ -64,12 +68,15 @@ class Holders:
         """When all processes were last asked."""
         self.complete = True
         """Whether every process could be asked at the last walk (else it needs root)."""
-        self.exhaustive = False
-        """Whether the last find() that found nobody had asked every process."""
+
+    @property
+    def exhaustive(self) -> bool:
+        """Whether this thread's last find() that found nobody had asked every process."""
+        return bool(getattr(self._found, "exhaustive", False))
 
     def walk(self) -> None:
         """Ask every process; the time it takes is missing for later ones (see due())."""
-        with self._budget.spend(), self._walking():
+        with self._walk_lock, self._budget.spend(), self.walking():
             self.walked_ns = self._now_ns()
             by_inode: dict[int, dict[int, int]] = {}
             alive = procfs.pids(self._proc)
@@ -79,22 +86,26 @@ class Holders:
                     by_inode[inode][pid] = fd
                 else:
                     by_inode[inode] = {pid: fd}
-            self._by_inode = by_inode
-            self._settled = {
-                inode: pid
-                for inode, held in by_inode.items()
-                if (pid := next(iter(held)) if len(held) == 1 else self._settled.get(inode, 0))
-                in held
-            }
-            self._known = set(alive)
-            self._talkers = {pid: None for held in by_inode.values() for pid in held}
-            self._missing.clear()
-            self._sole = {inode: pid for inode, held in by_inode.items() for pid in held}
-            self.complete = complete
+            with self._lock:
+                self._learn(by_inode, alive)
+                self.complete = complete
+
+    def _learn(self, by_inode: dict[int, dict[int, int]], alive: Sequence[int]) -> None:
+        """Take what a walk found. Who was born since it began is asked once more."""
+        self._by_inode = by_inode
+        self._settled = {
+            inode: pid
+            for inode, held in by_inode.items()
+            if (pid := next(iter(held)) if len(held) == 1 else self._settled.get(inode, 0)) in held
+        }
+        self._known = set(alive)
+        self._talkers = {pid: None for held in by_inode.values() for pid in held}
+        self._missing.clear()
+        self._sole = {inode: pid for inode, held in by_inode.items() for pid in held}
 
     def due(self) -> bool:
-        """Return whether a full walk may be made now."""
-        return self._budget.allows()
+        """Return whether a full walk may be made now, and nobody is making one."""
+        return not self._walk_lock.locked() and self._budget.allows()
 
     def allows(self, uid: int) -> bool:
         """Return whether there is time left to look for who holds the sockets of `uid`."""
@@ -118,46 +129,55 @@ class Holders:
             asked = zip(inodes, uids, strict=True)
             yield from ((inode, self.find(inode, uid)) for inode, uid in asked)
             return
+        yield from self.find_together(inodes)
+
+    def find_together(self, inodes: Sequence[int]) -> Iterator[tuple[int, tuple[Owner, ...]]]:
+        """As find(), for each of `inodes`: each process is asked once, if a walk is due."""
         if self.due():
             self.walk()
         else:
-            self._ask_born(0)
+            with self._lock:
+                self._ask_born(0)
         ask = functools.cache(functools.partial(procfs.owner, proc=self._proc))
         for inode in inodes:
-            held = self._by_inode.get(inode, {})
-            if len(held) == 1:
-                owner = ask(next(iter(held)))
-                yield inode, () if owner is None else (owner,)
-            else:
-                yield inode, self._owners(inode, held, ask)
+            with self._lock:
+                held = self._by_inode.get(inode, {})
+                if len(held) == 1:
+                    owner = ask(next(iter(held)))
+                    found: tuple[Owner, ...] = () if owner is None else (owner,)
+                else:
+                    found = self._owners(inode, held, ask)
+            yield inode, found
 
     def find_soon(self, inode: int, uid: int, likely: Sequence[int] = ()) -> tuple[Owner, ...]:
         """As find(), but ask only the newly born, then `likely`, then who had sockets before."""
-        self.exhaustive = False
+        self._found.exhaustive = False
         if not inode or not self._users.allows(uid):
             return ()
-        self._ask_born(max(_BORN_NS, _BORN_SHARE * self._listing_ns))
-        with self._users.spend(uid):
-            if not self._checked(inode) and self._now_ns() >= self._missing.get(inode, 0):
-                self._ask_some(inode, likely)
-            held = self._checked(inode)
-            if len(held) == 1:
-                self._ask_parents(inode, *held)
-            return self._owners(inode, held)
+        with self._lock:
+            self._ask_born(max(_BORN_NS, _BORN_SHARE * self._listing_ns))
+            with self._users.spend(uid):
+                if not self._checked(inode) and self._now_ns() >= self._missing.get(inode, 0):
+                    self._ask_some(inode, likely)
+                held = self._checked(inode)
+                if len(held) == 1:
+                    self._ask_parents(inode, *held)
+                return self._owners(inode, held)
 
-    def find_anywhere(self, inode: int, uid: int) -> tuple[Owner, ...]:
+    def find_anywhere(self, inode: int, uid: int = 0) -> tuple[Owner, ...]:
         """As find(), after find_soon() found nobody: ask all, if a walk is due."""
         if not inode:
             return ()
         if self._now_ns() < self._missing.get(inode, 0):
-            self.exhaustive = self.complete
+            self._found.exhaustive = self.complete
             return ()
         if not self._users.allows(uid):
             return ()
-        with self._users.spend(uid):
-            if self.due():
+        if self.due():
+            with self._users.spend(uid):
                 self.walk()
-                self.exhaustive = self.complete
+            self._found.exhaustive = self.complete
+        with self._lock, self._users.spend(uid):
             held = self._by_inode.get(inode, {})
             if not held and self.exhaustive:
                 if len(self._missing) > _MISSING_LIMIT:
@@ -167,13 +187,15 @@ class Holders:
 
     def known(self, inode: int) -> tuple[Owner, ...]:
         """As find(), but only of those that were known before; cheap."""
-        return self._owners(inode, self._checked(inode))
+        with self._lock:
+            return self._owners(inode, self._checked(inode))
 
     def peek(self, inode: int) -> Iterator[Owner]:
-        """As known(), from any thread: nothing is learnt or forgotten."""
-        held = self._by_inode.get(inode)
+        """As known(), but nothing is learnt or forgotten."""
+        with self._lock:
+            held = self._by_inode.get(inode, {}).copy()
         target = f"socket:[{inode}]"
-        for pid, fd in ({} if held is None else held.copy()).items():
+        for pid, fd in held.items():
             try:
                 holds = os.readlink(f"{self._proc}/{pid}/fd/{fd}") == target
             except OSError:

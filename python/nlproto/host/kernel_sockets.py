@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from nlproto.host.holders import Holders
-from nlproto.host.namespace_diags import NamespaceDiags
+from nlproto.host.namespace_sockets import NamespaceSockets
 from nlproto.host.procfs import Owner
 from nlproto.host.sockdiag import HOST_SOCKET, TcpState
 from nlproto.host.sockets import held
@@ -27,8 +27,8 @@ _CHECK_SHARE, _CHECK_SAVED_NS = 100, 20_000_000
 """Checking takes this part of the time at most: with many sockets a round takes longer."""
 _CHUNK = 32
 """Checked between two looks at the clock."""
-_UNHELD = 8
-"""And of those that nobody is known to hold, which are dear to ask about."""
+_UNHELD_SHARE = 20
+"""Looking for who holds the others, that nobody is known to hold, takes this part of the time."""
 _ROUND_NS = 60_000_000_000
 """And those of a connected one, which traffic tells sooner."""
 _ASKED = 200
@@ -79,13 +79,12 @@ class KernelSockets:
     ) -> None:
         self._holders = holders or Holders()
         self._now_ns = now_ns
-        self._diags = NamespaceDiags(now_ns)
+        self._namespaces = NamespaceSockets(now_ns)
         self._held: dict[int, tuple[Owner, ...]] = {}
         self._ports: dict[int, int] = {}
         self._unchecked: list[int] = []
         self._checks_ns = now_ns() + _HELD_NS
-        self._unheld: list[int] = []
-        self._unheld_budget = Budget(_CHECK_SHARE, _CHECK_SAVED_NS, now_ns)
+        self._unheld_budget = Budget(_UNHELD_SHARE, _CHECK_SAVED_NS, now_ns)
         self._check_budget = Budget(_CHECK_SHARE, _CHECK_SAVED_NS, now_ns)
         self._round_ns = now_ns()
         self._met, self._asked = np.zeros((2, 0), np.uint64)
@@ -101,7 +100,7 @@ class KernelSockets:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._diags.close()
+        self._namespaces.close()
 
     def holders_of(self, inode: int) -> Iterator[Owner]:
         """Who holds a socket at this moment, as far as known; from any thread."""
@@ -110,7 +109,7 @@ class KernelSockets:
     def read(self) -> HeldSockets:
         """Look at the tables of all namespaces. Costs time by their size; see HeldSockets."""
         began = self._now_ns()
-        tables = self._diags.tables()
+        tables = self._namespaces.tables()
         found = self._read(tables)
         self.tables, self.looked_ns = tables, began
         return found
@@ -181,43 +180,33 @@ class KernelSockets:
             ports.add(self._ports.pop(cookie))
         new = np.flatnonzero(~among(cookies, before))
         order = np.argsort(cookies)
-        self._unheld = self._unheld or [one for one, owners in self._held.items() if not owners]
+        unheld = [one for one, owners in self._held.items() if not owners]
         ports |= self._ask(bound[new])
-        ports |= self._ask_in_turn(self._unheld, _UNHELD, self._unheld_budget, bound, order)
+        if unheld and self._unheld_budget.allows():
+            with self._unheld_budget.spend():
+                ports |= self._ask(bound[_rows_of(unheld, cookies, order)], together=True)
         now = self._now_ns()
         if not self._unchecked and now >= self._checks_ns:
             self._checks_ns = now + _HELD_NS
             self._unchecked = [one for one, owners in self._held.items() if owners]
-        ports |= self._ask_in_turn(self._unchecked, _CHUNK, self._check_budget, bound, order)
+        while self._unchecked and self._check_budget.allows():
+            with self._check_budget.spend():
+                some, self._unchecked = self._unchecked[:_CHUNK], self._unchecked[_CHUNK:]
+                ports |= self._ask(bound[_rows_of(some, cookies, order)])
         if not ports:
             return np.zeros(0, np.intp)
         return np.flatnonzero(among(bound["sport"], np.fromiter(ports, np.uint16, len(ports))))
 
-    def _ask_in_turn(
-        self,
-        waiting: list[int],
-        chunk: int,
-        budget: Budget,
-        bound: np.ndarray,
-        order: np.ndarray,
-    ) -> set[int]:
-        """As _ask(), for the first of these cookies, as long as the budget allows it."""
-        ports: set[int] = set()
-        while waiting and budget.allows():
-            with budget.spend():
-                some, waiting[:] = waiting[:chunk], waiting[chunk:]
-                ports |= self._ask(bound[_rows_of(some, bound["cookie"], order)])
-        return ports
-
-    def _ask(self, sockets: np.ndarray) -> set[int]:
+    def _ask(self, sockets: np.ndarray, together: bool = False) -> set[int]:
         """Look for the holders of some (HOST_SOCKET); the ports of those whose changed."""
         names = ("inode", "uid", "cookie", "sport")
         inodes, uids, cookies, ports = (sockets[name].tolist() for name in names)
-        found = dict(self._holders.find_many(inodes, uids))
+        holders = self._holders
+        found = dict(holders.find_together(inodes) if together else holders.find_many(inodes, uids))
         changed: set[int] = set()
         for inode, uid, cookie, port in zip(inodes, uids, cookies, ports, strict=True):
             before = self._held.get(cookie, ())
-            refused = before and not found[inode] and not self._holders.allows(uid)
+            refused = before and not found[inode] and not holders.allows(uid)
             changed |= self._keep(cookie, port, before if refused else found[inode])
         return changed
 

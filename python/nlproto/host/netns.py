@@ -10,12 +10,16 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
 
 from nlproto._host import lib
-from nlproto.errors import Error, NoPrivilege
+from nlproto.errors import Error, NoPrivilege, UsageError
+from nlproto.host import procfs
 from nlproto.kernel.netlink import NLM_F_DUMP, Connection, attributes
 from nlproto.running import descriptors
 from nlproto.running.descriptors import or_error
@@ -24,7 +28,9 @@ __all__ = [
     "MAX_OTHERS",
     "UNKNOWN_OWNER",
     "Interfaces",
+    "Namespace",
     "choose",
+    "find",
     "own",
     "owner",
     "owner_or_unknown",
@@ -51,6 +57,48 @@ _INDEX = struct.Struct("=4xi")  # ifi_index in struct ifinfomsg
 
 # Their ports hand every packet up to the device above, which is the one that has addresses.
 _DUPLICATING_PORTS = {"bridge", "bond", "team", "openvswitch"}
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """A network namespace that somebody named."""
+
+    netns: int
+    """Its inode."""
+    since_s: float = 0.0
+    """Unix time from which on its number is known to be this namespace's."""
+
+
+_MAX_PID = 1 << 22
+"""PID_MAX_LIMIT (include/linux/threads.h); inodes of namespaces begin near 0xEFFFFFF8."""
+
+
+def find(name: str) -> Namespace:
+    """Return the namespace of a name (ip netns), a path, a pid or an inode. Raises UsageError."""
+    path = name if name.startswith("/") else NAMED / name
+    with suppress(OSError, ValueError):
+        status = os.stat(path)
+        if status.st_dev == os.stat(procfs.PROC / "self/ns/net").st_dev:
+            # the inode of a mounted name lives as long as the name
+            return Namespace(status.st_ino, status.st_ctime if os.path.ismount(path) else 0.0)
+    if not (name.isascii() and name.isdigit()):
+        raise UsageError(f"netns {name}: no network namespace at {path}")
+    number = int(name)
+    try:
+        inode = os.stat(f"{procfs.PROC}/{number}/ns/net").st_ino
+    except OSError:
+        if number <= _MAX_PID or number >= 1 << 32:
+            raise UsageError(
+                f"netns {name}: no process {name} whose network namespace can be seen"
+            ) from None
+        return Namespace(number)
+    return Namespace(inode, _started_s(number))
+
+
+def _started_s(pid: int) -> float:
+    found = procfs.identity(pid)
+    boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    return boot + found.start_ns / 1e9 if found else 0.0
 
 
 def own(proc: Path = Path("/proc")) -> int:

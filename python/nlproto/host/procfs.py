@@ -29,6 +29,7 @@ __all__ = [
     "CMDLINE_MODES",
     "Identity",
     "Owner",
+    "Parent",
     "ProcessDetails",
     "container_of",
     "details",
@@ -36,6 +37,7 @@ __all__ = [
     "identity",
     "owner",
     "parent",
+    "parents",
     "pids",
     "same_start",
     "socket_inodes",
@@ -77,6 +79,14 @@ class Owner:
 
 
 @dataclass(frozen=True, slots=True)
+class Parent:
+    """One of those above a process."""
+
+    pid: int
+    comm: str
+
+
+@dataclass(frozen=True, slots=True)
 class ProcessDetails:
     """What /proc tells of one living process; empty where it tells nothing (kernel threads)."""
 
@@ -91,6 +101,7 @@ class ProcessDetails:
     cgroup: str
     unit: str
     container: str
+    parents: tuple[Parent, ...] = ()
 
 
 def same_start(start_ns: int, ticks: int) -> bool:
@@ -145,12 +156,27 @@ def identity(pid: int, proc: Path = PROC) -> Identity | None:
 
 def parent(pid: int, proc: Path = PROC) -> int:
     """Return the parent's pid; 0 when there is none, or no such process."""
-    try:
-        raw = _read(f"{proc}/{pid}/stat")
-    except OSError:
-        return 0
-    fields = raw.rpartition(b")")[2].split()
-    return int(fields[1]) if len(fields) > 1 else 0
+    found = _stat(pid, proc)
+    return found[2] if found else 0
+
+
+_MAX_PARENTS = 16
+
+
+def parents(pid: int, start_ns: int, proc: Path = PROC) -> tuple[Parent, ...]:
+    """Return `pid` and those above it, up to init, as they are now: at most _MAX_PARENTS.
+
+    `start_ns` is the child's: who began after it has taken a parent's pid over, and ends the list.
+    """
+    found: list[Parent] = []
+    born = start_ns // TICK_NS
+    while pid > 0 and len(found) < _MAX_PARENTS:
+        one = _stat(pid, proc)
+        if one is None or one[1] > born:
+            break
+        found.append(Parent(pid, bounded(one[0])))
+        _, born, pid = one
+    return tuple(found)
 
 
 def owner(pid: int, proc: Path = PROC) -> Owner | None:
@@ -316,6 +342,7 @@ def details(
         cgroup=bounded(path),
         unit=bounded(os.fsencode(place.unit)),
         container=bounded(os.fsencode(place.container)),
+        parents=parents(found[2], start_ns, proc),
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from nlproto.host.sockdiag import TcpState
 from nlproto.records.wire import PROTO_NAMES, address_text
 
-__all__ = ["Network", "fields", "fitting", "held", "unmapped"]
+__all__ = ["Network", "fields", "fitting", "held", "listening", "unmapped"]
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -43,6 +43,13 @@ def held(table: np.ndarray) -> np.ndarray:
     coming = tcp & np.isin(table["state"], _NOT_ACCEPTED)
     here = (table["inode"] != 0) & (table["state"] != TcpState.TIME_WAIT)
     return np.asarray(here | coming)
+
+
+def listening(table: np.ndarray) -> np.ndarray:
+    """Return a mask of TCP's listeners and of UDP sockets that anybody can send to."""
+    tcp = table["proto"] == socket.IPPROTO_TCP
+    waits = np.where(tcp, table["state"] == TcpState.LISTEN, table["dport"] == 0)
+    return np.asarray(waits & (table["sport"] != 0))
 
 
 def unmapped(table: np.ndarray) -> np.ndarray:

@@ -35,6 +35,7 @@ struct flow {
 	uint8_t how;
 	uint8_t dirty;		/* 1; until a store has taken it */
 	char comm[16];
+	uint64_t domain;	/* of the far end's name (nlproto.overheard.names), 0: none */
 
 	uint64_t packets_in;
 	uint64_t bytes_in;
@@ -186,6 +187,7 @@ struct history_last {
 	uint8_t how;
 	uint8_t dirty;
 	char comm[16];
+	uint64_t domain;
 };
 
 struct history_sums {

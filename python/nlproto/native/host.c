@@ -8,6 +8,7 @@
 #include <linux/if_packet.h>
 #include <linux/inet_diag.h>
 #include <linux/netlink.h>
+#include <linux/openat2.h>
 #include <linux/sock_diag.h>
 #include <linux/virtio_net.h>
 #include <malloc.h>
@@ -18,6 +19,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "shared_proto.h"
@@ -366,6 +368,17 @@ int host_held_sockets(int procfd, const uint32_t *pids, uint32_t count, struct h
 		n += held_by(dir, pids[i], held + n, max - n);
 	}
 	return (int)n;
+}
+
+int host_open_beneath(int directory, const char *path)
+{
+	struct open_how how = {
+		.flags = O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC,
+		.resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV,
+	};
+	long fd = syscall(SYS_openat2, directory, path, &how, sizeof(how));
+
+	return fd < 0 ? -errno : (int)fd;
 }
 
 int host_accept(int listener, int *fds, uint32_t max)

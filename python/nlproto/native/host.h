@@ -100,6 +100,12 @@ int host_held_sockets(int procfd, const uint32_t *pids, uint32_t count, struct h
  */
 int host_accept(int listener, int *fds, uint32_t max);
 
+/*
+ * Open a file to read below a directory; refuses links, and whatever is mounted below. Never
+ * waits for a FIFO. The descriptor, or -errno.
+ */
+int host_open_beneath(int directory, const char *path);
+
 /* Close some descriptors. */
 void host_close(const int *fds, uint32_t count);
 

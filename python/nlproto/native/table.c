@@ -256,6 +256,8 @@ void history_add(const struct history *h, const struct flow *flows, uint32_t cou
 		if (times->first_ns > times->last_ns)
 			times->first_ns = times->last_ns;
 		last->flags |= f->flags;
+		if (f->domain)
+			last->domain = f->domain;
 		last->dirty = 1;
 	}
 }

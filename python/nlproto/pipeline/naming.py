@@ -16,7 +16,7 @@ import numpy as np
 
 from nlproto.errors import Error
 from nlproto.host.holders import Holders
-from nlproto.host.namespace_diags import NamespaceDiags
+from nlproto.host.namespace_sockets import NamespaceSockets
 from nlproto.host.procfs import Owner
 from nlproto.host.sockdiag import TcpState
 from nlproto.records.wire import lib, taken
@@ -61,14 +61,14 @@ class Namer:
         self._start_of = start_of
         self._holders = holders or Holders()
         self._now_ns = now_ns
-        self._diags = NamespaceDiags(now_ns)
+        self._namespaces = NamespaceSockets(now_ns)
         self._known: dict[tuple[int, _Key], _Found] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._diags.close()
+        self._namespaces.close()
 
     def name(self, records: np.ndarray) -> None:
         """Fill in owner, socket, `how` and flags of records left open; the others stay as is."""
@@ -124,7 +124,7 @@ class Namer:
         return found
 
     def _ask(self, netns: int, key: _Key, known: _Found | None, now: int) -> _Found:
-        diag = self._diags.get(netns)
+        diag = self._namespaces.get(netns)
         try:
             there = None if diag is None else diag.find(*key)
         except Error:

@@ -61,6 +61,13 @@ class Names(Protocol):
         """Fill in owner, `how` and `flags` of the records that the engine could not name."""
 
 
+class Hears(Protocol):
+    """What knows the names of far ends: nlproto.overheard.listening.Overheard."""
+
+    def hear(self, flows: np.ndarray) -> None:
+        """Fill in what is known of these FLOWs."""
+
+
 @dataclass(slots=True)
 class _Barrier:
     """Goes through the queue behind everything before it."""
@@ -99,11 +106,13 @@ class Pipeline:
         on_death: Callable[[Error], None] | None = None,
         patience: float = PATIENCE,
         packets: bool = True,
+        overheard: Hears | None = None,
     ) -> None:
         self.account = account
         self.processes = processes
         self.portmap = portmap
         self.namer = namer
+        self.overheard = overheard
         # not "or": an empty queue is false
         self.queue: MessageQueue[Item] = MessageQueue(QUEUE_BYTES) if queue is None else queue
         self.account_lock = threading.Lock()
@@ -120,13 +129,13 @@ class Pipeline:
         self._on_death = on_death
         self._receiving = Failures("receiver", patience)
         self._working = Failures("worker", patience)
-        self.snaps = FirstBytes()
-        self._snapping = False
+        self.first_bytes = FirstBytes()
+        self._wants_first_bytes = False
         self._packets = packets
         self._asked_for = True
         """Whether the engine was asked for packets, as it is at its start."""
         self._takes: tuple[OnBatch, ...] = ()
-        self._merge = TimeOrder(_FLUSH_NS)
+        self._order = TimeOrder(_FLUSH_NS)
         self._head: np.void | None = None
         self._seed = random_seed()
         self._stopping = threading.Event()
@@ -167,7 +176,7 @@ class Pipeline:
         # nothing, unless the worker has died
         left = self.queue.get_many(len(self.queue))
         batches = [one for one in left if isinstance(one, Batch | FlowBatch)]
-        self._lose(sum(batch.count for batch in batches) + len(self._merge))
+        self._lose(sum(batch.count for batch in batches) + len(self._order))
 
     def _die(self, error: Error) -> None:
         if self._on_death is None:
@@ -184,14 +193,14 @@ class Pipeline:
 
         return cancel
 
-    def want_snaps(self, wanted: bool) -> bool:
-        """Fill `snaps` from now on, or no more; whether the engine can. From any thread.
+    def want_first_bytes(self, wanted: bool) -> bool:
+        """Fill `first_bytes` from now on, or no more; whether the engine can. From any thread.
 
-        A snap leaves the kernel up to a flush interval after its record: records wait for it.
+        They leave the kernel up to a flush interval after their record, which waits for them.
         """
-        self._snapping = wanted
-        self._merge.interval_ns = _FLUSH_NS * (2 if wanted else 1)
-        return self._engine.want_snaps(wanted)
+        self._wants_first_bytes = wanted
+        self._order.interval_ns = _FLUSH_NS * (2 if wanted else 1)
+        return self._engine.want_first_bytes(wanted)
 
     def want_packets(self, wanted: bool) -> None:
         """Give subscribers packets one by one, or flows alone; from any thread.
@@ -330,7 +339,7 @@ class Pipeline:
             lost = self.queue.put(event, _PROCESS_BYTES)
         else:
             lost = 0
-            self.snaps.keep(event)
+            self.first_bytes.keep(event)
         if lost:
             with self.account_lock:
                 self.account.lose("queue", lost)
@@ -362,8 +371,8 @@ class Pipeline:
             old.__exit__(None, None, None)
         except Exception as error:
             self._receiving.add(error, "closing the engine")
-        if self._snapping:
-            engine.want_snaps(True)
+        if self._wants_first_bytes:
+            engine.want_first_bytes(True)
         if self._failed_at is not None:
             with self.account_lock:
                 self.account.gap(time.monotonic() - self._failed_at)
@@ -388,7 +397,7 @@ class Pipeline:
         """Go round once; whether to go on."""
         self.beat = time.monotonic()
         items = self.queue.get_many(
-            _CHUNK, self._merge.interval_ns / 1e9 if len(self._merge) else _POLL
+            _CHUNK, self._order.interval_ns / 1e9 if len(self._order) else _POLL
         )
         for item in items:
             if isinstance(item, ProcessEvent):
@@ -397,8 +406,8 @@ class Pipeline:
         self._name([item for item in items if isinstance(item, FlowBatch)], self._arrive_flows)
         markers = [item for item in items if isinstance(item, _Barrier)]
         ended = not items and self.queue.closed
-        idle = not items and len(self._merge) > 0
-        self._emit(self._merge.drain() if markers or ended or idle else self._merge.take())
+        idle = not items and len(self._order) > 0
+        self._emit(self._order.drain() if markers or ended or idle else self._order.take())
         for marker in markers:
             self._attempt("a question", marker.passed)
         return not ended
@@ -425,7 +434,7 @@ class Pipeline:
             self.namer.name(records)
         self.processes.add_records(records)
         self._head = batches[-1].head
-        self._merge.add(records, max(int(batch.head["mono_ns"]) for batch in batches))
+        self._order.add(records, max(int(batch.head["mono_ns"]) for batch in batches))
 
     def _arrive_flows(self, batches: list[FlowBatch]) -> None:
         """Hand on at once: nobody asks for an order of flows."""
@@ -467,6 +476,8 @@ class Pipeline:
         self, batch: NamedBatch, hows: np.ndarray, counts: np.ndarray | None = None
     ) -> None:
         """`hows`: of the records in it, each of which stands for so many as `counts` says."""
+        if self.overheard is not None and batch.flows is not None:
+            self._attempt("names of far ends", self.overheard.hear, batch.flows)
         if not all([self._attempt("a subscriber", take, batch) for take in self._takes]):
             self._lose(len(hows) if counts is None else int(counts.sum()))
             return

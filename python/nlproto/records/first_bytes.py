@@ -5,32 +5,32 @@ from __future__ import annotations
 
 import numpy as np
 
-from nlproto.records.wire import Snap, SnapBatch
+from nlproto.records.wire import FirstBytesBatch, PacketBytes
 
 __all__ = ["FirstBytes"]
 
 
 class FirstBytes:
-    """The last `limit` snaps or more, at most twice as many; one thread keeps, any finds.
+    """Of the last `limit` packets or more, at most twice as many; one thread keeps, any finds.
 
-    A record whose snap is gone, or was never sent, has none: whoever asks must do without.
+    A record may have none: they were dropped since, or never sent.
     """
 
     def __init__(self, limit: int = 1 << 16) -> None:
         self._limit = limit
-        self._new: dict[tuple[int, int], Snap] = {}
-        self._old: dict[tuple[int, int], Snap] = {}
+        self._new: dict[tuple[int, int], PacketBytes] = {}
+        self._old: dict[tuple[int, int], PacketBytes] = {}
 
-    def keep(self, batch: SnapBatch) -> None:
-        """Remember the snaps of one message."""
-        for snap in batch.snaps:
-            self._new[int(snap.head["cpu"]), int(snap.head["seq"])] = snap
+    def keep(self, batch: FirstBytesBatch) -> None:
+        """Remember those of one message."""
+        for one in batch.first_bytes:
+            self._new[int(one.head["cpu"]), int(one.head["seq"])] = one
         if len(self._new) > self._limit:
             self._old, self._new = self._new, {}
 
-    def find(self, record: np.void) -> Snap | None:
-        """Return the snap of one RECORD."""
+    def find(self, record: np.void) -> PacketBytes | None:
+        """Return those of one RECORD, None when they are not there."""
         key = int(record["cpu"]), int(record["seq"])
-        snap = self._new.get(key) or self._old.get(key)
+        one = self._new.get(key) or self._old.get(key)
         # sequences begin anew with each load of the module, and after 2**32 records
-        return snap if snap is not None and snap.head["time_ns"] == record["time_ns"] else None
+        return one if one is not None and one.head["time_ns"] == record["time_ns"] else None

@@ -39,8 +39,8 @@ __all__ = [
     "FlowBatch",
     "Packet",
     "ProcessEvent",
-    "Snap",
-    "SnapBatch",
+    "PacketBytes",
+    "FirstBytesBatch",
     "address_text",
     "are_named",
     "among",
@@ -49,11 +49,11 @@ __all__ = [
     "decode_batch",
     "decode_flows",
     "decode_process",
-    "decode_snaps",
+    "decode_first_bytes",
     "decode_struct",
     "dtype_of",
     "encode_batch",
-    "encode_snaps",
+    "encode_first_bytes",
     "ffi",
     "how_name",
     "how_value",
@@ -225,7 +225,7 @@ class ProcessEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class Snap:
+class PacketBytes:
     """The first bytes of one packet, from its IP header on; `head` is one SNAP."""
 
     head: np.void
@@ -233,14 +233,14 @@ class Snap:
 
 
 @dataclass(frozen=True, slots=True)
-class SnapBatch:
-    """One message of the snaps group."""
+class FirstBytesBatch:
+    """One message of the group `snaps`: the first bytes of some packets."""
 
     head: np.void
-    snaps: tuple[Snap, ...]
+    first_bytes: tuple[PacketBytes, ...]
 
 
-Event = Batch | FlowBatch | ProcessEvent | SnapBatch
+Event = Batch | FlowBatch | ProcessEvent | FirstBytesBatch
 """What an engine tells of."""
 
 
@@ -378,34 +378,35 @@ def decode_process(buf: bytes | memoryview) -> ProcessEvent:
     )
 
 
-def decode_snaps(buf: bytes | memoryview) -> SnapBatch:
-    """Return the snaps in `buf` (attribute SNIFFER_A_SNAPS), all of it copied.
+def decode_first_bytes(buf: bytes | memoryview) -> FirstBytesBatch:
+    """Return the first bytes in `buf` (attribute SNIFFER_A_SNAPS), all of it copied.
 
     Raises VersionMismatch for a version it does not know, Error when sizes do not add up.
     """
     head = _decode_head(bytes(buf[: BATCH.itemsize]))
     view = memoryview(buf).toreadonly()
-    snaps = []
+    first_bytes = []
     at = BATCH.itemsize
     for _ in range(int(head["count"])):
         one = decode_struct(bytes(view[at : at + SNAP.itemsize]), SNAP)
         at += SNAP.itemsize
         caplen = int(one["caplen"])
         if at + caplen > len(view):
-            raise Error(f"malformed snap: {caplen} bytes announced, {len(view) - at} left")
-        snaps.append(Snap(one, bytes(view[at : at + caplen])))
+            raise Error(f"malformed first bytes: {caplen} bytes announced, {len(view) - at} left")
+        first_bytes.append(PacketBytes(one, bytes(view[at : at + caplen])))
         at += -(-caplen // 8) * 8
-    return SnapBatch(head, tuple(snaps))
+    return FirstBytesBatch(head, tuple(first_bytes))
 
 
-def encode_snaps(head: np.void, snaps: Sequence[Snap]) -> bytes:
-    """Return the message that decode_snaps() reads: `head` with version and count set for them."""
+def encode_first_bytes(head: np.void, first_bytes: Sequence[PacketBytes]) -> bytes:
+    """Return the message that decode_first_bytes() reads; `head` gets version and count."""
     first = np.zeros(1, BATCH)
     first[0] = head
-    first["version"], first["record_size"], first["count"] = lib.SNIFFER_VERSION, 0, len(snaps)
+    first["version"], first["record_size"] = lib.SNIFFER_VERSION, 0
+    first["count"] = len(first_bytes)
     parts = [first.tobytes()]
-    for snap in snaps:
-        parts += (snap.head.tobytes(), snap.data, bytes(-len(snap.data) % 8))
+    for one in first_bytes:
+        parts += (one.head.tobytes(), one.data, bytes(-len(one.data) % 8))
     return b"".join(parts)
 
 

@@ -63,7 +63,10 @@ class Urgency:
 
     @contextlib.contextmanager
     def patiently(self) -> Iterator[None]:
-        """For long work inside: it waits for its turn as everybody's does."""
+        """For long work inside: it waits for its turn as everybody's does. Any thread may call."""
+        if threading.get_native_id() != self._thread:
+            yield
+            return
         raised = self.raised
         self._set(False)
         try:

@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from nlproto.host import cgroups
-from nlproto.host.procfs import TICK_NS, same_start
+from nlproto.host import cgroups, procfs
+from nlproto.host.containers import ContainerFiles
+from nlproto.host.procfs import TICK_NS, Parent, same_start
+from nlproto.records.ends import Ends, NoEnds
 from nlproto.records.wire import ProcessEvent, bounded, lib, taken, text
 from nlproto.running.supervise import Failures
 from nlproto.tables.column_table import mix, random_seed
@@ -45,6 +47,12 @@ class Process:
     cgroup_id: int = 0
     unit: str = ""
     container: str = ""
+    container_name: str = ""
+    image: str = ""
+    pod: str = ""
+    """As the container's runtime calls them (nlproto.host.containers)."""
+    parents: tuple[Parent, ...] = ()
+    """Who started it, and who started that one, up to init: when it was first seen."""
     pidns: int = 0
     ns_tgid: int = 0
     exit_ns: int | None = None
@@ -69,7 +77,10 @@ ReadDetails = Callable[[int, int], Any]
 _KERNEL = ("comm", "exe", "ppid", "uid", "cgroup_id", "pidns", "ns_tgid")
 _CGROUP = ("cgroup", "unit", "container")
 """What /proc tells better while the process lives: it may have moved, or be on v1."""
-_PROC = ("exe", "cmdline", "user", "cgroup", "unit", "container", "ppid")
+_NAMES = ("container_name", "image", "pod")
+_PROC = ("exe", "cmdline", "user", "cgroup", "unit", "container", "ppid", "parents", *_NAMES)
+_FIRST = ("cmdline", "ppid", "parents")
+"""What it was started with and by; it may rewrite the one, and outlive the other."""
 
 
 def process_of_event(event: ProcessEvent) -> Process:
@@ -97,8 +108,12 @@ def process_of_event(event: ProcessEvent) -> Process:
 _BYTES_EACH = 2048
 """Memory for one process on average; most need 800 bytes, the longest strings far more."""
 _BYTES_LEAST = 1 << 20
-_STRINGS = ("comm", "user", "exe", "cmdline", "cgroup", "unit", "container")
+_STRINGS = (
+    *("comm", "user", "exe", "cmdline", "cgroup", "unit", "container"),
+    *_NAMES,
+)
 _FIXED = 500  # bytes of a Process and its places in the tables, without the strings
+_PARENT_BYTES = 150
 
 
 class Processes:
@@ -116,8 +131,12 @@ class Processes:
         limit: int = 65536,
         on_change: Callable[[Process], None] | None = None,
         payers: Payers | None = None,
+        containers: ContainerFiles | None = None,
     ) -> None:
+        self.ends: Ends = NoEnds()
+        """What is known of the far ends of these processes' packets."""
         self._details = details
+        self._containers = containers
         self._payers = payers
         self._lock = threading.Lock()
         self._seed = random_seed()
@@ -252,8 +271,13 @@ class Processes:
         if found is None:
             return process
         values = {name: value for name in _PROC if (value := getattr(found, name, None))}
+        if process.exe and values.get("exe", process.exe) == process.exe:
+            for name in _FIRST:
+                values[name] = getattr(process, name) or values.get(name, getattr(process, name))
         if "cgroup" in values:
             values |= {name: getattr(found, name, "") for name in _CGROUP}
+            if values["container"] != process.container:
+                values = dict.fromkeys(_NAMES, "") | values
         uid = getattr(found, "uid", None)
         if uid is not None:
             values["uid"] = uid
@@ -262,6 +286,7 @@ class Processes:
         return replace(process, **values)
 
     def _keep(self, process: Process) -> None:
+        process = self._called(process)
         with self._lock:
             self._put(process)
             self._table.move_to_end(process.key)
@@ -270,6 +295,24 @@ class Processes:
             self._shrink()
         if self.on_change is not None:
             self.on_change(process)
+
+    def _called(self, process: Process) -> Process:
+        """With what its container is called, and who its parents are if /proc still tells."""
+        more: dict[str, Any] = {}
+        if self._containers is not None and process.container and not process.container_name:
+            found = self._containers.find(process.container, process.cgroup)
+            more = {"container_name": found.name, "image": found.image, "pod": found.pod}
+        if self._details is not None and process.ppid and not process.parents:
+            more["parents"] = self._parents(process.ppid, process.start_ns)
+        return replace(process, **more) if any(more.values()) else process
+
+    def _parents(self, ppid: int, start_ns: int) -> tuple[Parent, ...]:
+        """Of a process that was gone before it was read: the kernel told its parent."""
+        found = procfs.parents(ppid, start_ns)
+        known = self._table.get((ppid, self._newest.get(ppid, _NEVER)))
+        if found or known is None or known.start_ns > start_ns:
+            return found
+        return (Parent(ppid, known.comm), *known.parents)
 
     def _put(self, process: Process) -> None:
         known = self._table.get(process.key)
@@ -307,4 +350,5 @@ class Processes:
 
 def _size(process: Process) -> int:
     """Bytes of memory, nearly."""
-    return _FIXED + sum(sys.getsizeof(getattr(process, name)) for name in _STRINGS)
+    strings = sum(sys.getsizeof(getattr(process, name)) for name in _STRINGS)
+    return _FIXED + strings + _PARENT_BYTES * len(process.parents)

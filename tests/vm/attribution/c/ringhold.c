@@ -1,19 +1,28 @@
 // SPDX-License-Identifier: MIT
 /*
- * ringhold TRUTH exit|close|unregister|update|exec|one_of_two COUNT: uses a UDP
- * socket that it has by an io_uring alone, then lets go of it that way. A child
- * has the only descriptor, and never uses it. Told are the port, then that the
- * socket is the child's (one_of_two: still its own), and each is answered.
- * Datagrams of 5 bytes come before that, of 6 after it.
+ * ringhold TRUTH WAY COUNT: uses a UDP socket that it has by an io_uring alone,
+ * then lets go of it that way: exit, close, unregister, update, exec, op_close
+ * or op_update. A child has the only descriptor, and never uses it. Told are the
+ * port, then that the socket is the child's, and each is answered. By one_of_two
+ * and ring_fd it is still its own, and waits exits without having used it since
+ * it closed its descriptor. Datagrams of 5 bytes come before that, of 6 after it.
+ *
+ * ringhold TRUTH direct PORT: sends from a socket that never had a descriptor to
+ * PORT of 127.0.0.1, closes a range of others, tells, and waits for an answer.
  */
 #include "truth.h"
 #include <linux/io_uring.h>
 #include <sys/mman.h>
 
+#ifndef __NR_close_range
+#define __NR_close_range 436
+#endif
+
 struct ring {
 	int fd;
-	unsigned *sq_tail, *sq_mask, *sq_array, *cq_head, *cq_tail;
+	unsigned *sq_tail, *sq_mask, *sq_array, *cq_head, *cq_tail, *cq_mask;
 	struct io_uring_sqe *sqes;
+	struct io_uring_cqe *cqes;
 };
 
 static int enter_with(int sock, int number, struct ring *ring)
@@ -37,29 +46,105 @@ static int enter_with(int sock, int number, struct ring *ring)
 	ring->sq_array = (void *)(sq + p.sq_off.array);
 	ring->cq_head = (void *)(cq + p.cq_off.head);
 	ring->cq_tail = (void *)(cq + p.cq_off.tail);
+	ring->cq_mask = (void *)(cq + p.cq_off.ring_mask);
+	ring->cqes = (void *)(cq + p.cq_off.cqes);
 	if (syscall(__NR_io_uring_register, ring->fd, IORING_REGISTER_FILES, &sock, number))
 		fail("register");
 	return 0;
+}
+
+/* Has one operation done; returns what it says. */
+static int operate(struct ring *ring, const struct io_uring_sqe *sqe)
+{
+	unsigned tail = *ring->sq_tail, index = tail & *ring->sq_mask, head = *ring->cq_head;
+	int result;
+
+	ring->sqes[index] = *sqe;
+	ring->sq_array[index] = index;
+	__atomic_store_n(ring->sq_tail, tail + 1, __ATOMIC_RELEASE);
+	if (syscall(__NR_io_uring_enter, ring->fd, 1, 1, IORING_ENTER_GETEVENTS, NULL, 0) < 0)
+		fail("io_uring_enter");
+	while (__atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE) == head)
+		usleep(1000);
+	result = ring->cqes[head & *ring->cq_mask].res;
+	__atomic_store_n(ring->cq_head, head + 1, __ATOMIC_RELEASE);
+	return result;
 }
 
 /* Looks for a datagram, and takes none. */
 static void use(struct ring *ring)
 {
 	static char data[8];
-	unsigned tail = *ring->sq_tail, index = tail & *ring->sq_mask;
 
-	memset(&ring->sqes[index], 0, sizeof(*ring->sqes));
-	ring->sqes[index].opcode = IORING_OP_RECV;
-	ring->sqes[index].flags = IOSQE_FIXED_FILE;
-	ring->sqes[index].addr = (uintptr_t)data;
-	ring->sqes[index].len = sizeof(data);
-	ring->sqes[index].msg_flags = MSG_DONTWAIT;
-	ring->sq_array[index] = index;
-	__atomic_store_n(ring->sq_tail, tail + 1, __ATOMIC_RELEASE);
-	if (syscall(__NR_io_uring_enter, ring->fd, 1, 1, IORING_ENTER_GETEVENTS, NULL, 0) < 0)
-		fail("io_uring_enter");
-	__atomic_store_n(ring->cq_head, __atomic_load_n(ring->cq_tail, __ATOMIC_ACQUIRE),
-			 __ATOMIC_RELEASE);
+	operate(ring, &(struct io_uring_sqe){
+		.opcode = IORING_OP_RECV, .flags = IOSQE_FIXED_FILE, .addr = (uintptr_t)data,
+		.len = sizeof(data), .msg_flags = MSG_DONTWAIT,
+	});
+}
+
+/* Has the ring forget the file in its first place by an operation of its own. */
+static void forget(struct ring *ring, int opcode)
+{
+	int nothing = -1, result;
+
+	if (opcode == IORING_OP_CLOSE)
+		result = operate(ring, &(struct io_uring_sqe){ .opcode = opcode, .file_index = 1 });
+	else
+		result = operate(ring, &(struct io_uring_sqe){
+			.opcode = opcode, .fd = -1, .addr = (uintptr_t)&nothing, .len = 1,
+		});
+	if (result < 0) {
+		errno = -result;
+		fail("operation");
+	}
+}
+
+/* Can this kernel do what @way wants? 0, or the error. */
+static int can(struct ring *ring, const char *way)
+{
+	struct io_uring_rsrc_update update = { .offset = -1U, .data = ring->fd };
+
+	/* who does not know numbers of the ring's own tries to close the descriptor */
+	if (!strcmp(way, "op_close") && operate(ring, &(struct io_uring_sqe){
+			.opcode = IORING_OP_CLOSE, .fd = -1, .file_index = 1 }) == -EBADF)
+		return -EOPNOTSUPP;
+	/* the ring gets a number by which it is known without its descriptor */
+	if (!strcmp(way, "ring_fd") &&
+	    syscall(__NR_io_uring_register, ring->fd, IORING_REGISTER_RING_FDS, &update, 1) != 1)
+		return -errno;
+	return 0;
+}
+
+/* A socket that has no descriptor at any time. */
+static int direct(int port)
+{
+	struct sockaddr_in peer = loopback(port);
+	struct ring ring;
+	int result = enter_with(-1, 1, &ring);
+
+	if (!result)
+		result = operate(&ring, &(struct io_uring_sqe){
+			.opcode = IORING_OP_SOCKET, .fd = AF_INET, .off = SOCK_DGRAM,
+			.file_index = 1,
+		});
+	if (result) {
+		tell(result);
+		return 0;
+	}
+	result = operate(&ring, &(struct io_uring_sqe){
+		.opcode = IORING_OP_CONNECT, .flags = IOSQE_FIXED_FILE, .addr = (uintptr_t)&peer,
+		.off = sizeof(peer),
+	});
+	if (result || operate(&ring, &(struct io_uring_sqe){
+			.opcode = IORING_OP_SEND, .flags = IOSQE_FIXED_FILE,
+			.addr = (uintptr_t)"hello", .len = 5,
+		}) != 5)
+		fail("send");
+	if (syscall(__NR_close_range, 1000, 2000, 0))
+		fail("close_range");
+	tell(0);
+	hear();
+	return 0;
 }
 
 static void has_it(int sock, int count)
@@ -111,10 +196,12 @@ int main(int argc, char **argv)
 		return result != 0;
 	}
 	truth_open(argv);
+	if (!strcmp(way, "direct"))
+		return direct(count);
 	sock = bound(SOCK_DGRAM, 0);
 	if (getsockname(sock, (void *)&own, &size) || pipe(gone))
 		fail("getsockname");
-	result = enter_with(sock, 1, &ring);
+	result = enter_with(sock, 1, &ring) ?: can(&ring, way);
 	if (result) {
 		tell(result);	/* the stage says that this kernel cannot */
 		return 0;
@@ -129,14 +216,15 @@ int main(int argc, char **argv)
 	if (!strcmp(way, "one_of_two") && enter_with(sock, 1, &other))
 		fail("second ring");
 	truth_claim(sock, (struct claim){ .proto = "udp", .in = count, .exact = 1, .len = 33 });
-	if (!strcmp(way, "one_of_two"))
+	if (!strcmp(way, "one_of_two") || !strcmp(way, "ring_fd"))
 		truth_claim(sock, (struct claim){ .proto = "udp", .in = count, .exact = 1,
 						  .len = 34 });
 	close(sock);
-	use(&ring);
+	if (strcmp(way, "waits"))
+		use(&ring);
 	tell(ntohs(own.sin_port));
 	hear();
-	if (!strcmp(way, "exit"))
+	if (!strcmp(way, "exit") || !strcmp(way, "waits"))
 		return 0;
 	if (!strcmp(way, "close")) {
 		close(ring.fd);
@@ -150,12 +238,17 @@ int main(int argc, char **argv)
 			fail("update");
 		/* the ring lets go of it a second later */
 		sleep(5);
+	} else if (!strcmp(way, "op_close") || !strcmp(way, "op_update")) {
+		/* what the module may have wanted to look at since the ring was made */
+		sleep(5);
+		forget(&ring, strcmp(way, "op_close") ? IORING_OP_FILES_UPDATE : IORING_OP_CLOSE);
+		sleep(5);
 	} else if (!strcmp(way, "exec")) {
 		copy = dup(gone[1]);
 		snprintf(number, sizeof(number), "%d", copy);
 		execl("/proc/self/exe", argv[0], argv[1], "executed", number, NULL);
 		fail("exec");
-	} else if (!strcmp(way, "one_of_two")) {
+	} else if (!strcmp(way, "one_of_two") || !strcmp(way, "ring_fd")) {
 		close(ring.fd);
 		tell(0);
 		hear();

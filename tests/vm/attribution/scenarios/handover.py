@@ -16,7 +16,8 @@ from ..catalog import scenario
 from ..stage import LIBC, Child, Stage, Wire
 from ..traffic import TCP, UDP, V4, ask, bound, listening, playing, receive_all
 from ..truth import Worker
-from .owners import quiet, wait_asleep
+from .listeners import wait_asleep
+from .owners import quiet
 
 COUNT = 6
 CLONE_FILES, SIGCHLD = 0x400, 17

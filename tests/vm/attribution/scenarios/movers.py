@@ -10,7 +10,8 @@ from ..catalog import scenario
 from ..stage import Stage, Unable, Wire, run
 from ..traffic import TCP, V4, V6, ask, bound, listening, playing, receive_all
 from ..truth import Worker
-from .owners import quiet, wait_asleep
+from .listeners import wait_asleep
+from .owners import quiet
 from .programs import CRYPTO_INFO, SOL_TLS, TCP_ULP, TLS_TX
 
 COUNT = 6

@@ -8,6 +8,7 @@ import os
 from ..catalog import scenario
 from ..stage import Stage, Unable
 from ..traffic import UDP, V4, bound, playing
+from ..truth import identity_of
 
 COUNT = 6
 
@@ -62,3 +63,46 @@ def ring_closed_by_exec(stage: Stage) -> None:
 def ring_closed_another_keeps(stage: Stage) -> None:
     """It closes one of two rings that have the socket: it still has it."""
     let_go(stage, "one_of_two")
+
+
+@scenario(engines=("module",))
+def ring_closes_one_file(stage: Stage) -> None:
+    """The same by an operation of the ring: IORING_OP_CLOSE of the ring's own number."""
+    let_go(stage, "op_close")
+
+
+@scenario(engines=("module",))
+def ring_replaces_one_file(stage: Stage) -> None:
+    """The same by IORING_OP_FILES_UPDATE."""
+    let_go(stage, "op_update")
+
+
+@scenario(engines=("module",))
+def ring_has_what_was_closed(stage: Stage) -> None:
+    """It closes its descriptor, the ring has the socket: its own, before it is used that way."""
+    let_go(stage, "waits")
+
+
+@scenario(engines=("module",))
+def ring_without_a_descriptor(stage: Stage) -> None:
+    """It closes the ring's descriptor too, which the kernel knows by another number: its own."""
+    let_go(stage, "ring_fd")
+
+
+@scenario(engines=("module",))
+def socket_without_a_descriptor(stage: Stage) -> None:
+    """A ring makes a socket that never has a descriptor: its process's, whatever that closes."""
+    with playing(stage):
+        sock = bound(V4, UDP)
+        stage.worker.claim(sock)
+        child = stage.command("direct", "ringhold", "direct", sock.getsockname()[1])
+        if number := child.hear():
+            raise Unable(f"IORING_OP_SOCKET: {os.strerror(-number)}")
+        _, peer = sock.recvfrom(100)
+        stage.worker.claim_port(
+            peer[1], dirs="io", t0=1, out=1, in_=COUNT, exact=True, owner=identity_of(child.pid),
+            flags=["not-dead"],
+        )  # fmt: skip
+        for _ in range(COUNT):
+            sock.sendto(b"yours", peer)
+        child.tell()

@@ -124,7 +124,7 @@ def serve(stage: Stage, family: int, kind: int, keeps: bool = False, stops: bool
             maker.join()
         stage.worker.claim_nobody(
             proto="tcp" if kind == TCP else "udp", lport=peer[1],
-            reasons=("kernel", "socket_gone") if stops else ("kernel",),
+            reasons=("kernel",),
             in_=2 * COUNT, out=2 * COUNT,
         )  # fmt: skip
         clients = [stage.spawn("client", nfs_client, peer, family, kind) for _ in range(2)]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import time
 from typing import Any
 
@@ -12,10 +11,11 @@ import numpy as np
 
 from hunter.cli.options import Who
 from nlproto import NoPrivilege, UsageError
-from nlproto.host import procfs
+from nlproto.host import netns, procfs
+from nlproto.host.containers import UNKNOWN, ContainerFiles
 from nlproto.host.holders import Holders
 from nlproto.host.sockdiag import SockDiag
-from nlproto.host.sockets import fields, fitting, held, unmapped
+from nlproto.host.sockets import fields, fitting, held, listening, unmapped
 from nlproto.records import wire
 
 __all__ = ["owners_now"]
@@ -26,8 +26,10 @@ _PROTOS = {name: number for number, name in wire.PROTO_NAMES.items()}
 def owners_now(options: Who) -> dict[str, Any]:
     """Return what op "who" of the daemon does, as far as the kernel's tables tell.
 
-    `options`: port, proto, host, pid, pname. Raises UsageError.
+    `options`: port, proto, host, pid, pname, and whether it must listen. Raises UsageError.
     """
+    if options.netns is not None and netns.find(options.netns).netns != netns.own():
+        raise UsageError("--netns of another than this one needs the daemon: sudo packet-hunterd")
     network = None
     if options.host:
         try:
@@ -36,14 +38,17 @@ def owners_now(options: Who) -> dict[str, Any]:
             raise UsageError(f"--host {options.host}: neither an address nor a network") from None
     proto = _PROTOS[options.proto] if options.proto else None
     table = unmapped(_sockets())
-    table = table[held(table) & fitting(table, options.port, proto, network)]
-    holders = Holders()
+    mask = held(table) & fitting(table, options.port, proto, network)
+    if options.listening:
+        mask &= listening(table)
+    table = table[mask]
+    holders, files = Holders(), ContainerFiles()
     holders.walk()
     owners: list[dict[str, Any]] = []
     processes: dict[int, dict[str, Any]] = {}
     # listeners before others
     for index in np.lexsort((table["sport"], table["dport"] != 0)).tolist():
-        owner = _owner(table[index], holders, options, processes)
+        owner = _owner(table[index], holders, options, processes, files)
         if owner is not None:
             owners.append(owner)
     return {
@@ -71,6 +76,7 @@ def _owner(
     holders: Holders,
     options: Who,
     processes: dict[int, dict[str, Any]],
+    files: ContainerFiles,
 ) -> dict[str, Any] | None:
     found = holders.find(int(one["inode"]))
     named = [
@@ -92,9 +98,16 @@ def _owner(
         if details is not None:
             processes[pid] = {
                 name: getattr(details, name)
-                for name in "tgid start_ns comm exe unit container uid user ppid".split()
+                for name in "tgid start_ns comm exe cmdline unit container uid user ppid".split()
             }
-    if not named and not options.port:
+            called = files.find(details.container, details.cgroup) if details.container else UNKNOWN
+            processes[pid] |= {
+                "container_name": called.name,
+                "image": called.image,
+                "pod": called.pod,
+                "parents": [{"pid": one.pid, "comm": one.comm} for one in details.parents],
+            }
+    if not named and not (options.port or options.listening):
         return None
     first = (
         named[0] if named else {"pid": None, "start_ns": None, "comm": "", "uid": int(one["uid"])}
@@ -102,7 +115,5 @@ def _owner(
     pid_of_first = first["pid"]
     known = processes.get(int(str(pid_of_first))) if pid_of_first is not None else None
     return (
-        fields(os.stat("/proc/self/ns/net").st_ino, one)
-        | first
-        | {"exe": known["exe"] if known else "", "holders": named}
+        fields(netns.own(), one) | first | {"exe": known["exe"] if known else "", "holders": named}
     )

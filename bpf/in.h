@@ -1,16 +1,17 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-#ifndef HUNTER_HOOKS_H
-#define HUNTER_HOOKS_H
+#ifndef HUNTER_IN_H
+#define HUNTER_IN_H
 /*
  * Where packets come in. What arrives is kept for its processor from the door
  * of TCP or UDP until the stack itself has found the socket: no lookup is
- * predicted. What leaves is met behind LOCAL_OUT and NAT, where it is routed.
+ * predicted. And what is answered on the stack of such a packet.
  */
 #include "name.h"
 
 /* The packet that this processor's TCP or UDP is at. */
 struct slot {
 	struct sniffer_record r;
+	struct shape shape;
 	struct about found;	/* the socket that it is for, or that is answered for */
 	u64 last;		/* address of the socket told last */
 	u8 active;		/* its protocol, 0: none */
@@ -53,16 +54,15 @@ static __always_inline int in_begin(struct sk_buff *skb, u8 proto)
 {
 	struct net_device *dev;
 	struct slot *slot;
-	struct shape s;
 	u32 zero = 0;
 
 	slot = bpf_map_lookup_elem(&slots, &zero);
 	if (!slot)
 		return 0;
 	__builtin_memset(slot, 0, sizeof(*slot));
-	shape_in(skb, &s);
+	shape_in(skb, &slot->shape);
 	slot->r.proto = proto;
-	if (!parse(&slot->r, &s)) {
+	if (!parse(&slot->r, &slot->shape)) {
 		skip();
 		return 0;
 	}
@@ -121,7 +121,7 @@ static __always_inline int in_socket(struct sock *sk)
 	if (slot->active == IPPROTO_TCP && slot->found.state == TCP_LISTEN)
 		return 0;
 	name(&slot->r, &slot->found, SNIFFER_HOW_SOCKET);
-	emit(&slot->r);
+	emit(&slot->r, &slot->shape);
 	slot->done = 1;
 	return 0;
 }
@@ -150,7 +150,7 @@ int BPF_PROG(in_request, struct sock *sk, struct sk_buff *skb, struct request_so
 		slot->found.cookie = bpf_get_socket_cookie((void *)req);
 	slot->known = 1;
 	name(&slot->r, &slot->found, SNIFFER_HOW_SOCKET);
-	emit(&slot->r);
+	emit(&slot->r, &slot->shape);
 	slot->done = 1;
 	return 0;
 }
@@ -180,7 +180,7 @@ static __always_inline int in_end(void)
 			name(&slot->r, &slot->found, SNIFFER_HOW_SOCKET);
 		else
 			slot->r.how = SNIFFER_HOW_NO_SOCKET;
-		emit(&slot->r);
+		emit(&slot->r, &slot->shape);
 	}
 	slot->active = 0;
 	return 0;
@@ -284,6 +284,9 @@ __noinline int answer(struct sniffer_record *r, u32 has_socket, u32 arrived_on)
 
 	if (!r)
 		return 0;
+	/* in parts nothing tells when the stack has done with a packet */
+	if (parts && slot && (slot->r.sport != r->dport || slot->r.dport != r->sport))
+		slot = NULL;
 	r->how = SNIFFER_HOW_NO_SOCKET;
 	if (has_socket && r->proto == IPPROTO_UDP) {
 		name_kernel(r);
@@ -318,185 +321,4 @@ __noinline int answer(struct sniffer_record *r, u32 has_socket, u32 arrived_on)
 	return 0;
 }
 
-static __always_inline bool was_forwarded(struct sk_buff *skb, u8 family)
-{
-	u32 at = family == AF_INET ? bpf_core_field_offset(struct inet_skb_parm, flags) :
-				     bpf_core_field_offset(struct inet6_skb_parm, flags);
-	u16 flags = 0;
-
-	bpf_probe_read_kernel(&flags, sizeof(flags), (void *)&skb->cb + at);
-	return flags & (family == AF_INET ? IPSKB_FORWARDED : IP6SKB_FORWARDED);
-}
-
-static __always_inline void out_named(struct sniffer_record *r, struct net *net,
-				      struct sock *given, struct sk_buff *skb)
-{
-	struct task_struct *current = bpf_get_current_task_btf();
-	bool trusted = in_task_only(current) && !(current->flags & PF_KTHREAD);
-	struct sock *sk = skb->sk;
-	struct about a = {};
-	struct socket *sock;
-	struct owner *o;
-	struct proc *user;
-	struct key key;
-	u16 family, port;
-	u64 file;
-	u8 state;
-
-	/*
-	 * Tunnels leave the inner sender in skb->sk and say with the other one, if
-	 * at all, whose the packet is; IPv6 says there the listener of a SYN
-	 * cookie, but also whose packet a firewall answers with a reset.
-	 */
-	if (!sk || (given && r->proto == IPPROTO_UDP)) {
-		trusted &= sk == given;
-		sk = given;
-		if (sk && r->proto == IPPROTO_TCP) {
-			state = sk->__sk_common.skc_state;
-			if (state != TCP_TIME_WAIT && state != TCP_NEW_SYN_RECV &&
-			    state != TCP_LISTEN && !is_kernel(sk))
-				sk = NULL;
-		}
-	}
-	if (!sk) {
-		answer(r, 0, skb->skb_iif);
-		return;
-	}
-	about_socket(sk, &a);
-	if (a.full && a.servers && is_kernel(sk)) {
-		if (sk->sk_type == SOCK_STREAM)
-			name(r, &a, SNIFFER_HOW_SOCKET);
-		else
-			answer(r, 1, 0);
-		return;
-	}
-	/* the kernel's wrapping around a packet, whose sender the socket still is */
-	if (r->proto == IPPROTO_UDP) {
-		family = sk->__sk_common.skc_family;
-		port = sk->__sk_common.skc_num;
-		if (!a.full || (family != AF_INET && family != AF_INET6) ||
-		    (sk->sk_type != SOCK_RAW &&
-		     (sk->sk_protocol != IPPROTO_UDP || (port && port != r->sport)))) {
-			name_kernel(r);
-			return;
-		}
-	}
-	/* ipvlan takes the packet of another namespace on its way through this one */
-	if (sk->__sk_common.skc_net.net != net) {
-		r->dir = SNIFFER_DIR_FWD;
-		r->how = SNIFFER_HOW_FORWARDED;
-		return;
-	}
-	/* a tracepoint's socket may not be given to a helper; it was told of its cookie before */
-	if (!parts && !a.cookie)
-		a.cookie = bpf_get_socket_cookie(sk);
-	if (!trusted || !a.full || a.state == TCP_LISTEN || !wants(sk))
-		goto table;
-	if (!use_is_plain(a.cookie, current)) {
-		sock = sk->sk_socket;
-		file = sock ? address(sock->file) : 0;
-		if ((sock && !file) || !use(a.cookie, file, 0))
-			goto table;
-	}
-	/* The sender is on the CPU: nobody can know better. */
-	r->how = SNIFFER_HOW_CONTEXT;
-	r->cookie = a.cookie;
-	r->inode = a.inode;
-	key_of(current, &key);
-	r->tgid = key.tgid;
-	r->start_ns = key.start;
-	r->tid = current->pid;
-	r->uid = current->cred->uid.val;
-	o = owner_find(a.cookie);
-	if (o) {
-		struct key named = o->user;
-
-		user = bpf_map_lookup_elem(&procs, &named);
-		name_facts(r, o, user);
-		if (user && same(&named, &key)) {
-			__builtin_memcpy(r->comm, user->comm, SNIFFER_COMM_LEN);
-			return;
-		}
-	}
-	comm_at(r->comm, current->group_leader->comm);
-	return;
-table:
-	name(r, &a, SNIFFER_HOW_SOCKET);
-}
-
-static __always_inline void out(struct net *net, struct sock *given, struct sk_buff *skb)
-{
-	struct sniffer_record r = {};
-	struct shape s;
-	u64 dst;
-
-	shape_out(skb, &s);
-	if (!parse(&r, &s)) {
-		skip();
-		return;
-	}
-	dst = skb->_skb_refdst & ~1ULL;
-	r.ifindex = BPF_CORE_READ((struct dst_entry *)dst, dev, ifindex);
-	r.netns = net->ns.inum;
-	r.dir = SNIFFER_DIR_OUT;
-	if (was_forwarded(skb, r.family)) {
-		r.dir = SNIFFER_DIR_FWD;
-		r.how = SNIFFER_HOW_FORWARDED;
-	} else {
-		out_named(&r, net, given, skb);
-	}
-	emit(&r);
-}
-
-/*
- * A program that interrupts itself on its processor is left out by the kernel:
- * a softirq sends while a task's packet is looked at. So there are two of each,
- * and the one that finds the packet told already has nothing to do. Tasks and
- * softirqs each have a place for what was told last.
- */
-struct told {
-	u64 skb[2];
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, u32);
-	__type(value, struct told);
-} tolds SEC(".maps");
-
-static __always_inline int out_once(struct net *net, struct sock *sk, struct sk_buff *skb)
-{
-	u32 zero = 0;
-	struct told *told = bpf_map_lookup_elem(&tolds, &zero);
-	u64 *last;
-
-	if (!told)
-		return 0;
-	last = in_task_only(bpf_get_current_task_btf()) ? &told->skb[0] : &told->skb[1];
-	if (*last == (u64)skb) {
-		*last = 0;
-		return 0;
-	}
-	out(net, sk, skb);
-	*last = (u64)skb;
-	return 0;
-}
-
-#define TWICE(function) \
-SEC("fentry/" #function) \
-int BPF_PROG(out_##function, struct net *net, struct sock *sk, struct sk_buff *skb) \
-{ return out_once(net, sk, skb); } \
-SEC("fentry/" #function) \
-int BPF_PROG(again_##function, struct net *net, struct sock *sk, struct sk_buff *skb) \
-{ return out_once(net, sk, skb); }
-
-#ifndef HUNTER_PARTS
-TWICE(ip_output)
-TWICE(ip_mc_output)
-TWICE(ip6_output)
-TWICE(xfrm4_output)
-TWICE(xfrm6_output)
-#endif
-
-#endif /* HUNTER_HOOKS_H */
+#endif /* HUNTER_IN_H */

@@ -14,12 +14,12 @@ from nlproto.host import netns, procfs
 from nlproto.host.sockdiag import SockDiag
 from nlproto.running.supervise import Failures
 
-__all__ = ["NamespaceDiags"]
+__all__ = ["NamespaceSockets"]
 
 _LOOK_NS = 2_000_000_000
 
 
-class NamespaceDiags:
+class NamespaceSockets:
     """Looks for new and ended namespaces at most every 2 s; a context manager, for one thread.
 
     Of netns.room() at most, chosen as engine packet chooses.
@@ -32,7 +32,7 @@ class NamespaceDiags:
         self._looked_ns = -_LOOK_NS
         self.own = netns.own()
         self._failures = Failures("sock_diag")
-        self._diags: dict[int, SockDiag | None] = {}
+        self._namespaces: dict[int, SockDiag | None] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -42,16 +42,16 @@ class NamespaceDiags:
 
     def close(self) -> None:
         """Close all sockets."""
-        for diag in self._diags.values():
+        for diag in self._namespaces.values():
             if diag is not None:
                 diag.close()
-        self._diags.clear()
+        self._namespaces.clear()
 
     def get(self, number: int) -> SockDiag | None:
         """That of namespace `number`, None when it is not to be entered or sock_diag is refused."""
-        if number not in self._diags:
+        if number not in self._namespaces:
             self.look()
-        return self._diags.get(number)
+        return self._namespaces.get(number)
 
     def look(self) -> None:
         """Take note of namespaces that came and went."""
@@ -66,40 +66,40 @@ class NamespaceDiags:
         there.pop(self.own, None)
         if len(there) > netns.room():
             owners = {number: netns.owner_or_unknown(path) for number, path in there.items()}
-            chosen = netns.choose(owners, self._diags, netns.room())
+            chosen = netns.choose(owners, self._namespaces, netns.room())
             self._failures.add(
                 Error(f"sockets of {len(chosen)} of {len(there)} network namespaces are read")
             )
             there = {number: path for number, path in there.items() if number in chosen}
-        for number in set(self._diags) - set(there) - {self.own}:
-            diag = self._diags.pop(number)
+        for number in set(self._namespaces) - set(there) - {self.own}:
+            diag = self._namespaces.pop(number)
             if diag is not None:
                 diag.close()
-        if self.own not in self._diags:
+        if self.own not in self._namespaces:
             try:
-                self._diags[self.own] = SockDiag()
+                self._namespaces[self.own] = SockDiag()
             except NoPrivilege:
-                self._diags[self.own] = None
+                self._namespaces[self.own] = None
         for number, path in there.items():
-            if number in self._diags:
+            if number in self._namespaces:
                 continue
             try:
-                self._diags[number] = netns.run_inside(path, SockDiag)
+                self._namespaces[number] = netns.run_inside(path, SockDiag)
             except (Error, OSError):
-                self._diags[number] = None
+                self._namespaces[number] = None
 
     def tables(self) -> dict[int, np.ndarray]:
         """{namespace: all its sockets (HOST_SOCKET)}; of our own by /proc/net if need be."""
         self.look()
         found: dict[int, np.ndarray] = {}
-        for number, diag in list(self._diags.items()):
+        for number, diag in list(self._namespaces.items()):
             if diag is not None:
                 try:
                     found[number] = diag.dump()
                     continue
                 except NoPrivilege:
                     diag.close()
-                    self._diags[number] = None
+                    self._namespaces[number] = None
             if number == self.own:
                 found[number] = procfs.tables()
         return found

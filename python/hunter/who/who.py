@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""hunter who: which process owns, or owned, the traffic of a port, a host or a process."""
+"""hunter who: what listens, and who owns, or owned, the traffic of a port, host or process."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 from hunter.cli.options import Who
-from hunter.commands.who_show import show
 from hunter.show.console import Output
+from hunter.who.who_groups import show_groups, summed
+from hunter.who.who_show import show
 from nlproto import NoDaemon
 from nlproto.client.client import DaemonClient
+from nlproto.host.netns import find
 
 __all__ = ["run"]
 
@@ -32,15 +34,19 @@ def run(options: Who, notify: Callable[[str], None]) -> None:
         with DaemonClient(options.socket) as client:
             answer = _ask(client, options)
     except NoDaemon as error:
-        from hunter.commands.who_now import owners_now
+        from hunter.who.who_now import owners_now
 
-        if options.since or options.socket_given:
+        if options.since is not None or options.until is not None or options.socket_given:
             raise
         notify(f"{error}; until then: sockets of now, of this network namespace")
         answer = owners_now(options)
         remembers = False
-    if options.json:
+    if options.json and options.by:
+        print(json.dumps(summed(answer, options)))
+    elif options.json:
         print(json.dumps(answer))
+    elif options.by:
+        show_groups(answer, Output(soft_wrap=True), time.time(), options)
     else:
         show(answer, Output(soft_wrap=True), time.time(), options, remembers)
     sys.stdout.flush()
@@ -51,8 +57,11 @@ def run(options: Who, notify: Callable[[str], None]) -> None:
 def _ask(client: DaemonClient, options: Who) -> dict[str, Any]:
     """A daemon that has just started is asked again until it has seen the kernel's tables once."""
     limit = options.limit
-    if not options.json:
+    if options.by:
+        limit = _MAX_FLOWS
+    elif not options.json:
         limit = min(max(limit or 0, _FLOWS), _MAX_FLOWS)
+    netns = None if options.netns is None else find(options.netns).netns
     end = time.monotonic() + _WAIT_S
     while True:
         answer = client.who(
@@ -62,6 +71,9 @@ def _ask(client: DaemonClient, options: Who) -> dict[str, Any]:
             pid=options.pid,
             pname=options.pname,
             since=options.since,
+            until=options.until,
+            netns=netns,
+            listening=options.listening or None,
             limit=limit,
         )
         if answer["complete"] or answer["owners"] or time.monotonic() > end:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from daemon.system.watcher import _SOCKETS, Watcher, _pause
+from nlproto.host.holders import Holders
 
 
 @pytest.mark.parametrize("took", [0.001, 0.01, 0.05, 0.08, 0.1, 0.2, 0.4])
@@ -22,10 +23,12 @@ def test_looks_take_a_tenth_of_a_core_at_most_while_the_promise_allows(took):
 def test_probes_that_stop_and_fire_again_are_told_once_each_in_one_line(caplog):
     told = []
     pipeline = SimpleNamespace(engine_stats={"canary": 1}, engine=SimpleNamespace(name="module"))
-    keeper = Watcher("auto", pipeline, lambda event, **fields: told.append((event, fields)), print)
+    watcher = Watcher(
+        "auto", pipeline, lambda event, **fields: told.append((event, fields)), print, Holders()
+    )
     for canary in (1, 0, 0, 1):
         pipeline.engine_stats = {"canary": canary}
-        keeper._look_at_probes()
+        watcher._look_at_probes()
     assert [event for event, _ in told] == ["probes", "probes"]
     assert "named late, wrongly or not at all" in told[0][1]["message"]
     assert "fire again" in told[1][1]["message"]

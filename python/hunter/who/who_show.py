@@ -15,11 +15,11 @@ from rich.text import Text
 from hunter.cli.options import Who
 from hunter.show import names
 from hunter.show.console import Row, put
-from hunter.show.programs import label, programs
+from hunter.show.programs import label, place, programs
 from hunter.show.text import plain
 from nlproto.host import netns
 
-__all__ = ["show"]
+__all__ = ["clock", "place_of", "service_of", "show"]
 
 _ROWS = 50
 """Shown of a table, unless --limit says otherwise."""
@@ -44,8 +44,8 @@ def show(
     if not answer.get("complete", True):
         console.print("the daemon is still reading the kernel's tables", style="dim")
     processes = {(one["tgid"], one["start_ns"]): one for one in answer["processes"]}
-    rows = _now_rows(owners, options)
-    _put(console, "now", _NOW, rows, limit)
+    rows = _now_rows(owners, processes, options)
+    _put(console, "listening" if options.listening else "now", _NOW, rows, limit)
     _cut(console, "sockets", len(owners), answer.get("owners_total", len(owners)))
     _put(console, "seen", _SEEN, _seen_rows(flows, processes, options, now), limit)
     _cut(console, "flows", len(flows), answer["total"])
@@ -54,6 +54,8 @@ def show(
         answer["total"],
     ):
         console.print("there is more than one answer holds: ask for a process", style="dim")
+    if options.listening:  # who and where is in each row
+        return
     _put(console, "processes", _PROCESSES, _process_rows(processes.values()), limit)
 
 
@@ -61,7 +63,7 @@ def _nobody(answer: Mapping[str, Any], now: float) -> str:
     if not answer["complete"]:
         return "the daemon is still reading the kernel's tables: ask again in a moment"
     since = answer["since"]
-    return f"nobody, now or since {_clock(since, now)}, which is as far back as is remembered"
+    return f"nobody, now or since {clock(since, now)}, which is as far back as is remembered"
 
 
 def _put(
@@ -84,10 +86,10 @@ def _cut(console: Console, what: str, shown: int, total: int) -> None:
         )
 
 
-_NOW = ("process", "socket", "state", "sockets", "netns", "shared with")
+_NOW = ("process", "socket", "state", "sockets", "user", "runs in", "netns", "shared with")
 _SEEN = ("process", "flow", "flows", "packets", "bytes", "first", "last", "netns", "how")
 _PROCESSES = ("process", "user", "parent", "runs in", "executable", "command")
-_OPTIONAL = ("sockets", "flows", "netns", "shared with", "command", "runs in")
+_OPTIONAL = ("state", "sockets", "flows", "netns", "shared with", "command", "runs in")
 _NUMBERS = ("sockets", "flows", "packets", "bytes", "parent")
 
 
@@ -121,8 +123,8 @@ def _port(ports: set[int]) -> str:
     return str(next(iter(ports))) if len(ports) == 1 else "*"
 
 
-def _service(lport: int, rport: int | None, asked: int | None) -> tuple[int | None, int | None]:
-    """The port that says what is talked about; the other one is of a moment."""
+def service_of(lport: int, rport: int | None, asked: int | None) -> tuple[int | None, int | None]:
+    """(local, remote): the port that says what is talked about; the other one is of a moment."""
     if rport is None:
         return lport, None
     if asked in (lport, rport):
@@ -130,12 +132,14 @@ def _service(lport: int, rport: int | None, asked: int | None) -> tuple[int | No
     return (lport, None) if lport <= rport else (None, rport)
 
 
-def _now_rows(owners: Sequence[Entry], options: Who) -> list[Row]:
+def _now_rows(
+    owners: Sequence[Entry], processes: Mapping[tuple[int, int], Entry], options: Who
+) -> list[Row]:
     """A row for each owner, far host and state."""
     sums: dict[tuple[Any, ...], tuple[Entry, _Ends, set[tuple[Any, ...]]]] = {}
     for one in owners:
         others = sorted({(h["comm"], h["pid"]) for h in one["holders"] if h["pid"] != one["pid"]})
-        port = _service(one["port"], one.get("rport"), options.port)
+        port = service_of(one["port"], one.get("rport"), options.port)
         place = (one["netns"], one["proto"], one["address"], one.get("remote"), one["state"])
         key = (one["comm"], one["pid"], *place, *port, tuple(others))
         ends = _Ends(one["proto"], one["address"], one.get("remote"))
@@ -147,12 +151,16 @@ def _now_rows(owners: Sequence[Entry], options: Who) -> list[Row]:
     for key, (one, ends, sockets) in sums.items():
         listens = one["listening"] and one["proto"] == "tcp"
         who = "-" if one["pid"] is None else f"{plain(one['comm'])}.{one['pid']}"
+        process = processes.get((one["pid"], one["start_ns"]))
+        verb = "" if options.listening else "listens on " if listens else "has "
         rows.append(
             [
                 _name(who, one["pid"] is not None),
-                f"{'listens on' if listens else 'has'} {ends.text('<>')}",
-                "" if listens else one["state"],
+                f"{verb}{ends.text('<>')}",
+                "" if listens or options.listening else one["state"],
                 f"{len(sockets):,}" if len(sockets) > 1 else "",
+                "" if one.get("uid") is None else plain(names.user(one["uid"])),
+                "" if process is None else plain(place_of(process)),
                 _netns(one["netns"]),
                 ", ".join(f"{plain(comm)}.{pid}" for comm, pid in key[-1]),
             ]
@@ -205,7 +213,7 @@ def _seen_rows(
     sums: dict[tuple[Any, ...], _Sum] = {}
     for flow in flows:
         owner = program_of.get((flow["pid"], flow["start_ns"]), flow["how"])
-        port = _service(flow["lport"], flow["rport"], options.port)
+        port = service_of(flow["lport"], flow["rport"], options.port)
         ends = (flow["proto"], flow["local"], flow["remote"])
         key = (owner, flow["netns"], flow["forwarded"], *ends, *port)
         sums.setdefault(key, _Sum(flow, _Ends(*ends))).add(flow)
@@ -219,8 +227,8 @@ def _seen_rows(
                 f"{len(one.flows):,}" if len(one.flows) > 1 else "",
                 f"{one.packets:,}",
                 f"{one.bytes:,}",
-                _clock(one.first, now),
-                f"{_clock(newest['last'], now)}, {_ago(now - newest['last'])}",
+                clock(one.first, now),
+                f"{clock(newest['last'], now)}, {_ago(now - newest['last'])}",
                 _netns(newest["netns"], one.first),
                 " ".join([newest["how"].replace("_", " "), *_uncertain(newest)]),
             ]
@@ -249,19 +257,24 @@ def _process_rows(processes: Iterable[Entry]) -> list[Row]:
     program_of = programs({key: (one["comm"], one["exe"]) for key, one in known.items()})
     rows: defaultdict[tuple[Any, ...], list[Entry]] = defaultdict(list)
     for key, one in sorted(known.items()):
-        place = one["container"] or one["unit"]
-        rows[(*program_of[key], one["uid"], place)].append(one)
+        rows[(*program_of[key], one["uid"], place_of(one))].append(one)
     return [
         [
             _name(label(some[0]["comm"], {one["tgid"] for one in some})),
             "" if some[0]["uid"] is None else plain(names.user(some[0]["uid"])),
             _same(str(one.get("ppid") or "") for one in some),
-            plain(some[0]["container"] or some[0]["unit"]),
+            plain(place_of(some[0])),
             plain(key[1]),
             plain(_command(some[0])),
         ]
         for key, some in rows.items()
     ]
+
+
+def place_of(process: Entry) -> str:
+    """Return what a process of an answer runs in; it may hold any character."""
+    names = ("container", "container_name", "pod", "unit")
+    return place(*(process.get(name, "") for name in names))
 
 
 def _same(values: Iterable[str]) -> str:
@@ -275,7 +288,8 @@ def _command(process: Entry) -> str:
     return words if " " in words else ""
 
 
-def _clock(moment: float, now: float) -> str:
+def clock(moment: float, now: float) -> str:
+    """Return a Unix time as people write it, with the date if it is not today's."""
     then, today = datetime.fromtimestamp(moment), datetime.fromtimestamp(now)
     return then.strftime("%H:%M:%S" if then.date() == today.date() else "%Y-%m-%d %H:%M:%S")
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""make fuzz: 10 million bytes of nonsense for a real daemon, which neither dies nor grows.
+"""make nonsense: 10 million bytes of nonsense for a real daemon, which neither dies nor grows.
 
-fuzz.py [BYTES [SEED]]        root (engine packet); the seed is printed, so that it can be repeated
+nonsense.py [BYTES [SEED]]        root (engine packet); the seed is printed
 """
 
 from __future__ import annotations

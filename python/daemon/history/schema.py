@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: MIT
+"""The tables of the history's database, and FLOWs as their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from nlproto.tables.flows import FLOW
+
+__all__ = [
+    "APPLICATION",
+    "COLUMNS",
+    "CREATE",
+    "FROM_1",
+    "FROM_2",
+    "FROM_3",
+    "HAS_PROCESS",
+    "INDEXES",
+    "ROW_SIZE",
+    "SCHEMA",
+    "WRITE_FLOW",
+    "WRITE_PROCESS",
+    "flows_of",
+    "rows_of",
+    "signed",
+]
+
+SCHEMA = 4
+APPLICATION = 0x706B6874  # "pkht", in the file's header: file(1) and we know it by that
+CREATE = """
+CREATE TABLE flows (
+    id INTEGER PRIMARY KEY,
+    cookie INTEGER, start_ns INTEGER, laddr BLOB, raddr BLOB, tgid INTEGER, netns INTEGER,
+    lport INTEGER, rport INTEGER, proto INTEGER, family INTEGER, forwarded INTEGER,
+    how INTEGER, flags INTEGER, uid INTEGER, inode INTEGER, comm BLOB,
+    first_ns INTEGER, last_ns INTEGER,
+    packets_in INTEGER, bytes_in INTEGER, packets_out INTEGER, bytes_out INTEGER
+);
+CREATE TABLE processes (
+    tgid INTEGER, start_ns INTEGER, seen REAL, details BLOB,
+    PRIMARY KEY (tgid, start_ns)
+) WITHOUT ROWID;
+"""
+FROM_1 = """
+DROP INDEX IF EXISTS processes_seen;
+ALTER TABLE flows ADD COLUMN payer INTEGER DEFAULT 0;
+ALTER TABLE flows ADD COLUMN seen INTEGER DEFAULT 0;
+UPDATE flows SET payer = CASE tgid WHEN 0 THEN 4294967295 ELSE uid END;
+ALTER TABLE processes ADD COLUMN payer INTEGER DEFAULT 4294967295;
+ALTER TABLE processes ADD COLUMN size INTEGER DEFAULT 0;
+UPDATE processes SET seen = 0, size = length(details) + 100,
+    payer = coalesce(json_extract(CAST(details AS TEXT), '$.uid'), 4294967295);
+CREATE INDEX processes_payer ON processes (payer, seen, size);
+CREATE TABLE elapsed (boot_id TEXT, boot REAL, uptime REAL, real REAL, seconds REAL);
+CREATE TABLE identity (name BLOB);
+INSERT INTO identity VALUES (randomblob(16));
+"""
+"""`payer` as in nlproto.tables.shares; `seen` in seconds of daemon.history.elapsed, never of a day;
+`size` in bytes of the file."""
+FROM_2 = """
+ALTER TABLE flows ADD COLUMN domain INTEGER DEFAULT 0;
+CREATE TABLE names (id INTEGER PRIMARY KEY, name TEXT);
+"""
+"""`domain` is the `id` of a name (nlproto.overheard.names), 0: none."""
+FROM_3 = """
+CREATE TABLE IF NOT EXISTS hours (number INTEGER PRIMARY KEY, about BLOB);
+DROP INDEX IF EXISTS flows_comm;
+"""
+"""`hours` has the sealed files (daemon.history.hours). What is not sealed is an hour or two: no
+index of its programs is needed."""
+INDEXES = {
+    "flows_lport": "lport, last_ns",
+    "flows_rport": "rport, last_ns",
+    "flows_ends": "lport, rport, last_ns",
+    "flows_tgid": "tgid, last_ns",
+    "flows_last": "last_ns",
+    "flows_payer": "payer, seen",
+}
+COLUMNS = tuple(FLOW.names or ())[1:]
+_WRITTEN = (*COLUMNS, "payer", "seen")
+_UPDATED = (
+    "how flags uid inode comm domain first_ns last_ns packets_in bytes_in packets_out bytes_out"
+    " payer seen"
+).split()
+WRITE_FLOW = (
+    f"INSERT INTO flows (id, {', '.join(_WRITTEN)}) VALUES (?{', ?' * len(_WRITTEN)})"
+    " ON CONFLICT (id) DO UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in _UPDATED)
+)
+WRITE_PROCESS = (
+    "INSERT OR REPLACE INTO processes (tgid, start_ns, seen, details, payer, size)"
+    " VALUES (?, ?, ?, ?, ?, ?)"
+)
+HAS_PROCESS = "SELECT 1 FROM processes WHERE tgid = ? AND start_ns = ?"
+ROW_SIZE = 280
+"""Bytes of a flow, with its places in the indexes."""
+
+
+def rows_of(ids: np.ndarray, flows: np.ndarray, *more: np.ndarray) -> Iterator[tuple[Any, ...]]:
+    """Values for WRITE_FLOW; SQLite's integers are signed."""
+    columns: list[list[Any]] = [ids.tolist()]
+    for name in COLUMNS:
+        column = np.ascontiguousarray(flows[name])
+        if column.ndim == 2:
+            raw = column.tobytes()
+            columns.append([raw[at : at + 16] for at in range(0, len(raw), 16)])
+        elif column.dtype.kind == "u" and column.dtype.itemsize == 8:
+            columns.append(column.view(np.int64).tolist())
+        else:
+            columns.append(column.tolist())
+    return zip(*columns, *(column.tolist() for column in more), strict=True)
+
+
+def flows_of(rows: Sequence[tuple[Any, ...]]) -> np.ndarray:
+    flows = np.zeros(len(rows), FLOW)
+    for position, name in enumerate(COLUMNS, 1):
+        values = [row[position] for row in rows]
+        if FLOW[name].ndim:
+            flows[name] = np.frombuffer(b"".join(values), np.uint64).reshape(-1, 2)
+        elif FLOW[name] == np.uint64:
+            flows[name] = np.array(values, np.int64).view(np.uint64)
+        else:
+            flows[name] = values
+    return flows
+
+
+def signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: MIT
+"""What leaves the history's database for a sealed file, and what leaves the sealed files."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import numpy as np
+
+from daemon.history.details import sums
+from daemon.history.hours import Hours
+from daemon.history.schema import COLUMNS, INDEXES, flows_of, signed
+from daemon.history.sealed import Broken, Contents, Key, Rows
+from nlproto.errors import Error
+
+__all__ = ["Sealing", "drop", "seal", "shorten"]
+
+MOST = 400_000
+"""Rows of one file: an hour of 100 flows a second, and a little more."""
+LEAST = 16_384
+_HOUR = 3600
+_PIECE = 20_000  # rows read at a time
+
+_ROWS = f"SELECT id, {', '.join(COLUMNS)}, payer, seen FROM flows WHERE id BETWEEN ? AND ?"
+_DETAILS = "SELECT details FROM processes WHERE tgid = ? AND start_ns = ?"
+_NAME = "SELECT name FROM names WHERE id = ?"
+_DELETE_FLOW = "DELETE FROM flows WHERE id = ?"
+_DELETE_PROCESS = (
+    "DELETE FROM processes WHERE tgid = ? AND start_ns = ? AND NOT EXISTS (SELECT 1 FROM flows"
+    " WHERE flows.tgid = processes.tgid AND flows.start_ns = processes.start_ns)"
+)
+
+
+class Sealing(Protocol):
+    """What is asked of the database (daemon.history.store.Store)."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def hours(self) -> Hours: ...
+
+    def transaction(self, durable: bool = False) -> AbstractContextManager[sqlite3.Connection]: ...
+
+    def mark_time(self) -> int: ...
+
+
+def seal(store: Sealing, in_memory: Callable[[np.ndarray], np.ndarray], most: int = MOST) -> int:
+    """Move rows that will not change any more into a file, when there is an hour of them.
+
+    `in_memory`: which ids may still change. How many rows went. Raises Error; then none did.
+    """
+    with store.transaction() as writer:
+        now = store.mark_time()
+        ids = np.array(writer.execute("SELECT id FROM flows ORDER BY id").fetchall(), np.int64)
+        ids = ids.reshape(-1).astype(np.uint64)
+        ids = ids[~in_memory(ids)][:most]
+        if len(ids) < min(most, LEAST):
+            return 0
+        (seen,) = writer.execute("SELECT seen FROM flows WHERE id = ?", (int(ids[0]),)).fetchone()
+        if len(ids) < most and now - seen < _HOUR:
+            return 0
+        rows = _rows(writer, ids)
+        owners = set(zip(rows["tgid"].tolist(), rows["start_ns"].tolist(), strict=True))
+        owners.discard((0, 0))
+        details = dict(_details(writer, owners))
+        names = dict(_names(writer, set(rows["domain"].tolist())))
+    try:
+        piece = store.hours.write(Contents(rows, details, sums(rows, details), names))
+    except OSError as error:
+        raise Error(f"{store.path}: no hour is sealed: {error.strerror}") from None
+    with store.transaction(durable=True) as writer:
+        done = store.hours.change(writer, [piece], ())
+        # making the indexes anew takes less than taking so many rows out of each
+        for name in INDEXES:
+            writer.execute(f"DROP INDEX {name}")
+        writer.executemany(_DELETE_FLOW, ((one,) for one in ids.tolist()))
+        for name, fields in INDEXES.items():
+            writer.execute(f"CREATE INDEX {name} ON flows ({fields})")
+        writer.executemany(_DELETE_PROCESS, ((tgid, signed(start)) for tgid, start in owners))
+    done()
+    return len(ids)
+
+
+def _rows(writer: sqlite3.Connection, ids: np.ndarray) -> Rows:
+    parts = []
+    for at in range(0, len(ids), _PIECE):
+        wanted = ids[at : at + _PIECE]
+        found = writer.execute(_ROWS, (int(wanted[0]), int(wanted[-1]))).fetchall()
+        numbers = np.array([row[0] for row in found], np.uint64)
+        keep = np.isin(numbers, wanted, assume_unique=True)
+        flows = flows_of(found)[keep]
+        part = {name: flows[name] for name in COLUMNS}
+        part["id"] = numbers[keep]
+        part["payer"] = np.array([row[-2] for row in found], np.uint64)[keep]
+        part["seen"] = np.array([row[-1] for row in found], np.int64)[keep]
+        parts.append(part)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _details(writer: sqlite3.Connection, owners: set[Key]) -> Iterator[tuple[Key, bytes]]:
+    for tgid, start_ns in owners:
+        found = writer.execute(_DETAILS, (tgid, signed(start_ns))).fetchone()
+        if found is not None:
+            yield (tgid, start_ns), bytes(found[0])
+
+
+def _names(writer: sqlite3.Connection, numbers: set[int]) -> Iterator[tuple[int, str]]:
+    for number in numbers:
+        found = writer.execute(_NAME, (signed(number),)).fetchone()
+        if found is not None:
+            yield number, found[0]
+
+
+def drop(store: Sealing, before: int) -> int:
+    """Remove the files of which nothing was seen at that second or later. Raises Error."""
+    old = set(store.hours.too_old(before))
+    if not old:
+        return 0
+    gone = sum(piece.rows for piece in store.hours.pieces if piece.number in old)
+    with store.transaction(durable=True) as writer:
+        done = store.hours.change(writer, (), old)
+    done()
+    return gone
+
+
+def shorten(store: Sealing, keep: int) -> int:
+    """Make the files smaller until they have `keep` bytes, so that nobody's flood costs others.
+
+    How many rows went. Raises Error.
+    """
+    hours = store.hours
+    if hours.size <= keep:
+        return 0
+    # a sixteenth at least, or a file would be written anew each time
+    goes = hours.surplus(min(keep, hours.size * 15 // 16))
+    gone = 0
+    for piece in hours.pieces:
+        which = goes.get(piece.number)
+        if which is None:
+            continue
+        try:
+            contents = hours.without(piece, which)
+            new = [] if contents is None else [hours.write(contents)]
+        except Broken:
+            new = []  # nobody can read it, and it takes others' place
+        except OSError as error:
+            raise Error(f"{store.path}: no hour is shortened: {error.strerror}") from None
+        with store.transaction(durable=True) as writer:
+            done = hours.change(writer, new, [piece.number])
+        done()
+        gone += piece.rows - sum(one.rows for one in new)
+    return gone

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: MIT
+"""Values on the command line: each function reads one, or raises ArgumentTypeError."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import socket
+from contextlib import suppress
+from datetime import datetime, time, timedelta
+
+__all__ = ["buffer", "count", "interval", "moment", "port", "seconds", "size"]
+
+
+def count(text: str) -> int:
+    """A whole number above 0."""
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """A time span in seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: write 30, 60s, 5m, 2h or 1d")
+    scale = {"ms": 0.001, None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+    return float(found[1]) * scale
+
+
+def moment(text: str) -> float:
+    """Seconds before now: of a time span, a time of day (the last one), or a date."""
+    with suppress(argparse.ArgumentTypeError):
+        return seconds(text)
+    now = datetime.now().astimezone()
+    try:
+        if re.fullmatch(r"\d\d?:\d\d(:\d\d)?", text):
+            clock = time.fromisoformat(text if text[2] == ":" else f"0{text}")
+            then = datetime.combine(now, clock, now.tzinfo)
+            then -= timedelta(days=then > now)
+        else:
+            then = datetime.fromisoformat(text).astimezone()
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no time: write 5m, 2h, 14:30 or 2026-05-28T14:30"
+        ) from None
+    if then > now:
+        raise argparse.ArgumentTypeError(f"{text!r} is yet to come")
+    return (now - then).total_seconds()
+
+
+def interval(text: str) -> float:
+    """Seconds between two looks."""
+    found = seconds(text)
+    if found < 0.1:
+        raise argparse.ArgumentTypeError(f"{text!r} is too short to look at: 100ms or more")
+    return found
+
+
+def size(text: str) -> int:
+    """Millions of bytes as tcpdump's -C counts, or with k, m, g: 2 to the 10th, 20th, 30th."""
+    found = re.fullmatch(r"(\d+)([kmg])?b?", text.lower())
+    if not found or int(found[1]) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 100 (million bytes) or 1g")
+    scale = {None: 10**6, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}[found[2]]
+    return int(found[1]) * scale
+
+
+def buffer(text: str) -> int:
+    """Bytes; the kernel pins them."""
+    if not (text.isascii() and text.isdigit()) or not 256 <= int(text) <= 1 << 20:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of KiB from 256 to 1048576")
+    return int(text) << 10
+
+
+def port(text: str) -> int:
+    """A port, or the name of its service."""
+    if text.isascii() and text.isdigit() and int(text) < 65536:
+        return int(text)
+    for proto in ("tcp", "udp"):
+        try:
+            return socket.getservbyname(text, proto)
+        except OSError:
+            continue
+    raise argparse.ArgumentTypeError(f"{text!r} is no port")

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: MIT
+"""Which name a process asked for before it talked to an address.
+
+An answer belongs to the process that asked: the owner of the flow to the server, which must have
+sent there. A resolver of the system (systemd-resolved, dnsmasq) asks for others: its answers serve
+all processes of its network namespace that have no own, and where several names have one address,
+the flow has them all. So do, for 5 s, answers of whose asker nothing is known.
+
+A name is a flow's if it was there before the flow and its time to live had not ended; the flow
+keeps it. A ClientHello's name is its own flow's.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from nlproto.overheard.dns import Answer
+from nlproto.overheard.names import SEPARATOR, Names
+from nlproto.records.ends import FlowKey, Way
+from nlproto.records.wire import among
+from nlproto.tables.column_table import mix, random_seed
+
+__all__ = ["Beginnings", "Domains", "SeenFlows", "flow_keys"]
+
+_LIMIT = 1 << 16  # addresses that processes asked for
+_OF_RESOLVERS = 1 << 14
+_FLOWS = 1 << 16
+_WAITING = 4096  # answers whose asker is not known yet
+_ASKERS = 8192
+_NAMES = 4  # of one address
+_GRACE_NS = 5_000_000_000  # from the end of a name's time to live to the connection it was for
+_RECENT = 512
+_SYSTEM_UIDS = 1000  # users of the system have lower numbers
+_RESOLVERS = frozenset((b"systemd-resolve", b"dnsmasq", b"unbound", b"named", b"nscd", b"dnsdist",
+                        b"pdns_recursor", b"kresd", b"dnscrypt-proxy", b"stubby", b"coredns",
+                        b"sssd_nss", b"sssd_be", b"cloudflared", b"dockerd"))  # fmt: skip
+_DNS = 53
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    name: str
+    asked_ns: int
+    until_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Asker:
+    tgid: int
+    start_ns: int
+    uid: int
+    netns: int
+    is_resolver: bool
+
+
+class Beginnings(Protocol):
+    """Knows when flows began."""
+
+    def note(self, flows: np.ndarray) -> None:
+        """Remember when these were seen first."""
+
+    def first_seen(self, flows: np.ndarray) -> np.ndarray:
+        """Return CLOCK_MONOTONIC ns of the first packet of each FLOW, 0 of one that is new."""
+
+
+class SeenFlows:
+    """The Beginnings of up to twice `limit` flows."""
+
+    def __init__(self, limit: int = 1 << 15) -> None:
+        self._limit = limit
+        self._new: dict[int, int] = {}
+        self._old: dict[int, int] = {}
+
+    def note(self, flows: np.ndarray) -> None:
+        """See Beginnings."""
+        if len(self._new) > self._limit:
+            self._old, self._new = self._new, {}
+        for number, since in zip(flows["hash"].tolist(), flows["first_ns"].tolist(), strict=True):
+            if number not in self._new:
+                self._new[number] = self._old.get(number, since)
+
+    def first_seen(self, flows: np.ndarray) -> np.ndarray:
+        """See Beginnings."""
+        numbers = flows["hash"].tolist()
+        found = (self._new.get(one) or self._old.get(one, 0) for one in numbers)
+        return np.fromiter(found, np.uint64, len(numbers))
+
+
+class Domains:
+    """Fed and asked in one thread; number_of() in any. `names` keeps the texts."""
+
+    def __init__(self, names: Names, beginnings: Beginnings | None = None) -> None:
+        self.names = names
+        self.beginnings: Beginnings = beginnings or SeenFlows()
+        self.evicted = 0
+        self._seed = random_seed()
+        self._asked: dict[tuple[int, int, int, bytes], tuple[int, list[_Asked]]] = {}
+        self._by_user: dict[int, OrderedDict[tuple[int, int, int, bytes], None]] = {}
+        self._resolved: OrderedDict[tuple[int, int, bytes], list[_Asked]] = OrderedDict()
+        self._waiting: OrderedDict[Way, list[tuple[Answer, int]]] = OrderedDict()
+        self._askers: OrderedDict[Way, _Asker] = OrderedDict()
+        self._sent: OrderedDict[int, None] = OrderedDict()
+        self._hellos: OrderedDict[Way, tuple[str, int]] = OrderedDict()
+        self._flows: OrderedDict[FlowKey, int] = OrderedDict()
+        self._known = np.zeros(0, np.uint64)
+        self._recent: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._asked) + len(self._resolved)
+
+    # What is heard
+
+    def add_answer(self, way: Way, answer: Answer, time_ns: int) -> None:
+        """The server at the remote end of `way` answered."""
+        if not answer.addresses:
+            return
+        asker = self._askers.get(way)
+        if asker is not None:
+            self._keep(asker, answer, time_ns)
+            return
+        waiting = self._waiting.setdefault(way, [])
+        if len(waiting) < _NAMES:
+            waiting.append((answer, time_ns))
+        _bound(self._waiting, _WAITING)
+
+    def add_hello(self, way: Way, name: str, time_ns: int) -> None:
+        """The client at the local end of `way` asked for `name`."""
+        self._hellos[way] = name, time_ns
+        _bound(self._hellos, _WAITING)
+
+    def _keep(self, asker: _Asker, answer: Answer, time_ns: int) -> None:
+        for family, raw, ttl in answer.addresses:
+            lasts_ns = ttl * 1_000_000_000 if asker.tgid else 0
+            new = _Asked(answer.name, time_ns, time_ns + lasts_ns + _GRACE_NS)
+            if asker.is_resolver:
+                found = self._resolved.setdefault((asker.netns, family, raw), [])
+                self._resolved.move_to_end((asker.netns, family, raw))
+                _bound(self._resolved, _OF_RESOLVERS)
+            else:
+                found = self._of_process(asker, family, raw)
+            found[:] = [one for one in found if one.name != new.name][: _NAMES - 1]
+            found.insert(0, new)
+            self._recent.add(int(self._hashes(np.frombuffer(raw, np.uint64).reshape(1, 2))[0]))
+        if len(self._recent) > _RECENT:
+            everything = np.fromiter(self._recent, np.uint64, len(self._recent))
+            self._known = np.union1d(self._known, everything)
+            self._recent.clear()
+            if len(self._known) > 2 * (_LIMIT + _OF_RESOLVERS):
+                self._rebuild()
+
+    def _of_process(self, asker: _Asker, family: int, raw: bytes) -> list[_Asked]:
+        key = (asker.tgid, asker.start_ns, family, raw)
+        uid, found = self._asked.setdefault(key, (asker.uid, []))
+        order = self._by_user.setdefault(uid, OrderedDict())
+        order[key] = None
+        order.move_to_end(key)
+        if len(self._asked) > _LIMIT:
+            self._evict()
+        return found
+
+    def _evict(self) -> None:
+        """The user with most gives, his oldest."""
+        user, order = max(self._by_user.items(), key=lambda item: len(item[1]))
+        for _ in range(max(1, min(len(order) - 1, _LIMIT // 64))):
+            key, _ = order.popitem(last=False)
+            del self._asked[key]
+            self.evicted += 1
+        if not order:
+            del self._by_user[user]
+
+    def _rebuild(self) -> None:
+        raws = [key[3] for key in self._asked] + [key[2] for key in self._resolved]
+        words = np.frombuffer(b"".join(raws), np.uint64).reshape(-1, 2)
+        self._known = np.unique(self._hashes(words))
+
+    def _hashes(self, words: np.ndarray) -> np.ndarray:
+        return mix((words[:, 0], words[:, 1]), self._seed)
+
+    # Flows
+
+    def stamp(self, flows: np.ndarray) -> None:
+        """Learn who asks, and fill in `domain` of FLOWs that this is known of."""
+        self.beginnings.note(flows)
+        self._learn(flows)
+        if not (self._recent or len(self._known) or self._hellos):
+            return
+        hashes = self._hashes(flows["raddr"])
+        maybe = among(hashes, self._known)
+        if self._recent:
+            maybe |= among(hashes, np.fromiter(self._recent, np.uint64, len(self._recent)))
+        if self._hellos:
+            maybe |= (flows["rport"] == 443) & (flows["proto"] == socket.IPPROTO_TCP)
+        rows = np.flatnonzero(maybe & (flows["tgid"] != 0) & (flows["forwarded"] == 0))
+        if not len(rows):
+            return
+        some = flows[rows]
+        first = self.beginnings.first_seen(some)
+        first = np.where(first, np.minimum(first, some["first_ns"]), some["first_ns"])
+        found = [
+            self._name(key, since)
+            for key, since in zip(flow_keys(some), first.tolist(), strict=True)
+        ]
+        flows["domain"][rows] = found
+
+    def _learn(self, flows: np.ndarray) -> None:
+        near = flows["laddr"].view(np.uint8).reshape(len(flows), 16)
+        sends = (near[:, 0] == 127) & (flows["packets_out"] != 0) & (flows["cookie"] != 0)
+        for cookie in flows["cookie"][sends & (flows["family"] == socket.AF_INET)].tolist():
+            self._sent[cookie] = None
+        _bound(self._sent, _ASKERS)
+        rows = np.flatnonzero((flows["rport"] == _DNS) & (flows["forwarded"] == 0))
+        if not len(rows):
+            return
+        some = flows[rows]
+        for key, row in zip(flow_keys(some), some, strict=True):
+            # behind a DNAT of its own namespace a socket sends to another port
+            if not row["packets_out"] and int(row["cookie"]) not in self._sent:
+                continue
+            tgid, start_ns, way = key
+            uid = int(row["uid"])
+            # whoever it was that the engine was too late for: as a resolver's, for a moment
+            is_resolver = not tgid or uid < _SYSTEM_UIDS and bytes(row["comm"]) in _RESOLVERS
+            asker = self._askers[way] = _Asker(tgid, start_ns, uid, way[0], is_resolver)
+            self._askers.move_to_end(way)
+            for answer, time_ns in self._waiting.pop(way, ()):
+                self._keep(asker, answer, time_ns)
+        _bound(self._askers, _ASKERS)
+
+    def _name(self, key: FlowKey, since_ns: int) -> int:
+        """The number of the name of a flow that began at `since_ns`."""
+        number = self._flows.get(key, 0)
+        hello = self._hellos.get(key[2])
+        if hello is not None and hello[1] >= since_ns:
+            number = self.names.number(hello[0])
+            del self._hellos[key[2]]
+        elif not number:
+            number = self._by_answers(key, since_ns)
+        if number:
+            self._flows[key] = number
+            self._flows.move_to_end(key)
+            _bound(self._flows, _FLOWS)
+        return number
+
+    def _by_answers(self, key: FlowKey, since_ns: int) -> int:
+        tgid, start_ns, way = key
+        _, own = self._asked.get((tgid, start_ns, way[2], way[5]), (0, ()))
+        for one in own:  # the latest first
+            if one.asked_ns <= since_ns <= one.until_ns:
+                return self.names.number(one.name)
+        candidates = [
+            one.name
+            for one in self._resolved.get((way[0], way[2], way[5]), ())
+            if one.asked_ns <= since_ns <= one.until_ns
+        ]
+        return self.names.number(SEPARATOR.join(candidates), of_resolver=True)
+
+    def number_of(self, key: FlowKey) -> int:
+        """Return the number of a flow's name, 0: none. Any thread."""
+        return self._flows.get(key, 0)
+
+    @property
+    def any_named(self) -> bool:
+        """Whether any flow has a name."""
+        return bool(self._flows)
+
+    def counts(self) -> Counter[str]:
+        """Return sizes, for stats."""
+        return Counter(addresses=len(self), flows=len(self._flows), evicted=self.evicted)
+
+
+def flow_keys(flows: np.ndarray) -> Iterator[FlowKey]:
+    """Yield the key of each FLOW."""
+    near = np.ascontiguousarray(flows["laddr"]).tobytes()
+    far = np.ascontiguousarray(flows["raddr"]).tobytes()
+    fields = ("tgid", "start_ns", "netns", "proto", "family", "lport", "rport")
+    columns = [flows[name].tolist() for name in fields]
+    for at, (tgid, start, netns, proto, family, lport, rport) in enumerate(
+        zip(*columns, strict=True)
+    ):
+        place = slice(16 * at, 16 * at + 16)
+        yield tgid, start, (netns, proto, family, near[place], lport, far[place], rport)
+
+
+def _bound(table: OrderedDict, limit: int) -> None:  # type: ignore[type-arg]
+    while len(table) > limit:
+        table.popitem(last=False)

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: MIT
+"""What is known of far ends, as the one who asks may see it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nlproto.overheard.domains import Domains
+from nlproto.overheard.names import is_of_resolver
+from nlproto.records.ends import record_keys
+
+__all__ = ["LiveEnds"]
+
+
+class LiveEnds:
+    """What this process overhears. `own` leaves out what resolvers asked for others."""
+
+    def __init__(self, domains: Domains, own: bool = False) -> None:
+        self._domains = domains
+        self._own = own
+
+    def for_own(self) -> LiveEnds:
+        """Return what who sees only their own packets may know."""
+        return LiveEnds(self._domains, own=True)
+
+    def domains(self, records: np.ndarray) -> list[str]:
+        """See Ends."""
+        if not self._domains.any_named:
+            return [""] * len(records)
+        numbers = map(self._domains.number_of, record_keys(records))
+        return [self.text(number) for number in numbers]
+
+    def text(self, number: int) -> str:
+        """Return the name, as far as it may be shown."""
+        if not number or self._own and is_of_resolver(number):
+            return ""
+        return self._domains.names.text(number)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: MIT
+"""Names of far ends as numbers of 64 bits: what a flow has room for, in memory and in files.
+
+The number is made of the name alone, so it means the same in every file and every run.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from hashlib import blake2b
+
+__all__ = ["SEPARATOR", "Names", "is_of_resolver"]
+
+SEPARATOR = "|"
+"""Between names of which a resolver was asked all: nobody knows which one is meant."""
+_LIMIT = 1 << 16
+
+
+def is_of_resolver(number: int) -> bool:
+    """Whether a resolver asked for the name, for anybody: not to be shown to who sees only his."""
+    return bool(number & 1)
+
+
+class Names:
+    """The last `limit` names used. Thread-safe."""
+
+    def __init__(self, limit: int = _LIMIT) -> None:
+        self._limit = limit
+        self._texts: OrderedDict[int, str] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def number(self, name: str, of_resolver: bool = False) -> int:
+        """Return the number of `name`, from now on known; 0 of no name."""
+        if not name:
+            return 0
+        number = int.from_bytes(blake2b(name.encode(), digest_size=8).digest()) & ~1 | of_resolver
+        number = number or 2
+        with self._lock:
+            self._texts[number] = name
+            self._texts.move_to_end(number)
+            if len(self._texts) > self._limit:
+                self._texts.popitem(last=False)
+        return number
+
+    def text(self, number: int) -> str:
+        """Return the name, "" when it is not known any more."""
+        return self._texts.get(number, "")

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: MIT
+"""The beginnings of TCP streams, put together from segments in any order; bounded."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+__all__ = ["Streams"]
+
+_SEGMENTS = 32  # of one stream, that wait for one before them
+_WRAP = 1 << 32
+
+
+@dataclass(slots=True)
+class _Stream:
+    next_seq: int
+    data: bytearray = field(default_factory=bytearray)
+    early: dict[int, bytes] = field(default_factory=dict)
+
+
+class Streams:
+    """At most `limit` streams of `most` bytes each; the one that was silent longest goes."""
+
+    def __init__(self, limit: int, most: int) -> None:
+        self._limit = limit
+        self._most = most
+        self._streams: OrderedDict[Hashable, _Stream] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._streams
+
+    def begin(self, key: Hashable, seq: int) -> None:
+        """The first byte of stream `key` has sequence number `seq`."""
+        self._streams[key] = _Stream(seq % _WRAP)
+        self._streams.move_to_end(key)
+        if len(self._streams) > self._limit:
+            self._streams.popitem(last=False)
+
+    def end(self, key: Hashable) -> None:
+        """Nobody wants more of it."""
+        self._streams.pop(key, None)
+
+    def add(self, key: Hashable, seq: int, payload: bytes) -> bytearray | None:
+        """Take a segment; the bytes in order so far, of which the caller may delete the first.
+
+        None: the stream is not known, or has grown too large and is let go.
+        """
+        stream = self._streams.get(key)
+        if stream is None:
+            return None
+        self._streams.move_to_end(key)
+        stream.early[seq] = payload
+        while stream.early:
+            for at in stream.early:
+                behind = (stream.next_seq - at) % _WRAP  # bytes of it that came before
+                if behind < _WRAP // 2:
+                    break
+            else:
+                break
+            new = stream.early.pop(at)[behind:]
+            stream.data += new
+            stream.next_seq = (stream.next_seq + len(new)) % _WRAP
+        waiting = sum(map(len, stream.early.values()))
+        if len(stream.early) > _SEGMENTS or len(stream.data) + waiting > self._most:
+            self.end(key)
+            return None
+        return stream.data

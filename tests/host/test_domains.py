@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: MIT
+"""Far ends have the names that the process asked for: real servers and clients on loopback."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from nameserver import AAAA, CNAME, A, NameServer
+from nlproto.client.client import DaemonClient
+from waiting import until
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
+
+SERVER = "127.0.53.53"
+
+CLIENT = """
+import socket, sys
+from nameserver import ask
+name, kind, tcp, port, answers, address, wait = sys.argv[1:8]
+if name:
+    ask(name, int(kind), "127.0.53.53", tcp == "tcp")
+family = socket.AF_INET6 if ":" in address else socket.AF_INET
+with socket.socket(family, socket.SOCK_STREAM) as peer:
+    peer.connect((address, int(port)))
+    print(peer.getsockname()[1], flush=True)
+    sys.stdin.readline()
+"""
+
+ZONE = {
+    "www.example": [("www.example", A, 300, "127.0.53.80")],
+    "alias.example": [
+        ("alias.example", CNAME, 300, "cdn.example"),
+        ("cdn.example", CNAME, 300, "edge.example"),
+        ("edge.example", A, 60, "127.0.53.81"),
+    ],
+    "other.example": [("nobody-asked.example", A, 60, "127.0.53.82")],
+    "six.example": [("six.example", AAAA, 300, "::1")],
+    "stream.example": [("stream.example", A, 300, "127.0.53.83")],
+}
+
+
+@pytest.fixture(name="listener", scope="module")
+def _listener():
+    with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture(name="served", autouse=True, scope="module")
+def _served():
+    with NameServer(ZONE, SERVER):
+        yield
+
+
+class Client:
+    """A process that asks for a name and connects to an address."""
+
+    def __init__(self, name, port, address, kind=A, tcp=""):
+        words = [name, str(kind), tcp, str(port), "", address, ""]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", CLIENT, *words],
+            env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(__file__))},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        line = self.process.stdout.readline()
+        assert line, "the client could not connect"
+        self.port = int(line)
+
+    def end(self):
+        self.process.communicate(b"\n", timeout=20)
+        assert self.process.returncode == 0
+
+
+@pytest.fixture(name="connect")
+def _connect(listener):
+    clients = []
+
+    def connect(name, address, **more):
+        clients.append(Client(name, listener, address, **more))
+        return clients[-1]
+
+    yield connect
+    for client in clients:
+        client.end()
+
+
+def seen(daemon, client):
+    """The flow of the client's connection, from its own side."""
+
+    def look():
+        with DaemonClient(daemon.path) as asking:
+            flows = asking.who(port=client.port)["flows"]
+        found = [flow for flow in flows if flow["pid"] == client.process.pid]
+        return found[0] if found else None
+
+    return until(look)
+
+
+@pytest.mark.parametrize(
+    ("name", "address", "more"),
+    [
+        ("www.example", "127.0.53.80", {}),
+        ("WWW.eXample", "127.0.53.80", {}),
+        ("alias.example", "127.0.53.81", {}),
+        ("six.example", "::1", {"kind": AAAA}),
+        ("stream.example", "127.0.53.83", {"tcp": "tcp"}),
+    ],
+)
+def test_a_far_end_has_the_name_that_the_process_asked_for(daemon, connect, name, address, more):
+    client = connect(name, address, **more)
+    until(lambda: seen(daemon, client)["domain"] == name.lower(), 20, "its name")
+    stranger = connect("", address)
+    assert seen(daemon, stranger)["domain"] == ""
+
+
+def test_an_address_of_a_name_that_nobody_asked_for_has_none(daemon, connect):
+    assert seen(daemon, connect("other.example", "127.0.53.82"))["domain"] == ""
+
+
+def test_names_are_in_the_file_of_the_history(start, connect, tmp_path):
+    daemon = start(config=f"history: {tmp_path}/history.db\n")
+    client = connect("www.example", "127.0.53.80")
+    until(lambda: seen(daemon, client)["domain"] == "www.example", 20, "its name")
+    assert daemon.stop(signal.SIGTERM) == 0
+    again = start(config=f"history: {tmp_path}/history.db\n")
+    until(lambda: seen(again, client)["domain"] == "www.example", 20, "its name")

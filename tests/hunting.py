@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: MIT
+"""Runs the hunter as a program, beside a server that echoes."""
+
+import contextlib
+import re
+import socket
+import subprocess
+import sys
+import threading
+
+from waiting import patient
+
+HUNTER = [sys.executable, "-m", "hunter"]
+DAEMON = [sys.executable, "-m", "daemon"]
+
+ECHO = """
+import os, socket, sys
+with socket.create_server(("127.0.0.1", 0)) as server:
+    print(os.getpid(), server.getsockname()[1], flush=True)
+    while True:
+        peer, _ = server.accept()
+        while data := peer.recv(65536):
+            peer.sendall(data)
+        peer.close()
+"""
+
+TALK = """
+import socket, sys, time
+time.sleep(float(sys.argv[3]))
+with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as peer:
+    for _ in range(int(sys.argv[2])):
+        peer.sendall(b"x" * 100)
+        peer.recv(100, socket.MSG_WAITALL)
+        time.sleep(0.01)
+    time.sleep(float(sys.argv[4]))
+"""
+
+
+@contextlib.contextmanager
+def echo():
+    process = subprocess.Popen([sys.executable, "-c", ECHO], stdout=subprocess.PIPE, text=True)
+    try:
+        pid, port = map(int, process.stdout.readline().split())
+        yield pid, port
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def hunt(*arguments, timeout=60, **options):
+    return subprocess.run(
+        [*HUNTER, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=patient(timeout),
+        **options,
+    )
+
+
+# as nobody, who may still read this Python wherever it is installed
+NOBODY = "setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all,+dac_read_search"
+NOBODY = [
+    *NOBODY.split(),
+    "--ambient-caps=+dac_read_search",
+    "--bounding-set=-all,+dac_read_search",
+]
+
+
+def hunt_as_nobody(*arguments):
+    command = [*NOBODY, *HUNTER, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=patient(60))
+
+
+def talk(port, times=5, wait=0.2):
+    """Engine packet can name nobody whose socket is gone before it has asked: it stays a while."""
+    words = (TALK, port, times, patient(wait), patient(0.3))
+    return ["--all", "--", sys.executable, "-c", *map(str, words)]
+
+
+@contextlib.contextmanager
+def traffic(port):
+    """Echoes on one connection until the end of the context."""
+    ended = threading.Event()
+
+    def run():
+        with socket.create_connection(("127.0.0.1", port)) as peer:
+            while not ended.wait(0.005):
+                peer.sendall(b"x" * 50)
+                peer.recv(50, socket.MSG_WAITALL)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def begun(process):
+    """Wait for the greeting on stderr."""
+    line = process.stderr.readline()
+    while "Ctrl-C ends" not in line:
+        assert line, "the hunter ended at once"
+        line = process.stderr.readline()
+
+
+def account_of(stderr):
+    """The figures of the closing account, checked to close."""
+    seen = re.search(r"(\d+) packets seen", stderr)
+    records = re.search(r"(\d+) records = (\d+) delivered \+ (\d+) lost", stderr)
+    shown = re.search(r"(\d+) (?:shown|saved) = (\d+) named.*? \+ (\d+) unnamed", stderr)
+    assert seen and records and shown, stderr
+    assert int(records[1]) == int(records[2]) + int(records[3])
+    assert int(shown[1]) == int(shown[2]) + int(shown[3])
+    return {
+        "seen": int(seen[1]),
+        "delivered": int(records[2]),
+        "lost": int(records[3]),
+        "shown": int(shown[1]),
+        "named": int(shown[2]),
+    }
+
+
+def owners(rows, port):
+    """pid of the records of either end of connections to `port`: (server's, client's)."""
+    server, client = set(), set()
+    for row in rows:
+        own = row["sport"] if row["dir"] == "out" else row["dport"]
+        (server if int(own) == port else client).add(row["pid"])
+    return server, client

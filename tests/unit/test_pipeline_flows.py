@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: MIT
+"""A pipeline that reads sums of flows while nobody wants packets."""
+
+import threading
+import time
+
+import numpy as np
+
+from nlproto.records import wire
+from replaying import Replay, pipeline_of
+from waiting import until
+
+
+class Summing(Replay):
+    """An engine with groups packets and flows: `stream` is told from where it is asked for."""
+
+    def __init__(self, records, make_batch):
+        super().__init__()
+        self.instance = 7
+        self.records = records
+        self.make_batch = make_batch
+        self.at = 0
+        self.limit = len(records)
+        self.queued = []
+        self.opening = self.tail_at()
+
+    def tail_at(self):
+        tail = np.zeros(1, wire.TAIL)
+        tail["record_seq"] = tail["packets"] = self.at
+        return tail
+
+    def next(self, count):
+        """The next `count` records, in the present group; flows of up to 5 records."""
+        records = self.records[self.at : self.at + count]
+        batch = self.make_batch(records, self.at)
+        self.at += len(records)
+        if self.group == "packets":
+            return batch
+        parts = [records[n : n + 5] for n in range(0, len(records), 5)]
+        flows = np.zeros(len(parts), wire.FLOW_RECORD)
+        for flow, part in zip(flows, parts, strict=True):
+            flow["last"] = part[-1]
+            flow["last"]["len"], flow["last"]["hdr_len"] = part["len"].sum(), 0
+            flow["last"]["gso_segs"] = len(part)
+            flow["first_ns"], flow["records"] = part["time_ns"][0], len(part)
+        return wire.FlowBatch(batch.head, flows, self.at, 0)
+
+    def read(self, timeout):
+        if self.queued:
+            yield self.queued.pop(0)
+        elif self.at < self.limit:
+            yield self.next(20)
+        else:
+            time.sleep(min(timeout, 0.01))
+
+    def catch_up(self):
+        yield from ()
+        self.closing = self.tail_at()
+
+    def want_packets(self, wanted):
+        self.queued.append(self.next(13))  # recorded until now, and not yet read
+        self.group = "packets" if wanted else "flows"
+        self.opening = self.tail_at()
+
+    def finish(self, until_ns=None):
+        yield from self.queued
+        self.closing = self.tail_at()
+
+
+def test_flows_and_packets_in_turn_give_the_sums_of_packets_alone(make_records, make_batch):
+    records = make_records(
+        *({"time_ns": 10**9 + n, "len": 60 + n % 11, "hdr_len": 28} for n in range(4000))
+    )
+    engine, sums, one_by_one = Summing(records, make_batch), [], []
+    first, last = [], []
+
+    def take(batch):
+        sums.append(int(batch.flows["packets_out"].sum()))
+        first.append(int(batch.flows["first_ns"].min()))
+        last.append(int(batch.flows["last_ns"].max()))
+        one_by_one.extend(batch.records["time_ns"].tolist())
+
+    pipeline = pipeline_of(engine, packets=False)
+    pipeline.subscribe(take)
+    total = []
+    pipeline.subscribe(lambda batch: total.append(int(batch.flows["bytes_out"].sum())))
+    with pipeline:
+        wanted = False
+        while engine.at < 4000:
+            wanted = not wanted
+            pipeline.want_packets(wanted)
+            passed = threading.Event()
+            pipeline.barrier(passed.set)
+            assert passed.wait(20)
+    assert sum(sums) == 4000
+    assert sum(total) == int(records["len"].sum())
+    assert (min(first), max(last)) == (10**9, 10**9 + 3999)
+    assert 0 < len(one_by_one) < 4000
+    assert len(set(one_by_one)) == len(one_by_one)
+    assert pipeline.account.delivered == 4000
+    assert pipeline.account.closes()
+
+
+def test_after_a_barrier_there_are_only_packets_for_who_wanted_them(make_records, make_batch):
+    records = make_records(*({"time_ns": 10**9 + n} for n in range(1000)))
+    engine, after = Summing(records, make_batch), []
+    engine.limit = 200
+    pipeline = pipeline_of(engine, packets=False)
+    passed = threading.Event()
+    pipeline.subscribe(lambda batch: passed.is_set() and after.append(len(batch.records)))
+    with pipeline:
+        until(lambda: engine.at >= 200)
+        pipeline.want_packets(True)
+        pipeline.barrier(passed.set)
+        assert passed.wait(20)
+        engine.limit = 1000
+        until(lambda: sum(after) >= 700)
+    assert all(after)
+
+
+def test_flows_that_nobody_can_take_are_lost_as_many_records(make_records, make_batch):
+    def broken(batch):
+        raise RuntimeError("no")
+
+    engine = Summing(make_records(*({"time_ns": 10**9 + n} for n in range(100))), make_batch)
+    pipeline = pipeline_of(engine, packets=False)
+    pipeline.subscribe(broken)
+    with pipeline:
+        until(lambda: pipeline.account.lost["failed"] == 100)
+    assert pipeline.account.closes()
+
+
+def test_an_engine_without_flows_keeps_what_its_kernel_had_no_memory_for(make_records, make_batch):
+    class Old(Replay):
+        instance = 7
+
+        def want_packets(self, wanted):
+            pass
+
+    batch = make_batch(make_records({}, {}), 5)
+    head = batch.head.copy()
+    head["lost"], head["packets"] = 5, 7
+    engine = Old([wire.Batch(head, batch.records)])
+    engine.opening = np.zeros(1, wire.TAIL)
+    pipeline = pipeline_of(engine, packets=False)
+    with pipeline:
+        until(lambda: pipeline.account.delivered == 2)
+        pipeline.want_packets(True)
+        passed = threading.Event()
+        pipeline.barrier(passed.set)
+        assert passed.wait(20)
+    assert pipeline.account.lost["alloc"] == 5
+    assert pipeline.account.closes()
