@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Which processes hold a socket: inode -> descriptors under /proc/PID/fd, learnt step by step.
 
-A full walk costs time in proportion to all descriptors of the machine, so what is known is
-checked by one readlink, processes born since the last walk are asked first, and full walks
-are rationed.
+A full walk costs time in proportion to all descriptors of the machine. So full walks are
+rationed. What is known is checked by one readlink, and newborn processes are asked first.
 """
 
 import contextlib
