@@ -21,11 +21,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from nlproto.client.client import DaemonClient, StreamBatch
+from nlproto.client.client import DaemonClient, Event, StreamBatch
 from nlproto.client.frames import Kind, encode_json
 from nlproto.errors import Error
 
@@ -143,7 +144,7 @@ def _attack(kind: str, path: str, count: int) -> None:
     if kind in ("churn", "hellos"):
         _churn(kind, path, count)
     held = [_connect(path) for _ in range(count)]
-    requests = {
+    requests: Callable[[int], list[bytes]] = {
         "filters": lambda n: [_request(1, "subscribe", filter=_name_filter(n))],
         "patterns": lambda n: [
             _request(i, "subscribe", filter=f'pname "{"[" * 4000}"') for i in range(100)
@@ -240,7 +241,7 @@ class Found:
     term: float = 0.0
     memory: int = 0
     """Most resident memory of the daemon, bytes."""
-    stats: dict[str, object] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
 
     def p99(self, name: str) -> float:
         values = sorted(self.waited[name])
@@ -305,18 +306,17 @@ def measure(path: str, pid: int, seconds: float, uid: int, preparing: float = PR
 def _read(client: DaemonClient, sender: _Sender, found: Found) -> None:
     try:
         while not sender.ended.is_set():
-            events = client.read(0.1)
-            found.received += sum(len(e.batch.records) for e in events if _is_batch(e))
+            found.received += _records_in(client.read(0.1))
         sender.join()
         end = client.unsubscribe()
-        found.received += sum(len(e.batch.records) for e in client.read(0) if _is_batch(e))
+        found.received += _records_in(client.read(0))
         found.sent, found.dropped = sender.sent, end["dropped"]
     except Error as error:
         found.failed.append(f"watching: {error}")
 
 
-def _is_batch(event: object) -> bool:
-    return isinstance(event, StreamBatch)
+def _records_in(events: Iterable[Event]) -> int:
+    return sum(len(one.batch.records) for one in events if isinstance(one, StreamBatch))
 
 
 def _ask(path: str, what: str, found: Found, until: float, port: int) -> None:

@@ -19,12 +19,12 @@ import re
 import sqlite3
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 
-from daemon.history.details import sums
+from daemon.history.details import Sum, places_in, sums
 from daemon.history.memory import Question
 from daemon.history.sealed import Broken, Contents, Key, Rows, Sealed, seal
 from daemon.system.directory import HeldDirectory
@@ -300,7 +300,7 @@ class Hours:
 
     def process(self, key: Key) -> bytes | None:
         """Details of who an answer of ask() named."""
-        return self._told(key, lambda sealed: sealed.processes().get(key))
+        return self._told(key, lambda sealed: sealed.process(key))
 
     def name(self, number: int) -> str:
         """The name of a far end that an answer of ask() has; "" where there is none."""
@@ -319,10 +319,10 @@ class Hours:
                 return None
 
     def usage(
-        self, since_ns: int, stop: Callable[[], None]
-    ) -> Iterator[tuple[list[Any], dict[int, str]]]:
+        self, pieces: tuple[Piece, ...], since_ns: int, stop: Callable[[], None]
+    ) -> Iterator[tuple[list[Sum], dict[int, str]]]:
         """Yield sums() of what was last seen since then, and names of far ends, of each file."""
-        for piece in self.pieces:
+        for piece in pieces:
             if piece.newest_ns < since_ns:
                 return
             stop()
@@ -337,7 +337,7 @@ class Hours:
                     rows = _joined(sealed.rows(since_ns))
                     new = rows["last_ns"] >= since_ns
                     rows = {name: column[new] for name, column in rows.items()}
-                    yield sums(rows, sealed.processes()), sealed.names()
+                    yield sums(rows, places_in(sealed.processes())), sealed.names()
                 except Broken as error:
                     self._tell(piece.number, error)
 
@@ -394,7 +394,7 @@ class Hours:
         details = {key: raw for key, raw in details.items() if key in owners}
         numbers = set(rows["domain"].tolist())
         names = {number: name for number, name in names.items() if number in numbers}
-        return Contents(rows, details, sums(rows, details), names, piece.number)
+        return Contents(rows, details, sums(rows, places_in(details)), names, piece.number)
 
 
 def _joined(parts: Iterable[Rows]) -> Rows:

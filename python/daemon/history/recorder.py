@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from daemon.history.details import Group, Place, Sum, add, place, sums
 from daemon.history.memory import FlowMemory, Question
 from daemon.history.schema import ROW_SIZE
 from daemon.history.sealing import LEAST, MOST
@@ -38,10 +39,10 @@ log = logging.getLogger(__name__)
 class Recorder:
     """A History and, with `history` configured, a thread that writes it to a Store.
 
-    A context manager; on exit everything is written. What SIGKILL can take is what came since
-    the last flush interval. What cannot be written waits in memory, in the bounds of `processes`
-    and of the History, and is written when it can be: also by a daemon that could not open its
-    file at start. Raises UsageError when the directory of the file is not there.
+    A context manager; on exit everything is written. SIGKILL can take what came since the last
+    flush interval. What cannot be written waits in memory, in the bounds of `processes` and of the
+    History. It is written when that is possible, even if the file could not be opened at start.
+    Raises UsageError when the directory of the file is not there.
     """
 
     def __init__(self, config: Config, processes: Processes, payers: Payers | None = None) -> None:
@@ -126,6 +127,36 @@ class Recorder:
         here = self.history.has(np.array([number for number, _ in rows], np.uint64))
         older = [row for row, known in zip(rows, here.tolist(), strict=True) if not known]
         return len(older), older
+
+    def usage(
+        self, since_ns: int, stop: Callable[[], None] = lambda: None
+    ) -> tuple[dict[Group, list[int]], dict[int, str]]:
+        """What was used by flows last seen since then, each in memory or in the files.
+
+        And names of far ends that this daemon does not know. Raises Error.
+        """
+        here = self.history.seen_since(since_ns)
+        found: dict[Group, list[int]] = {}
+        names: dict[int, str] = {}
+        _add_up(found, sums(here, self._place))
+        store = self._store
+        while store is not None:
+            pieces = store.hours.pieces
+            stored = [
+                sums(rows, self._place) for rows in store.seen_since(since_ns, here["id"], stop)
+            ]
+            if store.hours.pieces is not pieces:
+                continue  # rows moved meanwhile
+            for part in stored:
+                _add_up(found, part)
+            for part, told in store.hours.usage(pieces, since_ns, stop):
+                _add_up(found, part)
+                names |= told
+            break
+        return found, names
+
+    def _place(self, key: ProcessKey) -> Place:
+        return place(self._processes.get(*key) or self.past_process(*key))
 
     def remembers_since(self) -> float:
         """Unix time: what was seen later is still known, in memory or in the file."""
@@ -307,3 +338,8 @@ class Recorder:
             return
         if gone:
             log.info("history: %d flows were too old or too many", gone)
+
+
+def _add_up(found: dict[Group, list[int]], part: list[Sum]) -> None:
+    for group, values in part:
+        add(found, group, values)

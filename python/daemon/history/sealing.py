@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from daemon.history.details import sums
+from daemon.history.details import places_in, sums
 from daemon.history.hours import Hours
 from daemon.history.schema import COLUMNS, INDEXES, flows_of, signed
 from daemon.history.sealed import Broken, Contents, Key, Rows
@@ -69,7 +69,7 @@ def seal(store: Sealing, in_memory: Callable[[np.ndarray], np.ndarray], most: in
         details = dict(_details(writer, owners))
         names = dict(_names(writer, set(rows["domain"].tolist())))
     try:
-        piece = store.hours.write(Contents(rows, details, sums(rows, details), names))
+        piece = store.hours.write(Contents(rows, details, sums(rows, places_in(details)), names))
     except OSError as error:
         raise Error(f"{store.path}: no hour is sealed: {error.strerror}") from None
     with store.transaction(durable=True) as writer:

@@ -25,7 +25,7 @@ import numpy as np
 from daemon.history.details import encoded, space
 from daemon.history.elapsed import Elapsed, Moment, read_moment
 from daemon.history.hours import Hours
-from daemon.history.memory import Question, payers_of
+from daemon.history.memory import USED, Question, payers_of
 from daemon.history.query import conditions, ways
 from daemon.history.schema import (
     APPLICATION,
@@ -56,6 +56,7 @@ OWN_DIRECTORY = "/var/lib/packet-hunter"
 """The only one that is made when it is not there."""
 
 _BUSY = 5000  # ms
+_AT_ONCE = 10_000  # rows read at a time
 _STEPS = 20_000
 """Of SQLite's machine, some ms, between two looks whether anybody still wants the answer."""
 _AGED = 3600  # s at most between two looks for what is too old: they read a whole index
@@ -399,6 +400,27 @@ class Store:
         found = [(rows[index][0], flows[index]) for index in order.tolist()]
         # the files after the database: what moves meanwhile is found twice and not never
         return self.hours.ask(question, until_ns, found, stop)
+
+    def seen_since(
+        self, since_ns: int, but: np.ndarray, stop: Callable[[], None]
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yield columns USED of flows in the database, without those of the ids `but`."""
+        query = f"SELECT {', '.join(USED)} FROM flows WHERE last_ns >= ?"
+        try:
+            with contextlib.closing(self._connect_reader()) as reader:
+                found = reader.execute(query, (since_ns,))
+                while rows := found.fetchmany(_AT_ONCE):
+                    stop()
+                    part: dict[str, np.ndarray] = {}
+                    for name, values in zip(USED, zip(*rows, strict=True), strict=True):
+                        kind = "S16" if name == "comm" else np.int64
+                        part[name] = np.array(values, kind)
+                        if name != "comm":
+                            part[name] = part[name].view(np.uint64)
+                    stays = ~np.isin(part["id"], but)
+                    yield {name: column[stays] for name, column in part.items()}
+        except sqlite3.Error as error:
+            raise Error(f"history {self.path}: {error}") from None
 
     def _fetch(self, query: str, values: list[Any], stop: Callable[[], None]) -> list[Any]:
         """On a connection of its own: nobody waits for another's question."""

@@ -105,6 +105,7 @@ _COLUMNS = (
     Column("image", Kind.TEXT, of_process=True),
     Column("pod", Kind.TEXT, of_process=True),
     Column("parents", Kind.PEOPLE, of_process=True),
+    Column("sha256", Kind.TEXT, of_process=True),
 )
 """Names and order of what is saved; stable: new ones come at the end. All formats follow this.
 
@@ -112,7 +113,7 @@ _COLUMNS = (
 on the wire that the record stands for, `hdr_len` the bytes of headers that each of them has,
 `start_ns` the start of the process in ns since boot, `creator` the pid that made the socket,
 `community_id` the flow's name for Zeek, Suricata and others, `parents` who started the process,
-the nearest first.
+the nearest first, `sha256` that of its program, where the daemon was told to look.
 """
 
 KINDS = {column.name: column.kind for column in _COLUMNS}

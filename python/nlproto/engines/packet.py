@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Engine `packet`: AF_PACKET and sock_diag, for machines where the module cannot be loaded.
 
-What it cannot know: a socket that is closed before its first packet was looked up (a process
-that lives some milliseconds); which of several holders sent; what a local multicast sender's
-own host receives (the kernel shows no tap those copies); what NAT on this host made of a tuple.
+It cannot know
+- a socket that is closed before its first packet was looked up: a process that lives milliseconds;
+- which of several holders sent;
+- what this host receives of its own multicast: the kernel shows no tap those copies;
+- what NAT on this host made of a tuple.
 It taps before the firewall (in) and after it (out), and fragments as fragments.
 """
 
@@ -106,8 +108,8 @@ class _Capture:
 class PacketEngine:
     """Captures in every network namespace that it may enter; see nlproto.engines.engine.Engine.
 
-    Batches are of its own `instance` and of CPU 0; what a ring had no room for appears as a gap
-    in record_seq, so as lost in "socket". Raises NoPrivilege without CAP_NET_RAW.
+    Batches are of its own `instance` and of CPU 0. What a ring had no room for appears as a gap
+    in record_seq, and so as lost in "socket". Raises NoPrivilege without CAP_NET_RAW.
     """
 
     name = "packet"

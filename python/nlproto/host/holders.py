@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Which processes hold a socket: inode -> descriptors under /proc/PID/fd, learnt step by step.
 
-A full walk costs time in proportion to all descriptors of the machine, so what is known is
-checked by one readlink, processes born since the last walk are asked first, and full walks
-are rationed. So is what the sockets of one user cost: sockets that only a message in flight
-refers to, or that hundreds of processes have, are dear to look up and cheap to make.
+A full walk costs time in proportion to all descriptors of the machine. So full walks are
+rationed. What is known is checked by one readlink, and newborn processes are asked first. So is
+what the sockets of one user cost: a socket that only a message in flight refers to, or that
+hundreds of processes have, is dear to look up and cheap to make.
 """
 
 import contextlib

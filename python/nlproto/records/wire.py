@@ -29,6 +29,7 @@ __all__ = [
     "HOW_NAMES",
     "INFO",
     "MAX_TEXT",
+    "NO_CPU",
     "PROCESS",
     "RECORD",
     "SNAP",
@@ -108,6 +109,9 @@ HOLDER = dtype_of("sniffer_holder")
 INFO = dtype_of("sniffer_info")
 COUNTERS = dtype_of("sniffer_counters")
 SNAP = dtype_of("sniffer_snap")
+
+NO_CPU = 0xFFFF
+"""Of a TAIL of engine ebpf: counts packets that its programs were left out for, on whatever CPU."""
 
 _HOW_VALUES: dict[str, int] = {
     name.removeprefix("SNIFFER_HOW_").lower(): value
