@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from nlproto.host.sockdiag import TcpState
+from nlproto.host.sockdiag import MAPPED, TcpState
 from nlproto.records.wire import PROTO_NAMES, address_text
 
 __all__ = ["Network", "fields", "fitting", "held", "listening", "unmapped"]
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-_MAPPED = np.frombuffer(bytes(10) + b"\xff\xff", np.uint8)
+_MAPPED = np.frombuffer(MAPPED, np.uint8)
 _NOT_ACCEPTED = (TcpState.ESTABLISHED, TcpState.SYN_RECV, TcpState.CLOSE_WAIT)
 _STATES = {
     1: "established",
