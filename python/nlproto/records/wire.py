@@ -133,7 +133,7 @@ def how_name(how: int) -> str:
 
 
 def how_value(name: str) -> int:
-    """Return the value of a `how` name; raise Error for a word that names none."""
+    """Return the value of a `how` name. Raises Error for a word that names none."""
     try:
         return _HOW_VALUES[name]
     except KeyError:
@@ -291,7 +291,10 @@ def decode_struct(buf: bytes | memoryview, dtype: np.dtype[np.void]) -> np.void:
 
 
 def decode_array(buf: bytes | memoryview, dtype: np.dtype[np.void]) -> np.ndarray:
-    """Return `buf` as a read-only array of `dtype`; raise Error when it is no whole number."""
+    """Return `buf` as a read-only array of `dtype`, shape (n,).
+
+    Raises Error when it is no whole number of them.
+    """
     if len(buf) % dtype.itemsize:
         raise Error(f"malformed message: {len(buf)} bytes are no multiple of {dtype.itemsize}")
     return np.frombuffer(memoryview(buf).toreadonly(), dtype)
