@@ -146,6 +146,8 @@ def test_nobody_is_said_with_how_far_back_that_is_known():
     text = shown()
     assert "nobody" in text and "since" in text and ":" in text
     assert "still reading" in shown(complete=False)
+    assert shown(port=None) == "nothing listens that you may see\n"
+    assert "still reading" in shown(port=None, complete=False)
 
 
 @pytest.mark.parametrize("width", [20, 36, 60])

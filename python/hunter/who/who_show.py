@@ -39,7 +39,10 @@ def show(
     owners, flows = answer["owners"], answer["flows"]
     limit = options.limit or _ROWS
     if not owners and not flows:
-        console.print(_nobody(answer, now) if remembers else "nobody now")
+        if options.listening and answer["complete"]:
+            console.print("nothing listens that you may see")
+        else:
+            console.print(_nobody(answer, now) if remembers else "nobody now")
         return
     if not answer.get("complete", True):
         console.print("the daemon is still reading the kernel's tables", style="dim")
