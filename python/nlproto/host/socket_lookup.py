@@ -94,7 +94,7 @@ class SocketLookup:
         return self.find(Tuple(one.proto, one.family, one.local, one.lport, ANY, 0))
 
     def bound(self, proto: int, port: int, older_ns: int = _BOUND_NS) -> np.ndarray:
-        """Return UDP sockets, or TCP listeners, on `port`, as of `older_ns` ago at most."""
+        """Return UDP sockets or TCP listeners on `port`: HOST_SOCKETs at most `older_ns` old."""
         now = self._now_ns()
         asked, sockets = self._bound.get((proto, port), (None, np.zeros(0, HOST_SOCKET)))
         if asked is None or now - asked >= older_ns:

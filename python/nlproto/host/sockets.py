@@ -53,7 +53,7 @@ def listening(table: np.ndarray) -> np.ndarray:
 
 
 def unmapped(table: np.ndarray) -> np.ndarray:
-    """Return `table` with IPv4 traffic of IPv6 sockets (::ffff:a.b.c.d) as IPv4."""
+    """Return `table` (HOST_SOCKET) with IPv4 traffic of IPv6 sockets (::ffff:a.b.c.d) as IPv4."""
     mapped = (table["family"] == socket.AF_INET6) & (table["saddr"][:, :12] == _MAPPED).all(axis=1)
     if not mapped.any():
         return table

@@ -269,7 +269,7 @@ def taken(rows: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def among(values: np.ndarray, some: np.ndarray) -> np.ndarray:
-    """Whether each of `values` is one of `some`: np.isin() without the 2 MB that it imports."""
+    """Mask of `values`: is each one of `some`? As np.isin(), without the 2 MB that it imports."""
     if not len(some):
         return np.zeros(len(values), bool)
     some = np.sort(some)
@@ -361,7 +361,7 @@ def encode_batch(head: np.void, records: np.ndarray) -> bytes:
 
 
 def decode_process(buf: bytes | memoryview) -> ProcessEvent:
-    """Return the process event in `buf` (attribute SNIFFER_A_PROCESS); raise Error if too short.
+    """Return the process event in `buf` (attribute SNIFFER_A_PROCESS). Raises Error if too short.
 
     A module that tells no cgroup ends it where that begins.
     """
