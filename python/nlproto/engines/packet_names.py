@@ -135,7 +135,7 @@ class PacketNames:
         self._soon = Budget(_SOON_SHARE, _SOON_SAVED_NS, now_ns)
 
     def name(self, records: np.ndarray, to_all: np.ndarray) -> np.ndarray:
-        """Fill in owners and reasons; return the records to deliver.
+        """Fill in owners and reasons; return the records to deliver (RECORD, shape (n,)).
 
         A packet for several sockets (`to_all`) becomes one record each, further ones flagged as
         copies. Forwarded packets, tapped on the way in and again on the way out, become one.

@@ -14,7 +14,7 @@ import numpy as np
 from nlproto.host.holders import Holders
 from nlproto.host.namespace_sockets import NamespaceSockets
 from nlproto.host.procfs import Owner
-from nlproto.host.sockdiag import HOST_SOCKET, TcpState
+from nlproto.host.sockdiag import HOST_SOCKET, MAPPED, TcpState
 from nlproto.host.sockets import held
 from nlproto.records.wire import among, text
 from nlproto.running.budget import Budget
@@ -33,7 +33,6 @@ _ROUND_NS = 60_000_000_000
 """And those of a connected one, which traffic tells sooner."""
 _ASKED = 200
 """Connected sockets of a round that are asked about in one look."""
-_MAPPED = bytes(10) + b"\xff\xff"
 
 
 Endpoint = tuple[int, int, int, bytes, int]
@@ -272,8 +271,8 @@ def _entries(netns: int, row: np.void, owners: tuple[Owner, ...]) -> Iterator[Bo
 
 
 def _endpoint(netns: int, proto: int, family: int, address: bytes, port: int) -> Endpoint:
-    if family == socket.AF_INET6 and address.startswith(_MAPPED):
-        family, address = socket.AF_INET, address[len(_MAPPED) :].ljust(16, b"\0")
+    if family == socket.AF_INET6 and address.startswith(MAPPED):
+        family, address = socket.AF_INET, address[len(MAPPED) :].ljust(16, b"\0")
     return netns, proto, family, address, port
 
 
