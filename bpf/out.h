@@ -39,9 +39,10 @@ static __always_inline void out_named(struct sniffer_record *r, struct net *net,
 	u8 state;
 
 	/*
-	 * Tunnels leave the inner sender in skb->sk and say with the other one, if
-	 * at all, whose the packet is; IPv6 says there the listener of a SYN
-	 * cookie, but also whose packet a firewall answers with a reset.
+	 * A tunnel leaves the inner sender in skb->sk; the tunnel's own socket
+	 * is the other one, if it is given. For IPv6 that may also be the
+	 * listener of a SYN cookie, or the socket of a packet that a firewall
+	 * answers with a reset.
 	 */
 	if (!sk || (given && r->proto == IPPROTO_UDP)) {
 		trusted &= sk == given;

@@ -39,10 +39,10 @@ log = logging.getLogger(__name__)
 class Recorder:
     """A History and, with `history` configured, a thread that writes it to a Store.
 
-    A context manager; on exit everything is written. What SIGKILL can take is what came since
-    the last flush interval. What cannot be written waits in memory, in the bounds of `processes`
-    and of the History, and is written when it can be: also by a daemon that could not open its
-    file at start. Raises UsageError when the directory of the file is not there.
+    A context manager; on exit everything is written. SIGKILL can take what came since the last
+    flush interval. What cannot be written waits in memory, in the bounds of `processes` and of the
+    History. It is written when that is possible, even if the file could not be opened at start.
+    Raises UsageError when the directory of the file is not there.
     """
 
     def __init__(self, config: Config, processes: Processes, payers: Payers | None = None) -> None:

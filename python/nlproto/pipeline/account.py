@@ -7,8 +7,8 @@
                 + waiting (received, not yet handed on)
     delivered = named + unnamed (by reason)
 
-Each CPU's totals come from its counters and sequences at the first and last moment known, not
-from adding up gaps, so batches that arrive out of order change nothing. Not thread-safe.
+Each CPU's totals come from its counters and sequences at the first and last moment known. No
+gaps are added up, so batches that arrive out of order change nothing. Not thread-safe.
 """
 
 from collections.abc import Callable
@@ -262,8 +262,8 @@ class Account:
     def as_dict(self, settled: bool = False) -> dict[str, object]:
         """Return all figures, for JSON.
 
-        `settled`: as if the records that wait were not yet received; what the worker that hands
-        records on asks for, to whom everything else is either behind or still to come.
+        `settled`: leave out the records that still wait. The worker asks so: for it each record
+        is either handed on or still to come.
         """
         later = self.waiting if settled else 0
         position = self.position
