@@ -36,7 +36,9 @@ test-vm: tools ## the module on PACKET_HUNTER_KERNEL (default: Debian's 6.1, in 
 	$(PYTEST) tests/vm --ignore tests/vm/test_attribution.py
 test-attribution: tools ## the ground-truth suite; ENGINE=ebpf; REPEAT=10: each ten times, LOAD=1: every CPU busy
 	PACKET_HUNTER_REPEAT=$(REPEAT) PACKET_HUNTER_LOAD=$(LOAD) PACKET_HUNTER_ENGINE=$(filter ebpf,$(ENGINE)) $(PYTEST) tests/vm/test_attribution.py
-test-matrix: tools ## tests/vm on 5.10, 6.1, 6.12 (two), 7.2, 7.3: a table of build, load, attribution, unload, dmesg
+test-ebpf: tools ## a part of it with engine ebpf, as make test plays it
+	PACKET_HUNTER_ENGINE=ebpf PACKET_HUNTER_SOME=1 $(PYTEST) tests/vm/test_attribution.py
+test-matrix: tools ## tests/vm on 5.10, 6.1, 6.12 (two), 7.2, 7.3: a table of build, load, attribution, unload, ebpf, dmesg
 	@PYTHONPATH=tests/vm $(PYTHON) -m vmtest.matrix
 test-kasan: tools ## tests/vm and two minutes of stress on a 6.1 with KASAN, lockdep, kmemleak (compiled once, 10 min)
 	PACKET_HUNTER_KERNEL=6.1-debug PACKET_HUNTER_STRESS=120 $(PYTEST) tests/vm
@@ -64,6 +66,8 @@ bench-kernel: tools ## what the module costs, in instructions, in QEMU
 	PYTHONPATH=tests/vm $(PYTHON) bench/kernel_cost.py
 bench-daemon: tools ## ingest, history at a million flows, port questions
 	PYTHONPATH=python $(PYTHON) bench/daemon_cost.py
+bench-history: tools ## a month of history at 100 flows/s: its size, questions to it (8 GB in TMPDIR)
+	PYTHONPATH=python $(PYTHON) bench/history_cost.py
 bench-memory: tools ## the daemon's memory with 1,000 to 1,000,000 flows
 	PYTHONPATH=python $(PYTHON) bench/memory_cost.py
 bench-start: tools ## the first look at 50,000 sockets, beside psutil and lsof (root)
@@ -86,4 +90,4 @@ clean: ## remove what was built, .venv too
 distclean: ## clean, and what tests keep in ~/.cache/packet-hunter (kernels, modules, boxes)
 	@./build.sh distclean
 
-.PHONY: help run demo test tools lint test-unit test-host test-vm test-attribution test-matrix test-kasan test-vagrant test-browser test-packages test-bare fuzz nonsense attack soak bench bench-kernel bench-daemon bench-memory bench-start bench-hunter bench-accuracy menu deb clean distclean
+.PHONY: bench-history help run demo test tools lint test-unit test-host test-vm test-attribution test-ebpf test-matrix test-kasan test-vagrant test-browser test-packages test-bare fuzz nonsense attack soak bench bench-kernel bench-daemon bench-memory bench-start bench-hunter bench-accuracy menu deb clean distclean

@@ -149,7 +149,7 @@ enum sniffer_flag {
 	SNIFFER_F_SEEDED	= 4,	/* found in an fd table at module load */
 	SNIFFER_F_DEAD		= 8,	/* owner had closed it or exited by then */
 	SNIFFER_F_KERNEL	= 16,	/* kernel socket */
-	SNIFFER_F_AMBIGUOUS	= 32,	/* several hold it: could accept it, or none was seen to use it */
+	SNIFFER_F_AMBIGUOUS	= 32,	/* the owner is a guess among several holders */
 	SNIFFER_F_COPY		= 64,	/* further receiver of a packet already recorded */
 };
 
@@ -184,10 +184,11 @@ struct sniffer_record {
 };
 
 /*
- * Records of one CPU that differ in time, thread, size and TCP flags alone, as
- * one. In last, time_ns, tid and seq are the latest record's, tcp_flags all that
- * were set, gso_segs the sum, len the bytes after segmentation of all, hdr_len 0:
- * so len + (gso_segs - 1) * hdr_len are the bytes on the wire, as of any record.
+ * One for all records of a CPU that differ only in time, thread, size and TCP
+ * flags. In last, time_ns, tid and seq are those of the latest record; tcp_flags
+ * has all that were set; gso_segs is the sum; len is the bytes of all after
+ * segmentation; hdr_len is 0. So, as in any record, the bytes on the wire are
+ * len + (gso_segs - 1) * hdr_len.
  */
 struct sniffer_flow_record {
 	struct sniffer_record last;

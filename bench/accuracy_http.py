@@ -143,7 +143,7 @@ def free_port() -> int:
 def serving(port: int, directory: Path) -> Iterator[int]:
     """`python3 -m http.server`; its pid."""
     (directory / "page").write_bytes(b"x" * PAGE)
-    command = [sys.executable, "-m", "http.server", str(port), "--bind", HOST, "-d", directory]
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", HOST, "-d", str(directory)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(500):
@@ -159,7 +159,7 @@ def serving(port: int, directory: Path) -> Iterator[int]:
 def ask(port: int, requests: int, seconds: float) -> list[tuple[int, int, int]]:
     """Play the requests one after another: (CLOCK_MONOTONIC ns, local port, pid) of each curl."""
     command = ["curl", "-s", "-o", "/dev/null", "-w", "%{local_port}", f"http://{HOST}:{port}/page"]
-    claims = []
+    claims: list[tuple[int, int, int]] = []
     until = time.monotonic() + seconds
     while len(claims) < requests and time.monotonic() < until:
         began = time.monotonic_ns()

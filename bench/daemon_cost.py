@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -85,6 +85,9 @@ class Synthetic:
 
     def want_packets(self, wanted: bool) -> None:
         pass
+
+    def want_first_bytes(self, wanted: bool) -> bool:
+        return False
 
     def catch_up(self) -> Any:
         return iter(())
@@ -160,7 +163,7 @@ def ingest(count: int, flows: int, filters: int = 0, new: bool = False) -> dict[
 
         def take(batch: NamedBatch) -> None:
             nonlocal taken
-            history.update(batch.flows, batch.clock)
+            history.update(cast(np.ndarray, batch.flows), batch.clock)
             taken += len(batch.records)
 
         pipeline.subscribe(take)
@@ -260,7 +263,7 @@ def million() -> np.ndarray:
     return summarize(records)
 
 
-QUESTIONS = {
+QUESTIONS: dict[str, dict[str, Any]] = {
     "port 53, 60 s": {"port": 53, "since_ns": 60},
     "port 53": {"port": 53},
     "port 443": {"port": 443},
@@ -324,7 +327,9 @@ async def _owner(batches: list[bytes], rate: int) -> dict[str, float]:
         )
         path = f"{directory}/s"
         with SocketFile(path) as file, Recorder(config, processes) as recorder, pipeline:
-            pipeline.subscribe(lambda batch: recorder.history.update(batch.flows, batch.clock))
+            pipeline.subscribe(
+                lambda batch: recorder.history.update(cast(np.ndarray, batch.flows), batch.clock)
+            )
             server = Server(loop, Answers(pipeline, recorder.history), config, dict)
             server.start(file.socket)
             asking = subprocess.Popen(

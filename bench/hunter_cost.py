@@ -19,7 +19,7 @@ import termios
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from hunter.show.names import Names
 from hunter.top.app import Top
 from hunter.top.state import State
 from hunter.top.views import FlowsView
+from nlproto.engines.engine import Engine
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records import wire
@@ -174,10 +175,10 @@ async def annotate(size: int, flows: int) -> list[str]:
         packets = write_capture(capture, size, flows, now)
         path = f"{directory}/s"
         pipeline = Pipeline(
-            Nothing(),
+            cast(Engine, Nothing()),
             account=Account(),
             processes=processes,
-            portmap=PortMap(),  # type: ignore[arg-type]
+            portmap=PortMap(),
         )
         with SocketFile(path) as file, Recorder(config, processes) as recorder:
             known = records(flows, 200)

@@ -36,12 +36,14 @@ def serve(flows: int) -> None:
     """In a process of its own: read flows from stdin, tell the memory, end."""
     import daemon.__main__  # all that packet-hunterd imports  # noqa: F401
     from daemon import service
+    from daemon.history.recorder import Recorder
     from daemon.system.config import Config
     from daemon_engine import Piped
 
-    start, recorders = resident(), []
+    start = resident()
+    recorders: list[Recorder] = []
 
-    class Known(service.Recorder):
+    class Known(Recorder):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             recorders.append(self)
@@ -53,8 +55,7 @@ def serve(flows: int) -> None:
         print(json.dumps({"start": start, "end": resident()}), flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    service.Recorder = Known  # type: ignore[misc]
-    service.open_engine = lambda *_, **__: Piped(sys.stdin.buffer)  # type: ignore[assignment]
+    vars(service).update(Recorder=Known, open_engine=lambda *_, **__: Piped(sys.stdin.buffer))
     with tempfile.TemporaryDirectory() as directory:
         config = Config(engine="module", socket=f"{directory}/s", history_flows=max(flows, 200_000))
         threading.Thread(target=watch, daemon=True).start()

@@ -80,7 +80,8 @@ struct counters {
 	u64 lost;
 	u64 full;		/* sockets or processes without room */
 	u64 woken;		/* when the reader was woken last */
-	u64 unused[2];
+	u64 calls;		/* of the first programs of pairs where packets leave */
+	u64 told;		/* packets of these pairs */
 };
 
 struct {

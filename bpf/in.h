@@ -203,7 +203,6 @@ SEC("fexit/inet_csk_clone_lock")
 int BPF_PROG(child_made, struct sock *sk, struct request_sock *req, u32 priority,
 	     struct sock *child)
 {
-	struct owner *o;
 	struct sock *parent;
 	u64 via, cookie;
 
@@ -211,11 +210,7 @@ int BPF_PROG(child_made, struct sock *sk, struct request_sock *req, u32 priority
 		return 0;
 	cookie = bpf_get_socket_cookie(child);
 	if (is_servers(sk)) {
-		o = owner_make(cookie);
-		if (o && !o->user.tgid) {
-			o->servers = 1;
-			o->dead = bpf_ktime_get_ns();
-		}
+		owner_kernel(cookie);
 		return 0;
 	}
 	via = sk->__sk_common.skc_cookie.counter;
@@ -269,10 +264,12 @@ int BPF_PROG(reset_sent, const struct sock *sk, const struct sk_buff *skb)
 }
 
 /*
- * A packet without a socket, or with one that the stack answers with: who is it
- * for? It leaves on the stack of the packet that it answers. Netfilter makes
- * packets without any (a firewall's reset, a copy), and IPVS sends on what came
- * in; of the stack's own only the SYN-ACKs of SYN cookies are such, IPv4's.
+ * Names the connection that a packet belongs to, if it has no socket or a socket
+ * that the stack uses for all its answers. It leaves on the stack of the packet
+ * that it answers. Packets without a socket are
+ * - Netfilter's: a firewall's reset, a copy;
+ * - those that IPVS forwards;
+ * - SYN-ACKs of IPv4 SYN cookies.
  */
 __noinline int answer(struct sniffer_record *r, u32 has_socket, u32 arrived_on)
 {

@@ -2,9 +2,9 @@
 #ifndef HUNTER_KERNEL_H
 #define HUNTER_KERNEL_H
 /*
- * The kernel's types, as far as the programs read them. Kept by hand: libbpf
- * moves each access to where the running kernel has the field (CO-RE), so the
- * order and the rest of each structure do not matter here.
+ * The kernel's types, as far as the programs read them. They are kept by hand:
+ * libbpf moves each access to where the running kernel has the field (CO-RE).
+ * So the order and the rest of each structure do not matter here.
  */
 #include <linux/types.h>
 #include <linux/bpf.h>

@@ -39,9 +39,10 @@ static __always_inline void out_named(struct sniffer_record *r, struct net *net,
 	u8 state;
 
 	/*
-	 * Tunnels leave the inner sender in skb->sk and say with the other one, if
-	 * at all, whose the packet is; IPv6 says there the listener of a SYN
-	 * cookie, but also whose packet a firewall answers with a reset.
+	 * A tunnel leaves the inner sender in skb->sk; the tunnel's own socket
+	 * is the other one, if it is given. For IPv6 that may also be the
+	 * listener of a SYN cookie, or the socket of a packet that a firewall
+	 * answers with a reset.
 	 */
 	if (!sk || (given && r->proto == IPPROTO_UDP)) {
 		trusted &= sk == given;
@@ -160,19 +161,25 @@ struct {
 	__type(value, struct told);
 } tolds SEC(".maps");
 
-static __always_inline int out_once(struct net *net, struct sock *sk, struct sk_buff *skb)
+static __always_inline int out_once(struct net *net, struct sock *sk, struct sk_buff *skb,
+				    bool first)
 {
-	u32 zero = 0;
+	u32 zero = 0, cpu;
 	struct told *told = bpf_map_lookup_elem(&tolds, &zero);
+	struct counters *c = counters_here(&cpu);
 	u64 *last;
 
-	if (!told)
+	if (!told || !c)
 		return 0;
+	/* calls and those of which the first was left out, less those told: both were left out */
+	if (first)
+		__sync_fetch_and_add(&c->calls, 1);
 	last = in_task_only(bpf_get_current_task_btf()) ? &told->skb[0] : &told->skb[1];
 	if (*last == (u64)skb) {
 		*last = 0;
 		return 0;
 	}
+	__sync_fetch_and_add(&c->told, 1);
 	out(net, sk, skb);
 	*last = (u64)skb;
 	return 0;
@@ -181,10 +188,10 @@ static __always_inline int out_once(struct net *net, struct sock *sk, struct sk_
 #define TWICE(function) \
 SEC("fentry/" #function) \
 int BPF_PROG(out_##function, struct net *net, struct sock *sk, struct sk_buff *skb) \
-{ return out_once(net, sk, skb); } \
+{ return out_once(net, sk, skb, true); } \
 SEC("fentry/" #function) \
 int BPF_PROG(again_##function, struct net *net, struct sock *sk, struct sk_buff *skb) \
-{ return out_once(net, sk, skb); }
+{ return out_once(net, sk, skb, false); }
 
 #ifndef HUNTER_PARTS
 TWICE(ip_output)

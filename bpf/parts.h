@@ -93,20 +93,12 @@ static __always_inline struct owner *rest_find(struct sniffer_record *r, bool in
 /* A socket that was made by a listener: until it is accepted it is for who has that. */
 static __always_inline void child_of(const u64 *via, u64 cookie)
 {
-	struct owner *o;
-
 	if (!via || *via == cookie)
 		return;
-	if (*via != KERNELS) {
-		if (owner_find(*via))
-			owner_refer(cookie, *via, SNIFFER_HOW_LISTENER);
-		return;
-	}
-	o = owner_make(cookie);
-	if (o && !o->user.tgid) {
-		o->servers = 1;
-		o->dead = bpf_ktime_get_ns();
-	}
+	if (*via == KERNELS)
+		owner_kernel(cookie);
+	else if (owner_find(*via))
+		owner_refer(cookie, *via, SNIFFER_HOW_LISTENER);
 }
 
 SEC("cgroup/sock_create")
@@ -179,8 +171,10 @@ int BPF_PROG(part_state, struct sock *sk, int oldstate, int newstate)
 			bpf_map_update_elem(&rests, &ends, &rest, BPF_ANY);
 		}
 		o = owner_find(cookie);
-		if (o && oldstate != TCP_LISTEN)
+		if (o && oldstate != TCP_LISTEN) {
 			o->dead = bpf_ktime_get_ns();
+			o->waits = oldstate == TCP_FIN_WAIT2 || oldstate == TCP_CLOSING;
+		}
 		return 0;
 	} else {
 		return 0;

@@ -6,7 +6,7 @@
  * trampolines, and tracepoints of process life. User space leaves out those
  * whose function this kernel lacks.
  */
-#include "use.h"
+#include "name.h"
 
 /* The first argument of most hooks: an inet socket in use by current. */
 static __always_inline int probe_use(struct socket *sock)
@@ -276,9 +276,11 @@ int BPF_PROG(probe_state, struct sock *sk, int oldstate, int newstate)
 {
 	struct owner *o;
 
-	if (newstate != TCP_CLOSE && oldstate != TCP_CLOSE)
-		return 0;
 	if (sk->sk_protocol != IPPROTO_TCP)
+		return 0;
+	if (newstate == TCP_FIN_WAIT1 && is_kernel(sk))
+		owner_kernel(COOKIE(sk));
+	if (newstate != TCP_CLOSE && oldstate != TCP_CLOSE)
 		return 0;
 	o = owner_find(sk->__sk_common.skc_cookie.counter);
 	if (!o || o->via)

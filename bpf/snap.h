@@ -2,9 +2,9 @@
 #ifndef HUNTER_SNAP_H
 #define HUNTER_SNAP_H
 /*
- * The first bytes of packets, while user space wishes for them. What does not
- * lie in one piece only the hooks of a cgroup can read: they come right behind
- * the record where packets leave or arrive, before it where parts send.
+ * The first bytes of packets, while user space wishes for them. Only the hooks
+ * of a cgroup can read a packet that is not in one piece. Its bytes come right
+ * behind the record where packets leave or arrive, before it where parts send.
  */
 #include "hunter.h"
 
@@ -115,9 +115,8 @@ static __always_inline long snap_load(struct __sk_buff *skb, u8 *to)
 {
 	u32 size = snap_size(skb->len);
 
-	if (size < 1 || size > SNIFFER_SNAP_LEN)
-		return -1;
-	return bpf_skb_load_bytes(skb, 0, to, size);
+	/* 6.1 believes that it is not 0 only after this */
+	return bpf_skb_load_bytes(skb, 0, to, ((size - 1) & (SNIFFER_SNAP_LEN - 1)) + 1);
 }
 
 #ifdef HUNTER_PARTS

@@ -208,6 +208,18 @@ static __always_inline void owner_refer(u64 cookie, u64 via, u8 how)
 	bpf_spin_unlock(&o->lock);
 }
 
+/* The kernel's own, also when only its cookie is left. */
+static __always_inline void owner_kernel(u64 cookie)
+{
+	struct owner *o = owner_make(cookie);
+
+	if (o && !o->user.tgid) {
+		o->servers = 1;
+		o->waits = 1;
+		o->dead = bpf_ktime_get_ns();
+	}
+}
+
 /* A socket loses its file: nobody has it any more. */
 static __always_inline void owner_release(u64 cookie)
 {

@@ -34,10 +34,12 @@ static __always_inline bool has_uring(struct task_struct *task)
 }
 
 /*
- * May current, which did not use a socket last, be its user now? It must have
- * it in its descriptor table, or in an io_uring where it called for it; if
- * nobody knows the socket, to be closing it will do. Other people's packets are
- * sent in a process's context as well, and the kernel calls for their sockets.
+ * May current be the user of a socket, if it was not the last one? Yes if
+ * - it has the socket in its descriptor table;
+ * - it has it in an io_uring, and has called for it;
+ * - nobody knows the socket, and current is closing it.
+ * In all other cases no: the kernel also sends packets of others in the context
+ * of a process, and calls for their sockets.
  */
 static __always_inline bool use_is_possible(struct gain *g, struct owner *o, u64 cookie,
 					    struct task_struct *current, bool called)

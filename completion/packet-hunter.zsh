@@ -15,6 +15,7 @@ _shtab_packet_hunter_commands() {
     report:'make a page of a saved capture'
     stats:'what the daemon has seen, and how well it names'
     top:'processes by rate, live'
+    usage:'who used how much, in an hour or a month'
     web:'the same in a browser, with the history'
     who:'what listens, and which process owns, or owned, a port'
   )
@@ -129,6 +130,18 @@ _shtab_packet_hunter_top_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_packet_hunter_top_defaults_added=0
 
+_shtab_packet_hunter_usage_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--by[sums by process, unit, container, user, domain (process)]:KEY:(process unit container user domain)"
+  "--since[so long ago (12h, 30d\; 1d), or since 14\:30, 2026-05-28 or both]:T:"
+  "--limit[at most N rows (50\; with --json 1000)]:N:"
+  "--json[one JSON object]"
+  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_packet_hunter_usage_defaults_added=0
+
 _shtab_packet_hunter_web_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--port[on 127.0.0.1 (default\: any free)]:N:_ports"
@@ -181,6 +194,7 @@ _shtab_packet_hunter() {
         report) _arguments -C -s $_shtab_packet_hunter_report_options ;;
         stats) _arguments -C -s $_shtab_packet_hunter_stats_options ;;
         top) _arguments -C -s $_shtab_packet_hunter_top_options ;;
+        usage) _arguments -C -s $_shtab_packet_hunter_usage_options ;;
         web) _arguments -C -s $_shtab_packet_hunter_web_options ;;
         who) _arguments -C -s $_shtab_packet_hunter_who_options ;;
         *) _arguments -C -s $_shtab_packet_hunter_options '*:filter word:(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe ifindex less greater)' ;;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Records gather per CPU, for who listens to packets as they are, for who listens
- * to flows summed up (merge.c), with the packets' first bytes for who asks for
+ * Records gather per CPU: as they are for readers of packets, summed up for
+ * readers of flows (merge.c), with the packets' first bytes for who asks for
  * these. They leave as Netlink messages: when one is full, when its oldest record
  * has waited flush_ms, or when a reader asks.
  * All counting happens here too, beside the batch.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Who has a socket, by the descriptor tables themselves. Asked when a socket's
- * last user lets go of it, in the context of who let go: on its way back to
- * user space or, at its end, after its descriptors are gone and before its
+ * Who has a socket, by the descriptor tables themselves. This is looked up when
+ * a socket's last user lets go of it. The process that let go does it: on its way
+ * back to user space, or at its end, when its descriptors are gone and before its
  * parent is told.
  */
 #include <linux/module.h>

@@ -4,12 +4,12 @@
  * accept every packet and change none (lookup.c may settle its socket early);
  * each becomes a record or is counted.
  *
- * Priority last, everywhere: after NAT, so that a record has the addresses
- * under which the packet goes on (for LOCAL_IN those of the socket), and after
- * filter, so that what a firewall drops was neither sent nor received. Of hooks
- * with one priority the older one runs last. So where conntrack was in use
- * before the module came, what it drops when it confirms a connection counts as
- * received; elsewhere ours is the older one.
+ * Their priority is the last one everywhere. They come after NAT: a record has
+ * the addresses under which the packet goes on, for LOCAL_IN those of the socket.
+ * They come after filter: what a firewall drops was neither sent nor received.
+ * Of hooks with one priority the older one runs last. If conntrack was in use
+ * before the module came, it is the older one; then packets that it drops when
+ * it confirms a connection count as received.
  */
 #include <linux/netfilter.h>
 #include <linux/netfilter_ipv4.h>

@@ -143,7 +143,7 @@ static bool lookup_reopens(const struct sniffer_flow *flow, const struct sock *s
 	return newer > 0 || (!newer && after(ntohl(th->seq), tw->tw_rcv_nxt));
 }
 
-/* Has @sk, found for this packet, nothing to do with it, so that the stack looks for a listener? */
+/* True if the stack will ignore @sk, found for this packet, and look for a listener. */
 static bool lookup_is_over(const struct sniffer_flow *flow, const struct sock *sk)
 {
 	const struct sock *listener;

@@ -309,10 +309,12 @@ static bool name_reset(struct sniffer_record *r)
 }
 
 /*
- * A packet without a socket, or with one that the stack answers with: who is it for?
- * Netfilter makes packets without any (a firewall's reset, a copy), and IPVS
- * sends on what came in; of the stack's own only the SYN-ACKs of SYN cookies
- * are such, IPv4's. Anybody could listen on the port of a foreign address.
+ * Names the connection that a packet belongs to, if it has no socket or a socket
+ * that the stack uses for all its answers. Packets without a socket are
+ * - Netfilter's: a firewall's reset, a copy;
+ * - those that IPVS forwards;
+ * - SYN-ACKs of IPv4 SYN cookies.
+ * A foreign address is not looked up: anybody here may listen on that port.
  */
 static void name_answer(struct sniffer_flow *flow, const struct nf_hook_state *state,
 			      const struct sock *sk)
@@ -385,9 +387,10 @@ void sniffer_name_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 	struct sock *sk = flow->skb->sk;
 
 	/*
-	 * Tunnels leave the inner sender in skb->sk and say with state->sk, if
-	 * at all, whose the packet is; IPv6 says there the listener of a SYN
-	 * cookie, but also whose packet a firewall answers with a reset.
+	 * A tunnel leaves the inner sender in skb->sk; the tunnel's own socket
+	 * is in state->sk, if anywhere. For IPv6, state->sk may also be the
+	 * listener of a SYN cookie, or the socket of a packet that a firewall
+	 * answers with a reset.
 	 */
 	if (!sk || (state->sk && r->proto == IPPROTO_UDP)) {
 		trusted &= sk == state->sk;

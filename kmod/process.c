@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The process table: everyone who used a socket, by (tgid, start time), kept
- * for a while after exit so that the last packets still have a name.
+ * The process table: everyone who used a socket, by (tgid, start time). An entry
+ * stays for a while after exit, so that the last packets still have a name.
  */
 #include <linux/cgroup.h>
 #include <linux/cred.h>
@@ -315,7 +315,7 @@ void sniffer_process_exited(struct task_struct *task)
  * sniffer_process_doubt - look soon at the sockets of a process
  * @proc: a ring of it lets go of a file; under RCU or with a reference
  *
- * However often that is, no more than one look in some seconds comes of it.
+ * Many calls together cause one look in some seconds.
  */
 void sniffer_process_doubt(struct sniffer_proc *proc)
 {

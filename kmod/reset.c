@@ -11,10 +11,10 @@
 #include "reset.h"
 
 /*
- * The connection that this CPU's stack resets: with a socket of its own, and
- * after this one has left the tables that could be searched for it. Written by
- * the tracepoint right before the packet leaves, interrupts off; read and
- * emptied by the hook that meets it, preemption off.
+ * The connection that the stack of this CPU resets. The reset leaves on another
+ * socket, and a lookup no longer finds the connection. The tracepoint writes it
+ * right before the packet leaves, with interrupts off. The hook that sees the
+ * packet reads and empties it, with preemption off.
  */
 struct reset {
 	u64 cookie;

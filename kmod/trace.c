@@ -2,9 +2,9 @@
 /*
  * How we are told of a call of a kernel's function: by ftrace, else by a kprobe.
  *
- * Ftrace calls us each time, whatever runs on the CPU. A kprobe is left out
- * while its CPU is in any kprobe's handler, and can be switched off behind our
- * back (debugfs kprobes/enabled): it is the fallback where ftrace refuses.
+ * Ftrace calls us each time, whatever runs on the CPU. A kprobe is the fallback
+ * where ftrace refuses. It is left out while its CPU is in any kprobe's handler,
+ * and debugfs kprobes/enabled can switch it off unseen.
  *
  * With each ftrace_ops the kernel goes through all functions that it has, and
  * waits for all CPUs. So most of ours share one, which looks up by address

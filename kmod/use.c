@@ -26,9 +26,9 @@
 #define USE_STRANGER_BITS	4	/* sockets whose packets one judges in turn, by a hash */
 
 /*
- * Who was last found not to have a socket, so that a firewall's daemon or a
- * reader of a network's disk is not searched for it packet by packet. On its
- * own CPU; a torn one is no match or costs one search.
+ * A process that was found not to have a socket. So a firewall's daemon, or a
+ * reader of a network disk, is not searched for each packet. There is one for
+ * each CPU. A torn one matches nothing, or costs one search.
  */
 struct use_stranger {
 	u64 cookie;
@@ -115,13 +115,16 @@ static void use_note_stranger(u64 cookie)
 }
 
 /*
- * May current, which did not use @owner's socket last, be its user now? It must
- * have it in its descriptor table, or in an io_uring where @called; if nobody
- * knows the socket, to be closing it will do. Other people's packets are sent
- * in a process's context as well, and the kernel calls for their sockets: for
- * those that a firewall's daemon has judged (NFQUEUE), for a block device whose
- * socket was handed to it (NBD), for what waited while a process only looked at
- * the socket (ss), for the end of one that it let go of last.
+ * May current be the user of @owner's socket, if it was not the last one? Yes if
+ * - it has the socket in its descriptor table;
+ * - it has it in an io_uring, and @called;
+ * - nobody knows the socket, and current is closing it.
+ * In all other cases no. The kernel also sends packets of others in the context
+ * of a process:
+ * - what a firewall's daemon has judged (NFQUEUE);
+ * - requests of a disk whose socket was handed to the kernel (NBD);
+ * - what waited while the process looked at the socket (ss);
+ * - the end of a socket whose last reference it dropped.
  */
 static bool use_is_possible(struct sniffer_gain *gain, const struct sniffer_owner *owner,
 			    struct sock *sk, bool called)
@@ -428,8 +431,8 @@ static bool use_is_ring(const struct file *file)
  * @file: any file; the caller is under RCU, or has a reference
  * @fd: its number, -1 when not known
  *
- * Only its last user's matters, and only where the socket lives on: whoever
- * else closes was not named, and a last reference is told by its release.
+ * This matters only for the last user, and only if the socket lives on. Nobody
+ * was named after another process; the release reports a last reference.
  */
 void sniffer_use_close_file(struct file *file, int fd)
 {

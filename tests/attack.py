@@ -21,11 +21,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from nlproto.client.client import DaemonClient, StreamBatch
+from nlproto.client.client import DaemonClient, Event, StreamBatch
 from nlproto.client.frames import Kind, encode_json
 from nlproto.errors import Error
 
@@ -34,6 +35,8 @@ PREPARING = 12.0  # s that the attackers have before anything is measured
 CONNECTIONS = {"filters": 12, "patterns": 4, "questions": 16, "unread": 16, "lookups": 6}
 CONNECTIONS |= {"churn": 5, "hellos": 4}
 """Connections of each kind of attack: 63."""
+TRAFFIC = ("unheld", "shared")
+"""Attacks by sockets alone, whose holders are dear to look for."""
 
 
 # The attacker
@@ -74,10 +77,55 @@ def hostile(path: str, uid: int) -> None:
     os.setgroups([])
     os.setgid(uid)
     os.setuid(uid)
+    for kind in TRAFFIC:
+        if os.fork() == 0:
+            _send_to(_unheld() if kind == "unheld" else _shared())
     for kind, count in CONNECTIONS.items():
         if os.fork() == 0:
             _attack(kind, path, count)
     signal.pause()
+
+
+def _unheld() -> list[socket.socket]:
+    """Sockets that carry, in messages that nobody receives, 1,000 others that nobody else has."""
+    kept = []
+    for _ in range(20):
+        left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        carried = [_bound() for _ in range(50)]
+        socket.send_fds(left, [b"x"], [one.fileno() for one in carried])
+        _PORTS.extend(one.getsockname()[1] for one in carried)
+        kept += [left, right]
+    return kept
+
+
+def _shared() -> list[socket.socket]:
+    """200 sockets that 300 processes have."""
+    kept = [_bound() for _ in range(200)]
+    _PORTS.extend(one.getsockname()[1] for one in kept)
+    for _ in range(300):
+        if os.fork() == 0:
+            signal.pause()
+    return kept
+
+
+_PORTS: list[int] = []
+"""Where an attacker sends to."""
+
+
+def _bound() -> socket.socket:
+    one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    one.bind(("127.0.0.1", 0))
+    return one
+
+
+def _send_to(kept: list[socket.socket]) -> None:
+    """500 packets a second, one in ten of another socket. Never returns."""
+    while kept:
+        for number in range(0, len(_PORTS), 10):
+            with _bound() as sender:
+                for port in _PORTS[number : number + 10]:
+                    sender.sendto(b"x", ("127.0.0.1", port))
+            time.sleep(0.02)
 
 
 def _attack(kind: str, path: str, count: int) -> None:
@@ -96,7 +144,7 @@ def _attack(kind: str, path: str, count: int) -> None:
     if kind in ("churn", "hellos"):
         _churn(kind, path, count)
     held = [_connect(path) for _ in range(count)]
-    requests = {
+    requests: Callable[[int], list[bytes]] = {
         "filters": lambda n: [_request(1, "subscribe", filter=_name_filter(n))],
         "patterns": lambda n: [
             _request(i, "subscribe", filter=f'pname "{"[" * 4000}"') for i in range(100)
@@ -193,7 +241,7 @@ class Found:
     term: float = 0.0
     memory: int = 0
     """Most resident memory of the daemon, bytes."""
-    stats: dict[str, object] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
 
     def p99(self, name: str) -> float:
         values = sorted(self.waited[name])
@@ -258,18 +306,17 @@ def measure(path: str, pid: int, seconds: float, uid: int, preparing: float = PR
 def _read(client: DaemonClient, sender: _Sender, found: Found) -> None:
     try:
         while not sender.ended.is_set():
-            events = client.read(0.1)
-            found.received += sum(len(e.batch.records) for e in events if _is_batch(e))
+            found.received += _records_in(client.read(0.1))
         sender.join()
         end = client.unsubscribe()
-        found.received += sum(len(e.batch.records) for e in client.read(0) if _is_batch(e))
+        found.received += _records_in(client.read(0))
         found.sent, found.dropped = sender.sent, end["dropped"]
     except Error as error:
         found.failed.append(f"watching: {error}")
 
 
-def _is_batch(event: object) -> bool:
-    return isinstance(event, StreamBatch)
+def _records_in(events: Iterable[Event]) -> int:
+    return sum(len(one.batch.records) for one in events if isinstance(one, StreamBatch))
 
 
 def _ask(path: str, what: str, found: Found, until: float, port: int) -> None:

@@ -3,7 +3,10 @@
 
 import json
 import socket
+import subprocess
 import threading
+from collections.abc import Sequence
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -22,28 +25,29 @@ families = pytest.mark.parametrize("family", ["AF_INET", "AF_INET6"])
 class Run:
     """An engine read by a thread of its own, as programs do it."""
 
-    def __init__(self, **options):
-        self.notes = []
+    def __init__(self, **options: Any) -> None:
+        self.notes: list[str] = []
         self.engine = PacketEngine(self.notes.append, **options)
         self.account = Account()
         self.account.open(self.engine.opening, self.engine.instance)
-        self.parts = []
+        self.parts: list[wire.Batch] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
 
-    def _take(self, batch):
+    def _take(self, batch: wire.Event) -> None:
+        assert isinstance(batch, wire.Batch)
         copy = wire.decode_batch(wire.encode_batch(batch.head, batch.records))
         self.account.add(copy.head)
         self.account.deliver(copy.records["how"])
         self.parts.append(copy)
 
-    def _read(self):
+    def _read(self) -> None:
         while not self._stop.is_set():
             for batch in self.engine.read(0.05):
                 self._take(batch)
 
-    def stop(self):
+    def stop(self) -> Self:
         if not self._stop.is_set():
             self._stop.set()
             self._thread.join()
@@ -52,21 +56,21 @@ class Run:
             self.account.close(self.engine.closing)
         return self
 
-    def records(self, *ports):
+    def records(self, *ports: int) -> np.ndarray:
         """What was captured with one of `ports` at either end."""
         self.stop()
         return self._with(ports)
 
-    def wait(self, count, *ports, netns=None):
+    def wait(self, count: int, *ports: int, netns: int | None = None) -> None:
         """Until so many of them were captured and named, while their sockets are still there."""
         until(lambda: len(self._with(ports, netns)) >= count)
 
-    def _with(self, ports, netns=None):
-        found = [part.records for part in self.parts] or [np.zeros(0, wire.RECORD)]
-        found = np.concatenate(found)
+    def _with(self, ports: Sequence[int], netns: int | None = None) -> np.ndarray:
+        parts = [part.records for part in self.parts]
+        found = np.concatenate([np.zeros(0, wire.RECORD), *parts])
         if netns is not None:
             found = found[found["netns"] == netns]
-        return found[np.isin(found["sport"], ports) | np.isin(found["dport"], ports)]
+        return np.asarray(found[np.isin(found["sport"], ports) | np.isin(found["dport"], ports)])
 
 
 COMMON = """
@@ -77,21 +81,23 @@ def stay(): sys.stdin.read()
 """
 
 
-def facts(child):
+def facts(child: subprocess.Popen[str]) -> dict[str, Any]:
+    assert child.stdout is not None
     line = child.stdout.readline()
     assert line, "the worker died"
-    return json.loads(line)
+    found: dict[str, Any] = json.loads(line)
+    return found
 
 
-def holds(pid, port):
+def holds(pid: int, port: int) -> bool:
     """Whether it holds a TCP socket of that local port that is no listener."""
-    inodes = procfs.socket_inodes(pid)
+    inodes = procfs.socket_inodes(pid) or {}
     tables = procfs.tables()
     mine = tables[(tables["sport"] == port) & (tables["state"] != 10)]
     return any(int(inode) in inodes for inode in mine["inode"])
 
 
-def owners(records, direction=None):
+def owners(records: np.ndarray, direction: int | None = None) -> set[tuple[int, int | str]]:
     """{(direction, pid or the reason)}"""
     return {
         (int(one["dir"]), int(one["tgid"]) or wire.how_name(int(one["how"])))

@@ -9,9 +9,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
-from nlproto.client.client import StreamBatch
+import numpy as np
+
+from nlproto.client.client import DaemonClient, Event, StreamBatch
 from nlproto.errors import NoDaemon
 from waiting import patient, until
 
@@ -36,8 +39,9 @@ class Daemon:
     def wait_for(self, text: str, seconds: float = 30) -> None:
         until(lambda: text in self.text() or self._ended(), seconds, f"{text!r} in {self.log}")
 
-    def _ended(self) -> None:
+    def _ended(self) -> bool:
         assert self.process.poll() is None, self.text()
+        return False
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
@@ -52,10 +56,10 @@ class Daemon:
         return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4096
 
 
-senders = []
+senders: list[socket.socket] = []
 
 
-def send(port, count=1, pause=0.0, size=20):
+def send(port: int, count: int = 1, pause: float = 0.0, size: int = 20) -> None:
     sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     senders.append(sender)
     for _ in range(count):
@@ -64,12 +68,12 @@ def send(port, count=1, pause=0.0, size=20):
             time.sleep(pause)
 
 
-def records_of(events):
+def records_of(events: Iterable[Event]) -> list[np.void]:
     return [r for e in events if isinstance(e, StreamBatch) for r in e.batch.records]
 
 
-def drain(client):
-    events = []
+def drain(client: DaemonClient) -> list[Event]:
+    events: list[Event] = []
     try:
         while found := client.read(5):
             events += found
@@ -78,7 +82,7 @@ def drain(client):
     return events
 
 
-def send_burst(port, count):
+def send_burst(port: int, count: int) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         for _ in range(count):
             sender.sendto(b"x", ("127.0.0.1", port))

@@ -3,6 +3,7 @@
 
 import socket
 import struct
+from collections.abc import Iterable
 
 from hypothesis import strategies as st
 
@@ -23,7 +24,7 @@ CHANGES = st.lists(
 )
 
 
-def changed(data, changes):
+def changed(data: bytes, changes: Iterable[tuple[float, bytes, str]]) -> bytes:
     for place, piece, how in changes:
         at = int(place * len(data))
         if how == "end":
@@ -42,12 +43,12 @@ UDP, TCP = socket.IPPROTO_UDP, socket.IPPROTO_TCP
 PORTS = struct.pack("!HHHH", 1000, 53, 8, 0)
 
 
-def ipv4(proto, options=b"", offset=0):
+def ipv4(proto: int, options: bytes = b"", offset: int = 0) -> bytes:
     head = struct.pack("!BBHHHBBH", 0x45 + len(options) // 4, 0, 40, 0, offset, 64, proto, 0)
     return head + bytes([10, 0, 0, 1, 10, 0, 0, 2]) + options
 
 
-def ipv6(proto, rest=b""):
+def ipv6(proto: int, rest: bytes = b"") -> bytes:
     return (
         struct.pack("!IHBB", 6 << 28, len(rest), proto, 64)
         + bytes(15)

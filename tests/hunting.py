@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from waiting import patient
 
@@ -37,9 +39,10 @@ with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as peer:
 
 
 @contextlib.contextmanager
-def echo():
+def echo() -> Iterator[tuple[int, int]]:
     process = subprocess.Popen([sys.executable, "-c", ECHO], stdout=subprocess.PIPE, text=True)
     try:
+        assert process.stdout is not None
         pid, port = map(int, process.stdout.readline().split())
         yield pid, port
     finally:
@@ -47,7 +50,9 @@ def echo():
         process.communicate()
 
 
-def hunt(*arguments, timeout=60, **options):
+def hunt(
+    *arguments: object, timeout: float = 60, **options: Any
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*HUNTER, *map(str, arguments)],
         capture_output=True,
@@ -58,31 +63,31 @@ def hunt(*arguments, timeout=60, **options):
 
 
 # as nobody, who may still read this Python wherever it is installed
-NOBODY = "setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all,+dac_read_search"
+_SETPRIV = "setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all,+dac_read_search"
 NOBODY = [
-    *NOBODY.split(),
+    *_SETPRIV.split(),
     "--ambient-caps=+dac_read_search",
     "--bounding-set=-all,+dac_read_search",
 ]
 
 
-def hunt_as_nobody(*arguments):
+def hunt_as_nobody(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [*NOBODY, *HUNTER, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=patient(60))
 
 
-def talk(port, times=5, wait=0.2):
+def talk(port: int, times: int = 5, wait: float = 0.2) -> list[str]:
     """Engine packet can name nobody whose socket is gone before it has asked: it stays a while."""
     words = (TALK, port, times, patient(wait), patient(0.3))
     return ["--all", "--", sys.executable, "-c", *map(str, words)]
 
 
 @contextlib.contextmanager
-def traffic(port):
+def traffic(port: int) -> Iterator[None]:
     """Echoes on one connection until the end of the context."""
     ended = threading.Event()
 
-    def run():
+    def run() -> None:
         with socket.create_connection(("127.0.0.1", port)) as peer:
             while not ended.wait(0.005):
                 peer.sendall(b"x" * 50)
@@ -97,15 +102,16 @@ def traffic(port):
         thread.join()
 
 
-def begun(process):
+def begun(process: subprocess.Popen[str]) -> None:
     """Wait for the greeting on stderr."""
+    assert process.stderr is not None
     line = process.stderr.readline()
     while "Ctrl-C ends" not in line:
         assert line, "the hunter ended at once"
         line = process.stderr.readline()
 
 
-def account_of(stderr):
+def account_of(stderr: str) -> dict[str, int]:
     """The figures of the closing account, checked to close."""
     seen = re.search(r"(\d+) packets seen", stderr)
     records = re.search(r"(\d+) records = (\d+) delivered \+ (\d+) lost", stderr)
@@ -122,9 +128,10 @@ def account_of(stderr):
     }
 
 
-def owners(rows, port):
+def owners(rows: Iterable[Mapping[str, Any]], port: int) -> tuple[set[Any], set[Any]]:
     """pid of the records of either end of connections to `port`: (server's, client's)."""
-    server, client = set(), set()
+    server: set[Any] = set()
+    client: set[Any] = set()
     for row in rows:
         own = row["sport"] if row["dir"] == "out" else row["dport"]
         (server if int(own) == port else client).add(row["pid"])

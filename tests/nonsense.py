@@ -22,7 +22,8 @@ from nlproto.errors import Error
 
 OPS = ("hello", "who", "lookup", "stats", "subscribe", "unsubscribe", "history", "owner", "reboot")
 NAMES = ("port", "proto", "host", "pid", "pname", "since", "at", "limit", "keys", "filter", "uid")
-VALUES = (0, -1, 53, 2**64, 1.5, True, None, "", "tcp", "x" * 300, "\x1b[31m", [], [{}], {"a": {}})
+WORDS = ("", "tcp", "x" * 300, "\x1b[31m")
+VALUES: tuple[object, ...] = (0, -1, 53, 2**64, 1.5, True, None, *WORDS, [], [{}], {"a": {}})
 FILTERS = ("tcp", "port", "(((", "not not udp", "host 1.2.3", "pid 1 or " * 400, "pname \x00")
 GROWTH = 16 << 20  # bytes: what tables and allocator may take that were not warm before
 

@@ -3,9 +3,12 @@
 
 import threading
 import time
+from collections.abc import Iterable, Iterator
+from typing import Any, Self
 
 import numpy as np
 
+from nlproto.engines.engine import Engine, Event
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records import wire
@@ -19,7 +22,12 @@ class Replay:
     name = "replay"
     instance = 7
 
-    def __init__(self, batches=(), tail=(), error=None):
+    def __init__(
+        self,
+        batches: Iterable[Event] = (),
+        tail: Iterable[Event] = (),
+        error: Exception | None = None,
+    ) -> None:
         self.batches = list(batches)
         self.tail = list(tail)
         self.error = error
@@ -27,13 +35,13 @@ class Replay:
         self.closed = threading.Event()
         self.group = "packets"
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> None:
         self.closed.set()
 
-    def read(self, timeout):
+    def read(self, timeout: float) -> Iterator[Event]:
         if self.batches:
             yield self.batches.pop(0)
         elif self.error is not None:
@@ -41,25 +49,31 @@ class Replay:
         else:
             time.sleep(min(timeout, 0.01))
 
-    def catch_up(self):
+    def catch_up(self) -> Iterator[Event]:
         while self.batches:
             yield self.batches.pop(0)
         self.closing = self.opening
 
-    def begin(self):
+    def begin(self) -> int:
         self.batches.clear()
         self.begun_ns = time.monotonic_ns()
         return self.begun_ns
 
-    def finish(self, until_ns=None):
+    def finish(self, until_ns: int | None = None) -> Iterator[Event]:
         self.until_ns = until_ns
         while self.batches:
             yield self.batches.pop(0)
         yield from self.tail
 
-    def stats(self):
+    def stats(self) -> dict[str, object]:
         return {}
 
+    def want_packets(self, wanted: bool) -> None:
+        """All records are of packets."""
 
-def pipeline_of(engine, **more):
+    def want_first_bytes(self, wanted: bool) -> bool:
+        return False
+
+
+def pipeline_of(engine: Engine, **more: Any) -> Pipeline:
     return Pipeline(engine, account=Account(), processes=Processes(), portmap=PortMap(), **more)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-TIERS = ("unit", "host", "vm", "attribution")
+TIERS = ("unit", "host", "vm", "attribution", "ebpf")
 NOT_RUN = (
     "test-matrix",
     "test-kasan",

@@ -3,7 +3,7 @@
 # make test [TIERS="..."]: one tier after the other, each goes on when another failed; then the
 # summary, which names the tiers that were left out.
 set -u
-tiers=${1:-lint unit host vm attribution}
+tiers=${1:-lint unit host vm attribution ebpf}
 export PYTHONUNBUFFERED=1
 results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
@@ -20,6 +20,7 @@ tier() { # NAME PYTEST-ARGUMENTS
 	echo "=== $name"
 	as=$root
 	[ "$name" != unit ] || as=
+	[ "$name" != ebpf ] || as="${root:-env} PACKET_HUNTER_ENGINE=ebpf PACKET_HUNTER_SOME=1"
 	# shellcheck disable=SC2086 # words are wanted
 	$as .venv/bin/python -m pytest -v --junitxml="$results/$name.xml" -o junit_suite_name="$name" "$@" || failed=1
 }
@@ -37,9 +38,9 @@ for name in $tiers; do
 		;;
 	unit | host) tier "$name" "tests/$name" ;;
 	vm) tier vm tests/vm --ignore tests/vm/test_attribution.py ;;
-	attribution) tier attribution tests/vm/test_attribution.py ;;
+	attribution | ebpf) tier "$name" tests/vm/test_attribution.py ;;
 	*)
-		echo "make test: no tier '$name'; TIERS is any of lint unit host vm attribution" >&2
+		echo "make test: no tier '$name'; TIERS is any of lint unit host vm attribution ebpf" >&2
 		exit 2
 		;;
 	esac

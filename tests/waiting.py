@@ -28,7 +28,7 @@ def patient(seconds: float) -> float:
     return seconds * (_slowest or slowness())
 
 
-def until(condition: Callable[[], T], seconds: float = 30, what: str = "") -> T:
+def until(condition: Callable[[], T | None], seconds: float = 30, what: str = "") -> T:
     """The first true value of `condition()`; the test fails when none comes in `seconds`.
 
     A machine that became slower meanwhile gets the time that it needs.

@@ -36,6 +36,7 @@ from nlproto.engines.engine import open_engine
 from nlproto.errors import Error, UsageError
 from nlproto.host import procfs
 from nlproto.host.containers import ContainerFiles
+from nlproto.host.hashes import Hashes
 from nlproto.host.holders import Holders
 from nlproto.overheard.listening import Overheard
 from nlproto.pipeline.account import Account
@@ -95,6 +96,8 @@ class Service:
             Namer(processes.start_of, holders) as namer,
             contextlib.ExitStack() as stack,
         ):
+            if config.sha256 == "on":
+                processes.hash = stack.enter_context(Hashes(processes.hashed)).ask
             overheard = None
             if config.domains != "off":
                 overheard = stack.enter_context(
@@ -142,6 +145,7 @@ class Service:
         answers = Answers(pipeline, recorder.history, recorder.past, recorder.past_process)
         answers.remembers_since = recorder.remembers_since
         answers.name_of = recorder.name_of
+        answers.sums = recorder.usage
         server = Server(
             loop, answers, self.config, lambda: figures(pipeline, recorder), self._bounds
         )

@@ -62,6 +62,10 @@ def _run(command: options.Command, stop: Stop) -> int:
             from hunter.who import who
 
             who.run(command, _tell)
+        case options.Usage():
+            from hunter.commands import usage
+
+            usage.run(command)
         case options.Web():
             from hunter.web import web
 

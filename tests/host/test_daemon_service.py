@@ -81,7 +81,7 @@ def test_a_real_prometheus_server_scrapes_the_metrics(start, directory, receiver
         for name in ("packets_total", "named_total", "queue_bytes", "clients"):
             assert ask(f"packet_hunter_{name}"), name
         places = {one["metric"]["place"] for one in ask("packet_hunter_lost_total")}
-        assert places == {"alloc", "socket", "queue", "client", "failed"}
+        assert places == {"alloc", "missed", "socket", "queue", "client", "failed"}
         names = {one["metric"]["comm"] for one in ask("packet_hunter_process_bytes_total")}
         # one name of its own, and what is over the limit
         assert 1 <= len(names) <= 2 and names - {"other"}

@@ -67,7 +67,14 @@ def test_a_gap_is_loss_in_the_socket_buffer_and_growth_of_lost_is_not():
     cpu.lose(4)
     account.add(cpu.send(1))
     account.deliver(hows(*[CONTEXT] * 4))
-    assert account.lost == {"alloc": 4, "socket": 10, "queue": 0, "client": 0, "failed": 0}
+    assert account.lost == {
+        "alloc": 4,
+        "missed": 0,
+        "socket": 10,
+        "queue": 0,
+        "client": 0,
+        "failed": 0,
+    }
     assert (account.records, account.delivered) == (18, 4)
     assert account.closes()
 
@@ -126,7 +133,14 @@ def test_delivered_is_what_was_handed_on_and_nothing_that_waits_or_was_lost():
     assert not account.closes()
     assert account.as_dict()["delivered"] == account.as_dict(settled=True)["delivered"] == 0
     account.deliver(hows(*[NO_SOCKET] * 3))
-    assert account.lost == {"alloc": 0, "socket": 0, "queue": 3, "client": 2, "failed": 1}
+    assert account.lost == {
+        "alloc": 0,
+        "missed": 0,
+        "socket": 0,
+        "queue": 3,
+        "client": 2,
+        "failed": 1,
+    }
     assert (account.delivered, account.waiting) == (3, 0)
     assert account.closes()
     assert "6 lost (queue 3, client 2, failed 1)" in "\n".join(account.lines())

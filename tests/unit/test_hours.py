@@ -6,6 +6,8 @@ import os
 import random
 import signal
 import sqlite3
+import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -16,9 +18,13 @@ from daemon.history.elapsed import Moment
 from daemon.history.memory import Question
 from daemon.history.recorder import Recorder
 from daemon.history.sealed import Broken, Sealed
+from daemon.history.sealing import _entering, shorten
 from daemon.history.store import Store
+from daemon.serve.answers import Answers
+from daemon.serve.requests import Usage
 from daemon.system.config import Config
 from daemon.system.directory import HeldDirectory
+from nlproto.errors import Error
 from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import FLOW, pack_address, summarize
@@ -310,13 +316,11 @@ def test_a_crash_at_any_step_of_shortening_loses_only_what_was_to_go(path, make_
         assert len({number for number, _ in found}) == len(found)
         return Counter(int(flow["uid"]) for _, flow in found)
 
-    def shorten(one):
-        from daemon.history.sealing import shorten
-
+    def shortening(one):
         shorten(one, size * 3 // 4)
 
     step = 0
-    while _killed(path, clocks, step, shorten):
+    while _killed(path, clocks, step, shortening):
         found = uids()
         assert found[0] == 40 and found[7] in (0, 160), step
         if not found[7]:
@@ -324,6 +328,73 @@ def test_a_crash_at_any_step_of_shortening_loses_only_what_was_to_go(path, make_
         step += 1
     assert step > 5
     assert uids() in (Counter({0: 40}), Counter({0: 40, 7: 0}))
+
+
+@pytest.mark.parametrize("act", ["seal", "shorten"])
+def test_a_full_disk_keeps_the_rows_and_leaves_no_file(act, path, store, make_records):
+    fill(store, make_records, some_rows(300), processes=[Process(11, 7, "curl")])
+    if act == "shorten":
+        assert seal(store, 300) == 300
+    before, there = ids(store, limit=1000), files(path)
+    store._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    real, full = store.hours.change, [True]
+
+    def change(writer, *words):
+        if full[0]:
+            raise sqlite3.OperationalError("database or disk is full")
+        return real(writer, *words)
+
+    store.hours.change = change
+
+    def go():
+        if act == "seal":
+            return store.seal(changes, 300)
+        return shorten(store, store.hours.size // 2)
+
+    for _ in range(3):
+        with pytest.raises(Error, match="disk is full"):
+            go()
+        assert ids(store, limit=1000) == before and files(path) == there
+    full[0] = False
+    assert go() > 0
+
+
+def test_a_damaged_list_is_read_from_the_files(path, store, make_records, clocks):
+    fill(store, make_records, some_rows(200))
+    assert seal(store) == 200
+    before = ids(store, limit=1000)
+    store._writer.execute("UPDATE hours SET about = 'nonsense' WHERE number = 1")
+    store.close()
+    again = Store(path, moment=clocks)
+    assert ids(again, limit=1000) == before and len(again.hours.pieces) == 2
+    again.close()
+
+
+def test_questions_find_all_while_rows_move(path, store, make_records):
+    """Ask without a pause while hours are sealed and written anew."""
+    fill(store, make_records, some_rows(600))
+    whole, wrong, ended = list(range(1, 601)), [], threading.Event()
+
+    def ask():
+        while not ended.is_set():
+            found = sorted(ids(store, limit=1000))
+            if found != whole:
+                wrong.append(len(found))
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(6):
+        assert store.seal(changes, 100) == 100
+    for piece in store.hours.pieces:  # written anew with all that is in it
+        contents = store.hours.without(piece, set())
+        new = store.hours.write(contents)
+        with _entering(store, [new], [piece.number]):
+            pass
+    ended.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong
 
 
 def test_files_outlive_their_database(path, make_records, clocks, caplog):
@@ -462,8 +533,6 @@ def test_one_users_flood_deletes_that_users_files_alone(store, make_records, clo
         first += len(some)
         assert store.seal(changes, len(some)) == len(some)
     size = store.hours.size
-    from daemon.history.sealing import shorten
-
     assert shorten(store, size // 2) > 0
     assert store.hours.size <= size // 2 * 1.15
     left = Counter(
@@ -538,6 +607,94 @@ def test_the_recorder_seals_what_memory_no_longer_has(path, make_records, monkey
     assert asked() == list(range(200)) and len(recorder._store.hours.pieces) == 2
     with recorder:
         pass
+
+
+def _used(recorder, by="process", uid=None, since=10**9, names=None):
+    answers = Answers(None, recorder.history, name_of=recorder.name_of, sums=recorder.usage)
+    found = answers.usage(Usage(id=1, by=by, since=since), uid)
+    assert found["total"] == len(found["usage"])
+    return {
+        one["name"]: (one["flows"], one["bytes_in"] + one["bytes_out"]) for one in found["usage"]
+    }
+
+
+def test_usage_counts_each_flow_once_wherever_it_is(path, make_records, monkeypatch):
+    """In memory, in the database, sealed: at each moment the same sums, to the byte."""
+    monkeypatch.setattr("daemon.history.sealing.LEAST", 50)
+    monkeypatch.setattr("daemon.history.store.LEAST", 50)
+    monkeypatch.setattr("daemon.history.sealing._HOUR", 0)
+    now = time.time_ns()
+    processes = Processes()
+    recorder = Recorder(Config(history=path, history_flows=64), processes)
+    names = {77 << 40: "example.org", (77 << 40) + 1: "resolved.org"}
+    recorder.text_of = lambda number: names.get(number, "")
+    processes.restore(
+        [
+            Process(11, 7, "curl", uid=5, unit="a.service"),
+            Process(12, 7, "dig", uid=0, unit="b.service", container="docker:1", pod="ns/p"),
+        ]
+    )
+    for number in range(200):
+        pid = (11, 12, 0)[number % 3]
+        values = {"sport": number, "time_ns": now + number, "tgid": pid, "len": 100 + number}
+        values |= {"start_ns": 7, "uid": 5, "comm": b"curl"} if pid == 11 else {}
+        values |= {"start_ns": 7, "uid": 0, "comm": b"dig"} if pid == 12 else {}
+        records = make_records(values | ({} if pid else {"how": 18, "start_ns": 0, "comm": b""}))
+        flows = summarize(records, 1)
+        flows["domain"] = {11: 77 << 40, 12: (77 << 40) + 1, 0: 0}[pid]
+        recorder.take(NamedBatch(np.zeros(1)[0], records, Clock(0, 0), flows))
+        recorder._flush()
+    sizes = [sum(100 + n for n in range(200) if n % 3 == part) for part in range(3)]
+    program = {"curl": (67, sizes[0]), "dig": (67, sizes[1]), "": (66, sizes[2])}
+    units = {"a.service": program["curl"], "b.service": program["dig"], "": program[""]}
+    domains = {"example.org": program["curl"], "resolved.org": program["dig"], "": program[""]}
+
+    def check():
+        assert _used(recorder) == program
+        assert _used(recorder, "unit") == units
+        assert _used(recorder, "domain") == domains
+        assert _used(recorder, "user") == {
+            "5": program["curl"],
+            "0": program["dig"],
+            "": program[""],
+        }
+        assert _used(recorder, "container")["docker:1"] == program["dig"]
+        # who sees only his own
+        assert _used(recorder, uid=5) == {"curl": program["curl"]}
+        assert _used(recorder, "unit", uid=5) == {"a.service": program["curl"]}
+        assert _used(recorder, "domain", uid=0) == {"": program["dig"]}
+
+    check()
+    recorder._trim()
+    assert recorder.store_figures()["sealed_files"] == 1
+    check()
+    with recorder:
+        pass
+    recorder = Recorder(Config(history=path, history_flows=64), Processes())
+    check()
+    recorder._trim()
+    assert recorder.store_figures()["sealed_files"] == 2
+    check()
+    # a part of a file
+    since = (time.time_ns() - now - 150) / 1e9
+    assert sum(flows for flows, _ in _used(recorder, since=since).values()) <= 51
+    with recorder:
+        pass
+
+
+def test_names_without_end_do_not_make_the_sums_long(monkeypatch):
+    from daemon.history import details
+
+    monkeypatch.setattr(details, "_GROUPS", 10)
+    rows = {name: np.zeros(500, np.uint64) for name in ("domain", *details._SUMS)}
+    rows["tgid"] = np.arange(500) + 1
+    rows["start_ns"], rows["uid"] = np.full(500, 7), np.arange(500) % 2
+    rows["comm"] = np.array([b"p%d" % n for n in range(500)], "S16")
+    rows["bytes_in"] = np.arange(500, dtype=np.uint64)
+    found = details.sums(rows, lambda key: details.NOWHERE)
+    assert len(found) == 12 and found[0][0][0] == "p499"
+    assert sum(values[0] for _, values in found) == 500
+    assert sum(values[2] for _, values in found) == 499 * 250
 
 
 def test_a_wrong_year_widens_a_file_and_hides_nothing(store, make_records):

@@ -121,6 +121,7 @@ def everything(make_records):
                     container_name=f"x{name}",
                     image=f"{name}:1",
                     pod=f"{name}/y",
+                    sha256=f"{i:064x}",
                     parents=(Parent(50 + i, name), Parent(1, "systemd"))[: i % 3],
                 )
             ]

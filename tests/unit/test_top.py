@@ -19,8 +19,9 @@ from hunter.show.rates import KEPT_S, Rates
 from hunter.show.units import amount
 from hunter.top.app import Top
 from hunter.top.grid import Grid
+from hunter.top.groups import Help
 from hunter.top.state import State
-from hunter.top.views import FlowsView, bars, sparkline
+from hunter.top.views import FlowsView, ProcessesView, bars, sparkline
 from nlproto import Error
 from nlproto.records import wire
 from nlproto.records.batch import NamedBatch
@@ -200,10 +201,11 @@ class Feed:
 
 def drive(feed, script, **options):
     notes = options.pop("notes", ())
+    size = options.pop("size", (140, 30))
     app = Top(State(feed, Names(), **options), interval=0.05, notes=notes)
 
     async def run():
-        async with app.run_test(size=(140, 30)) as pilot:
+        async with app.run_test(size=size) as pilot:
             await becomes(pilot, lambda: app.screen.query_one(Grid).row_count)
             await script(app, pilot)
 
@@ -356,7 +358,7 @@ def test_an_ended_process_stays_and_says_so():
     async def script(app, pilot):
         assert cells(app)[0][1] == "web (ended)"
 
-    drive(feed, script)
+    drive(feed, script, kept_s=math.inf)  # of a file
 
 
 @pytest.mark.parametrize("name", [b"\x1b[2Jx", b"a\nb", b"[/red]", b"[@click=quit]x", b"\xff"])
@@ -489,3 +491,82 @@ def test_a_source_that_has_ended_says_so():
         assert [row[1] for row in cells(app)] == ["web"]
 
     drive(feed, script)
+
+
+def test_b_sums_up_by_name_unit_container_and_user_and_enter_shows_who():
+    web = {"unit": "web.service", "container": "docker:0123456789ab", "container_name": "web"}
+    feed = Feed(Process(2**22 + 1, 1, **web), Process(2**22 + 2, 1, **web), Process(2**22 + 3, 1))
+    feed.put(
+        {"tgid": 2**22 + 1, "comm": b"nginx", "len": 500, "uid": 0},
+        {"tgid": 2**22 + 2, "comm": b"nginx", "len": 500, "uid": 0},
+        {"tgid": 2**22 + 3, "comm": b"curl", "len": 700, "uid": 0},
+    )
+
+    async def script(app, pilot):
+        for by, wanted in {
+            "name": [["nginx", "2"], ["curl", "1"]],
+            "unit": [["web.service", "2"], ["-", "1"]],
+            "container": [["docker:web", "2"], ["-", "1"]],
+            "user": [["root", "3"]],
+        }.items():
+            await pilot.press("b")
+            await becomes(pilot, lambda by=by: f"by {by}:" in text(app, "#title"))
+            await becomes(pilot, lambda wanted=wanted: [row[:2] for row in cells(app)] == wanted)
+            if by == "container":
+                await pilot.press("enter")
+                await becomes(
+                    pilot, lambda: [row[1] for row in cells(app)] == ["nginx (ended)"] * 2
+                )
+                await pilot.press("escape")
+                await becomes(pilot, lambda: "by container" in text(app, "#title"))
+        await pilot.press("b")
+        await becomes(pilot, lambda: isinstance(app.screen, ProcessesView))
+
+    drive(feed, script, kept_s=math.inf)
+
+
+def test_what_has_ended_is_hidden_once_it_is_silent_and_e_shows_it():
+    feed = Feed(Process(2**22 + 5, 1, exit_ns=1), Process(os.getpid(), 1))
+    feed.put({"tgid": 2**22 + 5, "comm": b"curl", "len": 5000}, {"comm": b"web"})
+
+    async def script(app, pilot):
+        await becomes(pilot, lambda: [row[1] for row in cells(app)] == ["web"])
+        assert "1 ended (e)" in text(app, "#title")
+        await pilot.press("e")
+        await becomes(pilot, lambda: [row[1] for row in cells(app)] == ["curl (ended)", "web"])
+
+    drive(feed, script)
+
+
+def test_question_mark_shows_every_key_and_any_key_ends_it():
+    feed = Feed()
+    feed.put({})
+
+    async def script(app, pilot):
+        await pilot.press("question_mark")
+        await becomes(pilot, lambda: isinstance(app.screen, Help))
+        told = str(app.screen.query_one(Static).render())
+        for words in ("/  Find", "?  Help", "q  Quit", "b  Sum up", "s  Sort by sent", "e  Show"):
+            assert words in told, told
+        await pilot.press("x")
+        await becomes(pilot, lambda: isinstance(app.screen, ProcessesView))
+
+    drive(feed, script)
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_no_column_is_cut_in_the_middle(width):
+    feed = Feed(Process(os.getpid(), 1, unit="a-rather-long-name-of-a-unit.service"))
+    feed.put({"comm": b"fifteen-letters", "len": 1500, "gso_segs": 40, "hdr_len": 52})
+
+    async def script(app, pilot):
+        grid = app.screen.query_one(Grid)
+        await becomes(pilot, lambda: grid.virtual_size.width <= width)
+        head = grid.render_line(0).text.split()
+        assert {"pid", "process", "rate"} <= set(head)
+        assert ("runs" in head) == (width == 140)
+        assert grid.render_line(1).text.split()[1] == "fifteen-letters"
+        title = app.screen.query_one("#title", Static)
+        assert title.size.width * title.size.height >= len(text(app, "#title"))
+
+    drive(feed, script, size=(width, 20))

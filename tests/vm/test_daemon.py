@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -41,8 +42,9 @@ class Program:
     def wait_for(self, text: str) -> None:
         until(lambda: text in self.text() or self._ended(), what=f"{text!r} in {self.log}")
 
-    def _ended(self) -> None:
+    def _ended(self) -> bool:
         assert self.process.poll() is None, self.text()
+        return False
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
@@ -227,6 +229,9 @@ def test_history_and_account_are_exact_while_clients_that_want_packets_come_and_
     def summed_up(client: DaemonClient) -> int:
         return int(client.stats()["engine_stats"]["only_flows"])
 
+    def beyond(count: int) -> bool:
+        return sent > count
+
     sender = threading.Thread(target=go_on)
     with DaemonClient(path, timeout=patient(10)) as asker:
         sender.start()
@@ -235,8 +240,7 @@ def test_history_and_account_are_exact_while_clients_that_want_packets_come_and_
         for _ in range(8):
             with DaemonClient(path, timeout=patient(10)) as client:
                 client.start(f"udp dst port {port} and outbound")
-                already = sent
-                until(lambda already=already: sent > already + 50)
+                until(functools.partial(beyond, sent + 50))
                 shown += int(client.unsubscribe()["sent"])
         # nobody wants packets: flows again
         now = summed_up(asker)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import struct
@@ -296,6 +297,10 @@ def test_a_flood_of_flows_is_told_whole(loaded: None) -> None:
     assert len(sums) >= 600
 
 
+def _beyond(count: Callable[[], int], before: int) -> bool:
+    return count() > before
+
+
 def test_who_changes_groups_gets_each_record_once(loaded: None) -> None:
     """Packets, flows, packets and so on, while somebody sends."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
@@ -330,8 +335,7 @@ def test_who_changes_groups_gets_each_record_once(loaded: None) -> None:
                     return seen[kind] > before[kind]
 
                 if n % 4:  # changes again before what was recorded is read
-                    already = count()
-                    until(lambda already=already: count() > already + 10)
+                    until(functools.partial(_beyond, count, count() + 10))
                 else:
                     until(read)
             sent = sender()

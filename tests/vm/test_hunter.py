@@ -136,11 +136,12 @@ def test_every_packet_has_its_process_first_bytes_and_comment(
         assert row["how"] not in ("diag", "proc"), row
     assert {row["proto"] for row in rows} == {"tcp", "udp"}
 
-    fields = ("frame.comment", "tcp.srcport", "tcp.dstport", "udp.srcport", "udp.dstport")
-    fields += ("frame.packet_flags_direction", "frame.interface_name", "tcp.seq_raw")
+    fields: tuple[str, ...] = ("frame.comment", "tcp.srcport", "tcp.dstport")
+    fields += ("udp.srcport", "udp.dstport", "frame.packet_flags_direction")
+    fields += ("frame.interface_name", "tcp.seq_raw")
     fields += ("tcp.payload", "udp.payload")
     done = subprocess.run(
-        ["tshark", "-r", path, "-n", "-T", "fields", "-E", "separator=|"]
+        ["tshark", "-r", str(path), "-n", "-T", "fields", "-E", "separator=|"]
         + [part for field in fields for part in ("-e", field)],
         capture_output=True,
         text=True,
@@ -201,7 +202,7 @@ def test_annotate_names_a_real_tcpdump(
     pid, tcp, udp = server
     trace, named = tmp_path / "x.pcap", tmp_path / "x.pcapng"
     dump = subprocess.Popen(
-        ["tcpdump", "--immediate-mode", "-i", "lo", "-U", "-Z", "root", "-w", trace]
+        ["tcpdump", "--immediate-mode", "-i", "lo", "-U", "-Z", "root", "-w", str(trace)]
         + [f"port {tcp} or port {udp}"],
         stderr=subprocess.PIPE,
         text=True,

@@ -44,7 +44,7 @@ def test_nothing_is_left_of_the_name_of_an_earlier_program(loaded: None) -> None
             for _, found in sniffer._ask(lib.SNIFFER_CMD_GET_PROCESS, dump=True):
                 one = np.frombuffer(found[lib.SNIFFER_A_PROCESS], wire.PROCESS)[0]
                 if one["tgid"] == child.pid:
-                    return one["exe"].tobytes()
+                    return bytes(one["exe"].tobytes())
         return b""
 
     program = os.path.realpath("/bin/sleep").encode()

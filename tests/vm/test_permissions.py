@@ -7,6 +7,7 @@ Each question is asked by a real process that has given its rights up, in a chil
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import traceback
@@ -79,20 +80,24 @@ def outcome(ask: Callable[[], object]) -> str:
 
 
 def join(group: str) -> None:
-    with Listener([group]):
+    with Listener((group,)):
         pass
 
 
 def ask_everything() -> dict[str, str]:
     """What becomes of each command and each join."""
-    found = {f"join {group}": outcome(lambda g=group: join(g))
-             for group in (PACKETS, PROCESSES, SNAPS)}  # fmt: skip
+    found = {
+        f"join {group}": outcome(functools.partial(join, group))
+        for group in (PACKETS, PROCESSES, SNAPS)
+    }
 
     def command(ask: Callable[[Sniffer], object]) -> None:
         with Sniffer() as sniffer:
             ask(sniffer)
 
-    return found | {name: outcome(lambda a=ask: command(a)) for name, ask in COMMANDS.items()}
+    return found | {
+        name: outcome(functools.partial(command, ask)) for name, ask in COMMANDS.items()
+    }
 
 
 def asked(become: Callable[[], None]) -> dict[str, str]:

@@ -3,16 +3,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import msgspec
 import numpy as np
 
 from nlproto.tables.processes import Process
 
-__all__ = ["encoded", "space", "sums"]
+__all__ = [
+    "NOWHERE",
+    "Group",
+    "Place",
+    "Sum",
+    "add",
+    "add_all",
+    "encoded",
+    "place",
+    "places_in",
+    "space",
+    "sums",
+]
 
 _DETAILS = 16384
 """Bytes of one process in the file; longer strings in it are cut."""
@@ -40,56 +52,94 @@ def space(size: int) -> int:
     return size + 100 if size < 900 else 600 + (size // 4092 + 1) * 4096
 
 
+_Key = TypeVar("_Key")
+
+Group = tuple[str, int | None, str, str, str, str, int]
+"""comm, uid, unit, container, its name, pod, number of the far end's domain (0: none)."""
+Sum = tuple[Group, list[int]]
+"""Flows, packets and bytes in, packets and bytes out."""
 _SUMS = ("packets_in", "bytes_in", "packets_out", "bytes_out")
 
 
-def sums(rows: Mapping[str, np.ndarray], details: Mapping[tuple[int, int], bytes]) -> list[Any]:
-    """[comm, uid or None, unit, container, domain's number, flows, packets and bytes in, and out]
-    of each."""
+Place = tuple[str, str, str, str]
+"""Unit, container, its name, pod of a process."""
+NOWHERE: Place = ("", "", "", "")
+OTHERS = "(others)"
+_GROUPS = 4096
+
+
+def sums(rows: Mapping[str, np.ndarray], place_of: Callable[[tuple[int, int]], Place]) -> list[Sum]:
+    """What each program of each user used, by place and far end's domain.
+
+    Most bytes first; behind 4,096 groups the rest is one of each user, so that nobody's names make
+    it long.
+    """
     owner = np.zeros((len(rows["tgid"]), 6), np.uint64)
     comm = np.ascontiguousarray(rows["comm"]).view(np.uint64).reshape(-1, 2)
-    for place, column in enumerate(
+    for at, column in enumerate(
         (rows["tgid"], rows["start_ns"], *comm.T, rows["uid"], rows["domain"])
     ):
-        owner[:, place] = column
-    as_bytes = owner.view("S48").reshape(-1)
-    names, first, places = np.unique(as_bytes, return_index=True, return_inverse=True)
-    flows = np.bincount(places, minlength=len(names))
-    totals = [_summed(places, rows[name], len(names)) for name in _SUMS]
-    found: dict[tuple[Any, ...], list[int]] = {}
+        owner[:, at] = column
+    keys, first, group_of = np.unique(
+        owner.view("S48").reshape(-1), return_index=True, return_inverse=True
+    )
+    totals = [np.bincount(group_of, minlength=len(keys)).astype(np.uint64)]
+    for name in _SUMS:
+        totals.append(np.zeros(len(keys), np.uint64))
+        np.add.at(totals[-1], group_of, rows[name])
+    found: dict[Group, list[int]] = {}
     for at, row in enumerate(first.tolist()):
-        named = bool(rows["tgid"][row])
-        key = int(rows["tgid"][row]), int(rows["start_ns"][row])
-        unit, container = _unit(details.get(key)) if named else ("", "")
-        name = rows["comm"][row].decode("utf-8", "backslashreplace") if named else ""
-        uid, domain = int(rows["uid"][row]) if named else None, int(rows["domain"][row])
-        group = name, uid, unit, container, domain
-        values = found.setdefault(group, [0] * 5)
-        values[0] += int(flows[at])
-        for place, column in enumerate(totals, 1):
-            values[place] += int(column[at])
-    return [[*group, *values] for group, values in found.items()]
+        pid, start_ns = int(rows["tgid"][row]), int(rows["start_ns"][row])
+        name = rows["comm"][row].decode("utf-8", "backslashreplace") if pid else ""
+        group = (
+            name,
+            int(rows["uid"][row]) if pid else None,
+            *(place_of((pid, start_ns)) if pid else NOWHERE),
+            int(rows["domain"][row]),
+        )
+        add(found, group, [int(column[at]) for column in totals])
+    ordered = sorted(found.items(), key=lambda one: -one[1][2] - one[1][4])
+    short = dict(ordered[:_GROUPS])
+    for group, values in ordered[_GROUPS:]:
+        add(short, (OTHERS, group[1], *NOWHERE, 0), values)
+    return list(short.items())
 
 
-def _summed(places: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    total = np.zeros(count, np.uint64)
-    np.add.at(total, places, values)
-    return total
+def add(found: dict[_Key, list[int]], group: _Key, values: Sequence[int]) -> None:
+    """Add `values` to what `group` has in `found`."""
+    known = found.setdefault(group, [0] * len(values))
+    for at, value in enumerate(values):
+        known[at] += value
+
+
+def add_all(found: dict[Group, list[int]], part: Sequence[Sum]) -> None:
+    for group, values in part:
+        add(found, group, values)
 
 
 class _Of(msgspec.Struct):
     unit: str = ""
     container: str = ""
+    container_name: str = ""
+    pod: str = ""
 
 
 _of = msgspec.json.Decoder(_Of)
 
 
-def _unit(raw: bytes | None) -> tuple[str, str]:
-    if raw is None:
-        return "", ""
-    try:
-        one = _of.decode(raw)
-    except (msgspec.DecodeError, msgspec.ValidationError):
-        return "", ""
-    return one.unit, one.container
+def places_in(details: Mapping[tuple[int, int], bytes]) -> Callable[[tuple[int, int]], Place]:
+    """Where processes are, by their encoded() details."""
+
+    def place_of(key: tuple[int, int]) -> Place:
+        raw = details.get(key)
+        try:
+            return NOWHERE if raw is None else place(_of.decode(raw))
+        except (msgspec.DecodeError, msgspec.ValidationError):
+            return NOWHERE
+
+    return place_of
+
+
+def place(one: Process | _Of | None) -> Place:
+    """Where a process is."""
+    return NOWHERE if one is None else (one.unit, one.container, one.container_name, one.pod)

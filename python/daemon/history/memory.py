@@ -26,6 +26,7 @@ from nlproto.tables.shares import NOBODY, Payers, surplus
 
 __all__ = [
     "ROW_BYTES",
+    "USED",
     "End",
     "FlowMemory",
     "Question",
@@ -52,6 +53,12 @@ _GROUPS = (
 ROW_BYTES = sum(group.itemsize for group in _GROUPS) + 20
 """Of a flow in memory, its place in the table included."""
 
+
+USED = (
+    *("id", "tgid", "start_ns", "comm", "uid", "domain"),
+    *("packets_in", "bytes_in", "packets_out", "bytes_out"),
+)
+"""Columns that tell who used how much."""
 
 End = tuple[int, bytes, int]
 """(family, 16 address bytes, port)."""
@@ -218,6 +225,12 @@ class FlowMemory:
             rows = rows[np.argsort(last, kind="stable")[::-1]]
             found = self._table.take(rows, FLOW)
             return total, list(zip(self._columns["id"][rows].tolist(), found, strict=True))
+
+    def seen_since(self, since_ns: int) -> dict[str, np.ndarray]:
+        """Columns of the flows with a last packet at that time or later."""
+        with self._lock:
+            rows = np.flatnonzero(self._columns["last_ns"][: self._size] >= np.uint64(since_ns))
+            return {name: self._columns[name][rows] for name in USED}
 
     def changed(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, FLOWs) of up to `limit` rows that changed since they were last taken here."""

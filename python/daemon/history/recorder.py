@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from daemon.history.details import Group, Place, add_all, place, sums
 from daemon.history.memory import FlowMemory, Question
 from daemon.history.schema import ROW_SIZE
 from daemon.history.sealing import LEAST, MOST
@@ -38,10 +39,10 @@ log = logging.getLogger(__name__)
 class Recorder:
     """A History and, with `history` configured, a thread that writes it to a Store.
 
-    A context manager; on exit everything is written. What SIGKILL can take is what came since
-    the last flush interval. What cannot be written waits in memory, in the bounds of `processes`
-    and of the History, and is written when it can be: also by a daemon that could not open its
-    file at start. Raises UsageError when the directory of the file is not there.
+    A context manager; on exit everything is written. SIGKILL can take what came since the last
+    flush interval. What cannot be written waits in memory, in the bounds of `processes` and of the
+    History. It is written when that is possible, even if the file could not be opened at start.
+    Raises UsageError when the directory of the file is not there.
     """
 
     def __init__(self, config: Config, processes: Processes, payers: Payers | None = None) -> None:
@@ -126,6 +127,24 @@ class Recorder:
         here = self.history.has(np.array([number for number, _ in rows], np.uint64))
         older = [row for row, known in zip(rows, here.tolist(), strict=True) if not known]
         return len(older), older
+
+    def usage(
+        self, since_ns: int, stop: Callable[[], None] = lambda: None
+    ) -> tuple[dict[Group, list[int]], dict[int, str]]:
+        """What was used by flows last seen since then, each in memory or in the files.
+
+        And names of far ends that this daemon does not know. Raises Error.
+        """
+        here = self.history.seen_since(since_ns)
+        found: dict[Group, list[int]] = {}
+        names: dict[int, str] = {}
+        if (store := self._store) is not None:
+            found, names = store.usage(since_ns, here["id"], self._place, stop)
+        add_all(found, sums(here, self._place))
+        return found, names
+
+    def _place(self, key: ProcessKey) -> Place:
+        return place(self._processes.get(*key) or self.past_process(*key))
 
     def remembers_since(self) -> float:
         """Unix time: what was seen later is still known, in memory or in the file."""
@@ -237,6 +256,17 @@ class Recorder:
             if ending:
                 return False
 
+    def _kept(self, what: str, step: Callable[[], object]) -> bool:
+        """Whether the file is still of use after `step`, which may fail."""
+        try:
+            step()
+        except Error as error:
+            self._failed(what, error)
+            if isinstance(error, Damaged):
+                self._close()
+                return False
+        return True
+
     def _size(self, store: Store) -> int:
         """Bytes that the file may have."""
         size = self._config.history_size
@@ -295,15 +325,16 @@ class Recorder:
             log.error("history %s was taken away; a new one begins", store.path)
             self._close()
             return
-        try:
-            # by pieces of a third, or the database alone would take all the room
-            most = max(LEAST, min(MOST, self._config.history_size // ROW_SIZE // 3))
-            store.seal(self.history.has, most)
-            gone = store.trim(self._config.history_age, self._size(store))
-        except Error as error:
-            self._failed("not trimmed", error)
-            if isinstance(error, Damaged):
-                self._close()
+        # by pieces of a third, or the database alone would take all the room
+        most = max(LEAST, min(MOST, self._config.history_size // ROW_SIZE // 3))
+        if not self._kept("not sealed", lambda: store.seal(self.history.has, most)):
             return
+        gone = 0
+
+        def trim() -> None:
+            nonlocal gone
+            gone = store.trim(self._config.history_age, self._size(store))
+
+        self._kept("not trimmed", trim)
         if gone:
             log.info("history: %d flows were too old or too many", gone)

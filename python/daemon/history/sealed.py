@@ -15,12 +15,14 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 
+from daemon.history.details import Sum
 from daemon.history.memory import Question, matching
 from nlproto.errors import Error
 from nlproto.tables.flows import FLOW
@@ -30,6 +32,7 @@ __all__ = ["Broken", "Contents", "Sealed", "seal"]
 _MAGIC = b"pkhour1\n"
 _TAIL = struct.Struct("<II8s")
 _GROUP = 8192
+_DETAILS = 256  # processes in a blob
 _MAX_INDEX = 16 << 20
 _MAX_BLOB = 1 << 28
 """Bytes that one blob may unpack to."""
@@ -75,7 +78,8 @@ class _Index(msgspec.Struct, frozen=True):
     columns: list[_Column]
     groups: list[_Group]
     needles: dict[str, _Needles]
-    processes: tuple[int, int]
+    processes: list[tuple[int, int, tuple[int, int]]]
+    """tgid and start_ns of the first in each blob, and where that is; in their order."""
     replaces: int
     first_id: int
     usage: tuple[int, int]
@@ -90,7 +94,7 @@ class Contents(msgspec.Struct, frozen=True):
 
     rows: Rows
     processes: Mapping[Key, bytes]
-    usage: list[Any]
+    usage: list[Sum]
     names: Mapping[int, str]
     replaces: int = 0
     """The number of the file that this one is instead of."""
@@ -145,15 +149,17 @@ def seal(contents: Contents) -> bytes:
         bits[places, found_in // _GROUP] = True
         masks = np.packbits(bits, axis=1)
         needles[kind] = _Needles(put(names.tobytes()), put(masks.tobytes()))
-    details = b"\n".join(
-        b"%d %d %s" % (*key, raw) for key, raw in sorted(contents.processes.items())
-    )
+    details = sorted(contents.processes.items())
+    processes = [
+        (*part[0][0], put(b"\n".join(b"%d %d %s" % (*key, raw) for key, raw in part)))
+        for part in (details[at : at + _DETAILS] for at in range(0, len(details), _DETAILS))
+    ]
     index = msgspec.json.encode(
         _Index(
             columns,
             groups,
             needles,
-            put(details),
+            processes,
             contents.replaces,
             int(rows["id"].min(initial=0)),
             put(msgspec.json.encode(contents.usage)),
@@ -349,10 +355,22 @@ class Sealed:
                 raise Broken(f"its needles {kind}: {error}") from None
         return wanted
 
+    def process(self, key: Key) -> bytes | None:
+        """Details of one owner, as JSON."""
+        firsts = [(tgid, start_ns) for tgid, start_ns, _ in self._index.processes]
+        at = bisect_right(firsts, key) - 1
+        return self._details(self._index.processes[at][2]).get(key) if at >= 0 else None
+
     def processes(self) -> dict[Key, bytes]:
-        """Details of the owners, as JSON."""
+        """Details of all owners."""
         found: dict[Key, bytes] = {}
-        for line in self._blob(self._index.processes).split(b"\n"):
+        for _, _, place in self._index.processes:
+            found |= self._details(place)
+        return found
+
+    def _details(self, place: tuple[int, int]) -> dict[Key, bytes]:
+        found: dict[Key, bytes] = {}
+        for line in self._blob(place).split(b"\n"):
             words = line.split(b" ", 2)
             if len(words) == 3:
                 try:
@@ -361,9 +379,9 @@ class Sealed:
                     raise Broken("its processes are damaged") from None
         return found
 
-    def usage(self) -> list[Any]:
+    def usage(self) -> list[Sum]:
         """The sums of all rows."""
-        return self._json(self._index.usage, list[Any])
+        return self._json(self._index.usage, list[Sum])
 
     def names(self) -> dict[int, str]:
         """Names of far ends by the number that rows have."""

@@ -16,7 +16,8 @@ import numpy as np
 from daemon.history.memory import End, FlowMemory, Question, flow_fields
 from daemon.serve.now import Looking, holder, sockets_now
 from daemon.serve.requests import History as HistoryRequest
-from daemon.serve.requests import Lookup, LookupKey, OwnerOf, Who
+from daemon.serve.requests import Lookup, LookupKey, OwnerOf, Usage, Who
+from daemon.serve.usage import Sums, usage
 from nlproto.errors import UsageError
 from nlproto.host.kernel_sockets import KernelSockets
 from nlproto.overheard.names import is_of_resolver
@@ -89,6 +90,7 @@ class Answers:
     """Unix time: what was seen later is still known."""
     name_of: Callable[[int], str] = lambda number: ""
     """The name of a flow's far end."""
+    sums: Sums = lambda since_ns, stop: ({}, {})
 
     def is_cheap(self, request: OwnerOf) -> bool:
         """Whether the answer takes less time than another thread takes to begin with it."""
@@ -202,6 +204,11 @@ class Answers:
             "processes": room.fill(self._processes(keys, uid, stop)),
             "truncated": room.truncated or total > len(flows) or owners_total > len(owners_now),
         }
+
+    def usage(self, request: Usage, uid: int | None, stop: Stop = _never) -> dict[str, Any]:
+        """Who used how much (daemon.serve.usage)."""
+        found = usage(request, uid, self.sums, self.name_of, stop)
+        return found | {"since": self.remembers_since()}
 
     def _domain(self, number: int, uid: int | None) -> str:
         """What a resolver asked for others is for who sees everything."""

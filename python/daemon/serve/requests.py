@@ -19,6 +19,7 @@ __all__ = [
     "Stats",
     "Subscribe",
     "Unsubscribe",
+    "Usage",
     "Who",
     "parse_request",
     "request_id",
@@ -73,6 +74,13 @@ class History(Who, tag="history", frozen=True):
     uid: U32 | None = None
 
 
+class Usage(_Base, tag="usage", frozen=True):
+    by: Literal["process", "unit", "container", "user", "domain"] = "process"
+    since: Seconds = 86400.0
+    """Before now."""
+    limit: Limit = 1000
+
+
 class OwnerOf(_Base, tag="owner", frozen=True):
     port: Port
     proto: Proto | None = None
@@ -107,7 +115,7 @@ class Unsubscribe(_Base, tag="unsubscribe", frozen=True):
     pass
 
 
-Request = Hello | Stats | Who | History | OwnerOf | Lookup | Subscribe | Unsubscribe
+Request = Hello | Stats | Who | History | Usage | OwnerOf | Lookup | Subscribe | Unsubscribe
 
 _decoder: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 

@@ -106,6 +106,9 @@ class Config:
     history then; 0: only its own size counts."""
     flush_interval: Annotated[float, _time(0.05, 3600.0)] = 1.0
 
+    sha256: Literal["on", "off"] = "off"
+    """Of the programs of all processes that use sockets: each file is read once."""
+
     metrics: _Address | None = None
     """HOST:PORT on loopback, which all local users can read, or the absolute path of a UNIX socket
     for the group; none: off."""

@@ -22,6 +22,8 @@ __all__ = [
     "Report",
     "Stats",
     "Top",
+    "USED_BY",
+    "Usage",
     "Web",
     "Who",
     "command_of",
@@ -30,9 +32,13 @@ __all__ = [
 BY = ("name", "unit", "container", "user", "host", "port")
 """What `who` sums up by."""
 
+USED_BY = ("process", "unit", "container", "user", "domain")
+"""What `usage` sums up by."""
+
 SUBCOMMANDS = {
     "top": "processes by rate, live",
     "who": "what listens, and which process owns, or owned, a port",
+    "usage": "who used how much, in an hour or a month",
     "web": "the same in a browser, with the history",
     "stats": "what the daemon has seen, and how well it names",
     "annotate": "write the owners into a capture of tcpdump or Wireshark",
@@ -149,6 +155,18 @@ class Who:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    by: str
+    """One of USED_BY."""
+    since: float
+    """Seconds before now."""
+    limit: int | None
+    json: bool
+    socket: str
+    socket_given: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     json: bool
     socket: str
@@ -185,12 +203,13 @@ class Doctor:
     socket_given: bool
 
 
-Command = Live | Top | Who | Web | Stats | Annotate | Report | Doctor
+Command = Live | Top | Who | Usage | Web | Stats | Annotate | Report | Doctor
 
 _KINDS: dict[str, type[Command]] = {
     "live": Live,
     "top": Top,
     "who": Who,
+    "usage": Usage,
     "web": Web,
     "stats": Stats,
     "annotate": Annotate,

@@ -27,6 +27,7 @@ _FIELDS = {
     "comm": "process.name",
     "exe": "process.executable",
     "cmdline": "process.command_line",
+    "sha256": "process.hash.sha256",
     "ppid": "process.parent.pid",
     "tid": "process.thread.id",
     "uid": "user.id",

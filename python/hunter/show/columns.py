@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 from collections.abc import Callable, Iterable, Mapping
@@ -105,6 +104,7 @@ _COLUMNS = (
     Column("image", Kind.TEXT, of_process=True),
     Column("pod", Kind.TEXT, of_process=True),
     Column("parents", Kind.PEOPLE, of_process=True),
+    Column("sha256", Kind.TEXT, of_process=True),
 )
 """Names and order of what is saved; stable: new ones come at the end. All formats follow this.
 
@@ -112,7 +112,7 @@ _COLUMNS = (
 on the wire that the record stands for, `hdr_len` the bytes of headers that each of them has,
 `start_ns` the start of the process in ns since boot, `creator` the pid that made the socket,
 `community_id` the flow's name for Zeek, Suricata and others, `parents` who started the process,
-the nearest first.
+the nearest first, `sha256` that of its program, where the daemon was told to look.
 """
 
 KINDS = {column.name: column.kind for column in _COLUMNS}
@@ -206,19 +206,15 @@ class Columns:
     """Whether the records know them."""
 
 
-@lru_cache(65536)
-def _address(family: int, raw: bytes) -> str:
-    if family == socket.AF_INET:
-        return socket.inet_ntop(socket.AF_INET, raw[:4])
-    return str(ipaddress.IPv6Address(raw))
-
-
 def addresses(records: np.ndarray, field: str) -> list[str]:
     """Return the addresses in `field` ("saddr" or "daddr") as text."""
     size = wire.RECORD[field].itemsize
     raw = np.ascontiguousarray(records[field]).tobytes()
     families = records["family"].tolist()
-    return [_address(family, raw[i * size : (i + 1) * size]) for i, family in enumerate(families)]
+    return [
+        wire.address_text(family, raw[i * size : (i + 1) * size])
+        for i, family in enumerate(families)
+    ]
 
 
 def times(batch: NamedBatch) -> list[str]:

@@ -146,6 +146,8 @@ class LinePrinter:
                 more.append(f"started by {above}")
             if process is not None and process.container_name:
                 more.append(f"container {plain(process.container)}")
+            if process is not None and process.sha256:
+                more.append(f"sha256 {plain(process.sha256)}")
             if process is not None and process.image:
                 more.append(f"image {plain(process.image)}")
             more += [

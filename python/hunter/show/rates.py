@@ -13,7 +13,7 @@ from nlproto.records import wire
 from nlproto.records.batch import NamedBatch
 from nlproto.tables.flows import address_bytes, summarize
 
-__all__ = ["FlowRate", "Meter", "ProcessRate", "Rates"]
+__all__ = ["HISTORY", "FlowRate", "Meter", "ProcessRate", "RateKey", "Rates"]
 
 HISTORY = 12  # ticks that a sparkline shows
 KEPT_S = 60.0  # what a live view keeps a process for after its last packet

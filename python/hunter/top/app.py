@@ -19,6 +19,7 @@ from hunter.show.names import Names, Namespaces
 from hunter.show.rates import KEPT_S
 from hunter.show.text import plain
 from hunter.sources.opening import open_source
+from hunter.top.groups import GroupsView, Help
 from hunter.top.state import State
 from hunter.top.views import ProcessesView, View
 from nlproto import Error
@@ -61,15 +62,18 @@ class Top(App[None]):
     TITLE = "packet-hunter top"
     ENABLE_COMMAND_PALETTE = False
     CSS = """
-    #title { background: $primary-darken-2; color: $text; padding: 0 1; height: 1; }
-    #account { background: $surface; color: $text-muted; padding: 0 1; }
+    #title, #account { padding: 0 1; height: auto; max-height: 2; }
+    #title { background: $primary-darken-2; color: $text; }
+    #account { background: $surface; color: $text-muted; }
     Input, Input:focus { height: 1; border: none; padding: 0 1; }
     """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("space", "pause", "Pause"),
-        Binding("u,m", "units", "Units"),
-        Binding("n", "names", "Names"),
-        Binding("escape", "screen.back", "Back"),
+        Binding("question_mark", "help", "Help", key_display="?"),
+        Binding("b", "group", "Sum up"),
+        Binding("space", "pause", "Pause", show=False),
+        Binding("u,m", "units", "The next units", show=False),
+        Binding("n", "names", "Hosts and services by name or number", show=False),
+        Binding("escape", "screen.back", "Back", show=False),
         Binding("q", "quit", "Quit"),
     ]
 
@@ -110,6 +114,14 @@ class Top(App[None]):
         if stack and isinstance(stack[-1], View):
             stack[-1].show()
 
+    def action_group(self) -> None:
+        """Of the processes; GroupsView itself goes on from there."""
+        self.push_screen(GroupsView(self.state))
+
+    def action_help(self) -> None:
+        if isinstance(self.screen, View):
+            self.push_screen(Help(_keys(self.screen)))
+
     def action_names(self) -> None:
         self.state.numbers = not self.state.numbers
         self._show()
@@ -121,3 +133,17 @@ class Top(App[None]):
     def action_units(self) -> None:
         self.state.next_units()
         self._show()
+
+
+def _keys(view: View) -> list[tuple[str, str]]:
+    """(keys, what they do) in a view, for people."""
+    told: dict[str, list[str]] = {}
+    for one in (*type(view).BINDINGS, *View.BINDINGS, *Top.BINDINGS):
+        assert isinstance(one, Binding)
+        keys = one.key_display or " ".join(_KEYS.get(key, key) for key in one.key.split(","))
+        if one.description:
+            told.setdefault(one.description, []).append(keys)
+    return [(" ".join(keys), description) for description, keys in told.items()]
+
+
+_KEYS = {"slash": "/", "greater_than_sign": ">"}

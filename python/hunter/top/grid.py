@@ -25,11 +25,15 @@ Cell = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """`sort` is what the table is told to be sorted by; "" cannot be sorted by."""
+    """`sort` is what the table is told to be sorted by; "" cannot be sorted by.
+
+    A terminal that is too narrow does without columns that have a `spare`, the highest first.
+    """
 
     name: str
     sort: str = ""
     right: bool = False
+    spare: int = 0
 
 
 class Grid(ScrollView, can_focus=True):
@@ -69,6 +73,8 @@ class Grid(ScrollView, can_focus=True):
         super().__init__()
         self._columns = columns
         self._widths = [cell_len(column.name) for column in columns]
+        self._shown = list(range(len(columns)))
+        """Columns that there is room for."""
         self._items: Sequence[Any] = ()
         self._key: Callable[[Any], Hashable] = id
         self._cells: Callable[[Any], Sequence[Cell]] = list
@@ -97,7 +103,7 @@ class Grid(ScrollView, can_focus=True):
         cells: Callable[[Any], Sequence[Cell]],
     ) -> None:
         """Show `items`; `key` tells which is which from one time to the next."""
-        before, place = self._seen, (self.cursor, len(self._items), tuple(self._widths))
+        before, place = self._seen, self._place(self._items)
         self._items, self._key, self._cells = items, key, cells
         if self._chosen is not None:
             found = (at for at, item in enumerate(items) if key(item) == self._chosen)
@@ -105,12 +111,16 @@ class Grid(ScrollView, can_focus=True):
         self.cursor = max(0, min(self.cursor, len(items) - 1))
         self._seen = {}
         self._look()
-        if place != (self.cursor, len(items), tuple(self._widths)):
+        if place != self._place(items):
             self.refresh()
             return
         for row, made in self._seen.items():
             if made != before.get(row):
                 self._refresh_row(row)
+
+    def _place(self, items: Sequence[Any]) -> tuple[Any, ...]:
+        """What must be the same for rows to stay where they are on the screen."""
+        return self.cursor, len(items), tuple(self._widths), tuple(self._shown)
 
     def _look(self) -> None:
         """Make the rows in sight, and as much room as they need."""
@@ -120,9 +130,20 @@ class Grid(ScrollView, can_focus=True):
                 self._seen[row] = made = self._cells(self._items[row])
                 for at, (text, _) in enumerate(made):
                     self._widths[at] = max(self._widths[at], cell_len(text))
-        size = Size(sum(self._widths) + len(self._widths), len(self._items) + 1)
+        self._shown = self._fitting()
+        room = sum(self._widths[at] + 1 for at in self._shown)
+        size = Size(room, len(self._items) + 1)
         if size != self.virtual_size:
             self.virtual_size = size
+
+    def _fitting(self) -> list[int]:
+        shown = list(range(len(self._columns)))
+        while sum(self._widths[at] + 1 for at in shown) > self.size.width:
+            spare = max(shown, key=lambda at: self._columns[at].spare)
+            if not self._columns[spare].spare:
+                break
+            shown.remove(spare)
+        return shown
 
     def _refresh_row(self, row: int) -> None:
         self.refresh(Region(0, row + 1 - round(self.scroll_y), self.size.width, 1))
@@ -148,8 +169,9 @@ class Grid(ScrollView, can_focus=True):
         else:
             return Strip.blank(self.size.width, self.rich_style)
         segments = []
-        for (text, style), width, column in zip(made, self._widths, self._columns, strict=True):
-            if column.right:
+        for at in self._shown:
+            (text, style), width = made[at], self._widths[at]
+            if self._columns[at].right:
                 text = " " * (width - cell_len(text)) + text
             segments.append(Segment(f" {set_cell_size(text, width)}", self._style(kind, style)))
         left = round(self.scroll_x)
@@ -186,8 +208,8 @@ class Grid(ScrollView, can_focus=True):
     def on_click(self, event: events.Click) -> None:
         if event.y == 0:
             at = event.x + round(self.scroll_x)
-            for number, width in enumerate(self._widths):
-                at -= width + 1
+            for number in self._shown:
+                at -= self._widths[number] + 1
                 if at < 0:
                     self.post_message(self.HeaderClicked(number))
                     return

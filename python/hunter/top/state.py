@@ -3,20 +3,27 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
 
 from hunter.show.account import ShownAccount
 from hunter.show.names import Names, Namespaces
-from hunter.show.rates import KEPT_S, ProcessRate, Rates
+from hunter.show.programs import place
+from hunter.show.rates import KEPT_S, ProcessRate, RateKey, Rates
 from hunter.show.text import plain
 from hunter.show.units import UNITS
 from hunter.sources.source import Source
 from nlproto import Error
 from nlproto.records.batch import NamedBatch
+from nlproto.tables.processes import Process
 
-__all__ = ["State"]
+__all__ = ["GROUPS", "State"]
+
+GROUPS = ("name", "unit", "container", "user")
+"""What processes are summed up by."""
+_MAX_ENDED = 1 << 16
 
 
 class State:
@@ -41,6 +48,9 @@ class State:
         """Hosts and services as numbers."""
         self.units = units
         self.paused = False
+        self.shows_ended = kept_s == math.inf
+        """Processes that have ended and send no more; those of a file all have."""
+        self._ended: set[RateKey] = set()
         self.namespaces = Namespaces(None)
         self.rates = Rates(kept_s)
         self.shown = ShownAccount()
@@ -70,10 +80,44 @@ class State:
     def next_units(self) -> None:
         self.units = UNITS[(UNITS.index(self.units) + 1) % len(UNITS)]
 
+    def hides(self, process: ProcessRate) -> bool:
+        """Whether the process has ended and its last packet is not of this moment."""
+        return not self.shows_ended and not process.meter.rate and self.ended(process)
+
+    def place(self, process: ProcessRate) -> str:
+        """Return what the process runs in; it may hold any character."""
+        one = self._details(process)
+        return "" if one is None else place(one.container, one.container_name, one.pod, one.unit)
+
+    def group(self, process: ProcessRate, by: str) -> str:
+        """Return what the process is called in sums by `by`, one of GROUPS; "" for nothing."""
+        if by == "name":
+            return process.comm
+        if by == "user":
+            return "" if process.uid is None else self.known.user(process.uid)
+        one = self._details(process)
+        if one is None:
+            return ""
+        if by == "unit":
+            return one.unit
+        return place(one.container, one.container_name, one.pod, "")
+
+    def _details(self, process: ProcessRate) -> Process | None:
+        return self.source.get(*process.key[:2]) if process.pid else None
+
     def ended(self, process: ProcessRate) -> bool:
-        """Whether the process is known to have exited; its row stays a minute."""
+        """Whether the process is known to have exited."""
         if process.pid is None:
             return False
+        if process.key not in self._ended:
+            if not self._has_ended(process):
+                return False
+            if len(self._ended) >= _MAX_ENDED:
+                self._ended.clear()
+            self._ended.add(process.key)
+        return True
+
+    def _has_ended(self, process: ProcessRate) -> bool:
         details = self.source.get(*process.key[:2])
         if details is not None and details.exit_ns is not None:
             return True

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from textual.app import ComposeResult
@@ -15,7 +15,6 @@ from textual.widgets import Footer, Input, Static
 
 from hunter.show.console import has_blocks
 from hunter.show.names import service
-from hunter.show.programs import place
 from hunter.show.rates import FlowRate, Meter, ProcessRate
 from hunter.show.text import plain
 from hunter.show.units import amount
@@ -49,8 +48,8 @@ class View(Screen[None]):
         Binding("slash", "find", "Find"),
         Binding("less_than_sign", "sort(-1)", "Sort", key_display="< >"),
         Binding("greater_than_sign", "sort(1)", show=False),
-        Binding("s", "sort_by('sent')", "Sent"),
-        Binding("r", "sort_by('received')", "Received"),
+        Binding("s", "sort_by('sent')", "Sort by sent", show=False),
+        Binding("r", "sort_by('received')", "Sort by received", show=False),
     ]
 
     def __init__(self, state: State) -> None:
@@ -160,20 +159,40 @@ class ProcessesView(View):
     columns = (
         Column("pid", "pid", right=True),
         Column("process", "name"),
-        Column("user"),
+        Column("user", spare=5),
         Column("rate", "rate", right=True),
-        Column("sent/s", "sent", right=True),
-        Column("", "sent"),
-        Column("received/s", "received", right=True),
-        Column("", "received"),
-        Column("total", "total", right=True),
-        Column("flows", "flows", right=True),
-        Column("runs in"),
+        Column("sent/s", "sent", right=True, spare=2),
+        Column("", "sent", spare=8),
+        Column("received/s", "received", right=True, spare=1),
+        Column("", "received", spare=8),
+        Column("total", "total", right=True, spare=3),
+        Column("flows", "flows", right=True, spare=6),
+        Column("runs in", spare=4),
     )
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "open", "Flows")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("enter", "open", "Flows"),
+        Binding("e", "ended", "Show or hide what has ended", show=False),
+    ]
+
+    def __init__(self, state: State, only: Callable[[ProcessRate], bool] | None = None) -> None:
+        super().__init__(state)
+        self._only = only
+        """Which processes; None: all."""
+        self._hidden = 0
+
+    def leave(self) -> None:
+        if self._only is not None:
+            self.app.pop_screen()
+
+    def action_ended(self) -> None:
+        self.state.shows_ended = not self.state.shows_ended
+        self.show()
+
+    def more_text(self) -> str:
+        return f"{self._hidden:,} ended (e)" if self._hidden else ""
 
     def title_text(self) -> str:
-        processes, units = list(self.state.rates), self.state.units
+        processes, units = list(self._wanted()), self.state.units
         count = sum(process.pid is not None for process in processes)
         sent = amount(sum(process.meter.sent_rate for process in processes), units)
         received = amount(sum(process.meter.received_rate for process in processes), units)
@@ -188,7 +207,13 @@ class ProcessesView(View):
         if process is not None:
             self.app.push_screen(FlowsView(self.state, process))
 
+    def _wanted(self) -> Iterator[ProcessRate]:
+        return filter(self._only, self.state.rates)
+
     def items(self) -> Sequence[ProcessRate]:
+        wanted = list(self._wanted())
+        shown = [one for one in wanted if not self.state.hides(one)]
+        self._hidden = len(wanted) - len(shown)
         keys: dict[str, Callable[[ProcessRate], Any]] = {
             "pid": lambda one: one.key,
             "name": lambda one: one.comm.lower(),
@@ -198,18 +223,15 @@ class ProcessesView(View):
             "total": lambda one: -one.meter.total,
             "flows": lambda one: -len(one.flows),
         }
-        return sorted(self.state.rates, key=keys[self.sorting])
+        return sorted(shown, key=keys[self.sorting])
 
     def key(self, item: ProcessRate) -> Hashable:
         return item.key
 
     def _owner(self, process: ProcessRate) -> tuple[str, str, str, str]:
         """pid, name, user, unit or container."""
-        details = self.state.source.get(*process.key[:2]) if process.pid else None
-        where = ""
-        if (one := details) is not None:
-            where = plain(place(one.container, one.container_name, one.pod, one.unit))
         user = "" if process.uid is None else plain(self.state.known.user(process.uid))
+        where = plain(self.state.place(process))
         return str(process.pid or "-"), plain(process.comm), user, where
 
     def words(self, item: ProcessRate) -> str:
@@ -243,14 +265,14 @@ class FlowsView(View):
     """One process: its flows, or after Tab its far ends."""
 
     columns = (
-        Column("proto"),
-        Column("local"),
+        Column("proto", spare=6),
+        Column("local", spare=5),
         Column("far end", "far end"),
-        Column("sent/s", "sent", right=True),
-        Column("received/s", "received", right=True),
+        Column("sent/s", "sent", right=True, spare=3),
+        Column("received/s", "received", right=True, spare=2),
         Column("rate", "rate", right=True),
-        Column("total", "total", right=True),
-        Column("packets", "packets", right=True),
+        Column("total", "total", right=True, spare=1),
+        Column("packets", "packets", right=True, spare=7),
     )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("tab", "remotes", "Flows or far ends", priority=True)

@@ -234,6 +234,15 @@ class DaemonClient:
         owners: list[dict[str, Any] | None] = reply["owners"]
         return owners
 
+    def usage(
+        self, *, by: str = "process", since: float = 86400.0, limit: int = 1000
+    ) -> dict[str, Any]:
+        """Sums of the flows with packets in the last `since` seconds, most bytes first.
+
+        `by`: process, unit, container, user or domain.
+        """
+        return self.request("usage", by=by, since=since, limit=limit)
+
     def stats(self) -> dict[str, Any]:
         """The account, queues, engine and table sizes, as far as this user may see them."""
         return self.request("stats")

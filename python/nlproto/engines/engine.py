@@ -19,8 +19,8 @@ ENGINES = ("auto", "module", "ebpf", "packet")
 class Engine(Protocol):
     """A source of records that is open from its construction to the end of its context.
 
-    One thread at a time. `opening` and `closing` are TAIL arrays for Account.open and .close:
-    where the stream of each CPU began, and what catch_up() or finish() have read it up to.
+    One thread at a time. `opening` and `closing` are TAIL arrays for Account.open and .close.
+    They say for each CPU where its stream began, and how far catch_up() or finish() have read.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Engine(Protocol):
         ...
 
     def begin(self) -> int:
-        """Let the stream begin (`opening`) now instead; that moment in CLOCK_MONOTONIC ns."""
+        """Restart the stream here: `opening` is set anew. Returns CLOCK_MONOTONIC ns."""
         ...
 
     def finish(self, until_ns: int | None = None) -> Iterable[Event]:

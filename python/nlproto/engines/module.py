@@ -35,8 +35,10 @@ def _refuse_half_loaded() -> None:
 class ModuleEngine:
     """Reads the groups `groups`, of packets and flows one; see nlproto.engines.engine.Engine.
 
-    The stream begins at a FLUSH after joining, so that an account opened with `opening` knows
-    every record from there on, also on a CPU whose first batches were lost.
+    The stream begins at a FLUSH after joining. So an account opened with `opening` knows every
+    record from there on, even if the first batches of a CPU were lost.
+
+    Raises NoModule, NoPrivilege, VersionMismatch.
     """
 
     name = "module"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Which network namespaces are captured: opened and closed beside the thread that reads them.
 
-To open one takes some 20 ms and to close one 50 ms (the kernel waits for all its processors), so
+Opening one takes some 20 ms and closing one 50 ms: the kernel waits for all its processors. So
 neither may hold up who reads, starts or stops. Users can make namespaces without end: the places
 are bounded, root's come first, and other users share the rest evenly.
 """

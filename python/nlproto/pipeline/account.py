@@ -3,12 +3,12 @@
 
     packets   = recorded + skipped
     records   = recorded + copies
-              = delivered + lost (alloc, socket, queue, client, failed)
+              = delivered + lost (alloc, missed, socket, queue, client, failed)
                 + waiting (received, not yet handed on)
     delivered = named + unnamed (by reason)
 
-Each CPU's totals come from its counters and sequences at the first and last moment known, not
-from adding up gaps, so batches that arrive out of order change nothing. Not thread-safe.
+Each CPU's totals come from its counters and sequences at the first and last moment known. No
+gaps are added up, so batches that arrive out of order change nothing. Not thread-safe.
 """
 
 from collections.abc import Callable
@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from nlproto.pipeline import figures
-from nlproto.records.wire import BATCH, HOW_NAMES, TAIL, lib
+from nlproto.records.wire import BATCH, HOW_NAMES, NO_CPU, TAIL, lib
 
 __all__ = ["PLACES", "Account"]
 
-PLACES = ("alloc", "socket", "queue", "client", "failed")
-"""Where records are lost: no memory in the kernel, socket buffer, daemon's queue, slow client,
-a fault of this program."""
+PLACES = ("alloc", "missed", "socket", "queue", "client", "failed")
+"""Where records are lost: no memory in the kernel, engine ebpf's programs left out, socket buffer,
+daemon's queue, slow client, a fault of this program."""
 
 _COPY = int(lib.SNIFFER_F_COPY)
 
@@ -203,10 +203,13 @@ class Account:
     @property
     def lost(self) -> dict[str, int]:
         """Lost records by place."""
-        alloc = sum(last - first for first, last in self._unmade.values())
+        unmade = {True: 0, False: 0}
+        for (_, cpu, _), (first, last) in self._unmade.items():
+            unmade[cpu == NO_CPU] += last - first
         return {
-            "alloc": alloc,
-            "socket": self.records - self._received - alloc,
+            "alloc": unmade[False],
+            "missed": unmade[True],
+            "socket": self.records - self._received - sum(unmade.values()),
             **self._lost_later,
         }
 
@@ -259,8 +262,8 @@ class Account:
     def as_dict(self, settled: bool = False) -> dict[str, object]:
         """Return all figures, for JSON.
 
-        `settled`: as if the records that wait were not yet received; what the worker that hands
-        records on asks for, to whom everything else is either behind or still to come.
+        `settled`: leave out the records that still wait. The worker asks so: for it each record
+        is either handed on or still to come.
         """
         later = self.waiting if settled else 0
         position = self.position

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """From the kernel's monotonic time to the time of day and to time since boot.
 
-The three clocks in a batch's head were read together when it was sent, so a record gets the
-time of day of its own moment, whenever it is read (a saved capture too).
+The three clocks in a batch's head were read together when it was sent. So a record gets the time
+of day of its own moment, whenever it is read, also from a saved capture.
 """
 
 import time

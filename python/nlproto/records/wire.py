@@ -29,6 +29,7 @@ __all__ = [
     "HOW_NAMES",
     "INFO",
     "MAX_TEXT",
+    "NO_CPU",
     "PROCESS",
     "RECORD",
     "SNAP",
@@ -109,6 +110,9 @@ INFO = dtype_of("sniffer_info")
 COUNTERS = dtype_of("sniffer_counters")
 SNAP = dtype_of("sniffer_snap")
 
+NO_CPU = 0xFFFF
+"""Of a TAIL of engine ebpf: counts packets that its programs were left out for, on whatever CPU."""
+
 _HOW_VALUES: dict[str, int] = {
     name.removeprefix("SNIFFER_HOW_").lower(): value
     for name, value in ffi.typeof("enum sniffer_how").relements.items()
@@ -129,7 +133,7 @@ def how_name(how: int) -> str:
 
 
 def how_value(name: str) -> int:
-    """Return the value of a `how` name; raise Error for a word that names none."""
+    """Return the value of a `how` name. Raises Error for a word that names none."""
     try:
         return _HOW_VALUES[name]
     except KeyError:
@@ -265,7 +269,7 @@ def taken(rows: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def among(values: np.ndarray, some: np.ndarray) -> np.ndarray:
-    """Whether each of `values` is one of `some`: np.isin() without the 2 MB that it imports."""
+    """Mask of `values`: is each one of `some`? As np.isin(), without the 2 MB that it imports."""
     if not len(some):
         return np.zeros(len(values), bool)
     some = np.sort(some)
@@ -287,7 +291,10 @@ def decode_struct(buf: bytes | memoryview, dtype: np.dtype[np.void]) -> np.void:
 
 
 def decode_array(buf: bytes | memoryview, dtype: np.dtype[np.void]) -> np.ndarray:
-    """Return `buf` as a read-only array of `dtype`; raise Error when it is no whole number."""
+    """Return `buf` as a read-only array of `dtype`, shape (n,).
+
+    Raises Error when it is no whole number of them.
+    """
     if len(buf) % dtype.itemsize:
         raise Error(f"malformed message: {len(buf)} bytes are no multiple of {dtype.itemsize}")
     return np.frombuffer(memoryview(buf).toreadonly(), dtype)
@@ -354,7 +361,7 @@ def encode_batch(head: np.void, records: np.ndarray) -> bytes:
 
 
 def decode_process(buf: bytes | memoryview) -> ProcessEvent:
-    """Return the process event in `buf` (attribute SNIFFER_A_PROCESS); raise Error if too short.
+    """Return the process event in `buf` (attribute SNIFFER_A_PROCESS). Raises Error if too short.
 
     A module that tells no cgroup ends it where that begins.
     """

@@ -29,10 +29,10 @@ _WORD = (1 << 64) - 1
 
 
 FLOW = without(dtype_of("flow", ffi), "zero", "dirty")
-"""One flow of one owner. Local and remote end (of a forwarded flow: the lower and the higher end,
-"out" is from the lower one); addresses are the 16 bytes of the record seen as two numbers; times
-are CLOCK_MONOTONIC; packets and bytes are those of the wire, after segmentation; how, uid, inode
-and comm are the last record's, flags all that were set."""
+"""One flow of one owner, with its local and remote end. Of a forwarded flow these are the lower
+and the higher end, and "out" is from the lower one. Addresses are the 16 bytes of the record, seen
+as two numbers. Times are CLOCK_MONOTONIC ns. Packets and bytes are those of the wire, after
+segmentation. how, uid, inode and comm are the last record's; flags has all that were set."""
 
 KEY_FIELDS = (
     "cookie",

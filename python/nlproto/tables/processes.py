@@ -53,6 +53,8 @@ class Process:
     """As the container's runtime calls them (nlproto.host.containers)."""
     parents: tuple[Parent, ...] = ()
     """Who started it, and who started that one, up to init: when it was first seen."""
+    sha256: str = ""
+    """Of its program, where the daemon was told to look (nlproto.host.hashes)."""
     pidns: int = 0
     ns_tgid: int = 0
     exit_ns: int | None = None
@@ -150,6 +152,8 @@ class Processes:
         self.bytes = 0
         self.on_change = on_change
         self.evicted = 0
+        self.hash: Callable[[int, int, str], None] | None = None
+        """Asks for a program's hash, by (tgid, start_ns, exe); answered by hashed()."""
 
     def __len__(self) -> int:
         return len(self._table)
@@ -283,7 +287,21 @@ class Processes:
             values["uid"] = uid
         if not process.comm:
             values["comm"] = getattr(found, "comm", "")
+        if self.hash is not None and (not process.sha256 or values.get("exe") != process.exe):
+            values["sha256"] = ""
+            self.hash(process.tgid, process.start_ns, values.get("exe", ""))
         return replace(process, **values)
+
+    def hashed(self, tgid: int, start_ns: int, exe: str, sha256: str) -> None:
+        """Take a program's hash, if the process still runs that program. Any thread."""
+        with self._lock:
+            known = self._table.get((tgid, start_ns))
+            if known is None or known.exe != exe:
+                return
+            process = replace(known, sha256=sha256)
+            self._put(process)
+        if self.on_change is not None:
+            self.on_change(process)
 
     def _keep(self, process: Process) -> None:
         process = self._called(process)

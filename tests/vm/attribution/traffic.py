@@ -18,8 +18,8 @@ from .truth import Worker, now
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
-HOST = {V4: "127.0.0.1", V6: "::1"}
-HEADERS = {V4: 28, V6: 48}
+HOST: dict[int, str] = {V4: "127.0.0.1", V6: "::1"}
+HEADERS: dict[int, int] = {V4: 28, V6: 48}
 TCP_QUICKACK = socket.TCP_QUICKACK
 
 

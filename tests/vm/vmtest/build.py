@@ -77,7 +77,7 @@ def make(
     )
     if done.returncode != 0:
         raise BuildFailed(f"module does not build for {kernel.release}:\n{done.stdout}")
-    return done.stdout
+    return str(done.stdout)
 
 
 def _fingerprint(source: Path, kernel: UnpackedKernel) -> str:

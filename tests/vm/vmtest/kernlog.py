@@ -43,7 +43,7 @@ class KernelLog:
 
     def read(self) -> list[str]:
         """Lines since the last call; those that user space wrote are left out."""
-        lines = []
+        lines: list[str] = []
         while True:
             try:
                 entry = os.read(self._file, 8192).decode(errors="replace")

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
@@ -25,10 +25,19 @@ from .kernlog import COMPLAINT
 __all__ = ["COLUMNS", "Row", "main", "read_results", "table"]
 
 ROOT = Path(__file__).parents[3]
-COLUMNS = ("kernel", "release", "build", "load", "attribution", "unload", "others", "dmesg")
+COLUMNS = (
+    *("kernel", "release", "build", "load", "attribution", "unload", "others", "ebpf", "dmesg"),
+)
+NO_EBPF = {"5.10"}
+"""Kernels on which engine ebpf does not run (README)."""
 # The files whose tests have a column of their own; the rest of tests/vm is "others".
 GUEST_LOST = re.compile(r"^(the guest is gone|no answer within|QEMU did not start)", re.MULTILINE)
 FILES = {"test_module": "load", "test_attribution": "attribution", "test_unload": "unload"}
+RUNS = (
+    ("module", ("tests/vm",), FILES),
+    ("ebpf", ("tests/vm/test_attribution.py",), {"test_attribution": "ebpf"}),
+)
+"""Engine, what is run with it, and the columns of its files."""
 
 
 @dataclass(slots=True)
@@ -56,25 +65,33 @@ def try_kernel(name: str) -> Row:
         row.cells["build"], row.failed = "FAILED", True
         row.notes.append(str(error))
         return row
-    with tempfile.TemporaryDirectory(prefix="packet-hunter-matrix.") as scratch:
-        results = Path(scratch) / "results.xml"
-        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={results}", "tests/vm"]
-        environment = {**os.environ, "PACKET_HUNTER_KERNEL": name}
-        code = subprocess.run(command, cwd=ROOT, env=environment).returncode
-        if not results.exists():
-            row.notes.append(f"pytest left no result, exit {code}")
-        else:
-            read_results(results, row)
-    row.failed |= code != 0
+    for engine, tests, files in RUNS:
+        if engine == "ebpf" and name in NO_EBPF:
+            continue
+        with tempfile.TemporaryDirectory(prefix="packet-hunter-matrix.") as scratch:
+            results = Path(scratch) / "results.xml"
+            command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={results}", *tests]
+            environment = {
+                **os.environ,
+                "PACKET_HUNTER_KERNEL": name,
+                "PACKET_HUNTER_ENGINE": engine,
+            }
+            code = subprocess.run(command, cwd=ROOT, env=environment).returncode
+            if not results.exists():
+                row.notes.append(f"pytest left no result, exit {code}")
+            else:
+                read_results(results, row, files)
+        row.failed |= code != 0
     return row
 
 
-def read_results(path: Path, row: Row) -> None:
-    """Counts a JUnit file's tests into the columns of `row`.
+def read_results(path: Path, row: Row, files: Mapping[str, str] = FILES) -> None:
+    """Counts a JUnit file's tests into the columns of `row` that `files` says, or "others".
 
     A complaint of the kernel counts under dmesg, not against the test that it followed.
     """
-    counts = {column: {"passed": 0, "failed": 0, "skipped": 0} for column in COLUMNS[3:-1]}
+    columns = [*files.values(), *(["others"] if len(files) > 1 else [])]
+    counts = {column: {"passed": 0, "failed": 0, "skipped": 0} for column in columns}
     complaints = lost = 0
     for case in ElementTree.parse(path).iter("testcase"):
         file = case.get("classname", "").rpartition(".")[2]
@@ -92,12 +109,13 @@ def read_results(path: Path, row: Row) -> None:
         if of_kernel:
             complaints += 1
             row.notes.append(f"dmesg   {case.get('name')}")
-        counts[FILES.get(file, "others")][outcome] += 1
+        counts[files.get(file, "others")][outcome] += 1
     for column, count in counts.items():
         row.cells[column] = _words(count)
         row.failed |= not count["passed"] or count["failed"] > 0
     found = [f"{complaints} complaints"] * bool(complaints) + [f"{lost} guests lost"] * bool(lost)
-    row.cells["dmesg"] = ", ".join(found) or "clean"
+    before = row.cells.get("dmesg", "clean")
+    row.cells["dmesg"] = ", ".join([before] * (before != "clean") + found) or "clean"
     row.failed |= bool(found)
 
 

@@ -104,7 +104,8 @@ def many_members(worker: Worker, wire: Wire, group: str, interface: str) -> None
     """One process with many sockets in one group."""
     request = struct.pack("4s4si", socket.inet_aton(group), bytes(4),
                           socket.if_nametoindex(interface))  # fmt: skip
-    port, socks, claim = 0, [], ""
+    port, claim = 0, ""
+    socks: list[socket.socket] = []
     for _ in range(MANY):
         sock = socket.socket(V4, UDP)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -220,7 +220,7 @@ def supervisor(worker: Worker, wire: Wire, link: socket.socket, peer: tuple[str,
     (ident,) = struct.unpack_from("=Q", note)
     (number,) = struct.unpack_from("=Q", note, 32)  # connect()'s first argument
     sock = bound(V4, TCP)
-    claim = worker.claim(sock, remote=tuple(peer), out=2, in_=1)
+    claim = worker.claim(sock, remote=(peer[0], peer[1]), out=2, in_=1)
     sock.connect(tuple(peer))
     sock.setblocking(True)
     quiet()

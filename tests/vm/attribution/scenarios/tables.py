@@ -63,7 +63,8 @@ class Partner:
 
 
 def partner(worker: Worker, role: str, *works: Callable[[], object]) -> Partner:
-    return type(role, (Partner,), {"works": works})(worker, role)
+    made: Partner = type(role, (Partner,), {"works": works})(worker, role)
+    return made
 
 
 def part() -> None:

@@ -330,7 +330,7 @@ def tcp_late_after_reset(stage: Stage) -> None:
 
 def reusing(worker: Worker, wire: Wire, port: int, peer: tuple[str, int]) -> None:
     sock = bound(V4, TCP, "", port)
-    claim = worker.claim(sock, remote=tuple(peer), out=4, in_=2)
+    claim = worker.claim(sock, remote=(peer[0], peer[1]), out=4, in_=2)
     sock.connect(tuple(peer))
     sock.sendall(b"reuse")
     receive_all(sock, 5)

@@ -58,7 +58,7 @@ def connected(worker: Worker, wire: Wire, peer: tuple[str, int], family: int) ->
     sock = socket.socket(family, UDP)
     sock.settimeout(30)
     sock.connect(tuple(peer))
-    claim = worker.claim(sock, t0=t0, remote=tuple(peer), exact=True)
+    claim = worker.claim(sock, t0=t0, remote=(peer[0], peer[1]), exact=True)
     for _ in range(COUNT):
         sock.send(b"c" * 40)
         sock.recv(100)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: MIT
+"""SHA-256 of the programs that processes run, in a thread of its own, each file once.
+
+The file is held by a descriptor from the moment a process is first seen, so that it may end. Such
+a descriptor (O_PATH) opens nothing: the thread opens the file, if it is a regular one of a file
+system that answers by itself (no FUSE, no network).
+
+Sources: man 5 proc (exe, fdinfo, mountinfo), man 2 open (O_PATH).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import stat
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from nlproto.running.supervise import Failures
+
+__all__ = ["Hashes"]
+
+_WAITING = 256
+"""Files that wait, each with a descriptor; a process more than that has no hash."""
+_KEPT = 8192
+_MAX_FILE = 1 << 30
+"""Bytes; what is longer has no hash."""
+_PIECE = 1 << 20
+_SHARE = 20
+"""Reading takes this part of one CPU's time at most."""
+_SAVED_S = 2.0
+"""Of such time, for what starts together."""
+_FOREIGN = ("fuse", "nfs", "cifs", "smb", "9p", "ceph", "afs", "virtiofs", "autofs")
+
+Told = Callable[[int, int, str, str], None]
+"""(tgid, start_ns, exe, hash in hexadecimal) of a process."""
+
+
+class _Wanted(NamedTuple):
+    file: int
+    tgid: int
+    start_ns: int
+    exe: str
+
+
+class Hashes:
+    """A context manager. `told` is called by its thread, with what ask() was given."""
+
+    def __init__(self, told: Told) -> None:
+        self._told = told
+        self._waiting: queue.Queue[_Wanted | None] = queue.Queue(_WAITING)
+        self._known: OrderedDict[tuple[int, ...], str] = OrderedDict()
+        self._failures = Failures("hashes of programs")
+        self._thread = threading.Thread(target=self._work, name="hashes", daemon=True)
+        self._left_s, self._at_s = _SAVED_S, time.monotonic()
+        self.left_out = 0
+        """Processes without a hash, because too many waited."""
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Leave the thread behind: it may wait for a disk."""
+        try:
+            self._waiting.put_nowait(None)
+        except queue.Full:
+            pass
+
+    def ask(self, tgid: int, start_ns: int, exe: str) -> None:
+        """Want the hash of what a process runs at this moment. Never waits."""
+        try:
+            file = os.open(f"/proc/{tgid}/exe", os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            self._waiting.put_nowait(_Wanted(file, tgid, start_ns, exe))
+        except queue.Full:
+            os.close(file)
+            self.left_out += 1
+
+    def _work(self) -> None:
+        while (wanted := self._waiting.get()) is not None:
+            try:
+                found = self._hash(wanted)
+                if found:
+                    self._told(wanted.tgid, wanted.start_ns, wanted.exe, found)
+            except Exception as error:  # the next one may be readable
+                if not isinstance(error, OSError):
+                    self._failures.add(error)
+            finally:
+                os.close(wanted.file)
+
+    def _hash(self, wanted: _Wanted) -> str:
+        if not _answers_by_itself(wanted):
+            return ""
+        path = f"/proc/self/fd/{wanted.file}"
+        with open(path, "rb", buffering=0, opener=_opener) as file:
+            status = os.fstat(file.fileno())
+            key = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_FILE:
+                return ""
+            found = self._known.get(key)
+            if found is None:
+                digest = hashlib.sha256()
+                size = 0
+                while (piece := self._piece(file.read)) and size <= _MAX_FILE:
+                    digest.update(piece)
+                    size += len(piece)
+                after = os.fstat(file.fileno())
+                if (after.st_mtime_ns, after.st_ctime_ns, size) != (*key[2:], status.st_size):
+                    return ""  # written meanwhile
+                found = digest.hexdigest()
+            self._known[key] = found
+            self._known.move_to_end(key)
+            if len(self._known) > _KEPT:
+                self._known.popitem(last=False)
+            return found
+
+    def _piece(self, read: Callable[[int], bytes]) -> bytes:
+        now = time.monotonic()
+        self._left_s = min(_SAVED_S, self._left_s + (now - self._at_s) / _SHARE)
+        self._at_s = now
+        if self._left_s < 0:
+            time.sleep(-self._left_s * _SHARE)
+        began = time.thread_time()
+        piece = read(_PIECE)
+        # hashing what was read takes as long again, at least
+        self._left_s -= 2 * (time.thread_time() - began) + len(piece) * 3e-9
+        return piece
+
+
+def _opener(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+
+
+def _answers_by_itself(wanted: _Wanted) -> bool:
+    """Whether the file is on a mount that is known, and that no program or network serves."""
+    with open(f"/proc/self/fdinfo/{wanted.file}", "rb") as told:
+        words = dict(line.split(b":", 1) for line in told.read().splitlines() if b":" in line)
+    mount = words.get(b"mnt_id", b"").strip()
+    for who in ("self", str(wanted.tgid)):
+        try:
+            with open(f"/proc/{who}/mountinfo", "rb") as file:
+                for line in file:
+                    if line.split(b" ", 1)[0] == mount:
+                        kind = os.fsdecode(line.partition(b" - ")[2].split(b" ", 1)[0])
+                        return not kind.startswith(_FOREIGN)
+        except OSError:
+            continue
+    return False
