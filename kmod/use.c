@@ -22,7 +22,6 @@
 
 /* Descriptors that are looked at for a sender in context; who has more is asked by number only. */
 #define USE_WALK_MAX	65536
-
 #define USE_STRANGER_BITS	4	/* sockets whose packets one judges in turn, by a hash */
 
 /*
@@ -375,9 +374,7 @@ static void use_settle_later(bool ring)
 }
 
 /**
- * sniffer_use_rings_end - io_urings of the current process, or all their files, go
- *
- * Also when it has become another program: what was to be closed at that is closed.
+ * sniffer_use_rings_end - rings of the current process, or all their files, go; also by exec
  */
 void sniffer_use_rings_end(void)
 {
@@ -385,9 +382,7 @@ void sniffer_use_rings_end(void)
 }
 
 /**
- * sniffer_use_end - the current process ends: this is its last thread
- *
- * It still has its descriptors.
+ * sniffer_use_end - the current process ends, its last thread; it still has its descriptors
  */
 void sniffer_use_end(void)
 {
