@@ -66,6 +66,8 @@ bench-kernel: tools ## what the module costs, in instructions, in QEMU
 	PYTHONPATH=tests/vm $(PYTHON) bench/kernel_cost.py
 bench-daemon: tools ## ingest, history at a million flows, port questions
 	PYTHONPATH=python $(PYTHON) bench/daemon_cost.py
+bench-history: tools ## a month of history at 100 flows/s: its size, questions to it (8 GB in TMPDIR)
+	PYTHONPATH=python $(PYTHON) bench/history_cost.py
 bench-memory: tools ## the daemon's memory with 1,000 to 1,000,000 flows
 	PYTHONPATH=python $(PYTHON) bench/memory_cost.py
 bench-start: tools ## the first look at 50,000 sockets, beside psutil and lsof (root)
@@ -88,4 +90,4 @@ clean: ## remove what was built, .venv too
 distclean: ## clean, and what tests keep in ~/.cache/packet-hunter (kernels, modules, boxes)
 	@./build.sh distclean
 
-.PHONY: help run demo test tools lint test-unit test-host test-vm test-attribution test-ebpf test-matrix test-kasan test-vagrant test-browser test-packages test-bare fuzz nonsense attack soak bench bench-kernel bench-daemon bench-memory bench-start bench-hunter bench-accuracy menu deb clean distclean
+.PHONY: bench-history help run demo test tools lint test-unit test-host test-vm test-attribution test-ebpf test-matrix test-kasan test-vagrant test-browser test-packages test-bare fuzz nonsense attack soak bench bench-kernel bench-daemon bench-memory bench-start bench-hunter bench-accuracy menu deb clean distclean

@@ -36,9 +36,10 @@ from nlproto.errors import Error
 
 PCAP_HEADER, PACKET_HEADER, ETHERNET = 24, 16, 14
 TICK_NS = 10_000_000
-TOOLS = ("module", "packet", "nethogs", "ss", "psutil", "tcplife", "tcpconnect")
+TOOLS = ("module", "ebpf", "packet", "nethogs", "ss", "psutil", "tcplife", "tcpconnect")
 LABELS = {
     "module": "packet-hunter, engine module",
+    "ebpf": "packet-hunter, engine ebpf",
     "packet": "packet-hunter, engine packet",
     "nethogs": "nethogs (bytes only)",
     "ss": "ss, 10 times a second",
@@ -242,7 +243,7 @@ def compare(tool: str) -> Row:
         netns = os.stat(f"/proc/{pid}/ns/net").st_ino
         with contextlib.ExitStack() as stack:
             recorder = None
-            if tool in ("module", "packet"):
+            if tool in ("module", "ebpf", "packet"):
                 recorder = stack.enter_context(Recorder(tool))
             wire.tell()
             message = follow(wire, recorder)

@@ -28,7 +28,7 @@ from accuracy import Row, table
 from results import ROOT, put
 
 PACKAGES = {"nethogs": "nethogs", "tcplife": "libbpf-tools", "tcpdump": "tcpdump"}
-HERE = ("packet", "nethogs", "ss", "psutil", "tcplife", "tcpconnect")
+HERE = ("ebpf", "packet", "nethogs", "ss", "psutil", "tcplife", "tcpconnect")
 SCRIPT = """\
 cd "$PACKET_HUNTER_SHARED" && insmod ./sniffer.ko && export PYTHONPATH={path} &&
 {python} -m accuracy --json compared >said 2>&1

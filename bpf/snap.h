@@ -115,9 +115,8 @@ static __always_inline long snap_load(struct __sk_buff *skb, u8 *to)
 {
 	u32 size = snap_size(skb->len);
 
-	if (size < 1 || size > SNIFFER_SNAP_LEN)
-		return -1;
-	return bpf_skb_load_bytes(skb, 0, to, size);
+	/* 6.1 believes that it is not 0 only after this */
+	return bpf_skb_load_bytes(skb, 0, to, ((size - 1) & (SNIFFER_SNAP_LEN - 1)) + 1);
 }
 
 #ifdef HUNTER_PARTS

@@ -129,6 +129,8 @@ static void commands_describe_socket(struct sniffer_owner *owner, struct sniffer
 	out->flags = READ_ONCE(owner->flags);
 	if (READ_ONCE(owner->dead) && !READ_ONCE(owner->via))
 		out->flags |= SNIFFER_F_DEAD;
+	if (READ_ONCE(owner->server) && !user)
+		out->flags |= SNIFFER_F_KERNEL;
 	out->family = owner->family;
 	out->proto = owner->proto;
 	out->sport = owner->port;

@@ -4,6 +4,7 @@
  * forks, executes a program or ends. Called by the probes and, for who sends
  * in context, by the hooks.
  */
+#include <linux/hash.h>
 #include <linux/magic.h>
 #include <linux/module.h>
 #include <linux/percpu.h>
@@ -21,6 +22,7 @@
 
 /* Descriptors that are looked at for a sender in context; who has more is asked by number only. */
 #define USE_WALK_MAX	65536
+#define USE_STRANGER_BITS	4	/* sockets whose packets one judges in turn, by a hash */
 
 /*
  * A process that was found not to have a socket. So a firewall's daemon, or a
@@ -34,7 +36,7 @@ struct use_stranger {
 	u32 gains;
 };
 
-static DEFINE_PER_CPU(struct use_stranger, use_strangers);
+static DEFINE_PER_CPU(struct use_stranger [1 << USE_STRANGER_BITS], use_strangers);
 static atomic_t use_gains;	/* descriptors received: then a stranger may be none any more */
 
 /* Kernel threads and io_uring's helpers: only the latter act for a process. */
@@ -86,9 +88,14 @@ static int use_find_fd(const struct file *file, int hint, bool walk)
 	return found;
 }
 
+static struct use_stranger *use_stranger_of(u64 cookie)
+{
+	return &(*raw_cpu_ptr(&use_strangers))[hash_64(cookie, USE_STRANGER_BITS)];
+}
+
 static bool use_is_stranger(u64 cookie)
 {
-	const struct use_stranger *known = raw_cpu_ptr(&use_strangers);
+	const struct use_stranger *known = use_stranger_of(cookie);
 
 	return cookie && READ_ONCE(known->cookie) == cookie && known->tgid == current->tgid &&
 	       known->start_ns == current->group_leader->start_boottime &&
@@ -97,7 +104,7 @@ static bool use_is_stranger(u64 cookie)
 
 static void use_note_stranger(u64 cookie)
 {
-	struct use_stranger *known = raw_cpu_ptr(&use_strangers);
+	struct use_stranger *known = use_stranger_of(cookie);
 
 	WRITE_ONCE(known->cookie, 0);
 	known->tgid = current->tgid;
@@ -367,9 +374,7 @@ static void use_settle_later(bool ring)
 }
 
 /**
- * sniffer_use_rings_end - io_urings of the current process, or all their files, go
- *
- * Also when it has become another program: what was to be closed at that is closed.
+ * sniffer_use_rings_end - rings of the current process, or all their files, go; also by exec
  */
 void sniffer_use_rings_end(void)
 {
@@ -377,9 +382,7 @@ void sniffer_use_rings_end(void)
 }
 
 /**
- * sniffer_use_end - the current process ends: this is its last thread
- *
- * It still has its descriptors.
+ * sniffer_use_end - the current process ends, its last thread; it still has its descriptors
  */
 void sniffer_use_end(void)
 {

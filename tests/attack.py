@@ -35,6 +35,8 @@ PREPARING = 12.0  # s that the attackers have before anything is measured
 CONNECTIONS = {"filters": 12, "patterns": 4, "questions": 16, "unread": 16, "lookups": 6}
 CONNECTIONS |= {"churn": 5, "hellos": 4}
 """Connections of each kind of attack: 63."""
+TRAFFIC = ("unheld", "shared")
+"""Attacks by sockets alone, whose holders are dear to look for."""
 
 
 # The attacker
@@ -75,10 +77,55 @@ def hostile(path: str, uid: int) -> None:
     os.setgroups([])
     os.setgid(uid)
     os.setuid(uid)
+    for kind in TRAFFIC:
+        if os.fork() == 0:
+            _send_to(_unheld() if kind == "unheld" else _shared())
     for kind, count in CONNECTIONS.items():
         if os.fork() == 0:
             _attack(kind, path, count)
     signal.pause()
+
+
+def _unheld() -> list[socket.socket]:
+    """Sockets that carry, in messages that nobody receives, 1,000 others that nobody else has."""
+    kept = []
+    for _ in range(20):
+        left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        carried = [_bound() for _ in range(50)]
+        socket.send_fds(left, [b"x"], [one.fileno() for one in carried])
+        _PORTS.extend(one.getsockname()[1] for one in carried)
+        kept += [left, right]
+    return kept
+
+
+def _shared() -> list[socket.socket]:
+    """200 sockets that 300 processes have."""
+    kept = [_bound() for _ in range(200)]
+    _PORTS.extend(one.getsockname()[1] for one in kept)
+    for _ in range(300):
+        if os.fork() == 0:
+            signal.pause()
+    return kept
+
+
+_PORTS: list[int] = []
+"""Where an attacker sends to."""
+
+
+def _bound() -> socket.socket:
+    one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    one.bind(("127.0.0.1", 0))
+    return one
+
+
+def _send_to(kept: list[socket.socket]) -> None:
+    """500 packets a second, one in ten of another socket. Never returns."""
+    while kept:
+        for number in range(0, len(_PORTS), 10):
+            with _bound() as sender:
+                for port in _PORTS[number : number + 10]:
+                    sender.sendto(b"x", ("127.0.0.1", port))
+            time.sleep(0.02)
 
 
 def _attack(kind: str, path: str, count: int) -> None:

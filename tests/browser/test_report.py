@@ -14,6 +14,7 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -37,8 +38,8 @@ PROCESSES = [
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("report")
     luck = random.Random(3)
     with open(folder / "capture.csv", "w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
@@ -61,12 +62,13 @@ def page(tmp_path_factory):
     return folder / "page.html"
 
 
-def browse(page, *options):
+def browse(page: Path, *options: str) -> tuple[str, str]:
     """Run the browser where there is no network; its standard output and error."""
     profile = page.parent / "profile"
     shutil.rmtree(profile, ignore_errors=True)
     done = subprocess.run(
-        ["unshare", "-n", BROWSER, *OPTIONS, f"--user-data-dir={profile}", *options, str(page)],
+        ["unshare", "-n", str(BROWSER), *OPTIONS]
+        + [f"--user-data-dir={profile}", *options, str(page)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -75,7 +77,7 @@ def browse(page, *options):
     return done.stdout, done.stderr
 
 
-def colours(path):
+def colours(path: Path) -> Counter[str]:
     """How often each colour is in a PNG of 8 bits a channel (RFC 2083, filters of section 6)."""
     data, at, packed = path.read_bytes(), 8, b""
     while at < len(data):
@@ -88,7 +90,8 @@ def colours(path):
     assert depth == 8 and kind_of_pixel in (2, 6)
     step = {2: 3, 6: 4}[kind_of_pixel]
     raw, wide = zlib.decompress(packed), width * step
-    before, found = bytearray(wide), Counter()
+    before = bytearray(wide)
+    found: Counter[str] = Counter()
     for row in range(height):
         start = row * (wide + 1)
         rule, line = raw[start], bytearray(raw[start + 1 : start + 1 + wide])
@@ -104,7 +107,7 @@ def colours(path):
     return found
 
 
-def test_the_browser_draws_every_process_in_its_colour(page):
+def test_the_browser_draws_every_process_in_its_colour(page: Path) -> None:
     picture = page.with_suffix(".png")
     _, told = browse(page, f"--screenshot={picture}")
     assert "Refused" not in told and "CONSOLE" not in told, told
@@ -117,7 +120,7 @@ def test_the_browser_draws_every_process_in_its_colour(page):
     assert {colour for colour in used if found[colour] < 50} == set()
 
 
-def test_the_browser_reads_the_page_as_it_was_meant(page):
+def test_the_browser_reads_the_page_as_it_was_meant(page: Path) -> None:
     document, told = browse(page, "--dump-dom")
     assert "Refused" not in told and "CONSOLE" not in told, told
     assert document.count("<svg") == 2 and document.count("<table") == 3

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -23,21 +25,22 @@ pytestmark = [
 
 
 @pytest.fixture
-def page(tmp_path):
+def page(tmp_path: Path) -> Iterator[str]:
     daemon = Daemon(tmp_path)
     words = [sys.executable, "-I", "-m", "hunter", "web", "--socket", daemon.path]
     web = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd="/")
+    assert web.stdout is not None
     yield web.stdout.readline().strip()
     web.send_signal(signal.SIGINT)
     assert web.wait(patient(20)) == 0
     assert daemon.stop() == 0
 
 
-def browse(url, profile, *options):
+def browse(url: str, profile: Path, *options: str) -> tuple[str, str]:
     """Run the browser, which may talk to loopback alone; its standard output and error."""
     only_here = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
     done = subprocess.run(
-        [BROWSER, *OPTIONS, f"--user-data-dir={profile}", only_here, *options, url],
+        [str(BROWSER), *OPTIONS, f"--user-data-dir={profile}", only_here, *options, url],
         capture_output=True,
         text=True,
         timeout=patient(120),
@@ -46,7 +49,7 @@ def browse(url, profile, *options):
     return done.stdout, done.stderr
 
 
-def test_the_browser_shows_who_sends(page, tmp_path):
+def test_the_browser_shows_who_sends(page: str, tmp_path: Path) -> None:
     send(9, 200, 0.02)
     document, told = browse(page, tmp_path / "profile", "--virtual-time-budget=4000", "--dump-dom")
     assert "Refused" not in told and "CONSOLE" not in told, told
@@ -60,7 +63,7 @@ def test_the_browser_shows_who_sends(page, tmp_path):
         shutil.copy(picture, wanted)
 
 
-def test_without_the_secret_it_says_what_is_missing(page, tmp_path):
+def test_without_the_secret_it_says_what_is_missing(page: str, tmp_path: Path) -> None:
     bare = page.partition("#")[0]
     document, _ = browse(bare, tmp_path / "profile", "--virtual-time-budget=2000", "--dump-dom")
     assert "the part behind # is missing" in document

@@ -197,3 +197,25 @@ def _bpf_links() -> Iterator[str]:
                     yield file.read()
         except OSError:
             continue
+
+
+@pytest.mark.parametrize("left_out", ["", "bpf", "perfmon", "net_admin"])
+def test_three_capabilities_suffice_for_parts_and_each_is_needed(left_out: str) -> None:
+    held = [one for one in ("bpf", "perfmon", "net_admin") if one != left_out]
+    wanted = ",".join(["-all", *(f"+{one}" for one in held)])
+    script = (
+        "from nlproto.errors import Error\n"
+        "from nlproto.engines.engine import open_engine\n"
+        "try:\n"
+        "    open_engine('ebpf', lambda _: None).__exit__(None, None, None)\n"
+        "    print('it runs')\n"
+        "except Error as error:\n"
+        "    print(error)"
+    )
+    command = ["setpriv", "--reuid=65534", "--clear-groups", f"--inh-caps={wanted}"]
+    command += [f"--ambient-caps={wanted}", f"--bounding-set={wanted}"]
+    done = subprocess.run([*command, sys.executable, "-c", script], capture_output=True, text=True)
+    if "kernel" in done.stdout:
+        pytest.skip(done.stdout.strip())
+    expected = f"it needs CAP_{left_out.upper()}" if left_out else "it runs"
+    assert expected in done.stdout, done.stdout + done.stderr

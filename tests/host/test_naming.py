@@ -3,6 +3,7 @@
 
 import os
 import socket
+import time
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ def arrived(proto, port, cookie):
     """A record of a packet to `port`, open to be named."""
     record = np.zeros(1, wire.RECORD)
     record["family"], record["proto"], record["netns"] = socket.AF_INET, proto, netns.own()
+    record["time_ns"] = time.monotonic_ns()
     record["dir"], record["how"] = wire.lib.SNIFFER_DIR_IN, wire.lib.SNIFFER_HOW_NOT_PROBED
     record["sport"], record["dport"], record["cookie"] = 40001, port, cookie
     record["saddr"] = record["daddr"] = np.frombuffer(LOCAL, np.uint8)

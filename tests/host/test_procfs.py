@@ -89,7 +89,7 @@ def test_a_parent_that_holds_a_childs_socket_too_is_found_with_it(sock, spawned)
         made.set_inheritable(True)
         child = spawned("import sys; print(1, flush=True); sys.stdin.read()", close_fds=False)
         child.stdout.readline()
-        found = holders.find_soon(inode(made))
+        found = holders.find_soon(inode(made), 0)
     assert {one.identity.tgid for one in found} == {child.pid, os.getpid()}
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from roots import Completed, Root
 
@@ -105,7 +106,7 @@ class Machine:
             raise AssertionError(f"{command}: exit {answer['code']}\n{answer['output']}")
         return subprocess.CompletedProcess(command, answer["code"], answer["output"])
 
-    def _answer(self, timeout: float) -> dict:
+    def _answer(self, timeout: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout
         while b"\n" not in self._unread:
             self._port.settimeout(max(0.001, deadline - time.monotonic()))
@@ -117,7 +118,8 @@ class Machine:
                 raise MachineLost(f"the machine is gone\n{self._tail()}")
             self._unread += data
         line, _, self._unread = self._unread.partition(b"\n")
-        return json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def _tail(self) -> str:
         text = self._console.read_text(errors="replace") if self._console.exists() else ""

@@ -72,5 +72,5 @@ def test_a_wheel_built_in_isolation_from_the_sdist_runs_in_an_environment_of_its
         assert shown.returncode == 0, shown.stderr
         assert f"usage: {command}" in shown.stdout
     wire = "from nlproto.records import wire; print(wire.RECORD.itemsize)"
-    command = [str(home / "bin/python"), "-I", "-c", wire]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "128\n"
+    words = [str(home / "bin/python"), "-I", "-c", wire]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "128\n"

@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -50,8 +51,15 @@ def identity(pid):
 def no_child_is_left():
     """Orphans came to us: other tests look at this process's children."""
     yield
+    for child in _children():
+        os.kill(child, signal.SIGKILL)
     with contextlib.suppress(ChildProcessError):
         until(lambda: os.waitpid(-1, os.WNOHANG)[0] < 0)
+
+
+def _children():
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return [int(pid) for pid in file.read().split()]
 
 
 @pytest.fixture

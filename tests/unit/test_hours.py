@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sqlite3
+import threading
 import time
 from collections import Counter
 
@@ -17,11 +18,13 @@ from daemon.history.elapsed import Moment
 from daemon.history.memory import Question
 from daemon.history.recorder import Recorder
 from daemon.history.sealed import Broken, Sealed
+from daemon.history.sealing import _entering, shorten
 from daemon.history.store import Store
 from daemon.serve.answers import Answers
 from daemon.serve.requests import Usage
 from daemon.system.config import Config
 from daemon.system.directory import HeldDirectory
+from nlproto.errors import Error
 from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import FLOW, pack_address, summarize
@@ -313,13 +316,11 @@ def test_a_crash_at_any_step_of_shortening_loses_only_what_was_to_go(path, make_
         assert len({number for number, _ in found}) == len(found)
         return Counter(int(flow["uid"]) for _, flow in found)
 
-    def shorten(one):
-        from daemon.history.sealing import shorten
-
+    def shortening(one):
         shorten(one, size * 3 // 4)
 
     step = 0
-    while _killed(path, clocks, step, shorten):
+    while _killed(path, clocks, step, shortening):
         found = uids()
         assert found[0] == 40 and found[7] in (0, 160), step
         if not found[7]:
@@ -327,6 +328,73 @@ def test_a_crash_at_any_step_of_shortening_loses_only_what_was_to_go(path, make_
         step += 1
     assert step > 5
     assert uids() in (Counter({0: 40}), Counter({0: 40, 7: 0}))
+
+
+@pytest.mark.parametrize("act", ["seal", "shorten"])
+def test_a_full_disk_keeps_the_rows_and_leaves_no_file(act, path, store, make_records):
+    fill(store, make_records, some_rows(300), processes=[Process(11, 7, "curl")])
+    if act == "shorten":
+        assert seal(store, 300) == 300
+    before, there = ids(store, limit=1000), files(path)
+    store._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    real, full = store.hours.change, [True]
+
+    def change(writer, *words):
+        if full[0]:
+            raise sqlite3.OperationalError("database or disk is full")
+        return real(writer, *words)
+
+    store.hours.change = change
+
+    def go():
+        if act == "seal":
+            return store.seal(changes, 300)
+        return shorten(store, store.hours.size // 2)
+
+    for _ in range(3):
+        with pytest.raises(Error, match="disk is full"):
+            go()
+        assert ids(store, limit=1000) == before and files(path) == there
+    full[0] = False
+    assert go() > 0
+
+
+def test_a_damaged_list_is_read_from_the_files(path, store, make_records, clocks):
+    fill(store, make_records, some_rows(200))
+    assert seal(store) == 200
+    before = ids(store, limit=1000)
+    store._writer.execute("UPDATE hours SET about = 'nonsense' WHERE number = 1")
+    store.close()
+    again = Store(path, moment=clocks)
+    assert ids(again, limit=1000) == before and len(again.hours.pieces) == 2
+    again.close()
+
+
+def test_questions_find_all_while_rows_move(path, store, make_records):
+    """Ask without a pause while hours are sealed and written anew."""
+    fill(store, make_records, some_rows(600))
+    whole, wrong, ended = list(range(1, 601)), [], threading.Event()
+
+    def ask():
+        while not ended.is_set():
+            found = sorted(ids(store, limit=1000))
+            if found != whole:
+                wrong.append(len(found))
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(6):
+        assert store.seal(changes, 100) == 100
+    for piece in store.hours.pieces:  # written anew with all that is in it
+        contents = store.hours.without(piece, set())
+        new = store.hours.write(contents)
+        with _entering(store, [new], [piece.number]):
+            pass
+    ended.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong
 
 
 def test_files_outlive_their_database(path, make_records, clocks, caplog):
@@ -465,8 +533,6 @@ def test_one_users_flood_deletes_that_users_files_alone(store, make_records, clo
         first += len(some)
         assert store.seal(changes, len(some)) == len(some)
     size = store.hours.size
-    from daemon.history.sealing import shorten
-
     assert shorten(store, size // 2) > 0
     assert store.hours.size <= size // 2 * 1.15
     left = Counter(

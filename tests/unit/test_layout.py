@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from nlproto import errors
+
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / "python"
 PROGRAMS = ("nlproto", "daemon", "hunter")
@@ -156,4 +158,30 @@ def test_every_public_name_of_the_library_says_what_it_is() -> None:
         for node in public(ast.parse(path.read_text()).body)
         if not ast.get_docstring(node)
     ]
+    assert silent == []
+
+
+def raised(node: ast.FunctionDef) -> set[str]:
+    """Exceptions of ours that the body itself raises."""
+    calls = (one.exc for one in ast.walk(node) if isinstance(one, ast.Raise))
+    names = {ast.unparse(one.func) for one in calls if isinstance(one, ast.Call)}
+    return {name for name in names if hasattr(errors, name)}
+
+
+def test_every_public_name_of_the_library_says_what_it_raises() -> None:
+    """A class may say it for all its methods."""
+    silent = []
+    for name, path in MODULES.items():
+        if name.partition(".")[0] != "nlproto":
+            continue
+        tree = ast.parse(path.read_text())
+        for holder in (tree, *(one for one in tree.body if isinstance(one, ast.ClassDef))):
+            for node in holder.body:
+                if not isinstance(node, ast.FunctionDef) or not raised(node):
+                    continue
+                if node.name.startswith("_") and node.name != "__init__":
+                    continue
+                told = f"{ast.get_docstring(node)} {ast.get_docstring(holder)}"
+                if "Raises" not in told:
+                    silent.append(f"{name}:{node.lineno} {node.name} {sorted(raised(node))}")
     assert silent == []

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from daemon.history import recorder as recorder_module
 from daemon.history.memory import Question
 from daemon.history.recorder import Recorder
 from daemon.history.store import Store
@@ -29,6 +30,11 @@ def _path(tmp_path):
 @pytest.fixture(name="processes")
 def _processes():
     return Processes()
+
+
+@pytest.fixture(autouse=True)
+def _opened_again_soon(monkeypatch):
+    monkeypatch.setattr(recorder_module, "_REOPEN", 0.05)
 
 
 @pytest.fixture(name="record")

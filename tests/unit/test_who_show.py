@@ -205,3 +205,10 @@ def test_a_table_of_sums_has_its_limit_and_says_so():
     out = io.StringIO()
     show_groups(answer, Output(file=out, width=100), NOW, options(by="host"))
     assert "645 more: --limit 695" in out.getvalue()
+
+
+def test_a_process_is_shown_with_who_started_it():
+    above = [{"pid": 12, "comm": "sh"}, {"pid": 8, "comm": "cr\x1bon"}, {"pid": 1, "comm": "init"}]
+    text = shown(flows=[flow()], processes=[process(7, parents=above)])
+    assert " sh.12 < cr\\x1bon.8\n" in text and "init" not in text
+    assert " 4711\n" in shown(flows=[flow()], processes=[process(7, ppid=4711)])

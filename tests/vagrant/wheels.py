@@ -4,9 +4,10 @@
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 
-def requirements(project: dict, build: list[str]) -> list[str]:
+def requirements(project: dict[str, Any], build: list[str]) -> list[str]:
     """Build requirements, dependencies and every extra; not the project itself."""
     extras = project.get("optional-dependencies", {}).values()
     wanted = {*build, *project["dependencies"], *(name for extra in extras for name in extra)}

@@ -519,6 +519,30 @@ def test_a_storm_of_processes_ages_the_process_table(module_file: Path, unloaded
     assert set(seen.to_port(port, lib.SNIFFER_DIR_IN)["tgid"]) == {os.getpid()}
 
 
+def test_where_the_end_of_sockets_is_not_told_no_process_is_kept_for_ever(
+    module_file: Path, unloaded: None
+) -> None:
+    """Connections that end while two processes close them: with an entry goes its user."""
+    insert(module_file, "max_processes=32", f"refuse={lib.SNIFFER_PROBE_FREE}")
+    storm = (
+        "import os, socket, struct\n"
+        "for _ in range(40):\n"
+        "    if not os.fork():\n"
+        "        server = socket.create_server(('127.0.0.1', 0))\n"
+        "        client = socket.create_connection(server.getsockname())\n"
+        "        peer, _ = server.accept()\n"
+        "        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))\n"
+        "        other = os.fork()\n"
+        "        client.close()\n"
+        "        peer.close()\n"
+        "        os._exit(0)\n"
+        "    os.wait()\n"
+    )
+    with Sniffer() as sniffer:
+        subprocess.run([sys.executable, "-c", storm], check=True)
+        until(lambda: int(sniffer.info()["processes"]) <= 24, what="room for processes")
+
+
 def test_fragments_and_truncated_packets_are_counted_not_recorded(loaded: None) -> None:
     with Sniffer() as sniffer:
         before = sniffer.counters().copy()

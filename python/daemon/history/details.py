@@ -18,6 +18,7 @@ __all__ = [
     "Place",
     "Sum",
     "add",
+    "add_all",
     "encoded",
     "place",
     "places_in",
@@ -109,6 +110,11 @@ def add(found: dict[_Key, list[int]], group: _Key, values: Sequence[int]) -> Non
     known = found.setdefault(group, [0] * len(values))
     for at, value in enumerate(values):
         known[at] += value
+
+
+def add_all(found: dict[Group, list[int]], part: Sequence[Sum]) -> None:
+    for group, values in part:
+        add(found, group, values)
 
 
 class _Of(msgspec.Struct):

@@ -33,8 +33,11 @@ from nlproto.tables.shares import level
 __all__ = ["Hours", "Piece"]
 
 _NAME = re.compile(r"-(\d{8,18})\.hour\Z")
+_TRIES = 20
+"""Of a question whose files are changed while it is answered."""
 _KNOWN = 1 << 16
 """Owners whose file is remembered."""
+_NAMES_OF = 8
 _NAME_KEY = -1
 """In the place of a pid: what follows is the number of a name."""
 _PROGRAMS = 100
@@ -81,6 +84,8 @@ class Hours:
         self.pieces: tuple[Piece, ...] = ()
         """Latest packets first."""
         self._where: OrderedDict[Key, int] = OrderedDict()
+        self._names: dict[int, dict[int, str]] = {}
+        """Of the files that were asked last."""
         self._broken: set[int] = set()
         self._next = 1
 
@@ -97,15 +102,17 @@ class Hours:
 
     def begin(self, writer: sqlite3.Connection) -> None:
         """Read the list; put it and the directory in agreement. Raises sqlite3.Error, OSError."""
-        listed = {
-            number: msgspec.json.decode(about, type=Piece)
-            for number, about in writer.execute("SELECT number, about FROM hours")
-        }
+        listed: dict[int, Piece] = {}
         there = dict(self._files())
-        for number in listed.keys() - there.keys():
-            log.error("history %s: its file %s is gone", self._path, listed[number].name)
-            self._forget(writer, number)
-            del listed[number]
+        for number, about in writer.execute("SELECT number, about FROM hours").fetchall():
+            if number not in there:
+                log.error("history %s: its file -%08d.hour is gone", self._path, number)
+                self._forget(writer, number)
+                continue
+            try:
+                listed[number] = msgspec.json.decode(about, type=Piece)
+            except (msgspec.DecodeError, msgspec.ValidationError):
+                self._forget(writer, number)  # its file tells the same
         self._next = max([0, *there]) + 1
         strays = {}
         for number in there.keys() - listed.keys():
@@ -204,6 +211,12 @@ class Hours:
 
         return done
 
+    def discard(self, writer: sqlite3.Connection, piece: Piece) -> None:
+        """Remove a file that could not be entered. Raises sqlite3.Error; then it stays."""
+        asked = "SELECT 1 FROM hours WHERE number = ?"
+        if writer.execute(asked, (piece.number,)).fetchone() is None:
+            self._unlink(piece.number)
+
     def _unlink(self, number: int) -> None:
         self._place.remove(f"-{number:08}.hour")
 
@@ -232,9 +245,25 @@ class Hours:
         question: Question,
         until_ns: int,
         found: list[tuple[int, np.void]],
+        pieces: tuple[Piece, ...],
         stop: Callable[[], None],
     ) -> list[tuple[int, np.void]]:
         """`found`, newest first, and what the files have: `limit` rows and one more."""
+        for _ in range(_TRIES):
+            rows = self._ask(pieces, question, until_ns, found, stop)
+            if self.pieces is pieces:
+                break
+            pieces = self.pieces  # a file may have gone before it was read
+        return rows
+
+    def _ask(
+        self,
+        pieces: tuple[Piece, ...],
+        question: Question,
+        until_ns: int,
+        found: list[tuple[int, np.void]],
+        stop: Callable[[], None],
+    ) -> list[tuple[int, np.void]]:
         count = question.limit + 1
         known = {number for number, _ in found}
         # of those found: the last packets of the newest, the oldest of them first
@@ -244,7 +273,7 @@ class Hours:
         since_ns = max(question.since_ns or 0, question.at_ns or 0)
         ends = (question.until_ns, question.at_ns)
         begins_ns = min((one for one in ends if one is not None), default=until_ns)
-        for piece in self.pieces:
+        for piece in pieces:
             if piece.newest_ns < since_ns:
                 break
             if len(newest) == count and newest[0] >= piece.newest_ns:
@@ -304,7 +333,13 @@ class Hours:
 
     def name(self, number: int) -> str:
         """The name of a far end that an answer of ask() has; "" where there is none."""
-        return self._told((_NAME_KEY, number), lambda sealed: sealed.names().get(number)) or ""
+        key = (_NAME_KEY, number)
+        place = self._where.get(key, 0)
+        names = self._names.get(place)
+        if names is None:
+            names = self._told(key, lambda sealed: sealed.names()) or {}
+            self._names = {place: names, **dict(list(self._names.items())[:_NAMES_OF])}
+        return names.get(number, "")
 
     def _told(self, key: Key, read: Callable[[Sealed], _What | None]) -> _What | None:
         number = self._where.get(key)

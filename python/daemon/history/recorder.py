@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from daemon.history.details import Group, Place, Sum, add, place, sums
+from daemon.history.details import Group, Place, add_all, place, sums
 from daemon.history.memory import FlowMemory, Question
 from daemon.history.schema import ROW_SIZE
 from daemon.history.sealing import LEAST, MOST
@@ -138,21 +138,9 @@ class Recorder:
         here = self.history.seen_since(since_ns)
         found: dict[Group, list[int]] = {}
         names: dict[int, str] = {}
-        _add_up(found, sums(here, self._place))
-        store = self._store
-        while store is not None:
-            pieces = store.hours.pieces
-            stored = [
-                sums(rows, self._place) for rows in store.seen_since(since_ns, here["id"], stop)
-            ]
-            if store.hours.pieces is not pieces:
-                continue  # rows moved meanwhile
-            for part in stored:
-                _add_up(found, part)
-            for part, told in store.hours.usage(pieces, since_ns, stop):
-                _add_up(found, part)
-                names |= told
-            break
+        if (store := self._store) is not None:
+            found, names = store.usage(since_ns, here["id"], self._place, stop)
+        add_all(found, sums(here, self._place))
         return found, names
 
     def _place(self, key: ProcessKey) -> Place:
@@ -268,6 +256,17 @@ class Recorder:
             if ending:
                 return False
 
+    def _kept(self, what: str, step: Callable[[], object]) -> bool:
+        """Whether the file is still of use after `step`, which may fail."""
+        try:
+            step()
+        except Error as error:
+            self._failed(what, error)
+            if isinstance(error, Damaged):
+                self._close()
+                return False
+        return True
+
     def _size(self, store: Store) -> int:
         """Bytes that the file may have."""
         size = self._config.history_size
@@ -326,20 +325,16 @@ class Recorder:
             log.error("history %s was taken away; a new one begins", store.path)
             self._close()
             return
-        try:
-            # by pieces of a third, or the database alone would take all the room
-            most = max(LEAST, min(MOST, self._config.history_size // ROW_SIZE // 3))
-            store.seal(self.history.has, most)
-            gone = store.trim(self._config.history_age, self._size(store))
-        except Error as error:
-            self._failed("not trimmed", error)
-            if isinstance(error, Damaged):
-                self._close()
+        # by pieces of a third, or the database alone would take all the room
+        most = max(LEAST, min(MOST, self._config.history_size // ROW_SIZE // 3))
+        if not self._kept("not sealed", lambda: store.seal(self.history.has, most)):
             return
+        gone = 0
+
+        def trim() -> None:
+            nonlocal gone
+            gone = store.trim(self._config.history_age, self._size(store))
+
+        self._kept("not trimmed", trim)
         if gone:
             log.info("history: %d flows were too old or too many", gone)
-
-
-def _add_up(found: dict[Group, list[int]], part: list[Sum]) -> None:
-    for group, values in part:
-        add(found, group, values)

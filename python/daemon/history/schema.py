@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from daemon.history.memory import USED
 from nlproto.tables.flows import FLOW
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "SCHEMA",
     "WRITE_FLOW",
     "WRITE_PROCESS",
+    "columns_of",
     "flows_of",
     "rows_of",
     "signed",
@@ -124,6 +126,18 @@ def flows_of(rows: Sequence[tuple[Any, ...]]) -> np.ndarray:
         else:
             flows[name] = values
     return flows
+
+
+def columns_of(rows: Sequence[tuple[Any, ...]], but: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns of rows of USED, without those of the ids `but`."""
+    found: dict[str, np.ndarray] = {}
+    for name, values in zip(USED, zip(*rows, strict=True), strict=True):
+        if name == "comm":
+            found[name] = np.array(values, "S16")
+        else:
+            found[name] = np.array(values, np.int64).view(np.uint64)
+    stays = ~np.isin(found["id"], but)
+    return {name: column[stays] for name, column in found.items()}
 
 
 def signed(value: int) -> int:

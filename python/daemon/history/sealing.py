@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
 
 from daemon.history.details import places_in, sums
-from daemon.history.hours import Hours
+from daemon.history.hours import Hours, Piece
 from daemon.history.schema import COLUMNS, INDEXES, flows_of, signed
 from daemon.history.sealed import Broken, Contents, Key, Rows
 from nlproto.errors import Error
@@ -43,7 +44,9 @@ class Sealing(Protocol):
     @property
     def hours(self) -> Hours: ...
 
-    def transaction(self, durable: bool = False) -> AbstractContextManager[sqlite3.Connection]: ...
+    def transaction(
+        self, durable: bool = False, then: Sequence[Callable[[], None]] = ()
+    ) -> AbstractContextManager[sqlite3.Connection]: ...
 
     def mark_time(self) -> int: ...
 
@@ -72,8 +75,7 @@ def seal(store: Sealing, in_memory: Callable[[np.ndarray], np.ndarray], most: in
         piece = store.hours.write(Contents(rows, details, sums(rows, places_in(details)), names))
     except OSError as error:
         raise Error(f"{store.path}: no hour is sealed: {error.strerror}") from None
-    with store.transaction(durable=True) as writer:
-        done = store.hours.change(writer, [piece], ())
+    with _entering(store, [piece]) as writer:
         # making the indexes anew takes less than taking so many rows out of each
         for name in INDEXES:
             writer.execute(f"DROP INDEX {name}")
@@ -81,8 +83,24 @@ def seal(store: Sealing, in_memory: Callable[[np.ndarray], np.ndarray], most: in
         for name, fields in INDEXES.items():
             writer.execute(f"CREATE INDEX {name} ON flows ({fields})")
         writer.executemany(_DELETE_PROCESS, ((tgid, signed(start)) for tgid, start in owners))
-    done()
     return len(ids)
+
+
+@contextlib.contextmanager
+def _entering(
+    store: Sealing, new: Sequence[Piece], old: Iterable[int] = ()
+) -> Iterator[sqlite3.Connection]:
+    """A transaction that changes the list; where it fails, the files that it was to enter go."""
+    then: list[Callable[[], None]] = []
+    try:
+        with store.transaction(durable=True, then=then) as writer:
+            then.append(store.hours.change(writer, new, old))
+            yield writer
+    except Error:
+        with contextlib.suppress(Error, OSError), store.transaction() as writer:
+            for piece in new:
+                store.hours.discard(writer, piece)
+        raise
 
 
 def _rows(writer: sqlite3.Connection, ids: np.ndarray) -> Rows:
@@ -121,10 +139,8 @@ def drop(store: Sealing, before: int) -> int:
     if not old:
         return 0
     gone = sum(piece.rows for piece in store.hours.pieces if piece.number in old)
-    with store.transaction(durable=True) as writer:
-        done = store.hours.change(writer, (), old)
-    done()
-    return gone
+    with _entering(store, (), old):
+        return gone
 
 
 def shorten(store: Sealing, keep: int) -> int:
@@ -149,8 +165,7 @@ def shorten(store: Sealing, keep: int) -> int:
             new = []  # nobody can read it, and it takes others' place
         except OSError as error:
             raise Error(f"{store.path}: no hour is shortened: {error.strerror}") from None
-        with store.transaction(durable=True) as writer:
-            done = hours.change(writer, new, [piece.number])
-        done()
+        with _entering(store, new, [piece.number]):
+            pass
         gone += piece.rows - sum(one.rows for one in new)
     return gone

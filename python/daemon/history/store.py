@@ -22,9 +22,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from daemon.history.details import encoded, space
+from daemon.history.details import Group, Place, add_all, encoded, space, sums
 from daemon.history.elapsed import Elapsed, Moment, read_moment
-from daemon.history.hours import Hours
+from daemon.history.hours import Hours, Piece
 from daemon.history.memory import USED, Question, payers_of
 from daemon.history.query import conditions, ways
 from daemon.history.schema import (
@@ -39,6 +39,7 @@ from daemon.history.schema import (
     SCHEMA,
     WRITE_FLOW,
     WRITE_PROCESS,
+    columns_of,
     flows_of,
     rows_of,
     signed,
@@ -93,6 +94,8 @@ class Store:
         self._aged = (-1.0, 0)
         """The last age that was looked for, and when."""
         self._reading = threading.Lock()
+        self._moving = threading.Lock()
+        """Held while rows leave the database for a file."""
         self._file = -1
         try:
             self._place = HeldDirectory(path, OWN_DIRECTORY, 0o750)
@@ -312,17 +315,23 @@ class Store:
         return int(seconds)
 
     @contextlib.contextmanager
-    def transaction(self, durable: bool = False) -> Iterator[sqlite3.Connection]:
+    def transaction(
+        self, durable: bool = False, then: Sequence[Callable[[], None]] = ()
+    ) -> Iterator[sqlite3.Connection]:
         """Raises Error; then nothing was changed. Damaged: the file is broken.
 
-        `durable`: what it changed survives a loss of power.
+        `durable`: what it changed survives a loss of power. `then`: called at its end, at one
+        moment with it for snapshot().
         """
         try:
             self._writer.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 yield self._writer
-                self._writer.execute("COMMIT")
+                with self._moving:
+                    self._writer.execute("COMMIT")
+                    for call in then:
+                        call()
             except BaseException:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
@@ -394,35 +403,55 @@ class Store:
             )
             all_values += [*own, *values, question.limit + 1]
         query = " UNION ALL ".join(parts)
-        rows = self._fetch(query, all_values, stop)
+        rows, pieces = self._fetch(query, all_values, stop)
         flows = flows_of(rows)
         order = np.argsort(flows["last_ns"], kind="stable")[::-1][: question.limit + 1]
         found = [(rows[index][0], flows[index]) for index in order.tolist()]
-        # the files after the database: what moves meanwhile is found twice and not never
-        return self.hours.ask(question, until_ns, found, stop)
+        return self.hours.ask(question, until_ns, found, pieces, stop)
 
-    def seen_since(
-        self, since_ns: int, but: np.ndarray, stop: Callable[[], None]
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """Yield columns USED of flows in the database, without those of the ids `but`."""
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[tuple[sqlite3.Connection, tuple[Piece, ...]]]:
+        """A reader, and the files: each row is in one of them. Raises sqlite3.Error."""
+        with contextlib.closing(self._connect_reader()) as reader:
+            reader.isolation_level = None
+            with self._moving:
+                reader.execute("BEGIN")
+                reader.execute("SELECT 1 FROM identity").fetchone()
+                pieces = self.hours.pieces
+            yield reader, pieces
+
+    def usage(
+        self,
+        since_ns: int,
+        but: np.ndarray,
+        place_of: Callable[[tuple[int, int]], Place],
+        stop: Callable[[], None],
+    ) -> tuple[dict[Group, list[int]], dict[int, str]]:
+        """Sums of the flows last seen since then, without those of the ids `but`.
+
+        And names of far ends that are in files. Raises Error.
+        """
+        found: dict[Group, list[int]] = {}
+        names: dict[int, str] = {}
         query = f"SELECT {', '.join(USED)} FROM flows WHERE last_ns >= ?"
         try:
-            with contextlib.closing(self._connect_reader()) as reader:
-                found = reader.execute(query, (since_ns,))
-                while rows := found.fetchmany(_AT_ONCE):
+            with self.snapshot() as (reader, pieces):
+                cursor = reader.execute(query, (since_ns,))
+                while rows := cursor.fetchmany(_AT_ONCE):
                     stop()
-                    part: dict[str, np.ndarray] = {}
-                    for name, values in zip(USED, zip(*rows, strict=True), strict=True):
-                        kind = "S16" if name == "comm" else np.int64
-                        part[name] = np.array(values, kind)
-                        if name != "comm":
-                            part[name] = part[name].view(np.uint64)
-                    stays = ~np.isin(part["id"], but)
-                    yield {name: column[stays] for name, column in part.items()}
+                    add_all(found, sums(columns_of(rows, but), place_of))
         except sqlite3.Error as error:
             raise Error(f"history {self.path}: {error}") from None
+        for one, told in self.hours.usage(pieces, since_ns, stop):
+            add_all(found, one)
+            names |= told
+        if self.hours.pieces is pieces:
+            return found, names
+        return self.usage(since_ns, but, place_of, stop)  # a file may have gone before
 
-    def _fetch(self, query: str, values: list[Any], stop: Callable[[], None]) -> list[Any]:
+    def _fetch(
+        self, query: str, values: list[Any], stop: Callable[[], None]
+    ) -> tuple[list[Any], tuple[Piece, ...]]:
         """On a connection of its own: nobody waits for another's question."""
         ended: list[BaseException] = []
 
@@ -434,9 +463,9 @@ class Store:
             return bool(ended)
 
         try:
-            with contextlib.closing(self._connect_reader()) as reader:
+            with self.snapshot() as (reader, pieces):
                 reader.set_progress_handler(is_over, _STEPS)
-                return reader.execute(query, values).fetchall()
+                return reader.execute(query, values).fetchall(), pieces
         except sqlite3.Error as error:
             if ended:
                 raise ended[0] from None

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 from collections.abc import Callable, Iterable, Mapping
@@ -215,19 +214,15 @@ class Columns:
     """Names of far ends, "" where none is known."""
 
 
-@lru_cache(65536)
-def _address(family: int, raw: bytes) -> str:
-    if family == socket.AF_INET:
-        return socket.inet_ntop(socket.AF_INET, raw[:4])
-    return str(ipaddress.IPv6Address(raw))
-
-
 def addresses(records: np.ndarray, field: str) -> list[str]:
     """Return the addresses in `field` ("saddr" or "daddr") as text."""
     size = wire.RECORD[field].itemsize
     raw = np.ascontiguousarray(records[field]).tobytes()
     families = records["family"].tolist()
-    return [_address(family, raw[i * size : (i + 1) * size]) for i, family in enumerate(families)]
+    return [
+        wire.address_text(family, raw[i * size : (i + 1) * size])
+        for i, family in enumerate(families)
+    ]
 
 
 def times(batch: NamedBatch) -> list[str]:

@@ -23,6 +23,8 @@ __all__ = ["clock", "place_of", "service_of", "show"]
 
 _ROWS = 50
 """Shown of a table, unless --limit says otherwise."""
+_ABOVE = 2
+"""Parents that are shown."""
 
 Entry = Mapping[str, Any]
 Program = tuple[Any, ...]
@@ -91,9 +93,9 @@ def _cut(console: Console, what: str, shown: int, total: int) -> None:
 
 _NOW = ("process", "socket", "state", "sockets", "user", "runs in", "netns", "shared with")
 _SEEN = ("process", "flow", "flows", "packets", "bytes", "domain", "first", "last", "netns", "how")
-_PROCESSES = ("process", "user", "parent", "runs in", "executable", "command")
+_PROCESSES = ("process", "user", "started by", "runs in", "executable", "command")
 _OPTIONAL = ("state", "sockets", "flows", "domain", "netns", "shared with", "command", "runs in")
-_NUMBERS = ("sockets", "flows", "packets", "bytes", "parent")
+_NUMBERS = ("sockets", "flows", "packets", "bytes")
 
 
 def _name(text: str, known: bool = True) -> Text:
@@ -266,7 +268,7 @@ def _process_rows(processes: Iterable[Entry]) -> list[Row]:
         [
             _name(label(some[0]["comm"], {one["tgid"] for one in some})),
             "" if some[0]["uid"] is None else plain(names.user(some[0]["uid"])),
-            _same(str(one.get("ppid") or "") for one in some),
+            _same(map(_parent, some)),
             plain(place_of(some[0])),
             plain(key[1]),
             plain(_command(some[0])),
@@ -279,6 +281,12 @@ def place_of(process: Entry) -> str:
     """Return what a process of an answer runs in; it may hold any character."""
     names = ("container", "container_name", "pod", "unit")
     return place(*(process.get(name, "") for name in names))
+
+
+def _parent(process: Entry) -> str:
+    """Who started it, and who started that one; the pid alone where no more is known."""
+    above = [f"{plain(one['comm'])}.{one['pid']}" for one in process.get("parents", ())[:_ABOVE]]
+    return " < ".join(above) or str(process.get("ppid") or "")
 
 
 def _same(values: Iterable[str]) -> str:

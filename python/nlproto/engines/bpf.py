@@ -252,7 +252,7 @@ class Ring:
         )
 
     def take(self) -> np.ndarray:
-        """Take out the entries that are complete, copied, in the ring's order."""
+        """Take out the complete entries, copied, in the ring's order: its dtype, shape (n,)."""
         consumed = int(self._consumed[0])
         count = (int(self._produced[0]) - consumed) // self._entry.itemsize
         at = mmap.PAGESIZE + (consumed & (self._size - 1))

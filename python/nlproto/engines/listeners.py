@@ -115,7 +115,8 @@ class Listeners:
             since = now
         if len(self._ends) >= _LIMIT:
             self._ends.clear()
-        found = {owner for inode in inodes for owner in self._holders.find(inode)}
+        uid = int(row["uid"])  # rivals have the same, or SO_REUSEPORT would be refused
+        found = {owner for inode in inodes for owner in self._holders.find(inode, uid)}
         owners = sorted(found, key=lambda o: (o.identity.start_ticks, o.identity.tgid))
         self._ends[key] = end = _End(inodes, since, first, now, tuple(reversed(owners)))
         return end

@@ -37,6 +37,8 @@ class ModuleEngine:
 
     The stream begins at a FLUSH after joining. So an account opened with `opening` knows every
     record from there on, even if the first batches of a CPU were lost.
+
+    Raises NoModule, NoPrivilege, VersionMismatch.
     """
 
     name = "module"

@@ -42,7 +42,7 @@ _OTHER_RING_BYTES = 2 << 20  # for each of the first of our own user namespace
 _LARGE_RINGS = 32
 _OTHER_FLOWS, _SMALL_FLOWS = 1 << 15, 1 << 12  # remembered, in a namespace with such a ring
 _SMALL_RING_BYTES = 1 << 19  # for all others: 16 + 64 + 112 MiB at most
-_LOOK_SHARE = 50  # the time between two walks is at least this many times what the last one took
+_LOOK_SHARE = 100  # the time between two walks is at least this many times what the last one took
 _WALK_NS = 1_000_000_000  # between two walks of all descriptors that nobody asked for
 _REFRESH_NS = 1_000_000_000
 _MISS_NS = 50_000_000
@@ -256,14 +256,8 @@ class PacketEngine:
 
     def read(self, timeout: float) -> Iterator[Batch | FirstBytesBatch]:
         """See Engine."""
-        now = self._now_ns()
         self._urgency.look()
         self._take_changes()
-        try:
-            self._walk(now)
-        except descriptors.NoDescriptors as error:  # what is known goes on
-            self._walk_again_ns = now + _WALK_NS
-            self._failures.add(error)
         ready = self._poll.poll(min(timeout, 0.1) * 1000)
         if not ready:
             return
@@ -274,7 +268,13 @@ class PacketEngine:
                 got = got or bool(events)
                 yield from events
             if not got:
-                return
+                break
+        now = self._now_ns()
+        try:
+            self._walk(now)
+        except descriptors.NoDescriptors as error:  # what is known goes on
+            self._walk_again_ns = now + _WALK_NS
+            self._failures.add(error)
 
     def _read_place(
         self, place: _Capture, until_ns: int | None = None

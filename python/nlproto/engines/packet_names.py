@@ -33,6 +33,8 @@ _SOON_SHARE, _SOON_SAVED_NS = 4, 100_000_000
 # A port can be another process's as soon as a UDP socket is closed; TCP begins with a SYN.
 _LINGER_NS = {socket.IPPROTO_UDP: 50_000_000, socket.IPPROTO_TCP: 1_000_000_000}
 _FORGET_NS = 10_000_000_000
+_LATE_NS = 1_000_000_000
+"""Who has a flow's socket is not asked for a packet that waited as long: others wait behind it."""
 _CLOSING_NS = 200_000_000  # from a descriptor's end to its socket's, on a busy machine
 FLOW_LIMIT = 262144
 _FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
@@ -47,7 +49,6 @@ _KEY = np.dtype(
         "formats": ["u1", "u1", "u2", "u2", ("u1", (16,)), ("u1", (16,))],
     }
 )
-_COMM = lib.SNIFFER_COMM_LEN
 
 
 @dataclass(slots=True)
@@ -134,7 +135,7 @@ class PacketNames:
         self._soon = Budget(_SOON_SHARE, _SOON_SAVED_NS, now_ns)
 
     def name(self, records: np.ndarray, to_all: np.ndarray) -> np.ndarray:
-        """Fill in owners and reasons; return the records to deliver.
+        """Fill in owners and reasons; return the records to deliver (RECORD, shape (n,)).
 
         A packet for several sockets (`to_all`) becomes one record each, further ones flagged as
         copies. Forwarded packets, tapped on the way in and again on the way out, become one.
@@ -180,8 +181,9 @@ class PacketNames:
         if row is None or flow.owner is None or row["proto"] != socket.IPPROTO_UDP or row["dport"]:
             return
         rivals = self._sockets.rivals(row)
-        for inode in set(rivals["inode"].tolist()) - {0, flow.inode}:
-            holders = self._holders.find_soon(inode)
+        others = zip(rivals["inode"].tolist(), rivals["uid"].tolist(), strict=True)
+        for inode, uid in {one for one in others if one[0] not in (0, flow.inode)}:
+            holders = self._holders.find_soon(inode, uid)
             if not holders or any(one.identity != flow.owner.identity for one in holders):
                 flow.flags |= lib.SNIFFER_F_AMBIGUOUS
                 return
@@ -195,7 +197,7 @@ class PacketNames:
             records["tgid"][rows] = flow.owner.identity.tgid
             records["start_ns"][rows] = flow.owner.identity.start_ns
             records["uid"][rows] = flow.owner.uid
-            records["comm"][rows] = flow.owner.comm[:_COMM]
+            records["comm"][rows] = flow.owner.comm[: lib.SNIFFER_COMM_LEN]
 
     def _flow(self, group: _Group, one: Tuple, records: np.ndarray, forwarded: bool) -> _Flow:
         now = self._now_ns()
@@ -205,13 +207,19 @@ class PacketNames:
         if one.proto == socket.IPPROTO_TCP:
             connection = _follow(known, group, records[group.rows], sent_ns)
             if connection.refused:
-                found = _Flow(now, lib.SNIFFER_HOW_NO_SOCKET, connection=connection)
-                self._flows[group.key] = found
+                how = lib.SNIFFER_HOW_NO_SOCKET
+                found = self._flows[group.key] = _Flow(now, how, connection=connection)
                 return found
+        late = now - sent_ns > _LATE_NS
         if known is not None and not group.syn and known.settled:
             age = now - known.checked_ns
-            if age < _SOON_NS or (age < TTL_NS and not self._soon.allows()):
+            fresh = age < _SOON_NS or (age < TTL_NS and not self._soon.allows())
+            if fresh or (late and sent_ns - known.checked_ns < TTL_NS):
                 return known
+        elif late:
+            how = lib.SNIFFER_HOW_NOT_PROBED
+            found = self._flows[group.key] = _Flow(now, how, connection=connection)
+            return found
         with self._soon.spend():
             # what has the tuple now is the next connection's, if this one is over
             gone = _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE)
@@ -254,9 +262,8 @@ class PacketNames:
         if known.how == lib.SNIFFER_HOW_LISTENER:
             return found  # the listener is asked about anew
         same = known.cookie != 0 and known.cookie == found.cookie
-        if not (same or sent_ns - known.checked_ns < _LINGER_NS[proto]):
-            return found
-        if found.cookie and not same:
+        late = sent_ns - known.checked_ns >= _LINGER_NS[proto]
+        if not same and (late or found.cookie):
             return found
         known.flags |= lib.SNIFFER_F_DEAD
         late = sent_ns - known.checked_ns > _SOON_NS
@@ -319,7 +326,7 @@ class PacketNames:
             if flow.owner is None:
                 flow.how = lib.SNIFFER_HOW_SOCKET_GONE
             return
-        owners = self._holders.find_anywhere(flow.inode)
+        owners = self._holders.find_anywhere(flow.inode, int(again["uid"]))
         if owners or flow.owner is None:
             self._own(flow, owners)
         nobody = not owners and flow.owner is None and flow.how == lib.SNIFFER_HOW_SOCKET_GONE
@@ -340,38 +347,36 @@ class PacketNames:
         flow.sent_ns = sent_ns
         if not inode:
             return flow
-        self._own(flow, self._holders.find_soon(inode, likely))
+        self._own(flow, self._holders.find_soon(inode, int(row["uid"]), likely))
         flow.unheld = flow.owner is None
         return flow
 
     def _own(self, flow: _Flow, owners: tuple[Owner, ...]) -> None:
         sent_ns = Clock.now().boot_ns(flow.sent_ns)
         there = tuple(one for one in owners if one.identity.start_ns <= sent_ns)
-        if owners and not there:
-            # somebody who began after the packet: of a later connection, or of one passed on
+        if owners and not there:  # who began later: of another connection, or of one passed on
             flow.how = lib.SNIFFER_HOW_SOCKET_GONE
             return
-        owners = there
-        if owners:
-            flow.owner, flow.flags = owners[0], 0
+        if there:
+            flow.owner, flow.flags = there[0], 0
             if flow.connection is not None:
                 flow.connection.owned = True
             flow.how = lib.SNIFFER_HOW_DIAG if self._sockets.by_diag else lib.SNIFFER_HOW_PROC
             flow.settled = True
-            if len(owners) > 1:
+            if len(there) > 1:
                 flow.flags |= _SHARED  # which of them uses it is not to be seen from outside
-        elif not self._holders.exhaustive:
-            flow.how = lib.SNIFFER_HOW_NOT_PROBED
         else:
-            flow.how = lib.SNIFFER_HOW_SOCKET_GONE
+            gone, unknown = lib.SNIFFER_HOW_SOCKET_GONE, lib.SNIFFER_HOW_NOT_PROBED
+            flow.how = gone if self._holders.exhaustive else unknown
 
     def _name_all(self, records: np.ndarray, rows: list[int], one: Tuple) -> list[np.ndarray]:
         """Name a datagram for everybody; return the copies for its second receiver and further."""
         sent_ns = int(records["time_ns"][rows[0]])
-        flows = [self._held(found, self._now_ns(), sent_ns) for found in self._receivers(one)]
-        for flow in flows:
+        receivers = self._receivers(one)
+        flows = [self._held(found, self._now_ns(), sent_ns) for found in receivers]
+        for flow, found in zip(flows, receivers, strict=True):
             if flow.unheld:
-                self._own(flow, self._holders.find_anywhere(flow.inode))
+                self._own(flow, self._holders.find_anywhere(flow.inode, int(found["uid"])))
         if not flows:
             records["how"][rows] = lib.SNIFFER_HOW_SOCKET_GONE
             return []
@@ -478,8 +483,8 @@ def _follow(known: _Flow | None, group: _Group, records: np.ndarray, sent_ns: in
         connection.answered |= _is_answer(records)
         passive = connection.began_ns and not connection.active and not connection.answered
         # Only what had no ACK is answered by a reset with one.
-        if passive and np.any(records["tcp_flags"] & (_SYN | _RST | _ACK) == _RST | _ACK):
-            connection.refused = True
+        reset = records["tcp_flags"] & (_SYN | _RST | _ACK) == _RST | _ACK
+        connection.refused |= bool(passive and np.any(reset))
     connection.refused |= group.refused
     return connection
 

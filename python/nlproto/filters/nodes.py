@@ -44,7 +44,7 @@ class Node(Protocol):
     """One test, or several joined."""
 
     def mask(self, view: View) -> np.ndarray:
-        """Return one bool for each record of `view`."""
+        """Return a mask: one bool for each record of `view`."""
         ...
 
     @property

@@ -98,7 +98,7 @@ class View:
         return len(self.records)
 
     def column(self, name: str) -> np.ndarray:
-        """One field; addresses as two numbers of 64 bits."""
+        """One field of all records, shape (n,); addresses as two numbers of 64 bits, (n, 2)."""
         found = self._columns.get(name)
         if found is None:
             found = np.ascontiguousarray(self.records[name])
@@ -109,7 +109,7 @@ class View:
 
     @functools.cached_property
     def named(self) -> np.ndarray:
-        """Which records have a process."""
+        """Mask of the records that have a process."""
         return wire.are_named(self.column("how"))
 
     @functools.cached_property

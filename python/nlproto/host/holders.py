@@ -2,7 +2,9 @@
 """Which processes hold a socket: inode -> descriptors under /proc/PID/fd, learnt step by step.
 
 A full walk costs time in proportion to all descriptors of the machine. So full walks are
-rationed. What is known is checked by one readlink, and newborn processes are asked first.
+rationed. What is known is checked by one readlink, and newborn processes are asked first. So is
+what the sockets of one user cost: a socket that only a message in flight refers to, or that
+hundreds of processes have, is dear to look up and cheap to make.
 """
 
 import contextlib
@@ -15,18 +17,21 @@ from pathlib import Path
 
 from nlproto.host import procfs
 from nlproto.host.procfs import Owner
-from nlproto.running.budget import Budget
+from nlproto.running.budget import Budget, UserBudgets
 
 __all__ = ["Holders"]
 
 _WALK_SHARE = 4  # walks may take a quarter of the time in the long run
 _WALK_SAVED_NS = 500_000_000  # walking time that can be saved up while nothing is unknown
+_USER_SHARE, _USERS_SHARE, _USER_SAVED_NS = 3, 2, 300_000_000
+"""Parts of the time: for the sockets of one user, and of all users but root."""
 _ASKED_AGAIN_NS = 50_000_000  # an inode that nobody held, when asked for again
 _MISSING_LIMIT = 65536
 _MANY = 500
 _WALK_GAIN = 16  # a walk asks so many sockets in the time in which find() asks one
 _GENERATIONS = 8
 _BORN_NS = 10_000_000  # between two looks for new processes that nobody waits for
+_BORN_SHARE = 10  # of the time, for these looks
 _YOUNG_NS = 1_000_000_000  # how long one may be about to open its first socket
 
 
@@ -56,7 +61,9 @@ class Holders:
         self._talkers: dict[int, None] = {}
         self._missing: dict[int, int] = {}
         self._settled: dict[int, int] = {}
+        self._listing_ns = 0
         self._budget = Budget(_WALK_SHARE, _WALK_SAVED_NS, now_ns)
+        self._users = UserBudgets(_USER_SHARE, _USERS_SHARE, _USER_SAVED_NS, now_ns)
         self.walked_ns = -(1 << 62)
         """When all processes were last asked."""
         self.complete = True
@@ -100,20 +107,32 @@ class Holders:
         """Return whether a full walk may be made now, and nobody is making one."""
         return not self._walk_lock.locked() and self._budget.allows()
 
-    def find(self, inode: int) -> tuple[Owner, ...]:
+    def allows(self, uid: int) -> bool:
+        """Return whether there is time left to look for who holds the sockets of `uid`."""
+        return self._users.allows(uid)
+
+    def find(self, inode: int, uid: int = 0) -> tuple[Owner, ...]:
         """Return the living holders of a socket, its likely user first; empty when none is found.
 
         That is who once held it alone, for as long as it does: children get descriptors by fork
-        that they never use. Else the youngest, which was probably given it to use it.
+        that they never use. Else the youngest, which was probably given it to use it. The time
+        that this takes counts for `uid`, whose socket it is. Without any left nobody is found.
         """
-        return self.find_soon(inode) or self.find_anywhere(inode)
+        return self.find_soon(inode, uid) or self.find_anywhere(inode, uid)
 
-    def find_many(self, inodes: Sequence[int]) -> Iterator[tuple[int, tuple[Owner, ...]]]:
+    def find_many(
+        self, inodes: Sequence[int], uids: Sequence[int]
+    ) -> Iterator[tuple[int, tuple[Owner, ...]]]:
         """As find(), for each of `inodes`. When they are many each process is asked once."""
         many = len(inodes) > max(_MANY, len(self._by_inode) // _WALK_GAIN)
         if not many:
-            yield from ((inode, self.find(inode)) for inode in inodes)
+            asked = zip(inodes, uids, strict=True)
+            yield from ((inode, self.find(inode, uid)) for inode, uid in asked)
             return
+        yield from self.find_together(inodes)
+
+    def find_together(self, inodes: Sequence[int]) -> Iterator[tuple[int, tuple[Owner, ...]]]:
+        """As find(), for each of `inodes`: each process is asked once, if a walk is due."""
         if self.due():
             self.walk()
         else:
@@ -130,31 +149,35 @@ class Holders:
                     found = self._owners(inode, held, ask)
             yield inode, found
 
-    def find_soon(self, inode: int, likely: Sequence[int] = ()) -> tuple[Owner, ...]:
+    def find_soon(self, inode: int, uid: int, likely: Sequence[int] = ()) -> tuple[Owner, ...]:
         """As find(), but ask only the newly born, then `likely`, then who had sockets before."""
         self._found.exhaustive = False
-        if not inode:
+        if not inode or not self._users.allows(uid):
             return ()
         with self._lock:
-            self._ask_born(_BORN_NS)
-            if not self._checked(inode) and self._now_ns() >= self._missing.get(inode, 0):
-                self._ask_some(inode, likely)
-            held = self._checked(inode)
-            if len(held) == 1:
-                self._ask_parents(inode, *held)
-            return self._owners(inode, held)
+            self._ask_born(max(_BORN_NS, _BORN_SHARE * self._listing_ns))
+            with self._users.spend(uid):
+                if not self._checked(inode) and self._now_ns() >= self._missing.get(inode, 0):
+                    self._ask_some(inode, likely)
+                held = self._checked(inode)
+                if len(held) == 1:
+                    self._ask_parents(inode, *held)
+                return self._owners(inode, held)
 
-    def find_anywhere(self, inode: int) -> tuple[Owner, ...]:
+    def find_anywhere(self, inode: int, uid: int = 0) -> tuple[Owner, ...]:
         """As find(), after find_soon() found nobody: ask all, if a walk is due."""
         if not inode:
             return ()
         if self._now_ns() < self._missing.get(inode, 0):
             self._found.exhaustive = self.complete
             return ()
+        if not self._users.allows(uid):
+            return ()
         if self.due():
-            self.walk()
+            with self._users.spend(uid):
+                self.walk()
             self._found.exhaustive = self.complete
-        with self._lock:
+        with self._lock, self._users.spend(uid):
             held = self._by_inode.get(inode, {})
             if not held and self.exhaustive:
                 if len(self._missing) > _MISSING_LIMIT:
@@ -226,6 +249,7 @@ class Holders:
         alive = procfs.pids(self._proc)
         born = [pid for pid in alive if pid not in self._known]
         self._known = set(alive)
+        self._listing_ns = self._now_ns() - now
         self._ask(born)
         self._young = {pid: at for pid, at in self._young.items() if now - at < _YOUNG_NS}
         if len(born) < len(alive):  # not the first look

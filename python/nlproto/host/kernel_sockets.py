@@ -14,7 +14,7 @@ import numpy as np
 from nlproto.host.holders import Holders
 from nlproto.host.namespace_sockets import NamespaceSockets
 from nlproto.host.procfs import Owner
-from nlproto.host.sockdiag import HOST_SOCKET, TcpState
+from nlproto.host.sockdiag import HOST_SOCKET, MAPPED, TcpState
 from nlproto.host.sockets import held
 from nlproto.records.wire import among, text
 from nlproto.running.budget import Budget
@@ -27,13 +27,12 @@ _CHECK_SHARE, _CHECK_SAVED_NS = 100, 20_000_000
 """Checking takes this part of the time at most: with many sockets a round takes longer."""
 _CHUNK = 32
 """Checked between two looks at the clock."""
-_UNHELD = 200
-"""Sockets without a known holder that are asked about in one look."""
+_UNHELD_SHARE = 20
+"""Looking for who holds the others, that nobody is known to hold, takes this part of the time."""
 _ROUND_NS = 60_000_000_000
 """And those of a connected one, which traffic tells sooner."""
 _ASKED = 200
 """Connected sockets of a round that are asked about in one look."""
-_MAPPED = bytes(10) + b"\xff\xff"
 
 
 Endpoint = tuple[int, int, int, bytes, int]
@@ -83,7 +82,8 @@ class KernelSockets:
         self._held: dict[int, tuple[Owner, ...]] = {}
         self._ports: dict[int, int] = {}
         self._unchecked: list[int] = []
-        self._checks_ns = now_ns()
+        self._checks_ns = now_ns() + _HELD_NS
+        self._unheld_budget = Budget(_UNHELD_SHARE, _CHECK_SAVED_NS, now_ns)
         self._check_budget = Budget(_CHECK_SHARE, _CHECK_SAVED_NS, now_ns)
         self._round_ns = now_ns()
         self._met, self._asked = np.zeros((2, 0), np.uint64)
@@ -124,7 +124,13 @@ class KernelSockets:
         if whole:
             # /proc/net has no cookies
             rows = np.arange(len(bound))
-            entries = self._entries(bound, netns, rows, self._holders.find)
+            uids = dict(zip(bound["inode"].tolist(), bound["uid"].tolist(), strict=True))
+            entries = self._entries(
+                bound,
+                netns,
+                rows,
+                lambda inode: self._holders.find(inode, uids[inode]) or self._holders.known(inode),
+            )
             self._held.clear()
         else:
             rows = self._changed(bound)
@@ -173,29 +179,35 @@ class KernelSockets:
             ports.add(self._ports.pop(cookie))
         new = np.flatnonzero(~among(cookies, before))
         order = np.argsort(cookies)
-        unheld = [cookie for cookie, owners in self._held.items() if not owners][:_UNHELD]
-        asked = [*new.tolist(), *_rows_of(unheld, cookies, order)]
-        found = dict(self._holders.find_many(bound["inode"][asked].tolist()))
-        columns = (bound[name][asked].tolist() for name in ("inode", "cookie", "sport"))
-        for inode, cookie, port in zip(*columns, strict=True):
-            ports |= self._keep(cookie, port, found[inode])
+        unheld = [one for one, owners in self._held.items() if not owners]
+        ports |= self._ask(bound[new])
+        if unheld and self._unheld_budget.allows():
+            with self._unheld_budget.spend():
+                ports |= self._ask(bound[_rows_of(unheld, cookies, order)], together=True)
         now = self._now_ns()
         if not self._unchecked and now >= self._checks_ns:
             self._checks_ns = now + _HELD_NS
-            self._unchecked = list(self._held)
+            self._unchecked = [one for one, owners in self._held.items() if owners]
         while self._unchecked and self._check_budget.allows():
             with self._check_budget.spend():
                 some, self._unchecked = self._unchecked[:_CHUNK], self._unchecked[_CHUNK:]
-                for row in _rows_of(some, cookies, order):
-                    ports |= self._ask(bound[row])
+                ports |= self._ask(bound[_rows_of(some, cookies, order)])
         if not ports:
             return np.zeros(0, np.intp)
         return np.flatnonzero(among(bound["sport"], np.fromiter(ports, np.uint16, len(ports))))
 
-    def _ask(self, row: np.void) -> set[int]:
-        """Look for a socket's holders; its port, if they are others than before."""
-        owners = self._holders.find(int(row["inode"]))
-        return self._keep(int(row["cookie"]), int(row["sport"]), owners)
+    def _ask(self, sockets: np.ndarray, together: bool = False) -> set[int]:
+        """Look for the holders of some (HOST_SOCKET); the ports of those whose changed."""
+        names = ("inode", "uid", "cookie", "sport")
+        inodes, uids, cookies, ports = (sockets[name].tolist() for name in names)
+        holders = self._holders
+        found = dict(holders.find_together(inodes) if together else holders.find_many(inodes, uids))
+        changed: set[int] = set()
+        for inode, uid, cookie, port in zip(inodes, uids, cookies, ports, strict=True):
+            before = self._held.get(cookie, ())
+            refused = before and not found[inode] and not holders.allows(uid)
+            changed |= self._keep(cookie, port, before if refused else found[inode])
+        return changed
 
     def _keep(self, cookie: int, port: int, owners: tuple[Owner, ...]) -> set[int]:
         before = self._held.get(cookie)
@@ -228,7 +240,7 @@ class KernelSockets:
             if not self._new_budget.allows():
                 break
             with self._new_budget.spend():
-                owners = self._holders.find(int(rows["inode"][at]))
+                owners = self._holders.find(int(rows["inode"][at]), int(rows["uid"][at]))
             asked.append(cookies[at])
             yield from _entries(int(numbers[at]), rows[at], owners)
         self._asked = np.concatenate([self._asked, np.array(asked, np.uint64)])
@@ -259,8 +271,8 @@ def _entries(netns: int, row: np.void, owners: tuple[Owner, ...]) -> Iterator[Bo
 
 
 def _endpoint(netns: int, proto: int, family: int, address: bytes, port: int) -> Endpoint:
-    if family == socket.AF_INET6 and address.startswith(_MAPPED):
-        family, address = socket.AF_INET, address[len(_MAPPED) :].ljust(16, b"\0")
+    if family == socket.AF_INET6 and address.startswith(MAPPED):
+        family, address = socket.AF_INET, address[len(MAPPED) :].ljust(16, b"\0")
     return netns, proto, family, address, port
 
 

@@ -15,10 +15,12 @@ from nlproto._host import ffi, lib
 from nlproto.errors import Error, NoPrivilege
 from nlproto.records.wire import dtype_of
 
-__all__ = ["ALL_STATES", "HOST_SOCKET", "SockDiag", "TcpState"]
+__all__ = ["ALL_STATES", "HOST_SOCKET", "MAPPED", "SockDiag", "TcpState"]
 
 NETLINK_SOCK_DIAG = 4
 _BUFFER = 64 << 10
+MAPPED = bytes(10) + b"\xff\xff"
+"""What stands before an IPv4 address in an IPv6 socket (::ffff:a.b.c.d)."""
 _ANY = bytes(16)
 ALL_STATES = 0xFFFFFFFF
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from nlproto.errors import NoPrivilege
 from nlproto.host import procfs
-from nlproto.host.sockdiag import ALL_STATES, HOST_SOCKET, SockDiag, TcpState
+from nlproto.host.sockdiag import ALL_STATES, HOST_SOCKET, MAPPED, SockDiag, TcpState
 from nlproto.running.budget import Budget
 
 __all__ = ["ANY", "SocketLookup", "Tuple", "mapped", "tuple_of_socket"]
@@ -19,7 +19,6 @@ _TABLE_SHARE, _TABLE_SAVED_NS = 4, 500_000_000  # of the time, for reading /proc
 _BOUND_NS = 200_000_000  # how long the sockets of a port are taken as known
 _RIVALS_NS = 10_000_000  # and where it matters that another one may have come
 _BOUND_LIMIT = 1024  # ports
-_MAPPED = bytes(10) + b"\xff\xff"
 ANY = bytes(16)
 
 
@@ -37,7 +36,7 @@ class Tuple:
 
 def mapped(address: bytes) -> bytes:
     """Return ::ffff:a.b.c.d, by which a dual-stack socket knows an IPv4 address."""
-    return _MAPPED + address[:4]
+    return MAPPED + address[:4]
 
 
 def tuple_of_socket(row: np.void) -> Tuple:
@@ -95,7 +94,7 @@ class SocketLookup:
         return self.find(Tuple(one.proto, one.family, one.local, one.lport, ANY, 0))
 
     def bound(self, proto: int, port: int, older_ns: int = _BOUND_NS) -> np.ndarray:
-        """Return UDP sockets, or TCP listeners, on `port`, as of `older_ns` ago at most."""
+        """Return UDP sockets or TCP listeners on `port`: HOST_SOCKETs at most `older_ns` old."""
         now = self._now_ns()
         asked, sockets = self._bound.get((proto, port), (None, np.zeros(0, HOST_SOCKET)))
         if asked is None or now - asked >= older_ns:

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from nlproto.host.sockdiag import TcpState
+from nlproto.host.sockdiag import MAPPED, TcpState
 from nlproto.records.wire import PROTO_NAMES, address_text
 
 __all__ = ["Network", "fields", "fitting", "held", "listening", "unmapped"]
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-_MAPPED = np.frombuffer(bytes(10) + b"\xff\xff", np.uint8)
+_MAPPED = np.frombuffer(MAPPED, np.uint8)
 _NOT_ACCEPTED = (TcpState.ESTABLISHED, TcpState.SYN_RECV, TcpState.CLOSE_WAIT)
 _STATES = {
     1: "established",
@@ -53,7 +53,7 @@ def listening(table: np.ndarray) -> np.ndarray:
 
 
 def unmapped(table: np.ndarray) -> np.ndarray:
-    """Return `table` with IPv4 traffic of IPv6 sockets (::ffff:a.b.c.d) as IPv4."""
+    """Return `table` (HOST_SOCKET) with IPv4 traffic of IPv6 sockets (::ffff:a.b.c.d) as IPv4."""
     mapped = (table["family"] == socket.AF_INET6) & (table["saddr"][:, :12] == _MAPPED).all(axis=1)
     if not mapped.any():
         return table

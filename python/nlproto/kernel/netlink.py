@@ -102,7 +102,7 @@ def encode_attribute(kind: int, payload: bytes) -> bytes:
 
 
 def attributes(buf: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yield (type without flag bits, payload) of each attribute; raise Error when malformed."""
+    """Yield (type without flag bits, payload) of each attribute. Raises Error when malformed."""
     at = 0
     while at < len(buf):
         if len(buf) - at < _NLATTR.size:
@@ -115,7 +115,7 @@ def attributes(buf: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def messages(buf: memoryview) -> Iterator[Message]:
-    """Yield each message of a datagram; raise Error when malformed."""
+    """Yield each message of a datagram. Raises Error when malformed."""
     at = 0
     while at < len(buf):
         if len(buf) - at < _NLMSGHDR.size:
@@ -222,7 +222,10 @@ class Connection:
 
 
 def resolve(connection: Connection, name: str) -> Family:
-    """Return the family called `name`; raise FileNotFoundError when the kernel has none."""
+    """Return the family called `name`.
+
+    Raises FileNotFoundError when the kernel has none, Error when it does not describe it.
+    """
     wanted = encode_attribute(CTRL_ATTR_FAMILY_NAME, name.encode() + b"\0")
     answers = connection.request(GENL_ID_CTRL, CTRL_CMD_GETFAMILY, wanted)
     if not answers:

@@ -29,6 +29,8 @@ _OPEN = (lib.SNIFFER_HOW_PREDATES, lib.SNIFFER_HOW_NOT_PROBED)
 _FILLED = ("cookie", "inode", "how", "flags", "comm", "tgid", "start_ns", "uid")
 _FRESH_NS = 250_000_000
 _REMEMBERED_NS = 120_000_000_000
+_LATE_NS = 2_000_000_000
+"""Nobody is asked about a packet that passed earlier: others wait behind it."""
 _LIMIT = 65536
 
 _Key = tuple[int, int, bytes, int, bytes, int]
@@ -71,6 +73,7 @@ class Namer:
     def name(self, records: np.ndarray) -> None:
         """Fill in owner, socket, `how` and flags of records left open; the others stay as is."""
         places = unnamed_places(records, _OPEN)
+        places = places[self._now_ns() - records["time_ns"][places].astype(np.int64) < _LATE_NS]
         if not len(places):
             return
         flows, belongs = group(taken(records, places))
@@ -129,7 +132,7 @@ class Namer:
         if there is None:
             return _Found(0, 0, (), now)
         cookie, inode = int(there["cookie"]), int(there["inode"])
-        owners = self._holders.find(inode)
+        owners = self._holders.find(inode, int(there["uid"]))
         if not owners and known is not None and known.cookie == cookie:
             if now - known.asked_ns < _REMEMBERED_NS:
                 owners, inode = known.owners, known.inode

@@ -36,7 +36,7 @@ class TimeOrder:
             self._count += len(records)
 
     def take(self, now_ns: int | None = None) -> np.ndarray:
-        """Records that no older one can follow any more, in order of time; perhaps none.
+        """RECORDs that no older one can follow any more, in order of time; perhaps none.
 
         `now_ns`: the time until which the source was read empty, when that is known.
         """
@@ -51,7 +51,7 @@ class TimeOrder:
         return joined([found, self._take_until(int(np.partition(times, excess - 1)[excess - 1]))])
 
     def drain(self) -> np.ndarray:
-        """Everything, in order of time."""
+        """All RECORDs, in order of time."""
         return self._take_until((1 << 64) - 1)
 
     def _take_until(self, until_ns: int) -> np.ndarray:

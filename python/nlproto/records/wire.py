@@ -133,7 +133,7 @@ def how_name(how: int) -> str:
 
 
 def how_value(name: str) -> int:
-    """Return the value of a `how` name; raise Error for a word that names none."""
+    """Return the value of a `how` name. Raises Error for a word that names none."""
     try:
         return _HOW_VALUES[name]
     except KeyError:
@@ -269,7 +269,7 @@ def taken(rows: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def among(values: np.ndarray, some: np.ndarray) -> np.ndarray:
-    """Whether each of `values` is one of `some`: np.isin() without the 2 MB that it imports."""
+    """Mask of `values`: is each one of `some`? As np.isin(), without the 2 MB that it imports."""
     if not len(some):
         return np.zeros(len(values), bool)
     some = np.sort(some)
@@ -291,7 +291,10 @@ def decode_struct(buf: bytes | memoryview, dtype: np.dtype[np.void]) -> np.void:
 
 
 def decode_array(buf: bytes | memoryview, dtype: np.dtype[np.void]) -> np.ndarray:
-    """Return `buf` as a read-only array of `dtype`; raise Error when it is no whole number."""
+    """Return `buf` as a read-only array of `dtype`, shape (n,).
+
+    Raises Error when it is no whole number of them.
+    """
     if len(buf) % dtype.itemsize:
         raise Error(f"malformed message: {len(buf)} bytes are no multiple of {dtype.itemsize}")
     return np.frombuffer(memoryview(buf).toreadonly(), dtype)
@@ -358,7 +361,7 @@ def encode_batch(head: np.void, records: np.ndarray) -> bytes:
 
 
 def decode_process(buf: bytes | memoryview) -> ProcessEvent:
-    """Return the process event in `buf` (attribute SNIFFER_A_PROCESS); raise Error if too short.
+    """Return the process event in `buf` (attribute SNIFFER_A_PROCESS). Raises Error if too short.
 
     A module that tells no cgroup ends it where that begins.
     """

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Rations costly work to a share of the time, with some saved up for bursts."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["Budget"]
+__all__ = ["Budget", "UserBudgets"]
+
+_USERS = 4096
+"""Users that are remembered: with more of them the budget for all counts alone."""
 
 
 class Budget:
@@ -32,3 +37,38 @@ class Budget:
             yield
         finally:
             self._left_ns -= self._now_ns() - began
+
+
+class UserBudgets:
+    """A Budget for each user, within one for all users but root; root may always.
+
+    One user cannot take what others have, nor can many take everything: somebody in a user
+    namespace has 65,536 uids.
+    """
+
+    def __init__(
+        self, share: int, all_share: int, saved_ns: int, now_ns: Callable[[], int]
+    ) -> None:
+        self._share, self._saved_ns, self._now_ns = share, saved_ns, now_ns
+        self._all = Budget(all_share, saved_ns, now_ns)
+        self._users: dict[int, Budget] = {}
+
+    def allows(self, uid: int) -> bool:
+        """Return whether work for `uid` may begin now."""
+        return uid == 0 or (self._user(uid).allows() and self._all.allows())
+
+    @contextmanager
+    def spend(self, uid: int) -> Iterator[None]:
+        """Charge the time that the block takes to `uid`."""
+        if uid == 0:
+            yield
+            return
+        with self._all.spend(), self._user(uid).spend():
+            yield
+
+    def _user(self, uid: int) -> Budget:
+        if uid not in self._users:
+            if len(self._users) >= _USERS:
+                self._users.clear()
+            self._users[uid] = Budget(self._share, self._saved_ns, self._now_ns)
+        return self._users[uid]

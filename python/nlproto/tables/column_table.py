@@ -42,7 +42,7 @@ _SHIFT = np.uint64(29)
 
 
 def mix(parts: Sequence[np.ndarray], seed: int) -> np.ndarray:
-    """One 64-bit hash for each element of up to eight columns.
+    """One hash (uint64) for each row of up to eight columns of equal length.
 
     With a random `seed` a sender of packets cannot foresee which of them collide.
     """
@@ -131,7 +131,7 @@ class ColumnTable:
         return self._count
 
     def find(self, values: np.ndarray) -> np.ndarray:
-        """For each of `values` the row that has its key, or -1."""
+        """For each of `values` the row (int64) that has its key, or -1."""
         values = np.ascontiguousarray(values)
         rows = np.empty(len(values), np.int64)
         lib.table_find(self._layout(values.dtype), octets(values), len(values), numbers(rows))
