@@ -184,3 +184,38 @@ def test_a_cut_trace_is_read_to_its_last_whole_packet(number, cut):
         for block in read_capture(io.BytesIO(data[:-cut]), "x"):
             found.append(block.data)
     assert found == whole[: len(found)] and len(found) in (len(whole) - 1, len(whole) - 2)
+
+
+MAGICS = {0xA1B2C3D4: (1000, 0), 0xA1B23C4D: (1, 0), 0xA1B2CD34: (1000, 8)}
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("magic", MAGICS)
+def test_pcap_of_each_kind_has_its_times_and_packets(magic, order):
+    unit, more = MAGICS[magic]
+    data = ipv4(UDP) + PORTS
+    head = struct.pack(f"{order}IHHiIII", magic, 2, 4, 0, 0, 65535, 101)
+    packet = struct.pack(f"{order}IIII", 7, 5, len(data), len(data)) + bytes(more) + data
+    found = list(read_capture(io.BytesIO(head + packet * 3), "x"))
+    interface = pcapng.Interface.of(found[1])
+    packets = [pcapng.packet_of(block, [interface]) for block in found[2:]]
+    assert [one.time_ns for one in packets] == [7 * 10**9 + 5 * unit] * 3
+    assert all(flow_of(one)[1:] == (("10.0.0.1", 1000), ("10.0.0.2", 53)) for one in packets)
+
+
+@pytest.mark.parametrize(
+    ("options", "time_ns"),
+    [
+        ([], 5000 * 1000),
+        ([(9, b"\x09")], 5000),
+        ([(9, b"\x8a")], 5000 * 10**9 // 1024),
+        ([(9, b"\x0a")], 500),
+        ([(9, b"\x09"), (14, struct.pack("<q", -3))], 5000 - 3 * 10**9),
+    ],
+)
+def test_pcapng_interfaces_tell_the_unit_and_offset_of_time(options, time_ns):
+    body = struct.pack("<HHI", 1, 0, 0) + pcapng._options(options, "<")
+    blocks = [pcapng._block(1, body), pcapng.enhanced_packet(0, 5000, b"x", 1)]
+    data = pcapng.section_header("x") + b"".join(blocks)
+    _, interface, packet = read_capture(io.BytesIO(data), "x")
+    assert pcapng.packet_of(packet, [pcapng.Interface.of(interface)]).time_ns == time_ns

@@ -355,3 +355,15 @@ def test_long_strings_of_a_process_are_cut_in_the_file(path):
     assert found is not None and long.cmdline.startswith(found.cmdline)
     assert len(found.cmdline) < 9000 and found.comm == "x"
     store.close()
+
+
+def test_the_history_leaves_room_on_the_disk_when_told_to(path, record, monkeypatch):
+    with record(history=path) as recorder:
+        store = recorder._store
+        monkeypatch.setattr(store, "room", lambda: 5 << 20)
+        monkeypatch.setattr(store, "size", lambda: 100 << 20)
+        assert recorder._size(store) == recorder._config.history_size
+        recorder.reconfigure(Config(history=path, history_free=25 << 20))
+        assert recorder._size(store) == 80 << 20
+        recorder.reconfigure(Config(history=path, history_free=1 << 40))
+        assert recorder._size(store) == 1 << 20
