@@ -46,7 +46,7 @@ def test_without_root_and_daemon_it_says_what_helps():
         (["--", "/no/such/program"], 1, "cannot run"),
         (["-r", "/no/such.csv"], 1, "cannot read"),
         (["-v", "who"], 2, "before the options"),
-        (["who"], 2, "--port N"),
+        (["who"], 1, "start it with"),
         (["-F", "/no/such"], 1, "cannot read the filter"),
         (["stats"], 1, "start it with"),
         (["top"], 1, "needs a terminal"),
