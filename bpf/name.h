@@ -132,11 +132,12 @@ static __always_inline void name_kernel(struct sniffer_record *r)
 
 /*
  * In parts: may another one have the socket without having been told of? One
- * that nobody was found to have lies in a queue or ring, or nobody told.
+ * that nobody was found to have lies in a queue or ring, or nobody told. What
+ * an io_uring does with its files is no system call.
  */
 static __always_inline bool is_less_sure(struct owner *o, struct proc *user)
 {
-	return !user || user->blind || o->blind || (!o->held && !o->released && o->file);
+	return !user || user->blind || o->blind || o->ring || (!o->held && !o->released && o->file);
 }
 
 static __always_inline void name_facts(struct sniffer_record *r, struct owner *o,
