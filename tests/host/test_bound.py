@@ -50,7 +50,13 @@ class Keeping:
         return found
 
     def pids(self, one):
-        return sorted(owner.tgid for owner in self.portmap.who(one.getsockname()[1]))
+        """Of its own address: any process of this machine may have the same port elsewhere."""
+        return sorted(owner.tgid for owner in self.owners(one.getsockname()[1]))
+
+    def owners(self, port):
+        address = (socket.AF_INET, socket.inet_aton(ADDRESS).ljust(16, b"\0"))
+        found = self.portmap.who(port, socket.IPPROTO_UDP, address)
+        return [owner for owner in found if owner.endpoint[3][:4] == address[1][:4]]
 
 
 @pytest.fixture
@@ -75,7 +81,7 @@ def test_a_look_asks_only_about_what_is_new(keeping):
     gone, port = many[0], many[0].getsockname()[1]
     gone.close()
     keeping.look()
-    assert keeping.portmap.who(port) == []
+    assert keeping.owners(port) == []
     assert all(keeping.pids(one) == [os.getpid()] for one in many[1:])
     for one in [*many, new]:
         one.close()
@@ -108,8 +114,8 @@ def test_a_socket_that_was_handed_over_has_its_new_holder_alone(keeping):
         name = one.getsockname()[1]
         one.close()
         end = time.monotonic() + 60
-        while [owner.tgid for owner in keeping.portmap.who(name)] != [child.pid]:
-            assert time.monotonic() < end, keeping.portmap.who(name)
+        while [owner.tgid for owner in keeping.owners(name)] != [child.pid]:
+            assert time.monotonic() < end, keeping.owners(name)
             keeping.look()
             time.sleep(0.05)
     finally:
@@ -124,7 +130,7 @@ def test_one_of_two_sockets_at_one_end_may_close(keeping):
     for closing, staying in ((first, second), (second, None)):
         closing.close()
         keeping.look()
-        owners = [owner.tgid for owner in keeping.portmap.who(port)]
+        owners = [owner.tgid for owner in keeping.owners(port)]
         assert owners == ([os.getpid()] if staying else [])
 
 
