@@ -261,4 +261,5 @@ def figures(pipeline: Pipeline, recorder: Recorder) -> dict[str, Any]:
             "unstored": history.unstored,
             "store": recorder.store_figures(),
         },
+        "domains": {} if pipeline.overheard is None else pipeline.overheard.figures(),
     }

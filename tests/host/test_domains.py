@@ -117,6 +117,9 @@ def test_a_far_end_has_the_name_that_the_process_asked_for(daemon, connect, name
     until(lambda: seen(daemon, client)["domain"] == name.lower(), 20, "its name")
     stranger = connect("", address)
     assert seen(daemon, stranger)["domain"] == ""
+    with DaemonClient(daemon.path) as asking:
+        heard = asking.stats()["domains"]
+    assert heard["names"] and heard["dropped"] == 0
 
 
 def test_an_address_of_a_name_that_nobody_asked_for_has_none(daemon, connect):

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -66,6 +66,9 @@ class Hears(Protocol):
 
     def hear(self, flows: np.ndarray) -> None:
         """Fill in what is known of these FLOWs."""
+
+    def figures(self) -> dict[str, Any]:
+        """Return sizes and losses; from any thread."""
 
 
 @dataclass(slots=True)
