@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Self
 
 __all__ = ["NameServer", "answer", "ask", "encoded", "question"]
@@ -80,7 +81,8 @@ class NameServer:
         try:
             while True:
                 asked, peer = self._udp.recvfrom(4096)
-                self._udp.sendto(self._answer(asked), peer)
+                with suppress(IndexError):  # whoever sends something else gets no answer
+                    self._udp.sendto(self._answer(asked), peer)
         except OSError:
             pass
 

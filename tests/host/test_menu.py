@@ -89,7 +89,7 @@ def test_the_menu_shows_the_state_and_starts_asks_and_stops_the_daemon(menu: Ter
 
     menu.type("s\r")
     screen = menu.read_until(r"started(.|\n)*looks again\)\r?\n> $")
-    [pid] = set(re.findall(r"daemon +pid (\d+), engine (?:packet|module)", screen))
+    [pid] = set(re.findall(r"daemon +pid (\d+), engine (?:packet|ebpf|module)", screen))
     try:
         assert re.search(r"clients +0\b", screen)
         menu.type("c\r")

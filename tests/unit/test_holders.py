@@ -209,6 +209,32 @@ def test_a_walk_of_one_thread_holds_up_no_other(monkeypatch):
         assert [one.identity.tgid for one in shared.known(inode)] == [os.getpid()]
 
 
+def test_a_socket_made_while_another_thread_walks_is_found_when_that_ends(monkeypatch):
+    walking, go_on = threading.Event(), threading.Event()
+    real = procfs.held_sockets
+
+    def slow(pids, *rest):
+        found = real(pids, *rest)
+        if threading.current_thread() is walker:
+            walking.set()
+            assert go_on.wait(10)
+        return found
+
+    shared = Holders()
+    shared.find_soon(1, 0)  # everybody is known, nobody as one who has sockets
+    walker = threading.Thread(target=shared.walk)
+    monkeypatch.setattr(procfs, "held_sockets", slow)
+    monkeypatch.setattr("nlproto.host.holders._WALK_WAIT_S", 10)
+    walker.start()
+    assert walking.wait(10)
+    with socket.socket() as sock:
+        shared._talkers.clear()
+        threading.Timer(0.2, go_on.set).start()
+        inode = os.fstat(sock.fileno()).st_ino
+        assert [one.identity.tgid for one in shared.find(inode)] == [os.getpid()]
+    walker.join()
+
+
 def test_whether_everybody_was_asked_is_each_threads_own_answer():
     shared = Holders()
     shared.find_anywhere(1)

@@ -168,9 +168,9 @@ class Watcher:
                 " (packet-hunter doctor says how)",
             )
             return
-        wanted = "packet" if gone == "ebpf" else self._wanted
+        # it is there at once: each moment until then is lost
         engine = open_engine(
-            wanted, log.warning, ring_bytes=self._ring_bytes, holders=self._holders
+            "packet", log.warning, ring_bytes=self._ring_bytes, holders=self._holders
         )
         message = f"engine {gone} has gone: going on with engine {engine.name}"
         self._change(engine, f"{gone}_gone", message)

@@ -140,6 +140,8 @@ class PacketEngine:
         self._batch_seq = self._record_seq = 0
         self._packets = self._skipped = self._dropped = 0
         self._walk_again_ns = 0
+        self._heard = True
+        """Packets came since the last walk; at first all is to be known before they come."""
         self._large_rings = 0
         self._wants_first_bytes = False
         self._from_ns = 0
@@ -251,16 +253,25 @@ class PacketEngine:
             self._holders.walk()
             self._complete()
             self._walk_again_ns = now + max(_WALK_NS, _LOOK_SHARE * (self._now_ns() - now))
+            self._heard = False
 
     # Engine
 
     def read(self, timeout: float) -> Iterator[Batch | FirstBytesBatch]:
         """See Engine."""
+        now = self._now_ns()
         self._urgency.look()
         self._take_changes()
+        if self._heard:  # who hears nothing need not know who holds what
+            try:
+                self._walk(now)
+            except descriptors.NoDescriptors as error:  # what is known goes on
+                self._walk_again_ns = now + _WALK_NS
+                self._failures.add(error)
         ready = self._poll.poll(min(timeout, 0.1) * 1000)
         if not ready:
             return
+        self._heard = True
         for _ in range(_ROUNDS):
             got = False
             for fd, _event in ready:
@@ -268,13 +279,7 @@ class PacketEngine:
                 got = got or bool(events)
                 yield from events
             if not got:
-                break
-        now = self._now_ns()
-        try:
-            self._walk(now)
-        except descriptors.NoDescriptors as error:  # what is known goes on
-            self._walk_again_ns = now + _WALK_NS
-            self._failures.add(error)
+                return
 
     def _read_place(
         self, place: _Capture, until_ns: int | None = None

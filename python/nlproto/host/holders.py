@@ -23,6 +23,7 @@ __all__ = ["Holders"]
 
 _WALK_SHARE = 4  # walks may take a quarter of the time in the long run
 _WALK_SAVED_NS = 500_000_000  # walking time that can be saved up while nothing is unknown
+_WALK_WAIT_S = 0.05  # for the walk of another thread, before nobody is found
 _USER_SHARE, _USERS_SHARE, _USER_SAVED_NS = 3, 2, 300_000_000
 """Parts of the time: for the sockets of one user, and of all users but root."""
 _ASKED_AGAIN_NS = 50_000_000  # an inode that nobody held, when asked for again
@@ -173,6 +174,7 @@ class Holders:
             return ()
         if not self._users.allows(uid):
             return ()
+        self._wait_for_walk()
         if self.due():
             with self._users.spend(uid):
                 self.walk()
@@ -184,6 +186,11 @@ class Holders:
                     self._missing.clear()
                 self._missing[inode] = self._now_ns() + _ASKED_AGAIN_NS
             return self._owners(inode, held)
+
+    def _wait_for_walk(self) -> None:
+        """Another thread may be about to find whom we look for: wait, but not long."""
+        if self._walk_lock.locked() and self._walk_lock.acquire(timeout=_WALK_WAIT_S):
+            self._walk_lock.release()
 
     def known(self, inode: int) -> tuple[Owner, ...]:
         """As find(), but only of those that were known before; cheap."""
