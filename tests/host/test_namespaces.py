@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nlproto.host import netns
+from nlproto.running import descriptors
 from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to act as another user")
@@ -103,7 +104,7 @@ def test_a_users_many_namespaces_leave_places_for_root(namespaces, engine):
     roots = [path for path in netns.paths().values() if not netns.owner_or_unknown(path)]
     room = len(roots) + 6
     theirs = {namespaces(INSIDE, USER).stat().st_ino for _ in range(20)}
-    child = engine(2 * (5 * (room + 1) + 64))  # see nlproto.running.descriptors
+    child = engine(2 * (descriptors._PER_NETNS * (room + 1) + 64))
     until(lambda: len(captured(child)) > room)
     ours = namespaces(["unshare", "-n"]).stat().st_ino
     until(lambda: ours in captured(child))
