@@ -100,6 +100,10 @@ if [ "$tools" = yes ]; then
 	want tcpdump tcpdump
 	want tshark tshark
 	want ps procps
+	want zstd zstd
+	want lz4 lz4
+	want xz xz-utils
+	want bzip2 bzip2
 	want insmod kmod
 	# in a virtual machine the module is tested on that machine's own kernel
 	if [ "${PACKET_HUNTER_KERNEL-}" != own ]; then
