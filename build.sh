@@ -181,14 +181,14 @@ fi
 if [ ! -e "/lib/modules/$(uname -r)/build" ]; then
 	reason="the running kernel's headers are missing, and apt-get knows no $headers"
 	[ -e /proc/modules ] || reason="this kernel takes no modules (no /proc/modules)"
-	[ "$module" = wanted ] || die "kmod/sniffer.ko not built: $reason; or ./build.sh --no-module for engine packet"
+	[ "$module" = wanted ] || die "kmod/sniffer.ko not built: $reason; or ./build.sh --no-module for the other engines"
 	say "kmod/sniffer.ko not built: $reason (going on without)"
 	exit 0
 fi
 if make -s -C kmod; then
 	say "built kmod/sniffer.ko for $(uname -r)"
 elif [ "$module" = required ]; then
-	die "kmod/sniffer.ko not built: see the compiler's words above; or ./build.sh --no-module for engine packet"
+	die "kmod/sniffer.ko not built: see the compiler's words above; or ./build.sh --no-module for the other engines"
 else
 	say "kmod/sniffer.ko not built: see the compiler's words above (going on without)"
 fi
