@@ -65,6 +65,7 @@ def test_the_sdist_has_the_header_and_a_working_wheel_is_built_from_it(tmp_path)
     } == {
         "nlproto",
         "daemon",
+        "fleet",
         "hunter",
         "packet-hunter.pth",
     }

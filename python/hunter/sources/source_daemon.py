@@ -171,7 +171,7 @@ class DaemonSource:
                     self.first_bytes.keep(event.batch)
             elif isinstance(event, AccountEvent):
                 self._spans.mark(event.account)
-            else:
+            elif isinstance(event, DaemonEvent):
                 self._happened(event)
         return batches
 

@@ -31,7 +31,10 @@ class LiveEnds:
 
     def domain_of(self, key: FlowKey) -> str:
         """See Ends."""
-        number = self._domains.number_of(key)
+        return self.text(self._domains.number_of(key))
+
+    def text(self, number: int) -> str:
+        """See Ends."""
         if not number or self._own and is_of_resolver(number):
             return ""
         return self._domains.names.text(number)

@@ -32,6 +32,10 @@ class Ends(Protocol):
         """Return that of each record's flow."""
         ...
 
+    def text(self, number: int) -> str:
+        """Return the name by the number that a FLOW has in `domain`, "" for none."""
+        ...
+
     def for_own(self) -> Ends:
         """Return what who sees only their own packets may know."""
         ...
@@ -56,6 +60,10 @@ class NoEnds:
     """Nothing is known."""
 
     def domain_of(self, key: FlowKey) -> str:
+        """See Ends."""
+        return ""
+
+    def text(self, number: int) -> str:
         """See Ends."""
         return ""
 
@@ -87,6 +95,10 @@ class ToldEnds:
     def domain_of(self, key: FlowKey) -> str:
         """See Ends."""
         return self._domains.get(key, "")
+
+    def text(self, number: int) -> str:
+        """See Ends."""
+        return ""
 
     def for_own(self) -> Ends:
         """See Ends."""

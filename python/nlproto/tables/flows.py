@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from nlproto._host import ffi, lib
-from nlproto.records.wire import dtype_of
+from nlproto.errors import Error
+from nlproto.records.wire import BATCH, dtype_of
+from nlproto.records.wire import lib as wire
 from nlproto.tables.column_table import new_slots, without
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "KEY_FIELDS",
     "address_bytes",
     "address_words",
+    "decode_flows",
+    "encode_flows",
     "first_of_processes",
     "group",
     "pack_address",
@@ -108,6 +112,30 @@ def unnamed_places(records: np.ndarray, hows: Iterable[int]) -> np.ndarray:
         ffi.from_buffer("uint32_t[]", places),
     )
     return places[:count]
+
+
+def encode_flows(head: np.void, flows: np.ndarray) -> bytes:
+    """Return the bytes of `flows` (FLOW), at most 65,535, behind `head` with size and count set."""
+    first = np.zeros(1, BATCH)
+    first[0] = head
+    first["version"] = wire.SNIFFER_VERSION
+    first["record_size"] = FLOW.itemsize
+    first["count"] = len(flows)
+    return first.tobytes() + flows.tobytes()
+
+
+def decode_flows(payload: bytes | memoryview) -> tuple[np.void, np.ndarray]:
+    """Return (BATCH, FLOWs) of what encode_flows() made in this release. Raises Error."""
+    if len(payload) < BATCH.itemsize:
+        raise Error(f"malformed flows: {len(payload)} bytes are less than a head")
+    head: np.void = np.frombuffer(payload, BATCH, 1)[0]
+    size, count = int(head["record_size"]), int(head["count"])
+    if size != FLOW.itemsize or BATCH.itemsize + size * count != len(payload):
+        raise Error(
+            f"malformed flows: {len(payload)} bytes do not hold {count} of {size}; "
+            "install client and daemon of one release"
+        )
+    return head, np.frombuffer(payload, FLOW, count, BATCH.itemsize)
 
 
 def address_words(raw: bytes) -> tuple[int, int]:
