@@ -71,8 +71,27 @@ def test_a_server_that_dies_and_comes_back_costs_nothing(server, tmp_path):
             until(lambda: each_once(tmp_path, "h1", 2000), 30, "every row once")
 
 
-def test_collectors_that_are_killed_lose_nothing_and_double_nothing(server, tmp_path, monkeypatch):
-    """Two on one folder, killed wherever they are; the server gives their batches to others."""
+_KILLED = """
+import os, signal, sys
+rename, moment = os.rename, sys.argv.pop(1)
+def killed(*names):
+    flows = "/flows/" in str(names)
+    if moment == "after" or not flows:
+        rename(*names)
+    if not flows:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+os.rename = killed
+from fleet.collect.__main__ import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_collector_that_is_killed_with_a_file_loses_and_doubles_nothing(
+    server, tmp_path, monkeypatch, moment
+):
+    """Before its file has its name, and after, when the server does not know of it yet."""
 
     async def give_again_soon() -> None:
         client = await nats.connect(server.url)
@@ -81,22 +100,15 @@ def test_collectors_that_are_killed_lose_nothing_and_double_nothing(server, tmp_
         await client.close()
 
     asyncio.run(give_again_soon())
-    with play(tmp_path, server.url, "h1", 4000, 0.1) as host:
-        for turn in range(6):
-            with collect(tmp_path, server.url), collect(tmp_path, server.url, "two") as other:
-                before = len(stored(tmp_path))
-                until(
-                    lambda before=before: (
-                        len(stored(tmp_path)) > before or stored(tmp_path).total() == 4000
-                    ),
-                    30,
-                    "new rows",
-                )
-                time.sleep(0.03 * turn)  # at another moment each time
-                other.process.kill()
-        ended(host)
-        with collect(tmp_path, server.url):
-            until(lambda: each_once(tmp_path, "h1", 4000), 60, "every row once")
+    words = [str(tmp_path / "store"), "--server", server.url, "--interval", "0.2"]
+    command = [sys.executable, "-c", _KILLED, moment, *words]
+    with play(tmp_path, server.url, "h1", 2000) as host:
+        with Program(tmp_path / "killed.log", command) as killed:
+            assert killed.process.wait(patient(60)) == -signal.SIGKILL
+        assert bool(stored(tmp_path)) == (moment == "after")
+        with collect(tmp_path, server.url), collect(tmp_path, server.url, "two"):
+            ended(host)
+            until(lambda: each_once(tmp_path, "h1", 2000), 60, "every row once")
 
 
 def test_an_exporter_that_is_killed_goes_on_where_it_was(server, tmp_path):
