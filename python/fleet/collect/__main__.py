@@ -83,7 +83,10 @@ def _run(options: argparse.Namespace) -> None:
         return collector
 
     collector = asyncio.run(serve())
-    logging.info("%d rows collected, %d malformed", collector.collected, collector.malformed)
+    logging.info(
+        "%d rows collected, %d malformed messages, %d rows out of time",
+        *(collector.collected, collector.malformed, store.untimely),
+    )
 
 
 if __name__ == "__main__":
