@@ -36,7 +36,8 @@ _DETAILS = 256  # processes in a blob
 _MAX_INDEX = 16 << 20
 _MAX_BLOB = 1 << 28
 """Bytes that one blob may unpack to."""
-_WIDE = ("laddr", "raddr", "comm")
+_ADDRESSES = ("laddr", "raddr", "nat_laddr", "nat_raddr")
+_WIDE = (*_ADDRESSES, "comm")
 """Columns of 16 bytes, always in a dictionary."""
 _BYTES = np.dtype("S16")
 COLUMNS = ("id", *(FLOW.names or ())[1:], "payer", "seen")
@@ -203,15 +204,35 @@ def _needles(rows: Rows, count: int) -> dict[str, tuple[np.ndarray, np.ndarray]]
     """By kind: values, and the row that each stands in."""
     every = np.arange(count)
     passing = np.flatnonzero(rows["forwarded"])
-    near = np.ascontiguousarray(rows["raddr"]).view(_BYTES).reshape(-1)
-    lower = np.ascontiguousarray(rows["laddr"]).view(_BYTES).reshape(-1)[passing]
+    translated = np.flatnonzero(rows["nat_lport"])
+    both = np.intersect1d(passing, translated)
+
+    def addresses(name: str, which: np.ndarray = every) -> np.ndarray:
+        found: np.ndarray = np.ascontiguousarray(rows[name]).view(_BYTES).reshape(-1)[which]
+        return found
+
     named = np.flatnonzero(rows["tgid"])
     return {
         "port": (
-            np.concatenate([rows["lport"], rows["rport"]]).astype(np.uint16),
-            np.concatenate([every, every]),
+            np.concatenate(
+                [
+                    *(rows["lport"], rows["rport"]),
+                    *(rows[name][translated] for name in ("nat_lport", "nat_rport")),
+                ]
+            ).astype(np.uint16),
+            np.concatenate([every, every, translated, translated]),
         ),
-        "host": (np.concatenate([near, lower]), np.concatenate([every, passing])),
+        "host": (
+            np.concatenate(
+                [
+                    addresses("raddr"),
+                    addresses("laddr", passing),
+                    addresses("nat_raddr", translated),
+                    addresses("nat_laddr", both),
+                ]
+            ),
+            np.concatenate([every, passing, translated, both]),
+        ),
         "comm": (rows["comm"].astype(_BYTES), every),
         "tgid": (rows["tgid"].astype(np.uint32), every),
         "uid": (rows["uid"][named].astype(np.uint32), named),
@@ -414,8 +435,13 @@ def _asked(question: Question) -> Iterator[tuple[str, Any, Any]]:
 def _plain(rows: Rows) -> Rows:
     """Columns in the types of FLOW, moments instead of durations."""
     rows["first_ns"] = rows["last_ns"] - rows["first_ns"]
-    for name in _WIDE[:2]:
-        rows[name] = np.ascontiguousarray(rows[name]).view(np.uint64).reshape(-1, 2)
+    count = len(rows["last_ns"])
+    for name in _ADDRESSES:
+        if name in rows:
+            rows[name] = np.ascontiguousarray(rows[name]).view(np.uint64).reshape(-1, 2)
+    for name in FLOW.names or ():  # what files of older versions lack
+        if name not in rows and name != "hash":
+            rows[name] = np.zeros((count, *FLOW[name].shape), FLOW[name].base)
     rows["words"] = np.ascontiguousarray(rows["comm"]).view(np.uint64).reshape(-1, 2)
     return rows
 
