@@ -56,6 +56,7 @@ static void diag(const uint8_t *data, size_t size)
 
 	memcpy(buf, data, size);
 	host_diag_read(buf, size, 1, IPPROTO_TCP, sockets, MOST, &done);
+	host_tcp_read(buf, size, 1, tcp, MOST, &done);
 	free(buf);
 	free(sockets);
 }

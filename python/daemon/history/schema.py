@@ -14,14 +14,11 @@ from nlproto.tables.flows import FLOW
 __all__ = [
     "APPLICATION",
     "COLUMNS",
-    "CREATE",
-    "FROM_1",
-    "FROM_2",
-    "FROM_3",
     "HAS_PROCESS",
     "INDEXES",
     "ROW_SIZE",
     "SCHEMA",
+    "STEPS",
     "WRITE_FLOW",
     "WRITE_PROCESS",
     "columns_of",
@@ -30,9 +27,8 @@ __all__ = [
     "signed",
 ]
 
-SCHEMA = 4
 APPLICATION = 0x706B6874  # "pkht", in the file's header: file(1) and we know it by that
-CREATE = """
+_CREATE = """
 CREATE TABLE flows (
     id INTEGER PRIMARY KEY,
     cookie INTEGER, start_ns INTEGER, laddr BLOB, raddr BLOB, tgid INTEGER, netns INTEGER,
@@ -46,7 +42,7 @@ CREATE TABLE processes (
     PRIMARY KEY (tgid, start_ns)
 ) WITHOUT ROWID;
 """
-FROM_1 = """
+_FROM_1 = """
 DROP INDEX IF EXISTS processes_seen;
 ALTER TABLE flows ADD COLUMN payer INTEGER DEFAULT 0;
 ALTER TABLE flows ADD COLUMN seen INTEGER DEFAULT 0;
@@ -62,17 +58,26 @@ INSERT INTO identity VALUES (randomblob(16));
 """
 """`payer` as in nlproto.tables.shares; `seen` in seconds of daemon.history.elapsed, never of a day;
 `size` in bytes of the file."""
-FROM_2 = """
+_FROM_2 = """
 ALTER TABLE flows ADD COLUMN domain INTEGER DEFAULT 0;
 CREATE TABLE names (id INTEGER PRIMARY KEY, name TEXT);
 """
 """`domain` is the `id` of a name (nlproto.overheard.names), 0: none."""
-FROM_3 = """
+_FROM_3 = """
 CREATE TABLE IF NOT EXISTS hours (number INTEGER PRIMARY KEY, about BLOB);
 DROP INDEX IF EXISTS flows_comm;
 """
 """`hours` has the sealed files (daemon.history.hours). What is not sealed is an hour or two: no
 index of its programs is needed."""
+_FROM_4 = """
+ALTER TABLE flows ADD COLUMN rtt_us INTEGER DEFAULT 0;
+ALTER TABLE flows ADD COLUMN retransmits INTEGER DEFAULT 0;
+ALTER TABLE flows ADD COLUMN tcp_in INTEGER DEFAULT 0;
+ALTER TABLE flows ADD COLUMN tcp_out INTEGER DEFAULT 0;
+"""
+STEPS = (_CREATE, _FROM_1, _FROM_2, _FROM_3, _FROM_4)
+"""From each schema to the next."""
+SCHEMA = len(STEPS)
 INDEXES = {
     "flows_lport": "lport, last_ns",
     "flows_rport": "rport, last_ns",
@@ -85,7 +90,7 @@ COLUMNS = tuple(FLOW.names or ())[1:]
 _WRITTEN = (*COLUMNS, "payer", "seen")
 _UPDATED = (
     "how flags uid inode comm domain first_ns last_ns packets_in bytes_in packets_out bytes_out"
-    " payer seen"
+    " payer seen rtt_us retransmits tcp_in tcp_out"
 ).split()
 WRITE_FLOW = (
     f"INSERT INTO flows (id, {', '.join(_WRITTEN)}) VALUES (?{', ?' * len(_WRITTEN)})"

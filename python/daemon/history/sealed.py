@@ -103,8 +103,9 @@ class Contents(msgspec.Struct, frozen=True):
 def seal(contents: Contents) -> bytes:
     """Return the file's bytes; rows may come in any order."""
     order = np.argsort(contents.rows["last_ns"], kind="stable")
-    rows = {name: contents.rows[name][order] for name in COLUMNS}
     count = len(order)
+    absent = np.zeros(count, np.uint64)  # what files of older versions lack
+    rows = {name: contents.rows.get(name, absent)[order] for name in COLUMNS}
     parts = [_MAGIC]
     at = len(_MAGIC)
 

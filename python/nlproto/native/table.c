@@ -221,6 +221,8 @@ void portmap_rows(const struct portmap *map, uint16_t port, int64_t *rows)
 
 _Static_assert(sizeof(struct history_last) ==
 		       offsetof(struct flow, packets_in) - offsetof(struct flow, inode), "last");
+_Static_assert(sizeof(struct history_tcp) == sizeof(struct flow) - offsetof(struct flow, rtt_us),
+	       "tcp");
 _Static_assert(sizeof(struct history_sums) ==
 		       offsetof(struct flow, first_ns) - offsetof(struct flow, packets_in), "sums");
 
@@ -258,6 +260,8 @@ void history_add(const struct history *h, const struct flow *flows, uint32_t cou
 		last->flags |= f->flags;
 		if (f->domain)
 			last->domain = f->domain;
+		h->tcp[rows[i]].tcp_in |= f->tcp_in;
+		h->tcp[rows[i]].tcp_out |= f->tcp_out;
 		last->dirty = 1;
 	}
 }
