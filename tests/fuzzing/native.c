@@ -51,6 +51,7 @@ static void ring(const uint8_t *data, size_t size)
 static void diag(const uint8_t *data, size_t size)
 {
 	struct host_socket *sockets = malloc(MOST * sizeof(*sockets));
+	struct host_tcp *tcp = malloc(MOST * sizeof(*tcp));
 	uint8_t *buf = malloc(size + 4);
 	int done = 0;
 
@@ -58,6 +59,7 @@ static void diag(const uint8_t *data, size_t size)
 	host_diag_read(buf, size, 1, IPPROTO_TCP, sockets, MOST, &done);
 	host_tcp_read(buf, size, 1, tcp, MOST, &done);
 	free(buf);
+	free(tcp);
 	free(sockets);
 }
 
