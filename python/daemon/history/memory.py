@@ -37,7 +37,7 @@ __all__ = [
     "payers_of",
 ]
 
-_LAST, _SUMS, _TIMES, _TCP = 3, 4, 5, 6
+_LAST, _NAT, _SUMS, _TIMES, _TCP = 3, 4, 5, 6, 7
 _GROUPS = (
     part_of(FLOW, "cookie", "start_ns", "tgid", "netns"),
     part_of(FLOW, "laddr", "raddr"),
@@ -47,6 +47,7 @@ _GROUPS = (
         ("dirty", "?", ffi.offsetof("struct history_last", "dirty")),
         ("words", ("u8", (2,)), ffi.offsetof("struct history_last", "comm")),
     ),
+    part_of(FLOW, "nat_laddr", "nat_raddr", "nat_lport", "nat_rport"),
     part_of(FLOW, "packets_in", "bytes_in", "packets_out", "bytes_out"),
     dtype_of("history_times", ffi),
     part_of(FLOW, "rtt_us", "retransmits", "tcp_in", "tcp_out"),
@@ -73,7 +74,7 @@ class Question:
     port: int | None = None
     proto: int | None = None
     host: ipaddress.IPv4Network | ipaddress.IPv6Network | None = None
-    """Of the far end; of a forwarded flow: of either."""
+    """Of the far end, as it is seen or as NAT made it; of a forwarded flow: of either."""
     pid: int | None = None
     pname: str | None = None
     domains: tuple[int, ...] | None = None
@@ -130,6 +131,7 @@ class FlowMemory:
         self._pointers = ffi.new("struct history *")
         groups = self._table.groups
         self._pointers.last = ffi.from_buffer("struct history_last[]", groups[_LAST])
+        self._pointers.nat = ffi.from_buffer("struct history_nat[]", groups[_NAT])
         self._pointers.sums = ffi.from_buffer("struct history_sums[]", groups[_SUMS])
         self._pointers.times = ffi.from_buffer("struct history_times[]", groups[_TIMES])
         self._pointers.tcp = ffi.from_buffer("struct history_tcp[]", groups[_TCP])
@@ -302,9 +304,8 @@ def matching(columns: Mapping[str, np.ndarray], size: int, question: Question) -
     """Return which of the first `size` rows fit; `words` is comm as two numbers."""
     mask = np.ones(size, bool)
     if question.port is not None:
-        mask &= (columns["lport"][:size] == question.port) | (
-            columns["rport"][:size] == question.port
-        )
+        ports = (columns[name][:size] for name in ("lport", "rport", "nat_lport", "nat_rport"))
+        mask &= np.logical_or.reduce([one == question.port for one in ports])
     if question.since_ns is not None:
         mask &= columns["last_ns"][:size] >= max(0, question.since_ns)
     if question.until_ns is not None:
@@ -324,7 +325,12 @@ def matching(columns: Mapping[str, np.ndarray], size: int, question: Question) -
         mask &= among(columns["domain"][:size], np.array(question.domains, np.uint64))
     if question.ends is not None:
         one, other = question.ends
-        mask &= _between(columns, size, one, other) | _between(columns, size, other, one)
+        between = [
+            _between(columns, size, *way, nat)
+            for way in ((one, other), (other, one))
+            for nat in ("", "nat_")
+        ]
+        mask &= np.logical_or.reduce(between)
     if question.uid is not None:
         mask &= (columns["tgid"][:size] != 0) & (columns["uid"][:size] == question.uid)
     if question.comm is not None:
@@ -337,18 +343,24 @@ def matching(columns: Mapping[str, np.ndarray], size: int, question: Question) -
     if question.host is not None and len(rows):
         family, base, bits = network_words(question.host)
         rows = rows[columns["family"][rows] == family]
-        near = ((columns["raddr"][rows] & bits) == base).all(axis=1)
-        lower = ((columns["laddr"][rows] & bits) == base).all(axis=1)
-        rows = rows[near | (lower & (columns["forwarded"][rows] != 0))]
+        translated = columns["nat_lport"][rows] != 0
+        far, lower = (
+            ((columns[f"{side}addr"][rows] & bits) == base).all(axis=1)
+            | translated & ((columns[f"nat_{side}addr"][rows] & bits) == base).all(axis=1)
+            for side in "rl"
+        )
+        rows = rows[far | (lower & (columns["forwarded"][rows] != 0))]
     return rows
 
 
-def _between(columns: Mapping[str, np.ndarray], size: int, local: End, remote: End) -> np.ndarray:
-    """A mask of the flows with these ends."""
-    mask: np.ndarray = (columns["lport"][:size] == local[2]) & (
-        columns["rport"][:size] == remote[2]
+def _between(
+    columns: Mapping[str, np.ndarray], size: int, local: End, remote: End, nat: str
+) -> np.ndarray:
+    """A mask of the flows with these ends, as they are seen ("") or as NAT made them ("nat_")."""
+    mask: np.ndarray = (columns[f"{nat}lport"][:size] == local[2]) & (
+        columns[f"{nat}rport"][:size] == remote[2]
     )
-    for name, end in (("laddr", local), ("raddr", remote)):
+    for name, end in ((f"{nat}laddr", local), (f"{nat}raddr", remote)):
         rows = np.flatnonzero(mask)
         same = (columns[name][rows] == np.frombuffer(end[1], np.uint64)).all(axis=1)
         mask[rows[~(same & (columns["family"][rows] == end[0]))]] = False
@@ -380,12 +392,18 @@ def flow_fields(flow: np.void) -> dict[str, Any]:
     """One FLOW of the history as it goes to a client."""
     family, named = int(flow["family"]), bool(flow["tgid"])
     flags = int(flow["flags"])
+    became: tuple[str | int | None, ...] = (None,) * 4
+    if flow["nat_lport"]:
+        near, far = (address_bytes(flow[f"nat_{side}addr"]) for side in "lr")
+        ports = int(flow["nat_lport"]), int(flow["nat_rport"])
+        became = (address_text(family, near), ports[0], address_text(family, far), ports[1])
     return {
         "proto": PROTO_NAMES.get(int(flow["proto"]), str(int(flow["proto"]))),
         "local": address_text(family, address_bytes(flow["laddr"])),
         "lport": int(flow["lport"]),
         "remote": address_text(family, address_bytes(flow["raddr"])),
         "rport": int(flow["rport"]),
+        **dict(zip(("nat_local", "nat_lport", "nat_remote", "nat_rport"), became, strict=True)),
         "forwarded": bool(flow["forwarded"]),
         "pid": int(flow["tgid"]) if named else None,
         "start_ns": int(flow["start_ns"]) if named else None,

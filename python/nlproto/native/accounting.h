@@ -37,6 +37,12 @@ struct flow {
 	char comm[16];
 	uint64_t domain;	/* of the far end's name (nlproto.overheard.names), 0: none */
 
+	uint64_t nat_laddr[2];	/* what NAT made of both ends, 0: nothing is known */
+	uint64_t nat_raddr[2];
+	uint16_t nat_lport;
+	uint16_t nat_rport;
+	uint32_t nat_zero;
+
 	uint64_t packets_in;
 	uint64_t bytes_in;
 	uint64_t packets_out;
@@ -196,6 +202,14 @@ struct history_last {
 	uint64_t domain;
 };
 
+struct history_nat {
+	uint64_t nat_laddr[2];
+	uint64_t nat_raddr[2];
+	uint16_t nat_lport;
+	uint16_t nat_rport;
+	uint32_t nat_zero;
+};
+
 struct history_sums {
 	uint64_t packets_in;
 	uint64_t bytes_in;
@@ -219,6 +233,7 @@ struct history_tcp {
 
 struct history {
 	struct history_last *last;
+	struct history_nat *nat;
 	struct history_sums *sums;
 	struct history_times *times;
 	struct history_tcp *tcp;

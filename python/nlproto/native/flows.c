@@ -6,7 +6,7 @@
 #include "shared_proto.h"
 #include "accounting.h"
 
-_Static_assert(sizeof(struct flow) == 176, "flow");
+_Static_assert(sizeof(struct flow) == 216, "flow");
 _Static_assert(sizeof(struct port) == 96, "port");
 _Static_assert(sizeof(((struct flow *)0)->comm) == SNIFFER_COMM_LEN, "comm");
 
