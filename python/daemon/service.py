@@ -27,6 +27,7 @@ from daemon.serve.bounds import bounds_of, memory_limit
 from daemon.serve.server import Server
 from daemon.system import logs
 from daemon.system.config import RELOADABLE, Config
+from daemon.system.connections import Connections
 from daemon.system.metrics import Metrics
 from daemon.system.notify import Notifier
 from daemon.system.socketfile import SocketFile
@@ -166,7 +167,8 @@ class Service:
             loop.add_signal_handler(number, ended.set)
         parts: list[Reconfigurable] = [server, recorder, metrics]
         loop.add_signal_handler(signal.SIGHUP, lambda: self._reload(server, parts))
-        with metrics, pipeline, watcher:
+        connections = Connections(lambda found: metrics.learn(recorder.history.learn(found)))
+        with metrics, pipeline, watcher, connections:
             server.start(socket_file.socket)
             status = f"engine {pipeline.engine.name}, serving {self.config.socket}"
             log.info("%s", status)

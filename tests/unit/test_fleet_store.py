@@ -8,17 +8,22 @@ import time
 import uuid
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from fleet import schema, wire
-from fleet.collect import parquet
+from fleet.collect import parquet, tidy
 from fleet.collect.keys import Keys
 from fleet.collect.parquet import ParquetStore
+from fleet.collect.rollup import network_of, write_rollup
 from fleet.collect.tables import Received
+from fleet.collect.tidy import Tidier
 from fleet.export.deltas import Deltas, rows_of
+from fleet.export.source import Source
 from fleeting import rows
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import pack_address
+from nlproto.tables.processes import Process
 from playing import flows
 
 BOOT = uuid.UUID(int=7)
@@ -146,3 +151,116 @@ def test_flows_that_differ_in_one_thing_stay_apart(field):
     for some in (one, other, one):
         deltas.add(some, Clock(0, 0))
     assert sorted(deltas.take()["packets_out"].tolist()) == [1, 2]
+
+
+def old(count, hours_ago, first=0, **fields):
+    at = time.time_ns() - int(hours_ago * schema.HOUR_NS)
+    return now(count, first, first_ns=at, last_ns=at, **fields)
+
+
+def test_small_files_become_one_with_the_same_rows_and_keys(tmp_path):
+    store = ParquetStore(tmp_path, 30 * DAY)
+    batches = [received(old(5, 3, 5 * at), at) for at in range(8)]
+    for one in batches:
+        store.write([one])
+    (folder,) = (tmp_path / "flows").iterdir()
+    hidden = folder / ".part-of-another.parquet"
+    hidden.touch()
+    before = sorted(row["cookie"] for row in rows(tmp_path, "flows"))
+    tidier = Tidier(store, 400 * DAY)
+    assert not tidier.compact(folder, 9)
+    assert tidier.compact(folder, 8)
+    assert sorted(row["cookie"] for row in rows(tmp_path, "flows")) == before == list(range(40))
+    assert len(parquet.parts(folder)) == 1 and hidden.exists()
+    for again in (store, ParquetStore(tmp_path, 30 * DAY)):
+        again.write(batches)
+    assert len(rows(tmp_path, "flows")) == 40
+    assert {path.name for path in tmp_path.iterdir()} <= {".lock", ".tidy", "flows"}
+
+
+def test_a_file_that_comes_while_others_are_put_together_stays(tmp_path, monkeypatch):
+    store, other = ParquetStore(tmp_path, 30 * DAY), ParquetStore(tmp_path, 30 * DAY)
+    for at in range(4):
+        store.write([received(old(5, 3, 5 * at), at)])
+    (folder,) = (tmp_path / "flows").iterdir()
+    write = tidy.write_file
+
+    def slow(*arguments):
+        other.write([received(old(5, 3, 100), 100)])
+        write(*arguments)
+
+    monkeypatch.setattr(tidy, "write_file", slow)
+    assert not Tidier(store, 400 * DAY).compact(folder, 4)
+    assert len(rows(tmp_path, "flows")) == 25
+
+
+def test_an_hour_is_summed_up_once_and_again_when_more_comes(tmp_path):
+    store = ParquetStore(tmp_path, 30 * DAY)
+    hour = schema.hour_name(time.time_ns() - 3 * schema.HOUR_NS)
+    at = schema.hour_ns(hour)
+    process = wire.ToldProcess(
+        tgid=100, start_ns=5_000_000_000, at_ns=at, comm="x", exe="/usr/bin/psql", unit="db.service"
+    )
+    told = wire.decode(wire.encode(wire.PROCS, BOOT.bytes, 1, [process]))
+    made = now(6, last_ns=at, first_ns=at, initiated=[1, 1, 1, 0, 0, 2], domain=[0, 0, 0, 9, 9, 0])
+    store.write([Received("h1", told), received(made, 2, "h1", {9: "db.example"})])
+    assert write_rollup(tmp_path, hour)
+    assert not write_rollup(tmp_path, hour)
+
+    def sums():
+        found = pq.read_table(tmp_path / "rollup" / hour / "part-0.parquet")
+        assert found.schema.remove_metadata() == schema.ROLLUP
+        return sorted(
+            (
+                row["name"],
+                row["unit"],
+                row["remote"],
+                row["service"],
+                row["flows"],
+                row["bytes_out"],
+            )
+            for row in found.to_pylist()
+        )
+
+    assert sums() == [
+        ("psql", "db.service", "10.0.0.0/24", 5432, 3, 180),
+        ("psql", "db.service", "10.0.0.0/24", 40000, 1, 60),
+        ("psql", "db.service", "db.example", 5432, 2, 120),
+    ]
+    store.write([received(now(1, 50, last_ns=at, initiated=1, tgid=7), 3)])
+    assert write_rollup(tmp_path, hour)
+    assert ("played", None, "10.0.0.0/24", 5432, 1, 60) in sums()
+    assert network_of("2001:db8:1:2:3::4") == "2001:db8:1:2::/64"
+
+
+def test_retention_takes_whole_hours_and_keeps_their_sums(tmp_path):
+    store = ParquetStore(tmp_path, 30 * DAY)
+    store.write([received(old(2, 29 * 24), 1), received(old(2, 3, 10), 2)])
+    tidier = Tidier(store, 400 * DAY)
+    tidier.tidy()
+    assert len(rows(tmp_path, "flows")) == 4
+    assert len(list((tmp_path / "rollup").iterdir())) == 2
+    tidier.retire(time.time_ns() + 2 * 86400 * 10**9)
+    assert {row["cookie"] for row in rows(tmp_path, "flows")} == {10, 11}
+    assert len(list((tmp_path / "rollup").iterdir())) == 2
+    tidier.retire(time.time_ns() + 399 * 86400 * 10**9)
+    assert not rows(tmp_path, "flows")
+    assert len(list((tmp_path / "rollup").iterdir())) == 1
+    store.write([received(old(2, 31 * 24), 3)])
+    assert store.untimely == 2 and not rows(tmp_path, "flows")
+
+
+def test_each_hour_tells_of_the_processes_that_its_flows_are_of():
+    source = Source("/nowhere")
+    source._learn(Process(100, 5_000_000_000, comm="one"))
+    source._learn(Process(200, 5_000_000_000, comm="idle"))
+    some = flows(0, 3)
+    assert [one.comm for one in source.due(some, 1)] == ["one"]
+    assert not source.due(some, 1)
+    (again,) = source.due(some, 2)
+    source.untold([again])
+    assert len(source.due(some, 2)) == 1
+    source._learn(Process(100, 5_000_000_000, comm="one"))
+    assert not source.due(some, 2)
+    source._learn(Process(100, 5_000_000_000, comm="execed"))
+    assert [one.comm for one in source.due(some, 2)] == ["execed"]

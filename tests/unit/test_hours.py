@@ -566,7 +566,13 @@ def test_a_history_of_today_goes_on_and_is_sealed(path, store, make_records, clo
         old.execute("DROP TABLE hours")
         old.execute("DROP TABLE names")
         old.execute("DROP INDEX flows_nat")
-        for name in ("domain", "nat_laddr", "nat_raddr", "nat_lport", "nat_rport"):
+        for name in (
+            *("domain", "rtt_us", "retransmits", "tcp_in", "tcp_out"),
+            "nat_laddr",
+            "nat_raddr",
+            "nat_lport",
+            "nat_rport",
+        ):
             old.execute(f"ALTER TABLE flows DROP COLUMN {name}")
         old.execute("CREATE INDEX flows_comm ON flows (comm, last_ns)")
         old.execute("PRAGMA user_version = 2")

@@ -21,7 +21,8 @@ from nlproto.records.clock import Clock
 from nlproto.records.wire import PROTO_NAMES, address_text, among, dtype_of, how_name, taken, text
 from nlproto.records.wire import lib as wire
 from nlproto.tables.column_table import ColumnTable, mix, numbers, part_of, with_fields
-from nlproto.tables.flows import FLOW, KEY_FIELDS, address_bytes
+from nlproto.tables.flows import FLOW, KEY_FIELDS, LOOKED, address_bytes
+from nlproto.tables.outcome import outcome
 from nlproto.tables.shares import NOBODY, Payers, surplus
 
 __all__ = [
@@ -36,7 +37,7 @@ __all__ = [
     "payers_of",
 ]
 
-_LAST, _NAT, _SUMS, _TIMES = 3, 4, 5, 6
+_LAST, _NAT, _SUMS, _TIMES, _TCP = 3, 4, 5, 6, 7
 _GROUPS = (
     part_of(FLOW, "cookie", "start_ns", "tgid", "netns"),
     part_of(FLOW, "laddr", "raddr"),
@@ -49,6 +50,7 @@ _GROUPS = (
     part_of(FLOW, "nat_laddr", "nat_raddr", "nat_lport", "nat_rport"),
     part_of(FLOW, "packets_in", "bytes_in", "packets_out", "bytes_out"),
     dtype_of("history_times", ffi),
+    part_of(FLOW, "rtt_us", "retransmits", "tcp_in", "tcp_out"),
     np.dtype([("id", "u8")]),
 )
 ROW_BYTES = sum(group.itemsize for group in _GROUPS) + 20
@@ -132,6 +134,7 @@ class FlowMemory:
         self._pointers.nat = ffi.from_buffer("struct history_nat[]", groups[_NAT])
         self._pointers.sums = ffi.from_buffer("struct history_sums[]", groups[_SUMS])
         self._pointers.times = ffi.from_buffer("struct history_times[]", groups[_TIMES])
+        self._pointers.tcp = ffi.from_buffer("struct history_tcp[]", groups[_TCP])
 
     def __len__(self) -> int:
         return self._size
@@ -158,6 +161,40 @@ class FlowMemory:
             piece = max(1, self.limit // 8)
             for at in range(0, len(new), piece):
                 self._insert(new[at : at + piece], real)
+
+    def learn(self, found: np.ndarray) -> np.ndarray:
+        """Enter how connections go (HOST_TCP, each cookie once); FLOWs of those that are here.
+
+        A connection counts for its last owner alone. In what is returned `retransmits` are those
+        that are new.
+        """
+        order = np.argsort(found["cookie"])
+        found = found[order[found["cookie"][order] != 0]]
+        with self._lock:
+            columns = {name: column[: self._size] for name, column in self._columns.items()}
+            rows = np.flatnonzero(among(columns["cookie"], found["cookie"]))
+            rows = rows[columns["proto"][rows] == socket.IPPROTO_TCP]
+            which = np.searchsorted(found["cookie"], columns["cookie"][rows])
+            same = found["netns"][which] == columns["netns"][rows]
+            rows, which = rows[same], which[same]
+            known = np.bincount(which, columns["retransmits"][rows], minlength=len(found))
+            latest = np.lexsort((columns["heard_ns"][rows], which))
+            latest = latest[np.append(which[latest][1:] != which[latest][:-1], True)[: len(rows)]]
+            rows, which = rows[latest], which[latest]
+            news = found[which]
+            more = news["retransmits"] - np.minimum(
+                known[which].astype(np.uint32), news["retransmits"]
+            )
+            rtt = np.where(news["rtt_us"], news["rtt_us"], columns["rtt_us"][rows])
+            before = columns["flags"][rows]
+            changed = (more != 0) | (rtt != columns["rtt_us"][rows]) | (before & LOOKED == 0)
+            columns["retransmits"][rows] += more
+            columns["rtt_us"][rows] = rtt
+            columns["flags"][rows] = before | LOOKED
+            columns["dirty"][rows[changed]] = True
+            flows = self._table.take(rows, FLOW)
+        flows["retransmits"] = more
+        return flows
 
     def note(self, flows: np.ndarray) -> None:
         """Nothing: update() will (nlproto.overheard.domains.Beginnings)."""
@@ -382,4 +419,7 @@ def flow_fields(flow: np.void) -> dict[str, Any]:
         "bytes_in": int(flow["bytes_in"]),
         "packets_out": int(flow["packets_out"]),
         "bytes_out": int(flow["bytes_out"]),
+        "rtt": int(flow["rtt_us"]) / 1e6 if flow["rtt_us"] else None,
+        "retransmits": int(flow["retransmits"]) if flags & LOOKED else None,
+        "outcome": outcome(int(flow["tcp_in"]), int(flow["tcp_out"])),
     }

@@ -27,7 +27,6 @@ __all__ = [
     "signed",
 ]
 
-SCHEMA = 5
 APPLICATION = 0x706B6874  # "pkht", in the file's header: file(1) and we know it by that
 _CREATE = """
 CREATE TABLE flows (
@@ -77,8 +76,15 @@ ALTER TABLE flows ADD COLUMN nat_lport INTEGER DEFAULT 0;
 ALTER TABLE flows ADD COLUMN nat_rport INTEGER DEFAULT 0;
 """
 """What NAT made of the ends, addresses NULL and ports 0 where nothing is known."""
-STEPS = (_CREATE, _FROM_1, _FROM_2, _FROM_3, _FROM_4)
+_FROM_5 = """
+ALTER TABLE flows ADD COLUMN rtt_us INTEGER DEFAULT 0;
+ALTER TABLE flows ADD COLUMN retransmits INTEGER DEFAULT 0;
+ALTER TABLE flows ADD COLUMN tcp_in INTEGER DEFAULT 0;
+ALTER TABLE flows ADD COLUMN tcp_out INTEGER DEFAULT 0;
+"""
+STEPS = (_CREATE, _FROM_1, _FROM_2, _FROM_3, _FROM_4, _FROM_5)
 """STEPS[n:] make a file of schema n one of ours."""
+SCHEMA = len(STEPS)
 INDEXES = {
     "flows_lport": "lport, last_ns",
     "flows_rport": "rport, last_ns",
@@ -95,6 +101,7 @@ _WRITTEN = (*COLUMNS, "payer", "seen")
 _UPDATED = (
     "how flags uid inode comm domain nat_laddr nat_raddr nat_lport nat_rport first_ns last_ns"
     " packets_in bytes_in packets_out bytes_out payer seen"
+    " rtt_us retransmits tcp_in tcp_out"
 ).split()
 WRITE_FLOW = (
     f"INSERT INTO flows (id, {', '.join(_WRITTEN)}) VALUES (?{', ?' * len(_WRITTEN)})"

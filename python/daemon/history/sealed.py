@@ -40,6 +40,8 @@ _ADDRESSES = ("laddr", "raddr", "nat_laddr", "nat_raddr")
 _WIDE = (*_ADDRESSES, "comm")
 """Columns of 16 bytes, always in a dictionary."""
 _BYTES = np.dtype("S16")
+_RARE = ("rtt_us", "retransmits", "tcp_in", "tcp_out")
+"""Columns that a file is without where they are zero."""
 COLUMNS = ("id", *(FLOW.names or ())[1:], "payer", "seen")
 
 _Kind = TypeVar("_Kind")
@@ -104,8 +106,9 @@ class Contents(msgspec.Struct, frozen=True):
 def seal(contents: Contents) -> bytes:
     """Return the file's bytes; rows may come in any order."""
     order = np.argsort(contents.rows["last_ns"], kind="stable")
-    rows = {name: contents.rows[name][order] for name in COLUMNS}
     count = len(order)
+    absent = np.zeros(count, np.uint64)  # what files of older versions lack
+    rows = {name: contents.rows.get(name, absent)[order] for name in COLUMNS}
     parts = [_MAGIC]
     at = len(_MAGIC)
 
@@ -118,12 +121,13 @@ def seal(contents: Contents) -> bytes:
         return place
 
     columns, numbers = [], []
-    for name in COLUMNS:
+    stored = [name for name in COLUMNS if name not in _RARE or rows[name].any()]
+    for name in stored:
         found = _dictionary(name, rows[name])
         columns.append(_Column(name, None if found is None else put(found[0].tobytes())))
         numbers.append(rows[name].astype(np.uint64) if found is None else found[1])
     # durations are smaller than moments
-    first, last = COLUMNS.index("first_ns"), COLUMNS.index("last_ns")
+    first, last = stored.index("first_ns"), stored.index("last_ns")
     if columns[first].dictionary is None and columns[last].dictionary is None:
         numbers[first] = numbers[last] - numbers[first]
     else:

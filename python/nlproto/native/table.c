@@ -228,6 +228,8 @@ _Static_assert(sizeof(struct history_last) ==
 		       offsetof(struct flow, nat_laddr) - offsetof(struct flow, inode), "last");
 _Static_assert(sizeof(struct history_nat) ==
 		       offsetof(struct flow, packets_in) - offsetof(struct flow, nat_laddr), "nat");
+_Static_assert(sizeof(struct history_tcp) == sizeof(struct flow) - offsetof(struct flow, rtt_us),
+	       "tcp");
 _Static_assert(sizeof(struct history_sums) ==
 		       offsetof(struct flow, first_ns) - offsetof(struct flow, packets_in), "sums");
 
@@ -267,6 +269,8 @@ void history_add(const struct history *h, const struct flow *flows, uint32_t cou
 			last->domain = f->domain;
 		if (f->nat_lport)
 			memcpy(&h->nat[rows[i]], f->nat_laddr, sizeof(*h->nat));
+		h->tcp[rows[i]].tcp_in |= f->tcp_in;
+		h->tcp[rows[i]].tcp_out |= f->tcp_out;
 		last->dirty = 1;
 	}
 }
