@@ -96,5 +96,3 @@ def rows(directory: Path, kind: str) -> list[dict[str, Any]]:
         return []
     table: pa.Table = ds.dataset(files, schema=schema.TABLES[kind]).to_table()
     return list(table.to_pylist())
-
-

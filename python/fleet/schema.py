@@ -86,7 +86,8 @@ PROCS = pa.schema(
         ("sha256", _WORD),
     ]
 )
-"""A process by (host, boot, tgid, start_ns), again when something of it changed: the newest counts.
+"""A process by (host, boot, tgid, start_ns): again when something of it changed, and once in each
+hour in which it has flows. The newest counts.
 
 `parents`: "pid comm", the nearest first. `name`: the file name of `exe`, else `comm`. `namespace`
 is the pod's. Null where nothing is known.

@@ -104,6 +104,8 @@ class Answers:
     """Unix time: what was seen later is still known."""
     name_of: Callable[[int], str] = lambda number: ""
     """The name of a flow's far end."""
+    nat_cut: Callable[[], bool] = lambda: False
+    """Whether connections were translated that are not known."""
     sums: Sums = lambda since_ns, stop: ({}, {})
 
     def is_cheap(self, request: OwnerOf) -> bool:
@@ -225,6 +227,7 @@ class Answers:
             "flows": flows,
             "total": total,
             "processes": room.fill(self._processes(keys, uid, stop)),
+            "nat_cut": self.nat_cut(),
             "truncated": room.truncated or total > len(flows) or owners_total > len(owners_now),
         }
 

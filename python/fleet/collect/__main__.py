@@ -66,6 +66,7 @@ def _run(options: argparse.Namespace) -> None:
     from fleet import bus
     from fleet.collect.collector import Collector
     from fleet.collect.parquet import ParquetStore
+    from fleet.collect.tidy import Tidier
 
     if not 0.1 <= options.interval <= bus.ACK_WAIT / 3:
         raise UsageError(f"--interval is from 0.1 to {bus.ACK_WAIT / 3:g} seconds")
@@ -76,14 +77,18 @@ def _run(options: argparse.Namespace) -> None:
 
     async def serve() -> Collector:
         loop = asyncio.get_running_loop()
-        collector = Collector(server, [store], options.interval, options.replicas)
+        tidy = Tidier(store, options.keep_sums * _DAY).tidy
+        collector = Collector(server, [store], options.interval, options.replicas, tidy)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, collector.stop)
         await collector.run()
         return collector
 
     collector = asyncio.run(serve())
-    logging.info("%d rows collected, %d malformed", collector.collected, collector.malformed)
+    logging.info(
+        "%d rows collected, %d malformed messages, %d rows out of time",
+        *(collector.collected, collector.malformed, store.untimely),
+    )
 
 
 if __name__ == "__main__":

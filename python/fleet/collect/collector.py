@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import nats.errors
@@ -40,16 +40,20 @@ class Store(Protocol):
         """Return when all of it is safe; a batch that comes again is left out. Raises Error."""
         ...
 
-    def tidy(self) -> None:
-        """Do what is due from time to time. Raises Error."""
-        ...
-
 
 class Collector:
-    """Runs until stop(). `interval`: seconds between two writes; `replicas`: of a new stream."""
+    """Runs until stop(). `interval`: seconds between two writes; `replicas`: of a new stream.
+
+    `tidy` is called after each write, in a thread; it raises Error.
+    """
 
     def __init__(
-        self, server: Server, stores: Sequence[Store], interval: float, replicas: int = 1
+        self,
+        server: Server,
+        stores: Sequence[Store],
+        interval: float,
+        replicas: int = 1,
+        tidy: Callable[[], None] = lambda: None,
     ) -> None:
         self.collected = 0
         """Rows that are safe."""
@@ -59,6 +63,7 @@ class Collector:
         self._stores = stores
         self._interval = interval
         self._replicas = replicas
+        self._tidy = tidy
         self._stopping = asyncio.Event()
         self._waiting: list[tuple[Msg, Received]] = []
         self._rows = self._bytes = 0
@@ -177,11 +182,10 @@ class Collector:
             await message.ack()
         self.collected += self._rows
         self._forget()
-        for store in self._stores:
-            try:
-                await asyncio.to_thread(store.tidy)
-            except Error as error:
-                log.error("%s", error)
+        try:
+            await asyncio.to_thread(self._tidy)
+        except Error as error:
+            log.error("%s", error)
 
     def _forget(self) -> None:
         self._waiting = []

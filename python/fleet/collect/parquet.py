@@ -65,9 +65,6 @@ class ParquetStore:
         except pa.ArrowException as error:
             raise Error(f"cannot write into {self.directory}: {error}") from None
 
-    def tidy(self) -> None:
-        """Nothing yet."""
-
     def _write(self, received: Sequence[Received]) -> None:
         now_ns = time.time_ns()
         oldest_ns = now_ns - int(self.keep_s * 1e9)

@@ -15,7 +15,7 @@ from fleet import schema, wire
 from fleet.collect.keys import Keys
 from nlproto.records.wire import HOW_NAMES, joined, taken, text
 
-__all__ = ["Hour", "Received", "hours_of"]
+__all__ = ["Hour", "Received", "hours_of", "in_order"]
 
 _EARLY_NS = 3600 * 10**9
 """How far a host's clock may be ahead."""
@@ -116,20 +116,19 @@ def _table(
         fields = [name for name in schema.TABLES[kind].names if name not in columns]
         columns |= {name: [row[name] for row in made] for name in fields}
     table = _arrow(columns, schema.TABLES[kind])
-    if kind != "flows":
-        return table
-    # a needle is found in few groups of rows
-    return table.take(pa.array(_order(table)))
+    return in_order(table) if kind == "flows" else table
 
 
-def _order(table: pa.Table) -> np.ndarray:
-    """By the far end's port, then its address as text."""
-    address = table["raddr"].combine_chunks()
+def in_order(flows: pa.Table) -> pa.Table:
+    """Return `flows` by the far end's port, then its address: a needle is in few groups of rows."""
+    address = flows["raddr"].combine_chunks()
+    if isinstance(address, pa.ChunkedArray):
+        address = address.chunk(0)
     texts = np.array(address.dictionary.to_pylist())
     rank = np.empty(len(texts), np.int64)
     rank[np.argsort(texts)] = np.arange(len(texts))
-    by = rank[address.indices.to_numpy()], table["rport"].to_numpy()
-    return np.lexsort(by)
+    order = np.lexsort((rank[address.indices.to_numpy()], flows["rport"].to_numpy()))
+    return flows.take(pa.array(order))
 
 
 def _arrow(columns: dict[str, Any], wanted: pa.Schema) -> pa.Table:

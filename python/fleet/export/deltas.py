@@ -87,6 +87,10 @@ class Deltas:
             merged[name] = np.add.reduceat(flows[name], starts)
         merged["flags"] = np.bitwise_or.reduceat(flows["flags"], starts)
         merged["domain"] = np.maximum.reduceat(flows["domain"], starts)
+        told = np.where(flows["nat_lport"] != 0, np.arange(len(flows)), -1)
+        latest = np.maximum.reduceat(told, starts)
+        for name in ("nat_laddr", "nat_raddr", "nat_lport", "nat_rport"):
+            merged[name][latest >= 0] = flows[name][latest[latest >= 0]]
         merged["first_ns"] = np.minimum.reduceat(flows["first_ns"], starts)
         merged["last_ns"] = np.maximum.reduceat(flows["last_ns"], starts)
         return merged
@@ -98,6 +102,7 @@ def rows_of(flows: np.ndarray) -> np.ndarray:
     for name in _COMMON:
         rows[name] = flows[name]
     rows["protocol"] = flows["proto"]
+    rows["nat"] = np.where(flows["nat_lport"] != 0, flows["family"], 0)
     return rows
 
 

@@ -30,6 +30,7 @@ FLOWS_IN_BATCH = 100
 PROCESSES_IN_BATCH = 100
 MAX_PAYLOAD = 512 << 10
 """Bytes of a batch; the server's own limit is 1 MiB."""
+HOUR_NS = 3600 * 10**9
 _EARLY = 50_000
 """Flows that are not kept in memory until the interval is over."""
 _MOST = 200_000
@@ -106,11 +107,11 @@ class Exporter:
         source, spool = self._source, self._spool
         with source.lock:
             flows = source.deltas.take()
-            processes, source.processes = source.processes, {}
+            processes = source.due(flows, time.time_ns() // HOUR_NS)
             names = source.deltas.names_of(np.unique(flows["domain"]))
             spool.unsaved_gap_ms += source.gap_ms
             source.gap_ms = 0
-        makers = [*self._processes(list(processes.values())), *self._flows(rows_of(flows), names)]
+        makers = [*self._processes(processes), *self._flows(rows_of(flows), names)]
         try:
             spool.put(makers)
         except SpoolFull as error:
@@ -121,7 +122,7 @@ class Exporter:
             spool.unsaved_lost += lost
             with source.lock:
                 source.deltas.give_back(flows[lost:])
-                source.processes = processes | source.processes
+                source.untold(processes)
             return
         if self._full:
             log.info("%s takes batches again", spool.path)

@@ -10,6 +10,9 @@ from collections import OrderedDict
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
+import numpy as np
+
 from fleet.export.deltas import Deltas
 from fleet.wire import ToldProcess
 from nlproto.client.client import (
@@ -28,9 +31,8 @@ __all__ = ["Source"]
 
 _POLL = 0.5  # s
 _AGAIN = 1.0  # s between two tries to reach the daemon
-_TOLD = 1 << 16
-_MOST_PROCESSES = 20_000
-"""That wait to be told."""
+_KNOWN = 1 << 16
+"""Processes whose details are kept."""
 _PARENTS = 64
 
 log = logging.getLogger(__name__)
@@ -42,8 +44,6 @@ class Source:
     def __init__(self, path: str) -> None:
         self.lock = threading.Lock()
         self.deltas = Deltas()
-        self.processes: dict[ProcessKey, ToldProcess] = {}
-        """Details that wait to be told."""
         self.received = 0
         """Flows that the daemon gave us."""
         self.dropped = 0
@@ -56,7 +56,9 @@ class Source:
         self.failure: Error | None = None
         """Why no flow will ever come."""
         self._path = path
-        self._told: OrderedDict[ProcessKey, int] = OrderedDict()
+        self._known: OrderedDict[ProcessKey, ToldProcess] = OrderedDict()
+        self._told_in: dict[ProcessKey, int] = {}
+        """The hour in which details were told."""
         self._away_since = time.monotonic()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="source", daemon=True)
@@ -148,16 +150,38 @@ class Source:
             self.engine = str(event.fields["engine"])
 
     def _learn(self, process: Process) -> None:
-        """Tell of it, unless all that is known of it was told before."""
-        key = process.key
-        state = hash(process)
-        if self._told.get(key) == state or len(self.processes) >= _MOST_PROCESSES:
-            return
-        self._told[key] = state
-        self._told.move_to_end(key)
-        if len(self._told) > _TOLD:
-            self._told.popitem(last=False)
-        self.processes[key] = _told(process)
+        """Keep what is known of it; news are told."""
+        key, told = process.key, _told(process)
+        before = self._known.get(key)
+        self._known[key] = told
+        self._known.move_to_end(key)
+        if len(self._known) > _KNOWN:
+            gone, _ = self._known.popitem(last=False)
+            self._told_in.pop(gone, None)
+        if before is None or msgspec.structs.replace(before, at_ns=told.at_ns) != told:
+            self._told_in.pop(key, None)
+
+    def due(self, flows: np.ndarray, hour: int) -> list[ToldProcess]:
+        """Return details of the processes in FLOWs that were not told in `hour`.
+
+        So each hour tells who its flows are of, however long a process lives and hours are kept.
+        """
+        named = flows[flows["tgid"] != 0]
+        pairs = np.empty((len(named), 2), np.uint64)
+        pairs[:, 0], pairs[:, 1] = named["tgid"], named["start_ns"]
+        found = []
+        for tgid, start_ns in np.unique(pairs, axis=0).tolist():
+            key = tgid, start_ns
+            told = self._known.get(key)
+            if told is not None and self._told_in.get(key) != hour:
+                self._told_in[key] = hour
+                found.append(msgspec.structs.replace(told, at_ns=time.time_ns()))
+        return found
+
+    def untold(self, processes: list[ToldProcess]) -> None:
+        """These were not told after all."""
+        for one in processes:
+            self._told_in.pop((one.tgid, one.start_ns), None)
 
 
 def _told(process: Process) -> ToldProcess:
