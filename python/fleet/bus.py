@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import random
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 
 import nats
@@ -32,6 +33,7 @@ __all__ = [
     "backoff",
     "connect",
     "ensure_stream",
+    "one_more",
 ]
 
 STREAM = "PACKET_HUNTER"
@@ -49,6 +51,11 @@ FAILURES = (nats.errors.Error, OSError, TimeoutError, EOFError)
 
 log = logging.getLogger(__name__)
 logging.getLogger("nats").setLevel(logging.CRITICAL)  # it repeats what we tell
+
+
+def one_more(failures: int, begun: float) -> int:
+    """Return how many failures there are in a row after a connection since `begun` (monotonic)."""
+    return failures + 1 if time.monotonic() - begun < _LONGEST else 1
 
 
 def backoff(failures: int) -> float:

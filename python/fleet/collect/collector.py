@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import nats.errors
 from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
@@ -27,6 +26,7 @@ _MOST_ROWS = 400_000
 _MOST_BYTES = 128 << 20
 """In memory, unpacked: then it is written, whatever the time."""
 _MOST_BATCHES = 8_000
+_POLL = 0.5  # s that the server waits for a batch
 _COMPLAIN = 60.0  # s between two lines about batches of no use
 _AGAIN = 5.0  # s between two tries to write
 
@@ -88,15 +88,14 @@ class Collector:
                 failures += 1
                 await self._wait(bus.backoff(failures))
                 continue
-            complained = ""
+            complained, begun = "", time.monotonic()
             log.info("connected")
             try:
                 jetstream = client.jetstream(timeout=20.0)
                 await bus.ensure_stream(jetstream, self._replicas)
                 await self._collect(jetstream)
-                failures = 0
             except bus.FAILURES as error:
-                failures += 1
+                failures = bus.one_more(failures, begun)
                 log.warning("the server: %s", str(error) or type(error).__name__)
             finally:
                 self._forget()
@@ -117,8 +116,8 @@ class Collector:
         while not self._stopping.is_set():
             begun = time.monotonic()
             try:
-                messages = await asked.fetch(_FETCH, timeout=min(1.0, self._interval))
-            except nats.errors.TimeoutError:
+                messages = await asked.fetch(_FETCH, timeout=_POLL)
+            except TimeoutError:  # nats-py's own, or asyncio's where it was late itself
                 messages = []
             if messages and not self._waiting:
                 self._since = begun

@@ -182,13 +182,13 @@ class Exporter:
                 await self._wait(bus.backoff(failures))
                 continue
             complained = self._refused = ""
+            begun = time.monotonic()
             log.info("connected as %s", self._host)
             try:
                 if await self._send(client.jetstream(timeout=_TIMEOUT)):
                     return
-                failures = 0
             except bus.FAILURES as error:
-                failures += 1
+                failures = bus.one_more(failures, begun)
                 log.warning("the server: %s", self._refused or str(error) or type(error).__name__)
             finally:
                 with contextlib.suppress(*bus.FAILURES):
