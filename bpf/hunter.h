@@ -63,9 +63,11 @@ struct proc {
 	struct key child_key;
 	u64 doubt;		/* until then one of its io_urings may let go of files */
 	u32 uid;
+	u32 ring_numbers;	/* io_urings that it can use without a descriptor of them */
 	u16 rings;		/* sockets that it had by an io_uring alone */
+	u8 ring_files;		/* it has put files into an io_uring */
 	u8 blind;		/* it makes calls that nothing tells of */
-	u8 unused;
+	u32 unused;
 	char comm[SNIFFER_COMM_LEN];
 };
 

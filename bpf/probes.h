@@ -7,6 +7,7 @@
  * whose function this kernel lacks.
  */
 #include "name.h"
+#include "rings.h"
 
 /* The first argument of most hooks: an inet socket in use by current. */
 static __always_inline int probe_use(struct socket *sock)
@@ -146,7 +147,7 @@ int BPF_PROG(probe_close, struct file *file)
 		if (!leader || BPF_CORE_READ((struct task_struct *)leader, files) != files)
 			return 0;
 	}
-	settle(cookie, 0);
+	settle(cookie, 1);
 	return 0;
 }
 
@@ -160,17 +161,6 @@ int BPF_PROG(probe_close_range, const struct pt_regs *regs)
 		return 0;
 	key_of(bpf_get_current_task_btf(), &who);
 	settle_mine(&who);
-	return 0;
-}
-
-/* After io_uring_register(), which may have taken files out of a ring. */
-SEC("tp_btf/io_uring_register")
-int BPF_PROG(probe_ring)
-{
-	struct key who;
-
-	key_of(bpf_get_current_task_btf(), &who);
-	settle_rings(&who);
 	return 0;
 }
 
@@ -223,6 +213,7 @@ int BPF_PROG(probe_exec, struct task_struct *task)
 	proc->uid = task->cred->uid.val;
 	proc->leader = (u64)leader;
 	comm_at(proc->comm, leader->comm);
+	proc->ring_numbers = 0;	/* end with its program */
 	/* what was to be closed at that is closed, rings with it */
 	settle_rings(&who);
 	if (parts)
