@@ -18,14 +18,26 @@ import numpy as np
 import pytest
 
 from nlproto.engines.bpf import NoBpf
-from nlproto.engines.ebpf import OBJECT
 from nlproto.engines.engine import Engine, open_engine
+from nlproto.engines.programs import OBJECT, why_in_parts
 from nlproto.pipeline.account import Account
 from nlproto.records.first_bytes import FirstBytes
 from nlproto.records.wire import RECORD, Batch, FirstBytesBatch, is_named
 from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it loads programs")
+
+
+SCRIPT = """
+from nlproto.errors import Error
+from nlproto.engines.engine import open_engine
+try:
+    open_engine("ebpf", print).__exit__(None, None, None)
+    print("it runs")
+except Error as error:
+    print(error)
+"""
+TRY = (sys.executable, "-c", SCRIPT)
 
 
 def skip_unless_installed(error: NoBpf) -> None:
@@ -199,23 +211,34 @@ def _bpf_links() -> Iterator[str]:
             continue
 
 
+@pytest.fixture(scope="module")
+def runs_here() -> None:
+    try:
+        why_in_parts()
+    except NoBpf as error:
+        skip_unless_installed(error)
+
+
+@pytest.mark.usefixtures("runs_here")
 @pytest.mark.parametrize("left_out", ["", "bpf", "perfmon", "net_admin"])
-def test_three_capabilities_suffice_for_parts_and_each_is_needed(left_out: str) -> None:
+def test_three_capabilities_suffice_and_each_is_needed(left_out: str) -> None:
     held = [one for one in ("bpf", "perfmon", "net_admin") if one != left_out]
     wanted = ",".join(["-all", *(f"+{one}" for one in held)])
-    script = (
-        "from nlproto.errors import Error\n"
-        "from nlproto.engines.engine import open_engine\n"
-        "try:\n"
-        "    open_engine('ebpf', lambda _: None).__exit__(None, None, None)\n"
-        "    print('it runs')\n"
-        "except Error as error:\n"
-        "    print(error)"
-    )
     command = ["setpriv", "--reuid=65534", "--clear-groups", f"--inh-caps={wanted}"]
     command += [f"--ambient-caps={wanted}", f"--bounding-set={wanted}"]
-    done = subprocess.run([*command, sys.executable, "-c", script], capture_output=True, text=True)
-    if "kernel" in done.stdout:
-        pytest.skip(done.stdout.strip())
+    done = subprocess.run([*command, *TRY], capture_output=True, text=True)
     expected = f"it needs CAP_{left_out.upper()}" if left_out else "it runs"
     assert expected in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.usefixtures("runs_here")
+def test_the_root_cgroup_need_not_be_mounted() -> None:
+    hidden = ["unshare", "--mount", "sh", "-c", 'umount -a -t cgroup2; exec "$@"', "sh"]
+    done = subprocess.run([*hidden, *TRY], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "it runs", done.stdout + done.stderr
+    # who may not mount it is told what to do, and nothing before that
+    held = "-all,+bpf,+perfmon,+net_admin"
+    command = ["setpriv", f"--inh-caps={held}", f"--bounding-set={held}", *TRY]
+    done = subprocess.run([*hidden, *command], capture_output=True, text=True)
+    assert len(done.stdout.splitlines()) == 1, done.stdout + done.stderr
+    assert "mount -t cgroup2" in done.stdout

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cffi import FFI
 
 from nlproto.errors import Error
 
-__all__ = ["NoBpf", "Object", "Program", "Ring", "has_target"]
+__all__ = ["NoBpf", "Object", "Program", "Ring", "has_target", "root_cgroup"]
 
 _LIBRARY = "libbpf.so.1"
 _BTF_KIND_TYPEDEF, _BTF_KIND_FUNC = 8, 12
@@ -61,6 +62,11 @@ void btf__free(struct btf *btf);
 """)
 
 
+# linux/mount.h; these numbers are the same on all architectures
+_SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
+_CLOEXEC, _FSCONFIG_CMD_CREATE = 1, 6
+
+
 class NoBpf(Error):
     """BPF cannot be used here; the message says why and what to do, in one line."""
 
@@ -91,6 +97,35 @@ def has_target(sections: Iterable[str]) -> set[str]:
         }
     finally:
         library.btf__free(btf)
+
+
+@contextlib.contextmanager
+def root_cgroup() -> Iterator[int]:
+    """A descriptor of the root of cgroup v2, mounted or not. Raises NoBpf when there is none."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    where = next((words[1] for words in mounts if words[2] == "cgroup2"), None)
+    root = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY) if where else _mount_cgroup()
+    try:
+        yield root
+    finally:
+        os.close(root)
+
+
+def _mount_cgroup() -> int:
+    """The same where nothing shows it: a mount that only this descriptor has."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    context = libc.syscall(_SYS_FSOPEN, b"cgroup2", _CLOEXEC)
+    if context < 0:
+        why = os.strerror(ctypes.get_errno())
+        raise NoBpf(f"cgroup v2 is not mounted ({why}): mount -t cgroup2 none /sys/fs/cgroup")
+    try:
+        libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        root: int = libc.syscall(_SYS_FSMOUNT, context, _CLOEXEC, 0)
+    finally:
+        os.close(context)
+    if root < 0:
+        raise NoBpf("cgroup v2 cannot be mounted: mount -t cgroup2 none /sys/fs/cgroup")
+    return root
 
 
 def _described_as(section: str) -> tuple[bytes, int]:
@@ -133,13 +168,9 @@ class Program:
         """A link; raises OSError."""
         return self._linked(self._library.bpf_program__attach(self._handle))
 
-    def attach_cgroup(self, path: str) -> Any:
-        """A link to the cgroup that this directory is; raises OSError."""
-        directory = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
-        try:
-            return self._linked(self._library.bpf_program__attach_cgroup(self._handle, directory))
-        finally:
-            os.close(directory)
+    def attach_cgroup(self, directory: int) -> Any:
+        """A link to the cgroup that this descriptor is of; raises OSError."""
+        return self._linked(self._library.bpf_program__attach_cgroup(self._handle, directory))
 
     def _linked(self, link: Any) -> Any:
         if link == _ffi.NULL:
@@ -201,7 +232,7 @@ class Object:
         """Descriptor of a map, which is the object's to close."""
         return int(self._library.bpf_map__fd(self._map(name)))
 
-    def attach(self, name: str, cgroup: str | None = None) -> None:
+    def attach(self, name: str, cgroup: int | None = None) -> None:
         """Attach a program until close(); raises OSError."""
         program = self.programs[name]
         self._links.append(program.attach() if cgroup is None else program.attach_cgroup(cgroup))

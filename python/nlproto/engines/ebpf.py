@@ -7,7 +7,6 @@ is open and go with this process, however it ends.
 
 from __future__ import annotations
 
-import errno
 import mmap
 import select
 import time
@@ -18,16 +17,15 @@ from typing import Self
 
 import numpy as np
 
-from nlproto.engines.bpf import NoBpf, Object, Ring, has_target
+from nlproto.engines.bpf import NoBpf, Ring, root_cgroup
+from nlproto.engines.programs import CGROUP, NEEDED, TRACED, load_programs
 from nlproto.host import netns
 from nlproto.records import wire
 from nlproto.records.clock import Clock
 from nlproto.records.wire import NO_CPU, Batch, FirstBytesBatch, PacketBytes, lib
 
-__all__ = ["EbpfEngine", "runs"]
+__all__ = ["EbpfEngine"]
 
-OBJECT = Path(__file__).with_name("hunter.bpf.o")
-PARTS = Path(__file__).with_name("hunter_parts.bpf.o")
 RING_BYTES = 16 << 20
 _CPUS = 1024  # as in bpf/hunter.h
 _BATCH = 60000  # records; a head can count 65535
@@ -44,32 +42,8 @@ _COUNTERS = np.dtype(
         for name in ("seq", "copies", "skipped", "lost", "full", "woken", "calls", "told")
     ]
 )
-# Without one of these names could be wrong.
-_NEEDED = {
-    "security_socket_post_create",
-    "security_sock_graft",
-    "__receive_sock",
-    "security_sk_free",
-    "inet_release",
-    "locks_remove_posix",
-    "tcp_v4_rcv",
-    "udp_rcv",
-    "sk_filter_trim_cap",
-    "ip_output",
-}
-_TRAMPOLINES = ("fentry/", "fexit/")
-_TRACED = (*_TRAMPOLINES, "tp_btf/")
-_CGROUP = "cgroup"
-_CALLS = "tp_btf/sys_enter"
-# What tells of packets and sockets where trampolines are refused, beside part_*.
-_WITH_PARTS = {
-    *("probe_fork", "probe_exec", "probe_exit", "probe_rename", "reset_sent"),
-    *("seed", "collect"),
-}
 # Called where packets come in, each in two programs or without harm when left out.
 _TWICE = {"in_filter", "in_filter_again", "in_queue4", "in_queue6"}
-_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}
-_CAP_SYS_ADMIN = 21
 
 
 @dataclass(slots=True)
@@ -95,7 +69,8 @@ class EbpfEngine:
         self.instance = time.time_ns()
         self.closing: np.ndarray = np.zeros(0, wire.TAIL)
         began = time.monotonic()
-        self.whole, self._object = _load(ring_bytes, notify)
+        parts, self._object = load_programs(ring_bytes)
+        self.whole = not parts
         try:
             self._map(ring_bytes)
             self._attach()
@@ -115,6 +90,8 @@ class EbpfEngine:
         self._busy_until = 0.0
         self._most_missed = 0
         self.begin()
+        if parts:
+            notify(parts)
 
     def __enter__(self) -> Self:
         return self
@@ -141,22 +118,22 @@ class EbpfEngine:
     def _attach(self) -> None:
         self._attached: list[str] = []
         self._refused: list[str] = []
-        for name, program in self._object.programs.items():
-            cgroup = program.section.startswith(_CGROUP)
-            traced = program.section.startswith(_TRACED)
-            if program.fd < 0 or not (cgroup or traced):
-                continue
-            try:
-                self._object.attach(name, _root_cgroup() if cgroup else None)
-            except OSError as error:
-                function = program.section.partition("/")[2]
-                if function in _NEEDED or (cgroup and not self.whole):
-                    raise NoBpf(
-                        f"the kernel does not let {function} be watched: {error.strerror}"
-                    ) from error
-                self._refused.append(function)
-            else:
-                self._attached.append(name)
+        with root_cgroup() as root:
+            for name, program in self._object.programs.items():
+                cgroup = program.section.startswith(CGROUP)
+                if program.fd < 0 or not (cgroup or program.section.startswith(TRACED)):
+                    continue
+                try:
+                    self._object.attach(name, root if cgroup else None)
+                except OSError as error:
+                    function = program.section.partition("/")[2]
+                    if function in NEEDED or (cgroup and not self.whole):
+                        raise NoBpf(
+                            f"the kernel does not let {function} be watched: {error.strerror}"
+                        ) from error
+                    self._refused.append(function)
+                else:
+                    self._attached.append(name)
 
     # The stream
 
@@ -393,107 +370,6 @@ def _cut(batch: Batch, until_ns: int, tails: np.ndarray) -> Batch:
     return Batch(head, batch.records[~late])
 
 
-def runs(notify: Callable[[str], None]) -> bool:
-    """Whether all programs could run here, rather than parts; nothing is attached.
-
-    Raises NoBpf with the reason why not even these.
-    """
-    whole, loaded = _load(RING_BYTES, notify)
-    loaded.close()
-    return whole
-
-
 def _possible_cpus() -> int:
     last = Path("/sys/devices/system/cpu/possible").read_text().strip().split("-")[-1]
     return min(int(last.split(",")[-1]) + 1, _CPUS)
-
-
-def _root_cgroup() -> str:
-    """Where the root of cgroup v2 is mounted; raises NoBpf."""
-    for line in Path("/proc/mounts").read_text().splitlines():
-        _, where, kind, *_ = line.split()
-        if kind == "cgroup2":
-            return where
-    raise NoBpf("cgroup v2 is not mounted")
-
-
-def _load(ring_bytes: int, notify: Callable[[str], None]) -> tuple[bool, Object]:
-    """All programs, else those that tracepoints and cgroups take; whether it is all of them.
-
-    Raises NoBpf with the reason why not even these.
-    """
-    try:
-        return True, _load_whole(ring_bytes)
-    except NoBpf as error:
-        if not PARTS.exists():
-            raise
-        why = str(error)
-    opened = Object(PARTS)
-    try:
-        known = _targets(opened)
-        if _CALLS not in known:
-            raise NoBpf(f"{why}; nor does it trace system calls")
-        for name, program in opened.programs.items():
-            wanted = name.startswith("part_") or name in _WITH_PARTS
-            program.choose(wanted and program.section in known)
-        opened.set_entries("ring", ring_bytes)
-        try:
-            opened.load()
-        except OSError as error:
-            raise NoBpf(why) from error
-    except BaseException:
-        opened.close()
-        raise
-    notify(
-        f"engine ebpf runs in parts: {why}; what leaves is seen behind NAT, and each system call"
-        " takes a little longer meanwhile"
-    )
-    return False, opened
-
-
-def _load_whole(ring_bytes: int) -> Object:
-    """The object with every program whose function is there. Raises NoBpf with the reason."""
-    if not OBJECT.exists():
-        raise NoBpf("its programs were not compiled: ./build.sh does it where clang is")
-    opened = Object(OBJECT)
-    try:
-        known = _targets(opened)
-        for program in opened.programs.values():
-            program.choose(program.section in known)
-        lacking = _NEEDED - {section.partition("/")[2] for section in known}
-        if lacking:
-            raise NoBpf(f"this kernel lacks {', '.join(sorted(lacking))}")
-        opened.set_entries("ring", ring_bytes)
-        try:
-            opened.load()
-        except OSError as error:
-            raise NoBpf(_why(error)) from error
-    except BaseException:
-        opened.close()
-        raise
-    return opened
-
-
-def _targets(opened: Object) -> set[str]:
-    """Sections of its programs that have something here to be put on."""
-    sections = {program.section for program in opened.programs.values()}
-    traced = {section for section in sections if section.startswith(_TRACED)}
-    return sections - traced | has_target(traced)
-
-
-def _why(error: OSError) -> str:
-    """One line for people: what keeps the kernel from taking the programs."""
-    status = Path("/proc/self/status").read_text()
-    effective = int(status.partition("CapEff:")[2].split()[0], 16)
-    missing = [name for name, bit in _CAPABILITIES.items() if not effective >> bit & 1]
-    if missing and not effective >> _CAP_SYS_ADMIN & 1:
-        return f"it needs {', '.join(missing)}; run it as root"
-    try:
-        lockdown = Path("/sys/kernel/security/lockdown").read_text()
-    except OSError:
-        lockdown = ""
-    if "[confidentiality]" in lockdown:
-        return "this kernel lets nobody read it (lockdown=confidentiality)"
-    if error.errno == errno.EPERM:  # what the verifier does not believe is EACCES
-        return "this kernel's vendor lets nobody trace its functions"
-    return f"this kernel refuses its programs ({error.strerror})"
