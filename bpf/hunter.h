@@ -137,6 +137,12 @@ enum { parts = false };
 /* 6.1: a loop may not begin right behind a call */
 #define APART() asm volatile("r0 = 0" ::: "r0", "memory")
 
+/*
+ * Copied onto itself: the verifier takes the ways to each value apart, and goes
+ * the rest of a program once for each of them, until it forgets.
+ */
+#define FORGET(what) bpf_probe_read_kernel(&(what), sizeof(what), &(what))
+
 #ifdef HUNTER_PARTS
 /* Who has the socket is asked of his descriptors in any case; not every kernel tells more. */
 static __always_inline bool in_task_only(struct task_struct *current)

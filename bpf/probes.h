@@ -189,6 +189,7 @@ int BPF_PROG(probe_fork, struct task_struct *parent, struct task_struct *child)
 
 	if (child->tgid == current->tgid || child->flags & PF_KTHREAD)
 		return 0;
+	about_child(current, child);
 	key_of(current, &who);
 	proc = bpf_map_lookup_elem(&procs, &who);
 	if (!proc)
@@ -206,6 +207,7 @@ int BPF_PROG(probe_exec, struct task_struct *task)
 	struct proc *proc;
 	struct key who;
 
+	about(address(task));
 	key_of(task, &who);
 	proc = bpf_map_lookup_elem(&procs, &who);
 	if (!proc)
@@ -214,6 +216,7 @@ int BPF_PROG(probe_exec, struct task_struct *task)
 	proc->leader = (u64)leader;
 	comm_at(proc->comm, leader->comm);
 	proc->ring_numbers = 0;	/* end with its program */
+	tell(&who, SNIFFER_EVENT_EXEC);
 	/* what was to be closed at that is closed, rings with it */
 	settle_rings(&who);
 	if (parts)
@@ -239,6 +242,7 @@ int BPF_PROG(probe_exit, struct task_struct *task)
 	if (!proc)
 		return 0;
 	proc->exit = bpf_ktime_get_ns() | 1;
+	tell(&who, SNIFFER_EVENT_EXIT);
 	settle_rings(&who);
 	/* each file of a table of its own is closed, and told as such */
 	if (files && (parts || files->count.counter > 1))

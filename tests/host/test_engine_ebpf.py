@@ -22,7 +22,14 @@ from nlproto.engines.engine import Engine, open_engine
 from nlproto.engines.programs import OBJECT, why_in_parts
 from nlproto.pipeline.account import Account
 from nlproto.records.first_bytes import FirstBytes
-from nlproto.records.wire import RECORD, Batch, FirstBytesBatch, is_named
+from nlproto.records.wire import (
+    RECORD,
+    Batch,
+    FirstBytesBatch,
+    ProcessEvent,
+    is_named,
+    lib,
+)
 from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it loads programs")
@@ -61,6 +68,8 @@ def records_of(engine: Engine, account: Account) -> np.ndarray:
     """Everything until now, counted."""
     parts = [np.zeros(0, RECORD)]
     for event in (*engine.read(0.1), *engine.finish()):
+        if isinstance(event, ProcessEvent):
+            continue
         assert isinstance(event, Batch)
         account.add(event.head, event.records)
         account.deliver(event.records["how"])
@@ -168,6 +177,8 @@ def test_what_another_engine_has_begun_to_tell_is_left_to_it(engine: Engine) -> 
         port = receiver.getsockname()[1]
     told = []
     for event in engine.finish(until_ns):
+        if isinstance(event, ProcessEvent):
+            continue
         assert isinstance(event, Batch)
         account.add(event.head, event.records)
         account.deliver(event.records["how"])
@@ -209,6 +220,32 @@ def _bpf_links() -> Iterator[str]:
                     yield file.read()
         except OSError:
             continue
+
+
+def test_a_process_that_is_gone_keeps_its_program_and_parent(engine: Engine) -> None:
+    send = "import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', 9))"
+    fork = f"import os; os.fork() and os.wait() or exec({send!r})"
+    pids = []
+    for script in (send, fork):
+        child = subprocess.Popen([sys.executable, "-I", "-S", "-c", script])
+        assert child.wait() == 0
+        pids.append(child.pid)
+    events = [e for e in (*engine.read(0.1), *engine.finish()) if isinstance(e, ProcessEvent)]
+    seen = {e.tgid: e for e in events if e.event == lib.SNIFFER_EVENT_SEEN}
+    child_seen = seen[pids[0]]
+    grandchild = next(e for e in seen.values() if e.ppid == pids[1])
+    assert child_seen.ppid == os.getpid()
+    for one in (child_seen, grandchild):
+        assert one.exe == os.path.realpath(sys.executable)
+        assert one.comm == os.path.basename(sys.executable)[:15]
+        assert (one.uid, one.ns_tgid) == (0, one.tgid)
+        assert one.pidns == os.stat("/proc/self/ns/pid").st_ino
+    ended = {e.tgid: e for e in events if e.event == lib.SNIFFER_EVENT_EXIT}
+    assert ended[child_seen.tgid].time_ns > child_seen.time_ns
+
+
+def test_the_verifier_has_little_to_do(engine: Engine) -> None:
+    assert 10_000 < engine.stats()["verified_instructions"] < 400_000  # some 0.4 s
 
 
 @pytest.fixture(scope="module")

@@ -51,6 +51,7 @@ int bpf_program__fd(const struct bpf_program *prog);
 struct bpf_map *bpf_object__find_map_by_name(const struct bpf_object *obj, const char *name);
 int bpf_map__set_max_entries(struct bpf_map *map, uint32_t max_entries);
 int bpf_map__fd(const struct bpf_map *map);
+int bpf_map_lookup_elem(int fd, const void *key, void *value);
 int bpf_link__fd(const struct bpf_link *link);
 int bpf_link__destroy(struct bpf_link *link);
 int bpf_iter_create(int link_fd);
@@ -231,6 +232,13 @@ class Object:
     def map_fd(self, name: str) -> int:
         """Descriptor of a map, which is the object's to close."""
         return int(self._library.bpf_map__fd(self._map(name)))
+
+    def lookup(self, map_name: str, key: bytes, size: int) -> bytes | None:
+        """The value of `size` bytes that a map has for this key."""
+        value = _ffi.new("char[]", size)
+        if self._library.bpf_map_lookup_elem(self.map_fd(map_name), key, value):
+            return None
+        return bytes(_ffi.buffer(value))
 
     def attach(self, name: str, cgroup: int | None = None) -> None:
         """Attach a program until close(); raises OSError."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import mmap
 import select
+import struct
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -22,7 +23,17 @@ from nlproto.engines.programs import CGROUP, NEEDED, TRACED, load_programs
 from nlproto.host import netns
 from nlproto.records import wire
 from nlproto.records.clock import Clock
-from nlproto.records.wire import NO_CPU, Batch, FirstBytesBatch, PacketBytes, lib
+from nlproto.records.wire import (
+    NO_CPU,
+    PROCESS,
+    Batch,
+    Event,
+    FirstBytesBatch,
+    PacketBytes,
+    ProcessEvent,
+    decode_process,
+    lib,
+)
 
 __all__ = ["EbpfEngine"]
 
@@ -36,6 +47,8 @@ _COLLECT_SHARE = 50  # the time between two is at least this many times what the
 
 _SNAP_BYTES = 4 << 20  # as in bpf/snap.h
 _SNAP = np.dtype([("head", wire.SNAP), ("data", f"S{lib.SNIFFER_SNAP_LEN}")])
+_NEWS_BYTES = 128 << 10  # as in bpf/events.h
+_NEWS = np.dtype([("time_ns", "u8"), ("start_ns", "u8"), ("tgid", "u4"), ("event", "u4")])
 _COUNTERS = np.dtype(
     [
         (name, "u8")
@@ -106,6 +119,7 @@ class EbpfEngine:
         fd = self._object.map_fd("ring")
         self._ring = Ring(fd, ring_bytes, wire.RECORD)
         self._first_bytes_ring = Ring(self._object.map_fd("snaps"), _SNAP_BYTES, _SNAP)
+        self._news_ring = Ring(self._object.map_fd("events"), _NEWS_BYTES, _NEWS)
         wishes = mmap.mmap(self._object.map_fd("wishes"), mmap.PAGESIZE, shared)
         self._wish = np.frombuffer(wishes, "u8", 1)
         counters = mmap.mmap(
@@ -144,7 +158,8 @@ class EbpfEngine:
             records["netns"][records["netns"] == 0] = self._netns
         return records
 
-    def _batches(self, records: np.ndarray) -> Iterator[Batch | FirstBytesBatch]:
+    def _batches(self, records: np.ndarray) -> Iterator[Event]:
+        yield from self._processes()
         if self._wish[0]:
             yield from self._first_bytes()
         numbers = np.unique(records["cpu"]).tolist()
@@ -206,7 +221,7 @@ class EbpfEngine:
         head: np.void = heads[0]
         return head
 
-    def read(self, timeout: float) -> Iterator[Batch | FirstBytesBatch]:
+    def read(self, timeout: float) -> Iterator[Event]:
         """See Engine."""
         self._collect()
         records = self._take()
@@ -217,6 +232,16 @@ class EbpfEngine:
         if len(records):
             self._busy_until = time.monotonic() + 10 * _POLL
         yield from self._batches(records)
+
+    def _processes(self) -> Iterator[ProcessEvent]:
+        """What has happened to them; who is older than the engine is left to /proc."""
+        for time_ns, start_ns, tgid, kind in self._news_ring.take().tolist():
+            key = struct.pack("=QII", start_ns, tgid, 0)
+            found = self._object.lookup("abouts", key, PROCESS.itemsize)
+            if found is not None:
+                event = replace(decode_process(found), time_ns=time_ns, event=kind)
+                # kept since its exec: a name that it took later has come with its records
+                yield replace(event, comm="") if kind == lib.SNIFFER_EVENT_EXIT else event
 
     def _first_bytes(self) -> Iterator[FirstBytesBatch]:
         """What there is of them; a record may come before, but not be waited for long."""
@@ -296,7 +321,7 @@ class EbpfEngine:
         }
         return time.monotonic_ns()
 
-    def finish(self, until_ns: int | None = None) -> Iterator[Batch | FirstBytesBatch]:
+    def finish(self, until_ns: int | None = None) -> Iterator[Event]:
         """See Engine."""
         tails = self._position()
         self._until = {int(tail["cpu"]): int(tail["record_seq"]) for tail in tails}
@@ -307,13 +332,13 @@ class EbpfEngine:
                 yield event
         self.closing = tails
 
-    def catch_up(self) -> Iterator[Batch | FirstBytesBatch]:
+    def catch_up(self) -> Iterator[Event]:
         """See Engine."""
         tails = self._position()
         yield from self._up_to(tails)
         self.closing = tails
 
-    def _up_to(self, tails: np.ndarray) -> Iterator[Batch | FirstBytesBatch]:
+    def _up_to(self, tails: np.ndarray) -> Iterator[Event]:
         deadline = time.monotonic() + 2 * _LATE
         while True:
             yield from self._batches(self._take())
