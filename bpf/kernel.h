@@ -177,6 +177,7 @@ struct sk_buff {
 	u16 protocol;
 	u16 transport_header;
 	u16 network_header;
+	u16 inner_network_header;
 	unsigned int end;
 	unsigned char *head;
 	unsigned char *data;

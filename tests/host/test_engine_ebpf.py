@@ -279,3 +279,10 @@ def test_the_root_cgroup_need_not_be_mounted() -> None:
     done = subprocess.run([*hidden, *command], capture_output=True, text=True)
     assert len(done.stdout.splitlines()) == 1, done.stdout + done.stderr
     assert "mount -t cgroup2" in done.stdout
+
+
+def test_a_kernel_that_does_not_describe_itself_is_told() -> None:
+    hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /sys/kernel/btf; exec "$@"']
+    done = subprocess.run([*hidden, "sh", *TRY], capture_output=True, text=True)
+    assert "no CONFIG_DEBUG_INFO_BTF" in done.stdout, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 1

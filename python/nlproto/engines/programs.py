@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nlproto.engines.bpf import NoBpf, Object, has_target
 
-__all__ = ["CGROUP", "NEEDED", "OBJECT", "TRACED", "load_programs", "why_in_parts"]
+__all__ = ["CGROUP", "NEEDED", "OBJECT", "TRACED", "load_programs", "why_in_parts", "why_refused"]
 
 OBJECT = Path(__file__).with_name("hunter.bpf.o")
 PARTS = Path(__file__).with_name("hunter_parts.bpf.o")
@@ -86,7 +86,7 @@ def _load_whole(ring_bytes: int) -> Object:
     """The object with every program whose function is there. Raises NoBpf with the reason."""
     if not OBJECT.exists():
         raise NoBpf("its programs were not compiled: ./build.sh does it where clang is")
-    opened = Object(OBJECT)
+    opened = Object(OBJECT, modules=False)
     try:
         known = _targets(opened)
         for program in opened.programs.values():
@@ -113,16 +113,23 @@ def _targets(opened: Object) -> set[str]:
 
 
 def _why(error: OSError) -> str:
-    """One line for people: what keeps the kernel from taking the programs."""
     status = Path("/proc/self/status").read_text()
-    effective = int(status.partition("CapEff:")[2].split()[0], 16)
-    missing = [name for name, bit in _CAPABILITIES.items() if not effective >> bit & 1]
-    if missing and not effective >> _CAP_SYS_ADMIN & 1:
-        return f"it needs {', '.join(missing)}; run it as root"
     try:
         lockdown = Path("/sys/kernel/security/lockdown").read_text()
     except OSError:
         lockdown = ""
+    effective = int(status.partition("CapEff:")[2].split()[0], 16)
+    return why_refused(error, effective, lockdown)
+
+
+def why_refused(error: OSError, capabilities: int, lockdown: str) -> str:
+    """One line for people: what keeps the kernel from taking the programs.
+
+    `capabilities`: the effective ones, a bit each; `lockdown` as securityfs has it.
+    """
+    missing = [name for name, bit in _CAPABILITIES.items() if not capabilities >> bit & 1]
+    if missing and not capabilities >> _CAP_SYS_ADMIN & 1:
+        return f"it needs {', '.join(missing)}; run it as root"
     if "[confidentiality]" in lockdown:
         return "this kernel lets nobody read it (lockdown=confidentiality)"
     if error.errno == errno.EPERM:  # what the verifier does not believe is EACCES
