@@ -33,6 +33,7 @@ __all__ = [
     "backoff",
     "connect",
     "ensure_stream",
+    "inbox_of",
     "one_more",
 ]
 
@@ -63,6 +64,11 @@ def backoff(failures: int) -> float:
     return random.uniform(0.5, 1.0) * min(_LONGEST, 2.0 ** min(failures, 10))
 
 
+def inbox_of(name: str) -> str:
+    """Return the beginning of the subjects on which `name` gets answers."""
+    return f"_INBOX_{name.replace('.', '_')}"
+
+
 async def connect(
     server: Server, name: str, told: Callable[[Exception], Awaitable[None]]
 ) -> Client:
@@ -91,7 +97,7 @@ async def connect(
             tls=tls,
             nkeys_seed_str=seed,
             # nobody reads answers that are another's
-            inbox_prefix=f"_INBOX_{name.replace('.', '_')}",
+            inbox_prefix=inbox_of(name),
             error_cb=told,
             allow_reconnect=False,
             max_reconnect_attempts=1,
