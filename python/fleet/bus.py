@@ -52,6 +52,8 @@ FAILURES = (nats.errors.Error, OSError, TimeoutError, EOFError)
 
 log = logging.getLogger(__name__)
 logging.getLogger("nats").setLevel(logging.CRITICAL)  # it repeats what we tell
+logging.getLogger("asyncio").setLevel(logging.ERROR)  # a TLS connection that ends is no news
+logging.getLogger("asyncio").setLevel(logging.ERROR)  # a TLS connection that ends is no news
 
 
 def one_more(failures: int, begun: float) -> int:
