@@ -173,6 +173,7 @@ def stored(store: Path) -> tuple[int, int]:
     if not files:
         return 0, 0
     table = ds.dataset(files).to_table(columns=["host", "sequence"])
+    table = table.unify_dictionaries()
     return table.num_rows, table.group_by(["host", "sequence"]).aggregate([]).num_rows
 
 
