@@ -24,22 +24,17 @@ from nats.js.api import (
 )
 
 from fleet.options import Server
+from fleet.subjects import CONSUMER, STREAM, SUBJECTS, inbox_of
 from nlproto.errors import Error
 
 __all__ = [
-    "CONSUMER",
     "FAILURES",
-    "STREAM",
     "backoff",
     "connect",
     "ensure_stream",
-    "inbox_of",
     "one_more",
 ]
 
-STREAM = "PACKET_HUNTER"
-CONSUMER = "collect"
-SUBJECTS = ("flows.>", "procs.>", "account.>")
 ACK_WAIT = 120.0
 """Seconds after which the server gives a batch to another collector."""
 _DUPLICATES = 600.0
@@ -64,11 +59,6 @@ def one_more(failures: int, begun: float) -> int:
 def backoff(failures: int) -> float:
     """Return seconds to wait after so many failures; two hosts wait for different times."""
     return random.uniform(0.5, 1.0) * min(_LONGEST, 2.0 ** min(failures, 10))
-
-
-def inbox_of(name: str) -> str:
-    """Return the beginning of the subjects on which `name` gets answers."""
-    return f"_INBOX_{name.replace('.', '_')}"
 
 
 async def connect(

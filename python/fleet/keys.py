@@ -7,7 +7,7 @@ import os
 
 import nkeys
 
-from fleet.bus import CONSUMER, STREAM, inbox_of
+from fleet.subjects import CONSUMER, STREAM, inbox_of
 from fleet.wire import KINDS
 from nlproto.errors import Error
 

@@ -13,6 +13,7 @@ import pytest
 
 from fleet import bus
 from fleet.options import Server as At
+from fleet.subjects import STREAM
 from fleeting import Program, Server, certificate, rows, secured
 from nlproto.errors import Error
 from waiting import patient, until
@@ -75,15 +76,15 @@ def test_what_a_host_may_not_is_refused_and_stored_nowhere(fleet, tmp_path):
         await bus.ensure_stream(collector.jetstream())
         host = await bus.connect(at("h1"), "h1", hear)
         jetstream = host.jetstream(timeout=1.0)
-        await jetstream.publish("flows.h1", b"mine", stream=bus.STREAM)
+        await jetstream.publish("flows.h1", b"mine", stream=STREAM)
         forged = ("flows.h2.example", "procs.h2.example", "account.h2.example", "flows.h1.more")
-        for subject in (*forged, f"$JS.API.STREAM.DELETE.{bus.STREAM}"):
+        for subject in (*forged, f"$JS.API.STREAM.DELETE.{STREAM}"):
             with pytest.raises(bus.FAILURES):
                 await jetstream.publish(subject, b"forged")
         for subject in ("flows.>", "_INBOX_h2_example.>", "_INBOX_collector.>", ">"):
             await host.subscribe(subject)
         await host.flush()
-        seen = (await collector.jetstream().stream_info(bus.STREAM)).state.messages
+        seen = (await collector.jetstream().stream_info(STREAM)).state.messages
         for client in (host, collector):
             await client.close()
         return seen

@@ -23,6 +23,7 @@ from fleet.export.deltas import rows_of
 from fleet.export.source import Source
 from fleet.export.spool import Make, Pending, Spool, SpoolFull
 from fleet.options import Server
+from fleet.subjects import STREAM
 from nlproto.errors import Error
 
 __all__ = ["Exporter", "boot_id"]
@@ -239,7 +240,7 @@ class Exporter:
         await jetstream.publish(
             f"{wire.KINDS[batch.kind]}.{self._host}",
             batch.payload,
-            stream=bus.STREAM,
+            stream=STREAM,
             headers={"Nats-Msg-Id": f"{self._host}-{boot}-{batch.kind}-{sequence}"},
         )
 
