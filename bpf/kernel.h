@@ -26,6 +26,7 @@ enum { false, true };
 #define IPPROTO_TCP		6
 #define IPPROTO_UDP		17
 #define IPPROTO_MPTCP		262
+#define TCP_ZEROCOPY_RECEIVE	35
 #define SOCK_STREAM		1
 #define SOCK_RAW		3
 #define SOCKFS_MAGIC		0x534F434B

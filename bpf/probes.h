@@ -42,6 +42,13 @@ PROBE_USE(security_socket_recvmsg)
 /* what moves data without a message: no LSM hook is asked */
 PROBE_USE(inet_sendpage)
 
+/* data that the kernel maps or copies for the caller: no message is received */
+SEC("fentry/security_socket_getsockopt")
+int BPF_PROG(probe_getsockopt, struct socket *sock, int level, int optname)
+{
+	return level == IPPROTO_TCP && optname == TCP_ZEROCOPY_RECEIVE ? probe_use(sock) : 0;
+}
+
 SEC("fentry/sock_splice_read")
 int BPF_PROG(probe_splice, struct file *file)
 {

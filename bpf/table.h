@@ -19,7 +19,9 @@
  * | (settle) | user, held, file, | user, DEAD once he exited   | at once, in the context of who   |
  * |          | exit              |                             | let go: HELD by an heir; UNHELD  |
  * | UNHELD   | user, not held    | user, flagged DEAD          | somebody uses or receives it:    |
- * |          |                   |                             | HELD; its file goes: RELEASED    |
+ * |          |                   |                             | HELD; the kernel uses it, and    |
+ * |          |                   |                             | user has exited: SERVER; its     |
+ * |          |                   |                             | file goes: RELEASED              |
  * | RELEASED | released          | user, flagged DEAD          | freed                            |
  * | dead     | dead              | user, flagged DEAD          | 2 s, or 130 s after a state that |
  * |          |                   |                             | leaves a TIME_WAIT               |

@@ -276,6 +276,8 @@ bool sniffer_use(struct sock *sk, bool called, struct sniffer_owner **found)
 		return true;
 	}
 	if (!use_is_process(current)) {
+		if (called && owner)
+			sniffer_owner_take(owner);
 		mine = true;
 	} else if (!sniffer_owner_wants(sk)) {
 		mine = called || use_is_of_parent(sk);
