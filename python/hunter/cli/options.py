@@ -13,6 +13,7 @@ from nlproto.client.frames import DEFAULT_SOCKET
 __all__ = [
     "Annotate",
     "BY",
+    "NEWS",
     "Choice",
     "Command",
     "Doctor",
@@ -24,6 +25,7 @@ __all__ = [
     "Top",
     "USED_BY",
     "Usage",
+    "Watch",
     "Web",
     "Who",
     "command_of",
@@ -35,10 +37,14 @@ BY = ("name", "unit", "container", "user", "host", "port")
 USED_BY = ("process", "unit", "container", "user", "domain")
 """What `usage` sums up by."""
 
+NEWS = ("program", "destination", "listener")
+"""What `watch` tells of."""
+
 SUBCOMMANDS = {
     "top": "processes by rate, live",
     "who": "what listens, and which process owns, or owned, a port",
     "usage": "who used how much, in an hour or a month",
+    "watch": "programs, destinations and listeners that were not seen before",
     "web": "the same in a browser, with the history",
     "stats": "what the daemon has seen, and how well it names",
     "annotate": "write the owners into a capture of tcpdump or Wireshark",
@@ -171,6 +177,22 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Watch:
+    kinds: list[str]
+    """Of NEWS; none: all."""
+    once: bool
+    since: float | None
+    """Seconds before now."""
+    unseen: float
+    """Seconds."""
+    journal: bool
+    webhook: str | None
+    json: bool
+    socket: str
+    socket_given: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     json: bool
     socket: str
@@ -207,13 +229,14 @@ class Doctor:
     socket_given: bool
 
 
-Command = Live | Top | Who | Usage | Web | Stats | Annotate | Report | Doctor
+Command = Live | Top | Who | Usage | Watch | Web | Stats | Annotate | Report | Doctor
 
 _KINDS: dict[str, type[Command]] = {
     "live": Live,
     "top": Top,
     "who": Who,
     "usage": Usage,
+    "watch": Watch,
     "web": Web,
     "stats": Stats,
     "annotate": Annotate,
