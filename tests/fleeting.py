@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -17,7 +17,7 @@ import pyarrow.dataset as ds
 from fleet import schema
 from waiting import patient, until
 
-__all__ = ["Program", "Server", "free_port", "nats_server", "rows"]
+__all__ = ["Program", "Server", "certificate", "free_port", "nats_server", "rows", "secured"]
 
 
 def nats_server() -> str:
@@ -62,7 +62,7 @@ class Program:
             self.process.send_signal(number)
         return self.process.wait(patient(20))
 
-    def __enter__(self) -> Program:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,6 +86,30 @@ class Server(Program):
         before = self.text().count("Server is ready") if self.log.exists() else 0
         super().__init__(self.log, [nats_server(), "-c", str(path)], cwd="/")
         until(lambda: self.text().count("Server is ready") > before, 30, "a server")
+
+
+def certificate(directory: Path) -> tuple[Path, Path]:
+    """(certificate, key) of 127.0.0.1, which signs itself."""
+    made, key = directory / "server.pem", directory / "server.key"
+    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=x"
+    subprocess.run(
+        ["openssl", *words.split(), "-addext", "subjectAltName=IP:127.0.0.1"]
+        + ["-keyout", str(key), "-out", str(made)],
+        check=True,
+        capture_output=True,
+    )
+    return made, key
+
+
+def secured(made: Path, key: Path, users: list[str]) -> str:
+    """What a server wants to have in its configuration: TLS, and who may do what."""
+    lines = "\n".join(users)
+    return f"""
+        tls {{ cert_file: "{made}", key_file: "{key}", timeout: 30 }}
+        authorization {{ timeout: 30, users: [
+{lines}
+        ] }}
+    """
 
 
 def rows(directory: Path, kind: str) -> list[dict[str, Any]]:

@@ -61,6 +61,12 @@ async def _play(exporter: Exporter, source: Source, spool: Spool, count: int, pa
     await running
 
 
+def _server(words: str) -> tuple[tuple[str, ...], str | None, str | None]:
+    """URL, or URL,NKEY,CA."""
+    url, nkey, ca = [*words.split(","), None, None][:3]
+    return (url or "",), nkey, ca
+
+
 def main() -> None:
     path, url, host, count, *rest = sys.argv[1:]
     pause = float(rest[0]) if rest else 0.05
@@ -76,7 +82,7 @@ def main() -> None:
             pass
 
     source.__class__ = Unread
-    exporter = Exporter(source, spool, Server((url,)), host, pause)
+    exporter = Exporter(source, spool, Server(*_server(url)), host, pause)
 
     async def play() -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, exporter.stop)

@@ -115,6 +115,10 @@ class Place:
         process.address, process.port = line[0], int(line[-1])
         return process
 
+    def end_all(self) -> None:
+        while self.processes:
+            self.processes.pop().end()
+
     def server(self, where: str, port: int, proto: str = "tcp", address: str = "") -> Process:
         return self.start(where, SERVER, address, port, proto)
 
@@ -165,8 +169,7 @@ def place() -> Iterator[Place]:
                           " net.ipv4.conf.all.route_localnet=1")  # fmt: skip
         yield found
     finally:
-        for process in found.processes:
-            process.end()
+        found.end_all()
         for name in names.values():
             with suppress(subprocess.CalledProcessError):
                 sh(f"ip netns del {name}")

@@ -158,7 +158,7 @@ class Service:
         watcher = Watcher(
             self.config.engine, pipeline, server.announce, self._die, holders, self.config.ring_size
         )
-        answers.kernel = watcher.kernel
+        answers.kernel, answers.looks = watcher.kernel, watcher
         metrics = Metrics(self.config, server.figures, pipeline.processes)
         for take in (recorder.take, metrics.take, server.publish):
             pipeline.subscribe(take)

@@ -24,21 +24,17 @@ from nats.js.api import (
 )
 
 from fleet.options import Server
+from fleet.subjects import CONSUMER, STREAM, SUBJECTS, inbox_of
 from nlproto.errors import Error
 
 __all__ = [
-    "CONSUMER",
     "FAILURES",
-    "STREAM",
     "backoff",
     "connect",
     "ensure_stream",
     "one_more",
 ]
 
-STREAM = "PACKET_HUNTER"
-CONSUMER = "collect"
-SUBJECTS = ("flows.>", "procs.>", "account.>")
 ACK_WAIT = 120.0
 """Seconds after which the server gives a batch to another collector."""
 _DUPLICATES = 600.0
@@ -51,6 +47,8 @@ FAILURES = (nats.errors.Error, OSError, TimeoutError, EOFError)
 
 log = logging.getLogger(__name__)
 logging.getLogger("nats").setLevel(logging.CRITICAL)  # it repeats what we tell
+logging.getLogger("asyncio").setLevel(logging.ERROR)  # a TLS connection that ends is no news
+logging.getLogger("asyncio").setLevel(logging.ERROR)  # a TLS connection that ends is no news
 
 
 def one_more(failures: int, begun: float) -> int:
@@ -91,7 +89,7 @@ async def connect(
             tls=tls,
             nkeys_seed_str=seed,
             # nobody reads answers that are another's
-            inbox_prefix=f"_INBOX_{name.replace('.', '_')}",
+            inbox_prefix=inbox_of(name),
             error_cb=told,
             allow_reconnect=False,
             max_reconnect_attempts=1,

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from nlproto.errors import Error, UsageError
 
-__all__ = ["Server", "add_arguments", "checked_host", "exit_code", "server_of"]
+__all__ = ["Server", "add_arguments", "checked_host", "exit_code", "make_nkey", "server_of"]
 
 _HOST = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _DEFAULT = "nats://127.0.0.1:4222"
@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ca", metavar="FILE", help="who signs the server's certificate (default: the system's)"
     )
+    parser.add_argument(
+        "--make-nkey",
+        action="store_true",
+        help="make the file of --nkey, print the line for the server's configuration, and end",
+    )
 
 
 def server_of(options: argparse.Namespace) -> Server:
@@ -60,6 +65,15 @@ def server_of(options: argparse.Namespace) -> Server:
         if parts.scheme == "nats" and parts.hostname not in ("127.0.0.1", "::1", "localhost"):
             log.warning("%s: everybody on the way can read what is sent; say tls://", url)
     return Server(urls, options.nkey, options.ca)
+
+
+def make_nkey(options: argparse.Namespace, host: str | None) -> None:
+    """Make the key of `host`, None: of collectors, and print who that is. Raises Error."""
+    from fleet import keys
+
+    if options.nkey is None:
+        raise UsageError("--make-nkey wants --nkey FILE, which it makes")
+    print(keys.user(keys.make(options.nkey), host))
 
 
 def checked_host(name: str) -> str:

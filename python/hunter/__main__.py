@@ -70,6 +70,10 @@ def _run(command: options.Command, stop: Stop) -> int:
             from hunter.watch import watch
 
             return watch.run(command, stop, _tell)
+        case options.Fleet():
+            from hunter.fleet import fleet
+
+            return fleet.run(command, _tell)
         case options.Web():
             from hunter.web import web
 

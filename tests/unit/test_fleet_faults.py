@@ -17,6 +17,7 @@ import pytest
 from fleet import bus, schema, wire
 from fleet.export.deltas import rows_of
 from fleet.export.spool import Spool
+from fleet.subjects import STREAM
 from fleeting import Program, Server, rows
 from playing import flows
 from waiting import patient, until
@@ -194,7 +195,7 @@ def test_what_is_no_batch_is_counted_and_given_up(server, tmp_path):
 
     async def left() -> int:
         client = await nats.connect(server.url)
-        info = await client.jetstream().stream_info(bus.STREAM)
+        info = await client.jetstream().stream_info(STREAM)
         await client.close()
         return info.state.messages
 

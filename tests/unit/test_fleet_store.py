@@ -160,7 +160,7 @@ def old(count, hours_ago, first=0, **fields):
 
 def test_small_files_become_one_with_the_same_rows_and_keys(tmp_path):
     store = ParquetStore(tmp_path, 30 * DAY)
-    batches = [received(old(5, 3, 5 * at), at) for at in range(8)]
+    batches = [received(old(5, 3, 5 * at), at, f"h{at % 3}") for at in range(8)]
     for one in batches:
         store.write([one])
     (folder,) = (tmp_path / "flows").iterdir()

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from fleet.options import add_arguments, exit_code, server_of
+from fleet.options import add_arguments, exit_code, make_nkey, server_of
 from nlproto.errors import UsageError
 
 DEFAULT_DIRECTORY = "/var/lib/packet-hunter-collect"
@@ -73,6 +73,9 @@ def _run(options: argparse.Namespace) -> None:
     if not 0 < options.keep <= options.keep_sums:
         raise UsageError("--keep is more than 0 days, and no more than --keep-sums")
     server = server_of(options)
+    if options.make_nkey:
+        make_nkey(options, None)
+        return
     store = ParquetStore(options.directory, options.keep * _DAY)
 
     async def serve() -> Collector:

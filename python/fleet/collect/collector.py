@@ -16,6 +16,7 @@ from nats.js import JetStreamContext
 from fleet import bus, wire
 from fleet.collect.tables import Received
 from fleet.options import Server
+from fleet.subjects import CONSUMER, STREAM
 from nlproto.errors import Error
 
 __all__ = ["Collector", "Store"]
@@ -112,7 +113,7 @@ class Collector:
             await asyncio.wait_for(self._stopping.wait(), seconds)
 
     async def _collect(self, jetstream: JetStreamContext) -> None:
-        asked = await jetstream.pull_subscribe_bind(bus.CONSUMER, bus.STREAM)
+        asked = await jetstream.pull_subscribe_bind(CONSUMER, STREAM)
         while not self._stopping.is_set():
             begun = time.monotonic()
             try:

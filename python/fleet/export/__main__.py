@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from fleet.options import add_arguments, checked_host, exit_code, server_of
+from fleet.options import add_arguments, checked_host, exit_code, make_nkey, server_of
 from nlproto.client.frames import DEFAULT_SOCKET
 from nlproto.errors import UsageError
 
@@ -64,6 +64,9 @@ def _run(options: argparse.Namespace) -> None:
         raise UsageError("--spool-size is 1 MiB at least, --interval from 0.1 to 3600 seconds")
     host = checked_host(options.host or socket.gethostname())
     server = server_of(options)
+    if options.make_nkey:
+        make_nkey(options, host)
+        return
     os.makedirs(options.spool, mode=0o700, exist_ok=True)
     spool = Spool(options.spool, options.spool_size << 20)
     if spool.damaged is not None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import time
 import uuid
@@ -22,6 +23,7 @@ from fleet.export.deltas import rows_of
 from fleet.export.source import Source
 from fleet.export.spool import Make, Pending, Spool, SpoolFull
 from fleet.options import Server
+from fleet.subjects import STREAM
 from nlproto.errors import Error
 
 __all__ = ["Exporter", "boot_id"]
@@ -37,6 +39,7 @@ _MOST = 200_000
 """Flows kept in memory while the disk takes nothing."""
 _AT_ONCE = 64  # batches
 _TIMEOUT = 10.0  # s for an acknowledgement
+_ACCOUNT = 60.0  # s, as fleet.schema says; that needs pyarrow, which no exporter needs
 _LAST = 3.0  # s to send what is left at the end
 
 log = logging.getLogger(__name__)
@@ -202,7 +205,8 @@ class Exporter:
 
     async def _send(self, jetstream: JetStreamContext) -> bool:
         """Send what is spooled, and more when it comes; True: everything is sent, and no more."""
-        accounted = 0.0
+        accounted = -math.inf
+        every = min(_ACCOUNT, 6 * self._interval)
         while True:
             self._filled.clear()
             batches = self._spool.oldest(_AT_ONCE)
@@ -210,7 +214,7 @@ class Exporter:
                 await self._publish(jetstream, batches)
             if len(batches) < _AT_ONCE:
                 stopping = self._stopping.is_set()
-                if stopping or time.monotonic() - accounted >= self._interval:
+                if stopping or time.monotonic() - accounted >= every:
                     accounted = time.monotonic()
                     await self._tell_account(jetstream)
                 if stopping and not self._filled.is_set():
@@ -236,7 +240,7 @@ class Exporter:
         await jetstream.publish(
             f"{wire.KINDS[batch.kind]}.{self._host}",
             batch.payload,
-            stream=bus.STREAM,
+            stream=STREAM,
             headers={"Nats-Msg-Id": f"{self._host}-{boot}-{batch.kind}-{sequence}"},
         )
 

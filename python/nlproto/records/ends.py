@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ __all__ = [
     "Way",
     "as_translated",
     "is_incoming",
+    "of_flows",
     "record_keys",
 ]
 
@@ -92,6 +93,20 @@ def as_translated(became: Translated, incoming: bool) -> tuple[np.ndarray, np.nd
     return np.frombuffer(near, np.uint64, 2), np.frombuffer(far, np.uint64, 2), lport, rport
 
 
+def of_flows(translated: np.ndarray, records: np.ndarray) -> list[Translated | None]:
+    """Return what TRANSLATED says of each record's flow."""
+    found: list[Translated | None] = []
+    columns = [translated[name].tolist() for name in ("sport", "dport")]
+    sources, targets = (translated[name].tobytes() for name in ("saddr", "daddr"))
+    for at, (sport, dport, incoming) in enumerate(zip(*columns, is_incoming(records), strict=True)):
+        place = slice(16 * at, 16 * at + 16)
+        near, far = (sources[place], sport), (targets[place], dport)
+        if incoming:
+            near, far = far, near
+        found.append((*near, *far) if sport else None)
+    return found
+
+
 class NoEnds:
     """Nothing is known."""
 
@@ -131,6 +146,15 @@ class ToldEnds:
                 self._told.popitem(last=False)
         elif self._told:
             self._told.pop(key, None)
+
+    def forget_others(self, records: np.ndarray, told: Collection[FlowKey]) -> None:
+        """Of the flows of `records` those not among `told` are translated no more."""
+        if not any(became is not None for _, became in self._told.values()):
+            return
+        for key in record_keys(records):
+            domain, became = self.told(key)
+            if became is not None and key not in told:
+                self.tell(key, domain)
 
     def told(self, key: FlowKey) -> tuple[str, Translated | None]:
         """Return what tell() was told."""
