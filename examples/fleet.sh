@@ -45,7 +45,7 @@ run collect packet-hunter-collect "$directory/hours" --server "nats://127.0.0.1:
 run export packet-hunter-export --socket "$directory/daemon.sock" --server "nats://127.0.0.1:$port" \
 	--spool "$directory/spool" --interval 5
 
-echo "running; ask with: packet-hunter fleet who --dir $directory/hours"
+echo "running; ask with: packet-hunter fleet who --store $directory/hours"
 echo "logs are in $directory; Ctrl-C ends everything"
 while for pid in $started; do kill -0 "$pid" 2>/dev/null || die "a part ended: see $directory/*.log"; done; do
 	sleep 1 &
