@@ -151,7 +151,7 @@ class Service:
         answers.recorder = recorder
         if (portmap := pipeline.portmap) is not None:
             recorder.listeners = lambda: portmap.listeners(_MOST_LISTENERS)
-        answers.nat_cut = lambda: overheard.translations.cut
+        answers.translations = overheard.translations
         server = Server(
             loop, answers, self.config, lambda: figures(pipeline, recorder), self._bounds
         )
