@@ -146,7 +146,7 @@ class Service:
         answers.remembers_since = recorder.remembers_since
         answers.name_of = recorder.name_of
         answers.sums = recorder.usage
-        answers.nat_cut = lambda: overheard.translations.cut
+        answers.translations = overheard.translations
         server = Server(
             loop, answers, self.config, lambda: figures(pipeline, recorder), self._bounds
         )

@@ -21,6 +21,7 @@ from daemon.serve.usage import Sums, usage
 from nlproto.errors import UsageError
 from nlproto.host.kernel_sockets import KernelSockets
 from nlproto.overheard.names import is_of_resolver, number_of
+from nlproto.overheard.translations import Translations
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records.wire import PROTO_NAMES
 from nlproto.tables.flows import pack_address
@@ -104,8 +105,8 @@ class Answers:
     """Unix time: what was seen later is still known."""
     name_of: Callable[[int], str] = lambda number: ""
     """The name of a flow's far end."""
-    nat_cut: Callable[[], bool] = lambda: False
-    """Whether connections were translated that are not known."""
+    translations: Translations | None = None
+    """What NAT does now."""
     sums: Sums = lambda since_ns, stop: ({}, {})
 
     def is_cheap(self, request: OwnerOf) -> bool:
@@ -227,7 +228,7 @@ class Answers:
             "flows": flows,
             "total": total,
             "processes": room.fill(self._processes(keys, uid, stop)),
-            "nat_cut": self.nat_cut(),
+            "nat_cut": self.translations is not None and self.translations.cut,
             "truncated": room.truncated or total > len(flows) or owners_total > len(owners_now),
         }
 
@@ -254,7 +255,7 @@ class Answers:
         """How many sockets there are now, and the first of them."""
         if self.kernel is None:
             return 0, []
-        total, found = sockets_now(self.pipeline, self.kernel, question, looking)
+        total, found = sockets_now(self.pipeline, self.kernel, question, looking, self.translations)
         for one in found:
             looking.stop()
             process = self.pipeline.processes.get(one["pid"], one["start_ns"])
