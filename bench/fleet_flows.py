@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from fleet.collect.keys import Keys
+from fleet.collect.parquet import write_file
+from fleet.collect.tables import in_order
 from fleet.schema import ACCOUNT, FLOWS, HOUR_NS, PROCS, hour_name
 
 __all__ = ["BEGIN_NS", "HOSTS", "address", "write"]
@@ -19,7 +22,6 @@ _PROGRAMS = 40
 _PER_HOST = 10  # programs that run on one host
 _INSIDE = 0.7  # of connections go to another host of the fleet
 _ACCOUNT_S = 60
-_GROUP = 100_000  # rows
 
 
 def address(host: int) -> str:
@@ -42,7 +44,8 @@ _COMMS = [f"program{number}" for number in range(_PROGRAMS)]
 
 def _program(host: np.ndarray, slot: np.ndarray) -> np.ndarray:
     """Which program runs in a slot of a host."""
-    return (host * 7 + slot * 3) % _PROGRAMS
+    found: np.ndarray = (host * 7 + slot * 3) % _PROGRAMS
+    return found
 
 
 def write(folder: Path, rows: int, hours: int, seed: int = 1) -> None:
@@ -177,5 +180,9 @@ def _accounts(folder: Path, begin: int) -> None:
 def _put(folder: Path, arrays: dict[str, object], schema: pa.Schema) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     table = pa.table({field.name: arrays[field.name] for field in schema}, schema=schema)
-    with pq.ParquetWriter(folder / "part-0.parquet", schema, compression="zstd") as writer:
-        writer.write_table(table, row_group_size=_GROUP)
+    sequences = np.asarray(arrays["sequence"])
+    run = [[int(sequences.min()), int(sequences.max())]]
+    told = {name: {boot: run} for name, boot in zip(_NAMES, _BOOTS, strict=True)}
+    if schema is FLOWS:
+        table = in_order(table)
+    write_file(folder / "part-0.parquet", table, Keys.from_bytes(msgspec.json.encode(told)))
