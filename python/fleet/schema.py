@@ -17,9 +17,21 @@ import time
 
 import pyarrow as pa
 
-__all__ = ["ACCOUNT", "FLOWS", "HOUR_NS", "PROCS", "ROLLUP", "TABLES", "hour_name", "hour_ns"]
+__all__ = [
+    "ACCOUNT",
+    "ACCOUNT_EVERY_S",
+    "FLOWS",
+    "HOUR_NS",
+    "PROCS",
+    "ROLLUP",
+    "TABLES",
+    "hour_name",
+    "hour_ns",
+]
 
 HOUR_NS = 3600 * 10**9
+ACCOUNT_EVERY_S = 60.0
+"""A host tells its account so often, at most, and once when its exporter ends."""
 _FORM = "%Y-%m-%dT%H"
 
 _WORD = pa.dictionary(pa.int32(), pa.string())
@@ -86,7 +98,8 @@ PROCS = pa.schema(
         ("sha256", _WORD),
     ]
 )
-"""A process by (host, boot, tgid, start_ns), again when something of it changed: the newest counts.
+"""A process by (host, boot, tgid, start_ns): again when something of it changed, and once in each
+hour in which it has flows. The newest counts.
 
 `parents`: "pid comm", the nearest first. `name`: the file name of `exe`, else `comm`. `namespace`
 is the pod's. Null where nothing is known.
@@ -109,7 +122,7 @@ ACCOUNT = pa.schema(
         ("engine", _WORD),
     ]
 )
-"""One host's account at `at_ns`, each interval while it lives.
+"""One host's account at `at_ns`, each minute while it lives and at its end.
 
 In rows of FLOWS, since the spool began: exported = acknowledged + spooled + lost. `received` and
 `dropped`: what this exporter's subscription got, and was too slow for. In records, since the daemon

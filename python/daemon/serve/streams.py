@@ -19,7 +19,7 @@ from nlproto.filters.filter import Filter
 from nlproto.filters.words import MAX_COST
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records.batch import NamedBatch
-from nlproto.records.ends import record_keys
+from nlproto.records.ends import of_flows, record_keys
 from nlproto.records.wire import BATCH, encode_batch, encode_first_bytes
 from nlproto.tables.flows import encode_flows
 from nlproto.tables.processes import Process, Processes, ProcessKey
@@ -249,12 +249,16 @@ class Streams:
     def _ends(self, records: np.ndarray, uid: int | None) -> bytes:
         """What the stream may know of far ends."""
         ends = self._processes.ends if uid is None else self._processes.ends.for_own()
-        domains = ends.domains(records)
-        if not any(domains):
+        domains, became = ends.domains(records), ends.translations(records)
+        if not any(domains) and became is None:
             return b""
-        keys = record_keys(records)
-        told = {key: domain for key, domain in zip(keys, domains, strict=True) if domain}
-        return msgspec.json.encode([ToldEnd.of(*one) for one in told.items()])
+        nat = [None] * len(records) if became is None else of_flows(became, records)
+        told = {
+            key: (domain, one)
+            for key, domain, one in zip(record_keys(records), domains, nat, strict=True)
+            if domain or one is not None
+        }
+        return msgspec.json.encode([ToldEnd.of(key, *one) for key, one in told.items()])
 
     def _named(
         self, records: np.ndarray, uid: int | None

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -92,10 +92,16 @@ def _cut(console: Console, what: str, shown: int, total: int) -> None:
 
 
 _NOW = ("process", "socket", "state", "sockets", "user", "runs in", "netns", "shared with")
-_SEEN = ("process", "flow", "flows", "packets", "bytes", "domain", "first", "last", "netns", "how")
+_SEEN = (
+    *("process", "flow", "flows", "packets", "bytes", "rtt", "resent", "outcome", "domain"),
+    *("first", "last", "netns", "how"),
+)
 _PROCESSES = ("process", "user", "started by", "runs in", "executable", "command")
-_OPTIONAL = ("state", "sockets", "flows", "domain", "netns", "shared with", "command", "runs in")
-_NUMBERS = ("sockets", "flows", "packets", "bytes")
+_OPTIONAL = (
+    *("state", "sockets", "flows", "domain", "netns", "shared with", "command", "runs in"),
+    *("rtt", "resent", "outcome"),
+)
+_NUMBERS = ("sockets", "flows", "packets", "bytes", "rtt", "resent")
 
 
 def _name(text: str, known: bool = True) -> Text:
@@ -182,6 +188,9 @@ class _Sum:
     arrows: set[str] = field(default_factory=set)
     packets: int = 0
     bytes: int = 0
+    retransmits: int = 0
+    rtts: list[float] = field(default_factory=list)
+    outcomes: Counter[str] = field(default_factory=Counter)
     first: float = float("inf")
 
     def add(self, flow: Entry) -> None:
@@ -195,6 +204,11 @@ class _Sum:
         self.packets += flow["packets_in"] + flow["packets_out"]
         self.bytes += flow["bytes_in"] + flow["bytes_out"]
         self.first = min(self.first, flow["first"])
+        self.retransmits += flow.get("retransmits") or 0
+        if flow.get("rtt") is not None:
+            self.rtts.append(flow["rtt"])
+        if flow.get("outcome"):
+            self.outcomes[flow["outcome"]] += 1
         if flow["packets_in"]:
             self.arrows.add("<")
         if flow["packets_out"]:
@@ -232,6 +246,9 @@ def _seen_rows(
                 f"{len(one.flows):,}" if len(one.flows) > 1 else "",
                 f"{one.packets:,}",
                 f"{one.bytes:,}",
+                _time(one.rtts),
+                f"{one.retransmits:,}" if one.retransmits else "",
+                _outcomes(one.outcomes, len(one.flows)),
                 plain(newest.get("domain", "")),
                 clock(one.first, now),
                 f"{clock(newest['last'], now)}, {_ago(now - newest['last'])}",
@@ -240,6 +257,20 @@ def _seen_rows(
             ]
         )
     return rows
+
+
+def _time(rtts: Sequence[float]) -> str:
+    """The round trip time in the middle of them."""
+    if not rtts:
+        return ""
+    middle = sorted(rtts)[len(rtts) // 2]
+    return f"{middle * 1e3:.0f} ms" if middle >= 0.01 else f"{middle * 1e3:.2f} ms"
+
+
+def _outcomes(found: Counter[str], flows: int) -> str:
+    if flows == 1:
+        return " ".join(found)
+    return ", ".join(f"{count:,} {name}" for name, count in found.most_common())
 
 
 def _uncertain(flow: Entry) -> list[str]:

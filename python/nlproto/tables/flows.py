@@ -18,6 +18,7 @@ from nlproto.tables.column_table import new_slots, without
 __all__ = [
     "FLOW",
     "KEY_FIELDS",
+    "LOOKED",
     "address_bytes",
     "address_words",
     "decode_flows",
@@ -32,11 +33,17 @@ __all__ = [
 _WORD = (1 << 64) - 1
 
 
-FLOW = without(dtype_of("flow", ffi), "zero", "dirty")
+FLOW = without(dtype_of("flow", ffi), "zero", "dirty", "nat_zero", "reserved")
 """One flow of one owner, with its local and remote end. Of a forwarded flow these are the lower
 and the higher end, and "out" is from the lower one. Addresses are the 16 bytes of the record, seen
 as two numbers. Times are CLOCK_MONOTONIC ns. Packets and bytes are those of the wire, after
-segmentation. how, uid, inode and comm are the last record's; flags has all that were set."""
+segmentation. how, uid, inode and comm are the last record's; flags has all that were set. nat_
+fields are what NAT made of the ends; nat_lport 0: not known that it changed any. tcp_in and
+tcp_out have the TCP flags of all packets that way. rtt_us and retransmits are of the connection,
+where flags has LOOKED: the history has them, summarize() does not."""
+
+LOOKED = 1 << 15
+"""In a FLOW's flags: the kernel was asked how the connection went."""
 
 KEY_FIELDS = (
     "cookie",
