@@ -32,6 +32,8 @@
  *   its user lets go (holders.c). The heir is the latest earlier user that still
  *   has it; else somebody who does, a guess that is flagged AMBIGUOUS while
  *   several do;
+ * - a process that has no descriptor of its socket keeps it while an io_uring of
+ *   its own may refer to it: something does that no descriptor accounts for;
  * - an entry outlives its socket: TIME_WAIT and orphans still send.
  *
  * So fork, exec and exit cost nothing a socket, and memory is bounded by

@@ -13,9 +13,14 @@ from nlproto.client.frames import DEFAULT_SOCKET
 __all__ = [
     "Annotate",
     "BY",
+    "NEWS",
     "Choice",
     "Command",
     "Doctor",
+    "FLEET_BY",
+    "FLEET_NEW",
+    "FLEET_QUESTIONS",
+    "Fleet",
     "Live",
     "Origin",
     "SUBCOMMANDS",
@@ -24,6 +29,7 @@ __all__ = [
     "Top",
     "USED_BY",
     "Usage",
+    "Watch",
     "Web",
     "Who",
     "command_of",
@@ -35,10 +41,30 @@ BY = ("name", "unit", "container", "user", "host", "port")
 USED_BY = ("process", "unit", "container", "user", "domain")
 """What `usage` sums up by."""
 
+NEWS = ("program", "destination", "listener")
+"""What `watch` tells of."""
+
+FLEET_QUESTIONS = {
+    "who": "flows and their processes, on which machine",
+    "ends": "connections with the processes of both ends",
+    "map": "which services talk to which",
+    "new": "what was not seen before",
+    "usage": "who used how much",
+}
+"""What `fleet` can be asked."""
+
+FLEET_BY = ("process", "host", "unit", "container", "pod", "user", "domain")
+"""What `fleet usage` sums up by; `fleet map` has no domain."""
+
+FLEET_NEW = ("destination", "program", "listener")
+"""What `fleet new` looks for."""
+
 SUBCOMMANDS = {
     "top": "processes by rate, live",
     "who": "what listens, and which process owns, or owned, a port",
     "usage": "who used how much, in an hour or a month",
+    "watch": "programs, destinations and listeners that were not seen before",
+    "fleet": "the same questions to many machines",
     "web": "the same in a browser, with the history",
     "stats": "what the daemon has seen, and how well it names",
     "annotate": "write the owners into a capture of tcpdump or Wireshark",
@@ -171,6 +197,53 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Watch:
+    kinds: list[str]
+    """Of NEWS; none: all."""
+    once: bool
+    since: float | None
+    """Seconds before now."""
+    unseen: float
+    """Seconds."""
+    journal: bool
+    webhook: str | None
+    json: bool
+    socket: str
+    socket_given: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    question: str
+    """One of FLEET_QUESTIONS."""
+    store: str | None
+    on: str | None
+    port: int | None
+    proto: str | None
+    host: str | None
+    pid: int | None
+    pname: str | None
+    user: str | None
+    unit: str | None
+    container: str | None
+    pod: str | None
+    domain: str | None
+    since: float
+    until: float
+    """Seconds before now."""
+    by: str | None
+    """One of FLEET_BY."""
+    of: str
+    """One of FLEET_NEW."""
+    days: int
+    html: str | None
+    limit: int | None
+    json: bool
+    socket: str
+    socket_given: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     json: bool
     socket: str
@@ -207,13 +280,15 @@ class Doctor:
     socket_given: bool
 
 
-Command = Live | Top | Who | Usage | Web | Stats | Annotate | Report | Doctor
+Command = Live | Top | Who | Usage | Watch | Fleet | Web | Stats | Annotate | Report | Doctor
 
 _KINDS: dict[str, type[Command]] = {
     "live": Live,
     "top": Top,
     "who": Who,
     "usage": Usage,
+    "watch": Watch,
+    "fleet": Fleet,
     "web": Web,
     "stats": Stats,
     "annotate": Annotate,
@@ -221,7 +296,7 @@ _KINDS: dict[str, type[Command]] = {
     "doctor": Doctor,
 }
 _PARTS = {"choice": Choice, "origin": Origin}
-_FILES = ("save", "output")
+_FILES = ("save", "output", "html")
 
 T = TypeVar("T")
 
