@@ -6,9 +6,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
+
+from nlproto.client.client import DaemonClient
+from waiting import until
 
 SERVER = """
 import socket, sys, threading
@@ -148,6 +152,23 @@ chain post {
 """
 
 
+def flow_of(path: str, process: Process, **question: object) -> dict[str, Any]:
+    """The flow of a process among those that fit the question, from the daemon at `path`."""
+
+    def look() -> dict[str, Any] | None:
+        with DaemonClient(path) as asking:
+            flows = asking.who(**question)["flows"]  # type: ignore[arg-type]
+        return next((one for one in flows if one["pid"] == process.pid), None)
+
+    found: dict[str, Any] = until(look, 20, f"a flow of {process.pid} for {question}")
+    return found
+
+
+def became(flow: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What NAT made of a flow's ends."""
+    return tuple(flow[name] for name in ("nat_local", "nat_lport", "nat_remote", "nat_rport"))
+
+
 @contextmanager
 def place() -> Iterator[Place]:
     names = {one: f"ph{os.getpid()}{one}" for one in ("host", "box", "far")}
@@ -165,8 +186,10 @@ def place() -> Iterator[Place]:
                 sh(f"ip -n {name} link set {link} up")
             sh(f"ip -n {names[other]} route add default via 10.{net}.0.1")
             sh(f"ip -n {names[other]} -6 route add default via fd{net}::1")
-        found.run("host", "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1"
-                          " net.ipv4.conf.all.route_localnet=1")  # fmt: skip
+        switches = "ipv4/ip_forward ipv6/conf/all/forwarding ipv4/conf/all/route_localnet"
+        found.run(
+            "host", "tee " + " ".join(f"/proc/sys/net/{one}" for one in switches.split()), "1"
+        )
         yield found
     finally:
         found.end_all()

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from nlproto.client.client import DaemonClient
-from translating import PUBLISHED, place
+from translating import PUBLISHED, became, flow_of, place
 from waiting import until
 
 pytestmark = [
@@ -39,17 +39,7 @@ def flows(daemon, **question):
 
 
 def of(daemon, process, **question):
-    """The flow of a process among what fits the question."""
-
-    def look():
-        found = [one for one in flows(daemon, **question) if one["pid"] == process.pid]
-        return found[0] if found else None
-
-    return until(look, 20, f"a flow of {process.pid} for {question}")
-
-
-def became(flow):
-    return (flow["nat_local"], flow["nat_lport"], flow["nat_remote"], flow["nat_rport"])
+    return flow_of(daemon.path, process, **question)
 
 
 @pytest.mark.parametrize(
@@ -125,3 +115,137 @@ def test_saved_addresses_are_read_again(daemon, lab, tmp_path, ending):
     for row in mine:
         assert (row["nat_src"], row["nat_sport"]) == (client.address, client.port)
         assert (row["nat_dst"], row["nat_dport"]) == ("10.77.0.1", 8080)
+
+
+def who(daemon, *words):
+    """What `who` prints, in one line for each row."""
+    shown = subprocess.run(
+        [*HUNTER, "who", "--socket", daemon.path, *words],
+        env={**os.environ, "COLUMNS": "300"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return shown.stdout.splitlines()
+
+
+def test_who_shows_one_connection_with_both_addresses(daemon, lab):
+    serving = lab.server("box", 80, address="10.88.0.2")
+    client = lab.client("far", "10.77.0.1", 8080)
+    of(daemon, serving, port=client.port)
+    of(daemon, client, port=client.port)
+    until(lambda: any(one["forwarded"] for one in flows(daemon, port=client.port)))
+
+    def now():
+        lines = who(daemon, "--port", "8080")
+        until_seen = next((at for at, line in enumerate(lines) if line.strip() == "seen"), None)
+        held = [line for line in lines[:until_seen] if f".{serving.pid}" in line]
+        return (held, lines[until_seen:]) if held else None
+
+    held, seen = until(now, 20, "its socket of now")
+    assert "10.88.0.2.80 <> 10.77.0.2" in held[0] and " 10.77.0.1.8080 " in held[0]
+    (row,) = [line for line in seen if f".{serving.pid}" in line and "10.88.0.2.80" in line]
+    assert " 10.77.0.1.8080 " in row
+    (row,) = [line for line in seen if f".{client.pid}" in line and "10.77.0.1.8080" in line]
+    assert "<> 10.88.0.2.80" in row
+    # what passes through the host is theirs
+    assert not [line for line in seen if "forwarded" in line and str(client.port) in line]
+
+
+def test_masquerade_is_seen_from_both_sides(daemon, lab):
+    """A container that asks the world: by its own address, and by its host's."""
+    serving = lab.server("far", 443, address="10.77.0.2")
+    client = lab.client("box", "10.77.0.2", 443)
+    asks = of(daemon, client, port=443)
+    assert (asks["local"], asks["remote"]) == ("10.88.0.2", "10.77.0.2")
+    assert asks["nat_local"] == "10.77.0.1"
+    answers = of(daemon, serving, host="10.88.0.2")
+    assert (answers["remote"], answers["rport"]) == ("10.77.0.1", asks["nat_lport"])
+    assert became(answers) == ("10.77.0.2", 443, "10.88.0.2", client.port)
+    assert of(daemon, client, port=asks["nat_lport"])["pid"] == client.pid
+
+
+def test_a_container_that_asks_itself_by_its_published_port(daemon, lab):
+    """Hairpin: both ends change."""
+    serving = lab.server("box", 80, address="10.88.0.2")
+    client = lab.client("box", "10.77.0.1", 8080)
+    asks = of(daemon, client, port=8080)
+    assert (asks["remote"], asks["rport"]) == ("10.77.0.1", 8080)
+    assert (asks["nat_local"], asks["nat_remote"], asks["nat_rport"]) == (
+        "10.88.0.1", "10.88.0.2", 80)  # fmt: skip
+    answers = of(daemon, serving, port=8080)
+    assert (answers["remote"], answers["rport"]) == ("10.88.0.1", asks["nat_lport"])
+    assert became(answers) == ("10.77.0.1", 8080, "10.88.0.2", client.port)
+
+
+def test_connections_older_than_the_daemon_and_those_of_a_port_used_again(start, lab):
+    """The same client's port goes to another server: neither has the other's name."""
+    first = lab.server("box", 80, address="10.88.0.2")
+    old = lab.client("far", "10.77.0.1", 8080, own=45678)
+    daemon = start()
+    old.again()
+    flow = of(daemon, first, port=8080)
+    assert became(flow) == ("10.77.0.1", 8080, "10.77.0.2", 45678)
+    old.end()
+    first.end()
+    lab.run("host", "nft flush table inet nat")
+    lab.rules("chain pre {\n type nat hook prerouting priority -100\n"
+              " tcp dport 8080 dnat ip to 10.88.0.2:81\n}\n")  # fmt: skip
+    try:
+        second = lab.server("box", 81, address="10.88.0.2")
+        new = lab.client("far", "10.77.0.1", 8080, own=45678)
+        new.again()
+        flow = of(daemon, second, port=8080)
+        assert became(flow) == ("10.77.0.1", 8080, "10.77.0.2", 45678)
+        asked = of(daemon, new, port=8080)
+        assert asked["nat_rport"] == 81
+        assert of(daemon, first, port=8080)["lport"] == 80
+        assert of(daemon, old, port=8080)["nat_rport"] == 80
+    finally:
+        lab.run("host", "nft flush table inet nat")
+        lab.rules(PUBLISHED)
+
+
+def test_what_one_user_translates_is_not_told_of_another(daemon, lab):
+    """A namespace of somebody else's with the same tuples claims nothing."""
+    serving = lab.server("box", 80, address="10.88.0.2")
+    client = lab.client("far", "10.77.0.1", 8080)
+    of(daemon, serving, port=8080)
+    stranger = subprocess.Popen(
+        [sys.executable, "-c", STRANGER, str(client.port)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        if not (line := stranger.stdout.readline()):
+            pytest.skip("users may not make namespaces here")
+        pid = int(line)
+        until(lambda: [one for one in flows(daemon, port=client.port) if one["netns"] not in
+                       map(lab.inode, ("host", "box", "far"))])  # fmt: skip
+        others = [one for one in flows(daemon, port=client.port) if one["pid"] == pid]
+        assert others and {one["nat_lport"] for one in others} == {None}
+        assert pid not in {one["pid"] for one in flows(daemon, port=8080)}
+    finally:
+        stranger.kill()
+        stranger.communicate()
+
+
+STRANGER = """
+import ctypes, os, socket, subprocess, sys, time
+libc, port = ctypes.CDLL(None), int(sys.argv[1])
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+if libc.unshare(0x10000000 | 0x40000000):  # CLONE_NEWUSER, CLONE_NEWNET
+    sys.exit()
+libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: its uid_map is its own again
+open("/proc/self/uid_map", "w").write("0 65534 1")
+for words in ("link set lo up", "addr add 10.88.0.2/32 dev lo", "addr add 10.77.0.2/32 dev lo"):
+    subprocess.run(["ip", *words.split()], check=True)
+with socket.create_server(("10.88.0.2", 80)) as server, socket.socket() as peer:
+    peer.bind(("10.77.0.2", port))
+    peer.connect(("10.88.0.2", 80))
+    other, _ = server.accept()
+    print(os.getpid(), flush=True)
+    while True:
+        peer.send(b"x"), other.recv(1), other.send(b"x"), peer.recv(1)
+        time.sleep(0.05)
+"""

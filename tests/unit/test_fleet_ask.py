@@ -215,6 +215,24 @@ def test_through_nat_of_the_server_s_machine(folder):
         assert joined(ends(store, Wanted())) == {("a curl", "b nginx")}
 
 
+def test_ports_need_not_tell_who_asked(folder):
+    """NTP has one port at both ends; a published port may be higher than the client's."""
+    folder.flow("a", "10.0.0.1:123", "10.0.0.2:123", "chronyd", protocol=17)
+    folder.flow("b", "10.0.0.2:123", "10.0.0.1:123", "ntpd", protocol=17)
+    folder.flow("c", "10.0.0.3:40000", "10.0.0.2:50000", "curl")
+    folder.flow(
+        "b", "172.17.0.2:80", "10.0.0.3:40000", "nginx",
+        nat_laddr="10.0.0.2", nat_lport=50000, nat_raddr="10.0.0.3", nat_rport=40000,
+    )  # fmt: skip
+    folder.flow("d", "10.0.0.4:6000", "10.0.0.5:7000", "asks", initiated=True)
+    folder.flow("e", "10.0.0.5:7000", "10.0.0.4:6000", "serves", initiated=False)
+    folder.flow("f", "10.0.0.6:9", "10.0.0.6:9", "itself", protocol=17)
+    with folder.open() as store:
+        found = joined(ends(store, Wanted()))
+    assert {("c curl", "b nginx"), ("d asks", "e serves"), ("f itself", "f itself")} <= found
+    assert len(found & {("a chronyd", "b ntpd"), ("b ntpd", "a chronyd")}) == 1
+
+
 def test_through_nat_of_a_machine_on_the_way(folder):
     """It masquerades and redirects; only its forwarded flow tells both."""
     folder.flow("a", "10.0.0.1:40000", "10.9.0.1:8080", "curl")

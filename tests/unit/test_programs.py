@@ -22,6 +22,7 @@ INTEGRITY, CONFIDENTIALITY = "none [integrity] confidentiality", "none integrity
         (errno.EPERM, NET_ADMIN, "", "it needs CAP_PERFMON, CAP_BPF; run it as root"),
         (errno.EPERM, SYS_ADMIN, INTEGRITY, "vendor lets nobody trace its functions"),
         (errno.EPERM, ENOUGH, CONFIDENTIALITY, "lockdown=confidentiality"),
+        (errno.EINVAL, ENOUGH, "", "older libbpf (before 1.4) needs CAP_SYS_ADMIN"),
         (errno.EACCES, ENOUGH, "", "refuses its programs (Permission denied)"),
     ],
 )

@@ -18,6 +18,7 @@ import numpy as np
 
 from nlproto._host import ffi, lib
 from nlproto.records.clock import Clock
+from nlproto.records.ends import Translated
 from nlproto.records.wire import PROTO_NAMES, address_text, among, dtype_of, how_name, taken, text
 from nlproto.records.wire import lib as wire
 from nlproto.tables.column_table import ColumnTable, mix, numbers, part_of, with_fields
@@ -35,6 +36,7 @@ __all__ = [
     "matching",
     "network_words",
     "payers_of",
+    "translated_fields",
 ]
 
 _LAST, _NAT, _SUMS, _TIMES, _TCP = 3, 4, 5, 6, 7
@@ -388,22 +390,31 @@ _FLAGS = {
 }
 
 
+def translated_fields(family: int, became: Translated | None) -> dict[str, str | int | None]:
+    """What NAT made of the ends of a flow or socket, as it goes to a client."""
+    names = ("nat_local", "nat_lport", "nat_remote", "nat_rport")
+    if became is None:
+        return dict.fromkeys(names)
+    near, lport, far, rport = became
+    values = address_text(family, near), lport, address_text(family, far), rport
+    return dict(zip(names, values, strict=True))
+
+
 def flow_fields(flow: np.void) -> dict[str, Any]:
     """One FLOW of the history as it goes to a client."""
     family, named = int(flow["family"]), bool(flow["tgid"])
     flags = int(flow["flags"])
-    became: tuple[str | int | None, ...] = (None,) * 4
+    became: Translated | None = None
     if flow["nat_lport"]:
         near, far = (address_bytes(flow[f"nat_{side}addr"]) for side in "lr")
-        ports = int(flow["nat_lport"]), int(flow["nat_rport"])
-        became = (address_text(family, near), ports[0], address_text(family, far), ports[1])
+        became = near, int(flow["nat_lport"]), far, int(flow["nat_rport"])
     return {
         "proto": PROTO_NAMES.get(int(flow["proto"]), str(int(flow["proto"]))),
         "local": address_text(family, address_bytes(flow["laddr"])),
         "lport": int(flow["lport"]),
         "remote": address_text(family, address_bytes(flow["raddr"])),
         "rport": int(flow["rport"]),
-        **dict(zip(("nat_local", "nat_lport", "nat_remote", "nat_rport"), became, strict=True)),
+        **translated_fields(family, became),
         "forwarded": bool(flow["forwarded"]),
         "pid": int(flow["tgid"]) if named else None,
         "start_ns": int(flow["start_ns"]) if named else None,

@@ -14,13 +14,15 @@ import msgspec
 import numpy as np
 
 from daemon.history.memory import End, FlowMemory, Question, flow_fields
+from daemon.history.recorder import Recorder
 from daemon.serve.now import Looking, holder, sockets_now
 from daemon.serve.requests import History as HistoryRequest
-from daemon.serve.requests import Lookup, LookupKey, OwnerOf, Usage, Who
+from daemon.serve.requests import Lookup, LookupKey, News, OwnerOf, Usage, Who
 from daemon.serve.usage import Sums, usage
 from nlproto.errors import UsageError
 from nlproto.host.kernel_sockets import KernelSockets
 from nlproto.overheard.names import is_of_resolver, number_of
+from nlproto.overheard.translations import Translations
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records.wire import PROTO_NAMES
 from nlproto.tables.flows import pack_address
@@ -104,8 +106,9 @@ class Answers:
     """Unix time: what was seen later is still known."""
     name_of: Callable[[int], str] = lambda number: ""
     """The name of a flow's far end."""
-    nat_cut: Callable[[], bool] = lambda: False
-    """Whether connections were translated that are not known."""
+    translations: Translations | None = None
+    """What NAT does now."""
+    recorder: Recorder | None = None
     sums: Sums = lambda since_ns, stop: ({}, {})
 
     def is_cheap(self, request: OwnerOf) -> bool:
@@ -227,7 +230,7 @@ class Answers:
             "flows": flows,
             "total": total,
             "processes": room.fill(self._processes(keys, uid, stop)),
-            "nat_cut": self.nat_cut(),
+            "nat_cut": self.translations is not None and self.translations.cut,
             "truncated": room.truncated or total > len(flows) or owners_total > len(owners_now),
         }
 
@@ -235,6 +238,25 @@ class Answers:
         """Who used how much (daemon.serve.usage)."""
         found = usage(request, uid, self.sums, self.name_of, stop)
         return found | {"since": self.remembers_since()}
+
+    def news(
+        self, request: News, uid: int | None, stop: Stop = _never, room: Room | None = None
+    ) -> dict[str, Any]:
+        """What was seen first, each with its process as far as it is known."""
+        room = room or Room()
+        if self.recorder is None:
+            raise UsageError("what is new is known by a history on disk")
+        since_ns = max(0, time.time_ns() - int(request.since * 1e9))
+        unseen_ns, limit = int(request.unseen * 1e9), request.limit
+        found = self.recorder.news(request.kind, since_ns, unseen_ns, uid, limit + 1)
+        keys = {(one["pid"], one["start_ns"]): None for one in found[:limit]}
+        news = room.fill(found[:limit])
+        return {
+            "news": news,
+            "processes": room.fill(self._processes(keys, uid, stop)),
+            "since": self.recorder.known_since(),
+            "truncated": room.truncated or len(found) > limit,
+        }
 
     def _domain(self, number: int, uid: int | None) -> str:
         """What a resolver asked for others is for who sees everything."""
@@ -254,7 +276,7 @@ class Answers:
         """How many sockets there are now, and the first of them."""
         if self.kernel is None:
             return 0, []
-        total, found = sockets_now(self.pipeline, self.kernel, question, looking)
+        total, found = sockets_now(self.pipeline, self.kernel, question, looking, self.translations)
         for one in found:
             looking.stop()
             process = self.pipeline.processes.get(one["pid"], one["start_ns"])

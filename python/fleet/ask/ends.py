@@ -44,7 +44,8 @@ SELECT row_number() OVER () AS id, host, boot, netns, cookie, protocol, laddr, l
     forwarded, tgid, start_ns, any_value(coalesce(program, comm)) AS program,
     any_value("user") AS "user", any_value(unit) AS unit, any_value(container) AS container,
     any_value(container_name) AS container_name, any_value(pod) AS pod,
-    any_value(client) AS client, arg_max(how, last_ns) AS how, bit_or(flags) AS flags,
+    any_value(client) AS client, any_value(initiated) AS initiated,
+    arg_max(how, last_ns) AS how, bit_or(flags) AS flags,
     max(domain) AS domain, arg_max(nat_laddr, last_ns) AS nat_laddr,
     arg_max(nat_lport, last_ns) AS nat_lport, arg_max(nat_raddr, last_ns) AS nat_raddr,
     arg_max(nat_rport, last_ns) AS nat_rport, min(first_ns) AS first_ns, max(last_ns) AS last_ns,
@@ -86,7 +87,11 @@ SELECT DISTINCT c.id AS c, s.id AS s, c.host AS ch, s.host AS sh,
 FROM way cw JOIN way sw ON cw.protocol = sw.protocol AND cw.la = sw.ra AND cw.lp = sw.rp
         AND cw.ra = sw.la AND cw.rp = sw.lp
     JOIN end_ c ON c.id = cw.id JOIN end_ s ON s.id = sw.id
-WHERE c.id <> s.id AND c.client AND NOT s.client
+WHERE c.id <> s.id AND c.initiated IS NOT false AND s.initiated IS NOT true
+    -- where nobody told who asked: the higher port, of its own ports, not of those that NAT made
+    AND (c.initiated OR NOT s.initiated
+         OR (c.initiated IS NULL AND s.initiated IS NULL
+             AND (c.lport, c.laddr) > (s.lport, s.laddr)))
     AND c.first_ns <= s.last_ns + {_WIDE_NS} AND s.first_ns <= c.last_ns + {_WIDE_NS}
     -- an address of loopback is another one in each namespace
     AND (NOT (starts_with(cw.la, '127.') OR cw.la = '::1' OR starts_with(cw.ra, '127.'))
@@ -170,6 +175,12 @@ def ends(store: Store, wanted: Wanted) -> list[dict[str, Any]]:
     partial = {one.name: one for one in hosts_of(store) if not one.whole}
     for row in store.rows(_ALONE):
         side = {name: row[name] for name in _SIDE}
+        if (row["laddr"], row["lport"]) == (row["raddr"], row["rport"]):  # it talks to itself
+            found.append(
+                {"protocol": row["protocol"], "client": side, "server": side}
+                | {"ambiguous": False, "reason": None}
+            )
+            continue
         found.append(
             {
                 "protocol": row["protocol"],

@@ -12,7 +12,7 @@ from nlproto.errors import UsageError
 
 __all__ = ["CLIENT", "NAMED", "Wanted", "condition"]
 
-CLIENT = "coalesce(f.initiated, f.lport > f.rport)"
+CLIENT = "coalesce(f.initiated, (f.lport, f.laddr) > (f.rport, f.raddr))"
 """Whether this end asked: where nobody told us, the end with the higher port."""
 
 NAMED = f"""

@@ -15,7 +15,7 @@ from hunter.show import names
 from hunter.show.console import Row, put
 from hunter.show.programs import place
 from hunter.show.text import plain
-from hunter.who.who_show import clock, service_of
+from hunter.who.who_show import clock, service_of, without_legs
 
 __all__ = ["show_groups", "summed"]
 
@@ -60,7 +60,7 @@ def summed(answer: Mapping[str, Any], options: Who) -> dict[str, Any]:
     """Return the sums of op "who"'s reply: most bytes first, then most sockets."""
     processes = {(one["tgid"], one["start_ns"]): one for one in answer["processes"]}
     groups: dict[str, _Group] = {}
-    for entry in (*answer["owners"], *answer["flows"]):
+    for entry in (*answer["owners"], *without_legs(answer["flows"])):
         process = processes.get((entry["pid"], entry["start_ns"]))
         name = _name(entry, process, options)
         if name is None:

@@ -20,7 +20,6 @@ from nlproto.errors import Error
 __all__ = ["NoBpf", "Object", "Program", "Ring", "has_target", "root_cgroup"]
 
 _LIBRARY = "libbpf.so.1"
-_TYPES = b"/sys/kernel/btf/vmlinux"
 _BTF_KIND_TYPEDEF, _BTF_KIND_FUNC = 8, 12
 _INFO_BYTES = 256  # struct bpf_prog_info; what a kernel does not know stays 0
 _PACKET_BYTES = 64  # the least that every kernel takes
@@ -35,15 +34,6 @@ struct bpf_test_run_opts {
     const void *data_in; void *data_out; uint32_t data_size_in, data_size_out;
     const void *ctx_in; void *ctx_out; uint32_t ctx_size_in, ctx_size_out;
     uint32_t retval; int repeat; uint32_t duration, flags, cpu, batch_size;
-};
-struct bpf_object_open_opts {
-    size_t sz;
-    const char *object_name;
-    bool relaxed_maps;
-    const char *pin_root_path;
-    uint32_t unused;
-    const char *kconfig;
-    const char *btf_custom_path;
 };
 void *libbpf_set_print(void *print);
 struct bpf_object *bpf_object__open_file(const char *path, const void *opts);
@@ -212,20 +202,10 @@ class Program:
 class Object:
     """A compiled object: opened, then its programs chosen, then loaded; close() ends all of it."""
 
-    def __init__(self, path: Path, *, modules: bool = True) -> None:
-        """`modules`: it reads types of the kernel's modules, too.
-
-        libbpf before 1.2 needs CAP_SYS_ADMIN to look for those, and looks for any type that the
-        kernel itself has not.
-        """
+    def __init__(self, path: Path) -> None:
         self._library = _open_library()
         self._links: list[Any] = []
-        options: Any = _ffi.new("struct bpf_object_open_opts *")
-        options.sz = _ffi.sizeof("struct bpf_object_open_opts")
-        types = _ffi.new("char[]", _TYPES)
-        if not modules:
-            options.btf_custom_path = types
-        self._handle = self._library.bpf_object__open_file(os.fsencode(path), options)
+        self._handle = self._library.bpf_object__open_file(os.fsencode(path), _ffi.NULL)
         if self._handle == _ffi.NULL:
             why = os.strerror(_ffi.errno)
             raise NoBpf(f"{path} cannot be opened ({why}): install packet-hunter anew")

@@ -86,7 +86,7 @@ def _load_whole(ring_bytes: int) -> Object:
     """The object with every program whose function is there. Raises NoBpf with the reason."""
     if not OBJECT.exists():
         raise NoBpf("its programs were not compiled: ./build.sh does it where clang is")
-    opened = Object(OBJECT, modules=False)
+    opened = Object(OBJECT)
     try:
         known = _targets(opened)
         for program in opened.programs.values():
@@ -130,6 +130,9 @@ def why_refused(error: OSError, capabilities: int, lockdown: str) -> str:
     missing = [name for name, bit in _CAPABILITIES.items() if not capabilities >> bit & 1]
     if missing and not capabilities >> _CAP_SYS_ADMIN & 1:
         return f"it needs {', '.join(missing)}; run it as root"
+    if error.errno == errno.EINVAL and not capabilities >> _CAP_SYS_ADMIN & 1:
+        # it looks into the kernel's modules for what this kernel lacks, and gives up
+        return "an older libbpf (before 1.4) needs CAP_SYS_ADMIN for all of it"
     if "[confidentiality]" in lockdown:
         return "this kernel lets nobody read it (lockdown=confidentiality)"
     if error.errno == errno.EPERM:  # what the verifier does not believe is EACCES
