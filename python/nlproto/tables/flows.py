@@ -41,7 +41,8 @@ and the higher end, and "out" is from the lower one. Addresses are the 16 bytes 
 as two numbers. Times are CLOCK_MONOTONIC ns. Packets and bytes are those of the wire, after
 segmentation. how, uid, inode and comm are the last record's; flags has all that were set. nat_
 fields are what NAT made of the ends; nat_lport 0: not known that it changed any. tcp_in and
-tcp_out have the TCP flags of all packets that way. opened: who sent the SYN, 1 this end, 2 the other. rtt_us and retransmits are of the connection,
+tcp_out have the TCP flags of all packets that way. opened is
+who sent the SYN: 1 this end, 2 the other one. rtt_us and retransmits are of the connection,
 where flags has LOOKED: the history has them, summarize() does not."""
 
 LOOKED = 1 << 15
