@@ -247,51 +247,55 @@ static bool use_is_over(const struct sniffer_owner *owner)
 	       sniffer_process_is(user, current);
 }
 
+/* Under RCU. The rest of sniffer_use(), where what is known of @owner does not say it all. */
+static noinline bool use_find_out(struct sock *sk, struct sniffer_owner *owner, bool called)
+{
+	struct sniffer_gain gain = {
+		.tid = current->pid, .fd = -1, .sock = READ_ONCE(sk->sk_socket),
+	};
+
+	if (!use_is_process(current))
+		return true;
+	if (!sniffer_owner_wants(sk))
+		return called || use_is_of_parent(sk);
+	/* without a file it is the kernel's, which only made it here (nvmet) */
+	if (gain.sock && !READ_ONCE(gain.sock->file))
+		return false;
+	if (!called && owner && use_is_over(owner))
+		return true;
+	if (!use_is_mine(&gain, owner, sk, called))
+		return false;
+	gain.inode = sniffer_owner_inode(sk);
+	use_gain(sk, &gain);
+	return true;
+}
+
 /**
  * sniffer_use - the current process uses a socket, or seems to
  * @sk: full socket; from a probe or from LOCAL_OUT in trusted context
  * @called: from a probe: current has called for this very socket
  * @found: set to the socket's entry, or NULL; may be NULL itself
  *
- * Under RCU, or with preemption off.
- *
  * Return: false when the use is another one's.
  */
 bool sniffer_use(struct sock *sk, bool called, struct sniffer_owner **found)
 {
-	struct sniffer_gain gain = { .tid = current->pid, .fd = -1 };
-	u64 cookie = atomic64_read(&sk->sk_cookie);
 	struct sniffer_owner *owner;
-	bool mine;
+	struct socket *sock;
+	bool mine = true;
+	u64 cookie;
 
 	rcu_read_lock();
-	gain.sock = READ_ONCE(sk->sk_socket);
+	sock = READ_ONCE(sk->sk_socket);
+	cookie = atomic64_read(&sk->sk_cookie);
 	owner = cookie ? sniffer_owner_find(cookie) : NULL;
+	if (unlikely(!owner || !sock || !READ_ONCE(sock->file) || !use_is_known(owner, sk))) {
+		mine = use_find_out(sk, owner, called);
+		if (found && !owner)
+			owner = sniffer_owner_find(atomic64_read(&sk->sk_cookie));
+	}
 	if (found)
 		*found = owner;
-	/* without a file it is the kernel's, which only made it here (nvmet) */
-	mine = owner && gain.sock && READ_ONCE(gain.sock->file) && use_is_known(owner, sk);
-	if (likely(mine)) {
-		rcu_read_unlock();
-		return true;
-	}
-	if (!use_is_process(current)) {
-		mine = true;
-	} else if (!sniffer_owner_wants(sk)) {
-		mine = called || use_is_of_parent(sk);
-	} else if (gain.sock && !READ_ONCE(gain.sock->file)) {
-		mine = false;
-	} else if (!called && owner && use_is_over(owner)) {
-		mine = true;
-	} else if (use_is_mine(&gain, owner, sk, called)) {
-		gain.inode = sniffer_owner_inode(sk);
-		use_gain(sk, &gain);
-		mine = true;
-	} else {
-		mine = false;
-	}
-	if (found && !owner)
-		*found = sniffer_owner_find(atomic64_read(&sk->sk_cookie));
 	rcu_read_unlock();
 	return mine;
 }
