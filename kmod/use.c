@@ -164,17 +164,15 @@ static bool use_is_possible(struct sniffer_gain *gain, const struct sniffer_owne
 static bool use_is_of_parent(struct sock *sk)
 {
 	struct sniffer_gain gain = { .sock = READ_ONCE(sk->sk_socket) };
-	struct sniffer_owner *owner = NULL;
-	struct sniffer_proc *user = NULL;
+	struct sniffer_owner *owner;
+	struct sniffer_proc *user;
 	bool uses;
 	u64 inode;
 
 	rcu_read_lock();
 	inode = sniffer_owner_inode(sk);
-	if (inode)
-		owner = sniffer_owner_find_inode(inode);
-	if (owner)
-		user = rcu_dereference(owner->user);
+	owner = inode ? sniffer_owner_find_inode(inode) : NULL;
+	user = owner ? rcu_dereference(owner->user) : NULL;
 	uses = (user && sniffer_process_is(user, current)) ||
 	       use_is_possible(&gain, owner, sk, false);
 	rcu_read_unlock();
@@ -247,19 +245,18 @@ static bool use_is_over(const struct sniffer_owner *owner)
 	       sniffer_process_is(user, current);
 }
 
-/* Under RCU. The rest of sniffer_use(), where what is known of @owner does not say it all. */
+/* Under RCU. sniffer_use() where what is known of @owner does not say it all. */
 static noinline bool use_find_out(struct sock *sk, struct sniffer_owner *owner, bool called)
 {
-	struct sniffer_gain gain = {
-		.tid = current->pid, .fd = -1, .sock = READ_ONCE(sk->sk_socket),
-	};
+	struct socket *sock = READ_ONCE(sk->sk_socket);
+	struct sniffer_gain gain = { .tid = current->pid, .fd = -1, .sock = sock };
 
 	if (!use_is_process(current))
 		return true;
 	if (!sniffer_owner_wants(sk))
 		return called || use_is_of_parent(sk);
 	/* without a file it is the kernel's, which only made it here (nvmet) */
-	if (gain.sock && !READ_ONCE(gain.sock->file))
+	if (sock && !READ_ONCE(sock->file))
 		return false;
 	if (!called && owner && use_is_over(owner))
 		return true;
@@ -276,20 +273,21 @@ static noinline bool use_find_out(struct sock *sk, struct sniffer_owner *owner, 
  * @called: from a probe: current has called for this very socket
  * @found: set to the socket's entry, or NULL; may be NULL itself
  *
+ * Under RCU, or with preemption off.
+ *
  * Return: false when the use is another one's.
  */
 bool sniffer_use(struct sock *sk, bool called, struct sniffer_owner **found)
 {
+	const struct socket *sock;
 	struct sniffer_owner *owner;
-	struct socket *sock;
-	bool mine = true;
-	u64 cookie;
+	bool mine;
 
 	rcu_read_lock();
 	sock = READ_ONCE(sk->sk_socket);
-	cookie = atomic64_read(&sk->sk_cookie);
-	owner = cookie ? sniffer_owner_find(cookie) : NULL;
-	if (unlikely(!owner || !sock || !READ_ONCE(sock->file) || !use_is_known(owner, sk))) {
+	owner = sniffer_owner_find(atomic64_read(&sk->sk_cookie));
+	mine = owner && sock && READ_ONCE(sock->file) && use_is_known(owner, sk);
+	if (unlikely(!mine)) {
 		mine = use_find_out(sk, owner, called);
 		if (found && !owner)
 			owner = sniffer_owner_find(atomic64_read(&sk->sk_cookie));
