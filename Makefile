@@ -74,6 +74,8 @@ bench-start: tools ## the first look at 50,000 sockets, beside psutil and lsof (
 	PYTHONPATH=python $(PYTHON) bench/start_cost.py
 bench-hunter: tools ## top with 10,000 flows, annotate with 1 GB
 	PYTHONPATH=python $(PYTHON) bench/hunter_cost.py
+bench-fleet: tools ## 2,000 hosts with TLS and keys at one server and one collector
+	PYTHONPATH=python:tests:bench $(PYTHON) bench/fleet_load.py
 bench-accuracy: tools ## beside nethogs, ss, psutil, tcplife, tcpconnect; all scenarios, both engines (root)
 	PYTHONPATH=python:tests/vm:bench $(PYTHON) bench/accuracy_everywhere.py $(WHERE)
 
@@ -90,4 +92,4 @@ clean: ## remove what was built, .venv too
 distclean: ## clean, and what tests keep in ~/.cache/packet-hunter (kernels, modules, boxes)
 	@./build.sh distclean
 
-.PHONY: bench-history help run demo test tools lint test-unit test-host test-vm test-attribution test-ebpf test-matrix test-kasan test-vagrant test-browser test-packages test-bare fuzz nonsense attack soak bench bench-kernel bench-daemon bench-memory bench-start bench-hunter bench-accuracy menu deb clean distclean
+.PHONY: bench-history help run demo test tools lint test-unit test-host test-vm test-attribution test-ebpf test-matrix test-kasan test-vagrant test-browser test-packages test-bare fuzz nonsense attack soak bench bench-kernel bench-daemon bench-memory bench-start bench-hunter bench-fleet bench-accuracy menu deb clean distclean

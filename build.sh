@@ -67,7 +67,8 @@ PATH=$PATH:/usr/sbin:/sbin
 want python3 python3
 want gcc gcc
 want make make
-# engine ebpf's: installed with the others where this can install, else done without
+# engine ebpf's: installed or named with the others; where they alone are missing, root installs
+# them and who is not root is told and goes on
 bpf=
 if [ ! -e python/nlproto/engines/hunter.bpf.o ] || [ "$tools" = yes ]; then
 	command -v clang >/dev/null 2>&1 || bpf="$bpf clang"
@@ -121,7 +122,7 @@ fi
 if [ "$fuzz" = yes ] && [ ! -e "$(clang -print-file-name=libclang_rt.fuzzer-x86_64.a 2>/dev/null)" ]; then
 	missing="$missing libclang-rt-dev"
 fi
-if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then missing="$missing$bpf"; fi
+if [ -n "$missing" ] || { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; }; then missing="$missing$bpf"; fi
 if [ -n "$missing" ]; then
 	command -v apt-get >/dev/null 2>&1 || die "needs$missing; install them with this system's package manager"
 	install="apt-get install -y --no-install-recommends$missing"
@@ -158,7 +159,7 @@ cp python/packet-hunter.pth .venv/lib/python3*/site-packages/
 
 # --- the programs of engine ebpf
 if ! command -v clang >/dev/null 2>&1; then
-	[ -e python/nlproto/engines/hunter.bpf.o ] || say "going on without engine ebpf, which wants$bpf"
+	[ -e python/nlproto/engines/hunter.bpf.o ] || say "going on without engine ebpf; for it install$bpf and run this again"
 elif ! make -s -C bpf; then
 	say "engine ebpf not built: see clang's words above (going on without it)"
 fi
@@ -180,14 +181,14 @@ fi
 if [ ! -e "/lib/modules/$(uname -r)/build" ]; then
 	reason="the running kernel's headers are missing, and apt-get knows no $headers"
 	[ -e /proc/modules ] || reason="this kernel takes no modules (no /proc/modules)"
-	[ "$module" = wanted ] || die "kmod/sniffer.ko not built: $reason; or ./build.sh --no-module for engine packet"
+	[ "$module" = wanted ] || die "kmod/sniffer.ko not built: $reason; or ./build.sh --no-module for the other engines"
 	say "kmod/sniffer.ko not built: $reason (going on without)"
 	exit 0
 fi
 if make -s -C kmod; then
 	say "built kmod/sniffer.ko for $(uname -r)"
 elif [ "$module" = required ]; then
-	die "kmod/sniffer.ko not built: see the compiler's words above; or ./build.sh --no-module for engine packet"
+	die "kmod/sniffer.ko not built: see the compiler's words above; or ./build.sh --no-module for the other engines"
 else
 	say "kmod/sniffer.ko not built: see the compiler's words above (going on without)"
 fi

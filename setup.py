@@ -23,5 +23,10 @@ class BuildWithGuard(build_py):
 setup(
     cmdclass={"build_py": BuildWithGuard},
     cffi_modules=["python/build_wire.py:builder", "python/build_host.py:builder"],
-    scripts=["python/scripts/packet-hunter", "python/scripts/packet-hunterd"],
+    scripts=[
+        "python/scripts/packet-hunter",
+        "python/scripts/packet-hunterd",
+        "python/scripts/packet-hunter-export",
+        "python/scripts/packet-hunter-collect",
+    ],
 )

@@ -2,10 +2,10 @@
 """What the module costs everybody, in instructions: python bench/kernel_cost.py [--rounds N]
 
 A guest with one processor under `-icount shift=2` plays bench/workload.c without the module, with
-it, and with one reader of its records or of its flows; beside them tcpdump, nethogs, and a module
-that sends each packet to its reader alone (bench/unicast). There a nanosecond is a quarter of an
-instruction, whatever else this machine does. Sender, receiver and reader share the processor, so
-all of it is counted.
+it, and with one reader of its records or of its flows; beside them tcpdump, nethogs, engine ebpf
+with its reader in Python, and a module that sends each packet to its reader alone (bench/unicast).
+There a nanosecond is a quarter of an instruction, whatever else this machine does. Sender, receiver
+and reader share the processor, so all of it is counted.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ CONFIGURATIONS = {
     "unloaded": "module not loaded",
     "tcpdump": "tcpdump -i lo -w /dev/null",
     "nethogs": "nethogs -t -a -d 1",
+    "ebpf": "engine ebpf, one reader",
     "unicast": "one message a packet, one reader",
     "loaded": "loaded, nobody listens",
     "reader": "loaded, one reader",
@@ -46,7 +47,7 @@ WORKLOADS = {
     "make": "make -j2 of twelve C files",
 }
 SCRIPT = """\
-sh bench/kernel_guest.sh "$PACKET_HUNTER_SHARED" {rounds} {configurations} \\
+PYTHON="{python}" sh bench/kernel_guest.sh "$PACKET_HUNTER_SHARED" {rounds} {configurations} \\
     >"$PACKET_HUNTER_SHARED/shown" 2>"$PACKET_HUNTER_SHARED/errors"
 echo $? >"$PACKET_HUNTER_SHARED/status"
 """
@@ -61,7 +62,9 @@ def measure(module: Path | None, rounds: int, configurations: list[str]) -> tupl
     """
     kernel = unpack(KERNELS["6.1"], cache_directory())
     module = module or build_module(ROOT, kernel, cache_directory())
-    script = SCRIPT.format(rounds=rounds, configurations=" ".join(configurations))
+    script = SCRIPT.format(
+        python=sys.executable, rounds=rounds, configurations=" ".join(configurations)
+    )
     guest = Guest(
         kernel, ["sh", "-c", script], cpus=1, directory=ROOT, qemu=[f"-icount shift={SHIFT}"]
     )
@@ -126,11 +129,14 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
+    parser.add_argument(
+        "--only", nargs="+", choices=CONFIGURATIONS, help="these columns; RESULTS.md stays as it is"
+    )
     parser.add_argument("--module", type=Path, help="another sniffer.ko; RESULTS.md stays as it is")
     arguments = parser.parse_args()
-    configurations = list(CONFIGURATIONS)
+    configurations = arguments.only or list(CONFIGURATIONS)
     for tool in ("tcpdump", "nethogs"):
-        if shutil.which(tool) is None:
+        if tool in configurations and shutil.which(tool) is None:
             print(f"bench: no column for {tool}: apt install {tool}", file=sys.stderr)
             configurations.remove(tool)
     try:
@@ -139,7 +145,7 @@ def main() -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     body = report(figures, configurations)
-    if arguments.module:
+    if arguments.module or arguments.only:
         print(body)
         return 0
     put(

@@ -3,9 +3,9 @@
 # In the guest: plays each workload ROUNDS times in each configuration and prints
 # "CONFIGURATION WORKLOAD NANOSECONDS" lines. kernel_guest.sh DIRECTORY ROUNDS CONFIGURATION...
 # DIRECTORY has sniffer.ko, unicast.ko, workload and reader. The module is loaded before the first
-# configuration that wants it; those of others come before.
+# configuration that wants it; those of others come before. PYTHON has what nlproto imports.
 set -eu
-directory=$1 rounds=$2
+directory=$1 rounds=$2 tree=$PWD
 shift 2
 ip link set lo up
 # shellcheck disable=SC3045 # every shell of the guest has it
@@ -47,7 +47,7 @@ play warm >/dev/null
 for configuration; do
 	beside=
 	case $configuration in
-	unloaded | tcpdump | nethogs) ;;
+	unloaded | tcpdump | nethogs | ebpf) ;;
 	unicast) insmod "$directory/unicast.ko" ;;
 	*) [ -e /sys/module/sniffer ] || insmod "$directory/sniffer.ko" ;;
 	esac
@@ -61,6 +61,10 @@ for configuration; do
 	tcpdump)
 		beside tcpdump -i lo -w /dev/null
 		await 'listening on'
+		;;
+	ebpf)
+		beside env PYTHONPATH="$tree/python" "$PYTHON" "$tree/bench/ebpf_reader.py"
+		await joined
 		;;
 	nethogs)
 		beside nethogs -t -a -d 1

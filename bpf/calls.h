@@ -367,10 +367,6 @@ int BPF_PROG(part_leave, struct pt_regs *regs, long ret)
 		if (!ret)
 			calls_closed(current);
 		break;
-	case __NR_io_uring_register:
-		key_of(current, &who);
-		settle_rings(&who);
-		break;
 	case __NR_setuid:
 	case __NR_setreuid:
 	case __NR_setresuid:

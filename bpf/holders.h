@@ -108,7 +108,7 @@ __noinline int process_has(u64 leader_address, u64 file, s32 hint, u32 walk)
 
 	if (!leader)
 		return 0;
-	found = task_scan(leader_address, file, hint, walk);
+	found = task_has(leader_address, file, hint, walk);
 	signal = BPF_CORE_READ(leader, signal);
 	if (found || BPF_CORE_READ(signal, nr_threads) < 2)
 		return found;
@@ -220,31 +220,49 @@ static long census_task(u32 i, struct census *c)
 }
 
 /*
- * A process had a socket by an io_uring, and one of its has lost files or is
- * closed: does another have it still? What no descriptor refers to is taken for
- * a ring's.
+ * The user has no descriptor of a socket, but may have it by an io_uring. What
+ * no descriptor refers to is taken for a ring's, if he has one.
  */
-__noinline int in_ring(u64 leader, u64 file, u32 many)
+__noinline int in_ring(u64 cookie, u32 closing)
 {
-	struct census c = { .file = file, .seek = 1 };
+	struct owner *o = owner_find(cookie);
+	struct census c = { .seek = 1 };
+	struct proc *proc;
+	struct key user;
+	u64 leader;
 
-	if (!leader)
+	if (!o)
 		return 0;
-	census_table(leader, &c);
-	if (!c.rings || !many)
-		return c.rings;
-	c.seek = c.count = 0;
-	c.pos = c.first = leader + bpf_core_field_offset(struct task_struct, tasks);
-	bpf_loop(1 << 20, census_task, &c, 0);
-	return file_refs(file) > c.count;
+	user = o->user;
+	c.file = o->file;
+	proc = bpf_map_lookup_elem(&procs, &user);
+	leader = process_leader(&user);
+	if (!proc || !leader || !c.file || !(o->ring || proc->ring_files))
+		return 0;
+	if (proc->ring_numbers)
+		c.rings = 1;
+	else
+		census_table(leader, &c);
+	if (c.rings && (o->many || proc->forked > o->since)) {
+		c.seek = c.count = 0;
+		c.pos = c.first = leader + bpf_core_field_offset(struct task_struct, tasks);
+		bpf_loop(1 << 20, census_task, &c, 0);
+		c.rings = file_refs(c.file) > c.count + closing;
+	}
+	if (c.rings)
+		owner_ring(o, &user);
+	return c.rings;
 }
 
-/* The user of a socket may have let go of it: who has it now is named. */
-__noinline int settle(u64 cookie, u32 rings)
+/*
+ * The user of a socket may have let go of it: who has it now is named. closing:
+ * the descriptor has gone, and its reference is about to.
+ */
+__noinline int settle(u64 cookie, u32 closing)
 {
 	struct owner *o = owner_find(cookie);
 	struct key user, one, heir = {};
-	bool many, ring, was_user = false;
+	bool many, was_user = false;
 	struct proc *proc;
 	u64 file, leader;
 	s32 fd, found;
@@ -256,7 +274,6 @@ __noinline int settle(u64 cookie, u32 rings)
 	file = o->file;
 	fd = o->fd;
 	many = o->many;
-	ring = o->ring;
 	if (!o->held)
 		user.tgid = 0;
 	bpf_spin_unlock(&o->lock);
@@ -266,9 +283,7 @@ __noinline int settle(u64 cookie, u32 rings)
 	if (proc && proc->forked > o->since)
 		many = true;
 	leader = process_leader(&user);
-	if (file && leader &&
-	    ((ring && !rings) || process_has(leader, file, fd, 1) ||
-	     (ring && in_ring(leader, file, many))))
+	if (file && leader && (process_has(leader, file, fd, 1) || in_ring(cookie, closing)))
 		return 0;
 	if (!file)
 		goto inherit;
@@ -319,7 +334,7 @@ struct mine {
 static long settle_one(struct bpf_map *map, u64 *cookie, struct owner *o, struct mine *mine)
 {
 	if ((o->ring || !mine->rings) && same(&o->user, &mine->who))
-		settle(*cookie, mine->rings);
+		settle(*cookie, 0);
 	return 0;
 }
 
@@ -341,7 +356,7 @@ static __always_inline void settle_rings(const struct key *who)
 	struct mine mine = { .who = *who, .rings = 1 };
 	struct proc *proc = bpf_map_lookup_elem(&procs, &mine.who);
 
-	if (!proc || !proc->rings)
+	if (!proc || !(proc->rings || proc->ring_files))
 		return;
 	proc->doubt = bpf_ktime_get_ns() + RING_LAG;
 	bpf_for_each_map_elem(&owners, settle_one, &mine, 0);
@@ -386,8 +401,8 @@ static long collect_owner(struct bpf_map *map, u64 *cookie, struct owner *o, u64
 	if (o->ring) {
 		who = o->user;
 		user = bpf_map_lookup_elem(&procs, &who);
-		if (user && user->doubt > *now)
-			settle(*cookie, 1);
+		if (user && user->doubt)
+			settle(*cookie, 0);
 	}
 
 	if (dead && *now > dead + (o->via || o->waits ? owner_keep_wait : owner_keep)) {
@@ -400,6 +415,9 @@ static long collect_owner(struct bpf_map *map, u64 *cookie, struct owner *o, u64
 
 static long collect_proc(struct bpf_map *map, struct key *key, struct proc *p, u64 *now)
 {
+	/* the last look was a later one */
+	if (p->doubt && *now > p->doubt)
+		p->doubt = 0;
 	if (p->exit && *now > p->exit + owner_keep_wait) {
 		struct key gone = *key;
 

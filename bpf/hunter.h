@@ -63,9 +63,11 @@ struct proc {
 	struct key child_key;
 	u64 doubt;		/* until then one of its io_urings may let go of files */
 	u32 uid;
+	u32 ring_numbers;	/* io_urings that it can use without a descriptor of them */
 	u16 rings;		/* sockets that it had by an io_uring alone */
+	u8 ring_files;		/* it has put files into an io_uring */
 	u8 blind;		/* it makes calls that nothing tells of */
-	u8 unused;
+	u32 unused;
 	char comm[SNIFFER_COMM_LEN];
 };
 
@@ -134,6 +136,12 @@ enum { parts = false };
 
 /* 6.1: a loop may not begin right behind a call */
 #define APART() asm volatile("r0 = 0" ::: "r0", "memory")
+
+/*
+ * Copied onto itself: the verifier takes the ways to each value apart, and goes
+ * the rest of a program once for each of them, until it forgets.
+ */
+#define FORGET(what) bpf_probe_read_kernel(&(what), sizeof(what), &(what))
 
 #ifdef HUNTER_PARTS
 /* Who has the socket is asked of his descriptors in any case; not every kernel tells more. */

@@ -26,6 +26,7 @@ enum { false, true };
 #define IPPROTO_TCP		6
 #define IPPROTO_UDP		17
 #define IPPROTO_MPTCP		262
+#define TCP_ZEROCOPY_RECEIVE	35
 #define SOCK_STREAM		1
 #define SOCK_RAW		3
 #define SOCKFS_MAGIC		0x534F434B
@@ -59,11 +60,16 @@ typedef struct { struct net *net; } possible_net_t;
 struct net_device { int ifindex; possible_net_t nd_net; };
 struct dst_entry { struct net_device *dev; };
 
+/* where a path goes through a mount */
+struct vfsmount { struct dentry *mnt_root; };
+struct mount { struct mount *mnt_parent; struct dentry *mnt_mountpoint; struct vfsmount mnt; };
+
 struct super_block { unsigned long s_magic; };
 struct inode { unsigned long i_ino; struct super_block *i_sb; };
-struct qstr { const unsigned char *name; };
-struct dentry { struct qstr d_name; };
-struct path { struct dentry *dentry; };
+struct qstr { u32 len; const unsigned char *name; };
+struct dentry { struct dentry *d_parent; struct qstr d_name; };
+struct path { struct vfsmount *mnt; struct dentry *dentry; };
+struct fs_struct { struct path root; };
 struct file {
 	struct inode *f_inode;
 	void *private_data;
@@ -78,7 +84,21 @@ struct fdtable { unsigned int max_fds; struct file **fd; };
 struct files_struct { atomic_t count; struct fdtable *fdt; };
 typedef struct { u32 val; } kuid_t;
 struct cred { kuid_t uid; };
-struct signal_struct { atomic_t live; int nr_threads; struct list_head thread_head; };
+struct pid_namespace { struct ns_common ns; };
+struct upid { int nr; struct pid_namespace *ns; };
+struct pid { unsigned int level; struct upid numbers[1]; };
+struct signal_struct {
+	atomic_t live;
+	int nr_threads;
+	struct list_head thread_head;
+	struct pid *pids[4];	/* the second is the process's */
+};
+struct mm_struct { struct file *exe_file; };
+/* parent up to 6.14, __parent from 6.15 on */
+struct kernfs_node { struct kernfs_node *parent; const char *name; u64 id; };
+struct kernfs_node___new { struct kernfs_node *__parent; };
+struct cgroup { struct kernfs_node *kn; };
+struct css_set { struct cgroup *dfl_cgrp; };
 struct nsproxy { struct net *net_ns; };
 struct task_struct {
 	unsigned int flags;
@@ -95,6 +115,9 @@ struct task_struct {
 	char comm[16];
 	void *io_uring;
 	struct nsproxy *nsproxy;
+	struct mm_struct *mm;
+	struct fs_struct *fs;
+	struct css_set *cgroups;
 };
 /* where a processor counts what runs on it: arm64 in the task, x86 6.2 to 6.14 in pcpu_hot */
 struct thread_info___arm { u64 flags, preempt_count; };
@@ -155,6 +178,7 @@ struct sk_buff {
 	u16 protocol;
 	u16 transport_header;
 	u16 network_header;
+	u16 inner_network_header;
 	unsigned int end;
 	unsigned char *head;
 	unsigned char *data;

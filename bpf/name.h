@@ -199,7 +199,7 @@ __noinline int name(struct sniffer_record *r, struct about *a, u32 how)
 	o = owner_find(a->cookie);
 	if (o) {
 		via = o->via;
-		if (o->servers) {
+		if (o->servers && !o->held) {
 			name_kernel(r);
 			return 0;
 		}

@@ -23,6 +23,38 @@ static __always_inline bool is_translated(struct sk_buff *skb)
 	       BPF_CORE_READ(connection, status) & NAT_DONE;
 }
 
+/* The sender is on the CPU: nobody can know better. */
+__noinline int out_context(struct sniffer_record *r, u64 cookie, u64 inode)
+{
+	struct task_struct *current = bpf_get_current_task_btf();
+	struct key key, named;
+	struct proc *user;
+	struct owner *o;
+
+	if (!r)
+		return 0;
+	r->how = SNIFFER_HOW_CONTEXT;
+	r->cookie = cookie;
+	r->inode = inode;
+	key_of(current, &key);
+	r->tgid = key.tgid;
+	r->start_ns = key.start;
+	r->tid = current->pid;
+	r->uid = current->cred->uid.val;
+	o = owner_find(cookie);
+	if (o) {
+		named = o->user;
+		user = bpf_map_lookup_elem(&procs, &named);
+		name_facts(r, o, user);
+		if (user && same(&named, &key)) {
+			__builtin_memcpy(r->comm, user->comm, SNIFFER_COMM_LEN);
+			return 0;
+		}
+	}
+	comm_at(r->comm, current->group_leader->comm);
+	return 0;
+}
+
 static __always_inline void out_named(struct sniffer_record *r, struct net *net,
 				      struct sock *given, struct sk_buff *skb)
 {
@@ -31,9 +63,6 @@ static __always_inline void out_named(struct sniffer_record *r, struct net *net,
 	struct sock *sk = skb->sk;
 	struct about a = {};
 	struct socket *sock;
-	struct owner *o;
-	struct proc *user;
-	struct key key;
 	u16 family, port;
 	u64 file;
 	u8 state;
@@ -59,6 +88,7 @@ static __always_inline void out_named(struct sniffer_record *r, struct net *net,
 		return;
 	}
 	about_socket(sk, &a);
+	FORGET(a);
 	if (a.full && a.servers && is_kernel(sk)) {
 		if (sk->sk_type == SOCK_STREAM)
 			name(r, &a, SNIFFER_HOW_SOCKET);
@@ -94,27 +124,7 @@ static __always_inline void out_named(struct sniffer_record *r, struct net *net,
 		if ((sock && !file) || !use(a.cookie, file, 0))
 			goto table;
 	}
-	/* The sender is on the CPU: nobody can know better. */
-	r->how = SNIFFER_HOW_CONTEXT;
-	r->cookie = a.cookie;
-	r->inode = a.inode;
-	key_of(current, &key);
-	r->tgid = key.tgid;
-	r->start_ns = key.start;
-	r->tid = current->pid;
-	r->uid = current->cred->uid.val;
-	o = owner_find(a.cookie);
-	if (o) {
-		struct key named = o->user;
-
-		user = bpf_map_lookup_elem(&procs, &named);
-		name_facts(r, o, user);
-		if (user && same(&named, &key)) {
-			__builtin_memcpy(r->comm, user->comm, SNIFFER_COMM_LEN);
-			return;
-		}
-	}
-	comm_at(r->comm, current->group_leader->comm);
+	out_context(r, a.cookie, a.inode);
 	return;
 table:
 	name(r, &a, SNIFFER_HOW_SOCKET);

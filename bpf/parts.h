@@ -250,6 +250,10 @@ int BPF_PROG(part_out, struct sk_buff *skb)
 		return 0;
 	r.dir = SNIFFER_DIR_OUT;
 	out_named(&r, dev->nd_net.net, sk, skb);
+	/* a tunnel wraps what the kernel sends by itself */
+	if (r.how == SNIFFER_HOW_NO_SOCKET && r.proto == IPPROTO_UDP &&
+	    skb->inner_network_header > skb->network_header)
+		name_kernel(&r);
 	/* what a child of Fast Open sends before it has a cookie */
 	if (r.how == SNIFFER_HOW_PREDATES && !r.cookie && sk && r.proto == IPPROTO_TCP &&
 	    !is_mini(sk->__sk_common.skc_state)) {

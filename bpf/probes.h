@@ -7,6 +7,7 @@
  * whose function this kernel lacks.
  */
 #include "name.h"
+#include "rings.h"
 
 /* The first argument of most hooks: an inet socket in use by current. */
 static __always_inline int probe_use(struct socket *sock)
@@ -40,6 +41,13 @@ PROBE_USE(security_socket_sendmsg)
 PROBE_USE(security_socket_recvmsg)
 /* what moves data without a message: no LSM hook is asked */
 PROBE_USE(inet_sendpage)
+
+/* data that the kernel maps or copies for the caller: no message is received */
+SEC("fentry/security_socket_getsockopt")
+int BPF_PROG(probe_getsockopt, struct socket *sock, int level, int optname)
+{
+	return level == IPPROTO_TCP && optname == TCP_ZEROCOPY_RECEIVE ? probe_use(sock) : 0;
+}
 
 SEC("fentry/sock_splice_read")
 int BPF_PROG(probe_splice, struct file *file)
@@ -146,7 +154,7 @@ int BPF_PROG(probe_close, struct file *file)
 		if (!leader || BPF_CORE_READ((struct task_struct *)leader, files) != files)
 			return 0;
 	}
-	settle(cookie, 0);
+	settle(cookie, 1);
 	return 0;
 }
 
@@ -160,17 +168,6 @@ int BPF_PROG(probe_close_range, const struct pt_regs *regs)
 		return 0;
 	key_of(bpf_get_current_task_btf(), &who);
 	settle_mine(&who);
-	return 0;
-}
-
-/* After io_uring_register(), which may have taken files out of a ring. */
-SEC("tp_btf/io_uring_register")
-int BPF_PROG(probe_ring)
-{
-	struct key who;
-
-	key_of(bpf_get_current_task_btf(), &who);
-	settle_rings(&who);
 	return 0;
 }
 
@@ -199,6 +196,7 @@ int BPF_PROG(probe_fork, struct task_struct *parent, struct task_struct *child)
 
 	if (child->tgid == current->tgid || child->flags & PF_KTHREAD)
 		return 0;
+	about_child(current, child);
 	key_of(current, &who);
 	proc = bpf_map_lookup_elem(&procs, &who);
 	if (!proc)
@@ -216,6 +214,7 @@ int BPF_PROG(probe_exec, struct task_struct *task)
 	struct proc *proc;
 	struct key who;
 
+	about(address(task));
 	key_of(task, &who);
 	proc = bpf_map_lookup_elem(&procs, &who);
 	if (!proc)
@@ -223,6 +222,8 @@ int BPF_PROG(probe_exec, struct task_struct *task)
 	proc->uid = task->cred->uid.val;
 	proc->leader = (u64)leader;
 	comm_at(proc->comm, leader->comm);
+	proc->ring_numbers = 0;	/* end with its program */
+	tell(&who, SNIFFER_EVENT_EXEC);
 	/* what was to be closed at that is closed, rings with it */
 	settle_rings(&who);
 	if (parts)
@@ -248,6 +249,7 @@ int BPF_PROG(probe_exit, struct task_struct *task)
 	if (!proc)
 		return 0;
 	proc->exit = bpf_ktime_get_ns() | 1;
+	tell(&who, SNIFFER_EVENT_EXIT);
 	settle_rings(&who);
 	/* each file of a table of its own is closed, and told as such */
 	if (files && (parts || files->count.counter > 1))

@@ -2,7 +2,7 @@
 #ifndef HUNTER_PROCESS_H
 #define HUNTER_PROCESS_H
 /* The process table: everyone who used a socket, by (tgid, start time). */
-#include "hunter.h"
+#include "events.h"
 
 static __always_inline void key_of(struct task_struct *task, struct key *key)
 {
@@ -30,9 +30,10 @@ __noinline int process_enter(u64 task_address, struct key *who)
 {
 	struct task_struct *task = (void *)task_address;
 	struct task_struct *leader;
-	struct proc *proc, fresh = {};
+	struct blank *blank;
+	struct proc *proc;
 	struct key key;
-	u32 uid;
+	u32 uid, zero = 0;
 
 	if (!who)
 		return 0;
@@ -44,14 +45,21 @@ __noinline int process_enter(u64 task_address, struct key *who)
 			proc->uid = uid;
 		return 0;
 	}
-	leader = BPF_CORE_READ(task, group_leader);
-	fresh.leader = (u64)leader;
-	fresh.uid = uid;
-	comm_at(fresh.comm, leader->comm);
-	if (!BPF_CORE_READ(task, signal, live.counter))
-		fresh.exit = bpf_ktime_get_ns() | 1;
-	if (bpf_map_update_elem(&procs, &key, &fresh, BPF_NOEXIST) == -7)
+	blank = bpf_map_lookup_elem(&blanks, &zero);
+	if (!blank)
+		return 0;
+	if (bpf_map_update_elem(&procs, &key, blank, BPF_NOEXIST) == -7)
 		count_full();
+	proc = bpf_map_lookup_elem(&procs, &key);
+	if (!proc)
+		return 0;
+	leader = BPF_CORE_READ(task, group_leader);
+	proc->leader = (u64)leader;
+	proc->uid = uid;
+	comm_at(proc->comm, leader->comm);
+	if (!BPF_CORE_READ(task, signal, live.counter))
+		proc->exit = bpf_ktime_get_ns() | 1;
+	tell(&key, SNIFFER_EVENT_SEEN);
 	return 0;
 }
 

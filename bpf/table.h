@@ -19,7 +19,9 @@
  * | (settle) | user, held, file, | user, DEAD once he exited   | at once, in the context of who   |
  * |          | exit              |                             | let go: HELD by an heir; UNHELD  |
  * | UNHELD   | user, not held    | user, flagged DEAD          | somebody uses or receives it:    |
- * |          |                   |                             | HELD; its file goes: RELEASED    |
+ * |          |                   |                             | HELD; the kernel uses it, and    |
+ * |          |                   |                             | user has exited: SERVER; its     |
+ * |          |                   |                             | file goes: RELEASED              |
  * | RELEASED | released          | user, flagged DEAD          | freed                            |
  * | dead     | dead              | user, flagged DEAD          | 2 s, or 130 s after a state that |
  * |          |                   |                             | leaves a TIME_WAIT               |
@@ -32,6 +34,8 @@
  *   its user lets go (holders.c). The heir is the latest earlier user that still
  *   has it; else somebody who does, a guess that is flagged AMBIGUOUS while
  *   several do;
+ * - a process that has no descriptor of its socket keeps it while an io_uring of
+ *   its own may refer to it: something does that no descriptor accounts for;
  * - an entry outlives its socket: TIME_WAIT and orphans still send.
  *
  * The rules are those of kmod/owner.c, word for word; a test compares them. An
@@ -183,6 +187,22 @@ static __always_inline void owner_inherit(struct owner *o, const struct key *fro
 			owner_let_go(o);
 		}
 	}
+	bpf_spin_unlock(&o->lock);
+}
+
+/* The user has it by an io_uring, without a descriptor. */
+static __always_inline void owner_ring(struct owner *o, const struct key *user)
+{
+	struct proc *proc;
+
+	if (o->ring)
+		return;
+	proc = bpf_map_lookup_elem(&procs, user);
+	if (proc)
+		proc->rings++;
+	bpf_spin_lock(&o->lock);
+	if (same(&o->user, user) && o->held)
+		o->ring = 1;
 	bpf_spin_unlock(&o->lock);
 }
 

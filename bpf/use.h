@@ -101,12 +101,18 @@ __noinline int use(u64 cookie, u64 file, u32 called)
 {
 	struct task_struct *current = bpf_get_current_task_btf();
 	struct gain g = { .file = file, .tid = current->pid, .fd = -1 };
+	struct proc *proc;
 	struct owner *o;
 
-	if (current->flags & PF_KTHREAD)
-		return 1;
-	key_of(current, &g.who);
 	o = owner_find(cookie);
+	if (current->flags & PF_KTHREAD) {
+		/* who gave it to the kernel and has exited is not its user any more */
+		proc = called && o && !o->held ? bpf_map_lookup_elem(&procs, &o->user) : NULL;
+		if (proc && proc->exit && !o->released)
+			o->servers = 1;
+		return 1;
+	}
+	key_of(current, &g.who);
 	if (o && !o->via && same(&o->user, &g.who)) {
 		/* its own end of a socket that it has closed: no use of it any more */
 		if (!called && !o->held)

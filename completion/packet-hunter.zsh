@@ -12,6 +12,7 @@ _shtab_packet_hunter_commands() {
   local _commands=(
     annotate:'write the owners into a capture of tcpdump or Wireshark'
     doctor:'what works on this machine, and what to do about the rest'
+    fleet:'the same questions to many machines'
     report:'make a page of a saved capture'
     stats:'what the daemon has seen, and how well it names'
     top:'processes by rate, live'
@@ -85,6 +86,34 @@ _shtab_packet_hunter_doctor_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_packet_hunter_doctor_defaults_added=0
+
+_shtab_packet_hunter_fleet_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--store[a collector\'s folder (\/var\/lib\/packet-hunter-collect)]:DIR:"
+  "--on[processes of this machine]:HOST:"
+  "--port[of either end]:N:_ports"
+  "--proto[tcp or udp]:P:(tcp udp)"
+  "--host[address or network of the other end]:H:_hosts"
+  "--pid[of this process]:P:_pids"
+  "--pname[of processes so named]:NAME:"
+  "--user[of this user\'s processes\: name or uid]:USER:"
+  "--unit[of this systemd unit]:UNIT:"
+  "--container[of this container\: name or id]:C:"
+  "--pod[of this pod]:POD:"
+  "--domain[to the host so named, or below]:NAME:"
+  "--since[so long ago (10m, 1d\; 1h), or since 14\:30, 2026-05-28 or both]:T:"
+  "--until[up to then (now)]:T:"
+  "--by[usage, map\: by process, host, unit, container, pod, user, domain]:KEY:(process host unit container pod user domain)"
+  "--of[new\: destination, program, listener (destination)]:WHAT:(destination program listener)"
+  "--days[new\: not seen in so many days before (30)]:N:"
+  "--html[map\: a page\; - is standard output]:FILE:"
+  "--limit[at most N rows (50\; with --json 1000)]:N:"
+  "--json[one JSON object]"
+  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_packet_hunter_fleet_defaults_added=0
 
 _shtab_packet_hunter_report_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -194,6 +223,7 @@ _shtab_packet_hunter() {
       case $line[1] in
         annotate) _arguments -C -s $_shtab_packet_hunter_annotate_options ;;
         doctor) _arguments -C -s $_shtab_packet_hunter_doctor_options ;;
+        fleet) _arguments -C -s $_shtab_packet_hunter_fleet_options ;;
         report) _arguments -C -s $_shtab_packet_hunter_report_options ;;
         stats) _arguments -C -s $_shtab_packet_hunter_stats_options ;;
         top) _arguments -C -s $_shtab_packet_hunter_top_options ;;

@@ -17,7 +17,9 @@
  * | (settle) | user, held, file, | user, DEAD once he exited   | at once, in the context of who   |
  * |          | exit              |                             | let go: HELD by an heir; UNHELD  |
  * | UNHELD   | user, not held    | user, flagged DEAD          | somebody uses or receives it:    |
- * |          |                   |                             | HELD; its file goes: RELEASED    |
+ * |          |                   |                             | HELD; the kernel uses it, and    |
+ * |          |                   |                             | user has exited: SERVER; its     |
+ * |          |                   |                             | file goes: RELEASED              |
  * | RELEASED | released          | user, flagged DEAD          | freed                            |
  * | dead     | dead              | user, flagged DEAD          | 2 s, or 130 s after a state that |
  * |          |                   |                             | leaves a TIME_WAIT               |
@@ -30,6 +32,8 @@
  *   its user lets go (holders.c). The heir is the latest earlier user that still
  *   has it; else somebody who does, a guess that is flagged AMBIGUOUS while
  *   several do;
+ * - a process that has no descriptor of its socket keeps it while an io_uring of
+ *   its own may refer to it: something does that no descriptor accounts for;
  * - an entry outlives its socket: TIME_WAIT and orphans still send.
  *
  * So fork, exec and exit cost nothing a socket, and memory is bounded by
@@ -239,6 +243,28 @@ void sniffer_owner_serve(struct sock *sk, struct socket *sock)
 	raw_spin_unlock_irqrestore(lock, flags);
 	rcu_read_unlock();
 	sniffer_owner_drop(fresh);
+}
+
+/**
+ * sniffer_owner_take - current, a thread of the kernel, sends or receives on a socket
+ * @owner: the entry, under RCU
+ *
+ * Who gave it to the kernel (a file system, a disk) and has exited is not its user
+ * any more. Before Linux 5.12 helpers of an io_uring are such threads.
+ */
+void sniffer_owner_take(struct sniffer_owner *owner)
+{
+	raw_spinlock_t *lock = sniffer_owner_lock(owner->cookie);
+	const struct sniffer_proc *user;
+	unsigned long flags;
+
+	if (READ_ONCE(owner->held) || READ_ONCE(owner->server) || current->flags & PF_IO_WORKER)
+		return;
+	raw_spin_lock_irqsave(lock, flags);
+	user = rcu_dereference_protected(owner->user, true);
+	if (user && READ_ONCE(user->exit_jiffies) && !owner->held && !owner->released)
+		WRITE_ONCE(owner->server, true);
+	raw_spin_unlock_irqrestore(lock, flags);
 }
 
 /**

@@ -33,6 +33,7 @@ void sniffer_owner_gain(struct sock *sk, const struct sniffer_gain *gain);
 bool sniffer_owner_inherit(u64 cookie, const struct sniffer_proc *from, const struct file *file,
 			   struct sniffer_proc *heir, int fd, bool past);
 void sniffer_owner_serve(struct sock *sk, struct socket *sock);
+void sniffer_owner_take(struct sniffer_owner *owner);
 void sniffer_owner_refer(struct sock *sk, u64 via, u8 how);
 void sniffer_owner_release(struct sock *sk);
 void sniffer_owner_free(struct sock *sk);

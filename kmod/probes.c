@@ -13,6 +13,7 @@
 #include <linux/module.h>
 #include <linux/moduleparam.h>
 #include <linux/net.h>
+#include <linux/tcp.h>
 #include <linux/ptrace.h>
 #include <linux/workqueue.h>
 #include <linux/sched/task_stack.h>
@@ -221,6 +222,15 @@ static void probes_splice(const struct sniffer_args *args)
 		sniffer_use(sk, true, NULL);
 }
 
+/* Data that the kernel maps or copies for the caller: no message is received. */
+static void probes_getsockopt(const struct sniffer_args *args)
+{
+	struct sock *sk = READ_ONCE(((struct socket *)args->n[0])->sk);
+
+	if ((int)args->n[1] == IPPROTO_TCP && (int)args->n[2] == TCP_ZEROCOPY_RECEIVE && sk)
+		sniffer_use(sk, true, NULL);
+}
+
 static void probes_sendpage(const struct sniffer_args *args)
 {
 	probes_use(args, SNIFFER_PROBE_SENDMSG);
@@ -313,8 +323,10 @@ static struct sniffer_trace probes_functions[] = {
 			SNIFFER_PROBE_CLOSE, PROBES_WAY_RANGE),
 	PROBES_FUNCTION("sock_splice_read", probes_splice, 0, 0),
 	PROBES_FUNCTION("inet_sendpage", probes_sendpage, 0, 0),
+	PROBES_FUNCTION("security_socket_getsockopt", probes_getsockopt, 0, 0),
 	PROBES_FUNCTION("io_fixed_fd_remove", probes_ring, 0, 0),
 	PROBES_FUNCTION("io_files_update", probes_ring, 0, 0),
+	PROBES_FUNCTION("io_rsrc_node_switch", probes_ring, 0, 0),
 	PROBES_FUNCTION("commit_creds", probes_credentials, 0, 0),
 	PROBES_FUNCTION("genl_bind", probes_join, 0, 0),
 };

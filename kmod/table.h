@@ -38,7 +38,7 @@ struct sniffer_proc;
  * @ring: @user has it by an io_uring, without a descriptor
  * @waits: its end may have left a TIME_WAIT, which sends on for a while
  * @released: nobody has it any more, and nobody will
- * @server: a server in the kernel has accepted it
+ * @server: a server in the kernel has accepted it, or it was given to the kernel
  * @listens: a TCP listener: who uses it is told by accept() alone
  * @by_inode: in the inode index while @inode is not 0
  * @inode: socket inode, 0 before accept()

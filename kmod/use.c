@@ -251,8 +251,11 @@ static noinline bool use_find_out(struct sock *sk, struct sniffer_owner *owner, 
 	struct socket *sock = READ_ONCE(sk->sk_socket);
 	struct sniffer_gain gain = { .tid = current->pid, .fd = -1, .sock = sock };
 
-	if (!use_is_process(current))
+	if (!use_is_process(current)) {
+		if (called && owner)
+			sniffer_owner_take(owner);
 		return true;
+	}
 	if (!sniffer_owner_wants(sk))
 		return called || use_is_of_parent(sk);
 	/* without a file it is the kernel's, which only made it here (nvmet) */
@@ -417,12 +420,6 @@ static bool use_shares_table(const struct sniffer_proc *proc, const struct files
 	return task && READ_ONCE(task->files) == files;
 }
 
-/* With it go the sockets that it alone has. */
-static bool use_is_ring(const struct file *file)
-{
-	return sniffer_has_uring(current) && sniffer_is_uring(file);
-}
-
 /**
  * sniffer_use_close_file - a descriptor of the current process goes
  * @file: any file; the caller is under RCU, or has a reference
@@ -440,7 +437,8 @@ void sniffer_use_close_file(struct file *file, int fd)
 	u64 cookie = 0;
 
 	if (likely(file_inode(file)->i_sb->s_magic != SOCKFS_MAGIC)) {
-		if (unlikely(use_is_ring(file)))
+		/* with a ring go the sockets that it alone has */
+		if (unlikely(sniffer_has_uring(current) && sniffer_is_uring(file)))
 			use_settle_later(true);
 		return;
 	}

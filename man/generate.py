@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import completing
 
 from daemon.__main__ import _parser as daemon_parser
+from fleet.collect.__main__ import parser as collect_parser
+from fleet.export.__main__ import parser as export_parser
 from hunter.cli.arguments import live_parser, parser_of
 from hunter.cli.options import SUBCOMMANDS
 
@@ -137,9 +139,24 @@ def write(directory: Path) -> list[Path]:
             _configuration() + _file("daemon-files.roff") + _EXIT
             + ".SH SEE ALSO\n.BR packet\\-hunter (1),\n.BR systemd.service (5)\n",
         ),
+        "man/packet-hunter-export.8": _page(
+            export_parser(), 8, "send a machine's flows to the fleet's server",
+            _file("export.roff") + _EXIT
+            + ".SH SEE ALSO\n.BR packet\\-hunterd (8),\n.BR packet\\-hunter\\-collect (8)\n",
+        ),
+        "man/packet-hunter-collect.8": _page(
+            collect_parser(), 8, "write what hosts sent into hours of Parquet",
+            _file("collect.roff") + _EXIT
+            + ".SH SEE ALSO\n.BR packet\\-hunter (1),\n.BR packet\\-hunter\\-export (8)\n",
+        ),
     }  # fmt: skip
     for shell in ("bash", "zsh"):
-        for name, parser in (("packet-hunter", _completing()), ("packet-hunterd", daemon_parser())):
+        for name, parser in (
+            ("packet-hunter", _completing()),
+            ("packet-hunterd", daemon_parser()),
+            ("packet-hunter-export", export_parser()),
+            ("packet-hunter-collect", collect_parser()),
+        ):
             path = f"completion/{name}.{shell}"
             files[path] = shtab.complete(parser, shell)
             if name == "packet-hunter":

@@ -45,9 +45,11 @@ def answer(asked: bytes, records: Sequence[Record]) -> bytes:
 
 
 class NameServer:
-    """Serves `zone` (name -> records) at `address`, port 53; a context manager."""
+    """Serves `zone` (name -> records) at `address`; a context manager."""
 
-    def __init__(self, zone: Mapping[str, Sequence[Record]], address: str = "127.0.0.1") -> None:
+    def __init__(
+        self, zone: Mapping[str, Sequence[Record]], address: str = "127.0.0.1", port: int = 53
+    ) -> None:
         self.zone = zone
         self.address = address
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -55,7 +57,7 @@ class NameServer:
         self._tcp = socket.socket(family, socket.SOCK_STREAM)
         for one in (self._udp, self._tcp):
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            one.bind((address, 53))
+            one.bind((address, port))
         self._tcp.listen()
 
     def __enter__(self) -> Self:

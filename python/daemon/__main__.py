@@ -17,7 +17,7 @@ import argparse  # noqa: E402
 import dataclasses  # noqa: E402
 import os  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
-from typing import Any  # noqa: E402
+from typing import Any, NoReturn  # noqa: E402
 
 from daemon.service import Service  # noqa: E402
 from daemon.system.config import Config, load  # noqa: E402
@@ -38,8 +38,14 @@ class _Version(argparse._VersionAction):
         super().__call__(parser, *arguments)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """A mistake is one line, not the whole usage before it."""
+        raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="packet-hunterd",
         description="Name the process behind each packet, keep history, serve hunters.",
         epilog="Signals: SIGTERM and SIGINT end it, SIGHUP reads the configuration again.",
@@ -48,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--engine",
         choices=("auto", "module", "ebpf", "packet"),
-        help="where packets come from; auto: the kernel module when it is loaded",
+        help="where packets come from; auto: the module when it is loaded, else ebpf, else packet",
     )
     parser.add_argument("--socket", metavar="PATH", help="UNIX socket to serve")
     parser.add_argument(
@@ -62,7 +68,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    """Run the daemon until a signal comes. Returns 0, 1 (failure) or 2 (usage)."""
+    try:
+        return _run(_parser().parse_args(arguments))
+    except UsageError as error:
+        print(f"packet-hunterd: {error}", file=sys.stderr)
+        return 2
+    except Error as error:
+        print(f"packet-hunterd: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if not descriptors.none_left(error):
+            raise
+        print(f"packet-hunterd: {descriptors.NoDescriptors.of(error)}", file=sys.stderr)
+        return 1
+
+
+def _run(options: argparse.Namespace) -> int:
     for line in foreign_packages():
         print(f"packet-hunterd: {line}", file=sys.stderr)
 
@@ -77,19 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = dataclasses.replace(config, log_level="debug")
         return config
 
-    try:
-        return Service(configuration, os.environ, foreground=options.foreground).run()
-    except UsageError as error:
-        print(f"packet-hunterd: {error}", file=sys.stderr)
-        return 2
-    except Error as error:
-        print(f"packet-hunterd: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if not descriptors.none_left(error):
-            raise
-        print(f"packet-hunterd: {descriptors.NoDescriptors.of(error)}", file=sys.stderr)
-        return 1
+    return Service(configuration, os.environ, foreground=options.foreground).run()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from daemon.serve.bounds import bounds_of, memory_limit
 from daemon.serve.server import Server
 from daemon.system import logs
 from daemon.system.config import RELOADABLE, Config
+from daemon.system.connections import Connections
 from daemon.system.metrics import Metrics
 from daemon.system.notify import Notifier
 from daemon.system.socketfile import SocketFile
@@ -98,13 +99,11 @@ class Service:
         ):
             if config.sha256 == "on":
                 processes.hash = stack.enter_context(Hashes(processes.hashed)).ask
-            overheard = None
-            if config.domains != "off":
-                overheard = stack.enter_context(
-                    Overheard(log.warning, config.domains == "sni", recorder.history)
-                )
-                processes.ends = overheard.ends
-                recorder.text_of = overheard.names.text
+            overheard = stack.enter_context(
+                Overheard(log.warning, config.domains, recorder.history)
+            )
+            processes.ends = overheard.ends
+            recorder.text_of = overheard.names.text
             engine = open_engine(
                 config.engine, log.warning, ring_bytes=config.ring_size, holders=holders
             )
@@ -120,7 +119,7 @@ class Service:
                 overheard=overheard,
             )
             recorder.on_death = self._die
-            asyncio.run(self._serve(socket_file, pipeline, recorder, holders))
+            asyncio.run(self._serve(socket_file, pipeline, recorder, holders, overheard))
         for line in pipeline.account.lines():
             log.info("%s", line)
         return 0 if self._death is None else 1
@@ -140,19 +139,21 @@ class Service:
         pipeline: Pipeline,
         recorder: Recorder,
         holders: Holders,
+        overheard: Overheard,
     ) -> None:
         loop = asyncio.get_running_loop()
         answers = Answers(pipeline, recorder.history, recorder.past, recorder.past_process)
         answers.remembers_since = recorder.remembers_since
         answers.name_of = recorder.name_of
         answers.sums = recorder.usage
+        answers.translations = overheard.translations
         server = Server(
             loop, answers, self.config, lambda: figures(pipeline, recorder), self._bounds
         )
         watcher = Watcher(
             self.config.engine, pipeline, server.announce, self._die, holders, self.config.ring_size
         )
-        answers.kernel = watcher.kernel
+        answers.kernel, answers.looks = watcher.kernel, watcher
         metrics = Metrics(self.config, server.figures, pipeline.processes)
         for take in (recorder.take, metrics.take, server.publish):
             pipeline.subscribe(take)
@@ -166,7 +167,8 @@ class Service:
             loop.add_signal_handler(number, ended.set)
         parts: list[Reconfigurable] = [server, recorder, metrics]
         loop.add_signal_handler(signal.SIGHUP, lambda: self._reload(server, parts))
-        with metrics, pipeline, watcher:
+        connections = Connections(lambda found: metrics.learn(recorder.history.learn(found)))
+        with metrics, pipeline, watcher, connections:
             server.start(socket_file.socket)
             status = f"engine {pipeline.engine.name}, serving {self.config.socket}"
             log.info("%s", status)

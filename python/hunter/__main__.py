@@ -66,6 +66,10 @@ def _run(command: options.Command, stop: Stop) -> int:
             from hunter.commands import usage
 
             usage.run(command)
+        case options.Fleet():
+            from hunter.fleet import fleet
+
+            return fleet.run(command, _tell)
         case options.Web():
             from hunter.web import web
 

@@ -17,14 +17,21 @@ from importlib.machinery import all_suffixes
 
 __all__ = ["at_start", "others_can_write", "refuse_unsafe_path", "started_module"]
 
-_PROGRAMS = {"daemon": "packet-hunterd", "hunter": "packet-hunter"}
+_PROGRAMS = {
+    "daemon": "packet-hunterd",
+    "hunter": "packet-hunter",
+    "fleet.export": "packet-hunter-export",
+    "fleet.collect": "packet-hunter-collect",
+}
 _MAX_LINKS = 40  # MAXSYMLINKS of the kernel (include/linux/namei.h)
 
 
 def at_start() -> None:
     """As refuse_unsafe_path(), when this interpreter was started with -m for one of ours."""
     name = started_module(sys.orig_argv)
-    program = _PROGRAMS.get(name.partition(".")[0]) if name is not None else None
+    program = None
+    if name is not None:
+        program = _PROGRAMS.get(name) or _PROGRAMS.get(name.partition(".")[0])
     if program is not None:
         refuse_unsafe_path(program)
 

@@ -5,7 +5,7 @@ import sys
 
 import atheris
 
-with atheris.instrument_imports(include=["nlproto", "hunter", "daemon", "targets"]):
+with atheris.instrument_imports(include=["nlproto", "hunter", "daemon", "fleet", "targets"]):
     import targets
 
 if __name__ == "__main__":

@@ -51,12 +51,15 @@ static void ring(const uint8_t *data, size_t size)
 static void diag(const uint8_t *data, size_t size)
 {
 	struct host_socket *sockets = malloc(MOST * sizeof(*sockets));
+	struct host_tcp *tcp = malloc(MOST * sizeof(*tcp));
 	uint8_t *buf = malloc(size + 4);
 	int done = 0;
 
 	memcpy(buf, data, size);
 	host_diag_read(buf, size, 1, IPPROTO_TCP, sockets, MOST, &done);
+	host_tcp_read(buf, size, 1, tcp, MOST, &done);
 	free(buf);
+	free(tcp);
 	free(sockets);
 }
 

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from daemon.serve.requests import parse_request, request_id
+from fleet import wire as told
+from fleet.collect.tables import Received, hours_of
 from hunter.formats import captures, ownercomment, pcapng
 from hunter.sources.source_file import FileSource
 from nlproto import Error
@@ -248,11 +250,47 @@ def _plain(*texts: str) -> Callable[[], list[bytes]]:
     return lambda: [text.encode() for text in texts]
 
 
+def fleet_batch(data: bytes) -> None:
+    """What a collector gets from a host."""
+    _stored(told.decode(data))
+
+
+def fleet_body(data: bytes) -> None:
+    """The same behind its compression: a kind, and a body."""
+    kind, body = 1 + data[0] % 3 if data else 1, data[1:]
+    size = told.ROW.itemsize if kind == told.FLOWS else 0
+    count = max(1, len(body) // size) if size else body.count(b"{") or 1
+    _stored(told.decode(told._packed(kind, bytes(16), 1, size, count, body)))
+
+
+def _stored(found: told.Batch) -> None:
+    """All times are taken: whatever it says goes into tables."""
+    hours, _ = hours_of([Received("h", found)], 1 << 62, -(1 << 62))
+    assert sum(hour.table.num_rows for hour in hours) <= len(found)
+
+
+def _fleet_bodies() -> Iterator[bytes]:
+    rows = np.zeros(2, told.ROW)
+    rows["family"], rows["nat"], rows["domain"] = 2, (0, 10), (0, 9)
+    yield b"\0" + rows.tobytes()
+    yield b"\0" + rows.tobytes() + b'{"9":"a.example"}'
+    yield b'\1[{"tgid":1,"start_ns":2,"at_ns":3,"exe":"/bin/x","parents":["1 init"],"pod":"a/b"}]'
+    yield b'\2[{"at_ns":1,"exported":1,"acknowledged":1,"spooled":0,"lost":0}]'
+
+
+def _fleet_batches() -> Iterator[bytes]:
+    for data in _fleet_bodies():
+        kind, body = data[0] + 1, data[1:]
+        size = told.ROW.itemsize if kind == told.FLOWS else 0
+        yield told._packed(kind, bytes(16), 1, size, len(body) // size if size else 1, body)
+
+
 TARGETS: dict[str, Target] = {
     one.__name__: one
     for one in (
         *(batch, flows, process, first_bytes, attributes, frames, request, filter_text),
         *(capture, saved, comment, cgroup, runtime_file, proc, proc_net, dns_answer, client_hello),
+        *(fleet_batch, fleet_body),
     )
 }
 
@@ -296,6 +334,8 @@ SEEDS: dict[str, Callable[[], Iterator[bytes] | list[bytes]]] = {
         + bytes.fromhex("c00c000500010000003c000603777777c00c")
         + bytes.fromhex("03777777c00c00010001000000050004c0000201")
     ],
+    "fleet_batch": lambda: _fleet_batches(),
+    "fleet_body": lambda: _fleet_bodies(),
     "client_hello": lambda: [_hello(b"example.org")],
     "proc": _plain("1 (a) b) S 1 1 1 0 -1 4194560 1 0 0 0 1 1 0 0 20 0 1 0 12 1 1 1 1\n"),
     "proc_net": _plain(

@@ -18,14 +18,33 @@ import numpy as np
 import pytest
 
 from nlproto.engines.bpf import NoBpf
-from nlproto.engines.ebpf import OBJECT
 from nlproto.engines.engine import Engine, open_engine
+from nlproto.engines.programs import OBJECT, why_in_parts
 from nlproto.pipeline.account import Account
 from nlproto.records.first_bytes import FirstBytes
-from nlproto.records.wire import RECORD, Batch, FirstBytesBatch, is_named
+from nlproto.records.wire import (
+    RECORD,
+    Batch,
+    FirstBytesBatch,
+    ProcessEvent,
+    is_named,
+    lib,
+)
 from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it loads programs")
+
+
+SCRIPT = """
+from nlproto.errors import Error
+from nlproto.engines.engine import open_engine
+try:
+    open_engine("ebpf", print).__exit__(None, None, None)
+    print("it runs")
+except Error as error:
+    print(error)
+"""
+TRY = (sys.executable, "-c", SCRIPT)
 
 
 def skip_unless_installed(error: NoBpf) -> None:
@@ -49,6 +68,8 @@ def records_of(engine: Engine, account: Account) -> np.ndarray:
     """Everything until now, counted."""
     parts = [np.zeros(0, RECORD)]
     for event in (*engine.read(0.1), *engine.finish()):
+        if isinstance(event, ProcessEvent):
+            continue
         assert isinstance(event, Batch)
         account.add(event.head, event.records)
         account.deliver(event.records["how"])
@@ -156,6 +177,8 @@ def test_what_another_engine_has_begun_to_tell_is_left_to_it(engine: Engine) -> 
         port = receiver.getsockname()[1]
     told = []
     for event in engine.finish(until_ns):
+        if isinstance(event, ProcessEvent):
+            continue
         assert isinstance(event, Batch)
         account.add(event.head, event.records)
         account.deliver(event.records["how"])
@@ -199,23 +222,67 @@ def _bpf_links() -> Iterator[str]:
             continue
 
 
+def test_a_process_that_is_gone_keeps_its_program_and_parent(engine: Engine) -> None:
+    send = "import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', 9))"
+    fork = f"import os; os.fork() and os.wait() or exec({send!r})"
+    pids = []
+    for script in (send, fork):
+        child = subprocess.Popen([sys.executable, "-I", "-S", "-c", script])
+        assert child.wait() == 0
+        pids.append(child.pid)
+    events = [e for e in (*engine.read(0.1), *engine.finish()) if isinstance(e, ProcessEvent)]
+    seen = {e.tgid: e for e in events if e.event == lib.SNIFFER_EVENT_SEEN}
+    child_seen = seen[pids[0]]
+    grandchild = next(e for e in seen.values() if e.ppid == pids[1])
+    assert child_seen.ppid == os.getpid()
+    for one in (child_seen, grandchild):
+        assert one.exe == os.path.realpath(sys.executable)
+        assert one.comm == os.path.basename(sys.executable)[:15]
+        assert (one.uid, one.ns_tgid) == (0, one.tgid)
+        assert one.pidns == os.stat("/proc/self/ns/pid").st_ino
+    ended = {e.tgid: e for e in events if e.event == lib.SNIFFER_EVENT_EXIT}
+    assert ended[child_seen.tgid].time_ns > child_seen.time_ns
+
+
+def test_the_verifier_has_little_to_do(engine: Engine) -> None:
+    assert 10_000 < engine.stats()["verified_instructions"] < 400_000  # some 0.4 s
+
+
+@pytest.fixture(scope="module")
+def runs_here() -> None:
+    try:
+        why_in_parts()
+    except NoBpf as error:
+        skip_unless_installed(error)
+
+
+@pytest.mark.usefixtures("runs_here")
 @pytest.mark.parametrize("left_out", ["", "bpf", "perfmon", "net_admin"])
-def test_three_capabilities_suffice_for_parts_and_each_is_needed(left_out: str) -> None:
+def test_three_capabilities_suffice_and_each_is_needed(left_out: str) -> None:
     held = [one for one in ("bpf", "perfmon", "net_admin") if one != left_out]
     wanted = ",".join(["-all", *(f"+{one}" for one in held)])
-    script = (
-        "from nlproto.errors import Error\n"
-        "from nlproto.engines.engine import open_engine\n"
-        "try:\n"
-        "    open_engine('ebpf', lambda _: None).__exit__(None, None, None)\n"
-        "    print('it runs')\n"
-        "except Error as error:\n"
-        "    print(error)"
-    )
     command = ["setpriv", "--reuid=65534", "--clear-groups", f"--inh-caps={wanted}"]
     command += [f"--ambient-caps={wanted}", f"--bounding-set={wanted}"]
-    done = subprocess.run([*command, sys.executable, "-c", script], capture_output=True, text=True)
-    if "kernel" in done.stdout:
-        pytest.skip(done.stdout.strip())
+    done = subprocess.run([*command, *TRY], capture_output=True, text=True)
     expected = f"it needs CAP_{left_out.upper()}" if left_out else "it runs"
     assert expected in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.usefixtures("runs_here")
+def test_the_root_cgroup_need_not_be_mounted() -> None:
+    hidden = ["unshare", "--mount", "sh", "-c", 'umount -a -t cgroup2; exec "$@"', "sh"]
+    done = subprocess.run([*hidden, *TRY], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "it runs", done.stdout + done.stderr
+    # who may not mount it is told what to do, and nothing before that
+    held = "-all,+bpf,+perfmon,+net_admin"
+    command = ["setpriv", f"--inh-caps={held}", f"--bounding-set={held}", *TRY]
+    done = subprocess.run([*hidden, *command], capture_output=True, text=True)
+    assert len(done.stdout.splitlines()) == 1, done.stdout + done.stderr
+    assert "mount -t cgroup2" in done.stdout
+
+
+def test_a_kernel_that_does_not_describe_itself_is_told() -> None:
+    hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /sys/kernel/btf; exec "$@"']
+    done = subprocess.run([*hidden, "sh", *TRY], capture_output=True, text=True)
+    assert "no CONFIG_DEBUG_INFO_BTF" in done.stdout, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 1

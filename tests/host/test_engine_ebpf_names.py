@@ -26,7 +26,14 @@ SCENARIOS = (
     *("scm_rights_cut_short", "shared_table_unshared", "shared_table_split_by_close_range"),
     *("partner_in_table_closes", "partner_closes_in_a_copy", "thread_with_the_last_table_ends"),
     *("splice_from_shared_socket", "splice_into_closed_window", "io_uring_fixed_file"),
-    *("ring_closed", "ring_closed_by_exec", "socket_replaced_by_supervisor", "udp_receive_only"),
+    *(
+        "ring_closed",
+        "ring_closed_by_exec",
+        "ring_has_what_was_closed",
+        "ring_closed_another_keeps",
+    ),
+    *("ring_without_a_descriptor", "ring_unregisters_its_files", "socket_without_a_descriptor"),
+    *("kernel_tunnel", "socket_replaced_by_supervisor", "udp_receive_only"),
     *("raw_socket_sends_udp", "udp_with_ip_options", "reset_of_listener", "tcp_refused"),
     *("tcp_syn_cookies", "tcp_fast_open", "tcp_queue_migrated", "tcp_fin_wait2_and_time_wait"),
 )
@@ -50,4 +57,5 @@ def test_sockets_that_change_hands_are_named_or_flagged(tmp_path: Path) -> None:
     total = json.loads(out.read_text())["total"]
     assert total["scenarios"] >= 0.8 * len(SCENARIOS), done.stdout
     assert total["wrong"] == total["wrong_told"], done.stdout
+    assert not total["wrong_reason"], done.stdout
     assert total["right"] + total["rightly_unnamed"] >= 0.98 * total["packets"], done.stdout

@@ -180,8 +180,8 @@ except NoPrivilege as error:
 @pytest.mark.skipif(os.path.exists("/sys/module/sniffer"), reason="sniffer.ko is loaded")
 def test_auto_takes_this_engine_and_says_what_is_lost(monkeypatch):
     """Where nothing better runs: here no programs are there."""
-    monkeypatch.setattr("nlproto.engines.ebpf.OBJECT", Path("/none"))
-    monkeypatch.setattr("nlproto.engines.ebpf.PARTS", Path("/none"))
+    monkeypatch.setattr("nlproto.engines.programs.OBJECT", Path("/none"))
+    monkeypatch.setattr("nlproto.engines.programs.PARTS", Path("/none"))
     notes = []
     with open_engine("auto", notes.append) as engine:
         assert engine.name == "packet"

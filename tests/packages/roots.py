@@ -26,9 +26,9 @@ NEXT_KERNEL = "/srv/next-kernel"
 
 MACHINE = "systemd-sysv dbus udev kmod initramfs-tools linux-image-amd64 linux-headers-amd64"
 BUILDING = "build-essential fakeroot debhelper dh-python lintian python3-dev python3-setuptools"
-BUILDING += " python3-cffi dkms dh-dkms openssl"
+BUILDING += " python3-cffi dkms dh-dkms openssl clang llvm libbpf-dev"
 RUNNING = "python3-cffi-backend python3-numpy python3-yaml python3-rich python3-lark"
-RUNNING += " iproute2 procps adduser mokutil"
+RUNNING += " iproute2 procps adduser mokutil libbpf1"
 PACKAGES = tuple(f"{MACHINE} {BUILDING} {RUNNING}".split())
 
 # Only what a virtual machine needs to mount its root: half a minute less at each boot.

@@ -62,7 +62,8 @@ def test_a_user_is_told_the_command_that_root_has_to_run(bare: Root) -> None:
     refused = run(bare, "su somebody -c ./build.sh", check=False)
     assert refused.returncode == 1
     [line] = refused.stdout.splitlines()
-    assert f"linux-headers-{os.uname().release}" in line
+    takes_modules = Path("/proc/modules").exists()
+    assert (f"linux-headers-{os.uname().release}" if takes_modules else "no modules") in line
 
 
 def test_the_readme_can_be_pasted_on_a_machine_that_has_sudo(bare: Root) -> None:

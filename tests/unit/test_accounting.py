@@ -361,7 +361,7 @@ def test_threads_that_update_and_ask_one_history_lose_nothing(make_records):
 
 
 def test_the_layouts_of_c_are_those_of_numpy():
-    assert FLOW.itemsize == 160 and set(KEY_FIELDS) < set(FLOW.names)
+    assert FLOW.itemsize == 216 and set(KEY_FIELDS) < set(FLOW.names)
     with pytest.raises(TypeError):
         other = np.dtype([("hash", "u8"), ("key", "u8")])
         ColumnTable(GROUPS, ("key",), 4).find(np.zeros(1, other))

@@ -565,7 +565,15 @@ def test_a_history_of_today_goes_on_and_is_sealed(path, store, make_records, clo
     with sqlite3.connect(path) as old:  # as the version before had it
         old.execute("DROP TABLE hours")
         old.execute("DROP TABLE names")
-        old.execute("ALTER TABLE flows DROP COLUMN domain")
+        old.execute("DROP INDEX flows_nat")
+        for name in (
+            *("domain", "rtt_us", "retransmits", "tcp_in", "tcp_out"),
+            "nat_laddr",
+            "nat_raddr",
+            "nat_lport",
+            "nat_rport",
+        ):
+            old.execute(f"ALTER TABLE flows DROP COLUMN {name}")
         old.execute("CREATE INDEX flows_comm ON flows (comm, last_ns)")
         old.execute("PRAGMA user_version = 2")
     old.close()

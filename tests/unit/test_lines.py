@@ -165,9 +165,10 @@ def test_csv_has_the_agreed_columns_and_values(tmp_path):
     assert text == (
         "time,dir,proto,src,sport,dst,dport,len,pid,comm,exe,uid,netns,how,"
         "flags,tcp_flags,interface,unit,container,cmdline,ppid,segments,hdr_len,ifindex,start_ns,"
-        "tid,creator,cookie,holders,community_id,container_name,image,pod,parents,sha256,domain\n"
-        f"{NOON},out,{ends},1234,curl,/usr/bin/curl,1000,99,context,,S,,,,,,1,0,,7,,,,,{flow},,,,,,\n"
-        f"{NOON},fwd,{ends},,,,,99,forwarded,,S,,,,,,1,0,,,,,,,{flow},,,,,,\n"
+        "tid,creator,cookie,holders,community_id,container_name,image,pod,parents,sha256,domain,"
+        "nat_src,nat_sport,nat_dst,nat_dport\n"
+        f"{NOON},out,{ends},1234,curl,/usr/bin/curl,1000,99,context,,S,,,,,,1,0,,7,,,,,{flow},,,,,,,,,,\n"
+        f"{NOON},fwd,{ends},,,,,99,forwarded,,S,,,,,,1,0,,,,,,,{flow},,,,,,,,,,\n"
     )
 
 

@@ -150,7 +150,7 @@ class Told:
         flows = flow("198.51.100.1", **more)
         self.domains.stamp(flows)
         assert flows["domain"][0] == self.domains.number_of(next(flow_keys(flows)))
-        return LiveEnds(self.domains, own).domain_of(next(flow_keys(flows)))
+        return LiveEnds(self.domains, own=own).domain_of(next(flow_keys(flows)))
 
 
 def test_a_name_is_of_who_asked():

@@ -65,10 +65,13 @@ def test_the_sdist_has_the_header_and_a_working_wheel_is_built_from_it(tmp_path)
     } == {
         "nlproto",
         "daemon",
+        "fleet",
         "hunter",
         "packet-hunter.pth",
     }
-    assert scripts.keys() == {"packet-hunter", "packet-hunterd"}
+    fleet = {"packet-hunter-export", "packet-hunter-collect"}
+    assert scripts.keys() == {"packet-hunter", "packet-hunterd"} | fleet
+    assert scripts["packet-hunter-export"].endswith('/python" -I -m fleet.export "$@"')
     assert scripts["packet-hunter"].endswith('/python" -I -m hunter "$@"')
     assert scripts["packet-hunterd"].endswith('/python" -I -m daemon "$@"')
 

@@ -1,20 +1,33 @@
 # SPDX-License-Identifier: MIT
-from hunter.show.programs import label, programs
+"""Why engine ebpf does not run, or not whole, in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from nlproto.engines.programs import why_refused
+
+NET_ADMIN, SYS_ADMIN, PERFMON, BPF = 1 << 12, 1 << 21, 1 << 38, 1 << 39
+ENOUGH = NET_ADMIN | PERFMON | BPF
+INTEGRITY, CONFIDENTIALITY = "none [integrity] confidentiality", "none integrity [confidentiality]"
 
 
-def test_many_processes_of_a_program_are_one_row_and_a_few_keep_theirs():
-    known = {pid: ("curl", "/bin/curl" if pid % 2 else "") for pid in range(64)}
-    known |= {100: ("nginx", "/bin/nginx"), 101: ("nginx", "/bin/nginx")}
-    rows = programs(known)
-    assert {rows[pid] for pid in range(64)} == {("curl", "/bin/curl", None)}
-    assert (rows[100], rows[101]) == (("nginx", "/bin/nginx", 100), ("nginx", "/bin/nginx", 101))
-
-
-def test_an_unknown_executable_is_not_guessed_where_a_name_has_two():
-    known = {1: ("sh", "/bin/dash"), 2: ("sh", "/bin/bash"), 3: ("sh", "")}
-    assert programs(known)[3] == ("sh", "", 3)
-
-
-def test_a_label_is_a_process_or_a_count():
-    assert label("curl", {7}) == "curl.7"
-    assert label("a\x1b", range(1200)) == "a\\x1b (1,200 processes)"
+@pytest.mark.parametrize(
+    ("number", "capabilities", "lockdown", "why"),
+    [
+        (errno.EPERM, PERFMON | BPF, "", "it needs CAP_NET_ADMIN; run it as root"),
+        (errno.EPERM, NET_ADMIN, "", "it needs CAP_PERFMON, CAP_BPF; run it as root"),
+        (errno.EPERM, SYS_ADMIN, INTEGRITY, "vendor lets nobody trace its functions"),
+        (errno.EPERM, ENOUGH, CONFIDENTIALITY, "lockdown=confidentiality"),
+        (errno.EINVAL, ENOUGH, "", "older libbpf (before 1.4) needs CAP_SYS_ADMIN"),
+        (errno.EACCES, ENOUGH, "", "refuses its programs (Permission denied)"),
+    ],
+)
+def test_a_refusal_is_told_by_its_cause(
+    number: int, capabilities: int, lockdown: str, why: str
+) -> None:
+    error = OSError(number, os.strerror(number))
+    assert why in why_refused(error, capabilities, lockdown)

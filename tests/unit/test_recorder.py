@@ -304,7 +304,11 @@ def test_a_history_of_the_first_schema_goes_on(path, record):
     with sqlite3.connect(path) as old:
         old.executescript(
             "DROP TABLE elapsed; DROP TABLE identity; DROP TABLE names;"
-            "ALTER TABLE flows DROP COLUMN domain;"
+            "ALTER TABLE flows DROP COLUMN domain; DROP INDEX flows_nat;"
+            "ALTER TABLE flows DROP COLUMN nat_laddr; ALTER TABLE flows DROP COLUMN nat_raddr;"
+            "ALTER TABLE flows DROP COLUMN nat_lport; ALTER TABLE flows DROP COLUMN nat_rport;"
+            "ALTER TABLE flows DROP COLUMN rtt_us; ALTER TABLE flows DROP COLUMN retransmits;"
+            "ALTER TABLE flows DROP COLUMN tcp_in; ALTER TABLE flows DROP COLUMN tcp_out;"
             "DROP INDEX flows_payer; DROP INDEX processes_payer;"
             "ALTER TABLE flows DROP COLUMN payer; ALTER TABLE flows DROP COLUMN seen;"
             "ALTER TABLE processes DROP COLUMN payer; ALTER TABLE processes DROP COLUMN size;"

@@ -29,6 +29,12 @@ STEPS = {
     "a state that leaves a TIME_WAIT": r"\bwaits\b",
     "a shared table": r"files->count",
     "an io_uring": r"\brings?\b",
+    "files were put into a ring": r"\bring_files\b",
+    "a ring has a number in place of a descriptor": r"\bring_numbers\b",
+    "what no descriptor accounts for": r"\bin_ring\(",
+    "a ring lets go of a file later": r"\bdoubt\b",
+    "an operation closes a file of a ring": r"io_fixed_fd_remove",
+    "an operation replaces a file of a ring": r"io_files_update",
     "AMBIGUOUS while several do": r"\bguess\b",
     "found at load": r"SNIFFER_F_SEEDED",
     "the kernel's servers": r"is_servers\(",
@@ -63,6 +69,13 @@ def test_each_rule_is_in_both() -> None:
         if not re.search(pattern, code)
     ]
     assert not missing
+
+
+def test_both_know_the_same_calls_about_rings() -> None:
+    kept, ours = (
+        dict(re.findall(r"\b(RINGS_\w+)\s*= (\d+)", code_of(side))) for side in (MODULE, PROGRAMS)
+    )
+    assert kept and kept == ours
 
 
 def test_bounds_are_the_same() -> None:

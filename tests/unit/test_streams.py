@@ -6,6 +6,7 @@ import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -15,7 +16,11 @@ from daemon.sharing.allowance import Allowance
 from nlproto.errors import Error
 from nlproto.filters.filter import Filter
 from nlproto.filters.parse import parse
+from nlproto.overheard.domains import Domains
+from nlproto.overheard.live import LiveEnds
+from nlproto.overheard.names import Names
 from nlproto.records.batch import NamedBatch
+from nlproto.tables.flows import decode_flows, summarize
 from nlproto.tables.processes import Processes
 
 
@@ -292,3 +297,55 @@ def test_what_users_without_rights_may_take_of_a_cpu_has_an_end():
     assert allowance.spend(0.1) == pytest.approx(0, abs=0.01)
     pause = allowance.spend(1.0)
     assert pause == pytest.approx(2.0, abs=2 * (time.monotonic() - began) + 0.01)
+
+
+def test_flows_go_to_who_asked_for_them_and_tell_no_hash(make_records, make_batch):
+    rows = [{"uid": uid, "tgid": 10 * uid} for uid in (1, 1, 1, 2, 2, 2)]
+    records = make_records(*rows)
+    batch = make_batch(records)
+    flows = summarize(np.array(batch.records), 77)
+    wanted = []
+    with _streams() as streams:
+        streams._pipeline.want_packets = wanted.append
+        everything, own = Subscriber(), Subscriber()
+        full = streams.join(parse(""), None, everything, flows=True)
+        part = streams.join(parse(""), 1, own, flows=True)
+        assert wanted == [False, False]
+        streams.publish(NamedBatch(batch.head, batch.records[:0], None, flows))
+        _finish(streams, full, part)
+        other = Subscriber()
+        streams.join(parse(""), None, other)
+        assert wanted[-1]
+    assert flows["hash"].all()
+    told = [decode_flows(piece.payload)[1] for piece in everything.pieces]
+    assert np.concatenate(told)["bytes_out"].sum() == flows["bytes_out"].sum()
+    assert not np.concatenate(told)["hash"].any()
+    assert everything.seen == len(flows)
+    (mine,) = (decode_flows(piece.payload)[1] for piece in own.pieces)
+    assert set(mine["tgid"].tolist()) == {10}
+    assert mine["bytes_out"].sum() == flows["bytes_out"][flows["uid"] == 1].sum()
+    assert not other.pieces
+
+
+def test_names_of_far_ends_come_with_flows_as_far_as_one_may_know_them(make_records, make_batch):
+    records = make_records({"uid": 1, "sport": 1}, {"uid": 1, "sport": 2})
+    batch = make_batch(records)
+    names = Names()
+    flows = summarize(np.array(batch.records), 0)
+    assert len(flows) == 2
+    flows["domain"] = names.number("own.example"), names.number("all.example", of_resolver=True)
+    with _streams() as streams:
+        streams._processes.ends = LiveEnds(Domains(names))
+        everything, own = Subscriber(), Subscriber()
+        joined = [
+            streams.join(parse(""), uid, one, flows=True)
+            for uid, one in ((None, everything), (1, own))
+        ]
+        streams.publish(NamedBatch(batch.head, batch.records[:0], None, flows))
+        _finish(streams, *joined)
+    told = [
+        set(msgspec.json.decode(one.pieces[0].names, type=dict[int, str]).values())
+        for one in (everything, own)
+    ]
+    assert told == [{"own.example", "all.example"}, {"own.example"}]
+    assert np.count_nonzero(decode_flows(own.pieces[0].payload)[1]["domain"]) == 1

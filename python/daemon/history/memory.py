@@ -18,10 +18,12 @@ import numpy as np
 
 from nlproto._host import ffi, lib
 from nlproto.records.clock import Clock
+from nlproto.records.ends import Translated
 from nlproto.records.wire import PROTO_NAMES, address_text, among, dtype_of, how_name, taken, text
 from nlproto.records.wire import lib as wire
 from nlproto.tables.column_table import ColumnTable, mix, numbers, part_of, with_fields
-from nlproto.tables.flows import FLOW, KEY_FIELDS, address_bytes
+from nlproto.tables.flows import FLOW, KEY_FIELDS, LOOKED, address_bytes
+from nlproto.tables.outcome import outcome
 from nlproto.tables.shares import NOBODY, Payers, surplus
 
 __all__ = [
@@ -34,9 +36,10 @@ __all__ = [
     "matching",
     "network_words",
     "payers_of",
+    "translated_fields",
 ]
 
-_LAST, _SUMS, _TIMES = 3, 4, 5
+_LAST, _NAT, _SUMS, _TIMES, _TCP = 3, 4, 5, 6, 7
 _GROUPS = (
     part_of(FLOW, "cookie", "start_ns", "tgid", "netns"),
     part_of(FLOW, "laddr", "raddr"),
@@ -46,8 +49,10 @@ _GROUPS = (
         ("dirty", "?", ffi.offsetof("struct history_last", "dirty")),
         ("words", ("u8", (2,)), ffi.offsetof("struct history_last", "comm")),
     ),
+    part_of(FLOW, "nat_laddr", "nat_raddr", "nat_lport", "nat_rport"),
     part_of(FLOW, "packets_in", "bytes_in", "packets_out", "bytes_out"),
     dtype_of("history_times", ffi),
+    part_of(FLOW, "rtt_us", "retransmits", "tcp_in", "tcp_out"),
     np.dtype([("id", "u8")]),
 )
 ROW_BYTES = sum(group.itemsize for group in _GROUPS) + 20
@@ -71,7 +76,7 @@ class Question:
     port: int | None = None
     proto: int | None = None
     host: ipaddress.IPv4Network | ipaddress.IPv6Network | None = None
-    """Of the far end; of a forwarded flow: of either."""
+    """Of the far end, as it is seen or as NAT made it; of a forwarded flow: of either."""
     pid: int | None = None
     pname: str | None = None
     domains: tuple[int, ...] | None = None
@@ -128,8 +133,10 @@ class FlowMemory:
         self._pointers = ffi.new("struct history *")
         groups = self._table.groups
         self._pointers.last = ffi.from_buffer("struct history_last[]", groups[_LAST])
+        self._pointers.nat = ffi.from_buffer("struct history_nat[]", groups[_NAT])
         self._pointers.sums = ffi.from_buffer("struct history_sums[]", groups[_SUMS])
         self._pointers.times = ffi.from_buffer("struct history_times[]", groups[_TIMES])
+        self._pointers.tcp = ffi.from_buffer("struct history_tcp[]", groups[_TCP])
 
     def __len__(self) -> int:
         return self._size
@@ -156,6 +163,40 @@ class FlowMemory:
             piece = max(1, self.limit // 8)
             for at in range(0, len(new), piece):
                 self._insert(new[at : at + piece], real)
+
+    def learn(self, found: np.ndarray) -> np.ndarray:
+        """Enter how connections go (HOST_TCP, each cookie once); FLOWs of those that are here.
+
+        A connection counts for its last owner alone. In what is returned `retransmits` are those
+        that are new.
+        """
+        order = np.argsort(found["cookie"])
+        found = found[order[found["cookie"][order] != 0]]
+        with self._lock:
+            columns = {name: column[: self._size] for name, column in self._columns.items()}
+            rows = np.flatnonzero(among(columns["cookie"], found["cookie"]))
+            rows = rows[columns["proto"][rows] == socket.IPPROTO_TCP]
+            which = np.searchsorted(found["cookie"], columns["cookie"][rows])
+            same = found["netns"][which] == columns["netns"][rows]
+            rows, which = rows[same], which[same]
+            known = np.bincount(which, columns["retransmits"][rows], minlength=len(found))
+            latest = np.lexsort((columns["heard_ns"][rows], which))
+            latest = latest[np.append(which[latest][1:] != which[latest][:-1], True)[: len(rows)]]
+            rows, which = rows[latest], which[latest]
+            news = found[which]
+            more = news["retransmits"] - np.minimum(
+                known[which].astype(np.uint32), news["retransmits"]
+            )
+            rtt = np.where(news["rtt_us"], news["rtt_us"], columns["rtt_us"][rows])
+            before = columns["flags"][rows]
+            changed = (more != 0) | (rtt != columns["rtt_us"][rows]) | (before & LOOKED == 0)
+            columns["retransmits"][rows] += more
+            columns["rtt_us"][rows] = rtt
+            columns["flags"][rows] = before | LOOKED
+            columns["dirty"][rows[changed]] = True
+            flows = self._table.take(rows, FLOW)
+        flows["retransmits"] = more
+        return flows
 
     def note(self, flows: np.ndarray) -> None:
         """Nothing: update() will (nlproto.overheard.domains.Beginnings)."""
@@ -265,9 +306,8 @@ def matching(columns: Mapping[str, np.ndarray], size: int, question: Question) -
     """Return which of the first `size` rows fit; `words` is comm as two numbers."""
     mask = np.ones(size, bool)
     if question.port is not None:
-        mask &= (columns["lport"][:size] == question.port) | (
-            columns["rport"][:size] == question.port
-        )
+        ports = (columns[name][:size] for name in ("lport", "rport", "nat_lport", "nat_rport"))
+        mask &= np.logical_or.reduce([one == question.port for one in ports])
     if question.since_ns is not None:
         mask &= columns["last_ns"][:size] >= max(0, question.since_ns)
     if question.until_ns is not None:
@@ -287,7 +327,12 @@ def matching(columns: Mapping[str, np.ndarray], size: int, question: Question) -
         mask &= among(columns["domain"][:size], np.array(question.domains, np.uint64))
     if question.ends is not None:
         one, other = question.ends
-        mask &= _between(columns, size, one, other) | _between(columns, size, other, one)
+        between = [
+            _between(columns, size, *way, nat)
+            for way in ((one, other), (other, one))
+            for nat in ("", "nat_")
+        ]
+        mask &= np.logical_or.reduce(between)
     if question.uid is not None:
         mask &= (columns["tgid"][:size] != 0) & (columns["uid"][:size] == question.uid)
     if question.comm is not None:
@@ -300,18 +345,24 @@ def matching(columns: Mapping[str, np.ndarray], size: int, question: Question) -
     if question.host is not None and len(rows):
         family, base, bits = network_words(question.host)
         rows = rows[columns["family"][rows] == family]
-        near = ((columns["raddr"][rows] & bits) == base).all(axis=1)
-        lower = ((columns["laddr"][rows] & bits) == base).all(axis=1)
-        rows = rows[near | (lower & (columns["forwarded"][rows] != 0))]
+        translated = columns["nat_lport"][rows] != 0
+        far, lower = (
+            ((columns[f"{side}addr"][rows] & bits) == base).all(axis=1)
+            | translated & ((columns[f"nat_{side}addr"][rows] & bits) == base).all(axis=1)
+            for side in "rl"
+        )
+        rows = rows[far | (lower & (columns["forwarded"][rows] != 0))]
     return rows
 
 
-def _between(columns: Mapping[str, np.ndarray], size: int, local: End, remote: End) -> np.ndarray:
-    """A mask of the flows with these ends."""
-    mask: np.ndarray = (columns["lport"][:size] == local[2]) & (
-        columns["rport"][:size] == remote[2]
+def _between(
+    columns: Mapping[str, np.ndarray], size: int, local: End, remote: End, nat: str
+) -> np.ndarray:
+    """A mask of the flows with these ends, as they are seen ("") or as NAT made them ("nat_")."""
+    mask: np.ndarray = (columns[f"{nat}lport"][:size] == local[2]) & (
+        columns[f"{nat}rport"][:size] == remote[2]
     )
-    for name, end in (("laddr", local), ("raddr", remote)):
+    for name, end in ((f"{nat}laddr", local), (f"{nat}raddr", remote)):
         rows = np.flatnonzero(mask)
         same = (columns[name][rows] == np.frombuffer(end[1], np.uint64)).all(axis=1)
         mask[rows[~(same & (columns["family"][rows] == end[0]))]] = False
@@ -339,16 +390,31 @@ _FLAGS = {
 }
 
 
+def translated_fields(family: int, became: Translated | None) -> dict[str, str | int | None]:
+    """What NAT made of the ends of a flow or socket, as it goes to a client."""
+    names = ("nat_local", "nat_lport", "nat_remote", "nat_rport")
+    if became is None:
+        return dict.fromkeys(names)
+    near, lport, far, rport = became
+    values = address_text(family, near), lport, address_text(family, far), rport
+    return dict(zip(names, values, strict=True))
+
+
 def flow_fields(flow: np.void) -> dict[str, Any]:
     """One FLOW of the history as it goes to a client."""
     family, named = int(flow["family"]), bool(flow["tgid"])
     flags = int(flow["flags"])
+    became: Translated | None = None
+    if flow["nat_lport"]:
+        near, far = (address_bytes(flow[f"nat_{side}addr"]) for side in "lr")
+        became = near, int(flow["nat_lport"]), far, int(flow["nat_rport"])
     return {
         "proto": PROTO_NAMES.get(int(flow["proto"]), str(int(flow["proto"]))),
         "local": address_text(family, address_bytes(flow["laddr"])),
         "lport": int(flow["lport"]),
         "remote": address_text(family, address_bytes(flow["raddr"])),
         "rport": int(flow["rport"]),
+        **translated_fields(family, became),
         "forwarded": bool(flow["forwarded"]),
         "pid": int(flow["tgid"]) if named else None,
         "start_ns": int(flow["start_ns"]) if named else None,
@@ -364,4 +430,7 @@ def flow_fields(flow: np.void) -> dict[str, Any]:
         "bytes_in": int(flow["bytes_in"]),
         "packets_out": int(flow["packets_out"]),
         "bytes_out": int(flow["bytes_out"]),
+        "rtt": int(flow["rtt_us"]) / 1e6 if flow["rtt_us"] else None,
+        "retransmits": int(flow["retransmits"]) if flags & LOOKED else None,
+        "outcome": outcome(int(flow["tcp_in"]), int(flow["tcp_out"])),
     }

@@ -13,13 +13,24 @@ __all__ = ["conditions", "ways"]
 def ways(question: Question) -> list[tuple[list[str], list[Any]]]:
     """Conditions and values that exclude each other, each with an index of its own."""
     if question.ends is not None:
-        words = "lport = ? AND rport = ? AND family = ? AND laddr = ? AND raddr = ?"
         (family, one, port), (_, other, far) = question.ends
-        ways = [(port, far, family, one, other), (far, port, family, other, one)]
-        return [([words], list(way)) for way in dict.fromkeys(ways)]
+        found = dict.fromkeys([(port, far, family, one, other), (far, port, family, other, one)])
+        seen = "lport = ? AND rport = ? AND family = ? AND laddr = ? AND raddr = ?"
+        became = (
+            "nat_lport <> 0 AND nat_lport = ? AND nat_rport = ? AND family = ?"
+            " AND nat_laddr = ? AND nat_raddr = ?"
+        )
+        return [([words], list(way)) for words in (seen, became) for way in found]
     if question.port is not None:
         port = question.port
-        return [(["lport = ?"], [port]), (["rport = ? AND lport <> ?"], [port, port])]
+        became = "nat_lport <> 0 AND nat_lport = ? AND ? NOT IN (lport, rport)"
+        its_far = "nat_lport <> 0 AND nat_rport = ? AND ? NOT IN (nat_lport, lport, rport)"
+        return [
+            (["lport = ?"], [port]),
+            (["rport = ? AND lport <> ?"], [port, port]),
+            ([became], [port, port]),
+            ([its_far], [port, port]),
+        ]
     return [([], [])]
 
 
@@ -43,7 +54,7 @@ def conditions(question: Question) -> tuple[list[str], list[Any]]:
     if question.uid is not None:
         wheres.append("tgid <> 0")
     if question.ends is not None and question.port is not None:
-        wheres.append("? IN (lport, rport)")
+        wheres.append("? IN (lport, rport, nat_lport, nat_rport)")
         values.append(question.port)
     if question.since_ns is not None:
         wheres.append("last_ns >= ?")
@@ -58,7 +69,10 @@ def conditions(question: Question) -> tuple[list[str], list[Any]]:
         family, _, _ = network_words(question.host)
         low = question.host.network_address.packed.ljust(16, b"\0")
         high = question.host.broadcast_address.packed.ljust(16, b"\0")
-        near = "raddr BETWEEN ? AND ? OR forwarded AND laddr BETWEEN ? AND ?"
+        near = " OR ".join(
+            f"{nat}raddr BETWEEN ? AND ? OR forwarded AND {nat}laddr BETWEEN ? AND ?"
+            for nat in ("", "nat_")
+        )
         wheres.append(f"family = ? AND ({near})")
-        values += [family, low, high, low, high]
+        values += [family, *(low, high) * 4]
     return wheres, values

@@ -14,14 +14,11 @@ from nlproto.tables.flows import FLOW
 __all__ = [
     "APPLICATION",
     "COLUMNS",
-    "CREATE",
-    "FROM_1",
-    "FROM_2",
-    "FROM_3",
     "HAS_PROCESS",
     "INDEXES",
     "ROW_SIZE",
     "SCHEMA",
+    "STEPS",
     "WRITE_FLOW",
     "WRITE_PROCESS",
     "columns_of",
@@ -30,9 +27,8 @@ __all__ = [
     "signed",
 ]
 
-SCHEMA = 4
 APPLICATION = 0x706B6874  # "pkht", in the file's header: file(1) and we know it by that
-CREATE = """
+_CREATE = """
 CREATE TABLE flows (
     id INTEGER PRIMARY KEY,
     cookie INTEGER, start_ns INTEGER, laddr BLOB, raddr BLOB, tgid INTEGER, netns INTEGER,
@@ -46,7 +42,7 @@ CREATE TABLE processes (
     PRIMARY KEY (tgid, start_ns)
 ) WITHOUT ROWID;
 """
-FROM_1 = """
+_FROM_1 = """
 DROP INDEX IF EXISTS processes_seen;
 ALTER TABLE flows ADD COLUMN payer INTEGER DEFAULT 0;
 ALTER TABLE flows ADD COLUMN seen INTEGER DEFAULT 0;
@@ -62,17 +58,33 @@ INSERT INTO identity VALUES (randomblob(16));
 """
 """`payer` as in nlproto.tables.shares; `seen` in seconds of daemon.history.elapsed, never of a day;
 `size` in bytes of the file."""
-FROM_2 = """
+_FROM_2 = """
 ALTER TABLE flows ADD COLUMN domain INTEGER DEFAULT 0;
 CREATE TABLE names (id INTEGER PRIMARY KEY, name TEXT);
 """
 """`domain` is the `id` of a name (nlproto.overheard.names), 0: none."""
-FROM_3 = """
+_FROM_3 = """
 CREATE TABLE IF NOT EXISTS hours (number INTEGER PRIMARY KEY, about BLOB);
 DROP INDEX IF EXISTS flows_comm;
 """
 """`hours` has the sealed files (daemon.history.hours). What is not sealed is an hour or two: no
 index of its programs is needed."""
+_FROM_4 = """
+ALTER TABLE flows ADD COLUMN nat_laddr BLOB;
+ALTER TABLE flows ADD COLUMN nat_raddr BLOB;
+ALTER TABLE flows ADD COLUMN nat_lport INTEGER DEFAULT 0;
+ALTER TABLE flows ADD COLUMN nat_rport INTEGER DEFAULT 0;
+"""
+"""What NAT made of the ends, addresses NULL and ports 0 where nothing is known."""
+_FROM_5 = """
+ALTER TABLE flows ADD COLUMN rtt_us INTEGER DEFAULT 0;
+ALTER TABLE flows ADD COLUMN retransmits INTEGER DEFAULT 0;
+ALTER TABLE flows ADD COLUMN tcp_in INTEGER DEFAULT 0;
+ALTER TABLE flows ADD COLUMN tcp_out INTEGER DEFAULT 0;
+"""
+STEPS = (_CREATE, _FROM_1, _FROM_2, _FROM_3, _FROM_4, _FROM_5)
+"""STEPS[n:] make a file of schema n one of ours."""
+SCHEMA = len(STEPS)
 INDEXES = {
     "flows_lport": "lport, last_ns",
     "flows_rport": "rport, last_ns",
@@ -80,12 +92,16 @@ INDEXES = {
     "flows_tgid": "tgid, last_ns",
     "flows_last": "last_ns",
     "flows_payer": "payer, seen",
+    "flows_nat": "nat_lport, nat_rport) WHERE (nat_lport <> 0",
 }
 COLUMNS = tuple(FLOW.names or ())[1:]
+_NAT = ("nat_laddr", "nat_raddr")
+_NO_ADDRESS = bytes(16)
 _WRITTEN = (*COLUMNS, "payer", "seen")
 _UPDATED = (
-    "how flags uid inode comm domain first_ns last_ns packets_in bytes_in packets_out bytes_out"
-    " payer seen"
+    "how flags uid inode comm domain nat_laddr nat_raddr nat_lport nat_rport first_ns last_ns"
+    " packets_in bytes_in packets_out bytes_out payer seen"
+    " rtt_us retransmits tcp_in tcp_out"
 ).split()
 WRITE_FLOW = (
     f"INSERT INTO flows (id, {', '.join(_WRITTEN)}) VALUES (?{', ?' * len(_WRITTEN)})"
@@ -107,7 +123,10 @@ def rows_of(ids: np.ndarray, flows: np.ndarray, *more: np.ndarray) -> Iterator[t
         column = np.ascontiguousarray(flows[name])
         if column.ndim == 2:
             raw = column.tobytes()
-            columns.append([raw[at : at + 16] for at in range(0, len(raw), 16)])
+            parts: list[bytes | None] = [raw[at : at + 16] for at in range(0, len(raw), 16)]
+            if name in _NAT:
+                parts = [None if one == _NO_ADDRESS else one for one in parts]
+            columns.append(parts)
         elif column.dtype.kind == "u" and column.dtype.itemsize == 8:
             columns.append(column.view(np.int64).tolist())
         else:
@@ -120,7 +139,8 @@ def flows_of(rows: Sequence[tuple[Any, ...]]) -> np.ndarray:
     for position, name in enumerate(COLUMNS, 1):
         values = [row[position] for row in rows]
         if FLOW[name].ndim:
-            flows[name] = np.frombuffer(b"".join(values), np.uint64).reshape(-1, 2)
+            raw = b"".join([one or _NO_ADDRESS for one in values])
+            flows[name] = np.frombuffer(raw, np.uint64).reshape(-1, 2)
         elif FLOW[name] == np.uint64:
             flows[name] = np.array(values, np.int64).view(np.uint64)
         else:

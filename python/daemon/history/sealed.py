@@ -36,9 +36,12 @@ _DETAILS = 256  # processes in a blob
 _MAX_INDEX = 16 << 20
 _MAX_BLOB = 1 << 28
 """Bytes that one blob may unpack to."""
-_WIDE = ("laddr", "raddr", "comm")
+_ADDRESSES = ("laddr", "raddr", "nat_laddr", "nat_raddr")
+_WIDE = (*_ADDRESSES, "comm")
 """Columns of 16 bytes, always in a dictionary."""
 _BYTES = np.dtype("S16")
+_RARE = ("rtt_us", "retransmits", "tcp_in", "tcp_out")
+"""Columns that a file is without where they are zero."""
 COLUMNS = ("id", *(FLOW.names or ())[1:], "payer", "seen")
 
 _Kind = TypeVar("_Kind")
@@ -103,8 +106,9 @@ class Contents(msgspec.Struct, frozen=True):
 def seal(contents: Contents) -> bytes:
     """Return the file's bytes; rows may come in any order."""
     order = np.argsort(contents.rows["last_ns"], kind="stable")
-    rows = {name: contents.rows[name][order] for name in COLUMNS}
     count = len(order)
+    absent = np.zeros(count, np.uint64)  # what files of older versions lack
+    rows = {name: contents.rows.get(name, absent)[order] for name in COLUMNS}
     parts = [_MAGIC]
     at = len(_MAGIC)
 
@@ -117,12 +121,13 @@ def seal(contents: Contents) -> bytes:
         return place
 
     columns, numbers = [], []
-    for name in COLUMNS:
+    stored = [name for name in COLUMNS if name not in _RARE or rows[name].any()]
+    for name in stored:
         found = _dictionary(name, rows[name])
         columns.append(_Column(name, None if found is None else put(found[0].tobytes())))
         numbers.append(rows[name].astype(np.uint64) if found is None else found[1])
     # durations are smaller than moments
-    first, last = COLUMNS.index("first_ns"), COLUMNS.index("last_ns")
+    first, last = stored.index("first_ns"), stored.index("last_ns")
     if columns[first].dictionary is None and columns[last].dictionary is None:
         numbers[first] = numbers[last] - numbers[first]
     else:
@@ -203,15 +208,35 @@ def _needles(rows: Rows, count: int) -> dict[str, tuple[np.ndarray, np.ndarray]]
     """By kind: values, and the row that each stands in."""
     every = np.arange(count)
     passing = np.flatnonzero(rows["forwarded"])
-    near = np.ascontiguousarray(rows["raddr"]).view(_BYTES).reshape(-1)
-    lower = np.ascontiguousarray(rows["laddr"]).view(_BYTES).reshape(-1)[passing]
+    translated = np.flatnonzero(rows["nat_lport"])
+    both = np.intersect1d(passing, translated)
+
+    def addresses(name: str, which: np.ndarray = every) -> np.ndarray:
+        found: np.ndarray = np.ascontiguousarray(rows[name]).view(_BYTES).reshape(-1)[which]
+        return found
+
     named = np.flatnonzero(rows["tgid"])
     return {
         "port": (
-            np.concatenate([rows["lport"], rows["rport"]]).astype(np.uint16),
-            np.concatenate([every, every]),
+            np.concatenate(
+                [
+                    *(rows["lport"], rows["rport"]),
+                    *(rows[name][translated] for name in ("nat_lport", "nat_rport")),
+                ]
+            ).astype(np.uint16),
+            np.concatenate([every, every, translated, translated]),
         ),
-        "host": (np.concatenate([near, lower]), np.concatenate([every, passing])),
+        "host": (
+            np.concatenate(
+                [
+                    addresses("raddr"),
+                    addresses("laddr", passing),
+                    addresses("nat_raddr", translated),
+                    addresses("nat_laddr", both),
+                ]
+            ),
+            np.concatenate([every, passing, translated, both]),
+        ),
         "comm": (rows["comm"].astype(_BYTES), every),
         "tgid": (rows["tgid"].astype(np.uint32), every),
         "uid": (rows["uid"][named].astype(np.uint32), named),
@@ -414,8 +439,13 @@ def _asked(question: Question) -> Iterator[tuple[str, Any, Any]]:
 def _plain(rows: Rows) -> Rows:
     """Columns in the types of FLOW, moments instead of durations."""
     rows["first_ns"] = rows["last_ns"] - rows["first_ns"]
-    for name in _WIDE[:2]:
-        rows[name] = np.ascontiguousarray(rows[name]).view(np.uint64).reshape(-1, 2)
+    count = len(rows["last_ns"])
+    for name in _ADDRESSES:
+        if name in rows:
+            rows[name] = np.ascontiguousarray(rows[name]).view(np.uint64).reshape(-1, 2)
+    for name in FLOW.names or ():  # what files of older versions lack
+        if name not in rows and name != "hash":
+            rows[name] = np.zeros((count, *FLOW[name].shape), FLOW[name].base)
     rows["words"] = np.ascontiguousarray(rows["comm"]).view(np.uint64).reshape(-1, 2)
     return rows
 

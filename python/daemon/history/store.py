@@ -30,13 +30,10 @@ from daemon.history.query import conditions, ways
 from daemon.history.schema import (
     APPLICATION,
     COLUMNS,
-    CREATE,
-    FROM_1,
-    FROM_2,
-    FROM_3,
     HAS_PROCESS,
     INDEXES,
     SCHEMA,
+    STEPS,
     WRITE_FLOW,
     WRITE_PROCESS,
     columns_of,
@@ -147,7 +144,7 @@ class Store:
             if state != "ok":
                 raise sqlite3.DatabaseError(state)
             if version < SCHEMA:
-                steps = "".join((CREATE, FROM_1, FROM_2, FROM_3)[version:])
+                steps = "".join(STEPS[version:])
                 writer.executescript(
                     f"BEGIN; {steps} PRAGMA application_id = {APPLICATION};"
                     f" PRAGMA user_version = {SCHEMA}; COMMIT;"

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -21,6 +21,7 @@ from daemon.serve.usage import Sums, usage
 from nlproto.errors import UsageError
 from nlproto.host.kernel_sockets import KernelSockets
 from nlproto.overheard.names import is_of_resolver, number_of
+from nlproto.overheard.translations import Translations
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records.wire import PROTO_NAMES
 from nlproto.tables.flows import pack_address
@@ -74,6 +75,19 @@ def _never() -> None:
     pass
 
 
+class Looks(Protocol):
+    """What looks at the kernel's sockets (daemon.system.watcher)."""
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether what is known of them is of this second."""
+        ...
+
+    def refresh(self, stop: Stop) -> None:
+        """Return when it is so."""
+        ...
+
+
 @dataclass(slots=True)
 class Answers:
     """`uid` of each method: None for one who sees everything, else the only owner to be shown.
@@ -86,20 +100,30 @@ class Answers:
     past: Past | None = None
     past_process: Callable[[int, int], Process | None] | None = None
     kernel: KernelSockets | None = None
+    looks: Looks | None = None
     remembers_since: Callable[[], float] = time.time
     """Unix time: what was seen later is still known."""
     name_of: Callable[[int], str] = lambda number: ""
     """The name of a flow's far end."""
+    translations: Translations | None = None
+    """What NAT does now."""
     sums: Sums = lambda since_ns, stop: ({}, {})
 
     def is_cheap(self, request: OwnerOf) -> bool:
         """Whether the answer takes less time than another thread takes to begin with it."""
         portmap = self.pipeline.portmap
+        if self.looks is not None and not self.looks.is_fresh:
+            return False
         return portmap is None or portmap.count(request.port) <= _CHEAP
+
+    def _refresh(self, stop: Stop) -> None:
+        if self.looks is not None:
+            self.looks.refresh(stop)
 
     def owner(
         self, request: OwnerOf, uid: int | None, stop: Stop = _never, room: Room | None = None
     ) -> dict[str, Any]:
+        self._refresh(stop)
         room = room or Room()
         address = None if request.address is None else _address(request.address)
         portmap, proto = self.pipeline.portmap, _proto(request.proto)
@@ -178,6 +202,7 @@ class Answers:
         owners_total = 0
         of_now = request.at is None and request.domain is None and not request.until
         if of_now and not isinstance(request, HistoryRequest):
+            self._refresh(stop)
             looking = Looking(uid, stop)
             owners_total, owners = self._owners_now(question, looking)
             room.truncated |= looking.truncated
@@ -203,6 +228,7 @@ class Answers:
             "flows": flows,
             "total": total,
             "processes": room.fill(self._processes(keys, uid, stop)),
+            "nat_cut": self.translations is not None and self.translations.cut,
             "truncated": room.truncated or total > len(flows) or owners_total > len(owners_now),
         }
 
@@ -229,7 +255,7 @@ class Answers:
         """How many sockets there are now, and the first of them."""
         if self.kernel is None:
             return 0, []
-        total, found = sockets_now(self.pipeline, self.kernel, question, looking)
+        total, found = sockets_now(self.pipeline, self.kernel, question, looking, self.translations)
         for one in found:
             looking.stop()
             process = self.pipeline.processes.get(one["pid"], one["start_ns"])
@@ -250,6 +276,7 @@ class Answers:
     def lookup(
         self, request: Lookup, uid: int | None, stop: Stop = _never, room: Room | None = None
     ) -> dict[str, Any]:
+        self._refresh(stop)
         room = room or Room()
         cookies = {key.cookie for key in request.keys if key.cookie is not None}
         portmap = self.pipeline.portmap

@@ -25,6 +25,7 @@ _PROGRAM = 192 << 20
 _ENCODED = 32 << 20  # details of processes, encoded
 _SNAPS = 96 << 20  # first bytes of packets, while somebody asks for them
 _DOMAINS = 96 << 20  # names, who asked for them, flows that have one, streams that are put together
+_NAT = 48 << 20  # translated connections, each under the ends that it is seen with
 _CLIENT = WRITE_HIGH + (320 << 10) + MAX_BUFFERED + (16 << 10) + (256 << 10)
 """One connection: a frame being sent, requests read and parsed, which processes it was told of."""
 _PROCESS = 2048  # with its place in two tables
@@ -64,6 +65,7 @@ def bounds_of(config: Config, limit: int | None = None) -> Bounds:
         "history": config.history_flows * HISTORY_ROW,
         "processes": config.max_processes * _PROCESS,
         "ports": config.max_ports * _PORT,
+        "nat": _NAT,
         "domains": 0 if config.domains == "off" else _DOMAINS,
     }
     wanted = config.max_clients * config.client_queue_size

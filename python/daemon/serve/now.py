@@ -3,17 +3,22 @@
 
 from __future__ import annotations
 
+import ipaddress
+import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from daemon.history.memory import Question
+from daemon.history.memory import Question, translated_fields
 from nlproto.host import procfs
 from nlproto.host.kernel_sockets import KernelSockets
 from nlproto.host.sockdiag import HOST_SOCKET
 from nlproto.host.sockets import fields, fitting, held, listening, unmapped
+from nlproto.overheard.translations import Translations
 from nlproto.pipeline.pipeline import Pipeline
+from nlproto.records.ends import Translated, Way
 from nlproto.records.wire import text
 from nlproto.tables.port_owner import PortOwner
 from nlproto.tables.portmap import PortMap
@@ -83,14 +88,20 @@ class Looking:
 
 
 def sockets_now(
-    pipeline: Pipeline, kernel: KernelSockets, question: Question, looking: Looking
+    pipeline: Pipeline,
+    kernel: KernelSockets,
+    question: Question,
+    looking: Looking,
+    translations: Translations | None = None,
 ) -> tuple[int, list[dict[str, Any]]]:
     """How many sockets fit, and the first `limit` (at most _SHOWN) of them, listeners first.
 
-    Each has its holders, the last known user first.
+    Each has its holders, the last known user first. One whose ends NAT changes fits by either.
     """
     portmap = pipeline.portmap
-    numbers, rows = _rows(kernel.tables, question, _inodes(pipeline, question, looking), looking)
+    nat = _Nat(translations)
+    inodes = _inodes(pipeline, question, looking)
+    numbers, rows = _rows(kernel.tables, question, inodes, looking, nat)
     if looking.uid is not None:
         mine = rows["uid"] == looking.uid
         used_by = _users(portmap, rows, looking)
@@ -110,8 +121,52 @@ def sockets_now(
         shown = [one for one in holders if looking.is_mine(one["uid"])]
         if any(_is(one, question) for one in shown):
             total += 1
-            found.append(fields(netns, row) | shown[0] | {"holders": shown})
+            became = translated_fields(int(row["family"]), nat.of(netns, row))
+            found.append(fields(netns, row) | became | shown[0] | {"holders": shown})
     return total, found
+
+
+class _Nat:
+    """What NAT does to sockets at this moment."""
+
+    def __init__(self, translations: Translations | None) -> None:
+        self._translations = translations
+        self._now_ns = time.monotonic_ns()
+
+    def of(self, netns: int, row: np.void) -> Translated | None:
+        """What it makes of the ends of one HOST_SOCKET of a namespace."""
+        if self._translations is None or not row["dport"]:
+            return None
+        near, far = (row[name].tobytes() for name in ("saddr", "daddr"))
+        kind = int(row["proto"]), int(row["family"])
+        way: Way = (netns, *kind, near, int(row["sport"]), far, int(row["dport"]))
+        return self._translations.find(way, self._now_ns, self._now_ns)
+
+    def fitting(self, netns: int, table: np.ndarray, question: Question) -> np.ndarray:
+        """Which HOST_SOCKETs fit by the ends that they have elsewhere."""
+        mask = np.zeros(len(table), bool)
+        if self._translations is None or (question.port, question.host) == (None, None):
+            return mask
+        maybe = self._translations.maybe(table["sport"], table["dport"])
+        maybe &= (table["dport"] != 0) & (table["inode"] != 0)
+        if question.proto is not None:
+            maybe &= table["proto"] == question.proto
+        for at in np.flatnonzero(maybe)[:_LOOKED].tolist():
+            became = self.of(netns, table[at])
+            mask[at] = became is not None and _fits(table[at], became, question)
+        return mask
+
+
+def _fits(row: np.void, became: Translated, question: Question) -> bool:
+    """Whether a translated socket fits, each condition by either of its ends' addresses."""
+    _, lport, far, rport = became
+    if question.port not in (None, lport, rport, int(row["sport"]), int(row["dport"])):
+        return False
+    if question.host is None:
+        return True
+    size = 4 if row["family"] == socket.AF_INET else 16
+    fars = (row["daddr"].tobytes(), far)
+    return any(ipaddress.ip_address(one[:size]) in question.host for one in fars)
 
 
 def holder(tgid: int, start_ns: int, comm: str, uid: int) -> dict[str, Any]:
@@ -154,6 +209,7 @@ def _rows(
     question: Question,
     inodes: np.ndarray | None,
     looking: Looking,
+    nat: _Nat,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(namespaces, HOST_SOCKETs): listeners before others, in the order of ports."""
     numbers, parts = [np.zeros(0, np.int64)], [np.zeros(0, HOST_SOCKET)]
@@ -163,7 +219,9 @@ def _rows(
             continue
         table = unmapped(table)
         mask = held(table) & (table["inode"] != 0)
-        mask &= fitting(table, question.port, question.proto, question.host)
+        mask &= fitting(table, question.port, question.proto, question.host) | nat.fitting(
+            netns, table, question
+        )
         if question.listening:
             mask &= listening(table)
         if inodes is not None:

@@ -46,6 +46,9 @@ class Piece:
     """JSON of the far ends' names, empty when none has one."""
     size: int = 0
     """Bytes of all of it."""
+    flows: bool = False
+    names: bytes = b""
+    """JSON of the names by the numbers that flows have, empty when none has one."""
 
 
 class Subscriber(Protocol):
@@ -61,6 +64,8 @@ class Lane:
     uid: int | None
     user: int
     """Whose turn it takes: the uid, or the user that it is subordinate to."""
+    flows: bool = False
+    """Sums of flows, in place of records."""
     streams: tuple[Stream, ...] = ()
     records: int = 0
     """Records of this uid so far: what its clients have as `seq`."""
@@ -86,10 +91,11 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Records that the subscribers of a lane may see; `head` is a clean BATCH with their clocks."""
+    """What the subscribers of a lane may see; `head` is a clean BATCH with their clocks."""
 
     head: np.void
     records: np.ndarray
+    """RECORD, or FLOW in a lane of flows."""
 
 
 @dataclass(slots=True)

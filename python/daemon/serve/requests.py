@@ -110,6 +110,8 @@ class Lookup(_Base, tag="lookup", frozen=True):
 class Subscribe(_Base, tag="subscribe", frozen=True):
     filter: Annotated[str, Meta(max_length=8192)] = ""
     snaps: bool = False
+    flows: bool = False
+    """Sums of flows in place of records; no filter and no first bytes."""
 
 
 class Unsubscribe(_Base, tag="unsubscribe", frozen=True):

@@ -19,7 +19,7 @@ from typing import Any
 import nlproto
 from daemon.serve.answers import Answers
 from daemon.serve.bounds import ANSWER_BYTES, STREAM_BYTES, Bounds, bounds_of
-from daemon.serve.publisher import Stream
+from daemon.serve.publisher import Lane, Stream
 from daemon.serve.questions import FAILED, Question, Questions
 from daemon.serve.session import MAX_ANSWER, Session
 from daemon.serve.streams import Streams
@@ -301,17 +301,20 @@ class Server:
     async def _tell_accounts(self) -> None:
         """What a client goes by when this daemon dies without a word."""
 
-        def tell(account: dict[str, Any] | Error) -> None:
+        def tell(lane: Lane, account: dict[str, Any] | Error) -> None:
             if not isinstance(account, Error):
                 for session in tuple(self._sessions):
-                    session.tell_account(account)
+                    stream = session.subscription.stream
+                    if stream is not None and stream.lane is lane:
+                        session.tell_account(account)
 
         while True:
             await asyncio.sleep(_ACCOUNT)
-            streams = (one.subscription.stream for one in self._sessions if one.full)
-            stream = next((one for one in streams if one is not None), None)
-            if stream is not None:
-                self.after_all_records(stream, tell)
+            streams = [one.subscription.stream for one in self._sessions if one.full]
+            # records and flows take ways of their own
+            lanes = {id(one.lane): one for one in streams if one is not None}
+            for stream in lanes.values():
+                self.after_all_records(stream, partial(tell, stream.lane))
 
     def publish(self, batch: NamedBatch) -> None:
         """Worker thread: hand a batch to all subscribers."""

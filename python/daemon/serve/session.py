@@ -134,6 +134,8 @@ class Session(Connection):
         elif isinstance(request, Subscribe):
             if self.subscription.stream is not None:
                 raise UsageError("this connection has a subscription already; unsubscribe first")
+            if request.flows and (request.filter or request.snaps):
+                raise UsageError("flows come without a filter and without first bytes")
             self._ask(
                 request.id,
                 lambda stop: _parsed(request.filter),
@@ -193,7 +195,9 @@ class Session(Connection):
         # bytes of packets are for those who could capture them
         first_bytes = request.snaps and self.full
         streams = self._desk.streams
-        subscription.stream = streams.join(filter, self.uid, subscription, first_bytes, self.user)
+        subscription.stream = streams.join(
+            filter, self.uid, subscription, first_bytes, self.user, request.flows
+        )
         self.subscription = subscription
         try:
             self._desk.share_out()

@@ -19,8 +19,9 @@ from nlproto.filters.filter import Filter
 from nlproto.filters.words import MAX_COST
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records.batch import NamedBatch
-from nlproto.records.ends import record_keys
+from nlproto.records.ends import of_flows, record_keys
 from nlproto.records.wire import BATCH, encode_batch, encode_first_bytes
+from nlproto.tables.flows import encode_flows
 from nlproto.tables.processes import Process, Processes, ProcessKey
 
 __all__ = ["Streams"]
@@ -57,8 +58,8 @@ class Streams:
         self._post = post
         self._full = Publisher("streams-all", self._encode, post, max_bytes, max_bytes)
         self._others = Publisher("streams", self._encode, post, max_bytes, max_bytes, allowance)
-        self._streams: dict[tuple[str, int | None, bool], Stream] = {}
-        self._lanes: dict[int | None, Lane] = {}
+        self._streams: dict[tuple[str, int | None, bool, bool], Stream] = {}
+        self._lanes: dict[tuple[int | None, bool], Lane] = {}
         self._snapshot: tuple[Lane, ...] = ()
         self._encoder = _ProcessEncoder(_MAX_ENCODED)
 
@@ -97,46 +98,48 @@ class Streams:
         subscriber: Subscriber,
         first_bytes: bool = False,
         user: int = 0,
+        flows: bool = False,
     ) -> Stream:
         """Add a subscriber who may see records of `uid`, None: all. Raises Error for too many.
 
-        `user` is the uid that counts in place of `uid` where somebody has several.
+        `user` is the uid that counts in place of `uid` where somebody has several. `flows`: sums
+        of flows as they come, in place of records.
         """
         text = str(filter)
-        stream = self._streams.get((text, uid, first_bytes))
+        stream = self._streams.get((text, uid, first_bytes, flows))
         if stream is None:
             counted = None if uid is None else user
             if not self._places.has_room(counted):
                 raise Error("too many different filters are in use; use one that is, or fewer")
             if not self._costs.has_room(counted, filter.cost):
                 raise Error("the filters in use have too many tests together; shorten this one")
-            stream = self._add(text, uid, first_bytes, filter if text else None, user)
+            lane = self._lane(uid, user, flows)
+            stream = Stream(text, lane, first_bytes, filter if text else None)
+            self._streams[text, uid, first_bytes, flows] = stream
+            lane.streams = (*lane.streams, stream)
+            self._changed()
             self._places.take(stream, counted)
             self._costs.take(stream, counted, filter.cost)
         stream.subscribers.add(subscriber)
         return stream
 
-    def _add(
-        self, text: str, uid: int | None, first_bytes: bool, filter: Filter | None, user: int
-    ) -> Stream:
-        lane = self._lanes.get(uid)
+    def _lane(self, uid: int | None, user: int, flows: bool) -> Lane:
+        lane = self._lanes.get((uid, flows))
         if lane is None:
-            lane = self._lanes[uid] = Lane(uid, user)
-        stream = self._streams[text, uid, first_bytes] = Stream(text, lane, first_bytes, filter)
-        lane.streams = (*lane.streams, stream)
-        self._changed()
-        return stream
+            lane = self._lanes[uid, flows] = Lane(uid, user, flows)
+        return lane
 
     def leave(self, stream: Stream, subscriber: Subscriber) -> None:
         stream.subscribers.discard(subscriber)
         if stream.subscribers:
             return
-        if self._streams.pop((stream.text, stream.uid, stream.first_bytes), None) is None:
-            return
         lane = stream.lane
+        key = stream.text, stream.uid, stream.first_bytes, lane.flows
+        if self._streams.pop(key, None) is None:
+            return
         lane.streams = tuple(other for other in lane.streams if other is not stream)
         if not lane.streams:
-            del self._lanes[lane.uid]
+            del self._lanes[lane.uid, lane.flows]
         self._places.give_back(stream)
         self._costs.give_back(stream)
         self._changed()
@@ -145,9 +148,9 @@ class Streams:
         """The module tells of packets, and of their first bytes, only while a stream wants them."""
         before = any(stream.first_bytes for lane in self._snapshot for stream in lane.streams)
         self._snapshot = tuple(self._lanes.values())
-        self._full.lanes = len(self._lanes.keys() & {None})
-        self._others.lanes = len(self._lanes.keys() - {None})
-        self._pipeline.want_packets(bool(self._streams))
+        self._full.lanes = sum(lane.uid is None for lane in self._snapshot)
+        self._others.lanes = len(self._snapshot) - self._full.lanes
+        self._pipeline.want_packets(any(not lane.flows for lane in self._snapshot))
         wanted = any(stream.first_bytes for stream in self._streams.values())
         if wanted != before:
             self._pipeline.want_first_bytes(wanted)
@@ -156,17 +159,35 @@ class Streams:
 
     def publish(self, batch: NamedBatch) -> None:
         """Put the batch, or what each uid may see of it, where the publishers take it."""
-        if not len(batch.records):
-            return
         present: set[int] | None = None
         for lane in self._snapshot:
-            if lane.uid is None:
-                self._full.put(lane, Batch(_clean(batch.head), batch.records))
+            if lane.flows:
+                self._put_flows(lane, batch)
+            elif not len(batch.records):
                 continue
-            if present is None:
-                present = set(np.unique(batch.records["uid"]).tolist())
-            if lane.uid in present:
-                self._put_own(lane, batch)
+            elif lane.uid is None:
+                self._full.put(lane, Batch(_clean(batch.head), batch.records))
+            else:
+                if present is None:
+                    present = set(np.unique(batch.records["uid"]).tolist())
+                if lane.uid in present:
+                    self._put_own(lane, batch)
+
+    def _put_flows(self, lane: Lane, batch: NamedBatch) -> None:
+        """The batch's sums; the hashes would tell how to make two that are equal."""
+        flows = batch.flows
+        if flows is None or not len(flows):
+            return
+        head = _clean(batch.head)
+        if lane.uid is None:
+            flows = flows.copy()
+        else:
+            flows = flows[(flows["tgid"] != 0) & (flows["uid"] == lane.uid)]
+            if not len(flows):
+                return
+            head = _clean(batch.head, int(flows["last_ns"].max()))
+        flows["hash"] = 0
+        (self._full if lane.uid is None else self._others).put(lane, Batch(head, flows))
 
     def _put_own(self, lane: Lane, batch: NamedBatch) -> None:
         """With numbers and clocks that tell nothing of what others send."""
@@ -201,6 +222,11 @@ class Streams:
             middle = len(records) // 2
             parts = records[:middle], records[middle:]
             return [piece for part in parts for piece in self._pieces(head, part, stream)]
+        if stream.lane.flows:
+            names = self._names(records, stream.uid)
+            payload = encode_flows(head, records)
+            size = len(payload) + len(names) + details
+            return [Piece(payload, len(records), named, size=size, flows=True, names=names)]
         first_bytes = b""
         if stream.first_bytes:
             looked_up = map(self._pipeline.first_bytes.find, records)
@@ -211,15 +237,28 @@ class Streams:
         size = len(payload) + len(first_bytes) + len(ends) + details
         return [Piece(payload, len(records), named, first_bytes, ends, size)]
 
+    def _names(self, flows: np.ndarray, uid: int | None) -> bytes:
+        """What the stream may know of far ends; what it may not is taken out of `flows`."""
+        ends = self._processes.ends if uid is None else self._processes.ends.for_own()
+        found = {number: ends.text(number) for number in set(flows["domain"].tolist()) - {0}}
+        told = {number: name for number, name in found.items() if name}
+        if len(told) < len(found):
+            flows["domain"][~np.isin(flows["domain"], list(told))] = 0
+        return msgspec.json.encode(told) if told else b""
+
     def _ends(self, records: np.ndarray, uid: int | None) -> bytes:
         """What the stream may know of far ends."""
         ends = self._processes.ends if uid is None else self._processes.ends.for_own()
-        domains = ends.domains(records)
-        if not any(domains):
+        domains, became = ends.domains(records), ends.translations(records)
+        if not any(domains) and became is None:
             return b""
-        keys = record_keys(records)
-        told = {key: domain for key, domain in zip(keys, domains, strict=True) if domain}
-        return msgspec.json.encode([ToldEnd.of(*one) for one in told.items()])
+        nat = [None] * len(records) if became is None else of_flows(became, records)
+        told = {
+            key: (domain, one)
+            for key, domain, one in zip(record_keys(records), domains, nat, strict=True)
+            if domain or one is not None
+        }
+        return msgspec.json.encode([ToldEnd.of(key, *one) for key, one in told.items()])
 
     def _named(
         self, records: np.ndarray, uid: int | None

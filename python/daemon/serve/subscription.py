@@ -101,10 +101,13 @@ class Subscription:
         yield from self._news(piece)
         if piece.ends:
             yield encode(Kind.ENDS, piece.ends)
+        if piece.names:
+            yield encode(Kind.NAMES, piece.names)
         if piece.first_bytes:
             yield encode(Kind.SNAPS, piece.first_bytes)
         length = DATA_HEAD.size + len(piece.payload) + HEAD.size - 4
-        head = HEAD.pack(length, Kind.DATA, b"\0\0\0") + DATA_HEAD.pack(sequence, self.dropped)
+        kind = Kind.FLOWS if piece.flows else Kind.DATA
+        head = HEAD.pack(length, kind, b"\0\0\0") + DATA_HEAD.pack(sequence, self.dropped)
         self.sent += piece.count
         yield head + piece.payload
 

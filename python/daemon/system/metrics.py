@@ -6,7 +6,8 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -16,6 +17,8 @@ from nlproto.errors import Error, UsageError
 from nlproto.records.batch import NamedBatch
 from nlproto.records.wire import text
 from nlproto.running.supervise import Failures, keep_going
+from nlproto.tables.attempts import Attempts
+from nlproto.tables.outcome import RST
 from nlproto.tables.processes import Process
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["Metrics"]
 
 _SUMS = ("packets_in", "bytes_in", "packets_out", "bytes_out")
+_TCP = ("retransmits", "looks", "rtt_us", "rtts", "reset_in", "reset_out", "refused", "unanswered")
+_ALL = _SUMS + _TCP
 _OTHER = "other"
 
 Labels = tuple[str, ...]
@@ -65,6 +70,7 @@ class Metrics:
         self._figures = figures
         self._processes = processes
         self._sums: dict[str, dict[Labels, np.ndarray]] = {name: {} for name in _FAMILIES}
+        self._attempts = Attempts()
         self._lock = threading.Lock()
         self._server: WSGIServer | None = None
         self._thread: threading.Thread | None = None
@@ -117,15 +123,33 @@ class Metrics:
         if self._server is None or batch.flows is None:
             return
         flows = batch.flows
-        who = flows[["tgid", "start_ns", "comm"]]
-        found, inverse = np.unique(who, return_inverse=True)
-        sums = np.zeros((len(found), len(_SUMS)), np.uint64)
-        for column, field in enumerate(_SUMS):
-            np.add.at(sums[:, column], inverse, flows[field])
+        self._sum(
+            flows,
+            {name: flows[name] for name in _SUMS}
+            | {"reset_in": flows["tcp_in"] & RST != 0, "reset_out": flows["tcp_out"] & RST != 0},
+        )
+        for failed in self._attempts.take(flows, time.monotonic_ns()):
+            with self._lock:
+                for family, labels in self._labels(failed.tgid, failed.start_ns, failed.comm):
+                    self._add(family, labels, _one(failed.why))
+
+    def learn(self, flows: np.ndarray) -> None:
+        """Any thread: add how connections go (FLOWs with what retransmits are new)."""
+        if self._server is None or not len(flows):
+            return
+        measured = flows["rtt_us"] != 0
+        columns = {"retransmits": flows["retransmits"], "rtt_us": flows["rtt_us"]}
+        self._sum(flows, columns | {"rtts": measured, "looks": np.ones(len(flows), bool)})
+
+    def _sum(self, flows: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
+        found, inverse = np.unique(flows[["tgid", "start_ns", "comm"]], return_inverse=True)
+        sums = np.zeros((len(found), len(_ALL)), np.uint64)
+        for name, values in columns.items():
+            np.add.at(sums[:, _ALL.index(name)], inverse, values.astype(np.uint64))
         with self._lock:
-            for (tgid, start_ns, comm), values in zip(found.tolist(), sums, strict=True):
+            for (tgid, start_ns, comm), of_one in zip(found.tolist(), sums, strict=True):
                 for family, labels in self._labels(tgid, start_ns, comm):
-                    self._add(family, labels, values)
+                    self._add(family, labels, of_one)
 
     def _labels(self, tgid: int, start_ns: int, comm: bytes) -> Iterator[tuple[str, Labels]]:
         """What counts for whom. All that one user's managers and runtimes name is one."""
@@ -186,6 +210,7 @@ class Metrics:
             yield GaugeMetricFamily(f"packet_hunter_{name}", text_of, value=value)
         for name, labels in _FAMILIES.items():
             yield from self._traffic(name, labels)
+            yield from self._tcp(name, labels)
 
     def _traffic(self, name: str, labels: Labels) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily
@@ -200,6 +225,49 @@ class Metrics:
                 family.add_metric([*of, "in"], values[offset])
                 family.add_metric([*of, "out"], values[offset + 2])
             yield family
+
+    def _tcp(self, name: str, labels: Labels) -> Iterator[Metric]:
+        """What nobody could look at is left out: its figure is not known, and not 0."""
+        from prometheus_client.core import CounterMetricFamily, SummaryMetricFamily
+
+        with self._lock:
+            sums = {
+                of: dict(zip(_ALL, values.tolist(), strict=True))
+                for of, values in self._sums[name].items()
+            }
+        begin = f"packet_hunter_{name}"
+        retransmits = CounterMetricFamily(
+            f"{begin}_retransmits", f"TCP segments sent again by {name}", labels=labels
+        )
+        rtt = SummaryMetricFamily(
+            f"{begin}_rtt_seconds",
+            f"Round trip times of TCP connections by {name}, as the kernel smooths them",
+            labels=labels,
+        )
+        resets = CounterMetricFamily(
+            f"{begin}_resets", f"TCP connections with a reset by {name}", labels=[*labels, "dir"]
+        )
+        failed = CounterMetricFamily(
+            f"{begin}_failed_connects",
+            f"TCP connection attempts that failed by {name}",
+            labels=[*labels, "why"],
+        )
+        for of, one in sums.items():
+            if one["looks"]:
+                retransmits.add_metric(of, one["retransmits"])
+            if one["rtts"]:
+                rtt.add_metric(of, one["rtts"], one["rtt_us"] / 1e6)
+            for way in ("in", "out"):
+                resets.add_metric([*of, way], one[f"reset_{way}"])
+            for why in ("refused", "unanswered"):
+                failed.add_metric([*of, why], one[why])
+        yield from (retransmits, rtt, resets, failed)
+
+
+def _one(name: str) -> np.ndarray:
+    values = np.zeros(len(_ALL), np.uint64)
+    values[_ALL.index(name)] = 1
+    return values
 
 
 class _Collector:

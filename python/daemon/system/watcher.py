@@ -21,7 +21,10 @@ from nlproto.tables.processes import ProcessKey
 __all__ = ["Watcher"]
 
 _SOCKETS = 0.5  # s between two looks
-_STALE = 0.9  # s: with a look that takes long, the port map is still never stale by more than 1 s
+_FRESH = 0.9  # s: what is told of sockets is not older; who asks waits for a look where it is
+_PATIENCE = 3.0  # s that who asks waits for it
+_SHARE = 100  # looks take this part of one core while nobody asks,
+_OLDEST = 20.0  # s: unless what is known would be older than this
 _MODULE = 1.0  # s between two tries to open the module
 _TRIM = 10.0  # s between two times that free memory is given back
 
@@ -59,6 +62,11 @@ class Watcher:
             name="watcher",
             daemon=True,
         )
+        self._looked = 0.0
+        """When the last look whose result is in the port map began; CLOCK_MONOTONIC, s."""
+        self._news = threading.Condition()
+        """Guards `_looked`, and tells those who wait for it."""
+        self._asked = threading.Event()
         self._told: set[str] = set()
         self._probes_fire = True
 
@@ -72,6 +80,20 @@ class Watcher:
     def stop(self) -> None:
         self._stopping.set()
         self._thread.join()
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether what is known of sockets is of this second."""
+        return time.monotonic() - self._looked < _FRESH
+
+    def refresh(self, stop: Callable[[], None]) -> None:
+        """Return when it is so, or after 3 s: any thread. What `stop` raises ends it."""
+        wanted = time.monotonic() - _FRESH
+        with self._news:
+            while self._looked < wanted and time.monotonic() < wanted + _FRESH + _PATIENCE:
+                self._asked.set()
+                self._news.wait(0.02)
+                stop()
 
     def _watch(self) -> bool:
         with self.kernel:
@@ -89,10 +111,18 @@ class Watcher:
         while not self._stopping.wait(0.1):
             for index, (interval, job) in enumerate(jobs):
                 started = time.monotonic()
-                if started < due[index]:
+                if started < due[index] and not (
+                    job == self._look_at_sockets and self._wanted_now()
+                ):
                     continue
                 self._run(job)
                 due[index] = started + _pause(interval, time.monotonic() - started)
+
+    def _wanted_now(self) -> bool:
+        """Whether somebody waits for a look; the last one may have been what they waited for."""
+        asked = self._asked.is_set()
+        self._asked.clear()
+        return asked and not self.is_fresh
 
     def _run(self, job: Callable[[], None]) -> None:
         try:
@@ -106,7 +136,7 @@ class Watcher:
         portmap = self._pipeline.portmap
         if portmap is None:
             return
-        before = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        before = time.monotonic_ns()
         found = self.kernel.read()
         bound = self._known(found.bound)
         if found.present is None:
@@ -117,6 +147,9 @@ class Watcher:
         if len(found.cookies):
             portmap.keep_cookies(found.cookies, before)
         portmap.expire(before)
+        with self._news:
+            self._looked = before / 1e9
+            self._news.notify_all()
 
     def _known(self, sockets: list[BoundSocket]) -> list[BoundSocket]:
         """With the start times by which their processes are known; from now on they are."""
@@ -192,12 +225,12 @@ class Watcher:
 
 
 def _pause(interval: float, took: float) -> float:
-    """Seconds from the beginning of a look that took `took` s to the next.
+    """Seconds from the beginning of a look that took `took` s to the next, if nobody asks.
 
-    A look that takes long comes less often, to take no more than a fiftieth of one core, as long
-    as what it finds is not older than promised.
+    A look that takes long comes less often, to take no more than a hundredth of one core, as long
+    as what is known is not older than 20 s.
     """
-    return max(interval, min(50 * took, _STALE - took))
+    return max(interval, min(_SHARE * took, _OLDEST - took))
 
 
 def _module() -> Engine | None:

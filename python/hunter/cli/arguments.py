@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import argparse
-import math
 import socket
 import textwrap
 from collections.abc import Sequence
 from typing import NoReturn
 
-from hunter.cli import values
-from hunter.cli.options import BY, SUBCOMMANDS, USED_BY, Command, Live, Who, command_of
+from hunter.cli import fleet, values
+from hunter.cli.checks import check
+from hunter.cli.options import BY, SUBCOMMANDS, USED_BY, Command, command_of
 from hunter.show.units import UNITS
 from nlproto import UsageError, __version__
 from nlproto.client.frames import DEFAULT_SOCKET
@@ -45,7 +45,8 @@ examples:
   packet-hunter --json -c 100 how unnamed | jq .
   packet-hunter -- curl https://example.org/        of curl and what it starts; its exit code
   sudo packet-hunter -- ./check.sh                  runs as you; as root: -- sudo ./check.sh
-  packet-hunter who --port 8080          first words: top who usage web stats annotate report doctor
+  packet-hunter who --port 8080
+first words: top who usage fleet web stats annotate report doctor
 """
 
 
@@ -357,6 +358,14 @@ def _usage_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _fleet_parser() -> argparse.ArgumentParser:
+    parser = _parser("fleet", fleet.DESCRIPTION, fleet.EXAMPLES)
+    fleet.add_arguments(parser)
+    _add_json(parser)
+    _add_socket(parser)
+    return parser
+
+
 def _web_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "web",
@@ -445,6 +454,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
         "top": _top_parser,
         "who": _who_parser,
         "usage": _usage_parser,
+        "fleet": _fleet_parser,
         "web": _web_parser,
         "stats": _stats_parser,
         "annotate": _annotate_parser,
@@ -471,30 +481,5 @@ def parse(arguments: Sequence[str]) -> Command:
     if name == "who":
         parsed.port = parsed.port_too if parsed.port is None else parsed.port
     command = command_of(name, parsed, argv)
-    if isinstance(command, Who):
-        _check_who(command)
-    elif isinstance(command, Live):
-        _check_live(command)
+    check(command)
     return command
-
-
-def _check_who(options: Who) -> None:
-    since = math.inf if options.since is None else options.since
-    if options.until is not None and options.until >= since:
-        raise UsageError("--until is before --since: nothing is between them")
-
-
-def _check_live(options: Live) -> None:
-    if options.keep and not options.rotate:
-        raise UsageError("-W says how many files -C keeps: give -C SIZE too")
-    if options.rotate and (not options.save or options.save == "-"):
-        raise UsageError("-C rotates the file of --save: give --save FILE too")
-    if options.format and not options.save:
-        raise UsageError("--format is of --save: give --save FILE too")
-    if options.save == "-" and (options.json or options.print):
-        raise UsageError("standard output cannot hold both: save to a file")
-    if options.origin.read and (options.origin.direct or options.argv):
-        raise UsageError("-r reads a file: --direct and -- CMD do not go with it")
-    words = options.choice.filter
-    if words and words[0] in SUBCOMMANDS:
-        raise UsageError(f"{words[0]!r} is a subcommand: write it before the options")

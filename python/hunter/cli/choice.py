@@ -51,15 +51,22 @@ def filter_of(choice: Choice, all_there: bool = True) -> Filter:
 def _meant_command(error: FilterError) -> FilterError | None:
     """What to say when the first word is no filter but nearly a subcommand; None: it is not."""
     word = error.text[: error.end]
-    if error.start != 0 or "did you mean" in str(error):
+    if error.start != 0:
         return None
     meant = [f"--{word}"] if word in ("help", "version") else []
     meant = meant or difflib.get_close_matches(word, SUBCOMMANDS, 1, 0.6)
     if not meant:
         return None
+    _, _, other = str(error).partition("did you mean '")
+    if other and _likeness(word, other.partition("'")[0]) > _likeness(word, meant[0]):
+        return None
     return FilterError(
         f"unknown word {word!r}; did you mean '{meant[0]}'?", error.text, 0, error.end
     )
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def _joined(words: Sequence[str]) -> str:

@@ -16,6 +16,10 @@ __all__ = [
     "Choice",
     "Command",
     "Doctor",
+    "FLEET_BY",
+    "FLEET_NEW",
+    "FLEET_QUESTIONS",
+    "Fleet",
     "Live",
     "Origin",
     "SUBCOMMANDS",
@@ -35,10 +39,26 @@ BY = ("name", "unit", "container", "user", "host", "port")
 USED_BY = ("process", "unit", "container", "user", "domain")
 """What `usage` sums up by."""
 
+FLEET_QUESTIONS = {
+    "who": "flows and their processes, on which machine",
+    "ends": "connections with the processes of both ends",
+    "map": "which services talk to which",
+    "new": "what was not seen before",
+    "usage": "who used how much",
+}
+"""What `fleet` can be asked."""
+
+FLEET_BY = ("process", "host", "unit", "container", "pod", "user", "domain")
+"""What `fleet usage` sums up by; `fleet map` has no domain."""
+
+FLEET_NEW = ("destination", "program", "listener")
+"""What `fleet new` looks for."""
+
 SUBCOMMANDS = {
     "top": "processes by rate, live",
     "who": "what listens, and which process owns, or owned, a port",
     "usage": "who used how much, in an hour or a month",
+    "fleet": "the same questions to many machines",
     "web": "the same in a browser, with the history",
     "stats": "what the daemon has seen, and how well it names",
     "annotate": "write the owners into a capture of tcpdump or Wireshark",
@@ -171,6 +191,37 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Fleet:
+    question: str
+    """One of FLEET_QUESTIONS."""
+    store: str | None
+    on: str | None
+    port: int | None
+    proto: str | None
+    host: str | None
+    pid: int | None
+    pname: str | None
+    user: str | None
+    unit: str | None
+    container: str | None
+    pod: str | None
+    domain: str | None
+    since: float
+    until: float
+    """Seconds before now."""
+    by: str | None
+    """One of FLEET_BY."""
+    of: str
+    """One of FLEET_NEW."""
+    days: int
+    html: str | None
+    limit: int | None
+    json: bool
+    socket: str
+    socket_given: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     json: bool
     socket: str
@@ -207,13 +258,14 @@ class Doctor:
     socket_given: bool
 
 
-Command = Live | Top | Who | Usage | Web | Stats | Annotate | Report | Doctor
+Command = Live | Top | Who | Usage | Fleet | Web | Stats | Annotate | Report | Doctor
 
 _KINDS: dict[str, type[Command]] = {
     "live": Live,
     "top": Top,
     "who": Who,
     "usage": Usage,
+    "fleet": Fleet,
     "web": Web,
     "stats": Stats,
     "annotate": Annotate,
@@ -221,7 +273,7 @@ _KINDS: dict[str, type[Command]] = {
     "doctor": Doctor,
 }
 _PARTS = {"choice": Choice, "origin": Origin}
-_FILES = ("save", "output")
+_FILES = ("save", "output", "html")
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from hunter.show.text import plain
 from nlproto import Error
 from nlproto.client.client import DaemonClient
 from nlproto.engines.bpf import NoBpf
-from nlproto.engines.ebpf import runs
+from nlproto.engines.programs import why_in_parts
 from nlproto.errors import NoPrivilege
 from nlproto.kernel.loading import advice
 from nlproto.kernel.netlink import Sniffer
@@ -112,13 +112,12 @@ def _ebpf(module: Path) -> Finding:
         return Finding("ok", "ebpf", "not needed: the module is loaded")
     if os.geteuid() != 0:
         return Finding("note", "ebpf", "only root can see if it runs: sudo packet-hunter doctor")
-    notes: list[str] = []
     try:
-        whole = runs(notes.append)
+        parts = why_in_parts()
     except NoBpf as error:
         return Finding("note", "ebpf", f"cannot run: {error}")
-    if not whole:
-        return Finding("note", "ebpf", notes[0])
+    if parts:
+        return Finding("note", "ebpf", parts)
     return Finding("ok", "ebpf", "runs: names are exact without the module")
 
 

@@ -19,7 +19,7 @@ from nlproto.host.procfs import Parent
 from nlproto.records import wire
 from nlproto.records.batch import NamedBatch
 from nlproto.records.community_id import community_id
-from nlproto.records.ends import NoEnds
+from nlproto.records.ends import Ends, NoEnds
 from nlproto.tables.processes import Process
 
 __all__ = [
@@ -107,6 +107,10 @@ _COLUMNS = (
     Column("parents", Kind.PEOPLE, of_process=True),
     Column("sha256", Kind.TEXT, of_process=True),
     Column("domain", Kind.TEXT),
+    Column("nat_src", Kind.WORD),
+    Column("nat_sport", Kind.U16),
+    Column("nat_dst", Kind.WORD),
+    Column("nat_dport", Kind.U16),
 )
 """Names and order of what is saved; stable: new ones come at the end. All formats follow this.
 
@@ -115,7 +119,9 @@ on the wire that the record stands for, `hdr_len` the bytes of headers that each
 `start_ns` the start of the process in ns since boot, `creator` the pid that made the socket,
 `community_id` the flow's name for Zeek, Suricata and others, `parents` who started the process,
 the nearest first, `sha256` that of its program, where the daemon was told to look,
-`domain` the far end's name that the process had asked for.
+`domain` the far end's name that the process had asked for, `nat_src` to `nat_dport` the other
+addresses and ports of what NAT changes on this host: those it makes of the packet's, or made
+them of.
 """
 
 KINDS = {column.name: column.kind for column in _COLUMNS}
@@ -212,6 +218,8 @@ class Columns:
     """Whether the records know them."""
     domain: list[str]
     """Names of far ends, "" where none is known."""
+    nat: list[tuple[str, int, str, int] | None]
+    """What NAT makes of source and destination, or made them of."""
 
 
 def addresses(records: np.ndarray, field: str) -> list[str]:
@@ -273,7 +281,27 @@ def columns(batch: NamedBatch, details: Details, holders: Holders = nobody) -> C
         interface=getattr(details, "interface", _interface),
         tells_tcp_flags=getattr(details, "tcp_flags", True),
         domain=getattr(details, "ends", _NO_ENDS).domains(records),
+        nat=_translated(records, getattr(details, "ends", _NO_ENDS)),
     )
+
+
+def _translated(records: np.ndarray, ends: Ends) -> list[tuple[str, int, str, int] | None]:
+    found = ends.translations(records)
+    if found is None:
+        return [None] * len(records)
+    ports = zip(found["sport"].tolist(), found["dport"].tolist(), strict=True)
+    families = records["family"].tolist()
+    return [
+        (
+            wire.address_text(family, one["saddr"].tobytes()),
+            sport,
+            wire.address_text(family, one["daddr"].tobytes()),
+            dport,
+        )
+        if sport
+        else None
+        for one, family, (sport, dport) in zip(found, families, ports, strict=True)
+    ]
 
 
 @lru_cache(1)
@@ -324,6 +352,10 @@ def cells(table: Columns) -> dict[str, list[Any]]:
         "holders": [table.holders.get(i) for i in range(len(known))],
         "community_id": _community_ids(records),
         "domain": table.domain,
+        **{
+            name: [None if one is None else one[at] for one in table.nat]
+            for at, name in enumerate(("nat_src", "nat_sport", "nat_dst", "nat_dport"))
+        },
     }
     for name in TEXTS:
         values[name] = [sound(text) if text else None for text in values[name]]

@@ -92,9 +92,11 @@ class LinePrinter:
                 (f"{table.dir[i]:3} ", "cyan" if table.dir[i] == "out" else "magenta"),
                 (f"{table.proto[i]} ", ""),
                 (self._end(table.src[i], table.sport[i], table.proto[i]), ""),
+                (self._translated(table, i, 0), "dim"),
                 (self._domain(table, i, "in"), "bold"),
                 (" > ", "dim"),
                 (self._end(table.dst[i], table.dport[i], table.proto[i]), ""),
+                (self._translated(table, i, 2), "dim"),
                 (self._domain(table, i, "out"), "bold"),
                 (f" len {table.len[i]}", "dim"),
             ]
@@ -119,6 +121,17 @@ class LinePrinter:
         if not table.domain[i] or table.dir[i] != way or self._style.quiet:
             return ""
         return f" [{plain(table.domain[i])}]"
+
+    def _translated(self, table: Columns, i: int, at: int) -> str:
+        """The other address of the source (0) or the target (2), where NAT changes it."""
+        became = table.nat[i]
+        if became is None or self._style.quiet:
+            return ""
+        seen = (table.src[i], table.sport[i], table.dst[i], table.dport[i])
+        if became[at : at + 2] == seen[at : at + 2]:
+            return ""
+        address, port = became[at : at + 2]
+        return f" (nat {self._end(str(address), int(port), table.proto[i])})"
 
     def _owner(self, table: Columns, i: int) -> list[tuple[str, str]]:
         pid = table.pid[i]

@@ -155,9 +155,8 @@ def open_alone(
         again = " ".join([as_root("packet-hunter"), *map(shlex.quote, sys.argv[1:])])
         raise NoPrivilege(f"{str(error).partition(':')[0]}: {again}") from None
     processes = Processes(procfs.details, containers=ContainerFiles())
-    overheard = None if domains == "off" else Overheard(notify, domains == "sni")
-    if overheard is not None:
-        processes.ends = overheard.ends
+    overheard = Overheard(notify, domains)
+    processes.ends = overheard.ends
     sources: list[PipelineSource] = []
     pipeline = Pipeline(
         opened,

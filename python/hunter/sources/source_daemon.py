@@ -23,7 +23,7 @@ from nlproto.client.client import (
 )
 from nlproto.filters.filter import Filter
 from nlproto.records.batch import NamedBatch
-from nlproto.records.ends import ToldEnds
+from nlproto.records.ends import FlowKey, ToldEnds
 from nlproto.records.first_bytes import FirstBytes
 from nlproto.tables.processes import Process, Processes
 
@@ -83,6 +83,8 @@ class DaemonSource:
         self._notify = notify
         self._processes = Processes()
         self.ends = self._processes.ends = ToldEnds()
+        self._told: set[FlowKey] = set()
+        """Flows whose ends were told since the last batch."""
         self._questions = OwnerQuestions(path)
         self._spans = DaemonAccounts()
         self._wants_first_bytes = first_bytes
@@ -160,18 +162,21 @@ class DaemonSource:
             if isinstance(event, StreamBatch):
                 self._dropped = event.dropped
                 self._spans.received(event.batch.records["how"])
+                self.ends.forget_others(event.batch.records, self._told)
+                self._told = set()
                 batches.append(event.batch)
             elif isinstance(event, ProcessesEvent):
                 self._processes.restore(event.processes)
             elif isinstance(event, EndsEvent):
                 for one in event.ends:
-                    self.ends.tell(one.key, one.domain)
+                    self._told.add(one.key)
+                    self.ends.tell(one.key, one.domain, one.became)
             elif isinstance(event, FirstBytesEvent):
                 if self.first_bytes is not None:
                     self.first_bytes.keep(event.batch)
             elif isinstance(event, AccountEvent):
                 self._spans.mark(event.account)
-            else:
+            elif isinstance(event, DaemonEvent):
                 self._happened(event)
         return batches
 

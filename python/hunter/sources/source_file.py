@@ -25,7 +25,7 @@ from nlproto.host.procfs import Parent
 from nlproto.records import wire
 from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
-from nlproto.records.ends import FlowKey, ToldEnds
+from nlproto.records.ends import FlowKey, ToldEnds, Translated
 from nlproto.records.first_bytes import FirstBytes
 from nlproto.tables.flows import pack_address
 from nlproto.tables.processes import Process, Processes
@@ -80,8 +80,9 @@ class _Packet:
     interface: str | None
     data: bytes | None
     end: FlowKey | None
-    """The flow whose far end is called `domain`."""
+    """The flow whose far end is called `domain`, and whose ends NAT changes."""
     domain: str
+    became: Translated | None
 
 
 class FileSource:
@@ -101,8 +102,8 @@ class FileSource:
         self.ends = self._processes.ends = ToldEnds()
         self._starts: dict[tuple[Any, ...], int] = {}
         self._holders: OrderedDict[int, list[Holder]] = OrderedDict()
-        self._domains = False
-        """Whether any row had a name of its far end."""
+        self._any_told = False
+        """Whether any row had a name of its far end, or was translated."""
         self._interfaces: dict[tuple[int, int], str] = {}
         self._damage: list[Error] = []
         self._next: _Packet | None = None
@@ -194,7 +195,7 @@ class FileSource:
             cookie = one.fields["cookie"]
             yield ("holders", cookie), self._holders.get(cookie), one.holders
         if one.end is not None:
-            yield ("domain", one.end), self.ends.domain_of(one.end), one.domain
+            yield ("end", one.end), self.ends.told(one.end), (one.domain, one.became)
         if one.interface is not None:
             place = one.fields["netns"], one.fields["ifindex"]
             yield ("interface", place), self._interfaces.get(place), one.interface
@@ -210,8 +211,8 @@ class FileSource:
             kind, key = what
             if kind == "process":
                 self._processes.restore([said])
-            elif kind == "domain":
-                self.ends.tell(key, said)
+            elif kind == "end":
+                self.ends.tell(key, *said)
             elif kind == "interface":
                 self._interfaces[key] = said
             else:
@@ -258,14 +259,11 @@ class FileSource:
             fields["cookie"] = fields["cookie"] or self._start(("holders", *map(str, holders)))
         interface = _text(values, "interface") if "interface" in values else None
         process = self._owner(values, fields)
-        domain = _text(values, "domain")
-        end = (
-            None
-            if process is None or not (domain or self._domains)
-            else _end(fields, source, target)
-        )
-        self._domains |= bool(domain)
-        return _Packet(time_ns, fields, process, holders, interface, row.data, end, domain)
+        domain = _text(values, "domain") if process is not None else ""
+        became = _translated(values, fields)
+        self._any_told |= bool(domain) or became is not None
+        end = _end(fields, source, target) if self._any_told else None
+        return _Packet(time_ns, fields, process, holders, interface, row.data, end, domain, became)
 
     def _owner(self, values: Mapping[str, Any], fields: dict[str, Any]) -> Process | None:
         """Rows of the first release lack the start of a process: it is its pid, user and exe."""
@@ -323,7 +321,20 @@ def _end(fields: Mapping[str, Any], source: bytes, target: bytes) -> FlowKey:
     if fields["dir"] == wire.lib.SNIFFER_DIR_IN:
         near, far = far, near
     way = (fields["netns"], fields["proto"], fields["family"], *near, *far)
-    return fields["tgid"], fields["start_ns"], way
+    return fields.get("tgid", 0), fields.get("start_ns", 0), way
+
+
+def _translated(values: Mapping[str, Any], fields: Mapping[str, Any]) -> Translated | None:
+    """What NAT made of the packet's ends. Raises ValueError."""
+    if values.get("nat_src") in ("", None):
+        return None
+    (one, source), (other, target) = _address(values, "nat_src"), _address(values, "nat_dst")
+    if {one, other} != {fields["family"]}:
+        raise _Bad("nat_src", values["nat_src"])
+    sport, dport = (_number(values, f"nat_{end}port", 65535, None) for end in "sd")
+    if fields["dir"] == wire.lib.SNIFFER_DIR_IN:
+        return target, dport, source, sport
+    return source, sport, target, dport
 
 
 def _number(values: Mapping[str, Any], column: str, highest: int, default: int | None) -> int:

@@ -9,12 +9,14 @@ this machine's, or a foreign page could reach it by a name of its own (DNS rebin
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import json
 import math
 import re
 import secrets
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,7 +32,7 @@ __all__ = ["PageServer"]
 
 _HOST = "127.0.0.1"
 _AT_ONCE = 16
-"""Connections, each with a thread; more are closed."""
+"""Connections, each with a thread. For one more the oldest that showed no secret is closed."""
 _IDLE_S = 5.0
 _WHO: Mapping[str, Callable[[str], int | float | str]] = {
     **{"port": int, "pid": int, "limit": int, "since": float},
@@ -53,7 +55,11 @@ class PageServer(ThreadingHTTPServer):
         self.secret = secrets.token_urlsafe(24)
         self.page = (Path(__file__).parent / "page.html").read_bytes()
         self.policy = _policy(self.page.decode())
-        self._places = threading.BoundedSemaphore(_AT_ONCE)
+        self._strangers: dict[socket.socket, None] = {}
+        """Connections that showed no secret yet, the oldest first."""
+        self._open = 0
+        self._changing = threading.Lock()
+        """Held while the two before it change: connections are made and end in threads."""
         try:
             super().__init__((_HOST, port), _Handler)
         except OSError as error:
@@ -77,10 +83,18 @@ class PageServer(ThreadingHTTPServer):
         self.server_close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give the connection a thread, or close it when there are too many."""
-        if not self._places.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
+        """Give the connection a thread. Any user can connect: who asks nothing makes room."""
+        with self._changing:
+            full = self._open >= _AT_ONCE
+            if full and not self._strangers:
+                return self.shutdown_request(request)
+            if full:
+                oldest = next(iter(self._strangers))
+                del self._strangers[oldest]
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread closes it
+            self._strangers[request] = None
+            self._open += 1
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -88,7 +102,14 @@ class PageServer(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._places.release()
+            with self._changing:
+                self._strangers.pop(request, None)
+                self._open -= 1
+
+    def admit(self, request: socket.socket) -> None:
+        """The connection showed the secret: it is closed for nobody."""
+        with self._changing:
+            self._strangers.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that breaks is nobody's concern."""
@@ -109,6 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
         given = self.headers.get("Authorization", "").encode("utf-8", "replace")
         if not hmac.compare_digest(given, f"Bearer {self.server.secret}".encode()):
             return self._refuse(401, "the address that packet-hunter web printed has the secret")
+        self.server.admit(self.connection)
         try:
             body = self._asked(url.path, dict(parse_qsl(url.query)))
         except UsageError as error:

@@ -15,12 +15,18 @@ from hunter.show import names
 from hunter.show.console import Row, put
 from hunter.show.programs import place
 from hunter.show.text import plain
-from hunter.who.who_show import clock, service_of
+from hunter.who.who_show import clock, service_of, without_legs
 
 __all__ = ["show_groups", "summed"]
 
 _ROWS = 50
-_COLUMNS = ("processes", "sockets now", "flows", "packets", "bytes", "first", "last")
+_COUNTS = ("processes", "sockets now", "flows", "packets", "bytes", "resent", "failed", "reset")
+_COLUMNS = (*_COUNTS, "first", "last")
+_RARE = ("resent", "failed", "reset")
+_FIELDS = (
+    *("processes", "sockets", "flows", "packets", "bytes"),
+    *("retransmits", "failed", "resets"),
+)
 
 Entry = Mapping[str, Any]
 
@@ -32,6 +38,9 @@ class _Group:
     flows: int = 0
     packets: int = 0
     bytes: int = 0
+    retransmits: int | None = None
+    failed: int = 0
+    resets: int = 0
     first: float | None = None
     last: float | None = None
 
@@ -39,6 +48,10 @@ class _Group:
         self.flows += 1
         self.packets += flow["packets_in"] + flow["packets_out"]
         self.bytes += flow["bytes_in"] + flow["bytes_out"]
+        if flow.get("retransmits") is not None:
+            self.retransmits = (self.retransmits or 0) + flow["retransmits"]
+        self.failed += flow.get("outcome") in ("refused", "unanswered")
+        self.resets += flow.get("outcome") in ("reset", "aborted")
         self.first = min(self.first or flow["first"], flow["first"])
         self.last = max(self.last or flow["last"], flow["last"])
 
@@ -47,7 +60,7 @@ def summed(answer: Mapping[str, Any], options: Who) -> dict[str, Any]:
     """Return the sums of op "who"'s reply: most bytes first, then most sockets."""
     processes = {(one["tgid"], one["start_ns"]): one for one in answer["processes"]}
     groups: dict[str, _Group] = {}
-    for entry in (*answer["owners"], *answer["flows"]):
+    for entry in (*answer["owners"], *without_legs(answer["flows"])):
         process = processes.get((entry["pid"], entry["start_ns"]))
         name = _name(entry, process, options)
         if name is None:
@@ -71,6 +84,9 @@ def summed(answer: Mapping[str, Any], options: Who) -> dict[str, Any]:
                 "flows": group.flows,
                 "packets": group.packets,
                 "bytes": group.bytes,
+                "retransmits": group.retransmits,
+                "failed": group.failed,
+                "resets": group.resets,
                 "first": group.first,
                 "last": group.last,
             }
@@ -113,13 +129,16 @@ def show_groups(answer: Mapping[str, Any], console: Console, now: float, options
     limit = options.limit or _ROWS
     for one in sums["groups"][:limit]:
         times = ["" if one[name] is None else clock(one[name], now) for name in ("first", "last")]
-        counts = [one[name] for name in ("processes", "sockets", "flows", "packets", "bytes")]
+        counts = [one[name] for name in _FIELDS]
         name = Text(plain(one["name"]) or "-", style="bold green" if one["name"] else "yellow")
         rows.append([name, *(f"{count:,}" if count else "" for count in counts), *times])
     if not rows:
         console.print("nobody")
         return
-    put(console, f"by {options.by}", (str(options.by), *_COLUMNS), rows, _COLUMNS[:5])
+    columns = (str(options.by), *_COLUMNS)
+    used = [at for at, name in enumerate(columns) if name not in _RARE or any(r[at] for r in rows)]
+    shown = [[row[at] for at in used] for row in rows]
+    put(console, f"by {options.by}", [columns[at] for at in used], shown, _COUNTS)
     more = sums["groups_total"] - len(rows)
     if more > 0:
         console.print(f"{more:,} more: --limit {sums['groups_total']}", style="dim")

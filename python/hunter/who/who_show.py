@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -52,13 +52,19 @@ def show(
     rows = _now_rows(owners, processes, options)
     _put(console, "listening" if options.listening else "now", _NOW, rows, limit)
     _cut(console, "sockets", len(owners), answer.get("owners_total", len(owners)))
-    _put(console, "seen", _SEEN, _seen_rows(flows, processes, options, now), limit)
+    seen = _seen_rows(without_legs(flows), processes, options, now)
+    _put(console, "seen", _SEEN, seen, limit)
     _cut(console, "flows", len(flows), answer["total"])
     if answer.get("truncated") and (len(owners), len(flows)) == (
         answer.get("owners_total", len(owners)),
         answer["total"],
     ):
         console.print("there is more than one answer holds: ask for a process", style="dim")
+    if answer.get("nat_cut") and not options.listening:
+        console.print(
+            "more connections were translated (NAT) than are known: who is behind may be missing",
+            style="dim",
+        )
     if options.listening:  # who and where is in each row
         return
     _put(console, "processes", _PROCESSES, _process_rows(processes.values()), limit)
@@ -91,11 +97,17 @@ def _cut(console: Console, what: str, shown: int, total: int) -> None:
         )
 
 
-_NOW = ("process", "socket", "state", "sockets", "user", "runs in", "netns", "shared with")
-_SEEN = ("process", "flow", "flows", "packets", "bytes", "domain", "first", "last", "netns", "how")
+_NOW = ("process", "socket", "nat", "state", "sockets", "user", "runs in", "netns", "shared with")
+_SEEN = (
+    *("process", "flow", "nat", "flows", "packets", "bytes", "rtt", "resent", "outcome", "domain"),
+    *("first", "last", "netns", "how"),
+)
 _PROCESSES = ("process", "user", "started by", "runs in", "executable", "command")
-_OPTIONAL = ("state", "sockets", "flows", "domain", "netns", "shared with", "command", "runs in")
-_NUMBERS = ("sockets", "flows", "packets", "bytes")
+_OPTIONAL = (
+    *("nat", "state", "sockets", "flows", "domain", "netns", "shared with", "command", "runs in"),
+    *("rtt", "resent", "outcome"),
+)
+_NUMBERS = ("sockets", "flows", "packets", "bytes", "rtt", "resent")
 
 
 def _name(text: str, known: bool = True) -> Text:
@@ -124,6 +136,59 @@ class _Ends:
         return _port({port for port in self.rports if port is not None})
 
 
+@dataclass(slots=True)
+class _Nat:
+    """What NAT makes of both ends of flows or sockets: those addresses that differ."""
+
+    near: set[tuple[str, int]] = field(default_factory=set)
+    far: set[tuple[str, int]] = field(default_factory=set)
+
+    def add(self, one: Entry) -> None:
+        if one.get("nat_local") is None:
+            return
+        local = (one["local"], one["lport"]) if "local" in one else (one["address"], one["port"])
+        near, far = (one["nat_local"], one["nat_lport"]), (one["nat_remote"], one["nat_rport"])
+        if near != local:
+            self.near.add(near)
+        if far != (one["remote"], one["rport"]):
+            self.far.add(far)
+
+    def text(self) -> str:
+        near, far = self._end(self.near), self._end(self.far)
+        return f"{near} <> {far}" if near and far else near or f"{'<> ' * bool(far)}{far}"
+
+    @staticmethod
+    def _end(found: set[tuple[str, int]]) -> str:
+        return f"{next(iter(found))[0]}.{_port({port for _, port in found})}" if found else ""
+
+
+def nat_key(one: Entry, options: Who) -> tuple[Any, ...]:
+    """What tells rows apart: the addresses, and the port that says what is talked about."""
+    if one.get("nat_local") is None:
+        return ()
+    ports = service_of(one["nat_lport"], one["nat_rport"], options.port)
+    return one["nat_local"], one["nat_remote"], *ports
+
+
+def without_legs(flows: Sequence[Entry]) -> list[Entry]:
+    """Leave out what only passes through and is a process's connection, seen on its way."""
+    known = {pair for flow in flows if flow["pid"] is not None for pair in _pairs(flow)[:2]}
+    return [
+        flow
+        for flow in flows
+        if not (flow["forwarded"] and flow.get("nat_local") and known & set(_pairs(flow)))
+    ]
+
+
+def _pairs(flow: Entry) -> list[tuple[Any, ...]]:
+    """The pairs of ends under which a flow is seen, lower ones first."""
+    found = []
+    for nat in ("", "nat_") if flow.get("nat_local") else ("",):
+        ends = ((flow[f"{nat}{one}"], flow[f"{nat}{one[0]}port"]) for one in ("local", "remote"))
+        found.append((flow["proto"], *sorted(ends)))
+    return found
+
+
 def _port(ports: set[int]) -> str:
     return str(next(iter(ports))) if len(ports) == 1 else "*"
 
@@ -141,19 +206,20 @@ def _now_rows(
     owners: Sequence[Entry], processes: Mapping[tuple[int, int], Entry], options: Who
 ) -> list[Row]:
     """A row for each owner, far host and state."""
-    sums: dict[tuple[Any, ...], tuple[Entry, _Ends, set[tuple[Any, ...]]]] = {}
+    sums: dict[tuple[Any, ...], tuple[Entry, _Ends, set[tuple[Any, ...]], _Nat]] = {}
     for one in owners:
         others = sorted({(h["comm"], h["pid"]) for h in one["holders"] if h["pid"] != one["pid"]})
         port = service_of(one["port"], one.get("rport"), options.port)
         place = (one["netns"], one["proto"], one["address"], one.get("remote"), one["state"])
-        key = (one["comm"], one["pid"], *place, *port, tuple(others))
+        key = (one["comm"], one["pid"], *place, *port, nat_key(one, options), tuple(others))
         ends = _Ends(one["proto"], one["address"], one.get("remote"))
-        _, ends, sockets = sums.setdefault(key, (one, ends, set()))
+        _, ends, sockets, nat = sums.setdefault(key, (one, ends, set(), _Nat()))
+        nat.add(one)
         ends.lports.add(one["port"])
         ends.rports.add(one.get("rport"))
         sockets.add((one["cookie"], one["port"], one.get("rport")))
     rows: list[Row] = []
-    for key, (one, ends, sockets) in sums.items():
+    for key, (one, ends, sockets, nat) in sums.items():
         listens = one["listening"] and one["proto"] == "tcp"
         who = "-" if one["pid"] is None else f"{plain(one['comm'])}.{one['pid']}"
         process = processes.get((one["pid"], one["start_ns"]))
@@ -162,6 +228,7 @@ def _now_rows(
             [
                 _name(who, one["pid"] is not None),
                 f"{verb}{ends.text('<>')}",
+                nat.text(),
                 "" if listens or options.listening else one["state"],
                 f"{len(sockets):,}" if len(sockets) > 1 else "",
                 "" if one.get("uid") is None else plain(names.user(one["uid"])),
@@ -180,13 +247,18 @@ class _Sum:
     pids: set[int] = field(default_factory=set)
     flows: set[tuple[int, int]] = field(default_factory=set)
     arrows: set[str] = field(default_factory=set)
+    nat: _Nat = field(default_factory=_Nat)
     packets: int = 0
     bytes: int = 0
+    retransmits: int = 0
+    rtts: list[float] = field(default_factory=list)
+    outcomes: Counter[str] = field(default_factory=Counter)
     first: float = float("inf")
 
     def add(self, flow: Entry) -> None:
         if flow["last"] > self.newest["last"]:
             self.newest = flow
+        self.nat.add(flow)
         self.ends.lports.add(flow["lport"])
         self.ends.rports.add(flow["rport"])
         self.flows.add((flow["lport"], flow["rport"]))
@@ -195,6 +267,11 @@ class _Sum:
         self.packets += flow["packets_in"] + flow["packets_out"]
         self.bytes += flow["bytes_in"] + flow["bytes_out"]
         self.first = min(self.first, flow["first"])
+        self.retransmits += flow.get("retransmits") or 0
+        if flow.get("rtt") is not None:
+            self.rtts.append(flow["rtt"])
+        if flow.get("outcome"):
+            self.outcomes[flow["outcome"]] += 1
         if flow["packets_in"]:
             self.arrows.add("<")
         if flow["packets_out"]:
@@ -220,7 +297,8 @@ def _seen_rows(
         owner = program_of.get((flow["pid"], flow["start_ns"]), flow["how"])
         port = service_of(flow["lport"], flow["rport"], options.port)
         ends = (flow["proto"], flow["local"], flow["remote"])
-        key = (owner, flow["netns"], flow["forwarded"], *ends, *port, flow.get("domain"))
+        key: tuple[Any, ...] = (owner, flow["netns"], flow["forwarded"], *ends, *port)
+        key += (flow.get("domain"), *nat_key(flow, options))
         sums.setdefault(key, _Sum(flow, _Ends(*ends))).add(flow)
     rows: list[Row] = []
     for one in sorted(sums.values(), key=lambda one: -one.newest["last"]):
@@ -229,9 +307,13 @@ def _seen_rows(
             [
                 _name(label(newest["comm"], one.pids) if one.pids else "-", bool(one.pids)),
                 one.ends.text(one.arrow),
+                one.nat.text(),
                 f"{len(one.flows):,}" if len(one.flows) > 1 else "",
                 f"{one.packets:,}",
                 f"{one.bytes:,}",
+                _time(one.rtts),
+                f"{one.retransmits:,}" if one.retransmits else "",
+                _outcomes(one.outcomes, len(one.flows)),
                 plain(newest.get("domain", "")),
                 clock(one.first, now),
                 f"{clock(newest['last'], now)}, {_ago(now - newest['last'])}",
@@ -240,6 +322,20 @@ def _seen_rows(
             ]
         )
     return rows
+
+
+def _time(rtts: Sequence[float]) -> str:
+    """The round trip time in the middle of them."""
+    if not rtts:
+        return ""
+    middle = sorted(rtts)[len(rtts) // 2]
+    return f"{middle * 1e3:.0f} ms" if middle >= 0.01 else f"{middle * 1e3:.2f} ms"
+
+
+def _outcomes(found: Counter[str], flows: int) -> str:
+    if flows == 1:
+        return " ".join(found)
+    return ", ".join(f"{count:,} {name}" for name, count in found.most_common())
 
 
 def _uncertain(flow: Entry) -> list[str]:

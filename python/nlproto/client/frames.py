@@ -58,6 +58,8 @@ class Kind(enum.IntEnum):
     EVENT = 4
     SNAPS = 5
     ENDS = 6
+    FLOWS = 7
+    NAMES = 8
 
 
 def encode(kind: Kind, payload: bytes) -> bytes:

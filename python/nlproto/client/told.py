@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Names of far ends as a daemon tells them, before the records that they are of."""
+"""What a daemon tells of the ends of flows, before the records that they are of."""
 
 from __future__ import annotations
 
 import msgspec
 
-from nlproto.records.ends import FlowKey
+from nlproto.records.ends import FlowKey, Translated
 from nlproto.records.wire import address_text
 from nlproto.tables.flows import pack_address
 
@@ -13,7 +13,7 @@ __all__ = ["ToldEnd"]
 
 
 class ToldEnd(msgspec.Struct, frozen=True):
-    """The name of one flow's far end."""
+    """The name of one flow's far end, and what NAT made of both."""
 
     netns: int
     proto: int
@@ -24,13 +24,19 @@ class ToldEnd(msgspec.Struct, frozen=True):
     pid: int
     start_ns: int
     domain: str
+    nat: tuple[str, int, str, int] | None = None
+    """Local address and port, remote address and port."""
 
     @classmethod
-    def of(cls, key: FlowKey, domain: str) -> ToldEnd:
+    def of(cls, key: FlowKey, domain: str, became: Translated | None = None) -> ToldEnd:
         """Return what is told of a flow."""
         tgid, start_ns, (netns, proto, family, near, lport, far, rport) = key
         local, remote = address_text(family, near), address_text(family, far)
-        return cls(netns, proto, local, lport, remote, rport, tgid, start_ns, domain)
+        nat = None
+        if became is not None:
+            ends = address_text(family, became[0]), address_text(family, became[2])
+            nat = ends[0], became[1], ends[1], became[3]
+        return cls(netns, proto, local, lport, remote, rport, tgid, start_ns, domain, nat)
 
     @property
     def key(self) -> FlowKey:
@@ -39,3 +45,11 @@ class ToldEnd(msgspec.Struct, frozen=True):
         _, far = pack_address(self.remote)
         way = (self.netns, self.proto, family, near, self.lport, far, self.rport)
         return self.pid, self.start_ns, way
+
+    @property
+    def became(self) -> Translated | None:
+        """What NAT made of the ends. Raises ValueError."""
+        if self.nat is None:
+            return None
+        local, lport, remote, rport = self.nat
+        return pack_address(local)[1], lport, pack_address(remote)[1], rport

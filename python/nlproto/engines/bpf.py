@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cffi import FFI
 
 from nlproto.errors import Error
 
-__all__ = ["NoBpf", "Object", "Program", "Ring", "has_target"]
+__all__ = ["NoBpf", "Object", "Program", "Ring", "has_target", "root_cgroup"]
 
 _LIBRARY = "libbpf.so.1"
 _BTF_KIND_TYPEDEF, _BTF_KIND_FUNC = 8, 12
@@ -50,6 +51,7 @@ int bpf_program__fd(const struct bpf_program *prog);
 struct bpf_map *bpf_object__find_map_by_name(const struct bpf_object *obj, const char *name);
 int bpf_map__set_max_entries(struct bpf_map *map, uint32_t max_entries);
 int bpf_map__fd(const struct bpf_map *map);
+int bpf_map_lookup_elem(int fd, const void *key, void *value);
 int bpf_link__fd(const struct bpf_link *link);
 int bpf_link__destroy(struct bpf_link *link);
 int bpf_iter_create(int link_fd);
@@ -59,6 +61,11 @@ struct btf *btf__load_vmlinux_btf(void);
 int32_t btf__find_by_name_kind(const struct btf *btf, const char *name, uint32_t kind);
 void btf__free(struct btf *btf);
 """)
+
+
+# linux/mount.h; these numbers are the same on all architectures
+_SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
+_CLOEXEC, _FSCONFIG_CMD_CREATE = 1, 6
 
 
 class NoBpf(Error):
@@ -91,6 +98,35 @@ def has_target(sections: Iterable[str]) -> set[str]:
         }
     finally:
         library.btf__free(btf)
+
+
+@contextlib.contextmanager
+def root_cgroup() -> Iterator[int]:
+    """A descriptor of the root of cgroup v2, mounted or not. Raises NoBpf when there is none."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    where = next((words[1] for words in mounts if words[2] == "cgroup2"), None)
+    root = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY) if where else _mount_cgroup()
+    try:
+        yield root
+    finally:
+        os.close(root)
+
+
+def _mount_cgroup() -> int:
+    """The same where nothing shows it: a mount that only this descriptor has."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    context = libc.syscall(_SYS_FSOPEN, b"cgroup2", _CLOEXEC)
+    if context < 0:
+        why = os.strerror(ctypes.get_errno())
+        raise NoBpf(f"cgroup v2 is not mounted ({why}): mount -t cgroup2 none /sys/fs/cgroup")
+    try:
+        libc.syscall(_SYS_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        root: int = libc.syscall(_SYS_FSMOUNT, context, _CLOEXEC, 0)
+    finally:
+        os.close(context)
+    if root < 0:
+        raise NoBpf("cgroup v2 cannot be mounted: mount -t cgroup2 none /sys/fs/cgroup")
+    return root
 
 
 def _described_as(section: str) -> tuple[bytes, int]:
@@ -133,13 +169,9 @@ class Program:
         """A link; raises OSError."""
         return self._linked(self._library.bpf_program__attach(self._handle))
 
-    def attach_cgroup(self, path: str) -> Any:
-        """A link to the cgroup that this directory is; raises OSError."""
-        directory = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
-        try:
-            return self._linked(self._library.bpf_program__attach_cgroup(self._handle, directory))
-        finally:
-            os.close(directory)
+    def attach_cgroup(self, directory: int) -> Any:
+        """A link to the cgroup that this descriptor is of; raises OSError."""
+        return self._linked(self._library.bpf_program__attach_cgroup(self._handle, directory))
 
     def _linked(self, link: Any) -> Any:
         if link == _ffi.NULL:
@@ -201,7 +233,14 @@ class Object:
         """Descriptor of a map, which is the object's to close."""
         return int(self._library.bpf_map__fd(self._map(name)))
 
-    def attach(self, name: str, cgroup: str | None = None) -> None:
+    def lookup(self, map_name: str, key: bytes, size: int) -> bytes | None:
+        """The value of `size` bytes that a map has for this key."""
+        value = _ffi.new("char[]", size)
+        if self._library.bpf_map_lookup_elem(self.map_fd(map_name), key, value):
+            return None
+        return bytes(_ffi.buffer(value))
+
+    def attach(self, name: str, cgroup: int | None = None) -> None:
         """Attach a program until close(); raises OSError."""
         program = self.programs[name]
         self._links.append(program.attach() if cgroup is None else program.attach_cgroup(cgroup))

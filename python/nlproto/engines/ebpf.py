@@ -7,27 +7,36 @@ is open and go with this process, however it ends.
 
 from __future__ import annotations
 
-import errno
 import mmap
 import select
+import struct
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from nlproto.engines.bpf import NoBpf, Object, Ring, has_target
+from nlproto.engines.bpf import NoBpf, Ring, root_cgroup
+from nlproto.engines.programs import CGROUP, NEEDED, TRACED, load_programs
 from nlproto.host import netns
 from nlproto.records import wire
 from nlproto.records.clock import Clock
-from nlproto.records.wire import NO_CPU, Batch, FirstBytesBatch, PacketBytes, lib
+from nlproto.records.wire import (
+    NO_CPU,
+    PROCESS,
+    Batch,
+    Event,
+    FirstBytesBatch,
+    PacketBytes,
+    ProcessEvent,
+    decode_process,
+    lib,
+)
 
-__all__ = ["EbpfEngine", "runs"]
+__all__ = ["EbpfEngine"]
 
-OBJECT = Path(__file__).with_name("hunter.bpf.o")
-PARTS = Path(__file__).with_name("hunter_parts.bpf.o")
 RING_BYTES = 16 << 20
 _CPUS = 1024  # as in bpf/hunter.h
 _BATCH = 60000  # records; a head can count 65535
@@ -38,38 +47,16 @@ _COLLECT_SHARE = 50  # the time between two is at least this many times what the
 
 _SNAP_BYTES = 4 << 20  # as in bpf/snap.h
 _SNAP = np.dtype([("head", wire.SNAP), ("data", f"S{lib.SNIFFER_SNAP_LEN}")])
+_NEWS_BYTES = 128 << 10  # as in bpf/events.h
+_NEWS = np.dtype([("time_ns", "u8"), ("start_ns", "u8"), ("tgid", "u4"), ("event", "u4")])
 _COUNTERS = np.dtype(
     [
         (name, "u8")
         for name in ("seq", "copies", "skipped", "lost", "full", "woken", "calls", "told")
     ]
 )
-# Without one of these names could be wrong.
-_NEEDED = {
-    "security_socket_post_create",
-    "security_sock_graft",
-    "__receive_sock",
-    "security_sk_free",
-    "inet_release",
-    "locks_remove_posix",
-    "tcp_v4_rcv",
-    "udp_rcv",
-    "sk_filter_trim_cap",
-    "ip_output",
-}
-_TRAMPOLINES = ("fentry/", "fexit/")
-_TRACED = (*_TRAMPOLINES, "tp_btf/")
-_CGROUP = "cgroup"
-_CALLS = "tp_btf/sys_enter"
-# What tells of packets and sockets where trampolines are refused, beside part_*.
-_WITH_PARTS = {
-    *("probe_fork", "probe_exec", "probe_exit", "probe_rename", "reset_sent"),
-    *("seed", "collect"),
-}
 # Called where packets come in, each in two programs or without harm when left out.
 _TWICE = {"in_filter", "in_filter_again", "in_queue4", "in_queue6"}
-_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}
-_CAP_SYS_ADMIN = 21
 
 
 @dataclass(slots=True)
@@ -95,7 +82,8 @@ class EbpfEngine:
         self.instance = time.time_ns()
         self.closing: np.ndarray = np.zeros(0, wire.TAIL)
         began = time.monotonic()
-        self.whole, self._object = _load(ring_bytes, notify)
+        parts, self._object = load_programs(ring_bytes)
+        self.whole = not parts
         try:
             self._map(ring_bytes)
             self._attach()
@@ -115,6 +103,8 @@ class EbpfEngine:
         self._busy_until = 0.0
         self._most_missed = 0
         self.begin()
+        if parts:
+            notify(parts)
 
     def __enter__(self) -> Self:
         return self
@@ -129,6 +119,7 @@ class EbpfEngine:
         fd = self._object.map_fd("ring")
         self._ring = Ring(fd, ring_bytes, wire.RECORD)
         self._first_bytes_ring = Ring(self._object.map_fd("snaps"), _SNAP_BYTES, _SNAP)
+        self._news_ring = Ring(self._object.map_fd("events"), _NEWS_BYTES, _NEWS)
         wishes = mmap.mmap(self._object.map_fd("wishes"), mmap.PAGESIZE, shared)
         self._wish = np.frombuffer(wishes, "u8", 1)
         counters = mmap.mmap(
@@ -141,22 +132,22 @@ class EbpfEngine:
     def _attach(self) -> None:
         self._attached: list[str] = []
         self._refused: list[str] = []
-        for name, program in self._object.programs.items():
-            cgroup = program.section.startswith(_CGROUP)
-            traced = program.section.startswith(_TRACED)
-            if program.fd < 0 or not (cgroup or traced):
-                continue
-            try:
-                self._object.attach(name, _root_cgroup() if cgroup else None)
-            except OSError as error:
-                function = program.section.partition("/")[2]
-                if function in _NEEDED or (cgroup and not self.whole):
-                    raise NoBpf(
-                        f"the kernel does not let {function} be watched: {error.strerror}"
-                    ) from error
-                self._refused.append(function)
-            else:
-                self._attached.append(name)
+        with root_cgroup() as root:
+            for name, program in self._object.programs.items():
+                cgroup = program.section.startswith(CGROUP)
+                if program.fd < 0 or not (cgroup or program.section.startswith(TRACED)):
+                    continue
+                try:
+                    self._object.attach(name, root if cgroup else None)
+                except OSError as error:
+                    function = program.section.partition("/")[2]
+                    if function in NEEDED or (cgroup and not self.whole):
+                        raise NoBpf(
+                            f"the kernel does not let {function} be watched: {error.strerror}"
+                        ) from error
+                    self._refused.append(function)
+                else:
+                    self._attached.append(name)
 
     # The stream
 
@@ -167,7 +158,8 @@ class EbpfEngine:
             records["netns"][records["netns"] == 0] = self._netns
         return records
 
-    def _batches(self, records: np.ndarray) -> Iterator[Batch | FirstBytesBatch]:
+    def _batches(self, records: np.ndarray) -> Iterator[Event]:
+        yield from self._processes()
         if self._wish[0]:
             yield from self._first_bytes()
         numbers = np.unique(records["cpu"]).tolist()
@@ -229,7 +221,7 @@ class EbpfEngine:
         head: np.void = heads[0]
         return head
 
-    def read(self, timeout: float) -> Iterator[Batch | FirstBytesBatch]:
+    def read(self, timeout: float) -> Iterator[Event]:
         """See Engine."""
         self._collect()
         records = self._take()
@@ -240,6 +232,16 @@ class EbpfEngine:
         if len(records):
             self._busy_until = time.monotonic() + 10 * _POLL
         yield from self._batches(records)
+
+    def _processes(self) -> Iterator[ProcessEvent]:
+        """What has happened to them; who is older than the engine is left to /proc."""
+        for time_ns, start_ns, tgid, kind in self._news_ring.take().tolist():
+            key = struct.pack("=QII", start_ns, tgid, 0)
+            found = self._object.lookup("abouts", key, PROCESS.itemsize)
+            if found is not None:
+                event = replace(decode_process(found), time_ns=time_ns, event=kind)
+                # kept since its exec: a name that it took later has come with its records
+                yield replace(event, comm="") if kind == lib.SNIFFER_EVENT_EXIT else event
 
     def _first_bytes(self) -> Iterator[FirstBytesBatch]:
         """What there is of them; a record may come before, but not be waited for long."""
@@ -319,7 +321,7 @@ class EbpfEngine:
         }
         return time.monotonic_ns()
 
-    def finish(self, until_ns: int | None = None) -> Iterator[Batch | FirstBytesBatch]:
+    def finish(self, until_ns: int | None = None) -> Iterator[Event]:
         """See Engine."""
         tails = self._position()
         self._until = {int(tail["cpu"]): int(tail["record_seq"]) for tail in tails}
@@ -330,13 +332,13 @@ class EbpfEngine:
                 yield event
         self.closing = tails
 
-    def catch_up(self) -> Iterator[Batch | FirstBytesBatch]:
+    def catch_up(self) -> Iterator[Event]:
         """See Engine."""
         tails = self._position()
         yield from self._up_to(tails)
         self.closing = tails
 
-    def _up_to(self, tails: np.ndarray) -> Iterator[Batch | FirstBytesBatch]:
+    def _up_to(self, tails: np.ndarray) -> Iterator[Event]:
         deadline = time.monotonic() + 2 * _LATE
         while True:
             yield from self._batches(self._take())
@@ -393,107 +395,6 @@ def _cut(batch: Batch, until_ns: int, tails: np.ndarray) -> Batch:
     return Batch(head, batch.records[~late])
 
 
-def runs(notify: Callable[[str], None]) -> bool:
-    """Whether all programs could run here, rather than parts; nothing is attached.
-
-    Raises NoBpf with the reason why not even these.
-    """
-    whole, loaded = _load(RING_BYTES, notify)
-    loaded.close()
-    return whole
-
-
 def _possible_cpus() -> int:
     last = Path("/sys/devices/system/cpu/possible").read_text().strip().split("-")[-1]
     return min(int(last.split(",")[-1]) + 1, _CPUS)
-
-
-def _root_cgroup() -> str:
-    """Where the root of cgroup v2 is mounted; raises NoBpf."""
-    for line in Path("/proc/mounts").read_text().splitlines():
-        _, where, kind, *_ = line.split()
-        if kind == "cgroup2":
-            return where
-    raise NoBpf("cgroup v2 is not mounted")
-
-
-def _load(ring_bytes: int, notify: Callable[[str], None]) -> tuple[bool, Object]:
-    """All programs, else those that tracepoints and cgroups take; whether it is all of them.
-
-    Raises NoBpf with the reason why not even these.
-    """
-    try:
-        return True, _load_whole(ring_bytes)
-    except NoBpf as error:
-        if not PARTS.exists():
-            raise
-        why = str(error)
-    opened = Object(PARTS)
-    try:
-        known = _targets(opened)
-        if _CALLS not in known:
-            raise NoBpf(f"{why}; nor does it trace system calls")
-        for name, program in opened.programs.items():
-            wanted = name.startswith("part_") or name in _WITH_PARTS
-            program.choose(wanted and program.section in known)
-        opened.set_entries("ring", ring_bytes)
-        try:
-            opened.load()
-        except OSError as error:
-            raise NoBpf(why) from error
-    except BaseException:
-        opened.close()
-        raise
-    notify(
-        f"engine ebpf runs in parts: {why}; what leaves is seen behind NAT, and each system call"
-        " takes a little longer meanwhile"
-    )
-    return False, opened
-
-
-def _load_whole(ring_bytes: int) -> Object:
-    """The object with every program whose function is there. Raises NoBpf with the reason."""
-    if not OBJECT.exists():
-        raise NoBpf("its programs were not compiled: ./build.sh does it where clang is")
-    opened = Object(OBJECT)
-    try:
-        known = _targets(opened)
-        for program in opened.programs.values():
-            program.choose(program.section in known)
-        lacking = _NEEDED - {section.partition("/")[2] for section in known}
-        if lacking:
-            raise NoBpf(f"this kernel lacks {', '.join(sorted(lacking))}")
-        opened.set_entries("ring", ring_bytes)
-        try:
-            opened.load()
-        except OSError as error:
-            raise NoBpf(_why(error)) from error
-    except BaseException:
-        opened.close()
-        raise
-    return opened
-
-
-def _targets(opened: Object) -> set[str]:
-    """Sections of its programs that have something here to be put on."""
-    sections = {program.section for program in opened.programs.values()}
-    traced = {section for section in sections if section.startswith(_TRACED)}
-    return sections - traced | has_target(traced)
-
-
-def _why(error: OSError) -> str:
-    """One line for people: what keeps the kernel from taking the programs."""
-    status = Path("/proc/self/status").read_text()
-    effective = int(status.partition("CapEff:")[2].split()[0], 16)
-    missing = [name for name, bit in _CAPABILITIES.items() if not effective >> bit & 1]
-    if missing and not effective >> _CAP_SYS_ADMIN & 1:
-        return f"it needs {', '.join(missing)}; run it as root"
-    try:
-        lockdown = Path("/sys/kernel/security/lockdown").read_text()
-    except OSError:
-        lockdown = ""
-    if "[confidentiality]" in lockdown:
-        return "this kernel lets nobody read it (lockdown=confidentiality)"
-    if error.errno == errno.EPERM:  # what the verifier does not believe is EACCES
-        return "this kernel's vendor lets nobody trace its functions"
-    return f"this kernel refuses its programs ({error.strerror})"

@@ -64,6 +64,7 @@ class CapturedNamespaces(Generic[P]):
         self._failures = Failures("network namespaces")
         self._changes: deque[tuple[int, P | None]] = deque()
         self._unused: deque[P] = deque()
+        self._anew: deque[int] = deque()
         self._stopping = threading.Event()
         self._complete = threading.Event()
         self._found = 0
@@ -83,6 +84,15 @@ class CapturedNamespaces(Generic[P]):
         """What was opened, and None for what is to be given back, since the last call."""
         while self._changes:
             yield self._changes.popleft()
+
+    def owner(self, inode: int) -> int | None:
+        """Return the uid whose a namespace is, 0 for ours and root's; None: not known."""
+        uid = self._owners.get(inode, netns.UNKNOWN_OWNER)
+        return None if uid == netns.UNKNOWN_OWNER else uid or 0
+
+    def renew(self, inode: int) -> None:
+        """Let it be opened once more; changes() then has it, and the reader gives the old back."""
+        self._anew.append(inode)
 
     def give_back(self, place: P) -> None:
         """Let it be closed."""
@@ -147,6 +157,9 @@ class CapturedNamespaces(Generic[P]):
             if self._stopping.is_set():
                 break
             if inode not in self._open and inode not in self._refused:
+                self._try(inode, found[inode])
+        for inode in {self._anew.popleft() for _ in range(len(self._anew))}:
+            if inode in self._open and inode in found:
                 self._try(inode, found[inode])
         return pause
 

@@ -151,7 +151,7 @@ def _join(join: Callable[[Any, Any], Any], masks: list[np.ndarray]) -> np.ndarra
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """A port, or a range, of one end or both."""
+    """A port, or a range, of one end or both; as the packet has it, or as NAT makes it."""
 
     side: str
     low: int
@@ -169,8 +169,11 @@ class Ports:
     def mask(self, view: View) -> np.ndarray:
         """See Node."""
         ends, join = _SIDES[self.side]
-        masks = [self._end(view.column(f"{end}port")) for end in ends]
-        return _join(join, masks)
+        found = _join(join, [self._end(view.column(f"{end}port")) for end in ends])
+        if view.nat is not None:
+            became = _join(join, [self._end(view.nat[f"{end}port"]) for end in ends])
+            found = found | became & (view.nat["sport"] != 0)
+        return found
 
     def _end(self, ports: np.ndarray) -> np.ndarray:
         result: np.ndarray = (
@@ -183,7 +186,7 @@ class Ports:
 
 @dataclass(frozen=True, slots=True)
 class Net:
-    """An address, or a network, of one end or both."""
+    """An address, or a network, of one end or both; as the packet has it, or as NAT makes it."""
 
     side: str
     net: ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -203,14 +206,18 @@ class Net:
         family = socket.AF_INET if self.net.version == 4 else socket.AF_INET6
         bits = np.frombuffer(self.net.netmask.packed.ljust(16, b"\0"), np.uint64)
         wanted = np.frombuffer(self.net.network_address.packed.ljust(16, b"\0"), np.uint64)
-        masks = []
-        for end in ends:
-            words = view.column(f"{end}addr")
-            fits = (words[:, 0] & bits[0]) == wanted[0]
+
+        def inside(words: np.ndarray) -> np.ndarray:
+            fits: np.ndarray = (words[:, 0] & bits[0]) == wanted[0]
             if bits[1]:
                 fits &= (words[:, 1] & bits[1]) == wanted[1]
-            masks.append(fits)
-        result: np.ndarray = _join(join, masks) & (view.column("family") == family)
+            return fits
+
+        result = _join(join, [inside(view.column(f"{end}addr")) for end in ends])
+        if view.nat is not None:
+            became = _join(join, [inside(view.nat[f"{end}addr"]) for end in ends])
+            result = result | became & (view.nat["sport"] != 0)
+        result &= view.column("family") == family
         return result
 
 

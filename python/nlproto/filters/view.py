@@ -85,6 +85,10 @@ class _Names(Protocol):
         """Return one for each record."""
         ...
 
+    def translations(self, records: np.ndarray) -> np.ndarray | None:
+        """Return TRANSLATED of each record, None where nothing is known."""
+        ...
+
 
 class View:
     """The records that a filter looks at; what several tests need is made once."""
@@ -117,6 +121,12 @@ class View:
         """The name of each record's far end, "" for none; several have "|" between them."""
         ends: _Names | None = getattr(self._details, "ends", None)
         return [""] * len(self) if ends is None else ends.domains(self.records)
+
+    @functools.cached_property
+    def nat(self) -> np.ndarray | None:
+        """What NAT made of the records' ends (nlproto.records.ends.TRANSLATED); None: of none."""
+        ends: _Names | None = getattr(self._details, "ends", None)
+        return None if ends is None else ends.translations(self.records)
 
     @functools.cached_property
     def processes(self) -> tuple[np.ndarray, np.ndarray, list[tuple[str, ProcessLike | None]]]:

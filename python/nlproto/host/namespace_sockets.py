@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""One sock_diag socket for each network namespace that can be entered, up to a bound."""
+"""One socket for each network namespace that can be entered, up to a bound."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Self
+from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -14,25 +14,36 @@ from nlproto.host import netns, procfs
 from nlproto.host.sockdiag import SockDiag
 from nlproto.running.supervise import Failures
 
-__all__ = ["NamespaceSockets"]
+__all__ = ["NamespaceSockets", "PerNamespace"]
 
 _LOOK_NS = 2_000_000_000
 
 
-class NamespaceSockets:
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+S = TypeVar("S", bound=_Closable)
+
+
+class PerNamespace(Generic[S]):
     """Looks for new and ended namespaces at most every 2 s; a context manager, for one thread.
 
-    Of netns.room() at most, chosen as engine packet chooses.
-    A sock_diag socket keeps its namespace alive, so one that no process and no name holds any
-    more is let go at the next look.
+    Of netns.room() at most, chosen as engine packet chooses. `make` makes the socket, inside the
+    namespace; it raises NoPrivilege where that is refused.
+    A socket keeps its namespace alive, so one that no process and no name holds any more is let go
+    at the next look.
     """
 
-    def __init__(self, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(
+        self, make: Callable[[], S], now_ns: Callable[[], int] = time.monotonic_ns
+    ) -> None:
+        self._make = make
         self._now_ns = now_ns
         self._looked_ns = -_LOOK_NS
         self.own = netns.own()
         self._failures = Failures("sock_diag")
-        self._namespaces: dict[int, SockDiag | None] = {}
+        self._namespaces: dict[int, S | None] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -47,8 +58,8 @@ class NamespaceSockets:
                 diag.close()
         self._namespaces.clear()
 
-    def get(self, number: int) -> SockDiag | None:
-        """That of namespace `number`, None when it is not to be entered or sock_diag is refused."""
+    def get(self, number: int) -> S | None:
+        """That of namespace `number`, None when it is not to be entered or a socket is refused."""
         if number not in self._namespaces:
             self.look()
         return self._namespaces.get(number)
@@ -77,16 +88,28 @@ class NamespaceSockets:
                 diag.close()
         if self.own not in self._namespaces:
             try:
-                self._namespaces[self.own] = SockDiag()
+                self._namespaces[self.own] = self._make()
             except NoPrivilege:
                 self._namespaces[self.own] = None
         for number, path in there.items():
             if number in self._namespaces:
                 continue
             try:
-                self._namespaces[number] = netns.run_inside(path, SockDiag)
+                self._namespaces[number] = netns.run_inside(path, self._make)
             except (Error, OSError):
                 self._namespaces[number] = None
+
+    def there(self) -> dict[int, S]:
+        """Return the sockets of all namespaces."""
+        self.look()
+        return {number: one for number, one in self._namespaces.items() if one is not None}
+
+
+class NamespaceSockets(PerNamespace[SockDiag]):
+    """The sock_diag sockets of all namespaces."""
+
+    def __init__(self, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        super().__init__(SockDiag, now_ns)
 
     def tables(self) -> dict[int, np.ndarray]:
         """{namespace: all its sockets (HOST_SOCKET)}; of our own by /proc/net if need be."""

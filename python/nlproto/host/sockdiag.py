@@ -95,7 +95,7 @@ class SockDiag:
             local, lport, remote, rport = remote, rport, local, lport
         size = lib.host_diag_request(
             self._request, self._seq, family, proto, dump, local, lport, remote, rport, ifindex,
-            states,
+            states, False,
         )  # fmt: skip
         try:
             self._socket.send(ffi.buffer(self._request, size))

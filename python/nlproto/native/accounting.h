@@ -37,6 +37,12 @@ struct flow {
 	char comm[16];
 	uint64_t domain;	/* of the far end's name (nlproto.overheard.names), 0: none */
 
+	uint64_t nat_laddr[2];	/* what NAT made of both ends, 0: nothing is known */
+	uint64_t nat_raddr[2];
+	uint16_t nat_lport;
+	uint16_t nat_rport;
+	uint32_t nat_zero;
+
 	uint64_t packets_in;
 	uint64_t bytes_in;
 	uint64_t packets_out;
@@ -44,6 +50,12 @@ struct flow {
 
 	uint64_t first_ns;
 	uint64_t last_ns;
+
+	uint32_t rtt_us;	/* the kernel's smoothed one, as last looked at; 0: none known */
+	uint32_t retransmits;	/* segments; nothing is known unless flags has FLOW_LOOKED */
+	uint8_t tcp_in;		/* TCP flags of all packets that came in */
+	uint8_t tcp_out;	/* and that went out */
+	uint8_t reserved[6];
 };
 
 /*
@@ -190,6 +202,14 @@ struct history_last {
 	uint64_t domain;
 };
 
+struct history_nat {
+	uint64_t nat_laddr[2];
+	uint64_t nat_raddr[2];
+	uint16_t nat_lport;
+	uint16_t nat_rport;
+	uint32_t nat_zero;
+};
+
 struct history_sums {
 	uint64_t packets_in;
 	uint64_t bytes_in;
@@ -203,10 +223,20 @@ struct history_times {
 	uint64_t heard_ns;	/* last_ns by CLOCK_MONOTONIC, which nobody sets */
 };
 
+struct history_tcp {
+	uint32_t rtt_us;
+	uint32_t retransmits;
+	uint8_t tcp_in;
+	uint8_t tcp_out;
+	uint8_t reserved[6];
+};
+
 struct history {
 	struct history_last *last;
+	struct history_nat *nat;
 	struct history_sums *sums;
 	struct history_times *times;
+	struct history_tcp *tcp;
 };
 
 /* Add flows to their rows (-1: to none); `real` is what makes a time of day of theirs. */

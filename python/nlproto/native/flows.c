@@ -6,7 +6,7 @@
 #include "shared_proto.h"
 #include "accounting.h"
 
-_Static_assert(sizeof(struct flow) == 160, "flow");
+_Static_assert(sizeof(struct flow) == 216, "flow");
 _Static_assert(sizeof(struct port) == 96, "port");
 _Static_assert(sizeof(((struct flow *)0)->comm) == SNIFFER_COMM_LEN, "comm");
 
@@ -139,9 +139,11 @@ static inline void flow_add(struct flow *flow, const struct sniffer_record *r, i
 	if (out) {
 		flow->packets_out += packets;
 		flow->bytes_out += bytes;
+		flow->tcp_out |= r->tcp_flags;
 	} else {
 		flow->packets_in += packets;
 		flow->bytes_in += bytes;
+		flow->tcp_in |= r->tcp_flags;
 	}
 	if (r->time_ns < flow->first_ns)
 		flow->first_ns = r->time_ns;

@@ -10,10 +10,12 @@
 #include <linux/netlink.h>
 #include <linux/openat2.h>
 #include <linux/sock_diag.h>
+#include <linux/tcp.h>
 #include <linux/virtio_net.h>
 #include <malloc.h>
 #include <netinet/in.h>
 #include <sched.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -237,7 +239,7 @@ int host_capture_all(int fd)
 
 uint32_t host_diag_request(uint8_t *buf, uint32_t seq, uint8_t family, uint8_t proto, int dump,
 			   const uint8_t *saddr, uint16_t sport, const uint8_t *daddr,
-			   uint16_t dport, uint32_t ifindex, uint32_t states)
+			   uint16_t dport, uint32_t ifindex, uint32_t states, int with_tcp_info)
 {
 	struct {
 		struct nlmsghdr nlh;
@@ -252,6 +254,8 @@ uint32_t host_diag_request(uint8_t *buf, uint32_t seq, uint8_t family, uint8_t p
 	m.req.sdiag_family = family;
 	m.req.sdiag_protocol = proto;
 	m.req.idiag_states = states;
+	if (with_tcp_info)
+		m.req.idiag_ext = 1 << (INET_DIAG_INFO - 1);
 	m.req.id.idiag_sport = htons(sport);
 	m.req.id.idiag_dport = htons(dport);
 	memcpy(m.req.id.idiag_src, saddr, 16);
@@ -304,6 +308,71 @@ int host_diag_read(const uint8_t *buf, uint32_t len, uint32_t seq, uint8_t proto
 		s->state = d.idiag_state;
 		memcpy(s->saddr, d.id.idiag_src, 16);
 		memcpy(s->daddr, d.id.idiag_dst, 16);
+next:
+		at += NLMSG_ALIGN(h.nlmsg_len);
+	}
+	return (int)n;
+}
+
+/* The tcp_info behind a sock_diag message, of which the kernel may know less than we do. */
+static int tcp_info_of(const uint8_t *at, const uint8_t *end, struct tcp_info *info)
+{
+	while (at + sizeof(struct nlattr) <= end) {
+		struct nlattr a;
+
+		memcpy(&a, at, sizeof(a));
+		if (a.nla_len < sizeof(a) || a.nla_len > end - at)
+			return 0;
+		if (a.nla_type == INET_DIAG_INFO) {
+			size_t size = a.nla_len - sizeof(a);
+
+			memset(info, 0, sizeof(*info));
+			memcpy(info, at + sizeof(a), size < sizeof(*info) ? size : sizeof(*info));
+			return size >= offsetof(struct tcp_info, tcpi_pacing_rate);
+		}
+		if (NLA_ALIGN(a.nla_len) > end - at)
+			return 0;
+		at += NLA_ALIGN(a.nla_len);
+	}
+	return 0;
+}
+
+int host_tcp_read(const uint8_t *buf, uint32_t len, uint32_t seq, struct host_tcp *found,
+		  uint32_t max, int *done)
+{
+	uint32_t at = 0, n = 0;
+
+	*done = 0;
+	while (at + sizeof(struct nlmsghdr) <= len) {
+		struct tcp_info info;
+		struct inet_diag_msg d;
+		struct nlmsghdr h;
+		int code = 0;
+
+		memcpy(&h, buf + at, sizeof(h));
+		if (h.nlmsg_len < sizeof(h) || h.nlmsg_len > len - at)
+			return -EBADMSG;
+		if (h.nlmsg_seq != seq)
+			goto next;
+		if (h.nlmsg_type == NLMSG_ERROR || h.nlmsg_type == NLMSG_DONE) {
+			if (h.nlmsg_len >= sizeof(h) + sizeof(code))
+				memcpy(&code, buf + at + sizeof(h), sizeof(code));
+			*done = 1;
+			return code < 0 ? code : (int)n;
+		}
+		if (h.nlmsg_len < sizeof(h) + sizeof(d))
+			return -EBADMSG;
+		if (n == max)
+			return -ENOBUFS;
+		memcpy(&d, buf + at + sizeof(h), sizeof(d));
+		if (!d.id.idiag_dport ||
+		    !tcp_info_of(buf + at + sizeof(h) + sizeof(d), buf + at + h.nlmsg_len, &info))
+			goto next;
+		found[n++] = (struct host_tcp){
+			.cookie = (uint64_t)d.id.idiag_cookie[1] << 32 | d.id.idiag_cookie[0],
+			.rtt_us = info.tcpi_rtt,
+			.retransmits = info.tcpi_total_retrans,
+		};
 next:
 		at += NLMSG_ALIGN(h.nlmsg_len);
 	}

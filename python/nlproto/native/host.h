@@ -62,13 +62,30 @@ uint32_t host_frame_size(uint32_t snap);
 /* Start an AF_PACKET socket made with protocol 0: all protocols, all interfaces; 0 or -errno. */
 int host_capture_all(int fd);
 
+/* How a TCP connection goes, or went when it ended. */
+struct host_tcp {
+	uint64_t cookie;
+	uint32_t netns;		/* the caller's to fill in */
+	uint32_t rtt_us;	/* smoothed; 0: never measured */
+	uint32_t retransmits;	/* segments, since the socket connected */
+	uint32_t reserved;
+};
+
+/*
+ * Read struct tcp_info from the answers in one datagram, or from what the kernel tells of closed
+ * connections (seq 0). Listeners and what has no such information are left out. As
+ * host_diag_read() otherwise.
+ */
+int host_tcp_read(const uint8_t *buf, uint32_t len, uint32_t seq, struct host_tcp *found,
+		  uint32_t max, int *done);
+
 /*
  * Write a sock_diag request for one socket or, with dump, for all in `states` (a bit for each
  * TCP state); returns its length.
  */
 uint32_t host_diag_request(uint8_t *buf, uint32_t seq, uint8_t family, uint8_t proto, int dump,
 			   const uint8_t *saddr, uint16_t sport, const uint8_t *daddr,
-			   uint16_t dport, uint32_t ifindex, uint32_t states);
+			   uint16_t dport, uint32_t ifindex, uint32_t states, int with_tcp_info);
 
 /*
  * Read the answers in one datagram into sockets. Returns how many there are; -errno for an

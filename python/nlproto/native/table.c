@@ -64,8 +64,13 @@ void table_put(const struct table *t, const uint8_t *values, uint32_t count, con
 		const struct table_column *c = &t->columns[column];
 		const uint8_t *from = values + c->field;
 
-		for (uint32_t i = 0; c->given && i < count; i++, from += t->value_size)
-			memcpy(c->data + (size_t)rows[i] * c->width, from, c->given);
+		for (uint32_t i = 0; c->given && i < count; i++, from += t->value_size) {
+			uint8_t *to = c->data + (size_t)rows[i] * c->width;
+
+			/* zeros that nobody wrote over take no memory */
+			if (memcmp(to, from, c->given))
+				memcpy(to, from, c->given);
+		}
 	}
 	for (uint32_t i = 0; i < count; i++) {
 		t->hashes[rows[i]] = hash_of(t, values + (size_t)i * t->value_size);
@@ -220,7 +225,11 @@ void portmap_rows(const struct portmap *map, uint16_t port, int64_t *rows)
 }
 
 _Static_assert(sizeof(struct history_last) ==
-		       offsetof(struct flow, packets_in) - offsetof(struct flow, inode), "last");
+		       offsetof(struct flow, nat_laddr) - offsetof(struct flow, inode), "last");
+_Static_assert(sizeof(struct history_nat) ==
+		       offsetof(struct flow, packets_in) - offsetof(struct flow, nat_laddr), "nat");
+_Static_assert(sizeof(struct history_tcp) == sizeof(struct flow) - offsetof(struct flow, rtt_us),
+	       "tcp");
 _Static_assert(sizeof(struct history_sums) ==
 		       offsetof(struct flow, first_ns) - offsetof(struct flow, packets_in), "sums");
 
@@ -258,6 +267,10 @@ void history_add(const struct history *h, const struct flow *flows, uint32_t cou
 		last->flags |= f->flags;
 		if (f->domain)
 			last->domain = f->domain;
+		if (f->nat_lport)
+			memcpy(&h->nat[rows[i]], f->nat_laddr, sizeof(*h->nat));
+		h->tcp[rows[i]].tcp_in |= f->tcp_in;
+		h->tcp[rows[i]].tcp_out |= f->tcp_out;
 		last->dirty = 1;
 	}
 }

@@ -19,12 +19,13 @@ import numpy as np
 from nlproto.engines.namespaces import CapturedNamespaces
 from nlproto.errors import Error
 from nlproto.host import netns
-from nlproto.overheard import dns, hello
+from nlproto.overheard import conntrack, dns, hello
 from nlproto.overheard.domains import Beginnings, Domains
 from nlproto.overheard.live import LiveEnds
 from nlproto.overheard.names import Names
 from nlproto.overheard.streams import Streams
 from nlproto.overheard.tap import Packet, Tap
+from nlproto.overheard.translations import LIMIT, Translations
 from nlproto.records.ends import Way
 from nlproto.running.budget import Budget
 from nlproto.running.supervise import Failures
@@ -32,6 +33,12 @@ from nlproto.running.supervise import Failures
 __all__ = ["Overheard"]
 
 _OWN_RING, _OTHER_RING = 1 << 19, 1 << 17
+_OWN_EVENTS, _OTHER_EVENTS = 4 << 20, 1 << 18
+"""Bytes of conntrack's events that may wait."""
+_LOOK_NS = 1_000_000_000  # between two looks whether this kernel translates addresses now
+_RENEW_NS = 30_000_000_000
+"""Between two readings of all connections of a namespace whose events were lost."""
+_EVENTS_AT_ONCE = 1024
 _AT_ONCE = 128  # packets of one ring before it is the next one's turn
 _SHARE, _SAVED_NS = 8, 500_000_000
 """Of one processor; so much may be saved up for a burst."""
@@ -43,41 +50,65 @@ _PREFIX = 2  # bytes before a message over TCP (RFC 1035, 4.2.2)
 class _Place:
     """What is open in one namespace."""
 
-    def __init__(self, inode: int, ring_bytes: int, tls: bool) -> None:
+    def __init__(self, inode: int, names: str, nat: bool, own: bool = False) -> None:
         self.inode = inode
-        self.taps = [Tap(ring_bytes)]
+        self.taps: list[Tap] = []
+        self.connections: conntrack.Connections | None = None
+        self.refused = ""
+        """Why nothing is told of what NAT does."""
+        self.heard_ns = 0
+        """All that conntrack told before is read."""
+        self.opened_ns = time.monotonic_ns()
+        ring_bytes = _OWN_RING if own else _OTHER_RING
         try:
-            if tls:
+            if names != "off":
+                self.taps.append(Tap(ring_bytes))
+            if names == "sni":
                 self.taps.append(Tap(ring_bytes, tls=True))
+            if nat:
+                self._hear_nat(_OWN_EVENTS if own else _OTHER_EVENTS)
         except BaseException:
             self.close()
             raise
 
+    def _hear_nat(self, receive_bytes: int) -> None:
+        try:
+            self.connections = conntrack.Connections(receive_bytes, LIMIT)
+        except Error as error:
+            self.refused = str(error)
+
     def close(self) -> None:
         for tap in self.taps:
             tap.close()
+        if self.connections is not None:
+            self.connections.close()
 
 
 class Overheard:
-    """A context manager. `tls`: read names in ClientHellos to port 443, too.
+    """A context manager. `listen_to`: "dns", "sni" (ClientHellos to port 443, too) or "off".
 
-    hear() belongs to one thread, `ends` to any. Where it may not listen it says so once through
-    `notify`, and knows nothing.
+    What NAT does is heard in any case, once this kernel does it. hear() belongs to one thread,
+    `ends` to any. Where it may not listen it says so once through `notify`, and knows nothing.
     """
 
     def __init__(
         self,
         notify: Callable[[str], None],
-        tls: bool = False,
+        listen_to: str = "dns",
         beginnings: Beginnings | None = None,
     ) -> None:
         self._notify = notify
-        self._tls = tls
+        self._listen_to = listen_to
+        self._nat = conntrack.is_there()
         self.names = Names()
         self.domains = Domains(self.names, beginnings)
-        self.ends = LiveEnds(self.domains)
+        self.translations = Translations(self._owner_of)
+        self.ends = LiveEnds(self.domains, self.translations)
         self.malformed = 0
         self._places: dict[int, _Place] = {}
+        self._told = ""
+        self._looked_ns = time.monotonic_ns()
+        self._events: dict[int, tuple[_Place, conntrack.Connections]] = {}
         self._taps: dict[int, tuple[_Place, Tap]] = {}
         self._poll = select.poll()
         self._own = netns.own()
@@ -89,55 +120,128 @@ class Overheard:
 
     def __enter__(self) -> Self:
         try:
-            self._take(_Place(self._own, _OWN_RING, self._tls))
+            self._take(self._open_own())
         except Error as error:
             self._notify(str(error))
             return self
-        self._others.start()
+        if self._nat or self._listen_to != "off":
+            self._others.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._others.close(self._places.values())
         self._places.clear()
         self._taps.clear()
+        self._events.clear()
+
+    def _open_own(self) -> _Place:
+        return _Place(self._own, self._listen_to, self._nat, own=True)
 
     def _open(self, inode: int, path: Path, ours: bool) -> _Place:
-        return netns.run_inside(path, lambda: _Place(inode, _OTHER_RING, self._tls))
+        return netns.run_inside(path, lambda: _Place(inode, self._listen_to, self._nat))
+
+    def _owner_of(self, inode: int) -> int | None:
+        return 0 if inode == self._own else self._others.owner(inode)
 
     def _take(self, place: _Place) -> None:
+        self._leave(place.inode, of_good=False)
         self._places[place.inode] = place
+        if place.refused and place.refused != self._told:
+            self._told = place.refused
+            self._notify(place.refused)
+        if place.connections is not None:
+            self._events[place.connections.fileno()] = place, place.connections
+            self._poll.register(place.connections.fileno(), select.POLLIN)
+            place.heard_ns = place.opened_ns
+            self.translations.add_known(place.inode, place.connections)
         for tap in place.taps:
             self._taps[tap.fileno()] = place, tap
             self._poll.register(tap.fileno(), select.POLLIN)
 
-    def _leave(self, inode: int) -> None:
+    def _leave(self, inode: int, of_good: bool = True) -> None:
+        """`of_good` False: the same namespace is heard anew."""
         place = self._places.pop(inode, None)
         if place is not None:
             for tap in place.taps:
                 self._poll.unregister(tap.fileno())
                 del self._taps[tap.fileno()]
+            if place.connections is not None:
+                self._poll.unregister(place.connections.fileno())
+                del self._events[place.connections.fileno()]
             self._others.give_back(place)
+        if of_good:
+            self.translations.leave(inode)
 
     def hear(self, flows: np.ndarray) -> None:
         """Read what waits; then fill in what is known of `flows` (FLOW)."""
         for inode, place in self._others.changes():
-            self._leave(inode)
-            if place is not None:
+            if place is None:
+                self._leave(inode)
+            else:
                 self._take(place)
+        self._look()
         self._read()
         self.domains.stamp(flows)
+        self.translations.stamp(flows)
+
+    def _look(self) -> None:
+        """Whether this kernel has come to translate addresses."""
+        now = time.monotonic_ns()
+        if self._nat or now - self._looked_ns < _LOOK_NS:
+            return
+        self._looked_ns = now
+        self._nat = conntrack.is_there()
+        if self._nat and self._listen_to == "off":
+            self._others.start()
+            self._renew(self._own)
+        elif self._nat:
+            self._renew(*self._places)
+
+    def _renew(self, *inodes: int) -> None:
+        """Hear these namespaces anew, from what is there now."""
+        for inode in inodes:
+            if inode != self._own:
+                self._others.renew(inode)
+                continue
+            try:
+                self._take(self._open_own())
+            except Error as error:
+                self._notify(str(error))
+
+    def _read_events(self, place: _Place, connections: conntrack.Connections) -> None:
+        began = time.monotonic_ns()
+        events = list(connections.read(_EVENTS_AT_ONCE))
+        now = time.monotonic_ns()
+        for event in events:
+            if event is not None:
+                self.translations.add(place.inode, event, place.heard_ns, now)
+        if None in events:
+            self.translations.overflows += 1
+            if now - place.opened_ns > _RENEW_NS:
+                self._renew(place.inode)
+        if len(events) < _EVENTS_AT_ONCE:
+            place.heard_ns = began
 
     def _read(self) -> None:
-        if not self._taps or not self._budget.allows():
+        if not (self._taps or self._events) or not self._budget.allows():
             return
         with self._budget.spend():
             for number, _ in self._poll.poll(0):
+                if number in self._events:
+                    self._attempt_events(*self._events[number])
+                    continue
                 place, tap = self._taps[number]
                 for packet in tap.read(_AT_ONCE):
                     try:
                         self._heard(place.inode, packet)
                     except Exception as error:  # one packet must not cost others their names
                         self._failures.add(error)
+
+    def _attempt_events(self, place: _Place, connections: conntrack.Connections) -> None:
+        try:
+            self._read_events(place, connections)
+        except Exception as error:
+            self._failures.add(error)
 
     def _heard(self, inode: int, packet: Packet) -> None:
         near, far = (packet.target, packet.dport), (packet.source, packet.sport)
@@ -195,4 +299,5 @@ class Overheard:
             "malformed": self.malformed,
             "dropped": dropped,
             "namespaces": len(self._places),
+            "nat": {"on": self._nat, "cut": self.translations.cut, **self.translations.counts()},
         }

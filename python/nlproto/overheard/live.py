@@ -7,6 +7,7 @@ import numpy as np
 
 from nlproto.overheard.domains import Domains
 from nlproto.overheard.names import is_of_resolver
+from nlproto.overheard.translations import Translations
 from nlproto.records.ends import FlowKey, record_keys
 
 __all__ = ["LiveEnds"]
@@ -15,13 +16,16 @@ __all__ = ["LiveEnds"]
 class LiveEnds:
     """What this process overhears. `own` leaves out what resolvers asked for others."""
 
-    def __init__(self, domains: Domains, own: bool = False) -> None:
+    def __init__(
+        self, domains: Domains, became: Translations | None = None, own: bool = False
+    ) -> None:
         self._domains = domains
+        self._became = became
         self._own = own
 
     def for_own(self) -> LiveEnds:
         """Return what who sees only their own packets may know."""
-        return LiveEnds(self._domains, own=True)
+        return LiveEnds(self._domains, self._became, own=True)
 
     def domains(self, records: np.ndarray) -> list[str]:
         """See Ends."""
@@ -31,7 +35,14 @@ class LiveEnds:
 
     def domain_of(self, key: FlowKey) -> str:
         """See Ends."""
-        number = self._domains.number_of(key)
+        return self.text(self._domains.number_of(key))
+
+    def translations(self, records: np.ndarray) -> np.ndarray | None:
+        """See Ends."""
+        return None if self._became is None else self._became.of_records(records)
+
+    def text(self, number: int) -> str:
+        """See Ends."""
         if not number or self._own and is_of_resolver(number):
             return ""
         return self._domains.names.text(number)

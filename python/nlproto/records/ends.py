@@ -4,14 +4,26 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Protocol
 
 import numpy as np
 
 from nlproto.records.wire import lib
 
-__all__ = ["Ends", "FlowKey", "NoEnds", "ToldEnds", "Way", "record_keys"]
+__all__ = [
+    "TRANSLATED",
+    "Ends",
+    "FlowKey",
+    "NoEnds",
+    "ToldEnds",
+    "Translated",
+    "Way",
+    "as_translated",
+    "is_incoming",
+    "of_flows",
+    "record_keys",
+]
 
 _TOLD = 1 << 16
 
@@ -19,6 +31,13 @@ Way = tuple[int, int, int, bytes, int, bytes, int]
 """netns, proto, family, local address (16 bytes), local port, remote address, remote port."""
 FlowKey = tuple[int, int, Way]
 """tgid, start_ns, way."""
+Translated = tuple[bytes, int, bytes, int]
+"""What NAT made of both ends: local address (16 bytes), local port, remote address and port."""
+
+TRANSLATED = np.dtype(
+    [("saddr", "u8", (2,)), ("daddr", "u8", (2,)), ("sport", "u2"), ("dport", "u2")]
+)
+"""The other addresses of a packet that NAT changes; all 0: it is not known to be changed."""
 
 
 class Ends(Protocol):
@@ -32,8 +51,16 @@ class Ends(Protocol):
         """Return that of each record's flow."""
         ...
 
+    def text(self, number: int) -> str:
+        """Return the name by the number that a FLOW has in `domain`, "" for none."""
+        ...
+
     def for_own(self) -> Ends:
         """Return what who sees only their own packets may know."""
+        ...
+
+    def translations(self, records: np.ndarray) -> np.ndarray | None:
+        """Return TRANSLATED of each record; None: of none of them is anything known."""
         ...
 
 
@@ -52,10 +79,42 @@ def record_keys(records: np.ndarray) -> Iterator[FlowKey]:
         yield tgid, start, (netns, proto, family, *near, *far)
 
 
+def is_incoming(records: np.ndarray) -> list[bool]:
+    """Return of which of them the local end is the target."""
+    found: list[bool] = (records["dir"] == lib.SNIFFER_DIR_IN).tolist()
+    return found
+
+
+def as_translated(became: Translated, incoming: bool) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """Return a flow's other ends as TRANSLATED of one of its packets."""
+    near, lport, far, rport = became
+    if incoming:
+        near, lport, far, rport = far, rport, near, lport
+    return np.frombuffer(near, np.uint64, 2), np.frombuffer(far, np.uint64, 2), lport, rport
+
+
+def of_flows(translated: np.ndarray, records: np.ndarray) -> list[Translated | None]:
+    """Return what TRANSLATED says of each record's flow."""
+    found: list[Translated | None] = []
+    columns = [translated[name].tolist() for name in ("sport", "dport")]
+    sources, targets = (translated[name].tobytes() for name in ("saddr", "daddr"))
+    for at, (sport, dport, incoming) in enumerate(zip(*columns, is_incoming(records), strict=True)):
+        place = slice(16 * at, 16 * at + 16)
+        near, far = (sources[place], sport), (targets[place], dport)
+        if incoming:
+            near, far = far, near
+        found.append((*near, *far) if sport else None)
+    return found
+
+
 class NoEnds:
     """Nothing is known."""
 
     def domain_of(self, key: FlowKey) -> str:
+        """See Ends."""
+        return ""
+
+    def text(self, number: int) -> str:
         """See Ends."""
         return ""
 
@@ -67,26 +126,47 @@ class NoEnds:
         """See Ends."""
         return [""] * len(records)
 
+    def translations(self, records: np.ndarray) -> np.ndarray | None:
+        """See Ends."""
+        return None
+
 
 class ToldEnds:
     """What a daemon or a file told; at most 65,536 flows, those told longest ago go."""
 
     def __init__(self) -> None:
-        self._domains: OrderedDict[FlowKey, str] = OrderedDict()
+        self._told: OrderedDict[FlowKey, tuple[str, Translated | None]] = OrderedDict()
 
-    def tell(self, key: FlowKey, domain: str) -> None:
-        """Remember it; "" forgets."""
-        if domain:
-            self._domains[key] = domain
-            self._domains.move_to_end(key)
-            if len(self._domains) > _TOLD:
-                self._domains.popitem(last=False)
-        elif self._domains:
-            self._domains.pop(key, None)
+    def tell(self, key: FlowKey, domain: str, became: Translated | None = None) -> None:
+        """Remember the name and the translation of a flow's ends; neither of them: forget."""
+        if domain or became is not None:
+            self._told[key] = domain, became
+            self._told.move_to_end(key)
+            if len(self._told) > _TOLD:
+                self._told.popitem(last=False)
+        elif self._told:
+            self._told.pop(key, None)
+
+    def forget_others(self, records: np.ndarray, told: Collection[FlowKey]) -> None:
+        """Of the flows of `records` those not among `told` are translated no more."""
+        if not any(became is not None for _, became in self._told.values()):
+            return
+        for key in record_keys(records):
+            domain, became = self.told(key)
+            if became is not None and key not in told:
+                self.tell(key, domain)
+
+    def told(self, key: FlowKey) -> tuple[str, Translated | None]:
+        """Return what tell() was told."""
+        return self._told.get(key, ("", None))
 
     def domain_of(self, key: FlowKey) -> str:
         """See Ends."""
-        return self._domains.get(key, "")
+        return self.told(key)[0]
+
+    def text(self, number: int) -> str:
+        """See Ends."""
+        return ""
 
     def for_own(self) -> Ends:
         """See Ends."""
@@ -94,6 +174,18 @@ class ToldEnds:
 
     def domains(self, records: np.ndarray) -> list[str]:
         """See Ends."""
-        if not self._domains:
+        if not self._told:
             return [""] * len(records)
-        return [self._domains.get(key, "") for key in record_keys(records)]
+        return [self.domain_of(key) for key in record_keys(records)]
+
+    def translations(self, records: np.ndarray) -> np.ndarray | None:
+        """See Ends."""
+        if not self._told:
+            return None
+        found = np.zeros(len(records), TRANSLATED)
+        incoming = is_incoming(records)
+        for at, key in enumerate(record_keys(records)):
+            _, became = self.told(key)
+            if became is not None:
+                found[at] = as_translated(became, incoming[at])
+        return found if found["sport"].any() else None

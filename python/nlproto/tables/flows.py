@@ -10,14 +10,19 @@ from typing import Any
 import numpy as np
 
 from nlproto._host import ffi, lib
-from nlproto.records.wire import dtype_of
+from nlproto.errors import Error
+from nlproto.records.wire import BATCH, dtype_of
+from nlproto.records.wire import lib as wire
 from nlproto.tables.column_table import new_slots, without
 
 __all__ = [
     "FLOW",
     "KEY_FIELDS",
+    "LOOKED",
     "address_bytes",
     "address_words",
+    "decode_flows",
+    "encode_flows",
     "first_of_processes",
     "group",
     "pack_address",
@@ -28,11 +33,17 @@ __all__ = [
 _WORD = (1 << 64) - 1
 
 
-FLOW = without(dtype_of("flow", ffi), "zero", "dirty")
+FLOW = without(dtype_of("flow", ffi), "zero", "dirty", "nat_zero", "reserved")
 """One flow of one owner, with its local and remote end. Of a forwarded flow these are the lower
 and the higher end, and "out" is from the lower one. Addresses are the 16 bytes of the record, seen
 as two numbers. Times are CLOCK_MONOTONIC ns. Packets and bytes are those of the wire, after
-segmentation. how, uid, inode and comm are the last record's; flags has all that were set."""
+segmentation. how, uid, inode and comm are the last record's; flags has all that were set. nat_
+fields are what NAT made of the ends; nat_lport 0: not known that it changed any. tcp_in and
+tcp_out have the TCP flags of all packets that way. rtt_us and retransmits are of the connection,
+where flags has LOOKED: the history has them, summarize() does not."""
+
+LOOKED = 1 << 15
+"""In a FLOW's flags: the kernel was asked how the connection went."""
 
 KEY_FIELDS = (
     "cookie",
@@ -108,6 +119,30 @@ def unnamed_places(records: np.ndarray, hows: Iterable[int]) -> np.ndarray:
         ffi.from_buffer("uint32_t[]", places),
     )
     return places[:count]
+
+
+def encode_flows(head: np.void, flows: np.ndarray) -> bytes:
+    """Return the bytes of `flows` (FLOW), at most 65,535, behind `head` with size and count set."""
+    first = np.zeros(1, BATCH)
+    first[0] = head
+    first["version"] = wire.SNIFFER_VERSION
+    first["record_size"] = FLOW.itemsize
+    first["count"] = len(flows)
+    return first.tobytes() + flows.tobytes()
+
+
+def decode_flows(payload: bytes | memoryview) -> tuple[np.void, np.ndarray]:
+    """Return (BATCH, FLOWs) of what encode_flows() made in this release. Raises Error."""
+    if len(payload) < BATCH.itemsize:
+        raise Error(f"malformed flows: {len(payload)} bytes are less than a head")
+    head: np.void = np.frombuffer(payload, BATCH, 1)[0]
+    size, count = int(head["record_size"]), int(head["count"])
+    if size != FLOW.itemsize or BATCH.itemsize + size * count != len(payload):
+        raise Error(
+            f"malformed flows: {len(payload)} bytes do not hold {count} of {size}; "
+            "install client and daemon of one release"
+        )
+    return head, np.frombuffer(payload, FLOW, count, BATCH.itemsize)
 
 
 def address_words(raw: bytes) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import socket
 import struct
 from pathlib import Path
 
-from .stage import LIBC, Unable
+from .stage import LIBC, Unable, run
 
 SYS_BPF, SYS_PERF_EVENT_OPEN = 321, 298
 PERF_TYPE_TRACEPOINT, PERF_EVENT_IOC_ENABLE, PERF_EVENT_IOC_SET_BPF = 2, 0x2400, 0x40042408
@@ -117,6 +117,10 @@ def function_id(name: str) -> int:
 
 def refuse(hook: str, error: int) -> int:
     """Have an LSM hook refuse everybody with this errno; ends with the descriptor."""
+    if not Path("/sys/kernel/security/lsm").exists():
+        run("mount", "-t", "securityfs", "none", "/sys/kernel/security")
+    if "bpf" not in Path("/sys/kernel/security/lsm").read_text().split(","):
+        raise Unable("this kernel was booted without the security module bpf")
     code = op(MOV, value=-error) + op(EXIT)
     program = load_program(LSM, code, ATTACH_LSM_MAC, function_id(f"bpf_lsm_{hook}"))
     return bpf(RAW_TRACEPOINT_OPEN, "=QI4x", 0, program)

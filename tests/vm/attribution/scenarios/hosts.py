@@ -384,10 +384,13 @@ def starts_programs(worker: Worker, wire: Wire) -> None:
         "/bin/cat", ["cat"], {},
         file_actions=[(os.POSIX_SPAWN_DUP2, number, 0), (os.POSIX_SPAWN_DUP2, number, 1)],
     )  # fmt: skip
+    # a parent goes on before its child has the program's name
+    while (child := identity_of(pid)).comm != "cat":
+        time.sleep(0.001)
     for lens, count, flags in (((), 0, ()), ((DATA,), COUNT, ("not-dead",))):
         worker.claim_port(
             sock.getsockname()[1], proto="tcp", dirs="io", rport=peer[1], lens=lens, in_=count,
-            out=count, owner=identity_of(pid), flags=flags,
+            out=count, owner=child, flags=flags,
         )  # fmt: skip
     sock.close()
     wire.tell("started")

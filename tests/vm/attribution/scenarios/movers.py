@@ -28,10 +28,13 @@ def fills(worker: Worker, wire: Wire, stage: Stage, family: int, way: str, path:
     sock, _ = listener.accept()
     worker.also(claim, sock)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    # until its child has told that it has added something, either may be named
+    mine = worker.claim(sock, remote=sock.getpeername()[:2], any_address=True)
     sock.sendall(bytes(BEFORE))
     quiet()
     child = stage.spawn("adder", adds, sock, way, path)
     child.hear()
+    worker.end(mine)
     worker.end(claim)
     wire.tell("full")
     wire.hear()

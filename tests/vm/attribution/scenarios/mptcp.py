@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from pathlib import Path
@@ -167,3 +168,119 @@ def mptcp_subflow_by_command(stage: Stage) -> None:
         other.run("ip", "mptcp", "endpoint", "flush")
         client.tell()
         client.hear()
+
+
+def mptcp_has_it(worker: Worker, wire: Wire, sock: socket.socket, count: int, reads: bool) -> None:
+    """Has a connection from its parent, and answers what comes or never looks at it."""
+    worker.claim(
+        sock, remote=sock.getpeername(), any_address=True, proto="tcp", has_cookie=False,
+        in_=count, out=count,
+    )  # fmt: skip
+    wire.tell("mine")
+    for _ in range(count if reads else 0):
+        sock.sendall(receive_all(sock, 5))
+    wire.hear()
+
+
+def mptcp_hands_on(worker: Worker, wire: Wire, stage: Stage, count: int, reads: bool) -> None:
+    listener = socket.socket(V4, TCP, IPPROTO_MPTCP)
+    listener.settimeout(30)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(8)
+    claim = worker.claim(listener, any_address=True, proto="tcp", has_cookie=False, in_=3, out=2)
+    wire.tell(listener.getsockname())
+    sock, _ = listener.accept()
+    sock.sendall(receive_all(sock, 5))
+    wire.hear()
+    child = stage.spawn("child", mptcp_has_it, sock, count, reads, keep=[sock])
+    child.hear()
+    worker.end(claim)
+    wire.tell("handed over")
+    wire.hear()
+    child.tell()
+    child.join()
+
+
+def mptcp_asks(worker: Worker, wire: Wire, peer: tuple[str, int], count: int, reads: bool) -> None:
+    sock = socket.socket(V4, TCP, IPPROTO_MPTCP)
+    sock.settimeout(30)
+    for port in range(40000, 40010):
+        worker.claim_port(port, proto="tcp", dirs="io", rport=peer[1])
+    sock.connect(tuple(peer))
+    sock.sendall(b"first")
+    receive_all(sock, 5)
+    quiet()
+    wire.tell("answered")
+    wire.hear()
+    for _ in range(count):
+        sock.sendall(b"later")
+        if reads:
+            receive_all(sock, 5)
+        else:
+            quiet()
+    wire.tell("done")
+    wire.hear()
+
+
+def mptcp_handed_on(stage: Stage, reads: bool) -> None:
+    mptcp_possible()
+    sysctl("net.ipv4.ip_local_port_range", "40000 40009")
+    with playing(stage):
+        server = stage.spawn("parent", mptcp_hands_on, stage, 6, reads)
+        client = stage.spawn("client", mptcp_asks, ask(server), 6, reads)
+        client.hear()
+        server.tell()
+        server.hear()
+        client.tell()
+        client.hear()
+        server.tell()
+        server.join()
+        client.tell()
+
+
+@scenario(engines=("module",))
+def mptcp_accept_fork_close(stage: Stage) -> None:
+    """A child answers on an MPTCP connection that its parent has accepted and closed."""
+    mptcp_handed_on(stage, reads=True)
+
+
+@scenario(engines=("module",))
+def mptcp_heir_never_reads(stage: Stage) -> None:
+    """The same where the child, which alone has it, never looks at it."""
+    mptcp_handed_on(stage, reads=False)
+
+
+def mptcp_leaves(worker: Worker, wire: Wire, peer: tuple[str, int], size: int) -> None:
+    sock = socket.socket(V4, TCP, IPPROTO_MPTCP)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * size)
+    for port in range(40000, 40010):
+        worker.claim_port(port, proto="tcp", dirs="io", rport=peer[1])
+    sock.connect(tuple(peer))
+    sock.sendall(bytes(size))
+    os._exit(0)
+
+
+def mptcp_reads_late(worker: Worker, wire: Wire, size: int) -> None:
+    listener = socket.socket(V4, TCP, IPPROTO_MPTCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(8)
+    worker.claim(listener, any_address=True, proto="tcp", has_cookie=False, in_=5, out=3)
+    wire.tell(listener.getsockname())
+    listener.settimeout(30)
+    sock, _ = listener.accept()
+    wire.hear()
+    if len(receive_all(sock, size)) != size:
+        raise RuntimeError("data lost")
+    quiet()
+
+
+@scenario(engines=("module",))
+def mptcp_orphan_sends(stage: Stage) -> None:
+    """A process exits with data unsent in an MPTCP socket: what still leaves is its own."""
+    mptcp_possible()
+    sysctl("net.ipv4.ip_local_port_range", "40000 40009")
+    with playing(stage):
+        server = stage.spawn("server", mptcp_reads_late, 100_000)
+        stage.spawn("leaves", mptcp_leaves, ask(server), 100_000).join()
+        server.tell()

@@ -1,0 +1,215 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef HUNTER_EVENTS_H
+#define HUNTER_EVENTS_H
+/*
+ * What happens to processes that use sockets: who asks /proc for one that lives
+ * a millisecond comes too late. What they are is kept when they are made or
+ * execute a program, sockets or not; the events only say whom to look up.
+ */
+#include "hunter.h"
+
+#define NAMES		48	/* of a path, and of mounts on its way, that are followed */
+#define NAME_MASK	255	/* NAME_MAX */
+#define PATH_MASK	255	/* SNIFFER_EXE_LEN - 1 and SNIFFER_CGROUP_LEN - 1 */
+
+struct news {
+	u64 time;
+	struct key who;		/* unused: enum sniffer_event */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 128 << 10);
+} events SEC(".maps");
+
+/* The latest; time_ns and event are not set. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 8192);
+	__type(key, struct key);
+	__type(value, struct sniffer_process);
+} abouts SEC(".maps");
+
+u64 events_lost = 0;
+
+/* A path is put together from its end; the last name may reach beyond the middle. */
+struct story {
+	struct sniffer_process it;
+	u32 at;
+	char path[2 * SNIFFER_EXE_LEN + 8];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, struct story);
+} stories SEC(".maps");
+
+/* Puts "/name" before what is there; false when it has no room. */
+static __always_inline bool path_before(struct story *s, const void *name, u32 length)
+{
+	u32 at = s->at;
+
+	length &= NAME_MASK;
+	if (at > PATH_MASK || at < length + 1)
+		return false;
+	at -= length + 1;
+	s->path[at & PATH_MASK] = '/';
+	bpf_probe_read_kernel(s->path + (at & PATH_MASK) + 1, length, name);
+	s->at = at;
+	return true;
+}
+
+static __always_inline void path_end(struct story *s, char *to)
+{
+	u32 at = s->at & PATH_MASK;
+
+	bpf_probe_read_kernel(to, (PATH_MASK - at) & PATH_MASK, s->path + at);
+}
+
+/* The path of a program as its process sees it: bpf_d_path() may be called from few places only. */
+static __always_inline void exe_of(struct task_struct *task, struct story *s)
+{
+	struct file *file = BPF_CORE_READ(task, mm, exe_file);
+	struct dentry *root, *dentry, *parent, *top;
+	struct vfsmount *mount, *root_mount;
+	struct mount *whole, *above;
+	u32 length, i;
+
+	s->at = PATH_MASK;
+	if (!file)
+		return;
+	root = BPF_CORE_READ(task, fs, root.dentry);
+	root_mount = BPF_CORE_READ(task, fs, root.mnt);
+	dentry = BPF_CORE_READ(file, f_path.dentry);
+	mount = BPF_CORE_READ(file, f_path.mnt);
+	APART();
+	for (i = 0; i < NAMES; i++) {
+		if (!dentry || !mount || (dentry == root && mount == root_mount))
+			break;
+		top = BPF_CORE_READ(mount, mnt_root);
+		parent = BPF_CORE_READ(dentry, d_parent);
+		if (dentry == top || dentry == parent) {
+			whole = (void *)mount - bpf_core_field_offset(struct mount, mnt);
+			above = BPF_CORE_READ(whole, mnt_parent);
+			if (!above || above == whole)
+				break;
+			dentry = BPF_CORE_READ(whole, mnt_mountpoint);
+			mount = (void *)above + bpf_core_field_offset(struct mount, mnt);
+			continue;
+		}
+		length = BPF_CORE_READ(dentry, d_name.len);
+		if (!path_before(s, BPF_CORE_READ(dentry, d_name.name), length))
+			break;
+		dentry = parent;
+	}
+	path_end(s, s->it.exe);
+}
+
+/* Names of cgroups on v2 never change. */
+static __always_inline void cgroup_of(struct task_struct *task, struct story *s)
+{
+	struct kernfs_node *node = BPF_CORE_READ(task, cgroups, dfl_cgrp, kn);
+	struct kernfs_node *parent;
+	const char *name;
+	u32 length, i;
+
+	s->it.cgroup_id = BPF_CORE_READ(node, id);
+	s->at = PATH_MASK;
+	APART();
+	for (i = 0; i < NAMES; i++) {
+		if (bpf_core_field_exists(((struct kernfs_node___new *)0)->__parent))
+			parent = (void *)BPF_CORE_READ((struct kernfs_node___new *)node, __parent);
+		else
+			parent = BPF_CORE_READ(node, parent);
+		if (!parent)
+			break;
+		name = BPF_CORE_READ(node, name);
+		/* it is read to find its length, where the next one's "/" will end it */
+		length = bpf_probe_read_kernel_str(s->path + SNIFFER_EXE_LEN, SNIFFER_EXE_LEN, name);
+		if (!length || length > NAME_MASK || !path_before(s, name, length - 1))
+			return;
+		node = parent;
+	}
+	path_end(s, s->it.cgroup);
+}
+
+/* Which number it has in which namespace. */
+static __always_inline void number_of(struct task_struct *task, struct sniffer_process *it)
+{
+	struct pid *pid = BPF_CORE_READ(task, signal, pids[1]);	/* PIDTYPE_TGID */
+	struct upid *upid;
+
+	upid = (void *)pid + bpf_core_field_offset(struct pid, numbers) +
+	       (BPF_CORE_READ(pid, level) & 31) * bpf_core_type_size(struct upid);
+	it->ns_tgid = BPF_CORE_READ(upid, nr);
+	it->pidns = BPF_CORE_READ(upid, ns, ns.inum);
+}
+
+/* Keeps what there is to be told of the process of a task (an address). */
+__noinline int about(u64 task_address)
+{
+	struct task_struct *task = (void *)task_address;
+	struct task_struct *leader = BPF_CORE_READ(task, group_leader);
+	u32 zero = 0;
+	struct story *s = bpf_map_lookup_elem(&stories, &zero);
+	struct key key = {};
+
+	if (!s)
+		return 0;
+	__builtin_memset(s->it.exe, 0, sizeof(s->it.exe));
+	__builtin_memset(s->it.cgroup, 0, sizeof(s->it.cgroup));
+	key.start = BPF_CORE_READ(leader, start_boottime);
+	key.tgid = BPF_CORE_READ(task, tgid);
+	s->it.start_ns = key.start;
+	s->it.tgid = key.tgid;
+	s->it.ppid = BPF_CORE_READ(leader, real_parent, tgid);
+	s->it.uid = BPF_CORE_READ(task, cred, uid.val);
+	number_of(task, &s->it);
+	bpf_probe_read_kernel_str(s->it.comm, SNIFFER_COMM_LEN, leader->comm);
+	exe_of(task, s);
+	cgroup_of(task, s);
+	bpf_map_update_elem(&abouts, &key, &s->it, BPF_ANY);
+	return 0;
+}
+
+/* The child is as its parent until it executes another program. */
+static __always_inline void about_child(struct task_struct *parent, struct task_struct *child)
+{
+	struct sniffer_process *it;
+	struct key key = {};
+	struct story *s;
+	u32 zero = 0;
+
+	key.start = parent->group_leader->start_boottime;
+	key.tgid = parent->tgid;
+	it = bpf_map_lookup_elem(&abouts, &key);
+	if (!it) {
+		about(address(parent));
+		it = bpf_map_lookup_elem(&abouts, &key);
+	}
+	s = bpf_map_lookup_elem(&stories, &zero);
+	if (!it || !s)
+		return;
+	s->it = *it;
+	key.start = child->group_leader->start_boottime;
+	key.tgid = child->tgid;
+	s->it.ppid = parent->tgid;
+	s->it.start_ns = key.start;
+	s->it.tgid = key.tgid;
+	number_of(child, &s->it);
+	bpf_map_update_elem(&abouts, &key, &s->it, BPF_ANY);
+}
+
+/* Something, enum sniffer_event, has happened to a process that uses sockets. */
+static __always_inline void tell(const struct key *who, u32 event)
+{
+	struct news news = { .time = bpf_ktime_get_ns(), .who = *who };
+
+	news.who.unused = event;
+	if (bpf_ringbuf_output(&events, &news, sizeof(news), BPF_RB_NO_WAKEUP))
+		__sync_fetch_and_add(&events_lost, 1);
+}
+
+#endif /* HUNTER_EVENTS_H */

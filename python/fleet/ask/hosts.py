@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: MIT
+"""Which machines there are, and which were silent or lost records in a range of time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fleet.ask.store import Store
+
+__all__ = ["Host", "hosts_of"]
+
+_SILENT_NS = 120 * 10**9
+"""Without an account for so long a machine was silent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What a machine's own accounts say of the range."""
+
+    name: str
+    silent_s: float
+    """The longest time without an account, 0 where it was never two minutes."""
+    lost: int
+    """Rows that its exporter lost, and records that its daemon did."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all that happened there is known."""
+        return not self.silent_s and not self.lost
+
+
+_QUERY = """
+WITH told AS (
+    SELECT host, boot, at_ns, lost, daemon_lost, dropped,
+        at_ns - lag(at_ns, 1, $since) OVER (PARTITION BY host ORDER BY at_ns) AS gap
+    FROM account),
+each AS (
+    SELECT host, boot, max(gap) AS gap, max(at_ns) AS last,
+        max(lost) - min(lost) AS lost, max(daemon_lost) - min(daemon_lost) AS daemon_lost,
+        max(dropped) - min(dropped) AS dropped
+    FROM told GROUP BY host, boot),
+known AS (SELECT DISTINCT host FROM all_account UNION SELECT DISTINCT host FROM all_flows)
+SELECT known.host AS host, greatest(max(gap), $until - max(last)) AS gap,
+    coalesce(sum(lost + daemon_lost + dropped), 0)::BIGINT AS lost
+FROM known LEFT JOIN each USING (host) GROUP BY known.host ORDER BY known.host
+"""
+
+
+def hosts_of(store: Store) -> list[Host]:
+    """Return every machine that told anything in the hours around the range."""
+    if store.alone:
+        return []
+    range = store.range
+    words = {"since": range.since_ns, "until": range.until_ns}
+    found = []
+    for row in store.rows(_QUERY, words):
+        gap = range.until_ns - range.since_ns if row["gap"] is None else row["gap"]
+        silent = gap / 1e9 if row["gap"] is None or gap > _SILENT_NS else 0.0
+        found.append(Host(row["host"], silent, row["lost"]))
+    return found

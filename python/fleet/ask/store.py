@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: MIT
+"""The tables of a range of time as views of DuckDB: flow, proc, account, rollup.
+
+Rows come from many machines, any of which may be hostile. So nothing of theirs is ever a part of
+a statement: files are chosen here, values are parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from fleet import schema
+from fleet.collect.keys import Keys
+from fleet.collect.parquet import keys_of, parts
+from nlproto.errors import Error
+
+__all__ = ["Range", "Store", "open_folder", "open_tables"]
+
+_MEMORY = "1GB"
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A time in ns since 1970."""
+
+    since_ns: int
+    until_ns: int
+
+    def wider(self, by_ns: int) -> Range:
+        """The same with so much more at both ends."""
+        return Range(self.since_ns - by_ns, self.until_ns + by_ns)
+
+
+class Store:
+    """A context manager. Views: `flow` and `account` of the range, `proc`: the newest of each
+    process that was told in its hours, `rollup`: of all hours there are."""
+
+    def __init__(self, database: duckdb.DuckDBPyConnection, range: Range, alone: bool) -> None:
+        self.database = database
+        self.range = range
+        self.alone = alone
+        """Of one machine's own history."""
+        self.truncated = False
+        """The machine had more flows than it told."""
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.database.close()
+
+    def rows(self, query: str, words: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """The answer's rows by column name. Raises Error."""
+        try:
+            found = self.database.execute(query, words or None)
+            names = [one[0] for one in found.description or ()]
+            return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+        except duckdb.Error as error:
+            raise Error(f"the store cannot answer: {str(error).splitlines()[0]}") from None
+
+
+def open_folder(folder: Path, range: Range) -> Store:
+    """Open what a collector wrote. Raises Error."""
+    if not (folder / "flows").is_dir():
+        raise Error(f"{folder} has no flows: is it what packet-hunter-collect writes? --store DIR")
+    database = _database()
+    try:
+        for kind, columns in schema.TABLES.items():
+            _view(database, f"all_{kind}", _hours(folder / kind, range, _BEFORE[kind]), columns)
+        sums = folder / "rollup"
+        every = sorted(sums.iterdir()) if sums.is_dir() else []
+        _view(database, "rollup", every, schema.ROLLUP)
+        _make_views(database, range)
+    except (OSError, duckdb.Error) as error:
+        database.close()
+        raise Error(f"cannot read {folder}: {str(error).splitlines()[0]}") from None
+    except BaseException:
+        database.close()
+        raise
+    return Store(database, range, False)
+
+
+def open_tables(tables: dict[str, pa.Table], range: Range) -> Store:
+    """Open tables in memory: "flows", "procs", "account"; what is missing is empty."""
+    database = _database()
+    for kind, columns in (*schema.TABLES.items(), ("rollup", schema.ROLLUP)):
+        name = kind if kind == "rollup" else f"all_{kind}"
+        database.register(name, tables.get(kind, columns.empty_table()))
+    _make_views(database, range)
+    return Store(database, range, True)
+
+
+def _database() -> duckdb.DuckDBPyConnection:
+    database = duckdb.connect()
+    database.execute(f"SET memory_limit = '{_MEMORY}'; SET preserve_insertion_order = false")
+    database.execute("SET TimeZone = 'UTC'")
+    return database
+
+
+_BEFORE = {"flows": 1, "procs": 1, "account": 24}
+"""So many hours before the range are looked at: whose an address was, which machines there are.
+A process is told again in each hour in which it has flows."""
+
+
+def _hours(folder: Path, range: Range, before: int) -> list[Path]:
+    """The hours that can have rows of the range, and some before: a row's hour is that of its end.
+
+    Of a flow that is not over at the range's end there are rows up to it.
+    """
+    first = schema.hour_ns(schema.hour_name(max(0, range.since_ns - before * schema.HOUR_NS)))
+    last = range.until_ns + schema.HOUR_NS
+    return sorted(path for path in folder.glob("hour=*") if first <= _begin(path.name) <= last)
+
+
+def _begin(name: str) -> int:
+    try:
+        return schema.hour_ns(name)
+    except ValueError:
+        return -1
+
+
+def _view(
+    database: duckdb.DuckDBPyConnection, name: str, folders: Iterable[Path], columns: pa.Schema
+) -> None:
+    files = [path for folder in folders for path in parts(folder)]
+    if not files:
+        database.register(name, columns.empty_table())
+        return
+    names = [str(path) for path in files]
+    database.execute("CREATE OR REPLACE TEMP TABLE files AS SELECT unnest($1) AS file", [names])
+    # parameters are not taken by views: the list is the database's own variable
+    database.execute(f"SET VARIABLE {name}_files = (SELECT list(file) FROM files)")
+    once = "" if name == "rollup" or _are_disjoint(files) else _ONCE
+    database.execute(
+        f"CREATE VIEW {name} AS SELECT * EXCLUDE (filename) FROM"
+        f" read_parquet(getvariable('{name}_files'), union_by_name = true, filename = true) {once}"
+    )
+
+
+_ONCE = """
+QUALIFY filename = min(filename) OVER (
+    PARTITION BY host, boot, sequence, regexp_extract(filename, 'hour=[^/]*'))
+"""
+"""A batch that is in two files of an hour was told twice, and to two folders."""
+
+
+def _are_disjoint(files: list[Path]) -> bool:
+    """Whether no batch is in two files of one hour, by the keys in their footers."""
+    hours: dict[Path, Keys] = {}
+    for path in files:
+        keys = keys_of(path)
+        known = hours.setdefault(path.parent, Keys())
+        if not keys.isdisjoint(known):
+            return False
+        known.update(keys)
+    return True
+
+
+def _make_views(database: duckdb.DuckDBPyConnection, range: Range) -> None:
+    since, until = int(range.since_ns), int(range.until_ns)
+    database.execute(
+        f"CREATE VIEW flow AS SELECT * FROM all_flows"
+        f" WHERE last_ns >= {since} AND first_ns <= {until}"
+    )
+    database.execute(
+        f"CREATE VIEW account AS SELECT * FROM all_account WHERE at_ns BETWEEN {since} AND {until}"
+    )
+    newest = ", ".join(
+        f"arg_max({name}, at_ns) AS {name}"
+        for name in schema.PROCS.names
+        if name not in ("host", "boot", "sequence", "tgid", "start_ns", "at_ns")
+    )
+    database.execute(
+        f"CREATE VIEW proc AS SELECT host, boot, tgid, start_ns, {newest} FROM all_procs"
+        " GROUP BY host, boot, tgid, start_ns"
+    )

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: MIT
+"""The way to the fleet's server: NATS with JetStream, one stream with three subjects a host."""
+
+from __future__ import annotations
+
+import logging
+import random
+import ssl
+import time
+from collections.abc import Awaitable, Callable
+
+import nats
+import nats.errors
+import nats.js.errors
+from nats.aio.client import Client
+from nats.js import JetStreamContext
+from nats.js.api import (
+    AckPolicy,
+    ConsumerConfig,
+    DiscardPolicy,
+    RetentionPolicy,
+    StorageType,
+    StreamConfig,
+)
+
+from fleet.options import Server
+from fleet.subjects import CONSUMER, STREAM, SUBJECTS, inbox_of
+from nlproto.errors import Error
+
+__all__ = [
+    "FAILURES",
+    "backoff",
+    "connect",
+    "ensure_stream",
+    "one_more",
+]
+
+ACK_WAIT = 120.0
+"""Seconds after which the server gives a batch to another collector."""
+_DUPLICATES = 600.0
+"""Seconds for which the server knows a batch by its Nats-Msg-Id."""
+_PENDING = 20_000
+"""Batches that collectors hold without having acknowledged them."""
+_LONGEST = 60.0
+FAILURES = (nats.errors.Error, OSError, TimeoutError, EOFError)
+"""What the server or the way to it does to a client."""
+
+log = logging.getLogger(__name__)
+logging.getLogger("nats").setLevel(logging.CRITICAL)  # it repeats what we tell
+logging.getLogger("asyncio").setLevel(logging.ERROR)  # a TLS connection that ends is no news
+logging.getLogger("asyncio").setLevel(logging.ERROR)  # a TLS connection that ends is no news
+
+
+def one_more(failures: int, begun: float) -> int:
+    """Return how many failures there are in a row after a connection since `begun` (monotonic)."""
+    return failures + 1 if time.monotonic() - begun < _LONGEST else 1
+
+
+def backoff(failures: int) -> float:
+    """Return seconds to wait after so many failures; two hosts wait for different times."""
+    return random.uniform(0.5, 1.0) * min(_LONGEST, 2.0 ** min(failures, 10))
+
+
+async def connect(
+    server: Server, name: str, told: Callable[[Exception], Awaitable[None]]
+) -> Client:
+    """Connect once; who loses the connection calls again. Raises Error, one of FAILURES.
+
+    `told`: what the server refuses later.
+    """
+    tls = None
+    if server.ca or any(url.startswith("tls:") for url in server.urls):
+        try:
+            tls = ssl.create_default_context(cafile=server.ca)
+        except (OSError, ssl.SSLError) as error:
+            raise Error(f"cannot read certificates in {server.ca}: {error}") from None
+        tls.minimum_version = ssl.TLSVersion.TLSv1_2
+    seed = None
+    if server.nkey is not None:
+        try:
+            with open(server.nkey, encoding="ascii") as file:
+                seed = file.read().strip()
+        except (OSError, ValueError) as error:
+            raise Error(f"cannot read the nkey in {server.nkey}: {error}") from None
+    try:
+        return await nats.connect(
+            list(server.urls),
+            name=name,
+            tls=tls,
+            nkeys_seed_str=seed,
+            # nobody reads answers that are another's
+            inbox_prefix=inbox_of(name),
+            error_cb=told,
+            allow_reconnect=False,
+            max_reconnect_attempts=1,
+            connect_timeout=20,
+            ping_interval=20,
+            max_outstanding_pings=2,
+        )
+    except (*FAILURES, ssl.SSLError) as error:
+        raise Error(f"{', '.join(server.urls)}: {str(error) or type(error).__name__}") from None
+
+
+async def ensure_stream(jetstream: JetStreamContext, replicas: int = 1) -> None:
+    """Make the stream and its consumer, unless they are there. Raises one of FAILURES.
+
+    A batch stays until a collector has stored it. A full stream takes nothing: hosts keep theirs.
+    """
+    try:
+        await jetstream.stream_info(STREAM)
+    except nats.js.errors.NotFoundError:
+        await jetstream.add_stream(
+            StreamConfig(
+                name=STREAM,
+                subjects=list(SUBJECTS),
+                retention=RetentionPolicy.WORK_QUEUE,
+                discard=DiscardPolicy.NEW,
+                storage=StorageType.FILE,
+                duplicate_window=_DUPLICATES,
+                num_replicas=replicas,
+            )
+        )
+    try:
+        await jetstream.consumer_info(STREAM, CONSUMER)
+    except nats.js.errors.NotFoundError:
+        await jetstream.add_consumer(
+            STREAM,
+            ConsumerConfig(
+                durable_name=CONSUMER,
+                ack_policy=AckPolicy.EXPLICIT,
+                ack_wait=ACK_WAIT,
+                max_ack_pending=_PENDING,
+            ),
+        )

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""python -m fleet.collect: arguments, signals, exit codes."""
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+
+from fleet.options import add_arguments, exit_code, make_nkey, server_of
+from nlproto.errors import UsageError
+
+DEFAULT_DIRECTORY = "/var/lib/packet-hunter-collect"
+_DAY = 86400.0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser; it needs no library of the extra."""
+    made = argparse.ArgumentParser(
+        prog="packet-hunter-collect",
+        description="Write what hosts sent to the fleet's server into hours of Parquet.",
+        epilog="Any number of them may run, on one folder or several. SIGTERM ends one.",
+    )
+    made.add_argument(
+        "directory",
+        nargs="?",
+        default=DEFAULT_DIRECTORY,
+        metavar="DIR",
+        help="where the hours are (default %(default)s)",
+    )
+    add_arguments(made)
+    made.add_argument(
+        "--interval",
+        metavar="SECONDS",
+        type=float,
+        default=20.0,
+        help="between two files; what was sent is asked about so much later (default %(default)g)",
+    )
+    made.add_argument(
+        "--keep", metavar="DAYS", type=float, default=30.0, help="of flows (default %(default)g)"
+    )
+    made.add_argument(
+        "--keep-sums",
+        metavar="DAYS",
+        type=float,
+        default=396.0,
+        help="of each hour's sums (default %(default)g)",
+    )
+    made.add_argument(
+        "--replicas",
+        metavar="N",
+        type=int,
+        default=1,
+        help="of the stream, if this has to make it; 3 in a cluster (default %(default)s)",
+    )
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    return exit_code("packet-hunter-collect", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    from fleet import bus
+    from fleet.collect.collector import Collector
+    from fleet.collect.parquet import ParquetStore
+    from fleet.collect.tidy import Tidier
+
+    if not 0.1 <= options.interval <= bus.ACK_WAIT / 3:
+        raise UsageError(f"--interval is from 0.1 to {bus.ACK_WAIT / 3:g} seconds")
+    if not 0 < options.keep <= options.keep_sums:
+        raise UsageError("--keep is more than 0 days, and no more than --keep-sums")
+    server = server_of(options)
+    if options.make_nkey:
+        make_nkey(options, None)
+        return
+    store = ParquetStore(options.directory, options.keep * _DAY)
+
+    async def serve() -> Collector:
+        loop = asyncio.get_running_loop()
+        tidy = Tidier(store, options.keep_sums * _DAY).tidy
+        collector = Collector(server, [store], options.interval, options.replicas, tidy)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, collector.stop)
+        await collector.run()
+        return collector
+
+    collector = asyncio.run(serve())
+    logging.info(
+        "%d rows collected, %d malformed messages, %d rows out of time",
+        *(collector.collected, collector.malformed, store.untimely),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: MIT
+"""Hours of Parquet in a folder that several collectors may share.
+
+A file appears whole: written under a name that begins with a dot, synced, renamed. Its footer has
+the keys of its batches. Under the folder's lock a collector reads the footers that are new, and
+renames its own file only if none of them has a batch of it. So a batch that was written by who was
+killed before telling the server is not written again by anybody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fleet.collect.keys import Keys
+from fleet.collect.tables import Hour, Received, hours_of
+from nlproto.errors import Error
+
+__all__ = ["KEYS", "ParquetStore", "keys_of", "parts", "sync", "write_file"]
+
+KEYS = b"packet-hunter.batches"
+_REMEMBERED = 64
+"""Folders whose keys are kept in memory."""
+_ROW_GROUP = 1 << 17
+_COMPRESSION = "zstd"
+
+
+class ParquetStore:
+    """Writes into `directory`, for one thread. Rows older than `keep_s` seconds are not taken."""
+
+    def __init__(self, directory: str | os.PathLike[str], keep_s: float) -> None:
+        self.directory = Path(directory)
+        self.keep_s = keep_s
+        self.untimely = 0
+        """Rows that were older than that, or an hour ahead."""
+        self.doubles = 0
+        """Batches that were there already."""
+        self._known: OrderedDict[Path, tuple[set[str], Keys]] = OrderedDict()
+        self._numbers = itertools.count()
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        except OSError as error:
+            raise Error(f"cannot write into {self.directory}: {error.strerror}") from None
+
+    def close(self) -> None:
+        """End."""
+        os.close(self._lock)
+
+    def write(self, received: Sequence[Received]) -> None:
+        """Return when all of it is on the disk, once. Raises Error, and then some of it may be."""
+        try:
+            self._write(received)
+        except OSError as error:
+            raise Error(f"cannot write into {self.directory}: {error.strerror}") from None
+        except pa.ArrowException as error:
+            raise Error(f"cannot write into {self.directory}: {error}") from None
+
+    def _write(self, received: Sequence[Received]) -> None:
+        now_ns = time.time_ns()
+        oldest_ns = now_ns - int(self.keep_s * 1e9)
+        while True:
+            hours, untimely = hours_of(received, now_ns, oldest_ns, self._keys)
+            if all([self._put(hour) for hour in hours]):
+                break  # else another collector was faster with some of it
+        self.untimely += untimely
+
+    def _put(self, hour: Hour) -> bool:
+        """Make a file of it, unless one of its batches came from elsewhere meanwhile."""
+        folder = self.directory / hour.kind / hour.name
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{time.time_ns():x}-{os.getpid():x}-{next(self._numbers):x}.parquet"
+        hidden, final = folder / f".part-{name}", folder / f"part-{name}"
+        try:
+            write_file(hidden, hour.table, hour.keys)
+            with self.locked():
+                files, known = self._looked(folder)
+                if not hour.keys.isdisjoint(known):
+                    return False
+                folder.mkdir(parents=True, exist_ok=True)
+                os.rename(hidden, final)
+                files.add(final.name)
+                known.update(hour.keys)
+            sync(folder)
+            sync(folder.parent)
+        except FileNotFoundError:  # retention or compaction took the folder away
+            return False
+        finally:
+            hidden.unlink(missing_ok=True)
+        return True
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else changes which files there are."""
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+
+    def _keys(self, kind: str, name: str) -> Keys:
+        return self._looked(self.directory / kind / name)[1]
+
+    def _looked(self, folder: Path) -> tuple[set[str], Keys]:
+        """The files of a folder that were looked into, and the keys that they have."""
+        files, keys = self._known.setdefault(folder, (set(), Keys()))
+        self._known.move_to_end(folder)
+        while len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        there = {path.name: path for path in parts(folder)}
+        for name in there.keys() - files:
+            with contextlib.suppress(FileNotFoundError):  # put together with others meanwhile
+                keys.update(keys_of(there[name]))
+            files.add(name)
+        files &= there.keys()
+        return files, keys
+
+
+def parts(folder: Path) -> list[Path]:
+    """Return the whole files of an hour."""
+    return sorted(folder.glob("part-*.parquet"))
+
+
+def keys_of(path: Path) -> Keys:
+    """Return the keys of the batches in a file. Raises OSError, Error."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        return Keys.from_bytes(metadata[KEYS])
+    except (KeyError, ValueError, pa.ArrowInvalid) as error:
+        raise Error(f"{path} is no file of a collector: {error}; move it away") from None
+
+
+def write_file(path: Path, table: pa.Table, keys: Keys) -> None:
+    """Write a file and sync it. Raises OSError."""
+    metadata = {**(table.schema.metadata or {}), KEYS: keys.to_bytes()}
+    with open(path, "xb") as file:
+        pq.write_table(
+            table.replace_schema_metadata(metadata),
+            file,
+            compression=_COMPRESSION,
+            row_group_size=_ROW_GROUP,
+        )
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(folder: Path) -> None:
+    """Make sure that the names in `folder` are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

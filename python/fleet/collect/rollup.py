@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""Sums of one hour's flows, by who talked to whom: small enough to be kept for a year."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import time
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from fleet import schema
+from fleet.collect.keys import Keys
+from fleet.collect.parquet import parts, sync, write_file
+from nlproto.errors import Error
+
+__all__ = ["network_of", "write_rollup"]
+
+_MEMORY = "512MB"
+
+# A process is told of again in each hour in which it has flows. Of a service's port nobody told
+# us where `initiated` is null: then it is the lower one.
+_SUMS = """
+WITH named AS (
+    SELECT host, boot, tgid, start_ns, arg_max(name, at_ns) AS name,
+           arg_max(unit, at_ns) AS unit, arg_max(container_name, at_ns) AS container_name
+    FROM read_parquet($procs) GROUP BY ALL),
+batches AS (SELECT * FROM read_parquet($flows))
+SELECT $hour_ns::BIGINT AS hour_ns, host, coalesce(named.name, comm) AS name, unit, container_name,
+    coalesce(domain, networks.network) AS remote, protocol,
+    CASE WHEN initiated THEN rport WHEN NOT initiated THEN lport
+         ELSE least(lport, rport) END AS service,
+    initiated, count(DISTINCT (boot, netns, cookie, laddr, lport, raddr, rport))::UBIGINT AS flows,
+    sum(packets_out)::UBIGINT AS packets_out, sum(bytes_out)::UBIGINT AS bytes_out,
+    sum(packets_in)::UBIGINT AS packets_in, sum(bytes_in)::UBIGINT AS bytes_in
+FROM batches LEFT JOIN named USING (host, boot, tgid, start_ns)
+    LEFT JOIN networks ON raddr = networks.address
+GROUP BY ALL
+"""
+
+
+def network_of(address: str) -> str:
+    """Return the network that an address is counted in: its /24, or its /64."""
+    length = 64 if ":" in address else 24
+    return str(ipaddress.ip_network((address, length), strict=False))
+
+
+def write_rollup(directory: Path, name: str) -> bool:
+    """Sum the hour `name` up, unless that was done since its last file came; whether it was done.
+
+    Raises Error, OSError.
+    """
+    flows, procs = parts(directory / "flows" / name), parts(directory / "procs" / name)
+    final = directory / "rollup" / name / "part-0.parquet"
+    newest = max((path.stat().st_mtime_ns for path in [*flows, *procs]), default=0)
+    if not flows or final.exists() and final.stat().st_mtime_ns > newest:
+        return False
+    began_ns = time.time_ns()
+    try:
+        table = _sums(flows, procs, schema.hour_ns(name))
+    except duckdb.Error as error:
+        raise Error(f"{name} was not summed up: {error}") from None
+    final.parent.mkdir(parents=True, exist_ok=True)
+    hidden = final.with_name(f".part-{os.getpid()}-{began_ns:x}")
+    try:
+        write_file(hidden, table.cast(schema.ROLLUP), Keys())
+        os.utime(hidden, ns=(began_ns, began_ns))  # what comes meanwhile is newer
+        os.replace(hidden, final)
+    finally:
+        hidden.unlink(missing_ok=True)
+    sync(final.parent)
+    sync(final.parent.parent)
+    return True
+
+
+def _sums(flows: list[Path], procs: list[Path], hour_ns: int) -> pa.Table:
+    with duckdb.connect() as database:
+        database.execute(f"SET memory_limit = '{_MEMORY}'; SET threads = 1")
+        database.execute("SET preserve_insertion_order = false")
+        files = [str(path) for path in flows]
+        far = database.execute("SELECT DISTINCT raddr FROM read_parquet($1)", [files]).fetchall()
+        addresses = [row[0] for row in far if row[0] is not None]
+        networks = {"address": addresses, "network": [network_of(one) for one in addresses]}
+        database.register("networks", pa.table(networks))
+        if procs:
+            named = [str(path) for path in procs]
+        else:  # nobody was told of: names are those of the flows
+            named = []
+        query = _SUMS if named else _SUMS.replace("read_parquet($procs)", "nobody")
+        if not named:
+            database.register("nobody", schema.PROCS.empty_table())
+        words = {"flows": files, "hour_ns": hour_ns} | ({"procs": named} if named else {})
+        return database.sql(query, params=words).to_arrow_table()

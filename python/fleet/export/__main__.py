@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""python -m fleet.export: arguments, signals, exit codes."""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+
+from fleet.options import add_arguments, checked_host, exit_code, make_nkey, server_of
+from nlproto.client.frames import DEFAULT_SOCKET
+from nlproto.errors import UsageError
+
+DEFAULT_SPOOL = "/var/lib/packet-hunter-export"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser; it needs no library of the extra."""
+    made = argparse.ArgumentParser(
+        prog="packet-hunter-export",
+        description="Send what this machine's processes do on the network to the fleet's server.",
+        epilog="It needs no privilege but to be a member of the daemon's group. SIGTERM ends it.",
+    )
+    made.add_argument("--socket", metavar="PATH", default=DEFAULT_SOCKET, help="the daemon's")
+    add_arguments(made)
+    made.add_argument("--host", metavar="NAME", help="who we are (default: this machine's name)")
+    made.add_argument(
+        "--spool",
+        metavar="DIR",
+        default=DEFAULT_SPOOL,
+        help="where batches wait for the server (default %(default)s)",
+    )
+    made.add_argument(
+        "--spool-size",
+        metavar="MIB",
+        type=int,
+        default=256,
+        help="beyond it the oldest batches are lost, and counted (default %(default)s)",
+    )
+    made.add_argument(
+        "--interval",
+        metavar="SECONDS",
+        type=float,
+        default=10.0,
+        help="what a flow did in so many seconds is one row (default %(default)g)",
+    )
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    return exit_code("packet-hunter-export", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    from fleet.export.exporter import Exporter
+    from fleet.export.source import Source
+    from fleet.export.spool import Spool
+
+    if options.spool_size < 1 or not 0.1 <= options.interval <= 3600:
+        raise UsageError("--spool-size is 1 MiB at least, --interval from 0.1 to 3600 seconds")
+    host = checked_host(options.host or socket.gethostname())
+    server = server_of(options)
+    if options.make_nkey:
+        make_nkey(options, host)
+        return
+    os.makedirs(options.spool, mode=0o700, exist_ok=True)
+    spool = Spool(options.spool, options.spool_size << 20)
+    if spool.damaged is not None:
+        logging.error("the spool was damaged; it is %s now", spool.damaged)
+
+    async def serve() -> None:
+        loop = asyncio.get_running_loop()
+        with Source(options.socket) as source:
+            exporter = Exporter(source, spool, server, host, options.interval)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, exporter.stop)
+            await exporter.run()
+
+    asyncio.run(serve())
+    totals = spool.totals()
+    logging.info(
+        "%d rows exported = %d acknowledged + %d spooled + %d lost",
+        totals.exported,
+        totals.acknowledged,
+        totals.spooled,
+        totals.lost,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

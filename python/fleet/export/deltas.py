@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: MIT
+"""What flows did since they were last told: sums of the daemon's sums."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from fleet.wire import ROW
+from nlproto.records.clock import Clock
+from nlproto.records.wire import joined, taken
+from nlproto.tables.column_table import mix, random_seed
+from nlproto.tables.flows import FLOW, KEY_FIELDS
+
+__all__ = ["Deltas", "rows_of"]
+
+_SUMS = ("packets_out", "bytes_out", "packets_in", "bytes_in")
+_COMPACT = 16384
+_NAMES = 1 << 16
+
+
+class Deltas:
+    """FLOWs that wait to be told, each flow once, their times ns since 1970. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._seed = random_seed()
+        self._parts: list[np.ndarray] = []
+        self._waiting = 0
+        """Rows that came since rows of one flow were last put together."""
+        self._names: OrderedDict[int, str] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def add(self, flows: np.ndarray, clock: Clock) -> None:
+        """Take FLOWs whose times become those of day by `clock`."""
+        own = np.frombuffer(bytearray(flows.tobytes()), FLOW)
+        for name in ("first_ns", "last_ns"):
+            own[name] += np.uint64(clock.real_offset_ns)
+        self.give_back(own)
+
+    def give_back(self, flows: np.ndarray) -> None:
+        """Take FLOWs that take() gave and that went nowhere."""
+        self._parts.append(flows)
+        self._waiting += len(flows)
+        if self._waiting > _COMPACT:
+            self._parts = [self._merged()]
+
+    def tell(self, names: Mapping[int, str]) -> None:
+        """Remember names of far ends, by the numbers in `domain`."""
+        self._names.update(names)
+        while len(self._names) > _NAMES:
+            self._names.popitem(last=False)
+
+    def names_of(self, numbers: np.ndarray) -> dict[int, str]:
+        """Return the names by `numbers`, as far as they are known."""
+        wanted = set(numbers.tolist()) - {0}
+        return {number: self._names[number] for number in wanted if number in self._names}
+
+    def take(self) -> np.ndarray:
+        """Return everything that waits, the latest last, and forget it."""
+        flows = self._merged()
+        self._parts = []
+        return taken(flows, np.argsort(flows["last_ns"], kind="stable"))
+
+    def _merged(self) -> np.ndarray:
+        """One row for each flow. Two flows of one hash may stay apart in more: sums add up."""
+        self._waiting = 0
+        if not self._parts:
+            return np.empty(0, FLOW)
+        flows = joined(self._parts, FLOW)
+        flows = taken(flows, np.argsort(mix(tuple(_words(flows)), self._seed), kind="stable"))
+        differs = np.zeros(len(flows), bool)
+        differs[:1] = True
+        for name in KEY_FIELDS:
+            column = flows[name]
+            other = column[1:] != column[:-1]
+            differs[1:] |= other.any(axis=1) if other.ndim == 2 else other
+        starts = np.flatnonzero(differs)
+        if len(starts) == len(flows):
+            return flows
+        # uid, how and comm are the latest
+        merged = taken(flows, np.append(starts[1:], len(flows)) - 1)
+        for name in _SUMS:
+            merged[name] = np.add.reduceat(flows[name], starts)
+        merged["flags"] = np.bitwise_or.reduceat(flows["flags"], starts)
+        merged["domain"] = np.maximum.reduceat(flows["domain"], starts)
+        told = np.where(flows["nat_lport"] != 0, np.arange(len(flows)), -1)
+        latest = np.maximum.reduceat(told, starts)
+        for name in ("nat_laddr", "nat_raddr", "nat_lport", "nat_rport"):
+            merged[name][latest >= 0] = flows[name][latest[latest >= 0]]
+        merged["first_ns"] = np.minimum.reduceat(flows["first_ns"], starts)
+        merged["last_ns"] = np.maximum.reduceat(flows["last_ns"], starts)
+        return merged
+
+
+def rows_of(flows: np.ndarray) -> np.ndarray:
+    """Return ROWs of FLOWs."""
+    rows = np.zeros(len(flows), ROW)
+    for name in _COMMON:
+        rows[name] = flows[name]
+    rows["protocol"] = flows["proto"]
+    rows["nat"] = np.where(flows["nat_lport"] != 0, flows["family"], 0)
+    return rows
+
+
+_COMMON = tuple(name for name in FLOW.names or () if name in (ROW.names or ()))
+
+
+def _words(flows: np.ndarray) -> Iterator[np.ndarray]:
+    """The key as a few columns."""
+    yield flows["cookie"]
+    yield flows["start_ns"]
+    for name in ("laddr", "raddr"):
+        yield flows[name][:, 0] ^ (flows[name][:, 1] * np.uint64(0x9E3779B97F4A7C15))
+    yield flows["tgid"].astype(np.uint64) << np.uint64(32) | flows["netns"]
+    ports = flows["lport"].astype(np.uint64) << np.uint64(16) | flows["rport"]
+    yield ports << np.uint64(8) | flows["proto"]

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: MIT
+"""Batches that the server has not acknowledged, and the account, in one file (SQLite).
+
+    exported = acknowledged + spooled + lost        in rows of flows
+
+Each step of a batch is one transaction that is on the disk when it returns. So the account closes
+whenever this program is killed, and goes on when it starts again. What was never put here was not
+exported.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from nlproto.errors import Error
+
+__all__ = ["Pending", "Spool", "SpoolFull", "Totals"]
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS batches (
+    sequence INTEGER PRIMARY KEY, kind INTEGER, rows INTEGER, payload BLOB);
+CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, value INTEGER);
+"""
+_NAMES = ("sequence", "exported", "acknowledged", "lost", "gap_ms")
+_PAGE = 4096
+_OVERHEAD = 200
+"""Bytes of a batch beside its payload, and what is unused in its last page on average, nearly."""
+_MILLISECOND = 20
+"""Bits of sequences that one millisecond has."""
+
+
+class SpoolFull(Error):
+    """The disk took nothing: what was to be put is still the caller's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Rows of flows since the spool began; `sequence` is that of the last batch."""
+
+    sequence: int
+    exported: int
+    acknowledged: int
+    lost: int
+    gap_ms: int
+    spooled: int
+
+    @property
+    def closes(self) -> bool:
+        """Whether every row is somewhere."""
+        return self.exported == self.acknowledged + self.spooled + self.lost
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A batch that waits for its acknowledgement."""
+
+    sequence: int
+    kind: int
+    rows: int
+    payload: bytes
+
+
+Make = Callable[[int], Pending]
+"""Makes the batch of a sequence."""
+
+
+class Spool:
+    """Holds `max_bytes` of batches in `directory`/spool.db; one process at a time, any thread
+    of it, one at a time.
+
+    When full the oldest batches go and count as lost. A file that is damaged is put aside. A new
+    one begins with sequences of this moment, so that none is used twice. Raises Error.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], max_bytes: int) -> None:
+        self.path = Path(directory) / "spool.db"
+        self.max_bytes = max_bytes
+        self.unsaved_lost = 0
+        """Rows that were lost while the disk took nothing: in the file with the next step."""
+        self.unsaved_gap_ms = 0
+        self.damaged: Path | None = None
+        """Where a damaged file was put."""
+        try:
+            self._open()
+        except (sqlite3.OperationalError, OSError) as error:
+            hint = "another exporter uses it" if "locked" in str(error) else "see its directory"
+            raise Error(f"cannot open {self.path}: {error}; {hint}") from None
+        except sqlite3.DatabaseError:
+            self._put_aside()
+        self._bytes = self._sum("SUM(LENGTH(payload)) + COUNT(*) * ?", _OVERHEAD)
+
+    def _open(self) -> None:
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.close(descriptor)
+        self._database = sqlite3.connect(
+            self.path, timeout=0.5, isolation_level=None, check_same_thread=False
+        )
+        run = self._database.execute
+        run("PRAGMA locking_mode = EXCLUSIVE")
+        run("PRAGMA journal_mode = WAL")
+        run("PRAGMA synchronous = FULL")
+        run("PRAGMA wal_autocheckpoint = 256")
+        run(f"PRAGMA journal_size_limit = {1 << 20}")
+        run(f"PRAGMA max_page_count = {self.max_bytes * 2 // _PAGE + 256}")
+        self._database.executescript(_SCHEMA)
+        with self._transaction():
+            begin = time.time_ns() // 10**6 << _MILLISECOND
+            for name in _NAMES:
+                value = begin if name == "sequence" else 0
+                run("INSERT OR IGNORE INTO totals VALUES (?, ?)", (name, value))
+        if run("PRAGMA quick_check(1)").fetchone() != ("ok",):
+            raise sqlite3.DatabaseError("damaged")
+
+    def _put_aside(self) -> None:
+        self._database.close()
+        self.damaged = self.path.with_suffix(".damaged")
+        os.replace(self.path, self.damaged)
+        for ending in ("-wal", "-shm"):
+            Path(f"{self.path}{ending}").unlink(missing_ok=True)
+        self._open()
+
+    def close(self) -> None:
+        """End; everything is in the file already."""
+        self._database.close()
+
+    def put(self, makers: Sequence[Make]) -> list[Pending]:
+        """Keep the batches that `makers` make of their sequences, all or none of them.
+
+        Raises SpoolFull.
+        """
+        before = self._bytes
+        try:
+            with self._transaction():
+                made = self._put(makers)
+        except sqlite3.Error as error:
+            self._bytes = before
+            raise SpoolFull(f"{self.path} takes nothing: {error}; see its disk") from None
+        self.unsaved_lost = self.unsaved_gap_ms = 0
+        return made
+
+    def _put(self, makers: Sequence[Make]) -> list[Pending]:
+        sequence = self._total("sequence")
+        made = [make(sequence + number) for number, make in enumerate(makers, 1)]
+        rows = sum(batch.rows for batch in made)
+        self._bytes += sum(len(batch.payload) + _OVERHEAD for batch in made)
+        lost = self.unsaved_lost + self._make_room()
+        self._database.executemany(
+            "INSERT INTO batches VALUES (?, ?, ?, ?)",
+            [(batch.sequence, batch.kind, batch.rows, batch.payload) for batch in made],
+        )
+        self._add("sequence", len(made))
+        self._add("exported", rows + self.unsaved_lost)
+        self._add("lost", lost)
+        self._add("gap_ms", self.unsaved_gap_ms)
+        return made
+
+    def _make_room(self) -> int:
+        """Rows that go for what is put."""
+        lost = 0
+        if self._bytes <= self.max_bytes:
+            return 0
+        last = 0
+        for sequence, rows, size in self._database.execute(
+            "SELECT sequence, rows, LENGTH(payload) FROM batches ORDER BY sequence"
+        ):
+            if self._bytes <= self.max_bytes:
+                break
+            self._bytes -= size + _OVERHEAD
+            lost += rows
+            last = sequence
+        self._database.execute("DELETE FROM batches WHERE sequence <= ?", (last,))
+        return lost
+
+    def acknowledge(self, sequences: Sequence[int]) -> bool:
+        """The server has these; whether the disk took it. Those not here any more were lost."""
+        before = self._bytes
+        try:
+            with self._transaction():
+                rows = 0
+                for sequence in sequences:
+                    found = self._database.execute(
+                        "DELETE FROM batches WHERE sequence = ? RETURNING rows, LENGTH(payload)",
+                        (sequence,),
+                    ).fetchone()
+                    if found is not None:
+                        rows += found[0]
+                        self._bytes -= found[1] + _OVERHEAD
+                self._add("acknowledged", rows)
+        except sqlite3.Error:
+            self._bytes = before
+            return False
+        return True
+
+    def oldest(self, count: int, after: int = 0) -> list[Pending]:
+        """Return the next `count` batches behind the sequence `after`."""
+        return [
+            Pending(*row)
+            for row in self._database.execute(
+                "SELECT sequence, kind, rows, payload FROM batches WHERE sequence > ?"
+                " ORDER BY sequence LIMIT ?",
+                (after, count),
+            )
+        ]
+
+    def totals(self) -> Totals:
+        """Return the account as it is now."""
+        values = dict(self._database.execute("SELECT name, value FROM totals").fetchall())
+        return Totals(
+            sequence=values["sequence"],
+            exported=values["exported"] + self.unsaved_lost,
+            acknowledged=values["acknowledged"],
+            lost=values["lost"] + self.unsaved_lost,
+            gap_ms=values["gap_ms"] + self.unsaved_gap_ms,
+            spooled=self._sum("SUM(rows)"),
+        )
+
+    def _sum(self, what: str, *values: int) -> int:
+        row = self._database.execute(f"SELECT {what} FROM batches", values).fetchone()
+        return int(row[0] or 0)
+
+    def _total(self, name: str) -> int:
+        row = self._database.execute("SELECT value FROM totals WHERE name = ?", (name,)).fetchone()
+        return int(row[0])
+
+    def _add(self, name: str, value: int) -> None:
+        self._database.execute("UPDATE totals SET value = value + ? WHERE name = ?", (value, name))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._database.execute("COMMIT")
+        except BaseException:
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+            raise

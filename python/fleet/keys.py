@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: MIT
+"""The keys by which the server knows hosts and collectors, and what each of them may do there."""
+
+from __future__ import annotations
+
+import os
+
+import nkeys
+
+from fleet.subjects import CONSUMER, STREAM, inbox_of
+from fleet.wire import KINDS
+from nlproto.errors import Error
+
+__all__ = ["make", "user"]
+
+_COLLECTS: tuple[str, ...] = (
+    f"$JS.API.STREAM.INFO.{STREAM}",
+    f"$JS.API.STREAM.CREATE.{STREAM}",
+    f"$JS.API.CONSUMER.INFO.{STREAM}.{CONSUMER}",
+    f"$JS.API.CONSUMER.CREATE.{STREAM}.{CONSUMER}",
+    f"$JS.API.CONSUMER.DURABLE.CREATE.{STREAM}.{CONSUMER}",
+    f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.{CONSUMER}",
+    f"$JS.ACK.{STREAM}.{CONSUMER}.>",
+)
+
+
+def make(path: str) -> str:
+    """Write the seed of a new key into `path`, which only its owner can read; the public key.
+
+    Raises Error, also when the file is there.
+    """
+    seed: bytes = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "wb") as file:
+            file.write(seed + b"\n")
+    except OSError as error:
+        raise Error(f"cannot make the key {path}: {error.strerror}") from None
+    public: bytes = nkeys.from_seed(bytearray(seed)).public_key
+    return public.decode()
+
+
+def user(public: str, host: str | None) -> str:
+    """Return what nats-server's `authorization.users` wants to know of `host`, None: collectors."""
+    may = _COLLECTS if host is None else tuple(f"{kind}.{host}" for kind in KINDS.values())
+    inbox = inbox_of("collector" if host is None else host)
+    publish = ", ".join(f'"{subject}"' for subject in may)
+    permissions = f'publish: [{publish}], subscribe: ["{inbox}.>"]'
+    return f"{{ nkey: {public}, permissions: {{ {permissions} }} }}"

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MIT
+"""What the fleet's programs have in common on the command line; needs no library of the extra."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from nlproto.errors import Error, UsageError
+
+__all__ = ["Server", "add_arguments", "checked_host", "exit_code", "make_nkey", "server_of"]
+
+_HOST = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_DEFAULT = "nats://127.0.0.1:4222"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Where the server is, and who we are there."""
+
+    urls: tuple[str, ...]
+    nkey: str | None = None
+    """The file with the seed of our nkey."""
+    ca: str | None = None
+    """The file with the certificates that sign the server's; None: the system's."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that make a Server."""
+    parser.add_argument(
+        "--server",
+        metavar="URL",
+        action="append",
+        help=f"tls://HOST:PORT, once for each of a cluster (default {_DEFAULT})",
+    )
+    parser.add_argument("--nkey", metavar="FILE", help="the seed of the nkey that we are known by")
+    parser.add_argument(
+        "--ca", metavar="FILE", help="who signs the server's certificate (default: the system's)"
+    )
+    parser.add_argument(
+        "--make-nkey",
+        action="store_true",
+        help="make the file of --nkey, print the line for the server's configuration, and end",
+    )
+
+
+def server_of(options: argparse.Namespace) -> Server:
+    """Return the Server of parsed options. Raises UsageError."""
+    urls = tuple(options.server or [_DEFAULT])
+    for url in urls:
+        try:
+            parts = urlsplit(url)
+            right = parts.scheme in ("tls", "nats") and parts.hostname and (parts.port or True)
+        except ValueError:
+            right = False
+        if not right:
+            raise UsageError(f"'{url}' is no server: say tls://HOST:PORT")
+        if parts.scheme == "nats" and parts.hostname not in ("127.0.0.1", "::1", "localhost"):
+            log.warning("%s: everybody on the way can read what is sent; say tls://", url)
+    return Server(urls, options.nkey, options.ca)
+
+
+def make_nkey(options: argparse.Namespace, host: str | None) -> None:
+    """Make the key of `host`, None: of collectors, and print who that is. Raises Error."""
+    from fleet import keys
+
+    if options.nkey is None:
+        raise UsageError("--make-nkey wants --nkey FILE, which it makes")
+    print(keys.user(keys.make(options.nkey), host))
+
+
+def checked_host(name: str) -> str:
+    """Return `name` if it can be the end of a subject. Raises UsageError."""
+    if len(name) > 253 or not _HOST.fullmatch(name):
+        raise UsageError(f"'{name}' is no host name: letters, digits, '-', '_' and dots; --host")
+    return name
+
+
+def exit_code(program: str, run: Callable[[], None]) -> int:
+    """Run a program; what ends it becomes one line."""
+    logging.basicConfig(level=logging.INFO, format=f"{program}: %(message)s")
+    try:
+        run()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("fleet", "nlproto"):
+            raise
+        line = f"no module {error.name}: pip install 'packet-hunter[fleet]'"
+        print(f"{program}: {line}", file=sys.stderr)
+        return 1
+    except Error as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: MIT
+"""The columns of the fleet's three tables, and where their hours are on disk.
+
+    DIR/flows/hour=2026-11-27T00/part-*.parquet      the hour (UTC) of a row's `last_ns`
+    DIR/procs/hour=2026-11-27T00/part-*.parquet      of its `at_ns`
+    DIR/account/hour=2026-11-27T00/part-*.parquet    of its `at_ns`
+    DIR/rollup/hour=2026-11-27T00/part-0.parquet     sums of that hour's flows, kept for longer
+
+(host, boot, sequence) names one batch of one host. A batch that is there twice was told twice.
+Files whose names begin with a dot are being written.
+"""
+
+from __future__ import annotations
+
+import calendar
+import time
+
+import pyarrow as pa
+
+__all__ = [
+    "ACCOUNT",
+    "ACCOUNT_EVERY_S",
+    "FLOWS",
+    "HOUR_NS",
+    "PROCS",
+    "ROLLUP",
+    "TABLES",
+    "hour_name",
+    "hour_ns",
+]
+
+HOUR_NS = 3600 * 10**9
+ACCOUNT_EVERY_S = 60.0
+"""A host tells its account so often, at most, and once when its exporter ends."""
+_FORM = "%Y-%m-%dT%H"
+
+_WORD = pa.dictionary(pa.int32(), pa.string())
+"""A string that many rows share."""
+_BATCH = [("host", _WORD), ("boot", _WORD), ("sequence", pa.uint64())]
+
+FLOWS = pa.schema(
+    [
+        *_BATCH,
+        ("netns", pa.uint32()),
+        ("cookie", pa.uint64()),
+        ("protocol", pa.uint8()),
+        ("laddr", _WORD),
+        ("lport", pa.uint16()),
+        ("raddr", _WORD),
+        ("rport", pa.uint16()),
+        ("forwarded", pa.bool_()),
+        ("initiated", pa.bool_()),
+        ("tgid", pa.uint32()),
+        ("start_ns", pa.uint64()),
+        ("uid", pa.uint32()),
+        ("comm", _WORD),
+        ("how", _WORD),
+        ("flags", pa.uint32()),
+        ("first_ns", pa.int64()),
+        ("last_ns", pa.int64()),
+        ("packets_out", pa.uint64()),
+        ("bytes_out", pa.uint64()),
+        ("packets_in", pa.uint64()),
+        ("bytes_in", pa.uint64()),
+        ("nat_laddr", _WORD),
+        ("nat_raddr", _WORD),
+        ("nat_lport", pa.uint16()),
+        ("nat_rport", pa.uint16()),
+        ("domain", _WORD),
+    ]
+)
+"""What one flow of one owner did since the row before: at most ten seconds.
+
+tgid 0: unnamed, then `uid` is null and `how` is the reason. `forwarded`: neither end is a process
+here. `initiated`: this end began the connection, null where nobody knows. Times are ns since 1970.
+"""
+
+PROCS = pa.schema(
+    [
+        *_BATCH,
+        ("tgid", pa.uint32()),
+        ("start_ns", pa.uint64()),
+        ("at_ns", pa.int64()),
+        ("comm", _WORD),
+        ("name", _WORD),
+        ("exe", _WORD),
+        ("cmdline", pa.string()),
+        ("ppid", pa.uint32()),
+        ("parents", pa.list_(pa.string())),
+        ("uid", pa.uint32()),
+        ("user", _WORD),
+        ("unit", _WORD),
+        ("container", _WORD),
+        ("container_name", _WORD),
+        ("image", _WORD),
+        ("pod", _WORD),
+        ("namespace", _WORD),
+        ("sha256", _WORD),
+    ]
+)
+"""A process by (host, boot, tgid, start_ns): again when something of it changed, and once in each
+hour in which it has flows. The newest counts.
+
+`parents`: "pid comm", the nearest first. `name`: the file name of `exe`, else `comm`. `namespace`
+is the pod's. Null where nothing is known.
+"""
+
+ACCOUNT = pa.schema(
+    [
+        *_BATCH,
+        ("at_ns", pa.int64()),
+        ("exported", pa.uint64()),
+        ("acknowledged", pa.uint64()),
+        ("spooled", pa.uint64()),
+        ("lost", pa.uint64()),
+        ("received", pa.uint64()),
+        ("dropped", pa.uint64()),
+        ("delivered", pa.uint64()),
+        ("daemon_lost", pa.uint64()),
+        ("gap_ms", pa.uint64()),
+        ("version", _WORD),
+        ("engine", _WORD),
+    ]
+)
+"""One host's account at `at_ns`, each minute while it lives and at its end.
+
+In rows of FLOWS, since the spool began: exported = acknowledged + spooled + lost. `received` and
+`dropped`: what this exporter's subscription got, and was too slow for. In records, since the daemon
+began: `delivered` and `daemon_lost`, its own account. `gap_ms`: how long the exporter was without
+a daemon since the spool began.
+"""
+
+ROLLUP = pa.schema(
+    [
+        ("hour_ns", pa.int64()),
+        ("host", _WORD),
+        ("name", _WORD),
+        ("unit", _WORD),
+        ("container_name", _WORD),
+        ("remote", _WORD),
+        ("protocol", pa.uint8()),
+        ("service", pa.uint16()),
+        ("initiated", pa.bool_()),
+        ("flows", pa.uint64()),
+        ("packets_out", pa.uint64()),
+        ("bytes_out", pa.uint64()),
+        ("packets_in", pa.uint64()),
+        ("bytes_in", pa.uint64()),
+    ]
+)
+"""`remote`: the far end's domain, else its network (/24, /64). `service`: the port that serves."""
+
+TABLES = {"flows": FLOWS, "procs": PROCS, "account": ACCOUNT}
+
+
+def hour_name(ns: int) -> str:
+    """The folder's name for a moment in ns since 1970: "hour=2026-11-27T00"."""
+    return "hour=" + time.strftime(_FORM, time.gmtime(ns // 10**9))
+
+
+def hour_ns(name: str) -> int:
+    """When the hour of a folder begins, in ns since 1970. Raises ValueError for another name."""
+    kind, _, text = name.partition("=")
+    if kind != "hour":
+        raise ValueError(f"'{name}' is no hour")
+    return calendar.timegm(time.strptime(text, _FORM)) * 10**9

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""hunter fleet: questions to many machines."""

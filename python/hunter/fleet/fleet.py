@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: MIT
+"""hunter fleet: asks a store, or this machine's own history. Needs the extra `fleet`."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hunter.cli.options import Fleet
+from hunter.fleet import page, show
+from hunter.show.console import Output
+from nlproto.errors import Error
+
+__all__ = ["run"]
+
+_STORE = Path("/var/lib/packet-hunter-collect")
+_ROWS, _JSON_ROWS = 50, 1000
+_MOST = 200_000
+"""Connections that a map is drawn of."""
+
+
+def run(options: Fleet, notify: Callable[[str], None]) -> int:
+    """Ask and print; 1 when nothing is found. Raises Error."""
+    try:
+        from fleet.ask.ends import ends
+        from fleet.ask.hosts import hosts_of
+        from fleet.ask.map import service_map
+        from fleet.ask.questions import new, usage, who
+        from fleet.ask.wanted import Wanted
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("fleet", "hunter", "nlproto"):
+            raise
+        raise Error(f"no module {error.name}: pip install 'packet-hunter[fleet]'") from None
+    names = [name for name in Wanted.__dataclass_fields__ if getattr(options, name) is not None]
+    wanted = Wanted(**{name: getattr(options, name) for name in names})
+    limit = options.limit or (_JSON_ROWS if options.json else _ROWS)
+    with _opened(options, notify) as store:
+        match options.question:
+            case "who":
+                total, rows = who(store, wanted, limit)
+            case "usage":
+                total, rows = usage(store, wanted, options.by or "process", limit)
+            case "new":
+                old = store.range.since_ns - options.days * 86_400 * 10**9
+                total, rows = new(store, wanted, options.of, old, limit)
+            case "map":
+                every = service_map(ends(store, wanted), options.by or "process")
+                total, rows = len(every), every if options.html else every[:limit]
+            case _:
+                every = ends(store, wanted)
+                total, rows = len(every), every[:limit]
+        hosts = hosts_of(store)
+        truncated = store.truncated
+        range = store.range
+    partial = [one for one in hosts if not one.whole]
+    if options.html:
+        _write(options.html, page.of_map(rows, range, hosts))
+    if options.json:
+        print(
+            json.dumps(
+                {
+                    "question": options.question,
+                    "since_ns": range.since_ns,
+                    "until_ns": range.until_ns,
+                    "total": total,
+                    "rows": rows,
+                    "hosts": len(hosts),
+                    "partial": [
+                        {"host": one.name, "silent_s": one.silent_s, "lost": one.lost}
+                        for one in partial
+                    ],
+                    "truncated": truncated or total > len(rows),
+                }
+            )
+        )
+    elif not options.html:
+        console = Output(soft_wrap=True)
+        show.rows(console, options, rows)
+        show.closing(console, total, len(rows), hosts, truncated)
+    return 0 if rows else 1
+
+
+def _opened(options: Fleet, notify: Callable[[str], None]) -> Any:
+    from fleet.ask.local import open_local
+    from fleet.ask.store import Range, open_folder
+
+    now = time.time_ns()
+    range = Range(now - int(options.since * 1e9), now - int(options.until * 1e9))
+    if options.store is not None:
+        return open_folder(Path(options.store), range)
+    if not options.socket_given and _STORE.is_dir() and os.access(_STORE, os.R_OK):
+        return open_folder(_STORE, range)
+    notify(f"no store at {_STORE}: this machine's own history answers (--store DIR)")
+    return open_local(options.socket, range)
+
+
+def _write(path: str, text: str) -> None:
+    if path == "-":
+        print(text)
+        return
+    try:
+        Path(path).write_text(text)
+    except OSError as error:
+        raise Error(f"cannot write {path}: {error.strerror}") from None

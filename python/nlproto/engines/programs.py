@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""Which of the programs in bpf/ run on this kernel: all, some, or none, and why."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from nlproto.engines.bpf import NoBpf, Object, has_target
+
+__all__ = ["CGROUP", "NEEDED", "OBJECT", "TRACED", "load_programs", "why_in_parts", "why_refused"]
+
+OBJECT = Path(__file__).with_name("hunter.bpf.o")
+PARTS = Path(__file__).with_name("hunter_parts.bpf.o")
+# Without one of these names could be wrong.
+NEEDED = {
+    "security_socket_post_create",
+    "security_sock_graft",
+    "__receive_sock",
+    "security_sk_free",
+    "inet_release",
+    "locks_remove_posix",
+    "tcp_v4_rcv",
+    "udp_rcv",
+    "sk_filter_trim_cap",
+    "ip_output",
+}
+_TRAMPOLINES = ("fentry/", "fexit/")
+TRACED = (*_TRAMPOLINES, "tp_btf/")
+CGROUP = "cgroup"
+_CALLS = "tp_btf/sys_enter"
+# What tells of packets and sockets where trampolines are refused, beside part_*.
+_WITH_PARTS = {
+    *("probe_fork", "probe_exec", "probe_exit", "probe_rename", "probe_ring", "reset_sent"),
+    *("seed", "collect"),
+}
+_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}
+_CAP_SYS_ADMIN = 21
+
+
+def why_in_parts() -> str:
+    """Load and unload what the engine would; "" when all of it runs, else why only parts do.
+
+    Raises NoBpf with the reason why not even these.
+    """
+    parts, loaded = load_programs(1 << 16)
+    loaded.close()
+    return parts
+
+
+def load_programs(ring_bytes: int) -> tuple[str, Object]:
+    """All programs, else those that tracepoints and cgroups take, and then a line that says so.
+
+    Raises NoBpf with the reason why not even these.
+    """
+    try:
+        return "", _load_whole(ring_bytes)
+    except NoBpf as error:
+        if not PARTS.exists():
+            raise
+        why = str(error)
+    opened = Object(PARTS)
+    try:
+        known = _targets(opened)
+        if _CALLS not in known:
+            raise NoBpf(f"{why}; nor does it trace system calls")
+        for name, program in opened.programs.items():
+            wanted = name.startswith("part_") or name in _WITH_PARTS
+            program.choose(wanted and program.section in known)
+        opened.set_entries("ring", ring_bytes)
+        try:
+            opened.load()
+        except OSError as error:
+            raise NoBpf(why) from error
+    except BaseException:
+        opened.close()
+        raise
+    parts = (
+        f"engine ebpf runs in parts: {why}; what leaves is seen behind NAT, and each system call"
+        " takes a little longer meanwhile"
+    )
+    return parts, opened
+
+
+def _load_whole(ring_bytes: int) -> Object:
+    """The object with every program whose function is there. Raises NoBpf with the reason."""
+    if not OBJECT.exists():
+        raise NoBpf("its programs were not compiled: ./build.sh does it where clang is")
+    opened = Object(OBJECT)
+    try:
+        known = _targets(opened)
+        for program in opened.programs.values():
+            program.choose(program.section in known)
+        lacking = NEEDED - {section.partition("/")[2] for section in known}
+        if lacking:
+            raise NoBpf(f"this kernel lacks {', '.join(sorted(lacking))}")
+        opened.set_entries("ring", ring_bytes)
+        try:
+            opened.load()
+        except OSError as error:
+            raise NoBpf(_why(error)) from error
+    except BaseException:
+        opened.close()
+        raise
+    return opened
+
+
+def _targets(opened: Object) -> set[str]:
+    """Sections of its programs that have something here to be put on."""
+    sections = {program.section for program in opened.programs.values()}
+    traced = {section for section in sections if section.startswith(TRACED)}
+    return sections - traced | has_target(traced)
+
+
+def _why(error: OSError) -> str:
+    status = Path("/proc/self/status").read_text()
+    try:
+        lockdown = Path("/sys/kernel/security/lockdown").read_text()
+    except OSError:
+        lockdown = ""
+    effective = int(status.partition("CapEff:")[2].split()[0], 16)
+    return why_refused(error, effective, lockdown)
+
+
+def why_refused(error: OSError, capabilities: int, lockdown: str) -> str:
+    """One line for people: what keeps the kernel from taking the programs.
+
+    `capabilities`: the effective ones, a bit each; `lockdown` as securityfs has it.
+    """
+    missing = [name for name, bit in _CAPABILITIES.items() if not capabilities >> bit & 1]
+    if missing and not capabilities >> _CAP_SYS_ADMIN & 1:
+        return f"it needs {', '.join(missing)}; run it as root"
+    if error.errno == errno.EINVAL and not capabilities >> _CAP_SYS_ADMIN & 1:
+        # it looks into the kernel's modules for what this kernel lacks, and gives up
+        return "an older libbpf (before 1.4) needs CAP_SYS_ADMIN for all of it"
+    if "[confidentiality]" in lockdown:
+        return "this kernel lets nobody read it (lockdown=confidentiality)"
+    if error.errno == errno.EPERM:  # what the verifier does not believe is EACCES
+        return "this kernel's vendor lets nobody trace its functions"
+    return f"this kernel refuses its programs ({error.strerror})"

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: MIT
+"""How TCP connections go, by the kernel's own figures: round trip time and retransmits.
+
+Open connections are asked about (sock_diag, INET_DIAG_INFO); of one that is closed the kernel tells
+its last state once, when the socket is freed (group SKNLGRP_INET_TCP_DESTROY).
+Sources: net/ipv4/inet_diag.c, net/core/sock_diag.c, struct tcp_info in linux/tcp.h.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+from typing import Self
+
+import numpy as np
+
+from nlproto._host import ffi, lib
+from nlproto.errors import Error, NoPrivilege
+from nlproto.host.sockdiag import NETLINK_SOCK_DIAG, TcpState
+from nlproto.records.wire import dtype_of
+
+__all__ = ["HOST_TCP", "TcpInfo"]
+
+HOST_TCP = dtype_of("host_tcp", ffi)
+"""One connection: cookie, netns, rtt_us, retransmits."""
+
+_DESTROYED = {socket.AF_INET: 1, socket.AF_INET6: 3}  # SKNLGRP_INET_TCP_DESTROY, ..._INET6_...
+_SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
+_BUFFER = 64 << 10
+_ROOM = 4 << 20
+"""Bytes of closed connections that wait to be read, some 5,000; what has no room is lost."""
+_PATIENCE = 5.0  # s for an answer
+_LEAST = 300
+"""Bytes of an answer with tcp_info at least."""
+_NO_ADDRESS = bytes(16)
+_OPEN = 0xFFF & ~(
+    1 << TcpState.LISTEN | 1 << TcpState.TIME_WAIT | 1 << TcpState.CLOSE | 1 << TcpState.SYN_RECV
+)
+
+
+class TcpInfo:
+    """Of the network namespace it was made in; a context manager, for one thread.
+
+    Raises NoPrivilege when the kernel refuses sock_diag or the group.
+    """
+
+    def __init__(self) -> None:
+        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+        try:
+            self._socket = socket.socket(socket.AF_NETLINK, kind, NETLINK_SOCK_DIAG)
+        except OSError as error:
+            raise NoPrivilege(f"sock_diag is refused here: {error.strerror}") from None
+        try:
+            self._socket.bind((0, 0))
+            with contextlib.suppress(OSError):
+                self._socket.setsockopt(socket.SOL_SOCKET, 33, _ROOM)  # SO_RCVBUFFORCE
+            for group in _DESTROYED.values():
+                self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
+        except OSError as error:
+            self._socket.close()
+            raise NoPrivilege(f"ends of connections are not told: {error.strerror}") from None
+        self._socket.settimeout(_PATIENCE)
+        self._seq = 0
+        self._request = ffi.new("uint8_t[]", 128)
+        self._buffer = bytearray(_BUFFER)
+        self._view = ffi.from_buffer("uint8_t[]", self._buffer)
+        self._done = ffi.new("int *")
+        self._found = np.zeros(_BUFFER // _LEAST, HOST_TCP)
+        self._places = ffi.from_buffer("struct host_tcp[]", self._found)
+        self._closed: list[np.ndarray] = []
+        self.lost = 0
+        """How often the kernel had no room for what it told of closed connections."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close its Netlink socket."""
+        self._socket.close()
+
+    def fileno(self) -> int:
+        """Return the descriptor, which can be read when a connection was closed."""
+        return self._socket.fileno()
+
+    def closed(self) -> np.ndarray:
+        """Return what was told of connections that ended since the last call (HOST_TCP)."""
+        self._socket.settimeout(0)
+        while True:
+            try:
+                self._take(self._socket.recv_into(self._buffer))
+            except BlockingIOError:
+                break
+            except OSError as error:
+                self._overrun(error)
+        self._socket.settimeout(_PATIENCE)
+        found, self._closed = self._closed, []
+        return np.concatenate([np.zeros(0, HOST_TCP), *found])
+
+    def open(self) -> np.ndarray:
+        """Return how connections go that are open now (HOST_TCP). Raises Error."""
+        parts = [np.zeros(0, HOST_TCP)]
+        for family in _DESTROYED:
+            self._seq = self._seq % 0xFFFFFFFF + 1  # 0 is what the kernel tells unasked
+            size = lib.host_diag_request(
+                self._request, self._seq, family, socket.IPPROTO_TCP, True, _NO_ADDRESS, 0,
+                _NO_ADDRESS, 0, 0, _OPEN, True,
+            )  # fmt: skip
+            try:
+                self._socket.send(ffi.buffer(self._request, size))
+            except OSError as error:
+                raise NoPrivilege(f"sock_diag is refused here: {error.strerror}") from None
+            done = False
+            while not done:
+                try:
+                    size = self._socket.recv_into(self._buffer)
+                except TimeoutError:
+                    raise Error("sock_diag did not answer within 5 s") from None
+                except OSError as error:
+                    self._overrun(error)
+                    continue
+                self._take(size)
+                read = self._read(size, self._seq)
+                done = bool(self._done[0])
+                if read < 0 and -read != errno.ENOENT:
+                    raise NoPrivilege(f"sock_diag is refused here: {os.strerror(-read)}")
+                parts.append(self._found[: max(0, read)].copy())
+        return np.concatenate(parts)
+
+    def _overrun(self, error: OSError) -> None:
+        if error.errno != errno.ENOBUFS:
+            raise NoPrivilege(f"sock_diag broke: {error.strerror}") from None
+        self.lost += 1
+
+    def _take(self, size: int) -> None:
+        """Keep what a datagram tells of closed connections."""
+        read = self._read(size, 0)
+        if read > 0:
+            self._closed.append(self._found[:read].copy())
+
+    def _read(self, size: int, seq: int) -> int:
+        return int(
+            lib.host_tcp_read(self._view, size, seq, self._places, len(self._found), self._done)
+        )

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: MIT
+"""What NAT does in one network namespace: events of conntrack, and what it knew before.
+
+A connection's translation is settled with its first packet and never changes. So events of a
+beginning and an end are enough, and the kernel leaves out whatever is not translated. Sources:
+uapi linux/netfilter/nfnetlink_conntrack.h, net/netfilter/nf_conntrack_netlink.c.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nlproto.errors import Error, NoPrivilege
+from nlproto.kernel.netlink import (
+    NLM_F_DUMP,
+    SOL_NETLINK,
+    Connection,
+    Message,
+    attributes,
+    encode_attribute,
+    messages,
+    set_receive_buffer,
+)
+from nlproto.kernel.sockfilter import AD, assemble, attach
+
+__all__ = ["Connections", "Event", "is_there"]
+
+NETLINK_NETFILTER = 12
+_NEW_GROUP, _DESTROY_GROUP = 1, 3
+_ADD_MEMBERSHIP = 1
+_SUBSYSTEM = 1 << 8
+_CT_NEW, _CT_GET, _CT_DELETE = _SUBSYSTEM, _SUBSYSTEM | 1, _SUBSYSTEM | 2
+_NFGEN = struct.Struct("=BBH")
+_HEAD = 20  # struct nlmsghdr and nfgenmsg
+_ORIG, _REPLY, _STATUS, _ID, _ZONE, _STATUS_MASK = 1, 2, 3, 12, 18, 26
+_TUPLE_IP, _TUPLE_PROTO = 1, 2
+_ADDRESSES = {socket.AF_INET: (1, 2), socket.AF_INET6: (3, 4)}
+_NUMBER, _SPORT, _DPORT = 1, 2, 3
+_SRC_NAT, _DST_NAT = 1 << 4, 1 << 5
+_U32 = struct.Struct(">I")
+_PROTOS = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
+_MESSAGE = 1 << 13
+
+_LD, _LDX, _LD_X, _TAX = 0x00, 0x01, 0x40, 0x07
+_LD_ABS, _JEQ, _JSET = 0x20, 0x15, 0x45
+_AD_NLATTR = 12
+
+Tuple = tuple[bytes, bytes]
+"""Where packets come from and go to: an end is 16 bytes of address and 2 of port, big-endian."""
+
+
+def is_there() -> bool:
+    """Whether this kernel translates addresses now. Asking loads nothing.
+
+    Where conntrack is a module, NAT is one too, and has to be loaded as well.
+    """
+    conntrack = "/sys/module/nf_conntrack"
+    built_in = not os.path.exists(f"{conntrack}/initstate")
+    return os.path.exists(conntrack) and (built_in or os.path.exists("/sys/module/nf_nat"))
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A translated connection; `reply` is the way of its answers before they are translated back.
+
+    `ended`: it has gone. `number` tells it from others of its namespace.
+    """
+
+    ended: bool
+    number: int
+    family: int
+    proto: int
+    zone: int
+    original: Tuple
+    reply: Tuple
+
+
+def _translated_only() -> list[tuple[int, int, int, int]]:
+    """Takes messages whose CTA_STATUS says that an address or port was changed."""
+    return assemble(
+        [
+            (_LDX, 0, 0, _STATUS),
+            (_LD, 0, 0, _HEAD),
+            (_LD_ABS, 0, 0, AD + _AD_NLATTR),
+            (_JEQ, "drop", 0, 0),
+            (_TAX, 0, 0, 0),
+            (_LD_X, 0, 0, 4),
+            (_JSET, "take", "drop", _SRC_NAT | _DST_NAT),
+        ],
+        _MESSAGE,
+    )
+
+
+class Connections:
+    """Events of the network namespace it is made in.
+
+    `known` has what was there at the start, at most `limit`; `cut`: there was more. Raises
+    NoPrivilege without CAP_NET_ADMIN, Error where the kernel cannot tell.
+    """
+
+    def __init__(self, receive_bytes: int, limit: int) -> None:
+        self.cut = False
+        self.known: list[Event] = []
+        self._buffer = memoryview(bytearray(_MESSAGE))
+        self._socket = socket.socket(
+            socket.AF_NETLINK,
+            socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK,
+            NETLINK_NETFILTER,
+        )
+        try:
+            attach(self._socket, _translated_only())
+            set_receive_buffer(self._socket, receive_bytes)
+            self._socket.bind((0, 0))
+            for group in (_NEW_GROUP, _DESTROY_GROUP):
+                self._socket.setsockopt(SOL_NETLINK, _ADD_MEMBERSHIP, group)
+            with Connection(NETLINK_NETFILTER) as connection:
+                self._read_known(connection, limit)
+        except PermissionError:
+            self._socket.close()
+            raise NoPrivilege("what NAT does is told to root alone (CAP_NET_ADMIN)") from None
+        except OSError as error:
+            self._socket.close()
+            raise Error(f"what NAT does cannot be told: {error.strerror}") from None
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def _read_known(self, connection: Connection, limit: int) -> None:
+        """By one bit at a time: that is how kernels from 5.15 on select; older ones tell all."""
+        found: dict[tuple[int, Tuple], Event] = {}
+        for bit in (_SRC_NAT, _DST_NAT):
+            wanted = encode_attribute(_STATUS, _U32.pack(bit))
+            wanted += encode_attribute(_STATUS_MASK, _U32.pack(bit))
+            body = _NFGEN.pack(socket.AF_UNSPEC, 0, 0) + wanted
+            selected = True
+            for message in connection.exchange(_CT_GET, NLM_F_DUMP, body):
+                status = _status_of(message)
+                selected &= bool(status & bit)
+                if not status & (_SRC_NAT | _DST_NAT):
+                    continue
+                if len(found) >= limit:
+                    self.cut = True
+                    break
+                event = _event_of(message)
+                if event is not None:
+                    found[event.number, event.original] = event
+            if self.cut or not selected:
+                break
+        self.known = list(found.values())
+
+    def fileno(self) -> int:
+        """Return its descriptor, for poll(2)."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Hear no more."""
+        self._socket.close()
+
+    def read(self, most: int) -> Iterator[Event | None]:
+        """Yield up to `most` events that wait; None in the place of those that found no room."""
+        for _ in range(most):
+            try:
+                size = self._socket.recv_into(self._buffer)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise Error(f"what NAT does: {error.strerror}") from None
+                yield None
+                continue
+            for message in messages(self._buffer[:size]):
+                event = _event_of(message)
+                if event is not None:
+                    yield event
+
+
+def _status_of(message: Message) -> int:
+    for kind, payload in attributes(message.payload[_NFGEN.size :]):
+        if kind == _STATUS:
+            return int(_U32.unpack(payload)[0])
+    return 0
+
+
+def _event_of(message: Message) -> Event | None:
+    """None of what has no ports, or is no connection's."""
+    if message.type not in (_CT_NEW, _CT_DELETE):
+        return None
+    family = message.payload[0]
+    found = dict(attributes(message.payload[_NFGEN.size :]))
+    if family not in _ADDRESSES or not {_ORIG, _REPLY} <= found.keys():
+        return None
+    original, reply = _tuple_of(family, found[_ORIG]), _tuple_of(family, found[_REPLY])
+    if original is None or reply is None:
+        return None
+    return Event(
+        message.type == _CT_DELETE,
+        int.from_bytes(found.get(_ID, b"")),
+        family,
+        original[0],
+        int.from_bytes(found.get(_ZONE, b"")),
+        original[1],
+        reply[1],
+    )
+
+
+def _tuple_of(family: int, payload: memoryview) -> tuple[int, Tuple] | None:
+    parts = dict(attributes(payload))
+    if not {_TUPLE_IP, _TUPLE_PROTO} <= parts.keys():
+        return None
+    ip, proto = dict(attributes(parts[_TUPLE_IP])), dict(attributes(parts[_TUPLE_PROTO]))
+    number = int.from_bytes(proto.get(_NUMBER, b""))
+    source, target = _ADDRESSES[socket.AddressFamily(family)]
+    if number not in _PROTOS or not {_SPORT, _DPORT} <= proto.keys():
+        return None
+    if source not in ip or target not in ip:
+        return None
+    one = bytes(ip[source]).ljust(16, b"\0") + proto[_SPORT]
+    other = bytes(ip[target]).ljust(16, b"\0") + proto[_DPORT]
+    return number, (one, other)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""From a daemon's packets to a row of Parquet, over a real server."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+import pytest
+
+from fleeting import Program, Server, rows
+from hunting import NOBODY
+from waiting import patient, until
+
+pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs root")
+
+
+@pytest.fixture(name="nats")
+def _nats(tmp_path):
+    with Server(tmp_path / "nats") as server:
+        yield server
+
+
+def test_a_connection_becomes_a_row_that_names_its_process(daemon, nats, tmp_path, server):
+    store = tmp_path / "store"
+    arguments = ["--server", nats.url, "--interval", "0.3"]
+    with (
+        Program.of(tmp_path / "collect.log", "collect", str(store), *arguments) as collector,
+        Program.of(
+            tmp_path / "export.log",
+            "export",
+            *("--socket", daemon.path, "--spool", str(tmp_path / "spool")),
+            *("--host", "web1.example", *arguments),
+        ) as exporter,
+    ):
+        exporter.wait_for("engine packet")
+        with socket.create_connection(("127.0.0.1", server[1])) as client:
+            port = client.getsockname()[1]
+            client.sendall(b"x" * 1000)
+            client.recv(1000)
+
+            def found():
+                return [row for row in rows(store, "flows") if row["lport"] == port]
+
+            until(found, 30, "the row")
+        assert exporter.stop() == 0, exporter.text()
+        until(lambda: any(row["spooled"] == 0 for row in rows(store, "account")[-1:]))
+        assert collector.stop() == 0, collector.text()
+    flows = found()
+    assert {row["host"] for row in flows} == {"web1.example"}
+    assert {row["tgid"] for row in flows} == {os.getpid()}
+    assert {(row["laddr"], row["raddr"]) for row in flows} == {("127.0.0.1", "127.0.0.1")}
+    assert sum(row["bytes_out"] for row in flows) > 1000
+    process = next(row for row in rows(store, "procs") if row["tgid"] == os.getpid())
+    assert process["start_ns"] == flows[0]["start_ns"]
+    assert process["exe"] and process["name"].startswith("python")
+    last = max(rows(store, "account"), key=lambda row: row["at_ns"])
+    assert last["exported"] == last["acknowledged"] + last["spooled"] + last["lost"]
+    assert last["exported"] == len(rows(store, "flows"))
+    assert last["delivered"] > 0 and last["engine"] == "packet"
+
+
+def test_who_may_not_see_everything_is_told_so(daemon, nats, tmp_path):
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    os.chown(spool, 65534, 65534)
+    for part in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        part.chmod(0o755)
+    command = [*NOBODY, sys.executable, *("-I", "-m", "fleet.export", "--socket", daemon.path)]
+    command += ["--spool", str(spool), "--server", nats.url]
+    with Program(tmp_path / "export.log", command) as exporter:
+        assert exporter.process.wait(patient(30)) == 1
+        assert "member of its group" in exporter.text()

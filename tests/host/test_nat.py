@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: MIT
+"""One connection behind NAT, not three: a published port, masquerade, hairpin, as they are."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from nlproto.client.client import DaemonClient
+from translating import PUBLISHED, became, flow_of, place
+from waiting import until
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
+    pytest.mark.skipif(not shutil.which("nft"), reason="nft is not installed"),
+]
+
+
+@pytest.fixture(name="namespaces", scope="module")
+def _namespaces():
+    with place() as found:
+        found.rules(PUBLISHED)
+        yield found
+
+
+@pytest.fixture(name="lab")
+def _lab(namespaces):
+    yield namespaces
+    namespaces.end_all()
+
+
+def flows(daemon, **question):
+    with DaemonClient(daemon.path) as asking:
+        return asking.who(**question)["flows"]
+
+
+def of(daemon, process, **question):
+    return flow_of(daemon.path, process, **question)
+
+
+@pytest.mark.parametrize(
+    ("proto", "address", "port", "server"),
+    [
+        ("tcp", "10.77.0.1", 8080, "10.88.0.2"),
+        ("udp", "10.77.0.1", 8080, "10.88.0.2"),
+        ("tcp", "fd77::1", 8081, "fd88::2"),
+    ],
+)
+def test_who_names_the_process_behind_a_published_port(daemon, lab, proto, address, port, server):
+    serving = lab.server("box", 80, proto, server)
+    client = lab.client("far", address, port, proto)
+    flow = of(daemon, serving, port=port)
+    assert (flow["local"], flow["lport"]) == (server, 80)
+    assert became(flow) == (address, port, client.address, client.port)
+    assert flow["netns"] == lab.inode("box")
+    asked = of(daemon, client, port=80)
+    assert (asked["remote"], asked["rport"]) == (address, port)
+    assert became(asked) == (client.address, client.port, server, 80)
+
+
+HUNTER = [sys.executable, "-m", "hunter"]
+
+
+def hunt(daemon, *words):
+    """The hunter on its way, and what ends it and gives what it wrote."""
+    command = [*HUNTER, "--socket", daemon.path, "-n", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "Ctrl-C ends" in process.stderr.readline()
+
+    def end():
+        process.send_signal(signal.SIGINT)
+        return process.communicate(timeout=30)[0]
+
+    return process, end
+
+
+def test_lines_have_both_addresses_and_filters_match_either(daemon, lab):
+    serving = lab.server("box", 80, address="10.88.0.2")
+    lab.client("far", "10.77.0.1", 8080)  # the daemon follows the namespaces then
+    of(daemon, serving, port=8080)
+    process, end = hunt(daemon, "port", "8080", "and", "pname", "python*")
+    client = lab.client("far", "10.77.0.1", 8080)
+    client.again()
+    until(lambda: of(daemon, serving, port=client.port))
+    lines = end().splitlines()
+    outside = f"{client.address}.{client.port}"
+    there = f"out tcp 10.88.0.2.80 (nat 10.77.0.1.8080) > {outside} "
+    back = f"in  tcp {outside} > 10.88.0.2.80 (nat 10.77.0.1.8080) "
+    for part, pid in ((there, serving.pid), (back, serving.pid)):
+        assert any(part in line and f".{pid}" in line for line in lines), lines
+    asks = f"out tcp {outside} > 10.77.0.1.8080 (nat 10.88.0.2.80) "
+    assert any(asks in line and f".{client.pid}" in line for line in lines), lines
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet", "pcapng", "ecs.jsonl"])
+def test_saved_addresses_are_read_again(daemon, lab, tmp_path, ending):
+    serving = lab.server("box", 80, address="10.88.0.2")
+    lab.client("far", "10.77.0.1", 8080)
+    of(daemon, serving, port=8080)
+    saved = str(tmp_path / f"nat.{ending}")
+    words = ["-w", saved] if ending == "pcapng" else ["--save", saved]
+    _, end = hunt(daemon, "--print", *words, "host", "10.88.0.2")
+    client = lab.client("far", "10.77.0.1", 8080)
+    of(daemon, serving, port=client.port)
+    end()
+    read = [*HUNTER, "-r", saved, "--json", "port 8080 and dst port 80"]
+    rows = [json.loads(line) for line in subprocess.check_output(read, text=True).splitlines()]
+    mine = [one for one in rows if one["pid"] == serving.pid and one["sport"] == client.port]
+    assert mine
+    for row in mine:
+        assert (row["nat_src"], row["nat_sport"]) == (client.address, client.port)
+        assert (row["nat_dst"], row["nat_dport"]) == ("10.77.0.1", 8080)
+
+
+def who(daemon, *words):
+    """What `who` prints, in one line for each row."""
+    shown = subprocess.run(
+        [*HUNTER, "who", "--socket", daemon.path, *words],
+        env={**os.environ, "COLUMNS": "300"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return shown.stdout.splitlines()
+
+
+def test_who_shows_one_connection_with_both_addresses(daemon, lab):
+    serving = lab.server("box", 80, address="10.88.0.2")
+    client = lab.client("far", "10.77.0.1", 8080)
+    of(daemon, serving, port=client.port)
+    of(daemon, client, port=client.port)
+    until(lambda: any(one["forwarded"] for one in flows(daemon, port=client.port)))
+
+    def now():
+        lines = who(daemon, "--port", "8080")
+        until_seen = next((at for at, line in enumerate(lines) if line.strip() == "seen"), None)
+        held = [line for line in lines[:until_seen] if f".{serving.pid}" in line]
+        return (held, lines[until_seen:]) if held else None
+
+    held, seen = until(now, 20, "its socket of now")
+    assert "10.88.0.2.80 <> 10.77.0.2" in held[0] and " 10.77.0.1.8080 " in held[0]
+    (row,) = [line for line in seen if f".{serving.pid}" in line and "10.88.0.2.80" in line]
+    assert " 10.77.0.1.8080 " in row
+    (row,) = [line for line in seen if f".{client.pid}" in line and "10.77.0.1.8080" in line]
+    assert "<> 10.88.0.2.80" in row
+    # what passes through the host is theirs
+    assert not [line for line in seen if "forwarded" in line and str(client.port) in line]
+
+
+def test_masquerade_is_seen_from_both_sides(daemon, lab):
+    """A container that asks the world: by its own address, and by its host's."""
+    serving = lab.server("far", 443, address="10.77.0.2")
+    client = lab.client("box", "10.77.0.2", 443)
+    asks = of(daemon, client, port=443)
+    assert (asks["local"], asks["remote"]) == ("10.88.0.2", "10.77.0.2")
+    assert asks["nat_local"] == "10.77.0.1"
+    answers = of(daemon, serving, host="10.88.0.2")
+    assert (answers["remote"], answers["rport"]) == ("10.77.0.1", asks["nat_lport"])
+    assert became(answers) == ("10.77.0.2", 443, "10.88.0.2", client.port)
+    assert of(daemon, client, port=asks["nat_lport"])["pid"] == client.pid
+
+
+def test_a_container_that_asks_itself_by_its_published_port(daemon, lab):
+    """Hairpin: both ends change."""
+    serving = lab.server("box", 80, address="10.88.0.2")
+    client = lab.client("box", "10.77.0.1", 8080)
+    asks = of(daemon, client, port=8080)
+    assert (asks["remote"], asks["rport"]) == ("10.77.0.1", 8080)
+    assert (asks["nat_local"], asks["nat_remote"], asks["nat_rport"]) == (
+        "10.88.0.1", "10.88.0.2", 80)  # fmt: skip
+    answers = of(daemon, serving, port=8080)
+    assert (answers["remote"], answers["rport"]) == ("10.88.0.1", asks["nat_lport"])
+    assert became(answers) == ("10.77.0.1", 8080, "10.88.0.2", client.port)
+
+
+def test_what_one_user_translates_is_not_told_of_another(daemon, lab):
+    """A namespace of somebody else's with the same tuples claims nothing."""
+    serving = lab.server("box", 80, address="10.88.0.2")
+    client = lab.client("far", "10.77.0.1", 8080)
+    of(daemon, serving, port=8080)
+    copy = (
+        "ip link set lo up; ip addr add 10.88.0.2/32 dev lo; ip addr add 10.77.0.2/32 dev lo;"
+        ' exec "$0" "$@"'
+    )
+    stranger = subprocess.Popen(
+        ["setpriv", "--reuid", "65534", "--clear-groups", "unshare", "-rn", "sh", "-c", copy,
+         sys.executable, "-c", STRANGER, str(client.port)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        if not (line := stranger.stdout.readline()):
+            pytest.skip("users may not make namespaces here")
+        pid = int(line)
+        until(lambda: [one for one in flows(daemon, port=client.port) if one["netns"] not in
+                       map(lab.inode, ("host", "box", "far"))])  # fmt: skip
+        others = [one for one in flows(daemon, port=client.port) if one["pid"] == pid]
+        assert others and {one["nat_lport"] for one in others} == {None}
+        assert pid not in {one["pid"] for one in flows(daemon, port=8080)}
+    finally:
+        stranger.kill()
+        stranger.communicate()
+
+
+STRANGER = """
+import os, socket, sys
+port = int(sys.argv[1])
+with socket.create_server(("10.88.0.2", 80)) as server, socket.socket() as peer:
+    peer.bind(("10.77.0.2", port))
+    peer.connect(("10.88.0.2", 80))
+    other, _ = server.accept()
+    print(os.getpid(), flush=True)
+    while True:
+        peer.send(b"x")
+        other.recv(1)
+        other.send(b"x")
+        peer.recv(1)
+        __import__("time").sleep(0.05)
+"""

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: MIT
+"""What packet-hunterd says to mistakes on its command line."""
+
+import pytest
+
+from daemon.__main__ import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--nonsense"], "--nonsense"),
+        (["more"], "more"),
+        (["--engine", "none"], "--engine: invalid choice: 'none'"),
+        (["--socket"], "--socket: expected one argument"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, told, capsys):
+    assert main(arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("packet-hunterd: ")
+    assert told in line
+    assert line.endswith("; see packet-hunterd --help")

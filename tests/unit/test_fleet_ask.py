@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: MIT
+"""Questions to flows of several machines: who, both ends, map, new, usage."""
+
+import itertools
+import json
+
+import pyarrow as pa
+import pytest
+
+from fleet import schema
+from fleet.ask.ends import ends
+from fleet.ask.hosts import hosts_of
+from fleet.ask.map import service_map
+from fleet.ask.questions import new, usage, who
+from fleet.ask.store import Range, open_folder
+from fleet.ask.wanted import Wanted
+from fleet.collect.keys import Keys
+from fleet.collect.parquet import write_file
+from hunter.__main__ import main
+from nlproto.errors import Error, UsageError
+
+S = 10**9
+BEGIN = 1_779_926_400 * S  # an hour's beginning
+RANGE = Range(BEGIN + 600 * S, BEGIN + 1200 * S)
+FIRST = BEGIN + 700 * S
+
+
+class Folder:
+    """What collectors wrote, a batch a row."""
+
+    def __init__(self, path):
+        self.path = path
+        self.rows = {"flows": [], "procs": [], "account": []}
+        self._numbers = itertools.count(1)
+
+    def flow(self, host, local, remote, program="", first=FIRST, last=None, **more):
+        """One row; `local` and `remote` are "address:port"."""
+        (laddr, lport), (raddr, rport) = (one.rsplit(":", 1) for one in (local, remote))
+        number = next(self._numbers)
+        tgid = more.pop("tgid", number + 1000 if program else 0)
+        row = dict.fromkeys(schema.FLOWS.names) | {
+            "host": host, "boot": f"boot-{host}", "sequence": number, "netns": 1,
+            "cookie": number, "protocol": 6, "laddr": laddr, "lport": int(lport), "raddr": raddr,
+            "rport": int(rport), "forwarded": False, "tgid": tgid, "start_ns": 5 if tgid else 0,
+            "uid": 0, "comm": program[:15], "how": "socket" if tgid else "no_socket", "flags": 0,
+            "first_ns": first, "last_ns": first + S if last is None else last,
+            "packets_out": 1, "bytes_out": 100, "packets_in": 2, "bytes_in": 200,
+        } | more  # fmt: skip
+        self.rows["flows"].append(row)
+        if program:
+            self.process(host, tgid, program)
+        return row
+
+    def process(self, host, tgid, program, **more):
+        row = dict.fromkeys(schema.PROCS.names) | {
+            "host": host, "boot": f"boot-{host}", "sequence": next(self._numbers), "tgid": tgid,
+            "start_ns": 5, "at_ns": FIRST, "comm": program[:15], "name": program,
+        } | more  # fmt: skip
+        self.rows["procs"].append(row)
+
+    def account(self, host, times=range(600, 1201, 60), **more):
+        """Its own account at so many seconds."""
+        zero = {name: 0 for name in schema.ACCOUNT.names[4:11]}
+        for at in times:
+            lost = {name: value * (at - 600) for name, value in more.items()}
+            row = {"host": host, "boot": f"boot-{host}", "sequence": next(self._numbers)}
+            self.rows["account"].append(row | zero | {"at_ns": BEGIN + at * S} | lost)
+
+    def rollup(self, host, program, remote, service, initiated, hour_ns):
+        folder = self.path / "rollup" / schema.hour_name(hour_ns)
+        folder.mkdir(parents=True)
+        row = dict.fromkeys(schema.ROLLUP.names) | {
+            "hour_ns": hour_ns, "host": host, "name": program, "remote": remote, "protocol": 6,
+            "service": service, "initiated": initiated,
+        }  # fmt: skip
+        write_file(folder / "part-0.parquet", pa.Table.from_pylist([row], schema.ROLLUP), Keys())
+
+    def write(self, part="part-1.parquet"):
+        for kind, columns in schema.TABLES.items():
+            at = "last_ns" if kind == "flows" else "at_ns"
+            hours = {}
+            for row in self.rows[kind]:
+                hours.setdefault(schema.hour_name(row[at]), []).append(row)
+            (self.path / kind).mkdir(parents=True, exist_ok=True)
+            for hour, rows in hours.items():
+                folder = self.path / kind / hour
+                folder.mkdir(exist_ok=True)
+                keys = Keys((row["host"], row["boot"], row["sequence"]) for row in rows)
+                write_file(folder / part, pa.Table.from_pylist(rows, columns), keys)
+
+    def open(self, range=RANGE):
+        self.write()
+        return open_folder(self.path, range)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Folder(tmp_path / "store")
+
+
+def joined(found):
+    """{(client's machine and program, server's)} of the connections that have both."""
+    return {
+        (f"{c['host']} {c['program']}", f"{s['host']} {s['program']}")
+        for one in found
+        if (c := one["client"]) and (s := one["server"])
+    }
+
+
+def alone(found):
+    """{machine and program: why the other end is missing}."""
+    return {
+        f"{side['host']} {side['program']}": "ambiguous" if one["ambiguous"] else one["reason"]
+        for one in found
+        if (side := one["client"] or one["server"]) and not (one["client"] and one["server"])
+    }
+
+
+def test_both_ends_are_joined(folder):
+    folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "curl")
+    folder.flow("b", "10.0.0.2:443", "10.0.0.1:40000", "nginx")
+    with folder.open() as store:
+        [one] = ends(store, Wanted())
+    assert (one["client"]["program"], one["server"]["program"]) == ("curl", "nginx")
+    assert not one["ambiguous"] and one["reason"] is None
+
+
+def test_rows_of_one_connection_are_one(folder):
+    for at in range(3):
+        for host, near, far, who_, tgid in (
+            ("a", "10.0.0.1:40000", "10.0.0.2:443", "curl", 7),
+            ("b", "10.0.0.2:443", "10.0.0.1:40000", "nginx", 8),
+        ):
+            first = FIRST + 10 * at * S
+            folder.flow(host, near, far, who_, first=first, tgid=tgid, cookie=tgid)
+    with folder.open() as store:
+        [one] = ends(store, Wanted())
+    assert one["client"]["bytes_out"] == 300
+
+
+def test_addresses_that_many_machines_have_join_on_their_own_machine(folder):
+    """docker0 is 172.17.0.1 everywhere, loopback too; in two namespaces of one machine as well."""
+    folder.flow("a", "127.0.0.1:80", "127.0.0.1:40000", "server-n", netns=9)
+    for host in "abc":
+        folder.flow(host, "127.0.0.1:40000", "127.0.0.1:80", f"client-{host}")
+        folder.flow(host, "127.0.0.1:80", "127.0.0.1:40000", f"server-{host}")
+        folder.flow(host, "172.17.0.2:40000", "172.17.0.3:80", f"box-{host}", netns=2)
+        folder.flow(host, "172.17.0.3:80", "172.17.0.2:40000", f"web-{host}", netns=3)
+    folder.flow("a", "127.0.0.1:40000", "127.0.0.1:80", "client-n", netns=9)
+    with folder.open() as store:
+        found = ends(store, Wanted())
+    wanted = {(f"{h} client-{h}", f"{h} server-{h}") for h in "abc"}
+    wanted.add(("a client-n", "a server-n"))
+    wanted |= {(f"{h} box-{h}", f"{h} web-{h}") for h in "abc"}
+    assert joined(found) == wanted
+
+
+def test_where_two_machines_fit_none_is_named(folder):
+    folder.flow("a", "192.168.1.2:40000", "192.168.1.3:80", "curl")
+    for host in "bc":
+        folder.flow(host, "192.168.1.3:80", "192.168.1.2:40000", f"nginx-{host}")
+    with folder.open() as store:
+        found = ends(store, Wanted())
+    assert joined(found) == set()
+    assert alone(found)["a curl"] == "ambiguous"
+
+
+def test_a_port_that_is_used_again_joins_the_right_ones(folder):
+    for number, at in enumerate((0, 4, 8)):
+        first = FIRST + at * S
+        folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", f"c{number}", first=first)
+        folder.flow("b", "10.0.0.2:443", "10.0.0.1:40000", f"s{number}", first=first + S // 100)
+    with folder.open() as store:
+        found = ends(store, Wanted())
+    assert joined(found) == {(f"a c{n}", f"b s{n}") for n in range(3)}
+
+
+def test_one_end_is_the_other_end_of_one_connection(folder):
+    """The server recorded the first alone: the second has no partner."""
+    folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "c0")
+    folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "c1", first=FIRST + S // 20)
+    folder.flow("b", "10.0.0.2:443", "10.0.0.1:40000", "s0")
+    for host in "ab":
+        folder.account(host)
+    with folder.open() as store:
+        found = ends(store, Wanted())
+    assert joined(found) == {("a c0", "b s0")}
+    assert alone(found) == {"a c1": "unseen"}
+
+
+@pytest.mark.parametrize("ahead", [-5 * S, 5 * S])
+def test_clocks_that_differ_are_learnt(folder, ahead):
+    """A port comes back after three seconds: with the clock as it is the wrong one is nearer."""
+    for number in range(8):
+        first = FIRST + 100 * S + number * 20 * S
+        near, far = f"10.0.0.1:{40000 + number}", "10.0.0.2:443"
+        folder.flow("a", near, far, f"c{number}", first=first)
+        folder.flow("b", far, near, f"s{number}", first=first + ahead)
+    again = FIRST + 100 * S + 5 * S
+    folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "again", first=again)
+    folder.flow("b", "10.0.0.2:443", "10.0.0.1:40000", "answer", first=again + ahead)
+    with folder.open() as store:
+        found = ends(store, Wanted())
+    assert joined(found) == {(f"a c{n}", f"b s{n}") for n in range(8)} | {("a again", "b answer")}
+
+
+def test_through_nat_of_the_server_s_machine(folder):
+    """A published port: the client knows the machine, the server its own address."""
+    folder.flow("a", "10.0.0.1:40000", "10.0.0.2:8080", "curl")
+    folder.flow(
+        "b", "172.17.0.2:80", "10.0.0.1:40000", "nginx",
+        nat_laddr="10.0.0.2", nat_lport=8080, nat_raddr="10.0.0.1", nat_rport=40000,
+    )  # fmt: skip
+    with folder.open() as store:
+        assert joined(ends(store, Wanted())) == {("a curl", "b nginx")}
+
+
+def test_ports_need_not_tell_who_asked(folder):
+    """NTP has one port at both ends; a published port may be higher than the client's."""
+    folder.flow("a", "10.0.0.1:123", "10.0.0.2:123", "chronyd", protocol=17)
+    folder.flow("b", "10.0.0.2:123", "10.0.0.1:123", "ntpd", protocol=17)
+    folder.flow("c", "10.0.0.3:40000", "10.0.0.2:50000", "curl")
+    folder.flow(
+        "b", "172.17.0.2:80", "10.0.0.3:40000", "nginx",
+        nat_laddr="10.0.0.2", nat_lport=50000, nat_raddr="10.0.0.3", nat_rport=40000,
+    )  # fmt: skip
+    folder.flow("d", "10.0.0.4:6000", "10.0.0.5:7000", "asks", initiated=True)
+    folder.flow("e", "10.0.0.5:7000", "10.0.0.4:6000", "serves", initiated=False)
+    folder.flow("f", "10.0.0.6:9", "10.0.0.6:9", "itself", protocol=17)
+    with folder.open() as store:
+        found = joined(ends(store, Wanted()))
+    assert {("c curl", "b nginx"), ("d asks", "e serves"), ("f itself", "f itself")} <= found
+    assert len(found & {("a chronyd", "b ntpd"), ("b ntpd", "a chronyd")}) == 1
+
+
+def test_through_nat_of_a_machine_on_the_way(folder):
+    """It masquerades and redirects; only its forwarded flow tells both."""
+    folder.flow("a", "10.0.0.1:40000", "10.9.0.1:8080", "curl")
+    folder.flow("b", "10.0.1.2:80", "10.9.0.2:50000", "nginx")
+    folder.flow(
+        "r", "10.0.0.1:40000", "10.0.1.2:80", forwarded=True,
+        nat_laddr="10.9.0.2", nat_lport=50000, nat_raddr="10.9.0.1", nat_rport=8080,
+    )  # fmt: skip
+    with folder.open() as store:
+        assert joined(ends(store, Wanted())) == {("a curl", "b nginx")}
+
+
+def test_an_end_without_a_partner_says_why(folder):
+    for host in "abcd":
+        folder.account(host, range(600, 701, 20) if host == "c" else range(600, 1201, 60))
+    folder.account("e", daemon_lost=1)
+    for number, host in enumerate("abcde", 1):
+        folder.flow(host, f"10.0.0.{number}:22", "203.0.113.7:40000", f"sshd-{host}")
+    for name, far in (
+        ("outside", "198.51.100.1:443"),
+        ("silent", "10.0.0.3:443"),
+        ("lost", "10.0.0.5:443"),
+        ("unseen", "10.0.0.2:443"),
+        ("local", "10.0.0.1:443"),
+    ):
+        folder.flow("a", "10.0.0.1:50000", far, name)
+    folder.flow("a", "10.0.0.1:50001", "198.51.100.2:443", "forwarded")
+    folder.flow("b", "10.0.0.1:50001", "198.51.100.2:443", forwarded=True)
+    with folder.open() as store:
+        reasons = alone(ends(store, Wanted(on="a")))
+        hosts = {one.name: one for one in hosts_of(store)}
+    for name in ("outside", "silent", "lost", "unseen", "local", "forwarded"):
+        assert reasons[f"a {name}"] == name
+    assert {name for name, one in hosts.items() if not one.whole} == {"c", "e"}
+
+
+def test_what_was_told_twice_counts_once(folder):
+    folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "curl")
+    folder.write("part-0.parquet")
+    with folder.open() as store:
+        total, [row] = who(store, Wanted(), 10)
+    assert (total, row["bytes_out"], row["rows"]) == (1, 100, 1)
+
+
+HOSTILE = ["'; DROP TABLE flow; --", '"x"', "a\x1b[31m\n", "%_", "$since", "x' OR '1'='1"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_of_hostile_machines_are_values_and_nothing_else(folder, name):
+    folder.flow(name, "10.0.0.1:40000", "not-an-address:443", name, domain=name)
+    folder.flow("b", "10.0.0.2:40000", "10.0.0.3:443", "curl")
+    with folder.open() as store:
+        for field in ("on", "pname"):
+            total, [row] = who(store, Wanted(**{field: name}), 10)
+            assert (total, row["host"], row["program"]) == (1, name, name)
+        assert len(ends(store, Wanted(host="10.0.0.0/8"))) == 1
+        assert service_map(ends(store, Wanted(on=name)), "process")[0]["client"] == name
+
+
+def test_who_takes_the_words_of_one_host(folder):
+    row = folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "curl", domain="www.example.org")
+    folder.process(
+        "a", row["tgid"], "curl", at_ns=FIRST + 1, unit="cron.service",
+        container="docker:4f1c0d2e9a3b", container_name="web", pod="web-0", user="alice",
+    )  # fmt: skip
+    folder.flow("b", "10.0.0.3:53", "10.0.0.4:40001", "named", protocol=17)
+    with folder.open() as store:
+        for words in (
+            {"port": 443}, {"port": 40000}, {"proto": "tcp"}, {"host": "10.0.0.2"},
+            {"host": "10.0.0.2/31"}, {"on": "a"}, {"pid": row["tgid"]}, {"pname": "curl"},
+            {"user": "alice"}, {"unit": "cron"}, {"unit": "cron.service"}, {"container": "web"},
+            {"container": "docker:4f1c"}, {"pod": "web-0"}, {"domain": "example.org"},
+            {"domain": "WWW.example.org."},
+        ):  # fmt: skip
+            total, [found] = who(store, Wanted(**words), 10)
+            assert (total, found["host"]) == (1, "a"), words
+        assert who(store, Wanted(domain="ample.org"), 10) == (0, [])
+        with pytest.raises(UsageError, match="neither an IP address nor a network"):
+            who(store, Wanted(host="nonsense"), 10)
+
+
+def test_usage_sums_up_by_what_is_asked(folder):
+    for host in "ab":
+        folder.flow(host, "10.0.0.1:40000", "10.0.0.9:443", "curl")
+    folder.flow("a", "10.0.0.1:40001", "10.0.0.9:443", "wget", bytes_in=5000)
+    with folder.open() as store:
+        _, rows = usage(store, Wanted(), "process", 10)
+        assert [(row["name"], row["hosts"], row["flows"]) for row in rows] == [
+            ("wget", 1, 1),
+            ("curl", 2, 2),
+        ]
+        total, rows = usage(store, Wanted(), "host", 1)
+        assert (total, rows[0]["name"]) == (2, "a")
+
+
+def test_new_is_what_the_days_before_have_not(folder):
+    for at, port in enumerate((443, 8443)):
+        folder.flow("a", f"10.0.0.1:4000{at}", f"203.0.113.7:{port}", "curl")
+    folder.flow("a", "10.0.0.1:22", "203.0.113.7:40000", "sshd")
+    folder.rollup("a", "curl", "203.0.113.0/24", 443, True, BEGIN - 48 * 3600 * S)
+    with folder.open() as store:
+        old = BEGIN - 30 * 86400 * S
+        _, rows = new(store, Wanted(), "destination", old, 10)
+        assert [(row["program"], row["service"]) for row in rows] == [("curl", 8443)]
+        _, rows = new(store, Wanted(), "program", old, 10)
+        assert [row["program"] for row in rows] == ["sshd"]
+        _, rows = new(store, Wanted(), "listener", old, 10)
+        assert [(row["program"], row["service"]) for row in rows] == [("sshd", 22)]
+
+
+def test_a_map_has_services_and_why_an_end_is_missing(folder):
+    for number in range(3):
+        near = f"10.0.0.1:{40000 + number}"
+        folder.flow("a", near, "10.0.0.2:443", "curl")
+        folder.flow("b", "10.0.0.2:443", near, "nginx")
+    folder.flow("a", "10.0.0.1:50000", "203.0.113.7:443", "wget", domain="example.org")
+    with folder.open() as store:
+        rows = service_map(ends(store, Wanted()), "process")
+    told = {
+        (row["client"], row["server"], row["service"], row["connections"], row["reason"])
+        for row in rows
+    }
+    assert told == {
+        ("curl", "nginx", 443, 3, None),
+        ("wget", "example.org", 443, 1, "outside"),
+    }
+
+
+def test_a_folder_that_is_none_is_a_line(tmp_path):
+    with pytest.raises(Error, match="has no flows"):
+        open_folder(tmp_path, RANGE)
+    (tmp_path / "flows" / schema.hour_name(FIRST)).mkdir(parents=True)
+    (tmp_path / "flows" / schema.hour_name(FIRST) / "part-1.parquet").write_bytes(b"nonsense")
+    with pytest.raises(Error, match=r"part-1\.parquet"):
+        open_folder(tmp_path, RANGE)
+
+
+@pytest.mark.parametrize("question", ["who", "ends", "map", "new", "usage"])
+def test_the_command_shows_and_tells_machines(folder, question, capsys, monkeypatch):
+    monkeypatch.setattr("hunter.fleet.fleet.time.time_ns", lambda: RANGE.until_ns)
+    folder.flow("a\x1b[31m", "10.0.0.1:40000", "10.0.0.2:443", "curl\x1b]0;x\x07")
+    folder.flow("b", "10.0.0.2:443", "10.0.0.1:40000", "nginx")
+    folder.account("b", range(600, 700, 20))
+    folder.write()
+    words = ["fleet", question, "--store", str(folder.path), "--since", "10m"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b]" not in shown and "\x07" not in shown
+    assert "silent for two minutes or more" in shown
+    assert main([*words, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["total"] == len(answer["rows"]) > 0
+    assert {one["host"] for one in answer["partial"]} == {"a\x1b[31m", "b"}
+    assert main([*words, "--pname", "nobody"]) == 1
+
+
+def test_a_map_is_a_page_that_runs_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("hunter.fleet.fleet.time.time_ns", lambda: RANGE.until_ns)
+    folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "<script>alert(1)</script>")
+    folder.write()
+    page = tmp_path / "map.html"
+    words = ["fleet", "map", "--store", str(folder.path), "--since", "10m", "--html", str(page)]
+    assert main(words) == 0
+    text = page.read_text()
+    assert "<script" not in text and "&lt;script&gt;" in text and "<svg" in text

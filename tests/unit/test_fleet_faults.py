@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: MIT
+"""What breaks on the way: nothing is lost that is not counted, and nothing is there twice."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+import uuid
+from collections import Counter
+from pathlib import Path
+
+import nats
+import pytest
+
+from fleet import bus, schema, wire
+from fleet.export.deltas import rows_of
+from fleet.export.spool import Spool
+from fleet.subjects import STREAM
+from fleeting import Program, Server, rows
+from playing import flows
+from waiting import patient, until
+
+PLAYING = str(Path(__file__).parents[1] / "playing.py")
+
+
+@pytest.fixture(name="server")
+def _server(tmp_path):
+    with Server(tmp_path / "nats") as server:
+        yield server
+
+
+def play(tmp_path, url, host, count, *more):
+    spool = tmp_path / f"spool-{host}"
+    spool.mkdir(exist_ok=True)
+    words = [sys.executable, PLAYING, str(spool), url, host, str(count), *map(str, more)]
+    return Program(tmp_path / f"{host}.log", words)
+
+
+def collect(tmp_path, url, name="one"):
+    return Program.of(
+        tmp_path / f"collect-{name}.log",
+        "collect",
+        *(str(tmp_path / "store"), "--server", url, "--interval", "0.2"),
+    )
+
+
+def ended(host: Program) -> str:
+    assert host.process.wait(patient(60)) == 0, host.text()
+    last = host.text().splitlines()[-1]
+    assert last.endswith(" True"), last
+    return last
+
+
+def stored(tmp_path) -> Counter:
+    """How often each flow of each host is there."""
+    return Counter((row["host"], row["cookie"]) for row in rows(tmp_path / "store", "flows"))
+
+
+def each_once(tmp_path, host: str, count: int) -> bool:
+    return stored(tmp_path) == Counter((host, cookie) for cookie in range(count))
+
+
+def test_a_server_that_dies_and_comes_back_costs_nothing(server, tmp_path):
+    with collect(tmp_path, server.url), play(tmp_path, server.url, "h1", 2000) as host:
+        until(lambda: stored(tmp_path), 30, "the first rows")
+        server.process.kill()
+        server.process.wait()
+        with Server(server.directory, server.port):
+            ended(host)
+            until(lambda: each_once(tmp_path, "h1", 2000), 30, "every row once")
+
+
+_KILLED = """
+import os, signal, sys
+rename, moment = os.rename, sys.argv.pop(1)
+def killed(*names):
+    flows = "/flows/" in str(names)
+    if moment == "after" or not flows:
+        rename(*names)
+    if not flows:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+os.rename = killed
+from fleet.collect.__main__ import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_collector_that_is_killed_with_a_file_loses_and_doubles_nothing(
+    server, tmp_path, monkeypatch, moment
+):
+    """Before its file has its name, and after, when the server does not know of it yet."""
+
+    async def give_again_soon() -> None:
+        client = await nats.connect(server.url)
+        monkeypatch.setattr(bus, "ACK_WAIT", 1.0)
+        await bus.ensure_stream(client.jetstream())
+        await client.close()
+
+    asyncio.run(give_again_soon())
+    words = [str(tmp_path / "store"), "--server", server.url, "--interval", "0.2"]
+    command = [sys.executable, "-c", _KILLED, moment, *words]
+    with play(tmp_path, server.url, "h1", 2000) as host:
+        with Program(tmp_path / "killed.log", command) as killed:
+            assert killed.process.wait(patient(60)) == -signal.SIGKILL
+        assert bool(stored(tmp_path)) == (moment == "after")
+        with collect(tmp_path, server.url), collect(tmp_path, server.url, "two"):
+            ended(host)
+            until(lambda: each_once(tmp_path, "h1", 2000), 60, "every row once")
+
+
+def test_an_exporter_that_is_killed_goes_on_where_it_was(server, tmp_path):
+    with collect(tmp_path, server.url) as collector:
+        for _ in range(4):
+            with play(tmp_path, server.url, "h1", 3000) as host:
+                before = host.text().count("connected")
+                until(lambda host=host, before=before: host.text().count("connected") >= before)
+                until(lambda: list((tmp_path / "spool-h1").iterdir()))
+                time.sleep(0.3)
+                host.process.send_signal(signal.SIGKILL)
+                host.process.wait()
+            spool = Spool(tmp_path / "spool-h1", 64 << 20)
+            assert spool.totals().closes
+            spool.close()
+        with play(tmp_path, server.url, "h1", 20) as host:
+            last = ended(host)
+        until(lambda: f"acknowledged={stored(tmp_path).total()}," in last, 30, last)
+        found = rows(tmp_path / "store", "flows")
+        assert max(Counter((one["sequence"], one["cookie"]) for one in found).values()) == 1
+        assert collector.stop() == 0
+
+
+def test_what_has_no_room_is_lost_and_counted(tmp_path):
+    """The server is away; the spool is small."""
+    with play(tmp_path, "nats://127.0.0.1:9", "h1", 20_000, 0.02, 100_000) as host:
+        until(lambda: "given" in host.text())
+        host.process.send_signal(signal.SIGTERM)
+        last = ended(host)
+    assert "exported=20000, acknowledged=0," in last and "lost=0," not in last
+
+
+def publish(url, *messages):
+    async def run() -> None:
+        client = await nats.connect(url)
+        jetstream = client.jetstream()
+        await bus.ensure_stream(jetstream)
+        for subject, payload in messages:
+            await jetstream.publish(subject, payload)
+        await client.close()
+
+    asyncio.run(run())
+
+
+BOOT = uuid.UUID(int=7).bytes
+
+
+def batch(first, count, sequence=1, ago_s=0.0):
+    made = rows_of(flows(first, count))
+    made["first_ns"] = made["last_ns"] = time.time_ns() - int(ago_s * 1e9)
+    return wire.encode_flows(BOOT, sequence, made, {})
+
+
+def test_a_batch_that_is_told_again_is_not_stored_again(server, tmp_path):
+    again = ("flows.h1", batch(0, 10))
+    publish(server.url, again, again)
+    with collect(tmp_path, server.url) as collector:
+        until(lambda: each_once(tmp_path, "h1", 10))
+        publish(server.url, again, ("flows.h1", batch(10, 5, 2)))
+        until(lambda: each_once(tmp_path, "h1", 15))
+        assert collector.stop() == 0
+    publish(server.url, again, ("flows.h1", batch(15, 5, 3)))
+    with collect(tmp_path, server.url):
+        until(lambda: each_once(tmp_path, "h1", 20))
+
+
+def test_the_subject_says_whose_a_batch_is(server, tmp_path):
+    """Two hosts with the same boot and sequence are two."""
+    publish(server.url, ("flows.h1", batch(0, 3)), ("flows.h2.example", batch(0, 3)))
+    with collect(tmp_path, server.url):
+        until(lambda: stored(tmp_path).total() == 6)
+    assert {host for host, _ in stored(tmp_path)} == {"h1", "h2.example"}
+
+
+def test_what_is_no_batch_is_counted_and_given_up(server, tmp_path):
+    nonsense = [b"", b"PHF1", b"x" * 4000, batch(0, 3)[:-4], batch(0, 3) + b"x"]
+    wrong = [("flows.h1", one) for one in nonsense] + [("procs.h1", batch(0, 3))]
+    publish(server.url, *wrong, ("flows.h1", batch(0, 3)))
+    with collect(tmp_path, server.url) as collector:
+        until(lambda: each_once(tmp_path, "h1", 3))
+        assert collector.stop() == 0
+        assert "3 rows collected, 6 malformed messages" in collector.text()
+
+    async def left() -> int:
+        client = await nats.connect(server.url)
+        info = await client.jetstream().stream_info(STREAM)
+        await client.close()
+        return info.state.messages
+
+    assert asyncio.run(left()) == 0
+
+
+def test_rows_go_to_their_own_hour_and_not_to_one_that_nobody_wants(server, tmp_path):
+    """A host that was cut off for hours, one whose clock is 5 s ahead, and two that are wrong."""
+    day = 86400.0
+    ages = {"silent": 3 * 3600.0, "ahead": -5.0, "future": -2 * day, "ancient": 40 * day}
+    publish(server.url, *((f"flows.{name}", batch(0, 2, ago_s=age)) for name, age in ages.items()))
+    publish(server.url, ("flows.last", batch(0, 2)))
+    with collect(tmp_path, server.url) as collector:
+        until(lambda: any(host == "last" for host, _ in stored(tmp_path)))
+        assert collector.stop() == 0
+        assert "4 rows out of time" in collector.text()
+    assert {host for host, _ in stored(tmp_path)} == {"silent", "ahead", "last"}
+    found = rows(tmp_path / "store", "flows")
+    hours = {schema.hour_name(row["last_ns"]) for row in found}
+    assert {path.name for path in (tmp_path / "store/flows").iterdir()} == hours
+    assert len(hours) > 1

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT
+"""The fleet's programs on the command line, with and without their extra."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+_WITHOUT = """
+import sys
+for name in ("nats", "pyarrow", "duckdb", "backports.zstd", "nkeys"):
+    sys.modules[name] = None
+from fleet.{0}.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("program", ["export", "collect"])
+def test_without_the_extra_one_line_says_what_to_install(program, tmp_path):
+    code = _WITHOUT.format(program)
+    run = [sys.executable, "-I", "-c", code]
+    ended = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1
+    assert "pip install 'packet-hunter[fleet]'" in ended.stderr
+    helped = subprocess.run([*run, "--help"], capture_output=True, text=True)
+    assert helped.returncode == 0 and "--server" in helped.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--server", "http://x"],
+        ["--server", "tls://x:99999"],
+        ["--host", "a b"],
+        ["--host", "flows.*"],
+        ["--host", "a..b"],
+        ["--host", "a.>"],
+        ["--interval", "0"],
+        ["--spool-size", "0"],
+    ],
+)
+def test_mistakes_are_told_and_nothing_begins(arguments, tmp_path):
+    run = [sys.executable, "-I", "-m", "fleet.export", "--spool", str(tmp_path / "spool")]
+    ended = subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("packet-hunter-export: ") and ended.stderr.count("\n") == 1
+    assert not (tmp_path / "spool").exists()

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: MIT
+"""Hours of Parquet: what becomes of a batch, and of several collectors on one folder."""
+
+from __future__ import annotations
+
+import socket
+import time
+import uuid
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from fleet import schema, wire
+from fleet.collect import parquet, tidy
+from fleet.collect.keys import Keys
+from fleet.collect.parquet import ParquetStore
+from fleet.collect.rollup import network_of, write_rollup
+from fleet.collect.tables import Received
+from fleet.collect.tidy import Tidier
+from fleet.export.deltas import Deltas, rows_of
+from fleet.export.source import Source
+from fleeting import rows
+from nlproto.records.clock import Clock
+from nlproto.tables.flows import pack_address
+from nlproto.tables.processes import Process
+from playing import flows
+
+BOOT = uuid.UUID(int=7)
+DAY = 86400.0
+
+
+def received(rows, sequence=1, host="h1", names=None):
+    payload = wire.encode_flows(BOOT.bytes, sequence, rows, names or {})
+    return Received(host, wire.decode(payload))
+
+
+def now(count=3, first=0, **fields):
+    made = rows_of(flows(first, count))
+    made["first_ns"] = made["last_ns"] = time.time_ns()
+    for name, value in fields.items():
+        made[name] = value
+    return made
+
+
+def test_every_column_says_what_the_row_said(tmp_path):
+    made = now(4, domain=[0, 9, 9, 8], initiated=[0, 1, 2, 0], tgid=[0, 1, 1, 1])
+    made["how"] = 20, 1, 2, 1
+    made["family"][2] = socket.AF_INET6
+    made["raddr"][2] = np.frombuffer(pack_address("2001:db8::1")[1], np.uint64)
+    made["nat"][3], made["nat_rport"][3] = socket.AF_INET, 8080
+    made["nat_raddr"][3] = np.frombuffer(pack_address("192.0.2.9")[1], np.uint64)
+    store = ParquetStore(tmp_path, DAY)
+    store.write([received(made, 5, "web.example", {9: "a.example"})])
+    found = sorted(rows(tmp_path, "flows"), key=lambda row: row["cookie"])
+    assert [row["domain"] for row in found] == [None, "a.example", "a.example", None]
+    assert [row["initiated"] for row in found] == [None, True, False, None]
+    assert [row["uid"] for row in found] == [None, 1000, 1000, 1000]
+    assert [row["raddr"] for row in found] == ["10.0.0.5", "10.0.0.5", "2001:db8::1", "10.0.0.5"]
+    assert [row["nat_raddr"] for row in found] == [None, None, None, "192.0.2.9"]
+    assert [row["nat_rport"] for row in found] == [None, None, None, 8080]
+    assert found[1] | {"cookie": 0} == {
+        **{"host": "web.example", "boot": str(BOOT), "sequence": 5, "netns": 4026531840},
+        **{"cookie": 0, "protocol": 6, "laddr": "10.0.0.5", "lport": 40000, "raddr": "10.0.0.5"},
+        **{"rport": 5432, "forwarded": False, "initiated": True, "tgid": 1},
+        **{"start_ns": 5_000_000_000, "uid": 1000, "comm": "played", "how": "context"},
+        **{"flags": 0, "first_ns": int(made["first_ns"][0]), "last_ns": int(made["last_ns"][0])},
+        **{"packets_out": 1, "bytes_out": 60, "packets_in": 0, "bytes_in": 0},
+        **{"nat_laddr": None, "nat_raddr": None, "nat_lport": None, "nat_rport": None},
+        "domain": "a.example",
+    }
+
+
+def test_what_one_host_calls_a_number_is_not_told_of_another(tmp_path):
+    store = ParquetStore(tmp_path, DAY)
+    batches = [received(now(1, domain=9), 1, host, {9: f"{host}.example"}) for host in ("h1", "h2")]
+    store.write(batches)
+    assert {row["host"]: row["domain"] for row in rows(tmp_path, "flows")} == {
+        "h1": "h1.example",
+        "h2": "h2.example",
+    }
+
+
+def test_of_two_collectors_one_writes_a_batch_also_while_the_other_is_at_it(tmp_path, monkeypatch):
+    one, other = ParquetStore(tmp_path, DAY), ParquetStore(tmp_path, DAY)
+    both = [received(now(3), 1), received(now(3, 10), 2)]
+    write_file = parquet.write_file
+
+    def slow(path, table, keys):
+        monkeypatch.setattr(parquet, "write_file", write_file)
+        other.write(both[:1])
+        write_file(path, table, keys)
+
+    monkeypatch.setattr(parquet, "write_file", slow)
+    one.write(both)
+    other.write(both)
+    assert sorted(row["cookie"] for row in rows(tmp_path, "flows")) == [0, 1, 2, 10, 11, 12]
+    assert not list(tmp_path.rglob(".part-*"))
+
+
+def test_a_batch_over_the_end_of_an_hour_is_in_both(tmp_path):
+    made = now(4)
+    hour = time.time_ns() // schema.HOUR_NS * schema.HOUR_NS
+    made["last_ns"][:2] = hour - 1
+    made["last_ns"][2:] = hour
+    store = ParquetStore(tmp_path, DAY)
+    store.write([received(made)])
+    ParquetStore(tmp_path, DAY).write([received(made)])
+    assert len(rows(tmp_path, "flows")) == 4
+    names = {path.name for path in (tmp_path / "flows").iterdir()}
+    assert names == {schema.hour_name(hour - 1), schema.hour_name(hour)}
+    assert sorted(map(schema.hour_ns, names)) == [hour - schema.HOUR_NS, hour]
+
+
+def test_keys_are_ranges_however_they_come():
+    rng = np.random.default_rng(1)
+    numbers = rng.permutation(2000).tolist()
+    keys = Keys(("h", "b", number) for number in numbers[:1000])
+    again = Keys.from_bytes(keys.to_bytes())
+    for number in range(2000):
+        assert (("h", "b", number) in again) == (number in numbers[:1000])
+    rest = Keys(("h", "b", number) for number in numbers[1000:])
+    assert keys.isdisjoint(rest) and rest.isdisjoint(keys)
+    keys.update(rest)
+    assert keys.to_bytes() == b'{"h":{"b":[[0,1999]]}}'
+    assert not keys.isdisjoint(rest)
+
+
+def test_deltas_add_up_and_a_flow_is_one_row():
+    deltas = Deltas()
+    for turn in range(50):
+        some = flows(0, 500, bytes_out=turn, uid=turn)
+        some["first_ns"] = some["last_ns"] = 1000 + turn
+        some["flags"] = 1 << turn % 3
+        deltas.add(some, Clock(10**18, 0))
+    taken = deltas.take()
+    assert len(taken) == 500 and not len(deltas)
+    assert set(taken["bytes_out"].tolist()) == {sum(range(50))}
+    assert set(taken["packets_out"].tolist()) == {50}
+    assert set(taken["flags"].tolist()) == {7}
+    assert set(taken["uid"].tolist()) == {49}
+    assert set(taken["first_ns"].tolist()) == {10**18 + 1000}
+    assert set(taken["last_ns"].tolist()) == {10**18 + 1049}
+
+
+@pytest.mark.parametrize("field", ["laddr", "raddr", "lport", "rport", "proto", "tgid", "netns"])
+def test_flows_that_differ_in_one_thing_stay_apart(field):
+    one, other = flows(0, 1), flows(0, 1)
+    other[field] += 1
+    deltas = Deltas()
+    for some in (one, other, one):
+        deltas.add(some, Clock(0, 0))
+    assert sorted(deltas.take()["packets_out"].tolist()) == [1, 2]
+
+
+def old(count, hours_ago, first=0, **fields):
+    at = time.time_ns() - int(hours_ago * schema.HOUR_NS)
+    return now(count, first, first_ns=at, last_ns=at, **fields)
+
+
+def test_small_files_become_one_with_the_same_rows_and_keys(tmp_path):
+    store = ParquetStore(tmp_path, 30 * DAY)
+    batches = [received(old(5, 3, 5 * at), at, f"h{at % 3}") for at in range(8)]
+    for one in batches:
+        store.write([one])
+    (folder,) = (tmp_path / "flows").iterdir()
+    hidden = folder / ".part-of-another.parquet"
+    hidden.touch()
+    before = sorted(row["cookie"] for row in rows(tmp_path, "flows"))
+    tidier = Tidier(store, 400 * DAY)
+    assert not tidier.compact(folder, 9)
+    assert tidier.compact(folder, 8)
+    assert sorted(row["cookie"] for row in rows(tmp_path, "flows")) == before == list(range(40))
+    assert len(parquet.parts(folder)) == 1 and hidden.exists()
+    for again in (store, ParquetStore(tmp_path, 30 * DAY)):
+        again.write(batches)
+    assert len(rows(tmp_path, "flows")) == 40
+    assert {path.name for path in tmp_path.iterdir()} <= {".lock", ".tidy", "flows"}
+
+
+def test_a_file_that_comes_while_others_are_put_together_stays(tmp_path, monkeypatch):
+    store, other = ParquetStore(tmp_path, 30 * DAY), ParquetStore(tmp_path, 30 * DAY)
+    for at in range(4):
+        store.write([received(old(5, 3, 5 * at), at)])
+    (folder,) = (tmp_path / "flows").iterdir()
+    write = tidy.write_file
+
+    def slow(*arguments):
+        other.write([received(old(5, 3, 100), 100)])
+        write(*arguments)
+
+    monkeypatch.setattr(tidy, "write_file", slow)
+    assert not Tidier(store, 400 * DAY).compact(folder, 4)
+    assert len(rows(tmp_path, "flows")) == 25
+
+
+def test_an_hour_is_summed_up_once_and_again_when_more_comes(tmp_path):
+    store = ParquetStore(tmp_path, 30 * DAY)
+    hour = schema.hour_name(time.time_ns() - 3 * schema.HOUR_NS)
+    at = schema.hour_ns(hour)
+    process = wire.ToldProcess(
+        tgid=100, start_ns=5_000_000_000, at_ns=at, comm="x", exe="/usr/bin/psql", unit="db.service"
+    )
+    told = wire.decode(wire.encode(wire.PROCS, BOOT.bytes, 1, [process]))
+    made = now(6, last_ns=at, first_ns=at, initiated=[1, 1, 1, 0, 0, 2], domain=[0, 0, 0, 9, 9, 0])
+    store.write([Received("h1", told), received(made, 2, "h1", {9: "db.example"})])
+    assert write_rollup(tmp_path, hour)
+    assert not write_rollup(tmp_path, hour)
+
+    def sums():
+        found = pq.read_table(tmp_path / "rollup" / hour / "part-0.parquet")
+        assert found.schema.remove_metadata() == schema.ROLLUP
+        return sorted(
+            (
+                row["name"],
+                row["unit"],
+                row["remote"],
+                row["service"],
+                row["flows"],
+                row["bytes_out"],
+            )
+            for row in found.to_pylist()
+        )
+
+    assert sums() == [
+        ("psql", "db.service", "10.0.0.0/24", 5432, 3, 180),
+        ("psql", "db.service", "10.0.0.0/24", 40000, 1, 60),
+        ("psql", "db.service", "db.example", 5432, 2, 120),
+    ]
+    store.write([received(now(1, 50, last_ns=at, initiated=1, tgid=7), 3)])
+    assert write_rollup(tmp_path, hour)
+    assert ("played", None, "10.0.0.0/24", 5432, 1, 60) in sums()
+    assert network_of("2001:db8:1:2:3::4") == "2001:db8:1:2::/64"
+
+
+def test_retention_takes_whole_hours_and_keeps_their_sums(tmp_path):
+    store = ParquetStore(tmp_path, 30 * DAY)
+    store.write([received(old(2, 29 * 24), 1), received(old(2, 3, 10), 2)])
+    tidier = Tidier(store, 400 * DAY)
+    tidier.tidy()
+    assert len(rows(tmp_path, "flows")) == 4
+    assert len(list((tmp_path / "rollup").iterdir())) == 2
+    tidier.retire(time.time_ns() + 2 * 86400 * 10**9)
+    assert {row["cookie"] for row in rows(tmp_path, "flows")} == {10, 11}
+    assert len(list((tmp_path / "rollup").iterdir())) == 2
+    tidier.retire(time.time_ns() + 399 * 86400 * 10**9)
+    assert not rows(tmp_path, "flows")
+    assert len(list((tmp_path / "rollup").iterdir())) == 1
+    store.write([received(old(2, 31 * 24), 3)])
+    assert store.untimely == 2 and not rows(tmp_path, "flows")
+
+
+def test_each_hour_tells_of_the_processes_that_its_flows_are_of():
+    source = Source("/nowhere")
+    source._learn(Process(100, 5_000_000_000, comm="one"))
+    source._learn(Process(200, 5_000_000_000, comm="idle"))
+    some = flows(0, 3)
+    assert [one.comm for one in source.due(some, 1)] == ["one"]
+    assert not source.due(some, 1)
+    (again,) = source.due(some, 2)
+    source.untold([again])
+    assert len(source.due(some, 2)) == 1
+    source._learn(Process(100, 5_000_000_000, comm="one"))
+    assert not source.due(some, 2)
+    source._learn(Process(100, 5_000_000_000, comm="execed"))
+    assert [one.comm for one in source.due(some, 2)] == ["execed"]
