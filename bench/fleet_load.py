@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Many hosts at one server: python bench/fleet_load.py [--hosts 2000] [--seconds 60]
 
-One process plays all hosts: each has a TLS connection and a key of its own, and sends 75 flows each
+One process plays all hosts: each has a TLS connection and a key of its own, and sends 80 flows each
 10 s, in the batches of the real exporter. Server and collector are real. All is counted at the end:
 what was acknowledged stands in the collector's files, each row once.
 """
@@ -30,7 +30,7 @@ from nlproto.errors import Error
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import FLOW
 
-_EACH, _INTERVAL = 75, 10.0
+_EACH, _INTERVAL = 80, 10.0
 _CONNECTING = 20  # hosts at once
 _TICKS = os.sysconf("SC_CLK_TCK")
 

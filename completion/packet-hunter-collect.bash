@@ -7,7 +7,7 @@
 
 
 
-_shtab_packet_hunter_collect_option_strings=(-h --help --server --nkey --ca --make-nkey --interval --keep --keep-sums --replicas)
+_shtab_packet_hunter_collect_option_strings=(-h --help --server --nkey --ca --make-nkey --interval --keep --keep-sums --clickhouse --replicas)
 
 
 

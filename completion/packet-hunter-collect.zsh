@@ -24,6 +24,7 @@ _shtab_packet_hunter_collect_options=(
   "--interval[between two files\; what was sent is asked about so much later (default 20)]:SECONDS:"
   "--keep[of flows (default 30)]:DAYS:"
   "--keep-sums[of each hour\'s sums (default 396)]:DAYS:"
+  "--clickhouse[write into https\:\/\/\[USER\:PASSWORD\@\]HOST\:8443\/DATABASE, too (\@FILE\: the URL is in it)]:URL:"
   "--replicas[of the stream, if this has to make it\; 3 in a cluster (default 1)]:N:"
   ":where the hours are (default \/var\/lib\/packet-hunter-collect):"
 )

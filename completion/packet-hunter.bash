@@ -5,11 +5,12 @@
 #    source ~/.local/share/bash_completion/packet-hunter
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_packet_hunter_subparsers=(top who usage fleet web stats annotate report doctor)
+_shtab_packet_hunter_subparsers=(top who usage watch fleet web stats annotate report doctor)
 
 _shtab_packet_hunter_top_option_strings=(-h --help -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container --pod --unit --parent --exe --cmdline -n --numbers -u --units -d --interval --socket --direct --engine -B --buffer --domains -r --read)
-_shtab_packet_hunter_who_option_strings=(-h --help --port --proto --host --pid --pname --domain --netns --since --until --by --limit --json --socket)
+_shtab_packet_hunter_who_option_strings=(-h --help --port --proto --host --pid --pname --unit --container --pod --domain --netns --since --until --by --limit --json --socket)
 _shtab_packet_hunter_usage_option_strings=(-h --help --by --since --limit --json --socket)
+_shtab_packet_hunter_watch_option_strings=(-h --help --once --since --unseen --journal --webhook --json --socket)
 _shtab_packet_hunter_fleet_option_strings=(-h --help --store --on --port --proto --host --pid --pname --user --unit --container --pod --domain --since --until --by --of --days --html --limit --json --socket)
 _shtab_packet_hunter_web_option_strings=(-h --help --port --socket)
 _shtab_packet_hunter_stats_option_strings=(-h --help --json --socket)
@@ -31,6 +32,7 @@ _shtab_packet_hunter_who___host_COMPGEN=''
 _shtab_packet_hunter_who___pid_COMPGEN=''
 _shtab_packet_hunter_who___socket_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_usage___socket_COMPGEN=_shtab_compgen_files
+_shtab_packet_hunter_watch___socket_COMPGEN=_shtab_compgen_files
 _shtab_packet_hunter_fleet___port_COMPGEN=''
 _shtab_packet_hunter_fleet___host_COMPGEN=''
 _shtab_packet_hunter_fleet___pid_COMPGEN=''
@@ -68,7 +70,7 @@ _shtab_packet_hunter_usage___by_choices=(process unit container user domain)
 _shtab_packet_hunter_fleet___proto_choices=(tcp udp)
 _shtab_packet_hunter_fleet___by_choices=(process host unit container pod user domain)
 _shtab_packet_hunter_fleet___of_choices=(destination program listener)
-_shtab_packet_hunter_pos_0_choices=(top who usage fleet web stats annotate report doctor)
+_shtab_packet_hunter_pos_0_choices=(top who usage watch fleet web stats annotate report doctor)
 _shtab_packet_hunter__Q_choices=(in out inout)
 _shtab_packet_hunter___direction_choices=(in out inout)
 _shtab_packet_hunter___format_choices=(csv jsonl ecs parquet pcapng)
@@ -86,6 +88,11 @@ _shtab_packet_hunter_who___json_nargs=0
 _shtab_packet_hunter_usage__h_nargs=0
 _shtab_packet_hunter_usage___help_nargs=0
 _shtab_packet_hunter_usage___json_nargs=0
+_shtab_packet_hunter_watch__h_nargs=0
+_shtab_packet_hunter_watch___help_nargs=0
+_shtab_packet_hunter_watch___once_nargs=0
+_shtab_packet_hunter_watch___journal_nargs=0
+_shtab_packet_hunter_watch___json_nargs=0
 _shtab_packet_hunter_fleet__h_nargs=0
 _shtab_packet_hunter_fleet___help_nargs=0
 _shtab_packet_hunter_fleet___json_nargs=0
@@ -313,7 +320,7 @@ _packet_hunter() {
       return
     fi
   done
-  if ((COMP_CWORD > 1)) && [[ " who usage fleet web stats annotate report doctor " == *" ${COMP_WORDS[1]} "* ]]; then
+  if ((COMP_CWORD > 1)) && [[ " who usage watch fleet web stats annotate report doctor " == *" ${COMP_WORDS[1]} "* ]]; then
     case $before in
       --pid | --pname | --port | --host) ;;
       *) _shtab_packet_hunter; return ;;
@@ -334,7 +341,7 @@ _packet_hunter() {
     return
   fi
   _packet_hunter_offer < <(printf '%s\n' tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe domain ifindex less greater)
-  ((COMP_CWORD > 1)) || _packet_hunter_offer < <(printf '%s\n' top who usage fleet web stats annotate report doctor)
+  ((COMP_CWORD > 1)) || _packet_hunter_offer < <(printf '%s\n' top who usage watch fleet web stats annotate report doctor)
 }
 
 complete -o bashdefault -F _packet_hunter packet-hunter

@@ -17,6 +17,7 @@ _shtab_packet_hunter_commands() {
     stats:'what the daemon has seen, and how well it names'
     top:'processes by rate, live'
     usage:'who used how much, in an hour or a month'
+    watch:'programs, destinations and listeners that were not seen before'
     web:'the same in a browser, with the history'
     who:'what listens, and which process owns, or owned, a port'
   )
@@ -173,6 +174,20 @@ _shtab_packet_hunter_usage_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_packet_hunter_usage_defaults_added=0
 
+_shtab_packet_hunter_watch_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--once[tell what is new since T, and end]"
+  "--since[begin so long ago (10m, 12h\; with --once 1h, else now), or at 14\:30]:T:"
+  "--unseen[new is what was not seen for so long (1d or more\; 30d)]:T:"
+  "--journal[write lines to standard error with the journal\'s priority before them]"
+  "--webhook[POST each as JSON to http(s)\:\/\/...]:URL:"
+  "--json[a JSON object a line]"
+  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_packet_hunter_watch_defaults_added=0
+
 _shtab_packet_hunter_web_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--port[on 127.0.0.1 (default\: any free)]:N:_ports"
@@ -189,6 +204,9 @@ _shtab_packet_hunter_who_options=(
   "--host[address or network of the other end]:H:_hosts"
   "--pid[what this process talks to]:P:_pids"
   "--pname[what processes so named talk to]:NAME:"
+  "--unit[what runs in this unit talks to]:U:"
+  "--container[the same of a container\: name or id]:C:"
+  "--pod[the same of a pod]:POD:"
   "--domain[who talks to the host so named]:NAME:"
   "--netns[in this network namespace alone\: its name, a pid or its inode]:NS:"
   "--since[seen so long ago at most (60s, 5m), or since 14\:30, 2026-05-28 or both]:T:"
@@ -228,6 +246,7 @@ _shtab_packet_hunter() {
         stats) _arguments -C -s $_shtab_packet_hunter_stats_options ;;
         top) _arguments -C -s $_shtab_packet_hunter_top_options ;;
         usage) _arguments -C -s $_shtab_packet_hunter_usage_options ;;
+        watch) _arguments -C -s $_shtab_packet_hunter_watch_options ;;
         web) _arguments -C -s $_shtab_packet_hunter_web_options ;;
         who) _arguments -C -s $_shtab_packet_hunter_who_options ;;
         *) _arguments -C -s $_shtab_packet_hunter_options '*:filter word:(tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not pid pname uid netns how container unit pod parent cmdline exe domain ifindex less greater)' ;;

@@ -54,6 +54,8 @@ __all__ = ["SWITCH_INTERVAL", "Service"]
 
 SWITCH_INTERVAL = 0.0001  # s; each system call of the event loop may wait so long, twice or more
 _WORKER_HANGS = 10.0  # s
+_MOST_LISTENERS = 10_000
+"""Of which is written down since when they are known."""
 
 log = logging.getLogger("daemon")
 
@@ -146,6 +148,9 @@ class Service:
         answers.remembers_since = recorder.remembers_since
         answers.name_of = recorder.name_of
         answers.sums = recorder.usage
+        answers.recorder = recorder
+        if (portmap := pipeline.portmap) is not None:
+            recorder.listeners = lambda: portmap.listeners(_MOST_LISTENERS)
         answers.translations = overheard.translations
         server = Server(
             loop, answers, self.config, lambda: figures(pipeline, recorder), self._bounds

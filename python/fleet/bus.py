@@ -33,6 +33,7 @@ __all__ = [
     "connect",
     "ensure_stream",
     "one_more",
+    "words",
 ]
 
 ACK_WAIT = 120.0
@@ -49,6 +50,13 @@ log = logging.getLogger(__name__)
 logging.getLogger("nats").setLevel(logging.CRITICAL)  # it repeats what we tell
 logging.getLogger("asyncio").setLevel(logging.ERROR)  # a TLS connection that ends is no news
 logging.getLogger("asyncio").setLevel(logging.ERROR)  # a TLS connection that ends is no news
+
+
+def words(error: BaseException) -> str:
+    """Return what to say of one of FAILURES."""
+    if isinstance(error, nats.js.errors.NoStreamResponseError):
+        return f"it has no stream {STREAM}, which the first packet-hunter-collect makes"
+    return str(error) or type(error).__name__
 
 
 def one_more(failures: int, begun: float) -> int:
@@ -98,7 +106,7 @@ async def connect(
             max_outstanding_pings=2,
         )
     except (*FAILURES, ssl.SSLError) as error:
-        raise Error(f"{', '.join(server.urls)}: {str(error) or type(error).__name__}") from None
+        raise Error(f"{', '.join(server.urls)}: {words(error)}") from None
 
 
 async def ensure_stream(jetstream: JetStreamContext, replicas: int = 1) -> None:

@@ -66,6 +66,10 @@ def _run(command: options.Command, stop: Stop) -> int:
             from hunter.commands import usage
 
             usage.run(command)
+        case options.Watch():
+            from hunter.watch import watch
+
+            return watch.run(command, stop, _tell)
         case options.Fleet():
             from hunter.fleet import fleet
 

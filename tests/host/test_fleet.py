@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 
-from fleeting import Program, Server, rows
+from fleeting import Program, Server, free_port, rows
 from hunting import NOBODY
 from waiting import patient, until
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs root")
 
 
@@ -72,3 +75,35 @@ def test_who_may_not_see_everything_is_told_so(daemon, nats, tmp_path):
     with Program(tmp_path / "export.log", command) as exporter:
         assert exporter.process.wait(patient(30)) == 1
         assert "member of its group" in exporter.text()
+
+
+def test_one_command_starts_a_fleet_on_one_machine_and_ends_it(tmp_path, server):
+    directory = tmp_path / "fleet"
+    told = {"PACKET_HUNTER_ENGINE": "packet", "PACKET_HUNTER_NATS_PORT": str(free_port())}
+    command = [str(EXAMPLES / "fleet.sh"), str(directory)]
+    with Program(
+        tmp_path / "log", command, env=os.environ | told, start_new_session=True
+    ) as example:
+        example.wait_for("packet-hunter fleet who")
+        until(lambda: "connected as" in (directory / "export.log").read_text(), 60)
+        with socket.create_connection(("127.0.0.1", server[1])) as client:
+            port = client.getsockname()[1]
+
+            def found():
+                client.sendall(b"x")
+                client.recv(10)
+                return [row for row in rows(directory / "hours", "flows") if row["lport"] == port]
+
+            until(found, 60, "a row")
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        parts = [pid for pid in pids if _session(pid) == example.process.pid]
+        assert len(parts) >= 5
+        assert example.stop(signal.SIGINT) == 0, example.text()
+        until(lambda: not any(_session(pid) == example.process.pid for pid in parts))
+
+
+def _session(pid):
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None

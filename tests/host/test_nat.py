@@ -178,20 +178,42 @@ def test_a_container_that_asks_itself_by_its_published_port(daemon, lab):
     assert became(answers) == ("10.77.0.1", 8080, "10.88.0.2", client.port)
 
 
+def test_connections_older_than_the_daemon_and_those_of_a_port_used_again(start, lab):
+    """The same client's port goes to another server: neither has the other's name."""
+    first = lab.server("box", 80, address="10.88.0.2")
+    old = lab.client("far", "10.77.0.1", 8080, own=45678)
+    daemon = start()
+    old.again()
+    flow = of(daemon, first, port=8080)
+    assert became(flow) == ("10.77.0.1", 8080, "10.77.0.2", 45678)
+    old.end()
+    first.end()
+    lab.run("host", "nft flush table inet nat")
+    lab.rules("chain pre {\n type nat hook prerouting priority -100\n"
+              " tcp dport 8080 dnat ip to 10.88.0.2:81\n}\n")  # fmt: skip
+    try:
+        second = lab.server("box", 81, address="10.88.0.2")
+        new = lab.client("far", "10.77.0.1", 8080, own=45678)
+        new.again()
+        flow = of(daemon, second, port=8080)
+        assert became(flow) == ("10.77.0.1", 8080, "10.77.0.2", 45678)
+        asked = of(daemon, new, port=8080)
+        assert asked["nat_rport"] == 81
+        assert of(daemon, first, port=8080)["lport"] == 80
+        assert of(daemon, old, port=8080)["nat_rport"] == 80
+    finally:
+        lab.run("host", "nft flush table inet nat")
+        lab.rules(PUBLISHED)
+
+
 def test_what_one_user_translates_is_not_told_of_another(daemon, lab):
     """A namespace of somebody else's with the same tuples claims nothing."""
     serving = lab.server("box", 80, address="10.88.0.2")
     client = lab.client("far", "10.77.0.1", 8080)
     of(daemon, serving, port=8080)
-    copy = (
-        "ip link set lo up; ip addr add 10.88.0.2/32 dev lo; ip addr add 10.77.0.2/32 dev lo;"
-        ' exec "$0" "$@"'
-    )
     stranger = subprocess.Popen(
-        ["setpriv", "--reuid", "65534", "--clear-groups", "unshare", "-rn", "sh", "-c", copy,
-         sys.executable, "-c", STRANGER, str(client.port)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", STRANGER, str(client.port)], stdout=subprocess.PIPE, text=True
+    )
     try:
         if not (line := stranger.stdout.readline()):
             pytest.skip("users may not make namespaces here")
@@ -207,17 +229,23 @@ def test_what_one_user_translates_is_not_told_of_another(daemon, lab):
 
 
 STRANGER = """
-import os, socket, sys
-port = int(sys.argv[1])
+import ctypes, os, socket, subprocess, sys, time
+libc, port = ctypes.CDLL(None), int(sys.argv[1])
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+if libc.unshare(0x10000000 | 0x40000000):  # CLONE_NEWUSER, CLONE_NEWNET
+    sys.exit()
+libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: its uid_map is its own again
+open("/proc/self/uid_map", "w").write("0 65534 1")
+for words in ("link set lo up", "addr add 10.88.0.2/32 dev lo", "addr add 10.77.0.2/32 dev lo"):
+    subprocess.run(["ip", *words.split()], check=True)
 with socket.create_server(("10.88.0.2", 80)) as server, socket.socket() as peer:
     peer.bind(("10.77.0.2", port))
     peer.connect(("10.88.0.2", 80))
     other, _ = server.accept()
     print(os.getpid(), flush=True)
     while True:
-        peer.send(b"x")
-        other.recv(1)
-        other.send(b"x")
-        peer.recv(1)
-        __import__("time").sleep(0.05)
+        peer.send(b"x"), other.recv(1), other.send(b"x"), peer.recv(1)
+        time.sleep(0.05)
 """

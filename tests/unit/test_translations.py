@@ -53,7 +53,10 @@ def _owners():
 
 @pytest.fixture(name="known")
 def _known(owners):
-    return Translations(owners.get)
+    known = Translations(owners.get)
+    for netns in owners:
+        known.hear_until(netns, 100 * SECOND)
+    return known
 
 
 def test_each_side_is_told_the_other(known):
@@ -101,6 +104,15 @@ def test_the_same_ends_used_again_are_told_apart_by_time(known):
     assert known.find(here, 2 * SECOND + 1, 3 * SECOND - 1) is None  # one of both
 
 
+def test_what_may_have_ended_unheard_is_not_told(known):
+    known.add(HOST, published(), SECOND, SECOND)
+    known.hear_until(HOST, 5 * SECOND)
+    here = way(BOX, SERVER, CLIENT)
+    assert known.find(here, 5 * SECOND, 5 * SECOND) is not None
+    assert known.find(here, 5 * SECOND, 6 * SECOND) is None
+    assert known.find_now(here) is not None
+
+
 def test_two_zones_that_say_different_things_say_nothing(known):
     known.add(HOST, published(1), SECOND, SECOND)
     known.add(
@@ -138,6 +150,7 @@ def many(known, netns, count, first=0):
 
 def test_the_table_is_bounded_and_says_so(owners):
     known = Translations(owners.get, limit=100)
+    known.hear_until(HOST, 100 * SECOND)
     many(known, HOST, 100)
     assert not known.cut
     many(known, HOST, 50, 100)
@@ -154,6 +167,7 @@ def test_the_table_is_bounded_and_says_so(owners):
 def test_a_user_with_many_connections_takes_nobody_elses_place(owners):
     owners[OTHER] = 1000
     known = Translations(owners.get, limit=100)
+    known.hear_until(HOST, 100 * SECOND)
     many(known, HOST, 10)
     many(known, OTHER, 1000)
     assert sum(1 for netns, *_ in known._entries if netns == HOST) == 10
@@ -176,6 +190,7 @@ def translated(make_records):
     ]  # fmt: skip
     flows = summarize(make_records(*({"proto": 6, **row} for row in rows)), 1)
     known = Translations({HOST: 0, BOX: 0}.get)
+    known.hear_until(HOST, FOREVER)
     known.add(HOST, published(), 0, 0)
     known.stamp(flows)
     return flows

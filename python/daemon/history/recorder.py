@@ -7,7 +7,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,13 @@ from daemon.history.details import Group, Place, add_all, place, sums
 from daemon.history.memory import FlowMemory, Question
 from daemon.history.schema import ROW_SIZE
 from daemon.history.sealing import LEAST, MOST
+from daemon.history.sightings import Sighting, known_since, listeners, seen_first, shorten
 from daemon.history.store import Damaged, Store
 from daemon.system.config import Config
 from nlproto.errors import Error, UsageError
 from nlproto.records.batch import NamedBatch
 from nlproto.running.supervise import Failures, keep_going
+from nlproto.tables.port_owner import PortOwner
 from nlproto.tables.processes import Process, Processes, ProcessKey
 from nlproto.tables.shares import Payers
 
@@ -31,6 +33,7 @@ _FLUSH_ROWS = 50_000
 _FLUSH_PROCESSES = 10_000
 _RETENTION = 30.0  # s between two looks at age and size
 _LEAST_SIZE = 1 << 20
+_LISTENERS = 5.0  # s between two times that listeners are written down
 _REOPEN = 2.0  # s between two tries to open the file
 
 log = logging.getLogger(__name__)
@@ -65,6 +68,9 @@ class Recorder:
         self.failures = 0
         self.text_of: Callable[[int], str] = lambda number: ""
         """The name of a far end by its number in flows (nlproto.overheard.names)."""
+        self.listeners: Callable[[], Iterable[PortOwner]] = lambda: ()
+        """What waits for others now (nlproto.tables.portmap)."""
+        self._listened = 0.0
         self.on_death: Callable[[Error], None] = lambda error: None
         """Called when nothing can be written for good, for a reason that nobody foresaw."""
         self._unforeseen = Failures("recorder")
@@ -142,6 +148,31 @@ class Recorder:
             found, names = store.usage(since_ns, here["id"], self._place, stop)
         add_all(found, sums(here, self._place))
         return found, names
+
+    def news(
+        self, kind: str, since_ns: int, unseen_ns: int, uid: int | None, limit: int
+    ) -> list[dict[str, Any]]:
+        """What was seen first since then (daemon.history.sightings). Raises Error."""
+        return seen_first(self._sighted(), kind, since_ns, unseen_ns, uid, limit)
+
+    def known_since(self) -> float:
+        """Unix time since which news() knows what was seen. Raises Error."""
+        return known_since(self._sighted())
+
+    def _sighted(self) -> Store:
+        if self._store is None:
+            raise UsageError(
+                f"what is new is known by a history on disk: {self.error}"
+                if self.error
+                else "what is new is known by a history on disk: set 'history' in daemon.yaml"
+            )
+        return self._store
+
+    def _heard(self) -> list[Sighting]:
+        if time.monotonic() - self._listened < _LISTENERS:
+            return []
+        self._listened = time.monotonic()
+        return list(listeners(self.listeners(), time.time_ns()))
 
     def _place(self, key: ProcessKey) -> Place:
         return place(self._processes.get(*key) or self.past_process(*key))
@@ -293,7 +324,8 @@ class Recorder:
         found = [self._processes.get(*key) for key in keys]
         processes = [process for process in found if process is not None]
         try:
-            store.write(ids, flows, processes, self._processes.get, self.text_of)
+            known, heard = self._processes.get, self._heard()
+            store.write(ids, flows, processes, known, self.text_of, heard)
             self._unforeseen.clear()
         except Exception as error:
             self.history.mark_changed(ids)
@@ -333,6 +365,7 @@ class Recorder:
 
         def trim() -> None:
             nonlocal gone
+            shorten(store)
             gone = store.trim(self._config.history_age, self._size(store))
 
         self._kept("not trimmed", trim)

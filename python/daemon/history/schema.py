@@ -82,7 +82,19 @@ ALTER TABLE flows ADD COLUMN retransmits INTEGER DEFAULT 0;
 ALTER TABLE flows ADD COLUMN tcp_in INTEGER DEFAULT 0;
 ALTER TABLE flows ADD COLUMN tcp_out INTEGER DEFAULT 0;
 """
-STEPS = (_CREATE, _FROM_1, _FROM_2, _FROM_3, _FROM_4, _FROM_5)
+_FROM_6 = """
+CREATE TABLE IF NOT EXISTS sightings (
+    kind TEXT, name TEXT, uid INTEGER, first INTEGER, last INTEGER, before INTEGER,
+    tgid INTEGER, start_ns INTEGER, about TEXT,
+    UNIQUE (kind, name, uid)
+);
+CREATE INDEX IF NOT EXISTS sightings_first ON sightings (kind, first);
+CREATE INDEX IF NOT EXISTS sightings_uid ON sightings (uid, last);
+CREATE TABLE IF NOT EXISTS sightings_began (began REAL);
+INSERT INTO sightings_began VALUES ((julianday('now') - 2440587.5) * 86400.0);
+"""
+"""See daemon.history.sightings."""
+STEPS = (_CREATE, _FROM_1, _FROM_2, _FROM_3, _FROM_4, _FROM_5, _FROM_6)
 """STEPS[n:] make a file of schema n one of ours."""
 SCHEMA = len(STEPS)
 INDEXES = {

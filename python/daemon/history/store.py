@@ -42,6 +42,7 @@ from daemon.history.schema import (
     signed,
 )
 from daemon.history.sealing import LEAST, MOST, drop, seal, shorten
+from daemon.history.sightings import Sighting, note
 from daemon.history.trim import trim
 from daemon.system.directory import HeldDirectory
 from nlproto.errors import Error, UsageError
@@ -267,13 +268,14 @@ class Store:
         processes: Sequence[Process],
         known: Known = lambda tgid, start_ns: None,
         text_of: Callable[[int], str] = lambda number: "",
+        listeners: Sequence[Sighting] = (),
     ) -> None:
         """Insert or update in one transaction. Raises Error; then nothing was written.
 
         `known` has the owners of `flows`: whose details are not in the file are written, too.
         `text_of` has the names of their far ends.
         """
-        if not len(ids) and not processes:
+        if not len(ids) and not processes and not listeners:
             return
         with self.transaction() as writer:
             now = self.mark_time()
@@ -283,6 +285,7 @@ class Store:
             numbers = np.unique(flows["domain"]).tolist()
             names = [(signed(one), name) for one in numbers if one and (name := text_of(one))]
             writer.executemany("INSERT OR IGNORE INTO names VALUES (?, ?)", names)
+            note(writer, flows, listeners, text_of)
             written = {one.key for one in processes}
             owners = np.unique(flows[["tgid", "start_ns"]][flows["tgid"] != 0]).tolist()
             missing = [

@@ -14,9 +14,10 @@ import msgspec
 import numpy as np
 
 from daemon.history.memory import End, FlowMemory, Question, flow_fields
+from daemon.history.recorder import Recorder
 from daemon.serve.now import Looking, holder, sockets_now
 from daemon.serve.requests import History as HistoryRequest
-from daemon.serve.requests import Lookup, LookupKey, OwnerOf, Usage, Who
+from daemon.serve.requests import Lookup, LookupKey, News, OwnerOf, Usage, Who
 from daemon.serve.usage import Sums, usage
 from nlproto.errors import UsageError
 from nlproto.host.kernel_sockets import KernelSockets
@@ -107,6 +108,7 @@ class Answers:
     """The name of a flow's far end."""
     translations: Translations | None = None
     """What NAT does now."""
+    recorder: Recorder | None = None
     sums: Sums = lambda since_ns, stop: ({}, {})
 
     def is_cheap(self, request: OwnerOf) -> bool:
@@ -236,6 +238,25 @@ class Answers:
         """Who used how much (daemon.serve.usage)."""
         found = usage(request, uid, self.sums, self.name_of, stop)
         return found | {"since": self.remembers_since()}
+
+    def news(
+        self, request: News, uid: int | None, stop: Stop = _never, room: Room | None = None
+    ) -> dict[str, Any]:
+        """What was seen first, each with its process as far as it is known."""
+        room = room or Room()
+        if self.recorder is None:
+            raise UsageError("what is new is known by a history on disk")
+        since_ns = max(0, time.time_ns() - int(request.since * 1e9))
+        unseen_ns, limit = int(request.unseen * 1e9), request.limit
+        found = self.recorder.news(request.kind, since_ns, unseen_ns, uid, limit + 1)
+        keys = {(one["pid"], one["start_ns"]): None for one in found[:limit]}
+        news = room.fill(found[:limit])
+        return {
+            "news": news,
+            "processes": room.fill(self._processes(keys, uid, stop)),
+            "since": self.recorder.known_since(),
+            "truncated": room.truncated or len(found) > limit,
+        }
 
     def _domain(self, number: int, uid: int | None) -> str:
         """What a resolver asked for others is for who sees everything."""

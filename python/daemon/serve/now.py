@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ipaddress
 import socket
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -131,7 +130,6 @@ class _Nat:
 
     def __init__(self, translations: Translations | None) -> None:
         self._translations = translations
-        self._now_ns = time.monotonic_ns()
 
     def of(self, netns: int, row: np.void) -> Translated | None:
         """What it makes of the ends of one HOST_SOCKET of a namespace."""
@@ -140,7 +138,7 @@ class _Nat:
         near, far = (row[name].tobytes() for name in ("saddr", "daddr"))
         kind = int(row["proto"]), int(row["family"])
         way: Way = (netns, *kind, near, int(row["sport"]), far, int(row["dport"]))
-        return self._translations.find(way, self._now_ns, self._now_ns)
+        return self._translations.find_now(way)
 
     def fitting(self, netns: int, table: np.ndarray, question: Question) -> np.ndarray:
         """Which HOST_SOCKETs fit by the ends that they have elsewhere."""

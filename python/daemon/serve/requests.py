@@ -14,6 +14,7 @@ __all__ = [
     "Hello",
     "History",
     "Lookup",
+    "News",
     "OwnerOf",
     "Request",
     "Stats",
@@ -82,6 +83,15 @@ class Usage(_Base, tag="usage", frozen=True):
     limit: Limit = 1000
 
 
+class News(_Base, tag="news", frozen=True):
+    kind: Literal["program", "destination", "listener"]
+    since: Seconds
+    """Before now: what was seen first since then."""
+    unseen: Annotated[float, Meta(ge=86_400, le=1e10)] = 30 * 86_400.0
+    """For so long before."""
+    limit: Limit = 1000
+
+
 class OwnerOf(_Base, tag="owner", frozen=True):
     port: Port
     proto: Proto | None = None
@@ -118,7 +128,7 @@ class Unsubscribe(_Base, tag="unsubscribe", frozen=True):
     pass
 
 
-Request = Hello | Stats | Who | History | Usage | OwnerOf | Lookup | Subscribe | Unsubscribe
+Request = Hello | Stats | Who | History | Usage | News | OwnerOf | Lookup | Subscribe | Unsubscribe
 
 _decoder: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 

@@ -14,6 +14,7 @@ from daemon.serve.questions import FAILED, Question, Questions, Stop
 from daemon.serve.requests import (
     Hello,
     Lookup,
+    News,
     OwnerOf,
     Request,
     Stats,
@@ -125,7 +126,7 @@ class Session(Connection):
     def _answer(self, request: Request) -> None:
         if isinstance(request, OwnerOf) and self._desk.answers.is_cheap(request):
             self._write(self._made(request, lambda: None))
-        elif isinstance(request, Who | Usage | OwnerOf | Lookup):
+        elif isinstance(request, Who | Usage | News | OwnerOf | Lookup):
             self._ask(request.id, lambda stop: self._made(request, stop), self._finish)
         elif isinstance(request, Hello):
             self._write(reply(request.id, self._hello(request)))
@@ -144,13 +145,15 @@ class Session(Connection):
         else:
             self._unsubscribe(request.id)
 
-    def _made(self, request: Who | Usage | OwnerOf | Lookup, stop: Stop) -> bytes:
+    def _made(self, request: Who | Usage | News | OwnerOf | Lookup, stop: Stop) -> bytes:
         """In a thread of Questions, unless it is cheap."""
         answers, room = self._desk.answers, Room(MAX_ANSWER[self.full])
         if isinstance(request, OwnerOf):
             fields = answers.owner(request, self.uid, stop, room)
         elif isinstance(request, Usage):
             fields = answers.usage(request, self.uid, stop)
+        elif isinstance(request, News):
+            fields = answers.news(request, self.uid, stop, room)
         elif isinstance(request, Lookup):
             fields = answers.lookup(request, self.uid, stop, room)
         else:

@@ -48,6 +48,11 @@ def parser() -> argparse.ArgumentParser:
         help="of each hour's sums (default %(default)g)",
     )
     made.add_argument(
+        "--clickhouse",
+        metavar="URL",
+        help="write into https://[USER:PASSWORD@]HOST:8443/DATABASE, too (@FILE: the URL is in it)",
+    )
+    made.add_argument(
         "--replicas",
         metavar="N",
         type=int,
@@ -62,9 +67,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_code("packet-hunter-collect", lambda: _run(options))
 
 
+def _url(text: str) -> str:
+    """A password belongs into a file: every user sees command lines."""
+    if not text.startswith("@"):
+        return text
+    try:
+        with open(text[1:], encoding="utf-8") as file:
+            return file.read().strip()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {text[1:]}: {error}") from None
+
+
 def _run(options: argparse.Namespace) -> None:
     from fleet import bus
-    from fleet.collect.collector import Collector
+    from fleet.collect.clickhouse import ClickHouseStore
+    from fleet.collect.collector import Collector, Store
     from fleet.collect.parquet import ParquetStore
     from fleet.collect.tidy import Tidier
 
@@ -78,10 +95,14 @@ def _run(options: argparse.Namespace) -> None:
         return
     store = ParquetStore(options.directory, options.keep * _DAY)
 
+    stores: list[Store] = [store]
+    if options.clickhouse is not None:
+        stores.append(ClickHouseStore(_url(options.clickhouse), options.keep * _DAY))
+
     async def serve() -> Collector:
         loop = asyncio.get_running_loop()
         tidy = Tidier(store, options.keep_sums * _DAY).tidy
-        collector = Collector(server, [store], options.interval, options.replicas, tidy)
+        collector = Collector(server, stores, options.interval, options.replicas, tidy)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, collector.stop)
         await collector.run()

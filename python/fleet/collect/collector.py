@@ -97,7 +97,7 @@ class Collector:
                 await self._collect(jetstream)
             except bus.FAILURES as error:
                 failures = bus.one_more(failures, begun)
-                log.warning("the server: %s", str(error) or type(error).__name__)
+                log.warning("the server: %s", bus.words(error))
             finally:
                 self._forget()
                 with contextlib.suppress(*bus.FAILURES):

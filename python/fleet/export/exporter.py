@@ -192,7 +192,7 @@ class Exporter:
                     return
             except bus.FAILURES as error:
                 failures = bus.one_more(failures, begun)
-                log.warning("the server: %s", self._refused or str(error) or type(error).__name__)
+                log.warning("the server: %s", self._refused or bus.words(error))
             finally:
                 with contextlib.suppress(*bus.FAILURES):
                     await client.close()

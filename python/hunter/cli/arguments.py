@@ -9,9 +9,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import NoReturn
 
-from hunter.cli import fleet, values
+from hunter.cli import fleet, past, values
 from hunter.cli.checks import check
-from hunter.cli.options import BY, SUBCOMMANDS, USED_BY, Command, command_of
+from hunter.cli.options import BY, SUBCOMMANDS, Command, command_of
 from hunter.show.units import UNITS
 from nlproto import UsageError, __version__
 from nlproto.client.frames import DEFAULT_SOCKET
@@ -46,7 +46,7 @@ examples:
   packet-hunter -- curl https://example.org/        of curl and what it starts; its exit code
   sudo packet-hunter -- ./check.sh                  runs as you; as root: -- sudo ./check.sh
   packet-hunter who --port 8080
-first words: top who usage fleet web stats annotate report doctor
+first words: top who usage watch fleet web stats annotate report doctor
 """
 
 
@@ -305,6 +305,9 @@ def _who_parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", metavar="H", help="address or network of the other end")
     parser.add_argument("--pid", metavar="P", type=values.count, help="what this process talks to")
     parser.add_argument("--pname", metavar="NAME", help="what processes so named talk to")
+    parser.add_argument("--unit", metavar="U", help="what runs in this unit talks to")
+    parser.add_argument("--container", metavar="C", help="the same of a container: name or id")
+    parser.add_argument("--pod", metavar="POD", help="the same of a pod")
     parser.add_argument("--domain", metavar="NAME", help="who talks to the host so named")
     parser.add_argument(
         "--netns",
@@ -335,25 +338,14 @@ def _who_parser() -> argparse.ArgumentParser:
 
 
 def _usage_parser() -> argparse.ArgumentParser:
-    parser = _parser(
-        "usage",
-        "Who used how much of the network: sums of all flows that had packets since a time.",
-        "examples:\n  packet-hunter usage --since 30d\n"
-        "  packet-hunter usage --by unit --since 2026-05-28 --json\n",
-    )
-    keys = f"sums by {', '.join(USED_BY)} (process)"
-    parser.add_argument("--by", metavar="KEY", choices=USED_BY, default="process", help=keys)
-    parser.add_argument(
-        "--since",
-        metavar="T",
-        type=values.moment,
-        default=86400.0,
-        help="so long ago (12h, 30d; 1d), or since 14:30, 2026-05-28 or both",
-    )
-    parser.add_argument(
-        "--limit", metavar="N", type=values.count, help="at most N rows (50; with --json 1000)"
-    )
+    parser = past.usage(_parser)
     _add_json(parser)
+    _add_socket(parser)
+    return parser
+
+
+def _watch_parser() -> argparse.ArgumentParser:
+    parser = past.watch(_parser)
     _add_socket(parser)
     return parser
 
@@ -454,6 +446,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
         "top": _top_parser,
         "who": _who_parser,
         "usage": _usage_parser,
+        "watch": _watch_parser,
         "fleet": _fleet_parser,
         "web": _web_parser,
         "stats": _stats_parser,

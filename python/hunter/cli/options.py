@@ -13,6 +13,7 @@ from nlproto.client.frames import DEFAULT_SOCKET
 __all__ = [
     "Annotate",
     "BY",
+    "NEWS",
     "Choice",
     "Command",
     "Doctor",
@@ -28,6 +29,7 @@ __all__ = [
     "Top",
     "USED_BY",
     "Usage",
+    "Watch",
     "Web",
     "Who",
     "command_of",
@@ -38,6 +40,9 @@ BY = ("name", "unit", "container", "user", "host", "port")
 
 USED_BY = ("process", "unit", "container", "user", "domain")
 """What `usage` sums up by."""
+
+NEWS = ("program", "destination", "listener")
+"""What `watch` tells of."""
 
 FLEET_QUESTIONS = {
     "who": "flows and their processes, on which machine",
@@ -58,6 +63,7 @@ SUBCOMMANDS = {
     "top": "processes by rate, live",
     "who": "what listens, and which process owns, or owned, a port",
     "usage": "who used how much, in an hour or a month",
+    "watch": "programs, destinations and listeners that were not seen before",
     "fleet": "the same questions to many machines",
     "web": "the same in a browser, with the history",
     "stats": "what the daemon has seen, and how well it names",
@@ -158,6 +164,9 @@ class Who:
     host: str | None
     pid: int | None
     pname: str | None
+    unit: str | None
+    container: str | None
+    pod: str | None
     domain: str | None
     since: float | None
     until: float | None
@@ -174,7 +183,8 @@ class Who:
     def listening(self) -> bool:
         """Whether nothing was asked for but what listens."""
         about = (self.port, self.host, self.pid, self.pname, self.domain)
-        asked = (*about, self.since, self.until, self.by)
+        place = (self.unit, self.container, self.pod)
+        asked = (*about, *place, self.since, self.until, self.by)
         return all(one is None for one in asked)
 
 
@@ -185,6 +195,22 @@ class Usage:
     since: float
     """Seconds before now."""
     limit: int | None
+    json: bool
+    socket: str
+    socket_given: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    kinds: list[str]
+    """Of NEWS; none: all."""
+    once: bool
+    since: float | None
+    """Seconds before now."""
+    unseen: float
+    """Seconds."""
+    journal: bool
+    webhook: str | None
     json: bool
     socket: str
     socket_given: bool
@@ -258,13 +284,14 @@ class Doctor:
     socket_given: bool
 
 
-Command = Live | Top | Who | Usage | Fleet | Web | Stats | Annotate | Report | Doctor
+Command = Live | Top | Who | Usage | Watch | Fleet | Web | Stats | Annotate | Report | Doctor
 
 _KINDS: dict[str, type[Command]] = {
     "live": Live,
     "top": Top,
     "who": Who,
     "usage": Usage,
+    "watch": Watch,
     "fleet": Fleet,
     "web": Web,
     "stats": Stats,

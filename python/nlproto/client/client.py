@@ -272,6 +272,16 @@ class DaemonClient:
         """
         return self.request("usage", by=by, since=since, limit=limit)
 
+    def news(
+        self, kind: str, *, since: float, unseen: float = 2592000.0, limit: int = 1000
+    ) -> dict[str, Any]:
+        """What was seen first in the last `since` seconds, and not for `unseen` before that.
+
+        `kind`: program, destination or listener. The reply has "news", "processes", "since" (Unix
+        time from which on it is known) and "truncated".
+        """
+        return self.request("news", kind=kind, since=since, unseen=unseen, limit=limit)
+
     def stats(self) -> dict[str, Any]:
         """The account, queues, engine and table sizes, as far as this user may see them."""
         return self.request("stats")

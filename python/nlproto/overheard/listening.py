@@ -40,7 +40,7 @@ _RENEW_NS = 30_000_000_000
 """Between two readings of all connections of a namespace whose events were lost."""
 _EVENTS_AT_ONCE = 1024
 _AT_ONCE = 128  # packets of one ring before it is the next one's turn
-_SHARE, _SAVED_NS = 8, 500_000_000
+_SHARE, _EVENTS_SHARE, _SAVED_NS = 8, 4, 500_000_000
 """Of one processor; so much may be saved up for a burst."""
 _UDP, _TCP = int(socket.IPPROTO_UDP), int(socket.IPPROTO_TCP)
 _SYN, _ACK, _RST = 2, 16, 4
@@ -116,6 +116,7 @@ class Overheard:
         self._answers: Streams = Streams(256, _PREFIX + 65535)
         self._hellos: Streams = Streams(256, hello.MAX_HELLO + 4096)
         self._budget = Budget(_SHARE, _SAVED_NS, time.thread_time_ns)
+        self._events_budget = Budget(_EVENTS_SHARE, _SAVED_NS, time.thread_time_ns)
         self._failures = Failures("names of far ends")
 
     def __enter__(self) -> Self:
@@ -154,6 +155,7 @@ class Overheard:
             self._poll.register(place.connections.fileno(), select.POLLIN)
             place.heard_ns = place.opened_ns
             self.translations.add_known(place.inode, place.connections)
+            self.translations.hear_until(place.inode, place.opened_ns)
         for tap in place.taps:
             self._taps[tap.fileno()] = place, tap
             self._poll.register(tap.fileno(), select.POLLIN)
@@ -220,15 +222,24 @@ class Overheard:
             if now - place.opened_ns > _RENEW_NS:
                 self._renew(place.inode)
         if len(events) < _EVENTS_AT_ONCE:
-            place.heard_ns = began
+            self._heard_all(place, began)
 
     def _read(self) -> None:
-        if not (self._taps or self._events) or not self._budget.allows():
+        if not (self._taps or self._events):
+            return
+        began = time.monotonic_ns()
+        ready = [number for number, _ in self._poll.poll(0)]
+        for number in self._events.keys() - ready:
+            self._heard_all(self._events[number][0], began)
+        if self._events_budget.allows():
+            with self._events_budget.spend():
+                for number in self._events.keys() & ready:
+                    self._attempt_events(*self._events[number])
+        if not self._budget.allows():
             return
         with self._budget.spend():
-            for number, _ in self._poll.poll(0):
-                if number in self._events:
-                    self._attempt_events(*self._events[number])
+            for number in ready:
+                if number not in self._taps:
                     continue
                 place, tap = self._taps[number]
                 for packet in tap.read(_AT_ONCE):
@@ -236,6 +247,10 @@ class Overheard:
                         self._heard(place.inode, packet)
                     except Exception as error:  # one packet must not cost others their names
                         self._failures.add(error)
+
+    def _heard_all(self, place: _Place, moment_ns: int) -> None:
+        place.heard_ns = moment_ns
+        self.translations.hear_until(place.inode, moment_ns)
 
     def _attempt_events(self, place: _Place, connections: conntrack.Connections) -> None:
         try:

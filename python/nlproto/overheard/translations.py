@@ -37,6 +37,8 @@ _KEPT_NS = 10_000_000_000
 """So long an ended connection's packets may still be on their way to us."""
 _EARLY_NS = 5_000_000
 """The first packet may be stamped before conntrack enters its connection."""
+_CLOCKS_NS = 1_000_000
+"""So much may a packet's stamp and our clock differ."""
 _BITS = 20
 _ODD = 0x9E3779B1
 
@@ -73,11 +75,13 @@ class _Entry:
             became = {source: client, server: server}
         return became.get(near, near), became.get(far, far)
 
-    def may_be(self, first_ns: int, last_ns: int) -> bool:
-        """Whether packets of that time can be its own."""
+    def may_be(self, first_ns: int, last_ns: int, heard_ns: int) -> bool:
+        """Whether packets of that time can be its own; all that happened until then was heard."""
         if last_ns + _EARLY_NS < self.begun_ns[0]:
             return False
-        return self.ended_ns is None or first_ns <= self.ended_ns[1]
+        if self.ended_ns is None:
+            return last_ns <= heard_ns + _CLOCKS_NS
+        return first_ns <= self.ended_ns[1]
 
     def is_sure(self, first_ns: int, last_ns: int) -> bool:
         """Whether it was there all of that time."""
@@ -97,6 +101,9 @@ class Translations:
         self.evicted = 0
         self.overflows = 0
         """How often events found no room in a socket."""
+        self.heard_ns: dict[int, int] = {}
+        """Until when all events of a namespace are read: who is not known to have ended may have
+        done so since."""
         self._owner_of = owner_of
         self._entries: dict[tuple[int, int, tuple[bytes, bytes]], _Entry] = {}
         self._orders: dict[int, OrderedDict[tuple[int, int, tuple[bytes, bytes]], None]] = {}
@@ -135,6 +142,10 @@ class Translations:
             self._insert(key, _Entry(netns, self._owner(netns), event, (since_ns, now_ns)))
         self._forget(now_ns - _KEPT_NS)
 
+    def hear_until(self, netns: int, moment_ns: int) -> None:
+        """All that happened there before is told."""
+        self.heard_ns[netns] = moment_ns
+
     def add_known(self, netns: int, connections: Connections) -> None:
         """Take what was there when we began to listen; what else we had has ended meanwhile."""
         there = {(netns, event.number, event.original): event for event in connections.known}
@@ -152,6 +163,7 @@ class Translations:
 
     def leave(self, netns: int) -> None:
         """The namespace has gone, or is not heard any more."""
+        self.heard_ns.pop(netns, None)
         for key in [one for one in self._entries if one[0] == netns]:
             self._remove(key)
 
@@ -214,12 +226,25 @@ class Translations:
 
     def find(self, way: Way, first_ns: int, last_ns: int) -> Translated | None:
         """What the ends of a flow became; None: nothing, or nobody can tell."""
+        return self._find(
+            way,
+            lambda one: one.may_be(first_ns, last_ns, self.heard_ns.get(one.netns, 0)),
+            lambda one: one.is_sure(first_ns, last_ns),
+        )
+
+    def find_now(self, way: Way) -> Translated | None:
+        """What the ends of a socket that is there have become."""
+        return self._find(way, lambda one: one.ended_ns is None, lambda one: False)
+
+    def _find(
+        self, way: Way, may_be: Callable[[_Entry], bool], is_sure: Callable[[_Entry], bool]
+    ) -> Translated | None:
         netns, proto, family, near, lport, far, rport = way
         local, remote = near + lport.to_bytes(2), far + rport.to_bytes(2)
         entries = self._by_ends.get((proto, family, *_sorted(local, remote)))
         if entries is None:
             return None
-        fitting = [one for one in entries if one.may_be(first_ns, last_ns)]
+        fitting = [one for one in entries if may_be(one)]
         own = [one for one in fitting if one.netns == netns]
         if not own and fitting:
             owner = self._owner_of(netns)
@@ -228,7 +253,7 @@ class Translations:
                 return None
         found = {one.other(local, remote) for one in own}
         if len(found) > 1:
-            found = {one.other(local, remote) for one in own if one.is_sure(first_ns, last_ns)}
+            found = {one.other(local, remote) for one in own if is_sure(one)}
         if len(found) != 1:
             return None
         became, its_far = found.pop()

@@ -284,6 +284,13 @@ class PortMap:
 
     # All of these with the lock held; a mask has an element for each row up to the top
 
+    def listeners(self, limit: int) -> list[PortOwner]:
+        """Return the owners of listeners and unconnected UDP sockets, at most `limit`."""
+        with self._lock:
+            columns = self._columns
+            rows = np.flatnonzero(columns["live"] & columns["listening"])[:limit]
+            return [self._owner(row) for row in rows.tolist()]
+
     def _at_port(self, port: int) -> np.ndarray:
         rows = np.empty(self.count(port), np.int64)
         if len(rows):
