@@ -38,6 +38,16 @@ def talk(directory, name, port, **more):
     subprocess.run([program, "-c", code], check=True, cwd="/", **more)
 
 
+def talk_until(condition, directory, name, **more):
+    """Beside other traffic engine packet may be too late for all that a program sent: again."""
+
+    def attempt():
+        talk(directory, name, 9, **more)
+        return condition()
+
+    until(attempt, 60, f"{name} was seen")
+
+
 def watch(daemon, *words, **more):
     command = [*HUNTER, "watch", "--socket", daemon.path, *words]
     return subprocess.run(
@@ -57,11 +67,10 @@ def found(daemon, kind, **fields):
 def test_a_program_a_destination_and_a_listener_are_told_harmless(watched, directory, receiver):
     port = receiver.getsockname()[1]
     with socket.create_server(("127.0.0.1", 0)) as server:
-        talk(directory, HOSTILE, 9)
         own = server.getsockname()[1]
         about = f"tcp 127.0.0.1.{own}"
         until(lambda: found(watched, "listener", about=about), 30, "the listener")
-        until(lambda: found(watched, "program", name=HOSTILE), 30, "the program")
+        talk_until(lambda: found(watched, "program", name=HOSTILE), directory, HOSTILE)
         assert port
         done = watch(watched, "--once", "--since", "1h")
     assert done.returncode == 0, done.stderr
@@ -83,10 +92,11 @@ def test_a_program_a_destination_and_a_listener_are_told_harmless(watched, direc
 
 
 def test_a_user_without_rights_is_told_of_own_processes_alone(watched, directory):
-    talk(directory, "of-root", 9)
-    talk(directory, "of-nobody", 9, user=NOBODY, group=NOBODY)
-    until(lambda: found(watched, "program", name="of-root"))
-    until(lambda: found(watched, "program", name="of-nobody"))
+    talk_until(lambda: found(watched, "program", name="of-root"), directory, "of-root")
+    nobody = {"user": NOBODY, "group": NOBODY}
+    talk_until(
+        lambda: found(watched, "program", name="of-nobody"), directory, "of-nobody", **nobody
+    )
     code = (
         "import json, os, sys; from nlproto.client.client import DaemonClient\n"
         "os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2]))\n"
@@ -137,8 +147,7 @@ def hook():
 
 
 def test_a_webhook_gets_each_finding_once_and_is_tried_again(watched, directory):
-    talk(directory, "hooked", 9)
-    until(lambda: found(watched, "program", name="hooked"))
+    talk_until(lambda: found(watched, "program", name="hooked"), directory, "hooked")
     with hook() as server:
         url = f"http://127.0.0.1:{server.server_port}/net"
         done = watch(watched, "--once", "--since", "1h", "--webhook", url, "program")
@@ -148,8 +157,7 @@ def test_a_webhook_gets_each_finding_once_and_is_tried_again(watched, directory)
 
 
 def test_what_no_webhook_takes_is_counted_and_said(watched, directory):
-    talk(directory, "unhooked", 9)
-    until(lambda: found(watched, "program", name="unhooked"))
+    talk_until(lambda: found(watched, "program", name="unhooked"), directory, "unhooked")
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}/"
