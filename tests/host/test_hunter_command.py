@@ -105,6 +105,15 @@ def test_alone_it_shows_the_commands_own_packets_and_counts_the_others(script, h
     assert delivered == shown + others and others > 10
 
 
+def test_a_command_that_cannot_start_shows_nobodys_packets(heard, tmp_path):
+    path = tmp_path / "x.jsonl"
+    done = hunt("--engine", "packet", "--save", path, "--print", f"port {heard}", "--", tmp_path)
+    assert done.returncode == 1 and f"cannot run {tmp_path}" in done.stderr
+    delivered, shown, others = figures(done.stderr)
+    assert (shown, others) == (0, delivered) and delivered > 0, done.stderr
+    assert done.stdout == path.read_text() == ""
+
+
 def test_through_the_daemon_it_does_so_for_a_user_without_rights(script, heard, daemon_socket):
     nobody = "setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all,+dac_read_search"
     nobody += " --ambient-caps=+dac_read_search --bounding-set=-all,+dac_read_search"

@@ -64,6 +64,9 @@ def test_null_switches_off_what_can_be_off():
         ("max_clients: 1.5\n", 1, "a number from 1 to 16384"),
         ("metrics: localhost:65536\n", 1, "PORT is 1 to 65535"),
         ("flush_interval: 30parsecs\n", 1, "30s"),
+        ('socket: "/run/a\\0b"\n', 1, "an absolute path"),
+        ('history: "/var/\\ud800"\n', 1, "an absolute path"),
+        ('metrics: "/run/a\\0b"\n', 1, "an absolute path"),
         ('group: "root\\n"\n', 1, "a group name"),
         ("engine: packet\n  bad: indent\n", 2, "not allowed"),
         ("a: 'unclosed\n", 2, "end of stream"),
@@ -75,6 +78,7 @@ def test_a_mistake_is_named_with_its_line(text, line, word):
     assert str(raised.value).startswith(f"daemon.yaml:{line}: ")
     assert word in str(raised.value)
     assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 600
 
 
 def test_the_default_group_need_not_be_there_and_any_other_has_to():

@@ -20,6 +20,7 @@ __all__ = ["DEFAULT_GROUP", "RELOADABLE", "Config", "load", "parse"]
 DEFAULT_GROUP = "packet-hunter"
 """Where it is not there, root alone sees everything."""
 
+_SHOWN = 80  # characters of a mistake
 _SIZES = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3}
 _SIZES |= {"kb": 1000, "mb": 1000**2, "gb": 1000**3}
 _SIZES |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
@@ -50,12 +51,13 @@ def _number(low: int, high: int) -> Meta:
     return Meta(ge=low, le=high, description=f"a number from {low} to {high}")
 
 
-_Path = Annotated[str, Meta(pattern="^/", description="an absolute path")]
+_NAMEABLE = r"[^\0\ud800-\udfff]*\Z"  # YAML can write what no file can be called
+_Path = Annotated[str, Meta(pattern=f"^/{_NAMEABLE}", description="an absolute path")]
 _Group = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*\$?\Z", description="a group name")]
 _Address = Annotated[
     str,
     Meta(
-        pattern=rf"^(/|{_LOOPBACK}:{_PORT}\Z)",
+        pattern=rf"^(/{_NAMEABLE}|{_LOOPBACK}:{_PORT}\Z)",
         description="127.0.0.1:PORT, [::1]:PORT or an absolute path; PORT is 1 to 65535",
     ),
 ]
@@ -196,7 +198,8 @@ def _value(kind: Any, raw: str | None) -> Any:
         value = msgspec.convert(given, kind, strict=False)
     except msgspec.ValidationError:
         allowed = f"one of {', '.join(get_args(kind))}" if meta is None else meta.description
-        raise ValueError(f"{raw!r} is not {allowed}") from None
+        shown = raw if len(raw) <= _SHOWN else f"{raw[:_SHOWN]}..."
+        raise ValueError(f"{shown!r} is not {allowed}") from None
     if kind is _Group and value != DEFAULT_GROUP and group_id(value) is None:
         raise ValueError(f"there is no group '{raw}' here; make it with groupadd {raw}")
     return value

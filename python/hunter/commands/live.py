@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+import numpy as np
+
 from hunter.child.command import Command
 from hunter.cli.choice import filter_of
 from hunter.cli.options import Live
@@ -168,8 +170,10 @@ def _flow(
         """Hand batches on; whether -c is reached. After a failure the rest is only counted."""
         failure: Error | OSError | None = None
         for batch in batches:
-            if command is not None and not options.all:
-                own = command.own(batch.records, source)
+            if options.argv and not options.all:
+                own = np.zeros(len(batch.records), bool)  # nothing is whose start failed
+                if command is not None:
+                    own = command.own(batch.records, source)
                 shown.pass_over(batch.records[~own])
                 batch = NamedBatch(batch.head, batch.records[own], batch.clock)
             if options.count is not None and shown.records + len(batch.records) >= options.count:
