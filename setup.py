@@ -28,5 +28,6 @@ setup(
         "python/scripts/packet-hunterd",
         "python/scripts/packet-hunter-export",
         "python/scripts/packet-hunter-collect",
+        "python/scripts/packet-hunter-otlp",
     ],
 )

@@ -8,7 +8,7 @@
 _shtab_packet_hunter_subparsers=(top who usage watch fleet web stats annotate report doctor)
 
 _shtab_packet_hunter_top_option_strings=(-h --help -F --filter-file -i --interface -Q --direction --pid --pname --uid --netns --container --pod --unit --parent --exe --cmdline -n --numbers -u --units -d --interval --socket --direct --engine -B --buffer --domains -r --read)
-_shtab_packet_hunter_who_option_strings=(-h --help --port --proto --host --pid --pname --domain --netns --since --until --by --limit --json --socket)
+_shtab_packet_hunter_who_option_strings=(-h --help --port --proto --host --pid --pname --unit --container --pod --domain --netns --since --until --by --limit --json --socket)
 _shtab_packet_hunter_usage_option_strings=(-h --help --by --since --limit --json --socket)
 _shtab_packet_hunter_watch_option_strings=(-h --help --once --since --unseen --journal --webhook --json --socket)
 _shtab_packet_hunter_fleet_option_strings=(-h --help --store --on --port --proto --host --pid --pname --user --unit --container --pod --domain --since --until --by --of --days --html --limit --json --socket)

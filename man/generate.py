@@ -20,6 +20,7 @@ import completing
 from daemon.__main__ import _parser as daemon_parser
 from fleet.collect.__main__ import parser as collect_parser
 from fleet.export.__main__ import parser as export_parser
+from fleet.otlp.__main__ import parser as otlp_parser
 from hunter.cli.arguments import live_parser, parser_of
 from hunter.cli.options import SUBCOMMANDS
 
@@ -149,6 +150,10 @@ def write(directory: Path) -> list[Path]:
             _file("collect.roff") + _EXIT
             + ".SH SEE ALSO\n.BR packet\\-hunter (1),\n.BR packet\\-hunter\\-export (8)\n",
         ),
+        "man/packet-hunter-otlp.8": _page(
+            otlp_parser(), 8, "send a machine's flows to an OpenTelemetry receiver",
+            _EXIT + ".SH SEE ALSO\n.BR packet\\-hunterd (8),\n.BR packet\\-hunter\\-export (8)\n",
+        ),
     }  # fmt: skip
     for shell in ("bash", "zsh"):
         for name, parser in (
@@ -156,6 +161,7 @@ def write(directory: Path) -> list[Path]:
             ("packet-hunterd", daemon_parser()),
             ("packet-hunter-export", export_parser()),
             ("packet-hunter-collect", collect_parser()),
+            ("packet-hunter-otlp", otlp_parser()),
         ):
             path = f"completion/{name}.{shell}"
             files[path] = shtab.complete(parser, shell)

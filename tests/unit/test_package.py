@@ -69,7 +69,7 @@ def test_the_sdist_has_the_header_and_a_working_wheel_is_built_from_it(tmp_path)
         "hunter",
         "packet-hunter.pth",
     }
-    fleet = {"packet-hunter-export", "packet-hunter-collect"}
+    fleet = {f"packet-hunter-{one}" for one in ("export", "collect", "otlp")}
     assert scripts.keys() == {"packet-hunter", "packet-hunterd"} | fleet
     assert scripts["packet-hunter-export"].endswith('/python" -I -m fleet.export "$@"')
     assert scripts["packet-hunter"].endswith('/python" -I -m hunter "$@"')

@@ -64,7 +64,9 @@ def process(pid, **fields):
 
 
 def options(**given):
-    empty = dict.fromkeys("port proto host pid pname domain since until netns by limit".split())
+    empty = dict.fromkeys(
+        "port proto host pid pname unit container pod domain since until netns by limit".split()
+    )
     return Who(**empty | given, json=False, socket="", socket_given=False)
 
 

@@ -178,6 +178,10 @@ class Source:
                 found.append(msgspec.structs.replace(told, at_ns=time.time_ns()))
         return found
 
+    def process(self, tgid: int, start_ns: int) -> ToldProcess | None:
+        """Return what is known of a process."""
+        return self._known.get((tgid, start_ns))
+
     def untold(self, processes: list[ToldProcess]) -> None:
         """These were not told after all."""
         for one in processes:

@@ -305,6 +305,9 @@ def _who_parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", metavar="H", help="address or network of the other end")
     parser.add_argument("--pid", metavar="P", type=values.count, help="what this process talks to")
     parser.add_argument("--pname", metavar="NAME", help="what processes so named talk to")
+    parser.add_argument("--unit", metavar="U", help="what runs in this unit talks to")
+    parser.add_argument("--container", metavar="C", help="the same of a container: name or id")
+    parser.add_argument("--pod", metavar="POD", help="the same of a pod")
     parser.add_argument("--domain", metavar="NAME", help="who talks to the host so named")
     parser.add_argument(
         "--netns",

@@ -164,6 +164,9 @@ class Who:
     host: str | None
     pid: int | None
     pname: str | None
+    unit: str | None
+    container: str | None
+    pod: str | None
     domain: str | None
     since: float | None
     until: float | None
@@ -180,7 +183,8 @@ class Who:
     def listening(self) -> bool:
         """Whether nothing was asked for but what listens."""
         about = (self.port, self.host, self.pid, self.pname, self.domain)
-        asked = (*about, self.since, self.until, self.by)
+        place = (self.unit, self.container, self.pod)
+        asked = (*about, *place, self.since, self.until, self.by)
         return all(one is None for one in asked)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from hunter.cli.options import Who
 from hunter.show.console import Output
+from hunter.who.places import asks_for_place, in_place
 from hunter.who.who_groups import show_groups, summed
 from hunter.who.who_show import show
 from nlproto import NoDaemon
@@ -42,6 +43,8 @@ def run(options: Who, notify: Callable[[str], None]) -> None:
         notify(f"{error}; until then: sockets of now, of this network namespace")
         answer = owners_now(options)
         remembers = False
+    if asks_for_place(options):
+        answer = in_place(answer, options, notify)
     if options.json and options.by:
         print(json.dumps(summed(answer, options)))
     elif options.json:
@@ -58,7 +61,7 @@ def run(options: Who, notify: Callable[[str], None]) -> None:
 def _ask(client: DaemonClient, options: Who) -> dict[str, Any]:
     """A daemon that has just started is asked again until it has seen the kernel's tables once."""
     limit = options.limit
-    if options.by:
+    if options.by or asks_for_place(options):
         limit = _MAX_FLOWS
     elif not options.json:
         limit = min(max(limit or 0, _FLOWS), _MAX_FLOWS)

@@ -253,6 +253,7 @@ def encrypts(worker: Worker, wire: Wire, peer: tuple[str, int]) -> None:
     sock = bound(V4, TCP)
     worker.claim(sock, out=COUNT + 3)
     sock.connect(tuple(peer))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # each write by itself
     try:
         sock.setsockopt(socket.IPPROTO_TCP, TCP_ULP, b"tls")
         sock.setsockopt(SOL_TLS, TLS_TX, CRYPTO_INFO)

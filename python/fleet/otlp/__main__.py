@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""python -m fleet.otlp: arguments, signals, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from urllib.parse import unquote, urlsplit
+
+from fleet.options import exit_code
+from nlproto.client.frames import DEFAULT_SOCKET
+from nlproto.errors import UsageError
+
+DEFAULT_ENDPOINT = "http://127.0.0.1:4318/v1/logs"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser."""
+    made = argparse.ArgumentParser(
+        prog="packet-hunter-otlp",
+        description="Send what this machine's processes do on the network to an OpenTelemetry"
+        " receiver, as logs (OTLP/HTTP, JSON).",
+        epilog="Headers, as a key, come from OTEL_EXPORTER_OTLP_HEADERS (NAME=VALUE,...). SIGTERM"
+        " ends it.",
+    )
+    made.add_argument("--socket", metavar="PATH", default=DEFAULT_SOCKET, help="the daemon's")
+    made.add_argument(
+        "--endpoint",
+        metavar="URL",
+        default=DEFAULT_ENDPOINT,
+        help="the receiver's, with its path (default %(default)s)",
+    )
+    made.add_argument("--host", metavar="NAME", help="who we are (default: this machine's name)")
+    made.add_argument(
+        "--interval",
+        metavar="SECONDS",
+        type=float,
+        default=10.0,
+        help="what a flow did in so many seconds is one record (default %(default)g)",
+    )
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    return exit_code("packet-hunter-otlp", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    from fleet.export.source import Source
+    from fleet.otlp.sender import Receiver, Sender
+
+    if not 0.1 <= options.interval <= 3600:
+        raise UsageError("--interval is from 0.1 to 3600 seconds")
+    receiver = Receiver(_checked(options.endpoint), _headers())
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    with Source(options.socket) as source:
+        host = options.host or socket.gethostname()
+        sender = Sender(source, receiver, host, options.interval, stopping)
+        sender.run()
+    logging.info("%d sent, %d refused, %d lost", sender.sent, sender.refused, sender.lost)
+
+
+def _checked(url: str) -> str:
+    """Raises UsageError."""
+    try:
+        parts = urlsplit(url)
+        right = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+    except ValueError:
+        right = False
+    if not right or not url.isascii() or not url.isprintable() or " " in url:
+        raise UsageError(f"{url!r} is no receiver: say https://HOST:4318/v1/logs")
+    if parts.scheme == "http" and parts.hostname not in ("127.0.0.1", "::1", "localhost"):
+        logging.warning("%s: everybody on the way can read what is sent; say https://", url)
+    return url
+
+
+def _headers() -> dict[str, str]:
+    """Raises UsageError."""
+    found = {}
+    for pair in filter(None, os.environ.get("OTEL_EXPORTER_OTLP_HEADERS", "").split(",")):
+        name, equals, value = (unquote(part.strip()) for part in pair.partition("="))
+        if not (equals and name and f"{name}{value}".isascii() and f"{name}{value}".isprintable()):
+            raise UsageError("OTEL_EXPORTER_OTLP_HEADERS is written NAME=VALUE,NAME=VALUE")
+        found[name] = value
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
