@@ -275,10 +275,12 @@ void sniffer_batch_add(struct sniffer_record *record, const struct sk_buff *skb)
 {
 	u32 bytes = record->len + (record->gso_segs - 1) * record->hdr_len;
 	bool copy = record->flags & SNIFFER_F_COPY;
+	bool task = !softirq_count();	/* what is received comes with bottom halves off */
 	struct batch_cpu *cpu;
 	unsigned int wanted;
 
-	local_bh_disable();
+	if (task)
+		local_bh_disable();
 	cpu = this_cpu_ptr(&batch_cpus);
 	spin_lock(&cpu->lock);
 	/* perhaps another CPU than the hook began on */
@@ -312,7 +314,8 @@ void sniffer_batch_add(struct sniffer_record *record, const struct sk_buff *skb)
 		batch_put_snap(cpu, record, skb);
 
 	spin_unlock(&cpu->lock);
-	local_bh_enable();
+	if (task)
+		local_bh_enable();
 }
 
 struct batch_flush_work {

@@ -72,34 +72,22 @@ static void hooks_in(struct sniffer_flow *flow)
 		sniffer_lookup_put(sk);
 }
 
-static noinline void hooks_packet(struct sk_buff *skb, const struct nf_hook_state *state, u8 family,
-				  u8 dir)
+/* Somebody wants a record of the packet. */
+static void hooks_wanted(struct sk_buff *skb, const struct nf_hook_state *state, u8 family, u8 dir,
+			 const struct net_device *dev)
 {
-	/* as the stack reads it: ipvlan has brought the packet to its namespace by now */
-	const struct net_device *dev = dir == SNIFFER_DIR_IN ? skb->dev : state->out;
-	struct net *net = dir == SNIFFER_DIR_IN ? dev_net(skb->dev) : state->net;
-	struct sniffer_flow flow;
+	/* zeroed here, once: kernels that zero every variable see that nothing is left to do */
+	struct sniffer_flow flow = {
+		.net = dir == SNIFFER_DIR_IN ? dev_net(skb->dev) : state->net,
+		.skb = skb,
+		.record = { .family = family, .dir = dir },
+	};
 
-	if (!sniffer_batch_wanted()) {
-		sniffer_skip(SNIFFER_SKIP_LISTENER);
-		return;
-	}
-	/* A VRF shows its slaves' packets twice: wait for the second time. */
-	if (dir == SNIFFER_DIR_OUT && dev && netif_is_l3_master(dev) && skb_dst(skb) &&
-	    skb_dst(skb)->dev != dev) {
-		sniffer_skip(SNIFFER_SKIP_OTHER);
-		return;
-	}
-	memset(&flow, 0, sizeof(flow));
-	flow.net = net;
-	flow.skb = skb;
-	flow.record.family = family;
-	flow.record.dir = dir;
 	if (!sniffer_parse(&flow))
 		return;
 
 	flow.record.time_ns = ktime_get_ns();
-	flow.record.netns = net->ns.inum;
+	flow.record.netns = flow.net->ns.inum;
 	flow.record.ifindex = dev ? dev->ifindex : 0;
 
 	if (dir == SNIFFER_DIR_OUT) {
@@ -114,6 +102,25 @@ static noinline void hooks_packet(struct sk_buff *skb, const struct nf_hook_stat
 		hooks_in(&flow);
 	}
 	hooks_record(&flow);
+}
+
+static noinline void hooks_packet(struct sk_buff *skb, const struct nf_hook_state *state, u8 family,
+				  u8 dir)
+{
+	/* as the stack reads it: ipvlan has brought the packet to its namespace by now */
+	const struct net_device *dev = dir == SNIFFER_DIR_IN ? skb->dev : state->out;
+
+	if (!sniffer_batch_wanted()) {
+		sniffer_skip(SNIFFER_SKIP_LISTENER);
+		return;
+	}
+	/* A VRF shows its slaves' packets twice: wait for the second time. */
+	if (dir == SNIFFER_DIR_OUT && dev && netif_is_l3_master(dev) && skb_dst(skb) &&
+	    skb_dst(skb)->dev != dev) {
+		sniffer_skip(SNIFFER_SKIP_OTHER);
+		return;
+	}
+	hooks_wanted(skb, state, family, dir, dev);
 }
 
 #define HOOKS_FUNCTION(name, family, dir)						\

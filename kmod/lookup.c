@@ -33,7 +33,9 @@ struct lookup_ends {
 	int sdif;
 };
 
-static void lookup_ends_of(const struct sniffer_flow *flow, bool reverse, struct lookup_ends *ends)
+/* Inlined, so that kernels that zero every variable see that all of it is written. */
+static __always_inline void lookup_ends_of(const struct sniffer_flow *flow, bool reverse,
+					   struct lookup_ends *ends)
 {
 	const struct sniffer_record *r = &flow->record;
 	const u8 *remote = reverse ? r->daddr : r->saddr;

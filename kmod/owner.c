@@ -306,24 +306,6 @@ bool sniffer_owner_inherit(u64 cookie, const struct sniffer_proc *from, const st
 }
 
 /**
- * sniffer_owner_shared - may another process than its user have a socket?
- * @owner: the entry, under RCU
- * @user: its user
- *
- * Never false when one does. A descriptor on its way to another process, and a
- * thread that waits in a call, count as one.
- */
-bool sniffer_owner_shared(const struct sniffer_owner *owner, const struct sniffer_proc *user)
-{
-	struct file *file;
-
-	if (!READ_ONCE(owner->many) && (s64)(READ_ONCE(user->forked) - owner->since) <= 0)
-		return false;
-	file = sniffer_owner_file(owner);
-	return file && file_count(file) > 1;
-}
-
-/**
  * sniffer_owner_tick - the time of an event, in forks of processes with sockets
  */
 u64 sniffer_owner_tick(void)

@@ -39,7 +39,6 @@ void sniffer_owner_release(struct sock *sk);
 void sniffer_owner_free(struct sock *sk);
 void sniffer_owner_close_state(struct sock *sk, int oldstate, int newstate);
 void sniffer_owner_remove(struct sniffer_owner *owner);
-bool sniffer_owner_shared(const struct sniffer_owner *owner, const struct sniffer_proc *user);
 u64 sniffer_owner_tick(void);
 u64 sniffer_owner_clock(void);
 
@@ -48,6 +47,25 @@ static inline bool sniffer_owner_held(const struct sniffer_owner *owner,
 				      const struct sniffer_proc *user)
 {
 	return READ_ONCE(owner->held) && !READ_ONCE(user->exit_jiffies);
+}
+
+/**
+ * sniffer_owner_shared - may another process than its user have a socket?
+ * @owner: the entry, under RCU
+ * @user: its user
+ *
+ * Never false when one does. A descriptor on its way to another process, and a
+ * thread that waits in a call, count as one.
+ */
+static inline bool sniffer_owner_shared(const struct sniffer_owner *owner,
+					const struct sniffer_proc *user)
+{
+	struct file *file;
+
+	if (!READ_ONCE(owner->many) && (s64)(READ_ONCE(user->forked) - owner->since) <= 0)
+		return false;
+	file = sniffer_owner_file(owner);
+	return file && file_count(file) > 1;
 }
 
 #endif /* SNIFFER_OWNER_H */

@@ -19,9 +19,11 @@ static unsigned int max_sockets = 262144;
 module_param(max_sockets, uint, 0444);
 MODULE_PARM_DESC(max_sockets, "sockets in the owner table, 64 to 16777216 (default 262144)");
 
-static struct hlist_head *owner_cookies;
+/* See table.h; set at load only. */
+struct hlist_head *sniffer_owner_cookies;
+unsigned int sniffer_owner_bits;
+
 static struct hlist_head *owner_inodes;
-static unsigned int owner_bits;	/* of both indices; set at load only */
 
 /*
  * Guard both indices' insertion and removal (an inode's bucket by the lock of
@@ -48,18 +50,13 @@ static atomic64_t owner_full;		/* how often there was no room */
 static unsigned long owner_full_at;	/* jiffies | 1 of the last time, 0: never; whoever meets it */
 static struct kmem_cache *owner_cache;
 
-static struct hlist_head *owner_bucket(u64 cookie)
-{
-	return &owner_cookies[hash_64(cookie, owner_bits)];
-}
-
 /**
  * sniffer_owner_lock - the lock of a socket's entry
  * @cookie: socket cookie
  */
 raw_spinlock_t *sniffer_owner_lock(u64 cookie)
 {
-	return &owner_locks[hash_64(cookie, owner_bits) % OWNER_LOCKS];
+	return &owner_locks[hash_64(cookie, sniffer_owner_bits) % OWNER_LOCKS];
 }
 
 /**
@@ -89,34 +86,15 @@ bool sniffer_owner_wants(const struct sock *sk)
 }
 
 /**
- * sniffer_owner_cookie - a socket's cookie, generated if it has none
+ * sniffer_owner_new_cookie - give a socket its cookie
  * @sk: any socket, also a request or TIME_WAIT one
  */
-u64 sniffer_owner_cookie(struct sock *sk)
+u64 sniffer_owner_new_cookie(struct sock *sk)
 {
-	u64 cookie = atomic64_read(&sk->sk_cookie);
 	u32 halves[2];
 
-	if (likely(cookie))
-		return cookie;
 	sock_diag_save_cookie(sk, halves);
 	return (u64)halves[1] << 32 | halves[0];
-}
-
-/**
- * sniffer_owner_find - look a socket up
- * @cookie: socket cookie
- *
- * Return: the entry or NULL; valid in the caller's RCU section.
- */
-struct sniffer_owner *sniffer_owner_find(u64 cookie)
-{
-	struct sniffer_owner *owner;
-
-	hlist_for_each_entry_rcu(owner, owner_bucket(cookie), by_cookie)
-		if (owner->cookie == cookie)
-			return owner;
-	return NULL;
 }
 
 /**
@@ -131,7 +109,7 @@ struct sniffer_owner *sniffer_owner_find_inode(u64 inode)
 {
 	struct sniffer_owner *owner;
 
-	hlist_for_each_entry_rcu(owner, &owner_inodes[hash_64(inode, owner_bits)], by_inode)
+	hlist_for_each_entry_rcu(owner, &owner_inodes[hash_64(inode, sniffer_owner_bits)], by_inode)
 		if (READ_ONCE(owner->inode) == inode && !READ_ONCE(owner->dead))
 			return owner;
 	return NULL;
@@ -150,9 +128,9 @@ void sniffer_owner_index_inode(struct sniffer_owner *owner, u64 inode)
 	if (!inode || owner->inode)
 		return;
 	WRITE_ONCE(owner->inode, inode);
-	lock = &owner_inode_locks[hash_64(inode, owner_bits) % OWNER_LOCKS];
+	lock = &owner_inode_locks[hash_64(inode, sniffer_owner_bits) % OWNER_LOCKS];
 	raw_spin_lock_irqsave(lock, flags);
-	hlist_add_head_rcu(&owner->by_inode, &owner_inodes[hash_64(inode, owner_bits)]);
+	hlist_add_head_rcu(&owner->by_inode, &owner_inodes[hash_64(inode, sniffer_owner_bits)]);
 	raw_spin_unlock_irqrestore(lock, flags);
 }
 
@@ -163,7 +141,7 @@ static void owner_unindex_inode(struct sniffer_owner *owner)
 
 	if (!owner->inode)
 		return;
-	lock = &owner_inode_locks[hash_64(owner->inode, owner_bits) % OWNER_LOCKS];
+	lock = &owner_inode_locks[hash_64(owner->inode, sniffer_owner_bits) % OWNER_LOCKS];
 	raw_spin_lock_irqsave(lock, flags);
 	hlist_del_rcu(&owner->by_inode);
 	raw_spin_unlock_irqrestore(lock, flags);
@@ -214,7 +192,7 @@ void sniffer_owner_drop(struct sniffer_owner *fresh)
  */
 void sniffer_owner_insert(struct sniffer_owner *fresh)
 {
-	hlist_add_head_rcu(&fresh->by_cookie, owner_bucket(fresh->cookie));
+	hlist_add_head_rcu(&fresh->by_cookie, sniffer_owner_bucket_of(fresh->cookie));
 	atomic_inc(&owner_used);
 	atomic_inc(&owner_changes);
 }
@@ -305,10 +283,10 @@ void sniffer_owner_unlink(struct sniffer_owner *owner)
  */
 struct hlist_head *sniffer_owner_bucket(unsigned int i, raw_spinlock_t **lock)
 {
-	if (i >= 1U << owner_bits)
+	if (i >= 1U << sniffer_owner_bits)
 		return NULL;
 	*lock = &owner_locks[i % OWNER_LOCKS];
-	return &owner_cookies[i];
+	return &sniffer_owner_cookies[i];
 }
 
 /**
@@ -323,9 +301,9 @@ struct sniffer_owner *sniffer_owner_next(unsigned int *bucket, unsigned int *ind
 	struct sniffer_owner *owner;
 	unsigned int i;
 
-	for (; *bucket < 1U << owner_bits; (*bucket)++, *index = 0) {
+	for (; *bucket < 1U << sniffer_owner_bits; (*bucket)++, *index = 0) {
 		i = 0;
-		hlist_for_each_entry_rcu(owner, &owner_cookies[*bucket], by_cookie)
+		hlist_for_each_entry_rcu(owner, &sniffer_owner_cookies[*bucket], by_cookie)
 			if (i++ == *index) {
 				(*index)++;
 				return owner;
@@ -393,15 +371,16 @@ int sniffer_owner_init(void)
 		pr_err("sniffer: max_sockets must be 64 to 16777216, not %u\n", max_sockets);
 		return -EINVAL;
 	}
-	owner_bits = max_t(unsigned int, ilog2(roundup_pow_of_two(max_sockets)) - 1, 8);
+	sniffer_owner_bits = max_t(unsigned int, ilog2(roundup_pow_of_two(max_sockets)) - 1, 8);
 	for (i = 0; i < OWNER_LOCKS; i++) {
 		raw_spin_lock_init(&owner_locks[i]);
 		raw_spin_lock_init(&owner_inode_locks[i]);
 	}
-	owner_cookies = kvcalloc(1U << owner_bits, sizeof(*owner_cookies), GFP_KERNEL);
-	if (!owner_cookies)
+	sniffer_owner_cookies = kvcalloc(1U << sniffer_owner_bits, sizeof(*sniffer_owner_cookies),
+					 GFP_KERNEL);
+	if (!sniffer_owner_cookies)
 		return err;
-	owner_inodes = kvcalloc(1U << owner_bits, sizeof(*owner_inodes), GFP_KERNEL);
+	owner_inodes = kvcalloc(1U << sniffer_owner_bits, sizeof(*owner_inodes), GFP_KERNEL);
 	if (!owner_inodes)
 		goto free_cookies;
 	owner_cache = kmem_cache_create("sniffer_owner", sizeof(struct sniffer_owner), 0,
@@ -413,7 +392,7 @@ int sniffer_owner_init(void)
 free_inodes:
 	kvfree(owner_inodes);
 free_cookies:
-	kvfree(owner_cookies);
+	kvfree(sniffer_owner_cookies);
 	return err;
 }
 
@@ -423,5 +402,5 @@ void sniffer_owner_exit(void)
 	rcu_barrier();
 	kmem_cache_destroy(owner_cache);
 	kvfree(owner_inodes);
-	kvfree(owner_cookies);
+	kvfree(sniffer_owner_cookies);
 }

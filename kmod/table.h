@@ -3,7 +3,9 @@
 #define SNIFFER_TABLE_H
 
 #include <linux/fs.h>
+#include <linux/hash.h>
 #include <linux/magic.h>
+#include <linux/rculist.h>
 #include <linux/spinlock.h>
 #include <net/sock.h>
 
@@ -95,9 +97,12 @@ struct sniffer_owner {
 	u8 addr[16];
 };
 
+/* The cookie index, and the bits of its size. Private to the functions here and in table.c. */
+extern struct hlist_head *sniffer_owner_cookies;
+extern unsigned int sniffer_owner_bits;
+
 bool sniffer_owner_wants(const struct sock *sk);
-u64 sniffer_owner_cookie(struct sock *sk);
-struct sniffer_owner *sniffer_owner_find(u64 cookie);
+u64 sniffer_owner_new_cookie(struct sock *sk);
 struct sniffer_owner *sniffer_owner_find_inode(u64 inode);
 raw_spinlock_t *sniffer_owner_lock(u64 cookie);
 struct sniffer_owner *sniffer_owner_alloc(struct sock *sk, u64 cookie);
@@ -119,6 +124,31 @@ void sniffer_owner_count_full(void);
 bool sniffer_owner_tight(void);
 int sniffer_owner_init(void);
 void sniffer_owner_exit(void);
+
+/* Where the entry with @cookie is, if there is one. */
+static inline struct hlist_head *sniffer_owner_bucket_of(u64 cookie)
+{
+	return &sniffer_owner_cookies[hash_64(cookie, sniffer_owner_bits)];
+}
+
+/* Look a socket up. Return: the entry or NULL; valid in the caller's RCU section. */
+static inline struct sniffer_owner *sniffer_owner_find(u64 cookie)
+{
+	struct sniffer_owner *owner;
+
+	hlist_for_each_entry_rcu(owner, sniffer_owner_bucket_of(cookie), by_cookie)
+		if (owner->cookie == cookie)
+			return owner;
+	return NULL;
+}
+
+/* The cookie of any socket, also a request or TIME_WAIT one; made if it has none. */
+static inline u64 sniffer_owner_cookie(struct sock *sk)
+{
+	u64 cookie = atomic64_read(&sk->sk_cookie);
+
+	return likely(cookie) ? cookie : sniffer_owner_new_cookie(sk);
+}
 
 /* Read a socket's inode; the caller is under RCU, under which inodes are freed. */
 static inline u64 sniffer_owner_inode(const struct sock *sk)

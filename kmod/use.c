@@ -164,17 +164,15 @@ static bool use_is_possible(struct sniffer_gain *gain, const struct sniffer_owne
 static bool use_is_of_parent(struct sock *sk)
 {
 	struct sniffer_gain gain = { .sock = READ_ONCE(sk->sk_socket) };
-	struct sniffer_owner *owner = NULL;
-	struct sniffer_proc *user = NULL;
+	struct sniffer_owner *owner;
+	struct sniffer_proc *user;
 	bool uses;
 	u64 inode;
 
 	rcu_read_lock();
 	inode = sniffer_owner_inode(sk);
-	if (inode)
-		owner = sniffer_owner_find_inode(inode);
-	if (owner)
-		user = rcu_dereference(owner->user);
+	owner = inode ? sniffer_owner_find_inode(inode) : NULL;
+	user = owner ? rcu_dereference(owner->user) : NULL;
 	uses = (user && sniffer_process_is(user, current)) ||
 	       use_is_possible(&gain, owner, sk, false);
 	rcu_read_unlock();
@@ -247,6 +245,31 @@ static bool use_is_over(const struct sniffer_owner *owner)
 	       sniffer_process_is(user, current);
 }
 
+/* Under RCU. sniffer_use() where what is known of @owner does not say it all. */
+static noinline bool use_find_out(struct sock *sk, struct sniffer_owner *owner, bool called)
+{
+	struct socket *sock = READ_ONCE(sk->sk_socket);
+	struct sniffer_gain gain = { .tid = current->pid, .fd = -1, .sock = sock };
+
+	if (!use_is_process(current)) {
+		if (called && owner)
+			sniffer_owner_take(owner);
+		return true;
+	}
+	if (!sniffer_owner_wants(sk))
+		return called || use_is_of_parent(sk);
+	/* without a file it is the kernel's, which only made it here (nvmet) */
+	if (sock && !READ_ONCE(sock->file))
+		return false;
+	if (!called && owner && use_is_over(owner))
+		return true;
+	if (!use_is_mine(&gain, owner, sk, called))
+		return false;
+	gain.inode = sniffer_owner_inode(sk);
+	use_gain(sk, &gain);
+	return true;
+}
+
 /**
  * sniffer_use - the current process uses a socket, or seems to
  * @sk: full socket; from a probe or from LOCAL_OUT in trusted context
@@ -259,41 +282,21 @@ static bool use_is_over(const struct sniffer_owner *owner)
  */
 bool sniffer_use(struct sock *sk, bool called, struct sniffer_owner **found)
 {
-	struct sniffer_gain gain = { .tid = current->pid, .fd = -1 };
-	u64 cookie = atomic64_read(&sk->sk_cookie);
+	const struct socket *sock;
 	struct sniffer_owner *owner;
 	bool mine;
 
 	rcu_read_lock();
-	gain.sock = READ_ONCE(sk->sk_socket);
-	owner = cookie ? sniffer_owner_find(cookie) : NULL;
+	sock = READ_ONCE(sk->sk_socket);
+	owner = sniffer_owner_find(atomic64_read(&sk->sk_cookie));
+	mine = owner && sock && READ_ONCE(sock->file) && use_is_known(owner, sk);
+	if (unlikely(!mine)) {
+		mine = use_find_out(sk, owner, called);
+		if (found && !owner)
+			owner = sniffer_owner_find(atomic64_read(&sk->sk_cookie));
+	}
 	if (found)
 		*found = owner;
-	/* without a file it is the kernel's, which only made it here (nvmet) */
-	mine = owner && gain.sock && READ_ONCE(gain.sock->file) && use_is_known(owner, sk);
-	if (likely(mine)) {
-		rcu_read_unlock();
-		return true;
-	}
-	if (!use_is_process(current)) {
-		if (called && owner)
-			sniffer_owner_take(owner);
-		mine = true;
-	} else if (!sniffer_owner_wants(sk)) {
-		mine = called || use_is_of_parent(sk);
-	} else if (gain.sock && !READ_ONCE(gain.sock->file)) {
-		mine = false;
-	} else if (!called && owner && use_is_over(owner)) {
-		mine = true;
-	} else if (use_is_mine(&gain, owner, sk, called)) {
-		gain.inode = sniffer_owner_inode(sk);
-		use_gain(sk, &gain);
-		mine = true;
-	} else {
-		mine = false;
-	}
-	if (found && !owner)
-		*found = sniffer_owner_find(atomic64_read(&sk->sk_cookie));
 	rcu_read_unlock();
 	return mine;
 }
@@ -417,12 +420,6 @@ static bool use_shares_table(const struct sniffer_proc *proc, const struct files
 	return task && READ_ONCE(task->files) == files;
 }
 
-/* With it go the sockets that it alone has. */
-static bool use_is_ring(const struct file *file)
-{
-	return sniffer_has_uring(current) && sniffer_is_uring(file);
-}
-
 /**
  * sniffer_use_close_file - a descriptor of the current process goes
  * @file: any file; the caller is under RCU, or has a reference
@@ -440,7 +437,8 @@ void sniffer_use_close_file(struct file *file, int fd)
 	u64 cookie = 0;
 
 	if (likely(file_inode(file)->i_sb->s_magic != SOCKFS_MAGIC)) {
-		if (unlikely(use_is_ring(file)))
+		/* with a ring go the sockets that it alone has */
+		if (unlikely(sniffer_has_uring(current) && sniffer_is_uring(file)))
 			use_settle_later(true);
 		return;
 	}

@@ -55,6 +55,9 @@ def test_a_connection_becomes_a_row_that_names_its_process(daemon, nats, tmp_pat
     assert {row["tgid"] for row in flows} == {os.getpid()}
     assert {(row["laddr"], row["raddr"]) for row in flows} == {("127.0.0.1", "127.0.0.1")}
     assert sum(row["bytes_out"] for row in flows) > 1000
+    assert {row["initiated"] for row in flows} == {True}
+    others = [row for row in rows(store, "flows") if row["rport"] == port]
+    assert {(row["tgid"], row["initiated"]) for row in others} == {(server[0], False)}
     process = next(row for row in rows(store, "procs") if row["tgid"] == os.getpid())
     assert process["start_ns"] == flows[0]["start_ns"]
     assert process["exe"] and process["name"].startswith("python")

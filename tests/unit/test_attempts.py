@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from daemon.history.memory import FlowMemory, Question, flow_fields
+from nlproto.host.namespace_sockets import PerNamespace
 from nlproto.host.tcp_info import HOST_TCP
 from nlproto.records.clock import Clock
 from nlproto.tables.attempts import ANSWER_NS, Attempts
@@ -88,3 +89,19 @@ def test_retransmits_are_of_the_last_owner_and_of_the_same_namespace(make_record
     found = {int(one["tgid"]): flow_fields(one) for _, one in history.ask(Question())[1]}
     assert {pid: one["retransmits"] for pid, one in found.items()} == {1: 2, 2: 3, 7: None}
     assert {pid: one["rtt"] for pid, one in found.items()} == {1: 100 / 1e6, 2: None, 7: None}
+
+
+def test_a_costly_look_for_namespaces_comes_less_often(monkeypatch):
+    now, looks = [0], []
+
+    def paths():
+        looks.append(now[0])
+        now[0] += 100_000_000  # what it takes with thousands of processes
+        return {}
+
+    monkeypatch.setattr("nlproto.host.netns.paths", paths)
+    with PerNamespace(lambda: None, lambda: now[0], share=200) as namespaces:
+        for _ in range(100):
+            namespaces.there()
+            now[0] += 500_000_000
+    assert looks[1] - looks[0] >= 20_000_000_000 and 2 <= len(looks) <= 4

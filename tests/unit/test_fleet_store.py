@@ -264,3 +264,11 @@ def test_each_hour_tells_of_the_processes_that_its_flows_are_of():
     assert not source.due(some, 2)
     source._learn(Process(100, 5_000_000_000, comm="execed"))
     assert [one.comm for one in source.due(some, 2)] == ["execed"]
+
+
+def test_who_began_a_connection_is_remembered_for_its_later_rows():
+    deltas = Deltas()
+    for opened, cookie in ((1, 5), (0, 5), (0, 6), (2, 7), (0, 7)):
+        deltas.add(flows(cookie, 1, opened=opened), Clock(0, 0))
+        rows = rows_of(deltas.take())
+        assert rows["initiated"].tolist() == [{5: 1, 6: 0, 7: 2}[cookie]]

@@ -4,7 +4,7 @@ import pytest
 
 from nlproto.records import wire
 from nlproto.tables import flows
-from nlproto.tables.flows import FLOW, group, pack_address, summarize
+from nlproto.tables.flows import FLOW, group, pack_address, settle_opened, summarize
 
 IN, OUT, FWD = wire.lib.SNIFFER_DIR_IN, wire.lib.SNIFFER_DIR_OUT, wire.lib.SNIFFER_DIR_FWD
 
@@ -117,3 +117,70 @@ def test_no_records_are_no_flows(make_records):
 def test_an_address_that_is_none_is_refused(wrong):
     with pytest.raises(ValueError):
         pack_address(wrong)
+
+
+SYN, ACK = 2, 16
+
+
+def shake(*packets):
+    """Packets of one TCP connection, of which this end is 10.0.0.1:1, as (dir, flags)."""
+    near, far = ("10.0.0.1", 1), ("10.0.0.2", 2)
+    rows = []
+    for at, (way, flags) in enumerate(packets):
+        source, target = (far, near) if way == IN else (near, far)
+        rows.append(
+            {"dir": way, "proto": 6, "tcp_flags": flags, "time_ns": 1000 + at, "cookie": 5}
+            | {"saddr": source[0], "sport": source[1], "daddr": target[0], "dport": target[1]}
+        )
+    return rows
+
+
+CONNECTS = (OUT, SYN), (IN, SYN | ACK), (OUT, ACK), (IN, ACK)
+ACCEPTS = (IN, SYN), (OUT, SYN | ACK), (IN, ACK), (OUT, ACK)
+
+
+@pytest.mark.parametrize(
+    "packets, opened",
+    [
+        (CONNECTS, 1),
+        (ACCEPTS, 2),
+        (CONNECTS[1:], 1),
+        (ACCEPTS[1:], 2),
+        (CONNECTS[2:], 0),
+        ([(OUT, SYN)], 1),
+        ([(FWD, SYN)], 1),
+    ],
+)
+def test_who_sent_the_syn_began_the_connection(make_records, packets, opened):
+    (flow,) = summarize(make_records(*shake(*packets)))
+    assert flow["opened"] == opened
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["in order", "the other CPU first"])
+@pytest.mark.parametrize(
+    "packets, opened",
+    [
+        (CONNECTS, 1),
+        (ACCEPTS, 2),
+        ([(OUT, SYN), (OUT, ACK)], 0),
+        ([(IN, SYN), (IN, ACK)], 0),
+        ([(OUT, SYN), (OUT, SYN)], 1),
+        ([(IN, SYN | ACK)], 1),
+        ([(OUT, SYN | ACK)], 2),
+        ([(IN, ACK), (OUT, ACK)], 0),
+    ],
+)
+def test_records_that_were_merged_tell_it_only_where_they_can(make_records, packets, opened, late):
+    merged = []
+    for way in (OUT, IN):
+        some = make_records(*[one for one in shake(*packets) if one["dir"] == way])
+        if len(some):
+            one = np.zeros(1, wire.FLOW_RECORD)
+            one["last"] = some[-1:]
+            one["last"]["tcp_flags"] = np.bitwise_or.reduce(some["tcp_flags"])
+            one["first_ns"], one["records"] = some["time_ns"].min(), len(some)
+            merged.append(one)
+    merged = np.concatenate(merged[::-1] if late else merged)
+    flows, belongs = group(merged["last"].copy())
+    settle_opened(flows, belongs, merged)
+    assert flows["opened"].tolist() == [opened]

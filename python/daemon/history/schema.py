@@ -106,7 +106,7 @@ INDEXES = {
     "flows_payer": "payer, seen",
     "flows_nat": "nat_lport, nat_rport) WHERE (nat_lport <> 0",
 }
-COLUMNS = tuple(FLOW.names or ())[1:]
+COLUMNS = tuple(name for name in FLOW.names or () if name not in ("hash", "opened"))
 _NAT = ("nat_laddr", "nat_raddr")
 _NO_ADDRESS = bytes(16)
 _WRITTEN = (*COLUMNS, "payer", "seen")

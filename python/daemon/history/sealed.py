@@ -24,6 +24,7 @@ import numpy as np
 
 from daemon.history.details import Sum
 from daemon.history.memory import Question, matching
+from daemon.history.schema import COLUMNS as FLOW_COLUMNS
 from nlproto.errors import Error
 from nlproto.tables.flows import FLOW
 
@@ -42,7 +43,7 @@ _WIDE = (*_ADDRESSES, "comm")
 _BYTES = np.dtype("S16")
 _RARE = ("rtt_us", "retransmits", "tcp_in", "tcp_out")
 """Columns that a file is without where they are zero."""
-COLUMNS = ("id", *(FLOW.names or ())[1:], "payer", "seen")
+COLUMNS = ("id", *FLOW_COLUMNS, "payer", "seen")
 
 _Kind = TypeVar("_Kind")
 

@@ -42,7 +42,7 @@ class Connections:
 
     def __init__(self, learn: Callable[[np.ndarray], None]) -> None:
         self._learn = learn
-        self._namespaces = PerNamespace(TcpInfo)
+        self._namespaces = PerNamespace(TcpInfo, share=_SHARE)
         self._waiting: list[tuple[int, np.ndarray]] = []
         self._looks_ns = 0
         self._look_budget = Budget(_SHARE, _SAVED_NS, time.monotonic_ns)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 
@@ -19,6 +20,8 @@ __all__ = ["Deltas", "rows_of"]
 _SUMS = ("packets_out", "bytes_out", "packets_in", "bytes_in")
 _COMPACT = 16384
 _NAMES = 1 << 16
+_OPENED = 1 << 17
+"""Connections of which it is remembered who began them; twice as many at most."""
 
 
 class Deltas:
@@ -30,6 +33,9 @@ class Deltas:
         self._waiting = 0
         """Rows that came since rows of one flow were last put together."""
         self._names: OrderedDict[int, str] = OrderedDict()
+        self._opened: dict[int, int] = {}
+        self._opened_before: dict[int, int] = {}
+        """Who began connections, by the hash of their key; older ones."""
 
     def __len__(self) -> int:
         return sum(map(len, self._parts))
@@ -63,7 +69,23 @@ class Deltas:
         """Return everything that waits, the latest last, and forget it."""
         flows = self._merged()
         self._parts = []
+        self._recall(flows)
         return taken(flows, np.argsort(flows["last_ns"], kind="stable"))
+
+    def _recall(self, flows: np.ndarray) -> None:
+        """A SYN was in the first row of a connection alone; the others say what it said."""
+        rows = np.flatnonzero((flows["proto"] == socket.IPPROTO_TCP) & (flows["cookie"] != 0))
+        some = taken(flows, rows)
+        keys = mix(tuple(_words(some)), self._seed).tolist()
+        opened = some["opened"].tolist()
+        for at, (key, value) in enumerate(zip(keys, opened, strict=True)):
+            if value:
+                self._opened[key] = value
+            else:
+                opened[at] = self._opened.get(key) or self._opened_before.get(key, 0)
+        flows["opened"][rows] = opened
+        if len(self._opened) > _OPENED:
+            self._opened_before, self._opened = self._opened, {}
 
     def _merged(self) -> np.ndarray:
         """One row for each flow. Two flows of one hash may stay apart in more: sums add up."""
@@ -86,6 +108,7 @@ class Deltas:
         for name in _SUMS:
             merged[name] = np.add.reduceat(flows[name], starts)
         merged["flags"] = np.bitwise_or.reduceat(flows["flags"], starts)
+        merged["opened"] = np.maximum.reduceat(flows["opened"], starts)
         merged["domain"] = np.maximum.reduceat(flows["domain"], starts)
         told = np.where(flows["nat_lport"] != 0, np.arange(len(flows)), -1)
         latest = np.maximum.reduceat(told, starts)
@@ -102,6 +125,7 @@ def rows_of(flows: np.ndarray) -> np.ndarray:
     for name in _COMMON:
         rows[name] = flows[name]
     rows["protocol"] = flows["proto"]
+    rows["initiated"] = np.where(flows["forwarded"] == 0, flows["opened"], 0)
     rows["nat"] = np.where(flows["nat_lport"] != 0, flows["family"], 0)
     return rows
 

@@ -30,17 +30,23 @@ class PerNamespace(Generic[S]):
     """Looks for new and ended namespaces at most every 2 s; a context manager, for one thread.
 
     Of netns.room() at most, chosen as engine packet chooses. `make` makes the socket, inside the
-    namespace; it raises NoPrivilege where that is refused.
+    namespace; it raises NoPrivilege where that is refused. Looks take one `share`th of the time at
+    most (0: what they take): with many processes they come less often.
     A socket keeps its namespace alive, so one that no process and no name holds any more is let go
     at the next look.
     """
 
     def __init__(
-        self, make: Callable[[], S], now_ns: Callable[[], int] = time.monotonic_ns
+        self,
+        make: Callable[[], S],
+        now_ns: Callable[[], int] = time.monotonic_ns,
+        share: int = 0,
     ) -> None:
+        self._share = share
         self._make = make
         self._now_ns = now_ns
-        self._looked_ns = -_LOOK_NS
+        self._look_ns = now_ns()
+        """When the next look is due."""
         self.own = netns.own()
         self._failures = Failures("sock_diag")
         self._namespaces: dict[int, S | None] = {}
@@ -67,12 +73,15 @@ class PerNamespace(Generic[S]):
     def look(self) -> None:
         """Take note of namespaces that came and went."""
         now = self._now_ns()
-        if now - self._looked_ns < _LOOK_NS:
+        if now < self._look_ns:
             return
-        self._looked_ns = now
         try:
             there = netns.paths()
         except OSError:  # no descriptor is left for it
+            there = None
+        took = self._now_ns() - now
+        self._look_ns = now + max(_LOOK_NS, self._share * took)
+        if there is None:
             return
         there.pop(self.own, None)
         if len(there) > netns.room():

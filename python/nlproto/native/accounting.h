@@ -55,7 +55,8 @@ struct flow {
 	uint32_t retransmits;	/* segments; nothing is known unless flags has FLOW_LOOKED */
 	uint8_t tcp_in;		/* TCP flags of all packets that came in */
 	uint8_t tcp_out;	/* and that went out */
-	uint8_t reserved[6];
+	uint8_t opened;		/* who sent the SYN: 1 this (or the lower) end, 2 the other one, 0: not seen */
+	uint8_t reserved[5];
 };
 
 /*

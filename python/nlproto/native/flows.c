@@ -11,6 +11,8 @@ _Static_assert(sizeof(struct port) == 96, "port");
 _Static_assert(sizeof(((struct flow *)0)->comm) == SNIFFER_COMM_LEN, "comm");
 
 #define KEY_WORDS 8
+#define TCP_SYN 2
+#define TCP_ACK 16
 
 /* What makes flows different, in registers. */
 struct key {
@@ -145,6 +147,8 @@ static inline void flow_add(struct flow *flow, const struct sniffer_record *r, i
 		flow->bytes_in += bytes;
 		flow->tcp_in |= r->tcp_flags;
 	}
+	if (r->tcp_flags & TCP_SYN && !flow->opened)
+		flow->opened = !(r->tcp_flags & TCP_ACK) == out ? 1 : 2;
 	if (r->time_ns < flow->first_ns)
 		flow->first_ns = r->time_ns;
 	if (r->time_ns > flow->last_ns)

@@ -37,7 +37,7 @@ from nlproto.records.wire import (
 )
 from nlproto.running.supervise import PATIENCE, Failures, described, keep_going
 from nlproto.tables.column_table import random_seed
-from nlproto.tables.flows import group, summarize
+from nlproto.tables.flows import group, settle_opened, summarize
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import Processes
 
@@ -448,6 +448,7 @@ class Pipeline:
         self.processes.add_records(records)
         flows, belongs = group(records, self._seed)
         np.minimum.at(flows["first_ns"], belongs, merged["first_ns"])
+        settle_opened(flows, belongs, merged)
         if self.portmap is not None:
             self.portmap.update(flows)
         head = batches[-1].head

@@ -26,11 +26,13 @@ __all__ = [
     "first_of_processes",
     "group",
     "pack_address",
+    "settle_opened",
     "summarize",
     "unnamed_places",
 ]
 
 _WORD = (1 << 64) - 1
+_SYN, _ACK = 2, 16
 
 
 FLOW = without(dtype_of("flow", ffi), "zero", "dirty", "nat_zero", "reserved")
@@ -39,7 +41,8 @@ and the higher end, and "out" is from the lower one. Addresses are the 16 bytes 
 as two numbers. Times are CLOCK_MONOTONIC ns. Packets and bytes are those of the wire, after
 segmentation. how, uid, inode and comm are the last record's; flags has all that were set. nat_
 fields are what NAT made of the ends; nat_lport 0: not known that it changed any. tcp_in and
-tcp_out have the TCP flags of all packets that way. rtt_us and retransmits are of the connection,
+tcp_out have the TCP flags of all packets that way. opened is
+who sent the SYN: 1 this end, 2 the other one. rtt_us and retransmits are of the connection,
 where flags has LOOKED: the history has them, summarize() does not."""
 
 LOOKED = 1 << 15
@@ -90,6 +93,25 @@ def _sum(records: np.ndarray, seed: int, belongs: Any) -> np.ndarray:
         bits,
     )
     return flows[:count]
+
+
+def settle_opened(flows: np.ndarray, belongs: np.ndarray, merged: np.ndarray) -> None:
+    """Set `opened` of FLOWs that are the sums of FLOW_RECORDs; `belongs` as of group().
+
+    The TCP flags of such a record are or-ed, so a SYN with an ACK may be either side's. Where both
+    sides' are here the earlier one began; else a SYN without an ACK tells, or a record alone.
+    """
+    flags = merged["last"]["tcp_flags"]
+    rows = np.flatnonzero((flags & _SYN) != 0)
+    if not len(rows):
+        return
+    rows = rows[np.argsort(merged["first_ns"][rows], kind="stable")[::-1]]  # the earliest last
+    at, ack = belongs[rows], (flags[rows] & _ACK) != 0
+    out = merged["last"]["dir"][rows] == wire.SNIFFER_DIR_OUT
+    both = (flows["tcp_in"][at] & flows["tcp_out"][at] & _SYN) != 0
+    sure = (both | ~ack | (merged["records"][rows] == 1)) & (flows["forwarded"][at] == 0)
+    flows["opened"][at] = 0
+    flows["opened"][at[sure]] = np.where(out == (both | ~ack), 1, 2)[sure]
 
 
 def first_of_processes(records: np.ndarray, seed: int) -> np.ndarray:
