@@ -165,6 +165,17 @@ def test_where_two_machines_fit_none_is_named(folder):
     assert alone(found)["a curl"] == "ambiguous"
 
 
+def test_an_address_that_several_machines_have_joins_no_others(folder):
+    """Of two containers with the same addresses on two machines one end each was recorded."""
+    folder.flow("a", "172.17.0.2:40000", "172.17.0.3:80", "curl")
+    folder.flow("b", "172.17.0.3:80", "172.17.0.2:40000", "nginx")
+    folder.flow("b", "172.17.0.2:5000", "198.51.100.1:443", "wget")
+    with folder.open() as store:
+        found = ends(store, Wanted())
+    assert joined(found) == set()
+    assert alone(found) == {"a curl": "ambiguous", "b nginx": "ambiguous", "b wget": "outside"}
+
+
 def test_a_port_that_is_used_again_joins_the_right_ones(folder):
     for number, at in enumerate((0, 4, 8)):
         first = FIRST + at * S

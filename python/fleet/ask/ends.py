@@ -80,10 +80,17 @@ SELECT own.id, own.protocol, back.na, back.np, back.ma, back.mp
 FROM own JOIN back ON own.protocol = back.protocol AND own.la = back.la AND own.lp = back.lp
     AND own.ra = back.ra AND own.rp = back.rp;
 
+CREATE OR REPLACE TEMP TABLE owned AS
+SELECT laddr AS address, list(DISTINCT host) AS hosts FROM all_flows WHERE NOT forwarded
+GROUP BY laddr;
+
 CREATE OR REPLACE TEMP TABLE pair_ AS
-SELECT DISTINCT c.id AS c, s.id AS s, c.host AS ch, s.host AS sh,
+SELECT c.id AS c, s.id AS s, c.host AS ch, s.host AS sh,
     s.first_ns - c.first_ns AS apart,
-    c.first_ns < {{edge}} OR s.first_ns < {{edge}} AS old
+    c.first_ns < {{edge}} OR s.first_ns < {{edge}} AS old,
+    -- an address that several machines have says nothing of which one is meant
+    bool_and(c.host <> s.host AND (cw.la IN (SELECT address FROM owned WHERE len(hosts) > 1)
+        OR cw.ra IN (SELECT address FROM owned WHERE len(hosts) > 1))) AS doubtful
 FROM way cw JOIN way sw ON cw.protocol = sw.protocol AND cw.la = sw.ra AND cw.lp = sw.rp
         AND cw.ra = sw.la AND cw.rp = sw.lp
     JOIN end_ c ON c.id = cw.id JOIN end_ s ON s.id = sw.id
@@ -95,7 +102,8 @@ WHERE c.id <> s.id AND c.initiated IS NOT false AND s.initiated IS NOT true
     AND c.first_ns <= s.last_ns + {_WIDE_NS} AND s.first_ns <= c.last_ns + {_WIDE_NS}
     -- an address of loopback is another one in each namespace
     AND (NOT (starts_with(cw.la, '127.') OR cw.la = '::1' OR starts_with(cw.ra, '127.'))
-         OR (c.host = s.host AND c.boot = s.boot AND c.netns = s.netns));
+         OR (c.host = s.host AND c.boot = s.boot AND c.netns = s.netns))
+GROUP BY ALL;
 
 CREATE OR REPLACE TEMP TABLE match_ AS
 WITH clock AS (
@@ -113,7 +121,8 @@ best AS (
     -- what a machine talks to on itself has an address that others may have, too
     WHERE (NOT at_home OR ch = sh)
         AND (old OR greatest(off - best_c, off - best_s) <= {_BOUND_NS} // 10))
-SELECT c, s, off, count(DISTINCT sh) OVER (PARTITION BY c) AS machines,
+SELECT c, s, off,
+    count(DISTINCT sh) OVER (PARTITION BY c) + CAST(doubtful AS BIGINT) AS machines,
     row_number() OVER (PARTITION BY c ORDER BY off, s) AS place,
     row_number() OVER (PARTITION BY s ORDER BY off, c) AS other_place
 FROM best;
@@ -133,9 +142,7 @@ SELECT e.*, coalesce(m.machines, 0) AS machines, h.hosts AS others,
 FROM end_ e
     LEFT JOIN (SELECT c AS id, max(machines) AS machines FROM match_ GROUP BY c
                UNION SELECT s, max(machines) FROM match_ GROUP BY s) m ON m.id = e.id
-    LEFT JOIN (SELECT laddr, list(DISTINCT host) AS hosts FROM all_flows
-               WHERE NOT forwarded GROUP BY laddr) h
-        ON h.laddr = coalesce(e.nat_raddr, e.raddr)
+    LEFT JOIN owned h ON h.address = coalesce(e.nat_raddr, e.raddr)
 WHERE e.fits AND NOT e.forwarded AND e.id NOT IN (
     SELECT c FROM match_ WHERE place = 1 AND other_place = 1 AND machines = 1
     UNION SELECT s FROM match_ WHERE place = 1 AND other_place = 1 AND machines = 1)
