@@ -249,3 +249,57 @@ with socket.create_server(("10.88.0.2", 80)) as server, socket.socket() as peer:
         peer.send(b"x"), other.recv(1), other.send(b"x"), peer.recv(1)
         time.sleep(0.05)
 """
+
+
+PROXY = """
+import ctypes, socket, threading
+ctypes.CDLL(None).prctl(15, b"docker-proxy")
+server = socket.create_server(("10.77.0.1", 9000))
+print(9000, flush=True)
+def pour(one, other):
+    while data := one.recv(100):
+        other.sendall(data)
+while True:
+    peer, _ = server.accept()
+    beyond = socket.create_connection(("10.88.0.2", 80))
+    for pair in ((peer, beyond), (beyond, peer)):
+        threading.Thread(target=pour, args=pair, daemon=True).start()
+"""
+
+
+def test_who_shows_the_process_behind_a_proxy_of_the_runtime(daemon, lab):
+    serving = lab.server("box", 80, address="10.88.0.2")
+    proxy = lab.start("host", PROXY)
+    client = lab.client("far", "10.77.0.1", 9000)
+    of(daemon, proxy, port=9000)
+    of(daemon, serving, port=80)
+    client.again()
+
+    def rows():
+        lines = who(daemon, "--port", "9000")
+        found = [line for line in lines if f".{serving.pid}" in line and "10.88.0.2.80" in line]
+        return found if any(f".{proxy.pid}" in line for line in lines) and found else None
+
+    (row,) = until(rows, 20, "the server behind the proxy")
+    assert f"behind docker-proxy.{proxy.pid}" in row
+
+
+@pytest.mark.skipif(not shutil.which("tcpdump"), reason="tcpdump is not installed")
+def test_a_capture_of_the_uplink_names_the_process_in_the_container(daemon, lab, tmp_path):
+    serving = lab.server("box", 80, address="10.88.0.2")
+    client = lab.client("far", "10.77.0.1", 8080)
+    of(daemon, serving, port=8080)
+    capture, named = tmp_path / "uplink.pcap", tmp_path / "named.pcapng"
+    dump = subprocess.Popen(
+        ["ip", "netns", "exec", lab.names["host"], "tcpdump", "--immediate-mode", "-U", "-i", "far",
+         "-c", "2", "-w", capture, "tcp", "port", "8080"],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while "listening on" not in (line := dump.stderr.readline()):
+        assert line, "tcpdump ended at once"
+    client.again()
+    assert dump.wait(30) == 0
+    until(lambda: of(daemon, serving, port=8080)["packets_in"] > 4)
+    command = [*HUNTER, "annotate", capture, "-o", named, "--socket", daemon.path]
+    subprocess.run(command, check=True, capture_output=True)
+    assert f"python.{serving.pid}".encode() in named.read_bytes()

@@ -27,6 +27,7 @@ _NEAR_S = 0.05
 _SAME_S = 0.005
 """Two stamps of one packet, where no queue lies between."""
 
+_ENDS = ("local", "remote")
 Entry = dict[str, Any]
 """One flow of the history, as op "history" answers."""
 
@@ -118,7 +119,7 @@ class PastOwners:
                 continue
             if entry["forwarded"]:
                 passed.add(entry["netns"])
-            elif _is(entry, near, far):
+            elif _is(entry, near, far) or _became(entry, near, far):
                 groups.setdefault(entry["netns"], []).append(entry)
         certain = pair not in self._cut
         if self._place is not None:
@@ -198,6 +199,12 @@ def _merge(groups: Sequence[tuple[int, _Settled]]) -> Answer:
         entries.update({(one["pid"], one["start_ns"]): one for one in group.entries})
     certain = len(entries) == 1 and all(group.entries and group.certain for _, group in groups)
     return Answer(list(entries.values()), certain, frozenset(netns for netns, _ in groups))
+
+
+def _became(entry: Entry, local: End, remote: End) -> bool:
+    """Whether NAT makes, or made, these of its ends."""
+    became = [(entry.get(f"nat_{one}"), entry.get(f"nat_{one[0]}port")) for one in _ENDS]
+    return became == [local, remote]
 
 
 def _is(entry: Entry, local: End, remote: End) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from hunter.cli.options import Who
 from hunter.show.console import Output
+from hunter.who.behind import add_behind
 from hunter.who.places import asks_for_place, in_place
 from hunter.who.who_groups import show_groups, summed
 from hunter.who.who_show import show
@@ -34,6 +35,8 @@ def run(options: Who, notify: Callable[[str], None]) -> None:
     try:
         with DaemonClient(options.socket) as client:
             answer = _ask(client, options)
+            if options.port is not None:
+                add_behind(client, answer)
     except NoDaemon as error:
         from hunter.who.who_now import owners_now
 

@@ -318,7 +318,7 @@ def _seen_rows(
                 clock(one.first, now),
                 f"{clock(newest['last'], now)}, {_ago(now - newest['last'])}",
                 _netns(newest["netns"], one.first),
-                " ".join([newest["how"].replace("_", " "), *_uncertain(newest)]),
+                " ".join([newest["how"].replace("_", " "), *_uncertain(newest), *_behind(newest)]),
             ]
         )
     return rows
@@ -340,6 +340,12 @@ def _outcomes(found: Counter[str], flows: int) -> str:
 
 def _uncertain(flow: Entry) -> list[str]:
     return ["AMBIGUOUS"] if "ambiguous" in flow["flags"] else []
+
+
+def _behind(flow: Entry) -> list[str]:
+    """The proxy through which it was reached."""
+    proxy = flow.get("behind")
+    return [] if proxy is None else [f"behind {plain(proxy['comm'])}.{proxy['pid']}"]
 
 
 def _programs(
