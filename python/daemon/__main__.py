@@ -22,8 +22,8 @@ from typing import Any, NoReturn  # noqa: E402
 from daemon.service import Service  # noqa: E402
 from daemon.system.config import Config, load  # noqa: E402
 from nlproto.errors import Error, UsageError  # noqa: E402
-from nlproto.running import descriptors  # noqa: E402
 from nlproto.running.foreign import foreign_packages  # noqa: E402
+from nlproto.running.surroundings import missing  # noqa: E402
 
 DEFAULT_CONFIG = "/etc/packet-hunter/daemon.yaml"
 
@@ -78,9 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"packet-hunterd: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if not descriptors.none_left(error):
+        lacking = missing(error)
+        if lacking is None:
             raise
-        print(f"packet-hunterd: {descriptors.NoDescriptors.of(error)}", file=sys.stderr)
+        print(f"packet-hunterd: {lacking}", file=sys.stderr)
         return 1
 
 

@@ -26,6 +26,7 @@ from nlproto import Error, UsageError  # noqa: E402
 from nlproto.filters.mistakes import FilterError  # noqa: E402
 from nlproto.running import descriptors  # noqa: E402
 from nlproto.running.foreign import foreign_packages  # noqa: E402
+from nlproto.running.surroundings import missing  # noqa: E402
 
 _OUTPUT_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
@@ -140,8 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(str(error))
         return 1
     except OSError as error:
-        if descriptors.none_left(error):
-            _tell(str(descriptors.NoDescriptors.of(error)))
+        if lacking := missing(error):
+            _tell(str(lacking))
             return 1
         if error.errno not in _OUTPUT_FAILS:
             raise

@@ -13,6 +13,7 @@ import stat
 from daemon.system.directory import HeldDirectory
 from nlproto.client.frames import DEFAULT_SOCKET
 from nlproto.errors import Error, NoPrivilege
+from nlproto.running.surroundings import missing
 
 __all__ = ["SocketFile"]
 
@@ -45,6 +46,8 @@ class SocketFile:
             self.socket.listen(_BACKLOG)
         except OSError as error:
             self._release()
+            if lacking := missing(error):
+                raise lacking from None
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise NoPrivilege(
                     f"{self.path}: {error.strerror}; run as root or choose another --socket"

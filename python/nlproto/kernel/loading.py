@@ -13,6 +13,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from nlproto.running.commands import from_here
+
 __all__ = ["Advice", "advice"]
 
 _SIGNED = (
@@ -69,8 +71,7 @@ def _from_tree(root: Path, tree: Path, release: str, headers: bool) -> Advice:
         raw = built.read_bytes()
     except OSError:
         raw = b""
-    shown = os.path.relpath(built)
-    shown = str(built) if shown.startswith("..") else shown
+    shown = from_here(built)
     found = re.search(rb"vermagic=([^ \0]+)", raw)
     built_for = found[1].decode("ascii", "replace") if found else ""
     if raw and built_for in ("", release):

@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-__all__ = ["as_root"]
+__all__ = ["as_root", "from_here"]
 
 _SUDO_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -21,5 +21,13 @@ def as_root(program: str, python: str = sys.executable) -> str:
     if not beside.exists():
         module = "daemon" if program.endswith("d") else "hunter"
         return f"sudo {python} -m {module}"
-    here = os.path.relpath(beside)
-    return f"sudo {beside if here.startswith('..') else here}"
+    return f"sudo {from_here(beside)}"
+
+
+def from_here(path: Path) -> str:
+    """Return `path` as one writes it here: relative if it is below the current directory."""
+    try:
+        here = os.path.relpath(path)
+    except FileNotFoundError:  # the current directory was removed
+        here = ".."
+    return str(path) if here.startswith("..") else here
