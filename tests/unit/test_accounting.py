@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from daemon.history.memory import FlowMemory
@@ -272,6 +272,7 @@ def _plain_surplus(age, groups, keep, weights):
     st.integers(-1, 200),
     st.booleans(),
 )
+@example([(0, 0, 0, 0)], -1, True)
 def test_who_gives_way_is_chosen_as_by_sorting(rows, keep, weighted):
     age, payers, programs, weights = ([row[n] for row in rows] for n in range(4))
     columns = np.array(payers, np.uint32), np.array(programs, np.uint64)

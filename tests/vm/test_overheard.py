@@ -18,13 +18,13 @@ from waiting import until
 Start = Callable[..., Daemon]
 
 
-@pytest.fixture(params=["module", "ebpf"])
-def start(request: pytest.FixtureRequest, tmp_path: Path, loaded: None) -> Iterator[Start]:
+@pytest.fixture
+def start(engine: str, tmp_path: Path, loaded: None) -> Iterator[Start]:
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     started: list[Daemon] = []
 
     def begin(config: str = "") -> Daemon:
-        started.append(Daemon(tmp_path, "--engine", request.param, config=config))
+        started.append(Daemon(tmp_path, "--engine", engine, config=config))
         return started[-1]
 
     yield begin
@@ -40,15 +40,14 @@ def lab(start: Start) -> Iterator[Place]:
 
 
 @pytest.mark.parametrize(
-    ("proto", "address", "port", "server"),
+    ("engine", "proto", "address", "port", "server"),
     [
-        ("tcp", "10.77.0.1", 8080, "10.88.0.2"),
-        ("udp", "10.77.0.1", 8080, "10.88.0.2"),
-        ("tcp", "fd77::1", 8081, "fd88::2"),
+        ("module", "tcp", "fd77::1", 8081, "fd88::2"),
+        ("ebpf", "udp", "10.77.0.1", 8080, "10.88.0.2"),
     ],
 )
 def test_who_names_the_process_behind_a_published_port(
-    start: Start, lab: Place, proto: str, address: str, port: int, server: str
+    start: Start, lab: Place, engine: str, proto: str, address: str, port: int, server: str
 ) -> None:
     daemon = start()
     lab.rules(PUBLISHED)

@@ -392,7 +392,7 @@ static int choose(const int64_t *age, const uint64_t *groups, uint32_t group_cou
 		  struct item *items, uint64_t *places, uint8_t *goes)
 {
 	struct item *by_age = items + count, *spare = by_age + count, *in_order;
-	uint64_t left = keep < 0 ? 0 : (uint64_t)keep;
+	uint64_t left = (uint64_t)keep;
 
 	for (uint32_t i = 0; i < count; i++)
 		items[i] = (struct item){ (uint64_t)age[i] ^ 1ull << 63, i };
@@ -412,6 +412,8 @@ static int choose(const int64_t *age, const uint64_t *groups, uint32_t group_cou
 		in_order = sort(items, spare, count);
 	}
 	memset(goes, 1, count);
+	if (keep < 0)
+		return 0;
 	for (uint32_t i = 0; i < count; i++) {
 		uint64_t weight = weight_of(weights, in_order[i].row);
 
