@@ -25,6 +25,16 @@ _FINISH_S = 5.0
 _END: Mapping[str, Any] = {}
 
 
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """A finding goes where the user said: urllib would ask elsewhere, without it."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_open = urllib.request.build_opener(_Stay).open
+
+
 class Webhook:
     """A thread that POSTs each finding to `url`; a context manager.
 
@@ -95,7 +105,7 @@ class Webhook:
         headers = {"Content-Type": "application/json", "User-Agent": "packet-hunter"}
         request = urllib.request.Request(self._url, body, headers, method="POST")
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S):
+            with _open(request, timeout=_TIMEOUT_S):
                 return ""
         except urllib.error.HTTPError as error:
             error.close()
