@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: MIT
+"""Three machines, as far as a kernel can be three: each connection has both its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fleet.ask.ends import ends
+from fleet.ask.hosts import hosts_of
+from fleet.ask.store import Range, open_folder
+from fleet.ask.wanted import Wanted
+from fleeting import Program, Server
+from waiting import until
+
+pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs root")
+
+NAMES = ("m1", "m2", "m3")
+EACH = 10
+"""Connections from each machine to each other one, and to itself over loopback."""
+PORT = 7000
+SERVE = """
+import json, os, socket, sys
+truth = open(sys.argv[1], "a", buffering=1)
+with socket.create_server(("", int(sys.argv[2])), backlog=200) as listener:
+    truth.write("ready\\n")
+    kept = []
+    while True:
+        one, far = listener.accept()
+        kept.append(one)
+        truth.write(json.dumps([*one.getsockname(), *far, os.getpid()]) + "\\n")
+        one.sendall(b"hello")
+"""
+ASK = """
+import json, os, socket, sys
+truth = open(sys.argv[1], "a", buffering=1)
+kept = []
+for _ in range(int(sys.argv[2])):
+    for address in sys.argv[4:]:
+        one = socket.create_connection((address, int(sys.argv[3])), timeout=20)
+        assert one.recv(5)
+        kept.append(one)
+        truth.write(json.dumps([*one.getsockname(), *one.getpeername(), os.getpid()]) + "\\n")
+truth.write("done\\n")
+sys.stdin.read()
+"""
+
+
+def run(*command):
+    subprocess.run(command, check=True, capture_output=True)
+
+
+class Machine:
+    """Its own network, processes and /proc; a daemon and an exporter."""
+
+    def __init__(self, number, name, directory, hub, url):
+        self.name, self.address = name, f"10.99.0.{number}"
+        self.directory = directory / name
+        self.directory.mkdir()
+        self.truth = {side: self.directory / f"{side}.truth" for side in ("serve", "ask")}
+        apart = ["unshare", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        self.outer = subprocess.Popen([*apart, "sleep", "1000"])
+        self.init = until(lambda: self._child(), 20, "a machine")
+        device = f"phf{os.getpid() % 10000}{number}"
+        run("ip", "link", "add", device, "netns", hub, "type", "veth", "peer", "name", device)
+        run("ip", "-n", hub, "link", "set", device, "master", "bridge", "up")
+        run("ip", "link", "set", device, "netns", str(self.init))
+        self.enter("ip", "address", "add", f"{self.address}/24", "dev", device).wait(20)
+        self.enter("ip", "link", "set", device, "up").wait(20)
+        self.enter("ip", "link", "set", "lo", "up").wait(20)
+        path = str(self.directory / "daemon.sock")
+        daemon = [sys.executable, *("-I", "-m", "daemon", "--engine", "packet", "--foreground")]
+        self.daemon = Program(
+            self.directory / "daemon.log", self._inside([*daemon, "--socket", path]), cwd="/"
+        )
+        self.daemon.wait_for("serving")
+        words = ("--socket", path, "--spool", str(self.directory / "spool"), "--host", name)
+        self.exporter = Program.of(
+            self.directory / "export.log", "export", *words, "--server", url, "--interval", "1"
+        )
+        self.exporter.wait_for("connected as")
+
+    def _child(self):
+        children = Path(f"/proc/{self.outer.pid}/task/{self.outer.pid}/children").read_text()
+        return int(children.split()[0]) if children else None
+
+    def _inside(self, command):
+        return ["nsenter", "--target", str(self.init), "--net", "--pid", "--mount", *command]
+
+    def enter(self, *command, **options):
+        return subprocess.Popen(self._inside(list(command)), cwd="/", **options)
+
+    def python(self, code, side, *words):
+        command = [sys.executable, "-c", code, str(self.truth[side]), *map(str, words)]
+        return self.enter(*command, stdin=subprocess.PIPE)
+
+    def told(self, side):
+        """{(local, remote): pid} as the processes themselves say."""
+        lines = self.truth[side].read_text().splitlines()
+        found = [json.loads(line) for line in lines if line.startswith("[")]
+        return {(f"{a}:{p}", f"{b}:{q}"): pid for a, p, b, q, pid in found}
+
+    def close(self):
+        """The exporter sends what it has; the daemon ends with its machine."""
+        assert self.exporter.stop() == 0, self.exporter.text()
+
+
+@pytest.fixture
+def machines(tmp_path):
+    hub = f"phf-hub-{os.getpid()}"
+    with contextlib.ExitStack() as stack:
+        run("ip", "netns", "add", hub)
+        stack.callback(run, "ip", "netns", "delete", hub)
+        run("ip", "-n", hub, "link", "add", "bridge", "type", "bridge")
+        run("ip", "-n", hub, "link", "set", "bridge", "up")
+        server = stack.enter_context(Server(tmp_path / "nats"))
+        made = []
+        for number, name in enumerate(NAMES, 1):
+            made.append(Machine(number, name, tmp_path, hub, server.url))
+            stack.callback(made[-1].outer.wait)
+            stack.callback(made[-1].outer.send_signal, signal.SIGKILL)
+        yield made, tmp_path / "store", server.url
+
+
+def test_every_connection_of_three_machines_has_both_its_processes(machines, tmp_path):
+    made, store, url = machines
+    since = time.time_ns()
+    with Program.of(tmp_path / "collect.log", "collect", str(store), "--server", url,
+                    "--interval", "1") as collector:  # fmt: skip
+        for one in made:
+            one.python(SERVE, "serve", PORT)
+        until(lambda: all("ready" in _text(one.truth["serve"]) for one in made), 30, "servers")
+        asking = []
+        for one in made:
+            others = [other.address for other in made if other is not one]
+            asking.append(one.python(ASK, "ask", EACH, PORT, "127.0.0.1", *others))
+        until(lambda: all("done" in _text(one.truth["ask"]) for one in made), 60, "clients")
+        wanted = {(one.name, *way): pid for one in made for way, pid in one.told("ask").items()}
+        assert len(wanted) == 3 * 3 * EACH
+
+        def all_there():
+            return wanted.keys() <= _joined(store, since).keys()
+
+        until(all_there, 60, "both ends of all")
+        for one in asking:
+            one.stdin.close()
+            one.wait()
+        for one in made:
+            one.close()
+        assert collector.stop() == 0, collector.text()
+    found = _joined(store, since)
+    answering = {
+        (one.name, local, remote): pid
+        for one in made
+        for (local, remote), pid in one.told("serve").items()
+    }
+    for (name, local, remote), pid in wanted.items():
+        client_pid, server_name, server_pid = found[name, local, remote]
+        assert client_pid == pid
+        assert server_pid == answering[server_name, remote, local]
+    with open_folder(store, Range(since, time.time_ns())) as opened:
+        assert {one.name for one in hosts_of(opened)} == set(NAMES)
+
+
+def _joined(store, since):
+    """{(client's machine, local, remote): (its pid, server's machine, its pid)}."""
+    if not (store / "flows").is_dir():
+        return {}
+    with open_folder(store, Range(since, time.time_ns())) as opened:
+        found = {}
+        for one in ends(opened, Wanted(port=PORT)):
+            client, server = one["client"], one["server"]
+            if client and server:
+                ways = [f"{client[f'{side}addr']}:{client[f'{side}port']}" for side in "lr"]
+                assert not one["ambiguous"]
+                key = (client["host"], *ways)
+                assert key not in found, "one connection, two rows"
+                found[key] = client["tgid"], server["host"], server["tgid"]
+        return found
+
+
+def _text(path):
+    return path.read_text() if path.exists() else ""
