@@ -8,7 +8,7 @@
 
 /* What the owner table is told of. Written by probes.c alone, read by everybody without a lock. */
 extern bool sniffer_alive_names;	/* all that names need; by the last canary, if by kprobes */
-extern bool sniffer_alive_release;	/* the end of each socket's file, without fail; set at load */
+extern bool sniffer_alive_release;	/* the end of each socket's file, without fail; set at load, cleared at unload */
 
 /* enum sniffer_probe of all that fired since load. Written by whoever is told; only gains bits. */
 extern u32 sniffer_alive_fired;
@@ -32,7 +32,7 @@ static inline bool sniffer_probes_alive(void)
 /* Is the end of each socket's file told without fail? Else nobody may remember its address. */
 static inline bool sniffer_probes_tell_release(void)
 {
-	return sniffer_alive_release;
+	return READ_ONCE(sniffer_alive_release);
 }
 
 #endif /* SNIFFER_ALIVE_H */

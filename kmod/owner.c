@@ -131,6 +131,17 @@ static void owner_set_user(struct sniffer_owner *owner, struct sniffer_proc *pro
 	raw_spin_unlock(&proc->lock);
 }
 
+/*
+ * Has the last reference to its file gone? Then its release was told, or will be.
+ * Under the entry's lock: a release that is told later finds the entry.
+ */
+static bool owner_is_closing(const struct socket *sock)
+{
+	struct file *file = READ_ONCE(sock->file);
+
+	return file && !file_count(file);
+}
+
 /**
  * sniffer_owner_gain - a process uses or has got a socket
  * @sk: full socket
@@ -175,7 +186,9 @@ void sniffer_owner_gain(struct sock *sk, const struct sniffer_gain *gain)
 		sniffer_owner_tick();
 	}
 	/* set once its release has been told it would never be cleared again */
-	if (gain->sock && !owner->released)
+	if (gain->sock && owner_is_closing(gain->sock))
+		owner->released = true;
+	else if (gain->sock && !owner->released)
 		WRITE_ONCE(owner->sock, gain->sock);
 	if (!user || !seeded || owner->guess) {
 		if (gain->flags)

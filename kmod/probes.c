@@ -483,6 +483,9 @@ int sniffer_probes_init(void)
 
 void sniffer_probes_exit(void)
 {
+	/* ends of files are told no more in a moment: nobody may look at a socket's by then */
+	WRITE_ONCE(sniffer_alive_release, false);
+	synchronize_rcu();
 	cancel_delayed_work_sync(&probes_ticker);
 	if (probes_canary_probe.addr)
 		unregister_kprobe(&probes_canary_probe);

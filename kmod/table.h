@@ -9,6 +9,7 @@
 #include <linux/spinlock.h>
 #include <net/sock.h>
 
+#include "alive.h"
 #include "shared_proto.h"
 
 struct sniffer_proc;
@@ -163,7 +164,8 @@ static inline struct file *sniffer_owner_file(const struct sniffer_owner *owner)
 {
 	const struct socket *sock = READ_ONCE(owner->sock);
 
-	return sock ? READ_ONCE(sock->file) : NULL;
+	/* what is not told of any more may be freed: see sniffer_probes_exit() */
+	return sock && sniffer_probes_tell_release() ? READ_ONCE(sock->file) : NULL;
 }
 
 /*
