@@ -97,10 +97,14 @@ void sniffer_collect_exit(void)
 	struct hlist_head *bucket;
 	struct hlist_node *next;
 	raw_spinlock_t *lock;
+	unsigned long flags;
 	unsigned int i;
 
 	cancel_delayed_work_sync(&collector);
-	for (i = 0; (bucket = sniffer_owner_bucket(i, &lock)); i++)
+	for (i = 0; (bucket = sniffer_owner_bucket(i, &lock)); i++) {
+		raw_spin_lock_irqsave(lock, flags);
 		hlist_for_each_entry_safe(owner, next, bucket, by_cookie)
 			sniffer_owner_remove(owner);
+		raw_spin_unlock_irqrestore(lock, flags);
+	}
 }
