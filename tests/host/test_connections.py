@@ -4,7 +4,6 @@
 import contextlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -17,7 +16,6 @@ from waiting import patient, until
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces"),
-    pytest.mark.skipif(shutil.which("nft") is None, reason="needs nft"),
 ]
 
 LOSS = """table inet lossy {

@@ -235,7 +235,7 @@ def test_short_sockets_leave_no_entry_behind(loaded: None, turns: str) -> None:
     """
     count = os.environ.get("PACKET_HUNTER_SOCKETS")
     if turns and count is None:
-        # seen once in four: a processor that waits for the other's TLB flush while probes are armed
+        # seen once in three: one waits for the other to flush its TLB while probes are armed
         pytest.skip("emulated processors at once may hang: PACKET_HUNTER_SOCKETS=40000 plays it")
     with Sniffer() as sniffer, other_probes():
         before, begun = int(sniffer.info()["sockets"]), time.monotonic()
