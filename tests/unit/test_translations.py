@@ -113,6 +113,7 @@ def opening(make_records, moment):
 
 def test_a_beginning_ends_what_had_the_tuple_where_no_end_is_told(known):
     second = end("10.8.0.3", 80)
+    known.heard_ns.clear()
     known.add_known(HOST, [published()], False, SECOND, SECOND)
     known.hear_until(HOST, 100 * SECOND)
     known.add(HOST, published(server=second), 5 * SECOND, 6 * SECOND)  # its number is the same
@@ -126,7 +127,9 @@ def test_a_beginning_ends_what_had_the_tuple_where_no_end_is_told(known):
 
 
 def test_a_later_look_ends_what_is_not_there(known):
+    known.heard_ns.clear()
     known.add_known(HOST, [published()], False, SECOND, SECOND)
+    known.hear_until(HOST, 100 * SECOND)
     assert known.any_older(HOST)
     known.add_known(HOST, [published()], False, 5 * SECOND, 5 * SECOND)
     known.add_known(HOST, [], False, 9 * SECOND, 9 * SECOND)
