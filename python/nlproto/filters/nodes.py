@@ -270,6 +270,7 @@ class OwnerTest:
         return result
 
     def is_wanted(self, comm: str, process: ProcessLike | None) -> bool:
+        """Return whether a process fits; `comm` is the kernel's name for it."""
         if self.word == "pname":
             program = "" if process is None else os.path.basename(process.exe)
             if self.fits(comm) or program and self.fits(program):
@@ -324,6 +325,7 @@ class DomainTest:
         return np.fromiter((verdicts[one] for one in view.domains), bool, len(view))
 
     def is_wanted(self, domains: str) -> bool:
+        """Return whether one of the names fits; they have "|" between them."""
         below = f".{self.name}"
         return bool(domains) and any(
             self.fits(one) or one.endswith(below) for one in domains.split("|")
