@@ -212,8 +212,11 @@ class PacketNames:
                 return found
         late = now - sent_ns > _LATE_NS
         if known is not None and not group.syn and known.settled:
-            age = now - known.checked_ns
-            fresh = age < _SOON_NS or (age < TTL_NS and not self._soon.allows())
+            age, allowed = now - known.checked_ns, self._soon.allows()
+            forked = self._holders.may_be_inherited(known.inode, known.checked_ns)
+            if forked and not allowed:
+                known.flags |= lib.SNIFFER_F_AMBIGUOUS
+            fresh = (age < _SOON_NS and not forked) or (age < TTL_NS and not allowed)
             if fresh or (late and sent_ns - known.checked_ns < TTL_NS):
                 return known
         elif late:
@@ -236,8 +239,7 @@ class PacketNames:
                     connection.owned = True
                     if connection.listener is not None:
                         self._listeners.accepted(connection.listener, found.owner)
-        if len(self._flows) > self._flow_limit:
-            self._forget(now)
+        self._forget(now)
         self._flows[group.key] = found
         return found
 
@@ -286,8 +288,7 @@ class PacketNames:
         waits = False
         if found.row is not None and there:
             waits = int(found.row["state"]) in _NOT_ACCEPTED and not found.inode
-        before = now = connection.listener
-        if before is None or waits:
+        if (before := (now := connection.listener)) is None or waits:
             now = self._listeners.of(one, connection.began_ns, found.row if listening else None)
         listener = now or before
         connection.listener = before or now
@@ -304,6 +305,8 @@ class PacketNames:
         found.settled = not waits
 
     def _forget(self, now: int) -> None:
+        if len(self._flows) <= self._flow_limit:
+            return
         limit = now - _FORGET_NS
         self._flows = {key: flow for key, flow in self._flows.items() if flow.checked_ns > limit}
         self._ends = {key: flow for key, flow in self._ends.items() if flow.checked_ns > limit}
@@ -313,8 +316,7 @@ class PacketNames:
 
     def _ask(self, one: Tuple, now: int, sent_ns: int) -> _Flow:
         """The socket of the packet's own, with who holds it; a listener is not that."""
-        row = self._sockets.find(one)
-        if row is None or int(row["state"]) == TcpState.LISTEN:
+        if (row := self._sockets.find(one)) is None or int(row["state"]) == TcpState.LISTEN:
             return _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, row=row)
         return self._held(row, now, sent_ns, self._listeners.likely(one))
 

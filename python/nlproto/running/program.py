@@ -24,11 +24,18 @@ class Parser(argparse.ArgumentParser):
     """Says of a mistake one line, not the whole usage before it; raises UsageError."""
 
     def error(self, message: str) -> NoReturn:
+        """Raises UsageError, always."""
         raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
     def add_version(self) -> None:
         """Add -V, --version."""
         self.add_argument("-V", "--version", action=_Version, help="say the version, and end")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """An empty word ("$FILE" that is not set) is a mistake, but as a filter: as in tcpdump."""
+        if not arg_string and action.dest != "filter":
+            raise argparse.ArgumentError(action, "an empty word says nothing")
+        return super()._get_value(action, arg_string)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """argparse's own passes over what it cannot write."""
