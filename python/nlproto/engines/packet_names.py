@@ -33,8 +33,7 @@ _SOON_SHARE, _SOON_SAVED_NS = 4, 100_000_000
 # A port can be another process's as soon as a UDP socket is closed; TCP begins with a SYN.
 _LINGER_NS = {socket.IPPROTO_UDP: 50_000_000, socket.IPPROTO_TCP: 1_000_000_000}
 _FORGET_NS = 10_000_000_000
-_LATE_NS = 1_000_000_000
-"""Who has a flow's socket is not asked for a packet that waited as long: others wait behind it."""
+_LATE_NS = 1_000_000_000  # who waited as long is not asked about: others wait behind it
 _CLOSING_NS = 200_000_000  # from a descriptor's end to its socket's, on a busy machine
 FLOW_LIMIT = 262144
 _FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
@@ -214,8 +213,7 @@ class PacketNames:
         if known is not None and not group.syn and known.settled:
             age, allowed = now - known.checked_ns, self._soon.allows()
             forked = self._holders.may_be_inherited(known.inode, known.checked_ns)
-            if forked and not allowed:
-                known.flags |= lib.SNIFFER_F_AMBIGUOUS
+            known.flags |= lib.SNIFFER_F_AMBIGUOUS if forked and not allowed else 0
             fresh = (age < _SOON_NS and not forked) or (age < TTL_NS and not allowed)
             if fresh or (late and sent_ns - known.checked_ns < TTL_NS):
                 return known
@@ -316,9 +314,9 @@ class PacketNames:
 
     def _ask(self, one: Tuple, now: int, sent_ns: int) -> _Flow:
         """The socket of the packet's own, with who holds it; a listener is not that."""
-        if (row := self._sockets.find(one)) is None or int(row["state"]) == TcpState.LISTEN:
-            return _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, row=row)
-        return self._held(row, now, sent_ns, self._listeners.likely(one))
+        if (row := self._sockets.find(one)) is not None and int(row["state"]) != TcpState.LISTEN:
+            return self._held(row, now, sent_ns, self._listeners.likely(one))
+        return _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, row=row)
 
     def _look_further(self, one: Tuple, flow: _Flow) -> None:
         """Search all processes for the holder of a socket, unless it is just being closed."""
