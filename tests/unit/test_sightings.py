@@ -11,7 +11,6 @@ from daemon.history.store import Store
 from nlproto.overheard.names import number_of
 from nlproto.tables.flows import FLOW, summarize
 from nlproto.tables.port_owner import PortOwner
-from recording import make_records
 
 DAY = 86_400 * 10**9
 TODAY = 20_000 * DAY
@@ -25,7 +24,7 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def saw(store):
+def saw(store, make_records):
     ids = iter(range(1, 10**6))
 
     def saw(days_ago, *rows, text_of=lambda number: "", **more):
