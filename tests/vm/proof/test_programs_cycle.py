@@ -22,7 +22,8 @@ SYS_BPF, PROG_GET_NEXT_ID, MAP_GET_NEXT_ID = 321, 11, 12
 
 def loaded(what: int) -> set[int]:
     """Ids of all programs, or maps, that the kernel has."""
-    found, last = set(), 0
+    found: set[int] = set()
+    last = 0
     while True:
         attributes = (ctypes.c_uint32 * 3)(last, 0, 0)
         if LIBC.syscall(SYS_BPF, what, attributes, ctypes.sizeof(attributes)):
