@@ -92,31 +92,6 @@ static __always_inline void in_again(struct sniffer_record *r)
 	r->flags = SNIFFER_F_COPY;
 }
 
-/* A socket that a process has is none of the kernel's: no more needs to be known. */
-static __always_inline bool in_plain(struct slot *slot, struct sock *sk)
-{
-	u8 state = sk->__sk_common.skc_state;
-	u64 cookie;
-	struct owner *o;
-
-	if (state == TCP_LISTEN || state == TCP_TIME_WAIT || state == TCP_NEW_SYN_RECV)
-		return false;
-	cookie = sk->__sk_common.skc_cookie.counter;
-	o = owner_find(cookie);
-	if (!o || !o->held || o->via || !o->user.tgid)
-		return false;
-	__builtin_memset(&slot->found, 0, sizeof(slot->found));
-	slot->found.cookie = slot->r.cookie = cookie;
-	slot->found.inode = slot->r.inode = sk->sk_socket->file->f_inode->i_ino;
-	slot->found.state = state;
-	slot->found.full = 1;
-	slot->known = 1;
-	name_owner(&slot->r, o, SNIFFER_HOW_SOCKET);
-	emit(&slot->r, &slot->shape);
-	slot->done = 1;
-	return true;
-}
-
 /* The stack has found the socket, of whatever kind: it is about to take the packet. */
 static __always_inline int in_socket(struct sock *sk)
 {
@@ -137,8 +112,6 @@ static __always_inline int in_socket(struct sock *sk)
 		return 0;
 	}
 	slot->last = (u64)sk;
-	if (in_plain(slot, sk))
-		return 0;
 	__builtin_memset(&slot->found, 0, sizeof(slot->found));
 	about_socket(sk, &slot->found);
 	if (!slot->found.servers && !slot->found.cookie)

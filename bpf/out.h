@@ -12,8 +12,9 @@ static __always_inline bool was_forwarded(struct sk_buff *skb, u8 family)
 {
 	u32 at = family == AF_INET ? bpf_core_field_offset(struct inet_skb_parm, flags) :
 				     bpf_core_field_offset(struct inet6_skb_parm, flags);
-	u8 flags = *((u8 *)skb->cb + at);	/* the low byte */
+	u16 flags = 0;
 
+	bpf_probe_read_kernel(&flags, sizeof(flags), (void *)&skb->cb + at);
 	return flags & (family == AF_INET ? IPSKB_FORWARDED : IP6SKB_FORWARDED);
 }
 
@@ -58,37 +59,17 @@ __noinline int out_context(struct sniffer_record *r, u64 cookie, u64 inode)
 	return 0;
 }
 
-/* Is it not the socket's own packet, but the kernel's wrapping around one? */
-static __always_inline bool out_wraps(struct sniffer_record *r, struct sock *sk)
-{
-	u16 family = sk->__sk_common.skc_family;
-	u16 port = sk->__sk_common.skc_num;
-
-	return (family != AF_INET && family != AF_INET6) ||
-	       (sk->sk_type != SOCK_RAW &&
-		(sk->sk_protocol != IPPROTO_UDP || (port && port != r->sport)));
-}
-
-/*
- * The same when it is the one who used the socket last, as nearly always: a
- * socket that he has is none of the kernel's. False when not.
- */
-static __always_inline bool out_plain(struct sniffer_record *r, struct net *net, struct sock *sk,
+/* The same when it is the one who used the socket last, as nearly always; false when not. */
+static __always_inline bool out_plain(struct sniffer_record *r, struct about *a,
 				      struct task_struct *current)
 {
-	u8 state = sk->__sk_common.skc_state;
-	u64 cookie = sk->__sk_common.skc_cookie.counter;
-	struct owner *o;
+	struct owner *o = owner_plain(a->cookie, current);
 
-	if (state == TCP_LISTEN || state == TCP_TIME_WAIT || state == TCP_NEW_SYN_RECV ||
-	    sk->__sk_common.skc_net.net != net || (r->proto == IPPROTO_UDP && out_wraps(r, sk)))
-		return false;
-	o = owner_plain(cookie, current);
 	if (!o)
 		return false;
 	name_owner(r, o, SNIFFER_HOW_CONTEXT);
-	r->cookie = cookie;
-	r->inode = sk->sk_socket->file->f_inode->i_ino;
+	r->cookie = a->cookie;
+	r->inode = a->inode;
 	r->tid = current->pid;
 	r->uid = current->cred->uid.val;
 	return true;
@@ -102,12 +83,9 @@ static __always_inline void out_named(struct sniffer_record *r, struct net *net,
 	struct sock *sk = skb->sk;
 	struct about a = {};
 	struct socket *sock;
+	u16 family, port;
 	u64 file;
 	u8 state;
-
-	if (!parts && trusted && sk && (!given || given == sk || r->proto == IPPROTO_TCP) &&
-	    out_plain(r, net, sk, current))
-		return;
 
 	/*
 	 * A tunnel leaves the inner sender in skb->sk; the tunnel's own socket
@@ -138,10 +116,15 @@ static __always_inline void out_named(struct sniffer_record *r, struct net *net,
 		return;
 	}
 	/* the kernel's wrapping around a packet, whose sender the socket still is */
-	if (r->proto == IPPROTO_UDP && !(parts && is_translated(skb)) &&
-	    (!a.full || out_wraps(r, sk))) {
-		name_kernel(r);
-		return;
+	if (r->proto == IPPROTO_UDP && !(parts && is_translated(skb))) {
+		family = sk->__sk_common.skc_family;
+		port = sk->__sk_common.skc_num;
+		if (!a.full || (family != AF_INET && family != AF_INET6) ||
+		    (sk->sk_type != SOCK_RAW &&
+		     (sk->sk_protocol != IPPROTO_UDP || (port && port != r->sport)))) {
+			name_kernel(r);
+			return;
+		}
 	}
 	/* ipvlan takes the packet of another namespace on its way through this one */
 	if (sk->__sk_common.skc_net.net != net) {
@@ -154,32 +137,16 @@ static __always_inline void out_named(struct sniffer_record *r, struct net *net,
 		a.cookie = bpf_get_socket_cookie(sk);
 	if (!trusted || !a.full || a.state == TCP_LISTEN || !wants(sk))
 		goto table;
-	if (!use_is_plain(a.cookie, current)) {
-		sock = sk->sk_socket;
-		file = sock ? address(sock->file) : 0;
-		if ((sock && !file) || !use(a.cookie, file, 0))
-			goto table;
-	}
+	if (out_plain(r, &a, current))
+		return;
+	sock = sk->sk_socket;
+	file = sock ? address(sock->file) : 0;
+	if ((sock && !file) || !use(a.cookie, file, 0))
+		goto table;
 	out_context(r, a.cookie, a.inode);
 	return;
 table:
 	name(r, &a, SNIFFER_HOW_SOCKET);
-}
-
-/* Where it leaves. A connected socket keeps its route, which is quicker read from there. */
-static __always_inline u32 out_ifindex(struct sk_buff *skb)
-{
-	u64 dst = skb->_skb_refdst & ~1ULL;
-	struct sock *sk = skb->sk;
-	u8 state;
-
-	if (sk) {
-		state = sk->__sk_common.skc_state;
-		if (state != TCP_TIME_WAIT && state != TCP_NEW_SYN_RECV &&
-		    (u64)sk->sk_dst_cache == dst)
-			return sk->sk_dst_cache->dev->ifindex;
-	}
-	return BPF_CORE_READ((struct dst_entry *)dst, dev, ifindex);
 }
 
 static __always_inline void out(struct net *net, struct sock *given, struct sk_buff *skb,
@@ -187,13 +154,15 @@ static __always_inline void out(struct net *net, struct sock *given, struct sk_b
 {
 	struct sniffer_record r = {};
 	struct shape s;
+	u64 dst;
 
 	shape_out(skb, &s);
 	if (!parse(&r, &s)) {
 		skip();
 		return;
 	}
-	r.ifindex = out_ifindex(skb);
+	dst = skb->_skb_refdst & ~1ULL;
+	r.ifindex = BPF_CORE_READ((struct dst_entry *)dst, dev, ifindex);
 	r.netns = net->ns.inum;
 	r.dir = SNIFFER_DIR_OUT;
 	if (forwarded || was_forwarded(skb, r.family)) {
