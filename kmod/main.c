@@ -19,6 +19,7 @@
 #include "commands.h"
 #include "hooks.h"
 #include "listen.h"
+#include "memo.h"
 #include "owner.h"
 #include "probes.h"
 #include "process.h"
@@ -49,14 +50,19 @@ static int __init sniffer_init(void)
 	if (err)
 		goto exit_commands;
 
-	err = sniffer_hooks_init();
+	err = sniffer_memo_init();
 	if (err)
 		goto exit_probes;
+	err = sniffer_hooks_init();
+	if (err)
+		goto exit_memo;
 	sniffer_listen_init();
 
 	pr_info("sniffer: loaded, version " SNIFFER_RELEASE "\n");
 	return 0;
 
+exit_memo:
+	sniffer_memo_exit();
 exit_probes:
 	sniffer_probes_exit();
 exit_commands:
@@ -76,6 +82,7 @@ static void __exit sniffer_exit(void)
 {
 	sniffer_listen_exit();
 	sniffer_hooks_exit();
+	sniffer_memo_exit();
 	sniffer_probes_exit();
 	sniffer_batch_stop();
 	sniffer_commands_exit();
