@@ -3,10 +3,11 @@
  * sniffer - names each TCP and UDP packet's socket and process.
  *
  * The way of a packet: hooks.c -> parse.c (its headers) -> lookup.c (which
- * socket) -> name.c (which process, by table.c) -> batch.c -> netlink.c. What the
- * table knows comes from probes.c and tracepoints.c through use.c and, when a
- * socket's user lets go of it, holders.c: owner.c has the rules. process.c
- * describes the processes, commands.c answers questions.
+ * socket) -> name.c (which process, by table.c) -> batch.c -> netlink.c. One like the
+ * packet before it takes that one's record (memo.c). What the table knows comes
+ * from probes.c and tracepoints.c through use.c and, when a socket's user lets go
+ * of it, holders.c: owner.c has the rules. process.c describes the processes,
+ * commands.c answers questions.
  *
  * Each file includes only what lies below it.
  *

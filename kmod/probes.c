@@ -175,7 +175,8 @@ static __always_inline void probes_socket(const struct sniffer_args *args)
 static __always_inline void probes_close(const struct sniffer_args *args)
 {
 	sniffer_alive_note(SNIFFER_PROBE_CLOSE);
-	sniffer_use_close(args->n[0]);
+	if (!sniffer_use_is_plain(args->n[0]))
+		sniffer_use_close(args->n[0]);
 }
 
 static void probes_close_locked(const struct sniffer_args *args)
