@@ -45,6 +45,7 @@ static void hooks_in_multicast(struct sniffer_flow *flow)
 		hooks_record(flow);
 		flow->record = plain;
 		flow->record.flags = SNIFFER_F_COPY;
+		flow->place.message = 0;	/* another flow */
 	}
 }
 
