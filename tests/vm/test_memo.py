@@ -33,7 +33,7 @@ class Wire:
         self.host = "127.0.0.1" if family == socket.AF_INET else "::1"
         self.family = family
         self._sniffer, self._listener = Sniffer(), Listener((PACKETS,), receive_bytes=16 << 20)
-        self.sender = self.socket()
+        self.sender = self.make()
         self.sender.bind((self.host, 0))
 
     def __enter__(self) -> Wire:
@@ -45,7 +45,7 @@ class Wire:
         self.sender.close()
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
-    def socket(self, *options: int) -> socket.socket:
+    def make(self, *options: int) -> socket.socket:
         sock = socket.socket(self.family, socket.SOCK_DGRAM)
         for option in options:
             sock.setsockopt(socket.SOL_SOCKET, option, 1)
@@ -111,7 +111,7 @@ def in_child(work: Callable[[], None]) -> None:
 
 
 def test_another_name_and_another_user(udp: Wire) -> None:
-    with udp.socket() as receiver:
+    with udp.make() as receiver:
         receiver.bind((udp.host, 0))
         port = udp.warm(receiver)
         before = open("/proc/self/comm", "rb").read().strip()
@@ -133,7 +133,7 @@ def test_another_name_and_another_user(udp: Wire) -> None:
 
 
 def test_another_thread_and_another_process(udp: Wire) -> None:
-    with udp.socket() as receiver:
+    with udp.make() as receiver:
         receiver.bind((udp.host, 0))
         port = udp.warm(receiver)
 
@@ -172,9 +172,9 @@ def test_another_thread_and_another_process(udp: Wire) -> None:
 
 def test_a_socket_that_fits_better(udp: Wire) -> None:
     with (
-        udp.socket(socket.SO_REUSEADDR) as anybody,
-        udp.socket(socket.SO_REUSEADDR) as bound,
-        udp.socket(socket.SO_REUSEADDR) as connected,
+        udp.make(socket.SO_REUSEADDR) as anybody,
+        udp.make(socket.SO_REUSEADDR) as bound,
+        udp.make(socket.SO_REUSEADDR) as connected,
     ):
         anybody.bind(("", 0))
         port = udp.warm(anybody)
@@ -200,7 +200,7 @@ def test_one_that_fits_no_more(udp: Wire) -> None:
     subprocess.run(["ip", "link", "add", "elsewhere", "type", "dummy"], check=True)
     try:
         for change in ("connect", "device", "close"):
-            with udp.socket() as receiver:
+            with udp.make() as receiver:
                 receiver.bind((udp.host, 0))
                 port = udp.warm(receiver)
                 if change == "connect":
@@ -217,7 +217,7 @@ def test_one_that_fits_no_more(udp: Wire) -> None:
 
 
 def test_several_that_share_a_port(udp: Wire) -> None:
-    with udp.socket(socket.SO_REUSEPORT) as one, udp.socket(socket.SO_REUSEPORT) as other:
+    with udp.make(socket.SO_REUSEPORT) as one, udp.make(socket.SO_REUSEPORT) as other:
         one.bind((udp.host, 0))
         port = udp.warm(one)
         other.bind((udp.host, port))
@@ -229,7 +229,7 @@ def test_several_that_share_a_port(udp: Wire) -> None:
             except BlockingIOError:
                 break
         for _ in range(16):
-            with udp.socket() as sender:  # another port, another choice
+            with udp.make() as sender:  # another port, another choice
                 sender.bind((udp.host, 0))
                 udp.sender, before = sender, udp.sender
                 _, came = udp.records(port, udp.talk(port, WARM))
