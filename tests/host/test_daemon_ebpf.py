@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ def links() -> int:
 
 
 @pytest.fixture(name="daemon")
-def _daemon(start):
+def _daemon(start: Any) -> Any:
     try:
         why_in_parts()
     except NoBpf as error:
@@ -39,7 +40,9 @@ def _daemon(start):
     return start("--engine", "ebpf")
 
 
-def test_readers_share_one_set_of_programs_and_none_outlives_the_daemon(daemon, start, directory):
+def test_readers_share_one_set_of_programs_and_none_outlives_the_daemon(
+    daemon: Any, start: Any, directory: Any
+) -> None:
     before = links()
     command = [sys.executable, "-m", "hunter", "--socket", daemon.path]
     with ExitStack() as stack:

@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: MIT
 """Far ends have the names that the process asked for: real servers and clients on loopback."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nameserver import AAAA, CNAME, A, NameServer
 from nlproto.client.client import DaemonClient
-from waiting import until
+from waiting import there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 
@@ -45,13 +50,13 @@ ZONE = {
 
 
 @pytest.fixture(name="listener", scope="module")
-def _listener():
+def _listener() -> Iterator[Any]:
     with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
         yield listener.getsockname()[1]
 
 
 @pytest.fixture(name="served", autouse=True, scope="module")
-def _served():
+def _served() -> Iterator[None]:
     with NameServer(ZONE, SERVER):
         yield
 
@@ -59,7 +64,7 @@ def _served():
 class Client:
     """A process that asks for a name and connects to an address."""
 
-    def __init__(self, name, port, address, kind=A, tcp=""):
+    def __init__(self, name: Any, port: Any, address: Any, kind: Any = A, tcp: str = "") -> None:
         words = [name, str(kind), tcp, str(port), "", address, ""]
         self.peer = port
         self.process = subprocess.Popen(
@@ -68,20 +73,20 @@ class Client:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        line = self.process.stdout.readline()
+        line = there(self.process.stdout).readline()
         assert line, "the client could not connect"
         self.port = int(line)
 
-    def end(self):
+    def end(self) -> None:
         self.process.communicate(b"\n", timeout=20)
         assert self.process.returncode == 0
 
 
 @pytest.fixture(name="connect")
-def _connect(listener):
+def _connect(listener: Any) -> Iterator[Any]:
     clients = []
 
-    def connect(name, address, **more):
+    def connect(name: Any, address: Any, **more: Any) -> Any:
         clients.append(Client(name, listener, address, **more))
         return clients[-1]
 
@@ -90,10 +95,10 @@ def _connect(listener):
         client.end()
 
 
-def seen(daemon, client):
+def seen(daemon: Any, client: Any) -> Any:
     """The flow of the client's connection, from its own side."""
 
-    def look():
+    def look() -> Any:
         with DaemonClient(daemon.path) as asking:
             flows = asking.who(port=client.port)["flows"]
         found = [flow for flow in flows if flow["pid"] == client.process.pid]
@@ -112,7 +117,9 @@ def seen(daemon, client):
         ("stream.example", "127.0.53.83", {"tcp": "tcp"}),
     ],
 )
-def test_a_far_end_has_the_name_that_the_process_asked_for(daemon, connect, name, address, more):
+def test_a_far_end_has_the_name_that_the_process_asked_for(
+    daemon: Any, connect: Any, name: str, address: str, more: dict[str, Any]
+) -> None:
     client = connect(name, address, **more)
     until(lambda: seen(daemon, client)["domain"] == name.lower(), 20, "its name")
     stranger = connect("", address)
@@ -122,11 +129,11 @@ def test_a_far_end_has_the_name_that_the_process_asked_for(daemon, connect, name
     assert heard["names"] and heard["dropped"] == 0
 
 
-def test_an_address_of_a_name_that_nobody_asked_for_has_none(daemon, connect):
+def test_an_address_of_a_name_that_nobody_asked_for_has_none(daemon: Any, connect: Any) -> None:
     assert seen(daemon, connect("other.example", "127.0.53.82"))["domain"] == ""
 
 
-def test_names_are_in_the_file_of_the_history(start, connect, tmp_path):
+def test_names_are_in_the_file_of_the_history(start: Any, connect: Any, tmp_path: Path) -> None:
     daemon = start(config=f"history: {tmp_path}/history.db\n")
     client = connect("www.example", "127.0.53.80")
     until(lambda: seen(daemon, client)["domain"] == "www.example", 20, "its name")
@@ -135,20 +142,20 @@ def test_names_are_in_the_file_of_the_history(start, connect, tmp_path):
     until(lambda: seen(again, client)["domain"] == "www.example", 20, "its name")
 
 
-def hunt(daemon, *words):
+def hunt(daemon: Any, *words: Any) -> tuple[Any, ...]:
     """What the hunter, on its way, shows of packets; a function that waits for them."""
     command = [sys.executable, "-m", "hunter", "--socket", daemon.path, "-n", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert "Ctrl-C ends" in process.stderr.readline()
+    assert "Ctrl-C ends" in there(process.stderr).readline()
 
-    def end():
+    def end() -> Any:
         process.send_signal(signal.SIGINT)
         return process.communicate(timeout=30)[0]
 
     return process, end
 
 
-def test_lines_and_filters_have_the_name(daemon, connect):
+def test_lines_and_filters_have_the_name(daemon: Any, connect: Any) -> None:
     process, end = hunt(daemon, "domain", "example")
     client = connect("www.example", "127.0.53.80")
     first = process.stdout.readline()
@@ -157,7 +164,7 @@ def test_lines_and_filters_have_the_name(daemon, connect):
     assert all("[www.example]" in line for line in rest.splitlines())
 
 
-def test_saved_names_are_read_again(daemon, connect, tmp_path):
+def test_saved_names_are_read_again(daemon: Any, connect: Any, tmp_path: Path) -> None:
     saved = str(tmp_path / "names.pcapng")
     process, end = hunt(daemon, "--print", "-w", saved, "domain", "alias.example")
     connect("alias.example", "127.0.53.81")
@@ -168,7 +175,7 @@ def test_saved_names_are_read_again(daemon, connect, tmp_path):
     assert rows and {row["domain"] for row in rows} == {"alias.example"}
 
 
-def test_who_asks_by_name(daemon, connect):
+def test_who_asks_by_name(daemon: Any, connect: Any) -> None:
     client = connect("www.example", "127.0.53.80")
     until(lambda: seen(daemon, client)["domain"] == "www.example", 20, "its name")
     words = [sys.executable, "-m", "hunter", "who", "--socket", daemon.path]

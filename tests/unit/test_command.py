@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from hunter.child.forks import Forks
 from nlproto.host.procfs import TICK_NS
 from nlproto.tables.processes import Process, Processes
 from recording import make_records
+from waiting import until
 
 WHO = "import os, sys; open(sys.argv[1], 'a').write(open('/proc/self/stat').read())"
 """A process that writes who it is and is gone."""
@@ -74,14 +74,6 @@ def own() -> Any:
         return command.own(records, details or Processes()).tolist()
 
     return ask
-
-
-def until(condition: Any) -> Any:
-    give_up = time.monotonic() + 60
-    while not (found := condition()):
-        assert time.monotonic() < give_up
-        time.sleep(0.01)
-    return found
 
 
 @pytest.mark.parametrize(

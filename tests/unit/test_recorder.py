@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from nlproto.records.clock import Clock
 from nlproto.tables.flows import summarize
 from nlproto.tables.processes import Process, Processes
 from recording import make_records
-from waiting import stand_in
+from waiting import stand_in, until
 
 FOREVER = 2**62
 
@@ -65,21 +64,13 @@ def _record(path: str, processes: Processes) -> Any:
     return record
 
 
-def _until(condition: Any, seconds: int = 60) -> Any:
-    until = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    return found
-
-
 def _until_written(recorder: Any) -> None:
     def written() -> Any:
         figures = recorder.store_figures()
         waiting = figures["waiting_flows"] + figures["waiting_processes"]
         return not waiting and not figures["error"]
 
-    _until(written)
+    until(written)
 
 
 def _stored(path: Any) -> Any:
@@ -109,7 +100,7 @@ def test_on_a_full_disk_flows_and_processes_wait_and_are_written_when_there_is_r
         _until_written(recorder)
         _fill_up(recorder)
         recorder.play(*range(20, 2000))
-        figures = _until(lambda: (found := recorder.store_figures())["failures"] > 3 and found)
+        figures = until(lambda: (found := recorder.store_figures())["failures"] > 3 and found)
         assert figures["waiting_flows"] == 1980
         assert figures["waiting_processes"] == 1980
         assert "full" in figures["error"]
@@ -129,7 +120,7 @@ def test_what_memory_no_longer_holds_is_counted(
         _fill_up(recorder)
         for n in range(2, 1002):
             recorder.play(n)
-        _until(lambda: recorder.store_figures()["failures"] > 0)
+        until(lambda: recorder.store_figures()["failures"] > 0)
         assert len(recorder._changed) <= 200
         recorder._store._writer.execute("PRAGMA max_page_count = 1000000")
         _until_written(recorder)
@@ -213,7 +204,7 @@ def test_a_daemon_serves_without_a_file_that_it_cannot_have_and_writes_it_later(
             os.rmdir(path)
         else:
             os.rename(path, path + ".kept")
-        _until(lambda: recorder.store_figures()["open"])
+        until(lambda: recorder.store_figures()["open"])
         _until_written(recorder)
         assert recorder.store_figures()["error"] == ""
         assert _ports(recorder) == {1, 2, 3}
@@ -240,7 +231,7 @@ def test_what_came_before_the_file_could_be_opened_is_not_mixed_up_with_what_is_
         recorder.play(*range(100, 120))
         os.rmdir(path)
         os.rename(path + ".away", path)
-        _until(lambda: recorder.store_figures()["open"])
+        until(lambda: recorder.store_figures()["open"])
         recorder.play(*range(110, 130))
         assert _ports(recorder) == {*range(1, 50), *range(100, 130)}
     assert _stored(path) == {*range(1, 50), *range(100, 130)}
@@ -301,7 +292,7 @@ def test_a_file_damaged_while_it_is_written_is_set_aside_and_memory_is_written_a
         recorder._store._writer.execute("PRAGMA shrink_memory")
         _noise(path)
         recorder.play(*range(2000, 4000))
-        _until(lambda: any(".corrupt-" in name for name in os.listdir(os.path.dirname(path))))
+        until(lambda: any(".corrupt-" in name for name in os.listdir(os.path.dirname(path))))
         _until_written(recorder)
     assert _stored(path) == set(range(4000))
 
@@ -315,7 +306,7 @@ def test_a_file_that_was_removed_is_begun_anew_with_what_memory_holds(
         _until_written(recorder)
         for suffix in ("", "-wal", "-shm"):
             os.unlink(path + suffix)
-        _until(lambda: os.path.exists(path))
+        until(lambda: os.path.exists(path))
         recorder.play(*range(5, 15))
     assert _stored(path) == set(range(15))
 
