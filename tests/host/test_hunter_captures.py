@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import gzip
 import io
@@ -28,89 +27,12 @@ from hunter.formats import pcapng
 from hunter.show.columns import COLUMNS
 from nlproto.client.client import DaemonClient
 from nlproto.client.frames import MAX_WAITING
+from talking import HUNTER, hunting, peers, stop, talk, tshark
 from waiting import patient, there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 needs_tshark = pytest.mark.skipif(not shutil.which("tshark"), reason="tshark is not installed")
 needs_tcpdump = pytest.mark.skipif(not shutil.which("tcpdump"), reason="tcpdump is not installed")
-
-HUNTER = [sys.executable, "-m", "hunter"]
-
-PEERS = """
-import os, socket, sys, time
-with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(
-    socket.AF_INET6, socket.SOCK_DGRAM
-) as udp:
-    udp.bind(("::1", 0))
-    print(os.getpid(), server.getsockname()[1], udp.getsockname()[1], flush=True)
-    peer, _ = server.accept()
-    while data := peer.recv(100):
-        peer.sendall(data)
-        data, sender = udp.recvfrom(100)
-        udp.sendto(data, sender)
-"""
-
-
-@contextlib.contextmanager
-def peers() -> Iterator[Any]:
-    process = subprocess.Popen([sys.executable, "-c", PEERS], stdout=subprocess.PIPE, text=True)
-    try:
-        yield tuple(map(int, there(process.stdout).readline().split()))
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def talk(tcp: Any, udp: Any, times: int = 10, pause: float = 0.01, seen: Any = None) -> None:
-    """Requests and answers over both; the sockets stay until `seen()`, else for a while: engine
-    packet can name nobody whose socket is gone before it has asked."""
-    with (
-        socket.create_connection(("127.0.0.1", tcp)) as one,
-        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as other,
-    ):
-        other.connect(("::1", udp))
-        time.sleep(patient(0.1))
-        for _ in range(times):
-            one.sendall(b"x" * 50)
-            one.recv(50)
-            other.send(b"y" * 30)
-            other.recv(50)
-            time.sleep(pause)
-        if seen is None:
-            time.sleep(patient(0.2))
-        else:
-            until(seen, 60)
-
-
-def hunting(*arguments: Any) -> Any:
-    """A hunter that has begun; stop() ends it and gives its stderr."""
-    process = subprocess.Popen(
-        [*HUNTER, *map(str, arguments)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    line = there(process.stderr).readline()
-    while "Ctrl-C ends" not in line:
-        assert line, "the hunter ended at once"
-        line = there(process.stderr).readline()
-    return process
-
-
-def stop(process: Any) -> Any:
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=patient(30))
-    assert process.returncode == 0, err
-    return err
-
-
-def tshark(path: Any, *fields: Any) -> list[Any]:
-    arguments = [part for field in fields for part in ("-e", field)]
-    done = subprocess.run(
-        ["tshark", "-r", path, "-n", "-T", "fields", "-E", "separator=|", *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=patient(60),
-    )
-    return [line.split("|") for line in done.stdout.splitlines()]
 
 
 @pytest.fixture
