@@ -78,7 +78,7 @@ def test_what_waits_is_bounded_and_so_are_its_descriptors(
         hasher.ask(os.getpid(), number, "x")
     assert len(os.listdir("/proc/self/fd")) <= before + hashes._WAITING
     assert hasher.left_out == 10
-    hasher._thread.start()
+    hasher.__enter__()
     until(lambda: len(told) == hashes._WAITING)
     until(lambda: len(os.listdir("/proc/self/fd")) == before)
 

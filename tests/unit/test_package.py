@@ -47,7 +47,7 @@ def test_the_sdist_has_the_header_and_a_working_wheel_is_built_from_it(tmp_path:
     assert {
         "shared_proto.h",
         "VERSION",
-        "python/nlproto/native/host.c",
+        "python/nlproto/native/ring.c",
         "python/build_wire.py",
     } <= inside
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 
 from hunter.cli import values
+from hunter.cli.common import add_ends, add_limit, add_moment, add_words
 from hunter.cli.options import FLEET_BY, FLEET_NEW, FLEET_QUESTIONS
 
 __all__ = ["DESCRIPTION", "EXAMPLES", "add_arguments"]
@@ -33,25 +34,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("about")
     group.add_argument("--on", metavar="HOST", help="processes of this machine")
     group.add_argument("--port", metavar="N", type=values.port, help="of either end")
-    group.add_argument("--proto", metavar="P", choices=("tcp", "udp"), help="tcp or udp")
-    group.add_argument("--host", metavar="H", help="address or network of the other end")
+    add_ends(group)
     group.add_argument("--pid", metavar="P", type=values.count, help="of this process")
-    group.add_argument("--pname", metavar="NAME", help="of processes so named")
-    group.add_argument("--user", metavar="USER", help="of this user's processes: name or uid")
-    group.add_argument("--unit", metavar="UNIT", help="of this systemd unit")
-    group.add_argument("--container", metavar="C", help="of this container: name or id")
-    group.add_argument("--pod", metavar="POD", help="of this pod")
-    group.add_argument("--domain", metavar="NAME", help="to the host so named, or below")
-    group.add_argument(
-        "--since",
-        metavar="T",
-        type=values.moment,
-        default=3600.0,
-        help="so long ago (10m, 1d; 1h), or since 14:30, 2026-05-28 or both",
+    add_words(
+        group,
+        (
+            ("--pname", "NAME", "of processes so named"),
+            ("--user", "USER", "of this user's processes: name or uid"),
+            ("--unit", "UNIT", "of this systemd unit"),
+            ("--container", "C", "of this container: name or id"),
+            ("--pod", "POD", "of this pod"),
+            ("--domain", "NAME", "to the host so named, or below"),
+        ),
     )
-    group.add_argument(
-        "--until", metavar="T", type=values.moment, default=0.0, help="up to then (now)"
+    add_moment(
+        group, "--since", "so long ago (10m, 1d; 1h), or since 14:30, 2026-05-28 or both", 3600.0
     )
+    add_moment(group, "--until", "up to then (now)", 0.0)
     how = parser.add_argument_group("how")
     how.add_argument(
         "--by", metavar="KEY", choices=FLEET_BY, help=f"usage, map: by {', '.join(FLEET_BY)}"
@@ -71,6 +70,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="new: not seen in so many days before (30)",
     )
     how.add_argument("--html", metavar="FILE", help="map: a page; - is standard output")
-    how.add_argument(
-        "--limit", metavar="N", type=values.count, help="at most N rows (50; with --json 1000)"
-    )
+    add_limit(how)
