@@ -380,3 +380,24 @@ def test_man_pages_format_without_a_warning(page: str) -> None:
     command = ["groff", "-man", "-Tutf8", "-ww", str(TREE / "man" / page)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("packet-hunterd --eng", ["--engine"]),
+        ("packet-hunterd --engine e", ["ebpf"]),
+        ("packet-hunter-export --spool-", ["--spool-size"]),
+        ("packet-hunter-otlp --end", ["--endpoint"]),
+        ("packet-hunter-collect --ser", ["--server"]),
+    ],
+)
+def test_one_file_completes_the_other_programs_too(line: str, offered: list[str]) -> None:
+    script = f"""
+    source {TREE}/completion/packet-hunter.bash
+    COMP_WORDS=({line}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+    found=$(complete -p "${{COMP_WORDS[0]}}"); found=${{found##*-F }}
+    ${{found% *}}; printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (done.stderr, done.stdout.split()) == ("", offered)
