@@ -6,8 +6,8 @@ from __future__ import annotations
 import argparse
 
 from hunter.cli import values
-from hunter.cli.common import add_ends, add_limit, add_moment, add_words
-from hunter.cli.options import FLEET_BY, FLEET_NEW, FLEET_QUESTIONS
+from hunter.cli.common import add_limit, add_moment
+from hunter.cli.options import FLEET_BY, FLEET_NEW, FLEET_QUESTIONS, FLEET_WORDS
 
 __all__ = ["DESCRIPTION", "EXAMPLES", "add_arguments"]
 
@@ -16,8 +16,9 @@ DESCRIPTION = (
     " history of this machine's daemon. Exits 1 when nothing is found."
 )
 EXAMPLES = (
-    "examples:\n  packet-hunter fleet who --port 5432 --since 10m\n"
-    "  packet-hunter fleet ends --on web3 --pname nginx --since 14:00 --until 14:10\n"
+    "examples:\n  packet-hunter fleet who port 5432 --since 10m\n"
+    "  packet-hunter fleet who 'exe /opt/* and not dst net 10 and how unnamed'\n"
+    "  packet-hunter fleet ends --on web3 pname nginx --since 14:00 --until 14:10\n"
     "  packet-hunter fleet map --by unit --html map.html\n"
     "  packet-hunter fleet new --of listener --since 1d\n"
     "  packet-hunter fleet usage --by host --json\n"
@@ -29,24 +30,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = ", ".join(f"{name}: {what}" for name, what in FLEET_QUESTIONS.items())
     parser.add_argument("question", metavar="QUESTION", choices=FLEET_QUESTIONS, help=about)
     parser.add_argument(
+        "filter",
+        metavar="FILTER",
+        nargs="*",
+        help="which flows: words as of packet-hunter itself; a flow fits when a packet of it does",
+    )
+    parser.add_argument(
         "--store", metavar="DIR", help="a collector's folder (/var/lib/packet-hunter-collect)"
     )
     group = parser.add_argument_group("about")
     group.add_argument("--on", metavar="HOST", help="processes of this machine")
-    group.add_argument("--port", metavar="N", type=values.port, help="of either end")
-    add_ends(group)
-    group.add_argument("--pid", metavar="P", type=values.count, help="of this process")
-    add_words(
-        group,
-        (
-            ("--pname", "NAME", "of processes so named"),
-            ("--user", "USER", "of this user's processes: name or uid"),
-            ("--unit", "UNIT", "of this systemd unit"),
-            ("--container", "C", "of this container: name or id"),
-            ("--pod", "POD", "of this pod"),
-            ("--domain", "NAME", "to the host so named, or below"),
-        ),
-    )
+    group.add_argument("--host", metavar="H", help="address or network of the other end")
+    group.add_argument("--user", metavar="USER", help="of this user's processes: name or uid")
+    for word, (name, about) in FLEET_WORDS.items():
+        kind = {"port": values.port, "pid": values.count}.get(word, str)
+        group.add_argument(f"--{word}", metavar=name, type=kind, help=about)
+    group.add_argument("--proto", metavar="P", choices=("tcp", "udp"), help="tcp or udp")
     add_moment(
         group, "--since", "so long ago (10m, 1d; 1h), or since 14:30, 2026-05-28 or both", 3600.0
     )
