@@ -64,7 +64,9 @@ def test_readers_share_one_set_of_programs_and_none_outlives_the_daemon(
         assert client.stats()["engine"] == "ebpf"
 
 
-def test_one_daemon_follows_another_and_knows_what_that_one_saw(daemon, start, directory, receiver):
+def test_one_daemon_follows_another_and_knows_what_that_one_saw(
+    daemon: Any, start: Any, directory: Any, receiver: Any
+) -> None:
     """As at an upgrade: programs of both may be there at once, the history is the same."""
     daemon.stop()
     arguments, config = ("--engine", "ebpf"), f"history: {directory}/history.db\n"
