@@ -235,7 +235,9 @@ def test_the_table_is_bounded_and_says_so(owners: dict[Any, int | None]) -> None
     assert len(known) == 1 and len(known._by_ends) == 2 and known._ports.sum() == 2
 
 
-def test_a_user_with_many_connections_takes_nobody_elses_place(owners: dict[Any, int | None]) -> None:
+def test_a_user_with_many_connections_takes_nobody_elses_place(
+    owners: dict[Any, int | None],
+) -> None:
     owners[OTHER] = 1000
     known = Translations(owners.get, limit=100)
     known.hear_until(HOST, 100 * SECOND)
