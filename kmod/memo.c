@@ -272,7 +272,7 @@ static __always_inline bool memo_holds(const struct memo *memo, u32 kind,
 		if (kind & MEMO_IP6 ? inet6_sdif(skb) : (inet_sdif(skb) || memo_is_for_many(skb)))
 			return false;
 		if ((u8)kind == IPPROTO_TCP ? !memo_finds_tcp(memo, net) :
-						    !memo_finds_udp(memo, net))
+					      !memo_finds_udp(memo, net))
 			return false;
 	} else if (skb->sk != sk || (!(kind & MEMO_IN) && state->sk != sk)) {
 		return false;
@@ -287,9 +287,8 @@ static __always_inline bool memo_holds(const struct memo *memo, u32 kind,
 	if (unlikely(memo->many) && sniffer_owner_shared(memo->owner, memo->user) !=
 				    !!(r->flags & SNIFFER_F_SHARED))
 		return false;
-	if (!(kind & MEMO_TRUSTED)) {
+	if (!(kind & MEMO_TRUSTED))
 		return memo_is_comm(memo->user->comm, r->comm);
-	}
 	leader = current->group_leader;
 	return current->pid == r->tid && leader->start_boottime == r->start_ns &&
 	       __kuid_val(current_uid()) == r->uid && memo_is_comm(leader->comm, memo->comm);
