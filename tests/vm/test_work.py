@@ -18,13 +18,13 @@ import pytest
 from attribution.catalog import load
 from attribution.run import perform
 from attribution.workers import BINARIES, compile_workers
-from test_table import cookie_of, insert, known_socket, loopback_is_up, udp_receiver
+from sockets import cookie_of, insert, known_socket, udp_receiver
 
 from nlproto.engines.module import ModuleEngine
 from nlproto.kernel.netlink import Sniffer
 from waiting import until
 
-__all__ = ["loopback_is_up"]
+pytestmark = pytest.mark.usefixtures("loopback_is_up")
 
 TRACING = Path("/sys/kernel/tracing")
 compile_workers(BINARIES)

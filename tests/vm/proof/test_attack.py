@@ -21,11 +21,12 @@ import numpy as np
 import pytest
 from attribution.recorder import Recorder
 from attribution.workers import BINARIES, compile_workers
-from test_table import LOOPBACK, _own_objects, insert, loopback_is_up, reasons, udp_receiver
+from sockets import LOOPBACK, insert, reasons, udp_receiver
+from test_table import _own_objects
 
 from nlproto.kernel.netlink import Sniffer
 
-__all__ = ["loopback_is_up"]
+pytestmark = pytest.mark.usefixtures("loopback_is_up")
 
 LONG = bool(os.environ.get("PACKET_HUNTER_LONG"))
 # Attack and how often, with PACKET_HUNTER_LONG and without.

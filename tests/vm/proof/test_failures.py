@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from attribution.recorder import Recorder
-from test_table import LOOPBACK, listening, loopback_is_up
+from sockets import LOOPBACK, listening
 
 from nlproto.kernel.netlink import Sniffer
 from nlproto.records.wire import lib
 
-__all__ = ["loopback_is_up"]
+pytestmark = pytest.mark.usefixtures("loopback_is_up")
 
 DEBUG = Path("/sys/kernel/debug")
 INJECTORS = ("failslab", "fail_page_alloc")

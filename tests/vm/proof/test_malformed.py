@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from attribution.recorder import Recorder, forget_ebpf
+from sockets import LOOPBACK, listening, udp_receiver
 from test_permissions import (
     as_a_container_with_cap_net_admin,
     as_a_plain_user,
@@ -26,12 +27,11 @@ from test_permissions import (
     as_root_of_a_user_and_network_namespace,
     as_root_of_a_user_namespace,
 )
-from test_table import LOOPBACK, listening, loopback_is_up, udp_receiver
 
 from nlproto.kernel.netlink import Connection, Sniffer, resolve
 from nlproto.records.wire import lib
 
-__all__ = ["loopback_is_up"]
+pytestmark = pytest.mark.usefixtures("loopback_is_up")
 
 COUNT = 100_000 if os.environ.get("PACKET_HUNTER_LONG") else 2_000
 SEED = int(os.environ.get("PACKET_HUNTER_SEED", time.time_ns() % 2**32))

@@ -17,12 +17,12 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from test_table import LOOPBACK, insert, loopback_is_up, udp_receiver
+from sockets import LOOPBACK, insert, udp_receiver
 
 from nlproto.engines.module import ModuleEngine
 from nlproto.kernel.netlink import Sniffer
 
-__all__ = ["loopback_is_up"]
+pytestmark = pytest.mark.usefixtures("loopback_is_up")
 
 LONG = bool(os.environ.get("PACKET_HUNTER_LONG"))
 ETH_P_ALL = 3
