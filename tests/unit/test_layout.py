@@ -151,16 +151,6 @@ def test_no_header_of_the_module_includes_itself_over_others() -> None:
     assert circle(includes) == []
 
 
-def test_the_architecture_names_files_and_functions_that_are_there() -> None:
-    text = (ROOT / "ARCHITECTURE.md").read_text()
-    known = known_files()
-    there = {"/".join(name.split("/")[at:]) for name in known for at in range(name.count("/") + 1)}
-    assert {name for name in re.findall(r"`([\w./]+\.(?:py|c|h|sh))`", text)} <= there
-    for function, where in re.findall(r"`(\w+)\(\)` in `([\w/]+\.(?:c|py))`", text):
-        path = ROOT / where if where.startswith("kmod/") else PYTHON / where
-        assert re.search(rf"\b{function}\(", path.read_text()), f"{function} in {where}"
-
-
 def public(body: Iterable[ast.stmt]) -> Iterator[ast.FunctionDef | ast.ClassDef]:
     """Functions, classes and their methods that others may use."""
     for node in body:
