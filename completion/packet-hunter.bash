@@ -286,25 +286,31 @@ _shtab_packet_hunterd() { _shtab_complete _shtab_packet_hunterd; }
 complete -o bashdefault -F _shtab_packet_hunterd packet-hunterd
 
 # --- packet-hunter-export
-_shtab_packet_hunter_export_option_strings=(-h --help --socket --server --nkey --ca --make-nkey --host --spool --spool-size --interval)
+_shtab_packet_hunter_export_option_strings=(-h --help -V --version --socket --server --nkey --ca --make-nkey --host --spool --spool-size --interval)
 _shtab_packet_hunter_export__h_nargs=0
 _shtab_packet_hunter_export___help_nargs=0
+_shtab_packet_hunter_export__V_nargs=0
+_shtab_packet_hunter_export___version_nargs=0
 _shtab_packet_hunter_export___make_nkey_nargs=0
 _shtab_packet_hunter_export() { _shtab_complete _shtab_packet_hunter_export; }
 complete -o bashdefault -F _shtab_packet_hunter_export packet-hunter-export
 
 # --- packet-hunter-collect
-_shtab_packet_hunter_collect_option_strings=(-h --help --server --nkey --ca --make-nkey --interval --keep --keep-sums --clickhouse --replicas)
+_shtab_packet_hunter_collect_option_strings=(-h --help -V --version --server --nkey --ca --make-nkey --interval --keep --keep-sums --clickhouse --replicas)
 _shtab_packet_hunter_collect__h_nargs=0
 _shtab_packet_hunter_collect___help_nargs=0
+_shtab_packet_hunter_collect__V_nargs=0
+_shtab_packet_hunter_collect___version_nargs=0
 _shtab_packet_hunter_collect___make_nkey_nargs=0
 _shtab_packet_hunter_collect() { _shtab_complete _shtab_packet_hunter_collect; }
 complete -o bashdefault -F _shtab_packet_hunter_collect packet-hunter-collect
 
 # --- packet-hunter-otlp
-_shtab_packet_hunter_otlp_option_strings=(-h --help --socket --endpoint --host --interval)
+_shtab_packet_hunter_otlp_option_strings=(-h --help -V --version --socket --endpoint --host --interval)
 _shtab_packet_hunter_otlp__h_nargs=0
 _shtab_packet_hunter_otlp___help_nargs=0
+_shtab_packet_hunter_otlp__V_nargs=0
+_shtab_packet_hunter_otlp___version_nargs=0
 _shtab_packet_hunter_otlp() { _shtab_complete _shtab_packet_hunter_otlp; }
 complete -o bashdefault -F _shtab_packet_hunter_otlp packet-hunter-otlp
 
