@@ -13,7 +13,7 @@ from fleet.ask.ends import ends
 from fleet.ask.hosts import hosts_of
 from fleet.ask.map import service_map
 from fleet.ask.questions import new, usage, who
-from fleet.ask.store import Range, Store, open_folder
+from fleet.ask.store import FlowStore, Range, open_folder
 from fleet.ask.wanted import Wanted
 from fleet_flows import BEGIN_NS, HOSTS, address, write
 from nlproto.filters.parse import parse
@@ -24,7 +24,7 @@ _AT_S = 40_000
 """Where the ranges begin, in seconds since the first flow."""
 _TIMES = 3
 
-_QUESTIONS: list[tuple[str, int, Callable[[Store], int]]] = [
+_QUESTIONS: list[tuple[str, int, Callable[[FlowStore], int]]] = [
     ("who, a port", 300, lambda store: who(store, Wanted(parse("port 5012")), 50)[0]),
     ("who, a far host", 300, lambda store: who(store, Wanted(host=address(77)), 50)[0]),
     ("who, a program", 300, lambda store: who(store, Wanted(parse("pname program7")), 50)[0]),

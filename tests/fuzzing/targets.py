@@ -140,7 +140,7 @@ def runtime_file(data: bytes) -> None:
 
 def dns_answer(data: bytes) -> None:
     """An answer of DNS: whoever is asked chooses it. Names that come out are host names."""
-    with contextlib.suppress(dns.Malformed):
+    with contextlib.suppress(dns.MalformedDns):
         found = dns.parse(data)
         assert not found.name or dns.valid_name(found.name), found
 
@@ -264,7 +264,7 @@ def fleet_body(data: bytes) -> None:
     _stored(told.decode(told._packed(kind, bytes(16), 1, size, count, body)))
 
 
-def _stored(found: told.Batch) -> None:
+def _stored(found: told.HostBatch) -> None:
     """All times are taken: whatever it says goes into tables."""
     hours, _ = hours_of([Received("h", found)], 1 << 62, -(1 << 62))
     assert sum(hour.table.num_rows for hour in hours) <= len(found)

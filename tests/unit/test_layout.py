@@ -131,6 +131,16 @@ def known_files() -> list[str]:
     return done.stdout.split()
 
 
+def test_a_class_has_a_name_of_its_own() -> None:
+    """One name, one meaning: also of two programs, for who reads both."""
+    places: dict[str, list[str]] = {}
+    for name, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(name)
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
 def test_no_file_is_longer_than_one_concern() -> None:
     """In all of the tree: also C, tests and what measures."""
     lines = {

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from fleet import schema
-from fleet.ask.store import Range, Store, open_tables
+from fleet.ask.store import FlowStore, Range, open_tables
 from nlproto.client.client import DaemonClient
 
 __all__ = ["open_local"]
@@ -21,7 +21,7 @@ _PROTOCOLS = {"tcp": 6, "udp": 17}
 _AMBIGUOUS = 1 << 5
 
 
-def open_local(path: str, range: Range) -> Store:
+def open_local(path: str, range: Range) -> FlowStore:
     """Ask the daemon at `path` for the range. Raises Error."""
     now = time.time()
     since, until = now - range.since_ns / 1e9, now - range.until_ns / 1e9
