@@ -1,11 +1,10 @@
 /* SPDX-License-Identifier: MIT */
-/* Descriptors, namespaces and memory of processes. */
+/* Descriptors and namespaces of processes. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/openat2.h>
-#include <malloc.h>
 #include <sched.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -114,18 +113,4 @@ void host_close(const int *fds, uint32_t count)
 
 	for (i = 0; i < count; i++)
 		close(fds[i]);
-}
-
-void host_one_heap(void)
-{
-#ifdef M_ARENA_MAX
-	mallopt(M_ARENA_MAX, 1);
-#endif
-}
-
-void host_trim(void)
-{
-#ifdef __GLIBC__
-	malloc_trim(0);
-#endif
 }
