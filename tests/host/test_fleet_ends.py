@@ -19,6 +19,7 @@ from fleet.ask.hosts import hosts_of
 from fleet.ask.store import Range, open_folder
 from fleet.ask.wanted import Wanted
 from fleeting import Program, Server
+from nlproto.filters.parse import parse
 from waiting import until
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs root")
@@ -176,7 +177,7 @@ def _joined(store, since):
         return {}
     with open_folder(store, Range(since, time.time_ns())) as opened:
         found = {}
-        for one in ends(opened, Wanted(port=PORT)):
+        for one in ends(opened, Wanted(parse(f"port {PORT}")))[1]:
             client, server = one["client"], one["server"]
             if client and server:
                 ways = [f"{client[f'{side}addr']}:{client[f'{side}port']}" for side in "lr"]

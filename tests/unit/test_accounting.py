@@ -24,6 +24,7 @@ from nlproto.tables.flows import (
 )
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.shares import surplus
+from recording import make_records
 
 IN, OUT, FWD = wire.lib.SNIFFER_DIR_IN, wire.lib.SNIFFER_DIR_OUT, wire.lib.SNIFFER_DIR_FWD
 WORD = 1 << 64
@@ -288,7 +289,7 @@ def test_a_flood_of_program_names_that_a_user_chose_is_judged_as_fast_as_any():
     assert np.count_nonzero(~goes) == 100
 
 
-def test_equal_cookies_of_two_namespaces_are_two_flows_and_two_owners(make_records):
+def test_equal_cookies_of_two_namespaces_are_two_flows_and_two_owners():
     found = make_records({"cookie": 5, "netns": 1}, {"cookie": 5, "netns": 2})
     history, portmap = FlowMemory(10), PortMap(10)
     history.update(summarize(found, 1), Clock(0, 0))
@@ -297,13 +298,13 @@ def test_equal_cookies_of_two_namespaces_are_two_flows_and_two_owners(make_recor
     assert sorted(owner.netns for owner in portmap.who(40000)) == [1, 2]
 
 
-def test_records_of_a_later_release_are_longer_and_read_as_far_as_they_are_known(make_records):
+def test_records_of_a_later_release_are_longer_and_read_as_far_as_they_are_known():
     longer = np.zeros(3, [("record", wire.RECORD), ("more", "u8")])
     longer["record"] = make_records({}, {"sport": 2}, {})
     assert summarize(longer["record"])["packets_out"].tolist() == [2, 1]
 
 
-def test_memory_of_rows_that_went_is_given_back(make_records):
+def test_memory_of_rows_that_went_is_given_back():
     portmap = PortMap(limit=50_000)
     found = np.repeat(make_records({}), 40_000)
     found["tgid"] = np.arange(1, 40_001)
@@ -338,7 +339,7 @@ def _resident(portmap: PortMap) -> int:
     return total
 
 
-def test_threads_that_update_and_ask_one_history_lose_nothing(make_records):
+def test_threads_that_update_and_ask_one_history_lose_nothing():
     history = FlowMemory(1000)
     found = make_records(*({"sport": n} for n in range(1, 201)))
     failures: list[BaseException] = []

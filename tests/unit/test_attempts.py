@@ -11,6 +11,7 @@ from nlproto.records.clock import Clock
 from nlproto.tables.attempts import ANSWER_NS, Attempts
 from nlproto.tables.flows import FLOW, summarize
 from nlproto.tables.outcome import ACK, RST, SYN, outcome
+from recording import make_records
 
 FIN = 1
 NOW = Clock(0, 0)
@@ -72,7 +73,7 @@ def _told(*found):
     return told
 
 
-def test_retransmits_are_of_the_last_owner_and_of_the_same_namespace(make_records):
+def test_retransmits_are_of_the_last_owner_and_of_the_same_namespace():
     history = FlowMemory(100)
     base = {"cookie": 9, "proto": 6, "sport": 1, "dport": 2, "netns": 1}
     history.update(summarize(make_records({**base, "tgid": 1, "start_ns": 1, "time_ns": 10})), NOW)

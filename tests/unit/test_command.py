@@ -15,6 +15,7 @@ from hunter.child.command import Command, as_invoker
 from hunter.child.forks import Forks
 from nlproto.host.procfs import TICK_NS
 from nlproto.tables.processes import Process, Processes
+from recording import make_records
 
 WHO = "import os, sys; open(sys.argv[1], 'a').write(open('/proc/self/stat').read())"
 """A process that writes who it is and is gone."""
@@ -63,7 +64,7 @@ def _children():
 
 
 @pytest.fixture
-def own(make_records):
+def own():
     def ask(command, processes, details=None):
         records = make_records(*({"tgid": pid, "start_ns": start} for pid, start in processes))
         return command.own(records, details or Processes()).tolist()
@@ -137,7 +138,7 @@ def test_without_the_kernels_word_the_living_are_known_by_their_parents(own, tmp
     command.close()
 
 
-def test_unnamed_records_are_not_own(make_records):
+def test_unnamed_records_are_not_own():
     command = Command(["true"], print)
     records = make_records({"tgid": 0, "start_ns": 0, "how": 19})
     assert command.own(records, Processes()).tolist() == [False]

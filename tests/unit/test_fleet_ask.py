@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Questions to flows of several machines: who, both ends, map, new, usage."""
 
-import itertools
 import json
 
-import pyarrow as pa
 import pytest
 
 from fleet import schema
@@ -12,85 +10,13 @@ from fleet.ask.ends import ends
 from fleet.ask.hosts import hosts_of
 from fleet.ask.map import service_map
 from fleet.ask.questions import new, usage, who
-from fleet.ask.store import Range, open_folder
+from fleet.ask.store import open_folder
 from fleet.ask.wanted import Wanted
-from fleet.collect.keys import Keys
-from fleet.collect.parquet import write_file
+from fleet_rows import BEGIN, FIRST, RANGE, Folder, S, alone, joined
 from hunter.__main__ import main
 from nlproto.errors import Error, UsageError
-
-S = 10**9
-BEGIN = 1_779_926_400 * S  # an hour's beginning
-RANGE = Range(BEGIN + 600 * S, BEGIN + 1200 * S)
-FIRST = BEGIN + 700 * S
-
-
-class Folder:
-    """What collectors wrote, a batch a row."""
-
-    def __init__(self, path):
-        self.path = path
-        self.rows = {"flows": [], "procs": [], "account": []}
-        self._numbers = itertools.count(1)
-
-    def flow(self, host, local, remote, program="", first=FIRST, last=None, **more):
-        """One row; `local` and `remote` are "address:port"."""
-        (laddr, lport), (raddr, rport) = (one.rsplit(":", 1) for one in (local, remote))
-        number = next(self._numbers)
-        tgid = more.pop("tgid", number + 1000 if program else 0)
-        row = dict.fromkeys(schema.FLOWS.names) | {
-            "host": host, "boot": f"boot-{host}", "sequence": number, "netns": 1,
-            "cookie": number, "protocol": 6, "laddr": laddr, "lport": int(lport), "raddr": raddr,
-            "rport": int(rport), "forwarded": False, "tgid": tgid, "start_ns": 5 if tgid else 0,
-            "uid": 0, "comm": program[:15], "how": "socket" if tgid else "no_socket", "flags": 0,
-            "first_ns": first, "last_ns": first + S if last is None else last,
-            "packets_out": 1, "bytes_out": 100, "packets_in": 2, "bytes_in": 200,
-        } | more  # fmt: skip
-        self.rows["flows"].append(row)
-        if program:
-            self.process(host, tgid, program)
-        return row
-
-    def process(self, host, tgid, program, **more):
-        row = dict.fromkeys(schema.PROCS.names) | {
-            "host": host, "boot": f"boot-{host}", "sequence": next(self._numbers), "tgid": tgid,
-            "start_ns": 5, "at_ns": FIRST, "comm": program[:15], "name": program,
-        } | more  # fmt: skip
-        self.rows["procs"].append(row)
-
-    def account(self, host, times=range(600, 1201, 60), **more):
-        """Its own account at so many seconds."""
-        zero = {name: 0 for name in schema.ACCOUNT.names[4:11]}
-        for at in times:
-            lost = {name: value * (at - 600) for name, value in more.items()}
-            row = {"host": host, "boot": f"boot-{host}", "sequence": next(self._numbers)}
-            self.rows["account"].append(row | zero | {"at_ns": BEGIN + at * S} | lost)
-
-    def rollup(self, host, program, remote, service, initiated, hour_ns):
-        folder = self.path / "rollup" / schema.hour_name(hour_ns)
-        folder.mkdir(parents=True)
-        row = dict.fromkeys(schema.ROLLUP.names) | {
-            "hour_ns": hour_ns, "host": host, "name": program, "remote": remote, "protocol": 6,
-            "service": service, "initiated": initiated,
-        }  # fmt: skip
-        write_file(folder / "part-0.parquet", pa.Table.from_pylist([row], schema.ROLLUP), Keys())
-
-    def write(self, part="part-1.parquet"):
-        for kind, columns in schema.TABLES.items():
-            at = "last_ns" if kind == "flows" else "at_ns"
-            hours = {}
-            for row in self.rows[kind]:
-                hours.setdefault(schema.hour_name(row[at]), []).append(row)
-            (self.path / kind).mkdir(parents=True, exist_ok=True)
-            for hour, rows in hours.items():
-                folder = self.path / kind / hour
-                folder.mkdir(exist_ok=True)
-                keys = Keys((row["host"], row["boot"], row["sequence"]) for row in rows)
-                write_file(folder / part, pa.Table.from_pylist(rows, columns), keys)
-
-    def open(self, range=RANGE):
-        self.write()
-        return open_folder(self.path, range)
+from nlproto.filters.parse import parse
+from nlproto.filters.words import quote
 
 
 @pytest.fixture
@@ -98,29 +24,11 @@ def folder(tmp_path):
     return Folder(tmp_path / "store")
 
 
-def joined(found):
-    """{(client's machine and program, server's)} of the connections that have both."""
-    return {
-        (f"{c['host']} {c['program']}", f"{s['host']} {s['program']}")
-        for one in found
-        if (c := one["client"]) and (s := one["server"])
-    }
-
-
-def alone(found):
-    """{machine and program: why the other end is missing}."""
-    return {
-        f"{side['host']} {side['program']}": "ambiguous" if one["ambiguous"] else one["reason"]
-        for one in found
-        if (side := one["client"] or one["server"]) and not (one["client"] and one["server"])
-    }
-
-
 def test_both_ends_are_joined(folder):
     folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "curl")
     folder.flow("b", "10.0.0.2:443", "10.0.0.1:40000", "nginx")
     with folder.open() as store:
-        [one] = ends(store, Wanted())
+        [one] = ends(store, Wanted())[1]
     assert (one["client"]["program"], one["server"]["program"]) == ("curl", "nginx")
     assert not one["ambiguous"] and one["reason"] is None
 
@@ -134,7 +42,7 @@ def test_rows_of_one_connection_are_one(folder):
             first = FIRST + 10 * at * S
             folder.flow(host, near, far, who_, first=first, tgid=tgid, cookie=tgid)
     with folder.open() as store:
-        [one] = ends(store, Wanted())
+        [one] = ends(store, Wanted())[1]
     assert one["client"]["bytes_out"] == 300
 
 
@@ -148,7 +56,7 @@ def test_addresses_that_many_machines_have_join_on_their_own_machine(folder):
         folder.flow(host, "172.17.0.3:80", "172.17.0.2:40000", f"web-{host}", netns=3)
     folder.flow("a", "127.0.0.1:40000", "127.0.0.1:80", "client-n", netns=9)
     with folder.open() as store:
-        found = ends(store, Wanted())
+        found = ends(store, Wanted())[1]
     wanted = {(f"{h} client-{h}", f"{h} server-{h}") for h in "abc"}
     wanted.add(("a client-n", "a server-n"))
     wanted |= {(f"{h} box-{h}", f"{h} web-{h}") for h in "abc"}
@@ -160,7 +68,7 @@ def test_where_two_machines_fit_none_is_named(folder):
     for host in "bc":
         folder.flow(host, "192.168.1.3:80", "192.168.1.2:40000", f"nginx-{host}")
     with folder.open() as store:
-        found = ends(store, Wanted())
+        found = ends(store, Wanted())[1]
     assert joined(found) == set()
     assert alone(found)["a curl"] == "ambiguous"
 
@@ -171,7 +79,7 @@ def test_an_address_that_several_machines_have_joins_no_others(folder):
     folder.flow("b", "172.17.0.3:80", "172.17.0.2:40000", "nginx")
     folder.flow("b", "172.17.0.2:5000", "198.51.100.1:443", "wget")
     with folder.open() as store:
-        found = ends(store, Wanted())
+        found = ends(store, Wanted())[1]
     assert joined(found) == set()
     assert alone(found) == {"a curl": "ambiguous", "b nginx": "ambiguous", "b wget": "outside"}
 
@@ -182,7 +90,7 @@ def test_a_port_that_is_used_again_joins_the_right_ones(folder):
         folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", f"c{number}", first=first)
         folder.flow("b", "10.0.0.2:443", "10.0.0.1:40000", f"s{number}", first=first + S // 100)
     with folder.open() as store:
-        found = ends(store, Wanted())
+        found = ends(store, Wanted())[1]
     assert joined(found) == {(f"a c{n}", f"b s{n}") for n in range(3)}
 
 
@@ -194,7 +102,7 @@ def test_one_end_is_the_other_end_of_one_connection(folder):
     for host in "ab":
         folder.account(host)
     with folder.open() as store:
-        found = ends(store, Wanted())
+        found = ends(store, Wanted())[1]
     assert joined(found) == {("a c0", "b s0")}
     assert alone(found) == {"a c1": "unseen"}
 
@@ -211,7 +119,7 @@ def test_clocks_that_differ_are_learnt(folder, ahead):
     folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "again", first=again)
     folder.flow("b", "10.0.0.2:443", "10.0.0.1:40000", "answer", first=again + ahead)
     with folder.open() as store:
-        found = ends(store, Wanted())
+        found = ends(store, Wanted())[1]
     assert joined(found) == {(f"a c{n}", f"b s{n}") for n in range(8)} | {("a again", "b answer")}
 
 
@@ -223,7 +131,7 @@ def test_through_nat_of_the_server_s_machine(folder):
         nat_laddr="10.0.0.2", nat_lport=8080, nat_raddr="10.0.0.1", nat_rport=40000,
     )  # fmt: skip
     with folder.open() as store:
-        assert joined(ends(store, Wanted())) == {("a curl", "b nginx")}
+        assert joined(ends(store, Wanted())[1]) == {("a curl", "b nginx")}
 
 
 def test_ports_need_not_tell_who_asked(folder):
@@ -239,7 +147,7 @@ def test_ports_need_not_tell_who_asked(folder):
     folder.flow("e", "10.0.0.5:7000", "10.0.0.4:6000", "serves", initiated=False)
     folder.flow("f", "10.0.0.6:9", "10.0.0.6:9", "itself", protocol=17)
     with folder.open() as store:
-        found = joined(ends(store, Wanted()))
+        found = joined(ends(store, Wanted())[1])
     assert {("c curl", "b nginx"), ("d asks", "e serves"), ("f itself", "f itself")} <= found
     assert len(found & {("a chronyd", "b ntpd"), ("b ntpd", "a chronyd")}) == 1
 
@@ -253,7 +161,7 @@ def test_through_nat_of_a_machine_on_the_way(folder):
         nat_laddr="10.9.0.2", nat_lport=50000, nat_raddr="10.9.0.1", nat_rport=8080,
     )  # fmt: skip
     with folder.open() as store:
-        assert joined(ends(store, Wanted())) == {("a curl", "b nginx")}
+        assert joined(ends(store, Wanted())[1]) == {("a curl", "b nginx")}
 
 
 def test_an_end_without_a_partner_says_why(folder):
@@ -273,7 +181,7 @@ def test_an_end_without_a_partner_says_why(folder):
     folder.flow("a", "10.0.0.1:50001", "198.51.100.2:443", "forwarded")
     folder.flow("b", "10.0.0.1:50001", "198.51.100.2:443", forwarded=True)
     with folder.open() as store:
-        reasons = alone(ends(store, Wanted(on="a")))
+        reasons = alone(ends(store, Wanted(on="a"))[1])
         hosts = {one.name: one for one in hosts_of(store)}
     for name in ("outside", "silent", "lost", "unseen", "local", "forwarded"):
         assert reasons[f"a {name}"] == name
@@ -296,11 +204,11 @@ def test_names_of_hostile_machines_are_values_and_nothing_else(folder, name):
     folder.flow(name, "10.0.0.1:40000", "not-an-address:443", name, domain=name)
     folder.flow("b", "10.0.0.2:40000", "10.0.0.3:443", "curl")
     with folder.open() as store:
-        for field in ("on", "pname"):
-            total, [row] = who(store, Wanted(**{field: name}), 10)
+        for wanted in (Wanted(on=name), Wanted(parse(f"pname {quote(name)}"))):
+            total, [row] = who(store, wanted, 10)
             assert (total, row["host"], row["program"]) == (1, name, name)
-        assert len(ends(store, Wanted(host="10.0.0.0/8"))) == 1
-        assert service_map(ends(store, Wanted(on=name)), "process")[0]["client"] == name
+        assert len(ends(store, Wanted(host="10.0.0.0/8"))[1]) == 1
+        assert service_map(store, Wanted(on=name), "process")[1][0]["client"] == name
 
 
 def test_who_takes_the_words_of_one_host(folder):
@@ -311,16 +219,19 @@ def test_who_takes_the_words_of_one_host(folder):
     )  # fmt: skip
     folder.flow("b", "10.0.0.3:53", "10.0.0.4:40001", "named", protocol=17)
     with folder.open() as store:
-        for words in (
-            {"port": 443}, {"port": 40000}, {"proto": "tcp"}, {"host": "10.0.0.2"},
-            {"host": "10.0.0.2/31"}, {"on": "a"}, {"pid": row["tgid"]}, {"pname": "curl"},
-            {"user": "alice"}, {"unit": "cron"}, {"unit": "cron.service"}, {"container": "web"},
-            {"container": "docker:4f1c"}, {"pod": "web-0"}, {"domain": "example.org"},
-            {"domain": "WWW.example.org."},
+        for text in (
+            "port 443", "port 40000", "tcp", "dst host 10.0.0.2", "net 10.0.0.1/32",
+            f"pid {row['tgid']}", "pname curl", "unit cron", "unit cron.service", "container web",
+            "container docker:4f1c", "pod web-0", "domain example.org", "domain WWW.example.org.",
         ):  # fmt: skip
-            total, [found] = who(store, Wanted(**words), 10)
-            assert (total, found["host"]) == (1, "a"), words
-        assert who(store, Wanted(domain="ample.org"), 10) == (0, [])
+            total, [found] = who(store, Wanted(parse(text, elsewhere=True)), 10)
+            assert (total, found["host"]) == (1, "a"), text
+        for wanted in (
+            Wanted(on="a"), Wanted(user="alice"), Wanted(host="10.0.0.2"),
+            Wanted(host="10.0.0.2/31"),
+        ):  # fmt: skip
+            assert who(store, wanted, 10)[0] == 1
+        assert who(store, Wanted(parse("domain ample.org")), 10) == (0, [])
         with pytest.raises(UsageError, match="neither an IP address nor a network"):
             who(store, Wanted(host="nonsense"), 10)
 
@@ -361,7 +272,7 @@ def test_a_map_has_services_and_why_an_end_is_missing(folder):
         folder.flow("b", "10.0.0.2:443", near, "nginx")
     folder.flow("a", "10.0.0.1:50000", "203.0.113.7:443", "wget", domain="example.org")
     with folder.open() as store:
-        rows = service_map(ends(store, Wanted()), "process")
+        rows = service_map(store, Wanted(), "process")[1]
     told = {
         (row["client"], row["server"], row["service"], row["connections"], row["reason"])
         for row in rows

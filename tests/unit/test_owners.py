@@ -17,6 +17,7 @@ from nlproto.records.clock import Clock
 from nlproto.records.wire import lib
 from nlproto.tables.flows import summarize
 from nlproto.tables.processes import Processes
+from recording import make_records
 
 A, B = 4026532000, 4026533000
 CLIENT, SERVER = ("127.0.0.1", 40000), ("127.0.0.1", 8080)
@@ -52,7 +53,7 @@ def packet(tgid, time_s, netns=A, **more):
 
 
 @pytest.fixture(name="ask")
-def _ask(make_records):
+def _ask():
     def ask(records, time_s, begun_s=None, at=None):
         found = PastOwners(Daemon(make_records(*records)), at)
         found.learn([FLOW])
@@ -132,7 +133,7 @@ def test_a_namespace_that_is_younger_than_the_packet_may_not_be_where_it_was(ask
     assert ask(records, 10.0, at=Namespace(A, since_s=20.0)) == ([1], False)
 
 
-def test_an_answer_that_was_cut_is_asked_for_again_and_never_passed_over(make_records, monkeypatch):
+def test_an_answer_that_was_cut_is_asked_for_again_and_never_passed_over(monkeypatch):
     daemon = Daemon(make_records(*(packet(pid, pid) for pid in range(1, 301))))
     found = PastOwners(daemon)
     found.learn([FLOW])
@@ -145,7 +146,7 @@ def test_an_answer_that_was_cut_is_asked_for_again_and_never_passed_over(make_re
     assert found.cut == 1 and not found.at(FLOW, 1, 290.0).certain
 
 
-def test_both_directions_are_one_question(make_records):
+def test_both_directions_are_one_question():
     daemon = Daemon(make_records(packet(1, 10)))
     found = PastOwners(daemon)
     found.learn([FLOW, (FLOW[0], FLOW[2], FLOW[1])])

@@ -13,11 +13,12 @@ from nlproto.pipeline.pipeline import Pipeline
 from nlproto.pipeline.queue import MessageQueue
 from nlproto.records import wire
 from nlproto.tables.processes import Processes
+from recording import make_batch, make_records
 from replaying import Replay, pipeline_of
 from waiting import until
 
 
-def test_every_record_reaches_every_subscriber_and_the_account_closes(make_records, make_batch):
+def test_every_record_reaches_every_subscriber_and_the_account_closes():
     batches, seq = [], 0
     for n in range(50):
         records = make_records(*({"time_ns": 10**9 + n * 10**6, "sport": n} for _ in range(20)))
@@ -36,7 +37,7 @@ def test_every_record_reaches_every_subscriber_and_the_account_closes(make_recor
     assert pipeline.account.named == 1001
 
 
-def test_records_of_two_cpus_come_in_order_of_time(make_records, make_batch):
+def test_records_of_two_cpus_come_in_order_of_time():
     def batch(cpu, seq, times):
         return make_batch(make_records(*({"time_ns": t * 10**6} for t in times)), seq, cpu)
 
@@ -54,7 +55,7 @@ def test_records_of_two_cpus_come_in_order_of_time(make_records, make_batch):
     assert got == sorted(got)
 
 
-def test_merge_keeps_what_an_older_record_could_still_follow(make_records):
+def test_merge_keeps_what_an_older_record_could_still_follow():
     merge = TimeOrder(interval_ns=20)
     merge.add(make_records({"time_ns": 100}, {"time_ns": 110}), 115)
     assert merge.take().tolist() == []
@@ -64,7 +65,7 @@ def test_merge_keeps_what_an_older_record_could_still_follow(make_records):
     assert len(merge) == 0
 
 
-def test_merge_holds_a_bounded_number_of_records(make_records):
+def test_merge_holds_a_bounded_number_of_records():
     merge = TimeOrder(interval_ns=10**9, limit=3)
     merge.add(make_records(*({"time_ns": 2 * 10**9 + n} for n in range(8))), 2 * 10**9 + 8)
     assert len(merge.take()) == 5
@@ -72,7 +73,6 @@ def test_merge_holds_a_bounded_number_of_records(make_records):
 
 
 def test_a_worker_that_is_too_slow_loses_whole_batches_in_the_queue_and_counts_them(
-    make_records, make_batch
 ):
     size = wire.RECORD.itemsize * 10 + wire.BATCH.itemsize
     queue = MessageQueue(size * 5)
@@ -100,7 +100,7 @@ def test_a_worker_that_is_too_slow_loses_whole_batches_in_the_queue_and_counts_t
     assert account.closes()
 
 
-def test_a_gap_in_the_sequence_is_lost_at_the_socket(make_records, make_batch):
+def test_a_gap_in_the_sequence_is_lost_at_the_socket():
     batches = [make_batch(make_records({}), 0), make_batch(make_records({}), 5)]
     with pipeline_of(Replay(batches)) as pipeline:
         until(lambda: pipeline.account.delivered == 2)
@@ -108,7 +108,7 @@ def test_a_gap_in_the_sequence_is_lost_at_the_socket(make_records, make_batch):
     assert pipeline.account.closes()
 
 
-def test_a_subscriber_that_fails_does_not_stop_the_others(make_records, make_batch, caplog):
+def test_a_subscriber_that_fails_does_not_stop_the_others(caplog):
     got = []
 
     def fail(batch):
@@ -123,7 +123,7 @@ def test_a_subscriber_that_fails_does_not_stop_the_others(make_records, make_bat
     assert "broken subscriber" in caplog.text
 
 
-def test_a_cancelled_subscription_gets_nothing_more(make_records, make_batch):
+def test_a_cancelled_subscription_gets_nothing_more():
     got = []
     engine = Replay()
     with pipeline_of(engine) as pipeline:
@@ -133,7 +133,7 @@ def test_a_cancelled_subscription_gets_nothing_more(make_records, make_batch):
     assert got == []
 
 
-def test_a_barrier_is_passed_after_everything_recorded_before_it(make_records, make_batch):
+def test_a_barrier_is_passed_after_everything_recorded_before_it():
     engine, got = Replay(), []
     with pipeline_of(engine) as pipeline:
         pipeline.subscribe(lambda batch: got.append(len(batch.records)))
@@ -144,7 +144,7 @@ def test_a_barrier_is_passed_after_everything_recorded_before_it(make_records, m
     assert seen == [20]
 
 
-def test_what_is_lost_before_a_barrier_is_in_the_account_that_it_sees(make_records, make_batch):
+def test_what_is_lost_before_a_barrier_is_in_the_account_that_it_sees():
     """The engine knows of it, though no batch came since to tell."""
     engine, seen, passed = Replay(), [], threading.Event()
     engine.opening = np.zeros(1, wire.TAIL)
@@ -163,7 +163,7 @@ def test_what_is_lost_before_a_barrier_is_in_the_account_that_it_sees(make_recor
     assert seen == [5]
 
 
-def test_an_engine_that_fails_is_replaced_and_the_account_spans_both(make_records, make_batch):
+def test_an_engine_that_fails_is_replaced_and_the_account_spans_both():
     failures = []
     first = Replay([make_batch(make_records({}), 0)], error=NoModule("the module is gone"))
     second = Replay([make_batch(make_records({}, {}), 0, instance=8)])
@@ -181,7 +181,7 @@ def test_an_engine_that_fails_is_replaced_and_the_account_spans_both(make_record
     assert pipeline.account.closes()
 
 
-def test_an_engine_that_takes_over_begins_where_the_other_is_told_to_end(make_records, make_batch):
+def test_an_engine_that_takes_over_begins_where_the_other_is_told_to_end():
     first = Replay([make_batch(make_records({}), 0)], [make_batch(make_records({}), 1)])
     early = make_batch(make_records({}, {}), 0, instance=8)
     second = Replay([early])
@@ -194,7 +194,7 @@ def test_an_engine_that_takes_over_begins_where_the_other_is_told_to_end(make_re
     assert pipeline.account.closes() and not pipeline.account.gap_ms
 
 
-def test_an_engine_that_breaks_by_a_bug_fails_like_one_that_says_so(make_records, make_batch):
+def test_an_engine_that_breaks_by_a_bug_fails_like_one_that_says_so():
     engine = Replay(error=ZeroDivisionError("bug"))
     failures: list[Error] = []
     with pipeline_of(engine, on_failure=failures.append) as pipeline:
@@ -202,7 +202,7 @@ def test_an_engine_that_breaks_by_a_bug_fails_like_one_that_says_so(make_records
     assert "bug" in str(failures[0])
 
 
-def test_an_exit_takes_the_process_out_of_the_port_map(make_records, make_batch):
+def test_an_exit_takes_the_process_out_of_the_port_map():
     exited = wire.ProcessEvent(
         9, 5_000_000_000, 0, 100, 1, 0, 0, 0, wire.lib.SNIFFER_EVENT_EXIT, "client", ""
     )
@@ -224,7 +224,7 @@ class Refuses:
             raise ValueError("not enough values to unpack")
 
 
-def test_a_batch_that_cannot_be_named_is_lost_alone_and_counted(make_records, make_batch, caplog):
+def test_a_batch_that_cannot_be_named_is_lost_alone_and_counted(caplog):
     batches = [
         make_batch(make_records({"sport": 1}, {"sport": 2 + n % 2}), 2 * n) for n in range(40)
     ]
@@ -241,7 +241,7 @@ def test_a_batch_that_cannot_be_named_is_lost_alone_and_counted(make_records, ma
     assert "ValueError: not enough values to unpack [tests.unit.test_pipeline:" in caplog.text
 
 
-def test_what_no_subscriber_got_is_lost_and_not_delivered(make_records, make_batch, caplog):
+def test_what_no_subscriber_got_is_lost_and_not_delivered(caplog):
     calls = []
 
     def fail(batch):
@@ -262,7 +262,7 @@ def test_what_no_subscriber_got_is_lost_and_not_delivered(make_records, make_bat
     assert len(caplog.records) == 1
 
 
-def test_what_a_process_is_called_costs_its_details_and_no_packet(make_records, make_batch):
+def test_what_a_process_is_called_costs_its_details_and_no_packet():
     def details(pid, start_ns):
         raise ValueError("nobody foresaw this")
 
@@ -277,7 +277,7 @@ def test_what_a_process_is_called_costs_its_details_and_no_packet(make_records, 
     assert pipeline.processes.get(100, 5_000_000_000).comm == "client"
 
 
-def test_a_worker_that_only_fails_ends_and_says_so(make_records, make_batch):
+def test_a_worker_that_only_fails_ends_and_says_so():
     deaths = []
     engine = Replay()
     pipeline = pipeline_of(engine, namer=Refuses(40000), on_death=deaths.append, patience=0.2)
@@ -308,7 +308,7 @@ def test_a_receiver_that_only_fails_ends_and_says_so():
     assert "receiver cannot go on (ZeroDivisionError: broken figures" in str(deaths[0])
 
 
-def test_a_question_that_fails_leaves_the_worker_alive(make_records, make_batch):
+def test_a_question_that_fails_leaves_the_worker_alive():
     engine, got = Replay(), []
     with pipeline_of(engine) as pipeline:
         pipeline.subscribe(lambda batch: got.append(len(batch.records)))

@@ -7,6 +7,7 @@ import time
 import numpy as np
 
 from nlproto.records import wire
+from recording import make_batch, make_records
 from replaying import Replay, pipeline_of
 from waiting import until
 
@@ -14,11 +15,10 @@ from waiting import until
 class Summing(Replay):
     """An engine with groups packets and flows: `stream` is told from where it is asked for."""
 
-    def __init__(self, records, make_batch):
+    def __init__(self, records):
         super().__init__()
         self.instance = 7
         self.records = records
-        self.make_batch = make_batch
         self.at = 0
         self.limit = len(records)
         self.queued = []
@@ -32,7 +32,7 @@ class Summing(Replay):
     def next(self, count):
         """The next `count` records, in the present group; flows of up to 5 records."""
         records = self.records[self.at : self.at + count]
-        batch = self.make_batch(records, self.at)
+        batch = make_batch(records, self.at)
         self.at += len(records)
         if self.group == "packets":
             return batch
@@ -67,11 +67,11 @@ class Summing(Replay):
         self.closing = self.tail_at()
 
 
-def test_flows_and_packets_in_turn_give_the_sums_of_packets_alone(make_records, make_batch):
+def test_flows_and_packets_in_turn_give_the_sums_of_packets_alone():
     records = make_records(
         *({"time_ns": 10**9 + n, "len": 60 + n % 11, "hdr_len": 28} for n in range(4000))
     )
-    engine, sums, one_by_one = Summing(records, make_batch), [], []
+    engine, sums, one_by_one = Summing(records), [], []
     first, last = [], []
 
     def take(batch):
@@ -101,9 +101,9 @@ def test_flows_and_packets_in_turn_give_the_sums_of_packets_alone(make_records, 
     assert pipeline.account.closes()
 
 
-def test_after_a_barrier_there_are_only_packets_for_who_wanted_them(make_records, make_batch):
+def test_after_a_barrier_there_are_only_packets_for_who_wanted_them():
     records = make_records(*({"time_ns": 10**9 + n} for n in range(1000)))
-    engine, after = Summing(records, make_batch), []
+    engine, after = Summing(records), []
     engine.limit = 200
     pipeline = pipeline_of(engine, packets=False)
     passed = threading.Event()
@@ -118,11 +118,11 @@ def test_after_a_barrier_there_are_only_packets_for_who_wanted_them(make_records
     assert all(after)
 
 
-def test_flows_that_nobody_can_take_are_lost_as_many_records(make_records, make_batch):
+def test_flows_that_nobody_can_take_are_lost_as_many_records():
     def broken(batch):
         raise RuntimeError("no")
 
-    engine = Summing(make_records(*({"time_ns": 10**9 + n} for n in range(100))), make_batch)
+    engine = Summing(make_records(*({"time_ns": 10**9 + n} for n in range(100))))
     pipeline = pipeline_of(engine, packets=False)
     pipeline.subscribe(broken)
     with pipeline:
@@ -130,7 +130,7 @@ def test_flows_that_nobody_can_take_are_lost_as_many_records(make_records, make_
     assert pipeline.account.closes()
 
 
-def test_an_engine_without_flows_keeps_what_its_kernel_had_no_memory_for(make_records, make_batch):
+def test_an_engine_without_flows_keeps_what_its_kernel_had_no_memory_for():
     class Old(Replay):
         instance = 7
 

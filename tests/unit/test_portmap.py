@@ -7,6 +7,7 @@ import pytest
 from nlproto.host.kernel_sockets import BoundSocket
 from nlproto.tables.flows import pack_address, summarize
 from nlproto.tables.portmap import PortMap
+from recording import make_records
 
 NETNS = 4026531840
 UDP, TCP = socket.IPPROTO_UDP, socket.IPPROTO_TCP
@@ -17,7 +18,7 @@ def _bound(port, tgid=100, address="0.0.0.0", proto=TCP, cookie=1, netns=NETNS):
     return BoundSocket((netns, proto, family, raw, port), tgid, 5, 1000, "server", cookie)
 
 
-def test_a_packet_tells_who_owns_its_local_port(make_records):
+def test_a_packet_tells_who_owns_its_local_port():
     portmap = PortMap()
     portmap.update(summarize(make_records({"cookie": 9})))
     (owner,) = portmap.who(40000)
@@ -26,7 +27,7 @@ def test_a_packet_tells_who_owns_its_local_port(make_records):
     assert portmap.who(53) == []
 
 
-def test_forwarded_and_unnamed_packets_tell_nothing(make_records):
+def test_forwarded_and_unnamed_packets_tell_nothing():
     portmap = PortMap()
     portmap.update(summarize(make_records({"dir": 3}, {"tgid": 0, "how": 18})))
     assert len(portmap) == 0
@@ -50,7 +51,7 @@ def test_all_holders_of_a_shared_listener_are_listed():
     assert [o.tgid for o in portmap.with_cookies([1])[1]] == [2]
 
 
-def test_a_reused_port_has_only_its_new_owner(make_records):
+def test_a_reused_port_has_only_its_new_owner():
     portmap = PortMap()
     portmap.replace_bound([_bound(80, 1, cookie=1)], 10)
     portmap.replace_bound([_bound(80, 2, cookie=2)], 20)
@@ -102,7 +103,7 @@ def test_an_exact_address_wins_over_the_wildcard():
     assert [o.tgid for o in portmap.at((NETNS, TCP, family, raw, 80))] == [2]
 
 
-def test_traffic_alone_is_forgotten_after_its_time(make_records):
+def test_traffic_alone_is_forgotten_after_its_time():
     portmap = PortMap(ttl_ns=100)
     portmap.update(summarize(make_records({"time_ns": 1000})))
     portmap.expire(1050)
@@ -111,7 +112,7 @@ def test_traffic_alone_is_forgotten_after_its_time(make_records):
     assert len(portmap) == 0
 
 
-def test_a_socket_the_kernel_no_longer_has_is_forgotten(make_records):
+def test_a_socket_the_kernel_no_longer_has_is_forgotten():
     portmap = PortMap()
     rows = ({"sport": n, "cookie": n, "time_ns": 1000} for n in (1, 2))
     portmap.update(summarize(make_records(*rows)))
@@ -121,14 +122,14 @@ def test_a_socket_the_kernel_no_longer_has_is_forgotten(make_records):
     assert [o.port for o in portmap.everything()] == [2]
 
 
-def test_an_exited_process_owns_nothing(make_records):
+def test_an_exited_process_owns_nothing():
     portmap = PortMap()
     portmap.update(summarize(make_records({"sport": 1}, {"sport": 2}, {"sport": 3, "tgid": 7})))
     portmap.forget_process((100, 5_000_000_000))
     assert [o.tgid for o in portmap.everything()] == [7]
 
 
-def test_the_same_packets_again_bring_a_dropped_owner_back(make_records):
+def test_the_same_packets_again_bring_a_dropped_owner_back():
     portmap = PortMap()
     flows = summarize(make_records({"time_ns": 10**10}))
     portmap.update(flows)
@@ -137,7 +138,7 @@ def test_the_same_packets_again_bring_a_dropped_owner_back(make_records):
     assert len(portmap.who(40000)) == 1
 
 
-def test_at_its_limit_the_least_recently_seen_go(make_records):
+def test_at_its_limit_the_least_recently_seen_go():
     portmap = PortMap(limit=100)
     for n in range(1, 301):
         portmap.update(summarize(make_records({"sport": n, "time_ns": n * 10**9})))
@@ -146,7 +147,7 @@ def test_at_its_limit_the_least_recently_seen_go(make_records):
     assert portmap.who(300) and not portmap.who(1)
 
 
-def test_threads_that_ask_and_update_do_not_disturb_each_other(make_records):
+def test_threads_that_ask_and_update_do_not_disturb_each_other():
     portmap = PortMap(limit=50)
     failures: list[BaseException] = []
 
@@ -173,7 +174,7 @@ def test_threads_that_ask_and_update_do_not_disturb_each_other(make_records):
     assert failures == []
 
 
-def test_a_server_with_many_connections_is_one_owner_with_the_last_ones_cookie(make_records):
+def test_a_server_with_many_connections_is_one_owner_with_the_last_ones_cookie():
     portmap = PortMap()
     rows = ({"sport": 443, "dport": n, "cookie": n, "time_ns": 1000 + n} for n in range(1, 500))
     portmap.update(summarize(make_records(*rows)))
@@ -182,7 +183,7 @@ def test_a_server_with_many_connections_is_one_owner_with_the_last_ones_cookie(m
     assert not portmap.with_cookies([7])
 
 
-def test_a_connection_on_the_listeners_own_address_leaves_the_listener(make_records):
+def test_a_connection_on_the_listeners_own_address_leaves_the_listener():
     portmap = PortMap()
     portmap.replace_bound([_bound(443, 100, "10.0.0.1", UDP, cookie=5)], 10)
     portmap.update(
@@ -192,7 +193,7 @@ def test_a_connection_on_the_listeners_own_address_leaves_the_listener(make_reco
     assert owner.listening and (owner.cookie, owner.seen_ns) == (5, 20)
 
 
-def test_rows_of_owners_that_went_are_used_again(make_records):
+def test_rows_of_owners_that_went_are_used_again():
     portmap = PortMap(limit=1000)
     for n in range(2000):
         portmap.update(summarize(make_records({"sport": n + 1, "tgid": n + 1})))
@@ -201,7 +202,7 @@ def test_rows_of_owners_that_went_are_used_again(make_records):
     assert portmap._top == 1
 
 
-def test_a_flood_of_one_users_ports_evicts_that_users_alone(make_records):
+def test_a_flood_of_one_users_ports_evicts_that_users_alone():
     portmap = PortMap(limit=400)
     rows = ({"sport": n, "uid": 0, "comm": b"sshd", "time_ns": n} for n in range(1, 51))
     portmap.update(summarize(make_records(*rows), 1))

@@ -12,6 +12,7 @@ from nlproto.records import wire
 from nlproto.records.wire import ProcessEvent, lib
 from nlproto.tables.processes import Processes
 from nlproto.tables.shares import Payers
+from recording import make_records
 from waiting import until
 
 SEEN, EXEC, EXIT = lib.SNIFFER_EVENT_SEEN, lib.SNIFFER_EVENT_EXEC, lib.SNIFFER_EVENT_EXIT
@@ -90,7 +91,7 @@ def test_a_reused_pid_is_another_process():
     assert [p.comm for p in processes.find(pid=2**22 + 5)] == ["new", "old"]
 
 
-def test_records_teach_processes_and_their_present_comm(make_records):
+def test_records_teach_processes_and_their_present_comm():
     processes = Processes()
     processes.add_records(make_records({"comm": b"one"}, {"tgid": 0}))
     assert len(processes) == 1
@@ -128,7 +129,7 @@ def test_who_listens_is_told_of_each_change():
 
 
 @pytest.mark.parametrize("raw", [b"\xff\xfe", b"\x1b[31m", b"a\nb", b"[/red]", b"=1+1"])
-def test_any_name_becomes_text_that_json_takes(make_records, raw):
+def test_any_name_becomes_text_that_json_takes(raw):
     import msgspec
 
     processes = Processes()
@@ -197,7 +198,7 @@ def test_a_young_process_is_read_again_once_when_it_has_settled():
     assert asked == [7, 7, 8]
 
 
-def test_records_of_a_young_process_have_it_read_again(make_records):
+def test_records_of_a_young_process_have_it_read_again():
     asked = []
 
     def details(pid, start_ns):
@@ -213,7 +214,7 @@ def test_records_of_a_young_process_have_it_read_again(make_records):
     assert asked == [7, 7] and processes.get(7, start_ns).cgroup == "/at/2"
 
 
-def test_a_new_comm_in_a_record_has_the_program_read_again(make_records):
+def test_a_new_comm_in_a_record_has_the_program_read_again():
     """Without the module nothing tells of an exec."""
     script = "read go; exec sleep 60"
     with subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE) as child:

@@ -18,6 +18,7 @@ from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import summarize
 from nlproto.tables.processes import Process, Processes
+from recording import make_records
 
 FOREVER = 2**62
 
@@ -38,7 +39,7 @@ def _opened_again_soon(monkeypatch):
 
 
 @pytest.fixture(name="record")
-def _record(path, processes, make_records):
+def _record(path, processes):
     """Starts a Recorder on `path`; its `play` makes a flow and its process, by number."""
 
     class Playing(Recorder):

@@ -7,46 +7,25 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from daemon.history.elapsed import Moment
 from daemon.history.memory import Question
 from daemon.history.store import Store
 from nlproto.tables.flows import FLOW, summarize
 from nlproto.tables.processes import Process
 from nlproto.tables.shares import Payers
+from recording import make_records
+from remembering import FOREVER
 
-FOREVER = 2**62
 AGE = 7 * 86400.0
 SIZE = 1 << 30
 YEARS = 20 * 365.25 * 86400
 NO_FLOWS = np.zeros(0, np.uint64), np.zeros(0, FLOW)
 
 
-class Clocks:
-    """A machine's clocks, which a test moves."""
-
-    def __init__(self):
-        self.boot_id = "first"
-        self.boot = self.uptime = 1000.0
-        self.real = 1_800_000_000.0
-
-    def __call__(self):
-        return Moment(self.boot_id, self.boot, self.uptime, self.real)
-
-    def run(self, seconds):
-        self.boot += seconds
-        self.uptime += seconds
-        self.real += seconds
-
-    def reboot(self):
-        self.boot_id += "+"
-        self.boot = self.uptime = 5.0
-
-
 class Filler:
     """Writes flows to a store, each with an id of its own."""
 
-    def __init__(self, store, make_records):
-        self._store, self._make_records = store, make_records
+    def __init__(self, store):
+        self._store = store
         self._next = 1
 
     def __call__(self, count, processes=(), **values):
@@ -54,32 +33,15 @@ class Filler:
             {"sport": n % 60000, "start_ns": 1 + n // 60000} | values
             for n in range(self._next, self._next + count)
         )
-        flows = summarize(self._make_records(*rows), 1)
+        flows = summarize(make_records(*rows), 1)
         ids = np.arange(self._next, self._next + len(flows), dtype=np.uint64)
         self._store.write(ids, flows[np.argsort(flows["lport"])], processes)
         self._next += count
 
 
-@pytest.fixture(name="path")
-def _path(tmp_path):
-    return str(tmp_path / "history.db")
-
-
-@pytest.fixture(name="clocks")
-def _clocks():
-    return Clocks()
-
-
-@pytest.fixture(name="store")
-def _store(path, clocks):
-    store = Store(path, moment=clocks)
-    yield store
-    store.close()
-
-
 @pytest.fixture(name="fill")
-def _fill(store, make_records):
-    return Filler(store, make_records)
+def _fill(store):
+    return Filler(store)
 
 
 def _count(store, **conditions):
@@ -144,11 +106,11 @@ def test_a_process_goes_with_its_last_flow(store, fill, clocks):
     assert store.process(1499, 1) is not None
 
 
-def test_a_flood_through_subordinate_uids_counts_as_one_users(path, clocks, make_records, tmp_path):
+def test_a_flood_through_subordinate_uids_counts_as_one_users(path, clocks, tmp_path):
     subuid = tmp_path / "subuid"
     subuid.write_text("1000:100000:65536\n")
     store = Store(path, Payers(str(subuid)), clocks)
-    fill = Filler(store, make_records)
+    fill = Filler(store)
     fill(600, uid=0, comm=b"sshd")
     fill(600, uid=1001, comm=b"vim")
     for n in range(200):
@@ -186,7 +148,7 @@ def test_a_flood_at_one_process_deletes_its_flows_and_not_its_namesakes(store, f
     assert _count(store) < 6000
 
 
-def test_a_flow_whose_process_was_trimmed_gets_it_back(store, make_records):
+def test_a_flow_whose_process_was_trimmed_gets_it_back(store):
     process = Process(100, 1, "server", uid=1000)
     flows = summarize(make_records({"tgid": 100, "start_ns": 1}), 1)
     ids = np.array([1], np.uint64)
@@ -222,10 +184,10 @@ def test_a_jump_of_the_date_and_back_deletes_nothing(store, fill, clocks, jump):
 
 
 @pytest.mark.parametrize("jump", [YEARS, -YEARS])
-def test_a_jump_while_no_daemon_runs_deletes_nothing(path, clocks, make_records, jump):
+def test_a_jump_while_no_daemon_runs_deletes_nothing(path, clocks, jump):
     for _ in range(3):
         store = Store(path, moment=clocks)
-        Filler(store, make_records)(10)
+        Filler(store)(10)
         assert store.trim(AGE, SIZE) == 0
         store.close()
         clocks.run(60)
@@ -238,9 +200,9 @@ def test_a_jump_while_no_daemon_runs_deletes_nothing(path, clocks, make_records,
 
 
 @pytest.mark.parametrize("jump", [0, YEARS, -YEARS])
-def test_a_reboot_with_any_date_deletes_nothing(path, clocks, make_records, jump):
+def test_a_reboot_with_any_date_deletes_nothing(path, clocks, jump):
     store = Store(path, moment=clocks)
-    Filler(store, make_records)(10)
+    Filler(store)(10)
     store.close()
     clocks.reboot()
     clocks.real += jump
@@ -251,9 +213,9 @@ def test_a_reboot_with_any_date_deletes_nothing(path, clocks, make_records, jump
     store.close()
 
 
-def test_time_without_a_daemon_counts_while_the_machine_runs(path, clocks, make_records):
+def test_time_without_a_daemon_counts_while_the_machine_runs(path, clocks):
     store = Store(path, moment=clocks)
-    Filler(store, make_records)(10)
+    Filler(store)(10)
     store.close()
     clocks.run(AGE + 1)
     store = Store(path, moment=clocks)
@@ -261,7 +223,7 @@ def test_time_without_a_daemon_counts_while_the_machine_runs(path, clocks, make_
     store.close()
 
 
-def test_the_process_of_a_flow_that_goes_on_stays_however_old(store, make_records, clocks):
+def test_the_process_of_a_flow_that_goes_on_stays_however_old(store, clocks):
     process = Process(100, 1, "nginx", uid=33)
     flows = summarize(make_records({"tgid": 100, "start_ns": 1, "uid": 33}), 1)
     ids = np.array([1], np.uint64)

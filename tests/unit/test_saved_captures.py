@@ -29,6 +29,7 @@ from nlproto.records import wire
 from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.processes import Process, Processes
+from recording import make_records
 
 SUFFIXES = [".csv", ".jsonl", ".parquet", ".pcapng", ".ecs.jsonl"]
 NOON_NS = 1_780_000_000_123_456_000
@@ -79,7 +80,7 @@ class Everything(Processes):
 
 
 @pytest.fixture
-def everything(make_records):
+def everything():
     """(batch, details, holders) with a value in every field, some as odd as they can be."""
     rows = []
     known = Everything()
@@ -222,7 +223,7 @@ def test_what_was_read_is_saved_again_as_it_was(suffix, everything, tmp_path):
         assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_process_that_changes_its_name_and_program_keeps_both(make_records, tmp_path):
+def test_a_process_that_changes_its_name_and_program_keeps_both(tmp_path):
     """One (pid, start) before and after an exec, in turn: each row has the names of its time."""
     path = tmp_path / "x.jsonl"
     details = Everything()
@@ -314,7 +315,7 @@ def test_a_file_of_the_first_release_is_read(suffix, tmp_path):
     assert "len 60 'quoted.5\n" in done.stdout and "[" not in done.stdout, done.stderr
 
 
-def test_several_files_are_one_in_order_of_time(make_records, tmp_path):
+def test_several_files_are_one_in_order_of_time(tmp_path):
     for number, times in enumerate([(5, 6, 9), (1, 7), (2, 3, 8)]):
         records = make_records(*({"time_ns": time * 10**6, "tgid": number + 1} for time in times))
         batch = NamedBatch(np.zeros(1, wire.BATCH)[0], records, Clock(NOON_NS, 0))
@@ -339,7 +340,7 @@ def _count(path, suffix):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_file_that_was_moved_away_gets_a_successor(suffix, make_records, tmp_path):
+def test_a_file_that_was_moved_away_gets_a_successor(suffix, tmp_path):
     if suffix == ".parquet":
         pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     path, moved = tmp_path / f"x{suffix}", tmp_path / f"old{suffix}"

@@ -21,6 +21,7 @@ from nlproto.pipeline.pipeline import Pipeline
 from nlproto.records import wire
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import Processes
+from recording import make_batch, make_records
 from waiting import until
 
 FAILED = "the daemon failed on this request; see its log"
@@ -188,7 +189,7 @@ def test_a_connection_that_cannot_be_taken_leaves_the_others_their_turns(running
 
 
 def test_frames_that_cannot_be_made_cost_one_client_its_stream(
-    running, monkeypatch, make_records, make_batch
+    running, monkeypatch
 ):
     with DaemonClient(running.path) as victim, DaemonClient(running.path) as other:
         victim.start("")

@@ -11,6 +11,7 @@ from daemon.history.store import Store
 from nlproto.overheard.names import number_of
 from nlproto.tables.flows import FLOW, summarize
 from nlproto.tables.port_owner import PortOwner
+from recording import make_records
 
 DAY = 86_400 * 10**9
 TODAY = 20_000 * DAY
@@ -24,7 +25,7 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def saw(store, make_records):
+def saw(store):
     ids = iter(range(1, 10**6))
 
     def saw(days_ago, *rows, text_of=lambda number: "", **more):

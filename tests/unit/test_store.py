@@ -10,7 +10,6 @@ import time
 import numpy as np
 import pytest
 
-from daemon.history.elapsed import Moment
 from daemon.history.memory import Question
 from daemon.history.recorder import Recorder
 from daemon.history.store import Store
@@ -20,6 +19,8 @@ from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import FLOW, pack_address, summarize
 from nlproto.tables.processes import Process, Processes
+from recording import make_records
+from remembering import Clocks
 from waiting import until
 
 FOREVER = 2**62
@@ -43,7 +44,7 @@ def _ports(store, until=FOREVER, **conditions):
     return [int(flow["lport"]) for _, flow in store.ask(Question(**conditions), until)]
 
 
-def test_a_flow_comes_back_from_the_file_as_it_was(path, make_records):
+def test_a_flow_comes_back_from_the_file_as_it_was(path):
     store = Store(path)
     big = {"cookie": 2**64 - 2, "start_ns": 2**63 + 5, "comm": b"\xff\x1b[31m", "netns": 2**32 - 1}
     flows = _write(store, make_records(big))
@@ -55,7 +56,7 @@ def test_a_flow_comes_back_from_the_file_as_it_was(path, make_records):
             assert np.array_equal(found[name], flows[0][name]), name
 
 
-def test_writing_a_flow_again_updates_it(path, make_records):
+def test_writing_a_flow_again_updates_it(path):
     store = Store(path)
     _write(store, make_records({"time_ns": 5}))
     _write(store, make_records({"time_ns": 5}, {"time_ns": 9}))
@@ -86,7 +87,7 @@ def test_writing_a_flow_again_updates_it(path, make_records):
         ({"ends": ((2, _IP[1], 1), (2, _IP[2], 80)), "port": 53}, []),
     ],
 )
-def test_the_file_answers_the_same_questions(path, make_records, conditions, ports):
+def test_the_file_answers_the_same_questions(path, conditions, ports):
     store = Store(path)
     rows = (
         {"sport": 1, "time_ns": 100, "comm": b"curl", "tgid": 11, "dport": 80, "proto": 6},
@@ -126,7 +127,7 @@ def test_a_corrupt_file_is_set_aside_with_a_message_and_a_new_one_begun(path, co
     assert store.ask(Question(), FOREVER) == []
 
 
-def test_a_file_damaged_in_the_middle_is_set_aside(path, make_records):
+def test_a_file_damaged_in_the_middle_is_set_aside(path):
     store = Store(path)
     _write(store, make_records(*({"sport": n} for n in range(2000))))
     store.close()
@@ -155,28 +156,7 @@ def test_a_directory_that_cannot_be_made_is_a_clear_error(tmp_path):
         Store(str(tmp_path / "file" / "history.db"))
 
 
-class Clocks:
-    """A machine's clocks, which a test moves."""
-
-    def __init__(self):
-        self.boot_id = "first"
-        self.boot = self.uptime = 1000.0
-        self.real = 1_800_000_000.0
-
-    def __call__(self):
-        return Moment(self.boot_id, self.boot, self.uptime, self.real)
-
-    def run(self, seconds):
-        self.boot += seconds
-        self.uptime += seconds
-        self.real += seconds
-
-    def reboot(self):
-        self.boot_id += "+"
-        self.boot = self.uptime = 5.0
-
-
-def test_old_flows_are_deleted(path, make_records):
+def test_old_flows_are_deleted(path):
     clocks = Clocks()
     store = Store(path, moment=clocks)
     _write(store, make_records({"sport": 1}))
@@ -187,7 +167,7 @@ def test_old_flows_are_deleted(path, make_records):
     assert _ports(store) == [2]
 
 
-def test_the_oldest_flows_are_deleted_until_the_size_fits(path, make_records):
+def test_the_oldest_flows_are_deleted_until_the_size_fits(path):
     store = Store(path)
     now = time.time_ns()
     rows = ({"sport": n, "time_ns": now + n} for n in range(5000))
@@ -211,7 +191,7 @@ def _ask(recorder, **conditions):
     return sorted(int(flow["lport"]) for _, flow in now + past)
 
 
-def test_flows_evicted_from_memory_are_found_in_the_file_once(path, make_records):
+def test_flows_evicted_from_memory_are_found_in_the_file_once(path):
     config = Config(history=path, history_flows=64, flush_interval=0.05)
     with Recorder(config, Processes()) as recorder:
         for n in range(200):
@@ -225,7 +205,7 @@ def test_flows_evicted_from_memory_are_found_in_the_file_once(path, make_records
         assert recorder.past(Question(since_ns=1199)) == (0, [])
 
 
-def test_a_new_daemon_finds_what_the_last_one_wrote_and_goes_on_counting(path, make_records):
+def test_a_new_daemon_finds_what_the_last_one_wrote_and_goes_on_counting(path):
     config = Config(history=path)
     process = Process(100, 5_000_000_000, "client", exe="/usr/bin/client")
     processes = Processes()
@@ -285,7 +265,7 @@ def test_kill_9_loses_at_most_what_came_since_the_last_flush(path):
     assert set(range(1, flushed[-1] + 1)) <= set(_ports(store, limit=60000))
 
 
-def test_a_full_disk_is_counted_and_writing_goes_on_afterwards(path, make_records):
+def test_a_full_disk_is_counted_and_writing_goes_on_afterwards(path):
     config = Config(history=path, flush_interval=0.05)
     with Recorder(config, Processes()) as recorder:
         recorder._store._writer.execute("PRAGMA max_page_count = 1")
@@ -295,7 +275,7 @@ def test_a_full_disk_is_counted_and_writing_goes_on_afterwards(path, make_record
     assert len(_ports(Store(path), limit=9999)) == 3000
 
 
-def test_a_question_that_nobody_waits_for_ends_within_the_search(path, make_records):
+def test_a_question_that_nobody_waits_for_ends_within_the_search(path):
     store = Store(path)
     rows = [{"sport": 1 + n % 60000, "dport": 1 + n // 60000} for n in range(3000)]
     _write(store, make_records(*rows))

@@ -22,6 +22,7 @@ from nlproto.overheard.names import Names
 from nlproto.records.batch import NamedBatch
 from nlproto.tables.flows import decode_flows, summarize
 from nlproto.tables.processes import Processes
+from recording import make_batch, make_records
 
 
 class Subscriber:
@@ -58,7 +59,7 @@ def _streams(max_filters=100, max_bytes=1 << 20, **options):
         yield streams
 
 
-def _publish(streams, make_batch, records):
+def _publish(streams, records):
     batch = make_batch(records)
     streams.publish(NamedBatch(batch.head, np.array(batch.records), None))
 
@@ -71,7 +72,7 @@ def _finish(streams, *joined):
         assert passed.wait(20)
 
 
-def test_a_filter_runs_once_a_batch_for_all_who_have_it(make_records, make_batch, monkeypatch):
+def test_a_filter_runs_once_a_batch_for_all_who_have_it(monkeypatch):
     masks = []
     mask = Filter.mask
 
@@ -86,7 +87,7 @@ def test_a_filter_runs_once_a_batch_for_all_who_have_it(make_records, make_batch
             stream = streams.join(parse("udp dst port 53"), None, one)
         other = Subscriber()
         joined = streams.join(parse("tcp"), None, other)
-        _publish(streams, make_batch, make_records({"dport": 53}, {"dport": 54}))
+        _publish(streams, make_records({"dport": 53}, {"dport": 54}))
         _finish(streams, stream, joined)
     assert sorted(masks) == sorted({str(name) for name in masks}) and len(masks) == 2
     assert {id(one.pieces[0].payload) for one in same} == {id(same[0].pieces[0].payload)}
@@ -94,12 +95,12 @@ def test_a_filter_runs_once_a_batch_for_all_who_have_it(make_records, make_batch
     assert (other.seen, other.pieces) == (2, [])
 
 
-def test_another_users_stream_has_its_own_records_and_no_others(make_records, make_batch):
+def test_another_users_stream_has_its_own_records_and_no_others():
     with _streams() as streams:
         root, user = Subscriber(), Subscriber()
         joined = [streams.join(parse("udp"), None, root), streams.join(parse("udp"), 1000, user)]
         rows = {"uid": 1000}, {"uid": 0}, {"uid": 0, "tgid": 0}, {"uid": 1000, "tgid": 0}
-        _publish(streams, make_batch, make_records(*rows))
+        _publish(streams, make_records(*rows))
         _finish(streams, *joined)
     assert root.pieces[0].count == 4
     assert user.pieces[0].count == 1
@@ -107,7 +108,7 @@ def test_another_users_stream_has_its_own_records_and_no_others(make_records, ma
 
 
 def test_a_users_filter_never_meets_a_record_of_somebody_else(
-    make_records, make_batch, monkeypatch
+    monkeypatch
 ):
     met = []
     mask = Filter.mask
@@ -120,12 +121,12 @@ def test_a_users_filter_never_meets_a_record_of_somebody_else(
     with _streams() as streams:
         user = Subscriber()
         stream = streams.join(parse("pname x or pname y"), 1000, user)
-        _publish(streams, make_batch, make_records(*[{"uid": 0}] * 50, {"uid": 1000}))
+        _publish(streams, make_records(*[{"uid": 0}] * 50, {"uid": 1000}))
         _finish(streams, stream)
     assert met == [1000]
 
 
-def test_the_numbers_in_a_users_records_count_its_own(make_records, make_batch):
+def test_the_numbers_in_a_users_records_count_its_own():
     """`seq` and the clocks of the head would tell how much the others send."""
     with _streams() as streams:
         root, user = Subscriber(), Subscriber()
@@ -166,7 +167,7 @@ def _stuck(monkeypatch):
 
 
 def test_who_has_slow_filters_loses_records_and_nobody_else_and_each_account_closes(
-    make_records, make_batch, monkeypatch
+    monkeypatch
 ):
     go_on, waiting = _stuck(monkeypatch)
     rows = [{"uid": 1000 + n % 2, "dport": n} for n in range(100)]
@@ -177,10 +178,10 @@ def test_who_has_slow_filters_loses_records_and_nobody_else_and_each_account_clo
             streams.join(parse("not port 99"), 1000, slow),
             streams.join(parse("udp"), 1001, quick),
         ]
-        _publish(streams, make_batch, make_records(*rows))
+        _publish(streams, make_records(*rows))
         assert waiting.wait(20)
         for _ in range(9):
-            _publish(streams, make_batch, make_records(*rows))
+            _publish(streams, make_records(*rows))
             _finish(streams, joined[0])
         assert sum(piece.count for piece in root.pieces) == 1000 and root.lost == 0
         go_on.set()
@@ -192,28 +193,28 @@ def test_who_has_slow_filters_loses_records_and_nobody_else_and_each_account_clo
     assert slow.lost > 0
 
 
-def test_a_marker_comes_behind_what_was_lost_before_it(make_records, make_batch, monkeypatch):
+def test_a_marker_comes_behind_what_was_lost_before_it(monkeypatch):
     """So that a client who subscribes meanwhile does not count it."""
     go_on, waiting = _stuck(monkeypatch)
     with _streams(max_bytes=10_000) as streams:
         one = Subscriber()
         stream = streams.join(parse("port 99"), 1000, one)
-        _publish(streams, make_batch, make_records({"uid": 1000}))
+        _publish(streams, make_records({"uid": 1000}))
         assert waiting.wait(20)
         for _ in range(5):
-            _publish(streams, make_batch, make_records(*[{"uid": 1000}] * 50))
+            _publish(streams, make_records(*[{"uid": 1000}] * 50))
         before = threading.Event()
         seen = []
         streams.mark(stream, lambda: (seen.append(one.seen), before.set()))
         for _ in range(5):
-            _publish(streams, make_batch, make_records(*[{"uid": 1000}] * 50))
+            _publish(streams, make_records(*[{"uid": 1000}] * 50))
         go_on.set()
         assert before.wait(20)
         _finish(streams, stream)
     assert seen == [251] and one.seen == 501
 
 
-def test_users_take_turns_batch_by_batch(make_records, make_batch, monkeypatch):
+def test_users_take_turns_batch_by_batch(monkeypatch):
     """Who has ten filters and much to filter does not come before who has one."""
     order = []
     mask = Filter.mask
@@ -231,8 +232,8 @@ def test_users_take_turns_batch_by_batch(make_records, make_batch, monkeypatch):
         ]
         other = streams.join(parse("port 1"), 1001, Subscriber(), user=1001)
         rows = np.repeat(make_records({"uid": 1000}), 4 * MAX_RECORDS)
-        _publish(streams, make_batch, rows)
-        _publish(streams, make_batch, make_records({"uid": 1001}))
+        _publish(streams, rows)
+        _publish(streams, make_records({"uid": 1001}))
         go_on.set()
         _finish(streams, *greedy, other)
     assert order.index(1001) == 1
@@ -240,7 +241,7 @@ def test_users_take_turns_batch_by_batch(make_records, make_batch, monkeypatch):
 
 
 def test_an_encoder_that_fails_loses_its_own_records_and_is_told_once(
-    make_records, make_batch, monkeypatch, caplog
+    monkeypatch, caplog
 ):
     mask = Filter.mask
 
@@ -254,7 +255,7 @@ def test_an_encoder_that_fails_loses_its_own_records_and_is_told_once(
         bad, good = Subscriber(), Subscriber()
         joined = [streams.join(parse("tcp"), None, bad), streams.join(parse("udp"), None, good)]
         for _ in range(3):
-            _publish(streams, make_batch, make_records({}))
+            _publish(streams, make_records({}))
         _finish(streams, *joined)
     assert (bad.seen, bad.lost) == (3, 3)
     assert sum(piece.count for piece in good.pieces) == 3
@@ -299,7 +300,7 @@ def test_what_users_without_rights_may_take_of_a_cpu_has_an_end():
     assert pause == pytest.approx(2.0, abs=2 * (time.monotonic() - began) + 0.01)
 
 
-def test_flows_go_to_who_asked_for_them_and_tell_no_hash(make_records, make_batch):
+def test_flows_go_to_who_asked_for_them_and_tell_no_hash():
     rows = [{"uid": uid, "tgid": 10 * uid} for uid in (1, 1, 1, 2, 2, 2)]
     records = make_records(*rows)
     batch = make_batch(records)
@@ -327,7 +328,7 @@ def test_flows_go_to_who_asked_for_them_and_tell_no_hash(make_records, make_batc
     assert not other.pieces
 
 
-def test_names_of_far_ends_come_with_flows_as_far_as_one_may_know_them(make_records, make_batch):
+def test_names_of_far_ends_come_with_flows_as_far_as_one_may_know_them():
     records = make_records({"uid": 1, "sport": 1}, {"uid": 1, "sport": 2})
     batch = make_batch(records)
     names = Names()

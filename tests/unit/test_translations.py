@@ -15,6 +15,7 @@ from nlproto.overheard.conntrack import Event
 from nlproto.overheard.translations import Translations
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import FLOW, pack_address, summarize
+from recording import make_records
 
 SECOND = 1_000_000_000
 HOST, BOX, OTHER = 11, 22, 33
@@ -238,7 +239,7 @@ def test_a_namespace_that_goes_takes_its_connections_along(known):
     assert len(known) == 0 and not known._by_ends and not known._ports.any()
 
 
-def translated(make_records):
+def translated():
     """FLOWs: two of one published connection, and one that NAT has nothing to do with."""
     rows = [
         {"saddr": "10.8.0.2", "sport": 80, "daddr": "10.7.0.2", "dport": 4000, "tgid": 7,
@@ -276,10 +277,10 @@ QUESTIONS = {
 
 @pytest.mark.parametrize(("question", "wanted"), QUESTIONS.values(), ids=QUESTIONS)
 def test_questions_match_either_address_in_memory_in_the_database_and_in_sealed_files(
-    tmp_path, make_records, monkeypatch, question, wanted
+    tmp_path, monkeypatch, question, wanted
 ):
     monkeypatch.setattr(sealed, "_GROUP", 1)
-    flows = translated(make_records)
+    flows = translated()
     memory = FlowMemory(10)
     memory.update(flows, Clock(0, 0))
     asked = Question(**question)
@@ -296,8 +297,8 @@ def test_questions_match_either_address_in_memory_in_the_database_and_in_sealed_
     store.close()
 
 
-def test_a_flow_of_the_history_keeps_its_translation_when_it_goes_on(make_records):
-    flows = translated(make_records)
+def test_a_flow_of_the_history_keeps_its_translation_when_it_goes_on():
+    flows = translated()
     memory = FlowMemory(10)
     memory.update(flows, Clock(0, 0))
     plain = flows.copy()
@@ -311,9 +312,9 @@ def test_a_flow_of_the_history_keeps_its_translation_when_it_goes_on(make_record
     assert (told["nat_remote"], told["nat_rport"]) == ("10.7.0.2", 4000)
 
 
-def test_rows_that_go_leave_no_translation_to_those_that_take_their_place(make_records):
+def test_rows_that_go_leave_no_translation_to_those_that_take_their_place():
     memory = FlowMemory(8)
-    memory.update(translated(make_records), Clock(0, 0))
+    memory.update(translated(), Clock(0, 0))
     for number in range(64):
         record = {"sport": 100 + number, "dport": 9, "proto": 6, "time_ns": SECOND + number}
         memory.update(summarize(make_records(record), 1), Clock(0, 0))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 
 from hunter.cli import values
-from hunter.cli.options import FLEET_BY, FLEET_NEW, FLEET_QUESTIONS
+from hunter.cli.options import FLEET_BY, FLEET_NEW, FLEET_QUESTIONS, FLEET_WORDS
 
 __all__ = ["DESCRIPTION", "EXAMPLES", "add_arguments"]
 
@@ -15,8 +15,9 @@ DESCRIPTION = (
     " history of this machine's daemon. Exits 1 when nothing is found."
 )
 EXAMPLES = (
-    "examples:\n  packet-hunter fleet who --port 5432 --since 10m\n"
-    "  packet-hunter fleet ends --on web3 --pname nginx --since 14:00 --until 14:10\n"
+    "examples:\n  packet-hunter fleet who port 5432 --since 10m\n"
+    "  packet-hunter fleet who 'exe /opt/* and not dst net 10 and how unnamed'\n"
+    "  packet-hunter fleet ends --on web3 pname nginx --since 14:00 --until 14:10\n"
     "  packet-hunter fleet map --by unit --html map.html\n"
     "  packet-hunter fleet new --of listener --since 1d\n"
     "  packet-hunter fleet usage --by host --json\n"
@@ -28,20 +29,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = ", ".join(f"{name}: {what}" for name, what in FLEET_QUESTIONS.items())
     parser.add_argument("question", metavar="QUESTION", choices=FLEET_QUESTIONS, help=about)
     parser.add_argument(
+        "filter",
+        metavar="FILTER",
+        nargs="*",
+        help="which flows: words as of packet-hunter itself; a flow fits when a packet of it does",
+    )
+    parser.add_argument(
         "--store", metavar="DIR", help="a collector's folder (/var/lib/packet-hunter-collect)"
     )
     group = parser.add_argument_group("about")
     group.add_argument("--on", metavar="HOST", help="processes of this machine")
-    group.add_argument("--port", metavar="N", type=values.port, help="of either end")
-    group.add_argument("--proto", metavar="P", choices=("tcp", "udp"), help="tcp or udp")
     group.add_argument("--host", metavar="H", help="address or network of the other end")
-    group.add_argument("--pid", metavar="P", type=values.count, help="of this process")
-    group.add_argument("--pname", metavar="NAME", help="of processes so named")
     group.add_argument("--user", metavar="USER", help="of this user's processes: name or uid")
-    group.add_argument("--unit", metavar="UNIT", help="of this systemd unit")
-    group.add_argument("--container", metavar="C", help="of this container: name or id")
-    group.add_argument("--pod", metavar="POD", help="of this pod")
-    group.add_argument("--domain", metavar="NAME", help="to the host so named, or below")
+    for word, (name, about) in FLEET_WORDS.items():
+        kind = {"port": values.port, "pid": values.count}.get(word, str)
+        group.add_argument(f"--{word}", metavar=name, type=kind, help=about)
+    group.add_argument("--proto", metavar="P", choices=("tcp", "udp"), help="tcp or udp")
     group.add_argument(
         "--since",
         metavar="T",
