@@ -64,6 +64,8 @@ soak: tools ## mixed traffic and clients for SECONDS=600: the daemon's memory st
 bench: bench-kernel bench-daemon bench-memory bench-start bench-hunter ## all of the following but accuracy; into bench/RESULTS.md
 bench-kernel: tools ## what the module costs, in instructions, in QEMU
 	PYTHONPATH=tests/vm $(PYTHON) bench/kernel_cost.py
+bench-load: tools ## how long engine ebpf takes to load, and the verifier's work (root)
+	PYTHONPATH=python:tests/vm:bench $(PYTHON) bench/ebpf_load.py
 bench-daemon: tools ## ingest, history at a million flows, port questions
 	PYTHONPATH=python $(PYTHON) bench/daemon_cost.py
 bench-history: tools ## a month of history at 100 flows/s: its size, questions to it (8 GB in TMPDIR)
@@ -93,4 +95,4 @@ clean: ## remove what was built, .venv too
 distclean: ## clean, and what tests keep in ~/.cache/packet-hunter (kernels, modules, boxes)
 	@./build.sh distclean
 
-.PHONY: bench-history help run demo test tools lint test-unit test-host test-vm test-attribution test-ebpf test-matrix test-kasan test-vagrant test-browser test-packages test-bare fuzz nonsense attack soak bench bench-kernel bench-daemon bench-memory bench-start bench-hunter bench-fleet bench-accuracy menu deb clean distclean
+.PHONY: bench-history help run demo test tools lint test-unit test-host test-vm test-attribution test-ebpf test-matrix test-kasan test-vagrant test-browser test-packages test-bare fuzz nonsense attack soak bench bench-kernel bench-load bench-daemon bench-memory bench-start bench-hunter bench-fleet bench-accuracy menu deb clean distclean

@@ -2,10 +2,10 @@
 """What the module costs everybody, in instructions: python bench/kernel_cost.py [--rounds N]
 
 A guest with one processor under `-icount shift=2` plays bench/workload.c without the module, with
-it, and with one reader of its records or of its flows; beside them tcpdump, nethogs, engine ebpf
-with its reader in Python, and a module that sends each packet to its reader alone (bench/unicast).
-There a nanosecond is a quarter of an instruction, whatever else this machine does. Sender, receiver
-and reader share the processor, so all of it is counted.
+it, and with one reader of its records or of its flows; beside them tcpdump, nethogs, engine ebpf,
+and a module that sends each packet to its reader alone (bench/unicast). There a nanosecond is a
+quarter of an instruction, whatever else this machine does. Sender, receiver and reader share the
+processor, so all of it is counted.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def measure(module: Path | None, rounds: int, configurations: list[str]) -> tupl
     with guest:
         shutil.copy(module, guest.shared / "sniffer.ko")
         shutil.copy(build_unicast(kernel), guest.shared / "unicast.ko")
-        for program in ("workload", "reader"):
+        for program in ("workload", "reader", "ring_reader"):
             compile_c(ROOT / "bench" / f"{program}.c", guest.shared / program)
         try:
             guest.receive(3600)  # it says nothing: this ends when the guest does

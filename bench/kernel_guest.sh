@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: MIT
 # In the guest: plays each workload ROUNDS times in each configuration and prints
 # "CONFIGURATION WORKLOAD NANOSECONDS" lines. kernel_guest.sh DIRECTORY ROUNDS CONFIGURATION...
-# DIRECTORY has sniffer.ko, unicast.ko, workload and reader. The module is loaded before the first
-# configuration that wants it; those of others come before. PYTHON has what nlproto imports.
+# DIRECTORY has sniffer.ko, unicast.ko, workload, reader and ring_reader. The module is loaded before
+# the first configuration that wants it; those of others come before. PYTHON has what nlproto imports.
 set -eu
 directory=$1 rounds=$2 tree=$PWD
 shift 2
@@ -63,7 +63,8 @@ for configuration; do
 		await 'listening on'
 		;;
 	ebpf)
-		beside env PYTHONPATH="$tree/python" "$PYTHON" "$tree/bench/ebpf_reader.py"
+		beside env PYTHONPATH="$tree/python" "$PYTHON" "$tree/bench/ebpf_reader.py" \
+			"$directory/ring_reader"
 		await joined
 		;;
 	nethogs)

@@ -35,22 +35,6 @@ struct {
 	__type(value, struct call);
 } calls SEC(".maps");
 
-/* The address of the file behind a descriptor of current, or 0. */
-static __always_inline u64 file_of(struct task_struct *current, u32 fd)
-{
-	u64 files = (u64)current->files, fdt, table, file = 0;
-	u32 max;
-
-	if (!files)
-		return 0;
-	fdt = (u64)BPF_CORE_READ((struct files_struct *)files, fdt);
-	max = BPF_CORE_READ((struct fdtable *)fdt, max_fds);
-	table = (u64)BPF_CORE_READ((struct fdtable *)fdt, fd);
-	if (fd < max)
-		bpf_probe_read_kernel(&file, sizeof(file), (void *)(table + (u64)fd * 8));
-	return file;
-}
-
 /* The current process uses what this descriptor is, if it is a socket. */
 static __always_inline void call_uses(struct task_struct *current, u32 fd)
 {
@@ -132,36 +116,10 @@ static __always_inline void call_closed(struct task_struct *current)
 		return;
 	key_of(current, &who);
 	if (call->ring)
-		settle_rings(&who);
+		settle_rings(&who, 0);
 	else
 		settle(call->cookie, 0);
 	bpf_map_delete_elem(&calls, &tid);
-}
-
-struct partners {
-	u64 files;
-};
-
-static long settle_partner(struct bpf_map *map, u64 *cookie, struct owner *o, struct partners *p)
-{
-	struct key user = o->user;
-	u64 leader = o->held ? process_leader(&user) : 0;
-
-	if (leader && (u64)BPF_CORE_READ((struct task_struct *)leader, files) == p->files)
-		settle(*cookie, 0);
-	return 0;
-}
-
-/* Descriptors have gone, not known which, of all who have current's table. */
-static __always_inline void calls_closed(struct task_struct *current)
-{
-	struct partners p = { .files = (u64)current->files };
-	struct key who;
-
-	key_of(current, &who);
-	settle_mine(&who);
-	if (current->files->count.counter > current->signal->nr_threads)
-		bpf_for_each_map_elem(&owners, settle_partner, &p, 0);
 }
 
 /* As the C library has them. */
@@ -217,13 +175,12 @@ static long message_step(u32 i, struct message *m)
 /* Descriptors may have come with a message that was received (SCM_RIGHTS). */
 static __always_inline void call_received(u64 user_message)
 {
-	struct user_msg message = {};
-	struct message m;
+	struct message m = {};
 
-	if (bpf_probe_read_user(&message, sizeof(message), (void *)user_message))
+	/* where the control messages are, and how long */
+	if (bpf_probe_read_user(&m, sizeof(m), (void *)user_message +
+				__builtin_offsetof(struct user_msg, control)))
 		return;
-	m.at = message.control;
-	m.left = message.control_length;
 	if (m.at && m.left >= 20)
 		bpf_loop(CMSGS_MAX, message_step, &m, 0);
 }
@@ -365,7 +322,7 @@ int BPF_PROG(part_leave, struct pt_regs *regs, long ret)
 	case __NR_close_range:
 	case __NR_unshare:
 		if (!ret)
-			calls_closed(current);
+			settle_ours(current);
 		break;
 	case __NR_setuid:
 	case __NR_setreuid:

@@ -30,8 +30,6 @@ struct {
 	__type(value, struct sniffer_process);
 } abouts SEC(".maps");
 
-u64 events_lost = 0;
-
 /* A path is put together from its end; the last name may reach beyond the middle. */
 struct story {
 	struct sniffer_process it;
@@ -206,10 +204,15 @@ static __always_inline void about_child(struct task_struct *parent, struct task_
 static __always_inline void tell(const struct key *who, u32 event)
 {
 	struct news news = { .time = bpf_ktime_get_ns(), .who = *who };
+	struct counters *c;
+	u32 cpu;
 
 	news.who.unused = event;
-	if (bpf_ringbuf_output(&events, &news, sizeof(news), BPF_RB_NO_WAKEUP))
-		__sync_fetch_and_add(&events_lost, 1);
+	if (!bpf_ringbuf_output(&events, &news, sizeof(news), BPF_RB_NO_WAKEUP))
+		return;
+	c = counters_here(&cpu);
+	if (c)
+		__sync_fetch_and_add(&c->events_lost, 1);
 }
 
 #endif /* HUNTER_EVENTS_H */

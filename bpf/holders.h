@@ -13,10 +13,21 @@
 #define FDS_MAX	(1 << 20)
 #define RING_LAG	(2 * SECOND)	/* until an io_uring lets go of a file that it has given up */
 
+/*
+ * Which descriptor is going: CLOSED, none that is still in the table but a
+ * reference; LEAVING(fd), that of the table that current has. Each can be joined
+ * with WALK: look at all descriptors, else only at the one that is tried first.
+ */
+#define WALK		1
+#define CLOSED		1
+#define LEAVING(fd)	(((fd) + 1) << 1)
+#define LEAVES(how)	((s32)((how) >> 1) - 1)
+
 struct scan {
 	u64 file;
 	u64 fds;
 	s32 found;
+	s32 leaves;	/* -1: none */
 };
 
 static long scan_step(u32 i, struct scan *s)
@@ -27,7 +38,7 @@ static long scan_step(u32 i, struct scan *s)
 	bpf_probe_read_kernel(at, sizeof(at), (void *)(s->fds + (u64)i * sizeof(at)));
 #pragma unroll
 	for (j = 0; j < SCAN; j++)
-		if (at[j] == s->file)
+		if (at[j] == s->file && i * SCAN + j != s->leaves)
 			s->found = i * SCAN + j + 1;
 	return s->found != 0;
 }
@@ -40,13 +51,10 @@ static long scan_step(u32 i, struct scan *s)
 			      (void *)(from__ + bpf_core_field_offset(type, field)));	\
 	(at); })
 
-/*
- * A descriptor of a file in a task's table, plus 1, or 0. One number is tried
- * first; without walk only that one is.
- */
-static __always_inline int task_scan(u64 task, u64 file, s32 hint, u32 walk)
+/* A descriptor of a file in a task's table, plus 1, or 0. One number is tried first. */
+static __always_inline int task_scan(u64 task, u64 file, s32 hint, u32 how)
 {
-	struct scan s = { .file = file };
+	struct scan s = { .file = file, .leaves = -1 };
 	u64 at, fdt;
 	u32 max;
 
@@ -55,16 +63,18 @@ static __always_inline int task_scan(u64 task, u64 file, s32 hint, u32 walk)
 		return 0;
 	if (!READ_AT(at, task, struct task_struct, files))
 		return 0;
+	if (how & ~WALK && at == (u64)bpf_get_current_task_btf()->files)
+		s.leaves = LEAVES(how);
 	fdt = READ_AT(at, at, struct files_struct, fdt);
 	s.fds = READ_AT(at, fdt, struct fdtable, fd);
 	max = READ_AT(at, fdt, struct fdtable, max_fds);
-	if (hint >= 0 && hint < max) {
+	if (hint >= 0 && hint < max && hint != s.leaves) {
 		at = 0;
 		bpf_probe_read_kernel(&at, sizeof(at), (void *)(s.fds + (u64)hint * 8));
 		if (at == file)
 			return hint + 1;
 	}
-	if (!walk)
+	if (!(how & WALK))
 		return 0;
 	if (max > FDS_MAX)
 		max = FDS_MAX;
@@ -72,15 +82,15 @@ static __always_inline int task_scan(u64 task, u64 file, s32 hint, u32 walk)
 	return s.found;
 }
 
-__noinline int task_has(u64 task_address, u64 file, s32 hint, u32 walk)
+__noinline int task_has(u64 task_address, u64 file, s32 hint, u32 how)
 {
-	return task_scan(task_address, file, hint, walk);
+	return task_scan(task_address, file, hint, how);
 }
 
 struct threads {
 	u64 head, pos, files, file;
 	s32 hint, found;
-	u32 walk;
+	u32 how;
 };
 
 static long threads_step(u32 i, struct threads *c)
@@ -93,22 +103,22 @@ static long threads_step(u32 i, struct threads *c)
 	t = (void *)(c->pos - bpf_core_field_offset(struct task_struct, thread_node));
 	files = (u64)BPF_CORE_READ(t, files);
 	if (files && files != c->files)
-		c->found = task_scan((u64)t, c->file, c->hint, c->walk);
+		c->found = task_scan((u64)t, c->file, c->hint, c->how);
 	c->pos = (u64)BPF_CORE_READ(t, thread_node.next);
 	return c->found != 0;
 }
 
 /* The same over all tables of a process. */
-__noinline int process_has(u64 leader_address, u64 file, s32 hint, u32 walk)
+__noinline int process_has(u64 leader_address, u64 file, s32 hint, u32 how)
 {
 	struct task_struct *leader = (void *)leader_address;
 	struct signal_struct *signal;
-	struct threads c = { .file = file, .hint = hint, .walk = walk };
+	struct threads c = { .file = file, .hint = hint, .how = how };
 	int found;
 
 	if (!leader)
 		return 0;
-	found = task_has(leader_address, file, hint, walk);
+	found = task_has(leader_address, file, hint, how);
 	signal = BPF_CORE_READ(leader, signal);
 	if (found || BPF_CORE_READ(signal, nr_threads) < 2)
 		return found;
@@ -122,8 +132,7 @@ __noinline int process_has(u64 leader_address, u64 file, s32 hint, u32 walk)
 struct seek {
 	u64 first, pos, file, best, start;
 	s32 hint;
-	u16 walk;
-	u16 unused;
+	u32 how;
 	s32 fd;
 };
 
@@ -137,7 +146,7 @@ static long seek_step(u32 i, struct seek *s)
 		return 1;
 	start = BPF_CORE_READ(t, start_boottime);
 	if (start >= s->start) {
-		fd = process_has((u64)t, s->file, s->hint, s->walk);
+		fd = process_has((u64)t, s->file, s->hint, s->how);
 		if (fd) {
 			s->best = (u64)t;
 			s->start = start;
@@ -149,17 +158,17 @@ static long seek_step(u32 i, struct seek *s)
 }
 
 /* The youngest process that has a file, or 0: first by number, then anywhere. */
-static __always_inline u64 youngest(u64 file, s32 *fd)
+static __always_inline u64 youngest(u64 file, s32 *fd, u32 how)
 {
 	struct task_struct *current = bpf_get_current_task_btf();
-	struct seek s = { .file = file };
+	struct seek s = { .file = file, .how = how & ~WALK };
 
 	s.hint = *fd;
 	s.pos = s.first = address(current->group_leader) +
 			  bpf_core_field_offset(struct task_struct, tasks);
 	bpf_loop(1 << 20, seek_step, &s, 0);
 	if (!s.best) {
-		s.walk = 1;
+		s.how |= WALK;
 		s.pos = s.first;
 		bpf_loop(1 << 20, seek_step, &s, 0);
 	}
@@ -179,15 +188,19 @@ static __always_inline bool is_uring_at(u64 file)
 
 struct census {
 	u64 file, fds, first, pos;
+	u64 head, thread, last;	/* threads, and the table that was counted last */
 	u32 count;	/* descriptors of that file */
 	u16 seek;	/* look for an io_uring, too */
 	u16 rings;
+	s32 leaving, leaves;	/* LEAVES(), and that where the table is current's */
 };
 
 static long census_fd(u32 i, struct census *c)
 {
 	u64 file = 0;
 
+	if (i == c->leaves)
+		return 0;
 	bpf_probe_read_kernel(&file, sizeof(file), (void *)(c->fds + (u64)i * 8));
 	if (file == c->file)
 		c->count++;
@@ -204,17 +217,52 @@ static __always_inline void census_table(u64 task, struct census *c)
 	if (READ_AT(at, task, struct task_struct, flags) & (PF_EXITING | PF_KTHREAD) ||
 	    !READ_AT(at, task, struct task_struct, files))
 		return;
+	c->leaves = at == (u64)bpf_get_current_task_btf()->files ? c->leaving : -1;
 	fdt = READ_AT(at, at, struct files_struct, fdt);
 	c->fds = READ_AT(at, fdt, struct fdtable, fd);
 	max = READ_AT(at, fdt, struct fdtable, max_fds);
 	bpf_loop(max > FDS_MAX ? FDS_MAX : max, census_fd, c, 0);
 }
 
+static long census_thread(u32 i, struct census *c)
+{
+	u64 task, leader, at;
+
+	if (c->thread == c->head || !c->thread)
+		return 1;
+	leader = c->pos - bpf_core_field_offset(struct task_struct, tasks);
+	task = c->thread - bpf_core_field_offset(struct task_struct, thread_node);
+	READ_AT(at, task, struct task_struct, files);
+	if (at && at != c->last && at != READ_AT(leader, leader, struct task_struct, files))
+		census_table(task, c);
+	c->last = at;
+	READ_AT(c->thread, task, struct task_struct, thread_node.next);
+	return 0;
+}
+
+/*
+ * All tables of the process whose place in the list is in pos; one that some of
+ * its threads share once, where they are neighbours.
+ */
+static __always_inline void census_process(struct census *c)
+{
+	u64 leader = c->pos - bpf_core_field_offset(struct task_struct, tasks), signal, at;
+
+	census_table(leader, c);
+	READ_AT(signal, leader, struct task_struct, signal);
+	if ((u32)READ_AT(at, signal, struct signal_struct, nr_threads) < 2)
+		return;
+	c->last = 0;
+	c->head = signal + bpf_core_field_offset(struct signal_struct, thread_head);
+	READ_AT(c->thread, signal, struct signal_struct, thread_head.next);
+	bpf_loop(4096, census_thread, c, 0);
+}
+
 static long census_task(u32 i, struct census *c)
 {
 	if (!c->pos || (i && c->pos == c->first))
 		return 1;
-	census_table(c->pos - bpf_core_field_offset(struct task_struct, tasks), c);
+	census_process(c);
 	bpf_probe_read_kernel(&c->pos, sizeof(c->pos), (void *)c->pos);
 	return 0;
 }
@@ -226,7 +274,7 @@ static long census_task(u32 i, struct census *c)
 __noinline int in_ring(u64 cookie, u32 closing)
 {
 	struct owner *o = owner_find(cookie);
-	struct census c = { .seek = 1 };
+	struct census c = { .seek = 1, .leaving = LEAVES(closing) };
 	struct proc *proc;
 	struct key user;
 	u64 leader;
@@ -239,25 +287,23 @@ __noinline int in_ring(u64 cookie, u32 closing)
 	leader = process_leader(&user);
 	if (!proc || !leader || !c.file || !(o->ring || proc->ring_files))
 		return 0;
+	c.pos = c.first = leader + bpf_core_field_offset(struct task_struct, tasks);
 	if (proc->ring_numbers)
 		c.rings = 1;
 	else
-		census_table(leader, &c);
+		census_process(&c);
 	if (c.rings && (o->many || proc->forked > o->since)) {
 		c.seek = c.count = 0;
-		c.pos = c.first = leader + bpf_core_field_offset(struct task_struct, tasks);
 		bpf_loop(1 << 20, census_task, &c, 0);
-		c.rings = file_refs(c.file) > c.count + closing;
+		/* what is going is in no table any more, or was not counted */
+		c.rings = file_refs(c.file) > c.count + (closing != 0);
 	}
 	if (c.rings)
 		owner_ring(o, &user);
 	return c.rings;
 }
 
-/*
- * The user of a socket may have let go of it: who has it now is named. closing:
- * the descriptor has gone, and its reference is about to.
- */
+/* The user of a socket may have let go of it: who has it now is named. closing: see CLOSED. */
 __noinline int settle(u64 cookie, u32 closing)
 {
 	struct owner *o = owner_find(cookie);
@@ -266,6 +312,7 @@ __noinline int settle(u64 cookie, u32 closing)
 	struct proc *proc;
 	u64 file, leader;
 	s32 fd, found;
+	u32 how = (closing & ~CLOSED) | WALK;
 
 	if (!o)
 		return 0;
@@ -283,7 +330,7 @@ __noinline int settle(u64 cookie, u32 closing)
 	if (proc && proc->forked > o->since)
 		many = true;
 	leader = process_leader(&user);
-	if (file && leader && (process_has(leader, file, fd, 1) || in_ring(cookie, closing)))
+	if (file && leader && (process_has(leader, file, fd, how) || in_ring(cookie, closing)))
 		return 0;
 	if (!file)
 		goto inherit;
@@ -291,7 +338,7 @@ __noinline int settle(u64 cookie, u32 closing)
 	one = o->past[i]; \
 	if (!heir.tgid && one.tgid) { \
 		leader = process_leader(&one); \
-		found = leader ? process_has(leader, file, fd, 1) : 0; \
+		found = leader ? process_has(leader, file, fd, how) : 0; \
 		if (found) { \
 			fd = found - 1; \
 			heir = one; \
@@ -307,7 +354,7 @@ __noinline int settle(u64 cookie, u32 closing)
 		if (proc && proc->child) {
 			key_at((void *)proc->child, &one);
 			if (same(&one, &proc->child_key)) {
-				found = process_has(proc->child, file, fd, 1);
+				found = process_has(proc->child, file, fd, how);
 				if (found) {
 					leader = proc->child;
 					fd = found - 1;
@@ -315,7 +362,7 @@ __noinline int settle(u64 cookie, u32 closing)
 			}
 		}
 		if (!leader)
-			leader = youngest(file, &fd);
+			leader = youngest(file, &fd, how);
 		if (leader) {
 			key_at((void *)leader, &heir);
 			process_enter(leader, &heir);
@@ -328,13 +375,16 @@ inherit:
 
 struct mine {
 	struct key who;
-	u32 rings;	/* only what it had by an io_uring */
+	u64 files;	/* its table */
+	u16 rings;	/* only what it had by an io_uring */
+	u16 unused;
+	u32 closing;
 };
 
 static long settle_one(struct bpf_map *map, u64 *cookie, struct owner *o, struct mine *mine)
 {
 	if ((o->ring || !mine->rings) && same(&o->user, &mine->who))
-		settle(*cookie, 0);
+		settle(*cookie, mine->closing);
 	return 0;
 }
 
@@ -351,15 +401,37 @@ static __always_inline void settle_mine(const struct key *who)
  * An io_uring of a process goes or loses files, and with it the sockets that it
  * alone has; it lets go of them a little later.
  */
-static __always_inline void settle_rings(const struct key *who)
+static __always_inline void settle_rings(const struct key *who, u32 closing)
 {
-	struct mine mine = { .who = *who, .rings = 1 };
+	struct mine mine = { .who = *who, .rings = 1, .closing = closing };
 	struct proc *proc = bpf_map_lookup_elem(&procs, &mine.who);
 
 	if (!proc || !(proc->rings || proc->ring_files))
 		return;
 	proc->doubt = bpf_ktime_get_ns() + RING_LAG;
 	bpf_for_each_map_elem(&owners, settle_one, &mine, 0);
+}
+
+static long settle_partner(struct bpf_map *map, u64 *cookie, struct owner *o, struct mine *mine)
+{
+	struct key user = o->user;
+	u64 leader = o->held ? process_leader(&user) : 0;
+
+	if (leader && (u64)BPF_CORE_READ((struct task_struct *)leader, files) == mine->files)
+		settle(*cookie, 0);
+	return 0;
+}
+
+/* Descriptors have gone, not known which, of all who have current's table. */
+static __always_inline void settle_ours(struct task_struct *current)
+{
+	struct mine mine = { .files = (u64)current->files };
+
+	key_of(current, &mine.who);
+	if (bpf_map_lookup_elem(&procs, &mine.who))
+		bpf_for_each_map_elem(&owners, settle_one, &mine, 0);
+	if (current->files->count.counter > current->signal->nr_threads)
+		bpf_for_each_map_elem(&owners, settle_partner, &mine, 0);
 }
 
 struct table {
@@ -390,54 +462,6 @@ static __always_inline void settle_table(struct files_struct *files, const struc
 
 	t.fds = (u64)BPF_CORE_READ(fdt, fd);
 	bpf_loop(max > FDS_MAX ? FDS_MAX : max, settle_fd, &t, 0);
-}
-
-static long collect_owner(struct bpf_map *map, u64 *cookie, struct owner *o, u64 *now)
-{
-	u64 dead = o->dead;
-	struct proc *user;
-	struct key who;
-
-	if (o->ring) {
-		who = o->user;
-		user = bpf_map_lookup_elem(&procs, &who);
-		if (user && user->doubt)
-			settle(*cookie, 0);
-	}
-
-	if (dead && *now > dead + (o->via || o->waits ? owner_keep_wait : owner_keep)) {
-		u64 key = *cookie;
-
-		bpf_map_delete_elem(&owners, &key);
-	}
-	return 0;
-}
-
-static long collect_proc(struct bpf_map *map, struct key *key, struct proc *p, u64 *now)
-{
-	/* the last look was a later one */
-	if (p->doubt && *now > p->doubt)
-		p->doubt = 0;
-	if (p->exit && *now > p->exit + owner_keep_wait) {
-		struct key gone = *key;
-
-		bpf_map_delete_elem(&procs, &gone);
-	}
-	return 0;
-}
-
-/*
- * User space runs it each second: what has ended long enough ago is forgotten.
- * A program of this kind can be run so and may use maps with locks.
- */
-SEC("tc")
-int collect(struct __sk_buff *unused)
-{
-	u64 now = bpf_ktime_get_ns();
-
-	bpf_for_each_map_elem(&owners, collect_owner, &now, 0);
-	bpf_for_each_map_elem(&procs, collect_proc, &now, 0);
-	return 0;
 }
 
 #endif /* HUNTER_HOLDERS_H */

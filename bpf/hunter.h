@@ -84,6 +84,12 @@ struct counters {
 	u64 woken;		/* when the reader was woken last */
 	u64 calls;		/* of the first programs of pairs where packets leave */
 	u64 told;		/* packets of these pairs */
+	u64 events_lost;	/* of processes: the reader did not keep up */
+	u64 linked;		/* packets that a link of Netfilter was called for */
+	u64 linked_calls;	/* calls of the first of pairs that such a link made needless */
+	u64 skb[2];		/* what was told last, by a task and in a softirq: see out.h */
+	u64 linked_skb[2];	/* the same by a link */
+	u64 unused;		/* processors share no cache line */
 };
 
 struct {
@@ -136,12 +142,6 @@ enum { parts = false };
 
 /* 6.1: a loop may not begin right behind a call */
 #define APART() asm volatile("r0 = 0" ::: "r0", "memory")
-
-/*
- * Copied onto itself: the verifier takes the ways to each value apart, and goes
- * the rest of a program once for each of them, until it forgets.
- */
-#define FORGET(what) bpf_probe_read_kernel(&(what), sizeof(what), &(what))
 
 #ifdef HUNTER_PARTS
 /* Who has the socket is asked of his descriptors in any case; not every kernel tells more. */
@@ -259,9 +259,9 @@ static __always_inline u64 file_cookie(u64 address)
 	struct socket *sock;
 	struct sock *sk;
 
-	if (BPF_CORE_READ(file, f_inode, i_sb, s_magic) != SOCKFS_MAGIC)
+	if ((BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) != S_IFSOCK)
 		return 0;
-	sock = BPF_CORE_READ(file, private_data);
+	sock = BPF_CORE_READ(file, private_data);	/* of one that is but a path: NULL */
 	sk = BPF_CORE_READ(sock, sk);
 	return sk && wants_at(sk) ? cookie_at(sk) : 0;
 }

@@ -29,7 +29,8 @@ enum { false, true };
 #define TCP_ZEROCOPY_RECEIVE	35
 #define SOCK_STREAM		1
 #define SOCK_RAW		3
-#define SOCKFS_MAGIC		0x534F434B
+#define S_IFMT			0170000
+#define S_IFSOCK		0140000
 #define PF_IO_WORKER		0x00000010
 #define PF_EXITING		0x00000004
 #define PF_MEMALLOC		0x00000800
@@ -39,6 +40,8 @@ enum { false, true };
 #define TS_COMPAT		2	/* x86: a call of 32 bits is under way */
 #define TIF_32BIT		22	/* arm64: a program of 32 bits */
 #define CLOSE_RANGE_UNSHARE	2
+#define NF_INET_FORWARD		2
+#define NF_ACCEPT		1
 #define NAT_DONE		(3 << 4)	/* IPS_NAT_MASK */
 #define SOCK_DEAD_BIT		1	/* 1 << SOCK_DEAD */
 
@@ -64,8 +67,7 @@ struct dst_entry { struct net_device *dev; };
 struct vfsmount { struct dentry *mnt_root; };
 struct mount { struct mount *mnt_parent; struct dentry *mnt_mountpoint; struct vfsmount mnt; };
 
-struct super_block { unsigned long s_magic; };
-struct inode { unsigned long i_ino; struct super_block *i_sb; };
+struct inode { unsigned long i_ino; u16 i_mode; };
 struct qstr { u32 len; const unsigned char *name; };
 struct dentry { struct dentry *d_parent; struct qstr d_name; };
 struct path { struct vfsmount *mnt; struct dentry *dentry; };
@@ -188,6 +190,9 @@ enum skb_drop_reason___x { SKB_DROP_REASON_NO_SOCKET___x = 3 };
 struct skb_shared_info { unsigned short gso_size; unsigned short gso_segs; };
 struct inet_skb_parm { u16 flags; };
 struct inet6_skb_parm { u16 flags; };
+
+struct nf_hook_state { u8 hook; struct sock *sk; struct net *net; };
+struct bpf_nf_ctx { const struct nf_hook_state *state; struct sk_buff *skb; };
 
 struct seq_file;
 struct bpf_map;

@@ -1,7 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 #ifndef HUNTER_OUT_H
 #define HUNTER_OUT_H
-/* Where packets leave: behind LOCAL_OUT and NAT, where they are routed. */
+/*
+ * Where packets leave: behind LOCAL_OUT and NAT. From 6.4 on a link of Netfilter
+ * for each network namespace tells of them; else functions through which all
+ * that is routed comes.
+ */
 #include "in.h"
 
 static __always_inline bool was_forwarded(struct sk_buff *skb, u8 family)
@@ -55,8 +59,24 @@ __noinline int out_context(struct sniffer_record *r, u64 cookie, u64 inode)
 	return 0;
 }
 
+/* The same when it is the one who used the socket last, as nearly always; false when not. */
+static __always_inline bool out_plain(struct sniffer_record *r, struct about *a,
+				      struct task_struct *current)
+{
+	struct owner *o = owner_plain(a->cookie, current);
+
+	if (!o)
+		return false;
+	name_owner(r, o, SNIFFER_HOW_CONTEXT);
+	r->cookie = a->cookie;
+	r->inode = a->inode;
+	r->tid = current->pid;
+	r->uid = current->cred->uid.val;
+	return true;
+}
+
 static __always_inline void out_named(struct sniffer_record *r, struct net *net,
-				      struct sock *given, struct sk_buff *skb)
+				      struct sock *given, struct sk_buff *skb, bool helper)
 {
 	struct task_struct *current = bpf_get_current_task_btf();
 	bool trusted = in_task_only(current) && !(current->flags & PF_KTHREAD);
@@ -88,7 +108,6 @@ static __always_inline void out_named(struct sniffer_record *r, struct net *net,
 		return;
 	}
 	about_socket(sk, &a);
-	FORGET(a);
 	if (a.full && a.servers && is_kernel(sk)) {
 		if (sk->sk_type == SOCK_STREAM)
 			name(r, &a, SNIFFER_HOW_SOCKET);
@@ -113,24 +132,25 @@ static __always_inline void out_named(struct sniffer_record *r, struct net *net,
 		r->how = SNIFFER_HOW_FORWARDED;
 		return;
 	}
-	/* a tracepoint's socket may not be given to a helper; it was told of its cookie before */
-	if (!parts && !a.cookie)
+	/* a tracepoint's or Netfilter's socket may not be given to a helper; its cookie is made before */
+	if (helper && !a.cookie)
 		a.cookie = bpf_get_socket_cookie(sk);
 	if (!trusted || !a.full || a.state == TCP_LISTEN || !wants(sk))
 		goto table;
-	if (!use_is_plain(a.cookie, current)) {
-		sock = sk->sk_socket;
-		file = sock ? address(sock->file) : 0;
-		if ((sock && !file) || !use(a.cookie, file, 0))
-			goto table;
-	}
+	if (out_plain(r, &a, current))
+		return;
+	sock = sk->sk_socket;
+	file = sock ? address(sock->file) : 0;
+	if ((sock && !file) || !use(a.cookie, file, 0))
+		goto table;
 	out_context(r, a.cookie, a.inode);
 	return;
 table:
 	name(r, &a, SNIFFER_HOW_SOCKET);
 }
 
-static __always_inline void out(struct net *net, struct sock *given, struct sk_buff *skb)
+static __always_inline void out(struct net *net, struct sock *given, struct sk_buff *skb,
+				bool helper, bool forwarded)
 {
 	struct sniffer_record r = {};
 	struct shape s;
@@ -145,70 +165,147 @@ static __always_inline void out(struct net *net, struct sock *given, struct sk_b
 	r.ifindex = BPF_CORE_READ((struct dst_entry *)dst, dev, ifindex);
 	r.netns = net->ns.inum;
 	r.dir = SNIFFER_DIR_OUT;
-	if (was_forwarded(skb, r.family)) {
+	if (forwarded || was_forwarded(skb, r.family)) {
 		r.dir = SNIFFER_DIR_FWD;
 		r.how = SNIFFER_HOW_FORWARDED;
 	} else {
-		out_named(&r, net, given, skb);
+		out_named(&r, net, given, skb, helper);
 	}
 	emit(&r, &s);
+}
+
+#ifndef HUNTER_PARTS
+enum {
+	LINK_BEGINS	= 1,	/* some packets were beyond Netfilter when it began */
+	LINK_TELLS	= 2,
+};
+
+/* Network namespaces (inode) in which a link of Netfilter tells what leaves: LINK_... */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 512);
+	__type(key, u32);
+	__type(value, u32);
+} links SEC(".maps");
+
+static __always_inline u32 link_of(struct net *net)
+{
+	u32 inode = net->ns.inum, *state;
+
+	if (!bpf_core_type_exists(struct bpf_nf_ctx))
+		return 0;
+	state = bpf_map_lookup_elem(&links, &inode);
+	return state ? *state : 0;
 }
 
 /*
  * A program that interrupts itself on its processor is left out by the kernel:
  * a softirq sends while a task's packet is looked at. So there are two of each,
  * and the one that finds the packet told already has nothing to do. Tasks and
- * softirqs each have a place for what was told last.
+ * softirqs each have a place for what was told last. A link is never left out.
  */
-struct told {
-	u64 skb[2];
-};
+static __always_inline u64 *told_here(u64 *places)
+{
+	return &places[in_task_only(bpf_get_current_task_btf()) ? 0 : 1];
+}
+
+/* Has a link told of this packet? */
+static __always_inline bool out_linked(struct net *net, struct sk_buff *skb, bool first,
+				       struct counters *c)
+{
+	u32 state = link_of(net);
+	u64 *told;
+
+	if (!state)
+		return false;
+	if (state == LINK_BEGINS) {
+		told = told_here(c->linked_skb);
+		if (*told != (u64)skb)
+			return false;
+		if (!first)
+			*told = 0;
+	}
+	if (first)
+		__sync_fetch_and_add(&c->linked_calls, 1);
+	return true;
+}
+
+/* Tells of a packet; each program tail-calls it, so that the verifier goes through it once. */
+SEC("fentry/ip_output")
+int BPF_PROG(body_out, struct net *net, struct sock *sk, struct sk_buff *skb)
+{
+	struct counters *c;
+	u32 cpu;
+
+	c = counters_here(&cpu);
+	if (!c)
+		return 0;
+	__sync_fetch_and_add(&c->told, 1);
+	out(net, sk, skb, true, false);
+	*told_here(c->skb) = (u64)skb;
+	return 0;
+}
 
 struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, u32);
-	__type(value, struct told);
-} tolds SEC(".maps");
+	__array(values, int(void *));
+} bodies SEC(".maps") = { .values = { [0] = (void *)&body_out } };
 
-static __always_inline int out_once(struct net *net, struct sock *sk, struct sk_buff *skb,
-				    bool first)
+static __always_inline int out_once(void *ctx, struct net *net, struct sk_buff *skb, bool first)
 {
-	u32 zero = 0, cpu;
-	struct told *told = bpf_map_lookup_elem(&tolds, &zero);
-	struct counters *c = counters_here(&cpu);
-	u64 *last;
+	struct counters *c;
+	u64 *told;
+	u32 cpu;
 
-	if (!told || !c)
+	c = counters_here(&cpu);
+	if (!c || out_linked(net, skb, first, c))
 		return 0;
 	/* calls and those of which the first was left out, less those told: both were left out */
 	if (first)
 		__sync_fetch_and_add(&c->calls, 1);
-	last = in_task_only(bpf_get_current_task_btf()) ? &told->skb[0] : &told->skb[1];
-	if (*last == (u64)skb) {
-		*last = 0;
+	told = told_here(c->skb);
+	if (*told == (u64)skb) {
+		*told = 0;
 		return 0;
 	}
-	__sync_fetch_and_add(&c->told, 1);
-	out(net, sk, skb);
-	*last = (u64)skb;
+	bpf_tail_call(ctx, &bodies, 0);
 	return 0;
 }
 
 #define TWICE(function) \
 SEC("fentry/" #function) \
 int BPF_PROG(out_##function, struct net *net, struct sock *sk, struct sk_buff *skb) \
-{ return out_once(net, sk, skb, true); } \
+{ return out_once(ctx, net, skb, true); } \
 SEC("fentry/" #function) \
 int BPF_PROG(again_##function, struct net *net, struct sock *sk, struct sk_buff *skb) \
-{ return out_once(net, sk, skb, false); }
+{ return out_once(ctx, net, skb, false); }
 
-#ifndef HUNTER_PARTS
 TWICE(ip_output)
 TWICE(ip_mc_output)
 TWICE(ip6_output)
 TWICE(xfrm4_output)
 TWICE(xfrm6_output)
+
+/* Behind all other hooks of LOCAL_OUT and FORWARD, of both families. */
+SEC("netfilter")
+int link_out(struct bpf_nf_ctx *ctx)
+{
+	const struct nf_hook_state *state = ctx->state;
+	struct sk_buff *skb = ctx->skb;
+	struct net *net = state->net;
+	struct counters *c;
+	u32 cpu;
+
+	c = counters_here(&cpu);
+	if (!c || !link_of(net))
+		return NF_ACCEPT;
+	__sync_fetch_and_add(&c->linked, 1);
+	out(net, state->sk, skb, false, state->hook == NF_INET_FORWARD);
+	*told_here(c->linked_skb) = (u64)skb;
+	return NF_ACCEPT;
+}
 #endif
 
 #endif /* HUNTER_OUT_H */

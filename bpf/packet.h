@@ -8,6 +8,7 @@
 #define TCP_SYN		2
 #define TCP_RST		4
 #define TCP_ACK		16
+#define HEADERS		60	/* IPv6 and TCP without options; struct skb_shared_info is longer */
 #define EXTENSIONS	8	/* headers between IPv6's and TCP's or UDP's that are walked */
 #define WAKE_NS		(10 * 1000000ULL)
 
@@ -44,17 +45,33 @@ static __always_inline u32 parse_extensions(const void *packet, packet_reader re
 	return 0;
 }
 
+static __always_inline int parse_transport(struct sniffer_record *r, const u8 *transport,
+					   u32 thoff)
+{
+	if (r->proto == IPPROTO_TCP) {
+		r->tcp_flags = transport[13];
+		thoff += (transport[12] >> 4) * 4;
+	} else {
+		thoff += 8;
+	}
+	r->sport = transport[0] << 8 | transport[1];
+	r->dport = transport[2] << 8 | transport[3];
+	r->hdr_len = thoff > 255 ? 255 : thoff;
+	return 1;
+}
+
 /*
  * What the headers tell; 0 when it is no packet for us. The transport header is
- * searched for unless thoff says where it is, r->proto then what it is.
+ * searched for unless thoff says where it is, r->proto then what it is. beyond:
+ * memory can be read beyond the packet's end, so all is read at once.
  */
 static __always_inline int parse_headers(struct sniffer_record *r, const void *packet,
-					 packet_reader read, u32 thoff)
+					 packet_reader read, u32 thoff, bool beyond)
 {
-	u8 head[40], transport[20];
-	u8 proto;
+	u8 all[HEADERS] __attribute__((aligned(8)));
+	u8 *head = all, proto;
 
-	if (read(packet, 0, head, 20))
+	if (read(packet, 0, head, beyond ? HEADERS : 20))
 		return 0;
 	if (head[0] >> 4 == 4) {
 		r->family = AF_INET;
@@ -67,7 +84,7 @@ static __always_inline int parse_headers(struct sniffer_record *r, const void *p
 		__builtin_memcpy(r->saddr, head + 12, 4);
 		__builtin_memcpy(r->daddr, head + 16, 4);
 	} else {
-		if (read(packet, 0, head, 40))
+		if (!beyond && read(packet, 0, head, 40))
 			return 0;
 		r->family = AF_INET6;
 		proto = thoff ? r->proto : head[6];
@@ -78,24 +95,16 @@ static __always_inline int parse_headers(struct sniffer_record *r, const void *p
 		if (!thoff)
 			return 0;
 	}
-	__builtin_memset(transport, 0, sizeof(transport));
-	if (proto == IPPROTO_TCP) {
-		if (read(packet, thoff, transport, 20))
-			return 0;
-		r->tcp_flags = transport[13];
-		thoff += (transport[12] >> 4) * 4;
-	} else if (proto == IPPROTO_UDP) {
-		if (read(packet, thoff, transport, 8))
-			return 0;
-		thoff += 8;
-	} else {
+	if (proto != IPPROTO_TCP && proto != IPPROTO_UDP)
 		return 0;
-	}
-	r->sport = transport[0] << 8 | transport[1];
-	r->dport = transport[2] << 8 | transport[3];
 	r->proto = proto;
-	r->hdr_len = thoff > 255 ? 255 : thoff;
-	return 1;
+	if (beyond && thoff == 20)
+		return parse_transport(r, all + 20, thoff);
+	if (beyond && thoff == 40)
+		return parse_transport(r, all + 40, thoff);
+	if (read(packet, thoff, all, proto == IPPROTO_TCP ? 20 : 8))
+		return 0;
+	return parse_transport(r, all, thoff);
 }
 
 /* How long it is, in how many segments; size is that of each, 0: it is one. */
@@ -114,7 +123,7 @@ static __always_inline void shape_out(struct sk_buff *skb, struct shape *s)
 	s->len = skb->len;
 	s->thoff = 0;
 	s->end = (u64)skb->head + skb->end;
-	s->linear = (u32)(address(skb->data) - s->net) + skb->len - skb->data_len;
+	s->linear = (u32)((u64)skb->data - s->net) + skb->len - skb->data_len;
 }
 
 /* The stack has taken the IP header off already. */
@@ -135,12 +144,20 @@ static __always_inline long read_address(const void *packet, u32 at, void *to, u
 /* Fills in what the packet tells; 0 when it is none for us. */
 __noinline int parse(struct sniffer_record *r, struct shape *s)
 {
+	u32 at = bpf_core_field_offset(struct skb_shared_info, gso_size);
 	struct skb_shared_info *info;
+	u16 gso[2] = {};
 
-	if (!r || !s || !parse_headers(r, (void *)s->net, read_address, s->thoff))
+	if (!r || !s || !parse_headers(r, (void *)s->net, read_address, s->thoff, true))
 		return 0;
 	info = (void *)s->end;
-	parse_size(r, s->len, BPF_CORE_READ(info, gso_size), BPF_CORE_READ(info, gso_segs));
+	if (bpf_core_field_offset(struct skb_shared_info, gso_segs) == at + sizeof(gso[0])) {
+		bpf_probe_read_kernel(gso, sizeof(gso), (void *)info + at);
+	} else {
+		gso[0] = BPF_CORE_READ(info, gso_size);
+		gso[1] = BPF_CORE_READ(info, gso_segs);
+	}
+	parse_size(r, s->len, gso[0], gso[1]);
 	return 1;
 }
 
@@ -161,6 +178,7 @@ static __always_inline void skip(void)
 static __always_inline void emit(struct sniffer_record *r, struct shape *s)
 {
 	u64 flags = BPF_RB_NO_WAKEUP;
+	struct sniffer_record *to;
 	struct counters *c;
 	u32 cpu;
 
@@ -177,8 +195,13 @@ static __always_inline void emit(struct sniffer_record *r, struct shape *s)
 	}
 	if (s && snaps_wanted())
 		snap_record(r, s);
-	if (bpf_ringbuf_output(&ring, r, sizeof(*r), flags))
+	to = bpf_ringbuf_reserve(&ring, sizeof(*r), 0);
+	if (!to) {
 		__sync_fetch_and_add(&c->lost, 1);
+		return;
+	}
+	__builtin_memcpy(to, r, sizeof(*r));
+	bpf_ringbuf_submit(to, flags);
 }
 
 #endif /* HUNTER_PACKET_H */

@@ -239,7 +239,7 @@ int BPF_PROG(part_out, struct sk_buff *skb)
 	if (protocol != PROTOCOL_IP && protocol != PROTOCOL_IP6)
 		return 0;
 	shape_out(skb, &s);
-	s.len = skb->len - (u32)(s.net - address(skb->data));
+	s.len = skb->len - (u32)(s.net - (u64)skb->data);
 	if (!parse(&r, &s)) {
 		skip();
 		return 0;
@@ -249,7 +249,7 @@ int BPF_PROG(part_out, struct sk_buff *skb)
 	if (is_sent_on(&r, skb))
 		return 0;
 	r.dir = SNIFFER_DIR_OUT;
-	out_named(&r, dev->nd_net.net, sk, skb);
+	out_named(&r, dev->nd_net.net, sk, skb, false);
 	/* a tunnel wraps what the kernel sends by itself */
 	if (r.how == SNIFFER_HOW_NO_SOCKET && r.proto == IPPROTO_UDP &&
 	    skb->inner_network_header > skb->network_header)
@@ -307,7 +307,7 @@ int part_in(struct __sk_buff *skb)
 	/* raw sockets get a copy of what others get */
 	if (!sk || sk->type == SOCK_RAW)
 		return 1;
-	if (!parse_headers(&r, skb, read_skb, 0)) {
+	if (!parse_headers(&r, skb, read_skb, 0, false)) {
 		skip();
 		return 1;
 	}
@@ -343,10 +343,10 @@ int BPF_PROG(part_timewait, struct sk_buff *skb)
 
 	if (protocol != PROTOCOL_IP && protocol != PROTOCOL_IP6)
 		return 0;
-	s.net = address(skb->data);
+	s.net = (u64)skb->data;
 	s.len = skb->len;
 	s.thoff = 0;
-	s.end = address(skb->head) + skb->end;
+	s.end = (u64)skb->head + skb->end;
 	s.linear = skb->len - skb->data_len;
 	if (!parse(&r, &s) || r.proto != IPPROTO_TCP || r.tcp_flags & TCP_SYN)
 		return 0;

@@ -117,32 +117,44 @@ int BPF_PROG(probe_release, struct socket *sock)
 	return 0;
 }
 
-/*
- * A descriptor has gone: by close(), dup2() over one, close_range(), io_uring,
- * an exec or an exit. Only its last user's matters, and only where the socket
- * lives on: whoever else closes was not named.
- */
-SEC("fentry/locks_remove_posix")
-int BPF_PROG(probe_close, struct file *file)
+/* The address of the file behind a descriptor of current, or 0. */
+static __always_inline u64 file_of(struct task_struct *current, u32 fd)
 {
-	struct task_struct *current = bpf_get_current_task_btf();
+	struct files_struct *files = current->files;
+	struct fdtable *fdt;
+	u64 file = 0;
+
+	if (!files)
+		return 0;
+	fdt = files->fdt;
+	if (fd < fdt->max_fds)
+		bpf_probe_read_kernel(&file, sizeof(file), (void *)((u64)fdt->fd + (u64)fd * 8));
+	return file;
+}
+
+/*
+ * A descriptor of current goes. Only its last user's matters, and only where the
+ * socket lives on: whoever else closes was not named. closing: see CLOSED.
+ */
+static __always_inline int closes(struct task_struct *current, u64 file, u32 closing)
+{
 	struct files_struct *files;
 	struct owner *o;
 	struct key who;
 	u64 leader, cookie;
 
-	if (file->f_inode->i_sb->s_magic != SOCKFS_MAGIC) {
-		if (!has_uring(current) || !is_uring_at((u64)file))
+	if (!file)
+		return 0;
+	cookie = file_cookie(file);
+	if (!cookie) {
+		if (!has_uring(current) || !is_uring_at(file))
 			return 0;
 		key_of(current, &who);
-		settle_rings(&who);
+		settle_rings(&who, closing);
 		return 0;
 	}
-	if (file_refs((u64)file) < 2)
-		return 0;
-	cookie = file_cookie((u64)file);
 	o = owner_find(cookie);
-	if (!o || !o->held)
+	if (!o || !o->held || file_refs(file) < 2)
 		return 0;
 	key_of(current, &who);
 	if (!same(&o->user, &who)) {
@@ -154,20 +166,53 @@ int BPF_PROG(probe_close, struct file *file)
 		if (!leader || BPF_CORE_READ((struct task_struct *)leader, files) != files)
 			return 0;
 	}
-	settle(cookie, 1);
+	settle(cookie, closing);
 	return 0;
 }
 
-/* It may have closed in a copy of the table that became its own only afterwards. */
-SEC("fexit/" SYSCALL(close_range))
-int BPF_PROG(probe_close_range, const struct pt_regs *regs)
+/*
+ * How descriptors go: close(), dup2() over one, close_range() and io_uring. An
+ * exec and an exit are told as such: a call for each file would be dear there.
+ */
+static __always_inline int closes_number(u32 fd)
 {
-	struct key who;
+	struct task_struct *current = bpf_get_current_task_btf();
 
-	if (!(ARGUMENT3(regs) & CLOSE_RANGE_UNSHARE))
-		return 0;
-	key_of(bpf_get_current_task_btf(), &who);
-	settle_mine(&who);
+	return closes(current, file_of(current, fd), LEAVING(fd));
+}
+
+static __always_inline int closes_number_of(struct files_struct *files, u32 fd)
+{
+	struct task_struct *current = bpf_get_current_task_btf();
+
+	return files == current->files ? closes(current, file_of(current, fd), LEAVING(fd)) : 0;
+}
+
+SEC("fentry/close_fd")
+int BPF_PROG(probe_close, u32 fd) { return closes_number(fd); }
+SEC("fentry/file_close_fd")
+int BPF_PROG(probe_close_new, u32 fd) { return closes_number(fd); }
+SEC("fentry/__close_fd_get_file")
+int BPF_PROG(probe_close_by_ring, u32 fd) { return closes_number(fd); }
+SEC("fentry/file_close_fd_locked")
+int BPF_PROG(probe_close_locked, struct files_struct *files, u32 fd)
+{ return closes_number_of(files, fd); }
+SEC("fentry/do_dup2")
+int BPF_PROG(probe_dup2, struct files_struct *files, struct file *file, u32 fd)
+{ return closes_number_of(files, fd); }
+
+/* All of these, and each file at an exit: where one of them cannot be probed. */
+SEC("fentry/locks_remove_posix")
+int BPF_PROG(probe_close_file, struct file *file)
+{
+	return closes(bpf_get_current_task_btf(), (u64)file, CLOSED);
+}
+
+/* Not known which; it may have closed in a copy of the table that became its own only afterwards. */
+SEC("fexit/" SYSCALL(close_range))
+int BPF_PROG(probe_close_range)
+{
+	settle_ours(bpf_get_current_task_btf());
 	return 0;
 }
 
@@ -225,9 +270,8 @@ int BPF_PROG(probe_exec, struct task_struct *task)
 	proc->ring_numbers = 0;	/* end with its program */
 	tell(&who, SNIFFER_EVENT_EXEC);
 	/* what was to be closed at that is closed, rings with it */
-	settle_rings(&who);
-	if (parts)
-		settle_mine(&who);
+	settle_rings(&who, 0);
+	settle_mine(&who);
 	return 0;
 }
 
@@ -240,8 +284,8 @@ int BPF_PROG(probe_exit, struct task_struct *task)
 
 	key_of(task, &who);
 	if (task->signal->live.counter) {
-		/* with a thread goes a table of its own: each file is told as closed, but not in parts */
-		if (parts && files && files->count.counter == 1)
+		/* with a thread goes a table of its own */
+		if (files && files->count.counter == 1)
 			settle_table(files, &who);
 		return 0;
 	}
@@ -250,9 +294,8 @@ int BPF_PROG(probe_exit, struct task_struct *task)
 		return 0;
 	proc->exit = bpf_ktime_get_ns() | 1;
 	tell(&who, SNIFFER_EVENT_EXIT);
-	settle_rings(&who);
-	/* each file of a table of its own is closed, and told as such */
-	if (files && (parts || files->count.counter > 1))
+	settle_rings(&who, 0);
+	if (files)
 		settle_table(files, &who);
 	return 0;
 }

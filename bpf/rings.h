@@ -54,7 +54,7 @@ int BPF_PROG(probe_ring, void *ring, u32 opcode, u32 files, u32 buffers, long re
 	else
 		proc->ring_files = 1;
 	if (opcode == RINGS_NO_FILES || opcode == RINGS_UPDATE || opcode == RINGS_UPDATE2)
-		settle_rings(&who);
+		settle_rings(&who, 0);
 	return 0;
 }
 
@@ -64,7 +64,7 @@ static __always_inline int rings_forget(void)
 	struct key who;
 
 	key_of(bpf_get_current_task_btf(), &who);
-	settle_rings(&who);
+	settle_rings(&who, 0);
 	return 0;
 }
 

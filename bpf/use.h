@@ -30,7 +30,7 @@ static __always_inline bool has_uring(struct task_struct *task)
 {
 	if (task->flags & PF_IO_WORKER)
 		return true;
-	return bpf_core_field_exists(task->io_uring) && BPF_CORE_READ(task, io_uring);
+	return bpf_core_field_exists(task->io_uring) && task->io_uring;
 }
 
 /*
@@ -132,7 +132,7 @@ __noinline int use(u64 cookie, u64 file, u32 called)
 }
 
 /* Nearly always it is the one who used it last: then only read. */
-static __always_inline bool use_is_plain(u64 cookie, struct task_struct *current)
+static __always_inline struct owner *owner_plain(u64 cookie, struct task_struct *current)
 {
 	struct owner *o = owner_find(cookie);
 	u32 tid = current->pid;
@@ -140,10 +140,15 @@ static __always_inline bool use_is_plain(u64 cookie, struct task_struct *current
 	if (!o || o->via || !o->held || !o->file || !o->tid ||
 	    o->user.tgid != current->tgid ||
 	    o->user.start != current->group_leader->start_boottime)
-		return false;
+		return NULL;
 	if (o->tid != tid)
 		o->tid = tid;
-	return true;
+	return o;
+}
+
+static __always_inline bool use_is_plain(u64 cookie, struct task_struct *current)
+{
+	return owner_plain(cookie, current);
 }
 
 /* The current process made or accepted a socket, or got a descriptor of one. */

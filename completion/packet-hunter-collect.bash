@@ -7,7 +7,7 @@
 
 
 
-_shtab_packet_hunter_collect_option_strings=(-h --help --server --nkey --ca --make-nkey --interval --keep --keep-sums --clickhouse --replicas)
+_shtab_packet_hunter_collect_option_strings=(-h --help -V --version --server --nkey --ca --make-nkey --interval --keep --keep-sums --clickhouse --replicas)
 
 
 
@@ -15,6 +15,8 @@ _shtab_packet_hunter_collect_option_strings=(-h --help --server --nkey --ca --ma
 
 _shtab_packet_hunter_collect__h_nargs=0
 _shtab_packet_hunter_collect___help_nargs=0
+_shtab_packet_hunter_collect__V_nargs=0
+_shtab_packet_hunter_collect___version_nargs=0
 _shtab_packet_hunter_collect___make_nkey_nargs=0
 
 

@@ -7,7 +7,7 @@
 
 
 
-_shtab_packet_hunter_export_option_strings=(-h --help --socket --server --nkey --ca --make-nkey --host --spool --spool-size --interval)
+_shtab_packet_hunter_export_option_strings=(-h --help -V --version --socket --server --nkey --ca --make-nkey --host --spool --spool-size --interval)
 
 
 
@@ -15,6 +15,8 @@ _shtab_packet_hunter_export_option_strings=(-h --help --socket --server --nkey -
 
 _shtab_packet_hunter_export__h_nargs=0
 _shtab_packet_hunter_export___help_nargs=0
+_shtab_packet_hunter_export__V_nargs=0
+_shtab_packet_hunter_export___version_nargs=0
 _shtab_packet_hunter_export___make_nkey_nargs=0
 
 

@@ -7,7 +7,7 @@
 
 
 
-_shtab_packet_hunter_otlp_option_strings=(-h --help --socket --endpoint --host --interval)
+_shtab_packet_hunter_otlp_option_strings=(-h --help -V --version --socket --endpoint --host --interval)
 
 
 
@@ -15,6 +15,8 @@ _shtab_packet_hunter_otlp_option_strings=(-h --help --socket --endpoint --host -
 
 _shtab_packet_hunter_otlp__h_nargs=0
 _shtab_packet_hunter_otlp___help_nargs=0
+_shtab_packet_hunter_otlp__V_nargs=0
+_shtab_packet_hunter_otlp___version_nargs=0
 
 
 # $1=COMP_WORDS[1]

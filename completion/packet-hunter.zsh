@@ -28,7 +28,7 @@ _shtab_packet_hunter_commands() {
 
 _shtab_packet_hunter_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "(- : *)"{-V,--version}"[show program\'s version number and exit]"
+  {-V,--version}"[say the version, and end]"
   {-F,--filter-file}"[read the filter from FILE]:FILE:_files"
   "*"{-i,--interface}"[on this interface (repeatable)]:IF:_net_interfaces"
   {-Q,--direction}"[in, out or inout]:D:(in out inout)"

@@ -6,12 +6,12 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from nlproto.errors import Error, UsageError
+from nlproto.errors import UsageError
+from nlproto.running.program import ended, teller
 
 __all__ = ["Server", "add_arguments", "checked_host", "exit_code", "make_nkey", "server_of"]
 
@@ -85,16 +85,17 @@ def checked_host(name: str) -> str:
 
 def exit_code(program: str, run: Callable[[], None]) -> int:
     """Run a program; what ends it becomes one line."""
-    logging.basicConfig(level=logging.INFO, format=f"{program}: %(message)s")
-    try:
-        run()
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("fleet", "nlproto"):
-            raise
-        line = f"no module {error.name}: pip install 'packet-hunter[fleet]'"
-        print(f"{program}: {line}", file=sys.stderr)
-        return 1
-    except Error as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    return 0
+    tell = teller(program)
+
+    def begin() -> int:
+        logging.basicConfig(level=logging.INFO, format=f"{program}: %(message)s")
+        try:
+            run()
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] in ("fleet", "nlproto"):
+                raise
+            tell(f"no module {error.name}: pip install 'packet-hunter[fleet]'")
+            return 1
+        return 0
+
+    return ended(begin, tell)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from daemons import send
 from nlproto.client.client import DaemonClient
 from nlproto.engines.bpf import NoBpf
 from nlproto.engines.programs import why_in_parts
@@ -58,3 +59,42 @@ def test_readers_share_one_set_of_programs_and_none_outlives_the_daemon(daemon, 
     again = start("--engine", "ebpf")
     with DaemonClient(again.path) as client:
         assert client.stats()["engine"] == "ebpf"
+
+
+def test_one_daemon_follows_another_and_knows_what_that_one_saw(daemon, start, directory, receiver):
+    """As at an upgrade: programs of both may be there at once, the history is the same."""
+    daemon.stop()
+    arguments, config = ("--engine", "ebpf"), f"history: {directory}/history.db\n"
+    first = start(*arguments, config=config)
+    port = receiver.getsockname()[1]
+    send(port)
+    # a reader of its own beside it
+    command = [sys.executable, "-m", "hunter", "--engine", "ebpf", "-n", "-c", "1"]
+    command += ["udp", "port", str(port)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as own:
+        assert own.stderr is not None and own.stdout is not None
+        while "showing" not in own.stderr.readline():
+            pass
+        send(port)
+        assert str(port) in own.stdout.read()
+    # who comes too early is told, and changes nothing
+    early = [sys.executable, "-I", "-m", "daemon", *arguments, "--foreground"]
+    refused = subprocess.run(
+        [*early, "--socket", first.path, "--config", str(first.config)],
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode and f"pid {first.process.pid}" in refused.stderr
+    assert first.stop() == 0
+    second = start(*arguments, config=config)
+    send(port)
+    with DaemonClient(second.path) as client:
+        until(lambda: packets(client, port) >= 3)
+
+
+def packets(client: DaemonClient, port: int) -> int:
+    """What the daemon knows of as received there, by any sender, in the last minutes."""
+    flows = client.who(port=port, since=600)["flows"]
+    return sum(flow["packets_in"] for flow in flows if flow["lport"] == port)

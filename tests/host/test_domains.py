@@ -10,38 +10,12 @@ import sys
 
 import pytest
 
-from nameserver import AAAA, CNAME, A, NameServer
+from asking import SERVER, ZONE, Client, named, stub
+from asking import seen as flow_seen
+from nameserver import AAAA, NameServer
 from nlproto.client.client import DaemonClient
-from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
-
-SERVER = "127.0.53.53"
-
-CLIENT = """
-import socket, sys
-from nameserver import ask
-name, kind, tcp, port, answers, address, wait = sys.argv[1:8]
-if name:
-    ask(name, int(kind), "127.0.53.53", tcp == "tcp")
-family = socket.AF_INET6 if ":" in address else socket.AF_INET
-with socket.socket(family, socket.SOCK_STREAM) as peer:
-    peer.connect((address, int(port)))
-    print(peer.getsockname()[1], flush=True)
-    sys.stdin.readline()
-"""
-
-ZONE = {
-    "www.example": [("www.example", A, 300, "127.0.53.80")],
-    "alias.example": [
-        ("alias.example", CNAME, 300, "cdn.example"),
-        ("cdn.example", CNAME, 300, "edge.example"),
-        ("edge.example", A, 60, "127.0.53.81"),
-    ],
-    "other.example": [("nobody-asked.example", A, 60, "127.0.53.82")],
-    "six.example": [("six.example", AAAA, 300, "::1")],
-    "stream.example": [("stream.example", A, 300, "127.0.53.83")],
-}
 
 
 @pytest.fixture(name="listener", scope="module")
@@ -54,27 +28,6 @@ def _listener():
 def _served():
     with NameServer(ZONE, SERVER):
         yield
-
-
-class Client:
-    """A process that asks for a name and connects to an address."""
-
-    def __init__(self, name, port, address, kind=A, tcp=""):
-        words = [name, str(kind), tcp, str(port), "", address, ""]
-        self.peer = port
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", CLIENT, *words],
-            env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(__file__))},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        line = self.process.stdout.readline()
-        assert line, "the client could not connect"
-        self.port = int(line)
-
-    def end(self):
-        self.process.communicate(b"\n", timeout=20)
-        assert self.process.returncode == 0
 
 
 @pytest.fixture(name="connect")
@@ -91,15 +44,7 @@ def _connect(listener):
 
 
 def seen(daemon, client):
-    """The flow of the client's connection, from its own side."""
-
-    def look():
-        with DaemonClient(daemon.path) as asking:
-            flows = asking.who(port=client.port)["flows"]
-        found = [flow for flow in flows if flow["pid"] == client.process.pid]
-        return found[0] if found else None
-
-    return until(look)
+    return flow_seen(daemon.path, client)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +59,7 @@ def seen(daemon, client):
 )
 def test_a_far_end_has_the_name_that_the_process_asked_for(daemon, connect, name, address, more):
     client = connect(name, address, **more)
-    until(lambda: seen(daemon, client)["domain"] == name.lower(), 20, "its name")
+    assert named(daemon.path, client, name.lower())
     stranger = connect("", address)
     assert seen(daemon, stranger)["domain"] == ""
     with DaemonClient(daemon.path) as asking:
@@ -126,13 +71,29 @@ def test_an_address_of_a_name_that_nobody_asked_for_has_none(daemon, connect):
     assert seen(daemon, connect("other.example", "127.0.53.82"))["domain"] == ""
 
 
+def test_who_asks_the_systems_resolver_has_the_name_itself(daemon, connect):
+    """And who asks it without DNS, as nss-resolve does, has what the resolver asked for."""
+    with stub("127.0.0.53", 53, SERVER, "systemd-resolve"):
+        client = connect("shared.example", "127.0.53.84", server="127.0.0.53")
+        assert named(daemon.path, client, "shared.example")
+        silent = connect("", "127.0.53.84")
+        assert named(daemon.path, silent, "shared.example")
+
+
+def test_a_name_ends_with_its_time_to_live(daemon, connect):
+    in_time = connect("short.example", "127.0.53.85")
+    late = connect("short.example", "127.0.53.85", wait=6.5)
+    assert named(daemon.path, in_time, "short.example")
+    assert seen(daemon, late)["domain"] == ""
+
+
 def test_names_are_in_the_file_of_the_history(start, connect, tmp_path):
     daemon = start(config=f"history: {tmp_path}/history.db\n")
     client = connect("www.example", "127.0.53.80")
-    until(lambda: seen(daemon, client)["domain"] == "www.example", 20, "its name")
+    assert named(daemon.path, client, "www.example")
     assert daemon.stop(signal.SIGTERM) == 0
     again = start(config=f"history: {tmp_path}/history.db\n")
-    until(lambda: seen(again, client)["domain"] == "www.example", 20, "its name")
+    assert named(again.path, client, "www.example")
 
 
 def hunt(daemon, *words):
@@ -170,7 +131,7 @@ def test_saved_names_are_read_again(daemon, connect, tmp_path):
 
 def test_who_asks_by_name(daemon, connect):
     client = connect("www.example", "127.0.53.80")
-    until(lambda: seen(daemon, client)["domain"] == "www.example", 20, "its name")
+    assert named(daemon.path, client, "www.example")
     words = [sys.executable, "-m", "hunter", "who", "--socket", daemon.path]
     answer = json.loads(subprocess.check_output([*words, "--domain", "WWW.example.", "--json"]))
     assert {flow["pid"] for flow in answer["flows"]} >= {client.process.pid}

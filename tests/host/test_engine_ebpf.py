@@ -244,6 +244,21 @@ def test_a_process_that_is_gone_keeps_its_program_and_parent(engine: Engine) -> 
     assert ended[child_seen.tgid].time_ns > child_seen.time_ns
 
 
+def test_news_of_processes_that_are_lost_are_counted(engine: Engine) -> None:
+    processes = 2300  # each is told twice, and the ring holds 4,096
+    for _ in range(processes):
+        pid = os.fork()
+        if not pid:
+            socket.socket(type=socket.SOCK_DGRAM)
+            os._exit(0)
+        os.waitpid(pid, 0)
+    got = sum(isinstance(e, ProcessEvent) for e in (*engine.read(0.1), *engine.finish()))
+    lost = engine.stats()["events_lost"]
+    assert isinstance(lost, int)
+    assert lost >= 2 * processes - 4096
+    assert got + lost >= 2 * processes
+
+
 def test_the_verifier_has_little_to_do(engine: Engine) -> None:
     assert 10_000 < engine.stats()["verified_instructions"] < 400_000  # some 0.4 s
 

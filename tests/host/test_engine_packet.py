@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from capturing import IN, OUT, facts, families, holds, owners
+from capturing import IN, OUT, facts, families, owners
 from nlproto.host import procfs
 from nlproto.records import wire
 from nlproto.records.clock import Clock
@@ -125,31 +125,50 @@ def test_a_record_holds_everything_that_is_known(run):
 
 
 def test_a_child_that_the_parent_accepted_for_is_the_owner(run, worker):
+    """From its first packet, although its parent was named a moment before."""
     taken = run()
     server = worker("""
 a = socket.socket(); a.bind(("127.0.0.1", 0)); a.listen(); tell(port=a.getsockname()[1])
 c, _ = a.accept()
+while (c.recv(100) or b"e")[:1] == b"x": c.send(b"z" * 5)
 child = os.fork()
 if child == 0:
     a.close()
+    c.send(b"y" * 10)
     while c.recv(100): c.send(b"y" * 10)
     stay(); os._exit(0)
 c.close(); tell(child=child); os.waitpid(child, 0)
 """)
     port = facts(server)["port"]
+
+    def said(size, records):
+        sent = (records["sport"] == port) & (records["dir"] == OUT)
+        return records[sent & (records["len"] == 52 + size)]
+
     with socket.create_connection(("127.0.0.1", port)) as client:
-        child = facts(server)["child"]
-        until(lambda: not holds(server.pid, port))
 
-        def named():
-            """Who has the socket is asked for again, some milliseconds after the last time."""
-            client.send(b"x" * 10)
+        def ask(word):
+            client.send(word)
             client.recv(100)
-            records = taken.records(port)
-            payload = records[(records["len"] == 62) & (records["dport"] == port)]
-            return owners(payload[-2:], IN) == {(IN, child)}
 
-        until(named, what="the child's name")
+        def parent_is_named():
+            ask(b"x")
+            return server.pid in said(5, taken.so_far(port))["tgid"][-1:]
+
+        until(parent_is_named, what="the parent's name")
+        for word in (b"f", *[b"c"] * 50):
+            ask(word)
+        child = facts(server)["child"]
+
+        def child_is_named():
+            ask(b"c")
+            return child in said(10, taken.so_far(port))["tgid"][-1:]
+
+        until(child_is_named, what="the child's name")
+    answers = said(10, taken.records(port))
+    others = answers[answers["tgid"] != child]
+    assert len(answers) > 50 and set(others["tgid"].tolist()) <= {server.pid}
+    assert np.all(others["flags"] & wire.lib.SNIFFER_F_AMBIGUOUS)
 
 
 def test_a_shared_socket_is_flagged(run, worker):

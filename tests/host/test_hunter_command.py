@@ -108,10 +108,34 @@ def test_alone_it_shows_the_commands_own_packets_and_counts_the_others(script, h
 def test_a_command_that_cannot_start_shows_nobodys_packets(heard, tmp_path):
     path = tmp_path / "x.jsonl"
     done = hunt("--engine", "packet", "--save", path, "--print", f"port {heard}", "--", tmp_path)
-    assert done.returncode == 1 and f"cannot run {tmp_path}" in done.stderr
+    assert done.returncode == 126 and f"cannot run {tmp_path}" in done.stderr
     delivered, shown, others = figures(done.stderr)
-    assert (shown, others) == (0, delivered) and delivered > 0, done.stderr
+    # delivered: of other programs too, which the filter passes over
+    assert shown == 0 < others <= delivered, done.stderr
     assert done.stdout == path.read_text() == ""
+
+
+@pytest.mark.parametrize("sudo", [{}, {"SUDO_UID": "65534", "SUDO_GID": "65534"}])
+@pytest.mark.parametrize(
+    ("text", "mode", "code", "words"),
+    [
+        (None, 0, 127, "is it installed?"),
+        ("x", 0o644, 126, "Permission denied"),
+        ("", 0o755, 126, "Exec format error"),
+        ("#!/no/such\n", 0o755, 127, "is its interpreter installed?"),
+    ],
+)
+def test_the_exit_code_of_one_that_cannot_start_is_env_s(text, mode, code, words, sudo, tmp_path):
+    program = tmp_path / "program"
+    if text is not None:
+        program.write_text(text)
+        program.chmod(mode)
+    for place in (tmp_path, *tmp_path.parents[:2]):
+        place.chmod(0o755)
+    done = hunt("--engine", "packet", "-qq", "--", program, env={**os.environ, **sudo})
+    assert done.returncode == code, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "cannot run" in line]
+    assert words in line
 
 
 def test_through_the_daemon_it_does_so_for_a_user_without_rights(script, heard, daemon_socket):

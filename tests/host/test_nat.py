@@ -176,38 +176,6 @@ def test_a_container_that_asks_itself_by_its_published_port(daemon, lab):
     assert became(answers) == ("10.77.0.1", 8080, "10.88.0.2", client.port)
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="known fault: a client's port that comes back at once may keep its earlier translation",
-)
-def test_connections_older_than_the_daemon_and_those_of_a_port_used_again(start, lab):
-    """The same client's port goes to another server: neither has the other's name."""
-    first = lab.server("box", 80, address="10.88.0.2")
-    old = lab.client("far", "10.77.0.1", 8080, own=45678)
-    daemon = start()
-    old.again()
-    flow = of(daemon, first, port=8080)
-    assert became(flow) == ("10.77.0.1", 8080, "10.77.0.2", 45678)
-    old.end()
-    first.end()
-    lab.run("host", "nft flush table inet nat")
-    lab.rules("chain pre {\n type nat hook prerouting priority -100\n"
-              " tcp dport 8080 dnat ip to 10.88.0.2:81\n}\n")  # fmt: skip
-    try:
-        second = lab.server("box", 81, address="10.88.0.2")
-        new = lab.client("far", "10.77.0.1", 8080, own=45678)
-        new.again()
-        flow = of(daemon, second, port=8080)
-        assert became(flow) == ("10.77.0.1", 8080, "10.77.0.2", 45678)
-        asked = of(daemon, new, port=8080)
-        assert asked["nat_rport"] == 81
-        assert of(daemon, first, port=8080)["lport"] == 80
-        assert of(daemon, old, port=8080)["nat_rport"] == 80
-    finally:
-        lab.run("host", "nft flush table inet nat")
-        lab.rules(PUBLISHED)
-
-
 def test_what_one_user_translates_is_not_told_of_another(daemon, lab):
     """A namespace of somebody else's with the same tuples claims nothing."""
     serving = lab.server("box", 80, address="10.88.0.2")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Both tuples of a translated connection, joined: by time, by namespace, in bounds; and kept."""
 
+import dataclasses
 import ipaddress
 import socket
 
@@ -105,6 +106,64 @@ def test_the_same_ends_used_again_are_told_apart_by_time(known):
     assert known.find(here, 2 * SECOND + 1, 3 * SECOND - 1) is None  # one of both
 
 
+def opening(make_records, moment):
+    row = {"saddr": "10.7.0.2", "sport": 4000, "daddr": "10.7.0.1", "dport": 8080, "netns": HOST,
+           "dir": 2, "proto": 6, "tcp_flags": 2, "time_ns": moment}  # fmt: skip
+    return summarize(make_records(row), 1)
+
+
+def test_a_beginning_ends_what_had_the_tuple_where_no_end_is_told(known):
+    second = end("10.8.0.3", 80)
+    known.heard_ns.clear()
+    known.add_known(HOST, [published()], False, SECOND, SECOND)
+    known.hear_until(HOST, 100 * SECOND)
+    known.add(HOST, published(server=second), 5 * SECOND, 6 * SECOND)  # its number is the same
+    here = way(HOST, CLIENT, PUBLIC)
+    assert ends(known.find(here, 4 * SECOND, 4 * SECOND)) == (CLIENT, SERVER)
+    assert ends(known.find(here, 7 * SECOND, 7 * SECOND)) == (CLIENT, second)
+    assert known.find(here, 5 * SECOND + 1, 6 * SECOND - 1) is None
+    assert ends(known.find(here, 5 * SECOND + 1, 6 * SECOND - 1, opens=True)) == (CLIENT, second)
+    known.add(HOST, published(ended=True, number=2), 8 * SECOND, 8 * SECOND)  # of an earlier one
+    assert known.find(here, 9 * SECOND, 9 * SECOND) is not None
+
+
+def test_a_later_look_ends_what_is_not_there(known):
+    known.heard_ns.clear()
+    known.add_known(HOST, [published()], False, SECOND, SECOND)
+    known.hear_until(HOST, 100 * SECOND)
+    assert known.any_older(HOST)
+    known.add_known(HOST, [published()], False, 5 * SECOND, 5 * SECOND)
+    known.add_known(HOST, [], False, 9 * SECOND, 9 * SECOND)
+    here = way(HOST, CLIENT, PUBLIC)
+    assert known.find(here, 4 * SECOND, 4 * SECOND) is not None
+    assert known.find(here, 6 * SECOND, 6 * SECOND) is None
+    assert not known.any_older(HOST)
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_who_opens_a_connection_that_is_there_is_doubted(known, make_records, closing):
+    """It is believed again when conntrack says that it goes on; not if that is closing."""
+    known.add(HOST, published(), SECOND, SECOND)
+    here = way(HOST, CLIENT, PUBLIC)
+    assert known.doubt(opening(make_records, SECOND)) == set()
+    assert known.find(here, 2 * SECOND, 2 * SECOND) is not None
+    assert known.doubt(opening(make_records, 3 * SECOND)) == {HOST}
+    assert known.find(here, 4 * SECOND, 4 * SECOND) is None
+    still = dataclasses.replace(published(), closing=closing)
+    known.add_known(HOST, [still], False, 5 * SECOND, 5 * SECOND)
+    assert (known.find(here, 6 * SECOND, 6 * SECOND) is None) == closing
+
+
+def test_an_end_that_nothing_follows_may_be_before_the_packets(known):
+    known.add(HOST, published(), SECOND, 2 * SECOND)
+    known.add(HOST, published(ended=True), 3 * SECOND, 5 * SECOND)
+    here = way(HOST, CLIENT, PUBLIC)
+    assert known.find(here, 4 * SECOND, 4 * SECOND) is None
+    known.add(HOST, published(), 6 * SECOND, 8 * SECOND)  # it begins and ends between two readings
+    known.add(HOST, published(ended=True), 6 * SECOND, 8 * SECOND)
+    assert known.find(here, 7 * SECOND, 7 * SECOND) is not None
+
+
 def test_what_may_have_ended_unheard_is_not_told(known):
     known.add(HOST, published(), SECOND, SECOND)
     known.hear_until(HOST, 5 * SECOND)
@@ -171,7 +230,7 @@ def test_a_user_with_many_connections_takes_nobody_elses_place(owners):
     known.hear_until(HOST, 100 * SECOND)
     many(known, HOST, 10)
     many(known, OTHER, 1000)
-    assert sum(1 for netns, *_ in known._entries if netns == HOST) == 10
+    assert sum(one.netns == HOST for one in known._entries.values()) == 10
 
 
 def test_a_namespace_that_goes_takes_its_connections_along(known):

@@ -13,8 +13,9 @@ from hunter.cli import fleet, past, values
 from hunter.cli.checks import check
 from hunter.cli.options import BY, SUBCOMMANDS, Command, command_of
 from hunter.show.units import UNITS
-from nlproto import UsageError, __version__
+from nlproto import UsageError
 from nlproto.client.frames import DEFAULT_SOCKET
+from nlproto.running.program import Parser
 
 __all__ = ["live_parser", "parse", "parser_of"]
 
@@ -65,15 +66,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """A mistake is one line, not the whole usage before it."""
-        raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
-
-
-def _parser(name: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+def _parser(name: str, description: str, epilog: str = "") -> Parser:
     prog = "packet-hunter" if name == "live" else f"packet-hunter {name}"
-    return _Parser(prog=prog, description=description, epilog=epilog, formatter_class=_Formatter)
+    return Parser(prog=prog, description=description, epilog=epilog, formatter_class=_Formatter)
 
 
 def _add_socket(parser: argparse._ActionsContainer) -> None:
@@ -170,7 +165,7 @@ def live_parser() -> argparse.ArgumentParser:
     parser.usage = (
         "%(prog)s [options] [FILTER ...] [-- CMD ARGS ...]\n       %(prog)s SUBCOMMAND ..."
     )
-    parser.add_argument("-V", "--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_version()
     _add_choice(parser)
     group = parser.add_argument_group("how long")
     group.add_argument("-c", "--count", metavar="N", type=values.count, help="end after N packets")

@@ -8,6 +8,7 @@ import ctypes
 import errno
 import mmap
 import os
+import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from cffi import FFI
 
 from nlproto.errors import Error
 
-__all__ = ["NoBpf", "Object", "Program", "Ring", "has_target", "root_cgroup"]
+__all__ = [
+    *("NETFILTER", "NoBpf", "Object", "Program", "Ring"),
+    *("has_target", "link_netfilter", "root_cgroup"),
+]
 
 _LIBRARY = "libbpf.so.1"
 _BTF_KIND_TYPEDEF, _BTF_KIND_FUNC = 8, 12
@@ -43,6 +47,8 @@ struct bpf_program *bpf_object__next_program(
     const struct bpf_object *obj, struct bpf_program *prog);
 const char *bpf_program__name(const struct bpf_program *prog);
 const char *bpf_program__section_name(const struct bpf_program *prog);
+int bpf_program__set_type(struct bpf_program *prog, uint32_t type);
+int bpf_program__set_expected_attach_type(struct bpf_program *prog, uint32_t type);
 int bpf_program__set_autoload(struct bpf_program *prog, bool autoload);
 int bpf_program__set_log_buf(struct bpf_program *prog, char *log_buf, size_t log_size);
 struct bpf_link *bpf_program__attach(const struct bpf_program *prog);
@@ -52,6 +58,8 @@ struct bpf_map *bpf_object__find_map_by_name(const struct bpf_object *obj, const
 int bpf_map__set_max_entries(struct bpf_map *map, uint32_t max_entries);
 int bpf_map__fd(const struct bpf_map *map);
 int bpf_map_lookup_elem(int fd, const void *key, void *value);
+int bpf_map_update_elem(int fd, const void *key, const void *value, uint64_t flags);
+int bpf_map_delete_elem(int fd, const void *key);
 int bpf_link__fd(const struct bpf_link *link);
 int bpf_link__destroy(struct bpf_link *link);
 int bpf_iter_create(int link_fd);
@@ -66,6 +74,11 @@ void btf__free(struct btf *btf);
 # linux/mount.h; these numbers are the same on all architectures
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
 _CLOEXEC, _FSCONFIG_CMD_CREATE = 1, 6
+# linux/bpf.h from 6.4 on; libbpf links to Netfilter from 1.3 on, Debian 12 has 1.1
+NETFILTER = "netfilter"
+_SYS_BPF = {"x86_64": 321, "aarch64": 280}
+_LINK_CREATE, _PROG_TYPE_NETFILTER, _ATTACH_NETFILTER = 28, 32, 45
+_LAST = (1 << 31) - 2  # the last priority but one, which Netfilter keeps for itself
 
 
 class NoBpf(Error):
@@ -132,9 +145,27 @@ def _mount_cgroup() -> int:
 def _described_as(section: str) -> tuple[bytes, int]:
     """Name and kind in the kernel's BTF of what a program of this section is put on."""
     kind, _, target = section.partition("/")
+    if kind == NETFILTER:
+        return b"bpf_nf_link_attach", _BTF_KIND_FUNC
     if kind == "tp_btf":
         return f"btf_trace_{target}".encode(), _BTF_KIND_TYPEDEF
     return target.encode(), _BTF_KIND_FUNC
+
+
+def link_netfilter(program: int, family: int, hook: int) -> int:
+    """Put a program (a descriptor) last on a hook of this thread's network namespace.
+
+    Returns the link's descriptor, raises OSError.
+    """
+    word = struct.Struct("=4I2IiI")
+    attributes = word.pack(program, 0, _ATTACH_NETFILTER, 0, family, hook, _LAST, 0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    number = _SYS_BPF[os.uname().machine]
+    link: int = libc.syscall(number, _LINK_CREATE, attributes, len(attributes))
+    if link < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), NETFILTER)
+    os.set_inheritable(link, False)
+    return link
 
 
 class Program:
@@ -146,6 +177,9 @@ class Program:
         self.name = _text(library.bpf_program__name(handle))
         self.section = _text(library.bpf_program__section_name(handle))
         self._log: Any = None
+        if self.section == NETFILTER:
+            library.bpf_program__set_type(handle, _PROG_TYPE_NETFILTER)
+            library.bpf_program__set_expected_attach_type(handle, _ATTACH_NETFILTER)
 
     def choose(self, wanted: bool) -> None:
         """Load it with its object, or leave it out."""
@@ -239,6 +273,15 @@ class Object:
         if self._library.bpf_map_lookup_elem(self.map_fd(map_name), key, value):
             return None
         return bytes(_ffi.buffer(value))
+
+    def update(self, map_name: str, key: bytes, value: bytes) -> None:
+        """Put a value into a map; raises OSError."""
+        fd = self.map_fd(map_name)
+        _check(self._library.bpf_map_update_elem(fd, key, value, 0), map_name)
+
+    def delete(self, map_name: str, key: bytes) -> None:
+        """Take one out; raises OSError when it is not there."""
+        _check(self._library.bpf_map_delete_elem(self.map_fd(map_name), key), map_name)
 
     def attach(self, name: str, cgroup: int | None = None) -> None:
         """Attach a program until close(); raises OSError."""

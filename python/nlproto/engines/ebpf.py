@@ -19,6 +19,7 @@ from typing import Self
 import numpy as np
 
 from nlproto.engines.bpf import NoBpf, Ring, root_cgroup
+from nlproto.engines.links import NetfilterLinks, open_links
 from nlproto.engines.programs import CGROUP, NEEDED, TRACED, load_programs
 from nlproto.host import netns
 from nlproto.records import wire
@@ -54,6 +55,8 @@ _COUNTERS = np.dtype(
         (name, "u8")
         for name in ("seq", "copies", "skipped", "lost", "full", "woken", "calls", "told")
     ]
+    + [(name, "u8") for name in ("events_lost", "linked", "linked_calls")]
+    + [("unused", "u8", 5)]  # what programs note for themselves
 )
 # Called where packets come in, each in two programs or without harm when left out.
 _TWICE = {"in_filter", "in_filter_again", "in_queue4", "in_queue6"}
@@ -84,16 +87,18 @@ class EbpfEngine:
         began = time.monotonic()
         parts, self._object = load_programs(ring_bytes)
         self.whole = not parts
+        self._links: NetfilterLinks | None = None
         try:
             self._map(ring_bytes)
             self._attach()
+            self._links = open_links(self._object)
             self.loaded_in = time.monotonic() - began
             self._object.iterate("seed")
         except OSError as error:
-            self._object.close()
+            self._close()
             raise NoBpf(f"its programs do not run here ({error.strerror})") from error
         except BaseException:
-            self._object.close()
+            self._close()
             raise
         self.opening = np.zeros(0, wire.TAIL)
         self._netns = netns.own(Path("/proc"))
@@ -110,6 +115,11 @@ class EbpfEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._links is not None:
+            self._links.close()
         self._object.close()
 
     # The object
@@ -135,7 +145,9 @@ class EbpfEngine:
         with root_cgroup() as root:
             for name, program in self._object.programs.items():
                 cgroup = program.section.startswith(CGROUP)
-                if program.fd < 0 or not (cgroup or program.section.startswith(TRACED)):
+                body = name.startswith("body_")  # called by others
+                traced = program.section.startswith(TRACED) and not body
+                if program.fd < 0 or not (cgroup or traced):
                     continue
                 try:
                     self._object.attach(name, root if cgroup else None)
@@ -265,6 +277,8 @@ class EbpfEngine:
         if now < self._collect_again:
             return
         self._object.programs["collect"].run()
+        if self._links is not None:
+            self._links.look()
         took = time.monotonic() - now
         self._collect_again = now + max(_COLLECT, _COLLECT_SHARE * took)
 
@@ -279,9 +293,11 @@ class EbpfEngine:
     def _missed(self) -> int:
         """Packets that no program was called for: it would have interrupted itself.
 
-        What leaves has two programs for each way, and is missed where both were left out.
+        What leaves has two programs for each way, and is missed where both were left out and no
+        link tells of it. Where one does, it does not matter that the first was left out.
         """
-        calls = int(self._counters["calls"].sum())
+        linked = int(self._counters["linked"].sum()) - int(self._counters["linked_calls"].sum())
+        calls = int(self._counters["calls"].sum()) - max(0, linked)
         missed = sum(
             program.figures()[0]
             for name, program in self._object.programs.items()
@@ -369,8 +385,10 @@ class EbpfEngine:
             "lost_ring": total["lost"],
             "lost_missed": self._missed() if self.whole else 0,
             "table_full": int(counters["full"].sum()),
+            "events_lost": int(counters["events_lost"].sum()),
             "programs": len(self._attached),
             "programs_refused": self._refused,
+            "namespaces_linked": 0 if self._links is None else len(self._links),
             "misses": sum(misses for misses, _ in figures),
             "verified_instructions": sum(verified for _, verified in figures),
             "whole": self.whole,

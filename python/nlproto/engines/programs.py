@@ -6,9 +6,12 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
-from nlproto.engines.bpf import NoBpf, Object, has_target
+from nlproto.engines.bpf import NETFILTER, NoBpf, Object, has_target
 
-__all__ = ["CGROUP", "NEEDED", "OBJECT", "TRACED", "load_programs", "why_in_parts", "why_refused"]
+__all__ = [
+    *("CGROUP", "NEEDED", "OBJECT", "PARTS", "TRACED"),
+    *("choose_programs", "load_programs", "why_in_parts", "why_refused"),
+]
 
 OBJECT = Path(__file__).with_name("hunter.bpf.o")
 PARTS = Path(__file__).with_name("hunter_parts.bpf.o")
@@ -19,12 +22,19 @@ NEEDED = {
     "__receive_sock",
     "security_sk_free",
     "inet_release",
-    "locks_remove_posix",
     "tcp_v4_rcv",
     "udp_rcv",
     "sk_filter_trim_cap",
     "ip_output",
 }
+# By each of these ways a descriptor goes; by the second name in other kernels. Where one is
+# missing, a program is called for each file, also of those that a process has when it ends: dear.
+_CLOSES = (
+    ("close_fd", "file_close_fd"),
+    ("__close_fd_get_file", "file_close_fd_locked"),
+    ("do_dup2",),
+)
+_CLOSES_ALL = "locks_remove_posix"
 _TRAMPOLINES = ("fentry/", "fexit/")
 TRACED = (*_TRAMPOLINES, "tp_btf/")
 CGROUP = "cgroup"
@@ -61,12 +71,8 @@ def load_programs(ring_bytes: int) -> tuple[str, Object]:
         why = str(error)
     opened = Object(PARTS)
     try:
-        known = _targets(opened)
-        if _CALLS not in known:
+        if _CALLS not in choose_programs(opened, whole=False):
             raise NoBpf(f"{why}; nor does it trace system calls")
-        for name, program in opened.programs.items():
-            wanted = name.startswith("part_") or name in _WITH_PARTS
-            program.choose(wanted and program.section in known)
         opened.set_entries("ring", ring_bytes)
         try:
             opened.load()
@@ -88,9 +94,7 @@ def _load_whole(ring_bytes: int) -> Object:
         raise NoBpf("its programs were not compiled: ./build.sh does it where clang is")
     opened = Object(OBJECT)
     try:
-        known = _targets(opened)
-        for program in opened.programs.values():
-            program.choose(program.section in known)
+        known = choose_programs(opened, whole=True)
         lacking = NEEDED - {section.partition("/")[2] for section in known}
         if lacking:
             raise NoBpf(f"this kernel lacks {', '.join(sorted(lacking))}")
@@ -105,10 +109,27 @@ def _load_whole(ring_bytes: int) -> Object:
     return opened
 
 
+def choose_programs(opened: Object, *, whole: bool) -> set[str]:
+    """Choose those that are to be loaded; returns the sections that have something to be put on.
+
+    Raises NoBpf when the kernel does not describe itself.
+    """
+    known = _targets(opened)
+    functions = {section.partition("/")[2] for section in known}
+    if all(functions & {*ways} for ways in _CLOSES):
+        known = {section for section in known if not section.endswith(_CLOSES_ALL)}
+    elif whole and _CLOSES_ALL not in functions:
+        raise NoBpf(f"this kernel lacks {_CLOSES_ALL}")
+    for name, program in opened.programs.items():
+        wanted = whole or name.startswith("part_") or name in _WITH_PARTS
+        program.choose(wanted and program.section in known)
+    return known
+
+
 def _targets(opened: Object) -> set[str]:
     """Sections of its programs that have something here to be put on."""
     sections = {program.section for program in opened.programs.values()}
-    traced = {section for section in sections if section.startswith(TRACED)}
+    traced = {section for section in sections if section.startswith((*TRACED, NETFILTER))}
     return sections - traced | has_target(traced)
 
 

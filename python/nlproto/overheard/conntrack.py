@@ -13,7 +13,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nlproto.errors import Error, NoPrivilege
 from nlproto.kernel.netlink import (
@@ -37,7 +37,9 @@ _SUBSYSTEM = 1 << 8
 _CT_NEW, _CT_GET, _CT_DELETE = _SUBSYSTEM, _SUBSYSTEM | 1, _SUBSYSTEM | 2
 _NFGEN = struct.Struct("=BBH")
 _HEAD = 20  # struct nlmsghdr and nfgenmsg
-_ORIG, _REPLY, _STATUS, _ID, _ZONE, _STATUS_MASK = 1, 2, 3, 12, 18, 26
+_ORIG, _REPLY, _STATUS, _PROTOINFO, _ID, _ZONE, _STATUS_MASK = 1, 2, 3, 4, 12, 18, 26
+_PROTOINFO_TCP, _TCP_STATE = 1, 1
+_CLOSING = range(4, 9)  # enum tcp_conntrack: FIN_WAIT to CLOSE
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _ADDRESSES = {socket.AF_INET: (1, 2), socket.AF_INET6: (3, 4)}
 _NUMBER, _SPORT, _DPORT = 1, 2, 3
@@ -45,6 +47,7 @@ _SRC_NAT, _DST_NAT = 1 << 4, 1 << 5
 _U32 = struct.Struct(">I")
 _PROTOS = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
 _MESSAGE = 1 << 13
+_MULTI = 2  # NLM_F_MULTI: of a dump
 
 _LD, _LDX, _LD_X, _TAX = 0x00, 0x01, 0x40, 0x07
 _LD_ABS, _JEQ, _JSET = 0x20, 0x15, 0x45
@@ -68,7 +71,8 @@ def is_there() -> bool:
 class Event:
     """A translated connection; `reply` is the way of its answers before they are translated back.
 
-    `ended`: it has gone. `number` tells it from others of its namespace.
+    `ended`: it has gone. `number` tells it from others of its namespace. `closing`, where it was
+    asked for: a TCP connection that has sent a FIN or RST.
     """
 
     ended: bool
@@ -78,6 +82,7 @@ class Event:
     zone: int
     original: Tuple
     reply: Tuple
+    closing: bool = field(default=False, compare=False)
 
 
 def _translated_only() -> list[tuple[int, int, int, int]]:
@@ -99,13 +104,11 @@ def _translated_only() -> list[tuple[int, int, int, int]]:
 class Connections:
     """Events of the network namespace it is made in.
 
-    `known` has what was there at the start, at most `limit`; `cut`: there was more. Raises
-    NoPrivilege without CAP_NET_ADMIN, Error where the kernel cannot tell.
+    Raises NoPrivilege without CAP_NET_ADMIN, Error where the kernel cannot tell.
     """
 
-    def __init__(self, receive_bytes: int, limit: int) -> None:
-        self.cut = False
-        self.known: list[Event] = []
+    def __init__(self, receive_bytes: int) -> None:
+        self._asking: Connection | None = None
         self._buffer = memoryview(bytearray(_MESSAGE))
         self._socket = socket.socket(
             socket.AF_NETLINK,
@@ -118,40 +121,48 @@ class Connections:
             self._socket.bind((0, 0))
             for group in (_NEW_GROUP, _DESTROY_GROUP):
                 self._socket.setsockopt(SOL_NETLINK, _ADD_MEMBERSHIP, group)
-            with Connection(NETLINK_NETFILTER) as connection:
-                self._read_known(connection, limit)
+            self._asking = Connection(NETLINK_NETFILTER)
         except PermissionError:
-            self._socket.close()
+            self.close()
             raise NoPrivilege("what NAT does is told to root alone (CAP_NET_ADMIN)") from None
         except OSError as error:
-            self._socket.close()
+            self.close()
             raise Error(f"what NAT does cannot be told: {error.strerror}") from None
         except BaseException:
-            self._socket.close()
+            self.close()
             raise
 
-    def _read_known(self, connection: Connection, limit: int) -> None:
+    def read_known(self, limit: int) -> tuple[list[Event], bool]:
+        """Return what is there now, at most `limit`; and whether there is more. Raises Error."""
+        try:
+            return self._read_known(limit)
+        except OSError as error:
+            raise Error(f"what NAT does cannot be told: {error.strerror}") from None
+
+    def _read_known(self, limit: int) -> tuple[list[Event], bool]:
         """By one bit at a time: that is how kernels from 5.15 on select; older ones tell all."""
-        found: dict[tuple[int, Tuple], Event] = {}
+        assert self._asking is not None
+        found: dict[tuple[int, int, int, Tuple], Event] = {}
+        cut = False
         for bit in (_SRC_NAT, _DST_NAT):
             wanted = encode_attribute(_STATUS, _U32.pack(bit))
             wanted += encode_attribute(_STATUS_MASK, _U32.pack(bit))
             body = _NFGEN.pack(socket.AF_UNSPEC, 0, 0) + wanted
             selected = True
-            for message in connection.exchange(_CT_GET, NLM_F_DUMP, body):
+            for message in self._asking.exchange(_CT_GET, NLM_F_DUMP, body):
                 status = _status_of(message)
                 selected &= bool(status & bit)
                 if not status & (_SRC_NAT | _DST_NAT):
                     continue
                 if len(found) >= limit:
-                    self.cut = True
-                    break
+                    cut = True
+                    continue  # the socket is used again: nothing may be left in it
                 event = _event_of(message)
                 if event is not None:
-                    found[event.number, event.original] = event
-            if self.cut or not selected:
+                    found[event.number, event.zone, event.proto, event.original] = event
+            if cut or not selected:
                 break
-        self.known = list(found.values())
+        return list(found.values()), cut
 
     def fileno(self) -> int:
         """Return its descriptor, for poll(2)."""
@@ -160,6 +171,8 @@ class Connections:
     def close(self) -> None:
         """Hear no more."""
         self._socket.close()
+        if self._asking is not None:
+            self._asking.close()
 
     def read(self, most: int) -> Iterator[Event | None]:
         """Yield up to `most` events that wait; None in the place of those that found no room."""
@@ -205,7 +218,14 @@ def _event_of(message: Message) -> Event | None:
         int.from_bytes(found.get(_ZONE, b"")),
         original[1],
         reply[1],
+        bool(message.flags & _MULTI) and _is_closing(found.get(_PROTOINFO)),
     )
+
+
+def _is_closing(payload: memoryview | None) -> bool:
+    tcp = {} if payload is None else dict(attributes(payload))
+    state = dict(attributes(tcp[_PROTOINFO_TCP])) if _PROTOINFO_TCP in tcp else {}
+    return int.from_bytes(state.get(_TCP_STATE, b"")) in _CLOSING
 
 
 def _tuple_of(family: int, payload: memoryview) -> tuple[int, Tuple] | None:

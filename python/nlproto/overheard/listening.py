@@ -38,6 +38,9 @@ _OWN_EVENTS, _OTHER_EVENTS = 4 << 20, 1 << 18
 _LOOK_NS = 1_000_000_000  # between two looks whether this kernel translates addresses now
 _RENEW_NS = 30_000_000_000
 """Between two readings of all connections of a namespace whose events were lost."""
+_OLDER_NS, _OLDER_SHARE, _DOUBT_SHARE = 2_000_000_000, 200, 20
+"""Between two looks for connections whose end the kernel does not tell: ns; in times of what a
+look takes; the same where another connection may have followed."""
 _EVENTS_AT_ONCE = 1024
 _AT_ONCE = 128  # packets of one ring before it is the next one's turn
 _SHARE, _EVENTS_SHARE, _SAVED_NS = 8, 4, 500_000_000
@@ -56,6 +59,14 @@ class _Place:
         self.connections: conntrack.Connections | None = None
         self.refused = ""
         """Why nothing is told of what NAT does."""
+        self.known: tuple[list[conntrack.Event], bool] = [], False
+        self.known_ns = 0
+        """What was there before this moment, and whether there was more."""
+        self.look_ns = 0
+        """When to look next which connections are gone whose end is not told."""
+        self.doubts = False
+        self.may_look_ns = 0
+        """So soon at most."""
         self.heard_ns = 0
         """All that conntrack told before is read."""
         self.opened_ns = time.monotonic_ns()
@@ -73,7 +84,9 @@ class _Place:
 
     def _hear_nat(self, receive_bytes: int) -> None:
         try:
-            self.connections = conntrack.Connections(receive_bytes, LIMIT)
+            self.connections = conntrack.Connections(receive_bytes)
+            self.known = self.connections.read_known(LIMIT)
+            self.known_ns = time.monotonic_ns()
         except Error as error:
             self.refused = str(error)
 
@@ -154,7 +167,9 @@ class Overheard:
             self._events[place.connections.fileno()] = place, place.connections
             self._poll.register(place.connections.fileno(), select.POLLIN)
             place.heard_ns = place.opened_ns
-            self.translations.add_known(place.inode, place.connections)
+            self.translations.add_known(place.inode, *place.known, place.opened_ns, place.known_ns)
+            place.known = [], False
+            place.look_ns = place.opened_ns + _OLDER_NS
             self.translations.hear_until(place.inode, place.opened_ns)
         for tap in place.taps:
             self._taps[tap.fileno()] = place, tap
@@ -183,6 +198,11 @@ class Overheard:
                 self._take(place)
         self._look()
         self._read()
+        for inode in self.translations.doubt(flows):
+            if inode in self._places:
+                self._places[inode].look_ns = self._places[inode].may_look_ns
+                self._places[inode].doubts = True
+        self._look_for_older()
         self.domains.stamp(flows)
         self.translations.stamp(flows)
 
@@ -234,7 +254,7 @@ class Overheard:
         if self._events_budget.allows():
             with self._events_budget.spend():
                 for number in self._events.keys() & ready:
-                    self._attempt_events(*self._events[number])
+                    self._attempt(self._read_events, *self._events[number])
         if not self._budget.allows():
             return
         with self._budget.spend():
@@ -252,9 +272,36 @@ class Overheard:
         place.heard_ns = moment_ns
         self.translations.hear_until(place.inode, moment_ns)
 
-    def _attempt_events(self, place: _Place, connections: conntrack.Connections) -> None:
+    def _look_for_older(self) -> None:
+        """Which connections are gone whose end is not told, or are doubted."""
+        now = time.monotonic_ns()
+        for place, connections in list(self._events.values()):
+            if now < place.look_ns:
+                continue
+            if (place.doubts or self.translations.any_older(place.inode)) and (
+                self._events_budget.allows()
+            ):
+                with self._events_budget.spend():
+                    self._attempt(self._look_at_all, place, connections)
+
+    def _look_at_all(self, place: _Place, connections: conntrack.Connections) -> None:
+        began = time.monotonic_ns()
+        place.doubts = False
+        place.look_ns = began + _OLDER_NS
+        known, cut = connections.read_known(LIMIT)
+        now = time.monotonic_ns()
+        self.translations.add_known(place.inode, known, cut, began, now)
+        place.look_ns = now + max(_OLDER_NS, _OLDER_SHARE * (now - began))
+        place.may_look_ns = now + _DOUBT_SHARE * (now - began)
+
+    def _attempt(
+        self,
+        action: Callable[[_Place, conntrack.Connections], None],
+        place: _Place,
+        connections: conntrack.Connections,
+    ) -> None:
         try:
-            self._read_events(place, connections)
+            action(place, connections)
         except Exception as error:
             self._failures.add(error)
 

@@ -8,21 +8,26 @@ is told how it goes on.
 Its own network namespace's entry comes first. A flow of another namespace has the translation too
 (a container behind its host), if both belong to one user and no third one can be meant. Where
 several fit at one time and say different things, nothing is said.
+
+In one zone of a namespace an original tuple is one connection's at a time. So a beginning ends what
+had the tuple before, also where the kernel tells of no end: it tells none of connections that are
+older than the first listener (nf_conntrack_events=2), which are looked for now and then.
 """
 
 from __future__ import annotations
 
-import time
+import socket
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from nlproto.overheard.conntrack import Connections, Event
+from nlproto.overheard.conntrack import Event
 from nlproto.overheard.domains import flow_keys
 from nlproto.records.ends import (
     TRANSLATED,
+    FlowKey,
     Translated,
     Way,
     as_translated,
@@ -39,13 +44,17 @@ _EARLY_NS = 5_000_000
 """The first packet may be stamped before conntrack enters its connection."""
 _CLOCKS_NS = 1_000_000
 """So much may a packet's stamp and our clock differ."""
+_TIMES = "first_ns", "last_ns", "opened"
 _BITS = 20
+_FLOWS = 8
 _ODD = 0x9E3779B1
 
 _End = bytes
 """16 bytes of address, 2 of port."""
 _Ends = tuple[int, int, _End, _End]
 """proto, family, the lower end, the higher."""
+_Place = tuple[int, int, int, int, tuple[_End, _End]]
+"""netns, zone, family, proto, original tuple: at one time one connection's."""
 
 
 @dataclass(slots=True)
@@ -56,6 +65,12 @@ class _Entry:
     owner: int
     event: Event
     begun_ns: tuple[int, int]
+    alive_ns: int = 0
+    """Then it was there for certain."""
+    flows: set[FlowKey] = field(default_factory=set)
+    """Of datagrams of an entry whose end would not be told."""
+    doubted: bool = False
+    """Its end would not be told, and its ends began a connection since."""
     ended_ns: tuple[int, int] | None = None
 
     def forms(self) -> set[tuple[_End, _End]]:
@@ -75,16 +90,27 @@ class _Entry:
             became = {source: client, server: server}
         return became.get(near, near), became.get(far, far)
 
-    def may_be(self, first_ns: int, last_ns: int, heard_ns: int) -> bool:
-        """Whether packets of that time can be its own; all that happened until then was heard."""
-        if last_ns + _EARLY_NS < self.begun_ns[0]:
+    def may_be(self, first_ns: int, last_ns: int, heard_ns: int, opens: bool) -> bool:
+        """Whether packets of that time can be its own; all that happened until then was heard.
+
+        `opens`: a connection begins with them.
+        """
+        if last_ns + _EARLY_NS < self.begun_ns[0] or self.doubted:
+            return False
+        if opens and first_ns > self.begun_ns[1] + _CLOCKS_NS:
             return False
         if self.ended_ns is None:
             return last_ns <= heard_ns + _CLOCKS_NS
         return first_ns <= self.ended_ns[1]
 
-    def is_sure(self, first_ns: int, last_ns: int) -> bool:
-        """Whether it was there all of that time."""
+    def may_be_others(self, last_ns: int) -> bool:
+        """Whether who came after it can have sent packets of that time, which may be its own."""
+        return self.ended_ns is not None and self.begun_ns[1] <= self.ended_ns[0] < last_ns
+
+    def is_sure(self, first_ns: int, last_ns: int, opens: bool) -> bool:
+        """Whether it was there all of that time; `opens`: the packets begin a connection."""
+        if opens:
+            return self.begun_ns[1] >= first_ns
         if first_ns < self.begun_ns[1]:
             return False
         return self.ended_ns is None or last_ns <= self.ended_ns[0]
@@ -105,9 +131,14 @@ class Translations:
         """Until when all events of a namespace are read: who is not known to have ended may have
         done so since."""
         self._owner_of = owner_of
-        self._entries: dict[tuple[int, int, tuple[bytes, bytes]], _Entry] = {}
-        self._orders: dict[int, OrderedDict[tuple[int, int, tuple[bytes, bytes]], None]] = {}
-        self._ended: OrderedDict[tuple[int, int, tuple[bytes, bytes]], int] = OrderedDict()
+        self._entries: dict[int, _Entry] = {}
+        """Entries by their id()."""
+        self._there: dict[_Place, _Entry] = {}
+        """Those that are not known to have ended."""
+        self._older: dict[int, set[int]] = {}
+        """By namespace, the ids of those whose end may not be told."""
+        self._orders: dict[int, OrderedDict[int, None]] = {}
+        self._ended: OrderedDict[int, int] = OrderedDict()
         self._by_ends: dict[_Ends, list[_Entry]] = {}
         self._ports = np.zeros(1 << _BITS, np.uint16)
         """How many forms have this pair of ports, or one with the same hash."""
@@ -130,64 +161,125 @@ class Translations:
 
     def add(self, netns: int, event: Event, since_ns: int, now_ns: int) -> None:
         """Conntrack of `netns` told it, at some moment after `since_ns` and until `now_ns`."""
-        key = netns, event.number, event.original
-        entry = self._entries.get(key)
+        entry = self._there.get(_place_of(netns, event))
         if event.ended:
-            if entry is not None and entry.ended_ns is None:
-                entry.ended_ns = since_ns, now_ns
-                self._ended[key] = now_ns
-        elif entry is None or entry.ended_ns is not None:
+            if entry is not None and entry.event.number == event.number:
+                self._end(entry, since_ns, now_ns)
+        elif entry is None or entry.event != event:
             if entry is not None:
-                self._remove(key)
-            self._insert(key, _Entry(netns, self._owner(netns), event, (since_ns, now_ns)))
+                self._end(entry, since_ns, now_ns)
+            self._insert(_Entry(netns, self._owner(netns), event, (since_ns, now_ns), now_ns))
         self._forget(now_ns - _KEPT_NS)
 
     def hear_until(self, netns: int, moment_ns: int) -> None:
         """All that happened there before is told."""
         self.heard_ns[netns] = moment_ns
 
-    def add_known(self, netns: int, connections: Connections) -> None:
-        """Take what was there when we began to listen; what else we had has ended meanwhile."""
-        there = {(netns, event.number, event.original): event for event in connections.known}
-        connections.known = []
-        self.overflows += connections.cut
-        now_ns = time.monotonic_ns()
-        for key, entry in list(self._entries.items()):
-            if key[0] == netns and key not in there and not connections.cut:
-                if entry.ended_ns is None:
-                    entry.ended_ns = entry.begun_ns[0], now_ns
-                    self._ended[key] = now_ns
-        for key, event in there.items():
-            if key not in self._entries:
-                self._insert(key, _Entry(netns, self._owner(netns), event, (0, 0)))
+    def add_known(
+        self, netns: int, known: list[Event], cut: bool, began_ns: int, now_ns: int
+    ) -> None:
+        """Take what was there between these moments; what else we had has ended before the second.
+
+        `cut`: there was more.
+        """
+        self.overflows += cut
+        there = {_place_of(netns, event): event for event in known}
+        for place, entry in list(self._there.items()):
+            if place[0] != netns:
+                continue
+            if there.get(place) == entry.event:
+                entry.alive_ns = began_ns
+                entry.doubted &= there[place].closing
+                del there[place]
+            elif place in there or not cut:
+                self._end(entry, max(entry.begun_ns[0], entry.alive_ns), now_ns)
+        since_ns = self.heard_ns.get(netns, 0)
+        for event in there.values():
+            entry = _Entry(netns, self._owner(netns), event, (since_ns, now_ns), began_ns)
+            if not since_ns:
+                entry.begun_ns = 0, 0
+            self._older.setdefault(netns, set()).add(id(entry))
+            self._insert(entry)
+
+    def doubt(self, flows: np.ndarray) -> set[int]:
+        """Believe no connection that another of `flows` (FLOW) may have followed unheard.
+
+        Its end is not told (see above), or nothing is tracked any more: who opens what is closing
+        has not passed conntrack. Returns the namespaces whose connections should be looked at.
+        """
+        found: set[int] = set()
+        if not self._entries:
+            return found
+        begins = flows["opened"] != 0
+        if self._older:
+            begins |= flows["proto"] == socket.IPPROTO_UDP
+        some = flows[begins]
+        some = some[self.maybe(some["lport"], some["rport"])]
+        for key, first_ns in zip(flow_keys(some), some["first_ns"].tolist(), strict=True):
+            _, proto, family, near, lport, far, rport = key[2]
+            ends = _sorted(near + lport.to_bytes(2), far + rport.to_bytes(2))
+            for entry in self._by_ends.get((proto, family, *ends), ()):
+                if entry.ended_ns is not None or first_ns <= entry.begun_ns[1] + _CLOCKS_NS:
+                    continue
+                older = id(entry) in self._older.get(entry.netns, ())
+                if proto == socket.IPPROTO_TCP or (older and self._is_new(entry, key)):
+                    entry.doubted = True
+                    found.add(entry.netns)
+        return found
+
+    def _is_new(self, entry: _Entry, key: FlowKey) -> bool:
+        """Whether nobody knew that this flow is the entry's. What is one flow is one socket's."""
+        if key in entry.flows:
+            return False
+        if len(entry.flows) >= _FLOWS:
+            entry.flows.clear()
+        entry.flows.add(key)
+        return True
+
+    def any_older(self, netns: int) -> bool:
+        """Whether connections are there whose end the kernel may not tell."""
+        return netns in self._older
 
     def leave(self, netns: int) -> None:
         """The namespace has gone, or is not heard any more."""
         self.heard_ns.pop(netns, None)
-        for key in [one for one in self._entries if one[0] == netns]:
-            self._remove(key)
+        for entry in [one for one in self._entries.values() if one.netns == netns]:
+            self._remove(entry)
 
     def _owner(self, netns: int) -> int:
         owner = self._owner_of(netns)
         return -1 if owner is None else owner
 
-    def _insert(self, key: tuple[int, int, tuple[bytes, bytes]], entry: _Entry) -> None:
-        self._entries[key] = entry
-        self._orders.setdefault(entry.owner, OrderedDict())[key] = None
+    def _insert(self, entry: _Entry) -> None:
         event = entry.event
+        self._there[_place_of(entry.netns, event)] = self._entries[id(entry)] = entry
+        self._orders.setdefault(entry.owner, OrderedDict())[id(entry)] = None
         for low, high in entry.forms():
             self._by_ends.setdefault((event.proto, event.family, low, high), []).append(entry)
-            self._ports[_place(low, high)] += 1
+            self._ports[_slot(low, high)] += 1
         while len(self._entries) > self.limit:
             self._evict()
+
+    def _end(self, entry: _Entry, since_ns: int, now_ns: int) -> None:
+        entry.ended_ns = since_ns, now_ns
+        self._ended[id(entry)] = now_ns
+        self._miss(entry)
+
+    def _miss(self, entry: _Entry) -> None:
+        del self._there[_place_of(entry.netns, entry.event)]
+        older = self._older.get(entry.netns)
+        if older is not None:
+            older.discard(id(entry))
+            if not older:
+                del self._older[entry.netns]
 
     def _evict(self) -> None:
         """The user with most gives, his oldest."""
         if self._ended:
-            self._remove(next(iter(self._ended)))
+            self._remove(self._entries[next(iter(self._ended))])
             return
         order = max(self._orders.values(), key=len)
-        self._remove(next(iter(order)))
+        self._remove(self._entries[next(iter(order))])
         self.evicted += 1
 
     def _forget(self, before_ns: int) -> None:
@@ -195,10 +287,12 @@ class Translations:
             key, ended_ns = next(iter(self._ended.items()))
             if ended_ns > before_ns:
                 return
-            self._remove(key)
+            self._remove(self._entries[key])
 
-    def _remove(self, key: tuple[int, int, tuple[bytes, bytes]]) -> None:
-        entry = self._entries.pop(key)
+    def _remove(self, entry: _Entry) -> None:
+        key = id(entry)
+        if entry.ended_ns is None:
+            self._miss(entry)
         self._ended.pop(key, None)
         order = self._orders[entry.owner]
         del order[key]
@@ -213,7 +307,8 @@ class Translations:
                 self._by_ends[ends] = rest
             else:
                 del self._by_ends[ends]
-            self._ports[_place(low, high)] -= 1
+            self._ports[_slot(low, high)] -= 1
+        del self._entries[key]
 
     # Who asks
 
@@ -224,20 +319,33 @@ class Translations:
         found: np.ndarray = self._ports[mixed >> np.uint32(32 - _BITS)] != 0
         return found
 
-    def find(self, way: Way, first_ns: int, last_ns: int) -> Translated | None:
-        """What the ends of a flow became; None: nothing, or nobody can tell."""
+    def find(self, way: Way, first_ns: int, last_ns: int, opens: bool = False) -> Translated | None:
+        """What the ends of a flow became; None: nothing, or nobody can tell.
+
+        `opens`: a connection begins with these packets.
+        """
         return self._find(
             way,
-            lambda one: one.may_be(first_ns, last_ns, self.heard_ns.get(one.netns, 0)),
-            lambda one: one.is_sure(first_ns, last_ns),
+            lambda one: one.may_be(first_ns, last_ns, self.heard_ns.get(one.netns, 0), opens),
+            lambda one: one.is_sure(first_ns, last_ns, opens),
+            lambda one: one.may_be_others(last_ns),
         )
 
     def find_now(self, way: Way) -> Translated | None:
         """What the ends of a socket that is there have become."""
-        return self._find(way, lambda one: one.ended_ns is None, lambda one: False)
+        return self._find(
+            way,
+            lambda one: one.ended_ns is None and not one.doubted,
+            lambda one: False,
+            lambda one: False,
+        )
 
     def _find(
-        self, way: Way, may_be: Callable[[_Entry], bool], is_sure: Callable[[_Entry], bool]
+        self,
+        way: Way,
+        may_be: Callable[[_Entry], bool],
+        is_sure: Callable[[_Entry], bool],
+        may_be_others: Callable[[_Entry], bool],
     ) -> Translated | None:
         netns, proto, family, near, lport, far, rport = way
         local, remote = near + lport.to_bytes(2), far + rport.to_bytes(2)
@@ -254,7 +362,7 @@ class Translations:
         found = {one.other(local, remote) for one in own}
         if len(found) > 1:
             found = {one.other(local, remote) for one in own if is_sure(one)}
-        if len(found) != 1:
+        if len(found) != 1 or all(may_be_others(one) for one in own):
             return None
         became, its_far = found.pop()
         return became[:16], int.from_bytes(became[16:]), its_far[:16], int.from_bytes(its_far[16:])
@@ -267,9 +375,11 @@ class Translations:
         if not len(rows):
             return
         some = flows[rows]
-        times = zip(some["first_ns"].tolist(), some["last_ns"].tolist(), strict=True)
-        for row, key, (first, last) in zip(rows.tolist(), flow_keys(some), times, strict=True):
-            found = self.find(key[2], first, last)
+        times = zip(*(some[name].tolist() for name in _TIMES), strict=True)
+        for row, key, (first, last, opened) in zip(
+            rows.tolist(), flow_keys(some), times, strict=True
+        ):
+            found = self.find(key[2], first, last, bool(opened))
             if found is not None:
                 near, flows["nat_lport"][row], far, flows["nat_rport"][row] = found
                 flows["nat_laddr"][row] = np.frombuffer(near, np.uint64)
@@ -298,6 +408,10 @@ def _sorted(one: _End, other: _End) -> tuple[_End, _End]:
     return (one, other) if one <= other else (other, one)
 
 
-def _place(one: _End, other: _End) -> int:
+def _place_of(netns: int, event: Event) -> _Place:
+    return netns, event.zone, event.family, event.proto, event.original
+
+
+def _slot(one: _End, other: _End) -> int:
     low, high = sorted((int.from_bytes(one[16:]), int.from_bytes(other[16:])))
     return ((low << 16 | high) * _ODD & 0xFFFFFFFF) >> (32 - _BITS)

@@ -3,15 +3,18 @@
  * ringhold TRUTH WAY COUNT: uses a UDP socket that it has by an io_uring alone,
  * then lets go of it that way: exit, close, unregister, update, exec, op_close
  * or op_update. A child has the only descriptor, and never uses it. Told are the
- * port, then that the socket is the child's, and each is answered. By one_of_two
- * and ring_fd it is still its own, and waits exits without having used it since
- * it closed its descriptor. Datagrams of 5 bytes come before that, of 6 after it.
+ * port, then that the socket is the child's, and each is answered. By one_of_two,
+ * ring_fd and thread (which has a table of its own, and the ring in it) it is
+ * still its own, and waits exits without having used it since it closed its
+ * descriptor. Datagrams of 5 bytes come before that, of 6 after it.
  *
  * ringhold TRUTH direct PORT: sends from a socket that never had a descriptor to
  * PORT of 127.0.0.1, closes a range of others, tells, and waits for an answer.
  */
 #include "truth.h"
 #include <linux/io_uring.h>
+#include <pthread.h>
+#include <sched.h>
 #include <sys/mman.h>
 
 #ifndef __NR_close_range
@@ -176,19 +179,22 @@ static void child(int sock, struct ring *ring, int gone, int count)
 	_exit(0);
 }
 
-int main(int argc, char **argv)
+/* Is it its own to the end? */
+static int keeps(const char *way)
+{
+	return !strcmp(way, "one_of_two") || !strcmp(way, "ring_fd") || !strcmp(way, "thread");
+}
+
+static int play(char **argv)
 {
 	struct sockaddr_in own;
 	socklen_t size = sizeof(own);
 	struct io_uring_files_update update;
 	struct ring ring, other;
 	int sock, copy, count, gone[2], nothing = -1, result;
-	char number[16], *way;
+	char number[16], *way = argv[2];
 	pid_t pid;
 
-	if (argc != 4)
-		return 2;
-	way = argv[2];
 	count = atoi(argv[3]);
 	if (!strcmp(way, "executed")) {
 		if (write(count, "g", 1) != 1 || wait(&result) < 0)
@@ -216,7 +222,7 @@ int main(int argc, char **argv)
 	if (!strcmp(way, "one_of_two") && enter_with(sock, 1, &other))
 		fail("second ring");
 	truth_claim(sock, (struct claim){ .proto = "udp", .in = count, .exact = 1, .len = 33 });
-	if (!strcmp(way, "one_of_two") || !strcmp(way, "ring_fd"))
+	if (keeps(way))
 		truth_claim(sock, (struct claim){ .proto = "udp", .in = count, .exact = 1,
 						  .len = 34 });
 	close(sock);
@@ -248,8 +254,9 @@ int main(int argc, char **argv)
 		snprintf(number, sizeof(number), "%d", copy);
 		execl("/proc/self/exe", argv[0], argv[1], "executed", number, NULL);
 		fail("exec");
-	} else if (!strcmp(way, "one_of_two") || !strcmp(way, "ring_fd")) {
-		close(ring.fd);
+	} else if (keeps(way)) {
+		if (strcmp(way, "thread"))
+			close(ring.fd);
 		tell(0);
 		hear();
 		if (write(gone[1], "s", 1) != 1)
@@ -259,4 +266,29 @@ int main(int argc, char **argv)
 	if (write(gone[1], "g", 1) != 1 || waitpid(pid, &result, 0) != pid)
 		fail("child");
 	return result != 0;
+}
+
+/* The first thread keeps a table of its own, which has none of it. */
+static void *apart(void *argv)
+{
+	static int result;
+
+	if (unshare(CLONE_FILES))
+		fail("unshare");
+	result = play(argv);
+	return &result;
+}
+
+int main(int argc, char **argv)
+{
+	pthread_t thread;
+	void *result;
+
+	if (argc != 4)
+		return 2;
+	if (strcmp(argv[2], "thread"))
+		return play(argv);
+	if (pthread_create(&thread, NULL, apart, argv) || pthread_join(thread, &result))
+		fail("thread");
+	return *(int *)result;
 }

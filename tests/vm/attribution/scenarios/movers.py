@@ -38,9 +38,10 @@ def fills(worker: Worker, wire: Wire, stage: Stage, family: int, way: str, path:
     worker.end(claim)
     wire.tell("full")
     wire.hear()
+    # the socket is its own again as soon as the child ends: what leaves around then is either's
+    worker.claim(sock, remote=sock.getpeername()[:2], any_address=True)
     child.tell()
     child.join()
-    worker.claim(sock, remote=sock.getpeername()[:2], any_address=True)
     sock.close()
 
 
@@ -135,11 +136,13 @@ def reads_first(worker: Worker, wire: Wire, stage: Stage, family: int, encrypted
     wait_asleep(child.pid)
     worker.end(claim)
     wire.tell("ready")
-    for _ in range(COUNT):
+    for left in reversed(range(COUNT)):
         child.hear()
+        if not left:
+            # the child ends with the far end's FIN, whose acknowledgement may come later: either's
+            worker.claim(sock, remote=sock.getpeername()[:2], any_address=True)
         wire.tell("moved")
     child.join()
-    worker.claim(sock, remote=sock.getpeername()[:2], any_address=True)
     sock.close()
 
 

@@ -90,6 +90,12 @@ def ring_without_a_descriptor(stage: Stage) -> None:
 
 
 @scenario(engines=("module",))
+def ring_in_the_table_of_a_thread(stage: Stage) -> None:
+    """A thread with a table of its own has the ring, and closes its descriptor: its own."""
+    let_go(stage, "thread")
+
+
+@scenario(engines=("module",))
 def socket_without_a_descriptor(stage: Stage) -> None:
     """A ring makes a socket that never has a descriptor: its process's, whatever that closes."""
     with playing(stage):

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: MIT
+"""Links of Netfilter, by which engine ebpf sees what leaves: one set for each network namespace.
+
+The functions through which else it sees that (bpf/out.h) can be left out by the kernel, a link
+never is. A namespace has its links some 0.3 s after it was made; until then those functions tell.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from nlproto.engines.bpf import Object, link_netfilter
+from nlproto.engines.namespaces import CapturedNamespaces
+from nlproto.host import netns, procfs
+
+__all__ = ["PROGRAM", "NetfilterLinks", "open_links"]
+
+PROGRAM = "link_out"
+_MAP = "links"
+_PLACES = [(family, hook) for family in (2, 10) for hook in (2, 3)]  # FORWARD, LOCAL_OUT
+_BEGINS, _TELLS = struct.pack("=I", 1), struct.pack("=I", 2)  # as in bpf/out.h
+_ON_THEIR_WAY = 0.05  # s, for packets that are between Netfilter and its functions
+
+
+class _Links:
+    """Those of one namespace, that of the thread which makes them; raises OSError."""
+
+    def __init__(self, loaded: Object, inode: int) -> None:
+        self._loaded = loaded
+        self._key = struct.pack("=I", inode)
+        self._fds: list[int] = []
+        try:
+            for family, hook in _PLACES:
+                program = loaded.programs[PROGRAM].fd
+                self._fds.append(link_netfilter(program, family, hook))
+            loaded.update(_MAP, self._key, _BEGINS)
+            time.sleep(_ON_THEIR_WAY)
+            loaded.update(_MAP, self._key, _TELLS)
+        except OSError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let the functions tell again."""
+        with suppress(OSError):
+            self._loaded.delete(_MAP, self._key)
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+class NetfilterLinks:
+    """Links in our own namespace and in all others that there are, or come; close() ends them."""
+
+    def __init__(self, loaded: Object, own: int) -> None:
+        self._loaded = loaded
+        self._own = _Links(loaded, own)
+        self._others: dict[int, _Links] = {}
+        # where there are none, the functions tell: nothing that anybody must be told of
+        self._namespaces = CapturedNamespaces(self._make, own, lambda _: None)
+        self._namespaces.start()
+
+    def _make(self, inode: int, path: Path, ours: bool) -> _Links:
+        return netns.run_inside(path, lambda: _Links(self._loaded, inode))
+
+    def look(self) -> None:
+        """Give back those of namespaces that nobody uses any more; to be called now and then."""
+        for inode, links in self._namespaces.changes():
+            gone = self._others.pop(inode, None)
+            if gone is not None:
+                self._namespaces.give_back(gone)
+            if links is not None:
+                self._others[inode] = links
+
+    def __len__(self) -> int:
+        """Return how many namespaces have them."""
+        return 1 + len(self._others)
+
+    def close(self) -> None:
+        """End all of them."""
+        self._namespaces.close(self._others.values())
+        self._own.close()
+
+
+def open_links(loaded: Object) -> NetfilterLinks | None:
+    """Return links, or None where this kernel has none (before 6.4) or refuses them."""
+    program = loaded.programs.get(PROGRAM)
+    if program is None or program.fd < 0:
+        return None
+    try:
+        return NetfilterLinks(loaded, netns.own(procfs.PROC))
+    except OSError:
+        return None
