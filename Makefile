@@ -76,7 +76,7 @@ bench-start: tools ## the first look at 50,000 sockets, beside psutil and lsof (
 	PYTHONPATH=python $(PYTHON) bench/start_cost.py
 bench-hunter: tools ## top with 10,000 flows, annotate with 1 GB
 	PYTHONPATH=python $(PYTHON) bench/hunter_cost.py
-bench-fleet: tools ## 2,000 hosts with TLS and keys at one server and one collector; questions to 10 M flows
+bench-fleet: tools ## 2,000 hosts with TLS and keys at one server and one collector; questions to 100 M flows (5 GB in TMPDIR)
 	PYTHONPATH=python:tests:bench $(PYTHON) bench/fleet_load.py
 	PYTHONPATH=python:bench $(PYTHON) bench/fleet_questions.py
 bench-accuracy: tools ## beside nethogs, ss, psutil, tcplife, tcpconnect; all scenarios, both engines (root)
