@@ -51,6 +51,8 @@ test-packages: tools ## Debian packages and DKMS in a Debian 12 and 13 of their 
 	$(PYTEST) tests/packages --ignore tests/packages/test_bare.py
 test-bare: tools ## a fresh clone on Debian 12 and 13 with nothing installed (root)
 	$(PYTEST) tests/packages/test_bare.py
+test-fleet: tools ## two guests with daemons, module and ebpf; three servers of docs/FLEET.md, Debian's and upstream's
+	$(PYTEST) tests/fleet
 fuzz: ## every reader of foreign input, guided by coverage, SECONDS=600 each (atheris, libFuzzer; NAMES=)
 	@./build.sh --fuzz
 	$(PYTHON) tests/fuzzing/run.py $(or $(SECONDS),600) $(NAMES)
@@ -95,4 +97,4 @@ clean: ## remove what was built, .venv too
 distclean: ## clean, and what tests keep in ~/.cache/packet-hunter (kernels, modules, boxes)
 	@./build.sh distclean
 
-.PHONY: bench-history help run demo test tools lint test-unit test-host test-vm test-attribution test-ebpf test-matrix test-kasan test-vagrant test-browser test-packages test-bare fuzz nonsense attack soak bench bench-kernel bench-load bench-daemon bench-memory bench-start bench-hunter bench-fleet bench-accuracy menu deb clean distclean
+.PHONY: bench-history help run demo test tools lint test-unit test-host test-vm test-attribution test-ebpf test-matrix test-kasan test-vagrant test-browser test-packages test-bare test-fleet fuzz nonsense attack soak bench bench-kernel bench-load bench-daemon bench-memory bench-start bench-hunter bench-fleet bench-accuracy menu deb clean distclean

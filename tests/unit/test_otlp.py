@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
@@ -20,6 +17,7 @@ from fleet.wire import ToldProcess
 from nlproto.errors import UsageError
 from nlproto.records.wire import HOW_NAMES
 from nlproto.tables.flows import FLOW, pack_address
+from receiving import Stub, receiver
 
 PROCESS = ToldProcess(
     tgid=77,
@@ -99,42 +97,10 @@ def test_no_key_is_also_the_beginning_of_another():
     assert [(a, b) for a in keys for b in keys if b.startswith(f"{a}.")] == []
 
 
-class Stub(HTTPServer):
-    """Answers with what `answers` has next, then with 200."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.answers, self.taken, self.heads = [], [], []
-        self.url = f"http://127.0.0.1:{self.server_port}/v1/logs"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        data = gzip.decompress(self.rfile.read(int(self.headers["Content-Length"])))
-        code, body = self.server.answers.pop(0) if self.server.answers else (200, b"{}")
-        self.server.heads.append(self.headers)
-        if code == 200:
-            (resource,) = json.loads(data)["resourceLogs"]
-            self.server.taken += resource["scopeLogs"][0]["logRecords"]
-        self.send_response(code)
-        if code == 302:
-            self.send_header("Location", self.server.url)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture(name="stub")
 def _stub():
-    with Stub() as stub:
-        thread = threading.Thread(target=stub.serve_forever, args=(0.01,))
-        thread.start()
+    with receiver() as stub:
         yield stub
-        stub.shutdown()
-        thread.join()
 
 
 class Flows:
