@@ -18,7 +18,7 @@ builder.cdef(
 builder.set_source(
     "nlproto._host",
     '#include <stdint.h>\n#include "shared_proto.h"\n#include "host.h"\n#include "accounting.h"',
-    sources=[f"python/nlproto/native/{name}.c" for name in ("host", "flows", "table")],
+    sources=[f"python/nlproto/native/{name}.c" for name in ("host", "memory", "flows", "table")],
     include_dirs=[str(ROOT), str(SOURCES)],
     depends=[str(ROOT / "shared_proto.h"), *(str(SOURCES / name) for name in HEADERS)],
 )

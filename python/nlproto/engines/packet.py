@@ -131,7 +131,7 @@ class PacketEngine:
         self._use_diag = sock_diag
         self._now_ns = now_ns
         self._urgency = Urgency(now_ns)
-        self._holders = holders or Holders(proc, now_ns)
+        self._holders = Holders(proc, now_ns) if holders is None else holders
         self._holders.walking = self._urgency.patiently
         self._failures = Failures("engine packet")
         self._places: dict[int, _Capture] = {}

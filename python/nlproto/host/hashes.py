@@ -10,7 +10,6 @@ Sources: man 5 proc (exe, fdinfo, mountinfo), man 2 open (O_PATH).
 
 from __future__ import annotations
 
-import hashlib
 import os
 import queue
 import stat
@@ -112,6 +111,8 @@ class Hashes:
                 return ""
             found = self._known.get(key)
             if found is None:
+                import hashlib  # loads OpenSSL, 3.5 MB: not for who asks for no hash
+
                 digest = hashlib.sha256()
                 size = 0
                 while (piece := self._piece(file.read)) and size <= _MAX_FILE:

@@ -12,7 +12,6 @@
 #include <linux/sock_diag.h>
 #include <linux/tcp.h>
 #include <linux/virtio_net.h>
-#include <malloc.h>
 #include <netinet/in.h>
 #include <sched.h>
 #include <stddef.h>
@@ -474,18 +473,4 @@ void host_close(const int *fds, uint32_t count)
 
 	for (i = 0; i < count; i++)
 		close(fds[i]);
-}
-
-void host_one_heap(void)
-{
-#ifdef M_ARENA_MAX
-	mallopt(M_ARENA_MAX, 1);
-#endif
-}
-
-void host_trim(void)
-{
-#ifdef __GLIBC__
-	malloc_trim(0);
-#endif
 }
