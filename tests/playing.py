@@ -64,9 +64,9 @@ async def _play(
 
 
 def _server(words: str) -> tuple[tuple[str, ...], str | None, str | None]:
-    """URL, or URL,NKEY,CA."""
+    """URL, or URL|URL...,NKEY,CA."""
     url, nkey, ca = [*words.split(","), None, None][:3]
-    return (url or "",), nkey, ca
+    return tuple((url or "").split("|")), nkey, ca
 
 
 def main() -> None:

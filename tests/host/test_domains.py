@@ -20,6 +20,7 @@ from asking import seen as flow_seen
 from nameserver import AAAA, NameServer
 from nlproto.client.client import DaemonClient
 from talking import looking
+from waiting import there
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 

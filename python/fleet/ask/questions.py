@@ -110,8 +110,7 @@ def new(
             SELECT host, {columns}, min(first_ns) AS first_ns, count(*)::BIGINT AS rows,
                 min(raddr) AS raddr
             FROM range WHERE {of} GROUP BY host, {columns})
-        SELECT *, count(*) OVER () AS total FROM one ANTI JOIN
-            (SELECT DISTINCT host, {columns} FROM old) USING (host, {columns})
+        SELECT *, count(*) OVER () AS total FROM one ANTI JOIN old USING (host, {columns})
         ORDER BY first_ns LIMIT {int(limit)}
         """,
         words | {"old": since_ns, "since": store.range.since_ns},

@@ -300,8 +300,8 @@ class OwnerTest:
         """The kernel keeps 15 bytes of a name; a longer one is settled by the executable."""
         if program or len(comm) + 1 > len(self.name):
             return False
-        name = self.name.encode()
-        return len(name) > _COMM_MAX and comm.encode() == name[:_COMM_MAX]
+        name = self.name.encode("utf-8", "backslashreplace")  # a shell's bytes may be no UTF-8
+        return len(name) > _COMM_MAX and comm.encode("utf-8", "replace") == name[:_COMM_MAX]
 
 
 @dataclass(frozen=True, slots=True)
