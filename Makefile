@@ -51,6 +51,8 @@ test-packages: tools ## Debian packages and DKMS in a Debian 12 and 13 of their 
 	$(PYTEST) tests/packages --ignore tests/packages/test_bare.py
 test-bare: tools ## a fresh clone on Debian 12 and 13 with nothing installed (root)
 	$(PYTEST) tests/packages/test_bare.py
+test-fleet: tools ## two guests with daemons, module and ebpf; three servers of docs/FLEET.md, Debian's and upstream's
+	$(PYTEST) tests/fleet
 fuzz: ## every reader of foreign input, guided by coverage, SECONDS=600 each (atheris, libFuzzer; NAMES=)
 	@./build.sh --fuzz
 	$(PYTHON) tests/fuzzing/run.py $(or $(SECONDS),600) $(NAMES)
@@ -76,7 +78,7 @@ bench-start: tools ## the first look at 50,000 sockets, beside psutil and lsof (
 	PYTHONPATH=python $(PYTHON) bench/start_cost.py
 bench-hunter: tools ## top with 10,000 flows, annotate with 1 GB
 	PYTHONPATH=python $(PYTHON) bench/hunter_cost.py
-bench-fleet: tools ## 2,000 hosts with TLS and keys at one server and one collector; questions to 10 M flows
+bench-fleet: tools ## 2,000 hosts with TLS and keys at one server and one collector; questions to 100 M flows (5 GB in TMPDIR)
 	PYTHONPATH=python:tests:bench $(PYTHON) bench/fleet_load.py
 	PYTHONPATH=python:bench $(PYTHON) bench/fleet_questions.py
 bench-accuracy: tools ## beside nethogs, ss, psutil, tcplife, tcpconnect; all scenarios, both engines (root)
@@ -95,4 +97,4 @@ clean: ## remove what was built, .venv too
 distclean: ## clean, and what tests keep in ~/.cache/packet-hunter (kernels, modules, boxes)
 	@./build.sh distclean
 
-.PHONY: bench-history help run demo test tools lint test-unit test-host test-vm test-attribution test-ebpf test-matrix test-kasan test-vagrant test-browser test-packages test-bare fuzz nonsense attack soak bench bench-kernel bench-load bench-daemon bench-memory bench-start bench-hunter bench-fleet bench-accuracy menu deb clean distclean
+.PHONY: bench-history help run demo test tools lint test-unit test-host test-vm test-attribution test-ebpf test-matrix test-kasan test-vagrant test-browser test-packages test-bare test-fleet fuzz nonsense attack soak bench bench-kernel bench-load bench-daemon bench-memory bench-start bench-hunter bench-fleet bench-accuracy menu deb clean distclean
