@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +89,15 @@ class Result:
         sides = (self.server, self.clients)
         named = sum(s.right_bytes + s.wrong_bytes + s.wrong_told_bytes for s in sides)
         return named / max(1, sum(s.size for s in sides))
+
+    def plain(self) -> dict[str, object]:
+        """For JSON; asdict() cannot copy a Counter before Python 3.12."""
+        sides = {"server": self.server, "clients": self.clients}
+        plain = {
+            name: {one.name: getattr(side, one.name) for one in fields(side)}
+            for name, side in sides.items()
+        }
+        return {one.name: getattr(self, one.name) for one in fields(self)} | plain
 
 
 @contextlib.contextmanager
@@ -244,7 +253,7 @@ def main() -> int:
     for name, side in (("server", result.server), ("curl", result.clients)):
         print(f"{name}: {dict(side.how)}, {side.guessed} guessed", file=sys.stderr)
     if arguments.json:
-        arguments.json.write_text(json.dumps(asdict(result), indent=1))
+        arguments.json.write_text(json.dumps(result.plain(), indent=1))
     return 0
 
 

@@ -17,6 +17,7 @@ _shtab_packet_hunter_collect_commands() {
 
 _shtab_packet_hunter_collect_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
+  {-V,--version}"[say the version, and end]"
   "*--server[tls\:\/\/HOST\:PORT, once for each of a cluster (default nats\:\/\/127.0.0.1\:4222)]:URL:"
   "--nkey[the seed of the nkey that we are known by]:FILE:"
   "--ca[who signs the server\'s certificate (default\: the system\'s)]:FILE:"

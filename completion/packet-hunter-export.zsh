@@ -17,6 +17,7 @@ _shtab_packet_hunter_export_commands() {
 
 _shtab_packet_hunter_export_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
+  {-V,--version}"[say the version, and end]"
   "--socket[the daemon\'s]:PATH:"
   "*--server[tls\:\/\/HOST\:PORT, once for each of a cluster (default nats\:\/\/127.0.0.1\:4222)]:URL:"
   "--nkey[the seed of the nkey that we are known by]:FILE:"

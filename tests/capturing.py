@@ -57,8 +57,12 @@ class Run:
         return self
 
     def records(self, *ports: int) -> np.ndarray:
-        """What was captured with one of `ports` at either end."""
+        """What was captured with one of `ports` at either end; nothing more is captured."""
         self.stop()
+        return self._with(ports)
+
+    def so_far(self, *ports: int) -> np.ndarray:
+        """The same, and the capture goes on."""
         return self._with(ports)
 
     def wait(self, count: int, *ports: int, netns: int | None = None) -> None:

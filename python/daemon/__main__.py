@@ -13,44 +13,33 @@ if __name__ == "__main__" and not sys.flags.safe_path:
     sys.path.insert(0, _first)
     refuse_unsafe_path("packet-hunterd")
 
+if __name__ == "__main__":
+    from nlproto.running import interrupt
+
+    interrupt.ends_quietly()
+
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402
 import os  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
-from typing import Any, NoReturn  # noqa: E402
 
 from daemon.service import Service  # noqa: E402
 from daemon.system.config import Config, load  # noqa: E402
-from nlproto.errors import Error, UsageError  # noqa: E402
 from nlproto.running.foreign import foreign_packages  # noqa: E402
-from nlproto.running.surroundings import missing  # noqa: E402
+from nlproto.running.program import Parser, ended, teller  # noqa: E402
+
+_tell = teller("packet-hunterd")
 
 DEFAULT_CONFIG = "/etc/packet-hunter/daemon.yaml"
 
 
-class _Version(argparse._VersionAction):
-    """argparse's own, but the version is looked up when it is asked for."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> None:
-        import nlproto
-
-        self.version = f"%(prog)s {nlproto.__version__}"
-        super().__call__(parser, *arguments)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """A mistake is one line, not the whole usage before it."""
-        raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="packet-hunterd",
         description="Name the process behind each packet, keep history, serve hunters.",
         epilog="Signals: SIGTERM and SIGINT end it, SIGHUP reads the configuration again.",
     )
-    parser.add_argument("-V", "--version", action=_Version)
+    parser.add_version()
     parser.add_argument(
         "--engine",
         choices=("auto", "module", "ebpf", "packet"),
@@ -69,25 +58,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the daemon until a signal comes. Returns 0, 1 (failure) or 2 (usage)."""
-    try:
-        return _run(_parser().parse_args(arguments))
-    except UsageError as error:
-        print(f"packet-hunterd: {error}", file=sys.stderr)
-        return 2
-    except Error as error:
-        print(f"packet-hunterd: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        lacking = missing(error)
-        if lacking is None:
-            raise
-        print(f"packet-hunterd: {lacking}", file=sys.stderr)
-        return 1
+    return ended(lambda: _run(_parser().parse_args(arguments)), _tell)
 
 
 def _run(options: argparse.Namespace) -> int:
     for line in foreign_packages():
-        print(f"packet-hunterd: {line}", file=sys.stderr)
+        _tell(line)
 
     def configuration() -> Config:
         path = options.config or (DEFAULT_CONFIG if os.path.exists(DEFAULT_CONFIG) else None)

@@ -6,14 +6,14 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from nlproto.errors import Error, UsageError
+from nlproto.errors import UsageError
+from nlproto.running.program import ended, teller
 
-__all__ = ["Server", "add_arguments", "checked_host", "exit_code", "make_nkey", "server_of"]
+__all__ = ["FleetServer", "add_arguments", "checked_host", "exit_code", "make_nkey", "server_of"]
 
 _HOST = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _DEFAULT = "nats://127.0.0.1:4222"
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class FleetServer:
     """Where the server is, and who we are there."""
 
     urls: tuple[str, ...]
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def server_of(options: argparse.Namespace) -> Server:
+def server_of(options: argparse.Namespace) -> FleetServer:
     """Return the Server of parsed options. Raises UsageError."""
     urls = tuple(options.server or [_DEFAULT])
     for url in urls:
@@ -64,7 +64,7 @@ def server_of(options: argparse.Namespace) -> Server:
             raise UsageError(f"'{url}' is no server: say tls://HOST:PORT")
         if parts.scheme == "nats" and parts.hostname not in ("127.0.0.1", "::1", "localhost"):
             log.warning("%s: everybody on the way can read what is sent; say tls://", url)
-    return Server(urls, options.nkey, options.ca)
+    return FleetServer(urls, options.nkey, options.ca)
 
 
 def make_nkey(options: argparse.Namespace, host: str | None) -> None:
@@ -85,16 +85,17 @@ def checked_host(name: str) -> str:
 
 def exit_code(program: str, run: Callable[[], None]) -> int:
     """Run a program; what ends it becomes one line."""
-    logging.basicConfig(level=logging.INFO, format=f"{program}: %(message)s")
-    try:
-        run()
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("fleet", "nlproto"):
-            raise
-        line = f"no module {error.name}: pip install 'packet-hunter[fleet]'"
-        print(f"{program}: {line}", file=sys.stderr)
-        return 1
-    except Error as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    return 0
+    tell = teller(program)
+
+    def begin() -> int:
+        logging.basicConfig(level=logging.INFO, format=f"{program}: %(message)s")
+        try:
+            run()
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] in ("fleet", "nlproto"):
+                raise
+            tell(f"no module {error.name}: pip install 'packet-hunter[fleet]'")
+            return 1
+        return 0
+
+    return ended(begin, tell)

@@ -13,30 +13,29 @@ if __name__ == "__main__" and not sys.flags.safe_path:
     sys.path.insert(0, _first)
     refuse_unsafe_path("packet-hunter")
 
-import errno  # noqa: E402
+if __name__ == "__main__":
+    from nlproto.running import interrupt
+
+    interrupt.ends_quietly()
+
 import logging  # noqa: E402
-import os  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 
 from hunter.cli import arguments, options  # noqa: E402
-from hunter.cli.descriptors import open_standard  # noqa: E402
 from hunter.cli.signals import Stop  # noqa: E402
 from hunter.show.text import plain  # noqa: E402
-from nlproto import Error, UsageError  # noqa: E402
+from nlproto import Error  # noqa: E402
 from nlproto.filters.mistakes import FilterError  # noqa: E402
 from nlproto.running import descriptors  # noqa: E402
 from nlproto.running.foreign import foreign_packages  # noqa: E402
-from nlproto.running.surroundings import missing  # noqa: E402
+from nlproto.running.program import ended, teller  # noqa: E402
 
-_OUTPUT_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+_say = teller("packet-hunter")
 
 
 def _tell(line: str) -> None:
-    """Write one line for people; a closed stderr is nobody's failure."""
-    try:
-        print(f"packet-hunter: {plain(line)}", file=sys.stderr, flush=True)
-    except OSError:
-        pass
+    """Write one line for people."""
+    _say(plain(line))
 
 
 class _Log(logging.Handler):
@@ -46,44 +45,39 @@ class _Log(logging.Handler):
         _tell(record.getMessage())
 
 
-def _forget_output() -> None:
-    """Nobody takes it: Python would complain once more when it flushes at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
 def _run(command: options.Command, stop: Stop) -> int:
     """Return the exit code: that of the command after "--", else 0."""
     # Imported here: each subcommand needs parts that the others do without.
     match command:
-        case options.Live():
+        case options.LiveOptions():
             from hunter.commands import live
 
             return live.run(command, stop, _tell)
-        case options.Who():
+        case options.WhoOptions():
             from hunter.who import who
 
             who.run(command, _tell)
-        case options.Usage():
+        case options.UsageOptions():
             from hunter.commands import usage
 
             usage.run(command)
-        case options.Watch():
+        case options.WatchOptions():
             from hunter.watch import watch
 
             return watch.run(command, stop, _tell)
-        case options.Fleet():
+        case options.FleetOptions():
             from hunter.fleet import fleet
 
             return fleet.run(command, _tell)
-        case options.Web():
+        case options.WebOptions():
             from hunter.web import web
 
             web.run(command, stop, _tell)
-        case options.Stats():
+        case options.StatsOptions():
             from hunter.commands import stats
 
             stats.run(command)
-        case options.Top():
+        case options.TopOptions():
             try:
                 from hunter.top import app
             except ModuleNotFoundError as error:
@@ -92,15 +86,15 @@ def _run(command: options.Command, stop: Stop) -> int:
                 raise Error("top needs Textual: pip install 'packet-hunter[top]'") from None
 
             app.run(command, stop, _tell)
-        case options.Doctor():
+        case options.DoctorOptions():
             from hunter.commands import doctor
 
             doctor.run(command)
-        case options.Annotate():
+        case options.AnnotateOptions():
             from hunter.commands import annotate
 
             annotate.run(command, stop, _tell)
-        case options.Report():
+        case options.ReportOptions():
             from hunter.commands import report
 
             report.run(command, _tell)
@@ -112,44 +106,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns 0, 1 (failure), 2 (usage), or the exit code of the command after "--".
     """
-    open_standard()
-    logging.getLogger().handlers = [_Log(logging.WARNING)]
-    for line in foreign_packages():
-        _tell(line)
-    code = 0
-    try:
+    arguments_given = sys.argv[1:] if argv is None else argv
+
+    def begin() -> int:
+        logging.getLogger().handlers = [_Log(logging.WARNING)]
+        for line in foreign_packages():
+            _tell(line)
+        descriptors.raise_limit()
         try:
-            descriptors.raise_limit()
             with Stop() as stop:
-                code = _run(arguments.parse(sys.argv[1:] if argv is None else argv), stop)
-        except SystemExit as ended:  # --help, --version, doctor
-            code = int(ended.code or 0)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _forget_output()
-    except KeyboardInterrupt:
-        return 0
-    except FilterError as error:
-        _tell(str(error))
-        for line in error.pointer().split("\n"):
-            print(f"  {line}", file=sys.stderr)
-        return 2
-    except UsageError as error:
-        _tell(str(error))
-        return 2
-    except Error as error:
-        _tell(str(error))
-        return 1
-    except OSError as error:
-        if lacking := missing(error):
-            _tell(str(lacking))
-            return 1
-        if error.errno not in _OUTPUT_FAILS:
-            raise
-        _forget_output()
-        _tell(f"cannot write to standard output: {error.strerror}")
-        return 1
-    return code
+                return _run(arguments.parse(arguments_given), stop)
+        except FilterError as error:
+            _tell(str(error))
+            for line in error.pointer().split("\n"):
+                print(f"  {line}", file=sys.stderr)
+            return error.exit_code
+
+    return ended(begin, _tell, prints=True)
 
 
 if __name__ == "__main__":

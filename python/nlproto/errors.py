@@ -13,11 +13,16 @@ __all__ = [
 
 
 class Error(Exception):
-    """Base of everything that nlproto raises on purpose; a program that fails on it exits 1."""
+    """Base of everything that nlproto raises on purpose."""
+
+    exit_code = 1
+    """Of a program that fails on it."""
 
 
 class UsageError(Error):
-    """The caller asked for something that cannot be; a program that fails on it exits 2."""
+    """The caller asked for something that cannot be."""
+
+    exit_code = 2
 
 
 class NoModule(Error):

@@ -7,12 +7,15 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fleeting import Program, Server, free_port, rows
 from hunting import NOBODY
+from receiving import receiver
 from waiting import patient, until
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -20,12 +23,14 @@ pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs ro
 
 
 @pytest.fixture(name="nats")
-def _nats(tmp_path):
+def _nats(tmp_path: Path) -> Iterator[Server]:
     with Server(tmp_path / "nats") as server:
         yield server
 
 
-def test_a_connection_becomes_a_row_that_names_its_process(daemon, nats, tmp_path, server):
+def test_a_connection_becomes_a_row_that_names_its_process(
+    daemon: Any, nats: Server, tmp_path: Path, server: Any
+) -> None:
     store = tmp_path / "store"
     arguments = ["--server", nats.url, "--interval", "0.3"]
     with (
@@ -43,7 +48,7 @@ def test_a_connection_becomes_a_row_that_names_its_process(daemon, nats, tmp_pat
             client.sendall(b"x" * 1000)
             client.recv(1000)
 
-            def found():
+            def found() -> list[Any]:
                 return [row for row in rows(store, "flows") if row["lport"] == port]
 
             until(found, 30, "the row")
@@ -69,7 +74,48 @@ def test_a_connection_becomes_a_row_that_names_its_process(daemon, nats, tmp_pat
     assert last["delivered"] > 0 and last["engine"] == "packet"
 
 
-def test_who_may_not_see_everything_is_told_so(daemon, nats, tmp_path):
+def test_a_connection_becomes_a_log_record_of_a_pipeline(
+    daemon: Any, tmp_path: Path, server: Any
+) -> None:
+    """The daemon's own packets at a receiver of OpenTelemetry logs, by both conventions' names."""
+    with (
+        receiver() as stub,
+        Program.of(
+            tmp_path / "otlp.log",
+            "otlp",
+            *("--socket", daemon.path, "--endpoint", stub.url, "--host", "web1.example"),
+            *("--interval", "0.5"),
+        ) as program,
+    ):
+        program.wait_for("engine packet")
+        with socket.create_connection(("127.0.0.1", server[1])) as client:
+            port = str(client.getsockname()[1])
+            client.sendall(b"x" * 1000)
+            client.recv(1000)
+
+            def found() -> list[Any]:
+                told = [_attributes(one) for one in list(stub.taken)]
+                return [one for one in told if port == one["source.port"] and "process.pid" in one]
+
+            until(lambda: {one["process.pid"] for one in found()} >= {str(os.getpid())}, 30)
+        assert program.stop() == 0, program.text()
+        [last] = [line for line in program.text().splitlines() if "refused" in line]
+        assert f"{len(stub.taken)} sent, 0 refused, 0 lost" in last
+    ours = [one for one in found() if one["process.pid"] == str(os.getpid())]
+    [one, *_] = [one for one in ours if one["network.direction"] == "egress"]
+    assert one["network.transport"] == "tcp" and one["network.type"] == "ipv4"
+    assert one["source.address"] == one["destination.address"] == "127.0.0.1"
+    assert one["destination.port"] == str(server[1])
+    assert one["process.executable.path"] == os.readlink("/proc/self/exe")
+    assert one["network.community_id"].startswith("1:")
+    assert sum(int(one["source.bytes"]) for one in ours) > 1000
+
+
+def _attributes(record: Any) -> dict[Any, Any]:
+    return {one["key"]: next(iter(one["value"].values())) for one in record["attributes"]}
+
+
+def test_who_may_not_see_everything_is_told_so(daemon: Any, nats: Server, tmp_path: Path) -> None:
     spool = tmp_path / "spool"
     spool.mkdir()
     os.chown(spool, 65534, 65534)
@@ -82,7 +128,7 @@ def test_who_may_not_see_everything_is_told_so(daemon, nats, tmp_path):
         assert "member of its group" in exporter.text()
 
 
-def test_one_command_starts_a_fleet_on_one_machine_and_ends_it(tmp_path, server):
+def test_one_command_starts_a_fleet_on_one_machine_and_ends_it(tmp_path: Path, server: Any) -> None:
     directory = tmp_path / "fleet"
     told = {"PACKET_HUNTER_ENGINE": "packet", "PACKET_HUNTER_NATS_PORT": str(free_port())}
     command = [str(EXAMPLES / "fleet.sh"), str(directory)]
@@ -94,7 +140,7 @@ def test_one_command_starts_a_fleet_on_one_machine_and_ends_it(tmp_path, server)
         with socket.create_connection(("127.0.0.1", server[1])) as client:
             port = client.getsockname()[1]
 
-            def found():
+            def found() -> list[Any]:
                 client.sendall(b"x")
                 client.recv(10)
                 return [row for row in rows(directory / "hours", "flows") if row["lport"] == port]
@@ -108,7 +154,7 @@ def test_one_command_starts_a_fleet_on_one_machine_and_ends_it(tmp_path, server)
         until(lambda: not any(_session(pid) == example.process.pid for pid in parts))
 
 
-def _session(pid):
+def _session(pid: Any) -> Any:
     try:
         return os.getsid(pid)
     except ProcessLookupError:

@@ -4,21 +4,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fleet.ask.ends import ends
 from fleet.ask.hosts import hosts_of
 from fleet.ask.store import Range, open_folder
-from fleet.ask.wanted import Wanted
-from fleeting import Program, Server
+from fleeting import ASK, SERVE, Program, Server, ends_by_way, told
 from waiting import until
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs root")
@@ -27,41 +26,18 @@ NAMES = ("m1", "m2", "m3")
 EACH = 10
 """Connections from each machine to each other one, and to itself over loopback."""
 PORT = 7000
-SERVE = """
-import json, os, socket, sys
-truth = open(sys.argv[1], "a", buffering=1)
-with socket.create_server(("", int(sys.argv[2])), backlog=200) as listener:
-    truth.write("ready\\n")
-    kept = []
-    while True:
-        one, far = listener.accept()
-        kept.append(one)
-        truth.write(json.dumps([*one.getsockname(), *far, os.getpid()]) + "\\n")
-        one.sendall(b"hello")
-"""
-ASK = """
-import json, os, socket, sys
-truth = open(sys.argv[1], "a", buffering=1)
-kept = []
-for _ in range(int(sys.argv[2])):
-    for address in sys.argv[4:]:
-        one = socket.create_connection((address, int(sys.argv[3])), timeout=20)
-        assert one.recv(5)
-        kept.append(one)
-        truth.write(json.dumps([*one.getsockname(), *one.getpeername(), os.getpid()]) + "\\n")
-truth.write("done\\n")
-sys.stdin.read()
-"""
 
 
-def run(*command):
+def run(*command: Any) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
 class Machine:
     """Its own network, processes and /proc; a daemon and an exporter."""
 
-    def __init__(self, number, name, directory, hub, url):
+    def __init__(
+        self, number: Any, name: Any, directory: Any, hub: Any, url: Any, engine: Any
+    ) -> None:
         self.name, self.address = name, f"10.99.0.{number}"
         self.directory = directory / name
         self.directory.mkdir()
@@ -77,7 +53,7 @@ class Machine:
         self.enter("ip", "link", "set", device, "up").wait(20)
         self.enter("ip", "link", "set", "lo", "up").wait(20)
         path = str(self.directory / "daemon.sock")
-        daemon = [sys.executable, *("-I", "-m", "daemon", "--engine", "packet", "--foreground")]
+        daemon = [sys.executable, *("-I", "-m", "daemon", "--engine", engine, "--foreground")]
         self.daemon = Program(
             self.directory / "daemon.log", self._inside([*daemon, "--socket", path]), cwd="/"
         )
@@ -88,33 +64,30 @@ class Machine:
         )
         self.exporter.wait_for("connected as")
 
-    def _child(self):
+    def _child(self) -> Any:
         children = Path(f"/proc/{self.outer.pid}/task/{self.outer.pid}/children").read_text()
         return int(children.split()[0]) if children else None
 
-    def _inside(self, command):
+    def _inside(self, command: Any) -> list[Any]:
         return ["nsenter", "--target", str(self.init), "--net", "--pid", "--mount", *command]
 
-    def enter(self, *command, **options):
+    def enter(self, *command: Any, **options: Any) -> Any:
         return subprocess.Popen(self._inside(list(command)), cwd="/", **options)
 
-    def python(self, code, side, *words):
+    def python(self, code: Any, side: Any, *words: Any) -> Any:
         command = [sys.executable, "-c", code, str(self.truth[side]), *map(str, words)]
         return self.enter(*command, stdin=subprocess.PIPE)
 
-    def told(self, side):
-        """{(local, remote): pid} as the processes themselves say."""
-        lines = self.truth[side].read_text().splitlines()
-        found = [json.loads(line) for line in lines if line.startswith("[")]
-        return {(f"{a}:{p}", f"{b}:{q}"): pid for a, p, b, q, pid in found}
+    def told(self, side: Any) -> Any:
+        return told(self.truth[side])
 
-    def close(self):
+    def close(self) -> None:
         """The exporter sends what it has; the daemon ends with its machine."""
         assert self.exporter.stop() == 0, self.exporter.text()
 
 
-@pytest.fixture
-def machines(tmp_path):
+@pytest.fixture(params=["packet", "ebpf"])
+def machines(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Any, ...]]:
     hub = f"phf-hub-{os.getpid()}"
     with contextlib.ExitStack() as stack:
         run("ip", "netns", "add", hub)
@@ -124,13 +97,15 @@ def machines(tmp_path):
         server = stack.enter_context(Server(tmp_path / "nats"))
         made = []
         for number, name in enumerate(NAMES, 1):
-            made.append(Machine(number, name, tmp_path, hub, server.url))
+            made.append(Machine(number, name, tmp_path, hub, server.url, request.param))
             stack.callback(made[-1].outer.wait)
             stack.callback(made[-1].outer.send_signal, signal.SIGKILL)
         yield made, tmp_path / "store", server.url
 
 
-def test_every_connection_of_three_machines_has_both_its_processes(machines, tmp_path):
+def test_every_connection_of_three_machines_has_both_its_processes(
+    machines: tuple[Any, ...], tmp_path: Path
+) -> None:
     made, store, url = machines
     since = time.time_ns()
     with Program.of(tmp_path / "collect.log", "collect", str(store), "--server", url,
@@ -146,8 +121,8 @@ def test_every_connection_of_three_machines_has_both_its_processes(machines, tmp
         wanted = {(one.name, *way): pid for one in made for way, pid in one.told("ask").items()}
         assert len(wanted) == 3 * 3 * EACH
 
-        def all_there():
-            return wanted.keys() <= _joined(store, since).keys()
+        def all_there() -> bool:
+            return wanted.keys() <= ends_by_way(store, since, PORT).keys()
 
         until(all_there, 60, "both ends of all")
         for one in asking:
@@ -156,7 +131,7 @@ def test_every_connection_of_three_machines_has_both_its_processes(machines, tmp
         for one in made:
             one.close()
         assert collector.stop() == 0, collector.text()
-    found = _joined(store, since)
+    found = ends_by_way(store, since, PORT)
     answering = {
         (one.name, local, remote): pid
         for one in made
@@ -170,22 +145,5 @@ def test_every_connection_of_three_machines_has_both_its_processes(machines, tmp
         assert {one.name for one in hosts_of(opened)} == set(NAMES)
 
 
-def _joined(store, since):
-    """{(client's machine, local, remote): (its pid, server's machine, its pid)}."""
-    if not (store / "flows").is_dir():
-        return {}
-    with open_folder(store, Range(since, time.time_ns())) as opened:
-        found = {}
-        for one in ends(opened, Wanted(port=PORT)):
-            client, server = one["client"], one["server"]
-            if client and server:
-                ways = [f"{client[f'{side}addr']}:{client[f'{side}port']}" for side in "lr"]
-                assert not one["ambiguous"]
-                key = (client["host"], *ways)
-                assert key not in found, "one connection, two rows"
-                found[key] = client["tgid"], server["host"], server["tgid"]
-        return found
-
-
-def _text(path):
+def _text(path: Any) -> Any:
     return path.read_text() if path.exists() else ""

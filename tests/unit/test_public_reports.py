@@ -128,7 +128,7 @@ REPORTS = {
 
 
 @pytest.mark.parametrize("wanted", REPORTS.values(), ids=REPORTS)
-def test_each_report_has_a_test(wanted):
+def test_each_report_has_a_test(wanted: list[str]) -> None:
     """Of `file::` alone any test will do."""
     for one in wanted:
         file, _, name = one.partition("::")

@@ -1,27 +1,34 @@
 # SPDX-License-Identifier: MIT
 """python -m fleet.collect: arguments, signals, exit codes."""
 
-import argparse
-import asyncio
-import logging
-import signal
-import sys
-from collections.abc import Sequence
+if __name__ == "__main__":
+    from nlproto.running import interrupt
 
-from fleet.options import add_arguments, exit_code, make_nkey, server_of
-from nlproto.errors import UsageError
+    interrupt.ends_quietly()
+
+import argparse  # noqa: E402
+import asyncio  # noqa: E402
+import logging  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+
+from fleet.options import add_arguments, exit_code, make_nkey, server_of  # noqa: E402
+from nlproto.errors import UsageError  # noqa: E402
+from nlproto.running.program import Parser  # noqa: E402
 
 DEFAULT_DIRECTORY = "/var/lib/packet-hunter-collect"
 _DAY = 86400.0
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the parser; it needs no library of the extra."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="packet-hunter-collect",
         description="Write what hosts sent to the fleet's server into hours of Parquet.",
         epilog="Any number of them may run, on one folder or several. SIGTERM ends one.",
     )
+    made.add_version()
     made.add_argument(
         "directory",
         nargs="?",
@@ -63,8 +70,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    return exit_code("packet-hunter-collect", lambda: _run(options))
+    return exit_code("packet-hunter-collect", lambda: _run(parser().parse_args(arguments)))
 
 
 def _url(text: str) -> str:
@@ -81,7 +87,7 @@ def _url(text: str) -> str:
 def _run(options: argparse.Namespace) -> None:
     from fleet import bus
     from fleet.collect.clickhouse import ClickHouseStore
-    from fleet.collect.collector import Collector, Store
+    from fleet.collect.collector import BatchStore, Collector
     from fleet.collect.parquet import ParquetStore
     from fleet.collect.tidy import Tidier
 
@@ -95,7 +101,7 @@ def _run(options: argparse.Namespace) -> None:
         return
     store = ParquetStore(options.directory, options.keep * _DAY)
 
-    stores: list[Store] = [store]
+    stores: list[BatchStore] = [store]
     if options.clickhouse is not None:
         stores.append(ClickHouseStore(_url(options.clickhouse), options.keep * _DAY))
 

@@ -19,6 +19,9 @@ __all__ = ["Hour", "Received", "hours_of", "in_order"]
 
 _EARLY_NS = 3600 * 10**9
 """How far a host's clock may be ahead."""
+_MAPPED = bytes(10) + b"\xff\xff"
+"""What IPv4 addresses begin with as IPv6 ones."""
+_SLICE_NS = 300 * 10**9
 _COMMON = (
     *("netns", "cookie", "protocol", "lport", "rport", "tgid", "start_ns", "flags"),
     *("first_ns", "last_ns", "packets_out", "bytes_out", "packets_in", "bytes_in"),
@@ -30,7 +33,7 @@ class Received:
     """A batch, and the host whose subject it came on."""
 
     host: str
-    batch: wire.Batch
+    batch: wire.HostBatch
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -91,7 +94,7 @@ def hours_of(
     return made, untimely
 
 
-def _times(batch: wire.Batch) -> np.ndarray:
+def _times(batch: wire.HostBatch) -> np.ndarray:
     if batch.kind == wire.FLOWS:
         times: np.ndarray = batch.rows["last_ns"]
         return times
@@ -120,14 +123,18 @@ def _table(
 
 
 def in_order(flows: pa.Table) -> pa.Table:
-    """Return `flows` by the far end's port, then its address: a needle is in few groups of rows."""
+    """Return `flows` by five minutes, the far end's port, then its address.
+
+    Most questions have a range of time, and a needle is in few groups of rows.
+    """
     address = flows["raddr"].combine_chunks()
     if isinstance(address, pa.ChunkedArray):
         address = address.chunk(0)
     texts = np.array(address.dictionary.to_pylist())
     rank = np.empty(len(texts), np.int64)
     rank[np.argsort(texts)] = np.arange(len(texts))
-    order = np.lexsort((rank[address.indices.to_numpy()], flows["rport"].to_numpy()))
+    slices = flows["last_ns"].to_numpy() // _SLICE_NS
+    order = np.lexsort((rank[address.indices.to_numpy()], flows["rport"].to_numpy(), slices))
     return flows.take(pa.array(order))
 
 
@@ -216,6 +223,8 @@ def _shown(packed: bytes) -> str | None:
     family, raw = packed[0], packed[1:]
     if not family:
         return None
+    if family == socket.AF_INET6 and raw.startswith(_MAPPED):  # one connection, one address
+        return socket.inet_ntop(socket.AF_INET, raw[len(_MAPPED) :])
     return socket.inet_ntop(family, raw[:4] if family == socket.AF_INET else raw)
 
 

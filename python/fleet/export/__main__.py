@@ -1,29 +1,36 @@
 # SPDX-License-Identifier: MIT
 """python -m fleet.export: arguments, signals, exit codes."""
 
-import argparse
-import asyncio
-import logging
-import os
-import signal
-import socket
-import sys
-from collections.abc import Sequence
+if __name__ == "__main__":
+    from nlproto.running import interrupt
 
-from fleet.options import add_arguments, checked_host, exit_code, make_nkey, server_of
-from nlproto.client.frames import DEFAULT_SOCKET
-from nlproto.errors import UsageError
+    interrupt.ends_quietly()
+
+import argparse  # noqa: E402
+import asyncio  # noqa: E402
+import logging  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import socket  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+
+from fleet.options import add_arguments, checked_host, exit_code, make_nkey, server_of  # noqa: E402
+from nlproto.client.frames import DEFAULT_SOCKET  # noqa: E402
+from nlproto.errors import UsageError  # noqa: E402
+from nlproto.running.program import Parser  # noqa: E402
 
 DEFAULT_SPOOL = "/var/lib/packet-hunter-export"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the parser; it needs no library of the extra."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="packet-hunter-export",
         description="Send what this machine's processes do on the network to the fleet's server.",
         epilog="It needs no privilege but to be a member of the daemon's group. SIGTERM ends it.",
     )
+    made.add_version()
     made.add_argument("--socket", metavar="PATH", default=DEFAULT_SOCKET, help="the daemon's")
     add_arguments(made)
     made.add_argument("--host", metavar="NAME", help="who we are (default: this machine's name)")
@@ -51,13 +58,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    return exit_code("packet-hunter-export", lambda: _run(options))
+    return exit_code("packet-hunter-export", lambda: _run(parser().parse_args(arguments)))
 
 
 def _run(options: argparse.Namespace) -> None:
     from fleet.export.exporter import Exporter
-    from fleet.export.source import Source
+    from fleet.export.source import FlowSource
     from fleet.export.spool import Spool
 
     if options.spool_size < 1 or not 0.1 <= options.interval <= 3600:
@@ -74,7 +80,7 @@ def _run(options: argparse.Namespace) -> None:
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()
-        with Source(options.socket) as source:
+        with FlowSource(options.socket) as source:
             exporter = Exporter(source, spool, server, host, options.interval)
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, exporter.stop)

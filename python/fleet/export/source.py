@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from types import TracebackType
 from typing import Any, Self
 
 import msgspec
@@ -27,7 +26,7 @@ from nlproto.client.client import (
 from nlproto.errors import Error, NoDaemon, NoPrivilege
 from nlproto.tables.processes import Process, ProcessKey
 
-__all__ = ["Source"]
+__all__ = ["FlowSource"]
 
 _POLL = 0.5  # s
 _AGAIN = 1.0  # s between two tries to reach the daemon
@@ -38,7 +37,7 @@ _PARENTS = 64
 log = logging.getLogger(__name__)
 
 
-class Source:
+class FlowSource:
     """A context manager. Everything public is to be used with `lock` held."""
 
     def __init__(self, path: str) -> None:
@@ -67,12 +66,7 @@ class Source:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stopping.set()
         self._thread.join()
 

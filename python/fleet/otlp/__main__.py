@@ -3,32 +3,39 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
-import os
-import signal
-import socket
-import sys
-import threading
-from collections.abc import Sequence
-from urllib.parse import unquote, urlsplit
+if __name__ == "__main__":
+    from nlproto.running import interrupt
 
-from fleet.options import exit_code
-from nlproto.client.frames import DEFAULT_SOCKET
-from nlproto.errors import UsageError
+    interrupt.ends_quietly()
+
+import argparse  # noqa: E402
+import logging  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import socket  # noqa: E402
+import sys  # noqa: E402
+import threading  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
+from urllib.parse import unquote, urlsplit  # noqa: E402
+
+from fleet.options import exit_code  # noqa: E402
+from nlproto.client.frames import DEFAULT_SOCKET  # noqa: E402
+from nlproto.errors import UsageError  # noqa: E402
+from nlproto.running.program import Parser  # noqa: E402
 
 DEFAULT_ENDPOINT = "http://127.0.0.1:4318/v1/logs"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the parser."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="packet-hunter-otlp",
         description="Send what this machine's processes do on the network to an OpenTelemetry"
         " receiver, as logs (OTLP/HTTP, JSON).",
         epilog="Headers, as a key, come from OTEL_EXPORTER_OTLP_HEADERS (NAME=VALUE,...). SIGTERM"
         " ends it.",
     )
+    made.add_version()
     made.add_argument("--socket", metavar="PATH", default=DEFAULT_SOCKET, help="the daemon's")
     made.add_argument(
         "--endpoint",
@@ -48,12 +55,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    return exit_code("packet-hunter-otlp", lambda: _run(options))
+    return exit_code("packet-hunter-otlp", lambda: _run(parser().parse_args(arguments)))
 
 
 def _run(options: argparse.Namespace) -> None:
-    from fleet.export.source import Source
+    from fleet.export.source import FlowSource
     from fleet.otlp.sender import Receiver, Sender
 
     if not 0.1 <= options.interval <= 3600:
@@ -62,7 +68,7 @@ def _run(options: argparse.Namespace) -> None:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    with Source(options.socket) as source:
+    with FlowSource(options.socket) as source:
         host = options.host or socket.gethostname()
         sender = Sender(source, receiver, host, options.interval, stopping)
         sender.run()

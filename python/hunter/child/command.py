@@ -48,6 +48,19 @@ def as_invoker(environ: Mapping[str, str]) -> dict[str, Any]:
     return {"user": int(uid), "group": int(gid), "extra_groups": groups, "env": environment}
 
 
+class NotStarted(Error):
+    """As env(1) and sudo(8) tell it: 127 if there is no such program, 126 if it cannot be run."""
+
+    def __init__(self, program: str, error: Exception) -> None:
+        absent = isinstance(error, FileNotFoundError)
+        self.exit_code = 127 if absent else 126
+        reason = getattr(error, "strerror", None) or error
+        # a script whose interpreter is missing is reported as if it were not there itself
+        there = absent and os.path.sep in program and os.path.exists(program)
+        help = "; is its interpreter installed?" if there else "; is it installed?"
+        super().__init__(f"cannot run {program or repr(program)}: {reason}{help if absent else ''}")
+
+
 class Command:
     """A running command. Call from the thread that made it.
 
@@ -75,8 +88,7 @@ class Command:
             self._process = subprocess.Popen(argv, preexec_fn=lower_limit, **as_invoker(os.environ))
         except (OSError, subprocess.SubprocessError) as error:
             self.close()
-            reason = getattr(error, "strerror", None) or error
-            raise Error(f"cannot run {argv[0]}: {reason}; is it installed?") from None
+            raise NotStarted(argv[0], error) from None
 
     def close(self) -> None:
         _adopt_orphans(False)

@@ -11,27 +11,28 @@ from typing import Any, TypeVar
 from nlproto.client.frames import DEFAULT_SOCKET
 
 __all__ = [
-    "Annotate",
+    "AnnotateOptions",
     "BY",
     "NEWS",
     "Choice",
     "Command",
-    "Doctor",
+    "DoctorOptions",
     "FLEET_BY",
     "FLEET_NEW",
     "FLEET_QUESTIONS",
-    "Fleet",
-    "Live",
+    "FLEET_WORDS",
+    "FleetOptions",
+    "LiveOptions",
     "Origin",
     "SUBCOMMANDS",
-    "Report",
-    "Stats",
-    "Top",
+    "ReportOptions",
+    "StatsOptions",
+    "TopOptions",
     "USED_BY",
-    "Usage",
-    "Watch",
-    "Web",
-    "Who",
+    "UsageOptions",
+    "WatchOptions",
+    "WebOptions",
+    "WhoOptions",
     "command_of",
 ]
 
@@ -58,6 +59,16 @@ FLEET_BY = ("process", "host", "unit", "container", "pod", "user", "domain")
 
 FLEET_NEW = ("destination", "program", "listener")
 """What `fleet new` looks for."""
+FLEET_WORDS = {
+    "port": ("N", "of either end"),
+    "pid": ("P", "of this process"),
+    "pname": ("NAME", "of processes so named"),
+    "unit": ("UNIT", "of this systemd unit"),
+    "container": ("C", "of this container: name or id"),
+    "pod": ("POD", "of this pod"),
+    "domain": ("NAME", "to the host so named, or below"),
+}
+"""Options of `fleet` that are words of its filter, too."""
 
 SUBCOMMANDS = {
     "top": "processes by rate, live",
@@ -115,7 +126,7 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
-class Live:
+class LiveOptions:
     """The main command."""
 
     choice: Choice
@@ -146,7 +157,7 @@ class Live:
 
 
 @dataclass(frozen=True, slots=True)
-class Top:
+class TopOptions:
     choice: Choice
     origin: Origin
     numbers: bool
@@ -156,7 +167,7 @@ class Top:
 
 
 @dataclass(frozen=True, slots=True)
-class Who:
+class WhoOptions:
     """Without a word of what is asked about: what listens."""
 
     port: int | None
@@ -189,7 +200,7 @@ class Who:
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class UsageOptions:
     by: str
     """One of USED_BY."""
     since: float
@@ -201,7 +212,7 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Watch:
+class WatchOptions:
     kinds: list[str]
     """Of NEWS; none: all."""
     once: bool
@@ -217,9 +228,10 @@ class Watch:
 
 
 @dataclass(frozen=True, slots=True)
-class Fleet:
+class FleetOptions:
     question: str
     """One of FLEET_QUESTIONS."""
+    filter: list[str]
     store: str | None
     on: str | None
     port: int | None
@@ -248,14 +260,14 @@ class Fleet:
 
 
 @dataclass(frozen=True, slots=True)
-class Stats:
+class StatsOptions:
     json: bool
     socket: str
     socket_given: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Web:
+class WebOptions:
     port: int
     """0: any that is free."""
     socket: str
@@ -263,7 +275,7 @@ class Web:
 
 
 @dataclass(frozen=True, slots=True)
-class Annotate:
+class AnnotateOptions:
     input: str
     output: str
     netns: str | None
@@ -273,31 +285,43 @@ class Annotate:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ReportOptions:
     input: list[str]
     output: str
 
 
 @dataclass(frozen=True, slots=True)
-class Doctor:
+class DoctorOptions:
     socket: str
     socket_given: bool
 
 
-Command = Live | Top | Who | Usage | Watch | Fleet | Web | Stats | Annotate | Report | Doctor
+Command = (
+    LiveOptions
+    | TopOptions
+    | WhoOptions
+    | UsageOptions
+    | WatchOptions
+    | FleetOptions
+    | WebOptions
+    | StatsOptions
+    | AnnotateOptions
+    | ReportOptions
+    | DoctorOptions
+)
 
 _KINDS: dict[str, type[Command]] = {
-    "live": Live,
-    "top": Top,
-    "who": Who,
-    "usage": Usage,
-    "watch": Watch,
-    "fleet": Fleet,
-    "web": Web,
-    "stats": Stats,
-    "annotate": Annotate,
-    "report": Report,
-    "doctor": Doctor,
+    "live": LiveOptions,
+    "top": TopOptions,
+    "who": WhoOptions,
+    "usage": UsageOptions,
+    "watch": WatchOptions,
+    "fleet": FleetOptions,
+    "web": WebOptions,
+    "stats": StatsOptions,
+    "annotate": AnnotateOptions,
+    "report": ReportOptions,
+    "doctor": DoctorOptions,
 }
 _PARTS = {"choice": Choice, "origin": Origin}
 _FILES = ("save", "output", "html")

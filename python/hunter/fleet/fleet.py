@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hunter.cli.options import Fleet
+from hunter.cli.choice import fleet_filter
+from hunter.cli.options import FleetOptions
 from hunter.fleet import page, show
 from hunter.show.console import Output
 from nlproto.errors import Error
@@ -19,11 +20,11 @@ __all__ = ["run"]
 
 _STORE = Path("/var/lib/packet-hunter-collect")
 _ROWS, _JSON_ROWS = 50, 1000
-_MOST = 200_000
-"""Connections that a map is drawn of."""
+_MOST = 20_000
+"""Edges in the table of a page."""
 
 
-def run(options: Fleet, notify: Callable[[str], None]) -> int:
+def run(options: FleetOptions, notify: Callable[[str], None]) -> int:
     """Ask and print; 1 when nothing is found. Raises Error."""
     try:
         from fleet.ask.ends import ends
@@ -35,8 +36,7 @@ def run(options: Fleet, notify: Callable[[str], None]) -> int:
         if (error.name or "").partition(".")[0] in ("fleet", "hunter", "nlproto"):
             raise
         raise Error(f"no module {error.name}: pip install 'packet-hunter[fleet]'") from None
-    names = [name for name in Wanted.__dataclass_fields__ if getattr(options, name) is not None]
-    wanted = Wanted(**{name: getattr(options, name) for name in names})
+    wanted = Wanted(fleet_filter(options), options.on, options.host, options.user)
     limit = options.limit or (_JSON_ROWS if options.json else _ROWS)
     with _opened(options, notify) as store:
         match options.question:
@@ -48,11 +48,10 @@ def run(options: Fleet, notify: Callable[[str], None]) -> int:
                 old = store.range.since_ns - options.days * 86_400 * 10**9
                 total, rows = new(store, wanted, options.of, old, limit)
             case "map":
-                every = service_map(ends(store, wanted), options.by or "process")
-                total, rows = len(every), every if options.html else every[:limit]
+                most = _MOST if options.html else limit
+                total, rows = service_map(store, wanted, options.by or "process", most)
             case _:
-                every = ends(store, wanted)
-                total, rows = len(every), every[:limit]
+                total, rows = ends(store, wanted, limit)
         hosts = hosts_of(store)
         truncated = store.truncated
         range = store.range
@@ -84,7 +83,7 @@ def run(options: Fleet, notify: Callable[[str], None]) -> int:
     return 0 if rows else 1
 
 
-def _opened(options: Fleet, notify: Callable[[str], None]) -> Any:
+def _opened(options: FleetOptions, notify: Callable[[str], None]) -> Any:
     from fleet.ask.local import open_local
     from fleet.ask.store import Range, open_folder
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nlproto.engines.listeners import Listener, Listeners
+from nlproto.engines.listeners import Listeners, PastListener
 from nlproto.host import procfs
 from nlproto.host.holders import Holders
 from nlproto.host.procfs import Owner
@@ -33,8 +33,7 @@ _SOON_SHARE, _SOON_SAVED_NS = 4, 100_000_000
 # A port can be another process's as soon as a UDP socket is closed; TCP begins with a SYN.
 _LINGER_NS = {socket.IPPROTO_UDP: 50_000_000, socket.IPPROTO_TCP: 1_000_000_000}
 _FORGET_NS = 10_000_000_000
-_LATE_NS = 1_000_000_000
-"""Who has a flow's socket is not asked for a packet that waited as long: others wait behind it."""
+_LATE_NS = 1_000_000_000  # who waited as long is not asked about: others wait behind it
 _CLOSING_NS = 200_000_000  # from a descriptor's end to its socket's, on a busy machine
 FLOW_LIMIT = 262144
 _FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
@@ -65,7 +64,7 @@ class _Connection:
     """Whether this end answered the SYN with a reset: nobody listened."""
     owned: bool = False
     """Whether its own socket was found with an owner."""
-    listener: Listener | None = None
+    listener: PastListener | None = None
     """Who listened when it began."""
 
 
@@ -212,8 +211,10 @@ class PacketNames:
                 return found
         late = now - sent_ns > _LATE_NS
         if known is not None and not group.syn and known.settled:
-            age = now - known.checked_ns
-            fresh = age < _SOON_NS or (age < TTL_NS and not self._soon.allows())
+            age, allowed = now - known.checked_ns, self._soon.allows()
+            forked = self._holders.may_be_inherited(known.inode, known.checked_ns)
+            known.flags |= lib.SNIFFER_F_AMBIGUOUS if forked and not allowed else 0
+            fresh = (age < _SOON_NS and not forked) or (age < TTL_NS and not allowed)
             if fresh or (late and sent_ns - known.checked_ns < TTL_NS):
                 return known
         elif late:
@@ -236,8 +237,7 @@ class PacketNames:
                     connection.owned = True
                     if connection.listener is not None:
                         self._listeners.accepted(connection.listener, found.owner)
-        if len(self._flows) > self._flow_limit:
-            self._forget(now)
+        self._forget(now)
         self._flows[group.key] = found
         return found
 
@@ -286,8 +286,7 @@ class PacketNames:
         waits = False
         if found.row is not None and there:
             waits = int(found.row["state"]) in _NOT_ACCEPTED and not found.inode
-        before = now = connection.listener
-        if before is None or waits:
+        if (before := (now := connection.listener)) is None or waits:
             now = self._listeners.of(one, connection.began_ns, found.row if listening else None)
         listener = now or before
         connection.listener = before or now
@@ -304,6 +303,8 @@ class PacketNames:
         found.settled = not waits
 
     def _forget(self, now: int) -> None:
+        if len(self._flows) <= self._flow_limit:
+            return
         limit = now - _FORGET_NS
         self._flows = {key: flow for key, flow in self._flows.items() if flow.checked_ns > limit}
         self._ends = {key: flow for key, flow in self._ends.items() if flow.checked_ns > limit}
@@ -313,10 +314,9 @@ class PacketNames:
 
     def _ask(self, one: Tuple, now: int, sent_ns: int) -> _Flow:
         """The socket of the packet's own, with who holds it; a listener is not that."""
-        row = self._sockets.find(one)
-        if row is None or int(row["state"]) == TcpState.LISTEN:
-            return _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, row=row)
-        return self._held(row, now, sent_ns, self._listeners.likely(one))
+        if (row := self._sockets.find(one)) is not None and int(row["state"]) != TcpState.LISTEN:
+            return self._held(row, now, sent_ns, self._listeners.likely(one))
+        return _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, row=row)
 
     def _look_further(self, one: Tuple, flow: _Flow) -> None:
         """Search all processes for the holder of a socket, unless it is just being closed."""

@@ -34,6 +34,10 @@ _GENERATIONS = 8
 _BORN_NS = 10_000_000  # between two looks for new processes that nobody waits for
 _BORN_SHARE = 10  # of the time, for these looks
 _YOUNG_NS = 1_000_000_000  # how long one may be about to open its first socket
+_FEW = 16
+"""So many processes are asked at once, where the youngest are asked first."""
+_INHERITED_NS = 200_000_000
+"""How long it is remembered who may have got a socket by being born."""
 
 
 class Holders:
@@ -63,6 +67,10 @@ class Holders:
         self._missing: dict[int, int] = {}
         self._settled: dict[int, int] = {}
         self._listing_ns = 0
+        self._births = procfs.Births(proc)
+        self._newest = self._births.last()
+        self._inherited: dict[int, int] = {}
+        self._unasked_ns = self._tidied_ns = 0
         self._budget = Budget(_WALK_SHARE, _WALK_SAVED_NS, now_ns)
         self._users = UserBudgets(_USER_SHARE, _USERS_SHARE, _USER_SAVED_NS, now_ns)
         self.walked_ns = -(1 << 62)
@@ -94,6 +102,8 @@ class Holders:
     def _learn(self, by_inode: dict[int, dict[int, int]], alive: Sequence[int]) -> None:
         """Take what a walk found. Who was born since it began is asked once more."""
         self._by_inode = by_inode
+        if not self._known.issuperset(alive):
+            self._unasked_ns = self._now_ns()
         self._settled = {
             inode: pid
             for inode, held in by_inode.items()
@@ -156,6 +166,10 @@ class Holders:
         if not inode or not self._users.allows(uid):
             return ()
         with self._lock:
+            if not self._by_inode.get(inode):
+                with self._users.spend(uid):
+                    if found := self._find_newest(inode):
+                        return found
             self._ask_born(max(_BORN_NS, _BORN_SHARE * self._listing_ns))
             with self._users.spend(uid):
                 if not self._checked(inode) and self._now_ns() >= self._missing.get(inode, 0):
@@ -257,15 +271,59 @@ class Holders:
         born = [pid for pid in alive if pid not in self._known]
         self._known = set(alive)
         self._listing_ns = self._now_ns() - now
-        self._ask(born)
+        if len(born) < len(alive):
+            self._welcome(born, now)
+        else:  # the first look
+            self._ask(born)
+
+    def _find_newest(self, inode: int) -> tuple[Owner, ...]:
+        """Ask who was born since the last look, who may live a millisecond.
+
+        Each step is a tenth of one. Who they are is asked before who else holds it.
+        """
+        self._ask_newest()
+        ask = functools.cache(functools.partial(procfs.owner, proc=self._proc))
+        held = [pid for pid in self._by_inode.get(inode, ()) if ask(pid)]
+        if len(held) == 1:
+            self._ask_parents(inode, *held)
+        return self._owners(inode, self._by_inode[inode], ask) if held else ()
+
+    def _ask_newest(self) -> None:
+        """Ask who was born since the last look, without the list of all; if they are few."""
+        before, self._newest = self._newest, self._births.last()
+        if before == self._newest:
+            return
+        now = self._now_ns()
+        numbers = range(self._newest, before, -1)
+        if not numbers or len(numbers) > _FEW:
+            self._unasked_ns = now
+            return
+        self._welcome(
+            [pid for pid in numbers if pid not in self._known and procfs.is_process(pid)], now
+        )
+
+    def _welcome(self, born: Sequence[int], now: int) -> None:
+        """Ask the newly born, and remember what they may have got from their parents."""
+        self._known.update(born)
         self._young = {pid: at for pid, at in self._young.items() if now - at < _YOUNG_NS}
-        if len(born) < len(alive):  # not the first look
-            self._young |= dict.fromkeys(born, now)
+        self._young |= dict.fromkeys(sorted(born), now)
+        self._inherited |= dict.fromkeys(self._ask(born), now)
+        if now - self._tidied_ns > _YOUNG_NS:
+            self._tidied_ns, recent = now, now - _INHERITED_NS
+            self._inherited = {one: at for one, at in self._inherited.items() if at > recent}
+
+    def may_be_inherited(self, inode: int, since_ns: int) -> bool:
+        """Return whether somebody was born since then, 0.2 s ago at most, who may hold it too."""
+        with self._lock:
+            self._ask_newest()
+            return max(self._inherited.get(inode, 0), self._unasked_ns) > since_ns
 
     def _ask_some(self, inode: int, likely: Sequence[int]) -> None:
         self._ask_born(0)
-        if not self._by_inode.get(inode):
-            self._ask([pid for pid in self._young if pid in self._known])
+        young = [pid for pid in reversed(self._young) if pid in self._known]
+        while young and not self._by_inode.get(inode):
+            self._ask(young[:_FEW])
+            del young[:_FEW]
         for pid in (*likely, *reversed(self._talkers)):
             if self._by_inode.get(inode):
                 break
@@ -288,7 +346,9 @@ class Holders:
             if pid not in held:
                 return
 
-    def _ask(self, some: Sequence[int]) -> None:
-        if some:
-            for inode, pid, fd in procfs.held_sockets(some, self._proc)[0].tolist():
-                self._by_inode.setdefault(inode, {})[pid] = fd
+    def _ask(self, some: Sequence[int]) -> set[int]:
+        """Ask them; return the sockets that they hold."""
+        held = procfs.held_sockets(some, self._proc)[0].tolist() if some else []
+        for inode, pid, fd in held:
+            self._by_inode.setdefault(inode, {})[pid] = fd
+        return {inode for inode, _, _ in held}

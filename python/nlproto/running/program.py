@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: MIT
+"""How each program takes its command line, and how it ends: one line, and the right code."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import IO, Any, NoReturn
+
+from nlproto.errors import Error, UsageError
+from nlproto.running import interrupt
+from nlproto.running.standard import open_standard
+from nlproto.running.surroundings import missing
+
+__all__ = ["Parser", "ended", "teller"]
+
+_OUTPUT_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+
+
+class Parser(argparse.ArgumentParser):
+    """Says of a mistake one line, not the whole usage before it; raises UsageError."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError, always."""
+        raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+    def add_version(self) -> None:
+        """Add -V, --version."""
+        self.add_argument("-V", "--version", action=_Version, help="say the version, and end")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """An empty word ("$FILE" that is not set) is a mistake, but as a filter: as in tcpdump."""
+        if not arg_string and action.dest != "filter":
+            raise argparse.ArgumentError(action, "an empty word says nothing")
+        return super()._get_value(action, arg_string)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse's own passes over what it cannot write."""
+        _say(message, file or sys.stdout)
+
+
+class _Version(argparse.Action):
+    """argparse's own, but the version is looked up when it is asked for."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, 0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import nlproto
+
+        _say(f"{parser.prog} {nlproto.__version__}\n", sys.stdout)
+        parser.exit()
+
+
+def _say(text: str, file: IO[str]) -> None:
+    try:
+        file.write(text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _forget(1)
+        raise Error(f"cannot write to standard output: {error.strerror}") from None
+
+
+def _failed(error: OSError) -> Error | None:
+    """Return what to say of `error` if somebody outside the program is at fault."""
+    reason = error.strerror or str(error)
+    if lacking := missing(error):
+        return lacking
+    if isinstance(error.filename, str):
+        return Error(f"cannot use {error.filename}: {reason}")
+    return None
+
+
+def _forget(number: int) -> None:
+    """Nobody takes what goes to 1 or 2: Python would complain again when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+def teller(program: str) -> Callable[[str], None]:
+    """Return what writes one line for people to stderr; that nobody can read it is no failure."""
+
+    def tell(line: str) -> None:
+        try:
+            print(f"{program}: {line}", file=sys.stderr, flush=True)
+        except OSError:
+            _forget(2)
+
+    return tell
+
+
+def ended(run: Callable[[], int], tell: Callable[[str], None], prints: bool = False) -> int:
+    """Return what `run` returns, or the exit code of what ended it.
+
+    `tell` gets the one line that says why. Output that nobody reads on is no failure, as with
+    other programs of a pipe; output that cannot be written is. `prints`: what fails without a
+    file's name in `run` is standard output.
+    """
+    open_standard()
+    code = 0
+    try:
+        interrupt.raises()
+        try:
+            code = run()
+        except SystemExit as asked:  # --help, --version, doctor
+            code, prints = int(asked.code or 0), True
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _forget(1)
+    except KeyboardInterrupt:
+        return 0
+    except Error as error:
+        tell(str(error))
+        return error.exit_code
+    except OSError as error:
+        if known := _failed(error):
+            tell(str(known))
+            return known.exit_code
+        if not prints or error.errno not in _OUTPUT_FAILS:
+            raise
+        _forget(1)
+        tell(f"cannot write to standard output: {error.strerror}")
+        return 1
+    finally:
+        interrupt.ends_quietly()
+    return code

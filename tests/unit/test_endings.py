@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: MIT
+"""How each program ends when nobody takes what it writes, or somebody presses Ctrl-C early."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+
+import nlproto
+from waiting import there
+
+PROGRAMS = {
+    "hunter": "packet-hunter",
+    "daemon": "packet-hunterd",
+    "fleet.collect": "packet-hunter-collect",
+    "fleet.export": "packet-hunter-export",
+    "fleet.otlp": "packet-hunter-otlp",
+}
+programs = pytest.mark.parametrize("module", PROGRAMS)
+
+
+def run(
+    module: Any, *arguments: Any, flags: Any = (), **options: Any
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-I", *flags, "-m", module, *arguments]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, **options)
+
+
+@programs
+def test_each_says_its_version(module: Any) -> None:
+    done = run(module, "-V", stdout=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{PROGRAMS[module]} {nlproto.__version__}\n"
+
+
+@programs
+@pytest.mark.parametrize("flags", [(), ("-u",)])
+@pytest.mark.parametrize("asked", ["--version", "--help"])
+def test_a_full_disk_is_one_line_and_a_reader_who_left_is_none(
+    module: Any, asked: str, flags: tuple[Any, ...]
+) -> None:
+    with open("/dev/full", "w") as full:
+        done = run(module, asked, stdout=full, flags=flags)
+    words = "cannot write to standard output: No space left on device"
+    assert (done.returncode, done.stderr) == (1, f"{PROGRAMS[module]}: {words}\n")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as closed:
+        done = run(module, asked, stdout=closed, flags=flags)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@programs
+def test_that_nobody_can_read_a_complaint_changes_no_exit_code(module: Any) -> None:
+    command = [sys.executable, "-I", "-m", module, "--no-such-option"]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, stderr=full, timeout=60).returncode == 2
+    assert subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *command], timeout=60).returncode == 2
+
+
+@programs
+def test_ctrl_c_before_it_has_begun_is_no_traceback(module: Any) -> None:
+    """Of its own: Python itself, until it runs the program's first line, has one."""
+    for wait in (0, 0.2):
+        command = [sys.executable, "-I", "-X", "importtime", "-m", module, "--help"]
+        with subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        ) as process:
+            told: list[Any] = []
+            begun = False
+            while not begun:  # what is imported after it: it has been run
+                begun = bool(told) and "nlproto.running.interrupt" in told[-1]
+                told.append(there(process.stderr).readline())
+                assert told[-1]
+            time.sleep(wait)
+            process.send_signal(signal.SIGINT)
+            told += there(process.stderr).readlines()
+        assert process.returncode in (0, -signal.SIGINT)
+        assert not [line for line in told if "Traceback" in line or "Exception" in line]
