@@ -18,7 +18,7 @@ from daemon.history.schema import COLUMNS, INDEXES, flows_of, signed
 from daemon.history.sealed import Broken, Contents, Key, Rows
 from nlproto.errors import Error
 
-__all__ = ["Sealing", "drop", "seal", "shorten"]
+__all__ = ["Changing", "Sealing", "Step", "drop", "nothing", "seal", "shorten"]
 
 MOST = 400_000
 """Rows of one file: an hour of 100 flows a second, and a little more."""
@@ -54,12 +54,15 @@ class Sealing(Protocol):
     def mark_time(self) -> int: ...
 
 
-def seal(
-    store: Sealing,
-    in_memory: Callable[[np.ndarray], np.ndarray],
-    most: int = MOST,
-    meanwhile: Callable[[], None] = lambda: None,
-) -> int:
+Changing = Callable[[np.ndarray], np.ndarray]
+Step = Callable[[], None]
+
+
+def nothing() -> None:
+    """Do nothing."""
+
+
+def seal(store: Sealing, in_memory: Changing, most: int = MOST, meanwhile: Step = nothing) -> int:
     """Move rows that will not change any more into a file, when there is an hour of them.
 
     `in_memory`: which ids may still change. `meanwhile` is called again and again, outside of
