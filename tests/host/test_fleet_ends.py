@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -31,15 +30,21 @@ def run(*command):
 
 
 class Machine:
-    """Its own network, processes and /proc; a daemon and an exporter."""
+    """Its own network, a daemon and an exporter; for engine packet its own processes and /proc.
+
+    Engine ebpf has pids from the kernel, as the first namespace of processes has them.
+    """
 
     def __init__(self, number, name, directory, hub, url, engine):
         self.name, self.address = name, f"10.99.0.{number}"
         self.directory = directory / name
         self.directory.mkdir()
         self.truth = {side: self.directory / f"{side}.truth" for side in ("serve", "ask")}
-        apart = ["unshare", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"]
-        self.outer = subprocess.Popen([*apart, "sleep", "1000"])
+        own = engine == "packet"
+        self.spaces = ["--net", *(("--pid", "--mount") if own else ())]
+        apart = ["unshare", "--net", *(("--pid", "--mount-proc") if own else ())]
+        self.started, self.programs = [], []
+        self.outer = subprocess.Popen([*apart, "--fork", "--kill-child", "sleep", "1000"])
         self.init = until(lambda: self._child(), 20, "a machine")
         device = f"phf{os.getpid() % 10000}{number}"
         run("ip", "link", "add", device, "netns", hub, "type", "veth", "peer", "name", device)
@@ -53,11 +58,13 @@ class Machine:
         self.daemon = Program(
             self.directory / "daemon.log", self._inside([*daemon, "--socket", path]), cwd="/"
         )
+        self.programs.append(self.daemon)
         self.daemon.wait_for("serving")
         words = ("--socket", path, "--spool", str(self.directory / "spool"), "--host", name)
         self.exporter = Program.of(
             self.directory / "export.log", "export", *words, "--server", url, "--interval", "1"
         )
+        self.programs.append(self.exporter)
         self.exporter.wait_for("connected as")
 
     def _child(self):
@@ -65,10 +72,19 @@ class Machine:
         return int(children.split()[0]) if children else None
 
     def _inside(self, command):
-        return ["nsenter", "--target", str(self.init), "--net", "--pid", "--mount", *command]
+        return ["nsenter", "--target", str(self.init), *self.spaces, *command]
 
     def enter(self, *command, **options):
-        return subprocess.Popen(self._inside(list(command)), cwd="/", **options)
+        self.started.append(subprocess.Popen(self._inside(list(command)), cwd="/", **options))
+        return self.started[-1]
+
+    def end(self):
+        """All that runs there ends, also where it has no processes of its own."""
+        self.outer.kill()
+        self.outer.wait()
+        for one in [*self.started, *(part.process for part in self.programs)]:
+            one.kill()
+            one.wait()
 
     def python(self, code, side, *words):
         command = [sys.executable, "-c", code, str(self.truth[side]), *map(str, words)]
@@ -94,8 +110,7 @@ def machines(tmp_path, request):
         made = []
         for number, name in enumerate(NAMES, 1):
             made.append(Machine(number, name, tmp_path, hub, server.url, request.param))
-            stack.callback(made[-1].outer.wait)
-            stack.callback(made[-1].outer.send_signal, signal.SIGKILL)
+            stack.callback(made[-1].end)
         yield made, tmp_path / "store", server.url
 
 
