@@ -30,21 +30,19 @@ def run(*command):
 
 
 class Machine:
-    """Its own network, a daemon and an exporter; for engine packet its own processes and /proc.
+    """Its own network, processes and /proc; a daemon and an exporter.
 
-    Engine ebpf has pids from the kernel, as the first namespace of processes has them.
+    Engine packet alone is so confined: a program of the kernel's sees all of it (tests/fleet has
+    guests for that).
     """
 
-    def __init__(self, number, name, directory, hub, url, engine):
+    def __init__(self, number, name, directory, hub, url):
         self.name, self.address = name, f"10.99.0.{number}"
         self.directory = directory / name
         self.directory.mkdir()
         self.truth = {side: self.directory / f"{side}.truth" for side in ("serve", "ask")}
-        own = engine == "packet"
-        self.spaces = ["--net", *(("--pid", "--mount") if own else ())]
-        apart = ["unshare", "--net", *(("--pid", "--mount-proc") if own else ())]
-        self.started, self.programs = [], []
-        self.outer = subprocess.Popen([*apart, "--fork", "--kill-child", "sleep", "1000"])
+        apart = ["unshare", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        self.outer = subprocess.Popen([*apart, "sleep", "1000"])
         self.init = until(lambda: self._child(), 20, "a machine")
         device = f"phf{os.getpid() % 10000}{number}"
         run("ip", "link", "add", device, "netns", hub, "type", "veth", "peer", "name", device)
@@ -54,17 +52,15 @@ class Machine:
         self.enter("ip", "link", "set", device, "up").wait(20)
         self.enter("ip", "link", "set", "lo", "up").wait(20)
         path = str(self.directory / "daemon.sock")
-        daemon = [sys.executable, *("-I", "-m", "daemon", "--engine", engine, "--foreground")]
+        daemon = [sys.executable, *("-I", "-m", "daemon", "--engine", "packet", "--foreground")]
         self.daemon = Program(
             self.directory / "daemon.log", self._inside([*daemon, "--socket", path]), cwd="/"
         )
-        self.programs.append(self.daemon)
         self.daemon.wait_for("serving")
         words = ("--socket", path, "--spool", str(self.directory / "spool"), "--host", name)
         self.exporter = Program.of(
             self.directory / "export.log", "export", *words, "--server", url, "--interval", "1"
         )
-        self.programs.append(self.exporter)
         self.exporter.wait_for("connected as")
 
     def _child(self):
@@ -72,19 +68,10 @@ class Machine:
         return int(children.split()[0]) if children else None
 
     def _inside(self, command):
-        return ["nsenter", "--target", str(self.init), *self.spaces, *command]
+        return ["nsenter", "--target", str(self.init), "--net", "--pid", "--mount", *command]
 
     def enter(self, *command, **options):
-        self.started.append(subprocess.Popen(self._inside(list(command)), cwd="/", **options))
-        return self.started[-1]
-
-    def end(self):
-        """All that runs there ends, also where it has no processes of its own."""
-        self.outer.kill()
-        self.outer.wait()
-        for one in [*self.started, *(part.process for part in self.programs)]:
-            one.kill()
-            one.wait()
+        return subprocess.Popen(self._inside(list(command)), cwd="/", **options)
 
     def python(self, code, side, *words):
         command = [sys.executable, "-c", code, str(self.truth[side]), *map(str, words)]
@@ -98,8 +85,8 @@ class Machine:
         assert self.exporter.stop() == 0, self.exporter.text()
 
 
-@pytest.fixture(params=["packet", "ebpf"])
-def machines(tmp_path, request):
+@pytest.fixture
+def machines(tmp_path):
     hub = f"phf-hub-{os.getpid()}"
     with contextlib.ExitStack() as stack:
         run("ip", "netns", "add", hub)
@@ -109,8 +96,9 @@ def machines(tmp_path, request):
         server = stack.enter_context(Server(tmp_path / "nats"))
         made = []
         for number, name in enumerate(NAMES, 1):
-            made.append(Machine(number, name, tmp_path, hub, server.url, request.param))
-            stack.callback(made[-1].end)
+            made.append(Machine(number, name, tmp_path, hub, server.url))
+            stack.callback(made[-1].outer.wait)
+            stack.callback(made[-1].outer.kill)
         yield made, tmp_path / "store", server.url
 
 
