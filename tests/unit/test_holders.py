@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,78 @@ def test_a_first_look_asks_each_process_once(held, monkeypatch):
     with KernelSockets() as kernel:
         kernel.read()
     assert len(walks) == 1
+
+
+@pytest.fixture
+def newborn():
+    """Start a process that opens a socket when it is told to: its pid, and what tells it."""
+    children = []
+
+    def start():
+        go, told = os.pipe()
+        reading, answer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.read(go, 1)
+            kept = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            os.write(answer, str(os.fstat(kept.fileno()).st_ino).encode())
+            signal.pause()
+            os._exit(0)
+        children.append(child)
+
+        def tell():
+            os.write(told, b"x")
+            return int(os.read(reading, 100))
+
+        return child, tell
+
+    yield start
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["just born", "known already"])
+def test_the_youngest_are_asked_without_the_list_of_all(known, newborn, monkeypatch):
+    """A client that lives a millisecond is gone before that is read."""
+    finder = Holders()
+    finder.walk()
+    child, tell = newborn()
+    if known:  # as one who has no socket yet
+        finder._ask_born(0)
+        assert child in finder._known
+    inode = tell()
+    monkeypatch.setattr(procfs, "pids", None)
+    assert [one.identity.tgid for one in finder.find_soon(inode, 0)] == [child]
+
+
+def test_a_thread_is_no_process(newborn):
+    """/proc has its number too, with the descriptors of its process."""
+    finder = Holders()
+    finder.walk()
+    ended = threading.Event()
+    thread = threading.Thread(target=ended.wait)
+    thread.start()
+    with socket.socket() as one:
+        inode = os.fstat(one.fileno()).st_ino
+        finder._ask_newest()
+        assert thread.native_id not in finder._by_inode.get(inode, ())
+        assert [one.identity.tgid for one in finder.find(inode)] == [os.getpid()]
+    ended.set()
+    thread.join()
+
+
+def test_who_is_born_may_have_inherited_a_socket(newborn):
+    finder = Holders()
+    with socket.socket() as one, socket.socket() as later:
+        inode = os.fstat(one.fileno()).st_ino
+        assert finder.find(inode)
+        now = time.monotonic_ns()
+        other = os.fstat(later.fileno()).st_ino
+        assert not finder.may_be_inherited(inode, now)
+        newborn()
+        assert finder.may_be_inherited(inode, now) and finder.may_be_inherited(other, now)
+        assert not finder.may_be_inherited(inode, time.monotonic_ns())
 
 
 def test_a_walk_of_one_thread_holds_up_no_other(monkeypatch):
