@@ -31,6 +31,7 @@ def make_batch(number: int, flow: np.ndarray, processes: int, seq: int, now: int
     records["len"], records["hdr_len"], records["gso_segs"] = 1200, 52, 1
     records["netns"], records["comm"] = 4026531840, b"bench"
     records["cpu"] = number % 4
+    records["tcp_flags"] = 16  # ACK
     port = 32768 + flow % PORTS
     records["sport"] = np.where(out, port, 443)
     records["dport"] = np.where(out, 443, port)

@@ -3,10 +3,12 @@
 
     sudo .venv/bin/python tests/attack.py [SECONDS [WORDS OF THE DAEMON'S COMMAND ...]]
 
-(`make attack`; a shorter one is among tests/host.)
+(`make attack`; a shorter one is among tests/host. The kinds of attack are in attacking.py.)
 
 Root sends 3,000 packets a second over loopback, and asks. Prints how long root waited for
-`hello`, `who` and `subscribe`, what was lost, and how long SIGTERM took under attack.
+`hello`, `who` and `subscribe`, what was lost, and how long SIGTERM took under attack; 1 when a
+bound does not hold. Daemon, attacker and root have control groups as their service manager
+makes them (slices.py), and the daemon has its unit's memory.
 """
 
 from __future__ import annotations
@@ -27,200 +29,60 @@ from pathlib import Path
 from typing import Any
 
 from nlproto.client.client import DaemonClient, Event, StreamBatch
-from nlproto.client.frames import Kind, encode_json
 from nlproto.errors import Error
+from slices import Slices
 
 RATE = 3000  # packets/s of root's
 PREPARING = 12.0  # s that the attackers have before anything is measured
-CONNECTIONS = {"filters": 12, "patterns": 4, "questions": 16, "unread": 16, "lookups": 6}
-CONNECTIONS |= {"churn": 5, "hellos": 4}
-"""Connections of each kind of attack: 63."""
-TRAFFIC = ("unheld", "shared")
-"""Attacks by sockets alone, whose holders are dear to look for."""
 
-
-# The attacker
-
-
-def _name_filter(number: int) -> str:
-    words = " or ".join(f'pname "*{number}*{n}*z"' for n in range(125))
-    return words[:4000].rpartition(" or ")[0]
-
-
-def _connect(path: str) -> socket.socket:
-    one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    one.connect(path)
-    one.settimeout(60)
-    return one
-
-
-def _request(number: int, op: str, **fields: object) -> bytes:
-    return encode_json(Kind.CONTROL, {"id": number, "op": op, **fields})
-
-
-def _drain(one: socket.socket) -> None:
-    with contextlib.suppress(BlockingIOError):
-        while one.recv(1 << 20, socket.MSG_DONTWAIT):
-            pass
-
-
-def _traffic() -> tuple[socket.socket, socket.socket]:
-    """Own packets for own filters: one socket, 300 holders."""
-    receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    receiver.bind(("127.0.0.1", 0))
-    sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    return sender, receiver
-
-
-def hostile(path: str, uid: int) -> None:
-    """Never returns. A user may not be able to read this file: it is read before."""
-    os.setgroups([])
-    os.setgid(uid)
-    os.setuid(uid)
-    for kind in TRAFFIC:
-        if os.fork() == 0:
-            _send_to(_unheld() if kind == "unheld" else _shared())
-    for kind, count in CONNECTIONS.items():
-        if os.fork() == 0:
-            _attack(kind, path, count)
-    signal.pause()
-
-
-def _unheld() -> list[socket.socket]:
-    """Sockets that carry, in messages that nobody receives, 1,000 others that nobody else has."""
-    kept = []
-    for _ in range(20):
-        left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        carried = [_bound() for _ in range(50)]
-        socket.send_fds(left, [b"x"], [one.fileno() for one in carried])
-        _PORTS.extend(one.getsockname()[1] for one in carried)
-        kept += [left, right]
-    return kept
-
-
-def _shared() -> list[socket.socket]:
-    """200 sockets that 300 processes have."""
-    kept = [_bound() for _ in range(200)]
-    _PORTS.extend(one.getsockname()[1] for one in kept)
-    for _ in range(300):
-        if os.fork() == 0:
-            signal.pause()
-    return kept
-
-
-_PORTS: list[int] = []
-"""Where an attacker sends to."""
-
-
-def _bound() -> socket.socket:
-    one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    one.bind(("127.0.0.1", 0))
-    return one
-
-
-def _send_to(kept: list[socket.socket]) -> None:
-    """500 packets a second, one in ten of another socket. Never returns."""
-    while kept:
-        for number in range(0, len(_PORTS), 10):
-            with _bound() as sender:
-                for port in _PORTS[number : number + 10]:
-                    sender.sendto(b"x", ("127.0.0.1", port))
-            time.sleep(0.02)
-
-
-def _attack(kind: str, path: str, count: int) -> None:
-    """Never returns."""
-    sender, receiver = _traffic()
-    port = receiver.getsockname()[1]
-    if kind == "lookups":
-        for _ in range(300):
-            if os.fork() == 0:
-                signal.pause()
-    if kind == "questions":  # 11,000 own flows
-        for number in range(11_000):
-            sender.sendto(b"x", (f"127.0.{number >> 8}.{number & 255}", port))
-            if number % 10 == 9:
-                time.sleep(0.008)
-    if kind in ("churn", "hellos"):
-        _churn(kind, path, count)
-    held = [_connect(path) for _ in range(count)]
-    requests: Callable[[int], list[bytes]] = {
-        "filters": lambda n: [_request(1, "subscribe", filter=_name_filter(n))],
-        "patterns": lambda n: [
-            _request(i, "subscribe", filter=f'pname "{"[" * 4000}"') for i in range(100)
-        ],
-        "questions": lambda n: (
-            [
-                _request(1, "history", limit=10_000),
-                _request(2, "who", host="0.0.0.0/0", limit=10_000),
-            ]
-            * 8
-        ),
-        "unread": lambda n: [_request(i, "history", limit=10_000) for i in range(16)],
-        "lookups": lambda n: (
-            [
-                _request(1, "lookup", keys=[{"cookie": _cookie(receiver)}] * 1000),
-                _request(2, "owner", port=port),
-            ]
-            * 4
-        ),
-    }[kind]
-    for number, one in enumerate(held):
-        with contextlib.suppress(OSError):
-            one.setblocking(False)
-            one.send(b"".join(requests(number)))
-    while True:
-        for _ in range(10 if kind == "filters" else 0):
-            sender.sendto(b"x", ("127.0.0.1", port))
-        time.sleep(0.05)
-        if kind == "unread":
-            continue
-        for number, one in enumerate(held):
-            try:
-                _drain(one)
-                if kind != "filters":
-                    one.send(b"".join(requests(number)))
-            except OSError:
-                pass
-
-
-def _cookie(one: socket.socket) -> int:
-    return int.from_bytes(one.getsockopt(socket.SOL_SOCKET, 57, 8), sys.byteorder)  # SO_COOKIE
-
-
-def _churn(kind: str, path: str, count: int) -> None:
-    """Ask and go at once; or ask cheap things without end."""
-    burst = _request(1, "history", limit=10_000) * 16
-    if kind == "hellos":
-        burst = _request(1, "hello", protocol=1) * 1000
-        held = [_connect(path) for _ in range(count)]
-        for one in held:
-            one.setblocking(False)
-        while True:
-            for one in held:
-                with contextlib.suppress(OSError):
-                    one.send(burst)
-                with contextlib.suppress(OSError):
-                    _drain(one)
-    while True:
-        with contextlib.suppress(OSError):
-            held = [_connect(path) for _ in range(count)]
-            for one in held:
-                one.send(burst)
-            for one in held:
-                one.close()
+PASSED = 1.0  # s, p99 of what root waits
+OBEYED = 5.0  # s until SIGTERM has ended the daemon
+UNIT = Path(__file__).parents[1] / "systemd/packet-hunterd.service"
 
 
 @contextlib.contextmanager
-def attackers(path: str, uid: int) -> Iterator[None]:
-    words = [sys.executable, __file__, "--hostile", path, str(uid)]
-    # one session, as a login is: schedulers divide the CPUs among sessions
-    all_of_them = subprocess.Popen(words, cwd="/", start_new_session=True)
+def attackers(path: str, uid: int, metrics: int, slices: Slices | None) -> Iterator[None]:
+    with _delegated(uid) as cgroup:
+        words = [sys.executable, str(Path(__file__).parent / "attacking.py"), path, str(uid)]
+        words += [str(metrics), str(cgroup or "")]
+
+        def enter() -> None:
+            if slices is not None:
+                slices.entering("user")()
+            if cgroup is not None:
+                (cgroup / "cgroup.procs").write_text(str(os.getpid()))
+
+        # one session, as a login is: schedulers divide the CPUs among sessions
+        all_of_them = subprocess.Popen(words, cwd="/", start_new_session=True, preexec_fn=enter)
+        try:
+            yield
+        finally:
+            os.killpg(all_of_them.pid, signal.SIGKILL)
+            all_of_them.wait()
+
+
+@contextlib.contextmanager
+def _delegated(uid: int) -> Iterator[Path | None]:
+    """A control group that the user may make others in, as each login has one; None: no place."""
+    for mount in map(Path, ("/sys/fs/cgroup/unified", "/sys/fs/cgroup")):
+        if (mount / "cgroup.controllers").exists() and os.access(mount, os.W_OK):
+            break
+    else:
+        yield None
+        return
+    top = mount / f"user-{uid}.slice"
+    top.mkdir()
+    for path in (top, top / "cgroup.procs"):
+        os.chown(path, uid, uid)
     try:
-        yield
+        yield top
     finally:
-        os.killpg(all_of_them.pid, signal.SIGKILL)
-        all_of_them.wait()
+        until = time.monotonic() + 30
+        below = [one for one in top.rglob("*") if one.is_dir()]
+        for folder in sorted(below, reverse=True) + [top]:
+            while folder.exists() and time.monotonic() < until:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
 # Root
@@ -242,6 +104,10 @@ class Found:
     memory: int = 0
     """Most resident memory of the daemon, bytes."""
     stats: dict[str, Any] = field(default_factory=dict)
+    ran: float = 0.0
+    """CPUs that the daemon had while root asked."""
+    kept_waiting: float = 0.0
+    """How many of its threads were ready to run and had no CPU meanwhile."""
 
     def p99(self, name: str) -> float:
         values = sorted(self.waited[name])
@@ -270,7 +136,15 @@ class _Sender(threading.Thread):
                 self.sent += due
 
 
-def measure(path: str, pid: int, seconds: float, uid: int, preparing: float = PREPARING) -> Found:
+def measure(
+    path: str,
+    pid: int,
+    seconds: float,
+    uid: int,
+    preparing: float = PREPARING,
+    metrics: int = 0,
+    slices: Slices | None = None,
+) -> Found:
     """Attack the daemon at `path` for `seconds` s as `uid`, then end its process `pid`."""
     found, sender = Found(), _Sender()
     with DaemonClient(path, timeout=60) as watching:
@@ -279,9 +153,10 @@ def measure(path: str, pid: int, seconds: float, uid: int, preparing: float = PR
         sender.start()
         reader = threading.Thread(target=_read, args=(watching, sender, found), daemon=True)
         reader.start()
-        with attackers(path, uid):
+        with attackers(path, uid, metrics, slices):
             time.sleep(preparing)
             until = time.monotonic() + seconds
+            ran_before, waited_before = _schedule(pid)
             askers = [
                 threading.Thread(target=_ask, args=(path, what, found, until, sender.port))
                 for what in found.waited
@@ -290,6 +165,12 @@ def measure(path: str, pid: int, seconds: float, uid: int, preparing: float = PR
                 one.start()
             for one in askers:
                 one.join()
+            ran, waited = _schedule(pid)
+            took = time.monotonic() - until + seconds
+            found.ran, found.kept_waiting = (
+                (ran - ran_before) / took,
+                (waited - waited_before) / took,
+            )
             sender.ended.set()
             sender.join()
             reader.join(120)
@@ -338,6 +219,16 @@ def _ask(path: str, what: str, found: Found, until: float, port: int) -> None:
         time.sleep(0.05)
 
 
+def _schedule(pid: int) -> tuple[float, float]:
+    """Seconds that all threads of a process ran, and waited for a CPU (sched-stats.rst)."""
+    ran = waited = 0
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            one = (thread / "schedstat").read_text().split()
+            ran, waited = ran + int(one[0]), waited + int(one[1])
+    return ran / 1e9, waited / 1e9
+
+
 def _peak(pid: int) -> int:
     for line in Path(f"/proc/{pid}/status").read_text().split("\n"):
         if line.startswith("VmHWM:"):
@@ -361,17 +252,52 @@ def _lives(pid: int) -> bool:
         return False
 
 
+def _config(directory: str, metrics: int) -> str:
+    """All that a user's traffic can reach."""
+    values = {"history": f"{directory}/history/history.db", "domains": "sni", "sha256": "on"}
+    values["metrics"] = f"127.0.0.1:{metrics}"
+    os.mkdir(f"{directory}/history")
+    path = Path(directory, "daemon.yaml")
+    path.write_text("".join(f"{name}: {value}\n" for name, value in values.items()))
+    return str(path)
+
+
+def _memory_of_the_unit() -> int:
+    (line,) = (one for one in UNIT.read_text().split("\n") if one.startswith("MemoryMax="))
+    assert line.endswith("G")
+    return int(line.partition("=")[2][:-1]) << 30
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
 def main() -> int:
-    if sys.argv[1:2] == ["--hostile"]:
-        hostile(sys.argv[2], int(sys.argv[3]))
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 30.0
     command = sys.argv[2:] or [sys.executable, "-I", "-m", "daemon"]
-    with tempfile.TemporaryDirectory() as directory:
+    memory = _memory_of_the_unit()
+    load = os.getloadavg()[0]
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        Slices("user", "root", memory=memory) as slices,
+        slices.inside("root"),
+    ):
         os.chmod(directory, 0o755)
         path = f"{directory}/daemon.sock"
         log = open(f"{directory}/log", "w+")
+        metrics = _free_port()
         command = [*command, "--engine", "packet", "--foreground", "--socket", path]
-        daemon = subprocess.Popen(command, stderr=log, stdout=log, cwd="/", start_new_session=True)
+        command += ["--config", _config(directory, metrics)]
+        daemon = subprocess.Popen(
+            command,
+            stderr=log,
+            stdout=log,
+            cwd="/",
+            start_new_session=True,
+            preexec_fn=slices.entering("system"),
+        )
         try:
             until = time.monotonic() + 30
             while "serving" not in Path(log.name).read_text():
@@ -379,25 +305,43 @@ def main() -> int:
                     print(Path(log.name).read_text())
                     return 1
                 time.sleep(0.05)
-            found = measure(path, daemon.pid, seconds, 60000 + os.getpid() % 5000)
+            uid = 60000 + os.getpid() % 5000
+            found = measure(path, daemon.pid, seconds, uid, PREPARING, metrics, slices)
         finally:
             daemon.kill()
             daemon.wait()
-        for name, values in found.waited.items():
-            most = max(values, default=0.0)
-            print(
-                f"{name:10} {len(values):4} times, p99 {found.p99(name) * 1000:8.1f} ms,"
-                f" most {most * 1000:8.1f} ms"
-            )
-        print(f"records    {found.sent} sent, {found.received} received, {found.dropped} dropped")
-        print(f"lost       {json.dumps(found.lost)}")
-        print(f"memory     {found.memory >> 20} MiB at most")
-        print(f"SIGTERM    obeyed after {found.term:.1f} s")
-        print(f"clients    {json.dumps(found.stats.get('clients'))}")
-        for line in sorted(set(found.failed)):
-            print(f"failed     {found.failed.count(line)} times: {line}")
-        print(Path(log.name).read_text()[-1500:])
-    return 0
+        text = Path(log.name).read_text()
+    apart = "apart" if slices.made else "not apart: no control groups here"
+    print(f"load       {load:.1f} before; daemon, attacker and root are {apart}")
+    return _tell(found, memory, text)
+
+
+def _tell(found: Found, memory: int, log: str) -> int:
+    for name, values in found.waited.items():
+        most = max(values, default=0.0)
+        print(
+            f"{name:10} {len(values):4} times, p99 {found.p99(name) * 1000:8.1f} ms,"
+            f" most {most * 1000:8.1f} ms"
+        )
+    print(f"records    {found.sent} sent, {found.received} received, {found.dropped} dropped")
+    print(f"lost       {json.dumps(found.lost)}")
+    bounds = found.stats.get("memory", {})
+    print(f"memory     {found.memory >> 20} MiB at most; bounds {json.dumps(bounds)}")
+    print(f"SIGTERM    obeyed after {found.term:.1f} s")
+    print(f"daemon     ran {found.ran:.2f}, ready without a CPU {found.kept_waiting:.2f} threads")
+    print(f"clients    {json.dumps(found.stats.get('clients'))}")
+    for line in sorted(set(found.failed)):
+        print(f"failed     {found.failed.count(line)} times: {line}")
+    print(log[-3000:])
+    broken = [f"p99 of {name}" for name in found.waited if found.p99(name) > PASSED]
+    broken += [f"lost in {place}" for place, count in found.lost.items() if count]
+    broken += ["dropped"] if found.dropped or found.received != found.sent else []
+    broken += ["an answer"] if found.failed else []
+    broken += ["SIGTERM"] if found.term > OBEYED else []
+    broken += ["memory"] if found.memory > memory or bounds.get("together", 0) > memory else []
+    broken += ["the log"] if "Traceback" in log or "does not close" in log else []
+    print(f"broken     {', '.join(broken)}" if broken else "all bounds held")
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ class Answers:
         self, request: OwnerOf, uid: int | None, stop: Stop = _never, room: Room | None = None
     ) -> dict[str, Any]:
         self._refresh(stop)
-        room = room or Room()
+        room = Room() if room is None else room
         address = None if request.address is None else _address(request.address)
         portmap, proto = self.pipeline.portmap, _proto(request.proto)
         owners: list[PortOwner] = []
@@ -175,7 +175,7 @@ class Answers:
         room: Room | None = None,
     ) -> dict[str, Any]:
         """Sockets there now that fit, flows of the past, and details of all processes named."""
-        room = room or Room()
+        room = Room() if room is None else room
         now_ns = time.time_ns() if now_ns is None else now_ns
         network = None if request.host is None else _network(request.host)
         asked_uid = getattr(request, "uid", None)
@@ -243,7 +243,7 @@ class Answers:
         self, request: News, uid: int | None, stop: Stop = _never, room: Room | None = None
     ) -> dict[str, Any]:
         """What was seen first, each with its process as far as it is known."""
-        room = room or Room()
+        room = Room() if room is None else room
         if self.recorder is None:
             raise UsageError("what is new is known by a history on disk")
         since_ns = max(0, time.time_ns() - int(request.since * 1e9))
@@ -298,7 +298,7 @@ class Answers:
         self, request: Lookup, uid: int | None, stop: Stop = _never, room: Room | None = None
     ) -> dict[str, Any]:
         self._refresh(stop)
-        room = room or Room()
+        room = Room() if room is None else room
         cookies = {key.cookie for key in request.keys if key.cookie is not None}
         portmap = self.pipeline.portmap
         by_cookie: Mapping[int, list[PortOwner]] = {}

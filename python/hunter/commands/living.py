@@ -25,7 +25,7 @@ def absent(
     wanted = [(word, _plain(name)) for word, name in _NAMED.findall(str(filter))]
     if not wanted:
         return []
-    files = files or ContainerFiles()
+    files = ContainerFiles() if files is None else files
     paths = set(_cgroups(proc))
     lines = []
     for word, name in dict.fromkeys(wanted):

@@ -76,7 +76,7 @@ class KernelSockets:
     def __init__(
         self, holders: Holders | None = None, now_ns: Callable[[], int] = time.monotonic_ns
     ) -> None:
-        self._holders = holders or Holders()
+        self._holders = Holders() if holders is None else holders
         self._now_ns = now_ns
         self._namespaces = NamespaceSockets(now_ns)
         self._held: dict[int, tuple[Owner, ...]] = {}

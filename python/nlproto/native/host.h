@@ -129,5 +129,5 @@ void host_close(const int *fds, uint32_t count);
 /* From now on all threads take memory from one heap: what one has freed the next one uses. */
 void host_one_heap(void);
 
-/* Give memory that nobody uses back to the kernel. */
+/* Give memory back to the kernel: what is free, and pages of programs that only the start used. */
 void host_trim(void);

@@ -100,7 +100,7 @@ class Domains:
 
     def __init__(self, names: Names, beginnings: Beginnings | None = None) -> None:
         self.names = names
-        self.beginnings: Beginnings = beginnings or SeenFlows()
+        self.beginnings: Beginnings = SeenFlows() if beginnings is None else beginnings
         self.evicted = 0
         self._seed = random_seed()
         self._asked: dict[tuple[int, int, int, bytes], tuple[int, list[_Asked]]] = {}

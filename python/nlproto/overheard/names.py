@@ -7,8 +7,8 @@ The number is made of the name alone, so it means the same in every file and eve
 from __future__ import annotations
 
 import threading
+from _blake2 import blake2b  # hashlib would load OpenSSL: 3.5 MB of memory
 from collections import OrderedDict
-from hashlib import blake2b
 
 __all__ = ["SEPARATOR", "Names", "is_of_resolver", "number_of"]
 

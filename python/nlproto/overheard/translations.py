@@ -314,6 +314,8 @@ class Translations:
 
     def maybe(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         """Where these ports (uint16) can be a translated connection's."""
+        if not self._by_ends:  # most machines: the table of ports takes no memory
+            return np.zeros(len(one), bool)
         low, high = np.minimum(one, other).astype(np.uint32), np.maximum(one, other)
         mixed = (low << np.uint32(16) | high) * np.uint32(_ODD)
         found: np.ndarray = self._ports[mixed >> np.uint32(32 - _BITS)] != 0

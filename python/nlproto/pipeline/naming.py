@@ -59,7 +59,7 @@ class Namer:
         now_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._start_of = start_of
-        self._holders = holders or Holders()
+        self._holders = Holders() if holders is None else holders
         self._now_ns = now_ns
         self._namespaces = NamespaceSockets(now_ns)
         self._known: dict[tuple[int, _Key], _Found] = {}
