@@ -359,7 +359,16 @@ class Recorder:
             return
         # by pieces of a third, or the database alone would take all the room
         most = max(LEAST, min(MOST, self._config.history_size // ROW_SIZE // 3))
-        if not self._kept("not sealed", lambda: store.seal(self.history.has, most)):
+        flushed = 0.0
+
+        def flush() -> None:
+            nonlocal flushed
+            now = time.monotonic()
+            if self._store is store and now - flushed >= self._config.flush_interval:
+                flushed = now
+                self._flush()
+
+        if not self._kept("not sealed", lambda: store.seal(self.history.has, most, flush)):
             return
         gone = 0
 

@@ -359,11 +359,16 @@ class Store:
         gone += shorten(self, max(size - self.used_bytes(), size // 4))
         return gone + trim(self, before, max(size - self.hours.size, size // 4))
 
-    def seal(self, in_memory: Callable[[np.ndarray], np.ndarray], most: int = MOST) -> int:
+    def seal(
+        self,
+        in_memory: Callable[[np.ndarray], np.ndarray],
+        most: int = MOST,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> int:
         """See daemon.history.sealing. How many flows moved. Raises Error."""
         if self._one("SELECT count(*) FROM flows") < min(most, LEAST):
             return 0
-        return seal(self, in_memory, most)
+        return seal(self, in_memory, most, meanwhile)
 
     def used_bytes(self) -> int:
         """Without the pages that are free. Raises Error."""
