@@ -58,7 +58,7 @@ nonsense: tools ## 10 million bytes of nonsense for a running daemon (root; BYTE
 	$(PYTHON) tests/nonsense.py $(or $(BYTES),10000000) $(SEED)
 attack: tools ## one user does the worst on 63 connections while root works: figures (root; SECONDS=30)
 	$(PYTHON) tests/attack.py $(or $(SECONDS),30)
-soak: tools ## mixed traffic and clients for SECONDS=600: the daemon's memory stays flat (root)
+soak: tools ## 63 clients, restarts, clock jumps, takeovers for SECONDS=600: memory flat, accounts close (root)
 	$(PYTHON) tests/soak.py $(or $(SECONDS),600)
 
 bench: bench-kernel bench-daemon bench-memory bench-start bench-hunter ## all of the following but accuracy; into bench/RESULTS.md
