@@ -5,6 +5,7 @@ import gzip
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
@@ -29,7 +30,7 @@ class BuildWithGuard(build_py):
 class SameSdist(sdist):
     """With SOURCE_DATE_EPOCH the archive is the same wherever and whenever it is made."""
 
-    def make_archive(self, base_name: str, format: str, *args: object, **options: object) -> str:
+    def make_archive(self, base_name: Any, format: str, *args: Any, **options: Any) -> str:
         made: str = super().make_archive(base_name, format, *args, **options)
         epoch = os.environ.get("SOURCE_DATE_EPOCH")
         if epoch and format == "gztar":
