@@ -86,6 +86,13 @@ menu: ## what is built, loaded and running, and a key for each thing to do
 	@[ -x $(PYTHON) ] || ./build.sh --no-module
 	@$(PYTHON) python/menu.py
 
+reproducible: tools ## wheel, sdist, eBPF objects and Debian packages built twice: the same hashes
+	$(PYTHON) tests/reproducible.py $(PARTS)
+sbom: ## what is shipped and what it needs, as CycloneDX JSON into dist/
+	@[ -x $(PYTHON) ] || ./build.sh --no-module
+	@mkdir -p dist
+	$(PYTHON) debian/sbom.py > dist/packet-hunter.cdx.json
+
 deb: ## Debian source and binary packages into dist/ (says which packages it wants)
 	@[ -x $(PYTHON) ] || ./build.sh --no-module
 	debian/build dist
@@ -95,4 +102,4 @@ clean: ## remove what was built, .venv too
 distclean: ## clean, and what tests keep in ~/.cache/packet-hunter (kernels, modules, boxes)
 	@./build.sh distclean
 
-.PHONY: bench-history help run demo test tools lint test-unit test-host test-vm test-attribution test-ebpf test-matrix test-kasan test-vagrant test-browser test-packages test-bare fuzz nonsense attack soak bench bench-kernel bench-load bench-daemon bench-memory bench-start bench-hunter bench-fleet bench-accuracy menu deb clean distclean
+.PHONY: bench-history help run demo test tools lint test-unit test-host test-vm test-attribution test-ebpf test-matrix test-kasan test-vagrant test-browser test-packages test-bare fuzz nonsense attack soak reproducible sbom bench bench-kernel bench-load bench-daemon bench-memory bench-start bench-hunter bench-fleet bench-accuracy menu deb clean distclean

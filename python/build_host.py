@@ -19,6 +19,8 @@ builder.set_source(
     "nlproto._host",
     '#include <stdint.h>\n#include "shared_proto.h"\n#include "host.h"\n#include "accounting.h"',
     sources=[f"python/nlproto/native/{name}.c" for name in ("host", "memory", "flows", "table")],
+    # the object must not tell where it was built, nor depend on it
+    extra_compile_args=[f"-ffile-prefix-map={ROOT}=."],
     include_dirs=[str(ROOT), str(SOURCES)],
     depends=[str(ROOT / "shared_proto.h"), *(str(SOURCES / name) for name in HEADERS)],
 )
