@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from fleet.collect.keys import Keys
 from fleet.collect.parquet import write_file
+from fleet.collect.rollup import write_rollup
 from fleet.collect.tables import in_order
 from fleet.schema import ACCOUNT, FLOWS, HOUR_NS, PROCS, hour_name
 
@@ -20,7 +21,8 @@ HOSTS = 2000
 BEGIN_NS = 1_779_926_400 * 10**9  # 2026-05-28T00:00:00Z
 _PROGRAMS = 40
 _PER_HOST = 10  # programs that run on one host
-_INSIDE = 0.7  # of connections go to another host of the fleet
+_TARGETS = 5  # that one of them talks to
+_INSIDE = 0.7  # of them are on another host of the fleet
 _ACCOUNT_S = 60
 
 
@@ -48,8 +50,14 @@ def _program(host: np.ndarray, slot: np.ndarray) -> np.ndarray:
     return found
 
 
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """Numbers that look like chance, and are always the same."""
+    mixed: np.ndarray = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(33)
+    return mixed.astype(np.int64)
+
+
 def write(folder: Path, rows: int, hours: int, seed: int = 1) -> None:
-    """Write about `rows` rows of flows in so many hours, with procs and account."""
+    """Write about `rows` rows of flows in so many hours, with procs, account and sums."""
     random = np.random.default_rng(seed)
     for hour in range(hours):
         begin = BEGIN_NS + hour * HOUR_NS
@@ -57,16 +65,18 @@ def write(folder: Path, rows: int, hours: int, seed: int = 1) -> None:
         _flows(folder / "flows" / name, rows // hours, begin, random)
         _procs(folder / "procs" / name, begin)
         _accounts(folder / "account" / name, begin)
+        write_rollup(folder, name)
 
 
 def _flows(folder: Path, rows: int, begin: int, random: np.random.Generator) -> None:
     count = int(rows / (1 + _INSIDE))
     client = random.integers(0, HOSTS, count)
-    server = random.integers(0, HOSTS, count)
-    inside = random.random(count) < _INSIDE
-    outside = HOSTS + random.integers(0, len(_OUTSIDE), count)
-    far = np.where(inside, server, outside)
-    slot_c, slot_s = random.integers(0, _PER_HOST, (2, count))
+    slot_c = random.integers(0, _PER_HOST, count)
+    # a program talks to few others, always the same
+    target = _mixed((client * _PER_HOST + slot_c) * _TARGETS + random.integers(0, _TARGETS, count))
+    server, slot_s = target % HOSTS, target // HOSTS % _PER_HOST
+    inside = target % 1009 < 1009 * _INSIDE
+    far = np.where(inside, server, HOSTS + target % len(_OUTSIDE))
     service = np.where(inside, 5000 + _program(server, slot_s), 443).astype(np.uint16)
     port = random.integers(32768, 61000, count).astype(np.uint16)
     first = begin + random.integers(0, HOUR_NS - 10 * 10**9, count)

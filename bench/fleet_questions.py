@@ -16,6 +16,7 @@ from fleet.ask.questions import new, usage, who
 from fleet.ask.store import Range, Store, open_folder
 from fleet.ask.wanted import Wanted
 from fleet_flows import BEGIN_NS, HOSTS, address, write
+from nlproto.filters.parse import parse
 from results import put, table
 
 _ROWS, _HOURS = 10_000_000, 24
@@ -24,13 +25,13 @@ _AT_S = 40_000
 _TIMES = 3
 
 _QUESTIONS: list[tuple[str, int, Callable[[Store], int]]] = [
-    ("who, a port", 300, lambda store: who(store, Wanted(port=5012), 50)[0]),
+    ("who, a port", 300, lambda store: who(store, Wanted(parse("port 5012")), 50)[0]),
     ("who, a far host", 300, lambda store: who(store, Wanted(host=address(77)), 50)[0]),
-    ("who, a program", 300, lambda store: who(store, Wanted(pname="program7"), 50)[0]),
+    ("who, a program", 300, lambda store: who(store, Wanted(parse("pname program7")), 50)[0]),
     ("usage by process", 600, lambda store: usage(store, Wanted(), "process", 50)[0]),
     ("new destinations", 600, lambda store: new(store, Wanted(), "destination", 0, 50)[0]),
-    ("ends, a port", 300, lambda store: len(ends(store, Wanted(port=5012)))),
-    ("map, both ends of all", 600, lambda store: len(service_map(ends(store, Wanted()), "unit"))),
+    ("ends, a port", 300, lambda store: ends(store, Wanted(parse("port 5012")), 50)[0]),
+    ("map, both ends of all", 600, lambda store: service_map(store, Wanted(), "unit", 50)[0]),
 ]
 
 

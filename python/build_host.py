@@ -10,8 +10,8 @@ SOURCES = ROOT / "python" / "nlproto" / "native"
 
 builder = FFI()
 # Records are filled by pointer only; their layout stays in nlproto._wire.
+NAMES = ("ring", "diag", "host", "accept", "memory", "flows", "table")
 HEADERS = ("host.h", "accounting.h")
-PARTS = ("host", "accept", "memory", "flows", "table")
 builder.cdef(
     "struct sniffer_record { ...; };\n"
     + "\n".join((SOURCES / name).read_text() for name in HEADERS)
@@ -19,7 +19,7 @@ builder.cdef(
 builder.set_source(
     "nlproto._host",
     '#include <stdint.h>\n#include "shared_proto.h"\n#include "host.h"\n#include "accounting.h"',
-    sources=[f"python/nlproto/native/{name}.c" for name in PARTS],
+    sources=[f"python/nlproto/native/{name}.c" for name in NAMES],
     # the object must not tell where it was built, nor depend on it
     extra_compile_args=[f"-ffile-prefix-map={ROOT}=."],
     include_dirs=[str(ROOT), str(SOURCES)],

@@ -7,7 +7,9 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,12 +22,14 @@ pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs ro
 
 
 @pytest.fixture(name="nats")
-def _nats(tmp_path):
+def _nats(tmp_path: Path) -> Iterator[Server]:
     with Server(tmp_path / "nats") as server:
         yield server
 
 
-def test_a_connection_becomes_a_row_that_names_its_process(daemon, nats, tmp_path, server):
+def test_a_connection_becomes_a_row_that_names_its_process(
+    daemon: Any, nats: Server, tmp_path: Path, server: Any
+) -> None:
     store = tmp_path / "store"
     arguments = ["--server", nats.url, "--interval", "0.3"]
     with (
@@ -43,7 +47,7 @@ def test_a_connection_becomes_a_row_that_names_its_process(daemon, nats, tmp_pat
             client.sendall(b"x" * 1000)
             client.recv(1000)
 
-            def found():
+            def found() -> list[Any]:
                 return [row for row in rows(store, "flows") if row["lport"] == port]
 
             until(found, 30, "the row")
@@ -69,7 +73,7 @@ def test_a_connection_becomes_a_row_that_names_its_process(daemon, nats, tmp_pat
     assert last["delivered"] > 0 and last["engine"] == "packet"
 
 
-def test_who_may_not_see_everything_is_told_so(daemon, nats, tmp_path):
+def test_who_may_not_see_everything_is_told_so(daemon: Any, nats: Server, tmp_path: Path) -> None:
     spool = tmp_path / "spool"
     spool.mkdir()
     os.chown(spool, 65534, 65534)
@@ -82,7 +86,7 @@ def test_who_may_not_see_everything_is_told_so(daemon, nats, tmp_path):
         assert "member of its group" in exporter.text()
 
 
-def test_one_command_starts_a_fleet_on_one_machine_and_ends_it(tmp_path, server):
+def test_one_command_starts_a_fleet_on_one_machine_and_ends_it(tmp_path: Path, server: Any) -> None:
     directory = tmp_path / "fleet"
     told = {"PACKET_HUNTER_ENGINE": "packet", "PACKET_HUNTER_NATS_PORT": str(free_port())}
     command = [str(EXAMPLES / "fleet.sh"), str(directory)]
@@ -94,7 +98,7 @@ def test_one_command_starts_a_fleet_on_one_machine_and_ends_it(tmp_path, server)
         with socket.create_connection(("127.0.0.1", server[1])) as client:
             port = client.getsockname()[1]
 
-            def found():
+            def found() -> list[Any]:
                 client.sendall(b"x")
                 client.recv(10)
                 return [row for row in rows(directory / "hours", "flows") if row["lport"] == port]
@@ -108,7 +112,7 @@ def test_one_command_starts_a_fleet_on_one_machine_and_ends_it(tmp_path, server)
         until(lambda: not any(_session(pid) == example.process.pid for pid in parts))
 
 
-def _session(pid):
+def _session(pid: Any) -> Any:
     try:
         return os.getsid(pid)
     except ProcessLookupError:

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,7 @@ from fleet.ask.hosts import hosts_of
 from fleet.ask.store import Range, open_folder
 from fleet.ask.wanted import Wanted
 from fleeting import Program, Server
+from nlproto.filters.parse import parse
 from waiting import until
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs root")
@@ -54,14 +57,14 @@ sys.stdin.read()
 """
 
 
-def run(*command):
+def run(*command: Any) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
 class Machine:
     """Its own network, processes and /proc; a daemon and an exporter."""
 
-    def __init__(self, number, name, directory, hub, url):
+    def __init__(self, number: Any, name: Any, directory: Any, hub: Any, url: Any) -> None:
         self.name, self.address = name, f"10.99.0.{number}"
         self.directory = directory / name
         self.directory.mkdir()
@@ -88,33 +91,33 @@ class Machine:
         )
         self.exporter.wait_for("connected as")
 
-    def _child(self):
+    def _child(self) -> Any:
         children = Path(f"/proc/{self.outer.pid}/task/{self.outer.pid}/children").read_text()
         return int(children.split()[0]) if children else None
 
-    def _inside(self, command):
+    def _inside(self, command: Any) -> list[Any]:
         return ["nsenter", "--target", str(self.init), "--net", "--pid", "--mount", *command]
 
-    def enter(self, *command, **options):
+    def enter(self, *command: Any, **options: Any) -> Any:
         return subprocess.Popen(self._inside(list(command)), cwd="/", **options)
 
-    def python(self, code, side, *words):
+    def python(self, code: Any, side: Any, *words: Any) -> Any:
         command = [sys.executable, "-c", code, str(self.truth[side]), *map(str, words)]
         return self.enter(*command, stdin=subprocess.PIPE)
 
-    def told(self, side):
+    def told(self, side: Any) -> dict[tuple[str, ...], Any]:
         """{(local, remote): pid} as the processes themselves say."""
         lines = self.truth[side].read_text().splitlines()
         found = [json.loads(line) for line in lines if line.startswith("[")]
         return {(f"{a}:{p}", f"{b}:{q}"): pid for a, p, b, q, pid in found}
 
-    def close(self):
+    def close(self) -> None:
         """The exporter sends what it has; the daemon ends with its machine."""
         assert self.exporter.stop() == 0, self.exporter.text()
 
 
 @pytest.fixture
-def machines(tmp_path):
+def machines(tmp_path: Path) -> Iterator[tuple[Any, ...]]:
     hub = f"phf-hub-{os.getpid()}"
     with contextlib.ExitStack() as stack:
         run("ip", "netns", "add", hub)
@@ -130,7 +133,9 @@ def machines(tmp_path):
         yield made, tmp_path / "store", server.url
 
 
-def test_every_connection_of_three_machines_has_both_its_processes(machines, tmp_path):
+def test_every_connection_of_three_machines_has_both_its_processes(
+    machines: tuple[Any, ...], tmp_path: Path
+) -> None:
     made, store, url = machines
     since = time.time_ns()
     with Program.of(tmp_path / "collect.log", "collect", str(store), "--server", url,
@@ -146,8 +151,8 @@ def test_every_connection_of_three_machines_has_both_its_processes(machines, tmp
         wanted = {(one.name, *way): pid for one in made for way, pid in one.told("ask").items()}
         assert len(wanted) == 3 * 3 * EACH
 
-        def all_there():
-            return wanted.keys() <= _joined(store, since).keys()
+        def all_there() -> bool:
+            return bool(wanted.keys() <= _joined(store, since).keys())
 
         until(all_there, 60, "both ends of all")
         for one in asking:
@@ -170,13 +175,13 @@ def test_every_connection_of_three_machines_has_both_its_processes(machines, tmp
         assert {one.name for one in hosts_of(opened)} == set(NAMES)
 
 
-def _joined(store, since):
+def _joined(store: Any, since: Any) -> Any:
     """{(client's machine, local, remote): (its pid, server's machine, its pid)}."""
     if not (store / "flows").is_dir():
         return {}
     with open_folder(store, Range(since, time.time_ns())) as opened:
         found = {}
-        for one in ends(opened, Wanted(port=PORT)):
+        for one in ends(opened, Wanted(parse(f"port {PORT}")))[1]:
             client, server = one["client"], one["server"]
             if client and server:
                 ways = [f"{client[f'{side}addr']}:{client[f'{side}port']}" for side in "lr"]
@@ -187,5 +192,5 @@ def _joined(store, since):
         return found
 
 
-def _text(path):
+def _text(path: Any) -> Any:
     return path.read_text() if path.exists() else ""

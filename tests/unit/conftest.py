@@ -1,70 +1,39 @@
 # SPDX-License-Identifier: MIT
 from __future__ import annotations
 
-import socket
+from collections.abc import Iterator
+from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import settings
 
-from nlproto.records import wire
-from nlproto.tables.flows import pack_address
+from daemon.history.store import Store
+from remembering import Clocks
 
 # A busy machine is no failure.
 settings.register_profile("project", deadline=None)
 settings.load_profile("project")
 
 
-def make_records(*rows: dict) -> np.ndarray:
-    """RECORDs; what a row leaves out is an outgoing UDP packet of process 100."""
-    records = np.zeros(len(rows), wire.RECORD)
-    for record, row in zip(records, rows, strict=True):
-        values = {
-            "time_ns": 1_000_000_000,
-            "family": socket.AF_INET,
-            "proto": socket.IPPROTO_UDP,
-            "dir": wire.lib.SNIFFER_DIR_OUT,
-            "how": wire.lib.SNIFFER_HOW_SOCKET,
-            "tgid": 100,
-            "start_ns": 5_000_000_000,
-            "uid": 1000,
-            "netns": 4026531840,
-            "len": 60,
-            "hdr_len": 28,
-            "gso_segs": 1,
-            "sport": 40000,
-            "dport": 53,
-            "saddr": "10.0.0.1",
-            "daddr": "10.0.0.2",
-            "comm": b"client",
-        } | row
-        for name in ("saddr", "daddr"):
-            record[name] = np.frombuffer(pack_address(values.pop(name))[1], np.uint8)
-        for name, value in values.items():
-            record[name] = value
-    return records
+@pytest.fixture(name="path")
+def _path(tmp_path: Path) -> str:
+    """Where a history's database may be."""
+    return str(tmp_path / "history.db")
 
 
-@pytest.fixture(name="make_records")
-def _make_records():
-    return make_records
+@pytest.fixture(name="clocks")
+def _clocks() -> Clocks:
+    return Clocks()
 
 
-def make_batch(
-    records: np.ndarray, seq: int = 0, cpu: int = 0, mono_ns: int = 0, instance: int = 7
-) -> wire.Batch:
-    """A batch as an engine gives it: the first record has sequence `seq` on its CPU."""
-    head = np.zeros(1, wire.BATCH)[0]
-    head["cpu"] = cpu
-    head["instance"] = instance
-    head["record_seq"] = seq
-    head["packets"] = seq + len(records)
-    head["mono_ns"] = mono_ns or (int(records["time_ns"].max()) if len(records) else 1)
-    head["real_ns"] = head["mono_ns"] + 1_700_000_000_000_000_000
-    head["boot_ns"] = head["mono_ns"]
-    return wire.decode_batch(wire.encode_batch(head, records))
+@pytest.fixture(name="store")
+def _store(path: str, clocks: Clocks) -> Iterator[Store]:
+    store = Store(path, moment=clocks)
+    yield store
+    store.close()
 
 
-@pytest.fixture(name="make_batch")
-def _make_batch():
-    return make_batch
+@pytest.fixture
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sealed hours have several groups of rows even when they are short."""
+    monkeypatch.setattr("daemon.history.sealed._GROUP", 16)

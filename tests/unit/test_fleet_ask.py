@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Questions to flows of several machines: who, both ends, map, new, usage."""
 
-import itertools
-import json
+from __future__ import annotations
 
-import pyarrow as pa
+import json
+from pathlib import Path
+
 import pytest
 
 from fleet import schema
@@ -12,120 +13,30 @@ from fleet.ask.ends import ends
 from fleet.ask.hosts import hosts_of
 from fleet.ask.map import service_map
 from fleet.ask.questions import new, usage, who
-from fleet.ask.store import Range, open_folder
+from fleet.ask.store import open_folder
 from fleet.ask.wanted import Wanted
-from fleet.collect.keys import Keys
-from fleet.collect.parquet import write_file
+from fleet_rows import BEGIN, FIRST, RANGE, Folder, S, alone, joined
 from hunter.__main__ import main
 from nlproto.errors import Error, UsageError
-
-S = 10**9
-BEGIN = 1_779_926_400 * S  # an hour's beginning
-RANGE = Range(BEGIN + 600 * S, BEGIN + 1200 * S)
-FIRST = BEGIN + 700 * S
-
-
-class Folder:
-    """What collectors wrote, a batch a row."""
-
-    def __init__(self, path):
-        self.path = path
-        self.rows = {"flows": [], "procs": [], "account": []}
-        self._numbers = itertools.count(1)
-
-    def flow(self, host, local, remote, program="", first=FIRST, last=None, **more):
-        """One row; `local` and `remote` are "address:port"."""
-        (laddr, lport), (raddr, rport) = (one.rsplit(":", 1) for one in (local, remote))
-        number = next(self._numbers)
-        tgid = more.pop("tgid", number + 1000 if program else 0)
-        row = dict.fromkeys(schema.FLOWS.names) | {
-            "host": host, "boot": f"boot-{host}", "sequence": number, "netns": 1,
-            "cookie": number, "protocol": 6, "laddr": laddr, "lport": int(lport), "raddr": raddr,
-            "rport": int(rport), "forwarded": False, "tgid": tgid, "start_ns": 5 if tgid else 0,
-            "uid": 0, "comm": program[:15], "how": "socket" if tgid else "no_socket", "flags": 0,
-            "first_ns": first, "last_ns": first + S if last is None else last,
-            "packets_out": 1, "bytes_out": 100, "packets_in": 2, "bytes_in": 200,
-        } | more  # fmt: skip
-        self.rows["flows"].append(row)
-        if program:
-            self.process(host, tgid, program)
-        return row
-
-    def process(self, host, tgid, program, **more):
-        row = dict.fromkeys(schema.PROCS.names) | {
-            "host": host, "boot": f"boot-{host}", "sequence": next(self._numbers), "tgid": tgid,
-            "start_ns": 5, "at_ns": FIRST, "comm": program[:15], "name": program,
-        } | more  # fmt: skip
-        self.rows["procs"].append(row)
-
-    def account(self, host, times=range(600, 1201, 60), **more):
-        """Its own account at so many seconds."""
-        zero = {name: 0 for name in schema.ACCOUNT.names[4:11]}
-        for at in times:
-            lost = {name: value * (at - 600) for name, value in more.items()}
-            row = {"host": host, "boot": f"boot-{host}", "sequence": next(self._numbers)}
-            self.rows["account"].append(row | zero | {"at_ns": BEGIN + at * S} | lost)
-
-    def rollup(self, host, program, remote, service, initiated, hour_ns):
-        folder = self.path / "rollup" / schema.hour_name(hour_ns)
-        folder.mkdir(parents=True)
-        row = dict.fromkeys(schema.ROLLUP.names) | {
-            "hour_ns": hour_ns, "host": host, "name": program, "remote": remote, "protocol": 6,
-            "service": service, "initiated": initiated,
-        }  # fmt: skip
-        write_file(folder / "part-0.parquet", pa.Table.from_pylist([row], schema.ROLLUP), Keys())
-
-    def write(self, part="part-1.parquet"):
-        for kind, columns in schema.TABLES.items():
-            at = "last_ns" if kind == "flows" else "at_ns"
-            hours = {}
-            for row in self.rows[kind]:
-                hours.setdefault(schema.hour_name(row[at]), []).append(row)
-            (self.path / kind).mkdir(parents=True, exist_ok=True)
-            for hour, rows in hours.items():
-                folder = self.path / kind / hour
-                folder.mkdir(exist_ok=True)
-                keys = Keys((row["host"], row["boot"], row["sequence"]) for row in rows)
-                write_file(folder / part, pa.Table.from_pylist(rows, columns), keys)
-
-    def open(self, range=RANGE):
-        self.write()
-        return open_folder(self.path, range)
+from nlproto.filters.parse import parse
+from nlproto.filters.words import quote
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path / "store")
 
 
-def joined(found):
-    """{(client's machine and program, server's)} of the connections that have both."""
-    return {
-        (f"{c['host']} {c['program']}", f"{s['host']} {s['program']}")
-        for one in found
-        if (c := one["client"]) and (s := one["server"])
-    }
-
-
-def alone(found):
-    """{machine and program: why the other end is missing}."""
-    return {
-        f"{side['host']} {side['program']}": "ambiguous" if one["ambiguous"] else one["reason"]
-        for one in found
-        if (side := one["client"] or one["server"]) and not (one["client"] and one["server"])
-    }
-
-
-def test_both_ends_are_joined(folder):
+def test_both_ends_are_joined(folder: Folder) -> None:
     folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "curl")
     folder.flow("b", "10.0.0.2:443", "10.0.0.1:40000", "nginx")
     with folder.open() as store:
-        [one] = ends(store, Wanted())
+        [one] = ends(store, Wanted())[1]
     assert (one["client"]["program"], one["server"]["program"]) == ("curl", "nginx")
     assert not one["ambiguous"] and one["reason"] is None
 
 
-def test_rows_of_one_connection_are_one(folder):
+def test_rows_of_one_connection_are_one(folder: Folder) -> None:
     for at in range(3):
         for host, near, far, who_, tgid in (
             ("a", "10.0.0.1:40000", "10.0.0.2:443", "curl", 7),
@@ -134,11 +45,11 @@ def test_rows_of_one_connection_are_one(folder):
             first = FIRST + 10 * at * S
             folder.flow(host, near, far, who_, first=first, tgid=tgid, cookie=tgid)
     with folder.open() as store:
-        [one] = ends(store, Wanted())
+        [one] = ends(store, Wanted())[1]
     assert one["client"]["bytes_out"] == 300
 
 
-def test_addresses_that_many_machines_have_join_on_their_own_machine(folder):
+def test_addresses_that_many_machines_have_join_on_their_own_machine(folder: Folder) -> None:
     """docker0 is 172.17.0.1 everywhere, loopback too; in two namespaces of one machine as well."""
     folder.flow("a", "127.0.0.1:80", "127.0.0.1:40000", "server-n", netns=9)
     for host in "abc":
@@ -148,45 +59,45 @@ def test_addresses_that_many_machines_have_join_on_their_own_machine(folder):
         folder.flow(host, "172.17.0.3:80", "172.17.0.2:40000", f"web-{host}", netns=3)
     folder.flow("a", "127.0.0.1:40000", "127.0.0.1:80", "client-n", netns=9)
     with folder.open() as store:
-        found = ends(store, Wanted())
+        found = ends(store, Wanted())[1]
     wanted = {(f"{h} client-{h}", f"{h} server-{h}") for h in "abc"}
     wanted.add(("a client-n", "a server-n"))
     wanted |= {(f"{h} box-{h}", f"{h} web-{h}") for h in "abc"}
     assert joined(found) == wanted
 
 
-def test_where_two_machines_fit_none_is_named(folder):
+def test_where_two_machines_fit_none_is_named(folder: Folder) -> None:
     folder.flow("a", "192.168.1.2:40000", "192.168.1.3:80", "curl")
     for host in "bc":
         folder.flow(host, "192.168.1.3:80", "192.168.1.2:40000", f"nginx-{host}")
     with folder.open() as store:
-        found = ends(store, Wanted())
+        found = ends(store, Wanted())[1]
     assert joined(found) == set()
     assert alone(found)["a curl"] == "ambiguous"
 
 
-def test_an_address_that_several_machines_have_joins_no_others(folder):
+def test_an_address_that_several_machines_have_joins_no_others(folder: Folder) -> None:
     """Of two containers with the same addresses on two machines one end each was recorded."""
     folder.flow("a", "172.17.0.2:40000", "172.17.0.3:80", "curl")
     folder.flow("b", "172.17.0.3:80", "172.17.0.2:40000", "nginx")
     folder.flow("b", "172.17.0.2:5000", "198.51.100.1:443", "wget")
     with folder.open() as store:
-        found = ends(store, Wanted())
+        found = ends(store, Wanted())[1]
     assert joined(found) == set()
     assert alone(found) == {"a curl": "ambiguous", "b nginx": "ambiguous", "b wget": "outside"}
 
 
-def test_a_port_that_is_used_again_joins_the_right_ones(folder):
+def test_a_port_that_is_used_again_joins_the_right_ones(folder: Folder) -> None:
     for number, at in enumerate((0, 4, 8)):
         first = FIRST + at * S
         folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", f"c{number}", first=first)
         folder.flow("b", "10.0.0.2:443", "10.0.0.1:40000", f"s{number}", first=first + S // 100)
     with folder.open() as store:
-        found = ends(store, Wanted())
+        found = ends(store, Wanted())[1]
     assert joined(found) == {(f"a c{n}", f"b s{n}") for n in range(3)}
 
 
-def test_one_end_is_the_other_end_of_one_connection(folder):
+def test_one_end_is_the_other_end_of_one_connection(folder: Folder) -> None:
     """The server recorded the first alone: the second has no partner."""
     folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "c0")
     folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "c1", first=FIRST + S // 20)
@@ -194,13 +105,13 @@ def test_one_end_is_the_other_end_of_one_connection(folder):
     for host in "ab":
         folder.account(host)
     with folder.open() as store:
-        found = ends(store, Wanted())
+        found = ends(store, Wanted())[1]
     assert joined(found) == {("a c0", "b s0")}
     assert alone(found) == {"a c1": "unseen"}
 
 
 @pytest.mark.parametrize("ahead", [-5 * S, 5 * S])
-def test_clocks_that_differ_are_learnt(folder, ahead):
+def test_clocks_that_differ_are_learnt(folder: Folder, ahead: int) -> None:
     """A port comes back after three seconds: with the clock as it is the wrong one is nearer."""
     for number in range(8):
         first = FIRST + 100 * S + number * 20 * S
@@ -211,11 +122,11 @@ def test_clocks_that_differ_are_learnt(folder, ahead):
     folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "again", first=again)
     folder.flow("b", "10.0.0.2:443", "10.0.0.1:40000", "answer", first=again + ahead)
     with folder.open() as store:
-        found = ends(store, Wanted())
+        found = ends(store, Wanted())[1]
     assert joined(found) == {(f"a c{n}", f"b s{n}") for n in range(8)} | {("a again", "b answer")}
 
 
-def test_through_nat_of_the_server_s_machine(folder):
+def test_through_nat_of_the_server_s_machine(folder: Folder) -> None:
     """A published port: the client knows the machine, the server its own address."""
     folder.flow("a", "10.0.0.1:40000", "10.0.0.2:8080", "curl")
     folder.flow(
@@ -223,10 +134,10 @@ def test_through_nat_of_the_server_s_machine(folder):
         nat_laddr="10.0.0.2", nat_lport=8080, nat_raddr="10.0.0.1", nat_rport=40000,
     )  # fmt: skip
     with folder.open() as store:
-        assert joined(ends(store, Wanted())) == {("a curl", "b nginx")}
+        assert joined(ends(store, Wanted())[1]) == {("a curl", "b nginx")}
 
 
-def test_ports_need_not_tell_who_asked(folder):
+def test_ports_need_not_tell_who_asked(folder: Folder) -> None:
     """NTP has one port at both ends; a published port may be higher than the client's."""
     folder.flow("a", "10.0.0.1:123", "10.0.0.2:123", "chronyd", protocol=17)
     folder.flow("b", "10.0.0.2:123", "10.0.0.1:123", "ntpd", protocol=17)
@@ -239,12 +150,12 @@ def test_ports_need_not_tell_who_asked(folder):
     folder.flow("e", "10.0.0.5:7000", "10.0.0.4:6000", "serves", initiated=False)
     folder.flow("f", "10.0.0.6:9", "10.0.0.6:9", "itself", protocol=17)
     with folder.open() as store:
-        found = joined(ends(store, Wanted()))
+        found = joined(ends(store, Wanted())[1])
     assert {("c curl", "b nginx"), ("d asks", "e serves"), ("f itself", "f itself")} <= found
     assert len(found & {("a chronyd", "b ntpd"), ("b ntpd", "a chronyd")}) == 1
 
 
-def test_through_nat_of_a_machine_on_the_way(folder):
+def test_through_nat_of_a_machine_on_the_way(folder: Folder) -> None:
     """It masquerades and redirects; only its forwarded flow tells both."""
     folder.flow("a", "10.0.0.1:40000", "10.9.0.1:8080", "curl")
     folder.flow("b", "10.0.1.2:80", "10.9.0.2:50000", "nginx")
@@ -253,10 +164,10 @@ def test_through_nat_of_a_machine_on_the_way(folder):
         nat_laddr="10.9.0.2", nat_lport=50000, nat_raddr="10.9.0.1", nat_rport=8080,
     )  # fmt: skip
     with folder.open() as store:
-        assert joined(ends(store, Wanted())) == {("a curl", "b nginx")}
+        assert joined(ends(store, Wanted())[1]) == {("a curl", "b nginx")}
 
 
-def test_an_end_without_a_partner_says_why(folder):
+def test_an_end_without_a_partner_says_why(folder: Folder) -> None:
     for host in "abcd":
         folder.account(host, range(600, 701, 20) if host == "c" else range(600, 1201, 60))
     folder.account("e", daemon_lost=1)
@@ -273,14 +184,14 @@ def test_an_end_without_a_partner_says_why(folder):
     folder.flow("a", "10.0.0.1:50001", "198.51.100.2:443", "forwarded")
     folder.flow("b", "10.0.0.1:50001", "198.51.100.2:443", forwarded=True)
     with folder.open() as store:
-        reasons = alone(ends(store, Wanted(on="a")))
+        reasons = alone(ends(store, Wanted(on="a"))[1])
         hosts = {one.name: one for one in hosts_of(store)}
     for name in ("outside", "silent", "lost", "unseen", "local", "forwarded"):
         assert reasons[f"a {name}"] == name
     assert {name for name, one in hosts.items() if not one.whole} == {"c", "e"}
 
 
-def test_what_was_told_twice_counts_once(folder):
+def test_what_was_told_twice_counts_once(folder: Folder) -> None:
     folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "curl")
     folder.write("part-0.parquet")
     with folder.open() as store:
@@ -292,18 +203,18 @@ HOSTILE = ["'; DROP TABLE flow; --", '"x"', "a\x1b[31m\n", "%_", "$since", "x' O
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_names_of_hostile_machines_are_values_and_nothing_else(folder, name):
+def test_names_of_hostile_machines_are_values_and_nothing_else(folder: Folder, name: str) -> None:
     folder.flow(name, "10.0.0.1:40000", "not-an-address:443", name, domain=name)
     folder.flow("b", "10.0.0.2:40000", "10.0.0.3:443", "curl")
     with folder.open() as store:
-        for field in ("on", "pname"):
-            total, [row] = who(store, Wanted(**{field: name}), 10)
+        for wanted in (Wanted(on=name), Wanted(parse(f"pname {quote(name)}"))):
+            total, [row] = who(store, wanted, 10)
             assert (total, row["host"], row["program"]) == (1, name, name)
-        assert len(ends(store, Wanted(host="10.0.0.0/8"))) == 1
-        assert service_map(ends(store, Wanted(on=name)), "process")[0]["client"] == name
+        assert len(ends(store, Wanted(host="10.0.0.0/8"))[1]) == 1
+        assert service_map(store, Wanted(on=name), "process")[1][0]["client"] == name
 
 
-def test_who_takes_the_words_of_one_host(folder):
+def test_who_takes_the_words_of_one_host(folder: Folder) -> None:
     row = folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "curl", domain="www.example.org")
     folder.process(
         "a", row["tgid"], "curl", at_ns=FIRST + 1, unit="cron.service",
@@ -311,21 +222,24 @@ def test_who_takes_the_words_of_one_host(folder):
     )  # fmt: skip
     folder.flow("b", "10.0.0.3:53", "10.0.0.4:40001", "named", protocol=17)
     with folder.open() as store:
-        for words in (
-            {"port": 443}, {"port": 40000}, {"proto": "tcp"}, {"host": "10.0.0.2"},
-            {"host": "10.0.0.2/31"}, {"on": "a"}, {"pid": row["tgid"]}, {"pname": "curl"},
-            {"user": "alice"}, {"unit": "cron"}, {"unit": "cron.service"}, {"container": "web"},
-            {"container": "docker:4f1c"}, {"pod": "web-0"}, {"domain": "example.org"},
-            {"domain": "WWW.example.org."},
+        for text in (
+            "port 443", "port 40000", "tcp", "dst host 10.0.0.2", "net 10.0.0.1/32",
+            f"pid {row['tgid']}", "pname curl", "unit cron", "unit cron.service", "container web",
+            "container docker:4f1c", "pod web-0", "domain example.org", "domain WWW.example.org.",
         ):  # fmt: skip
-            total, [found] = who(store, Wanted(**words), 10)
-            assert (total, found["host"]) == (1, "a"), words
-        assert who(store, Wanted(domain="ample.org"), 10) == (0, [])
+            total, [found] = who(store, Wanted(parse(text, elsewhere=True)), 10)
+            assert (total, found["host"]) == (1, "a"), text
+        for wanted in (
+            Wanted(on="a"), Wanted(user="alice"), Wanted(host="10.0.0.2"),
+            Wanted(host="10.0.0.2/31"),
+        ):  # fmt: skip
+            assert who(store, wanted, 10)[0] == 1
+        assert who(store, Wanted(parse("domain ample.org")), 10) == (0, [])
         with pytest.raises(UsageError, match="neither an IP address nor a network"):
             who(store, Wanted(host="nonsense"), 10)
 
 
-def test_usage_sums_up_by_what_is_asked(folder):
+def test_usage_sums_up_by_what_is_asked(folder: Folder) -> None:
     for host in "ab":
         folder.flow(host, "10.0.0.1:40000", "10.0.0.9:443", "curl")
     folder.flow("a", "10.0.0.1:40001", "10.0.0.9:443", "wget", bytes_in=5000)
@@ -339,7 +253,7 @@ def test_usage_sums_up_by_what_is_asked(folder):
         assert (total, rows[0]["name"]) == (2, "a")
 
 
-def test_new_is_what_the_days_before_have_not(folder):
+def test_new_is_what_the_days_before_have_not(folder: Folder) -> None:
     for at, port in enumerate((443, 8443)):
         folder.flow("a", f"10.0.0.1:4000{at}", f"203.0.113.7:{port}", "curl")
     folder.flow("a", "10.0.0.1:22", "203.0.113.7:40000", "sshd")
@@ -354,14 +268,14 @@ def test_new_is_what_the_days_before_have_not(folder):
         assert [(row["program"], row["service"]) for row in rows] == [("sshd", 22)]
 
 
-def test_a_map_has_services_and_why_an_end_is_missing(folder):
+def test_a_map_has_services_and_why_an_end_is_missing(folder: Folder) -> None:
     for number in range(3):
         near = f"10.0.0.1:{40000 + number}"
         folder.flow("a", near, "10.0.0.2:443", "curl")
         folder.flow("b", "10.0.0.2:443", near, "nginx")
     folder.flow("a", "10.0.0.1:50000", "203.0.113.7:443", "wget", domain="example.org")
     with folder.open() as store:
-        rows = service_map(ends(store, Wanted()), "process")
+        rows = service_map(store, Wanted(), "process")[1]
     told = {
         (row["client"], row["server"], row["service"], row["connections"], row["reason"])
         for row in rows
@@ -372,7 +286,7 @@ def test_a_map_has_services_and_why_an_end_is_missing(folder):
     }
 
 
-def test_a_folder_that_is_none_is_a_line(tmp_path):
+def test_a_folder_that_is_none_is_a_line(tmp_path: Path) -> None:
     with pytest.raises(Error, match="has no flows"):
         open_folder(tmp_path, RANGE)
     (tmp_path / "flows" / schema.hour_name(FIRST)).mkdir(parents=True)
@@ -382,7 +296,12 @@ def test_a_folder_that_is_none_is_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("question", ["who", "ends", "map", "new", "usage"])
-def test_the_command_shows_and_tells_machines(folder, question, capsys, monkeypatch):
+def test_the_command_shows_and_tells_machines(
+    folder: Folder,
+    question: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("hunter.fleet.fleet.time.time_ns", lambda: RANGE.until_ns)
     folder.flow("a\x1b[31m", "10.0.0.1:40000", "10.0.0.2:443", "curl\x1b]0;x\x07")
     folder.flow("b", "10.0.0.2:443", "10.0.0.1:40000", "nginx")
@@ -400,7 +319,9 @@ def test_the_command_shows_and_tells_machines(folder, question, capsys, monkeypa
     assert main([*words, "--pname", "nobody"]) == 1
 
 
-def test_a_map_is_a_page_that_runs_nothing(folder, tmp_path, monkeypatch):
+def test_a_map_is_a_page_that_runs_nothing(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("hunter.fleet.fleet.time.time_ns", lambda: RANGE.until_ns)
     folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "<script>alert(1)</script>")
     folder.write()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("program", ["export", "collect"])
-def test_without_the_extra_one_line_says_what_to_install(program, tmp_path):
+def test_without_the_extra_one_line_says_what_to_install(program: str, tmp_path: Path) -> None:
     code = _WITHOUT.format(program)
     run = [sys.executable, "-I", "-c", code]
     ended = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
@@ -42,7 +43,7 @@ def test_without_the_extra_one_line_says_what_to_install(program, tmp_path):
         ["--spool-size", "0"],
     ],
 )
-def test_mistakes_are_told_and_nothing_begins(arguments, tmp_path):
+def test_mistakes_are_told_and_nothing_begins(arguments: list[str], tmp_path: Path) -> None:
     run = [sys.executable, "-I", "-m", "fleet.export", "--spool", str(tmp_path / "spool")]
     ended = subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2

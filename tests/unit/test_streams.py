@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Streams: who may see a record is decided before any filter; one user's filters cost that user."""
 
+from __future__ import annotations
+
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -22,48 +26,51 @@ from nlproto.overheard.names import Names
 from nlproto.records.batch import NamedBatch
 from nlproto.tables.flows import decode_flows, summarize
 from nlproto.tables.processes import Processes
+from recording import make_batch, make_records
+from waiting import stand_in
 
 
 class Subscriber:
-    def __init__(self):
-        self.seen, self.pieces, self.lost = 0, [], 0
+    def __init__(self) -> None:
+        self.seen, self.lost = 0, 0
+        self.pieces: list[Any] = []
 
-    def offer(self, seen, piece):
+    def offer(self, seen: Any, piece: Any) -> None:
         self.seen += seen
         if piece is not None:
             self.pieces.append(piece)
 
-    def lose(self, seen, matched):
+    def lose(self, seen: Any, matched: Any) -> None:
         self.seen += seen
         self.lost += matched
 
     @property
-    def records(self):
+    def records(self) -> list[Any]:
         from nlproto.records.wire import decode_batch
 
         return [record for piece in self.pieces for record in decode_batch(piece.payload).records]
 
 
 @contextmanager
-def _streams(max_filters=100, max_bytes=1 << 20, **options):
+def _streams(max_filters: int = 100, max_bytes: int = 1 << 20, **options: Any) -> Iterator[Any]:
     """Streams whose publishers run; posted functions run at once, one at a time."""
     lock = threading.RLock()
 
-    def post(function):
+    def post(function: Any) -> None:
         with lock:
             function()
 
     pipeline = SimpleNamespace(processes=Processes(), want_packets=lambda wanted: None)
-    with Streams(pipeline, post, max_filters, max_bytes, **options) as streams:
+    with Streams(stand_in(pipeline), post, max_filters, max_bytes, **options) as streams:
         yield streams
 
 
-def _publish(streams, make_batch, records):
+def _publish(streams: Any, records: Any) -> None:
     batch = make_batch(records)
-    streams.publish(NamedBatch(batch.head, np.array(batch.records), None))
+    streams.publish(NamedBatch(batch.head, np.array(batch.records), stand_in(None)))
 
 
-def _finish(streams, *joined):
+def _finish(streams: Any, *joined: Any) -> None:
     """Wait until everything before has been offered to the streams."""
     for stream in joined:
         passed = threading.Event()
@@ -71,11 +78,11 @@ def _finish(streams, *joined):
         assert passed.wait(20)
 
 
-def test_a_filter_runs_once_a_batch_for_all_who_have_it(make_records, make_batch, monkeypatch):
+def test_a_filter_runs_once_a_batch_for_all_who_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     masks = []
     mask = Filter.mask
 
-    def counted(self, *arguments):
+    def counted(self: Any, *arguments: Any) -> Any:
         masks.append(str(self))
         return mask(self, *arguments)
 
@@ -86,7 +93,7 @@ def test_a_filter_runs_once_a_batch_for_all_who_have_it(make_records, make_batch
             stream = streams.join(parse("udp dst port 53"), None, one)
         other = Subscriber()
         joined = streams.join(parse("tcp"), None, other)
-        _publish(streams, make_batch, make_records({"dport": 53}, {"dport": 54}))
+        _publish(streams, make_records({"dport": 53}, {"dport": 54}))
         _finish(streams, stream, joined)
     assert sorted(masks) == sorted({str(name) for name in masks}) and len(masks) == 2
     assert {id(one.pieces[0].payload) for one in same} == {id(same[0].pieces[0].payload)}
@@ -94,12 +101,12 @@ def test_a_filter_runs_once_a_batch_for_all_who_have_it(make_records, make_batch
     assert (other.seen, other.pieces) == (2, [])
 
 
-def test_another_users_stream_has_its_own_records_and_no_others(make_records, make_batch):
+def test_another_users_stream_has_its_own_records_and_no_others() -> None:
     with _streams() as streams:
         root, user = Subscriber(), Subscriber()
         joined = [streams.join(parse("udp"), None, root), streams.join(parse("udp"), 1000, user)]
         rows = {"uid": 1000}, {"uid": 0}, {"uid": 0, "tgid": 0}, {"uid": 1000, "tgid": 0}
-        _publish(streams, make_batch, make_records(*rows))
+        _publish(streams, make_records(*rows))
         _finish(streams, *joined)
     assert root.pieces[0].count == 4
     assert user.pieces[0].count == 1
@@ -107,12 +114,12 @@ def test_another_users_stream_has_its_own_records_and_no_others(make_records, ma
 
 
 def test_a_users_filter_never_meets_a_record_of_somebody_else(
-    make_records, make_batch, monkeypatch
-):
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     met = []
     mask = Filter.mask
 
-    def counted(self, records, details=None):
+    def counted(self: Any, records: Any, details: Any = None) -> Any:
         met.extend(records["uid"].tolist())
         return mask(self, records, details)
 
@@ -120,12 +127,12 @@ def test_a_users_filter_never_meets_a_record_of_somebody_else(
     with _streams() as streams:
         user = Subscriber()
         stream = streams.join(parse("pname x or pname y"), 1000, user)
-        _publish(streams, make_batch, make_records(*[{"uid": 0}] * 50, {"uid": 1000}))
+        _publish(streams, make_records(*[{"uid": 0}] * 50, {"uid": 1000}))
         _finish(streams, stream)
     assert met == [1000]
 
 
-def test_the_numbers_in_a_users_records_count_its_own(make_records, make_batch):
+def test_the_numbers_in_a_users_records_count_its_own() -> None:
     """`seq` and the clocks of the head would tell how much the others send."""
     with _streams() as streams:
         root, user = Subscriber(), Subscriber()
@@ -134,7 +141,7 @@ def test_the_numbers_in_a_users_records_count_its_own(make_records, make_batch):
             rows = [{"uid": 0, "seq": 1000 * number + n, "cpu": 1} for n in range(10)]
             rows[4] |= {"uid": 1000, "time_ns": 2_000_000_000 + number}
             batch = make_batch(make_records(*rows), mono_ns=3_000_000_000 + number)
-            streams.publish(NamedBatch(batch.head, np.array(batch.records), None))
+            streams.publish(NamedBatch(batch.head, np.array(batch.records), stand_in(None)))
         _finish(streams, *joined)
     assert [int(record["seq"]) for record in user.records] == [0, 1, 2]
     assert {int(record["cpu"]) for record in user.records} == {0}
@@ -150,12 +157,12 @@ def test_the_numbers_in_a_users_records_count_its_own(make_records, make_batch):
         )
 
 
-def _stuck(monkeypatch):
+def _stuck(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
     """From now on filters wait until the event returned is set."""
     go_on, waiting = threading.Event(), threading.Event()
     mask = Filter.mask
 
-    def slow(self, records, details=None):
+    def slow(self: Any, records: Any, details: Any = None) -> Any:
         if "99" in str(self):
             waiting.set()
             assert go_on.wait(20)
@@ -166,8 +173,8 @@ def _stuck(monkeypatch):
 
 
 def test_who_has_slow_filters_loses_records_and_nobody_else_and_each_account_closes(
-    make_records, make_batch, monkeypatch
-):
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     go_on, waiting = _stuck(monkeypatch)
     rows = [{"uid": 1000 + n % 2, "dport": n} for n in range(100)]
     with _streams(max_bytes=30_000) as streams:
@@ -177,10 +184,10 @@ def test_who_has_slow_filters_loses_records_and_nobody_else_and_each_account_clo
             streams.join(parse("not port 99"), 1000, slow),
             streams.join(parse("udp"), 1001, quick),
         ]
-        _publish(streams, make_batch, make_records(*rows))
+        _publish(streams, make_records(*rows))
         assert waiting.wait(20)
         for _ in range(9):
-            _publish(streams, make_batch, make_records(*rows))
+            _publish(streams, make_records(*rows))
             _finish(streams, joined[0])
         assert sum(piece.count for piece in root.pieces) == 1000 and root.lost == 0
         go_on.set()
@@ -192,34 +199,39 @@ def test_who_has_slow_filters_loses_records_and_nobody_else_and_each_account_clo
     assert slow.lost > 0
 
 
-def test_a_marker_comes_behind_what_was_lost_before_it(make_records, make_batch, monkeypatch):
+def test_a_marker_comes_behind_what_was_lost_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a client who subscribes meanwhile does not count it."""
     go_on, waiting = _stuck(monkeypatch)
     with _streams(max_bytes=10_000) as streams:
         one = Subscriber()
         stream = streams.join(parse("port 99"), 1000, one)
-        _publish(streams, make_batch, make_records({"uid": 1000}))
+        _publish(streams, make_records({"uid": 1000}))
         assert waiting.wait(20)
         for _ in range(5):
-            _publish(streams, make_batch, make_records(*[{"uid": 1000}] * 50))
+            _publish(streams, make_records(*[{"uid": 1000}] * 50))
         before = threading.Event()
         seen = []
-        streams.mark(stream, lambda: (seen.append(one.seen), before.set()))
+
+        def mark() -> None:
+            seen.append(one.seen)
+            before.set()
+
+        streams.mark(stream, mark)
         for _ in range(5):
-            _publish(streams, make_batch, make_records(*[{"uid": 1000}] * 50))
+            _publish(streams, make_records(*[{"uid": 1000}] * 50))
         go_on.set()
         assert before.wait(20)
         _finish(streams, stream)
     assert seen == [251] and one.seen == 501
 
 
-def test_users_take_turns_batch_by_batch(make_records, make_batch, monkeypatch):
+def test_users_take_turns_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who has ten filters and much to filter does not come before who has one."""
     order = []
     mask = Filter.mask
     go_on = threading.Event()
 
-    def told(self, records, details=None):
+    def told(self: Any, records: Any, details: Any = None) -> Any:
         assert go_on.wait(20)
         order.append(int(records["uid"][0]))
         return mask(self, records, details)
@@ -231,8 +243,8 @@ def test_users_take_turns_batch_by_batch(make_records, make_batch, monkeypatch):
         ]
         other = streams.join(parse("port 1"), 1001, Subscriber(), user=1001)
         rows = np.repeat(make_records({"uid": 1000}), 4 * MAX_RECORDS)
-        _publish(streams, make_batch, rows)
-        _publish(streams, make_batch, make_records({"uid": 1001}))
+        _publish(streams, rows)
+        _publish(streams, make_records({"uid": 1001}))
         go_on.set()
         _finish(streams, *greedy, other)
     assert order.index(1001) == 1
@@ -240,11 +252,11 @@ def test_users_take_turns_batch_by_batch(make_records, make_batch, monkeypatch):
 
 
 def test_an_encoder_that_fails_loses_its_own_records_and_is_told_once(
-    make_records, make_batch, monkeypatch, caplog
-):
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     mask = Filter.mask
 
-    def broken(self, records, details=None):
+    def broken(self: Any, records: Any, details: Any = None) -> Any:
         if str(self) == "tcp":
             raise ValueError("unforeseen")
         return mask(self, records, details)
@@ -254,18 +266,18 @@ def test_an_encoder_that_fails_loses_its_own_records_and_is_told_once(
         bad, good = Subscriber(), Subscriber()
         joined = [streams.join(parse("tcp"), None, bad), streams.join(parse("udp"), None, good)]
         for _ in range(3):
-            _publish(streams, make_batch, make_records({}))
+            _publish(streams, make_records({}))
         _finish(streams, *joined)
     assert (bad.seen, bad.lost) == (3, 3)
     assert sum(piece.count for piece in good.pieces) == 3
     assert len([one for one in caplog.records if one.exc_info]) == 1
 
 
-def test_places_for_filters_are_kept_for_those_who_see_everything():
+def test_places_for_filters_are_kept_for_those_who_see_everything() -> None:
     with _streams(max_filters=16) as streams:
         taken = []
 
-        def take(uid, number):
+        def take(uid: Any, number: Any) -> None:
             taken.append(streams.join(parse(f"port {number}"), uid, Subscriber(), user=uid or 0))
 
         take(1000, 1)
@@ -281,7 +293,7 @@ def test_places_for_filters_are_kept_for_those_who_see_everything():
             take(None, number)
 
 
-def test_the_tests_of_all_filters_of_a_user_are_bounded_together():
+def test_the_tests_of_all_filters_of_a_user_are_bounded_together() -> None:
     with _streams(max_filters=256) as streams:
         worst = " or ".join(f"pname a{n}" for n in range(128))
         for number in range(4):
@@ -291,7 +303,7 @@ def test_the_tests_of_all_filters_of_a_user_are_bounded_together():
         streams.join(parse(worst), None, Subscriber())
 
 
-def test_what_users_without_rights_may_take_of_a_cpu_has_an_end():
+def test_what_users_without_rights_may_take_of_a_cpu_has_an_end() -> None:
     allowance = Allowance(share=0.5, saved=0.1)
     began = time.monotonic()
     assert allowance.spend(0.1) == pytest.approx(0, abs=0.01)
@@ -299,19 +311,19 @@ def test_what_users_without_rights_may_take_of_a_cpu_has_an_end():
     assert pause == pytest.approx(2.0, abs=2 * (time.monotonic() - began) + 0.01)
 
 
-def test_flows_go_to_who_asked_for_them_and_tell_no_hash(make_records, make_batch):
+def test_flows_go_to_who_asked_for_them_and_tell_no_hash() -> None:
     rows = [{"uid": uid, "tgid": 10 * uid} for uid in (1, 1, 1, 2, 2, 2)]
     records = make_records(*rows)
     batch = make_batch(records)
     flows = summarize(np.array(batch.records), 77)
-    wanted = []
+    wanted: list[Any] = []
     with _streams() as streams:
         streams._pipeline.want_packets = wanted.append
         everything, own = Subscriber(), Subscriber()
         full = streams.join(parse(""), None, everything, flows=True)
         part = streams.join(parse(""), 1, own, flows=True)
         assert wanted == [False, False]
-        streams.publish(NamedBatch(batch.head, batch.records[:0], None, flows))
+        streams.publish(NamedBatch(batch.head, batch.records[:0], stand_in(None), flows))
         _finish(streams, full, part)
         other = Subscriber()
         streams.join(parse(""), None, other)
@@ -327,7 +339,7 @@ def test_flows_go_to_who_asked_for_them_and_tell_no_hash(make_records, make_batc
     assert not other.pieces
 
 
-def test_names_of_far_ends_come_with_flows_as_far_as_one_may_know_them(make_records, make_batch):
+def test_names_of_far_ends_come_with_flows_as_far_as_one_may_know_them() -> None:
     records = make_records({"uid": 1, "sport": 1}, {"uid": 1, "sport": 2})
     batch = make_batch(records)
     names = Names()
@@ -341,7 +353,7 @@ def test_names_of_far_ends_come_with_flows_as_far_as_one_may_know_them(make_reco
             streams.join(parse(""), uid, one, flows=True)
             for uid, one in ((None, everything), (1, own))
         ]
-        streams.publish(NamedBatch(batch.head, batch.records[:0], None, flows))
+        streams.publish(NamedBatch(batch.head, batch.records[:0], stand_in(None), flows))
         _finish(streams, *joined)
     told = [
         set(msgspec.json.decode(one.pieces[0].names, type=dict[int, str]).values())

@@ -74,6 +74,11 @@ def module_file() -> Path:
 
 
 @pytest.fixture
+def loopback_is_up() -> None:
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+
+
+@pytest.fixture
 def unloaded(module_file: Path) -> Iterator[None]:
     """The module is not loaded when the test begins, nor after it."""
     _unload()

@@ -24,6 +24,7 @@ from nlproto.records import wire
 from nlproto.records.wire import Batch, FlowBatch, lib
 from waiting import until
 
+pytestmark = pytest.mark.usefixtures("loopback_is_up")
 KEY = (
     *("cookie", "inode", "start_ns", "tgid", "uid", "creator", "netns", "ifindex", "sport"),
     *("dport", "family", "proto", "dir", "how", "flags", "saddr", "daddr", "comm"),
@@ -51,11 +52,6 @@ else:
             while sock.recv(65536):
                 pass
 """
-
-
-@pytest.fixture(autouse=True)
-def loopback_is_up() -> None:
-    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 
 
 @pytest.fixture

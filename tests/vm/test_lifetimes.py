@@ -7,12 +7,23 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_table import LOOPBACK, cookie_of, insert, listening, loopback_is_up, reasons, udp_receiver
+from sockets import (
+    LOOPBACK,
+    cookie_of,
+    insert,
+    known_socket,
+    listening,
+    reasons,
+    receivers,
+    send,
+    udp_receiver,
+)
 
 from nlproto.engines.module import ModuleEngine
 from nlproto.kernel.netlink import Sniffer
@@ -20,7 +31,7 @@ from nlproto.records import wire
 from nlproto.records.wire import Batch, lib
 from waiting import until
 
-__all__ = ["loopback_is_up"]
+pytestmark = pytest.mark.usefixtures("loopback_is_up")
 
 SECOND_CPU = Path("/sys/devices/system/cpu/cpu1/online")
 TALK = """
@@ -126,10 +137,70 @@ def test_setuid_and_exec_are_followed_by_who_only_has_a_socket(loaded: None) -> 
             finally:
                 os._exit(1)
         until(lambda: os.readlink(f"/proc/{pid}/exe") == os.path.realpath("/bin/sleep"))
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"x", (LOOPBACK, port))
+        send(port)
         os.kill(pid, 9)
         os.waitpid(pid, 0)
-    received = seen.to_port(port, lib.SNIFFER_DIR_IN)
-    assert set(received["tgid"]) == {pid}
-    assert set(received["uid"]) == {65534}
+    assert receivers(seen, port) == {(pid, 65534)}
+
+
+def test_a_process_that_lived_a_moment_has_its_program_and_its_end_told(loaded: None) -> None:
+    script = "import os, socket; socket.socket(2, 2); os._exit(0)"
+    with listening("processes") as seen:
+        child = subprocess.Popen([sys.executable, "-c", script])
+        child.wait()
+    events = [event for event in seen.processes if event.tgid == child.pid]
+    assert [event.event for event in events] == [lib.SNIFFER_EVENT_SEEN, lib.SNIFFER_EVENT_EXIT]
+    first = events[0]
+    assert first.exe == os.path.realpath(sys.executable)
+    assert first.ppid == os.getpid()
+    assert first.uid == os.getuid()
+    assert first.pidns == os.stat("/proc/self/ns/pid").st_ino
+    assert first.cgroup_id > 0
+
+
+def test_exec_is_told_with_the_new_program(loaded: None) -> None:
+    script = "import os, socket; s = socket.socket(2, 2); os.execv('/bin/true', ['true'])"
+    with listening("processes") as seen:
+        child = subprocess.Popen([sys.executable, "-c", script])
+        child.wait()
+    programs = [(e.event, e.exe) for e in seen.processes if e.tgid == child.pid]
+    assert (lib.SNIFFER_EVENT_EXEC, os.path.realpath("/bin/true")) in programs
+
+
+def test_setuid_is_followed(loaded: None) -> None:
+    with Sniffer() as sniffer, listening() as seen, closing(udp_receiver()) as receiver:
+        port = receiver.getsockname()[1]
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.setuid(65534)
+                receiver.recv(10)  # blocks in the kernel: with a timeout Python would poll
+            finally:
+                os._exit(0)
+        cookie = cookie_of(receiver)
+        until(lambda: int(known_socket(sniffer, cookie)[0]["tgid"]) == pid)
+        send(port)
+        os.waitpid(pid, 0)
+    assert receivers(seen, port) == {(pid, 65534)}
+
+
+def test_setuid_is_followed_by_who_only_receives(loaded: None) -> None:
+    ready, told = os.pipe()
+    with listening() as seen, closing(udp_receiver()) as receiver:
+        port = receiver.getsockname()[1]
+        receiver.setblocking(False)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                with suppress(BlockingIOError):
+                    receiver.recv(1)  # named after it, as root
+                os.setuid(65534)
+                os.write(told, b"x")
+                time.sleep(60)
+            finally:
+                os._exit(0)
+        os.read(ready, 1)
+        send(port)
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+    assert receivers(seen, port) == {(pid, 65534)}

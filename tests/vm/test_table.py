@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 import resource
@@ -13,89 +12,30 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
-from itertools import chain
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 from attribution import bpf
 from attribution.workers import BINARIES, compile_workers
+from sockets import (
+    LOOPBACK,
+    cookie_of,
+    insert,
+    known_socket,
+    listening,
+    reasons,
+    send,
+    udp_receiver,
+)
 
-from nlproto.engines.module import ModuleEngine
 from nlproto.kernel.netlink import Sniffer
-from nlproto.records import wire
-from nlproto.records.wire import Batch, FirstBytesBatch, ProcessEvent, lib
-from waiting import patient, until
+from nlproto.records.wire import ProcessEvent, lib
+from waiting import until
 
-LOOPBACK = "127.0.0.1"
+pytestmark = pytest.mark.usefixtures("loopback_is_up")
 # On the host, whose compiler is not emulated; the guest finds nothing to do.
 compile_workers(BINARIES)
-
-
-@pytest.fixture(autouse=True)
-def loopback_is_up() -> None:
-    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-
-
-def insert(module_file: Path, *parameters: str) -> None:
-    subprocess.run(["insmod", str(module_file), *parameters], check=True)
-
-
-class Seen:
-    """What an engine delivered while a block ran."""
-
-    def __init__(self) -> None:
-        self.records = np.zeros(0, wire.RECORD)
-        self.processes: list[ProcessEvent] = []
-        self.first_bytes: list[wire.PacketBytes] = []
-
-    def to_port(self, port: int, direction: int) -> np.ndarray:
-        found: np.ndarray = self.records[self.records["dport"] == port]
-        return np.asarray(found[found["dir"] == direction])
-
-
-def known_socket(sniffer: Sniffer, cookie: int) -> tuple[np.void, np.ndarray]:
-    """The socket that the module has to know."""
-    found = sniffer.socket(cookie)
-    assert found is not None
-    return found
-
-
-@contextmanager
-def listening(*groups: str) -> Iterator[Seen]:
-    seen = Seen()
-    with ModuleEngine(groups or ("packets",)) as engine:
-        yield seen
-        time.sleep(patient(0.01))  # process events are sent by a work item
-        parts = []
-        # one by one: an event is a view that the next one overwrites
-        for event in chain(engine.read(0.2), engine.finish()):
-            if isinstance(event, Batch):
-                parts.append(event.records.copy())
-            elif isinstance(event, FirstBytesBatch):
-                seen.first_bytes += [
-                    wire.PacketBytes(one.head.copy(), one.data) for one in event.first_bytes
-                ]
-            elif isinstance(event, ProcessEvent):
-                seen.processes.append(event)
-        if parts:
-            seen.records = np.concatenate(parts)
-
-
-def udp_receiver() -> socket.socket:
-    receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    receiver.bind((LOOPBACK, 0))
-    return receiver
-
-
-def cookie_of(sock: socket.socket) -> int:
-    so_cookie = 57
-    return int(struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, so_cookie, 8))[0])
-
-
-def reasons(records: np.ndarray) -> set[str]:
-    return {wire.how_name(int(how)) for how in records["how"]}
 
 
 @pytest.mark.parametrize(
@@ -116,8 +56,7 @@ def test_a_full_owner_table_is_counted_and_is_the_reason(module_file: Path, unlo
     with Sniffer() as sniffer, listening() as seen:
         sockets = [udp_receiver() for _ in range(100)]
         port = sockets[-1].getsockname()[1]
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"x", (LOOPBACK, port))
+        send(port)
         assert int(sniffer.info()["sockets"]) == 64
         assert int(sniffer.counters()["table_full"]) >= 36
     assert reasons(seen.to_port(port, lib.SNIFFER_DIR_IN)) == {"table_full"}
@@ -128,8 +67,7 @@ def test_a_full_owner_table_is_counted_and_is_the_reason(module_file: Path, unlo
         until(lambda: int(sniffer.info()["sockets"]) < 10)
     with listening() as seen, closing(udp_receiver()) as receiver:
         port = receiver.getsockname()[1]
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"x", (LOOPBACK, port))
+        send(port)
     assert set(seen.to_port(port, lib.SNIFFER_DIR_IN)["tgid"]) == {os.getpid()}
 
 
@@ -249,135 +187,6 @@ def test_short_sockets_leave_no_entry_behind(loaded: None, turns: str) -> None:
     assert int(Path("/sys/module/sniffer/parameters/missed").read_text()) == 0
 
 
-@pytest.mark.parametrize(
-    "change", [{"batch": 0}, {"batch": 253}, {"flush_ms": 0}, {"flush_ms": 1001}]
-)
-def test_a_configuration_out_of_range_is_refused(loaded: None, change: dict[str, int]) -> None:
-    with Sniffer() as sniffer:
-        before = sniffer.info().tobytes()
-        with pytest.raises(Exception, match=os.strerror(errno.ERANGE)):
-            sniffer.configure(**change)
-        info, old = sniffer.info(), np.frombuffer(before, wire.INFO)[0]
-        assert (info["batch"], info["flush_ms"]) == (old["batch"], old["flush_ms"])
-
-
-def test_a_batch_of_one_sends_each_record_by_itself(module_file: Path, unloaded: None) -> None:
-    insert(module_file)
-    with Sniffer() as sniffer, closing(udp_receiver()) as receiver:
-        sniffer.configure(batch=1, flush_ms=1000)
-        with ModuleEngine(("packets",)) as engine:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-                for _ in range(5):
-                    sender.sendto(b"x", receiver.getsockname())
-            heads = [int(b.head["count"]) for b in engine.finish() if isinstance(b, Batch)]
-    assert len(heads) >= 10
-    assert set(heads) == {1}
-
-
-def test_counters_add_up_to_the_last_packet(module_file: Path, unloaded: None) -> None:
-    insert(module_file)
-    with Sniffer() as sniffer:
-        with listening(), closing(udp_receiver()) as receiver:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-                for size in (1, 100, 40000):
-                    sender.sendto(b"x" * size, receiver.getsockname())
-            subprocess.run(["ping", "-c1", "-W1", LOOPBACK], check=False, capture_output=True)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-            # who listens is asked for once in each jiffy
-            while not int(sniffer.counters()["skipped_listener"]):
-                sender.sendto(b"nobody listens", (LOOPBACK, 9))
-        sniffer.flush()
-        count = sniffer.counters()
-    skipped = sum(
-        int(count[name]) for name in count.dtype.names or () if name.startswith("skipped_")
-    )
-    assert int(count["skipped_other"]) > 0
-    assert int(count["skipped_listener"]) > 0
-    assert int(count["packets"]) == int(count["recorded"]) + skipped
-    assert int(count["records"]) == int(count["recorded"]) + int(count["copies"])
-    assert int(count["records"]) == int(count["by_how"].sum())
-    assert int(count["records"]) == int(count["sent"] + count["lost_alloc"] + count["lost_batch"])
-
-
-def test_flush_brings_the_tail_of_every_cpu(loaded: None) -> None:
-    with ModuleEngine(("packets",)) as engine, closing(udp_receiver()) as receiver:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-            for _ in range(10):
-                sender.sendto(b"x", receiver.getsockname())
-        delivered = sum(len(b.records) for b in engine.finish() if isinstance(b, Batch))
-        sent = int(engine.closing["record_seq"].sum()) - int(engine.opening["record_seq"].sum())
-    assert delivered == sent >= 20
-
-
-def test_a_process_that_lived_a_moment_has_its_program_and_its_end_told(loaded: None) -> None:
-    script = "import os, socket; socket.socket(2, 2); os._exit(0)"
-    with listening("processes") as seen:
-        child = subprocess.Popen([sys.executable, "-c", script])
-        child.wait()
-    events = [event for event in seen.processes if event.tgid == child.pid]
-    assert [event.event for event in events] == [lib.SNIFFER_EVENT_SEEN, lib.SNIFFER_EVENT_EXIT]
-    first = events[0]
-    assert first.exe == os.path.realpath(sys.executable)
-    assert first.ppid == os.getpid()
-    assert first.uid == os.getuid()
-    assert first.pidns == os.stat("/proc/self/ns/pid").st_ino
-    assert first.cgroup_id > 0
-
-
-def test_exec_is_told_with_the_new_program(loaded: None) -> None:
-    script = "import os, socket; s = socket.socket(2, 2); os.execv('/bin/true', ['true'])"
-    with listening("processes") as seen:
-        child = subprocess.Popen([sys.executable, "-c", script])
-        child.wait()
-    programs = [(e.event, e.exe) for e in seen.processes if e.tgid == child.pid]
-    assert (lib.SNIFFER_EVENT_EXEC, os.path.realpath("/bin/true")) in programs
-
-
-def test_setuid_is_followed(loaded: None) -> None:
-    with Sniffer() as sniffer, listening() as seen, closing(udp_receiver()) as receiver:
-        port = receiver.getsockname()[1]
-        pid = os.fork()
-        if pid == 0:
-            try:
-                os.setuid(65534)
-                receiver.recv(10)  # blocks in the kernel: with a timeout Python would poll
-            finally:
-                os._exit(0)
-        cookie = cookie_of(receiver)
-        until(lambda: int(known_socket(sniffer, cookie)[0]["tgid"]) == pid)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"x", (LOOPBACK, port))
-        os.waitpid(pid, 0)
-    received = seen.to_port(port, lib.SNIFFER_DIR_IN)
-    assert set(received["tgid"]) == {pid}
-    assert set(received["uid"]) == {65534}
-
-
-def test_setuid_is_followed_by_who_only_receives(loaded: None) -> None:
-    ready, told = os.pipe()
-    with listening() as seen, closing(udp_receiver()) as receiver:
-        port = receiver.getsockname()[1]
-        receiver.setblocking(False)
-        pid = os.fork()
-        if pid == 0:
-            try:
-                with suppress(BlockingIOError):
-                    receiver.recv(1)  # named after it, as root
-                os.setuid(65534)
-                os.write(told, b"x")
-                time.sleep(60)
-            finally:
-                os._exit(0)
-        os.read(ready, 1)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"x", (LOOPBACK, port))
-        os.kill(pid, 9)
-        os.waitpid(pid, 0)
-    received = seen.to_port(port, lib.SNIFFER_DIR_IN)
-    assert set(received["tgid"]) == {pid}
-    assert set(received["uid"]) == {65534}
-
-
 def test_what_a_full_table_has_not_taken_is_not_called_gone(
     module_file: Path, unloaded: None
 ) -> None:
@@ -454,22 +263,6 @@ def _processes() -> list[ProcessEvent]:
         return sniffer.processes()
 
 
-def test_snaps_carry_the_first_bytes_and_belong_to_a_record(loaded: None) -> None:
-    with listening("packets", "snaps") as seen, closing(udp_receiver()) as receiver:
-        port = receiver.getsockname()[1]
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"hello, snap", (LOOPBACK, port))
-            sender.sendto(b"y" * 1000, (LOOPBACK, port))
-    known = {(int(r["cpu"]), int(r["seq"])): r for r in seen.records if r["dport"] == port}
-    first_bytes = [s for s in seen.first_bytes if (int(s.head["cpu"]), int(s.head["seq"])) in known]
-    assert len(first_bytes) == len(known) == 4
-    assert sorted({len(s.data) for s in first_bytes}) == [28 + 11, lib.SNIFFER_SNAP_LEN]
-    for one in first_bytes:
-        assert one.data[0] == 0x45
-        assert struct.unpack_from(">H", one.data, 22)[0] == port
-    assert any(s.data.endswith(b"hello, snap") for s in first_bytes)
-
-
 def test_a_flood_of_handshakes_cannot_fill_the_owner_table(
     module_file: Path, unloaded: None
 ) -> None:
@@ -518,8 +311,7 @@ def test_a_storm_of_processes_ages_the_process_table(module_file: Path, unloaded
         until(lambda: int(sniffer.info()["processes"]) <= 48)
     with listening() as seen, closing(udp_receiver()) as receiver:
         port = receiver.getsockname()[1]
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"x", (LOOPBACK, port))
+        send(port)
     assert set(seen.to_port(port, lib.SNIFFER_DIR_IN)["tgid"]) == {os.getpid()}
 
 
@@ -545,20 +337,3 @@ def test_where_the_end_of_sockets_is_not_told_no_process_is_kept_for_ever(
     with Sniffer() as sniffer:
         subprocess.run([sys.executable, "-c", storm], check=True)
         until(lambda: int(sniffer.info()["processes"]) <= 24, what="room for processes")
-
-
-def test_fragments_and_truncated_packets_are_counted_not_recorded(loaded: None) -> None:
-    with Sniffer() as sniffer:
-        before = sniffer.counters().copy()
-        with (
-            listening(),
-            closing(socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)) as raw,
-        ):
-            addresses = socket.inet_aton(LOOPBACK) * 2
-            later = struct.pack(">BBHHHBBH", 0x45, 0, 60, 7, 100, 64, 17, 0) + addresses + bytes(40)
-            short = struct.pack(">BBHHHBBH", 0x45, 0, 24, 8, 0, 64, 6, 0) + addresses + bytes(4)
-            raw.sendto(later, (LOOPBACK, 0))
-            raw.sendto(short, (LOOPBACK, 0))
-        after = sniffer.counters()
-    assert int(after["skipped_fragment"]) > int(before["skipped_fragment"])
-    assert int(after["skipped_truncated"]) > int(before["skipped_truncated"])

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
+
 from fleet.ask.hosts import hosts_of
 from fleet.ask.store import Store
-from fleet.ask.wanted import NAMED, Wanted, condition
+from fleet.ask.wanted import CLIENT, NAMED, Wanted, condition
 
-__all__ = ["REASONS", "ends"]
+__all__ = ["REASONS", "ends", "join"]
 
 REASONS = {
     "outside": "no machine of the fleet has that address",
@@ -34,178 +36,319 @@ _BOUND_NS = 10**9
 """How far two ends' beginnings may, when that is taken off."""
 _EDGE_NS = 15 * 10**9
 """A flow that began so near to the range's beginning may be older: its rows are of 10 s."""
+_STEPS = 3
+"""Machines that translate, one behind another."""
+
+# Tuples are compared as hashes first: `key` of one's own view, `mirror` of the other end's.
+_KEY = "hash(protocol, laddr, lport, raddr, rport)"
+_MIRROR = "hash(protocol, raddr, rport, laddr, lport)"
+_NAT_KEY = "hash(protocol, nat_laddr, nat_lport, nat_raddr, nat_rport)"
+_NAT_MIRROR = "hash(protocol, nat_raddr, nat_rport, nat_laddr, nat_lport)"
+
+# Which flows can have to do with those that fit: all of the same tuple, from whichever side, and
+# what machines on the way made of it.
+_TOUCHED = f"""
+CREATE OR REPLACE TEMP TABLE touched AS
+WITH hit AS (
+    SELECT DISTINCT protocol, laddr, lport, raddr, rport, nat_laddr, nat_lport, nat_raddr, nat_rport
+    FROM ({NAMED}) WHERE {{fits}})
+SELECT {_KEY} AS key FROM hit UNION SELECT {_MIRROR} FROM hit
+UNION SELECT {_NAT_KEY} FROM hit WHERE nat_laddr IS NOT NULL
+UNION SELECT {_NAT_MIRROR} FROM hit WHERE nat_laddr IS NOT NULL
+"""
+_SHARED = "(c.la IN (SELECT address FROM shared) OR c.ra IN (SELECT address FROM shared))"
+_TRANSLATED = f"""
+CREATE OR REPLACE TEMP TABLE translated AS
+SELECT DISTINCT {_KEY} AS key, {_MIRROR} AS mirror, {_NAT_KEY} AS nat_key,
+    {_NAT_MIRROR} AS nat_mirror,
+    hash(protocol, laddr, lport, nat_raddr, nat_rport) AS near_key,
+    hash(protocol, nat_raddr, nat_rport, laddr, lport) AS near_mirror,
+    hash(protocol, nat_laddr, nat_lport, raddr, rport) AS far_key,
+    hash(protocol, raddr, rport, nat_laddr, nat_lport) AS far_mirror
+FROM flow WHERE nat_laddr IS NOT NULL
+"""
+_ALL_KEYS = (
+    *("key", "mirror", "nat_key", "nat_mirror", "near_key", "near_mirror"),
+    *("far_key", "far_mirror"),
+)
+_TOUCH_MORE = f"""
+INSERT INTO touched
+SELECT DISTINCT unnest([{", ".join(_ALL_KEYS)}]) AS new FROM translated
+WHERE {" OR ".join(f"{key} IN (SELECT key FROM touched)" for key in _ALL_KEYS)}
+EXCEPT SELECT key FROM touched
+"""
+_IS_TOUCHED = f"""
+WHERE {_KEY} IN (SELECT key FROM touched)
+    OR nat_laddr IS NOT NULL AND {_NAT_KEY} IN (SELECT key FROM touched)
+"""
+
+_ENDS = f"""
+CREATE OR REPLACE TEMP TABLE end_ AS
+WITH one AS (
+    SELECT host, boot, netns, cookie, protocol, laddr, lport, raddr, rport, forwarded, tgid,
+        start_ns, any_value({{name}}) AS name, any_value(initiated) AS initiated,
+        {{translation}}, max(domain) AS domain, {{details}}
+        min(first_ns) AS first_ns, max(last_ns) AS last_ns,
+        sum(bytes_out)::BIGINT AS bytes_out, sum(bytes_in)::BIGINT AS bytes_in,
+        bool_or({{fits}}) AS fits
+    FROM ({NAMED}) {{touched}}
+    GROUP BY host, boot, netns, cookie, protocol, laddr, lport, raddr, rport, forwarded, tgid,
+        start_ns)
+SELECT row_number() OVER () AS id, *, {{client}} AS client FROM one
+"""
+_DETAILS = """
+    arg_max(how, last_ns) AS how, bit_or(flags) AS flags,
+    sum(packets_out)::BIGINT AS packets_out, sum(packets_in)::BIGINT AS packets_in,
+"""
+_NAT = {"nat_laddr": "VARCHAR", "nat_lport": "USMALLINT", "nat_raddr": "VARCHAR",
+        "nat_rport": "USMALLINT"}  # fmt: skip
 
 # `way`: one of the address pairs that a flow is known by, as its own end sees them. A machine on
 # the way that translates is not an end: it adds pairs to those of the ends (`passing`).
-_QUERY = f"""
-CREATE OR REPLACE TEMP TABLE end_ AS
-WITH named AS ({NAMED})
-SELECT row_number() OVER () AS id, host, boot, netns, cookie, protocol, laddr, lport, raddr, rport,
-    forwarded, tgid, start_ns, any_value(coalesce(program, comm)) AS program,
-    any_value("user") AS "user", any_value(unit) AS unit, any_value(container) AS container,
-    any_value(container_name) AS container_name, any_value(pod) AS pod,
-    any_value(client) AS client, any_value(initiated) AS initiated,
-    arg_max(how, last_ns) AS how, bit_or(flags) AS flags,
-    max(domain) AS domain, arg_max(nat_laddr, last_ns) AS nat_laddr,
-    arg_max(nat_lport, last_ns) AS nat_lport, arg_max(nat_raddr, last_ns) AS nat_raddr,
-    arg_max(nat_rport, last_ns) AS nat_rport, min(first_ns) AS first_ns, max(last_ns) AS last_ns,
-    sum(packets_out)::BIGINT AS packets_out, sum(bytes_out)::BIGINT AS bytes_out,
-    sum(packets_in)::BIGINT AS packets_in, sum(bytes_in)::BIGINT AS bytes_in,
-    bool_or({{fits}}) AS fits
-FROM named
-GROUP BY host, boot, netns, cookie, protocol, laddr, lport, raddr, rport, forwarded, tgid, start_ns;
-
-CREATE OR REPLACE TEMP TABLE way AS
-WITH own AS (
-    SELECT id, protocol, laddr AS la, lport AS lp, raddr AS ra, rport AS rp FROM end_
-        WHERE NOT forwarded
-    UNION
-    SELECT id, protocol, nat_laddr, nat_lport, nat_raddr, nat_rport FROM end_
-        WHERE NOT forwarded AND nat_laddr IS NOT NULL),
-passing AS (
+_PASSING = """
+CREATE OR REPLACE TEMP TABLE back AS
+WITH passing AS (
     SELECT protocol, laddr AS la, lport AS lp, raddr AS ra, rport AS rp,
         nat_laddr AS na, nat_lport AS np, nat_raddr AS ma, nat_rport AS mp
     FROM end_ WHERE forwarded AND nat_laddr IS NOT NULL),
 both_ AS (
     SELECT * FROM passing
-    UNION SELECT protocol, ra, rp, la, lp, ma, mp, na, np FROM passing),
-back AS (
-    SELECT * FROM both_
-    UNION SELECT protocol, na, np, ma, mp, la, lp, ra, rp FROM both_
-    UNION SELECT protocol, la, lp, ma, mp, na, np, ra, rp FROM both_
-    UNION SELECT protocol, na, np, ra, rp, la, lp, ma, mp FROM both_)
-SELECT * FROM own
-UNION
-SELECT own.id, own.protocol, back.na, back.np, back.ma, back.mp
-FROM own JOIN back ON own.protocol = back.protocol AND own.la = back.la AND own.lp = back.lp
-    AND own.ra = back.ra AND own.rp = back.rp;
+    UNION SELECT protocol, ra, rp, la, lp, ma, mp, na, np FROM passing)
+SELECT * FROM both_
+UNION SELECT protocol, na, np, ma, mp, la, lp, ra, rp FROM both_
+UNION SELECT protocol, la, lp, ma, mp, na, np, ra, rp FROM both_
+UNION SELECT protocol, na, np, ra, rp, la, lp, ma, mp FROM both_
+"""
+_WAYS = """
+CREATE OR REPLACE TEMP TABLE way AS
+SELECT id, protocol, nat_laddr AS la, nat_lport AS lp, nat_raddr AS ra, nat_rport AS rp FROM end_
+WHERE NOT forwarded AND nat_laddr IS NOT NULL
+"""
+_MORE_WAYS = """
+INSERT INTO way
+WITH known AS (
+    SELECT id, protocol, laddr AS la, lport AS lp, raddr AS ra, rport AS rp FROM end_
+    WHERE NOT forwarded
+    UNION SELECT * FROM way)
+SELECT known.id, known.protocol, back.na, back.np, back.ma, back.mp
+FROM known JOIN back ON known.protocol = back.protocol AND known.la = back.la
+    AND known.lp = back.lp AND known.ra = back.ra AND known.rp = back.rp
+EXCEPT SELECT * FROM known
+"""
 
-CREATE OR REPLACE TEMP TABLE owned AS
-SELECT laddr AS address, list(DISTINCT host) AS hosts FROM all_flows WHERE NOT forwarded
-GROUP BY laddr;
-
+_PAIRS = f"""
 CREATE OR REPLACE TEMP TABLE pair_ AS
-SELECT c.id AS c, s.id AS s, c.host AS ch, s.host AS sh,
-    s.first_ns - c.first_ns AS apart,
-    c.first_ns < {{edge}} OR s.first_ns < {{edge}} AS old,
+WITH each AS (
+    SELECT laddr AS la, lport AS lp, raddr AS ra, rport AS rp, end_.* FROM end_ WHERE NOT forwarded
+    UNION ALL
+    SELECT la, lp, ra, rp, end_.* FROM way JOIN end_ USING (id)),
+known AS (
+    SELECT *, hash(protocol, la, lp, ra, rp) AS key, hash(protocol, ra, rp, la, lp) AS mirror
+    FROM each)
+SELECT c.id AS c, s.id AS s, any_value(c.host) AS ch, any_value(s.host) AS sh,
+    any_value(s.first_ns - c.first_ns) AS apart,
+    any_value(c.first_ns < {{edge}} OR s.first_ns < {{edge}}) AS old,
     -- an address that several machines have says nothing of which one is meant
-    bool_and(c.host <> s.host AND (cw.la IN (SELECT address FROM owned WHERE len(hosts) > 1)
-        OR cw.ra IN (SELECT address FROM owned WHERE len(hosts) > 1))) AS doubtful
-FROM way cw JOIN way sw ON cw.protocol = sw.protocol AND cw.la = sw.ra AND cw.lp = sw.rp
-        AND cw.ra = sw.la AND cw.rp = sw.lp
-    JOIN end_ c ON c.id = cw.id JOIN end_ s ON s.id = sw.id
-WHERE c.id <> s.id AND c.initiated IS NOT false AND s.initiated IS NOT true
+    bool_and(c.host <> s.host AND {{shared}}) AS doubtful
+FROM (SELECT * FROM known WHERE initiated IS NOT false) c
+    JOIN (SELECT * FROM known WHERE initiated IS NOT true) s ON c.key = s.mirror
+WHERE c.protocol = s.protocol AND c.la = s.ra AND c.lp = s.rp AND c.ra = s.la AND c.rp = s.lp
+    AND c.id <> s.id
     -- where nobody told who asked: the higher port, of its own ports, not of those that NAT made
     AND (c.initiated OR NOT s.initiated
          OR (c.initiated IS NULL AND s.initiated IS NULL
              AND (c.lport, c.laddr) > (s.lport, s.laddr)))
     AND c.first_ns <= s.last_ns + {_WIDE_NS} AND s.first_ns <= c.last_ns + {_WIDE_NS}
     -- an address of loopback is another one in each namespace
-    AND (NOT (starts_with(cw.la, '127.') OR cw.la = '::1' OR starts_with(cw.ra, '127.'))
+    AND (NOT (starts_with(c.la, '127.') OR c.la = '::1' OR starts_with(c.ra, '127.'))
          OR (c.host = s.host AND c.boot = s.boot AND c.netns = s.netns))
-GROUP BY ALL;
-
-CREATE OR REPLACE TEMP TABLE match_ AS
+GROUP BY c.id, s.id
+"""
+_NEAR = f"""
+CREATE OR REPLACE TEMP TABLE near AS
 WITH clock AS (
     SELECT ch, sh, CASE WHEN ch = sh THEN 0 ELSE median(apart) END AS ahead
-    FROM pair_ WHERE NOT old GROUP BY ch, sh),
-timed AS (
-    SELECT pair_.*, abs(apart - coalesce(ahead, 0)) AS off
-    FROM pair_ LEFT JOIN clock USING (ch, sh)),
-near AS (
+    FROM pair_ WHERE NOT old GROUP BY ch, sh)
+SELECT pair_.*, abs(apart - coalesce(ahead, 0)) AS off
+FROM pair_ LEFT JOIN clock USING (ch, sh) WHERE old OR off <= {_BOUND_NS}
+"""
+_MATCHES = f"""
+CREATE OR REPLACE TEMP TABLE match_ AS
+WITH twice AS (
+    SELECT c FROM near GROUP BY c HAVING count(*) > 1),
+thrice AS (
+    SELECT s FROM near GROUP BY s HAVING count(*) > 1),
+alone AS (
+    SELECT * FROM near WHERE c NOT IN (FROM twice) AND s NOT IN (FROM thrice)),
+several AS (
     SELECT *, min(off) OVER (PARTITION BY c) AS best_c, min(off) OVER (PARTITION BY s) AS best_s,
         bool_or(ch = sh) OVER (PARTITION BY c) AS at_home
-    FROM timed WHERE old OR off <= {_BOUND_NS}),
+    FROM near WHERE c IN (FROM twice) OR s IN (FROM thrice)),
 best AS (
-    SELECT * FROM near
+    SELECT * FROM several
     -- what a machine talks to on itself has an address that others may have, too
     WHERE (NOT at_home OR ch = sh)
         AND (old OR greatest(off - best_c, off - best_s) <= {_BOUND_NS} // 10))
-SELECT c, s, off,
-    count(DISTINCT sh) OVER (PARTITION BY c) + CAST(doubtful AS BIGINT) AS machines,
-    row_number() OVER (PARTITION BY c ORDER BY off, s) AS place,
-    row_number() OVER (PARTITION BY s ORDER BY off, c) AS other_place
-FROM best;
+SELECT c, s, 1 + CAST(doubtful AS BIGINT) AS machines, true AS meant FROM alone
+UNION ALL
+SELECT c, s, count(DISTINCT sh) OVER (PARTITION BY c) + CAST(doubtful AS BIGINT) AS machines,
+    row_number() OVER (PARTITION BY c ORDER BY off, s) = 1
+        AND row_number() OVER (PARTITION BY s ORDER BY off, c) = 1 AS meant
+FROM best
 """
 
-_PAIRS = """
-SELECT {columns}, m.machines
-FROM match_ m JOIN end_ c ON c.id = m.c JOIN end_ s ON s.id = m.s
-WHERE m.place = 1 AND m.other_place = 1 AND m.machines = 1 AND (c.fits OR s.fits)
-"""
+# Of an end without partner: why.
 _ALONE = """
-SELECT e.*, coalesce(m.machines, 0) AS machines, h.hosts AS others,
-    EXISTS (SELECT 1 FROM end_ f WHERE f.forwarded AND f.host <> e.host
-        AND f.protocol = e.protocol AND e.lport IN (f.lport, f.rport)
-        AND e.rport IN (f.lport, f.rport) AND e.laddr IN (f.laddr, f.raddr)
-        AND e.raddr IN (f.laddr, f.raddr)) AS passed
-FROM end_ e
-    LEFT JOIN (SELECT c AS id, max(machines) AS machines FROM match_ GROUP BY c
-               UNION SELECT s, max(machines) FROM match_ GROUP BY s) m ON m.id = e.id
-    LEFT JOIN owned h ON h.address = coalesce(e.nat_raddr, e.raddr)
-WHERE e.fits AND NOT e.forwarded AND e.id NOT IN (
-    SELECT c FROM match_ WHERE place = 1 AND other_place = 1 AND machines = 1
-    UNION SELECT s FROM match_ WHERE place = 1 AND other_place = 1 AND machines = 1)
-ORDER BY e.last_ns DESC
+CREATE OR REPLACE TEMP TABLE alone AS
+WITH meant AS (SELECT c, s FROM match_ WHERE meant AND machines = 1),
+rest AS (
+    SELECT *, coalesce(nat_raddr, raddr) AS other,
+        laddr = raddr AND lport = rport AS itself FROM end_
+    WHERE fits AND NOT forwarded AND id NOT IN (SELECT c FROM meant UNION ALL SELECT s FROM meant)),
+passed AS (
+    SELECT DISTINCT rest.id FROM rest JOIN end_ f ON {any} AND f.forwarded
+        AND f.host <> rest.host AND f.protocol = rest.protocol
+        AND least((f.laddr, f.lport), (f.raddr, f.rport))
+            = least((rest.laddr, rest.lport), (rest.raddr, rest.rport))
+        AND greatest((f.laddr, f.lport), (f.raddr, f.rport))
+            = greatest((rest.laddr, rest.lport), (rest.raddr, rest.rport))),
+seen AS (
+    SELECT id, max(machines) AS machines FROM (
+        SELECT c AS id, machines FROM match_ UNION ALL SELECT s, machines FROM match_) GROUP BY id)
+SELECT rest.*, coalesce(machines, 0) > 1 AND NOT itself AS ambiguous,
+    CASE WHEN itself OR machines > 1 THEN NULL
+        WHEN list_contains(owned.hosts, rest.host) THEN 'local'
+        WHEN owned.hosts IS NULL
+            THEN CASE WHEN passed.id IS NULL THEN 'outside' ELSE 'forwarded' END
+        WHEN len(owned.hosts) = 1 AND partial.why IS NOT NULL THEN partial.why
+        ELSE 'unseen' END AS reason
+FROM rest LEFT JOIN seen USING (id) LEFT JOIN passed USING (id)
+    LEFT JOIN owned ON owned.address = other
+    LEFT JOIN partial ON partial.host = owned.hosts[1]
 """
+
 _SIDE = (
     *("host", "program", "tgid", "start_ns", "user", "unit", "container", "container_name", "pod"),
     *("netns", "laddr", "lport", "raddr", "rport", "how", "flags", "domain"),
     *("first_ns", "last_ns", "packets_out", "bytes_out", "packets_in", "bytes_in"),
 )
+_FOUND = """
+WITH both_ AS (
+    SELECT c, s, false AS ambiguous, NULL AS reason, e.last_ns, e.protocol
+    FROM match_ JOIN end_ e ON e.id = c JOIN end_ t ON t.id = s
+    WHERE meant AND machines = 1 AND (e.fits OR t.fits)
+    UNION ALL
+    SELECT CASE WHEN client OR itself THEN id END, CASE WHEN NOT client OR itself THEN id END,
+        ambiguous, reason, last_ns, protocol FROM alone),
+shown AS (
+    SELECT *, count(*) OVER () AS total FROM both_
+    ORDER BY c IS NULL OR s IS NULL, last_ns DESC LIMIT {limit}),
+detail AS (
+    SELECT end_.* RENAME (name AS program), p.user, p.unit, p.container,
+        p.container_name, p.pod
+    FROM end_ LEFT JOIN proc p USING (host, boot, tgid, start_ns)
+    WHERE id IN (SELECT c FROM shown UNION ALL SELECT s FROM shown))
+SELECT {columns}, shown.* FROM shown LEFT JOIN detail c ON c.id = shown.c
+    LEFT JOIN detail s ON s.id = shown.s
+ORDER BY shown.c IS NULL OR shown.s IS NULL, shown.last_ns DESC
+"""
+PROGRAM = "coalesce(program, comm)"
 
 
-def ends(store: Store, wanted: Wanted) -> list[dict[str, Any]]:
-    """Return connections as {"protocol", "client", "server", "ambiguous", "reason"}.
+def join(store: Store, wanted: Wanted, name: str, details: bool = False) -> None:
+    """Make the tables `end_`, `match_` and `alone` of the connections that fit.
 
-    Of an end that has no partner the other is None and `reason` says why, one of REASONS.
+    `name`: an expression over NAMED; each end has it as `name`. Raises Error.
     """
     fits, words = condition(store, wanted)
-    edge = int(store.range.since_ns) + _EDGE_NS
-    first, *others = [one for one in _QUERY.format(fits=fits, edge=edge).split(";") if one.strip()]
-    store.rows(first, words)
-    for statement in others:
-        store.rows(statement)
-    columns = ", ".join(
-        [*(f'{side}."{name}" AS {side}_{name}' for side in "cs" for name in _SIDE), "c.protocol"]
+    translated = bool(store.rows("SELECT 1 FROM flow WHERE nat_laddr IS NOT NULL LIMIT 1"))
+    touched = ""
+    if fits != "true":
+        touched = _IS_TOUCHED
+        store.rows(_TOUCHED.format(fits=fits), words)
+        if translated:
+            store.rows(_TRANSLATED)
+            _until_all(store, _TOUCH_MORE)
+    translation = ", ".join(
+        f"arg_max({column}, last_ns) AS {column}" if translated else f"NULL::{kind} AS {column}"
+        for column, kind in _NAT.items()
     )
-    found = [
+    store.rows(
+        _ENDS.format(
+            touched=touched,
+            name=name,
+            fits=fits,
+            translation=translation,
+            details=_DETAILS if details else "",
+            client=CLIENT,
+        ),
+        words,
+    )
+    store.rows(_WAYS)
+    if translated:
+        store.rows(_PASSING)
+        _until_all(store, _MORE_WAYS)
+    shared = _tell_hosts(store)
+    edge = int(store.range.since_ns) + _EDGE_NS
+    store.rows(_PAIRS.format(edge=edge, shared=_SHARED if shared else "false"))
+    store.rows(_NEAR)
+    store.rows(_MATCHES)
+    passing = bool(store.rows("SELECT 1 FROM end_ WHERE forwarded LIMIT 1"))
+    store.rows(_ALONE.format(any="true" if passing else "false"))
+
+
+def _until_all(store: Store, insert: str) -> None:
+    for _ in range(_STEPS):
+        if not store.rows(insert)[0]["Count"]:
+            break
+
+
+def _tell_hosts(store: Store) -> bool:
+    """Make the tables `owned`, `shared` and `partial`; whether an address is several machines'."""
+    partial = {one.name: "silent" if one.silent_s else "lost" for one in hosts_of(store)
+               if not one.whole}  # fmt: skip
+    owners = store.owners
+    shared = [address for address, hosts in owners.items() if len(hosts) > 1]
+    text = pa.string()
+    tables = {
+        "owned": {
+            "address": pa.array(list(owners), text),
+            "hosts": pa.array(list(owners.values()), pa.list_(text)),
+        },
+        "shared": {"address": pa.array(shared, text)},
+        "partial": {
+            "host": pa.array(list(partial), text),
+            "why": pa.array(list(partial.values()), text),
+        },
+    }
+    for name, columns in tables.items():
+        store.database.register(name, pa.table(columns))
+    return bool(shared)
+
+
+def ends(store: Store, wanted: Wanted, limit: int = 1 << 40) -> tuple[int, list[dict[str, Any]]]:
+    """Return how many connections fit, and `limit` of them, both ends first, the latest first.
+
+    {"protocol", "client", "server", "ambiguous", "reason"}. Of an end that has no partner the other
+    is None and `reason` says why, one of REASONS.
+    """
+    join(store, wanted, PROGRAM, True)
+    columns = ", ".join(f'{side}."{name}" AS {side}_{name}' for side in "cs" for name in _SIDE)
+    found = store.rows(_FOUND.format(columns=columns, limit=int(limit)))
+    rows = [
         {
             "protocol": row["protocol"],
-            "client": {name: row[f"c_{name}"] for name in _SIDE},
-            "server": {name: row[f"s_{name}"] for name in _SIDE},
-            "ambiguous": False,
-            "reason": None,
+            "client": _side(row, "c"),
+            "server": _side(row, "s"),
+            "ambiguous": row["ambiguous"],
+            "reason": row["reason"],
         }
-        for row in store.rows(_PAIRS.format(columns=columns))
+        for row in found
     ]
-    partial = {one.name: one for one in hosts_of(store) if not one.whole}
-    for row in store.rows(_ALONE):
-        side = {name: row[name] for name in _SIDE}
-        if (row["laddr"], row["lport"]) == (row["raddr"], row["rport"]):  # it talks to itself
-            found.append(
-                {"protocol": row["protocol"], "client": side, "server": side}
-                | {"ambiguous": False, "reason": None}
-            )
-            continue
-        found.append(
-            {
-                "protocol": row["protocol"],
-                "client": side if row["client"] else None,
-                "server": None if row["client"] else side,
-                "ambiguous": row["machines"] > 1,
-                "reason": None if row["machines"] > 1 else _reason(row, partial),
-            }
-        )
-    return found
+    return (found[0]["total"] if found else 0), rows
 
 
-def _reason(row: dict[str, Any], partial: dict[str, Any]) -> str:
-    others: list[str] = row["others"] or []
-    if row["host"] in others:
-        return "local"
-    if not others:
-        return "forwarded" if row["passed"] else "outside"
-    if len(others) == 1 and others[0] in partial:
-        return "silent" if partial[others[0]].silent_s else "lost"
-    return "unseen"
+def _side(row: dict[str, Any], side: str) -> dict[str, Any] | None:
+    if row[side] is None:
+        return None
+    return {name: row[f"{side}_{name}"] for name in _SIDE}

@@ -38,11 +38,10 @@ each AS (
     SELECT host, boot, max(gap) AS gap, max(at_ns) AS last,
         max(lost) - min(lost) AS lost, max(daemon_lost) - min(daemon_lost) AS daemon_lost,
         max(dropped) - min(dropped) AS dropped
-    FROM told GROUP BY host, boot),
-known AS (SELECT DISTINCT host FROM all_account UNION SELECT DISTINCT host FROM all_flows)
-SELECT known.host AS host, greatest(max(gap), $until - max(last)) AS gap,
+    FROM told GROUP BY host, boot)
+SELECT host, greatest(max(gap), $until - max(last)) AS gap,
     coalesce(sum(lost + daemon_lost + dropped), 0)::BIGINT AS lost
-FROM known LEFT JOIN each USING (host) GROUP BY known.host ORDER BY known.host
+FROM each GROUP BY host
 """
 
 
@@ -50,11 +49,20 @@ def hosts_of(store: Store) -> list[Host]:
     """Return every machine that told anything in the hours around the range."""
     if store.alone:
         return []
+    if store.hosts is None:
+        store.hosts = _hosts(store)
+    hosts: list[Host] = store.hosts
+    return hosts
+
+
+def _hosts(store: Store) -> list[Host]:
     range = store.range
     words = {"since": range.since_ns, "until": range.until_ns}
+    told = {row["host"]: row for row in store.rows(_QUERY, words)}
     found = []
-    for row in store.rows(_QUERY, words):
-        gap = range.until_ns - range.since_ns if row["gap"] is None else row["gap"]
-        silent = gap / 1e9 if row["gap"] is None or gap > _SILENT_NS else 0.0
-        found.append(Host(row["host"], silent, row["lost"]))
+    for name in sorted(store.known_hosts | told.keys()):
+        row = told.get(name)
+        gap = range.until_ns - range.since_ns if row is None else row["gap"]
+        silent = gap / 1e9 if row is None or gap > _SILENT_NS else 0.0
+        found.append(Host(name, silent, 0 if row is None else row["lost"]))
     return found

@@ -3,62 +3,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
+import pyarrow as pa
+
+from fleet.ask.ends import PROGRAM, join
+from fleet.ask.store import Store
+from fleet.ask.wanted import Wanted
 from fleet.collect.rollup import network_of
 
-__all__ = ["service_map"]
+__all__ = ["NAMES", "service_map"]
+
+NAMES = {
+    "process": "NULL",
+    "host": "host",
+    "unit": "unit",
+    "container": "coalesce(container_name, container)",
+    "pod": "pod",
+    "user": '"user"',
+}
+"""What the ends of a map may be, and the column; where there is none, the program."""
+
+_FAR = "coalesce(alone.domain, networks.network, regexp_replace(raddr, '[.][0-9]+$', '.0/24'))"
+_MAP = f"""
+WITH one AS (
+    SELECT c.name AS client, s.name AS server, s.lport AS service, c.protocol,
+        false AS ambiguous, NULL AS reason, c.bytes_out + c.bytes_in AS bytes
+    FROM match_ JOIN end_ c ON c.id = match_.c JOIN end_ s ON s.id = match_.s
+    WHERE meant AND machines = 1 AND (c.fits OR s.fits)
+    UNION ALL
+    SELECT CASE WHEN client OR itself THEN name ELSE {_FAR} END,
+        CASE WHEN client AND NOT itself THEN {_FAR} ELSE name END,
+        CASE WHEN client AND NOT itself THEN rport ELSE lport END, protocol,
+        ambiguous, reason, bytes_out + bytes_in
+    FROM alone LEFT JOIN networks ON networks.address = raddr),
+sums AS (
+    SELECT client, server, service, protocol, count(*)::BIGINT AS connections,
+        sum(bytes)::BIGINT AS bytes, ambiguous, reason
+    FROM one GROUP BY ALL)
+SELECT *, count(*) OVER () AS total FROM sums
+ORDER BY bytes DESC, client, server, service, protocol, reason LIMIT {{limit}}
+"""
 
 
-def service_map(found: Iterable[Mapping[str, Any]], by: str) -> list[dict[str, Any]]:
-    """Return sums of what ends() found, most bytes first.
+def service_map(
+    store: Store, wanted: Wanted, by: str, limit: int = 1 << 40
+) -> tuple[int, list[dict[str, Any]]]:
+    """Return how many edges there are, and the `limit` with most bytes. `by`: of NAMES.
 
     {"client", "server": names, "service": port, "protocol", "connections", "bytes", "ambiguous",
     "reason"}. An end that is not known is its domain, else its network, and `reason` says why.
     """
-    sums: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for one in found:
-        client, server = one["client"], one["server"]
-        known = client or server
-        names = [_name(side, by) if side else _far(known) for side in (client, server)]
-        port = server["lport"] if server else client["rport"]
-        key = (*names, port, one["protocol"], one["reason"], one["ambiguous"])
-        row = sums.setdefault(
-            key,
-            {
-                "client": names[0],
-                "server": names[1],
-                "service": port,
-                "protocol": one["protocol"],
-                "connections": 0,
-                "bytes": 0,
-                "ambiguous": one["ambiguous"],
-                "reason": one["reason"],
-            },
-        )
-        row["connections"] += 1
-        row["bytes"] += known["bytes_out"] + known["bytes_in"]
-    return sorted(sums.values(), key=lambda row: -row["bytes"])
+    join(store, wanted, f"coalesce(nullif({NAMES[by]}, ''), {PROGRAM}, how)")
+    rows = store.rows("SELECT DISTINCT raddr FROM alone WHERE contains(raddr, ':')")
+    far = [row["raddr"] for row in rows]
+    networks = {"address": far, "network": [_network(one) for one in far]}
+    columns = {name: pa.array(values, pa.string()) for name, values in networks.items()}
+    store.database.register("networks", pa.table(columns))
+    rows = store.rows(_MAP.format(limit=int(limit)))
+    total = rows[0]["total"] if rows else 0
+    for row in rows:
+        del row["total"]
+    return total, rows
 
 
-def _name(side: Mapping[str, Any], by: str) -> str:
-    """What the end belongs to; where it is none of that kind, its program."""
-    value = {
-        "process": side["program"],
-        "host": side["host"],
-        "unit": side["unit"],
-        "container": side["container_name"] or side["container"],
-        "pod": side["pod"],
-        "user": side["user"],
-    }[by]
-    return str(value or side["program"] or side["how"])
-
-
-def _far(side: Mapping[str, Any]) -> str:
-    if side["domain"]:
-        return str(side["domain"])
+def _network(address: str) -> str:
     try:
-        return network_of(side["raddr"])
+        return network_of(address)
     except ValueError:  # what a hostile machine calls an address
-        return str(side["raddr"])
+        return address

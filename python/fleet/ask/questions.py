@@ -89,6 +89,7 @@ def new(
     `what`: of NEW. The names and networks are those of the sums (fleet.collect.rollup).
     """
     fits, words = condition(store, wanted)
+    store.open_sums(since_ns)
     columns, of = NEW[what]
     rows = store.rows(
         f"""

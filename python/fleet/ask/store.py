@@ -7,6 +7,7 @@ a statement: files are chosen here, values are parameters.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ import pyarrow as pa
 
 from fleet import schema
 from fleet.collect.keys import Keys
-from fleet.collect.parquet import keys_of, parts
+from fleet.collect.parquet import addresses_of, hosts_in, keys_of, parts
 from nlproto.errors import Error
 
 __all__ = ["Range", "Store", "open_folder", "open_tables"]
 
 _MEMORY = "1GB"
+_THREADS = 2
+"""Who asks on a collector's machine leaves it the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +43,65 @@ class Range:
 
 class Store:
     """A context manager. Views: `flow` and `account` of the range, `proc`: the newest of each
-    process that was told in its hours, `rollup`: of all hours there are."""
+    process that was told in its hours."""
 
-    def __init__(self, database: duckdb.DuckDBPyConnection, range: Range, alone: bool) -> None:
+    def __init__(
+        self, database: duckdb.DuckDBPyConnection, range: Range, folder: Path | None
+    ) -> None:
         self.database = database
         self.range = range
-        self.alone = alone
+        self.alone = folder is None
         """Of one machine's own history."""
         self.truncated = False
         """The machine had more flows than it told."""
+        self.hosts: Any = None
+        """What fleet.ask.hosts found."""
+        self._folder = folder
 
     def __enter__(self) -> Store:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.database.close()
+
+    @functools.cached_property
+    def owners(self) -> dict[str, list[str]]:
+        """Which machines had each address in the hours around the range."""
+        found: dict[str, set[str]] = {}
+        asked = []
+        for path in _files(self._folder, "flows", self.range):
+            told = addresses_of(path)
+            if told is None:
+                asked.append(str(path))
+                continue
+            for host, addresses in told.items():
+                for address in addresses:
+                    found.setdefault(address, set()).add(host)
+        table = "read_parquet($files)" if asked else "all_flows"
+        if asked or self._folder is None:
+            for row in self.rows(
+                f"SELECT DISTINCT laddr, host FROM {table} WHERE NOT forwarded",
+                {"files": asked} if asked else None,
+            ):
+                found.setdefault(row["laddr"], set()).add(row["host"])
+        return {address: sorted(hosts) for address, hosts in found.items()}
+
+    @functools.cached_property
+    def known_hosts(self) -> set[str]:
+        """Every machine that told anything in the hours around the range."""
+        if self._folder is None:
+            return set()
+        kinds = ("flows", "account")
+        files = [path for kind in kinds for path in _files(self._folder, kind, self.range)]
+        return {host for path in files for host in hosts_in(path)}
+
+    def open_sums(self, since_ns: int) -> None:
+        """Make the view `rollup`: of the hours from `since_ns` to the range. Raises Error."""
+        if self._folder is None:
+            return
+        folder = self._folder / "rollup"
+        before = Range(since_ns, self.range.since_ns - 2 * schema.HOUR_NS)
+        _view(self.database, "rollup", _hours(folder, before, 0), schema.ROLLUP)
 
     def rows(self, query: str, words: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """The answer's rows by column name. Raises Error."""
@@ -73,10 +120,7 @@ def open_folder(folder: Path, range: Range) -> Store:
     database = _database()
     try:
         for kind, columns in schema.TABLES.items():
-            _view(database, f"all_{kind}", _hours(folder / kind, range, _BEFORE[kind]), columns)
-        sums = folder / "rollup"
-        every = sorted(sums.iterdir()) if sums.is_dir() else []
-        _view(database, "rollup", every, schema.ROLLUP)
+            _view(database, f"all_{kind}", _hours(folder / kind, range, _READ[kind]), columns)
         _make_views(database, range)
     except (OSError, duckdb.Error) as error:
         database.close()
@@ -84,7 +128,7 @@ def open_folder(folder: Path, range: Range) -> Store:
     except BaseException:
         database.close()
         raise
-    return Store(database, range, False)
+    return Store(database, range, folder)
 
 
 def open_tables(tables: dict[str, pa.Table], range: Range) -> Store:
@@ -94,19 +138,29 @@ def open_tables(tables: dict[str, pa.Table], range: Range) -> Store:
         name = kind if kind == "rollup" else f"all_{kind}"
         database.register(name, tables.get(kind, columns.empty_table()))
     _make_views(database, range)
-    return Store(database, range, True)
+    return Store(database, range, None)
 
 
 def _database() -> duckdb.DuckDBPyConnection:
     database = duckdb.connect()
     database.execute(f"SET memory_limit = '{_MEMORY}'; SET preserve_insertion_order = false")
-    database.execute("SET TimeZone = 'UTC'")
+    database.execute(f"SET TimeZone = 'UTC'; SET threads = {_THREADS}")
+    database.execute("SET enable_progress_bar = false; SET parquet_metadata_cache = true")
     return database
 
 
-_BEFORE = {"flows": 1, "procs": 1, "account": 24}
-"""So many hours before the range are looked at: whose an address was, which machines there are.
-A process is told again in each hour in which it has flows."""
+_READ = {"flows": 0, "procs": 1, "account": 0}
+"""So many hours before the range are read. A process is told again in each hour in which it has
+flows, but not at its beginning."""
+_BEFORE = {"flows": 1, "account": 24}
+"""So many hours before it are looked at: whose an address was, which machines there are."""
+
+
+def _files(folder: Path | None, kind: str, range: Range) -> list[Path]:
+    if folder is None:
+        return []
+    hours = _hours(folder / kind, range, _BEFORE[kind])
+    return [path for hour in hours for path in parts(hour)]
 
 
 def _hours(folder: Path, range: Range, before: int) -> list[Path]:
@@ -139,7 +193,7 @@ def _view(
     database.execute(f"SET VARIABLE {name}_files = (SELECT list(file) FROM files)")
     once = "" if name == "rollup" or _are_disjoint(files) else _ONCE
     database.execute(
-        f"CREATE VIEW {name} AS SELECT * EXCLUDE (filename) FROM"
+        f"CREATE OR REPLACE VIEW {name} AS SELECT * EXCLUDE (filename) FROM"
         f" read_parquet(getvariable('{name}_files'), union_by_name = true, filename = true) {once}"
     )
 

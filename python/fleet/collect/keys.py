@@ -42,6 +42,10 @@ class Keys:
             for first, last in runs:
                 self._add(host, boot, first, last)
 
+    def hosts(self) -> set[str]:
+        """Return whose they are."""
+        return {host for host, _ in self._ranges}
+
     def isdisjoint(self, other: Keys) -> bool:
         """Whether no key is in both."""
         for name, runs in self._ranges.items():

@@ -15,22 +15,39 @@ import itertools
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
+from typing import TypeVar
 
+import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fleet.collect.keys import Keys
 from fleet.collect.tables import Hour, Received, hours_of
 from nlproto.errors import Error
 
-__all__ = ["KEYS", "ParquetStore", "keys_of", "parts", "sync", "write_file"]
+__all__ = [
+    "KEYS",
+    "ParquetStore",
+    "addresses_of",
+    "hosts_in",
+    "keys_of",
+    "parts",
+    "sync",
+    "write_file",
+]
 
 KEYS = b"packet-hunter.batches"
+ADDRESSES = b"packet-hunter.addresses"
+_MOST_ADDRESSES = 100_000
+"""Addresses that a footer tells; of more the file itself is asked."""
+_T = TypeVar("_T")
 _REMEMBERED = 64
 """Folders whose keys are kept in memory."""
-_ROW_GROUP = 1 << 17
+_ROW_GROUP = 1 << 15
+"""Rows; their least and greatest time, port and address say who need not read them."""
 _COMPRESSION = "zstd"
 
 
@@ -132,16 +149,68 @@ def parts(folder: Path) -> list[Path]:
 
 def keys_of(path: Path) -> Keys:
     """Return the keys of the batches in a file. Raises OSError, Error."""
+    told = _told(path, KEYS)
     try:
-        metadata = pq.read_schema(path).metadata or {}
-        return Keys.from_bytes(metadata[KEYS])
-    except (KeyError, ValueError, pa.ArrowInvalid) as error:
+        if told is not None:
+            return Keys.from_bytes(told)
+        reason: object = "no keys"
+    except ValueError as error:
+        reason = error
+    raise Error(f"{path} is no file of a collector: {reason}; move it away")
+
+
+def hosts_in(path: Path) -> Set[str]:
+    """Return which hosts have rows in a file. Raises OSError, Error."""
+    told = _told(path, KEYS)
+    return set() if told is None else _read(path, told, _hosts).keys()
+
+
+def addresses_of(path: Path) -> dict[str, list[str]] | None:
+    """Return the own addresses of each host in a file of flows; None: it does not tell.
+
+    Raises OSError, Error.
+    """
+    told = _told(path, ADDRESSES)
+    return None if told is None else _read(path, told, _addresses)
+
+
+def _told(path: Path, key: bytes) -> bytes | None:
+    """What the footer says of that."""
+    try:
+        told: bytes | None = (pq.read_metadata(path).metadata or {}).get(key)
+        return told
+    except pa.ArrowInvalid as error:
         raise Error(f"{path} is no file of a collector: {error}; move it away") from None
+
+
+def _read(path: Path, told: bytes, decoder: msgspec.json.Decoder[_T]) -> _T:
+    try:
+        return decoder.decode(told)
+    except msgspec.DecodeError as error:
+        raise Error(f"{path} is no file of a collector: {error}; move it away") from None
+
+
+_addresses = msgspec.json.Decoder(dict[str, list[str]])
+_hosts = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def _own_addresses(flows: pa.Table) -> bytes | None:
+    own = flows.select(["host", "laddr", "forwarded"])
+    own = own.filter(pc.invert(own["forwarded"])).group_by(["host", "laddr"]).aggregate([])
+    if len(own) > _MOST_ADDRESSES:
+        return None
+    told: dict[str, list[str]] = {}
+    for host, address in zip(own["host"].to_pylist(), own["laddr"].to_pylist(), strict=True):
+        told.setdefault(host, []).append(address)
+    return msgspec.json.encode(told)
 
 
 def write_file(path: Path, table: pa.Table, keys: Keys) -> None:
     """Write a file and sync it. Raises OSError."""
     metadata = {**(table.schema.metadata or {}), KEYS: keys.to_bytes()}
+    addresses = _own_addresses(table) if "laddr" in table.column_names else None
+    if addresses is not None:
+        metadata[ADDRESSES] = addresses
     with open(path, "xb") as file:
         pq.write_table(
             table.replace_schema_metadata(metadata),

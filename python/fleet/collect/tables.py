@@ -19,6 +19,7 @@ __all__ = ["Hour", "Received", "hours_of", "in_order"]
 
 _EARLY_NS = 3600 * 10**9
 """How far a host's clock may be ahead."""
+_SLICE_NS = 300 * 10**9
 _COMMON = (
     *("netns", "cookie", "protocol", "lport", "rport", "tgid", "start_ns", "flags"),
     *("first_ns", "last_ns", "packets_out", "bytes_out", "packets_in", "bytes_in"),
@@ -120,14 +121,18 @@ def _table(
 
 
 def in_order(flows: pa.Table) -> pa.Table:
-    """Return `flows` by the far end's port, then its address: a needle is in few groups of rows."""
+    """Return `flows` by five minutes, the far end's port, then its address.
+
+    Most questions have a range of time, and a needle is in few groups of rows.
+    """
     address = flows["raddr"].combine_chunks()
     if isinstance(address, pa.ChunkedArray):
         address = address.chunk(0)
     texts = np.array(address.dictionary.to_pylist())
     rank = np.empty(len(texts), np.int64)
     rank[np.argsort(texts)] = np.arange(len(texts))
-    order = np.lexsort((rank[address.indices.to_numpy()], flows["rport"].to_numpy()))
+    slices = flows["last_ns"].to_numpy() // _SLICE_NS
+    order = np.lexsort((rank[address.indices.to_numpy()], flows["rport"].to_numpy(), slices))
     return flows.take(pa.array(order))
 
 

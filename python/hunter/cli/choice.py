@@ -7,14 +7,14 @@ import difflib
 from collections.abc import Sequence
 
 from hunter.cli import interfaces
-from hunter.cli.options import SUBCOMMANDS, Choice
+from hunter.cli.options import FLEET_WORDS, SUBCOMMANDS, Choice, Fleet
 from nlproto import Error
 from nlproto.filters.filter import EVERYTHING, Filter
 from nlproto.filters.mistakes import FilterError
 from nlproto.filters.parse import parse
 from nlproto.filters.words import MAX_LENGTH, NAME_WORDS, quote
 
-__all__ = ["filter_of"]
+__all__ = ["filter_of", "fleet_filter"]
 
 
 def _any(word: str, values: Sequence[str] | None) -> str:
@@ -45,6 +45,20 @@ def filter_of(choice: Choice, all_there: bool = True) -> Filter:
             result = result & parse(text)
         except FilterError as error:
             raise _meant_command(error) or error from None
+    return result
+
+
+def fleet_filter(options: Fleet) -> Filter:
+    """Return the filter that words and options of a question to the fleet amount to.
+
+    Raises FilterError.
+    """
+    given = {word: getattr(options, word) for word in FLEET_WORDS}
+    texts = [_joined(options.filter), options.proto or ""]
+    texts += [_any(word, [str(one)]) for word, one in given.items() if one is not None]
+    result = EVERYTHING
+    for text in texts:
+        result = result & parse(text, elsewhere=True)
     return result
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import argparse
 
 from hunter.cli import values
-from hunter.cli.options import FLEET_BY, FLEET_NEW, FLEET_QUESTIONS
+from hunter.cli.common import add_limit, add_moment
+from hunter.cli.options import FLEET_BY, FLEET_NEW, FLEET_QUESTIONS, FLEET_WORDS
 
 __all__ = ["DESCRIPTION", "EXAMPLES", "add_arguments"]
 
@@ -15,8 +16,9 @@ DESCRIPTION = (
     " history of this machine's daemon. Exits 1 when nothing is found."
 )
 EXAMPLES = (
-    "examples:\n  packet-hunter fleet who --port 5432 --since 10m\n"
-    "  packet-hunter fleet ends --on web3 --pname nginx --since 14:00 --until 14:10\n"
+    "examples:\n  packet-hunter fleet who port 5432 --since 10m\n"
+    "  packet-hunter fleet who 'exe /opt/* and not dst net 10 and how unnamed'\n"
+    "  packet-hunter fleet ends --on web3 pname nginx --since 14:00 --until 14:10\n"
     "  packet-hunter fleet map --by unit --html map.html\n"
     "  packet-hunter fleet new --of listener --since 1d\n"
     "  packet-hunter fleet usage --by host --json\n"
@@ -28,30 +30,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     about = ", ".join(f"{name}: {what}" for name, what in FLEET_QUESTIONS.items())
     parser.add_argument("question", metavar="QUESTION", choices=FLEET_QUESTIONS, help=about)
     parser.add_argument(
+        "filter",
+        metavar="FILTER",
+        nargs="*",
+        help="which flows: words as of packet-hunter itself; a flow fits when a packet of it does",
+    )
+    parser.add_argument(
         "--store", metavar="DIR", help="a collector's folder (/var/lib/packet-hunter-collect)"
     )
     group = parser.add_argument_group("about")
     group.add_argument("--on", metavar="HOST", help="processes of this machine")
-    group.add_argument("--port", metavar="N", type=values.port, help="of either end")
-    group.add_argument("--proto", metavar="P", choices=("tcp", "udp"), help="tcp or udp")
     group.add_argument("--host", metavar="H", help="address or network of the other end")
-    group.add_argument("--pid", metavar="P", type=values.count, help="of this process")
-    group.add_argument("--pname", metavar="NAME", help="of processes so named")
     group.add_argument("--user", metavar="USER", help="of this user's processes: name or uid")
-    group.add_argument("--unit", metavar="UNIT", help="of this systemd unit")
-    group.add_argument("--container", metavar="C", help="of this container: name or id")
-    group.add_argument("--pod", metavar="POD", help="of this pod")
-    group.add_argument("--domain", metavar="NAME", help="to the host so named, or below")
-    group.add_argument(
-        "--since",
-        metavar="T",
-        type=values.moment,
-        default=3600.0,
-        help="so long ago (10m, 1d; 1h), or since 14:30, 2026-05-28 or both",
+    for word, (name, about) in FLEET_WORDS.items():
+        kind = {"port": values.port, "pid": values.count}.get(word, str)
+        group.add_argument(f"--{word}", metavar=name, type=kind, help=about)
+    group.add_argument("--proto", metavar="P", choices=("tcp", "udp"), help="tcp or udp")
+    add_moment(
+        group, "--since", "so long ago (10m, 1d; 1h), or since 14:30, 2026-05-28 or both", 3600.0
     )
-    group.add_argument(
-        "--until", metavar="T", type=values.moment, default=0.0, help="up to then (now)"
-    )
+    add_moment(group, "--until", "up to then (now)", 0.0)
     how = parser.add_argument_group("how")
     how.add_argument(
         "--by", metavar="KEY", choices=FLEET_BY, help=f"usage, map: by {', '.join(FLEET_BY)}"
@@ -71,6 +69,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="new: not seen in so many days before (30)",
     )
     how.add_argument("--html", metavar="FILE", help="map: a page; - is standard output")
-    how.add_argument(
-        "--limit", metavar="N", type=values.count, help="at most N rows (50; with --json 1000)"
-    )
+    add_limit(how)

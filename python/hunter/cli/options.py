@@ -20,6 +20,7 @@ __all__ = [
     "FLEET_BY",
     "FLEET_NEW",
     "FLEET_QUESTIONS",
+    "FLEET_WORDS",
     "Fleet",
     "Live",
     "Origin",
@@ -58,6 +59,16 @@ FLEET_BY = ("process", "host", "unit", "container", "pod", "user", "domain")
 
 FLEET_NEW = ("destination", "program", "listener")
 """What `fleet new` looks for."""
+FLEET_WORDS = {
+    "port": ("N", "of either end"),
+    "pid": ("P", "of this process"),
+    "pname": ("NAME", "of processes so named"),
+    "unit": ("UNIT", "of this systemd unit"),
+    "container": ("C", "of this container: name or id"),
+    "pod": ("POD", "of this pod"),
+    "domain": ("NAME", "to the host so named, or below"),
+}
+"""Options of `fleet` that are words of its filter, too."""
 
 SUBCOMMANDS = {
     "top": "processes by rate, live",
@@ -220,6 +231,7 @@ class Watch:
 class Fleet:
     question: str
     """One of FLEET_QUESTIONS."""
+    filter: list[str]
     store: str | None
     on: str | None
     port: int | None

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hunter.cli.choice import fleet_filter
 from hunter.cli.options import Fleet
 from hunter.fleet import page, show
 from hunter.show.console import Output
@@ -19,8 +20,8 @@ __all__ = ["run"]
 
 _STORE = Path("/var/lib/packet-hunter-collect")
 _ROWS, _JSON_ROWS = 50, 1000
-_MOST = 200_000
-"""Connections that a map is drawn of."""
+_MOST = 20_000
+"""Edges in the table of a page."""
 
 
 def run(options: Fleet, notify: Callable[[str], None]) -> int:
@@ -35,8 +36,7 @@ def run(options: Fleet, notify: Callable[[str], None]) -> int:
         if (error.name or "").partition(".")[0] in ("fleet", "hunter", "nlproto"):
             raise
         raise Error(f"no module {error.name}: pip install 'packet-hunter[fleet]'") from None
-    names = [name for name in Wanted.__dataclass_fields__ if getattr(options, name) is not None]
-    wanted = Wanted(**{name: getattr(options, name) for name in names})
+    wanted = Wanted(fleet_filter(options), options.on, options.host, options.user)
     limit = options.limit or (_JSON_ROWS if options.json else _ROWS)
     with _opened(options, notify) as store:
         match options.question:
@@ -48,11 +48,10 @@ def run(options: Fleet, notify: Callable[[str], None]) -> int:
                 old = store.range.since_ns - options.days * 86_400 * 10**9
                 total, rows = new(store, wanted, options.of, old, limit)
             case "map":
-                every = service_map(ends(store, wanted), options.by or "process")
-                total, rows = len(every), every if options.html else every[:limit]
+                most = _MOST if options.html else limit
+                total, rows = service_map(store, wanted, options.by or "process", most)
             case _:
-                every = ends(store, wanted)
-                total, rows = len(every), every[:limit]
+                total, rows = ends(store, wanted, limit)
         hosts = hosts_of(store)
         truncated = store.truncated
         range = store.range

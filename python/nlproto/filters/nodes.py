@@ -263,13 +263,14 @@ class OwnerTest:
     def mask(self, view: View) -> np.ndarray:
         """See Node."""
         places, belongs, processes = view.processes
-        wanted = (self._is_wanted(*one) for one in processes)
+        wanted = (self.is_wanted(*one) for one in processes)
         verdicts = np.fromiter(wanted, bool, len(processes))
         result = np.zeros(len(view), bool)
         result[places] = verdicts[belongs]
         return result
 
-    def _is_wanted(self, comm: str, process: ProcessLike | None) -> bool:
+    def is_wanted(self, comm: str, process: ProcessLike | None) -> bool:
+        """Return whether a process fits; `comm` is the kernel's name for it."""
         if self.word == "pname":
             program = "" if process is None else os.path.basename(process.exe)
             if self.fits(comm) or program and self.fits(program):
@@ -320,10 +321,11 @@ class DomainTest:
 
     def mask(self, view: View) -> np.ndarray:
         """See Node."""
-        verdicts = {domain: self._is_wanted(domain) for domain in set(view.domains)}
+        verdicts = {domain: self.is_wanted(domain) for domain in set(view.domains)}
         return np.fromiter((verdicts[one] for one in view.domains), bool, len(view))
 
-    def _is_wanted(self, domains: str) -> bool:
+    def is_wanted(self, domains: str) -> bool:
+        """Return whether one of the names fits; they have "|" between them."""
         below = f".{self.name}"
         return bool(domains) and any(
             self.fits(one) or one.endswith(below) for one in domains.split("|")

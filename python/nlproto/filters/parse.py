@@ -58,11 +58,12 @@ def _parser() -> Lark:
     return Lark(grammar, parser="lalr", lexer="basic", maybe_placeholders=False)
 
 
-def parse(text: str, resolve: bool = True) -> Filter:
+def parse(text: str, resolve: bool = True, elsewhere: bool = False) -> Filter:
     """Return the filter in `text`.
 
     `resolve`: look up names of hosts, services, users and network namespaces; without it they
-    are refused (a server does not ask DNS for its clients). Raises FilterError.
+    are refused (a server does not ask DNS for its clients). `elsewhere`: of other machines, whose
+    users and namespaces are not those of this one: so much is refused. Raises FilterError.
     """
     if len(text) > MAX_LENGTH:
         raise FilterError(f"longer than {MAX_LENGTH} characters: shorten it", text[:40], 0, 40)
@@ -76,7 +77,7 @@ def parse(text: str, resolve: bool = True) -> Filter:
     except UnexpectedInput as error:
         raise syntax_error(error, tokens, text) from None
     try:
-        found = Filter(_Builder(text, resolve).chain(tree.children[0]))
+        found = Filter(_Builder(text, resolve, resolve and not elsewhere).chain(tree.children[0]))
     except FilterError as error:  # "port 80 or icmp" reads as port 80 or port icmp
         raise foreign(tokens, text) or error from None
     if found.cost > MAX_COST:
@@ -97,9 +98,11 @@ class _Words:
 class _Builder:
     """Nodes from the parse tree, left to right."""
 
-    def __init__(self, text: str, resolve: bool) -> None:
+    def __init__(self, text: str, resolve: bool, here: bool) -> None:
         self._text = text
         self._resolve = resolve
+        self._here = here
+        """Users and namespaces are this machine's."""
         self._last: _Words | None = None
 
     def chain(self, tree: Tree[Token] | Token) -> Node:
@@ -260,7 +263,7 @@ class _Builder:
 
     def _uid(self, words: _Words, value: Token) -> Node:
         name = plain(value)
-        if self._resolve and not name.isdigit():
+        if self._here and not name.isdigit():
             try:
                 uid = pwd.getpwnam(name).pw_uid
             except KeyError:
@@ -270,7 +273,7 @@ class _Builder:
         return Equal(f"uid {uid}", "uid", (uid,), named=True)
 
     def _netns(self, words: _Words, value: Token) -> Node:
-        if self._resolve:
+        if self._here:
             try:
                 inode = netns.find(plain(value)).netns
             except UsageError as error:
