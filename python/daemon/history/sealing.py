@@ -82,7 +82,7 @@ def seal(
         details = dict(_details(writer, owners))
         names = dict(_names(writer, set(rows["domain"].tolist())))
 
-    def write() -> Piece:
+    def write() -> HourFile:
         return store.hours.write(Contents(rows, details, sums(rows, places_in(details)), names))
 
     try:
