@@ -8,7 +8,7 @@ from hunter.cli.options import SUBCOMMANDS
 from nlproto.filters.words import WORDS
 from nlproto.records import wire
 
-__all__ = ["VALUES", "bash", "zsh"]
+__all__ = ["VALUES", "bash", "bash_of_all", "zsh"]
 
 _HOWS = " ".join(
     ["named", "unnamed", *(one for one in wire.HOW_NAMES if not one.startswith("how_"))]
@@ -22,6 +22,8 @@ VALUES = {
     "port": "_ports",
 }
 """Options whose values zsh itself can list, and by which function."""
+
+_SHARED = "_shtab_complete"
 
 _BASH = """
 # --- filter words, and values that this machine has
@@ -101,6 +103,29 @@ def _valued() -> set[str]:
         if action.nargs != 0
         for option in action.option_strings
     }
+
+
+def bash_of_all(scripts: dict[str, str]) -> str:
+    """Join what shtab makes of several programs: what differs is variables and two lines."""
+    first = next(iter(scripts.values()))
+    head = first[: first.index("\n\n")].splitlines()[0]
+    shared, parts = "", []
+    for name, script in scripts.items():
+        function = f"_shtab_{name.replace('-', '_')}"
+        start, end = script.index("# $1=COMP_WORDS[1]\n"), script.index("\ncomplete ")
+        middle = script[start:end]
+        for own in (f"{function}() {{", f"local prefix={function}\n"):
+            assert middle.count(own) == 1
+        middle = middle.replace(f"{function}() {{", f"{_SHARED}() {{ # the program's prefix")
+        middle = middle.replace(f"local prefix={function}\n", "local prefix=$1\n")
+        assert middle == shared or not shared
+        shared = middle
+        variables = script[script.index("\n\n") : start].strip()
+        while "\n\n" in variables:
+            variables = variables.replace("\n\n", "\n")
+        parts.append(f"# --- {name}\n{variables}\n{function}() {{ {_SHARED} {function}; }}\n")
+        parts.append(f"complete -o bashdefault -F {function} {name}\n\n")
+    return f"{head}\n\n{shared.rstrip()}\n\n" + "".join(parts).rstrip() + "\n"
 
 
 def bash(script: str) -> str:

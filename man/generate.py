@@ -155,18 +155,20 @@ def write(directory: Path) -> list[Path]:
             _EXIT + ".SH SEE ALSO\n.BR packet\\-hunterd (8),\n.BR packet\\-hunter\\-export (8)\n",
         ),
     }  # fmt: skip
-    for shell in ("bash", "zsh"):
-        for name, parser in (
-            ("packet-hunter", _completing()),
-            ("packet-hunterd", daemon_parser()),
-            ("packet-hunter-export", export_parser()),
-            ("packet-hunter-collect", collect_parser()),
-            ("packet-hunter-otlp", otlp_parser()),
-        ):
-            path = f"completion/{name}.{shell}"
-            files[path] = shtab.complete(parser, shell)
-            if name == "packet-hunter":
-                files[path] = getattr(completing, shell)(files[path])
+    parsers = {
+        "packet-hunter": _completing(),
+        "packet-hunterd": daemon_parser(),
+        "packet-hunter-export": export_parser(),
+        "packet-hunter-collect": collect_parser(),
+        "packet-hunter-otlp": otlp_parser(),
+    }
+    of_bash = {name: shtab.complete(parser, "bash") for name, parser in parsers.items()}
+    files["completion/packet-hunter.bash"] = completing.bash(completing.bash_of_all(of_bash))
+    for name, parser in parsers.items():
+        text = shtab.complete(parser, "zsh")
+        files[f"completion/{name}.zsh"] = text
+    main = "completion/packet-hunter.zsh"
+    files[main] = completing.zsh(files[main])
     for path, text in files.items():
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
         (directory / path).write_text(text)

@@ -10,6 +10,7 @@ SOURCES = ROOT / "python" / "nlproto" / "native"
 
 builder = FFI()
 # Records are filled by pointer only; their layout stays in nlproto._wire.
+NAMES = ("ring", "diag", "host", "memory", "flows", "table")
 HEADERS = ("host.h", "accounting.h")
 builder.cdef(
     "struct sniffer_record { ...; };\n"
@@ -18,7 +19,7 @@ builder.cdef(
 builder.set_source(
     "nlproto._host",
     '#include <stdint.h>\n#include "shared_proto.h"\n#include "host.h"\n#include "accounting.h"',
-    sources=[f"python/nlproto/native/{name}.c" for name in ("host", "memory", "flows", "table")],
+    sources=[f"python/nlproto/native/{name}.c" for name in NAMES],
     include_dirs=[str(ROOT), str(SOURCES)],
     depends=[str(ROOT / "shared_proto.h"), *(str(SOURCES / name) for name in HEADERS)],
 )

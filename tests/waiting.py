@@ -11,11 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
-__all__ = ["patient", "slowness", "until"]
+__all__ = ["noting", "patient", "slowness", "stand_in", "there", "until"]
 
 T = TypeVar("T")
 _PROCESS = 0.02  # s that a Python without site takes to start and end on an idle machine
@@ -42,6 +42,29 @@ def until(condition: Callable[[], T | None], seconds: float = 30, what: str = ""
                 pytest.fail(f"{what or 'it'} did not happen in {waited:.0f} s", pytrace=True)
         time.sleep(_POLL)
     return met
+
+
+def there(value: T | None) -> T:
+    """`value`, of which this test knows that it is there."""
+    assert value is not None
+    return value
+
+
+def noting(
+    calls: list[Any], function: Callable[..., Any], what: Callable[[Any], Any] = lambda first: first
+) -> Callable[..., Any]:
+    """`function`, of whose calls `calls` gets `what` of the first argument."""
+
+    def noted(first: Any, *others: Any, **named: Any) -> Any:
+        calls.append(what(first))
+        return function(first, *others, **named)
+
+    return noted
+
+
+def stand_in(part: object) -> Any:
+    """`part` in the place of a whole that this test does not need."""
+    return part
 
 
 def slowness() -> float:

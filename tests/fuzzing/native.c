@@ -9,8 +9,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#undef _GNU_SOURCE	/* host.c says so itself */
-#include "../../python/nlproto/native/host.c"
+#include <linux/if_packet.h>
+#include <netinet/in.h>
+#include <stdint.h>
+
+#include "shared_proto.h"
+#include "host.h"
 #include "../../python/nlproto/native/flows.c"
 
 #define FRAME 512

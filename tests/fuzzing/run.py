@@ -37,12 +37,13 @@ def command(name: str) -> list[str]:
 def compile_native(program: Path) -> None:
     """Compile native.c with libFuzzer and sanitizers (clang). Raises CalledProcessError."""
     source = HERE.parents[1]
+    sources = [source / f"python/nlproto/native/{name}.c" for name in ("ring", "diag")]
     subprocess.run(
         [
             *("clang", "-g", "-O1", "-fsanitize=fuzzer,address,undefined"),
             "-fno-sanitize-recover=undefined",
             *(f"-I{source}", f"-I{source / 'python/nlproto/native'}"),
-            *(str(HERE / "native.c"), "-o", str(program)),
+            *(str(HERE / "native.c"), *map(str, sources), "-o", str(program)),
         ],
         check=True,
     )

@@ -229,7 +229,8 @@ def _captures() -> Iterator[bytes]:
 
 
 def _rows() -> Iterator[bytes]:
-    columns = {"time": "2026-01-01T00:00:00.000001Z", "dir": "out", "proto": "tcp"}
+    columns: dict[str, object] = {"time": "2026-01-01T00:00:00.000001Z"}
+    columns |= {"dir": "out", "proto": "tcp"}
     columns |= {"saddr": "10.0.0.1", "sport": 1, "daddr": "::1", "dport": 443, "len": 60}
     columns |= {"pid": 7, "comm": "curl", "how": "context"}
     text = io.StringIO()

@@ -9,12 +9,16 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from capturing import COMMON, Run
 from daemons import Daemon, senders
 from hunting import echo
+from waiting import there
 
 FILES = 8192
 
@@ -25,7 +29,7 @@ if soft != resource.RLIM_INFINITY and soft < FILES:
 
 
 @pytest.fixture(name="directory")
-def _directory(tmp_path_factory):
+def _directory(tmp_path_factory: pytest.TempPathFactory) -> Any:
     directory = tmp_path_factory.mktemp("daemon")
     for part in (directory, directory.parent, directory.parent.parent):
         part.chmod(0o755)
@@ -33,10 +37,10 @@ def _directory(tmp_path_factory):
 
 
 @pytest.fixture(name="start")
-def _start(directory):
+def _start(directory: Any) -> Iterator[Any]:
     started = []
 
-    def start(*arguments, config=""):
+    def start(*arguments: Any, config: str = "") -> Any:
         daemon = Daemon(directory, *arguments, config=config)
         started.append(daemon)
         return daemon
@@ -50,12 +54,12 @@ def _start(directory):
 
 
 @pytest.fixture(name="daemon")
-def _daemon(start):
+def _daemon(start: Any) -> Any:
     return start()
 
 
 @pytest.fixture(name="receiver")
-def _receiver():
+def _receiver() -> Iterator[Any]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
         receiver.bind(("127.0.0.1", 0))
         receiver.settimeout(10)
@@ -63,7 +67,7 @@ def _receiver():
 
 
 @pytest.fixture(autouse=True)
-def _senders_stay_until_the_test_ends():
+def _senders_stay_until_the_test_ends() -> Iterator[None]:
     """Engine packet names by a socket that is still there."""
     yield
     while senders:
@@ -71,21 +75,21 @@ def _senders_stay_until_the_test_ends():
 
 
 @pytest.fixture(name="server")
-def _server():
+def _server() -> Iterator[Any]:
     with echo() as found:
         yield found
 
 
 @pytest.fixture(name="no_daemon")
-def _no_daemon(tmp_path):
+def _no_daemon(tmp_path: Path) -> list[str]:
     return ["--socket", str(tmp_path / "none.sock"), "--engine", "packet"]
 
 
 @pytest.fixture(name="run")
-def _run():
+def _run() -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
 
-        def start(**options):
+        def start(**options: Any) -> Any:
             made = Run(**options)
             stack.callback(made.engine.close)
             stack.callback(made.stop)
@@ -95,10 +99,10 @@ def _run():
 
 
 @pytest.fixture(name="worker")
-def _worker():
+def _worker() -> Iterator[Any]:
     running = []
 
-    def start(code, prefix=()):
+    def start(code: Any, prefix: Any = ()) -> Any:
         child = subprocess.Popen(
             [*prefix, sys.executable, "-c", COMMON + code],
             stdin=subprocess.PIPE,
@@ -112,5 +116,5 @@ def _worker():
     for child in running:
         child.kill()
         child.wait()
-        child.stdin.close()
-        child.stdout.close()
+        there(child.stdin).close()
+        there(child.stdout).close()

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: MIT
 """The look at bound sockets: what changed, and work for that alone."""
 
+from __future__ import annotations
+
 import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from nlproto.host.holders import Holders
 from nlproto.host.kernel_sockets import KernelSockets
 from nlproto.tables.portmap import PortMap
-from waiting import until
+from waiting import there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="holders of all sockets need root")
 
@@ -22,12 +26,12 @@ ADDRESS = "127.0.7.31"
 class Counting(Holders):
     asked = 0
 
-    def find(self, inode, uid=0):
+    def find(self, inode: Any, uid: int = 0) -> Any:
         self.asked += 1
         return super().find(inode, uid)
 
 
-def bound(port=0, reuse=False):
+def bound(port: int = 0, reuse: bool = False) -> Any:
     one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     if reuse:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -38,35 +42,35 @@ def bound(port=0, reuse=False):
 class Keeping:
     """As the watcher does it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.holders = Counting()
         self.kernel = KernelSockets(self.holders)
         self.portmap = PortMap()
 
-    def look(self):
+    def look(self) -> Any:
         before = time.monotonic_ns()
         found = self.kernel.read()
-        self.portmap.update_bound(found.bound, found.changed, found.present, before)
+        self.portmap.update_bound(found.bound, found.changed, there(found.present), before)
         return found
 
-    def pids(self, one):
+    def pids(self, one: Any) -> list[Any]:
         """Of its own address: any process of this machine may have the same port elsewhere."""
         return sorted(owner.tgid for owner in self.owners(one.getsockname()[1]))
 
-    def owners(self, port):
+    def owners(self, port: Any) -> list[Any]:
         address = (socket.AF_INET, socket.inet_aton(ADDRESS).ljust(16, b"\0"))
         found = self.portmap.who(port, socket.IPPROTO_UDP, address)
         return [owner for owner in found if owner.endpoint[3][:4] == address[1][:4]]
 
 
 @pytest.fixture
-def keeping():
+def keeping() -> Iterator[Keeping]:
     one = Keeping()
     with one.kernel:
         yield one
 
 
-def test_a_look_asks_only_about_what_is_new(keeping):
+def test_a_look_asks_only_about_what_is_new(keeping: Keeping) -> None:
     many = [bound() for _ in range(900)]
     # who cannot be found at once is looked for again, some at each look
     until(lambda: keeping.look() and all(keeping.pids(one) == [os.getpid()] for one in many))
@@ -87,7 +91,7 @@ def test_a_look_asks_only_about_what_is_new(keeping):
         one.close()
 
 
-def test_a_round_of_checks_takes_a_part_of_the_time(keeping):
+def test_a_round_of_checks_takes_a_part_of_the_time(keeping: Keeping) -> None:
     """Twenty thousand sockets are not all asked about each 3 s."""
     many = [bound() for _ in range(900)]
     keeping.look()
@@ -101,7 +105,7 @@ def test_a_round_of_checks_takes_a_part_of_the_time(keeping):
         one.close()
 
 
-def test_a_socket_that_was_handed_over_has_its_new_holder_alone(keeping):
+def test_a_socket_that_was_handed_over_has_its_new_holder_alone(keeping: Keeping) -> None:
     one = bound()
     keeping.look()
     assert keeping.pids(one) == [os.getpid()]
@@ -122,7 +126,7 @@ def test_a_socket_that_was_handed_over_has_its_new_holder_alone(keeping):
         child.communicate()
 
 
-def test_one_of_two_sockets_at_one_end_may_close(keeping):
+def test_one_of_two_sockets_at_one_end_may_close(keeping: Keeping) -> None:
     first = bound(reuse=True)
     port = first.getsockname()[1]
     second = bound(port, reuse=True)
@@ -134,7 +138,7 @@ def test_one_of_two_sockets_at_one_end_may_close(keeping):
         assert owners == ([os.getpid()] if staying else [])
 
 
-def test_an_idle_connection_that_is_new_is_known_after_two_looks(keeping):
+def test_an_idle_connection_that_is_new_is_known_after_two_looks(keeping: Keeping) -> None:
     """Between two rounds, and no packet tells of it."""
     keeping.look()
     code = (
@@ -148,10 +152,10 @@ def test_an_idle_connection_that_is_new_is_known_after_two_looks(keeping):
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
-        port = int(child.stdout.readline())
+        port = int(there(child.stdout).readline())
         keeping.look()
         end = time.monotonic() + 30
-        found = []
+        found: list[Any] = []
         while not found:
             assert time.monotonic() < end
             found = [one for one in keeping.look().connected if one.endpoint[4] == port]

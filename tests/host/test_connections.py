@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: MIT
 """How TCP connections go: loss, refusal and silence, made by a firewall in our namespaces."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -64,7 +68,7 @@ input()
 
 
 @pytest.fixture
-def namespaces():
+def namespaces() -> Iterator[list[str]]:
     names = [f"phc{os.getpid() % 10000}{letter}" for letter in "ab"]
     for name in names:
         subprocess.run(["ip", "netns", "add", name], check=True)
@@ -86,7 +90,7 @@ def namespaces():
 
 
 @contextlib.contextmanager
-def inside(name, code):
+def inside(name: Any, code: Any) -> Iterator[Any]:
     with subprocess.Popen(
         ["ip", "netns", "exec", name, sys.executable, "-c", code],
         stdin=subprocess.PIPE,
@@ -99,11 +103,11 @@ def inside(name, code):
             child.kill()
 
 
-def inode(name):
+def inode(name: Any) -> Any:
     return os.stat(f"/run/netns/{name}").st_ino
 
 
-def scrape(path):
+def scrape(path: Any) -> Any:
     return subprocess.run(
         ["curl", "-s", "--max-time", "20", "--unix-socket", path, "http://x/metrics"],
         capture_output=True,
@@ -113,8 +117,8 @@ def scrape(path):
 
 
 def test_what_is_lost_counts_for_who_lost_it_and_for_nobody_with_the_same_ends(
-    start, namespaces, directory
-):
+    start: Any, namespaces: list[str], directory: Any
+) -> None:
     metrics = str(directory / "metrics")
     daemon = start(config=f"metrics: {metrics}\n")
     with contextlib.ExitStack() as stack, DaemonClient(daemon.path) as client:
@@ -129,14 +133,14 @@ def test_what_is_lost_counts_for_who_lost_it_and_for_nobody_with_the_same_ends(
         for child in clients.values():
             assert child.stdout.readline() == "done\n"
 
-        def flows():
+        def flows() -> dict[Any, Any]:
             return {
                 one["netns"]: one
                 for one in client.who(port=40000)["flows"]
                 if one["lport"] == 40000 and one["pid"]
             }
 
-        def known():
+        def known() -> Any:
             found = flows()
             return len(found) == 2 and all(one["retransmits"] is not None for one in found.values())
 
@@ -162,7 +166,9 @@ def test_what_is_lost_counts_for_who_lost_it_and_for_nobody_with_the_same_ends(
         assert summed and float(summed[1]) >= 2
 
 
-def test_refused_and_unanswered_attempts_are_told_apart(start, namespaces, directory):
+def test_refused_and_unanswered_attempts_are_told_apart(
+    start: Any, namespaces: list[str], directory: Any
+) -> None:
     metrics = str(directory / "metrics")
     daemon = start(config=f"metrics: {metrics}\n")
     number = inode(namespaces[0])
@@ -173,7 +179,7 @@ def test_refused_and_unanswered_attempts_are_told_apart(start, namespaces, direc
             assert child.stdout.readline() == "ConnectionRefusedError\n"
             assert child.stdout.readline() == "TimeoutError\n"
 
-            def outcomes():
+            def outcomes() -> dict[Any, Any]:
                 return {
                     one["rport"]: one["outcome"]
                     for port in (7, 9)
@@ -188,7 +194,9 @@ def test_refused_and_unanswered_attempts_are_told_apart(start, namespaces, direc
         assert refused, scrape(metrics)
 
 
-def test_what_the_kernel_does_not_tell_is_unknown_and_not_zero(start, namespaces):
+def test_what_the_kernel_does_not_tell_is_unknown_and_not_zero(
+    start: Any, namespaces: list[str]
+) -> None:
     with DaemonClient(start().path) as client:
         number = inode(namespaces[1])
         with inside(namespaces[1], SERVER) as server:
@@ -203,7 +211,7 @@ def test_what_the_kernel_does_not_tell_is_unknown_and_not_zero(start, namespaces
                     assert (one["rtt"], one["retransmits"], one["outcome"]) == (None, None, None)
 
 
-def test_a_connection_that_ends_is_told_once():
+def test_a_connection_that_ends_is_told_once() -> None:
     import socket
 
     try:
@@ -218,6 +226,11 @@ def test_a_connection_that_ends_is_told_once():
         assert cookie not in info.closed()["cookie"]
         one.close()
         other.close()
-        told = []
-        until(lambda: told.extend(info.closed()["cookie"].tolist()) or cookie in told)
+        told: list[int] = []
+
+        def is_told() -> bool:
+            told.extend(info.closed()["cookie"].tolist())
+            return cookie in told
+
+        until(is_told)
         assert told.count(cookie) == 1 and cookie not in info.open()["cookie"]

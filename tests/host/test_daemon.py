@@ -10,6 +10,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from waiting import patient, until
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs root")
 
 
-def test_sigterm_ends_it_cleanly_and_the_account_is_logged(daemon, receiver):
+def test_sigterm_ends_it_cleanly_and_the_account_is_logged(daemon: Any, receiver: Any) -> None:
     send(receiver.getsockname()[1], 3)
     with DaemonClient(daemon.path) as client:
         client.start("udp")
@@ -33,11 +34,11 @@ def test_sigterm_ends_it_cleanly_and_the_account_is_logged(daemon, receiver):
     assert "does not close" not in daemon.text()
 
 
-def test_sigint_ends_it_as_well(daemon):
+def test_sigint_ends_it_as_well(daemon: Any) -> None:
     assert daemon.stop(signal.SIGINT) == 0
 
 
-def test_records_sent_just_before_sigterm_still_arrive(daemon, receiver):
+def test_records_sent_just_before_sigterm_still_arrive(daemon: Any, receiver: Any) -> None:
     port = receiver.getsockname()[1]
     with DaemonClient(daemon.path) as client:
         client.start(f"udp dst port {port} and outbound")
@@ -49,7 +50,7 @@ def test_records_sent_just_before_sigterm_still_arrive(daemon, receiver):
     assert len(records_of(events)) == 100
 
 
-def test_a_live_daemon_is_not_displaced(daemon):
+def test_a_live_daemon_is_not_displaced(daemon: Any) -> None:
     second = subprocess.run(
         [sys.executable, "-I", "-m", "daemon", "--engine", "packet", "--socket", daemon.path],
         capture_output=True,
@@ -64,8 +65,8 @@ def test_a_live_daemon_is_not_displaced(daemon):
 
 
 def test_after_kill_9_the_socket_is_taken_over_and_owners_are_known_again(
-    start, directory, receiver
-):
+    start: Any, directory: Any, receiver: Any
+) -> None:
     first = start()
     port = receiver.getsockname()[1]
     with DaemonClient(first.path) as client:
@@ -81,7 +82,7 @@ def test_after_kill_9_the_socket_is_taken_over_and_owners_are_known_again(
     assert "stale" in second.text()
 
 
-def test_a_file_that_is_no_socket_is_left_alone(directory):
+def test_a_file_that_is_no_socket_is_left_alone(directory: Any) -> None:
     path = directory / "daemon.sock"
     path.write_text("precious")
     done = subprocess.run(
@@ -103,7 +104,7 @@ def test_a_file_that_is_no_socket_is_left_alone(directory):
         (["--socket", "/proc/daemon.sock"], 1, "--socket"),
     ],
 )
-def test_bad_usage_is_one_clear_line(arguments, code, word):
+def test_bad_usage_is_one_clear_line(arguments: list[str], code: int, word: str) -> None:
     done = subprocess.run(
         [sys.executable, "-I", "-m", "daemon", *arguments],
         capture_output=True,
@@ -116,7 +117,7 @@ def test_bad_usage_is_one_clear_line(arguments, code, word):
     assert "Traceback" not in done.stderr
 
 
-def test_root_does_not_start_where_others_can_write(directory):
+def test_root_does_not_start_where_others_can_write(directory: Any) -> None:
     directory.chmod(0o777)
     done = subprocess.run(
         [sys.executable, "-m", "daemon", "--engine", "packet"],
@@ -129,7 +130,7 @@ def test_root_does_not_start_where_others_can_write(directory):
     assert "others can write" in done.stderr
 
 
-def test_sighup_reads_the_configuration_again_and_a_mistake_changes_nothing(start):
+def test_sighup_reads_the_configuration_again_and_a_mistake_changes_nothing(start: Any) -> None:
     daemon = start(config="max_clients: 100\n")
     daemon.config.write_text("max_clients: many\n")
     daemon.process.send_signal(signal.SIGHUP)
@@ -142,13 +143,13 @@ def test_sighup_reads_the_configuration_again_and_a_mistake_changes_nothing(star
         DaemonClient(daemon.path)
 
 
-def _rows_in(path):
+def _rows_in(path: Any) -> Any:
     with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as file:
         return file.execute("SELECT count(*) FROM flows").fetchone()[0]
     return 0
 
 
-def test_history_survives_a_restart(start, directory, receiver):
+def test_history_survives_a_restart(start: Any, directory: Any, receiver: Any) -> None:
     config = f"history: {directory}/history.db\nflush_interval: 100ms\n"
     first = start(config=config)
     port = receiver.getsockname()[1]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,12 +18,14 @@ from daemons import records_of, send
 from nlproto.client.client import DaemonClient, ProcessesEvent, StreamBatch
 from nlproto.client.frames import Decoder, Kind, encode_json, parse_json
 from nlproto.errors import UsageError
-from waiting import patient, until
+from waiting import patient, there, until
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs root")
 
 
-def test_named_records_reach_a_client_with_the_details_of_their_process(daemon, receiver):
+def test_named_records_reach_a_client_with_the_details_of_their_process(
+    daemon: Any, receiver: Any
+) -> None:
     port = receiver.getsockname()[1]
     with DaemonClient(daemon.path) as client:
         client.start(f"udp port {port}")
@@ -42,7 +45,7 @@ def test_named_records_reach_a_client_with_the_details_of_their_process(daemon, 
     assert reply["account"]["closes"]
 
 
-def test_the_filter_is_applied_by_the_server(daemon, receiver):
+def test_the_filter_is_applied_by_the_server(daemon: Any, receiver: Any) -> None:
     port = receiver.getsockname()[1]
     with DaemonClient(daemon.path) as client:
         client.start(f"udp dst port {port} and inbound")
@@ -52,14 +55,16 @@ def test_the_filter_is_applied_by_the_server(daemon, receiver):
         assert reply["seen"] >= 6
 
 
-def test_a_wrong_filter_is_refused_with_its_place_and_the_connection_stays(daemon):
+def test_a_wrong_filter_is_refused_with_its_place_and_the_connection_stays(daemon: Any) -> None:
     with DaemonClient(daemon.path) as client:
         with pytest.raises(UsageError, match="column 5"):
             client.start("udp prot 53")
         assert client.start("udp")
 
 
-def test_who_answers_by_port_pid_name_and_host_after_the_process_has_exited(daemon, receiver):
+def test_who_answers_by_port_pid_name_and_host_after_the_process_has_exited(
+    daemon: Any, receiver: Any
+) -> None:
     port = receiver.getsockname()[1]
     code = (
         "import socket,sys\n"
@@ -71,12 +76,12 @@ def test_who_answers_by_port_pid_name_and_host_after_the_process_has_exited(daem
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
     with DaemonClient(daemon.path) as client:
 
-        def own():
+        def own() -> list[Any]:
             return [flow for flow in client.who(port=port)["flows"] if flow["pid"] == child.pid]
 
         until(own)
-        child.stdin.write(b"\n")
-        child.stdin.flush()
+        there(child.stdin).write(b"\n")
+        there(child.stdin).flush()
         until(lambda: own()[0]["packets_out"] == 2)
         child.communicate(b"\n")
         (flow,) = own()
@@ -97,7 +102,9 @@ def test_who_answers_by_port_pid_name_and_host_after_the_process_has_exited(daem
         until(lambda: client.who(pid=child.pid)["owners"] == [])
 
 
-def test_the_port_map_knows_a_listener_without_traffic_and_forgets_it_within_a_second(daemon):
+def test_the_port_map_knows_a_listener_without_traffic_and_forgets_it_within_a_second(
+    daemon: Any,
+) -> None:
     with DaemonClient(daemon.path) as client, socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -108,16 +115,15 @@ def test_the_port_map_knows_a_listener_without_traffic_and_forgets_it_within_a_s
         assert [h["pid"] for h in owner["holders"]] == [os.getpid()]
         family = {"netns": owner["netns"], "proto": "tcp", "address": "127.0.0.1", "port": port}
         by_end, by_cookie = client.lookup([family, {"cookie": owner["cookie"]}])
-        assert by_end["pid"] == by_cookie["pid"] == os.getpid()
+        assert there(by_end)["pid"] == there(by_cookie)["pid"] == os.getpid()
         listener.close()
         # the promise is one second; this machine may be busy with other tests
         until(lambda: not client.owner(port), 3)
 
 
-def test_the_port_map_knows_connections_that_were_idle_since_before_it_began(start):
-    dual = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+def test_the_port_map_knows_connections_that_were_idle_since_before_it_began(start: Any) -> None:
     with (
-        socket.create_server(("::", 0), **dual) as server,
+        socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as server,
         socket.create_connection(("127.0.0.1", server.getsockname()[1])) as connection,
         server.accept()[0] as accepted,
     ):
@@ -134,7 +140,7 @@ def test_the_port_map_knows_connections_that_were_idle_since_before_it_began(sta
             until(lambda: not client.owner(near))
 
 
-def test_all_holders_of_a_shared_listener_are_told(daemon):
+def test_all_holders_of_a_shared_listener_are_told(daemon: Any) -> None:
     with DaemonClient(daemon.path) as client, socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -155,7 +161,7 @@ def test_all_holders_of_a_shared_listener_are_told(daemon):
             os.waitpid(child, 0)
 
 
-def test_many_questions_at_once_are_answered_in_order(daemon, receiver):
+def test_many_questions_at_once_are_answered_in_order(daemon: Any, receiver: Any) -> None:
     port = receiver.getsockname()[1]
     with DaemonClient(daemon.path) as client:
         until(lambda: client.owner(port))
@@ -164,7 +170,7 @@ def test_many_questions_at_once_are_answered_in_order(daemon, receiver):
         assert all(reply["owners"][0]["pid"] == os.getpid() for reply in replies)
 
 
-def test_nonsense_neither_ends_it_nor_grows_it(daemon):
+def test_nonsense_neither_ends_it_nor_grows_it(daemon: Any) -> None:
     """A seeded tenth of what `make nonsense` sends."""
     fuzzer = Path(__file__).parents[1] / "nonsense.py"
     arguments = (daemon.path, daemon.process.pid, 1_000_000, 20261123)
@@ -177,7 +183,7 @@ def test_nonsense_neither_ends_it_nor_grows_it(daemon):
     assert "Traceback" not in daemon.text()
 
 
-def test_a_client_that_does_not_read_its_replies_is_not_buffered_without_end(daemon):
+def test_a_client_that_does_not_read_its_replies_is_not_buffered_without_end(daemon: Any) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as raw:
         raw.connect(daemon.path)
         raw.setblocking(False)
@@ -193,7 +199,7 @@ def test_a_client_that_does_not_read_its_replies_is_not_buffered_without_end(dae
         assert client.stats()
 
 
-def test_a_frame_of_the_wrong_kind_ends_the_connection_with_a_reason(daemon):
+def test_a_frame_of_the_wrong_kind_ends_the_connection_with_a_reason(daemon: Any) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as raw:
         raw.settimeout(10)
         raw.connect(daemon.path)
@@ -205,12 +211,12 @@ def test_a_frame_of_the_wrong_kind_ends_the_connection_with_a_reason(daemon):
         assert raw.recv(10) == b""
 
 
-def test_a_client_of_another_protocol_is_told(daemon):
+def test_a_client_of_another_protocol_is_told(daemon: Any) -> None:
     with DaemonClient(daemon.path) as client, pytest.raises(UsageError, match="release"):
         client.request("hello", protocol=99)
 
 
-def test_disconnecting_in_the_middle_of_an_answer_harms_nobody(daemon):
+def test_disconnecting_in_the_middle_of_an_answer_harms_nobody(daemon: Any) -> None:
     for _ in range(20):
         raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         raw.connect(daemon.path)

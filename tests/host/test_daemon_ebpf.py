@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ def links() -> int:
 
 
 @pytest.fixture(name="daemon")
-def _daemon(start):
+def _daemon(start: Any) -> Any:
     try:
         why_in_parts()
     except NoBpf as error:
@@ -40,7 +41,9 @@ def _daemon(start):
     return start("--engine", "ebpf")
 
 
-def test_readers_share_one_set_of_programs_and_none_outlives_the_daemon(daemon, start, directory):
+def test_readers_share_one_set_of_programs_and_none_outlives_the_daemon(
+    daemon: Any, start: Any, directory: Any
+) -> None:
     before = links()
     command = [sys.executable, "-m", "hunter", "--socket", daemon.path]
     with ExitStack() as stack:
@@ -61,7 +64,9 @@ def test_readers_share_one_set_of_programs_and_none_outlives_the_daemon(daemon, 
         assert client.stats()["engine"] == "ebpf"
 
 
-def test_one_daemon_follows_another_and_knows_what_that_one_saw(daemon, start, directory, receiver):
+def test_one_daemon_follows_another_and_knows_what_that_one_saw(
+    daemon: Any, start: Any, directory: Any, receiver: Any
+) -> None:
     """As at an upgrade: programs of both may be there at once, the history is the same."""
     daemon.stop()
     arguments, config = ("--engine", "ebpf"), f"history: {directory}/history.db\n"

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from waiting import until
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs root")
 
 
-def test_metrics_are_served_on_a_unix_socket(start, directory, receiver):
+def test_metrics_are_served_on_a_unix_socket(start: Any, directory: Any, receiver: Any) -> None:
     path = f"{directory}/metrics.sock"
     daemon = start(config=f"metrics: {path}\nmetrics_processes: 1\n")
     send(receiver.getsockname()[1], 3)
@@ -43,13 +44,15 @@ def test_metrics_are_served_on_a_unix_socket(start, directory, receiver):
 PROMETHEUS = Path(__file__).parents[2] / ".venv/prometheus/usr/bin/prometheus"
 
 
-def _free_port():
+def _free_port() -> Any:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
 
 @pytest.mark.skipif(not PROMETHEUS.exists(), reason="no Prometheus: ./build.sh --test-tools")
-def test_a_real_prometheus_server_scrapes_the_metrics(start, directory, receiver):
+def test_a_real_prometheus_server_scrapes_the_metrics(
+    start: Any, directory: Any, receiver: Any
+) -> None:
     import urllib.error
     import urllib.parse
     import urllib.request
@@ -61,11 +64,11 @@ def test_a_real_prometheus_server_scrapes_the_metrics(start, directory, receiver
         "scrape_configs:\n- job_name: hunter\n  scrape_interval: 1s\n  static_configs:\n"
         f"  - targets: ['127.0.0.1:{port}']\n"
     )
-    command = [PROMETHEUS, f"--config.file={directory}/prometheus.yml"]
+    command = [str(PROMETHEUS), f"--config.file={directory}/prometheus.yml"]
     command += [f"--storage.tsdb.path={directory}/tsdb", f"--web.listen-address=127.0.0.1:{own}"]
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    def ask(query):
+    def ask(query: Any) -> Any:
         url = f"http://127.0.0.1:{own}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
         try:
             with opener.open(url, timeout=5) as answer:
@@ -91,7 +94,7 @@ def test_a_real_prometheus_server_scrapes_the_metrics(start, directory, receiver
     assert daemon.stop() == 0
 
 
-def test_the_manager_is_told_when_it_is_ready_and_when_it_stops(directory):
+def test_the_manager_is_told_when_it_is_ready_and_when_it_stops(directory: Any) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(directory / "notify"))
         manager.settimeout(30)
@@ -121,7 +124,7 @@ def test_the_manager_is_told_when_it_is_ready_and_when_it_stops(directory):
                 child.wait()
 
 
-def test_a_user_without_privilege_is_told_what_to_do(directory):
+def test_a_user_without_privilege_is_told_what_to_do(directory: Any) -> None:
     code = (
         "import os,sys\nfrom daemon.__main__ import main\nimport nlproto.engines.packet\n"
         "os.setgroups([]);os.setgid(65534);os.setuid(65534)\n"
@@ -135,6 +138,6 @@ def test_a_user_without_privilege_is_told_what_to_do(directory):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_no_daemon_is_a_clear_error(directory):
+def test_no_daemon_is_a_clear_error(directory: Any) -> None:
     with pytest.raises(NoDaemon, match="start it with"):
         DaemonClient(directory / "nothing.sock")

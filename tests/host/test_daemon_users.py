@@ -10,12 +10,13 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 
 from daemons import NOBODY, records_of, send, send_burst
 from nlproto.client.client import DaemonClient
-from waiting import patient, until
+from waiting import patient, stand_in, until
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs root")
 
@@ -68,7 +69,7 @@ with DaemonClient(path) as client:
 """
 
 
-def _as_nobody(daemon, receiver, groups=()):
+def _as_nobody(daemon: Any, receiver: Any, groups: Any = ()) -> Any:
     port = receiver.getsockname()[1]
     with DaemonClient(daemon.path) as client:
         (owner,) = until(lambda: client.owner(port))
@@ -99,7 +100,9 @@ def _as_nobody(daemon, receiver, groups=()):
     return json.loads(out)
 
 
-def test_another_user_sees_only_what_is_its_own_in_every_kind_of_answer(daemon, receiver):
+def test_another_user_sees_only_what_is_its_own_in_every_kind_of_answer(
+    daemon: Any, receiver: Any
+) -> None:
     seen = _as_nobody(daemon, receiver)
     assert seen["hello"]["everything"] is False
     assert seen["uids"] == [NOBODY]
@@ -119,7 +122,7 @@ def test_another_user_sees_only_what_is_its_own_in_every_kind_of_answer(daemon, 
     assert set(seen["stats"]) == {"client", "engine", "pid", "protocol", "started", "version"}
 
 
-def test_members_of_the_group_see_everything(start, receiver):
+def test_members_of_the_group_see_everything(start: Any, receiver: Any) -> None:
     import grp
 
     group = next(entry for entry in grp.getgrall() if entry.gr_gid not in (0, NOBODY))
@@ -132,7 +135,7 @@ def test_members_of_the_group_see_everything(start, receiver):
     assert "account" in seen["stats"]
 
 
-def test_one_user_cannot_take_all_connections(start):
+def test_one_user_cannot_take_all_connections(start: Any) -> None:
     daemon = start(config="max_clients: 16\n")
     code = (
         "import os,sys\nfrom nlproto.client.client import DaemonClient\n"
@@ -158,7 +161,9 @@ def test_one_user_cannot_take_all_connections(start):
     child.communicate("\n", timeout=patient(20))
 
 
-def test_a_stopped_client_loses_only_its_own_records_and_is_told_how_many(start, receiver):
+def test_a_stopped_client_loses_only_its_own_records_and_is_told_how_many(
+    start: Any, receiver: Any
+) -> None:
     daemon = start(config="client_queue_size: 64KiB\n")
     port = receiver.getsockname()[1]
     rule = f"udp dst port {port} and outbound"
@@ -220,7 +225,9 @@ print(json.dumps({
 """
 
 
-def test_of_200_subscribers_one_that_is_stopped_loses_its_own_records_and_the_others_none(start):
+def test_of_200_subscribers_one_that_is_stopped_loses_its_own_records_and_the_others_none(
+    start: Any,
+) -> None:
     daemon = start(config="client_queue_size: 64KiB\nqueue_size: 256MiB\n")
     receivers = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(200)]
     clients, slow = [], None
@@ -265,11 +272,13 @@ def test_of_200_subscribers_one_that_is_stopped_loses_its_own_records_and_the_ot
         if slow is not None and slow.poll() is None:
             slow.kill()
             slow.communicate()
-        for one in (*clients, *receivers):
+        for one in [*clients, *stand_in(receivers)]:
             one.close()
 
 
-def test_under_flood_the_queue_keeps_its_limit_loss_is_counted_and_it_recovers(start, receiver):
+def test_under_flood_the_queue_keeps_its_limit_loss_is_counted_and_it_recovers(
+    start: Any, receiver: Any
+) -> None:
     daemon = start(config="queue_size: 512KiB\nclient_queue_size: 512KiB\n")
     port = receiver.getsockname()[1]
     daemon.memory()
@@ -290,7 +299,7 @@ def test_under_flood_the_queue_keeps_its_limit_loss_is_counted_and_it_recovers(s
         assert end["account"]["closes"]
 
 
-def _at_rest(client):
+def _at_rest(client: Any) -> Any:
     client.start("udp port 1")
     account = client.unsubscribe()["account"]
     return client.stats() if account["closes"] else None

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Far ends have the names that the process asked for: real servers and clients on loopback."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,27 +19,28 @@ from asking import SERVER, ZONE, Client, named, stub
 from asking import seen as flow_seen
 from nameserver import AAAA, NameServer
 from nlproto.client.client import DaemonClient
+from waiting import there
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 
 
 @pytest.fixture(name="listener", scope="module")
-def _listener():
+def _listener() -> Iterator[Any]:
     with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as listener:
         yield listener.getsockname()[1]
 
 
 @pytest.fixture(name="served", autouse=True, scope="module")
-def _served():
+def _served() -> Iterator[None]:
     with NameServer(ZONE, SERVER):
         yield
 
 
 @pytest.fixture(name="connect")
-def _connect(listener):
+def _connect(listener: Any) -> Iterator[Any]:
     clients = []
 
-    def connect(name, address, **more):
+    def connect(name: Any, address: Any, **more: Any) -> Any:
         clients.append(Client(name, listener, address, **more))
         return clients[-1]
 
@@ -43,7 +49,7 @@ def _connect(listener):
         client.end()
 
 
-def seen(daemon, client):
+def seen(daemon: Any, client: Any) -> Any:
     return flow_seen(daemon.path, client)
 
 
@@ -57,7 +63,9 @@ def seen(daemon, client):
         ("stream.example", "127.0.53.83", {"tcp": "tcp"}),
     ],
 )
-def test_a_far_end_has_the_name_that_the_process_asked_for(daemon, connect, name, address, more):
+def test_a_far_end_has_the_name_that_the_process_asked_for(
+    daemon: Any, connect: Any, name: str, address: str, more: dict[str, Any]
+) -> None:
     client = connect(name, address, **more)
     assert named(daemon.path, client, name.lower())
     stranger = connect("", address)
@@ -67,11 +75,11 @@ def test_a_far_end_has_the_name_that_the_process_asked_for(daemon, connect, name
     assert heard["names"] and heard["dropped"] == 0
 
 
-def test_an_address_of_a_name_that_nobody_asked_for_has_none(daemon, connect):
+def test_an_address_of_a_name_that_nobody_asked_for_has_none(daemon: Any, connect: Any) -> None:
     assert seen(daemon, connect("other.example", "127.0.53.82"))["domain"] == ""
 
 
-def test_who_asks_the_systems_resolver_has_the_name_itself(daemon, connect):
+def test_who_asks_the_systems_resolver_has_the_name_itself(daemon: Any, connect: Any) -> None:
     """And who asks it without DNS, as nss-resolve does, has what the resolver asked for."""
     with stub("127.0.0.53", 53, SERVER, "systemd-resolve"):
         client = connect("shared.example", "127.0.53.84", server="127.0.0.53")
@@ -80,14 +88,14 @@ def test_who_asks_the_systems_resolver_has_the_name_itself(daemon, connect):
         assert named(daemon.path, silent, "shared.example")
 
 
-def test_a_name_ends_with_its_time_to_live(daemon, connect):
+def test_a_name_ends_with_its_time_to_live(daemon: Any, connect: Any) -> None:
     in_time = connect("short.example", "127.0.53.85")
     late = connect("short.example", "127.0.53.85", wait=6.5)
     assert named(daemon.path, in_time, "short.example")
     assert seen(daemon, late)["domain"] == ""
 
 
-def test_names_are_in_the_file_of_the_history(start, connect, tmp_path):
+def test_names_are_in_the_file_of_the_history(start: Any, connect: Any, tmp_path: Path) -> None:
     daemon = start(config=f"history: {tmp_path}/history.db\n")
     client = connect("www.example", "127.0.53.80")
     assert named(daemon.path, client, "www.example")
@@ -96,20 +104,20 @@ def test_names_are_in_the_file_of_the_history(start, connect, tmp_path):
     assert named(again.path, client, "www.example")
 
 
-def hunt(daemon, *words):
+def hunt(daemon: Any, *words: Any) -> tuple[Any, ...]:
     """What the hunter, on its way, shows of packets; a function that waits for them."""
     command = [sys.executable, "-m", "hunter", "--socket", daemon.path, "-n", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert "Ctrl-C ends" in process.stderr.readline()
+    assert "Ctrl-C ends" in there(process.stderr).readline()
 
-    def end():
+    def end() -> Any:
         process.send_signal(signal.SIGINT)
         return process.communicate(timeout=30)[0]
 
     return process, end
 
 
-def test_lines_and_filters_have_the_name(daemon, connect):
+def test_lines_and_filters_have_the_name(daemon: Any, connect: Any) -> None:
     process, end = hunt(daemon, "domain", "example")
     client = connect("www.example", "127.0.53.80")
     first = process.stdout.readline()
@@ -118,7 +126,7 @@ def test_lines_and_filters_have_the_name(daemon, connect):
     assert all("[www.example]" in line for line in rest.splitlines())
 
 
-def test_saved_names_are_read_again(daemon, connect, tmp_path):
+def test_saved_names_are_read_again(daemon: Any, connect: Any, tmp_path: Path) -> None:
     saved = str(tmp_path / "names.pcapng")
     process, end = hunt(daemon, "--print", "-w", saved, "domain", "alias.example")
     connect("alias.example", "127.0.53.81")
@@ -129,7 +137,7 @@ def test_saved_names_are_read_again(daemon, connect, tmp_path):
     assert rows and {row["domain"] for row in rows} == {"alias.example"}
 
 
-def test_who_asks_by_name(daemon, connect):
+def test_who_asks_by_name(daemon: Any, connect: Any) -> None:
     client = connect("www.example", "127.0.53.80")
     assert named(daemon.path, client, "www.example")
     words = [sys.executable, "-m", "hunter", "who", "--socket", daemon.path]

@@ -30,7 +30,7 @@ from nlproto.records.wire import (
     is_named,
     lib,
 )
-from waiting import until
+from waiting import stand_in, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it loads programs")
 
@@ -260,7 +260,7 @@ def test_news_of_processes_that_are_lost_are_counted(engine: Engine) -> None:
 
 
 def test_the_verifier_has_little_to_do(engine: Engine) -> None:
-    assert 10_000 < engine.stats()["verified_instructions"] < 400_000  # some 0.4 s
+    assert 10_000 < stand_in(engine.stats())["verified_instructions"] < 400_000  # some 0.4 s
 
 
 @pytest.fixture(scope="module")

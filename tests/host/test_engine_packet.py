@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Engine packet against real traffic; each worker tells its own pid and ports."""
 
+from __future__ import annotations
+
 import json
 import os
 import socket
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +16,13 @@ from capturing import IN, OUT, facts, families, owners
 from nlproto.host import procfs
 from nlproto.records import wire
 from nlproto.records.clock import Clock
-from waiting import until
+from waiting import there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for AF_PACKET")
 
 
 @families
-def test_tcp_is_named_at_both_ends_in_both_directions(run, worker, family):
+def test_tcp_is_named_at_both_ends_in_both_directions(run: Any, worker: Any, family: Any) -> None:
     taken = run()
     server = worker(f"""
 f = socket.{family}; a = socket.socket(f); a.bind((loopback(f), 0)); a.listen()
@@ -51,7 +54,7 @@ sys.stdin.readline(); c.close(); stay()
 
 
 @families
-def test_udp_is_named_at_both_ends_in_both_directions(run, worker, family):
+def test_udp_is_named_at_both_ends_in_both_directions(run: Any, worker: Any, family: Any) -> None:
     taken = run()
     server = worker(f"""
 f = socket.{family}; s = socket.socket(f, socket.SOCK_DGRAM); s.bind((loopback(f), 0))
@@ -75,7 +78,7 @@ stay()
     assert set(records["hdr_len"].tolist()) == {header}
 
 
-def test_a_process_that_only_receives_is_named(run, worker):
+def test_a_process_that_only_receives_is_named(run: Any, worker: Any) -> None:
     taken = run()
     receiver = worker("""
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(("127.0.0.1", 0))
@@ -90,7 +93,7 @@ tell(port=s.getsockname()[1]); sys.stdin.read()
     assert owners(records) == {(OUT, os.getpid()), (IN, receiver.pid)}
 
 
-def test_a_record_holds_everything_that_is_known(run):
+def test_a_record_holds_everything_that_is_known(run: Any) -> None:
     taken = run()
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one,
@@ -117,14 +120,14 @@ def test_a_record_holds_everything_that_is_known(run):
         assert (int(record["len"]), int(record["gso_segs"])) == (33, 1)
         assert int(record["uid"]) == os.getuid()
         me = procfs.identity(os.getpid())
-        assert procfs.same_start(int(record["start_ns"]), me.start_ticks)
+        assert procfs.same_start(int(record["start_ns"]), there(me).start_ticks)
         assert wire.text(record["comm"]) == open("/proc/self/comm").read().rstrip("\n")
     assert (int(sent["dir"]), int(got["dir"])) == (OUT, IN)
     seen = wire.packet(sent, Clock.from_head(taken.parts[-1].head)).time.timestamp()
     assert abs(seen - time.time()) < 30
 
 
-def test_a_child_that_the_parent_accepted_for_is_the_owner(run, worker):
+def test_a_child_that_the_parent_accepted_for_is_the_owner(run: Any, worker: Any) -> None:
     """From its first packet, although its parent was named a moment before."""
     taken = run()
     server = worker("""
@@ -141,17 +144,17 @@ c.close(); tell(child=child); os.waitpid(child, 0)
 """)
     port = facts(server)["port"]
 
-    def said(size, records):
+    def said(size: Any, records: Any) -> Any:
         sent = (records["sport"] == port) & (records["dir"] == OUT)
         return records[sent & (records["len"] == 52 + size)]
 
     with socket.create_connection(("127.0.0.1", port)) as client:
 
-        def ask(word):
+        def ask(word: Any) -> None:
             client.send(word)
             client.recv(100)
 
-        def parent_is_named():
+        def parent_is_named() -> bool:
             ask(b"x")
             return server.pid in said(5, taken.so_far(port))["tgid"][-1:]
 
@@ -160,7 +163,7 @@ c.close(); tell(child=child); os.waitpid(child, 0)
             ask(word)
         child = facts(server)["child"]
 
-        def child_is_named():
+        def child_is_named() -> bool:
             ask(b"c")
             return child in said(10, taken.so_far(port))["tgid"][-1:]
 
@@ -171,7 +174,7 @@ c.close(); tell(child=child); os.waitpid(child, 0)
     assert np.all(others["flags"] & wire.lib.SNIFFER_F_AMBIGUOUS)
 
 
-def test_a_shared_socket_is_flagged(run, worker):
+def test_a_shared_socket_is_flagged(run: Any, worker: Any) -> None:
     taken = run()
     parent = worker("""
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(("127.0.0.1", 0))
@@ -189,7 +192,7 @@ tell(port=s.getsockname()[1], child=child); os.waitpid(child, 0)
     assert np.all(records["flags"][-2:] & wire.lib.SNIFFER_F_SHARED)
 
 
-def test_a_port_that_another_process_takes_over_gets_the_new_owner(run, worker):
+def test_a_port_that_another_process_takes_over_gets_the_new_owner(run: Any, worker: Any) -> None:
     taken = run()
     code = """
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -207,7 +210,7 @@ s.sendto(b"x", s.getsockname()); stay()
     assert found == [first.pid, first.pid, second.pid, second.pid]
 
 
-def test_a_closed_port_has_no_socket(run):
+def test_a_closed_port_has_no_socket(run: Any) -> None:
     taken = run()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
         free.bind(("127.0.0.1", 0))
@@ -223,7 +226,7 @@ def test_a_closed_port_has_no_socket(run):
     assert {wire.how_name(how) for how in resets["how"].tolist()} == {"no_socket"}
 
 
-def test_never_a_wrong_owner_for_processes_that_live_a_moment(run, worker):
+def test_never_a_wrong_owner_for_processes_that_live_a_moment(run: Any, worker: Any) -> None:
     taken = run()
     sink = worker("""
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(("127.0.0.1", 0))
@@ -254,7 +257,7 @@ for _ in range(100):
 
 
 @families
-def test_without_sock_diag_proc_net_names_as_well(run, worker, family):
+def test_without_sock_diag_proc_net_names_as_well(run: Any, worker: Any, family: Any) -> None:
     taken = run(sock_diag=False)
     server = worker(f"""
 f = socket.{family}; a = socket.socket(f); a.bind((loopback(f), 0)); a.listen()

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: MIT
 """What engine packet counts without making a record of it, and what it says when it loses."""
 
+from __future__ import annotations
+
 import os
 import socket
 import struct
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -13,11 +17,12 @@ from nlproto.engines.packet import PacketEngine
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.tables.processes import Processes
+from waiting import stand_in
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for AF_PACKET")
 
 
-def finished(engine):
+def finished(engine: Any) -> Iterator[Any]:
     account = Account()
     account.open(engine.opening, engine.instance)
     yield account
@@ -28,7 +33,7 @@ def finished(engine):
     assert account.closes(), account.as_dict()
 
 
-def test_other_protocols_are_seen_and_skipped():
+def test_other_protocols_are_seen_and_skipped() -> None:
     with PacketEngine(pytest.fail, everywhere=False) as engine:
         closing = finished(engine)
         account = next(closing)
@@ -40,8 +45,8 @@ def test_other_protocols_are_seen_and_skipped():
     assert account.packets == account.recorded + account.skipped
 
 
-def test_a_full_ring_is_told_once_with_the_way_out():
-    told = []
+def test_a_full_ring_is_told_once_with_the_way_out() -> None:
+    told: list[Any] = []
     with (
         PacketEngine(told.append, ring_bytes=1 << 18, everywhere=False) as engine,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
@@ -63,12 +68,12 @@ def test_a_full_ring_is_told_once_with_the_way_out():
 class Slow(PacketEngine):
     """On a machine where each look into the ring takes its time."""
 
-    def _read_place(self, place, until_ns=None):
+    def _read_place(self, place: Any, until_ns: Any = None) -> Any:
         time.sleep(0.05)
         return super()._read_place(place, until_ns)
 
 
-def test_a_barrier_covers_all_that_the_ring_held_however_long_it_takes():
+def test_a_barrier_covers_all_that_the_ring_held_however_long_it_takes() -> None:
     sent, got, seen, passed = 9_000, [], [], threading.Event()
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver,
@@ -80,8 +85,10 @@ def test_a_barrier_covers_all_that_the_ring_held_however_long_it_takes():
         pipeline = Pipeline(engine, account=Account(), processes=Processes())
         pipeline.subscribe(lambda batch: got.append((batch.records["dport"] == port).sum()))
 
-        def ask():
-            seen.append((sum(got), pipeline.account.as_dict(settled=True)["lost"]["socket"]))
+        def ask() -> None:
+            seen.append(
+                (sum(got), stand_in(pipeline.account.as_dict(settled=True)["lost"])["socket"])
+            )
             passed.set()
 
         for _ in range(sent):

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Engine packet where packets pass through, or reach many."""
 
+from __future__ import annotations
+
 import os
 import subprocess
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from waiting import until
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for AF_PACKET")
 
 
-def test_a_name_space_of_its_own_is_captured_with_its_owner(run, worker):
+def test_a_name_space_of_its_own_is_captured_with_its_owner(run: Any, worker: Any) -> None:
     taken = run()
     inside = worker(
         """
@@ -58,7 +62,7 @@ tell(netns=os.stat("/proc/self/ns/net").st_ino); sys.stdin.read()
 
 
 @pytest.fixture
-def forwarding(worker):
+def forwarding(worker: Any) -> Iterator[tuple[Any, ...]]:
     prefix = f"phtest{os.getpid()}n"
     router = worker(FORWARD.replace("PREFIX", prefix), prefix=["unshare", "-n"])
     yield prefix, facts(router)["netns"]
@@ -66,7 +70,9 @@ def forwarding(worker):
         subprocess.run(["ip", "netns", "delete", f"{prefix}{number}"], check=False)
 
 
-def test_a_forwarded_packet_is_one_record_without_owner(run, worker, forwarding):
+def test_a_forwarded_packet_is_one_record_without_owner(
+    run: Any, worker: Any, forwarding: tuple[Any, ...]
+) -> None:
     prefix, router = forwarding
     taken = run()
     server = worker(
@@ -113,7 +119,7 @@ d, a = s.recvfrom(100); s.sendto(d, a); tell(); sys.stdin.read()
 """
 
 
-def test_a_packet_through_a_bridge_port_is_one_record(run, worker):
+def test_a_packet_through_a_bridge_port_is_one_record(run: Any, worker: Any) -> None:
     name = f"phtest{os.getpid()}b"
     host = worker(BRIDGE.replace("NAME", name), prefix=["unshare", "-n"])
     try:
@@ -141,7 +147,7 @@ s.sendto(b"x", ("10.98.0.1", {port})); s.recv(100); sys.stdin.read()
         subprocess.run(["ip", "netns", "delete", name], check=False)
 
 
-def test_a_broadcast_is_a_record_for_each_receiver(run, worker):
+def test_a_broadcast_is_a_record_for_each_receiver(run: Any, worker: Any) -> None:
     name = f"phtest{os.getpid()}c"
     code = """
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -187,7 +193,7 @@ s.sendto(b"x", ("10.97.0.255", 47001)); tell(); sys.stdin.read()
         subprocess.run(["ip", "netns", "delete", name + "x"], check=False)
 
 
-def test_a_namespace_that_ended_is_let_go(run, worker):
+def test_a_namespace_that_ended_is_let_go(run: Any, worker: Any) -> None:
     """Asked by its number: others on this machine make and end namespaces of their own."""
     taken = run()
     child = worker(

@@ -4,6 +4,8 @@
 Each engine here is read only after the connection has ended, so that the answer is no luck.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -12,6 +14,8 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,10 +49,10 @@ def answer(s, first):
 
 
 @pytest.fixture
-def worker():
+def worker() -> Iterator[Any]:
     with contextlib.ExitStack() as stack:
 
-        def start(code):
+        def start(code: Any) -> Any:
             child = subprocess.Popen(
                 [sys.executable, "-c", SERVER + ANSWER + code],
                 stdin=subprocess.PIPE,
@@ -61,39 +65,39 @@ def worker():
         yield start
 
 
-def end(child):
+def end(child: Any) -> None:
     child.kill()
     child.wait()
     child.stdin.close()
     child.stdout.close()
 
 
-def facts(child):
+def facts(child: Any) -> Any:
     line = child.stdout.readline()
     assert line, "the worker died"
     return json.loads(line)
 
 
 @pytest.fixture(params=[True, False], ids=["sock_diag", "proc_net"])
-def engine(request):
+def engine(request: pytest.FixtureRequest) -> Iterator[PacketEngine]:
     with PacketEngine(lambda note: None, everywhere=False, sock_diag=request.param) as opened:
         yield opened
 
 
-def records(engine, port):
+def records(engine: Any, port: Any) -> Any:
     """What `engine` has to say now of packets with `port` at either end."""
     parts = [batch.records.copy() for batch in engine.finish() if hasattr(batch, "records")]
     found = np.concatenate([np.zeros(0, wire.RECORD), *parts])
     return found[(found["sport"] == port) | (found["dport"] == port)]
 
 
-def local(found, port):
+def local(found: Any, port: Any) -> Any:
     """Those of the end whose port is `port`."""
     here = np.where(found["dir"] == OUT, found["sport"], found["dport"])
     return found[here == port]
 
 
-def request(port, source=None, options=(), to_end=False):
+def request(port: Any, source: Any = None, options: Any = (), to_end: bool = False) -> Any:
     """One request and its answer, or all until the server closes; the client's port."""
     with socket.socket() as client:
         for option in options:
@@ -112,7 +116,9 @@ def request(port, source=None, options=(), to_end=False):
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["server_first", "client_first"])
-def test_an_accepted_socket_that_is_gone_is_its_listeners(engine, worker, first):
+def test_an_accepted_socket_that_is_gone_is_its_listeners(
+    engine: PacketEngine, worker: Any, first: bool
+) -> None:
     server = worker(f"s = listening(); tell(port=s.getsockname()[1]); answer(s, {first})\n"
                     "sys.stdin.read()")  # fmt: skip
     port = facts(server)["port"]
@@ -125,7 +131,9 @@ def test_an_accepted_socket_that_is_gone_is_its_listeners(engine, worker, first)
     assert np.all(found["flags"] & AMBIGUOUS)
 
 
-def test_what_a_client_that_is_gone_received_had_a_socket(engine, worker):
+def test_what_a_client_that_is_gone_received_had_a_socket(
+    engine: PacketEngine, worker: Any
+) -> None:
     server = worker("s = listening(); tell(port=s.getsockname()[1]); answer(s, True)\n"
                     "sys.stdin.read()")  # fmt: skip
     port = facts(server)["port"]
@@ -137,7 +145,9 @@ def test_what_a_client_that_is_gone_received_had_a_socket(engine, worker):
     assert set(found["how"].tolist()) == {GONE}
 
 
-def test_a_listener_whose_process_came_later_accepted_nothing(engine, worker):
+def test_a_listener_whose_process_came_later_accepted_nothing(
+    engine: PacketEngine, worker: Any
+) -> None:
     first = worker("s = listening(0, socket.SO_REUSEADDR); tell(port=s.getsockname()[1])\n"
                    "answer(s, True); s.close(); tell(); sys.stdin.read()")  # fmt: skip
     port = facts(first)["port"]
@@ -151,7 +161,9 @@ def test_a_listener_whose_process_came_later_accepted_nothing(engine, worker):
     assert not np.any(found["tgid"] == second.pid)
 
 
-def test_a_listener_that_took_over_is_not_named_for_what_came_before(engine, worker):
+def test_a_listener_that_took_over_is_not_named_for_what_came_before(
+    engine: PacketEngine, worker: Any
+) -> None:
     second = worker(
         "port = int(sys.stdin.readline()); s = listening(port, socket.SO_REUSEADDR); tell()\n"
         "sys.stdin.read()"
@@ -176,7 +188,9 @@ def test_a_listener_that_took_over_is_not_named_for_what_came_before(engine, wor
 
 
 @pytest.mark.parametrize("way", ["fork", "reuseport"])
-def test_of_several_that_could_accept_one_is_named_and_doubted(engine, worker, way):
+def test_of_several_that_could_accept_one_is_named_and_doubted(
+    engine: PacketEngine, worker: Any, way: str
+) -> None:
     share = {
         "fork": "s = listening()\nif os.fork() == 0: sys.stdin.read(); os._exit(0)\n",
         "reuseport": "s = listening(0, socket.SO_REUSEPORT)\nif os.fork() == 0:\n"
@@ -194,7 +208,9 @@ def test_of_several_that_could_accept_one_is_named_and_doubted(engine, worker, w
     assert np.all(found["flags"] & (SHARED | AMBIGUOUS) == SHARED | AMBIGUOUS)
 
 
-def test_a_process_that_listens_twice_on_a_port_shares_with_nobody(engine, worker):
+def test_a_process_that_listens_twice_on_a_port_shares_with_nobody(
+    engine: PacketEngine, worker: Any
+) -> None:
     server = worker(
         "s = listening(0, socket.SO_REUSEPORT); p = s.getsockname()[1]\n"
         "t = listening(p, socket.SO_REUSEPORT); tell(port=p)\n"
@@ -208,7 +224,7 @@ def test_a_process_that_listens_twice_on_a_port_shares_with_nobody(engine, worke
     assert not np.any(found["flags"] & SHARED)
 
 
-def test_a_refused_connection_is_nobodys_though_one_listens_later(engine):
+def test_a_refused_connection_is_nobodys_though_one_listens_later(engine: PacketEngine) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -222,7 +238,9 @@ def test_a_refused_connection_is_nobodys_though_one_listens_later(engine):
     assert [wire.how_name(how) for how in found["how"].tolist()] == ["no_socket", "no_socket"]
 
 
-def test_a_connection_made_from_the_port_of_a_listener_is_not_the_listeners(engine, worker):
+def test_a_connection_made_from_the_port_of_a_listener_is_not_the_listeners(
+    engine: PacketEngine, worker: Any
+) -> None:
     """Somebody listens on the port that a client connects from (hole punching does it)."""
     server = worker("s = listening(); tell(port=s.getsockname()[1]); answer(s, True)\n"
                     "sys.stdin.read()")  # fmt: skip
@@ -237,7 +255,7 @@ def test_a_connection_made_from_the_port_of_a_listener_is_not_the_listeners(engi
     assert not np.any(found["tgid"] == bystander.pid)
 
 
-def test_a_probe_of_an_open_port_is_nobodys(engine, worker):
+def test_a_probe_of_an_open_port_is_nobodys(engine: PacketEngine, worker: Any) -> None:
     """An ACK out of the blue (nmap -sA): there never was a connection."""
     server = worker("s = listening(); tell(port=s.getsockname()[1]); sys.stdin.read()")
     port = facts(server)["port"]
@@ -254,7 +272,7 @@ def test_a_probe_of_an_open_port_is_nobodys(engine, worker):
     assert not np.any(found["tgid"])
 
 
-def test_a_datagram_to_a_socket_that_is_gone_had_one(engine):
+def test_a_datagram_to_a_socket_that_is_gone_had_one(engine: PacketEngine) -> None:
     """Nothing says that there was none: only a refused SYN is no_socket."""
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as to,
@@ -281,7 +299,7 @@ def client(source, port, stay, kind=socket.SOCK_STREAM):
 """
 
 
-def another_tick():
+def another_tick() -> None:
     """What begins from now on has another start time than what was there."""
     tick = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // TICK_NS
     while time.clock_gettime_ns(time.CLOCK_BOOTTIME) // TICK_NS <= tick:
@@ -289,7 +307,9 @@ def another_tick():
 
 
 @pytest.mark.parametrize("older", [True, False], ids=["older", "younger"])
-def test_who_takes_over_a_tuple_is_not_named_for_what_came_before(engine, worker, older):
+def test_who_takes_over_a_tuple_is_not_named_for_what_came_before(
+    engine: PacketEngine, worker: Any, older: bool
+) -> None:
     """Whether the one who has it now was there at that time, or began later."""
     listener = worker(
         "s = listening(); tell(port=s.getsockname()[1])\n"
@@ -315,7 +335,9 @@ def test_who_takes_over_a_tuple_is_not_named_for_what_came_before(engine, worker
     assert set(after["tgid"].tolist()) == {taken_over["pid"]}
 
 
-def test_who_takes_over_a_udp_port_is_not_named_for_what_was_sent_before_it_began(engine, worker):
+def test_who_takes_over_a_udp_port_is_not_named_for_what_was_sent_before_it_began(
+    engine: PacketEngine, worker: Any
+) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
         receiver.bind(("127.0.0.1", 0))
         port = receiver.getsockname()[1]

@@ -7,7 +7,9 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,12 +23,14 @@ pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs ro
 
 
 @pytest.fixture(name="nats")
-def _nats(tmp_path):
+def _nats(tmp_path: Path) -> Iterator[Server]:
     with Server(tmp_path / "nats") as server:
         yield server
 
 
-def test_a_connection_becomes_a_row_that_names_its_process(daemon, nats, tmp_path, server):
+def test_a_connection_becomes_a_row_that_names_its_process(
+    daemon: Any, nats: Server, tmp_path: Path, server: Any
+) -> None:
     store = tmp_path / "store"
     arguments = ["--server", nats.url, "--interval", "0.3"]
     with (
@@ -44,7 +48,7 @@ def test_a_connection_becomes_a_row_that_names_its_process(daemon, nats, tmp_pat
             client.sendall(b"x" * 1000)
             client.recv(1000)
 
-            def found():
+            def found() -> list[Any]:
                 return [row for row in rows(store, "flows") if row["lport"] == port]
 
             until(found, 30, "the row")
@@ -70,7 +74,9 @@ def test_a_connection_becomes_a_row_that_names_its_process(daemon, nats, tmp_pat
     assert last["delivered"] > 0 and last["engine"] == "packet"
 
 
-def test_a_connection_becomes_a_log_record_of_a_pipeline(daemon, tmp_path, server):
+def test_a_connection_becomes_a_log_record_of_a_pipeline(
+    daemon: Any, tmp_path: Path, server: Any
+) -> None:
     """The daemon's own packets at a receiver of OpenTelemetry logs, by both conventions' names."""
     with (
         receiver() as stub,
@@ -87,7 +93,7 @@ def test_a_connection_becomes_a_log_record_of_a_pipeline(daemon, tmp_path, serve
             client.sendall(b"x" * 1000)
             client.recv(1000)
 
-            def found():
+            def found() -> list[dict[str, Any]]:
                 told = [_attributes(one) for one in list(stub.taken)]
                 return [one for one in told if port == one["source.port"] and "process.pid" in one]
 
@@ -105,11 +111,11 @@ def test_a_connection_becomes_a_log_record_of_a_pipeline(daemon, tmp_path, serve
     assert sum(int(one["source.bytes"]) for one in ours) > 1000
 
 
-def _attributes(record):
+def _attributes(record: Any) -> dict[str, Any]:
     return {one["key"]: next(iter(one["value"].values())) for one in record["attributes"]}
 
 
-def test_who_may_not_see_everything_is_told_so(daemon, nats, tmp_path):
+def test_who_may_not_see_everything_is_told_so(daemon: Any, nats: Server, tmp_path: Path) -> None:
     spool = tmp_path / "spool"
     spool.mkdir()
     os.chown(spool, 65534, 65534)
@@ -122,7 +128,7 @@ def test_who_may_not_see_everything_is_told_so(daemon, nats, tmp_path):
         assert "member of its group" in exporter.text()
 
 
-def test_one_command_starts_a_fleet_on_one_machine_and_ends_it(tmp_path, server):
+def test_one_command_starts_a_fleet_on_one_machine_and_ends_it(tmp_path: Path, server: Any) -> None:
     directory = tmp_path / "fleet"
     told = {"PACKET_HUNTER_ENGINE": "packet", "PACKET_HUNTER_NATS_PORT": str(free_port())}
     command = [str(EXAMPLES / "fleet.sh"), str(directory)]
@@ -134,7 +140,7 @@ def test_one_command_starts_a_fleet_on_one_machine_and_ends_it(tmp_path, server)
         with socket.create_connection(("127.0.0.1", server[1])) as client:
             port = client.getsockname()[1]
 
-            def found():
+            def found() -> list[Any]:
                 client.sendall(b"x")
                 client.recv(10)
                 return [row for row in rows(directory / "hours", "flows") if row["lport"] == port]
@@ -148,7 +154,7 @@ def test_one_command_starts_a_fleet_on_one_machine_and_ends_it(tmp_path, server)
         until(lambda: not any(_session(pid) == example.process.pid for pid in parts))
 
 
-def _session(pid):
+def _session(pid: Any) -> Any:
     try:
         return os.getsid(pid)
     except ProcessLookupError:

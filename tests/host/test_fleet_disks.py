@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +21,7 @@ PLAYING = str(Path(__file__).parents[1] / "playing.py")
 
 
 @pytest.fixture(name="disk")
-def _disk(tmp_path):
+def _disk(tmp_path: Path) -> Iterator[Any]:
     """A disk of 2 MiB, and the file that fills it."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -37,27 +39,29 @@ def fill(disk: Path) -> Path:
 
 
 @pytest.fixture(name="server")
-def _server(tmp_path):
+def _server(tmp_path: Path) -> Iterator[Server]:
     with Server(tmp_path / "nats") as server:
         yield server
 
 
-def play(tmp_path, url, spool, count, pause):
+def play(tmp_path: Path, url: Any, spool: Any, count: Any, pause: Any) -> Program:
     words = [sys.executable, PLAYING, str(spool), url, "h1", str(count), str(pause)]
     return Program(tmp_path / "h1.log", words)
 
 
-def collect(tmp_path, url, store):
+def collect(tmp_path: Path, url: Any, store: Any) -> Any:
     words = (str(store), "--server", url, "--interval", "0.2")
     return Program.of(tmp_path / "collect.log", "collect", *words)
 
 
-def each_once(store, count):
+def each_once(store: Any, count: Any) -> bool:
     found = Counter(row["cookie"] for row in rows(store, "flows"))
     return found == Counter(range(count))
 
 
-def test_what_a_full_disk_cannot_spool_waits_and_goes_when_there_is_room(server, disk, tmp_path):
+def test_what_a_full_disk_cannot_spool_waits_and_goes_when_there_is_room(
+    server: Server, disk: Any, tmp_path: Path
+) -> None:
     spool = disk / "spool"
     spool.mkdir()
     store = tmp_path / "store"
@@ -78,7 +82,9 @@ def test_what_a_full_disk_cannot_spool_waits_and_goes_when_there_is_room(server,
         until(lambda: each_once(store, 2000), 30, "every row once")
 
 
-def test_a_collector_whose_disk_is_full_loses_nothing(server, disk, tmp_path):
+def test_a_collector_whose_disk_is_full_loses_nothing(
+    server: Server, disk: Any, tmp_path: Path
+) -> None:
     spool, store = tmp_path / "spool", disk / "store"
     spool.mkdir()
     with collect(tmp_path, server.url, store) as collector:

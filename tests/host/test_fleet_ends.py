@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +27,7 @@ EACH = 10
 PORT = 7000
 
 
-def run(*command):
+def run(*command: Any) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
@@ -36,7 +38,7 @@ class Machine:
     guests for that).
     """
 
-    def __init__(self, number, name, directory, hub, url):
+    def __init__(self, number: Any, name: Any, directory: Any, hub: Any, url: Any) -> None:
         self.name, self.address = name, f"10.99.0.{number}"
         self.directory = directory / name
         self.directory.mkdir()
@@ -63,30 +65,30 @@ class Machine:
         )
         self.exporter.wait_for("connected as")
 
-    def _child(self):
+    def _child(self) -> Any:
         children = Path(f"/proc/{self.outer.pid}/task/{self.outer.pid}/children").read_text()
         return int(children.split()[0]) if children else None
 
-    def _inside(self, command):
+    def _inside(self, command: Any) -> list[Any]:
         return ["nsenter", "--target", str(self.init), "--net", "--pid", "--mount", *command]
 
-    def enter(self, *command, **options):
+    def enter(self, *command: Any, **options: Any) -> Any:
         return subprocess.Popen(self._inside(list(command)), cwd="/", **options)
 
-    def python(self, code, side, *words):
+    def python(self, code: Any, side: Any, *words: Any) -> Any:
         command = [sys.executable, "-c", code, str(self.truth[side]), *map(str, words)]
         return self.enter(*command, stdin=subprocess.PIPE)
 
-    def told(self, side):
+    def told(self, side: str) -> dict[tuple[str, str], int]:
         return told(self.truth[side])
 
-    def close(self):
+    def close(self) -> None:
         """The exporter sends what it has; the daemon ends with its machine."""
         assert self.exporter.stop() == 0, self.exporter.text()
 
 
 @pytest.fixture
-def machines(tmp_path):
+def machines(tmp_path: Path) -> Iterator[tuple[Any, ...]]:
     hub = f"phf-hub-{os.getpid()}"
     with contextlib.ExitStack() as stack:
         run("ip", "netns", "add", hub)
@@ -102,7 +104,9 @@ def machines(tmp_path):
         yield made, tmp_path / "store", server.url
 
 
-def test_every_connection_of_three_machines_has_both_its_processes(machines, tmp_path):
+def test_every_connection_of_three_machines_has_both_its_processes(
+    machines: tuple[Any, ...], tmp_path: Path
+) -> None:
     made, store, url = machines
     since = time.time_ns()
     with Program.of(tmp_path / "collect.log", "collect", str(store), "--server", url,
@@ -118,7 +122,7 @@ def test_every_connection_of_three_machines_has_both_its_processes(machines, tmp
         wanted = {(one.name, *way): pid for one in made for way, pid in one.told("ask").items()}
         assert len(wanted) == 3 * 3 * EACH
 
-        def all_there():
+        def all_there() -> bool:
             return wanted.keys() <= ends_by_way(store, since, PORT).keys()
 
         until(all_there, 60, "both ends of all")
@@ -142,5 +146,5 @@ def test_every_connection_of_three_machines_has_both_its_processes(machines, tmp
         assert {one.name for one in hosts_of(opened)} == set(NAMES)
 
 
-def _text(path):
+def _text(path: Any) -> Any:
     return path.read_text() if path.exists() else ""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,13 +27,13 @@ NAMES = [
 
 
 @pytest.fixture(name="place")
-def _place(tmp_path_factory):
+def _place(tmp_path_factory: pytest.TempPathFactory) -> Any:
     place = tmp_path_factory.mktemp("place")
     place.chmod(0o755)
     return place
 
 
-def _plant(place):
+def _plant(place: Any) -> None:
     for name in NAMES:
         (place / f"{name}.py").write_text(PLANTED)
     for name in ("daemon", "hunter", "nlproto"):
@@ -41,7 +42,13 @@ def _plant(place):
         (place / name / "__main__.py").write_text(PLANTED)
 
 
-def _start(module, place, interpreter=sys.executable, environment=None, options=()):
+def _start(
+    module: Any,
+    place: Any,
+    interpreter: Any = sys.executable,
+    environment: Any = None,
+    options: Any = (),
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [interpreter, *options, "-m", module, "--help"],
         cwd=place,
@@ -53,7 +60,7 @@ def _start(module, place, interpreter=sys.executable, environment=None, options=
     )
 
 
-def _is_refused(done, place):
+def _is_refused(done: Any, place: Any) -> None:
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("\n") == 1
     assert f"others can write '{place}" in done.stderr
@@ -69,7 +76,7 @@ guarded = pytest.mark.skipif(
 
 @guarded
 @both
-def test_nothing_planted_in_a_directory_that_others_can_write_runs(module, place):
+def test_nothing_planted_in_a_directory_that_others_can_write_runs(module: Any, place: Any) -> None:
     _plant(place)
     os.chown(place, BOB, BOB)
     _is_refused(_start(module, place), place)
@@ -80,7 +87,7 @@ def test_nothing_planted_in_a_directory_that_others_can_write_runs(module, place
 
 @guarded
 @both
-def test_a_directory_above_that_others_can_write_is_refused(module, place):
+def test_a_directory_above_that_others_can_write_is_refused(module: Any, place: Any) -> None:
     inner = place / "inner"
     inner.mkdir()
     _plant(inner)
@@ -91,7 +98,9 @@ def test_a_directory_above_that_others_can_write_is_refused(module, place):
 @guarded
 @both
 @pytest.mark.parametrize("name", ["importlib.py", "contextlib.py", "argparse.py", "hunter"])
-def test_one_foreign_module_in_roots_directory_is_refused(module, place, name):
+def test_one_foreign_module_in_roots_directory_is_refused(
+    module: Any, place: Any, name: str
+) -> None:
     _plant(place)
     os.chown(place / name, BOB, BOB)
     _is_refused(_start(module, place), place / name)
@@ -99,7 +108,7 @@ def test_one_foreign_module_in_roots_directory_is_refused(module, place, name):
 
 @guarded
 @both
-def test_another_place_on_the_path_is_refused(module, place):
+def test_another_place_on_the_path_is_refused(module: Any, place: Any) -> None:
     (place / "safe").mkdir()
     (place / "loose").mkdir(mode=0o755)
     (place / "loose").chmod(0o777)
@@ -108,12 +117,12 @@ def test_another_place_on_the_path_is_refused(module, place):
 
 
 @both
-def test_a_safe_directory_is_no_obstacle(module, place):
+def test_a_safe_directory_is_no_obstacle(module: Any, place: Any) -> None:
     assert _start(module, place).returncode == 0
 
 
 @both
-def test_the_isolated_interpreter_starts_anywhere(module, place):
+def test_the_isolated_interpreter_starts_anywhere(module: Any, place: Any) -> None:
     _plant(place)
     place.chmod(0o777)
     for option in ("-I", "-P"):
@@ -123,7 +132,7 @@ def test_the_isolated_interpreter_starts_anywhere(module, place):
 
 
 @both
-def test_other_programs_of_this_interpreter_are_not_concerned(module, place):
+def test_other_programs_of_this_interpreter_are_not_concerned(module: Any, place: Any) -> None:
     (place / f"{module}.txt").write_text("[]")
     place.chmod(0o777)
     done = subprocess.run(
@@ -138,7 +147,9 @@ def test_other_programs_of_this_interpreter_are_not_concerned(module, place):
 
 
 @both
-def test_without_the_file_in_site_packages_our_first_lines_refuse(module, place, tmp_path):
+def test_without_the_file_in_site_packages_our_first_lines_refuse(
+    module: Any, place: Any, tmp_path: Path
+) -> None:
     """What the interpreter and runpy import before is then beyond us; all else is not."""
     copy = tmp_path / "python"
     shutil.copytree(PYTHON, copy, ignore=shutil.ignore_patterns("__pycache__", "build"))

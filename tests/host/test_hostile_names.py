@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nlproto.client.client import DaemonClient
 from nlproto.host import procfs
+from waiting import there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes cgroups and captures")
 
@@ -58,7 +62,7 @@ def cgroup2() -> Path | None:
 
 
 @pytest.fixture(name="tree")
-def _tree():
+def _tree() -> Iterator[Any]:
     """A slice of this run's own, in which a user's manager has a subtree."""
     mount = cgroup2()
     if mount is None:
@@ -77,7 +81,7 @@ def _tree():
 
 
 @pytest.fixture(name="receiver")
-def _receiver():
+def _receiver() -> Iterator[Any]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
         receiver.bind(("127.0.0.1", 0))
         receiver.settimeout(30)
@@ -85,7 +89,7 @@ def _receiver():
 
 
 @contextlib.contextmanager
-def talker(receiver, cgroup: Path, maker: int = USER, name: str = ""):
+def talker(receiver: Any, cgroup: Path, maker: int = USER, name: str = "") -> Iterator[Any]:
     """A process of USER that sends from `cgroup`, which `maker` makes."""
     rename = f"open('/proc/self/comm', 'wb').write({os.fsencode(name)!r})" if name else ""
     code = TALK.format(name=rename, user=USER)
@@ -102,24 +106,16 @@ def talker(receiver, cgroup: Path, maker: int = USER, name: str = ""):
             os._exit(1)
         assert os.waitpid(parent, 0)[1] == 0
         (cgroup / "cgroup.procs").write_text(str(process.pid))
-        until(lambda: procfs.owner(process.pid).uid == USER)
-        process.stdin.write(b"\n")
-        process.stdin.flush()
+        until(lambda: there(procfs.owner(process.pid)).uid == USER)
+        there(process.stdin).write(b"\n")
+        there(process.stdin).flush()
         yield process.pid
     finally:
         process.kill()
         process.communicate()
 
 
-def until(true, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return found
-
-
-def test_no_name_of_a_cgroup_stops_the_daemon(start, receiver, tree):  # noqa: F811
+def test_no_name_of_a_cgroup_stops_the_daemon(start: Any, receiver: Any, tree: Any) -> None:  # noqa: F811
     daemon = start()
     manager = tree / f"user@{USER}.service"
     name = "a" + "".join(SEPARATORS) + "b"
@@ -131,9 +127,14 @@ def test_no_name_of_a_cgroup_stops_the_daemon(start, receiver, tree):  # noqa: F
             # whoever looks while it is being forked sees it where its parent is, until it settles
             there = str(path.relative_to(tree.parent))
             (process,) = until(
-                lambda c=client, p=pid, there=there: [
-                    one for one in c.who(pid=p)["processes"] if one["cgroup"].endswith(there)
-                ]
+                functools.partial(
+                    lambda c, p, place: [
+                        one for one in c.who(pid=p)["processes"] if one["cgroup"].endswith(place)
+                    ],
+                    client,
+                    pid,
+                    there,
+                )
             )
             assert process["unit"] == f"user@{USER}.service"
     with DaemonClient(daemon.path) as client:
@@ -154,23 +155,27 @@ def test_no_name_of_a_cgroup_stops_the_daemon(start, receiver, tree):  # noqa: F
         f"kubepods.slice/kubepods-podx.slice/cri-containerd-{ID}.scope",
     ],
 )
-def test_a_users_cgroup_is_no_other_unit_and_no_other_container(receiver, tree, forged):
+def test_a_users_cgroup_is_no_other_unit_and_no_other_container(
+    receiver: Any, tree: Any, forged: str
+) -> None:
     with talker(receiver, tree / f"user@{USER}.service" / forged) as pid:
-        found = procfs.details(pid, procfs.identity(pid).start_ns)
-    assert found.unit.startswith(f"user@{USER}.service")
-    assert not found.container or f":user@{USER}/" in found.container
+        found = procfs.details(pid, there(procfs.identity(pid)).start_ns)
+    assert there(found).unit.startswith(f"user@{USER}.service")
+    assert not there(found).container or f":user@{USER}/" in there(found).container
 
 
-def test_below_a_slice_that_was_given_away_is_nothing(receiver, tree):
+def test_below_a_slice_that_was_given_away_is_nothing(receiver: Any, tree: Any) -> None:
     os.chown(tree, USER, USER)
     for forged in ("sshd.service", f"docker-{ID}.scope", "user@0.service/x.service"):
         with talker(receiver, tree / forged) as pid:
-            found = procfs.details(pid, procfs.identity(pid).start_ns)
-        assert (found.unit, found.container) == ("", ""), forged
-        assert found.cgroup.endswith(forged)
+            found = procfs.details(pid, there(procfs.identity(pid)).start_ns)
+        assert (there(found).unit, there(found).container) == ("", ""), forged
+        assert there(found).cgroup.endswith(forged)
 
 
-def test_a_name_that_reads_as_another_uid_does_not_change_the_rights(start, receiver, tree):  # noqa: F811
+def test_a_name_that_reads_as_another_uid_does_not_change_the_rights(
+    start: Any, receiver: Any, tree: Any
+) -> None:  # noqa: F811
     daemon = start()
     with talker(receiver, tree / "own.service", 0, "Uid:\t0\t0\t0") as pid:
         with DaemonClient(daemon.path) as client:
@@ -178,7 +183,9 @@ def test_a_name_that_reads_as_another_uid_does_not_change_the_rights(start, rece
     assert [process["uid"] for process in reply["processes"]] == [USER]
 
 
-def test_no_name_of_a_cgroup_stops_the_hunter_without_a_daemon(receiver, tree, tmp_path):
+def test_no_name_of_a_cgroup_stops_the_hunter_without_a_daemon(
+    receiver: Any, tree: Any, tmp_path: Path
+) -> None:
     path = tree / f"user@{USER}.service" / "bad\rname"
     command = [sys.executable, "-m", "hunter", "--engine", "packet", "-n", "-c", "20"]
     command += ["--socket", str(tmp_path / "none"), "udp", "dst", "port"]
@@ -202,7 +209,9 @@ sys.exit(program.main())
 """
 
 
-def test_a_hunter_that_cannot_name_ends_with_an_error_and_never_with_0(receiver, tree, tmp_path):
+def test_a_hunter_that_cannot_name_ends_with_an_error_and_never_with_0(
+    receiver: Any, tree: Any, tmp_path: Path
+) -> None:
     command = [sys.executable, "-c", BROKEN.format("{}", "hunter", ""), "--engine", "packet", "-n"]
     command += ["--socket", str(tmp_path / "none"), "-c", "5"]
     with talker(receiver, tree / "x.service", 0):
@@ -214,7 +223,9 @@ def test_a_hunter_that_cannot_name_ends_with_an_error_and_never_with_0(receiver,
     assert records and records[1] == records[2]
 
 
-def test_a_hunter_that_lost_records_by_its_own_fault_says_so_at_the_end(receiver, tree, tmp_path):
+def test_a_hunter_that_lost_records_by_its_own_fault_says_so_at_the_end(
+    receiver: Any, tree: Any, tmp_path: Path
+) -> None:
     """The engine delivers, one subscriber fails: Ctrl-C after a moment is no success."""
     command = [sys.executable, "-c", BROKEN.format("{}", "hunter", ""), "--engine", "packet", "-n"]
     command += ["--socket", str(tmp_path / "none"), "--duration", "2"]
@@ -224,7 +235,9 @@ def test_a_hunter_that_lost_records_by_its_own_fault_says_so_at_the_end(receiver
     assert re.search(r"\d+ records were lost by a fault of this program", done.stderr)
 
 
-def test_a_daemon_whose_worker_only_fails_ends_with_1(receiver, tree, tmp_path):
+def test_a_daemon_whose_worker_only_fails_ends_with_1(
+    receiver: Any, tree: Any, tmp_path: Path
+) -> None:
     short = "import daemon.service; real = daemon.service.Pipeline\n"
     short += "daemon.service.Pipeline = lambda *a, **k: real(*a, **k, patience=0.5)"
     command = [sys.executable, "-c", BROKEN.format("{}", "daemon", short), "--engine", "packet"]
@@ -237,7 +250,7 @@ def test_a_daemon_whose_worker_only_fails_ends_with_1(receiver, tree, tmp_path):
 
 
 @pytest.fixture(name="namespaces")
-def _namespaces():
+def _namespaces() -> Iterator[list[str]]:
     names = [f"phfd{os.getpid()}x{number}" for number in range(8)]
     for name in names:
         subprocess.run(["ip", "netns", "add", name], check=True)
@@ -246,7 +259,9 @@ def _namespaces():
         subprocess.run(["ip", "netns", "del", name], check=True)
 
 
-def test_a_daemon_with_few_descriptors_serves_and_says_what_it_leaves_out(namespaces, tmp_path):
+def test_a_daemon_with_few_descriptors_serves_and_says_what_it_leaves_out(
+    namespaces: list[str], tmp_path: Path
+) -> None:
     log = tmp_path / "log"
     command = ["prlimit", "--nofile=120:120", sys.executable, "-m", "daemon", "--foreground"]
     command += ["--engine", "packet", "--socket", str(tmp_path / "d.sock")]
@@ -273,15 +288,17 @@ def test_a_daemon_with_few_descriptors_serves_and_says_what_it_leaves_out(namesp
     assert text.count("accept: ") <= 2 and "Traceback" not in text, text
 
 
-def _answers(path):
+def _answers(path: Any) -> bool:
     try:
         with DaemonClient(path) as client:
-            return client.stats()["clients"]["connected"] >= 1
+            return bool(client.stats()["clients"]["connected"] >= 1)
     except Exception:
         return False
 
 
-def test_a_hunter_with_few_descriptors_captures_what_it_can(namespaces, tmp_path):
+def test_a_hunter_with_few_descriptors_captures_what_it_can(
+    namespaces: list[str], tmp_path: Path
+) -> None:
     done = subprocess.run(
         ["prlimit", "--nofile=24:24", sys.executable, "-m", "hunter", "--engine", "packet"]
         + ["--socket", str(tmp_path / "none"), "--duration", "1", "-n"],

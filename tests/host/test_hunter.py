@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The hunter as its users run it: a program of its own, real traffic, engine packet (root)."""
 
+from __future__ import annotations
+
 import contextlib
 import csv
 import json
@@ -11,6 +13,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,20 +32,20 @@ from hunting import (
     talk,
     traffic,
 )
-from waiting import patient, until
+from waiting import patient, there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory):
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     path = tmp_path_factory.mktemp("daemon") / "d.sock"
     log = open(path.with_suffix(".log"), "w+")
     process = subprocess.Popen(
         [*DAEMON, "--engine", "packet", "--socket", str(path), "--foreground"], stderr=log
     )
 
-    def serves():
+    def serves() -> Any:
         assert process.poll() is None, path.with_suffix(".log").read_text()
         return path.exists()
 
@@ -51,7 +56,7 @@ def daemon(tmp_path_factory):
     log.close()
 
 
-def test_alone_it_names_both_ends_and_its_account_closes(server, no_daemon):
+def test_alone_it_names_both_ends_and_its_account_closes(server: Any, no_daemon: list[str]) -> None:
     pid, port = server
     done = hunt(*no_daemon, "-n", "tcp", "port", port, *talk(port))
     assert done.returncode == 0, done.stderr
@@ -65,7 +70,9 @@ def test_alone_it_names_both_ends_and_its_account_closes(server, no_daemon):
 
 
 @pytest.mark.parametrize("way", ["alone", "daemon"])
-def test_without_a_filter_all_that_was_delivered_is_shown(way, server, daemon, no_daemon, tmp_path):
+def test_without_a_filter_all_that_was_delivered_is_shown(
+    way: str, server: Any, daemon: str, no_daemon: list[str], tmp_path: Path
+) -> None:
     """The last packets of the command too, though the hunter ends with it."""
     _, port = server
     path = tmp_path / "x.jsonl"
@@ -77,7 +84,9 @@ def test_without_a_filter_all_that_was_delivered_is_shown(way, server, daemon, n
 
 
 @pytest.mark.parametrize("way", ["daemon", "direct"])
-def test_through_the_daemon_and_directly_it_names_both_ends(way, server, daemon, tmp_path):
+def test_through_the_daemon_and_directly_it_names_both_ends(
+    way: str, server: Any, daemon: str, tmp_path: Path
+) -> None:
     pid, port = server
     path = tmp_path / "x.jsonl"
     extra = ["--direct", "--engine", "packet"] if way == "direct" else []
@@ -95,7 +104,9 @@ def test_through_the_daemon_and_directly_it_names_both_ends(way, server, daemon,
     assert account_of(done.stderr)["shown"] == len(rows)
 
 
-def test_without_root_it_works_through_the_daemon_and_shows_own_packets_only(server, daemon):
+def test_without_root_it_works_through_the_daemon_and_shows_own_packets_only(
+    server: Any, daemon: str
+) -> None:
     _, port = server
     os.chmod(os.path.dirname(daemon), 0o755)
     done = hunt_as_nobody("--socket", daemon, "-n", "port", port, "--duration", "1")
@@ -104,7 +115,9 @@ def test_without_root_it_works_through_the_daemon_and_shows_own_packets_only(ser
     assert done.stdout == ""
 
 
-def test_csv_has_the_agreed_columns_and_true_values(server, no_daemon, tmp_path):
+def test_csv_has_the_agreed_columns_and_true_values(
+    server: Any, no_daemon: list[str], tmp_path: Path
+) -> None:
     pid, port = server
     path = tmp_path / "capture.csv"
     before = time.time()
@@ -131,7 +144,9 @@ def test_csv_has_the_agreed_columns_and_true_values(server, no_daemon, tmp_path)
     assert os.stat(path).st_mode & 0o777 == 0o600
 
 
-def test_a_saved_file_shows_the_same_through_r_and_filters(server, no_daemon, tmp_path):
+def test_a_saved_file_shows_the_same_through_r_and_filters(
+    server: Any, no_daemon: list[str], tmp_path: Path
+) -> None:
     pid, port = server
     for name in ("x.csv", "x.jsonl"):
         path = tmp_path / name
@@ -150,7 +165,7 @@ def test_a_saved_file_shows_the_same_through_r_and_filters(server, no_daemon, tm
         assert 0 < len(chosen) < len(rows)
 
 
-def test_options_narrow_as_the_filter_does(server, no_daemon):
+def test_options_narrow_as_the_filter_does(server: Any, no_daemon: list[str]) -> None:
     pid, port = server
     with traffic(port):
         for options, fits in [
@@ -166,7 +181,9 @@ def test_options_narrow_as_the_filter_does(server, no_daemon):
             assert len(rows) == 10 and all(map(fits, rows)), (options, rows[:3], done.stderr)
 
 
-def test_a_filter_file_is_read_with_comments(server, no_daemon, tmp_path):
+def test_a_filter_file_is_read_with_comments(
+    server: Any, no_daemon: list[str], tmp_path: Path
+) -> None:
     _, port = server
     path = tmp_path / "filter"
     path.write_text(f"# what I care for\ntcp and\nport {port}\n")
@@ -192,12 +209,12 @@ with socket.create_server(("127.0.0.1", 0)) as server:
 
 @pytest.mark.parametrize("name", HOSTILE, ids=[repr(name) for name in HOSTILE])
 @pytest.mark.parametrize("output", ["lines", "json", "csv"])
-def test_a_hostile_process_name_is_harmless(name, output, no_daemon):
+def test_a_hostile_process_name_is_harmless(name: bytes, output: str, no_daemon: list[str]) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", RENAMED, name.hex()], stdout=subprocess.PIPE, text=True
     )
     try:
-        port = int(process.stdout.readline())
+        port = int(there(process.stdout).readline())
         options = {"lines": ["-n", "-vv"], "json": ["--json"], "csv": ["--save", "-"]}[output]
         with traffic(port):
             done = hunt(*no_daemon, *options, "-c", "8", "port", port)
@@ -217,17 +234,17 @@ def test_a_hostile_process_name_is_harmless(name, output, no_daemon):
         assert wanted in {json.loads(line)["comm"] for line in lines}
 
 
-def ask_who(path, port, *words):
+def ask_who(path: Any, port: Any, *words: Any) -> Any:
     return hunt("who", "--socket", path, "--port", port, "--json", *words)
 
 
-def test_who_names_the_listener_with_and_without_the_daemon(server, daemon):
+def test_who_names_the_listener_with_and_without_the_daemon(server: Any, daemon: str) -> None:
     pid, port = server
     with traffic(port):
         until(lambda: json.loads(ask_who(daemon, port).stdout)["flows"])
         for place in (["--socket", daemon], []):
 
-            def listening(place=place):
+            def listening(place: Any = place) -> list[Any]:
                 done = hunt("who", *place, "--port", port, "--json")
                 assert done.returncode == 0, done.stderr
                 owners = json.loads(done.stdout)["owners"]
@@ -239,7 +256,7 @@ def test_who_names_the_listener_with_and_without_the_daemon(server, daemon):
             assert f".{pid} " in people.stdout
 
 
-def test_who_remembers_a_flow_that_is_over(daemon):
+def test_who_remembers_a_flow_that_is_over(daemon: str) -> None:
     with echo() as (pid, port), traffic(port):
         until(lambda: json.loads(ask_who(daemon, port).stdout)["flows"])
     until(lambda: not json.loads(ask_who(daemon, port).stdout)["owners"])
@@ -249,7 +266,7 @@ def test_who_remembers_a_flow_that_is_over(daemon):
     }
 
 
-def test_stats_for_machines_and_people(daemon):
+def test_stats_for_machines_and_people(daemon: str) -> None:
     figures = json.loads(hunt("stats", "--socket", daemon, "--json").stdout)
     account = figures["account"]
     lost = sum(account["lost"].values())
@@ -258,24 +275,27 @@ def test_stats_for_machines_and_people(daemon):
     assert "packets seen" in people and "engine packet" in people
 
 
-def _start_daemon(path):
+def _start_daemon(path: Any) -> Any:
     process = subprocess.Popen(
         [*DAEMON, "--engine", "packet", "--socket", str(path), "--foreground"],
         stderr=subprocess.DEVNULL,
     )
 
-    def serves():
+    def serves() -> bool:
         assert process.poll() is None
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
             probe.connect(str(path))
             return True
+        return False
 
     until(serves)
     return process
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_it_waits_for_a_daemon_that_goes_away_and_goes_on_with_the_next(number, server, tmp_path):
+def test_it_waits_for_a_daemon_that_goes_away_and_goes_on_with_the_next(
+    number: Any, server: Any, tmp_path: Path
+) -> None:
     path, saved = tmp_path / "d.sock", tmp_path / "out.csv"
     first = _start_daemon(path)
     second = None
@@ -287,9 +307,9 @@ def test_it_waits_for_a_daemon_that_goes_away_and_goes_on_with_the_next(number, 
             until(lambda: saved.read_text().count("\n") > 1)
             first.send_signal(number)
             first.wait(patient(20))
-            assert "waiting for it to come back" in hunter.stderr.readline()
+            assert "waiting for it to come back" in there(hunter.stderr).readline()
             second = _start_daemon(path)
-            assert "the daemon is back after" in hunter.stderr.readline()
+            assert "the daemon is back after" in there(hunter.stderr).readline()
             before = len(saved.read_text().splitlines())
             until(lambda: len(saved.read_text().splitlines()) > before)
         hunter.send_signal(signal.SIGINT)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Captures for other programs: pcapng and annotate against real tshark and tcpdump, Parquet, -C."""
 
-import contextlib
+from __future__ import annotations
+
 import csv
 import gzip
 import io
@@ -16,6 +17,9 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,99 +27,24 @@ from hunter.formats import pcapng
 from hunter.show.columns import COLUMNS
 from nlproto.client.client import DaemonClient
 from nlproto.client.frames import MAX_WAITING
-from waiting import patient, until
+from talking import HUNTER, hunting, peers, stop, talk, tshark
+from waiting import patient, there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 needs_tshark = pytest.mark.skipif(not shutil.which("tshark"), reason="tshark is not installed")
 needs_tcpdump = pytest.mark.skipif(not shutil.which("tcpdump"), reason="tcpdump is not installed")
 
-HUNTER = [sys.executable, "-m", "hunter"]
-
-PEERS = """
-import os, socket, sys, time
-with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(
-    socket.AF_INET6, socket.SOCK_DGRAM
-) as udp:
-    udp.bind(("::1", 0))
-    print(os.getpid(), server.getsockname()[1], udp.getsockname()[1], flush=True)
-    peer, _ = server.accept()
-    while data := peer.recv(100):
-        peer.sendall(data)
-        data, sender = udp.recvfrom(100)
-        udp.sendto(data, sender)
-"""
-
-
-@contextlib.contextmanager
-def peers():
-    process = subprocess.Popen([sys.executable, "-c", PEERS], stdout=subprocess.PIPE, text=True)
-    try:
-        yield tuple(map(int, process.stdout.readline().split()))
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def talk(tcp, udp, times=10, pause=0.01, seen=None):
-    """Requests and answers over both; the sockets stay until `seen()`, else for a while: engine
-    packet can name nobody whose socket is gone before it has asked."""
-    with (
-        socket.create_connection(("127.0.0.1", tcp)) as one,
-        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as other,
-    ):
-        other.connect(("::1", udp))
-        time.sleep(patient(0.1))
-        for _ in range(times):
-            one.sendall(b"x" * 50)
-            one.recv(50)
-            other.send(b"y" * 30)
-            other.recv(50)
-            time.sleep(pause)
-        if seen is None:
-            time.sleep(patient(0.2))
-        else:
-            until(seen, 60)
-
-
-def hunting(*arguments):
-    """A hunter that has begun; stop() ends it and gives its stderr."""
-    process = subprocess.Popen(
-        [*HUNTER, *map(str, arguments)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    line = process.stderr.readline()
-    while "Ctrl-C ends" not in line:
-        assert line, "the hunter ended at once"
-        line = process.stderr.readline()
-    return process
-
-
-def stop(process):
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=patient(30))
-    assert process.returncode == 0, err
-    return err
-
-
-def tshark(path, *fields):
-    arguments = [part for field in fields for part in ("-e", field)]
-    done = subprocess.run(
-        ["tshark", "-r", path, "-n", "-T", "fields", "-E", "separator=|", *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=patient(60),
-    )
-    return [line.split("|") for line in done.stdout.splitlines()]
-
 
 @pytest.fixture
-def alone(tmp_path):
+def alone(tmp_path: Path) -> list[Any]:
     return ["--socket", tmp_path / "none", "--engine", "packet"]
 
 
 @needs_tshark
 @pytest.mark.parametrize("way", ["alone", "daemon", "direct"])
-def test_tshark_reads_every_packet_and_its_owner_from_pcapng(way, alone, daemon, tmp_path):
+def test_tshark_reads_every_packet_and_its_owner_from_pcapng(
+    way: str, alone: list[Any], daemon: Any, tmp_path: Path
+) -> None:
     source = {
         "alone": alone,
         "daemon": ["--socket", daemon],
@@ -126,7 +55,7 @@ def test_tshark_reads_every_packet_and_its_owner_from_pcapng(way, alone, daemon,
         hunter = hunting(*source, "--save", path, "port", tcp, "or", udp)
         # the handshake, twice, and 4 packets a time over either
         talk(tcp, udp, seen=lambda: path.read_bytes().count(b"packet-hunter: ") >= 86)
-        shown = int(re.search(r"(\d+) saved", stop(hunter))[1])
+        shown = int(there(re.search(r"(\d+) saved", stop(hunter)))[1])
     rows = tshark(
         path,
         *("frame.comment", "tcp.srcport", "tcp.dstport", "udp.srcport", "udp.dstport"),
@@ -135,9 +64,9 @@ def test_tshark_reads_every_packet_and_its_owner_from_pcapng(way, alone, daemon,
     )
     assert len(rows) == shown > 60
     for comment, *ports, interface, ip4, ip6, way, malformed, length, seq, _, _ in rows:
-        source, target = (int(port) for port in ports if port)
+        sport, dport = (int(port) for port in ports if port)
         # inbound is 1: the owner is that of the destination
-        own = target if way in ("1", "0x00000001") else source
+        own = dport if way in ("1", "0x00000001") else sport
         owner = pid if own in (tcp, udp) else os.getpid()
         named = rf"packet-hunter: \S+\.{owner} uid=0 .*how=(diag|listener)"
         assert re.match(named, comment), comment
@@ -150,7 +79,7 @@ def test_tshark_reads_every_packet_and_its_owner_from_pcapng(way, alone, daemon,
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory):
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     path = tmp_path_factory.mktemp("daemon") / "d.sock"
     process = subprocess.Popen(
         [sys.executable, "-m", "daemon", "--engine", "packet", "--socket", path, "--foreground"],
@@ -165,7 +94,9 @@ def daemon(tmp_path_factory):
 @needs_tshark
 @needs_tcpdump
 @pytest.mark.parametrize("interface", ["lo", "any"])
-def test_annotate_names_the_packets_of_a_real_tcpdump(interface, daemon, tmp_path):
+def test_annotate_names_the_packets_of_a_real_tcpdump(
+    interface: str, daemon: Any, tmp_path: Path
+) -> None:
     trace, named = tmp_path / "trace.pcap", tmp_path / "named.pcapng"
     with peers() as (pid, tcp, udp):
         dump = subprocess.Popen(
@@ -182,7 +113,7 @@ def test_annotate_names_the_packets_of_a_real_tcpdump(interface, daemon, tmp_pat
             stderr=subprocess.PIPE,
             text=True,
         )
-        while "listening on" not in (line := dump.stderr.readline()):
+        while "listening on" not in (line := there(dump.stderr).readline()):
             assert line, "tcpdump ended at once"
         with DaemonClient(str(daemon)) as client:
             talk(tcp, udp, seen=lambda: len(client.who(port=udp)["flows"]) >= 2)
@@ -208,7 +139,9 @@ def test_annotate_names_the_packets_of_a_real_tcpdump(interface, daemon, tmp_pat
     assert f".{pid} " in done.stdout and f"{len(rows)} packets" in done.stderr
 
 
-def test_annotate_asks_for_more_flows_than_the_daemon_lets_wait(daemon, tmp_path):
+def test_annotate_asks_for_more_flows_than_the_daemon_lets_wait(
+    daemon: Any, tmp_path: Path
+) -> None:
     trace = tmp_path / "many.pcap"
     data = struct.pack("=IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 65535, 101)
     for flow in range(3 * MAX_WAITING):
@@ -227,7 +160,7 @@ def test_annotate_asks_for_more_flows_than_the_daemon_lets_wait(daemon, tmp_path
     assert f"{3 * MAX_WAITING} of them TCP or UDP" in done.stderr
 
 
-def test_annotate_refuses_what_is_no_capture(daemon, tmp_path):
+def test_annotate_refuses_what_is_no_capture(daemon: Any, tmp_path: Path) -> None:
     (tmp_path / "x").write_text("no capture at all, but long enough for a header")
     done = subprocess.run(
         [*HUNTER, "annotate", tmp_path / "x", "-o", tmp_path / "y", "--socket", daemon],
@@ -238,7 +171,7 @@ def test_annotate_refuses_what_is_no_capture(daemon, tmp_path):
     assert "neither pcap nor pcapng" in done.stderr and not (tmp_path / "y").exists()
 
 
-def test_first_bytes_are_not_for_users_without_rights(daemon, tmp_path):
+def test_first_bytes_are_not_for_users_without_rights(daemon: Any, tmp_path: Path) -> None:
     """What a process sends is for those who could capture it themselves."""
     script = (
         "import sys; from nlproto.client.client import DaemonClient\n"
@@ -253,12 +186,12 @@ def test_first_bytes_are_not_for_users_without_rights(daemon, tmp_path):
     assert done.stdout == "False\n", done.stderr
 
 
-def test_parquet_holds_what_json_lines_hold(alone, tmp_path):
+def test_parquet_holds_what_json_lines_hold(alone: list[Any], tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     with peers() as (_, tcp, udp):
         both = [hunting(*alone, "--save", tmp_path / "x.parquet", "port", tcp)]
         talk(tcp, udp)
-        shown = int(re.search(r"(\d+) saved", stop(both[0]))[1])
+        shown = int(there(re.search(r"(\d+) saved", stop(both[0])))[1])
     table = parquet.read_table(tmp_path / "x.parquet")
     assert table.num_rows == shown > 30
     # As on a system without the package tzdata.
@@ -276,7 +209,7 @@ def test_parquet_holds_what_json_lines_hold(alone, tmp_path):
         assert ours == {"time": moment} | theirs
 
 
-def test_rotation_keeps_whole_files_of_the_size(alone, tmp_path):
+def test_rotation_keeps_whole_files_of_the_size(alone: list[Any], tmp_path: Path) -> None:
     with peers() as (_, tcp, udp):
         hunter = hunting(*alone, "--save", tmp_path / "x.csv", "-C", "4k", "-W", "3", "port", tcp)
         talk(tcp, udp, times=150, pause=0.02)
@@ -289,7 +222,7 @@ def test_rotation_keeps_whole_files_of_the_size(alone, tmp_path):
         assert all(len(row) == len(COLUMNS) for row in csv.reader(lines))
 
 
-def test_the_summary_counts_packets_bytes_and_far_ends(alone, tmp_path):
+def test_the_summary_counts_packets_bytes_and_far_ends(alone: list[Any], tmp_path: Path) -> None:
     with peers() as (pid, tcp, udp):
         path = tmp_path / "x.jsonl"
         hunter = hunting(*alone, "--save", path, "--summary", "port", tcp, "or", udp)
@@ -304,17 +237,17 @@ def test_the_summary_counts_packets_bytes_and_far_ends(alone, tmp_path):
     assert re.search(wanted, summary, re.MULTILINE), summary
 
 
-def ethernet(payload, kind=0x0800):
-    return bytes(12) + struct.pack("!H", kind) + payload
+def ethernet(payload: Any, kind: int = 0x0800) -> bytes:
+    return bytes(12 * b"\0" + struct.pack("!H", kind) + payload)
 
 
-def datagram(sport, dport):
+def datagram(sport: Any, dport: Any) -> Any:
     ends = socket.inet_aton("127.0.0.1") * 2
     head = struct.pack("!BBHHHBBH", 0x45, 0, 28, 0, 0, 64, 17, 0) + ends
     return head + struct.pack("!HHHH", sport, dport, 8, 0)
 
 
-def pcap(packets, linktype=1, now=0.0):
+def pcap(packets: Any, linktype: int = 1, now: float = 0.0) -> Any:
     data = struct.pack("=IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 65535, linktype)
     for packet in packets:
         size = len(packet)
@@ -323,7 +256,7 @@ def pcap(packets, linktype=1, now=0.0):
 
 
 @pytest.fixture(scope="module")
-def talked(daemon):
+def talked(daemon: Any) -> Iterator[tuple[Any, ...]]:
     """Ports of a flow that the daemon has named, and its time."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
         one.bind(("127.0.0.1", 0))
@@ -340,13 +273,13 @@ def talked(daemon):
             yield *ports, moment
 
 
-def who(daemon, port):
+def who(daemon: Any, port: Any) -> Any:
     words = ["who", "--socket", daemon, "--port", str(port), "--json", "--since", "1m"]
     done = subprocess.run([*HUNTER, *words], capture_output=True, text=True, timeout=60)
     return json.loads(done.stdout)["flows"]
 
 
-def annotate(daemon, *words, **options):
+def annotate(daemon: Any, *words: Any, **options: Any) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [*HUNTER, "annotate", "--socket", daemon, *words],
         capture_output=True,
@@ -355,11 +288,13 @@ def annotate(daemon, *words, **options):
     )
 
 
-def comments(path):
+def comments(path: Any) -> Any:
     return path.read_bytes().count(b"packet-hunter: from ")
 
 
-def test_annotate_reads_pipes_gzip_and_cut_captures_and_writes_into_pipes(daemon, talked, tmp_path):
+def test_annotate_reads_pipes_gzip_and_cut_captures_and_writes_into_pipes(
+    daemon: Any, talked: tuple[Any, ...], tmp_path: Path
+) -> None:
     packet = ethernet(datagram(*talked[:2]))
     data, out = pcap([packet] * 5000, now=talked[2]), tmp_path / "out.pcapng"
     packed = [gzip.compress(data), lzma.compress(data)]
@@ -377,7 +312,9 @@ def test_annotate_reads_pipes_gzip_and_cut_captures_and_writes_into_pipes(daemon
     assert len(list(pcapng.blocks(io.BytesIO(done.stdout), "x"))) == 5002
 
 
-def test_annotate_tells_by_kind_what_it_did_not_look_into(daemon, talked, tmp_path):
+def test_annotate_tells_by_kind_what_it_did_not_look_into(
+    daemon: Any, talked: tuple[Any, ...], tmp_path: Path
+) -> None:
     flow, now = datagram(*talked[:2]), talked[2]
     odd = [
         *[ethernet(bytes(40), 0x0806)] * 3,
@@ -401,7 +338,9 @@ def test_annotate_tells_by_kind_what_it_did_not_look_into(daemon, talked, tmp_pa
     assert comments(tmp_path / "o") == 3 and b"not looked" not in done.stderr
 
 
-def test_annotate_marks_obsolete_blocks_and_counts_those_without_a_place(daemon, talked, tmp_path):
+def test_annotate_marks_obsolete_blocks_and_counts_those_without_a_place(
+    daemon: Any, talked: tuple[Any, ...], tmp_path: Path
+) -> None:
     flow, out = ethernet(datagram(*talked[:2])), tmp_path / "o"
     head = pcapng.section_header("x") + pcapng.interface_description("lo", 1)
     stamp = int(talked[2] * 1e9)
@@ -415,14 +354,16 @@ def test_annotate_marks_obsolete_blocks_and_counts_those_without_a_place(daemon,
     assert b"4 of the named are in simple packet blocks" in done.stderr
 
 
-def test_annotate_keeps_the_owners_of_a_saved_capture(daemon, alone, tmp_path):
+def test_annotate_keeps_the_owners_of_a_saved_capture(
+    daemon: Any, alone: list[Any], tmp_path: Path
+) -> None:
     saved, again = tmp_path / "x.pcapng", tmp_path / "y.pcapng"
     with peers() as (_, tcp, udp):
         hunter = hunting(*alone, "--save", saved, "port", tcp)
         talk(tcp, udp, seen=lambda: saved.read_bytes().count(b"packet-hunter: ") >= 40)
         told = stop(hunter)
     assert f"{saved} has each packet of lo twice" in told
-    count = int(re.search(r"(\d+) saved", told)[1])
+    count = int(there(re.search(r"(\d+) saved", told))[1])
     done = annotate(daemon, saved, "-o", again)
     assert f"{count} packets, {count} of them TCP or UDP with ports: {count} named".encode() in (
         done.stderr
@@ -436,27 +377,31 @@ def test_annotate_keeps_the_owners_of_a_saved_capture(daemon, alone, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.pcap", "x.cap", "X.PCAP"])
-def test_annotate_writes_no_pcapng_under_the_name_of_pcap(name, daemon, tmp_path):
+def test_annotate_writes_no_pcapng_under_the_name_of_pcap(
+    name: str, daemon: Any, tmp_path: Path
+) -> None:
     done = annotate(daemon, "-", "-o", tmp_path / name, input=pcap([]))
     assert done.returncode == 2 and not (tmp_path / name).exists()
     assert done.stderr.count(b"\n") == 1 and b".pcapng" in done.stderr
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "ecs.jsonl", "parquet", "pcapng"])
-def test_a_file_gives_the_figures_of_the_live_run(suffix, alone, tmp_path):
+def test_a_file_gives_the_figures_of_the_live_run(
+    suffix: str, alone: list[Any], tmp_path: Path
+) -> None:
     """What is saved and shown at once, to the last word of -vv, and the table of processes."""
     if suffix == "parquet":
         pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     path, lines = tmp_path / f"x.{suffix}", tmp_path / "lines"
     with peers() as (_, tcp, udp), lines.open("w") as out:
         process = subprocess.Popen(
-            [*HUNTER, *map(str, alone), "--save", path, "--print", "-n", "-vv", "--summary"]
+            [*HUNTER, *map(str, alone), "--save", str(path), "--print", "-n", "-vv", "--summary"]
             + ["port", str(tcp), "or", str(udp)],
             stdout=out,
             stderr=subprocess.PIPE,
             text=True,
         )
-        while "Ctrl-C ends" not in (line := process.stderr.readline()):
+        while "Ctrl-C ends" not in (line := there(process.stderr).readline()):
             assert line
         talk(tcp, udp, seen=lambda: lines.read_text().count("\n") >= 80)
         told = stop(process)
@@ -468,12 +413,12 @@ def test_a_file_gives_the_figures_of_the_live_run(suffix, alone, tmp_path):
         re.findall(r"^ *\d+ +[\d,]+ +[\d,]+ .*$", text, re.M) for text in (told, again.stderr)
     ]
     assert tables[0] and sorted(tables[0]) == sorted(tables[1])
-    sums = [re.search(r"\d+ shown = .*", text)[0] for text in (told, again.stderr)]
+    sums = [there(re.search(r"\d+ shown = .*", text))[0] for text in (told, again.stderr)]
     assert sums[0] == sums[1]
 
 
 @needs_tshark
-def test_a_saved_capture_says_where_it_cut(alone, tmp_path):
+def test_a_saved_capture_says_where_it_cut(alone: list[Any], tmp_path: Path) -> None:
     path = tmp_path / "x.pcapng"
     with peers() as (_, tcp, udp):
         hunter = hunting(*alone, "--save", path, "-Q", "in", "port", tcp)

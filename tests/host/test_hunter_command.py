@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """-- CMD: the packets of CMD and what it starts, and its exit code; --summary (root)."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -10,10 +12,13 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from waiting import patient
+from waiting import patient, there
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 
@@ -31,14 +36,14 @@ open(sys.argv[4] + sys.argv[2], "w").close()
 """Its socket is there long enough for engine packet to name it."""
 
 
-def hunt(*arguments, **options):
+def hunt(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*HUNTER, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options
     )
 
 
 @pytest.fixture
-def heard():
+def heard() -> Iterator[Any]:
     """A port, and what came in there; others talk to it all the time."""
     ended = threading.Event()
     with (
@@ -48,7 +53,7 @@ def heard():
         server.bind(("127.0.0.1", 0))
         other.connect(server.getsockname())
 
-        def chatter():
+        def chatter() -> None:
             with contextlib.suppress(OSError):
                 while not ended.wait(0.02):
                     other.send(b"others")
@@ -61,14 +66,14 @@ def heard():
 
 
 @pytest.fixture
-def script(tmp_path, heard):
+def script(tmp_path: Path, heard: Any) -> list[Any]:
     """A command whose children, orphans and daemons each say one word; it ends with 7."""
     (tmp_path / "say.py").write_text(SAY)
     said = tmp_path / "said"
     said.mkdir()
     said.chmod(0o777)
 
-    def say(word):
+    def say(word: Any) -> str:
         return f"{sys.executable} {tmp_path}/say.py {heard} {word} {patient(0.4)} {said}/"
 
     path = tmp_path / "script.sh"
@@ -85,15 +90,17 @@ def script(tmp_path, heard):
     return ["sh", path]
 
 
-def figures(stderr):
-    delivered = int(re.search(r" records = (\d+) delivered", stderr)[1])
-    shown = int(re.search(r"(\d+) (?:shown|saved) = ", stderr)[1])
+def figures(stderr: Any) -> tuple[Any, ...]:
+    delivered = int(there(re.search(r" records = (\d+) delivered", stderr))[1])
+    shown = int(there(re.search(r"(\d+) (?:shown|saved) = ", stderr))[1])
     others = re.search(r"(\d+) not of the command = (\d+) named[^+]* \+ (\d+) unnamed", stderr)
-    assert int(others[1]) == int(others[2]) + int(others[3])
-    return delivered, shown, int(others[1])
+    assert int(there(others)[1]) == int(there(others)[2]) + int(there(others)[3])
+    return delivered, shown, int(there(others)[1])
 
 
-def test_alone_it_shows_the_commands_own_packets_and_counts_the_others(script, heard, tmp_path):
+def test_alone_it_shows_the_commands_own_packets_and_counts_the_others(
+    script: list[Any], heard: Any, tmp_path: Path
+) -> None:
     path = tmp_path / "x.jsonl"
     done = hunt("--engine", "packet", "--save", path, "--", *script)
     assert done.returncode == 7, done.stderr
@@ -105,7 +112,7 @@ def test_alone_it_shows_the_commands_own_packets_and_counts_the_others(script, h
     assert delivered == shown + others and others > 10
 
 
-def test_a_command_that_cannot_start_shows_nobodys_packets(heard, tmp_path):
+def test_a_command_that_cannot_start_shows_nobodys_packets(heard: Any, tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     done = hunt("--engine", "packet", "--save", path, "--print", f"port {heard}", "--", tmp_path)
     assert done.returncode == 126 and f"cannot run {tmp_path}" in done.stderr
@@ -125,7 +132,9 @@ def test_a_command_that_cannot_start_shows_nobodys_packets(heard, tmp_path):
         ("#!/no/such\n", 0o755, 127, "is its interpreter installed?"),
     ],
 )
-def test_the_exit_code_of_one_that_cannot_start_is_env_s(text, mode, code, words, sudo, tmp_path):
+def test_the_exit_code_of_one_that_cannot_start_is_env_s(
+    text: str | None, mode: int, code: int, words: str, sudo: dict[str, Any], tmp_path: Path
+) -> None:
     program = tmp_path / "program"
     if text is not None:
         program.write_text(text)
@@ -138,7 +147,9 @@ def test_the_exit_code_of_one_that_cannot_start_is_env_s(text, mode, code, words
     assert words in line
 
 
-def test_through_the_daemon_it_does_so_for_a_user_without_rights(script, heard, daemon_socket):
+def test_through_the_daemon_it_does_so_for_a_user_without_rights(
+    script: list[Any], heard: Any, daemon_socket: Any
+) -> None:
     nobody = "setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all,+dac_read_search"
     nobody += " --ambient-caps=+dac_read_search --bounding-set=-all,+dac_read_search"
     done = subprocess.run(
@@ -153,20 +164,20 @@ def test_through_the_daemon_it_does_so_for_a_user_without_rights(script, heard, 
 
 
 @pytest.fixture
-def daemon_socket(tmp_path):
+def daemon_socket(tmp_path: Path) -> Iterator[Any]:
     path = tmp_path / "d.sock"
     command = [sys.executable, "-m", "daemon", "--engine", "packet", "--socket", str(path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        line = process.stderr.readline()
+        line = there(process.stderr).readline()
         while "serving" not in line:
             assert line, "the daemon ended at once"
-            line = process.stderr.readline()
+            line = there(process.stderr).readline()
         yield path
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
 
 
-def test_with_all_everybodys_packets_are_shown(script, heard):
+def test_with_all_everybodys_packets_are_shown(script: list[Any], heard: Any) -> None:
     done = hunt("--engine", "packet", "--all", "-n", f"port {heard}", "--", *script)
     assert done.returncode == 7
     assert re.search(rf" in  udp 127\.0\.0\.1\.\d+ > 127\.0\.0\.1\.{heard} len 34 ", done.stdout)
@@ -176,28 +187,28 @@ def test_with_all_everybodys_packets_are_shown(script, heard):
 @pytest.mark.parametrize(
     ("script", "code"), [("exit 0", 0), ("exit 3", 3), ("kill -TERM $$", 143), ("kill -9 $$", 137)]
 )
-def test_the_exit_code_is_the_commands(script, code):
+def test_the_exit_code_is_the_commands(script: str, code: int) -> None:
     done = hunt("--engine", "packet", "-qq", "--", "sh", "-c", script)
     assert done.returncode == code, done.stderr
 
 
-def test_a_command_that_is_ended_by_duration_is_no_failure():
+def test_a_command_that_is_ended_by_duration_is_no_failure() -> None:
     done = hunt("--engine", "packet", "--duration", "300ms", "--", "sleep", "60")
     assert done.returncode == 0, done.stderr
 
 
-def test_under_sudo_the_command_runs_as_the_user():
+def test_under_sudo_the_command_runs_as_the_user() -> None:
     environment = {**os.environ, "SUDO_UID": "65534", "SUDO_GID": "65534", "SUDO_USER": "nobody"}
     done = hunt("--engine", "packet", "-qq", "port", "1", "--", "id", "-u", env=environment)
     assert (done.stdout, done.returncode) == ("65534\n", 0), done.stderr
 
 
-def test_quiet_twice_says_nothing_but_losses():
+def test_quiet_twice_says_nothing_but_losses() -> None:
     done = hunt("--engine", "packet", "-qq", "--duration", "300ms", "port", "1")
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
 
 
-def test_the_summary_alone_is_the_table_alone(script, heard):
+def test_the_summary_alone_is_the_table_alone(script: list[Any], heard: Any) -> None:
     done = hunt("--engine", "packet", "--summary", f"port {heard}", "--", *script)
     lines = done.stdout.splitlines()
     assert lines[1].split() == ["pid", "packets", "bytes", "far", "ends", "process", "executable"]
@@ -206,7 +217,9 @@ def test_the_summary_alone_is_the_table_alone(script, heard):
 
 
 @pytest.mark.parametrize("extra", [["--print"], ["--json"], ["--save", "-", "--format", "csv"]])
-def test_beside_other_output_the_summary_goes_to_stderr(extra, script, heard):
+def test_beside_other_output_the_summary_goes_to_stderr(
+    extra: list[str], script: list[Any], heard: Any
+) -> None:
     done = hunt("--engine", "packet", "--summary", *extra, f"port {heard}", "--", *script)
     assert "far ends" in done.stderr and "far ends" not in done.stdout
     assert len(done.stdout.splitlines()) >= 3

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: MIT
 """How a hunter ends: by count, time, signal, a closed pipe, or SIGKILL."""
 
+from __future__ import annotations
+
 import csv
+import functools
 import os
 import signal
 import subprocess
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,12 +22,12 @@ from hunting import (
     hunt,
     traffic,
 )
-from waiting import patient, until
+from waiting import patient, there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 
 
-def test_count_ends_after_exactly_n(server, no_daemon):
+def test_count_ends_after_exactly_n(server: Any, no_daemon: list[str]) -> None:
     _, port = server
     with traffic(port):
         done = hunt(*no_daemon, "--json", "-c", "7", "port", port)
@@ -30,7 +35,7 @@ def test_count_ends_after_exactly_n(server, no_daemon):
     assert len(done.stdout.splitlines()) == 7
 
 
-def test_duration_ends_by_itself(no_daemon):
+def test_duration_ends_by_itself(no_daemon: list[str]) -> None:
     began = time.monotonic()
     done = hunt(*no_daemon, "--duration", "500ms")
     assert done.returncode == 0 and time.monotonic() - began >= 0.5
@@ -38,7 +43,9 @@ def test_duration_ends_by_itself(no_daemon):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_it_with_0_and_the_account(number, server, no_daemon, tmp_path):
+def test_signals_end_it_with_0_and_the_account(
+    number: Any, server: Any, no_daemon: list[str], tmp_path: Path
+) -> None:
     _, port = server
     path = tmp_path / "x.csv"
     with traffic(port):
@@ -55,7 +62,7 @@ def test_signals_end_it_with_0_and_the_account(number, server, no_daemon, tmp_pa
     assert account_of(stderr)["shown"] == len(path.read_text().splitlines()) - 1 > 0
 
 
-def test_a_closed_pipe_ends_it_quietly_with_0(server, no_daemon):
+def test_a_closed_pipe_ends_it_quietly_with_0(server: Any, no_daemon: list[str]) -> None:
     _, port = server
     with traffic(port):
         process = subprocess.Popen(
@@ -64,11 +71,11 @@ def test_a_closed_pipe_ends_it_quietly_with_0(server, no_daemon):
             stderr=subprocess.PIPE,
             text=True,
         )
-        assert process.stdout.readline()
-        process.stdout.close()
-        stderr = process.stderr.read()
+        assert there(process.stdout).readline()
+        there(process.stdout).close()
+        stderr = there(process.stderr).read()
         assert process.wait(20) == 0
-    process.stderr.close()
+    there(process.stderr).close()
     assert "Traceback" not in stderr and "Exception" not in stderr and "Broken" not in stderr
     account_of(stderr)
 
@@ -77,7 +84,7 @@ def test_a_closed_pipe_ends_it_quietly_with_0(server, no_daemon):
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["top", "--help"], ["--version"], ["who", "--port", "1"]]
 )
-def test_short_answers_end_well_whoever_reads_them(arguments, unbuffered):
+def test_short_answers_end_well_whoever_reads_them(arguments: list[str], unbuffered: str) -> None:
     command = [*HUNTER, *arguments]
     reading, writing = os.pipe()
     os.close(reading)
@@ -98,7 +105,9 @@ def test_short_answers_end_well_whoever_reads_them(arguments, unbuffered):
             assert not told or "cannot write to standard output: No space left" in told[0]
 
 
-def test_after_sigkill_the_parquet_file_is_finished(server, no_daemon, tmp_path):
+def test_after_sigkill_the_parquet_file_is_finished(
+    server: Any, no_daemon: list[str], tmp_path: Path
+) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     _, port = server
     path = tmp_path / "x.parquet"
@@ -110,13 +119,17 @@ def test_after_sigkill_the_parquet_file_is_finished(server, no_daemon, tmp_path)
             text=True,
         )
         begun(process)
-        shown = [process.stdout.readline() for _ in range(20)]  # a row is saved before it is shown
+        shown = [
+            there(process.stdout).readline() for _ in range(20)
+        ]  # a row is saved before it is shown
         process.kill()
         process.communicate()  # until the process that writes the file has ended too
     assert parquet.read_table(path).num_rows >= len(shown)
 
 
-def test_after_sigkill_the_file_holds_whole_rows(server, no_daemon, tmp_path):
+def test_after_sigkill_the_file_holds_whole_rows(
+    server: Any, no_daemon: list[str], tmp_path: Path
+) -> None:
     _, port = server
     with traffic(port):
         for turn in range(5):
@@ -127,7 +140,7 @@ def test_after_sigkill_the_file_holds_whole_rows(server, no_daemon, tmp_path):
                 text=True,
             )
             begun(process)
-            until(lambda path=path: path.read_text().count("\n") > 1, 60)
+            until(functools.partial(lambda one: one.read_text().count("\n") > 1, path), 60)
             time.sleep(turn * 0.037)
             process.kill()
             process.communicate()

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: MIT
 """-i follows a name: an interface that goes and comes back has another index (root)."""
 
+from __future__ import annotations
+
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,14 +27,14 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
 
 
 @pytest.fixture
-def place():
+def place() -> Iterator[list[Any]]:
     name = f"usb-{os.getpid()}"
     subprocess.run(["ip", "netns", "add", name], check=True)
     yield ["ip", "netns", "exec", name]
     subprocess.run(["ip", "netns", "del", name], check=True)
 
 
-def plug(place):
+def plug(place: Any) -> None:
     for command in (
         "link add usb9 type veth peer name peer9",
         "addr add 10.99.0.1/24 dev usb9",
@@ -40,12 +45,12 @@ def plug(place):
         subprocess.run([*place, "ip", *command.split()], check=True)
 
 
-def send(place, port):
+def send(place: Any, port: Any) -> None:
     subprocess.run([*place, sys.executable, "-c", SEND, str(port)], check=True)
 
 
-def told(hunter, words):
-    lines = []
+def told(hunter: Any, words: Any) -> Any:
+    lines: list[Any] = []
     while not lines or words not in lines[-1]:
         line = hunter.stderr.readline()
         assert line, lines
@@ -53,11 +58,11 @@ def told(hunter, words):
     return lines
 
 
-def count(path, port):
+def count(path: Any, port: Any) -> Any:
     return path.read_text().count(f",10.99.0.2,{port},")
 
 
-def wait_for(condition):
+def wait_for(condition: Any) -> None:
     until = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < until
@@ -65,13 +70,15 @@ def wait_for(condition):
 
 
 @pytest.mark.parametrize("way", ["alone", "daemon"])
-def test_an_interface_that_comes_back_is_followed(way, place, tmp_path):
+def test_an_interface_that_comes_back_is_followed(
+    way: str, place: list[Any], tmp_path: Path
+) -> None:
     plug(place)
     path = tmp_path / "x.csv"
     daemon = None
     source = ["--engine", "packet"]
     if way == "daemon":
-        socket = tmp_path / "d.sock"
+        socket = str(tmp_path / "d.sock")
         command = [sys.executable, "-m", "daemon", "--engine", "packet", "--socket", socket]
         daemon = subprocess.Popen([*place, *command], stderr=subprocess.PIPE, text=True)
         told(daemon, "serving")

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: MIT
 """What a hunter says of mistakes, and of who else answers at its socket."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
 import socket
 import subprocess
 import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +26,7 @@ from waiting import patient
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 
 
-def test_without_root_and_daemon_it_says_what_helps():
+def test_without_root_and_daemon_it_says_what_helps() -> None:
     done = hunt_as_nobody("--engine", "packet", "--duration", "200ms", "port 80")
     assert done.returncode == 1
     told = re.fullmatch(r"packet-hunter: .*needs root.*: sudo (.*)\n", done.stderr)
@@ -62,7 +67,9 @@ def test_without_root_and_daemon_it_says_what_helps():
         (["report", "/no/such.csv", "-o", "x.html"], 1, "cannot read"),
     ],
 )
-def test_a_mistake_is_one_clear_line_and_the_right_code(arguments, code, words, tmp_path):
+def test_a_mistake_is_one_clear_line_and_the_right_code(
+    arguments: list[str], code: int, words: str, tmp_path: Path
+) -> None:
     sockets = ["--socket", str(tmp_path / "none"), "--engine", "packet"]
     if arguments[:2] == ["--engine", "module"] and os.path.exists("/sys/module/sniffer"):
         pytest.skip("the module is loaded here")
@@ -80,38 +87,41 @@ def test_a_mistake_is_one_clear_line_and_the_right_code(arguments, code, words, 
     "arguments",
     [["-c", "1"], ["top"], ["who", "--port", "80"], ["stats"], ["doctor"], ["--direct"]],
 )
-def test_a_socket_that_is_named_and_served_by_nobody_is_a_failure(arguments, tmp_path):
+def test_a_socket_that_is_named_and_served_by_nobody_is_a_failure(
+    arguments: list[str], tmp_path: Path
+) -> None:
     """Packets of somewhere else would pass for the daemon's."""
     place = ["--socket", str(tmp_path / "none")]
     if arguments == ["top"]:
         master, slave = os.openpty()
-        done = subprocess.run(
+        code = subprocess.run(
             [*HUNTER, "top", *place],
             stdin=slave,
             stdout=slave,
             stderr=slave,
             timeout=60,
-        )
+        ).returncode
         os.close(slave)
         told = os.read(master, 65536).decode()
         os.close(master)
     else:
         done = hunt(*arguments, *place)
         told = done.stderr if arguments != ["doctor"] else done.stdout
-    assert done.returncode == 1
+        code = done.returncode
+    assert code == 1
     assert f"no daemon answers at {tmp_path}/none" in told
     assert arguments == ["doctor"] or len(told.splitlines()) == 1
 
 
 @contextlib.contextmanager
-def answering(path, answer):
+def answering(path: Any, answer: Any) -> Iterator[Any]:
     """Something at `path` that answers the first request with `answer` and goes away."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(1)
         listener.settimeout(60)
 
-        def serve():
+        def serve() -> None:
             with contextlib.suppress(TimeoutError):  # nobody asked: the caller says why
                 peer, _ = listener.accept()
                 with peer:
@@ -142,7 +152,9 @@ OTHER_RELEASE = {
     ],
     ids=["another release", "another program", "nothing", "half an answer"],
 )
-def test_whoever_else_answers_at_the_socket_is_a_clear_failure(answer, words, tmp_path):
+def test_whoever_else_answers_at_the_socket_is_a_clear_failure(
+    answer: Any, words: str, tmp_path: Path
+) -> None:
     path = str(tmp_path / "d.sock")
     with answering(path, answer):
         done = hunt("--socket", path)
@@ -150,7 +162,7 @@ def test_whoever_else_answers_at_the_socket_is_a_clear_failure(answer, words, tm
     assert words in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_an_old_capture_survives_a_hunter_that_cannot_begin(tmp_path):
+def test_an_old_capture_survives_a_hunter_that_cannot_begin(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text("precious")
     os.chmod(tmp_path, 0o777)
@@ -160,7 +172,7 @@ def test_an_old_capture_survives_a_hunter_that_cannot_begin(tmp_path):
     assert path.read_text() == "precious"
 
 
-def test_root_refuses_a_directory_that_others_can_write(tmp_path):
+def test_root_refuses_a_directory_that_others_can_write(tmp_path: Path) -> None:
     os.chmod(tmp_path, 0o777)
     done = hunt("--help", cwd=tmp_path)
     assert done.returncode == 1 and "others can write" in done.stderr

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The hunter where processes live: in containers and namespaces, and beside a dead resolver."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -10,11 +12,13 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from waiting import patient, until
+from waiting import patient, there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet and namespaces need root")
 
@@ -36,7 +40,7 @@ while True:
 
 
 @contextlib.contextmanager
-def cgroup2():
+def cgroup2() -> Iterator[Any]:
     """Where cgroup2 is mounted and can be written; else (a bare root) a mount for the tests."""
     for line in Path("/proc/mounts").read_text().splitlines():
         _, place, kind, *_ = line.split()
@@ -55,7 +59,7 @@ def cgroup2():
 
 
 @contextlib.contextmanager
-def own_cgroup(called):
+def own_cgroup(called: Any) -> Iterator[Any]:
     """A cgroup so named, as runtimes of containers make them."""
     with cgroup2() as root:
         path = root / called
@@ -67,12 +71,12 @@ def own_cgroup(called):
             path.rmdir()
 
 
-def name(identity):
+def name(identity: Any) -> str:
     return f"hunter-{identity[:12]}"
 
 
 @contextlib.contextmanager
-def config_of_docker(identity):
+def config_of_docker(identity: Any) -> Iterator[Any]:
     """What docker would keep of the container; on a machine without docker all of it goes again."""
     place = Path("/var/lib/docker/containers", identity)
     new = next(one for one in [*reversed(place.parents), place] if not one.exists())
@@ -86,7 +90,7 @@ def config_of_docker(identity):
 
 
 @pytest.fixture(scope="module")
-def container():
+def container() -> Iterator[tuple[Any, ...]]:
     """(id, pid here, network namespace) of a process in namespaces and a cgroup of its own."""
     identity = uuid.uuid4().hex * 2
     with config_of_docker(identity), own_cgroup(f"docker-{identity}.scope") as cgroup:
@@ -98,7 +102,7 @@ def container():
             text=True,
         )
         try:
-            inside, netns = process.stdout.readline().split()
+            inside, netns = there(process.stdout).readline().split()
             assert inside == "1"  # of its own pid namespace
             pids = {int(pid) for pid in (cgroup / "cgroup.procs").read_text().split()}
             (pid,) = pids - {process.pid}
@@ -111,13 +115,13 @@ def container():
 
 
 @pytest.fixture(scope="module")
-def outside():
+def outside() -> Iterator[Any]:
     """Traffic of this namespace, by a process that is in no container."""
     own = os.stat("/proc/self/ns/net").st_ino
     program = INSIDE.replace("inside-worker", "outside")
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     try:
-        assert int(process.stdout.readline().split()[1]) == own
+        assert int(there(process.stdout).readline().split()[1]) == own
         yield process.pid
     finally:
         process.kill()
@@ -144,13 +148,13 @@ def outside():
     ids=" ".join,
 )
 def test_a_process_in_a_container_is_found_by_its_place_and_name(
-    words, container, outside, tmp_path
-):
+    words: list[str], container: tuple[Any, ...], outside: Any, tmp_path: Path
+) -> None:
     identity, pid, netns = container
     here = {"ID12": identity[:12], "ID64": identity, "NETNS": str(netns), "PID": str(pid)}
     here["NAME"] = name(identity)
     options = [re.sub("[A-Z]{2,}[0-9]*", lambda found: here[found[0]], word) for word in words]
-    alone = ["--socket", tmp_path / "none", "--engine", "packet"]
+    alone = ["--socket", str(tmp_path / "none"), "--engine", "packet"]
     command = [*HUNTER, *alone, "--json", "-c", "20", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=patient(100))
     assert done.returncode == 0, done.stderr
@@ -164,12 +168,14 @@ def test_a_process_in_a_container_is_found_by_its_place_and_name(
     }
     assert rows[0]["parents"][0]["comm"] == "unshare"
     seen = re.search(r"(\d+) packets seen", done.stderr)
-    assert int(seen[1]) > 20  # there was other traffic, which did not fit
+    assert int(there(seen)[1]) > 20  # there was other traffic, which did not fit
 
 
-def test_a_line_shows_the_container_of_its_process(container, tmp_path):
+def test_a_line_shows_the_container_of_its_process(
+    container: tuple[Any, ...], tmp_path: Path
+) -> None:
     identity, pid, netns = container
-    command = [*HUNTER, "--socket", tmp_path / "none", "--engine", "packet", "-n", "-c", "4"]
+    command = [*HUNTER, "--socket", str(tmp_path / "none"), "--engine", "packet", "-n", "-c", "4"]
     done = subprocess.run(
         [*command, "--netns", str(netns)], capture_output=True, text=True, timeout=patient(100)
     )
@@ -218,7 +224,7 @@ print(json.dumps([done.returncode, done.stdout, done.stderr, asked.wait(0)]))
 """
 
 
-def test_a_resolver_that_never_answers_holds_up_no_line_and_no_end(tmp_path):
+def test_a_resolver_that_never_answers_holds_up_no_line_and_no_end(tmp_path: Path) -> None:
     """One lookup lasts 150 s; 200 packets of 50 addresses are shown, and it ends, before."""
     own = ["unshare", "--mount", "--net", "--propagation", "private"]
     done = subprocess.run(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """top in a terminal of its own: a signal ends it, and so does the end of the terminal."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import pty
@@ -8,6 +10,7 @@ import select
 import signal
 import sys
 import time
+from typing import Any
 
 import pytest
 
@@ -16,7 +19,7 @@ SECONDS = 60
 
 
 @pytest.mark.parametrize("how", ["terminated", "hung up"])
-def test_top_does_not_outlive_its_terminal(how):
+def test_top_does_not_outlive_its_terminal(how: str) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
         os.execv(sys.executable, [sys.executable, "-m", "hunter", "top", "--engine", "packet"])
@@ -38,12 +41,12 @@ def test_top_does_not_outlive_its_terminal(how):
             os.close(terminal)
 
 
-def _read(terminal):
+def _read(terminal: Any) -> Any:
     assert select.select([terminal], [], [], SECONDS)[0], "nothing more is shown"
     return os.read(terminal, 65536)
 
 
-def _ended(pid, terminal):
+def _ended(pid: Any, terminal: Any) -> Any:
     """The exit code; what it draws until then is thrown away, as a terminal would take it."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:

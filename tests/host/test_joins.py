@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A tuple is not a name: namespaces and times that share one, and answers that were cut."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
@@ -10,11 +12,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nlproto.client.client import DaemonClient
-from waiting import patient, until
+from waiting import patient, there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 needs_captures = pytest.mark.skipif(
@@ -61,12 +66,12 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
 """
 
 
-def ip(*words):
+def ip(*words: Any) -> Any:
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
 
 
 @pytest.fixture
-def namespaces():
+def namespaces() -> Iterator[list[str]]:
     """Names of two network namespaces with nothing but lo."""
     names = [f"ph{os.getpid()}{letter}" for letter in "ab"]
     try:
@@ -80,7 +85,7 @@ def namespaces():
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory):
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     path = tmp_path_factory.mktemp("daemon") / "d.sock"
     process = subprocess.Popen(
         [sys.executable, "-m", "daemon", "--engine", "packet", "--socket", path, "--foreground"],
@@ -93,7 +98,7 @@ def daemon(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def inside(namespace, code, *words):
+def inside(namespace: Any, code: Any, *words: Any) -> Iterator[Any]:
     process = subprocess.Popen(
         ["ip", "netns", "exec", namespace, sys.executable, "-c", code, *words],
         stdin=subprocess.PIPE,
@@ -110,11 +115,11 @@ def inside(namespace, code, *words):
 
 
 @contextlib.contextmanager
-def tcpdump(path, *words, netns=None):
+def tcpdump(path: Any, *words: Any, netns: Any = None) -> Iterator[Any]:
     place = ["ip", "netns", "exec", netns] if netns else []
     command = [*place, "tcpdump", "--immediate-mode", "-i", "lo", "-U", "-w", path, *words]
     dump = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while "listening on" not in (line := dump.stderr.readline()):
+    while "listening on" not in (line := there(dump.stderr).readline()):
         assert line, "tcpdump ended at once"
     try:
         yield
@@ -123,7 +128,7 @@ def tcpdump(path, *words, netns=None):
         dump.communicate(timeout=20)
 
 
-def annotate(daemon, trace, out, *words):
+def annotate(daemon: Any, trace: Any, out: Any, *words: Any) -> tuple[Any, ...]:
     done = subprocess.run(
         [*HUNTER, "annotate", trace, "-o", out, "--socket", daemon, *words],
         capture_output=True,
@@ -132,11 +137,11 @@ def annotate(daemon, trace, out, *words):
     )
     assert done.returncode == 0, done.stderr
     figures = re.search(r"([\d,]+) named.*, of these ([\d,]+) ambiguous", done.stderr)
-    named, ambiguous = (int(text.replace(",", "")) for text in figures.groups())
+    named, ambiguous = (int(text.replace(",", "")) for text in there(figures).groups())
     return named, ambiguous, done
 
 
-def comments(path):
+def comments(path: Any) -> Any:
     done = subprocess.run(
         ["tshark", "-r", path, "-n", "-T", "fields", "-e", "frame.comment"],
         capture_output=True,
@@ -147,7 +152,7 @@ def comments(path):
     return done.stdout.splitlines()
 
 
-def known(daemon, count, **question):
+def known(daemon: Any, count: Any, **question: Any) -> None:
     """Wait until `count` flows of clients or servers are named in the history."""
     with DaemonClient(daemon) as client:
         until(
@@ -158,7 +163,7 @@ def known(daemon, count, **question):
 
 
 @pytest.fixture
-def twins(namespaces, daemon, tmp_path):
+def twins(namespaces: list[str], daemon: Any, tmp_path: Path) -> Iterator[tuple[Any, ...]]:
     """A capture of one of two namespaces in which the same tuple was used at the same time."""
     trace = tmp_path / "a.pcap"
     with contextlib.ExitStack() as stack:
@@ -182,7 +187,9 @@ def twins(namespaces, daemon, tmp_path):
 
 
 @needs_captures
-def test_a_flow_that_two_namespaces_had_is_never_the_others(twins, daemon, tmp_path):
+def test_a_flow_that_two_namespaces_had_is_never_the_others(
+    twins: tuple[Any, ...], daemon: Any, tmp_path: Path
+) -> None:
     trace, names = twins
     out = tmp_path / "out.pcapng"
     named, ambiguous, done = annotate(daemon, trace, out)
@@ -204,7 +211,9 @@ def test_a_flow_that_two_namespaces_had_is_never_the_others(twins, daemon, tmp_p
 
 
 @needs_captures
-def test_a_namespace_by_pid_and_one_that_did_not_have_the_flow(twins, daemon, tmp_path):
+def test_a_namespace_by_pid_and_one_that_did_not_have_the_flow(
+    twins: tuple[Any, ...], daemon: Any, tmp_path: Path
+) -> None:
     trace, names = twins
     out = tmp_path / "out.pcapng"
     with DaemonClient(daemon) as client:
@@ -239,7 +248,7 @@ with socket.create_server(("127.0.0.1", int(sys.argv[1])), backlog=512) as serve
 
 
 @contextlib.contextmanager
-def echoes(port, count):
+def echoes(port: Any, count: Any) -> Iterator[Any]:
     server = subprocess.Popen(
         [sys.executable, "-c", ECHOES, str(port), str(count)],
         stdin=subprocess.PIPE,
@@ -247,7 +256,7 @@ def echoes(port, count):
         text=True,
     )
     try:
-        assert server.stdout.readline() == "listening\n"
+        assert there(server.stdout).readline() == "listening\n"
         yield server
     finally:
         server.kill()
@@ -256,7 +265,9 @@ def echoes(port, count):
 
 @needs_captures
 @pytest.mark.parametrize("port", [8081, 50051])
-def test_many_connections_to_a_port_are_named_however_high_it_is(port, daemon, tmp_path):
+def test_many_connections_to_a_port_are_named_however_high_it_is(
+    port: int, daemon: Any, tmp_path: Path
+) -> None:
     count, trace, out = 300, tmp_path / "x.pcap", tmp_path / "out.pcapng"
     with echoes(port, count) as server, tcpdump(trace, f"tcp port {port}"):
         for _ in range(count):
@@ -291,7 +302,7 @@ with socket.socket() as peer:
 
 
 @needs_captures
-def test_a_tuple_that_one_process_after_another_uses(daemon, tmp_path):
+def test_a_tuple_that_one_process_after_another_uses(daemon: Any, tmp_path: Path) -> None:
     """Each packet's client is the process whose connection it is, or said to be uncertain."""
     trace, out, port = tmp_path / "x.pcap", tmp_path / "out.pcapng", 8082
     spans = []
@@ -313,7 +324,7 @@ def test_a_tuple_that_one_process_after_another_uses(daemon, tmp_path):
         time.sleep(0.5)
     named, ambiguous, _ = annotate(daemon, trace, out)
     done = subprocess.run(
-        ["tshark", "-r", out, "-n", "-T", "fields", "-E", "separator=|"]
+        ["tshark", "-r", str(out), "-n", "-T", "fields", "-E", "separator=|"]
         + ["-e", "frame.time_epoch", "-e", "frame.comment", "-e", "tcp.srcport"],
         capture_output=True,
         text=True,

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Nobody is asked about packets that waited long: those behind them would wait as well (root)."""
 
+from __future__ import annotations
+
 import os
 import socket
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,18 +30,18 @@ class Counting(Holders):
 
     looks = 0
 
-    def find_soon(self, *arguments):
+    def find_soon(self, *arguments: Any) -> Any:
         self.looks += 1
         return super().find_soon(*arguments)
 
 
 @pytest.fixture
-def packets():
+def packets() -> Iterator[Any]:
     """The first packet of each of many flows of one socket, sent `age_ns` ago."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
 
-        def sent(age_ns):
+        def sent(age_ns: Any) -> Any:
             records = np.zeros(FLOWS, wire.RECORD)
             records["family"], records["proto"] = socket.AF_INET, socket.IPPROTO_UDP
             records["netns"], records["dir"] = netns.own(), wire.lib.SNIFFER_DIR_OUT
@@ -50,13 +54,13 @@ def packets():
         yield sent
 
 
-def name_by_engine(records, holders):
+def name_by_engine(records: Any, holders: Any) -> Any:
     with SockDiag() as diag:
         names = PacketNames(diag, holders, lambda *_: True, time.monotonic_ns)
         return names.name(records, np.zeros(len(records), bool))
 
 
-def name_by_pipeline(records, holders):
+def name_by_pipeline(records: Any, holders: Any) -> Any:
     with Namer(holders=holders) as namer:
         namer.name(records)
     return records
@@ -64,7 +68,9 @@ def name_by_pipeline(records, holders):
 
 @pytest.mark.parametrize("name", [name_by_engine, name_by_pipeline])
 @pytest.mark.parametrize(("age_ns", "asked"), [(0, True), (60 * SECOND, False)])
-def test_only_those_of_the_last_moments_are_asked_about(packets, name, age_ns, asked):
+def test_only_those_of_the_last_moments_are_asked_about(
+    packets: Any, name: Any, age_ns: int, asked: bool
+) -> None:
     holders = Counting()
     records = name(packets(age_ns), holders)
     assert (holders.looks > 0, bool(records["tgid"].any())) == (asked, asked)

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: MIT
 """Whose a network namespace is, asked of the kernel, and which are captured when they are many."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nlproto.host import netns
 from nlproto.running import descriptors
-from waiting import until
+from waiting import there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to act as another user")
 
@@ -19,23 +23,23 @@ USER = 65534
 INSIDE = ["unshare", "-Urn"]
 
 
-def started(command, user=None):
+def started(command: Any, user: Any = None) -> tuple[Any, ...]:
     """A process in namespaces of its own; its netns path."""
     child = subprocess.Popen(
         [*command, "sh", "-c", "echo; exec sleep 60"], stdout=subprocess.PIPE, user=user
     )
-    if not child.stdout.readline():
+    if not there(child.stdout).readline():
         child.wait()
         pytest.skip("users may not make user namespaces here")
     return child, Path(f"/proc/{child.pid}/ns/net")
 
 
 @pytest.fixture
-def namespaces():
+def namespaces() -> Iterator[Any]:
     """Starts a process in namespaces of its own; its netns path."""
     with contextlib.ExitStack() as stack:
 
-        def make(command, user=None):
+        def make(command: Any, user: Any = None) -> Any:
             child, path = started(command, user)
             stack.callback(child.stdout.close)
             stack.callback(child.wait)
@@ -55,7 +59,9 @@ def namespaces():
     ],
     ids=["ours", "users", "nested", "roots_user_namespace"],
 )
-def test_a_namespace_is_of_who_made_the_outermost_user_namespace(namespaces, command, user, owner):
+def test_a_namespace_is_of_who_made_the_outermost_user_namespace(
+    namespaces: Any, command: Any, user: Any, owner: Any
+) -> None:
     assert netns.owner(namespaces(command, user)) == owner
 
 
@@ -72,11 +78,11 @@ with PacketEngine(lambda note: print("told", note, flush=True)) as engine:
 
 
 @pytest.fixture
-def engine():
+def engine() -> Iterator[Any]:
     """An engine in a process of its own with so many descriptors; its lines."""
     with contextlib.ExitStack() as stack:
 
-        def start(descriptors):
+        def start(descriptors: Any) -> Any:
             child = subprocess.Popen(
                 [sys.executable, "-c", ENGINE, str(descriptors)],
                 stdin=subprocess.PIPE,
@@ -90,7 +96,7 @@ def engine():
         yield start
 
 
-def captured(child):
+def captured(child: Any) -> set[int]:
     """The namespaces that it captures now; what it tells is left out."""
     child.stdin.write("\n")
     child.stdin.flush()
@@ -100,7 +106,7 @@ def captured(child):
     return {int(word) for word in line.split()}
 
 
-def test_a_users_many_namespaces_leave_places_for_root(namespaces, engine):
+def test_a_users_many_namespaces_leave_places_for_root(namespaces: Any, engine: Any) -> None:
     roots = [path for path in netns.paths().values() if not netns.owner_or_unknown(path)]
     room = len(roots) + 6
     theirs = {namespaces(INSIDE, USER).stat().st_ino for _ in range(20)}
@@ -111,7 +117,7 @@ def test_a_users_many_namespaces_leave_places_for_root(namespaces, engine):
     assert not theirs <= captured(child)
 
 
-def test_few_descriptors_are_enough_for_its_own_namespace(namespaces, engine):
+def test_few_descriptors_are_enough_for_its_own_namespace(namespaces: Any, engine: Any) -> None:
     for _ in range(6):
         namespaces(["unshare", "-n"])
     child = engine(24)

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: MIT
 """What the engine left open is named by sock_diag, by the packet's own socket only."""
 
+from __future__ import annotations
+
 import os
 import socket
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +19,7 @@ from nlproto.records import wire
 LOCAL = socket.inet_aton("127.0.0.1").ljust(16, b"\0")
 
 
-def arrived(proto, port, cookie):
+def arrived(proto: Any, port: Any, cookie: Any) -> Any:
     """A record of a packet to `port`, open to be named."""
     record = np.zeros(1, wire.RECORD)
     record["family"], record["proto"], record["netns"] = socket.AF_INET, proto, netns.own()
@@ -26,47 +30,47 @@ def arrived(proto, port, cookie):
     return record
 
 
-def cookie_of(sock):
+def cookie_of(sock: Any) -> Any:
     return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, 57, 8), "little")  # SO_COOKIE
 
 
-def named(record):
+def named(record: Any) -> int:
     with Namer() as namer:
         namer.name(record)
     return int(record["tgid"][0])
 
 
 @pytest.fixture
-def bound():
+def bound() -> Iterator[Any]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         yield sock
 
 
 @pytest.fixture
-def listener():
+def listener() -> Iterator[Any]:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen()
         yield sock
 
 
-def test_a_socket_with_the_packets_cookie_is_its_own(bound):
+def test_a_socket_with_the_packets_cookie_is_its_own(bound: Any) -> None:
     record = arrived(socket.IPPROTO_UDP, bound.getsockname()[1], cookie_of(bound))
     assert named(record) == os.getpid()
 
 
-def test_who_has_the_port_since_is_not_named(bound):
+def test_who_has_the_port_since_is_not_named(bound: Any) -> None:
     record = arrived(socket.IPPROTO_UDP, bound.getsockname()[1], cookie_of(bound) + 1)
     assert named(record) == 0
 
 
 @pytest.mark.parametrize("cookie", [0, 1 << 60])
-def test_a_listener_is_not_named_for_a_connection_that_is_gone(listener, cookie):
+def test_a_listener_is_not_named_for_a_connection_that_is_gone(listener: Any, cookie: int) -> None:
     record = arrived(socket.IPPROTO_TCP, listener.getsockname()[1], cookie)
     assert named(record) == 0
 
 
-def test_a_listener_is_named_for_what_is_its_own(listener):
+def test_a_listener_is_named_for_what_is_its_own(listener: Any) -> None:
     record = arrived(socket.IPPROTO_TCP, listener.getsockname()[1], cookie_of(listener))
     assert named(record) == os.getpid()

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: MIT
 """One connection behind NAT, not three: a published port, masquerade, hairpin, as they are."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nlproto.client.client import DaemonClient
 from translating import PUBLISHED, became, flow_of, place
-from waiting import until
+from waiting import there, until
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root"),
@@ -19,24 +24,24 @@ pytestmark = [
 
 
 @pytest.fixture(name="namespaces", scope="module")
-def _namespaces():
+def _namespaces() -> Iterator[Any]:
     with place() as found:
         found.rules(PUBLISHED)
         yield found
 
 
 @pytest.fixture(name="lab")
-def _lab(namespaces):
+def _lab(namespaces: Any) -> Iterator[Any]:
     yield namespaces
     namespaces.end_all()
 
 
-def flows(daemon, **question):
+def flows(daemon: Any, **question: Any) -> Any:
     with DaemonClient(daemon.path) as asking:
         return asking.who(**question)["flows"]
 
 
-def of(daemon, process, **question):
+def of(daemon: Any, process: Any, **question: Any) -> Any:
     return flow_of(daemon.path, process, **question)
 
 
@@ -48,7 +53,9 @@ def of(daemon, process, **question):
         ("tcp", "fd77::1", 8081, "fd88::2"),
     ],
 )
-def test_who_names_the_process_behind_a_published_port(daemon, lab, proto, address, port, server):
+def test_who_names_the_process_behind_a_published_port(
+    daemon: Any, lab: Any, proto: str, address: str, port: int, server: str
+) -> None:
     serving = lab.server("box", 80, proto, server)
     client = lab.client("far", address, port, proto)
     flow = of(daemon, serving, port=port)
@@ -63,20 +70,20 @@ def test_who_names_the_process_behind_a_published_port(daemon, lab, proto, addre
 HUNTER = [sys.executable, "-m", "hunter"]
 
 
-def hunt(daemon, *words):
+def hunt(daemon: Any, *words: Any) -> tuple[Any, ...]:
     """The hunter on its way, and what ends it and gives what it wrote."""
     command = [*HUNTER, "--socket", daemon.path, "-n", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert "Ctrl-C ends" in process.stderr.readline()
+    assert "Ctrl-C ends" in there(process.stderr).readline()
 
-    def end():
+    def end() -> Any:
         process.send_signal(signal.SIGINT)
         return process.communicate(timeout=30)[0]
 
     return process, end
 
 
-def test_lines_have_both_addresses_and_filters_match_either(daemon, lab):
+def test_lines_have_both_addresses_and_filters_match_either(daemon: Any, lab: Any) -> None:
     serving = lab.server("box", 80, address="10.88.0.2")
     lab.client("far", "10.77.0.1", 8080)  # the daemon follows the namespaces then
     of(daemon, serving, port=8080)
@@ -96,7 +103,7 @@ def test_lines_have_both_addresses_and_filters_match_either(daemon, lab):
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet", "pcapng", "ecs.jsonl"])
-def test_saved_addresses_are_read_again(daemon, lab, tmp_path, ending):
+def test_saved_addresses_are_read_again(daemon: Any, lab: Any, tmp_path: Path, ending: str) -> None:
     serving = lab.server("box", 80, address="10.88.0.2")
     lab.client("far", "10.77.0.1", 8080)
     of(daemon, serving, port=8080)
@@ -115,7 +122,7 @@ def test_saved_addresses_are_read_again(daemon, lab, tmp_path, ending):
         assert (row["nat_dst"], row["nat_dport"]) == ("10.77.0.1", 8080)
 
 
-def who(daemon, *words):
+def who(daemon: Any, *words: Any) -> Any:
     """What `who` prints, in one line for each row."""
     shown = subprocess.run(
         [*HUNTER, "who", "--socket", daemon.path, *words],
@@ -127,14 +134,14 @@ def who(daemon, *words):
     return shown.stdout.splitlines()
 
 
-def test_who_shows_one_connection_with_both_addresses(daemon, lab):
+def test_who_shows_one_connection_with_both_addresses(daemon: Any, lab: Any) -> None:
     serving = lab.server("box", 80, address="10.88.0.2")
     client = lab.client("far", "10.77.0.1", 8080)
     of(daemon, serving, port=client.port)
     of(daemon, client, port=client.port)
     until(lambda: any(one["forwarded"] for one in flows(daemon, port=client.port)))
 
-    def now():
+    def now() -> Any:
         lines = who(daemon, "--port", "8080")
         until_seen = next((at for at, line in enumerate(lines) if line.strip() == "seen"), None)
         held = [line for line in lines[:until_seen] if f".{serving.pid}" in line]
@@ -150,7 +157,7 @@ def test_who_shows_one_connection_with_both_addresses(daemon, lab):
     assert not [line for line in seen if "forwarded" in line and str(client.port) in line]
 
 
-def test_masquerade_is_seen_from_both_sides(daemon, lab):
+def test_masquerade_is_seen_from_both_sides(daemon: Any, lab: Any) -> None:
     """A container that asks the world: by its own address, and by its host's."""
     serving = lab.server("far", 443, address="10.77.0.2")
     client = lab.client("box", "10.77.0.2", 443)
@@ -163,7 +170,7 @@ def test_masquerade_is_seen_from_both_sides(daemon, lab):
     assert of(daemon, client, port=asks["nat_lport"])["pid"] == client.pid
 
 
-def test_a_container_that_asks_itself_by_its_published_port(daemon, lab):
+def test_a_container_that_asks_itself_by_its_published_port(daemon: Any, lab: Any) -> None:
     """Hairpin: both ends change."""
     serving = lab.server("box", 80, address="10.88.0.2")
     client = lab.client("box", "10.77.0.1", 8080)
@@ -176,7 +183,7 @@ def test_a_container_that_asks_itself_by_its_published_port(daemon, lab):
     assert became(answers) == ("10.77.0.1", 8080, "10.88.0.2", client.port)
 
 
-def test_what_one_user_translates_is_not_told_of_another(daemon, lab):
+def test_what_one_user_translates_is_not_told_of_another(daemon: Any, lab: Any) -> None:
     """A namespace of somebody else's with the same tuples claims nothing."""
     serving = lab.server("box", 80, address="10.88.0.2")
     client = lab.client("far", "10.77.0.1", 8080)
@@ -185,7 +192,7 @@ def test_what_one_user_translates_is_not_told_of_another(daemon, lab):
         [sys.executable, "-c", STRANGER, str(client.port)], stdout=subprocess.PIPE, text=True
     )
     try:
-        if not (line := stranger.stdout.readline()):
+        if not (line := there(stranger.stdout).readline()):
             pytest.skip("users may not make namespaces here")
         pid = int(line)
         until(lambda: [one for one in flows(daemon, port=client.port) if one["netns"] not in
@@ -237,7 +244,7 @@ while True:
 """
 
 
-def test_who_shows_the_process_behind_a_proxy_of_the_runtime(daemon, lab):
+def test_who_shows_the_process_behind_a_proxy_of_the_runtime(daemon: Any, lab: Any) -> None:
     serving = lab.server("box", 80, address="10.88.0.2")
     proxy = lab.start("host", PROXY)
     client = lab.client("far", "10.77.0.1", 9000)
@@ -245,7 +252,7 @@ def test_who_shows_the_process_behind_a_proxy_of_the_runtime(daemon, lab):
     of(daemon, serving, port=80)
     client.again()
 
-    def rows():
+    def rows() -> Any:
         lines = who(daemon, "--port", "9000")
         found = [line for line in lines if f".{serving.pid}" in line and "10.88.0.2.80" in line]
         return found if any(f".{proxy.pid}" in line for line in lines) and found else None
@@ -254,7 +261,9 @@ def test_who_shows_the_process_behind_a_proxy_of_the_runtime(daemon, lab):
     assert f"behind docker-proxy.{proxy.pid}" in row
 
 
-def test_a_capture_of_the_uplink_names_the_process_in_the_container(daemon, lab, tmp_path):
+def test_a_capture_of_the_uplink_names_the_process_in_the_container(
+    daemon: Any, lab: Any, tmp_path: Path
+) -> None:
     serving = lab.server("box", 80, address="10.88.0.2")
     client = lab.client("far", "10.77.0.1", 8080)
     of(daemon, serving, port=8080)
@@ -264,7 +273,7 @@ def test_a_capture_of_the_uplink_names_the_process_in_the_container(daemon, lab,
          "-c", "2", "-w", capture, "tcp", "port", "8080"],
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while "listening on" not in (line := dump.stderr.readline()):
+    while "listening on" not in (line := there(dump.stderr).readline()):
         assert line, "tcpdump ended at once"
     client.again()
     assert dump.wait(30) == 0

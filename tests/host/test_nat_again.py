@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: MIT
 """A client's port that comes back at once, to another server: neither has the other's name."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -52,21 +56,21 @@ NOTHING = "chain pre {\n type nat hook prerouting priority -100\n}\n"
 
 
 @pytest.fixture(name="lab", scope="module")
-def _lab():
+def _lab() -> Iterator[Any]:
     with place() as found:
         yield found
 
 
-def rules(lab, text):
+def rules(lab: Any, text: Any) -> None:
     lab.run("host", "nft flush ruleset")
     lab.rules(text)
 
 
-def delete_entries(lab):
+def delete_entries(lab: Any) -> None:
     lab.start("host", FLUSH).end()
 
 
-def fits(flow, case, port):
+def fits(flow: Any, case: Any, port: Any) -> bool:
     """Whether a client's flow has the translation that leads to the server of this port."""
     if not port:
         return flow["nat_lport"] is None
@@ -75,7 +79,7 @@ def fits(flow, case, port):
 
 @pytest.mark.parametrize("older", [True, False], ids=["older than the daemon", "younger"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_port_that_comes_back_at_once(start, lab, case, older):
+def test_a_port_that_comes_back_at_once(start: Any, lab: Any, case: Any, older: bool) -> None:
     rules(lab, PUBLISHED)
     delete_entries(lab)  # those of an earlier case
     daemon = None if older else start()
@@ -96,7 +100,7 @@ def test_a_port_that_comes_back_at_once(start, lab, case, older):
     second = lab.server(where, port, case.proto, address)
     new = lab.client(case.where, case.address, case.port, case.proto, OWN)
 
-    def asked():
+    def asked() -> Any:
         new.again()
         flow = flow_of(daemon.path, new, port=case.port)
         assert not fits(flow, case, 80), flow

@@ -1,36 +1,40 @@
 # SPDX-License-Identifier: MIT
 """Holders of sockets and details of processes, with real processes."""
 
+from __future__ import annotations
+
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from nlproto.host import procfs
 from nlproto.host.holders import Holders
-from waiting import until
+from waiting import there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to read /proc of others")
 
 
-def inode(sock):
+def inode(sock: Any) -> Any:
     return os.fstat(sock.fileno()).st_ino
 
 
 @pytest.fixture
-def sock():
+def sock() -> Iterator[Any]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
         yield made
 
 
 @pytest.fixture
-def spawned():
+def spawned() -> Iterator[Any]:
     running = []
 
-    def spawn(code, **options):
+    def spawn(code: Any, **options: Any) -> Any:
         child = subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options
         )
@@ -41,8 +45,8 @@ def spawned():
     for child in running:
         child.kill()
         child.wait()
-        child.stdin.close()
-        child.stdout.close()
+        there(child.stdin).close()
+        there(child.stdout).close()
 
 
 BIND = """
@@ -53,27 +57,27 @@ sys.stdin.read()
 """
 
 
-def test_the_descriptors_of_a_process_are_listed(sock):
-    assert procfs.socket_inodes(os.getpid())[inode(sock)] == sock.fileno()
+def test_the_descriptors_of_a_process_are_listed(sock: Any) -> None:
+    assert there(procfs.socket_inodes(os.getpid()))[inode(sock)] == sock.fileno()
 
 
-def test_more_sockets_than_one_read_takes_are_all_listed():
+def test_more_sockets_than_one_read_takes_are_all_listed() -> None:
     made = [socket.socket(socket.AF_UNIX) for _ in range(900)]
     copies = [one.dup() for one in made[:400]]
     try:
-        assert {inode(one) for one in made} <= procfs.socket_inodes(os.getpid()).keys()
+        assert {inode(one) for one in made} <= there(procfs.socket_inodes(os.getpid())).keys()
     finally:
         for one in made + copies:
             one.close()
 
 
-def test_a_holder_is_found_with_comm_and_start(sock):
+def test_a_holder_is_found_with_comm_and_start(sock: Any) -> None:
     (found,) = Holders().find(inode(sock))
     assert found.identity == procfs.identity(os.getpid())
     assert found.uid == os.getuid()
 
 
-def test_a_process_born_after_the_walk_is_found(spawned):
+def test_a_process_born_after_the_walk_is_found(spawned: Any) -> None:
     holders = Holders()
     holders.walk()
     child = spawned(BIND)
@@ -81,7 +85,7 @@ def test_a_process_born_after_the_walk_is_found(spawned):
     assert [one.identity.tgid for one in holders.find(number)] == [child.pid]
 
 
-def test_a_parent_that_holds_a_childs_socket_too_is_found_with_it(sock, spawned):
+def test_a_parent_that_holds_a_childs_socket_too_is_found_with_it(sock: Any, spawned: Any) -> None:
     """A socket made since the walk and inherited at once: the newborn is asked first."""
     holders = Holders()
     holders.walk()
@@ -93,7 +97,7 @@ def test_a_parent_that_holds_a_childs_socket_too_is_found_with_it(sock, spawned)
     assert {one.identity.tgid for one in found} == {child.pid, os.getpid()}
 
 
-def test_who_never_held_a_socket_alone_comes_youngest_first(sock, spawned):
+def test_who_never_held_a_socket_alone_comes_youngest_first(sock: Any, spawned: Any) -> None:
     sock.set_inheritable(True)
     child = spawned("import sys; sys.stdin.read()", close_fds=False)
     holders = Holders()
@@ -102,7 +106,9 @@ def test_who_never_held_a_socket_alone_comes_youngest_first(sock, spawned):
 
 
 @pytest.mark.parametrize("seen_by", ["find", "walk"])
-def test_who_held_a_socket_alone_stays_its_user_until_it_lets_go(sock, spawned, seen_by):
+def test_who_held_a_socket_alone_stays_its_user_until_it_lets_go(
+    sock: Any, spawned: Any, seen_by: str
+) -> None:
     holders = Holders()
     holders.find(inode(sock)) if seen_by == "find" else holders.walk()
     sock.set_inheritable(True)
@@ -114,7 +120,7 @@ def test_who_held_a_socket_alone_stays_its_user_until_it_lets_go(sock, spawned, 
     assert [one.identity.tgid for one in holders.find(number)] == [child.pid]
 
 
-def test_a_holder_that_closed_or_died_is_no_holder_any_more(sock, spawned):
+def test_a_holder_that_closed_or_died_is_no_holder_any_more(sock: Any, spawned: Any) -> None:
     sock.set_inheritable(True)
     child = spawned("import sys; sys.stdin.read()", close_fds=False)
     holders = Holders()
@@ -127,7 +133,7 @@ def test_a_holder_that_closed_or_died_is_no_holder_any_more(sock, spawned):
     assert holders.find(number) == ()
 
 
-def test_an_exec_changes_the_comm_but_not_the_holder(spawned):
+def test_an_exec_changes_the_comm_but_not_the_holder(spawned: Any) -> None:
     child = spawned(BIND + "s.set_inheritable(True); os.execv('/bin/sleep', ['sleep', '60'])")
     number = int(child.stdout.readline())
     holders = Holders()
@@ -137,27 +143,31 @@ def test_an_exec_changes_the_comm_but_not_the_holder(spawned):
     assert holders.find(number)[0].identity.tgid == child.pid
 
 
-def test_details_of_another_users_process_are_told(spawned):
+def test_details_of_another_users_process_are_told(spawned: Any) -> None:
     drop = "import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534)"
     child = spawned(drop + "; print(flush=True); sys.stdin.read()")
     child.stdout.readline()
-    start = procfs.identity(child.pid).start_ns
+    start = there(procfs.identity(child.pid)).start_ns
     found = procfs.details(child.pid, start, cmdline="full")
-    assert (found.uid, found.user, found.ppid) == (65534, "nobody", os.getpid())
-    assert found.exe.startswith("/") and "sys.stdin.read()" in found.cmdline
+    assert (there(found).uid, there(found).user, there(found).ppid) == (
+        65534,
+        "nobody",
+        os.getpid(),
+    )
+    assert there(found).exe.startswith("/") and "sys.stdin.read()" in there(found).cmdline
 
 
-def test_a_zombie_has_no_exe_and_no_exception(spawned):
+def test_a_zombie_has_no_exe_and_no_exception(spawned: Any) -> None:
     child = spawned("pass")
-    start = procfs.identity(child.pid).start_ns
+    start = there(procfs.identity(child.pid)).start_ns
     until(lambda: not procfs.socket_inodes(child.pid))
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     found = procfs.details(child.pid, start)
     assert found is None or found.exe == ""
 
 
-def test_a_dead_process_is_nobody(spawned):
+def test_a_dead_process_is_nobody(spawned: Any) -> None:
     child = spawned("pass")
-    start = procfs.identity(child.pid).start_ns
+    start = there(procfs.identity(child.pid)).start_ns
     child.wait()
     assert procfs.details(child.pid, start) is None

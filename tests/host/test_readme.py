@@ -5,6 +5,8 @@ The tree is a copy, /etc, /run and /usr/local/bin are this test's own; what is s
 (packages, .venv) is there already, and tests/packages/test_bare.py tries it on a bare Debian.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
@@ -14,7 +16,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -51,7 +55,7 @@ def is_endless(line: str) -> bool:
 
 
 @pytest.fixture
-def shell(tmp_path):
+def shell(tmp_path: Path) -> Iterator[Any]:
     """Run a line as bash does, on a terminal when asked; a machine of its own to change."""
     tree = tmp_path / "tree"
     listed = subprocess.run(
@@ -110,7 +114,7 @@ def shell(tmp_path):
     }
     enter = ["nsenter", "--target", inside, "--mount", "--pid", "bash", "-c"]
 
-    def run(line, terminal=None):
+    def run(line: Any, terminal: Any = None) -> Any:
         return subprocess.Popen(
             [*enter, f"cd {tree} && {line}"],
             stdin=terminal if terminal is not None else subprocess.DEVNULL,
@@ -125,7 +129,7 @@ def shell(tmp_path):
     holder.wait()
 
 
-def until_it_shows(process, master):
+def until_it_shows(process: Any, master: Any) -> Any:
     """Read the terminal until the program is at work."""
     screen = ""
     give_up = time.monotonic() + 120
@@ -136,7 +140,7 @@ def until_it_shows(process, master):
     return screen
 
 
-def run_endless(shell, line):
+def run_endless(shell: Any, line: Any) -> Any:
     master, slave = os.openpty()
     process = shell(line, slave)
     os.close(slave)
@@ -162,7 +166,7 @@ def run_endless(shell, line):
 
 
 @pytest.fixture
-def traffic():
+def traffic() -> Iterator[None]:
     """What there is on any machine that somebody wants to look at."""
     script = ROOT / "tests" / "loopback_traffic.py"
     process = subprocess.Popen([sys.executable, script, "600"])
@@ -171,7 +175,7 @@ def traffic():
     process.wait()
 
 
-def test_each_block_can_be_pasted(shell, traffic):
+def test_each_block_can_be_pasted(shell: Any, traffic: None) -> None:
     for block in blocks():
         for line in block:
             if line in ELSEWHERE:
@@ -190,7 +194,7 @@ def test_each_block_can_be_pasted(shell, traffic):
                 wait_for_daemon(shell)
 
 
-def wait_for_daemon(shell):
+def wait_for_daemon(shell: Any) -> None:
     until = time.monotonic() + 60
     while True:
         process = shell("packet-hunter stats --socket /run/packet-hunter/daemon.sock")
@@ -200,7 +204,7 @@ def wait_for_daemon(shell):
         assert time.monotonic() < until, output
 
 
-def test_no_command_of_the_text_is_without_its_program():
+def test_no_command_of_the_text_is_without_its_program() -> None:
     """Words in the text that look like commands begin with something that the reader has."""
     text = README.read_text()
     commands = re.findall(r"`((?:sudo |make |packet-hunter |vagrant )[^`]*)`", text)

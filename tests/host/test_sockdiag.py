@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: MIT
 """sock_diag against sockets of this very process; /proc/net must agree with it."""
 
+from __future__ import annotations
+
 import os
 import socket
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
 from nlproto.host import procfs
 from nlproto.host.sockdiag import SockDiag, TcpState
+from waiting import there
 
 TCP, UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
 LOOPBACK = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
@@ -16,28 +21,28 @@ families = pytest.mark.parametrize("family", LOOPBACK, ids=["v4", "v6"])
 
 
 @pytest.fixture
-def diag():
+def diag() -> Iterator[SockDiag]:
     with SockDiag() as found:
         yield found
 
 
-def octets(family, address):
+def octets(family: Any, address: Any) -> Any:
     return socket.inet_pton(family, address).ljust(16, b"\0")
 
 
-def inode(sock):
+def inode(sock: Any) -> Any:
     return os.fstat(sock.fileno()).st_ino
 
 
-def cookie(sock):
+def cookie(sock: Any) -> Any:
     return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
 
 
 @pytest.fixture
-def made():
+def made() -> Iterator[Any]:
     sockets = []
 
-    def make(family, kind, address=None):
+    def make(family: Any, kind: Any, address: Any = None) -> Any:
         sock = socket.socket(family, kind)
         sockets.append(sock)
         sock.bind((LOOPBACK[family] if address is None else address, 0))
@@ -49,7 +54,9 @@ def made():
 
 
 @families
-def test_both_ends_and_the_listener_of_a_connection_are_found(diag, made, family):
+def test_both_ends_and_the_listener_of_a_connection_are_found(
+    diag: SockDiag, made: Any, family: Any
+) -> None:
     here = octets(family, LOOPBACK[family])
     listener = made(family, socket.SOCK_STREAM)
     listener.listen()
@@ -59,38 +66,48 @@ def test_both_ends_and_the_listener_of_a_connection_are_found(diag, made, family
     with server:
         sport, cport = listener.getsockname()[1], client.getsockname()[1]
         found = diag.find(TCP, family, here, cport, here, sport)
-        assert (int(found["inode"]), int(found["cookie"])) == (inode(client), cookie(client))
-        assert int(found["state"]) == TcpState.ESTABLISHED
+        assert (int(there(found)["inode"]), int(there(found)["cookie"])) == (
+            inode(client),
+            cookie(client),
+        )
+        assert int(there(found)["state"]) == TcpState.ESTABLISHED
         found = diag.find(TCP, family, here, sport, here, cport)
-        assert int(found["inode"]) == inode(server)
+        assert int(there(found)["inode"]) == inode(server)
         found = diag.find(TCP, family, here, sport)
-        assert (int(found["inode"]), int(found["state"])) == (inode(listener), TcpState.LISTEN)
+        assert (int(there(found)["inode"]), int(there(found)["state"])) == (
+            inode(listener),
+            TcpState.LISTEN,
+        )
 
 
 @families
-def test_a_connection_that_nobody_accepted_has_no_inode(diag, made, family):
+def test_a_connection_that_nobody_accepted_has_no_inode(
+    diag: SockDiag, made: Any, family: Any
+) -> None:
     here = octets(family, LOOPBACK[family])
     listener = made(family, socket.SOCK_STREAM)
     listener.listen()
     client = made(family, socket.SOCK_STREAM)
     client.connect(listener.getsockname())
     found = diag.find(TCP, family, here, listener.getsockname()[1], here, client.getsockname()[1])
-    assert int(found["inode"]) == 0
+    assert int(there(found)["inode"]) == 0
 
 
 @families
 @pytest.mark.parametrize("wildcard", [False, True])
-def test_a_bound_udp_socket_is_found_by_a_packet_that_it_would_get(diag, made, family, wildcard):
+def test_a_bound_udp_socket_is_found_by_a_packet_that_it_would_get(
+    diag: SockDiag, made: Any, family: Any, wildcard: bool
+) -> None:
     here = octets(family, LOOPBACK[family])
     address = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}[family] if wildcard else None
     sock = made(family, socket.SOCK_DGRAM, address)
     found = diag.find(UDP, family, here, sock.getsockname()[1], here, 9)
-    assert (int(found["inode"]), int(found["cookie"])) == (inode(sock), cookie(sock))
+    assert (int(there(found)["inode"]), int(there(found)["cookie"])) == (inode(sock), cookie(sock))
 
 
-def test_of_two_connected_udp_sockets_the_right_one_is_found(diag, made):
+def test_of_two_connected_udp_sockets_the_right_one_is_found(diag: SockDiag, made: Any) -> None:
     here = octets(socket.AF_INET, "127.0.0.1")
-    socks = []
+    socks: list[Any] = []
     for _ in range(2):
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -100,28 +117,30 @@ def test_of_two_connected_udp_sockets_the_right_one_is_found(diag, made):
     port = socks[0].getsockname()[1]
     for sock, remote in zip(socks, (20001, 20002), strict=True):
         found = diag.find(UDP, socket.AF_INET, here, port, here, remote)
-        assert int(found["inode"]) == inode(sock)
+        assert int(there(found)["inode"]) == inode(sock)
         sock.close()
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
-def test_a_dual_stack_socket_is_found_by_an_ipv4_packet(diag, made, kind):
+def test_a_dual_stack_socket_is_found_by_an_ipv4_packet(
+    diag: SockDiag, made: Any, kind: Any
+) -> None:
     sock = made(socket.AF_INET6, kind, "::")
     if kind == socket.SOCK_STREAM:
         sock.listen()
     proto = TCP if kind == socket.SOCK_STREAM else UDP
     here = octets(socket.AF_INET, "127.0.0.1")
     found = diag.find(proto, socket.AF_INET, here, sock.getsockname()[1], here, 9)
-    assert int(found["inode"]) == inode(sock)
+    assert int(there(found)["inode"]) == inode(sock)
 
 
 @pytest.mark.parametrize("proto", [TCP, UDP])
-def test_nobody_is_none(diag, proto):
+def test_nobody_is_none(diag: SockDiag, proto: Any) -> None:
     here = octets(socket.AF_INET, "127.0.0.1")
     assert diag.find(proto, socket.AF_INET, here, 1, here, 1) is None
 
 
-def test_a_dump_and_proc_net_list_the_same_sockets(diag, made):
+def test_a_dump_and_proc_net_list_the_same_sockets(diag: SockDiag, made: Any) -> None:
     mine = {
         inode(made(family, kind)): kind
         for family in LOOPBACK
@@ -131,7 +150,7 @@ def test_a_dump_and_proc_net_list_the_same_sockets(diag, made):
     mine = {number: kind for number, kind in mine.items() if kind == socket.SOCK_DGRAM}
     names = ["inode", "family", "proto", "sport", "uid", "saddr"]
 
-    def rows(sockets):
+    def rows(sockets: Any) -> list[Any]:
         chosen = sockets[np.isin(sockets["inode"], list(mine))]
         return sorted(str([row[name].tolist() for name in names]) for row in chosen)
 
@@ -139,13 +158,13 @@ def test_a_dump_and_proc_net_list_the_same_sockets(diag, made):
     assert rows(diag.dump()) == rows(procfs.tables())
 
 
-def test_a_dump_can_be_narrowed_to_a_port(diag, made):
+def test_a_dump_can_be_narrowed_to_a_port(diag: SockDiag, made: Any) -> None:
     sock = made(socket.AF_INET, socket.SOCK_DGRAM)
     made(socket.AF_INET, socket.SOCK_DGRAM)
     found = diag.dump((UDP,), lport=sock.getsockname()[1])
     assert found["inode"].tolist() == [inode(sock)]
 
 
-def test_a_thousand_sockets_fit_a_dump(diag, made):
+def test_a_thousand_sockets_fit_a_dump(diag: SockDiag, made: Any) -> None:
     mine = {inode(made(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(900)}
     assert mine <= set(diag.dump((UDP,))["inode"].tolist())

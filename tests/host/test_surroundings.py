@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: MIT
 """One line says what is missing around a program: /proc, its current directory (root)."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +20,7 @@ DAEMON = [sys.executable, "-m", "daemon", "--engine", "packet"]
 PACKETS = [*HUNTER, "--engine", "packet", "--duration", "100ms"]
 
 
-def one_line(command, **options):
+def one_line(command: Any, **options: Any) -> Any:
     """What it says last, after what it may have said of the daemon that it did not find."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=patient(30), **options)
     assert done.returncode == 1, done.stderr
@@ -25,7 +29,7 @@ def one_line(command, **options):
 
 
 @pytest.mark.parametrize("command", [[*HUNTER, "who"], PACKETS, DAEMON])
-def test_without_proc_it_says_how_to_have_it(command, tmp_path):
+def test_without_proc_it_says_how_to_have_it(command: Any, tmp_path: Path) -> None:
     socket = ["--socket", str(tmp_path / "d.sock")] if command == DAEMON else []
     hide = ["unshare", "--mount", "--propagation", "private", "sh", "-c"]
     hide += ['mount -t tmpfs none /proc && exec "$@"', "sh"]
@@ -40,7 +44,9 @@ def test_without_proc_it_says_how_to_have_it(command, tmp_path):
         ([*DAEMON, "--socket", "x"], "the current directory was removed"),
     ],
 )
-def test_in_a_directory_that_was_removed_it_says_one_line(command, words, tmp_path):
+def test_in_a_directory_that_was_removed_it_says_one_line(
+    command: list[Any], words: str, tmp_path: Path
+) -> None:
     (tmp_path / "gone").mkdir()
     shell = ["sh", "-c", 'cd gone && rmdir ../gone && exec "$@"', "sh"]
     command = [command[0], "-I", *command[1:]]  # what is installed starts so

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """hunter watch: what is new is told once, harmless, to those who may know, and to a webhook."""
 
+from __future__ import annotations
+
 import contextlib
 import http.server
 import json
@@ -10,13 +12,15 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from daemons import NOBODY
 from hunting import HUNTER
 from nlproto.client.client import DaemonClient
-from waiting import patient, until
+from waiting import patient, stand_in, there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 
@@ -24,38 +28,38 @@ HOSTILE = "w\x1b]0;\n[b]"
 
 
 @pytest.fixture(name="watched")
-def _watched(start, directory):
+def _watched(start: Any, directory: Any) -> Any:
     return start(config=f"history: {directory}/history.db\nflush_interval: 100ms\n")
 
 
-def talk(directory, name, port, **more):
+def talk(directory: Any, name: Any, port: Any, **more: Any) -> None:
     """A program called `name` sends to `port`."""
     program = directory / name
-    shutil.copy(shutil.which("bash"), program)
+    shutil.copy(there(shutil.which("bash")), program)
     program.chmod(0o755)
     # engine packet names who has the socket still
     code = f"exec 3<>/dev/udp/127.0.0.1/{port}; for n in 1 2 3 4 5 6; do echo >&3; sleep 0.2; done"
     subprocess.run([program, "-c", code], check=True, cwd="/", **more)
 
 
-def talk_until(condition, directory, name, **more):
+def talk_until(condition: Any, directory: Any, name: Any, **more: Any) -> None:
     """Beside other traffic engine packet may be too late for all that a program sent: again."""
 
-    def attempt():
+    def attempt() -> Any:
         talk(directory, name, 9, **more)
         return condition()
 
     until(attempt, 60, f"{name} was seen")
 
 
-def watch(daemon, *words, **more):
+def watch(daemon: Any, *words: Any, **more: Any) -> subprocess.CompletedProcess[str]:
     command = [*HUNTER, "watch", "--socket", daemon.path, *words]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=patient(60), check=False, **more
     )
 
 
-def found(daemon, kind, **fields):
+def found(daemon: Any, kind: Any, **fields: Any) -> list[Any]:
     with DaemonClient(daemon.path) as client:
         return [
             one
@@ -64,7 +68,9 @@ def found(daemon, kind, **fields):
         ]
 
 
-def test_a_program_a_destination_and_a_listener_are_told_harmless(watched, directory):
+def test_a_program_a_destination_and_a_listener_are_told_harmless(
+    watched: Any, directory: Any
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         own = server.getsockname()[1]
         about = f"tcp 127.0.0.1.{own}"
@@ -90,7 +96,7 @@ def test_a_program_a_destination_and_a_listener_are_told_harmless(watched, direc
     assert watch(watched, "--once", "--since", "0s", "listener").returncode == 1
 
 
-def test_a_user_without_rights_is_told_of_own_processes_alone(watched, directory):
+def test_a_user_without_rights_is_told_of_own_processes_alone(watched: Any, directory: Any) -> None:
     talk_until(lambda: found(watched, "program", name="of-root"), directory, "of-root")
     nobody = {"user": NOBODY, "group": NOBODY}
     talk_until(
@@ -117,25 +123,34 @@ def test_a_user_without_rights_is_told_of_own_processes_alone(watched, directory
     assert [one["name"] for one in answers[1]["news"]] == ["127.0.0.1"]
 
 
+class Hook(http.server.ThreadingHTTPServer):
+    """Fails once, then takes what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Hook)
+        self.tries = 0
+        self.taken: list[Any] = []
+
+
 class _Hook(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
+    def do_POST(self) -> None:
+        server = stand_in(self.server)
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.tries += 1
-        status = 503 if self.server.tries == 1 else 200
+        server.tries += 1
+        status = 503 if server.tries == 1 else 200
         if status == 200:
-            self.server.taken.append(json.loads(body))
+            server.taken.append(json.loads(body))
         self.send_response(status)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def log_message(self, *_):
+    def log_message(self, *_: Any) -> None:
         pass
 
 
 @contextlib.contextmanager
-def hook():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hook) as server:
-        server.tries, server.taken = 0, []
+def hook() -> Iterator[Hook]:
+    with Hook() as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -145,7 +160,7 @@ def hook():
             thread.join()
 
 
-def test_a_webhook_gets_each_finding_once_and_is_tried_again(watched, directory):
+def test_a_webhook_gets_each_finding_once_and_is_tried_again(watched: Any, directory: Any) -> None:
     talk_until(lambda: found(watched, "program", name="hooked"), directory, "hooked")
     with hook() as server:
         url = f"http://127.0.0.1:{server.server_port}/net"
@@ -155,7 +170,7 @@ def test_a_webhook_gets_each_finding_once_and_is_tried_again(watched, directory)
     assert [one["name"] for one in server.taken].count("hooked") == 1
 
 
-def test_what_no_webhook_takes_is_counted_and_said(watched, directory):
+def test_what_no_webhook_takes_is_counted_and_said(watched: Any, directory: Any) -> None:
     talk_until(lambda: found(watched, "program", name="unhooked"), directory, "unhooked")
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
@@ -167,7 +182,7 @@ def test_what_no_webhook_takes_is_counted_and_said(watched, directory):
     assert bad.returncode == 2 and "--webhook is an address" in bad.stderr
 
 
-def test_it_goes_on_and_tells_nothing_twice(watched, directory):
+def test_it_goes_on_and_tells_nothing_twice(watched: Any, directory: Any) -> None:
     command = [*HUNTER, "watch", "--socket", watched.path, "program"]
     out, err = directory / "out", directory / "err"
     with open(out, "w") as stdout, open(err, "w") as stderr:
@@ -186,6 +201,6 @@ def test_it_goes_on_and_tells_nothing_twice(watched, directory):
         assert out.read_text().count(f"new program {name} ") == 1
 
 
-def test_without_a_history_on_disk_it_says_what_to_do(daemon):
+def test_without_a_history_on_disk_it_says_what_to_do(daemon: Any) -> None:
     done = watch(daemon, "--once")
     assert done.returncode == 2 and "set 'history' in daemon.yaml" in done.stderr

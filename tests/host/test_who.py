@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """who "now": sockets that a process has, with their far end; not what it has closed."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal
@@ -8,13 +10,16 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nlproto.client.client import DaemonClient
 from nlproto.client.frames import DEFAULT_SOCKET
 from nlproto.host.sockdiag import SockDiag, TcpState
+from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 
@@ -34,15 +39,7 @@ with socket.socket() as peer:
 """
 
 
-def until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, condition
-        time.sleep(0.05)
-    return found
-
-
-def start(path, *words):
+def start(path: Any, *words: Any) -> Any:
     process = subprocess.Popen(
         [sys.executable, "-m", "daemon", "--engine", "packet", "--socket", path, "--foreground"],
         stderr=subprocess.DEVNULL,
@@ -52,7 +49,7 @@ def start(path, *words):
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory):
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     path = tmp_path_factory.mktemp("daemon") / "d.sock"
     process = start(path)
     yield path
@@ -61,12 +58,12 @@ def daemon(tmp_path_factory):
 
 
 @pytest.fixture
-def server():
+def server() -> Iterator[Any]:
     with socket.create_server((SERVER, 0)) as listener:
         yield listener
 
 
-def who(path, *words):
+def who(path: Any, *words: Any) -> Any:
     """`path`: the daemon's; None: there is none, and none is asked for."""
     served = [] if path is None else ["--socket", path]
     done = subprocess.run(
@@ -81,7 +78,7 @@ def who(path, *words):
     return answer
 
 
-def closed_first(port):
+def closed_first(port: Any) -> Any:
     """The pid of a client that has closed its connection first and is gone: TIME_WAIT is left."""
     words = [FAR, SERVER, str(port)]
     client = subprocess.Popen(
@@ -91,7 +88,7 @@ def closed_first(port):
 
 
 @pytest.mark.parametrize("served", [True, pytest.param(False, marks=ALONE)])
-def test_a_closed_connection_is_nobodys_now(served, daemon, server):
+def test_a_closed_connection_is_nobodys_now(served: bool, daemon: Any, server: Any) -> None:
     path = daemon if served else None
     port = server.getsockname()[1]
     client = closed_first(port)
@@ -99,7 +96,7 @@ def test_a_closed_connection_is_nobodys_now(served, daemon, server):
     with peer:
         peer.recv(1)
 
-        def has():
+        def has() -> list[Any]:
             owners = who(path, "--port", cport)["owners"]
             return [one for one in owners if one["pid"] == client.pid and one["port"] == cport]
 
@@ -118,7 +115,7 @@ def test_a_closed_connection_is_nobodys_now(served, daemon, server):
 
 
 @pytest.mark.parametrize("served", [True, pytest.param(False, marks=ALONE)])
-def test_host_is_the_far_end(served, daemon, server):
+def test_host_is_the_far_end(served: bool, daemon: Any, server: Any) -> None:
     """Of an idle connection that is older than the question, and whoever's address is the near."""
     path = daemon if served else None
     port = server.getsockname()[1]
@@ -128,7 +125,7 @@ def test_host_is_the_far_end(served, daemon, server):
             mine = (NEAR, near.getsockname()[1], SERVER, port)
             for host, wanted in ((SERVER, mine), (NEAR, (*mine[2:], *mine[:2]))):
 
-                def seen(host=host):
+                def seen(host: Any = host) -> Any:
                     owners = who(path, "--host", host)["owners"]
                     ends = {
                         (one["address"], one["port"], one["remote"], one["rport"])
@@ -140,7 +137,7 @@ def test_host_is_the_far_end(served, daemon, server):
                 assert until(seen) == {wanted}
 
 
-def test_every_connection_of_a_process_is_there_and_a_cut_is_told(daemon, server):
+def test_every_connection_of_a_process_is_there_and_a_cut_is_told(daemon: Any, server: Any) -> None:
     port = server.getsockname()[1]
     pairs = []
     for _ in range(60):
@@ -159,7 +156,7 @@ def test_every_connection_of_a_process_is_there_and_a_cut_is_told(daemon, server
         one.close()
 
 
-def test_a_daemon_that_has_just_started_is_not_asked_in_vain(tmp_path):
+def test_a_daemon_that_has_just_started_is_not_asked_in_vain(tmp_path: Path) -> None:
     """Its first look at many sockets takes a while."""
     sockets = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(1500)]
     for one in sockets:
@@ -177,7 +174,7 @@ def test_a_daemon_that_has_just_started_is_not_asked_in_vain(tmp_path):
             one.close()
 
 
-def words_of(path, *words):
+def words_of(path: Any, *words: Any) -> Any:
     served = [] if path is None else ["--socket", path]
     done = subprocess.run(
         [*HUNTER, "who", *served, *map(str, words)], capture_output=True, text=True, timeout=60
@@ -187,7 +184,7 @@ def words_of(path, *words):
 
 
 @pytest.mark.parametrize("served", [True, pytest.param(False, marks=ALONE)])
-def test_without_a_question_it_is_what_listens(served, daemon, server):
+def test_without_a_question_it_is_what_listens(served: bool, daemon: Any, server: Any) -> None:
     path = daemon if served else None
     port = server.getsockname()[1]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
@@ -195,7 +192,7 @@ def test_without_a_question_it_is_what_listens(served, daemon, server):
         mine = {("tcp", port), ("udp", udp.getsockname()[1])}
         with socket.create_connection((SERVER, port)):
 
-            def listen():
+            def listen() -> bool:
                 answer = who(path)
                 assert answer["flows"] == [] and all(one["listening"] for one in answer["owners"])
                 return mine <= {
@@ -209,14 +206,14 @@ def test_without_a_question_it_is_what_listens(served, daemon, server):
             assert len(told) == 1 and f".{os.getpid()} " in told[0] and " root" in told[0]
 
 
-def test_sums_by_name_and_a_time_that_is_over(daemon, server):
+def test_sums_by_name_and_a_time_that_is_over(daemon: Any, server: Any) -> None:
     port = server.getsockname()[1]
     name = Path("/proc/self/comm").read_text().strip()
     with socket.create_connection((SERVER, port)) as near, server.accept()[0] as far:
         near.sendall(b"x" * 1000)
         far.recv(1000)
 
-        def sums():
+        def sums() -> Any:
             found = json.loads(words_of(daemon, port, "--by", "name", "--json"))["groups"]
             return found if found and found[0]["bytes"] > 1000 and found[0]["sockets"] else None
 
@@ -233,7 +230,7 @@ def test_sums_by_name_and_a_time_that_is_over(daemon, server):
         assert answer["owners"] == [] and len(answer["flows"]) == 2
 
 
-def test_the_same_port_in_two_namespaces_is_told_apart(daemon, server):
+def test_the_same_port_in_two_namespaces_is_told_apart(daemon: Any, server: Any) -> None:
     """`--netns` takes a pid; the name of the namespace is that of `ip netns`."""
     port = server.getsockname()[1]
     program = (

@@ -17,12 +17,13 @@ import pytest
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent.parent
-for directory in (TESTS, TESTS.parent, TESTS.parent / "vm"):
+for directory in (TESTS.parent, TESTS.parent / "vm"):
     if str(directory) not in sys.path:
         sys.path.insert(0, str(directory))
 
-from roots import SUITES, Root, base_root  # noqa: E402
 from vmtest.kernels import Unavailable  # noqa: E402
+
+from packages.roots import SUITES, Root, base_root  # noqa: E402
 
 
 @pytest.fixture(scope="session", params=SUITES)
@@ -30,7 +31,7 @@ def base(request: pytest.FixtureRequest) -> Path:
     if os.geteuid() != 0:
         pytest.skip("needs root to make a Debian system")
     try:
-        return base_root(request.param)
+        return base_root(str(request.param))
     except Unavailable as error:
         pytest.skip(str(error))
 

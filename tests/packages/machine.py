@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from roots import Completed, Root
+from packages.roots import Completed, Root
 
 __all__ = ["Machine", "MachineLost"]
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from roots import Completed, Root, bare_root
 from vmtest.kernels import Unavailable
 
+from packages.roots import Completed, Root, bare_root
 from readme import blocks
 
 ROOT = Path(__file__).resolve().parents[2]

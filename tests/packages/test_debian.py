@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from roots import Root
+
+from packages.roots import Root
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from roots import UPGRADE, Root
 from vmtest.build import copy_sources
+
+from packages.roots import UPGRADE, Root
 
 ROOT = Path(__file__).parent.parent.parent
 

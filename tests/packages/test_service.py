@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from machine import Machine
-from roots import Root
 from vmtest.kernlog import problems
 
+from packages.machine import Machine
+from packages.roots import Root
 from waiting import until
 
 UNIT = "packet-hunterd.service"

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The account closes exactly, whatever was lost where."""
 
+from __future__ import annotations
+
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +21,19 @@ NO_SOCKET = wire.lib.SNIFFER_HOW_NO_SOCKET
 class Cpu:
     """One CPU's stream as the kernel makes it."""
 
-    def __init__(self, cpu=0, instance=1, record_seq=0, packets=0, skipped=0, lost=0):
+    def __init__(
+        self,
+        cpu: int = 0,
+        instance: int = 1,
+        record_seq: int = 0,
+        packets: int = 0,
+        skipped: int = 0,
+        lost: int = 0,
+    ) -> None:
         self.cpu, self.instance = cpu, instance
         self.record_seq, self.packets, self.skipped, self.lost = record_seq, packets, skipped, lost
 
-    def send(self, records, copies=0, skipped=0):
+    def send(self, records: Any, copies: int = 0, skipped: int = 0) -> Any:
         head = np.zeros(1, wire.BATCH)[0]
         self.packets += records - copies + skipped
         self.skipped += skipped
@@ -32,23 +43,23 @@ class Cpu:
         self.record_seq += records
         return head
 
-    def lose(self, records):
+    def lose(self, records: Any) -> None:
         self.lost += records
         self.record_seq += records
         self.packets += records
 
-    def tail(self):
+    def tail(self) -> Any:
         tail = np.zeros(1, wire.TAIL)
         tail["cpu"], tail["record_seq"] = self.cpu, self.record_seq
         tail["packets"], tail["skipped"], tail["lost"] = self.packets, self.skipped, self.lost
         return tail
 
 
-def hows(*values):
+def hows(*values: Any) -> Any:
     return np.array(values, np.uint8)
 
 
-def test_what_is_received_and_named_closes():
+def test_what_is_received_and_named_closes() -> None:
     account, cpu = Account(), Cpu(record_seq=500, packets=900, skipped=400)
     account.add(cpu.send(3))
     account.add(cpu.send(2, skipped=5))
@@ -60,7 +71,7 @@ def test_what_is_received_and_named_closes():
     assert account.closes()
 
 
-def test_a_gap_is_loss_in_the_socket_buffer_and_growth_of_lost_is_not():
+def test_a_gap_is_loss_in_the_socket_buffer_and_growth_of_lost_is_not() -> None:
     account, cpu = Account(), Cpu()
     account.add(cpu.send(3))
     cpu.send(10)
@@ -79,7 +90,7 @@ def test_a_gap_is_loss_in_the_socket_buffer_and_growth_of_lost_is_not():
     assert account.closes()
 
 
-def test_the_tail_proves_what_was_lost_after_the_last_batch():
+def test_the_tail_proves_what_was_lost_after_the_last_batch() -> None:
     account, cpu = Account(), Cpu()
     account.add(cpu.send(3))
     account.deliver(hows(*[CONTEXT] * 3))
@@ -90,7 +101,7 @@ def test_the_tail_proves_what_was_lost_after_the_last_batch():
     assert account.closes()
 
 
-def test_an_opened_account_counts_from_there_also_on_a_cpu_that_stays_silent():
+def test_an_opened_account_counts_from_there_also_on_a_cpu_that_stays_silent() -> None:
     account, cpu, silent = Account(), Cpu(cpu=0, packets=9), Cpu(cpu=1, record_seq=70, packets=70)
     account.open(np.concatenate([cpu.tail(), silent.tail()]), instance=1)
     cpu.send(5)
@@ -104,7 +115,7 @@ def test_an_opened_account_counts_from_there_also_on_a_cpu_that_stays_silent():
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_batches_out_of_order_are_not_lost(order):
+def test_batches_out_of_order_are_not_lost(order: Any) -> None:
     account, cpu = Account(), Cpu(record_seq=50, packets=50)
     heads = cpu.send(3), cpu.send(4), cpu.send(5)
     for number in order:
@@ -114,7 +125,7 @@ def test_batches_out_of_order_are_not_lost(order):
     assert account.closes()
 
 
-def test_a_batch_that_came_twice_does_not_close():
+def test_a_batch_that_came_twice_does_not_close() -> None:
     account, cpu = Account(), Cpu()
     head = cpu.send(3)
     account.add(head)
@@ -123,7 +134,7 @@ def test_a_batch_that_came_twice_does_not_close():
     assert not account.closes()
 
 
-def test_delivered_is_what_was_handed_on_and_nothing_that_waits_or_was_lost():
+def test_delivered_is_what_was_handed_on_and_nothing_that_waits_or_was_lost() -> None:
     account, cpu = Account(), Cpu()
     account.add(cpu.send(9))
     account.lose("queue", 3)
@@ -146,7 +157,7 @@ def test_delivered_is_what_was_handed_on_and_nothing_that_waits_or_was_lost():
     assert "6 lost (queue 3, client 2, failed 1)" in "\n".join(account.lines())
 
 
-def test_copies_of_the_first_batch_are_known_from_its_records():
+def test_copies_of_the_first_batch_are_known_from_its_records() -> None:
     account, cpu = Account(), Cpu()
     records = np.zeros(3, wire.RECORD)
     records["flags"][1:] = wire.lib.SNIFFER_F_COPY
@@ -154,7 +165,7 @@ def test_copies_of_the_first_batch_are_known_from_its_records():
     assert (account.packets, account.recorded, account.copies) == (1, 1, 2)
 
 
-def test_a_reloaded_module_starts_afresh_and_adds_up():
+def test_a_reloaded_module_starts_afresh_and_adds_up() -> None:
     account, old, new = Account(), Cpu(instance=1, record_seq=1000), Cpu(instance=2)
     account.add(old.send(3))
     account.add(new.send(2))
@@ -167,7 +178,7 @@ def test_a_reloaded_module_starts_afresh_and_adds_up():
     assert "restarted 1 times" in "\n".join(account.lines())
 
 
-def test_lines_tell_the_sums():
+def test_lines_tell_the_sums() -> None:
     account, cpu = Account(), Cpu()
     account.add(cpu.send(4, skipped=1))
     account.deliver(hows(CONTEXT, CONTEXT, CONTEXT, NO_SOCKET))
@@ -178,7 +189,7 @@ def test_lines_tell_the_sums():
     ]
 
 
-def test_an_empty_account_closes():
+def test_an_empty_account_closes() -> None:
     assert Account().closes()
     assert Account().as_dict()["closes"] is True
 
@@ -193,7 +204,7 @@ step = st.tuples(
 
 @pytest.mark.parametrize("opened", [True, False])
 @given(steps=st.lists(step, max_size=60))
-def test_any_stream_closes_with_exactly_what_was_lost(opened, steps):
+def test_any_stream_closes_with_exactly_what_was_lost(opened: bool, steps: Any) -> None:
     cpus = [Cpu(cpu, record_seq=cpu * 100, packets=cpu * 100) for cpu in range(4)]
     account = Account()
     if opened:
@@ -222,7 +233,7 @@ def test_any_stream_closes_with_exactly_what_was_lost(opened, steps):
     assert account.closes()
 
 
-def test_an_instance_opened_again_keeps_what_was_counted_and_loses_what_came_between():
+def test_an_instance_opened_again_keeps_what_was_counted_and_loses_what_came_between() -> None:
     cpu, account = Cpu(), Account()
     account.open(cpu.tail(), cpu.instance)
     account.add(cpu.send(5))
@@ -237,7 +248,7 @@ def test_an_instance_opened_again_keeps_what_was_counted_and_loses_what_came_bet
     assert "nothing was recorded for 0.2 s" in "\n".join(account.lines())
 
 
-def test_a_settled_account_leaves_out_what_still_waits_and_closes():
+def test_a_settled_account_leaves_out_what_still_waits_and_closes() -> None:
     cpu, account = Cpu(packets=50, skipped=50), Account()
     account.open(cpu.tail(), cpu.instance)
     account.add(cpu.send(5))
@@ -249,7 +260,7 @@ def test_a_settled_account_leaves_out_what_still_waits_and_closes():
     assert found["closes"] and not account.closes()
 
 
-def test_who_goes_over_to_flows_and_back_has_each_groups_own_loss():
+def test_who_goes_over_to_flows_and_back_has_each_groups_own_loss() -> None:
     account, packets, flows = Account(), Cpu(lost=7), Cpu(lost=100)
     account.open(packets.tail(), instance=1, group="packets")
     account.add(packets.send(3))
@@ -272,7 +283,7 @@ def test_who_goes_over_to_flows_and_back_has_each_groups_own_loss():
     assert account.closes()
 
 
-def test_a_batch_of_flows_counts_the_records_it_stands_for():
+def test_a_batch_of_flows_counts_the_records_it_stands_for() -> None:
     account, cpu = Account(), Cpu()
     account.open(cpu.tail(), instance=1, group="flows")
     head = cpu.send(10)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from nlproto.tables.flows import (
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.shares import surplus
 from recording import make_records
+from waiting import there
 
 IN, OUT, FWD = wire.lib.SNIFFER_DIR_IN, wire.lib.SNIFFER_DIR_OUT, wire.lib.SNIFFER_DIR_FWD
 WORD = 1 << 64
@@ -58,7 +61,7 @@ def records() -> st.SearchStrategy[np.ndarray]:
     return st.builds(make_any, st.integers(0, 2**32), st.integers(0, 40))
 
 
-def _plain(record: np.void) -> tuple[tuple, bool, int, int]:
+def _plain(record: np.void) -> tuple[tuple[Any, ...], bool, int, int]:
     """(key, whether it goes out, packets, bytes) of one record."""
     source = (bytes(record["saddr"]), int(record["sport"]))
     target = (bytes(record["daddr"]), int(record["dport"]))
@@ -76,7 +79,7 @@ def _plain(record: np.void) -> tuple[tuple, bool, int, int]:
     return key, out, segments, int(record["len"]) + (segments - 1) * int(record["hdr_len"])
 
 
-def _key(flow: np.void) -> tuple:
+def _key(flow: np.void) -> tuple[Any, ...]:
     names = ("cookie", "start_ns", "tgid", "netns", "proto", "family")
     ends = [
         (np.ascontiguousarray(flow[address]).tobytes(), int(flow[port]))
@@ -86,8 +89,8 @@ def _key(flow: np.void) -> tuple:
 
 
 @given(records(), st.integers(0, WORD - 1))
-def test_sums_are_those_of_a_plain_loop_for_any_records(found, seed):
-    expected: dict[tuple, dict] = {}
+def test_sums_are_those_of_a_plain_loop_for_any_records(found: Any, seed: int) -> None:
+    expected: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in found:
         key, out, packets, size = _plain(record)
         sums = expected.setdefault(
@@ -113,7 +116,7 @@ def test_sums_are_those_of_a_plain_loop_for_any_records(found, seed):
     assert {_key(flow): int(flow["hash"]) for flow in again} == hashes
 
 
-def test_bytes_wrap_at_64_bits_and_disturb_nothing_else():
+def test_bytes_wrap_at_64_bits_and_disturb_nothing_else() -> None:
     found = np.zeros(3, wire.RECORD)
     found["dir"], found["tgid"] = OUT, 1
     history = FlowMemory(10)
@@ -126,14 +129,14 @@ def test_bytes_wrap_at_64_bits_and_disturb_nothing_else():
     assert (int(flow["bytes_out"]), int(flow["packets_out"]), int(flow["bytes_in"])) == (4, 6, 0)
 
 
-def _everything():
+def _everything() -> Any:
     from daemon.history.memory import Question
 
     return Question()
 
 
 @given(records())
-def test_each_process_is_told_once_where_it_comes_first(found):
+def test_each_process_is_told_once_where_it_comes_first(found: Any) -> None:
     first: dict[tuple[int, int], int] = {}
     for place, record in enumerate(found):
         if record["tgid"]:
@@ -142,7 +145,7 @@ def test_each_process_is_told_once_where_it_comes_first(found):
 
 
 @given(records(), st.sets(st.integers(0, 31)))
-def test_unnamed_records_are_those_a_plain_loop_finds(found, hows):
+def test_unnamed_records_are_those_a_plain_loop_finds(found: Any, hows: Any) -> None:
     expected = [
         place
         for place, record in enumerate(found)
@@ -152,9 +155,11 @@ def test_unnamed_records_are_those_a_plain_loop_finds(found, hows):
 
 
 @given(st.lists(records(), max_size=4), st.sampled_from([1, 2, 5, 100]))
-def test_the_history_has_the_sums_of_all_batches_or_says_how_many_flows_it_let_go(parts, limit):
+def test_the_history_has_the_sums_of_all_batches_or_says_how_many_flows_it_let_go(
+    parts: Any, limit: Any
+) -> None:
     history = FlowMemory(limit)
-    expected: dict[tuple, list[int]] = {}
+    expected: dict[tuple[Any, ...], list[int]] = {}
     for part in parts:
         for record in part:
             key, _, packets, size = _plain(record)
@@ -180,9 +185,9 @@ def test_the_history_has_the_sums_of_all_batches_or_says_how_many_flows_it_let_g
 
 
 @given(st.lists(records(), max_size=4), st.sampled_from([1, 3, 1000]))
-def test_the_port_map_has_each_owner_once_as_its_last_packet_has_it(parts, limit):
+def test_the_port_map_has_each_owner_once_as_its_last_packet_has_it(parts: Any, limit: Any) -> None:
     portmap = PortMap(limit)
-    expected: dict[tuple, int] = {}
+    expected: dict[tuple[Any, ...], int] = {}
     for part in parts:
         flows = summarize(part, 3)
         for flow in flows:
@@ -219,9 +224,10 @@ actions = st.lists(
 
 
 @given(actions, st.sampled_from([1, 7, WORD - 1]))
-def test_a_table_is_a_dictionary_whatever_its_hashes_are(steps, hashes):
+def test_a_table_is_a_dictionary_whatever_its_hashes_are(steps: Any, hashes: Any) -> None:
     """With 1 all rows share a slot; keys are told apart all the same."""
-    table, known = ColumnTable(GROUPS, ("key",), 64), {}
+    table = ColumnTable(GROUPS, ("key",), 64)
+    known: dict[int, Any] = {}
     for what, number in steps:
         value = np.array([(number * (hashes - 1) % WORD, number, number + 1)], ROW)
         if what == "put" and number not in known and len(known) < 64:
@@ -242,7 +248,7 @@ def test_a_table_is_a_dictionary_whatever_its_hashes_are(steps, hashes):
     assert table.find(values).tolist() == [known.get(n, -1) for n in range(100)]
 
 
-def _plain_surplus(age, groups, keep, weights):
+def _plain_surplus(age: Any, groups: Any, keep: Any, weights: Any) -> Any:
     place = list(age)
     for names in reversed(groups):
         sums: dict[int, int] = {}
@@ -274,7 +280,7 @@ def _plain_surplus(age, groups, keep, weights):
     st.booleans(),
 )
 @example([(0, 0, 0, 0)], -1, True)
-def test_who_gives_way_is_chosen_as_by_sorting(rows, keep, weighted):
+def test_who_gives_way_is_chosen_as_by_sorting(rows: Any, keep: int, weighted: bool) -> None:
     age, payers, programs, weights = ([row[n] for row in rows] for n in range(4))
     columns = np.array(payers, np.uint32), np.array(programs, np.uint64)
     found = surplus(np.array(age, np.int64), columns, keep, np.array(weights) if weighted else None)
@@ -282,14 +288,14 @@ def test_who_gives_way_is_chosen_as_by_sorting(rows, keep, weighted):
     assert found.tolist() == plain
 
 
-def test_a_flood_of_program_names_that_a_user_chose_is_judged_as_fast_as_any():
+def test_a_flood_of_program_names_that_a_user_chose_is_judged_as_fast_as_any() -> None:
     """Each row in a group of its own, names that collide in a table without a secret."""
     names = (np.arange(50_000, dtype=np.uint64) << np.uint64(40)) | np.uint64(1)
     goes = surplus(np.arange(50_000), (np.zeros(50_000, np.uint32), names), 100)
     assert np.count_nonzero(~goes) == 100
 
 
-def test_equal_cookies_of_two_namespaces_are_two_flows_and_two_owners():
+def test_equal_cookies_of_two_namespaces_are_two_flows_and_two_owners() -> None:
     found = make_records({"cookie": 5, "netns": 1}, {"cookie": 5, "netns": 2})
     history, portmap = FlowMemory(10), PortMap(10)
     history.update(summarize(found, 1), Clock(0, 0))
@@ -298,13 +304,13 @@ def test_equal_cookies_of_two_namespaces_are_two_flows_and_two_owners():
     assert sorted(owner.netns for owner in portmap.who(40000)) == [1, 2]
 
 
-def test_records_of_a_later_release_are_longer_and_read_as_far_as_they_are_known():
+def test_records_of_a_later_release_are_longer_and_read_as_far_as_they_are_known() -> None:
     longer = np.zeros(3, [("record", wire.RECORD), ("more", "u8")])
     longer["record"] = make_records({}, {"sport": 2}, {})
     assert summarize(longer["record"])["packets_out"].tolist() == [2, 1]
 
 
-def test_memory_of_rows_that_went_is_given_back():
+def test_memory_of_rows_that_went_is_given_back() -> None:
     portmap = PortMap(limit=50_000)
     found = np.repeat(make_records({}), 40_000)
     found["tgid"] = np.arange(1, 40_001)
@@ -339,19 +345,21 @@ def _resident(portmap: PortMap) -> int:
     return total
 
 
-def test_threads_that_update_and_ask_one_history_lose_nothing():
+def test_threads_that_update_and_ask_one_history_lose_nothing() -> None:
     history = FlowMemory(1000)
     found = make_records(*({"sport": n} for n in range(1, 201)))
     failures: list[BaseException] = []
 
-    def run(work):
+    def run(work: Any) -> None:
         try:
             for _ in range(100):
                 work()
         except BaseException as error:
             failures.append(error)
 
-    works = [lambda: history.update(summarize(found, 1), Clock(0, 0))] * 2
+    works: list[Callable[[], object]] = [
+        lambda: history.update(summarize(found, 1), Clock(0, 0))
+    ] * 2
     works += [lambda: history.ask(_everything()), lambda: history.changed(50)]
     threads = [threading.Thread(target=run, args=(work,)) for work in works]
     for thread in threads:
@@ -362,8 +370,8 @@ def test_threads_that_update_and_ask_one_history_lose_nothing():
     assert {int(flow["packets_out"]) for _, flow in history.ask(_everything())[1]} == {200}
 
 
-def test_the_layouts_of_c_are_those_of_numpy():
-    assert FLOW.itemsize == 216 and set(KEY_FIELDS) < set(FLOW.names)
+def test_the_layouts_of_c_are_those_of_numpy() -> None:
+    assert FLOW.itemsize == 216 and set(KEY_FIELDS) < set(there(FLOW.names))
     with pytest.raises(TypeError):
         other = np.dtype([("hash", "u8"), ("key", "u8")])
         ColumnTable(GROUPS, ("key",), 4).find(np.zeros(1, other))

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Answers have a size, and say when something has no room; equal questions are worked out once."""
 
+from __future__ import annotations
+
 import itertools
 import socket
+from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,10 +22,11 @@ from nlproto.host.sockdiag import HOST_SOCKET, TcpState
 from nlproto.tables.flows import pack_address
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import Processes
+from waiting import noting, stand_in
 
 
 class Pipeline:
-    def __init__(self):
+    def __init__(self) -> None:
         self.portmap = PortMap()
         self.processes = Processes()
 
@@ -31,7 +36,7 @@ class Kernel:
 
     looked_ns = 1
 
-    def __init__(self, holders, sockets=1):
+    def __init__(self, holders: Any, sockets: int = 1) -> None:
         rows = np.zeros(sockets, HOST_SOCKET)
         rows["family"], rows["proto"] = socket.AF_INET, socket.IPPROTO_TCP
         rows["state"], rows["sport"], rows["uid"] = TcpState.LISTEN, 80, 1000
@@ -40,14 +45,14 @@ class Kernel:
         self.tables = {1: rows}
         self.holders, self.peeked = holders, 0
 
-    def holders_of(self, inode):
+    def holders_of(self, inode: Any) -> Iterator[Any]:
         for number in self.holders:
             self.peeked += 1
             yield Owner(Identity(100 + number, 0), b"holder", 1000 * (number > 4))
 
 
 @pytest.fixture(name="answers")
-def _answers():
+def _answers() -> Answers:
     """Port 80: one socket (cookie 7) with 300 holders; of uid 1000, but 5 of uid 0."""
     pipeline = Pipeline()
     family, raw = pack_address("127.0.0.1")
@@ -58,24 +63,24 @@ def _answers():
         ],
         10,
     )
-    return Answers(pipeline, FlowMemory(16), kernel=Kernel(range(300)))
+    return Answers(stand_in(pipeline), FlowMemory(16), kernel=stand_in(Kernel(range(300))))
 
 
-def _decoded(fields):
+def _decoded(fields: Any) -> Any:
     return msgspec.json.decode(msgspec.json.encode(fields))
 
 
-def test_equal_keys_are_looked_up_once(answers, monkeypatch):
-    made = []
+def test_equal_keys_are_looked_up_once(answers: Answers, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
     grouped = Answers._grouped
-    monkeypatch.setattr(Answers, "_grouped", lambda *given: made.append(1) or grouped(*given))
+    monkeypatch.setattr(Answers, "_grouped", noting(made, grouped))
     answer = _decoded(answers.lookup(Lookup(1, keys=[LookupKey(cookie=7)] * 100), None))
     assert len(made) == 1
     assert {len(owner["holders"]) for owner in answer["owners"]} == {300}
     assert answer["truncated"] is False
 
 
-def test_a_lookup_without_room_says_so_and_keeps_the_place_of_each_key(answers):
+def test_a_lookup_without_room_says_so_and_keeps_the_place_of_each_key(answers: Answers) -> None:
     room = Room(200_000)
     answer = answers.lookup(Lookup(1, keys=[LookupKey(cookie=7)] * 1000), None, room=room)
     assert len(msgspec.json.encode(answer)) < 210_000
@@ -84,17 +89,17 @@ def test_a_lookup_without_room_says_so_and_keeps_the_place_of_each_key(answers):
     assert answer["truncated"] is True
 
 
-def test_an_owner_answer_is_cut_to_its_room(answers):
+def test_an_owner_answer_is_cut_to_its_room(answers: Answers) -> None:
     answer = _decoded(answers.owner(OwnerOf(1, port=80), None, room=Room(100)))
     assert answer == {"owners": [], "truncated": True}
 
 
-def test_holders_of_others_are_not_even_looked_at(answers):
+def test_holders_of_others_are_not_even_looked_at(answers: Answers) -> None:
     (owner,) = _decoded(answers.owner(OwnerOf(1, port=80), 0))["owners"]
     assert len(owner["holders"]) == 5
 
 
-def test_a_user_is_shown_own_holders_of_a_socket_and_no_socket_without(answers):
+def test_a_user_is_shown_own_holders_of_a_socket_and_no_socket_without(answers: Answers) -> None:
     shown = _decoded(answers.who(Who(1, port=80), 1000))
     (owner,) = shown["owners"]
     assert {holder["uid"] for holder in owner["holders"]} == {1000} and owner["uid"] == 1000
@@ -106,35 +111,39 @@ def test_a_user_is_shown_own_holders_of_a_socket_and_no_socket_without(answers):
 
 
 @pytest.mark.parametrize("sockets", [1, 3])
-def test_however_many_hold_a_socket_so_many_are_looked_at(answers, monkeypatch, sockets):
+def test_however_many_hold_a_socket_so_many_are_looked_at(
+    answers: Answers, monkeypatch: pytest.MonkeyPatch, sockets: int
+) -> None:
     monkeypatch.setattr(now, "_HOLDERS", 50)
-    answers.kernel = Kernel(itertools.count(), sockets)
+    answers.kernel = stand_in(Kernel(itertools.count(), sockets))
     answer = answers.who(Who(1, port=80), None)
-    assert answers.kernel.peeked <= 50 + sockets
+    assert stand_in(answers.kernel).peeked <= 50 + sockets
     assert answer["truncated"] is True
 
 
-def test_however_many_sockets_there_are_so_many_are_looked_at(answers, monkeypatch):
+def test_however_many_sockets_there_are_so_many_are_looked_at(
+    answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(now, "_LOOKED", 20)
-    answers.kernel = Kernel((), sockets=5000)
+    answers.kernel = stand_in(Kernel((), sockets=5000))
     stops = []
     answer = answers.who(Who(1, port=80), None, stop=lambda: stops.append(1))
     assert answer["truncated"] is True and len(stops) < 1000
 
 
-def test_a_question_of_now_that_nobody_waits_for_ends_in_the_middle(answers):
-    answers.kernel = Kernel(itertools.count())
+def test_a_question_of_now_that_nobody_waits_for_ends_in_the_middle(answers: Answers) -> None:
+    answers.kernel = stand_in(Kernel(itertools.count()))
 
-    def stop():
-        if answers.kernel.peeked > 100:
+    def stop() -> None:
+        if stand_in(answers.kernel).peeked > 100:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         answers.who(Who(1, port=80), None, stop=stop)
-    assert answers.kernel.peeked == 101
+    assert stand_in(answers.kernel).peeked == 101
 
 
-def test_an_answer_over_a_frame_is_cut_not_refused(answers):
+def test_an_answer_over_a_frame_is_cut_not_refused(answers: Answers) -> None:
     for number in range(300):
         answers.pipeline.processes.add(100 + number, 0, "x" * 1000, 1000)
     answer = answers.who(Who(1, port=80), None, room=Room(100_000))
@@ -144,10 +153,10 @@ def test_an_answer_over_a_frame_is_cut_not_refused(answers):
     assert shown["owners"] and 0 < len(shown["processes"]) < 300
 
 
-def test_a_question_that_nobody_waits_for_ends_in_the_middle(answers):
+def test_a_question_that_nobody_waits_for_ends_in_the_middle(answers: Answers) -> None:
     calls = []
 
-    def stop():
+    def stop() -> None:
         calls.append(1)
         if len(calls) > 10:
             raise KeyboardInterrupt

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The command line: words, options and the filter they amount to; pages made from the parsers."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import re
@@ -13,6 +15,7 @@ import time
 from dataclasses import FrozenInstanceError, fields
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,17 +28,18 @@ from nlproto import UsageError
 from nlproto.client.frames import DEFAULT_SOCKET
 from nlproto.filters.mistakes import FilterError
 from nlproto.records import wire
+from waiting import stand_in, there
 
 TREE = Path(__file__).parents[2]
 
 
-def live(words):
+def live(words: Any) -> Any:
     command = parse(words)
     assert isinstance(command, Live)
     return command
 
 
-def filter_text(*words):
+def filter_text(*words: Any) -> str:
     return str(filter_of(live(words).choice))
 
 
@@ -57,18 +61,18 @@ def filter_text(*words):
         (["udp or tcp", "-Q", "out"], "(udp or tcp) and outbound"),
     ],
 )
-def test_words_and_options_make_one_filter(words, text):
+def test_words_and_options_make_one_filter(words: list[Any], text: str) -> None:
     assert filter_text(*words) == text
 
 
-def test_an_interface_counts_in_its_own_network_namespace_only():
+def test_an_interface_counts_in_its_own_network_namespace_only() -> None:
     here = os.stat("/proc/self/ns/net").st_ino
     index = socket.if_nametoindex("lo")
     assert filter_text("-i", "lo") == f"netns {here} and ifindex {index}"
 
 
-def test_a_first_word_is_a_subcommand_and_anything_else_a_filter():
-    who = parse(["who", "--port", "http"])
+def test_a_first_word_is_a_subcommand_and_anything_else_a_filter() -> None:
+    who = stand_in(parse(["who", "--port", "http"]))
     assert isinstance(who, Who) and who.port == 80
     assert isinstance(parse(["tcp"]), Live)
     with pytest.raises(UsageError, match="before the options"):
@@ -77,7 +81,7 @@ def test_a_first_word_is_a_subcommand_and_anything_else_a_filter():
         filter_text("nginx")
 
 
-def test_what_follows_two_dashes_is_the_command():
+def test_what_follows_two_dashes_is_the_command() -> None:
     command = live(["tcp", "--", "curl", "-v", "--json"])
     assert command.argv == ("curl", "-v", "--json") and not command.json
 
@@ -85,14 +89,14 @@ def test_what_follows_two_dashes_is_the_command():
 @pytest.mark.parametrize(
     ("text", "seconds"), [("30", 30), ("1.5", 1.5), ("500ms", 0.5), ("5m", 300), ("2h", 7200)]
 )
-def test_times_have_units(text, seconds):
+def test_times_have_units(text: str, seconds: float) -> None:
     assert live(["--duration", text]).duration == seconds
 
 
 @pytest.mark.parametrize(
     ("text", "size"), [("1", 10**6), ("4k", 4096), ("2M", 2 << 20), ("1g", 1 << 30)]
 )
-def test_sizes_are_tcpdumps_millions_or_powers_of_two(text, size):
+def test_sizes_are_tcpdumps_millions_or_powers_of_two(text: str, size: int) -> None:
     assert live(["--save", "x.csv", "-C", text]).rotate == size
 
 
@@ -109,7 +113,7 @@ def test_sizes_are_tcpdumps_millions_or_powers_of_two(text, size):
         ["who", "--since", "5m", "--until", "5m"],
     ],
 )
-def test_options_that_make_no_sense_together_are_refused(words):
+def test_options_that_make_no_sense_together_are_refused(words: list[str]) -> None:
     with pytest.raises(UsageError):
         parse(words)
 
@@ -128,7 +132,7 @@ def test_options_that_make_no_sense_together_are_refused(words):
         ["top", "-d", "0"],
     ],
 )
-def test_bad_values_are_one_line_that_names_the_help(words):
+def test_bad_values_are_one_line_that_names_the_help(words: list[str]) -> None:
     with pytest.raises(UsageError, match=r"^[^\n]*; see packet-hunter.* --help$"):
         parse(words)
 
@@ -146,36 +150,40 @@ def test_bad_values_are_one_line_that_names_the_help(words):
         ("2026-05-27T12:00", 86400),
     ],
 )
-def test_a_moment_is_a_span_a_clock_time_or_a_date(text, seconds, monkeypatch):
+def test_a_moment_is_a_span_a_clock_time_or_a_date(
+    text: str, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Noon(datetime):
         @classmethod
-        def now(cls, tz=None):
+        def now(cls, tz: Any = None) -> Any:
             return cls(2026, 5, 28, 12, 0, 0)
 
     monkeypatch.setattr("hunter.cli.values.datetime", Noon)
-    who = parse(["who", "8080", "--since", text])
+    who = stand_in(parse(["who", "8080", "--since", text]))
     assert (who.port, who.since) == (8080, seconds)
 
 
-def test_who_without_a_question_asks_what_listens():
-    assert parse(["who"]).listening and parse(["who", "--proto", "udp"]).listening
+def test_who_without_a_question_asks_what_listens() -> None:
+    assert (
+        stand_in(parse(["who"])).listening and stand_in(parse(["who", "--proto", "udp"])).listening
+    )
     for words in (["80"], ["--port", "80"], ["--by", "unit"], ["--since", "5m"], ["--pid", "1"]):
-        assert not parse(["who", *words]).listening
+        assert not stand_in(parse(["who", *words])).listening
 
 
-def test_the_letters_that_tcpdump_has_too_mean_the_same():
+def test_the_letters_that_tcpdump_has_too_mean_the_same() -> None:
     """man tcpdump: what each of these is for."""
     letters = {option for action in live_parser()._actions for option in action.option_strings}
     short = {letter for letter in letters if re.fullmatch("-[A-Za-z]", letter)}
     assert short == {f"-{letter}" for letter in "hVFiQcnqvtwCWrBDlUpKsAXxe"}
 
 
-def test_tcpdumps_habits_change_nothing():
+def test_tcpdumps_habits_change_nothing() -> None:
     words = ["-l", "-U", "-p", "-K", "-s", "0", "-s128", "-lnn", "-i", "any", "tcp"]
     assert filter_text(*words) == "tcp" and live(words).numbers
 
 
-def test_interfaces_are_listed(capsys):
+def test_interfaces_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse(["-D"])
     assert ended.value.code == 0
@@ -184,7 +192,7 @@ def test_interfaces_are_listed(capsys):
 
 
 @pytest.mark.parametrize("option", ["-A", "-X", "-XX", "-e", "-nX", "-x"])
-def test_what_a_record_does_not_have_is_looked_for_elsewhere(option):
+def test_what_a_record_does_not_have_is_looked_for_elsewhere(option: str) -> None:
     with pytest.raises(UsageError, match="-w x.pcapng"):
         parse([option])
 
@@ -201,21 +209,21 @@ def test_what_a_record_does_not_have_is_looked_for_elsewhere(option):
         ("version", "'--version'"),
     ],
 )
-def test_a_first_word_that_is_nearly_a_subcommand_is_asked_about(word, meant):
+def test_a_first_word_that_is_nearly_a_subcommand_is_asked_about(word: str, meant: str) -> None:
     first = word.split()[0]
     with pytest.raises(FilterError, match=f"unknown word '{first}'; did you mean {meant}"):
         filter_text(word)
 
 
-def test_a_socket_is_known_to_be_given():
+def test_a_socket_is_known_to_be_given() -> None:
     assert live(["--socket", "/x"]).origin.socket_given
     for words in ([], ["stats"], ["doctor"], ["top"]):
         command = parse(words)
-        origin = getattr(command, "origin", command)
+        origin: Any = getattr(command, "origin", command)
         assert not origin.socket_given and origin.socket == DEFAULT_SOCKET
 
 
-def test_what_was_said_is_changed_by_nobody():
+def test_what_was_said_is_changed_by_nobody() -> None:
     command = live(["--save", "/dev/stdout", "--format", "csv"])
     assert command.save == "-"
     with pytest.raises(FrozenInstanceError):
@@ -236,7 +244,7 @@ CONTRACT = {
 
 
 @pytest.mark.parametrize("name", CONTRACT)
-def test_help_lists_every_option_that_was_promised(name):
+def test_help_lists_every_option_that_was_promised(name: str) -> None:
     """The command line is a contract: what scripts may rely on does not go away."""
     done = subprocess.run(
         [sys.executable, "-m", "hunter", *([] if name == "live" else [name]), "--help"],
@@ -251,28 +259,30 @@ def test_help_lists_every_option_that_was_promised(name):
         assert "-- CMD ARGS" in done.stdout and set(SUBCOMMANDS) <= set(done.stdout.split())
 
 
-def test_every_help_has_examples():
+def test_every_help_has_examples() -> None:
     for name in ("live", *SUBCOMMANDS):
         assert "example" in parser_of(name).format_help(), name
 
 
-def generate(target, monkeypatch):
+def generate(target: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     pytest.importorskip("shtab", reason="shtab is not installed")
     pytest.importorskip("argparse_manpage", reason="argparse-manpage is not installed")
     monkeypatch.setenv("COLUMNS", "80")
     spec = importlib.util.spec_from_file_location("generate", TREE / "man" / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.util.module_from_spec(there(spec))
+    there(there(spec).loader).exec_module(module)
     return module.write(target)
 
 
-def test_man_pages_and_completions_are_those_of_the_parsers(tmp_path, monkeypatch):
+def test_man_pages_and_completions_are_those_of_the_parsers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for path in generate(tmp_path, monkeypatch):
         committed = TREE / path.relative_to(tmp_path)
         assert path.read_text() == committed.read_text(), "run: COLUMNS=80 python man/generate.py"
 
 
-def completed(*words, before=""):
+def completed(*words: Any, before: str = "") -> Any:
     """What bash offers for the last of `words`."""
     quoted = " ".join(shlex.quote(word) for word in words)
     script = f"""
@@ -307,7 +317,7 @@ def completed(*words, before=""):
         (["pname", "x", "or", "no"], ["not"]),
     ],
 )
-def test_bash_completes_words_and_values(words, offered):
+def test_bash_completes_words_and_values(words: list[str], offered: list[str] | None) -> None:
     found = completed(*words)
     if offered is None:
         assert "true" in found and "or" not in found
@@ -315,7 +325,9 @@ def test_bash_completes_words_and_values(words, offered):
         assert found == offered
 
 
-def test_bash_completes_names_of_processes_but_none_that_a_shell_would_act_on(tmp_path):
+def test_bash_completes_names_of_processes_but_none_that_a_shell_would_act_on(
+    tmp_path: Path,
+) -> None:
     names = ("phc-complete", "phc$(touch x)", "phc;ls", "phc `id`")  # nobody else is called so
     code = "import ctypes, sys; ctypes.CDLL(None).prctl(15, sys.argv[1].encode()); input()"
     processes = []
@@ -335,7 +347,7 @@ def test_bash_completes_names_of_processes_but_none_that_a_shell_would_act_on(tm
             process.communicate(b"\n")
 
 
-def test_bash_completes_subcommands_and_options():
+def test_bash_completes_subcommands_and_options() -> None:
     script = f"""
     source {TREE}/completion/packet-hunter.bash
     ask() {{
@@ -348,7 +360,7 @@ def test_bash_completes_subcommands_and_options():
     assert done.stdout.split() == ["--proto", "annotate"], done.stderr
 
 
-def test_man_explains_each_word_of_the_lines_and_each_name_of_the_configuration():
+def test_man_explains_each_word_of_the_lines_and_each_name_of_the_configuration() -> None:
     live = (TREE / "man/packet-hunter.1").read_text()
     for how in wire.HOW_NAMES:
         assert how.startswith("how_") or f"\n.B {how}\n" in live, how
@@ -364,7 +376,28 @@ def test_man_explains_each_word_of_the_lines_and_each_name_of_the_configuration(
 
 @pytest.mark.skipif(shutil.which("groff") is None, reason="groff is not installed")
 @pytest.mark.parametrize("page", ["packet-hunter.1", "packet-hunterd.8"])
-def test_man_pages_format_without_a_warning(page):
+def test_man_pages_format_without_a_warning(page: str) -> None:
     command = ["groff", "-man", "-Tutf8", "-ww", str(TREE / "man" / page)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("packet-hunterd --eng", ["--engine"]),
+        ("packet-hunterd --engine e", ["ebpf"]),
+        ("packet-hunter-export --spool-", ["--spool-size"]),
+        ("packet-hunter-otlp --end", ["--endpoint"]),
+        ("packet-hunter-collect --ser", ["--server"]),
+    ],
+)
+def test_one_file_completes_the_other_programs_too(line: str, offered: list[str]) -> None:
+    script = f"""
+    source {TREE}/completion/packet-hunter.bash
+    COMP_WORDS=({line}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+    found=$(complete -p "${{COMP_WORDS[0]}}"); found=${{found##*-F }}
+    ${{found% *}}; printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (done.stderr, done.stdout.split()) == ("", offered)

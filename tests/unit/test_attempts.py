@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: MIT
 """How connections begin and end by their flags, and whose retransmits are whose."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -12,6 +16,7 @@ from nlproto.tables.attempts import ANSWER_NS, Attempts
 from nlproto.tables.flows import FLOW, summarize
 from nlproto.tables.outcome import ACK, RST, SYN, outcome
 from recording import make_records
+from waiting import stand_in
 
 FIN = 1
 NOW = Clock(0, 0)
@@ -31,18 +36,18 @@ NOW = Clock(0, 0)
         (0, 0, None),
     ],
 )
-def test_flags_tell_how_a_connection_went(came, went, expected):
+def test_flags_tell_how_a_connection_went(came: Any, went: Any, expected: str | None) -> None:
     assert outcome(came, went) == expected
 
 
-def flow(came=0, went=0, port=1, netns=1, tgid=5):
+def flow(came: int = 0, went: int = 0, port: int = 1, netns: int = 1, tgid: int = 5) -> Any:
     found = np.zeros(1, FLOW)
     found["proto"], found["lport"], found["rport"], found["netns"] = 6, port, 80, netns
     found["tgid"], found["tcp_in"], found["tcp_out"] = tgid, came, went
     return found
 
 
-def test_an_attempt_that_nobody_answers_is_counted_once():
+def test_an_attempt_that_nobody_answers_is_counted_once() -> None:
     attempts = Attempts()
     seconds = 1_000_000_000
     failed = []
@@ -55,7 +60,7 @@ def test_an_attempt_that_nobody_answers_is_counted_once():
     assert again.why == "unanswered"
 
 
-def test_a_refusal_in_a_later_batch_is_of_who_asked_in_that_namespace():
+def test_a_refusal_in_a_later_batch_is_of_who_asked_in_that_namespace() -> None:
     attempts = Attempts()
     both = np.concatenate([flow(went=SYN), flow(went=SYN, netns=2, tgid=6)])
     assert attempts.take(both, 0) == []
@@ -66,14 +71,14 @@ def test_a_refusal_in_a_later_batch_is_of_who_asked_in_that_namespace():
     assert attempts.take(flow(), 10 * ANSWER_NS) == []
 
 
-def _told(*found):
+def _told(*found: Any) -> Any:
     told = np.zeros(len(found), HOST_TCP)
     for one, values in zip(told, found, strict=True):
         one["cookie"], one["netns"], one["rtt_us"], one["retransmits"] = values
     return told
 
 
-def test_retransmits_are_of_the_last_owner_and_of_the_same_namespace():
+def test_retransmits_are_of_the_last_owner_and_of_the_same_namespace() -> None:
     history = FlowMemory(100)
     base = {"cookie": 9, "proto": 6, "sport": 1, "dport": 2, "netns": 1}
     history.update(summarize(make_records({**base, "tgid": 1, "start_ns": 1, "time_ns": 10})), NOW)
@@ -92,16 +97,16 @@ def test_retransmits_are_of_the_last_owner_and_of_the_same_namespace():
     assert {pid: one["rtt"] for pid, one in found.items()} == {1: 100 / 1e6, 2: None, 7: None}
 
 
-def test_a_costly_look_for_namespaces_comes_less_often(monkeypatch):
+def test_a_costly_look_for_namespaces_comes_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     now, looks = [0], []
 
-    def paths():
+    def paths() -> dict[str, Any]:
         looks.append(now[0])
         now[0] += 100_000_000  # what it takes with thousands of processes
         return {}
 
     monkeypatch.setattr("nlproto.host.netns.paths", paths)
-    with PerNamespace(lambda: None, lambda: now[0], share=200) as namespaces:
+    with PerNamespace(lambda: stand_in(None), lambda: now[0], share=200) as namespaces:
         for _ in range(100):
             namespaces.there()
             now[0] += 500_000_000

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: MIT
 """Costly work gets its share of the time and no more."""
 
+from __future__ import annotations
+
+from typing import Any
+
 from nlproto.running.budget import Budget
 
 
 class Clock:
     now = 0
 
-    def __call__(self):
+    def __call__(self) -> Any:
         return self.now
 
 
-def test_saved_time_is_spent_and_earned_again_by_share():
+def test_saved_time_is_spent_and_earned_again_by_share() -> None:
     clock = Clock()
     budget = Budget(4, 100, clock)
     assert budget.allows()
@@ -22,7 +26,7 @@ def test_saved_time_is_spent_and_earned_again_by_share():
     assert budget.allows()
 
 
-def test_no_more_is_saved_than_the_limit():
+def test_no_more_is_saved_than_the_limit() -> None:
     clock = Clock()
     budget = Budget(4, 100, clock)
     clock.now += 1_000_000

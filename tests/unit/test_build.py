@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: MIT
 """build.sh, make clean and make deb: what they say when there is something to say."""
 
+from __future__ import annotations
+
 import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*command, cwd=ROOT, **environment):
+def run(*command: Any, cwd: Any = ROOT, **environment: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}
     )
 
 
 @pytest.mark.parametrize("word", ["--help", "-h"])
-def test_help_lists_each_word_and_is_no_failure(word):
+def test_help_lists_each_word_and_is_no_failure(word: str) -> None:
     done = run("./build.sh", word)
     assert done.returncode == 0 and done.stderr == ""
     text = (ROOT / "build.sh").read_text()
@@ -28,12 +31,12 @@ def test_help_lists_each_word_and_is_no_failure(word):
     assert "---" not in done.stdout and "set -eu" not in done.stdout
 
 
-def test_an_unknown_word_is_bad_usage():
+def test_an_unknown_word_is_bad_usage() -> None:
     done = run("./build.sh", "--wrong")
     assert done.returncode == 2 and "--help" in done.stderr
 
 
-def test_clean_names_what_it_keeps_and_distclean_removes_it(tmp_path):
+def test_clean_names_what_it_keeps_and_distclean_removes_it(tmp_path: Path) -> None:
     tree, cache = tmp_path / "tree", tmp_path / "cache"
     tree.mkdir()
     shutil.copy2(ROOT / "build.sh", tree)
@@ -49,7 +52,7 @@ def test_clean_names_what_it_keeps_and_distclean_removes_it(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("dpkg-checkbuilddeps") is None, reason="needs dpkg-dev")
-def test_make_deb_names_the_packages_that_apt_get_installs(tmp_path):
+def test_make_deb_names_the_packages_that_apt_get_installs(tmp_path: Path) -> None:
     if run("dpkg-checkbuilddeps", "debian/control").returncode == 0:
         pytest.skip("all build dependencies are installed")
     done = run("debian/build", str(tmp_path))

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Units and containers by cgroup path: what systemd and runtimes make, and what passes for it."""
 
+from __future__ import annotations
+
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -100,7 +103,9 @@ USER = "/user.slice/user-1000.slice/user@1000.service"
         ("/machine.slice/machine-qemu1.scope", "machine-qemu1.scope", "machine:qemu1"),
     ],
 )
-def test_unit_and_container_are_read_from_the_cgroup_path(cgroup, unit, container):
+def test_unit_and_container_are_read_from_the_cgroup_path(
+    cgroup: Any, unit: str, container: str
+) -> None:
     assert cgroups.unit_of(cgroup) == unit
     assert cgroups.container_of(cgroup) == container
 
@@ -133,7 +138,9 @@ def test_unit_and_container_are_read_from_the_cgroup_path(cgroup, unit, containe
         "/machine.slice/machine-db.scope",
     ],
 )
-def test_what_a_user_makes_below_a_place_of_his_passes_for_nothing_else(below, forged):
+def test_what_a_user_makes_below_a_place_of_his_passes_for_nothing_else(
+    below: Any, forged: str
+) -> None:
     place = place_of(below + forged)
     own = place_of(below)
     assert place.unit == own.unit or place.unit.startswith(f"{own.unit}/")
@@ -160,7 +167,7 @@ def test_what_a_user_makes_below_a_place_of_his_passes_for_nothing_else(below, f
         "",
     ],
 )
-def test_places_where_nobody_makes_any_are_none(path):
+def test_places_where_nobody_makes_any_are_none(path: str) -> None:
     assert place_of(path) == cgroups.NOWHERE
 
 
@@ -177,7 +184,9 @@ def test_places_where_nobody_makes_any_are_none(path):
 )
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give directories away")
 @pytest.mark.parametrize("how", ["chown", "chmod"])
-def test_a_directory_that_was_given_away_makes_no_units(tmp_path, given_away, path, how):
+def test_a_directory_that_was_given_away_makes_no_units(
+    tmp_path: Path, given_away: str, path: str, how: str
+) -> None:
     (tmp_path / path.lstrip("/")).mkdir(parents=True)
     (tmp_path / "cgroup.procs").touch()
     look = cgroups.only_root_makes("", str(tmp_path))
@@ -190,7 +199,7 @@ def test_a_directory_that_was_given_away_makes_no_units(tmp_path, given_away, pa
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give directories away")
-def test_a_container_inside_a_service_is_believed_when_root_made_it(tmp_path):
+def test_a_container_inside_a_service_is_believed_when_root_made_it(tmp_path: Path) -> None:
     path = f"/system.slice/web.service/libpod-payload-{ID}"
     (tmp_path / "systemd").mkdir()
     (tmp_path / "systemd/cgroup.procs").touch()
@@ -217,7 +226,9 @@ def test_a_container_inside_a_service_is_believed_when_root_made_it(tmp_path):
         (b"", "", b""),
     ],
 )
-def test_lines_end_at_newlines_alone_and_have_two_colons(raw, hierarchy, path):
+def test_lines_end_at_newlines_alone_and_have_two_colons(
+    raw: bytes, hierarchy: str, path: bytes | None
+) -> None:
     expected = raw.removeprefix(b"0::").removesuffix(b"\n") if path is None else path
     assert path_of(raw) == (hierarchy, expected)
 
@@ -225,7 +236,7 @@ def test_lines_end_at_newlines_alone_and_have_two_colons(raw, hierarchy, path):
 @given(st.binary(max_size=200).filter(lambda name: b"\n" not in name))
 @example(b"a\x0c0::/system.slice/sshd.service")
 @example(b"a\x850::/system.slice/sshd.service")
-def test_every_path_that_the_kernel_can_write_comes_back(name):
+def test_every_path_that_the_kernel_can_write_comes_back(name: bytes) -> None:
     if name.endswith(b" (deleted)"):
         return
     assert path_of(b"1:name=systemd:/x\n0::/x" + name + b"\n") == ("", b"/x" + name)
@@ -233,13 +244,13 @@ def test_every_path_that_the_kernel_can_write_comes_back(name):
 
 @settings(max_examples=50)
 @given(st.binary(max_size=400))
-def test_no_bytes_raise(raw):
+def test_no_bytes_raise(raw: bytes) -> None:
     hierarchy, path = path_of(raw)
     with tempfile.TemporaryDirectory() as mounts:
         place_of(os.fsdecode(path), cgroups.only_root_makes(hierarchy, mounts))
 
 
-def test_the_hierarchy_is_looked_at_where_it_is_mounted(tmp_path):
+def test_the_hierarchy_is_looked_at_where_it_is_mounted(tmp_path: Path) -> None:
     ours = os.geteuid() == 0
     for place in ("", "unified", "cpu,cpuacct", "else where"):
         (tmp_path / place / "a").mkdir(mode=0o755, parents=True)
@@ -269,7 +280,7 @@ def test_the_hierarchy_is_looked_at_where_it_is_mounted(tmp_path):
 @settings(max_examples=50)
 @given(st.binary(max_size=300))
 @example(b"1 2 3 / /\\777 o - cgroup2 x rw")
-def test_no_mounts_raise(raw):
+def test_no_mounts_raise(raw: bytes) -> None:
     with tempfile.TemporaryDirectory() as proc:
         Path(proc, "self").mkdir()
         Path(proc, "self/mountinfo").write_bytes(raw)

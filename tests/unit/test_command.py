@@ -1,40 +1,44 @@
 # SPDX-License-Identifier: MIT
 """The command after "--": which processes are its own, however short-lived; its exit code."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hunter.child import command as module
 from hunter.child.command import Command, as_invoker
 from hunter.child.forks import Forks
 from nlproto.host.procfs import TICK_NS
 from nlproto.tables.processes import Process, Processes
 from recording import make_records
+from waiting import until
 
 WHO = "import os, sys; open(sys.argv[1], 'a').write(open('/proc/self/stat').read())"
 """A process that writes who it is and is gone."""
 
 
 @pytest.fixture
-def forks_are_told():
+def forks_are_told() -> None:
     try:
         Forks().close()
     except OSError as error:
         pytest.skip(f"perf events are refused here: {error}")
 
 
-def end(command):
+def end(command: Any) -> Any:
     until(lambda: command.ended)
     return command.exit_code
 
 
-def written(path):
+def written(path: Any) -> Any:
     """(pid, start_ns) of each that wrote itself down."""
     found = []
     for line in path.read_text().splitlines():
@@ -43,13 +47,13 @@ def written(path):
     return found
 
 
-def identity(pid):
+def identity(pid: Any) -> tuple[Any, ...]:
     with open(f"/proc/{pid}/stat") as file:
         return pid, int(file.read().rpartition(")")[2].split()[19]) * TICK_NS
 
 
 @pytest.fixture(autouse=True)
-def no_child_is_left():
+def no_child_is_left() -> Iterator[None]:
     """Orphans came to us: other tests look at this process's children."""
     yield
     for child in _children():
@@ -58,26 +62,18 @@ def no_child_is_left():
         until(lambda: os.waitpid(-1, os.WNOHANG)[0] < 0)
 
 
-def _children():
+def _children() -> list[int]:
     with open(f"/proc/self/task/{os.getpid()}/children") as file:
         return [int(pid) for pid in file.read().split()]
 
 
 @pytest.fixture
-def own():
-    def ask(command, processes, details=None):
+def own() -> Any:
+    def ask(command: Any, processes: Any, details: Any = None) -> Any:
         records = make_records(*({"tgid": pid, "start_ns": start} for pid, start in processes))
         return command.own(records, details or Processes()).tolist()
 
     return ask
-
-
-def until(condition):
-    give_up = time.monotonic() + 60
-    while not (found := condition()):
-        assert time.monotonic() < give_up
-        time.sleep(0.01)
-    return found
 
 
 @pytest.mark.parametrize(
@@ -91,8 +87,8 @@ def until(condition):
     ],
 )
 def test_descendants_are_own_when_they_and_their_parents_are_gone(
-    script, own, tmp_path, forks_are_told
-):
+    script: str, own: Any, tmp_path: Path, forks_are_told: None
+) -> None:
     path = tmp_path / "who"
     (tmp_path / "who.sh").write_text(f'{sys.executable} -c "{WHO}" {path}\n')
     command = Command(["sh", "-c", script.format(who=f"sh {tmp_path}/who.sh")], print)
@@ -103,7 +99,7 @@ def test_descendants_are_own_when_they_and_their_parents_are_gone(
     command.close()
 
 
-def test_others_are_not_own_nor_who_had_the_pid_before(own, forks_are_told):
+def test_others_are_not_own_nor_who_had_the_pid_before(own: Any, forks_are_told: None) -> None:
     command = Command(["sleep", "20"], print)
     pid = command._process.pid
     with subprocess.Popen(["sleep", "20"]) as other:
@@ -117,12 +113,14 @@ def test_others_are_not_own_nor_who_had_the_pid_before(own, forks_are_told):
     command.close()
 
 
-def test_without_the_kernels_word_the_living_are_known_by_their_parents(own, tmp_path, monkeypatch):
-    def refused(self):
+def test_without_the_kernels_word_the_living_are_known_by_their_parents(
+    own: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: Any) -> None:
         raise OSError(1, "Operation not permitted")
 
-    monkeypatch.setattr(module.Forks, "__init__", refused)
-    told = []
+    monkeypatch.setattr("hunter.child.command.Forks.__init__", refused)
+    told: list[Any] = []
     path = tmp_path / "pid"
     script = f"setsid -f sh -c 'echo $$ > {path}.new; mv {path}.new {path}; sleep 20; true'"
     command = Command(["sh", "-c", script + "; sleep 20"], told.append)
@@ -138,7 +136,7 @@ def test_without_the_kernels_word_the_living_are_known_by_their_parents(own, tmp
     command.close()
 
 
-def test_unnamed_records_are_not_own():
+def test_unnamed_records_are_not_own() -> None:
     command = Command(["true"], print)
     records = make_records({"tgid": 0, "start_ns": 0, "how": 19})
     assert command.own(records, Processes()).tolist() == [False]
@@ -147,8 +145,8 @@ def test_unnamed_records_are_not_own():
 
 
 @pytest.mark.parametrize(("script", "code"), [("exit 7", 7), ("kill -9 $$", 137), ("true", 0)])
-def test_its_exit_code_is_as_a_shell_tells_it(script, code):
-    told = []
+def test_its_exit_code_is_as_a_shell_tells_it(script: str, code: int) -> None:
+    told: list[Any] = []
     command = Command(["sh", "-c", script], told.append)
     assert end(command) == code
     command.end()
@@ -156,7 +154,7 @@ def test_its_exit_code_is_as_a_shell_tells_it(script, code):
     command.close()
 
 
-def test_orphans_are_reaped(forks_are_told):
+def test_orphans_are_reaped(forks_are_told: None) -> None:
     command = Command(["sh", "-c", "(sleep 0.1 & ) ; sleep 1"], print)
     end(command)
     zombies = subprocess.run(
@@ -167,7 +165,7 @@ def test_orphans_are_reaped(forks_are_told):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes somebody else")
-def test_under_sudo_the_command_is_the_users():
+def test_under_sudo_the_command_is_the_users() -> None:
     environ = {
         "SUDO_UID": "65534",
         "SUDO_GID": "65534",

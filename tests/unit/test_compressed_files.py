@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Compressed captures: in bounded memory, and to the last byte that is good."""
 
+from __future__ import annotations
+
 import bz2
 import gzip
 import lzma
@@ -9,6 +11,8 @@ import subprocess
 import sys
 import tracemalloc
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -21,14 +25,14 @@ from hunter.formats.inputs import Input
 from nlproto import Error
 
 
-def zstd(data):
+def zstd(data: Any) -> Any:
     module = pytest.importorskip(
         "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
     )
     return module.compress(data)
 
 
-def lz4(data):
+def lz4(data: Any) -> Any:
     return pytest.importorskip("lz4.frame").compress(data)
 
 
@@ -37,11 +41,11 @@ TEXT = b"".join(b"%d\n" % (i * 7919 % 100_003) for i in range(50_000))
 
 
 @cache
-def packed(kind):
+def packed(kind: Any) -> Any:
     return PACK[kind](TEXT)
 
 
-def read(path, piece=10_000):
+def read(path: Any, piece: int = 10_000) -> tuple[Any, ...]:
     """(what was read, the Error that ended it or None)."""
     parts = []
     try:
@@ -56,7 +60,7 @@ def read(path, piece=10_000):
 
 
 @pytest.mark.parametrize("kind", PACK)
-def test_all_members_are_read_and_padding_is_passed_over(kind, tmp_path):
+def test_all_members_are_read_and_padding_is_passed_over(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(packed(kind) + PACK[kind](b"more") + bytes(8) + PACK[kind](b"end"))
     assert read(path) == (TEXT + b"moreend", None)
@@ -65,7 +69,7 @@ def test_all_members_are_read_and_padding_is_passed_over(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", PACK)
-def test_cut_data_are_read_to_the_cut(kind, tmp_path):
+def test_cut_data_are_read_to_the_cut(kind: str, tmp_path: Path) -> None:
     path, data = tmp_path / "x", packed(kind)
     path.write_bytes(data[: len(data) * 2 // 3])
     found, error = read(path)
@@ -79,14 +83,16 @@ def test_cut_data_are_read_to_the_cut(kind, tmp_path):
 @pytest.mark.parametrize("kind", PACK)
 @settings(max_examples=40)
 @given(changes=CHANGES)
-def test_damage_is_an_error_of_one_line(kind, tmp_path_factory, changes):
+def test_damage_is_an_error_of_one_line(
+    kind: str, tmp_path_factory: pytest.TempPathFactory, changes: Any
+) -> None:
     path = tmp_path_factory.mktemp("x") / "x"
     path.write_bytes(changed(packed(kind), changes))
     read(path)
 
 
 @pytest.mark.parametrize("kind", PACK)
-def test_a_bomb_is_unpacked_by_pieces(kind, tmp_path):
+def test_a_bomb_is_unpacked_by_pieces(kind: str, tmp_path: Path) -> None:
     """32 MiB of one byte, of some kB: never more of it than was asked for, and a window."""
     path, size = tmp_path / "x", 32 << 20
     path.write_bytes(PACK[kind](bytes(size)))
@@ -104,7 +110,7 @@ def test_a_bomb_is_unpacked_by_pieces(kind, tmp_path):
 
 
 @pytest.mark.parametrize("tool", ["gzip", "zstd", "lz4", "xz", "bzip2"])
-def test_what_the_tools_write_is_read(tool, tmp_path):
+def test_what_the_tools_write_is_read(tool: str, tmp_path: Path) -> None:
     if not shutil.which(tool):
         pytest.skip(f"{tool} is not installed")
     if tool in ("zstd", "lz4"):
@@ -119,7 +125,9 @@ def test_what_the_tools_write_is_read(tool, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["zstd", "lz4"])
-def test_without_the_library_the_tool_is_named(kind, tmp_path, monkeypatch):
+def test_without_the_library_the_tool_is_named(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = "lz4.frame" if kind == "lz4" else "backports.zstd"
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, "backports" if kind == "zstd" else "lz4", None)

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
+from __future__ import annotations
+
 import dataclasses
 import grp
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,23 +13,23 @@ from daemon.system.config import DEFAULT_GROUP, RELOADABLE, Config, load, parse
 from nlproto.errors import UsageError
 
 
-def test_an_empty_file_means_the_defaults():
+def test_an_empty_file_means_the_defaults() -> None:
     assert parse("") == Config()
     assert parse("# nothing\n") == Config()
 
 
-def test_sizes_and_times_have_units():
+def test_sizes_and_times_have_units() -> None:
     config = parse("queue_size: 16MiB\nhistory_age: 12h\nflush_interval: 250ms\n")
     assert config.queue_size == 16 << 20
     assert config.history_age == 12 * 3600
     assert config.flush_interval == 0.25
 
 
-def test_off_is_the_word_and_not_a_truth_value():
+def test_off_is_the_word_and_not_a_truth_value() -> None:
     assert parse("cmdline: off\n").cmdline == "off"
 
 
-def test_null_switches_off_what_can_be_off():
+def test_null_switches_off_what_can_be_off() -> None:
     assert parse("history: null\nmetrics:\n") == Config()
 
 
@@ -72,7 +75,7 @@ def test_null_switches_off_what_can_be_off():
         ("a: 'unclosed\n", 2, "end of stream"),
     ],
 )
-def test_a_mistake_is_named_with_its_line(text, line, word):
+def test_a_mistake_is_named_with_its_line(text: str, line: int, word: str) -> None:
     with pytest.raises(UsageError) as raised:
         parse(text, "daemon.yaml")
     assert str(raised.value).startswith(f"daemon.yaml:{line}: ")
@@ -81,29 +84,29 @@ def test_a_mistake_is_named_with_its_line(text, line, word):
     assert len(str(raised.value)) < 600
 
 
-def test_the_default_group_need_not_be_there_and_any_other_has_to():
+def test_the_default_group_need_not_be_there_and_any_other_has_to() -> None:
     assert parse(f"group: {DEFAULT_GROUP}\n") == Config()
     assert parse(f"group: {grp.getgrgid(0).gr_name}\n").group == grp.getgrgid(0).gr_name
 
 
-def test_a_file_that_is_not_there_is_a_clear_error(tmp_path):
+def test_a_file_that_is_not_there_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
         load(str(tmp_path / "none.yaml"))
 
 
-def test_a_file_that_is_not_utf8_is_a_clear_error(tmp_path):
+def test_a_file_that_is_not_utf8_is_a_clear_error(tmp_path: Path) -> None:
     path = tmp_path / "daemon.yaml"
     path.write_bytes(b"engine: \xff\n")
     with pytest.raises(UsageError, match="UTF-8"):
         load(str(path))
 
 
-def test_every_reloadable_name_is_a_name():
+def test_every_reloadable_name_is_a_name() -> None:
     assert {field.name for field in dataclasses.fields(Config)} >= RELOADABLE
 
 
 @given(st.text(max_size=200))
-def test_any_text_is_a_configuration_or_one_line_of_error(text):
+def test_any_text_is_a_configuration_or_one_line_of_error(text: str) -> None:
     try:
         parse(text)
     except UsageError as error:

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Tables for people: no blanks at line ends, ASCII where nothing else can be shown."""
 
+from __future__ import annotations
+
 import io
+from typing import Any
 
 import pytest
 from rich import box
@@ -10,7 +13,7 @@ from rich.table import Table
 from hunter.show.console import Output
 
 
-def shown(monkeypatch, **environment):
+def shown(monkeypatch: pytest.MonkeyPatch, **environment: Any) -> Any:
     for name in ("LC_ALL", "LC_CTYPE", "LANG", "TERM"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -34,17 +37,19 @@ def shown(monkeypatch, **environment):
         {"TERM": "dumb", "LANG": "C.UTF-8"},
     ],
 )
-def test_where_nothing_else_can_be_shown_it_is_ascii(environment, monkeypatch):
+def test_where_nothing_else_can_be_shown_it_is_ascii(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = shown(monkeypatch, **environment)
     assert text.isascii() and "---" in text and "|" not in text
 
 
-def test_elsewhere_lines_are_drawn(monkeypatch):
+def test_elsewhere_lines_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\u2500" in shown(monkeypatch, LANG="C.UTF-8")
 
 
 @pytest.mark.parametrize("language", ["C", "C.UTF-8"])
-def test_no_line_ends_in_blanks(language, monkeypatch):
+def test_no_line_ends_in_blanks(language: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch, LANG=language)
     assert [line for line in text.splitlines() if line != line.rstrip()] == []
     assert "curl.5" in text and "seen" in text.splitlines()[0]

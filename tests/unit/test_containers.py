@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Names of containers, from files as the runtimes write them."""
 
+from __future__ import annotations
+
 import json
 import os
 import pwd
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,7 +53,7 @@ TASK = "io.containerd.runtime.v2.task"
 BUNDLE = "overlay-containers/{}/userdata/config.json"
 
 
-def put(root, path, content, mode=0o600):
+def put(root: Any, path: Any, content: Any, mode: int = 0o600) -> Any:
     file = root / path
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -57,7 +61,7 @@ def put(root, path, content, mode=0o600):
     return file
 
 
-def asked(root, cgroup, container=None):
+def asked(root: Any, cgroup: Any, container: Any = None) -> Any:
     place = cgroups.place_of(cgroup)
     return ContainerFiles(str(root), os.getuid()).find(container or place.container, cgroup)
 
@@ -128,12 +132,14 @@ def asked(root, cgroup, container=None):
         ),
     ],
 )
-def test_each_runtime_tells_in_its_own_file(path, content, cgroup, found, tmp_path):
+def test_each_runtime_tells_in_its_own_file(
+    path: str, content: Any, cgroup: Any, found: Any, tmp_path: Path
+) -> None:
     put(tmp_path, path, content)
     assert asked(tmp_path, cgroup) == found
 
 
-def test_docker_may_keep_its_containers_elsewhere(tmp_path):
+def test_docker_may_keep_its_containers_elsewhere(tmp_path: Path) -> None:
     put(tmp_path, "etc/docker/daemon.json", {"data-root": "/data/docker"})
     put(tmp_path, f"data/docker/containers/{ID}/config.v2.json", DOCKER)
     assert asked(tmp_path, f"/docker/{ID}").name == "web"
@@ -147,11 +153,11 @@ def test_docker_may_keep_its_containers_elsewhere(tmp_path):
         ("/lxc.payload.web/system.slice", "web"),
     ],
 )
-def test_machines_have_no_other_name(cgroup, name, tmp_path):
+def test_machines_have_no_other_name(cgroup: str, name: str, tmp_path: Path) -> None:
     assert asked(tmp_path, cgroup) == Container(name)
 
 
-def home():
+def home() -> Any:
     return pwd.getpwuid(os.getuid()).pw_dir.lstrip("/")
 
 
@@ -161,20 +167,20 @@ MINE = (
 STORAGE = ".local/share/containers/storage/overlay-containers/containers.json"
 
 
-def test_a_users_own_container_cannot_pass_for_another(tmp_path):
+def test_a_users_own_container_cannot_pass_for_another(tmp_path: Path) -> None:
     put(tmp_path, f"{home()}/{STORAGE}", STORED)
     mine = f"user@{os.getuid()}"
     assert asked(tmp_path, MINE) == Container(f"{mine}/web", f"{mine}/docker.io/library/nginx:1.27")
 
 
-def test_a_users_labels_make_no_pod(tmp_path):
+def test_a_users_labels_make_no_pod(tmp_path: Path) -> None:
     path = f"{home()}/.local/share/docker/containers/{ID}/config.v2.json"
     put(tmp_path, path, DOCKER | {"Config": {"Labels": CRIO}})
     assert asked(tmp_path, MINE.replace("libpod", "docker")).pod == ""
 
 
 @pytest.mark.parametrize("kind", ["link", "directory link", "fifo"])
-def test_a_users_files_are_opened_below_the_home_alone(kind, tmp_path):
+def test_a_users_files_are_opened_below_the_home_alone(kind: str, tmp_path: Path) -> None:
     real = put(tmp_path, "elsewhere/containers.json", STORED)
     place = tmp_path / home() / STORAGE
     if kind == "directory link":
@@ -188,7 +194,7 @@ def test_a_users_files_are_opened_below_the_home_alone(kind, tmp_path):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
 @pytest.mark.parametrize("path", [f"{home()}/{STORAGE}", f"var/lib/containers/storage/{STORAGE}"])
-def test_a_file_of_somebody_else_tells_nothing(path, tmp_path):
+def test_a_file_of_somebody_else_tells_nothing(path: str, tmp_path: Path) -> None:
     path = path.replace("storage/.local/share/containers/storage", "storage")
     file = put(tmp_path, path, STORED)
     cgroup = MINE if "home" in path or home() in path else f"/machine.slice/libpod-{ID}.scope"
@@ -198,7 +204,7 @@ def test_a_file_of_somebody_else_tells_nothing(path, tmp_path):
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602])
-def test_a_file_that_others_can_write_tells_nothing(mode, tmp_path):
+def test_a_file_that_others_can_write_tells_nothing(mode: int, tmp_path: Path) -> None:
     put(tmp_path, f"var/lib/docker/containers/{ID}/config.v2.json", DOCKER, mode)
     assert asked(tmp_path, f"/docker/{ID}") == UNKNOWN
 
@@ -217,30 +223,32 @@ def test_a_file_that_others_can_write_tells_nothing(mode, tmp_path):
         '{"Name": "\\ud800", "Config": null}',
     ],
 )
-def test_what_is_no_config_tells_nothing(content, tmp_path):
+def test_what_is_no_config_tells_nothing(content: str, tmp_path: Path) -> None:
     put(tmp_path, f"var/lib/docker/containers/{ID}/config.v2.json", content)
     assert asked(tmp_path, f"/docker/{ID}").image == ""
 
 
-def test_names_are_bounded(tmp_path):
+def test_names_are_bounded(tmp_path: Path) -> None:
     path = f"var/lib/docker/containers/{ID}/config.v2.json"
     put(tmp_path, path, DOCKER | {"Name": "/" + "x" * 10_000})
     assert len(asked(tmp_path, f"/docker/{ID}").name) <= 4096
 
 
 @pytest.mark.parametrize("name", ["a/b", "../web-0", "", "a b", "x\n"])
-def test_a_pod_is_a_namespace_and_a_name(name, tmp_path):
+def test_a_pod_is_a_namespace_and_a_name(name: str, tmp_path: Path) -> None:
     labels = CRI | {"io.kubernetes.cri.sandbox-name": name}
     put(tmp_path, f"run/containerd/{TASK}/k8s.io/{ID}/config.json", {"annotations": labels})
     assert asked(tmp_path, f"/kubepods/pod12/{ID}") == Container(*IN_POD[:2])
 
 
-def test_the_id_is_that_of_the_place_not_of_what_is_made_below(tmp_path):
+def test_the_id_is_that_of_the_place_not_of_what_is_made_below(tmp_path: Path) -> None:
     put(tmp_path, f"var/lib/docker/containers/{OTHER}/config.v2.json", DOCKER)
     assert asked(tmp_path, f"/system.slice/docker-{ID}.scope/{OTHER}") == UNKNOWN
 
 
-def test_a_container_that_is_gone_keeps_its_name(tmp_path, monkeypatch):
+def test_a_container_that_is_gone_keeps_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     file = put(tmp_path, f"var/lib/docker/containers/{ID}/config.v2.json", DOCKER)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What packet-hunterd says to mistakes on its command line."""
 
+from __future__ import annotations
+
 import pytest
 
 from daemon.__main__ import main
@@ -17,7 +19,9 @@ from daemon.__main__ import main
         (["--config="], "--config: an empty word says nothing"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(arguments, told, capsys):
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("packet-hunterd: ")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """packet-hunter doctor, and what start-up says of foreign packages."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import socket
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def environment(tmp_path):
+def environment(tmp_path: Path) -> Any:
     """Our packages copied to a site directory that another project shares."""
     site = tmp_path / "site"
     for name in ("nlproto", "hunter", "daemon"):
@@ -26,7 +29,7 @@ def environment(tmp_path):
     return site
 
 
-def hunter(site, *arguments):
+def hunter(site: Any, *arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "hunter", *arguments],
         capture_output=True,
@@ -37,7 +40,7 @@ def hunter(site, *arguments):
     )
 
 
-def test_doctor_names_each_part_and_what_to_do_next(environment, tmp_path):
+def test_doctor_names_each_part_and_what_to_do_next(environment: Any, tmp_path: Path) -> None:
     done = hunter(environment, "doctor", "--socket", str(tmp_path / "none.sock"))
     lines = {line.split()[1]: line for line in done.stdout.splitlines()}
     assert list(lines) == ["packages", "module", "probes", "ebpf", "daemon"]
@@ -47,22 +50,22 @@ def test_doctor_names_each_part_and_what_to_do_next(environment, tmp_path):
     assert lines["daemon"].startswith("bad") and done.returncode == 1
 
 
-def test_that_no_daemon_runs_is_no_fault(environment, tmp_path):
+def test_that_no_daemon_runs_is_no_fault(environment: Any, tmp_path: Path) -> None:
     states = {one.subject: one.state for one in examine(str(tmp_path / "none.sock"))}
     assert states["daemon"] == "note"
 
 
-def serve(path, stats):
+def serve(path: Any, stats: Any) -> Any:
     """A daemon of another release: it answers hello, and `stats` to the next request."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen()
 
-    def run():
+    def run() -> None:
         with listener, listener.accept()[0] as peer:
             decoder = Decoder(1 << 20)
             for reply in ({"ok": True, "protocol": 1, "version": "9"}, stats):
-                frames = []
+                frames: list[Any] = []
                 while not frames:
                     frames = list(decoder.feed(peer.recv(65536)))
                 number = parse_json(frames[0][1])["id"]
@@ -85,7 +88,9 @@ def serve(path, stats):
         ({"ok": False, "error": "too much to do", "code": "busy"}, "bad", "too much to do"),
     ],
 )
-def test_doctor_works_whatever_the_daemon_tells(stats, state, words, tmp_path):
+def test_doctor_works_whatever_the_daemon_tells(
+    stats: dict[str, Any], state: str, words: str, tmp_path: Path
+) -> None:
     path = str(tmp_path / "d.sock")
     thread = serve(path, stats)
     found = {one.subject: one for one in examine(path)}
@@ -94,7 +99,7 @@ def test_doctor_works_whatever_the_daemon_tells(stats, state, words, tmp_path):
     assert found["daemon"].state == state and words in found["daemon"].text
 
 
-def test_doctor_goes_on_after_a_part_that_cannot_be_looked_at(tmp_path):
+def test_doctor_goes_on_after_a_part_that_cannot_be_looked_at(tmp_path: Path) -> None:
     (tmp_path / "version").mkdir()  # no file
     found = {one.subject: one for one in examine(str(tmp_path / "none"), module=tmp_path)}
     assert found["module"].state == "bad" and "cannot be looked at" in found["module"].text
@@ -102,7 +107,7 @@ def test_doctor_goes_on_after_a_part_that_cannot_be_looked_at(tmp_path):
 
 
 @pytest.mark.parametrize("mark", ["daemon.py", "pidfile.py"])
-def test_a_foreign_daemon_installed_over_ours_is_reported(environment, mark):
+def test_a_foreign_daemon_installed_over_ours_is_reported(environment: Any, mark: str) -> None:
     (environment / "daemon" / mark).write_text("")
     doctor = hunter(environment, "doctor")
     assert doctor.returncode == 1
@@ -110,7 +115,9 @@ def test_a_foreign_daemon_installed_over_ours_is_reported(environment, mark):
     assert "of its own" in doctor.stdout
 
 
-def test_a_foreign_daemon_found_before_ours_is_reported_at_start_up(environment, tmp_path):
+def test_a_foreign_daemon_found_before_ours_is_reported_at_start_up(
+    environment: Any, tmp_path: Path
+) -> None:
     shutil.rmtree(environment / "daemon")
     (environment / "daemon.py").write_text("")
     # A plain module in another directory, found first.

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
+from __future__ import annotations
+
 import time
+from typing import Any
 
 import pytest
 
@@ -9,7 +12,13 @@ YEARS = 20 * 365.25 * 86400
 START = Moment("boot", 1000.0, 1000.0, 1_800_000_000.0)
 
 
-def _after(seconds=0.0, boot=0.0, uptime=0.0, real=0.0, boot_id="boot"):
+def _after(
+    seconds: float = 0.0,
+    boot: float = 0.0,
+    uptime: float = 0.0,
+    real: float = 0.0,
+    boot_id: str = "boot",
+) -> Moment:
     return Moment(
         boot_id,
         START.boot + seconds + boot,
@@ -18,41 +27,41 @@ def _after(seconds=0.0, boot=0.0, uptime=0.0, real=0.0, boot_id="boot"):
     )
 
 
-def _lived(*moments):
-    moments = [START, *moments]
+def _lived(*moments: Any) -> Any:
+    moments = (START, *moments)
     elapsed = Elapsed(read=iter(moments).__next__)
     for _ in moments[1:]:
         elapsed.look()
     return elapsed.seconds
 
 
-def test_time_that_all_clocks_agree_on_passed():
+def test_time_that_all_clocks_agree_on_passed() -> None:
     assert _lived(_after(10), _after(35)) == 35
 
 
 @pytest.mark.parametrize("clock", ["real", "boot", "uptime"])
 @pytest.mark.parametrize("jump", [YEARS, -YEARS])
-def test_a_clock_that_jumps_adds_nothing(clock, jump):
+def test_a_clock_that_jumps_adds_nothing(clock: str, jump: Any) -> None:
     assert _lived(_after(10, **{clock: jump})) <= 10
     there_and_back = _lived(_after(10, **{clock: jump}), _after(20), _after(30))
     assert 10 <= there_and_back <= 30
 
 
-def test_all_clocks_of_a_process_that_is_told_lies_do_not_count_either():
+def test_all_clocks_of_a_process_that_is_told_lies_do_not_count_either() -> None:
     assert _lived(_after(10, real=YEARS, boot=YEARS)) == 10
 
 
-def test_a_suspended_machine_has_lived():
+def test_a_suspended_machine_has_lived() -> None:
     assert _lived(_after(86400)) == 86400
 
 
-def test_after_a_reboot_no_more_counts_than_the_machine_runs():
+def test_after_a_reboot_no_more_counts_than_the_machine_runs() -> None:
     assert _lived(Moment("next", 40.0, 40.0, START.real + YEARS)) == 40
     assert _lived(Moment("next", 40.0, 40.0, START.real + 30)) == 30
     assert _lived(Moment("next", 40.0, 40.0, START.real - YEARS)) == 0
 
 
-def test_the_machines_own_clocks():
+def test_the_machines_own_clocks() -> None:
     elapsed = Elapsed()
     before = time.clock_gettime(time.CLOCK_BOOTTIME)
     while time.clock_gettime(time.CLOCK_BOOTTIME) < before + 0.2:

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 
 import nlproto
+from waiting import there
 
 PROGRAMS = {
     "hunter": "packet-hunter",
@@ -23,13 +25,15 @@ PROGRAMS = {
 programs = pytest.mark.parametrize("module", PROGRAMS)
 
 
-def run(module, *arguments, flags=(), **options):
+def run(
+    module: Any, *arguments: Any, flags: Any = (), **options: Any
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-I", *flags, "-m", module, *arguments]
     return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, **options)
 
 
 @programs
-def test_each_says_its_version(module):
+def test_each_says_its_version(module: Any) -> None:
     done = run(module, "-V", stdout=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{PROGRAMS[module]} {nlproto.__version__}\n"
@@ -38,7 +42,9 @@ def test_each_says_its_version(module):
 @programs
 @pytest.mark.parametrize("flags", [(), ("-u",)])
 @pytest.mark.parametrize("asked", ["--version", "--help"])
-def test_a_full_disk_is_one_line_and_a_reader_who_left_is_none(module, asked, flags):
+def test_a_full_disk_is_one_line_and_a_reader_who_left_is_none(
+    module: Any, asked: str, flags: tuple[Any, ...]
+) -> None:
     with open("/dev/full", "w") as full:
         done = run(module, asked, stdout=full, flags=flags)
     words = "cannot write to standard output: No space left on device"
@@ -51,7 +57,7 @@ def test_a_full_disk_is_one_line_and_a_reader_who_left_is_none(module, asked, fl
 
 
 @programs
-def test_that_nobody_can_read_a_complaint_changes_no_exit_code(module):
+def test_that_nobody_can_read_a_complaint_changes_no_exit_code(module: Any) -> None:
     command = [sys.executable, "-I", "-m", module, "--no-such-option"]
     with open("/dev/full", "w") as full:
         assert subprocess.run(command, stderr=full, timeout=60).returncode == 2
@@ -59,7 +65,7 @@ def test_that_nobody_can_read_a_complaint_changes_no_exit_code(module):
 
 
 @programs
-def test_ctrl_c_before_it_has_begun_is_no_traceback(module):
+def test_ctrl_c_before_it_has_begun_is_no_traceback(module: Any) -> None:
     """Of its own: Python itself, until it runs the program's first line, has one."""
     for wait in (0, 0.2):
         command = [sys.executable, "-I", "-X", "importtime", "-m", module, "--help"]
@@ -70,13 +76,14 @@ def test_ctrl_c_before_it_has_begun_is_no_traceback(module):
             text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         ) as process:
-            told, begun = [], False
+            told: list[Any] = []
+            begun = False
             while not begun:  # what is imported after it: it has been run
                 begun = bool(told) and "nlproto.running.interrupt" in told[-1]
-                told.append(process.stderr.readline())
+                told.append(there(process.stderr).readline())
                 assert told[-1]
             time.sleep(wait)
             process.send_signal(signal.SIGINT)
-            told += process.stderr.readlines()
+            told += there(process.stderr).readlines()
         assert process.returncode in (0, -signal.SIGINT)
         assert not [line for line in told if "Traceback" in line or "Exception" in line]

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Questions to flows of several machines: who, both ends, map, new, usage."""
 
+from __future__ import annotations
+
 import json
+from pathlib import Path
 
 import pytest
 
@@ -20,11 +23,11 @@ from nlproto.filters.words import quote
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Folder:
     return Folder(tmp_path / "store")
 
 
-def test_both_ends_are_joined(folder):
+def test_both_ends_are_joined(folder: Folder) -> None:
     folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "curl")
     folder.flow("b", "10.0.0.2:443", "10.0.0.1:40000", "nginx")
     with folder.open() as store:
@@ -33,7 +36,7 @@ def test_both_ends_are_joined(folder):
     assert not one["ambiguous"] and one["reason"] is None
 
 
-def test_rows_of_one_connection_are_one(folder):
+def test_rows_of_one_connection_are_one(folder: Folder) -> None:
     for at in range(3):
         for host, near, far, who_, tgid in (
             ("a", "10.0.0.1:40000", "10.0.0.2:443", "curl", 7),
@@ -46,7 +49,7 @@ def test_rows_of_one_connection_are_one(folder):
     assert one["client"]["bytes_out"] == 300
 
 
-def test_addresses_that_many_machines_have_join_on_their_own_machine(folder):
+def test_addresses_that_many_machines_have_join_on_their_own_machine(folder: Folder) -> None:
     """docker0 is 172.17.0.1 everywhere, loopback too; in two namespaces of one machine as well."""
     folder.flow("a", "127.0.0.1:80", "127.0.0.1:40000", "server-n", netns=9)
     for host in "abc":
@@ -63,7 +66,7 @@ def test_addresses_that_many_machines_have_join_on_their_own_machine(folder):
     assert joined(found) == wanted
 
 
-def test_where_two_machines_fit_none_is_named(folder):
+def test_where_two_machines_fit_none_is_named(folder: Folder) -> None:
     folder.flow("a", "192.168.1.2:40000", "192.168.1.3:80", "curl")
     for host in "bc":
         folder.flow(host, "192.168.1.3:80", "192.168.1.2:40000", f"nginx-{host}")
@@ -73,7 +76,7 @@ def test_where_two_machines_fit_none_is_named(folder):
     assert alone(found)["a curl"] == "ambiguous"
 
 
-def test_an_address_that_several_machines_have_joins_no_others(folder):
+def test_an_address_that_several_machines_have_joins_no_others(folder: Folder) -> None:
     """Of two containers with the same addresses on two machines one end each was recorded."""
     folder.flow("a", "172.17.0.2:40000", "172.17.0.3:80", "curl")
     folder.flow("b", "172.17.0.3:80", "172.17.0.2:40000", "nginx")
@@ -84,7 +87,7 @@ def test_an_address_that_several_machines_have_joins_no_others(folder):
     assert alone(found) == {"a curl": "ambiguous", "b nginx": "ambiguous", "b wget": "outside"}
 
 
-def test_a_port_that_is_used_again_joins_the_right_ones(folder):
+def test_a_port_that_is_used_again_joins_the_right_ones(folder: Folder) -> None:
     for number, at in enumerate((0, 4, 8)):
         first = FIRST + at * S
         folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", f"c{number}", first=first)
@@ -94,7 +97,7 @@ def test_a_port_that_is_used_again_joins_the_right_ones(folder):
     assert joined(found) == {(f"a c{n}", f"b s{n}") for n in range(3)}
 
 
-def test_one_end_is_the_other_end_of_one_connection(folder):
+def test_one_end_is_the_other_end_of_one_connection(folder: Folder) -> None:
     """The server recorded the first alone: the second has no partner."""
     folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "c0")
     folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "c1", first=FIRST + S // 20)
@@ -108,7 +111,7 @@ def test_one_end_is_the_other_end_of_one_connection(folder):
 
 
 @pytest.mark.parametrize("ahead", [-5 * S, 5 * S])
-def test_clocks_that_differ_are_learnt(folder, ahead):
+def test_clocks_that_differ_are_learnt(folder: Folder, ahead: int) -> None:
     """A port comes back after three seconds: with the clock as it is the wrong one is nearer."""
     for number in range(8):
         first = FIRST + 100 * S + number * 20 * S
@@ -123,7 +126,7 @@ def test_clocks_that_differ_are_learnt(folder, ahead):
     assert joined(found) == {(f"a c{n}", f"b s{n}") for n in range(8)} | {("a again", "b answer")}
 
 
-def test_through_nat_of_the_server_s_machine(folder):
+def test_through_nat_of_the_server_s_machine(folder: Folder) -> None:
     """A published port: the client knows the machine, the server its own address."""
     folder.flow("a", "10.0.0.1:40000", "10.0.0.2:8080", "curl")
     folder.flow(
@@ -134,7 +137,7 @@ def test_through_nat_of_the_server_s_machine(folder):
         assert joined(ends(store, Wanted())[1]) == {("a curl", "b nginx")}
 
 
-def test_ports_need_not_tell_who_asked(folder):
+def test_ports_need_not_tell_who_asked(folder: Folder) -> None:
     """NTP has one port at both ends; a published port may be higher than the client's."""
     folder.flow("a", "10.0.0.1:123", "10.0.0.2:123", "chronyd", protocol=17)
     folder.flow("b", "10.0.0.2:123", "10.0.0.1:123", "ntpd", protocol=17)
@@ -152,7 +155,7 @@ def test_ports_need_not_tell_who_asked(folder):
     assert len(found & {("a chronyd", "b ntpd"), ("b ntpd", "a chronyd")}) == 1
 
 
-def test_through_nat_of_a_machine_on_the_way(folder):
+def test_through_nat_of_a_machine_on_the_way(folder: Folder) -> None:
     """It masquerades and redirects; only its forwarded flow tells both."""
     folder.flow("a", "10.0.0.1:40000", "10.9.0.1:8080", "curl")
     folder.flow("b", "10.0.1.2:80", "10.9.0.2:50000", "nginx")
@@ -164,7 +167,7 @@ def test_through_nat_of_a_machine_on_the_way(folder):
         assert joined(ends(store, Wanted())[1]) == {("a curl", "b nginx")}
 
 
-def test_an_end_without_a_partner_says_why(folder):
+def test_an_end_without_a_partner_says_why(folder: Folder) -> None:
     for host in "abcd":
         folder.account(host, range(600, 701, 20) if host == "c" else range(600, 1201, 60))
     folder.account("e", daemon_lost=1)
@@ -188,7 +191,7 @@ def test_an_end_without_a_partner_says_why(folder):
     assert {name for name, one in hosts.items() if not one.whole} == {"c", "e"}
 
 
-def test_what_was_told_twice_counts_once(folder):
+def test_what_was_told_twice_counts_once(folder: Folder) -> None:
     folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "curl")
     folder.write("part-0.parquet")
     with folder.open() as store:
@@ -200,7 +203,7 @@ HOSTILE = ["'; DROP TABLE flow; --", '"x"', "a\x1b[31m\n", "%_", "$since", "x' O
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_names_of_hostile_machines_are_values_and_nothing_else(folder, name):
+def test_names_of_hostile_machines_are_values_and_nothing_else(folder: Folder, name: str) -> None:
     folder.flow(name, "10.0.0.1:40000", "not-an-address:443", name, domain=name)
     folder.flow("b", "10.0.0.2:40000", "10.0.0.3:443", "curl")
     with folder.open() as store:
@@ -211,7 +214,7 @@ def test_names_of_hostile_machines_are_values_and_nothing_else(folder, name):
         assert service_map(store, Wanted(on=name), "process")[1][0]["client"] == name
 
 
-def test_who_takes_the_words_of_one_host(folder):
+def test_who_takes_the_words_of_one_host(folder: Folder) -> None:
     row = folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "curl", domain="www.example.org")
     folder.process(
         "a", row["tgid"], "curl", at_ns=FIRST + 1, unit="cron.service",
@@ -236,7 +239,7 @@ def test_who_takes_the_words_of_one_host(folder):
             who(store, Wanted(host="nonsense"), 10)
 
 
-def test_usage_sums_up_by_what_is_asked(folder):
+def test_usage_sums_up_by_what_is_asked(folder: Folder) -> None:
     for host in "ab":
         folder.flow(host, "10.0.0.1:40000", "10.0.0.9:443", "curl")
     folder.flow("a", "10.0.0.1:40001", "10.0.0.9:443", "wget", bytes_in=5000)
@@ -250,7 +253,7 @@ def test_usage_sums_up_by_what_is_asked(folder):
         assert (total, rows[0]["name"]) == (2, "a")
 
 
-def test_new_is_what_the_days_before_have_not(folder):
+def test_new_is_what_the_days_before_have_not(folder: Folder) -> None:
     for at, port in enumerate((443, 8443)):
         folder.flow("a", f"10.0.0.1:4000{at}", f"203.0.113.7:{port}", "curl")
     folder.flow("a", "10.0.0.1:22", "203.0.113.7:40000", "sshd")
@@ -265,7 +268,7 @@ def test_new_is_what_the_days_before_have_not(folder):
         assert [(row["program"], row["service"]) for row in rows] == [("sshd", 22)]
 
 
-def test_a_map_has_services_and_why_an_end_is_missing(folder):
+def test_a_map_has_services_and_why_an_end_is_missing(folder: Folder) -> None:
     for number in range(3):
         near = f"10.0.0.1:{40000 + number}"
         folder.flow("a", near, "10.0.0.2:443", "curl")
@@ -283,7 +286,7 @@ def test_a_map_has_services_and_why_an_end_is_missing(folder):
     }
 
 
-def test_a_folder_that_is_none_is_a_line(tmp_path):
+def test_a_folder_that_is_none_is_a_line(tmp_path: Path) -> None:
     with pytest.raises(Error, match="has no flows"):
         open_folder(tmp_path, RANGE)
     (tmp_path / "flows" / schema.hour_name(FIRST)).mkdir(parents=True)
@@ -293,7 +296,12 @@ def test_a_folder_that_is_none_is_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("question", ["who", "ends", "map", "new", "usage"])
-def test_the_command_shows_and_tells_machines(folder, question, capsys, monkeypatch):
+def test_the_command_shows_and_tells_machines(
+    folder: Folder,
+    question: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("hunter.fleet.fleet.time.time_ns", lambda: RANGE.until_ns)
     folder.flow("a\x1b[31m", "10.0.0.1:40000", "10.0.0.2:443", "curl\x1b]0;x\x07")
     folder.flow("b", "10.0.0.2:443", "10.0.0.1:40000", "nginx")
@@ -311,7 +319,9 @@ def test_the_command_shows_and_tells_machines(folder, question, capsys, monkeypa
     assert main([*words, "--pname", "nobody"]) == 1
 
 
-def test_a_map_is_a_page_that_runs_nothing(folder, tmp_path, monkeypatch):
+def test_a_map_is_a_page_that_runs_nothing(
+    folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("hunter.fleet.fleet.time.time_ns", lambda: RANGE.until_ns)
     folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "<script>alert(1)</script>")
     folder.write()

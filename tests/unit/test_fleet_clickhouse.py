@@ -11,7 +11,10 @@ import io
 import threading
 import time
 import urllib.parse
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Self
 
 import pyarrow.parquet as pq
 import pytest
@@ -30,12 +33,12 @@ BOOT = bytes(16)
 class Stub:
     """Takes statements by HTTP; `answer(query, body)` does them, and raises to refuse."""
 
-    def __init__(self, answer):
+    def __init__(self, answer: Any) -> None:
         outer = self
-        self.told = []
+        self.told: list[Any] = []
 
         class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
+            def do_POST(self) -> None:
                 words = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 outer.told.append((words["query"][0], body, self.headers))
@@ -49,35 +52,35 @@ class Stub:
                 self.end_headers()
                 self.wfile.write(text)
 
-            def log_message(self, *_):
+            def log_message(self, *_: Any) -> None:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://me:pass%20word@127.0.0.1:{self.server.server_port}/fleet"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self.server.shutdown()
         self.server.server_close()
 
 
-def received(first, count, sequence, host="h1"):
+def received(first: Any, count: Any, sequence: Any, host: str = "h1") -> Received:
     made = rows_of(flows(first, count))
     made["first_ns"] = made["last_ns"] = time.time_ns()
     return Received(host, wire.decode(wire.encode_flows(BOOT, sequence, made, {})))
 
 
-def told():
+def told() -> Iterator[Any]:
     process = wire.ToldProcess(tgid=1, start_ns=2, at_ns=time.time_ns(), exe="/bin/x")
     account = wire.ToldAccount(time.time_ns(), 1, 1, 0, 0)
     for kind, one in ((wire.PROCS, process), (wire.ACCOUNT, account)):
         yield Received("h1", wire.decode(wire.encode(kind, BOOT, 9, [one])))
 
 
-def test_each_table_is_made_once_and_gets_its_rows_as_parquet():
+def test_each_table_is_made_once_and_gets_its_rows_as_parquet() -> None:
     with Stub(lambda query, body: None) as stub:
         store = ClickHouseStore(stub.url, 30 * DAY)
         store.write([received(0, 3, 1), received(0, 2, 1, "h2"), *told()])
@@ -99,8 +102,8 @@ def test_each_table_is_made_once_and_gets_its_rows_as_parquet():
     )
 
 
-def test_what_it_refuses_is_one_line_without_the_password():
-    def refuse(query, body):
+def test_what_it_refuses_is_one_line_without_the_password() -> None:
+    def refuse(query: Any, body: Any) -> None:
         raise ValueError("Code: 60.\n no table")
 
     with Stub(refuse) as stub, pytest.raises(Error, match="Code: 60. no table") as caught:
@@ -114,14 +117,14 @@ def test_what_it_refuses_is_one_line_without_the_password():
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("chdb"), reason="needs chdb, of 534 MB")
-def test_clickhouse_itself_keeps_each_row_once(tmp_path):
+def test_clickhouse_itself_keeps_each_row_once(tmp_path: Path) -> None:
     from chdb.session import Session
 
     session = Session(str(tmp_path / "chdb"))
     session.query("CREATE DATABASE fleet")
     session.query("USE fleet")
 
-    def run(query, body):
+    def run(query: Any, body: Any) -> None:
         if body.strip():
             path = tmp_path / "body.parquet"
             path.write_bytes(body)
@@ -134,7 +137,7 @@ def test_clickhouse_itself_keeps_each_row_once(tmp_path):
         store.write(batches)
         ClickHouseStore(stub.url, 30 * DAY).write(batches[:1])
 
-    def one(query):
+    def one(query: Any) -> Any:
         return session.query(query, "TabSeparated").bytes().decode().strip()
 
     try:

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import signal
 import sys
 import time
 import uuid
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import nats
 import pytest
@@ -26,19 +29,19 @@ PLAYING = str(Path(__file__).parents[1] / "playing.py")
 
 
 @pytest.fixture(name="server")
-def _server(tmp_path):
+def _server(tmp_path: Path) -> Iterator[Server]:
     with Server(tmp_path / "nats") as server:
         yield server
 
 
-def play(tmp_path, url, host, count, *more):
+def play(tmp_path: Path, url: Any, host: Any, count: Any, *more: Any) -> Program:
     spool = tmp_path / f"spool-{host}"
     spool.mkdir(exist_ok=True)
     words = [sys.executable, PLAYING, str(spool), url, host, str(count), *map(str, more)]
     return Program(tmp_path / f"{host}.log", words)
 
 
-def collect(tmp_path, url, name="one"):
+def collect(tmp_path: Path, url: Any, name: str = "one") -> Any:
     return Program.of(
         tmp_path / f"collect-{name}.log",
         "collect",
@@ -53,16 +56,16 @@ def ended(host: Program) -> str:
     return last
 
 
-def stored(tmp_path) -> Counter:
+def stored(tmp_path: Path) -> Counter[Any]:
     """How often each flow of each host is there."""
     return Counter((row["host"], row["cookie"]) for row in rows(tmp_path / "store", "flows"))
 
 
-def each_once(tmp_path, host: str, count: int) -> bool:
+def each_once(tmp_path: Path, host: str, count: int) -> bool:
     return stored(tmp_path) == Counter((host, cookie) for cookie in range(count))
 
 
-def test_a_server_that_dies_and_comes_back_costs_nothing(server, tmp_path):
+def test_a_server_that_dies_and_comes_back_costs_nothing(server: Server, tmp_path: Path) -> None:
     with collect(tmp_path, server.url), play(tmp_path, server.url, "h1", 2000) as host:
         until(lambda: stored(tmp_path), 30, "the first rows")
         server.process.kill()
@@ -90,8 +93,8 @@ main(sys.argv[1:])
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_collector_that_is_killed_with_a_file_loses_and_doubles_nothing(
-    server, tmp_path, monkeypatch, moment
-):
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
     """Before its file has its name, and after, when the server does not know of it yet."""
 
     async def give_again_soon() -> None:
@@ -112,12 +115,16 @@ def test_a_collector_that_is_killed_with_a_file_loses_and_doubles_nothing(
             until(lambda: each_once(tmp_path, "h1", 2000), 60, "every row once")
 
 
-def test_an_exporter_that_is_killed_goes_on_where_it_was(server, tmp_path):
+def test_an_exporter_that_is_killed_goes_on_where_it_was(server: Server, tmp_path: Path) -> None:
     with collect(tmp_path, server.url) as collector:
         for _ in range(4):
             with play(tmp_path, server.url, "h1", 3000) as host:
                 before = host.text().count("connected")
-                until(lambda host=host, before=before: host.text().count("connected") >= before)
+                until(
+                    functools.partial(
+                        lambda one, least: one.text().count("connected") >= least, host, before
+                    )
+                )
                 until(lambda: list((tmp_path / "spool-h1").iterdir()))
                 time.sleep(0.3)
                 host.process.send_signal(signal.SIGKILL)
@@ -133,7 +140,7 @@ def test_an_exporter_that_is_killed_goes_on_where_it_was(server, tmp_path):
         assert collector.stop() == 0
 
 
-def test_what_has_no_room_is_lost_and_counted(tmp_path):
+def test_what_has_no_room_is_lost_and_counted(tmp_path: Path) -> None:
     """The server is away; the spool is small."""
     with play(tmp_path, "nats://127.0.0.1:9", "h1", 20_000, 0.02, 100_000) as host:
         until(lambda: "given" in host.text())
@@ -142,7 +149,7 @@ def test_what_has_no_room_is_lost_and_counted(tmp_path):
     assert "exported=20000, acknowledged=0," in last and "lost=0," not in last
 
 
-def publish(url, *messages):
+def publish(url: Any, *messages: Any) -> None:
     async def run() -> None:
         client = await nats.connect(url)
         jetstream = client.jetstream()
@@ -157,13 +164,13 @@ def publish(url, *messages):
 BOOT = uuid.UUID(int=7).bytes
 
 
-def batch(first, count, sequence=1, ago_s=0.0):
+def batch(first: Any, count: Any, sequence: int = 1, ago_s: float = 0.0) -> Any:
     made = rows_of(flows(first, count))
     made["first_ns"] = made["last_ns"] = time.time_ns() - int(ago_s * 1e9)
     return wire.encode_flows(BOOT, sequence, made, {})
 
 
-def test_a_batch_that_is_told_again_is_not_stored_again(server, tmp_path):
+def test_a_batch_that_is_told_again_is_not_stored_again(server: Server, tmp_path: Path) -> None:
     again = ("flows.h1", batch(0, 10))
     publish(server.url, again, again)
     with collect(tmp_path, server.url) as collector:
@@ -176,7 +183,7 @@ def test_a_batch_that_is_told_again_is_not_stored_again(server, tmp_path):
         until(lambda: each_once(tmp_path, "h1", 20))
 
 
-def test_the_subject_says_whose_a_batch_is(server, tmp_path):
+def test_the_subject_says_whose_a_batch_is(server: Server, tmp_path: Path) -> None:
     """Two hosts with the same boot and sequence are two."""
     publish(server.url, ("flows.h1", batch(0, 3)), ("flows.h2.example", batch(0, 3)))
     with collect(tmp_path, server.url):
@@ -184,7 +191,7 @@ def test_the_subject_says_whose_a_batch_is(server, tmp_path):
     assert {host for host, _ in stored(tmp_path)} == {"h1", "h2.example"}
 
 
-def test_what_is_no_batch_is_counted_and_given_up(server, tmp_path):
+def test_what_is_no_batch_is_counted_and_given_up(server: Server, tmp_path: Path) -> None:
     nonsense = [b"", b"PHF1", b"x" * 4000, batch(0, 3)[:-4], batch(0, 3) + b"x"]
     wrong = [("flows.h1", one) for one in nonsense] + [("procs.h1", batch(0, 3))]
     publish(server.url, *wrong, ("flows.h1", batch(0, 3)))
@@ -202,7 +209,9 @@ def test_what_is_no_batch_is_counted_and_given_up(server, tmp_path):
     assert asyncio.run(left()) == 0
 
 
-def test_rows_go_to_their_own_hour_and_not_to_one_that_nobody_wants(server, tmp_path):
+def test_rows_go_to_their_own_hour_and_not_to_one_that_nobody_wants(
+    server: Server, tmp_path: Path
+) -> None:
     """A host that was cut off for hours, one whose clock is 5 s ahead, and two that are wrong."""
     day = 86400.0
     ages = {"silent": 3 * 3600.0, "ahead": -5.0, "future": -2 * day, "ancient": 40 * day}

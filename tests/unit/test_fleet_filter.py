@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: MIT
 """The filter language over a fleet's flows says what it says over packets."""
 
+from __future__ import annotations
+
 import socket
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +45,7 @@ processes = st.builds(
 
 
 @st.composite
-def flows(draw):
+def flows(draw: Any) -> tuple[Any, ...]:
     """A flow, and its process: None where none is told."""
     six = draw(st.booleans())
     addresses = [one for one in ADDRESSES if (":" in one) == six]
@@ -64,12 +68,12 @@ def flows(draw):
     return row, draw(st.none() | processes) if named else None
 
 
-def _words(address):
+def _words(address: Any) -> Any:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return np.frombuffer(socket.inet_pton(family, address).ljust(16, b"\0"), np.uint8)
 
 
-def records(row):
+def records(row: Any) -> Any:
     """The packets of a flow, one for each way, and what NAT made of each."""
     made = []
     outward = wire.lib.SNIFFER_DIR_FWD if row["forwarded"] else wire.lib.SNIFFER_DIR_OUT
@@ -97,10 +101,10 @@ def records(row):
     return made
 
 
-def in_memory(wanted, row, process):
+def in_memory(wanted: Any, row: Any, process: Any) -> bool:
     """Whether a packet of the flow fits, as on one host."""
 
-    def fits(one, nat):
+    def fits(one: Any, nat: Any) -> Any:
         ends = SimpleNamespace(
             domains=lambda some: [row["domain"] or ""] * len(some), translations=lambda some: nat
         )
@@ -144,12 +148,12 @@ filters = st.recursive(
 )
 
 
-def tgid_of(number, row):
+def tgid_of(number: Any, row: Any) -> Any:
     """Each flow has a process of its own."""
     return row["tgid"] and 10 * number + row["tgid"]
 
 
-def store_of(path, told):
+def store_of(path: Any, told: Any) -> Any:
     folder = Folder(path)
     for number, (row, process) in enumerate(told, 1):
         tgid = tgid_of(number, row)
@@ -170,7 +174,9 @@ def store_of(path, told):
 @given(
     told=st.lists(flows(), min_size=1, max_size=12), some=st.lists(filters, min_size=6, max_size=20)
 )
-def test_a_flow_fits_when_a_packet_of_it_would(tmp_path_factory, told, some):
+def test_a_flow_fits_when_a_packet_of_it_would(
+    tmp_path_factory: pytest.TempPathFactory, told: Any, some: Any
+) -> None:
     with store_of(tmp_path_factory.mktemp("store"), told) as store:
         for text in some:
             wanted = parse(text, resolve=False)
@@ -184,7 +190,7 @@ def test_a_flow_fits_when_a_packet_of_it_would(tmp_path_factory, told, some):
 
 
 @pytest.mark.parametrize("text", ["less 100", "greater 100", "ifindex 1", "pname x or less 9"])
-def test_words_for_single_packets_are_refused(tmp_path, text):
+def test_words_for_single_packets_are_refused(tmp_path: Path, text: str) -> None:
     folder = Folder(tmp_path)
     folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "curl", first=FIRST)
     with folder.open() as store, pytest.raises(UsageError, match=r"flows"):
@@ -192,12 +198,12 @@ def test_words_for_single_packets_are_refused(tmp_path, text):
 
 
 @pytest.mark.parametrize("text", ["uid root", "netns default"])
-def test_names_that_mean_something_on_this_machine_alone_are_refused(text):
+def test_names_that_mean_something_on_this_machine_alone_are_refused(text: str) -> None:
     with pytest.raises(FilterError, match="is no "):
         parse(text, elsewhere=True)
 
 
-def test_every_column_of_the_language_is_one_of_the_store():
+def test_every_column_of_the_language_is_one_of_the_store() -> None:
     assert {"protocol", "tgid", "uid", "netns", "how", "domain"} <= set(schema.FLOWS.names)
 
 
@@ -207,7 +213,7 @@ def test_every_column_of_the_language_is_one_of_the_store():
      Wanted(parse("pname parent\udca0init or domain \udcff")),
      Wanted(parse("exe \ud800* or parent \udca0 or container \udca0"))],
 )  # fmt: skip
-def test_bytes_of_a_shell_that_are_no_text_fit_nothing(tmp_path, wanted):
+def test_bytes_of_a_shell_that_are_no_text_fit_nothing(tmp_path: Path, wanted: Wanted) -> None:
     folder = Folder(tmp_path)
     folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "curl", domain="a.test")
     with folder.open() as store:

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Connections of a small world with two sites, routers and containers: none is joined wrongly."""
 
+from __future__ import annotations
+
 import random
 import socket
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,10 +30,12 @@ SIX = {"p1": "2001:db8::1", "p2": "2001:db8::2"}
 class World:
     """Draws connections; `true`: which (client's program, server's) belong together."""
 
-    def __init__(self, path, seed):
+    def __init__(self, path: Path, seed: int) -> None:
         self.random = random.Random(seed)
         self.folder = Folder(path)
-        self.true, self.alone, self.vague = set(), set(), set()
+        self.true: set[tuple[str, str]] = set()
+        self.vague: set[tuple[str, str]] = set()
+        self.alone: set[str] = set()
         self.count = 0
         names = [*SERVERS, *(f"{site}-{one}" for site in SITES for one in (*LOCAL, "gate"))]
         self.clock = {name: self.random.choice((0, 0, 0, 3, -4, 40)) * S // 10 for name in names}
@@ -36,7 +43,9 @@ class World:
         for name in names:
             self.folder.account(name)
 
-    def connect(self, client, server, passing=(), vague=False):
+    def connect(
+        self, client: Any, server: Any, passing: Iterable[Any] = (), vague: bool = False
+    ) -> None:
         """(machine, local, remote, more) of both ends, and of the machines on the way."""
         number = self.count = self.count + 1
         begin = FIRST + self.random.randrange(100 * S, 400 * S)
@@ -53,16 +62,16 @@ class World:
         else:
             self.alone |= {name for name, keep in zip(names, kept, strict=True) if keep}
 
-    def _flow(self, one, name, begin, **more):
+    def _flow(self, one: Any, name: str, begin: int, **more: Any) -> None:
         host, local, remote, *rest = one
         late = self.random.randrange(S // 50)
         words = {**more, **(rest[0] if rest else {})}
         self.folder.flow(host, local, remote, name, first=begin + self.clock[host] + late, **words)
 
-    def port(self):
+    def port(self) -> int:
         return self.random.randrange(32768, 32768 + 3000)  # so that ports come back
 
-    def draw(self):
+    def draw(self) -> None:
         site = self.random.choice(SITES)
         name, other = self.random.sample(sorted(LOCAL), 2)
         server = self.random.choice(sorted(SERVERS))
@@ -119,7 +128,7 @@ class World:
             )
 
 
-def _nat(near, far):
+def _nat(near: str, far: str) -> dict[str, Any]:
     laddr, lport = near.rsplit(":", 1)
     raddr, rport = far.rsplit(":", 1)
     return {
@@ -127,12 +136,12 @@ def _nat(near, far):
     }  # fmt: skip
 
 
-def programs(found):
+def programs(found: Iterable[Mapping[str, Any]]) -> set[tuple[str, str]]:
     return {(one.split()[1], other.split()[1]) for one, other in joined(found)}
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_of_a_world_with_nat_none_is_joined_wrongly(tmp_path, seed):
+def test_of_a_world_with_nat_none_is_joined_wrongly(tmp_path: Path, seed: int) -> None:
     world = World(tmp_path / "store", seed)
     for _ in range(400):
         world.draw()
@@ -150,7 +159,7 @@ def test_of_a_world_with_nat_none_is_joined_wrongly(tmp_path, seed):
     assert all(why[name] for name in world.alone if name in why)
 
 
-def test_a_connection_that_is_older_than_the_range_is_joined(tmp_path):
+def test_a_connection_that_is_older_than_the_range_is_joined(tmp_path: Path) -> None:
     """Its first rows there begin where each machine's ten seconds did."""
     folder = Folder(tmp_path)
     for at in range(0, 600, 10):
@@ -164,7 +173,7 @@ def test_a_connection_that_is_older_than_the_range_is_joined(tmp_path):
         assert joined(ends(store, Wanted())[1]) == {("a curl", "b nginx")}
 
 
-def test_an_old_connection_is_not_joined_to_a_later_one_of_its_ports(tmp_path):
+def test_an_old_connection_is_not_joined_to_a_later_one_of_its_ports(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     for host in "ab":
         folder.account(host)
@@ -176,7 +185,7 @@ def test_an_old_connection_is_not_joined_to_a_later_one_of_its_ports(tmp_path):
     assert alone(found) == {"a old": "unseen", "b later": "unseen"}
 
 
-def test_two_connections_of_one_port_do_not_make_a_clock(tmp_path):
+def test_two_connections_of_one_port_do_not_make_a_clock(tmp_path: Path) -> None:
     """Of each one end was recorded: nothing says that the clocks are 20 s apart."""
     folder = Folder(tmp_path)
     for host in "ab":
@@ -189,7 +198,7 @@ def test_two_connections_of_one_port_do_not_make_a_clock(tmp_path):
     assert alone(found) == {"a one": "unseen", "b other": "unseen"}
 
 
-def test_a_wrong_clock_is_learnt_from_connections_to_others(tmp_path):
+def test_a_wrong_clock_is_learnt_from_connections_to_others(tmp_path: Path) -> None:
     """One connection to each of four machines: together they say that a's clock is 5 s ahead."""
     folder = Folder(tmp_path)
     for number, host in enumerate("bcde", 2):
@@ -204,7 +213,7 @@ def test_a_wrong_clock_is_learnt_from_connections_to_others(tmp_path):
     assert {(f"c{number}", f"s{number}") for number in range(2, 6)} <= found
 
 
-def test_the_same_addresses_in_two_sites_are_not_joined_across(tmp_path):
+def test_the_same_addresses_in_two_sites_are_not_joined_across(tmp_path: Path) -> None:
     """Both sites' machines talk from one port at one moment, each through its own router."""
     folder = Folder(tmp_path)
     for host in ("east", "west", "gate-e", "gate-w", "p"):
@@ -220,7 +229,7 @@ def test_the_same_addresses_in_two_sites_are_not_joined_across(tmp_path):
     assert set(alone(found).values()) == {"ambiguous"}
 
 
-def test_an_ipv4_address_in_ipv6_is_stored_as_what_the_other_end_has():
+def test_an_ipv4_address_in_ipv6_is_stored_as_what_the_other_end_has() -> None:
     row = np.zeros(1, wire.ROW)
     row["family"], row["protocol"], row["last_ns"] = socket.AF_INET6, 6, FIRST
     for name, address in (("laddr", "::ffff:10.0.0.2"), ("raddr", "::ffff:0:10.0.0.1")):

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: MIT
 """One machine's own history: all of it, though a daemon tells 10,000 flows at once."""
 
+from __future__ import annotations
+
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -15,6 +19,7 @@ from fleet.ask.local import told
 from fleet.ask.store import Range
 from nlproto.tables.flows import FLOW, pack_address
 from nlproto.tables.processes import Processes
+from waiting import stand_in
 
 S = 10**9
 
@@ -22,11 +27,11 @@ S = 10**9
 class Pipeline:
     portmap = None
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.processes = Processes()
 
 
-def ask_of(lasts):
+def ask_of(lasts: Any) -> tuple[Callable[..., Any], list[Any]]:
     """What asks a daemon's own part, whose history has a flow for each of `lasts` (ns)."""
     flows = np.zeros(len(lasts), FLOW)
     flows["cookie"] = np.arange(1, len(lasts) + 1)
@@ -36,11 +41,11 @@ def ask_of(lasts):
         flows[name] = np.frombuffer(pack_address("10.0.0.1")[1], np.uint64)
     flows["first_ns"] = flows["last_ns"] = lasts
     memory = FlowMemory(len(flows) + 1)
-    memory.update(flows, SimpleNamespace(real_offset_ns=0))
-    answers = Answers(Pipeline(), memory)
-    asked = []
+    memory.update(flows, stand_in(SimpleNamespace(real_offset_ns=0)))
+    answers = Answers(stand_in(Pipeline()), memory)
+    asked: list[Any] = []
 
-    def ask(**words):
+    def ask(**words: Any) -> Any:
         asked.append(words)
         return msgspec.json.decode(msgspec.json.encode(answers.who(Who(1, **words), None)))
 
@@ -48,18 +53,18 @@ def ask_of(lasts):
 
 
 @pytest.fixture(name="now")
-def _now():
+def _now() -> int:
     return time.time_ns()
 
 
-def test_more_flows_than_are_told_at_once_are_all_told(now):
+def test_more_flows_than_are_told_at_once_are_all_told(now: int) -> None:
     ask, asked = ask_of(now - np.arange(25_000) * S // 50)  # 500 s
     flows, _, whole = told(ask, Range(now - 600 * S, now))
     assert whole and len(flows) == len({one["cookie"] for one in flows}) == 25_000
     assert 2 < len(asked) < 20
 
 
-def test_what_cannot_be_divided_is_said_to_be_cut(now):
+def test_what_cannot_be_divided_is_said_to_be_cut(now: int) -> None:
     """All at one moment."""
     ask, _ = ask_of(np.full(10_500, now - 100 * S))
     flows, _, whole = told(ask, Range(now - 600 * S, now))

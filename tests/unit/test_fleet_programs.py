@@ -23,7 +23,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("program", ["export", "collect"])
-def test_without_the_extra_one_line_says_what_to_install(program, tmp_path):
+def test_without_the_extra_one_line_says_what_to_install(program: str, tmp_path: Path) -> None:
     code = _WITHOUT.format(program)
     run = [sys.executable, "-I", "-c", code]
     ended = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path)
@@ -47,7 +47,7 @@ def test_without_the_extra_one_line_says_what_to_install(program, tmp_path):
         ["--spool-size", "0"],
     ],
 )
-def test_mistakes_are_told_and_nothing_begins(arguments, tmp_path):
+def test_mistakes_are_told_and_nothing_begins(arguments: list[str], tmp_path: Path) -> None:
     run = [sys.executable, "-I", "-m", "fleet.export", "--spool", str(tmp_path / "spool")]
     ended = subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
@@ -65,7 +65,7 @@ print(*sorted(names & {"fleet", "nats", "nkeys", "nacl", "pyarrow", "duckdb", "b
 """
 
 
-def test_the_base_installation_grows_by_nothing():
+def test_the_base_installation_grows_by_nothing() -> None:
     """Its requirements are these six, and its programs load nothing of the extra."""
     root = Path(__file__).resolve().parents[2]
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]

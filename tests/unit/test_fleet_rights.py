@@ -7,7 +7,9 @@ import asyncio
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -21,7 +23,7 @@ from waiting import patient, until
 PLAYING = str(Path(__file__).parents[1] / "playing.py")
 
 
-def key(tmp_path, program, name, *arguments):
+def key(tmp_path: Path, program: Any, name: Any, *arguments: Any) -> Any:
     path = tmp_path / f"{name}.nk"
     run = [sys.executable, "-I", "-m", f"fleet.{program}", "--make-nkey", "--nkey", str(path)]
     ended = subprocess.run([*run, *arguments], capture_output=True, text=True)
@@ -32,18 +34,22 @@ def key(tmp_path, program, name, *arguments):
     return ended.stdout
 
 
+class Secured(NamedTuple):
+    server: Server
+    tls: str
+    ca: str
+
+
 @pytest.fixture(name="fleet")
-def _fleet(tmp_path):
+def _fleet(tmp_path: Path) -> Iterator[Secured]:
     users = [key(tmp_path, "export", name, "--host", name) for name in ("h1", "h2.example")]
     users.append(key(tmp_path, "collect", "collector"))
     made, private = certificate(tmp_path)
     with Server(tmp_path / "nats", config=secured(made, private, users)) as server:
-        server.ca = str(made)
-        server.tls = server.url.replace("nats:", "tls:")
-        yield server
+        yield Secured(server, server.url.replace("nats:", "tls:"), str(made))
 
 
-def test_hosts_export_by_their_keys_and_collectors_collect(fleet, tmp_path):
+def test_hosts_export_by_their_keys_and_collectors_collect(fleet: Secured, tmp_path: Path) -> None:
     with Program.of(
         tmp_path / "collect.log",
         "collect",
@@ -62,16 +68,16 @@ def test_hosts_export_by_their_keys_and_collectors_collect(fleet, tmp_path):
         assert {row["host"] for row in rows(tmp_path / "store", "flows")} == {"h1", "h2.example"}
 
 
-def test_what_a_host_may_not_is_refused_and_stored_nowhere(fleet, tmp_path):
+def test_what_a_host_may_not_is_refused_and_stored_nowhere(fleet: Secured, tmp_path: Path) -> None:
     told = []
 
-    async def hear(error):
+    async def hear(error: Any) -> None:
         told.append(str(error))
 
-    def at(name, ca=fleet.ca, url=fleet.tls):
+    def at(name: Any, ca: Any = fleet.ca, url: Any = fleet.tls) -> At:
         return At((url,), str(tmp_path / f"{name}.nk"), ca)
 
-    async def attempt():
+    async def attempt() -> Any:
         collector = await bus.connect(at("collector"), "collector", hear)
         await bus.ensure_stream(collector.jetstream())
         host = await bus.connect(at("h1"), "h1", hear)
@@ -97,7 +103,7 @@ def test_what_a_host_may_not_is_refused_and_stored_nowhere(fleet, tmp_path):
         assert f'subscription to "{refused}"' in text
 
 
-def test_who_is_not_known_is_not_let_in(fleet, tmp_path):
+def test_who_is_not_known_is_not_let_in(fleet: Secured, tmp_path: Path) -> None:
     key(tmp_path, "export", "stranger", "--host", "h1")
     stranger = At((fleet.tls,), str(tmp_path / "stranger.nk"), fleet.ca)
     nobody = At((fleet.tls,), None, fleet.ca)
@@ -105,7 +111,7 @@ def test_who_is_not_known_is_not_let_in(fleet, tmp_path):
     other = certificate(tmp_path / "other")[0]
     elsewhere = At((fleet.tls,), str(tmp_path / "h1.nk"), str(other))
 
-    async def hear(error):
+    async def hear(error: Any) -> None:
         pass
 
     for server, why in ((stranger, "authorization"), (nobody, ""), (elsewhere, "certificate")):

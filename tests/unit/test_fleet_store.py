@@ -6,6 +6,8 @@ from __future__ import annotations
 import socket
 import time
 import uuid
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -25,17 +27,18 @@ from nlproto.records.clock import Clock
 from nlproto.tables.flows import pack_address
 from nlproto.tables.processes import Process
 from playing import flows
+from waiting import stand_in
 
 BOOT = uuid.UUID(int=7)
 DAY = 86400.0
 
 
-def received(rows, sequence=1, host="h1", names=None):
+def received(rows: Any, sequence: int = 1, host: str = "h1", names: Any = None) -> Received:
     payload = wire.encode_flows(BOOT.bytes, sequence, rows, names or {})
     return Received(host, wire.decode(payload))
 
 
-def now(count=3, first=0, **fields):
+def now(count: int = 3, first: int = 0, **fields: Any) -> Any:
     made = rows_of(flows(first, count))
     made["first_ns"] = made["last_ns"] = time.time_ns()
     for name, value in fields.items():
@@ -43,7 +46,7 @@ def now(count=3, first=0, **fields):
     return made
 
 
-def test_every_column_says_what_the_row_said(tmp_path):
+def test_every_column_says_what_the_row_said(tmp_path: Path) -> None:
     made = now(4, domain=[0, 9, 9, 8], initiated=[0, 1, 2, 0], tgid=[0, 1, 1, 1])
     made["how"] = 20, 1, 2, 1
     made["family"][2] = socket.AF_INET6
@@ -71,7 +74,7 @@ def test_every_column_says_what_the_row_said(tmp_path):
     }
 
 
-def test_what_one_host_calls_a_number_is_not_told_of_another(tmp_path):
+def test_what_one_host_calls_a_number_is_not_told_of_another(tmp_path: Path) -> None:
     store = ParquetStore(tmp_path, DAY)
     batches = [received(now(1, domain=9), 1, host, {9: f"{host}.example"}) for host in ("h1", "h2")]
     store.write(batches)
@@ -81,12 +84,14 @@ def test_what_one_host_calls_a_number_is_not_told_of_another(tmp_path):
     }
 
 
-def test_of_two_collectors_one_writes_a_batch_also_while_the_other_is_at_it(tmp_path, monkeypatch):
+def test_of_two_collectors_one_writes_a_batch_also_while_the_other_is_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, other = ParquetStore(tmp_path, DAY), ParquetStore(tmp_path, DAY)
     both = [received(now(3), 1), received(now(3, 10), 2)]
     write_file = parquet.write_file
 
-    def slow(path, table, keys):
+    def slow(path: Any, table: Any, keys: Any) -> None:
         monkeypatch.setattr(parquet, "write_file", write_file)
         other.write(both[:1])
         write_file(path, table, keys)
@@ -98,7 +103,7 @@ def test_of_two_collectors_one_writes_a_batch_also_while_the_other_is_at_it(tmp_
     assert not list(tmp_path.rglob(".part-*"))
 
 
-def test_a_batch_over_the_end_of_an_hour_is_in_both(tmp_path):
+def test_a_batch_over_the_end_of_an_hour_is_in_both(tmp_path: Path) -> None:
     made = now(4)
     hour = time.time_ns() // schema.HOUR_NS * schema.HOUR_NS
     made["last_ns"][:2] = hour - 1
@@ -112,7 +117,7 @@ def test_a_batch_over_the_end_of_an_hour_is_in_both(tmp_path):
     assert sorted(map(schema.hour_ns, names)) == [hour - schema.HOUR_NS, hour]
 
 
-def test_keys_are_ranges_however_they_come():
+def test_keys_are_ranges_however_they_come() -> None:
     rng = np.random.default_rng(1)
     numbers = rng.permutation(2000).tolist()
     keys = Keys(("h", "b", number) for number in numbers[:1000])
@@ -126,7 +131,7 @@ def test_keys_are_ranges_however_they_come():
     assert not keys.isdisjoint(rest)
 
 
-def test_deltas_add_up_and_a_flow_is_one_row():
+def test_deltas_add_up_and_a_flow_is_one_row() -> None:
     deltas = Deltas()
     for turn in range(50):
         some = flows(0, 500, bytes_out=turn, uid=turn)
@@ -144,7 +149,7 @@ def test_deltas_add_up_and_a_flow_is_one_row():
 
 
 @pytest.mark.parametrize("field", ["laddr", "raddr", "lport", "rport", "proto", "tgid", "netns"])
-def test_flows_that_differ_in_one_thing_stay_apart(field):
+def test_flows_that_differ_in_one_thing_stay_apart(field: str) -> None:
     one, other = flows(0, 1), flows(0, 1)
     other[field] += 1
     deltas = Deltas()
@@ -153,12 +158,12 @@ def test_flows_that_differ_in_one_thing_stay_apart(field):
     assert sorted(deltas.take()["packets_out"].tolist()) == [1, 2]
 
 
-def old(count, hours_ago, first=0, **fields):
+def old(count: Any, hours_ago: Any, first: int = 0, **fields: Any) -> Any:
     at = time.time_ns() - int(hours_ago * schema.HOUR_NS)
     return now(count, first, first_ns=at, last_ns=at, **fields)
 
 
-def test_small_files_become_one_with_the_same_rows_and_keys(tmp_path):
+def test_small_files_become_one_with_the_same_rows_and_keys(tmp_path: Path) -> None:
     store = ParquetStore(tmp_path, 30 * DAY)
     batches = [received(old(5, 3, 5 * at), at, f"h{at % 3}") for at in range(8)]
     for one in batches:
@@ -178,14 +183,16 @@ def test_small_files_become_one_with_the_same_rows_and_keys(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} <= {".lock", ".tidy", "flows"}
 
 
-def test_a_file_that_comes_while_others_are_put_together_stays(tmp_path, monkeypatch):
+def test_a_file_that_comes_while_others_are_put_together_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store, other = ParquetStore(tmp_path, 30 * DAY), ParquetStore(tmp_path, 30 * DAY)
     for at in range(4):
         store.write([received(old(5, 3, 5 * at), at)])
     (folder,) = (tmp_path / "flows").iterdir()
-    write = tidy.write_file
+    write = stand_in(tidy).write_file
 
-    def slow(*arguments):
+    def slow(*arguments: Any) -> None:
         other.write([received(old(5, 3, 100), 100)])
         write(*arguments)
 
@@ -194,7 +201,7 @@ def test_a_file_that_comes_while_others_are_put_together_stays(tmp_path, monkeyp
     assert len(rows(tmp_path, "flows")) == 25
 
 
-def test_an_hour_is_summed_up_once_and_again_when_more_comes(tmp_path):
+def test_an_hour_is_summed_up_once_and_again_when_more_comes(tmp_path: Path) -> None:
     store = ParquetStore(tmp_path, 30 * DAY)
     hour = schema.hour_name(time.time_ns() - 3 * schema.HOUR_NS)
     at = schema.hour_ns(hour)
@@ -207,7 +214,7 @@ def test_an_hour_is_summed_up_once_and_again_when_more_comes(tmp_path):
     assert write_rollup(tmp_path, hour)
     assert not write_rollup(tmp_path, hour)
 
-    def sums():
+    def sums() -> list[Any]:
         found = pq.read_table(tmp_path / "rollup" / hour / "part-0.parquet")
         assert found.schema.remove_metadata() == schema.ROLLUP
         return sorted(
@@ -233,7 +240,7 @@ def test_an_hour_is_summed_up_once_and_again_when_more_comes(tmp_path):
     assert network_of("2001:db8:1:2:3::4") == "2001:db8:1:2::/64"
 
 
-def test_retention_takes_whole_hours_and_keeps_their_sums(tmp_path):
+def test_retention_takes_whole_hours_and_keeps_their_sums(tmp_path: Path) -> None:
     store = ParquetStore(tmp_path, 30 * DAY)
     store.write([received(old(2, 29 * 24), 1), received(old(2, 3, 10), 2)])
     tidier = Tidier(store, 400 * DAY)
@@ -250,7 +257,7 @@ def test_retention_takes_whole_hours_and_keeps_their_sums(tmp_path):
     assert store.untimely == 2 and not rows(tmp_path, "flows")
 
 
-def test_each_hour_tells_of_the_processes_that_its_flows_are_of():
+def test_each_hour_tells_of_the_processes_that_its_flows_are_of() -> None:
     source = Source("/nowhere")
     source._learn(Process(100, 5_000_000_000, comm="one"))
     source._learn(Process(200, 5_000_000_000, comm="idle"))
@@ -266,7 +273,7 @@ def test_each_hour_tells_of_the_processes_that_its_flows_are_of():
     assert [one.comm for one in source.due(some, 2)] == ["execed"]
 
 
-def test_who_began_a_connection_is_remembered_for_its_later_rows():
+def test_who_began_a_connection_is_remembered_for_its_later_rows() -> None:
     deltas = Deltas()
     for opened, cookie in ((1, 5), (0, 5), (0, 6), (2, 7), (0, 7)):
         deltas.add(flows(cookie, 1, opened=opened), Clock(0, 0))

@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: MIT
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,7 +14,7 @@ from recording import make_records
 IN, OUT, FWD = wire.lib.SNIFFER_DIR_IN, wire.lib.SNIFFER_DIR_OUT, wire.lib.SNIFFER_DIR_FWD
 
 
-def test_both_directions_of_a_socket_are_one_flow_seen_from_its_local_end():
+def test_both_directions_of_a_socket_are_one_flow_seen_from_its_local_end() -> None:
     records = make_records(
         {"time_ns": 10, "len": 60},
         {
@@ -31,7 +35,7 @@ def test_both_directions_of_a_socket_are_one_flow_seen_from_its_local_end():
     assert (flow["first_ns"], flow["last_ns"]) == (10, 20)
 
 
-def test_two_forwarded_flows_without_a_cookie_stay_two_and_each_keeps_both_directions():
+def test_two_forwarded_flows_without_a_cookie_stay_two_and_each_keeps_both_directions() -> None:
     fwd = {"dir": FWD, "tgid": 0, "start_ns": 0, "how": wire.lib.SNIFFER_HOW_FORWARDED}
     one = fwd | {"saddr": "10.0.0.1", "daddr": "10.0.0.9", "sport": 1, "dport": 2}
     back = fwd | {"saddr": "10.0.0.9", "daddr": "10.0.0.1", "sport": 2, "dport": 1}
@@ -44,23 +48,23 @@ def test_two_forwarded_flows_without_a_cookie_stay_two_and_each_keeps_both_direc
     assert both["packets_in"] == both["packets_out"] == 1
 
 
-def test_two_owners_of_one_tuple_are_two_flows():
+def test_two_owners_of_one_tuple_are_two_flows() -> None:
     found = summarize(make_records({"tgid": 1}, {"tgid": 2}, {"tgid": 2, "start_ns": 9}))
     assert len(found) == 3
 
 
-def test_segments_count_as_packets_with_headers_of_their_own():
+def test_segments_count_as_packets_with_headers_of_their_own() -> None:
     (flow,) = summarize(make_records({"len": 3028, "hdr_len": 28, "gso_segs": 3}))
     assert (flow["packets_out"], flow["bytes_out"]) == (3, 3028 + 2 * 28)
 
 
-def test_flags_add_up_and_how_is_the_last():
+def test_flags_add_up_and_how_is_the_last() -> None:
     records = make_records({"flags": 1, "how": 1}, {"flags": 4, "how": 2})
     (flow,) = summarize(records)
     assert (flow["flags"], flow["how"]) == (5, 2)
 
 
-def test_sums_are_those_of_a_plain_loop():
+def test_sums_are_those_of_a_plain_loop() -> None:
     random = np.random.default_rng(3)
     count = 3000
     records = np.zeros(count, wire.RECORD)
@@ -74,7 +78,7 @@ def test_sums_are_those_of_a_plain_loop():
     records["gso_segs"] = random.integers(0, 3, count)
     records["hdr_len"] = 40
     records["time_ns"] = random.integers(1, 1 << 40, count)
-    expected: dict[tuple, list[int]] = {}
+    expected: dict[tuple[Any, ...], list[int]] = {}
     for r in records:
         source = (bytes(r["saddr"]), int(r["sport"]))
         target = (bytes(r["daddr"]), int(r["dport"]))
@@ -86,15 +90,15 @@ def test_sums_are_those_of_a_plain_loop():
         segments = max(1, int(r["gso_segs"]))
         sums[0] += segments
         sums[1] += int(r["len"]) + (segments - 1) * 40
-    found: dict[tuple, list[int]] = {}
+    found: dict[tuple[Any, ...], list[int]] = {}
     for f in summarize(records, seed=12345):
-        ends = [
+        sides: tuple[tuple[bytes, int], ...] = (
             (flows.address_bytes(f["laddr"]), int(f["lport"])),
             (flows.address_bytes(f["raddr"]), int(f["rport"])),
-        ]
+        )
         if f["forwarded"]:
-            ends.sort()
-        key = (*ends, int(f["tgid"]), bool(f["forwarded"]))
+            sides = tuple(sorted(sides))
+        key = (*sides, int(f["tgid"]), bool(f["forwarded"]))
         assert key not in found
         found[key] = [
             int(f["packets_in"] + f["packets_out"]),
@@ -103,19 +107,19 @@ def test_sums_are_those_of_a_plain_loop():
     assert found == expected
 
 
-def test_each_record_is_told_which_flow_it_belongs_to():
+def test_each_record_is_told_which_flow_it_belongs_to() -> None:
     records = make_records(*({"sport": port} for port in (5, 6, 5, 7)))
     found, belongs = group(records)
     assert [int(found[index]["lport"]) for index in belongs] == [5, 6, 5, 7]
 
 
-def test_no_records_are_no_flows():
+def test_no_records_are_no_flows() -> None:
     assert len(summarize(np.zeros(0, wire.RECORD))) == 0
     assert summarize(np.zeros(0, wire.RECORD)).dtype == FLOW
 
 
 @pytest.mark.parametrize("wrong", ["", "300.1.1.1", "::g", "localhost"])
-def test_an_address_that_is_none_is_refused(wrong):
+def test_an_address_that_is_none_is_refused(wrong: str) -> None:
     with pytest.raises(ValueError):
         pack_address(wrong)
 
@@ -123,7 +127,7 @@ def test_an_address_that_is_none_is_refused(wrong):
 SYN, ACK = 2, 16
 
 
-def shake(*packets):
+def shake(*packets: Any) -> Any:
     """Packets of one TCP connection, of which this end is 10.0.0.1:1, as (dir, flags)."""
     near, far = ("10.0.0.1", 1), ("10.0.0.2", 2)
     rows = []
@@ -152,7 +156,7 @@ ACCEPTS = (IN, SYN), (OUT, SYN | ACK), (IN, ACK), (OUT, ACK)
         ([(FWD, SYN)], 1),
     ],
 )
-def test_who_sent_the_syn_began_the_connection(packets, opened):
+def test_who_sent_the_syn_began_the_connection(packets: Any, opened: int) -> None:
     (flow,) = summarize(make_records(*shake(*packets)))
     assert flow["opened"] == opened
 
@@ -171,8 +175,10 @@ def test_who_sent_the_syn_began_the_connection(packets, opened):
         ([(IN, ACK), (OUT, ACK)], 0),
     ],
 )
-def test_records_that_were_merged_tell_it_only_where_they_can(packets, opened, late):
-    merged = []
+def test_records_that_were_merged_tell_it_only_where_they_can(
+    packets: Any, opened: int, late: bool
+) -> None:
+    parts = []
     for way in (OUT, IN):
         some = make_records(*[one for one in shake(*packets) if one["dir"] == way])
         if len(some):
@@ -180,8 +186,8 @@ def test_records_that_were_merged_tell_it_only_where_they_can(packets, opened, l
             one["last"] = some[-1:]
             one["last"]["tcp_flags"] = np.bitwise_or.reduce(some["tcp_flags"])
             one["first_ns"], one["records"] = some["time_ns"].min(), len(some)
-            merged.append(one)
-    merged = np.concatenate(merged[::-1] if late else merged)
+            parts.append(one)
+    merged = np.concatenate(parts[::-1] if late else parts)
     flows, belongs = group(merged["last"].copy())
     settle_opened(flows, belongs, merged)
     assert flows["opened"].tolist() == [opened]

@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: MIT
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,10 +18,13 @@ from nlproto.client.frames import (
     parse_json,
 )
 from nlproto.errors import UsageError
+from waiting import stand_in
 
 
 @given(st.lists(st.tuples(st.sampled_from(Kind), st.binary(max_size=300))), st.data())
-def test_frames_come_out_as_they_went_in_however_the_bytes_are_cut(frames, data):
+def test_frames_come_out_as_they_went_in_however_the_bytes_are_cut(
+    frames: Any, data: st.DataObject
+) -> None:
     stream = b"".join(encode(kind, payload) for kind, payload in frames)
     decoder, found = Decoder(MAX_REQUEST), []
     while stream:
@@ -29,7 +36,7 @@ def test_frames_come_out_as_they_went_in_however_the_bytes_are_cut(frames, data)
 
 
 @given(st.lists(st.binary(max_size=2000), max_size=50))
-def test_any_bytes_end_in_frames_or_in_one_clear_error_and_in_bounded_memory(chunks):
+def test_any_bytes_end_in_frames_or_in_one_clear_error_and_in_bounded_memory(chunks: Any) -> None:
     decoder = Decoder(1000)
     try:
         for chunk in chunks:
@@ -50,12 +57,12 @@ def test_any_bytes_end_in_frames_or_in_one_clear_error_and_in_bounded_memory(chu
     ],
     ids=["no length", "too long", "unknown kind", "reserved bytes"],
 )
-def test_a_head_that_is_wrong_is_refused_before_anything_is_read(raw):
+def test_a_head_that_is_wrong_is_refused_before_anything_is_read(raw: bytes) -> None:
     with pytest.raises(FrameError):
         list(Decoder(1000).feed(raw))
 
 
-def test_a_control_frame_holds_one_object():
+def test_a_control_frame_holds_one_object() -> None:
     (frame,) = Decoder(1000).feed(encode_json(Kind.CONTROL, {"id": 1}))
     assert parse_json(frame[1]) == {"id": 1}
     for wrong in (b"[1]", b"{", b"\xff", b"[" * 5000):
@@ -63,15 +70,15 @@ def test_a_control_frame_holds_one_object():
             parse_json(wrong)
 
 
-def test_a_cookie_of_more_than_64_bits_is_refused():
+def test_a_cookie_of_more_than_64_bits_is_refused() -> None:
     whole = b'{"id":1,"op":"lookup","keys":[{"cookie":%d}]}'
-    assert parse_request(whole % (2**64 - 1)).keys[0].cookie == 2**64 - 1
+    assert stand_in(parse_request(whole % (2**64 - 1))).keys[0].cookie == 2**64 - 1
     with pytest.raises(UsageError, match="64 bits"):
         parse_request(whole % 2**64)
 
 
 @given(st.binary(max_size=500))
-def test_any_request_is_parsed_or_refused(payload):
+def test_any_request_is_parsed_or_refused(payload: bytes) -> None:
     try:
         parse_request(payload)
     except UsageError as error:
@@ -89,7 +96,9 @@ _OPS = ["hello", "who", "lookup", "stats", "subscribe", "unsubscribe", "history"
 
 
 @given(st.dictionaries(st.sampled_from(_NAMES), _VALUES), st.sampled_from(_OPS))
-def test_requests_of_the_right_shape_with_wrong_values_are_refused_or_within_limits(fields, op):
+def test_requests_of_the_right_shape_with_wrong_values_are_refused_or_within_limits(
+    fields: Any, op: Any
+) -> None:
     import msgspec
 
     try:
@@ -117,6 +126,6 @@ def test_requests_of_the_right_shape_with_wrong_values_are_refused_or_within_lim
         (b'{"op":"stats"}', "id"),
     ],
 )
-def test_the_refusal_names_the_field(payload, word):
+def test_the_refusal_names_the_field(payload: bytes, word: str) -> None:
     with pytest.raises(UsageError, match=word):
         parse_request(payload)

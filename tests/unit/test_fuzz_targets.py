@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: MIT
 """What `make fuzz` runs for hours, for a moment: good input, and good input that was damaged."""
 
+from __future__ import annotations
+
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from nlproto.errors import Error
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fuzzing"))
 import targets  # noqa: E402
 
 
-def damaged(data, luck):
+def damaged(data: Any, luck: Any) -> bytes:
     data = bytearray(data)
     for _ in range(luck.randint(1, 6)):
         at = luck.randrange(len(data) + 1)
@@ -26,7 +31,7 @@ def damaged(data, luck):
 
 
 @pytest.mark.parametrize("name", targets.TARGETS)
-def test_a_target_takes_its_seeds_and_refuses_damage(name):
+def test_a_target_takes_its_seeds_and_refuses_damage(name: Any) -> None:
     luck = random.Random(name)
     for data in [b"", *targets.SEEDS[name]()]:
         targets.run(name, data)
@@ -34,19 +39,19 @@ def test_a_target_takes_its_seeds_and_refuses_damage(name):
             targets.run(name, damaged(data, luck))
 
 
-def test_every_target_has_a_seed_that_is_understood():
+def test_every_target_has_a_seed_that_is_understood() -> None:
     """Else its corpus begins outside the format, and nothing behind the first check is reached."""
     taken = [name for name in targets.TARGETS if any(map(lambda d: _taken(name, d), seeds(name)))]
     assert set(targets.TARGETS) - set(taken) == set()
 
 
-def seeds(name):
+def seeds(name: Any) -> Any:
     return targets.SEEDS[name]()
 
 
-def _taken(name, data):
+def _taken(name: Any, data: Any) -> bool:
     try:
         targets.TARGETS[name](data)
-    except targets.Error:
+    except Error:
         return False
     return True

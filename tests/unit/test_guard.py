@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Which places root's Python may import from."""
 
+from __future__ import annotations
+
 import os
 import stat
 import sys
+from typing import Any
 
 import pytest
 
@@ -14,23 +17,23 @@ BOB = 1234
 
 
 @pytest.fixture(name="place")
-def _place(tmp_path_factory):
+def _place(tmp_path_factory: pytest.TempPathFactory) -> Any:
     place = tmp_path_factory.mktemp("project")
     place.chmod(0o755)
     return place
 
 
-def test_a_directory_of_root_alone_is_safe():
+def test_a_directory_of_root_alone_is_safe() -> None:
     assert others_can_write("/usr", {}) is None
 
 
-def test_a_directory_for_all_is_unsafe_although_sticky():
+def test_a_directory_for_all_is_unsafe_although_sticky() -> None:
     assert os.stat("/tmp").st_mode & stat.S_ISVTX
     assert others_can_write("/tmp", {}) == "/tmp"
 
 
 @root_only
-def test_the_owner_must_be_root_or_the_user_behind_sudo(place):
+def test_the_owner_must_be_root_or_the_user_behind_sudo(place: Any) -> None:
     os.chown(place, BOB, BOB)
     sudo = {"SUDO_UID": str(BOB), "SUDO_GID": str(BOB)}
     assert others_can_write(str(place), {})
@@ -45,7 +48,7 @@ def test_the_owner_must_be_root_or_the_user_behind_sudo(place):
 
 @root_only
 @pytest.mark.parametrize("mode", [0o777, 0o775, 0o755])
-def test_a_directory_above_that_others_can_write_is_unsafe(place, mode):
+def test_a_directory_above_that_others_can_write_is_unsafe(place: Any, mode: int) -> None:
     inner = place / "a" / "b"
     inner.mkdir(parents=True)
     assert others_can_write(str(inner), {}) is None
@@ -58,7 +61,7 @@ def test_a_directory_above_that_others_can_write_is_unsafe(place, mode):
 
 
 @root_only
-def test_a_sticky_directory_above_is_safe_for_what_is_there_and_roots(place):
+def test_a_sticky_directory_above_is_safe_for_what_is_there_and_roots(place: Any) -> None:
     place.chmod(0o1777)
     (place / "roots").mkdir(mode=0o755)
     (place / "bobs").mkdir()
@@ -69,7 +72,7 @@ def test_a_sticky_directory_above_is_safe_for_what_is_there_and_roots(place):
 
 
 @root_only
-def test_every_link_on_the_way_counts(place):
+def test_every_link_on_the_way_counts(place: Any) -> None:
     (place / "safe").mkdir()
     (place / "loose").mkdir()
     (place / "loose" / "link").symlink_to(place / "safe")
@@ -84,23 +87,23 @@ def test_every_link_on_the_way_counts(place):
     others_can_write(str(place / "circle"), {})
 
 
-def _plant_module(place):
+def _plant_module(place: Any) -> Any:
     (place / "argparse.py").write_text("")
     return place / "argparse.py"
 
 
-def _plant_package(place):
+def _plant_package(place: Any) -> Any:
     (place / "hunter").mkdir()
     (place / "hunter" / "__init__.py").write_text("")
     return place / "hunter"
 
 
-def _plant_extension(place):
+def _plant_extension(place: Any) -> Any:
     (place / "select.abi3.so").write_text("")
     return place / "select.abi3.so"
 
 
-def _plant_link(place):
+def _plant_link(place: Any) -> Any:
     (place / "target").write_text("")
     (place / "socket.py").symlink_to("target")
     return place / "target"
@@ -108,7 +111,7 @@ def _plant_link(place):
 
 @root_only
 @pytest.mark.parametrize("plant", [_plant_module, _plant_package, _plant_extension, _plant_link])
-def test_a_module_of_somebody_else_in_roots_directory_is_unsafe(place, plant):
+def test_a_module_of_somebody_else_in_roots_directory_is_unsafe(place: Any, plant: Any) -> None:
     planted = plant(place)
     assert others_can_write(str(place), {}) is None
     os.chown(planted, BOB, BOB)
@@ -119,7 +122,7 @@ def test_a_module_of_somebody_else_in_roots_directory_is_unsafe(place, plant):
 
 
 @root_only
-def test_what_no_import_finds_does_not_matter(place):
+def test_what_no_import_finds_does_not_matter(place: Any) -> None:
     (place / "notes.txt").write_text("")
     (place / "home").mkdir()
     for name in ("notes.txt", "home"):
@@ -144,5 +147,5 @@ def test_what_no_import_finds_does_not_matter(place):
         ("", None),
     ],
 )
-def test_the_module_is_found_as_the_interpreter_finds_it(words, module):
+def test_the_module_is_found_as_the_interpreter_finds_it(words: str, module: str | None) -> None:
     assert started_module([sys.executable, *words.split()]) == module

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Every link layer and tunnel that Linux captures have, read as tshark reads it."""
 
+from __future__ import annotations
+
 import shutil
 import struct
 import subprocess
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,13 +18,13 @@ from hunter.formats.captures import flow_of
 MACS = bytes(5) + b"\1" + bytes(5) + b"\2"
 
 
-def datagram(payload=b"x" * 12):
+def datagram(payload: bytes = b"x" * 12) -> Any:
     """UDP 10.0.0.1:1000 > 10.0.0.2:53 with lengths that are right."""
     udp = struct.pack("!HHHH", 1000, 53, 8 + len(payload), 0) + payload
     return over(UDP, udp)
 
 
-def over(proto, payload):
+def over(proto: Any, payload: Any) -> Any:
     head = ipv4(proto)
     return head[:2] + struct.pack("!H", 20 + len(payload)) + head[4:] + payload
 
@@ -30,19 +34,19 @@ _UDP = IP4[20:]
 IP6 = ipv6(UDP, _UDP)
 
 
-def ethernet(kind, payload):
+def ethernet(kind: Any, payload: Any) -> Any:
     return MACS + struct.pack("!H", kind) + payload
 
 
-def pppoe(payload):
+def pppoe(payload: Any) -> Any:
     return struct.pack("!BBHH", 0x11, 0, 5, len(payload)) + payload
 
 
-def nflog(order):
+def nflog(order: Any) -> bytes:
     attribute = struct.pack(f"{order}HH", 4 + len(IP4), 9) + IP4
     mark = struct.pack(f"{order}HHI", 8, 2, 7)
     prefix = struct.pack(f"{order}HH", 7, 10) + b"ab\0\0"
-    return b"\2\0\0\5" + mark + prefix + attribute
+    return bytes(b"\2\0\0\5" + mark + prefix + attribute)
 
 
 LAYERS = {
@@ -101,7 +105,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_the_flow_is_found_in_every_layer(layer):
+def test_the_flow_is_found_in_every_layer(layer: str) -> None:
     linktype, data = LAYERS[layer]
     ends = ("::1", "::2") if data.endswith(IP6) or "v6" in layer else ("10.0.0.1", "10.0.0.2")
     ends = ("::1", "::2") if "fragment" in layer or "destination" in layer else ends
@@ -109,11 +113,11 @@ def test_the_flow_is_found_in_every_layer(layer):
     assert flow == ("udp", (ends[0], 1000), (ends[1], 53))
 
 
-def test_the_big_endian_order_of_nflog_is_known():
+def test_the_big_endian_order_of_nflog_is_known() -> None:
     assert flow_of(pcapng.Packet(239, None, nflog(">"))) == flow_of(pcapng.Packet(101, None, IP4))
 
 
-def test_tshark_reads_the_same(tmp_path):
+def test_tshark_reads_the_same(tmp_path: Path) -> None:
     if not shutil.which("tshark"):
         pytest.skip("tshark is not installed")
     capture = pcapng.section_header("x")

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT
+from __future__ import annotations
+
 import dataclasses
 import ipaddress
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,18 +17,18 @@ from recording import make_records
 NO_OFFSET = Clock(0, 0)
 
 
-def _ends(*ends):
+def _ends(*ends: Any) -> Any:
     return tuple((*pack_address(address), port) for address, port in ends)
 
 
-def _ports(history, **conditions):
+def _ports(history: Any, **conditions: Any) -> list[int]:
     total, rows = history.ask(Question(**conditions))
     assert total >= len(rows)
     return [int(flow["lport"]) for _, flow in rows]
 
 
 @pytest.fixture(name="history")
-def _history():
+def _history() -> FlowMemory:
     history = FlowMemory(1000)
     rows = (
         {"sport": 1, "time_ns": 100, "comm": b"curl", "tgid": 11, "dport": 80, "proto": 6},
@@ -66,22 +69,26 @@ def _history():
         ({"ends": _ends(("10.0.0.1", 3), ("10.9.0.7", 53)), "port": 4}, []),
     ],
 )
-def test_a_question_finds_what_fits_newest_first(history, conditions, ports):
+def test_a_question_finds_what_fits_newest_first(
+    history: FlowMemory, conditions: dict[str, Any], ports: list[Any]
+) -> None:
     assert _ports(history, **conditions) == ports
 
 
-def test_a_long_name_is_found_as_the_kernel_cuts_it():
+def test_a_long_name_is_found_as_the_kernel_cuts_it() -> None:
     history = FlowMemory(10)
     history.update(summarize(make_records({"comm": b"very-long-progr"})), NO_OFFSET)
     assert _ports(history, pname="very-long-program-name") == [40000]
 
 
-def test_the_limit_keeps_the_newest_and_the_total_tells_how_many_there_were(history):
+def test_the_limit_keeps_the_newest_and_the_total_tells_how_many_there_were(
+    history: FlowMemory,
+) -> None:
     total, rows = history.ask(Question(limit=2))
     assert (total, [int(flow["lport"]) for _, flow in rows]) == (5, [5, 4])
 
 
-def test_later_packets_of_a_flow_add_to_it():
+def test_later_packets_of_a_flow_add_to_it() -> None:
     history = FlowMemory(10)
     for moment in (100, 50, 200):
         history.update(summarize(make_records({"time_ns": moment}), 1), Clock(1000, 0))
@@ -90,7 +97,7 @@ def test_later_packets_of_a_flow_add_to_it():
     assert (int(flow["first_ns"]), int(flow["last_ns"])) == (1050, 1200)
 
 
-def test_when_full_the_longest_silent_go_and_are_counted():
+def test_when_full_the_longest_silent_go_and_are_counted() -> None:
     history = FlowMemory(160)
     rows = ({"sport": 1 + n, "time_ns": 1000 + n} for n in range(300))
     for row in rows:
@@ -102,14 +109,14 @@ def test_when_full_the_longest_silent_go_and_are_counted():
     assert history.horizon_ns == 1000 + history.evicted - 1
 
 
-def test_a_batch_larger_than_the_history_leaves_its_last_part():
+def test_a_batch_larger_than_the_history_leaves_its_last_part() -> None:
     history = FlowMemory(16)
     history.update(summarize(make_records(*({"sport": n} for n in range(100))), 1), NO_OFFSET)
     assert len(history) <= 16
     assert history.evicted + len(history) == 100
 
 
-def test_changed_rows_are_handed_out_once_and_again_after_a_failure():
+def test_changed_rows_are_handed_out_once_and_again_after_a_failure() -> None:
     history = FlowMemory(100, next_id=40)
     history.update(summarize(make_records({"sport": 1}, {"sport": 2}), 1), NO_OFFSET)
     ids, flows = history.changed(10)
@@ -120,7 +127,7 @@ def test_changed_rows_are_handed_out_once_and_again_after_a_failure():
     assert history.has(np.array([39, 40, 41, 42], np.uint64)).tolist() == [False, True, True, False]
 
 
-def test_eviction_keeps_ids_findable():
+def test_eviction_keeps_ids_findable() -> None:
     history = FlowMemory(32)
     for n in range(100):
         history.update(summarize(make_records({"sport": n, "time_ns": n + 1}), 1), NO_OFFSET)
@@ -132,30 +139,30 @@ def test_eviction_keeps_ids_findable():
     assert int(history.ask(Question(port=99))[1][0][1]["packets_out"]) == 2
 
 
-def test_a_flow_of_nobody_tells_no_owner(history):
+def test_a_flow_of_nobody_tells_no_owner(history: FlowMemory) -> None:
     _, ((_, flow),) = history.ask(Question(port=4))
     fields = flow_fields(flow)
     assert fields["pid"] is None and fields["uid"] is None and fields["comm"] == ""
     assert fields["how"] == "no_socket"
 
 
-def test_a_question_is_immutable():
+def test_a_question_is_immutable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Question().port = 5  # type: ignore[misc]
 
 
-def _flood(history, count, base, **values):
+def _flood(history: Any, count: Any, base: Any, **values: Any) -> None:
     for at in range(0, count, 500):
         rows = ({"sport": 1 + n % 60000, "time_ns": base + n} | values for n in range(at, at + 500))
         history.update(summarize(make_records(*rows), 1), NO_OFFSET)
 
 
-def _uids(history):
+def _uids(history: Any) -> Counter[Any]:
     _, rows = history.ask(Question(limit=10**6))
     return Counter((int(flow["tgid"]) and int(flow["uid"])) for _, flow in rows)
 
 
-def test_a_flood_of_one_users_flows_evicts_that_users_alone():
+def test_a_flood_of_one_users_flows_evicts_that_users_alone() -> None:
     history = FlowMemory(1000)
     _flood(history, 500, 0, uid=0, comm=b"sshd", dport=22)
     _flood(history, 20_000, 10**6, uid=1000, tgid=200)
@@ -167,7 +174,7 @@ def test_a_flood_of_one_users_flows_evicts_that_users_alone():
     assert _uids(history)[0] == 100
 
 
-def test_a_batch_of_one_user_larger_than_the_history_leaves_others_their_place():
+def test_a_batch_of_one_user_larger_than_the_history_leaves_others_their_place() -> None:
     history = FlowMemory(64)
     rows = ({"sport": n, "time_ns": n, "uid": 0} for n in range(20))
     history.update(summarize(make_records(*rows), 1), NO_OFFSET)
@@ -175,7 +182,7 @@ def test_a_batch_of_one_user_larger_than_the_history_leaves_others_their_place()
     assert _uids(history)[0] == 20
 
 
-def test_packets_of_nobody_evict_nobodys_flows():
+def test_packets_of_nobody_evict_nobodys_flows() -> None:
     history = FlowMemory(1000)
     rows = ({"sport": n, "time_ns": n, "uid": 0} for n in range(100))
     history.update(summarize(make_records(*rows), 1), NO_OFFSET)
@@ -183,7 +190,7 @@ def test_packets_of_nobody_evict_nobodys_flows():
     assert sum(flow["tgid"] != 0 for _, flow in history.ask(Question())[1]) == 100
 
 
-def test_a_flood_at_one_of_roots_services_evicts_that_services_flows():
+def test_a_flood_at_one_of_roots_services_evicts_that_services_flows() -> None:
     history = FlowMemory(1000)
     rows = ({"sport": n, "time_ns": n, "uid": 0, "comm": b"sshd", "tgid": 7} for n in range(100))
     history.update(summarize(make_records(*rows), 1), NO_OFFSET)
@@ -191,7 +198,7 @@ def test_a_flood_at_one_of_roots_services_evicts_that_services_flows():
     assert len(_ports(history, pname="sshd")) == 100
 
 
-def test_flows_of_a_wrong_year_are_not_the_newest_for_ever():
+def test_flows_of_a_wrong_year_are_not_the_newest_for_ever() -> None:
     year = 365 * 86400 * 10**9
     history = FlowMemory(100)
     rows = ({"sport": n, "time_ns": n} for n in range(80))
@@ -203,7 +210,7 @@ def test_flows_of_a_wrong_year_are_not_the_newest_for_ever():
     assert min(_ports(history)) >= 1000
 
 
-def test_a_flow_that_was_seen_in_a_wrong_year_goes_on_in_the_right_one():
+def test_a_flow_that_was_seen_in_a_wrong_year_goes_on_in_the_right_one() -> None:
     year = 365 * 86400 * 10**9
     history = FlowMemory(100)
     for moment, offset in ((100, 20 * year), (200, 40 * year), (300, 20 * year)):
@@ -218,7 +225,7 @@ def test_a_flow_that_was_seen_in_a_wrong_year_goes_on_in_the_right_one():
     assert int(flow["packets_out"]) == 2
 
 
-def test_a_row_evicted_while_it_could_not_be_stored_is_counted():
+def test_a_row_evicted_while_it_could_not_be_stored_is_counted() -> None:
     history = FlowMemory(16)
     history.update(summarize(make_records({"sport": 1, "time_ns": 1}), 1), NO_OFFSET)
     ids, _ = history.changed(10)
@@ -230,7 +237,7 @@ def test_a_row_evicted_while_it_could_not_be_stored_is_counted():
     assert history.waiting() == len(history)
 
 
-def test_a_flood_at_one_process_evicts_its_flows_and_not_its_namesakes():
+def test_a_flood_at_one_process_evicts_its_flows_and_not_its_namesakes() -> None:
     history = FlowMemory(1000)
     rows = (
         {"sport": n, "time_ns": n, "uid": 0, "comm": b"python3", "tgid": 7 + n % 5}

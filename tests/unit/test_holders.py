@@ -5,19 +5,23 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nlproto.host import holders, procfs
 from nlproto.host.holders import Holders
 from nlproto.host.kernel_sockets import KernelSockets
+from waiting import noting
 
 
 @pytest.fixture
-def held():
+def held() -> Iterator[tuple[Any, ...]]:
     """{inode: pid}: 30 processes with 20 UDP sockets each, and one socket that all of them have."""
-    found, children = {}, []
+    found: dict[Any, Any] = {}
+    children = []
     shared = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     shared.bind(("127.0.0.1", 0))
     for _ in range(30):
@@ -43,15 +47,16 @@ def held():
         os.waitpid(child, 0)
 
 
-def test_many_sockets_are_asked_about_with_each_process_read_once(held, monkeypatch):
+def test_many_sockets_are_asked_about_with_each_process_read_once(
+    held: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """50,000 sockets of 2,000 processes took minutes when each socket was asked about alone."""
     found, shared, children = held
-    asked, walks = [], []
+    asked: list[Any] = []
+    walks: list[Any] = []
     real_owner, real_walk = procfs.owner, procfs.held_sockets
-    monkeypatch.setattr(
-        procfs, "owner", lambda pid, proc=procfs.PROC: asked.append(pid) or real_owner(pid, proc)
-    )
-    monkeypatch.setattr(procfs, "held_sockets", lambda *a: walks.append(len(a[0])) or real_walk(*a))
+    monkeypatch.setattr(procfs, "owner", noting(asked, real_owner))
+    monkeypatch.setattr(procfs, "held_sockets", noting(walks, real_walk, len))
     answers = dict(Holders().find_many([*found, shared, 1], [0] * (len(found) + 2)))
     assert {inode: owners[0].identity.tgid for inode, owners in answers.items() if inode in found}
     assert all(
@@ -62,7 +67,9 @@ def test_many_sockets_are_asked_about_with_each_process_read_once(held, monkeypa
     assert len(asked) == len(set(asked)) and len(walks) == 1
 
 
-def test_few_sockets_are_asked_about_one_by_one(held, monkeypatch):
+def test_few_sockets_are_asked_about_one_by_one(
+    held: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     found, *_ = held
     inode, pid = next(iter(found.items()))
     monkeypatch.setattr(holders, "_MANY", 1)
@@ -73,7 +80,9 @@ def test_few_sockets_are_asked_about_one_by_one(held, monkeypatch):
     assert (one, [owner.identity.tgid for owner in owners]) == (inode, [pid])
 
 
-def test_halves_of_a_walk_are_one_answer(held, monkeypatch):
+def test_halves_of_a_walk_are_one_answer(
+    held: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     found, *_, children = held
     whole = procfs.held_sockets(children)
     monkeypatch.setattr(procfs, "_MANY", 2)
@@ -82,11 +91,11 @@ def test_halves_of_a_walk_are_one_answer(held, monkeypatch):
     assert sorted(halves[0].tolist()) == sorted(whole[0].tolist())
 
 
-def test_a_look_has_every_bound_socket_with_its_holders(held):
+def test_a_look_has_every_bound_socket_with_its_holders(held: tuple[Any, ...]) -> None:
     found, shared, children = held
     with KernelSockets() as kernel:
         sockets = kernel.read()
-    ours = {}
+    ours: dict[Any, Any] = {}
     for one in sockets.bound:
         ours.setdefault(one.tgid, []).append(one)
     assert all(len(ours[child]) == 21 for child in children)
@@ -102,17 +111,19 @@ _ASKING_NS = 10**7
 class Clock:
     """Time passes only while processes are asked: 10 ms for each."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_ns = 10**12
         self._held = procfs.held_sockets
         monkeypatch.setattr(procfs, "held_sockets", self._ask)
 
-    def _ask(self, pids, *proc):
+    def _ask(self, pids: Any, *proc: Any) -> Any:
         self.now_ns += _ASKING_NS * len(pids)
         return self._held(pids, *proc)
 
 
-def test_one_users_sockets_without_holders_cost_a_part_of_the_time(held, monkeypatch):
+def test_one_users_sockets_without_holders_cost_a_part_of_the_time(
+    held: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Such as only a message in flight refers to: 1,000 packets a second to them stopped all."""
     found, *_ = held
     clock = Clock(monkeypatch)
@@ -133,7 +144,9 @@ def test_one_users_sockets_without_holders_cost_a_part_of_the_time(held, monkeyp
     assert [owner.identity.tgid for owner in finder.find(inode, 60_001)] == [pid]
 
 
-def test_many_users_together_leave_root_its_time(held, monkeypatch):
+def test_many_users_together_leave_root_its_time(
+    held: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Who maps 65,536 uids is 65,536 users."""
     found, *_ = held
     clock = Clock(monkeypatch)
@@ -151,7 +164,9 @@ def test_many_users_together_leave_root_its_time(held, monkeypatch):
     assert [owner.identity.tgid for owner in finder.find(inode, 0)] == [pid]
 
 
-def test_sockets_that_nobody_holds_are_asked_about_now_and_then(held, monkeypatch):
+def test_sockets_that_nobody_holds_are_asked_about_now_and_then(
+    held: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A daemon that 50 of them kept at 86 % of a processor did it for each look."""
     clock = Clock(monkeypatch)
     with KernelSockets(Holders(now_ns=lambda: clock.now_ns), lambda: clock.now_ns) as kernel:
@@ -174,22 +189,24 @@ def test_sockets_that_nobody_holds_are_asked_about_now_and_then(held, monkeypatc
     assert worked < (clock.now_ns - began) * 0.25
 
 
-def test_a_first_look_asks_each_process_once(held, monkeypatch):
-    walks = []
+def test_a_first_look_asks_each_process_once(
+    held: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks: list[Any] = []
     real = procfs.held_sockets
-    monkeypatch.setattr(procfs, "held_sockets", lambda *a: walks.append(len(a[0])) or real(*a))
+    monkeypatch.setattr(procfs, "held_sockets", noting(walks, real, len))
     monkeypatch.setattr(holders, "_MANY", 10)
     with KernelSockets() as kernel:
         kernel.read()
     assert len(walks) == 1
 
 
-def test_a_walk_of_one_thread_holds_up_no_other(monkeypatch):
+def test_a_walk_of_one_thread_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Worker, watcher and engine of the daemon ask the same Holders."""
     walking, go_on = threading.Event(), threading.Event()
     real = procfs.held_sockets
 
-    def slow(pids, *rest):
+    def slow(pids: Any, *rest: Any) -> Any:
         if threading.current_thread() is walker:
             walking.set()
             assert go_on.wait(10)
@@ -209,11 +226,13 @@ def test_a_walk_of_one_thread_holds_up_no_other(monkeypatch):
         assert [one.identity.tgid for one in shared.known(inode)] == [os.getpid()]
 
 
-def test_a_socket_made_while_another_thread_walks_is_found_when_that_ends(monkeypatch):
+def test_a_socket_made_while_another_thread_walks_is_found_when_that_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     walking, go_on = threading.Event(), threading.Event()
     real = procfs.held_sockets
 
-    def slow(pids, *rest):
+    def slow(pids: Any, *rest: Any) -> Any:
         found = real(pids, *rest)
         if threading.current_thread() is walker:
             walking.set()
@@ -235,7 +254,7 @@ def test_a_socket_made_while_another_thread_walks_is_found_when_that_ends(monkey
     walker.join()
 
 
-def test_whether_everybody_was_asked_is_each_threads_own_answer():
+def test_whether_everybody_was_asked_is_each_threads_own_answer() -> None:
     shared = Holders()
     shared.find_anywhere(1)
     if not shared.complete:
@@ -248,7 +267,7 @@ def test_whether_everybody_was_asked_is_each_threads_own_answer():
     assert others == [False]
 
 
-def test_the_daemon_walks_processes_for_their_sockets_in_one_place():
+def test_the_daemon_walks_processes_for_their_sockets_in_one_place() -> None:
     folder = Path(holders.__file__).parents[2] / "daemon"
     made = {path.name for path in folder.rglob("*.py") if "Holders()" in path.read_text()}
     assert made == {"service.py"}

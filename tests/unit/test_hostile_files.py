@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Files that are damaged, hostile, cut or not ours: one line that says where, and what was good."""
 
+from __future__ import annotations
+
 import csv
 import gzip
 import io
@@ -10,6 +12,9 @@ import resource
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -26,7 +31,7 @@ from nlproto.filters.filter import EVERYTHING
 SUFFIXES = (".csv", ".jsonl", ".parquet", ".pcapng")
 
 
-def hunt(*arguments, **options):
+def hunt(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [sys.executable, "-m", "hunter", *map(str, arguments)],
         capture_output=True,
@@ -35,24 +40,29 @@ def hunt(*arguments, **options):
     )
 
 
-def row(**values):
-    known = {"time": "2026-05-28T20:26:40.123456Z", "dir": "in", "proto": "tcp", "how": "diag"}
+def row(**values: Any) -> dict[str, Any]:
+    known: dict[str, Any] = {
+        "time": "2026-05-28T20:26:40.123456Z",
+        "dir": "in",
+        "proto": "tcp",
+        "how": "diag",
+    }
     known |= {"src": "10.0.0.1", "dst": "10.0.0.2", "sport": 1, "dport": 2, "len": 60, "netns": 9}
     return known | {"pid": 5, "uid": 0, "comm": "curl", "exe": "/bin/curl"} | values
 
 
-def write_csv(path, rows, columns=FIRST_COLUMNS):
+def write_csv(path: Any, rows: Any, columns: Any = FIRST_COLUMNS) -> None:
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def write_json(path, rows):
+def write_json(path: Any, rows: Any) -> None:
     path.write_text("".join(json.dumps(one) + "\n" for one in rows))
 
 
-def drain(path):
+def drain(path: Any) -> tuple[Any, ...]:
     """(packets that were read, the Error that ended it or None)."""
     count = 0
     try:
@@ -66,7 +76,7 @@ def drain(path):
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory):
+def good(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, bytes]:
     """A saved capture in each format, as bytes."""
     folder = tmp_path_factory.mktemp("good")
     rows = [row(sport=i + 1, comm=name) for i, name in enumerate(["curl", "a b", "'=x", "日本"])]
@@ -85,7 +95,9 @@ def good(tmp_path_factory):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=CHANGES)
-def test_nothing_but_an_error_comes_out_of_a_damaged_capture(suffix, good, tmp_path, changes):
+def test_nothing_but_an_error_comes_out_of_a_damaged_capture(
+    suffix: str, good: dict[Any, bytes], tmp_path: Path, changes: Any
+) -> None:
     if suffix not in good:
         pytest.skip("pyarrow is not installed")
     path = tmp_path / f"x{suffix}"
@@ -103,7 +115,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_a_bad_line_of_csv_is_named_and_those_before_it_are_read(bad, tmp_path):
+def test_a_bad_line_of_csv_is_named_and_those_before_it_are_read(bad: str, tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     write_csv(path, [row(), row(), row()])
     lines = path.read_text().splitlines(keepends=True)
@@ -119,7 +131,7 @@ def test_a_bad_line_of_csv_is_named_and_those_before_it_are_read(bad, tmp_path):
     assert b"2 packets" in (tmp_path / "x.html").read_bytes()
 
 
-VALUES = {
+VALUES: dict[str, list[Any]] = {
     "time": ["", "yesterday", "1969-12-31T23:59:59Z", "9999-12-31T23:59:59Z", 5, None, "2026-05"],
     "dir": ["up", "", None, [], {}],
     "proto": ["icmp", 6],
@@ -147,7 +159,9 @@ VALUES = {
 @pytest.mark.parametrize(
     ("column", "value"), [(name, value) for name, values in VALUES.items() for value in values]
 )
-def test_a_value_that_cannot_be_is_named_with_its_line(column, value, tmp_path):
+def test_a_value_that_cannot_be_is_named_with_its_line(
+    column: Any, value: Any, tmp_path: Path
+) -> None:
     path = tmp_path / "x.jsonl"
     write_json(path, [row(), row(), row(**{column: value}), row()])
     count, error = drain(path)
@@ -172,7 +186,7 @@ def test_a_value_that_cannot_be_is_named_with_its_line(column, value, tmp_path):
         (b'{"sport": ' + b"9" * 10_000 + b"}", "no JSON"),
     ],
 )
-def test_a_bad_line_of_json_is_named(line, words, tmp_path):
+def test_a_bad_line_of_json_is_named(line: bytes, words: str, tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     write_json(path, [row()])
     path.write_bytes(path.read_bytes() + line + b"\n" + path.read_bytes())
@@ -180,7 +194,9 @@ def test_a_bad_line_of_json_is_named(line, words, tmp_path):
     assert count == 1 and f"{path}, line 2" in error and words in error
 
 
-def test_a_cut_file_is_read_to_its_last_whole_row_and_says_so(good, tmp_path):
+def test_a_cut_file_is_read_to_its_last_whole_row_and_says_so(
+    good: dict[Any, bytes], tmp_path: Path
+) -> None:
     for suffix in (".csv", ".jsonl", ".pcapng"):
         path = tmp_path / f"x{suffix}"
         path.write_bytes(good[suffix][:-3])
@@ -191,7 +207,9 @@ def test_a_cut_file_is_read_to_its_last_whole_row_and_says_so(good, tmp_path):
         assert b"3 shown = 3 named" in done.stderr
 
 
-def test_one_damaged_file_of_several_does_not_hide_the_others(good, tmp_path):
+def test_one_damaged_file_of_several_does_not_hide_the_others(
+    good: dict[Any, bytes], tmp_path: Path
+) -> None:
     for suffix in (".csv", ".jsonl"):
         (tmp_path / f"x{suffix}").write_bytes(good[suffix])
     (tmp_path / "cut.csv").write_bytes(good[".csv"][:-3])
@@ -203,7 +221,9 @@ def test_one_damaged_file_of_several_does_not_hide_the_others(good, tmp_path):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_pipe_is_read_whatever_is_in_it(suffix, packed, good, tmp_path):
+def test_a_pipe_is_read_whatever_is_in_it(
+    suffix: str, packed: bool, good: dict[Any, bytes], tmp_path: Path
+) -> None:
     if suffix not in good:
         pytest.skip("pyarrow is not installed")
     data = gzip.compress(good[suffix]) if packed else good[suffix]
@@ -233,7 +253,9 @@ def test_a_pipe_is_read_whatever_is_in_it(suffix, packed, good, tmp_path):
         (b"\x1f\x8b" + bytes(50), "compressed data"),
     ],
 )
-def test_what_is_no_saved_capture_is_refused_before_anything_is_shown(data, words, tmp_path):
+def test_what_is_no_saved_capture_is_refused_before_anything_is_shown(
+    data: Any, words: str, tmp_path: Path
+) -> None:
     if words == "cannot be read":
         pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     path = tmp_path / "x.dat"
@@ -247,7 +269,7 @@ def test_what_is_no_saved_capture_is_refused_before_anything_is_shown(data, word
         assert done.returncode == 1 and done.stderr.count(b"\n") == 1
 
 
-def test_the_input_is_not_written_over(good, tmp_path):
+def test_the_input_is_not_written_over(good: dict[Any, bytes], tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_bytes(good[".csv"])
     (tmp_path / "link.csv").symlink_to(path)
@@ -261,7 +283,7 @@ def test_the_input_is_not_written_over(good, tmp_path):
         assert path.read_bytes() == good[".csv"]
 
 
-def test_packets_are_not_invented_from_rows(good, tmp_path):
+def test_packets_are_not_invented_from_rows(good: dict[Any, bytes], tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes(good[".csv"])
     done = hunt("-r", tmp_path / "x.csv", "-w", tmp_path / "x.pcapng")
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1
@@ -269,7 +291,7 @@ def test_packets_are_not_invented_from_rows(good, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_full_disk_is_in_the_account(suffix, good, tmp_path):
+def test_a_full_disk_is_in_the_account(suffix: str, good: dict[Any, bytes], tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk."""
     source, path = tmp_path / "in.pcapng", tmp_path / f"x{suffix}"
     blocks = [block.data for block in read_capture(io.BytesIO(good[".pcapng"]), "x")]
@@ -289,7 +311,7 @@ def test_a_full_disk_is_in_the_account(suffix, good, tmp_path):
     assert f"{total - saved} of {total} to be saved are not in {path}" in told, told
 
 
-def test_a_full_output_is_in_the_account(good, tmp_path):
+def test_a_full_output_is_in_the_account(good: dict[Any, bytes], tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes(good[".csv"])
     for words in (["--json"], ["-n"], ["-w", "-"]):
         with open("/dev/full", "wb") as full:
@@ -303,7 +325,7 @@ def test_a_full_output_is_in_the_account(good, tmp_path):
         assert words == ["-w", "-"] or "4 of 4 shown are not in standard output" in done.stderr
 
 
-def test_half_a_surrogate_pair_is_text_in_every_format(tmp_path):
+def test_half_a_surrogate_pair_is_text_in_every_format(tmp_path: Path) -> None:
     odd = "\ud800;=1"
     path = tmp_path / "x.jsonl"
     held = [{"pid": 5, "comm": odd}]
@@ -316,11 +338,15 @@ def test_half_a_surrogate_pair_is_text_in_every_format(tmp_path):
     assert hunt("report", path, "-o", tmp_path / "x.html").returncode == 0
 
 
-def closed(*numbers):
-    return lambda: [os.close(number) for number in numbers]
+def closed(*numbers: Any) -> Callable[..., Any]:
+    def close() -> None:
+        for number in numbers:
+            os.close(number)
+
+    return close
 
 
-def test_words_never_go_where_data_goes(good, tmp_path):
+def test_words_never_go_where_data_goes(good: dict[Any, bytes], tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_bytes(good[".csv"])
     for words in (
@@ -335,7 +361,9 @@ def test_words_never_go_where_data_goes(good, tmp_path):
         assert done.stdout.count(b"packet-hunter") == 0
 
 
-def test_a_closed_output_is_one_line_and_no_file_takes_its_place(good, tmp_path):
+def test_a_closed_output_is_one_line_and_no_file_takes_its_place(
+    good: dict[Any, bytes], tmp_path: Path
+) -> None:
     path, saved = tmp_path / "x.csv", tmp_path / "y.csv"
     path.write_bytes(good[".csv"])
     for words in (["-n"], ["--json"], ["-w", "-"]):
@@ -348,6 +376,6 @@ def test_a_closed_output_is_one_line_and_no_file_takes_its_place(good, tmp_path)
     assert done.returncode == 1 and b"standard input is empty" in done.stderr
 
 
-def test_an_input_that_fails_is_an_error():
+def test_an_input_that_fails_is_an_error() -> None:
     with pytest.raises(Error, match="cannot read /proc/self/mem to its end: Input/output error"):
         Input("/proc/self/mem")

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Captures of tcpdump and Wireshark that are damaged, cut, or meant to do harm."""
 
+from __future__ import annotations
+
 import io
 import struct
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,9 +17,10 @@ from hunter.formats import pcapng
 from hunter.formats.captures import flow_of, look, read_capture
 from hunter.formats.headers import _LINKS as LINKS
 from nlproto import Error
+from waiting import there
 
 
-def captures():
+def captures() -> Iterator[Any]:
     """Bytes of pcap and pcapng, both orders, every kind of packet block."""
     frames = [
         (1, bytes(12) + b"\x08\x00" + ipv4(UDP) + PORTS),
@@ -41,8 +46,8 @@ def captures():
 
 @settings(max_examples=200)
 @given(data=st.sampled_from(list(captures())), changes=CHANGES)
-def test_nothing_but_an_error_comes_out_of_a_damaged_trace(data, changes):
-    interfaces = []
+def test_nothing_but_an_error_comes_out_of_a_damaged_trace(data: Any, changes: Any) -> None:
+    interfaces: list[Any] = []
     try:
         for block in read_capture(io.BytesIO(changed(data, changes)), "x"):
             if block.kind == pcapng.SECTION:
@@ -61,13 +66,13 @@ def test_nothing_but_an_error_comes_out_of_a_damaged_trace(data, changes):
 
 @settings(max_examples=200)
 @given(st.sampled_from([*LINKS, 65535]), st.binary(max_size=200))
-def test_any_bytes_are_a_flow_or_a_word(linktype, data):
+def test_any_bytes_are_a_flow_or_a_word(linktype: Any, data: bytes) -> None:
     found = look(pcapng.Packet(linktype, None, data))
     assert isinstance(found, str | tuple) and found
 
 
 @pytest.mark.parametrize("data", list(captures()), ids=range(11))
-def test_every_kind_of_capture_is_understood(data):
+def test_every_kind_of_capture_is_understood(data: Any) -> None:
     interfaces, flows = [], []
     for block in read_capture(io.BytesIO(data), "x"):
         if block.kind == pcapng.INTERFACE:
@@ -75,7 +80,7 @@ def test_every_kind_of_capture_is_understood(data):
         packet = pcapng.packet_of(block, interfaces)
         flows += [packet and flow_of(packet)] if block.kind in (2, 3, 6) else []
     assert len(flows) in (3, 6)
-    assert all(flow and (flow[1][1], flow[2][1]) == (1000, 53) for flow in flows)
+    assert all(isinstance(flow, tuple) and (flow[1][1], flow[2][1]) == (1000, 53) for flow in flows)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +115,7 @@ def test_every_kind_of_capture_is_understood(data):
         (1, bytes(12) + b"\x81\x00\x00\x01" * 20 + b"\x08\x00", "more headers than can be"),
     ],
 )
-def test_what_is_not_understood_has_a_name(linktype, data, word):
+def test_what_is_not_understood_has_a_name(linktype: int, data: Any, word: str) -> None:
     assert look(pcapng.Packet(linktype, None, data)) == word
 
 
@@ -119,7 +124,7 @@ class Counting(bytes):
 
     copied = 0
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Any) -> Any:
         found = super().__getitem__(key)
         if isinstance(found, bytes):
             Counting.copied += len(found)
@@ -127,24 +132,24 @@ class Counting(bytes):
         return found
 
 
-def test_a_packet_of_nothing_but_headers_is_not_copied_for_each():
+def test_a_packet_of_nothing_but_headers_is_not_copied_for_each() -> None:
     """8 MiB of extension headers: with a slice a header that is 4 TiB, two minutes and more."""
     Counting.copied = 0
     data = Counting(ipv6(60) + b"\x3c\0\0\0\0\0\0\0" * (1 << 20))
     assert look(pcapng.Packet(101, None, data)) == "more extension headers than can be"
     assert Counting.copied < 1000
     ok = ipv6(60, b"\x3c\0\0\0\0\0\0\0" * 20 + b"\x11\0\0\0\0\0\0\0" + PORTS)
-    assert flow_of(pcapng.Packet(101, None, ok))[1:] == (("::1", 1000), ("::2", 53))
+    assert there(flow_of(pcapng.Packet(101, None, ok)))[1:] == (("::1", 1000), ("::2", 53))
 
 
-def test_an_interface_block_of_12_bytes_is_an_error_with_its_place():
+def test_an_interface_block_of_12_bytes_is_an_error_with_its_place() -> None:
     section = pcapng.section_header("x")
     data = section + struct.pack("<III", 1, 12, 12)
     with pytest.raises(Error, match=f"^x: a block of 12 bytes at byte {len(section)} cannot be$"):
         list(read_capture(io.BytesIO(data), "x"))
 
 
-def test_a_packet_longer_than_its_block_is_an_error():
+def test_a_packet_longer_than_its_block_is_an_error() -> None:
     block = bytearray(pcapng.enhanced_packet(0, 0, b"1234", 4))
     block[20:24] = struct.pack("<I", 5000)
     data = pcapng.section_header("x") + pcapng.interface_description("") + block
@@ -152,15 +157,15 @@ def test_a_packet_longer_than_its_block_is_an_error():
         list(read_capture(io.BytesIO(data), "x"))
 
 
-def test_interfaces_without_end_do_not_fill_the_memory():
+def test_interfaces_without_end_do_not_fill_the_memory() -> None:
     class Endless(io.RawIOBase):
-        def __init__(self):
+        def __init__(self) -> None:
             self.given = 0
 
-        def readable(self):
+        def readable(self) -> bool:
             return True
 
-        def readinto(self, buffer):
+        def readinto(self, buffer: Any) -> int:
             one = pcapng.interface_description("")
             data = pcapng.section_header("x") if not self.given else one * (len(buffer) // len(one))
             buffer[: len(data)] = data
@@ -174,7 +179,7 @@ def test_interfaces_without_end_do_not_fill_the_memory():
 
 @pytest.mark.parametrize("cut", [1, 7, 15, 16, 40])
 @pytest.mark.parametrize("number", [0, 5, 10])
-def test_a_cut_trace_is_read_to_its_last_whole_packet(number, cut):
+def test_a_cut_trace_is_read_to_its_last_whole_packet(number: int, cut: int) -> None:
     data = list(captures())[number]
     whole = [block.data for block in read_capture(io.BytesIO(data), "x")]
     found = []
@@ -191,7 +196,7 @@ MAGICS = {0xA1B2C3D4: (1000, 0), 0xA1B23C4D: (1, 0), 0xA1B2CD34: (1000, 8)}
 
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize("magic", MAGICS)
-def test_pcap_of_each_kind_has_its_times_and_packets(magic, order):
+def test_pcap_of_each_kind_has_its_times_and_packets(magic: int, order: Any) -> None:
     unit, more = MAGICS[magic]
     data = ipv4(UDP) + PORTS
     head = struct.pack(f"{order}IHHiIII", magic, 2, 4, 0, 0, 65535, 101)
@@ -199,8 +204,10 @@ def test_pcap_of_each_kind_has_its_times_and_packets(magic, order):
     found = list(read_capture(io.BytesIO(head + packet * 3), "x"))
     interface = pcapng.Interface.of(found[1])
     packets = [pcapng.packet_of(block, [interface]) for block in found[2:]]
-    assert [one.time_ns for one in packets] == [7 * 10**9 + 5 * unit] * 3
-    assert all(flow_of(one)[1:] == (("10.0.0.1", 1000), ("10.0.0.2", 53)) for one in packets)
+    assert [there(one).time_ns for one in packets] == [7 * 10**9 + 5 * unit] * 3
+    assert all(
+        there(flow_of(there(one)))[1:] == (("10.0.0.1", 1000), ("10.0.0.2", 53)) for one in packets
+    )
 
 
 @pytest.mark.parametrize(
@@ -213,9 +220,11 @@ def test_pcap_of_each_kind_has_its_times_and_packets(magic, order):
         ([(9, b"\x09"), (14, struct.pack("<q", -3))], 5000 - 3 * 10**9),
     ],
 )
-def test_pcapng_interfaces_tell_the_unit_and_offset_of_time(options, time_ns):
+def test_pcapng_interfaces_tell_the_unit_and_offset_of_time(
+    options: list[Any], time_ns: int
+) -> None:
     body = struct.pack("<HHI", 1, 0, 0) + pcapng._options(options, "<")
     blocks = [pcapng._block(1, body), pcapng.enhanced_packet(0, 5000, b"x", 1)]
     data = pcapng.section_header("x") + b"".join(blocks)
     _, interface, packet = read_capture(io.BytesIO(data), "x")
-    assert pcapng.packet_of(packet, [pcapng.Interface.of(interface)]).time_ns == time_ns
+    assert there(pcapng.packet_of(packet, [pcapng.Interface.of(interface)])).time_ns == time_ns

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Sealed hours answer as the database does, before and after a restart."""
 
+from __future__ import annotations
+
 import os
 import sqlite3
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +24,13 @@ from nlproto.records.clock import Clock
 from nlproto.tables.flows import summarize
 from nlproto.tables.processes import Process, Processes
 from recording import make_records
-from remembering import FOREVER, QUESTIONS, changes, files, fill, ids, seal, some_rows
+from remembering import FOREVER, QUESTIONS, Clocks, changes, files, fill, ids, seal, some_rows
+from waiting import there
 
 pytestmark = pytest.mark.usefixtures("small_groups")
 
 
-def test_sealed_flows_answer_as_those_of_the_database(tmp_path):
+def test_sealed_flows_answer_as_those_of_the_database(tmp_path: Path) -> None:
     rows = list(some_rows(400))
     stores = [Store(str(tmp_path / name)) for name in ("plain", "sealed")]
     for store in stores:
@@ -42,14 +48,16 @@ def test_sealed_flows_answer_as_those_of_the_database(tmp_path):
     assert stores[0].first_seen_ns() == stores[1].first_seen_ns()
 
 
-def test_what_may_still_change_is_not_sealed(store, clocks):
+def test_what_may_still_change_is_not_sealed(store: Store, clocks: Clocks) -> None:
     fill(store, some_rows(200))
     assert store.seal(lambda ids: ids % 2 == 0, 100) == 100
     assert sorted(store._one_row("SELECT min(id), count(*) FROM flows")) == [2, 100]
     assert sorted(ids(store, limit=1000)) == list(range(1, 201))
 
 
-def test_a_file_is_made_when_there_is_an_hour_of_rows(store, clocks, monkeypatch):
+def test_a_file_is_made_when_there_is_an_hour_of_rows(
+    store: Store, clocks: Clocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("daemon.history.sealing.LEAST", 100)
     monkeypatch.setattr("daemon.history.store.LEAST", 100)
     fill(store, some_rows(150))
@@ -59,7 +67,9 @@ def test_a_file_is_made_when_there_is_an_hour_of_rows(store, clocks, monkeypatch
     assert store.seal(changes) == 150
 
 
-def test_processes_come_back_from_the_file_of_their_flows(path, store, clocks):
+def test_processes_come_back_from_the_file_of_their_flows(
+    path: str, store: Store, clocks: Clocks
+) -> None:
     known = [Process(12, 7, "dig", exe="/bin/dig", unit="a.service"), Process(11, 7, "curl")]
     rows = [{"tgid": 12, "start_ns": 7, "comm": b"dig", "sport": n} for n in range(100)]
     flows = np.concatenate([summarize(make_records(row), 1) for row in rows])
@@ -81,7 +91,7 @@ def test_processes_come_back_from_the_file_of_their_flows(path, store, clocks):
     again.close()
 
 
-def test_the_files_are_private(path, store):
+def test_the_files_are_private(path: str, store: Store) -> None:
     fill(store, some_rows(100))
     seal(store)
     (name,) = files(path)
@@ -89,12 +99,12 @@ def test_the_files_are_private(path, store):
     assert found.st_mode & 0o777 == 0o640 and name.endswith(".hour")
 
 
-def test_questions_find_all_while_rows_move(path, store):
+def test_questions_find_all_while_rows_move(path: str, store: Store) -> None:
     """Ask without a pause while hours are sealed and written anew."""
     fill(store, some_rows(600))
     whole, wrong, ended = list(range(1, 601)), [], threading.Event()
 
-    def ask():
+    def ask() -> None:
         while not ended.is_set():
             found = sorted(ids(store, limit=1000))
             if found != whole:
@@ -107,7 +117,7 @@ def test_questions_find_all_while_rows_move(path, store):
         assert store.seal(changes, 100) == 100
     for piece in store.hours.pieces:  # written anew with all that is in it
         contents = store.hours.without(piece, set())
-        new = store.hours.write(contents)
+        new = store.hours.write(there(contents))
         with _entering(store, [new], [piece.number]):
             pass
     ended.set()
@@ -119,7 +129,9 @@ def test_questions_find_all_while_rows_move(path, store):
 # Leaving
 
 
-def test_files_leave_when_nothing_in_them_was_seen_for_the_age(store, clocks):
+def test_files_leave_when_nothing_in_them_was_seen_for_the_age(
+    store: Store, clocks: Clocks
+) -> None:
     fill(store, some_rows(100))
     seal(store)
     clocks.run(400)
@@ -131,8 +143,8 @@ def test_files_leave_when_nothing_in_them_was_seen_for_the_age(store, clocks):
     assert len(store.hours.pieces) == 1
 
 
-def test_one_users_flood_deletes_that_users_files_alone(store, clocks):
-    def rows(uid, comm, count, at):
+def test_one_users_flood_deletes_that_users_files_alone(store: Store, clocks: Clocks) -> None:
+    def rows(uid: Any, comm: Any, count: Any, at: Any) -> Iterator[Any]:
         for n in range(count):
             yield {
                 "uid": uid, "comm": comm, "tgid": 5, "start_ns": uid + 1,
@@ -167,7 +179,7 @@ def test_one_users_flood_deletes_that_users_files_alone(store, clocks):
     assert max(newest) == 11 and min(newest) > 0
 
 
-def test_an_unprivileged_asker_sees_only_his_own(store):
+def test_an_unprivileged_asker_sees_only_his_own(store: Store) -> None:
     fill(store, some_rows(200))
     seal(store)
     found = store.ask(Question(uid=5, limit=1000), FOREVER)
@@ -177,7 +189,7 @@ def test_an_unprivileged_asker_sees_only_his_own(store):
 # Migration and restarts
 
 
-def test_a_history_of_today_goes_on_and_is_sealed(path, store, clocks):
+def test_a_history_of_today_goes_on_and_is_sealed(path: str, store: Store, clocks: Clocks) -> None:
     fill(store, some_rows(150), processes=[Process(11, 7, "curl")])
     whole = ids(store, limit=1000)
     store.close()
@@ -203,7 +215,9 @@ def test_a_history_of_today_goes_on_and_is_sealed(path, store, clocks):
     again.close()
 
 
-def test_the_recorder_seals_what_memory_no_longer_has(path, monkeypatch):
+def test_the_recorder_seals_what_memory_no_longer_has(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("daemon.history.sealing.LEAST", 50)
     monkeypatch.setattr("daemon.history.store.LEAST", 50)
     monkeypatch.setattr("daemon.history.sealing._HOUR", 0)
@@ -217,9 +231,9 @@ def test_the_recorder_seals_what_memory_no_longer_has(path, monkeypatch):
     recorder._flush()
     recorder._trim()
     figures = recorder.store_figures()
-    assert figures["sealed_files"] == 1 and figures["damaged_files"] == 0
+    assert there(figures)["sealed_files"] == 1 and there(figures)["damaged_files"] == 0
 
-    def asked():
+    def asked() -> list[Any]:
         question = Question(limit=1000)
         _, now = recorder.history.ask(question)
         _, past = recorder.past(question)
@@ -229,14 +243,14 @@ def test_the_recorder_seals_what_memory_no_longer_has(path, monkeypatch):
     with recorder:
         pass
     recorder = Recorder(config, Processes())
-    assert asked() == list(range(200)) and recorder._store.last_id() == 200
+    assert asked() == list(range(200)) and there(recorder._store).last_id() == 200
     recorder._trim()
-    assert asked() == list(range(200)) and len(recorder._store.hours.pieces) == 2
+    assert asked() == list(range(200)) and len(there(recorder._store).hours.pieces) == 2
     with recorder:
         pass
 
 
-def test_a_wrong_year_widens_a_file_and_hides_nothing(store):
+def test_a_wrong_year_widens_a_file_and_hides_nothing(store: Store) -> None:
     year = 365 * 86400 * 10**9
     rows = [{"sport": n, "time_ns": 10**18 + n + (20 * year if n == 7 else 0)} for n in range(100)]
     fill(store, rows)
@@ -247,7 +261,7 @@ def test_a_wrong_year_widens_a_file_and_hides_nothing(store):
     assert len(ids(store, limit=1000, at_ns=10**18 + 50)) == 1
 
 
-def test_a_reader_of_another_program_does_not_stop_sealing(path, store):
+def test_a_reader_of_another_program_does_not_stop_sealing(path: str, store: Store) -> None:
     fill(store, some_rows(100))
     other = sqlite3.connect(path)
     other.execute("BEGIN")

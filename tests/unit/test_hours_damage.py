@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Sealed hours survive any crash, a full disk, damaged files and files of others."""
 
+from __future__ import annotations
+
 import os
 import random
 import signal
 import sqlite3
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +20,7 @@ from daemon.history.store import Store
 from daemon.system.directory import HeldDirectory
 from nlproto.errors import Error
 from nlproto.tables.processes import Process
-from remembering import FOREVER, QUESTIONS, changes, files, fill, ids, seal, some_rows
+from remembering import FOREVER, QUESTIONS, Clocks, changes, files, fill, ids, seal, some_rows
 
 pytestmark = pytest.mark.usefixtures("small_groups")
 
@@ -24,18 +28,18 @@ pytestmark = pytest.mark.usefixtures("small_groups")
 # Crashes
 
 
-def _at_step(store, step):
+def _at_step(store: Any, step: Any) -> None:
     """Kill this process when the store does its `step`-th thing."""
     left = [step]
 
-    def happens():
+    def happens() -> None:
         left[0] -= 1
         if left[0] < 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
     last = [""]
 
-    def statement(text):
+    def statement(text: Any) -> None:
         if text[:12] != last[0]:
             last[0] = text[:12]
             happens()
@@ -47,7 +51,7 @@ def _at_step(store, step):
     ):
         real = getattr(owner, name)
 
-        def around(*words, real=real, **more):
+        def around(*words: Any, real: Any = real, **more: Any) -> Any:
             happens()
             found = real(*words, **more)
             happens()
@@ -56,7 +60,7 @@ def _at_step(store, step):
         setattr(owner, name, around)
 
 
-def _killed(path, clocks, step, act):
+def _killed(path: Any, clocks: Any, step: Any, act: Any) -> Any:
     """Whether `act` was killed at `step`, in a process of its own."""
     pid = os.fork()
     if pid == 0:
@@ -72,7 +76,7 @@ def _killed(path, clocks, step, act):
     return os.WIFSIGNALED(status)
 
 
-def _whole(path, clocks):
+def _whole(path: Any, clocks: Any) -> tuple[Any, ...]:
     """Everything that the history tells, as one value."""
     store = Store(path, moment=clocks)
     assert store.set_aside is None
@@ -85,7 +89,9 @@ def _whole(path, clocks):
     return rows, told, last
 
 
-def test_a_crash_at_any_step_of_sealing_loses_and_doubles_nothing(path, clocks, monkeypatch):
+def test_a_crash_at_any_step_of_sealing_loses_and_doubles_nothing(
+    path: str, clocks: Clocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = Store(path, moment=clocks)
     known = [Process(pid, start, f"p{pid}") for pid in (11, 12, 13) for start in (7, 2**63 + 5)]
     fill(store, some_rows(120), processes=known)
@@ -100,8 +106,10 @@ def test_a_crash_at_any_step_of_sealing_loses_and_doubles_nothing(path, clocks, 
     assert len(files(path)) >= 1
 
 
-def test_a_crash_at_any_step_of_shortening_loses_only_what_was_to_go(path, clocks):
-    def rows(uid, comm, count):
+def test_a_crash_at_any_step_of_shortening_loses_only_what_was_to_go(
+    path: str, clocks: Clocks
+) -> None:
+    def rows(uid: Any, comm: Any, count: Any) -> list[dict[str, Any]]:
         return [
             {"uid": uid, "comm": comm, "tgid": 5, "start_ns": uid + 1, "sport": n, "time_ns": n}
             for n in range(count)
@@ -113,14 +121,14 @@ def test_a_crash_at_any_step_of_shortening_loses_only_what_was_to_go(path, clock
     size = store.hours.size
     store.close()
 
-    def uids():
+    def uids() -> Counter[int]:
         again = Store(path, moment=clocks)
         found = again.ask(Question(limit=10_000), FOREVER)
         again.close()
         assert len({number for number, _ in found}) == len(found)
         return Counter(int(flow["uid"]) for _, flow in found)
 
-    def shortening(one):
+    def shortening(one: Any) -> None:
         shorten(one, size * 3 // 4)
 
     step = 0
@@ -135,7 +143,9 @@ def test_a_crash_at_any_step_of_shortening_loses_only_what_was_to_go(path, clock
 
 
 @pytest.mark.parametrize("act", ["seal", "shorten"])
-def test_a_full_disk_keeps_the_rows_and_leaves_no_file(act, path, store):
+def test_a_full_disk_keeps_the_rows_and_leaves_no_file(
+    act: str, path: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(store, some_rows(300), processes=[Process(11, 7, "curl")])
     if act == "shorten":
         assert seal(store, 300) == 300
@@ -143,14 +153,14 @@ def test_a_full_disk_keeps_the_rows_and_leaves_no_file(act, path, store):
     store._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     real, full = store.hours.change, [True]
 
-    def change(writer, *words):
+    def change(writer: Any, *words: Any) -> Any:
         if full[0]:
             raise sqlite3.OperationalError("database or disk is full")
         return real(writer, *words)
 
-    store.hours.change = change
+    monkeypatch.setattr(store.hours, "change", change)
 
-    def go():
+    def go() -> Any:
         if act == "seal":
             return store.seal(changes, 300)
         return shorten(store, store.hours.size // 2)
@@ -163,7 +173,7 @@ def test_a_full_disk_keeps_the_rows_and_leaves_no_file(act, path, store):
     assert go() > 0
 
 
-def test_a_damaged_list_is_read_from_the_files(path, store, clocks):
+def test_a_damaged_list_is_read_from_the_files(path: str, store: Store, clocks: Clocks) -> None:
     fill(store, some_rows(200))
     assert seal(store) == 200
     before = ids(store, limit=1000)
@@ -174,7 +184,9 @@ def test_a_damaged_list_is_read_from_the_files(path, store, clocks):
     again.close()
 
 
-def test_files_outlive_their_database(path, clocks, caplog):
+def test_files_outlive_their_database(
+    path: str, clocks: Clocks, caplog: pytest.LogCaptureFixture
+) -> None:
     store = Store(path, moment=clocks)
     fill(store, some_rows(100))
     seal(store)
@@ -194,7 +206,9 @@ def test_files_outlive_their_database(path, clocks, caplog):
 
 
 @pytest.mark.parametrize("damage", ["cut", "head", "middle", "tail", "empty", "gone", "directory"])
-def test_a_damaged_file_is_passed_over_in_one_line(damage, path, store, clocks, caplog):
+def test_a_damaged_file_is_passed_over_in_one_line(
+    damage: str, path: str, store: Store, clocks: Clocks, caplog: pytest.LogCaptureFixture
+) -> None:
     fill(store, some_rows(200))
     assert seal(store) == 200
     one = os.path.join(os.path.dirname(path), files(path)[0])
@@ -232,7 +246,7 @@ def test_a_damaged_file_is_passed_over_in_one_line(damage, path, store, clocks, 
     again.close()
 
 
-def test_nothing_but_broken_comes_out_of_damage(store, path, tmp_path):
+def test_nothing_but_broken_comes_out_of_damage(store: Store, path: str, tmp_path: Path) -> None:
     fill(store, some_rows(100))
     seal(store)
     data = open(os.path.join(os.path.dirname(path), files(path)[0]), "rb").read()
@@ -252,7 +266,9 @@ def test_nothing_but_broken_comes_out_of_damage(store, path, tmp_path):
             pass
 
 
-def test_files_of_others_in_the_directory_are_left_alone(path, store, clocks):
+def test_files_of_others_in_the_directory_are_left_alone(
+    path: str, store: Store, clocks: Clocks
+) -> None:
     names = ("history.db-x.hour", "history.db-00000001.hour.bak", "other-00000001.hour")
     for name in names:
         with open(os.path.join(os.path.dirname(path), name), "w") as file:
@@ -263,7 +279,9 @@ def test_files_of_others_in_the_directory_are_left_alone(path, store, clocks):
         assert open(os.path.join(os.path.dirname(path), name)).read() == "precious"
 
 
-def test_a_link_in_the_place_of_a_file_is_not_followed(path, store, tmp_path, caplog):
+def test_a_link_in_the_place_of_a_file_is_not_followed(
+    path: str, store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "history.db-00000001.hour-new").symlink_to(tmp_path / "precious")
     fill(store, some_rows(100))

@@ -17,7 +17,7 @@ def includes(path: Path) -> set[str]:
     return {name for name in names if (KMOD / f"{name}.h").exists()} - {path.stem}
 
 
-def test_no_circle_of_includes():
+def test_no_circle_of_includes() -> None:
     files = sorted(KMOD.glob("*.[ch]"))
     graph: dict[str, set[str]] = {}
     for path in files:
@@ -26,7 +26,7 @@ def test_no_circle_of_includes():
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
-def test_no_file_is_long():
+def test_no_file_is_long() -> None:
     long = {
         path.name: lines
         for path in KMOD.glob("*.[ch]")

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Lines, columns and text: what people and files get to see of a record."""
 
+from __future__ import annotations
+
 import csv
 import io
 import ipaddress
 import json
 import socket
 import threading
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +32,7 @@ NOON_NS = 1_780_000_000_123_456_789
 NOON = "2026-05-28T20:26:40.123456Z"
 
 
-def batch(*rows):
+def batch(*rows: Any) -> NamedBatch:
     records = np.zeros(len(rows), wire.RECORD)
     for record, fields in zip(records, rows, strict=True):
         values = {
@@ -56,23 +60,23 @@ def batch(*rows):
     return NamedBatch(np.zeros(1, wire.BATCH)[0], records, Clock(NOON_NS, 0))
 
 
-def processes(**fields):
+def processes(**fields: Any) -> Any:
     known = Processes()
     known.restore([Process(tgid=1234, start_ns=7, **fields)])
     return known
 
 
-def nobody(cookies):
+def nobody(cookies: set[int]) -> dict[int, list[Any]]:
     return {}
 
 
-def printed(given, known=None, holders=nobody, **style):
-    style = Style(**({"numbers": True, "times": 1} | style))
-    printer = LinePrinter(style, known or Processes(), holders, names.Names(), io.StringIO())
+def printed(given: Any, known: Any = None, holders: Any = nobody, **style: Any) -> Any:
+    how = Style(**({"numbers": True, "times": 1} | style))
+    printer = LinePrinter(how, known or Processes(), holders, names.Names(), io.StringIO())
     return printer.lines(given)
 
 
-def test_lines_of_a_file_name_the_namespace_once_there_are_several():
+def test_lines_of_a_file_name_the_namespace_once_there_are_several() -> None:
     (one,) = printed(batch({}))
     assert "netns" not in one
     lines = printed(batch({}, {"netns": 100}, {"netns": 0}))
@@ -81,34 +85,34 @@ def test_lines_of_a_file_name_the_namespace_once_there_are_several():
     assert [line.partition(" netns ")[2] for line in lines] == ["", "100"]
 
 
-def test_the_summary_counts_equal_addresses_of_two_namespaces_apart():
+def test_the_summary_counts_equal_addresses_of_two_namespaces_apart() -> None:
     summary = Summary()
     summary.add(batch({}, {"netns": 100}, {"netns": 100}))
     ((_, packets, _, ends),) = summary.figures().values()
     assert (packets, ends) == (3, 2)
 
 
-def saved(kind, given, known, path, holders=nobody):
+def saved(kind: Any, given: Any, known: Any, path: Any, holders: Any = nobody) -> str:
     with CaptureFile(str(path)) as file:
         LineSaver(file, LINES[kind]).add(columns(given, known, holders))
-    return path.read_text()
+    return str(path.read_text())
 
 
-def test_a_line_has_time_direction_ends_length_flags_and_owner():
+def test_a_line_has_time_direction_ends_length_flags_and_owner() -> None:
     line = printed(batch({}), times=2)
     assert line == [
         "1780000000.123456 out tcp 127.0.0.1.50000 > 127.0.0.1.8080 len 60 [S] curl.1234"
     ]
 
 
-def test_an_unnamed_packet_says_why():
+def test_an_unnamed_packet_says_why() -> None:
     row = {"how": wire.lib.SNIFFER_HOW_SOCKET_GONE, "tgid": 0, "comm": b"", "dir": 1}
     assert printed(batch(row)) == [
         "in  tcp 127.0.0.1.50000 > 127.0.0.1.8080 len 60 [S] - (socket gone)"
     ]
 
 
-def test_the_unit_or_the_container_follows_the_owner():
+def test_the_unit_or_the_container_follows_the_owner() -> None:
     assert printed(batch({}), processes(unit="nginx.service"))[0].endswith(
         "curl.1234 nginx.service"
     )
@@ -116,16 +120,16 @@ def test_the_unit_or_the_container_follows_the_owner():
     assert printed(batch({}), known)[0].endswith("curl.1234 docker:0123456789ab")
 
 
-def test_quiet_leaves_out_flags_and_place():
+def test_quiet_leaves_out_flags_and_place() -> None:
     assert printed(batch({}), processes(unit="nginx.service"), quiet=True) == [
         "out tcp 127.0.0.1.50000 > 127.0.0.1.8080 len 60 curl.1234"
     ]
 
 
-def test_verbose_tells_the_rule_the_executable_and_the_holders():
+def test_verbose_tells_the_rule_the_executable_and_the_holders() -> None:
     given = batch({"flags": wire.lib.SNIFFER_F_SHARED, "cookie": 5})
 
-    def holders(cookies):
+    def holders(cookies: Any) -> dict[Any, list[dict[str, Any]]]:
         return {
             cookie: [{"pid": 1, "comm": "a"}, {"pid": 2, "comm": "b\x1b"}] for cookie in cookies
         }
@@ -134,7 +138,7 @@ def test_verbose_tells_the_rule_the_executable_and_the_holders():
     assert "(how context, uid 1000, exe /usr/bin/curl, shared, held by a.1, b\\x1b.2)" in line
 
 
-def test_times_since_the_last_and_since_the_first():
+def test_times_since_the_last_and_since_the_first() -> None:
     given = batch({"time_ns": 0}, {"time_ns": 1_500_000_000}, {"time_ns": 2_000_000_000})
     assert [line.split()[0] for line in printed(given, times=3)] == [
         "00:00:00.000000",
@@ -144,7 +148,7 @@ def test_times_since_the_last_and_since_the_first():
     assert printed(given, times=5)[2].startswith("00:00:02.000000 ")
 
 
-def test_six_and_udp_lines():
+def test_six_and_udp_lines() -> None:
     row = {"saddr": "fe80::1", "daddr": "2001:db8::2", "proto": socket.IPPROTO_UDP, "dport": 53}
     assert printed(batch(row)) == ["out udp fe80::1.50000 > 2001:db8::2.53 len 60 curl.1234"]
     named = printed(batch(row), numbers=False)
@@ -154,11 +158,11 @@ def test_six_and_udp_lines():
 @pytest.mark.parametrize(
     ("flags", "text"), [(2, "S"), (18, "S."), (16, "."), (0, "none"), (25, "FP.")]
 )
-def test_tcp_flags_read_as_in_tcpdump(flags, text):
+def test_tcp_flags_read_as_in_tcpdump(flags: int, text: str) -> None:
     assert tcp_flags(flags) == text
 
 
-def test_csv_has_the_agreed_columns_and_values(tmp_path):
+def test_csv_has_the_agreed_columns_and_values(tmp_path: Path) -> None:
     rows = batch({}, {"how": wire.lib.SNIFFER_HOW_FORWARDED, "tgid": 0, "dir": 3, "comm": b""})
     text = saved("csv", rows, processes(exe="/usr/bin/curl"), tmp_path / "x.csv")
     ends, flow = "tcp,127.0.0.1,50000,127.0.0.1,8080,60", "1:bwaxBSrjQiL/QKPJx556VoDZ60U="
@@ -172,10 +176,10 @@ def test_csv_has_the_agreed_columns_and_values(tmp_path):
     )
 
 
-def test_json_lines_have_the_same_keys_and_holders_when_shared(tmp_path):
+def test_json_lines_have_the_same_keys_and_holders_when_shared(tmp_path: Path) -> None:
     rows = batch({}, {"flags": wire.lib.SNIFFER_F_SHARED, "cookie": 5})
 
-    def holders(cookies):
+    def holders(cookies: Any) -> dict[int, list[dict[str, Any]]]:
         assert cookies == {5}
         return {5: [{"pid": 1, "comm": "a"}, {"pid": 1234, "comm": "curl"}]}
 
@@ -203,13 +207,15 @@ HOSTILE = {
 
 @pytest.mark.parametrize("comm", HOSTILE.values(), ids=HOSTILE.keys())
 @pytest.mark.parametrize("output", ["line", "verbose", "terminal", "csv", "jsonl"])
-def test_a_hostile_name_is_harmless(comm, output, tmp_path):
+def test_a_hostile_name_is_harmless(
+    comm: Any, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = batch({"comm": comm})
     name = wire.text(comm)
     known = processes(exe="/tmp/" + name, unit=name, container=name)
     if output == "terminal":
         out = io.StringIO()
-        out.isatty = lambda: True
+        monkeypatch.setattr(out, "isatty", lambda: True)
         LinePrinter(Style(True, times=1, verbose=2), known, nobody, names.Names(), out).add(rows)
         text = out.getvalue()
     elif output == "csv":
@@ -234,18 +240,18 @@ def test_a_hostile_name_is_harmless(comm, output, tmp_path):
         assert plain(name) in body
 
 
-def test_ordinary_names_stay_as_they_are():
+def test_ordinary_names_stay_as_they_are() -> None:
     for name in ("nginx", "'quoted", "python3.11", "Gerät", "kworker/0:1-ev", "日本", r"C:\a\b"):
         assert cell(name) == plain(name) == name
     assert plain("-bash") == "-bash"
 
 
-def test_addresses_are_text_of_their_family():
+def test_addresses_are_text_of_their_family() -> None:
     table = columns(batch({"saddr": "fe80::1", "daddr": "::1"}), Processes())
     assert (table.src, table.dst) == (["fe80::1"], ["::1"])
 
 
-def test_names_in_this_machines_own_files_are_there_at_once(tmp_path):
+def test_names_in_this_machines_own_files_are_there_at_once(tmp_path: Path) -> None:
     path, none = tmp_path / "file", str(tmp_path / "none")
     path.write_text(
         "# ours\n127.0.0.1 localhost here\n::1\tip6-localhost # loopback\n\n10.0.0.1 # nobody\n"
@@ -256,13 +262,15 @@ def test_names_in_this_machines_own_files_are_there_at_once(tmp_path):
     assert names.services(str(path)) == {(80, "tcp"): "http", (80, "udp"): "http"}
     path.write_text("root:x:0:0::/:/bin/sh\ntoor:x:0:0::/:/bin/sh\n\n+::::::\nme:x:1000:\n")
     assert names.own_users(str(path)) == {0: "root", 1000: "me"}
-    assert names.own_hosts(none) == names.services(none) == names.own_users(none) == {}
+    assert not names.own_hosts(none) and not names.services(none) and not names.own_users(none)
 
 
-def test_a_directory_that_does_not_answer_keeps_nobody_waiting(monkeypatch):
+def test_a_directory_that_does_not_answer_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked, answer = threading.Event(), threading.Event()
 
-    def slow(uid):
+    def slow(uid: Any) -> str:
         asked.set()
         answer.wait()
         return f"user{uid}"

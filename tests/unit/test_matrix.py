@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The table of make test-matrix: nothing that went wrong is missing from it."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +18,7 @@ from vmtest.kernlog import COMPLAINT  # noqa: E402
 CASE = '<testcase classname="tests.vm.{}" name="{}">{}</testcase>'
 
 
-def results(tmp_path, *cases):
+def results(tmp_path: Path, *cases: Any) -> Any:
     path = tmp_path / "results.xml"
     path.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
     row = matrix.Row({"kernel": "6.1"})
@@ -23,21 +26,21 @@ def results(tmp_path, *cases):
     return row
 
 
-def whole():
+def whole() -> list[Any]:
     return [
         CASE.format(file, "works", "")
         for file in ("test_module", "test_attribution", "test_unload", "test_table")
     ]
 
 
-def test_a_kernel_on_which_all_passed_is_clean(tmp_path):
+def test_a_kernel_on_which_all_passed_is_clean(tmp_path: Path) -> None:
     row = results(tmp_path, *whole())
     assert {row.cells[c] for c in ("load", "attribution", "unload", "others")} == {"1 ok"}
     assert row.cells["dmesg"] == "clean"
     assert not row.failed and not row.notes
 
 
-def test_failures_and_skips_stand_in_their_column_and_below_the_table(tmp_path):
+def test_failures_and_skips_stand_in_their_column_and_below_the_table(tmp_path: Path) -> None:
     fault = '<failure message="x">wrong</failure>'
     skip = '<skipped message="no MPTCP"/>'
     row = results(
@@ -52,28 +55,30 @@ def test_failures_and_skips_stand_in_their_column_and_below_the_table(tmp_path):
     assert "FAILED  tcp" in text and "skipped mptcp: no MPTCP" in text
 
 
-def test_a_complaint_of_the_kernel_counts_as_one_and_not_against_the_test(tmp_path):
+def test_a_complaint_of_the_kernel_counts_as_one_and_not_against_the_test(tmp_path: Path) -> None:
     fault = f'<error message="on teardown">{COMPLAINT}\nBUG</error>'
     row = results(tmp_path, *whole(), CASE.format("test_unload", "under_traffic", fault))
     assert row.failed
     assert (row.cells["unload"], row.cells["dmesg"]) == ("2 ok", "1 complaints")
 
 
-def test_a_guest_that_was_lost_is_no_clean_kernel(tmp_path):
+def test_a_guest_that_was_lost_is_no_clean_kernel(tmp_path: Path) -> None:
     fault = '<failure message="x">the guest is gone (kernel panic?) (kernel 6.1)</failure>'
     row = results(tmp_path, *whole(), CASE.format("test_unload", "under_traffic", fault))
     assert row.failed
     assert (row.cells["unload"], row.cells["dmesg"]) == ("1 of 2, 1 FAILED", "1 guests lost")
 
 
-def test_a_column_without_a_test_fails_the_row(tmp_path):
+def test_a_column_without_a_test_fails_the_row(tmp_path: Path) -> None:
     row = results(tmp_path, *whole()[1:])
     assert row.failed
     assert row.cells["load"] == "none ran"
 
 
-def test_a_kernel_that_the_mirror_lacks_is_a_row_that_says_so(monkeypatch):
-    def unpack(kernel, cache):
+def test_a_kernel_that_the_mirror_lacks_is_a_row_that_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unpack(kernel: Any, cache: Any) -> None:
         raise kernels.Unavailable(f"{kernel.name}: the mirror has it no more")
 
     monkeypatch.setattr(matrix, "unpack", unpack)
@@ -83,8 +88,10 @@ def test_a_kernel_that_the_mirror_lacks_is_a_row_that_says_so(monkeypatch):
     assert "the mirror has it no more" in matrix.table([row])
 
 
-def test_a_kernel_for_which_it_does_not_build_is_a_row_with_the_compilers_words(monkeypatch):
-    def build(*_):
+def test_a_kernel_for_which_it_does_not_build_is_a_row_with_the_compilers_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def build(*_: Any) -> None:
         raise BuildFailed("x.c:1: warning: unused")
 
     monkeypatch.setattr(
@@ -98,7 +105,9 @@ def test_a_kernel_for_which_it_does_not_build_is_a_row_with_the_compilers_words(
 
 
 @pytest.mark.parametrize(("there", "fits"), [("7.2.13-amd64", True), ("7.4.1-amd64", False)])
-def test_a_suite_that_moved_on_to_another_version_is_told(tmp_path, there, fits):
+def test_a_suite_that_moved_on_to_another_version_is_told(
+    tmp_path: Path, there: str, fits: bool
+) -> None:
     root = tmp_path / "kernels" / "7.2"
     (root / "boot").mkdir(parents=True)
     (root / "boot" / f"vmlinuz-{there}").touch()

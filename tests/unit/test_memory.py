@@ -11,13 +11,13 @@ from nlproto.overheard.domains import Domains
 from nlproto.overheard.names import Names
 
 
-def test_flows_that_the_history_has_are_not_kept_twice():
+def test_flows_that_the_history_has_are_not_kept_twice() -> None:
     """The history is empty when the daemon starts; it is the one to ask all the same."""
     history = FlowMemory(10)
     assert Domains(Names(), history).beginnings is history
 
 
-def test_openssl_is_not_loaded_for_names_of_far_ends():
+def test_openssl_is_not_loaded_for_names_of_far_ends() -> None:
     """3.5 MB. Hashes of programs (`sha256: on`) load it."""
     code = """
 import sys
@@ -31,7 +31,7 @@ print(*sorted(sys.modules))
     assert {"_hashlib", "_ssl"}.isdisjoint(found.stdout.split())
 
 
-def test_what_only_the_start_used_is_given_back():
+def test_what_only_the_start_used_is_given_back() -> None:
     """Most pages of programs and libraries; they are the page cache's in any case."""
     code = """
 import daemon.__main__

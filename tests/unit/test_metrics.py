@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: MIT
 """Metrics over a real socket: clients that do not read, or send nothing, are no burden."""
 
+from __future__ import annotations
+
 import re
 import socket
 import threading
-import time
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+
+from waiting import stand_in, until
 
 pytest.importorskip("prometheus_client")
 
@@ -32,13 +38,13 @@ FIGURES = {
 
 
 @pytest.fixture(name="path")
-def _path(tmp_path):
+def _path(tmp_path: Path) -> Iterator[str]:
     path = str(tmp_path / "m")
     with Metrics(Config(metrics=path), lambda: FIGURES):
         yield path
 
 
-def _connect(path, send=b""):
+def _connect(path: Any, send: bytes = b"") -> Any:
     one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     one.connect(path)  # waits its turn, as it would not with a timeout
     one.settimeout(30)
@@ -46,38 +52,35 @@ def _connect(path, send=b""):
     return one
 
 
-def _until(condition):
-    until = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
-def _threads():
+def _threads() -> int:
     return sum("process_request" in thread.name for thread in threading.enumerate())
 
 
-def test_a_client_that_does_not_read_writes_nothing_to_stderr(path, monkeypatch, capfd):
+def test_a_client_that_does_not_read_writes_nothing_to_stderr(
+    path: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("daemon.system.scrapes._Quiet.timeout", 0.2)
     held = [_connect(path, b"GET /metrics HTTP/1.0\r\n\r\n") for _ in range(3)]
-    _until(_threads)
-    _until(lambda: not _threads())
+    until(_threads)
+    until(lambda: not _threads())
     assert capfd.readouterr().err == ""
     for one in held:
         one.close()
 
 
-def test_clients_that_send_nothing_hold_few_threads_and_others_are_answered(path, monkeypatch):
+def test_clients_that_send_nothing_hold_few_threads_and_others_are_answered(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("daemon.system.scrapes._Quiet.timeout", 60)
     held = [_connect(path) for _ in range(40)]
     one = _connect(path, b"GET /metrics HTTP/1.0\r\n\r\n")
     assert b"200 OK" in one.recv(100)
-    _until(lambda: _threads() <= 8)
+    until(lambda: _threads() <= 8)
     for each in (*held, one):
         each.close()
 
 
-def _scraped(metrics):
+def _scraped(metrics: Any) -> dict[tuple[Any, ...], Any]:
     return {
         (one.name, *one.labels.values()): one.value
         for family in metrics.collect()
@@ -86,24 +89,25 @@ def _scraped(metrics):
     }
 
 
-def _flows(*owners):
+def _flows(*owners: Any) -> Any:
     flows = np.zeros(len(owners), FLOW)
     for flow, (tgid, size) in zip(flows, owners, strict=True):
         flow["tgid"], flow["start_ns"], flow["bytes_in"] = tgid, tgid * 10, size
         flow["comm"] = b"x" * bool(tgid)
-    return SimpleNamespace(flows=flows)
+    return stand_in(SimpleNamespace(flows=flows))
 
 
-def test_traffic_is_summed_by_unit_and_container_and_bounded(tmp_path):
+def test_traffic_is_summed_by_unit_and_container_and_bounded(tmp_path: Path) -> None:
     processes = Processes()
-    for tgid, more in {
+    about: dict[int, dict[str, Any]] = {
         1: {"unit": "web.service"},
         2: {"unit": "web.service", "container": "docker:0123456789ab", "container_name": "web"},
         3: {"unit": "later.service", "container": "docker:0123456789ac", "container_name": "late"},
         # any user could make many of these
         4: {"unit": "user@7.service/a.service", "container": "podman:user@7/0123456789ab"},
         5: {"unit": "user@7.service/b.service", "container": "podman:user@7/0123456789ac"},
-    }.items():
+    }
+    for tgid, more in about.items():
         processes.restore([Process(tgid, tgid * 10, **more)])
     config = Config(metrics=str(tmp_path / "m"), metrics_processes=2)
     with Metrics(config, lambda: FIGURES, processes) as metrics:
@@ -129,7 +133,7 @@ _UNITS = ("ms", "us", "ns", "milliseconds", "microseconds", "minutes", "hours", 
 """What promtool's linter takes for units that are no base units."""
 
 
-def test_names_follow_prometheus_s_conventions(tmp_path):
+def test_names_follow_prometheus_s_conventions(tmp_path: Path) -> None:
     """What `promtool check metrics` looks for (prometheus/util/promlint), by its rules."""
     processes = Processes()
     processes.restore([Process(1, 10, unit="a.service", container="docker:0123456789ab")])
@@ -158,7 +162,7 @@ def test_names_follow_prometheus_s_conventions(tmp_path):
             assert re.search(rf"^# TYPE {name}(_total)? \w", exposed, re.MULTILINE), name
 
 
-def _exposed(families):
+def _exposed(families: Any) -> str:
     from prometheus_client import CollectorRegistry, generate_latest
 
     registry = CollectorRegistry()
@@ -166,7 +170,7 @@ def _exposed(families):
     return generate_latest(registry).decode()
 
 
-def _flows_learnt(tgid):
+def _flows_learnt(tgid: int) -> np.ndarray:
     made = np.zeros(1, FLOW)
     made["tgid"], made["start_ns"], made["comm"] = tgid, 10, b"x"
     made["retransmits"], made["rtt_us"] = 2, 1500
@@ -174,14 +178,12 @@ def _flows_learnt(tgid):
 
 
 @pytest.mark.parametrize("programs", [10, 5000])
-def test_series_do_not_grow_with_programs(tmp_path, programs):
+def test_series_do_not_grow_with_programs(tmp_path: Path, programs: int) -> None:
     """Label explosion: whatever names there are, so many series at most."""
     config = Config(metrics=str(tmp_path / "m"), metrics_processes=10)
     with Metrics(config, lambda: FIGURES) as metrics:
         made = _flows(*((number, 1) for number in range(1, programs + 1)))
         made.flows["comm"] = [f"p{number}".encode() for number in range(programs)]
         metrics.take(made)
-        each = {
-            one.name: len(one.samples) for one in metrics.collect() if "_process_" in one.name
-        }
+        each = {one.name: len(one.samples) for one in metrics.collect() if "_process_" in one.name}
     assert max(each.values()) <= 2 * (10 + 1), each

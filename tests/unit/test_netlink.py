@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Generic Netlink: encoding against the kernel's own control family, decoding of anything."""
 
+from __future__ import annotations
+
 import errno
 import os
 import socket
 import struct
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -30,7 +33,7 @@ without_module = pytest.mark.skipif(
 )
 
 
-def test_the_control_family_is_resolved_with_its_groups():
+def test_the_control_family_is_resolved_with_its_groups() -> None:
     with Connection() as connection:
         family = resolve(connection, "nlctrl")
     assert family.id == 0x10
@@ -38,18 +41,18 @@ def test_the_control_family_is_resolved_with_its_groups():
     assert family.groups["notify"] > 0
 
 
-def test_a_family_that_is_not_there_is_not_found():
+def test_a_family_that_is_not_there_is_not_found() -> None:
     with Connection() as connection, pytest.raises(FileNotFoundError):
         resolve(connection, "no-such-family")
 
 
-def test_one_connection_answers_many_requests():
+def test_one_connection_answers_many_requests() -> None:
     with Connection() as connection:
         found = {resolve(connection, "nlctrl").id for _ in range(50)}
     assert found == {0x10}
 
 
-def test_a_dump_lists_every_family():
+def test_a_dump_lists_every_family() -> None:
     with Connection() as connection:
         answers = connection.request(0x10, 3, dump=True)
     names = {attrs[2].rstrip(b"\0") for _, attrs in answers}
@@ -57,13 +60,13 @@ def test_a_dump_lists_every_family():
     assert len(answers) == len(names)
 
 
-def test_a_dump_of_a_table_that_changed_meanwhile_is_asked_for_again():
+def test_a_dump_of_a_table_that_changed_meanwhile_is_asked_for_again() -> None:
     ours, kernel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
-    def message(kind, flags, request, body):
+    def message(kind: Any, flags: Any, request: pytest.FixtureRequest, body: Any) -> Any:
         return struct.pack("=IHHII", 16 + len(body), kind, flags, request, 0) + body
 
-    def answer():
+    def answer() -> None:
         # the first time the second entry is passed over
         for flags, names in ((0x12, b"a"), (0x2, b"ab")):
             request = struct.unpack_from("=I", kernel.recv(1000), 8)[0]
@@ -84,7 +87,7 @@ def test_a_dump_of_a_table_that_changed_meanwhile_is_asked_for_again():
     assert {found[1][0] for _, found in answers} == {ord("a"), ord("b")}
 
 
-def test_an_unknown_command_gives_the_kernels_error():
+def test_an_unknown_command_gives_the_kernels_error() -> None:
     with Connection() as connection, pytest.raises(OSError) as caught:
         connection.request(0x10, 200)
     assert caught.value.errno == errno.EOPNOTSUPP
@@ -92,25 +95,25 @@ def test_an_unknown_command_gives_the_kernels_error():
 
 @without_module
 @pytest.mark.parametrize("opening", [Sniffer, Listener])
-def test_without_the_module_the_next_step_is_told(opening):
+def test_without_the_module_the_next_step_is_told(opening: Any) -> None:
     with pytest.raises(NoModule, match=r"doctor says how to load it; or use --engine packet"):
         opening()
 
 
 @without_module
-def test_engine_module_without_the_module_leaves_no_descriptor_open():
+def test_engine_module_without_the_module_leaves_no_descriptor_open() -> None:
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(NoModule):
         open_engine("module", print)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_an_unknown_engine_is_a_usage_error():
+def test_an_unknown_engine_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="auto, module, ebpf, packet"):
         open_engine("magic", print)
 
 
-def test_attributes_come_back_as_encoded():
+def test_attributes_come_back_as_encoded() -> None:
     raw = encode_attribute(1, b"abc") + encode_attribute(0x8002, b"") + encode_attribute(3, b"1234")
     assert len(raw) == 8 + 4 + 8
     assert [(kind, bytes(data)) for kind, data in attributes(memoryview(raw))] == [
@@ -123,7 +126,7 @@ def test_attributes_come_back_as_encoded():
 @pytest.mark.parametrize(
     "raw", [b"\x01", struct.pack("=HH", 3, 1), struct.pack("=HH", 9, 1) + b"1234"]
 )
-def test_malformed_attributes_are_errors(raw):
+def test_malformed_attributes_are_errors(raw: Any) -> None:
     with pytest.raises(Error, match="malformed"):
         list(attributes(memoryview(raw)))
 
@@ -132,13 +135,13 @@ def test_malformed_attributes_are_errors(raw):
     "raw",
     [b"\x01" * 15, struct.pack("=IHHII", 15, 1, 0, 0, 0), struct.pack("=IHHII", 17, 1, 0, 0, 0)],
 )
-def test_malformed_messages_are_errors(raw):
+def test_malformed_messages_are_errors(raw: Any) -> None:
     with pytest.raises(Error, match="malformed"):
         list(messages(memoryview(raw)))
 
 
 @given(st.binary(max_size=256))
-def test_any_bytes_are_parsed_or_are_an_error(raw):
+def test_any_bytes_are_parsed_or_are_an_error(raw: bytes) -> None:
     for parse in (attributes, messages):
         try:
             list(parse(memoryview(raw)))
@@ -146,8 +149,8 @@ def test_any_bytes_are_parsed_or_are_an_error(raw):
             pass
 
 
-def test_a_smaller_receive_buffer_than_wanted_is_told():
-    notes = []
+def test_a_smaller_receive_buffer_than_wanted_is_told() -> None:
+    notes: list[Any] = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         got = set_receive_buffer(sock, 1 << 30 if os.geteuid() else 1 << 20, notes.append)
     assert (got >= 1 << 20) == (not notes)

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Network namespaces get places fairly, and neither start nor stop waits for many of them."""
 
+from __future__ import annotations
+
 import os
 import resource
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,19 +21,19 @@ OWN = 1
 
 
 class Opened:
-    def __init__(self, inode):
+    def __init__(self, inode: Any) -> None:
         self.inode = inode
         self.closed = False
 
-    def close(self):
+    def close(self) -> None:
         self.closed = True
 
 
 @pytest.fixture
-def proc(tmp_path):
+def proc(tmp_path: Path) -> Any:
     """A /proc with a process in each namespace that is asked for."""
 
-    def fill(inodes):
+    def fill(inodes: Any) -> Any:
         for pid, inode in enumerate(inodes, start=1):
             (tmp_path / str(pid) / "ns").mkdir(parents=True)
             os.symlink(f"net:[{inode}]", tmp_path / str(pid) / "ns" / "net")
@@ -38,16 +42,17 @@ def proc(tmp_path):
     return fill
 
 
-def test_our_own_come_first_and_users_share_the_rest():
-    owners = {n: 1000 for n in range(300)} | {n: 1001 for n in range(300, 310)}
-    owners |= {n: n % 2 and None for n in range(400, 500)}  # ours, and root's
+def test_our_own_come_first_and_users_share_the_rest() -> None:
+    owners: dict[int, int | None] = dict.fromkeys(range(300), 1000)
+    owners |= dict.fromkeys(range(300, 310), 1001)
+    owners |= {n: 0 if n % 2 == 0 else None for n in range(400, 500)}  # ours, and root's
     chosen = netns.choose(owners, (), 255)
     assert len(chosen) == 255
     assert {n for n in owners if not owners[n]} <= chosen
     assert {n for n in owners if owners[n] == 1001} <= chosen
 
 
-def test_who_has_a_place_keeps_it_before_others_of_the_same_user():
+def test_who_has_a_place_keeps_it_before_others_of_the_same_user() -> None:
     owners = dict.fromkeys(range(300), 1000)
     first = netns.choose(owners, (), 100)
     owners |= dict.fromkeys(range(-300, 0), 1000)
@@ -59,7 +64,9 @@ def test_who_has_a_place_keeps_it_before_others_of_the_same_user():
     st.sets(st.integers(0, 500)),
     st.integers(0, 40),
 )
-def test_a_user_lacks_places_only_if_nobody_has_two_more(owners, held, limit):
+def test_a_user_lacks_places_only_if_nobody_has_two_more(
+    owners: Any, held: Any, limit: int
+) -> None:
     chosen = netns.choose(owners, held, limit)
     assert len(chosen) == min(limit, len(owners))
     counts = {uid: sum(owners[n] == uid for n in chosen) for uid in owners.values()}
@@ -70,8 +77,8 @@ def test_a_user_lacks_places_only_if_nobody_has_two_more(owners, held, limit):
         assert all(counts[other] <= counts[uid] + 1 for other in counts if other is not None)
 
 
-def test_places_leave_descriptors_for_everything_else(monkeypatch):
-    def limited(soft):
+def test_places_leave_descriptors_for_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def limited(soft: Any) -> Any:
         monkeypatch.setattr(resource, "getrlimit", lambda which: (soft, soft))
         return netns.room()
 
@@ -80,11 +87,11 @@ def test_places_leave_descriptors_for_everything_else(monkeypatch):
     assert limited(16384) == limited(resource.RLIM_INFINITY) == netns.MAX_OTHERS
 
 
-def test_a_start_does_not_wait_for_many_namespaces_nor_does_an_end(proc):
+def test_a_start_does_not_wait_for_many_namespaces_nor_does_an_end(proc: Any) -> None:
     gate = threading.Event()
-    opened = []
+    opened: list[Any] = []
 
-    def make(inode, path, ours):
+    def make(inode: Any, path: Any, ours: Any) -> Any:
         if len(opened) == 2:
             gate.wait()
         opened.append(Opened(inode))
@@ -99,9 +106,9 @@ def test_a_start_does_not_wait_for_many_namespaces_nor_does_an_end(proc):
     assert all(place.closed for place in opened)
 
 
-def test_what_has_no_place_is_told_in_one_line(proc, monkeypatch):
+def test_what_has_no_place_is_told_in_one_line(proc: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(netns, "room", lambda: 5)
-    told = []
+    told: list[Any] = []
     places = CapturedNamespaces(
         lambda inode, path, ours: Opened(inode), OWN, told.append, proc(range(1, 53))
     )
@@ -113,10 +120,10 @@ def test_what_has_no_place_is_told_in_one_line(proc, monkeypatch):
     assert "46 of 52 network namespaces are not captured" in told[0]
 
 
-def test_namespaces_that_cannot_be_opened_are_told_in_one_line(proc):
-    told = []
+def test_namespaces_that_cannot_be_opened_are_told_in_one_line(proc: Any) -> None:
+    told: list[Any] = []
 
-    def make(inode, path, ours):
+    def make(inode: Any, path: Any, ours: Any) -> Any:
         raise OSError(12, "Cannot allocate memory")
 
     places = CapturedNamespaces(make, OWN, told.append, proc(range(1, 53)))

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from nlproto.errors import UsageError
 from nlproto.records.wire import HOW_NAMES
 from nlproto.tables.flows import FLOW, pack_address
 from receiving import Stub, receiver
+from waiting import stand_in
 
 PROCESS = ToldProcess(
     tgid=77,
@@ -36,11 +39,11 @@ PROCESS = ToldProcess(
 )
 
 
-def _words(address):
+def _words(address: Any) -> Any:
     return np.frombuffer(pack_address(address)[1], np.uint64)
 
 
-def flow(lport=40000, rport=443, **fields):
+def flow(lport: int = 40000, rport: int = 443, **fields: Any) -> Any:
     made = np.zeros(1, FLOW)[0]
     made["laddr"], made["raddr"] = _words("192.0.2.1"), _words("192.0.2.9")
     values = {
@@ -53,15 +56,15 @@ def flow(lport=40000, rport=443, **fields):
     return made
 
 
-def attributes(record):
-    def plain(value):
+def attributes(record: Any) -> dict[Any, Any]:
+    def plain(value: Any) -> Any:
         (kind, found), *_ = value.items()
         return [plain(one) for one in found["values"]] if kind == "arrayValue" else found
 
     return {one["key"]: plain(one["value"]) for one in record["attributes"]}
 
 
-def test_a_record_has_the_names_of_both_conventions():
+def test_a_record_has_the_names_of_both_conventions() -> None:
     record = record_of(flow(), PROCESS, "example.org", 30)
     found = attributes(record)
     assert record["timeUnixNano"] == "20" and record["eventName"] == "network.flow"
@@ -78,27 +81,27 @@ def test_a_record_has_the_names_of_both_conventions():
     assert found["process.owner"] == "ann\\udc80"
 
 
-def test_what_serves_is_the_destination():
+def test_what_serves_is_the_destination() -> None:
     found = attributes(record_of(flow(443, 40000), None, "", 30))
     assert (found["destination.port"], found["network.direction"]) == ("443", "ingress")
     assert found["destination.bytes"] == "100"
 
 
-def test_an_unnamed_flow_has_its_reason_and_no_process():
+def test_an_unnamed_flow_has_its_reason_and_no_process() -> None:
     how = next(n for n, name in enumerate(HOW_NAMES) if name == "no_socket")
     found = attributes(record_of(flow(tgid=0, how=how), None, "", 30))
     assert found["packet_hunter.how"] == "no_socket"
     assert not [name for name in found if name.startswith(("process.", "user."))]
 
 
-def test_no_key_is_also_the_beginning_of_another():
+def test_no_key_is_also_the_beginning_of_another() -> None:
     """An index has either a word or an object under one name."""
     keys = attributes(record_of(flow(), PROCESS, "example.org", 30)).keys()
     assert [(a, b) for a in keys for b in keys if b.startswith(f"{a}.")] == []
 
 
 @pytest.fixture(name="stub")
-def _stub():
+def _stub() -> Iterator[Stub]:
     with receiver() as stub:
         yield stub
 
@@ -108,13 +111,13 @@ class Flows:
 
     failure = None
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lock, self.deltas = threading.Lock(), Deltas()
 
-    def process(self, tgid, start_ns):
+    def process(self, tgid: Any, start_ns: Any) -> Any:
         return PROCESS
 
-    def add(self, *flows):
+    def add(self, *flows: Any) -> None:
         made = np.zeros(len(flows), FLOW)
         for index, one in enumerate(flows):
             made[index] = one
@@ -124,24 +127,28 @@ class Flows:
 _CLOCK = type("Now", (), {"real_offset_ns": 0})()
 
 
-def sender(stub, headers=None):
-    return Sender(Flows(), Receiver(stub.url, headers or {}), "web1", 1.0, threading.Event())
+def sender(stub: Any, headers: Any = None) -> Sender:
+    return Sender(
+        stand_in(Flows()), Receiver(stub.url, headers or {}), "web1", 1.0, threading.Event()
+    )
 
 
-def test_rows_are_sent_in_parts_with_the_key(stub, monkeypatch):
+def test_rows_are_sent_in_parts_with_the_key(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sending, "_AT_ONCE", 2)
     one = sender(stub, {"api-key": "secret"})
-    one.source.add(*(flow(40000 + n) for n in range(5)))
+    stand_in(one.source).add(*(flow(40000 + n) for n in range(5)))
     one.flush()
     assert len(stub.taken) == one.sent == 5 and len(stub.heads) == 3
     assert {head["api-key"] for head in stub.heads} == {"secret"}
 
 
 @pytest.mark.parametrize("code", [429, 502, 503, 504])
-def test_a_receiver_that_is_busy_is_asked_again_and_nothing_is_told_twice(stub, monkeypatch, code):
+def test_a_receiver_that_is_busy_is_asked_again_and_nothing_is_told_twice(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     monkeypatch.setattr(sending, "_AT_ONCE", 2)
     one = sender(stub)
-    one.source.add(*(flow(40000 + n) for n in range(5)))
+    stand_in(one.source).add(*(flow(40000 + n) for n in range(5)))
     stub.answers = [(200, b"{}"), (code, b"busy")]
     with pytest.raises(Unavailable, match=str(code)):
         one.flush()
@@ -152,9 +159,9 @@ def test_a_receiver_that_is_busy_is_asked_again_and_nothing_is_told_twice(stub, 
 
 
 @pytest.mark.parametrize("code", [302, 400, 401, 413])
-def test_what_is_refused_is_counted_and_not_sent_again(stub, code):
+def test_what_is_refused_is_counted_and_not_sent_again(stub: Stub, code: int) -> None:
     one = sender(stub)
-    one.source.add(flow())
+    stand_in(one.source).add(flow())
     stub.answers = [(code, b"")]
     one.flush()
     assert (one.sent, one.refused, len(one.source.deltas)) == (0, 1, 0)
@@ -172,27 +179,27 @@ def test_what_is_refused_is_counted_and_not_sent_again(stub, code):
         (b"", 0),
     ],
 )
-def test_an_answer_may_be_nonsense(stub, answer, refused):
+def test_an_answer_may_be_nonsense(stub: Stub, answer: bytes, refused: int) -> None:
     one = sender(stub)
-    one.source.add(flow(), flow(40001))
+    stand_in(one.source).add(flow(), flow(40001))
     stub.answers = [(200, answer)]
     one.flush()
     assert (one.sent, one.refused) == (2 - refused, refused)
 
 
-def test_what_waits_is_bounded_and_the_rest_is_counted(monkeypatch):
+def test_what_waits_is_bounded_and_the_rest_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sending, "MOST", 3)
     with Stub() as gone:
         pass
     one = sender(gone)
-    one.source.add(*(flow(40000 + n, last_ns=20 + n) for n in range(5)))
+    stand_in(one.source).add(*(flow(40000 + n, last_ns=20 + n) for n in range(5)))
     with pytest.raises(Unavailable):
         one.flush()
     assert one.lost == 2
     assert sorted(one.source.deltas.take()["lport"].tolist()) == [40002, 40003, 40004]
 
 
-def test_a_redirect_takes_no_records_elsewhere(stub):
+def test_a_redirect_takes_no_records_elsewhere(stub: Stub) -> None:
     stub.answers = [(302, b"")]
     with pytest.raises(Refused, match="302"):
         Receiver(stub.url, {}).post({"resourceLogs": []})
@@ -200,12 +207,12 @@ def test_a_redirect_takes_no_records_elsewhere(stub):
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "http://", "http://h:x/", "http://h/a b"])
-def test_what_is_no_url_is_refused(url):
+def test_what_is_no_url_is_refused(url: str) -> None:
     with pytest.raises(UsageError, match="no receiver"):
         program._checked(url)
 
 
-def test_headers_come_from_the_environment_alone(monkeypatch):
+def test_headers_come_from_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "api-key=a%20b, x=1")
     assert program._headers() == {"api-key": "a b", "x": "1"}
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "a=b%0d%0aEvil: 1")

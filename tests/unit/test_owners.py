@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Whose a captured packet is: by namespace, tuple and time, or said not to be certain."""
 
+from __future__ import annotations
+
 import os
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,6 +21,7 @@ from nlproto.records.wire import lib
 from nlproto.tables.flows import summarize
 from nlproto.tables.processes import Processes
 from recording import make_records
+from waiting import stand_in
 
 A, B = 4026532000, 4026533000
 CLIENT, SERVER = ("127.0.0.1", 40000), ("127.0.0.1", 8080)
@@ -29,32 +33,32 @@ NOBODY = {"tgid": 0, "start_ns": 0, "how": 17}
 class Daemon:
     """The daemon's own answers, without its socket."""
 
-    def __init__(self, records):
+    def __init__(self, records: Any) -> None:
         self.processes, self.portmap = Processes(), None
         history = FlowMemory(10_000)
         history.update(summarize(records, 1), Clock(0, 0))
-        self.answers = Answers(self, history)
+        self.answers = Answers(stand_in(self), history)
         self.asked = 0
 
-    def pipeline(self, requests):
+    def pipeline(self, requests: Any) -> Any:
         replies = []
         for op, fields in requests:
             message = msgspec.json.encode({"id": 1, "op": op, **fields})
-            answer = self.answers.who(parse_request(message), None)
+            answer = self.answers.who(stand_in(parse_request(message)), None)
             replies.append(msgspec.json.decode(msgspec.json.encode(answer)))
             self.asked += 1
         return replies
 
 
-def packet(tgid, time_s, netns=A, **more):
+def packet(tgid: Any, time_s: Any, netns: Any = A, **more: Any) -> Any:
     """A record of the client's; `tgid` 0: of nobody known."""
     record = {"tgid": tgid, "time_ns": int(time_s * 1e9), "netns": netns, "cookie": tgid}
     return ENDS | record | ({} if tgid else NOBODY) | more
 
 
 @pytest.fixture(name="ask")
-def _ask():
-    def ask(records, time_s, begun_s=None, at=None):
+def _ask() -> Any:
+    def ask(records: Any, time_s: Any, begun_s: Any = None, at: Any = None) -> tuple[Any, ...]:
         found = PastOwners(Daemon(make_records(*records)), at)
         found.learn([FLOW])
         if begun_s is not None:
@@ -86,7 +90,9 @@ def _ask():
         ([packet(1, 10, A, flags=lib.SNIFFER_F_AMBIGUOUS)], None, ([1], False)),
     ],
 )
-def test_namespaces_are_kept_apart(ask, records, at, answer):
+def test_namespaces_are_kept_apart(
+    ask: Any, records: list[Any], at: Any, answer: tuple[Any, ...]
+) -> None:
     pids, certain = ask(records, 10.0, at=None if at is None else Namespace(at))
     assert sorted(pids) == answer[0]
     if pids:
@@ -119,21 +125,27 @@ def test_namespaces_are_kept_apart(ask, records, at, answer):
     ],
 )
 def test_a_tuple_that_changes_hands_is_told_by_time_or_said_to_be_uncertain(
-    ask, records, time_s, begun_s, answer
-):
+    ask: Any,
+    records: list[Any],
+    time_s: float | None,
+    begun_s: float | None,
+    answer: tuple[Any, ...],
+) -> None:
     pids, certain = ask(records, time_s, begun_s)
     assert sorted(pids) == answer[0]
     if pids:
         assert certain == answer[1]
 
 
-def test_a_namespace_that_is_younger_than_the_packet_may_not_be_where_it_was(ask):
+def test_a_namespace_that_is_younger_than_the_packet_may_not_be_where_it_was(ask: Any) -> None:
     records = [packet(1, 10)]
     assert ask(records, 10.0, at=Namespace(A, since_s=9.0)) == ([1], True)
     assert ask(records, 10.0, at=Namespace(A, since_s=20.0)) == ([1], False)
 
 
-def test_an_answer_that_was_cut_is_asked_for_again_and_never_passed_over(monkeypatch):
+def test_an_answer_that_was_cut_is_asked_for_again_and_never_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     daemon = Daemon(make_records(*(packet(pid, pid) for pid in range(1, 301))))
     found = PastOwners(daemon)
     found.learn([FLOW])
@@ -146,7 +158,7 @@ def test_an_answer_that_was_cut_is_asked_for_again_and_never_passed_over(monkeyp
     assert found.cut == 1 and not found.at(FLOW, 1, 290.0).certain
 
 
-def test_both_directions_are_one_question():
+def test_both_directions_are_one_question() -> None:
     daemon = Daemon(make_records(packet(1, 10)))
     found = PastOwners(daemon)
     found.learn([FLOW, (FLOW[0], FLOW[2], FLOW[1])])
@@ -155,7 +167,7 @@ def test_both_directions_are_one_question():
     assert [one["pid"] for one in answer.entries] == [1]
 
 
-def test_a_place_is_a_name_a_pid_or_an_inode():
+def test_a_place_is_a_name_a_pid_or_an_inode() -> None:
     own = os.stat("/proc/self/ns/net").st_ino
     assert find(str(own)) == Namespace(own)
     assert find("/proc/self/ns/net").netns == own

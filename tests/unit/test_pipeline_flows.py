@@ -1,35 +1,40 @@
 # SPDX-License-Identifier: MIT
 """A pipeline that reads sums of flows while nobody wants packets."""
 
+from __future__ import annotations
+
 import threading
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from nlproto.records import wire
+from nlproto.records.batch import NamedBatch
 from recording import make_batch, make_records
 from replaying import Replay, pipeline_of
-from waiting import until
+from waiting import there, until
 
 
 class Summing(Replay):
     """An engine with groups packets and flows: `stream` is told from where it is asked for."""
 
-    def __init__(self, records):
+    def __init__(self, records: Any) -> None:
         super().__init__()
         self.instance = 7
         self.records = records
         self.at = 0
         self.limit = len(records)
-        self.queued = []
+        self.queued: list[Any] = []
         self.opening = self.tail_at()
 
-    def tail_at(self):
+    def tail_at(self) -> Any:
         tail = np.zeros(1, wire.TAIL)
         tail["record_seq"] = tail["packets"] = self.at
         return tail
 
-    def next(self, count):
+    def next(self, count: Any) -> Any:
         """The next `count` records, in the present group; flows of up to 5 records."""
         records = self.records[self.at : self.at + count]
         batch = make_batch(records, self.at)
@@ -45,7 +50,7 @@ class Summing(Replay):
             flow["first_ns"], flow["records"] = part["time_ns"][0], len(part)
         return wire.FlowBatch(batch.head, flows, self.at, 0)
 
-    def read(self, timeout):
+    def read(self, timeout: Any) -> Iterator[Any]:
         if self.queued:
             yield self.queued.pop(0)
         elif self.at < self.limit:
@@ -53,28 +58,28 @@ class Summing(Replay):
         else:
             time.sleep(min(timeout, 0.01))
 
-    def catch_up(self):
+    def catch_up(self) -> Iterator[Any]:
         yield from ()
         self.closing = self.tail_at()
 
-    def want_packets(self, wanted):
+    def want_packets(self, wanted: Any) -> None:
         self.queued.append(self.next(13))  # recorded until now, and not yet read
         self.group = "packets" if wanted else "flows"
         self.opening = self.tail_at()
 
-    def finish(self, until_ns=None):
+    def finish(self, until_ns: Any = None) -> Iterator[Any]:
         yield from self.queued
         self.closing = self.tail_at()
 
 
-def test_flows_and_packets_in_turn_give_the_sums_of_packets_alone():
+def test_flows_and_packets_in_turn_give_the_sums_of_packets_alone() -> None:
     records = make_records(
         *({"time_ns": 10**9 + n, "len": 60 + n % 11, "hdr_len": 28} for n in range(4000))
     )
     engine, sums, one_by_one = Summing(records), [], []
     first, last = [], []
 
-    def take(batch):
+    def take(batch: Any) -> None:
         sums.append(int(batch.flows["packets_out"].sum()))
         first.append(int(batch.flows["first_ns"].min()))
         last.append(int(batch.flows["last_ns"].max()))
@@ -83,7 +88,7 @@ def test_flows_and_packets_in_turn_give_the_sums_of_packets_alone():
     pipeline = pipeline_of(engine, packets=False)
     pipeline.subscribe(take)
     total = []
-    pipeline.subscribe(lambda batch: total.append(int(batch.flows["bytes_out"].sum())))
+    pipeline.subscribe(lambda batch: total.append(int(there(batch.flows)["bytes_out"].sum())))
     with pipeline:
         wanted = False
         while engine.at < 4000:
@@ -101,13 +106,18 @@ def test_flows_and_packets_in_turn_give_the_sums_of_packets_alone():
     assert pipeline.account.closes()
 
 
-def test_after_a_barrier_there_are_only_packets_for_who_wanted_them():
+def test_after_a_barrier_there_are_only_packets_for_who_wanted_them() -> None:
     records = make_records(*({"time_ns": 10**9 + n} for n in range(1000)))
     engine, after = Summing(records), []
     engine.limit = 200
     pipeline = pipeline_of(engine, packets=False)
     passed = threading.Event()
-    pipeline.subscribe(lambda batch: passed.is_set() and after.append(len(batch.records)))
+
+    def count(batch: NamedBatch) -> None:
+        if passed.is_set():
+            after.append(len(batch.records))
+
+    pipeline.subscribe(count)
     with pipeline:
         until(lambda: engine.at >= 200)
         pipeline.want_packets(True)
@@ -118,8 +128,8 @@ def test_after_a_barrier_there_are_only_packets_for_who_wanted_them():
     assert all(after)
 
 
-def test_flows_that_nobody_can_take_are_lost_as_many_records():
-    def broken(batch):
+def test_flows_that_nobody_can_take_are_lost_as_many_records() -> None:
+    def broken(batch: Any) -> None:
         raise RuntimeError("no")
 
     engine = Summing(make_records(*({"time_ns": 10**9 + n} for n in range(100))))
@@ -130,11 +140,11 @@ def test_flows_that_nobody_can_take_are_lost_as_many_records():
     assert pipeline.account.closes()
 
 
-def test_an_engine_without_flows_keeps_what_its_kernel_had_no_memory_for():
+def test_an_engine_without_flows_keeps_what_its_kernel_had_no_memory_for() -> None:
     class Old(Replay):
         instance = 7
 
-        def want_packets(self, wanted):
+        def want_packets(self, wanted: Any) -> None:
             pass
 
     batch = make_batch(make_records({}, {}), 5)

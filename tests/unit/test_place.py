@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Files and sockets that are made in a directory that stays the same one, whatever is renamed."""
 
+from __future__ import annotations
+
 import os
 import socket
 import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,12 +19,12 @@ from daemon.system.socketfile import SocketFile
 from nlproto.errors import Error
 
 
-def _mode(path):
+def _mode(path: Any) -> Any:
     return stat.S_IMODE(os.lstat(path).st_mode)
 
 
 @pytest.fixture(name="swapped")
-def _swapped(tmp_path):
+def _swapped(tmp_path: Path) -> Iterator[tuple[Any, ...]]:
     """A directory whose place another one takes while it is open; (Place, path, old directory)."""
     (tmp_path / "run").mkdir()
     with HeldDirectory(str(tmp_path / "run" / "x"), "/none", 0o755) as place:
@@ -29,7 +34,7 @@ def _swapped(tmp_path):
         yield place, tmp_path / "elsewhere", tmp_path / "moved"
 
 
-def test_what_is_made_is_made_in_the_directory_that_was_opened(swapped):
+def test_what_is_made_is_made_in_the_directory_that_was_opened(swapped: tuple[Any, ...]) -> None:
     place, elsewhere, moved = swapped
     os.close(place.open_file(0o640, ".lock"))
     with socket.socket(socket.AF_UNIX) as listener:
@@ -41,7 +46,7 @@ def test_what_is_made_is_made_in_the_directory_that_was_opened(swapped):
 
 
 @pytest.mark.parametrize("umask", [0o077, 0o022, 0])
-def test_a_socket_has_its_mode_whatever_the_umask(tmp_path, umask):
+def test_a_socket_has_its_mode_whatever_the_umask(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         with SocketFile(str(tmp_path / "daemon.sock")):
@@ -52,7 +57,7 @@ def test_a_socket_has_its_mode_whatever_the_umask(tmp_path, umask):
         os.umask(before)
 
 
-def test_a_link_in_place_of_socket_or_lock_is_not_followed(tmp_path):
+def test_a_link_in_place_of_socket_or_lock_is_not_followed(tmp_path: Path) -> None:
     target = tmp_path / "precious"
     target.write_text("precious")
     target.chmod(0o600)
@@ -67,7 +72,7 @@ def test_a_link_in_place_of_socket_or_lock_is_not_followed(tmp_path):
     assert _mode(target) == 0o600
 
 
-def test_a_link_that_takes_the_sockets_place_is_neither_changed_nor_removed(tmp_path):
+def test_a_link_that_takes_the_sockets_place_is_neither_changed_nor_removed(tmp_path: Path) -> None:
     target = tmp_path / "precious"
     target.write_text("precious")
     with SocketFile(str(tmp_path / "daemon.sock")):
@@ -77,7 +82,7 @@ def test_a_link_that_takes_the_sockets_place_is_neither_changed_nor_removed(tmp_
     assert target.read_text() == "precious"
 
 
-def test_no_directory_is_made_but_ones_own(tmp_path):
+def test_no_directory_is_made_but_ones_own(tmp_path: Path) -> None:
     with pytest.raises(Error, match="there is no directory"):
         with SocketFile(str(tmp_path / "none" / "daemon.sock")):
             pass
@@ -95,7 +100,7 @@ def test_no_directory_is_made_but_ones_own(tmp_path):
         HeldDirectory(f"{own}/a/b/x", f"{own}/a/b", 0o755)
 
 
-def test_metrics_never_remove_what_is_no_socket(tmp_path):
+def test_metrics_never_remove_what_is_no_socket(tmp_path: Path) -> None:
     path = tmp_path / "metrics.sock"
     path.write_text("precious")
     with pytest.raises(Error, match="no socket"), Metrics(Config(metrics=str(path)), dict):
@@ -103,7 +108,7 @@ def test_metrics_never_remove_what_is_no_socket(tmp_path):
     assert path.read_text() == "precious"
 
 
-def test_the_metrics_socket_is_for_owner_and_group_and_goes_in_the_end(tmp_path):
+def test_the_metrics_socket_is_for_owner_and_group_and_goes_in_the_end(tmp_path: Path) -> None:
     path = tmp_path / "metrics.sock"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: MIT
 """A container or unit that a filter names and no process is in: said at the start."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from hunter.commands.living import absent
@@ -10,7 +15,7 @@ ID = "0123456789ab" + "0" * 52
 
 
 @pytest.fixture
-def proc(tmp_path):
+def proc(tmp_path: Path) -> Any:
     for pid, path in enumerate((f"/docker/{ID}", "/system.slice/nginx.service", "/"), 10):
         (tmp_path / str(pid)).mkdir()
         (tmp_path / str(pid) / "cgroup").write_text(f"1:name=systemd:{path}\n0::{path}\n")
@@ -29,7 +34,7 @@ def proc(tmp_path):
         "not unit nginx",
     ],
 )
-def test_those_that_are_there_are_not_spoken_of(text, proc):
+def test_those_that_are_there_are_not_spoken_of(text: str, proc: Any) -> None:
     assert absent(parse(text), proc) == []
 
 
@@ -42,6 +47,6 @@ def test_those_that_are_there_are_not_spoken_of(text, proc):
         ("unit apache", "unit 'apache' now; waiting for one (there are: nginx.service)"),
     ],
 )
-def test_those_that_are_not_are_named_with_what_there_is(text, words, proc):
+def test_those_that_are_not_are_named_with_what_there_is(text: str, words: str, proc: Any) -> None:
     [line] = absent(parse(text), proc)
     assert words in line

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
+from __future__ import annotations
+
 import socket
 import threading
+from typing import Any
 
 import pytest
 
@@ -13,12 +16,19 @@ NETNS = 4026531840
 UDP, TCP = socket.IPPROTO_UDP, socket.IPPROTO_TCP
 
 
-def _bound(port, tgid=100, address="0.0.0.0", proto=TCP, cookie=1, netns=NETNS):
+def _bound(
+    port: Any,
+    tgid: int = 100,
+    address: str = "0.0.0.0",
+    proto: Any = TCP,
+    cookie: int = 1,
+    netns: Any = NETNS,
+) -> BoundSocket:
     family, raw = pack_address(address)
     return BoundSocket((netns, proto, family, raw, port), tgid, 5, 1000, "server", cookie)
 
 
-def test_a_packet_tells_who_owns_its_local_port():
+def test_a_packet_tells_who_owns_its_local_port() -> None:
     portmap = PortMap()
     portmap.update(summarize(make_records({"cookie": 9})))
     (owner,) = portmap.who(40000)
@@ -27,13 +37,13 @@ def test_a_packet_tells_who_owns_its_local_port():
     assert portmap.who(53) == []
 
 
-def test_forwarded_and_unnamed_packets_tell_nothing():
+def test_forwarded_and_unnamed_packets_tell_nothing() -> None:
     portmap = PortMap()
     portmap.update(summarize(make_records({"dir": 3}, {"tgid": 0, "how": 18})))
     assert len(portmap) == 0
 
 
-def test_a_listener_that_closed_is_gone_at_the_next_look():
+def test_a_listener_that_closed_is_gone_at_the_next_look() -> None:
     portmap = PortMap()
     portmap.replace_bound([_bound(80), _bound(443)], 10)
     assert [o.port for o in portmap.who(80)] == [80]
@@ -42,7 +52,7 @@ def test_a_listener_that_closed_is_gone_at_the_next_look():
     assert portmap.who(443)[0].listening
 
 
-def test_all_holders_of_a_shared_listener_are_listed():
+def test_all_holders_of_a_shared_listener_are_listed() -> None:
     portmap = PortMap()
     portmap.replace_bound([_bound(80, tgid) for tgid in (1, 2, 3)], 10)
     assert sorted(o.tgid for o in portmap.who(80)) == [1, 2, 3]
@@ -51,7 +61,7 @@ def test_all_holders_of_a_shared_listener_are_listed():
     assert [o.tgid for o in portmap.with_cookies([1])[1]] == [2]
 
 
-def test_a_reused_port_has_only_its_new_owner():
+def test_a_reused_port_has_only_its_new_owner() -> None:
     portmap = PortMap()
     portmap.replace_bound([_bound(80, 1, cookie=1)], 10)
     portmap.replace_bound([_bound(80, 2, cookie=2)], 20)
@@ -67,7 +77,9 @@ def test_a_reused_port_has_only_its_new_owner():
         ("::1", ["::"]),
     ],
 )
-def test_an_address_finds_sockets_bound_to_it_and_to_the_wildcards_that_serve_it(asked, found):
+def test_an_address_finds_sockets_bound_to_it_and_to_the_wildcards_that_serve_it(
+    asked: str, found: list[str]
+) -> None:
     portmap = PortMap()
     addresses = ("127.0.0.1", "0.0.0.0", "::")
     portmap.replace_bound([_bound(80, n, a, cookie=n) for n, a in enumerate(addresses, 1)], 10)
@@ -75,7 +87,7 @@ def test_an_address_finds_sockets_bound_to_it_and_to_the_wildcards_that_serve_it
 
 
 @pytest.mark.parametrize("others", [0, 50])
-def test_many_owners_of_a_port_are_chosen_from_as_few_are(others):
+def test_many_owners_of_a_port_are_chosen_from_as_few_are(others: int) -> None:
     portmap = PortMap()
     bound = [_bound(80, 1, "127.0.0.1"), _bound(80, 2), _bound(80, 3, proto=UDP)]
     bound += [_bound(80, 100 + n, "10.0.0.1") for n in range(others)]
@@ -89,21 +101,21 @@ def test_many_owners_of_a_port_are_chosen_from_as_few_are(others):
     assert portmap.count(80) == 3 + others and portmap.count(81) == 0
 
 
-def test_network_namespaces_are_kept_apart():
+def test_network_namespaces_are_kept_apart() -> None:
     portmap = PortMap()
     portmap.replace_bound([_bound(80, 1, netns=1), _bound(80, 2, netns=2, cookie=2)], 10)
     family, raw = pack_address("127.0.0.1")
     assert [o.tgid for o in portmap.at((2, TCP, family, raw, 80))] == [2]
 
 
-def test_an_exact_address_wins_over_the_wildcard():
+def test_an_exact_address_wins_over_the_wildcard() -> None:
     portmap = PortMap()
     portmap.replace_bound([_bound(80, 1), _bound(80, 2, "127.0.0.1", cookie=2)], 10)
     family, raw = pack_address("127.0.0.1")
     assert [o.tgid for o in portmap.at((NETNS, TCP, family, raw, 80))] == [2]
 
 
-def test_traffic_alone_is_forgotten_after_its_time():
+def test_traffic_alone_is_forgotten_after_its_time() -> None:
     portmap = PortMap(ttl_ns=100)
     portmap.update(summarize(make_records({"time_ns": 1000})))
     portmap.expire(1050)
@@ -112,7 +124,7 @@ def test_traffic_alone_is_forgotten_after_its_time():
     assert len(portmap) == 0
 
 
-def test_a_socket_the_kernel_no_longer_has_is_forgotten():
+def test_a_socket_the_kernel_no_longer_has_is_forgotten() -> None:
     portmap = PortMap()
     rows = ({"sport": n, "cookie": n, "time_ns": 1000} for n in (1, 2))
     portmap.update(summarize(make_records(*rows)))
@@ -122,14 +134,14 @@ def test_a_socket_the_kernel_no_longer_has_is_forgotten():
     assert [o.port for o in portmap.everything()] == [2]
 
 
-def test_an_exited_process_owns_nothing():
+def test_an_exited_process_owns_nothing() -> None:
     portmap = PortMap()
     portmap.update(summarize(make_records({"sport": 1}, {"sport": 2}, {"sport": 3, "tgid": 7})))
     portmap.forget_process((100, 5_000_000_000))
     assert [o.tgid for o in portmap.everything()] == [7]
 
 
-def test_the_same_packets_again_bring_a_dropped_owner_back():
+def test_the_same_packets_again_bring_a_dropped_owner_back() -> None:
     portmap = PortMap()
     flows = summarize(make_records({"time_ns": 10**10}))
     portmap.update(flows)
@@ -138,7 +150,7 @@ def test_the_same_packets_again_bring_a_dropped_owner_back():
     assert len(portmap.who(40000)) == 1
 
 
-def test_at_its_limit_the_least_recently_seen_go():
+def test_at_its_limit_the_least_recently_seen_go() -> None:
     portmap = PortMap(limit=100)
     for n in range(1, 301):
         portmap.update(summarize(make_records({"sport": n, "time_ns": n * 10**9})))
@@ -147,11 +159,11 @@ def test_at_its_limit_the_least_recently_seen_go():
     assert portmap.who(300) and not portmap.who(1)
 
 
-def test_threads_that_ask_and_update_do_not_disturb_each_other():
+def test_threads_that_ask_and_update_do_not_disturb_each_other() -> None:
     portmap = PortMap(limit=50)
     failures: list[BaseException] = []
 
-    def run(work):
+    def run(work: Any) -> None:
         try:
             for n in range(300):
                 work(n)
@@ -174,7 +186,7 @@ def test_threads_that_ask_and_update_do_not_disturb_each_other():
     assert failures == []
 
 
-def test_a_server_with_many_connections_is_one_owner_with_the_last_ones_cookie():
+def test_a_server_with_many_connections_is_one_owner_with_the_last_ones_cookie() -> None:
     portmap = PortMap()
     rows = ({"sport": 443, "dport": n, "cookie": n, "time_ns": 1000 + n} for n in range(1, 500))
     portmap.update(summarize(make_records(*rows)))
@@ -183,7 +195,7 @@ def test_a_server_with_many_connections_is_one_owner_with_the_last_ones_cookie()
     assert not portmap.with_cookies([7])
 
 
-def test_a_connection_on_the_listeners_own_address_leaves_the_listener():
+def test_a_connection_on_the_listeners_own_address_leaves_the_listener() -> None:
     portmap = PortMap()
     portmap.replace_bound([_bound(443, 100, "10.0.0.1", UDP, cookie=5)], 10)
     portmap.update(
@@ -193,7 +205,7 @@ def test_a_connection_on_the_listeners_own_address_leaves_the_listener():
     assert owner.listening and (owner.cookie, owner.seen_ns) == (5, 20)
 
 
-def test_rows_of_owners_that_went_are_used_again():
+def test_rows_of_owners_that_went_are_used_again() -> None:
     portmap = PortMap(limit=1000)
     for n in range(2000):
         portmap.update(summarize(make_records({"sport": n + 1, "tgid": n + 1})))
@@ -202,7 +214,7 @@ def test_rows_of_owners_that_went_are_used_again():
     assert portmap._top == 1
 
 
-def test_a_flood_of_one_users_ports_evicts_that_users_alone():
+def test_a_flood_of_one_users_ports_evicts_that_users_alone() -> None:
     portmap = PortMap(limit=400)
     rows = ({"sport": n, "uid": 0, "comm": b"sshd", "time_ns": n} for n in range(1, 51))
     portmap.update(summarize(make_records(*rows), 1))

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: MIT
+from __future__ import annotations
+
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,69 +17,77 @@ from nlproto.records.wire import ProcessEvent, lib
 from nlproto.tables.processes import Processes
 from nlproto.tables.shares import Payers
 from recording import make_records
-from waiting import until
+from waiting import there, until
 
 SEEN, EXEC, EXIT = lib.SNIFFER_EVENT_SEEN, lib.SNIFFER_EVENT_EXEC, lib.SNIFFER_EVENT_EXIT
 
 
-def _event(kind, tgid=2**22 + 5, start_ns=77, **fields):
-    values = dict(time_ns=9, cgroup_id=4, ppid=1, uid=1000, pidns=3, ns_tgid=2)
+def _event(kind: Any, tgid: int = 2**22 + 5, start_ns: int = 77, **fields: Any) -> ProcessEvent:
+    values: dict[str, Any] = dict(time_ns=9, cgroup_id=4, ppid=1, uid=1000, pidns=3, ns_tgid=2)
     values |= dict(comm="first", exe="/bin/first") | fields
     return ProcessEvent(tgid=tgid, start_ns=start_ns, event=kind, **values)
 
 
-def test_a_process_that_is_gone_keeps_what_the_kernel_told():
+def test_a_process_that_is_gone_keeps_what_the_kernel_told() -> None:
     processes = Processes(procfs.details)
     processes.add_event(_event(SEEN))
     processes.add_event(_event(EXIT, time_ns=1234))
     process = processes.get(2**22 + 5, 77)
-    assert (process.comm, process.exe, process.exit_ns) == ("first", "/bin/first", 1234)
+    assert (there(process).comm, there(process).exe, there(process).exit_ns) == (
+        "first",
+        "/bin/first",
+        1234,
+    )
 
 
-def test_a_container_of_a_moment_is_known_from_what_the_kernel_told():
+def test_a_container_of_a_moment_is_known_from_what_the_kernel_told() -> None:
     processes = Processes(procfs.details)
     path = b"/system.slice/docker-" + b"4f1c0d2e9a3b" + b"0" * 52 + b".scope"
     for kind in (SEEN, EXIT):
         processes.add_event(_event(kind, cgroup=path))
     found = processes.get(2**22 + 5, 77)
-    assert (found.cgroup, found.container) == (path.decode(), "docker:4f1c0d2e9a3b")
+    assert (there(found).cgroup, there(found).container) == (path.decode(), "docker:4f1c0d2e9a3b")
 
 
-def test_proc_tells_better_where_a_living_process_is():
+def test_proc_tells_better_where_a_living_process_is() -> None:
     here = procfs.identity(os.getpid())
-    told = procfs.details(here.tgid, here.start_ns)
+    told = procfs.details(there(here).tgid, there(here).start_ns)
     processes = Processes(procfs.details)
-    processes.add_event(_event(SEEN, here.tgid, here.start_ns, cgroup=b"/old.service"))
-    processes.add_event(_event(EXIT, here.tgid, here.start_ns, cgroup=b"/old.service"))
-    found = processes.get(here.tgid, here.start_ns)
-    assert (found.cgroup, found.unit) == (told.cgroup, told.unit)
+    processes.add_event(
+        _event(SEEN, there(here).tgid, there(here).start_ns, cgroup=b"/old.service")
+    )
+    processes.add_event(
+        _event(EXIT, there(here).tgid, there(here).start_ns, cgroup=b"/old.service")
+    )
+    found = processes.get(there(here).tgid, there(here).start_ns)
+    assert (there(found).cgroup, there(found).unit) == (there(told).cgroup, there(told).unit)
 
 
-def test_a_living_process_gets_its_details_from_proc_once():
+def test_a_living_process_gets_its_details_from_proc_once() -> None:
     identity = procfs.identity(os.getpid())
     asked = []
 
-    def details(pid, start_ns):
+    def details(pid: Any, start_ns: Any) -> Any:
         asked.append(pid)
         return procfs.details(pid, start_ns, "full")
 
     processes = Processes(details)
     for _ in range(3):
-        process = processes.add(os.getpid(), identity.start_ns)
+        process = processes.add(os.getpid(), there(identity).start_ns)
     assert process.exe == os.path.realpath(sys.executable)
     assert process.cmdline
     assert process.uid == os.getuid()
     assert asked == [os.getpid()]
 
 
-def test_exec_is_followed(tmp_path):
+def test_exec_is_followed(tmp_path: Path) -> None:
     child = subprocess.Popen(["sleep", "60"])
     try:
         until(lambda: os.readlink(f"/proc/{child.pid}/exe").endswith("sleep"))
-        start_ns = procfs.identity(child.pid).start_ns
+        start_ns = there(procfs.identity(child.pid)).start_ns
         processes = Processes(procfs.details)
         processes.add_event(_event(SEEN, child.pid, start_ns, comm="sh", exe="/bin/sh"))
-        assert processes.get(child.pid, start_ns).exe.endswith("sleep")
+        assert there(processes.get(child.pid, start_ns)).exe.endswith("sleep")
         told = _event(EXEC, child.pid, start_ns, comm="sleep", exe="/usr/bin/sleep")
         assert processes.add_event(told).comm == "sleep"
     finally:
@@ -83,23 +95,23 @@ def test_exec_is_followed(tmp_path):
         child.wait()
 
 
-def test_a_reused_pid_is_another_process():
+def test_a_reused_pid_is_another_process() -> None:
     processes = Processes()
     processes.add_event(_event(SEEN, start_ns=1, comm="old"))
     processes.add_event(_event(SEEN, start_ns=2, comm="new"))
-    assert processes.get(2**22 + 5, 1).comm == "old"
+    assert there(processes.get(2**22 + 5, 1)).comm == "old"
     assert [p.comm for p in processes.find(pid=2**22 + 5)] == ["new", "old"]
 
 
-def test_records_teach_processes_and_their_present_comm():
+def test_records_teach_processes_and_their_present_comm() -> None:
     processes = Processes()
     processes.add_records(make_records({"comm": b"one"}, {"tgid": 0}))
     assert len(processes) == 1
     processes.add_records(make_records({"comm": b"renamed"}))
-    assert processes.get(100, 5_000_000_000).comm == "renamed"
+    assert there(processes.get(100, 5_000_000_000)).comm == "renamed"
 
 
-def test_the_start_in_clock_ticks_finds_the_start_in_nanoseconds():
+def test_the_start_in_clock_ticks_finds_the_start_in_nanoseconds() -> None:
     processes = Processes()
     exact = 5 * 10**9 + 1234
     processes.add(7, exact)
@@ -108,7 +120,7 @@ def test_the_start_in_clock_ticks_finds_the_start_in_nanoseconds():
     assert processes.start_of(8, 5 * 10**9) == 5 * 10**9
 
 
-def test_the_least_recently_used_go_first():
+def test_the_least_recently_used_go_first() -> None:
     processes = Processes(limit=3)
     for tgid in (1, 2, 3):
         processes.add(tgid, 1)
@@ -119,8 +131,8 @@ def test_the_least_recently_used_go_first():
     assert (len(processes), processes.evicted) == (3, 1)
 
 
-def test_who_listens_is_told_of_each_change():
-    told = []
+def test_who_listens_is_told_of_each_change() -> None:
+    told: list[Any] = []
     processes = Processes(on_change=told.append)
     processes.add_event(_event(SEEN))
     processes.add(2**22 + 5, 77)
@@ -129,17 +141,17 @@ def test_who_listens_is_told_of_each_change():
 
 
 @pytest.mark.parametrize("raw", [b"\xff\xfe", b"\x1b[31m", b"a\nb", b"[/red]", b"=1+1"])
-def test_any_name_becomes_text_that_json_takes(raw):
+def test_any_name_becomes_text_that_json_takes(raw: bytes) -> None:
     import msgspec
 
     processes = Processes()
     processes.add_records(make_records({"comm": raw}))
     process = processes.get(100, 5_000_000_000)
-    assert process.comm == wire.text(raw)
+    assert there(process).comm == wire.text(raw)
     assert b"\n" not in msgspec.json.encode(process)
 
 
-def test_a_flood_of_one_users_processes_evicts_that_users_alone():
+def test_a_flood_of_one_users_processes_evicts_that_users_alone() -> None:
     processes = Processes(limit=100)
     for tgid in range(1, 11):
         processes.add(tgid, 1, f"daemon{tgid}", uid=0)
@@ -151,7 +163,7 @@ def test_a_flood_of_one_users_processes_evicts_that_users_alone():
     assert processes.evicted + len(processes) == 1010
 
 
-def test_a_flood_through_many_subordinate_uids_is_one_users(tmp_path):
+def test_a_flood_through_many_subordinate_uids_is_one_users(tmp_path: Path) -> None:
     subuid = tmp_path / "subuid"
     subuid.write_text("1000:100000:65536\n")
     processes = Processes(limit=100, payers=Payers(str(subuid)))
@@ -164,7 +176,7 @@ def test_a_flood_through_many_subordinate_uids_is_one_users(tmp_path):
     assert sum(p.uid == 0 for p in kept) == sum(p.uid == 1001 for p in kept) == 10
 
 
-def test_long_strings_are_bounded_in_bytes_and_cost_their_owner():
+def test_long_strings_are_bounded_in_bytes_and_cost_their_owner() -> None:
     argv = "a" * 100_000
     found = SimpleNamespace(cmdline=argv)
     processes = Processes(lambda pid, start_ns: found if pid >= 1000 else None, limit=1000)
@@ -179,11 +191,11 @@ def test_long_strings_are_bounded_in_bytes_and_cost_their_owner():
     assert 5 < sum(p.uid == 1000 for p in processes.find()) < 25
 
 
-def test_a_young_process_is_read_again_once_when_it_has_settled():
+def test_a_young_process_is_read_again_once_when_it_has_settled() -> None:
     """Managers move what they have forked into a cgroup; exec follows."""
     asked = []
 
-    def details(pid, start_ns):
+    def details(pid: Any, start_ns: Any) -> SimpleNamespace:
         asked.append(pid)
         return SimpleNamespace(cgroup=f"/at/{len(asked)}", unit="", container="")
 
@@ -198,10 +210,10 @@ def test_a_young_process_is_read_again_once_when_it_has_settled():
     assert asked == [7, 7, 8]
 
 
-def test_records_of_a_young_process_have_it_read_again():
+def test_records_of_a_young_process_have_it_read_again() -> None:
     asked = []
 
-    def details(pid, start_ns):
+    def details(pid: Any, start_ns: Any) -> SimpleNamespace:
         asked.append(pid)
         return SimpleNamespace(cgroup=f"/at/{len(asked)}")
 
@@ -209,25 +221,30 @@ def test_records_of_a_young_process_have_it_read_again():
     start_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     records = make_records(dict(tgid=7, start_ns=start_ns, comm=b"one"))
     processes.add_records(records)
-    until(lambda: processes.add_records(records) or len(asked) == 2)
+
+    def both_asked() -> bool:
+        processes.add_records(records)
+        return len(asked) == 2
+
+    until(both_asked)
     processes.add_records(records)
-    assert asked == [7, 7] and processes.get(7, start_ns).cgroup == "/at/2"
+    assert asked == [7, 7] and there(processes.get(7, start_ns)).cgroup == "/at/2"
 
 
-def test_a_new_comm_in_a_record_has_the_program_read_again():
+def test_a_new_comm_in_a_record_has_the_program_read_again() -> None:
     """Without the module nothing tells of an exec."""
     script = "read go; exec sleep 60"
     with subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE) as child:
         identity = procfs.identity(child.pid)
         processes = Processes(procfs.details)
-        started = {"tgid": child.pid, "start_ns": identity.start_ns}
+        started = {"tgid": child.pid, "start_ns": there(identity).start_ns}
         processes.add_records(make_records(started | {"comm": b"sh"}))
-        before = processes.get(child.pid, identity.start_ns).exe
-        child.stdin.write(b"\n")
-        child.stdin.flush()
-        until(lambda: procfs.owner(child.pid).comm == b"sleep")
+        before = there(processes.get(child.pid, there(identity).start_ns)).exe
+        there(child.stdin).write(b"\n")
+        there(child.stdin).flush()
+        until(lambda: there(procfs.owner(child.pid)).comm == b"sleep")
         processes.add_records(make_records(started | {"comm": b"sleep"}))
-        found = processes.get(child.pid, identity.start_ns)
+        found = processes.get(child.pid, there(identity).start_ns)
         child.kill()
-    assert (found.comm, os.path.basename(found.exe)) == ("sleep", "sleep")
-    assert found.exe != before
+    assert (there(found).comm, os.path.basename(there(found).exe)) == ("sleep", "sleep")
+    assert there(found).exe != before

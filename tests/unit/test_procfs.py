@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
 """/proc as it is told: socket tables, identities, details, whatever users put into them."""
 
+from __future__ import annotations
+
 import os
 import socket
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -14,9 +17,10 @@ from hypothesis import strategies as st
 from nlproto import UsageError
 from nlproto.host import procfs
 from nlproto.records import wire
+from waiting import there
 
 
-def test_socket_tables_give_addresses_in_network_order(tmp_path):
+def test_socket_tables_give_addresses_in_network_order(tmp_path: Path) -> None:
     (tmp_path / "tcp").write_text(
         "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid\n"
         "   0: 0100007F:0016 0200000A:8AE4 01 00000000:00000000 00:00000000 00000000"
@@ -41,12 +45,12 @@ def test_socket_tables_give_addresses_in_network_order(tmp_path):
     assert (udp["proto"], udp["sport"]) == (socket.IPPROTO_UDP, 5353)
 
 
-def test_a_missing_or_broken_table_is_left_out(tmp_path):
+def test_a_missing_or_broken_table_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "tcp").write_text("head\nshort line\n")
     assert len(procfs.tables(tmp_path)) == 0
 
 
-def fake_process(proc, pid, comm, ticks, uid=1000):
+def fake_process(proc: Any, pid: Any, comm: Any, ticks: Any, uid: int = 1000) -> None:
     home = proc / str(pid)
     home.mkdir()
     fields = " ".join(["S", *["0"] * 18, str(ticks), *["0"] * 20])
@@ -54,66 +58,70 @@ def fake_process(proc, pid, comm, ticks, uid=1000):
     (home / "status").write_text(f"Name:\tx\nUid:\t{uid}\t0\t0\t0\n")
 
 
-def test_a_name_with_parentheses_and_newline_does_not_move_the_fields(tmp_path):
+def test_a_name_with_parentheses_and_newline_does_not_move_the_fields(tmp_path: Path) -> None:
     fake_process(tmp_path, 42, b"a) S (1\n2 3", 987654)
     found = procfs.owner(42, tmp_path)
-    assert found.identity == procfs.Identity(42, 987654)
-    assert (found.comm, found.uid) == (b"a) S (1\n2 3", 1000)
+    assert there(found).identity == procfs.Identity(42, 987654)
+    assert (there(found).comm, there(found).uid) == (b"a) S (1\n2 3", 1000)
 
 
-def test_nobody_is_none(tmp_path):
+def test_nobody_is_none(tmp_path: Path) -> None:
     assert procfs.identity(1, tmp_path) is None
     assert procfs.owner(1, tmp_path) is None
     assert procfs.details(2**22 + 5, 1) is None
 
 
-def test_start_times_agree_within_their_tick():
+def test_start_times_agree_within_their_tick() -> None:
     tick = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
     assert procfs.same_start(500 * tick, 500)
     assert procfs.same_start(501 * tick - 1, 500)
     assert not procfs.same_start(501 * tick, 500)
 
 
-def test_ones_own_details_are_told():
+def test_ones_own_details_are_told() -> None:
     me = procfs.identity(os.getpid())
-    found = procfs.details(os.getpid(), me.start_ns + 1, cmdline="full")
-    assert found.exe == os.readlink("/proc/self/exe")
-    assert "pytest" in found.cmdline
-    assert (found.uid, found.ppid) == (os.getuid(), os.getppid())
+    found = procfs.details(os.getpid(), there(me).start_ns + 1, cmdline="full")
+    assert there(found).exe == os.readlink("/proc/self/exe")
+    assert "pytest" in there(found).cmdline
+    assert (there(found).uid, there(found).ppid) == (os.getuid(), os.getppid())
 
 
-def test_a_reused_pid_is_nobody():
+def test_a_reused_pid_is_nobody() -> None:
     me = procfs.identity(os.getpid())
-    assert procfs.details(os.getpid(), me.start_ns + 60_000_000_000) is None
+    assert procfs.details(os.getpid(), there(me).start_ns + 60_000_000_000) is None
 
 
-def test_a_pid_that_changes_hands_while_it_is_read_is_nobody(monkeypatch):
+def test_a_pid_that_changes_hands_while_it_is_read_is_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     me = procfs.identity(os.getpid())
-    answers = [me, procfs.Identity(me.tgid, me.start_ticks + 100)]
+    answers = [me, procfs.Identity(there(me).tgid, there(me).start_ticks + 100)]
     monkeypatch.setattr(procfs, "identity", lambda pid, proc: answers.pop(0))
-    assert procfs.details(os.getpid(), me.start_ns) is None
+    assert procfs.details(os.getpid(), there(me).start_ns) is None
     assert not answers
 
 
-def test_command_lines_are_cut_as_configured():
-    start = procfs.identity(os.getpid()).start_ns
-    full = procfs.details(os.getpid(), start, cmdline="full").cmdline
-    program = procfs.details(os.getpid(), start).cmdline
+def test_command_lines_are_cut_as_configured() -> None:
+    start = there(procfs.identity(os.getpid())).start_ns
+    full = there(procfs.details(os.getpid(), start, cmdline="full")).cmdline
+    program = there(procfs.details(os.getpid(), start)).cmdline
     assert full.startswith(program) and len(full) > len(program) > 0
-    assert procfs.details(os.getpid(), start, cmdline="off").cmdline == ""
+    assert there(procfs.details(os.getpid(), start, cmdline="off")).cmdline == ""
     with pytest.raises(UsageError, match="full, program, off"):
         procfs.details(os.getpid(), start, cmdline="some")
 
 
-def test_a_name_cannot_pass_for_the_uid(tmp_path):
+def test_a_name_cannot_pass_for_the_uid(tmp_path: Path) -> None:
     fake_process(tmp_path, 42, b"Uid:\t0\t0\t0\t0", 1)
     (tmp_path / "42" / "status").write_bytes(b"Name:\tUid:\t0\t0\t0\t0\nUid:\t1000\t7\t7\t7\n")
-    assert procfs.owner(42, tmp_path).uid == 1000
+    assert there(procfs.owner(42, tmp_path)).uid == 1000
 
 
-def test_a_process_that_is_called_as_the_uid_line_keeps_its_own():
+def test_a_process_that_is_called_as_the_uid_line_keeps_its_own() -> None:
     code = "import sys; open('/proc/self/comm', 'w').write('Uid:\\t0\\t0\\t0'); print(flush=True)"
-    drop = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+    drop: dict[str, Any] = (
+        {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+    )
     child = subprocess.Popen(
         ["python3", "-c", f"{code}; sys.stdin.read()"],
         stdin=subprocess.PIPE,
@@ -121,13 +129,13 @@ def test_a_process_that_is_called_as_the_uid_line_keeps_its_own():
         **drop,
     )
     with child:
-        child.stdout.readline()
-        found = procfs.details(child.pid, procfs.identity(child.pid).start_ns)
-        assert found.comm == "Uid:\t0\t0\t0"
-        assert found.uid == (65534 if drop else os.getuid())
+        there(child.stdout).readline()
+        found = procfs.details(child.pid, there(procfs.identity(child.pid)).start_ns)
+        assert there(found).comm == "Uid:\t0\t0\t0"
+        assert there(found).uid == (65534 if drop else os.getuid())
 
 
-def test_a_status_without_a_uid_is_nobody_and_not_root(tmp_path):
+def test_a_status_without_a_uid_is_nobody_and_not_root(tmp_path: Path) -> None:
     fake_process(tmp_path, 42, b"x", 1)
     (tmp_path / "42" / "status").write_bytes(b"Name:\tx\n")
     assert procfs.owner(42, tmp_path) is None
@@ -144,21 +152,25 @@ def test_a_status_without_a_uid_is_nobody_and_not_root(tmp_path):
         (b"\xff\xfe\0b\0", "\\xff\\xfe", "\\xff\\xfe b"),
     ],
 )
-def test_the_program_is_the_first_word_whatever_is_in_it(raw, program, full):
+def test_the_program_is_the_first_word_whatever_is_in_it(
+    raw: bytes, program: str, full: str
+) -> None:
     assert procfs._arguments(raw, "program") == program
     assert procfs._arguments(raw, "full") == full
 
 
-def test_what_a_user_chose_is_kept_up_to_4096_bytes_and_marked_as_cut():
+def test_what_a_user_chose_is_kept_up_to_4096_bytes_and_marked_as_cut() -> None:
     child = subprocess.Popen(["A" * 120_000, "60"], executable="/bin/sleep")
     try:
         while not Path(f"/proc/{child.pid}/cmdline").read_bytes():
             assert child.poll() is None
-        start = procfs.identity(child.pid).start_ns
+        start = there(procfs.identity(child.pid)).start_ns
         for mode in ("program", "full"):
             told = procfs.details(child.pid, start, cmdline=mode)
-            assert len(told.cmdline.encode()) <= 4096
-            assert told.cmdline.startswith("A" * 4000) and told.cmdline.endswith("…[cut]")
+            assert len(there(told).cmdline.encode()) <= 4096
+            assert there(told).cmdline.startswith("A" * 4000) and there(told).cmdline.endswith(
+                "…[cut]"
+            )
     finally:
         child.kill()
         child.wait()
@@ -168,7 +180,7 @@ def test_what_a_user_chose_is_kept_up_to_4096_bytes_and_marked_as_cut():
 @example(b"\xff" * 5000)
 @example("€".encode() * 2000)
 @example(b"a" * 4096)
-def test_every_text_is_bounded_and_marked_only_when_it_was_cut(raw):
+def test_every_text_is_bounded_and_marked_only_when_it_was_cut(raw: bytes) -> None:
     text = wire.bounded(raw)
     assert len(text.encode()) <= wire.MAX_TEXT
     whole = raw.decode("utf-8", "backslashreplace")
@@ -178,15 +190,15 @@ def test_every_text_is_bounded_and_marked_only_when_it_was_cut(raw):
         assert text.endswith("…[cut]") and whole.startswith(text.removesuffix("…[cut]"))
 
 
-def test_a_removed_program_is_told_by_its_name(tmp_path):
+def test_a_removed_program_is_told_by_its_name(tmp_path: Path) -> None:
     copy = tmp_path / "a (deleted)"
     copy.write_bytes(Path("/bin/sleep").read_bytes())
     copy.chmod(0o755)
     child = subprocess.Popen([copy, "60"])
     try:
-        start = procfs.identity(child.pid).start_ns
+        start = there(procfs.identity(child.pid)).start_ns
         copy.unlink()
-        assert procfs.details(child.pid, start).exe == str(copy)
+        assert there(procfs.details(child.pid, start)).exe == str(copy)
     finally:
         child.kill()
         child.wait()
@@ -207,7 +219,7 @@ anything = st.one_of(
 @settings(max_examples=50)
 @given(anything, anything, anything, anything)
 @example(b"42 (a) S" + b" 0" * 17 + b" 5", b"Uid:\t\xc2\xb2\n", b"", b"a\x0c0::/b")
-def test_no_bytes_in_proc_raise(stat, status, cmdline, cgroup):
+def test_no_bytes_in_proc_raise(stat: Any, status: Any, cmdline: Any, cgroup: Any) -> None:
     with tempfile.TemporaryDirectory() as name:
         proc = Path(name)
         home = proc / "42"
@@ -235,7 +247,9 @@ def test_no_bytes_in_proc_raise(stat, status, cmdline, cgroup):
     st.integers(0, 2**63),
     st.binary(max_size=60).filter(lambda path: b"\n" not in path),
 )
-def test_what_the_kernel_writes_is_read_back(name, uid, ticks, path):
+def test_what_the_kernel_writes_is_read_back(
+    name: bytes, uid: int, ticks: int, path: bytes
+) -> None:
     with tempfile.TemporaryDirectory() as directory:
         proc = Path(directory)
         fake_process(proc, 42, name, ticks, uid)
@@ -243,5 +257,5 @@ def test_what_the_kernel_writes_is_read_back(name, uid, ticks, path):
         (proc / "42" / "cgroup").write_bytes(b"1:name=systemd:/x\n0::/" + path + b"/y\n")
         assert procfs.owner(42, proc) == procfs.Owner(procfs.Identity(42, ticks), name, uid)
         found = procfs.details(42, ticks * procfs.TICK_NS, proc=proc)
-        assert (found.comm, found.uid) == (wire.bounded(name), uid)
-        assert found.cgroup == wire.bounded(b"/" + path + b"/y")
+        assert (there(found).comm, there(found).uid) == (wire.bounded(name), uid)
+        assert there(found).cgroup == wire.bounded(b"/" + path + b"/y")

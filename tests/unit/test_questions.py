@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Questions: users in turn, given up when the asker goes, never more answers than are read."""
 
+from __future__ import annotations
+
 import asyncio
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -14,29 +18,35 @@ from nlproto.errors import Error
 class Asked:
     """Questions of a loop, and what became of them."""
 
-    def __init__(self, may_answer=lambda question: True):
+    def __init__(self, may_answer: Callable[..., Any] = lambda question: True) -> None:
         self.questions = Questions(
             asyncio.get_running_loop(), may_answer, Allowance(share=100.0, saved=100.0)
         )
-        self.answers = []
+        self.answers: list[Any] = []
 
-    def ask(self, user, work=lambda stop: None, full=False, name=None):
+    def ask(
+        self,
+        user: Any,
+        work: Callable[..., Any] = lambda stop: None,
+        full: bool = False,
+        name: Any = None,
+    ) -> Any:
         question = Question(user, full, work, lambda result: self.answers.append((name, result)))
         self.questions.ask(question)
         return question
 
-    async def until(self, condition):
+    async def until(self, condition: Any) -> None:
         async with asyncio.timeout(20):
             while not condition():
                 await asyncio.sleep(0.005)
 
 
-def _run(test):
+def _run(test: Any) -> None:
     asyncio.run(test())
 
 
-def test_users_take_turns_however_many_questions_one_has():
-    async def test():
+def test_users_take_turns_however_many_questions_one_has() -> None:
+    async def test() -> None:
         asked, go_on = Asked(), threading.Event()
         asked.ask(1, lambda stop: go_on.wait(20))
         for number in range(50):
@@ -49,8 +59,8 @@ def test_users_take_turns_however_many_questions_one_has():
     _run(test)
 
 
-def test_root_does_not_wait_for_others():
-    async def test():
+def test_root_does_not_wait_for_others() -> None:
+    async def test() -> None:
         asked, go_on = Asked(), threading.Event()
         asked.ask(1, lambda stop: go_on.wait(20), name="slow")
         asked.ask(0, full=True, name="root")
@@ -62,11 +72,11 @@ def test_root_does_not_wait_for_others():
     _run(test)
 
 
-def test_what_nobody_waits_for_is_not_begun_and_what_runs_is_given_up():
-    async def test():
+def test_what_nobody_waits_for_is_not_begun_and_what_runs_is_given_up() -> None:
+    async def test() -> None:
         asked, began, ended = Asked(), threading.Event(), threading.Event()
 
-        def endless(stop):
+        def endless(stop: Any) -> None:
             began.set()
             try:
                 while True:
@@ -88,14 +98,14 @@ def test_what_nobody_waits_for_is_not_begun_and_what_runs_is_given_up():
     _run(test)
 
 
-def test_a_question_of_a_user_without_rights_ends_in_time(monkeypatch):
+def test_a_question_of_a_user_without_rights_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("daemon.serve.questions._LONGEST", 0.05)
 
-    def endless(stop):
+    def endless(stop: Any) -> None:
         while True:
             stop()
 
-    async def test():
+    async def test() -> None:
         asked = Asked()
         asked.ask(1, endless)
         await asked.until(lambda: asked.answers)
@@ -104,8 +114,8 @@ def test_a_question_of_a_user_without_rights_ends_in_time(monkeypatch):
     _run(test)
 
 
-def test_who_does_not_read_waits_and_others_do_not():
-    async def test():
+def test_who_does_not_read_waits_and_others_do_not() -> None:
+    async def test() -> None:
         blocked = {1}
         asked = Asked(lambda question: question.user not in blocked)
         asked.ask(1, name="deaf")
@@ -119,8 +129,10 @@ def test_who_does_not_read_waits_and_others_do_not():
     _run(test)
 
 
-def test_an_unforeseen_failure_is_an_answer_and_the_next_question_is_served(caplog):
-    async def test():
+def test_an_unforeseen_failure_is_an_answer_and_the_next_question_is_served(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def test() -> None:
         asked = Asked()
         asked.ask(1, lambda stop: 1 // 0)
         asked.ask(1, lambda stop: 5, name="next")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Rates that add up, and how amounts are shown."""
 
+from __future__ import annotations
+
 import math
 
 import pytest
@@ -13,7 +15,7 @@ from nlproto.records import wire
 from topping import REPLY, batch
 
 
-def test_rates_are_bytes_a_second_each_way():
+def test_rates_are_bytes_a_second_each_way() -> None:
     rates = Rates()
     rates.tick([batch({}, {}, REPLY)], 10.0, 2.0)
     (process,) = rates
@@ -26,7 +28,7 @@ def test_rates_are_bytes_a_second_each_way():
     assert list(process.sent_history)[-2:] == [1000.0, 0.0]
 
 
-def test_far_ends_add_up_their_flows():
+def test_far_ends_add_up_their_flows() -> None:
     rates = Rates()
     rates.tick([batch({}, {"sport": 50001}, {"daddr": [10, 0, 0, 3] + [0] * 12})], 1.0, 1.0)
     (process,) = rates
@@ -35,7 +37,7 @@ def test_far_ends_add_up_their_flows():
     assert sent == {"10.0.0.2": 2000, "10.0.0.3": 1000}
 
 
-def test_equal_addresses_of_two_namespaces_are_two_far_ends():
+def test_equal_addresses_of_two_namespaces_are_two_far_ends() -> None:
     rates = Rates()
     rates.tick([batch({"netns": 11}, {"netns": 12}, {"netns": 12})], 1.0, 1.0)
     (process,) = rates
@@ -43,7 +45,7 @@ def test_equal_addresses_of_two_namespaces_are_two_far_ends():
     assert sent == {(11, "10.0.0.2"): 1000, (12, "10.0.0.2"): 2000}
 
 
-def test_a_process_stays_for_a_minute_after_its_last_packet():
+def test_a_process_stays_for_a_minute_after_its_last_packet() -> None:
     rates = Rates()
     rates.tick([batch({})], 0.0, 1.0)
     rates.tick([], KEPT_S, 1.0)
@@ -52,7 +54,7 @@ def test_a_process_stays_for_a_minute_after_its_last_packet():
     assert not rates.processes
 
 
-def test_unnamed_packets_stand_together_by_reason():
+def test_unnamed_packets_stand_together_by_reason() -> None:
     rates = Rates()
     gone = {"tgid": 0, "how": wire.lib.SNIFFER_HOW_SOCKET_GONE}
     forwarded = {"tgid": 0, "how": wire.lib.SNIFFER_HOW_FORWARDED, "dir": wire.lib.SNIFFER_DIR_FWD}
@@ -63,7 +65,7 @@ def test_unnamed_packets_stand_together_by_reason():
     }
 
 
-def test_flows_are_bounded_and_the_idlest_go_first(monkeypatch):
+def test_flows_are_bounded_and_the_idlest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates_module, "MAX_FLOWS", 100)
     rates = Rates()
     rates.tick([batch(*({"sport": 1000 + i} for i in range(90)))], 0.0, 1.0)
@@ -73,7 +75,7 @@ def test_flows_are_bounded_and_the_idlest_go_first(monkeypatch):
     assert len(ports) == 75 and ports >= set(range(2000, 2060))
 
 
-def test_what_a_file_said_stays():
+def test_what_a_file_said_stays() -> None:
     rates = Rates(math.inf)
     rates.tick([batch({})], 0.0, 1.0)
     rates.tick([], 1e6, 1.0)
@@ -93,11 +95,11 @@ def test_what_a_file_said_stays():
         (5e15, "si-bytes", "5000 TB"),
     ],
 )
-def test_amounts_are_short_in_every_unit(value, units, text):
+def test_amounts_are_short_in_every_unit(value: float, units: str, text: str) -> None:
     assert amount(value, units) == text
 
 
-def test_a_sparkline_has_full_height_at_its_maximum():
+def test_a_sparkline_has_full_height_at_its_maximum() -> None:
     assert sparkline([0, 1, 4, 8]) == " ▁▄█"
     assert sparkline([0, 0]) == "  "
 
@@ -112,7 +114,9 @@ def test_a_sparkline_has_full_height_at_its_maximum():
         ({"LANG": "C.UTF-8", "TERM": "linux"}, True),
     ],
 )
-def test_bars_are_ascii_where_the_terminal_has_no_others(monkeypatch, environment, plain):
+def test_bars_are_ascii_where_the_terminal_has_no_others(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], plain: bool
+) -> None:
     for name in ("LC_ALL", "LC_CTYPE", "LANG"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")

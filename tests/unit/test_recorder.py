@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
 """The history's file when something is wrong with it: memory goes on, and nothing is lost."""
 
+from __future__ import annotations
+
 import os
 import sqlite3
-import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,31 +22,32 @@ from nlproto.records.clock import Clock
 from nlproto.tables.flows import summarize
 from nlproto.tables.processes import Process, Processes
 from recording import make_records
+from waiting import stand_in, until
 
 FOREVER = 2**62
 
 
 @pytest.fixture(name="path")
-def _path(tmp_path):
+def _path(tmp_path: Path) -> str:
     return str(tmp_path / "history.db")
 
 
 @pytest.fixture(name="processes")
-def _processes():
+def _processes() -> Processes:
     return Processes()
 
 
 @pytest.fixture(autouse=True)
-def _opened_again_soon(monkeypatch):
+def _opened_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder_module, "_REOPEN", 0.05)
 
 
 @pytest.fixture(name="record")
-def _record(path, processes):
+def _record(path: str, processes: Processes) -> Any:
     """Starts a Recorder on `path`; its `play` makes a flow and its process, by number."""
 
     class Playing(Recorder):
-        def play(self, *numbers):
+        def play(self, *numbers: Any) -> None:
             rows = [
                 {"sport": n, "tgid": 1000 + n, "start_ns": 1, "time_ns": 1 + n} for n in numbers
             ]
@@ -52,30 +56,24 @@ def _record(path, processes):
             records = make_records(*rows)
             self.take(NamedBatch(np.zeros(1)[0], records, Clock(0, 0), summarize(records, 1)))
 
-    def record(**fields):
-        return Playing(Config(**({"history": path, "flush_interval": 0.05} | fields)), processes)
+    def record(**fields: Any) -> Playing:
+        return Playing(
+            Config(**(dict[str, Any](history=path, flush_interval=0.05) | fields)), processes
+        )
 
     return record
 
 
-def _until(condition, seconds=60):
-    until = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    return found
-
-
-def _until_written(recorder):
-    def written():
+def _until_written(recorder: Any) -> None:
+    def written() -> Any:
         figures = recorder.store_figures()
         waiting = figures["waiting_flows"] + figures["waiting_processes"]
         return not waiting and not figures["error"]
 
-    _until(written)
+    until(written)
 
 
-def _stored(path):
+def _stored(path: Any) -> Any:
     """The flows in the file that have details of their process there."""
     store = Store(path)
     flows = [flow for _, flow in store.ask(Question(limit=10**6), FOREVER)]
@@ -89,18 +87,20 @@ def _stored(path):
     return found
 
 
-def _fill_up(recorder):
+def _fill_up(recorder: Any) -> None:
     """From now on the file has no room, as on a full disk (SQLITE_FULL)."""
     recorder._store._writer.execute("PRAGMA max_page_count = 1")
 
 
-def test_on_a_full_disk_flows_and_processes_wait_and_are_written_when_there_is_room(record, path):
+def test_on_a_full_disk_flows_and_processes_wait_and_are_written_when_there_is_room(
+    record: Any, path: str
+) -> None:
     with record() as recorder:
         recorder.play(*range(20))
         _until_written(recorder)
         _fill_up(recorder)
         recorder.play(*range(20, 2000))
-        figures = _until(lambda: (found := recorder.store_figures())["failures"] > 3 and found)
+        figures = until(lambda: (found := recorder.store_figures())["failures"] > 3 and found)
         assert figures["waiting_flows"] == 1980
         assert figures["waiting_processes"] == 1980
         assert "full" in figures["error"]
@@ -110,7 +110,9 @@ def test_on_a_full_disk_flows_and_processes_wait_and_are_written_when_there_is_r
     assert _stored(path) == set(range(2000))
 
 
-def test_what_memory_no_longer_holds_is_counted(record, path, processes):
+def test_what_memory_no_longer_holds_is_counted(
+    record: Any, path: str, processes: Processes
+) -> None:
     processes.limit = 100
     with record(history_flows=100) as recorder:
         recorder.play(1)
@@ -118,7 +120,7 @@ def test_what_memory_no_longer_holds_is_counted(record, path, processes):
         _fill_up(recorder)
         for n in range(2, 1002):
             recorder.play(n)
-        _until(lambda: recorder.store_figures()["failures"] > 0)
+        until(lambda: recorder.store_figures()["failures"] > 0)
         assert len(recorder._changed) <= 200
         recorder._store._writer.execute("PRAGMA max_page_count = 1000000")
         _until_written(recorder)
@@ -128,7 +130,9 @@ def test_what_memory_no_longer_holds_is_counted(record, path, processes):
         assert 0 < figures["unstored_processes"] <= 1001 - 94
 
 
-def test_what_waits_is_bounded_when_a_write_fails_while_more_comes(record, processes, monkeypatch):
+def test_what_waits_is_bounded_when_a_write_fails_while_more_comes(
+    record: Any, processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     processes.limit = 100
     recorder = record(history_flows=100)
     recorder.play(1)
@@ -137,7 +141,7 @@ def test_what_waits_is_bounded_when_a_write_fails_while_more_comes(record, proce
     recorder.play(*range(2, 190))
     write = recorder._store.write
 
-    def write_meanwhile(*arguments):
+    def write_meanwhile(*arguments: Any) -> None:
         recorder.play(*range(300, 490))
         write(*arguments)
 
@@ -148,43 +152,43 @@ def test_what_waits_is_bounded_when_a_write_fails_while_more_comes(record, proce
     recorder.__exit__()
 
 
-def _ports(recorder):
+def _ports(recorder: Any) -> set[int]:
     question = Question(limit=10**6)
     _, now = recorder.history.ask(question)
     _, past = recorder.past(question)
     return {int(flow["lport"]) for _, flow in now + past}
 
 
-def _obstacles(path):
-    def link():
+def _obstacles(path: Any) -> list[Any]:
+    def link() -> None:
         os.symlink("/nonexistent/elsewhere", path)
 
-    def directory():
+    def directory() -> None:
         os.mkdir(path)
 
-    def fifo():
+    def fifo() -> None:
         os.mkfifo(path)
 
-    def foreign():
+    def foreign() -> None:
         with sqlite3.connect(path) as other:
             other.execute("CREATE TABLE bookmarks (url)")
             other.execute("INSERT INTO bookmarks VALUES ('precious')")
         other.close()
 
-    def second_name():
+    def second_name() -> None:
         with open(path + ".other", "w"):
             os.link(path + ".other", path)
 
-    def busy():
-        busy.store = Store(path)
+    def busy() -> None:
+        stand_in(busy).store = Store(path)
 
     return [link, directory, fifo, foreign, second_name, busy]
 
 
 @pytest.mark.parametrize("number", range(6))
 def test_a_daemon_serves_without_a_file_that_it_cannot_have_and_writes_it_later(
-    number, path, record, caplog
-):
+    number: int, path: str, record: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     obstacle = _obstacles(path)[number]
     obstacle()
     with record() as recorder:
@@ -200,14 +204,14 @@ def test_a_daemon_serves_without_a_file_that_it_cannot_have_and_writes_it_later(
             os.rmdir(path)
         else:
             os.rename(path, path + ".kept")
-        _until(lambda: recorder.store_figures()["open"])
+        until(lambda: recorder.store_figures()["open"])
         _until_written(recorder)
         assert recorder.store_figures()["error"] == ""
         assert _ports(recorder) == {1, 2, 3}
     assert _stored(path) == {1, 2, 3}
 
 
-def test_another_programs_database_is_left_as_it_is(path, record):
+def test_another_programs_database_is_left_as_it_is(path: str, record: Any) -> None:
     _obstacles(path)[3]()
     before = open(path, "rb").read()
     with record() as recorder:
@@ -216,7 +220,9 @@ def test_another_programs_database_is_left_as_it_is(path, record):
     assert os.listdir(os.path.dirname(path)) == ["history.db"]
 
 
-def test_what_came_before_the_file_could_be_opened_is_not_mixed_up_with_what_is_in_it(path, record):
+def test_what_came_before_the_file_could_be_opened_is_not_mixed_up_with_what_is_in_it(
+    path: str, record: Any
+) -> None:
     with record() as recorder:
         recorder.play(*range(1, 50))
     os.rename(path, path + ".away")
@@ -225,33 +231,35 @@ def test_what_came_before_the_file_could_be_opened_is_not_mixed_up_with_what_is_
         recorder.play(*range(100, 120))
         os.rmdir(path)
         os.rename(path + ".away", path)
-        _until(lambda: recorder.store_figures()["open"])
+        until(lambda: recorder.store_figures()["open"])
         recorder.play(*range(110, 130))
         assert _ports(recorder) == {*range(1, 50), *range(100, 130)}
     assert _stored(path) == {*range(1, 50), *range(100, 130)}
 
 
-def _shorten(path):
+def _shorten(path: Any) -> None:
     os.truncate(path, os.stat(path).st_size * 2 // 3)
 
 
-def _shorten_to_a_bit(path):
+def _shorten_to_a_bit(path: Any) -> None:
     os.truncate(path, 50)
 
 
-def _zeroes(path):
+def _zeroes(path: Any) -> None:
     with open(path, "r+b") as file:
         file.write(bytes(4096))
 
 
-def _noise(path):
+def _noise(path: Any) -> None:
     with open(path, "r+b") as file:
         file.seek(8192)
         file.write(os.urandom(os.stat(path).st_size - 8192))
 
 
 @pytest.mark.parametrize("damage", [_shorten, _shorten_to_a_bit, _zeroes, _noise])
-def test_a_damaged_file_is_kept_and_a_new_one_begun(damage, path, record, caplog):
+def test_a_damaged_file_is_kept_and_a_new_one_begun(
+    damage: Any, path: str, record: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     with record() as recorder:
         recorder.play(*range(3000))
     for _ in range(3):
@@ -266,14 +274,16 @@ def test_a_damaged_file_is_kept_and_a_new_one_begun(damage, path, record, caplog
     assert caplog.text.count("a new one begins") == 3
 
 
-def test_an_empty_file_is_a_new_one(path, record):
+def test_an_empty_file_is_a_new_one(path: str, record: Any) -> None:
     open(path, "w").close()
     with record() as recorder:
         recorder.play(1)
     assert _stored(path) == {1}
 
 
-def test_a_file_damaged_while_it_is_written_is_set_aside_and_memory_is_written_anew(path, record):
+def test_a_file_damaged_while_it_is_written_is_set_aside_and_memory_is_written_anew(
+    path: str, record: Any
+) -> None:
     with record(history_flows=5000) as recorder:
         recorder.play(*range(3000))
         _until_written(recorder)
@@ -282,24 +292,26 @@ def test_a_file_damaged_while_it_is_written_is_set_aside_and_memory_is_written_a
         recorder._store._writer.execute("PRAGMA shrink_memory")
         _noise(path)
         recorder.play(*range(2000, 4000))
-        _until(lambda: any(".corrupt-" in name for name in os.listdir(os.path.dirname(path))))
+        until(lambda: any(".corrupt-" in name for name in os.listdir(os.path.dirname(path))))
         _until_written(recorder)
     assert _stored(path) == set(range(4000))
 
 
-def test_a_file_that_was_removed_is_begun_anew_with_what_memory_holds(path, record, monkeypatch):
+def test_a_file_that_was_removed_is_begun_anew_with_what_memory_holds(
+    path: str, record: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("daemon.history.recorder._RETENTION", 0.1)
     with record() as recorder:
         recorder.play(*range(10))
         _until_written(recorder)
         for suffix in ("", "-wal", "-shm"):
             os.unlink(path + suffix)
-        _until(lambda: os.path.exists(path))
+        until(lambda: os.path.exists(path))
         recorder.play(*range(5, 15))
     assert _stored(path) == set(range(15))
 
 
-def test_a_history_of_the_first_schema_goes_on(path, record):
+def test_a_history_of_the_first_schema_goes_on(path: str, record: Any) -> None:
     with record() as recorder:
         recorder.play(1, 2)
     with sqlite3.connect(path) as old:
@@ -328,7 +340,9 @@ def test_a_history_of_the_first_schema_goes_on(path, record):
     new.close()
 
 
-def test_a_directory_that_is_not_there_is_a_mistake_of_the_configuration(tmp_path, record):
+def test_a_directory_that_is_not_there_is_a_mistake_of_the_configuration(
+    tmp_path: Path, record: Any
+) -> None:
     path = tmp_path / "none" / "history.db"
     with pytest.raises(UsageError, match="there is no directory") as raised:
         record(history=str(path))
@@ -337,7 +351,9 @@ def test_a_directory_that_is_not_there_is_a_mistake_of_the_configuration(tmp_pat
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="changes owners: needs root")
-def test_a_file_that_another_user_put_there_is_not_used(tmp_path, path, record):
+def test_a_file_that_another_user_put_there_is_not_used(
+    tmp_path: Path, path: str, record: Any
+) -> None:
     tmp_path.chmod(0o1777)
     with open(path, "w"):
         os.chown(path, 65534, 65534)
@@ -346,13 +362,15 @@ def test_a_file_that_another_user_put_there_is_not_used(tmp_path, path, record):
         assert "foreign owner" in recorder.store_figures()["error"]
 
 
-def test_a_directory_where_others_can_replace_files_is_not_used(tmp_path, record):
+def test_a_directory_where_others_can_replace_files_is_not_used(
+    tmp_path: Path, record: Any
+) -> None:
     tmp_path.chmod(0o777)
     with record() as recorder:
         assert "others can replace" in recorder.store_figures()["error"]
 
 
-def test_long_strings_of_a_process_are_cut_in_the_file(path):
+def test_long_strings_of_a_process_are_cut_in_the_file(path: str) -> None:
     store = Store(path)
     long = Process(5, 1, "x", exe="\x01" * 100_000, cmdline="\N{CJK UNIFIED IDEOGRAPH-4E00}" * 9000)
     store.write(np.zeros(0, np.uint64), summarize(np.zeros(0), 0), [long])
@@ -362,7 +380,9 @@ def test_long_strings_of_a_process_are_cut_in_the_file(path):
     store.close()
 
 
-def test_the_history_leaves_room_on_the_disk_when_told_to(path, record, monkeypatch):
+def test_the_history_leaves_room_on_the_disk_when_told_to(
+    path: str, record: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with record(history=path) as recorder:
         store = recorder._store
         monkeypatch.setattr(store, "room", lambda: 5 << 20)

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The HTML report: complete, self-contained, and no name in it acts."""
 
+from __future__ import annotations
+
 import csv
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +24,7 @@ HOSTILE = [
 ]
 
 
-def write(path, comms):
+def write(path: Any, comms: Any) -> None:
     with open(path, "w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(COLUMNS)
@@ -32,7 +36,7 @@ def write(path, comms):
         rows.writerow([*unnamed, "", "", "", "", 9, "forwarded"])
 
 
-def report(source, target):
+def report(source: Any, target: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "hunter", "report", source, "-o", target],
         capture_output=True,
@@ -41,19 +45,21 @@ def report(source, target):
 
 
 class Page(HTMLParser):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.tags, self.attributes, self.text = [], [], []
+        self.tags: list[Any] = []
+        self.attributes: list[Any] = []
+        self.text: list[Any] = []
 
-    def handle_starttag(self, tag, attributes):
+    def handle_starttag(self, tag: Any, attributes: Any) -> None:
         self.tags.append(tag)
         self.attributes += attributes
 
-    def handle_data(self, data):
+    def handle_data(self, data: Any) -> None:
         self.text.append(data)
 
 
-def test_a_report_has_pictures_and_tables_and_loads_nothing(tmp_path):
+def test_a_report_has_pictures_and_tables_and_loads_nothing(tmp_path: Path) -> None:
     write(tmp_path / "x.csv", ["curl", "nginx"])
     done = report(tmp_path / "x.csv", tmp_path / "x.html")
     assert done.returncode == 0, done.stderr
@@ -69,12 +75,16 @@ def test_a_report_has_pictures_and_tables_and_loads_nothing(tmp_path):
     assert "3 packets" in words and "66.7 % of them named" in words and "forwarded" in words
 
 
-def test_equal_addresses_of_two_namespaces_are_two_far_ends(tmp_path):
+def test_equal_addresses_of_two_namespaces_are_two_far_ends(tmp_path: Path) -> None:
     with open(tmp_path / "x.csv", "w", newline="") as file:
         rows = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         rows.writeheader()
         for pid, netns in ((100, 11), (101, 12)):
-            row = {"time": "2026-05-28T20:26:01.123456Z", "dir": "out", "proto": "tcp"}
+            row: dict[str, Any] = {
+                "time": "2026-05-28T20:26:01.123456Z",
+                "dir": "out",
+                "proto": "tcp",
+            }
             row |= {"src": "10.0.0.1", "sport": 5000, "dst": "127.0.0.1", "dport": 80, "len": 60}
             rows.writerow(
                 row | {"pid": pid, "comm": "web", "uid": 0, "netns": netns, "how": "diag"}
@@ -88,7 +98,7 @@ def test_equal_addresses_of_two_namespaces_are_two_far_ends(tmp_path):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_name_is_only_text(name, tmp_path):
+def test_a_hostile_name_is_only_text(name: str, tmp_path: Path) -> None:
     write(tmp_path / "x.csv", [name])
     assert report(tmp_path / "x.csv", tmp_path / "x.html").returncode == 0
     page = Page()
@@ -98,7 +108,7 @@ def test_a_hostile_name_is_only_text(name, tmp_path):
     assert any(name[:15] in text for text in page.text)
 
 
-def test_an_empty_or_foreign_file_is_a_plain_error(tmp_path):
+def test_an_empty_or_foreign_file_is_a_plain_error(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(",".join(COLUMNS) + "\n")
     (tmp_path / "b.csv").write_text("something,else\n1,2\n")
     for name, words in (("a.csv", "holds no packets"), ("b.csv", "no capture of packet-hunter")):

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: MIT
 """What holds for the tree as a whole: one version, no machine's paths, a licence on each file."""
 
+from __future__ import annotations
+
 import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from waiting import there
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def tracked():
+def tracked() -> dict[str, Any]:
     """Texts of the files that git knows, by name."""
     listed = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=False
@@ -29,7 +34,7 @@ def tracked():
     return texts
 
 
-def test_the_version_is_written_in_one_place(tracked):
+def test_the_version_is_written_in_one_place(tracked: dict[str, Any]) -> None:
     version = tracked["VERSION"].strip()
     alone = re.compile(rf"(?<![\d.]){re.escape(version)}(?![\d.])")
     history = {"VERSION", "CHANGELOG.md"}
@@ -37,12 +42,12 @@ def test_the_version_is_written_in_one_place(tracked):
     assert [name for name in repeated if name not in history] == []
 
 
-def test_the_newest_change_is_unreleased_or_of_this_version(tracked):
-    newest = re.search(r"^## (\S+)", tracked["CHANGELOG.md"], re.MULTILINE).group(1)
+def test_the_newest_change_is_unreleased_or_of_this_version(tracked: dict[str, Any]) -> None:
+    newest = there(re.search(r"^## (\S+)", tracked["CHANGELOG.md"], re.MULTILINE)).group(1)
     assert newest in {"Unreleased", tracked["VERSION"].strip()}
 
 
-def test_the_workspace_names_no_path_of_one_machine():
+def test_the_workspace_names_no_path_of_one_machine() -> None:
     files = sorted((ROOT / ".vscode").glob("*.json"))
     assert {file.name for file in files} >= {"tasks.json", "launch.json", "c_cpp_properties.json"}
     for file in files:
@@ -52,7 +57,7 @@ def test_the_workspace_names_no_path_of_one_machine():
         assert re.findall(absolute, text) == []
 
 
-def test_each_source_file_begins_with_its_licence(tracked):
+def test_each_source_file_begins_with_its_licence(tracked: dict[str, Any]) -> None:
     sources = (".py", ".c", ".h", ".sh", ".service", ".sysusers", ".tmpfiles", "Makefile", "Kbuild")
     bare = [
         name
@@ -63,13 +68,15 @@ def test_each_source_file_begins_with_its_licence(tracked):
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_make_clean_leaves_a_tree_that_git_calls_clean(tracked, tmp_path):
+def test_make_clean_leaves_a_tree_that_git_calls_clean(
+    tracked: dict[str, Any], tmp_path: Path
+) -> None:
     tree = tmp_path / "tree"
     for name in tracked:
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, tree / name)
 
-    def git(*arguments):
+    def git(*arguments: Any) -> Any:
         identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
         done = subprocess.run(
             ["git", *identity, *arguments], cwd=tree, capture_output=True, text=True, check=True

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Capture files: who may read them, where they are not written, what survives a failure."""
 
+from __future__ import annotations
+
 import os
 import signal
 import stat
 import time
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,19 +21,19 @@ ROOT = os.geteuid() == 0
 
 
 @pytest.fixture
-def sticky(tmp_path):
+def sticky(tmp_path: Path) -> Any:
     path = tmp_path / "tmp"
     path.mkdir()
     path.chmod(0o1777)
     return path
 
 
-def write(path, data=b"x", **environ):
+def write(path: Any, data: bytes = b"x", **environ: Any) -> None:
     with CaptureFile(str(path), environ) as file:
         file.write(data)
 
 
-def test_a_capture_is_private_whatever_the_umask(tmp_path):
+def test_a_capture_is_private_whatever_the_umask(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         write(tmp_path / "a")
@@ -38,7 +42,7 @@ def test_a_capture_is_private_whatever_the_umask(tmp_path):
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600
 
 
-def test_an_older_file_is_emptied_and_made_private(tmp_path):
+def test_an_older_file_is_emptied_and_made_private(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("older and longer")
     path.chmod(0o644)
@@ -47,13 +51,13 @@ def test_an_older_file_is_emptied_and_made_private(tmp_path):
 
 
 @pytest.mark.skipif(not ROOT, reason="only root can give a file away")
-def test_a_new_capture_belongs_to_who_called_sudo(tmp_path):
+def test_a_new_capture_belongs_to_who_called_sudo(tmp_path: Path) -> None:
     write(tmp_path / "a", SUDO_UID="1234", SUDO_GID="2345")
     found = (tmp_path / "a").stat()
     assert (found.st_uid, found.st_gid) == (1234, 2345)
 
 
-def test_a_link_in_a_sticky_directory_is_refused(sticky, tmp_path):
+def test_a_link_in_a_sticky_directory_is_refused(sticky: Any, tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_text("precious")
     (sticky / "a").symlink_to(target)
@@ -62,14 +66,14 @@ def test_a_link_in_a_sticky_directory_is_refused(sticky, tmp_path):
     assert target.read_text() == "precious"
 
 
-def test_a_dangling_link_in_a_sticky_directory_makes_no_file(sticky, tmp_path):
+def test_a_dangling_link_in_a_sticky_directory_makes_no_file(sticky: Any, tmp_path: Path) -> None:
     (sticky / "a").symlink_to(tmp_path / "target")
     with pytest.raises(Error, match="is a link"):
         write(sticky / "a")
     assert not (tmp_path / "target").exists()
 
 
-def test_a_linked_directory_in_a_sticky_directory_is_refused(sticky, tmp_path):
+def test_a_linked_directory_in_a_sticky_directory_is_refused(sticky: Any, tmp_path: Path) -> None:
     (tmp_path / "etc").mkdir()
     (sticky / "mine").symlink_to(tmp_path / "etc")
     with pytest.raises(Error, match="is a link"):
@@ -77,14 +81,16 @@ def test_a_linked_directory_in_a_sticky_directory_is_refused(sticky, tmp_path):
     assert not list((tmp_path / "etc").iterdir())
 
 
-def test_a_link_that_leads_through_a_sticky_directory_is_refused(sticky, tmp_path):
+def test_a_link_that_leads_through_a_sticky_directory_is_refused(
+    sticky: Any, tmp_path: Path
+) -> None:
     (sticky / "hop").symlink_to(tmp_path)
     (tmp_path / "a").symlink_to(sticky / "hop" / "b")
     with pytest.raises(Error, match="is a link"):
         write(tmp_path / "a")
 
 
-def test_a_link_elsewhere_is_followed(tmp_path):
+def test_a_link_elsewhere_is_followed(tmp_path: Path) -> None:
     (tmp_path / "dir").mkdir()
     (tmp_path / "a").symlink_to("dir/b")
     (tmp_path / "linked").symlink_to(tmp_path / "dir")
@@ -95,7 +101,7 @@ def test_a_link_elsewhere_is_followed(tmp_path):
 
 
 @pytest.mark.skipif(not ROOT, reason="only root can give a file away")
-def test_somebody_elses_file_or_fifo_in_a_sticky_directory_is_refused(sticky):
+def test_somebody_elses_file_or_fifo_in_a_sticky_directory_is_refused(sticky: Any) -> None:
     (sticky / "a").write_text("bait")
     os.chown(sticky / "a", 1234, 1234)
     os.mkfifo(sticky / "b")
@@ -105,7 +111,7 @@ def test_somebody_elses_file_or_fifo_in_a_sticky_directory_is_refused(sticky):
     assert (sticky / "a").read_text() == "bait"
 
 
-def test_link_loops_and_missing_directories_are_plain_errors(tmp_path):
+def test_link_loops_and_missing_directories_are_plain_errors(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("a")
     with pytest.raises(Error, match="cannot write .*symbolic links"):
         write(tmp_path / "a")
@@ -118,7 +124,7 @@ def test_link_loops_and_missing_directories_are_plain_errors(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [False, True])
-def test_a_full_disk_keeps_what_fits_whole(tmp_path, rows):
+def test_a_full_disk_keeps_what_fits_whole(tmp_path: Path, rows: bool) -> None:
     """/dev/full is no regular file, so the limit on file sizes stands in for a full disk."""
     path = tmp_path / "a"
     pid = os.fork()
@@ -142,7 +148,7 @@ def test_a_full_disk_keeps_what_fits_whole(tmp_path, rows):
     assert path.read_bytes() == (b"12345\n67890\n" if rows else b"12345\n12345\n")
 
 
-def test_sigkill_cuts_no_row(tmp_path):
+def test_sigkill_cuts_no_row(tmp_path: Path) -> None:
     """Rows of several pages: a write of one's own is given up between two of them."""
     path = tmp_path / "a"
     row = b"%0*d\n" % (12_287, 1)
@@ -168,7 +174,7 @@ def test_sigkill_cuts_no_row(tmp_path):
         assert len(data) % len(row) == 0 and data == row * (len(data) // len(row))
 
 
-def test_a_killed_writer_is_told(tmp_path):
+def test_a_killed_writer_is_told(tmp_path: Path) -> None:
     with CaptureFile(str(tmp_path / "a"), {}) as file:
         file.write_rows([b"1\n"])
         (child,) = psutil.Process().children()
@@ -177,7 +183,7 @@ def test_a_killed_writer_is_told(tmp_path):
             file.write_rows([b"2\n"])
 
 
-def test_dev_full_is_an_error_with_its_cause():
+def test_dev_full_is_an_error_with_its_cause() -> None:
     with pytest.raises(Error, match="No space left"):
         write("/dev/full")
 
@@ -193,11 +199,11 @@ def test_dev_full_is_an_error_with_its_cause():
         ("-", None, "csv"),
     ],
 )
-def test_the_suffix_or_the_option_tells_the_format(path, asked, kind):
+def test_the_suffix_or_the_option_tells_the_format(path: str, asked: str | None, kind: str) -> None:
     assert format_of(path, asked) == kind
 
 
 @pytest.mark.parametrize("path", ["x", "x.txt", "x.pcap"])
-def test_an_unknown_suffix_is_bad_usage(path):
+def test_an_unknown_suffix_is_bad_usage(path: str) -> None:
     with pytest.raises(UsageError):
         format_of(path, None)

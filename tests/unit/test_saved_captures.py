@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What is saved is what was seen: each format is read back to the figures of the live run."""
 
+from __future__ import annotations
+
 import csv
 import itertools
 import json
@@ -9,6 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,12 +80,12 @@ HOSTILE = [
 class Everything(Processes):
     """Processes, and the names of another machine's interfaces."""
 
-    def interface(self, netns, ifindex):
+    def interface(self, netns: Any, ifindex: Any) -> Any:
         return f"eth{ifindex}" if ifindex else ""
 
 
 @pytest.fixture
-def everything():
+def everything() -> tuple[Any, ...]:
     """(batch, details, holders) with a value in every field, some as odd as they can be."""
     rows = []
     known = Everything()
@@ -147,14 +152,14 @@ def everything():
     return NamedBatch(head, records, Clock(NOON_NS, 0)), known, holders
 
 
-def save(path, batch, details, holders, first_bytes=None):
+def save(path: Any, batch: Any, details: Any, holders: Any, first_bytes: Any = None) -> None:
     saver = open_saver(str(path), format_of(str(path), None), first_bytes)
     saver.add(columns(batch, details, holders))
     saver.close()
     assert saver.rows == len(batch.records)
 
 
-def read(*paths, filter=EVERYTHING, bytes=False):
+def read(*paths: Any, filter: Any = EVERYTHING, bytes: bool = False) -> Iterator[Any]:
     """Yield (batch, source) of each piece."""
     with FileSource([str(path) for path in paths], filter, bytes) as source:
         while (batches := source.read(0)) is not None:
@@ -162,7 +167,7 @@ def read(*paths, filter=EVERYTHING, bytes=False):
                 yield batch, source
 
 
-def rows_of(pieces):
+def rows_of(pieces: Any) -> Any:
     rows = []
     for batch, source in pieces:
         values = cells(columns(batch, source, source.holders))
@@ -173,7 +178,7 @@ def rows_of(pieces):
     return rows
 
 
-def figures(pieces):
+def figures(pieces: Any) -> tuple[Any, ...]:
     shown, summary = ShownAccount(), Summary()
     for batch, _ in pieces:
         shown.add(batch)
@@ -181,7 +186,7 @@ def figures(pieces):
     return shown.lines(None, 0), summary.figures()
 
 
-def hunt(*arguments, **options):
+def hunt(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "hunter", *map(str, arguments)],
         capture_output=True,
@@ -193,8 +198,8 @@ def hunt(*arguments, **options):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_each_format_gives_back_every_column_and_the_figures_of_the_live_run(
-    suffix, everything, tmp_path
-):
+    suffix: str, everything: tuple[Any, ...], tmp_path: Path
+) -> None:
     if suffix == ".parquet":
         pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     batch, known, holders = everything
@@ -210,7 +215,9 @@ def test_each_format_gives_back_every_column_and_the_figures_of_the_live_run(
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_what_was_read_is_saved_again_as_it_was(suffix, everything, tmp_path):
+def test_what_was_read_is_saved_again_as_it_was(
+    suffix: str, everything: tuple[Any, ...], tmp_path: Path
+) -> None:
     if suffix == ".parquet":
         pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     first, second = tmp_path / f"1{suffix}", tmp_path / f"2{suffix}"
@@ -223,7 +230,7 @@ def test_what_was_read_is_saved_again_as_it_was(suffix, everything, tmp_path):
         assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_process_that_changes_its_name_and_program_keeps_both(tmp_path):
+def test_a_process_that_changes_its_name_and_program_keeps_both(tmp_path: Path) -> None:
     """One (pid, start) before and after an exec, in turn: each row has the names of its time."""
     path = tmp_path / "x.jsonl"
     details = Everything()
@@ -242,7 +249,7 @@ def test_a_process_that_changes_its_name_and_program_keeps_both(tmp_path):
 
 @settings(max_examples=500)
 @given(NAMES)
-def test_a_cell_gives_its_name_back_and_no_spreadsheet_computes_it(name):
+def test_a_cell_gives_its_name_back_and_no_spreadsheet_computes_it(name: Any) -> None:
     shown = cell(name)
     assert uncell(shown) == name and unescaped(escaped(name)) == name
     assert plain(shown) == shown and "\n" not in shown and "\r" not in shown
@@ -253,7 +260,7 @@ def test_a_cell_gives_its_name_back_and_no_spreadsheet_computes_it(name):
 
 @settings(max_examples=300)
 @given(NAMES, NAMES, NAMES)
-def test_no_name_in_a_comment_passes_for_another_word(comm, exe, unit):
+def test_no_name_in_a_comment_passes_for_another_word(comm: Any, exe: Any, unit: Any) -> None:
     row = {
         "pid": 7,
         "comm": comm,
@@ -269,13 +276,13 @@ def test_no_name_in_a_comment_passes_for_another_word(comm, exe, unit):
     assert back == {name: row[name] for name in ("exe", "unit") if row[name]}
 
 
-def test_a_comment_that_is_too_long_loses_its_last_words():
+def test_a_comment_that_is_too_long_loses_its_last_words() -> None:
     row = {"pid": 7, "comm": "a", "uid": 5, "how": "diag", "cmdline": "\u2028" * 40_000}
     text = comment_of(row)
     assert len(text.encode()) < 65_536 and read_comment(text)[0]["uid"] == "5"
 
 
-def test_unknown_is_null_in_every_format(everything, tmp_path):
+def test_unknown_is_null_in_every_format(everything: tuple[Any, ...], tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     batch, known, holders = everything
     for suffix in SUFFIXES[:3]:
@@ -291,9 +298,9 @@ def test_unknown_is_null_in_every_format(everything, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES[:3])
-def test_a_file_of_the_first_release_is_read(suffix, tmp_path):
+def test_a_file_of_the_first_release_is_read(suffix: Any, tmp_path: Path) -> None:
     path = tmp_path / f"x{suffix}"
-    row = dict.fromkeys(FIRST_COLUMNS, "")
+    row: dict[str, Any] = dict.fromkeys(FIRST_COLUMNS, "")
     row |= {"time": "2026-05-28T20:26:40.123456Z", "dir": "in", "proto": "tcp", "how": "diag"}
     row |= {"src": "::1", "dst": "::2", "sport": 1, "dport": 2, "len": 60, "netns": 9}
     row |= {"pid": 5, "uid": 0, "comm": "'quoted", "exe": "/bin/x"}
@@ -315,7 +322,7 @@ def test_a_file_of_the_first_release_is_read(suffix, tmp_path):
     assert "len 60 'quoted.5\n" in done.stdout and "[" not in done.stdout, done.stderr
 
 
-def test_several_files_are_one_in_order_of_time(tmp_path):
+def test_several_files_are_one_in_order_of_time(tmp_path: Path) -> None:
     for number, times in enumerate([(5, 6, 9), (1, 7), (2, 3, 8)]):
         records = make_records(*({"time_ns": time * 10**6, "tgid": number + 1} for time in times))
         batch = NamedBatch(np.zeros(1, wire.BATCH)[0], records, Clock(NOON_NS, 0))
@@ -332,7 +339,7 @@ def test_several_files_are_one_in_order_of_time(tmp_path):
     assert hunt("report", *paths, "-o", tmp_path / "x.html").returncode == 0
 
 
-def _count(path, suffix):
+def _count(path: Any, suffix: Any) -> Any:
     if suffix == ".parquet":
         parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
         return parquet.read_table(path).num_rows
@@ -340,7 +347,7 @@ def _count(path, suffix):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_file_that_was_moved_away_gets_a_successor(suffix, tmp_path):
+def test_a_file_that_was_moved_away_gets_a_successor(suffix: str, tmp_path: Path) -> None:
     if suffix == ".parquet":
         pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     path, moved = tmp_path / f"x{suffix}", tmp_path / f"old{suffix}"
@@ -361,7 +368,7 @@ def test_a_file_that_was_moved_away_gets_a_successor(suffix, tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_sigusr2_asks_for_a_new_file_once_and_does_not_end_anything():
+def test_sigusr2_asks_for_a_new_file_once_and_does_not_end_anything() -> None:
     with Stop() as stop:
         os.kill(os.getpid(), signal.SIGUSR2)
         assert stop.takes_reopen() and not stop.takes_reopen()

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Whatever fails while a client waits: it is answered, and everybody else is served."""
 
+from __future__ import annotations
+
 import asyncio
 import socket
 import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -22,7 +27,7 @@ from nlproto.records import wire
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import Processes
 from recording import make_batch, make_records
-from waiting import until
+from waiting import stand_in, until
 
 FAILED = "the daemon failed on this request; see its log"
 
@@ -34,54 +39,54 @@ class Quiet:
     group = "packets"
     instance = 7
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.opening = self.closing = np.zeros(0, wire.TAIL)
-        self.batches = []
+        self.batches: list[Any] = []
         self.pause = threading.Event()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: Any) -> None:
         pass
 
-    def read(self, timeout):
+    def read(self, timeout: Any) -> Iterator[Any]:
         while self.batches:
             yield self.batches.pop(0)
         self.pause.wait(min(timeout, 0.01))
 
-    def want_packets(self, wanted):
+    def want_packets(self, wanted: Any) -> tuple[()]:
         return ()
 
-    def catch_up(self):
+    def catch_up(self) -> Iterator[Any]:
         while self.batches:
             yield self.batches.pop(0)
 
-    def finish(self, until_ns=None):
+    def finish(self, until_ns: Any = None) -> Any:
         return iter(())
 
-    def want_first_bytes(self, wanted):
+    def want_first_bytes(self, wanted: Any) -> bool:
         return False
 
-    def stats(self):
+    def stats(self) -> dict[str, Any]:
         return {}
 
 
 class Running:
     """A server in a thread of its own."""
 
-    def __init__(self, path):
+    def __init__(self, path: Any) -> None:
         self.path = f"{path}/d.sock"
         self.engine = Quiet()
         self.pipeline = Pipeline(
-            self.engine, account=Account(), processes=Processes(), portmap=PortMap()
+            stand_in(self.engine), account=Account(), processes=Processes(), portmap=PortMap()
         )
         self.ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
 
-    async def _serve(self):
+    async def _serve(self) -> None:
         loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
-        self.end = lambda: loop.call_soon_threadsafe(self._ended.set)
+        self._loop = loop
         config = Config(socket=self.path)
         answers = Answers(self.pipeline, FlowMemory(16))
         self.server = Server(loop, answers, config, dict)
@@ -93,27 +98,29 @@ class Running:
             await loop.run_in_executor(None, self.pipeline.stop)
             await self.server.stop()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self._thread.start()
         assert self.ready.wait(30)
         return self
 
-    def __exit__(self, *_):
-        self.end()
+    def __exit__(self, *_: Any) -> None:
+        self._loop.call_soon_threadsafe(self._ended.set)
         self._thread.join()
 
 
 @pytest.fixture(name="running")
-def _running(tmp_path):
+def _running(tmp_path: Path) -> Iterator[Running]:
     with Running(tmp_path) as running:
         yield running
 
 
-def broken(*_arguments, **_names):
+def broken(*_arguments: Any, **_names: Any) -> None:
     raise ZeroDivisionError("broken")
 
 
-def test_a_subscription_that_fails_is_answered_and_can_be_tried_again(running, monkeypatch):
+def test_a_subscription_that_fails_is_answered_and_can_be_tried_again(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with DaemonClient(running.path) as client:
         with monkeypatch.context() as patch:
             patch.setattr(running.server, "share_out", broken)
@@ -125,7 +132,9 @@ def test_a_subscription_that_fails_is_answered_and_can_be_tried_again(running, m
 
 
 @pytest.mark.parametrize("part", ["_account", "after_all_records"])
-def test_what_fails_behind_the_barrier_is_answered(running, monkeypatch, part):
+def test_what_fails_behind_the_barrier_is_answered(
+    running: Running, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
     with DaemonClient(running.path) as client, DaemonClient(running.path) as other:
         other.start("")
         with monkeypatch.context() as patch:
@@ -138,7 +147,9 @@ def test_what_fails_behind_the_barrier_is_answered(running, monkeypatch, part):
         assert other.owner(1) == []
 
 
-def test_the_end_of_a_subscription_that_fails_is_answered(running, monkeypatch):
+def test_the_end_of_a_subscription_that_fails_is_answered(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with DaemonClient(running.path) as client:
         client.start("")
         with monkeypatch.context() as patch:
@@ -149,8 +160,10 @@ def test_the_end_of_a_subscription_that_fails_is_answered(running, monkeypatch):
         client.unsubscribe()
 
 
-def test_a_question_for_which_there_is_no_thread_is_answered(running, monkeypatch):
-    def no_thread(*_):
+def test_a_question_for_which_there_is_no_thread_is_answered(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(*_: Any) -> None:
         raise RuntimeError("can't start new thread")
 
     with DaemonClient(running.path) as client:
@@ -162,7 +175,9 @@ def test_a_question_for_which_there_is_no_thread_is_answered(running, monkeypatc
             client.start("wrong wrong")
 
 
-def test_a_turn_that_fails_costs_one_client_its_connection(running, monkeypatch):
+def test_a_turn_that_fails_costs_one_client_its_connection(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with DaemonClient(running.path) as other:
         with monkeypatch.context() as patch:
             patch.setattr("nlproto.client.frames.Decoder.next", broken)
@@ -174,7 +189,9 @@ def test_a_turn_that_fails_costs_one_client_its_connection(running, monkeypatch)
         assert other.owner(1) == []
 
 
-def test_a_connection_that_cannot_be_taken_leaves_the_others_their_turns(running, monkeypatch):
+def test_a_connection_that_cannot_be_taken_leaves_the_others_their_turns(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with DaemonClient(running.path) as other:
         with monkeypatch.context() as patch:
             patch.setattr("daemon.serve.server._has_gone", broken)
@@ -189,22 +206,23 @@ def test_a_connection_that_cannot_be_taken_leaves_the_others_their_turns(running
 
 
 def test_frames_that_cannot_be_made_cost_one_client_its_stream(
-    running, monkeypatch
-):
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with DaemonClient(running.path) as victim, DaemonClient(running.path) as other:
         victim.start("")
         other.start("")
         victims = next(iter(running.server._sessions)).subscription
         pumped = Subscription.next_frame
 
-        def next_frame(subscription):
+        def next_frame(subscription: Any) -> Any:
             return broken() if subscription is victims else pumped(subscription)
 
         monkeypatch.setattr(Subscription, "next_frame", next_frame)
         running.engine.batches.append(make_batch(make_records({})))
-        gone, got = set(), []
+        gone: set[Any] = set()
+        got: list[Any] = []
 
-        def read():
+        def read() -> Any:
             for client in {victim, other} - gone:
                 try:
                     got.extend(event for event in client.read(0.1) if hasattr(event, "batch"))
@@ -217,12 +235,14 @@ def test_frames_that_cannot_be_made_cost_one_client_its_stream(
         assert left.unsubscribe()["sent"] == 1
 
 
-def test_what_looks_after_clients_goes_on(running, monkeypatch):
+def test_what_looks_after_clients_goes_on(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with DaemonClient(running.path) as client:
         client.start("")
         tried = threading.Event()
 
-        def failing(*_):
+        def failing(*_: Any) -> None:
             tried.set()
             raise ZeroDivisionError("broken")
 
@@ -230,5 +250,10 @@ def test_what_looks_after_clients_goes_on(running, monkeypatch):
             patch.setattr("daemon.serve.server._hung_up", failing)
             assert tried.wait(30)
         looked = threading.Event()
-        monkeypatch.setattr("daemon.serve.server._hung_up", lambda _: looked.set() or [])
+
+        def look(_: Any) -> list[Any]:
+            looked.set()
+            return []
+
+        monkeypatch.setattr("daemon.serve.server._hung_up", look)
         assert looked.wait(30)

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Notifications to the service manager and log entries, read from real sockets."""
 
+from __future__ import annotations
+
 import logging
 import os
 import re
 import socket
 import struct
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +20,7 @@ from daemon.system.notify import Notifier
 
 
 @pytest.fixture(name="manager")
-def _manager(tmp_path):
+def _manager(tmp_path: Path) -> Iterator[Any]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         manager.settimeout(5)
@@ -23,7 +28,7 @@ def _manager(tmp_path):
 
 
 @pytest.fixture(name="root_logger")
-def _root_logger():
+def _root_logger() -> Iterator[Any]:
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
     yield root
@@ -34,7 +39,7 @@ def _root_logger():
     root.setLevel(level)
 
 
-def test_the_manager_is_told_in_its_own_words(manager):
+def test_the_manager_is_told_in_its_own_words(manager: Any) -> None:
     notifier = Notifier({"NOTIFY_SOCKET": manager.getsockname()})
     notifier.ready("engine packet,\nserving")
     assert manager.recv(1000) == b"READY=1\nSTATUS=engine packet, serving"
@@ -46,12 +51,12 @@ def test_the_manager_is_told_in_its_own_words(manager):
     assert manager.recv(1000) == b"STOPPING=1"
 
 
-def test_without_a_manager_nothing_happens():
+def test_without_a_manager_nothing_happens() -> None:
     Notifier({}).ready("x")
     Notifier({"NOTIFY_SOCKET": "/nonexistent/socket"}).ready("x")
 
 
-def test_the_watchdog_is_for_the_process_it_names():
+def test_the_watchdog_is_for_the_process_it_names() -> None:
     mine = str(os.getpid())
     assert Notifier({"WATCHDOG_USEC": "3000000"}).watchdog == 3.0
     assert Notifier({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": mine}).watchdog == 3.0
@@ -59,7 +64,7 @@ def test_the_watchdog_is_for_the_process_it_names():
     assert Notifier({}).watchdog is None
 
 
-def _fields(entry):
+def _fields(entry: Any) -> Any:
     fields = {}
     while entry:
         line, _, rest = entry.partition(b"\n")
@@ -72,7 +77,7 @@ def _fields(entry):
     return fields
 
 
-def test_the_journal_gets_fields_and_hostile_names_stay_inside_theirs(manager):
+def test_the_journal_gets_fields_and_hostile_names_stay_inside_theirs(manager: Any) -> None:
     logger = logging.getLogger("test.journal")
     logger.propagate = False
     handler = JournalHandler(manager.getsockname())
@@ -90,14 +95,16 @@ def test_the_journal_gets_fields_and_hostile_names_stay_inside_theirs(manager):
     assert fields["SYSLOG_IDENTIFIER"] == b"packet-hunterd"
 
 
-def test_control_characters_do_not_reach_a_terminal(root_logger, capsys):
+def test_control_characters_do_not_reach_a_terminal(
+    root_logger: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     set_up("stderr", "info", {}, True)
     logging.getLogger("x").info("name %s", "\x1b[31mred\x07")
     written = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d packet-hunterd: name \\x1b\[31mred\\x07\n"
     assert re.fullmatch(written, capsys.readouterr().err)
 
 
-def test_syslog_when_asked(root_logger, manager, monkeypatch):
+def test_syslog_when_asked(root_logger: Any, manager: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("daemon.system.logs._SYSLOG", manager.getsockname())
     set_up("syslog", "info", {}, False)
     logging.getLogger("x").warning("name %s", "\x1b[31m")
@@ -106,7 +113,9 @@ def test_syslog_when_asked(root_logger, manager, monkeypatch):
     assert manager.recv(1000).startswith(start + rb"\x1b[31m")
 
 
-def test_a_log_destination_that_is_not_there_falls_back_to_stderr(root_logger, capsys, monkeypatch):
+def test_a_log_destination_that_is_not_there_falls_back_to_stderr(
+    root_logger: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("daemon.system.logs._SYSLOG", "/nonexistent/log")
     set_up("syslog", "info", {}, False)
     logging.getLogger("x").info("still here")
@@ -114,7 +123,7 @@ def test_a_log_destination_that_is_not_there_falls_back_to_stderr(root_logger, c
     assert "no syslog here" in captured and "still here" in captured
 
 
-def test_auto_is_stderr_unless_the_journal_is_behind_it(root_logger):
+def test_auto_is_stderr_unless_the_journal_is_behind_it(root_logger: Any) -> None:
     set_up("auto", "info", {"JOURNAL_STREAM": "1:2"}, False)
     assert isinstance(root_logger.handlers[0], logging.StreamHandler)
     assert root_logger.handlers[0].stream is sys.stderr

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: MIT
 """What is new, and to whom."""
 
+from __future__ import annotations
+
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,17 +23,19 @@ TODAY = 20_000 * DAY
 
 
 @pytest.fixture
-def store(tmp_path):
+def store(tmp_path: Path) -> Iterator[Store]:
     store = Store(str(tmp_path / "history.db"))
     yield store
     store.close()
 
 
 @pytest.fixture
-def saw(store):
+def saw(store: Store) -> Any:
     ids = iter(range(1, 10**6))
 
-    def saw(days_ago, *rows, text_of=lambda number: "", **more):
+    def saw(
+        days_ago: Any, *rows: Any, text_of: Callable[..., Any] = lambda number: "", **more: Any
+    ) -> None:
         found = [
             {
                 "time_ns": TODAY - int(days_ago * DAY),
@@ -53,12 +60,12 @@ def saw(store):
     return saw
 
 
-def names(store, kind, days=1, unseen=30, uid=None):
-    found = seen_first(store, kind, TODAY - days * DAY, unseen * DAY, uid, 100)
+def names(store: Any, kind: Any, days: float = 1, unseen: int = 30, uid: Any = None) -> list[Any]:
+    found = seen_first(store, kind, int(TODAY - days * DAY), unseen * DAY, uid, 100)
     return [one["name"] for one in found]
 
 
-def test_what_was_seen_within_the_time_is_not_new(store, saw):
+def test_what_was_seen_within_the_time_is_not_new(store: Store, saw: Any) -> None:
     saw(40, comm=b"old")
     saw(10, comm=b"lately")
     for comm in (b"old", b"lately", b"never"):
@@ -71,7 +78,7 @@ def test_what_was_seen_within_the_time_is_not_new(store, saw):
     assert old["before"] == (TODAY - 40 * DAY) / 1e9 and never["before"] is None
 
 
-def test_an_own_first_time_is_told_to_its_user_and_to_nobody_else(store, saw):
+def test_an_own_first_time_is_told_to_its_user_and_to_nobody_else(store: Store, saw: Any) -> None:
     saw(3, uid=0)
     saw(0.5, uid=1000)
     assert names(store, "program") == []  # somebody knew it
@@ -81,7 +88,7 @@ def test_an_own_first_time_is_told_to_its_user_and_to_nobody_else(store, saw):
     assert names(store, "program") == ["both"]  # once
 
 
-def test_destinations_are_what_was_asked_for_by_name_or_address(store, saw):
+def test_destinations_are_what_was_asked_for_by_name_or_address(store: Store, saw: Any) -> None:
     own, resolvers = number_of("example.org"), number_of("secret.example", of_resolver=True)
     texts = {own: "example.org", resolvers: "secret.example"}
     saw(
@@ -97,8 +104,8 @@ def test_destinations_are_what_was_asked_for_by_name_or_address(store, saw):
     assert sorted(names(store, "destination")) == ["192.0.2.3", "192.0.2.4", "example.org"]
 
 
-def test_listeners_are_known_by_address_port_and_name(store):
-    def owner(proto, port, comm, address=b"\x7f\0\0\1"):
+def test_listeners_are_known_by_address_port_and_name(store: Store) -> None:
+    def owner(proto: Any, port: Any, comm: Any, address: bytes = b"\x7f\0\0\1") -> PortOwner:
         return PortOwner((1, proto, 2, address.ljust(16, b"\0"), port), 5, 6, 0, comm, 9, True, 1)
 
     there = [owner(6, 80, "nginx"), owner(17, 53, "named"), owner(17, 40_000, "dig")]
@@ -112,7 +119,7 @@ def test_listeners_are_known_by_address_port_and_name(store):
     assert {one["about"] for one in found} == {"tcp 0.0.0.0.80", "tcp 127.0.0.1.80"}
 
 
-def test_a_flood_of_one_users_names_costs_that_user_alone(store, saw):
+def test_a_flood_of_one_users_names_costs_that_user_alone(store: Store, saw: Any) -> None:
     saw(1, comm=b"sshd", uid=0)
     saw(0.9, *({"comm": b"x%d" % n, "uid": 1000} for n in range(60)))
     shorten(store, 40)
@@ -120,5 +127,5 @@ def test_a_flood_of_one_users_names_costs_that_user_alone(store, saw):
     assert "sshd" in left and len(left) <= 40
 
 
-def test_it_is_known_since_when(store):
+def test_it_is_known_since_when(store: Store) -> None:
     assert abs(known_since(store) - time.time()) < 60

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: MIT
 """What others read: Community ID, ECS, a packet's process in pcapng."""
 
+from __future__ import annotations
+
 import io
 import json
 import socket
 import struct
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,24 +33,26 @@ from nlproto.tables.processes import Process, Processes
         (17, "192.168.1.52", "8.8.8.8", 54585, 53, "1:d/FP5EW3wiY1vCndhwleRRKHowQ="),
     ],
 )  # fmt: skip
-def test_community_ids_are_those_of_the_specification(proto, source, target, sport, dport, text):
+def test_community_ids_are_those_of_the_specification(
+    proto: int, source: str, target: str, sport: int, dport: int, text: str
+) -> None:
     family = socket.AF_INET6 if ":" in source else socket.AF_INET
     ends = [socket.inet_pton(family, one).ljust(16, b"\0") for one in (source, target)]
     assert community_id(family, proto, ends[0], sport, ends[1], dport) == text
     assert community_id(family, proto, ends[1], dport, ends[0], sport) == text
 
 
-def test_equal_addresses_are_ordered_by_port():
+def test_equal_addresses_are_ordered_by_port() -> None:
     one, other = (bytes([127, 0, 0, 1]), 9), (bytes([127, 0, 0, 1]), 300)
     assert community_id(2, 6, *one, *other) == community_id(2, 6, *other, *one)
 
 
 class Details(Processes):
-    def interface(self, netns, ifindex):
+    def interface(self, netns: Any, ifindex: Any) -> str:
         return "eth0"
 
 
-def table(*changes):
+def table(*changes: Any) -> Any:
     """Columns of TCP packets 10.0.0.1:40000 > 10.0.0.2:443, of a process or of nobody."""
     records = np.zeros(len(changes), wire.RECORD)
     records["family"], records["proto"], records["dir"] = 2, 6, wire.lib.SNIFFER_DIR_OUT
@@ -72,7 +78,7 @@ WGET = {"tgid": 7, "start_ns": 90, "comm": b"wget"}
 NOBODY = {"how": wire.lib.SNIFFER_HOW_NO_SOCKET}
 
 
-def rows(found):
+def rows(found: Any) -> list[dict[str, Any]]:
     values = cells(found)
     return [
         dict(zip(COLUMNS, row, strict=True))
@@ -80,7 +86,7 @@ def rows(found):
     ]
 
 
-def test_an_event_has_the_names_of_ecs():
+def test_an_event_has_the_names_of_ecs() -> None:
     row, nobody = rows(table(CURL, NOBODY | {"dir": wire.lib.SNIFFER_DIR_IN}))
     found = document(row)
     assert found["source"] == {"ip": "10.0.0.1", "port": 40000}
@@ -108,7 +114,7 @@ def test_an_event_has_the_names_of_ecs():
     assert found["network"]["direction"] == "ingress"
 
 
-def test_the_name_of_a_file_asks_for_ecs(tmp_path):
+def test_the_name_of_a_file_asks_for_ecs(tmp_path: Path) -> None:
     assert format_of("x.ecs.jsonl", None) == format_of("X.ECS.json", None) == "ecs"
     assert format_of("ecs.jsonl", None) == "jsonl"
     with pytest.raises(Exception, match=r"\.ecs\.jsonl"):
@@ -120,29 +126,29 @@ def test_the_name_of_a_file_asks_for_ecs(tmp_path):
     assert saver.rows == len(lines) == 2 and "ecs" in json.loads(lines[1])
 
 
-def blocks(path):
+def blocks(path: Any) -> list[Any]:
     with open(path, "rb") as file:
         return list(pcapng.blocks(io.BytesIO(file.read()), "x"))
 
 
-def options(block):
+def options(block: Any) -> dict[int, bytes]:
     return dict(pcapng._read_options(block.data[pcapng._options_at(block) : -4], block.order))
 
 
-def save(path, found, **words):
+def save(path: Any, found: Any, **words: Any) -> Any:
     saver = open_saver(str(path), "pcapng", None, **words)
     saver.add(found)
     saver.close()
     return blocks(path)
 
 
-def test_a_packet_has_its_process_as_option_8(tmp_path):
+def test_a_packet_has_its_process_as_option_8(tmp_path: Path) -> None:
     found = save(tmp_path / "x", table(CURL, NOBODY))
     assert [block.kind for block in found] == [pcapng.SECTION, pcapng.INTERFACE, 6, 6]
     assert options(found[2])[8] == struct.pack("<II", 7, 8) and 8 not in options(found[3])
 
 
-def test_each_process_has_a_block_before_its_first_packet_when_asked(tmp_path):
+def test_each_process_has_a_block_before_its_first_packet_when_asked(tmp_path: Path) -> None:
     found = save(tmp_path / "x", table(CURL, CURL, NOBODY, WGET, CURL), process_blocks=True)
     assert [block.kind for block in found[2:]] == [0xBAD, 6, 6, 6, 0xBAD, 6, 0xBAD, 6]
     pen, entry, size, pid = struct.unpack_from("<IIII", found[2].data, 8)
@@ -158,7 +164,7 @@ def test_each_process_has_a_block_before_its_first_packet_when_asked(tmp_path):
 
 
 @pytest.mark.parametrize("order", "<>")
-def test_ids_are_written_once_in_the_order_of_the_section(order):
+def test_ids_are_written_once_in_the_order_of_the_section(order: Any) -> None:
     data = struct.pack(f"{order}IIIII", 0, 0, 0, 4, 4) + b"data"
     block = pcapng.Block(6, order, pcapng._block(6, data, order))
     more = pcapng.Block(6, order, pcapng.with_comment(block, "x", (7, 8)))
@@ -167,6 +173,6 @@ def test_ids_are_written_once_in_the_order_of_the_section(order):
     assert options(again)[8] == options(more)[8] and pcapng.comments(again) == ["x", "y"]
 
 
-def test_a_process_block_is_little_endian_in_either_section():
+def test_a_process_block_is_little_endian_in_either_section() -> None:
     one, other = (pcapng.process_block(7, "a", order=order) for order in "<>")
     assert one[12:-4] == other[12:-4] and one[:12] != other[:12]

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT
 """hunter stats for people: what counts, in few words."""
 
+from __future__ import annotations
+
 import io
+from typing import Any
 
 from hunter.commands.stats import show
 from hunter.show.console import Output
@@ -17,14 +20,14 @@ ACCOUNT = {
 }
 
 
-def shown(**parts):
+def shown(**parts: Any) -> list[Any]:
     figures = {"version": "1", "pid": 7, "engine": "module", "started": 0.0} | parts
     out = io.StringIO()
     show(figures, Output(file=out, width=100))
     return [" ".join(line.split()) for line in out.getvalue().splitlines() if line.strip()]
 
 
-def test_the_account_closes_also_while_some_are_being_named():
+def test_the_account_closes_also_while_some_are_being_named() -> None:
     lines = shown(account=ACCOUNT)
     assert lines[1:] == [
         "packets seen 30",
@@ -37,7 +40,7 @@ def test_the_account_closes_also_while_some_are_being_named():
     ]
 
 
-def test_parts_say_what_they_have_and_how_many_probes():
+def test_parts_say_what_they_have_and_how_many_probes() -> None:
     engine = {"version": 1, "probes_registered": 0xFFFF, "probes_firing": 0xFEFF, "lost_batch": 0}
     lines = shown(account=ACCOUNT, engine_stats=engine | {"sockets": 1234}, queue={"bytes": 0})
     assert lines[-2:] == [
@@ -46,17 +49,17 @@ def test_parts_say_what_they_have_and_how_many_probes():
     ]
 
 
-def test_another_user_is_told_whose_the_account_is():
+def test_another_user_is_told_whose_the_account_is() -> None:
     assert "the account is for root and the group packet-hunter" in shown(account=None)
 
 
-def _history(**fields):
+def _history(**fields: Any) -> dict[str, Any]:
     store = {"path": "/h.db", "open": True, "error": "", "failures": 0, "bytes": 5000}
     store |= {"waiting_flows": 3, "waiting_processes": 2, "unstored_processes": 0}
     return {"flows": 9, "unstored": fields.pop("unstored", 0), "store": store | fields}
 
 
-def test_a_history_that_cannot_be_written_is_said_and_what_it_costs():
+def test_a_history_that_cannot_be_written_is_said_and_what_it_costs() -> None:
     assert shown(account=ACCOUNT, history=_history())[-1] == "history /h.db, 5,000 bytes"
     full = _history(error="/h.db: database or disk is full")
     assert shown(account=ACCOUNT, history=full)[-1] == (
@@ -67,7 +70,7 @@ def test_a_history_that_cannot_be_written_is_said_and_what_it_costs():
     assert "history" in " ".join(shown(account=ACCOUNT, history={"flows": 1, "store": None}))
 
 
-def test_sizes_and_switches_are_said_in_peoples_words():
+def test_sizes_and_switches_are_said_in_peoples_words() -> None:
     lines = shown(
         account=ACCOUNT,
         engine_stats={"sock_diag": True},
@@ -79,7 +82,7 @@ def test_sizes_and_switches_are_said_in_peoples_words():
     ]
 
 
-def test_a_daemon_of_another_release_may_leave_out_anything():
+def test_a_daemon_of_another_release_may_leave_out_anything() -> None:
     out = io.StringIO()
     show({}, Output(file=out, width=100))
     show({"account": {}, "clients": None, "queue": []}, Output(file=out, width=100))

@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: MIT
+from __future__ import annotations
+
+import functools
 import ipaddress
 import os
 import signal
@@ -6,6 +9,8 @@ import sqlite3
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +26,7 @@ from nlproto.tables.flows import FLOW, pack_address, summarize
 from nlproto.tables.processes import Process, Processes
 from recording import make_records
 from remembering import Clocks
-from waiting import until
+from waiting import there, until
 
 FOREVER = 2**62
 NO_OFFSET = Clock(0, 0)
@@ -29,34 +34,34 @@ _IP = [pack_address(f"10.0.0.{number}")[1] for number in range(3)]
 
 
 @pytest.fixture(name="path")
-def _path(tmp_path):
+def _path(tmp_path: Path) -> str:
     return str(tmp_path / "history.db")
 
 
-def _write(store, records, first_id=1, processes=()):
+def _write(store: Any, records: Any, first_id: int = 1, processes: Any = ()) -> Any:
     flows = summarize(records, 1)
     flows = flows[np.argsort(flows["lport"])]
     store.write(np.arange(first_id, first_id + len(flows), dtype=np.uint64), flows, processes)
     return flows
 
 
-def _ports(store, until=FOREVER, **conditions):
+def _ports(store: Any, until: Any = FOREVER, **conditions: Any) -> list[int]:
     return [int(flow["lport"]) for _, flow in store.ask(Question(**conditions), until)]
 
 
-def test_a_flow_comes_back_from_the_file_as_it_was(path):
+def test_a_flow_comes_back_from_the_file_as_it_was(path: str) -> None:
     store = Store(path)
     big = {"cookie": 2**64 - 2, "start_ns": 2**63 + 5, "comm": b"\xff\x1b[31m", "netns": 2**32 - 1}
     flows = _write(store, make_records(big))
     store.close()
     ((number, found),) = Store(path).ask(Question(), FOREVER)
     assert number == 1
-    for name in FLOW.names:
+    for name in there(FLOW.names):
         if name not in ("hash", "opened"):
             assert np.array_equal(found[name], flows[0][name]), name
 
 
-def test_writing_a_flow_again_updates_it(path):
+def test_writing_a_flow_again_updates_it(path: str) -> None:
     store = Store(path)
     _write(store, make_records({"time_ns": 5}))
     _write(store, make_records({"time_ns": 5}, {"time_ns": 9}))
@@ -87,7 +92,9 @@ def test_writing_a_flow_again_updates_it(path):
         ({"ends": ((2, _IP[1], 1), (2, _IP[2], 80)), "port": 53}, []),
     ],
 )
-def test_the_file_answers_the_same_questions(path, conditions, ports):
+def test_the_file_answers_the_same_questions(
+    path: str, conditions: dict[str, Any], ports: list[Any]
+) -> None:
     store = Store(path)
     rows = (
         {"sport": 1, "time_ns": 100, "comm": b"curl", "tgid": 11, "dport": 80, "proto": 6},
@@ -100,7 +107,7 @@ def test_the_file_answers_the_same_questions(path, conditions, ports):
     assert _ports(store, until=50) == []
 
 
-def test_a_process_comes_back_from_the_file(path):
+def test_a_process_comes_back_from_the_file(path: str) -> None:
     process = Process(5, 2**63 + 1, "x\x1b", exe="/bin/x", container="docker:abc")
     store = Store(path)
     store.write(np.zeros(0, np.uint64), np.zeros(0, FLOW), [process])
@@ -108,7 +115,7 @@ def test_a_process_comes_back_from_the_file(path):
     assert store.process(5, 1) is None
 
 
-def test_the_file_can_be_read_by_its_group_and_by_nobody_else(path):
+def test_the_file_can_be_read_by_its_group_and_by_nobody_else(path: str) -> None:
     Store(path).close()
     assert os.stat(path).st_mode & 0o777 == 0o640
 
@@ -116,7 +123,9 @@ def test_the_file_can_be_read_by_its_group_and_by_nobody_else(path):
 @pytest.mark.parametrize(
     "content", [b"not a database" * 100, b"SQLite format 3\0" + b"\xee" * 8000]
 )
-def test_a_corrupt_file_is_set_aside_with_a_message_and_a_new_one_begun(path, content, caplog):
+def test_a_corrupt_file_is_set_aside_with_a_message_and_a_new_one_begun(
+    path: str, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     with open(path, "wb") as file:
         file.write(content)
     store = Store(path)
@@ -127,7 +136,7 @@ def test_a_corrupt_file_is_set_aside_with_a_message_and_a_new_one_begun(path, co
     assert store.ask(Question(), FOREVER) == []
 
 
-def test_a_file_damaged_in_the_middle_is_set_aside(path):
+def test_a_file_damaged_in_the_middle_is_set_aside(path: str) -> None:
     store = Store(path)
     _write(store, make_records(*({"sport": n} for n in range(2000))))
     store.close()
@@ -137,26 +146,26 @@ def test_a_file_damaged_in_the_middle_is_set_aside(path):
     assert Store(path).set_aside is not None
 
 
-def test_a_file_of_another_schema_is_set_aside(path):
+def test_a_file_of_another_schema_is_set_aside(path: str) -> None:
     with sqlite3.connect(path) as other:
         other.execute("PRAGMA user_version = 77")
     assert Store(path).set_aside is not None
 
 
-def test_a_symlink_is_not_followed(path, tmp_path):
+def test_a_symlink_is_not_followed(path: str, tmp_path: Path) -> None:
     os.symlink(tmp_path / "elsewhere", path)
     with pytest.raises(Error, match="history"):
         Store(path)
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_directory_that_cannot_be_made_is_a_clear_error(tmp_path):
+def test_a_directory_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(Error, match="configuration"):
         Store(str(tmp_path / "file" / "history.db"))
 
 
-def test_old_flows_are_deleted(path):
+def test_old_flows_are_deleted(path: str) -> None:
     clocks = Clocks()
     store = Store(path, moment=clocks)
     _write(store, make_records({"sport": 1}))
@@ -167,7 +176,7 @@ def test_old_flows_are_deleted(path):
     assert _ports(store) == [2]
 
 
-def test_the_oldest_flows_are_deleted_until_the_size_fits(path):
+def test_the_oldest_flows_are_deleted_until_the_size_fits(path: str) -> None:
     store = Store(path)
     now = time.time_ns()
     rows = ({"sport": n, "time_ns": now + n} for n in range(5000))
@@ -180,24 +189,26 @@ def test_the_oldest_flows_are_deleted_until_the_size_fits(path):
     assert _ports(store, limit=1)[0] == 4999
 
 
-def _batch(records):
+def _batch(records: Any) -> NamedBatch:
     return NamedBatch(np.zeros(1)[0], records, NO_OFFSET, summarize(records, 1))
 
 
-def _ask(recorder, **conditions):
+def _ask(recorder: Any, **conditions: Any) -> list[Any]:
     question = Question(**conditions)
     _, now = recorder.history.ask(question)
     _, past = recorder.past(question)
     return sorted(int(flow["lport"]) for _, flow in now + past)
 
 
-def test_flows_evicted_from_memory_are_found_in_the_file_once(path):
+def test_flows_evicted_from_memory_are_found_in_the_file_once(path: str) -> None:
     config = Config(history=path, history_flows=64, flush_interval=0.05)
     with Recorder(config, Processes()) as recorder:
         for n in range(200):
             recorder.take(_batch(make_records({"sport": n, "time_ns": 1000 + n})))
             if n % 16 == 0:
-                until(lambda last=n: last in _ports(recorder._store, limit=1000))
+                until(
+                    functools.partial(lambda last: last in _ports(recorder._store, limit=1000), n)
+                )
         until(lambda: 199 in _ports(recorder._store, limit=1000))
         assert recorder.history.evicted > 0
         assert recorder.history.unstored == 0
@@ -205,7 +216,7 @@ def test_flows_evicted_from_memory_are_found_in_the_file_once(path):
         assert recorder.past(Question(since_ns=1199)) == (0, [])
 
 
-def test_a_new_daemon_finds_what_the_last_one_wrote_and_goes_on_counting(path):
+def test_a_new_daemon_finds_what_the_last_one_wrote_and_goes_on_counting(path: str) -> None:
     config = Config(history=path)
     process = Process(100, 5_000_000_000, "client", exe="/usr/bin/client")
     processes = Processes()
@@ -252,7 +263,7 @@ with Telling(Config(history=sys.argv[1], flush_interval=0.1), Processes()) as re
 """
 
 
-def test_kill_9_loses_at_most_what_came_since_the_last_flush(path):
+def test_kill_9_loses_at_most_what_came_since_the_last_flush(path: str) -> None:
     child = subprocess.Popen([sys.executable, "-c", _KILLED, path], stdout=subprocess.PIPE)
     assert child.stdout is not None
     flushed = [int(child.stdout.readline()) for _ in range(8)]
@@ -265,23 +276,23 @@ def test_kill_9_loses_at_most_what_came_since_the_last_flush(path):
     assert set(range(1, flushed[-1] + 1)) <= set(_ports(store, limit=60000))
 
 
-def test_a_full_disk_is_counted_and_writing_goes_on_afterwards(path):
+def test_a_full_disk_is_counted_and_writing_goes_on_afterwards(path: str) -> None:
     config = Config(history=path, flush_interval=0.05)
     with Recorder(config, Processes()) as recorder:
-        recorder._store._writer.execute("PRAGMA max_page_count = 1")
+        there(recorder._store)._writer.execute("PRAGMA max_page_count = 1")
         recorder.take(_batch(make_records(*({"sport": n, "time_ns": n + 1} for n in range(3000)))))
         until(lambda: recorder.failures > 0)
-        recorder._store._writer.execute("PRAGMA max_page_count = 100000")
+        there(recorder._store)._writer.execute("PRAGMA max_page_count = 100000")
     assert len(_ports(Store(path), limit=9999)) == 3000
 
 
-def test_a_question_that_nobody_waits_for_ends_within_the_search(path):
+def test_a_question_that_nobody_waits_for_ends_within_the_search(path: str) -> None:
     store = Store(path)
     rows = [{"sport": 1 + n % 60000, "dport": 1 + n // 60000} for n in range(3000)]
     _write(store, make_records(*rows))
     calls = []
 
-    def stop():
+    def stop() -> None:
         calls.append(1)
         raise KeyboardInterrupt
 

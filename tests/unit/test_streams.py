@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Streams: who may see a record is decided before any filter; one user's filters cost that user."""
 
+from __future__ import annotations
+
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,48 +27,50 @@ from nlproto.records.batch import NamedBatch
 from nlproto.tables.flows import decode_flows, summarize
 from nlproto.tables.processes import Processes
 from recording import make_batch, make_records
+from waiting import stand_in
 
 
 class Subscriber:
-    def __init__(self):
-        self.seen, self.pieces, self.lost = 0, [], 0
+    def __init__(self) -> None:
+        self.seen, self.lost = 0, 0
+        self.pieces: list[Any] = []
 
-    def offer(self, seen, piece):
+    def offer(self, seen: Any, piece: Any) -> None:
         self.seen += seen
         if piece is not None:
             self.pieces.append(piece)
 
-    def lose(self, seen, matched):
+    def lose(self, seen: Any, matched: Any) -> None:
         self.seen += seen
         self.lost += matched
 
     @property
-    def records(self):
+    def records(self) -> list[Any]:
         from nlproto.records.wire import decode_batch
 
         return [record for piece in self.pieces for record in decode_batch(piece.payload).records]
 
 
 @contextmanager
-def _streams(max_filters=100, max_bytes=1 << 20, **options):
+def _streams(max_filters: int = 100, max_bytes: int = 1 << 20, **options: Any) -> Iterator[Any]:
     """Streams whose publishers run; posted functions run at once, one at a time."""
     lock = threading.RLock()
 
-    def post(function):
+    def post(function: Any) -> None:
         with lock:
             function()
 
     pipeline = SimpleNamespace(processes=Processes(), want_packets=lambda wanted: None)
-    with Streams(pipeline, post, max_filters, max_bytes, **options) as streams:
+    with Streams(stand_in(pipeline), post, max_filters, max_bytes, **options) as streams:
         yield streams
 
 
-def _publish(streams, records):
+def _publish(streams: Any, records: Any) -> None:
     batch = make_batch(records)
-    streams.publish(NamedBatch(batch.head, np.array(batch.records), None))
+    streams.publish(NamedBatch(batch.head, np.array(batch.records), stand_in(None)))
 
 
-def _finish(streams, *joined):
+def _finish(streams: Any, *joined: Any) -> None:
     """Wait until everything before has been offered to the streams."""
     for stream in joined:
         passed = threading.Event()
@@ -72,11 +78,11 @@ def _finish(streams, *joined):
         assert passed.wait(20)
 
 
-def test_a_filter_runs_once_a_batch_for_all_who_have_it(monkeypatch):
+def test_a_filter_runs_once_a_batch_for_all_who_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     masks = []
     mask = Filter.mask
 
-    def counted(self, *arguments):
+    def counted(self: Any, *arguments: Any) -> Any:
         masks.append(str(self))
         return mask(self, *arguments)
 
@@ -95,7 +101,7 @@ def test_a_filter_runs_once_a_batch_for_all_who_have_it(monkeypatch):
     assert (other.seen, other.pieces) == (2, [])
 
 
-def test_another_users_stream_has_its_own_records_and_no_others():
+def test_another_users_stream_has_its_own_records_and_no_others() -> None:
     with _streams() as streams:
         root, user = Subscriber(), Subscriber()
         joined = [streams.join(parse("udp"), None, root), streams.join(parse("udp"), 1000, user)]
@@ -108,12 +114,12 @@ def test_another_users_stream_has_its_own_records_and_no_others():
 
 
 def test_a_users_filter_never_meets_a_record_of_somebody_else(
-    monkeypatch
-):
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     met = []
     mask = Filter.mask
 
-    def counted(self, records, details=None):
+    def counted(self: Any, records: Any, details: Any = None) -> Any:
         met.extend(records["uid"].tolist())
         return mask(self, records, details)
 
@@ -126,7 +132,7 @@ def test_a_users_filter_never_meets_a_record_of_somebody_else(
     assert met == [1000]
 
 
-def test_the_numbers_in_a_users_records_count_its_own():
+def test_the_numbers_in_a_users_records_count_its_own() -> None:
     """`seq` and the clocks of the head would tell how much the others send."""
     with _streams() as streams:
         root, user = Subscriber(), Subscriber()
@@ -135,7 +141,7 @@ def test_the_numbers_in_a_users_records_count_its_own():
             rows = [{"uid": 0, "seq": 1000 * number + n, "cpu": 1} for n in range(10)]
             rows[4] |= {"uid": 1000, "time_ns": 2_000_000_000 + number}
             batch = make_batch(make_records(*rows), mono_ns=3_000_000_000 + number)
-            streams.publish(NamedBatch(batch.head, np.array(batch.records), None))
+            streams.publish(NamedBatch(batch.head, np.array(batch.records), stand_in(None)))
         _finish(streams, *joined)
     assert [int(record["seq"]) for record in user.records] == [0, 1, 2]
     assert {int(record["cpu"]) for record in user.records} == {0}
@@ -151,12 +157,12 @@ def test_the_numbers_in_a_users_records_count_its_own():
         )
 
 
-def _stuck(monkeypatch):
+def _stuck(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
     """From now on filters wait until the event returned is set."""
     go_on, waiting = threading.Event(), threading.Event()
     mask = Filter.mask
 
-    def slow(self, records, details=None):
+    def slow(self: Any, records: Any, details: Any = None) -> Any:
         if "99" in str(self):
             waiting.set()
             assert go_on.wait(20)
@@ -167,8 +173,8 @@ def _stuck(monkeypatch):
 
 
 def test_who_has_slow_filters_loses_records_and_nobody_else_and_each_account_closes(
-    monkeypatch
-):
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     go_on, waiting = _stuck(monkeypatch)
     rows = [{"uid": 1000 + n % 2, "dport": n} for n in range(100)]
     with _streams(max_bytes=30_000) as streams:
@@ -193,7 +199,7 @@ def test_who_has_slow_filters_loses_records_and_nobody_else_and_each_account_clo
     assert slow.lost > 0
 
 
-def test_a_marker_comes_behind_what_was_lost_before_it(monkeypatch):
+def test_a_marker_comes_behind_what_was_lost_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a client who subscribes meanwhile does not count it."""
     go_on, waiting = _stuck(monkeypatch)
     with _streams(max_bytes=10_000) as streams:
@@ -205,7 +211,12 @@ def test_a_marker_comes_behind_what_was_lost_before_it(monkeypatch):
             _publish(streams, make_records(*[{"uid": 1000}] * 50))
         before = threading.Event()
         seen = []
-        streams.mark(stream, lambda: (seen.append(one.seen), before.set()))
+
+        def mark() -> None:
+            seen.append(one.seen)
+            before.set()
+
+        streams.mark(stream, mark)
         for _ in range(5):
             _publish(streams, make_records(*[{"uid": 1000}] * 50))
         go_on.set()
@@ -214,13 +225,13 @@ def test_a_marker_comes_behind_what_was_lost_before_it(monkeypatch):
     assert seen == [251] and one.seen == 501
 
 
-def test_users_take_turns_batch_by_batch(monkeypatch):
+def test_users_take_turns_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who has ten filters and much to filter does not come before who has one."""
     order = []
     mask = Filter.mask
     go_on = threading.Event()
 
-    def told(self, records, details=None):
+    def told(self: Any, records: Any, details: Any = None) -> Any:
         assert go_on.wait(20)
         order.append(int(records["uid"][0]))
         return mask(self, records, details)
@@ -241,11 +252,11 @@ def test_users_take_turns_batch_by_batch(monkeypatch):
 
 
 def test_an_encoder_that_fails_loses_its_own_records_and_is_told_once(
-    monkeypatch, caplog
-):
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     mask = Filter.mask
 
-    def broken(self, records, details=None):
+    def broken(self: Any, records: Any, details: Any = None) -> Any:
         if str(self) == "tcp":
             raise ValueError("unforeseen")
         return mask(self, records, details)
@@ -262,11 +273,11 @@ def test_an_encoder_that_fails_loses_its_own_records_and_is_told_once(
     assert len([one for one in caplog.records if one.exc_info]) == 1
 
 
-def test_places_for_filters_are_kept_for_those_who_see_everything():
+def test_places_for_filters_are_kept_for_those_who_see_everything() -> None:
     with _streams(max_filters=16) as streams:
         taken = []
 
-        def take(uid, number):
+        def take(uid: Any, number: Any) -> None:
             taken.append(streams.join(parse(f"port {number}"), uid, Subscriber(), user=uid or 0))
 
         take(1000, 1)
@@ -282,7 +293,7 @@ def test_places_for_filters_are_kept_for_those_who_see_everything():
             take(None, number)
 
 
-def test_the_tests_of_all_filters_of_a_user_are_bounded_together():
+def test_the_tests_of_all_filters_of_a_user_are_bounded_together() -> None:
     with _streams(max_filters=256) as streams:
         worst = " or ".join(f"pname a{n}" for n in range(128))
         for number in range(4):
@@ -292,7 +303,7 @@ def test_the_tests_of_all_filters_of_a_user_are_bounded_together():
         streams.join(parse(worst), None, Subscriber())
 
 
-def test_what_users_without_rights_may_take_of_a_cpu_has_an_end():
+def test_what_users_without_rights_may_take_of_a_cpu_has_an_end() -> None:
     allowance = Allowance(share=0.5, saved=0.1)
     began = time.monotonic()
     assert allowance.spend(0.1) == pytest.approx(0, abs=0.01)
@@ -300,19 +311,19 @@ def test_what_users_without_rights_may_take_of_a_cpu_has_an_end():
     assert pause == pytest.approx(2.0, abs=2 * (time.monotonic() - began) + 0.01)
 
 
-def test_flows_go_to_who_asked_for_them_and_tell_no_hash():
+def test_flows_go_to_who_asked_for_them_and_tell_no_hash() -> None:
     rows = [{"uid": uid, "tgid": 10 * uid} for uid in (1, 1, 1, 2, 2, 2)]
     records = make_records(*rows)
     batch = make_batch(records)
     flows = summarize(np.array(batch.records), 77)
-    wanted = []
+    wanted: list[Any] = []
     with _streams() as streams:
         streams._pipeline.want_packets = wanted.append
         everything, own = Subscriber(), Subscriber()
         full = streams.join(parse(""), None, everything, flows=True)
         part = streams.join(parse(""), 1, own, flows=True)
         assert wanted == [False, False]
-        streams.publish(NamedBatch(batch.head, batch.records[:0], None, flows))
+        streams.publish(NamedBatch(batch.head, batch.records[:0], stand_in(None), flows))
         _finish(streams, full, part)
         other = Subscriber()
         streams.join(parse(""), None, other)
@@ -328,7 +339,7 @@ def test_flows_go_to_who_asked_for_them_and_tell_no_hash():
     assert not other.pieces
 
 
-def test_names_of_far_ends_come_with_flows_as_far_as_one_may_know_them():
+def test_names_of_far_ends_come_with_flows_as_far_as_one_may_know_them() -> None:
     records = make_records({"uid": 1, "sport": 1}, {"uid": 1, "sport": 2})
     batch = make_batch(records)
     names = Names()
@@ -342,7 +353,7 @@ def test_names_of_far_ends_come_with_flows_as_far_as_one_may_know_them():
             streams.join(parse(""), uid, one, flows=True)
             for uid, one in ((None, everything), (1, own))
         ]
-        streams.publish(NamedBatch(batch.head, batch.records[:0], None, flows))
+        streams.publish(NamedBatch(batch.head, batch.records[:0], stand_in(None), flows))
         _finish(streams, *joined)
     told = [
         set(msgspec.json.decode(one.pieces[0].names, type=dict[int, str]).values())

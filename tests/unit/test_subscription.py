@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: MIT
 """What one client is to get: bounded, counted, and every loss is told."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import msgspec
 
 from daemon.serve.publisher import Piece
@@ -8,37 +12,38 @@ from daemon.serve.subscription import Subscription
 from nlproto.client.frames import DATA_HEAD, Decoder, Kind
 
 
-def _piece(count=1, size=100, details=()):
+def _piece(count: int = 1, size: int = 100, details: Any = ()) -> Piece:
     payload = b"x" * (size - sum(len(encoded) for _, _, encoded in details))
     return Piece(payload, count, tuple(details), b"", b"", size)
 
 
-def _begun(limit):
+def _begun(limit: Any) -> Any:
     subscription = Subscription(lambda: None, limit)
     subscription.begun = True
     return subscription
 
 
-def _frames(subscription):
-    decoder, frames = Decoder(1 << 24), []
+def _frames(subscription: Any) -> Any:
+    decoder = Decoder(1 << 24)
+    frames: list[Any] = []
     while (frame := subscription.next_frame()) is not None:
         frames += decoder.feed(frame)
     return frames
 
 
-def _gaps(frames):
+def _gaps(frames: Any) -> list[Any]:
     events = [msgspec.json.decode(payload) for kind, payload in frames if kind is Kind.EVENT]
     return [event["records"] for event in events]
 
 
-def test_nothing_counts_before_it_has_begun():
+def test_nothing_counts_before_it_has_begun() -> None:
     subscription = Subscription(lambda: None, 1000)
     subscription.offer(5, _piece())
     subscription.lose(5, 5)
     assert _frames(subscription) == [] and subscription.matched == 0
 
 
-def test_when_it_is_full_the_oldest_goes_and_the_account_closes():
+def test_when_it_is_full_the_oldest_goes_and_the_account_closes() -> None:
     subscription = _begun(250)
     for number in range(10):
         subscription.offer(3, _piece(count=number))
@@ -51,7 +56,9 @@ def test_when_it_is_full_the_oldest_goes_and_the_account_closes():
     assert subscription.queued == 0
 
 
-def test_a_smaller_part_of_the_room_is_kept_to_and_the_loss_is_told_though_nothing_follows():
+def test_a_smaller_part_of_the_room_is_kept_to_and_the_loss_is_told_though_nothing_follows() -> (
+    None
+):
     subscription = _begun(1000)
     for _ in range(5):
         subscription.offer(1, _piece(count=1, size=200))
@@ -63,7 +70,7 @@ def test_a_smaller_part_of_the_room_is_kept_to_and_the_loss_is_told_though_nothi
     assert _gaps(_frames(subscription)) == [7]
 
 
-def test_details_of_processes_count_as_bytes_and_are_told_once():
+def test_details_of_processes_count_as_bytes_and_are_told_once() -> None:
     details = [((n, 5), n, b'"' + b"y" * 40_000 + b'"') for n in range(3)]
     subscription = _begun(1 << 20)
     for _ in range(2):

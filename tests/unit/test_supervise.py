@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Threads that outlive mistakes, say them seldom, and end when nothing else is left."""
 
+from __future__ import annotations
+
 import errno
 import logging
 import threading
+from typing import Any
 
 import pytest
 
@@ -15,11 +18,13 @@ from nlproto.running.supervise import Failures, described, keep_going
 class Clock:
     now = 0.0
 
-    def __call__(self):
+    def __call__(self) -> Any:
         return self.now
 
 
-def test_the_same_is_told_once_a_minute_with_how_often_it_happened(caplog):
+def test_the_same_is_told_once_a_minute_with_how_often_it_happened(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     clock = Clock()
     failures = Failures("worker", now=clock)
     for second in range(150):
@@ -45,13 +50,15 @@ def test_the_same_is_told_once_a_minute_with_how_often_it_happened(caplog):
         (Error("do this"), False),
     ],
 )
-def test_a_traceback_is_for_what_nobody_foresaw(caplog, error, traceback):
+def test_a_traceback_is_for_what_nobody_foresaw(
+    caplog: pytest.LogCaptureFixture, error: Any, traceback: bool
+) -> None:
     Failures("watcher").add(error)
     assert (caplog.records[0].exc_info is not None) == traceback
     assert caplog.records[0].levelno == logging.ERROR
 
 
-def test_a_description_is_one_line_and_says_where():
+def test_a_description_is_one_line_and_says_where() -> None:
     try:
         raise KeyError("a\nb")
     except KeyError as error:
@@ -59,11 +66,12 @@ def test_a_description_is_one_line_and_says_where():
     assert described(Error("a\n b")) == "a b"
 
 
-def test_a_thread_goes_on_after_failures_and_ends_when_it_is_done():
-    turns, deaths = [], []
+def test_a_thread_goes_on_after_failures_and_ends_when_it_is_done() -> None:
+    turns: list[Any] = []
+    deaths: list[Any] = []
     failures = Failures("x", patience=60)
 
-    def turn():
+    def turn() -> bool:
         turns.append(1)
         if len(turns) < 4:
             raise RuntimeError("not yet")
@@ -75,7 +83,7 @@ def test_a_thread_goes_on_after_failures_and_ends_when_it_is_done():
     assert len(turns) == 4 and not deaths
 
 
-def test_success_gives_new_patience():
+def test_success_gives_new_patience() -> None:
     clock = Clock()
     failures = Failures("x", patience=10, now=clock)
     failures.add(ValueError())
@@ -89,7 +97,7 @@ def test_success_gives_new_patience():
     assert isinstance(failures.death(), Error) and "x cannot go on" in str(failures.death())
 
 
-def test_no_descriptor_left_is_an_error_that_says_what_to_do():
+def test_no_descriptor_left_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(NoDescriptors, match="ulimit -n"), or_error():
         raise OSError(errno.EMFILE, "Too many open files")
     with pytest.raises(PermissionError), or_error():

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: MIT
 """hunter top, driven by its keys."""
 
+from __future__ import annotations
+
+import functools
 import math
 import os
+from typing import Any
 
 import pytest
 from textual.widgets import Input, Static
@@ -14,13 +18,14 @@ from nlproto import Error
 from nlproto.records import wire
 from nlproto.tables.processes import Process
 from topping import REPLY, Feed, becomes, cells, drive, text
+from waiting import noting
 
 
-def test_processes_stand_by_rate_with_user_place_and_account():
+def test_processes_stand_by_rate_with_user_place_and_account() -> None:
     feed = Feed(Process(os.getpid(), 1, unit="web.service"))
     feed.put({"len": 100}, {"tgid": 1, "comm": b"init", "len": 5000})
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         rows = cells(app)
         assert [row[1] for row in rows] == ["init", "web"]
         assert rows[1][0] == str(os.getpid()) and rows[1][2] == "root"
@@ -30,11 +35,11 @@ def test_processes_stand_by_rate_with_user_place_and_account():
     drive(feed, script)
 
 
-def test_enter_shows_flows_tab_far_ends_and_escape_goes_back():
+def test_enter_shows_flows_tab_far_ends_and_escape_goes_back() -> None:
     feed = Feed(Process(os.getpid(), 1, exe="/usr/sbin/web"))
     feed.put({}, {"sport": 50001}, REPLY)
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         await pilot.press("enter")
         await becomes(
             pilot,
@@ -55,11 +60,11 @@ def test_enter_shows_flows_tab_far_ends_and_escape_goes_back():
     drive(feed, script)
 
 
-def test_far_ends_of_two_namespaces_of_a_file_say_which():
+def test_far_ends_of_two_namespaces_of_a_file_say_which() -> None:
     feed = Feed()
     feed.put({"netns": 11}, {"netns": 12})
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         await pilot.press("enter")
         await becomes(pilot, lambda: isinstance(app.screen, FlowsView) and cells(app))
         assert {row[2] for row in cells(app)} == {
@@ -75,11 +80,11 @@ def test_far_ends_of_two_namespaces_of_a_file_say_which():
     drive(feed, script)
 
 
-def test_greater_sorts_by_the_next_column():
+def test_greater_sorts_by_the_next_column() -> None:
     feed = Feed()
     feed.put({"tgid": 1, "comm": b"zzz", "len": 9000}, {"comm": b"aaa"})
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         assert [row[1] for row in cells(app)] == ["zzz", "aaa"]
         for _ in range(10):
             await pilot.press("greater_than_sign")
@@ -90,11 +95,11 @@ def test_greater_sorts_by_the_next_column():
     drive(feed, script)
 
 
-def test_slash_filters_as_one_types_and_escape_ends_it():
+def test_slash_filters_as_one_types_and_escape_ends_it() -> None:
     feed = Feed()
     feed.put({"tgid": 1, "comm": b"nginx"}, {"comm": b"curl"})
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         await pilot.press("slash", *"CUR")
         await becomes(pilot, lambda: [row[1] for row in cells(app)] == ["curl"])
         await pilot.press("escape")
@@ -104,11 +109,11 @@ def test_slash_filters_as_one_types_and_escape_ends_it():
     drive(feed, script)
 
 
-def test_space_pauses_what_is_shown_but_not_the_count():
+def test_space_pauses_what_is_shown_but_not_the_count() -> None:
     feed = Feed()
     feed.put({})
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         await pilot.press("space")
         feed.put({"tgid": 1, "comm": b"late"})
         await becomes(pilot, lambda: app.state.shown.records == 2)
@@ -119,11 +124,11 @@ def test_space_pauses_what_is_shown_but_not_the_count():
     drive(feed, script)
 
 
-def test_u_changes_the_units():
+def test_u_changes_the_units() -> None:
     feed = Feed()
     feed.put({"len": 1000})
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         assert cells(app)[0][8] == "1000 B"
         await pilot.press("u")
         await becomes(pilot, lambda: cells(app)[0][8] == "7.8 Kib")
@@ -131,22 +136,22 @@ def test_u_changes_the_units():
     drive(feed, script)
 
 
-def test_an_ended_process_stays_and_says_so():
+def test_an_ended_process_stays_and_says_so() -> None:
     feed = Feed(Process(4194304, 1, exit_ns=5))
     feed.put({"tgid": 4194304})
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         assert cells(app)[0][1] == "web (ended)"
 
     drive(feed, script, kept_s=math.inf)  # of a file
 
 
 @pytest.mark.parametrize("name", [b"\x1b[2Jx", b"a\nb", b"[/red]", b"[@click=quit]x", b"\xff"])
-def test_a_hostile_name_is_only_text(name):
+def test_a_hostile_name_is_only_text(name: bytes) -> None:
     feed = Feed(Process(os.getpid(), 1, exe=wire.text(name), unit=wire.text(name)))
     feed.put({"comm": name})
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         (row,) = cells(app)
         assert row[1].isprintable() and row[10].isprintable()
         assert row[1] in ("[@click=quit]x", "\\x1b[2Jx", "a\\x0ab", "[/red]", "\\xff")
@@ -158,22 +163,22 @@ def test_a_hostile_name_is_only_text(name):
     drive(feed, script)
 
 
-def test_a_source_that_fails_ends_the_program_with_its_error():
+def test_a_source_that_fails_ends_the_program_with_its_error() -> None:
     feed = Feed()
     feed.put({})
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         feed.failure = Error("the module is gone")
         await becomes(pilot, lambda: app.state.failure)
 
     assert str(drive(feed, script).state.failure) == "the module is gone"
 
 
-def test_s_and_r_sort_as_in_nethogs():
+def test_s_and_r_sort_as_in_nethogs() -> None:
     feed = Feed()
     feed.put({"tgid": 1, "comm": b"sends", "len": 9000}, REPLY | {"comm": b"receives"})
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         await pilot.press("r")
         await becomes(pilot, lambda: [row[1] for row in cells(app)] == ["receives", "sends"])
         await pilot.press("s")
@@ -182,18 +187,18 @@ def test_s_and_r_sort_as_in_nethogs():
     drive(feed, script)
 
 
-def test_ten_thousand_rows_are_made_only_where_one_looks():
+def test_ten_thousand_rows_are_made_only_where_one_looks() -> None:
     feed = Feed()
     feed.put(*({"sport": 10_000 + i} for i in range(10_000)))
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         await pilot.press("enter")
         await becomes(pilot, lambda: isinstance(app.screen, FlowsView))
         table = app.screen.query_one(Grid)
         await becomes(pilot, lambda: table.row_count == 10_000)
-        made = []
+        made: list[Any] = []
         cells_of = app.screen.cells
-        app.screen.cells = lambda item: made.append(item) or cells_of(item)
+        app.screen.cells = noting(made, cells_of)
         await pilot.press("end")
         await becomes(pilot, lambda: table.cursor == 9_999)
         await becomes(pilot, lambda: table.render_line(table.size.height - 1).text.strip())
@@ -202,22 +207,22 @@ def test_ten_thousand_rows_are_made_only_where_one_looks():
     drive(feed, script)
 
 
-def test_a_tick_while_the_view_is_taken_apart_does_nothing():
+def test_a_tick_while_the_view_is_taken_apart_does_nothing() -> None:
     feed = Feed()
     feed.put({})
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         await app.screen.query_one("#title").remove()
         app.tick()
 
     drive(feed, script)
 
 
-def test_the_cursor_stays_on_its_process_once_moved():
+def test_the_cursor_stays_on_its_process_once_moved() -> None:
     feed = Feed()
     feed.put({"tgid": 1, "comm": b"big", "len": 9000}, {"comm": b"small"})
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         table = app.screen.query_one(Grid)
         await pilot.press("down")
         assert table.selected.comm == "small"
@@ -228,11 +233,11 @@ def test_the_cursor_stays_on_its_process_once_moved():
     drive(feed, script)
 
 
-def test_a_click_on_a_heading_sorts_and_on_the_row_opens():
+def test_a_click_on_a_heading_sorts_and_on_the_row_opens() -> None:
     feed = Feed()
     feed.put({"tgid": 1, "comm": b"zzz", "len": 9000}, {"comm": b"aaa"})
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         await pilot.click(Grid, offset=(8, 0))
         await becomes(pilot, lambda: [row[1] for row in cells(app)] == ["aaa", "zzz"])
         await pilot.click(Grid, offset=(8, 1))
@@ -241,11 +246,11 @@ def test_a_click_on_a_heading_sorts_and_on_the_row_opens():
     drive(feed, script)
 
 
-def test_n_shows_numbers_and_names():
+def test_n_shows_numbers_and_names() -> None:
     feed = Feed()
     feed.put({})
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         await pilot.press("enter")
         await becomes(pilot, lambda: cells(app)[0][2] == "10.0.0.2.http")
         await pilot.press("n")
@@ -254,20 +259,24 @@ def test_n_shows_numbers_and_names():
     drive(feed, script)
 
 
-def test_a_source_that_has_ended_says_so():
+def test_a_source_that_has_ended_says_so() -> None:
     feed = Feed()
     feed.put({})
     feed.ended = True
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         await becomes(pilot, lambda: "the source has ended" in text(app, "#account"))
         assert [row[1] for row in cells(app)] == ["web"]
 
     drive(feed, script)
 
 
-def test_b_sums_up_by_name_unit_container_and_user_and_enter_shows_who():
-    web = {"unit": "web.service", "container": "docker:0123456789ab", "container_name": "web"}
+def test_b_sums_up_by_name_unit_container_and_user_and_enter_shows_who() -> None:
+    web: dict[str, Any] = {
+        "unit": "web.service",
+        "container": "docker:0123456789ab",
+        "container_name": "web",
+    }
     feed = Feed(Process(2**22 + 1, 1, **web), Process(2**22 + 2, 1, **web), Process(2**22 + 3, 1))
     feed.put(
         {"tgid": 2**22 + 1, "comm": b"nginx", "len": 500, "uid": 0},
@@ -275,7 +284,7 @@ def test_b_sums_up_by_name_unit_container_and_user_and_enter_shows_who():
         {"tgid": 2**22 + 3, "comm": b"curl", "len": 700, "uid": 0},
     )
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         for by, wanted in {
             "name": [["nginx", "2"], ["curl", "1"]],
             "unit": [["web.service", "2"], ["-", "1"]],
@@ -283,8 +292,13 @@ def test_b_sums_up_by_name_unit_container_and_user_and_enter_shows_who():
             "user": [["root", "3"]],
         }.items():
             await pilot.press("b")
-            await becomes(pilot, lambda by=by: f"by {by}:" in text(app, "#title"))
-            await becomes(pilot, lambda wanted=wanted: [row[:2] for row in cells(app)] == wanted)
+            await becomes(
+                pilot, functools.partial(lambda by: f"by {by}:" in text(app, "#title"), by)
+            )
+            await becomes(
+                pilot,
+                functools.partial(lambda rows: [row[:2] for row in cells(app)] == rows, wanted),
+            )
             if by == "container":
                 await pilot.press("enter")
                 await becomes(
@@ -298,11 +312,11 @@ def test_b_sums_up_by_name_unit_container_and_user_and_enter_shows_who():
     drive(feed, script, kept_s=math.inf)
 
 
-def test_what_has_ended_is_hidden_once_it_is_silent_and_e_shows_it():
+def test_what_has_ended_is_hidden_once_it_is_silent_and_e_shows_it() -> None:
     feed = Feed(Process(2**22 + 5, 1, exit_ns=1), Process(os.getpid(), 1))
     feed.put({"tgid": 2**22 + 5, "comm": b"curl", "len": 5000}, {"comm": b"web"})
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         await becomes(pilot, lambda: [row[1] for row in cells(app)] == ["web"])
         assert "1 ended (e)" in text(app, "#title")
         await pilot.press("e")
@@ -311,11 +325,11 @@ def test_what_has_ended_is_hidden_once_it_is_silent_and_e_shows_it():
     drive(feed, script)
 
 
-def test_question_mark_shows_every_key_and_any_key_ends_it():
+def test_question_mark_shows_every_key_and_any_key_ends_it() -> None:
     feed = Feed()
     feed.put({})
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         await pilot.press("question_mark")
         await becomes(pilot, lambda: isinstance(app.screen, Help))
         told = str(app.screen.query_one(Static).render())
@@ -328,11 +342,11 @@ def test_question_mark_shows_every_key_and_any_key_ends_it():
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])
-def test_no_column_is_cut_in_the_middle(width):
+def test_no_column_is_cut_in_the_middle(width: int) -> None:
     feed = Feed(Process(os.getpid(), 1, unit="a-rather-long-name-of-a-unit.service"))
     feed.put({"comm": b"fifteen-letters", "len": 1500, "gso_segs": 40, "hdr_len": 52})
 
-    async def script(app, pilot):
+    async def script(app: Any, pilot: Any) -> None:
         grid = app.screen.query_one(Grid)
         await becomes(pilot, lambda: grid.virtual_size.width <= width)
         head = grid.render_line(0).text.split()

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Both tuples of a translated connection, joined: by time, by namespace, in bounds; and kept."""
 
+from __future__ import annotations
+
 import dataclasses
 import ipaddress
 import socket
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,52 +20,53 @@ from nlproto.overheard.translations import Translations
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import FLOW, pack_address, summarize
 from recording import make_records
+from waiting import there
 
 SECOND = 1_000_000_000
 HOST, BOX, OTHER = 11, 22, 33
 FOREVER = 2**62
 
 
-def end(address, port):
+def end(address: Any, port: Any) -> Any:
     return pack_address(address)[1] + port.to_bytes(2)
 
 
 CLIENT, PUBLIC, SERVER = end("10.7.0.2", 4000), end("10.7.0.1", 8080), end("10.8.0.2", 80)
 
 
-def event(original, reply, number=1, ended=False, zone=0):
+def event(original: Any, reply: Any, number: int = 1, ended: bool = False, zone: int = 0) -> Event:
     return Event(ended, number, socket.AF_INET, 6, zone, original, reply)
 
 
-def published(number=1, ended=False, server=SERVER):
+def published(number: int = 1, ended: bool = False, server: Any = SERVER) -> Any:
     return event((CLIENT, PUBLIC), (server, CLIENT), number, ended)
 
 
-def way(netns, near, far):
+def way(netns: Any, near: Any, far: Any) -> tuple[Any, ...]:
     near_port, far_port = int.from_bytes(near[16:]), int.from_bytes(far[16:])
     return (netns, 6, socket.AF_INET, near[:16], near_port, far[:16], far_port)
 
 
-def ends(found):
+def ends(found: Any) -> Any:
     return None if found is None else (
         found[0] + found[1].to_bytes(2), found[2] + found[3].to_bytes(2)
     )  # fmt: skip
 
 
 @pytest.fixture(name="owners")
-def _owners():
+def _owners() -> dict[Any, int]:
     return {HOST: 0, BOX: 0, OTHER: 0}
 
 
 @pytest.fixture(name="known")
-def _known(owners):
+def _known(owners: dict[Any, int | None]) -> Translations:
     known = Translations(owners.get)
     for netns in owners:
         known.hear_until(netns, 100 * SECOND)
     return known
 
 
-def test_each_side_is_told_the_other(known):
+def test_each_side_is_told_the_other(known: Translations) -> None:
     known.add(HOST, published(), SECOND, SECOND)
     for netns in (HOST, BOX):
         for near, far, became in (
@@ -73,20 +78,20 @@ def test_each_side_is_told_the_other(known):
     assert known.find(way(HOST, SERVER, PUBLIC), SECOND, SECOND) is None
 
 
-def test_between_two_changes_it_is_told_how_it_goes_on(known):
+def test_between_two_changes_it_is_told_how_it_goes_on(known: Translations) -> None:
     gate = end("10.8.0.1", 5000)
     known.add(HOST, event((CLIENT, PUBLIC), (SERVER, gate)), SECOND, SECOND)
     assert ends(known.find(way(HOST, CLIENT, SERVER), SECOND, SECOND)) == (gate, SERVER)
     assert ends(known.find(way(BOX, SERVER, gate), SECOND, SECOND)) == (PUBLIC, CLIENT)
 
 
-def test_ports_alone_may_change(known):
+def test_ports_alone_may_change(known: Translations) -> None:
     changed = CLIENT[:16] + (9).to_bytes(2)
     known.add(HOST, event((CLIENT, SERVER), (SERVER, changed)), SECOND, SECOND)
     assert ends(known.find(way(BOX, SERVER, changed), SECOND, SECOND)) == (SERVER, CLIENT)
 
 
-def test_who_comes_later_with_the_same_ends_has_nothing(known):
+def test_who_comes_later_with_the_same_ends_has_nothing(known: Translations) -> None:
     known.add(HOST, published(), SECOND, 2 * SECOND)
     known.add(HOST, published(ended=True), 3 * SECOND, 4 * SECOND)
     here = way(BOX, SERVER, CLIENT)
@@ -95,7 +100,7 @@ def test_who_comes_later_with_the_same_ends_has_nothing(known):
     assert known.find(here, 0, SECOND // 2) is None  # and who came before
 
 
-def test_the_same_ends_used_again_are_told_apart_by_time(known):
+def test_the_same_ends_used_again_are_told_apart_by_time(known: Translations) -> None:
     second = end("10.8.0.3", 80)
     known.add(HOST, published(1), SECOND, SECOND)
     known.add(HOST, published(1, ended=True), 2 * SECOND, 3 * SECOND)
@@ -106,13 +111,13 @@ def test_the_same_ends_used_again_are_told_apart_by_time(known):
     assert known.find(here, 2 * SECOND + 1, 3 * SECOND - 1) is None  # one of both
 
 
-def opening(make_records, moment):
+def opening(make_records: Any, moment: Any) -> Any:
     row = {"saddr": "10.7.0.2", "sport": 4000, "daddr": "10.7.0.1", "dport": 8080, "netns": HOST,
            "dir": 2, "proto": 6, "tcp_flags": 2, "time_ns": moment}  # fmt: skip
     return summarize(make_records(row), 1)
 
 
-def test_a_beginning_ends_what_had_the_tuple_where_no_end_is_told(known):
+def test_a_beginning_ends_what_had_the_tuple_where_no_end_is_told(known: Translations) -> None:
     second = end("10.8.0.3", 80)
     known.heard_ns.clear()
     known.add_known(HOST, [published()], False, SECOND, SECOND)
@@ -127,7 +132,7 @@ def test_a_beginning_ends_what_had_the_tuple_where_no_end_is_told(known):
     assert known.find(here, 9 * SECOND, 9 * SECOND) is not None
 
 
-def test_a_later_look_ends_what_is_not_there(known):
+def test_a_later_look_ends_what_is_not_there(known: Translations) -> None:
     known.heard_ns.clear()
     known.add_known(HOST, [published()], False, SECOND, SECOND)
     known.hear_until(HOST, 100 * SECOND)
@@ -141,7 +146,9 @@ def test_a_later_look_ends_what_is_not_there(known):
 
 
 @pytest.mark.parametrize("closing", [False, True])
-def test_who_opens_a_connection_that_is_there_is_doubted(known, make_records, closing):
+def test_who_opens_a_connection_that_is_there_is_doubted(
+    known: Translations, make_records: Any, closing: bool
+) -> None:
     """It is believed again when conntrack says that it goes on; not if that is closing."""
     known.add(HOST, published(), SECOND, SECOND)
     here = way(HOST, CLIENT, PUBLIC)
@@ -154,7 +161,7 @@ def test_who_opens_a_connection_that_is_there_is_doubted(known, make_records, cl
     assert (known.find(here, 6 * SECOND, 6 * SECOND) is None) == closing
 
 
-def test_an_end_that_nothing_follows_may_be_before_the_packets(known):
+def test_an_end_that_nothing_follows_may_be_before_the_packets(known: Translations) -> None:
     known.add(HOST, published(), SECOND, 2 * SECOND)
     known.add(HOST, published(ended=True), 3 * SECOND, 5 * SECOND)
     here = way(HOST, CLIENT, PUBLIC)
@@ -164,7 +171,7 @@ def test_an_end_that_nothing_follows_may_be_before_the_packets(known):
     assert known.find(here, 7 * SECOND, 7 * SECOND) is not None
 
 
-def test_what_may_have_ended_unheard_is_not_told(known):
+def test_what_may_have_ended_unheard_is_not_told(known: Translations) -> None:
     known.add(HOST, published(), SECOND, SECOND)
     known.hear_until(HOST, 5 * SECOND)
     here = way(BOX, SERVER, CLIENT)
@@ -173,7 +180,7 @@ def test_what_may_have_ended_unheard_is_not_told(known):
     assert known.find_now(here) is not None
 
 
-def test_two_zones_that_say_different_things_say_nothing(known):
+def test_two_zones_that_say_different_things_say_nothing(known: Translations) -> None:
     known.add(HOST, published(1), SECOND, SECOND)
     known.add(
         HOST, event((CLIENT, PUBLIC), (end("10.8.0.3", 80), CLIENT), 2, zone=7), SECOND, SECOND
@@ -181,7 +188,9 @@ def test_two_zones_that_say_different_things_say_nothing(known):
     assert known.find(way(HOST, CLIENT, PUBLIC), SECOND, SECOND) is None
 
 
-def test_two_namespaces_with_one_tuple_are_not_mixed(known, owners):
+def test_two_namespaces_with_one_tuple_are_not_mixed(
+    known: Translations, owners: dict[Any, int | None]
+) -> None:
     known.add(HOST, published(1), SECOND, SECOND)
     known.add(OTHER, published(2, server=end("10.8.0.9", 80)), SECOND, SECOND)
     assert ends(known.find(way(HOST, CLIENT, PUBLIC), SECOND, SECOND))[1] == SERVER
@@ -191,7 +200,9 @@ def test_two_namespaces_with_one_tuple_are_not_mixed(known, owners):
 
 
 @pytest.mark.parametrize("stranger", [1000, None])
-def test_what_a_user_does_in_his_namespace_tells_nothing_of_others(known, owners, stranger):
+def test_what_a_user_does_in_his_namespace_tells_nothing_of_others(
+    known: Translations, owners: dict[Any, int | None], stranger: int | None
+) -> None:
     owners[OTHER] = stranger
     known.add(OTHER, published(), SECOND, SECOND)
     assert known.find(way(OTHER, CLIENT, PUBLIC), SECOND, SECOND) is not None
@@ -202,13 +213,13 @@ def test_what_a_user_does_in_his_namespace_tells_nothing_of_others(known, owners
     assert (found is not None) == (stranger is not None)
 
 
-def many(known, netns, count, first=0):
+def many(known: Any, netns: Any, count: Any, first: int = 0) -> None:
     for number in range(first, first + count):
         client = end("10.7.0.2", 10_000 + number)
         known.add(netns, event((client, PUBLIC), (SERVER, client), number), SECOND, SECOND)
 
 
-def test_the_table_is_bounded_and_says_so(owners):
+def test_the_table_is_bounded_and_says_so(owners: dict[Any, int | None]) -> None:
     known = Translations(owners.get, limit=100)
     known.hear_until(HOST, 100 * SECOND)
     many(known, HOST, 100)
@@ -224,7 +235,9 @@ def test_the_table_is_bounded_and_says_so(owners):
     assert len(known) == 1 and len(known._by_ends) == 2 and known._ports.sum() == 2
 
 
-def test_a_user_with_many_connections_takes_nobody_elses_place(owners):
+def test_a_user_with_many_connections_takes_nobody_elses_place(
+    owners: dict[Any, int | None],
+) -> None:
     owners[OTHER] = 1000
     known = Translations(owners.get, limit=100)
     known.hear_until(HOST, 100 * SECOND)
@@ -233,13 +246,13 @@ def test_a_user_with_many_connections_takes_nobody_elses_place(owners):
     assert sum(one.netns == HOST for one in known._entries.values()) == 10
 
 
-def test_a_namespace_that_goes_takes_its_connections_along(known):
+def test_a_namespace_that_goes_takes_its_connections_along(known: Translations) -> None:
     known.add(HOST, published(), SECOND, SECOND)
     known.leave(HOST)
     assert len(known) == 0 and not known._by_ends and not known._ports.any()
 
 
-def translated():
+def translated() -> Any:
     """FLOWs: two of one published connection, and one that NAT has nothing to do with."""
     rows = [
         {"saddr": "10.8.0.2", "sport": 80, "daddr": "10.7.0.2", "dport": 4000, "tgid": 7,
@@ -277,8 +290,8 @@ QUESTIONS = {
 
 @pytest.mark.parametrize(("question", "wanted"), QUESTIONS.values(), ids=QUESTIONS)
 def test_questions_match_either_address_in_memory_in_the_database_and_in_sealed_files(
-    tmp_path, monkeypatch, question, wanted
-):
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, question: Any, wanted: Any
+) -> None:
     monkeypatch.setattr(sealed, "_GROUP", 1)
     flows = translated()
     memory = FlowMemory(10)
@@ -297,12 +310,12 @@ def test_questions_match_either_address_in_memory_in_the_database_and_in_sealed_
     store.close()
 
 
-def test_a_flow_of_the_history_keeps_its_translation_when_it_goes_on():
+def test_a_flow_of_the_history_keeps_its_translation_when_it_goes_on() -> None:
     flows = translated()
     memory = FlowMemory(10)
     memory.update(flows, Clock(0, 0))
     plain = flows.copy()
-    for name in FLOW.names:
+    for name in there(FLOW.names):
         if name.startswith("nat_"):
             plain[name] = 0
     memory.update(plain, Clock(0, 0))
@@ -312,7 +325,7 @@ def test_a_flow_of_the_history_keeps_its_translation_when_it_goes_on():
     assert (told["nat_remote"], told["nat_rport"]) == ("10.7.0.2", 4000)
 
 
-def test_rows_that_go_leave_no_translation_to_those_that_take_their_place():
+def test_rows_that_go_leave_no_translation_to_those_that_take_their_place() -> None:
     memory = FlowMemory(8)
     memory.update(translated(), Clock(0, 0))
     for number in range(64):

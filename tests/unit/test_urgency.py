@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
 """A thread that has little to do goes first; one that is busy does not."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import threading
+from typing import Any
 
 import pytest
 
@@ -15,27 +18,27 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to go firs
 class Time:
     now = 0
 
-    def __call__(self):
+    def __call__(self) -> Any:
         return self.now
 
 
-def policy(thread=0):
+def policy(thread: int = 0) -> Any:
     return os.sched_getscheduler(thread) & ~os.SCHED_RESET_ON_FORK
 
 
-def nice():
+def nice() -> Any:
     return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
 
-def first():
+def first() -> Any:
     return policy() == os.SCHED_RR or nice() == -10
 
 
-def in_a_thread(work):
+def in_a_thread(work: Any) -> None:
     """Run `work` in a thread that takes its class with it; what it raises is raised here."""
     failures = []
 
-    def run():
+    def run() -> None:
         try:
             work()
         except BaseException as error:
@@ -48,8 +51,8 @@ def in_a_thread(work):
         raise failures[0]
 
 
-def test_a_busy_thread_goes_back_into_the_queue():
-    def work():
+def test_a_busy_thread_goes_back_into_the_queue() -> None:
+    def work() -> None:
         before, now, used = nice(), Time(), Time()
         urgency = Urgency(now, used)
         urgency.look()
@@ -71,10 +74,10 @@ def test_a_busy_thread_goes_back_into_the_queue():
     in_a_thread(work)
 
 
-def test_the_class_is_real_time_where_that_is_allowed():
+def test_the_class_is_real_time_where_that_is_allowed() -> None:
     """A nice value is weighed within one session alone."""
 
-    def work():
+    def work() -> None:
         try:
             os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
         except PermissionError:
@@ -88,11 +91,11 @@ def test_the_class_is_real_time_where_that_is_allowed():
     in_a_thread(work)
 
 
-def test_without_real_time_a_nice_value_is_taken(monkeypatch):
-    def refuse(*_):
+def test_without_real_time_a_nice_value_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
         raise PermissionError
 
-    def work():
+    def work() -> None:
         before, urgency = nice(), Urgency()
         monkeypatch.setattr(os, "sched_setscheduler", refuse)
         urgency.look()
@@ -103,8 +106,8 @@ def test_without_real_time_a_nice_value_is_taken(monkeypatch):
     in_a_thread(work)
 
 
-def test_a_thread_with_a_class_of_its_own_keeps_it():
-    def work():
+def test_a_thread_with_a_class_of_its_own_keeps_it() -> None:
+    def work() -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         urgency = Urgency()
         urgency.look()
@@ -114,7 +117,7 @@ def test_a_thread_with_a_class_of_its_own_keeps_it():
     in_a_thread(work)
 
 
-def test_no_other_thread_is_touched():
+def test_no_other_thread_is_touched() -> None:
     before = nice()
     urgency = Urgency()
     reader = threading.Thread(target=urgency.look)

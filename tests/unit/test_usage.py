@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Usage: sums of flows by process, unit, container, user and far end."""
 
+from __future__ import annotations
+
 import time
+from typing import Any
 
 import numpy as np
+import pytest
 
 from daemon.history.recorder import Recorder
 from daemon.serve.answers import Answers
@@ -14,18 +18,25 @@ from nlproto.records.clock import Clock
 from nlproto.tables.flows import summarize
 from nlproto.tables.processes import Process, Processes
 from recording import make_records
+from waiting import stand_in, there
 
 
-def _used(recorder, by="process", uid=None, since=10**9, names=None):
-    answers = Answers(None, recorder.history, name_of=recorder.name_of, sums=recorder.usage)
-    found = answers.usage(Usage(id=1, by=by, since=since), uid)
+def _used(
+    recorder: Any, by: str = "process", uid: Any = None, since: float = 10**9, names: Any = None
+) -> dict[Any, tuple[Any, ...]]:
+    answers = Answers(
+        stand_in(None), recorder.history, name_of=recorder.name_of, sums=recorder.usage
+    )
+    found = answers.usage(Usage(id=1, by=stand_in(by), since=since), uid)
     assert found["total"] == len(found["usage"])
     return {
         one["name"]: (one["flows"], one["bytes_in"] + one["bytes_out"]) for one in found["usage"]
     }
 
 
-def test_usage_counts_each_flow_once_wherever_it_is(path, monkeypatch):
+def test_usage_counts_each_flow_once_wherever_it_is(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In memory, in the database, sealed: at each moment the same sums, to the byte."""
     monkeypatch.setattr("daemon.history.sealing.LEAST", 50)
     monkeypatch.setattr("daemon.history.store.LEAST", 50)
@@ -43,7 +54,12 @@ def test_usage_counts_each_flow_once_wherever_it_is(path, monkeypatch):
     )
     for number in range(200):
         pid = (11, 12, 0)[number % 3]
-        values = {"sport": number, "time_ns": now + number, "tgid": pid, "len": 100 + number}
+        values: dict[str, Any] = {
+            "sport": number,
+            "time_ns": now + number,
+            "tgid": pid,
+            "len": 100 + number,
+        }
         values |= {"start_ns": 7, "uid": 5, "comm": b"curl"} if pid == 11 else {}
         values |= {"start_ns": 7, "uid": 0, "comm": b"dig"} if pid == 12 else {}
         records = make_records(values | ({} if pid else {"how": 18, "start_ns": 0, "comm": b""}))
@@ -56,7 +72,7 @@ def test_usage_counts_each_flow_once_wherever_it_is(path, monkeypatch):
     units = {"a.service": program["curl"], "b.service": program["dig"], "": program[""]}
     domains = {"example.org": program["curl"], "resolved.org": program["dig"], "": program[""]}
 
-    def check():
+    def check() -> None:
         assert _used(recorder) == program
         assert _used(recorder, "unit") == units
         assert _used(recorder, "domain") == domains
@@ -73,14 +89,14 @@ def test_usage_counts_each_flow_once_wherever_it_is(path, monkeypatch):
 
     check()
     recorder._trim()
-    assert recorder.store_figures()["sealed_files"] == 1
+    assert there(recorder.store_figures())["sealed_files"] == 1
     check()
     with recorder:
         pass
     recorder = Recorder(Config(history=path, history_flows=64), Processes())
     check()
     recorder._trim()
-    assert recorder.store_figures()["sealed_files"] == 2
+    assert there(recorder.store_figures())["sealed_files"] == 2
     check()
     # a part of a file
     since = (time.time_ns() - now - 150) / 1e9
@@ -89,11 +105,13 @@ def test_usage_counts_each_flow_once_wherever_it_is(path, monkeypatch):
         pass
 
 
-def test_names_without_end_do_not_make_the_sums_long(monkeypatch):
+def test_names_without_end_do_not_make_the_sums_long(monkeypatch: pytest.MonkeyPatch) -> None:
     from daemon.history import details
 
     monkeypatch.setattr(details, "_GROUPS", 10)
-    rows = {name: np.zeros(500, np.uint64) for name in ("domain", *details._SUMS)}
+    rows: dict[str, np.ndarray] = {
+        name: np.zeros(500, np.uint64) for name in ("domain", *details._SUMS)
+    }
     rows["tgid"] = np.arange(500) + 1
     rows["start_ns"], rows["uid"] = np.full(500, 7), np.arange(500) % 2
     rows["comm"] = np.array([b"p%d" % n for n in range(500)], "S16")

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: MIT
 """How often the daemon looks at the kernel's sockets."""
 
+from __future__ import annotations
+
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -10,17 +14,17 @@ from daemon.serve.questions import Cancelled
 from daemon.system.watcher import _SOCKETS, Watcher, _pause
 from nlproto.host.holders import Holders
 from nlproto.tables.processes import Processes
-from waiting import until
+from waiting import stand_in, until
 
 
 @pytest.mark.parametrize("took", [0.001, 0.01, 0.1, 0.2])
-def test_looks_take_a_hundredth_of_a_core_at_most_while_nobody_asks(took):
+def test_looks_take_a_hundredth_of_a_core_at_most_while_nobody_asks(took: float) -> None:
     assert _pause(_SOCKETS, took) >= min(100 * took, 19)
     assert _pause(_SOCKETS, took) + took <= 20
 
 
 @pytest.fixture
-def watched():
+def watched() -> Iterator[tuple[Any, ...]]:
     """A watcher whose looks are long ago, and how many there were."""
     portmap = SimpleNamespace(
         update_bound=lambda *_: None,
@@ -36,20 +40,22 @@ def watched():
         portmap=portmap,
         processes=Processes(),
     )
-    watcher = Watcher("packet", pipeline, lambda *_, **__: None, print, Holders())
+    watcher = Watcher("packet", stand_in(pipeline), lambda *_, **__: None, print, Holders())
     looks = []
     read = watcher.kernel.read
 
-    def counted():
+    def counted() -> Any:
         looks.append(time.monotonic())
         return read()
 
-    watcher.kernel.read = counted
+    stand_in(watcher.kernel).read = counted
     with watcher:
         yield watcher, looks
 
 
-def test_who_asks_gets_what_is_of_this_second(watched, monkeypatch):
+def test_who_asks_gets_what_is_of_this_second(
+    watched: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Looks that took 0.2 s come once in 20 s by themselves."""
     monkeypatch.setattr("daemon.system.watcher._pause", lambda interval, took: 20.0)
     watcher, looks = watched
@@ -63,23 +69,29 @@ def test_who_asks_gets_what_is_of_this_second(watched, monkeypatch):
     assert len(looks) == 2 and looks[1] >= asked - 0.1
 
 
-def test_who_does_not_want_to_wait_any_more_is_let_go(watched):
+def test_who_does_not_want_to_wait_any_more_is_let_go(watched: tuple[Any, ...]) -> None:
     watcher, _ = watched
     watcher.stop()
     watcher._looked = 0.0
 
-    def stop():
+    def stop() -> None:
         raise Cancelled
 
     with pytest.raises(Cancelled):
         watcher.refresh(stop)
 
 
-def test_probes_that_stop_and_fire_again_are_told_once_each_in_one_line(caplog):
+def test_probes_that_stop_and_fire_again_are_told_once_each_in_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     told = []
     pipeline = SimpleNamespace(engine_stats={"canary": 1}, engine=SimpleNamespace(name="module"))
     watcher = Watcher(
-        "auto", pipeline, lambda event, **fields: told.append((event, fields)), print, Holders()
+        "auto",
+        stand_in(pipeline),
+        lambda event, **fields: told.append((event, fields)),
+        print,
+        Holders(),
     )
     for canary in (1, 0, 0, 1):
         pipeline.engine_stats = {"canary": canary}

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: MIT
 """who --unit, --container, --pod: what runs there, and a word when not all was looked at."""
 
+from __future__ import annotations
+
+from typing import Any, cast
+
 import pytest
 
 from hunter.cli import arguments
+from hunter.cli.options import Who
 from hunter.who.places import asks_for_place, in_place
 
 PROCESSES = [
@@ -16,7 +21,7 @@ PROCESSES = [
 ]
 
 
-def answer(**more):
+def answer(**more: Any) -> dict[Any, Any]:
     of = [{"pid": n, "start_ns": n} for n in (1, 2, 3)]
     return {
         "owners": [{**one, "holders": [one, of[0]]} for one in of],
@@ -42,9 +47,9 @@ def answer(**more):
         (["--unit", "web", "--container", "web"], []),
     ],
 )
-def test_what_runs_there_is_kept(words, pids):
-    told = []
-    options = arguments.parse(["who", *words])
+def test_what_runs_there_is_kept(words: list[str], pids: list[Any]) -> None:
+    told: list[Any] = []
+    options = cast(Who, arguments.parse(["who", *words]))
     assert asks_for_place(options) and not options.listening
     found = in_place(answer(), options, told.append)
     assert [one["pid"] for one in found["flows"]] == pids
@@ -55,9 +60,9 @@ def test_what_runs_there_is_kept(words, pids):
     assert [one["pid"] for one in found["owners"]] == expected
 
 
-def test_what_was_not_looked_at_is_said():
-    told = []
-    in_place(answer(total=12_345), arguments.parse(["who", "--unit", "x"]), told.append)
+def test_what_was_not_looked_at_is_said() -> None:
+    told: list[Any] = []
+    in_place(answer(total=12_345), cast(Who, arguments.parse(["who", "--unit", "x"])), told.append)
     (line,) = told
     assert "of 12,345 flows the 4 newest were looked at" in line
-    assert not asks_for_place(arguments.parse(["who", "8080"]))
+    assert not asks_for_place(cast(Who, arguments.parse(["who", "8080"])))

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Decoding the wire: layouts, views, and messages that are wrong."""
 
+from __future__ import annotations
+
 import re
 import socket
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 from nlproto import Error, VersionMismatch
 from nlproto.records import wire
 from nlproto.records.clock import Clock
+from waiting import there
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {
@@ -51,29 +55,31 @@ def message(records: int = 2, record_size: int = 128, **head: int) -> bytes:
 
 
 @pytest.mark.parametrize("struct", DTYPES)
-def test_every_dtype_has_the_compilers_offsets(struct):
+def test_every_dtype_has_the_compilers_offsets(struct: str) -> None:
     dtype = DTYPES[struct]
     assert dtype.itemsize == wire.ffi.sizeof(f"struct {struct}")
     fields = wire.ffi.typeof(f"struct {struct}").fields
-    assert list(dtype.names) == [name for name, _ in fields]
+    assert list(there(dtype.names)) == [name for name, _ in fields]
     for name, field in fields:
-        assert dtype.fields[name][1] == field.offset
-        assert dtype.fields[name][0].itemsize == wire.ffi.sizeof(field.type)
+        assert there(dtype.fields)[name][1] == field.offset
+        assert there(dtype.fields)[name][0].itemsize == wire.ffi.sizeof(field.type)
 
 
 @pytest.mark.parametrize("struct", DTYPES)
-def test_no_struct_has_implicit_padding(struct):
+def test_no_struct_has_implicit_padding(struct: str) -> None:
     dtype = DTYPES[struct]
-    assert sum(dtype.fields[name][0].itemsize for name in dtype.names) == dtype.itemsize
+    assert (
+        sum(there(dtype.fields)[name][0].itemsize for name in there(dtype.names)) == dtype.itemsize
+    )
 
 
-def test_every_field_that_c_wrote_is_read_back_by_numpy():
+def test_every_field_that_c_wrote_is_read_back_by_numpy() -> None:
     for struct, dtype in DTYPES.items():
         raw = bytes(range(256)) * 4
         one = wire.ffi.new(f"struct {struct} *")
         wire.ffi.buffer(one)[:] = raw[: dtype.itemsize]
         row = np.frombuffer(raw, dtype, 1)[0]
-        for name in dtype.names:
+        for name in there(dtype.names):
             value = getattr(one, name)
             if isinstance(value, int):
                 assert int(row[name]) == value, (struct, name)
@@ -83,22 +89,22 @@ def test_every_field_that_c_wrote_is_read_back_by_numpy():
                 ), (struct, name)
 
 
-def test_no_python_file_repeats_a_layout_of_the_wire():
-    fields = {name for dtype in DTYPES.values() for name in dtype.names}
+def test_no_python_file_repeats_a_layout_of_the_wire() -> None:
+    fields = {name for dtype in DTYPES.values() for name in there(dtype.names)}
     pattern = re.compile(r"""\(\s*["'](\w+)["']\s*,\s*["'][<>=|]?[uiSV]\d+["']""")
     for path in (ROOT / "python").rglob("*.py"):
         words = set(pattern.findall(path.read_text()))
         assert len(words & fields) < 20, path
 
 
-def test_strings_of_the_header_are_there():
+def test_strings_of_the_header_are_there() -> None:
     assert wire.ffi.string(wire.lib.SNIFFER_FAMILY) == b"sniffer"
     assert wire.ffi.string(wire.lib.SNIFFER_GROUP_PACKETS) == b"packets"
 
 
-def test_a_batch_is_decoded_without_copying():
+def test_a_batch_is_decoded_without_copying() -> None:
     buf = bytearray(message(3))
-    batch = wire.decode_batch(buf)
+    batch = wire.decode_batch(memoryview(buf))
     assert len(batch.records) == 3
     assert batch.records["seq"].tolist() == [7, 8, 9]
     assert np.shares_memory(batch.records, np.frombuffer(buf, np.uint8))
@@ -107,22 +113,22 @@ def test_a_batch_is_decoded_without_copying():
         batch.records["seq"] = 0
 
 
-def test_longer_records_of_the_future_are_stepped_over():
+def test_longer_records_of_the_future_are_stepped_over() -> None:
     batch = wire.decode_batch(message(4, record_size=144))
     assert batch.records["seq"].tolist() == [7, 8, 9, 10]
     assert batch.records["comm"].tolist() == [b"worker"] * 4
 
 
-def test_an_empty_batch_is_fine():
+def test_an_empty_batch_is_fine() -> None:
     assert len(wire.decode_batch(message(0)).records) == 0
 
 
-def test_another_version_is_refused_with_the_next_step():
+def test_another_version_is_refused_with_the_next_step() -> None:
     with pytest.raises(VersionMismatch, match="version 9 .* one release"):
         wire.decode_batch(message(version=9))
 
 
-def test_every_truncation_is_an_error():
+def test_every_truncation_is_an_error() -> None:
     whole = message(2)
     for length in range(len(whole)):
         with pytest.raises(Error):
@@ -130,12 +136,12 @@ def test_every_truncation_is_an_error():
 
 
 @pytest.mark.parametrize("size", [0, 1, 127])
-def test_records_shorter_than_ours_are_an_error(size):
+def test_records_shorter_than_ours_are_an_error(size: int) -> None:
     with pytest.raises(Error, match="at least 128"):
         wire.decode_batch(message(2, record_size=size))
 
 
-def test_a_count_beyond_the_message_is_an_error():
+def test_a_count_beyond_the_message_is_an_error() -> None:
     with pytest.raises(Error, match="do not hold"):
         wire.decode_batch(message(2, count=60000))
 
@@ -144,7 +150,7 @@ DECODERS = [wire.decode_batch, wire.decode_first_bytes, wire.decode_process]
 
 
 @given(st.binary(max_size=1024), st.sampled_from(DECODERS))
-def test_any_bytes_decode_or_raise_error(raw, decode):
+def test_any_bytes_decode_or_raise_error(raw: bytes, decode: Any) -> None:
     try:
         decode(raw)
     except Error:
@@ -157,7 +163,9 @@ def test_any_bytes_decode_or_raise_error(raw, decode):
     st.integers(0, 8),
     st.sampled_from(DECODERS),
 )
-def test_bytes_behind_a_right_version_decode_or_raise_error(raw, size, count, decode):
+def test_bytes_behind_a_right_version_decode_or_raise_error(
+    raw: bytes, size: int, count: int, decode: Any
+) -> None:
     head = np.array([wire.lib.SNIFFER_VERSION, size, 0, count], np.uint16).tobytes()
     try:
         found = decode(head + raw)
@@ -168,7 +176,7 @@ def test_bytes_behind_a_right_version_decode_or_raise_error(raw, size, count, de
             wire.packet(record, Clock(0, 0))
 
 
-def test_encode_and_decode_are_inverse():
+def test_encode_and_decode_are_inverse() -> None:
     batch = wire.decode_batch(message(5))
     again = wire.decode_batch(wire.encode_batch(batch.head, batch.records[1:3]))
     assert again.records.tobytes() == batch.records[1:3].tobytes()
@@ -176,12 +184,12 @@ def test_encode_and_decode_are_inverse():
     assert int(again.head["record_seq"]) == 7
 
 
-def test_encoding_longer_records_writes_our_size():
+def test_encoding_longer_records_writes_our_size() -> None:
     batch = wire.decode_batch(message(3, record_size=160))
     assert len(wire.encode_batch(batch.head, batch.records)) == 80 + 3 * 128
 
 
-def test_snaps_are_read_one_behind_the_other():
+def test_snaps_are_read_one_behind_the_other() -> None:
     head = wire.ffi.new("struct sniffer_batch *", {"version": 1, "count": 2})
     out = bytes(wire.ffi.buffer(head))
     for payload in (b"abcde", b"12345678"):
@@ -194,14 +202,14 @@ def test_snaps_are_read_one_behind_the_other():
             wire.decode_first_bytes(out[:length])
 
 
-def test_a_process_event_becomes_text_and_numbers():
+def test_a_process_event_becomes_text_and_numbers() -> None:
     one = wire.ffi.new("struct sniffer_process *", {"tgid": 7, "comm": b"caf\xc3", "event": 2})
     one.exe = b"/usr/bin/x"
     event = wire.decode_process(bytes(wire.ffi.buffer(one)))
     assert (event.tgid, event.comm, event.exe, event.event) == (7, "caf\\xc3", "/usr/bin/x", 2)
 
 
-def test_a_process_event_of_an_older_module_has_no_cgroup_and_of_a_later_one_has():
+def test_a_process_event_of_an_older_module_has_no_cgroup_and_of_a_later_one_has() -> None:
     one = wire.ffi.new("struct sniffer_process *", {"tgid": 7, "cgroup": b"/a\xff\r/b"})
     raw = bytes(wire.ffi.buffer(one))
     assert wire.decode_process(raw + b"more").cgroup == b"/a\xff\r/b"
@@ -211,7 +219,7 @@ def test_a_process_event_of_an_older_module_has_no_cgroup_and_of_a_later_one_has
         wire.decode_process(raw[:319])
 
 
-def test_how_names_are_those_of_the_header():
+def test_how_names_are_those_of_the_header() -> None:
     for name in ("context", "socket", "inode", "listener", "reverse", "diag", "proc"):
         assert wire.is_named(wire.how_value(name))
     for name in ("forwarded", "kernel", "no_socket", "socket_gone", "predates", "not_probed"):
@@ -222,7 +230,7 @@ def test_how_names_are_those_of_the_header():
         wire.how_value("magic")
 
 
-def test_a_packet_for_people_has_the_time_of_day_of_its_own_moment():
+def test_a_packet_for_people_has_the_time_of_day_of_its_own_moment() -> None:
     batch = wire.decode_batch(message(1, mono_ns=5_000_000_000, real_ns=1_700_000_005_000_000_000))
     record = batch.records.copy()[0]
     record["time_ns"] = 4_000_001_000
@@ -237,19 +245,19 @@ def test_a_packet_for_people_has_the_time_of_day_of_its_own_moment():
     )
 
 
-def test_an_unnamed_packet_has_no_pid_and_a_reason():
+def test_an_unnamed_packet_has_no_pid_and_a_reason() -> None:
     record = wire.decode_batch(message(1)).records.copy()[0]
     record["how"] = wire.lib.SNIFFER_HOW_NO_SOCKET
     packet = wire.packet(record, Clock(0, 0))
     assert (packet.pid, packet.uid, packet.comm, packet.how) == (None, None, "", "no_socket")
 
 
-def test_ipv6_addresses_are_shortened():
+def test_ipv6_addresses_are_shortened() -> None:
     raw = socket.inet_pton(socket.AF_INET6, "2001:db8::1")
     assert wire.address_text(socket.AF_INET6, raw) == "2001:db8::1"
 
 
-def flows_message(*records, size=None):
+def flows_message(*records: Any, size: Any = None) -> Any:
     """A message of group flows; each flow stands for so many records."""
     whole = np.zeros(1, wire.FLOW_BATCH)
     flows = np.zeros(len(records), wire.FLOW_RECORD)
@@ -262,7 +270,7 @@ def flows_message(*records, size=None):
     return whole.tobytes() + b"".join(flow.tobytes() + bytes(more) for flow in flows)
 
 
-def test_a_batch_of_flows_tells_how_many_records_it_stands_for():
+def test_a_batch_of_flows_tells_how_many_records_it_stands_for() -> None:
     batch = wire.decode_flows(flows_message(3, 4))
     assert (batch.count, len(batch.flows)) == (7, 2)
     assert (batch.wire_packets, batch.wire_bytes) == (70, 80000)
@@ -270,17 +278,17 @@ def test_a_batch_of_flows_tells_how_many_records_it_stands_for():
     assert int(batch.head["version"]) == wire.lib.SNIFFER_VERSION
 
 
-def test_longer_flow_records_of_a_later_release_are_read():
+def test_longer_flow_records_of_a_later_release_are_read() -> None:
     assert wire.decode_flows(flows_message(3, 4, size=160)).flows["records"].tolist() == [3, 4]
 
 
 @pytest.mark.parametrize("cut", [1, 90, 200])
-def test_a_batch_of_flows_that_is_cut_is_refused(cut):
+def test_a_batch_of_flows_that_is_cut_is_refused(cut: int) -> None:
     with pytest.raises(Error, match="malformed"):
         wire.decode_flows(flows_message(3, 4)[:-cut])
 
 
-def test_a_batch_of_flows_of_another_version_is_refused():
+def test_a_batch_of_flows_of_another_version_is_refused() -> None:
     message = bytearray(flows_message(1))
     message[0] += 1
     with pytest.raises(VersionMismatch):

@@ -12,12 +12,13 @@ import errno
 import os
 import socket
 import stat
-from typing import Self
+
+from nlproto.running.closing import Closing
 
 __all__ = ["HeldDirectory"]
 
 
-class HeldDirectory:
+class HeldDirectory(Closing):
     """`name` in the open directory `fd`; a context manager.
 
     The directory of `path` has to be there, but for `own`, of which the last component is made
@@ -45,13 +46,8 @@ class HeldDirectory:
             finally:
                 os.close(parent)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
+        """Close the directory; a second time nothing happens."""
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             os.close(fd)

@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from types import TracebackType
 from typing import Any, Self
 
 import msgspec
@@ -67,12 +66,7 @@ class Source:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stopping.set()
         self._thread.join()
 

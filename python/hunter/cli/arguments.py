@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from hunter.cli import fleet, past, values
 from hunter.cli.checks import check
+from hunter.cli.common import add_ends, add_limit, add_moment, add_words
 from hunter.cli.options import BY, SUBCOMMANDS, Command, command_of
 from hunter.show.units import UNITS
 from nlproto import UsageError
@@ -144,15 +145,18 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pname", metavar="NAME", action="append", help="of processes so named")
     group.add_argument("--uid", metavar="U", action="append", help="of this user's processes")
     group.add_argument("--netns", metavar="NS", action="append", help="in a network namespace")
-    for word, metavar, help in (
-        ("container", "C", "of a container: its name or id's beginning"),
-        ("pod", "P", "of a pod: NAME or NAMESPACE/NAME"),
-        ("unit", "U", "of a systemd unit"),
-        ("parent", "P", "of what a process so named, or its pid, started"),
-        ("exe", "PATH", "of a program: its path or name"),
-        ("cmdline", "TEXT", "with TEXT in the command line"),
-    ):
-        group.add_argument(f"--{word}", metavar=metavar, action="append", help=help)
+    add_words(
+        group,
+        (
+            ("--container", "C", "of a container: its name or id's beginning"),
+            ("--pod", "P", "of a pod: NAME or NAMESPACE/NAME"),
+            ("--unit", "U", "of a systemd unit"),
+            ("--parent", "P", "of what a process so named, or its pid, started"),
+            ("--exe", "PATH", "of a program: its path or name"),
+            ("--cmdline", "TEXT", "with TEXT in the command line"),
+        ),
+        repeatable=True,
+    )
 
 
 def live_parser() -> argparse.ArgumentParser:
@@ -296,37 +300,31 @@ def _who_parser() -> argparse.ArgumentParser:
         help="local or remote port, or its service",
     )
     parser.add_argument("--port", metavar="N", type=values.port, dest="port_too", help="the same")
-    parser.add_argument("--proto", metavar="P", choices=("tcp", "udp"), help="tcp or udp")
-    parser.add_argument("--host", metavar="H", help="address or network of the other end")
+    add_ends(parser)
     parser.add_argument("--pid", metavar="P", type=values.count, help="what this process talks to")
-    parser.add_argument("--pname", metavar="NAME", help="what processes so named talk to")
-    parser.add_argument("--unit", metavar="U", help="what runs in this unit talks to")
-    parser.add_argument("--container", metavar="C", help="the same of a container: name or id")
-    parser.add_argument("--pod", metavar="POD", help="the same of a pod")
-    parser.add_argument("--domain", metavar="NAME", help="who talks to the host so named")
+    add_words(
+        parser,
+        (
+            ("--pname", "NAME", "what processes so named talk to"),
+            ("--unit", "U", "what runs in this unit talks to"),
+            ("--container", "C", "the same of a container: name or id"),
+            ("--pod", "POD", "the same of a pod"),
+            ("--domain", "NAME", "who talks to the host so named"),
+        ),
+    )
     parser.add_argument(
         "--netns",
         metavar="NS",
         help="in this network namespace alone: its name, a pid or its inode",
     )
-    parser.add_argument(
-        "--since",
-        metavar="T",
-        type=values.moment,
-        help="seen so long ago at most (60s, 5m), or since 14:30, 2026-05-28 or both",
+    add_moment(
+        parser, "--since", "seen so long ago at most (60s, 5m), or since 14:30, 2026-05-28 or both"
     )
-    parser.add_argument(
-        "--until", metavar="T", type=values.moment, help="not begun later than that; nothing of now"
-    )
+    add_moment(parser, "--until", "not begun later than that; nothing of now")
     parser.add_argument(
         "--by", metavar="KEY", choices=BY, help=f"sums instead of rows: by {', '.join(BY)}"
     )
-    parser.add_argument(
-        "--limit",
-        metavar="N",
-        type=values.count,
-        help="at most N rows of a table (default: 50); with --json: N flows (1000)",
-    )
+    add_limit(parser, "at most N rows of a table (default: 50); with --json: N flows (1000)")
     _add_json(parser)
     _add_socket(parser)
     return parser

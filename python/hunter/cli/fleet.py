@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 
 from hunter.cli import values
+from hunter.cli.common import add_limit, add_moment
 from hunter.cli.options import FLEET_BY, FLEET_NEW, FLEET_QUESTIONS, FLEET_WORDS
 
 __all__ = ["DESCRIPTION", "EXAMPLES", "add_arguments"]
@@ -45,16 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind = {"port": values.port, "pid": values.count}.get(word, str)
         group.add_argument(f"--{word}", metavar=name, type=kind, help=about)
     group.add_argument("--proto", metavar="P", choices=("tcp", "udp"), help="tcp or udp")
-    group.add_argument(
-        "--since",
-        metavar="T",
-        type=values.moment,
-        default=3600.0,
-        help="so long ago (10m, 1d; 1h), or since 14:30, 2026-05-28 or both",
+    add_moment(
+        group, "--since", "so long ago (10m, 1d; 1h), or since 14:30, 2026-05-28 or both", 3600.0
     )
-    group.add_argument(
-        "--until", metavar="T", type=values.moment, default=0.0, help="up to then (now)"
-    )
+    add_moment(group, "--until", "up to then (now)", 0.0)
     how = parser.add_argument_group("how")
     how.add_argument(
         "--by", metavar="KEY", choices=FLEET_BY, help=f"usage, map: by {', '.join(FLEET_BY)}"
@@ -74,6 +69,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="new: not seen in so many days before (30)",
     )
     how.add_argument("--html", metavar="FILE", help="map: a page; - is standard output")
-    how.add_argument(
-        "--limit", metavar="N", type=values.count, help="at most N rows (50; with --json 1000)"
-    )
+    add_limit(how)

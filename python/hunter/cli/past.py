@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from hunter.cli import values
+from hunter.cli.common import add_limit, add_moment
 from hunter.cli.options import NEWS, USED_BY
 
 __all__ = ["usage", "watch"]
@@ -25,16 +25,10 @@ def usage(new: New) -> argparse.ArgumentParser:
     )
     keys = f"sums by {', '.join(USED_BY)} (process)"
     parser.add_argument("--by", metavar="KEY", choices=USED_BY, default="process", help=keys)
-    parser.add_argument(
-        "--since",
-        metavar="T",
-        type=values.moment,
-        default=86400.0,
-        help="so long ago (12h, 30d; 1d), or since 14:30, 2026-05-28 or both",
+    add_moment(
+        parser, "--since", "so long ago (12h, 30d; 1d), or since 14:30, 2026-05-28 or both", 86400.0
     )
-    parser.add_argument(
-        "--limit", metavar="N", type=values.count, help="at most N rows (50; with --json 1000)"
-    )
+    add_limit(parser)
     return parser
 
 
@@ -55,18 +49,11 @@ def watch(new: New) -> argparse.ArgumentParser:
         help=f"{', '.join(NEWS)}: what must be new (all of them)",
     )
     parser.add_argument("--once", action="store_true", help="tell what is new since T, and end")
-    parser.add_argument(
-        "--since",
-        metavar="T",
-        type=values.moment,
-        help="begin so long ago (10m, 12h; with --once 1h, else now), or at 14:30",
+    add_moment(
+        parser, "--since", "begin so long ago (10m, 12h; with --once 1h, else now), or at 14:30"
     )
-    parser.add_argument(
-        "--unseen",
-        metavar="T",
-        type=values.moment,
-        default=30 * 86400.0,
-        help="new is what was not seen for so long (1d or more; 30d)",
+    add_moment(
+        parser, "--unseen", "new is what was not seen for so long (1d or more; 30d)", 30 * 86400.0
     )
     parser.add_argument(
         "--journal",

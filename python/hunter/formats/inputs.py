@@ -7,11 +7,11 @@ import io
 import os
 import stat
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import IO, Any, Self, TypeVar
+from typing import IO, Any, TypeVar
 
 from hunter.formats.compression import KINDS, Decompressor, Kind
 from nlproto import Error
+from nlproto.running.closing import Closing
 
 __all__ = ["Input"]
 
@@ -102,7 +102,7 @@ class _Unpacked(_Stream):
         return b""
 
 
-class Input:
+class Input(Closing):
     """A file to read from beginning to end; a context manager. Raises Error.
 
     `path` "-" is standard input. `file` reads it, unpacked; `head` are its first bytes.
@@ -148,17 +148,6 @@ class Input:
             ) from None
         self._stream = _Unpacked(self._packed, make, damage)
         self.head = self._stream.head(_HEAD)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def position(self) -> int:

@@ -11,11 +11,10 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, takewhile
-from types import TracebackType
-from typing import Self
 
 from hunter.save.writer import Writer
 from nlproto import Error, UsageError
+from nlproto.running.closing import Closing
 
 __all__ = ["CaptureFile"]
 
@@ -23,7 +22,7 @@ _PIECE = 1 << 16  # bytes that the writer gets at a time
 _MAX_LINKS = 40  # MAXSYMLINKS of the kernel (include/linux/namei.h)
 
 
-class CaptureFile:
+class CaptureFile(Closing):
     """An output that only ever grows by whole rows; a context manager.
 
     `path` "-" is standard output. A regular file gets mode 0600 and, when new and written by
@@ -38,17 +37,6 @@ class CaptureFile:
         self._fd = os.dup(1) if path == "-" else _open(path, environ)
         self._writer: Writer | None = None
         self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode) and path != "-"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def write(self, data: bytes) -> None:
         """Append `data`, in a regular file whole or not at all.

@@ -4,15 +4,12 @@
 from __future__ import annotations
 
 import os
-import queue
 import re
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -20,7 +17,7 @@ import numpy as np
 from nlproto.host.netns import NAMED
 from nlproto.host.procfs import user_name as user
 from nlproto.records.wire import bounded
-from nlproto.running.supervise import Failures
+from nlproto.running.left_behind import LeftBehind
 
 _SETTLED_NS = 2_000_000_000
 
@@ -152,6 +149,7 @@ def _lines(path: str) -> list[str]:
 
 
 _NUMBER = re.compile(r"[0-9]{1,10}")
+_WAITING = 1000  # names that wait to be looked up
 _MAX_FILE = 16 << 20  # bytes of a table of names that are read
 
 
@@ -173,24 +171,14 @@ class Names:
     def __init__(self, limit: int = 65536) -> None:
         self._limit = limit
         self._known: dict[str | int, str] = dict((*own_hosts().items(), *own_users().items()))
-        self._wanted: queue.Queue[str | int | None] = queue.Queue(1000)
-        self._thread = threading.Thread(target=self._look_up, name="names", daemon=True)
+        self._worker = LeftBehind("names", self._look_up, _WAITING, (OSError, UnicodeError))
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._worker.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Leave the thread behind: a resolver that waits for its server cannot be interrupted."""
-        try:
-            self._wanted.put_nowait(None)
-        except queue.Full:
-            pass
+    def __exit__(self, *_: object) -> None:
+        self._worker.__exit__()
 
     def host(self, address: str) -> str:
         """Return the host's name if it is known by now, else `address`."""
@@ -206,21 +194,13 @@ class Names:
             if len(self._known) >= self._limit:
                 self._known.clear()
             name = str(key)
-            try:
-                self._wanted.put_nowait(key)
-            except queue.Full:
-                return name
-            self._known[key] = name
+            self._known[key] = name  # before the thread, which may be quick, knows better
+            if not self._worker.add(key):
+                del self._known[key]
         return name
 
-    def _look_up(self) -> None:
-        failures = Failures("names")
-        while (key := self._wanted.get()) is not None:
-            try:
-                if isinstance(key, int):
-                    self._known[key] = user(key)
-                else:
-                    self._known[key] = bounded(os.fsencode(socket.gethostbyaddr(key)[0]))
-            except Exception as error:  # a name that cannot be had costs no other its own
-                if not isinstance(error, (OSError, UnicodeError)):
-                    failures.add(error)
+    def _look_up(self, key: str | int) -> None:
+        if isinstance(key, int):
+            self._known[key] = user(key)
+        else:
+            self._known[key] = bounded(os.fsencode(socket.gethostbyaddr(key)[0]))

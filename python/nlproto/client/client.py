@@ -33,6 +33,7 @@ from nlproto.errors import DaemonBusy, Error, NoDaemon, NoPrivilege, UsageError,
 from nlproto.records import wire
 from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
+from nlproto.running.closing import Closing
 from nlproto.running.commands import as_root
 from nlproto.tables.flows import decode_flows
 from nlproto.tables.processes import Process
@@ -121,7 +122,7 @@ Event = (
 _ERRORS: Mapping[str, type[Error]] = {"usage": UsageError, "denied": NoPrivilege}
 
 
-class DaemonClient:
+class DaemonClient(Closing):
     """One connection to the daemon; not for several threads at once.
 
     Raises NoDaemon when there is none or it goes away, VersionMismatch when it is of another
@@ -174,12 +175,6 @@ class DaemonClient:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> DaemonClient:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the connection; a second time nothing happens."""

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 
@@ -32,6 +31,7 @@ from nlproto.records import wire
 from nlproto.records.clock import Clock
 from nlproto.records.wire import SNAP, Batch, FirstBytesBatch, PacketBytes, lib
 from nlproto.running import descriptors
+from nlproto.running.closing import Closing
 from nlproto.running.supervise import Failures
 from nlproto.running.urgency import Urgency
 
@@ -105,7 +105,7 @@ class _Capture:
             self.diag.close()
 
 
-class PacketEngine:
+class PacketEngine(Closing):
     """Captures in every network namespace that it may enter; see nlproto.engines.engine.Engine.
 
     Batches are of its own `instance` and of CPU 0. What a ring had no room for appears as a gap
@@ -161,12 +161,6 @@ class PacketEngine:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Give back rings, sockets and namespaces."""

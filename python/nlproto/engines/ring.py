@@ -11,7 +11,6 @@ import re
 import socket
 import struct
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from nlproto.errors import Error, NoPrivilege
 from nlproto.kernel.sockfilter import AD, assemble, attach
 from nlproto.records.clock import Clock
 from nlproto.records.wire import RECORD, dtype_of
+from nlproto.running.closing import Closing
 
 __all__ = ["PacketRing", "Frames"]
 
@@ -86,7 +86,7 @@ class Frames:
         )
 
 
-class PacketRing:
+class PacketRing(Closing):
     """A ring in the network namespace it is made in (inode `netns`); a context manager.
 
     `ring_bytes` of kernel memory are pinned. Raises NoPrivilege without CAP_NET_RAW.
@@ -132,12 +132,6 @@ class PacketRing:
         ring.frames, ring.count, ring.size = self._frames, count, frame
         ring.netns, ring.vnet = self.netns, vnet
         return ring
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Unmap the ring and close its socket."""

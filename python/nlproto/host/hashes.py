@@ -11,16 +11,13 @@ Sources: man 5 proc (exe, fdinfo, mountinfo), man 2 open (O_PATH).
 from __future__ import annotations
 
 import os
-import queue
 import stat
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from types import TracebackType
 from typing import NamedTuple, Self
 
-from nlproto.running.supervise import Failures
+from nlproto.running.left_behind import LeftBehind
 
 __all__ = ["Hashes"]
 
@@ -52,29 +49,18 @@ class Hashes:
 
     def __init__(self, told: Told) -> None:
         self._told = told
-        self._waiting: queue.Queue[_Wanted | None] = queue.Queue(_WAITING)
+        self._worker = LeftBehind("hashes of programs", self._work, _WAITING)
         self._known: OrderedDict[tuple[int, ...], str] = OrderedDict()
-        self._failures = Failures("hashes of programs")
-        self._thread = threading.Thread(target=self._work, name="hashes", daemon=True)
         self._left_s, self._at_s = _SAVED_S, time.monotonic()
         self.left_out = 0
         """Processes without a hash, because too many waited."""
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._worker.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Leave the thread behind: it may wait for a disk."""
-        try:
-            self._waiting.put_nowait(None)
-        except queue.Full:
-            pass
+    def __exit__(self, *_: object) -> None:
+        self._worker.__exit__()
 
     def ask(self, tgid: int, start_ns: int, exe: str) -> None:
         """Want the hash of what a process runs at this moment. Never waits."""
@@ -82,23 +68,16 @@ class Hashes:
             file = os.open(f"/proc/{tgid}/exe", os.O_PATH | os.O_CLOEXEC)
         except OSError:
             return
-        try:
-            self._waiting.put_nowait(_Wanted(file, tgid, start_ns, exe))
-        except queue.Full:
+        if not self._worker.add(_Wanted(file, tgid, start_ns, exe)):
             os.close(file)
             self.left_out += 1
 
-    def _work(self) -> None:
-        while (wanted := self._waiting.get()) is not None:
-            try:
-                found = self._hash(wanted)
-                if found:
-                    self._told(wanted.tgid, wanted.start_ns, wanted.exe, found)
-            except Exception as error:  # the next one may be readable
-                if not isinstance(error, OSError):
-                    self._failures.add(error)
-            finally:
-                os.close(wanted.file)
+    def _work(self, wanted: _Wanted) -> None:
+        try:
+            if found := self._hash(wanted):
+                self._told(wanted.tgid, wanted.start_ns, wanted.exe, found)
+        finally:
+            os.close(wanted.file)
 
     def _hash(self, wanted: _Wanted) -> str:
         if not _answers_by_itself(wanted):

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
 from nlproto.errors import Error, NoPrivilege
 from nlproto.host import netns, procfs
 from nlproto.host.sockdiag import SockDiag
+from nlproto.running.closing import Closing
 from nlproto.running.supervise import Failures
 
 __all__ = ["NamespaceSockets", "PerNamespace"]
@@ -26,7 +27,7 @@ class _Closable(Protocol):
 S = TypeVar("S", bound=_Closable)
 
 
-class PerNamespace(Generic[S]):
+class PerNamespace(Closing, Generic[S]):
     """Looks for new and ended namespaces at most every 2 s; a context manager, for one thread.
 
     Of netns.room() at most, chosen as engine packet chooses. `make` makes the socket, inside the
@@ -50,12 +51,6 @@ class PerNamespace(Generic[S]):
         self.own = netns.own()
         self._failures = Failures("sock_diag")
         self._namespaces: dict[int, S | None] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close all sockets."""

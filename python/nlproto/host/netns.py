@@ -15,13 +15,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from nlproto._host import lib
 from nlproto.errors import Error, NoPrivilege, UsageError
 from nlproto.host import procfs
 from nlproto.kernel.netlink import NLM_F_DUMP, Connection, attributes
 from nlproto.running import descriptors
+from nlproto.running.closing import Closing
 from nlproto.running.descriptors import or_error
 
 __all__ = [
@@ -241,17 +242,11 @@ def run_inside(path: Path, work: Callable[[], T]) -> T:
     return results[0]
 
 
-class Interfaces:
+class Interfaces(Closing):
     """rtnetlink of the network namespace it was made in; a context manager."""
 
     def __init__(self) -> None:
         self._connection = Connection(socket.NETLINK_ROUTE)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close its Netlink socket."""

@@ -7,17 +7,19 @@ Sources: man 7 sock_diag, net/ipv4/inet_diag.c, net/ipv4/udp_diag.c.
 import errno
 import os
 import socket
-from typing import Self
 
 import numpy as np
 
 from nlproto._host import ffi, lib
 from nlproto.errors import Error, NoPrivilege
 from nlproto.records.wire import dtype_of
+from nlproto.running.closing import Closing
 
-__all__ = ["ALL_STATES", "HOST_SOCKET", "MAPPED", "SockDiag", "TcpState"]
+__all__ = ["ALL_STATES", "HOST_SOCKET", "MAPPED", "DiagSocket", "SockDiag", "TcpState", "refused"]
 
 NETLINK_SOCK_DIAG = 4
+PATIENCE_S = 5.0
+"""How long an answer may take."""
 _BUFFER = 64 << 10
 MAPPED = bytes(10) + b"\xff\xff"
 """What stands before an IPv4 address in an IPv6 socket (::ffff:a.b.c.d)."""
@@ -43,35 +45,27 @@ class TcpState:
     LISTEN = 10
 
 
-class SockDiag:
-    """A sock_diag socket of the network namespace it was made in; a context manager.
+class DiagSocket(Closing):
+    """A sock_diag socket of the network namespace it was made in, with room for a datagram.
 
-    Raises NoPrivilege when the kernel refuses it (seccomp, no tcp_diag or udp_diag): /proc/net
-    is what is left then.
+    `kind` (a dtype) is what an answer becomes, `least` how many bytes it has at least.
+    Raises NoPrivilege when the kernel refuses it (seccomp, no tcp_diag or udp_diag).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: np.dtype[np.void], least: int) -> None:
         try:
             self._socket = socket.socket(
                 socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG
             )
         except OSError as error:
-            raise NoPrivilege(f"sock_diag is refused here: {error.strerror}") from None
-        self._socket.settimeout(5.0)
+            raise refused(error.errno or 0) from None
+        self._socket.settimeout(PATIENCE_S)
         self._seq = 0
         self._request = ffi.new("uint8_t[]", 128)
         self._buffer = bytearray(_BUFFER)
         self._view = ffi.from_buffer("uint8_t[]", self._buffer)
         self._done = ffi.new("int *")
-        # The smallest answer takes 88 bytes of a datagram.
-        self._found = np.zeros(_BUFFER // 64, HOST_SOCKET)
-        self._sockets = ffi.from_buffer("struct host_socket[]", self._found)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._found = np.zeros(_BUFFER // least, kind)
 
     def close(self) -> None:
         """Close its Netlink socket."""
@@ -88,26 +82,43 @@ class SockDiag:
         rport: int = 0,
         ifindex: int = 0,
         states: int = ALL_STATES,
+        tcp_info: bool = False,
     ) -> None:
-        self._seq = (self._seq + 1) & 0xFFFFFFFF
+        self._seq = self._seq % 0xFFFFFFFF + 1  # 0 is what the kernel tells unasked
         if proto == socket.IPPROTO_UDP and not dump:
             # udp_dump_one() takes source and destination of a packet that arrives.
             local, lport, remote, rport = remote, rport, local, lport
         size = lib.host_diag_request(
             self._request, self._seq, family, proto, dump, local, lport, remote, rport, ifindex,
-            states, False,
+            states, tcp_info,
         )  # fmt: skip
         try:
             self._socket.send(ffi.buffer(self._request, size))
         except OSError as error:
-            raise NoPrivilege(f"sock_diag is refused here: {error.strerror}") from None
+            raise refused(error.errno or 0) from None
 
-    def _receive(self, proto: int) -> tuple[int, bool]:
-        """Return how many sockets were read into self._found, or -errno; and if that is all."""
+    def _receive(self) -> int:
+        """Return the size of the next datagram, which is in the buffer."""
         try:
-            size = self._socket.recv_into(self._buffer)
+            return self._socket.recv_into(self._buffer)
         except TimeoutError:
-            raise Error("sock_diag did not answer within 5 s") from None
+            raise Error(f"sock_diag did not answer within {PATIENCE_S:.0f} s") from None
+
+
+class SockDiag(DiagSocket):
+    """TCP and UDP sockets; a context manager. Where it is refused, /proc/net is what is left.
+
+    Raises NoPrivilege as DiagSocket.
+    """
+
+    def __init__(self) -> None:
+        # The smallest answer takes 88 bytes of a datagram.
+        super().__init__(HOST_SOCKET, 64)
+        self._sockets = ffi.from_buffer("struct host_socket[]", self._found)
+
+    def _read(self, proto: int) -> tuple[int, bool]:
+        """Return how many sockets were read into self._found, or -errno; and if that is all."""
+        size = self._receive()
         read = lib.host_diag_read(
             self._view, size, self._seq, proto, self._sockets, len(self._found), self._done
         )
@@ -130,9 +141,9 @@ class SockDiag:
                 self._send(family, proto, dump=True, lport=lport, states=states)
                 done = False
                 while not done:
-                    read, done = self._receive(proto)
+                    read, done = self._read(proto)
                     if read < 0:
-                        raise _failure(-read)
+                        raise refused(-read)
                     parts.append(self._found[:read].copy())
         return np.concatenate(parts) if parts else np.zeros(0, HOST_SOCKET)
 
@@ -152,17 +163,18 @@ class SockDiag:
         """
         self._send(family, proto, False, local, lport, remote, rport, ifindex)
         while True:
-            read, done = self._receive(proto)
+            read, done = self._read(proto)
             if read > 0:
                 found: np.void = self._found[:1].copy()[0]
                 return found
             if read == -errno.ENOENT:
                 return None
             if read < 0:
-                raise _failure(-read)
+                raise refused(-read)
             if done:
                 return None
 
 
-def _failure(code: int) -> Error:
+def refused(code: int) -> Error:
+    """What an errno of sock_diag means."""
     return NoPrivilege(f"sock_diag is refused here: {os.strerror(code)}")

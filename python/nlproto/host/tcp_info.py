@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import socket
-from typing import Self
 
 import numpy as np
 
 from nlproto._host import ffi, lib
-from nlproto.errors import Error, NoPrivilege
-from nlproto.host.sockdiag import NETLINK_SOCK_DIAG, TcpState
+from nlproto.errors import NoPrivilege
+from nlproto.host.sockdiag import PATIENCE_S, DiagSocket, TcpState, refused
 from nlproto.records.wire import dtype_of
 
 __all__ = ["HOST_TCP", "TcpInfo"]
@@ -28,30 +26,23 @@ HOST_TCP = dtype_of("host_tcp", ffi)
 
 _DESTROYED = {socket.AF_INET: 1, socket.AF_INET6: 3}  # SKNLGRP_INET_TCP_DESTROY, ..._INET6_...
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
-_BUFFER = 64 << 10
 _ROOM = 4 << 20
 """Bytes of closed connections that wait to be read, some 5,000; what has no room is lost."""
-_PATIENCE = 5.0  # s for an answer
 _LEAST = 300
 """Bytes of an answer with tcp_info at least."""
-_NO_ADDRESS = bytes(16)
 _OPEN = 0xFFF & ~(
     1 << TcpState.LISTEN | 1 << TcpState.TIME_WAIT | 1 << TcpState.CLOSE | 1 << TcpState.SYN_RECV
 )
 
 
-class TcpInfo:
+class TcpInfo(DiagSocket):
     """Of the network namespace it was made in; a context manager, for one thread.
 
     Raises NoPrivilege when the kernel refuses sock_diag or the group.
     """
 
     def __init__(self) -> None:
-        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
-        try:
-            self._socket = socket.socket(socket.AF_NETLINK, kind, NETLINK_SOCK_DIAG)
-        except OSError as error:
-            raise NoPrivilege(f"sock_diag is refused here: {error.strerror}") from None
+        super().__init__(HOST_TCP, _LEAST)
         try:
             self._socket.bind((0, 0))
             with contextlib.suppress(OSError):
@@ -61,27 +52,10 @@ class TcpInfo:
         except OSError as error:
             self._socket.close()
             raise NoPrivilege(f"ends of connections are not told: {error.strerror}") from None
-        self._socket.settimeout(_PATIENCE)
-        self._seq = 0
-        self._request = ffi.new("uint8_t[]", 128)
-        self._buffer = bytearray(_BUFFER)
-        self._view = ffi.from_buffer("uint8_t[]", self._buffer)
-        self._done = ffi.new("int *")
-        self._found = np.zeros(_BUFFER // _LEAST, HOST_TCP)
         self._places = ffi.from_buffer("struct host_tcp[]", self._found)
         self._closed: list[np.ndarray] = []
         self.lost = 0
         """How often the kernel had no room for what it told of closed connections."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close its Netlink socket."""
-        self._socket.close()
 
     def fileno(self) -> int:
         """Return the descriptor, which can be read when a connection was closed."""
@@ -97,7 +71,7 @@ class TcpInfo:
                 break
             except OSError as error:
                 self._overrun(error)
-        self._socket.settimeout(_PATIENCE)
+        self._socket.settimeout(PATIENCE_S)
         found, self._closed = self._closed, []
         return np.concatenate([np.zeros(0, HOST_TCP), *found])
 
@@ -105,21 +79,11 @@ class TcpInfo:
         """Return how connections go that are open now (HOST_TCP). Raises Error."""
         parts = [np.zeros(0, HOST_TCP)]
         for family in _DESTROYED:
-            self._seq = self._seq % 0xFFFFFFFF + 1  # 0 is what the kernel tells unasked
-            size = lib.host_diag_request(
-                self._request, self._seq, family, socket.IPPROTO_TCP, True, _NO_ADDRESS, 0,
-                _NO_ADDRESS, 0, 0, _OPEN, True,
-            )  # fmt: skip
-            try:
-                self._socket.send(ffi.buffer(self._request, size))
-            except OSError as error:
-                raise NoPrivilege(f"sock_diag is refused here: {error.strerror}") from None
+            self._send(family, socket.IPPROTO_TCP, True, states=_OPEN, tcp_info=True)
             done = False
             while not done:
                 try:
-                    size = self._socket.recv_into(self._buffer)
-                except TimeoutError:
-                    raise Error("sock_diag did not answer within 5 s") from None
+                    size = self._receive()
                 except OSError as error:
                     self._overrun(error)
                     continue
@@ -127,7 +91,7 @@ class TcpInfo:
                 read = self._read(size, self._seq)
                 done = bool(self._done[0])
                 if read < 0 and -read != errno.ENOENT:
-                    raise NoPrivilege(f"sock_diag is refused here: {os.strerror(-read)}")
+                    raise refused(-read)
                 parts.append(self._found[: max(0, read)].copy())
         return np.concatenate(parts)
 

@@ -12,13 +12,13 @@ import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 
 from nlproto.errors import Error, NoModule, NoPrivilege
 from nlproto.records import wire
 from nlproto.records.wire import ffi, lib
+from nlproto.running.closing import Closing
 
 __all__ = [
     "Connection",
@@ -141,7 +141,15 @@ def _error_code(message: Message) -> int:
     return -int.from_bytes(message.payload[:4], "little", signed=True)
 
 
-class Connection:
+def _receive(sock: socket.socket, buffer: memoryview) -> memoryview:
+    """Return the next datagram, a part of `buffer`; OSError as recvmsg(2)."""
+    size, _, bits, _ = sock.recvmsg_into([buffer])
+    if bits & socket.MSG_TRUNC:
+        raise Error(f"a message of the kernel is longer than {len(buffer)} bytes")
+    return buffer[:size]
+
+
+class Connection(Closing):
     """A Netlink socket for requests and their answers; a context manager."""
 
     def __init__(self, protocol: int = NETLINK_GENERIC) -> None:
@@ -152,12 +160,6 @@ class Connection:
         self._socket.bind((0, 0))
         self._seq = 0
         self._buffer = memoryview(bytearray(_MESSAGE_BYTES))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close its socket."""
@@ -174,12 +176,10 @@ class Connection:
         self._socket.send(head + body)
         while True:
             try:
-                size, _, bits, _ = self._socket.recvmsg_into([self._buffer])
+                datagram = _receive(self._socket, self._buffer)
             except TimeoutError:
                 raise Error(f"the kernel did not answer within {_TIMEOUT:.0f} s") from None
-            if bits & socket.MSG_TRUNC:
-                raise Error(f"an answer of the kernel is longer than {_MESSAGE_BYTES} bytes")
-            for message in messages(self._buffer[:size]):
+            for message in messages(datagram):
                 if message.seq != self._seq:
                     continue  # left over from a request that timed out
                 if message.type == NLMSG_DONE and message.flags & NLM_F_DUMP_INTR:
@@ -248,7 +248,7 @@ def _resolve_sniffer(connection: Connection) -> Family:
         raise NoModule(NO_MODULE) from None
 
 
-class Sniffer:
+class Sniffer(Closing):
     """Commands of sniffer.ko; a context manager.
 
     Every call raises NoModule when it is not loaded (any more), NoPrivilege without
@@ -262,12 +262,6 @@ class Sniffer:
         except BaseException:
             self._connection.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close its socket; the module stays."""
@@ -364,7 +358,7 @@ def _socket_of(answer: tuple[int, dict[int, bytes]]) -> tuple[np.void, np.ndarra
     )
 
 
-class Listener:
+class Listener(Closing):
     """Receives sniffer.ko's multicast groups; a context manager.
 
     Loss shows in sequences alone: ENOBUFS is ignored. Raises NoModule, NoPrivilege at the start,
@@ -413,12 +407,6 @@ class Listener:
             number = self._family.groups[group]
             self._socket.setsockopt(SOL_NETLINK, NETLINK_DROP_MEMBERSHIP, number)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Leave the groups and close the socket."""
         self._socket.close()
@@ -434,7 +422,7 @@ class Listener:
         """
         while True:
             try:
-                size, _, bits, _ = self._socket.recvmsg_into([self._buffer])
+                datagram = _receive(self._socket, self._buffer)
             except BlockingIOError:
                 if not timeout or not self._poll.poll(timeout * 1000):
                     return None
@@ -444,9 +432,7 @@ class Listener:
                 if error.errno == errno.ENOBUFS:
                     continue
                 raise
-            if bits & socket.MSG_TRUNC:
-                raise Error(f"a message of sniffer.ko is longer than {_MESSAGE_BYTES} bytes")
-            for message in messages(self._buffer[:size]):
+            for message in messages(datagram):
                 if message.type == self._family.id:
                     command, rest = _generic(message.payload)
                     for _, payload in attributes(rest):

@@ -148,7 +148,7 @@ static inline void flow_add(struct flow *flow, const struct sniffer_record *r, i
 		flow->tcp_in |= r->tcp_flags;
 	}
 	if (r->tcp_flags & TCP_SYN && !flow->opened)
-		flow->opened = !(r->tcp_flags & TCP_ACK) == out ? 1 : 2;
+		flow->opened = (!(r->tcp_flags & TCP_ACK)) == out ? 1 : 2;
 	if (r->time_ns < flow->first_ns)
 		flow->first_ns = r->time_ns;
 	if (r->time_ns > flow->last_ns)

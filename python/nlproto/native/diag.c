@@ -1,0 +1,175 @@
+/* SPDX-License-Identifier: MIT */
+/* What sock_diag is asked, and its answers (man 7 sock_diag). */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <linux/inet_diag.h>
+#include <linux/netlink.h>
+#include <linux/sock_diag.h>
+#include <linux/tcp.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "shared_proto.h"
+#include "host.h"
+
+uint32_t host_diag_request(uint8_t *buf, uint32_t seq, uint8_t family, uint8_t proto, int dump,
+			   const uint8_t *saddr, uint16_t sport, const uint8_t *daddr,
+			   uint16_t dport, uint32_t ifindex, uint32_t states, int with_tcp_info)
+{
+	struct {
+		struct nlmsghdr nlh;
+		struct inet_diag_req_v2 req;
+	} m;
+
+	memset(&m, 0, sizeof(m));
+	m.nlh.nlmsg_len = sizeof(m);
+	m.nlh.nlmsg_type = SOCK_DIAG_BY_FAMILY;
+	m.nlh.nlmsg_flags = NLM_F_REQUEST | (dump ? NLM_F_DUMP : 0);
+	m.nlh.nlmsg_seq = seq;
+	m.req.sdiag_family = family;
+	m.req.sdiag_protocol = proto;
+	m.req.idiag_states = states;
+	if (with_tcp_info)
+		m.req.idiag_ext = 1 << (INET_DIAG_INFO - 1);
+	m.req.id.idiag_sport = htons(sport);
+	m.req.id.idiag_dport = htons(dport);
+	memcpy(m.req.id.idiag_src, saddr, 16);
+	memcpy(m.req.id.idiag_dst, daddr, 16);
+	m.req.id.idiag_if = ifindex;
+	m.req.id.idiag_cookie[0] = INET_DIAG_NOCOOKIE;
+	m.req.id.idiag_cookie[1] = INET_DIAG_NOCOOKIE;
+	memcpy(buf, &m, sizeof(m));
+	return sizeof(m);
+}
+
+/* The answers of sock_diag in one datagram. */
+struct diag_answers {
+	const uint8_t *buf;
+	uint32_t len, seq, at;
+	int done; /* no further datagram will come */
+};
+
+/*
+ * Read the next answer to request @seq into @d; @attrs gets its attributes, which end at @end.
+ * Returns 1, or 0 when there is none left, or what the kernel or damage says as -errno.
+ */
+static int next_answer(struct diag_answers *a, struct inet_diag_msg *d, const uint8_t **attrs,
+		       const uint8_t **end)
+{
+	while (a->at + sizeof(struct nlmsghdr) <= a->len) {
+		const uint8_t *message = a->buf + a->at;
+		struct nlmsghdr h;
+		int code = 0;
+
+		memcpy(&h, message, sizeof(h));
+		if (h.nlmsg_len < sizeof(h) || h.nlmsg_len > a->len - a->at)
+			return -EBADMSG;
+		a->at += NLMSG_ALIGN(h.nlmsg_len);
+		if (h.nlmsg_seq != a->seq)
+			continue;
+		if (h.nlmsg_type == NLMSG_ERROR || h.nlmsg_type == NLMSG_DONE) {
+			if (h.nlmsg_len >= sizeof(h) + sizeof(code))
+				memcpy(&code, message + sizeof(h), sizeof(code));
+			a->done = 1;
+			return code < 0 ? code : 0;
+		}
+		if (h.nlmsg_len < sizeof(h) + sizeof(*d))
+			return -EBADMSG;
+		memcpy(d, message + sizeof(h), sizeof(*d));
+		*attrs = message + sizeof(h) + sizeof(*d);
+		*end = message + h.nlmsg_len;
+		return 1;
+	}
+	return 0;
+}
+
+static uint64_t cookie_of(const struct inet_diag_msg *d)
+{
+	return (uint64_t)d->id.idiag_cookie[1] << 32 | d->id.idiag_cookie[0];
+}
+
+int host_diag_read(const uint8_t *buf, uint32_t len, uint32_t seq, uint8_t proto,
+		   struct host_socket *sockets, uint32_t max, int *done)
+{
+	struct diag_answers answers = { .buf = buf, .len = len, .seq = seq };
+	const uint8_t *attrs, *end;
+	struct inet_diag_msg d;
+	uint32_t n = 0;
+	int more;
+
+	while ((more = next_answer(&answers, &d, &attrs, &end)) > 0) {
+		struct host_socket *s;
+
+		if (n == max) {
+			more = -ENOBUFS;
+			break;
+		}
+		s = &sockets[n++];
+		memset(s, 0, sizeof(*s));
+		s->cookie = cookie_of(&d);
+		s->inode = d.idiag_inode;
+		s->uid = d.idiag_uid;
+		s->ifindex = d.id.idiag_if;
+		s->sport = ntohs(d.id.idiag_sport);
+		s->dport = ntohs(d.id.idiag_dport);
+		s->family = d.idiag_family;
+		s->proto = proto;
+		s->state = d.idiag_state;
+		memcpy(s->saddr, d.id.idiag_src, 16);
+		memcpy(s->daddr, d.id.idiag_dst, 16);
+	}
+	*done = answers.done;
+	return more < 0 ? more : (int)n;
+}
+
+/* The tcp_info behind a sock_diag message, of which the kernel may know less than we do. */
+static int tcp_info_of(const uint8_t *at, const uint8_t *end, struct tcp_info *info)
+{
+	while (at + sizeof(struct nlattr) <= end) {
+		struct nlattr a;
+
+		memcpy(&a, at, sizeof(a));
+		if (a.nla_len < sizeof(a) || a.nla_len > end - at)
+			return 0;
+		if (a.nla_type == INET_DIAG_INFO) {
+			size_t size = a.nla_len - sizeof(a);
+
+			memset(info, 0, sizeof(*info));
+			memcpy(info, at + sizeof(a), size < sizeof(*info) ? size : sizeof(*info));
+			return size >= offsetof(struct tcp_info, tcpi_pacing_rate);
+		}
+		if (NLA_ALIGN(a.nla_len) > end - at)
+			return 0;
+		at += NLA_ALIGN(a.nla_len);
+	}
+	return 0;
+}
+
+int host_tcp_read(const uint8_t *buf, uint32_t len, uint32_t seq, struct host_tcp *found,
+		  uint32_t max, int *done)
+{
+	struct diag_answers answers = { .buf = buf, .len = len, .seq = seq };
+	const uint8_t *attrs, *end;
+	struct inet_diag_msg d;
+	struct tcp_info info;
+	uint32_t n = 0;
+	int more;
+
+	while ((more = next_answer(&answers, &d, &attrs, &end)) > 0) {
+		if (n == max) {
+			more = -ENOBUFS;
+			break;
+		}
+		if (!d.id.idiag_dport || !tcp_info_of(attrs, end, &info))
+			continue;
+		found[n++] = (struct host_tcp){
+			.cookie = cookie_of(&d),
+			.rtt_us = info.tcpi_rtt,
+			.retransmits = info.tcpi_total_retrans,
+		};
+	}
+	*done = answers.done;
+	return more < 0 ? more : (int)n;
+}

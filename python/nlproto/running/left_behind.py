@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: MIT
+"""Work that may wait for a disk or a server, in a thread that nobody waits for."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+from typing import Generic, Self, TypeVar
+
+from nlproto.running.supervise import Failures
+
+__all__ = ["LeftBehind"]
+
+T = TypeVar("T")
+
+
+class LeftBehind(Generic[T]):
+    """A thread that does `work` on one thing after the other; a context manager.
+
+    At the end it is left behind, because what it waits for cannot be interrupted. At most `most`
+    things wait. Errors of the types `foreseen` are not logged: the next thing may go well.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        work: Callable[[T], None],
+        most: int,
+        foreseen: tuple[type[Exception], ...] = (OSError,),
+    ) -> None:
+        self._work = work
+        self._foreseen = foreseen
+        self._waiting: queue.Queue[tuple[T] | None] = queue.Queue(most)
+        self._failures = Failures(name)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(queue.Full):
+            self._waiting.put_nowait(None)
+
+    def add(self, thing: T) -> bool:
+        """Whether `thing` waits for its turn; False: too many do. From any thread, at once."""
+        try:
+            self._waiting.put_nowait((thing,))
+        except queue.Full:
+            return False
+        return True
+
+    def _run(self) -> None:
+        while (one := self._waiting.get()) is not None:
+            try:
+                self._work(*one)
+            except Exception as error:
+                if not isinstance(error, self._foreseen):
+                    self._failures.add(error)
