@@ -16,7 +16,7 @@ from fleet.ask.ends import ends
 from fleet.ask.hosts import hosts_of
 from fleet.ask.map import service_map
 from fleet.ask.questions import new, usage, who
-from fleet.ask.store import Range, Store, open_folder
+from fleet.ask.store import FlowStore, Range, open_folder
 from fleet.ask.wanted import Wanted
 from fleet_flows import BEGIN_NS, HOSTS, address, write
 from nlproto.filters.parse import parse
@@ -28,7 +28,7 @@ _AT_S = 200_000
 _TIMES = 5
 _IMPORTS = "import fleet.ask.ends, fleet.ask.map, fleet.ask.questions, hunter.fleet.fleet"
 
-_QUESTIONS: list[tuple[str, int, Callable[[Store], int]]] = [
+_QUESTIONS: list[tuple[str, int, Callable[[FlowStore], int]]] = [
     ("who, a port", 300, lambda store: who(store, Wanted(parse("port 5012")), 50)[0]),
     ("who, a far host", 300, lambda store: who(store, Wanted(host=address(77)), 50)[0]),
     ("who, a program", 300, lambda store: who(store, Wanted(parse("pname program7")), 50)[0]),

@@ -21,7 +21,7 @@ import nats
 import pytest
 
 from fleet import bus
-from fleet.options import Server as At
+from fleet.options import FleetServer as At
 from fleet.subjects import STREAM
 from fleeting import Program, certificate, free_port, nats_server, rows
 from nlproto.errors import Error

@@ -24,7 +24,7 @@ from daemon.serve.requests import parse_request, request_id
 from fleet import schema
 from fleet import wire as told
 from fleet.ask.questions import who
-from fleet.ask.store import Range, Store, open_tables
+from fleet.ask.store import FlowStore, Range, open_tables
 from fleet.ask.wanted import Wanted
 from fleet.collect.tables import Received, hours_of
 from hunter.formats import captures, ownercomment, pcapng
@@ -146,7 +146,7 @@ def runtime_file(data: bytes) -> None:
 
 def dns_answer(data: bytes) -> None:
     """An answer of DNS: whoever is asked chooses it. Names that come out are host names."""
-    with contextlib.suppress(dns.Malformed):
+    with contextlib.suppress(dns.MalformedDns):
         found = dns.parse(data)
         assert not found.name or dns.valid_name(found.name), found
 
@@ -270,7 +270,7 @@ def fleet_body(data: bytes) -> None:
     _stored(told.decode(told._packed(kind, bytes(16), 1, size, count, body)))
 
 
-def _stored(found: told.Batch) -> None:
+def _stored(found: told.HostBatch) -> None:
     """All times are taken: whatever it says goes into tables."""
     hours, _ = hours_of([Received("h", found)], 1 << 62, -(1 << 62))
     assert sum(hour.table.num_rows for hour in hours) <= len(found)
@@ -284,7 +284,7 @@ def fleet_filter(data: bytes) -> None:
 
 
 @functools.cache
-def _asked() -> Store:
+def _asked() -> FlowStore:
     """One flow of one process, in memory."""
     flow = dict.fromkeys(schema.FLOWS.names) | dict.fromkeys(
         ("sequence", "netns", "cookie", "flags", "packets_in", "bytes_out", "bytes_in"), 0

@@ -213,7 +213,7 @@ def test_every_column_of_the_language_is_one_of_the_store() -> None:
      Wanted(parse("pname parent\udca0init or domain \udcff")),
      Wanted(parse("exe \ud800* or parent \udca0 or container \udca0"))],
 )  # fmt: skip
-def test_bytes_of_a_shell_that_are_no_text_fit_nothing(tmp_path: Path, wanted: Wanted) -> None:
+def test_bytes_of_a_shell_that_are_no_text_fit_nothing(tmp_path: Path, wanted: Any) -> None:
     folder = Folder(tmp_path)
     folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "curl", domain="a.test")
     with folder.open() as store:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +30,7 @@ class Pipeline:
         self.processes = Processes()
 
 
-def ask_of(lasts: Any) -> tuple[Callable[..., Any], list[Any]]:
+def ask_of(lasts: Any) -> tuple[Any, ...]:
     """What asks a daemon's own part, whose history has a flow for each of `lasts` (ns)."""
     flows = np.zeros(len(lasts), FLOW)
     flows["cookie"] = np.arange(1, len(lasts) + 1)
@@ -43,7 +42,7 @@ def ask_of(lasts: Any) -> tuple[Callable[..., Any], list[Any]]:
     memory = FlowMemory(len(flows) + 1)
     memory.update(flows, stand_in(SimpleNamespace(real_offset_ns=0)))
     answers = Answers(stand_in(Pipeline()), memory)
-    asked: list[Any] = []
+    asked = []
 
     def ask(**words: Any) -> Any:
         asked.append(words)
@@ -53,18 +52,18 @@ def ask_of(lasts: Any) -> tuple[Callable[..., Any], list[Any]]:
 
 
 @pytest.fixture(name="now")
-def _now() -> int:
+def _now() -> Any:
     return time.time_ns()
 
 
-def test_more_flows_than_are_told_at_once_are_all_told(now: int) -> None:
+def test_more_flows_than_are_told_at_once_are_all_told(now: Any) -> None:
     ask, asked = ask_of(now - np.arange(25_000) * S // 50)  # 500 s
     flows, _, whole = told(ask, Range(now - 600 * S, now))
     assert whole and len(flows) == len({one["cookie"] for one in flows}) == 25_000
     assert 2 < len(asked) < 20
 
 
-def test_what_cannot_be_divided_is_said_to_be_cut(now: int) -> None:
+def test_what_cannot_be_divided_is_said_to_be_cut(now: Any) -> None:
     """All at one moment."""
     ask, _ = ask_of(np.full(10_500, now - 100 * S))
     flows, _, whole = told(ask, Range(now - 600 * S, now))

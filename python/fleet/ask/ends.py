@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from fleet.ask.hosts import hosts_of
-from fleet.ask.store import Store
+from fleet.ask.store import FlowStore
 from fleet.ask.wanted import CLIENT, NAMED, Wanted, condition
 
 __all__ = ["REASONS", "ends", "join"]
@@ -283,7 +283,7 @@ ORDER BY shown.c IS NULL OR shown.s IS NULL, shown.last_ns DESC
 PROGRAM = "coalesce(program, comm)"
 
 
-def join(store: Store, wanted: Wanted, name: str, details: bool = False) -> None:
+def join(store: FlowStore, wanted: Wanted, name: str, details: bool = False) -> None:
     """Make the tables `end_`, `match_` and `alone` of the connections that fit.
 
     `name`: an expression over NAMED; each end has it as `name`. Raises Error.
@@ -325,13 +325,13 @@ def join(store: Store, wanted: Wanted, name: str, details: bool = False) -> None
     store.rows(_ALONE.format(any="true" if passing else "false"))
 
 
-def _until_all(store: Store, insert: str) -> None:
+def _until_all(store: FlowStore, insert: str) -> None:
     for _ in range(_STEPS):
         if not store.rows(insert)[0]["Count"]:
             break
 
 
-def _tell_hosts(store: Store) -> bool:
+def _tell_hosts(store: FlowStore) -> bool:
     """Make the tables `owned`, `shared` and `partial`; whether an address is several machines'."""
     partial = {one.name: "silent" if one.silent_s else "lost" for one in hosts_of(store)
                if not one.whole}  # fmt: skip
@@ -354,7 +354,9 @@ def _tell_hosts(store: Store) -> bool:
     return bool(shared)
 
 
-def ends(store: Store, wanted: Wanted, limit: int = 1 << 40) -> tuple[int, list[dict[str, Any]]]:
+def ends(
+    store: FlowStore, wanted: Wanted, limit: int = 1 << 40
+) -> tuple[int, list[dict[str, Any]]]:
     """Return how many connections fit, and `limit` of them, both ends first, the latest first.
 
     {"protocol", "client", "server", "ambiguous", "reason"}. Of an end that has no partner the other

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from fleet import schema
-from fleet.ask.store import Range, Store, open_tables
+from fleet.ask.store import FlowStore, Range, open_tables
 from nlproto.client.client import DaemonClient
 
 __all__ = ["open_local", "told"]
@@ -30,7 +30,7 @@ Ask = Callable[..., dict[str, Any]]
 """DaemonClient.who."""
 
 
-def open_local(path: str, range: Range) -> Store:
+def open_local(path: str, range: Range) -> FlowStore:
     """Ask the daemon at `path` for the range. Raises Error."""
     with DaemonClient(path) as client:
         flows, processes, whole = told(client.who, range)

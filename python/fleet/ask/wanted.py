@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fleet.ask.store import Store
+from fleet.ask.store import FlowStore
 from fleet.ask.translate import is_inside, translate
 from nlproto.filters.filter import EVERYTHING, Filter
 
@@ -37,7 +37,7 @@ class Wanted:
     """Name or uid, as the machine knows it."""
 
 
-def condition(store: Store, wanted: Wanted) -> tuple[str, dict[str, Any]]:
+def condition(store: FlowStore, wanted: Wanted) -> tuple[str, dict[str, Any]]:
     """Return a condition over NAMED's columns and its values; "true" where all fit.
 
     Raises UsageError.

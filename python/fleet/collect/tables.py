@@ -33,7 +33,7 @@ class Received:
     """A batch, and the host whose subject it came on."""
 
     host: str
-    batch: wire.Batch
+    batch: wire.HostBatch
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -94,7 +94,7 @@ def hours_of(
     return made, untimely
 
 
-def _times(batch: wire.Batch) -> np.ndarray:
+def _times(batch: wire.HostBatch) -> np.ndarray:
     if batch.kind == wire.FLOWS:
         times: np.ndarray = batch.rows["last_ns"]
         return times
