@@ -218,13 +218,15 @@ static void batch_put_record(struct batch_cpu *cpu, const struct sniffer_record 
 }
 
 /* Under the lock. */
-static void batch_put_flow(struct batch_cpu *cpu, const struct sniffer_record *record, u32 bytes)
+static void batch_put_flow(struct batch_cpu *cpu, const struct sniffer_record *record, u32 bytes,
+			   struct sniffer_merge_place *place)
 {
 	struct sniffer_merge *flows = &cpu->flows;
 
 	cpu->count.flow_records++;
 	if (likely(flows->stream.data)) {
-		if (likely(sniffer_merge_add(flows, record, bytes)))
+		if (likely(sniffer_merge_again(flows, record, bytes, place)) ||
+		    likely(sniffer_merge_add(flows, record, bytes, place)))
 			return;
 		batch_send_flows(cpu);
 	}
@@ -234,7 +236,7 @@ static void batch_put_flow(struct batch_cpu *cpu, const struct sniffer_record *r
 		return;
 	}
 	batch_arm(cpu);
-	sniffer_merge_add(flows, record, bytes);
+	sniffer_merge_add(flows, record, bytes, place);
 }
 
 /* Under the lock. The first bytes of a packet, data at the IP header. */
@@ -270,8 +272,10 @@ static void batch_put_snap(struct batch_cpu *cpu, const struct sniffer_record *r
  * sniffer_batch_add - hand a record on
  * @record: all but cpu and sequence, which are filled in here
  * @skb: its packet, data at the IP header
+ * @place: where one like it was summed up, see sniffer_merge_add(); set
  */
-void sniffer_batch_add(struct sniffer_record *record, const struct sk_buff *skb)
+void sniffer_batch_add(struct sniffer_record *record, const struct sk_buff *skb,
+		       struct sniffer_merge_place *place)
 {
 	u32 bytes = record->len + (record->gso_segs - 1) * record->hdr_len;
 	bool copy = record->flags & SNIFFER_F_COPY;
@@ -295,7 +299,7 @@ void sniffer_batch_add(struct sniffer_record *record, const struct sk_buff *skb)
 	else
 		cpu->count.only_flows++;
 	if (wanted & BATCH_FLOWS)
-		batch_put_flow(cpu, record, bytes);
+		batch_put_flow(cpu, record, bytes, place);
 
 	cpu->seq++;
 	cpu->packets += record->gso_segs;

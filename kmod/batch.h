@@ -10,6 +10,8 @@
 #include "netlink.h"
 #include "shared_proto.h"
 
+struct sniffer_merge_place;
+
 /**
  * struct sniffer_wanted - which groups had listeners
  * @asked: jiffies when that was asked for; it is in each anew, and at a flush
@@ -48,7 +50,8 @@ static inline bool sniffer_batch_wanted(void)
 	return sniffer_batch_was_wanted();
 }
 
-void sniffer_batch_add(struct sniffer_record *record, const struct sk_buff *skb);
+void sniffer_batch_add(struct sniffer_record *record, const struct sk_buff *skb,
+		       struct sniffer_merge_place *place);
 unsigned int sniffer_batch_flush(struct sniffer_tail *tails, struct sniffer_flow_tail *flows,
 				 unsigned int max);
 void sniffer_batch_counters(struct sniffer_counters *sum);

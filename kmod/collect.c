@@ -28,11 +28,13 @@ static void collect_dead(bool waiting, unsigned long keep)
 	while ((cookie = sniffer_owner_next_dead(waiting, keep))) {
 		lock = sniffer_owner_lock(cookie);
 		raw_spin_lock_irqsave(lock, flags);
+		sniffer_owner_change(lock);
 		owner = sniffer_owner_find(cookie);
 		if (owner && !owner->dead)
 			sniffer_owner_lives(owner);
 		else if (owner && time_after(jiffies, owner->dead + keep))
 			sniffer_owner_remove(owner);
+		sniffer_owner_changed(lock);
 		raw_spin_unlock_irqrestore(lock, flags);
 		cond_resched();
 	}
@@ -58,10 +60,12 @@ static void collect_sweep(void)
 		if (hlist_empty(bucket))
 			continue;
 		raw_spin_lock_irqsave(lock, flags);
+		sniffer_owner_change(lock);
 		hlist_for_each_entry_safe(owner, next, bucket, by_cookie)
 			if (!owner->dead && !owner->sock && (blind || !owner->held) &&
 			    time_after(jiffies, owner->seen + COLLECT_KEEP_IDLE))
 				sniffer_owner_remove(owner);
+		sniffer_owner_changed(lock);
 		raw_spin_unlock_irqrestore(lock, flags);
 	}
 }
@@ -103,8 +107,10 @@ void sniffer_collect_exit(void)
 	cancel_delayed_work_sync(&collector);
 	for (i = 0; (bucket = sniffer_owner_bucket(i, &lock)); i++) {
 		raw_spin_lock_irqsave(lock, flags);
+		sniffer_owner_change(lock);
 		hlist_for_each_entry_safe(owner, next, bucket, by_cookie)
 			sniffer_owner_remove(owner);
+		sniffer_owner_changed(lock);
 		raw_spin_unlock_irqrestore(lock, flags);
 	}
 }

@@ -20,23 +20,14 @@
 #include "batch.h"
 #include "hooks.h"
 #include "lookup.h"
+#include "memo.h"
 #include "name.h"
 #include "parse.h"
 #include "skip.h"
 
-/*
- * May current be taken for the sender? Bottom halves off means that some
- * other task's work runs here (a tun write runs the whole stack so); testing
- * current->mm would lose the FIN of an exiting process.
- */
-static bool hooks_trust_current(void)
-{
-	return in_task() && !softirq_count() && !(current->flags & PF_KTHREAD);
-}
-
 static void hooks_record(struct sniffer_flow *flow)
 {
-	sniffer_batch_add(&flow->record, flow->skb);
+	sniffer_batch_add(&flow->record, flow->skb, &flow->place);
 }
 
 static void hooks_in_multicast(struct sniffer_flow *flow)
@@ -54,6 +45,7 @@ static void hooks_in_multicast(struct sniffer_flow *flow)
 		hooks_record(flow);
 		flow->record = plain;
 		flow->record.flags = SNIFFER_F_COPY;
+		flow->place.message = 0;	/* another flow */
 	}
 }
 
@@ -76,6 +68,7 @@ static void hooks_in(struct sniffer_flow *flow)
 static void hooks_wanted(struct sk_buff *skb, const struct nf_hook_state *state, u8 family, u8 dir,
 			 const struct net_device *dev)
 {
+	const bool trusted = dir == SNIFFER_DIR_OUT && sniffer_trust_current();
 	/* zeroed here, once: kernels that zero every variable see that nothing is left to do */
 	struct sniffer_flow flow = {
 		.net = dir == SNIFFER_DIR_IN ? dev_net(skb->dev) : state->net,
@@ -91,7 +84,7 @@ static void hooks_wanted(struct sk_buff *skb, const struct nf_hook_state *state,
 	flow.record.ifindex = dev ? dev->ifindex : 0;
 
 	if (dir == SNIFFER_DIR_OUT) {
-		sniffer_name_out(&flow, state, hooks_trust_current());
+		sniffer_name_out(&flow, state, trusted);
 	} else if (dir == SNIFFER_DIR_FWD) {
 		flow.record.how = SNIFFER_HOW_FORWARDED;
 	} else if (flow.record.proto == IPPROTO_UDP && !skb->sk &&
@@ -102,6 +95,9 @@ static void hooks_wanted(struct sk_buff *skb, const struct nf_hook_state *state,
 		hooks_in(&flow);
 	}
 	hooks_record(&flow);
+	/* what passes a VRF passes it twice, and is not told apart there */
+	if (flow.owner && !(dev && netif_is_l3_master(dev)))
+		sniffer_memo_keep(&flow, trusted);
 }
 
 static noinline void hooks_packet(struct sk_buff *skb, const struct nf_hook_state *state, u8 family,
@@ -123,22 +119,27 @@ static noinline void hooks_packet(struct sk_buff *skb, const struct nf_hook_stat
 	hooks_wanted(skb, state, family, dir, dev);
 }
 
-#define HOOKS_FUNCTION(name, family, dir)						\
+static bool hooks_no_memo(struct sk_buff *skb, const struct nf_hook_state *state)
+{
+	return false;
+}
+
+#define HOOKS_FUNCTION(name, memo, family, dir)						\
 static unsigned int name(void *priv, struct sk_buff *skb, const struct nf_hook_state *state) \
 {											\
-	if (static_branch_unlikely(&sniffer_listening))					\
+	if (!static_branch_unlikely(&sniffer_listening))				\
+		sniffer_skip(SNIFFER_SKIP_LISTENER);					\
+	else if (!memo(skb, state))							\
 		hooks_packet(skb, state, family, dir);					\
-	else										\
-		sniffer_skip(SNIFFER_SKIP_LISTENER);				\
 	return NF_ACCEPT;								\
 }
 
-HOOKS_FUNCTION(hooks_in4, AF_INET, SNIFFER_DIR_IN)
-HOOKS_FUNCTION(hooks_out4, AF_INET, SNIFFER_DIR_OUT)
-HOOKS_FUNCTION(hooks_fwd4, AF_INET, SNIFFER_DIR_FWD)
-HOOKS_FUNCTION(hooks_in6, AF_INET6, SNIFFER_DIR_IN)
-HOOKS_FUNCTION(hooks_out6, AF_INET6, SNIFFER_DIR_OUT)
-HOOKS_FUNCTION(hooks_fwd6, AF_INET6, SNIFFER_DIR_FWD)
+HOOKS_FUNCTION(hooks_in4, sniffer_memo_in4, AF_INET, SNIFFER_DIR_IN)
+HOOKS_FUNCTION(hooks_out4, sniffer_memo_out4, AF_INET, SNIFFER_DIR_OUT)
+HOOKS_FUNCTION(hooks_fwd4, hooks_no_memo, AF_INET, SNIFFER_DIR_FWD)
+HOOKS_FUNCTION(hooks_in6, sniffer_memo_in6, AF_INET6, SNIFFER_DIR_IN)
+HOOKS_FUNCTION(hooks_out6, sniffer_memo_out6, AF_INET6, SNIFFER_DIR_OUT)
+HOOKS_FUNCTION(hooks_fwd6, hooks_no_memo, AF_INET6, SNIFFER_DIR_FWD)
 
 #define HOOKS_ENTRY(function, family, number)	\
 	{ .hook = function, .pf = family, .hooknum = number, .priority = NF_IP_PRI_LAST }

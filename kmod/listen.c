@@ -64,6 +64,7 @@ static bool listen_look(bool doubt)
 		if (hlist_empty(bucket))
 			continue;
 		raw_spin_lock_irqsave(lock, flags);
+		sniffer_owner_change(lock);
 		hlist_for_each_entry(owner, bucket, by_cookie) {
 			if (!listen_may_miss(owner))
 				continue;
@@ -71,6 +72,7 @@ static bool listen_look(bool doubt)
 			if (doubt)
 				WRITE_ONCE(owner->guess, true);
 		}
+		sniffer_owner_changed(lock);
 		raw_spin_unlock_irqrestore(lock, flags);
 		if (found && !doubt)
 			break;

@@ -6,7 +6,10 @@
 #include <linux/skbuff.h>
 #include <net/sock.h>
 
+#include "merge.h"
 #include "shared_proto.h"
+
+struct sniffer_owner;
 
 /**
  * struct sniffer_flow - where a packet's headers are
@@ -14,12 +17,20 @@
  * @net: the network namespace the hook ran in
  * @skb: the packet, data at the IP header
  * @thoff: offset of the TCP or UDP header
+ * @place: where it was summed up
+ * @version: of the owner table's entry, read before it was
+ * @owner: the entry whose user it was named after, found by the cookie of @sk, NULL if named otherwise
+ * @sk: a full socket
  */
 struct sniffer_flow {
 	struct sniffer_record record;
 	struct net *net;
 	struct sk_buff *skb;
 	int thoff;
+	struct sniffer_merge_place place;
+	unsigned int version;
+	struct sniffer_owner *owner;
+	const struct sock *sk;
 };
 
 struct sock *sniffer_lookup_in(struct sniffer_flow *flow, bool *put);

@@ -3,10 +3,11 @@
  * sniffer - names each TCP and UDP packet's socket and process.
  *
  * The way of a packet: hooks.c -> parse.c (its headers) -> lookup.c (which
- * socket) -> name.c (which process, by table.c) -> batch.c -> netlink.c. What the
- * table knows comes from probes.c and tracepoints.c through use.c and, when a
- * socket's user lets go of it, holders.c: owner.c has the rules. process.c
- * describes the processes, commands.c answers questions.
+ * socket) -> name.c (which process, by table.c) -> batch.c -> netlink.c. One like the
+ * packet before it takes that one's record (memo.c). What the table knows comes
+ * from probes.c and tracepoints.c through use.c and, when a socket's user lets go
+ * of it, holders.c: owner.c has the rules. process.c describes the processes,
+ * commands.c answers questions.
  *
  * Each file includes only what lies below it.
  *
@@ -19,6 +20,7 @@
 #include "commands.h"
 #include "hooks.h"
 #include "listen.h"
+#include "memo.h"
 #include "owner.h"
 #include "probes.h"
 #include "process.h"
@@ -49,14 +51,19 @@ static int __init sniffer_init(void)
 	if (err)
 		goto exit_commands;
 
-	err = sniffer_hooks_init();
+	err = sniffer_memo_init();
 	if (err)
 		goto exit_probes;
+	err = sniffer_hooks_init();
+	if (err)
+		goto exit_memo;
 	sniffer_listen_init();
 
 	pr_info("sniffer: loaded, version " SNIFFER_RELEASE "\n");
 	return 0;
 
+exit_memo:
+	sniffer_memo_exit();
 exit_probes:
 	sniffer_probes_exit();
 exit_commands:
@@ -76,6 +83,7 @@ static void __exit sniffer_exit(void)
 {
 	sniffer_listen_exit();
 	sniffer_hooks_exit();
+	sniffer_memo_exit();
 	sniffer_probes_exit();
 	sniffer_batch_stop();
 	sniffer_commands_exit();

@@ -75,36 +75,20 @@ bool sniffer_merge_begin(struct sniffer_merge *merge, u64 first)
 	return true;
 }
 
-static void merge_into(struct sniffer_flow_record *flow, const struct sniffer_record *record,
-		       u32 bytes)
-{
-	struct sniffer_record *last = &flow->last;
-
-	/* a packet that interrupts another's naming overtakes it */
-	if (likely(record->time_ns >= last->time_ns)) {
-		last->time_ns = record->time_ns;
-		last->tid = record->tid;
-		last->seq = record->seq;
-	} else {
-		flow->first_ns = min(flow->first_ns, record->time_ns);
-	}
-	last->len += bytes;
-	last->gso_segs += record->gso_segs;
-	last->tcp_flags |= record->tcp_flags;
-	flow->records++;
-}
-
 /**
  * sniffer_merge_add - sum a record up
  * @merge: with a message that has begun
  * @record: what happened, whole
  * @bytes: it stands for on the wire
+ * @place: set to where
  *
  * Return: false when it is the first of a flow and there is no room for one.
  */
-bool sniffer_merge_add(struct sniffer_merge *merge, const struct sniffer_record *record, u32 bytes)
+bool sniffer_merge_add(struct sniffer_merge *merge, const struct sniffer_record *record,
+		       u32 bytes, struct sniffer_merge_place *place)
 {
 	struct sniffer_flow_record *flows = merge->stream.data, *flow;
+	const u64 message = merge->stream.batch_seq + 1;
 	unsigned int slot = merge_slot(record);
 
 	for (; merge->slots[slot]; slot = (slot + 1) % SNIFFER_MERGE_SLOTS) {
@@ -112,9 +96,10 @@ bool sniffer_merge_add(struct sniffer_merge *merge, const struct sniffer_record 
 		/* nearly always the first: nothing is to be prepared for more */
 		OPTIMIZER_HIDE_VAR(record);
 		if (merge_is_same(&flow->last, record) &&
-		    likely(flow->last.len + bytes >= bytes &&
-			   flow->last.gso_segs + record->gso_segs <= U16_MAX)) {
-			merge_into(flow, record, bytes);
+		    likely(sniffer_merge_has_room(flow, record, bytes))) {
+			place->message = message;
+			place->number = merge->slots[slot] - 1;
+			sniffer_merge_into(flow, record, bytes);
 			return true;
 		}
 	}
@@ -127,6 +112,8 @@ bool sniffer_merge_add(struct sniffer_merge *merge, const struct sniffer_record 
 	flow->first_ns = record->time_ns;
 	flow->records = 1;
 	flow->reserved = 0;
+	place->message = message;
+	place->number = merge->stream.count - 1;
 	merge->slots[slot] = merge->stream.count;
 	return true;
 }

@@ -182,6 +182,15 @@ static bool name_is_grafted_now(struct sock *sk)
 	return busy;
 }
 
+/* By what the packet was named, for others like it (memo.c). */
+static void name_note(struct sniffer_flow *flow, const struct sock *sk, struct sniffer_owner *owner,
+		      unsigned int version)
+{
+	flow->sk = sk;
+	flow->owner = owner;
+	flow->version = version;
+}
+
 /**
  * sniffer_name_socket - name a packet after the owner of a socket
  * @flow: the packet; its record is filled in, or says in @how why nobody is named
@@ -192,10 +201,12 @@ void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 {
 	struct sniffer_record *r = &flow->record;
 	bool fresh = !atomic64_read(&sk->sk_cookie);
-	const struct sniffer_owner *owner, *other, *gone = NULL;
+	const struct sniffer_owner *other, *gone = NULL;
+	struct sniffer_owner *owner;
 	bool full = sk_fullsock(sk);
 	struct sock *listener;
 	bool grafted = false;
+	unsigned int version;
 	bool young;
 	u64 via;
 
@@ -211,14 +222,15 @@ void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 	if (full)
 		r->inode = sniffer_owner_inode(sk);
 	if (full && sk->sk_state == TCP_LISTEN) {
-		owner = name_find(sk);
-		if (owner)
-			name_acceptor(r, owner);
+		other = name_find(sk);
+		if (other)
+			name_acceptor(r, other);
 		else
 			r->how = name_reason(sk, fresh);
 		return;
 	}
 
+	version = sniffer_owner_version(sniffer_owner_stripe(r->cookie));
 	owner = sniffer_owner_find(r->cookie);
 	/* datagrams are received by the server itself: who handed the socket over has let go of it */
 	if (owner && (READ_ONCE(owner->server) || (full && name_has_server(sk))) &&
@@ -230,6 +242,8 @@ void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 	via = owner ? smp_load_acquire(&owner->via) : 0;
 	if (owner && !via && rcu_access_pointer(owner->user)) {
 		name_owner(r, owner, how);
+		if (full)
+			name_note(flow, sk, owner, version);
 		return;
 	}
 	if (r->inode) {
@@ -385,6 +399,7 @@ void sniffer_name_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 	const struct sniffer_proc *user;
 	struct sniffer_owner *owner;
 	struct sock *sk = flow->skb->sk;
+	unsigned int version;
 
 	/*
 	 * A tunnel leaves the inner sender in skb->sk; the tunnel's own socket
@@ -416,6 +431,7 @@ void sniffer_name_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 		r->how = SNIFFER_HOW_FORWARDED;
 		return;
 	}
+	version = sniffer_owner_version(sniffer_owner_stripe(atomic64_read(&sk->sk_cookie)));
 	if (!trusted || !sk_fullsock(sk) || sk->sk_state == TCP_LISTEN ||
 	    !sniffer_use(sk, false, &owner)) {
 		sniffer_name_socket(flow, sk, SNIFFER_HOW_SOCKET);
@@ -432,6 +448,9 @@ void sniffer_name_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 	r->uid = __kuid_val(current_uid());
 	sniffer_process_comm(r->comm, current->group_leader->comm);
 	user = owner ? rcu_dereference(owner->user) : NULL;
-	if (user)
-		name_add_facts(r, owner, user);
+	if (!user)
+		return;
+	name_add_facts(r, owner, user);
+	if (!READ_ONCE(owner->via) && !READ_ONCE(owner->guess) && sniffer_process_is(user, current))
+		name_note(flow, sk, owner, version);
 }

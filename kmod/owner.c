@@ -166,6 +166,7 @@ void sniffer_owner_gain(struct sock *sk, const struct sniffer_gain *gain)
 	if (unknown || !sniffer_owner_find(cookie))
 		fresh = sniffer_owner_alloc(sk, cookie);
 	raw_spin_lock_irqsave(lock, flags);
+	sniffer_owner_change(lock);
 	owner = sniffer_owner_find(cookie);
 	known = owner;
 	if (!known)
@@ -215,6 +216,7 @@ void sniffer_owner_gain(struct sock *sk, const struct sniffer_gain *gain)
 	}
 	sniffer_owner_index_inode(owner, gain->inode);
 out:
+	sniffer_owner_changed(lock);
 	raw_spin_unlock_irqrestore(lock, flags);
 	rcu_read_unlock();
 	sniffer_owner_drop(fresh);
@@ -238,6 +240,7 @@ void sniffer_owner_serve(struct sock *sk, struct socket *sock)
 	if (!sniffer_owner_find(cookie))
 		fresh = sniffer_owner_alloc(sk, cookie);
 	raw_spin_lock_irqsave(lock, flags);
+	sniffer_owner_change(lock);
 	owner = sniffer_owner_find(cookie);
 	if (!owner && fresh) {
 		owner = fresh;
@@ -253,6 +256,7 @@ void sniffer_owner_serve(struct sock *sk, struct socket *sock)
 		WRITE_ONCE(owner->server, true);
 		smp_store_release(&owner->via, 0);	/* pairs with name.c */
 	}
+	sniffer_owner_changed(lock);
 	raw_spin_unlock_irqrestore(lock, flags);
 	rcu_read_unlock();
 	sniffer_owner_drop(fresh);
@@ -274,9 +278,11 @@ void sniffer_owner_take(struct sniffer_owner *owner)
 	if (READ_ONCE(owner->held) || READ_ONCE(owner->server) || current->flags & PF_IO_WORKER)
 		return;
 	raw_spin_lock_irqsave(lock, flags);
+	sniffer_owner_change(lock);
 	user = rcu_dereference_protected(owner->user, true);
 	if (user && READ_ONCE(user->exit_jiffies) && !owner->held && !owner->released)
 		WRITE_ONCE(owner->server, true);
+	sniffer_owner_changed(lock);
 	raw_spin_unlock_irqrestore(lock, flags);
 }
 
@@ -300,6 +306,7 @@ bool sniffer_owner_inherit(u64 cookie, const struct sniffer_proc *from, const st
 	bool valid;
 
 	raw_spin_lock_irqsave(lock, flags);
+	sniffer_owner_change(lock);
 	owner = sniffer_owner_find(cookie);
 	valid = owner && rcu_access_pointer(owner->user) == from && owner->held &&
 		sniffer_owner_file(owner) == file;
@@ -314,6 +321,7 @@ bool sniffer_owner_inherit(u64 cookie, const struct sniffer_proc *from, const st
 	} else if (valid) {
 		owner_let_go(owner);
 	}
+	sniffer_owner_changed(lock);
 	raw_spin_unlock_irqrestore(lock, flags);
 	return valid;
 }
@@ -356,6 +364,7 @@ void sniffer_owner_refer(struct sock *sk, u64 via, u8 how)
 	if (!owner)
 		fresh = sniffer_owner_alloc(sk, cookie);
 	raw_spin_lock_irqsave(lock, flags);
+	sniffer_owner_change(lock);
 	owner = sniffer_owner_find(cookie);
 	if (!owner && fresh) {
 		owner = fresh;
@@ -370,6 +379,7 @@ void sniffer_owner_refer(struct sock *sk, u64 via, u8 how)
 		WRITE_ONCE(owner->via_how, how);
 		sniffer_owner_dies(owner);
 	}
+	sniffer_owner_changed(lock);
 	raw_spin_unlock_irqrestore(lock, flags);
 	sniffer_owner_drop(fresh);
 }
@@ -400,9 +410,11 @@ static __always_inline void owner_change(const struct sock *sk,
 	if (!cookie)
 		return;
 	raw_spin_lock_irqsave(lock, flags);
+	sniffer_owner_change(lock);
 	owner = sniffer_owner_find(cookie);
 	if (owner)
 		change(owner, sk, oldstate, newstate);
+	sniffer_owner_changed(lock);
 	raw_spin_unlock_irqrestore(lock, flags);
 }
 
@@ -411,11 +423,16 @@ static void owner_released(struct sniffer_owner *owner, const struct sock *sk, i
 {
 	if (owner->via)
 		return;
+	/* it may have got one unseen */
+	owner->port = owner->port ?: inet_sk(sk)->inet_num;
+	/* without a port it never had a packet; a parent's subflows may send still */
+	if (!owner->port && sk->sk_protocol != IPPROTO_MPTCP) {
+		sniffer_owner_remove(owner);
+		return;
+	}
 	owner_let_go(owner);
 	WRITE_ONCE(owner->sock, NULL);
 	owner->released = true;
-	/* it may have got one unseen */
-	owner->port = owner->port ?: inet_sk(sk)->inet_num;
 	owner_forget_all(owner);
 }
 
@@ -460,7 +477,6 @@ void sniffer_owner_close_state(struct sock *sk, int oldstate, int newstate)
 static void owner_freed(struct sniffer_owner *owner, const struct sock *sk, int oldstate,
 			int newstate)
 {
-	/* without a port it never had a packet */
 	if (owner->released && !owner->port)
 		sniffer_owner_remove(owner);
 	else
@@ -473,6 +489,12 @@ static void owner_freed(struct sniffer_owner *owner, const struct sock *sk, int 
  */
 void sniffer_owner_free(struct sock *sk)
 {
-	if (sniffer_owner_wants(sk))
+	u64 cookie = atomic64_read(&sk->sk_cookie);
+	bool known;
+
+	rcu_read_lock();
+	known = cookie && sniffer_owner_find(cookie);
+	rcu_read_unlock();
+	if (known && sniffer_owner_wants(sk))
 		owner_change(sk, owner_freed, 0, 0);
 }

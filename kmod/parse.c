@@ -84,14 +84,7 @@ bool sniffer_parse(struct sniffer_flow *flow)
 		r->hdr_len = min_t(int, flow->thoff + sizeof(*udp), 255);
 	}
 	r->proto = proto;
-	r->len = skb->len;
-	r->gso_segs = 1;
-	if (skb_is_gso(skb)) {
-		r->gso_segs = skb_shinfo(skb)->gso_segs;
-		if (!r->gso_segs)
-			r->gso_segs = max_t(int, 1, DIV_ROUND_UP((int)(skb->len - r->hdr_len),
-								 skb_shinfo(skb)->gso_size));
-	}
+	sniffer_parse_sizes(r, skb);
 	return true;
 skip:
 	sniffer_skip(why);

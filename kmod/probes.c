@@ -23,6 +23,7 @@
 #include "alive.h"
 #include "compat.h"
 #include "holders.h"
+#include "known.h"
 #include "owner.h"
 #include "probes.h"
 #include "process.h"
@@ -111,7 +112,7 @@ static __always_inline void probes_message(const struct sniffer_args *args)
 	if (unlikely((READ_ONCE(sniffer_alive_fired) & both) != both))
 		sniffer_alive_note(sniffer_trace_is_at(args, probes_send_ip) ? SNIFFER_PROBE_SENDMSG :
 									  SNIFFER_PROBE_RECVMSG);
-	if (sk)
+	if (sk && !sniffer_known(sk))
 		sniffer_use(sk, true, NULL);
 }
 
@@ -174,7 +175,8 @@ static __always_inline void probes_socket(const struct sniffer_args *args)
 static __always_inline void probes_close(const struct sniffer_args *args)
 {
 	sniffer_alive_note(SNIFFER_PROBE_CLOSE);
-	sniffer_use_close(args->n[0]);
+	if (!sniffer_use_is_plain(args->n[0]))
+		sniffer_use_close(args->n[0]);
 }
 
 static void probes_close_locked(const struct sniffer_args *args)

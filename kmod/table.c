@@ -7,13 +7,12 @@
 #include <linux/module.h>
 #include <linux/moduleparam.h>
 #include <linux/rculist.h>
-#include <linux/slab.h>
+#include <linux/mm.h>
 #include <linux/sock_diag.h>
 
 #include "process.h"
+#include "spare.h"
 #include "table.h"
-
-#define OWNER_LOCKS	256
 
 static unsigned int max_sockets = 262144;
 module_param(max_sockets, uint, 0444);
@@ -32,8 +31,8 @@ static struct hlist_head *owner_inodes;
  * from the collector: irqsave. Under a cookie lock an inode's, a process's
  * and the dying ones' lock may be taken, never the reverse.
  */
-static raw_spinlock_t owner_locks[OWNER_LOCKS];
-static raw_spinlock_t owner_inode_locks[OWNER_LOCKS];
+struct sniffer_stripe sniffer_owner_stripes[SNIFFER_OWNER_STRIPES];
+static raw_spinlock_t owner_inode_locks[SNIFFER_OWNER_STRIPES];
 
 /*
  * Those that have ended, by the time of their end: the latter may
@@ -48,7 +47,6 @@ static atomic_t owner_used;		/* entries in the table */
 static atomic_t owner_changes;		/* entries that came and went */
 static atomic64_t owner_full;		/* how often there was no room */
 static unsigned long owner_full_at;	/* jiffies | 1 of the last time, 0: never; whoever meets it */
-static struct kmem_cache *owner_cache;
 
 /**
  * sniffer_owner_lock - the lock of a socket's entry
@@ -56,7 +54,7 @@ static struct kmem_cache *owner_cache;
  */
 raw_spinlock_t *sniffer_owner_lock(u64 cookie)
 {
-	return &owner_locks[hash_64(cookie, sniffer_owner_bits) % OWNER_LOCKS];
+	return &sniffer_owner_stripe(cookie)->lock;
 }
 
 /**
@@ -128,7 +126,10 @@ void sniffer_owner_index_inode(struct sniffer_owner *owner, u64 inode)
 	if (!inode || owner->inode)
 		return;
 	WRITE_ONCE(owner->inode, inode);
-	lock = &owner_inode_locks[hash_64(inode, sniffer_owner_bits) % OWNER_LOCKS];
+	/* only MPTCP has several sockets of one inode */
+	if (owner->proto == IPPROTO_UDP)
+		return;
+	lock = &owner_inode_locks[hash_64(inode, sniffer_owner_bits) % SNIFFER_OWNER_STRIPES];
 	raw_spin_lock_irqsave(lock, flags);
 	hlist_add_head_rcu(&owner->by_inode, &owner_inodes[hash_64(inode, sniffer_owner_bits)]);
 	raw_spin_unlock_irqrestore(lock, flags);
@@ -139,9 +140,9 @@ static void owner_unindex_inode(struct sniffer_owner *owner)
 	raw_spinlock_t *lock;
 	unsigned long flags;
 
-	if (!owner->inode)
+	if (hlist_unhashed(&owner->by_inode))
 		return;
-	lock = &owner_inode_locks[hash_64(owner->inode, sniffer_owner_bits) % OWNER_LOCKS];
+	lock = &owner_inode_locks[hash_64(owner->inode, sniffer_owner_bits) % SNIFFER_OWNER_STRIPES];
 	raw_spin_lock_irqsave(lock, flags);
 	hlist_del_rcu(&owner->by_inode);
 	raw_spin_unlock_irqrestore(lock, flags);
@@ -159,7 +160,7 @@ struct sniffer_owner *sniffer_owner_alloc(struct sock *sk, u64 cookie)
 	struct sniffer_owner *owner = NULL;
 
 	if (atomic_read(&owner_used) < max_sockets)
-		owner = kmem_cache_zalloc(owner_cache, GFP_ATOMIC | __GFP_NOWARN);
+		owner = sniffer_spare_take();
 	if (!owner) {
 		sniffer_owner_count_full();
 		return NULL;
@@ -183,7 +184,7 @@ struct sniffer_owner *sniffer_owner_alloc(struct sock *sk, u64 cookie)
 void sniffer_owner_drop(struct sniffer_owner *fresh)
 {
 	if (fresh)
-		kmem_cache_free(owner_cache, fresh);
+		sniffer_spare_put(fresh);
 }
 
 /**
@@ -248,11 +249,6 @@ u64 sniffer_owner_next_dead(bool waiting, unsigned long keep)
 	return cookie;
 }
 
-static void owner_free_rcu(struct rcu_head *rcu)
-{
-	kmem_cache_free(owner_cache, container_of(rcu, struct sniffer_owner, rcu));
-}
-
 /**
  * sniffer_owner_unlink - take an entry out of the table
  * @owner: without earlier users, in nobody's list; under the cookie's lock, or
@@ -260,18 +256,16 @@ static void owner_free_rcu(struct rcu_head *rcu)
  */
 void sniffer_owner_unlink(struct sniffer_owner *owner)
 {
-	unsigned long flags;
-
 	hlist_del_rcu(&owner->by_cookie);
 	owner_unindex_inode(owner);
-	raw_spin_lock_irqsave(&owner_dying_lock, flags);
-	list_del_init(&owner->by_death);
-	raw_spin_unlock_irqrestore(&owner_dying_lock, flags);
+	/* it gets into a list under the cookie's lock alone */
+	if (!list_empty(&owner->by_death))
+		sniffer_owner_lives(owner);
 	/* the hooks may still read it: freed after a grace period, as the entry is */
 	sniffer_process_put(rcu_dereference_protected(owner->user, true));
 	atomic_dec(&owner_used);
 	atomic_inc(&owner_changes);
-	call_rcu(&owner->rcu, owner_free_rcu);
+	sniffer_spare_put_later(owner);
 }
 
 /**
@@ -285,7 +279,7 @@ struct hlist_head *sniffer_owner_bucket(unsigned int i, raw_spinlock_t **lock)
 {
 	if (i >= 1U << sniffer_owner_bits)
 		return NULL;
-	*lock = &owner_locks[i % OWNER_LOCKS];
+	*lock = &sniffer_owner_stripes[i % SNIFFER_OWNER_STRIPES].lock;
 	return &sniffer_owner_cookies[i];
 }
 
@@ -372,8 +366,8 @@ int sniffer_owner_init(void)
 		return -EINVAL;
 	}
 	sniffer_owner_bits = max_t(unsigned int, ilog2(roundup_pow_of_two(max_sockets)) - 1, 8);
-	for (i = 0; i < OWNER_LOCKS; i++) {
-		raw_spin_lock_init(&owner_locks[i]);
+	for (i = 0; i < SNIFFER_OWNER_STRIPES; i++) {
+		raw_spin_lock_init(&sniffer_owner_stripes[i].lock);
 		raw_spin_lock_init(&owner_inode_locks[i]);
 	}
 	sniffer_owner_cookies = kvcalloc(1U << sniffer_owner_bits, sizeof(*sniffer_owner_cookies),
@@ -383,9 +377,7 @@ int sniffer_owner_init(void)
 	owner_inodes = kvcalloc(1U << sniffer_owner_bits, sizeof(*owner_inodes), GFP_KERNEL);
 	if (!owner_inodes)
 		goto free_cookies;
-	owner_cache = kmem_cache_create("sniffer_owner", sizeof(struct sniffer_owner), 0,
-					SLAB_HWCACHE_ALIGN, NULL);
-	if (!owner_cache)
+	if (!sniffer_spare_init())
 		goto free_inodes;
 	return 0;
 
@@ -399,8 +391,7 @@ free_cookies:
 /* Hooks, probes and readers are gone, and all entries too. */
 void sniffer_owner_exit(void)
 {
-	rcu_barrier();
-	kmem_cache_destroy(owner_cache);
+	sniffer_spare_exit();
 	kvfree(owner_inodes);
 	kvfree(sniffer_owner_cookies);
 }

@@ -52,6 +52,7 @@ struct sniffer_proc;
  * @dead: jiffies | 1 when the socket was freed, or when @via was set; else 0
  * @seen: jiffies when last held; of last use while not every probe fires
  * @rcu: readers hold rcu_read_lock()
+ * @next_spare: once it has left the table, see spare.c
  * @fd: where a descriptor of it was seen last, in whatever table
  * @proto: IPPROTO_TCP or IPPROTO_UDP
  * @family: AF_INET or AF_INET6
@@ -92,6 +93,7 @@ struct sniffer_owner {
 	unsigned long dead;
 	unsigned long seen;
 	struct rcu_head rcu;
+	struct sniffer_owner *next_spare;
 	int fd;
 	u8 proto;
 	u8 family;
@@ -101,6 +103,23 @@ struct sniffer_owner {
 /* The cookie index, and the bits of its size. Private to the functions here and in table.c. */
 extern struct hlist_head *sniffer_owner_cookies;
 extern unsigned int sniffer_owner_bits;
+
+#define SNIFFER_OWNER_STRIPES	256
+
+/**
+ * struct sniffer_stripe - entries whose cookies hash alike
+ * @lock: guards them, see table.c
+ * @version: grows whenever one of them changes, and is odd while one does. Written
+ *	under @lock; who keeps what it has read of an entry, and finds the same
+ *	version again under RCU, knows that nothing of it has changed but @tid,
+ *	@seen and @fd, and that the entry and its user were not freed.
+ */
+struct sniffer_stripe {
+	raw_spinlock_t lock;
+	unsigned int version;
+};
+
+extern struct sniffer_stripe sniffer_owner_stripes[SNIFFER_OWNER_STRIPES];
 
 bool sniffer_owner_wants(const struct sock *sk);
 u64 sniffer_owner_new_cookie(struct sock *sk);
@@ -125,6 +144,35 @@ void sniffer_owner_count_full(void);
 bool sniffer_owner_tight(void);
 int sniffer_owner_init(void);
 void sniffer_owner_exit(void);
+
+/* What guards the entry with @cookie. */
+static inline struct sniffer_stripe *sniffer_owner_stripe(u64 cookie)
+{
+	return &sniffer_owner_stripes[hash_64(cookie, sniffer_owner_bits) % SNIFFER_OWNER_STRIPES];
+}
+
+/* Under @lock, before an entry is changed: nobody may believe any more what he has kept of it. */
+static inline void sniffer_owner_change(raw_spinlock_t *lock)
+{
+	struct sniffer_stripe *stripe = container_of(lock, struct sniffer_stripe, lock);
+
+	WRITE_ONCE(stripe->version, stripe->version + 1);
+	smp_wmb();	/* with sniffer_owner_version() */
+}
+
+/* Under @lock, after it: what is read from now on may be kept. */
+static inline void sniffer_owner_changed(raw_spinlock_t *lock)
+{
+	struct sniffer_stripe *stripe = container_of(lock, struct sniffer_stripe, lock);
+
+	smp_store_release(&stripe->version, stripe->version + 1);
+}
+
+/* Read before an entry of @stripe is; odd: nothing of it may be kept. */
+static inline unsigned int sniffer_owner_version(const struct sniffer_stripe *stripe)
+{
+	return smp_load_acquire(&stripe->version);
+}
 
 /* Where the entry with @cookie is, if there is one. */
 static inline struct hlist_head *sniffer_owner_bucket_of(u64 cookie)

@@ -16,27 +16,14 @@
 #include "alive.h"
 #include "compat.h"
 #include "holders.h"
+#include "known.h"
 #include "owner.h"
 #include "process.h"
 #include "use.h"
 
 /* Descriptors that are looked at for a sender in context; who has more is asked by number only. */
 #define USE_WALK_MAX	65536
-#define USE_STRANGER_BITS	4	/* sockets whose packets one judges in turn, by a hash */
 
-/*
- * A process that was found not to have a socket. So a firewall's daemon, or a
- * reader of a network disk, is not searched for each packet. There is one for
- * each CPU. A torn one matches nothing, or costs one search.
- */
-struct use_stranger {
-	u64 cookie;
-	u64 start_ns;
-	u32 tgid;
-	u32 gains;
-};
-
-static DEFINE_PER_CPU(struct use_stranger [1 << USE_STRANGER_BITS], use_strangers);
 static atomic_t use_gains;	/* descriptors received: then a stranger may be none any more */
 
 /* Kernel threads and io_uring's helpers: only the latter act for a process. */
@@ -88,31 +75,6 @@ static int use_find_fd(const struct file *file, int hint, bool walk)
 	return found;
 }
 
-static struct use_stranger *use_stranger_of(u64 cookie)
-{
-	return &(*raw_cpu_ptr(&use_strangers))[hash_64(cookie, USE_STRANGER_BITS)];
-}
-
-static bool use_is_stranger(u64 cookie)
-{
-	const struct use_stranger *known = use_stranger_of(cookie);
-
-	return cookie && READ_ONCE(known->cookie) == cookie && known->tgid == current->tgid &&
-	       known->start_ns == current->group_leader->start_boottime &&
-	       known->gains == atomic_read(&use_gains);
-}
-
-static void use_note_stranger(u64 cookie)
-{
-	struct use_stranger *known = use_stranger_of(cookie);
-
-	WRITE_ONCE(known->cookie, 0);
-	known->tgid = current->tgid;
-	known->start_ns = current->group_leader->start_boottime;
-	known->gains = atomic_read(&use_gains);
-	WRITE_ONCE(known->cookie, cookie);
-}
-
 /*
  * May current be the user of @owner's socket, if it was not the last one? Yes if
  * - it has the socket in its descriptor table;
@@ -148,12 +110,12 @@ static bool use_is_possible(struct sniffer_gain *gain, const struct sniffer_owne
 	/* what a full table has not taken is not looked for in descriptor tables, packet by packet */
 	if (called && !owner && sniffer_owner_full())
 		return true;
-	if (!file || use_is_stranger(cookie))
+	if (!file || sniffer_known_stranger(cookie, atomic_read(&use_gains)))
 		return false;
 	gain->fd = use_find_fd(file, hint, true);
 	if (gain->fd >= 0 || (!owner && !file_count(file)))
 		return true;
-	use_note_stranger(cookie);
+	sniffer_known_keep_stranger(cookie, atomic_read(&use_gains));
 	return false;
 }
 
@@ -282,15 +244,21 @@ static noinline bool use_find_out(struct sock *sk, struct sniffer_owner *owner, 
  */
 bool sniffer_use(struct sock *sk, bool called, struct sniffer_owner **found)
 {
+	u64 cookie = atomic64_read(&sk->sk_cookie);
 	const struct socket *sock;
 	struct sniffer_owner *owner;
+	unsigned int version;
 	bool mine;
 
 	rcu_read_lock();
+	version = sniffer_owner_version(sniffer_owner_stripe(cookie));
 	sock = READ_ONCE(sk->sk_socket);
-	owner = sniffer_owner_find(atomic64_read(&sk->sk_cookie));
+	owner = sniffer_owner_find(cookie);
 	mine = owner && sock && READ_ONCE(sock->file) && use_is_known(owner, sk);
-	if (unlikely(!mine)) {
+	if (likely(mine)) {
+		if (called)
+			sniffer_known_keep(sk, owner, version);
+	} else {
 		mine = use_find_out(sk, owner, called);
 		if (found && !owner)
 			owner = sniffer_owner_find(atomic64_read(&sk->sk_cookie));

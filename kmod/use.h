@@ -2,9 +2,14 @@
 #ifndef SNIFFER_USE_H
 #define SNIFFER_USE_H
 
+#include <linux/fdtable.h>
 #include <linux/fs.h>
+#include <linux/magic.h>
+#include <linux/preempt.h>
 #include <linux/sched.h>
 #include <net/sock.h>
+
+#include "compat.h"
 
 struct sniffer_owner;
 
@@ -18,5 +23,27 @@ void sniffer_use_thread_end(void);
 void sniffer_use_close_file(struct file *file, int fd);
 void sniffer_use_close(unsigned int fd);
 void sniffer_use_close_range(unsigned int fd, unsigned int last);
+
+/*
+ * Does a descriptor of current refer to no socket and no io_uring? What most who
+ * close() close. Preemption off is RCU enough, and costs less.
+ */
+static __always_inline bool sniffer_use_is_plain(unsigned int fd)
+{
+	struct files_struct *files = current->files;
+	const struct fdtable *fdt;
+	struct file *file;
+	bool plain = true;
+
+	if (unlikely(!files || sniffer_has_uring(current)))
+		return !files;
+	preempt_disable_notrace();
+	fdt = rcu_dereference_raw(files->fdt);
+	file = fd < fdt->max_fds ? rcu_dereference_raw(fdt->fd[fd]) : NULL;
+	if (file)
+		plain = file_inode(file)->i_sb->s_magic != SOCKFS_MAGIC;
+	preempt_enable_notrace();
+	return plain;
+}
 
 #endif /* SNIFFER_USE_H */

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Uses of sockets that told nothing new a moment ago on this CPU, and tell nothing
+ * new now: same socket, same thread, and the owner table's entry has not changed.
+ * This only compares; whatever differs is for use.c.
+ */
+#include <linux/cred.h>
+#include <linux/hash.h>
+#include <linux/percpu.h>
+#include <linux/preempt.h>
+#include <net/inet_sock.h>
+
+#include "alive.h"
+#include "known.h"
+#include "table.h"
+
+#define KNOWN_BITS	4	/* sockets that a CPU remembers */
+
+/*
+ * Used with preemption off, and not by interrupts. @owner is followed only when
+ * @version is found to be the same, see struct sniffer_stripe.
+ */
+struct known {
+	u64 cookie;
+	const struct sniffer_stripe *stripe;
+	const struct socket *sock;
+	const struct sniffer_owner *owner;
+	u64 start_ns;
+	unsigned int version;
+	u32 pid;
+	u32 uid;
+	u16 num;
+} ____cacheline_aligned;
+
+static DEFINE_PER_CPU(struct known [1 << KNOWN_BITS], known_uses);
+
+/*
+ * A process that was found not to have a socket. So a firewall's daemon, or a
+ * reader of a network disk, is not searched for each packet. A torn one matches
+ * nothing, or costs one search.
+ */
+struct known_stranger {
+	u64 cookie;
+	u64 start_ns;
+	u32 tgid;
+	u32 gains;
+};
+
+/* Sockets whose packets one judges in turn, by a hash. */
+static DEFINE_PER_CPU(struct known_stranger [1 << KNOWN_BITS], known_strangers);
+
+static struct known *known_of(u64 cookie)
+{
+	return this_cpu_ptr(known_uses) + (cookie & ((1 << KNOWN_BITS) - 1));
+}
+
+/**
+ * sniffer_known - is everything known that a use of a socket by current tells?
+ * @sk: full socket
+ *
+ * In process context.
+ */
+bool sniffer_known(const struct sock *sk)
+{
+	u64 cookie = atomic64_read(&sk->sk_cookie);
+	const struct task_struct *task = current;
+	const struct known *known;
+	bool same;
+
+	preempt_disable_notrace();
+	known = known_of(cookie);
+	same = known->cookie == cookie && known->stripe &&
+	       known->version == sniffer_owner_version(known->stripe) &&
+	       known->pid == task->pid &&
+	       known->start_ns == task->group_leader->start_boottime &&
+	       known->sock == READ_ONCE(sk->sk_socket) && known->num == inet_sk(sk)->inet_num &&
+	       known->uid == __kuid_val(current_uid()) && sniffer_probes_alive() &&
+	       READ_ONCE(known->owner->tid) == known->pid;
+	preempt_enable_notrace();
+	return same;
+}
+
+/**
+ * sniffer_known_keep - a use of a socket by current told nothing new
+ * @sk: full socket
+ * @owner: its entry, under RCU
+ * @version: of that, read before
+ */
+void sniffer_known_keep(const struct sock *sk, struct sniffer_owner *owner, unsigned int version)
+{
+	struct known *known;
+
+	if (version & 1 || !in_task())
+		return;
+	preempt_disable_notrace();
+	known = known_of(owner->cookie);
+	known->cookie = owner->cookie;
+	known->stripe = sniffer_owner_stripe(owner->cookie);
+	known->version = version;
+	known->owner = owner;
+	known->sock = READ_ONCE(sk->sk_socket);
+	known->start_ns = current->group_leader->start_boottime;
+	known->pid = current->pid;
+	known->uid = __kuid_val(current_uid());
+	known->num = inet_sk(sk)->inet_num;
+	preempt_enable_notrace();
+}
+
+static struct known_stranger *known_stranger_of(u64 cookie)
+{
+	return &(*raw_cpu_ptr(&known_strangers))[hash_64(cookie, KNOWN_BITS)];
+}
+
+/**
+ * sniffer_known_stranger - was current found not to have a socket?
+ * @cookie: the socket's, 0: it has none
+ * @gains: descriptors that were received so far, by anybody
+ */
+bool sniffer_known_stranger(u64 cookie, u32 gains)
+{
+	const struct known_stranger *known = known_stranger_of(cookie);
+
+	return cookie && READ_ONCE(known->cookie) == cookie && known->tgid == current->tgid &&
+	       known->start_ns == current->group_leader->start_boottime && known->gains == gains;
+}
+
+/**
+ * sniffer_known_keep_stranger - current was found not to have a socket
+ * @cookie: the socket's
+ * @gains: as for sniffer_known_stranger()
+ */
+void sniffer_known_keep_stranger(u64 cookie, u32 gains)
+{
+	struct known_stranger *known = known_stranger_of(cookie);
+
+	WRITE_ONCE(known->cookie, 0);
+	known->tgid = current->tgid;
+	known->start_ns = current->group_leader->start_boottime;
+	known->gains = gains;
+	WRITE_ONCE(known->cookie, cookie);
+}

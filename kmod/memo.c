@@ -1,0 +1,470 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Packets like one that was recorded on this CPU a moment ago: same ends, same
+ * socket, same user. Their records are the former one's but for time and sizes.
+ *
+ * What a memo says is proven for each packet anew, by comparisons alone:
+ * - the version of the owner table's entry is the one that was read before the
+ *   former packet was named: then neither the entry nor its user has changed or
+ *   been freed, see struct sniffer_stripe;
+ * - what the entry's version does not tell is compared: name and uid of the user,
+ *   his end and his forks, the socket's file and port, who is on the CPU;
+ * - the socket of a packet that comes in is the one that the stack will find. It
+ *   is alone where the stack looks, and what it is bound to fits.
+ * Whatever does not hold is done the long way (name.c, lookup.c), and so is what
+ * no memo is made of: handshakes, listeners, what is named after another socket,
+ * a user that has let go, multicast, options in IPv4 headers, VRFs.
+ */
+#include <linux/hash.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/slab.h>
+#include <linux/tcp.h>
+#include <linux/udp.h>
+#include <net/inet_hashtables.h>
+#include <net/ip.h>
+#include <net/ipv6.h>
+#include <net/tcp.h>
+#include <net/udp.h>
+
+#include "alive.h"
+#include "batch.h"
+#include "compat.h"
+#include "memo.h"
+#include "merge.h"
+#include "owner.h"
+#include "parse.h"
+#include "process.h"
+
+#define MEMO_BITS	7	/* memos of a CPU; at 256 bytes each */
+
+/* Bits of struct memo.kind, above the protocol. */
+#define MEMO_IN		BIT(8)
+#define MEMO_IP6	BIT(9)
+#define MEMO_TRUSTED	BIT(10)	/* named after who was on the CPU */
+#define MEMO_LOOKUP	BIT(11)	/* came in, and was looked up */
+
+/**
+ * struct memo - a packet and what it was found to be
+ * @kind: protocol and MEMO_..., 0: nothing is kept here
+ * @ports: as they are in the packet
+ * @net: where it was
+ * @sk: its socket
+ * @stripe: of the entry that it was named after
+ * @version: of that
+ * @num: local port of @sk
+ * @many: another process may have the socket, see sniffer_owner_shared()
+ * @sock: of @sk
+ * @owner: the entry
+ * @user: of the entry
+ * @forked: of the user
+ * @place: in the message of flows
+ * @hash: where the stack finds the socket
+ * @any: the same if it is bound to no address (UDP)
+ * @comm: of current's leader, as it is there, if MEMO_TRUSTED
+ * @record: of the packet
+ *
+ * Used by its own CPU, bottom halves off. None of the pointers is followed before
+ * @version is found to be the same.
+ */
+struct memo {
+	u32 kind;
+	u32 ports;
+	const struct net *net;
+	const struct sock *sk;
+	const struct sniffer_stripe *stripe;
+	unsigned int version;
+	u16 num;
+	bool many;
+	const struct socket *sock;
+	struct sniffer_owner *owner;
+	struct sniffer_proc *user;
+	u64 forked;
+	struct sniffer_merge_place place;
+	u32 hash;
+	u32 any;
+	char comm[SNIFFER_COMM_LEN] __aligned(sizeof(u64));
+	struct sniffer_record record;
+} ____cacheline_aligned;
+
+/* What a packet's headers say, in the packet's own order. */
+struct memo_ends {
+	const void *saddr;
+	const void *daddr;
+	u32 ports;
+	u32 kind;
+	int thoff;
+};
+
+static DEFINE_PER_CPU(struct memo *, memos);	/* 1 << MEMO_BITS of them; set at load only */
+
+static __always_inline u32 memo_kind(const struct sk_buff *skb, u8 family, u8 dir, bool trusted)
+{
+	u32 kind = family == AF_INET6 ? MEMO_IP6 : 0;
+
+	if (dir == SNIFFER_DIR_OUT)
+		return kind | (trusted ? MEMO_TRUSTED : 0);
+	return kind | MEMO_IN | (skb->sk ? 0 : MEMO_LOOKUP);
+}
+
+/* As they are in the packet. */
+static u32 memo_ports(const struct sniffer_record *r)
+{
+	const __be16 ports[] = { htons(r->sport), htons(r->dport) };
+	u32 both;
+
+	memcpy(&both, ports, sizeof(both));
+	return both;
+}
+
+static __always_inline bool memo_parse(const struct sk_buff *skb, u8 family, u8 dir,
+				       bool trusted, struct memo_ends *ends)
+{
+	int room = skb_headlen(skb);
+
+	ends->kind = memo_kind(skb, family, dir, trusted);
+	if (family == AF_INET) {
+		const struct iphdr *ip = (const struct iphdr *)skb->data;
+
+		ends->thoff = sizeof(*ip);
+		if (room < (int)(sizeof(*ip) + sizeof(struct udphdr)) ||
+		    *(const u8 *)ip != 0x45 || ip->frag_off & htons(IP_OFFSET))
+			return false;
+		ends->saddr = &ip->saddr;
+		ends->daddr = &ip->daddr;
+		ends->kind |= ip->protocol;
+		ends->ports = *(const u32 *)(ip + 1);
+	} else {
+		const struct ipv6hdr *ip = (const struct ipv6hdr *)skb->data;
+
+		ends->thoff = sizeof(*ip);
+		if (room < (int)(sizeof(*ip) + sizeof(struct udphdr)))
+			return false;
+		ends->saddr = &ip->saddr;
+		ends->daddr = &ip->daddr;
+		ends->kind |= ip->nexthdr;
+		ends->ports = *(const u32 *)(ip + 1);
+	}
+	if ((u8)ends->kind == IPPROTO_TCP)
+		return room >= (int)(ends->thoff + sizeof(struct tcphdr));
+	return (u8)ends->kind == IPPROTO_UDP;
+}
+
+/* The place for such packets. */
+static __always_inline struct memo *memo_of(const struct memo_ends *ends)
+{
+	u64 hash = (u64)ends->ports << 32 | ends->kind;
+
+	if (ends->kind & MEMO_IP6) {
+		const u64 *from = ends->saddr, *to = ends->daddr;
+
+		hash ^= get_unaligned(from) ^ get_unaligned(from + 1);
+		hash += get_unaligned(to) ^ get_unaligned(to + 1);
+	} else {
+		hash ^= *(const u32 *)ends->saddr;
+		hash += (u64)*(const u32 *)ends->daddr << 12;
+	}
+	return this_cpu_read(memos) + hash_64(hash, MEMO_BITS);
+}
+
+static __always_inline bool memo_has_ends(const struct memo *memo, const struct memo_ends *ends)
+{
+	if (memo->kind != ends->kind || memo->ports != ends->ports)
+		return false;
+	if (ends->kind & MEMO_IP6)
+		return !memcmp(memo->record.saddr, ends->saddr, 16) &&
+		       !memcmp(memo->record.daddr, ends->daddr, 16);
+	return *(const u32 *)memo->record.saddr == *(const u32 *)ends->saddr &&
+	       *(const u32 *)memo->record.daddr == *(const u32 *)ends->daddr;
+}
+
+/* Is what came for an IPv4 address for several sockets now? */
+static __always_inline bool memo_is_for_many(const struct sk_buff *skb)
+{
+	const struct rtable *rt = skb_rtable(skb);
+
+	return !rt || rt->rt_flags & (RTCF_BROADCAST | RTCF_MULTICAST);
+}
+
+/* Is the memo's socket alone in the slot? It is not touched, and may have been freed. */
+static __always_inline bool memo_is_alone(const struct udp_hslot *slot, const struct sock *sk)
+{
+	return slot->count == 1 &&
+	       rcu_access_pointer(hlist_first_rcu(&slot->head)) == &udp_sk(sk)->udp_portaddr_node;
+}
+
+/*
+ * Will the stack find the memo's socket for a datagram? It looks among those bound
+ * to the address, then among those bound to none.
+ */
+static bool memo_finds_udp(const struct memo *memo, struct net *net)
+{
+	struct udp_table *table = sniffer_udp_table(net);
+	const struct sniffer_record *r = &memo->record;
+	const struct udp_hslot *slot = udp_hashslot2(table, memo->hash), *any;
+	const struct inet_sock *inet = inet_sk(memo->sk);
+	const struct sock *sk = memo->sk;
+
+	if (!memo_is_alone(slot, sk)) {
+		any = udp_hashslot2(table, memo->any);
+		if (slot->count || !memo_is_alone(any, sk))
+			return false;
+	}
+	/* a program may choose another one */
+	if (static_branch_unlikely(&bpf_sk_lookup_enabled) || sk->sk_reuseport ||
+	    sk->sk_bound_dev_if)
+		return false;
+	if (inet->inet_num != r->dport || (inet->inet_dport && inet->inet_dport != htons(r->sport)))
+		return false;
+	if (r->family == AF_INET6)
+		return sk->sk_family == AF_INET6 &&
+		       (ipv6_addr_any(&sk->sk_v6_rcv_saddr) ||
+			!memcmp(&sk->sk_v6_rcv_saddr, r->daddr, 16)) &&
+		       (ipv6_addr_any(&sk->sk_v6_daddr) || !memcmp(&sk->sk_v6_daddr, r->saddr, 16));
+	return !ipv6_only_sock(sk) &&
+	       (!sk->sk_rcv_saddr || sk->sk_rcv_saddr == *(const __be32 *)r->daddr) &&
+	       (!sk->sk_daddr || sk->sk_daddr == *(const __be32 *)r->saddr);
+}
+
+/* The same for TCP: is the memo's connection where the stack looks? */
+static bool memo_finds_tcp(const struct memo *memo, struct net *net)
+{
+	struct inet_hashinfo *table = net->ipv4.tcp_death_row.hashinfo;
+	const struct hlist_nulls_node *node, *wanted = &memo->sk->sk_nulls_node;
+
+	node = rcu_dereference(hlist_nulls_first_rcu(&inet_ehash_bucket(table, memo->hash)->chain));
+	while (!is_a_nulls(node) && node != wanted)
+		node = rcu_dereference(hlist_nulls_next_rcu(node));
+	return node == wanted && !memo->sk->sk_bound_dev_if;
+}
+
+static __always_inline bool memo_is_comm(const char *one, const char *other)
+{
+	const u64 *a = (const u64 *)one, *b = (const u64 *)other;
+
+	return a[0] == b[0] && a[1] == b[1];
+}
+
+/* Is what a task has as its name the one that a record has? */
+static bool memo_is_name(const char *raw, const char *name)
+{
+	char clean[SNIFFER_COMM_LEN] __aligned(sizeof(u64));
+
+	if (likely(memo_is_comm(raw, name)))
+		return true;
+	sniffer_process_comm(clean, raw);
+	return memo_is_comm(clean, name);
+}
+
+/* Is everything as it was when @memo was made? */
+static __always_inline bool memo_holds(const struct memo *memo, u32 kind,
+				       struct sk_buff *skb,
+				       const struct nf_hook_state *state, struct net *net)
+{
+	const struct sniffer_record *r = &memo->record;
+	const struct sock *sk = memo->sk;
+	const struct task_struct *leader;
+
+	if (sniffer_owner_version(memo->stripe) != memo->version || memo->net != net ||
+	    !sniffer_probes_alive())
+		return false;
+	if (kind & MEMO_LOOKUP) {
+		if (kind & MEMO_IP6 ? inet6_sdif(skb) : (inet_sdif(skb) || memo_is_for_many(skb)))
+			return false;
+		if ((u8)kind == IPPROTO_TCP ? !memo_finds_tcp(memo, net) :
+					      !memo_finds_udp(memo, net))
+			return false;
+	} else if (skb->sk != sk || (!(kind & MEMO_IN) && state->sk != sk)) {
+		return false;
+	}
+	if (atomic64_read(&sk->sk_cookie) != r->cookie || READ_ONCE(sk->sk_socket) != memo->sock ||
+	    inet_sk(sk)->inet_num != memo->num)
+		return false;
+
+	if (READ_ONCE(memo->user->exit_jiffies) || READ_ONCE(memo->user->forked) != memo->forked ||
+	    READ_ONCE(memo->user->uid) != r->uid)
+		return false;
+	if (unlikely(memo->many) && sniffer_owner_shared(memo->owner, memo->user) !=
+				    !!(r->flags & SNIFFER_F_SHARED))
+		return false;
+	if (!(kind & MEMO_TRUSTED))
+		return memo_is_comm(memo->user->comm, r->comm);
+	leader = current->group_leader;
+	return current->pid == r->tid && leader->start_boottime == r->start_ns &&
+	       __kuid_val(current_uid()) == r->uid && memo_is_comm(leader->comm, memo->comm);
+}
+
+static __always_inline bool memo_record(struct sk_buff *skb, const struct nf_hook_state *state,
+					const struct memo_ends *ends, struct net *net,
+					const struct net_device *dev)
+{
+	struct memo *memo = memo_of(ends);
+	struct sniffer_record *r = &memo->record;
+
+	if (!memo_has_ends(memo, ends) || r->ifindex != (dev ? dev->ifindex : 0) ||
+	    !memo_holds(memo, ends->kind, skb, state, net))
+		return false;
+	/* a cache line that all threads share: written if it has to be */
+	if (!(ends->kind & MEMO_TRUSTED))
+		r->tid = READ_ONCE(memo->owner->tid);
+	else if (READ_ONCE(memo->owner->tid) != r->tid)
+		WRITE_ONCE(memo->owner->tid, r->tid);
+	r->time_ns = ktime_get_ns();
+	if ((u8)ends->kind == IPPROTO_TCP) {
+		const struct tcphdr *tcp = (const struct tcphdr *)(skb->data + ends->thoff);
+
+		r->tcp_flags = tcp_flag_byte(tcp);
+		r->hdr_len = ends->thoff + tcp->doff * 4;
+	}
+	sniffer_parse_sizes(r, skb);
+	sniffer_batch_add(r, skb, &memo->place);
+	return true;
+}
+
+static __always_inline bool memo_packet(struct sk_buff *skb, const struct nf_hook_state *state,
+					u8 family, u8 dir)
+{
+	bool in = dir == SNIFFER_DIR_IN;
+	struct net *net = in ? dev_net(skb->dev) : state->net;
+	bool task = !softirq_count(), done;
+	struct memo_ends ends;
+
+	if (!sniffer_batch_was_wanted() ||
+	    !memo_parse(skb, family, dir, !in && sniffer_trust_current(), &ends))
+		return false;
+	if (task)
+		local_bh_disable();
+	done = memo_record(skb, state, &ends, net, in ? skb->dev : state->out);
+	if (task)
+		local_bh_enable();
+	return done;
+}
+
+/*
+ * sniffer_memo_in4() and its kind record a packet that is like a former one; data
+ * at the IP header, under RCU. Return: false when nothing has been done.
+ */
+#define MEMO_FUNCTION(name, family, dir)					\
+bool name(struct sk_buff *skb, const struct nf_hook_state *state)		\
+{										\
+	return memo_packet(skb, state, family, dir);				\
+}
+
+MEMO_FUNCTION(sniffer_memo_in4, AF_INET, SNIFFER_DIR_IN)
+MEMO_FUNCTION(sniffer_memo_out4, AF_INET, SNIFFER_DIR_OUT)
+MEMO_FUNCTION(sniffer_memo_in6, AF_INET6, SNIFFER_DIR_IN)
+MEMO_FUNCTION(sniffer_memo_out6, AF_INET6, SNIFFER_DIR_OUT)
+
+/* Is this a record that a memo can be made of? */
+static bool memo_is_wanted(const struct sniffer_flow *flow, bool trusted)
+{
+	const u8 how = flow->record.how;
+	const struct sk_buff *skb = flow->skb;
+	const struct sock *sk = flow->sk;
+	const struct socket *sock;
+
+	if (flow->thoff != (flow->record.family == AF_INET ? sizeof(struct iphdr) :
+							     sizeof(struct ipv6hdr)))
+		return false;
+	if (!flow->owner || flow->version & 1 || !sniffer_probes_alive() ||
+	    flow->record.flags & (SNIFFER_F_DEAD | SNIFFER_F_COPY))
+		return false;
+	if (how != SNIFFER_HOW_SOCKET && how != SNIFFER_HOW_CONTEXT)
+		return false;
+	if (flow->record.dir == SNIFFER_DIR_OUT &&
+	    (skb->sk != sk || trusted != (how == SNIFFER_HOW_CONTEXT)))
+		return false;
+	sock = READ_ONCE(sk->sk_socket);
+	return sock && READ_ONCE(sock->file) && flow->record.inode;
+}
+
+/* Where the stack will look for the socket of such a packet. */
+static void memo_note_place(struct memo *memo, const struct sniffer_flow *flow)
+{
+	const struct sniffer_record *r = &flow->record;
+	const struct in6_addr *to6 = (const struct in6_addr *)r->daddr;
+
+	if (r->proto == IPPROTO_TCP) {
+		memo->hash = flow->sk->sk_hash;
+	} else if (r->family == AF_INET) {
+		memo->hash = ipv4_portaddr_hash(flow->net, *(const __be32 *)r->daddr, r->dport);
+		memo->any = ipv4_portaddr_hash(flow->net, htonl(INADDR_ANY), r->dport);
+	} else {
+		memo->hash = ipv6_portaddr_hash(flow->net, to6, r->dport);
+		memo->any = ipv6_portaddr_hash(flow->net, &in6addr_any, r->dport);
+	}
+}
+
+/**
+ * sniffer_memo_keep - remember a packet, for others like it
+ * @flow: the packet, recorded
+ * @trusted: current may be taken for its sender
+ *
+ * Under RCU.
+ */
+void sniffer_memo_keep(const struct sniffer_flow *flow, bool trusted)
+{
+	const struct sniffer_record *r = &flow->record;
+	struct memo_ends ends;
+	struct memo *memo;
+
+	if (!memo_is_wanted(flow, trusted))
+		return;
+	ends.saddr = r->saddr;
+	ends.daddr = r->daddr;
+	ends.ports = memo_ports(r);
+	ends.kind = memo_kind(flow->skb, r->family, r->dir, trusted) | r->proto;
+	local_bh_disable();
+	memo = memo_of(&ends);
+	memo->kind = 0;
+	memo->ports = ends.ports;
+	memo->net = flow->net;
+	memo->sk = flow->sk;
+	memo->stripe = sniffer_owner_stripe(r->cookie);
+	memo->version = flow->version;
+	memo->num = inet_sk(flow->sk)->inet_num;
+	memo->sock = READ_ONCE(flow->sk->sk_socket);
+	memo->owner = flow->owner;
+	memo->user = rcu_dereference(flow->owner->user);
+	memo->forked = READ_ONCE(memo->user->forked);
+	memo->many = READ_ONCE(flow->owner->many) ||
+		     (s64)(memo->forked - flow->owner->since) > 0;
+	memo->place = flow->place;
+	if (ends.kind & MEMO_LOOKUP)
+		memo_note_place(memo, flow);
+	memo->record = *r;
+	/* what has changed meanwhile has changed the version, or is compared each time, but for the name */
+	memo->kind = ends.kind;
+	if (ends.kind & MEMO_TRUSTED) {
+		memcpy(memo->comm, current->group_leader->comm, sizeof(memo->comm));
+		if (!memo_is_name(memo->comm, r->comm) || flow->owner->port != memo->num)
+			memo->kind = 0;
+	}
+	local_bh_enable();
+}
+
+/* The hooks are gone, or were never there. */
+void sniffer_memo_exit(void)
+{
+	int cpu;
+
+	for_each_possible_cpu(cpu)
+		kvfree(per_cpu(memos, cpu));
+}
+
+int sniffer_memo_init(void)
+{
+	struct memo *memo;
+	int cpu;
+
+	BUILD_BUG_ON(sizeof(struct memo) != 256);
+	for_each_possible_cpu(cpu) {
+		memo = kvzalloc_node(sizeof(*memo) << MEMO_BITS, GFP_KERNEL, cpu_to_node(cpu));
+		per_cpu(memos, cpu) = memo;
+		if (!memo) {
+			sniffer_memo_exit();
+			return -ENOMEM;
+		}
+	}
+	return 0;
+}
