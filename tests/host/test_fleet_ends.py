@@ -79,7 +79,7 @@ class Machine:
         command = [sys.executable, "-c", code, str(self.truth[side]), *map(str, words)]
         return self.enter(*command, stdin=subprocess.PIPE)
 
-    def told(self, side: Any) -> Any:
+    def told(self, side: str) -> dict[tuple[str, str], int]:
         return told(self.truth[side])
 
     def close(self) -> None:

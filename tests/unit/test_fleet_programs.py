@@ -65,7 +65,7 @@ print(*sorted(names & {"fleet", "nats", "nkeys", "nacl", "pyarrow", "duckdb", "b
 """
 
 
-def test_the_base_installation_grows_by_nothing():
+def test_the_base_installation_grows_by_nothing() -> None:
     """Its requirements are these six, and its programs load nothing of the extra."""
     root = Path(__file__).resolve().parents[2]
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
