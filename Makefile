@@ -33,15 +33,17 @@ test-unit: tools ## what needs no root
 test-host: tools ## real sockets and processes, no module
 	$(PYTEST) tests/host
 test-vm: tools ## the module on PACKET_HUNTER_KERNEL (default: Debian's 6.1, in QEMU)
-	$(PYTEST) tests/vm --ignore tests/vm/test_attribution.py
+	$(PYTEST) tests/vm --ignore tests/vm/test_attribution.py --ignore tests/vm/proof
 test-attribution: tools ## the ground-truth suite; ENGINE=ebpf; REPEAT=10: each ten times, LOAD=1: every CPU busy
 	PACKET_HUNTER_REPEAT=$(REPEAT) PACKET_HUNTER_LOAD=$(LOAD) PACKET_HUNTER_ENGINE=$(filter ebpf,$(ENGINE)) $(PYTEST) tests/vm/test_attribution.py
 test-ebpf: tools ## a part of it with engine ebpf, as make test plays it
 	PACKET_HUNTER_ENGINE=ebpf PACKET_HUNTER_SOME=1 $(PYTEST) tests/vm/test_attribution.py
 test-matrix: tools ## tests/vm on 5.10, 6.1, 6.12 (two), 7.2, 7.3: a table of build, load, attribution, unload, ebpf, dmesg
 	@PYTHONPATH=tests/vm $(PYTHON) -m vmtest.matrix
-test-kasan: tools ## tests/vm and two minutes of stress on a 6.1 with KASAN, lockdep, kmemleak (compiled once, 10 min)
-	PACKET_HUNTER_KERNEL=6.1-debug PACKET_HUNTER_STRESS=120 $(PYTEST) tests/vm
+test-kasan: tools ## tests/vm, stress, failing allocations on a 6.1 with KASAN, lockdep, kmemleak (PIECES=; compiled once, 10 min)
+	@PYTHONPATH=tests/vm:tests $(PYTHON) -m vmtest.proof kasan $(PIECES)
+test-long: tools ## 200 loads, 1,000,000 sockets, attacks, broken packets in full on 6.1 (PIECES=; hours emulated)
+	@PYTHONPATH=tests/vm:tests $(PYTHON) -m vmtest.proof long $(PIECES)
 test-vagrant: tools ## the commands of the README in a Vagrant machine (root)
 	@tests/vagrant/run.sh
 test-browser: ## the report in a real browser (root; installs chromium, some 300 MB unpacked)
@@ -51,6 +53,8 @@ test-packages: tools ## Debian packages and DKMS in a Debian 12 and 13 of their 
 	$(PYTEST) tests/packages --ignore tests/packages/test_bare.py
 test-bare: tools ## a fresh clone on Debian 12 and 13 with nothing installed (root)
 	$(PYTEST) tests/packages/test_bare.py
+test-fleet: tools ## two guests with daemons, module and ebpf; three servers of docs/FLEET.md, Debian's and upstream's
+	$(PYTEST) tests/fleet
 fuzz: ## every reader of foreign input, guided by coverage, SECONDS=600 each (atheris, libFuzzer; NAMES=)
 	@./build.sh --fuzz
 	$(PYTHON) tests/fuzzing/run.py $(or $(SECONDS),600) $(NAMES)
@@ -76,7 +80,7 @@ bench-start: tools ## the first look at 50,000 sockets, beside psutil and lsof (
 	PYTHONPATH=python $(PYTHON) bench/start_cost.py
 bench-hunter: tools ## top with 10,000 flows, annotate with 1 GB
 	PYTHONPATH=python $(PYTHON) bench/hunter_cost.py
-bench-fleet: tools ## 2,000 hosts with TLS and keys at one server and one collector; questions to 10 M flows
+bench-fleet: tools ## 2,000 hosts with TLS and keys at one server and one collector; questions to 100 M flows (5 GB in TMPDIR)
 	PYTHONPATH=python:tests:bench $(PYTHON) bench/fleet_load.py
 	PYTHONPATH=python:bench $(PYTHON) bench/fleet_questions.py
 bench-accuracy: tools ## beside nethogs, ss, psutil, tcplife, tcpconnect; all scenarios, both engines (root)
@@ -102,4 +106,4 @@ clean: ## remove what was built, .venv too
 distclean: ## clean, and what tests keep in ~/.cache/packet-hunter (kernels, modules, boxes)
 	@./build.sh distclean
 
-.PHONY: bench-history help run demo test tools lint test-unit test-host test-vm test-attribution test-ebpf test-matrix test-kasan test-vagrant test-browser test-packages test-bare fuzz nonsense attack soak reproducible sbom bench bench-kernel bench-load bench-daemon bench-memory bench-start bench-hunter bench-fleet bench-accuracy menu deb clean distclean
+.PHONY: bench-history help run demo test tools lint test-unit test-host test-vm test-attribution test-ebpf test-matrix test-kasan test-long test-vagrant test-browser test-packages test-bare test-fleet fuzz nonsense attack soak reproducible sbom bench bench-kernel bench-load bench-daemon bench-memory bench-start bench-hunter bench-fleet bench-accuracy menu deb clean distclean

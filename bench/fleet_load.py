@@ -24,7 +24,7 @@ import results
 from fleet import bus, keys, wire
 from fleet.export.deltas import Deltas, rows_of
 from fleet.export.exporter import boot_id
-from fleet.options import Server as At
+from fleet.options import FleetServer as At
 from fleeting import Program, Server, certificate, secured
 from nlproto.errors import Error
 from nlproto.records.clock import Clock

@@ -24,7 +24,7 @@ import numpy as np
 
 from daemon.history import sealed
 from daemon.history.details import encoded, places_in, sums
-from daemon.history.hours import Hours, Piece
+from daemon.history.hours import HourFile, Hours
 from daemon.history.memory import Question
 from daemon.history.sealed import COLUMNS, Contents
 from daemon.history.store import Store
@@ -63,7 +63,7 @@ def later(data: bytes, shift_ns: int) -> bytes:
 
 def month(folder: str, hours: int) -> tuple[float, float]:
     """Make the files; (CPU seconds to seal an hour, bytes a flow)."""
-    made: list[tuple[bytes, Piece]] = []
+    made: list[tuple[bytes, HourFile]] = []
     took = 0.0
     path = os.path.join(folder, "history.db")
     Store(path).close()
@@ -79,7 +79,7 @@ def month(folder: str, hours: int) -> tuple[float, float]:
         data = sealed.seal(one)
         took += time.process_time() - began
         rows = one.rows
-        piece = Piece(
+        piece = HourFile(
             0,
             FLOWS,
             len(data),

@@ -28,7 +28,7 @@ from daemon.serve.answers import Answers
 from daemon.serve.server import Server
 from daemon.system.config import Config
 from daemon.system.socketfile import SocketFile
-from hunter.show.names import Names
+from hunter.show.names import HostNames
 from hunter.top.app import Top
 from hunter.top.state import State
 from hunter.top.views import FlowsView
@@ -98,7 +98,7 @@ def watch_top(processes: int, view: str) -> float:
     reading, writing = os.pipe()
     pid, terminal = pty.fork()
     if pid == 0:
-        app = Top(State(Stream(processes), Names()))  # type: ignore[arg-type]
+        app = Top(State(Stream(processes), HostNames()))  # type: ignore[arg-type]
 
         def measure() -> None:
             time.sleep(5)

@@ -3,8 +3,8 @@
 #define HUNTER_CALLS_H
 /*
  * What processes do to sockets by system calls: where no trampoline may be put
- * on the functions behind them, the two tracepoints of all calls tell. A use is
- * seen before the call, what a call brings or closes after it.
+ * on the functions behind them, the two tracepoints of all calls tell. A use and
+ * a close are seen before the call, what a call brings after it.
  */
 #include "probes.h"
 #ifdef __TARGET_ARCH_x86
@@ -15,29 +15,15 @@
 
 #define SOL_SOCKET	1
 #define SCM_RIGHTS	1
-#define CLONE_FILES	0x400
 #define PASSED_MAX	253	/* SCM_MAX_FD */
 #define CMSGS_MAX	8	/* control messages that are looked at */
 #define ADDFD		0x40182103	/* SECCOMP_IOCTL_NOTIF_ADDFD */
 #define CALL_MASK	0xffff	/* without the mark of x32 */
 
-/* What a thread's call may close, or whose users' table it may part from. */
-struct call {
-	u64 cookie;
-	u32 ring;	/* it closes an io_uring */
-	u32 unused;
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 16384);
-	__type(key, u32);
-	__type(value, struct call);
-} calls SEC(".maps");
-
 /* The current process uses what this descriptor is, if it is a socket. */
-static __always_inline void call_uses(struct task_struct *current, u32 fd)
+__noinline int call_uses(u32 fd)
 {
+	struct task_struct *current = bpf_get_current_task_btf();
 	struct gain g = { .tid = current->pid, .fd = fd };
 	struct owner *o;
 	u64 cookie;
@@ -45,12 +31,13 @@ static __always_inline void call_uses(struct task_struct *current, u32 fd)
 	g.file = file_of(current, fd);
 	cookie = g.file ? file_cookie(g.file) : 0;
 	if (!cookie || use_is_plain(cookie, current))
-		return;
+		return 0;
 	key_of(current, &g.who);
 	o = owner_find(cookie);
 	if (o)
 		g.ring = o->ring && same(&o->user, &g.who);
 	use_gain(cookie, &g, current);
+	return 0;
 }
 
 /* It has got this descriptor by the call that ends. */
@@ -69,57 +56,6 @@ __noinline int call_brought(u32 fd, u32 flags)
 		__sync_fetch_and_add(&gains, 1);
 	use_gain(cookie, &g, current);
 	return 0;
-}
-
-/* A descriptor of current is about to go: as in probe_close(). */
-static __always_inline void call_closes(struct task_struct *current, u32 fd)
-{
-	u64 file = file_of(current, fd), leader;
-	struct call call = {};
-	u32 tid = current->pid;
-	struct owner *o;
-	struct key who;
-
-	if (!file)
-		return;
-	call.cookie = file_cookie(file);
-	if (!call.cookie) {
-		if (!has_uring(current) || !is_uring_at(file))
-			return;
-		call.ring = 1;
-		goto later;
-	}
-	if (file_refs(file) < 2)
-		return;
-	o = owner_find(call.cookie);
-	if (!o || !o->held)
-		return;
-	key_of(current, &who);
-	if (!same(&o->user, &who)) {
-		leader = current->files->count.counter > 1 ? process_leader(&o->user) : 0;
-		if (!leader ||
-		    BPF_CORE_READ((struct task_struct *)leader, files) != current->files)
-			return;
-	}
-later:
-	bpf_map_update_elem(&calls, &tid, &call, BPF_ANY);
-}
-
-/* What current's call was seen to be about to close is closed. */
-static __always_inline void call_closed(struct task_struct *current)
-{
-	u32 tid = current->pid;
-	struct call *call = bpf_map_lookup_elem(&calls, &tid);
-	struct key who;
-
-	if (!call)
-		return;
-	key_of(current, &who);
-	if (call->ring)
-		settle_rings(&who, 0);
-	else
-		settle(call->cookie, 0);
-	bpf_map_delete_elem(&calls, &tid);
 }
 
 /* As the C library has them. */
@@ -258,20 +194,26 @@ int BPF_PROG(part_enter, struct pt_regs *regs, long id)
 	case __NR_accept:
 	case __NR_accept4:
 	case __NR_sendfile:
-		call_uses(current, ARGUMENT1(regs));
+		call_uses(ARGUMENT1(regs));
 		break;
 	case __NR_splice:
-		call_uses(current, ARGUMENT1(regs));
-		call_uses(current, ARGUMENT3(regs));
+		call_uses(ARGUMENT1(regs));
+		call_uses(ARGUMENT3(regs));
+		break;
+	case __NR_getsockopt:	/* see probe_getsockopt() */
+		if ((u32)ARGUMENT2(regs) == IPPROTO_TCP &&
+		    (u32)ARGUMENT3(regs) == TCP_ZEROCOPY_RECEIVE)
+			call_uses(ARGUMENT1(regs));
 		break;
 	case __NR_close:
-		call_closes(current, ARGUMENT1(regs));
+		closes_number(ARGUMENT1(regs));
 		break;
 #ifdef __NR_dup2
 	case __NR_dup2:
 #endif
 	case __NR_dup3:
-		call_closes(current, ARGUMENT2(regs));
+		if (ARGUMENT1(regs) != ARGUMENT2(regs) && file_of(current, ARGUMENT1(regs)))
+			closes_number(ARGUMENT2(regs));
 		break;
 	case __NR_ioctl:
 		if (ARGUMENT2(regs) == ADDFD)
@@ -311,13 +253,6 @@ int BPF_PROG(part_leave, struct pt_regs *regs, long ret)
 		many.count = ret;
 		if (ret > 0)
 			bpf_loop(1024, received_step, &many, 0);
-		break;
-	case __NR_close:
-#ifdef __NR_dup2
-	case __NR_dup2:
-#endif
-	case __NR_dup3:
-		call_closed(current);
 		break;
 	case __NR_close_range:
 	case __NR_unshare:

@@ -199,12 +199,10 @@ static long census_fd(u32 i, struct census *c)
 {
 	u64 file = 0;
 
-	if (i == c->leaves)
-		return 0;
 	bpf_probe_read_kernel(&file, sizeof(file), (void *)(c->fds + (u64)i * 8));
 	if (file == c->file)
-		c->count++;
-	else if (c->seek && file && is_uring_at(file))
+		c->count++;	/* what leaves has its reference, too */
+	else if (c->seek && i != c->leaves && file && is_uring_at(file))
 		c->rings = 1;
 	return 0;
 }
@@ -295,8 +293,7 @@ __noinline int in_ring(u64 cookie, u32 closing)
 	if (c.rings && (o->many || proc->forked > o->since)) {
 		c.seek = c.count = 0;
 		bpf_loop(1 << 20, census_task, &c, 0);
-		/* what is going is in no table any more, or was not counted */
-		c.rings = file_refs(c.file) > c.count + (closing != 0);
+		c.rings = file_refs(c.file) > c.count + (closing == CLOSED);
 	}
 	if (c.rings)
 		owner_ring(o, &user);

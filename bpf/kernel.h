@@ -160,6 +160,7 @@ struct sock {
 	u16 sk_protocol;
 	u8 sk_kern_sock : 1;
 	void *sk_user_data;
+	struct dst_entry *sk_dst_cache;
 };
 struct tcp_sock { bool is_mptcp; };
 struct tcp_sock___bit { u8 is_mptcp : 1; };

@@ -15,17 +15,13 @@ static __always_inline int probe_use(struct socket *sock)
 	struct task_struct *current = bpf_get_current_task_btf();
 	struct sock *sk = sock->sk;
 	struct file *file;
-	u64 cookie;
 
-	if (!sk || !wants(sk))
-		return 0;
-	cookie = COOKIE(sk);
-	if (use_is_plain(cookie, current))
+	if (!sk || use_is_plain(sk->__sk_common.skc_cookie.counter, current) || !wants(sk))
 		return 0;
 	file = sock->file;
 	/* without a file it is the kernel's, which only made it here (nvmet) */
 	if (file)
-		use(cookie, address(file), 1);
+		use(COOKIE(sk), address(file), 1);
 	return 0;
 }
 
@@ -150,7 +146,7 @@ static __always_inline int closes(struct task_struct *current, u64 file, u32 clo
 		if (!has_uring(current) || !is_uring_at(file))
 			return 0;
 		key_of(current, &who);
-		settle_rings(&who, closing);
+		settle_rings(&who, closing & ~CLOSED);
 		return 0;
 	}
 	o = owner_find(cookie);

@@ -38,8 +38,8 @@ __noinline int process_enter(u64 task_address, struct key *who)
 	if (!who)
 		return 0;
 	key = *who;	/* 6.1 takes a key from the stack only */
-	uid = BPF_CORE_READ(task, cred, uid.val);
 	proc = bpf_map_lookup_elem(&procs, &key);
+	uid = BPF_CORE_READ(task, cred, uid.val);
 	if (proc) {
 		if (proc->uid != uid)
 			proc->uid = uid;

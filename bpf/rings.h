@@ -42,7 +42,7 @@ int BPF_PROG(probe_ring, void *ring, u32 opcode, u32 files, u32 buffers, long re
 		return 0;
 	}
 	key_of(current, &who);
-	process_enter(address(current), &who);
+	process_enter(bpf_get_current_task(), &who);
 	proc = bpf_map_lookup_elem(&procs, &who);
 	if (!proc)
 		return 0;

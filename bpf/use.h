@@ -50,7 +50,7 @@ static __always_inline bool use_is_possible(struct gain *g, struct owner *o, u64
 	u64 now;
 
 	if (g->file) {
-		g->fd = task_has(address(current), g->file, hint, 0) - 1;
+		g->fd = task_has(bpf_get_current_task(), g->file, hint, 0) - 1;
 		if (g->fd >= 0)
 			return true;
 	}
@@ -65,7 +65,7 @@ static __always_inline bool use_is_possible(struct gain *g, struct owner *o, u64
 	now = gains;
 	if (known && known->cookie == cookie && same(&known->who, &g->who) && known->gains == now)
 		return false;
-	g->fd = task_has(address(current), g->file, -1, 1) - 1;
+	g->fd = task_has(bpf_get_current_task(), g->file, -1, 1) - 1;
 	if (g->fd >= 0 || (!o && !file_refs(g->file)))
 		return true;
 	if (known) {
@@ -82,7 +82,7 @@ static __always_inline void use_gain(u64 cookie, struct gain *g, struct task_str
 	struct files_struct *files = current->files;
 	struct proc *proc;
 
-	process_enter(address(current), &g->who);
+	process_enter(bpf_get_current_task(), &g->who);
 	/* another process with the same table (clone() with CLONE_FILES) has it at once */
 	g->many = files && files->count.counter > current->signal->nr_threads;
 	if (g->ring) {
@@ -122,7 +122,7 @@ __noinline int use(u64 cookie, u64 file, u32 called)
 				o->tid = g.tid;
 			return 1;
 		}
-		g.fd = file ? task_has(address(current), file, o->fd, 0) - 1 : -1;
+		g.fd = file ? task_has(bpf_get_current_task(), file, o->fd, 0) - 1 : -1;
 		g.ring = o->ring || (!o->held && g.fd < 0 && has_uring(current));
 	} else if (!use_is_possible(&g, o, cookie, current, called)) {
 		return 0;

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from fleet import schema
-from fleet.ask.store import Range, Store, open_folder
+from fleet.ask.store import FlowStore, Range, open_folder
 from fleet.collect.keys import Keys
 from fleet.collect.parquet import write_file
 
@@ -101,7 +101,7 @@ class Folder:
                 keys = Keys((row["host"], row["boot"], row["sequence"]) for row in rows)
                 write_file(folder / part, pa.Table.from_pylist(rows, columns), keys)
 
-    def open(self, range: Range = RANGE) -> Store:
+    def open(self, range: Range = RANGE) -> FlowStore:
         self.write()
         return open_folder(self.path, range)
 

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +19,47 @@ import pyarrow.dataset as ds
 from fleet import schema
 from waiting import patient, until
 
-__all__ = ["Program", "Server", "certificate", "free_port", "nats_server", "rows", "secured"]
+__all__ = [
+    "ASK",
+    "SERVE",
+    "Program",
+    "Server",
+    "certificate",
+    "ends_by_way",
+    "free_port",
+    "nats_server",
+    "rows",
+    "secured",
+    "told",
+]
+
+SERVE = """
+import json, os, socket, sys
+truth = open(sys.argv[1], "a", buffering=1)
+with socket.create_server(("", int(sys.argv[2])), backlog=200) as listener:
+    truth.write("ready\\n")
+    kept = []
+    while True:
+        one, far = listener.accept()
+        kept.append(one)
+        truth.write(json.dumps([*one.getsockname(), *far, os.getpid()]) + "\\n")
+        one.sendall(b"hello")
+"""
+"""A server: FILE PORT. It keeps connections, and writes down which it has."""
+ASK = """
+import json, os, socket, sys
+truth = open(sys.argv[1], "a", buffering=1)
+kept = []
+for _ in range(int(sys.argv[2])):
+    for address in sys.argv[4:]:
+        one = socket.create_connection((address, int(sys.argv[3])), timeout=20)
+        assert one.recv(5)
+        kept.append(one)
+        truth.write(json.dumps([*one.getsockname(), *one.getpeername(), os.getpid()]) + "\\n")
+truth.write("done\\n")
+sys.stdin.read()
+"""
+"""A client: FILE NUMBER PORT ADDRESS... It keeps connections until its standard input ends."""
 
 
 def nats_server() -> str:
@@ -120,3 +162,34 @@ def rows(directory: Path, kind: str) -> list[dict[str, Any]]:
         return []
     table: pa.Table = ds.dataset(files, schema=schema.TABLES[kind]).to_table()
     return list(table.to_pylist())
+
+
+def told(truth: Path) -> dict[tuple[str, str], int]:
+    """{(local, remote): pid} as SERVE or ASK wrote it down."""
+    lines = truth.read_text().splitlines()
+    found = [json.loads(line) for line in lines if line.startswith("[")]
+    return {(f"{a}:{p}", f"{b}:{q}"): pid for a, p, b, q, pid in found}
+
+
+def ends_by_way(
+    store: Path, since: int, port: int
+) -> dict[tuple[str, str, str], tuple[int, str, int]]:
+    """{(client's machine, local, remote): (its pid, server's machine, its pid)}, none ambiguous."""
+    from fleet.ask.ends import ends
+    from fleet.ask.store import Range, open_folder
+    from fleet.ask.wanted import Wanted
+    from nlproto.filters.parse import parse
+
+    found: dict[tuple[str, str, str], tuple[int, str, int]] = {}
+    if not (store / "flows").is_dir():
+        return found
+    with open_folder(store, Range(since, time.time_ns())) as opened:
+        for one in ends(opened, Wanted(parse(f"port {port}")))[1]:
+            client, server = one["client"], one["server"]
+            if client and server:
+                ways = [f"{client[f'{side}addr']}:{client[f'{side}port']}" for side in "lr"]
+                assert not one["ambiguous"]
+                key = (client["host"], ways[0], ways[1])
+                assert key not in found, "one connection, two rows"
+                found[key] = client["tgid"], server["host"], server["tgid"]
+    return found

@@ -18,9 +18,9 @@ import time
 import numpy as np
 
 from fleet.export.exporter import Exporter
-from fleet.export.source import Source
+from fleet.export.source import FlowSource
 from fleet.export.spool import Spool
-from fleet.options import Server
+from fleet.options import FleetServer
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import FLOW, pack_address
 
@@ -43,7 +43,9 @@ def flows(first: int, count: int, **fields: object) -> np.ndarray:
     return made
 
 
-async def _play(exporter: Exporter, source: Source, spool: Spool, count: int, pause: float) -> None:
+async def _play(
+    exporter: Exporter, source: FlowSource, spool: Spool, count: int, pause: float
+) -> None:
     running = asyncio.create_task(exporter.run())
     given, each = 0, max(1, count // 20)
     while given < count and not running.done():
@@ -62,9 +64,9 @@ async def _play(exporter: Exporter, source: Source, spool: Spool, count: int, pa
 
 
 def _server(words: str) -> tuple[tuple[str, ...], str | None, str | None]:
-    """URL, or URL,NKEY,CA."""
+    """URL, or URL|URL...,NKEY,CA."""
     url, nkey, ca = [*words.split(","), None, None][:3]
-    return (url or "",), nkey, ca
+    return tuple((url or "").split("|")), nkey, ca
 
 
 def main() -> None:
@@ -73,16 +75,16 @@ def main() -> None:
     size = int(rest[1]) if len(rest) > 1 else 64 << 20
     logging.basicConfig(level=logging.INFO)
     spool = Spool(path, size)
-    source = Source("/nowhere")
+    source = FlowSource("/nowhere")
 
-    class Unread(Source):
+    class Unread(FlowSource):
         """Nobody reads a daemon."""
 
         def __exit__(self, *_: object) -> None:
             pass
 
     source.__class__ = Unread
-    exporter = Exporter(source, spool, Server(*_server(url)), host, pause)
+    exporter = Exporter(source, spool, FleetServer(*_server(url)), host, pause)
 
     async def play() -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, exporter.stop)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from waiting import patient, there, until
 
-__all__ = ["HUNTER", "hunting", "peers", "stop", "talk", "tshark"]
+__all__ = ["HUNTER", "hunting", "looking", "peers", "stop", "talk", "tshark"]
 
 HUNTER = [sys.executable, "-m", "hunter"]
 
@@ -92,6 +92,17 @@ def stop(process: subprocess.Popen[str]) -> str:
     out, err = process.communicate(timeout=patient(30))
     assert process.returncode == 0, err
     return str(err)
+
+
+def looking(path: str, *words: str) -> tuple[subprocess.Popen[str], Callable[[], str]]:
+    """A hunter at the daemon of socket `path`, and what ends it and gives what it showed."""
+    process = hunting("--socket", path, "-n", *words)
+
+    def end() -> str:
+        process.send_signal(signal.SIGINT)
+        return str(process.communicate(timeout=patient(30))[0])
+
+    return process, end
 
 
 def tshark(path: Path, *fields: str) -> list[list[str]]:

@@ -37,7 +37,7 @@ for name in $tiers; do
 		fi
 		;;
 	unit | host) tier "$name" "tests/$name" ;;
-	vm) tier vm tests/vm --ignore tests/vm/test_attribution.py ;;
+	vm) tier vm tests/vm --ignore tests/vm/test_attribution.py --ignore tests/vm/proof ;;
 	attribution | ebpf) tier "$name" tests/vm/test_attribution.py ;;
 	*)
 		echo "make test: no tier '$name'; TIERS is any of lint unit host vm attribution ebpf" >&2

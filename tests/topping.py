@@ -17,7 +17,7 @@ from textual.pilot import Pilot
 from textual.widgets import Static
 
 from hunter.show.columns import Holder
-from hunter.show.names import Names
+from hunter.show.names import HostNames
 from hunter.top.app import Top
 from hunter.top.grid import Grid
 from hunter.top.state import State
@@ -124,7 +124,7 @@ def drive(feed: Feed, script: Script, **options: Any) -> Top:
     """Play `script` once the first rows are there."""
     notes = options.pop("notes", ())
     size = options.pop("size", (140, 30))
-    app = Top(State(feed, Names(), **options), interval=0.05, notes=notes)
+    app = Top(State(feed, HostNames(), **options), interval=0.05, notes=notes)
 
     async def run() -> None:
         async with app.run_test(size=size) as pilot:

@@ -23,7 +23,7 @@ from nats.js.api import (
     StreamConfig,
 )
 
-from fleet.options import Server
+from fleet.options import FleetServer
 from fleet.subjects import CONSUMER, STREAM, SUBJECTS, inbox_of
 from nlproto.errors import Error
 
@@ -70,7 +70,7 @@ def backoff(failures: int) -> float:
 
 
 async def connect(
-    server: Server, name: str, told: Callable[[Exception], Awaitable[None]]
+    server: FleetServer, name: str, told: Callable[[Exception], Awaitable[None]]
 ) -> Client:
     """Connect once; who loses the connection calls again. Raises Error, one of FAILURES.
 

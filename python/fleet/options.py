@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from nlproto.errors import UsageError
 from nlproto.running.program import ended, teller
 
-__all__ = ["Server", "add_arguments", "checked_host", "exit_code", "make_nkey", "server_of"]
+__all__ = ["FleetServer", "add_arguments", "checked_host", "exit_code", "make_nkey", "server_of"]
 
 _HOST = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _DEFAULT = "nats://127.0.0.1:4222"
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class FleetServer:
     """Where the server is, and who we are there."""
 
     urls: tuple[str, ...]
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def server_of(options: argparse.Namespace) -> Server:
+def server_of(options: argparse.Namespace) -> FleetServer:
     """Return the Server of parsed options. Raises UsageError."""
     urls = tuple(options.server or [_DEFAULT])
     for url in urls:
@@ -64,7 +64,7 @@ def server_of(options: argparse.Namespace) -> Server:
             raise UsageError(f"'{url}' is no server: say tls://HOST:PORT")
         if parts.scheme == "nats" and parts.hostname not in ("127.0.0.1", "::1", "localhost"):
             log.warning("%s: everybody on the way can read what is sent; say tls://", url)
-    return Server(urls, options.nkey, options.ca)
+    return FleetServer(urls, options.nkey, options.ca)
 
 
 def make_nkey(options: argparse.Namespace, host: str | None) -> None:

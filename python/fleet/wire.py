@@ -41,8 +41,8 @@ __all__ = [
     "MAX_ROWS",
     "PROCS",
     "ROW",
-    "Batch",
-    "Malformed",
+    "HostBatch",
+    "MalformedBatch",
     "ToldAccount",
     "ToldProcess",
     "decode",
@@ -100,7 +100,7 @@ ROW = np.dtype(
 0 unknown, 1 this end, 2 the far one. `nat`: 0 none, else the family of nat_laddr and nat_raddr."""
 
 
-class Malformed(Error):
+class MalformedBatch(Error):
     """What was received is no batch of ours."""
 
 
@@ -150,7 +150,7 @@ class ToldAccount(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class HostBatch:
     """One batch, decoded."""
 
     kind: int
@@ -206,18 +206,18 @@ def sequence_of(payload: bytes) -> tuple[str, int]:
 
 def _head(payload: bytes) -> tuple[int, int, int, int, int, bytes]:
     if len(payload) < HEAD_SIZE:
-        raise Malformed(f"{len(payload)} bytes are less than a head")
+        raise MalformedBatch(f"{len(payload)} bytes are less than a head")
     magic, kind, zero, size, count, length, sequence, boot = _HEAD.unpack_from(payload)
     if magic != _MAGIC or zero or kind not in KINDS:
-        raise Malformed("no head of a batch")
+        raise MalformedBatch("no head of a batch")
     if not 0 < count <= MAX_ROWS or length > MAX_BODY:
-        raise Malformed(f"{count} rows in {length} bytes are none, or too many")
+        raise MalformedBatch(f"{count} rows in {length} bytes are none, or too many")
     if kind == FLOWS and (size < ROW.itemsize or size * count > length) or kind != FLOWS and size:
-        raise Malformed(f"{count} rows of {size} bytes do not fit into {length}")
+        raise MalformedBatch(f"{count} rows of {size} bytes do not fit into {length}")
     return kind, size, count, length, sequence, boot
 
 
-def decode(payload: bytes) -> Batch:
+def decode(payload: bytes) -> HostBatch:
     """Return the batch in `payload`, whatever that is. Raises Malformed.
 
     Rows step by the size in the head: those of a later release are read up to what this one knows.
@@ -234,12 +234,12 @@ def decode(payload: bytes) -> Batch:
         else:
             told = (_processes if kind == PROCS else _accounts).decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Malformed(f"not JSON as it should be: {error}") from None
+        raise MalformedBatch(f"not JSON as it should be: {error}") from None
     if kind == FLOWS and not _are_sound(rows):
-        raise Malformed("rows of no family")
+        raise MalformedBatch("rows of no family")
     if kind != FLOWS and len(told) != count:
-        raise Malformed(f"{len(told)} rows, where the head says {count}")
-    return Batch(kind, str(uuid.UUID(bytes=boot)), sequence, rows, names, told)
+        raise MalformedBatch(f"{len(told)} rows, where the head says {count}")
+    return HostBatch(kind, str(uuid.UUID(bytes=boot)), sequence, rows, names, told)
 
 
 def _are_sound(rows: np.ndarray) -> bool:
@@ -261,9 +261,9 @@ def _unpacked(data: bytes, length: int) -> bytes:
     try:
         body = bytes(decompressor.decompress(data, length + 1))
     except zstd.ZstdError as error:
-        raise Malformed(f"no zstd frame: {error}") from None
+        raise MalformedBatch(f"no zstd frame: {error}") from None
     if len(body) != length or not decompressor.eof or decompressor.unused_data:
-        raise Malformed(f"the body is not one frame of {length} bytes")
+        raise MalformedBatch(f"the body is not one frame of {length} bytes")
     return body
 
 

@@ -49,35 +49,35 @@ def _run(command: options.Command, stop: Stop) -> int:
     """Return the exit code: that of the command after "--", else 0."""
     # Imported here: each subcommand needs parts that the others do without.
     match command:
-        case options.Live():
+        case options.LiveOptions():
             from hunter.commands import live
 
             return live.run(command, stop, _tell)
-        case options.Who():
+        case options.WhoOptions():
             from hunter.who import who
 
             who.run(command, _tell)
-        case options.Usage():
+        case options.UsageOptions():
             from hunter.commands import usage
 
             usage.run(command)
-        case options.Watch():
+        case options.WatchOptions():
             from hunter.watch import watch
 
             return watch.run(command, stop, _tell)
-        case options.Fleet():
+        case options.FleetOptions():
             from hunter.fleet import fleet
 
             return fleet.run(command, _tell)
-        case options.Web():
+        case options.WebOptions():
             from hunter.web import web
 
             web.run(command, stop, _tell)
-        case options.Stats():
+        case options.StatsOptions():
             from hunter.commands import stats
 
             stats.run(command)
-        case options.Top():
+        case options.TopOptions():
             try:
                 from hunter.top import app
             except ModuleNotFoundError as error:
@@ -86,15 +86,15 @@ def _run(command: options.Command, stop: Stop) -> int:
                 raise Error("top needs Textual: pip install 'packet-hunter[top]'") from None
 
             app.run(command, stop, _tell)
-        case options.Doctor():
+        case options.DoctorOptions():
             from hunter.commands import doctor
 
             doctor.run(command)
-        case options.Annotate():
+        case options.AnnotateOptions():
             from hunter.commands import annotate
 
             annotate.run(command, stop, _tell)
-        case options.Report():
+        case options.ReportOptions():
             from hunter.commands import report
 
             report.run(command, _tell)

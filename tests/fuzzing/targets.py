@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import os
@@ -17,9 +18,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from daemon.serve.requests import parse_request, request_id
+from fleet import schema
 from fleet import wire as told
+from fleet.ask.questions import who
+from fleet.ask.store import FlowStore, Range, open_tables
+from fleet.ask.wanted import Wanted
 from fleet.collect.tables import Received, hours_of
 from hunter.formats import captures, ownercomment, pcapng
 from hunter.sources.source_file import FileSource
@@ -140,7 +146,7 @@ def runtime_file(data: bytes) -> None:
 
 def dns_answer(data: bytes) -> None:
     """An answer of DNS: whoever is asked chooses it. Names that come out are host names."""
-    with contextlib.suppress(dns.Malformed):
+    with contextlib.suppress(dns.MalformedDns):
         found = dns.parse(data)
         assert not found.name or dns.valid_name(found.name), found
 
@@ -264,10 +270,35 @@ def fleet_body(data: bytes) -> None:
     _stored(told.decode(told._packed(kind, bytes(16), 1, size, count, body)))
 
 
-def _stored(found: told.Batch) -> None:
+def _stored(found: told.HostBatch) -> None:
     """All times are taken: whatever it says goes into tables."""
     hours, _ = hours_of([Received("h", found)], 1 << 62, -(1 << 62))
     assert sum(hour.table.num_rows for hour in hours) <= len(found)
+
+
+def fleet_filter(data: bytes) -> None:
+    """A filter as a condition of SQL: whatever is in it, the statement stays the statement."""
+    wanted = parse(data.decode("utf-8", "surrogateescape"), resolve=False, elsewhere=True)
+    total, rows = who(_asked(), Wanted(wanted), 10)
+    assert total == len(rows) <= 1
+
+
+@functools.cache
+def _asked() -> FlowStore:
+    """One flow of one process, in memory."""
+    flow = dict.fromkeys(schema.FLOWS.names) | dict.fromkeys(
+        ("sequence", "netns", "cookie", "flags", "packets_in", "bytes_out", "bytes_in"), 0
+    )
+    flow |= {"host": "h", "boot": "b", "laddr": "10.0.0.1", "lport": 4, "raddr": "10.0.0.2"}
+    flow |= {"rport": 53, "protocol": 6, "forwarded": False, "tgid": 1, "start_ns": 1, "uid": 0}
+    flow |= {"comm": "curl", "how": "socket", "first_ns": 1, "last_ns": 1, "packets_out": 1}
+    process = dict.fromkeys(schema.PROCS.names) | {"host": "h", "boot": "b", "tgid": 1}
+    process |= {"start_ns": 1, "at_ns": 1, "exe": "/usr/bin/curl", "parents": ["1 init"]}
+    tables = {
+        "flows": pa.Table.from_pylist([flow], schema.FLOWS),
+        "procs": pa.Table.from_pylist([process], schema.PROCS),
+    }
+    return open_tables(tables, Range(0, 10))
 
 
 def _fleet_bodies() -> Iterator[bytes]:
@@ -291,7 +322,7 @@ TARGETS: dict[str, Target] = {
     for one in (
         *(batch, flows, process, first_bytes, attributes, frames, request, filter_text),
         *(capture, saved, comment, cgroup, runtime_file, proc, proc_net, dns_answer, client_hello),
-        *(fleet_batch, fleet_body),
+        *(fleet_batch, fleet_body, fleet_filter),
     )
 }
 
@@ -335,6 +366,12 @@ SEEDS: dict[str, Callable[[], Iterator[bytes] | list[bytes]]] = {
         + bytes.fromhex("c00c000500010000003c000603777777c00c")
         + bytes.fromhex("03777777c00c00010001000000050004c0000201")
     ],
+    "fleet_filter": _plain(
+        "src port 53 or not (dst net 10.0.0.0/8 and pname 'x')",
+        "pname c* and parent init or exe /usr/* and how named",
+        'domain "a\'; DROP TABLE flow; --" or inbound and unit $f0',
+        "tcp and host 10.0.0.1 and container web",
+    ),
     "fleet_batch": lambda: _fleet_batches(),
     "fleet_body": lambda: _fleet_bodies(),
     "client_hello": lambda: [_hello(b"example.org")],

@@ -135,6 +135,13 @@ def test_members_of_the_group_see_everything(start: Any, receiver: Any) -> None:
     assert "account" in seen["stats"]
 
 
+def talker(code: str) -> subprocess.Popen[str]:
+    """A client of its own, which says and hears lines."""
+    command = [sys.executable, "-c", code]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd="/")
+
+
 def test_one_user_cannot_take_all_connections(start: Any) -> None:
     daemon = start(config="max_clients: 16\n")
     code = (
@@ -147,13 +154,7 @@ def test_one_user_cannot_take_all_connections(start: Any) -> None:
         "except NoDaemon: pass\n"
         "print(len(held),flush=True)\nsys.stdin.readline()\n"
     )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd="/",
-    )
+    child = talker(code)
     assert child.stdout is not None
     assert int(child.stdout.readline()) == 2
     with DaemonClient(daemon.path) as client:
@@ -176,13 +177,7 @@ def test_a_stopped_client_loses_only_its_own_records_and_is_told_how_many(
         "gap=sum(e.fields['records'] for e in ev if isinstance(e,DaemonEvent))\n"
         "print(json.dumps([n,gap,end['sent'],end['dropped'],end['matched']]))\n"
     )
-    slow = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd="/",
-    )
+    slow = talker(code)
     assert slow.stdout is not None
     slow.stdout.readline()
     slow.send_signal(signal.SIGSTOP)

@@ -19,6 +19,7 @@ from asking import SERVER, ZONE, Client, named, stub
 from asking import seen as flow_seen
 from nameserver import AAAA, NameServer
 from nlproto.client.client import DaemonClient
+from talking import looking
 from waiting import there
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
@@ -104,23 +105,10 @@ def test_names_are_in_the_file_of_the_history(start: Any, connect: Any, tmp_path
     assert named(again.path, client, "www.example")
 
 
-def hunt(daemon: Any, *words: Any) -> tuple[Any, ...]:
-    """What the hunter, on its way, shows of packets; a function that waits for them."""
-    command = [sys.executable, "-m", "hunter", "--socket", daemon.path, "-n", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert "Ctrl-C ends" in there(process.stderr).readline()
-
-    def end() -> Any:
-        process.send_signal(signal.SIGINT)
-        return process.communicate(timeout=30)[0]
-
-    return process, end
-
-
 def test_lines_and_filters_have_the_name(daemon: Any, connect: Any) -> None:
-    process, end = hunt(daemon, "domain", "example")
+    process, end = looking(daemon.path, "domain", "example")
     client = connect("www.example", "127.0.53.80")
-    first = process.stdout.readline()
+    first = there(process.stdout).readline()
     rest = end()
     assert f" 127.0.53.80.{client.peer} [www.example]" in first
     assert all("[www.example]" in line for line in rest.splitlines())
@@ -128,9 +116,9 @@ def test_lines_and_filters_have_the_name(daemon: Any, connect: Any) -> None:
 
 def test_saved_names_are_read_again(daemon: Any, connect: Any, tmp_path: Path) -> None:
     saved = str(tmp_path / "names.pcapng")
-    process, end = hunt(daemon, "--print", "-w", saved, "domain", "alias.example")
+    process, end = looking(daemon.path, "--print", "-w", saved, "domain", "alias.example")
     connect("alias.example", "127.0.53.81")
-    assert process.stdout.readline()
+    assert there(process.stdout).readline()
     end()
     read = [sys.executable, "-m", "hunter", "-r", saved, "--json", "domain", "*.example"]
     rows = [json.loads(line) for line in subprocess.check_output(read, text=True).splitlines()]

@@ -15,6 +15,7 @@ import pytest
 
 from fleeting import Program, Server, free_port, rows
 from hunting import NOBODY
+from receiving import receiver
 from waiting import patient, until
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -71,6 +72,47 @@ def test_a_connection_becomes_a_row_that_names_its_process(
     assert last["exported"] == last["acknowledged"] + last["spooled"] + last["lost"]
     assert last["exported"] == len(rows(store, "flows"))
     assert last["delivered"] > 0 and last["engine"] == "packet"
+
+
+def test_a_connection_becomes_a_log_record_of_a_pipeline(
+    daemon: Any, tmp_path: Path, server: Any
+) -> None:
+    """The daemon's own packets at a receiver of OpenTelemetry logs, by both conventions' names."""
+    with (
+        receiver() as stub,
+        Program.of(
+            tmp_path / "otlp.log",
+            "otlp",
+            *("--socket", daemon.path, "--endpoint", stub.url, "--host", "web1.example"),
+            *("--interval", "0.5"),
+        ) as program,
+    ):
+        program.wait_for("engine packet")
+        with socket.create_connection(("127.0.0.1", server[1])) as client:
+            port = str(client.getsockname()[1])
+            client.sendall(b"x" * 1000)
+            client.recv(1000)
+
+            def found() -> list[Any]:
+                told = [_attributes(one) for one in list(stub.taken)]
+                return [one for one in told if port == one["source.port"] and "process.pid" in one]
+
+            until(lambda: {one["process.pid"] for one in found()} >= {str(os.getpid())}, 30)
+        assert program.stop() == 0, program.text()
+        [last] = [line for line in program.text().splitlines() if "refused" in line]
+        assert f"{len(stub.taken)} sent, 0 refused, 0 lost" in last
+    ours = [one for one in found() if one["process.pid"] == str(os.getpid())]
+    [one, *_] = [one for one in ours if one["network.direction"] == "egress"]
+    assert one["network.transport"] == "tcp" and one["network.type"] == "ipv4"
+    assert one["source.address"] == one["destination.address"] == "127.0.0.1"
+    assert one["destination.port"] == str(server[1])
+    assert one["process.executable.path"] == os.readlink("/proc/self/exe")
+    assert one["network.community_id"].startswith("1:")
+    assert sum(int(one["source.bytes"]) for one in ours) > 1000
+
+
+def _attributes(record: Any) -> dict[Any, Any]:
+    return {one["key"]: next(iter(one["value"].values())) for one in record["attributes"]}
 
 
 def test_who_may_not_see_everything_is_told_so(daemon: Any, nats: Server, tmp_path: Path) -> None:

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,12 +14,9 @@ from typing import Any
 
 import pytest
 
-from fleet.ask.ends import ends
 from fleet.ask.hosts import hosts_of
 from fleet.ask.store import Range, open_folder
-from fleet.ask.wanted import Wanted
-from fleeting import Program, Server
-from nlproto.filters.parse import parse
+from fleeting import ASK, SERVE, Program, Server, ends_by_way, told
 from waiting import until
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs root")
@@ -30,31 +25,6 @@ NAMES = ("m1", "m2", "m3")
 EACH = 10
 """Connections from each machine to each other one, and to itself over loopback."""
 PORT = 7000
-SERVE = """
-import json, os, socket, sys
-truth = open(sys.argv[1], "a", buffering=1)
-with socket.create_server(("", int(sys.argv[2])), backlog=200) as listener:
-    truth.write("ready\\n")
-    kept = []
-    while True:
-        one, far = listener.accept()
-        kept.append(one)
-        truth.write(json.dumps([*one.getsockname(), *far, os.getpid()]) + "\\n")
-        one.sendall(b"hello")
-"""
-ASK = """
-import json, os, socket, sys
-truth = open(sys.argv[1], "a", buffering=1)
-kept = []
-for _ in range(int(sys.argv[2])):
-    for address in sys.argv[4:]:
-        one = socket.create_connection((address, int(sys.argv[3])), timeout=20)
-        assert one.recv(5)
-        kept.append(one)
-        truth.write(json.dumps([*one.getsockname(), *one.getpeername(), os.getpid()]) + "\\n")
-truth.write("done\\n")
-sys.stdin.read()
-"""
 
 
 def run(*command: Any) -> None:
@@ -62,7 +32,11 @@ def run(*command: Any) -> None:
 
 
 class Machine:
-    """Its own network, processes and /proc; a daemon and an exporter."""
+    """Its own network, processes and /proc; a daemon and an exporter.
+
+    Engine packet alone is so confined: a program of the kernel's sees all of it (tests/fleet has
+    guests for that).
+    """
 
     def __init__(self, number: Any, name: Any, directory: Any, hub: Any, url: Any) -> None:
         self.name, self.address = name, f"10.99.0.{number}"
@@ -105,11 +79,8 @@ class Machine:
         command = [sys.executable, "-c", code, str(self.truth[side]), *map(str, words)]
         return self.enter(*command, stdin=subprocess.PIPE)
 
-    def told(self, side: Any) -> dict[tuple[str, ...], Any]:
-        """{(local, remote): pid} as the processes themselves say."""
-        lines = self.truth[side].read_text().splitlines()
-        found = [json.loads(line) for line in lines if line.startswith("[")]
-        return {(f"{a}:{p}", f"{b}:{q}"): pid for a, p, b, q, pid in found}
+    def told(self, side: str) -> dict[tuple[str, str], int]:
+        return told(self.truth[side])
 
     def close(self) -> None:
         """The exporter sends what it has; the daemon ends with its machine."""
@@ -129,7 +100,7 @@ def machines(tmp_path: Path) -> Iterator[tuple[Any, ...]]:
         for number, name in enumerate(NAMES, 1):
             made.append(Machine(number, name, tmp_path, hub, server.url))
             stack.callback(made[-1].outer.wait)
-            stack.callback(made[-1].outer.send_signal, signal.SIGKILL)
+            stack.callback(made[-1].outer.kill)
         yield made, tmp_path / "store", server.url
 
 
@@ -152,7 +123,7 @@ def test_every_connection_of_three_machines_has_both_its_processes(
         assert len(wanted) == 3 * 3 * EACH
 
         def all_there() -> bool:
-            return bool(wanted.keys() <= _joined(store, since).keys())
+            return wanted.keys() <= ends_by_way(store, since, PORT).keys()
 
         until(all_there, 60, "both ends of all")
         for one in asking:
@@ -161,7 +132,7 @@ def test_every_connection_of_three_machines_has_both_its_processes(
         for one in made:
             one.close()
         assert collector.stop() == 0, collector.text()
-    found = _joined(store, since)
+    found = ends_by_way(store, since, PORT)
     answering = {
         (one.name, local, remote): pid
         for one in made
@@ -173,23 +144,6 @@ def test_every_connection_of_three_machines_has_both_its_processes(
         assert server_pid == answering[server_name, remote, local]
     with open_folder(store, Range(since, time.time_ns())) as opened:
         assert {one.name for one in hosts_of(opened)} == set(NAMES)
-
-
-def _joined(store: Any, since: Any) -> Any:
-    """{(client's machine, local, remote): (its pid, server's machine, its pid)}."""
-    if not (store / "flows").is_dir():
-        return {}
-    with open_folder(store, Range(since, time.time_ns())) as opened:
-        found = {}
-        for one in ends(opened, Wanted(parse(f"port {PORT}")))[1]:
-            client, server = one["client"], one["server"]
-            if client and server:
-                ways = [f"{client[f'{side}addr']}:{client[f'{side}port']}" for side in "lr"]
-                assert not one["ambiguous"]
-                key = (client["host"], *ways)
-                assert key not in found, "one connection, two rows"
-                found[key] = client["tgid"], server["host"], server["tgid"]
-        return found
 
 
 def _text(path: Any) -> Any:

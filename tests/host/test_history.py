@@ -28,14 +28,6 @@ BOB = 60000 + os.getpid() % 2000
 CAROL = BOB + 2000
 
 
-@pytest.fixture(name="directory")
-def _directory(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    directory = tmp_path_factory.mktemp("history")
-    for part in (directory, directory.parent, directory.parent.parent):
-        part.chmod(0o755)
-    return directory
-
-
 @pytest.fixture(name="disk")
 def _disk(directory: Any) -> Iterator[Any]:
     """A file system of 8 MiB."""

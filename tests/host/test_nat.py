@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from nlproto.client.client import DaemonClient
+from talking import looking
 from translating import PUBLISHED, became, flow_of, place
 from waiting import there, until
 
@@ -70,24 +70,11 @@ def test_who_names_the_process_behind_a_published_port(
 HUNTER = [sys.executable, "-m", "hunter"]
 
 
-def hunt(daemon: Any, *words: Any) -> tuple[Any, ...]:
-    """The hunter on its way, and what ends it and gives what it wrote."""
-    command = [*HUNTER, "--socket", daemon.path, "-n", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert "Ctrl-C ends" in there(process.stderr).readline()
-
-    def end() -> Any:
-        process.send_signal(signal.SIGINT)
-        return process.communicate(timeout=30)[0]
-
-    return process, end
-
-
 def test_lines_have_both_addresses_and_filters_match_either(daemon: Any, lab: Any) -> None:
     serving = lab.server("box", 80, address="10.88.0.2")
     lab.client("far", "10.77.0.1", 8080)  # the daemon follows the namespaces then
     of(daemon, serving, port=8080)
-    process, end = hunt(daemon, "port", "8080", "and", "pname", "python*")
+    process, end = looking(daemon.path, "port", "8080", "and", "pname", "python*")
     client = lab.client("far", "10.77.0.1", 8080)
     client.again()
     until(lambda: of(daemon, serving, port=client.port))
@@ -109,7 +96,7 @@ def test_saved_addresses_are_read_again(daemon: Any, lab: Any, tmp_path: Path, e
     of(daemon, serving, port=8080)
     saved = str(tmp_path / f"nat.{ending}")
     words = ["-w", saved] if ending == "pcapng" else ["--save", saved]
-    _, end = hunt(daemon, "--print", *words, "host", "10.88.0.2")
+    _, end = looking(daemon.path, "--print", *words, "host", "10.88.0.2")
     client = lab.client("far", "10.77.0.1", 8080)
     of(daemon, serving, port=client.port)
     end()

@@ -53,15 +53,21 @@ def made() -> Iterator[Any]:
         sock.close()
 
 
+def connected(made: Any, family: int) -> tuple[socket.socket, socket.socket]:
+    """A listener, and a client whose connection it has not accepted."""
+    listener = made(family, socket.SOCK_STREAM)
+    listener.listen()
+    client = made(family, socket.SOCK_STREAM)
+    client.connect(listener.getsockname())
+    return listener, client
+
+
 @families
 def test_both_ends_and_the_listener_of_a_connection_are_found(
     diag: SockDiag, made: Any, family: Any
 ) -> None:
     here = octets(family, LOOPBACK[family])
-    listener = made(family, socket.SOCK_STREAM)
-    listener.listen()
-    client = made(family, socket.SOCK_STREAM)
-    client.connect(listener.getsockname())
+    listener, client = connected(made, family)
     server, _ = listener.accept()
     with server:
         sport, cport = listener.getsockname()[1], client.getsockname()[1]
@@ -85,10 +91,7 @@ def test_a_connection_that_nobody_accepted_has_no_inode(
     diag: SockDiag, made: Any, family: Any
 ) -> None:
     here = octets(family, LOOPBACK[family])
-    listener = made(family, socket.SOCK_STREAM)
-    listener.listen()
-    client = made(family, socket.SOCK_STREAM)
-    client.connect(listener.getsockname())
+    listener, client = connected(made, family)
     found = diag.find(TCP, family, here, listener.getsockname()[1], here, client.getsockname()[1])
     assert int(there(found)["inode"]) == 0
 

@@ -22,7 +22,7 @@ import pytest
 from daemon.system.config import Config
 from hunter.cli.arguments import live_parser, parse, parser_of
 from hunter.cli.choice import filter_of
-from hunter.cli.options import SUBCOMMANDS, Live, Who
+from hunter.cli.options import SUBCOMMANDS, LiveOptions, WhoOptions
 from hunter.show.columns import FLAGS
 from nlproto import UsageError
 from nlproto.client.frames import DEFAULT_SOCKET
@@ -35,7 +35,7 @@ TREE = Path(__file__).parents[2]
 
 def live(words: Any) -> Any:
     command = parse(words)
-    assert isinstance(command, Live)
+    assert isinstance(command, LiveOptions)
     return command
 
 
@@ -73,8 +73,8 @@ def test_an_interface_counts_in_its_own_network_namespace_only() -> None:
 
 def test_a_first_word_is_a_subcommand_and_anything_else_a_filter() -> None:
     who = stand_in(parse(["who", "--port", "http"]))
-    assert isinstance(who, Who) and who.port == 80
-    assert isinstance(parse(["tcp"]), Live)
+    assert isinstance(who, WhoOptions) and who.port == 80
+    assert isinstance(parse(["tcp"]), LiveOptions)
     with pytest.raises(UsageError, match="before the options"):
         parse(["-n", "top"])
     with pytest.raises(FilterError, match="pname nginx"):

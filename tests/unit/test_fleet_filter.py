@@ -205,3 +205,16 @@ def test_names_that_mean_something_on_this_machine_alone_are_refused(text: str) 
 
 def test_every_column_of_the_language_is_one_of_the_store() -> None:
     assert {"protocol", "tgid", "uid", "netns", "how", "domain"} <= set(schema.FLOWS.names)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [Wanted(on="\udca0"), Wanted(user="x\ud800"),
+     Wanted(parse("pname parent\udca0init or domain \udcff")),
+     Wanted(parse("exe \ud800* or parent \udca0 or container \udca0"))],
+)  # fmt: skip
+def test_bytes_of_a_shell_that_are_no_text_fit_nothing(tmp_path: Path, wanted: Any) -> None:
+    folder = Folder(tmp_path)
+    folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "curl", domain="a.test")
+    with folder.open() as store:
+        assert who(store, wanted, 10) == (0, [])

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from fleet import bus
-from fleet.options import Server as At
+from fleet.options import FleetServer as At
 from fleet.subjects import STREAM
 from fleeting import Program, Server, certificate, rows, secured
 from nlproto.errors import Error

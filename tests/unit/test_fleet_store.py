@@ -21,7 +21,7 @@ from fleet.collect.rollup import network_of, write_rollup
 from fleet.collect.tables import Received
 from fleet.collect.tidy import Tidier
 from fleet.export.deltas import Deltas, rows_of
-from fleet.export.source import Source
+from fleet.export.source import FlowSource
 from fleeting import rows
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import pack_address
@@ -258,7 +258,7 @@ def test_retention_takes_whole_hours_and_keeps_their_sums(tmp_path: Path) -> Non
 
 
 def test_each_hour_tells_of_the_processes_that_its_flows_are_of() -> None:
-    source = Source("/nowhere")
+    source = FlowSource("/nowhere")
     source._learn(Process(100, 5_000_000_000, comm="one"))
     source._learn(Process(200, 5_000_000_000, comm="idle"))
     some = flows(0, 3)

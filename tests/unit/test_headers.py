@@ -109,12 +109,14 @@ def test_the_flow_is_found_in_every_layer(layer: str) -> None:
     linktype, data = LAYERS[layer]
     ends = ("::1", "::2") if data.endswith(IP6) or "v6" in layer else ("10.0.0.1", "10.0.0.2")
     ends = ("::1", "::2") if "fragment" in layer or "destination" in layer else ends
-    flow = flow_of(pcapng.Packet(linktype, None, data))
+    flow = flow_of(pcapng.CapturedPacket(linktype, None, data))
     assert flow == ("udp", (ends[0], 1000), (ends[1], 53))
 
 
 def test_the_big_endian_order_of_nflog_is_known() -> None:
-    assert flow_of(pcapng.Packet(239, None, nflog(">"))) == flow_of(pcapng.Packet(101, None, IP4))
+    assert flow_of(pcapng.CapturedPacket(239, None, nflog(">"))) == flow_of(
+        pcapng.CapturedPacket(101, None, IP4)
+    )
 
 
 def test_tshark_reads_the_same(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_nothing_but_an_error_comes_out_of_a_damaged_trace(data: Any, changes: A
 @settings(max_examples=200)
 @given(st.sampled_from([*LINKS, 65535]), st.binary(max_size=200))
 def test_any_bytes_are_a_flow_or_a_word(linktype: Any, data: bytes) -> None:
-    found = look(pcapng.Packet(linktype, None, data))
+    found = look(pcapng.CapturedPacket(linktype, None, data))
     assert isinstance(found, str | tuple) and found
 
 
@@ -116,7 +116,7 @@ def test_every_kind_of_capture_is_understood(data: Any) -> None:
     ],
 )
 def test_what_is_not_understood_has_a_name(linktype: int, data: Any, word: str) -> None:
-    assert look(pcapng.Packet(linktype, None, data)) == word
+    assert look(pcapng.CapturedPacket(linktype, None, data)) == word
 
 
 class Counting(bytes):
@@ -136,10 +136,10 @@ def test_a_packet_of_nothing_but_headers_is_not_copied_for_each() -> None:
     """8 MiB of extension headers: with a slice a header that is 4 TiB, two minutes and more."""
     Counting.copied = 0
     data = Counting(ipv6(60) + b"\x3c\0\0\0\0\0\0\0" * (1 << 20))
-    assert look(pcapng.Packet(101, None, data)) == "more extension headers than can be"
+    assert look(pcapng.CapturedPacket(101, None, data)) == "more extension headers than can be"
     assert Counting.copied < 1000
     ok = ipv6(60, b"\x3c\0\0\0\0\0\0\0" * 20 + b"\x11\0\0\0\0\0\0\0" + PORTS)
-    assert there(flow_of(pcapng.Packet(101, None, ok)))[1:] == (("::1", 1000), ("::2", 53))
+    assert there(flow_of(pcapng.CapturedPacket(101, None, ok)))[1:] == (("::1", 1000), ("::2", 53))
 
 
 def test_an_interface_block_of_12_bytes_is_an_error_with_its_place() -> None:

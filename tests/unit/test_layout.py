@@ -131,6 +131,16 @@ def known_files() -> list[str]:
     return done.stdout.split()
 
 
+def test_a_class_has_a_name_of_its_own() -> None:
+    """One name, one meaning: also of two programs, for who reads both."""
+    places: dict[str, list[str]] = {}
+    for name, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(name)
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
 def test_no_file_is_longer_than_one_concern() -> None:
     """In all of the tree: also C, tests and what measures."""
     lines = {
@@ -149,16 +159,6 @@ def test_no_header_of_the_module_includes_itself_over_others() -> None:
         for name, path in kmod.items()
     }
     assert circle(includes) == []
-
-
-def test_the_architecture_names_files_and_functions_that_are_there() -> None:
-    text = (ROOT / "ARCHITECTURE.md").read_text()
-    known = known_files()
-    there = {"/".join(name.split("/")[at:]) for name in known for at in range(name.count("/") + 1)}
-    assert {name for name in re.findall(r"`([\w./]+\.(?:py|c|h|sh))`", text)} <= there
-    for function, where in re.findall(r"`(\w+)\(\)` in `([\w/]+\.(?:c|py))`", text):
-        path = ROOT / where if where.startswith("kmod/") else PYTHON / where
-        assert re.search(rf"\b{function}\(", path.read_text()), f"{function} in {where}"
 
 
 def public(body: Iterable[ast.stmt]) -> Iterator[ast.FunctionDef | ast.ClassDef]:

@@ -72,7 +72,7 @@ def nobody(cookies: set[int]) -> dict[int, list[Any]]:
 
 def printed(given: Any, known: Any = None, holders: Any = nobody, **style: Any) -> Any:
     how = Style(**({"numbers": True, "times": 1} | style))
-    printer = LinePrinter(how, known or Processes(), holders, names.Names(), io.StringIO())
+    printer = LinePrinter(how, known or Processes(), holders, names.HostNames(), io.StringIO())
     return printer.lines(given)
 
 
@@ -216,7 +216,9 @@ def test_a_hostile_name_is_harmless(
     if output == "terminal":
         out = io.StringIO()
         monkeypatch.setattr(out, "isatty", lambda: True)
-        LinePrinter(Style(True, times=1, verbose=2), known, nobody, names.Names(), out).add(rows)
+        LinePrinter(Style(True, times=1, verbose=2), known, nobody, names.HostNames(), out).add(
+            rows
+        )
         text = out.getvalue()
     elif output == "csv":
         text = saved("csv", rows, known, tmp_path / "x.csv")
@@ -276,7 +278,7 @@ def test_a_directory_that_does_not_answer_keeps_nobody_waiting(
         return f"user{uid}"
 
     monkeypatch.setattr(names, "user", slow)
-    with names.Names() as known:
+    with names.HostNames() as known:
         assert known.user(4_000_000_000) == "4000000000"
         assert asked.wait(60)
         assert known.host("192.0.2.1") == "192.0.2.1" and known.user(0) == "root"

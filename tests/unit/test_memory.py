@@ -8,13 +8,13 @@ import sys
 
 from daemon.history.memory import FlowMemory
 from nlproto.overheard.domains import Domains
-from nlproto.overheard.names import Names
+from nlproto.overheard.names import NumberedNames
 
 
 def test_flows_that_the_history_has_are_not_kept_twice() -> None:
     """The history is empty when the daemon starts; it is the one to ask all the same."""
     history = FlowMemory(10)
-    assert Domains(Names(), history).beginnings is history
+    assert Domains(NumberedNames(), history).beginnings is history
 
 
 def test_openssl_is_not_loaded_for_names_of_far_ends() -> None:

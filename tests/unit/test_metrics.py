@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from waiting import stand_in, until
+from waiting import stand_in
 
 pytest.importorskip("prometheus_client")
 
@@ -51,6 +53,13 @@ def _connect(path: Any, send: bytes = b"") -> Any:
     return one
 
 
+def _until(condition: Any) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
 def _threads() -> int:
     return sum("process_request" in thread.name for thread in threading.enumerate())
 
@@ -60,8 +69,8 @@ def test_a_client_that_does_not_read_writes_nothing_to_stderr(
 ) -> None:
     monkeypatch.setattr("daemon.system.scrapes._Quiet.timeout", 0.2)
     held = [_connect(path, b"GET /metrics HTTP/1.0\r\n\r\n") for _ in range(3)]
-    until(_threads)
-    until(lambda: not _threads())
+    _until(_threads)
+    _until(lambda: not _threads())
     assert capfd.readouterr().err == ""
     for one in held:
         one.close()
@@ -74,7 +83,7 @@ def test_clients_that_send_nothing_hold_few_threads_and_others_are_answered(
     held = [_connect(path) for _ in range(40)]
     one = _connect(path, b"GET /metrics HTTP/1.0\r\n\r\n")
     assert b"200 OK" in one.recv(100)
-    until(lambda: _threads() <= 8)
+    _until(lambda: _threads() <= 8)
     for each in (*held, one):
         each.close()
 
@@ -125,3 +134,64 @@ def test_traffic_is_summed_by_unit_and_container_and_bounded(tmp_path: Path) -> 
     }
     assert found["packet_hunter_process_bytes_total", "(unnamed)", "in"] == 3
     assert found["packet_hunter_process_bytes_total", "x", "in"] == 323
+
+
+_UNITS = ("ms", "us", "ns", "milliseconds", "microseconds", "minutes", "hours", "kb", "kib", "mb",
+          "mib", "bits", "percent")  # fmt: skip
+"""What promtool's linter takes for units that are no base units."""
+
+
+def test_names_follow_prometheus_s_conventions(tmp_path: Path) -> None:
+    """What `promtool check metrics` looks for (prometheus/util/promlint), by its rules."""
+    processes = Processes()
+    processes.restore([Process(1, 10, unit="a.service", container="docker:0123456789ab")])
+    with Metrics(Config(metrics=str(tmp_path / "m")), lambda: FIGURES, processes) as metrics:
+        metrics.take(_flows((1, 10)))
+        learnt = _flows_learnt(1)
+        metrics.learn(learnt)
+        families = list(metrics.collect())
+        exposed = _exposed(families)
+    assert len({one.name for one in families}) == len(families) > 20
+    for one in families:
+        assert one.name.startswith("packet_hunter_"), one.name
+        assert re.fullmatch("[a-z][a-z0-9]*(_[a-z0-9]+)*", one.name)
+        assert one.documentation and one.type in ("counter", "gauge", "summary")
+        assert not set(one.name.split("_")) & {*_UNITS, "counter", "gauge", "summary"}, one.name
+        for sample in one.samples:
+            assert (one.type == "counter") == sample.name.endswith("_total"), sample.name
+            if one.type != "summary":
+                assert not sample.name.endswith(("_count", "_sum", "_bucket"))
+            assert not {"le", "quantile", "job", "instance"} & sample.labels.keys()
+            assert all(re.fullmatch("[a-z][a-z_]*", label) for label in sample.labels)
+    for line in exposed.splitlines():
+        name = re.sub(r"_(total|sum|count)$", "", re.split(r"[ {]", line.lstrip("# "))[0])
+        if not line.startswith("#"):
+            assert re.search(rf"^# HELP {name}(_total)? \S", exposed, re.MULTILINE), name
+            assert re.search(rf"^# TYPE {name}(_total)? \w", exposed, re.MULTILINE), name
+
+
+def _exposed(families: Any) -> Any:
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    registry = CollectorRegistry()
+    registry.register(type("All", (), {"collect": lambda self: iter(families)})())
+    return generate_latest(registry).decode()
+
+
+def _flows_learnt(tgid: Any) -> Any:
+    made = np.zeros(1, FLOW)
+    made["tgid"], made["start_ns"], made["comm"] = tgid, 10, b"x"
+    made["retransmits"], made["rtt_us"] = 2, 1500
+    return made
+
+
+@pytest.mark.parametrize("programs", [10, 5000])
+def test_series_do_not_grow_with_programs(tmp_path: Path, programs: int) -> None:
+    """Label explosion: whatever names there are, so many series at most."""
+    config = Config(metrics=str(tmp_path / "m"), metrics_processes=10)
+    with Metrics(config, lambda: FIGURES) as metrics:
+        made = _flows(*((number, 1) for number in range(1, programs + 1)))
+        made.flows["comm"] = [f"p{number}".encode() for number in range(programs)]
+        metrics.take(stand_in(made))
+        each = {one.name: len(one.samples) for one in metrics.collect() if "_process_" in one.name}
+    assert max(each.values()) <= 2 * (10 + 1), each

@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import numpy as np
@@ -22,6 +19,7 @@ from fleet.wire import ToldProcess
 from nlproto.errors import UsageError
 from nlproto.records.wire import HOW_NAMES
 from nlproto.tables.flows import FLOW, pack_address
+from receiving import Stub, receiver
 from waiting import stand_in
 
 PROCESS = ToldProcess(
@@ -102,45 +100,10 @@ def test_no_key_is_also_the_beginning_of_another() -> None:
     assert [(a, b) for a in keys for b in keys if b.startswith(f"{a}.")] == []
 
 
-class Stub(HTTPServer):
-    """Answers with what `answers` has next, then with 200."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.answers: list[Any] = []
-        self.taken: list[Any] = []
-        self.heads: list[Any] = []
-        self.url = f"http://127.0.0.1:{self.server_port}/v1/logs"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        server = stand_in(self.server)
-        data = gzip.decompress(self.rfile.read(int(self.headers["Content-Length"])))
-        code, body = server.answers.pop(0) if server.answers else (200, b"{}")
-        server.heads.append(self.headers)
-        if code == 200:
-            (resource,) = json.loads(data)["resourceLogs"]
-            server.taken += resource["scopeLogs"][0]["logRecords"]
-        self.send_response(code)
-        if code == 302:
-            self.send_header("Location", server.url)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture(name="stub")
-def _stub() -> Iterator[Stub]:
-    with Stub() as stub:
-        thread = threading.Thread(target=stub.serve_forever, args=(0.01,))
-        thread.start()
+def _stub() -> Iterator[Any]:
+    with receiver() as stub:
         yield stub
-        stub.shutdown()
-        thread.join()
 
 
 class Flows:
@@ -170,7 +133,7 @@ def sender(stub: Any, headers: Any = None) -> Sender:
     )
 
 
-def test_rows_are_sent_in_parts_with_the_key(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_sent_in_parts_with_the_key(stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sending, "_AT_ONCE", 2)
     one = sender(stub, {"api-key": "secret"})
     stand_in(one.source).add(*(flow(40000 + n) for n in range(5)))
@@ -181,7 +144,7 @@ def test_rows_are_sent_in_parts_with_the_key(stub: Stub, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("code", [429, 502, 503, 504])
 def test_a_receiver_that_is_busy_is_asked_again_and_nothing_is_told_twice(
-    stub: Stub, monkeypatch: pytest.MonkeyPatch, code: int
+    stub: Any, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     monkeypatch.setattr(sending, "_AT_ONCE", 2)
     one = sender(stub)
@@ -196,7 +159,7 @@ def test_a_receiver_that_is_busy_is_asked_again_and_nothing_is_told_twice(
 
 
 @pytest.mark.parametrize("code", [302, 400, 401, 413])
-def test_what_is_refused_is_counted_and_not_sent_again(stub: Stub, code: int) -> None:
+def test_what_is_refused_is_counted_and_not_sent_again(stub: Any, code: int) -> None:
     one = sender(stub)
     stand_in(one.source).add(flow())
     stub.answers = [(code, b"")]
@@ -216,7 +179,7 @@ def test_what_is_refused_is_counted_and_not_sent_again(stub: Stub, code: int) ->
         (b"", 0),
     ],
 )
-def test_an_answer_may_be_nonsense(stub: Stub, answer: bytes, refused: int) -> None:
+def test_an_answer_may_be_nonsense(stub: Any, answer: bytes, refused: int) -> None:
     one = sender(stub)
     stand_in(one.source).add(flow(), flow(40001))
     stub.answers = [(200, answer)]
@@ -236,7 +199,7 @@ def test_what_waits_is_bounded_and_the_rest_is_counted(monkeypatch: pytest.Monke
     assert sorted(one.source.deltas.take()["lport"].tolist()) == [40002, 40003, 40004]
 
 
-def test_a_redirect_takes_no_records_elsewhere(stub: Stub) -> None:
+def test_a_redirect_takes_no_records_elsewhere(stub: Any) -> None:
     stub.answers = [(302, b"")]
     with pytest.raises(Refused, match="302"):
         Receiver(stub.url, {}).post({"resourceLogs": []})

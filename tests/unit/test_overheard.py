@@ -18,8 +18,8 @@ from nlproto.overheard import dns
 from nlproto.overheard.domains import Domains, flow_keys
 from nlproto.overheard.hello import server_name
 from nlproto.overheard.live import LiveEnds
-from nlproto.overheard.names import Names
-from nlproto.overheard.streams import Streams
+from nlproto.overheard.names import NumberedNames
+from nlproto.overheard.streams import TcpStreams
 from nlproto.tables.flows import FLOW
 from waiting import there
 
@@ -34,7 +34,7 @@ def raw(address: str) -> bytes:
 def test_an_answer_tells_the_name_and_follows_aliases_with_the_least_ttl() -> None:
     records = [("a.example", CNAME, 300, "b.example"), ("b.example", A, 20, "192.0.2.1")]
     found = dns.parse(answer(question("A.example"), records))
-    assert found == dns.Answer("a.example", ((socket.AF_INET, raw("192.0.2.1"), 20),))
+    assert found == dns.DnsAnswer("a.example", ((socket.AF_INET, raw("192.0.2.1"), 20),))
     six = dns.parse(answer(question("a.example", AAAA), [("a.example", AAAA, 5, "2001:db8::1")]))
     assert six.addresses == ((socket.AF_INET6, raw("2001:db8::1"), 5),)
 
@@ -48,17 +48,17 @@ def test_addresses_of_other_names_are_left_out() -> None:
     "name", ["a\nb.example", "a b.example", "\x1b[31m.example", "-a.example", "ä.example", "a/b.c"]
 )
 def test_a_name_that_no_host_has_is_refused(name: str) -> None:
-    with pytest.raises(dns.Malformed):
+    with pytest.raises(dns.MalformedDns):
         dns.parse(answer(question(name), [(name, A, 9, "192.0.2.1")]))
 
 
 def test_pointers_that_lead_nowhere_end() -> None:
     head = struct.pack(">6H", 7, 0x8180, 1, 1, 0, 0)
     for name in (b"\xc0\x0c", b"\xc0\x0e\xc0\x0c", b"\x01a\xc0\x0c", b"\xc0\xff", b"\x80", b"\x3f"):
-        with pytest.raises(dns.Malformed):
+        with pytest.raises(dns.MalformedDns):
             dns.parse(head + name + struct.pack(">HH", A, 1))
     long = head + encoded(".".join(["a" * 60] * 5)) + struct.pack(">HH", A, 1)
-    with pytest.raises(dns.Malformed):
+    with pytest.raises(dns.MalformedDns):
         dns.parse(long)
 
 
@@ -74,7 +74,7 @@ def test_noise_is_harmless(noise: bytes) -> None:
     for message in (noise, struct.pack(">6H", 7, 0x8180, 1, 9, 0, 0) + noise):
         try:
             found = dns.parse(message)
-        except dns.Malformed:
+        except dns.MalformedDns:
             continue
         assert dns.valid_name(found.name)
     for stream in (noise, b"\x16\x03\x01" + noise, b"\x16\x03\x01\x02\x00\x01\x00\x01" + noise):
@@ -110,7 +110,7 @@ def test_a_client_hello_tells_the_name_whole_or_in_parts() -> None:
 
 
 def test_streams_are_put_together_and_bounded() -> None:
-    streams = Streams(2, 100)
+    streams = TcpStreams(2, 100)
     streams.begin("a", (1 << 32) - 2)
     assert bytes(there(streams.add("a", 2, b"ef"))) == b""
     assert bytes(there(streams.add("a", (1 << 32) - 2, b"abcd"))) == b"abcdef"
@@ -147,14 +147,14 @@ class Told:
     """Domains that have heard one answer."""
 
     def __init__(self, ttl: int = 60, at: int = 4 * SECOND, **asker: Any) -> None:
-        self.domains = Domains(Names())
+        self.domains = Domains(NumberedNames())
         self.hear("www.example", ttl, at, **asker)
 
     def hear(self, name: Any, ttl: int = 60, at: int = 4 * SECOND, **asker: Any) -> None:
         asking = flow("192.0.2.53", 53, since=at, **asker)
         self.domains.stamp(asking)
         ((_, _, way),) = flow_keys(asking)
-        found = dns.Answer(name, ((socket.AF_INET, raw("198.51.100.1"), ttl),))
+        found = dns.DnsAnswer(name, ((socket.AF_INET, raw("198.51.100.1"), ttl),))
         self.domains.add_answer(way, found, at)
 
     def name(self, own: bool = False, **more: Any) -> Any:
@@ -216,6 +216,6 @@ def test_a_flood_of_one_user_costs_himself(monkeypatch: pytest.MonkeyPatch) -> N
     ((_, _, way),) = flow_keys(asking)
     for number in range(1000):
         address = (socket.AF_INET, number.to_bytes(16), 60)
-        told.domains.add_answer(way, dns.Answer(f"n{number}.example", (address,)), SECOND)
+        told.domains.add_answer(way, dns.DnsAnswer(f"n{number}.example", (address,)), SECOND)
     assert len(told.domains) <= 65
     assert told.name() == "www.example"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from daemon.serve.questions import Question, Questions
+from daemon.serve.questions import Questions, QueuedQuestion
 from daemon.sharing.allowance import Allowance
 from nlproto.errors import Error
 
@@ -31,7 +31,9 @@ class Asked:
         full: bool = False,
         name: Any = None,
     ) -> Any:
-        question = Question(user, full, work, lambda result: self.answers.append((name, result)))
+        question = QueuedQuestion(
+            user, full, work, lambda result: self.answers.append((name, result))
+        )
         self.questions.ask(question)
         return question
 

@@ -22,7 +22,7 @@ from nlproto.filters.filter import Filter
 from nlproto.filters.parse import parse
 from nlproto.overheard.domains import Domains
 from nlproto.overheard.live import LiveEnds
-from nlproto.overheard.names import Names
+from nlproto.overheard.names import NumberedNames
 from nlproto.records.batch import NamedBatch
 from nlproto.tables.flows import decode_flows, summarize
 from nlproto.tables.processes import Processes
@@ -342,7 +342,7 @@ def test_flows_go_to_who_asked_for_them_and_tell_no_hash() -> None:
 def test_names_of_far_ends_come_with_flows_as_far_as_one_may_know_them() -> None:
     records = make_records({"uid": 1, "sport": 1}, {"uid": 1, "sport": 2})
     batch = make_batch(records)
-    names = Names()
+    names = NumberedNames()
     flows = summarize(np.array(batch.records), 0)
     assert len(flows) == 2
     flows["domain"] = names.number("own.example"), names.number("all.example", of_resolver=True)

@@ -7,14 +7,14 @@ from typing import Any
 
 import msgspec
 
-from daemon.serve.publisher import Piece
+from daemon.serve.publisher import EncodedPiece
 from daemon.serve.subscription import Subscription
 from nlproto.client.frames import DATA_HEAD, Decoder, Kind
 
 
-def _piece(count: int = 1, size: int = 100, details: Any = ()) -> Piece:
+def _piece(count: int = 1, size: int = 100, details: Any = ()) -> EncodedPiece:
     payload = b"x" * (size - sum(len(encoded) for _, _, encoded in details))
-    return Piece(payload, count, tuple(details), b"", b"", size)
+    return EncodedPiece(payload, count, tuple(details), b"", b"", size)
 
 
 def _begun(limit: Any) -> Any:

@@ -111,7 +111,7 @@ def test_the_same_ends_used_again_are_told_apart_by_time(known: Translations) ->
     assert known.find(here, 2 * SECOND + 1, 3 * SECOND - 1) is None  # one of both
 
 
-def opening(make_records: Any, moment: Any) -> Any:
+def opening(moment: Any) -> Any:
     row = {"saddr": "10.7.0.2", "sport": 4000, "daddr": "10.7.0.1", "dport": 8080, "netns": HOST,
            "dir": 2, "proto": 6, "tcp_flags": 2, "time_ns": moment}  # fmt: skip
     return summarize(make_records(row), 1)
@@ -147,14 +147,14 @@ def test_a_later_look_ends_what_is_not_there(known: Translations) -> None:
 
 @pytest.mark.parametrize("closing", [False, True])
 def test_who_opens_a_connection_that_is_there_is_doubted(
-    known: Translations, make_records: Any, closing: bool
+    known: Translations, closing: bool
 ) -> None:
     """It is believed again when conntrack says that it goes on; not if that is closing."""
     known.add(HOST, published(), SECOND, SECOND)
     here = way(HOST, CLIENT, PUBLIC)
-    assert known.doubt(opening(make_records, SECOND)) == set()
+    assert known.doubt(opening(SECOND)) == set()
     assert known.find(here, 2 * SECOND, 2 * SECOND) is not None
-    assert known.doubt(opening(make_records, 3 * SECOND)) == {HOST}
+    assert known.doubt(opening(3 * SECOND)) == {HOST}
     assert known.find(here, 4 * SECOND, 4 * SECOND) is None
     still = dataclasses.replace(published(), closing=closing)
     known.add_known(HOST, [still], False, 5 * SECOND, 5 * SECOND)

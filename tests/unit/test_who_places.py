@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from hunter.cli import arguments
-from hunter.cli.options import Who
+from hunter.cli.options import WhoOptions
 from hunter.who.places import asks_for_place, in_place
 
 PROCESSES = [
@@ -49,7 +49,7 @@ def answer(**more: Any) -> dict[Any, Any]:
 )
 def test_what_runs_there_is_kept(words: list[str], pids: list[Any]) -> None:
     told: list[Any] = []
-    options = cast(Who, arguments.parse(["who", *words]))
+    options = cast(WhoOptions, arguments.parse(["who", *words]))
     assert asks_for_place(options) and not options.listening
     found = in_place(answer(), options, told.append)
     assert [one["pid"] for one in found["flows"]] == pids
@@ -62,7 +62,9 @@ def test_what_runs_there_is_kept(words: list[str], pids: list[Any]) -> None:
 
 def test_what_was_not_looked_at_is_said() -> None:
     told: list[Any] = []
-    in_place(answer(total=12_345), cast(Who, arguments.parse(["who", "--unit", "x"])), told.append)
+    in_place(
+        answer(total=12_345), cast(WhoOptions, arguments.parse(["who", "--unit", "x"])), told.append
+    )
     (line,) = told
     assert "of 12,345 flows the 4 newest were looked at" in line
-    assert not asks_for_place(cast(Who, arguments.parse(["who", "8080"])))
+    assert not asks_for_place(cast(WhoOptions, arguments.parse(["who", "8080"])))

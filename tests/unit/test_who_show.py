@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hunter.cli.options import Who
+from hunter.cli.options import WhoOptions
 from hunter.show.console import Output
 from hunter.who import who_show
 from hunter.who.who_groups import show_groups, summed
@@ -67,11 +67,11 @@ def process(pid: Any, **fields: Any) -> dict[str, Any]:
     return {"tgid": pid, "start_ns": 1, "comm": "curl"} | empty | fields
 
 
-def options(**given: Any) -> Who:
+def options(**given: Any) -> WhoOptions:
     empty = dict.fromkeys(
         "port proto host pid pname unit container pod domain since until netns by limit".split()
     )
-    return Who(**empty | given, json=False, socket="", socket_given=False)
+    return WhoOptions(**empty | given, json=False, socket="", socket_given=False)
 
 
 def shown(

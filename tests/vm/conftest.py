@@ -64,6 +64,14 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
             pytest.fail(f"{COMPLAINT}\n" + "\n".join(lines[-200:]), pytrace=False)
 
 
+@pytest.fixture
+def kernel_log(request: pytest.FixtureRequest) -> KernelLog:
+    """What the kernel says from here on; what a test reads is not held against it."""
+    log = request.config.stash[LOG]
+    log.read()
+    return log
+
+
 @pytest.fixture(scope="session")
 def module_file() -> Path:
     """sniffer.ko for the running kernel."""

@@ -204,3 +204,54 @@ def test_setuid_is_followed_by_who_only_receives(loaded: None) -> None:
         os.kill(pid, 9)
         os.waitpid(pid, 0)
     assert receivers(seen, port) == {(pid, 65534)}
+
+
+UNKNOWN = """
+import os, socket, sys
+server = socket.create_server(("127.0.0.1", 0), backlog=64)
+pairs = []
+for _ in range(20):
+    client = socket.create_connection(server.getsockname())
+    pairs.append((client, server.accept()[0]))
+print("made", flush=True)
+sys.stdin.readline()
+for client, _ in pairs[:10]:
+    client.close()
+    os.write(1, b"closed\\n")
+    sys.stdin.readline()
+sys.stdin.readline()
+"""
+
+
+def test_what_gets_known_by_its_last_packet_is_not_looked_at_later(
+    module_file: Path, unloaded: None
+) -> None:
+    """Connections that a full table has not taken: the FIN makes an entry of a socket that goes.
+
+    Its file has no reference any more, and its release has been told: a pointer to it would stay.
+    Who asks for its holders, or ends as its user, would follow it; KASAN sees that.
+    """
+    insert(module_file, "max_sockets=64")
+    fill = [udp_receiver() for _ in range(70)]
+    child = subprocess.Popen(
+        [sys.executable, "-c", UNKNOWN], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdin and child.stdout
+    with Sniffer() as sniffer, listening() as seen:
+        assert child.stdout.readline() == b"made\n"
+        for sock in fill:
+            sock.close()
+        until(lambda: int(sniffer.info()["sockets"]) < 20)
+        known = {int(entry["cookie"]) for entry, _ in sniffer.sockets()}
+        child.stdin.write(b"\n")
+        found = 0
+        for _ in range(10):
+            child.stdin.flush()
+            assert child.stdout.readline() == b"closed\n"
+            found += sum(int(entry["cookie"]) not in known for entry, _ in sniffer.sockets())
+            child.stdin.write(b"\n")
+        child.communicate(b"\n")
+        sniffer.sockets()
+    assert found
+    fins = seen.records[(seen.records["tcp_flags"] & 1) > 0]
+    assert set(fins[fins["dir"] == lib.SNIFFER_DIR_OUT]["tgid"]) <= {0, child.pid}

@@ -3,18 +3,28 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 from attribution.catalog import load
 from attribution.run import perform
 from attribution.workers import BINARIES, compile_workers
+from sockets import cookie_of, insert, known_socket, udp_receiver
+
+from nlproto.engines.module import ModuleEngine
+from nlproto.kernel.netlink import Sniffer
+from waiting import until
+
+pytestmark = pytest.mark.usefixtures("loopback_is_up")
 
 TRACING = Path("/sys/kernel/tracing")
 compile_workers(BINARIES)
@@ -121,3 +131,45 @@ def test_a_ring_that_takes_many_files_is_looked_at_once(loaded: None) -> None:
     child.stdin.close()
     child.wait()
     assert counts["holders_settle"] < 64 * 8
+
+
+def test_the_thread_that_sends_is_written_down_for_a_reader_only(
+    module_file: Path, unloaded: None
+) -> None:
+    """Threads of one server share that line of memory; who reads nothing must not cost it.
+
+    While sockets stay shared, sends are told without a reader, and the first one after that
+    begins settles who uses the socket: it notes its thread. Those after it do not.
+    """
+    insert(module_file)
+    target, shared = udp_receiver(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with Sniffer() as sniffer, closing(target), closing(shared):
+
+        def send() -> None:
+            shared.sendto(b"x", target.getsockname())
+
+        def tid() -> int:
+            return int(known_socket(sniffer, cookie_of(shared))[0]["tid"])
+
+        def another_is_noted() -> bool:
+            thread = threading.Thread(target=send)
+            thread.start()
+            thread.join()
+            return tid() != os.getpid()
+
+        send()
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(600)
+            os._exit(0)
+        try:
+            until(another_is_noted, what="telling of sends while a socket is shared")
+            other = tid()
+            send()
+            assert tid() == other
+            with ModuleEngine(("packets",)):
+                send()
+                assert tid() == os.getpid()
+        finally:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)

@@ -30,7 +30,7 @@ from daemon.history.sealed import Broken, Contents, Key, Rows, Sealed, seal
 from daemon.system.directory import HeldDirectory
 from nlproto.tables.shares import level
 
-__all__ = ["Hours", "Piece"]
+__all__ = ["Hours", "HourFile"]
 
 _NAME = re.compile(r"-(\d{8,18})\.hour\Z")
 _TRIES = 20
@@ -48,7 +48,7 @@ _What = TypeVar("_What")
 log = logging.getLogger(__name__)
 
 
-class Piece(msgspec.Struct, frozen=True):
+class HourFile(msgspec.Struct, frozen=True):
     """One file, as the list has it. Times are ns since 1970, `seen` as in the database."""
 
     number: int
@@ -81,7 +81,7 @@ class Hours:
     def __init__(self, place: HeldDirectory, path: str) -> None:
         self._place = place
         self._path = path
-        self.pieces: tuple[Piece, ...] = ()
+        self.pieces: tuple[HourFile, ...] = ()
         """Latest packets first."""
         self._where: OrderedDict[Key, int] = OrderedDict()
         self._names: dict[int, dict[int, str]] = {}
@@ -102,7 +102,7 @@ class Hours:
 
     def begin(self, writer: sqlite3.Connection) -> None:
         """Read the list; put it and the directory in agreement. Raises sqlite3.Error, OSError."""
-        listed: dict[int, Piece] = {}
+        listed: dict[int, HourFile] = {}
         there = dict(self._files())
         for number, about in writer.execute("SELECT number, about FROM hours").fetchall():
             if number not in there:
@@ -110,7 +110,7 @@ class Hours:
                 self._forget(writer, number)
                 continue
             try:
-                listed[number] = msgspec.json.decode(about, type=Piece)
+                listed[number] = msgspec.json.decode(about, type=HourFile)
             except (msgspec.DecodeError, msgspec.ValidationError):
                 self._forget(writer, number)  # its file tells the same
         self._next = max([0, *there]) + 1
@@ -148,7 +148,7 @@ class Hours:
                 if status is not None:
                     yield int(found[1]), status.st_size
 
-    def _about(self, number: int, size: int) -> Piece | None:
+    def _about(self, number: int, size: int) -> HourFile | None:
         stray = self._open(number)
         if stray is None:
             return None
@@ -159,11 +159,11 @@ class Hours:
                 self._tell(number, error)
                 return None
 
-    def _list(self, pieces: Iterable[Piece]) -> None:
+    def _list(self, pieces: Iterable[HourFile]) -> None:
         self.pieces = tuple(sorted(pieces, key=lambda piece: -piece.newest_ns))
 
     @staticmethod
-    def _enter(writer: sqlite3.Connection, piece: Piece) -> None:
+    def _enter(writer: sqlite3.Connection, piece: HourFile) -> None:
         about = msgspec.json.encode(piece)
         writer.execute("INSERT INTO hours (number, about) VALUES (?, ?)", (piece.number, about))
 
@@ -171,7 +171,7 @@ class Hours:
     def _forget(writer: sqlite3.Connection, number: int) -> None:
         writer.execute("DELETE FROM hours WHERE number = ?", (number,))
 
-    def write(self, contents: Contents) -> Piece:
+    def write(self, contents: Contents) -> HourFile:
         """Make the file; add() enters it in the list. Raises OSError."""
         data = seal(contents)
         number, self._next = self._next, self._next + 1
@@ -194,7 +194,7 @@ class Hours:
         return piece
 
     def change(
-        self, writer: sqlite3.Connection, new: Iterable[Piece], old: Iterable[int]
+        self, writer: sqlite3.Connection, new: Iterable[HourFile], old: Iterable[int]
     ) -> Callable[[], None]:
         """In a transaction: change the list; what it returns is to be called behind it."""
         added, gone = tuple(new), frozenset(old)
@@ -211,7 +211,7 @@ class Hours:
 
         return done
 
-    def discard(self, writer: sqlite3.Connection, piece: Piece) -> None:
+    def discard(self, writer: sqlite3.Connection, piece: HourFile) -> None:
         """Remove a file that could not be entered. Raises sqlite3.Error; then it stays."""
         asked = "SELECT 1 FROM hours WHERE number = ?"
         if writer.execute(asked, (piece.number,)).fetchone() is None:
@@ -245,7 +245,7 @@ class Hours:
         question: Question,
         until_ns: int,
         found: list[tuple[int, np.void]],
-        pieces: tuple[Piece, ...],
+        pieces: tuple[HourFile, ...],
         stop: Callable[[], None],
     ) -> list[tuple[int, np.void]]:
         """`found`, newest first, and what the files have: `limit` rows and one more."""
@@ -258,7 +258,7 @@ class Hours:
 
     def _ask(
         self,
-        pieces: tuple[Piece, ...],
+        pieces: tuple[HourFile, ...],
         question: Question,
         until_ns: int,
         found: list[tuple[int, np.void]],
@@ -299,7 +299,7 @@ class Hours:
 
     def _rows(
         self,
-        piece: Piece,
+        piece: HourFile,
         question: Question,
         until_ns: int,
         limit: int,
@@ -354,7 +354,7 @@ class Hours:
                 return None
 
     def usage(
-        self, pieces: tuple[Piece, ...], since_ns: int, stop: Callable[[], None]
+        self, pieces: tuple[HourFile, ...], since_ns: int, stop: Callable[[], None]
     ) -> Iterator[tuple[list[Sum], dict[int, str]]]:
         """Yield sums() of what was last seen since then, and names of far ends, of each file."""
         for piece in pieces:
@@ -407,7 +407,7 @@ class Hours:
                     goes.setdefault(piece.number, set()).add((payer, program))
         return goes
 
-    def without(self, piece: Piece, which: set[tuple[int, str]]) -> Contents | None:
+    def without(self, piece: HourFile, which: set[tuple[int, str]]) -> Contents | None:
         """What stays of a file; None: nothing. Raises Broken."""
         told = {(payer, program) for payer, program, _ in piece.shares}
         if told <= which:
@@ -439,14 +439,14 @@ def _joined(parts: Iterable[Rows]) -> Rows:
     return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
 
 
-def _piece(number: int, rows: Rows, size: int, replaces: int) -> Piece:
+def _piece(number: int, rows: Rows, size: int, replaces: int) -> HourFile:
     pairs = Counter(zip(rows["payer"].tolist(), rows["comm"].tolist(), strict=True))
     shares: Counter[tuple[int, str]] = Counter()
     told: Counter[int] = Counter()
     for (payer, comm), count in pairs.most_common():
         told[payer] += 1
         shares[payer, _program(comm) if told[payer] <= _PROGRAMS else ""] += count
-    return Piece(
+    return HourFile(
         number,
         len(rows["id"]),
         size,

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from daemon.history.details import places_in, sums
-from daemon.history.hours import Hours, Piece
+from daemon.history.hours import HourFile, Hours
 from daemon.history.schema import COLUMNS, INDEXES, flows_of, signed
 from daemon.history.sealed import Broken, Contents, Key, Rows
 from nlproto.errors import Error
@@ -88,7 +88,7 @@ def seal(store: Sealing, in_memory: Callable[[np.ndarray], np.ndarray], most: in
 
 @contextlib.contextmanager
 def _entering(
-    store: Sealing, new: Sequence[Piece], old: Iterable[int] = ()
+    store: Sealing, new: Sequence[HourFile], old: Iterable[int] = ()
 ) -> Iterator[sqlite3.Connection]:
     """A transaction that changes the list; where it fails, the files that it was to enter go."""
     then: list[Callable[[], None]] = []

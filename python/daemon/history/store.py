@@ -24,7 +24,7 @@ import numpy as np
 
 from daemon.history.details import Group, Place, add_all, encoded, space, sums
 from daemon.history.elapsed import Elapsed, Moment, read_moment
-from daemon.history.hours import Hours, Piece
+from daemon.history.hours import HourFile, Hours
 from daemon.history.memory import USED, Question, payers_of
 from daemon.history.query import conditions, ways
 from daemon.history.schema import (
@@ -410,7 +410,7 @@ class Store:
         return self.hours.ask(question, until_ns, found, pieces, stop)
 
     @contextlib.contextmanager
-    def snapshot(self) -> Iterator[tuple[sqlite3.Connection, tuple[Piece, ...]]]:
+    def snapshot(self) -> Iterator[tuple[sqlite3.Connection, tuple[HourFile, ...]]]:
         """A reader, and the files: each row is in one of them. Raises sqlite3.Error."""
         with contextlib.closing(self._connect_reader()) as reader:
             reader.isolation_level = None
@@ -451,7 +451,7 @@ class Store:
 
     def _fetch(
         self, query: str, values: list[Any], stop: Callable[[], None]
-    ) -> tuple[list[Any], tuple[Piece, ...]]:
+    ) -> tuple[list[Any], tuple[HourFile, ...]]:
         """On a connection of its own: nobody waits for another's question."""
         ended: list[BaseException] = []
 

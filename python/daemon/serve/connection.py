@@ -12,7 +12,7 @@ import msgspec
 from nlproto.client.frames import MAX_REQUEST, Decoder, FrameError, Kind, encode
 from nlproto.errors import Error, NoPrivilege, UsageError
 
-__all__ = ["MAX_BUFFERED", "WRITE_HIGH", "Connection", "Hall", "refusal", "reply"]
+__all__ = ["MAX_BUFFERED", "WRITE_HIGH", "ClientConnection", "Hall", "refusal", "reply"]
 
 WRITE_HIGH = 64 << 10
 """Bytes that the transport may hold before a client counts as one that does not read."""
@@ -45,7 +45,7 @@ class Hall(Protocol):
         """It is closed."""
 
 
-class Connection(asyncio.BufferedProtocol):
+class ClientConnection(asyncio.BufferedProtocol):
     """Runs in the event loop's thread alone.
 
     Requests are handled in order, one at a time: while one is under way, or the client does not

@@ -22,7 +22,7 @@ from daemon.sharing.rounds import Rounds
 from nlproto.filters.filter import Filter
 from nlproto.tables.processes import ProcessKey
 
-__all__ = ["Lane", "Piece", "Publisher", "Stream", "Subscriber"]
+__all__ = ["Lane", "EncodedPiece", "Publisher", "Stream", "Subscriber"]
 
 MAX_RECORDS = 2048
 """In one data frame, 256 KiB; what is filtered before it is another's turn."""
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class EncodedPiece:
     """What one stream takes from one batch, encoded."""
 
     payload: bytes
@@ -52,7 +52,7 @@ class Piece:
 
 
 class Subscriber(Protocol):
-    def offer(self, seen: int, piece: Piece | None) -> None: ...
+    def offer(self, seen: int, piece: EncodedPiece | None) -> None: ...
 
     def lose(self, seen: int, matched: int) -> None: ...
 
@@ -90,7 +90,7 @@ class Stream:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class LaneBatch:
     """What the subscribers of a lane may see; `head` is a clean BATCH with their clocks."""
 
     head: np.void
@@ -105,8 +105,8 @@ class Lost:
     records: int
 
 
-Item = Batch | Lost | Callable[[], None]
-Encode = Callable[[np.void, np.ndarray, Stream], list[Piece]]
+Item = LaneBatch | Lost | Callable[[], None]
+Encode = Callable[[np.void, np.ndarray, Stream], list[EncodedPiece]]
 Post = Callable[[Callable[[], None]], None]
 
 
@@ -160,7 +160,7 @@ class Publisher:
         if self._thread.is_alive():
             self._thread.join()
 
-    def put(self, lane: Lane, batch: Batch) -> None:
+    def put(self, lane: Lane, batch: LaneBatch) -> None:
         """Any thread."""
         size = batch.records.nbytes
         with self._changed:
@@ -175,7 +175,7 @@ class Publisher:
     def _drop_oldest(self, lane: Lane) -> bool:
         """What stands in its place says how much was lost there."""
         for index, item in enumerate(lane.items):
-            if isinstance(item, Batch):
+            if isinstance(item, LaneBatch):
                 lane.bytes -= item.records.nbytes
                 self.lost += len(item.records)
                 before = lane.items[index - 1] if index else None
@@ -231,19 +231,19 @@ class Publisher:
     def _begin(self, lane: Lane) -> None:
         with self._changed:
             item = lane.items.popleft()
-            if isinstance(item, Batch):
+            if isinstance(item, LaneBatch):
                 lane.bytes -= item.records.nbytes
                 if self._until is not None and time.monotonic() > self._until:
                     self.lost += len(item.records)
                     item = Lost(len(item.records))
-        if isinstance(item, Batch):
+        if isinstance(item, LaneBatch):
             lane.work = self._publish(lane, item)
         elif isinstance(item, Lost):
             self._tell_lost(lane.streams, item.records)
         else:
             self._post(item)
 
-    def _publish(self, lane: Lane, batch: Batch) -> Iterator[None]:
+    def _publish(self, lane: Lane, batch: LaneBatch) -> Iterator[None]:
         for at in range(0, len(batch.records), MAX_RECORDS):
             records = batch.records[at : at + MAX_RECORDS]
             for stream in lane.streams:
@@ -254,7 +254,9 @@ class Publisher:
                     self._offer(stream, len(records), pieces)
                 yield
 
-    def _made(self, head: np.void, records: np.ndarray, stream: Stream) -> list[Piece] | None:
+    def _made(
+        self, head: np.void, records: np.ndarray, stream: Stream
+    ) -> list[EncodedPiece] | None:
         try:
             return self._encode(head, records, stream)
         except Exception:
@@ -275,7 +277,7 @@ class Publisher:
                 self._changed.wait(_PATIENCE)
         return True
 
-    def _offer(self, stream: Stream, seen: int, pieces: list[Piece]) -> None:
+    def _offer(self, stream: Stream, seen: int, pieces: list[EncodedPiece]) -> None:
         size = sum(piece.size for piece in pieces)
         with self._changed:
             self._pending += size

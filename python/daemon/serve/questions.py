@@ -19,7 +19,7 @@ from daemon.sharing.allowance import Allowance, Meter
 from daemon.sharing.rounds import Rounds
 from nlproto.errors import Error
 
-__all__ = ["FAILED", "Cancelled", "Question", "Questions", "Stop"]
+__all__ = ["FAILED", "Cancelled", "QueuedQuestion", "Questions", "Stop"]
 
 Stop = Callable[[], None]
 """Raises what ends a question; to be called every few ms."""
@@ -39,7 +39,7 @@ class Cancelled(Exception):
 
 
 @dataclass(eq=False, slots=True)
-class Question:
+class QueuedQuestion:
     """`work` runs in a thread, `done` in the event loop's with its result or its Error."""
 
     user: int
@@ -87,7 +87,7 @@ class Questions:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        may_answer: Callable[[Question], bool],
+        may_answer: Callable[[QueuedQuestion], bool],
         allowance: Allowance,
     ) -> None:
         self._loop = loop
@@ -101,13 +101,13 @@ class Questions:
     def waiting(self) -> int:
         return sum(side.waiting for side in self._sides.values())
 
-    def ask(self, question: Question) -> None:
+    def ask(self, question: QueuedQuestion) -> None:
         side = self._sides[question.full]
         side.rounds.add(question.user, question)
         side.waiting += 1
         self._next(side)
 
-    def cancel(self, question: Question) -> None:
+    def cancel(self, question: QueuedQuestion) -> None:
         """Nobody waits for it: `done` is not called, the thread gives it up soon."""
         if question.cancelled:
             return
@@ -151,7 +151,7 @@ class Questions:
             future.add_done_callback(functools.partial(self._done, side, question))
             return
 
-    def _done(self, side: _Side, question: Question, future: asyncio.Future[Any]) -> None:
+    def _done(self, side: _Side, question: QueuedQuestion, future: asyncio.Future[Any]) -> None:
         side.running = None
         try:
             if not question.cancelled and not future.cancelled():
@@ -163,12 +163,12 @@ class Questions:
 class _Side:
     def __init__(self, name: str) -> None:
         self.executor = ThreadPoolExecutor(1, name)
-        self.rounds: Rounds[Question] = Rounds()
-        self.running: Question | None = None
+        self.rounds: Rounds[QueuedQuestion] = Rounds()
+        self.running: QueuedQuestion | None = None
         self.waiting = 0
 
 
-def _sleep(seconds: float, question: Question) -> None:
+def _sleep(seconds: float, question: QueuedQuestion) -> None:
     """Not longer than the question is wanted."""
     until = time.monotonic() + seconds
     while not question.cancelled and (left := until - time.monotonic()) > 0:

@@ -20,7 +20,7 @@ import nlproto
 from daemon.serve.answers import Answers
 from daemon.serve.bounds import ANSWER_BYTES, STREAM_BYTES, Bounds, bounds_of
 from daemon.serve.publisher import Lane, Stream
-from daemon.serve.questions import FAILED, Question, Questions
+from daemon.serve.questions import FAILED, Questions, QueuedQuestion
 from daemon.serve.session import MAX_ANSWER, Session
 from daemon.serve.streams import Streams
 from daemon.sharing.allowance import FILTERS, QUESTIONS, REQUESTS, Allowance
@@ -272,7 +272,7 @@ class Server:
         self.wants_turn(session)
         self.questions.pump()
 
-    def _may_answer(self, question: Question) -> bool:
+    def _may_answer(self, question: QueuedQuestion) -> bool:
         """Whether answers that nobody has read leave room for another one."""
         everybodys = own = MAX_ANSWER[question.full]
         for session in self.slow:

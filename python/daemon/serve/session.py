@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from daemon.serve.answers import Answers, Room
-from daemon.serve.connection import Connection, Hall, refusal, reply
+from daemon.serve.connection import ClientConnection, Hall, refusal, reply
 from daemon.serve.publisher import Stream
-from daemon.serve.questions import FAILED, Question, Questions, Stop
+from daemon.serve.questions import FAILED, Questions, QueuedQuestion, Stop
 from daemon.serve.requests import (
     Hello,
     Lookup,
@@ -67,7 +67,7 @@ class Desk(Hall, Protocol):
         """Call `function` once all packets recorded until now were offered to `stream`."""
 
 
-class Session(Connection):
+class Session(ClientConnection):
     """A client, what it asks, and its subscription."""
 
     def __init__(self, desk: Desk, peer: Peer, user: int, full: bool) -> None:
@@ -81,7 +81,7 @@ class Session(Connection):
         self.subscription = self._no_subscription()
         self._dropped_before = 0
         self._account_at_start: Account | None = None
-        self._question: Question | None = None
+        self._question: QueuedQuestion | None = None
         self._ended: Callable[[], None] | None = None
         """What remains to be done when the queue is empty."""
 
@@ -166,7 +166,7 @@ class Session(Connection):
             self._see_to(number, lambda: done(_unless_error(result)))
 
         self._busy = True
-        self._question = Question(self.user, self.full, work, answered)
+        self._question = QueuedQuestion(self.user, self.full, work, answered)
         self._desk.questions.ask(self._question)
 
     def _hello(self, request: Hello) -> dict[str, Any]:

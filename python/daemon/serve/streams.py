@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from daemon.serve.publisher import Batch, Lane, Piece, Publisher, Stream, Subscriber
+from daemon.serve.publisher import EncodedPiece, Lane, LaneBatch, Publisher, Stream, Subscriber
 from daemon.sharing.allowance import Allowance
 from daemon.sharing.quota import Quota
 from nlproto.client.told import ToldEnd
@@ -166,7 +166,7 @@ class Streams:
             elif not len(batch.records):
                 continue
             elif lane.uid is None:
-                self._full.put(lane, Batch(_clean(batch.head), batch.records))
+                self._full.put(lane, LaneBatch(_clean(batch.head), batch.records))
             else:
                 if present is None:
                     present = set(np.unique(batch.records["uid"]).tolist())
@@ -187,7 +187,7 @@ class Streams:
                 return
             head = _clean(batch.head, int(flows["last_ns"].max()))
         flows["hash"] = 0
-        (self._full if lane.uid is None else self._others).put(lane, Batch(head, flows))
+        (self._full if lane.uid is None else self._others).put(lane, LaneBatch(head, flows))
 
     def _put_own(self, lane: Lane, batch: NamedBatch) -> None:
         """With numbers and clocks that tell nothing of what others send."""
@@ -198,7 +198,7 @@ class Streams:
         own["seq"] = (lane.records + np.arange(len(own))).astype(own["seq"].dtype)
         own["cpu"] = 0
         lane.records += len(own)
-        self._others.put(lane, Batch(_clean(batch.head, int(own["time_ns"].max())), own))
+        self._others.put(lane, LaneBatch(_clean(batch.head, int(own["time_ns"].max())), own))
 
     def mark(self, stream: Stream | None, function: Callable[[], None]) -> None:
         """Run `function` in the event loop's thread behind all that was published for `stream`."""
@@ -209,13 +209,13 @@ class Streams:
 
     # The publishers' threads
 
-    def _encode(self, head: np.void, records: np.ndarray, stream: Stream) -> list[Piece]:
+    def _encode(self, head: np.void, records: np.ndarray, stream: Stream) -> list[EncodedPiece]:
         if stream.filter is not None:
             details = self._processes if stream.uid is None else _Own(self._processes)
             records = records[stream.filter.mask(records, details)]
         return self._pieces(head, records, stream) if len(records) else []
 
-    def _pieces(self, head: np.void, records: np.ndarray, stream: Stream) -> list[Piece]:
+    def _pieces(self, head: np.void, records: np.ndarray, stream: Stream) -> list[EncodedPiece]:
         named = self._named(records, stream.uid)
         details = sum(len(encoded) for _, _, encoded in named)
         if details > _MAX_PIECE and len(records) > 1:
@@ -226,7 +226,7 @@ class Streams:
             names = self._names(records, stream.uid)
             payload = encode_flows(head, records)
             size = len(payload) + len(names) + details
-            return [Piece(payload, len(records), named, size=size, flows=True, names=names)]
+            return [EncodedPiece(payload, len(records), named, size=size, flows=True, names=names)]
         first_bytes = b""
         if stream.first_bytes:
             looked_up = map(self._pipeline.first_bytes.find, records)
@@ -235,7 +235,7 @@ class Streams:
         payload = encode_batch(head, records)
         ends = self._ends(records, stream.uid)
         size = len(payload) + len(first_bytes) + len(ends) + details
-        return [Piece(payload, len(records), named, first_bytes, ends, size)]
+        return [EncodedPiece(payload, len(records), named, first_bytes, ends, size)]
 
     def _names(self, flows: np.ndarray, uid: int | None) -> bytes:
         """What the stream may know of far ends; what it may not is taken out of `flows`."""

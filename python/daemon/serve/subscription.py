@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from daemon.serve.publisher import Piece, Stream
+from daemon.serve.publisher import EncodedPiece, Stream
 from nlproto.client.frames import DATA_HEAD, HEAD, Kind, encode, encode_json
 
 __all__ = ["Subscription"]
@@ -29,14 +29,14 @@ class Subscription:
         """Bytes of what waits, the piece that is being sent included."""
         self.limit = limit
         self._ready = ready
-        self._queue: deque[tuple[int, Piece]] = deque()
+        self._queue: deque[tuple[int, EncodedPiece]] = deque()
         self._sequence = 0
         self._told: set[int] = set()
         self._told_dropped = 0
         self._frames: Iterator[bytes] = iter(())
         self._sending = 0
 
-    def offer(self, seen: int, piece: Piece | None) -> None:
+    def offer(self, seen: int, piece: EncodedPiece | None) -> None:
         """`seen` records passed, those in `piece` fit; when the queue is full the oldest go."""
         if not self.begun:
             return
@@ -94,7 +94,7 @@ class Subscription:
         self._frames = iter(())
         self.queued = self._sending = 0
 
-    def _encoded(self, sequence: int, piece: Piece) -> Iterator[bytes]:
+    def _encoded(self, sequence: int, piece: EncodedPiece) -> Iterator[bytes]:
         gap = self._gap()
         if gap is not None:
             yield gap
@@ -119,7 +119,7 @@ class Subscription:
         self._told_dropped = self.dropped
         return encode_json(Kind.EVENT, {"event": "gap", "where": "client", "records": lost})
 
-    def _news(self, piece: Piece) -> Iterator[bytes]:
+    def _news(self, piece: EncodedPiece) -> Iterator[bytes]:
         """Of the processes that this client was not told of, in frames."""
         if len(self._told) > _MAX_TOLD:
             self._told.clear()

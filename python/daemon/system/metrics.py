@@ -43,7 +43,7 @@ _FAMILIES: dict[str, Labels] = {
 """What traffic is summed up by: names of labels by the word in the family's name."""
 
 
-class KnownProcesses(Protocol):
+class DetailedProcesses(Protocol):
     """What is known of processes (nlproto.tables.processes.Processes)."""
 
     def get(self, tgid: int, start_ns: int, /) -> Process | None: ...
@@ -64,7 +64,7 @@ class Metrics:
         self,
         config: Config,
         figures: Callable[[], dict[str, Any]],
-        processes: KnownProcesses | None = None,
+        processes: DetailedProcesses | None = None,
     ) -> None:
         self._config = config
         self._figures = figures

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from fleet.ask.hosts import hosts_of
-from fleet.ask.store import Store
+from fleet.ask.store import FlowStore
 from fleet.ask.wanted import CLIENT, NAMED, Wanted, condition
 
 __all__ = ["REASONS", "ends", "join"]
@@ -36,6 +36,8 @@ _BOUND_NS = 10**9
 """How far two ends' beginnings may, when that is taken off."""
 _EDGE_NS = 15 * 10**9
 """A flow that began so near to the range's beginning may be older: its rows are of 10 s."""
+_VOTES = 3
+"""Connections that say how far clocks differ."""
 _STEPS = 3
 """Machines that translate, one behind another."""
 
@@ -108,40 +110,56 @@ _NAT = {"nat_laddr": "VARCHAR", "nat_lport": "USMALLINT", "nat_raddr": "VARCHAR"
 _PASSING = """
 CREATE OR REPLACE TEMP TABLE back AS
 WITH passing AS (
-    SELECT protocol, laddr AS la, lport AS lp, raddr AS ra, rport AS rp,
+    SELECT host, first_ns, last_ns, protocol, laddr AS la, lport AS lp, raddr AS ra, rport AS rp,
         nat_laddr AS na, nat_lport AS np, nat_raddr AS ma, nat_rport AS mp
     FROM end_ WHERE forwarded AND nat_laddr IS NOT NULL),
 both_ AS (
     SELECT * FROM passing
-    UNION SELECT protocol, ra, rp, la, lp, ma, mp, na, np FROM passing)
+    UNION SELECT host, first_ns, last_ns, protocol, ra, rp, la, lp, ma, mp, na, np FROM passing)
 SELECT * FROM both_
-UNION SELECT protocol, na, np, ma, mp, la, lp, ra, rp FROM both_
-UNION SELECT protocol, la, lp, ma, mp, na, np, ra, rp FROM both_
-UNION SELECT protocol, na, np, ra, rp, la, lp, ma, mp FROM both_
+UNION SELECT host, first_ns, last_ns, protocol, na, np, ma, mp, la, lp, ra, rp FROM both_
+UNION SELECT host, first_ns, last_ns, protocol, la, lp, ma, mp, na, np, ra, rp FROM both_
+UNION SELECT host, first_ns, last_ns, protocol, na, np, ra, rp, la, lp, ma, mp FROM both_
 """
 _WAYS = """
 CREATE OR REPLACE TEMP TABLE way AS
-SELECT id, protocol, nat_laddr AS la, nat_lport AS lp, nat_raddr AS ra, nat_rport AS rp FROM end_
-WHERE NOT forwarded AND nat_laddr IS NOT NULL
+SELECT id, protocol, nat_laddr AS la, nat_lport AS lp, nat_raddr AS ra, nat_rport AS rp,
+    false AS vague
+FROM end_ WHERE NOT forwarded AND nat_laddr IS NOT NULL
 """
-_MORE_WAYS = """
+# `vague`: two machines have such a flow, or two translate one: who knows which is meant. What a
+# machine translates of its own containers it knows.
+_MORE_WAYS = f"""
 INSERT INTO way
 WITH known AS (
-    SELECT id, protocol, laddr AS la, lport AS lp, raddr AS ra, rport AS rp FROM end_
-    WHERE NOT forwarded
-    UNION SELECT * FROM way)
-SELECT known.id, known.protocol, back.na, back.np, back.ma, back.mp
-FROM known JOIN back ON known.protocol = back.protocol AND known.la = back.la
-    AND known.lp = back.lp AND known.ra = back.ra AND known.rp = back.rp
-EXCEPT SELECT * FROM known
+    SELECT id, protocol, laddr AS la, lport AS lp, raddr AS ra, rport AS rp, false AS vague
+    FROM end_ WHERE NOT forwarded
+    UNION SELECT * FROM way),
+found AS (
+    SELECT known.*, back.na, back.np, back.ma, back.mp, end_.host, back.host AS by_host
+    FROM known JOIN end_ USING (id) JOIN back ON known.protocol = back.protocol
+        AND known.la = back.la AND known.lp = back.lp AND known.ra = back.ra AND known.rp = back.rp
+        AND end_.first_ns <= back.last_ns + {_WIDE_NS}
+        AND back.first_ns <= end_.last_ns + {_WIDE_NS}
+    WHERE (id, back.na, back.np, back.ma, back.mp) NOT IN (SELECT (id, la, lp, ra, rp) FROM known)),
+counted AS (
+    SELECT *, bool_or(host = by_host) OVER (PARTITION BY id, la, lp, ra, rp) AS at_home,
+        count(DISTINCT by_host) OVER (PARTITION BY id, la, lp, ra, rp) AS translating,
+        count(DISTINCT host) OVER (PARTITION BY by_host, protocol, la, lp, ra, rp) AS having_it
+    FROM found)
+SELECT id, protocol, na, np, ma, mp,
+    bool_and(vague OR host <> by_host AND (translating > 1 OR having_it > 1)) AS vague
+FROM counted WHERE NOT at_home OR host = by_host
+GROUP BY id, protocol, na, np, ma, mp
 """
 
 _PAIRS = f"""
 CREATE OR REPLACE TEMP TABLE pair_ AS
 WITH each AS (
-    SELECT laddr AS la, lport AS lp, raddr AS ra, rport AS rp, end_.* FROM end_ WHERE NOT forwarded
+    SELECT laddr AS la, lport AS lp, raddr AS ra, rport AS rp, false AS vague, end_.* FROM end_
+    WHERE NOT forwarded
     UNION ALL
-    SELECT la, lp, ra, rp, end_.* FROM way JOIN end_ USING (id)),
+    SELECT la, lp, ra, rp, vague, end_.* FROM way JOIN end_ USING (id)),
 known AS (
     SELECT *, hash(protocol, la, lp, ra, rp) AS key, hash(protocol, ra, rp, la, lp) AS mirror
     FROM each)
@@ -149,7 +167,7 @@ SELECT c.id AS c, s.id AS s, any_value(c.host) AS ch, any_value(s.host) AS sh,
     any_value(s.first_ns - c.first_ns) AS apart,
     any_value(c.first_ns < {{edge}} OR s.first_ns < {{edge}}) AS old,
     -- an address that several machines have says nothing of which one is meant
-    bool_and(c.host <> s.host AND {{shared}}) AS doubtful
+    bool_and(c.host <> s.host AND (c.vague OR s.vague OR {{shared}})) AS doubtful
 FROM (SELECT * FROM known WHERE initiated IS NOT false) c
     JOIN (SELECT * FROM known WHERE initiated IS NOT true) s ON c.key = s.mirror
 WHERE c.protocol = s.protocol AND c.la = s.ra AND c.lp = s.rp AND c.ra = s.la AND c.rp = s.lp
@@ -164,13 +182,23 @@ WHERE c.protocol = s.protocol AND c.la = s.ra AND c.lp = s.rp AND c.ra = s.la AN
          OR (c.host = s.host AND c.boot = s.boot AND c.netns = s.netns))
 GROUP BY c.id, s.id
 """
+# Between two machines the clocks' difference is the middle one of their connections, from three
+# on; with fewer, that of each machine to all others, from three on; else there is none.
 _NEAR = f"""
 CREATE OR REPLACE TEMP TABLE near AS
-WITH clock AS (
-    SELECT ch, sh, CASE WHEN ch = sh THEN 0 ELSE median(apart) END AS ahead
-    FROM pair_ WHERE NOT old GROUP BY ch, sh)
-SELECT pair_.*, abs(apart - coalesce(ahead, 0)) AS off
-FROM pair_ LEFT JOIN clock USING (ch, sh) WHERE old OR off <= {_BOUND_NS}
+WITH told AS (SELECT * FROM pair_ WHERE NOT old AND ch <> sh),
+pairs AS (
+    SELECT ch, sh, median(apart) AS ahead FROM told GROUP BY ch, sh HAVING count(*) >= {_VOTES}),
+each AS (
+    SELECT host, median(apart) AS ahead
+    FROM (SELECT sh AS host, apart FROM told UNION ALL SELECT ch, -apart FROM told)
+    GROUP BY host HAVING count(*) >= {_VOTES}),
+timed AS (
+    SELECT pair_.*, abs(apart - CASE WHEN pair_.ch = pair_.sh THEN 0
+        ELSE coalesce(pairs.ahead, coalesce(s.ahead, 0) - coalesce(c.ahead, 0)) END) AS off
+    FROM pair_ LEFT JOIN pairs USING (ch, sh) LEFT JOIN each c ON c.host = ch
+        LEFT JOIN each s ON s.host = sh)
+SELECT * FROM timed WHERE off <= CASE WHEN old THEN {_EDGE_NS} ELSE {_BOUND_NS} END
 """
 _MATCHES = f"""
 CREATE OR REPLACE TEMP TABLE match_ AS
@@ -255,7 +283,7 @@ ORDER BY shown.c IS NULL OR shown.s IS NULL, shown.last_ns DESC
 PROGRAM = "coalesce(program, comm)"
 
 
-def join(store: Store, wanted: Wanted, name: str, details: bool = False) -> None:
+def join(store: FlowStore, wanted: Wanted, name: str, details: bool = False) -> None:
     """Make the tables `end_`, `match_` and `alone` of the connections that fit.
 
     `name`: an expression over NAMED; each end has it as `name`. Raises Error.
@@ -297,13 +325,13 @@ def join(store: Store, wanted: Wanted, name: str, details: bool = False) -> None
     store.rows(_ALONE.format(any="true" if passing else "false"))
 
 
-def _until_all(store: Store, insert: str) -> None:
+def _until_all(store: FlowStore, insert: str) -> None:
     for _ in range(_STEPS):
         if not store.rows(insert)[0]["Count"]:
             break
 
 
-def _tell_hosts(store: Store) -> bool:
+def _tell_hosts(store: FlowStore) -> bool:
     """Make the tables `owned`, `shared` and `partial`; whether an address is several machines'."""
     partial = {one.name: "silent" if one.silent_s else "lost" for one in hosts_of(store)
                if not one.whole}  # fmt: skip
@@ -326,7 +354,9 @@ def _tell_hosts(store: Store) -> bool:
     return bool(shared)
 
 
-def ends(store: Store, wanted: Wanted, limit: int = 1 << 40) -> tuple[int, list[dict[str, Any]]]:
+def ends(
+    store: FlowStore, wanted: Wanted, limit: int = 1 << 40
+) -> tuple[int, list[dict[str, Any]]]:
     """Return how many connections fit, and `limit` of them, both ends first, the latest first.
 
     {"protocol", "client", "server", "ambiguous", "reason"}. Of an end that has no partner the other

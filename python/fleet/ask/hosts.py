@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fleet.ask.store import Store
+from fleet.ask.store import FlowStore
 
 __all__ = ["Host", "hosts_of"]
 
@@ -45,7 +45,7 @@ FROM each GROUP BY host
 """
 
 
-def hosts_of(store: Store) -> list[Host]:
+def hosts_of(store: FlowStore) -> list[Host]:
     """Return every machine that told anything in the hours around the range."""
     if store.alone:
         return []
@@ -55,7 +55,7 @@ def hosts_of(store: Store) -> list[Host]:
     return hosts
 
 
-def _hosts(store: Store) -> list[Host]:
+def _hosts(store: FlowStore) -> list[Host]:
     range = store.range
     words = {"since": range.since_ns, "until": range.until_ns}
     told = {row["host"]: row for row in store.rows(_QUERY, words)}

@@ -5,38 +5,72 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
 
 from fleet import schema
-from fleet.ask.store import Range, Store, open_tables
+from fleet.ask.store import FlowStore, Range, open_tables
 from nlproto.client.client import DaemonClient
 
-__all__ = ["open_local"]
+__all__ = ["open_local", "told"]
 
 _MOST = 10_000
-"""Flows that a daemon tells at once."""
+"""Flows that a daemon tells at once; of more, it is asked for less time at once."""
+_SHORT_NS = 10**9
+"""So little time is not divided any more: then there are flows that are not told."""
+_ALL = 1_000_000
+"""Flows that are kept in memory."""
 _PROTOCOLS = {"tcp": 6, "udp": 17}
 _AMBIGUOUS = 1 << 5
 
 
-def open_local(path: str, range: Range) -> Store:
+Ask = Callable[..., dict[str, Any]]
+"""DaemonClient.who."""
+
+
+def open_local(path: str, range: Range) -> FlowStore:
     """Ask the daemon at `path` for the range. Raises Error."""
-    now = time.time()
-    since, until = now - range.since_ns / 1e9, now - range.until_ns / 1e9
     with DaemonClient(path) as client:
-        answer = client.who(since=since, until=until if until > 0 else None, limit=_MOST)
+        flows, processes, whole = told(client.who, range)
     host = os.uname().nodename
-    flows = [_flow(one, host) for one in answer["flows"]]
-    procs = [_process(one, host) for one in answer["processes"]]
     tables = {
-        "flows": pa.Table.from_pylist(flows, schema.FLOWS),
-        "procs": pa.Table.from_pylist(procs, schema.PROCS),
+        "flows": pa.Table.from_pylist([_flow(one, host) for one in flows], schema.FLOWS),
+        "procs": pa.Table.from_pylist([_process(one, host) for one in processes], schema.PROCS),
     }
     store = open_tables(tables, range)
-    store.truncated = bool(answer["truncated"])
+    store.truncated = not whole
     return store
+
+
+def told(ask: Ask, range: Range) -> tuple[list[dict[str, Any]], list[dict[str, Any]], bool]:
+    """Return all flows of the range, each once, their processes, and whether these are all."""
+    flows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    processes: dict[tuple[int, int], dict[str, Any]] = {}
+    whole = True
+    waiting = [range]
+    while waiting:
+        part = waiting.pop()  # the latest first
+        now = time.time()
+        since, until = now - part.since_ns / 1e9, now - part.until_ns / 1e9
+        answer = ask(since=since, until=max(until, 1e-3), limit=_MOST)
+        for one in answer["flows"]:
+            key = tuple(one[name] for name in _KEY)
+            if key not in flows or flows[key]["last"] < one["last"]:
+                flows[key] = one
+        processes |= {(one["tgid"], one["start_ns"]): one for one in answer["processes"]}
+        if not answer["truncated"]:
+            continue
+        if len(flows) >= _ALL or part.until_ns - part.since_ns <= _SHORT_NS:
+            whole = False
+            continue
+        middle = (part.since_ns + part.until_ns) // 2
+        waiting += [Range(part.since_ns, middle), Range(middle, part.until_ns)]
+    return list(flows.values()), list(processes.values()), whole
+
+
+_KEY = ("netns", "cookie", "proto", "local", "lport", "remote", "rport", "pid", "start_ns", "first")
 
 
 def _flow(one: dict[str, Any], host: str) -> dict[str, Any]:

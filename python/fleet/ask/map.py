@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from fleet.ask.ends import PROGRAM, join
-from fleet.ask.store import Store
+from fleet.ask.store import FlowStore
 from fleet.ask.wanted import Wanted
 from fleet.collect.rollup import network_of
 
@@ -47,7 +47,7 @@ ORDER BY bytes DESC, client, server, service, protocol, reason LIMIT {{limit}}
 
 
 def service_map(
-    store: Store, wanted: Wanted, by: str, limit: int = 1 << 40
+    store: FlowStore, wanted: Wanted, by: str, limit: int = 1 << 40
 ) -> tuple[int, list[dict[str, Any]]]:
     """Return how many edges there are, and the `limit` with most bytes. `by`: of NAMES.
 

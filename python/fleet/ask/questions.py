@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fleet.ask.store import Store
+from fleet.ask.store import FlowStore
 from fleet.ask.wanted import NAMED, Wanted, condition
 
 __all__ = ["NEW", "USED_BY", "new", "usage", "who"]
@@ -33,7 +33,7 @@ _SUMS = """count(*)::BIGINT AS rows, sum(packets_out)::BIGINT AS packets_out,
     sum(bytes_in)::BIGINT AS bytes_in, min(first_ns) AS first_ns, max(last_ns) AS last_ns"""
 
 
-def who(store: Store, wanted: Wanted, limit: int) -> tuple[int, list[dict[str, Any]]]:
+def who(store: FlowStore, wanted: Wanted, limit: int) -> tuple[int, list[dict[str, Any]]]:
     """Return how many flows fit, and the `limit` seen last."""
     fits, words = condition(store, wanted)
     rows = store.rows(
@@ -59,7 +59,9 @@ def who(store: Store, wanted: Wanted, limit: int) -> tuple[int, list[dict[str, A
     return total, rows
 
 
-def usage(store: Store, wanted: Wanted, by: str, limit: int) -> tuple[int, list[dict[str, Any]]]:
+def usage(
+    store: FlowStore, wanted: Wanted, by: str, limit: int
+) -> tuple[int, list[dict[str, Any]]]:
     """Return how many names there are, and those with most bytes. `by`: of USED_BY."""
     fits, words = condition(store, wanted)
     rows = store.rows(
@@ -82,7 +84,7 @@ def usage(store: Store, wanted: Wanted, by: str, limit: int) -> tuple[int, list[
 
 
 def new(
-    store: Store, wanted: Wanted, what: str, since_ns: int, limit: int
+    store: FlowStore, wanted: Wanted, what: str, since_ns: int, limit: int
 ) -> tuple[int, list[dict[str, Any]]]:
     """Return what the range has that the sums of the hours from `since_ns` to it have not.
 
@@ -108,8 +110,7 @@ def new(
             SELECT host, {columns}, min(first_ns) AS first_ns, count(*)::BIGINT AS rows,
                 min(raddr) AS raddr
             FROM range WHERE {of} GROUP BY host, {columns})
-        SELECT *, count(*) OVER () AS total FROM one ANTI JOIN
-            (SELECT DISTINCT host, {columns} FROM old) USING (host, {columns})
+        SELECT *, count(*) OVER () AS total FROM one ANTI JOIN old USING (host, {columns})
         ORDER BY first_ns LIMIT {int(limit)}
         """,
         words | {"old": since_ns, "since": store.range.since_ns},

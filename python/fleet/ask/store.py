@@ -22,7 +22,7 @@ from fleet.collect.keys import Keys
 from fleet.collect.parquet import addresses_of, hosts_in, keys_of, parts
 from nlproto.errors import Error
 
-__all__ = ["Range", "Store", "open_folder", "open_tables"]
+__all__ = ["Range", "FlowStore", "open_folder", "open_tables"]
 
 _MEMORY = "1GB"
 _THREADS = 2
@@ -41,7 +41,7 @@ class Range:
         return Range(self.since_ns - by_ns, self.until_ns + by_ns)
 
 
-class Store:
+class FlowStore:
     """A context manager. Views: `flow` and `account` of the range, `proc`: the newest of each
     process that was told in its hours."""
 
@@ -58,7 +58,7 @@ class Store:
         """What fleet.ask.hosts found."""
         self._folder = folder
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> FlowStore:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -113,7 +113,7 @@ class Store:
             raise Error(f"the store cannot answer: {str(error).splitlines()[0]}") from None
 
 
-def open_folder(folder: Path, range: Range) -> Store:
+def open_folder(folder: Path, range: Range) -> FlowStore:
     """Open what a collector wrote. Raises Error."""
     if not (folder / "flows").is_dir():
         raise Error(f"{folder} has no flows: is it what packet-hunter-collect writes? --store DIR")
@@ -128,17 +128,17 @@ def open_folder(folder: Path, range: Range) -> Store:
     except BaseException:
         database.close()
         raise
-    return Store(database, range, folder)
+    return FlowStore(database, range, folder)
 
 
-def open_tables(tables: dict[str, pa.Table], range: Range) -> Store:
+def open_tables(tables: dict[str, pa.Table], range: Range) -> FlowStore:
     """Open tables in memory: "flows", "procs", "account"; what is missing is empty."""
     database = _database()
     for kind, columns in (*schema.TABLES.items(), ("rollup", schema.ROLLUP)):
         name = kind if kind == "rollup" else f"all_{kind}"
         database.register(name, tables.get(kind, columns.empty_table()))
     _make_views(database, range)
-    return Store(database, range, None)
+    return FlowStore(database, range, None)
 
 
 def _database() -> duckdb.DuckDBPyConnection:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
 
-from fleet.ask.store import Store
+from fleet.ask.store import FlowStore
 from nlproto.errors import UsageError
 from nlproto.filters.nodes import (
     Chain,
@@ -54,7 +54,7 @@ _OWNER_COLUMNS = {
 }
 
 
-def translate(store: Store, root: Node) -> tuple[str, dict[str, Any]]:
+def translate(store: FlowStore, root: Node) -> tuple[str, dict[str, Any]]:
     """Return a condition over wanted.NAMED, and its values. Raises UsageError."""
     made = _Translation(store)
     texts = {way: made.of(root, way) for way in _WAYS}
@@ -66,7 +66,7 @@ def translate(store: Store, root: Node) -> tuple[str, dict[str, Any]]:
     )
 
 
-def is_inside(store: Store, text: str, words: dict[str, Any]) -> Callable[[str], str]:
+def is_inside(store: FlowStore, text: str, words: dict[str, Any]) -> Callable[[str], str]:
     """Return what makes a condition of a column of addresses. Raises UsageError."""
     try:
         net = ip_network(text, strict=False)
@@ -98,7 +98,7 @@ class _Told:
 class _Translation:
     """Conditions, and the values they have so far."""
 
-    def __init__(self, store: Store, words: dict[str, Any] | None = None) -> None:
+    def __init__(self, store: FlowStore, words: dict[str, Any] | None = None) -> None:
         self.words: dict[str, Any] = {} if words is None else words
         self._store = store
         self._numbers = itertools.count(len(self.words))

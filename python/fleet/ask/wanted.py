@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fleet.ask.store import Store
+from fleet.ask.store import FlowStore
 from fleet.ask.translate import is_inside, translate
 from nlproto.filters.filter import EVERYTHING, Filter
 
@@ -37,7 +37,7 @@ class Wanted:
     """Name or uid, as the machine knows it."""
 
 
-def condition(store: Store, wanted: Wanted) -> tuple[str, dict[str, Any]]:
+def condition(store: FlowStore, wanted: Wanted) -> tuple[str, dict[str, Any]]:
     """Return a condition over NAMED's columns and its values; "true" where all fit.
 
     Raises UsageError.
@@ -49,13 +49,18 @@ def condition(store: Store, wanted: Wanted) -> tuple[str, dict[str, Any]]:
         parts.append(text)
     if wanted.on is not None:
         parts.append("host = $on")
-        words["on"] = wanted.on
+        words["on"] = _sound(wanted.on)
     if wanted.user is not None:
         parts.append('("user" = $user OR CAST(uid AS VARCHAR) = $user)')
-        words["user"] = wanted.user
+        words["user"] = _sound(wanted.user)
     if wanted.host is not None:
         inside = is_inside(store, wanted.host, words)
         parts.append(
             f"({inside('raddr')} OR {inside('nat_raddr')} OR forwarded AND {inside('laddr')})"
         )
     return " AND ".join(parts) or "true", words
+
+
+def _sound(text: str) -> str:
+    """What the database takes: a shell's bytes may be no UTF-8."""
+    return text.encode("utf-8", "replace").decode()

@@ -87,7 +87,7 @@ def _url(text: str) -> str:
 def _run(options: argparse.Namespace) -> None:
     from fleet import bus
     from fleet.collect.clickhouse import ClickHouseStore
-    from fleet.collect.collector import Collector, Store
+    from fleet.collect.collector import BatchStore, Collector
     from fleet.collect.parquet import ParquetStore
     from fleet.collect.tidy import Tidier
 
@@ -101,7 +101,7 @@ def _run(options: argparse.Namespace) -> None:
         return
     store = ParquetStore(options.directory, options.keep * _DAY)
 
-    stores: list[Store] = [store]
+    stores: list[BatchStore] = [store]
     if options.clickhouse is not None:
         stores.append(ClickHouseStore(_url(options.clickhouse), options.keep * _DAY))
 

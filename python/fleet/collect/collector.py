@@ -15,11 +15,11 @@ from nats.js import JetStreamContext
 
 from fleet import bus, wire
 from fleet.collect.tables import Received
-from fleet.options import Server
+from fleet.options import FleetServer
 from fleet.subjects import CONSUMER, STREAM
 from nlproto.errors import Error
 
-__all__ = ["Collector", "Store"]
+__all__ = ["Collector", "BatchStore"]
 
 _FETCH = 256
 """Batches that are asked for at once."""
@@ -34,7 +34,7 @@ _AGAIN = 5.0  # s between two tries to write
 log = logging.getLogger(__name__)
 
 
-class Store(Protocol):
+class BatchStore(Protocol):
     """Where batches are kept."""
 
     def write(self, received: Sequence[Received]) -> None:
@@ -50,8 +50,8 @@ class Collector:
 
     def __init__(
         self,
-        server: Server,
-        stores: Sequence[Store],
+        server: FleetServer,
+        stores: Sequence[BatchStore],
         interval: float,
         replicas: int = 1,
         tidy: Callable[[], None] = lambda: None,
@@ -133,8 +133,10 @@ class Collector:
             batch = wire.decode(message.data)
             kind, _, host = message.subject.partition(".")
             if wire.KINDS[batch.kind] != kind or len(host) > 253:
-                raise wire.Malformed(f"a batch of {wire.KINDS[batch.kind]} on {message.subject}")
-        except wire.Malformed as error:
+                raise wire.MalformedBatch(
+                    f"a batch of {wire.KINDS[batch.kind]} on {message.subject}"
+                )
+        except wire.MalformedBatch as error:
             self.malformed += 1
             if time.monotonic() - self._complained > _COMPLAIN:
                 self._complained = time.monotonic()

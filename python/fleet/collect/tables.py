@@ -19,6 +19,8 @@ __all__ = ["Hour", "Received", "hours_of", "in_order"]
 
 _EARLY_NS = 3600 * 10**9
 """How far a host's clock may be ahead."""
+_MAPPED = bytes(10) + b"\xff\xff"
+"""What IPv4 addresses begin with as IPv6 ones."""
 _SLICE_NS = 300 * 10**9
 _COMMON = (
     *("netns", "cookie", "protocol", "lport", "rport", "tgid", "start_ns", "flags"),
@@ -31,7 +33,7 @@ class Received:
     """A batch, and the host whose subject it came on."""
 
     host: str
-    batch: wire.Batch
+    batch: wire.HostBatch
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -92,7 +94,7 @@ def hours_of(
     return made, untimely
 
 
-def _times(batch: wire.Batch) -> np.ndarray:
+def _times(batch: wire.HostBatch) -> np.ndarray:
     if batch.kind == wire.FLOWS:
         times: np.ndarray = batch.rows["last_ns"]
         return times
@@ -221,6 +223,8 @@ def _shown(packed: bytes) -> str | None:
     family, raw = packed[0], packed[1:]
     if not family:
         return None
+    if family == socket.AF_INET6 and raw.startswith(_MAPPED):  # one connection, one address
+        return socket.inet_ntop(socket.AF_INET, raw[len(_MAPPED) :])
     return socket.inet_ntop(family, raw[:4] if family == socket.AF_INET else raw)
 
 

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     from fleet.export.exporter import Exporter
-    from fleet.export.source import Source
+    from fleet.export.source import FlowSource
     from fleet.export.spool import Spool
 
     if options.spool_size < 1 or not 0.1 <= options.interval <= 3600:
@@ -80,7 +80,7 @@ def _run(options: argparse.Namespace) -> None:
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()
-        with Source(options.socket) as source:
+        with FlowSource(options.socket) as source:
             exporter = Exporter(source, spool, server, host, options.interval)
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, exporter.stop)

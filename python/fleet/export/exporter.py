@@ -20,9 +20,9 @@ from nats.js import JetStreamContext
 import nlproto
 from fleet import bus, wire
 from fleet.export.deltas import rows_of
-from fleet.export.source import Source
+from fleet.export.source import FlowSource
 from fleet.export.spool import Make, Pending, Spool, SpoolFull
-from fleet.options import Server
+from fleet.options import FleetServer
 from fleet.subjects import STREAM
 from nlproto.errors import Error
 
@@ -55,7 +55,7 @@ class Exporter:
     """Runs until stop(). `host`: the end of its subjects; `interval`: seconds between batches."""
 
     def __init__(
-        self, source: Source, spool: Spool, server: Server, host: str, interval: float
+        self, source: FlowSource, spool: Spool, server: FleetServer, host: str, interval: float
     ) -> None:
         self._source = source
         self._spool = spool

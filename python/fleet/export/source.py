@@ -26,7 +26,7 @@ from nlproto.client.client import (
 from nlproto.errors import Error, NoDaemon, NoPrivilege
 from nlproto.tables.processes import Process, ProcessKey
 
-__all__ = ["Source"]
+__all__ = ["FlowSource"]
 
 _POLL = 0.5  # s
 _AGAIN = 1.0  # s between two tries to reach the daemon
@@ -37,7 +37,7 @@ _PARENTS = 64
 log = logging.getLogger(__name__)
 
 
-class Source:
+class FlowSource:
     """A context manager. Everything public is to be used with `lock` held."""
 
     def __init__(self, path: str) -> None:

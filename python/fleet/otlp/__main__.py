@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from fleet.export.source import Source
+    from fleet.export.source import FlowSource
     from fleet.otlp.sender import Receiver, Sender
 
     if not 0.1 <= options.interval <= 3600:
@@ -68,7 +68,7 @@ def _run(options: argparse.Namespace) -> None:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    with Source(options.socket) as source:
+    with FlowSource(options.socket) as source:
         host = options.host or socket.gethostname()
         sender = Sender(source, receiver, host, options.interval, stopping)
         sender.run()

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from fleet.export.source import Source
+from fleet.export.source import FlowSource
 from fleet.otlp.record import record_of, request_of
 from nlproto.errors import Error
 
@@ -104,7 +104,7 @@ def _rejected(answer: bytes) -> int:
 class Sender:
     """Runs until stop(). Rows taken = `sent` + `refused` + `lost` + those that wait."""
 
-    source: Source
+    source: FlowSource
     receiver: Receiver
     host: str
     interval: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from hunter.cli.options import SUBCOMMANDS, Command, Fleet, Live, Who
+from hunter.cli.options import SUBCOMMANDS, Command, FleetOptions, LiveOptions, WhoOptions
 from nlproto import UsageError
 
 __all__ = ["check"]
@@ -13,15 +13,15 @@ __all__ = ["check"]
 
 def check(command: Command) -> None:
     """Raise UsageError for options that say different things."""
-    if isinstance(command, Who | Fleet):
+    if isinstance(command, WhoOptions | FleetOptions):
         _check_range(command)
-    if isinstance(command, Fleet):
+    if isinstance(command, FleetOptions):
         _check_fleet(command)
-    elif isinstance(command, Live):
+    elif isinstance(command, LiveOptions):
         _check_live(command)
 
 
-def _check_fleet(options: Fleet) -> None:
+def _check_fleet(options: FleetOptions) -> None:
     if options.by and options.question not in ("usage", "map"):
         raise UsageError("--by is of usage and map")
     if options.by == "domain" and options.question == "map":
@@ -32,13 +32,13 @@ def _check_fleet(options: Fleet) -> None:
         raise UsageError("standard output cannot hold both: give --html a file")
 
 
-def _check_range(options: Who | Fleet) -> None:
+def _check_range(options: WhoOptions | FleetOptions) -> None:
     since = math.inf if options.since is None else options.since
     if options.until and options.until >= since:
         raise UsageError("--until is before --since: nothing is between them")
 
 
-def _check_live(options: Live) -> None:
+def _check_live(options: LiveOptions) -> None:
     if options.keep and not options.rotate:
         raise UsageError("-W says how many files -C keeps: give -C SIZE too")
     if options.rotate and (not options.save or options.save == "-"):

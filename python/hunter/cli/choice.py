@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Sequence
 
 from hunter.cli import interfaces
-from hunter.cli.options import FLEET_WORDS, SUBCOMMANDS, Choice, Fleet
+from hunter.cli.options import FLEET_WORDS, SUBCOMMANDS, Choice, FleetOptions
 from nlproto import Error
 from nlproto.filters.filter import EVERYTHING, Filter
 from nlproto.filters.mistakes import FilterError
@@ -48,7 +48,7 @@ def filter_of(choice: Choice, all_there: bool = True) -> Filter:
     return result
 
 
-def fleet_filter(options: Fleet) -> Filter:
+def fleet_filter(options: FleetOptions) -> Filter:
     """Return the filter that words and options of a question to the fleet amount to.
 
     Raises FilterError.

@@ -11,28 +11,28 @@ from typing import Any, TypeVar
 from nlproto.client.frames import DEFAULT_SOCKET
 
 __all__ = [
-    "Annotate",
+    "AnnotateOptions",
     "BY",
     "NEWS",
     "Choice",
     "Command",
-    "Doctor",
+    "DoctorOptions",
     "FLEET_BY",
     "FLEET_NEW",
     "FLEET_QUESTIONS",
     "FLEET_WORDS",
-    "Fleet",
-    "Live",
+    "FleetOptions",
+    "LiveOptions",
     "Origin",
     "SUBCOMMANDS",
-    "Report",
-    "Stats",
-    "Top",
+    "ReportOptions",
+    "StatsOptions",
+    "TopOptions",
     "USED_BY",
-    "Usage",
-    "Watch",
-    "Web",
-    "Who",
+    "UsageOptions",
+    "WatchOptions",
+    "WebOptions",
+    "WhoOptions",
     "command_of",
 ]
 
@@ -126,7 +126,7 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
-class Live:
+class LiveOptions:
     """The main command."""
 
     choice: Choice
@@ -157,7 +157,7 @@ class Live:
 
 
 @dataclass(frozen=True, slots=True)
-class Top:
+class TopOptions:
     choice: Choice
     origin: Origin
     numbers: bool
@@ -167,7 +167,7 @@ class Top:
 
 
 @dataclass(frozen=True, slots=True)
-class Who:
+class WhoOptions:
     """Without a word of what is asked about: what listens."""
 
     port: int | None
@@ -200,7 +200,7 @@ class Who:
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class UsageOptions:
     by: str
     """One of USED_BY."""
     since: float
@@ -212,7 +212,7 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
-class Watch:
+class WatchOptions:
     kinds: list[str]
     """Of NEWS; none: all."""
     once: bool
@@ -228,7 +228,7 @@ class Watch:
 
 
 @dataclass(frozen=True, slots=True)
-class Fleet:
+class FleetOptions:
     question: str
     """One of FLEET_QUESTIONS."""
     filter: list[str]
@@ -260,14 +260,14 @@ class Fleet:
 
 
 @dataclass(frozen=True, slots=True)
-class Stats:
+class StatsOptions:
     json: bool
     socket: str
     socket_given: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Web:
+class WebOptions:
     port: int
     """0: any that is free."""
     socket: str
@@ -275,7 +275,7 @@ class Web:
 
 
 @dataclass(frozen=True, slots=True)
-class Annotate:
+class AnnotateOptions:
     input: str
     output: str
     netns: str | None
@@ -285,31 +285,43 @@ class Annotate:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ReportOptions:
     input: list[str]
     output: str
 
 
 @dataclass(frozen=True, slots=True)
-class Doctor:
+class DoctorOptions:
     socket: str
     socket_given: bool
 
 
-Command = Live | Top | Who | Usage | Watch | Fleet | Web | Stats | Annotate | Report | Doctor
+Command = (
+    LiveOptions
+    | TopOptions
+    | WhoOptions
+    | UsageOptions
+    | WatchOptions
+    | FleetOptions
+    | WebOptions
+    | StatsOptions
+    | AnnotateOptions
+    | ReportOptions
+    | DoctorOptions
+)
 
 _KINDS: dict[str, type[Command]] = {
-    "live": Live,
-    "top": Top,
-    "who": Who,
-    "usage": Usage,
-    "watch": Watch,
-    "fleet": Fleet,
-    "web": Web,
-    "stats": Stats,
-    "annotate": Annotate,
-    "report": Report,
-    "doctor": Doctor,
+    "live": LiveOptions,
+    "top": TopOptions,
+    "who": WhoOptions,
+    "usage": UsageOptions,
+    "watch": WatchOptions,
+    "fleet": FleetOptions,
+    "web": WebOptions,
+    "stats": StatsOptions,
+    "annotate": AnnotateOptions,
+    "report": ReportOptions,
+    "doctor": DoctorOptions,
 }
 _PARTS = {"choice": Choice, "origin": Origin}
 _FILES = ("save", "output", "html")

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from hunter.cli.options import Annotate
+from hunter.cli.options import AnnotateOptions
 from hunter.cli.signals import Stop
-from hunter.commands.past_owners import Answer, Entry, PastOwners
+from hunter.commands.past_owners import Entry, OwnersThen, PastOwners
 from hunter.formats import pcapng
 from hunter.formats.captures import Flow, look, read_capture
 from hunter.formats.inputs import Input
@@ -64,7 +64,7 @@ class _Result:
     """By pid (name, executable, uid) of its last process block; None: no such blocks."""
 
 
-def run(options: Annotate, stop: Stop, notify: Callable[[str], None]) -> None:
+def run(options: AnnotateOptions, stop: Stop, notify: Callable[[str], None]) -> None:
     """Annotate options.input into options.output. Raises Error."""
     refuse_pcap(options.output)
     refuse_input(options.output, [options.input])
@@ -198,7 +198,7 @@ def _description(
     return pcapng.process_block(entry["pid"], known[0], exe, uid=known[2], order=order)
 
 
-def _text(answer: Answer, owners: PastOwners) -> str:
+def _text(answer: OwnersThen, owners: PastOwners) -> str:
     texts = []
     for entry in answer.entries[:_CANDIDATES]:
         exe = owners.exe(entry)
@@ -216,7 +216,7 @@ def _text(answer: Answer, owners: PastOwners) -> str:
     return " or ".join(texts) + ("" if answer.certain else " AMBIGUOUS")
 
 
-def _count(answer: Answer, owners: PastOwners, result: _Result) -> None:
+def _count(answer: OwnersThen, owners: PastOwners, result: _Result) -> None:
     result.namespaces |= answer.namespaces
     if not answer.certain:
         result.by_choice[tuple(sorted({str(entry["comm"]) for entry in answer.entries}))] += 1

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hunter.cli.options import Doctor
+from hunter.cli.options import DoctorOptions
 from hunter.show.text import plain
 from nlproto import Error
 from nlproto.client.client import DaemonClient
@@ -36,7 +36,7 @@ class Finding:
     text: str
 
 
-def run(options: Doctor) -> None:
+def run(options: DoctorOptions) -> None:
     """Print one line a subject. Raises Error when something is bad."""
     findings = list(examine(options.socket, options.socket_given))
     for finding in findings:

@@ -11,7 +11,7 @@ import numpy as np
 
 from hunter.child.command import Command
 from hunter.cli.choice import filter_of
-from hunter.cli.options import Live
+from hunter.cli.options import LiveOptions
 from hunter.cli.signals import Stop
 from hunter.commands.living import absent
 from hunter.save.capturefile import CaptureFile
@@ -20,7 +20,7 @@ from hunter.save.saving import Rotation, Saver, format_of, open_saver, refuse_in
 from hunter.show.account import ShownAccount
 from hunter.show.columns import columns
 from hunter.show.lines import LinePrinter, Style
-from hunter.show.names import Names
+from hunter.show.names import HostNames
 from hunter.show.summary import Summary
 from hunter.sources.opening import open_source
 from hunter.sources.source import Source
@@ -45,7 +45,7 @@ class _Tables:
 
 
 def run(
-    options: Live,
+    options: LiveOptions,
     stop: Stop,
     notify: Callable[[str], None],
 ) -> int:
@@ -87,7 +87,7 @@ def run(
         ]
         outputs: dict[str, Saver | LinePrinter] = {**savers}
         if options.print or not (options.save or options.summary or options.json):
-            names = stack.enter_context(Names())
+            names = stack.enter_context(HostNames())
             own = None if options.origin.read else netns.own()
             style = Style(options.numbers, options.quiet > 0, options.verbose, options.times, own)
             printer = LinePrinter(style, source, source.holders, names)
@@ -143,12 +143,12 @@ class _Reopening:
         return bool(self._stop)
 
 
-def _output_is_free(options: Live) -> bool:
+def _output_is_free(options: LiveOptions) -> bool:
     """Whether nothing else goes to standard output, so that the table can."""
     return not (options.print or options.json or options.save == "-")
 
 
-def _greeting(source: Source, options: Live) -> str:
+def _greeting(source: Source, options: LiveOptions) -> str:
     where = f"saving to {options.save}" if options.save else "showing"
     if options.summary and not options.save and _output_is_free(options):
         where = "adding up"
@@ -160,7 +160,7 @@ def _flow(
     counts: Sequence[Callable[[NamedBatch], None]],
     takes: list[Callable[[NamedBatch], None]],
     shown: ShownAccount,
-    options: Live,
+    options: LiveOptions,
     stop: _Reopening,
     notify: Callable[[str], None],
 ) -> int:

@@ -15,7 +15,7 @@ from hunter.formats.captures import End, Flow
 from nlproto.client.frames import MAX_WAITING
 from nlproto.host.netns import Namespace
 
-__all__ = ["Answer", "Client", "PastOwners"]
+__all__ = ["OwnersThen", "Client", "PastOwners"]
 
 _MAX_FLOWS = 100_000  # remembered
 _LIMIT, _MAX_LIMIT = 100, 10_000  # entries of one flow: asked for at first, given at most
@@ -42,7 +42,7 @@ class Client(Protocol):
     def pipeline(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]: ...
 
 
-class Answer(NamedTuple):
+class OwnersThen(NamedTuple):
     """`entries` has one of each process that can be meant; several, or not `certain`: ambiguous."""
 
     entries: list[Entry]
@@ -106,7 +106,7 @@ class PastOwners:
             self._begun.clear()
         self._begun[pair] = (*syn, time_s)
 
-    def at(self, flow: Flow, end: int, time_s: float | None) -> Answer:
+    def at(self, flow: Flow, end: int, time_s: float | None) -> OwnersThen:
         """Return who owned the flow's source (1) or destination (2) at that Unix time."""
         pair = _pair(flow)
         near, far = (flow[1], flow[2]) if end == 1 else (flow[2], flow[1])
@@ -189,16 +189,16 @@ def _newest(entry: Entry) -> float:
     return float(entry["last"])
 
 
-def _merge(groups: Sequence[tuple[int, _Settled]]) -> Answer:
+def _merge(groups: Sequence[tuple[int, _Settled]]) -> OwnersThen:
     """One answer of those of all namespaces in which the flow was then."""
     groups = [(netns, one) for netns, one in groups if one.entries or one.nobody]
     if len(groups) == 1:
-        return Answer(groups[0][1].entries, groups[0][1].certain)
+        return OwnersThen(groups[0][1].entries, groups[0][1].certain)
     entries: dict[tuple[int, int], Entry] = {}
     for _, group in groups:
         entries.update({(one["pid"], one["start_ns"]): one for one in group.entries})
     certain = len(entries) == 1 and all(group.entries and group.certain for _, group in groups)
-    return Answer(list(entries.values()), certain, frozenset(netns for netns, _ in groups))
+    return OwnersThen(list(entries.values()), certain, frozenset(netns for netns, _ in groups))
 
 
 def _became(entry: Entry, local: End, remote: End) -> bool:

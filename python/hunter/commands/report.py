@@ -13,7 +13,7 @@ from string import Template
 
 import numpy as np
 
-from hunter.cli.options import Report
+from hunter.cli.options import ReportOptions
 from hunter.save.capturefile import CaptureFile
 from hunter.save.saving import refuse_input
 from hunter.show.columns import addresses
@@ -115,7 +115,7 @@ class CaptureSums:
         return sorted(self.processes.items(), key=lambda one: -one[1].total)
 
 
-def run(options: Report, notify: Callable[[str], None]) -> None:
+def run(options: ReportOptions, notify: Callable[[str], None]) -> None:
     """Write the page of options.input to options.output. Raises Error."""
     capture = CaptureSums()
     refuse_input(options.output, options.input)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hunter.cli.options import Stats
+from hunter.cli.options import StatsOptions
 from hunter.show.console import Output
 from hunter.show.text import plain
 from nlproto.client.client import DaemonClient
@@ -29,7 +29,7 @@ _CONSTANTS = {
 }
 
 
-def run(options: Stats) -> None:
+def run(options: StatsOptions) -> None:
     """Ask and print. Raises Error."""
     with DaemonClient(options.socket) as client:
         figures = client.stats()

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from hunter.cli.options import Usage
+from hunter.cli.options import UsageOptions
 from hunter.show import names
 from hunter.show.console import Output, Row, put
 from hunter.show.programs import place
@@ -26,7 +26,7 @@ _ROWS = 50
 _NUMBERS = ("flows", "packets", "received", "sent", "bytes")
 
 
-def run(options: Usage) -> None:
+def run(options: UsageOptions) -> None:
     """Ask and print. Raises Error."""
     limit = options.limit or (1000 if options.json else _ROWS)
     with DaemonClient(options.socket) as client:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hunter.cli.choice import fleet_filter
-from hunter.cli.options import Fleet
+from hunter.cli.options import FleetOptions
 from hunter.fleet import page, show
 from hunter.show.console import Output
 from nlproto.errors import Error
@@ -24,7 +24,7 @@ _MOST = 20_000
 """Edges in the table of a page."""
 
 
-def run(options: Fleet, notify: Callable[[str], None]) -> int:
+def run(options: FleetOptions, notify: Callable[[str], None]) -> int:
     """Ask and print; 1 when nothing is found. Raises Error."""
     try:
         from fleet.ask.ends import ends
@@ -83,7 +83,7 @@ def run(options: Fleet, notify: Callable[[str], None]) -> int:
     return 0 if rows else 1
 
 
-def _opened(options: Fleet, notify: Callable[[str], None]) -> Any:
+def _opened(options: FleetOptions, notify: Callable[[str], None]) -> Any:
     from fleet.ask.local import open_local
     from fleet.ask.store import Range, open_folder
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from hunter.cli.options import Fleet
+from hunter.cli.options import FleetOptions
 from hunter.show.console import Row, put
 from hunter.show.text import plain
 from hunter.show.units import amount
@@ -24,7 +24,7 @@ _NAMES = 8
 _NUMBERS = ("flows", "packets", "bytes", "received", "sent", "machines", "connections")
 
 
-def rows(console: Console, options: Fleet, found: Sequence[Mapping[str, Any]]) -> None:
+def rows(console: Console, options: FleetOptions, found: Sequence[Mapping[str, Any]]) -> None:
     """Print the rows of a question."""
     heads, make = {
         "who": (("machine", "process", "flow", "packets", "bytes", "last", "how"), _who),

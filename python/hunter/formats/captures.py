@@ -80,13 +80,13 @@ def _ends(name: str, at: int) -> Error:
     return Error(f"{name} ends in the middle of a packet, at byte {at}; all before it is read")
 
 
-def flow_of(packet: pcapng.Packet) -> Flow | None:
+def flow_of(packet: pcapng.CapturedPacket) -> Flow | None:
     """Return whose TCP or UDP packet it is; None for others, later fragments and stumps."""
     found = look(packet)
     return None if isinstance(found, str) else found[0]
 
 
-def look(packet: pcapng.Packet) -> tuple[Flow, int | None] | str:
+def look(packet: pcapng.CapturedPacket) -> tuple[Flow, int | None] | str:
     """Return the packet's flow, and of a SYN that begins a connection its sequence number.
 
     Else in a word why it has none: "ARP", "GRE", "link type 239 (NFLOG)".

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-__all__ = ["KINDS", "Decompressor", "Kind"]
+__all__ = ["KINDS", "Decompressor", "Compression"]
 
 _MEMORY = 128 << 20
 
@@ -35,7 +35,7 @@ class Decompressor(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class Compression:
     """How data that begin with `magic` are compressed."""
 
     name: str
@@ -87,10 +87,10 @@ def _xz() -> tuple[Callable[[], Any], type[Exception]]:
 
 
 KINDS = (
-    Kind("gzip", b"\x1f\x8b", "zcat", lambda: (_Inflate, zlib.error)),
-    Kind("zstd", b"\x28\xb5\x2f\xfd", "zstdcat", _zstd),
-    Kind("lz4", b"\x04\x22\x4d\x18", "lz4cat", _lz4),
-    Kind("xz", b"\xfd7zXZ\0", "xzcat", _xz),
-    Kind("bzip2", b"BZh", "bzcat", lambda: (bz2.BZ2Decompressor, OSError)),
-    Kind("zip", b"PK\x03\x04", "unzip -p"),
+    Compression("gzip", b"\x1f\x8b", "zcat", lambda: (_Inflate, zlib.error)),
+    Compression("zstd", b"\x28\xb5\x2f\xfd", "zstdcat", _zstd),
+    Compression("lz4", b"\x04\x22\x4d\x18", "lz4cat", _lz4),
+    Compression("xz", b"\xfd7zXZ\0", "xzcat", _xz),
+    Compression("bzip2", b"BZh", "bzcat", lambda: (bz2.BZ2Decompressor, OSError)),
+    Compression("zip", b"PK\x03\x04", "unzip -p"),
 )

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeVar
 
-from hunter.formats.compression import KINDS, Decompressor, Kind
+from hunter.formats.compression import KINDS, Compression, Decompressor
 from nlproto import Error
 from nlproto.running.closing import Closing
 
@@ -135,7 +135,7 @@ class Input(Closing):
             self.check()
         self.file = io.BufferedReader(self._stream, _PIECE)
 
-    def _unpack(self, kind: Kind) -> None:
+    def _unpack(self, kind: Compression) -> None:
         advice = f"run {kind.tool} on it and read from standard input (-)"
         try:
             if kind.load is None:

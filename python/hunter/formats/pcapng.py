@@ -14,7 +14,7 @@ __all__ = [
     "LINKTYPE_RAW",
     "Block",
     "Interface",
-    "Packet",
+    "CapturedPacket",
     "blocks",
     "comments",
     "enhanced_packet",
@@ -182,7 +182,7 @@ class Interface:
 
 
 @dataclass(frozen=True, slots=True)
-class Packet:
+class CapturedPacket:
     """One captured packet; `time_ns` since 1970, None when its block has no time."""
 
     linktype: int
@@ -251,7 +251,7 @@ def _ends(name: str, at: int) -> Error:
     return Error(f"{name} ends in the middle of a block, at byte {at}; all before it is read")
 
 
-def packet_of(block: Block, interfaces: Sequence[Interface]) -> Packet | None:
+def packet_of(block: Block, interfaces: Sequence[Interface]) -> CapturedPacket | None:
     """Return the packet in a packet block of a known interface, else None."""
     if block.kind in (ENHANCED, OBSOLETE):
         layout = "IIIII" if block.kind == ENHANCED else "HxxIIII"
@@ -261,11 +261,13 @@ def packet_of(block: Block, interfaces: Sequence[Interface]) -> Packet | None:
         interface = interfaces[number]
         ticks = high << 32 | low
         time_ns = ticks * 10**9 // interface.ticks + interface.offset_s * 10**9
-        return Packet(interface.linktype, time_ns, block.data[28 : 28 + size], length, number)
+        return CapturedPacket(
+            interface.linktype, time_ns, block.data[28 : 28 + size], length, number
+        )
     if block.kind == SIMPLE and interfaces:
         (length,) = struct.unpack_from(f"{block.order}I", block.data, 8)
         size = min(length, interfaces[0].snaplen or length, len(block.data) - 16)
-        return Packet(interfaces[0].linktype, None, block.data[12 : 12 + size], length)
+        return CapturedPacket(interfaces[0].linktype, None, block.data[12 : 12 + size], length)
     return None
 
 

@@ -203,7 +203,7 @@ def _pcapng_rows(source: Input) -> Iterator[Row]:
 
 
 def _pcapng_row(
-    packet: pcapng.Packet,
+    packet: pcapng.CapturedPacket,
     interfaces: list[pcapng.Interface],
     place: str,
     comment: str,
@@ -225,7 +225,7 @@ def _pcapng_row(
     return Row(place, values, packet.time_ns, packet.data if real else None)
 
 
-def _told(packet: pcapng.Packet) -> dict[str, Any]:
+def _told(packet: pcapng.CapturedPacket) -> dict[str, Any]:
     """What the packet's own headers tell. Raises ValueError."""
     found = transport(packet.linktype, packet.data)
     if isinstance(found, str):

@@ -13,7 +13,7 @@ import numpy as np
 
 from hunter.save.capturefile import CaptureFile
 from hunter.save.writer import start
-from hunter.show.columns import COLUMNS, KINDS, Columns, Kind, cells
+from hunter.show.columns import COLUMNS, KINDS, ColumnKind, Columns, cells
 from nlproto import Error, UsageError
 
 __all__ = ["ParquetSaver"]
@@ -37,14 +37,14 @@ class ParquetSaver:
         self._closed = False
         self.rows = 0
         """Rows that are in the file; none when it lacks its index."""
-        kinds: dict[Kind, Any] = {
-            Kind.TIME: pyarrow.timestamp("us", "UTC"),
-            Kind.WORD: pyarrow.string(),
-            Kind.TEXT: pyarrow.string(),
-            Kind.U16: pyarrow.uint16(),
-            Kind.U32: pyarrow.uint32(),
-            Kind.U64: pyarrow.uint64(),
-            Kind.PEOPLE: pyarrow.list_(
+        kinds: dict[ColumnKind, Any] = {
+            ColumnKind.TIME: pyarrow.timestamp("us", "UTC"),
+            ColumnKind.WORD: pyarrow.string(),
+            ColumnKind.TEXT: pyarrow.string(),
+            ColumnKind.U16: pyarrow.uint16(),
+            ColumnKind.U32: pyarrow.uint32(),
+            ColumnKind.U64: pyarrow.uint64(),
+            ColumnKind.PEOPLE: pyarrow.list_(
                 pyarrow.struct([("pid", pyarrow.uint32()), ("comm", pyarrow.string())])
             ),
         }

@@ -34,7 +34,7 @@ __all__ = [
     "Details",
     "Holder",
     "Holders",
-    "Kind",
+    "ColumnKind",
     "cells",
     "columns",
     "nobody",
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 
-class Kind(Enum):
+class ColumnKind(Enum):
     """What a column's values are; each format writes and reads a kind in one place."""
 
     TIME = auto()
@@ -64,53 +64,53 @@ class Column:
     """A column of saved captures."""
 
     name: str
-    kind: Kind
+    kind: ColumnKind
     of_process: bool = False
     """It is the attribute of that name of the record's Process, and is read back into one."""
 
 
 _COLUMNS = (
-    Column("time", Kind.TIME),
-    Column("dir", Kind.WORD),
-    Column("proto", Kind.WORD),
-    Column("src", Kind.WORD),
-    Column("sport", Kind.U16),
-    Column("dst", Kind.WORD),
-    Column("dport", Kind.U16),
-    Column("len", Kind.U32),
-    Column("pid", Kind.U32),
-    Column("comm", Kind.TEXT),
-    Column("exe", Kind.TEXT, of_process=True),
-    Column("uid", Kind.U32),
-    Column("netns", Kind.U32),
-    Column("how", Kind.WORD),
+    Column("time", ColumnKind.TIME),
+    Column("dir", ColumnKind.WORD),
+    Column("proto", ColumnKind.WORD),
+    Column("src", ColumnKind.WORD),
+    Column("sport", ColumnKind.U16),
+    Column("dst", ColumnKind.WORD),
+    Column("dport", ColumnKind.U16),
+    Column("len", ColumnKind.U32),
+    Column("pid", ColumnKind.U32),
+    Column("comm", ColumnKind.TEXT),
+    Column("exe", ColumnKind.TEXT, of_process=True),
+    Column("uid", ColumnKind.U32),
+    Column("netns", ColumnKind.U32),
+    Column("how", ColumnKind.WORD),
     # those of the first release end here
-    Column("flags", Kind.TEXT),
-    Column("tcp_flags", Kind.WORD),
-    Column("interface", Kind.TEXT),
-    Column("unit", Kind.TEXT, of_process=True),
-    Column("container", Kind.TEXT, of_process=True),
-    Column("cmdline", Kind.TEXT, of_process=True),
-    Column("ppid", Kind.U32, of_process=True),
-    Column("segments", Kind.U16),
-    Column("hdr_len", Kind.U16),
-    Column("ifindex", Kind.U32),
-    Column("start_ns", Kind.U64),
-    Column("tid", Kind.U32),
-    Column("creator", Kind.U32),
-    Column("cookie", Kind.U64),
-    Column("holders", Kind.PEOPLE),
-    Column("community_id", Kind.WORD),
-    Column("container_name", Kind.TEXT, of_process=True),
-    Column("image", Kind.TEXT, of_process=True),
-    Column("pod", Kind.TEXT, of_process=True),
-    Column("parents", Kind.PEOPLE, of_process=True),
-    Column("sha256", Kind.TEXT, of_process=True),
-    Column("domain", Kind.TEXT),
-    Column("nat_src", Kind.WORD),
-    Column("nat_sport", Kind.U16),
-    Column("nat_dst", Kind.WORD),
-    Column("nat_dport", Kind.U16),
+    Column("flags", ColumnKind.TEXT),
+    Column("tcp_flags", ColumnKind.WORD),
+    Column("interface", ColumnKind.TEXT),
+    Column("unit", ColumnKind.TEXT, of_process=True),
+    Column("container", ColumnKind.TEXT, of_process=True),
+    Column("cmdline", ColumnKind.TEXT, of_process=True),
+    Column("ppid", ColumnKind.U32, of_process=True),
+    Column("segments", ColumnKind.U16),
+    Column("hdr_len", ColumnKind.U16),
+    Column("ifindex", ColumnKind.U32),
+    Column("start_ns", ColumnKind.U64),
+    Column("tid", ColumnKind.U32),
+    Column("creator", ColumnKind.U32),
+    Column("cookie", ColumnKind.U64),
+    Column("holders", ColumnKind.PEOPLE),
+    Column("community_id", ColumnKind.WORD),
+    Column("container_name", ColumnKind.TEXT, of_process=True),
+    Column("image", ColumnKind.TEXT, of_process=True),
+    Column("pod", ColumnKind.TEXT, of_process=True),
+    Column("parents", ColumnKind.PEOPLE, of_process=True),
+    Column("sha256", ColumnKind.TEXT, of_process=True),
+    Column("domain", ColumnKind.TEXT),
+    Column("nat_src", ColumnKind.WORD),
+    Column("nat_sport", ColumnKind.U16),
+    Column("nat_dst", ColumnKind.WORD),
+    Column("nat_dport", ColumnKind.U16),
 )
 """Names and order of what is saved; stable: new ones come at the end. All formats follow this.
 
@@ -128,8 +128,8 @@ KINDS = {column.name: column.kind for column in _COLUMNS}
 COLUMNS = tuple(KINDS)
 FIRST_COLUMNS = COLUMNS[: COLUMNS.index("how") + 1]
 """Those of the first release; a file that has no more is read too."""
-TEXTS = frozenset(name for name, kind in KINDS.items() if kind is Kind.TEXT)
-PEOPLE = tuple(name for name, kind in KINDS.items() if kind is Kind.PEOPLE)
+TEXTS = frozenset(name for name, kind in KINDS.items() if kind is ColumnKind.TEXT)
+PEOPLE = tuple(name for name, kind in KINDS.items() if kind is ColumnKind.PEOPLE)
 OF_PROCESS = tuple(column.name for column in _COLUMNS if column.of_process)
 
 FLAGS = {

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hunter.show.columns import FLAGS, Columns, Details, Holders, columns, tcp_flags
-from hunter.show.names import Names, Namespaces, service
+from hunter.show.names import HostNames, Namespaces, service
 from hunter.show.programs import place
 from hunter.show.text import plain
 from nlproto.records.batch import NamedBatch
@@ -46,7 +46,7 @@ class LinePrinter:
         style: Style,
         details: Details,
         holders: Holders,
-        names: Names,
+        names: HostNames,
         out: IO[str] | None = None,
     ) -> None:
         self._style = style

@@ -22,7 +22,7 @@ from nlproto.running.left_behind import LeftBehind
 _SETTLED_NS = 2_000_000_000
 
 __all__ = [
-    "Names",
+    "HostNames",
     "Namespaces",
     "interface",
     "netns",
@@ -161,7 +161,7 @@ def _words(path: str) -> Iterator[list[str]]:
             yield words
 
 
-class Names:
+class HostNames:
     """Names of hosts and users, looked up in one thread of its own; a context manager.
 
     Nothing here waits: an address or uid stands for its name until that is known. At most `limit`

@@ -13,7 +13,7 @@ from nlproto.records import ends, wire
 from nlproto.records.batch import NamedBatch
 from nlproto.tables.flows import address_bytes, summarize
 
-__all__ = ["HISTORY", "FlowRate", "Meter", "ProcessRate", "RateKey", "Rates"]
+__all__ = ["HISTORY", "FlowRate", "TrafficMeter", "ProcessRate", "RateKey", "Rates"]
 
 HISTORY = 12  # ticks that a sparkline shows
 KEPT_S = 60.0  # what a live view keeps a process for after its last packet
@@ -29,7 +29,7 @@ FarEnd = tuple[int, str]
 
 
 @dataclass(slots=True)
-class Meter:
+class TrafficMeter:
     """Bytes sent and received: since the last tick, a second, and in all."""
 
     sent: int = 0
@@ -74,7 +74,7 @@ class FlowRate:
     rport: int
     key: ends.FlowKey
     """By which its far end's name is known (nlproto.records.ends)."""
-    meter: Meter = field(default_factory=Meter)
+    meter: TrafficMeter = field(default_factory=TrafficMeter)
 
 
 @dataclass(slots=True)
@@ -85,7 +85,7 @@ class ProcessRate:
     comm: str
     uid: int | None
     raw_comm: bytes = b""
-    meter: Meter = field(default_factory=Meter)
+    meter: TrafficMeter = field(default_factory=TrafficMeter)
     flows: dict[FlowKey, FlowRate] = field(default_factory=dict)
     sent_history: deque[float] = field(default_factory=lambda: deque([0.0] * HISTORY, HISTORY))
     received_history: deque[float] = field(default_factory=lambda: deque([0.0] * HISTORY, HISTORY))
@@ -94,11 +94,11 @@ class ProcessRate:
     def pid(self) -> int | None:
         return self.key[0] or None
 
-    def remotes(self) -> dict[FarEnd, Meter]:
+    def remotes(self) -> dict[FarEnd, TrafficMeter]:
         """Return the far ends, their flows added up."""
-        found: dict[FarEnd, Meter] = {}
+        found: dict[FarEnd, TrafficMeter] = {}
         for flow in self.flows.values():
-            end = found.setdefault((flow.netns, flow.remote), Meter())
+            end = found.setdefault((flow.netns, flow.remote), TrafficMeter())
             end.sent += flow.meter.sent
             end.received += flow.meter.received
             end.packets += flow.meter.packets

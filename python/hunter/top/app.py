@@ -13,9 +13,9 @@ from textual.app import App
 from textual.binding import Binding, BindingType
 
 from hunter.cli.choice import filter_of
-from hunter.cli.options import Top as TopOptions
+from hunter.cli.options import TopOptions as TopOptions
 from hunter.cli.signals import Stop
-from hunter.show.names import Names, Namespaces
+from hunter.show.names import HostNames, Namespaces
 from hunter.show.rates import KEPT_S
 from hunter.show.text import plain
 from hunter.sources.opening import open_source
@@ -38,7 +38,7 @@ def run(options: TopOptions, stop: Stop, notify: Callable[[str], None]) -> None:
     notes: list[str] = []
     with (
         open_source(options.origin, options.choice, wanted, notes.append) as source,
-        Names() as known,
+        HostNames() as known,
     ):
         # what a file says stays, however long ago it was read
         kept_s = math.inf if options.origin.read else KEPT_S

@@ -17,14 +17,14 @@ from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
-__all__ = ["Cell", "Column", "Grid"]
+__all__ = ["Cell", "GridColumn", "Grid"]
 
 Cell = tuple[str, str]
 """Text and its style, as rich writes styles: ("curl", "bold")."""
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
+class GridColumn:
     """`sort` is what the table is told to be sorted by; "" cannot be sorted by.
 
     A terminal that is too narrow does without columns that have a `spare`, the highest first.
@@ -69,7 +69,7 @@ class Grid(ScrollView, can_focus=True):
             super().__init__()
             self.column = column
 
-    def __init__(self, columns: Sequence[Column]) -> None:
+    def __init__(self, columns: Sequence[GridColumn]) -> None:
         super().__init__()
         self._columns = columns
         self._widths = [cell_len(column.name) for column in columns]

@@ -14,10 +14,10 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from hunter.show.rates import HISTORY, Meter, ProcessRate
+from hunter.show.rates import HISTORY, ProcessRate, TrafficMeter
 from hunter.show.text import plain
 from hunter.show.units import amount
-from hunter.top.grid import Cell, Column, Grid
+from hunter.top.grid import Cell, Grid, GridColumn
 from hunter.top.state import GROUPS, State
 from hunter.top.views import ProcessesView, View, sparkline
 
@@ -27,7 +27,7 @@ __all__ = ["GroupsView", "Help"]
 @dataclass(slots=True)
 class _Group:
     name: str
-    meter: Meter = field(default_factory=Meter)
+    meter: TrafficMeter = field(default_factory=TrafficMeter)
     processes: int = 0
     flows: int = 0
     sent: list[float] = field(default_factory=lambda: [0.0] * HISTORY)
@@ -49,15 +49,15 @@ class GroupsView(View):
     """Processes summed up; `b` goes on to the next way to do so, and back after the last."""
 
     columns = (
-        Column("group", "name"),
-        Column("processes", "processes", right=True, spare=4),
-        Column("rate", "rate", right=True),
-        Column("sent/s", "sent", right=True, spare=2),
-        Column("", "sent", spare=6),
-        Column("received/s", "received", right=True, spare=1),
-        Column("", "received", spare=6),
-        Column("total", "total", right=True, spare=3),
-        Column("flows", "flows", right=True, spare=5),
+        GridColumn("group", "name"),
+        GridColumn("processes", "processes", right=True, spare=4),
+        GridColumn("rate", "rate", right=True),
+        GridColumn("sent/s", "sent", right=True, spare=2),
+        GridColumn("", "sent", spare=6),
+        GridColumn("received/s", "received", right=True, spare=1),
+        GridColumn("", "received", spare=6),
+        GridColumn("total", "total", right=True, spare=3),
+        GridColumn("flows", "flows", right=True, spare=5),
     )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "open", "Processes"),

@@ -9,7 +9,7 @@ import threading
 import time
 
 from hunter.show.account import ShownAccount
-from hunter.show.names import Names, Namespaces
+from hunter.show.names import HostNames, Namespaces
 from hunter.show.programs import place
 from hunter.show.rates import KEPT_S, ProcessRate, RateKey, Rates
 from hunter.show.text import plain
@@ -36,7 +36,7 @@ class State:
     def __init__(
         self,
         source: Source,
-        known: Names,
+        known: HostNames,
         units: str = UNITS[0],
         filter_text: str = "",
         kept_s: float = KEPT_S,

@@ -15,10 +15,10 @@ from textual.widgets import Footer, Input, Static
 
 from hunter.show.console import has_blocks
 from hunter.show.names import service
-from hunter.show.rates import FlowRate, Meter, ProcessRate
+from hunter.show.rates import FlowRate, ProcessRate, TrafficMeter
 from hunter.show.text import plain
 from hunter.show.units import amount
-from hunter.top.grid import Cell, Column, Grid
+from hunter.top.grid import Cell, Grid, GridColumn
 from hunter.top.state import State
 
 __all__ = ["FlowsView", "ProcessesView", "View", "bars", "sparkline"]
@@ -43,7 +43,7 @@ def sparkline(history: Iterable[float], bars: str = _BARS) -> str:
 class View(Screen[None]):
     """A table that is filled anew at each tick."""
 
-    columns: ClassVar[Sequence[Column]] = ()
+    columns: ClassVar[Sequence[GridColumn]] = ()
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("slash", "find", "Find"),
         Binding("less_than_sign", "sort(-1)", "Sort", key_display="< >"),
@@ -157,17 +157,17 @@ def _number(count: int, one: str, many: str) -> str:
 
 class ProcessesView(View):
     columns = (
-        Column("pid", "pid", right=True),
-        Column("process", "name"),
-        Column("user", spare=5),
-        Column("rate", "rate", right=True),
-        Column("sent/s", "sent", right=True, spare=2),
-        Column("", "sent", spare=8),
-        Column("received/s", "received", right=True, spare=1),
-        Column("", "received", spare=8),
-        Column("total", "total", right=True, spare=3),
-        Column("flows", "flows", right=True, spare=6),
-        Column("runs in", spare=4),
+        GridColumn("pid", "pid", right=True),
+        GridColumn("process", "name"),
+        GridColumn("user", spare=5),
+        GridColumn("rate", "rate", right=True),
+        GridColumn("sent/s", "sent", right=True, spare=2),
+        GridColumn("", "sent", spare=8),
+        GridColumn("received/s", "received", right=True, spare=1),
+        GridColumn("", "received", spare=8),
+        GridColumn("total", "total", right=True, spare=3),
+        GridColumn("flows", "flows", right=True, spare=6),
+        GridColumn("runs in", spare=4),
     )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "open", "Flows"),
@@ -257,7 +257,7 @@ class ProcessesView(View):
         )
 
 
-_Flow = tuple[Hashable, FlowRate | int, Meter]
+_Flow = tuple[Hashable, FlowRate | int, TrafficMeter]
 """A flow, or how many flows there are to the far end that the key is."""
 
 
@@ -265,14 +265,14 @@ class FlowsView(View):
     """One process: its flows, or after Tab its far ends."""
 
     columns = (
-        Column("proto", spare=6),
-        Column("local", spare=5),
-        Column("far end", "far end"),
-        Column("sent/s", "sent", right=True, spare=3),
-        Column("received/s", "received", right=True, spare=2),
-        Column("rate", "rate", right=True),
-        Column("total", "total", right=True, spare=1),
-        Column("packets", "packets", right=True, spare=7),
+        GridColumn("proto", spare=6),
+        GridColumn("local", spare=5),
+        GridColumn("far end", "far end"),
+        GridColumn("sent/s", "sent", right=True, spare=3),
+        GridColumn("received/s", "received", right=True, spare=2),
+        GridColumn("rate", "rate", right=True),
+        GridColumn("total", "total", right=True, spare=1),
+        GridColumn("packets", "packets", right=True, spare=7),
     )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("tab", "remotes", "Flows or far ends", priority=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
-from hunter.cli.options import NEWS, Watch
+from hunter.cli.options import NEWS, WatchOptions
 from hunter.cli.signals import Stop
 from hunter.show import names
 from hunter.show.text import plain
@@ -36,7 +36,7 @@ Entry = Mapping[str, Any]
 Key = tuple[str, str, int, float]
 
 
-def run(options: Watch, stop: Stop, notify: Callable[[str], None]) -> int:
+def run(options: WatchOptions, stop: Stop, notify: Callable[[str], None]) -> int:
     """Tell what is new; 0 if there was anything, 1 if not, 2 if the history could not be asked.
 
     Raises UsageError.
@@ -65,7 +65,7 @@ def run(options: Watch, stop: Stop, notify: Callable[[str], None]) -> int:
     return 0 if found else 1
 
 
-def _findings(options: Watch, stop: Stop, notify: Callable[[str], None]) -> Iterator[Entry]:
+def _findings(options: WatchOptions, stop: Stop, notify: Callable[[str], None]) -> Iterator[Entry]:
     since = options.since if options.since is not None else _ONCE_S if options.once else 0.0
     begin = time.time() - since
     told: dict[Key, None] = {}
@@ -93,7 +93,7 @@ def _findings(options: Watch, stop: Stop, notify: Callable[[str], None]) -> Iter
             _wait(stop)
 
 
-def _ask(client: DaemonClient, options: Watch, begin: float) -> Iterator[Entry]:
+def _ask(client: DaemonClient, options: WatchOptions, begin: float) -> Iterator[Entry]:
     for kind in dict.fromkeys(options.kinds) or NEWS:
         since = max(0.0, time.time() - begin)
         answer = client.news(kind, since=since, unseen=options.unseen, limit=_AT_ONCE)
@@ -133,7 +133,7 @@ def _wait(stop: Stop) -> None:
         time.sleep(min(left, 0.1))
 
 
-def _printer(options: Watch) -> Callable[[Entry], None]:
+def _printer(options: WatchOptions) -> Callable[[Entry], None]:
     def put(one: Entry) -> None:
         if options.journal:
             print(f"<{_WARNING}>{line_of(one)}", file=sys.stderr, flush=True)

@@ -7,16 +7,16 @@ import json
 import threading
 from typing import Any
 
-from hunter.show.rates import FlowRate, Meter, ProcessRate
+from hunter.show.rates import FlowRate, ProcessRate, TrafficMeter
 from hunter.top.state import State
 
-__all__ = ["Live"]
+__all__ = ["LiveRates"]
 
 _FLOWS = 500
 """Flows of one process that an answer holds: those with the highest rate."""
 
 
-class Live:
+class LiveRates:
     """Rates that one thread takes each second, and that others read."""
 
     def __init__(self, state: State) -> None:
@@ -62,7 +62,7 @@ class Live:
         }
 
 
-def _rates(meter: Meter) -> dict[str, float]:
+def _rates(meter: TrafficMeter) -> dict[str, float]:
     return {
         "sent": round(meter.sent_rate),
         "received": round(meter.received_rate),

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from hunter.web.live import Live
+from hunter.web.live import LiveRates
 from nlproto import Error, UsageError
 from nlproto.client.client import DaemonClient
 
@@ -49,7 +49,7 @@ class PageServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, port: int, path: str, live: Live) -> None:
+    def __init__(self, port: int, path: str, live: LiveRates) -> None:
         self.path = path
         self.live = live
         self.secret = secrets.token_urlsafe(24)

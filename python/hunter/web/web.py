@@ -6,12 +6,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from hunter.cli.options import Web
+from hunter.cli.options import WebOptions
 from hunter.cli.signals import Stop
-from hunter.show.names import Names
+from hunter.show.names import HostNames
 from hunter.sources.source_daemon import DaemonSource
 from hunter.top.state import State
-from hunter.web.live import Live
+from hunter.web.live import LiveRates
 from hunter.web.server import PageServer
 from nlproto.filters.filter import EVERYTHING
 
@@ -20,13 +20,13 @@ __all__ = ["run"]
 _TICK_S = 1.0
 
 
-def run(options: Web, stop: Stop, notify: Callable[[str], None]) -> None:
+def run(options: WebOptions, stop: Stop, notify: Callable[[str], None]) -> None:
     """Serve the page until a signal comes. Raises Error.
 
     It shows what the daemon shows to this user: the rights are those of the UNIX socket.
     """
-    with DaemonSource(options.socket, EVERYTHING, notify) as source, Names() as known:
-        live = Live(State(source, known))
+    with DaemonSource(options.socket, EVERYTHING, notify) as source, HostNames() as known:
+        live = LiveRates(State(source, known))
         with PageServer(options.port, options.socket, live) as server:
             print(server.url, flush=True)
             notify("the address has a secret: who has it sees what you see. Ctrl-C ends it")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from hunter.cli.options import Who
+from hunter.cli.options import WhoOptions
 from nlproto.filters.nodes import container_names, matcher
 
 __all__ = ["asks_for_place", "in_place"]
@@ -14,13 +14,13 @@ __all__ = ["asks_for_place", "in_place"]
 Entry = Mapping[str, Any]
 
 
-def asks_for_place(options: Who) -> bool:
+def asks_for_place(options: WhoOptions) -> bool:
     """Return whether the answer must go through in_place()."""
     return any(one is not None for one in (options.unit, options.container, options.pod))
 
 
 def in_place(
-    answer: Mapping[str, Any], options: Who, notify: Callable[[str], None]
+    answer: Mapping[str, Any], options: WhoOptions, notify: Callable[[str], None]
 ) -> dict[str, Any]:
     """Return the answer without what runs elsewhere; `notify` is told if not all was looked at."""
     for what, total, found in (
@@ -44,7 +44,7 @@ def _any_of(keys: set[tuple[int, int]], some: Iterable[Entry]) -> bool:
     return any((one["pid"], one["start_ns"]) in keys for one in some)
 
 
-def _runs_there(process: Entry, options: Who) -> bool:
+def _runs_there(process: Entry, options: WhoOptions) -> bool:
     """As the filter words unit, container and pod take it."""
     unit, pod = process.get("unit", ""), process.get("pod", "")
     container, name = process.get("container", ""), process.get("container_name", "")

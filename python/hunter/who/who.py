@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hunter.cli.options import Who
+from hunter.cli.options import WhoOptions
 from hunter.show.console import Output
 from hunter.who.behind import add_behind
 from hunter.who.places import asks_for_place, in_place
@@ -26,7 +26,7 @@ _WAIT_S = 10.0  # for the first look of a daemon that has just started
 _ASK_AGAIN_S = 0.2
 
 
-def run(options: Who, notify: Callable[[str], None]) -> None:
+def run(options: WhoOptions, notify: Callable[[str], None]) -> None:
     """Ask the daemon, or the kernel's own tables when there is none; print.
 
     Raises Error, and SystemExit(1) when nobody was found.
@@ -61,7 +61,7 @@ def run(options: Who, notify: Callable[[str], None]) -> None:
         raise SystemExit(1)
 
 
-def _ask(client: DaemonClient, options: Who) -> dict[str, Any]:
+def _ask(client: DaemonClient, options: WhoOptions) -> dict[str, Any]:
     """A daemon that has just started is asked again until it has seen the kernel's tables once."""
     limit = options.limit
     if options.by or asks_for_place(options):

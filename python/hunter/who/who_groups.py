@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from hunter.cli.options import Who
+from hunter.cli.options import WhoOptions
 from hunter.show import names
 from hunter.show.console import Row, put
 from hunter.show.programs import place
@@ -56,7 +56,7 @@ class _Group:
         self.last = max(self.last or flow["last"], flow["last"])
 
 
-def summed(answer: Mapping[str, Any], options: Who) -> dict[str, Any]:
+def summed(answer: Mapping[str, Any], options: WhoOptions) -> dict[str, Any]:
     """Return the sums of op "who"'s reply: most bytes first, then most sockets."""
     processes = {(one["tgid"], one["start_ns"]): one for one in answer["processes"]}
     groups: dict[str, _Group] = {}
@@ -100,7 +100,7 @@ def summed(answer: Mapping[str, Any], options: Who) -> dict[str, Any]:
     }
 
 
-def _name(entry: Entry, process: Entry | None, options: Who) -> str | None:
+def _name(entry: Entry, process: Entry | None, options: WhoOptions) -> str | None:
     """What the group is called; "" for what has no such thing, None: it belongs to no group."""
     known = process or {}
     match options.by:
@@ -122,7 +122,9 @@ def _name(entry: Entry, process: Entry | None, options: Who) -> str | None:
             return f"{entry['proto']} {remote if local is None else local}"
 
 
-def show_groups(answer: Mapping[str, Any], console: Console, now: float, options: Who) -> None:
+def show_groups(
+    answer: Mapping[str, Any], console: Console, now: float, options: WhoOptions
+) -> None:
     """Print the sums as a table."""
     sums = summed(answer, options)
     rows: list[Row] = []

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hunter.cli.options import Who
+from hunter.cli.options import WhoOptions
 from nlproto import NoPrivilege, UsageError
 from nlproto.host import netns, procfs
 from nlproto.host.containers import UNKNOWN, ContainerFiles
@@ -23,7 +23,7 @@ __all__ = ["owners_now"]
 _PROTOS = {name: number for number, name in wire.PROTO_NAMES.items()}
 
 
-def owners_now(options: Who) -> dict[str, Any]:
+def owners_now(options: WhoOptions) -> dict[str, Any]:
     """Return what op "who" of the daemon does, as far as the kernel's tables tell.
 
     `options`: port, proto, host, pid, pname, and whether it must listen. Raises UsageError.
@@ -74,7 +74,7 @@ def _sockets() -> np.ndarray:
 def _owner(
     one: np.void,
     holders: Holders,
-    options: Who,
+    options: WhoOptions,
     processes: dict[int, dict[str, Any]],
     files: ContainerFiles,
 ) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from hunter.cli.options import Who
+from hunter.cli.options import WhoOptions
 from hunter.show import names
 from hunter.show.console import Row, put
 from hunter.show.programs import label, place, programs
@@ -34,7 +34,7 @@ def show(
     answer: Mapping[str, Any],
     console: Console,
     now: float,
-    options: Who,
+    options: WhoOptions,
     remembers: bool = True,
 ) -> None:
     """Print the reply of op "who"; `now` is Unix time, `remembers`: it came from a daemon."""
@@ -162,7 +162,7 @@ class _Nat:
         return f"{next(iter(found))[0]}.{_port({port for _, port in found})}" if found else ""
 
 
-def nat_key(one: Entry, options: Who) -> tuple[Any, ...]:
+def nat_key(one: Entry, options: WhoOptions) -> tuple[Any, ...]:
     """What tells rows apart: the addresses, and the port that says what is talked about."""
     if one.get("nat_local") is None:
         return ()
@@ -203,7 +203,7 @@ def service_of(lport: int, rport: int | None, asked: int | None) -> tuple[int | 
 
 
 def _now_rows(
-    owners: Sequence[Entry], processes: Mapping[tuple[int, int], Entry], options: Who
+    owners: Sequence[Entry], processes: Mapping[tuple[int, int], Entry], options: WhoOptions
 ) -> list[Row]:
     """A row for each owner, far host and state."""
     sums: dict[tuple[Any, ...], tuple[Entry, _Ends, set[tuple[Any, ...]], _Nat]] = {}
@@ -287,7 +287,7 @@ class _Sum:
 def _seen_rows(
     flows: Sequence[Entry],
     processes: Mapping[tuple[int, int], Entry],
-    options: Who,
+    options: WhoOptions,
     now: float,
 ) -> list[Row]:
     """A row for each program, far host and service, newest first."""

@@ -238,7 +238,7 @@ class Object:
 
     def __init__(self, path: Path) -> None:
         self._library = _open_library()
-        self._links: list[Any] = []
+        self._links: dict[str, Any] = {}
         self._handle = self._library.bpf_object__open_file(os.fsencode(path), _ffi.NULL)
         if self._handle == _ffi.NULL:
             why = os.strerror(_ffi.errno)
@@ -286,7 +286,8 @@ class Object:
     def attach(self, name: str, cgroup: int | None = None) -> None:
         """Attach a program until close(); raises OSError."""
         program = self.programs[name]
-        self._links.append(program.attach() if cgroup is None else program.attach_cgroup(cgroup))
+        link = program.attach() if cgroup is None else program.attach_cgroup(cgroup)
+        self._links[name] = link
 
     def iterate(self, name: str) -> None:
         """Run an iterator's program over everything once; raises OSError."""
@@ -300,14 +301,16 @@ class Object:
         finally:
             self._library.bpf_link__destroy(link)
 
-    def detach(self) -> None:
-        """End all links."""
-        while self._links:
-            self._library.bpf_link__destroy(self._links.pop())
+    def detach(self, name: str) -> None:
+        """End a program's link, if it has one."""
+        link = self._links.pop(name, None)
+        if link is not None:
+            self._library.bpf_link__destroy(link)
 
     def close(self) -> None:
         """Unload programs and maps."""
-        self.detach()
+        for name in list(self._links):
+            self.detach(name)
         if self._handle != _ffi.NULL:
             self._library.bpf_object__close(self._handle)
             self._handle = _ffi.NULL

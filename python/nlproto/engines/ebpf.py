@@ -7,6 +7,7 @@ is open and go with this process, however it ends.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import select
 import struct
@@ -58,6 +59,7 @@ _COUNTERS = np.dtype(
     + [(name, "u8") for name in ("events_lost", "linked", "linked_calls")]
     + [("unused", "u8", 5)]  # what programs note for themselves
 )
+_BYTES = "bytes_"  # programs of a cgroup that run only while first bytes are wanted
 # Called where packets come in, each in two programs or without harm when left out.
 _TWICE = {"in_filter", "in_filter_again", "in_queue4", "in_queue6"}
 
@@ -142,12 +144,13 @@ class EbpfEngine:
     def _attach(self) -> None:
         self._attached: list[str] = []
         self._refused: list[str] = []
+        self._reads_bytes = [name for name in self._object.programs if name.startswith(_BYTES)]
         with root_cgroup() as root:
             for name, program in self._object.programs.items():
                 cgroup = program.section.startswith(CGROUP)
                 body = name.startswith("body_")  # called by others
                 traced = program.section.startswith(TRACED) and not body
-                if program.fd < 0 or not (cgroup or traced):
+                if program.fd < 0 or name in self._reads_bytes or not (cgroup or traced):
                     continue
                 try:
                     self._object.attach(name, root if cgroup else None)
@@ -284,8 +287,20 @@ class EbpfEngine:
 
     def want_first_bytes(self, wanted: bool) -> bool:
         """See Engine."""
+        if wanted != bool(self._wish[0]):
+            self._attach_readers(wanted)
         self._wish[0] = wanted
         return True
+
+    def _attach_readers(self, wanted: bool) -> None:
+        """Those of packets that are not in one piece, whose first bytes are else missing."""
+        if not wanted:
+            for name in self._reads_bytes:
+                self._object.detach(name)
+            return
+        with contextlib.suppress(OSError, NoBpf), root_cgroup() as root:
+            for name in self._reads_bytes:
+                self._object.attach(name, root)
 
     def want_packets(self, wanted: bool) -> None:
         """There is nothing else to be had."""

@@ -16,7 +16,7 @@ from nlproto.host.sockdiag import TcpState
 from nlproto.host.socket_lookup import SocketLookup, Tuple, tuple_of_socket
 from nlproto.records.clock import Clock
 
-__all__ = ["Listener", "Listeners"]
+__all__ = ["PastListener", "Listeners"]
 
 _MOMENT_NS = 20_000_000  # in which hardly anybody takes a listener's place
 _FRESH_NS = 20_000_000  # how long the holders of a listener are taken as known
@@ -26,7 +26,7 @@ _Local = tuple[int, bytes, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Listener:
+class PastListener:
     """Who listened at an end."""
 
     inode: int
@@ -61,7 +61,7 @@ class Listeners:
         self._by_local: dict[_Local, _End] = {}
         self._acceptors: dict[int, int] = {}
 
-    def of(self, one: Tuple, began_ns: int, row: np.void | None = None) -> Listener | None:
+    def of(self, one: Tuple, began_ns: int, row: np.void | None = None) -> PastListener | None:
         """Return who can have accepted `one`, which began at `began_ns` (0: not known).
 
         None when nobody listens, or when all who do came later. `row`: what listens there
@@ -84,14 +84,14 @@ class Listeners:
         acceptor = self._acceptors.get(inode)
         chosen = next((o for o in there if o.identity.tgid == acceptor), there[0])
         sure = not began_ns or end.first_ns - began_ns < _MOMENT_NS
-        return Listener(inode, chosen, len(end.owners) > 1, sure)
+        return PastListener(inode, chosen, len(end.owners) > 1, sure)
 
     def likely(self, one: Tuple) -> tuple[int, ...]:
         """Return the processes that listened at this end when it was asked about last."""
         end = self._by_local.get((one.family, one.local, one.lport))
         return tuple(owner.identity.tgid for owner in end.owners) if end is not None else ()
 
-    def accepted(self, listener: Listener, owner: Owner) -> None:
+    def accepted(self, listener: PastListener, owner: Owner) -> None:
         """Learn who has what `listener` gave: the likely one of several that can accept."""
         if listener.shared:
             if len(self._acceptors) >= _LIMIT:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nlproto.engines.listeners import Listener, Listeners
+from nlproto.engines.listeners import Listeners, PastListener
 from nlproto.host import procfs
 from nlproto.host.holders import Holders
 from nlproto.host.procfs import Owner
@@ -64,7 +64,7 @@ class _Connection:
     """Whether this end answered the SYN with a reset: nobody listened."""
     owned: bool = False
     """Whether its own socket was found with an owner."""
-    listener: Listener | None = None
+    listener: PastListener | None = None
     """Who listened when it began."""
 
 

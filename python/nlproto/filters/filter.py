@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nlproto.filters.nodes import Chain, Node
-from nlproto.filters.view import KnownProcesses, View
+from nlproto.filters.view import FilterView, KnownProcesses
 
 __all__ = ["EVERYTHING", "Filter"]
 
@@ -41,7 +41,7 @@ class Filter:
             return np.ones(len(records), bool)
         if not len(records):
             return np.zeros(0, bool)
-        return self.root.mask(View(records, details))
+        return self.root.mask(FilterView(records, details))
 
     def __and__(self, other: Filter) -> Filter:
         """Return the filter that wants both."""

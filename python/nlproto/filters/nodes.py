@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nlproto.filters.view import ProcessLike, View
+from nlproto.filters.view import FilterView, ProcessLike
 from nlproto.filters.words import NAME_COST, quote
 from nlproto.records import wire
 
@@ -43,7 +43,7 @@ _COMM_MAX = int(wire.lib.SNIFFER_COMM_LEN) - 1
 class Node(Protocol):
     """One test, or several joined."""
 
-    def mask(self, view: View) -> np.ndarray:
+    def mask(self, view: FilterView) -> np.ndarray:
         """Return a mask: one bool for each record of `view`."""
         ...
 
@@ -71,7 +71,7 @@ class Chain:
         """See Node."""
         return self.first.cost + sum(node.cost for _, node in self.rest)
 
-    def mask(self, view: View) -> np.ndarray:
+    def mask(self, view: FilterView) -> np.ndarray:
         """See Node."""
         result = self.first.mask(view)
         for word, node in self.rest:
@@ -98,7 +98,7 @@ class Not:
         """See Node."""
         return self.node.cost
 
-    def mask(self, view: View) -> np.ndarray:
+    def mask(self, view: FilterView) -> np.ndarray:
         """See Node."""
         return ~self.node.mask(view)
 
@@ -120,7 +120,7 @@ class Equal:
         """See Node."""
         return 1
 
-    def mask(self, view: View) -> np.ndarray:
+    def mask(self, view: FilterView) -> np.ndarray:
         """See Node."""
         column = view.column(self.field)
         if len(self.values) == 1:
@@ -166,7 +166,7 @@ class Ports:
         """See Node."""
         return 1
 
-    def mask(self, view: View) -> np.ndarray:
+    def mask(self, view: FilterView) -> np.ndarray:
         """See Node."""
         ends, join = _SIDES[self.side]
         found = _join(join, [self._end(view.column(f"{end}port")) for end in ends])
@@ -200,7 +200,7 @@ class Net:
         """See Node."""
         return 1
 
-    def mask(self, view: View) -> np.ndarray:
+    def mask(self, view: FilterView) -> np.ndarray:
         """See Node."""
         ends, join = _SIDES[self.side]
         family = socket.AF_INET if self.net.version == 4 else socket.AF_INET6
@@ -236,7 +236,7 @@ class Length:
         """See Node."""
         return 1
 
-    def mask(self, view: View) -> np.ndarray:
+    def mask(self, view: FilterView) -> np.ndarray:
         """See Node."""
         sizes = view.column("len")
         result: np.ndarray = sizes <= self.bytes if self.word == "less" else sizes >= self.bytes
@@ -260,7 +260,7 @@ class OwnerTest:
         """See Node."""
         return NAME_COST
 
-    def mask(self, view: View) -> np.ndarray:
+    def mask(self, view: FilterView) -> np.ndarray:
         """See Node."""
         places, belongs, processes = view.processes
         wanted = (self.is_wanted(*one) for one in processes)
@@ -300,8 +300,8 @@ class OwnerTest:
         """The kernel keeps 15 bytes of a name; a longer one is settled by the executable."""
         if program or len(comm) + 1 > len(self.name):
             return False
-        name = self.name.encode()
-        return len(name) > _COMM_MAX and comm.encode() == name[:_COMM_MAX]
+        name = self.name.encode("utf-8", "backslashreplace")  # a shell's bytes may be no UTF-8
+        return len(name) > _COMM_MAX and comm.encode("utf-8", "replace") == name[:_COMM_MAX]
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +319,7 @@ class DomainTest:
         """See Node."""
         return NAME_COST
 
-    def mask(self, view: View) -> np.ndarray:
+    def mask(self, view: FilterView) -> np.ndarray:
         """See Node."""
         verdicts = {domain: self.is_wanted(domain) for domain in set(view.domains)}
         return np.fromiter((verdicts[one] for one in view.domains), bool, len(view))

@@ -12,7 +12,7 @@ import numpy as np
 from nlproto.records import wire
 from nlproto.tables.column_table import mix, random_seed
 
-__all__ = ["KnownProcesses", "ProcessLike", "View"]
+__all__ = ["KnownProcesses", "ProcessLike", "FilterView"]
 
 _SEED = random_seed()
 
@@ -90,7 +90,7 @@ class _Names(Protocol):
         ...
 
 
-class View:
+class FilterView:
     """The records that a filter looks at; what several tests need is made once."""
 
     def __init__(self, records: np.ndarray, details: KnownProcesses | None) -> None:

@@ -15,7 +15,16 @@ from nlproto.errors import Error, NoPrivilege
 from nlproto.records.wire import dtype_of
 from nlproto.running.closing import Closing
 
-__all__ = ["ALL_STATES", "HOST_SOCKET", "MAPPED", "DiagSocket", "SockDiag", "TcpState", "refused"]
+__all__ = [
+    "ALL_STATES",
+    "ANY",
+    "HOST_SOCKET",
+    "MAPPED",
+    "DiagSocket",
+    "SockDiag",
+    "TcpState",
+    "refused",
+]
 
 NETLINK_SOCK_DIAG = 4
 PATIENCE_S = 5.0
@@ -23,7 +32,8 @@ PATIENCE_S = 5.0
 _BUFFER = 64 << 10
 MAPPED = bytes(10) + b"\xff\xff"
 """What stands before an IPv4 address in an IPv6 socket (::ffff:a.b.c.d)."""
-_ANY = bytes(16)
+ANY = bytes(16)
+"""No address, of either family."""
 ALL_STATES = 0xFFFFFFFF
 
 HOST_SOCKET = dtype_of("host_socket", ffi)
@@ -76,9 +86,9 @@ class DiagSocket(Closing):
         family: int,
         proto: int,
         dump: bool,
-        local: bytes = _ANY,
+        local: bytes = ANY,
         lport: int = 0,
-        remote: bytes = _ANY,
+        remote: bytes = ANY,
         rport: int = 0,
         ifindex: int = 0,
         states: int = ALL_STATES,
@@ -153,7 +163,7 @@ class SockDiag(DiagSocket):
         family: int,
         local: bytes,
         lport: int,
-        remote: bytes = _ANY,
+        remote: bytes = ANY,
         rport: int = 0,
         ifindex: int = 0,
     ) -> np.void | None:

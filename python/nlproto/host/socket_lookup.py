@@ -10,7 +10,7 @@ import numpy as np
 
 from nlproto.errors import NoPrivilege
 from nlproto.host import procfs
-from nlproto.host.sockdiag import ALL_STATES, HOST_SOCKET, MAPPED, SockDiag, TcpState
+from nlproto.host.sockdiag import ALL_STATES, ANY, HOST_SOCKET, MAPPED, SockDiag, TcpState
 from nlproto.running.budget import Budget
 
 __all__ = ["ANY", "SocketLookup", "Tuple", "mapped", "tuple_of_socket"]
@@ -19,7 +19,6 @@ _TABLE_SHARE, _TABLE_SAVED_NS = 4, 500_000_000  # of the time, for reading /proc
 _BOUND_NS = 200_000_000  # how long the sockets of a port are taken as known
 _RIVALS_NS = 10_000_000  # and where it matters that another one may have come
 _BOUND_LIMIT = 1024  # ports
-ANY = bytes(16)
 
 
 @dataclass(frozen=True, slots=True)

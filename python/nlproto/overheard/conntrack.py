@@ -28,7 +28,7 @@ from nlproto.kernel.netlink import (
 )
 from nlproto.kernel.sockfilter import AD, assemble, attach
 
-__all__ = ["Connections", "Event", "is_there"]
+__all__ = ["Conntrack", "Event", "is_there"]
 
 NETLINK_NETFILTER = 12
 _NEW_GROUP, _DESTROY_GROUP = 1, 3
@@ -101,7 +101,7 @@ def _translated_only() -> list[tuple[int, int, int, int]]:
     )
 
 
-class Connections:
+class Conntrack:
     """Events of the network namespace it is made in.
 
     Raises NoPrivilege without CAP_NET_ADMIN, Error where the kernel cannot tell.

@@ -12,7 +12,7 @@ import socket
 import struct
 from dataclasses import dataclass
 
-__all__ = ["MAX_NAME", "Answer", "Malformed", "parse", "valid_name"]
+__all__ = ["MAX_NAME", "DnsAnswer", "MalformedDns", "parse", "valid_name"]
 
 MAX_NAME = 253
 _MAX_RECORDS = 256  # looked at in one message
@@ -30,12 +30,12 @@ _NAME = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?(?:\.[a-z0-9_](?:[a-
                    r"[a-z0-9_])?)*")  # fmt: skip
 
 
-class Malformed(ValueError):
+class MalformedDns(ValueError):
     """The bytes are no answer that names addresses."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class DnsAnswer:
     """`name` is what was asked for, in lower case; `addresses` are (family, 16 bytes, TTL in s).
 
     An address that stands behind CNAMEs has the least TTL of the way to it.
@@ -50,23 +50,23 @@ def valid_name(name: str) -> bool:
     return len(name) <= MAX_NAME and _NAME.fullmatch(name) is not None
 
 
-def parse(message: bytes) -> Answer:
+def parse(message: bytes) -> DnsAnswer:
     """Return what `message` says of the one name that was asked for.
 
     A message that ends early (a fragment, a cut capture) tells what it has. Raises Malformed.
     """
     if len(message) < _HEAD.size:
-        raise Malformed("too short")
+        raise MalformedDns("too short")
     _, flags, questions, answers, _, _ = _HEAD.unpack_from(message)
     if not flags & _RESPONSE or flags & (_OPCODE | _RCODE) or questions != 1:
-        raise Malformed("no answer to one question")
+        raise MalformedDns("no answer to one question")
     try:
         asked, at = _name(message, _HEAD.size)
         kind, its_class = _QUESTION.unpack_from(message, at)
     except (IndexError, struct.error):
-        raise Malformed("ends within the question") from None
+        raise MalformedDns("ends within the question") from None
     if kind not in (_A, _AAAA, _ANY) or its_class != _IN or not asked:
-        raise Malformed("no question for an address")
+        raise MalformedDns("no question for an address")
     aliases: dict[bytes, tuple[bytes, int]] = {}
     found: list[tuple[bytes, int, bytes, int]] = []
     at += _QUESTION.size
@@ -84,16 +84,16 @@ def parse(message: bytes) -> Answer:
             if kind == _CNAME:
                 target, end = _name(message, at - size)
                 if end != at:
-                    raise Malformed("an alias that is longer than its record")
+                    raise MalformedDns("an alias that is longer than its record")
                 aliases.setdefault(owner, (target, ttl))
             elif kind in _SIZES:
                 family, length = _SIZES[kind]
                 if size != length:
-                    raise Malformed("an address of a wrong length")
+                    raise MalformedDns("an address of a wrong length")
                 found.append((owner, family, data.ljust(16, b"\0"), ttl))
     except (IndexError, struct.error):
         pass  # it ends early
-    return Answer(asked.decode("ascii"), _reached(asked, aliases, found))
+    return DnsAnswer(asked.decode("ascii"), _reached(asked, aliases, found))
 
 
 def _reached(
@@ -127,11 +127,11 @@ def _name(message: bytes, at: int) -> tuple[bytes, int]:
             target = (length & 0x3F) << 8 | message[at + 1]
             behind = at + 2 if behind < 0 else behind
             if target >= least:
-                raise Malformed("a pointer that does not lead backwards")
+                raise MalformedDns("a pointer that does not lead backwards")
             at = least = target
             continue
         if length & 0xC0:
-            raise Malformed("an unknown kind of label")
+            raise MalformedDns("an unknown kind of label")
         at += 1
         if not length:
             return b".".join(labels), at if behind < 0 else behind
@@ -140,7 +140,7 @@ def _name(message: bytes, at: int) -> tuple[bytes, int]:
             raise IndexError
         size += length + 1
         if size > MAX_NAME + 1 or _LABEL.fullmatch(label) is None:
-            raise Malformed("a name that no host has")
+            raise MalformedDns("a name that no host has")
         labels.append(label)
         at += length
-    raise Malformed("a name without an end")
+    raise MalformedDns("a name without an end")

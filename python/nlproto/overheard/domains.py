@@ -21,8 +21,8 @@ from typing import Protocol
 
 import numpy as np
 
-from nlproto.overheard.dns import Answer
-from nlproto.overheard.names import SEPARATOR, Names
+from nlproto.overheard.dns import DnsAnswer
+from nlproto.overheard.names import SEPARATOR, NumberedNames
 from nlproto.records.ends import FlowKey, Way
 from nlproto.records.wire import among
 from nlproto.tables.column_table import mix, random_seed
@@ -98,7 +98,7 @@ class SeenFlows:
 class Domains:
     """Fed and asked in one thread; number_of() in any. `names` keeps the texts."""
 
-    def __init__(self, names: Names, beginnings: Beginnings | None = None) -> None:
+    def __init__(self, names: NumberedNames, beginnings: Beginnings | None = None) -> None:
         self.names = names
         self.beginnings: Beginnings = SeenFlows() if beginnings is None else beginnings
         self.evicted = 0
@@ -106,7 +106,7 @@ class Domains:
         self._asked: dict[tuple[int, int, int, bytes], tuple[int, list[_Asked]]] = {}
         self._by_user: dict[int, OrderedDict[tuple[int, int, int, bytes], None]] = {}
         self._resolved: OrderedDict[tuple[int, int, bytes], list[_Asked]] = OrderedDict()
-        self._waiting: OrderedDict[Way, list[tuple[Answer, int]]] = OrderedDict()
+        self._waiting: OrderedDict[Way, list[tuple[DnsAnswer, int]]] = OrderedDict()
         self._askers: OrderedDict[Way, _Asker] = OrderedDict()
         self._sent: OrderedDict[int, None] = OrderedDict()
         self._hellos: OrderedDict[Way, tuple[str, int]] = OrderedDict()
@@ -119,7 +119,7 @@ class Domains:
 
     # What is heard
 
-    def add_answer(self, way: Way, answer: Answer, time_ns: int) -> None:
+    def add_answer(self, way: Way, answer: DnsAnswer, time_ns: int) -> None:
         """The server at the remote end of `way` answered."""
         if not answer.addresses:
             return
@@ -137,7 +137,7 @@ class Domains:
         self._hellos[way] = name, time_ns
         _bound(self._hellos, _WAITING)
 
-    def _keep(self, asker: _Asker, answer: Answer, time_ns: int) -> None:
+    def _keep(self, asker: _Asker, answer: DnsAnswer, time_ns: int) -> None:
         for family, raw, ttl in answer.addresses:
             lasts_ns = ttl * 1_000_000_000 if asker.tgid else 0
             until_ns = time_ns + lasts_ns + _GRACE_NS

@@ -22,9 +22,9 @@ from nlproto.host import netns
 from nlproto.overheard import conntrack, dns, hello
 from nlproto.overheard.domains import Beginnings, Domains
 from nlproto.overheard.live import LiveEnds
-from nlproto.overheard.names import Names
-from nlproto.overheard.streams import Streams
-from nlproto.overheard.tap import Packet, Tap
+from nlproto.overheard.names import NumberedNames
+from nlproto.overheard.streams import TcpStreams
+from nlproto.overheard.tap import Tap, TappedPacket
 from nlproto.overheard.translations import LIMIT, Translations
 from nlproto.records.ends import Way
 from nlproto.running.budget import Budget
@@ -56,7 +56,7 @@ class _Place:
     def __init__(self, inode: int, names: str, nat: bool, own: bool = False) -> None:
         self.inode = inode
         self.taps: list[Tap] = []
-        self.connections: conntrack.Connections | None = None
+        self.connections: conntrack.Conntrack | None = None
         self.refused = ""
         """Why nothing is told of what NAT does."""
         self.known: tuple[list[conntrack.Event], bool] = [], False
@@ -84,7 +84,7 @@ class _Place:
 
     def _hear_nat(self, receive_bytes: int) -> None:
         try:
-            self.connections = conntrack.Connections(receive_bytes)
+            self.connections = conntrack.Conntrack(receive_bytes)
             self.known = self.connections.read_known(LIMIT)
             self.known_ns = time.monotonic_ns()
         except Error as error:
@@ -113,7 +113,7 @@ class Overheard:
         self._notify = notify
         self._listen_to = listen_to
         self._nat = conntrack.is_there()
-        self.names = Names()
+        self.names = NumberedNames()
         self.domains = Domains(self.names, beginnings)
         self.translations = Translations(self._owner_of)
         self.ends = LiveEnds(self.domains, self.translations)
@@ -121,13 +121,13 @@ class Overheard:
         self._places: dict[int, _Place] = {}
         self._told = ""
         self._looked_ns = time.monotonic_ns()
-        self._events: dict[int, tuple[_Place, conntrack.Connections]] = {}
+        self._events: dict[int, tuple[_Place, conntrack.Conntrack]] = {}
         self._taps: dict[int, tuple[_Place, Tap]] = {}
         self._poll = select.poll()
         self._own = netns.own()
         self._others: CapturedNamespaces[_Place] = CapturedNamespaces(self._open, self._own, notify)
-        self._answers: Streams = Streams(256, _PREFIX + 65535)
-        self._hellos: Streams = Streams(256, hello.MAX_HELLO + 4096)
+        self._answers: TcpStreams = TcpStreams(256, _PREFIX + 65535)
+        self._hellos: TcpStreams = TcpStreams(256, hello.MAX_HELLO + 4096)
         self._budget = Budget(_SHARE, _SAVED_NS, time.thread_time_ns)
         self._events_budget = Budget(_EVENTS_SHARE, _SAVED_NS, time.thread_time_ns)
         self._failures = Failures("names of far ends")
@@ -230,7 +230,7 @@ class Overheard:
             except Error as error:
                 self._notify(str(error))
 
-    def _read_events(self, place: _Place, connections: conntrack.Connections) -> None:
+    def _read_events(self, place: _Place, connections: conntrack.Conntrack) -> None:
         began = time.monotonic_ns()
         events = list(connections.read(_EVENTS_AT_ONCE))
         now = time.monotonic_ns()
@@ -284,7 +284,7 @@ class Overheard:
                 with self._events_budget.spend():
                     self._attempt(self._look_at_all, place, connections)
 
-    def _look_at_all(self, place: _Place, connections: conntrack.Connections) -> None:
+    def _look_at_all(self, place: _Place, connections: conntrack.Conntrack) -> None:
         began = time.monotonic_ns()
         place.doubts = False
         place.look_ns = began + _OLDER_NS
@@ -296,16 +296,16 @@ class Overheard:
 
     def _attempt(
         self,
-        action: Callable[[_Place, conntrack.Connections], None],
+        action: Callable[[_Place, conntrack.Conntrack], None],
         place: _Place,
-        connections: conntrack.Connections,
+        connections: conntrack.Conntrack,
     ) -> None:
         try:
             action(place, connections)
         except Exception as error:
             self._failures.add(error)
 
-    def _heard(self, inode: int, packet: Packet) -> None:
+    def _heard(self, inode: int, packet: TappedPacket) -> None:
         near, far = (packet.target, packet.dport), (packet.source, packet.sport)
         if packet.sport != 53:
             way: Way = (inode, packet.proto, packet.family, *far, *near)
@@ -320,10 +320,10 @@ class Overheard:
     def _answer(self, way: Way, message: bytes, time_ns: int) -> None:
         try:
             self.domains.add_answer(way, dns.parse(message), time_ns)
-        except dns.Malformed:
+        except dns.MalformedDns:
             self.malformed += 1
 
-    def _stream(self, way: Way, packet: Packet) -> None:
+    def _stream(self, way: Way, packet: TappedPacket) -> None:
         if packet.flags & _SYN:
             self._answers.begin(way, packet.seq + 1)
         elif packet.flags & _RST:
@@ -338,7 +338,7 @@ class Overheard:
                 del data[: _PREFIX + size]
                 self._answer(way, message, packet.time_ns)
 
-    def _hello(self, way: Way, packet: Packet) -> None:
+    def _hello(self, way: Way, packet: TappedPacket) -> None:
         if way not in self._hellos:
             if not packet.payload.startswith(b"\x16\x03"):
                 return

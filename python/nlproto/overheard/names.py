@@ -10,7 +10,7 @@ import threading
 from _blake2 import blake2b  # hashlib would load OpenSSL: 3.5 MB of memory
 from collections import OrderedDict
 
-__all__ = ["SEPARATOR", "Names", "is_of_resolver", "number_of"]
+__all__ = ["SEPARATOR", "NumberedNames", "is_of_resolver", "number_of"]
 
 SEPARATOR = "|"
 """Between names of which a resolver was asked all: nobody knows which one is meant."""
@@ -28,7 +28,7 @@ def number_of(name: str, of_resolver: bool = False) -> int:
     return (number or 2) | of_resolver
 
 
-class Names:
+class NumberedNames:
     """The last `limit` names used. Thread-safe."""
 
     def __init__(self, limit: int = _LIMIT) -> None:

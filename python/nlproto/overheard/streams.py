@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-__all__ = ["Streams"]
+__all__ = ["TcpStreams"]
 
 _SEGMENTS = 32  # of one stream, that wait for one before them
 _WRAP = 1 << 32
@@ -20,7 +20,7 @@ class _Stream:
     early: dict[int, bytes] = field(default_factory=dict)
 
 
-class Streams:
+class TcpStreams:
     """At most `limit` streams of `most` bytes each; the one that was silent longest goes."""
 
     def __init__(self, limit: int, most: int) -> None:

@@ -19,7 +19,7 @@ from nlproto.errors import Error, NoPrivilege
 from nlproto.kernel.sockfilter import AD, assemble, attach
 from nlproto.records.clock import Clock
 
-__all__ = ["Packet", "Tap"]
+__all__ = ["TappedPacket", "Tap"]
 
 SOL_PACKET = 263
 PACKET_RX_RING, PACKET_STATISTICS, PACKET_VERSION, PACKET_IGNORE_OUTGOING = 5, 6, 10, 23
@@ -119,7 +119,7 @@ def _tls() -> list[tuple[int, int, int, int]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Packet:
+class TappedPacket:
     """One packet of TCP or UDP; addresses are a record's 16 bytes, `time_ns` CLOCK_MONOTONIC."""
 
     time_ns: int
@@ -183,7 +183,7 @@ class Tap:
         self._map.close()
         self._socket.close()
 
-    def read(self, most: int) -> Iterator[Packet]:
+    def read(self, most: int) -> Iterator[TappedPacket]:
         """Yield up to `most` packets that are there."""
         clock = Clock.now()
         for _ in range(most):
@@ -206,7 +206,7 @@ class Tap:
         return self.dropped
 
 
-def _packet(time_ns: int, data: bytes, length: int) -> Packet | None:
+def _packet(time_ns: int, data: bytes, length: int) -> TappedPacket | None:
     """`length`: of the whole packet, where `data` is cut."""
     try:
         if data[0] >> 4 == 4:
@@ -226,7 +226,7 @@ def _packet(time_ns: int, data: bytes, length: int) -> Packet | None:
     except (IndexError, struct.error):
         return None
     payload = data[begins:total]
-    return Packet(
+    return TappedPacket(
         time_ns,
         int(family),
         proto,

@@ -41,7 +41,7 @@ from nlproto.tables.flows import group, settle_opened, summarize
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import Processes
 
-__all__ = ["Names", "Pipeline", "QUEUE_BYTES"]
+__all__ = ["RecordNamer", "Pipeline", "QUEUE_BYTES"]
 
 QUEUE_BYTES = 64 << 20
 _PROCESS_BYTES = 600  # a ProcessEvent with its strings
@@ -54,7 +54,7 @@ _FLUSH_NS = 20_000_000  # SNIFFER_FLUSH_MS_DEFAULT, see TimeOrder
 log = logging.getLogger(__name__)
 
 
-class Names(Protocol):
+class RecordNamer(Protocol):
     """What names records in user space: Namer."""
 
     def name(self, records: np.ndarray) -> None:
@@ -102,7 +102,7 @@ class Pipeline:
         *,
         account: Account,
         processes: Processes,
-        namer: Names | None = None,
+        namer: RecordNamer | None = None,
         portmap: PortMap | None = None,
         queue: MessageQueue[Item] | None = None,
         on_failure: Callable[[Error], None] | None = None,

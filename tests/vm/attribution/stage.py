@@ -218,6 +218,12 @@ class Stage:
         self.keepers.append(pid)
         return Netns(pid, os.stat(f"/proc/{pid}/ns/net").st_ino)
 
+    def beside(self) -> Netns:
+        """A further namespace, behind veth: 10.9.0.1 on ve0 is here, 10.9.0.2 on ve1 there."""
+        other = self.namespace()
+        self.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
+        return other
+
     def veth(self, right: Netns, names: tuple[str, str], *addresses: tuple[str, str]) -> None:
         """Connect this namespace with another by a veth pair; pairs of addresses, with prefix.
 

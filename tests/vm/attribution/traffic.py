@@ -68,10 +68,25 @@ def udp_echo(worker: Worker, wire: Wire, family: int, count: int, host: str = ""
     sock = bound(family, UDP, host)
     claim = worker.claim(sock, exact=True)
     wire.tell(sock.getsockname()[:2])
+    send_back(worker, claim, sock, count)
+
+
+def send_back(worker: Worker, claim: str, sock: socket.socket, count: int) -> None:
+    """Send each of ``count`` datagrams back, as is claimed."""
     for _ in range(count):
         data, peer = sock.recvfrom(65536)
         sock.sendto(data, peer)
     worker.count(claim, in_=count, out=count)
+
+
+def serve(worker: Worker, claim: str, listener: socket.socket, count: int = 2) -> None:
+    """Accept ``count`` connections, one after the other, and send back what comes on them."""
+    for _ in range(count):
+        peer, _ = listener.accept()
+        worker.also(claim, peer)
+        with peer:
+            while data := peer.recv(1000):
+                peer.sendall(data)
 
 
 def udp_sender(

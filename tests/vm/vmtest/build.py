@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .kernels import UnpackedKernel, enter
 
-__all__ = ["BuildFailed", "build_module", "copy_sources", "make"]
+__all__ = ["BuildFailed", "build_module", "build_planted", "copy_sources", "make"]
 
 SOURCES = ("kmod", "shared_proto.h", "VERSION")
 
@@ -41,6 +41,25 @@ def build_module(source: Path, kernel: UnpackedKernel, cache: Path) -> Path:
             shutil.copy(tree / "kmod" / "sniffer.ko", kept / "sniffer.ko.new")
             (kept / "sniffer.ko.new").rename(kept / "sniffer.ko")
     return kept / "sniffer.ko"
+
+
+def build_planted(directory: Path, kernel: UnpackedKernel, cache: Path) -> Path:
+    """planted.ko, the bugs that a debug kernel has to find, from `directory`.
+
+    :raises BuildFailed: with the log.
+    """
+    source = directory / "planted.c"
+    key = hashlib.sha256(kernel.release.encode() + source.read_bytes()).hexdigest()[:16]
+    kept = cache / "modules" / kernel.name / key
+    if not (kept / "planted.ko").exists():
+        with tempfile.TemporaryDirectory(prefix="packet-hunter-build.") as scratch:
+            tree = Path(scratch) / "planted"
+            shutil.copytree(directory, tree)
+            make(kernel, tree, ["modules"])
+            kept.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tree / "planted.ko", kept / "planted.ko.new")
+            (kept / "planted.ko.new").rename(kept / "planted.ko")
+    return kept / "planted.ko"
 
 
 def copy_sources(source: Path, target: Path) -> None:

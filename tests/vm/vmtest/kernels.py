@@ -43,11 +43,25 @@ CONFIG_LOCALVERSION="-debug"
 CONFIG_KASAN=y
 CONFIG_KASAN_INLINE=y
 CONFIG_PROVE_LOCKING=y
+CONFIG_PROVE_RAW_LOCK_NESTING=y
+CONFIG_RCU_EXPERT=y
+CONFIG_PROVE_RCU_LIST=y
+CONFIG_DEBUG_OBJECTS=y
+CONFIG_DEBUG_OBJECTS_RCU_HEAD=y
+CONFIG_DEBUG_OBJECTS_TIMERS=y
+CONFIG_DEBUG_OBJECTS_WORK=y
 CONFIG_DEBUG_KMEMLEAK=y
 CONFIG_DEBUG_KMEMLEAK_MEM_POOL_SIZE=40000
 # CONFIG_DEBUG_KMEMLEAK_AUTO_SCAN is not set
 CONFIG_DEBUG_ATOMIC_SLEEP=y
 CONFIG_DEBUG_LIST=y
+CONFIG_SOFTLOCKUP_DETECTOR=y
+CONFIG_DETECT_HUNG_TASK=y
+CONFIG_FAULT_INJECTION=y
+CONFIG_FAILSLAB=y
+CONFIG_FAIL_PAGE_ALLOC=y
+CONFIG_FAULT_INJECTION_DEBUG_FS=y
+CONFIG_FAULT_INJECTION_STACKTRACE_FILTER=y
 CONFIG_DEBUG_INFO_NONE=y
 CONFIG_MODULES=y
 CONFIG_MODULE_UNLOAD=y
@@ -80,6 +94,106 @@ CONFIG_NFT_NAT=y
 CONFIG_NFT_MASQ=y
 CONFIG_NFT_REDIR=y
 CONFIG_NFT_REJECT=y
+CONFIG_NFT_QUEUE=y
+CONFIG_NETFILTER_NETLINK_QUEUE=y
+CONFIG_NFT_TPROXY=m
+CONFIG_NFT_SOCKET=m
+CONFIG_NET_VRF=m
+CONFIG_NET_L3_MASTER_DEV=y
+CONFIG_IP_ADVANCED_ROUTER=y
+CONFIG_IP_MULTIPLE_TABLES=y
+CONFIG_IPV6_MULTIPLE_TABLES=y
+CONFIG_CONFIGFS_FS=y
+CONFIG_KPROBE_EVENTS=y
+CONFIG_CGROUP_BPF=y
+CONFIG_MEMCG=y
+CONFIG_IPVLAN=m
+CONFIG_MACVLAN=m
+CONFIG_BRIDGE=m
+CONFIG_INET_ESP=m
+CONFIG_XFRM_USER=y
+CONFIG_TLS=m
+CONFIG_NET_IPIP=m
+CONFIG_NET_FOU=m
+CONFIG_NET_FOU_IP_TUNNELS=y
+CONFIG_IP_VS=m
+CONFIG_IP_VS_PROTO_TCP=y
+CONFIG_IP_VS_RR=m
+CONFIG_BLK_DEV_NBD=m
+CONFIG_NFS_FS=m
+CONFIG_NFS_V4=m
+CONFIG_NFSD=m
+CONFIG_NFSD_V4=y
+CONFIG_NVME_TARGET=m
+CONFIG_NVME_TARGET_TCP=m
+# CONFIG_CPU_MITIGATIONS is not set
+# CONFIG_RANDOMIZE_BASE is not set
+# CONFIG_STACKPROTECTOR is not set
+# CONFIG_IA32_EMULATION is not set
+# CONFIG_KEXEC is not set
+# CONFIG_CRASH_DUMP is not set
+# CONFIG_SWAP is not set
+# CONFIG_MICROCODE is not set
+# CONFIG_PERF_EVENTS_INTEL_UNCORE is not set
+# CONFIG_PERF_EVENTS_INTEL_RAPL is not set
+# CONFIG_PERF_EVENTS_INTEL_CSTATE is not set
+# CONFIG_PERF_EVENTS_AMD_UNCORE is not set
+# CONFIG_ACPI_AC is not set
+# CONFIG_ACPI_BATTERY is not set
+# CONFIG_ACPI_VIDEO is not set
+# CONFIG_ACPI_FAN is not set
+# CONFIG_ACPI_DOCK is not set
+# CONFIG_ACPI_THERMAL is not set
+# CONFIG_ACPI_CONTAINER is not set
+# CONFIG_HOTPLUG_PCI is not set
+# CONFIG_PCIEPORTBUS is not set
+# CONFIG_EFI_PARTITION is not set
+# CONFIG_BLK_DEV_LOOP is not set
+# CONFIG_MQ_IOSCHED_KYBER is not set
+# CONFIG_PHYLIB is not set
+# CONFIG_FIXED_PHY is not set
+# CONFIG_INPUT_MOUSE is not set
+# CONFIG_INPUT_JOYSTICK is not set
+# CONFIG_INPUT_TABLET is not set
+# CONFIG_INPUT_TOUCHSCREEN is not set
+# CONFIG_INPUT_MISC is not set
+# CONFIG_INPUT_EVDEV is not set
+# CONFIG_SERIAL_8250_EXTENDED is not set
+# CONFIG_SERIAL_NONSTANDARD is not set
+# CONFIG_HW_RANDOM is not set
+# CONFIG_I2C is not set
+# CONFIG_HWMON is not set
+# CONFIG_THERMAL is not set
+# CONFIG_WATCHDOG is not set
+# CONFIG_NEW_LEDS is not set
+# CONFIG_RTC_CLASS is not set
+# CONFIG_DMADEVICES is not set
+# CONFIG_SURFACE_PLATFORMS is not set
+# CONFIG_X86_PLATFORM_DEVICES is not set
+# CONFIG_MAILBOX is not set
+# CONFIG_IOMMU_SUPPORT is not set
+# CONFIG_EXT4_FS is not set
+# CONFIG_AUTOFS_FS is not set
+# CONFIG_AUTOFS4_FS is not set
+# CONFIG_ISO9660_FS is not set
+# CONFIG_MSDOS_FS is not set
+# CONFIG_VFAT_FS is not set
+# CONFIG_NETLABEL is not set
+# CONFIG_IP6_NF_IPTABLES is not set
+# CONFIG_IP_NF_IPTABLES is not set
+# CONFIG_CRYPTO_HW is not set
+# CONFIG_PTP_1588_CLOCK is not set
+# CONFIG_POWER_SUPPLY is not set
+# CONFIG_BACKLIGHT_CLASS_DEVICE is not set
+# CONFIG_INIT_STACK_ALL_ZERO is not set
+# CONFIG_CPU_IDLE is not set
+# CONFIG_VIRTIO_INPUT is not set
+# CONFIG_EDAC is not set
+# CONFIG_RD_BZIP2 is not set
+# CONFIG_RD_LZMA is not set
+# CONFIG_RD_LZO is not set
+# CONFIG_RD_LZ4 is not set
+CONFIG_INIT_STACK_NONE=y
 # CONFIG_DRM is not set
 # CONFIG_SOUND is not set
 # CONFIG_USB_SUPPORT is not set
@@ -91,7 +205,6 @@ CONFIG_NFT_REJECT=y
 # CONFIG_SCSI is not set
 # CONFIG_MD is not set
 CONFIG_9P_FS=y
-# CONFIG_NFS_FS is not set
 # CONFIG_SUSPEND is not set
 # CONFIG_HIBERNATION is not set
 # CONFIG_HID is not set
@@ -311,10 +424,13 @@ def _compile(kernel: Kernel, root: Path) -> None:
     script = f"""set -e
         tar -xf /usr/src/linux-source-{kernel.version}.tar.xz -C /usr/src
         cd /usr/src/linux-source-{kernel.version}
+        # fault injection by call chain: allowed on x86 from 6.2 on, with the same unwinder
+        sed -i "/^config FAULT_INJECTION_STACKTRACE_FILTER/,/help/s/depends on !X86_64//" \\
+            lib/Kconfig.debug
         make defconfig kvm_guest.config
         cat /src/debug.config >> .config
         make olddefconfig
-        make -j"$(nproc)" bzImage modules
+        make -j"$(($(nproc) + 1))" bzImage modules
         make modules_install
         release=$(make -s kernelrelease)
         cp arch/x86/boot/bzImage /boot/vmlinuz-$release

@@ -18,7 +18,8 @@ PROBLEM = re.compile(
     r"|blocked for more than|soft lockup|hard LOCKUP"
     r"|possible (circular locking|recursive locking|irq lock inversion)|inconsistent lock state"
     r"|refcount_t:|scheduling while atomic|sleeping function called from invalid context"
-    r"|KASAN|kmemleak: [1-9]|UBSAN|KCSAN|unregister_netdevice: waiting|memory leak"
+    r"|Invalid wait context|ODEBUG|KASAN|kmemleak: [1-9]|UBSAN|KCSAN"
+    r"|unregister_netdevice: waiting|memory leak"
 )
 
 # Emulation on a busy host, not a fault of the kernel or the module.

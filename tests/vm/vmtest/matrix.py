@@ -34,7 +34,7 @@ NO_EBPF = {"5.10"}
 GUEST_LOST = re.compile(r"^(the guest is gone|no answer within|QEMU did not start)", re.MULTILINE)
 FILES = {"test_module": "load", "test_attribution": "attribution", "test_unload": "unload"}
 RUNS = (
-    ("module", ("tests/vm",), FILES),
+    ("module", ("tests/vm", "--ignore=tests/vm/proof"), FILES),
     ("ebpf", ("tests/vm/test_attribution.py",), {"test_attribution": "ebpf"}),
 )
 """Engine, what is run with it, and the columns of its files."""

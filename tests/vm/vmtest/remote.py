@@ -19,7 +19,7 @@ import pytest
 
 from waiting import slowness
 
-from .build import BuildFailed, build_module
+from .build import BuildFailed, build_module, build_planted
 from .guest import BOOT_SECONDS, Guest, GuestLost
 from .kernels import KERNELS, Unavailable, cache_directory, unpack
 
@@ -31,7 +31,7 @@ HANGS_SECONDS = 240  # then the guest prints where its test is
 LOST_GUESTS = 4
 HANDED_ON = (
     *("PACKET_HUNTER_REPEAT", "PACKET_HUNTER_LOAD", "PACKET_HUNTER_STRESS"),
-    *("PACKET_HUNTER_SOCKETS", "PACKET_HUNTER_CYCLES"),
+    *("PACKET_HUNTER_SOCKETS", "PACKET_HUNTER_CYCLES", "PACKET_HUNTER_LONG"),
     *("PACKET_HUNTER_ENGINE", "PACKET_HUNTER_SOME"),
 )
 
@@ -130,18 +130,23 @@ class Remote:
         cache = cache_directory()
         kernel = unpack(KERNELS[self._kernel], cache)
         module = build_module(self._directory, kernel, cache)
+        debug = KERNELS[self._kernel].debug
+        planted = []
+        if debug:
+            bugs = build_planted(self._tests / "proof" / "planted", kernel, cache)
+            planted = [f"PACKET_HUNTER_PLANTED={bugs}"]
         worker = [
             "env",
             f"PYTHONPATH={self._tests}:{self._tests.parent}",
             "PACKET_HUNTER_KERNEL=own",
             f"PACKET_HUNTER_MODULE={module}",
+            *planted,
             *(f"{name}={os.environ[name]}" for name in HANDED_ON if name in os.environ),
             *(sys.executable, "-m", "pytest", "-p", "vmtest.worker", "-p", "no:cacheprovider"),
             *("-q", "--tb=long", "--continue-on-collection-errors"),
             *("-o", f"faulthandler_timeout={HANGS_SECONDS}"),
             *self._files,
         ]
-        debug = KERNELS[self._kernel].debug
         guest = Guest(
             kernel,
             worker,

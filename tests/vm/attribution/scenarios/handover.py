@@ -353,13 +353,18 @@ def splice_from_shared_socket(stage: Stage) -> None:
         sock = bound(V4, TCP)
         stage.worker.claim(sock, any_address=True)
         sock.connect(peer)
-        sock.sendall(b"first")
+        send_in_turns(sock, parent)
+
+
+def send_in_turns(sock: socket.socket, parent: Child) -> None:
+    """Send, and wait each time until `parent` has seen it moved."""
+    sock.sendall(b"first")
+    parent.hear()
+    for _ in range(COUNT):
+        sock.sendall(b"later")
         parent.hear()
-        for _ in range(COUNT):
-            sock.sendall(b"later")
-            parent.hear()
-        sock.close()
-        parent.join()
+    sock.close()
+    parent.join()
 
 
 def messages_told() -> bool:

@@ -192,8 +192,7 @@ def udp_connected_beside_unconnected(stage: Stage) -> None:
 def orphan_alone_in_its_namespace(stage: Stage) -> None:
     """What a process left unsent is all that its network namespace still has: its own."""
     size = 150_000
-    other = stage.namespace()
-    stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
+    other = stage.beside()
     with playing(stage):
         server = stage.spawn("server", slow_reader, size, "10.9.0.1")
         stage.spawn("orphaning", big_sender, ask(server), size, "10.9.0.2", netns=other).join()

@@ -92,8 +92,7 @@ def tcp_data_after_close(stage: Stage) -> None:
 @scenario()
 def tcp_data_after_close_behind_nat(stage: Stage) -> None:
     """The same at a service's address (as kube-proxy's), which NAT changes on the way out."""
-    other = stage.namespace()
-    stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
+    stage.beside()
     run("ip", "route", "add", "default", "via", "10.9.0.2")
     rules(
         "table ip t {"
@@ -211,8 +210,7 @@ def tcp_listener_replaced(stage: Stage) -> None:
 @scenario()
 def udp_encapsulation(stage: Stage) -> None:
     """IP in UDP (fou): the inner packets are the applications', the outer ones the kernel's."""
-    other = stage.namespace()
-    stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
+    other = stage.beside()
     run("modprobe", "fou")
     run("modprobe", "ipip")
     text = (

@@ -22,6 +22,7 @@ from ..traffic import (
     listening,
     playing,
     receive_all,
+    serve,
     tcp_client,
 )
 from ..truth import Worker
@@ -162,12 +163,7 @@ def listener_taker(worker: Worker, wire: Wire, link: socket.socket) -> None:
     wire.hear()
     claim = worker.claim(sock, any_address=True, in_=6, out=4)
     wire.tell("mine")
-    for _ in range(2):
-        peer, _ = sock.accept()
-        worker.also(claim, peer)
-        with peer:
-            while data := peer.recv(1000):
-                peer.sendall(data)
+    serve(worker, claim, sock)
 
 
 @scenario()

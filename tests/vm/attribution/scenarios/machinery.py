@@ -27,6 +27,7 @@ from ..traffic import (
     listening,
     playing,
     receive_all,
+    send_back,
     udp_echo,
     udp_sender,
 )
@@ -93,17 +94,13 @@ def busy_echo(worker: Worker, wire: Wire, host: str) -> None:
     sock.setsockopt(socket.SOL_SOCKET, SO_BUSY_POLL, 2000)
     claim = worker.claim(sock, exact=True)
     wire.tell(sock.getsockname())
-    for _ in range(COUNT):
-        data, peer = sock.recvfrom(100)
-        sock.sendto(data, peer)
-    worker.count(claim, in_=COUNT, out=COUNT)
+    send_back(worker, claim, sock, COUNT)
 
 
 @scenario()
 def busy_polling(stage: Stage) -> None:
     """Two busy-polling receivers on one queue run each other's packets: each keeps its own."""
-    other = stage.namespace()
-    stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
+    other = stage.beside()
     set_feature("ve0", ETHTOOL_SGRO, 1)
     with playing(stage):
         for _ in range(2):
@@ -180,8 +177,7 @@ def source(worker: Worker, wire: Wire, peer: tuple[str, int], size: int) -> None
 def segments_and_interface_counters(stage: Stage) -> None:
     """Wire packets and bytes of GSO and GRO records agree with the interface within 1 %."""
     size = 1_500_000
-    other = stage.namespace()
-    stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
+    other = stage.beside()
     # Segmentation in software, just before the device: it then counts wire packets.
     set_feature("ve0", ETHTOOL_STSO, 0)
     set_feature("ve0", ETHTOOL_SGRO, 1)

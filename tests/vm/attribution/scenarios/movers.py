@@ -10,6 +10,7 @@ from ..catalog import scenario
 from ..stage import Stage, Unable, Wire, run
 from ..traffic import TCP, V4, V6, ask, bound, listening, playing, receive_all
 from ..truth import Worker
+from .handover import send_in_turns
 from .listeners import wait_asleep
 from .owners import quiet
 from .programs import CRYPTO_INFO, SOL_TLS, TCP_ULP, TLS_TX
@@ -166,13 +167,7 @@ def moved_out(stage: Stage, family: int, encrypted: bool = False) -> None:
         parent.hear()
         if encrypted:
             secure(sock, TLS_TX)
-        sock.sendall(b"first")
-        parent.hear()
-        for _ in range(COUNT):
-            sock.sendall(b"later")
-            parent.hear()
-        sock.close()
-        parent.join()
+        send_in_turns(sock, parent)
 
 
 @scenario(max_loose=4, engines=("module",))

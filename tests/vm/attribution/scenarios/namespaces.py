@@ -30,6 +30,7 @@ from ..traffic import (
     listening,
     playing,
     receive_all,
+    send_back,
     tcp_server,
     udp_echo,
     udp_sender,
@@ -86,8 +87,7 @@ def inside(worker: Worker) -> None:
 @scenario()
 def container(stage: Stage) -> None:
     """New pid and network namespace, over veth to the host: pids are the initial namespace's."""
-    other = stage.namespace()
-    stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
+    other = stage.beside()
     with playing(stage):
         peer = ask(stage.spawn("server", tcp_server, V4, 2, "10.9.0.1"))
         stage.spawn("container", container_client, peer, netns=other)
@@ -191,10 +191,7 @@ def far_echo(worker: Worker, wire: Wire, host: str, port: int, count: int) -> No
     sock = bound(V6 if ":" in host else V4, UDP, host, port)
     claim = worker.claim(sock, exact=True)
     wire.tell("ready")
-    for _ in range(count):
-        data, peer = sock.recvfrom(65536)
-        sock.sendto(data, peer[:2])
-    worker.count(claim, in_=count, out=count)
+    send_back(worker, claim, sock, count)
 
 
 def far_asker(

@@ -193,8 +193,8 @@ TELLS_OF_CONNECT = ((0x20, 0, 0, 0), (0x15, 0, 1, SYS_CONNECT), (0x06, 0, 0, 0x7
 NOTIF_RECV, NOTIF_SEND, NOTIF_ADDFD, ADDFD_SETFD = 0xC0502100, 0xC0182101, 0x40182103, 1
 
 
-def watched(worker: Worker, wire: Wire, link: socket.socket, peer: tuple[str, int]) -> None:
-    sock = socket.socket(V4, TCP)
+def be_supervised(link: socket.socket) -> None:
+    """Have whoever is behind `link` decide on each connect() of ours (seccomp)."""
     code = b"".join(struct.pack("=HBBI", *one) for one in TELLS_OF_CONNECT)
     buffer = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))
@@ -204,6 +204,11 @@ def watched(worker: Worker, wire: Wire, link: socket.socket, peer: tuple[str, in
         raise Unable("this kernel's seccomp tells no supervisor")
     socket.send_fds(link, [b"x"], [listener])
     os.close(listener)
+
+
+def watched(worker: Worker, wire: Wire, link: socket.socket, peer: tuple[str, int]) -> None:
+    sock = socket.socket(V4, TCP)
+    be_supervised(link)
     sock.connect(tuple(peer))  # is another socket afterwards
     claim = worker.claim(sock, any_address=True, t0=1)
     for number in range(COUNT):

@@ -14,19 +14,15 @@ from collections.abc import Callable
 
 from ..bpf import refuse
 from ..catalog import scenario
-from ..stage import LIBC, Stage, Unable, Wire, call
+from ..stage import LIBC, Stage, Wire
 from ..traffic import UDP, V4, bound, playing
 from ..truth import Worker
 from .handover import COUNT, SYS_PIDFD_GETFD, SYS_PIDFD_OPEN, Sender, touch
 from .programs import (
-    FLAG_NEW_LISTENER,
     NOTIF_ADDFD,
     NOTIF_RECV,
     NOTIF_SEND,
-    PR_SET_NO_NEW_PRIVS,
-    SET_MODE_FILTER,
-    SYS_SECCOMP,
-    TELLS_OF_CONNECT,
+    be_supervised,
 )
 
 Taker = Callable[[socket.socket, int, int], bool]
@@ -142,15 +138,7 @@ def pidfd_getfd_refused_by_lsm(stage: Stage) -> None:
 def supervised(worker: Worker, wire: Wire, link: socket.socket) -> None:
     """Has no room for the descriptor that its supervisor puts into its table."""
     other = socket.socket(socket.AF_UNIX)
-    code = b"".join(struct.pack("=HBBI", *one) for one in TELLS_OF_CONNECT)
-    buffer = ctypes.create_string_buffer(code, len(code))
-    program = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))
-    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    listener = LIBC.syscall(SYS_SECCOMP, SET_MODE_FILTER, FLAG_NEW_LISTENER, program)
-    if listener < 0:
-        raise Unable("this kernel's seccomp tells no supervisor")
-    socket.send_fds(link, [b"x"], [listener])
-    os.close(listener)
+    be_supervised(link)
     lowest = os.dup(0)
     os.close(lowest)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -78,6 +78,21 @@ def mine(worker: Worker, sock: socket.socket, *flags: str) -> Callable[[], objec
     return lambda: worker.claim(sock, dirs="i", in_=COUNT, exact=True, flags=flags or ALIVE)
 
 
+def used(wire: Wire) -> socket.socket:
+    """A socket that this process was the last to use; its address is told."""
+    sock = bound(V4, UDP)
+    touch(sock)
+    wire.tell(sock.getsockname())
+    return sock
+
+
+def has_it(worker: Worker, wire: Wire, sock: socket.socket) -> None:
+    """Claim what comes next, and wait until it has come."""
+    mine(worker, sock)()
+    wire.tell("mine")
+    wire.hear()
+
+
 def bursts(stage: Stage, work: Callable[[Worker, Wire], None], count: int = 1) -> None:
     """A process says where to send to, and each time that the next datagrams may come."""
     with playing(stage):
@@ -91,16 +106,12 @@ def bursts(stage: Stage, work: Callable[[Worker, Wire], None], count: int = 1) -
 
 
 def user_parts_and_closes(worker: Worker, wire: Wire) -> None:
-    sock = bound(V4, UDP)
+    sock = used(wire)
     number = sock.fileno()
-    touch(sock)
-    wire.tell(sock.getsockname())
     other = partner(worker, "partner", lambda: touch(sock), part, lambda: os.close(number))
     for _ in range(3):
         other.next()
-    mine(worker, sock)()
-    wire.tell("mine")
-    wire.hear()
+    has_it(worker, wire, sock)
     other.end()
 
 
@@ -112,9 +123,7 @@ def partner_parts_and_closes(stage: Stage) -> None:
 
 def user_exits(worker: Worker, wire: Wire) -> None:
     """Leaves its socket to a partner that has taken a copy of the table."""
-    sock = bound(V4, UDP)
-    touch(sock)
-    wire.tell(sock.getsockname())
+    sock = used(wire)
     ready, done = os.pipe()
     pid = LIBC.syscall(SYS_CLONE, CLONE_FILES | SIGCHLD, 0, 0, 0, 0)
     if pid == 0:
@@ -127,9 +136,7 @@ def user_exits(worker: Worker, wire: Wire) -> None:
             rename("partner")
             worker.role = "partner"
             worker.again()
-            mine(worker, sock)()
-            wire.tell("mine")
-            wire.hear()
+            has_it(worker, wire, sock)
         finally:
             os._exit(0)
     os.read(ready, 1)
@@ -144,10 +151,8 @@ def user_exits_after_partner_parts(stage: Stage) -> None:
 
 def partner_of_three(worker: Worker, wire: Wire) -> None:
     """Three share a table; one takes a copy, and another one closes in that of the two."""
-    sock = bound(V4, UDP)
+    sock = used(wire)
     number = sock.fileno()
-    touch(sock)
-    wire.tell(sock.getsockname())
     first = partner(worker, "first", part, mine(worker, sock))
     second = partner(worker, "second", lambda: os.close(number))
     first.next()
@@ -167,10 +172,8 @@ def partner_of_three_has_a_copy(stage: Stage) -> None:
 
 
 def copy_made_while_closing(worker: Worker, wire: Wire) -> None:
-    sock = bound(V4, UDP)
+    sock = used(wire)
     number = sock.fileno()
-    touch(sock)
-    wire.tell(sock.getsockname())
 
     def leave() -> None:
         touch(sock)
@@ -179,9 +182,7 @@ def copy_made_while_closing(worker: Worker, wire: Wire) -> None:
 
     other = partner(worker, "partner", leave)
     other.next()
-    mine(worker, sock)()
-    wire.tell("mine")
-    wire.hear()
+    has_it(worker, wire, sock)
     other.end()
 
 
@@ -192,10 +193,8 @@ def partner_closes_in_a_copy(stage: Stage) -> None:
 
 
 def copy_survives(worker: Worker, wire: Wire) -> None:
-    sock = bound(V4, UDP)
+    sock = used(wire)
     number = sock.fileno()
-    touch(sock)
-    wire.tell(sock.getsockname())
     heir = os.fork()
     if heir == 0:
         try:
@@ -203,9 +202,7 @@ def copy_survives(worker: Worker, wire: Wire) -> None:
             worker.role = "heir"
             worker.again()
             wire.hear()
-            mine(worker, sock)()
-            wire.tell("mine")
-            wire.hear()
+            has_it(worker, wire, sock)
         finally:
             os._exit(0)
 

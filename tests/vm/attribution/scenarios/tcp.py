@@ -25,6 +25,7 @@ from ..traffic import (
     listening,
     playing,
     receive_all,
+    serve,
     tcp_client,
     tcp_server,
 )
@@ -373,12 +374,7 @@ def mapped_server(worker: Worker, wire: Wire) -> None:
     sock.settimeout(30)
     claim = worker.claim(sock, any_address=True, in_=6, out=4)
     wire.tell(sock.getsockname()[1])
-    for _ in range(2):
-        peer, _ = sock.accept()
-        worker.also(claim, peer)
-        with peer:
-            while data := peer.recv(1000):
-                peer.sendall(data)
+    serve(worker, claim, sock)
 
 
 @scenario()

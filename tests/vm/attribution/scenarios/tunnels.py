@@ -24,6 +24,7 @@ from ..traffic import (
     ask,
     bound,
     playing,
+    send_back,
     tcp_server,
     udp_echo,
     udp_sender,
@@ -96,8 +97,7 @@ def tcp_far_client(
 @scenario()
 def kernel_tunnel(stage: Stage) -> None:
     """vxlan: the inner packets are the applications', the outer ones the kernel's."""
-    other = stage.namespace()
-    stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
+    other = stage.beside()
     text = (
         "link add vx type vxlan id 7 {} remote {} dstport 4789 srcport 42001 42002 noudpcsum\n"
         "addr add {}/24 dev vx\nlink set vx up\n"
@@ -126,17 +126,13 @@ def vrf_server(worker: Worker, wire: Wire) -> None:
     sock.bind(("10.9.0.1", RIGHT_PORT))
     claim = worker.claim(sock, exact=True)
     wire.tell("ready")
-    for _ in range(COUNT):
-        data, peer = sock.recvfrom(65536)
-        sock.sendto(data, peer)
-    worker.count(claim, in_=COUNT, out=COUNT)
+    send_back(worker, claim, sock, COUNT)
 
 
 @scenario()
 def vrf(stage: Stage) -> None:
     """A server in a VRF."""
-    other = stage.namespace()
-    stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
+    other = stage.beside()
     text = "link add red type vrf table 10\nlink set red up\nlink set ve0 master red\n"
     run("ip", "-batch", "-", data=text)
     with playing(stage):
@@ -165,8 +161,7 @@ def vrf_member(worker: Worker, wire: Wire, device: bytes, count: int) -> None:
 @scenario(max_loose=COUNT)
 def multicast_in_vrf(stage: Stage) -> None:
     """In a VRF a group's packets reach the members that are bound to it, and no others."""
-    other = stage.namespace()
-    stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
+    other = stage.beside()
     text = "link add red type vrf table 10\nlink set red up\nlink set ve0 master red\n"
     run("ip", "-batch", "-", data=text)
     with playing(stage):

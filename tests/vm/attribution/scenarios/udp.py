@@ -452,8 +452,7 @@ def asker(worker: Worker, wire: Wire, peer: tuple[str, int], size: int) -> None:
 @scenario()
 def udp_bound_to_devices(stage: Stage) -> None:
     """Two processes on one port, each bound to another interface: told apart by interface."""
-    other = stage.namespace()
-    stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
+    other = stage.beside()
     with playing(stage):
         first = stage.spawn("onlo", bound_to_device, "lo", 0)
         port = first.hear()

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""Documents: what they name is there, the worked packet can be followed, sentences are short."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nlproto.records import wire
+from waiting import there
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "SECURITY.md", "CONTRIBUTING.md", *(
+    f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))
+))  # fmt: skip
+MOST_WORDS = 30
+LISTS = {"docs/PROTOCOL.md"}
+"""Its sentences have lists of fields in them."""
+
+
+def known_files() -> set[str]:
+    """What git has, and each end of such a path."""
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=True
+    )
+    names = done.stdout.split()
+    return {"/".join(name.split("/")[at:]) for name in names for at in range(name.count("/") + 1)}
+
+
+def sentences(text: str) -> Iterator[str]:
+    """Sentences of paragraphs and list items; without tables, headings and what is set apart."""
+    paragraph: list[str] = []
+    for line in [*text.splitlines(), ""]:
+        apart = not line.strip() or line.startswith(("    ", "|", "#", "!", "<"))
+        item = re.match(r"\s*([-*]|\d+\.)\s", line)
+        if apart or item:
+            yield from re.split(r"(?<=[.!?:;])\s+", " ".join(paragraph))
+            paragraph = []
+        if not apart:
+            paragraph.append(line.strip())
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_files_and_functions_that_are_named_are_there(name: str) -> None:
+    text, there_are = (ROOT / name).read_text(), known_files()
+    assert set(re.findall(r"`([\w./]+\.(?:py|c|h|sh))`", text)) <= there_are
+    for function, where in re.findall(r"`([\w.]+)\(\)` in `([\w/]+\.(?:c|py))`", text):
+        assert defines(where, function), f"{function} in {where}"
+
+
+def defines(where: str, name: str) -> bool:
+    """Whether a file of C or Python has the function `name`; Class.method in Python."""
+    path = next(ROOT / place / where for place in ("", "python") if (ROOT / place / where).exists())
+    if path.suffix == ".c":
+        return re.search(rf"^[^\s#/][^;]*\b{name}\(", path.read_text(), re.MULTILINE) is not None
+    holder, _, method = name.rpartition(".")
+    tree = ast.parse(path.read_text())
+    nodes = [one for one in ast.walk(tree) if isinstance(one, ast.ClassDef) and one.name == holder]
+    functions = (ast.FunctionDef, ast.ClassDef)
+    return any(
+        isinstance(one, functions) and one.name == method
+        for node in (nodes if holder else [tree])
+        for one in ast.walk(node)
+    )
+
+
+def test_the_worked_packet_can_be_followed() -> None:
+    """Each step names a function that its file has, and fields that a record or its head has."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (.*) \| ?(.*) ?\|$", text, re.MULTILINE)
+    assert [int(number) for number, _, _ in rows] == list(range(1, 16))
+    fields = {*there(wire.RECORD.names), *there(wire.BATCH.names)}
+    checked = set()
+    for _, step, fills in rows:
+        places = re.findall(r"`([\w./]+\.(?:py|c))`", step)
+        for name in re.findall(r"`([\w.]+)\(\)`", step):
+            if places:
+                assert any(defines(place, name) for place in places), (name, places)
+                checked.add(name)
+        named = re.findall(r"`(\w+)`", fills)
+        assert {one for one in named if one.islower()} <= fields, fills
+    assert len(checked) >= 12
+
+
+@pytest.mark.parametrize("name", sorted({*DOCUMENTS} - LISTS))
+def test_a_sentence_has_few_words(name: str) -> None:
+    long = {
+        one: count
+        for one in sentences((ROOT / name).read_text())
+        if (count := len(re.findall(r"[\w`'./()_-]+", one))) > MOST_WORDS
+    }
+    assert long == {}

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * One bug for each detector of a debug kernel, so that its silence means something.
+ *
+ * insmod planted.ko bug=NAME plays it and stays loaded. Never for a kernel that is needed.
+ */
+#include <linux/module.h>
+#include <linux/mutex.h>
+#include <linux/rculist.h>
+#include <linux/slab.h>
+#include <linux/spinlock.h>
+
+static char *bug = "";
+module_param(bug, charp, 0444);
+MODULE_PARM_DESC(bug, "which one");
+
+static void use_after_free(void)
+{
+	char *memory = kmalloc(40, GFP_KERNEL);
+
+	if (!memory)
+		return;
+	kfree(memory);
+	OPTIMIZER_HIDE_VAR(memory);
+	WRITE_ONCE(memory[8], 1);
+}
+
+static void out_of_bounds(void)
+{
+	char *memory = kmalloc(40, GFP_KERNEL);
+
+	if (!memory)
+		return;
+	OPTIMIZER_HIDE_VAR(memory);
+	WRITE_ONCE(memory[40], 1);
+	kfree(memory);
+}
+
+static DEFINE_MUTEX(first);
+static DEFINE_MUTEX(second);
+
+static void lock_inversion(void)
+{
+	mutex_lock(&first);
+	mutex_lock(&second);
+	mutex_unlock(&second);
+	mutex_unlock(&first);
+	mutex_lock(&second);
+	mutex_lock(&first);
+	mutex_unlock(&first);
+	mutex_unlock(&second);
+}
+
+static DEFINE_RAW_SPINLOCK(raw);
+static DEFINE_SPINLOCK(sleeps_on_rt);
+
+static void raw_nesting(void)
+{
+	raw_spin_lock(&raw);
+	spin_lock(&sleeps_on_rt);
+	spin_unlock(&sleeps_on_rt);
+	raw_spin_unlock(&raw);
+}
+
+static void atomic_sleep(void)
+{
+	spin_lock(&sleeps_on_rt);
+	might_sleep();
+	spin_unlock(&sleeps_on_rt);
+}
+
+static void leak(void)
+{
+	char *memory = kmalloc(4000, GFP_KERNEL);
+
+	OPTIMIZER_HIDE_VAR(memory);
+}
+
+struct node {
+	struct hlist_node node;
+};
+
+static HLIST_HEAD(nodes);
+static void __rcu *shared;
+
+static void rcu_dereference_without(void)
+{
+	WARN_ON_ONCE(rcu_dereference(shared));
+}
+
+static void rcu_walk_without(void)
+{
+	struct node *one;
+
+	hlist_for_each_entry_rcu(one, &nodes, node)
+		WARN_ON_ONCE(one);
+}
+
+static struct rcu_head twice;
+
+static void nothing(struct rcu_head *head)
+{
+}
+
+static void rcu_twice(void)
+{
+	call_rcu(&twice, nothing);
+	call_rcu(&twice, nothing);
+	rcu_barrier();
+}
+
+static const struct {
+	const char *name;
+	void (*play)(void);
+} bugs[] = {
+	{ "use_after_free", use_after_free },
+	{ "out_of_bounds", out_of_bounds },
+	{ "lock_inversion", lock_inversion },
+	{ "raw_nesting", raw_nesting },
+	{ "atomic_sleep", atomic_sleep },
+	{ "leak", leak },
+	{ "rcu_dereference", rcu_dereference_without },
+	{ "rcu_walk", rcu_walk_without },
+	{ "rcu_twice", rcu_twice },
+};
+
+static int __init planted_init(void)
+{
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(bugs); i++)
+		if (!strcmp(bug, bugs[i].name)) {
+			bugs[i].play();
+			return 0;
+		}
+	return -EINVAL;
+}
+
+static void __exit planted_exit(void)
+{
+}
+
+module_init(planted_init);
+module_exit(planted_exit);
+MODULE_DESCRIPTION("bugs that a debug kernel has to find");
+MODULE_LICENSE("GPL");
