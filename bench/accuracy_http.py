@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from nlproto.engines.engine import open_engine
-from nlproto.host import procfs
+from nlproto.host import netns, procfs
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.naming import Namer
 from nlproto.pipeline.pipeline import Pipeline
@@ -125,11 +125,13 @@ def recording(port: int, output: Path) -> Iterator[None]:
 
 def _record(port: int, output: Path, tell: int, stop: int) -> None:
     parts: list[np.ndarray] = []
-    account = Account()
+    account, here = Account(), netns.own()
 
     def take(batch: NamedBatch) -> None:
         records = batch.records
-        parts.append(records[(records["sport"] == port) | (records["dport"] == port)])
+        ours = records["netns"] == here  # the same port of another namespace is another's
+        ours &= (records["sport"] == port) | (records["dport"] == port)
+        parts.append(records[ours])
 
     name = os.environ.get("ENGINE") or "packet"
     engine = open_engine(name, lambda note: print(f"  {note}", file=sys.stderr))

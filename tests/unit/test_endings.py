@@ -15,6 +15,11 @@ import pytest
 import nlproto
 from waiting import there
 
+
+def _default_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 PROGRAMS = {
     "hunter": "packet-hunter",
     "daemon": "packet-hunterd",
@@ -74,7 +79,7 @@ def test_ctrl_c_before_it_has_begun_is_no_traceback(module: Any) -> None:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=_default_sigint,
         ) as process:
             told: list[Any] = []
             begun = False

@@ -5,7 +5,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,83 @@ def test_a_first_look_asks_each_process_once(
     with KernelSockets() as kernel:
         kernel.read()
     assert len(walks) == 1
+
+
+Newborn = Callable[[], tuple[int, Callable[[], int]]]
+
+
+@pytest.fixture
+def newborn() -> Iterator[Newborn]:
+    """Start a process that opens a socket when it is told to: its pid, and what tells it."""
+    children: list[int] = []
+
+    def start() -> tuple[int, Callable[[], int]]:
+        go, told = os.pipe()
+        reading, answer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.read(go, 1)
+            kept = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            os.write(answer, str(os.fstat(kept.fileno()).st_ino).encode())
+            signal.pause()
+            os._exit(0)
+        children.append(child)
+
+        def tell() -> int:
+            os.write(told, b"x")
+            return int(os.read(reading, 100))
+
+        return child, tell
+
+    yield start
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["just born", "known already"])
+def test_the_youngest_are_asked_without_the_list_of_all(
+    known: bool, newborn: Newborn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that lives a millisecond is gone before that is read."""
+    finder = Holders()
+    finder.walk()
+    child, tell = newborn()
+    if known:  # as one who has no socket yet
+        finder._ask_born(0)
+        assert child in finder._known
+    inode = tell()
+    monkeypatch.setattr(procfs, "pids", None)
+    assert [one.identity.tgid for one in finder.find_soon(inode, 0)] == [child]
+
+
+def test_a_thread_is_no_process() -> None:
+    """/proc has its number too, with the descriptors of its process."""
+    finder = Holders()
+    finder.walk()
+    ended = threading.Event()
+    thread = threading.Thread(target=ended.wait)
+    thread.start()
+    with socket.socket() as one:
+        inode = os.fstat(one.fileno()).st_ino
+        finder._ask_newest()
+        assert thread.native_id not in finder._by_inode.get(inode, ())
+        assert [one.identity.tgid for one in finder.find(inode)] == [os.getpid()]
+    ended.set()
+    thread.join()
+
+
+def test_who_is_born_may_have_inherited_a_socket(newborn: Newborn) -> None:
+    finder = Holders()
+    with socket.socket() as one, socket.socket() as later:
+        inode = os.fstat(one.fileno()).st_ino
+        assert finder.find(inode)
+        now = time.monotonic_ns()
+        other = os.fstat(later.fileno()).st_ino
+        assert not finder.may_be_inherited(inode, now)
+        newborn()
+        assert finder.may_be_inherited(inode, now) and finder.may_be_inherited(other, now)
+        assert not finder.may_be_inherited(inode, time.monotonic_ns())
 
 
 def test_a_walk_of_one_thread_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

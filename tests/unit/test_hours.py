@@ -55,13 +55,13 @@ def test_what_is_written_while_an_hour_is_sealed_is_there_once(
     fill(store, some_rows(300))
     before = ids(store, limit=1000)
     later = iter(range(1001, 2000))
+    seen: list[int] = []
 
     def write() -> None:
         number = next(later)
         fill(store, some_rows(1, number), number)
         seen.append(number)
 
-    seen: list[int] = []
     assert store.seal(lambda some: some > 300, 300, write) == 300
     assert len(seen) >= 6
     assert sorted(ids(store, limit=2000)) == sorted([*before, *seen])

@@ -228,7 +228,7 @@ def _pause(interval: float, took: float) -> float:
     """Seconds from the beginning of a look that took `took` s to the next, if nobody asks.
 
     A look that takes long comes less often, to take no more than half a percent of one core, as
-    long as what is known is not older than a minute.
+    long as what is known is not older than that.
     """
     return max(interval, min(_SHARE * took, _OLDEST - took))
 

@@ -21,7 +21,7 @@ def count(text: str) -> int:
 
 def seconds(text: str) -> float:
     """A time span in seconds."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", text)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", text, re.ASCII)
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is no time: write 30, 60s, 5m, 2h or 1d")
     scale = {"ms": 0.001, None: 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]

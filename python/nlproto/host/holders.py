@@ -36,6 +36,7 @@ _BORN_SHARE = 10  # of the time, for these looks
 _YOUNG_NS = 1_000_000_000  # how long one may be about to open its first socket
 _FEW = 16
 """So many processes are asked at once, where the youngest are asked first."""
+_AT_ONCE = 4
 _INHERITED_NS = 200_000_000
 """How long it is remembered who may have got a socket by being born."""
 
@@ -277,11 +278,12 @@ class Holders:
             self._ask(born)
 
     def _find_newest(self, inode: int) -> tuple[Owner, ...]:
-        """Ask who was born since the last look, who may live a millisecond.
+        """Ask the youngest, born since the last look or known already: one may live a millisecond.
 
         Each step is a tenth of one. Who they are is asked before who else holds it.
         """
         self._ask_newest()
+        self._ask_young(inode, _FEW)
         ask = functools.cache(functools.partial(procfs.owner, proc=self._proc))
         held = [pid for pid in self._by_inode.get(inode, ()) if ask(pid)]
         if len(held) == 1:
@@ -289,18 +291,16 @@ class Holders:
         return self._owners(inode, self._by_inode[inode], ask) if held else ()
 
     def _ask_newest(self) -> None:
-        """Ask who was born since the last look, without the list of all; if they are few."""
+        """Ask the youngest of who was born since the last look, without the list of all."""
         before, self._newest = self._newest, self._births.last()
         if before == self._newest:
             return
         now = self._now_ns()
         numbers = range(self._newest, before, -1)
         if not numbers or len(numbers) > _FEW:
-            self._unasked_ns = now
-            return
-        self._welcome(
-            [pid for pid in numbers if pid not in self._known and procfs.is_process(pid)], now
-        )
+            self._unasked_ns = now  # the list will tell of the others
+        born = [pid for pid in numbers[:_FEW] if pid not in self._known]
+        self._welcome([pid for pid in born if procfs.is_process(pid)], now)
 
     def _welcome(self, born: Sequence[int], now: int) -> None:
         """Ask the newly born, and remember what they may have got from their parents."""
@@ -318,12 +318,16 @@ class Holders:
             self._ask_newest()
             return max(self._inherited.get(inode, 0), self._unasked_ns) > since_ns
 
+    def _ask_young(self, inode: int, most: int) -> None:
+        """Ask the youngest first, until one is found who holds it."""
+        young = [pid for pid in reversed(self._young) if pid in self._known][:most]
+        while young and not self._by_inode.get(inode):
+            self._ask(young[:_AT_ONCE])
+            del young[:_AT_ONCE]
+
     def _ask_some(self, inode: int, likely: Sequence[int]) -> None:
         self._ask_born(0)
-        young = [pid for pid in reversed(self._young) if pid in self._known]
-        while young and not self._by_inode.get(inode):
-            self._ask(young[:_FEW])
-            del young[:_FEW]
+        self._ask_young(inode, len(self._young))
         for pid in (*likely, *reversed(self._talkers)):
             if self._by_inode.get(inode):
                 break
