@@ -234,7 +234,7 @@ def test_a_namespace_by_pid_and_one_that_did_not_have_the_flow(
     assert done.returncode == 2 and "nowhere" in done.stderr
 
 
-def test_no_view_mixes_two_namespaces_with_one_tuple(namespaces: Any, tmp_path: Path) -> None:
+def test_no_view_mixes_two_namespaces_with_one_tuple(namespaces: list[str], tmp_path: Path) -> None:
     """Lines in a file, who, the page, and the history after a restart."""
     config = f"history: {tmp_path}/history.db\nflush_interval: 0.2\n"
     daemon, saved = Daemon(tmp_path, config=config), tmp_path / "saved.jsonl"
@@ -291,11 +291,11 @@ def test_no_view_mixes_two_namespaces_with_one_tuple(namespaces: Any, tmp_path: 
         }
 
 
-def flows_of(path: str) -> list[Any]:
+def flows_of(path: Any) -> Any:
     with DaemonClient(path) as asking:
         flows = asking.who(port=40000)["flows"]
     assert len(flows) >= 4
-    return list(flows)
+    return flows
 
 
 ECHOES = """
