@@ -36,7 +36,7 @@ CLIENTS, USERS = 42, 21
 """Clients of root's and of a user without rights: 63."""
 APART = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", "--"]
 APART += ["sh", "-c", 'ip link set lo up && exec "$@"', "apart"]
-"""With SOAK_APART=1: what else a crowded machine does needs no memory here. Engine ebpf refuses to."""
+"""With SOAK_APART=1: apart from what else a crowded machine does. Engine ebpf cannot be so."""
 YEARS = 20 * 31_556_952
 USER = 60000 + os.getpid() % 5000
 # Small tables: they are full early, and what grows afterwards is a leak.
