@@ -20,7 +20,7 @@ from asking import seen as flow_seen
 from nameserver import AAAA, NameServer
 from nlproto.client.client import DaemonClient
 from talking import looking
-from waiting import there, until
+from waiting import stand_in, there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 
@@ -152,7 +152,7 @@ with socket.socket() as peer:
 
 
 @pytest.fixture(name="tls", scope="module")
-def _tls(tmp_path_factory):
+def _tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A real server of TLS at 127.0.53.90:443."""
     directory = tmp_path_factory.mktemp("tls")
     made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
@@ -168,7 +168,7 @@ def _tls(tmp_path_factory):
     server.wait()
 
 
-def accepts(address, port):
+def accepts(address: Any, port: Any) -> bool:
     try:
         socket.create_connection((address, port)).close()
     except OSError:
@@ -177,22 +177,24 @@ def accepts(address, port):
 
 
 class TlsClient:
-    def __init__(self, name, protocols=0):
+    def __init__(self, name: Any, protocols: int = 0) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-c", TLS_CLIENT, name, "127.0.53.90", "443", str(protocols)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        line = self.process.stdout.readline()
+        line = there(self.process.stdout).readline()
         assert line, "no connection of TLS"
         self.port = int(line)
 
-    def end(self):
+    def end(self) -> None:
         self.process.communicate(b"\n", timeout=20)
 
 
 @pytest.mark.parametrize("protocols", [0, 20, 60])
-def test_who_speaks_tls_has_the_name_of_its_client_hello(start, tls, protocols):
+def test_who_speaks_tls_has_the_name_of_its_client_hello(
+    start: Any, tls: None, protocols: int
+) -> None:
     """A real ClientHello, of 500 bytes to 15 KiB; without a name it has none.
 
     A ring has 4 KiB for a packet, and over `lo` a packet may have them all.
@@ -200,11 +202,11 @@ def test_who_speaks_tls_has_the_name_of_its_client_hello(start, tls, protocols):
     daemon = start(config="domains: sni\n")
     for name in ("Hidden.example", ""):
         client = TlsClient(name, protocols)
-        assert named(daemon.path, client, name.lower())
+        assert named(daemon.path, stand_in(client), name.lower())
         client.end()
 
 
-def test_tls_is_not_looked_at_unless_it_is_asked_for(daemon, tls):
+def test_tls_is_not_looked_at_unless_it_is_asked_for(daemon: Any, tls: None) -> None:
     client = TlsClient("hidden.example")
     assert seen(daemon, client)["domain"] == ""
     client.end()

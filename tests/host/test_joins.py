@@ -234,7 +234,7 @@ def test_a_namespace_by_pid_and_one_that_did_not_have_the_flow(
     assert done.returncode == 2 and "nowhere" in done.stderr
 
 
-def test_no_view_mixes_two_namespaces_with_one_tuple(namespaces, tmp_path):
+def test_no_view_mixes_two_namespaces_with_one_tuple(namespaces: list[str], tmp_path: Path) -> None:
     """Lines in a file, who, the page, and the history after a restart."""
     config = f"history: {tmp_path}/history.db\nflush_interval: 0.2\n"
     daemon, saved = Daemon(tmp_path, config=config), tmp_path / "saved.jsonl"
@@ -251,7 +251,7 @@ def test_no_view_mixes_two_namespaces_with_one_tuple(namespaces, tmp_path):
             stderr=subprocess.PIPE,
             text=True,
         )
-        while "Ctrl-C ends" not in (line := hunter.stderr.readline()):
+        while "Ctrl-C ends" not in (line := there(hunter.stderr).readline()):
             assert line, "the hunter ended at once"
         for pair in pairs:
             pair.stdin.write("\n")
@@ -267,7 +267,7 @@ def test_no_view_mixes_two_namespaces_with_one_tuple(namespaces, tmp_path):
             [*HUNTER, "web", "--socket", daemon.path], stdout=subprocess.PIPE, text=True
         )
         try:
-            url, _, secret = page.stdout.readline().strip().partition("#")
+            url, _, secret = there(page.stdout).readline().strip().partition("#")
             asked = urllib.request.Request(
                 f"{url}who?port=40000", headers={"Authorization": f"Bearer {secret}"}
             )
@@ -291,7 +291,7 @@ def test_no_view_mixes_two_namespaces_with_one_tuple(namespaces, tmp_path):
         }
 
 
-def flows_of(path):
+def flows_of(path: Any) -> Any:
     with DaemonClient(path) as asking:
         flows = asking.who(port=40000)["flows"]
     assert len(flows) >= 4

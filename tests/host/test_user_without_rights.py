@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -109,7 +110,7 @@ while True:
 
 
 @pytest.fixture(name="root")
-def _root():
+def _root() -> Iterator[Root]:
     root = Root()
     yield root
     root.end()
@@ -161,7 +162,7 @@ def questions(root: Root) -> list[dict[str, Any]]:
     return asked
 
 
-def test_every_request_is_asked():
+def test_every_request_is_asked() -> None:
     """A new one must be among the questions here."""
     root = Root.__new__(Root)
     root.ports, root.pid, root.start_ns, root.cookie = [1, 2, 3], 1, 1, 1
@@ -184,7 +185,9 @@ def ask_all(path: str, asked: list[dict[str, Any]]) -> list[tuple[str, dict[str,
     return [(raw, reply) for raw, reply in as_user(_ASK, path, json.dumps(asked))]
 
 
-def test_no_answer_and_no_error_tells_what_root_does(start, directory, root):
+def test_no_answer_and_no_error_tells_what_root_does(
+    start: Any, directory: Any, root: Root
+) -> None:
     daemon = start(config=f"history: {directory}/history.db\nflush_interval: 50ms\n")
     domain = f"{NAME}.example"
     with NameServer({domain: [(domain, A, 60, ADDRESS)]}, ADDRESS):
@@ -206,7 +209,7 @@ def test_no_answer_and_no_error_tells_what_root_does(start, directory, root):
         assert str(root.pid) not in told.replace(str(daemon.process.pid), ""), (request, raw)
 
 
-def test_answers_are_the_same_whatever_others_do(start):
+def test_answers_are_the_same_whatever_others_do(start: Any) -> None:
     """Traffic, evictions, filters, clients, mistakes and questions of root's in between."""
     daemon = start(config="history_flows: 200\nmax_processes: 16\nmax_ports: 200\n")
     root = Root()
@@ -256,7 +259,7 @@ print(json.dumps(told))
 """
 
 
-def test_no_filter_and_no_counter_tells_of_roots_traffic(daemon, root):
+def test_no_filter_and_no_counter_tells_of_roots_traffic(daemon: Any, root: Root) -> None:
     root.known(daemon.path)
     told = {"pid": root.pid, "ports": root.ports, "address": ADDRESS, "name": NAME}
     for text, raw, begun, stats, ended in as_user(_FILTERS, daemon.path, json.dumps(told), 1.5):
@@ -286,7 +289,7 @@ print(json.dumps(least))
 """
 
 
-def test_times_do_not_tell_a_port_in_use_from_a_free_one(daemon, root):
+def test_times_do_not_tell_a_port_in_use_from_a_free_one(daemon: Any, root: Root) -> None:
     """Coarsely: the shortest of many answers differ by less than half a millisecond, or by half."""
     root.known(daemon.path)
     with socket.socket() as free:
@@ -297,7 +300,9 @@ def test_times_do_not_tell_a_port_in_use_from_a_free_one(daemon, root):
     assert abs(used - nobodys) < max(0.0005, min(used, nobodys) / 2), least
 
 
-def test_files_are_closed_to_others(start, tmp_path_factory, root):
+def test_files_are_closed_to_others(
+    start: Any, tmp_path_factory: pytest.TempPathFactory, root: Root
+) -> None:
     """History, sealed hours, sidecars, lock, log: nothing can be opened, listed or watched."""
     directory = tmp_path_factory.mktemp("open")
     for part in (directory, directory.parent, directory.parent.parent):
@@ -327,7 +332,9 @@ print(json.dumps(found))
     assert as_user(code, place) == []
 
 
-def test_metrics_on_a_unix_socket_are_for_the_group(start, tmp_path_factory):
+def test_metrics_on_a_unix_socket_are_for_the_group(
+    start: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     directory = tmp_path_factory.mktemp("metrics")
     for part in (directory, directory.parent, directory.parent.parent):
         part.chmod(0o755)
@@ -342,7 +349,7 @@ except PermissionError:
     assert as_user(code, directory / "metrics.sock") == "refused"
 
 
-def test_metrics_are_off_unless_configured(daemon):
+def test_metrics_are_off_unless_configured(daemon: Any) -> None:
     """No port is listened on: SECURITY.md says that on TCP every local user can read them."""
     held = {os.readlink(one) for one in Path(f"/proc/{daemon.process.pid}/fd").iterdir()}
     lines = Path("/proc/net/tcp").read_text().split("\n")[1:-1]
@@ -351,7 +358,7 @@ def test_metrics_are_off_unless_configured(daemon):
     assert not held & listening
 
 
-def test_the_page_tells_nothing_without_its_secret(daemon, root):
+def test_the_page_tells_nothing_without_its_secret(daemon: Any, root: Root) -> None:
     page = subprocess.Popen(
         [sys.executable, "-I", "-m", "hunter", "web", "--socket", daemon.path],
         stdout=subprocess.PIPE,
@@ -384,7 +391,7 @@ print(json.dumps(found))
         page.communicate()
 
 
-def test_the_fleets_spool_is_closed_to_others(tmp_path_factory):
+def test_the_fleets_spool_is_closed_to_others(tmp_path_factory: pytest.TempPathFactory) -> None:
     from fleet.export.spool import Spool
 
     directory = tmp_path_factory.mktemp("spool")
@@ -407,7 +414,7 @@ print(json.dumps(found))
         spool.close()
 
 
-def test_the_kernels_doors_are_shut():
+def test_the_kernels_doors_are_shut() -> None:
     """The module's Netlink family, eBPF maps and programs, packet sockets: each wants a right."""
     code = """
 libc = ctypes.CDLL(None, use_errno=True)

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Situations from public reports about other tools: each has a test, and that test is there."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,7 +131,7 @@ REPORTS = {
 
 
 @pytest.mark.parametrize("wanted", REPORTS.values(), ids=REPORTS)
-def test_each_report_has_a_test(wanted):
+def test_each_report_has_a_test(wanted: Any) -> None:
     """Of `file::` alone any test will do."""
     for one in wanted:
         file, _, name = one.partition("::")

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from waiting import there
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -33,7 +35,7 @@ def _bill() -> Any:
     return json.loads(made())
 
 
-def test_it_is_cyclonedx_of_this_version_and_the_same_each_time(bill):
+def test_it_is_cyclonedx_of_this_version_and_the_same_each_time(bill: Any) -> None:
     assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.5")
     assert bill["metadata"]["timestamp"] == "2023-11-14T22:13:20Z"
     assert bill["metadata"]["component"]["version"] == (ROOT / "VERSION").read_text().strip()
@@ -41,21 +43,21 @@ def test_it_is_cyclonedx_of_this_version_and_the_same_each_time(bill):
     assert made() == made()
 
 
-def test_every_library_that_a_user_may_need_is_in_it(bill):
+def test_every_library_that_a_user_may_need_is_in_it(bill: Any) -> None:
     names = {one["name"] for one in bill["components"] if one["type"] == "library"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"]]
     for extra in ("parquet", "metrics", "top", "fleet", "compressed"):
         wanted += extras[extra]
-    assert {re.match(r"[\w.-]+", one)[0].lower() for one in wanted} <= names
+    assert {there(re.match(r"[\w.-]+", one))[0].lower() for one in wanted} <= names
     # an extra that is new here is either for users or for developers
     assert set(extras) == {
         *("parquet", "metrics", "top", "fleet", "compressed", "all", "test", "dev", "fuzz")
     }
 
 
-def test_what_is_compiled_in_has_its_version_and_hash(bill):
+def test_what_is_compiled_in_has_its_version_and_hash(bill: Any) -> None:
     (pinned,) = re.findall(
         r"^(\S+)==(\S+) --hash=sha256:(\w+)$", (ROOT / "debian/vendor.txt").read_text(), re.M
     )
@@ -67,7 +69,7 @@ def test_what_is_compiled_in_has_its_version_and_hash(bill):
     assert found == [pinned]
 
 
-def test_files_have_their_hashes_and_all_of_git_are_there(bill):
+def test_files_have_their_hashes_and_all_of_git_are_there(bill: Any) -> None:
     files = {
         one["name"]: one["hashes"][0]["content"]
         for one in bill["components"]
@@ -81,7 +83,7 @@ def test_files_have_their_hashes_and_all_of_git_are_there(bill):
     assert shipped <= set(files) and "shared_proto.h" in files
 
 
-def test_references_lead_somewhere(bill):
+def test_references_lead_somewhere(bill: Any) -> None:
     references = {one["bom-ref"] for one in bill["components"] if "bom-ref" in one}
     references.add(bill["metadata"]["component"]["bom-ref"])
     for one in bill["dependencies"]:

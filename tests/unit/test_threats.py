@@ -20,7 +20,7 @@ def _rows() -> list[list[str]]:
     return [["", *row] if len(row) == 2 else row for row in rows[2:]]
 
 
-def test_every_line_names_tests_that_exist():
+def test_every_line_names_tests_that_exist() -> None:
     for row in _rows():
         named = re.findall(r"`(tests/[^`]+)::(test_\w+)`", row[-1])
         assert named, row
@@ -28,7 +28,7 @@ def test_every_line_names_tests_that_exist():
             assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), re.MULTILINE), test
 
 
-def test_everything_that_is_told_has_a_line():
+def test_everything_that_is_told_has_a_line() -> None:
     told = re.findall(
         r"^- \*\*(.+?)\*\*", _section("What an attacker may try, and what stops it"), re.M
     )
