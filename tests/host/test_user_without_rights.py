@@ -136,7 +136,7 @@ def questions(root: Root) -> list[dict[str, Any]]:
         *({"port": port, "proto": proto} for port in root.ports for proto in ("tcp", "udp")),
     ]
     by = get_args(requests.Usage.__annotations__["by"]) or ("process", "unit", "container")
-    asked = [
+    asked: list[dict[str, Any]] = [
         {"op": "hello"},
         {"op": "hello", "protocol": 99},
         {"op": "stats"},
