@@ -21,7 +21,7 @@ REPORTS = {
         "unit/test_owners.py::test_namespaces_are_kept_apart",
         "unit/test_lines.py::test_the_summary_counts_equal_addresses_of_two_namespaces_apart",
         "unit/test_report.py::test_equal_addresses_of_two_namespaces_are_two_far_ends",
-        "unit/test_top.py::test_equal_addresses_of_two_namespaces_are_two_far_ends",
+        "unit/test_rates.py::test_equal_addresses_of_two_namespaces_are_two_far_ends",
         "unit/test_fleet_ask.py::test_addresses_that_many_machines_have_join_on_their_own_machine",
     ],
     "a capture cut in its last packet (nDPI #1678, libpcap #62)": [
