@@ -62,7 +62,7 @@ nonsense: tools ## 10 million bytes of nonsense for a running daemon (root; BYTE
 	$(PYTHON) tests/nonsense.py $(or $(BYTES),10000000) $(SEED)
 attack: tools ## one user does the worst on 63 connections while root works: figures (root; SECONDS=30)
 	$(PYTHON) tests/attack.py $(or $(SECONDS),30)
-soak: tools ## mixed traffic and clients for SECONDS=600: the daemon's memory stays flat (root)
+soak: tools ## 63 clients, restarts, clock jumps, takeovers for SECONDS=600: memory flat, accounts close (root)
 	$(PYTHON) tests/soak.py $(or $(SECONDS),600)
 
 bench: bench-kernel bench-daemon bench-memory bench-start bench-hunter ## all of the following but accuracy; into bench/RESULTS.md
@@ -90,6 +90,13 @@ menu: ## what is built, loaded and running, and a key for each thing to do
 	@[ -x $(PYTHON) ] || ./build.sh --no-module
 	@$(PYTHON) python/menu.py
 
+reproducible: tools ## wheel, sdist, eBPF objects and Debian packages built twice: the same hashes
+	$(PYTHON) tests/reproducible.py $(PARTS)
+sbom: ## what is shipped and what it needs, as CycloneDX JSON into dist/
+	@[ -x $(PYTHON) ] || ./build.sh --no-module
+	@mkdir -p dist
+	$(PYTHON) debian/sbom.py > dist/packet-hunter.cdx.json
+
 deb: ## Debian source and binary packages into dist/ (says which packages it wants)
 	@[ -x $(PYTHON) ] || ./build.sh --no-module
 	debian/build dist
@@ -99,4 +106,4 @@ clean: ## remove what was built, .venv too
 distclean: ## clean, and what tests keep in ~/.cache/packet-hunter (kernels, modules, boxes)
 	@./build.sh distclean
 
-.PHONY: bench-history help run demo test tools lint test-unit test-host test-vm test-attribution test-ebpf test-matrix test-kasan test-long test-vagrant test-browser test-packages test-bare test-fleet fuzz nonsense attack soak bench bench-kernel bench-load bench-daemon bench-memory bench-start bench-hunter bench-fleet bench-accuracy menu deb clean distclean
+.PHONY: bench-history help run demo test tools lint test-unit test-host test-vm test-attribution test-ebpf test-matrix test-kasan test-long test-vagrant test-browser test-packages test-bare test-fleet fuzz nonsense attack soak reproducible sbom bench bench-kernel bench-load bench-daemon bench-memory bench-start bench-hunter bench-fleet bench-accuracy menu deb clean distclean

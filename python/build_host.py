@@ -10,7 +10,7 @@ SOURCES = ROOT / "python" / "nlproto" / "native"
 
 builder = FFI()
 # Records are filled by pointer only; their layout stays in nlproto._wire.
-NAMES = ("ring", "diag", "host", "memory", "flows", "table")
+NAMES = ("ring", "diag", "host", "accept", "memory", "flows", "table")
 HEADERS = ("host.h", "accounting.h")
 builder.cdef(
     "struct sniffer_record { ...; };\n"
@@ -20,6 +20,8 @@ builder.set_source(
     "nlproto._host",
     '#include <stdint.h>\n#include "shared_proto.h"\n#include "host.h"\n#include "accounting.h"',
     sources=[f"python/nlproto/native/{name}.c" for name in NAMES],
+    # the object must not tell where it was built, nor depend on it
+    extra_compile_args=[f"-ffile-prefix-map={ROOT}=."],
     include_dirs=[str(ROOT), str(SOURCES)],
     depends=[str(ROOT / "shared_proto.h"), *(str(SOURCES / name) for name in HEADERS)],
 )

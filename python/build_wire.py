@@ -46,7 +46,12 @@ def string_constants() -> str:
 builder = FFI()
 builder.cdef(preprocess() + string_constants())
 builder.set_source(
-    "nlproto._wire", '#include "shared_proto.h"', include_dirs=[str(ROOT)], depends=[str(HEADER)]
+    "nlproto._wire",
+    '#include "shared_proto.h"',
+    # the object must not tell where it was built, nor depend on it
+    extra_compile_args=[f"-ffile-prefix-map={ROOT}=."],
+    include_dirs=[str(ROOT)],
+    depends=[str(HEADER)],
 )
 
 if __name__ == "__main__":

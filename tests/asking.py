@@ -128,7 +128,7 @@ def stub(
         process.communicate()
 
 
-def seen(path: str, client: Client) -> dict[str, Any]:
+def seen(path: str, client: Any) -> dict[str, Any]:
     """The flow of the client's connection, from its own side."""
 
     def look() -> dict[str, Any] | None:
@@ -141,6 +141,6 @@ def seen(path: str, client: Client) -> dict[str, Any]:
     return found
 
 
-def named(path: str, client: Client, name: str) -> bool:
+def named(path: str, client: Any, name: str) -> bool:
     """Wait until the client's connection has this name."""
     return bool(until(lambda: seen(path, client)["domain"] == name, 20, f"the name {name}"))

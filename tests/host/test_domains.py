@@ -20,7 +20,7 @@ from asking import seen as flow_seen
 from nameserver import AAAA, NameServer
 from nlproto.client.client import DaemonClient
 from talking import looking
-from waiting import there
+from waiting import stand_in, there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 
@@ -134,3 +134,79 @@ def test_who_asks_by_name(daemon: Any, connect: Any) -> None:
     assert {flow["domain"] for flow in answer["flows"]} == {"www.example"}
     shown = subprocess.check_output([*words, "--domain", "www.example"], text=True)
     assert "www.example" in shown
+
+
+TLS_CLIENT = """
+import socket, ssl, sys
+name, address, port = sys.argv[1:4]
+context = ssl.create_default_context()
+context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+# more than a segment of a small MTU: as with many protocols, or a key share of post-quantum kind
+context.set_alpn_protocols([f"h{number:0250}" for number in range(int(sys.argv[4]))])
+with socket.socket() as peer:
+    peer.connect((address, int(port)))
+    with context.wrap_socket(peer, server_hostname=name or None) as secure:
+        print(secure.getsockname()[1], flush=True)
+        sys.stdin.readline()
+"""
+
+
+@pytest.fixture(name="tls", scope="module")
+def _tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A real server of TLS at 127.0.53.90:443."""
+    directory = tmp_path_factory.mktemp("tls")
+    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+            "-nodes", "-keyout", "key.pem", "-out", "cert.pem", "-days", "1", "-subj",
+            "/CN=hidden.example"]  # fmt: skip
+    subprocess.run(made, cwd=directory, check=True, capture_output=True)
+    command = ["openssl", "s_server", "-accept", "127.0.53.90:443", "-quiet",
+               "-cert", "cert.pem", "-key", "key.pem"]  # fmt: skip
+    server = subprocess.Popen(command, cwd=directory, stdin=subprocess.PIPE)
+    until(lambda: accepts("127.0.53.90", 443), 20, "a server of TLS")
+    yield
+    server.kill()
+    server.wait()
+
+
+def accepts(address: Any, port: Any) -> bool:
+    try:
+        socket.create_connection((address, port)).close()
+    except OSError:
+        return False
+    return True
+
+
+class TlsClient:
+    def __init__(self, name: Any, protocols: int = 0) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", TLS_CLIENT, name, "127.0.53.90", "443", str(protocols)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        line = there(self.process.stdout).readline()
+        assert line, "no connection of TLS"
+        self.port = int(line)
+
+    def end(self) -> None:
+        self.process.communicate(b"\n", timeout=20)
+
+
+@pytest.mark.parametrize("protocols", [0, 20, 60])
+def test_who_speaks_tls_has_the_name_of_its_client_hello(
+    start: Any, tls: None, protocols: int
+) -> None:
+    """A real ClientHello, of 500 bytes to 15 KiB; without a name it has none.
+
+    A ring has 4 KiB for a packet, and over `lo` a packet may have them all.
+    """
+    daemon = start(config="domains: sni\n")
+    for name in ("Hidden.example", ""):
+        client = TlsClient(name, protocols)
+        assert named(daemon.path, stand_in(client), name.lower())
+        client.end()
+
+
+def test_tls_is_not_looked_at_unless_it_is_asked_for(daemon: Any, tls: None) -> None:
+    client = TlsClient("hidden.example")
+    assert seen(daemon, client)["domain"] == ""
+    client.end()

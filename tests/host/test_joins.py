@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -12,12 +13,14 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from daemons import Daemon
 from nlproto.client.client import DaemonClient
 from waiting import patient, there, until
 
@@ -229,6 +232,70 @@ def test_a_namespace_by_pid_and_one_that_did_not_have_the_flow(
         text=True,
     )
     assert done.returncode == 2 and "nowhere" in done.stderr
+
+
+def test_no_view_mixes_two_namespaces_with_one_tuple(namespaces: list[str], tmp_path: Path) -> None:
+    """Lines in a file, who, the page, and the history after a restart."""
+    config = f"history: {tmp_path}/history.db\nflush_interval: 0.2\n"
+    daemon, saved = Daemon(tmp_path, config=config), tmp_path / "saved.jsonl"
+    names = {os.stat(f"/run/netns/{one}").st_ino: one for one in namespaces}
+    with contextlib.ExitStack() as stack:
+        pairs = [stack.enter_context(inside(one, PAIR, one[-1])) for one in namespaces]
+        for one in namespaces:
+            stack.enter_context(inside(one, PROBE))
+        with DaemonClient(daemon.path) as client:
+            until(lambda: names.keys() <= {one["netns"] for one in client.owner(8080)})
+            until(lambda: names.keys() <= {one["netns"] for one in client.who(port=9)["flows"]})
+        hunter = subprocess.Popen(
+            [*HUNTER, "--socket", daemon.path, "--save", saved, "tcp port 8080"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while "Ctrl-C ends" not in (line := there(hunter.stderr).readline()):
+            assert line, "the hunter ended at once"
+        for pair in pairs:
+            pair.stdin.write("\n")
+            pair.stdin.flush()
+        for pair in pairs:
+            assert pair.stdout.readline() == "connected\n"
+            assert pair.stdout.readline() == "talked\n"
+        known(daemon.path, 4, port=40000, pname=None)
+        hunter.send_signal(signal.SIGINT)
+        hunter.communicate(timeout=patient(20))
+        live = flows_of(daemon.path)
+        page = subprocess.Popen(
+            [*HUNTER, "web", "--socket", daemon.path], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            url, _, secret = there(page.stdout).readline().strip().partition("#")
+            asked = urllib.request.Request(
+                f"{url}who?port=40000", headers={"Authorization": f"Bearer {secret}"}
+            )
+            with urllib.request.urlopen(asked, timeout=patient(20)) as reply:
+                shown = json.load(reply)["flows"]
+        finally:
+            page.send_signal(signal.SIGINT)
+            page.communicate(timeout=patient(20))
+    assert daemon.stop() == 0
+    again = Daemon(tmp_path, config=config)
+    later = flows_of(again.path)
+    assert again.stop() == 0
+    read = subprocess.check_output([*HUNTER, "-r", saved, "--json"], text=True)
+    rows = [json.loads(line) for line in read.splitlines()]
+    for many in (live, later, shown, rows):
+        mine = [one for one in many if one["comm"] and "python" not in one["comm"]]
+        assert {(one["netns"], one["comm"]) for one in mine} == {
+            (netns, f"{role}-{name[-1]}")
+            for netns, name in names.items()
+            for role in ("client", "server")
+        }
+
+
+def flows_of(path: Any) -> Any:
+    with DaemonClient(path) as asking:
+        flows = asking.who(port=40000)["flows"]
+    assert len(flows) >= 4
+    return flows
 
 
 ECHOES = """

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,21 @@ def test_lintian_finds_no_error(build_root: Root) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_a_second_build_elsewhere_gives_the_same_packages(build_root: Root) -> None:
+    """Another directory, umask, time zone and day; the first one was as whoever builds has it."""
+    build_root.run(
+        "mkdir -p /second/place && cd /second/place && cp /src/*.dsc /src/*.tar.* . &&"
+        " dpkg-source -x *.dsc another-tree && cd another-tree && umask 077 &&"
+        " TZ=Asia/Kolkata LC_ALL=C.UTF-8 dpkg-buildpackage -us -uc -b"
+    )
+    places = (build_root.path / "src", build_root.path / "second/place")
+    one, other = (
+        {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in place.glob("*.deb")}
+        for place in places
+    )
+    assert one and one == other
 
 
 def test_commands_run_isolated_and_prefer_their_own_packages(installed: Root) -> None:

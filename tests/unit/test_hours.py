@@ -48,6 +48,27 @@ def test_sealed_flows_answer_as_those_of_the_database(tmp_path: Path) -> None:
     assert stores[0].first_seen_ns() == stores[1].first_seen_ns()
 
 
+def test_what_is_written_while_an_hour_is_sealed_is_there_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("daemon.history.sealing._PIECE", 50)
+    fill(store, some_rows(300))
+    before = ids(store, limit=1000)
+    later = iter(range(1001, 2000))
+    seen: list[int] = []
+
+    def write() -> None:
+        number = next(later)
+        fill(store, some_rows(1, number), number)
+        seen.append(number)
+
+    assert store.seal(lambda some: some > 300, 300, write) == 300
+    assert len(seen) >= 6
+    assert sorted(ids(store, limit=2000)) == sorted([*before, *seen])
+    with store.transaction() as writer:
+        assert writer.execute("SELECT count(*) FROM flows").fetchone() == (len(seen),)
+
+
 def test_what_may_still_change_is_not_sealed(store: Store, clocks: Clocks) -> None:
     fill(store, some_rows(200))
     assert store.seal(lambda ids: ids % 2 == 0, 100) == 100

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The rows of docs/PROOF.md: what failed is named, and each piece has one row."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from vmtest import proof  # noqa: E402
 from vmtest.kernels import KERNELS  # noqa: E402
 
 
-def test_what_failed_is_named(tmp_path):
+def test_what_failed_is_named(tmp_path: Path) -> None:
     results = tmp_path / "results.xml"
     cases = (
         '<testcase name="good"/><testcase name="bad"><failure/></testcase>'
@@ -20,7 +22,7 @@ def test_what_failed_is_named(tmp_path):
     assert proof.words(results) == "2 failed, 1 passed, 1 skipped (bad, worse)"
 
 
-def test_a_row_is_replaced_and_others_stay(tmp_path):
+def test_a_row_is_replaced_and_others_stay(tmp_path: Path) -> None:
     path = tmp_path / "PROOF.md"
     proof.put(["`make test-long`", "attacks", "6.1", "a", "2026-01-01", "1 failed"], path)
     proof.put(["`make test-long`", "cycles", "6.1", "a", "2026-01-01", "1 passed"], path)
@@ -32,7 +34,7 @@ def test_a_row_is_replaced_and_others_stay(tmp_path):
     ]
 
 
-def test_each_piece_is_of_a_kernel_and_of_tests_that_exist():
+def test_each_piece_is_of_a_kernel_and_of_tests_that_exist() -> None:
     for pieces in proof.PIECES.values():
         for piece in pieces.values():
             assert piece.kernel in KERNELS

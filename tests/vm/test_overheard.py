@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -111,6 +112,30 @@ def test_far_ends_have_the_names_that_processes_asked_for(start: Start) -> None:
         with DaemonClient(daemon.path) as asking:
             heard = asking.stats()["domains"]
         assert heard["names"] and heard["dropped"] == 0
+
+
+@pytest.mark.parametrize("engine", ["module", "ebpf"])
+def test_names_of_programs_and_parents_that_lived_a_millisecond(start: Start) -> None:
+    """/proc is mostly too late for them. Nobody tells their command line."""
+    daemon = start()
+    pids = set()
+    for _ in range(20):
+        with subprocess.Popen(["bash", "-c", "echo x > /dev/udp/127.0.0.1/9"]) as child:
+            pids.add(child.pid)
+
+    def told() -> dict[int, dict[str, Any]] | None:
+        with DaemonClient(daemon.path) as asking:
+            answer = asking.who(port=9)
+        found = {one["tgid"]: one for one in answer["processes"]}
+        senders = {flow["pid"] for flow in answer["flows"] if flow["packets_out"]}
+        return found if pids <= senders and pids <= found.keys() else None
+
+    found = until(told, 30, "all that sent")
+    bash = os.path.realpath("/bin/bash")
+    for pid in pids:
+        assert found[pid]["exe"] == bash
+        assert found[pid]["ppid"] == os.getpid()
+        assert found[pid]["parents"][0]["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("engine", ["module", "ebpf"])

@@ -65,6 +65,8 @@ USED = (
 )
 """Columns that tell who used how much."""
 
+_MOST_HORIZONS = 4096
+
 End = tuple[int, bytes, int]
 """(family, 16 address bytes, port)."""
 
@@ -126,6 +128,8 @@ class FlowMemory:
         """Evicted before a store had taken their last state."""
         self.horizon_ns = 0
         """Last packet of the newest flow that is only in a file: later flows are all in here."""
+        self._horizons: dict[int, int] = {}
+        self._least_horizon = 0
         self._lock = threading.Lock()
         self._size = 0
         self._next_id = next_id
@@ -235,10 +239,26 @@ class FlowMemory:
         groups = payers, programs, processes
         goes = surplus(age.view(np.int64), groups, max(0, self._size - count))
         self.horizon_ns = max(self.horizon_ns, int(columns["last_ns"][goes].max()))
+        named = goes & (columns["tgid"] != 0)
+        self._note_horizons(columns["uid"][named], columns["last_ns"][named])
         self.evicted += int(np.count_nonzero(goes))
         self.unstored += int(np.count_nonzero(columns["dirty"] & goes))
         self._table.keep(~goes)
         self._size = len(self._table)
+
+    def _note_horizons(self, uids: np.ndarray, last: np.ndarray) -> None:
+        order = np.lexsort((last, uids))
+        newest = order[np.append(uids[order][1:] != uids[order][:-1], True)[: len(order)]]
+        gone = zip(uids[newest].tolist(), last[newest].tolist(), strict=True)
+        self._horizons |= {uid: max(at, self.horizon_of(uid)) for uid, at in gone}
+        if len(self._horizons) > _MOST_HORIZONS:
+            by_age = sorted(self._horizons.items(), key=lambda one: one[1])
+            self._least_horizon = by_age[len(by_age) // 2][1]
+            self._horizons = dict(by_age[len(by_age) // 2 + 1 :])
+
+    def horizon_of(self, uid: int) -> int:
+        """As horizon_ns, of this user's flows: it tells nothing of when others sent."""
+        return self._horizons.get(uid, self._least_horizon)
 
     def renumber(self, offset: int) -> None:
         """Add `offset` to all ids: the file that they are for has others already."""

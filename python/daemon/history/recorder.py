@@ -177,9 +177,15 @@ class Recorder:
     def _place(self, key: ProcessKey) -> Place:
         return place(self._processes.get(*key) or self.past_process(*key))
 
-    def remembers_since(self) -> float:
-        """Unix time: what was seen later is still known, in memory or in the file."""
+    def remembers_since(self, uid: int | None = None) -> float:
+        """Unix time: what was seen later is still known, in memory or in the file.
+
+        `uid`: of what this user may see. When others' flows came and went is not told.
+        """
         store = self._store
+        if uid is not None:
+            horizon = 0 if store is not None else self.history.horizon_of(uid)
+            return max(self._started, horizon / 1e9)
         if store is not None:
             try:
                 return min(self._started, store.first_seen_ns() / 1e9)
@@ -359,7 +365,16 @@ class Recorder:
             return
         # by pieces of a third, or the database alone would take all the room
         most = max(LEAST, min(MOST, self._config.history_size // ROW_SIZE // 3))
-        if not self._kept("not sealed", lambda: store.seal(self.history.has, most)):
+        flushed = 0.0
+
+        def flush() -> None:
+            nonlocal flushed
+            now = time.monotonic()
+            if self._store is store and now - flushed >= self._config.flush_interval:
+                flushed = now
+                self._flush()
+
+        if not self._kept("not sealed", lambda: store.seal(self.history.has, most, flush)):
             return
         gone = 0
 

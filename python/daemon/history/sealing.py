@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -17,21 +18,23 @@ from daemon.history.schema import COLUMNS, INDEXES, flows_of, signed
 from daemon.history.sealed import Broken, Contents, Key, Rows
 from nlproto.errors import Error
 
-__all__ = ["Sealing", "drop", "seal", "shorten"]
+__all__ = ["Changing", "Sealing", "Step", "drop", "nothing", "seal", "shorten"]
 
 MOST = 400_000
 """Rows of one file: an hour of 100 flows a second, and a little more."""
 LEAST = 16_384
 _HOUR = 3600
-_PIECE = 20_000  # rows read at a time
+_PIECE = 5_000  # rows read at a time
+_PAUSE = 0.05  # s, between two looks whether the file is made
 
 _ROWS = f"SELECT id, {', '.join(COLUMNS)}, payer, seen FROM flows WHERE id BETWEEN ? AND ?"
 _DETAILS = "SELECT details FROM processes WHERE tgid = ? AND start_ns = ?"
 _NAME = "SELECT name FROM names WHERE id = ?"
-_DELETE_FLOW = "DELETE FROM flows WHERE id = ?"
+_DELETE_FLOWS = "DELETE FROM flows WHERE id BETWEEN ? AND ?"
 _DELETE_PROCESS = (
-    "DELETE FROM processes WHERE tgid = ? AND start_ns = ? AND NOT EXISTS (SELECT 1 FROM flows"
-    " WHERE flows.tgid = processes.tgid AND flows.start_ns = processes.start_ns)"
+    "DELETE FROM processes WHERE tgid = ? AND start_ns = ? AND details = ? AND NOT EXISTS"
+    " (SELECT 1 FROM flows WHERE flows.tgid = processes.tgid"
+    " AND flows.start_ns = processes.start_ns)"
 )
 
 
@@ -51,10 +54,19 @@ class Sealing(Protocol):
     def mark_time(self) -> int: ...
 
 
-def seal(store: Sealing, in_memory: Callable[[np.ndarray], np.ndarray], most: int = MOST) -> int:
+Changing = Callable[[np.ndarray], np.ndarray]
+Step = Callable[[], None]
+
+
+def nothing() -> None:
+    """Do nothing."""
+
+
+def seal(store: Sealing, in_memory: Changing, most: int = MOST, meanwhile: Step = nothing) -> int:
     """Move rows that will not change any more into a file, when there is an hour of them.
 
-    `in_memory`: which ids may still change. How many rows went. Raises Error; then none did.
+    `in_memory`: which ids may still change. `meanwhile` is called again and again, outside of
+    transactions, and may write. How many rows went. Raises Error; then none did.
     """
     with store.transaction() as writer:
         now = store.mark_time()
@@ -66,23 +78,33 @@ def seal(store: Sealing, in_memory: Callable[[np.ndarray], np.ndarray], most: in
         (seen,) = writer.execute("SELECT seen FROM flows WHERE id = ?", (int(ids[0]),)).fetchone()
         if len(ids) < most and now - seen < _HOUR:
             return 0
-        rows = _rows(writer, ids)
+    rows = _rows(store, ids, meanwhile)
+    with store.transaction() as writer:
         owners = set(zip(rows["tgid"].tolist(), rows["start_ns"].tolist(), strict=True))
         owners.discard((0, 0))
         details = dict(_details(writer, owners))
         names = dict(_names(writer, set(rows["domain"].tolist())))
+
+    def write() -> HourFile:
+        return store.hours.write(Contents(rows, details, sums(rows, places_in(details)), names))
+
     try:
-        piece = store.hours.write(Contents(rows, details, sums(rows, places_in(details)), names))
+        with futures.ThreadPoolExecutor(1, "sealing") as thread:
+            written = thread.submit(write)
+            while not futures.wait([written], _PAUSE).done:
+                meanwhile()
+            piece = written.result()
     except OSError as error:
         raise Error(f"{store.path}: no hour is sealed: {error.strerror}") from None
     with _entering(store, [piece]) as writer:
         # making the indexes anew takes less than taking so many rows out of each
         for name in INDEXES:
             writer.execute(f"DROP INDEX {name}")
-        writer.executemany(_DELETE_FLOW, ((one,) for one in ids.tolist()))
+        writer.executemany(_DELETE_FLOWS, _runs(ids))
         for name, fields in INDEXES.items():
             writer.execute(f"CREATE INDEX {name} ON flows ({fields})")
-        writer.executemany(_DELETE_PROCESS, ((tgid, signed(start)) for tgid, start in owners))
+        known = ((tgid, signed(start), told) for (tgid, start), told in details.items())
+        writer.executemany(_DELETE_PROCESS, known)
     return len(ids)
 
 
@@ -103,11 +125,19 @@ def _entering(
         raise
 
 
-def _rows(writer: sqlite3.Connection, ids: np.ndarray) -> Rows:
+def _runs(ids: np.ndarray) -> Iterator[tuple[int, int]]:
+    """First and last of numbers without a gap; `ids` grow."""
+    parts = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
+    return ((int(part[0]), int(part[-1])) for part in parts)
+
+
+def _rows(store: Sealing, ids: np.ndarray, meanwhile: Callable[[], None]) -> Rows:
     parts = []
     for at in range(0, len(ids), _PIECE):
         wanted = ids[at : at + _PIECE]
-        found = writer.execute(_ROWS, (int(wanted[0]), int(wanted[-1]))).fetchall()
+        meanwhile()
+        with store.transaction() as writer:
+            found = writer.execute(_ROWS, (int(wanted[0]), int(wanted[-1]))).fetchall()
         numbers = np.array([row[0] for row in found], np.uint64)
         keep = np.isin(numbers, wanted, assume_unique=True)
         flows = flows_of(found)[keep]

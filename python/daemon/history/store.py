@@ -41,7 +41,7 @@ from daemon.history.schema import (
     rows_of,
     signed,
 )
-from daemon.history.sealing import LEAST, MOST, drop, seal, shorten
+from daemon.history.sealing import LEAST, MOST, Changing, Step, drop, nothing, seal, shorten
 from daemon.history.sightings import Sighting, note
 from daemon.history.trim import trim
 from daemon.system.directory import HeldDirectory
@@ -359,11 +359,11 @@ class Store:
         gone += shorten(self, max(size - self.used_bytes(), size // 4))
         return gone + trim(self, before, max(size - self.hours.size, size // 4))
 
-    def seal(self, in_memory: Callable[[np.ndarray], np.ndarray], most: int = MOST) -> int:
+    def seal(self, in_memory: Changing, most: int = MOST, meanwhile: Step = nothing) -> int:
         """See daemon.history.sealing. How many flows moved. Raises Error."""
         if self._one("SELECT count(*) FROM flows") < min(most, LEAST):
             return 0
-        return seal(self, in_memory, most)
+        return seal(self, in_memory, most, meanwhile)
 
     def used_bytes(self) -> int:
         """Without the pages that are free. Raises Error."""

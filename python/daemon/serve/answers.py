@@ -102,8 +102,8 @@ class Answers:
     past_process: Callable[[int, int], Process | None] | None = None
     kernel: KernelSockets | None = None
     looks: Looks | None = None
-    remembers_since: Callable[[], float] = time.time
-    """Unix time: what was seen later is still known."""
+    remembers_since: Callable[[int | None], float] = lambda uid: time.time()
+    """Unix time: what was seen later is still known to this user."""
     name_of: Callable[[int], str] = lambda number: ""
     """The name of a flow's far end."""
     translations: Translations | None = None
@@ -226,7 +226,7 @@ class Answers:
             "owners": owners_now,
             "owners_total": owners_total,
             "complete": self.kernel is None or self.kernel.looked_ns > 0,
-            "since": self.remembers_since(),
+            "since": self.remembers_since(uid),
             "flows": flows,
             "total": total,
             "processes": room.fill(self._processes(keys, uid, stop)),
@@ -237,7 +237,7 @@ class Answers:
     def usage(self, request: Usage, uid: int | None, stop: Stop = _never) -> dict[str, Any]:
         """Who used how much (daemon.serve.usage)."""
         found = usage(request, uid, self.sums, self.name_of, stop)
-        return found | {"since": self.remembers_since()}
+        return found | {"since": self.remembers_since(uid)}
 
     def news(
         self, request: News, uid: int | None, stop: Stop = _never, room: Room | None = None

@@ -39,6 +39,8 @@ __all__ = ["Server"]
 
 _AT_ONCE = 512
 """Connections accepted before anything else is done."""
+_MOST_SHUT = 64
+"""Uids without room that are refused before anything is known of them but that."""
 _READ = 16 << 10
 """Bytes read from a client at once."""
 _ACCOUNT = 1.0  # s between two accounts for those who subscribed
@@ -85,6 +87,8 @@ class Server:
         self._sessions: set[Session] = set()
         self._arrivals: set[Arrival] = set()
         self._accepted = ffi.new("int[]", _AT_ONCE)
+        self._shut: set[int] = set()
+        """Uids that had no room, until somebody without rights leaves."""
         self._payers = Payers()
         self._failures = Failures("clients")
         self._turns: Turns[Session | Arrival] = Turns(loop, Allowance(REQUESTS), self._failures)
@@ -132,6 +136,7 @@ class Server:
         self.config = config
         self.streams.reconfigure(config.max_filters)
         self._places.total = config.max_clients
+        self._shut.clear()
         self._gid = group_id(config.group)
         self.share_out()
 
@@ -150,7 +155,12 @@ class Server:
     def _accept(self, listener: socket.socket) -> None:
         """Take all that wait: who floods the queue of the socket must not fill it for others."""
         self._payers.refresh()
-        found = lib.host_accept(listener.fileno(), self._accepted, _AT_ONCE)
+        shut, refused_there = list(self._shut), ffi.new("uint32_t *")
+        group = -1 if self._gid is None else self._gid
+        found = lib.host_accept(
+            listener.fileno(), self._accepted, _AT_ONCE, shut, len(shut), group, refused_there
+        )
+        self.refused += refused_there[0]
         if found < 0:
             if -found != errno.EAGAIN:
                 self._rest(listener, os.strerror(-found))
@@ -193,6 +203,8 @@ class Server:
         counted = None if full else user
         if not self._places.has_room(counted):
             connection.detach()
+            if not full and len(self._shut) < _MOST_SHUT:
+                self._shut.add(peer.uid)
             return False
         arrival = Arrival(self, connection, peer, user, full)
         self._arrivals.add(arrival)
@@ -215,6 +227,7 @@ class Server:
     def turn_away(self, arrival: Arrival) -> None:
         self._arrivals.discard(arrival)
         self._places.give_back(arrival)
+        self._shut.clear()
         self._turns.discard(arrival)
         arrival.connection.close()
 
@@ -238,6 +251,7 @@ class Server:
         if session in self._sessions:
             self._sessions.discard(session)
             self._places.give_back(session)
+            self._shut.clear()
             self._dropped_before += session.dropped
         self._turns.discard(session)
         self.questions.pump()

@@ -23,8 +23,8 @@ __all__ = ["Watcher"]
 _SOCKETS = 0.5  # s between two looks
 _FRESH = 0.9  # s: what is told of sockets is not older; who asks waits for a look where it is
 _PATIENCE = 3.0  # s that who asks waits for it
-_SHARE = 100  # looks take this part of one core while nobody asks,
-_OLDEST = 20.0  # s: unless what is known would be older than this
+_SHARE = 200  # looks take this part of one core while nobody asks,
+_OLDEST = 60.0  # s: unless what is known would be older than this
 _MODULE = 1.0  # s between two tries to open the module
 _TRIM = 10.0  # s between two times that free memory is given back
 
@@ -227,8 +227,8 @@ class Watcher:
 def _pause(interval: float, took: float) -> float:
     """Seconds from the beginning of a look that took `took` s to the next, if nobody asks.
 
-    A look that takes long comes less often, to take no more than a hundredth of one core, as long
-    as what is known is not older than 20 s.
+    A look that takes long comes less often, to take no more than half a percent of one core, as
+    long as what is known is not older than that.
     """
     return max(interval, min(_SHARE * took, _OLDEST - took))
 

@@ -88,29 +88,3 @@ int host_open_beneath(int directory, const char *path)
 
 	return fd < 0 ? -errno : (int)fd;
 }
-
-int host_accept(int listener, int *fds, uint32_t max)
-{
-	uint32_t n = 0;
-
-	while (n < max) {
-		int fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
-
-		if (fd >= 0) {
-			fds[n++] = fd;
-			continue;
-		}
-		if (errno == EINTR || errno == ECONNABORTED)
-			continue;
-		return n ? (int)n : -errno;
-	}
-	return (int)n;
-}
-
-void host_close(const int *fds, uint32_t count)
-{
-	uint32_t i;
-
-	for (i = 0; i < count; i++)
-		close(fds[i]);
-}

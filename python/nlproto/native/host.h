@@ -113,9 +113,11 @@ int host_held_sockets(int procfd, const uint32_t *pids, uint32_t count, struct h
 
 /*
  * Accept up to max connections that wait at a non-blocking listener, each close-on-exec and
- * non-blocking; returns how many, or -errno when the first one fails.
+ * non-blocking; returns how many there are to decide on, or -errno when the first one fails. Those
+ * of the uids `shut` who are not in `group` (-1: there is none) are closed at once and counted.
  */
-int host_accept(int listener, int *fds, uint32_t max);
+int host_accept(int listener, int *fds, uint32_t max, const uint32_t *shut, uint32_t shut_count,
+		int64_t group, uint32_t *refused);
 
 /*
  * Open a file to read below a directory; refuses links, and whatever is mounted below. Never

@@ -36,8 +36,11 @@ def server_name(stream: bytes) -> str | None:
             size = int.from_bytes(message[1:4])
             if size > MAX_HELLO:
                 return ""
-            if len(message) >= 4 + size:
-                return _name_in(bytes(message[4 : 4 + size]))
+            # a tap cuts long packets: the name mostly stands before that
+            whole = len(message) >= 4 + size
+            name = _name_in(bytes(message[4 : 4 + size]))
+            if name is not None or whole:
+                return name or ""
         if len(part) < length:
             break
         at += 5 + length
@@ -46,7 +49,8 @@ def server_name(stream: bytes) -> str | None:
     return None if len(stream) < MAX_HELLO else ""
 
 
-def _name_in(hello: bytes) -> str:
+def _name_in(hello: bytes) -> str | None:
+    """None: what there is of it has none."""
     try:
         at = 2 + 32  # version, random
         at += 1 + hello[at]  # session
@@ -61,7 +65,7 @@ def _name_in(hello: bytes) -> str:
             at += 4 + size
     except IndexError:
         pass
-    return ""
+    return None
 
 
 def _host(names: bytes) -> str:
