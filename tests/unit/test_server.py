@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -203,6 +205,25 @@ def test_a_connection_that_cannot_be_taken_leaves_the_others_their_turns(
         assert other.owner(1) == []
         with DaemonClient(running.path) as another:
             assert another.owner(1) == []
+
+
+def test_what_fails_before_anybody_is_accepted_is_not_tried_without_a_pause(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[float] = []
+
+    def failing(*_: Any) -> None:
+        tries.append(time.monotonic())
+        raise ZeroDivisionError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running.server._payers, "refresh", failing)
+        with socket.socket(socket.AF_UNIX) as waiting:
+            waiting.connect(running.path)
+            until(lambda: len(tries) >= 4)
+    assert min(late - early for early, late in itertools.pairwise(tries)) > 0.05
+    with DaemonClient(running.path) as client:
+        assert client.owner(1) == []
 
 
 def test_frames_that_cannot_be_made_cost_one_client_its_stream(

@@ -153,6 +153,13 @@ class Server:
         self.loop.add_reader(listener, self._accept, listener)
 
     def _accept(self, listener: socket.socket) -> None:
+        try:
+            self._take_all(listener)
+        except Exception as error:  # whoever waits is there at once again: it would be all we do
+            self._failures.add(error, "accepting")
+            self._rest(listener, "see the failure in this log")
+
+    def _take_all(self, listener: socket.socket) -> None:
         """Take all that wait: who floods the queue of the socket must not fill it for others."""
         self._payers.refresh()
         shut, refused_there = list(self._shut), ffi.new("uint32_t *")
