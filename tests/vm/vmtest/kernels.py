@@ -38,7 +38,7 @@ COMPILING = (
     *("libelf-dev", "libssl-dev", "perl", "tar", "xz-utils"),
 )
 # What finds bugs, and what the tests use that defconfig and kvm_guest.config leave out. Not
-# PROVE_RAW_LOCK_NESTING: 6.1's own PCI code fails it at boot, and then lockdep is off.
+# PROVE_RAW_LOCK_NESTING: 6.1's printk() to a serial console fails it at boot; then lockdep is off.
 DEBUG_OPTIONS = """\
 CONFIG_LOCALVERSION="-debug"
 CONFIG_KASAN=y
