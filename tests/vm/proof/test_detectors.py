@@ -55,12 +55,6 @@ def test_a_lock_inversion_is_found(kernel_log: KernelLog) -> None:
 
 
 @needs_debug
-@pytest.mark.boot("planted=raw_nesting")
-def test_a_lock_that_sleeps_on_preempt_rt_within_a_raw_one_is_found(kernel_log: KernelLog) -> None:
-    assert "Invalid wait context" in plant("raw_nesting", kernel_log)
-
-
-@needs_debug
 def test_a_leak_is_found(kernel_log: KernelLog) -> None:
     if not KMEMLEAK.exists():
         subprocess.run(["mount", "-t", "debugfs", "debugfs", "/sys/kernel/debug"], check=True)

@@ -37,13 +37,13 @@ COMPILING = (
     *("bc", "bison", "cpio", "diffutils", "findutils", "flex", "gzip", "kmod"),
     *("libelf-dev", "libssl-dev", "perl", "tar", "xz-utils"),
 )
-# What finds bugs, and what the tests use that defconfig and kvm_guest.config leave out.
+# What finds bugs, and what the tests use that defconfig and kvm_guest.config leave out. Not
+# PROVE_RAW_LOCK_NESTING: 6.1's printk() to a serial console fails it at boot; then lockdep is off.
 DEBUG_OPTIONS = """\
 CONFIG_LOCALVERSION="-debug"
 CONFIG_KASAN=y
 CONFIG_KASAN_INLINE=y
 CONFIG_PROVE_LOCKING=y
-CONFIG_PROVE_RAW_LOCK_NESTING=y
 CONFIG_RCU_EXPERT=y
 CONFIG_PROVE_RCU_LIST=y
 CONFIG_DEBUG_OBJECTS=y

@@ -51,22 +51,13 @@ static void lock_inversion(void)
 	mutex_unlock(&second);
 }
 
-static DEFINE_RAW_SPINLOCK(raw);
-static DEFINE_SPINLOCK(sleeps_on_rt);
-
-static void raw_nesting(void)
-{
-	raw_spin_lock(&raw);
-	spin_lock(&sleeps_on_rt);
-	spin_unlock(&sleeps_on_rt);
-	raw_spin_unlock(&raw);
-}
+static DEFINE_SPINLOCK(lock);
 
 static void atomic_sleep(void)
 {
-	spin_lock(&sleeps_on_rt);
+	spin_lock(&lock);
 	might_sleep();
-	spin_unlock(&sleeps_on_rt);
+	spin_unlock(&lock);
 }
 
 static void leak(void)
@@ -116,7 +107,6 @@ static const struct {
 	{ "use_after_free", use_after_free },
 	{ "out_of_bounds", out_of_bounds },
 	{ "lock_inversion", lock_inversion },
-	{ "raw_nesting", raw_nesting },
 	{ "atomic_sleep", atomic_sleep },
 	{ "leak", leak },
 	{ "rcu_dereference", rcu_dereference_without },
