@@ -13,54 +13,59 @@
 #include <linux/slab.h>
 
 #include "spare.h"
-#include "table.h"
 
 #define SPARE_BATCH	32	/* entries that wait for one grace period */
 #define SPARE_MAX	(IS_ENABLED(CONFIG_KASAN) ? 0 : 4 * SPARE_BATCH)
 
 /* Used by its own CPU with interrupts off, or when nobody else is left. */
 struct spare_cpu {
-	struct sniffer_owner *free;	/* nobody reads them */
+	struct sniffer_spare *free;	/* nobody reads them */
 	unsigned int frees;
-	struct sniffer_owner *gone;	/* who found them in the table may read them still */
+	struct sniffer_spare *gone;	/* who found them in the table may read them still */
 	unsigned int gones;
 };
 
 static DEFINE_PER_CPU(struct spare_cpu, spare_cpus);
 static struct kmem_cache *spare_cache;
+static size_t spare_size;	/* of an entry; set at load only, as is the next */
+static size_t spare_offset;	/* of its struct sniffer_spare */
+
+static void *spare_entry(struct sniffer_spare *spare)
+{
+	return (void *)spare - spare_offset;
+}
 
 /**
  * sniffer_spare_take - memory for an entry
  *
  * Any context. Return: a zeroed one, or NULL when memory is short.
  */
-struct sniffer_owner *sniffer_spare_take(void)
+void *sniffer_spare_take(void)
 {
-	struct sniffer_owner *owner;
+	struct sniffer_spare *spare;
 	struct spare_cpu *cpu;
 	unsigned long flags;
 
 	local_irq_save(flags);
 	cpu = this_cpu_ptr(&spare_cpus);
-	owner = cpu->free;
-	if (owner) {
-		cpu->free = owner->next_spare;
+	spare = cpu->free;
+	if (spare) {
+		cpu->free = spare->next;
 		cpu->frees--;
 	}
 	local_irq_restore(flags);
-	if (!owner)
+	if (!spare)
 		return kmem_cache_zalloc(spare_cache, GFP_ATOMIC | __GFP_NOWARN);
-	*owner = (struct sniffer_owner){};
-	return owner;
+	return memset(spare_entry(spare), 0, spare_size);
 }
 
 /**
  * sniffer_spare_put - give an entry's memory back
- * @owner: that nobody else has seen, or a grace period has passed since
+ * @spare: of an entry that nobody else has seen, or a grace period has passed since
  *
  * Any context.
  */
-void sniffer_spare_put(struct sniffer_owner *owner)
+void sniffer_spare_put(struct sniffer_spare *spare)
 {
 	struct spare_cpu *cpu;
 	unsigned long flags;
@@ -68,70 +73,77 @@ void sniffer_spare_put(struct sniffer_owner *owner)
 	local_irq_save(flags);
 	cpu = this_cpu_ptr(&spare_cpus);
 	if (cpu->frees < SPARE_MAX) {
-		owner->next_spare = cpu->free;
-		cpu->free = owner;
+		spare->next = cpu->free;
+		cpu->free = spare;
 		cpu->frees++;
-		owner = NULL;
+		spare = NULL;
 	}
 	local_irq_restore(flags);
-	if (owner)
-		kmem_cache_free(spare_cache, owner);
-}
-
-static void spare_put_all(struct sniffer_owner *owner)
-{
-	struct sniffer_owner *next;
-
-	for (; owner; owner = next) {
-		next = owner->next_spare;
-		sniffer_spare_put(owner);
-	}
+	if (spare)
+		kmem_cache_free(spare_cache, spare_entry(spare));
 }
 
 static void spare_put_rcu(struct rcu_head *rcu)
 {
-	spare_put_all(container_of(rcu, struct sniffer_owner, rcu));
+	struct sniffer_spare *spare = container_of(rcu, struct sniffer_spare, rcu), *next;
+
+	for (; spare; spare = next) {
+		next = spare->next;
+		sniffer_spare_put(spare);
+	}
 }
 
 /**
  * sniffer_spare_put_later - the same after a grace period, and after some more entries
- * @owner: has just left the table
+ * @spare: of an entry that has just left the table
  *
  * Any context.
  */
-void sniffer_spare_put_later(struct sniffer_owner *owner)
+void sniffer_spare_put_later(struct sniffer_spare *spare)
 {
 	struct spare_cpu *cpu;
 	unsigned long flags;
 
 	local_irq_save(flags);
 	cpu = this_cpu_ptr(&spare_cpus);
-	owner->next_spare = cpu->gone;
-	cpu->gone = owner;
+	spare->next = cpu->gone;
+	cpu->gone = spare;
 	if (++cpu->gones >= SPARE_BATCH || !SPARE_MAX) {
 		cpu->gone = NULL;
 		cpu->gones = 0;
-		call_rcu(&owner->rcu, spare_put_rcu);
+		call_rcu(&spare->rcu, spare_put_rcu);
 	}
 	local_irq_restore(flags);
 }
 
+static void spare_free_all(struct sniffer_spare *spare)
+{
+	struct sniffer_spare *next;
+
+	for (; spare; spare = next) {
+		next = spare->next;
+		kmem_cache_free(spare_cache, spare_entry(spare));
+	}
+}
+
 /**
  * sniffer_spare_init - from now on there is memory
+ * @size: of an entry
+ * @offset: of its struct sniffer_spare
  *
  * Return: false when there is none.
  */
-bool sniffer_spare_init(void)
+bool sniffer_spare_init(size_t size, size_t offset)
 {
-	spare_cache = kmem_cache_create("sniffer_owner", sizeof(struct sniffer_owner), 0,
-					SLAB_HWCACHE_ALIGN, NULL);
+	spare_size = size;
+	spare_offset = offset;
+	spare_cache = kmem_cache_create("sniffer_owner", size, 0, SLAB_HWCACHE_ALIGN, NULL);
 	return spare_cache;
 }
 
 /* Nobody has an entry any more, and none is in the table. */
 void sniffer_spare_exit(void)
 {
-	struct sniffer_owner *owner;
 	struct spare_cpu *cpu;
 	int id;
 
@@ -139,14 +151,9 @@ void sniffer_spare_exit(void)
 	rcu_barrier();
 	for_each_possible_cpu(id) {
 		cpu = per_cpu_ptr(&spare_cpus, id);
-		while ((owner = cpu->gone)) {
-			cpu->gone = owner->next_spare;
-			kmem_cache_free(spare_cache, owner);
-		}
-		while ((owner = cpu->free)) {
-			cpu->free = owner->next_spare;
-			kmem_cache_free(spare_cache, owner);
-		}
+		spare_free_all(cpu->gone);
+		spare_free_all(cpu->free);
+		*cpu = (struct spare_cpu){};
 	}
 	kmem_cache_destroy(spare_cache);
 }

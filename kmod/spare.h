@@ -4,12 +4,20 @@
 
 #include <linux/types.h>
 
-struct sniffer_owner;
+/**
+ * struct sniffer_spare - what an entry has for its way back
+ * @rcu: who found it in the table may read it until the end of a grace period
+ * @next: after it on its CPU
+ */
+struct sniffer_spare {
+	struct rcu_head rcu;
+	struct sniffer_spare *next;
+};
 
-struct sniffer_owner *sniffer_spare_take(void);
-void sniffer_spare_put(struct sniffer_owner *owner);
-void sniffer_spare_put_later(struct sniffer_owner *owner);
-bool sniffer_spare_init(void);
+void *sniffer_spare_take(void);
+void sniffer_spare_put(struct sniffer_spare *spare);
+void sniffer_spare_put_later(struct sniffer_spare *spare);
+bool sniffer_spare_init(size_t size, size_t offset);
 void sniffer_spare_exit(void);
 
 #endif /* SNIFFER_SPARE_H */

@@ -11,7 +11,6 @@
 #include <linux/sock_diag.h>
 
 #include "process.h"
-#include "spare.h"
 #include "table.h"
 
 static unsigned int max_sockets = 262144;
@@ -184,7 +183,7 @@ struct sniffer_owner *sniffer_owner_alloc(struct sock *sk, u64 cookie)
 void sniffer_owner_drop(struct sniffer_owner *fresh)
 {
 	if (fresh)
-		sniffer_spare_put(fresh);
+		sniffer_spare_put(&fresh->spare);
 }
 
 /**
@@ -265,7 +264,7 @@ void sniffer_owner_unlink(struct sniffer_owner *owner)
 	sniffer_process_put(rcu_dereference_protected(owner->user, true));
 	atomic_dec(&owner_used);
 	atomic_inc(&owner_changes);
-	sniffer_spare_put_later(owner);
+	sniffer_spare_put_later(&owner->spare);
 }
 
 /**
@@ -377,7 +376,8 @@ int sniffer_owner_init(void)
 	owner_inodes = kvcalloc(1U << sniffer_owner_bits, sizeof(*owner_inodes), GFP_KERNEL);
 	if (!owner_inodes)
 		goto free_cookies;
-	if (!sniffer_spare_init())
+	if (!sniffer_spare_init(sizeof(struct sniffer_owner),
+				offsetof(struct sniffer_owner, spare)))
 		goto free_inodes;
 	return 0;
 

@@ -11,6 +11,7 @@
 
 #include "alive.h"
 #include "shared_proto.h"
+#include "spare.h"
 
 struct sniffer_proc;
 
@@ -51,8 +52,7 @@ struct sniffer_proc;
  * @by_death: in a list of those that end, once they do
  * @dead: jiffies | 1 when the socket was freed, or when @via was set; else 0
  * @seen: jiffies when last held; of last use while not every probe fires
- * @rcu: readers hold rcu_read_lock()
- * @next_spare: once it has left the table, see spare.c
+ * @spare: once it has left the table; readers hold rcu_read_lock()
  * @fd: where a descriptor of it was seen last, in whatever table
  * @proto: IPPROTO_TCP or IPPROTO_UDP
  * @family: AF_INET or AF_INET6
@@ -92,8 +92,7 @@ struct sniffer_owner {
 	struct list_head by_death;
 	unsigned long dead;
 	unsigned long seen;
-	struct rcu_head rcu;
-	struct sniffer_owner *next_spare;
+	struct sniffer_spare spare;
 	int fd;
 	u8 proto;
 	u8 family;
