@@ -86,8 +86,14 @@ def test_a_port_that_comes_back_at_once(start: Any, lab: Any, case: Any, older: 
     first = lab.server("box", 80, case.proto, case.server)
     old = lab.client(case.where, case.address, case.port, case.proto, OWN)
     daemon = daemon or start()
-    old.again()
-    flow = flow_of(daemon.path, first, port=case.port)
+
+    def served() -> Any:
+        old.again()  # a daemon that has just begun may not have the namespaces yet
+        with DaemonClient(daemon.path) as asking:
+            flows = asking.who(port=case.port)["flows"]
+        return next((one for one in flows if one["pid"] == first.pid), None)
+
+    flow = until(served, 20, "the flow of the first server")
     assert became(flow)[:2] == (case.address, case.port)
     assert fits(flow_of(daemon.path, old, port=case.port), case, 80)
     old.end()
