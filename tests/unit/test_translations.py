@@ -171,6 +171,13 @@ def test_an_end_that_nothing_follows_may_be_before_the_packets(known: Translatio
     assert known.find(here, 7 * SECOND, 7 * SECOND) is not None
 
 
+def test_readings_that_follow_each_other_at_once_are_two(known: Translations) -> None:
+    """A reading's events are added when it ends; what it heard all of, when it began."""
+    known.add(HOST, published(), SECOND, 2 * SECOND + 1000)
+    known.add(HOST, published(ended=True), 2 * SECOND, 5 * SECOND)
+    assert known.find(way(HOST, CLIENT, PUBLIC), 4 * SECOND, 4 * SECOND) is None
+
+
 def test_what_may_have_ended_unheard_is_not_told(known: Translations) -> None:
     known.add(HOST, published(), SECOND, SECOND)
     known.hear_until(HOST, 5 * SECOND)

@@ -104,8 +104,11 @@ class _Entry:
         return first_ns <= self.ended_ns[1]
 
     def may_be_others(self, last_ns: int) -> bool:
-        """Whether who came after it can have sent packets of that time, which may be its own."""
-        return self.ended_ns is not None and self.begun_ns[1] <= self.ended_ns[0] < last_ns
+        """Whether who came after it can have sent packets of that time, which may be its own.
+
+        Where one reading told its beginning and its end, they are taken for its own.
+        """
+        return self.ended_ns is not None and self.begun_ns[0] < self.ended_ns[0] < last_ns
 
     def is_sure(self, first_ns: int, last_ns: int, opens: bool) -> bool:
         """Whether it was there all of that time; `opens`: the packets begin a connection."""
