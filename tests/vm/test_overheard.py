@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What engines do not tell, joined to what they do: both tuples of NAT, names of far ends."""
+"""What engines do not tell, joined to what they do: both tuples of NAT; processes that were there for a moment."""
 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,23 +11,12 @@ from typing import Any
 
 import pytest
 
-from asking import EMBEDDED, SERVER, ZONE, Client, named, seen, stub
 from daemons import Daemon
-from nameserver import NameServer
 from nlproto.client.client import DaemonClient
 from translating import PUBLISHED, Place, became, flow_of, place
 from waiting import until
 
 Start = Callable[..., Daemon]
-TESTS = Path(__file__).parent.parent
-DOCKERD = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
-from nameserver import A, NameServer
-with NameServer({"far.example": [("far.example", A, 300, "10.77.0.2")]}, "127.0.0.11", 5333):
-    print(5333, flush=True)
-    time.sleep(1000)
-"""
 
 
 @pytest.fixture
@@ -81,40 +69,6 @@ def test_who_names_the_process_behind_a_published_port(
 
 
 @pytest.mark.parametrize("engine", ["module", "ebpf"])
-def test_far_ends_have_the_names_that_processes_asked_for(start: Start) -> None:
-    """Over UDP and TCP, by the system's resolver, and of processes that end at once."""
-    daemon = start()
-    with NameServer(ZONE, SERVER), socket.create_server(("", 0)) as listener:
-        port = listener.getsockname()[1]
-        stays = []
-
-        def client(name: str, address: str, **more: Any) -> Client:
-            stays.append(Client(name, port, address, **more))
-            return stays[-1]
-
-        assert named(daemon.path, client("www.example", "127.0.53.80"), "www.example")
-        assert named(daemon.path, client("alias.example", "127.0.53.81"), "alias.example")
-        over_tcp = client("stream.example", "127.0.53.83", tcp="tcp")
-        assert named(daemon.path, over_tcp, "stream.example")
-        ends = client("www.example", "127.0.53.80", stay=False)
-        assert named(daemon.path, ends, "www.example")
-        late = client("short.example", "127.0.53.85", wait=6.5, stay=False)
-        assert seen(daemon.path, late)["domain"] == ""
-        stranger = client("", "127.0.53.80")
-        assert seen(daemon.path, stranger)["domain"] == ""
-        with stub("127.0.0.53", 53, SERVER, "systemd-resolve"):
-            asks = client("shared.example", "127.0.53.84", server="127.0.0.53")
-            assert named(daemon.path, asks, "shared.example")
-            silent = client("", "127.0.53.84", stay=False)
-            assert named(daemon.path, silent, "shared.example")
-        for one in stays:
-            one.end()
-        with DaemonClient(daemon.path) as asking:
-            heard = asking.stats()["domains"]
-        assert heard["names"] and heard["dropped"] == 0
-
-
-@pytest.mark.parametrize("engine", ["module", "ebpf"])
 def test_names_of_programs_and_parents_that_lived_a_millisecond(start: Start) -> None:
     """/proc is mostly too late for them. Nobody tells their command line."""
     daemon = start()
@@ -136,19 +90,3 @@ def test_names_of_programs_and_parents_that_lived_a_millisecond(start: Start) ->
         assert found[pid]["exe"] == bash
         assert found[pid]["ppid"] == os.getpid()
         assert found[pid]["parents"][0]["pid"] == os.getpid()
-
-
-@pytest.mark.parametrize("engine", ["module", "ebpf"])
-def test_a_container_that_asks_dockers_resolver(start: Start, lab: Place) -> None:
-    """127.0.0.11 answers from another port of the container's own namespace, behind NAT."""
-    lab.run("box", "nft -f -", EMBEDDED)
-    daemon = start()
-    lab.start("box", DOCKERD, str(TESTS))
-    serving = lab.server("far", 443, address="10.77.0.2")
-    inside = ["ip", "netns", "exec", lab.names["box"]]
-    for stay in (True, False):
-        client = Client(
-            "far.example", serving.port, "10.77.0.2", server="127.0.0.11", stay=stay, inside=inside
-        )
-        assert named(daemon.path, client, "far.example")
-        client.end()
