@@ -62,17 +62,6 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as here:
 """
 
 # what Docker does in a container's namespace
-EMBEDDED = """table ip nat {
-chain out {
-  type nat hook output priority -100
-  ip daddr 127.0.0.11 udp dport 53 dnat to 127.0.0.11:5333
-}
-chain post {
-  type nat hook postrouting priority 100
-  ip saddr 127.0.0.11 udp sport 5333 snat to 127.0.0.11:53
-}
-}
-"""
 
 
 class Client:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What engines do not tell, joined to what they do: both tuples of NAT; processes that were there for a moment."""
+"""What engines do not tell, joined to what they do: both tuples of NAT, and who lived a moment."""
 
 from __future__ import annotations
 
