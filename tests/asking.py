@@ -61,8 +61,6 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as here:
             here.sendto(there.recv(4096), peer)
 """
 
-# what Docker does in a container's namespace
-
 
 class Client:
     """A process that asks for a name and connects to an address, `wait` seconds later.
