@@ -280,5 +280,9 @@ tell(); sys.stdin.read()
         records[(records["dport"] == told["tcp"]) & (records["tcp_flags"] & 8 != 0)][-10:],
     ):
         assert owners(last) == {(OUT, client.pid), (IN, server.pid)}
-        assert set(last["how"].tolist()) == {wire.lib.SNIFFER_HOW_PROC}
+        # a table of /proc/net that was read a little late may lack the socket: then it is the
+        # listener's owner
+        hows = set(last["how"].tolist())
+        assert wire.lib.SNIFFER_HOW_PROC in hows
+        assert hows <= {wire.lib.SNIFFER_HOW_PROC, wire.lib.SNIFFER_HOW_LISTENER}
     assert taken.engine.stats()["sock_diag"] is False
