@@ -7,29 +7,18 @@ import os
 import subprocess
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from daemons import send
+from loading import links
 from nlproto.client.client import DaemonClient
 from nlproto.engines.bpf import NoBpf
 from nlproto.engines.programs import why_in_parts
 from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it loads programs")
-
-
-def links() -> int:
-    """How many programs are attached, by whomever."""
-    count = 0
-    for info in Path("/proc").glob("[0-9]*/fdinfo/*"):
-        try:
-            count += "link_type" in info.read_text()
-        except OSError:
-            continue
-    return count
 
 
 @pytest.fixture(name="daemon")

@@ -17,6 +17,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
+from loading import records_of
 from nlproto.engines.bpf import NoBpf
 from nlproto.engines.engine import Engine, open_engine
 from nlproto.engines.programs import OBJECT, why_in_parts
@@ -62,20 +63,6 @@ def engine() -> Iterator[Engine]:
         except NoBpf as error:
             skip_unless_installed(error)
         yield opened
-
-
-def records_of(engine: Engine, account: Account) -> np.ndarray:
-    """Everything until now, counted."""
-    parts = [np.zeros(0, RECORD)]
-    for event in (*engine.read(0.1), *engine.finish()):
-        if isinstance(event, ProcessEvent):
-            continue
-        assert isinstance(event, Batch)
-        account.add(event.head, event.records)
-        account.deliver(event.records["how"])
-        parts.append(event.records)
-    account.close(engine.closing)
-    return np.concatenate(parts)
 
 
 def test_every_packet_of_a_connection_is_ours(engine: Engine) -> None:

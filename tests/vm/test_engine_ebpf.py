@@ -8,11 +8,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from loading import links, records_of
 from nlproto.engines.bpf import NoBpf
 from nlproto.engines.ebpf import EbpfEngine
 from nlproto.pipeline.account import Account
@@ -74,17 +74,6 @@ def figure(engine: EbpfEngine, name: str) -> int:
     value = engine.stats()[name]
     assert isinstance(value, int)
     return value
-
-
-def records_of(engine: EbpfEngine, account: Account) -> np.ndarray:
-    parts = [np.zeros(0, RECORD)]
-    for event in engine.finish():
-        if isinstance(event, Batch):
-            account.add(event.head, event.records)
-            account.deliver(event.records["how"])
-            parts.append(event.records)
-    account.close(engine.closing)
-    return np.concatenate(parts)
 
 
 def test_each_packet_that_the_kernel_counts_has_its_record(engine: EbpfEngine) -> None:
@@ -167,14 +156,14 @@ def test_nothing_is_left_when_it_is_killed(engine: EbpfEngine) -> None:
         "import time; from nlproto.engines.engine import open_engine\n"
         "with open_engine('ebpf', print): print('open', flush=True); time.sleep(1000)"
     )
-    before = attached()
+    before = links()
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         while b"open" not in child.stdout.readline():
             pass
-        assert attached() > before
+        assert links() > before
         child.kill()
-    until(lambda: attached() <= before)
+    until(lambda: links() <= before)
     with socket.socket(type=socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         os.system("ip link set lo up")
@@ -186,14 +175,3 @@ def test_nothing_is_left_when_it_is_killed(engine: EbpfEngine) -> None:
 def test_a_kernel_that_lets_nobody_read_it_is_told() -> None:
     with pytest.raises(NoBpf, match="lockdown=confidentiality"):
         EbpfEngine(print)
-
-
-def attached() -> int:
-    """Links that the kernel has, whose process soever."""
-    count = 0
-    for info in Path("/proc").glob("[0-9]*/fdinfo/*"):
-        try:
-            count += "link_type" in info.read_text()
-        except OSError:
-            continue
-    return count
