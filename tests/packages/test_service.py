@@ -44,7 +44,8 @@ def test_systemd_has_started_the_daemon(machine: Machine) -> None:
     user = machine.run(f"ps -o user= -p $(systemctl show -P MainPID {UNIT})").stdout
     assert user.strip().startswith("packet")
     figures = json.loads(machine.run("packet-hunter stats --json").stdout)
-    assert figures["engine"] == "packet"
+    # no module yet, and a kernel with BTF: the unit's capabilities are enough for engine ebpf
+    assert figures["engine"] == "ebpf"
 
 
 def test_systemd_finds_no_fault_in_the_unit_and_little_exposure(machine: Machine) -> None:
@@ -52,7 +53,8 @@ def test_systemd_finds_no_fault_in_the_unit_and_little_exposure(machine: Machine
     assert UNIT not in verified
     report = machine.run(f"systemd-analyze security --no-pager {UNIT}").stdout
     [exposure] = re.findall(r"Overall exposure level for \S+: ([\d.]+)", report)
-    assert float(exposure) <= 2.5, report
+    # bpf(), and sched_setscheduler() of engine packet's reader, cost 0.2
+    assert float(exposure) <= 2.7, report
 
 
 def test_the_module_that_dkms_installed_loads_and_the_daemon_uses_it(
