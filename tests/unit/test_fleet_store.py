@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fleet import schema, wire
+from fleet.ask.store import FlowStore, Range, ask, open_folder
 from fleet.collect import parquet, tidy
 from fleet.collect.keys import Keys
 from fleet.collect.parquet import ParquetStore
@@ -23,6 +24,7 @@ from fleet.collect.tidy import Tidier
 from fleet.export.deltas import Deltas, rows_of
 from fleet.export.source import FlowSource
 from fleeting import rows
+from nlproto.errors import Error
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import pack_address
 from nlproto.tables.processes import Process
@@ -181,6 +183,26 @@ def test_small_files_become_one_with_the_same_rows_and_keys(tmp_path: Path) -> N
         again.write(batches)
     assert len(rows(tmp_path, "flows")) == 40
     assert {path.name for path in tmp_path.iterdir()} <= {".lock", ".tidy", "flows"}
+
+
+def test_who_asks_while_files_are_put_together_gets_all_rows_once(tmp_path: Path) -> None:
+    store = ParquetStore(tmp_path, DAY)
+    for sequence in range(8):
+        store.write([received(now(10, 10 * sequence), sequence)])
+    [folder] = (tmp_path / "flows").iterdir()
+    opened = []
+
+    def opening() -> FlowStore:
+        opened.append(open_folder(tmp_path, Range(0, time.time_ns())))
+        if len(opened) == 1:  # after it has listed the files
+            assert Tidier(store, 400 * DAY).compact(folder, 8)
+        return opened[-1]
+
+    assert ask(opening, lambda one: one.rows("SELECT count(*) AS n FROM flow")) == [{"n": 80}]
+    assert len(opened) == 2
+    (folder / "part-damaged.parquet").write_bytes(b"PAR1")
+    with pytest.raises(Error, match="part-damaged.parquet"):
+        ask(lambda: open_folder(tmp_path, Range(0, time.time_ns())), lambda one: one.owners)
 
 
 def test_a_file_that_comes_while_others_are_put_together_stays(
