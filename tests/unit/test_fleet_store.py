@@ -262,19 +262,51 @@ def test_an_hour_is_summed_up_once_and_again_when_more_comes(tmp_path: Path) -> 
     assert network_of("2001:db8:1:2:3::4") == "2001:db8:1:2::/64"
 
 
+def test_a_day_is_summed_up_when_it_is_over_and_asked_in_the_place_of_its_hours(
+    tmp_path: Path,
+) -> None:
+    store = ParquetStore(tmp_path, 30 * DAY)
+    day = schema.day_ns(schema.day_name(time.time_ns())) - 2 * schema.DAY_NS
+    hours = (day, day + 5 * schema.HOUR_NS, day + 30 * schema.HOUR_NS)
+    for sequence, at in enumerate(hours):
+        store.write([received(now(3, 0, last_ns=at, first_ns=at, initiated=1), sequence)])
+    tidier = Tidier(store, 400 * DAY)
+    tidier._tidy(day + 32 * schema.HOUR_NS)  # the second day is not over
+    sums = pq.read_table(tmp_path / "rollup" / schema.day_name(day) / "part-0.parquet")
+    assert sums.schema.remove_metadata() == schema.ROLLUP
+    assert {(row["hour_ns"], row["flows"]) for row in sums.to_pylist()} == {(day, 6)}
+    assert len(list((tmp_path / "rollup").glob("day=*"))) == 1
+
+    def asked(since: int, until: int) -> set[str]:
+        with open_folder(tmp_path, Range(until, until)) as opened:
+            opened.open_sums(since)
+            words = "SELECT DISTINCT hour_ns, flows FROM rollup"
+            return {f"{(r['hour_ns'] - day) // schema.HOUR_NS}:{r['flows']}" for r in
+                    opened.rows(words)}  # fmt: skip
+
+    end = day + 31 * schema.HOUR_NS
+    assert asked(0, end) == {"0:6", "30:3"}
+    assert asked(day + 1, end) == {"5:3", "30:3"}
+    assert asked(day, end - 1) == {"0:6"}
+    assert asked(day, day + 6 * schema.HOUR_NS) == {"0:3", "5:3"}
+    tidier.retire(day + schema.HOUR_NS + int(400 * DAY * 10**9) + 1)
+    assert not list((tmp_path / "rollup").glob("day=*"))
+    assert asked(0, end) == {"5:3", "30:3"}
+
+
 def test_retention_takes_whole_hours_and_keeps_their_sums(tmp_path: Path) -> None:
     store = ParquetStore(tmp_path, 30 * DAY)
     store.write([received(old(2, 29 * 24), 1), received(old(2, 3, 10), 2)])
     tidier = Tidier(store, 400 * DAY)
     tidier.tidy()
     assert len(rows(tmp_path, "flows")) == 4
-    assert len(list((tmp_path / "rollup").iterdir())) == 2
+    assert len(list((tmp_path / "rollup").glob("hour=*"))) == 2
     tidier.retire(time.time_ns() + 2 * 86400 * 10**9)
     assert {row["cookie"] for row in rows(tmp_path, "flows")} == {10, 11}
-    assert len(list((tmp_path / "rollup").iterdir())) == 2
+    assert len(list((tmp_path / "rollup").glob("hour=*"))) == 2
     tidier.retire(time.time_ns() + 399 * 86400 * 10**9)
     assert not rows(tmp_path, "flows")
-    assert len(list((tmp_path / "rollup").iterdir())) == 1
+    assert len(list((tmp_path / "rollup").glob("hour=*"))) == 1
     store.write([received(old(2, 31 * 24), 3)])
     assert store.untimely == 2 and not rows(tmp_path, "flows")
 

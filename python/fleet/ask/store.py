@@ -109,9 +109,9 @@ class FlowStore:
         if self._folder is None:
             return
         folder = self._folder / "rollup"
-        before = Range(since_ns, self.range.since_ns - 2 * schema.HOUR_NS)
+        before = Range(since_ns, self.range.since_ns)
         with _moving():
-            _view(self.database, "rollup", _hours(folder, before, 0), schema.ROLLUP)
+            _view(self.database, "rollup", _sums(folder, before), schema.ROLLUP)
 
     def rows(self, query: str, words: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """The answer's rows by column name. Raises Error."""
@@ -204,16 +204,29 @@ def _hours(folder: Path, range: Range, before: int) -> list[Path]:
 
     Of a flow that is not over at the range's end there are rows up to it.
     """
-    first = schema.hour_ns(schema.hour_name(max(0, range.since_ns - before * schema.HOUR_NS)))
-    last = range.until_ns + schema.HOUR_NS
-    return sorted(path for path in folder.glob("hour=*") if first <= _begin(path.name) <= last)
+    first = schema.hour_name(max(0, range.since_ns - before * schema.HOUR_NS))
+    last = schema.hour_name(range.until_ns + schema.HOUR_NS)
+    return [folder / name for name in _names(folder) if first <= name <= last]
 
 
-def _begin(name: str) -> int:
-    try:
-        return schema.hour_ns(name)
-    except ValueError:
-        return -1
+def _sums(folder: Path, range: Range) -> list[Path]:
+    """The days and hours that are whole in the range: a day's hours where it has no sums."""
+    since, until = range.since_ns, range.until_ns
+    hours = {name: schema.hour_ns(name) for name in _names(folder)}
+    hours = {name: at for name, at in hours.items() if since <= at <= until - schema.HOUR_NS}
+    days: dict[str, bool] = {}
+    for at in hours.values():
+        day = at // schema.DAY_NS * schema.DAY_NS
+        if (of := schema.day_name(at)) not in days:
+            is_whole = since <= day and day + schema.DAY_NS <= until
+            days[of] = is_whole and bool(parts(folder / of))
+    rest = [name for name, at in hours.items() if not days[schema.day_name(at)]]
+    return [folder / name for name in (*(day for day, is_there in days.items() if is_there), *rest)]
+
+
+def _names(folder: Path) -> list[str]:
+    """The names of the hours that are there, in order."""
+    return sorted(path.name for path in folder.glob("hour=*") if schema.is_hour(path.name))
 
 
 def _view(
