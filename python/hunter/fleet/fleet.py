@@ -21,6 +21,7 @@ __all__ = ["run"]
 
 _STORE = Path("/var/lib/packet-hunter-collect")
 _ROWS, _JSON_ROWS = 50, 1000
+_EXTRA = "pip install 'packet-hunter[fleet]' (Debian: packet-hunter-fleet)"
 _MOST = 20_000
 """Edges in the table of a page."""
 
@@ -35,9 +36,10 @@ def run(options: FleetOptions, notify: Callable[[str], None]) -> int:
         from fleet.ask.store import FlowStore, ask
         from fleet.ask.wanted import Wanted
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("fleet", "hunter", "nlproto"):
+        ours = (error.name or "").partition(".")[0] in ("fleet", "hunter", "nlproto")
+        if ours and error.name != "fleet":  # that one a package of its own has
             raise
-        raise Error(f"no module {error.name}: pip install 'packet-hunter[fleet]'") from None
+        raise Error(f"no module {error.name}: {_EXTRA}") from None
     wanted = Wanted(fleet_filter(options), options.on, options.host, options.user)
     limit = options.limit or (_JSON_ROWS if options.json else _ROWS)
 
