@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 
@@ -26,6 +27,10 @@ FlowKey = tuple[int, ...]
 
 FarEnd = tuple[int, str]
 """Network namespace and address: an address may be another host's in each."""
+
+
+ShownEnds = tuple[str, int, str, int]
+"""Local address and port, remote address and port."""
 
 
 @dataclass(slots=True)
@@ -75,6 +80,18 @@ class FlowRate:
     key: ends.FlowKey
     """By which its far end's name is known (nlproto.records.ends)."""
     meter: TrafficMeter = field(default_factory=TrafficMeter)
+    became: ShownEnds | None = None
+    """What NAT makes of both ends; None: nothing that is known."""
+
+    def translated(self) -> tuple[str, str]:
+        """Return what NAT makes of the local and of the remote end; "" where it is the same."""
+        if self.became is None:
+            return "", ""
+        near, lport, far, rport = self.became
+        return (
+            "" if (near, lport) == (self.local, self.lport) else f"{near}.{lport}",
+            "" if (far, rport) == (self.remote, self.rport) else f"{far}.{rport}",
+        )
 
 
 @dataclass(slots=True)
@@ -123,11 +140,20 @@ class Rates:
     def __iter__(self) -> Iterator[ProcessRate]:
         return iter(self.processes.values())
 
-    def tick(self, batches: Iterable[NamedBatch], now_s: float, seconds: float) -> None:
-        """Take what came in the last `seconds`; `now_s` is of any steady clock."""
+    def tick(
+        self,
+        batches: Iterable[NamedBatch],
+        now_s: float,
+        seconds: float,
+        became: Mapping[ends.FlowKey, ends.Translated] = MappingProxyType({}),
+    ) -> None:
+        """Take what came in the last `seconds`; `now_s` is of any steady clock.
+
+        `became`: what NAT makes of the ends of some flows among it.
+        """
         parts = [batch.records for batch in batches if len(batch.records)]
         if parts:
-            self._add(summarize(np.concatenate(parts)), now_s)
+            self._add(summarize(np.concatenate(parts)), now_s, became)
         for process in list(self.processes.values()):
             process.meter.tick(seconds)
             process.sent_history.append(process.meter.sent_rate)
@@ -143,7 +169,9 @@ class Rates:
         if self._flow_count > MAX_FLOWS:
             self._evict()
 
-    def _add(self, flows: np.ndarray, now_s: float) -> None:
+    def _add(
+        self, flows: np.ndarray, now_s: float, became: Mapping[ends.FlowKey, ends.Translated]
+    ) -> None:
         local = flows["laddr"].tolist()
         remote = flows["raddr"].tolist()
         columns = [flows[name].tolist() for name in _FIELDS]
@@ -161,7 +189,7 @@ class Rates:
             *sums,
         ) in enumerate(zip(*columns, strict=True)):
             process = self._process(tgid, start, how, uid, comm)
-            packets_in, bytes_in, packets_out, bytes_out = sums
+            packets_in, bytes_in, packets_out, bytes_out, opened = sums
             process.meter.add(bytes_out, bytes_in, packets_in + packets_out, now_s)
             name = (netns, proto, lport, rport, *local[index], *remote[index])
             flow = process.flows.get(name)
@@ -180,6 +208,11 @@ class Rates:
                 process.flows[name] = flow
                 self._flow_count += 1
             flow.meter.add(bytes_out, bytes_in, packets_in + packets_out, now_s)
+            found = became.get(flow.key) if became else None
+            if found is not None:
+                flow.became = _shown(family, found)
+            elif opened:  # another connection, which is not translated
+                flow.became = None
 
     def _process(self, tgid: int, start: int, how: int, uid: int, comm: bytes) -> ProcessRate:
         key = (tgid, start, 0) if tgid else (0, 0, how)
@@ -220,4 +253,10 @@ _FIELDS = (
     "bytes_in",
     "packets_out",
     "bytes_out",
+    "opened",
 )
+
+
+def _shown(family: int, became: ends.Translated) -> ShownEnds:
+    near, lport, far, rport = became
+    return wire.address_text(family, near), lport, wire.address_text(family, far), rport

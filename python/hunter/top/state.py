@@ -17,6 +17,9 @@ from hunter.show.units import UNITS
 from hunter.sources.source import Source
 from nlproto import Error
 from nlproto.records.batch import NamedBatch
+from nlproto.records.ends import FlowKey, Translated
+from nlproto.records.wire import joined
+from nlproto.tables.flows import summarize
 from nlproto.tables.processes import Process
 
 __all__ = ["GROUPS", "State"]
@@ -69,11 +72,11 @@ class State:
     def take(self) -> None:
         """Count what came since the last call."""
         now_s = time.monotonic()
-        batches = self._inbox.take()
+        batches, became = self._inbox.take()
         for batch in batches:
             self.shown.add(batch)
             self.namespaces.see(batch.records["netns"])
-        self.rates.tick(batches, now_s, max(now_s - self._last_s, 1e-3))
+        self.rates.tick(batches, now_s, max(now_s - self._last_s, 1e-3), became)
         self._last_s = now_s
         self.failure = self._inbox.failure
 
@@ -146,6 +149,8 @@ class _Inbox:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._batches: list[NamedBatch] = []
+        self._became: dict[FlowKey, Translated] = {}
+        """Of flows among the batches: who tells it may forget it with the next one."""
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._read, name="reader", daemon=True)
@@ -159,10 +164,11 @@ class _Inbox:
         self._stopping.set()
         self._thread.join()
 
-    def take(self) -> list[NamedBatch]:
+    def take(self) -> tuple[list[NamedBatch], dict[FlowKey, Translated]]:
         with self._lock:
             batches, self._batches = self._batches, []
-        return batches
+            became, self._became = self._became, {}
+        return batches, became
 
     def _read(self) -> None:
         while not self._stopping.is_set():
@@ -174,5 +180,8 @@ class _Inbox:
             if batches is None:
                 self.ended = True
                 return
+            records = [one.records for one in batches if len(one.records)]
+            became = self._source.ends.translated(summarize(joined(records))) if records else {}
             with self._lock:
                 self._batches += batches
+                self._became |= became

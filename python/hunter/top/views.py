@@ -14,7 +14,7 @@ from textual.screen import Screen
 from textual.widgets import Footer, Input, Static
 
 from hunter.show.console import has_blocks
-from hunter.show.names import service
+from hunter.show.names import nat, service
 from hunter.show.rates import FlowRate, ProcessRate, TrafficMeter
 from hunter.show.text import plain
 from hunter.show.units import amount
@@ -273,6 +273,7 @@ class FlowsView(View):
         GridColumn("rate", "rate", right=True),
         GridColumn("total", "total", right=True, spare=1),
         GridColumn("packets", "packets", right=True, spare=7),
+        GridColumn("nat", spare=4, optional=True),
     )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("tab", "remotes", "Flows or far ends", priority=True)
@@ -352,15 +353,18 @@ class FlowsView(View):
         return found.pop() if len(found) == 1 else ""
 
     def words(self, item: _Flow) -> str:
-        return " ".join(text for text, _ in self.cells(item)[:3])
+        made = self.cells(item)
+        return " ".join(text for text, _ in (*made[:3], made[-1]))
 
     def cells(self, item: _Flow) -> Sequence[Cell]:
         _, flow, meter = item
         units = self.state.units
         if isinstance(flow, int):
             proto, near = "", _number(flow, "flow", "flows")
+            became = ""
         else:
             proto, near = flow.proto, f"{flow.local}.{flow.lport}"
+            became = nat(*flow.translated())
         return (
             (proto, ""),
             (near, ""),
@@ -370,4 +374,5 @@ class FlowsView(View):
             (amount(meter.rate, units), "bold"),
             (amount(meter.total, units), ""),
             (f"{meter.packets:,}", ""),
+            (became, "cyan"),
         )

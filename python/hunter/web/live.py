@@ -7,6 +7,7 @@ import json
 import threading
 from typing import Any
 
+from hunter.show.names import nat
 from hunter.show.rates import FlowRate, ProcessRate, TrafficMeter
 from hunter.top.state import State
 
@@ -79,5 +80,6 @@ def _flow(flow: FlowRate) -> dict[str, Any]:
         "lport": flow.lport,
         "remote": flow.remote,
         "rport": flow.rport,
+        "nat": nat(*flow.translated()),
         **_rates(flow.meter),
     }

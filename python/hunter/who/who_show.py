@@ -154,8 +154,7 @@ class _Nat:
             self.far.add(far)
 
     def text(self) -> str:
-        near, far = self._end(self.near), self._end(self.far)
-        return f"{near} <> {far}" if near and far else near or f"{'<> ' * bool(far)}{far}"
+        return names.nat(self._end(self.near), self._end(self.far))
 
     @staticmethod
     def _end(found: set[tuple[str, int]]) -> str:
