@@ -27,7 +27,7 @@ _CHECK_SHARE, _CHECK_SAVED_NS = 100, 20_000_000
 """Checking takes this part of the time at most: with many sockets a round takes longer."""
 _CHUNK = 32
 """Checked between two looks at the clock."""
-_UNHELD_SHARE = 20
+_UNHELD_SHARE = 100
 """Looking for who holds the others, that nobody is known to hold, takes this part of the time."""
 _ROUND_NS = 60_000_000_000
 """And those of a connected one, which traffic tells sooner."""
