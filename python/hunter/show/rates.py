@@ -12,7 +12,9 @@ import numpy as np
 
 from nlproto.records import ends, wire
 from nlproto.records.batch import NamedBatch
+from nlproto.tables.attempts import Attempts
 from nlproto.tables.flows import address_bytes, summarize
+from nlproto.tables.outcome import RST
 
 __all__ = ["HISTORY", "FlowRate", "TrafficMeter", "ProcessRate", "RateKey", "Rates"]
 
@@ -80,6 +82,8 @@ class FlowRate:
     key: ends.FlowKey
     """By which its far end's name is known (nlproto.records.ends)."""
     meter: TrafficMeter = field(default_factory=TrafficMeter)
+    cookie: int = 0
+    """The kernel's number of its socket; 0: not known."""
     became: ShownEnds | None = None
     """What NAT makes of both ends; None: nothing that is known."""
 
@@ -104,6 +108,10 @@ class ProcessRate:
     raw_comm: bytes = b""
     meter: TrafficMeter = field(default_factory=TrafficMeter)
     flows: dict[FlowKey, FlowRate] = field(default_factory=dict)
+    failed: int = 0
+    """Connections that it tried to open, refused or unanswered."""
+    resets: int = 0
+    """Flows with a reset, by either side, of each tick."""
     sent_history: deque[float] = field(default_factory=lambda: deque([0.0] * HISTORY, HISTORY))
     received_history: deque[float] = field(default_factory=lambda: deque([0.0] * HISTORY, HISTORY))
 
@@ -135,6 +143,7 @@ class Rates:
         self._kept_s = kept_s
         self.processes: dict[RateKey, ProcessRate] = {}
         self.evicted = 0
+        self._attempts = Attempts()
         self._flow_count = 0
 
     def __iter__(self) -> Iterator[ProcessRate]:
@@ -189,7 +198,8 @@ class Rates:
             *sums,
         ) in enumerate(zip(*columns, strict=True)):
             process = self._process(tgid, start, how, uid, comm)
-            packets_in, bytes_in, packets_out, bytes_out, opened = sums
+            packets_in, bytes_in, packets_out, bytes_out, opened, cookie, tcp_in, tcp_out = sums
+            process.resets += bool((tcp_in | tcp_out) & RST)
             process.meter.add(bytes_out, bytes_in, packets_in + packets_out, now_s)
             name = (netns, proto, lport, rport, *local[index], *remote[index])
             flow = process.flows.get(name)
@@ -208,11 +218,17 @@ class Rates:
                 process.flows[name] = flow
                 self._flow_count += 1
             flow.meter.add(bytes_out, bytes_in, packets_in + packets_out, now_s)
+            flow.cookie = cookie or flow.cookie
             found = became.get(flow.key) if became else None
             if found is not None:
                 flow.became = _shown(family, found)
             elif opened:  # another connection, which is not translated
                 flow.became = None
+
+        for attempt in self._attempts.take(flows, int(now_s * 1e9)):
+            owner = self.processes.get((attempt.tgid, attempt.start_ns, 0))
+            if owner is not None:
+                owner.failed += 1
 
     def _process(self, tgid: int, start: int, how: int, uid: int, comm: bytes) -> ProcessRate:
         key = (tgid, start, 0) if tgid else (0, 0, how)
@@ -254,6 +270,9 @@ _FIELDS = (
     "packets_out",
     "bytes_out",
     "opened",
+    "cookie",
+    "tcp_in",
+    "tcp_out",
 )
 
 

@@ -7,14 +7,16 @@ import math
 import os
 import threading
 import time
+from collections.abc import Iterable
 
 from hunter.show.account import ShownAccount
 from hunter.show.names import HostNames, Namespaces
 from hunter.show.programs import place
-from hunter.show.rates import KEPT_S, ProcessRate, RateKey, Rates
+from hunter.show.rates import KEPT_S, FlowRate, ProcessRate, RateKey, Rates
 from hunter.show.text import plain
 from hunter.show.units import UNITS
 from hunter.sources.source import Source
+from hunter.top.going import Going, SocketGoing
 from nlproto import Error
 from nlproto.records.batch import NamedBatch
 from nlproto.records.ends import FlowKey, Translated
@@ -44,6 +46,7 @@ class State:
         filter_text: str = "",
         kept_s: float = KEPT_S,
         numbers: bool = False,
+        going: Going | None = None,
     ) -> None:
         self.source = source
         self.known = known
@@ -61,6 +64,8 @@ class State:
         """Why nothing comes any more."""
         self._filter_text = filter_text
         self._inbox = _Inbox(source)
+        self._asking = going
+        self._going: dict[int, SocketGoing] = {}
         self._last_s = time.monotonic()
 
     def start(self) -> None:
@@ -78,7 +83,31 @@ class State:
             self.namespaces.see(batch.records["netns"])
         self.rates.tick(batches, now_s, max(now_s - self._last_s, 1e-3), became)
         self._last_s = now_s
+        if self._asking is not None:
+            self._hear(self._asking.take())
         self.failure = self._inbox.failure
+
+    def _hear(self, found: dict[int, SocketGoing] | None) -> None:
+        """Of flows that are shown; what has been closed since stays as it was."""
+        if found is None:
+            return
+        cookies = {flow.cookie for one in self.rates for flow in one.flows.values()}
+        self._going = {
+            cookie: now
+            for cookie in cookies
+            if (now := found.get(cookie) or self._going.get(cookie)) is not None
+        }
+
+    def going(self, flows: Iterable[FlowRate]) -> SocketGoing:
+        """Return how the sockets of these flows go, added up; the round trip time in the middle."""
+        cookies = {flow.cookie for flow in flows}
+        known = [self._going[cookie] for cookie in cookies if cookie in self._going]
+        times = sorted(one.rtt_us for one in known if one.rtt_us)
+        return SocketGoing(
+            times[len(times) // 2] if times else 0,
+            sum(one.resent for one in known),
+            sum(one.dropped for one in known),
+        )
 
     def next_units(self) -> None:
         self.units = UNITS[(UNITS.index(self.units) + 1) % len(UNITS)]

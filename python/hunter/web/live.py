@@ -45,7 +45,7 @@ class LiveRates:
             found = [one for one in self.state.rates if one.key[:2] == (pid, start_ns)]
             flows = [flow for one in found for flow in one.flows.values()]
             flows.sort(key=lambda flow: (-flow.meter.rate, -flow.meter.total))
-            rows = [_flow(flow) for flow in flows[:_FLOWS]]
+            rows = [_flow(flow) | self.state.going([flow])._asdict() for flow in flows[:_FLOWS]]
         return json.dumps({"flows": rows, "total": len(flows)}).encode()
 
     def _process(self, one: ProcessRate) -> dict[str, Any]:
@@ -59,6 +59,9 @@ class LiveRates:
             "place": (details.container or details.unit) if details else "",
             "ended": self.state.ended(one),
             "flows": len(one.flows),
+            **self.state.going(one.flows.values())._asdict(),
+            "failed": one.failed,
+            "resets": one.resets,
             **_rates(one.meter),
         }
 

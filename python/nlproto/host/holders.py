@@ -31,6 +31,7 @@ _USER_SHARE, _USERS_SHARE, _USER_SAVED_NS = 3, 2, 300_000_000
 _ASKED_AGAIN_NS = 50_000_000  # an inode that nobody held, when asked for again the first time
 _MISSED_NS, _MISSED_SHARE = 1_600_000_000, 100
 """At last it is after so long, or after so many times what a walk takes: many are the kernel's."""
+_OFTEN = 4  # missed as often, it is looked for by walks alone
 _LARGE = 1000
 """Who has more sockets is asked only if there was traffic of theirs a short while ago."""
 _TRAFFIC_NS = 10_000_000_000
@@ -244,7 +245,8 @@ class Holders:
                         return found
             self._ask_born(max(_BORN_NS, _BORN_SHARE * self._listing_ns))
             with self._users.spend(uid):
-                if not self._checked(inode) and inode not in self._missing:
+                missed, until_ns = self._missing.get(inode, (0, 0))
+                if not self._checked(inode) and self._now_ns() >= until_ns and missed < _OFTEN:
                     self._ask_some(inode, likely)
                 held = self._checked(inode)
                 if len(held) == 1:
@@ -285,7 +287,7 @@ class Holders:
         if not missed:
             return 0
         most = max(_MISSED_NS, _MISSED_SHARE * self._walk_took_ns)
-        return int(min(_ASKED_AGAIN_NS << min(missed, 30), most))
+        return int(min(_ASKED_AGAIN_NS << min(missed - 1, 30), most))
 
     def _held_by(self, inode: int) -> dict[int, int]:
         """Who held it in the last walk; where that left out some, who does now."""
