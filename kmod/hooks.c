@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * Where packets come in: Netfilter hooks in every network namespace. They
- * accept every packet and change none (lookup.c may settle its socket early);
- * each becomes a record or is counted.
+ * accept every packet and change none (lookup.c may settle its socket early, as
+ * early demux does); each becomes a record or is counted.
  *
  * Their priority is the last one everywhere. They come after NAT: a record has
  * the addresses under which the packet goes on, for LOCAL_IN those of the socket.

@@ -192,6 +192,18 @@ static bool memo_finds_udp(const struct memo *memo, struct net *net)
 	       (!sk->sk_daddr || sk->sk_daddr == *(const __be32 *)r->saddr);
 }
 
+/* Is it a connection between the ends of @r, which came in? It may have got others since. */
+static bool memo_is_between(const struct sock *sk, const struct sniffer_record *r)
+{
+	if (sk->sk_num != r->dport || sk->sk_dport != htons(r->sport))
+		return false;
+	if (r->family == AF_INET6)
+		return !memcmp(&sk->sk_v6_daddr, r->saddr, 16) &&
+		       !memcmp(&sk->sk_v6_rcv_saddr, r->daddr, 16);
+	return sk->sk_daddr == *(const __be32 *)r->saddr &&
+	       sk->sk_rcv_saddr == *(const __be32 *)r->daddr;
+}
+
 /* The same for TCP: is the memo's connection where the stack looks? */
 static bool memo_finds_tcp(const struct memo *memo, struct net *net)
 {
@@ -201,7 +213,8 @@ static bool memo_finds_tcp(const struct memo *memo, struct net *net)
 	node = rcu_dereference(hlist_nulls_first_rcu(&inet_ehash_bucket(table, memo->hash)->chain));
 	while (!is_a_nulls(node) && node != wanted)
 		node = rcu_dereference(hlist_nulls_next_rcu(node));
-	return node == wanted && !memo->sk->sk_bound_dev_if;
+	return node == wanted && !memo->sk->sk_bound_dev_if &&
+	       memo_is_between(memo->sk, &memo->record);
 }
 
 static __always_inline bool memo_is_comm(const char *one, const char *other)
