@@ -9,7 +9,7 @@
 
 bool sniffer_parse(struct sniffer_flow *flow);
 
-/* How much of it there is: @r->hdr_len is known. */
+/* Fills in len and gso_segs; @r->hdr_len is known. */
 static __always_inline void sniffer_parse_sizes(struct sniffer_record *r, const struct sk_buff *skb)
 {
 	r->len = skb->len;

@@ -25,8 +25,8 @@ void sniffer_use_close(unsigned int fd);
 void sniffer_use_close_range(unsigned int fd, unsigned int last);
 
 /*
- * Does a descriptor of current refer to no socket and no io_uring? What most who
- * close() close. Preemption off is RCU enough, and costs less.
+ * Is current's descriptor neither a socket nor an io_uring? Most calls of close() are
+ * for such a file. Preemption off is enough for RCU, and costs less.
  */
 static __always_inline bool sniffer_use_is_plain(unsigned int fd)
 {
