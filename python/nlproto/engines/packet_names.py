@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Names packets without the module: their socket by sock_diag or /proc/net, its holder by /proc.
+"""Names packets without the module. sock_diag or /proc/net finds the socket, /proc its holder.
 
-The socket is asked for by the packet's own tuple at a flow's first packet, so what counts is
-how soon that is. A TCP socket that was closed before belonged to its listener's owner, if a
-listener accepted it: `how` listener, flagged AMBIGUOUS. Any other is `socket_gone`, which says
-that none was there when it was asked for. `no_socket` is said only of a SYN that was refused.
+The first packet of a flow has its socket looked up by the packet's tuple, as soon as possible. A
+TCP socket that is closed by then belonged to its listener's owner, if a listener accepted it: `how`
+is listener, flagged AMBIGUOUS. Otherwise `how` is `socket_gone`: the lookup found no socket.
+`no_socket` is only for a SYN that was refused.
 """
 
 import socket
@@ -27,14 +27,15 @@ from nlproto.running.budget import Budget
 __all__ = ["FLOW_LIMIT", "PacketNames"]
 
 TTL_NS = 200_000_000
-"""How long an owner is believed at most before socket and holder are looked at again."""
-_SOON_NS = 20_000_000  # and as early as this while there is time for it
+"""How long an owner stays valid at most. Then socket and holder are looked up again."""
+_SOON_NS = 20_000_000  # and this early while there is time for it
 _SOON_SHARE, _SOON_SAVED_NS = 4, 100_000_000
-# A port can be another process's as soon as a UDP socket is closed; TCP begins with a SYN.
+# UDP: another process can get a port as soon as a socket closes. TCP: a connection begins with a
+# SYN.
 _LINGER_NS = {socket.IPPROTO_UDP: 50_000_000, socket.IPPROTO_TCP: 1_000_000_000}
 _FORGET_NS = 10_000_000_000
-_LATE_NS = 1_000_000_000  # who waited as long is not asked about: others wait behind it
-_CLOSING_NS = 200_000_000  # from a descriptor's end to its socket's, on a busy machine
+_LATE_NS = 1_000_000_000  # older packets are not looked up: others wait behind them
+_CLOSING_NS = 200_000_000  # from a descriptor's end to its socket's, if busy
 FLOW_LIMIT = 262144
 _FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
 _SIMULTANEOUS_NS = 1_000_000_000  # between two SYNs that cross and make one connection
@@ -52,20 +53,20 @@ _KEY = np.dtype(
 
 @dataclass(slots=True)
 class _Connection:
-    """What the packets of one TCP connection told of it."""
+    """What the packets of one TCP connection have shown."""
 
     began_ns: int = 0
-    """When its SYN passed; 0: that was not seen."""
+    """When its SYN passed; 0: not seen."""
     active: bool = False
-    """Whether this end sent the SYN: then no listener accepted it."""
+    """Whether this end sent the SYN. Then no listener accepted it."""
     answered: bool = False
     """Whether this end sent a SYN-ACK, data or a FIN."""
     refused: bool = False
-    """Whether this end answered the SYN with a reset: nobody listened."""
+    """Whether this end answered the SYN with a reset. Then nobody listened."""
     owned: bool = False
-    """Whether its own socket was found with an owner."""
+    """Whether its socket was found, with an owner."""
     listener: PastListener | None = None
-    """Who listened when it began."""
+    """Which processes listened when it began."""
 
 
 @dataclass(slots=True)
@@ -77,19 +78,19 @@ class _Flow:
     inode: int = 0
     owner: Owner | None = None
     settled: bool = False
-    """Whether the answer may be kept for TTL_NS; else the next packet asks again."""
+    """Whether the answer may be kept for TTL_NS. If not, the next packet asks again."""
     unheld: bool = False
-    """Whether there is a socket, and a quick search found nobody who holds it."""
+    """Whether there is a socket for which a quick search found no holder."""
     row: np.void | None = None
     """The socket (HOST_SOCKET) that was found."""
     connection: _Connection | None = None
     sent_ns: int = 0
-    """When the packet passed that it was asked for: who has the socket may be younger."""
+    """When the packet of the lookup passed. The socket's holder may be younger."""
 
 
 @dataclass(slots=True)
 class _Group:
-    """Packets of one connection in one direction, in one read."""
+    """Packets of one connection, in one direction, of one read."""
 
     key: bytes
     out: bool
@@ -102,15 +103,15 @@ class _Group:
     refused: bool = False
     """Whether that SYN was answered with a reset in this read."""
     over: bool = False
-    """Whether another connection of the same tuple begins in this read, behind this one."""
+    """Whether a later connection with the same tuple begins in this read."""
 
 
 class PacketNames:
-    """Names the records of one network namespace. One thread at a time.
+    """Names the records of one network namespace. For one thread at a time.
 
-    `diag` is None where sock_diag is refused: then /proc/net in `net` is read, for a quarter
-    of the time at most. `is_local(family, address)` tells whether 16 bytes are this host's address.
-    Some `flow_limit` flows are remembered, of some 500 bytes each.
+    If sock_diag is refused, `diag` is None, and /proc/net in `net` is read, for a quarter of the
+    time at most. `is_local(family, address)` says whether 16 bytes are an address of this host.
+    About `flow_limit` flows are remembered, with some 500 bytes each.
     """
 
     def __init__(
@@ -134,10 +135,11 @@ class PacketNames:
         self._soon = Budget(_SOON_SHARE, _SOON_SAVED_NS, now_ns)
 
     def name(self, records: np.ndarray, to_all: np.ndarray) -> np.ndarray:
-        """Fill in owners and reasons; return the records to deliver (RECORD, shape (n,)).
+        """Fill in owners and reasons. Returns the records to deliver (RECORD, shape (n,)).
 
-        A packet for several sockets (`to_all`) becomes one record each, further ones flagged as
-        copies. Forwarded packets, tapped on the way in and again on the way out, become one.
+        A packet for several sockets (`to_all`) becomes a record for each; all but the first are
+        flagged as copies. A forwarded packet is tapped on its way in and out, and becomes one
+        record.
         """
         outward = records["dir"] == lib.SNIFFER_DIR_OUT
         keys = _keys(records, outward)
@@ -145,7 +147,8 @@ class PacketNames:
         copies: list[np.ndarray] = []
         named: list[tuple[list[int], Tuple, _Flow]] = []
         groups = _groups(records, keys, outward, to_all)
-        # Who has just begun a connection may end first, and has no listener to stand for it.
+        # A process that has just opened a connection may end first, and has no listener as a
+        # fallback.
         groups.sort(key=lambda group: not (group.syn and group.out and group.first))
         for group in groups:
             rows, out = group.rows, group.out
@@ -163,7 +166,7 @@ class PacketNames:
                 keep[rows] = False
                 continue
             named.append((rows, one, flow))
-        # What takes long comes last: meanwhile others close what they have.
+        # Slow searches come last: meanwhile others close their sockets.
         for rows, one, flow in named:
             if flow.unheld:
                 self._look_further(one, flow)
@@ -175,7 +178,7 @@ class PacketNames:
         return records if keep.all() else records[keep]
 
     def _doubt(self, flow: _Flow) -> None:
-        """Flag who shares a UDP port with others: which of their sockets it was is not told."""
+        """Flag records of a UDP port with several sockets: nothing says which one it was."""
         row, flow.row = flow.row, None
         if row is None or flow.owner is None or row["proto"] != socket.IPPROTO_UDP or row["dport"]:
             return
@@ -222,7 +225,7 @@ class PacketNames:
             found = self._flows[group.key] = _Flow(now, how, connection=connection)
             return found
         with self._soon.spend():
-            # what has the tuple now is the next connection's, if this one is over
+            # if this connection is over, the next one has the tuple now
             gone = _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE)
             found = gone if group.over else self._ask(one, now, sent_ns)
             if known is not None and not group.syn:
@@ -242,7 +245,7 @@ class PacketNames:
         return found
 
     def _remember_end(self, one: Tuple, found: _Flow, sent_ns: int) -> _Flow:
-        """A client that asked several servers may be gone before the last is looked up."""
+        """A client that asked several servers may be gone before its last socket is looked up."""
         end = (one.proto, one.lport, one.local)
         before = self._ends.get(end)
         if found.owner is not None:
@@ -252,15 +255,15 @@ class PacketNames:
         return found
 
     def _linger(self, known: _Flow, found: _Flow, proto: int, sent_ns: int) -> _Flow:
-        """The last owner for packets that were under way when the socket went.
+        """Return the last owner, for packets that were under way when the socket closed.
 
-        Without a socket those tapped shortly after it was last seen; for as long as the kernel
-        still keeps a closed connection (cookie the same), whatever it sends is its last owner's.
+        Without a socket this holds for packets tapped shortly after it was last seen. While the
+        kernel keeps a closed connection (same cookie), all that it sends is its last owner's.
         """
         if found.owner is not None or known.owner is None:
             return found
         if known.how == lib.SNIFFER_HOW_LISTENER:
-            return found  # the listener is asked about anew
+            return found  # the listener is looked up again
         same = known.cookie != 0 and known.cookie == found.cookie
         late = sent_ns - known.checked_ns >= _LINGER_NS[proto]
         if not same and (late or found.cookie):
@@ -268,7 +271,7 @@ class PacketNames:
         known.flags |= lib.SNIFFER_F_DEAD
         late = sent_ns - known.checked_ns > _SOON_NS
         if proto == socket.IPPROTO_UDP or found.inode or late:
-            # A UDP port may have a new owner, and what was open may have been passed on.
+            # A UDP port may have a new owner, and an open socket may have been passed on.
             known.flags |= lib.SNIFFER_F_AMBIGUOUS
         known.settled, known.unheld = False, found.unheld
         if same:
@@ -276,13 +279,13 @@ class PacketNames:
         return known
 
     def _take_listener(self, one: Tuple, found: _Flow, connection: _Connection) -> None:
-        """Name who accepted, or will accept, a connection without a socket of a process's own."""
+        """Name the process that accepted, or will accept, a connection whose socket nobody has."""
         if connection.active or connection.owned or found.how == lib.SNIFFER_HOW_KERNEL:
             return
         listening = found.row is not None and int(found.row["state"]) == TcpState.LISTEN
         there = found.row is not None and not listening
         if not there and not connection.began_ns and not connection.answered:
-            return  # nothing says that there was a connection: a probe, an answer to a reset
+            return  # no sign of a connection: it was a probe, or an answer to a reset
         waits = False
         if found.row is not None and there:
             waits = int(found.row["state"]) in _NOT_ACCEPTED and not found.inode
@@ -290,7 +293,7 @@ class PacketNames:
             now = self._listeners.of(one, connection.began_ns, found.row if listening else None)
         listener = now or before
         connection.listener = before or now
-        # A connection that waits may have moved to another listener (net.ipv4.tcp_migrate_req).
+        # A waiting connection may have moved to another listener (net.ipv4.tcp_migrate_req).
         moved = waits and before is not None and (now is None or now.inode != before.inode)
         if listener is None:
             return
@@ -308,18 +311,19 @@ class PacketNames:
         limit = now - _FORGET_NS
         self._flows = {key: flow for key, flow in self._flows.items() if flow.checked_ns > limit}
         self._ends = {key: flow for key, flow in self._ends.items() if flow.checked_ns > limit}
-        if len(self._flows) > self._flow_limit * 3 // 4:  # or the next flow would be as dear
+        if len(self._flows) > self._flow_limit * 3 // 4:  # or the next flow would cost as much
             self._flows.clear()
             self._ends.clear()
 
     def _ask(self, one: Tuple, now: int, sent_ns: int) -> _Flow:
-        """The socket of the packet's own, with who holds it; a listener is not that."""
+        """Return the packet's own socket and its holders. A listener is not its own socket."""
         if (row := self._sockets.find(one)) is not None and int(row["state"]) != TcpState.LISTEN:
             return self._held(row, now, sent_ns, self._listeners.likely(one))
         return _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, row=row)
 
     def _look_further(self, one: Tuple, flow: _Flow) -> None:
-        """Search all processes for the holder of a socket, unless it is just being closed."""
+        """Search all processes for the holder of a socket, unless the socket is just being
+        closed."""
         flow.unheld = False
         again = self._sockets.find(one)
         if again is None or int(again["inode"]) != flow.inode:
@@ -334,7 +338,8 @@ class PacketNames:
             flow.how, flow.flags = lib.SNIFFER_HOW_KERNEL, lib.SNIFFER_F_KERNEL
 
     def _stays(self, flow: _Flow) -> bool:
-        """Whether nobody held the socket for a while: one that is being closed goes soon."""
+        """Return whether nobody has held the socket for a while: one that is being closed goes
+        soon."""
         if len(self._unheld) > self._flow_limit:
             self._unheld.clear()
         first = self._unheld.setdefault(flow.inode, flow.checked_ns)
@@ -354,7 +359,7 @@ class PacketNames:
     def _own(self, flow: _Flow, owners: tuple[Owner, ...]) -> None:
         sent_ns = Clock.now().boot_ns(flow.sent_ns)
         there = tuple(one for one in owners if one.identity.start_ns <= sent_ns)
-        if owners and not there:  # who began later: of another connection, or of one passed on
+        if owners and not there:  # these began later
             flow.how = lib.SNIFFER_HOW_SOCKET_GONE
             return
         if there:
@@ -364,13 +369,14 @@ class PacketNames:
             flow.how = lib.SNIFFER_HOW_DIAG if self._sockets.by_diag else lib.SNIFFER_HOW_PROC
             flow.settled = True
             if len(there) > 1:
-                flow.flags |= _SHARED  # which of them uses it is not to be seen from outside
+                flow.flags |= _SHARED  # from outside nobody sees which of them uses it
         else:
             gone, unknown = lib.SNIFFER_HOW_SOCKET_GONE, lib.SNIFFER_HOW_NOT_PROBED
             flow.how = gone if self._holders.exhaustive else unknown
 
     def _name_all(self, records: np.ndarray, rows: list[int], one: Tuple) -> list[np.ndarray]:
-        """Name a datagram for everybody; return the copies for its second receiver and further."""
+        """Name a datagram for all its receivers. Returns the copies for the second receiver and
+        on."""
         sent_ns = int(records["time_ns"][rows[0]])
         receivers = self._receivers(one)
         flows = [self._held(found, self._now_ns(), sent_ns) for found in receivers]
@@ -390,10 +396,10 @@ class PacketNames:
         return copies
 
     def _receivers(self, one: Tuple) -> list[np.void]:
-        """UDP sockets that a datagram to a group or to all reaches.
+        """Return the UDP sockets that receive a multicast or broadcast.
 
-        By default each socket bound to the port gets what any of this host joined
-        (IP_MULTICAST_ALL); who joined what is not to be seen from outside.
+        By default each socket bound to the port receives every group that anybody on this host
+        joined (IP_MULTICAST_ALL). From outside nobody sees who joined which group.
         """
         found = []
         for row in self._sockets.bound(one.proto, one.lport):
@@ -409,7 +415,7 @@ class PacketNames:
 
 
 def _keys(records: np.ndarray, outward: np.ndarray) -> np.ndarray:
-    """Return the ends of each packet's connection, this host's first."""
+    """Return the ends of each packet's connection, this host's end first."""
     keys = np.zeros(len(records), _KEY)
     keys["proto"], keys["family"] = records["proto"], records["family"]
     keys["lport"] = np.where(outward, records["sport"], records["dport"])
@@ -423,7 +429,7 @@ def _keys(records: np.ndarray, outward: np.ndarray) -> np.ndarray:
 def _groups(
     records: np.ndarray, keys: np.ndarray, outward: np.ndarray, to_all: np.ndarray
 ) -> list[_Group]:
-    """Put together what has one owner: a SYN begins another connection of the same tuple."""
+    """Group packets that have one owner. A SYN begins another connection of the same tuple."""
     raw, size = keys.tobytes(), _KEY.itemsize
     tcp = records["proto"] == socket.IPPROTO_TCP
     kinds = records["tcp_flags"] & (_SYN | _RST | _ACK)
@@ -449,7 +455,7 @@ def _groups(
     for (key, epoch, _, _), group in groups.items():
         if epoch == epochs[key]:
             continue
-        # SYNs alone may be the same one, sent again
+        # a SYN alone may be one that was sent again
         began = [groups.get((key, epoch, out, False)) for out in (False, True)]
         rows = [row for part in began if part is not None for row in part.rows]
         group.over = not np.all(syns[rows])
@@ -462,7 +468,7 @@ def _groups(
 
 
 def _is_answer(sent: np.ndarray) -> bool:
-    """Whether one of these packets of this end's shows that it has a connection."""
+    """Return whether one of these packets from this end shows that it has a connection."""
     flags = sent["tcp_flags"]
     return bool(
         np.any(flags & (_SYN | _ACK) == _SYN | _ACK)
@@ -472,7 +478,7 @@ def _is_answer(sent: np.ndarray) -> bool:
 
 
 def _follow(known: _Flow | None, group: _Group, records: np.ndarray, sent_ns: int) -> _Connection:
-    """Return what is known of a TCP connection, after these packets of it."""
+    """Return what is known of a TCP connection, including these packets."""
     before = known.connection if known is not None else None
     connection = before or _Connection()
     if group.syn:
@@ -482,7 +488,7 @@ def _follow(known: _Flow | None, group: _Group, records: np.ndarray, sent_ns: in
     if group.out:
         connection.answered |= _is_answer(records)
         passive = connection.began_ns and not connection.active and not connection.answered
-        # Only what had no ACK is answered by a reset with one.
+        # Only a packet without an ACK is answered by a reset with an ACK.
         reset = records["tcp_flags"] & (_SYN | _RST | _ACK) == _RST | _ACK
         connection.refused |= bool(passive and np.any(reset))
     connection.refused |= group.refused
