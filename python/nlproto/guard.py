@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Keeps root's Python from importing what others wrote: `python -m` searches the current directory
-before the standard library.
+"""Keeps root's Python from importing what others wrote.
+
+`python -m` searches the current directory before the standard library.
 
 packet-hunter.pth calls at_start() while the interpreter starts, before it searches the current
 directory. Later would be too late: what `-m` itself imports (importlib, contextlib) could come from
@@ -28,8 +29,7 @@ _MAX_LINKS = 40  # MAXSYMLINKS of the kernel (include/linux/namei.h)
 
 
 def at_start() -> None:
-    """Do what refuse_unsafe_path() does, if this interpreter was started with -m for one of our
-    programs."""
+    """Call refuse_unsafe_path() if -m started this interpreter with one of our programs."""
     name = started_module(sys.orig_argv)
     program = None
     if name is not None:

@@ -100,16 +100,14 @@ class DaemonEvent:
 
 @dataclass(frozen=True, slots=True)
 class AccountEvent:
-    """The daemon's account of exactly the records before it. Comes each second, to users who see
-    all."""
+    """The daemon's account of exactly the records before it. For users who see all, each second."""
 
     account: dict[str, Any]
 
 
 _NO_RECORDS = np.empty(0, wire.RECORD)
 _PIPELINED = 128
-"""Requests sent without waiting. Up to twice as many are under way; the socket has room for
-that."""
+"""Requests sent without waiting. Up to twice as many may be under way."""
 
 Event = (
     StreamBatch
@@ -245,8 +243,8 @@ class DaemonClient(Closing):
     def owner(
         self, port: int, proto: str | None = None, address: str | None = None
     ) -> list[dict[str, Any]]:
-        """Return the processes with a socket on local `port` now, each with netns, proto, address,
-        holders."""
+        """Return the processes with a socket on local `port`: netns, proto, address, holders of
+        each."""
         reply = self.request("owner", port=port, proto=proto, address=address)
         owners: list[dict[str, Any]] = reply["owners"]
         return owners
@@ -273,8 +271,7 @@ class DaemonClient(Closing):
     def news(
         self, kind: str, *, since: float, unseen: float = 2592000.0, limit: int = 1000
     ) -> dict[str, Any]:
-        """Return what was seen in the last `since` seconds, but not in the `unseen` seconds before
-        that.
+        """Return what was seen in the last `since` seconds, but not for `unseen` seconds before.
 
         `kind`: program, destination or listener. The reply has "news", "processes", "since" (Unix
         time since which the daemon knows) and "truncated".

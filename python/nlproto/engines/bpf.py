@@ -95,8 +95,7 @@ def _open_library() -> Any:
 
 
 def has_target(sections: Iterable[str]) -> set[str]:
-    """Return which of these sections' functions or tracepoints the running kernel has and
-    describes.
+    """Return which of these sections' functions or tracepoints the running kernel has.
 
     Raises NoBpf without BTF.
     """
@@ -225,8 +224,7 @@ class Program:
         return int(opts.retval)
 
     def figures(self) -> tuple[int, int]:
-        """Return how often the kernel skipped it because it interrupted itself, and how many
-        instructions the verifier looked at."""
+        """Return how often the kernel skipped it, and how many instructions the verifier saw."""
         raw, size = _ffi.new("char[]", _INFO_BYTES), _ffi.new("uint32_t *", _INFO_BYTES)
         if self._library.bpf_obj_get_info_by_fd(self.fd, raw, size):
             return 0, 0
@@ -339,8 +337,7 @@ class Ring:
         )
 
     def take(self) -> np.ndarray:
-        """Take the complete entries out, in the ring's order. Returns a copy: its dtype, shape
-        (n,)."""
+        """Take out the complete entries, copied, in order: its dtype, shape (n,)."""
         consumed = int(self._consumed[0])
         count = (int(self._produced[0]) - consumed) // self._entry.itemsize
         at = mmap.PAGESIZE + (consumed & (self._size - 1))

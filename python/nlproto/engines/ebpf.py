@@ -77,8 +77,7 @@ class _Cpu:
 
 
 class EbpfEngine:
-    """See nlproto.engines.engine.Engine. Raises NoBpf, which says why the engine cannot run
-    here."""
+    """See nlproto.engines.engine.Engine. Raises NoBpf, which says what is missing here."""
 
     name = "ebpf"
     group = "packets"
@@ -260,8 +259,7 @@ class EbpfEngine:
                 yield replace(event, comm="") if kind == lib.SNIFFER_EVENT_EXIT else event
 
     def _first_bytes(self) -> Iterator[FirstBytesBatch]:
-        """Return the first bytes that are there. A record may come before its own, but does not
-        wait long."""
+        """Return the first bytes that are there; they may come a little after their record."""
         found = self._first_bytes_ring.take()
         if len(found):
             heads, data = found["head"], found["data"]
@@ -308,8 +306,7 @@ class EbpfEngine:
         """Do nothing: this engine has no sums of flows."""
 
     def _missed(self) -> int:
-        """Return the packets for which the kernel skipped a program, because it would interrupt
-        itself.
+        """Return for how many packets the kernel skipped a program that would interrupt itself.
 
         Outgoing packets have two programs on each way. One is missed only if both were skipped, and
         no Netfilter link reports it.
@@ -329,8 +326,7 @@ class EbpfEngine:
         return self._most_missed
 
     def _position(self) -> np.ndarray:
-        """Return how far each processor is, as TAIL. The last row is no processor's: it counts
-        missed packets."""
+        """Return how far each processor is, as TAIL. The last row only counts missed packets."""
         counters = self._counters.copy()
         last = np.zeros(1, wire.TAIL)
         last["cpu"] = NO_CPU

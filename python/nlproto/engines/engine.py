@@ -17,8 +17,7 @@ ENGINES = ("auto", "module", "ebpf", "packet")
 
 
 class Engine(Protocol):
-    """An open source of records: open from its construction to the end of its context. One thread
-    at a time.
+    """An open source of records, until the end of its context. For one thread at a time.
 
     `opening` and `closing` are TAIL arrays for Account.open() and .close(). They say for each CPU
     where its stream began, and how far catch_up() or finish() have read.
@@ -44,13 +43,11 @@ class Engine(Protocol):
         ...
 
     def want_first_bytes(self, wanted: bool) -> bool:
-        """Start or stop sending the first bytes of packets. Returns whether it can. From any
-        thread."""
+        """Start or stop sending packets' first bytes; return whether it can. From any thread."""
         ...
 
     def want_packets(self, wanted: bool) -> None:
-        """Change to single packets, or to flows if the source adds them up. No record is lost or
-        doubled.
+        """Change to single packets, or to sums of flows if the source has them; no record twice.
 
         Afterwards `group` says what new records come from, and `opening` where they begin. A source
         that has only packets does nothing. Raises what read() raises.

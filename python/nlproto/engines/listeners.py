@@ -62,8 +62,7 @@ class Listeners:
         self._acceptors: dict[int, int] = {}
 
     def of(self, one: Tuple, began_ns: int, row: np.void | None = None) -> PastListener | None:
-        """Return the processes that can have accepted `one`, which began at `began_ns` (0: not
-        known).
+        """Return who can have accepted `one`, which began at `began_ns` (0: not known).
 
         None if nobody listens, or if all listeners came later. `row`: the listening socket
         (HOST_SOCKET), if the caller has found it.
@@ -93,8 +92,7 @@ class Listeners:
         return tuple(owner.identity.tgid for owner in end.owners) if end is not None else ()
 
     def accepted(self, listener: PastListener, owner: Owner) -> None:
-        """Learn which process has a connection of `listener`: it is the likely one of several
-        acceptors."""
+        """Learn who has a connection of `listener`: the likely one of several acceptors."""
         if listener.shared:
             if len(self._acceptors) >= _LIMIT:
                 self._acceptors.clear()

@@ -179,8 +179,7 @@ class ModuleEngine:
         self.closing = tails
 
     def _queued(self) -> Iterator[Event]:
-        """Yield what the kernel queued before its last answer to FLUSH. Stops there, even in a
-        flood."""
+        """Yield what the kernel queued before its last answer to FLUSH, even in a flood."""
         end = time.monotonic_ns()
         while (received := self._listener.recv(0)) is not None:
             event = self._decode(*received)

@@ -52,8 +52,7 @@ _SYN, _ACK = 2, 16
 
 
 class _Addresses:
-    """Local addresses of a network namespace, and its interfaces that are tapped twice. Read again
-    when stale."""
+    """Local addresses and twice-tapped interfaces of a network namespace, read when stale."""
 
     def __init__(self, interfaces: Interfaces, now_ns: Callable[[], int]) -> None:
         self._interfaces = interfaces

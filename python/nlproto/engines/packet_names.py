@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Names packets without the module. sock_diag or /proc/net finds the socket, /proc its holder.
 
-The first packet of a flow has its socket looked up by the packet's tuple, as soon as possible. A
-TCP socket that is closed by then belonged to its listener's owner, if a listener accepted it: `how`
-is listener, flagged AMBIGUOUS. Otherwise `how` is `socket_gone`: the lookup found no socket.
-`no_socket` is only for a SYN that was refused.
+A flow's first packet has its socket looked up by its tuple, as soon as possible. A TCP socket that
+has closed by then was its listener's owner's, if a listener accepted it: `how` is `listener`,
+flagged AMBIGUOUS. Else the lookup found none: `socket_gone`. `no_socket` is a refused SYN.
 """
 
 import socket
@@ -30,8 +29,7 @@ TTL_NS = 200_000_000
 """How long an owner stays valid at most. Then socket and holder are looked up again."""
 _SOON_NS = 20_000_000  # and this early while there is time for it
 _SOON_SHARE, _SOON_SAVED_NS = 4, 100_000_000
-# UDP: another process can get a port as soon as a socket closes. TCP: a connection begins with a
-# SYN.
+# UDP: another process can get a closed socket's port at once. TCP: a connection needs a SYN.
 _LINGER_NS = {socket.IPPROTO_UDP: 50_000_000, socket.IPPROTO_TCP: 1_000_000_000}
 _FORGET_NS = 10_000_000_000
 _LATE_NS = 1_000_000_000  # older packets are not looked up: others wait behind them
@@ -109,9 +107,9 @@ class _Group:
 class PacketNames:
     """Names the records of one network namespace. For one thread at a time.
 
-    If sock_diag is refused, `diag` is None, and /proc/net in `net` is read, for a quarter of the
-    time at most. `is_local(family, address)` says whether 16 bytes are an address of this host.
-    About `flow_limit` flows are remembered, with some 500 bytes each.
+    `diag` is None if sock_diag is refused: then /proc/net in `net` is read, a quarter of the time
+    at most. `is_local(family, address)`: are 16 bytes an address of this host? Some `flow_limit`
+    flows of 500 bytes are remembered.
     """
 
     def __init__(
@@ -137,9 +135,8 @@ class PacketNames:
     def name(self, records: np.ndarray, to_all: np.ndarray) -> np.ndarray:
         """Fill in owners and reasons. Returns the records to deliver (RECORD, shape (n,)).
 
-        A packet for several sockets (`to_all`) becomes a record for each; all but the first are
-        flagged as copies. A forwarded packet is tapped on its way in and out, and becomes one
-        record.
+        A packet for several sockets (`to_all`) becomes a record each, the first and its copies. A
+        forwarded packet is tapped on its way in and out, and becomes one record.
         """
         outward = records["dir"] == lib.SNIFFER_DIR_OUT
         keys = _keys(records, outward)
@@ -147,8 +144,7 @@ class PacketNames:
         copies: list[np.ndarray] = []
         named: list[tuple[list[int], Tuple, _Flow]] = []
         groups = _groups(records, keys, outward, to_all)
-        # A process that has just opened a connection may end first, and has no listener as a
-        # fallback.
+        # A process that has just opened a connection may end first, and no listener names it.
         groups.sort(key=lambda group: not (group.syn and group.out and group.first))
         for group in groups:
             rows, out = group.rows, group.out
@@ -257,8 +253,8 @@ class PacketNames:
     def _linger(self, known: _Flow, found: _Flow, proto: int, sent_ns: int) -> _Flow:
         """Return the last owner, for packets that were under way when the socket closed.
 
-        Without a socket this holds for packets tapped shortly after it was last seen. While the
-        kernel keeps a closed connection (same cookie), all that it sends is its last owner's.
+        Without a socket: for packets tapped shortly after it was last seen. While the kernel keeps
+        a closed connection (same cookie), its last owner has all that it sends.
         """
         if found.owner is not None or known.owner is None:
             return found
@@ -293,7 +289,7 @@ class PacketNames:
             now = self._listeners.of(one, connection.began_ns, found.row if listening else None)
         listener = now or before
         connection.listener = before or now
-        # A waiting connection may have moved to another listener (net.ipv4.tcp_migrate_req).
+        # It may have moved to another listener (net.ipv4.tcp_migrate_req).
         moved = waits and before is not None and (now is None or now.inode != before.inode)
         if listener is None:
             return
@@ -322,8 +318,7 @@ class PacketNames:
         return _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, row=row)
 
     def _look_further(self, one: Tuple, flow: _Flow) -> None:
-        """Search all processes for the holder of a socket, unless the socket is just being
-        closed."""
+        """Search all processes for a socket's holder, unless it is just being closed."""
         flow.unheld = False
         again = self._sockets.find(one)
         if again is None or int(again["inode"]) != flow.inode:
@@ -338,8 +333,7 @@ class PacketNames:
             flow.how, flow.flags = lib.SNIFFER_HOW_KERNEL, lib.SNIFFER_F_KERNEL
 
     def _stays(self, flow: _Flow) -> bool:
-        """Return whether nobody has held the socket for a while: one that is being closed goes
-        soon."""
+        """Return whether nobody held the socket for a while: a closing one goes soon."""
         if len(self._unheld) > self._flow_limit:
             self._unheld.clear()
         first = self._unheld.setdefault(flow.inode, flow.checked_ns)
@@ -375,8 +369,7 @@ class PacketNames:
             flow.how = gone if self._holders.exhaustive else unknown
 
     def _name_all(self, records: np.ndarray, rows: list[int], one: Tuple) -> list[np.ndarray]:
-        """Name a datagram for all its receivers. Returns the copies for the second receiver and
-        on."""
+        """Name a datagram for all receivers; return the copies for all but the first."""
         sent_ns = int(records["time_ns"][rows[0]])
         receivers = self._receivers(one)
         flows = [self._held(found, self._now_ns(), sent_ns) for found in receivers]
@@ -398,8 +391,8 @@ class PacketNames:
     def _receivers(self, one: Tuple) -> list[np.void]:
         """Return the UDP sockets that receive a multicast or broadcast.
 
-        By default each socket bound to the port receives every group that anybody on this host
-        joined (IP_MULTICAST_ALL). From outside nobody sees who joined which group.
+        By default each socket on the port receives every group that anybody here joined
+        (IP_MULTICAST_ALL). From outside nobody sees who joined which group.
         """
         found = []
         for row in self._sockets.bound(one.proto, one.lport):

@@ -59,8 +59,7 @@ def why_in_parts() -> str:
 
 
 def load_programs(ring_bytes: int) -> tuple[str, Object]:
-    """Load all programs. If that fails, load those for tracepoints and cgroups, and return a line
-    that says so.
+    """Load all programs, or those for tracepoints and cgroups; then return a line that says so.
 
     Raises NoBpf with the reason if not even these can be loaded.
     """
@@ -90,8 +89,7 @@ def load_programs(ring_bytes: int) -> tuple[str, Object]:
 
 
 def _load_whole(ring_bytes: int) -> Object:
-    """Return the object with every program whose function this kernel has. Raises NoBpf with the
-    reason."""
+    """Return the object with every program whose function is there. Raises NoBpf."""
     if not OBJECT.exists():
         raise NoBpf("its programs were not compiled: ./build.sh does it where clang is")
     opened = Object(OBJECT)

@@ -60,8 +60,7 @@ def _filter() -> list[tuple[int, int, int, int]]:
 
 
 def _segments_are_told() -> bool:
-    """Return whether PACKET_VNET_HDR is safe. Before 6.2 it dropped packets with UDP
-    segmentation."""
+    """Return whether PACKET_VNET_HDR is safe: before 6.2 it dropped UDP segmentation."""
     version = re.match(r"(\d+)\.(\d+)", platform.release())
     return version is not None and (int(version[1]), int(version[2])) >= (6, 2)
 

@@ -71,8 +71,7 @@ _BYTES = re.compile(r"\b(?:tcp|udp|ip6?|icmp6?|ether|arp|link|wlan)\s*\[[^\]]*\]
 
 
 def foreign(tokens: Sequence[Token], text: str) -> FilterError | None:
-    """Return what to say about a word of pcap-filter(7) that this language lacks; None: there is
-    nothing."""
+    """Return what to say about a word of pcap-filter(7) that is none here; None: nothing."""
     for index, token in enumerate(tokens):
         asked = _FOREIGN.get(str(token)) if token.type == "VALUE" else None
         if asked is not None and not (index and tokens[index - 1].type in _VALUED):

@@ -325,8 +325,7 @@ class DomainTest:
         return np.fromiter((verdicts[one] for one in view.domains), bool, len(view))
 
     def is_wanted(self, domains: str) -> bool:
-        """Return whether one of the names fits; "
-        " separates them."""
+        """Return whether one of the names fits; "|" separates them."""
         below = f".{self.name}"
         return bool(domains) and any(
             self.fits(one) or one.endswith(below) for one in domains.split("|")

@@ -102,8 +102,7 @@ class FilterView:
         return len(self.records)
 
     def column(self, name: str) -> np.ndarray:
-        """Return one field of all records, shape (n,); addresses as two numbers of 64 bits, (n,
-        2)."""
+        """Return a field of all records, shape (n,); addresses as two 64-bit numbers, (n, 2)."""
         found = self._columns.get(name)
         if found is None:
             found = np.ascontiguousarray(self.records[name])
@@ -119,15 +118,13 @@ class FilterView:
 
     @functools.cached_property
     def domains(self) -> list[str]:
-        """Return the name of each record's far end, "" for none; "
-        " separates several."""
+        """Return the name of each record's far end, "" for none; "|" separates several."""
         ends: _Names | None = getattr(self._details, "ends", None)
         return [""] * len(self) if ends is None else ends.domains(self.records)
 
     @functools.cached_property
     def nat(self) -> np.ndarray | None:
-        """Return what NAT made of the records' ends (nlproto.records.ends.TRANSLATED); None:
-        nothing."""
+        """Return what NAT made of the ends (nlproto.records.ends.TRANSLATED); None: nothing."""
         ends: _Names | None = getattr(self._details, "ends", None)
         return None if ends is None else ends.translations(self.records)
 

@@ -136,8 +136,7 @@ class Holders:
     def find_many(
         self, inodes: Sequence[int], uids: Sequence[int]
     ) -> Iterator[tuple[int, tuple[Owner, ...]]]:
-        """Return what find() returns for each of `inodes`. If they are many, each process is read
-        once."""
+        """Do find() for each of `inodes`. If they are many, each process is read once."""
         many = len(inodes) > max(_MANY, len(self._by_inode) // _WALK_GAIN)
         if not many:
             asked = zip(inodes, uids, strict=True)
@@ -146,8 +145,7 @@ class Holders:
         yield from self.find_together(inodes)
 
     def find_together(self, inodes: Sequence[int]) -> Iterator[tuple[int, tuple[Owner, ...]]]:
-        """Return what find() returns for each of `inodes`. Each process is read once, if a walk is
-        due."""
+        """Do find() for each of `inodes`. Each process is read once, if a walk is due."""
         if self.due():
             self.walk()
         else:
@@ -239,9 +237,7 @@ class Holders:
         owners = [found for pid in held if (found := ask(pid)) is not None]
         for found in owners:
             self._talkers.pop(found.identity.tgid, None)
-            self._talkers[found.identity.tgid] = (
-                None  # the last holder that was found is checked first
-            )
+            self._talkers[found.identity.tgid] = None  # the latest holder is checked first
         if len(owners) == 1:
             self._settled[inode] = owners[0].identity.tgid
         user = self._settled.get(inode)
@@ -268,8 +264,7 @@ class Holders:
         return known
 
     def _ask_born(self, older_ns: int) -> None:
-        """Read the processes born since the last time: by fork they hold what their parents
-        hold."""
+        """Read the newborn processes: by fork they hold what their parents hold."""
         now = self._now_ns()
         if now - self._listed_ns < older_ns:
             return
@@ -284,8 +279,7 @@ class Holders:
             self._ask(born)
 
     def _find_newest(self, inode: int) -> tuple[Owner, ...]:
-        """Read the youngest processes, born since the last look or known: one may live a
-        millisecond.
+        """Read the youngest processes, new ones or known: one may live a millisecond.
 
         Each step takes a tenth of that. They are listed before other holders are searched.
         """

@@ -167,8 +167,7 @@ class KernelSockets:
         return entries
 
     def _changed(self, bound: np.ndarray) -> np.ndarray:
-        """Return rows of `bound` that are new, have another holder, or share a port with such a row
-        or one that has gone.
+        """Return rows of `bound` that are new, changed hands, or share a port with such a row.
 
         The port map has one row for all sockets of a process at one end, as SO_REUSEPORT allows.
         """
@@ -230,8 +229,7 @@ class KernelSockets:
             yield from _entries(number, row, self._holders.known(int(row["inode"])))
 
     def _of_new_ones(self, tables: dict[int, np.ndarray]) -> Iterator[BoundSocket]:
-        """Yield entries of connections that have lasted for two looks: perhaps no packet shows
-        them."""
+        """Yield entries of connections that lasted for two looks: perhaps no packet shows them."""
         numbers, rows = _connected(tables)
         cookies = rows["cookie"]
         new = among(cookies, self._met) & ~among(cookies, self._asked)

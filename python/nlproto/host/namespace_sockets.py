@@ -61,8 +61,7 @@ class PerNamespace(Closing, Generic[S]):
         self._namespaces.clear()
 
     def get(self, number: int) -> S | None:
-        """Return the socket of namespace `number`; None if it cannot be entered or refuses a
-        socket."""
+        """Return the socket of namespace `number`; None if it cannot be had."""
         if number not in self._namespaces:
             self.look()
         return self._namespaces.get(number)
@@ -118,8 +117,7 @@ class NamespaceSockets(PerNamespace[SockDiag]):
         super().__init__(SockDiag, now_ns)
 
     def tables(self) -> dict[int, np.ndarray]:
-        """Return all sockets of each namespace (HOST_SOCKET). For ours, /proc/net is the
-        fallback."""
+        """Return all sockets of each namespace (HOST_SOCKET); ours from /proc/net if need be."""
         self.look()
         found: dict[int, np.ndarray] = {}
         for number, diag in list(self._namespaces.items()):

@@ -61,8 +61,7 @@ HELD = dtype_of("host_held", ffi)
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The identity of a process, which a later process with the same pid cannot have. `start_ticks`
-    as in /proc/PID/stat."""
+    """The identity of a process, safe from reuse of its pid; `start_ticks` as in /proc/PID/stat."""
 
     tgid: int
     start_ticks: int
@@ -314,8 +313,7 @@ def tables(net: Path = PROC / "self" / "net") -> np.ndarray:
 
 
 def _row(fields: list[bytes], family: int, proto: int) -> tuple[object, ...]:
-    """Return a line of /proc/net/tcp as HOST_SOCKET. Raises ValueError or IndexError for any other
-    line."""
+    """Return a line of /proc/net/tcp as HOST_SOCKET. Raises ValueError, IndexError."""
     saddr, sport = _endpoint(fields[1])
     daddr, dport = _endpoint(fields[2])
     state, uid, inode = _number(fields[3], 16, 8), _number(fields[7]), _number(fields[9], 10, 64)
@@ -343,8 +341,7 @@ def _endpoint(field: bytes) -> tuple[list[int], int]:
 def details(
     pid: int, start_ns: int, cmdline: str = "program", proc: Path = PROC
 ) -> ProcessDetails | None:
-    """Return what /proc says about the process (pid, start_ns); None if it has gone, or its pid is
-    reused.
+    """Return what /proc says about the process (pid, start_ns); None if it has gone.
 
     `cmdline`: "full" with all arguments (they may hold secrets), "program" the first word only,
     "off" nothing. Raises UsageError for another word.

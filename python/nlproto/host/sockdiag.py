@@ -127,8 +127,7 @@ class SockDiag(DiagSocket):
         self._sockets = ffi.from_buffer("struct host_socket[]", self._found)
 
     def _read(self, proto: int) -> tuple[int, bool]:
-        """Return how many sockets were read into self._found, or -errno; and whether that is
-        all."""
+        """Return how many sockets self._found has now, or -errno; and if that is all."""
         size = self._receive()
         read = lib.host_diag_read(
             self._view, size, self._seq, proto, self._sockets, len(self._found), self._done

@@ -51,8 +51,10 @@ def tuple_of_socket(row: np.void) -> Tuple:
 
 
 class SocketLookup:
-    """If sock_diag is refused, `diag` is None, and /proc/net in `net` is read, for a quarter of the
-    time at most. For one thread at a time.
+    """Sockets of one network namespace. For one thread at a time.
+
+    If sock_diag is refused, `diag` is None. Then /proc/net in `net` is read, for a quarter of the
+    time at most.
     """
 
     def __init__(

@@ -90,8 +90,7 @@ def fitting(
 
 
 def fields(netns: int, row: np.void) -> dict[str, Any]:
-    """Return one HOST_SOCKET as it is sent to a client; `remote` and `rport` are None without a far
-    end.
+    """Return one HOST_SOCKET for a client; `remote` and `rport` are None without a far end.
 
     `state` is TCP's; for UDP it is connected or unconnected.
     """

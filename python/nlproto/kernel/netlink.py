@@ -309,8 +309,7 @@ class Sniffer(Closing):
         )
 
     def configure(self, batch: int | None = None, flush_ms: int | None = None) -> np.void:
-        """Set records in a message and the flush interval in ms (None: as it is). Return the new
-        INFO."""
+        """Set records a message and the flush interval in ms (None: leave); return the new INFO."""
         payload = b""
         if batch is not None:
             payload += encode_attribute(lib.SNIFFER_A_BATCH, _U32.pack(batch))

@@ -57,7 +57,7 @@ struct flow {
 	uint32_t retransmits;	/* segments; unknown unless flags has FLOW_LOOKED */
 	uint8_t tcp_in;		/* TCP flags of all packets that came in */
 	uint8_t tcp_out;	/* and that went out */
-	uint8_t opened;		/* who sent the SYN: 1 this (or the lower) end, 2 the other one, 0: not seen */
+	uint8_t opened;		/* SYN of: 1 this (or the lower) end, 2 the other, 0 none seen */
 	uint8_t reserved[5];
 };
 
@@ -132,7 +132,7 @@ struct table {
 	uint32_t value_size;	/* bytes from one value to the next */
 	uint32_t value_hash;	/* offset of the hash in a value */
 	uint32_t slot_bits;
-	uint32_t *hashes;	/* hashes of rows: the lower half is enough, because keys are compared too */
+	uint32_t *hashes;	/* lower halves of rows' hashes: keys are compared too */
 	uint32_t *slots;	/* 2^slot_bits: row + 1, 0: none */
 };
 
