@@ -57,7 +57,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=28)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        """`-c, --count N` with every Python; before 3.13 it is `-c N, --count N`."""
+        """Shows `-c, --count N` on every Python; before 3.13 it is `-c N, --count N`."""
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
         default = self._get_default_metavar_for_optional(action)
@@ -229,7 +229,7 @@ def live_parser() -> argparse.ArgumentParser:
 
 
 class _NotHere(argparse.Action):
-    """An option of tcpdump's that shows what a record does not have."""
+    """An option of tcpdump's about data that a record does not have."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         parser.error(
@@ -245,7 +245,7 @@ class _ListInterfaces(argparse.Action):
 
 
 def _add_habits(parser: argparse.ArgumentParser) -> None:
-    """What fingers type that know tcpdump."""
+    """Options that users of tcpdump are used to type."""
     group = parser.add_argument_group("as in tcpdump")
     group.add_argument(
         "-D", "--list-interfaces", nargs=0, action=_ListInterfaces, help="list interfaces, and end"

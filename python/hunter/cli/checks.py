@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What does not go together on a command line."""
+"""Options that contradict each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["check"]
 
 
 def check(command: Command) -> None:
-    """Raise UsageError for options that say different things."""
+    """Raise UsageError for options that contradict each other."""
     if isinstance(command, WhoOptions | FleetOptions):
         _check_range(command)
     if isinstance(command, FleetOptions):

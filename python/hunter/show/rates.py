@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Rates of processes, of their flows and of the far ends they talk to, second by second."""
+"""Rates of processes, their flows and their far ends, second by second."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nlproto.tables.flows import address_bytes, summarize
 __all__ = ["HISTORY", "FlowRate", "TrafficMeter", "ProcessRate", "RateKey", "Rates"]
 
 HISTORY = 12  # ticks that a sparkline shows
-KEPT_S = 60.0  # what a live view keeps a process for after its last packet
+KEPT_S = 60.0  # how long a live view keeps a process after its last packet
 MAX_FLOWS = 50_000
 
 RateKey = tuple[int, int, int]
@@ -25,12 +25,12 @@ FlowKey = tuple[int, ...]
 """netns, proto, local port, remote port, local and remote address as two numbers each."""
 
 FarEnd = tuple[int, str]
-"""Network namespace and address: an address may be another host's in each."""
+"""Network namespace and address. In each namespace it may be another host."""
 
 
 @dataclass(slots=True)
 class TrafficMeter:
-    """Bytes sent and received: since the last tick, a second, and in all."""
+    """Bytes sent and received: since the last tick, in a second, and in all."""
 
     sent: int = 0
     received: int = 0
@@ -48,7 +48,7 @@ class TrafficMeter:
         self.last_s = now_s
 
     def tick(self, seconds: float) -> None:
-        """Turn what came since the last tick into rates, bytes a second."""
+        """Turn the bytes since the last tick into rates, in bytes a second."""
         self.sent_rate = (self.sent - self._sent_before) / seconds
         self.received_rate = (self.received - self._received_before) / seconds
         self._sent_before, self._received_before = self.sent, self.received
@@ -73,13 +73,13 @@ class FlowRate:
     remote: str
     rport: int
     key: ends.FlowKey
-    """By which its far end's name is known (nlproto.records.ends)."""
+    """The key for its far end's name (nlproto.records.ends)."""
     meter: TrafficMeter = field(default_factory=TrafficMeter)
 
 
 @dataclass(slots=True)
 class ProcessRate:
-    """One process, or all packets that nobody is known for, for one reason."""
+    """One process, or all packets that are unnamed for one reason."""
 
     key: RateKey
     comm: str
@@ -95,7 +95,7 @@ class ProcessRate:
         return self.key[0] or None
 
     def remotes(self) -> dict[FarEnd, TrafficMeter]:
-        """Return the far ends, their flows added up."""
+        """Return the far ends, with their flows added up."""
         found: dict[FarEnd, TrafficMeter] = {}
         for flow in self.flows.values():
             end = found.setdefault((flow.netns, flow.remote), TrafficMeter())
@@ -109,9 +109,9 @@ class ProcessRate:
 
 
 class Rates:
-    """Everything that top shows; at most MAX_FLOWS flows, those idle longest go first.
+    """Everything that top shows. At most MAX_FLOWS flows; the longest idle are dropped first.
 
-    A process without packets for `kept_s` seconds goes.
+    A process without packets for `kept_s` seconds is dropped.
     """
 
     def __init__(self, kept_s: float = KEPT_S) -> None:
@@ -124,7 +124,7 @@ class Rates:
         return iter(self.processes.values())
 
     def tick(self, batches: Iterable[NamedBatch], now_s: float, seconds: float) -> None:
-        """Take what came in the last `seconds`; `now_s` is of any steady clock."""
+        """Take what came in the last `seconds`. `now_s` is any steady clock's."""
         parts = [batch.records for batch in batches if len(batch.records)]
         if parts:
             self._add(summarize(np.concatenate(parts)), now_s)
@@ -134,7 +134,7 @@ class Rates:
             process.received_history.append(process.meter.received_rate)
             for flow in process.flows.values():
                 meter = flow.meter
-                # idle flows, nearly all of many, keep their zeros
+                # most flows are idle, and keep their zeros
                 if meter.last_s == now_s or meter.sent_rate or meter.received_rate:
                     meter.tick(seconds)
             if process.meter.last_s + self._kept_s < now_s:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""hunter watch: asks the daemon's history what is new, once or for good."""
+"""hunter watch: asks the daemon's history what is new, once or again and again."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ __all__ = ["line_of", "run"]
 _ONCE_S = 3600.0
 _ASK_S = 5.0  # between two questions
 _OVERLAP_S = 120.0
-"""A sighting is written some seconds after it happened: so much is asked for again."""
+"""A sighting is stored some seconds after it happened, so each question goes so far back."""
 _AT_ONCE = 1000
 _TOLD = 100_000
-"""Findings that are remembered, so that none is told twice."""
+"""Findings that are remembered, so that none is reported twice."""
 _WARNING = 4
 _DAY = 86_400.0
 
@@ -37,7 +37,7 @@ Key = tuple[str, str, int, float]
 
 
 def run(options: WatchOptions, stop: Stop, notify: Callable[[str], None]) -> int:
-    """Tell what is new; 0 if there was anything, 1 if not, 2 if the history could not be asked.
+    """Report what is new; return 0 if there was any, 1 if not, 2 without an answer.
 
     Raises UsageError.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""hunter web: the daemon's traffic on a page of this machine's own, for one user."""
+"""hunter web: the daemon's traffic on a page of this machine, for one user."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TICK_S = 1.0
 def run(options: WebOptions, stop: Stop, notify: Callable[[str], None]) -> None:
     """Serve the page until a signal comes. Raises Error.
 
-    It shows what the daemon shows to this user: the rights are those of the UNIX socket.
+    It shows what the daemon shows to this user: the UNIX socket's rights apply.
     """
     with DaemonSource(options.socket, EVERYTHING, notify) as source, HostNames() as known:
         live = LiveRates(State(source, known))
