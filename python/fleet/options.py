@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the fleet's programs have in common on the command line; needs no library of the extra."""
+"""Options that the fleet's programs share. Needs no library of the extra."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class FleetServer:
-    """Where the server is, and who we are there."""
+    """The server's address, and our identity there."""
 
     urls: tuple[str, ...]
     nkey: str | None = None
@@ -68,7 +68,7 @@ def server_of(options: argparse.Namespace) -> FleetServer:
 
 
 def make_nkey(options: argparse.Namespace, host: str | None) -> None:
-    """Make the key of `host`, None: of collectors, and print who that is. Raises Error."""
+    """Make the key of `host`, None: of collectors, and print its line. Raises Error."""
     from fleet import keys
 
     if options.nkey is None:
@@ -84,7 +84,7 @@ def checked_host(name: str) -> str:
 
 
 def exit_code(program: str, run: Callable[[], None]) -> int:
-    """Run a program; what ends it becomes one line."""
+    """Run a program. An exception becomes one line."""
     tell = teller(program)
 
     def begin() -> int:

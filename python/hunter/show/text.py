@@ -35,7 +35,7 @@ def _shown(character: str) -> str:
 
 @lru_cache(65536)
 def plain(name: str) -> str:
-    """Return `name` on one line, all of it visible: what a terminal could act on as \\xNN."""
+    """Return `name` on one line, all of it visible; a terminal's control characters as \\xNN."""
     if name.isascii() and name.isprintable():
         return name
     return "".join(map(_shown, name))
