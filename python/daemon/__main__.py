@@ -36,7 +36,7 @@ DEFAULT_CONFIG = "/etc/packet-hunter/daemon.yaml"
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="packet-hunterd",
-        description="Name the process behind each packet, keep history, serve hunters.",
+        description="Name the process behind each packet, keep a history, answer packet-hunter.",
         epilog="Signals: SIGTERM and SIGINT end it, SIGHUP reads the configuration again.",
     )
     parser.add_version()

@@ -38,11 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--server",
         metavar="URL",
         action="append",
-        help=f"tls://HOST:PORT, once for each of a cluster (default {_DEFAULT})",
+        help=f"tls://HOST:PORT, once for each server of a cluster (default {_DEFAULT})",
     )
-    parser.add_argument("--nkey", metavar="FILE", help="the seed of the nkey that we are known by")
+    parser.add_argument("--nkey", metavar="FILE", help="file with the seed of our nkey")
     parser.add_argument(
-        "--ca", metavar="FILE", help="who signs the server's certificate (default: the system's)"
+        "--ca", metavar="FILE", help="file with the CA of the server (default: the system's CAs)"
     )
     parser.add_argument(
         "--make-nkey",

@@ -36,14 +36,20 @@ def parser() -> Parser:
         " ends it.",
     )
     made.add_version()
-    made.add_argument("--socket", metavar="PATH", default=DEFAULT_SOCKET, help="the daemon's")
+    made.add_argument(
+        "--socket", metavar="PATH", default=DEFAULT_SOCKET, help="the daemon's socket"
+    )
     made.add_argument(
         "--endpoint",
         metavar="URL",
         default=DEFAULT_ENDPOINT,
         help="the receiver's, with its path (default %(default)s)",
     )
-    made.add_argument("--host", metavar="NAME", help="who we are (default: this machine's name)")
+    made.add_argument(
+        "--host",
+        metavar="NAME",
+        help="this host's name in the records (default: this machine's name)",
+    )
     made.add_argument(
         "--interval",
         metavar="SECONDS",

@@ -62,11 +62,11 @@ FLEET_NEW = ("destination", "program", "listener")
 FLEET_WORDS = {
     "port": ("N", "of either end"),
     "pid": ("P", "of this process"),
-    "pname": ("NAME", "of processes so named"),
+    "pname": ("NAME", "of processes with this name"),
     "unit": ("UNIT", "of this systemd unit"),
     "container": ("C", "of this container: name or id"),
     "pod": ("POD", "of this pod"),
-    "domain": ("NAME", "to the host so named, or below"),
+    "domain": ("NAME", "to the host with this name, or a name below it"),
 }
 """Options of `fleet` that are also words of its filter."""
 

@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_version(self) -> None:
         """Add -V, --version."""
-        self.add_argument("-V", "--version", action=_Version, help="say the version, and end")
+        self.add_argument("-V", "--version", action=_Version, help="print the version and exit")
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """An empty word (an unset "$FILE") is a mistake, except as a filter, as in tcpdump."""
