@@ -61,9 +61,9 @@ def server_of(options: argparse.Namespace) -> FleetServer:
         except ValueError:
             right = False
         if not right:
-            raise UsageError(f"'{url}' is no server: say tls://HOST:PORT")
+            raise UsageError(f"'{url}' is no address of a server: write tls://HOST:PORT")
         if parts.scheme == "nats" and parts.hostname not in ("127.0.0.1", "::1", "localhost"):
-            log.warning("%s: everybody on the way can read what is sent; say tls://", url)
+            log.warning("%s: everybody on the way can read what is sent; use tls://", url)
     return FleetServer(urls, options.nkey, options.ca)
 
 
@@ -72,7 +72,7 @@ def make_nkey(options: argparse.Namespace, host: str | None) -> None:
     from fleet import keys
 
     if options.nkey is None:
-        raise UsageError("--make-nkey wants --nkey FILE, which it makes")
+        raise UsageError("--make-nkey needs --nkey FILE, the file to make")
     print(keys.user(keys.make(options.nkey), host))
 
 

@@ -162,9 +162,9 @@ class Recorder:
     def _sighted(self) -> Store:
         if self._store is None:
             raise UsageError(
-                f"what is new is known by a history on disk: {self.error}"
+                f"only a history on disk knows what is new: {self.error}"
                 if self.error
-                else "what is new is known by a history on disk: set 'history' in daemon.yaml"
+                else "only a history on disk knows what is new: set 'history' in daemon.yaml"
             )
         return self._store
 

@@ -157,7 +157,7 @@ def seen_first(
         with store.snapshot() as (reader, _):
             rows = reader.execute(_SEEN_FIRST, values).fetchall()
     except sqlite3.Error as error:
-        raise Error(f"the history cannot be asked: {error}") from None
+        raise Error(f"the history cannot answer: {error}") from None
     return [
         {
             "kind": found,
@@ -180,7 +180,7 @@ def known_since(store: Sightings) -> float:
         with store.snapshot() as (reader, _):
             (began,) = reader.execute("SELECT began FROM sightings_began").fetchone()
     except sqlite3.Error as error:
-        raise Error(f"the history cannot be asked: {error}") from None
+        raise Error(f"the history cannot answer: {error}") from None
     return float(began)
 
 

@@ -245,7 +245,7 @@ class Answers:
         """Return what was first seen since then, each with its process if that is known."""
         room = Room() if room is None else room
         if self.recorder is None:
-            raise UsageError("what is new is known by a history on disk")
+            raise UsageError("only a history on disk knows what is new")
         since_ns = max(0, time.time_ns() - int(request.since * 1e9))
         unseen_ns, limit = int(request.unseen * 1e9), request.limit
         found = self.recorder.news(request.kind, since_ns, unseen_ns, uid, limit + 1)

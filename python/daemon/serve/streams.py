@@ -112,7 +112,7 @@ class Streams:
         if stream is None:
             counted = None if uid is None else user
             if not self._places.has_room(counted):
-                raise Error("too many different filters are in use; use one that is, or fewer")
+                raise Error("too many different filters are in use; use one of them")
             if not self._costs.has_room(counted, filter.cost):
                 raise Error("the filters in use have too many tests together; shorten this one")
             lane = self._lane(uid, user, flows)

@@ -123,7 +123,7 @@ class _Translation:
                 return self._once(node, lambda: self._owner(node))
             case DomainTest():
                 return self._once(node, lambda: self._domain(node))
-        raise UsageError(f"'{node}' asks for single packets: the fleet has flows")
+        raise UsageError(f"'{node}' is about single packets: the fleet has only flows")
 
     def _value(self, value: Any) -> str:
         name = f"f{next(self._numbers)}"

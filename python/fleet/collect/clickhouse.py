@@ -57,7 +57,9 @@ class ClickHouseStore:
         except ValueError:
             right = False
         if not right:
-            raise UsageError(f"'{url}' is no ClickHouse: say https://HOST:8443/DATABASE")
+            raise UsageError(
+                f"'{url}' is no address of ClickHouse: write https://HOST:8443/DATABASE"
+            )
         self.keep_s = keep_s
         self._where = parts.netloc.rpartition("@")[2]
         self._url = f"{parts.scheme}://{self._where}/"

@@ -166,7 +166,7 @@ class Collector:
         complained = ""
         while received:
             if time.monotonic() - self._since > bus.ACK_WAIT / 2:
-                log.warning("%d batches took too long; the server gives them again", len(received))
+                log.warning("%d batches took too long; the server sends them again", len(received))
                 self._forget()
                 return
             try:

@@ -229,7 +229,7 @@ class Exporter:
         )
         done = [one.sequence for one, result in zip(batches, results, strict=True) if not result]
         if done and not self._spool.acknowledge(done):
-            log.warning("%s takes nothing; batches will be sent again", self._spool.path)
+            log.warning("%s accepts nothing; batches will be sent again", self._spool.path)
             await asyncio.sleep(1.0)
         for result in results:
             if result is not None:

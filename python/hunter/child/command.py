@@ -81,7 +81,7 @@ class Command:
                 self._forks = Forks()
             except OSError as error:
                 notify(
-                    f"the kernel does not tell of forks ({error.strerror or error}): packets of"
+                    f"the kernel does not report forks ({error.strerror or error}): packets of"
                     " children that end at once can be missing"
                 )
         try:

@@ -44,7 +44,7 @@ def _check_live(options: LiveOptions) -> None:
     if options.rotate and (not options.save or options.save == "-"):
         raise UsageError("-C rotates the file of --save: give --save FILE too")
     if options.format and not options.save:
-        raise UsageError("--format is of --save: give --save FILE too")
+        raise UsageError("--format goes with --save: give --save FILE too")
     if options.save == "-" and (options.json or options.print):
         raise UsageError("standard output cannot hold both: save to a file")
     if options.origin.read and (options.origin.direct or options.argv):

@@ -53,7 +53,7 @@ def interval(text: str) -> float:
     """Seconds between two looks."""
     found = seconds(text)
     if found < 0.1:
-        raise argparse.ArgumentTypeError(f"{text!r} is too short to look at: 100ms or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is too short: 100ms or more")
     return found
 
 

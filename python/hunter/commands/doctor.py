@@ -59,7 +59,7 @@ def examine(socket: str, needed: bool = False, module: Path = MODULE) -> Iterato
         try:
             yield check()
         except Exception as error:  # the user needs the other answers too
-            yield Finding("bad", subject, f"cannot be looked at: {type(error).__name__}: {error}")
+            yield Finding("bad", subject, f"cannot be checked: {type(error).__name__}: {error}")
 
 
 def _python() -> Finding:

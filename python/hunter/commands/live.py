@@ -59,7 +59,7 @@ def run(
     with ExitStack() as stack:
         kind = format_of(options.save, options.format) if options.save else ""
         if options.process_blocks and kind != "pcapng":
-            raise UsageError("--process-blocks are of pcapng: give --save x.pcapng too")
+            raise UsageError("--process-blocks are for pcapng: give --save x.pcapng too")
         refuse_input(options.save or "-", options.origin.read or ())
         # open the source first: if it cannot begin, an old capture is not emptied
         source = stack.enter_context(

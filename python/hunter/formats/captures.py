@@ -66,7 +66,7 @@ def _pcap(file: IO[bytes], name: str, magic: bytes) -> Iterator[Block]:
             raise _ends(name, at)
         seconds, fraction, size, length = struct.unpack_from(f"{order}IIII", record)
         if size > _MAX_PACKET:
-            raise Error(f"{name}: a packet of {size} bytes at byte {at} cannot be")
+            raise Error(f"{name}: a packet of {size} bytes at byte {at} is impossible")
         data = file.read(size)
         if len(data) < size:
             raise _ends(name, at)

@@ -229,7 +229,7 @@ def blocks(file: IO[bytes], name: str, head: bytes = b"") -> Iterator[Block]:
             raise _ends(name, at)
         kind, size = struct.unpack_from(f"{order}II", head)
         if size < _LEAST.get(kind, 12) or size % 4 or size > MAX_BLOCK:
-            raise Error(f"{name}: a block of {size} bytes at byte {at} cannot be")
+            raise Error(f"{name}: a block of {size} bytes at byte {at} is impossible")
         data = head + file.read(size - len(head))
         if len(data) < size:
             raise _ends(name, at)

@@ -124,7 +124,7 @@ def _new(answer: Entry, told: dict[Key, None]) -> Iterator[Entry]:
 def _tell_horizon(since: float, begin: float, unseen: float, notify: Callable[[str], None]) -> None:
     if since > begin - unseen:
         moment = datetime.fromtimestamp(since)
-        notify(f"what is new is known since {moment:%Y-%m-%d %H:%M}: what was seen before is not")
+        notify(f"what is new is known since {moment:%Y-%m-%d %H:%M}: nothing is known of before")
 
 
 def _wait(stop: Stop) -> None:

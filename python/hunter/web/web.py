@@ -29,7 +29,7 @@ def run(options: WebOptions, stop: Stop, notify: Callable[[str], None]) -> None:
         live = LiveRates(State(source, known))
         with PageServer(options.port, options.socket, live) as server:
             print(server.url, flush=True)
-            notify("the address has a secret: who has it sees what you see. Ctrl-C ends it")
+            notify("the address has a secret: whoever has it sees what you see. Ctrl-C ends it")
             live.state.start()
             try:
                 while not stop:

@@ -43,7 +43,7 @@ def run(options: WhoOptions, notify: Callable[[str], None]) -> None:
         past = (options.since, options.until, options.domain)
         if any(one is not None for one in past) or options.socket_given:
             raise
-        notify(f"{error}; until then: sockets of now, of this network namespace")
+        notify(f"{error}; until then: present sockets of this network namespace")
         answer = owners_now(options)
         remembers = False
     if asks_for_place(options):

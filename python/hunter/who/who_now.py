@@ -29,7 +29,7 @@ def owners_now(options: WhoOptions) -> dict[str, Any]:
     `options`: port, proto, host, pid, pname, and whether it must listen. Raises UsageError.
     """
     if options.netns is not None and netns.find(options.netns).netns != netns.own():
-        raise UsageError("--netns of another than this one needs the daemon: sudo packet-hunterd")
+        raise UsageError("--netns with another namespace needs the daemon: sudo packet-hunterd")
     network = None
     if options.host:
         try:

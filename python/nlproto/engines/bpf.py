@@ -242,7 +242,7 @@ class Object:
         self._handle = self._library.bpf_object__open_file(os.fsencode(path), _ffi.NULL)
         if self._handle == _ffi.NULL:
             why = os.strerror(_ffi.errno)
-            raise NoBpf(f"{path} cannot be opened ({why}): install packet-hunter anew")
+            raise NoBpf(f"{path} cannot be opened ({why}): install packet-hunter again")
         self.programs: dict[str, Program] = {}
         handle = _ffi.NULL
         while (handle := self._next(handle)) != _ffi.NULL:

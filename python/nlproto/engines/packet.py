@@ -157,7 +157,7 @@ class PacketEngine(Closing):
             self._take_changes()
             self._walk(self._now_ns())
             if not self._complete():
-                notify("some processes cannot be asked for their sockets: run it as root")
+                notify("the sockets of some processes cannot be read: run it as root")
         except BaseException:
             self.close()
             raise

@@ -91,7 +91,7 @@ def load_programs(ring_bytes: int) -> tuple[str, Object]:
 def _load_whole(ring_bytes: int) -> Object:
     """Return the object with every program whose function is there. Raises NoBpf."""
     if not OBJECT.exists():
-        raise NoBpf("its programs were not compiled: ./build.sh does it where clang is")
+        raise NoBpf("its programs were not compiled: install clang and run ./build.sh")
     opened = Object(OBJECT)
     try:
         known = choose_programs(opened, whole=True)

@@ -141,7 +141,7 @@ def syntax_error(error: UnexpectedInput, tokens: Sequence[Token], text: str) -> 
             return found
         at = error.pos_in_stream or 0
         if text[at] == '"':
-            return FilterError("a quote that nothing closes", text, at, len(text))
+            return FilterError("an unclosed quote", text, at, len(text))
         return FilterError(f"{text[at]!r} means nothing here", text, at, at + 1)
     assert isinstance(error, UnexpectedToken)
     token = error.token
@@ -156,7 +156,7 @@ def syntax_error(error: UnexpectedInput, tokens: Sequence[Token], text: str) -> 
             return FilterError(f"'{last}' needs a value after it", text, start, end)
         if last.type in ("AND", "OR", "NOT"):
             return FilterError(f"'{last}' needs something after it", text, start, end)
-        return FilterError("a parenthesis that nothing closes", text, text.rindex("("), len(text))
+        return FilterError("an unclosed parenthesis", text, text.rindex("("), len(text))
     index = next(i for i, one in enumerate(tokens) if one.start_pos == token.start_pos)
     before = tokens[index - 1] if index else None
     if before is not None and before.type == "VALUE" and not _has_word(tokens, index - 1):

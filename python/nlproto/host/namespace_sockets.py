@@ -84,7 +84,7 @@ class PerNamespace(Closing, Generic[S]):
             owners = {number: netns.owner_or_unknown(path) for number, path in there.items()}
             chosen = netns.choose(owners, self._namespaces, netns.room())
             self._failures.add(
-                Error(f"sockets of {len(chosen)} of {len(there)} network namespaces are read")
+                Error(f"only {len(chosen)} of {len(there)} network namespaces are read")
             )
             there = {number: path for number, path in there.items() if number in chosen}
         for number in set(self._namespaces) - set(there) - {self.own}:

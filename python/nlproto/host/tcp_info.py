@@ -51,7 +51,7 @@ class TcpInfo(DiagSocket):
                 self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
         except OSError as error:
             self._socket.close()
-            raise NoPrivilege(f"ends of connections are not told: {error.strerror}") from None
+            raise NoPrivilege(f"ends of connections are not reported: {error.strerror}") from None
         self._places = ffi.from_buffer("struct host_tcp[]", self._found)
         self._closed: list[np.ndarray] = []
         self.lost = 0

@@ -293,7 +293,7 @@ class Sniffer(Closing):
             if attribute in found:
                 return found[attribute]
         raise Error(
-            "sniffer.ko answered without the attribute asked for: install one release of all"
+            "sniffer.ko answered without the attribute asked for: install all parts of one release"
         )
 
     def info(self) -> np.void:
@@ -394,7 +394,7 @@ class Listener(Closing):
     def join(self, group: str) -> None:
         """Become a member of a group. From any thread, like leave(). Raises NoPrivilege, Error."""
         if group not in self._family.groups:
-            raise Error(f"this sniffer.ko has no group '{group}': install one release of all")
+            raise Error(f"this sniffer.ko has no group '{group}': install all parts of one release")
         try:
             number = self._family.groups[group]
             self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, number)

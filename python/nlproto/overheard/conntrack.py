@@ -124,10 +124,10 @@ class Conntrack:
             self._asking = Connection(NETLINK_NETFILTER)
         except PermissionError:
             self.close()
-            raise NoPrivilege("what NAT does is told to root alone (CAP_NET_ADMIN)") from None
+            raise NoPrivilege("only root can read translations by NAT (CAP_NET_ADMIN)") from None
         except OSError as error:
             self.close()
-            raise Error(f"what NAT does cannot be told: {error.strerror}") from None
+            raise Error(f"translations by NAT cannot be read: {error.strerror}") from None
         except BaseException:
             self.close()
             raise
@@ -137,7 +137,7 @@ class Conntrack:
         try:
             return self._read_known(limit)
         except OSError as error:
-            raise Error(f"what NAT does cannot be told: {error.strerror}") from None
+            raise Error(f"translations by NAT cannot be read: {error.strerror}") from None
 
     def _read_known(self, limit: int) -> tuple[list[Event], bool]:
         """Kernels from 5.15 on select by a bit, so this asks bit by bit. Older ones report all."""
@@ -183,7 +183,7 @@ class Conntrack:
                 return
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
-                    raise Error(f"what NAT does: {error.strerror}") from None
+                    raise Error(f"translations by NAT: {error.strerror}") from None
                 yield None
                 continue
             for message in messages(self._buffer[:size]):

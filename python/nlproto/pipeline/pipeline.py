@@ -390,7 +390,7 @@ class Pipeline:
             with self.account_lock:
                 self.account.close(self._engine.closing, self._engine.group)
         except Error as error:
-            log.warning("the engine's tail could not be read: %s", error)
+            log.warning("the rest of the engine's stream could not be read: %s", error)
         except Exception as error:
             self._receiving.add(error, "the engine's tail")
 

@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """An empty word (an unset "$FILE") is a mistake, except as a filter, as in tcpdump."""
         if not arg_string and action.dest != "filter":
-            raise argparse.ArgumentError(action, "an empty word says nothing")
+            raise argparse.ArgumentError(action, "an empty word means nothing")
         return super()._get_value(action, arg_string)
 
     def _print_message(self, message: str, file: Any = None) -> None:
