@@ -27,8 +27,9 @@ import numpy as np
 
 from daemon.history.details import Sum, places_in, sums
 from daemon.history.memory import Question
-from daemon.history.sealed import Broken, Contents, Key, Rows, Sealed, seal
+from daemon.history.sealed import Broken, Contents, Rows, Sealed, seal
 from daemon.system.directory import HeldDirectory
+from nlproto.tables.processes import ProcessKey
 from nlproto.tables.shares import level
 
 __all__ = ["Hours", "HourFile"]
@@ -84,7 +85,7 @@ class Hours:
         self._path = path
         self.pieces: tuple[HourFile, ...] = ()
         """In order of last packets, the latest first."""
-        self._where: OrderedDict[Key, int] = OrderedDict()
+        self._where: OrderedDict[ProcessKey, int] = OrderedDict()
         self._names: dict[int, dict[int, str]] = {}
         """The files that were read last, open."""
         self._broken: set[int] = set()
@@ -320,7 +321,7 @@ class Hours:
             except Broken as error:
                 self._tell(piece.number, error)
 
-    def _remember(self, key: Key, number: int) -> None:
+    def _remember(self, key: ProcessKey, number: int) -> None:
         self._where[key] = number
         while len(self._where) > _KNOWN:
             try:
@@ -328,7 +329,7 @@ class Hours:
             except KeyError:  # another thread was faster
                 return
 
-    def process(self, key: Key) -> bytes | None:
+    def process(self, key: ProcessKey) -> bytes | None:
         """Return the details of an owner that ask() has returned."""
         return self._told(key, lambda sealed: sealed.process(key))
 
@@ -342,7 +343,7 @@ class Hours:
             self._names = {place: names, **dict(list(self._names.items())[:_NAMES_OF])}
         return names.get(number, "")
 
-    def _told(self, key: Key, read: Callable[[Sealed], _What | None]) -> _What | None:
+    def _told(self, key: ProcessKey, read: Callable[[Sealed], _What | None]) -> _What | None:
         number = self._where.get(key)
         sealed = None if number is None else self._open(number)
         if number is None or sealed is None:

@@ -27,6 +27,7 @@ from daemon.history.memory import Question, matching
 from daemon.history.schema import COLUMNS as FLOW_COLUMNS
 from nlproto.errors import Error
 from nlproto.tables.flows import FLOW
+from nlproto.tables.processes import ProcessKey
 
 __all__ = ["Broken", "Contents", "Sealed", "seal"]
 
@@ -49,8 +50,6 @@ _Kind = TypeVar("_Kind")
 
 Rows = dict[str, np.ndarray]
 """Columns by name, of one length: id, those of FLOW, payer, seen."""
-Key = tuple[int, int]
-"""(tgid, start_ns)."""
 
 
 class Broken(Error):
@@ -97,7 +96,7 @@ class Contents(msgspec.Struct, frozen=True):
     """
 
     rows: Rows
-    processes: Mapping[Key, bytes]
+    processes: Mapping[ProcessKey, bytes]
     usage: list[Sum]
     names: Mapping[int, str]
     replaces: int = 0
@@ -381,21 +380,21 @@ class Sealed:
                 raise Broken(f"its needles {kind}: {error}") from None
         return wanted
 
-    def process(self, key: Key) -> bytes | None:
+    def process(self, key: ProcessKey) -> bytes | None:
         """Return details of one owner, as JSON."""
         firsts = [(tgid, start_ns) for tgid, start_ns, _ in self._index.processes]
         at = bisect_right(firsts, key) - 1
         return self._details(self._index.processes[at][2]).get(key) if at >= 0 else None
 
-    def processes(self) -> dict[Key, bytes]:
+    def processes(self) -> dict[ProcessKey, bytes]:
         """Return details of all owners."""
-        found: dict[Key, bytes] = {}
+        found: dict[ProcessKey, bytes] = {}
         for _, _, place in self._index.processes:
             found |= self._details(place)
         return found
 
-    def _details(self, place: tuple[int, int]) -> dict[Key, bytes]:
-        found: dict[Key, bytes] = {}
+    def _details(self, place: tuple[int, int]) -> dict[ProcessKey, bytes]:
+        found: dict[ProcessKey, bytes] = {}
         for line in self._blob(place).split(b"\n"):
             words = line.split(b" ", 2)
             if len(words) == 3:

@@ -15,8 +15,9 @@ import numpy as np
 from daemon.history.details import places_in, sums
 from daemon.history.hours import HourFile, Hours
 from daemon.history.schema import COLUMNS, INDEXES, flows_of, signed
-from daemon.history.sealed import Broken, Contents, Key, Rows
+from daemon.history.sealed import Broken, Contents, Rows
 from nlproto.errors import Error
+from nlproto.tables.processes import ProcessKey
 
 __all__ = ["Changing", "Sealing", "Step", "drop", "nothing", "seal", "shorten"]
 
@@ -149,7 +150,9 @@ def _rows(store: Sealing, ids: np.ndarray, meanwhile: Callable[[], None]) -> Row
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _details(writer: sqlite3.Connection, owners: set[Key]) -> Iterator[tuple[Key, bytes]]:
+def _details(
+    writer: sqlite3.Connection, owners: set[ProcessKey]
+) -> Iterator[tuple[ProcessKey, bytes]]:
     for tgid, start_ns in owners:
         found = writer.execute(_DETAILS, (tgid, signed(start_ns))).fetchone()
         if found is not None:

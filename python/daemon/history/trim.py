@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from daemon.history.schema import ROW_SIZE
+from nlproto.tables.processes import ProcessKey
 from nlproto.tables.shares import level, surplus
 
 __all__ = ["Shrinking", "trim"]
@@ -38,8 +39,6 @@ _ALONE_OF = (
 _OLDEST_OF = "SELECT id, comm, tgid, start_ns FROM flows WHERE payer = ? ORDER BY seen, id LIMIT ?"
 _DELETE_FLOW = "DELETE FROM flows WHERE id = ?"
 _DELETE_PROCESS = f"DELETE FROM processes WHERE tgid = ? AND start_ns = ? AND {_ALONE}"
-
-Key = tuple[int, int]
 
 
 class Shrinking(Protocol):
@@ -122,7 +121,7 @@ def _drop_processes(store: Shrinking, payer: int, wanted: int) -> int:
     freed = 0
     while freed < wanted:
         with store.transaction() as writer:
-            keys: list[Key] = []
+            keys: list[ProcessKey] = []
             found = writer.execute(_ALONE_OF, (payer, _PIECE)).fetchall()
             for tgid, start_ns, size in found:
                 if freed >= wanted:

@@ -16,8 +16,7 @@ import numpy as np
 from daemon.history.memory import End, FlowMemory, Question, flow_fields
 from daemon.history.recorder import Recorder
 from daemon.serve.now import Looking, holder, sockets_now
-from daemon.serve.requests import History as HistoryRequest
-from daemon.serve.requests import Lookup, LookupKey, News, OwnerOf, Usage, Who
+from daemon.serve.requests import HistoryRequest, Lookup, LookupKey, News, OwnerOf, Usage, Who
 from daemon.serve.usage import Sums, usage
 from nlproto.errors import UsageError
 from nlproto.host.kernel_sockets import KernelSockets

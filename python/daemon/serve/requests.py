@@ -12,7 +12,7 @@ from nlproto.errors import UsageError
 
 __all__ = [
     "Hello",
-    "History",
+    "HistoryRequest",
     "Lookup",
     "News",
     "OwnerOf",
@@ -72,7 +72,7 @@ class Who(_Base, tag="who", frozen=True):
     limit: Limit = 1000
 
 
-class History(Who, tag="history", frozen=True):
+class HistoryRequest(Who, tag="history", frozen=True):
     uid: U32 | None = None
 
 
@@ -128,7 +128,9 @@ class Unsubscribe(_Base, tag="unsubscribe", frozen=True):
     pass
 
 
-Request = Hello | Stats | Who | History | Usage | News | OwnerOf | Lookup | Subscribe | Unsubscribe
+Request = (
+    Hello | Stats | Who | HistoryRequest | Usage | News | OwnerOf | Lookup | Subscribe | Unsubscribe
+)
 
 _decoder: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 

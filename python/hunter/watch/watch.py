@@ -33,7 +33,7 @@ _WARNING = 4
 _DAY = 86_400.0
 
 Entry = Mapping[str, Any]
-Key = tuple[str, str, int, float]
+_Finding = tuple[str, str, int, float]
 
 
 def run(options: WatchOptions, stop: Stop, notify: Callable[[str], None]) -> int:
@@ -68,7 +68,7 @@ def run(options: WatchOptions, stop: Stop, notify: Callable[[str], None]) -> int
 def _findings(options: WatchOptions, stop: Stop, notify: Callable[[str], None]) -> Iterator[Entry]:
     since = options.since if options.since is not None else _ONCE_S if options.once else 0.0
     begin = time.time() - since
-    told: dict[Key, None] = {}
+    told: dict[_Finding, None] = {}
     first, warned = True, False
     while not stop:
         try:
@@ -109,7 +109,7 @@ def _ask(client: DaemonClient, options: WatchOptions, begin: float) -> Iterator[
             yield answer
 
 
-def _new(answer: Entry, told: dict[Key, None]) -> Iterator[Entry]:
+def _new(answer: Entry, told: dict[_Finding, None]) -> Iterator[Entry]:
     processes = {(one["tgid"], one["start_ns"]): one for one in answer["processes"]}
     for one in answer["news"]:
         key = (one["kind"], one["name"], one["uid"], one["first"])
