@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Entry of packets: Netfilter hooks in every network namespace. They accept every
- * packet and change none, but lookup.c may set skb->sk early. Each packet becomes a
- * record or is counted.
+ * Where packets come in: Netfilter hooks in every network namespace. They
+ * accept every packet and change none (lookup.c may settle its socket early, as
+ * early demux does); each becomes a record or is counted.
  *
  * The hooks have the last priority. So they run after NAT: a record has the translated
  * addresses, and at LOCAL_IN those are the socket's. They run after filters: a packet
@@ -49,7 +49,8 @@ static void hooks_in_multicast(struct sniffer_flow *flow)
 	}
 }
 
-static void hooks_in(struct sniffer_flow *flow)
+/* Return: what is to be given back once all else is done, or NULL. */
+static struct sock *hooks_in(struct sniffer_flow *flow)
 {
 	struct sock *sk;
 	bool put;
@@ -57,11 +58,25 @@ static void hooks_in(struct sniffer_flow *flow)
 	sk = sniffer_lookup_in(flow, &put);
 	if (!sk) {
 		flow->record.how = SNIFFER_HOW_NO_SOCKET;
-		return;
+		return NULL;
 	}
 	sniffer_name_socket(flow, sk, SNIFFER_HOW_SOCKET);
-	if (put)
-		sniffer_lookup_put(sk);
+	return put ? sk : NULL;
+}
+
+/* Records it, and remembers it for others like it. */
+static void hooks_finish(struct sniffer_flow *flow, const struct net_device *dev, bool trusted)
+{
+	bool task = !softirq_count();
+
+	if (task)
+		local_bh_disable();	/* once for both */
+	hooks_record(flow);
+	/* what passes a VRF passes it twice, and is not told apart there */
+	if (flow->owner && !(dev && netif_is_l3_master(dev)))
+		sniffer_memo_keep(flow, trusted);
+	if (task)
+		local_bh_enable();
 }
 
 /* Makes the record of a packet, and hands it on. */
@@ -75,8 +90,12 @@ static void hooks_make_record(struct sk_buff *skb, const struct nf_hook_state *s
 		.skb = skb,
 		.record = { .family = family, .dir = dir },
 	};
+	struct sock *found = NULL;
+	struct sniffer_ends ends;
 
-	if (!sniffer_parse(&flow))
+	if (likely(sniffer_parse_plain(skb, family, &ends)))
+		sniffer_parse_ends(&flow, &ends);
+	else if (!sniffer_parse(&flow))
 		return;
 
 	flow.record.time_ns = ktime_get_ns();
@@ -92,12 +111,11 @@ static void hooks_make_record(struct sk_buff *skb, const struct nf_hook_state *s
 		hooks_in_multicast(&flow);
 		return;	/* recorded in there, once for each receiver */
 	} else {
-		hooks_in(&flow);
+		found = hooks_in(&flow);
 	}
-	hooks_record(&flow);
-	/* a packet passes a VRF twice, and a memo cannot tell the two apart */
-	if (flow.owner && !(dev && netif_is_l3_master(dev)))
-		sniffer_memo_keep(&flow, trusted);
+	hooks_finish(&flow, dev, trusted);
+	if (found)
+		sniffer_lookup_hand_on(skb, found);
 }
 
 static noinline void hooks_packet(struct sk_buff *skb, const struct nf_hook_state *state, u8 family,
@@ -129,7 +147,7 @@ static unsigned int name(void *priv, struct sk_buff *skb, const struct nf_hook_s
 {											\
 	if (!static_branch_unlikely(&sniffer_listening))				\
 		sniffer_skip(SNIFFER_SKIP_LISTENER);					\
-	else if (!memo(skb, state))							\
+	else if (!memo(skb, state))						\
 		hooks_packet(skb, state, family, dir);					\
 	return NF_ACCEPT;								\
 }

@@ -84,7 +84,9 @@ bool sniffer_known(const struct sock *sk)
  * sniffer_known_keep - remember that current's use of a socket told nothing new
  * @sk: full socket
  * @owner: its entry, under RCU
- * @version: of @owner, read before @owner was looked up
+ * @version: of that, read before
+ *
+ * Remembered from the second time on: many a socket is not used that often here.
  */
 void sniffer_known_keep(const struct sock *sk, struct sniffer_owner *owner, unsigned int version)
 {
@@ -94,7 +96,11 @@ void sniffer_known_keep(const struct sock *sk, struct sniffer_owner *owner, unsi
 		return;
 	preempt_disable_notrace();
 	known = known_of(owner->cookie);
-	known->cookie = owner->cookie;
+	if (known->cookie != owner->cookie) {
+		known->cookie = owner->cookie;
+		known->stripe = NULL;
+		goto out;
+	}
 	known->stripe = sniffer_owner_stripe(owner->cookie);
 	known->version = version;
 	known->owner = owner;
@@ -103,6 +109,7 @@ void sniffer_known_keep(const struct sock *sk, struct sniffer_owner *owner, unsi
 	known->pid = current->pid;
 	known->uid = __kuid_val(current_uid());
 	known->num = inet_sk(sk)->inet_num;
+out:
 	preempt_enable_notrace();
 }
 

@@ -308,6 +308,24 @@ void sniffer_lookup_put(struct sock *sk)
 }
 
 /**
+ * sniffer_lookup_hand_on - give a socket back, by the packet if the stack would look it up again
+ * @skb: a TCP packet at LOCAL_IN
+ * @sk: what sniffer_lookup_in() found for it, with a reference
+ *
+ * As early demux does, which has not run on loopback. Of a connection alone: what the
+ * stack does with a request or a TIME_WAIT is not to depend on how it was found.
+ */
+void sniffer_lookup_hand_on(struct sk_buff *skb, struct sock *sk)
+{
+	if (skb->sk || skb->destructor || skb_shared(skb) || !sk_fullsock(sk)) {
+		sock_gen_put(sk);
+		return;
+	}
+	skb->sk = sk;
+	skb->destructor = sock_edemux;	/* until the stack takes it */
+}
+
+/**
  * sniffer_lookup_is_multicast - can several sockets receive this packet?
  * @flow: a UDP packet at LOCAL_IN
  */

@@ -41,6 +41,7 @@ struct sock *sniffer_lookup_listener(struct sniffer_flow *flow, bool reverse);
 void sniffer_lookup_untranslate(struct sniffer_flow *flow);
 bool sniffer_lookup_is_local(const struct sniffer_flow *flow, const struct net_device *dev);
 void sniffer_lookup_put(struct sock *sk);
+void sniffer_lookup_hand_on(struct sk_buff *skb, struct sock *sk);
 bool sniffer_lookup_is_multicast(const struct sniffer_flow *flow);
 struct sock *sniffer_lookup_multicast(struct sniffer_flow *flow, struct sock *last);
 

@@ -405,9 +405,9 @@ void sniffer_name_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 {
 	struct sniffer_record *r = &flow->record;
 	const struct sniffer_proc *user;
-	struct sniffer_owner *owner;
 	struct sock *sk = flow->skb->sk;
-	unsigned int version;
+	struct sniffer_found found;
+	struct sniffer_owner *owner;
 
 	/*
 	 * A tunnel leaves the inner sender in skb->sk; the tunnel's own socket
@@ -439,9 +439,8 @@ void sniffer_name_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 		r->how = SNIFFER_HOW_FORWARDED;
 		return;
 	}
-	version = sniffer_owner_version(sniffer_owner_stripe(atomic64_read(&sk->sk_cookie)));
 	if (!trusted || !sk_fullsock(sk) || sk->sk_state == TCP_LISTEN ||
-	    !sniffer_use(sk, false, &owner)) {
+	    !sniffer_use(sk, false, &found)) {
 		sniffer_name_socket(flow, sk, SNIFFER_HOW_SOCKET);
 		return;
 	}
@@ -455,10 +454,11 @@ void sniffer_name_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 	r->start_ns = current->group_leader->start_boottime;
 	r->uid = __kuid_val(current_uid());
 	sniffer_process_comm(r->comm, current->group_leader->comm);
+	owner = found.owner;
 	user = owner ? rcu_dereference(owner->user) : NULL;
 	if (!user)
 		return;
 	name_add_facts(r, owner, user);
 	if (!READ_ONCE(owner->via) && !READ_ONCE(owner->guess) && sniffer_process_is(user, current))
-		name_note(flow, sk, owner, version);
+		name_note(flow, sk, owner, found.version);
 }

@@ -27,8 +27,7 @@ struct spare_cpu {
 
 static DEFINE_PER_CPU(struct spare_cpu, spare_cpus);
 static struct kmem_cache *spare_cache;
-static size_t spare_size;	/* size of an entry; set at load only, as is the next */
-static size_t spare_offset;	/* offset of its struct sniffer_spare */
+static size_t spare_offset;	/* of an entry's struct sniffer_spare; set at load only */
 
 static void *spare_entry(struct sniffer_spare *spare)
 {
@@ -38,7 +37,7 @@ static void *spare_entry(struct sniffer_spare *spare)
 /**
  * sniffer_spare_take - get memory for an entry
  *
- * Any context. Return: a zeroed one, or NULL when memory is short.
+ * Any context. Return: one with whatever is in it, or NULL when memory is short.
  */
 void *sniffer_spare_take(void)
 {
@@ -54,9 +53,7 @@ void *sniffer_spare_take(void)
 		cpu->frees--;
 	}
 	local_irq_restore(flags);
-	if (!spare)
-		return kmem_cache_zalloc(spare_cache, GFP_ATOMIC | __GFP_NOWARN);
-	return memset(spare_entry(spare), 0, spare_size);
+	return spare ? spare_entry(spare) : kmem_cache_alloc(spare_cache, GFP_ATOMIC | __GFP_NOWARN);
 }
 
 /**
@@ -136,7 +133,6 @@ static void spare_free_all(struct sniffer_spare *spare)
  */
 bool sniffer_spare_init(size_t size, size_t offset)
 {
-	spare_size = size;
 	spare_offset = offset;
 	spare_cache = kmem_cache_create("sniffer_owner", size, 0, SLAB_HWCACHE_ALIGN, NULL);
 	return spare_cache;

@@ -51,38 +51,13 @@ static unsigned long owner_full_at;	/*
  */
 
 /**
- * sniffer_owner_lock - find the lock of a socket's entry
- * @cookie: socket cookie
- */
-raw_spinlock_t *sniffer_owner_lock(u64 cookie)
-{
-	return &sniffer_owner_stripe(cookie)->lock;
-}
-
-/**
- * sniffer_owner_count_full - count a socket or process that found no room
+ * sniffer_owner_count_full - a socket or a process found no room
  */
 void sniffer_owner_count_full(void)
 {
 	atomic64_inc(&owner_full);
 	if (READ_ONCE(owner_full_at) != (jiffies | 1))
 		WRITE_ONCE(owner_full_at, jiffies | 1);
-}
-
-/**
- * sniffer_owner_wants - does a socket belong into the table?
- * @sk: any full socket
- *
- * Return: true for TCP, UDP and MPTCP sockets of user space.
- */
-bool sniffer_owner_wants(const struct sock *sk)
-{
-	if (sk->sk_family != AF_INET && sk->sk_family != AF_INET6)
-		return false;
-	if (sk->sk_kern_sock)
-		return false;
-	return sk->sk_protocol == IPPROTO_TCP || sk->sk_protocol == IPPROTO_UDP ||
-	       sk->sk_protocol == IPPROTO_MPTCP || sk->sk_type == SOCK_RAW;
 }
 
 /**
@@ -168,15 +143,18 @@ struct sniffer_owner *sniffer_owner_alloc(struct sock *sk, u64 cookie)
 		sniffer_owner_count_full();
 		return NULL;
 	}
-	owner->cookie = cookie;
-	owner->netns = sock_net(sk)->ns.inum;
-	owner->family = sk->sk_family;
-	owner->fd = -1;
+	/* its size is known here: zeroed by words */
+	*owner = (struct sniffer_owner){
+		.cookie = cookie,
+		.netns = sock_net(sk)->ns.inum,
+		.family = sk->sk_family,
+		.fd = -1,
+		/* a request socket, TCP's only kind that is not full, has no sk_protocol */
+		.proto = sk_fullsock(sk) && sk->sk_protocol == IPPROTO_UDP ? IPPROTO_UDP :
+									     IPPROTO_TCP,
+	};
 	INIT_LIST_HEAD(&owner->by_user);
 	INIT_LIST_HEAD(&owner->by_death);
-	/* a request socket has no sk_protocol, but only TCP has request sockets */
-	owner->proto = sk_fullsock(sk) && sk->sk_protocol == IPPROTO_UDP ? IPPROTO_UDP :
-									   IPPROTO_TCP;
 	return owner;
 }
 

@@ -120,10 +120,8 @@ struct sniffer_stripe {
 
 extern struct sniffer_stripe sniffer_owner_stripes[SNIFFER_OWNER_STRIPES];
 
-bool sniffer_owner_wants(const struct sock *sk);
 u64 sniffer_owner_new_cookie(struct sock *sk);
 struct sniffer_owner *sniffer_owner_find_inode(u64 inode);
-raw_spinlock_t *sniffer_owner_lock(u64 cookie);
 struct sniffer_owner *sniffer_owner_alloc(struct sock *sk, u64 cookie);
 void sniffer_owner_drop(struct sniffer_owner *fresh);
 void sniffer_owner_insert(struct sniffer_owner *fresh);
@@ -144,13 +142,30 @@ bool sniffer_owner_tight(void);
 int sniffer_owner_init(void);
 void sniffer_owner_exit(void);
 
-/* The stripe that guards the entry with @cookie. */
+/* Is this full socket one that the table is about: TCP, UDP, MPTCP or raw, of user space? */
+static inline bool sniffer_owner_wants(const struct sock *sk)
+{
+	if (sk->sk_family != AF_INET && sk->sk_family != AF_INET6)
+		return false;
+	if (sk->sk_kern_sock)
+		return false;
+	return sk->sk_protocol == IPPROTO_TCP || sk->sk_protocol == IPPROTO_UDP ||
+	       sk->sk_protocol == IPPROTO_MPTCP || sk->sk_type == SOCK_RAW;
+}
+
+/* What guards the entry with @cookie. */
 static inline struct sniffer_stripe *sniffer_owner_stripe(u64 cookie)
 {
 	return &sniffer_owner_stripes[hash_64(cookie, sniffer_owner_bits) % SNIFFER_OWNER_STRIPES];
 }
 
-/* Under @lock, before a change of an entry: what others remember of it becomes invalid. */
+/* Its lock. */
+static inline raw_spinlock_t *sniffer_owner_lock(u64 cookie)
+{
+	return &sniffer_owner_stripe(cookie)->lock;
+}
+
+/* Under @lock, before an entry is changed: nobody may believe any more what he has kept of it. */
 static inline void sniffer_owner_change(raw_spinlock_t *lock)
 {
 	struct sniffer_stripe *stripe = container_of(lock, struct sniffer_stripe, lock);

@@ -15,6 +15,7 @@
 
 #include "alive.h"
 #include "compat.h"
+#include "create.h"
 #include "holders.h"
 #include "known.h"
 #include "owner.h"
@@ -240,16 +241,16 @@ static noinline bool use_find_out(struct sock *sk, struct sniffer_owner *owner, 
 }
 
 /**
- * sniffer_use - the current process uses a socket, or seems to use it
- * @sk: full socket; from a probe, or from LOCAL_OUT if current may be trusted
- * @called: from a probe: current made a call on this very socket
- * @found: set to the socket's entry, or NULL; may be NULL itself
+ * sniffer_use - the current process uses a socket, or seems to
+ * @sk: full socket; from a probe or from LOCAL_OUT in trusted context
+ * @called: from a probe: current has called for this very socket
+ * @found: set to the socket's entry; may be NULL
  *
  * Under RCU, or with preemption off.
  *
  * Return: false if it is the use of another process.
  */
-bool sniffer_use(struct sock *sk, bool called, struct sniffer_owner **found)
+bool sniffer_use(struct sock *sk, bool called, struct sniffer_found *found)
 {
 	u64 cookie = atomic64_read(&sk->sk_cookie);
 	const struct socket *sock;
@@ -267,13 +268,25 @@ bool sniffer_use(struct sock *sk, bool called, struct sniffer_owner **found)
 			sniffer_known_keep(sk, owner, version);
 	} else {
 		mine = use_find_out(sk, owner, called);
-		if (found && !owner)
+		if (found && !owner) {
 			owner = sniffer_owner_find(atomic64_read(&sk->sk_cookie));
+			version = 1;	/* it was read of another stripe if there was no cookie */
+		}
 	}
 	if (found)
-		*found = owner;
+		*found = (struct sniffer_found){ owner, version };
 	rcu_read_unlock();
 	return mine;
+}
+
+/* The same where an entry may be there, or has to be looked for. */
+static noinline void use_create(struct sock *sk, struct socket *sock)
+{
+	struct sniffer_gain gain = {
+		.tid = current->pid, .inode = SOCK_INODE(sock)->i_ino, .sock = sock, .fd = -1,
+	};
+
+	use_gain(sk, &gain);
 }
 
 /**
@@ -283,16 +296,12 @@ bool sniffer_use(struct sock *sk, bool called, struct sniffer_owner **found)
  */
 void sniffer_use_create(struct sock *sk, struct socket *sock)
 {
-	struct sniffer_gain gain = {
-		.tid = current->pid, .inode = SOCK_INODE(sock)->i_ino, .sock = sock, .fd = -1,
-	};
-
 	if (!sniffer_owner_wants(sk))
 		return;
-	if (use_is_process(current))
-		use_gain(sk, &gain);
-	else
+	if (!use_is_process(current))
 		sniffer_owner_serve(sk, sock);
+	else if (!sniffer_create(sk, sock))
+		use_create(sk, sock);
 }
 
 /**

@@ -160,6 +160,7 @@ class Service:
         )
         answers.kernel, answers.looks = watcher.kernel, watcher
         metrics = Metrics(self.config, server.figures, pipeline.processes)
+        watcher.on_drops = metrics.drop
         for take in (recorder.take, metrics.take, server.publish):
             pipeline.subscribe(take)
         ended = asyncio.Event()

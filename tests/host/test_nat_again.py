@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 
-from daemons import StartDaemon
-from nlproto.client.client import DaemonClient
-from translating import PUBLISHED, became, flow_of, place
+from translating import PUBLISHED, ask, became, flow_of, place
 from waiting import until
 
 pytestmark = [
@@ -92,8 +90,7 @@ def test_a_port_that_comes_back_at_once(
 
     def served() -> Any:
         old.again()  # a daemon that has just begun may not have the namespaces yet
-        with DaemonClient(daemon.path) as asking:
-            flows = asking.who(port=case.port)["flows"]
+        flows = ask(daemon.path, port=case.port)
         return next((one for one in flows if one["pid"] == first.pid), None)
 
     flow = until(served, 20, "the flow of the first server")
@@ -116,8 +113,7 @@ def test_a_port_that_comes_back_at_once(
         return flow if fits(flow, case, case.then) else None
 
     until(asked, 20, "the later translation")
-    with DaemonClient(daemon.path) as asking:
-        flows = asking.who(port=case.port)["flows"]
+    flows = ask(daemon.path, port=case.port)
     (flow,) = [one for one in flows if one["pid"] == second.pid]
     if case.then:
         assert became(flow)[:2] == (case.address, case.port)

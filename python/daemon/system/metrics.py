@@ -30,7 +30,7 @@ __all__ = ["Metrics"]
 
 _SUMS = ("packets_in", "bytes_in", "packets_out", "bytes_out")
 _TCP = ("retransmits", "looks", "rtt_us", "rtts", "reset_in", "reset_out", "refused", "unanswered")
-_ALL = _SUMS + _TCP
+_ALL = (*_SUMS, *_TCP, "drops")
 _OTHER = "other"
 
 Labels = tuple[str, ...]
@@ -140,6 +140,14 @@ class Metrics:
         measured = flows["rtt_us"] != 0
         columns = {"retransmits": flows["retransmits"], "rtt_us": flows["rtt_us"]}
         self._sum(flows, columns | {"rtts": measured, "looks": np.ones(len(flows), bool)})
+
+    def drop(self, tgid: int, start_ns: int, comm: bytes, count: int) -> None:
+        """Any thread: add packets that the kernel dropped at a socket of a process."""
+        if self._server is None:
+            return
+        with self._lock:
+            for family, labels in self._labels(tgid, start_ns, comm):
+                self._add(family, labels, _one("drops", count))
 
     def _sum(self, flows: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
         found, inverse = np.unique(flows[["tgid", "start_ns", "comm"]], return_inverse=True)
@@ -252,7 +260,13 @@ class Metrics:
             f"TCP connection attempts that failed by {name}",
             labels=[*labels, "why"],
         )
+        dropped = CounterMetricFamily(
+            f"{begin}_dropped",
+            f"Packets that the kernel dropped at sockets of {name}, mostly for want of room",
+            labels=labels,
+        )
         for of, one in sums.items():
+            dropped.add_metric(of, one["drops"])
             if one["looks"]:
                 retransmits.add_metric(of, one["retransmits"])
             if one["rtts"]:
@@ -261,12 +275,12 @@ class Metrics:
                 resets.add_metric([*of, way], one[f"reset_{way}"])
             for why in ("refused", "unanswered"):
                 failed.add_metric([*of, why], one[why])
-        yield from (retransmits, rtt, resets, failed)
+        yield from (retransmits, rtt, resets, failed, dropped)
 
 
-def _one(name: str) -> np.ndarray:
+def _one(name: str, count: int = 1) -> np.ndarray:
     values = np.zeros(len(_ALL), np.uint64)
-    values[_ALL.index(name)] = 1
+    values[_ALL.index(name)] = count
     return values
 
 

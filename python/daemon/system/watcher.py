@@ -16,6 +16,8 @@ from nlproto.host.holders import Holders
 from nlproto.host.kernel_sockets import BoundSocket, KernelSockets
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.running.supervise import Failures, keep_going
+from nlproto.tables.drops import Drops
+from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import ProcessKey
 
 __all__ = ["Watcher"]
@@ -56,6 +58,9 @@ class Watcher:
         self._holders = holders
         self.kernel = KernelSockets(self._holders)
         """What the last look found."""
+        self.on_drops: Callable[[int, int, bytes, int], None] = lambda *_: None
+        """Is told of packets that the kernel dropped: tgid, start_ns, comm and how many."""
+        self._drops = Drops()
         self._failures = Failures("watcher")
         self._thread = threading.Thread(
             target=lambda: keep_going(self._watch, self._failures, on_death),
@@ -147,9 +152,19 @@ class Watcher:
         if len(found.cookies):
             portmap.keep_cookies(found.cookies, before)
         portmap.expire(before)
+        self._count_drops(portmap)
         with self._news:
             self._looked = before / 1e9
             self._news.notify_all()
+
+    def _count_drops(self, portmap: PortMap) -> None:
+        """Each socket's for who used it last."""
+        drops = self._drops.take(self.kernel.tables.values())
+        if not drops:
+            return
+        for cookie, owners in portmap.with_cookies(drops).items():
+            owner = owners[0]
+            self.on_drops(owner.tgid, owner.start_ns, owner.comm.encode(), drops[cookie])
 
     def _known(self, sockets: list[BoundSocket]) -> list[BoundSocket]:
         """Return the sockets with start times under which their processes are known from now on."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
@@ -16,7 +16,7 @@ import numpy as np
 from hunter.cli.options import ReportOptions
 from hunter.save.capturefile import CaptureFile
 from hunter.save.saving import refuse_input
-from hunter.show.columns import addresses
+from hunter.show.columns import addresses, translated
 from hunter.show.names import Namespaces
 from hunter.show.summary import on_the_wire
 from hunter.show.text import plain
@@ -65,6 +65,8 @@ class CaptureSums:
         self.namespaces = Namespaces(None)
         self.reasons: Counter[str] = Counter()
         self.seconds: dict[Name, Counter[int]] = defaultdict(Counter)
+        self.translated: Counter[tuple[Name, str, str]] = Counter()
+        """Bytes of an owner by one end and what NAT makes of it."""
 
     def add(self, batch: NamedBatch, source: FileSource) -> None:
         """Count the records of `batch`: packets and bytes on the wire, as --summary does."""
@@ -75,6 +77,8 @@ class CaptureSums:
         places = records["netns"].tolist()
         segments, size = on_the_wire(records)
         ends = addresses(records, "saddr"), addresses(records, "daddr")
+        ports = records["sport"].tolist(), records["dport"].tolist()
+        nat = translated(records, source.ends)
         incoming = (records["dir"] == wire.lib.SNIFFER_DIR_IN).tolist()
         seconds = (batch.clock.real_times(records["time_ns"]).view(np.int64) // 10**9).tolist()
         packets, sizes, how = segments.tolist(), size.tolist(), records["how"].tolist()
@@ -101,6 +105,9 @@ class CaptureSums:
             self.seconds[name][seconds[i]] += sizes[i]
             if not pid:
                 self.reasons[name[0]] += packets[i]
+            if nat[i] is not None:
+                for end in _translated_ends(ends, ports, nat, i):
+                    self.translated[name, *end] += sizes[i]
         self.first_s = min(self.first_s or min(seconds), min(seconds))
         self.last_s = max(self.last_s, max(seconds))
         self.packets += sum(packets)
@@ -135,6 +142,20 @@ def run(options: ReportOptions, notify: Callable[[str], None]) -> None:
     notify(f"{options.output}: {capture.packets:,} packets of {len(capture.processes):,} owners")
     if damage is not None:
         raise damage
+
+
+def _translated_ends(
+    ends: tuple[list[str], list[str]],
+    ports: tuple[list[int], list[int]],
+    nat: list[tuple[str, int, str, int] | None],
+    at: int,
+) -> Iterator[tuple[str, str]]:
+    """Each end of a packet that NAT changes, and what it becomes or was."""
+    became = nat[at]
+    assert became is not None
+    for texts, numbers, other in zip(ends, ports, (became[:2], became[2:]), strict=True):
+        if (texts[at], numbers[at]) != other:
+            yield f"{texts[at]}.{numbers[at]}", f"{other[0]}.{other[1]}"
 
 
 def _h(name: str) -> str:
@@ -182,6 +203,10 @@ def page(capture: CaptureSums, title: str) -> str:
         )
         for peer, names in sorted(ends.items(), key=lambda one: -sum(one[1].values()))[:_ROWS]
     ]
+    nat = [
+        (_h(_label(name)), _h(end), _h(became), amount(size, "bin-bytes"))
+        for (name, end, became), size in capture.translated.most_common(_ROWS)
+    ]
     reasons = [(_h(r.replace("_", " ")), f"{n:,}") for r, n in capture.reasons.most_common()]
     return Template(
         resources.files("hunter.commands").joinpath("report.html").read_text("utf-8")
@@ -196,6 +221,10 @@ def page(capture: CaptureSums, title: str) -> str:
             {2, 3, 4, 5},
         ),
         peers=_table(["far end", "bytes", "processes"], peers, {1}),
+        nat="<h2>Translated addresses (NAT)</h2>"
+        + _table(["process", "address", "on the other side", "bytes"], nat, {3})
+        if nat
+        else "",
         unnamed=_table(["reason", "packets"], reasons, {1}) if reasons else "<p>None.</p>",
     )
 

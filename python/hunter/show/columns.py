@@ -40,6 +40,7 @@ __all__ = [
     "nobody",
     "tcp_flags",
     "tcp_flags_of",
+    "translated",
     "words_of",
 ]
 
@@ -281,11 +282,12 @@ def columns(batch: NamedBatch, details: Details, holders: Holders = nobody) -> C
         interface=getattr(details, "interface", _interface),
         tells_tcp_flags=getattr(details, "tcp_flags", True),
         domain=getattr(details, "ends", _NO_ENDS).domains(records),
-        nat=_translated(records, getattr(details, "ends", _NO_ENDS)),
+        nat=translated(records, getattr(details, "ends", _NO_ENDS)),
     )
 
 
-def _translated(records: np.ndarray, ends: Ends) -> list[tuple[str, int, str, int] | None]:
+def translated(records: np.ndarray, ends: Ends) -> list[tuple[str, int, str, int] | None]:
+    """Return the other source, port, target and port of each record that NAT changes."""
     found = ends.translations(records)
     if found is None:
         return [None] * len(records)

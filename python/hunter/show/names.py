@@ -25,6 +25,7 @@ __all__ = [
     "HostNames",
     "Namespaces",
     "interface",
+    "nat",
     "netns",
     "own_hosts",
     "own_users",
@@ -49,6 +50,11 @@ def service(port: int, proto: str) -> str:
     """Return the name of a port below 49152 in /etc/services, else its number."""
     # the ephemeral range has no services, whatever the file says
     return services().get((port, proto), str(port)) if port < 49152 else str(port)
+
+
+def nat(near: str, far: str) -> str:
+    """Return in one text what NAT makes of the near and the far end; "" for the same."""
+    return f"{near} <> {far}" if near and far else near or f"{'<> ' * bool(far)}{far}"
 
 
 @lru_cache(256)

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 
 from nlproto.records import ends, wire
 from nlproto.records.batch import NamedBatch
+from nlproto.tables.attempts import Attempts
 from nlproto.tables.flows import address_bytes, summarize
+from nlproto.tables.outcome import RST
 
 __all__ = ["HISTORY", "FlowRate", "TrafficMeter", "ProcessRate", "RateKey", "Rates"]
 
@@ -26,6 +29,10 @@ FlowKey = tuple[int, ...]
 
 FarEnd = tuple[int, str]
 """Network namespace and address. In each namespace it may be another host."""
+
+
+ShownEnds = tuple[str, int, str, int]
+"""Local address and port, remote address and port."""
 
 
 @dataclass(slots=True)
@@ -75,6 +82,20 @@ class FlowRate:
     key: ends.FlowKey
     """The key for its far end's name (nlproto.records.ends)."""
     meter: TrafficMeter = field(default_factory=TrafficMeter)
+    cookie: int = 0
+    """The kernel's number of its socket; 0: not known."""
+    became: ShownEnds | None = None
+    """What NAT makes of both ends; None: nothing that is known."""
+
+    def translated(self) -> tuple[str, str]:
+        """Return what NAT makes of the local and of the remote end; "" where it is the same."""
+        if self.became is None:
+            return "", ""
+        near, lport, far, rport = self.became
+        return (
+            "" if (near, lport) == (self.local, self.lport) else f"{near}.{lport}",
+            "" if (far, rport) == (self.remote, self.rport) else f"{far}.{rport}",
+        )
 
 
 @dataclass(slots=True)
@@ -87,6 +108,10 @@ class ProcessRate:
     raw_comm: bytes = b""
     meter: TrafficMeter = field(default_factory=TrafficMeter)
     flows: dict[FlowKey, FlowRate] = field(default_factory=dict)
+    failed: int = 0
+    """Connections that it tried to open, refused or unanswered."""
+    resets: int = 0
+    """Flows with a reset, by either side, of each tick."""
     sent_history: deque[float] = field(default_factory=lambda: deque([0.0] * HISTORY, HISTORY))
     received_history: deque[float] = field(default_factory=lambda: deque([0.0] * HISTORY, HISTORY))
 
@@ -118,16 +143,26 @@ class Rates:
         self._kept_s = kept_s
         self.processes: dict[RateKey, ProcessRate] = {}
         self.evicted = 0
+        self._attempts = Attempts()
         self._flow_count = 0
 
     def __iter__(self) -> Iterator[ProcessRate]:
         return iter(self.processes.values())
 
-    def tick(self, batches: Iterable[NamedBatch], now_s: float, seconds: float) -> None:
-        """Take what came in the last `seconds`. `now_s` is any steady clock's."""
+    def tick(
+        self,
+        batches: Iterable[NamedBatch],
+        now_s: float,
+        seconds: float,
+        became: Mapping[ends.FlowKey, ends.Translated] = MappingProxyType({}),
+    ) -> None:
+        """Take what came in the last `seconds`; `now_s` is of any steady clock.
+
+        `became`: what NAT makes of the ends of some flows among it.
+        """
         parts = [batch.records for batch in batches if len(batch.records)]
         if parts:
-            self._add(summarize(np.concatenate(parts)), now_s)
+            self._add(summarize(np.concatenate(parts)), now_s, became)
         for process in list(self.processes.values()):
             process.meter.tick(seconds)
             process.sent_history.append(process.meter.sent_rate)
@@ -143,7 +178,9 @@ class Rates:
         if self._flow_count > MAX_FLOWS:
             self._evict()
 
-    def _add(self, flows: np.ndarray, now_s: float) -> None:
+    def _add(
+        self, flows: np.ndarray, now_s: float, became: Mapping[ends.FlowKey, ends.Translated]
+    ) -> None:
         local = flows["laddr"].tolist()
         remote = flows["raddr"].tolist()
         columns = [flows[name].tolist() for name in _FIELDS]
@@ -161,7 +198,8 @@ class Rates:
             *sums,
         ) in enumerate(zip(*columns, strict=True)):
             process = self._process(tgid, start, how, uid, comm)
-            packets_in, bytes_in, packets_out, bytes_out = sums
+            packets_in, bytes_in, packets_out, bytes_out, opened, cookie, tcp_in, tcp_out = sums
+            process.resets += bool((tcp_in | tcp_out) & RST)
             process.meter.add(bytes_out, bytes_in, packets_in + packets_out, now_s)
             name = (netns, proto, lport, rport, *local[index], *remote[index])
             flow = process.flows.get(name)
@@ -180,6 +218,17 @@ class Rates:
                 process.flows[name] = flow
                 self._flow_count += 1
             flow.meter.add(bytes_out, bytes_in, packets_in + packets_out, now_s)
+            flow.cookie = cookie or flow.cookie
+            found = became.get(flow.key) if became else None
+            if found is not None:
+                flow.became = _shown(family, found)
+            elif opened:  # another connection, which is not translated
+                flow.became = None
+
+        for attempt in self._attempts.take(flows, int(now_s * 1e9)):
+            owner = self.processes.get((attempt.tgid, attempt.start_ns, 0))
+            if owner is not None:
+                owner.failed += 1
 
     def _process(self, tgid: int, start: int, how: int, uid: int, comm: bytes) -> ProcessRate:
         key = (tgid, start, 0) if tgid else (0, 0, how)
@@ -220,4 +269,13 @@ _FIELDS = (
     "bytes_in",
     "packets_out",
     "bytes_out",
+    "opened",
+    "cookie",
+    "tcp_in",
+    "tcp_out",
 )
+
+
+def _shown(family: int, became: ends.Translated) -> ShownEnds:
+    near, lport, far, rport = became
+    return wire.address_text(family, near), lport, wire.address_text(family, far), rport

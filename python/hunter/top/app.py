@@ -7,6 +7,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import ClassVar
 
 from textual.app import App
@@ -19,6 +20,7 @@ from hunter.show.names import HostNames, Namespaces
 from hunter.show.rates import KEPT_S
 from hunter.show.text import plain
 from hunter.sources.opening import open_source
+from hunter.top.going import Going
 from hunter.top.groups import GroupsView, Help
 from hunter.top.state import State
 from hunter.top.views import ProcessesView, View
@@ -39,10 +41,11 @@ def run(options: TopOptions, stop: Stop, notify: Callable[[str], None]) -> None:
     with (
         open_source(options.origin, options.choice, wanted, notes.append) as source,
         HostNames() as known,
+        nullcontext() if options.origin.read else Going() as going,
     ):
         # a file's processes stay, however old they are
         kept_s = math.inf if options.origin.read else KEPT_S
-        state = State(source, known, options.units, str(wanted), kept_s, options.numbers)
+        state = State(source, known, options.units, str(wanted), kept_s, options.numbers, going)
         state.namespaces = Namespaces(None if options.origin.read else netns.own())
         app = Top(state, options.interval, notes)
         app.asked_to_end = stop

@@ -27,13 +27,15 @@ Cell = tuple[str, str]
 class GridColumn:
     """`sort` is the name by which to sort; "" cannot be sorted by.
 
-    On a narrow terminal, columns with a `spare` are left out, the highest first.
+    A terminal that is too narrow does without columns that have a `spare`, the highest first. One
+    that is `optional` takes no room until a row that was seen has something in it.
     """
 
     name: str
     sort: str = ""
     right: bool = False
     spare: int = 0
+    optional: bool = False
 
 
 class Grid(ScrollView, can_focus=True):
@@ -72,7 +74,7 @@ class Grid(ScrollView, can_focus=True):
     def __init__(self, columns: Sequence[GridColumn]) -> None:
         super().__init__()
         self._columns = columns
-        self._widths = [cell_len(column.name) for column in columns]
+        self._widths = [0 if one.optional else cell_len(one.name) for one in columns]
         self._shown = list(range(len(columns)))
         """The columns for which there is room."""
         self._items: Sequence[Any] = ()
@@ -129,7 +131,9 @@ class Grid(ScrollView, can_focus=True):
             if row not in self._seen:
                 self._seen[row] = made = self._cells(self._items[row])
                 for at, (text, _) in enumerate(made):
-                    self._widths[at] = max(self._widths[at], cell_len(text))
+                    if text:
+                        least = cell_len(self._columns[at].name)
+                        self._widths[at] = max(self._widths[at], least, cell_len(text))
         self._shown = self._fitting()
         room = sum(self._widths[at] + 1 for at in self._shown)
         size = Size(room, len(self._items) + 1)
@@ -137,7 +141,7 @@ class Grid(ScrollView, can_focus=True):
             self.virtual_size = size
 
     def _fitting(self) -> list[int]:
-        shown = list(range(len(self._columns)))
+        shown = [at for at, one in enumerate(self._columns) if self._widths[at] or not one.optional]
         while sum(self._widths[at] + 1 for at in shown) > self.size.width:
             spare = max(shown, key=lambda at: self._columns[at].spare)
             if not self._columns[spare].spare:

@@ -14,10 +14,11 @@ from textual.screen import Screen
 from textual.widgets import Footer, Input, Static
 
 from hunter.show.console import has_blocks
-from hunter.show.names import service
+from hunter.show.names import nat, service
 from hunter.show.rates import FlowRate, ProcessRate, TrafficMeter
 from hunter.show.text import plain
-from hunter.show.units import amount
+from hunter.show.units import amount, duration
+from hunter.top.going import SocketGoing
 from hunter.top.grid import Cell, Grid, GridColumn
 from hunter.top.state import State
 
@@ -155,6 +156,22 @@ def _number(count: int, one: str, many: str) -> str:
     return f"{count:,} {one if count == 1 else many}"
 
 
+_GOES = (
+    GridColumn("rtt", right=True, spare=11, optional=True),
+    GridColumn("resent", right=True, spare=10, optional=True),
+    GridColumn("dropped", right=True, spare=9, optional=True),
+)
+
+
+def _goes(one: SocketGoing) -> tuple[Cell, ...]:
+    """What stands in _GOES; nothing for 0."""
+    counts = (one.resent, one.dropped)
+    return (
+        (duration(one.rtt_us / 1e6) if one.rtt_us else "", ""),
+        *((f"{count:,}" if count else "", "yellow") for count in counts),
+    )
+
+
 class ProcessesView(View):
     columns = (
         GridColumn("pid", "pid", right=True),
@@ -168,6 +185,9 @@ class ProcessesView(View):
         GridColumn("total", "total", right=True, spare=3),
         GridColumn("flows", "flows", right=True, spare=6),
         GridColumn("runs in", spare=4),
+        *_GOES,
+        GridColumn("failed", "failed", right=True, spare=9, optional=True),
+        GridColumn("resets", "resets", right=True, spare=10, optional=True),
     )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "open", "Flows"),
@@ -222,6 +242,8 @@ class ProcessesView(View):
             "rate": lambda one: (-one.meter.rate, -one.meter.total),
             "total": lambda one: -one.meter.total,
             "flows": lambda one: -len(one.flows),
+            "failed": lambda one: -one.failed,
+            "resets": lambda one: -one.resets,
         }
         return sorted(shown, key=keys[self.sorting])
 
@@ -254,6 +276,8 @@ class ProcessesView(View):
             (amount(meter.total, units), ""),
             (str(len(item.flows)), ""),
             (place, "blue"),
+            *_goes(self.state.going(item.flows.values())),
+            *((f"{count:,}" if count else "", "yellow") for count in (item.failed, item.resets)),
         )
 
 
@@ -273,6 +297,8 @@ class FlowsView(View):
         GridColumn("rate", "rate", right=True),
         GridColumn("total", "total", right=True, spare=1),
         GridColumn("packets", "packets", right=True, spare=7),
+        *_GOES,
+        GridColumn("nat", spare=4, optional=True),
     )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("tab", "remotes", "Flows or far ends", priority=True)
@@ -352,15 +378,18 @@ class FlowsView(View):
         return found.pop() if len(found) == 1 else ""
 
     def words(self, item: _Flow) -> str:
-        return " ".join(text for text, _ in self.cells(item)[:3])
+        made = self.cells(item)
+        return " ".join(text for text, _ in (*made[:3], made[-1]))
 
     def cells(self, item: _Flow) -> Sequence[Cell]:
         _, flow, meter = item
         units = self.state.units
         if isinstance(flow, int):
             proto, near = "", _number(flow, "flow", "flows")
+            became, goes = "", SocketGoing()
         else:
             proto, near = flow.proto, f"{flow.local}.{flow.lport}"
+            became, goes = nat(*flow.translated()), self.state.going([flow])
         return (
             (proto, ""),
             (near, ""),
@@ -370,4 +399,6 @@ class FlowsView(View):
             (amount(meter.rate, units), "bold"),
             (amount(meter.total, units), ""),
             (f"{meter.packets:,}", ""),
+            *_goes(goes),
+            (became, "cyan"),
         )

@@ -7,6 +7,7 @@ import json
 import threading
 from typing import Any
 
+from hunter.show.names import nat
 from hunter.show.rates import FlowRate, ProcessRate, TrafficMeter
 from hunter.top.state import State
 
@@ -44,7 +45,7 @@ class LiveRates:
             found = [one for one in self.state.rates if one.key[:2] == (pid, start_ns)]
             flows = [flow for one in found for flow in one.flows.values()]
             flows.sort(key=lambda flow: (-flow.meter.rate, -flow.meter.total))
-            rows = [_flow(flow) for flow in flows[:_FLOWS]]
+            rows = [_flow(flow) | self.state.going([flow])._asdict() for flow in flows[:_FLOWS]]
         return json.dumps({"flows": rows, "total": len(flows)}).encode()
 
     def _process(self, one: ProcessRate) -> dict[str, Any]:
@@ -58,6 +59,9 @@ class LiveRates:
             "place": (details.container or details.unit) if details else "",
             "ended": self.state.ended(one),
             "flows": len(one.flows),
+            **self.state.going(one.flows.values())._asdict(),
+            "failed": one.failed,
+            "resets": one.resets,
             **_rates(one.meter),
         }
 
@@ -79,5 +83,6 @@ def _flow(flow: FlowRate) -> dict[str, Any]:
         "lport": flow.lport,
         "remote": flow.remote,
         "rport": flow.rport,
+        "nat": nat(*flow.translated()),
         **_rates(flow.meter),
     }

@@ -10,6 +10,7 @@ from hunter.cli.options import WebOptions
 from hunter.cli.signals import Stop
 from hunter.show.names import HostNames
 from hunter.sources.source_daemon import DaemonSource
+from hunter.top.going import Going
 from hunter.top.state import State
 from hunter.web.live import LiveRates
 from hunter.web.server import PageServer
@@ -25,8 +26,12 @@ def run(options: WebOptions, stop: Stop, notify: Callable[[str], None]) -> None:
 
     It shows what the daemon shows to this user: the UNIX socket's rights apply.
     """
-    with DaemonSource(options.socket, EVERYTHING, notify) as source, HostNames() as known:
-        live = LiveRates(State(source, known))
+    with (
+        DaemonSource(options.socket, EVERYTHING, notify) as source,
+        HostNames() as known,
+        Going() as going,
+    ):
+        live = LiveRates(State(source, known, going=going))
         with PageServer(options.port, options.socket, live) as server:
             print(server.url, flush=True)
             notify("the address has a secret: whoever has it sees what you see. Ctrl-C ends it")

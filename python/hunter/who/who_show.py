@@ -17,6 +17,7 @@ from hunter.show import names
 from hunter.show.console import Row, put
 from hunter.show.programs import label, place, programs
 from hunter.show.text import plain
+from hunter.show.units import duration
 from nlproto.host import netns
 
 __all__ = ["clock", "place_of", "service_of", "show"]
@@ -97,7 +98,18 @@ def _cut(console: Console, what: str, shown: int, total: int) -> None:
         )
 
 
-_NOW = ("process", "socket", "nat", "state", "sockets", "user", "runs in", "netns", "shared with")
+_NOW = (
+    "process",
+    "socket",
+    "nat",
+    "state",
+    "sockets",
+    "dropped",
+    "user",
+    "runs in",
+    "netns",
+    "shared with",
+)
 _SEEN = (
     *("process", "flow", "nat", "flows", "packets", "bytes", "rtt", "resent", "outcome", "domain"),
     *("first", "last", "netns", "how"),
@@ -105,9 +117,9 @@ _SEEN = (
 _PROCESSES = ("process", "user", "started by", "runs in", "executable", "command")
 _OPTIONAL = (
     *("nat", "state", "sockets", "flows", "domain", "netns", "shared with", "command", "runs in"),
-    *("rtt", "resent", "outcome"),
+    *("rtt", "resent", "outcome", "dropped"),
 )
-_NUMBERS = ("sockets", "flows", "packets", "bytes", "rtt", "resent")
+_NUMBERS = ("sockets", "dropped", "flows", "packets", "bytes", "rtt", "resent")
 
 
 def _name(text: str, known: bool = True) -> Text:
@@ -154,8 +166,7 @@ class _Nat:
             self.far.add(far)
 
     def text(self) -> str:
-        near, far = self._end(self.near), self._end(self.far)
-        return f"{near} <> {far}" if near and far else near or f"{'<> ' * bool(far)}{far}"
+        return names.nat(self._end(self.near), self._end(self.far))
 
     @staticmethod
     def _end(found: set[tuple[str, int]]) -> str:
@@ -205,24 +216,25 @@ def service_of(lport: int, rport: int | None, asked: int | None) -> tuple[int | 
 def _now_rows(
     owners: Sequence[Entry], processes: Mapping[tuple[int, int], Entry], options: WhoOptions
 ) -> list[Row]:
-    """Yield a row for each owner, far host and state."""
-    sums: dict[tuple[Any, ...], tuple[Entry, _Ends, set[tuple[Any, ...]], _Nat]] = {}
+    """A row for each owner, far host and state."""
+    sums: dict[tuple[Any, ...], tuple[Entry, _Ends, dict[tuple[Any, ...], int], _Nat]] = {}
     for one in owners:
         others = sorted({(h["comm"], h["pid"]) for h in one["holders"] if h["pid"] != one["pid"]})
         port = service_of(one["port"], one.get("rport"), options.port)
         place = (one["netns"], one["proto"], one["address"], one.get("remote"), one["state"])
         key = (one["comm"], one["pid"], *place, *port, nat_key(one, options), tuple(others))
         ends = _Ends(one["proto"], one["address"], one.get("remote"))
-        _, ends, sockets, nat = sums.setdefault(key, (one, ends, set(), _Nat()))
+        _, ends, sockets, nat = sums.setdefault(key, (one, ends, {}, _Nat()))
         nat.add(one)
         ends.lports.add(one["port"])
         ends.rports.add(one.get("rport"))
-        sockets.add((one["cookie"], one["port"], one.get("rport")))
+        sockets[one["cookie"], one["port"], one.get("rport")] = one.get("drops", 0)
     rows: list[Row] = []
     for key, (one, ends, sockets, nat) in sums.items():
         listens = one["listening"] and one["proto"] == "tcp"
         who = "-" if one["pid"] is None else f"{plain(one['comm'])}.{one['pid']}"
         process = processes.get((one["pid"], one["start_ns"]))
+        dropped = sum(sockets.values())
         verb = "" if options.listening else "listens on " if listens else "has "
         rows.append(
             [
@@ -231,6 +243,7 @@ def _now_rows(
                 nat.text(),
                 "" if listens or options.listening else one["state"],
                 f"{len(sockets):,}" if len(sockets) > 1 else "",
+                f"{dropped:,}" if dropped else "",
                 "" if one.get("uid") is None else plain(names.user(one["uid"])),
                 "" if process is None else plain(place_of(process)),
                 _netns(one["netns"]),
@@ -328,8 +341,7 @@ def _time(rtts: Sequence[float]) -> str:
     """Return the median round trip time."""
     if not rtts:
         return ""
-    middle = sorted(rtts)[len(rtts) // 2]
-    return f"{middle * 1e3:.0f} ms" if middle >= 0.01 else f"{middle * 1e3:.2f} ms"
+    return duration(sorted(rtts)[len(rtts) // 2])
 
 
 def _outcomes(found: Counter[str], flows: int) -> str:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Engine `packet`: AF_PACKET and sock_diag, for machines where the module cannot be loaded.
 
-It cannot tell
-- who had a socket that closed before its first packet was looked up, as of a short-lived process;
-- which of several holders has sent;
-- that this host receives its own multicast, because no tap sees these copies;
-- how NAT on this host changed a tuple. It sees packets before the firewall (in) and after it (out),
-  and fragments unassembled.
+It cannot know
+- a socket that is closed before its first packet was looked up: a process that lives milliseconds;
+- which of several holders sent;
+- what this host receives of its own multicast: the kernel shows no tap those copies.
+Where this host translates addresses (NAT), conntrack is asked for the ends that a socket knows.
+It taps before the firewall (in) and after it (out), and fragments as fragments.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from nlproto.host import netns, procfs
 from nlproto.host.holders import Holders
 from nlproto.host.netns import Interfaces
 from nlproto.host.sockdiag import SockDiag
+from nlproto.kernel.conntrack import ConntrackLookup
 from nlproto.records import wire
 from nlproto.records.clock import Clock
 from nlproto.records.wire import SNAP, Batch, FirstBytesBatch, PacketBytes, lib
@@ -93,6 +94,7 @@ class _Capture:
     interfaces: Interfaces
     addresses: _Addresses
     names: PacketNames
+    nat: ConntrackLookup
     large: bool = False
     """Whether its ring is one of the larger ones."""
     told: bool = False
@@ -101,6 +103,7 @@ class _Capture:
     def close(self) -> None:
         self.capture.close()
         self.interfaces.close()
+        self.nat.close()
         if self.diag is not None:
             self.diag.close()
 
@@ -191,11 +194,12 @@ class PacketEngine(Closing):
                 diag = self._open_diag() if self._use_diag else None
                 addresses = _Addresses(interfaces, self._now_ns)
                 net = path.parent.parent / "net"
+                nat = ConntrackLookup(self._now_ns, inode == self._own)
                 names = PacketNames(
-                    diag, self._holders, addresses.is_local, self._now_ns, net, flow_limit
+                    diag, self._holders, addresses.is_local, self._now_ns, net, flow_limit, nat
                 )
                 undo.pop_all()
-                return _Capture(capture, diag, interfaces, addresses, names)
+                return _Capture(capture, diag, interfaces, addresses, names, nat)
 
         if inode != self._own:
             return netns.run_inside(path, make)

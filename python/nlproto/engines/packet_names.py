@@ -14,11 +14,19 @@ from pathlib import Path
 import numpy as np
 
 from nlproto.engines.listeners import Listeners, PastListener
+from nlproto.engines.packet_groups import (
+    PacketGroup,
+    group_packets,
+    is_answer,
+    keys_of,
+    tuple_of_key,
+)
 from nlproto.host import procfs
 from nlproto.host.holders import Holders
 from nlproto.host.procfs import Owner
 from nlproto.host.sockdiag import SockDiag, TcpState
 from nlproto.host.socket_lookup import ANY, SocketLookup, Tuple, mapped, tuple_of_socket
+from nlproto.kernel.conntrack import ConntrackLookup
 from nlproto.records.clock import Clock
 from nlproto.records.wire import lib
 from nlproto.running.budget import Budget
@@ -40,13 +48,6 @@ _SIMULTANEOUS_NS = 1_000_000_000  # between two SYNs that cross and make one con
 _NOT_ACCEPTED = {TcpState.ESTABLISHED, TcpState.SYN_RECV, TcpState.CLOSE_WAIT}
 _GUESS = lib.SNIFFER_F_DEAD | lib.SNIFFER_F_AMBIGUOUS
 _SHARED = lib.SNIFFER_F_SHARED | lib.SNIFFER_F_AMBIGUOUS
-
-_KEY = np.dtype(
-    {
-        "names": ["proto", "family", "lport", "rport", "local", "remote"],
-        "formats": ["u1", "u1", "u2", "u2", ("u1", (16,)), ("u1", (16,))],
-    }
-)
 
 
 @dataclass(slots=True)
@@ -82,34 +83,19 @@ class _Flow:
     row: np.void | None = None
     """The socket (HOST_SOCKET) that was found."""
     connection: _Connection | None = None
+    ends: Tuple | None = None
+    """The ends by which its socket is known, where NAT changed the packet's."""
     sent_ns: int = 0
     """When the packet of the lookup passed. The socket's holder may be younger."""
-
-
-@dataclass(slots=True)
-class _Group:
-    """Packets of one connection, in one direction, of one read."""
-
-    key: bytes
-    out: bool
-    to_all: bool
-    first: bool
-    """Whether it is the first of its key in this read."""
-    rows: list[int]
-    syn: bool = False
-    """Whether it begins with the SYN of a new connection."""
-    refused: bool = False
-    """Whether that SYN was answered with a reset in this read."""
-    over: bool = False
-    """Whether a later connection with the same tuple begins in this read."""
 
 
 class PacketNames:
     """Names the records of one network namespace. For one thread at a time.
 
-    `diag` is None if sock_diag is refused: then /proc/net in `net` is read, a quarter of the time
-    at most. `is_local(family, address)`: are 16 bytes an address of this host? Some `flow_limit`
-    flows of 500 bytes are remembered.
+    `diag` is None where sock_diag is refused: then /proc/net in `net` is read, for a quarter
+    of the time at most. `is_local(family, address)` tells whether 16 bytes are this host's address.
+    `nat` tells what this host makes of a packet's ends. Some `flow_limit` flows are remembered, of
+    some 500 bytes each.
     """
 
     def __init__(
@@ -120,7 +106,9 @@ class PacketNames:
         now_ns: Callable[[], int],
         net: Path = procfs.PROC / "self" / "net",
         flow_limit: int = FLOW_LIMIT,
+        nat: ConntrackLookup | None = None,
     ) -> None:
+        self._nat = nat
         self._flow_limit = flow_limit
         self._sockets = SocketLookup(diag, now_ns, net)
         self._holders = holders
@@ -139,16 +127,16 @@ class PacketNames:
         forwarded packet is tapped on its way in and out, and becomes one record.
         """
         outward = records["dir"] == lib.SNIFFER_DIR_OUT
-        keys = _keys(records, outward)
+        keys = keys_of(records, outward)
         keep = np.ones(len(records), bool)
         copies: list[np.ndarray] = []
         named: list[tuple[list[int], Tuple, _Flow]] = []
-        groups = _groups(records, keys, outward, to_all)
-        # A process that has just opened a connection may end first, and no listener names it.
+        groups = group_packets(records, keys, outward, to_all)
+        # Who has just begun a connection may end first, and has no listener to stand for it.
         groups.sort(key=lambda group: not (group.syn and group.out and group.first))
         for group in groups:
             rows, out = group.rows, group.out
-            one = _tuple_of(keys[rows[0]])
+            one = tuple_of_key(keys[rows[0]])
             if group.to_all and one.proto == socket.IPPROTO_UDP:
                 copies += self._name_all(records, rows, one)
                 continue
@@ -161,6 +149,10 @@ class PacketNames:
             if forwarded and not flow.cookie and not flow.inode:
                 keep[rows] = False
                 continue
+            if flow.how == lib.SNIFFER_HOW_FORWARDED:
+                # translated on its way: one record, as of any forwarded packet
+                keep[rows] = not out
+                records["dir"][rows] = lib.SNIFFER_DIR_FWD
             named.append((rows, one, flow))
         # Slow searches come last: meanwhile others close their sockets.
         for rows, one, flow in named:
@@ -197,7 +189,7 @@ class PacketNames:
             records["uid"][rows] = flow.owner.uid
             records["comm"][rows] = flow.owner.comm[: lib.SNIFFER_COMM_LEN]
 
-    def _flow(self, group: _Group, one: Tuple, records: np.ndarray, forwarded: bool) -> _Flow:
+    def _flow(self, group: PacketGroup, one: Tuple, records: np.ndarray, forwarded: bool) -> _Flow:
         now = self._now_ns()
         known = self._flows.get(group.key)
         sent_ns = int(records["time_ns"][group.rows[0]])
@@ -224,6 +216,11 @@ class PacketNames:
             # if this connection is over, the next one has the tuple now
             gone = _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE)
             found = gone if group.over else self._ask(one, now, sent_ns)
+            if not forwarded and not group.over and not found.inode and not found.cookie:
+                one, found = self._ask_behind_nat(one, found, sent_ns)
+            if found.how == lib.SNIFFER_HOW_FORWARDED:
+                self._flows[group.key] = found
+                return found
             if known is not None and not group.syn:
                 found = self._linger(known, found, one.proto, sent_ns)
             if one.proto == socket.IPPROTO_UDP:
@@ -317,10 +314,25 @@ class PacketNames:
             return self._held(row, now, sent_ns, self._listeners.likely(one))
         return _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, row=row)
 
+    def _ask_behind_nat(self, one: Tuple, found: _Flow, sent_ns: int) -> tuple[Tuple, _Flow]:
+        """The same by the ends that its socket knows, where this host translates addresses."""
+        ends = None
+        if self._nat is not None:
+            near, far = (one.local, one.lport), (one.remote, one.rport)
+            ends = self._nat.ends(one.proto, one.family, near, far)
+        if ends is None:
+            return one, found
+        other = Tuple(one.proto, one.family, *ends[0], *ends[1])
+        if not self._is_local(other.family, other.local):
+            return one, _Flow(found.checked_ns, lib.SNIFFER_HOW_FORWARDED, settled=True)
+        found = self._ask(other, found.checked_ns, sent_ns)
+        found.ends = other
+        return other, found
+
     def _look_further(self, one: Tuple, flow: _Flow) -> None:
         """Search all processes for a socket's holder, unless it is just being closed."""
         flow.unheld = False
-        again = self._sockets.find(one)
+        again = self._sockets.find(flow.ends or one)
         if again is None or int(again["inode"]) != flow.inode:
             if flow.owner is None:
                 flow.how = lib.SNIFFER_HOW_SOCKET_GONE
@@ -407,71 +419,10 @@ class PacketNames:
         return found
 
 
-def _keys(records: np.ndarray, outward: np.ndarray) -> np.ndarray:
-    """Return the ends of each packet's connection, this host's end first."""
-    keys = np.zeros(len(records), _KEY)
-    keys["proto"], keys["family"] = records["proto"], records["family"]
-    keys["lport"] = np.where(outward, records["sport"], records["dport"])
-    keys["rport"] = np.where(outward, records["dport"], records["sport"])
-    column = outward[:, np.newaxis]
-    keys["local"] = np.where(column, records["saddr"], records["daddr"])
-    keys["remote"] = np.where(column, records["daddr"], records["saddr"])
-    return keys
-
-
-def _groups(
-    records: np.ndarray, keys: np.ndarray, outward: np.ndarray, to_all: np.ndarray
-) -> list[_Group]:
-    """Group packets that have one owner. A SYN begins another connection of the same tuple."""
-    raw, size = keys.tobytes(), _KEY.itemsize
-    tcp = records["proto"] == socket.IPPROTO_TCP
-    kinds = records["tcp_flags"] & (_SYN | _RST | _ACK)
-    syns = tcp & (records["tcp_flags"] & (_SYN | _ACK) == _SYN)
-    resets = set(np.flatnonzero(tcp & outward & (kinds == _RST | _ACK)).tolist())
-    epochs: dict[bytes, int] = {}
-    groups: dict[tuple[bytes, int, bool, bool], _Group] = {}
-    refused = []
-    facts = zip(outward.tolist(), to_all.tolist(), syns.tolist(), strict=True)
-    for index, (out, every, syn) in enumerate(facts):
-        key = raw[index * size : (index + 1) * size]
-        epoch = epochs.get(key)
-        first = epoch is None
-        if epoch is None or syn:
-            epoch = epochs[key] = 0 if epoch is None else epoch + 1
-        group = groups.get((key, epoch, out, every))
-        if group is None:
-            groups[key, epoch, out, every] = _Group(key, out, every, first, [index], syn)
-        else:
-            group.rows.append(index)
-        if index in resets:
-            refused.append((key, epoch))
-    for (key, epoch, _, _), group in groups.items():
-        if epoch == epochs[key]:
-            continue
-        # a SYN alone may be one that was sent again
-        began = [groups.get((key, epoch, out, False)) for out in (False, True)]
-        rows = [row for part in began if part is not None for row in part.rows]
-        group.over = not np.all(syns[rows])
-    for key, epoch in refused:
-        asked = groups.get((key, epoch, False, False))
-        if asked is not None and asked.syn:
-            answers = groups[key, epoch, True, False].rows
-            asked.refused = not _is_answer(records[answers])
-    return list(groups.values())
-
-
-def _is_answer(sent: np.ndarray) -> bool:
-    """Return whether one of these packets from this end shows that it has a connection."""
-    flags = sent["tcp_flags"]
-    return bool(
-        np.any(flags & (_SYN | _ACK) == _SYN | _ACK)
-        or np.any(flags & _FIN)
-        or np.any(sent["len"] > sent["hdr_len"])
-    )
-
-
-def _follow(known: _Flow | None, group: _Group, records: np.ndarray, sent_ns: int) -> _Connection:
-    """Return what is known of a TCP connection, including these packets."""
+def _follow(
+    known: _Flow | None, group: PacketGroup, records: np.ndarray, sent_ns: int
+) -> _Connection:
+    """Return what is known of a TCP connection, after these packets of it."""
     before = known.connection if known is not None else None
     connection = before or _Connection()
     if group.syn:
@@ -479,21 +430,10 @@ def _follow(known: _Flow | None, group: _Group, records: np.ndarray, sent_ns: in
         if not crossed or sent_ns - connection.began_ns > _SIMULTANEOUS_NS:
             connection = _Connection(sent_ns, active=group.out)
     if group.out:
-        connection.answered |= _is_answer(records)
+        connection.answered |= is_answer(records)
         passive = connection.began_ns and not connection.active and not connection.answered
         # Only a packet without an ACK is answered by a reset with an ACK.
         reset = records["tcp_flags"] & (_SYN | _RST | _ACK) == _RST | _ACK
         connection.refused |= bool(passive and np.any(reset))
     connection.refused |= group.refused
     return connection
-
-
-def _tuple_of(key: np.void) -> Tuple:
-    return Tuple(
-        int(key["proto"]),
-        int(key["family"]),
-        key["local"].tobytes(),
-        int(key["lport"]),
-        key["remote"].tobytes(),
-        int(key["rport"]),
-    )

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from nlproto.host import procfs
 from nlproto.host.procfs import Owner
 from nlproto.running.budget import Budget, UserBudgets
@@ -25,8 +27,17 @@ _WALK_SHARE = 4  # of the time, for walks in the long run
 _WALK_SAVED_NS = 500_000_000  # walking time that can be saved up while nothing is unknown
 _WALK_WAIT_S = 0.05  # to wait for another thread's walk before nobody is found
 _USER_SHARE, _USERS_SHARE, _USER_SAVED_NS = 3, 2, 300_000_000
-"""Parts of the time: for the sockets of one user, and of all users but root together."""
-_ASKED_AGAIN_NS = 50_000_000  # an inode that nobody held, if asked for again
+"""Parts of the time: for the sockets of one user, and of all users but root."""
+_ASKED_AGAIN_NS = 50_000_000  # an inode that nobody held, when asked for again the first time
+_MISSED_NS, _MISSED_SHARE = 1_600_000_000, 100
+"""At last it is after so long, or after so many times what a walk takes: many are the kernel's."""
+_OFTEN = 4  # missed as often, it is looked for by walks alone
+_LARGE = 1000
+"""Who has more sockets is asked only if there was traffic of theirs a short while ago."""
+_TRAFFIC_NS = 10_000_000_000
+_IDLE_SHARE, _IDLE_SAVED_NS = 200, 200_000_000
+"""Or for this part of the time: what 50,000 sockets cost must not grow with others' traffic."""
+_STALE = 65536  # sockets that have gone and may be kept until all are asked
 _MISSING_LIMIT = 65536
 _MANY = 500
 _WALK_GAIN = 16  # a walk checks this many sockets in the time in which find() checks one
@@ -65,7 +76,15 @@ class Holders:
         self._sole: dict[int, int] = {}
         self._listed_ns = 0
         self._talkers: dict[int, None] = {}
-        self._missing: dict[int, int] = {}
+        self._missing: dict[int, tuple[int, int]] = {}
+        """Who held it was asked in vain: how often, and until when it is not asked again."""
+        self._large: set[int] = set()
+        self._traffic: dict[int, int] = {}
+        """When a socket of theirs was last looked for because of a packet."""
+        self._idle_budget = Budget(_IDLE_SHARE, _IDLE_SAVED_NS, now_ns)
+        self._whole = True
+        """Whether the last walk asked all."""
+        self._went_ns, self._walk_took_ns, self._walk_found = -(1 << 62), 0, 0
         self._settled: dict[int, int] = {}
         self._listing_ns = 0
         self._births = procfs.Births(proc)
@@ -85,20 +104,63 @@ class Holders:
         return bool(getattr(self._found, "exhaustive", False))
 
     def walk(self) -> None:
-        """Read every process. The time is charged to later walks (see due())."""
+        """Ask every process; the time it takes is missing for later ones (see due()).
+
+        Those with many sockets and no traffic are left out most times: what is known of them stays.
+        """
         with self._walk_lock, self._budget.spend(), self.walking():
-            self.walked_ns = self._now_ns()
-            by_inode: dict[int, dict[int, int]] = {}
+            began = self._went_ns = self._now_ns()
             alive = procfs.pids(self._proc)
-            sockets, complete = procfs.held_sockets(alive, self._proc)
-            for inode, pid, fd in sockets.tolist():
-                if inode in by_inode:
-                    by_inode[inode][pid] = fd
-                else:
-                    by_inode[inode] = {pid: fd}
-            with self._lock:
-                self._learn(by_inode, alive)
-                self.complete = complete
+            self._large.intersection_update(alive)
+            idle = {pid for pid in self._large if self._is_idle(pid)}
+            grown = len(self._by_inode) > 2 * self._walk_found + _STALE
+            self._whole = not idle or grown or self._idle_budget.allows()
+            if not self._whole:
+                some = [pid for pid in alive if pid not in idle]
+                sockets, _ = procfs.held_sockets(some, self._proc)
+                with self._lock:
+                    self._learn_some(sockets, alive)
+            else:
+                with self._idle_budget.spend() if idle else contextlib.nullcontext():
+                    self.walked_ns = began
+                    self._walk_all(alive)
+            self._walk_took_ns = self._now_ns() - began
+
+    def _walk_all(self, alive: Sequence[int]) -> None:
+        by_inode: dict[int, dict[int, int]] = {}
+        sockets, complete = procfs.held_sockets(alive, self._proc)
+        for inode, pid, fd in sockets.tolist():
+            if inode in by_inode:
+                by_inode[inode][pid] = fd
+            else:
+                by_inode[inode] = {pid: fd}
+        self._walk_found = len(by_inode)
+        with self._lock:
+            self._measure(alive, sockets)
+            self._learn(by_inode, alive)
+            self.complete = complete
+
+    def _learn_some(self, sockets: np.ndarray, alive: Sequence[int]) -> None:
+        """Take what was found of all but a few; what is known of these is checked when used."""
+        for inode, pid, fd in sockets.tolist():
+            self._by_inode.setdefault(inode, {})[pid] = fd
+            self._talkers.setdefault(pid)
+        if not self._known.issuperset(alive):
+            self._unasked_ns = self._now_ns()
+        self._known = set(alive)
+
+    def _is_idle(self, pid: int) -> bool:
+        """Whether asking it is dear, and no packet was its."""
+        return self._traffic.get(pid, -(1 << 62)) + _TRAFFIC_NS < self._now_ns()
+
+    def _measure(self, asked: Iterable[int], sockets: np.ndarray) -> None:
+        """Remember who of those `asked` has many `sockets` (HELD)."""
+        self._large.difference_update(asked)
+        if len(sockets) > _LARGE:
+            pids, counts = np.unique(sockets["pid"], return_counts=True)
+            self._large.update(pids[counts > _LARGE].tolist())
+        if len(self._traffic) > len(self._large):
+            self._traffic = {pid: at for pid, at in self._traffic.items() if pid in self._large}
 
     def _learn(self, by_inode: dict[int, dict[int, int]], alive: Sequence[int]) -> None:
         """Store the result of a walk. Processes born since it began are read once more."""
@@ -112,7 +174,6 @@ class Holders:
         }
         self._known = set(alive)
         self._talkers = {pid: None for held in by_inode.values() for pid in held}
-        self._missing.clear()
         self._sole = {inode: pid for inode, held in by_inode.items() for pid in held}
 
     def due(self) -> bool:
@@ -131,7 +192,7 @@ class Holders:
         the socket to use it. The time counts for `uid`, the socket's user. With no time left nobody
         is found.
         """
-        return self.find_soon(inode, uid) or self.find_anywhere(inode, uid)
+        return self._find_soon(inode, uid, ()) or self.find_anywhere(inode, uid)
 
     def find_many(
         self, inodes: Sequence[int], uids: Sequence[int]
@@ -154,7 +215,7 @@ class Holders:
         ask = functools.cache(functools.partial(procfs.owner, proc=self._proc))
         for inode in inodes:
             with self._lock:
-                held = self._by_inode.get(inode, {})
+                held = self._held_by(inode)
                 if len(held) == 1:
                     owner = ask(next(iter(held)))
                     found: tuple[Owner, ...] = () if owner is None else (owner,)
@@ -163,7 +224,18 @@ class Holders:
             yield inode, found
 
     def find_soon(self, inode: int, uid: int, likely: Sequence[int] = ()) -> tuple[Owner, ...]:
-        """Do what find() does, but read only new processes, then `likely`, then earlier holders."""
+        """As find(), but ask only the newly born, then `likely`, then who had sockets before.
+
+        For a socket that a packet was for.
+        """
+        found = self._find_soon(inode, uid, likely)
+        if self._large:
+            for one in found:
+                if one.identity.tgid in self._large:
+                    self._traffic[one.identity.tgid] = self._now_ns()
+        return found
+
+    def _find_soon(self, inode: int, uid: int, likely: Sequence[int]) -> tuple[Owner, ...]:
         self._found.exhaustive = False
         if not inode or not self._users.allows(uid):
             return ()
@@ -174,7 +246,8 @@ class Holders:
                         return found
             self._ask_born(max(_BORN_NS, _BORN_SHARE * self._listing_ns))
             with self._users.spend(uid):
-                if not self._checked(inode) and self._now_ns() >= self._missing.get(inode, 0):
+                missed, until_ns = self._missing.get(inode, (0, 0))
+                if not self._checked(inode) and self._now_ns() >= until_ns and missed < _OFTEN:
                     self._ask_some(inode, likely)
                 held = self._checked(inode)
                 if len(held) == 1:
@@ -185,23 +258,41 @@ class Holders:
         """Do what find() does after find_soon() found nobody: read all, if a walk is due."""
         if not inode:
             return ()
-        if self._now_ns() < self._missing.get(inode, 0):
-            self._found.exhaustive = self.complete
+        missed, until_ns = self._missing.get(inode, (0, 0))
+        if self._now_ns() < until_ns:
+            self._found.exhaustive = self.complete and self._whole
             return ()
         if not self._users.allows(uid):
             return ()
         self._wait_for_walk()
-        if self.due():
+        pause_ns = self._pause_ns(missed)
+        if self._now_ns() - self._went_ns < pause_ns:
+            self._found.exhaustive = self.complete and self._whole  # what others asked will do
+        elif self.due():
             with self._users.spend(uid):
                 self.walk()
-            self._found.exhaustive = self.complete
+            self._found.exhaustive = self.complete and self._whole
         with self._lock, self._users.spend(uid):
-            held = self._by_inode.get(inode, {})
-            if not held and self.exhaustive:
+            held = self._held_by(inode)
+            if held:
+                self._missing.pop(inode, None)
+            elif self.exhaustive or not self._whole:
                 if len(self._missing) > _MISSING_LIMIT:
                     self._missing.clear()
-                self._missing[inode] = self._now_ns() + _ASKED_AGAIN_NS
+                until_ns = self._now_ns() + max(_ASKED_AGAIN_NS, pause_ns)
+                self._missing[inode] = missed + 1, until_ns
             return self._owners(inode, held)
+
+    def _pause_ns(self, missed: int) -> int:
+        """How old the last walk may be when a socket is looked for that was missed so often."""
+        if not missed:
+            return 0
+        most = max(_MISSED_NS, _MISSED_SHARE * self._walk_took_ns)
+        return int(min(_ASKED_AGAIN_NS << min(missed - 1, 30), most))
+
+    def _held_by(self, inode: int) -> dict[int, int]:
+        """Who held it in the last walk; where that left out some, who does now."""
+        return self._by_inode.get(inode, {}) if self._whole else self._checked(inode)
 
     def _wait_for_walk(self) -> None:
         """Wait a moment if another thread walks: it may be about to find this holder."""
@@ -329,10 +420,18 @@ class Holders:
     def _ask_some(self, inode: int, likely: Sequence[int]) -> None:
         self._ask_born(0)
         self._ask_young(inode, len(self._young))
+        dear = []
         for pid in (*likely, *reversed(self._talkers)):
             if self._by_inode.get(inode):
-                break
-            if pid in self._known:
+                return
+            if pid in self._large and pid not in likely and self._is_idle(pid):
+                dear.append(pid)
+            elif pid in self._known:
+                self._ask([pid])
+        for pid in dear:
+            if self._by_inode.get(inode) or not self._idle_budget.allows():
+                return
+            with self._idle_budget.spend():
                 self._ask([pid])
 
     def _ask_parents(self, inode: int, pid: int) -> None:
@@ -352,8 +451,12 @@ class Holders:
                 return
 
     def _ask(self, some: Sequence[int]) -> set[int]:
-        """Read some processes; return the sockets that they hold."""
-        held = procfs.held_sockets(some, self._proc)[0].tolist() if some else []
+        """Ask them; return the sockets that they hold."""
+        if not some:
+            return set()
+        sockets = procfs.held_sockets(some, self._proc)[0]
+        self._measure(some, sockets)
+        held = sockets.tolist()
         for inode, pid, fd in held:
             self._by_inode.setdefault(inode, {})[pid] = fd
         return {inode for inode, _, _ in held}

@@ -28,7 +28,9 @@ _CHECK_SHARE, _CHECK_SAVED_NS = 100, 20_000_000
 _CHUNK = 32
 """How many are checked between two looks at the clock."""
 _UNHELD_SHARE = 20
-"""Searching holders of sockets that have none takes this part of the time."""
+"""Looking for who holds the others, that nobody is known to hold, takes this part of the time."""
+_UNHELD_NS = 250_000_000
+"""So long after the first time, and twice as long each time: most of what stays is the kernel's."""
 _ROUND_NS = 60_000_000_000
 """The same for a connected socket, which traffic shows sooner."""
 _ASKED = 200
@@ -83,6 +85,8 @@ class KernelSockets:
         self._ports: dict[int, int] = {}
         self._unchecked: list[int] = []
         self._checks_ns = now_ns() + _HELD_NS
+        self._unheld: set[int] = set()
+        self._unheld_times = self._unheld_ns = 0
         self._unheld_budget = Budget(_UNHELD_SHARE, _CHECK_SAVED_NS, now_ns)
         self._check_budget = Budget(_CHECK_SHARE, _CHECK_SAVED_NS, now_ns)
         self._round_ns = now_ns()
@@ -179,11 +183,16 @@ class KernelSockets:
             ports.add(self._ports.pop(cookie))
         new = np.flatnonzero(~among(cookies, before))
         order = np.argsort(cookies)
-        unheld = [one for one, owners in self._held.items() if not owners]
+        unheld = {one: None for one, owners in self._held.items() if not owners}
+        if not unheld.keys() <= self._unheld:
+            self._unheld_times = self._unheld_ns = 0
+        self._unheld = set(unheld)
         ports |= self._ask(bound[new])
-        if unheld and self._unheld_budget.allows():
+        if unheld and self._now_ns() >= self._unheld_ns and self._unheld_budget.allows():
+            self._unheld_ns = self._now_ns() + min(_UNHELD_NS << self._unheld_times, _ROUND_NS)
+            self._unheld_times = min(self._unheld_times + 1, 10)
             with self._unheld_budget.spend():
-                ports |= self._ask(bound[_rows_of(unheld, cookies, order)], together=True)
+                ports |= self._ask(bound[_rows_of(list(unheld), cookies, order)], together=True)
         now = self._now_ns()
         if not self._unchecked and now >= self._checks_ns:
             self._checks_ns = now + _HELD_NS

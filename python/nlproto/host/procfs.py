@@ -317,7 +317,8 @@ def _row(fields: list[bytes], family: int, proto: int) -> tuple[object, ...]:
     saddr, sport = _endpoint(fields[1])
     daddr, dport = _endpoint(fields[2])
     state, uid, inode = _number(fields[3], 16, 8), _number(fields[7]), _number(fields[9], 10, 64)
-    return 0, inode, uid, 0, sport, dport, family, proto, state, 0, saddr, daddr
+    drops = _number(fields[12]) if proto == socket.IPPROTO_UDP and len(fields) > 12 else 0
+    return 0, inode, uid, 0, sport, dport, family, proto, state, 0, saddr, daddr, drops, 0
 
 
 def _number(digits: bytes, base: int = 10, bits: int = 32) -> int:

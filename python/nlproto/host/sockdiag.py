@@ -37,7 +37,12 @@ ANY = bytes(16)
 ALL_STATES = 0xFFFFFFFF
 
 HOST_SOCKET = dtype_of("host_socket", ffi)
-"""One socket: cookie, inode, uid, ifindex, sport, dport, family, proto, state, saddr, daddr."""
+"""One socket: cookie, inode, uid, ifindex, sport, dport, family, proto, state, saddr, daddr, drops:
+packets that the kernel dropped at it (sk_drops), mostly since its receive buffer had no room."""
+
+INFO = 1 << 1
+"""INET_DIAG_INFO, as idiag_ext has it: struct tcp_info."""
+_MEMORY = 1 << 6  # INET_DIAG_SKMEMINFO: of a dump alone, since udp_diag has little room elsewhere
 
 PROTOCOLS = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
 FAMILIES = (socket.AF_INET, socket.AF_INET6)
@@ -92,7 +97,7 @@ class DiagSocket(Closing):
         rport: int = 0,
         ifindex: int = 0,
         states: int = ALL_STATES,
-        tcp_info: bool = False,
+        extensions: int = 0,
     ) -> None:
         self._seq = self._seq % 0xFFFFFFFF + 1  # the kernel always reports 0
         if proto == socket.IPPROTO_UDP and not dump:
@@ -100,7 +105,7 @@ class DiagSocket(Closing):
             local, lport, remote, rport = remote, rport, local, lport
         size = lib.host_diag_request(
             self._request, self._seq, family, proto, dump, local, lport, remote, rport, ifindex,
-            states, tcp_info,
+            states, extensions,
         )  # fmt: skip
         try:
             self._socket.send(ffi.buffer(self._request, size))
@@ -148,7 +153,7 @@ class SockDiag(DiagSocket):
         parts = []
         for proto in protos:
             for family in families:
-                self._send(family, proto, dump=True, lport=lport, states=states)
+                self._send(family, proto, True, lport=lport, states=states, extensions=_MEMORY)
                 done = False
                 while not done:
                     read, done = self._read(proto)

@@ -107,5 +107,6 @@ def fields(netns: int, row: np.void) -> dict[str, Any]:
         "rport": int(row["dport"]) if far else None,
         "state": state,
         "cookie": int(row["cookie"]),
+        "drops": int(row["drops"]),
         "listening": bool(row["state"] == TcpState.LISTEN) if tcp else not far,
     }

@@ -16,7 +16,7 @@ import numpy as np
 
 from nlproto._host import ffi, lib
 from nlproto.errors import NoPrivilege
-from nlproto.host.sockdiag import PATIENCE_S, DiagSocket, TcpState, refused
+from nlproto.host.sockdiag import INFO, PATIENCE_S, DiagSocket, TcpState, refused
 from nlproto.records.wire import dtype_of
 
 __all__ = ["HOST_TCP", "TcpInfo"]
@@ -38,16 +38,17 @@ _OPEN = 0xFFF & ~(
 class TcpInfo(DiagSocket):
     """Figures of the network namespace in which it is created. A context manager, for one thread.
 
-    Raises NoPrivilege if the kernel refuses sock_diag or the group.
+    `ends`: closed() is asked too, which needs CAP_NET_ADMIN. Raises NoPrivilege when the kernel
+    refuses sock_diag or the group.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ends: bool = True) -> None:
         super().__init__(HOST_TCP, _LEAST)
         try:
             self._socket.bind((0, 0))
             with contextlib.suppress(OSError):
                 self._socket.setsockopt(socket.SOL_SOCKET, 33, _ROOM)  # SO_RCVBUFFORCE
-            for group in _DESTROYED.values():
+            for group in _DESTROYED.values() if ends else ():
                 self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
         except OSError as error:
             self._socket.close()
@@ -79,7 +80,7 @@ class TcpInfo(DiagSocket):
         """Return the figures of connections that are open now (HOST_TCP). Raises Error."""
         parts = [np.zeros(0, HOST_TCP)]
         for family in _DESTROYED:
-            self._send(family, socket.IPPROTO_TCP, True, states=_OPEN, tcp_info=True)
+            self._send(family, socket.IPPROTO_TCP, True, states=_OPEN, extensions=INFO)
             done = False
             while not done:
                 try:

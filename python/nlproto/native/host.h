@@ -19,6 +19,8 @@ struct host_socket {
 	uint8_t reserved;
 	uint8_t saddr[16];
 	uint8_t daddr[16];
+	uint32_t drops;		/* packets dropped at it, mostly for want of room; 0 without a dump */
+	uint32_t zero;
 };
 
 /* The first bytes of a packet, from its IP header on; as many as in the module's snaps. */
@@ -81,11 +83,11 @@ int host_tcp_read(const uint8_t *buf, uint32_t len, uint32_t seq, struct host_tc
 
 /*
  * Write a sock_diag request for one socket or, with dump, for all in `states` (a bit for each
- * TCP state); returns its length.
+ * TCP state); returns its length. `extensions`: idiag_ext, what answers are to have.
  */
 uint32_t host_diag_request(uint8_t *buf, uint32_t seq, uint8_t family, uint8_t proto, int dump,
 			   const uint8_t *saddr, uint16_t sport, const uint8_t *daddr,
-			   uint16_t dport, uint32_t ifindex, uint32_t states, int with_tcp_info);
+			   uint16_t dport, uint32_t ifindex, uint32_t states, uint8_t extensions);
 
 /*
  * Reads the answers in one datagram into sockets. Returns how many there are, or -errno

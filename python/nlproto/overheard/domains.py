@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import socket
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,11 +22,11 @@ import numpy as np
 
 from nlproto.overheard.dns import DnsAnswer
 from nlproto.overheard.names import SEPARATOR, NumberedNames
-from nlproto.records.ends import FlowKey, Way
+from nlproto.records.ends import FlowKey, Way, flow_keys
 from nlproto.records.wire import among
 from nlproto.tables.column_table import mix, random_seed
 
-__all__ = ["Beginnings", "Domains", "SeenFlows", "flow_keys"]
+__all__ = ["Beginnings", "Domains", "SeenFlows"]
 
 _LIMIT = 1 << 16  # the most addresses that processes asked for
 _OF_RESOLVERS = 1 << 14
@@ -275,19 +274,6 @@ class Domains:
     def counts(self) -> Counter[str]:
         """Return sizes, for stats."""
         return Counter(addresses=len(self), flows=len(self._flows), evicted=self.evicted)
-
-
-def flow_keys(flows: np.ndarray) -> Iterator[FlowKey]:
-    """Yield the key of each FLOW."""
-    near = np.ascontiguousarray(flows["laddr"]).tobytes()
-    far = np.ascontiguousarray(flows["raddr"]).tobytes()
-    fields = ("tgid", "start_ns", "netns", "proto", "family", "lport", "rport")
-    columns = [flows[name].tolist() for name in fields]
-    for at, (tgid, start, netns, proto, family, lport, rport) in enumerate(
-        zip(*columns, strict=True)
-    ):
-        place = slice(16 * at, 16 * at + 16)
-        yield tgid, start, (netns, proto, family, near[place], lport, far[place], rport)
 
 
 def _bound(table: OrderedDict, limit: int) -> None:  # type: ignore[type-arg]

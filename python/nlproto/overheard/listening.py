@@ -19,7 +19,8 @@ import numpy as np
 from nlproto.engines.namespaces import CapturedNamespaces
 from nlproto.errors import Error
 from nlproto.host import netns
-from nlproto.overheard import conntrack, dns, hello
+from nlproto.kernel import conntrack
+from nlproto.overheard import dns, hello
 from nlproto.overheard.domains import Beginnings, Domains
 from nlproto.overheard.live import LiveEnds
 from nlproto.overheard.names import NumberedNames

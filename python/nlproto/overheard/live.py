@@ -8,7 +8,7 @@ import numpy as np
 from nlproto.overheard.domains import Domains
 from nlproto.overheard.names import is_of_resolver
 from nlproto.overheard.translations import Translations
-from nlproto.records.ends import FlowKey, record_keys
+from nlproto.records.ends import FlowKey, Translated, record_keys
 
 __all__ = ["LiveEnds"]
 
@@ -40,6 +40,10 @@ class LiveEnds:
     def translations(self, records: np.ndarray) -> np.ndarray | None:
         """See Ends."""
         return None if self._became is None else self._became.of_records(records)
+
+    def translated(self, flows: np.ndarray) -> dict[FlowKey, Translated]:
+        """See Ends."""
+        return {} if self._became is None else self._became.of_flows(flows)
 
     def text(self, number: int) -> str:
         """See Ends."""

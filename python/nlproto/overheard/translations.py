@@ -5,9 +5,10 @@ A translated connection has up to three pairs of ends: the sender's, the transla
 between two translations. A flow with one of the first two gets the other. A flow with the third
 gets the translated one.
 
-An entry of the flow's own network namespace counts first. An entry of another namespace counts too
-(a container behind its host), if one user owns both and no other namespace fits. If several entries
-fit at the same time and differ, the flow gets none.
+Its own network namespace's entry comes first. A flow of another namespace has the translation too
+(a container behind its host), if both belong to one user and no third one can be meant. Where
+several fit at one time and say different things, nothing is said. What one namespace makes of the
+ends may be translated once more in the next: then the last ends are told.
 
 In one zone of a namespace only one connection at a time has an original tuple. So a beginning ends
 the connection that had it before. This matters because the kernel reports no end of connections
@@ -18,19 +19,19 @@ from __future__ import annotations
 
 import socket
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from nlproto.overheard.conntrack import Event
-from nlproto.overheard.domains import flow_keys
+from nlproto.kernel.conntrack import Event
 from nlproto.records.ends import (
     TRANSLATED,
     FlowKey,
     Translated,
     Way,
     as_translated,
+    flow_keys,
     is_incoming,
     record_keys,
 )
@@ -352,32 +353,51 @@ class Translations:
         may_be_others: Callable[[_Entry], bool],
     ) -> Translated | None:
         netns, proto, family, near, lport, far, rport = way
-        local, remote = near + lport.to_bytes(2), far + rport.to_bytes(2)
-        entries = self._by_ends.get((proto, family, *_sorted(local, remote)))
-        if entries is None:
+        ends = near + lport.to_bytes(2), far + rport.to_bytes(2)
+        passed: set[int] = set()
+        became = None
+        while True:
+            key = (proto, family, *_sorted(*ends))
+            entries = self._by_ends.get(key, ())
+            fitting = [one for one in entries if one.netns not in passed and may_be(one)]
+            own = [one for one in fitting if one.netns == netns]
+            if not own and fitting:
+                owner = self._owner_of(netns)
+                own = [one for one in fitting if one.owner == owner and owner is not None]
+                if len({one.netns for one in own}) > 1:
+                    break
+            found = {one.other(*ends) for one in own}
+            if len(found) > 1:
+                found = {one.other(*ends) for one in own if is_sure(one)}
+            if len(found) != 1 or all(may_be_others(one) for one in own):
+                break
+            became = ends = found.pop()
+            passed.add(own[0].netns)
+        if became is None:
             return None
-        fitting = [one for one in entries if may_be(one)]
-        own = [one for one in fitting if one.netns == netns]
-        if not own and fitting:
-            owner = self._owner_of(netns)
-            own = [one for one in fitting if one.owner == owner and owner is not None]
-            if len({one.netns for one in own}) > 1:
-                return None
-        found = {one.other(local, remote) for one in own}
-        if len(found) > 1:
-            found = {one.other(local, remote) for one in own if is_sure(one)}
-        if len(found) != 1 or all(may_be_others(one) for one in own):
-            return None
-        became, its_far = found.pop()
-        return became[:16], int.from_bytes(became[16:]), its_far[:16], int.from_bytes(its_far[16:])
+        (its_near, its_far) = became
+        return (
+            its_near[:16],
+            int.from_bytes(its_near[16:]),
+            its_far[:16],
+            int.from_bytes(its_far[16:]),
+        )
 
     def stamp(self, flows: np.ndarray) -> None:
-        """Fill in the `nat_` fields of FLOWs where they are known."""
+        """Fill in the `nat_` fields of FLOWs that this is known of."""
+        for row, _, found in self._of(flows):
+            near, flows["nat_lport"][row], far, flows["nat_rport"][row] = found
+            flows["nat_laddr"][row] = np.frombuffer(near, np.uint64)
+            flows["nat_raddr"][row] = np.frombuffer(far, np.uint64)
+
+    def of_flows(self, flows: np.ndarray) -> dict[FlowKey, Translated]:
+        """Return what the ends of FLOWs became that this is known of."""
+        return {key: found for _, key, found in self._of(flows)}
+
+    def _of(self, flows: np.ndarray) -> Iterator[tuple[int, FlowKey, Translated]]:
         if not self._entries:
             return
         rows = np.flatnonzero(self.maybe(flows["lport"], flows["rport"]))
-        if not len(rows):
-            return
         some = flows[rows]
         times = zip(*(some[name].tolist() for name in _TIMES), strict=True)
         for row, key, (first, last, opened) in zip(
@@ -385,9 +405,7 @@ class Translations:
         ):
             found = self.find(key[2], first, last, bool(opened))
             if found is not None:
-                near, flows["nat_lport"][row], far, flows["nat_rport"][row] = found
-                flows["nat_laddr"][row] = np.frombuffer(near, np.uint64)
-                flows["nat_raddr"][row] = np.frombuffer(far, np.uint64)
+                yield row, key, found
 
     def of_records(self, records: np.ndarray) -> np.ndarray | None:
         """Return TRANSLATED for each record; None: nothing is known of any of them."""

@@ -20,6 +20,7 @@ __all__ = [
     "Translated",
     "Way",
     "as_translated",
+    "flow_keys",
     "is_incoming",
     "of_flows",
     "record_keys",
@@ -63,6 +64,10 @@ class Ends(Protocol):
         """Return TRANSLATED for each record; None: nothing is known of any of them."""
         ...
 
+    def translated(self, flows: np.ndarray) -> dict[FlowKey, Translated]:
+        """Return what NAT makes of the ends of `flows` (FLOW), of those that it is known of."""
+        ...
+
 
 def record_keys(records: np.ndarray) -> Iterator[FlowKey]:
     """Yield the key of each record's flow: (tgid, start_ns, way)."""
@@ -77,6 +82,19 @@ def record_keys(records: np.ndarray) -> Iterator[FlowKey]:
         one, other = (sources[place], sport), (targets[place], dport)
         near, far = (other, one) if way == lib.SNIFFER_DIR_IN else (one, other)
         yield tgid, start, (netns, proto, family, *near, *far)
+
+
+def flow_keys(flows: np.ndarray) -> Iterator[FlowKey]:
+    """Yield the key of each FLOW."""
+    near = np.ascontiguousarray(flows["laddr"]).tobytes()
+    far = np.ascontiguousarray(flows["raddr"]).tobytes()
+    fields = ("tgid", "start_ns", "netns", "proto", "family", "lport", "rport")
+    columns = [flows[name].tolist() for name in fields]
+    for at, (tgid, start, netns, proto, family, lport, rport) in enumerate(
+        zip(*columns, strict=True)
+    ):
+        place = slice(16 * at, 16 * at + 16)
+        yield tgid, start, (netns, proto, family, near[place], lport, far[place], rport)
 
 
 def is_incoming(records: np.ndarray) -> list[bool]:
@@ -130,12 +148,17 @@ class NoEnds:
         """See Ends."""
         return None
 
+    def translated(self, flows: np.ndarray) -> dict[FlowKey, Translated]:
+        """See Ends."""
+        return {}
+
 
 class ToldEnds:
     """What a daemon or a file said about at most 65,536 flows. The oldest are forgotten."""
 
     def __init__(self) -> None:
         self._told: OrderedDict[FlowKey, tuple[str, Translated | None]] = OrderedDict()
+        self._translated: set[FlowKey] = set()
 
     def tell(self, key: FlowKey, domain: str, became: Translated | None = None) -> None:
         """Remember name and translation of a flow's ends; with neither, forget the flow."""
@@ -143,13 +166,17 @@ class ToldEnds:
             self._told[key] = domain, became
             self._told.move_to_end(key)
             if len(self._told) > _TOLD:
-                self._told.popitem(last=False)
+                self._translated.discard(self._told.popitem(last=False)[0])
         elif self._told:
             self._told.pop(key, None)
+        if became is not None:
+            self._translated.add(key)
+        else:
+            self._translated.discard(key)
 
     def forget_others(self, records: np.ndarray, told: Collection[FlowKey]) -> None:
-        """Of the flows of `records`, those not in `told` are no longer translated."""
-        if not any(became is not None for _, became in self._told.values()):
+        """Of the flows of `records` those not among `told` are translated no more."""
+        if not self._translated:
             return
         for key in record_keys(records):
             domain, became = self.told(key)
@@ -180,7 +207,7 @@ class ToldEnds:
 
     def translations(self, records: np.ndarray) -> np.ndarray | None:
         """See Ends."""
-        if not self._told:
+        if not self._translated:
             return None
         found = np.zeros(len(records), TRANSLATED)
         incoming = is_incoming(records)
@@ -189,3 +216,10 @@ class ToldEnds:
             if became is not None:
                 found[at] = as_translated(became, incoming[at])
         return found if found["sport"].any() else None
+
+    def translated(self, flows: np.ndarray) -> dict[FlowKey, Translated]:
+        """See Ends."""
+        if not self._translated:
+            return {}
+        keys = self._translated.intersection(flow_keys(flows))
+        return {key: became for key in keys if (became := self.told(key)[1]) is not None}

@@ -15,8 +15,9 @@ from nlproto.errors import Error
 
 __all__ = ["NoDescriptors", "lower_limit", "namespaces", "none_left", "or_error", "raise_limit"]
 
-_PER_NETNS = 8  # ring, sock_diag and rtnetlink of the engine; watcher, namer, tcp_info; taps
-_OTHERS = 64  # files, history, event loop, questions under way
+_PER_NETNS = 10
+"""Ring, sock_diag, rtnetlink, conntrack of the engine; of watcher, namer, tcp_info; taps, NAT."""
+_OTHERS = 64  # files, history, event loop, the questions under way
 _CLIENTS = 512
 _LEAST = 18
 

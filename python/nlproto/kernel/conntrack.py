@@ -12,11 +12,13 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from nlproto.errors import Error, NoPrivilege
 from nlproto.kernel.netlink import (
+    NLM_F_ACK,
     NLM_F_DUMP,
     SOL_NETLINK,
     Connection,
@@ -27,8 +29,9 @@ from nlproto.kernel.netlink import (
     set_receive_buffer,
 )
 from nlproto.kernel.sockfilter import AD, assemble, attach
+from nlproto.running.closing import Closing
 
-__all__ = ["Conntrack", "Event", "is_there"]
+__all__ = ["Conntrack", "ConntrackLookup", "End", "Event", "is_there"]
 
 NETLINK_NETFILTER = 12
 _NEW_GROUP, _DESTROY_GROUP = 1, 3
@@ -47,12 +50,16 @@ _SRC_NAT, _DST_NAT = 1 << 4, 1 << 5
 _U32 = struct.Struct(">I")
 _PROTOS = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
 _MESSAGE = 1 << 13
+_NESTED = 1 << 15  # NLA_F_NESTED
+_LOOK_NS = 1_000_000_000
 _MULTI = 2  # NLM_F_MULTI: of a dump
 
 _LD, _LDX, _LD_X, _TAX = 0x00, 0x01, 0x40, 0x07
 _LD_ABS, _JEQ, _JSET = 0x20, 0x15, 0x45
 _AD_NLATTR = 12
 
+End = tuple[bytes, int]
+"""16 bytes of address, and a port."""
 Tuple = tuple[bytes, bytes]
 """Source and destination: each end has 16 bytes of address and 2 of port, big-endian."""
 
@@ -190,6 +197,73 @@ class Conntrack:
                 event = _event_of(message)
                 if event is not None:
                     yield event
+
+
+class ConntrackLookup(Closing):
+    """Asks for one connection at a time of the network namespace it is made in.
+
+    What cannot be asked is not known. `again`: made before this kernel translated addresses, it
+    looks every second whether it does now, in the namespace of the thread that asks.
+    """
+
+    def __init__(self, now_ns: Callable[[], int], again: bool) -> None:
+        self._now_ns = now_ns
+        self._again = again
+        self._looked_ns = 0
+        self._asking: Connection | None = None
+        self._open()
+
+    def close(self) -> None:
+        """Close its Netlink socket."""
+        if self._asking is not None:
+            self._asking.close()
+
+    def _open(self) -> None:
+        self._looked_ns = self._now_ns()
+        if is_there():
+            with suppress(OSError):
+                self._asking = Connection(NETLINK_NETFILTER)
+
+    def ends(self, proto: int, family: int, near: End, far: End) -> tuple[End, End] | None:
+        """Return the ends that the socket of a packet between these has, where NAT changes them.
+
+        None: it changes nothing, or nobody can tell.
+        """
+        if self._asking is None and self._again and self._now_ns() - self._looked_ns > _LOOK_NS:
+            self._open()
+        if self._asking is None or family not in _ADDRESSES:
+            return None
+        # the kernel finds a connection by either of its tuples
+        one, other = _ADDRESSES[socket.AddressFamily(family)]
+        size = 4 if family == socket.AF_INET else 16
+        ip = encode_attribute(one, far[0][:size]) + encode_attribute(other, near[0][:size])
+        ports = encode_attribute(_NUMBER, bytes([proto]))
+        ports += encode_attribute(_SPORT, far[1].to_bytes(2))
+        ports += encode_attribute(_DPORT, near[1].to_bytes(2))
+        parts = encode_attribute(_TUPLE_IP | _NESTED, ip)
+        parts += encode_attribute(_TUPLE_PROTO | _NESTED, ports)
+        body = _NFGEN.pack(family, 0, 0) + encode_attribute(_ORIG | _NESTED, parts)
+        try:
+            found = [_event_of(one) for one in self._asking.exchange(_CT_GET, NLM_F_ACK, body)]
+        except (OSError, Error):  # there is none
+            return None
+        event = found[0] if found else None
+        if event is None:
+            return None
+        asked = far[0] + far[1].to_bytes(2), near[0] + near[1].to_bytes(2)
+        if event.original == asked:
+            near_end, far_end = event.reply
+        elif event.reply == asked:
+            near_end, far_end = event.original
+        else:
+            return None
+        if (far_end, near_end) == asked:
+            return None
+        return _as_end(near_end), _as_end(far_end)
+
+
+def _as_end(end: bytes) -> End:
+    return end[:16], int.from_bytes(end[16:])
 
 
 def _status_of(message: Message) -> int:
