@@ -39,7 +39,7 @@ def flows(daemon: Any, **question: Any) -> Any:
     return ask(daemon.path, **question)
 
 
-def of(daemon: Daemon, process: Any, **question: Any) -> Any:
+def of(daemon: Any, process: Any, **question: Any) -> Any:
     return flow_of(daemon.path, process, **question)
 
 
@@ -52,7 +52,7 @@ def of(daemon: Daemon, process: Any, **question: Any) -> Any:
     ],
 )
 def test_who_names_the_process_behind_a_published_port(
-    daemon: Daemon, lab: Any, proto: str, address: str, port: int, server: str
+    daemon: Any, lab: Any, proto: str, address: str, port: int, server: str
 ) -> None:
     serving = lab.server("box", 80, proto, server)
     client = lab.client("far", address, port, proto)
@@ -68,7 +68,7 @@ def test_who_names_the_process_behind_a_published_port(
 HUNTER = [sys.executable, "-m", "hunter"]
 
 
-def test_lines_have_both_addresses_and_filters_match_either(daemon: Daemon, lab: Any) -> None:
+def test_lines_have_both_addresses_and_filters_match_either(daemon: Any, lab: Any) -> None:
     serving = lab.server("box", 80, address="10.88.0.2")
     lab.client("far", "10.77.0.1", 8080)  # the daemon follows the namespaces then
     of(daemon, serving, port=8080)
@@ -88,9 +88,7 @@ def test_lines_have_both_addresses_and_filters_match_either(daemon: Daemon, lab:
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet", "pcapng", "ecs.jsonl"])
-def test_saved_addresses_are_read_again(
-    daemon: Daemon, lab: Any, tmp_path: Path, ending: str
-) -> None:
+def test_saved_addresses_are_read_again(daemon: Any, lab: Any, tmp_path: Path, ending: str) -> None:
     serving = lab.server("box", 80, address="10.88.0.2")
     lab.client("far", "10.77.0.1", 8080)
     of(daemon, serving, port=8080)
@@ -109,7 +107,7 @@ def test_saved_addresses_are_read_again(
         assert (row["nat_dst"], row["nat_dport"]) == ("10.77.0.1", 8080)
 
 
-def who(daemon: Daemon, *words: Any) -> Any:
+def who(daemon: Any, *words: Any) -> Any:
     """What `who` prints, in one line for each row."""
 
     def shown() -> Any:
@@ -125,7 +123,7 @@ def who(daemon: Daemon, *words: Any) -> Any:
     return until(shown).stdout.splitlines()
 
 
-def test_who_shows_one_connection_with_both_addresses(daemon: Daemon, lab: Any) -> None:
+def test_who_shows_one_connection_with_both_addresses(daemon: Any, lab: Any) -> None:
     serving = lab.server("box", 80, address="10.88.0.2")
     client = lab.client("far", "10.77.0.1", 8080)
     of(daemon, serving, port=client.port)
@@ -148,7 +146,7 @@ def test_who_shows_one_connection_with_both_addresses(daemon: Daemon, lab: Any) 
     assert not [line for line in seen if "forwarded" in line and str(client.port) in line]
 
 
-def test_masquerade_is_seen_from_both_sides(daemon: Daemon, lab: Any) -> None:
+def test_masquerade_is_seen_from_both_sides(daemon: Any, lab: Any) -> None:
     """A container that asks the world: by its own address, and by its host's."""
     serving = lab.server("far", 443, address="10.77.0.2")
     client = lab.client("box", "10.77.0.2", 443)
@@ -161,7 +159,7 @@ def test_masquerade_is_seen_from_both_sides(daemon: Daemon, lab: Any) -> None:
     assert of(daemon, client, port=asks["nat_lport"])["pid"] == client.pid
 
 
-def test_a_container_that_asks_itself_by_its_published_port(daemon: Daemon, lab: Any) -> None:
+def test_a_container_that_asks_itself_by_its_published_port(daemon: Any, lab: Any) -> None:
     """Hairpin: both ends change."""
     serving = lab.server("box", 80, address="10.88.0.2")
     client = lab.client("box", "10.77.0.1", 8080)
@@ -308,7 +306,7 @@ while True:
 """
 
 
-def test_who_shows_the_process_behind_a_proxy_of_the_runtime(daemon: Daemon, lab: Any) -> None:
+def test_who_shows_the_process_behind_a_proxy_of_the_runtime(daemon: Any, lab: Any) -> None:
     serving = lab.server("box", 80, address="10.88.0.2")
     proxy = lab.start("host", PROXY, "10.77.0.1", 9000)
     client = lab.client("far", "10.77.0.1", 9000)
@@ -326,7 +324,7 @@ def test_who_shows_the_process_behind_a_proxy_of_the_runtime(daemon: Daemon, lab
 
 
 def test_a_capture_of_the_uplink_names_the_process_in_the_container(
-    daemon: Daemon, lab: Any, tmp_path: Path
+    daemon: Any, lab: Any, tmp_path: Path
 ) -> None:
     serving = lab.server("box", 80, address="10.88.0.2")
     client = lab.client("far", "10.77.0.1", 8080)
@@ -342,6 +340,6 @@ def test_a_capture_of_the_uplink_names_the_process_in_the_container(
     client.again()
     assert dump.wait(30) == 0
     until(lambda: of(daemon, serving, port=8080)["packets_in"] > 4)
-    command = [*HUNTER, "annotate", str(capture), "-o", str(named), "--socket", daemon.path]
+    command = [*HUNTER, "annotate", capture, "-o", named, "--socket", daemon.path]
     subprocess.run(command, check=True, capture_output=True)
     assert f"python.{serving.pid}".encode() in named.read_bytes()

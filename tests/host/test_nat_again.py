@@ -78,9 +78,7 @@ def fits(flow: Any, case: Any, port: Any) -> bool:
 
 @pytest.mark.parametrize("older", [True, False], ids=["older than the daemon", "younger"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_port_that_comes_back_at_once(
-    start: StartDaemon, lab: Any, case: Any, older: bool
-) -> None:
+def test_a_port_that_comes_back_at_once(start: Any, lab: Any, case: Any, older: bool) -> None:
     rules(lab, PUBLISHED)
     delete_entries(lab)  # those of an earlier case
     daemon = None if older else start()
