@@ -84,7 +84,7 @@ bool sniffer_known(const struct sock *sk)
  * sniffer_known_keep - remember that current's use of a socket told nothing new
  * @sk: full socket
  * @owner: its entry, under RCU
- * @version: of that, read before
+ * @version: of @owner, read before @owner was looked up
  *
  * Remembered from the second time on: many a socket is not used that often here.
  */

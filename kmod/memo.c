@@ -56,16 +56,16 @@
  * @version: version of @stripe
  * @num: local port of @sk
  * @many: another process may have the socket, see sniffer_owner_shared()
- * @sock: of @sk
- * @owner: the entry
- * @user: of the entry
- * @forked: of the user
- * @place: in the message of flows
- * @hash: where the stack finds the socket
- * @any: the same if it is bound to no address (UDP)
+ * @sock: socket of @sk
+ * @owner: entry that it was named after
+ * @user: user of @owner
+ * @forked: last fork of @user
+ * @place: where it was added up, see sniffer_merge_add()
+ * @hash: hash under which the stack finds @sk
+ * @any: the same if @sk is bound to no address (UDP)
  * @met: hash of what went out last, and would have had its place here
- * @comm: of current's leader, as it is there, if MEMO_TRUSTED
- * @record: of the packet
+ * @comm: if MEMO_TRUSTED, raw comm of current's leader
+ * @record: the record
  *
  * Used by its own CPU, with bottom halves off. No pointer may be dereferenced before
  * @version was found to match.

@@ -51,7 +51,7 @@ static unsigned long owner_full_at;	/*
  */
 
 /**
- * sniffer_owner_count_full - a socket or a process found no room
+ * sniffer_owner_count_full - count a socket or process that found no room
  */
 void sniffer_owner_count_full(void)
 {

@@ -241,9 +241,9 @@ static noinline bool use_find_out(struct sock *sk, struct sniffer_owner *owner, 
 }
 
 /**
- * sniffer_use - the current process uses a socket, or seems to
- * @sk: full socket; from a probe or from LOCAL_OUT in trusted context
- * @called: from a probe: current has called for this very socket
+ * sniffer_use - the current process uses a socket, or seems to use it
+ * @sk: full socket; from a probe, or from LOCAL_OUT if current may be trusted
+ * @called: from a probe: current made a call on this very socket
  * @found: set to the socket's entry; may be NULL
  *
  * Under RCU, or with preemption off.

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Engine `packet`: AF_PACKET and sock_diag, for machines where the module cannot be loaded.
 
-It cannot know
-- a socket that is closed before its first packet was looked up: a process that lives milliseconds;
-- which of several holders sent;
-- what this host receives of its own multicast: the kernel shows no tap those copies.
-Where this host translates addresses (NAT), conntrack is asked for the ends that a socket knows.
-It taps before the firewall (in) and after it (out), and fragments as fragments.
+It cannot tell
+- who had a socket that closed before its first packet was looked up, as of a short-lived process;
+- which of several holders has sent;
+- that this host receives its own multicast, because no tap sees these copies.
+Where this host translates addresses (NAT), it asks conntrack for the ends that a socket knows. It
+sees packets before the firewall (in) and after it (out), and fragments unassembled.
 """
 
 import contextlib
