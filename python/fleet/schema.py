@@ -6,7 +6,7 @@
     DIR/account/hour=2026-11-27T00/part-*.parquet    of its `at_ns`
     DIR/rollup/hour=2026-11-27T00/part-0.parquet     sums of that hour's flows, kept for longer
 
-(host, boot, sequence) names one batch of one host. A batch that is there twice was told twice.
+(host, boot, sequence) identifies one batch of one host. A batch that is there twice was sent twice.
 Files whose names begin with a dot are being written.
 """
 
@@ -31,11 +31,11 @@ __all__ = [
 
 HOUR_NS = 3600 * 10**9
 ACCOUNT_EVERY_S = 60.0
-"""A host tells its account so often, at most, and once when its exporter ends."""
+"""A host sends its account this often, and once when its exporter ends."""
 _FORM = "%Y-%m-%dT%H"
 
 _WORD = pa.dictionary(pa.int32(), pa.string())
-"""A string that many rows share."""
+"""A string that many rows have."""
 _BATCH = [("host", _WORD), ("boot", _WORD), ("sequence", pa.uint64())]
 
 FLOWS = pa.schema(
@@ -69,10 +69,10 @@ FLOWS = pa.schema(
         ("domain", _WORD),
     ]
 )
-"""What one flow of one owner did since the row before: at most ten seconds.
+"""What one flow of one owner did since its last row: at most ten seconds.
 
 tgid 0: unnamed, then `uid` is null and `how` is the reason. `forwarded`: neither end is a process
-here. `initiated`: this end began the connection, null where nobody knows. Times are ns since 1970.
+here. `initiated`: this end began the connection; null if unknown. Times are ns since 1970.
 """
 
 PROCS = pa.schema(
@@ -98,11 +98,11 @@ PROCS = pa.schema(
         ("sha256", _WORD),
     ]
 )
-"""A process by (host, boot, tgid, start_ns): again when something of it changed, and once in each
-hour in which it has flows. The newest counts.
+"""A process by (host, boot, tgid, start_ns). It is sent again after a change, and once in each hour
+in which it has flows. The newest row counts.
 
 `parents`: "pid comm", the nearest first. `name`: the file name of `exe`, else `comm`. `namespace`
-is the pod's. Null where nothing is known.
+is the pod's. Null means unknown.
 """
 
 ACCOUNT = pa.schema(
@@ -125,9 +125,9 @@ ACCOUNT = pa.schema(
 """One host's account at `at_ns`, each minute while it lives and at its end.
 
 In rows of FLOWS, since the spool began: exported = acknowledged + spooled + lost. `received` and
-`dropped`: what this exporter's subscription got, and was too slow for. In records, since the daemon
-began: `delivered` and `daemon_lost`, its own account. `gap_ms`: how long the exporter was without
-a daemon since the spool began.
+`dropped`: what this exporter's subscription received, and lost by being too slow. `delivered` and
+`daemon_lost` are the daemon's own account, in records since it began. `gap_ms`: how long the
+exporter had no daemon since the spool began.
 """
 
 ROLLUP = pa.schema(
@@ -154,12 +154,12 @@ TABLES = {"flows": FLOWS, "procs": PROCS, "account": ACCOUNT}
 
 
 def hour_name(ns: int) -> str:
-    """The folder's name for a moment in ns since 1970: "hour=2026-11-27T00"."""
+    """Return the folder's name for a moment in ns since 1970: "hour=2026-11-27T00"."""
     return "hour=" + time.strftime(_FORM, time.gmtime(ns // 10**9))
 
 
 def hour_ns(name: str) -> int:
-    """When the hour of a folder begins, in ns since 1970. Raises ValueError for another name."""
+    """Return when a folder's hour begins, in ns since 1970. Raises ValueError for another name."""
     kind, _, text = name.partition("=")
     if kind != "hour":
         raise ValueError(f"'{name}' is no hour")

@@ -9,10 +9,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from daemons import StartDaemon
 from nlproto.client.client import DaemonClient
 from nlproto.errors import NoPrivilege
 from nlproto.host.tcp_info import TcpInfo
@@ -117,7 +119,7 @@ def scrape(path: Any) -> Any:
 
 
 def test_what_is_lost_counts_for_who_lost_it_and_for_nobody_with_the_same_ends(
-    start: Any, namespaces: list[str], directory: Any
+    start: StartDaemon, namespaces: list[str], directory: Path
 ) -> None:
     metrics = str(directory / "metrics")
     daemon = start(config=f"metrics: {metrics}\n")
@@ -208,7 +210,7 @@ def test_packets_that_found_no_room_count_for_who_did_not_read_them(
 
 
 def test_refused_and_unanswered_attempts_are_told_apart(
-    start: Any, namespaces: list[str], directory: Any
+    start: StartDaemon, namespaces: list[str], directory: Path
 ) -> None:
     metrics = str(directory / "metrics")
     daemon = start(config=f"metrics: {metrics}\n")
@@ -236,7 +238,7 @@ def test_refused_and_unanswered_attempts_are_told_apart(
 
 
 def test_what_the_kernel_does_not_tell_is_unknown_and_not_zero(
-    start: Any, namespaces: list[str]
+    start: StartDaemon, namespaces: list[str]
 ) -> None:
     with DaemonClient(start().path) as client:
         number = inode(namespaces[1])

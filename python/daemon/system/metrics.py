@@ -40,7 +40,7 @@ _FAMILIES: dict[str, Labels] = {
     "unit": ("unit",),
     "container": ("container", "name", "pod"),
 }
-"""What traffic is summed up by: names of labels by the word in the family's name."""
+"""Labels of the sums of traffic, by the word in the family's name."""
 
 
 class DetailedProcesses(Protocol):
@@ -55,9 +55,9 @@ log = logging.getLogger(__name__)
 class Metrics:
     """Sums traffic and serves it with the daemon's figures; a context manager.
 
-    By name of process, unit and container. Only the first `metrics_processes` of each get
-    counters of their own; later ones count as "other", so that the number of series stays
-    bounded. `figures` gives what stats shows.
+    Sums are by name of process, unit and container. The first `metrics_processes` of each have
+    counters of their own. Later ones count as "other", so the number of series is bounded.
+    `figures` returns what stats shows.
     """
 
     def __init__(
@@ -112,14 +112,14 @@ class Metrics:
             self._server.serve_forever()
             return False
 
-        # without end: the daemon does its work without metrics too
+        # it tries forever: the daemon works without metrics too
         keep_going(serve, Failures("metrics", math.inf), lambda error: None)
 
     def reconfigure(self, config: Config) -> None:
         self._config = config
 
     def take(self, batch: NamedBatch) -> None:
-        """Worker thread: add a batch."""
+        """Add a batch. Worker thread."""
         if self._server is None or batch.flows is None:
             return
         flows = batch.flows
@@ -134,7 +134,7 @@ class Metrics:
                     self._add(family, labels, _one(failed.why))
 
     def learn(self, flows: np.ndarray) -> None:
-        """Any thread: add how connections go (FLOWs with what retransmits are new)."""
+        """Add figures of connections (FLOWs with their new retransmits). Any thread."""
         if self._server is None or not len(flows):
             return
         measured = flows["rtt_us"] != 0
@@ -160,7 +160,7 @@ class Metrics:
                     self._add(family, labels, of_one)
 
     def _labels(self, tgid: int, start_ns: int, comm: bytes) -> Iterator[tuple[str, Labels]]:
-        """What counts for whom. All that one user's managers and runtimes name is one."""
+        """Return each row's label. All names below one user's managers and runtimes are one."""
         if not tgid:
             yield "process", ("(unnamed)",)
             return
@@ -235,7 +235,7 @@ class Metrics:
             yield family
 
     def _tcp(self, name: str, labels: Labels) -> Iterator[Metric]:
-        """What nobody could look at is left out: its figure is not known, and not 0."""
+        """Return known figures. An unknown figure is left out, not 0."""
         from prometheus_client.core import CounterMetricFamily, SummaryMetricFamily
 
         with self._lock:
@@ -289,5 +289,5 @@ class _Collector:
         self.collect = collect
 
     def describe(self) -> list[Metric]:
-        """Nothing beforehand: names are known when the figures are."""
+        """Describe nothing in advance: names are known only with the figures."""
         return []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""hunter report: a saved capture as one HTML page, pictures drawn here, nothing loaded or run."""
+"""hunter report: a saved capture as one HTML page that loads and runs nothing."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _SHOWN = 14  # processes and far ends in the graph
 _ROWS = 200  # in a table
 
 Name = tuple[str, int]
-"""(comm, pid); pid 0: a reason instead."""
+"""(comm, pid); with pid 0 a reason instead."""
 Peer = tuple[int, str]
-"""Far end: network namespace and address, which may be another host's in each."""
+"""A far end: network namespace and address. In each namespace it may be another host."""
 
 
 @dataclass(slots=True)
@@ -55,7 +55,7 @@ class _Process:
 
 
 class CaptureSums:
-    """Sums of a capture, seconds apart, small enough to draw."""
+    """Sums of a capture, for spans of seconds that are few enough to draw."""
 
     def __init__(self) -> None:
         self.packets = 0
@@ -113,7 +113,7 @@ class CaptureSums:
         self.packets += sum(packets)
 
     def peer(self, peer: Peer) -> str:
-        """Return the text of a far end, with its namespace where the capture has several."""
+        """Return the text of a far end, with its namespace if the capture has several."""
         place = self.namespaces.name(peer[0])
         return f"{peer[1]} netns {place}" if place else peer[1]
 
@@ -133,7 +133,7 @@ def run(options: ReportOptions, notify: Callable[[str], None]) -> None:
                 for batch in batches:
                     capture.add(batch, source)
         except Error as error:
-            damage = error  # what was read before it is worth a page
+            damage = error  # what was read before the damage is worth a page
     names = ", ".join(options.input)
     if not capture.packets:
         raise damage or Error(f"{names} holds no packets: there is nothing to report")
@@ -239,7 +239,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: set[int
 
 
 def _timeline(capture: CaptureSums, colours: dict[Name, str]) -> str:
-    """Stacked bars, the processes without a colour together."""
+    """Stacked bars; processes without a colour share one."""
     span = capture.last_s - capture.first_s + 1
     step = -(-span // _BINS)
     bins = -(-span // step)
@@ -286,7 +286,7 @@ def _timeline(capture: CaptureSums, colours: dict[Name, str]) -> str:
 
 
 def _graph(capture: CaptureSums, colours: dict[Name, str]) -> str:
-    """Processes at the left, far ends at the right; the wider the line, the more bytes."""
+    """Processes on the left, far ends on the right. Wider lines mean more bytes."""
     left = [name for name, _ in capture.by_bytes() if name[1]][:_SHOWN]
     weight: Counter[Peer] = Counter()
     for (name, peer), size in capture.edges.items():

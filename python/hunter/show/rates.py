@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Rates of processes, of their flows and of the far ends they talk to, second by second."""
+"""Rates of processes, their flows and their far ends, second by second."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nlproto.tables.outcome import RST
 __all__ = ["HISTORY", "FlowRate", "TrafficMeter", "ProcessRate", "RateKey", "Rates"]
 
 HISTORY = 12  # ticks that a sparkline shows
-KEPT_S = 60.0  # what a live view keeps a process for after its last packet
+KEPT_S = 60.0  # how long a live view keeps a process after its last packet
 MAX_FLOWS = 50_000
 
 RateKey = tuple[int, int, int]
@@ -28,7 +28,7 @@ FlowKey = tuple[int, ...]
 """netns, proto, local port, remote port, local and remote address as two numbers each."""
 
 FarEnd = tuple[int, str]
-"""Network namespace and address: an address may be another host's in each."""
+"""Network namespace and address. In each namespace it may be another host."""
 
 
 ShownEnds = tuple[str, int, str, int]
@@ -37,7 +37,7 @@ ShownEnds = tuple[str, int, str, int]
 
 @dataclass(slots=True)
 class TrafficMeter:
-    """Bytes sent and received: since the last tick, a second, and in all."""
+    """Bytes sent and received: since the last tick, in a second, and in all."""
 
     sent: int = 0
     received: int = 0
@@ -55,7 +55,7 @@ class TrafficMeter:
         self.last_s = now_s
 
     def tick(self, seconds: float) -> None:
-        """Turn what came since the last tick into rates, bytes a second."""
+        """Turn the bytes since the last tick into rates, in bytes a second."""
         self.sent_rate = (self.sent - self._sent_before) / seconds
         self.received_rate = (self.received - self._received_before) / seconds
         self._sent_before, self._received_before = self.sent, self.received
@@ -80,7 +80,7 @@ class FlowRate:
     remote: str
     rport: int
     key: ends.FlowKey
-    """By which its far end's name is known (nlproto.records.ends)."""
+    """The key for its far end's name (nlproto.records.ends)."""
     meter: TrafficMeter = field(default_factory=TrafficMeter)
     cookie: int = 0
     """The kernel's number of its socket; 0: not known."""
@@ -100,7 +100,7 @@ class FlowRate:
 
 @dataclass(slots=True)
 class ProcessRate:
-    """One process, or all packets that nobody is known for, for one reason."""
+    """One process, or all packets that are unnamed for one reason."""
 
     key: RateKey
     comm: str
@@ -120,7 +120,7 @@ class ProcessRate:
         return self.key[0] or None
 
     def remotes(self) -> dict[FarEnd, TrafficMeter]:
-        """Return the far ends, their flows added up."""
+        """Return the far ends, with their flows added up."""
         found: dict[FarEnd, TrafficMeter] = {}
         for flow in self.flows.values():
             end = found.setdefault((flow.netns, flow.remote), TrafficMeter())
@@ -134,9 +134,9 @@ class ProcessRate:
 
 
 class Rates:
-    """Everything that top shows; at most MAX_FLOWS flows, those idle longest go first.
+    """Everything that top shows. At most MAX_FLOWS flows; the longest idle are dropped first.
 
-    A process without packets for `kept_s` seconds goes.
+    A process without packets for `kept_s` seconds is dropped.
     """
 
     def __init__(self, kept_s: float = KEPT_S) -> None:
@@ -169,7 +169,7 @@ class Rates:
             process.received_history.append(process.meter.received_rate)
             for flow in process.flows.values():
                 meter = flow.meter
-                # idle flows, nearly all of many, keep their zeros
+                # most flows are idle, and keep their zeros
                 if meter.last_s == now_s or meter.sent_rate or meter.received_rate:
                     meter.tick(seconds)
             if process.meter.last_s + self._kept_s < now_s:

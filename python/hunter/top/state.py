@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What hunter top shows, whichever table shows it."""
+"""What hunter top shows, in any of its tables."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _MAX_ENDED = 1 << 16
 
 
 class State:
-    """Rates and account of what came from `source`, and how they are to be shown.
+    """Rates and account of `source`, and how to show them.
 
-    A thread of its own reads the source between start() and stop(); everything else belongs to
-    the thread that calls take().
+    A thread reads the source between start() and stop(). Everything else is for the thread that
+    calls take().
     """
 
     def __init__(
@@ -51,17 +51,17 @@ class State:
         self.source = source
         self.known = known
         self.numbers = numbers
-        """Hosts and services as numbers."""
+        """Whether hosts and services are shown as numbers."""
         self.units = units
         self.paused = False
         self.shows_ended = kept_s == math.inf
-        """Processes that have ended and send no more; those of a file all have."""
+        """Whether ended processes that send no more are shown; a file has no others."""
         self._ended: set[RateKey] = set()
         self.namespaces = Namespaces(None)
         self.rates = Rates(kept_s)
         self.shown = ShownAccount()
         self.failure: Error | None = None
-        """Why nothing comes any more."""
+        """Why nothing more comes."""
         self._filter_text = filter_text
         self._inbox = _Inbox(source)
         self._asking = going
@@ -113,16 +113,16 @@ class State:
         self.units = UNITS[(UNITS.index(self.units) + 1) % len(UNITS)]
 
     def hides(self, process: ProcessRate) -> bool:
-        """Whether the process has ended and its last packet is not of this moment."""
+        """Return whether the process has ended, and its last packet is not from this moment."""
         return not self.shows_ended and not process.meter.rate and self.ended(process)
 
     def place(self, process: ProcessRate) -> str:
-        """Return what the process runs in; it may hold any character."""
+        """Return what the process runs in. It may contain any character."""
         one = self._details(process)
         return "" if one is None else place(one.container, one.container_name, one.pod, one.unit)
 
     def group(self, process: ProcessRate, by: str) -> str:
-        """Return what the process is called in sums by `by`, one of GROUPS; "" for nothing."""
+        """Return the process's group in sums by `by`, one of GROUPS; "" for none."""
         if by == "name":
             return process.comm
         if by == "user":
@@ -138,7 +138,7 @@ class State:
         return self.source.get(*process.key[:2]) if process.pid else None
 
     def ended(self, process: ProcessRate) -> bool:
-        """Whether the process is known to have exited."""
+        """Return whether the process is known to have exited."""
         if process.pid is None:
             return False
         if process.key not in self._ended:
@@ -173,7 +173,7 @@ class State:
 
 
 class _Inbox:
-    """What a thread of its own reads from the source, until the next tick."""
+    """What the thread has read from the source since the last tick."""
 
     def __init__(self, source: Source) -> None:
         self._source = source

@@ -28,12 +28,12 @@ _BARS, _PLAIN_BARS = " ▁▂▃▄▅▆▇█", " .,:-=+*#"
 
 
 def bars() -> str:
-    """Return nine heights of a bar that this terminal has characters for."""
+    """Return the nine heights of a bar, in characters of this terminal."""
     return _BARS if has_blocks() else _PLAIN_BARS
 
 
 def sparkline(history: Iterable[float], bars: str = _BARS) -> str:
-    """Return one bar a value, the highest at full height."""
+    """Return a bar for each value; the highest has full height."""
     values = list(history)
     most = max(values, default=0.0)
     if not most:
@@ -42,7 +42,7 @@ def sparkline(history: Iterable[float], bars: str = _BARS) -> str:
 
 
 class View(Screen[None]):
-    """A table that is filled anew at each tick."""
+    """A table that is filled again at each tick."""
 
     columns: ClassVar[Sequence[GridColumn]] = ()
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -100,7 +100,7 @@ class View(Screen[None]):
             self.leave()
 
     def leave(self) -> None:
-        """Escape without a search: nothing in the first view."""
+        """Escape without a search. It does nothing in the first view."""
 
     def action_sort(self, step: int) -> None:
         names = list(dict.fromkeys(column.sort for column in self.columns if column.sort))
@@ -111,7 +111,7 @@ class View(Screen[None]):
         self.show()
 
     def items(self) -> Sequence[Any]:
-        """Return what there is, in order."""
+        """Return all items, in order."""
         raise NotImplementedError
 
     def key(self, item: Any) -> Hashable:
@@ -121,18 +121,18 @@ class View(Screen[None]):
         raise NotImplementedError
 
     def words(self, item: Any) -> str:
-        """Return the text that a search looks at."""
+        """Return the text in which a search looks."""
         raise NotImplementedError
 
     def title_text(self) -> str:
         raise NotImplementedError
 
     def more_text(self) -> str:
-        """Return what may be cut off at the end of the title."""
+        """Return the end of the title, which may be cut off."""
         return ""
 
     def show(self) -> None:
-        """Fill the table; a tick before it is there, or while the program ends, does nothing."""
+        """Fill the table, if it exists and the program is not about to end."""
         try:
             table = self.query_one(Grid)
             title, account = self.query_one("#title", Static), self.query_one("#account", Static)
@@ -368,7 +368,7 @@ class FlowsView(View):
         return f"{plain(domain or self.state.host(remote))}{port}{where}"
 
     def _domain(self, netns: int, remote: str) -> str:
-        """What the far end is called, if all flows that have a name for it agree."""
+        """Return the far end's name, if all its flows that have one agree."""
         ends, flows = self.state.source.ends, self.process.flows.values()
         found = {
             domain

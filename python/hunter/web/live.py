@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the page shows of now: the same rates as `top`, as JSON."""
+"""The page's live part: the same rates as in `top`, as JSON."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from hunter.top.state import State
 __all__ = ["LiveRates"]
 
 _FLOWS = 500
-"""Flows of one process that an answer holds: those with the highest rate."""
+"""The most flows of one process in an answer: those with the highest rate."""
 
 
 class LiveRates:
-    """Rates that one thread takes each second, and that others read."""
+    """Rates that one thread updates each second, and others read."""
 
     def __init__(self, state: State) -> None:
         self.state = state
         self._lock = threading.Lock()
-        """Held while `state` is counted and while it is read."""
+        """Held while `state` is updated and while it is read."""
 
     def tick(self) -> None:
-        """Count what came since the last call. Raises Error when nothing comes any more."""
+        """Take what came since the last call. Raises Error if nothing more comes."""
         with self._lock:
             self.state.take()
         if self.state.failure is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""hunter web: the daemon's traffic on a page of this machine's own, for one user."""
+"""hunter web: the daemon's traffic on a page of this machine, for one user."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TICK_S = 1.0
 def run(options: WebOptions, stop: Stop, notify: Callable[[str], None]) -> None:
     """Serve the page until a signal comes. Raises Error.
 
-    It shows what the daemon shows to this user: the rights are those of the UNIX socket.
+    It shows what the daemon shows to this user: the UNIX socket's rights apply.
     """
     with (
         DaemonSource(options.socket, EVERYTHING, notify) as source,
@@ -34,7 +34,7 @@ def run(options: WebOptions, stop: Stop, notify: Callable[[str], None]) -> None:
         live = LiveRates(State(source, known, going=going))
         with PageServer(options.port, options.socket, live) as server:
             print(server.url, flush=True)
-            notify("the address has a secret: who has it sees what you see. Ctrl-C ends it")
+            notify("the address has a secret: whoever has it sees what you see. Ctrl-C ends it")
             live.state.start()
             try:
                 while not stop:

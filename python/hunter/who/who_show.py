@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What `who` found, for people: sums where rows would repeat, and the newest of them."""
+"""Shows the findings of `who`: sums where rows would repeat, and the newest first."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from nlproto.host import netns
 __all__ = ["clock", "place_of", "service_of", "show"]
 
 _ROWS = 50
-"""Shown of a table, unless --limit says otherwise."""
+"""The most rows of a table, unless --limit says otherwise."""
 _ABOVE = 2
-"""Parents that are shown."""
+"""The most parents that are shown."""
 
 Entry = Mapping[str, Any]
 Program = tuple[Any, ...]
@@ -66,7 +66,7 @@ def show(
             "more connections were translated (NAT) than are known: who is behind may be missing",
             style="dim",
         )
-    if options.listening:  # who and where is in each row
+    if options.listening:  # owner and place are in each row
         return
     _put(console, "processes", _PROCESSES, _process_rows(processes.values()), limit)
 
@@ -132,7 +132,7 @@ def _netns(number: int, since: float | None = None) -> str:
 
 @dataclass(slots=True)
 class _Ends:
-    """Both ends of flows or sockets of one owner; ports that differ become *."""
+    """Return both ends of one owner's flows or sockets; ports that differ become *."""
 
     proto: str
     local: str
@@ -150,7 +150,7 @@ class _Ends:
 
 @dataclass(slots=True)
 class _Nat:
-    """What NAT makes of both ends of flows or sockets: those addresses that differ."""
+    """Return what NAT makes of both ends of flows or sockets: the addresses that differ."""
 
     near: set[tuple[str, int]] = field(default_factory=set)
     far: set[tuple[str, int]] = field(default_factory=set)
@@ -174,7 +174,7 @@ class _Nat:
 
 
 def nat_key(one: Entry, options: WhoOptions) -> tuple[Any, ...]:
-    """What tells rows apart: the addresses, and the port that says what is talked about."""
+    """Return the key of a row: the addresses, and the port of the service."""
     if one.get("nat_local") is None:
         return ()
     ports = service_of(one["nat_lport"], one["nat_rport"], options.port)
@@ -182,7 +182,7 @@ def nat_key(one: Entry, options: WhoOptions) -> tuple[Any, ...]:
 
 
 def without_legs(flows: Sequence[Entry]) -> list[Entry]:
-    """Leave out what only passes through and is a process's connection, seen on its way."""
+    """Leave out a forwarded flow that is also a process's connection."""
     known = {pair for flow in flows if flow["pid"] is not None for pair in _pairs(flow)[:2]}
     return [
         flow
@@ -192,7 +192,7 @@ def without_legs(flows: Sequence[Entry]) -> list[Entry]:
 
 
 def _pairs(flow: Entry) -> list[tuple[Any, ...]]:
-    """The pairs of ends under which a flow is seen, lower ones first."""
+    """Yield the pairs of ends that a flow has, lower end first."""
     found = []
     for nat in ("", "nat_") if flow.get("nat_local") else ("",):
         ends = ((flow[f"{nat}{one}"], flow[f"{nat}{one[0]}port"]) for one in ("local", "remote"))
@@ -205,7 +205,7 @@ def _port(ports: set[int]) -> str:
 
 
 def service_of(lport: int, rport: int | None, asked: int | None) -> tuple[int | None, int | None]:
-    """(local, remote): the port that says what is talked about; the other one is of a moment."""
+    """Return (local, remote) ports, with only the service's; the other one is random."""
     if rport is None:
         return lport, None
     if asked in (lport, rport):
@@ -303,7 +303,7 @@ def _seen_rows(
     options: WhoOptions,
     now: float,
 ) -> list[Row]:
-    """A row for each program, far host and service, newest first."""
+    """Yield a row for each program, far host and service, newest first."""
     program_of = _programs(flows, processes)
     sums: dict[tuple[Any, ...], _Sum] = {}
     for flow in flows:
@@ -338,7 +338,7 @@ def _seen_rows(
 
 
 def _time(rtts: Sequence[float]) -> str:
-    """The round trip time in the middle of them."""
+    """Return the median round trip time."""
     if not rtts:
         return ""
     return duration(sorted(rtts)[len(rtts) // 2])
@@ -355,7 +355,7 @@ def _uncertain(flow: Entry) -> list[str]:
 
 
 def _behind(flow: Entry) -> list[str]:
-    """The proxy through which it was reached."""
+    """Return the proxy through which it was reached."""
     proxy = flow.get("behind")
     return [] if proxy is None else [f"behind {plain(proxy['comm'])}.{proxy['pid']}"]
 
@@ -363,7 +363,7 @@ def _behind(flow: Entry) -> list[str]:
 def _programs(
     flows: Iterable[Entry], processes: Mapping[tuple[int, int], Entry]
 ) -> dict[tuple[int, int], Program]:
-    """The row of each process that has flows."""
+    """Yield the row of each process that has flows."""
     known = {}
     for flow in flows:
         if flow["pid"] is not None:
@@ -392,13 +392,13 @@ def _process_rows(processes: Iterable[Entry]) -> list[Row]:
 
 
 def place_of(process: Entry) -> str:
-    """Return what a process of an answer runs in; it may hold any character."""
+    """Return what a process of an answer runs in. It may contain any character."""
     names = ("container", "container_name", "pod", "unit")
     return place(*(process.get(name, "") for name in names))
 
 
 def _parent(process: Entry) -> str:
-    """Who started it, and who started that one; the pid alone where no more is known."""
+    """Return its parents; the pid alone if no more is known."""
     above = [f"{plain(one['comm'])}.{one['pid']}" for one in process.get("parents", ())[:_ABOVE]]
     return " < ".join(above) or str(process.get("ppid") or "")
 
@@ -409,7 +409,7 @@ def _same(values: Iterable[str]) -> str:
 
 
 def _command(process: Entry) -> str:
-    """Its arguments, where the daemon keeps them."""
+    """Return its arguments, if the daemon keeps them."""
     words: str = process.get("cmdline", "")
     return words if " " in words else ""
 

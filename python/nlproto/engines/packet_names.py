@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Names packets without the module: their socket by sock_diag or /proc/net, its holder by /proc.
+"""Names packets without the module. sock_diag or /proc/net finds the socket, /proc its holder.
 
-The socket is asked for by the packet's own tuple at a flow's first packet, so what counts is
-how soon that is. A TCP socket that was closed before belonged to its listener's owner, if a
-listener accepted it: `how` listener, flagged AMBIGUOUS. Any other is `socket_gone`, which says
-that none was there when it was asked for. `no_socket` is said only of a SYN that was refused.
+A flow's first packet has its socket looked up by its tuple, as soon as possible. A TCP socket that
+has closed by then was its listener's owner's, if a listener accepted it: `how` is `listener`,
+flagged AMBIGUOUS. Else the lookup found none: `socket_gone`. `no_socket` is a refused SYN.
 """
 
 import socket
@@ -35,14 +34,14 @@ from nlproto.running.budget import Budget
 __all__ = ["FLOW_LIMIT", "PacketNames"]
 
 TTL_NS = 200_000_000
-"""How long an owner is believed at most before socket and holder are looked at again."""
-_SOON_NS = 20_000_000  # and as early as this while there is time for it
+"""How long an owner stays valid at most. Then socket and holder are looked up again."""
+_SOON_NS = 20_000_000  # and this early while there is time for it
 _SOON_SHARE, _SOON_SAVED_NS = 4, 100_000_000
-# A port can be another process's as soon as a UDP socket is closed; TCP begins with a SYN.
+# UDP: another process can get a closed socket's port at once. TCP: a connection needs a SYN.
 _LINGER_NS = {socket.IPPROTO_UDP: 50_000_000, socket.IPPROTO_TCP: 1_000_000_000}
 _FORGET_NS = 10_000_000_000
-_LATE_NS = 1_000_000_000  # who waited as long is not asked about: others wait behind it
-_CLOSING_NS = 200_000_000  # from a descriptor's end to its socket's, on a busy machine
+_LATE_NS = 1_000_000_000  # older packets are not looked up: others wait behind them
+_CLOSING_NS = 200_000_000  # from a descriptor's end to its socket's, if busy
 FLOW_LIMIT = 262144
 _FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
 _SIMULTANEOUS_NS = 1_000_000_000  # between two SYNs that cross and make one connection
@@ -53,20 +52,20 @@ _SHARED = lib.SNIFFER_F_SHARED | lib.SNIFFER_F_AMBIGUOUS
 
 @dataclass(slots=True)
 class _Connection:
-    """What the packets of one TCP connection told of it."""
+    """What the packets of one TCP connection have shown."""
 
     began_ns: int = 0
-    """When its SYN passed; 0: that was not seen."""
+    """When its SYN passed; 0: not seen."""
     active: bool = False
-    """Whether this end sent the SYN: then no listener accepted it."""
+    """Whether this end sent the SYN. Then no listener accepted it."""
     answered: bool = False
     """Whether this end sent a SYN-ACK, data or a FIN."""
     refused: bool = False
-    """Whether this end answered the SYN with a reset: nobody listened."""
+    """Whether this end answered the SYN with a reset. Then nobody listened."""
     owned: bool = False
-    """Whether its own socket was found with an owner."""
+    """Whether its socket was found, with an owner."""
     listener: PastListener | None = None
-    """Who listened when it began."""
+    """Which processes listened when it began."""
 
 
 @dataclass(slots=True)
@@ -78,20 +77,20 @@ class _Flow:
     inode: int = 0
     owner: Owner | None = None
     settled: bool = False
-    """Whether the answer may be kept for TTL_NS; else the next packet asks again."""
+    """Whether the answer may be kept for TTL_NS. If not, the next packet asks again."""
     unheld: bool = False
-    """Whether there is a socket, and a quick search found nobody who holds it."""
+    """Whether there is a socket for which a quick search found no holder."""
     row: np.void | None = None
     """The socket (HOST_SOCKET) that was found."""
     connection: _Connection | None = None
     ends: Tuple | None = None
     """The ends by which its socket is known, where NAT changed the packet's."""
     sent_ns: int = 0
-    """When the packet passed that it was asked for: who has the socket may be younger."""
+    """When the packet of the lookup passed. The socket's holder may be younger."""
 
 
 class PacketNames:
-    """Names the records of one network namespace. One thread at a time.
+    """Names the records of one network namespace. For one thread at a time.
 
     `diag` is None where sock_diag is refused: then /proc/net in `net` is read, for a quarter
     of the time at most. `is_local(family, address)` tells whether 16 bytes are this host's address.
@@ -122,10 +121,10 @@ class PacketNames:
         self._soon = Budget(_SOON_SHARE, _SOON_SAVED_NS, now_ns)
 
     def name(self, records: np.ndarray, to_all: np.ndarray) -> np.ndarray:
-        """Fill in owners and reasons; return the records to deliver (RECORD, shape (n,)).
+        """Fill in owners and reasons. Returns the records to deliver (RECORD, shape (n,)).
 
-        A packet for several sockets (`to_all`) becomes one record each, further ones flagged as
-        copies. Forwarded packets, tapped on the way in and again on the way out, become one.
+        A packet for several sockets (`to_all`) becomes a record each, the first and its copies. A
+        forwarded packet is tapped on its way in and out, and becomes one record.
         """
         outward = records["dir"] == lib.SNIFFER_DIR_OUT
         keys = keys_of(records, outward)
@@ -155,7 +154,7 @@ class PacketNames:
                 keep[rows] = not out
                 records["dir"][rows] = lib.SNIFFER_DIR_FWD
             named.append((rows, one, flow))
-        # What takes long comes last: meanwhile others close what they have.
+        # Slow searches come last: meanwhile others close their sockets.
         for rows, one, flow in named:
             if flow.unheld:
                 self._look_further(one, flow)
@@ -167,7 +166,7 @@ class PacketNames:
         return records if keep.all() else records[keep]
 
     def _doubt(self, flow: _Flow) -> None:
-        """Flag who shares a UDP port with others: which of their sockets it was is not told."""
+        """Flag records of a UDP port with several sockets: nothing says which one it was."""
         row, flow.row = flow.row, None
         if row is None or flow.owner is None or row["proto"] != socket.IPPROTO_UDP or row["dport"]:
             return
@@ -214,7 +213,7 @@ class PacketNames:
             found = self._flows[group.key] = _Flow(now, how, connection=connection)
             return found
         with self._soon.spend():
-            # what has the tuple now is the next connection's, if this one is over
+            # if this connection is over, the next one has the tuple now
             gone = _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE)
             found = gone if group.over else self._ask(one, now, sent_ns)
             if not forwarded and not group.over and not found.inode and not found.cookie:
@@ -239,7 +238,7 @@ class PacketNames:
         return found
 
     def _remember_end(self, one: Tuple, found: _Flow, sent_ns: int) -> _Flow:
-        """A client that asked several servers may be gone before the last is looked up."""
+        """A client that asked several servers may be gone before its last socket is looked up."""
         end = (one.proto, one.lport, one.local)
         before = self._ends.get(end)
         if found.owner is not None:
@@ -249,15 +248,15 @@ class PacketNames:
         return found
 
     def _linger(self, known: _Flow, found: _Flow, proto: int, sent_ns: int) -> _Flow:
-        """The last owner for packets that were under way when the socket went.
+        """Return the last owner, for packets that were under way when the socket closed.
 
-        Without a socket those tapped shortly after it was last seen; for as long as the kernel
-        still keeps a closed connection (cookie the same), whatever it sends is its last owner's.
+        Without a socket: for packets tapped shortly after it was last seen. While the kernel keeps
+        a closed connection (same cookie), its last owner has all that it sends.
         """
         if found.owner is not None or known.owner is None:
             return found
         if known.how == lib.SNIFFER_HOW_LISTENER:
-            return found  # the listener is asked about anew
+            return found  # the listener is looked up again
         same = known.cookie != 0 and known.cookie == found.cookie
         late = sent_ns - known.checked_ns >= _LINGER_NS[proto]
         if not same and (late or found.cookie):
@@ -265,7 +264,7 @@ class PacketNames:
         known.flags |= lib.SNIFFER_F_DEAD
         late = sent_ns - known.checked_ns > _SOON_NS
         if proto == socket.IPPROTO_UDP or found.inode or late:
-            # A UDP port may have a new owner, and what was open may have been passed on.
+            # A UDP port may have a new owner, and an open socket may have been passed on.
             known.flags |= lib.SNIFFER_F_AMBIGUOUS
         known.settled, known.unheld = False, found.unheld
         if same:
@@ -273,13 +272,13 @@ class PacketNames:
         return known
 
     def _take_listener(self, one: Tuple, found: _Flow, connection: _Connection) -> None:
-        """Name who accepted, or will accept, a connection without a socket of a process's own."""
+        """Name the process that accepted, or will accept, a connection whose socket nobody has."""
         if connection.active or connection.owned or found.how == lib.SNIFFER_HOW_KERNEL:
             return
         listening = found.row is not None and int(found.row["state"]) == TcpState.LISTEN
         there = found.row is not None and not listening
         if not there and not connection.began_ns and not connection.answered:
-            return  # nothing says that there was a connection: a probe, an answer to a reset
+            return  # no sign of a connection: it was a probe, or an answer to a reset
         waits = False
         if found.row is not None and there:
             waits = int(found.row["state"]) in _NOT_ACCEPTED and not found.inode
@@ -287,7 +286,7 @@ class PacketNames:
             now = self._listeners.of(one, connection.began_ns, found.row if listening else None)
         listener = now or before
         connection.listener = before or now
-        # A connection that waits may have moved to another listener (net.ipv4.tcp_migrate_req).
+        # It may have moved to another listener (net.ipv4.tcp_migrate_req).
         moved = waits and before is not None and (now is None or now.inode != before.inode)
         if listener is None:
             return
@@ -305,12 +304,12 @@ class PacketNames:
         limit = now - _FORGET_NS
         self._flows = {key: flow for key, flow in self._flows.items() if flow.checked_ns > limit}
         self._ends = {key: flow for key, flow in self._ends.items() if flow.checked_ns > limit}
-        if len(self._flows) > self._flow_limit * 3 // 4:  # or the next flow would be as dear
+        if len(self._flows) > self._flow_limit * 3 // 4:  # or the next flow would cost as much
             self._flows.clear()
             self._ends.clear()
 
     def _ask(self, one: Tuple, now: int, sent_ns: int) -> _Flow:
-        """The socket of the packet's own, with who holds it; a listener is not that."""
+        """Return the packet's own socket and its holders. A listener is not its own socket."""
         if (row := self._sockets.find(one)) is not None and int(row["state"]) != TcpState.LISTEN:
             return self._held(row, now, sent_ns, self._listeners.likely(one))
         return _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, row=row)
@@ -331,7 +330,7 @@ class PacketNames:
         return other, found
 
     def _look_further(self, one: Tuple, flow: _Flow) -> None:
-        """Search all processes for the holder of a socket, unless it is just being closed."""
+        """Search all processes for a socket's holder, unless it is just being closed."""
         flow.unheld = False
         again = self._sockets.find(flow.ends or one)
         if again is None or int(again["inode"]) != flow.inode:
@@ -346,7 +345,7 @@ class PacketNames:
             flow.how, flow.flags = lib.SNIFFER_HOW_KERNEL, lib.SNIFFER_F_KERNEL
 
     def _stays(self, flow: _Flow) -> bool:
-        """Whether nobody held the socket for a while: one that is being closed goes soon."""
+        """Return whether nobody held the socket for a while: a closing one goes soon."""
         if len(self._unheld) > self._flow_limit:
             self._unheld.clear()
         first = self._unheld.setdefault(flow.inode, flow.checked_ns)
@@ -366,7 +365,7 @@ class PacketNames:
     def _own(self, flow: _Flow, owners: tuple[Owner, ...]) -> None:
         sent_ns = Clock.now().boot_ns(flow.sent_ns)
         there = tuple(one for one in owners if one.identity.start_ns <= sent_ns)
-        if owners and not there:  # who began later: of another connection, or of one passed on
+        if owners and not there:  # these began later
             flow.how = lib.SNIFFER_HOW_SOCKET_GONE
             return
         if there:
@@ -376,13 +375,13 @@ class PacketNames:
             flow.how = lib.SNIFFER_HOW_DIAG if self._sockets.by_diag else lib.SNIFFER_HOW_PROC
             flow.settled = True
             if len(there) > 1:
-                flow.flags |= _SHARED  # which of them uses it is not to be seen from outside
+                flow.flags |= _SHARED  # from outside nobody sees which of them uses it
         else:
             gone, unknown = lib.SNIFFER_HOW_SOCKET_GONE, lib.SNIFFER_HOW_NOT_PROBED
             flow.how = gone if self._holders.exhaustive else unknown
 
     def _name_all(self, records: np.ndarray, rows: list[int], one: Tuple) -> list[np.ndarray]:
-        """Name a datagram for everybody; return the copies for its second receiver and further."""
+        """Name a datagram for all receivers; return the copies for all but the first."""
         sent_ns = int(records["time_ns"][rows[0]])
         receivers = self._receivers(one)
         flows = [self._held(found, self._now_ns(), sent_ns) for found in receivers]
@@ -402,10 +401,10 @@ class PacketNames:
         return copies
 
     def _receivers(self, one: Tuple) -> list[np.void]:
-        """UDP sockets that a datagram to a group or to all reaches.
+        """Return the UDP sockets that receive a multicast or broadcast.
 
-        By default each socket bound to the port gets what any of this host joined
-        (IP_MULTICAST_ALL); who joined what is not to be seen from outside.
+        By default each socket on the port receives every group that anybody here joined
+        (IP_MULTICAST_ALL). From outside nobody sees who joined which group.
         """
         found = []
         for row in self._sockets.bound(one.proto, one.lport):
@@ -433,7 +432,7 @@ def _follow(
     if group.out:
         connection.answered |= is_answer(records)
         passive = connection.began_ns and not connection.active and not connection.answered
-        # Only what had no ACK is answered by a reset with one.
+        # Only a packet without an ACK is answered by a reset with an ACK.
         reset = records["tcp_flags"] & (_SYN | _RST | _ACK) == _RST | _ACK
         connection.refused |= bool(passive and np.any(reset))
     connection.refused |= group.refused

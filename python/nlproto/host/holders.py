@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Which processes hold a socket: inode -> descriptors under /proc/PID/fd, learnt step by step.
+"""Which processes hold a socket: inode -> descriptors in /proc/PID/fd, learnt step by step.
 
-A full walk costs time in proportion to all descriptors of the machine. So full walks are
-rationed. What is known is checked by one readlink, and newborn processes are asked first. So is
-what the sockets of one user cost: a socket that only a message in flight refers to, or that
-hundreds of processes have, is dear to look up and cheap to make.
+The cost of a full walk grows with the number of all descriptors. So full walks are rationed. One
+readlink checks a known holder, and new processes are read first. The time for one user's sockets is
+rationed too. Some sockets are cheap to make and expensive to look up: one to which only a message
+in flight refers, or one that hundreds of processes have.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from nlproto.running.budget import Budget, UserBudgets
 
 __all__ = ["Holders"]
 
-_WALK_SHARE = 4  # walks may take a quarter of the time in the long run
+_WALK_SHARE = 4  # of the time, for walks in the long run
 _WALK_SAVED_NS = 500_000_000  # walking time that can be saved up while nothing is unknown
-_WALK_WAIT_S = 0.05  # for the walk of another thread, before nobody is found
+_WALK_WAIT_S = 0.05  # to wait for another thread's walk before nobody is found
 _USER_SHARE, _USERS_SHARE, _USER_SAVED_NS = 3, 2, 300_000_000
 """Parts of the time: for the sockets of one user, and of all users but root."""
 _ASKED_AGAIN_NS = 50_000_000  # an inode that nobody held, when asked for again the first time
@@ -40,22 +40,22 @@ _IDLE_SHARE, _IDLE_SAVED_NS = 200, 200_000_000
 _STALE = 65536  # sockets that have gone and may be kept until all are asked
 _MISSING_LIMIT = 65536
 _MANY = 500
-_WALK_GAIN = 16  # a walk asks so many sockets in the time in which find() asks one
+_WALK_GAIN = 16  # a walk checks this many sockets in the time in which find() checks one
 _GENERATIONS = 8
-_BORN_NS = 10_000_000  # between two looks for new processes that nobody waits for
+_BORN_NS = 10_000_000  # between two looks for new processes if nobody waits for them
 _BORN_SHARE = 10  # of the time, for these looks
 _YOUNG_NS = 1_000_000_000  # how long one may be about to open its first socket
 _FEW = 16
-"""So many processes are asked at once, where the youngest are asked first."""
+"""The number of processes that are read at once when the youngest are read first."""
 _AT_ONCE = 4
 _INHERITED_NS = 200_000_000
-"""How long it is remembered who may have got a socket by being born."""
+"""How long the birth of a process may still give it a socket."""
 
 
 class Holders:
-    """The holders of sockets, as of their last check; for the threads of one program together.
+    """The holders of sockets, as of their last check. The threads of one program share it.
 
-    Processes are walked inside `walking()`, by one thread at a time. Others get answers meanwhile.
+    One thread at a time walks the processes, inside `walking()`. Others get answers meanwhile.
     """
 
     def __init__(
@@ -94,13 +94,13 @@ class Holders:
         self._budget = Budget(_WALK_SHARE, _WALK_SAVED_NS, now_ns)
         self._users = UserBudgets(_USER_SHARE, _USERS_SHARE, _USER_SAVED_NS, now_ns)
         self.walked_ns = -(1 << 62)
-        """When all processes were last asked."""
+        """When all processes were last read."""
         self.complete = True
-        """Whether every process could be asked at the last walk (else it needs root)."""
+        """Whether the last walk could read every process (if not, it needs root)."""
 
     @property
     def exhaustive(self) -> bool:
-        """Whether this thread's last find() that found nobody had asked every process."""
+        """Whether this thread's last find() without a result had read every process."""
         return bool(getattr(self._found, "exhaustive", False))
 
     def walk(self) -> None:
@@ -163,7 +163,7 @@ class Holders:
             self._traffic = {pid: at for pid, at in self._traffic.items() if pid in self._large}
 
     def _learn(self, by_inode: dict[int, dict[int, int]], alive: Sequence[int]) -> None:
-        """Take what a walk found. Who was born since it began is asked once more."""
+        """Store the result of a walk. Processes born since it began are read once more."""
         self._by_inode = by_inode
         if not self._known.issuperset(alive):
             self._unasked_ns = self._now_ns()
@@ -177,26 +177,27 @@ class Holders:
         self._sole = {inode: pid for inode, held in by_inode.items() for pid in held}
 
     def due(self) -> bool:
-        """Return whether a full walk may be made now, and nobody is making one."""
+        """Return whether a full walk may be made now and no thread is making one."""
         return not self._walk_lock.locked() and self._budget.allows()
 
     def allows(self, uid: int) -> bool:
-        """Return whether there is time left to look for who holds the sockets of `uid`."""
+        """Return whether time is left to search for holders of `uid`'s sockets."""
         return self._users.allows(uid)
 
     def find(self, inode: int, uid: int = 0) -> tuple[Owner, ...]:
-        """Return the living holders of a socket, its likely user first; empty when none is found.
+        """Return the living holders of a socket, the likely user first; empty if none is found.
 
-        That is who once held it alone, for as long as it does: children get descriptors by fork
-        that they never use. Else the youngest, which was probably given it to use it. The time
-        that this takes counts for `uid`, whose socket it is. Without any left nobody is found.
+        The likely user is the process that once held it alone, as long as it holds it: children
+        inherit descriptors that they never use. Otherwise it is the youngest, which probably got
+        the socket to use it. The time counts for `uid`, the socket's user. With no time left nobody
+        is found.
         """
         return self._find_soon(inode, uid, ()) or self.find_anywhere(inode, uid)
 
     def find_many(
         self, inodes: Sequence[int], uids: Sequence[int]
     ) -> Iterator[tuple[int, tuple[Owner, ...]]]:
-        """As find(), for each of `inodes`. When they are many each process is asked once."""
+        """Do find() for each of `inodes`. If they are many, each process is read once."""
         many = len(inodes) > max(_MANY, len(self._by_inode) // _WALK_GAIN)
         if not many:
             asked = zip(inodes, uids, strict=True)
@@ -205,7 +206,7 @@ class Holders:
         yield from self.find_together(inodes)
 
     def find_together(self, inodes: Sequence[int]) -> Iterator[tuple[int, tuple[Owner, ...]]]:
-        """As find(), for each of `inodes`: each process is asked once, if a walk is due."""
+        """Do find() for each of `inodes`. Each process is read once, if a walk is due."""
         if self.due():
             self.walk()
         else:
@@ -254,7 +255,7 @@ class Holders:
                 return self._owners(inode, held)
 
     def find_anywhere(self, inode: int, uid: int = 0) -> tuple[Owner, ...]:
-        """As find(), after find_soon() found nobody: ask all, if a walk is due."""
+        """Do what find() does after find_soon() found nobody: read all, if a walk is due."""
         if not inode:
             return ()
         missed, until_ns = self._missing.get(inode, (0, 0))
@@ -294,17 +295,17 @@ class Holders:
         return self._by_inode.get(inode, {}) if self._whole else self._checked(inode)
 
     def _wait_for_walk(self) -> None:
-        """Another thread may be about to find whom we look for: wait, but not long."""
+        """Wait a moment if another thread walks: it may be about to find this holder."""
         if self._walk_lock.locked() and self._walk_lock.acquire(timeout=_WALK_WAIT_S):
             self._walk_lock.release()
 
     def known(self, inode: int) -> tuple[Owner, ...]:
-        """As find(), but only of those that were known before; cheap."""
+        """Return the holders that were known before; cheap."""
         with self._lock:
             return self._owners(inode, self._checked(inode))
 
     def peek(self, inode: int) -> Iterator[Owner]:
-        """As known(), but nothing is learnt or forgotten."""
+        """Return what known() returns, but learn and forget nothing."""
         with self._lock:
             held = self._by_inode.get(inode, {}).copy()
         target = f"socket:[{inode}]"
@@ -327,7 +328,7 @@ class Holders:
         owners = [found for pid in held if (found := ask(pid)) is not None]
         for found in owners:
             self._talkers.pop(found.identity.tgid, None)
-            self._talkers[found.identity.tgid] = None  # the last to have talked is asked first
+            self._talkers[found.identity.tgid] = None  # the latest holder is checked first
         if len(owners) == 1:
             self._settled[inode] = owners[0].identity.tgid
         user = self._settled.get(inode)
@@ -354,7 +355,7 @@ class Holders:
         return known
 
     def _ask_born(self, older_ns: int) -> None:
-        """Ask who was born since the last time: by fork they hold what their parents hold."""
+        """Read the newborn processes: by fork they hold what their parents hold."""
         now = self._now_ns()
         if now - self._listed_ns < older_ns:
             return
@@ -369,9 +370,9 @@ class Holders:
             self._ask(born)
 
     def _find_newest(self, inode: int) -> tuple[Owner, ...]:
-        """Ask the youngest, born since the last look or known already: one may live a millisecond.
+        """Read the youngest processes, new ones or known: one may live a millisecond.
 
-        Each step is a tenth of one. Who they are is asked before who else holds it.
+        Each step takes a tenth of that. They are listed before other holders are searched.
         """
         self._ask_newest()
         self._ask_young(inode, _FEW)
@@ -382,19 +383,19 @@ class Holders:
         return self._owners(inode, self._by_inode[inode], ask) if held else ()
 
     def _ask_newest(self) -> None:
-        """Ask the youngest of who was born since the last look, without the list of all."""
+        """Read the youngest processes born since the last look, without the list of all."""
         before, self._newest = self._newest, self._births.last()
         if before == self._newest:
             return
         now = self._now_ns()
         numbers = range(self._newest, before, -1)
         if not numbers or len(numbers) > _FEW:
-            self._unasked_ns = now  # the list will tell of the others
+            self._unasked_ns = now  # the list will have the others
         born = [pid for pid in numbers[:_FEW] if pid not in self._known]
         self._welcome([pid for pid in born if procfs.is_process(pid)], now)
 
     def _welcome(self, born: Sequence[int], now: int) -> None:
-        """Ask the newly born, and remember what they may have got from their parents."""
+        """Read new processes, and note what they may have got from their parents."""
         self._known.update(born)
         self._young = {pid: at for pid, at in self._young.items() if now - at < _YOUNG_NS}
         self._young |= dict.fromkeys(sorted(born), now)
@@ -404,13 +405,13 @@ class Holders:
             self._inherited = {one: at for one, at in self._inherited.items() if at > recent}
 
     def may_be_inherited(self, inode: int, since_ns: int) -> bool:
-        """Return whether somebody was born since then, 0.2 s ago at most, who may hold it too."""
+        """Return whether a process was born since then, at most 0.2 s ago, that may hold it too."""
         with self._lock:
             self._ask_newest()
             return max(self._inherited.get(inode, 0), self._unasked_ns) > since_ns
 
     def _ask_young(self, inode: int, most: int) -> None:
-        """Ask the youngest first, until one is found who holds it."""
+        """Read the youngest first, until one is found that holds it."""
         young = [pid for pid in reversed(self._young) if pid in self._known][:most]
         while young and not self._by_inode.get(inode):
             self._ask(young[:_AT_ONCE])
@@ -434,7 +435,7 @@ class Holders:
                 self._ask([pid])
 
     def _ask_parents(self, inode: int, pid: int) -> None:
-        """Holders share by fork first of all: ask upwards for as long as they hold it too."""
+        """Most shared sockets come from fork: go up the parents as long as they hold it too."""
         if self._sole.get(inode) == pid:
             return
         if len(self._sole) > _MISSING_LIMIT:

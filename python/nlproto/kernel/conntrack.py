@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What NAT does in one network namespace: events of conntrack, and what it knew before.
+"""Translations by NAT in one network namespace: conntrack's events, and its older entries.
 
-A connection's translation is settled with its first packet and never changes. So events of a
-beginning and an end are enough, and the kernel leaves out whatever is not translated. Sources:
-uapi linux/netfilter/nfnetlink_conntrack.h, net/netfilter/nf_conntrack_netlink.c.
+The first packet fixes a connection's translation, which never changes. So events of beginning and
+end are enough. The kernel leaves out connections that are not translated. Sources: uapi
+linux/netfilter/nfnetlink_conntrack.h, net/netfilter/nf_conntrack_netlink.c.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ _AD_NLATTR = 12
 End = tuple[bytes, int]
 """16 bytes of address, and a port."""
 Tuple = tuple[bytes, bytes]
-"""Where packets come from and go to: an end is 16 bytes of address and 2 of port, big-endian."""
+"""Source and destination: each end has 16 bytes of address and 2 of port, big-endian."""
 
 
 def is_there() -> bool:
-    """Whether this kernel translates addresses now. Asking loads nothing.
+    """Return whether this kernel translates addresses now. Asking loads no module.
 
-    Where conntrack is a module, NAT is one too, and has to be loaded as well.
+    Where conntrack is a module, NAT is one too, and must be loaded as well.
     """
     conntrack = "/sys/module/nf_conntrack"
     built_in = not os.path.exists(f"{conntrack}/initstate")
@@ -76,10 +76,10 @@ def is_there() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A translated connection; `reply` is the way of its answers before they are translated back.
+    """A translated connection. `reply` has the ends of its answers as they come.
 
-    `ended`: it has gone. `number` tells it from others of its namespace. `closing`, where it was
-    asked for: a TCP connection that has sent a FIN or RST.
+    `ended`: it has ended. `number` tells it from others of its namespace. `closing`, if asked for:
+    it is a TCP connection that has sent a FIN or RST.
     """
 
     ended: bool
@@ -93,7 +93,7 @@ class Event:
 
 
 def _translated_only() -> list[tuple[int, int, int, int]]:
-    """Takes messages whose CTA_STATUS says that an address or port was changed."""
+    """Takes messages whose CTA_STATUS says that an address or port was translated."""
     return assemble(
         [
             (_LDX, 0, 0, _STATUS),
@@ -109,9 +109,9 @@ def _translated_only() -> list[tuple[int, int, int, int]]:
 
 
 class Conntrack:
-    """Events of the network namespace it is made in.
+    """Events of the network namespace in which it is created.
 
-    Raises NoPrivilege without CAP_NET_ADMIN, Error where the kernel cannot tell.
+    Raises NoPrivilege without CAP_NET_ADMIN, Error if the kernel cannot report events.
     """
 
     def __init__(self, receive_bytes: int) -> None:
@@ -131,23 +131,23 @@ class Conntrack:
             self._asking = Connection(NETLINK_NETFILTER)
         except PermissionError:
             self.close()
-            raise NoPrivilege("what NAT does is told to root alone (CAP_NET_ADMIN)") from None
+            raise NoPrivilege("only root can read translations by NAT (CAP_NET_ADMIN)") from None
         except OSError as error:
             self.close()
-            raise Error(f"what NAT does cannot be told: {error.strerror}") from None
+            raise Error(f"translations by NAT cannot be read: {error.strerror}") from None
         except BaseException:
             self.close()
             raise
 
     def read_known(self, limit: int) -> tuple[list[Event], bool]:
-        """Return what is there now, at most `limit`; and whether there is more. Raises Error."""
+        """Return the present entries, at most `limit`, and whether there are more. Raises Error."""
         try:
             return self._read_known(limit)
         except OSError as error:
-            raise Error(f"what NAT does cannot be told: {error.strerror}") from None
+            raise Error(f"translations by NAT cannot be read: {error.strerror}") from None
 
     def _read_known(self, limit: int) -> tuple[list[Event], bool]:
-        """By one bit at a time: that is how kernels from 5.15 on select; older ones tell all."""
+        """Kernels from 5.15 on select by a bit, so this asks bit by bit. Older ones report all."""
         assert self._asking is not None
         found: dict[tuple[int, int, int, Tuple], Event] = {}
         cut = False
@@ -163,7 +163,7 @@ class Conntrack:
                     continue
                 if len(found) >= limit:
                     cut = True
-                    continue  # the socket is used again: nothing may be left in it
+                    continue  # the socket is used again: leave nothing in it
                 event = _event_of(message)
                 if event is not None:
                     found[event.number, event.zone, event.proto, event.original] = event
@@ -176,13 +176,13 @@ class Conntrack:
         return self._socket.fileno()
 
     def close(self) -> None:
-        """Hear no more."""
+        """Stop receiving events."""
         self._socket.close()
         if self._asking is not None:
             self._asking.close()
 
     def read(self, most: int) -> Iterator[Event | None]:
-        """Yield up to `most` events that wait; None in the place of those that found no room."""
+        """Yield up to `most` waiting events, and None where events were lost for lack of room."""
         for _ in range(most):
             try:
                 size = self._socket.recv_into(self._buffer)
@@ -190,7 +190,7 @@ class Conntrack:
                 return
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
-                    raise Error(f"what NAT does: {error.strerror}") from None
+                    raise Error(f"translations by NAT: {error.strerror}") from None
                 yield None
                 continue
             for message in messages(self._buffer[:size]):
@@ -274,7 +274,7 @@ def _status_of(message: Message) -> int:
 
 
 def _event_of(message: Message) -> Event | None:
-    """None of what has no ports, or is no connection's."""
+    """Return None for entries without ports, or of no connection."""
     if message.type not in (_CT_NEW, _CT_DELETE):
         return None
     family = message.payload[0]

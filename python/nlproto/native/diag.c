@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* What sock_diag is asked, and its answers (man 7 sock_diag). */
+/* Requests to sock_diag, and its answers (man 7 sock_diag). */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -51,8 +51,9 @@ struct diag_answers {
 };
 
 /*
- * Read the next answer to request @seq into @d; @attrs gets its attributes, which end at @end.
- * Returns 1, or 0 when there is none left, or what the kernel or damage says as -errno.
+ * Read the next answer to request @seq into @d; @attrs gets its attributes, which end
+ * at @end. Returns 1; 0 when there is none left; -errno if the kernel reports an error
+ * or the data is damaged.
  */
 static int next_answer(struct diag_answers *a, struct inet_diag_msg *d, const uint8_t **attrs,
 		       const uint8_t **end)

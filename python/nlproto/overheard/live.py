@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is known of far ends, as the one who asks may see it."""
+"""What is known of far ends, as a given user may see it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["LiveEnds"]
 
 
 class LiveEnds:
-    """What this process overhears. `own` leaves out what resolvers asked for others."""
+    """What this process has heard. `own` leaves out names that resolvers asked for."""
 
     def __init__(
         self, domains: Domains, became: Translations | None = None, own: bool = False
@@ -24,7 +24,7 @@ class LiveEnds:
         self._own = own
 
     def for_own(self) -> LiveEnds:
-        """Return what who sees only their own packets may know."""
+        """Return what a user may know who sees only their own packets."""
         return LiveEnds(self._domains, self._became, own=True)
 
     def domains(self, records: np.ndarray) -> list[str]:

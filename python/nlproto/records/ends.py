@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is known of the far ends of records, whoever knows it: this process, a daemon or a file."""
+"""What is known of the far ends of records, from this process, a daemon or a file."""
 
 from __future__ import annotations
 
@@ -38,30 +38,30 @@ Translated = tuple[bytes, int, bytes, int]
 TRANSLATED = np.dtype(
     [("saddr", "u8", (2,)), ("daddr", "u8", (2,)), ("sport", "u2"), ("dport", "u2")]
 )
-"""The other addresses of a packet that NAT changes; all 0: it is not known to be changed."""
+"""The translated addresses of a packet; all 0: none are known."""
 
 
 class Ends(Protocol):
-    """For records: RECORD, shape (n,)."""
+    """Answers about records: RECORD, shape (n,)."""
 
     def domain_of(self, key: FlowKey) -> str:
-        """Return the name that the flow's owner asked for, "" for none."""
+        """Return the names that the flows' owners asked for, "" for none."""
         ...
 
     def domains(self, records: np.ndarray) -> list[str]:
-        """Return that of each record's flow."""
+        """Return the name for each record's flow."""
         ...
 
     def text(self, number: int) -> str:
-        """Return the name by the number that a FLOW has in `domain`, "" for none."""
+        """Return the name of a number in a FLOW's `domain`; "" for none."""
         ...
 
     def for_own(self) -> Ends:
-        """Return what who sees only their own packets may know."""
+        """Return what a user may know who sees only their own packets."""
         ...
 
     def translations(self, records: np.ndarray) -> np.ndarray | None:
-        """Return TRANSLATED of each record; None: of none of them is anything known."""
+        """Return TRANSLATED for each record; None: nothing is known of any of them."""
         ...
 
     def translated(self, flows: np.ndarray) -> dict[FlowKey, Translated]:
@@ -98,7 +98,7 @@ def flow_keys(flows: np.ndarray) -> Iterator[FlowKey]:
 
 
 def is_incoming(records: np.ndarray) -> list[bool]:
-    """Return of which of them the local end is the target."""
+    """Return for each record whether the local end is the target."""
     found: list[bool] = (records["dir"] == lib.SNIFFER_DIR_IN).tolist()
     return found
 
@@ -126,7 +126,7 @@ def of_flows(translated: np.ndarray, records: np.ndarray) -> list[Translated | N
 
 
 class NoEnds:
-    """Nothing is known."""
+    """Knows nothing."""
 
     def domain_of(self, key: FlowKey) -> str:
         """See Ends."""
@@ -154,14 +154,14 @@ class NoEnds:
 
 
 class ToldEnds:
-    """What a daemon or a file told; at most 65,536 flows, those told longest ago go."""
+    """What a daemon or a file said about at most 65,536 flows. The oldest are forgotten."""
 
     def __init__(self) -> None:
         self._told: OrderedDict[FlowKey, tuple[str, Translated | None]] = OrderedDict()
         self._translated: set[FlowKey] = set()
 
     def tell(self, key: FlowKey, domain: str, became: Translated | None = None) -> None:
-        """Remember the name and the translation of a flow's ends; neither of them: forget."""
+        """Remember name and translation of a flow's ends; with neither, forget the flow."""
         if domain or became is not None:
             self._told[key] = domain, became
             self._told.move_to_end(key)
@@ -184,7 +184,7 @@ class ToldEnds:
                 self.tell(key, domain)
 
     def told(self, key: FlowKey) -> tuple[str, Translated | None]:
-        """Return what tell() was told."""
+        """Return what tell() was given."""
         return self._told.get(key, ("", None))
 
     def domain_of(self, key: FlowKey) -> str:
