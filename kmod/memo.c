@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Packets like one that was recorded on this CPU a moment ago: same ends, same
- * socket, same user. Their records are the former one's but for time and sizes.
+ * A shortcut for packets like one that this CPU recorded a moment ago: same ends, same
+ * socket, same user. Their record is the earlier one, but for time, sizes, thread and
+ * TCP flags.
  *
- * What a memo says is proven for each packet anew, by comparisons alone:
- * - the version of the owner table's entry is the one that was read before the
- *   former packet was named: then neither the entry nor its user has changed or
- *   been freed, see struct sniffer_stripe;
- * - what the entry's version does not tell is compared: name and uid of the user,
- *   his end and his forks, the socket's file and port, who is on the CPU;
- * - the socket of a packet that comes in is the one that the stack will find. It
- *   is alone where the stack looks, and what it is bound to fits.
- * Whatever does not hold is done the long way (name.c, lookup.c), and so is what
- * no memo is made of: handshakes, listeners, what is named after another socket,
- * a user that has let go, multicast, options in IPv4 headers, VRFs.
+ * For each packet, comparisons prove that the memo still holds:
+ * - the entry's version is the one read before the earlier packet was named. So neither
+ *   the entry nor its user has changed or been freed, see struct sniffer_stripe;
+ * - whatever changes without that version is compared: name, uid, exit and forks of the
+ *   user, file and port of the socket, the task on the CPU;
+ * - for an incoming packet, the socket is the one that the stack will find. A UDP
+ *   socket is alone in its hash slot, and its addresses fit. A TCP connection is in its
+ *   bucket.
+ *
+ * If anything differs, the packet is named as usual (lookup.c, name.c). Some packets never
+ * have a memo: handshakes, packets to listeners, packets named after another socket,
+ * packets of a user that has closed the socket, multicast, IPv4 headers with options, VRFs.
  */
 #include <linux/hash.h>
 #include <linux/ip.h>
@@ -41,31 +43,32 @@
 /* Bits of struct memo.kind, above the protocol. */
 #define MEMO_IN		BIT(8)
 #define MEMO_IP6	BIT(9)
-#define MEMO_TRUSTED	BIT(10)	/* named after who was on the CPU */
-#define MEMO_LOOKUP	BIT(11)	/* came in, and was looked up */
+#define MEMO_TRUSTED	BIT(10)	/* named after the task on the CPU */
+#define MEMO_LOOKUP	BIT(11)	/* incoming, found by a lookup */
 
 /**
- * struct memo - a packet and what it was found to be
- * @kind: protocol and MEMO_..., 0: nothing is kept here
+ * struct memo - a packet's record, and all that must still be so for the record to hold
+ * @kind: protocol and MEMO_... bits, 0: empty
  * @ports: as they are in the packet
- * @net: where it was
+ * @net: its network namespace
  * @sk: its socket
- * @stripe: of the entry that it was named after
- * @version: of that
+ * @stripe: stripe of @owner
+ * @version: version of @stripe
  * @num: local port of @sk
  * @many: another process may have the socket, see sniffer_owner_shared()
- * @sock: of @sk
- * @owner: the entry
- * @user: of the entry
- * @forked: of the user
- * @place: in the message of flows
- * @hash: where the stack finds the socket
- * @any: the same if it is bound to no address (UDP)
- * @comm: of current's leader, as it is there, if MEMO_TRUSTED
- * @record: of the packet
+ * @sock: socket of @sk
+ * @owner: entry that it was named after
+ * @user: user of @owner
+ * @forked: last fork of @user
+ * @place: where it was added up, see sniffer_merge_add()
+ * @hash: hash under which the stack finds @sk
+ * @any: the same if @sk is bound to no address (UDP)
+ * @met: hash of what went out last, and would have had its place here
+ * @comm: if MEMO_TRUSTED, raw comm of current's leader
+ * @record: the record
  *
- * Used by its own CPU, bottom halves off. None of the pointers is followed before
- * @version is found to be the same.
+ * Used by its own CPU, with bottom halves off. No pointer may be dereferenced before
+ * @version was found to match.
  */
 struct memo {
 	u32 kind;
@@ -83,18 +86,10 @@ struct memo {
 	struct sniffer_merge_place place;
 	u32 hash;
 	u32 any;
+	u32 met;
 	char comm[SNIFFER_COMM_LEN] __aligned(sizeof(u64));
 	struct sniffer_record record;
 } ____cacheline_aligned;
-
-/* What a packet's headers say, in the packet's own order. */
-struct memo_ends {
-	const void *saddr;
-	const void *daddr;
-	u32 ports;
-	u32 kind;
-	int thoff;
-};
 
 static DEFINE_PER_CPU(struct memo *, memos);	/* 1 << MEMO_BITS of them; set at load only */
 
@@ -107,7 +102,7 @@ static __always_inline u32 memo_kind(const struct sk_buff *skb, u8 family, u8 di
 	return kind | MEMO_IN | (skb->sk ? 0 : MEMO_LOOKUP);
 }
 
-/* As they are in the packet. */
+/* Both ports in network byte order. */
 static u32 memo_ports(const struct sniffer_record *r)
 {
 	const __be16 ports[] = { htons(r->sport), htons(r->dport) };
@@ -117,45 +112,11 @@ static u32 memo_ports(const struct sniffer_record *r)
 	return both;
 }
 
-static __always_inline bool memo_parse(const struct sk_buff *skb, u8 family, u8 dir,
-				       bool trusted, struct memo_ends *ends)
+static __always_inline u64 memo_hash(const struct sniffer_ends *ends, u32 kind)
 {
-	int room = skb_headlen(skb);
+	u64 hash = (u64)ends->ports << 32 | kind;
 
-	ends->kind = memo_kind(skb, family, dir, trusted);
-	if (family == AF_INET) {
-		const struct iphdr *ip = (const struct iphdr *)skb->data;
-
-		ends->thoff = sizeof(*ip);
-		if (room < (int)(sizeof(*ip) + sizeof(struct udphdr)) ||
-		    *(const u8 *)ip != 0x45 || ip->frag_off & htons(IP_OFFSET))
-			return false;
-		ends->saddr = &ip->saddr;
-		ends->daddr = &ip->daddr;
-		ends->kind |= ip->protocol;
-		ends->ports = *(const u32 *)(ip + 1);
-	} else {
-		const struct ipv6hdr *ip = (const struct ipv6hdr *)skb->data;
-
-		ends->thoff = sizeof(*ip);
-		if (room < (int)(sizeof(*ip) + sizeof(struct udphdr)))
-			return false;
-		ends->saddr = &ip->saddr;
-		ends->daddr = &ip->daddr;
-		ends->kind |= ip->nexthdr;
-		ends->ports = *(const u32 *)(ip + 1);
-	}
-	if ((u8)ends->kind == IPPROTO_TCP)
-		return room >= (int)(ends->thoff + sizeof(struct tcphdr));
-	return (u8)ends->kind == IPPROTO_UDP;
-}
-
-/* The place for such packets. */
-static __always_inline struct memo *memo_of(const struct memo_ends *ends)
-{
-	u64 hash = (u64)ends->ports << 32 | ends->kind;
-
-	if (ends->kind & MEMO_IP6) {
+	if (kind & MEMO_IP6) {
 		const u64 *from = ends->saddr, *to = ends->daddr;
 
 		hash ^= get_unaligned(from) ^ get_unaligned(from + 1);
@@ -164,21 +125,28 @@ static __always_inline struct memo *memo_of(const struct memo_ends *ends)
 		hash ^= *(const u32 *)ends->saddr;
 		hash += (u64)*(const u32 *)ends->daddr << 12;
 	}
-	return this_cpu_read(memos) + hash_64(hash, MEMO_BITS);
+	return hash * GOLDEN_RATIO_64;
 }
 
-static __always_inline bool memo_has_ends(const struct memo *memo, const struct memo_ends *ends)
+/* The place for packets with this hash. */
+static __always_inline struct memo *memo_of(u64 hash)
 {
-	if (memo->kind != ends->kind || memo->ports != ends->ports)
+	return this_cpu_read(memos) + (hash >> (64 - MEMO_BITS));
+}
+
+static __always_inline bool memo_has_ends(const struct memo *memo, const struct sniffer_ends *ends,
+					  u32 kind)
+{
+	if (memo->kind != kind || memo->ports != ends->ports)
 		return false;
-	if (ends->kind & MEMO_IP6)
+	if (kind & MEMO_IP6)
 		return !memcmp(memo->record.saddr, ends->saddr, 16) &&
 		       !memcmp(memo->record.daddr, ends->daddr, 16);
 	return *(const u32 *)memo->record.saddr == *(const u32 *)ends->saddr &&
 	       *(const u32 *)memo->record.daddr == *(const u32 *)ends->daddr;
 }
 
-/* Is what came for an IPv4 address for several sockets now? */
+/* Is an IPv4 packet for several sockets? */
 static __always_inline bool memo_is_for_many(const struct sk_buff *skb)
 {
 	const struct rtable *rt = skb_rtable(skb);
@@ -186,7 +154,7 @@ static __always_inline bool memo_is_for_many(const struct sk_buff *skb)
 	return !rt || rt->rt_flags & (RTCF_BROADCAST | RTCF_MULTICAST);
 }
 
-/* Is the memo's socket alone in the slot? It is not touched, and may have been freed. */
+/* Is the memo's socket alone in the slot? It may have been freed, so it is not dereferenced. */
 static __always_inline bool memo_is_alone(const struct udp_hslot *slot, const struct sock *sk)
 {
 	return slot->count == 1 &&
@@ -194,8 +162,8 @@ static __always_inline bool memo_is_alone(const struct udp_hslot *slot, const st
 }
 
 /*
- * Will the stack find the memo's socket for a datagram? It looks among those bound
- * to the address, then among those bound to none.
+ * Will the stack find the memo's socket for a datagram? The stack looks first among
+ * sockets bound to the address, then among sockets bound to none.
  */
 static bool memo_finds_udp(const struct memo *memo, struct net *net)
 {
@@ -210,7 +178,7 @@ static bool memo_finds_udp(const struct memo *memo, struct net *net)
 		if (slot->count || !memo_is_alone(any, sk))
 			return false;
 	}
-	/* a program may choose another one */
+	/* a program may choose another socket */
 	if (static_branch_unlikely(&bpf_sk_lookup_enabled) || sk->sk_reuseport ||
 	    sk->sk_bound_dev_if)
 		return false;
@@ -226,6 +194,18 @@ static bool memo_finds_udp(const struct memo *memo, struct net *net)
 	       (!sk->sk_daddr || sk->sk_daddr == *(const __be32 *)r->saddr);
 }
 
+/* Is it a connection between the ends of @r, which came in? It may have got others since. */
+static bool memo_is_between(const struct sock *sk, const struct sniffer_record *r)
+{
+	if (sk->sk_num != r->dport || sk->sk_dport != htons(r->sport))
+		return false;
+	if (r->family == AF_INET6)
+		return !memcmp(&sk->sk_v6_daddr, r->saddr, 16) &&
+		       !memcmp(&sk->sk_v6_rcv_saddr, r->daddr, 16);
+	return sk->sk_daddr == *(const __be32 *)r->saddr &&
+	       sk->sk_rcv_saddr == *(const __be32 *)r->daddr;
+}
+
 /* The same for TCP: is the memo's connection where the stack looks? */
 static bool memo_finds_tcp(const struct memo *memo, struct net *net)
 {
@@ -235,7 +215,8 @@ static bool memo_finds_tcp(const struct memo *memo, struct net *net)
 	node = rcu_dereference(hlist_nulls_first_rcu(&inet_ehash_bucket(table, memo->hash)->chain));
 	while (!is_a_nulls(node) && node != wanted)
 		node = rcu_dereference(hlist_nulls_next_rcu(node));
-	return node == wanted && !memo->sk->sk_bound_dev_if;
+	return node == wanted && !memo->sk->sk_bound_dev_if &&
+	       memo_is_between(memo->sk, &memo->record);
 }
 
 static __always_inline bool memo_is_comm(const char *one, const char *other)
@@ -245,7 +226,7 @@ static __always_inline bool memo_is_comm(const char *one, const char *other)
 	return a[0] == b[0] && a[1] == b[1];
 }
 
-/* Is what a task has as its name the one that a record has? */
+/* Is the task's name the record's? @raw may have old bytes behind its NUL. */
 static bool memo_is_name(const char *raw, const char *name)
 {
 	char clean[SNIFFER_COMM_LEN] __aligned(sizeof(u64));
@@ -294,23 +275,39 @@ static __always_inline bool memo_holds(const struct memo *memo, u32 kind,
 	       __kuid_val(current_uid()) == r->uid && memo_is_comm(leader->comm, memo->comm);
 }
 
+/*
+ * The stack need not look the connection up again. Another CPU may have freed it since
+ * it was found, and another connection may have its place by now.
+ */
+static __always_inline void memo_hand_on(const struct memo *memo, struct sk_buff *skb)
+{
+	struct sock *sk = (struct sock *)memo->sk;
+
+	if (!refcount_inc_not_zero(&sk->sk_refcnt))
+		return;
+	if (likely(atomic64_read(&sk->sk_cookie) == memo->record.cookie))
+		sniffer_lookup_hand_on(skb, sk);
+	else
+		sniffer_lookup_put(sk);
+}
+
 static __always_inline bool memo_record(struct sk_buff *skb, const struct nf_hook_state *state,
-					const struct memo_ends *ends, struct net *net,
+					const struct sniffer_ends *ends, u32 kind, struct net *net,
 					const struct net_device *dev)
 {
-	struct memo *memo = memo_of(ends);
+	struct memo *memo = memo_of(memo_hash(ends, kind));
 	struct sniffer_record *r = &memo->record;
 
-	if (!memo_has_ends(memo, ends) || r->ifindex != (dev ? dev->ifindex : 0) ||
-	    !memo_holds(memo, ends->kind, skb, state, net))
+	if (!memo_has_ends(memo, ends, kind) || r->ifindex != (dev ? dev->ifindex : 0) ||
+	    !memo_holds(memo, kind, skb, state, net))
 		return false;
 	/* a cache line that all threads share: written if it has to be */
-	if (!(ends->kind & MEMO_TRUSTED))
+	if (!(kind & MEMO_TRUSTED))
 		r->tid = READ_ONCE(memo->owner->tid);
 	else if (READ_ONCE(memo->owner->tid) != r->tid)
 		WRITE_ONCE(memo->owner->tid, r->tid);
 	r->time_ns = ktime_get_ns();
-	if ((u8)ends->kind == IPPROTO_TCP) {
+	if ((u8)kind == IPPROTO_TCP) {
 		const struct tcphdr *tcp = (const struct tcphdr *)(skb->data + ends->thoff);
 
 		r->tcp_flags = tcp_flag_byte(tcp);
@@ -318,6 +315,8 @@ static __always_inline bool memo_record(struct sk_buff *skb, const struct nf_hoo
 	}
 	sniffer_parse_sizes(r, skb);
 	sniffer_batch_add(r, skb, &memo->place);
+	if (kind & MEMO_LOOKUP && (u8)kind == IPPROTO_TCP)
+		memo_hand_on(memo, skb);
 	return true;
 }
 
@@ -327,22 +326,23 @@ static __always_inline bool memo_packet(struct sk_buff *skb, const struct nf_hoo
 	bool in = dir == SNIFFER_DIR_IN;
 	struct net *net = in ? dev_net(skb->dev) : state->net;
 	bool task = !softirq_count(), done;
-	struct memo_ends ends;
+	struct sniffer_ends ends;
+	u32 kind;
 
-	if (!sniffer_batch_was_wanted() ||
-	    !memo_parse(skb, family, dir, !in && sniffer_trust_current(), &ends))
+	if (!sniffer_batch_was_wanted() || !sniffer_parse_plain(skb, family, &ends))
 		return false;
+	kind = memo_kind(skb, family, dir, !in && sniffer_trust_current()) | ends.proto;
 	if (task)
 		local_bh_disable();
-	done = memo_record(skb, state, &ends, net, in ? skb->dev : state->out);
+	done = memo_record(skb, state, &ends, kind, net, in ? skb->dev : state->out);
 	if (task)
 		local_bh_enable();
 	return done;
 }
 
 /*
- * sniffer_memo_in4() and its kind record a packet that is like a former one; data
- * at the IP header, under RCU. Return: false when nothing has been done.
+ * sniffer_memo_in4() and the others record a packet that has a memo. @skb's data begins
+ * at the IP header; under RCU. Return: false when nothing was done.
  */
 #define MEMO_FUNCTION(name, family, dir)					\
 bool name(struct sk_buff *skb, const struct nf_hook_state *state)		\
@@ -355,7 +355,7 @@ MEMO_FUNCTION(sniffer_memo_out4, AF_INET, SNIFFER_DIR_OUT)
 MEMO_FUNCTION(sniffer_memo_in6, AF_INET6, SNIFFER_DIR_IN)
 MEMO_FUNCTION(sniffer_memo_out6, AF_INET6, SNIFFER_DIR_OUT)
 
-/* Is this a record that a memo can be made of? */
+/* Can a memo be made of this record? */
 static bool memo_is_wanted(const struct sniffer_flow *flow, bool trusted)
 {
 	const u8 how = flow->record.how;
@@ -378,7 +378,7 @@ static bool memo_is_wanted(const struct sniffer_flow *flow, bool trusted)
 	return sock && READ_ONCE(sock->file) && flow->record.inode;
 }
 
-/* Where the stack will look for the socket of such a packet. */
+/* The hash under which the stack will look for this socket. */
 static void memo_note_place(struct memo *memo, const struct sniffer_flow *flow)
 {
 	const struct sniffer_record *r = &flow->record;
@@ -396,26 +396,33 @@ static void memo_note_place(struct memo *memo, const struct sniffer_flow *flow)
 }
 
 /**
- * sniffer_memo_keep - remember a packet, for others like it
+ * sniffer_memo_keep - make a memo of a packet
  * @flow: the packet, recorded
  * @trusted: current may be taken for its sender
  *
- * Under RCU.
+ * Under RCU, bottom halves off. What goes out is remembered from the second one on:
+ * it needs no look-up, and many a connection has few.
  */
 void sniffer_memo_keep(const struct sniffer_flow *flow, bool trusted)
 {
 	const struct sniffer_record *r = &flow->record;
-	struct memo_ends ends;
+	struct sniffer_ends ends;
 	struct memo *memo;
+	u64 hash;
+	u32 kind;
 
-	if (!memo_is_wanted(flow, trusted))
-		return;
 	ends.saddr = r->saddr;
 	ends.daddr = r->daddr;
 	ends.ports = memo_ports(r);
-	ends.kind = memo_kind(flow->skb, r->family, r->dir, trusted) | r->proto;
-	local_bh_disable();
-	memo = memo_of(&ends);
+	kind = memo_kind(flow->skb, r->family, r->dir, trusted) | r->proto;
+	hash = memo_hash(&ends, kind);
+	memo = memo_of(hash);
+	if (r->dir == SNIFFER_DIR_OUT && memo->met != (u32)hash) {
+		memo->met = hash;
+		return;
+	}
+	if (!memo_is_wanted(flow, trusted))
+		return;
 	memo->kind = 0;
 	memo->ports = ends.ports;
 	memo->net = flow->net;
@@ -430,17 +437,16 @@ void sniffer_memo_keep(const struct sniffer_flow *flow, bool trusted)
 	memo->many = READ_ONCE(flow->owner->many) ||
 		     (s64)(memo->forked - flow->owner->since) > 0;
 	memo->place = flow->place;
-	if (ends.kind & MEMO_LOOKUP)
+	if (kind & MEMO_LOOKUP)
 		memo_note_place(memo, flow);
 	memo->record = *r;
 	/* what has changed meanwhile has changed the version, or is compared each time, but for the name */
-	memo->kind = ends.kind;
-	if (ends.kind & MEMO_TRUSTED) {
+	memo->kind = kind;
+	if (kind & MEMO_TRUSTED) {
 		memcpy(memo->comm, current->group_leader->comm, sizeof(memo->comm));
 		if (!memo_is_name(memo->comm, r->comm) || flow->owner->port != memo->num)
 			memo->kind = 0;
 	}
-	local_bh_enable();
 }
 
 /* The hooks are gone, or were never there. */

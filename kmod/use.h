@@ -13,7 +13,13 @@
 
 struct sniffer_owner;
 
-bool sniffer_use(struct sock *sk, bool called, struct sniffer_owner **found);
+/* The entry of a used socket, or NULL, and its stripe's version from before it was read. */
+struct sniffer_found {
+	struct sniffer_owner *owner;
+	unsigned int version;
+};
+
+bool sniffer_use(struct sock *sk, bool called, struct sniffer_found *found);
 void sniffer_use_create(struct sock *sk, struct socket *sock);
 void sniffer_use_receive(struct sock *sk, struct file *file);
 void sniffer_use_fork(struct task_struct *child);
@@ -25,8 +31,9 @@ void sniffer_use_close(unsigned int fd);
 void sniffer_use_close_range(unsigned int fd, unsigned int last);
 
 /*
- * Does a descriptor of current refer to no socket and no io_uring? What most who
- * close() close. Preemption off is RCU enough, and costs less.
+ * Does a descriptor of current refer to no io_uring, and to no socket that somebody
+ * else may have? What most who close() close; see sniffer_use_close_file().
+ * Preemption off is RCU enough, and costs less.
  */
 static __always_inline bool sniffer_use_is_plain(unsigned int fd)
 {
@@ -41,7 +48,7 @@ static __always_inline bool sniffer_use_is_plain(unsigned int fd)
 	fdt = rcu_dereference_raw(files->fdt);
 	file = fd < fdt->max_fds ? rcu_dereference_raw(fdt->fd[fd]) : NULL;
 	if (file)
-		plain = file_inode(file)->i_sb->s_magic != SOCKFS_MAGIC;
+		plain = file_inode(file)->i_sb->s_magic != SOCKFS_MAGIC || file_count(file) < 2;
 	preempt_enable_notrace();
 	return plain;
 }

@@ -21,7 +21,7 @@ from nlproto.records import wire
 from nlproto.records.wire import lib
 
 SO_COOKIE, PR_SET_NAME = 57, 15
-WARM = 4  # datagrams: the second one is recorded from memory at the latest
+WARM = 4  # datagrams: the third one is recorded from memory at the latest
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Both ends of each connection: the process that asked on one machine, who answered on another.
+"""Joins both ends of each connection: the client's process on one machine, the server's on another.
 
-Two flows are the ends of one connection when one's addresses are the other's, exchanged: those of
-the packets, or those that NAT made of them, on either machine or on one in between. The machines'
-clocks differ: by how much is learnt for each pair of them from its own connections. Of several
-flows that fit, the nearest in time is meant; where more than one machine fits equally, none is
-named and the row is flagged.
+Two flows are the ends of one connection if the addresses of one are those of the other, exchanged.
+They may be the packets' addresses, or those after NAT on either machine or in between. Clocks of
+machines differ; the difference of each pair is learnt from its own connections. Of several flows
+that fit, the nearest in time counts. If several machines fit equally, none is named, and the row is
+flagged.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ REASONS = {
 """Why an end has no partner."""
 
 _WIDE_NS = 60 * 10**9
-"""How far two clocks may differ."""
+"""The most that two clocks may differ."""
 _BOUND_NS = 10**9
-"""How far two ends' beginnings may, when that is taken off."""
+"""The most that the beginnings of two ends may differ, after that correction."""
 _EDGE_NS = 15 * 10**9
-"""A flow that began so near to the range's beginning may be older: its rows are of 10 s."""
+"""A flow that began so near to the range's beginning may be older: its rows cover 10 s."""
 _VOTES = 3
-"""Connections that say how far clocks differ."""
+"""How many connections it takes to learn a difference of clocks."""
 _STEPS = 3
-"""Machines that translate, one behind another."""
+"""How many machines in a row may translate."""
 
-# Tuples are compared as hashes first: `key` of one's own view, `mirror` of the other end's.
+# Tuples are compared by hash first: `key` as its own end sees it, `mirror` as the other end does.
 _KEY = "hash(protocol, laddr, lport, raddr, rport)"
 _MIRROR = "hash(protocol, raddr, rport, laddr, lport)"
 _NAT_KEY = "hash(protocol, nat_laddr, nat_lport, nat_raddr, nat_rport)"
 _NAT_MIRROR = "hash(protocol, nat_raddr, nat_rport, nat_laddr, nat_lport)"
 
-# Which flows can have to do with those that fit: all of the same tuple, from whichever side, and
-# what machines on the way made of it.
+# Which flows can belong to the flows that fit: all of the same tuple, from either side, and their
+# translations by machines on the way.
 _TOUCHED = f"""
 CREATE OR REPLACE TEMP TABLE touched AS
 WITH hit AS (
@@ -127,8 +127,8 @@ _SUMMED_DETAILS = """
 _NAT = {"nat_laddr": "VARCHAR", "nat_lport": "USMALLINT", "nat_raddr": "VARCHAR",
         "nat_rport": "USMALLINT"}  # fmt: skip
 
-# `way`: one of the address pairs that a flow is known by, as its own end sees them. A machine on
-# the way that translates is not an end: it adds pairs to those of the ends (`passing`).
+# `way`: an address pair of a flow, as its own end sees it. A machine on the way that translates is
+# no end: it adds pairs to those of the ends (`passing`).
 _PASSING = """
 CREATE OR REPLACE TEMP TABLE back AS
 WITH passing AS (
@@ -149,8 +149,8 @@ SELECT id, protocol, nat_laddr AS la, nat_lport AS lp, nat_raddr AS ra, nat_rpor
     false AS vague
 FROM end_ WHERE NOT forwarded AND nat_laddr IS NOT NULL
 """
-# `vague`: two machines have such a flow, or two translate one: who knows which is meant. What a
-# machine translates of its own containers it knows.
+# `vague`: two machines have such a flow, or two translate one, so that it is not certain. For its
+# own containers a machine knows what it translates.
 _MORE_WAYS = f"""
 INSERT INTO way
 WITH known AS (
@@ -207,8 +207,9 @@ _PAIRS_ONCE = """
 CREATE OR REPLACE TEMP TABLE pair_ AS
 SELECT c, s, ch, sh, apart, old, bool_and(doubtful) AS doubtful FROM pair_ GROUP BY ALL
 """
-# Between two machines the clocks' difference is the middle one of their connections, from three
-# on; with fewer, that of each machine to all others, from three on; else there is none.
+# Between two machines the difference of clocks is the median of their connections, if there are
+# three. With fewer, it is the difference of each machine to all others, if there are three. Else
+# there is none.
 _NEAR = f"""
 CREATE OR REPLACE TEMP TABLE near AS
 WITH told AS (SELECT * FROM pair_ WHERE NOT old AND ch <> sh),
@@ -252,7 +253,7 @@ SELECT c, s, count(DISTINCT sh) OVER (PARTITION BY c) + CAST(doubtful AS BIGINT)
 FROM best
 """
 
-# Of an end without partner: why.
+# Why an end has no partner.
 _ALONE = """
 CREATE OR REPLACE TEMP TABLE alone AS
 WITH meant AS (SELECT c, s FROM match_ WHERE meant AND machines = 1),
@@ -380,7 +381,7 @@ def _until_all(store: FlowStore, insert: str) -> None:
 
 
 def _tell_hosts(store: FlowStore) -> bool:
-    """Make the tables `owned`, `shared` and `partial`; whether an address is several machines'."""
+    """Make the tables `owned`, `shared` and `partial`; return whether machines share an address."""
     partial = {one.name: "silent" if one.silent_s else "lost" for one in hosts_of(store)
                if not one.whole}  # fmt: skip
     owners = store.owners
@@ -407,8 +408,8 @@ def ends(
 ) -> tuple[int, list[dict[str, Any]]]:
     """Return how many connections fit, and `limit` of them, both ends first, the latest first.
 
-    {"protocol", "client", "server", "ambiguous", "reason"}. Of an end that has no partner the other
-    is None and `reason` says why, one of REASONS.
+    {"protocol", "client", "server", "ambiguous", "reason"}. An end without a partner has None for
+    the other end, and `reason` is one of REASONS.
     """
     join(store, wanted, PROGRAM, True)
     columns = ", ".join(f'{side}."{name}" AS {side}_{name}' for side in "cs" for name in _SIDE)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which machines there are, and which were silent or lost records in a range of time."""
+"""The machines, and which of them were silent or lost records in a range of time."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from fleet.ask.store import FlowStore
 __all__ = ["Host", "hosts_of"]
 
 _SILENT_NS = 120 * 10**9
-"""Without an account for so long a machine was silent."""
+"""A machine that sent no account for so long was silent."""
 _UNREAD_NS = 10**9
 """So long nobody may read a daemon: its exporter was started again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What a machine's own accounts say of the range."""
+    """A machine's own accounts of the range."""
 
     name: str
     silent_s: float
-    """The longest time without an account or without anybody who read its daemon. 0 where the
-    first was never two minutes and the second never one second."""
+    """The longest time without an account or without a reader of its daemon; 0 if the first was
+    under two minutes and the second under one second."""
     lost: int
-    """Rows that its exporter lost, and records that its daemon did."""
+    """Rows that its exporter lost, and records that its daemon lost."""
 
     @property
     def whole(self) -> bool:
-        """Whether all that happened there is known."""
+        """Whether everything that happened there is known."""
         return not self.silent_s and not self.lost
 
 
@@ -50,7 +50,7 @@ FROM each GROUP BY host
 
 
 def hosts_of(store: FlowStore) -> list[Host]:
-    """Return every machine that told anything in the hours around the range."""
+    """Return every machine that sent anything in the hours around the range."""
     if store.alone:
         return []
     if store.hosts is None:

@@ -26,7 +26,7 @@ NEW = {
     "program": ("program", "true"),
     "listener": ("program, service", "NOT client"),
 }
-"""What can be new: the columns that say what it is, beside the machine; and of which flows."""
+"""Kinds of news: the columns that name it, beside the machine; and its flows."""
 
 _SUMS = """count(*)::BIGINT AS rows, sum(packets_out)::BIGINT AS packets_out,
     sum(bytes_out)::BIGINT AS bytes_out, sum(packets_in)::BIGINT AS packets_in,
@@ -86,7 +86,7 @@ def usage(
 def new(
     store: FlowStore, wanted: Wanted, what: str, since_ns: int, limit: int
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Return what the range has that the sums of the hours from `since_ns` to it have not.
+    """Return what the range has, but not the sums of the hours from `since_ns` to the range.
 
     `what`: of NEW. The names and networks are those of the sums (fleet.collect.rollup).
     """

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sums of one hour's flows, by who talked to whom, and of a day's hours: small enough to be kept
-for a year."""
+"""Sums of one hour's flows by both ends, and of a day's: small enough to be kept for a year."""
 
 from __future__ import annotations
 
@@ -23,8 +22,8 @@ __all__ = ["network_of", "write_day", "write_rollup"]
 
 _MEMORY = "512MB"
 
-# A process is told of again in each hour in which it has flows. Of a service's port nobody told
-# us where `initiated` is null: then it is the lower one.
+# A process is sent again in each hour with flows. If `initiated` is null, nobody knows which port
+# is the service's: then it is the lower one.
 _SUMS = """
 WITH named AS (
     SELECT host, boot, tgid, start_ns, arg_max(name, at_ns) AS name,
@@ -53,13 +52,13 @@ FROM read_parquet($files) GROUP BY ALL
 
 
 def network_of(address: str) -> str:
-    """Return the network that an address is counted in: its /24, or its /64."""
+    """Return the network of an address: its /24, or its /64."""
     length = 64 if ":" in address else 24
     return str(ipaddress.ip_network((address, length), strict=False))
 
 
 def write_rollup(directory: Path, name: str) -> bool:
-    """Sum the hour `name` up, unless that was done since its last file came; whether it was done.
+    """Sum up the hour `name`, unless that was done since its last file. Returns whether it was.
 
     Raises Error, OSError.
     """
@@ -91,7 +90,7 @@ def _write(final: Path, newest_ns: int, sums: Callable[[], pa.Table]) -> bool:
     hidden = final.with_name(f".part-{os.getpid()}-{began_ns:x}")
     try:
         write_file(hidden, table.cast(schema.ROLLUP), Keys())
-        os.utime(hidden, ns=(began_ns, began_ns))  # what comes meanwhile is newer
+        os.utime(hidden, ns=(began_ns, began_ns))  # files that come meanwhile are newer
         os.replace(hidden, final)
     finally:
         hidden.unlink(missing_ok=True)
@@ -123,7 +122,7 @@ def _sums(flows: list[Path], procs: list[Path], hour_ns: int) -> pa.Table:
         database.register("networks", pa.table(networks))
         if procs:
             named = [str(path) for path in procs]
-        else:  # nobody was told of: names are those of the flows
+        else:  # no process was sent: names are those of the flows
             named = []
         query = _SUMS if named else _SUMS.replace("read_parquet($procs)", "nobody")
         if not named:
