@@ -93,8 +93,8 @@ def main() -> None:
     put(
         f"Questions to {rows / 1e6:,.0f} M flows of {HOSTS:,} hosts",
         f"bench/fleet_questions.py {rows} {hours}",
-        f"{hours} h of Parquet (six hours, again and again at their own times), {size / rows:.1f} bytes"
-        " a flow; two threads of DuckDB. From opening"
+        f"{hours} h of Parquet (six hours, again and again at their own times), "
+        f"{size / rows:.1f} bytes a flow; two threads of DuckDB. From opening"
         f" the folder to the answer and to which hosts were silent: the best of {_TIMES}, at load"
         f" {load:.0f} on {os.cpu_count()} processors.\n\n{made}",
     )

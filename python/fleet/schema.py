@@ -190,7 +190,7 @@ def day_name(ns: int) -> str:
 
 
 def day_ns(name: str) -> int:
-    """Return when the day of a folder "day=2026-11-27" begins, in ns since 1970. Raises ValueError."""
+    """Return when a folder's day begins, in ns since 1970. Raises ValueError for another name."""
     kind, _, text = name.partition("=")
     if kind != "day":
         raise ValueError(f"'{name}' is no day")
