@@ -83,6 +83,10 @@ def checked_host(name: str) -> str:
     return name
 
 
+_EXTRA = "pip install 'packet-hunter[fleet]' (Debian: packet-hunter-fleet)"
+"""Where the libraries are that a program may lack."""
+
+
 def exit_code(program: str, run: Callable[[], None]) -> int:
     """Run a program. An exception becomes one line."""
     tell = teller(program)
@@ -94,7 +98,7 @@ def exit_code(program: str, run: Callable[[], None]) -> int:
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] in ("fleet", "nlproto"):
                 raise
-            tell(f"no module {error.name}: pip install 'packet-hunter[fleet]'")
+            tell(f"no module {error.name}: {_EXTRA}")
             return 1
         return 0
 

@@ -5,6 +5,7 @@
     DIR/procs/hour=2026-11-27T00/part-*.parquet      of its `at_ns`
     DIR/account/hour=2026-11-27T00/part-*.parquet    of its `at_ns`
     DIR/rollup/hour=2026-11-27T00/part-0.parquet     sums of that hour's flows, kept for longer
+    DIR/rollup/day=2026-11-27/part-0.parquet         sums of that day's hours, which stay
 
 (host, boot, sequence) identifies one batch of one host. A batch that is there twice was sent twice.
 Files whose names begin with a dot are being written.
@@ -12,27 +13,36 @@ Files whose names begin with a dot are being written.
 
 from __future__ import annotations
 
-import calendar
+import re
 import time
+from datetime import datetime
+from pathlib import Path
 
 import pyarrow as pa
 
 __all__ = [
     "ACCOUNT",
     "ACCOUNT_EVERY_S",
+    "DAY_NS",
     "FLOWS",
     "HOUR_NS",
     "PROCS",
     "ROLLUP",
     "TABLES",
+    "day_name",
+    "day_ns",
     "hour_name",
     "hour_ns",
+    "hours_of_day",
+    "is_hour",
 ]
 
 HOUR_NS = 3600 * 10**9
+DAY_NS = 24 * HOUR_NS
 ACCOUNT_EVERY_S = 60.0
 """A host sends its account this often, and once when its exporter ends."""
-_FORM = "%Y-%m-%dT%H"
+_FORM = "hour=%Y-%m-%dT%H"
+_HOUR = re.compile("hour=[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}")
 
 _WORD = pa.dictionary(pa.int32(), pa.string())
 """A string that many rows have."""
@@ -148,19 +158,46 @@ ROLLUP = pa.schema(
         ("bytes_in", pa.uint64()),
     ]
 )
-"""`remote`: the far end's domain, else its network (/24, /64). `service`: the port that serves."""
+"""`remote`: the far end's domain, else its network (/24, /64). `service`: the port that serves.
+`hour_ns`: when the hour begins, or the day."""
 
 TABLES = {"flows": FLOWS, "procs": PROCS, "account": ACCOUNT}
 
 
 def hour_name(ns: int) -> str:
     """Return the folder's name for a moment in ns since 1970: "hour=2026-11-27T00"."""
-    return "hour=" + time.strftime(_FORM, time.gmtime(ns // 10**9))
+    return time.strftime(_FORM, time.gmtime(ns // 10**9))
 
 
 def hour_ns(name: str) -> int:
     """Return when a folder's hour begins, in ns since 1970. Raises ValueError for another name."""
-    kind, _, text = name.partition("=")
-    if kind != "hour":
+    if _HOUR.fullmatch(name) is None:
         raise ValueError(f"'{name}' is no hour")
-    return calendar.timegm(time.strptime(text, _FORM)) * 10**9
+    return int(datetime.fromisoformat(f"{name[5:]}:00+00:00").timestamp()) * 10**9
+
+
+def is_hour(name: str) -> bool:
+    """Return whether that is the name of an hour's folder."""
+    try:
+        return hour_ns(name) >= 0
+    except ValueError:
+        return False
+
+
+def day_name(ns: int) -> str:
+    """Return the folder's name for the day of a moment in ns since 1970: "day=2026-11-27"."""
+    return hour_name(ns).replace("hour=", "day=").partition("T")[0]
+
+
+def day_ns(name: str) -> int:
+    """Return when a folder's day begins, in ns since 1970. Raises ValueError for another name."""
+    kind, _, text = name.partition("=")
+    if kind != "day":
+        raise ValueError(f"'{name}' is no day")
+    return hour_ns(f"hour={text}T00")
+
+
+def hours_of_day(folder: Path, name: str) -> list[Path]:
+    """Return the folders that the hours of the day `name` have in `folder`. Raises ValueError."""
+    begin = day_ns(name)
+    return [folder / hour_name(begin + at * HOUR_NS) for at in range(24)]

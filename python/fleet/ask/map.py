@@ -35,7 +35,7 @@ WITH one AS (
     SELECT CASE WHEN client OR itself THEN name ELSE {_FAR} END,
         CASE WHEN client AND NOT itself THEN {_FAR} ELSE name END,
         CASE WHEN client AND NOT itself THEN rport ELSE lport END, protocol,
-        ambiguous, reason, bytes_out + bytes_in
+        ambiguous, reason, bytes
     FROM alone LEFT JOIN networks ON networks.address = raddr),
 sums AS (
     SELECT client, server, service, protocol, count(*)::BIGINT AS connections,

@@ -69,7 +69,7 @@ def usage(
         WITH named AS ({NAMED}),
         one AS (
             SELECT {USED_BY[by]} AS name, count(DISTINCT host)::BIGINT AS hosts,
-                count(DISTINCT (host, boot, netns, cookie, laddr, lport, raddr, rport))::BIGINT
+                count(DISTINCT hash(host, boot, netns, cookie, laddr, lport, raddr, rport))::BIGINT
                     AS flows, {_SUMS}
             FROM named WHERE NOT forwarded AND {fits} GROUP BY ALL)
         SELECT *, count(*) OVER () AS total FROM one

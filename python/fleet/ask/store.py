@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -22,11 +23,17 @@ from fleet.collect.keys import Keys
 from fleet.collect.parquet import addresses_of, hosts_in, keys_of, parts
 from nlproto.errors import Error
 
-__all__ = ["Range", "FlowStore", "open_folder", "open_tables"]
+__all__ = ["Range", "FlowStore", "ask", "open_folder", "open_tables"]
 
 _MEMORY = "1GB"
 _THREADS = 2
 """The most of a collector's memory and processors that a question takes."""
+_TRIES = 10
+_T = TypeVar("_T")
+
+
+class _Moved(Error):
+    """A file was put together with others, or its hour removed, while it was asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +78,8 @@ class FlowStore:
         found: dict[str, set[str]] = {}
         asked = []
         for path in _files(self._folder, "flows", self.range):
-            told = addresses_of(path)
+            with _moving():
+                told = addresses_of(path)
             if told is None:
                 asked.append(str(path))
                 continue
@@ -94,24 +102,51 @@ class FlowStore:
             return set()
         kinds = ("flows", "account")
         files = [path for kind in kinds for path in _files(self._folder, kind, self.range)]
-        return {host for path in files for host in hosts_in(path)}
+        with _moving():
+            return {host for path in files for host in hosts_in(path)}
 
     def open_sums(self, since_ns: int) -> None:
         """Make the view `rollup` of the hours from `since_ns` to the range. Raises Error."""
         if self._folder is None:
             return
         folder = self._folder / "rollup"
-        before = Range(since_ns, self.range.since_ns - 2 * schema.HOUR_NS)
-        _view(self.database, "rollup", _hours(folder, before, 0), schema.ROLLUP)
+        before = Range(since_ns, self.range.since_ns)
+        with _moving():
+            _view(self.database, "rollup", _sums(folder, before), schema.ROLLUP)
 
     def rows(self, query: str, words: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """Return the answer's rows by column name. Raises Error."""
         try:
-            found = self.database.execute(query, words or None)
-            names = [one[0] for one in found.description or ()]
-            return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+            with _moving():
+                found = self.database.execute(query, words or None)
+                names = [one[0] for one in found.description or ()]
+                return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
         except duckdb.Error as error:
             raise Error(f"the store cannot answer: {str(error).splitlines()[0]}") from None
+
+
+def ask(opened: Callable[[], FlowStore], question: Callable[[FlowStore], _T]) -> _T:
+    """Ask what `opened` opens; from the beginning if its files were put together meanwhile.
+
+    Raises Error.
+    """
+    for last in (*[False] * (_TRIES - 1), True):
+        try:
+            with opened() as store:
+                return question(store)
+        except _Moved:
+            if last:
+                raise
+    raise AssertionError
+
+
+@contextmanager
+def _moving() -> Iterator[None]:
+    """Raises _Moved where a file that was listed is there no more."""
+    try:
+        yield
+    except (FileNotFoundError, duckdb.IOException) as error:
+        raise _Moved(f"the store cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def open_folder(folder: Path, range: Range) -> FlowStore:
@@ -120,9 +155,10 @@ def open_folder(folder: Path, range: Range) -> FlowStore:
         raise Error(f"{folder} has no flows: is it what packet-hunter-collect writes? --store DIR")
     database = _database()
     try:
-        for kind, columns in schema.TABLES.items():
-            _view(database, f"all_{kind}", _hours(folder / kind, range, _READ[kind]), columns)
-        _make_views(database, range)
+        with _moving():
+            for kind, columns in schema.TABLES.items():
+                _view(database, f"all_{kind}", _hours(folder / kind, range, _READ[kind]), columns)
+            _make_views(database, range)
     except (OSError, duckdb.Error) as error:
         database.close()
         raise Error(f"cannot read {folder}: {str(error).splitlines()[0]}") from None
@@ -170,16 +206,29 @@ def _hours(folder: Path, range: Range, before: int) -> list[Path]:
 
     A row's hour is that of its end. A flow that goes on after the range has rows up to its end.
     """
-    first = schema.hour_ns(schema.hour_name(max(0, range.since_ns - before * schema.HOUR_NS)))
-    last = range.until_ns + schema.HOUR_NS
-    return sorted(path for path in folder.glob("hour=*") if first <= _begin(path.name) <= last)
+    first = schema.hour_name(max(0, range.since_ns - before * schema.HOUR_NS))
+    last = schema.hour_name(range.until_ns + schema.HOUR_NS)
+    return [folder / name for name in _names(folder) if first <= name <= last]
 
 
-def _begin(name: str) -> int:
-    try:
-        return schema.hour_ns(name)
-    except ValueError:
-        return -1
+def _sums(folder: Path, range: Range) -> list[Path]:
+    """The days and hours that are whole in the range: a day's hours where it has no sums."""
+    since, until = range.since_ns, range.until_ns
+    hours = {name: schema.hour_ns(name) for name in _names(folder)}
+    hours = {name: at for name, at in hours.items() if since <= at <= until - schema.HOUR_NS}
+    days: dict[str, bool] = {}
+    for at in hours.values():
+        day = at // schema.DAY_NS * schema.DAY_NS
+        if (of := schema.day_name(at)) not in days:
+            is_whole = since <= day and day + schema.DAY_NS <= until
+            days[of] = is_whole and bool(parts(folder / of))
+    rest = [name for name, at in hours.items() if not days[schema.day_name(at)]]
+    return [folder / name for name in (*(day for day, is_there in days.items() if is_there), *rest)]
+
+
+def _names(folder: Path) -> list[str]:
+    """The names of the hours that are there, in order."""
+    return sorted(path.name for path in folder.glob("hour=*") if schema.is_hour(path.name))
 
 
 def _view(

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Sums of one hour's flows by both ends: small enough to be kept for a year."""
+"""Sums of one hour's flows by both ends, and of a day's: small enough to be kept for a year."""
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import duckdb
@@ -16,7 +18,7 @@ from fleet.collect.keys import Keys
 from fleet.collect.parquet import parts, sync, write_file
 from nlproto.errors import Error
 
-__all__ = ["network_of", "write_rollup"]
+__all__ = ["network_of", "write_day", "write_rollup"]
 
 _MEMORY = "512MB"
 
@@ -40,6 +42,14 @@ FROM batches LEFT JOIN named USING (host, boot, tgid, start_ns)
 GROUP BY ALL
 """
 
+_DAY = """
+SELECT $day_ns::BIGINT AS hour_ns, host, name, unit, container_name, remote, protocol, service,
+    initiated, sum(flows)::UBIGINT AS flows,
+    sum(packets_out)::UBIGINT AS packets_out, sum(bytes_out)::UBIGINT AS bytes_out,
+    sum(packets_in)::UBIGINT AS packets_in, sum(bytes_in)::UBIGINT AS bytes_in
+FROM read_parquet($files) GROUP BY ALL
+"""
+
 
 def network_of(address: str) -> str:
     """Return the network of an address: its /24, or its /64."""
@@ -55,13 +65,27 @@ def write_rollup(directory: Path, name: str) -> bool:
     flows, procs = parts(directory / "flows" / name), parts(directory / "procs" / name)
     final = directory / "rollup" / name / "part-0.parquet"
     newest = max((path.stat().st_mtime_ns for path in [*flows, *procs]), default=0)
-    if not flows or final.exists() and final.stat().st_mtime_ns > newest:
+    return bool(flows) and _write(final, newest, lambda: _sums(flows, procs, schema.hour_ns(name)))
+
+
+def write_day(directory: Path, name: str) -> bool:
+    """Sum the hours of the day `name` up as write_rollup() does one hour's flows."""
+    hours = [path for path in map(parts, schema.hours_of_day(directory / "rollup", name)) if path]
+    files = [path for each in hours for path in each]
+    newest = max((path.stat().st_mtime_ns for path in files), default=0)
+    final = directory / "rollup" / name / "part-0.parquet"
+    return bool(files) and _write(final, newest, lambda: _day(files, schema.day_ns(name)))
+
+
+def _write(final: Path, newest_ns: int, sums: Callable[[], pa.Table]) -> bool:
+    """Write `sums` unless the file is younger than the newest of what they are of."""
+    if final.exists() and final.stat().st_mtime_ns > newest_ns:
         return False
     began_ns = time.time_ns()
     try:
-        table = _sums(flows, procs, schema.hour_ns(name))
+        table = sums()
     except duckdb.Error as error:
-        raise Error(f"{name} was not summed up: {error}") from None
+        raise Error(f"{final.parent.name} was not summed up: {error}") from None
     final.parent.mkdir(parents=True, exist_ok=True)
     hidden = final.with_name(f".part-{os.getpid()}-{began_ns:x}")
     try:
@@ -75,10 +99,22 @@ def write_rollup(directory: Path, name: str) -> bool:
     return True
 
 
-def _sums(flows: list[Path], procs: list[Path], hour_ns: int) -> pa.Table:
+@contextlib.contextmanager
+def _database() -> Iterator[duckdb.DuckDBPyConnection]:
     with duckdb.connect() as database:
         database.execute(f"SET memory_limit = '{_MEMORY}'; SET threads = 1")
         database.execute("SET preserve_insertion_order = false")
+        yield database
+
+
+def _day(files: list[Path], day_ns: int) -> pa.Table:
+    with _database() as database:
+        words = {"files": [str(path) for path in files], "day_ns": day_ns}
+        return database.sql(_DAY, params=words).to_arrow_table()
+
+
+def _sums(flows: list[Path], procs: list[Path], hour_ns: int) -> pa.Table:
+    with _database() as database:
         files = [str(path) for path in flows]
         far = database.execute("SELECT DISTINCT raddr FROM read_parquet($1)", [files]).fetchall()
         addresses = [row[0] for row in far if row[0] is not None]

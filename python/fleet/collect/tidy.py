@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from fleet import schema
 from fleet.collect.keys import Keys
 from fleet.collect.parquet import ParquetStore, keys_of, parts, sync, write_file
-from fleet.collect.rollup import write_rollup
+from fleet.collect.rollup import write_day, write_rollup
 from fleet.collect.tables import in_order
 from nlproto.errors import Error
 
@@ -86,6 +86,10 @@ class Tidier:
                 self.compact(folder, _FEW if over else _MANY)
                 if over and kind == "flows":
                     write_rollup(self._store.directory, folder.name)
+        hours = [schema.hour_ns(path.name) for path in _hours(self._store.directory / "rollup")]
+        for name in sorted(set(map(schema.day_name, hours))):
+            if schema.day_ns(name) + schema.DAY_NS + _SETTLED_NS < now_ns:
+                write_day(self._store.directory, name)
 
     def retire(self, now_ns: int) -> None:
         """Remove hours that are too old, and leftovers of killed collectors."""
@@ -96,6 +100,10 @@ class Tidier:
                 if schema.hour_ns(folder.name) + schema.HOUR_NS < now_ns - int(seconds * 1e9):
                     with self._store.locked():
                         os.rename(folder, directory / f".gone-{kind}-{folder.name}")
+        for folder in (directory / "rollup").glob("day=*"):
+            # with its first hour: the others are asked themselves
+            if schema.day_ns(folder.name) + schema.HOUR_NS < now_ns - int(self._keep_sums_s * 1e9):
+                os.rename(folder, directory / f".gone-rollup-{folder.name}")
         for path in [*directory.glob(".gone-*"), *directory.glob(".old-*")]:
             shutil.rmtree(path)
         for path in directory.glob("*/hour=*/.part-*"):
@@ -146,12 +154,7 @@ class Tidier:
 
 
 def _hours(folder: Path) -> list[Path]:
-    found = []
-    for path in sorted(folder.glob("hour=*")):
-        with contextlib.suppress(ValueError):
-            schema.hour_ns(path.name)
-            found.append(path)
-    return found
+    return [path for path in sorted(folder.glob("hour=*")) if schema.is_hour(path.name)]
 
 
 def _exchange(one: Path, other: Path) -> None:

@@ -76,14 +76,11 @@ class Deltas:
         """Only the first row of a connection has the SYN; copy what it said to the others."""
         rows = np.flatnonzero((flows["proto"] == socket.IPPROTO_TCP) & (flows["cookie"] != 0))
         some = taken(flows, rows)
-        keys = mix(tuple(_words(some)), self._seed).tolist()
-        opened = some["opened"].tolist()
-        for at, (key, value) in enumerate(zip(keys, opened, strict=True)):
-            if value:
-                self._opened[key] = value
-            else:
-                opened[at] = self._opened.get(key) or self._opened_before.get(key, 0)
-        flows["opened"][rows] = opened
+        keys = mix(tuple(_words(some)), self._seed)
+        says = some["opened"] != 0
+        self._opened.update(zip(keys[says].tolist(), some["opened"][says].tolist(), strict=True))
+        know, knew = self._opened.get, self._opened_before.get
+        flows["opened"][rows[~says]] = [know(key) or knew(key, 0) for key in keys[~says].tolist()]
         if len(self._opened) > _OPENED:
             self._opened_before, self._opened = self._opened, {}
 

@@ -27,7 +27,7 @@ CREATE TABLE IF NOT EXISTS batches (
     sequence INTEGER PRIMARY KEY, kind INTEGER, rows INTEGER, payload BLOB);
 CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, value INTEGER);
 """
-_NAMES = ("sequence", "exported", "acknowledged", "lost", "gap_ms")
+_NAMES = ("sequence", "exported", "acknowledged", "lost", "gap_ms", "at_ms")
 _PAGE = 4096
 _OVERHEAD = 200
 """Bytes of a batch beside its payload, with the average unused part of its last page."""
@@ -94,6 +94,9 @@ class Spool:
         except sqlite3.DatabaseError:
             self._put_aside()
         self._bytes = self._sum("SUM(LENGTH(payload)) + COUNT(*) * ?", _OVERHEAD)
+        before = self._total("at_ms")
+        if before:  # nobody read the daemon since an exporter last put something here
+            self.unsaved_gap_ms = max(0, time.time_ns() // 10**6 - before)
 
     def _open(self) -> None:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -158,6 +161,7 @@ class Spool:
         self._add("exported", rows + self.unsaved_lost)
         self._add("lost", lost)
         self._add("gap_ms", self.unsaved_gap_ms)
+        self._add("at_ms", time.time_ns() // 10**6 - self._total("at_ms"))
         return made
 
     def _make_room(self) -> int:
