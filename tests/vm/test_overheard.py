@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What engines do not tell, joined to what they do: NAT, names of far ends, who lived a moment."""
+"""What engines do not tell, joined to what they do: both tuples of NAT, and who lived a moment."""
 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +11,7 @@ from typing import Any
 
 import pytest
 
-from asking import SERVER, ZONE, Client, named, seen
 from daemons import Daemon
-from nameserver import NameServer
 from nlproto.client.client import DaemonClient
 from translating import PUBLISHED, Place, became, flow_of, place
 from waiting import until
@@ -69,22 +66,6 @@ def test_who_names_the_process_behind_a_published_port(
     assert became(flow) == (address, port, client.address, client.port)
     asked = flow_of(daemon.path, client, port=80)
     assert became(asked) == (client.address, client.port, server, 80)
-
-
-@pytest.mark.parametrize(
-    ("engine", "tcp"), [("module", ""), ("ebpf", ""), ("module", "tcp"), ("ebpf", "tcp")]
-)
-def test_a_far_end_has_the_name_that_a_process_asked_for_which_ended_at_once(
-    start: Start, tcp: str
-) -> None:
-    """And who asked for nothing has no name at the same address."""
-    daemon = start()
-    with NameServer(ZONE, SERVER), socket.create_server(("", 0)) as listener:
-        port = listener.getsockname()[1]
-        client = Client("www.example", port, "127.0.53.80", tcp=tcp, stay=False)
-        assert named(daemon.path, client, "www.example")
-        stranger = Client("", port, "127.0.53.80", stay=False)
-        assert seen(daemon.path, stranger)["domain"] == ""
 
 
 @pytest.mark.parametrize("engine", ["module", "ebpf"])
