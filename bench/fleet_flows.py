@@ -8,12 +8,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from fleet.collect.keys import Keys
 from fleet.collect.parquet import write_file
-from fleet.collect.rollup import write_rollup
+from fleet.collect.rollup import write_day, write_rollup
 from fleet.collect.tables import in_order
-from fleet.schema import ACCOUNT, FLOWS, HOUR_NS, PROCS, hour_name
+from fleet.schema import ACCOUNT, FLOWS, HOUR_NS, PROCS, day_name, hour_name
 
 __all__ = ["BEGIN_NS", "HOSTS", "address", "write"]
 
@@ -24,6 +25,9 @@ _PER_HOST = 10  # programs that run on one host
 _TARGETS = 5  # that one of them talks to
 _INSIDE = 0.7  # of them are on another host of the fleet
 _ACCOUNT_S = 60
+_DIFFERENT = 6  # hours
+_SECONDS = {"flows": 10, "procs": 1, "account": 1, "rollup": 1}
+"""Of what there are files of an hour, and after how many seconds a batch has the next number."""
 
 
 def address(host: int) -> str:
@@ -57,15 +61,37 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
 
 
 def write(folder: Path, rows: int, hours: int, seed: int = 1) -> None:
-    """Write about `rows` rows of flows in so many hours, with procs, account and sums."""
+    """Write about `rows` rows of flows in so many hours, with procs, account and sums.
+
+    A few hours are made up. The others are these again, at their own times.
+    """
     random = np.random.default_rng(seed)
     for hour in range(hours):
         begin = BEGIN_NS + hour * HOUR_NS
         name = hour_name(begin)
-        _flows(folder / "flows" / name, rows // hours, begin, random)
-        _procs(folder / "procs" / name, begin)
-        _accounts(folder / "account" / name, begin)
-        write_rollup(folder, name)
+        if hour < _DIFFERENT:
+            _flows(folder / "flows" / name, rows // hours, begin, random)
+            _procs(folder / "procs" / name, begin)
+            _accounts(folder / "account" / name, begin)
+            write_rollup(folder, name)
+        else:
+            for kind in _SECONDS:
+                _again(folder / kind, begin, hour // _DIFFERENT * _DIFFERENT * HOUR_NS)
+        if hour % 24 == 23:
+            write_day(folder, day_name(begin))
+
+
+def _again(folder: Path, begin: int, later: int) -> None:
+    """Write the hour that begins so much earlier again."""
+    old = pq.ParquetFile(folder / hour_name(begin - later) / "part-0.parquet").read()
+    seconds = _SECONDS[folder.name]
+    arrays: dict[str, object] = dict(zip(old.column_names, old.columns, strict=True))
+    for name in ("first_ns", "last_ns", "at_ns", "hour_ns"):
+        if name in arrays:
+            arrays[name] = old[name].to_numpy() + later
+    if "sequence" in arrays:
+        arrays["sequence"] = old["sequence"].to_numpy() + np.uint64(later // 10**9 // seconds)
+    _put(folder / hour_name(begin), arrays, old.schema.remove_metadata(), True)
 
 
 def _flows(folder: Path, rows: int, begin: int, random: np.random.Generator) -> None:
@@ -187,12 +213,17 @@ def _accounts(folder: Path, begin: int) -> None:
     _put(folder, arrays | counts | told, ACCOUNT)
 
 
-def _put(folder: Path, arrays: dict[str, object], schema: pa.Schema) -> None:
+def _put(
+    folder: Path, arrays: dict[str, object], schema: pa.Schema, is_ordered: bool = False
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     table = pa.table({field.name: arrays[field.name] for field in schema}, schema=schema)
-    sequences = np.asarray(arrays["sequence"])
-    run = [[int(sequences.min()), int(sequences.max())]]
-    told = {name: {boot: run} for name, boot in zip(_NAMES, _BOOTS, strict=True)}
-    if schema is FLOWS:
+    keys = Keys()
+    if "sequence" in arrays:
+        sequences = np.asarray(arrays["sequence"])
+        run = [[int(sequences.min()), int(sequences.max())]]
+        told = {name: {boot: run} for name, boot in zip(_NAMES, _BOOTS, strict=True)}
+        keys = Keys.from_bytes(msgspec.json.encode(told))
+    if schema is FLOWS and not is_ordered:
         table = in_order(table)
-    write_file(folder / "part-0.parquet", table, Keys.from_bytes(msgspec.json.encode(told)))
+    write_file(folder / "part-0.parquet", table, keys)

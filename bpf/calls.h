@@ -2,9 +2,9 @@
 #ifndef HUNTER_CALLS_H
 #define HUNTER_CALLS_H
 /*
- * What processes do to sockets by system calls: where no trampoline may be put
- * on the functions behind them, the two tracepoints of all calls tell. A use and
- * a close are seen before the call, what a call brings after it.
+ * What processes do to sockets by system calls. Where trampolines are refused, the two
+ * tracepoints of all calls report them. A use and a close are seen before the call, its
+ * results after it.
  */
 #include "probes.h"
 #ifdef __TARGET_ARCH_x86
@@ -20,7 +20,7 @@
 #define ADDFD		0x40182103	/* SECCOMP_IOCTL_NOTIF_ADDFD */
 #define CALL_MASK	0xffff	/* without the mark of x32 */
 
-/* The current process uses what this descriptor is, if it is a socket. */
+/* The current process uses this descriptor, if it is a socket. */
 __noinline int call_uses(u32 fd)
 {
 	struct task_struct *current = bpf_get_current_task_btf();
@@ -40,7 +40,7 @@ __noinline int call_uses(u32 fd)
 	return 0;
 }
 
-/* It has got this descriptor by the call that ends. */
+/* The call that ends has given it this descriptor. */
 __noinline int call_brought(u32 fd, u32 flags)
 {
 	struct task_struct *current = bpf_get_current_task_btf();
@@ -134,7 +134,10 @@ static long received_step(u32 i, struct messages *m)
 	return 0;
 }
 
-/* A supervisor puts a descriptor into another one's table, who may be the user from now on. */
+/*
+ * A supervisor puts a descriptor into the table of another process, which may be the
+ * user from now on.
+ */
 static __always_inline void call_adds(struct task_struct *current, u64 argument)
 {
 	struct { u64 id; u32 flags, fd; } add;
@@ -271,7 +274,7 @@ int BPF_PROG(part_leave, struct pt_regs *regs, long ret)
 	return 0;
 }
 
-/* By an io_uring or in the kernel: what has no system call of its own. */
+/* Uses by an io_uring or in the kernel: they have no system call of their own. */
 static __always_inline int call_moved(struct sock *sk)
 {
 	struct task_struct *current = bpf_get_current_task_btf();

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 #ifndef HUNTER_COLLECT_H
 #define HUNTER_COLLECT_H
-/* What is forgotten: sockets and processes that have ended long enough ago. */
+/* Removes sockets and processes that ended some time ago. */
 #include "holders.h"
 
 static long collect_owner(struct bpf_map *map, u64 *cookie, struct owner *o, u64 *now)
@@ -39,8 +39,8 @@ static long collect_proc(struct bpf_map *map, struct key *key, struct proc *p, u
 }
 
 /*
- * User space runs it each second: what has ended long enough ago is forgotten.
- * A program of this kind can be run so and may use maps with locks.
+ * User space runs it each second. It removes what ended some time ago. User space can
+ * run a program of this kind, and it may use maps with locks.
  */
 SEC("tc")
 int collect(struct __sk_buff *unused)

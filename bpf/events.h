@@ -2,9 +2,9 @@
 #ifndef HUNTER_EVENTS_H
 #define HUNTER_EVENTS_H
 /*
- * What happens to processes that use sockets: who asks /proc for one that lives
- * a millisecond comes too late. What they are is kept when they are made or
- * execute a program, sockets or not; the events only say whom to look up.
+ * Events of processes that use sockets. A process that lives a millisecond has gone
+ * before /proc can be read. So its facts are stored when it is created or executes a
+ * program, with or without sockets. Events only say which process to look up.
  */
 #include "hunter.h"
 
@@ -145,7 +145,7 @@ static __always_inline void number_of(struct task_struct *task, struct sniffer_p
 	it->pidns = BPF_CORE_READ(upid, ns, ns.inum);
 }
 
-/* Keeps what there is to be told of the process of a task (an address). */
+/* Stores the facts about the process of a task (an address). */
 __noinline int about(u64 task_address)
 {
 	struct task_struct *task = (void *)task_address;
@@ -172,7 +172,7 @@ __noinline int about(u64 task_address)
 	return 0;
 }
 
-/* The child is as its parent until it executes another program. */
+/* The child is like its parent until it executes another program. */
 static __always_inline void about_child(struct task_struct *parent, struct task_struct *child)
 {
 	struct sniffer_process *it;

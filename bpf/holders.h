@@ -2,10 +2,10 @@
 #ifndef HUNTER_HOLDERS_H
 #define HUNTER_HOLDERS_H
 /*
- * Who has a socket, by the descriptor tables themselves. Asked when a socket's
- * last user lets go of it, in his context, when the descriptor is gone.
- * Addresses of tasks and files are compared and read, never followed blindly:
- * a read that fails is no match.
+ * Finds out who has a socket, from descriptor tables. This is done when a socket's last
+ * user closes it, in the context of that process, after the descriptor is gone.
+ * Addresses of tasks and files are compared and read with checks: a failed read is no
+ * match.
  */
 #include "table.h"
 
@@ -300,7 +300,7 @@ __noinline int in_ring(u64 cookie, u32 closing)
 	return c.rings;
 }
 
-/* The user of a socket may have let go of it: who has it now is named. closing: see CLOSED. */
+/* The user of a socket may have closed it: find and name its new owner. closing: see CLOSED. */
 __noinline int settle(u64 cookie, u32 closing)
 {
 	struct owner *o = owner_find(cookie);
@@ -345,7 +345,7 @@ __noinline int settle(u64 cookie, u32 closing)
 	TRY_PAST(0);
 	TRY_PAST(1);
 	TRY_PAST(2);
-	/* else nobody can have got it: it is on its way, in a ring, or the kernel's */
+	/* else no process can have it: the file is in flight, in a ring, or the kernel's */
 	if (!heir.tgid && many) {
 		leader = 0;
 		if (proc && proc->child) {
@@ -385,7 +385,7 @@ static long settle_one(struct bpf_map *map, u64 *cookie, struct owner *o, struct
 	return 0;
 }
 
-/* A process has closed what it may be the last user of: not known which. */
+/* A process has closed some sockets whose last user it may be; which ones is not known. */
 static __always_inline void settle_mine(const struct key *who)
 {
 	struct mine mine = { .who = *who };

@@ -2,9 +2,9 @@
 #ifndef HUNTER_IN_H
 #define HUNTER_IN_H
 /*
- * Where packets come in. What arrives is kept for its processor from the door
- * of TCP or UDP until the stack itself has found the socket: no lookup is
- * predicted. And what is answered on the stack of such a packet.
+ * Incoming packets. A packet is kept for its processor from the entry of TCP or UDP
+ * until the stack itself has found the socket, so no lookup is predicted. Also the
+ * answers that the stack sends while it handles such a packet.
  */
 #include "name.h"
 
@@ -305,7 +305,10 @@ __noinline int answer(struct sniffer_record *r, u32 has_socket, u32 arrived_on)
 			reset->cookie = 0;
 			if (o && !o->via && o->user.tgid) {
 				name_owner(r, o, SNIFFER_HOW_REVERSE);
-				/* any of them could have accepted what is refused */
+				/*
+				 * each of the holders could have accepted the connection that
+				 * is refused
+				 */
 				if (reset->listens && r->flags & SNIFFER_F_SHARED)
 					r->flags |= SNIFFER_F_AMBIGUOUS;
 				return 0;

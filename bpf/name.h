@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 #ifndef HUNTER_NAME_H
 #define HUNTER_NAME_H
-/* Whose packet is it? What the hooks ask of the owner table. */
+/* Which process owns a packet? The hooks' questions to the owner table. */
 #include "packet.h"
 #include "use.h"
 
@@ -170,7 +170,7 @@ static __always_inline void name_owner(struct sniffer_record *r, struct owner *o
 	name_facts(r, o, user);
 }
 
-/* Names a record after the one who would accept the connection. */
+/* Names a record after the process that would accept the connection. */
 static __always_inline void name_acceptor(struct sniffer_record *r, struct owner *listener)
 {
 	name_owner(r, listener, SNIFFER_HOW_LISTENER);
@@ -220,7 +220,10 @@ __noinline int name(struct sniffer_record *r, struct about *a, u32 how)
 									 SNIFFER_HOW_SOCKET_GONE;
 		return 0;
 	}
-	/* datagrams are received by the server itself: who handed the socket over has let go of it */
+	/*
+	 * a server in the kernel receives these datagrams, and the process that handed
+	 * the socket over has closed it
+	 */
 	if (o && a->full && a->served && !o->held) {
 		name_kernel(r);
 		return 0;
@@ -243,7 +246,7 @@ __noinline int name(struct sniffer_record *r, struct about *a, u32 how)
 			name_owner(r, other, SNIFFER_HOW_INODE);
 		else
 			name_acceptor(r, other);
-		/* in parts nothing tells to whom a closed listener's queue has gone */
+		/* in parts nothing reports which listener got a closed one's queue */
 		if (parts && (!other->held || other->dead))
 			r->flags |= SNIFFER_F_AMBIGUOUS;
 		return 0;

@@ -2,9 +2,9 @@
 #ifndef HUNTER_OUT_H
 #define HUNTER_OUT_H
 /*
- * Where packets leave: behind LOCAL_OUT and NAT. From 6.4 on a link of Netfilter
- * for each network namespace tells of them; else functions through which all
- * that is routed comes.
+ * Outgoing packets, after LOCAL_OUT and NAT. From 6.4 on a Netfilter link in each
+ * network namespace reports them. On older kernels functions that every routed packet
+ * passes report them.
  */
 #include "in.h"
 
@@ -199,10 +199,10 @@ static __always_inline u32 link_of(struct net *net)
 }
 
 /*
- * A program that interrupts itself on its processor is left out by the kernel:
- * a softirq sends while a task's packet is looked at. So there are two of each,
- * and the one that finds the packet told already has nothing to do. Tasks and
- * softirqs each have a place for what was told last. A link is never left out.
+ * The kernel skips a program that would interrupt itself on its processor, as when a
+ * softirq sends while a task's packet is handled. So there are two of each. The second
+ * does nothing if the packet was reported already. Tasks and softirqs each have a place
+ * for the last packet. A link is never skipped.
  */
 static __always_inline u64 *told_here(u64 *places)
 {

@@ -2,10 +2,10 @@
 #ifndef HUNTER_PARTS_H
 #define HUNTER_PARTS_H
 /*
- * Where trampolines are refused: what tells of packets and TCP's states without
- * them, tracepoints and the hooks of the root cgroup. What leaves is met behind
- * the last NAT and once for each fragment. Nothing tells of a queue that a closed
- * listener leaves to another: AMBIGUOUS.
+ * Used where trampolines are refused: tracepoints and the hooks of the root cgroup
+ * report packets and TCP states. Outgoing packets are seen after the last NAT, and once
+ * for each fragment. Nothing reports a queue that a closed listener leaves to another
+ * one: AMBIGUOUS.
  */
 #include "calls.h"
 #include "out.h"

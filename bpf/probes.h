@@ -2,9 +2,9 @@
 #ifndef HUNTER_PROBES_H
 #define HUNTER_PROBES_H
 /*
- * What the owner table learns from: the LSM hooks of sockets and files, by
- * trampolines, and tracepoints of process life. User space leaves out those
- * whose function this kernel lacks.
+ * Programs that feed the owner table: on LSM hooks of sockets and files, by
+ * trampolines, and on tracepoints of process life. User space leaves out those whose
+ * function this kernel lacks.
  */
 #include "name.h"
 #include "rings.h"

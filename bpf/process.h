@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 #ifndef HUNTER_PROCESS_H
 #define HUNTER_PROCESS_H
-/* The process table: everyone who used a socket, by (tgid, start time). */
+/* The process table: every process that used a socket, by (tgid, start time). */
 #include "events.h"
 
 static __always_inline void key_of(struct task_struct *task, struct key *key)

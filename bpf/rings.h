@@ -2,9 +2,8 @@
 #ifndef HUNTER_RINGS_H
 #define HUNTER_RINGS_H
 /*
- * Files that a process has by an io_uring, where no descriptor tells of them.
- * Which ones is not known: that it has some, and that some have gone. As
- * kmod/rings.c.
+ * Counts the files that a process has through an io_uring, without a descriptor. Which
+ * files they are is not known. Like kmod/rings.c.
  */
 #include "use.h"
 

@@ -2,9 +2,9 @@
 #ifndef HUNTER_SNAP_H
 #define HUNTER_SNAP_H
 /*
- * The first bytes of packets, while user space wishes for them. Only the hooks
- * of a cgroup can read a packet that is not in one piece. Its bytes come right
- * behind the record where packets leave or arrive, before it where parts send.
+ * The first bytes of packets, while user space wants them. Only the hooks of a cgroup
+ * can read a packet that is not in one piece. Its bytes come right after the record for
+ * incoming and outgoing packets, and before it where parts send.
  */
 #include "hunter.h"
 

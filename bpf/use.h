@@ -2,14 +2,14 @@
 #ifndef HUNTER_USE_H
 #define HUNTER_USE_H
 /*
- * What a process does to a socket: it makes, uses, receives or closes one, it
- * forks, executes a program or ends.
+ * What a process does to a socket: it creates, uses, receives or closes it; it forks,
+ * executes a program or exits.
  */
 #include "holders.h"
 
 /*
- * Who was last found not to have a socket, so that a firewall's daemon or a
- * reader of a network's disk is not searched for it packet by packet.
+ * The process that was last found not to have a certain socket. This avoids a search
+ * for each packet that a firewall's daemon or the user of a network disk handles.
  */
 struct stranger {
 	u64 cookie;

@@ -17,17 +17,17 @@ _shtab_packet_hunter_collect_commands() {
 
 _shtab_packet_hunter_collect_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  {-V,--version}"[say the version, and end]"
-  "*--server[tls\:\/\/HOST\:PORT, once for each of a cluster (default nats\:\/\/127.0.0.1\:4222)]:URL:"
-  "--nkey[the seed of the nkey that we are known by]:FILE:"
-  "--ca[who signs the server\'s certificate (default\: the system\'s)]:FILE:"
+  {-V,--version}"[print the version and exit]"
+  "*--server[tls\:\/\/HOST\:PORT, once for each server of a cluster (default nats\:\/\/127.0.0.1\:4222)]:URL:"
+  "--nkey[file with the seed of our nkey]:FILE:"
+  "--ca[file with the CA of the server (default\: the system\'s CAs)]:FILE:"
   "--make-nkey[make the file of --nkey, print the line for the server\'s configuration, and end]"
-  "--interval[between two files\; what was sent is asked about so much later (default 20)]:SECONDS:"
+  "--interval[between two files\; answers are so much behind (default 20)]:SECONDS:"
   "--keep[of flows (default 30)]:DAYS:"
   "--keep-sums[of each hour\'s sums (default 396)]:DAYS:"
   "--clickhouse[write into https\:\/\/\[USER\:PASSWORD\@\]HOST\:8443\/DATABASE, too (\@FILE\: the URL is in it)]:URL:"
   "--replicas[of the stream, if this has to make it\; 3 in a cluster (default 1)]:N:"
-  ":where the hours are (default \/var\/lib\/packet-hunter-collect):"
+  ":folder for the hours (default \/var\/lib\/packet-hunter-collect):"
 )
 
 # guard to ensure default positional specs are added only once per session

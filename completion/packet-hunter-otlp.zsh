@@ -17,10 +17,10 @@ _shtab_packet_hunter_otlp_commands() {
 
 _shtab_packet_hunter_otlp_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  {-V,--version}"[say the version, and end]"
-  "--socket[the daemon\'s]:PATH:"
+  {-V,--version}"[print the version and exit]"
+  "--socket[the daemon\'s socket]:PATH:"
   "--endpoint[the receiver\'s, with its path (default http\:\/\/127.0.0.1\:4318\/v1\/logs)]:URL:"
-  "--host[who we are (default\: this machine\'s name)]:NAME:"
+  "--host[this host\'s name in the records (default\: this machine\'s name)]:NAME:"
   "--interval[what a flow did in so many seconds is one record (default 10)]:SECONDS:"
 )
 

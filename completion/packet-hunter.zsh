@@ -28,25 +28,25 @@ _shtab_packet_hunter_commands() {
 
 _shtab_packet_hunter_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  {-V,--version}"[say the version, and end]"
+  {-V,--version}"[print the version and exit]"
   {-F,--filter-file}"[read the filter from FILE]:FILE:_files"
   "*"{-i,--interface}"[on this interface (repeatable)]:IF:_net_interfaces"
   {-Q,--direction}"[in, out or inout]:D:(in out inout)"
   "*--pid[of this process (repeatable)]:P:_pids"
-  "*--pname[of processes so named]:NAME:"
+  "*--pname[of processes with this name]:NAME:"
   "*--uid[of this user\'s processes]:U:_users"
   "*--netns[in a network namespace]:NS:"
-  "*--container[of a container\: its name or id\'s beginning]:C:"
+  "*--container[of a container\: its name, or its id or the beginning of it]:C:"
   "*--pod[of a pod\: NAME or NAMESPACE\/NAME]:P:"
   "*--unit[of a systemd unit]:U:"
-  "*--parent[of what a process so named, or its pid, started]:P:"
+  "*--parent[of descendants of this process\: its name or pid]:P:"
   "*--exe[of a program\: its path or name]:PATH:"
   "*--cmdline[with TEXT in the command line]:TEXT:"
   {-c,--count}"[end after N packets]:N:"
   "--duration[end after S seconds (60s, 5m)]:S:"
-  "--all[with -- CMD\: packets of everybody, not of CMD and its descendants only]"
+  "--all[with -- CMD\: all packets, not only those of CMD and its descendants]"
   {-n,--numbers}"[no names of hosts and services]"
-  "*"{-q,--quiet}"[shorter lines\; -qq\: no account either]"
+  "*"{-q,--quiet}"[shorter lines\; -qq\: also no account]"
   "*"{-v,--verbose}"[more of the owner\; -vv]"
   "*-t[no time\; -tt Unix time, -ttt since the line before, -tttt with date, -ttttt since the first]"
   "--json[JSON lines on standard output]"
@@ -57,10 +57,10 @@ _shtab_packet_hunter_options=(
   {-C,--rotate}"[new file every SIZE million bytes (1g)]:SIZE:"
   {-W,--keep}"[with -C\: keep the last N files]:N:"
   "--process-blocks[in pcapng\: a block for each process\; Wireshark up to 4.6 counts it as a frame]"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
-  "--direct[listen to the module or an own capture, ask the daemon for owners only]"
+  "--socket[the daemon\'s socket (default\: \/run\/packet-hunter\/daemon.sock, if it is there)]:PATH:_files"
+  "--direct[read the module or capture here\; ask the daemon only for owners]"
   "--engine[without the daemon or with --direct\: module, ebpf, packet, or auto (default)]:E:(auto module ebpf packet)"
-  {-B,--buffer}"[of engine packet, without the daemon\: for packets that wait (default\: 16384)]:KIB:"
+  {-B,--buffer}"[room for waiting packets in engine packet, without the daemon (default\: 16384)]:KIB:"
   "--domains[without the daemon\: far ends\' names from DNS (default), TLS to port 443 too (sni), off]:domains:(dns sni off)"
   "*"{-r,--read}"[show a saved capture of any format, compressed or not\; - is standard input (repeatable\: all in order of time)]:FILE:_files"
   {-D,--list-interfaces}"[list interfaces, and end]"
@@ -72,9 +72,9 @@ _shtab_packet_hunter_defaults_added=0
 _shtab_packet_hunter_annotate_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   {-o,--output}"[pcapng to write\; - is standard output]:OUT:_files"
-  "--netns[where the capture was made\: a network namespace by name, pid or inode\; else packets that fit in several are marked AMBIGUOUS]:NS:"
+  "--netns[network namespace of the capture, by name, pid or inode\; without it packets that fit in several are marked AMBIGUOUS]:NS:"
   "--process-blocks[in pcapng\: a block for each process\; Wireshark up to 4.6 counts it as a frame]"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
+  "--socket[the daemon\'s socket (default\: \/run\/packet-hunter\/daemon.sock, if it is there)]:PATH:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -82,7 +82,7 @@ _shtab_packet_hunter_annotate_defaults_added=0
 
 _shtab_packet_hunter_doctor_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
+  "--socket[the daemon\'s socket (default\: \/run\/packet-hunter\/daemon.sock, if it is there)]:PATH:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -96,21 +96,21 @@ _shtab_packet_hunter_fleet_options=(
   "--user[of this user\'s processes\: name or uid]:USER:"
   "--port[of either end]:N:_ports"
   "--pid[of this process]:P:_pids"
-  "--pname[of processes so named]:NAME:"
+  "--pname[of processes with this name]:NAME:"
   "--unit[of this systemd unit]:UNIT:"
   "--container[of this container\: name or id]:C:"
   "--pod[of this pod]:POD:"
-  "--domain[to the host so named, or below]:NAME:"
+  "--domain[to the host with this name, or a name below it]:NAME:"
   "--proto[tcp or udp]:P:(tcp udp)"
   "--since[so long ago (10m, 1d\; 1h), or since 14\:30, 2026-05-28 or both]:T:"
   "--until[up to then (now)]:T:"
   "--by[usage, map\: by process, host, unit, container, pod, user, domain]:KEY:(process host unit container pod user domain)"
   "--of[new\: destination, program, listener (destination)]:WHAT:(destination program listener)"
   "--days[new\: not seen in so many days before (30)]:N:"
-  "--html[map\: a page\; - is standard output]:FILE:"
+  "--html[map\: write a page\; - is standard output]:FILE:"
   "--limit[at most N rows (50\; with --json 1000)]:N:"
   "--json[one JSON object]"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
+  "--socket[the daemon\'s socket (default\: \/run\/packet-hunter\/daemon.sock, if it is there)]:PATH:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -127,7 +127,7 @@ _shtab_packet_hunter_report_defaults_added=0
 _shtab_packet_hunter_stats_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--json[one JSON object]"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
+  "--socket[the daemon\'s socket (default\: \/run\/packet-hunter\/daemon.sock, if it is there)]:PATH:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -139,22 +139,22 @@ _shtab_packet_hunter_top_options=(
   "*"{-i,--interface}"[on this interface (repeatable)]:IF:_net_interfaces"
   {-Q,--direction}"[in, out or inout]:D:(in out inout)"
   "*--pid[of this process (repeatable)]:P:_pids"
-  "*--pname[of processes so named]:NAME:"
+  "*--pname[of processes with this name]:NAME:"
   "*--uid[of this user\'s processes]:U:_users"
   "*--netns[in a network namespace]:NS:"
-  "*--container[of a container\: its name or id\'s beginning]:C:"
+  "*--container[of a container\: its name, or its id or the beginning of it]:C:"
   "*--pod[of a pod\: NAME or NAMESPACE\/NAME]:P:"
   "*--unit[of a systemd unit]:U:"
-  "*--parent[of what a process so named, or its pid, started]:P:"
+  "*--parent[of descendants of this process\: its name or pid]:P:"
   "*--exe[of a program\: its path or name]:PATH:"
   "*--cmdline[with TEXT in the command line]:TEXT:"
   {-n,--numbers}"[no names of hosts and services]"
   {-u,--units}"[bin-bytes bin-bits si-bytes si-bits]:U:(bin-bytes bin-bits si-bytes si-bits)"
-  {-d,--interval}"[between looks (1s)]:S:"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
-  "--direct[listen to the module or an own capture, ask the daemon for owners only]"
+  {-d,--interval}"[time between two updates (1s)]:S:"
+  "--socket[the daemon\'s socket (default\: \/run\/packet-hunter\/daemon.sock, if it is there)]:PATH:_files"
+  "--direct[read the module or capture here\; ask the daemon only for owners]"
   "--engine[without the daemon or with --direct\: module, ebpf, packet, or auto (default)]:E:(auto module ebpf packet)"
-  {-B,--buffer}"[of engine packet, without the daemon\: for packets that wait (default\: 16384)]:KIB:"
+  {-B,--buffer}"[room for waiting packets in engine packet, without the daemon (default\: 16384)]:KIB:"
   "--domains[without the daemon\: far ends\' names from DNS (default), TLS to port 443 too (sni), off]:domains:(dns sni off)"
   "*"{-r,--read}"[show a saved capture of any format, compressed or not\; - is standard input (repeatable\: all in order of time)]:FILE:_files"
 )
@@ -168,7 +168,7 @@ _shtab_packet_hunter_usage_options=(
   "--since[so long ago (12h, 30d\; 1d), or since 14\:30, 2026-05-28 or both]:T:"
   "--limit[at most N rows (50\; with --json 1000)]:N:"
   "--json[one JSON object]"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
+  "--socket[the daemon\'s socket (default\: \/run\/packet-hunter\/daemon.sock, if it is there)]:PATH:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -176,13 +176,13 @@ _shtab_packet_hunter_usage_defaults_added=0
 
 _shtab_packet_hunter_watch_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--once[tell what is new since T, and end]"
+  "--once[report what is new since T, and exit]"
   "--since[begin so long ago (10m, 12h\; with --once 1h, else now), or at 14\:30]:T:"
-  "--unseen[new is what was not seen for so long (1d or more\; 30d)]:T:"
+  "--unseen[new means not seen for this time (1d or more\; 30d)]:T:"
   "--journal[write lines to standard error with the journal\'s priority before them]"
   "--webhook[POST each as JSON to http(s)\:\/\/...]:URL:"
-  "--json[a JSON object a line]"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
+  "--json[one JSON object on each line]"
+  "--socket[the daemon\'s socket (default\: \/run\/packet-hunter\/daemon.sock, if it is there)]:PATH:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -191,7 +191,7 @@ _shtab_packet_hunter_watch_defaults_added=0
 _shtab_packet_hunter_web_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--port[on 127.0.0.1 (default\: any free)]:N:_ports"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
+  "--socket[the daemon\'s socket (default\: \/run\/packet-hunter\/daemon.sock, if it is there)]:PATH:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -203,18 +203,18 @@ _shtab_packet_hunter_who_options=(
   "--proto[tcp or udp]:P:(tcp udp)"
   "--host[address or network of the other end]:H:_hosts"
   "--pid[what this process talks to]:P:_pids"
-  "--pname[what processes so named talk to]:NAME:"
+  "--pname[what processes with this name talk to]:NAME:"
   "--unit[what runs in this unit talks to]:U:"
-  "--container[the same of a container\: name or id]:C:"
-  "--pod[the same of a pod]:POD:"
-  "--domain[who talks to the host so named]:NAME:"
+  "--container[the same for this container\: its name or id]:C:"
+  "--pod[the same for this pod]:POD:"
+  "--domain[who talks to the host with this name]:NAME:"
   "--netns[in this network namespace alone\: its name, a pid or its inode]:NS:"
-  "--since[seen so long ago at most (60s, 5m), or since 14\:30, 2026-05-28 or both]:T:"
-  "--until[not begun later than that\; nothing of now]:T:"
+  "--since[seen within this time (60s, 5m), or since 14\:30, 2026-05-28 or both]:T:"
+  "--until[begun before that time\; leaves out what is open now]:T:"
   "--by[sums instead of rows\: by name, unit, container, user, host, port]:KEY:(name unit container user host port)"
   "--limit[at most N rows of a table (default\: 50)\; with --json\: N flows (1000)]:N:"
   "--json[one JSON object]"
-  "--socket[where the daemon listens (default\: \/run\/packet-hunter\/daemon.sock, if one does)]:PATH:_files"
+  "--socket[the daemon\'s socket (default\: \/run\/packet-hunter\/daemon.sock, if it is there)]:PATH:_files"
 )
 
 # guard to ensure default positional specs are added only once per session

@@ -17,7 +17,7 @@ _shtab_packet_hunterd_commands() {
 
 _shtab_packet_hunterd_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  {-V,--version}"[say the version, and end]"
+  {-V,--version}"[print the version and exit]"
   "--engine[where packets come from\; auto\: the module when it is loaded, else ebpf, else packet]:engine:(auto module ebpf packet)"
   "--socket[UNIX socket to serve]:PATH:"
   "--config[YAML file (default \/etc\/packet-hunter\/daemon.yaml, if there)]:FILE:"

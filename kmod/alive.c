@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* Flags of what the module is told, below those who write and who read them. */
+/* Flags about the probes. They lie below the files that write them and the files that read them. */
 #include "alive.h"
 
 bool sniffer_alive_names;

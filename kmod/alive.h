@@ -6,30 +6,37 @@
 #include <linux/jump_label.h>
 #include <linux/types.h>
 
-/* What the owner table is told of. Written by probes.c alone, read by everybody without a lock. */
-extern bool sniffer_alive_names;	/* all that names need; by the last canary, if by kprobes */
-extern bool sniffer_alive_release;	/* the end of each socket's file, without fail; set at load, cleared at unload */
+/*
+ * Do the needed probes fire? For kprobes the last canary decides. Like the next, written
+ * by probes.c alone and read by everybody without a lock.
+ */
+extern bool sniffer_alive_names;
+/* Is the release of every socket seen? Set at load, cleared at unload. */
+extern bool sniffer_alive_release;
 
-/* enum sniffer_probe of all that fired since load. Written by whoever is told; only gains bits. */
+/*
+ * enum sniffer_probe: all probes that have fired since load. Handlers write it; bits
+ * are only set.
+ */
 extern u32 sniffer_alive_fired;
 
 static inline void sniffer_alive_note(u32 bit)
 {
-	/* a race can lose a bit until the next time: nobody minds */
+	/* a race can lose a bit until the next call: harmless */
 	if (unlikely(!(READ_ONCE(sniffer_alive_fired) & bit)))
 		WRITE_ONCE(sniffer_alive_fired, sniffer_alive_fired | bit);
 }
 
-/* Does anybody listen for packets? Written by listen.c alone. */
+/* Does anybody listen for packets? listen.c alone writes it. */
 DECLARE_STATIC_KEY_FALSE(sniffer_listening);
 
-/* Do all those probes fire that the owner table needs to be right? */
+/* Do all the probes fire that the owner table needs to be right? */
 static inline bool sniffer_probes_alive(void)
 {
 	return READ_ONCE(sniffer_alive_names);
 }
 
-/* Is the end of each socket's file told without fail? Else nobody may remember its address. */
+/* Is the release of every socket seen? If not, nobody may keep the address of its file. */
 static inline bool sniffer_probes_tell_release(void)
 {
 	return READ_ONCE(sniffer_alive_release);

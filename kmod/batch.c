@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Records gather per CPU: as they are for readers of packets, summed up for
- * readers of flows (merge.c), with the packets' first bytes for who asks for
- * these. They leave as Netlink messages: when one is full, when its oldest record
- * has waited flush_ms, or when a reader asks.
- * All counting happens here too, beside the batch.
+ * Each CPU gathers records in messages: single records for the group packets, sums for
+ * the group flows (merge.c), and first bytes of packets for the group snaps. A message
+ * is sent when it is full, when its oldest record has waited flush_ms, or when a reader
+ * asks.
+ *
+ * Counting is done here too, under the same lock.
  */
 #include <linux/cpu.h>
 #include <linux/module.h>
@@ -27,23 +28,24 @@
 
 /**
  * struct batch_cpu - one CPU's batches and counters
- * @lock: guards all below. Taken by the hooks of this CPU (process context or
- *	softirq), its timer, and flushes: _bh. In practice its own CPU only, so
- *	it is never contended; it is there for CPU hotplug, when a timer migrates.
+ * @lock: guards all below. Taken with _bh by the hooks of this CPU (process context or
+ *	softirq), by its timer, and by flushes. Nearly always its own CPU takes it,
+ *	without contention. It is needed for CPU hotplug, when a timer moves to
+ *	another CPU.
  * @id: which CPU
- * @seq: records so far, whoever wanted them
- * @packets: of all records, on the wire
- * @bytes: the same
- * @by_how: records
- * @copies: of these: further ones of a packet
- * @copy_packets: of these, on the wire
- * @copy_bytes: the same
+ * @seq: records so far, in any group
+ * @packets: packets on the wire, of all records
+ * @bytes: bytes on the wire, of all records
+ * @by_how: records of each enum sniffer_how
+ * @copies: records that are copies (SNIFFER_F_COPY)
+ * @copy_packets: packets on the wire, of copies
+ * @copy_bytes: bytes on the wire, of copies
  * @timer: pinned; runs while a batch waits
  * @records: for group packets
  * @flows: for group flows
  * @snaps: for group snaps
  * @snap_seq: snaps so far
- * @count: further counters; those that the ones above tell are 0
+ * @count: all other counters; those that the fields above hold stay 0 in it
  */
 struct batch_cpu {
 	spinlock_t lock;
@@ -68,7 +70,7 @@ static DEFINE_PER_CPU(struct batch_cpu, batch_cpus);
 static u64 batch_instance;
 static bool batch_stopped;
 
-/* Under the lock. All of @head but record_size and what a stream adds. */
+/* Under the lock. Fills all of @head but record_size and the fields that only flows have. */
 static void batch_fill_head(struct batch_cpu *cpu, const struct sniffer_stream *stream,
 			    struct sniffer_batch *head)
 {
@@ -144,7 +146,7 @@ static void batch_send_snaps(struct batch_cpu *cpu)
 		cpu->snaps.lost += cpu->snaps.count;
 }
 
-/* Under the lock. Records before snaps: a reader joins a snap to the record it knows. */
+/* Under the lock. Records are sent before snaps, because a reader joins a snap to its record. */
 static void batch_send(struct batch_cpu *cpu)
 {
 	batch_send_records(cpu);
@@ -162,8 +164,8 @@ static void batch_expired(struct timer_list *timer)
 }
 
 /*
- * Under the lock of this CPU. Ask who listens. What is on its way to nobody any
- * more goes now, so that a message has no gap within.
+ * Under the lock of this CPU. Updates which groups have listeners. If a group has lost
+ * its last one, its message is sent now, so that no message has a gap within.
  */
 static void batch_ask(struct batch_cpu *cpu)
 {
@@ -180,7 +182,7 @@ static void batch_ask(struct batch_cpu *cpu)
 }
 
 /**
- * sniffer_batch_ask - ask now who listens
+ * sniffer_batch_ask - update now which groups have listeners
  */
 void sniffer_batch_ask(void)
 {
@@ -194,7 +196,7 @@ void sniffer_batch_ask(void)
 	local_bh_enable();
 }
 
-/* Under the lock, when a message has begun. */
+/* Under the lock, when a message has begun: it must be sent in time. */
 static void batch_arm(struct batch_cpu *cpu)
 {
 	if (!timer_pending(&cpu->timer) && !READ_ONCE(batch_stopped))
@@ -239,7 +241,7 @@ static void batch_put_flow(struct batch_cpu *cpu, const struct sniffer_record *r
 	sniffer_merge_add(flows, record, bytes, place);
 }
 
-/* Under the lock. The first bytes of a packet, data at the IP header. */
+/* Under the lock. @skb's data begins at the IP header. */
 static void batch_put_snap(struct batch_cpu *cpu, const struct sniffer_record *record,
 			   const struct sk_buff *skb)
 {
@@ -269,17 +271,18 @@ static void batch_put_snap(struct batch_cpu *cpu, const struct sniffer_record *r
 }
 
 /**
- * sniffer_batch_add - hand a record on
- * @record: all but cpu and sequence, which are filled in here
+ * sniffer_batch_add - put a record into this CPU's messages
+ * @record: complete but for cpu and seq, which are set here
  * @skb: its packet, data at the IP header
- * @place: where one like it was summed up, see sniffer_merge_add(); set
+ * @place: where an earlier record of this flow was added up, see sniffer_merge_add();
+ *	updated
  */
 void sniffer_batch_add(struct sniffer_record *record, const struct sk_buff *skb,
 		       struct sniffer_merge_place *place)
 {
 	u32 bytes = record->len + (record->gso_segs - 1) * record->hdr_len;
 	bool copy = record->flags & SNIFFER_F_COPY;
-	bool task = !softirq_count();	/* what is received comes with bottom halves off */
+	bool task = !softirq_count();	/* received packets come with bottom halves off */
 	struct batch_cpu *cpu;
 	unsigned int wanted;
 
@@ -287,7 +290,7 @@ void sniffer_batch_add(struct sniffer_record *record, const struct sk_buff *skb,
 		local_bh_disable();
 	cpu = this_cpu_ptr(&batch_cpus);
 	spin_lock(&cpu->lock);
-	/* perhaps another CPU than the hook began on */
+	/* the task may have moved to another CPU since the hook began */
 	if (unlikely(this_cpu_read(sniffer_wanted.asked) != jiffies))
 		batch_ask(cpu);
 	wanted = this_cpu_read(sniffer_wanted.groups);
@@ -310,7 +313,7 @@ void sniffer_batch_add(struct sniffer_record *record, const struct sk_buff *skb,
 		cpu->copy_packets += record->gso_segs;
 		cpu->copy_bytes += bytes;
 	}
-	/* with all that its head counts */
+	/* sent last, so that the head counts this record too */
 	if (cpu->records.data && cpu->records.used == cpu->records.room)
 		batch_send_records(cpu);
 	if ((wanted & (BATCH_SNAPS | BATCH_PACKETS)) == (BATCH_SNAPS | BATCH_PACKETS) &&
@@ -334,7 +337,7 @@ static void batch_flush_cpu(int id, struct sniffer_tail *tail, struct sniffer_fl
 
 	spin_lock_bh(&cpu->lock);
 	batch_send(cpu);
-	/* from here on whoever has joined gets everything; an offline CPU will ask itself */
+	/* from here on a new member gets everything; an offline CPU will ask when it is back */
 	if (id == smp_processor_id())
 		batch_ask(cpu);
 	tail->cpu = id;
@@ -361,13 +364,13 @@ static void batch_flush_here(struct work_struct *work)
 }
 
 /**
- * sniffer_batch_flush - send what waits on every CPU
+ * sniffer_batch_flush - send the messages of every CPU, full or not
  * @tails: filled with what each CPU has sent to group packets so far
  * @flows: the same for group flows
  * @max: room in each
  *
- * Process context. Runs on each CPU itself, so that its counters stand still;
- * those of one that is offline do, but what it has sent is told as well.
+ * Process context. The work runs on each CPU itself, so that its counters stand still.
+ * An offline CPU needs no work, but its counters are reported too.
  *
  * Return: number of tails.
  */
@@ -400,7 +403,7 @@ unsigned int sniffer_batch_flush(struct sniffer_tail *tails, struct sniffer_flow
 
 /**
  * sniffer_batch_counters - add up the counters of all CPUs
- * @sum: filled but for what the tables count
+ * @sum: filled, but for the counters that tables keep
  */
 void sniffer_batch_counters(struct sniffer_counters *sum)
 {
@@ -434,7 +437,7 @@ void sniffer_batch_counters(struct sniffer_counters *sum)
 }
 
 /**
- * sniffer_batch_instance - realtime ns of this load of the module
+ * sniffer_batch_instance - when the module was loaded, in realtime ns
  */
 u64 sniffer_batch_instance(void)
 {
@@ -460,7 +463,7 @@ int sniffer_batch_init(void)
 	return 0;
 }
 
-/* The hooks are gone; send what waits, while the family still exists. */
+/* The hooks are gone. Send what waits while the family still exists. */
 void sniffer_batch_stop(void)
 {
 	int id;

@@ -14,7 +14,8 @@ struct sniffer_merge_place;
 
 /**
  * struct sniffer_wanted - which groups had listeners
- * @asked: jiffies when that was asked for; it is in each anew, and at a flush
+ * @asked: jiffies of the last update; there is one in each jiffy with records, and at a
+ *	flush
  * @groups: bit mask of enum sniffer_group
  */
 struct sniffer_wanted {
@@ -28,7 +29,7 @@ DECLARE_PER_CPU(struct sniffer_wanted, sniffer_wanted);
 void sniffer_batch_ask(void);
 
 /**
- * sniffer_batch_was_wanted - did anybody want records when that was asked last?
+ * sniffer_batch_was_wanted - did anybody want records at the last update?
  *
  * Any context.
  */
@@ -39,9 +40,9 @@ static inline bool sniffer_batch_was_wanted(void)
 }
 
 /**
- * sniffer_batch_wanted - does anybody want records, be it summed up?
+ * sniffer_batch_wanted - does anybody want records, single ones or sums?
  *
- * Where bottom halves may be switched off and on.
+ * Call it where bottom halves may be switched off and on.
  */
 static inline bool sniffer_batch_wanted(void)
 {

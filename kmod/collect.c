@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/*
- * Forgets sockets and processes when they have ended, each second.
- */
+/* Once a second, removes sockets and processes that ended some time ago. */
 #include <linux/workqueue.h>
 
 #include "alive.h"
@@ -10,7 +8,7 @@
 #include "owner.h"
 #include "process.h"
 
-#define COLLECT_KEEP	(2 * HZ)	/* what waited on its way */
+#define COLLECT_KEEP	(2 * HZ)	/* jiffies of an entry that may have left a TIME_WAIT */
 #define COLLECT_KEEP_MIN	(5 * HZ)	/* when either table is nearly full */
 #define COLLECT_KEEP_IDLE	(600 * HZ)	/* unheld or, where not all is told, unused */
 #define COLLECT_SWEEP	60		/* seconds from sweep to sweep */
@@ -41,8 +39,8 @@ static void collect_dead(bool waiting, unsigned long keep)
 }
 
 /*
- * Those whose end was not told: unheld for long and not seen since, or, where
- * not every probe fires, unused for long.
+ * Entries whose end was not seen. Nobody holds them, and they were long not used. If a
+ * probe is missing, it is enough that they were long not used.
  */
 static void collect_sweep(void)
 {
@@ -80,7 +78,7 @@ static void collect_run(struct work_struct *work)
 	collect_dead(true, tight ? COLLECT_KEEP_MIN : SNIFFER_OWNER_WAIT);
 	if (++ticks % COLLECT_SWEEP == 0)
 		collect_sweep();
-	/* its work found no memory */
+	/* its work item found no memory */
 	while ((orphan = sniffer_process_orphan())) {
 		sniffer_holders_settle_process(orphan);
 		sniffer_process_put(orphan);
@@ -94,7 +92,7 @@ void sniffer_collect_init(void)
 	schedule_delayed_work(&collector, HZ);
 }
 
-/* Hooks, probes and readers are gone: all entries go. */
+/* Hooks, probes and readers are gone: remove all entries. */
 void sniffer_collect_exit(void)
 {
 	struct sniffer_owner *owner;

@@ -101,7 +101,7 @@ static int commands_flush(struct sk_buff *skb, struct genl_info *info)
 	struct sniffer_tail *tails;
 	int err = -ENOMEM;
 
-	/* it is the first word of a reader that has joined */
+	/* FLUSH is the first command of a reader that has joined */
 	sniffer_listen_update();
 	tails = kvcalloc(count, sizeof(*tails), GFP_KERNEL);
 	flows = kvcalloc(count, sizeof(*flows), GFP_KERNEL);
@@ -183,7 +183,7 @@ static int commands_get_socket(struct sk_buff *skb, struct genl_info *info)
 	return err;
 }
 
-/* Where a dump stands lies in cb->args: bucket, index within it. */
+/* cb->args says where a dump stands: the bucket, and the index in it. */
 static int commands_dump_sockets(struct sk_buff *skb, struct netlink_callback *cb)
 {
 	unsigned int bucket = cb->args[0], index = cb->args[1];

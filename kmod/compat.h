@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Every difference between kernels, and nothing else. The HAVE_ macros come
- * from Kbuild, which reads the headers of the kernel it builds for: stable
- * trees backport, so a version number would not tell.
+ * All differences between kernels, and nothing else. The HAVE_ macros come from Kbuild,
+ * which reads the headers of the target kernel. Version numbers do not help, because
+ * stable trees get backports.
  */
 #ifndef SNIFFER_COMPAT_H
 #define SNIFFER_COMPAT_H
@@ -36,7 +36,7 @@
 #define SNIFFER_RESV_START_OP(op)
 #endif
 
-/* Lookups lose their table argument: it can be found from the netns. */
+/* Lookups lost their table argument: the netns has the table. */
 #ifdef HAVE_LOOKUP_HASHINFO
 #define SNIFFER_TCP_TABLE(net)	(net)->ipv4.tcp_death_row.hashinfo,
 #else
@@ -62,7 +62,7 @@
 #define SNIFFER_EXIT_ARGS	struct task_struct *task
 #endif
 
-/* tcp_send_reset too. */
+/* So did tcp_send_reset. */
 #ifdef HAVE_RESET_REASON
 #define SNIFFER_RESET_ARGS	const struct sock *sk, const struct sk_buff *skb, \
 				const enum sk_rst_reason reason
@@ -80,10 +80,10 @@
 #endif
 
 /*
- * What ftrace's handlers get, how a probed function's arguments are read from
- * it, and the flags to ask for it. PERMANENT: as long as we are there nobody
- * can switch ftrace off. Before 5.11 who guards against recursion was asked
- * the other way round; our handlers call nothing that they are told of.
+ * The register argument of ftrace handlers, how to read a function's arguments from it,
+ * and the flags. PERMANENT: nobody can switch ftrace off while we use it. Before 5.11
+ * the flag about recursion had the opposite meaning. Our handlers call no function that
+ * they trace.
  */
 #ifdef HAVE_FTRACE_REGS
 #define SNIFFER_FTRACE_REGS	struct ftrace_regs
@@ -122,7 +122,10 @@ static __always_inline unsigned long sniffer_ftrace_argument(SNIFFER_FTRACE_REGS
 #define SNIFFER_SYSCALL(name)	"sys_" name
 #endif
 
-/* Until no task is preempted in text that ftrace or a task's work calls. */
+/*
+ * Wait until no task is preempted in a trampoline of ftrace, or in text that its task
+ * work calls.
+ */
 static inline void sniffer_synchronize_tasks(void)
 {
 #ifdef CONFIG_TASKS_RCU
@@ -141,7 +144,7 @@ static inline bool sniffer_has_uring(const struct task_struct *task)
 #endif
 }
 
-/* No function that tells an io_uring is exported. @file cannot go away. */
+/* No exported function says whether a file is an io_uring. The caller keeps @file alive. */
 static inline bool sniffer_is_uring(const struct file *file)
 {
 	return !strcmp(file->f_path.dentry->d_name.name, "[io_uring]");
@@ -167,7 +170,7 @@ static inline struct file *sniffer_exe_file(struct mm_struct *mm)
 #define sniffer_mc_all6(sk)	(inet6_sk(sk)->mc_all)
 #endif
 
-/* IPv6 source filters can be read under RCU only where they are freed so. */
+/* IPv6 source filters can be read under RCU only on kernels that free them by RCU. */
 static inline bool sniffer_mc_source6(const struct ipv6_mc_socklist *mc,
 				      const struct in6_addr *source)
 {

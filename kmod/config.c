@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* How many records a message takes, and how long one waits: at load, and by command. */
+/* How many records a message takes, and how long a record waits. Set at load and by a command. */
 #include <linux/module.h>
 #include <linux/moduleparam.h>
 
@@ -15,7 +15,7 @@ module_param(flush_ms, uint, 0444);
 MODULE_PARM_DESC(flush_ms, "milliseconds a record waits at most, 1 to 1000 (default 20)");
 
 /**
- * sniffer_config_batch - records a message at most
+ * sniffer_config_batch - the most records in a message
  */
 unsigned int sniffer_config_batch(void)
 {
@@ -23,7 +23,7 @@ unsigned int sniffer_config_batch(void)
 }
 
 /**
- * sniffer_config_flush_ms - milliseconds a record waits at most
+ * sniffer_config_flush_ms - the longest time that a record waits, in ms
  */
 unsigned int sniffer_config_flush_ms(void)
 {
@@ -31,7 +31,7 @@ unsigned int sniffer_config_flush_ms(void)
 }
 
 /**
- * sniffer_config_set - change both from the next batch on
+ * sniffer_config_set - change both, from the next message on
  * @size: 1 to SNIFFER_BATCH_MAX
  * @interval: ms, 1 to SNIFFER_FLUSH_MS_MAX
  */
@@ -42,7 +42,7 @@ void sniffer_config_set(unsigned int size, unsigned int interval)
 }
 
 /**
- * sniffer_config_check - are the parameters in their bounds?
+ * sniffer_config_check - are the module parameters within their bounds?
  *
  * Return: 0 or -EINVAL.
  */

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * A socket that the current process has just made: what sniffer_owner_gain() would
- * enter, without looking for what cannot be there yet.
+ * Enters a socket that the current process has just made. The result is that of
+ * sniffer_owner_gain(), without the searches that cannot find anything yet.
  */
 #include <linux/cred.h>
 #include <linux/fdtable.h>

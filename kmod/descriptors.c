@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Descriptor tables of other processes, looked at without a reference to what
- * is in them. All of it can be preempted; it holds locks for so many descriptors
+ * Reads descriptor tables of other processes, without taking references to the files.
+ * All of it can be preempted: it holds a lock for SNIFFER_DESCRIPTORS_CHUNK descriptors
  * at a time.
  */
 #include <linux/fdtable.h>
@@ -12,7 +12,10 @@
 
 #include "descriptors.h"
 
-/* Under RCU. A step from one task to the next: changes a reference for another. */
+/*
+ * Under RCU. A step from one task to the next: drops the reference to one, takes one to
+ * the other.
+ */
 static struct task_struct *descriptors_step(struct task_struct *last, struct task_struct *next)
 {
 	if (next)
@@ -23,8 +26,8 @@ static struct task_struct *descriptors_step(struct task_struct *last, struct tas
 }
 
 /**
- * sniffer_descriptors_next_process - a step through all processes of user space
- * @last: the one before, whose reference is taken over; NULL at first
+ * sniffer_descriptors_next_process - walk all processes of user space
+ * @last: the process before, whose reference is consumed; NULL to begin
  *
  * Return: in the order of their start, with a reference; NULL at the end.
  */
@@ -38,7 +41,7 @@ struct task_struct *sniffer_descriptors_next_process(struct task_struct *last)
 		if (next == &init_task)
 			next = NULL;
 	} else {
-		/* it has gone meanwhile: go on with the first that is younger */
+		/* @last has exited meanwhile: go on with the first younger process */
 		for_each_process(process)
 			if (!last || process->start_boottime > last->start_boottime) {
 				next = process;
@@ -51,9 +54,9 @@ struct task_struct *sniffer_descriptors_next_process(struct task_struct *last)
 }
 
 /*
- * Descriptors of @file in the table of @task: how many, but no more than
- * @enough; one of them goes to @fd, whose old value is tried first. Without
- * @walk only that one is. Compares addresses only.
+ * Counts the descriptors of @file in the table of @task, up to @enough. Sets @fd to one
+ * of them; its old value is tried first. Without @walk only that one is tried. Compares
+ * addresses only.
  */
 static u32 descriptors_count(struct task_struct *task, const struct file *file, int *fd, bool walk,
 			     u32 enough)
@@ -90,9 +93,10 @@ static u32 descriptors_count(struct task_struct *task, const struct file *file, 
 }
 
 /**
- * sniffer_descriptors_next_table - a step through descriptor tables
- * @process: whose threads; the first may have exited, others may have tables of their own
- * @last: the one before, whose reference is taken over; NULL at first
+ * sniffer_descriptors_next_table - walk the descriptor tables of a process
+ * @process: the process; its first thread may have exited, others may have their own
+ *	tables
+ * @last: the thread before, whose reference is consumed; NULL to begin
  *
  * Return: a thread with another table than @last's, with a reference; NULL at the end.
  */
@@ -126,11 +130,12 @@ struct task_struct *sniffer_descriptors_next_table(struct task_struct *process,
 }
 
 /**
- * sniffer_descriptors_count - descriptors of a file that a process has, over all its tables
+ * sniffer_descriptors_count - count a process's descriptors of a file, in all its
+ * tables
  * @process: a thread of it
  * @file: compared by address only
  * @fd: tried first; set to one of them
- * @walk: else no other is looked at
+ * @walk: look at all descriptors, not at @fd alone
  * @enough: where to stop counting
  */
 u32 sniffer_descriptors_count(struct task_struct *process, const struct file *file, int *fd,
@@ -154,7 +159,7 @@ u32 sniffer_descriptors_count(struct task_struct *process, const struct file *fi
 /**
  * sniffer_descriptors_leader - the first thread of a process
  * @tgid: its number in the initial pid namespace
- * @start_ns: when it began, 0: whoever has the number
+ * @start_ns: when it began; 0: any process with that number
  *
  * Return: with a reference, or NULL when it has ended.
  */
@@ -175,9 +180,9 @@ struct task_struct *sniffer_descriptors_leader(u32 tgid, u64 start_ns)
 }
 
 /**
- * sniffer_descriptors_youngest - the youngest process that has a file
+ * sniffer_descriptors_youngest - find the youngest process that has a file
  * @file: compared by address only
- * @fd: looked at in all processes first; set to a descriptor of it
+ * @fd: tried first, in all processes; set to a descriptor of @file
  *
  * Return: with a reference, or NULL.
  */

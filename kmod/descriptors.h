@@ -5,7 +5,7 @@
 #include <linux/fs.h>
 #include <linux/sched.h>
 
-#define SNIFFER_DESCRIPTORS_CHUNK	1024	/* that are looked at in one go */
+#define SNIFFER_DESCRIPTORS_CHUNK	1024	/* descriptors that are looked at under one lock */
 
 struct task_struct *sniffer_descriptors_next_process(struct task_struct *last);
 struct task_struct *sniffer_descriptors_next_table(struct task_struct *process,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Process events, for group "processes". They are made in probe handlers, where
- * nothing may be sent: they wait in a list and a work item multicasts them.
+ * Process events, for the group "processes". Probe handlers make them, but may not
+ * send. So events wait in a list, and a work item multicasts them.
  */
 #include <linux/llist.h>
 #include <linux/slab.h>
@@ -10,14 +10,14 @@
 #include "events.h"
 #include "netlink.h"
 
-#define EVENTS_MAX	4096	/* that may wait to be sent */
+#define EVENTS_MAX	4096	/* events that may wait */
 
 struct event {
 	struct llist_node node;
 	struct sniffer_process process;
 };
 
-static LLIST_HEAD(events);		/* latest first; without a lock */
+static LLIST_HEAD(events);		/* newest first; lock-free */
 static atomic_t events_waiting;
 static atomic64_t events_dropped;
 
@@ -49,12 +49,12 @@ static void events_send(struct work_struct *work)
 static DECLARE_WORK(events_work, events_send);
 
 /**
- * sniffer_events_begin - somebody is to be told about a process
+ * sniffer_events_begin - get an event to fill
  *
  * Any context, interrupts off included.
  *
- * Return: what is to be filled whole and given to sniffer_events_end(), or NULL
- * when nobody listens, or too many wait.
+ * Return: an event that the caller fills and gives to sniffer_events_end(), or NULL
+ * when nobody listens or too many wait.
  */
 struct sniffer_process *sniffer_events_begin(void)
 {
@@ -75,7 +75,7 @@ lost:
 }
 
 /**
- * sniffer_events_end - tell it
+ * sniffer_events_end - queue an event
  * @process: from sniffer_events_begin()
  */
 void sniffer_events_end(struct sniffer_process *process)
@@ -85,14 +85,14 @@ void sniffer_events_end(struct sniffer_process *process)
 }
 
 /**
- * sniffer_events_lost - events dropped since load
+ * sniffer_events_lost - how many events were dropped since load
  */
 u64 sniffer_events_lost(void)
 {
 	return atomic64_read(&events_dropped);
 }
 
-/* No new ones come; the family still exists. */
+/* No new events come. The family still exists. */
 void sniffer_events_exit(void)
 {
 	cancel_work_sync(&events_work);

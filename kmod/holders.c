@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Who has a socket, by the descriptor tables themselves. This is looked up when
- * a socket's last user lets go of it. The process that let go does it: on its way
- * back to user space, or at its end, when its descriptors are gone and before its
- * parent is told.
+ * Finds out who has a socket, from descriptor tables. This is done when a socket's last
+ * user closes it. The process that closed it does the work: on its way back to user
+ * space, or at its end, after its descriptors are gone and before its parent is told.
  */
 #include <linux/module.h>
 #include <linux/sched/task.h>
@@ -18,11 +17,11 @@
 #include "process.h"
 
 /**
- * struct holders_work - to be settled when its task has let go
- * @work: of that task
- * @cookie: this socket, or 0:
- * @proc: all that this process was the last user of, with a reference, or NULL:
- *	that those were who have the same descriptor table
+ * struct holders_work - a search to do once its task has closed its descriptors
+ * @work: queued at that task
+ * @cookie: the socket; 0: see @proc
+ * @proc: every socket whose last user is this process, with a reference; NULL: every
+ *	socket whose last user shares the task's descriptor table
  */
 struct holders_work {
 	struct callback_head work;
@@ -46,7 +45,9 @@ static bool holders_has(u32 tgid, u64 start_ns, const struct file *file, int *fd
 	return has;
 }
 
-/* The table's entry of a process; a thread of it has a table, else it ends. */
+/*
+ * The entry for the process of @leader. NULL if none of its threads has descriptors.
+ */
 static struct sniffer_proc *holders_proc(struct task_struct *leader)
 {
 	struct task_struct *task = sniffer_descriptors_next_table(leader, NULL);
@@ -54,7 +55,7 @@ static struct sniffer_proc *holders_proc(struct task_struct *leader)
 
 	if (!task)
 		return NULL;
-	task_lock(task);	/* as sniffer_process_get() wants it */
+	task_lock(task);	/* sniffer_process_get() wants the lock */
 	if (task->files)
 		proc = sniffer_process_get(task);
 	task_unlock(task);
@@ -62,7 +63,7 @@ static struct sniffer_proc *holders_proc(struct task_struct *leader)
 	return proc;
 }
 
-/* What settling starts from: read together. */
+/* What a search starts from; read together, under the lock. */
 struct holders_case {
 	u64 cookie;
 	struct file *file;
@@ -117,7 +118,7 @@ static struct sniffer_proc *holders_heir(struct holders_case *c, struct sniffer_
 			return c->past[i];
 		}
 	*past = false;
-	/* nobody else can have got it: it is on its way, in a ring, or the kernel's */
+	/* no process can have it: the file is in flight, in a ring, or the kernel's */
 	if (!c->many)
 		return NULL;
 	if (guess && !READ_ONCE(guess->exit_jiffies) &&
@@ -136,7 +137,7 @@ static struct sniffer_proc *holders_heir(struct holders_case *c, struct sniffer_
 	return heir;
 }
 
-/* Is one of @task's descriptors an io_uring's? */
+/* Has @task a descriptor of an io_uring? */
 static bool holders_has_ring(struct task_struct *task)
 {
 	struct files_struct *files;
@@ -149,7 +150,7 @@ static bool holders_has_ring(struct task_struct *task)
 		task_lock(task);
 		files = task->files;
 		if (files && !(task->flags & PF_EXITING)) {
-			/* keeps the files in the table, hence alive */
+			/* keeps the files of the table alive */
 			spin_lock(&files->file_lock);
 			fdt = files_fdtable(files);
 			end = min(fdt->max_fds, next + SNIFFER_DESCRIPTORS_CHUNK);
@@ -167,7 +168,7 @@ static bool holders_has_ring(struct task_struct *task)
 	return found;
 }
 
-/* How many refer to @file, if it still is the socket's. */
+/* The reference count of @file, if it is still the socket's file. */
 static long holders_references(u64 cookie, struct file *file)
 {
 	struct sniffer_owner *owner;
@@ -182,8 +183,8 @@ static long holders_references(u64 cookie, struct file *file)
 }
 
 /*
- * The user has no descriptor of it, but may have it by an io_uring. What no
- * descriptor refers to is taken for a ring's, if he has one.
+ * The user has no descriptor of the socket, but may have it through an io_uring. If he
+ * has a ring, references without a descriptor are taken for the ring's.
  */
 static bool holders_in_ring(const struct holders_case *c)
 {
@@ -206,7 +207,10 @@ static bool holders_in_ring(const struct holders_case *c)
 	return holders_references(c->cookie, c->file) > count;
 }
 
-/* Settles one; @guess is who was found for the one before, with a reference, and is replaced. */
+/*
+ * Settles one socket. @guess is the process found for the socket before, with a
+ * reference; it is replaced.
+ */
 static void holders_settle(u64 cookie, struct sniffer_proc **guess)
 {
 	struct sniffer_proc *heir = NULL;
@@ -236,7 +240,7 @@ put:
 }
 
 /**
- * sniffer_holders_settle - find out who has a socket
+ * sniffer_holders_settle - find the new owner of a socket
  * @cookie: the socket
  *
  * Process context; may take long.
@@ -249,7 +253,7 @@ void sniffer_holders_settle(u64 cookie)
 	sniffer_process_put(guess);
 }
 
-/* The first socket of those that @proc is the user of, moved to the end; 0: none. */
+/* Takes the first socket of @proc's list and moves it to the end. Returns its cookie, 0: none. */
 static u64 holders_rotate(struct sniffer_proc *proc)
 {
 	struct sniffer_owner *owner;
@@ -267,7 +271,7 @@ static u64 holders_rotate(struct sniffer_proc *proc)
 }
 
 /**
- * sniffer_holders_settle_process - find out who has what a process was the last user of
+ * sniffer_holders_settle_process - find new owners for the sockets of a process
  * @proc: it has ended, or has closed some of it; the caller has a reference
  *
  * Process context; may take long.
@@ -285,7 +289,7 @@ void sniffer_holders_settle_process(struct sniffer_proc *proc)
 	sniffer_process_put(guess);
 }
 
-/* What those were the last users of who have the table of current. */
+/* The same for every process that shares current's descriptor table. */
 static void holders_settle_table(void)
 {
 	struct task_struct *process = NULL;
@@ -323,11 +327,12 @@ static void holders_do(struct callback_head *head)
 }
 
 /**
- * sniffer_holders_settle_later - the same when the current task's system call or life is over
+ * sniffer_holders_settle_later - do the same when current's system call, or current
+ * itself, ends
  * @cookie: one socket, or 0 for all of:
- * @proc: a process, whose reference is taken over; NULL: of all with the table of current
+ * @proc: a process, whose reference is consumed; NULL: all that share current's table
  *
- * Any context of a task. What finds no memory is left to the collector.
+ * Any context of a task. If there is no memory, the collector does it later.
  */
 void sniffer_holders_settle_later(u64 cookie, struct sniffer_proc *proc)
 {
@@ -348,12 +353,13 @@ put:
 }
 
 /**
- * sniffer_holders_list - list who has a socket
+ * sniffer_holders_list - list the processes that have a socket
  * @cookie: the socket
  * @out: room for @max
  * @max: entries at most
  *
- * Process context; looks at every process where another one may have it.
+ * Process context. Searches all processes, if another one than the user may have the
+ * socket.
  *
  * Return: number of holders, which may be more than @max.
  */
@@ -380,7 +386,7 @@ unsigned int sniffer_holders_list(u64 cookie, struct sniffer_holder *out, unsign
 			count += !!fds;
 		}
 	}
-	/* one that has it without a descriptor, or alone */
+	/* the user, if nobody else may have it or he has no descriptor of it */
 	if (!count && !READ_ONCE(c.user->exit_jiffies)) {
 		if (max) {
 			out[0].start_ns = c.user->start_ns;
@@ -393,10 +399,10 @@ unsigned int sniffer_holders_list(u64 cookie, struct sniffer_holder *out, unsign
 	return count;
 }
 
-/* The probes are gone: nothing new is to be settled. Waits for what is. */
+/* The probes are gone, so no new work is queued. Waits for what is queued. */
 void sniffer_holders_exit(void)
 {
 	wait_event(holders_idle, !atomic_read(&holders_pending));
-	/* until the last one has left this module's text */
+	/* wait until the last task work has left this module's text */
 	sniffer_synchronize_tasks();
 }

@@ -4,12 +4,12 @@
  * accept every packet and change none (lookup.c may settle its socket early, as
  * early demux does); each becomes a record or is counted.
  *
- * Their priority is the last one everywhere. They come after NAT: a record has
- * the addresses under which the packet goes on, for LOCAL_IN those of the socket.
- * They come after filter: what a firewall drops was neither sent nor received.
- * Of hooks with one priority the older one runs last. If conntrack was in use
- * before the module came, it is the older one; then packets that it drops when
- * it confirms a connection count as received.
+ * The hooks have the last priority. So they run after NAT: a record has the translated
+ * addresses, and at LOCAL_IN those are the socket's. They run after filters: a packet
+ * that a firewall drops was neither sent nor received. Among hooks of equal priority
+ * the older one runs last. If conntrack was in use before the module was loaded, it is
+ * the older one. Then packets that conntrack drops when it confirms a connection count
+ * as received.
  */
 #include <linux/netfilter.h>
 #include <linux/netfilter_ipv4.h>
@@ -45,7 +45,7 @@ static void hooks_in_multicast(struct sniffer_flow *flow)
 		hooks_record(flow);
 		flow->record = plain;
 		flow->record.flags = SNIFFER_F_COPY;
-		flow->place.message = 0;	/* another flow */
+		flow->place.message = 0;	/* a copy is another flow */
 	}
 }
 
@@ -79,12 +79,12 @@ static void hooks_finish(struct sniffer_flow *flow, const struct net_device *dev
 		local_bh_enable();
 }
 
-/* Somebody wants a record of the packet. */
-static void hooks_wanted(struct sk_buff *skb, const struct nf_hook_state *state, u8 family, u8 dir,
-			 const struct net_device *dev)
+/* Makes the record of a packet, and hands it on. */
+static void hooks_make_record(struct sk_buff *skb, const struct nf_hook_state *state, u8 family,
+			      u8 dir, const struct net_device *dev)
 {
 	const bool trusted = dir == SNIFFER_DIR_OUT && sniffer_trust_current();
-	/* zeroed here, once: kernels that zero every variable see that nothing is left to do */
+	/* zeroed once, here: kernels that zero all variables then add no work */
 	struct sniffer_flow flow = {
 		.net = dir == SNIFFER_DIR_IN ? dev_net(skb->dev) : state->net,
 		.skb = skb,
@@ -109,7 +109,7 @@ static void hooks_wanted(struct sk_buff *skb, const struct nf_hook_state *state,
 	} else if (flow.record.proto == IPPROTO_UDP && !skb->sk &&
 		   sniffer_lookup_is_multicast(&flow)) {
 		hooks_in_multicast(&flow);
-		return;	/* recorded, once a receiver */
+		return;	/* recorded in there, once for each receiver */
 	} else {
 		found = hooks_in(&flow);
 	}
@@ -121,20 +121,20 @@ static void hooks_wanted(struct sk_buff *skb, const struct nf_hook_state *state,
 static noinline void hooks_packet(struct sk_buff *skb, const struct nf_hook_state *state, u8 family,
 				  u8 dir)
 {
-	/* as the stack reads it: ipvlan has brought the packet to its namespace by now */
+	/* skb->dev as the stack sees it: ipvlan has moved the packet to its namespace by now */
 	const struct net_device *dev = dir == SNIFFER_DIR_IN ? skb->dev : state->out;
 
 	if (!sniffer_batch_wanted()) {
 		sniffer_skip(SNIFFER_SKIP_LISTENER);
 		return;
 	}
-	/* A VRF shows its slaves' packets twice: wait for the second time. */
+	/* A VRF shows the packets of its slaves twice. Skip the first time. */
 	if (dir == SNIFFER_DIR_OUT && dev && netif_is_l3_master(dev) && skb_dst(skb) &&
 	    skb_dst(skb)->dev != dev) {
 		sniffer_skip(SNIFFER_SKIP_OTHER);
 		return;
 	}
-	hooks_wanted(skb, state, family, dir, dev);
+	hooks_make_record(skb, state, family, dir, dev);
 }
 
 static bool hooks_no_memo(struct sk_buff *skb, const struct nf_hook_state *state)

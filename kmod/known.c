@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Uses of sockets that told nothing new a moment ago on this CPU, and tell nothing
- * new now: same socket, same thread, and the owner table's entry has not changed.
- * This only compares; whatever differs is for use.c.
+ * A socket call that tells nothing new. On this CPU the same thread used the same
+ * socket a moment ago, and the socket's entry in the owner table has not changed. This
+ * file only compares; any difference goes to use.c.
  */
 #include <linux/cred.h>
 #include <linux/hash.h>
@@ -17,8 +17,8 @@
 #define KNOWN_BITS	4	/* sockets that a CPU remembers */
 
 /*
- * Used with preemption off, and not by interrupts. @owner is followed only when
- * @version is found to be the same, see struct sniffer_stripe.
+ * Used with preemption off, never by interrupts. @owner may be dereferenced only if
+ * @version still matches, see struct sniffer_stripe.
  */
 struct known {
 	u64 cookie;
@@ -35,8 +35,8 @@ struct known {
 static DEFINE_PER_CPU(struct known [1 << KNOWN_BITS], known_uses);
 
 /*
- * A process that was found not to have a socket. So a firewall's daemon, or a
- * reader of a network disk, is not searched for each packet. A torn one matches
+ * A process that does not have a certain socket. This avoids a search for each packet
+ * that a firewall's daemon or the user of a network disk handles. A torn read matches
  * nothing, or costs one search.
  */
 struct known_stranger {
@@ -46,7 +46,7 @@ struct known_stranger {
 	u32 gains;
 };
 
-/* Sockets whose packets one judges in turn, by a hash. */
+/* Sockets whose packets one process judges in turn, by a hash. */
 static DEFINE_PER_CPU(struct known_stranger [1 << KNOWN_BITS], known_strangers);
 
 static struct known *known_of(u64 cookie)
@@ -55,7 +55,7 @@ static struct known *known_of(u64 cookie)
 }
 
 /**
- * sniffer_known - is everything known that a use of a socket by current tells?
+ * sniffer_known - is nothing new to learn from current's use of a socket?
  * @sk: full socket
  *
  * In process context.
@@ -81,10 +81,10 @@ bool sniffer_known(const struct sock *sk)
 }
 
 /**
- * sniffer_known_keep - a use of a socket by current told nothing new
+ * sniffer_known_keep - remember that current's use of a socket told nothing new
  * @sk: full socket
  * @owner: its entry, under RCU
- * @version: of that, read before
+ * @version: of @owner, read before @owner was looked up
  *
  * Remembered from the second time on: many a socket is not used that often here.
  */
@@ -119,9 +119,9 @@ static struct known_stranger *known_stranger_of(u64 cookie)
 }
 
 /**
- * sniffer_known_stranger - was current found not to have a socket?
+ * sniffer_known_stranger - is current known not to have a socket?
  * @cookie: the socket's, 0: it has none
- * @gains: descriptors that were received so far, by anybody
+ * @gains: how many descriptors all processes have received so far
  */
 bool sniffer_known_stranger(u64 cookie, u32 gains)
 {
@@ -132,7 +132,7 @@ bool sniffer_known_stranger(u64 cookie, u32 gains)
 }
 
 /**
- * sniffer_known_keep_stranger - current was found not to have a socket
+ * sniffer_known_keep_stranger - remember that current does not have a socket
  * @cookie: the socket's
  * @gains: as for sniffer_known_stranger()
  */

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * While nobody listens a packet costs a counter, and send and receive calls
- * nothing. They tell who used a socket last, which matters only where several
- * processes have it. So they are told while somebody listens, and while such
- * sharing lasts, for a reader that comes later.
+ * Decides when send and receive calls are probed. While nobody listens, a packet costs
+ * one counter, and these calls cost nothing. They show who used a socket last, which
+ * matters only where several processes have it. So they are probed while somebody
+ * listens, and while sockets stay shared, for a reader that comes later.
  *
- * When they begin to be told, who used a shared socket last is not known for
- * certain: records say so (AMBIGUOUS) until somebody uses it. Who is in a call on
- * it right then is named.
+ * When the probes are armed, the last user of a shared socket is not certain. Records
+ * say so (AMBIGUOUS) until somebody uses the socket. A process that is in a call on the
+ * socket at that moment is named.
  */
 #include <linux/module.h>
 #include <linux/mutex.h>
@@ -21,25 +21,25 @@
 #include "process.h"
 #include "seed.h"
 
-#define LISTEN_LINGER	(5 * HZ)	/* for a reader that comes back */
-#define LISTEN_LOOK	2		/* seconds from look to look whether sockets are shared */
-#define LISTEN_LOOK_LONG 16		/* the same while it is known that some are */
+#define LISTEN_LINGER	(5 * HZ)	/* time for which a reader may come back */
+#define LISTEN_LOOK	2		/* seconds between two looks for shared sockets */
+#define LISTEN_LOOK_LONG 16		/* the same while some are shared */
 
-/* Guards all below, and starting and stopping. Process context. */
+/* Guards all below, and arming and disarming. Process context. */
 static DEFINE_MUTEX(listen_lock);
-static bool listen_told;		/* send and receive calls are told */
-static bool listen_shared;		/* sockets are shared, for longer than from look to look */
-static unsigned int listen_seen;	/* looks in a row that found shared ones */
+static bool listen_told;		/* send and receive calls are probed */
+static bool listen_shared;		/* sockets have been shared for longer than one interval */
+static unsigned int listen_seen;	/* consecutive looks that found shared sockets */
 static u64 listen_clock;		/* sniffer_owner_clock() of the last look */
 static unsigned long listen_until;	/* jiffies */
-static bool listen_ended;		/* the module goes */
+static bool listen_ended;		/* the module is being unloaded */
 
 static void listen_tick(struct work_struct *work);
 static DECLARE_DELAYED_WORK(listen_ticker, listen_tick);
 static void listen_joined(struct work_struct *work);
 static DECLARE_DELAYED_WORK(listen_joiner, listen_joined);
 
-/* Under the entry's lock. May another process than its user use the socket unseen? */
+/* Under the entry's lock. May another process use the socket unseen? */
 static bool listen_may_miss(const struct sniffer_owner *owner)
 {
 	const struct sniffer_proc *user = rcu_dereference_protected(owner->user, true);
@@ -48,7 +48,7 @@ static bool listen_may_miss(const struct sniffer_owner *owner)
 	       sniffer_owner_shared(owner, user);
 }
 
-/* Are there sockets whose last user may be missed? If @doubt, all of them are flagged so. */
+/* Is there a socket whose last user may be missed? If @doubt, all such sockets are flagged. */
 static bool listen_look(bool doubt)
 {
 	struct sniffer_owner *owner;
@@ -93,7 +93,7 @@ static void listen_tell(bool on)
 }
 
 /**
- * sniffer_listen_update - follow who has joined or left
+ * sniffer_listen_update - arm or disarm by who has joined or left
  *
  * Process context. When it returns, packets are recorded if somebody listens.
  */
@@ -116,7 +116,10 @@ void sniffer_listen_update(void)
 	mutex_unlock(&listen_lock);
 }
 
-/* A look costs as much as the table is long: only after a fork, or while something is shared. */
+/*
+ * The cost of a look grows with the table. So look only after a fork, or while
+ * something is shared.
+ */
 static void listen_follow_sharing(void)
 {
 	static unsigned int ticks;
@@ -145,7 +148,7 @@ static void listen_joined(struct work_struct *work)
 	sniffer_listen_update();
 }
 
-/* A process joins a group, but has not done so yet. A reader that flushes does not depend on it. */
+/* A process is about to join a group. Readers that flush do not depend on this. */
 static void listen_join(void)
 {
 	mod_delayed_work(system_wq, &listen_joiner, 1);
@@ -157,11 +160,11 @@ void sniffer_listen_init(void)
 	schedule_delayed_work(&listen_ticker, HZ);
 }
 
-/* Who still flushes gets an answer, but no packet. */
+/* A reader that still flushes gets an answer, but no packet. */
 void sniffer_listen_exit(void)
 {
 	sniffer_probes_tell_joins(NULL);
-	/* until the last one that is told has gone */
+	/* wait until the last handler has returned */
 	synchronize_rcu();
 	cancel_delayed_work_sync(&listen_joiner);
 	cancel_delayed_work_sync(&listen_ticker);

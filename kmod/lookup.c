@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Which socket is this packet's? The stack's own lookups, asked a moment
- * before the stack asks them itself. All of it runs under the hook's RCU.
+ * Which socket will receive this packet? These are the stack's own lookups, done a
+ * moment before the stack does them. All of it runs under the hook's RCU.
  */
 #include <linux/igmp.h>
 #include <linux/inetdevice.h>
@@ -21,7 +21,7 @@
 #include "compat.h"
 #include "lookup.h"
 
-/* The two ends of a lookup: as seen by the socket that would receive the packet. */
+/* The two ends of a packet, seen from the socket that would receive it. */
 struct lookup_ends {
 	const struct in6_addr *remote6;
 	const struct in6_addr *local6;
@@ -33,7 +33,7 @@ struct lookup_ends {
 	int sdif;
 };
 
-/* Inlined, so that kernels that zero every variable see that all of it is written. */
+/* Inlined, so that kernels that zero all variables see that every field is written. */
 static __always_inline void lookup_ends_of(const struct sniffer_flow *flow, bool reverse,
 					   struct lookup_ends *ends)
 {
@@ -108,7 +108,10 @@ static struct sock *lookup_udp(struct sniffer_flow *flow, const struct lookup_en
 				 SNIFFER_UDP_TABLE(net) skb);
 }
 
-/* Is the timestamp of this SYN newer than @recent? 0 when it has none, as in the stack. */
+/*
+ * Is the timestamp of this SYN newer than @recent? Returns 0 without a timestamp, as
+ * the stack does.
+ */
 static s32 lookup_newer(const u8 *option, const u8 *end, u32 recent)
 {
 	while (end - option >= TCPOLEN_TIMESTAMP && *option != TCPOPT_EOL) {
@@ -159,9 +162,9 @@ static bool lookup_is_over(const struct sniffer_flow *flow, const struct sock *s
 }
 
 /*
- * A program chose @sk, out of an SO_REUSEPORT group. It may choose at random or
- * in turn: asked again by the stack it would choose another one, or leave one
- * out. So the packet takes the choice along, as from early demux.
+ * A program chose @sk from an SO_REUSEPORT group. It may choose at random or in turn.
+ * If the stack asked it again, it would choose another socket, or skip one. So the
+ * packet keeps this choice, as after early demux.
  */
 static void lookup_settle(struct sk_buff *skb, struct sock *sk)
 {
@@ -175,7 +178,7 @@ static void lookup_settle(struct sk_buff *skb, struct sock *sk)
 }
 
 /**
- * sniffer_lookup_in - the socket a unicast packet at LOCAL_IN will reach
+ * sniffer_lookup_in - find the socket that a unicast packet at LOCAL_IN will reach
  * @flow: the packet
  * @put: set when the caller must give the socket to sniffer_lookup_put()
  *
@@ -224,10 +227,11 @@ struct sock *sniffer_lookup_in(struct sniffer_flow *flow, bool *put)
 }
 
 /**
- * sniffer_lookup_reverse - the TCP socket a packet without one was sent for
+ * sniffer_lookup_reverse - find the TCP socket for which a packet without a socket was
+ * sent
  * @flow: the packet, at LOCAL_OUT
  *
- * TIME_WAIT answers, resets and SYN-ACKs under SYN cookies have none.
+ * Answers of a TIME_WAIT, resets, and SYN-ACKs of SYN cookies have no socket.
  *
  * Return: a socket for sniffer_lookup_put(), or NULL.
  */
@@ -240,9 +244,9 @@ struct sock *sniffer_lookup_reverse(struct sniffer_flow *flow)
 }
 
 /**
- * sniffer_lookup_listener - the TCP listener at the local end of a packet
+ * sniffer_lookup_listener - find the TCP listener at the local end of a packet
  * @flow: the packet
- * @reverse: the packet is an outgoing one
+ * @reverse: the packet is outgoing
  *
  * Return: a socket, valid under RCU, or NULL.
  */
@@ -255,10 +259,10 @@ struct sock *sniffer_lookup_listener(struct sniffer_flow *flow, bool reverse)
 }
 
 /**
- * sniffer_lookup_untranslate - give an outgoing packet the addresses it was sent with
- * @flow: the packet; its record is changed
+ * sniffer_lookup_untranslate - undo NAT in an outgoing packet's record
+ * @flow: the packet; its record gets the addresses that the packet was sent with
  *
- * The stack's tables have those, but NAT has changed where the packet goes.
+ * The stack's tables have those addresses. NAT has changed the packet's.
  */
 void sniffer_lookup_untranslate(struct sniffer_flow *flow)
 {
@@ -279,9 +283,9 @@ void sniffer_lookup_untranslate(struct sniffer_flow *flow)
 }
 
 /**
- * sniffer_lookup_is_local - does a packet come from an address of this host?
+ * sniffer_lookup_is_local - is the source of a packet an address of this host?
  * @flow: the packet
- * @dev: the device it leaves by, which tells the routing table
+ * @dev: the device it leaves by, which selects the routing table
  */
 bool sniffer_lookup_is_local(const struct sniffer_flow *flow, const struct net_device *dev)
 {
@@ -296,7 +300,7 @@ bool sniffer_lookup_is_local(const struct sniffer_flow *flow, const struct net_d
 
 /**
  * sniffer_lookup_put - give a socket back
- * @sk: from one of the lookups that say so
+ * @sk: from a lookup that says so
  */
 void sniffer_lookup_put(struct sock *sk)
 {
@@ -335,7 +339,10 @@ bool sniffer_lookup_is_multicast(const struct sniffer_flow *flow)
 	return rt && rt->rt_flags & (RTCF_BROADCAST | RTCF_MULTICAST);
 }
 
-/* Membership and source filters as in ip_mc_sf_allow() and inet6_mc_check(), not exported. */
+/*
+ * Membership and source filters. Same rules as ip_mc_sf_allow() and inet6_mc_check(),
+ * which are not exported.
+ */
 static bool lookup_joined4(const struct sock *sk, const struct lookup_ends *ends)
 {
 	const struct ip_mc_socklist *mc;
@@ -368,7 +375,7 @@ static bool lookup_joined6(const struct sock *sk, const struct lookup_ends *ends
 	return sniffer_mc_all6(sk);
 }
 
-/* As the stack's own multicast delivery decides (net/ipv4/udp.c, net/ipv6/udp.c). */
+/* The same decision as the stack's multicast delivery (net/ipv4/udp.c, net/ipv6/udp.c). */
 static bool lookup_receives(const struct sniffer_flow *flow, const struct lookup_ends *ends,
 			    struct sock *sk)
 {
@@ -400,11 +407,11 @@ static bool lookup_receives(const struct sniffer_flow *flow, const struct lookup
 }
 
 /**
- * sniffer_lookup_multicast - the sockets that will receive a packet, one by one
+ * sniffer_lookup_multicast - walk the sockets that will receive a packet
  * @flow: a UDP packet at LOCAL_IN, multicast or broadcast
- * @last: the one before, NULL at first
+ * @last: the socket before, NULL to begin
  *
- * As many as there are: the stack copies the packet to each of them too.
+ * The number is not bounded. The stack copies the packet to each of them too.
  *
  * Return: the next one, valid under RCU, or NULL.
  */

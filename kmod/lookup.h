@@ -12,14 +12,16 @@
 struct sniffer_owner;
 
 /**
- * struct sniffer_flow - where a packet's headers are
- * @record: what is known of it so far
- * @net: the network namespace the hook ran in
+ * struct sniffer_flow - a packet on its way through hooks.c, parse.c, lookup.c and
+ * name.c
+ * @record: its record, filled step by step
+ * @net: network namespace of the hook
  * @skb: the packet, data at the IP header
  * @thoff: offset of the TCP or UDP header
- * @place: where it was summed up
- * @version: of the owner table's entry, read before it was
- * @owner: the entry whose user it was named after, found by the cookie of @sk, NULL if named otherwise
+ * @place: where its record was added up, see sniffer_merge_add()
+ * @version: version of @owner's stripe, read before @owner was looked up
+ * @owner: the entry, found by the cookie of @sk, whose user the packet is named after;
+ *	NULL if it is named otherwise
  * @sk: a full socket
  */
 struct sniffer_flow {

@@ -2,16 +2,17 @@
 /*
  * sniffer - names each TCP and UDP packet's socket and process.
  *
- * The way of a packet: hooks.c -> parse.c (its headers) -> lookup.c (which
- * socket) -> name.c (which process, by table.c) -> batch.c -> netlink.c. One like the
- * packet before it takes that one's record (memo.c). What the table knows comes
- * from probes.c and tracepoints.c through use.c and, when a socket's user lets go
- * of it, holders.c: owner.c has the rules. process.c describes the processes,
- * commands.c answers questions.
+ * The way of a packet: hooks.c (entry) -> parse.c (headers) -> lookup.c (which socket)
+ * -> name.c (which process, from table.c) -> batch.c (message) -> stream.c ->
+ * netlink.c. A packet like an earlier one takes that one's record (memo.c).
+ *
+ * The owner table learns from probes.c and tracepoints.c, through use.c. When a socket's user
+ * closes it, holders.c looks for another. owner.c has the rules. process.c keeps the
+ * processes, commands.c answers questions.
  *
  * Each file includes only what lies below it.
  *
- * Here: the order in which the parts start, and its reverse.
+ * This file starts the parts in order, and stops them in reverse.
  */
 #include <linux/module.h>
 

@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Packets like one that was recorded on this CPU a moment ago: same ends, same
- * socket, same user. Their records are the former one's but for time and sizes.
+ * A shortcut for packets like one that this CPU recorded a moment ago: same ends, same
+ * socket, same user. Their record is the earlier one, but for time, sizes, thread and
+ * TCP flags.
  *
- * What a memo says is proven for each packet anew, by comparisons alone:
- * - the version of the owner table's entry is the one that was read before the
- *   former packet was named: then neither the entry nor its user has changed or
- *   been freed, see struct sniffer_stripe;
- * - what the entry's version does not tell is compared: name and uid of the user,
- *   his end and his forks, the socket's file and port, who is on the CPU;
- * - the socket of a packet that comes in is the one that the stack will find. It
- *   is alone where the stack looks, and what it is bound to fits.
- * Whatever does not hold is done the long way (name.c, lookup.c), and so is what
- * no memo is made of: handshakes, listeners, what is named after another socket,
- * a user that has let go, multicast, options in IPv4 headers, VRFs.
+ * For each packet, comparisons prove that the memo still holds:
+ * - the entry's version is the one read before the earlier packet was named. So neither
+ *   the entry nor its user has changed or been freed, see struct sniffer_stripe;
+ * - whatever changes without that version is compared: name, uid, exit and forks of the
+ *   user, file and port of the socket, the task on the CPU;
+ * - for an incoming packet, the socket is the one that the stack will find. A UDP
+ *   socket is alone in its hash slot, and its addresses fit. A TCP connection is in its
+ *   bucket.
+ *
+ * If anything differs, the packet is named as usual (lookup.c, name.c). Some packets never
+ * have a memo: handshakes, packets to listeners, packets named after another socket,
+ * packets of a user that has closed the socket, multicast, IPv4 headers with options, VRFs.
  */
 #include <linux/hash.h>
 #include <linux/ip.h>
@@ -41,32 +43,32 @@
 /* Bits of struct memo.kind, above the protocol. */
 #define MEMO_IN		BIT(8)
 #define MEMO_IP6	BIT(9)
-#define MEMO_TRUSTED	BIT(10)	/* named after who was on the CPU */
-#define MEMO_LOOKUP	BIT(11)	/* came in, and was looked up */
+#define MEMO_TRUSTED	BIT(10)	/* named after the task on the CPU */
+#define MEMO_LOOKUP	BIT(11)	/* incoming, found by a lookup */
 
 /**
- * struct memo - a packet and what it was found to be
- * @kind: protocol and MEMO_..., 0: nothing is kept here
+ * struct memo - a packet's record, and all that must still be so for the record to hold
+ * @kind: protocol and MEMO_... bits, 0: empty
  * @ports: as they are in the packet
- * @net: where it was
+ * @net: its network namespace
  * @sk: its socket
- * @stripe: of the entry that it was named after
- * @version: of that
+ * @stripe: stripe of @owner
+ * @version: version of @stripe
  * @num: local port of @sk
  * @many: another process may have the socket, see sniffer_owner_shared()
- * @sock: of @sk
- * @owner: the entry
- * @user: of the entry
- * @forked: of the user
- * @place: in the message of flows
- * @hash: where the stack finds the socket
- * @any: the same if it is bound to no address (UDP)
+ * @sock: socket of @sk
+ * @owner: entry that it was named after
+ * @user: user of @owner
+ * @forked: last fork of @user
+ * @place: where it was added up, see sniffer_merge_add()
+ * @hash: hash under which the stack finds @sk
+ * @any: the same if @sk is bound to no address (UDP)
  * @met: hash of what went out last, and would have had its place here
- * @comm: of current's leader, as it is there, if MEMO_TRUSTED
- * @record: of the packet
+ * @comm: if MEMO_TRUSTED, raw comm of current's leader
+ * @record: the record
  *
- * Used by its own CPU, bottom halves off. None of the pointers is followed before
- * @version is found to be the same.
+ * Used by its own CPU, with bottom halves off. No pointer may be dereferenced before
+ * @version was found to match.
  */
 struct memo {
 	u32 kind;
@@ -100,7 +102,7 @@ static __always_inline u32 memo_kind(const struct sk_buff *skb, u8 family, u8 di
 	return kind | MEMO_IN | (skb->sk ? 0 : MEMO_LOOKUP);
 }
 
-/* As they are in the packet. */
+/* Both ports in network byte order. */
 static u32 memo_ports(const struct sniffer_record *r)
 {
 	const __be16 ports[] = { htons(r->sport), htons(r->dport) };
@@ -144,7 +146,7 @@ static __always_inline bool memo_has_ends(const struct memo *memo, const struct 
 	       *(const u32 *)memo->record.daddr == *(const u32 *)ends->daddr;
 }
 
-/* Is what came for an IPv4 address for several sockets now? */
+/* Is an IPv4 packet for several sockets? */
 static __always_inline bool memo_is_for_many(const struct sk_buff *skb)
 {
 	const struct rtable *rt = skb_rtable(skb);
@@ -152,7 +154,7 @@ static __always_inline bool memo_is_for_many(const struct sk_buff *skb)
 	return !rt || rt->rt_flags & (RTCF_BROADCAST | RTCF_MULTICAST);
 }
 
-/* Is the memo's socket alone in the slot? It is not touched, and may have been freed. */
+/* Is the memo's socket alone in the slot? It may have been freed, so it is not dereferenced. */
 static __always_inline bool memo_is_alone(const struct udp_hslot *slot, const struct sock *sk)
 {
 	return slot->count == 1 &&
@@ -160,8 +162,8 @@ static __always_inline bool memo_is_alone(const struct udp_hslot *slot, const st
 }
 
 /*
- * Will the stack find the memo's socket for a datagram? It looks among those bound
- * to the address, then among those bound to none.
+ * Will the stack find the memo's socket for a datagram? The stack looks first among
+ * sockets bound to the address, then among sockets bound to none.
  */
 static bool memo_finds_udp(const struct memo *memo, struct net *net)
 {
@@ -176,7 +178,7 @@ static bool memo_finds_udp(const struct memo *memo, struct net *net)
 		if (slot->count || !memo_is_alone(any, sk))
 			return false;
 	}
-	/* a program may choose another one */
+	/* a program may choose another socket */
 	if (static_branch_unlikely(&bpf_sk_lookup_enabled) || sk->sk_reuseport ||
 	    sk->sk_bound_dev_if)
 		return false;
@@ -224,7 +226,7 @@ static __always_inline bool memo_is_comm(const char *one, const char *other)
 	return a[0] == b[0] && a[1] == b[1];
 }
 
-/* Is what a task has as its name the one that a record has? */
+/* Is the task's name the record's? @raw may have old bytes behind its NUL. */
 static bool memo_is_name(const char *raw, const char *name)
 {
 	char clean[SNIFFER_COMM_LEN] __aligned(sizeof(u64));
@@ -339,8 +341,8 @@ static __always_inline bool memo_packet(struct sk_buff *skb, const struct nf_hoo
 }
 
 /*
- * sniffer_memo_in4() and its kind record a packet that is like a former one; data
- * at the IP header, under RCU. Return: false when nothing has been done.
+ * sniffer_memo_in4() and the others record a packet that has a memo. @skb's data begins
+ * at the IP header; under RCU. Return: false when nothing was done.
  */
 #define MEMO_FUNCTION(name, family, dir)					\
 bool name(struct sk_buff *skb, const struct nf_hook_state *state)		\
@@ -353,7 +355,7 @@ MEMO_FUNCTION(sniffer_memo_out4, AF_INET, SNIFFER_DIR_OUT)
 MEMO_FUNCTION(sniffer_memo_in6, AF_INET6, SNIFFER_DIR_IN)
 MEMO_FUNCTION(sniffer_memo_out6, AF_INET6, SNIFFER_DIR_OUT)
 
-/* Is this a record that a memo can be made of? */
+/* Can a memo be made of this record? */
 static bool memo_is_wanted(const struct sniffer_flow *flow, bool trusted)
 {
 	const u8 how = flow->record.how;
@@ -376,7 +378,7 @@ static bool memo_is_wanted(const struct sniffer_flow *flow, bool trusted)
 	return sock && READ_ONCE(sock->file) && flow->record.inode;
 }
 
-/* Where the stack will look for the socket of such a packet. */
+/* The hash under which the stack will look for this socket. */
 static void memo_note_place(struct memo *memo, const struct sniffer_flow *flow)
 {
 	const struct sniffer_record *r = &flow->record;
@@ -394,7 +396,7 @@ static void memo_note_place(struct memo *memo, const struct sniffer_flow *flow)
 }
 
 /**
- * sniffer_memo_keep - remember a packet, for others like it
+ * sniffer_memo_keep - make a memo of a packet
  * @flow: the packet, recorded
  * @trusted: current may be taken for its sender
  *

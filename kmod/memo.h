@@ -18,9 +18,9 @@ int sniffer_memo_init(void);
 void sniffer_memo_exit(void);
 
 /*
- * May current be taken for the sender? Bottom halves off means that some
- * other task's work runs here (a tun write runs the whole stack so); testing
- * current->mm would lose the FIN of an exiting process.
+ * May current be taken for the sender? With bottom halves off this may be work for
+ * another task (a write to a tun runs the whole stack). A test of current->mm would
+ * lose the FIN of an exiting process.
  */
 static inline bool sniffer_trust_current(void)
 {

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Flow records: records that tell the same but for time, thread, sizes and TCP
- * flags become one, right in the message that it leaves in. Whatever else a
- * reader could tell two packets apart by keeps them apart here too.
+ * Flow records. Records that differ only in time, thread, sizes and TCP flags are added
+ * up to one, in the message itself. All other fields keep records apart.
  */
 #include <linux/bitops.h>
 #include <linux/build_bug.h>
@@ -14,7 +13,7 @@
 
 #define MERGE_WORDS	(sizeof(struct sniffer_record) / sizeof(u64))
 
-/* Bits that keep records apart. */
+/* Flags that keep records apart. */
 static const union {
 	struct sniffer_record record;
 	u64 words[MERGE_WORDS];
@@ -31,7 +30,7 @@ static const union {
 	},
 };
 
-/* Odd and unknown to who chooses ports and addresses. */
+/* Odd. Whoever chooses ports and addresses does not know it. */
 static u64 merge_secret[3];
 
 static bool merge_is_same(const struct sniffer_record *one, const struct sniffer_record *other)
@@ -76,13 +75,13 @@ bool sniffer_merge_begin(struct sniffer_merge *merge, u64 first)
 }
 
 /**
- * sniffer_merge_add - sum a record up
+ * sniffer_merge_add - add a record to its flow's sum
  * @merge: with a message that has begun
- * @record: what happened, whole
- * @bytes: it stands for on the wire
- * @place: set to where
+ * @record: complete
+ * @bytes: its bytes on the wire
+ * @place: set to the flow record
  *
- * Return: false when it is the first of a flow and there is no room for one.
+ * Return: false when it begins a flow and there is no room for another.
  */
 bool sniffer_merge_add(struct sniffer_merge *merge, const struct sniffer_record *record,
 		       u32 bytes, struct sniffer_merge_place *place)
@@ -93,7 +92,7 @@ bool sniffer_merge_add(struct sniffer_merge *merge, const struct sniffer_record 
 
 	for (; merge->slots[slot]; slot = (slot + 1) % SNIFFER_MERGE_SLOTS) {
 		flow = &flows[merge->slots[slot] - 1];
-		/* nearly always the first: nothing is to be prepared for more */
+		/* nearly always the first slot: nothing is prepared for more */
 		OPTIMIZER_HIDE_VAR(record);
 		if (merge_is_same(&flow->last, record) &&
 		    likely(sniffer_merge_has_room(flow, record, bytes))) {
@@ -119,7 +118,7 @@ bool sniffer_merge_add(struct sniffer_merge *merge, const struct sniffer_record 
 }
 
 /**
- * sniffer_merge_init - choose how flows are hashed in this load of the module
+ * sniffer_merge_init - choose the key of the hash, once for each load
  */
 void sniffer_merge_init(void)
 {

@@ -7,7 +7,7 @@
 
 #include "stream.h"
 
-/* Flow records a message: what 16 KiB have room for, and a slot can number. */
+/* The most flow records in a message: they fit into 16 KiB, and a slot can number them. */
 #define SNIFFER_MERGE_MAX	(SNIFFER_STREAM_ROOM / sizeof(struct sniffer_flow_record))
 #define SNIFFER_MERGE_ROOM	(SNIFFER_MERGE_MAX * sizeof(struct sniffer_flow_record))
 #define SNIFFER_MERGE_SLOTS	256
@@ -15,7 +15,7 @@
 /**
  * struct sniffer_merge - the flow records that gather on one CPU; under that CPU's lock
  * @stream: the message that they are written in
- * @slots: by hash: the number of a flow record in it from 1 on, 0 for none
+ * @slots: by hash: number of a flow record in the message, from 1; 0: none
  */
 struct sniffer_merge {
 	struct sniffer_stream stream;
@@ -23,9 +23,9 @@ struct sniffer_merge {
 };
 
 /**
- * struct sniffer_merge_place - where a record was summed up
- * @message: which one, from 1 on; 0: nowhere
- * @number: of the flow record in it, from 0 on
+ * struct sniffer_merge_place - where a record was added up
+ * @message: number of the message, from 1; 0: nowhere
+ * @number: number of the flow record in it, from 0
  */
 struct sniffer_merge_place {
 	u64 message;
@@ -48,7 +48,7 @@ static __always_inline void sniffer_merge_into(struct sniffer_flow_record *flow,
 {
 	struct sniffer_record *last = &flow->last;
 
-	/* a packet that interrupts another's naming overtakes it */
+	/* a packet that interrupts the naming of another one is recorded first */
 	if (likely(record->time_ns >= last->time_ns)) {
 		last->time_ns = record->time_ns;
 		last->tid = record->tid;
@@ -63,14 +63,14 @@ static __always_inline void sniffer_merge_into(struct sniffer_flow_record *flow,
 }
 
 /**
- * sniffer_merge_again - sum a record up where one like it was
+ * sniffer_merge_again - add a record where an earlier record of its flow was added
  * @merge: with a message that has begun
- * @record: what happened, whole
- * @bytes: it stands for on the wire
- * @place: from sniffer_merge_add() of one that was the same but for time, thread, sizes
+ * @record: complete
+ * @bytes: its bytes on the wire
+ * @place: from sniffer_merge_add() of a record that differs only in time, thread, sizes
  *	and TCP flags; or nowhere
  *
- * Return: false when that is not in this message, or has no room.
+ * Return: false when @place is not in this message, or has no room.
  */
 static __always_inline bool sniffer_merge_again(struct sniffer_merge *merge,
 						const struct sniffer_record *record, u32 bytes,

@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/*
- * Whose packet is it? From a socket to the second half of a record.
- */
+/* Which process owns a packet? From its socket to the second half of its record. */
 #include <linux/netfilter.h>
 #include <linux/tcp.h>
 #include <net/mptcp.h>
@@ -19,9 +17,9 @@
 #include "use.h"
 
 /*
- * A socket of the kernel's own: flagged so, or without a file (nvmet and iSCSI
- * make theirs as a process does). MPTCP makes its subflows in the same ways; the
- * type tells the stack's control sockets, which are raw, from TCP's.
+ * A socket of the kernel's own: flagged so, or without a file (nvmet and iSCSI create
+ * theirs as a process does). MPTCP's subflows look the same, but are not the kernel's.
+ * Their type tells them from the stack's control sockets, which are raw.
  */
 static bool name_is_kernel(const struct sock *sk)
 {
@@ -32,7 +30,7 @@ static bool name_is_kernel(const struct sock *sk)
 	return !(sk->sk_type == SOCK_STREAM && sk->sk_protocol == IPPROTO_TCP && sk_is_mptcp(sk));
 }
 
-/* Has a server in the kernel put something of its own there? BPF's maps mark what they put. */
+/* Has a server in the kernel set the user data? BPF maps mark theirs with the low bits. */
 static bool name_has_server(const struct sock *sk)
 {
 	unsigned long data = (unsigned long)READ_ONCE(sk->sk_user_data);
@@ -41,8 +39,8 @@ static bool name_has_server(const struct sock *sk)
 }
 
 /*
- * A listener that a kernel's server accepts from: its own, or one that a process
- * has handed to it (knfsd) and may have closed since.
+ * Does a server in the kernel accept from this listener? It is the server's own, or a
+ * process has handed it over (knfsd), and may have closed it since.
  */
 static bool name_is_servers(const struct sock *sk)
 {
@@ -50,8 +48,8 @@ static bool name_is_servers(const struct sock *sk)
 }
 
 /*
- * Is this flagged socket a connection that waits to be accepted from an MPTCP
- * listener, by a client of plain TCP? It is a copy of the listener's subflow.
+ * Is this flagged socket a plain TCP connection that waits to be accepted from an MPTCP
+ * listener? It is a copy of the listener's subflow, with its flag.
  */
 static bool name_is_fallback(struct sniffer_flow *flow, const struct sock *sk)
 {
@@ -63,6 +61,16 @@ static bool name_is_fallback(struct sniffer_flow *flow, const struct sock *sk)
 		return true;
 	listener = sniffer_lookup_listener(flow, flow->record.dir == SNIFFER_DIR_OUT);
 	return listener && !name_is_servers(listener);
+}
+
+/* Has a process used a connection that the kernel made and gave to it? */
+static bool name_is_given(const struct sock *sk)
+{
+	const struct sniffer_owner *owner = NULL;
+
+	if (sk->sk_kern_sock && sk->sk_state != TCP_LISTEN)
+		owner = sniffer_owner_find(atomic64_read(&sk->sk_cookie));
+	return owner && rcu_access_pointer(owner->user);
 }
 
 /* The kernel itself sends or receives the packet. */
@@ -84,7 +92,7 @@ static void name_add_facts(struct sniffer_record *r, const struct sniffer_owner 
 			    (READ_ONCE(owner->guess) ? SNIFFER_F_AMBIGUOUS : 0);
 }
 
-/* Names @r after @owner's user, with what else the table knows of the socket. Under RCU. */
+/* Names @r after @owner's user, and adds what the table knows of the socket. Under RCU. */
 static void name_owner(struct sniffer_record *r, const struct sniffer_owner *owner, u8 how)
 {
 	const struct sniffer_proc *user = rcu_dereference(owner->user);
@@ -98,7 +106,7 @@ static void name_owner(struct sniffer_record *r, const struct sniffer_owner *own
 	name_add_facts(r, owner, user);
 }
 
-/* The table's entry with a user for @sk: by cookie, else by inode (MPTCP). */
+/* Finds an entry with a user for @sk: by cookie, else by inode (MPTCP). */
 static const struct sniffer_owner *name_find(struct sock *sk)
 {
 	const struct sniffer_owner *owner = sniffer_owner_find(sniffer_owner_cookie(sk));
@@ -118,7 +126,7 @@ static bool name_is_held(const struct sniffer_owner *owner)
 	return user && sniffer_owner_held(owner, user);
 }
 
-/* Names @r after the one who would accept the connection. */
+/* Names @r after the process that would accept the connection. */
 static void name_acceptor(struct sniffer_record *r, const struct sniffer_owner *listener)
 {
 	name_owner(r, listener, SNIFFER_HOW_LISTENER);
@@ -126,12 +134,12 @@ static void name_acceptor(struct sniffer_record *r, const struct sniffer_owner *
 		r->flags |= SNIFFER_F_AMBIGUOUS;
 }
 
-/* Why does the table not know @sk? @fresh: no probe had ever seen it. */
+/* Why does the table not know @sk? @fresh: no probe has ever seen it. */
 static u8 name_reason(const struct sock *sk, bool fresh)
 {
 	bool full = sk_fullsock(sk);
 
-	/* a full table may never have taken it */
+	/* perhaps the table was full when the socket came */
 	if (!fresh && sniffer_probes_alive() && sniffer_owner_is_full())
 		return SNIFFER_HOW_TABLE_FULL;
 	if (!full || (sk->sk_state != TCP_LISTEN && sock_flag(sk, SOCK_DEAD)))
@@ -141,7 +149,7 @@ static u8 name_reason(const struct sock *sk, bool fresh)
 	return sniffer_owner_full() ? SNIFFER_HOW_TABLE_FULL : SNIFFER_HOW_PREDATES;
 }
 
-/* A connection that has not become a full socket yet. */
+/* Names a packet of a handshake: the connection is no full socket yet. */
 static void name_request(struct sniffer_record *r, struct sock *sk, bool fresh)
 {
 	struct sock *listener = inet_reqsk(sk)->rsk_listener;
@@ -166,15 +174,15 @@ static void name_request(struct sniffer_record *r, struct sock *sk, bool fresh)
 }
 
 /*
- * Is accept() on another CPU giving @sk its socket right now? Then it has its
- * inode already, but the probe may not have told its owner yet.
+ * Is accept() on another CPU giving @sk its socket right now? Then @sk has its inode,
+ * but the probe may not have entered its owner yet.
  */
 static bool name_is_grafted_now(struct sock *sk)
 {
 	bool busy;
 
 	local_bh_disable();
-	/* sock_graft() holds it while it does so, and calls what we probe */
+	/* sock_graft() holds this lock while it calls the function that we probe */
 	busy = !read_trylock(&sk->sk_callback_lock);
 	if (!busy)
 		read_unlock(&sk->sk_callback_lock);
@@ -182,7 +190,7 @@ static bool name_is_grafted_now(struct sock *sk)
 	return busy;
 }
 
-/* By what the packet was named, for others like it (memo.c). */
+/* Notes what the packet was named after, so that memo.c can repeat it. */
 static void name_note(struct sniffer_flow *flow, const struct sock *sk, struct sniffer_owner *owner,
 		      unsigned int version)
 {
@@ -192,10 +200,14 @@ static void name_note(struct sniffer_flow *flow, const struct sock *sk, struct s
 }
 
 /**
- * sniffer_name_socket - name a packet after the owner of a socket
- * @flow: the packet; its record is filled in, or says in @how why nobody is named
+ * sniffer_name_socket - name a packet after the owner of its socket
+ * @flow: the packet; its record gets a name, or a reason in its field how
  * @sk: the socket, of any kind
- * @how: SNIFFER_HOW_SOCKET or SNIFFER_HOW_REVERSE, how it was found
+ * @how: SNIFFER_HOW_SOCKET or SNIFFER_HOW_REVERSE: how @sk was found
+ *
+ * In order: the kernel itself; a handshake or a listener; the socket's entry by its
+ * cookie; an entry by its inode; the listener or MPTCP parent that the entry refers to;
+ * a listener with room for the connection. What none of these names gets a reason.
  */
 void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 {
@@ -210,7 +222,8 @@ void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 	bool young;
 	u64 via;
 
-	if (full && name_is_servers(sk) && !name_is_fallback(flow, sk)) {
+	if (full && name_is_servers(sk) && !name_is_fallback(flow, sk) &&
+	    !name_is_given(sk)) {
 		name_kernel(r);
 		return;
 	}
@@ -232,13 +245,16 @@ void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 
 	version = sniffer_owner_version(sniffer_owner_stripe(r->cookie));
 	owner = sniffer_owner_find(r->cookie);
-	/* datagrams are received by the server itself: who handed the socket over has let go of it */
+	/*
+	 * a server in the kernel receives these datagrams, and the process that handed
+	 * the socket over has closed it
+	 */
 	if (owner && (READ_ONCE(owner->server) || (full && name_has_server(sk))) &&
 	    !name_is_held(owner)) {
 		name_kernel(r);
 		return;
 	}
-	/* read once: accept() may clear it meanwhile, with the new user in place */
+	/* read once: accept() may clear it meanwhile, after it has set the user */
 	via = owner ? smp_load_acquire(&owner->via) : 0;
 	if (owner && !via && rcu_access_pointer(owner->user)) {
 		name_owner(r, owner, how);
@@ -261,7 +277,7 @@ void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 				name_owner(r, other, SNIFFER_HOW_INODE);
 				return;
 			}
-			/* the listener itself is freed, and so dead, only after a grace period */
+			/* a listener is freed, and marked dead, only after a grace period */
 			if (!full || sock_flag(sk, SOCK_DEAD) ||
 			    (name_is_held(other) && !READ_ONCE(other->dead))) {
 				name_acceptor(r, other);
@@ -273,7 +289,7 @@ void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 	if (full && r->inode && r->proto == IPPROTO_TCP) {
 		grafted = name_is_grafted_now(sk);
 		owner = grafted ? NULL : sniffer_owner_find(r->cookie);
-		/* the entry may be there by now: pairs with sniffer_owner_gain() */
+		/* the entry may be there by now. Pairs with sniffer_owner_gain() */
 		if (owner && !smp_load_acquire(&owner->via) && rcu_access_pointer(owner->user)) {
 			name_owner(r, owner, how);
 			return;
@@ -281,9 +297,9 @@ void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 	}
 	if (r->proto == IPPROTO_TCP) {
 		/*
-		 * SYN cookies, Fast Open: a child that never was a request. Or
-		 * its listener closed and left it to another (tcp_migrate_req).
-		 * Or the kernel accepted it, and gave it a file (nvmet).
+		 * The connection never was a request (SYN cookie, Fast Open). Or its
+		 * listener closed and left it to another (tcp_migrate_req). Or the
+		 * kernel accepted it and gave it a file (nvmet).
 		 */
 		listener = sniffer_lookup_listener(flow, r->dir == SNIFFER_DIR_OUT);
 		if (listener && name_is_servers(listener)) {
@@ -292,7 +308,10 @@ void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 		}
 		young = full && (!r->inode || grafted) && sk->sk_state != TCP_CLOSE;
 		other = young && listener ? name_find(listener) : NULL;
-		/* one that a kernel's server stops using, and had from him, is his no more */
+		/*
+		 * a process does not own the listener if a server in the kernel, to
+		 * which it was handed, stops using it
+		 */
 		if (other && name_is_held(other)) {
 			name_acceptor(r, other);
 			return;
@@ -304,19 +323,19 @@ void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 		r->how = name_reason(sk, fresh);
 }
 
-/* Names a reset after the socket that the tracepoint has just told. */
+/* Names a reset after the socket that the tracepoint has just reported. */
 static bool name_reset(struct sniffer_record *r)
 {
 	bool listens;
 	u64 cookie = sniffer_reset_take(r, &listens);
 	const struct sniffer_owner *owner = cookie ? sniffer_owner_find(cookie) : NULL;
 
-	/* pairs with sniffer_owner_gain(): no listener to ask, hence a user */
+	/* no listener counts, so there is a user. Pairs with sniffer_owner_gain() */
 	if (!owner || smp_load_acquire(&owner->via) || !rcu_access_pointer(owner->user))
 		return false;
 	r->cookie = owner->cookie;
 	name_owner(r, owner, SNIFFER_HOW_REVERSE);
-	/* any of them could have accepted what is refused */
+	/* each of the holders could have accepted the connection that is refused */
 	if (listens && r->flags & SNIFFER_F_SHARED)
 		r->flags |= SNIFFER_F_AMBIGUOUS;
 	return true;
@@ -372,8 +391,8 @@ static void name_answer(struct sniffer_flow *flow, const struct nf_hook_state *s
 }
 
 /*
- * Is this UDP the kernel's wrapping around a packet, whose sender @sk still is?
- * A socket that is closed while its packet waits (NFQUEUE) has no port any more.
+ * Does the kernel wrap this UDP around a packet whose sender @sk still is? A socket
+ * without a port is no such case: it was closed while its packet waited (NFQUEUE).
  */
 static bool name_is_wrapped(const struct sniffer_record *r, const struct sock *sk)
 {
@@ -390,7 +409,7 @@ static bool name_is_wrapped(const struct sniffer_record *r, const struct sock *s
 /**
  * sniffer_name_out - name a packet at LOCAL_OUT
  * @flow: the packet; its record is filled in
- * @state: the hook's
+ * @state: state of the hook
  * @trusted: current may be taken for the sender
  */
 void sniffer_name_out(struct sniffer_flow *flow, const struct nf_hook_state *state, bool trusted)
@@ -425,7 +444,7 @@ void sniffer_name_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 		name_kernel(r);
 		return;
 	}
-	/* ipvlan takes the packet of another namespace on its way through this one */
+	/* ipvlan: the packet of another namespace on its way through this one */
 	if (!net_eq(sock_net(sk), state->net)) {
 		r->dir = SNIFFER_DIR_FWD;
 		r->how = SNIFFER_HOW_FORWARDED;
@@ -437,7 +456,7 @@ void sniffer_name_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 		return;
 	}
 
-	/* The sender is on the CPU: nobody can know better. */
+	/* The sender itself is on the CPU: the best source there is. */
 	r->how = SNIFFER_HOW_CONTEXT;
 	r->cookie = sniffer_owner_cookie(sk);
 	r->inode = sniffer_owner_inode(sk);

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Multicast: messages of one attribute, and whether anybody listens.
- * It knows nobody who sends.
+ * Multicast messages with one attribute, and the question whether anybody listens. This
+ * file knows nothing of what is sent.
  */
 #include <net/genetlink.h>
 #include <net/net_namespace.h>
 
 #include "netlink.h"
 
-/* commands.c registers it */
+/* registered by commands.c */
 static struct genl_family *netlink_family;
 
-/* What the messages of each group are. */
+/* Command and attribute of each group's messages. */
 static const struct {
 	u8 cmd;
 	u16 attr;
@@ -23,7 +23,7 @@ static const struct {
 };
 
 /**
- * sniffer_netlink_listening - does anybody want what a group gets?
+ * sniffer_netlink_listening - has a group any member?
  * @group: the group
  */
 bool sniffer_netlink_listening(enum sniffer_group group)
@@ -33,10 +33,10 @@ bool sniffer_netlink_listening(enum sniffer_group group)
 
 /**
  * sniffer_netlink_begin - start a multicast message of one attribute
- * @group: for whom
- * @room: bytes that may be put into it; they come at an 8-aligned place
+ * @group: receivers
+ * @room: bytes that may be put into it; they begin 8-aligned
  *
- * Any context. Return: the message, to be filled by skb_put(), or NULL.
+ * Any context. Return: the message, which skb_put() fills, or NULL.
  */
 struct sk_buff *sniffer_netlink_begin(enum sniffer_group group, size_t room)
 {
@@ -57,7 +57,7 @@ struct sk_buff *sniffer_netlink_begin(enum sniffer_group group, size_t room)
  * @skb: from sniffer_netlink_begin(); consumed
  * @group: to whom
  *
- * Any context. Return: 0, or an error when nobody got it.
+ * Any context. Return: 0, or an error if no member got it.
  */
 int sniffer_netlink_send(struct sk_buff *skb, enum sniffer_group group)
 {
@@ -68,12 +68,15 @@ int sniffer_netlink_send(struct sk_buff *skb, enum sniffer_group group)
 	nla->nla_len = skb->len - NLMSG_HDRLEN - GENL_HDRLEN;
 	nlh->nlmsg_len = skb->len;
 	err = genlmsg_multicast_netns(netlink_family, &init_net, skb, 0, group, GFP_ATOMIC);
-	/* one with NETLINK_BROADCAST_ERROR had no room, and knows; others may have got it */
+	/*
+	 * a member with NETLINK_BROADCAST_ERROR had no room, and knows it; others may
+	 * have got the message
+	 */
 	return err == -ENOBUFS ? 0 : err;
 }
 
 /**
- * sniffer_netlink_init - from now on messages can be made
+ * sniffer_netlink_init - allow messages from now on
  * @family: registered
  */
 void sniffer_netlink_init(struct genl_family *family)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Whose a socket is: the process that its packets belong to.
+ * Which process owns a socket, and so its packets.
  *
  * | state    | fields            | who is named                | left when                        |
  * |----------|-------------------|-----------------------------|----------------------------------|
@@ -12,10 +12,10 @@
  * | SERVER   | server            | nobody: it is the kernel's  | a process uses it: HELD; freed   |
  * | HELD     | user, held        | user                        | another one who has it uses or   |
  * |          |                   |                             | receives it: HELD, the old user  |
- * |          |                   |                             | joins the past; user lets go:    |
- * |          |                   |                             | settled                          |
- * | (settle) | user, held, file, | user, DEAD once he exited   | at once, in the context of who   |
- * |          | exit              |                             | let go: HELD by an heir; UNHELD  |
+ * |          |                   |                             | joins the past; user closes it:  |
+ * |          |                   |                             | settle                           |
+ * | (settle) | user, held, file, | user, DEAD if it exited     | at once, by the task that closed |
+ * |          | exit              |                             | it: HELD by an heir; UNHELD      |
  * | UNHELD   | user, not held    | user, flagged DEAD          | somebody uses or receives it:    |
  * |          |                   |                             | HELD; the kernel uses it, and    |
  * |          |                   |                             | user has exited: SERVER; its     |
@@ -24,20 +24,19 @@
  * | dead     | dead              | user, flagged DEAD          | 2 s, or 130 s after a state that |
  * |          |                   |                             | leaves a TIME_WAIT               |
  *
- * Rules, each measured on real traffic:
+ * Rules, each checked on real traffic:
  * - the last process that used a socket and still has it owns its packets;
- * - who does not have a socket does not use it, whatever runs in its context;
+ * - a process that does not have a socket does not use it, whatever runs in its context;
  * - receiving a descriptor (SCM_RIGHTS, pidfd_getfd) is a use;
- * - who has a socket is not counted but looked up, in descriptor tables, when
- *   its user lets go (holders.c). The heir is the latest earlier user that still
- *   has it; else somebody who does, a guess that is flagged AMBIGUOUS while
- *   several do;
- * - a process that has no descriptor of its socket keeps it while an io_uring of
- *   its own may refer to it: something does that no descriptor accounts for;
+ * - the table has no list of holders. When the user closes the socket, holders.c searches
+ *   descriptor tables. The heir is the latest earlier user that still has it. Without one it is
+ *   another holder: a guess, flagged AMBIGUOUS while there are several;
+ * - a process without a descriptor of its socket keeps it while its io_uring may refer to it,
+ *   that is, while the file has references that no descriptor explains;
  * - an entry outlives its socket: TIME_WAIT and orphans still send.
  *
- * So fork, exec and exit cost nothing a socket, and memory is bounded by
- * max_sockets and max_processes alone.
+ * So fork, exec and exit do no work for each socket. Memory is bounded by max_sockets and
+ * max_processes alone.
  */
 #include <linux/tcp.h>
 #include <net/inet_sock.h>
@@ -61,7 +60,7 @@ static void owner_note_address(struct sniffer_owner *owner, const struct sock *s
 #endif
 }
 
-/* Under the cookie's lock: its user has it no longer, as far as is known. */
+/* Under the cookie's lock. As far as is known, its user no longer has it. */
 static void owner_let_go(struct sniffer_owner *owner)
 {
 	struct sniffer_proc *user = rcu_dereference_protected(owner->user, true);
@@ -77,7 +76,7 @@ static void owner_let_go(struct sniffer_owner *owner)
 	raw_spin_unlock(&user->lock);
 }
 
-/* Under the cookie's lock: @proc is not among the earlier users any more. */
+/* Under the cookie's lock. Removes @proc from the earlier users. */
 static void owner_forget(struct sniffer_owner *owner, const struct sniffer_proc *proc)
 {
 	unsigned int i = 0;
@@ -99,8 +98,8 @@ static void owner_forget_all(struct sniffer_owner *owner)
 }
 
 /*
- * Under the cookie's lock: @proc has it, and is named. Takes over no reference.
- * Who was the user before may still have it if he is @kept.
+ * Under the cookie's lock. Makes @proc the user; takes its own reference. If @kept, the
+ * user before may still have the socket and becomes an earlier one.
  */
 static void owner_set_user(struct sniffer_owner *owner, struct sniffer_proc *proc, bool kept)
 {
@@ -132,8 +131,8 @@ static void owner_set_user(struct sniffer_owner *owner, struct sniffer_proc *pro
 }
 
 /*
- * Has the last reference to its file gone? Then its release was told, or will be.
- * Under the entry's lock: a release that is told later finds the entry.
+ * Has the last reference to its file gone? Then its release was seen, or will be. Under
+ * the entry's lock: a release that is seen later finds the entry.
  */
 static bool owner_is_closing(const struct socket *sock)
 {
@@ -143,13 +142,13 @@ static bool owner_is_closing(const struct socket *sock)
 }
 
 /**
- * sniffer_owner_gain - a process uses or has got a socket
+ * sniffer_owner_gain - a process uses or has received a socket
  * @sk: full socket
- * @gain: who, and how
+ * @gain: which process, and how
  *
- * It becomes the socket's creator where that is new, or was not accepted so far.
- * Of several that had it at load and were not seen to use it the last one told
- * is named.
+ * If the socket is new, or was not accepted so far, the process becomes its creator. If
+ * several processes had the socket at load and none was seen to use it, the last one
+ * entered is named.
  */
 void sniffer_owner_gain(struct sock *sk, const struct sniffer_gain *gain)
 {
@@ -186,7 +185,7 @@ void sniffer_owner_gain(struct sock *sk, const struct sniffer_gain *gain)
 		WRITE_ONCE(owner->many, true);
 		sniffer_owner_tick();
 	}
-	/* set once its release has been told it would never be cleared again */
+	/* after its release was seen, nothing would clear it */
 	if (gain->sock && owner_is_closing(gain->sock))
 		owner->released = true;
 	else if (gain->sock && !owner->released)
@@ -203,12 +202,12 @@ void sniffer_owner_gain(struct sock *sk, const struct sniffer_gain *gain)
 			owner->fd = gain->fd;
 	}
 	/*
-	 * The hooks read without the lock: only now that there is a user may
-	 * they find the entry, or stop asking the listener.
+	 * The hooks read without the lock. Only now, with a user in place, may they
+	 * find the entry, or stop asking the listener.
 	 */
 	if (owner->via) {
 		WRITE_ONCE(owner->dead, 0);
-		smp_store_release(&owner->via, 0);	/* pairs with hooks.c */
+		smp_store_release(&owner->via, 0);	/* pairs with name.c */
 	}
 	if (!known) {
 		sniffer_owner_insert(owner);
@@ -227,7 +226,7 @@ out:
  * @sk: full socket
  * @sock: its socket
  *
- * So it is known as the kernel's when server and listener have gone.
+ * So it stays known as the kernel's after server and listener have gone.
  */
 void sniffer_owner_serve(struct sock *sk, struct socket *sock)
 {
@@ -263,11 +262,12 @@ void sniffer_owner_serve(struct sock *sk, struct socket *sock)
 }
 
 /**
- * sniffer_owner_take - current, a thread of the kernel, sends or receives on a socket
+ * sniffer_owner_take - current, a kernel thread, sends or receives on a socket
  * @owner: the entry, under RCU
  *
- * Who gave it to the kernel (a file system, a disk) and has exited is not its user
- * any more. Before Linux 5.12 helpers of an io_uring are such threads.
+ * A process that gave the socket to the kernel (for a file system, a disk) and has
+ * exited is no longer its user. Before Linux 5.12 the workers of an io_uring are kernel
+ * threads too.
  */
 void sniffer_owner_take(struct sniffer_owner *owner)
 {
@@ -287,15 +287,15 @@ void sniffer_owner_take(struct sniffer_owner *owner)
 }
 
 /**
- * sniffer_owner_inherit - the user of a socket has let go of it
+ * sniffer_owner_inherit - the user of a socket has closed it
  * @cookie: the socket's
  * @from: its user so far
- * @file: its file when that was found out
- * @heir: who has it now, NULL: nobody
- * @fd: a descriptor of it that @heir has
- * @past: @heir was seen to use it once
+ * @file: its file when the heir was searched
+ * @heir: the new user; NULL: nobody has the socket
+ * @fd: @heir's descriptor of it
+ * @past: @heir is an earlier user, not a guess
  *
- * Return: false when all this is out of date.
+ * Return: false if the socket has changed since the search.
  */
 bool sniffer_owner_inherit(u64 cookie, const struct sniffer_proc *from, const struct file *file,
 			   struct sniffer_proc *heir, int fd, bool past)
@@ -327,7 +327,7 @@ bool sniffer_owner_inherit(u64 cookie, const struct sniffer_proc *from, const st
 }
 
 /**
- * sniffer_owner_tick - the time of an event, in forks of processes with sockets
+ * sniffer_owner_tick - advance the clock, which counts forks of processes with sockets
  */
 u64 sniffer_owner_tick(void)
 {
@@ -343,13 +343,13 @@ u64 sniffer_owner_clock(void)
 }
 
 /**
- * sniffer_owner_refer - a socket's packets belong to another socket's owner
+ * sniffer_owner_refer - let another socket's owner own a socket's packets
  * @sk: request socket whose handshake this packet completes, or MPTCP subflow
  * @via: cookie of the listener or of the MPTCP parent, which is in the table
  * @how: SNIFFER_HOW_LISTENER or SNIFFER_HOW_INODE
  *
- * The child of a request takes its cookie over, and with it this entry. A SYN
- * alone makes none, so that a flood of them cannot fill the table.
+ * The child of a request inherits its cookie, and with it this entry. A SYN alone makes
+ * no entry, so that a flood cannot fill the table.
  */
 void sniffer_owner_refer(struct sock *sk, u64 via, u8 how)
 {
@@ -372,7 +372,7 @@ void sniffer_owner_refer(struct sock *sk, u64 via, u8 how)
 		owner->via = via;
 		owner->via_how = how;
 		sniffer_owner_insert(owner);
-		/* such sockets end unseen: forget it in time unless it is accepted */
+		/* the end of such a socket is not seen: forget it in time, unless it is accepted */
 		sniffer_owner_dies(owner);
 	} else if (owner && owner->via) {
 		WRITE_ONCE(owner->via, via);
@@ -395,7 +395,7 @@ void sniffer_owner_remove(struct sniffer_owner *owner)
 	sniffer_owner_unlink(owner);
 }
 
-/* Calls @change, which is inlined, for the entry of @sk under its lock, if there is one. */
+/* Calls @change, which is inlined, under the lock of @sk's entry, if there is one. */
 static __always_inline void owner_change(const struct sock *sk,
 					 void (*change)(struct sniffer_owner *owner,
 							const struct sock *sk, int oldstate,
@@ -423,9 +423,9 @@ static void owner_released(struct sniffer_owner *owner, const struct sock *sk, i
 {
 	if (owner->via)
 		return;
-	/* it may have got one unseen */
+	/* the last bind may not have been seen */
 	owner->port = owner->port ?: inet_sk(sk)->inet_num;
-	/* without a port it never had a packet; a parent's subflows may send still */
+	/* without a port it never sent a packet; but an MPTCP parent's subflows may still send */
 	if (!owner->port && sk->sk_protocol != IPPROTO_MPTCP) {
 		sniffer_owner_remove(owner);
 		return;
@@ -437,7 +437,7 @@ static void owner_released(struct sniffer_owner *owner, const struct sock *sk, i
 }
 
 /**
- * sniffer_owner_release - a socket loses its file: nobody has it any more
+ * sniffer_owner_release - a socket loses its file, so no process has it any more
  * @sk: full socket; process context
  */
 void sniffer_owner_release(struct sock *sk)
@@ -461,13 +461,13 @@ static void owner_closed(struct sniffer_owner *owner, const struct sock *sk, int
 }
 
 /**
- * sniffer_owner_close_state - a TCP socket goes to TCP_CLOSE, or out of it
+ * sniffer_owner_close_state - a TCP socket enters or leaves TCP_CLOSE
  * @sk: full socket; any context
  * @oldstate: its state so far
- * @newstate: from now on
+ * @newstate: its state from now on
  *
- * One that ends out of a state which its own FIN led to may leave a TIME_WAIT
- * behind. Where the end of sockets is not told, this is taken for it.
+ * If its own FIN led to @oldstate, it may leave a TIME_WAIT. Where the end of sockets
+ * is not seen, TCP_CLOSE counts as the end.
  */
 void sniffer_owner_close_state(struct sock *sk, int oldstate, int newstate)
 {

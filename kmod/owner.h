@@ -6,16 +6,16 @@
 #include "table.h"
 
 /**
- * struct sniffer_gain - somebody has a socket now
- * @proc: who; the caller has a reference
- * @tid: thread, 0: none was seen to use it
+ * struct sniffer_gain - how a process came to have a socket
+ * @proc: the process; the caller has a reference
+ * @tid: its thread; 0: none was seen to use the socket
  * @inode: the socket's, 0 when it has none yet
- * @sock: the socket, NULL when not known or not to be remembered
+ * @sock: the socket; NULL if unknown, or if its address may not be kept
  * @fd: a descriptor of it, -1 when not known
  * @flags: enum sniffer_flag that follow from how it was got
- * @ring: without a descriptor, by an io_uring
- * @many: so has somebody else
- * @guess: who used it last is not known for certain
+ * @ring: it has the socket through an io_uring, without a descriptor
+ * @many: another process has the socket too
+ * @guess: the last user is not certain
  */
 struct sniffer_gain {
 	struct sniffer_proc *proc;
@@ -42,7 +42,7 @@ void sniffer_owner_remove(struct sniffer_owner *owner);
 u64 sniffer_owner_tick(void);
 u64 sniffer_owner_clock(void);
 
-/* Does @user, who is @owner's, still have it, as far as is known? */
+/* As far as is known, does @owner's user @user still have it? */
 static inline bool sniffer_owner_held(const struct sniffer_owner *owner,
 				      const struct sniffer_proc *user)
 {
@@ -50,12 +50,12 @@ static inline bool sniffer_owner_held(const struct sniffer_owner *owner,
 }
 
 /**
- * sniffer_owner_shared - may another process than its user have a socket?
+ * sniffer_owner_shared - may a process other than its user have a socket?
  * @owner: the entry, under RCU
  * @user: its user
  *
- * Never false when one does. A descriptor on its way to another process, and a
- * thread that waits in a call, count as one.
+ * Never false if one has. A descriptor in flight to another process counts as another
+ * process, and so does a thread that waits in a call.
  */
 static inline bool sniffer_owner_shared(const struct sniffer_owner *owner,
 					const struct sniffer_proc *user)

@@ -15,7 +15,8 @@
 
 /**
  * sniffer_parse - read a packet's headers
- * @flow: its skb, and its record's family set; ports, lengths and flags are filled in
+ * @flow: @skb and the record's family are set; fills in addresses, ports, lengths and
+ *	flags
  *
  * Return: false when the packet has been counted as skipped.
  */

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * What the owner table learns from calls of the kernel's functions: LSM hooks of
- * sockets, and those by which descriptors come and go. Each is optional.
- * trace.c says how they are told.
+ * Probes of kernel functions that feed the owner table: LSM hooks of sockets, and
+ * functions that install and remove descriptors. Each is optional. trace.c attaches
+ * them.
  *
- * Where a needed one is told by a kprobe, a canary of our own shows every second
- * whether kprobes fire. What they leave out is counted.
+ * If a needed probe is a kprobe, a canary of our own checks every second whether
+ * kprobes fire. Calls that kprobes miss are counted.
  *
  * Handlers may run with preemption or interrupts off: no sleep, no GFP_KERNEL.
  */
@@ -33,7 +33,7 @@
 #include "tracepoints.h"
 #include "use.h"
 
-/* Without one of these holds would never end, or begin too late: names could be wrong. */
+/* Without one of these, ownership would never end or begin too late, and names could be wrong. */
 #define PROBES_NEEDED	(SNIFFER_PROBE_CREATE | SNIFFER_PROBE_RECEIVE | SNIFFER_PROBE_FREE | \
 			 SNIFFER_PROBE_CLOSE | SNIFFER_PROBE_RELEASE | SNIFFER_PROBE_FORK | \
 			 SNIFFER_PROBE_EXEC | SNIFFER_PROBE_EXIT)
@@ -42,7 +42,7 @@ static unsigned int refuse;
 module_param(refuse, uint, 0444);
 MODULE_PARM_DESC(refuse, "enum sniffer_probe of those not to use, for tests (default 0)");
 
-/* /sys/module/sniffer/parameters/missed */
+/* Value of /sys/module/sniffer/parameters/missed. */
 static int probes_get_missed(char *buffer, const struct kernel_param *param)
 {
 	return sprintf(buffer, "%llu\n", sniffer_probes_missed());
@@ -52,13 +52,13 @@ static const struct kernel_param_ops probes_missed_ops = { .get = probes_get_mis
 module_param_cb(missed, &probes_missed_ops, NULL, 0444);
 MODULE_PARM_DESC(missed, "read: events that kprobes left out; ftrace leaves out none");
 
-/* All are set at load only, but for the last one, which the canary's handler alone writes. */
+/* Set at load only, but for the last one, which the canary's handler alone writes. */
 static u32 probes_registered;	/* enum sniffer_probe */
-static u32 probes_ways;		/* PROBES_WAY_... that are told */
-static bool probes_by_kprobe;	/* is one of the needed ones a kprobe? */
+static u32 probes_ways;		/* PROBES_WAY_... that are probed */
+static bool probes_by_kprobe;	/* is a needed probe a kprobe? */
 static unsigned int probes_sung;
 
-/* The first argument of most hooks: an inet socket in use by current. */
+/* For most hooks: the first argument is an inet socket that current uses. */
 static void probes_use(const struct sniffer_args *args, u32 bit)
 {
 	struct socket *sock = (void *)args->n[0];
@@ -99,10 +99,10 @@ static void probes_accept(const struct sniffer_args *args)
 	probes_use(args, SNIFFER_PROBE_ACCEPT);
 }
 
-static void (*probes_joined)(void);	/* listen.c's; set at load and unload only */
-static unsigned long probes_send_ip;	/* of security_socket_sendmsg(); set at load only */
+static void (*probes_joined)(void);	/* listen.c's function; set at load and unload only */
+static unsigned long probes_send_ip;	/* address of security_socket_sendmsg(); set at load only */
 
-/* Sends or receives: a group of its own, since it happens so often. */
+/* Send and receive calls. They have a group of their own, because they are frequent. */
 static __always_inline void probes_message(const struct sniffer_args *args)
 {
 	const u32 both = SNIFFER_PROBE_SENDMSG | SNIFFER_PROBE_RECVMSG;
@@ -116,7 +116,7 @@ static __always_inline void probes_message(const struct sniffer_args *args)
 		sniffer_use(sk, true, NULL);
 }
 
-/* accept() ties the new sock to its socket; callback lock held, BH off. */
+/* accept() attaches a new sock to its socket. The callback lock is held, BH off. */
 static void probes_graft(const struct sniffer_args *args)
 {
 	struct sock *sk = (void *)args->n[0];
@@ -127,7 +127,7 @@ static void probes_graft(const struct sniffer_args *args)
 		sniffer_use_create(sk, parent);
 }
 
-/* __receive_sock(): the descriptor is installed by now, whatever could have failed. */
+/* __receive_sock(): the descriptor is installed by now, so nothing can fail any more. */
 static void probes_receive(const struct sniffer_args *args)
 {
 	struct file *file = (void *)args->n[0];
@@ -144,7 +144,7 @@ static __always_inline void probes_free(const struct sniffer_args *args)
 	sniffer_owner_free((void *)args->n[0]);
 }
 
-/* The last file of a socket goes. */
+/* A socket's last file is released. */
 static __always_inline void probes_release(const struct sniffer_args *args)
 {
 	struct sock *sk = ((struct socket *)args->n[0])->sk;
@@ -154,10 +154,10 @@ static __always_inline void probes_release(const struct sniffer_args *args)
 		sniffer_owner_release(sk);
 }
 
-/* Where these are; set at load only. */
+/* Addresses of the two functions; set at load only. */
 static unsigned long probes_free_ip, probes_release_ip;
 
-/* A socket comes or goes: one group, since many do nothing else. */
+/* A socket is created, released or freed. One group, because many programs do little else. */
 static __always_inline void probes_socket(const struct sniffer_args *args)
 {
 	if (sniffer_trace_is_at(args, probes_free_ip))
@@ -169,8 +169,8 @@ static __always_inline void probes_socket(const struct sniffer_args *args)
 }
 
 /*
- * How descriptors go: close(), dup2() over one, close_range() and io_uring. An
- * exec and an exit are told as such.
+ * A descriptor is removed: by close(), by dup2() onto it, by close_range() or by
+ * io_uring. tracepoints.c follows exec and exit.
  */
 static __always_inline void probes_close(const struct sniffer_args *args)
 {
@@ -208,14 +208,14 @@ static void probes_close_range_call(const struct sniffer_args *args)
 	sniffer_use_close_range(n[0], n[1]);
 }
 
-/* All of these, and each file at an exit: where one of them cannot be probed. */
+/* Fallback if one of these functions cannot be probed: every removal, also each file at an exit. */
 static void probes_close_file(const struct sniffer_args *args)
 {
 	sniffer_alive_note(SNIFFER_PROBE_CLOSE);
 	sniffer_use_close_file((void *)args->n[0], -1);
 }
 
-/* What moves data without a message: no LSM hook is asked. */
+/* Functions that move data without a message: no LSM hook is called. */
 static void probes_splice(const struct sniffer_args *args)
 {
 	struct sock *sk = sniffer_owner_sock((void *)args->n[0]);
@@ -224,7 +224,7 @@ static void probes_splice(const struct sniffer_args *args)
 		sniffer_use(sk, true, NULL);
 }
 
-/* Data that the kernel maps or copies for the caller: no message is received. */
+/* The kernel maps or copies data for the caller: no message is received. */
 static void probes_getsockopt(const struct sniffer_args *args)
 {
 	struct sock *sk = READ_ONCE(((struct socket *)args->n[0])->sk);
@@ -238,7 +238,7 @@ static void probes_sendpage(const struct sniffer_args *args)
 	probes_use(args, SNIFFER_PROBE_SENDMSG);
 }
 
-/* An operation of an io_uring takes a file out of it. */
+/* An io_uring operation removes a file from the ring. */
 static void probes_ring(const struct sniffer_args *args)
 {
 	sniffer_rings_forget();
@@ -249,7 +249,7 @@ static void probes_credentials(const struct sniffer_args *args)
 	sniffer_process_credentials((void *)args->n[0]);
 }
 
-/* Somebody is about to join a group of some Generic Netlink family. */
+/* A process is about to join a group of some Generic Netlink family. */
 static void probes_join(const struct sniffer_args *args)
 {
 	void (*joined)(void) = READ_ONCE(probes_joined);
@@ -274,7 +274,7 @@ static struct kprobe probes_canary_probe = {
 	.pre_handler = probes_sing,
 };
 
-/* Ways of descriptors to go: one function of each has to be told. */
+/* Ways to remove a descriptor. One function of each way has to be probed. */
 enum {
 	PROBES_WAY_CLOSE	= 1 << 0,
 	PROBES_WAY_DUP		= 1 << 1,
@@ -309,7 +309,7 @@ static struct sniffer_trace probes_functions[] = {
 	PROBES_FUNCTION("__receive_sock", probes_receive, SNIFFER_PROBE_RECEIVE, 0),
 	PROBES_GROUPED("inet_release", probes_release, SNIFFER_PROBE_RELEASE, 0, &probes_sockets),
 	PROBES_GROUPED("security_sk_free", probes_free, SNIFFER_PROBE_FREE, 0, &probes_sockets),
-	/* not in every kernel */
+	/* some kernels lack one or another of these */
 	PROBES_GROUPED("close_fd", probes_close, SNIFFER_PROBE_CLOSE, PROBES_WAY_CLOSE,
 		       &probes_closes),
 	PROBES_GROUPED("file_close_fd", probes_close, SNIFFER_PROBE_CLOSE, PROBES_WAY_CLOSE,
@@ -368,7 +368,7 @@ static void probes_register(void)
 		if (refuse & probes_functions[i].bit)
 			probes_functions[i].handler = NULL;
 	sniffer_trace_find(probes_functions, ARRAY_SIZE(probes_functions));
-	/* before the first call is told */
+	/* before the first handler runs */
 	for (i = 0; i < ARRAY_SIZE(probes_functions); i++)
 		probes_note_ip(&probes_functions[i]);
 	sniffer_trace_register(probes_functions, ARRAY_SIZE(probes_functions));
@@ -400,7 +400,7 @@ static void probes_self_test(void)
 }
 
 static void probes_tick(struct work_struct *work);
-/* Runs only where a needed probe is a kprobe. */
+/* Runs only if a needed probe is a kprobe. */
 static DECLARE_DEFERRABLE_WORK(probes_ticker, probes_tick);
 
 static void probes_tick(struct work_struct *work)
@@ -410,7 +410,7 @@ static void probes_tick(struct work_struct *work)
 }
 
 /**
- * sniffer_probes_registered - enum sniffer_probe of all that could be registered
+ * sniffer_probes_registered - which probes are registered, as enum sniffer_probe
  */
 u32 sniffer_probes_registered(void)
 {
@@ -418,7 +418,7 @@ u32 sniffer_probes_registered(void)
 }
 
 /**
- * sniffer_probes_firing - enum sniffer_probe of all that fired since load
+ * sniffer_probes_firing - which probes have fired since load, as enum sniffer_probe
  */
 u32 sniffer_probes_firing(void)
 {
@@ -426,7 +426,8 @@ u32 sniffer_probes_firing(void)
 }
 
 /**
- * sniffer_probes_missed - events that kprobes left out since load; ftrace leaves out none
+ * sniffer_probes_missed - how many calls kprobes have missed since load; ftrace misses
+ * none
  */
 u64 sniffer_probes_missed(void)
 {
@@ -440,12 +441,12 @@ u64 sniffer_probes_missed(void)
 }
 
 /**
- * sniffer_probes_tell_messages - be told of who sends and receives, or no longer
- * @on: from now on
+ * sniffer_probes_tell_messages - arm or disarm the probes of send and receive
+ * @on: arm them
  *
  * Process context, one at a time; takes some ms.
  *
- * Return: false when not all of it can be told.
+ * Return: false if one of them cannot be armed.
  */
 bool sniffer_probes_tell_messages(bool on)
 {
@@ -457,8 +458,8 @@ bool sniffer_probes_tell_messages(bool on)
 }
 
 /**
- * sniffer_probes_tell_joins - what to call when somebody may join a group
- * @joined: right before; in any context, must not sleep
+ * sniffer_probes_tell_joins - set the function to call when a process may join a group
+ * @joined: called before the join, in any context; must not sleep
  */
 void sniffer_probes_tell_joins(void (*joined)(void))
 {
@@ -478,14 +479,14 @@ int sniffer_probes_init(void)
 	if (probes_by_kprobe)
 		schedule_delayed_work(&probes_ticker, HZ);
 
-	/* after the probes: what they missed is found here */
+	/* after the probes, so that a socket that they missed is found here */
 	sniffer_seed();
 	return 0;
 }
 
 void sniffer_probes_exit(void)
 {
-	/* ends of files are told no more in a moment: nobody may look at a socket's by then */
+	/* file releases are not seen from now on: first nobody may use a socket's file */
 	WRITE_ONCE(sniffer_alive_release, false);
 	synchronize_rcu();
 	cancel_delayed_work_sync(&probes_ticker);

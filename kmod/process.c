@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The process table: everyone who used a socket, by (tgid, start time). An entry
- * stays for a while after exit, so that the last packets still have a name.
+ * The process table: every process that used a socket, by (tgid, start time). An entry
+ * stays for a while after exit, so that late packets still have a name.
  */
 #include <linux/cgroup.h>
 #include <linux/cred.h>
@@ -19,10 +19,10 @@
 #include "process.h"
 
 #define PROCESS_BITS	12
-#define PROCESS_MAX	(1U << 22)	/* as many as Linux can have, PID_MAX_LIMIT */
+#define PROCESS_MAX	(1U << 22)	/* PID_MAX_LIMIT: Linux cannot have more */
 #define PROCESS_KEEP	(130 * HZ)	/* as long as a socket is kept, see table.h */
 #define PROCESS_KEEP_MIN (5 * HZ)	/* when the table is nearly full */
-#define PROCESS_RING_LAG (2 * HZ)	/* until an io_uring lets go of a file that it has given up */
+#define PROCESS_RING_LAG (2 * HZ)	/* an io_uring drops a file later than it says */
 
 static unsigned int max_processes = 32768;
 module_param(max_processes, uint, 0444);
@@ -30,15 +30,15 @@ MODULE_PARM_DESC(max_processes, "processes in the process table at most (default
 
 static struct hlist_head process_table[1 << PROCESS_BITS];
 /*
- * Guards insertion into and removal from process_table. Taken from probe
- * handlers (any context, interrupts possibly off) and the collector: irqsave.
- * Innermost lock. Readers use RCU.
+ * Guards insertion into and removal from process_table. Probe handlers (any context,
+ * interrupts possibly off) and the collector take it: irqsave. Innermost lock. Readers
+ * use RCU.
  */
 static DEFINE_RAW_SPINLOCK(process_lock);
 static unsigned int process_used;	/* guarded by process_lock */
 static unsigned int process_changes;	/* guarded by process_lock */
 
-/* Scratch for d_path(), used with interrupts off on its own CPU. */
+/* Buffer for d_path(), used by its own CPU with interrupts off. */
 static char __percpu *process_path;
 
 static struct hlist_head *process_bucket(u32 tgid)
@@ -61,10 +61,10 @@ static void process_exe(struct mm_struct *mm, char *exe)
 
 	local_irq_save(flags);
 	buf = this_cpu_ptr(process_path);
-	/* at the end of its life current has no root to start from: then from the file system's */
+	/* an exiting task has no root: use the file system's */
 	path = current->fs ? d_path(&file->f_path, buf, PATH_MAX) :
 			     dentry_path_raw(file->f_path.dentry, buf, PATH_MAX);
-	/* it goes to user space whole, and an older one says nothing of this program */
+	/* user space gets the whole buffer, so clear the rest of an older path */
 	memset(exe, 0, SNIFFER_EXE_LEN);
 	if (!IS_ERR(path)) {
 		len = strlen(path);
@@ -79,9 +79,9 @@ static void process_exe(struct mm_struct *mm, char *exe)
 }
 
 /*
- * Who reads /proc/PID/cgroup later may find a container of a moment gone. A
- * walk of our own, since kernfs_path() takes a lock. Names on v2 never change.
- * Under RCU.
+ * Writes the cgroup's path. A process that reads /proc/PID/cgroup later may find that a
+ * short-lived container has gone. kernfs_path() takes a lock, so this is a walk of our
+ * own. Names on v2 never change. Under RCU.
  */
 static void process_cgroup(struct task_struct *task, struct sniffer_process *about)
 {
@@ -111,8 +111,8 @@ static void process_cgroup(struct task_struct *task, struct sniffer_process *abo
 }
 
 /*
- * @task is current, a child that does not run yet, or held by task_lock(): its
- * mm cannot go away.
+ * @task is current, or a child that does not run yet, or held by task_lock(). So its mm
+ * cannot go away.
  */
 static void process_fill(struct sniffer_proc *proc, struct task_struct *task)
 {
@@ -125,7 +125,7 @@ static void process_fill(struct sniffer_proc *proc, struct task_struct *task)
 	proc->tgid = task->tgid;
 	proc->start_ns = leader->start_boottime;
 	sniffer_process_comm(proc->comm, leader->comm);
-	/* first seen when it closes its sockets: its exit has been told already */
+	/* first seen when it closes its sockets: its exit event has passed */
 	if (!atomic_read(&task->signal->live))
 		proc->exit_jiffies = jiffies | 1;
 
@@ -144,10 +144,10 @@ static void process_fill(struct sniffer_proc *proc, struct task_struct *task)
 }
 
 /**
- * sniffer_process_describe - fill the wire's description of a process
+ * sniffer_process_describe - fill in a process's message
  * @proc: the process, under RCU or with a reference
  * @event: enum sniffer_event
- * @out: filled whole
+ * @out: filled completely
  */
 void sniffer_process_describe(const struct sniffer_proc *proc, u32 event,
 			      struct sniffer_process *out)
@@ -172,7 +172,7 @@ static void process_tell(const struct sniffer_proc *proc, u32 what)
 }
 
 /**
- * sniffer_process_find - the entry of a task's process
+ * sniffer_process_find - find the entry of a task's process
  * @task: any live task
  *
  * Return: the entry or NULL; valid in the caller's RCU section.
@@ -188,7 +188,7 @@ struct sniffer_proc *sniffer_process_find(const struct task_struct *task)
 }
 
 /**
- * sniffer_process_get - the entry of a task's process, made if need be
+ * sniffer_process_get - find or make the entry of a task's process
  * @task: current, a child that does not run yet, or held by task_lock()
  *
  * Return: the entry with a reference for the caller, or NULL when the table is
@@ -254,11 +254,11 @@ void sniffer_process_refresh(struct sniffer_proc *proc)
 }
 
 /**
- * sniffer_process_credentials - the current thread is to have other credentials
- * @cred: these
+ * sniffer_process_credentials - the current thread will get other credentials
+ * @cred: the new credentials
  *
- * So a process that only receives is seen under its new user at once. Other
- * threads than the first one are seen when they use a socket.
+ * So a process that only receives has its new user at once. A change by another thread
+ * than the first one is seen when it uses a socket.
  */
 void sniffer_process_credentials(const struct cred *cred)
 {
@@ -285,7 +285,7 @@ void sniffer_process_exec(struct task_struct *task)
 	proc = sniffer_process_find(task);
 	if (proc) {
 		sniffer_process_comm(proc->comm, task->group_leader->comm);
-		WRITE_ONCE(proc->ring_numbers, 0);	/* ends with its program */
+		WRITE_ONCE(proc->ring_numbers, 0);	/* a process's rings end with its program */
 		if (task->mm)
 			process_exe(task->mm, proc->about.exe);
 		sniffer_process_refresh(proc);
@@ -312,10 +312,10 @@ void sniffer_process_exited(struct task_struct *task)
 }
 
 /**
- * sniffer_process_doubt - look soon at the sockets of a process
- * @proc: a ring of it lets go of a file; under RCU or with a reference
+ * sniffer_process_doubt - check the sockets of a process soon
+ * @proc: one of its rings drops a file; under RCU or with a reference
  *
- * Many calls together cause one look in some seconds.
+ * Many calls cause one check after some seconds.
  */
 void sniffer_process_doubt(struct sniffer_proc *proc)
 {
@@ -325,7 +325,7 @@ void sniffer_process_doubt(struct sniffer_proc *proc)
 		WRITE_ONCE(proc->doubt, (jiffies + PROCESS_RING_LAG) | 1);
 }
 
-/* Is the look due that sniffer_process_doubt() has asked for? */
+/* Is the check due that sniffer_process_doubt() asked for? */
 static bool process_is_due(struct sniffer_proc *proc)
 {
 	unsigned long doubt = READ_ONCE(proc->doubt);
@@ -384,9 +384,9 @@ struct sniffer_proc *sniffer_process_next(unsigned int *bucket, unsigned int *in
 }
 
 /**
- * sniffer_process_orphan - one whose sockets are to be looked at
+ * sniffer_process_orphan - find a process whose sockets need a check
  *
- * It has ended, and nobody has; or a ring of it has let go of files meanwhile.
+ * It has ended without a check, or one of its rings has dropped files.
  *
  * Return: with a reference for the caller, or NULL.
  */
@@ -428,9 +428,9 @@ unsigned int sniffer_process_count(void)
 }
 
 /**
- * sniffer_process_tight - is the table nearly full?
+ * sniffer_process_tight - is the process table nearly full?
  *
- * Then those that have exited, and their sockets, are kept for a shorter time.
+ * If so, processes that have exited, and their sockets, are kept for a shorter time.
  */
 bool sniffer_process_tight(void)
 {
@@ -438,7 +438,7 @@ bool sniffer_process_tight(void)
 }
 
 /**
- * sniffer_process_collect - forget processes that exited long ago
+ * sniffer_process_collect - remove processes that exited long ago
  *
  * Process context, from the collector.
  */
@@ -481,7 +481,7 @@ int sniffer_process_init(void)
 	return process_path ? 0 : -ENOMEM;
 }
 
-/* Nothing runs any more that could look at the table. */
+/* Nothing runs any more that could read the table. */
 void sniffer_process_exit(void)
 {
 	struct sniffer_proc *proc;

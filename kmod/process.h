@@ -22,21 +22,21 @@
  * @start_ns: start_boottime of the leader; with @tgid it is the identity
  * @comm: of the leader; written whole, but a reader may see half a rename
  * @rcu: readers of the table and of owners hold rcu_read_lock()
- * @exit_jiffies: when it exited, 0 while it runs
- * @doubt: jiffies | 1 when its sockets are to be looked at, since a ring of it lets
- *	go of a file, later than it says; 0: not
- * @again: and once more, since it let go of another one meanwhile
- * @ring_files: it has put files into an io_uring: it may have there what no
- *	descriptor accounts for
- * @ring_numbers: io_urings that it can use without a descriptor of them
+ * @exit_jiffies: when it exited; 0 while it runs
+ * @doubt: jiffies | 1 at which its sockets need a check, because one of its rings drops
+ *	a file, later than it says; 0: no check
+ * @again: one more check is needed, because a ring dropped another file meanwhile
+ * @ring_files: it has put files into an io_uring, so it may have sockets without a
+ *	descriptor
+ * @ring_numbers: how many io_urings it can use without a descriptor
  * @forked: sniffer_owner_tick() of its last fork, 0: none
- * @child: tgid of the child of that
+ * @child: tgid of the child of that fork
  * @lock: guards @uses and @nuses; inside a socket's lock, any context: irqsave, raw
- * @uses: sockets that it is the user of and has
+ * @uses: sockets whose user it is and that it has
  * @nuses: how many
- * @about: what does not change between exec and exit, for events and dumps
+ * @about: constant between exec and exit; for events and dumps
  *
- * The first members are what a packet needs: one cache line.
+ * A packet needs only the first members: one cache line.
  */
 struct sniffer_proc {
 	struct hlist_node node;
@@ -67,8 +67,8 @@ static inline bool sniffer_process_is(const struct sniffer_proc *proc,
 }
 
 /*
- * What follows a NUL in a task's comm is left over from earlier names: not for
- * the wire. Two words, since each packet that is sent has one.
+ * A task's comm may have bytes of earlier names behind its NUL. They must not reach the
+ * wire. Two words at a time, because each sent packet has a comm.
  */
 static inline void sniffer_process_comm(char *to, const char *comm)
 {

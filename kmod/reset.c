@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/*
- * Which connection the stack of this CPU is about to reset.
- */
+/* Finds the connection that this CPU's stack is about to reset. */
 #include <linux/ip.h>
 #include <linux/ipv6.h>
 #include <linux/percpu.h>
@@ -20,15 +18,15 @@ struct reset {
 	u64 cookie;
 	bool listens;
 	__be16 sport, dport;
-	u8 saddr[16], daddr[16];	/* of the packet that is answered */
+	u8 saddr[16], daddr[16];	/* ports of the packet that is answered */
 };
 
 static DEFINE_PER_CPU(struct reset, resets);
 
 /**
- * sniffer_reset_told - the stack answers a packet with a reset
- * @sk: for this full socket
- * @skb: the packet, its transport header set
+ * sniffer_reset_told - note that the stack answers a packet with a reset
+ * @sk: the connection or listener, a full socket
+ * @skb: the packet, with its transport header set
  */
 void sniffer_reset_told(struct sock *sk, const struct sk_buff *skb)
 {
@@ -52,9 +50,9 @@ void sniffer_reset_told(struct sock *sk, const struct sk_buff *skb)
 }
 
 /**
- * sniffer_reset_take - the connection that a reset is for, if it was told just now
+ * sniffer_reset_take - find the connection of a reset, if it was noted just now
  * @r: the reset; preemption off
- * @listens: set when it is a listener, which refuses one
+ * @listens: set if the socket is a listener, which refuses a connection
  *
  * Return: the socket's cookie, or 0.
  */

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Files that a process has by an io_uring, where no descriptor tells of them.
- * Which ones is not known: that it has some, and that some have gone.
+ * Counts the files that a process has through an io_uring, without a descriptor. Which
+ * files they are is not known.
  */
 #include <linux/kernel.h>
 
@@ -9,19 +9,19 @@
 #include "rings.h"
 #include "use.h"
 
-/* enum io_uring_register_op as far as it is about files; older headers lack the later ones */
+/* The operations of io_uring_register() about files; older headers lack the newer ones. */
 enum {
 	RINGS_FILES		= 2,
 	RINGS_NO_FILES		= 3,
 	RINGS_UPDATE		= 6,
 	RINGS_FILES2		= 13,
 	RINGS_UPDATE2		= 14,
-	RINGS_NUMBERS		= 20,	/* of the rings themselves, in place of descriptors */
+	RINGS_NUMBERS		= 20,	/* about the rings themselves, in place of descriptors */
 	RINGS_NO_NUMBERS	= 21,
 };
 
 /**
- * sniffer_rings_forget - the current process takes a file out of an io_uring
+ * sniffer_rings_forget - the current process removes a file from an io_uring
  */
 void sniffer_rings_forget(void)
 {
@@ -34,7 +34,7 @@ void sniffer_rings_forget(void)
 	rcu_read_unlock();
 }
 
-/* Threads may count at once: at worst one is believed to have a ring too many. */
+/* Threads may count at the same time. At worst the process seems to have one ring too many. */
 static void rings_note(struct sniffer_proc *proc, unsigned int opcode, long ret)
 {
 	unsigned int numbers = READ_ONCE(proc->ring_numbers);
@@ -49,8 +49,8 @@ static void rings_note(struct sniffer_proc *proc, unsigned int opcode, long ret)
 
 /**
  * sniffer_rings_registered - the current process has called io_uring_register()
- * @opcode: for what
- * @ret: what it returns
+ * @opcode: enum io_uring_register_op
+ * @ret: its return value
  */
 void sniffer_rings_registered(unsigned int opcode, long ret)
 {

@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/*
- * What was there before us: the sockets of all running processes.
- */
+/* Enters sockets that are older than the module, from the descriptors of all processes. */
 #include <linux/fdtable.h>
 #include <linux/module.h>
 #include <linux/sched/signal.h>
@@ -15,9 +13,9 @@
 #include "process.h"
 #include "seed.h"
 
-#define SEED_THREADS	1024	/* of a process that are looked at in one go */
+#define SEED_THREADS	1024	/* descriptors that are looked at under one lock */
 
-/* The sockets among @task's descriptors from *@next on; false at the end of the table. */
+/* Collects the sockets among @task's descriptors, from *@next on. False at the end of the table. */
 static bool seed_some(struct task_struct *task, unsigned int *next)
 {
 	struct sniffer_gain gain = { .flags = SNIFFER_F_SEEDED };
@@ -30,7 +28,7 @@ static bool seed_some(struct task_struct *task, unsigned int *next)
 	files = task->files;
 	if (!files || task->flags & PF_EXITING)
 		goto out;
-	/* keeps the files in the table, hence alive */
+	/* keeps the files of the table alive */
 	spin_lock(&files->file_lock);
 	fdt = files_fdtable(files);
 	end = min(fdt->max_fds, *next + SNIFFER_DESCRIPTORS_CHUNK);
@@ -63,7 +61,8 @@ out:
 /**
  * sniffer_seed - enter the sockets of all running processes
  *
- * Process context, after the probes: what they missed is found here.
+ * Process context. Runs after the probes, so that a socket that they missed is found
+ * here.
  */
 void sniffer_seed(void)
 {
@@ -83,7 +82,7 @@ void sniffer_seed(void)
 	}
 }
 
-/* The socket that @task's system call names first goes to @task's process if it is in doubt. */
+/* If @task is in a system call on a socket whose user is in doubt, its process becomes the user. */
 static void seed_call(struct task_struct *task)
 {
 	struct sniffer_gain gain = { .tid = task->pid, .fd = -1, .guess = true };
@@ -95,12 +94,15 @@ static void seed_call(struct task_struct *task)
 	struct sock *sk;
 
 	task_lock(task);
-	/* who has descriptors has a stack, too; one that is in no call may name any of them */
+	/*
+	 * a task with descriptors has a stack; registers of a task in no call may hold
+	 * any number
+	 */
 	if (!task->files || task->flags & (PF_EXITING | PF_KTHREAD) ||
 	    syscall_get_nr(task, regs) < 0)
 		goto out;
 	syscall_get_arguments(task, regs, args);
-	/* keeps the files in the table, hence alive */
+	/* keeps the files of the table alive */
 	spin_lock(&task->files->file_lock);
 	fdt = files_fdtable(task->files);
 	file = args[0] < fdt->max_fds ? rcu_dereference_protected(fdt->fd[args[0]], true) : NULL;
@@ -121,7 +123,7 @@ out:
 }
 
 /**
- * sniffer_seed_calls - name who is in a call on a socket whose last user is in doubt
+ * sniffer_seed_calls - settle doubtful sockets that a process is in a system call on
  *
  * Process context.
  */

@@ -5,8 +5,8 @@
 DEFINE_PER_CPU(u64 [SNIFFER_SKIPS], sniffer_skips);
 
 /**
- * sniffer_skip_count - packets that a CPU has skipped for one cause
- * @cpu: which
+ * sniffer_skip_count - how many packets a CPU has skipped for one cause
+ * @cpu: the CPU
  * @why: the cause
  */
 u64 sniffer_skip_count(int cpu, enum sniffer_skip why)
@@ -15,8 +15,8 @@ u64 sniffer_skip_count(int cpu, enum sniffer_skip why)
 }
 
 /**
- * sniffer_skip_sum - packets that a CPU has skipped
- * @cpu: which
+ * sniffer_skip_sum - how many packets a CPU has skipped
+ * @cpu: the CPU
  */
 u64 sniffer_skip_sum(int cpu)
 {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Memory for entries of the owner table. Those that have left it wait together for
- * the end of a grace period, and some are kept for the next sockets: that spares
- * an RCU callback a socket, and an allocation, which many kernels fill with zeros
- * first. What waits and what is kept is bounded for each CPU.
+ * Memory for entries of the owner table. Removed entries wait together for the end of a
+ * grace period. Some are then kept for the next sockets. This saves an RCU callback and
+ * an allocation for each socket; many kernels also zero new memory. Both lists are
+ * bounded for each CPU.
  *
- * Under KASAN nothing is kept, so that it sees what is used too late.
+ * Under KASAN nothing is kept, so that it reports a use after free.
  */
 #include <linux/irqflags.h>
 #include <linux/percpu.h>
@@ -17,11 +17,11 @@
 #define SPARE_BATCH	32	/* entries that wait for one grace period */
 #define SPARE_MAX	(IS_ENABLED(CONFIG_KASAN) ? 0 : 4 * SPARE_BATCH)
 
-/* Used by its own CPU with interrupts off, or when nobody else is left. */
+/* Used by its own CPU with interrupts off, or when nothing else runs. */
 struct spare_cpu {
-	struct sniffer_spare *free;	/* nobody reads them */
+	struct sniffer_spare *free;	/* free: nobody reads them */
 	unsigned int frees;
-	struct sniffer_spare *gone;	/* who found them in the table may read them still */
+	struct sniffer_spare *gone;	/* may still have readers */
 	unsigned int gones;
 };
 
@@ -35,7 +35,7 @@ static void *spare_entry(struct sniffer_spare *spare)
 }
 
 /**
- * sniffer_spare_take - memory for an entry
+ * sniffer_spare_take - get memory for an entry
  *
  * Any context. Return: one with whatever is in it, or NULL when memory is short.
  */
@@ -58,7 +58,7 @@ void *sniffer_spare_take(void)
 
 /**
  * sniffer_spare_put - give an entry's memory back
- * @spare: of an entry that nobody else has seen, or a grace period has passed since
+ * @spare: of an entry that nobody has seen, or that left the table a grace period ago
  *
  * Any context.
  */
@@ -91,7 +91,8 @@ static void spare_put_rcu(struct rcu_head *rcu)
 }
 
 /**
- * sniffer_spare_put_later - the same after a grace period, and after some more entries
+ * sniffer_spare_put_later - give memory back after a grace period, together with other
+ * entries
  * @spare: of an entry that has just left the table
  *
  * Any context.
@@ -124,7 +125,7 @@ static void spare_free_all(struct sniffer_spare *spare)
 }
 
 /**
- * sniffer_spare_init - from now on there is memory
+ * sniffer_spare_init - allow sniffer_spare_take() from now on
  * @size: of an entry
  * @offset: of its struct sniffer_spare
  *
@@ -137,7 +138,7 @@ bool sniffer_spare_init(size_t size, size_t offset)
 	return spare_cache;
 }
 
-/* Nobody has an entry any more, and none is in the table. */
+/* Nobody has an entry any more, and the table is empty. */
 void sniffer_spare_exit(void)
 {
 	struct spare_cpu *cpu;

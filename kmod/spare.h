@@ -5,9 +5,9 @@
 #include <linux/types.h>
 
 /**
- * struct sniffer_spare - what an entry has for its way back
- * @rcu: who found it in the table may read it until the end of a grace period
- * @next: after it on its CPU
+ * struct sniffer_spare - part of an entry, used when it is given back
+ * @rcu: readers that found it in the table may read it until the end of a grace period
+ * @next: next in its CPU's list
  */
 struct sniffer_spare {
 	struct rcu_head rcu;

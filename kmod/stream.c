@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * A message while it gathers: pages that are written in place and handed to
- * Netlink as they are. Pages come back when every reader has copied them. That
- * spares an allocation a message, which many kernels fill with zeros first.
+ * A message that is being written. It is written in pages, and Netlink sends these
+ * pages without a copy. A page is used again when every reader has copied it. This
+ * saves an allocation for each message; many kernels also zero new memory.
  */
 #include <linux/gfp.h>
 #include <linux/mm.h>
@@ -10,7 +10,7 @@
 
 #include "stream.h"
 
-/* A page with room for @room bytes that nobody reads: one of ours, or a new one. */
+/* Finds a page with room for @room bytes that nobody reads: one of ours, or a new one. */
 static bool stream_take_page(struct sniffer_stream *stream, unsigned int room)
 {
 	struct page *page;
@@ -36,9 +36,9 @@ static bool stream_take_page(struct sniffer_stream *stream, unsigned int room)
 
 /**
  * sniffer_stream_begin - start a message
- * @stream: without one
+ * @stream: has no message
  * @room: bytes that may be written
- * @first: sequence of what comes first
+ * @first: sequence of its first record
  *
  * Return: false when there is no memory.
  */
@@ -56,18 +56,18 @@ bool sniffer_stream_begin(struct sniffer_stream *stream, unsigned int room, u64 
 
 /**
  * sniffer_stream_send - multicast a message
- * @stream: with one, afterwards without
+ * @stream: has a message, and afterwards none
  * @group: to whom
- * @head: what comes before the records
+ * @head: its head, before the records
  * @size: of @head, a multiple of 8
  *
- * Return: 0, -ENOMEM, or another error when nobody got it.
+ * Return: 0, -ENOMEM, or another error if no member got it.
  */
 int sniffer_stream_send(struct sniffer_stream *stream, enum sniffer_group group,
 			const void *head, size_t size)
 {
 	struct page *page = stream->pages[stream->page];
-	/* readers pay for what a message holds: one that is half empty does not keep a page */
+	/* a reader is charged for the whole page; so copy a message that is half empty */
 	bool small = stream->used * 2 < page_size(page);
 	struct sk_buff *skb;
 
@@ -87,8 +87,8 @@ int sniffer_stream_send(struct sniffer_stream *stream, enum sniffer_group group,
 }
 
 /**
- * sniffer_stream_free - give the pages back
- * @stream: for the last time
+ * sniffer_stream_free - free the pages
+ * @stream: not used any more
  */
 void sniffer_stream_free(struct sniffer_stream *stream)
 {

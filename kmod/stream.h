@@ -8,20 +8,20 @@
 #include "shared_proto.h"
 
 #define SNIFFER_STREAM_PAGES	4
-#define SNIFFER_STREAM_ROOM	(16 << 10)	/* bytes of a message of usual size */
+#define SNIFFER_STREAM_ROOM	(16 << 10)	/* bytes in a message of the usual size */
 
 /**
  * struct sniffer_stream - a message that gathers on one CPU; under that CPU's lock
- * @data: what is in the message so far, NULL when nothing waits
- * @used: bytes of it
- * @room: bytes that it may grow to
+ * @data: the message so far; NULL if there is none
+ * @used: bytes written
+ * @room: bytes that may be written
  * @count: records, flow records or snaps in it
  * @first: sequence of the first one
  * @batch_seq: of this message, from 0
- * @lost: records that got into no message, for want of memory
- * @pages: where messages were written, to be written again once nobody reads them
- * @page: which of these @data is
- * @next: which gives way to a new one
+ * @lost: records that are in no message, because memory was short
+ * @pages: pages for messages; each is used again when nobody reads it
+ * @page: index of the page that @data is in
+ * @next: index of the page that a new one replaces
  */
 struct sniffer_stream {
 	void *data;
@@ -42,9 +42,9 @@ int sniffer_stream_send(struct sniffer_stream *stream, enum sniffer_group group,
 void sniffer_stream_free(struct sniffer_stream *stream);
 
 /**
- * sniffer_stream_reserve - bytes to be written at the end of a message that has begun
+ * sniffer_stream_reserve - make room at the end of a message
  * @stream: with room for them
- * @size: how many, a multiple of 8
+ * @size: bytes, a multiple of 8
  */
 static inline void *sniffer_stream_reserve(struct sniffer_stream *stream, unsigned int size)
 {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The owner table: what is known of each socket, found by its cookie or inode.
- * owner.c says what the entries mean, and when they change.
+ * The owner table: an entry for each socket, found by cookie or inode. owner.c says
+ * what entries mean and when they change.
  */
 #include <linux/hash.h>
 #include <linux/module.h>
@@ -17,25 +17,25 @@ static unsigned int max_sockets = 262144;
 module_param(max_sockets, uint, 0444);
 MODULE_PARM_DESC(max_sockets, "sockets in the owner table, 64 to 16777216 (default 262144)");
 
-/* See table.h; set at load only. */
+/* See table.h. Set at load only. */
 struct hlist_head *sniffer_owner_cookies;
 unsigned int sniffer_owner_bits;
 
 static struct hlist_head *owner_inodes;
 
 /*
- * Guard both indices' insertion and removal (an inode's bucket by the lock of
- * its own hash) and each owner's fields. Taken from probe handlers in process
- * context with interrupts possibly off, from the packet hooks (softirq) and
- * from the collector: irqsave. Under a cookie lock an inode's, a process's
- * and the dying ones' lock may be taken, never the reverse.
+ * These locks guard insertion into both indices, removal from them (for an inode's
+ * bucket, the lock of its own hash), and each entry's fields. Probe handlers take them
+ * in process context, perhaps with interrupts off; packet hooks in softirq; and the
+ * collector: irqsave. Inside a cookie's lock the locks of an inode, a process and the
+ * dying entries may be taken, never the reverse.
  */
 struct sniffer_stripe sniffer_owner_stripes[SNIFFER_OWNER_STRIPES];
 static raw_spinlock_t owner_inode_locks[SNIFFER_OWNER_STRIPES];
 
 /*
- * Those that have ended, by the time of their end: the latter may
- * have left a TIME_WAIT. The lock guards both lists and by_death; innermost, any
+ * Entries whose socket has ended, in order of that time. Those in the second list may
+ * have left a TIME_WAIT. The lock guards both lists and by_death. Innermost, any
  * context: irqsave.
  */
 static LIST_HEAD(owner_dying);
@@ -43,12 +43,15 @@ static LIST_HEAD(owner_waiting);
 static DEFINE_RAW_SPINLOCK(owner_dying_lock);
 
 static atomic_t owner_used;		/* entries in the table */
-static atomic_t owner_changes;		/* entries that came and went */
+static atomic_t owner_changes;		/* changes with each entry that comes or goes */
 static atomic64_t owner_full;		/* how often there was no room */
-static unsigned long owner_full_at;	/* jiffies | 1 of the last time, 0: never; whoever meets it */
+static unsigned long owner_full_at;	/*
+ * jiffies
+ * 1 of the last time, 0: never. Any context writes it
+ */
 
 /**
- * sniffer_owner_count_full - a socket or a process found no room
+ * sniffer_owner_count_full - count a socket or process that found no room
  */
 void sniffer_owner_count_full(void)
 {
@@ -59,7 +62,7 @@ void sniffer_owner_count_full(void)
 
 /**
  * sniffer_owner_new_cookie - give a socket its cookie
- * @sk: any socket, also a request or TIME_WAIT one
+ * @sk: any socket, even a request or a TIME_WAIT
  */
 u64 sniffer_owner_new_cookie(struct sock *sk)
 {
@@ -70,7 +73,7 @@ u64 sniffer_owner_new_cookie(struct sock *sk)
 }
 
 /**
- * sniffer_owner_find_inode - look a socket up by inode
+ * sniffer_owner_find_inode - find an entry by inode
  * @inode: socket inode, not 0
  *
  * MPTCP subflows share the inode of their parent, not its cookie.
@@ -88,9 +91,9 @@ struct sniffer_owner *sniffer_owner_find_inode(u64 inode)
 }
 
 /**
- * sniffer_owner_index_inode - find an entry by its inode, too
+ * sniffer_owner_index_inode - enter an entry into the inode index too
  * @owner: under the cookie's lock
- * @inode: the socket's, 0: none yet
+ * @inode: the socket's inode; 0: none yet
  */
 void sniffer_owner_index_inode(struct sniffer_owner *owner, u64 inode)
 {
@@ -100,7 +103,7 @@ void sniffer_owner_index_inode(struct sniffer_owner *owner, u64 inode)
 	if (!inode || owner->inode)
 		return;
 	WRITE_ONCE(owner->inode, inode);
-	/* only MPTCP has several sockets of one inode */
+	/* only with MPTCP do several sockets have one inode */
 	if (owner->proto == IPPROTO_UDP)
 		return;
 	lock = &owner_inode_locks[hash_64(inode, sniffer_owner_bits) % SNIFFER_OWNER_STRIPES];
@@ -123,11 +126,12 @@ static void owner_unindex_inode(struct sniffer_owner *owner)
 }
 
 /**
- * sniffer_owner_alloc - a new entry, in no index yet
+ * sniffer_owner_alloc - make an entry, in no index yet
  * @sk: the socket, of any kind
  * @cookie: its cookie
  *
- * Return: the entry, or NULL when the table is full or memory is short: counted.
+ * Return: the entry, or NULL when the table is full or memory is short; both are
+ * counted.
  */
 struct sniffer_owner *sniffer_owner_alloc(struct sock *sk, u64 cookie)
 {
@@ -165,7 +169,7 @@ void sniffer_owner_drop(struct sniffer_owner *fresh)
 }
 
 /**
- * sniffer_owner_insert - from now on hooks find an entry by its cookie
+ * sniffer_owner_insert - enter an entry into the cookie index, where hooks find it
  * @fresh: from sniffer_owner_alloc(), under the cookie's lock
  */
 void sniffer_owner_insert(struct sniffer_owner *fresh)
@@ -176,7 +180,7 @@ void sniffer_owner_insert(struct sniffer_owner *fresh)
 }
 
 /**
- * sniffer_owner_dies - an entry ends now, and is collected when that is long enough ago
+ * sniffer_owner_dies - mark an entry as ended, so that it is collected later
  * @owner: under the cookie's lock
  */
 void sniffer_owner_dies(struct sniffer_owner *owner)
@@ -191,7 +195,7 @@ void sniffer_owner_dies(struct sniffer_owner *owner)
 }
 
 /**
- * sniffer_owner_lives - an entry that was to end has come to life again
+ * sniffer_owner_lives - undo sniffer_owner_dies()
  * @owner: under the cookie's lock
  */
 void sniffer_owner_lives(struct sniffer_owner *owner)
@@ -204,9 +208,9 @@ void sniffer_owner_lives(struct sniffer_owner *owner)
 }
 
 /**
- * sniffer_owner_next_dead - the one that ended first
- * @waiting: of those that may have left a TIME_WAIT
- * @keep: if that is so many jiffies ago, or if it has come to life again
+ * sniffer_owner_next_dead - find the entry that ended first
+ * @waiting: among entries that may have left a TIME_WAIT
+ * @keep: only if it ended at least so many jiffies ago, or was revived
  *
  * Return: its cookie, 0: none.
  */
@@ -235,10 +239,10 @@ void sniffer_owner_unlink(struct sniffer_owner *owner)
 {
 	hlist_del_rcu(&owner->by_cookie);
 	owner_unindex_inode(owner);
-	/* it gets into a list under the cookie's lock alone */
+	/* only code under the cookie's lock puts it into a list */
 	if (!list_empty(&owner->by_death))
 		sniffer_owner_lives(owner);
-	/* the hooks may still read it: freed after a grace period, as the entry is */
+	/* hooks may still read it: the reference is dropped after a grace period, like the entry */
 	sniffer_process_put(rcu_dereference_protected(owner->user, true));
 	atomic_dec(&owner_used);
 	atomic_inc(&owner_changes);
@@ -246,11 +250,11 @@ void sniffer_owner_unlink(struct sniffer_owner *owner)
 }
 
 /**
- * sniffer_owner_bucket - entries that share a lock, one bucket after another
- * @i: number of the bucket, from 0 on
+ * sniffer_owner_bucket - walk the buckets of the table
+ * @i: number of the bucket, from 0
  * @lock: set to its lock
  *
- * Return: the bucket, or NULL behind the last.
+ * Return: the bucket, or NULL after the last.
  */
 struct hlist_head *sniffer_owner_bucket(unsigned int i, raw_spinlock_t **lock)
 {
@@ -308,7 +312,7 @@ unsigned int sniffer_owner_max(void)
 }
 
 /**
- * sniffer_owner_full - how often a socket or process found no room
+ * sniffer_owner_full - how often a socket or a process found no room
  */
 u64 sniffer_owner_full(void)
 {
@@ -316,7 +320,8 @@ u64 sniffer_owner_full(void)
 }
 
 /**
- * sniffer_owner_is_full - did one find no room so lately that its packets may still come?
+ * sniffer_owner_is_full - was there no room so recently that packets of that socket may
+ * still come?
  */
 bool sniffer_owner_is_full(void)
 {
@@ -326,7 +331,7 @@ bool sniffer_owner_is_full(void)
 }
 
 /**
- * sniffer_owner_tight - is the table nearly full?
+ * sniffer_owner_tight - is the owner table nearly full?
  */
 bool sniffer_owner_tight(void)
 {
@@ -366,7 +371,7 @@ free_cookies:
 	return err;
 }
 
-/* Hooks, probes and readers are gone, and all entries too. */
+/* Hooks, probes and readers are gone, and so are all entries. */
 void sniffer_owner_exit(void)
 {
 	sniffer_spare_exit();

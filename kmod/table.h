@@ -15,52 +15,52 @@
 
 struct sniffer_proc;
 
-#define SNIFFER_OWNER_PAST	3	/* earlier users of a socket that are remembered */
-/* FIN_WAIT2 and then TIME_WAIT, 60 s each, and some; a place in a listener's queue */
+#define SNIFFER_OWNER_PAST	3	/* earlier users that an entry remembers */
+/* FIN_WAIT2 and TIME_WAIT, 60 s each, and a reserve; also the wait to be accepted */
 #define SNIFFER_OWNER_WAIT	(130 * HZ)
 
 /**
- * struct sniffer_owner - what is known of one socket
+ * struct sniffer_owner - entry of one socket
  * @by_cookie: in the cookie index
  * @cookie: socket cookie
- * @user: last process that used it and had it, with a reference; RCU
- * @via: cookie of the socket whose owner counts instead: the listener while
- *	nobody has accepted this one, the parent of an MPTCP subflow; else 0
- * @sock: the socket while it has a file or gets one. Read it under RCU, or under
- *	the lock: cleared before it is freed, and never set where that is not
- *	told for certain.
+ * @user: its owner: the last process that used it and had it, with a reference; RCU
+ * @via: cookie of the socket whose owner counts instead: of the listener until
+ *	accept(), of the parent of an MPTCP subflow; else 0
+ * @sock: the socket while it has a file or gets one. Read it under RCU or under the
+ *	lock. It is cleared before the socket is freed, and stays NULL where the
+ *	release is not surely seen.
  * @since: owner_clock when @user got it
  * @tid: thread of last use
  * @flags: enum sniffer_flag as far as they belong to the socket
  * @port: local port when last used
- * @via_how: SNIFFER_HOW_LISTENER or SNIFFER_HOW_INODE, says which @via is
- * @held: as far as is known @user has it
- * @many: another process may have it, too; see also sniffer_owner_shared()
+ * @via_how: SNIFFER_HOW_LISTENER or SNIFFER_HOW_INODE: what @via is
+ * @held: @user has it, as far as is known
+ * @many: another process may have it too; see sniffer_owner_shared()
  * @guess: @user was never seen to use it, or somebody may have used it unseen since
- * @ring: @user has it by an io_uring, without a descriptor
- * @waits: its end may have left a TIME_WAIT, which sends on for a while
- * @released: nobody has it any more, and nobody will
- * @server: a server in the kernel has accepted it, or it was given to the kernel
- * @listens: a TCP listener: who uses it is told by accept() alone
+ * @ring: @user has it through an io_uring, without a descriptor
+ * @waits: it may have left a TIME_WAIT, which still sends
+ * @released: nobody has it, and nobody can get it
+ * @server: a server in the kernel accepted it, or a process gave it to the kernel
+ * @listens: a TCP listener; only accept() shows who uses it
  * @by_inode: in the inode index while @inode is not 0
  * @inode: socket inode, 0 before accept()
  * @creator: tgid that made or accepted it
  * @netns: inode of the socket's network namespace
  * @creator_start: start_boottime of @creator
  * @by_user: in @user's list while @held
- * @past: who used it before, latest first, with references
- * @by_death: in a list of those that end, once they do
- * @dead: jiffies | 1 when the socket was freed, or when @via was set; else 0
- * @seen: jiffies when last held; of last use while not every probe fires
- * @spare: once it has left the table; readers hold rcu_read_lock()
- * @fd: where a descriptor of it was seen last, in whatever table
+ * @past: earlier users, latest first, with references
+ * @by_death: in a list of ended entries, when it has ended
+ * @dead: jiffies | 1 at which the socket was freed or @via was set; else 0
+ * @seen: jiffies when it was last held; of its last use while a probe is missing
+ * @spare: used when it has left the table; readers hold rcu_read_lock()
+ * @fd: number of the last descriptor seen of it, in any table
  * @proto: IPPROTO_TCP or IPPROTO_UDP
  * @family: AF_INET or AF_INET6
  * @addr: local address when last used
  *
- * Everything is written under the lock of @cookie's bucket, but @tid, @seen and
- * @dead, which are single words; the hooks read without. The first members are
- * what a packet needs: one cache line and a half.
+ * All is written under the lock of @cookie's bucket, but @tid, @seen and @dead, which are
+ * single words. The hooks read without a lock. A packet needs only the first members:
+ * one and a half cache lines.
  */
 struct sniffer_owner {
 	struct hlist_node by_cookie;
@@ -81,7 +81,7 @@ struct sniffer_owner {
 	bool released;
 	bool listens;
 	bool server;
-	/* colder */
+	/* rarely used */
 	struct hlist_node by_inode;
 	u64 inode;
 	u32 creator;
@@ -99,7 +99,7 @@ struct sniffer_owner {
 	u8 addr[16];
 };
 
-/* The cookie index, and the bits of its size. Private to the functions here and in table.c. */
+/* The cookie index and the bits of its size. Only for the functions here and in table.c. */
 extern struct hlist_head *sniffer_owner_cookies;
 extern unsigned int sniffer_owner_bits;
 
@@ -142,12 +142,23 @@ bool sniffer_owner_tight(void);
 int sniffer_owner_init(void);
 void sniffer_owner_exit(void);
 
+/*
+ * Has the kernel given a socket of its own to a process, as the file of another
+ * one? SMC does so where both ends cannot do better than TCP.
+ */
+static inline bool sniffer_owner_is_given(const struct sock *sk)
+{
+	const struct socket *sock = READ_ONCE(sk->sk_socket);
+
+	return sk->sk_state != TCP_LISTEN && sock && READ_ONCE(sock->file);
+}
+
 /* Is this full socket one that the table is about: TCP, UDP, MPTCP or raw, of user space? */
 static inline bool sniffer_owner_wants(const struct sock *sk)
 {
 	if (sk->sk_family != AF_INET && sk->sk_family != AF_INET6)
 		return false;
-	if (sk->sk_kern_sock)
+	if (sk->sk_kern_sock && !sniffer_owner_is_given(sk))
 		return false;
 	return sk->sk_protocol == IPPROTO_TCP || sk->sk_protocol == IPPROTO_UDP ||
 	       sk->sk_protocol == IPPROTO_MPTCP || sk->sk_type == SOCK_RAW;
@@ -171,10 +182,10 @@ static inline void sniffer_owner_change(raw_spinlock_t *lock)
 	struct sniffer_stripe *stripe = container_of(lock, struct sniffer_stripe, lock);
 
 	WRITE_ONCE(stripe->version, stripe->version + 1);
-	smp_wmb();	/* with sniffer_owner_version() */
+	smp_wmb();	/* pairs with sniffer_owner_version() */
 }
 
-/* Under @lock, after it: what is read from now on may be kept. */
+/* Under @lock, after the change: what is read from now on may be remembered. */
 static inline void sniffer_owner_changed(raw_spinlock_t *lock)
 {
 	struct sniffer_stripe *stripe = container_of(lock, struct sniffer_stripe, lock);
@@ -182,19 +193,19 @@ static inline void sniffer_owner_changed(raw_spinlock_t *lock)
 	smp_store_release(&stripe->version, stripe->version + 1);
 }
 
-/* Read before an entry of @stripe is; odd: nothing of it may be kept. */
+/* Read this before an entry of @stripe. If it is odd, nothing of the entry may be remembered. */
 static inline unsigned int sniffer_owner_version(const struct sniffer_stripe *stripe)
 {
 	return smp_load_acquire(&stripe->version);
 }
 
-/* Where the entry with @cookie is, if there is one. */
+/* The bucket of the entry with @cookie. */
 static inline struct hlist_head *sniffer_owner_bucket_of(u64 cookie)
 {
 	return &sniffer_owner_cookies[hash_64(cookie, sniffer_owner_bits)];
 }
 
-/* Look a socket up. Return: the entry or NULL; valid in the caller's RCU section. */
+/* Finds an entry by cookie. Return: the entry or NULL; valid in the caller's RCU section. */
 static inline struct sniffer_owner *sniffer_owner_find(u64 cookie)
 {
 	struct sniffer_owner *owner;
@@ -205,7 +216,7 @@ static inline struct sniffer_owner *sniffer_owner_find(u64 cookie)
 	return NULL;
 }
 
-/* The cookie of any socket, also a request or TIME_WAIT one; made if it has none. */
+/* The cookie of any socket, even a request or a TIME_WAIT. A socket without one gets one. */
 static inline u64 sniffer_owner_cookie(struct sock *sk)
 {
 	u64 cookie = atomic64_read(&sk->sk_cookie);
@@ -213,7 +224,7 @@ static inline u64 sniffer_owner_cookie(struct sock *sk)
 	return likely(cookie) ? cookie : sniffer_owner_new_cookie(sk);
 }
 
-/* Read a socket's inode; the caller is under RCU, under which inodes are freed. */
+/* A socket's inode. The caller is under RCU, because inodes are freed by RCU. */
 static inline u64 sniffer_owner_inode(const struct sock *sk)
 {
 	struct socket *sock = READ_ONCE(sk->sk_socket);
@@ -221,18 +232,18 @@ static inline u64 sniffer_owner_inode(const struct sock *sk)
 	return sock ? SOCK_INODE(sock)->i_ino : 0;
 }
 
-/* The file of @owner's socket while it has one; under RCU, or under the lock. */
+/* The file of @owner's socket while it has one. Under RCU or under the lock. */
 static inline struct file *sniffer_owner_file(const struct sniffer_owner *owner)
 {
 	const struct socket *sock = READ_ONCE(owner->sock);
 
-	/* what is not told of any more may be freed: see sniffer_probes_exit() */
+	/* a socket whose release is not seen may be freed: see sniffer_probes_exit() */
 	return sock && sniffer_probes_tell_release() ? READ_ONCE(sock->file) : NULL;
 }
 
 /*
- * The socket behind a file, if the table is about it, else NULL. Nothing but the
- * inode is touched of a file that is no socket's.
+ * The socket of a file if it belongs into the table, else NULL. Of other files nothing
+ * but the inode is read.
  */
 static inline struct sock *sniffer_owner_sock(struct file *file)
 {

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * How we are told of a call of a kernel's function: by ftrace, else by a kprobe.
+ * Calls our handlers when a kernel function is called: by ftrace, else by a kprobe.
  *
- * Ftrace calls us each time, whatever runs on the CPU. A kprobe is the fallback
- * where ftrace refuses. It is left out while its CPU is in any kprobe's handler,
- * and debugfs kprobes/enabled can switch it off unseen.
+ * Ftrace never misses a call. A kprobe is the fallback where ftrace refuses. A kprobe
+ * is skipped while its CPU runs any kprobe's handler, and debugfs kprobes/enabled can
+ * switch kprobes off without notice.
  *
- * With each ftrace_ops the kernel goes through all functions that it has, and
- * waits for all CPUs. So most of ours share one, which looks up by address
- * which of them it is told of.
+ * For each ftrace_ops the kernel walks through all of its functions, and waits for all
+ * CPUs. So most of our functions share one ftrace_ops, which finds the handler by
+ * address.
  */
 #include <linux/hash.h>
 #include <linux/module.h>
@@ -17,25 +17,25 @@
 
 #include "trace.h"
 
-#define TRACE_MAX	32	/* functions at most */
-#define TRACE_BITS	6	/* of the hash of their addresses */
-#define TRACE_ALIGN	16	/* no two of them begin in as many bytes */
+#define TRACE_MAX	32	/* the most functions */
+#define TRACE_BITS	6	/* bits of the hash of their addresses */
+#define TRACE_ALIGN	16	/* no two functions begin within as many bytes */
 
 static bool kprobes;
 module_param(kprobes, bool, 0444);
 MODULE_PARM_DESC(kprobes, "use kprobes even where ftrace can be used, for tests (default N)");
 
-/* Those without a group, by address. Set at load, before the first call is told. */
+/* Functions without a group, sorted by address. Set at load, before the first call. */
 static struct sniffer_trace *trace_rare[TRACE_MAX];
 static unsigned int trace_rare_count;
 
-/* The same by a hash of the address, as far as it is where ftrace says. */
+/* The same functions by a hash of the address, if it is where ftrace says. */
 static struct trace_slot {
 	unsigned long key;
 	sniffer_trace_handler handler;
 } trace_slots[1 << TRACE_BITS];
 
-/* The last one that does not begin after @ip. */
+/* The last function that does not begin after @ip. */
 static sniffer_trace_handler trace_search(unsigned long ip)
 {
 	unsigned int low = 0, high = trace_rare_count, middle;
@@ -82,11 +82,12 @@ static int trace_probed(struct kprobe *probe, struct pt_regs *regs)
 }
 
 /**
- * sniffer_trace_find - find out where functions are
- * @functions: their symbol set; @ip is, and one that does not exist gets no handler any more
+ * sniffer_trace_find - find the addresses of functions
+ * @functions: with @symbol set; sets @ip, and clears @handler of one that does not
+ *	exist
  * @count: how many
  *
- * Kprobes look names up, which ftrace would do for each function of the kernel.
+ * Kprobes look up one name. Ftrace would compare the name of every kernel function.
  */
 void sniffer_trace_find(struct sniffer_trace *functions, unsigned int count)
 {
@@ -98,7 +99,7 @@ void sniffer_trace_find(struct sniffer_trace *functions, unsigned int count)
 		struct kprobe *finder = &functions[i].kprobe;
 
 		finder->symbol_name = functions[i].symbol;
-		finder->flags = KPROBE_FLAG_DISABLED;	/* never to fire: nothing is patched */
+		finder->flags = KPROBE_FLAG_DISABLED;	/* never fires: patches no code */
 		err = register_kprobe(finder);
 		if (err == -ENOENT)
 			functions[i].handler = NULL;
@@ -119,7 +120,7 @@ static int trace_compare(const void *a, const void *b)
 	return (*left)->ip < (*right)->ip ? -1 : (*left)->ip > (*right)->ip;
 }
 
-/* Ftrace may be switched off (kernel.ftrace_enabled, ftrace_kill()): then nothing is registered. */
+/* Ftrace may be switched off (kernel.ftrace_enabled, ftrace_kill()). Then registering fails. */
 static bool trace_register_ops(struct ftrace_ops *ops)
 {
 	if (!register_ftrace_function(ops))
@@ -128,10 +129,10 @@ static bool trace_register_ops(struct ftrace_ops *ops)
 	return false;
 }
 
-/* One whose address kprobes do not tell. */
+/* A function whose address kprobes do not know. */
 static bool trace_register_own(struct sniffer_trace *function)
 {
-	char *name = (char *)function->symbol;	/* only read */
+	char *name = (char *)function->symbol;	/* ftrace only reads it */
 
 	function->ops.func = trace_told_own;
 	function->ops.flags = SNIFFER_FTRACE_FLAGS;
@@ -151,7 +152,7 @@ static void trace_add_rare(struct sniffer_trace *function)
 	struct trace_slot *slot = &trace_slots[hash_long(key, TRACE_BITS)];
 
 	trace_rare[trace_rare_count++] = function;
-	/* the second of two is searched for */
+	/* the second of two equal names is searched for */
 	if (!slot->key)
 		*slot = (struct trace_slot){ key, function->handler };
 }
@@ -167,11 +168,11 @@ static void trace_register_kprobe(struct sniffer_trace *function)
 }
 
 /**
- * sniffer_trace_register - be told of functions
- * @functions: found; one without a handler is left out
- * @count: how many, 32 at most in all
+ * sniffer_trace_register - attach handlers to functions
+ * @functions: after sniffer_trace_find(); one without a handler is left out
+ * @count: how many; 32 at most in all calls together
  *
- * Process context. @traced or @probed is set of those that are told.
+ * Process context. Sets @traced or @probed of each that is attached.
  */
 void sniffer_trace_register(struct sniffer_trace *functions, unsigned int count)
 {
@@ -182,7 +183,7 @@ void sniffer_trace_register(struct sniffer_trace *functions, unsigned int count)
 			continue;
 		if (!function->group)
 			function->group = &trace_rare_group;
-		/* ftrace may lack it */
+		/* ftrace may not know it */
 		function->traced = !ftrace_set_filter_ip(&function->group->ops, function->ip, 0, 0);
 		if (function->traced && function->group == &trace_rare_group)
 			trace_add_rare(function);
@@ -192,7 +193,10 @@ void sniffer_trace_register(struct sniffer_trace *functions, unsigned int count)
 		if (!function->handler)
 			continue;
 		if (function->traced && function->group->lazy) {
-			/* nothing says so before it is started but the others */
+			/*
+			 * a lazy group reports a failure only when it is started;
+			 * others report it now
+			 */
 			function->traced = trace_rare_group.registered;
 		} else if (function->traced) {
 			trace_register_group(function->group);
@@ -206,14 +210,14 @@ void sniffer_trace_register(struct sniffer_trace *functions, unsigned int count)
 }
 
 /**
- * sniffer_trace_start - from now on be told of a lazy group's functions
+ * sniffer_trace_start - attach a lazy group
  * @group: the group
  * @functions: as they were registered
  * @count: how many
  *
  * Process context; takes some ms.
  *
- * Return: false when not all of them can be told.
+ * Return: false if one of them cannot be attached.
  */
 bool sniffer_trace_start(struct sniffer_trace_group *group, struct sniffer_trace *functions,
 			 unsigned int count)
@@ -233,7 +237,7 @@ bool sniffer_trace_start(struct sniffer_trace_group *group, struct sniffer_trace
 }
 
 /**
- * sniffer_trace_stop - no longer be told of a lazy group's functions
+ * sniffer_trace_stop - detach a lazy group
  * @group: the group
  * @functions: as they were registered
  * @count: how many
@@ -254,7 +258,7 @@ void sniffer_trace_stop(struct sniffer_trace_group *group, struct sniffer_trace 
 }
 
 /**
- * sniffer_trace_unregister - be told no longer
+ * sniffer_trace_unregister - detach all functions
  * @functions: as they were registered
  * @count: how many
  */

@@ -8,24 +8,24 @@
 
 #include "compat.h"
 
-/* How far where a function calls ftrace may be from the address that we know. */
+/* How far ftrace's call may be from the address that we know. */
 #define SNIFFER_TRACE_OFF	15
 
 /* The first arguments of a traced function. */
 struct sniffer_args {
 	unsigned long n[5];
-	unsigned long ip;	/* where it was called; about the function's address */
+	unsigned long ip;	/* where it was called from ftrace: near the function's address */
 };
 
 typedef void (*sniffer_trace_handler)(const struct sniffer_args *args);
 
 /**
- * struct sniffer_trace_group - functions that one ftrace_ops tells of
- * @ops: its function calls the one handler of all of them
- * @lazy: told between sniffer_trace_start() and sniffer_trace_stop() only
- * @registered: are they told now?
+ * struct sniffer_trace_group - functions that share one ftrace_ops
+ * @ops: its function calls the handler that they share
+ * @lazy: attached only between sniffer_trace_start() and sniffer_trace_stop()
+ * @registered: attached now
  *
- * Set at load; later @registered is written by who starts and stops, one at a time.
+ * Set at load. Later only starting and stopping write @registered, one at a time.
  */
 struct sniffer_trace_group {
 	struct ftrace_ops ops;
@@ -34,19 +34,19 @@ struct sniffer_trace_group {
 };
 
 /**
- * struct sniffer_trace - a function of the kernel that we are told of
+ * struct sniffer_trace - a kernel function and our handler of its calls
  * @symbol: its name
- * @handler: what is called, preemption or interrupts perhaps off
- * @bit: enum sniffer_probe, 0 when names are right without it
- * @ways: of descriptors to go, that it tells of
- * @group: tells of it without looking its handler up; NULL: it is called rarely
- * @ip: where it is, 0 when not known
- * @ops: of its own, where @ip is not known
+ * @handler: our function; preemption or interrupts may be off
+ * @bit: enum sniffer_probe; 0 if names are right without it
+ * @ways: ways to remove a descriptor that it covers
+ * @group: its group, for functions that are called often; else NULL
+ * @ip: its address; 0: not known
+ * @ops: its own ftrace_ops, if @ip is not known
  * @kprobe: used while @probed
- * @traced: told by ftrace
- * @probed: told by a kprobe
+ * @traced: attached by ftrace
+ * @probed: attached by a kprobe
  *
- * All of it is set at load, by one thread, before the first call is told.
+ * Set at load, by one thread, before the first handler runs.
  */
 struct sniffer_trace {
 	const char *symbol;
@@ -73,7 +73,7 @@ static __always_inline void sniffer_trace_call(sniffer_trace_handler handler,
 	handler(&args);
 }
 
-/* A group whose functions are called often: @handler is inlined. */
+/* A group of functions that are called often: @handler is inlined. */
 #define SNIFFER_TRACE_GROUP(name, handler, only_at_times)				\
 static void name##_told(unsigned long ip, unsigned long parent, struct ftrace_ops *ops,	\
 			SNIFFER_FTRACE_REGS *regs)					\
@@ -85,7 +85,7 @@ static struct sniffer_trace_group name = {						\
 	.lazy = only_at_times,								\
 }
 
-/* Is it the function at @ip that was called? What ftrace tells may be a few bytes off. */
+/* Was it the function at @ip that was called? Ftrace's address may be a few bytes off. */
 static __always_inline bool sniffer_trace_is_at(const struct sniffer_args *args, unsigned long ip)
 {
 	return args->ip - ip + SNIFFER_TRACE_OFF <= 2 * SNIFFER_TRACE_OFF;

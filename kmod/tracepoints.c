@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * What the owner table learns from tracepoints: process life, TCP's states, and
- * resets. Each is optional. Preemption is off.
+ * Tracepoints that feed the owner table: process life, TCP states and resets. Each is
+ * optional. Preemption is off.
  */
 #include <linux/module.h>
 #include <linux/sched/signal.h>
@@ -49,7 +49,10 @@ static void tracepoints_rename(void *data, struct task_struct *task, const char 
 	sniffer_process_rename(task, comm);
 }
 
-/* Keeps TCP exact where kprobes are missing: connect and listen run in their caller. */
+/*
+ * Keeps TCP exact where kprobes are missing: connect and listen change the state in
+ * their caller.
+ */
 static void tracepoints_state(void *data, const struct sock *sk, int oldstate, int newstate)
 {
 	sniffer_alive_note(SNIFFER_PROBE_STATE);
@@ -75,7 +78,7 @@ static void tracepoints_ring(void *data, SNIFFER_RING_ARGS)
 	sniffer_rings_registered(opcode, ret);
 }
 
-/* All of it is set at load only. */
+/* Set at load only. */
 struct tracepoints_one {
 	const char *name;
 	void *handler;
@@ -104,10 +107,10 @@ static void tracepoints_match(struct tracepoint *tp, void *data)
 }
 
 /**
- * sniffer_tracepoints_init - be told
- * @refuse: enum sniffer_probe of those not to use
+ * sniffer_tracepoints_init - attach to the tracepoints
+ * @refuse: enum sniffer_probe of tracepoints to leave out
  *
- * Return: enum sniffer_probe of those that are used.
+ * Return: enum sniffer_probe of the tracepoints attached.
  */
 u32 sniffer_tracepoints_init(u32 refuse)
 {
@@ -129,7 +132,7 @@ u32 sniffer_tracepoints_init(u32 refuse)
 	return registered;
 }
 
-/* Nothing is told any more when this returns. */
+/* When this returns, no handler runs any more. */
 void sniffer_tracepoints_exit(void)
 {
 	unsigned int i;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * What a process does to a socket: it makes, uses, receives or closes one, it
- * forks, executes a program or ends. Called by the probes and, for who sends
- * in context, by the hooks.
+ * What a process does to a socket: it creates, uses, receives or closes it; it forks,
+ * executes a program or exits. The probes call these functions. The hooks call
+ * sniffer_use() for a sender on the CPU.
  */
 #include <linux/hash.h>
 #include <linux/magic.h>
@@ -22,26 +22,30 @@
 #include "process.h"
 #include "use.h"
 
-/* Descriptors that are looked at for a sender in context; who has more is asked by number only. */
+/* The most descriptors searched for a sender; beyond, only a known number is tried. */
 #define USE_WALK_MAX	65536
 
-static atomic_t use_gains;	/* descriptors received: then a stranger may be none any more */
+/* Counts received descriptors. After each, a process may have a socket that it had not. */
+static atomic_t use_gains;
 
-/* Kernel threads and io_uring's helpers: only the latter act for a process. */
+/*
+ * Is the task one of a process? Of the threads without user space, only io_uring's
+ * workers act for one.
+ */
 static bool use_is_process(const struct task_struct *task)
 {
 	return !(task->flags & PF_KTHREAD);
 }
 
-/* Under RCU. Compares only: neither file is touched. */
+/* Under RCU. Compares addresses only. */
 static bool use_has_at(const struct fdtable *fdt, unsigned long fd, const struct file *file)
 {
 	return fd < fdt->max_fds && rcu_access_pointer(fdt->fd[fd]) == file;
 }
 
 /*
- * A descriptor of @file in the table of current, or -1. Nearly always the
- * system call names it: in its first argument, or the third for splice().
+ * Finds a descriptor of @file in current's table, or -1. Nearly always the system call
+ * names it: in its first argument, or in the third for splice().
  */
 static int use_find_fd(const struct file *file, int hint, bool walk)
 {
@@ -102,13 +106,16 @@ static bool use_is_possible(struct sniffer_gain *gain, const struct sniffer_owne
 	}
 	if (!sniffer_probes_alive())
 		return true;
-	/* a task that must not wait for memory does block I/O, for whoever wants the disk */
+	/* a task that must not wait for memory does block I/O for some other process */
 	called &= !(current->flags & PF_MEMALLOC);
 	if (called && sniffer_has_uring(current)) {
 		gain->ring = true;
 		return true;
 	}
-	/* what a full table has not taken is not looked for in descriptor tables, packet by packet */
+	/*
+	 * the table was full, so this socket is in no entry: do not search descriptors
+	 * for each packet
+	 */
 	if (called && !owner && sniffer_owner_full())
 		return true;
 	if (!file || sniffer_known_stranger(cookie, atomic_read(&use_gains)))
@@ -121,8 +128,8 @@ static bool use_is_possible(struct sniffer_gain *gain, const struct sniffer_owne
 }
 
 /*
- * Is current at work on the MPTCP socket whose subflow @sk is? `ip mptcp` opens
- * and closes other people's subflows, and sends on what waits in them.
+ * Does current work on the MPTCP socket of this subflow @sk? `ip mptcp` opens and
+ * closes subflows of other processes, and sends what waits in them.
  */
 static bool use_is_of_parent(struct sock *sk)
 {
@@ -142,7 +149,7 @@ static bool use_is_of_parent(struct sock *sk)
 	return uses;
 }
 
-/* Enters what current has got; a full process table is counted. */
+/* Enters what current has got. A full process table is counted. */
 static void use_gain(struct sock *sk, struct sniffer_gain *gain)
 {
 	gain->proc = sniffer_process_get(current);
@@ -151,7 +158,7 @@ static void use_gain(struct sock *sk, struct sniffer_gain *gain)
 		return;
 	}
 	sniffer_process_refresh(gain->proc);
-	/* another process with the same table (clone() with CLONE_FILES) has it at once */
+	/* another process that shares the table (clone() with CLONE_FILES) has it at once */
 	gain->many = current->files &&
 		     atomic_read(&current->files->count) > get_nr_threads(current);
 	if (!sniffer_probes_tell_release())
@@ -161,8 +168,8 @@ static void use_gain(struct sock *sk, struct sniffer_gain *gain)
 }
 
 /*
- * Is all known that the use of @owner's socket by current tells? Nearly always
- * it is the one who used it last, and this only reads. Under RCU.
+ * Does this use of @owner's socket by current tell nothing new? Nearly always current
+ * used it last, and this function only reads. Under RCU.
  */
 static bool use_is_known(struct sniffer_owner *owner, const struct sock *sk)
 {
@@ -172,7 +179,7 @@ static bool use_is_known(struct sniffer_owner *owner, const struct sock *sk)
 	    !READ_ONCE(owner->held) || READ_ONCE(owner->guess) ||
 	    owner->port != inet_sk(sk)->inet_num || !READ_ONCE(owner->tid))
 		return false;
-	/* a cache line that all threads share: only for somebody who reads it */
+	/* all threads share this cache line: write only for somebody who reads it */
 	if (READ_ONCE(owner->tid) != current->pid && static_branch_unlikely(&sniffer_listening))
 		WRITE_ONCE(owner->tid, current->pid);
 	if (unlikely(!sniffer_probes_alive()))
@@ -181,7 +188,7 @@ static bool use_is_known(struct sniffer_owner *owner, const struct sock *sk)
 	return true;
 }
 
-/* Under RCU. What is known does not say so: is it current's use? Then @gain says how. */
+/* Under RCU. The entry does not settle it: is this current's use? If so, @gain says how. */
 static bool use_is_mine(struct sniffer_gain *gain, struct sniffer_owner *owner, struct sock *sk,
 			bool called)
 {
@@ -199,7 +206,7 @@ static bool use_is_mine(struct sniffer_gain *gain, struct sniffer_owner *owner, 
 	return true;
 }
 
-/* Is it @owner's user's own end of a socket that it has closed? That is no use of it any more. */
+/* Does @owner's user finish a socket that it has already closed? That is no new use. */
 static bool use_is_over(const struct sniffer_owner *owner)
 {
 	const struct sniffer_proc *user = rcu_dereference(owner->user);
@@ -208,7 +215,7 @@ static bool use_is_over(const struct sniffer_owner *owner)
 	       sniffer_process_is(user, current);
 }
 
-/* Under RCU. sniffer_use() where what is known of @owner does not say it all. */
+/* Under RCU. sniffer_use() for the cases that @owner's entry does not settle. */
 static noinline bool use_find_out(struct sock *sk, struct sniffer_owner *owner, bool called)
 {
 	struct socket *sock = READ_ONCE(sk->sk_socket);
@@ -221,7 +228,7 @@ static noinline bool use_find_out(struct sock *sk, struct sniffer_owner *owner, 
 	}
 	if (!sniffer_owner_wants(sk))
 		return called || use_is_of_parent(sk);
-	/* without a file it is the kernel's, which only made it here (nvmet) */
+	/* no file: a socket of the kernel that was only created here (nvmet) */
 	if (sock && !READ_ONCE(sock->file))
 		return false;
 	if (!called && owner && use_is_over(owner))
@@ -234,14 +241,14 @@ static noinline bool use_find_out(struct sock *sk, struct sniffer_owner *owner, 
 }
 
 /**
- * sniffer_use - the current process uses a socket, or seems to
- * @sk: full socket; from a probe or from LOCAL_OUT in trusted context
- * @called: from a probe: current has called for this very socket
+ * sniffer_use - the current process uses a socket, or seems to use it
+ * @sk: full socket; from a probe, or from LOCAL_OUT if current may be trusted
+ * @called: from a probe: current made a call on this very socket
  * @found: set to the socket's entry; may be NULL
  *
  * Under RCU, or with preemption off.
  *
- * Return: false when the use is another one's.
+ * Return: false if it is the use of another process.
  */
 bool sniffer_use(struct sock *sk, bool called, struct sniffer_found *found)
 {
@@ -335,8 +342,8 @@ void sniffer_use_fork(struct task_struct *child)
 }
 
 /*
- * Looks, once the descriptors that go are gone, who has what current was the
- * user of; and again later where @ring goes with them.
+ * Queues a search for new owners of current's sockets, to run when its descriptors are
+ * gone. If @ring goes too, another search follows later.
  */
 static void use_settle_later(bool ring)
 {
@@ -356,7 +363,8 @@ static void use_settle_later(bool ring)
 }
 
 /**
- * sniffer_use_rings_end - rings of the current process, or all their files, go; also by exec
+ * sniffer_use_rings_end - the current process closes rings, or removes all their files,
+ * perhaps by exec
  */
 void sniffer_use_rings_end(void)
 {
@@ -364,7 +372,8 @@ void sniffer_use_rings_end(void)
 }
 
 /**
- * sniffer_use_end - the current process ends, its last thread; it still has its descriptors
+ * sniffer_use_end - the last thread of the current process exits; it still has its
+ * descriptors
  */
 void sniffer_use_end(void)
 {
@@ -372,9 +381,10 @@ void sniffer_use_end(void)
 }
 
 /**
- * sniffer_use_thread_end - a thread of the current process ends, not its last one
+ * sniffer_use_thread_end - a thread of the current process exits, but not the last one
  *
- * With it goes a descriptor table of its own (unshare() with CLONE_FILES).
+ * It may have a descriptor table of its own (unshare() with CLONE_FILES), which ends
+ * with it.
  */
 void sniffer_use_thread_end(void)
 {
@@ -384,7 +394,7 @@ void sniffer_use_thread_end(void)
 		use_settle_later(false);
 }
 
-/* Under RCU. Has the user @proc this very table, too (clone() with CLONE_FILES)? */
+/* Under RCU. Does the user @proc share this very table (clone() with CLONE_FILES)? */
 static bool use_shares_table(const struct sniffer_proc *proc, const struct files_struct *files)
 {
 	struct pid *pid;
@@ -398,12 +408,13 @@ static bool use_shares_table(const struct sniffer_proc *proc, const struct files
 }
 
 /**
- * sniffer_use_close_file - a descriptor of the current process goes
+ * sniffer_use_close_file - the current process removes a descriptor of a file
  * @file: any file; the caller is under RCU, or has a reference
- * @fd: its number, -1 when not known
+ * @fd: its number; -1: not known
  *
- * This matters only for the last user, and only if the socket lives on. Nobody
- * was named after another process; the release reports a last reference.
+ * This matters only for the last user, and only if the socket lives on. Packets are
+ * never named after another holder. The release of the socket reports the last
+ * reference.
  */
 void sniffer_use_close_file(struct file *file, int fd)
 {
@@ -414,7 +425,7 @@ void sniffer_use_close_file(struct file *file, int fd)
 	u64 cookie = 0;
 
 	if (likely(file_inode(file)->i_sb->s_magic != SOCKFS_MAGIC)) {
-		/* with a ring go the sockets that it alone has */
+		/* a ring takes along the sockets that only it has */
 		if (unlikely(sniffer_has_uring(current) && sniffer_is_uring(file)))
 			use_settle_later(true);
 		return;
@@ -437,8 +448,8 @@ void sniffer_use_close_file(struct file *file, int fd)
 }
 
 /**
- * sniffer_use_close - a descriptor of the current process goes
- * @fd: its number; still in the table
+ * sniffer_use_close - the current process removes a descriptor
+ * @fd: its number; it is still in the table
  */
 void sniffer_use_close(unsigned int fd)
 {
@@ -456,16 +467,19 @@ void sniffer_use_close(unsigned int fd)
 }
 
 /**
- * sniffer_use_close_range - descriptors of the current process go
+ * sniffer_use_close_range - the current process removes a range of descriptors
  * @fd: the first
- * @last: the last; may be beyond the table
+ * @last: the last; may lie beyond the table
  */
 void sniffer_use_close_range(unsigned int fd, unsigned int last)
 {
 	bool shared = current->files &&
 		      atomic_read(&current->files->count) > get_nr_threads(current);
 
-	/* it may have a copy of the table made first, or close at an exec only: all is looked up */
+	/*
+	 * close_range() may first copy a shared table, or only act at exec: search for
+	 * all sockets
+	 */
 	if (shared)
 		sniffer_holders_settle_later(0, NULL);
 	else if (fd == last)

@@ -136,7 +136,7 @@ def write(directory: Path) -> list[Path]:
             + ".SH SEE ALSO\n.BR packet\\-hunterd (8),\n.BR tcpdump (1),\n.BR pcap\\-filter (7)\n",
         ),
         "man/packet-hunterd.8": _page(
-            daemon_parser(), 8, "name packets, keep history, serve hunters",
+            daemon_parser(), 8, "name packets, keep a history, answer packet-hunter",
             _configuration() + _file("daemon-files.roff") + _EXIT
             + ".SH SEE ALSO\n.BR packet\\-hunter (1),\n.BR systemd.service (5)\n",
         ),

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import pytest
@@ -75,6 +75,18 @@ class Run:
         if netns is not None:
             found = found[found["netns"] == netns]
         return np.asarray(found[np.isin(found["sport"], ports) | np.isin(found["dport"], ports)])
+
+
+class StartRun(Protocol):
+    """The fixture `run`: opens an engine with these options, and reads it."""
+
+    def __call__(self, **options: Any) -> Run: ...
+
+
+class StartWorker(Protocol):
+    """The fixture `worker`: runs Python code, behind COMMON, in a process of its own."""
+
+    def __call__(self, code: str, prefix: Sequence[str] = ()) -> subprocess.Popen[str]: ...
 
 
 COMMON = """

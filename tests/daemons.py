@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -57,6 +58,12 @@ class Daemon:
 
 
 senders: list[socket.socket] = []
+
+
+class StartDaemon(Protocol):
+    """The fixture `start`: starts a daemon with these arguments and this configuration."""
+
+    def __call__(self, *arguments: str, config: str = "") -> Daemon: ...
 
 
 def send(port: int, count: int = 1, pause: float = 0.0, size: int = 20) -> None:

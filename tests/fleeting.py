@@ -176,20 +176,23 @@ def ends_by_way(
 ) -> dict[tuple[str, str, str], tuple[int, str, int]]:
     """{(client's machine, local, remote): (its pid, server's machine, its pid)}, none ambiguous."""
     from fleet.ask.ends import ends
-    from fleet.ask.store import Range, open_folder
+    from fleet.ask.store import FlowStore, Range, ask, open_folder
     from fleet.ask.wanted import Wanted
     from nlproto.filters.parse import parse
 
     found: dict[tuple[str, str, str], tuple[int, str, int]] = {}
     if not (store / "flows").is_dir():
         return found
-    with open_folder(store, Range(since, time.time_ns())) as opened:
-        for one in ends(opened, Wanted(parse(f"port {port}")))[1]:
-            client, server = one["client"], one["server"]
-            if client and server:
-                ways = [f"{client[f'{side}addr']}:{client[f'{side}port']}" for side in "lr"]
-                assert not one["ambiguous"]
-                key = (client["host"], ways[0], ways[1])
-                assert key not in found, "one connection, two rows"
-                found[key] = client["tgid"], server["host"], server["tgid"]
+
+    def opened() -> FlowStore:
+        return open_folder(store, Range(since, time.time_ns()))
+
+    for one in ask(opened, lambda opened: ends(opened, Wanted(parse(f"port {port}")))[1]):
+        client, server = one["client"], one["server"]
+        if client and server:
+            ways = [f"{client[f'{side}addr']}:{client[f'{side}port']}" for side in "lr"]
+            assert not one["ambiguous"]
+            key = (client["host"], ways[0], ways[1])
+            assert key not in found, "one connection, two rows"
+            found[key] = client["tgid"], server["host"], server["tgid"]
     return found

@@ -25,7 +25,7 @@ from nlproto.filters.filter import Filter
 from nlproto.records import wire
 from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
-from nlproto.records.ends import NoEnds
+from nlproto.records.ends import Ends, NoEnds
 from nlproto.records.first_bytes import FirstBytes
 from nlproto.tables.processes import Process, Processes
 
@@ -72,7 +72,7 @@ REPLY: dict[str, Any] = {
 class Feed:
     """A source that gives what the test puts in."""
 
-    ends = NoEnds()
+    ends: Ends = NoEnds()
     first_bytes: FirstBytes | None = None
     description = "a test"
 

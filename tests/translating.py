@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nlproto.client.client import DaemonClient
-from waiting import until
+from waiting import patient, until
 
 SERVER = """
 import socket, sys, threading
@@ -39,7 +39,7 @@ import socket, sys
 family = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
 kind = socket.SOCK_DGRAM if sys.argv[3] == "udp" else socket.SOCK_STREAM
 with socket.socket(family, kind) as peer:
-    peer.settimeout(20)
+    peer.settimeout(300)
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     peer.bind(("", int(sys.argv[4])))
     peer.connect((sys.argv[1], int(sys.argv[2])))
@@ -86,7 +86,8 @@ class Process:
 class Place:
     """Namespaces HOST (10.88.0.1, 10.77.0.1), BOX (10.88.0.2) and FAR (10.77.0.2), IPv6 fd88, fd77.
 
-    `box` and `far` are beside `host`, which forwards between them.
+    `box` and `far` are beside `host`, which forwards between them. INNER (10.99.0.2), if wanted, is
+    behind `box`.
     """
 
     names: dict[str, str]
@@ -95,9 +96,9 @@ class Place:
     def run(self, where: str, line: str, text: str | None = None) -> str:
         return sh(f"ip netns exec {self.names[where]} {line}", text)
 
-    def rules(self, text: str) -> None:
-        """Give the host these chains of NAT, for both families."""
-        self.run("host", "nft -f -", f"table inet nat {{\n{text}\n}}\n")
+    def rules(self, text: str, where: str = "host") -> None:
+        """Give it these chains of NAT, for both families."""
+        self.run(where, "nft -f -", f"table inet nat {{\n{text}\n}}\n")
 
     def inode(self, where: str) -> int:
         return os.stat(f"/run/netns/{self.names[where]}").st_ino
@@ -138,6 +139,7 @@ chain pre {
   type nat hook prerouting priority -100
   tcp dport 8080 dnat ip to 10.88.0.2:80
   udp dport 8080 dnat ip to 10.88.0.2:80
+  tcp dport 8082 redirect to :9090
   tcp dport 8081 dnat ip6 to [fd88::2]:80
 }
 chain out {
@@ -148,17 +150,23 @@ chain post {
   type nat hook postrouting priority 100
   ip saddr 10.88.0.0/24 ip daddr != 10.88.0.0/24 masquerade
   ip saddr 10.88.0.2 ip daddr 10.88.0.2 masquerade
+  ip saddr 127.0.0.0/8 ip daddr 10.88.0.2 masquerade
 }
 """
+
+
+def ask(path: str, **question: Any) -> list[dict[str, Any]]:
+    """The flows that fit the question, from the daemon at `path`."""
+    with DaemonClient(path, timeout=patient(10)) as asking:
+        flows: list[dict[str, Any]] = asking.who(**question)["flows"]
+    return flows
 
 
 def flow_of(path: str, process: Process, **question: object) -> dict[str, Any]:
     """The flow of a process among those that fit the question, from the daemon at `path`."""
 
     def look() -> dict[str, Any] | None:
-        with DaemonClient(path) as asking:
-            flows = asking.who(**question)["flows"]  # type: ignore[arg-type]
-        return next((one for one in flows if one["pid"] == process.pid), None)
+        return next((one for one in ask(path, **question) if one["pid"] == process.pid), None)
 
     found: dict[str, Any] = until(look, 20, f"a flow of {process.pid} for {question}")
     return found
@@ -170,26 +178,27 @@ def became(flow: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 @contextmanager
-def place() -> Iterator[Place]:
-    names = {one: f"ph{os.getpid()}{one}" for one in ("host", "box", "far")}
+def place(inner: bool = False) -> Iterator[Place]:
+    links = {"box": ("host", 88), "far": ("host", 77)} | ({"inner": ("box", 99)} if inner else {})
+    names = {one: f"ph{os.getpid()}{one}{'i' * inner}" for one in ("host", *links)}
     found = Place(names)
-    host = names["host"]
     try:
         for name in names.values():
             sh(f"ip netns add {name}")
             sh(f"ip -n {name} link set lo up")
-        for other, net in (("box", 88), ("far", 77)):
-            sh(f"ip -n {host} link add {other} type veth peer name eth0 netns {names[other]}")
-            for name, link, number in ((host, other, 1), (names[other], "eth0", 2)):
+        for other, (by, net) in links.items():
+            near = names[by]
+            sh(f"ip -n {near} link add {other} type veth peer name eth0 netns {names[other]}")
+            for name, link, number in ((near, other, 1), (names[other], "eth0", 2)):
                 sh(f"ip -n {name} addr add 10.{net}.0.{number}/24 dev {link}")
                 sh(f"ip -n {name} -6 addr add fd{net}::{number}/64 dev {link} nodad")
                 sh(f"ip -n {name} link set {link} up")
             sh(f"ip -n {names[other]} route add default via 10.{net}.0.1")
             sh(f"ip -n {names[other]} -6 route add default via fd{net}::1")
         switches = "ipv4/ip_forward ipv6/conf/all/forwarding ipv4/conf/all/route_localnet"
-        found.run(
-            "host", "tee " + " ".join(f"/proc/sys/net/{one}" for one in switches.split()), "1"
-        )
+        words = "tee " + " ".join(f"/proc/sys/net/{one}" for one in switches.split())
+        for by in {by for by, _ in links.values()}:
+            found.run(by, words, "1")
         yield found
     finally:
         found.end_all()

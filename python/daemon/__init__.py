@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The daemon: names, keeps and serves what an engine captures."""
+"""The daemon: records, keeps and serves what an engine captures."""

@@ -4,7 +4,7 @@
 import sys
 
 if __name__ == "__main__" and not sys.flags.safe_path:
-    # -m puts the current directory first: nothing comes from there before it was looked at
+    # -m puts the current directory first: import nothing from there before it is checked
     _first = sys.path.pop(0)
     sys.path.append(__file__.rpartition("/")[0].rpartition("/")[0])
     from nlproto.guard import refuse_unsafe_path
@@ -36,7 +36,7 @@ DEFAULT_CONFIG = "/etc/packet-hunter/daemon.yaml"
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="packet-hunterd",
-        description="Name the process behind each packet, keep history, serve hunters.",
+        description="Name the process behind each packet, keep a history, answer packet-hunter.",
         epilog="Signals: SIGTERM and SIGINT end it, SIGHUP reads the configuration again.",
     )
     parser.add_version()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 
 if "asyncio" not in sys.modules:
-    # asyncio loads OpenSSL where it is there: 4 MB of memory for what nobody here uses
+    # asyncio loads OpenSSL if it is there: 4 MB of memory that nothing here uses
     sys.modules["ssl"] = None  # type: ignore[assignment]
     import asyncio
 
@@ -52,16 +52,16 @@ from nlproto.tables.shares import Payers
 
 __all__ = ["SWITCH_INTERVAL", "Service"]
 
-SWITCH_INTERVAL = 0.0001  # s; each system call of the event loop may wait so long, twice or more
+SWITCH_INTERVAL = 0.0001  # s that each system call of the event loop may wait, twice or more
 _WORKER_HANGS = 10.0  # s
 _MOST_LISTENERS = 10_000
-"""Of which is written down since when they are known."""
+"""Kinds of things whose first sight is recorded."""
 
 log = logging.getLogger("daemon")
 
 
 class Service:
-    """`configuration` is called at start and at each SIGHUP."""
+    """The daemon. Calls `configuration` at start and at each SIGHUP."""
 
     def __init__(
         self,
@@ -79,9 +79,9 @@ class Service:
         self._bounds = bounds_of(self.config, memory_limit())
 
     def run(self) -> int:
-        """Serve until SIGTERM or SIGINT; the exit code, 1 when a part could not go on.
+        """Serve until SIGTERM or SIGINT. Returns the exit code: 1 if a part could not go on.
 
-        Raises Error when it cannot start.
+        Raises Error if it cannot start.
         """
         descriptors.raise_limit()
         config = self.config
@@ -127,7 +127,7 @@ class Service:
         return 0 if self._death is None else 1
 
     def _die(self, error: Error) -> None:
-        """Any thread: end the program, which the service manager starts again."""
+        """End the program; the service manager starts it again. Any thread."""
         log.critical("%s", error)
         self._death = self._death or error
         self._end()
@@ -160,6 +160,7 @@ class Service:
         )
         answers.kernel, answers.looks = watcher.kernel, watcher
         metrics = Metrics(self.config, server.figures, pipeline.processes)
+        watcher.on_drops = metrics.drop
         for take in (recorder.take, metrics.take, server.publish):
             pipeline.subscribe(take)
         ended = asyncio.Event()
@@ -178,23 +179,23 @@ class Service:
             status = f"engine {pipeline.engine.name}, serving {self.config.socket}"
             log.info("%s", status)
             self._notifier.ready(status)
-            gc.freeze()  # what is there now stays: nobody has to look through it again
+            gc.freeze()  # all that exists now is long-lived: the collector need not search it again
             watchdog = loop.create_task(self._watch(pipeline))
             await ended.wait()
             log.info("ending")
             self._notifier.stopping()
             watchdog.cancel()
-            # what is under way still reaches those who subscribed
+            # packets under way still reach the subscribers
             await loop.run_in_executor(None, watcher.stop)
             await loop.run_in_executor(None, pipeline.stop)
             await server.stop()
 
     def _reload(self, server: Server, parts: list[Reconfigurable]) -> None:
-        """SIGHUP: take what can change at run time; a file with a mistake changes nothing."""
+        """Apply what can change at run time (SIGHUP). A file with a mistake changes nothing."""
         self._notifier.reloading()
         try:
             self._take_configuration(server, parts)
-        finally:  # or the service manager waits for it
+        finally:  # the service manager waits for it
             self._notifier.ready(f"serving {self.config.socket}")
 
     def _take_configuration(self, server: Server, parts: list[Reconfigurable]) -> None:
@@ -218,7 +219,7 @@ class Service:
             log.info("configuration read again")
 
     async def _watch(self, pipeline: Pipeline) -> None:
-        """Feed the watchdog as long as both this loop and the worker go round."""
+        """Feed the watchdog as long as this loop and the worker both go round."""
         if self._notifier.watchdog is None:
             return
         while True:
@@ -230,7 +231,7 @@ class Service:
 
 
 def _failure(context: Mapping[str, Any]) -> tuple[Exception, str]:
-    """What the event loop tells of an exception that nobody caught."""
+    """Log an exception of the event loop that nobody caught."""
     error = context.get("exception")
     return error if isinstance(error, Exception) else Error(context["message"]), ""
 
@@ -240,7 +241,7 @@ class Reconfigurable(Protocol):
 
 
 def figures(pipeline: Pipeline, recorder: Recorder) -> dict[str, Any]:
-    """Sizes and losses of every part, for stats and metrics."""
+    """Return sizes and losses of every part, for stats and metrics."""
     queue, history, portmap = pipeline.queue, recorder.history, pipeline.portmap
     return {
         "engine_stats": pipeline.engine_stats,

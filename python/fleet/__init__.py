@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Many machines: flows of each host go to one place, and are asked there as on one host."""
+"""Many machines: each host sends its flows to one place, which is asked like one host."""

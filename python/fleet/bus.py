@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The way to the fleet's server: NATS with JetStream, one stream with three subjects a host."""
+"""The connection to the fleet's server: NATS with JetStream, three subjects for each host."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ __all__ = [
 ACK_WAIT = 120.0
 """Seconds after which the server gives a batch to another collector."""
 _DUPLICATES = 600.0
-"""Seconds for which the server knows a batch by its Nats-Msg-Id."""
+"""Seconds for which the server remembers a batch by its Nats-Msg-Id."""
 _PENDING = 20_000
-"""Batches that collectors hold without having acknowledged them."""
+"""The most batches that collectors hold without an acknowledgement."""
 _LONGEST = 60.0
 FAILURES = (nats.errors.Error, OSError, TimeoutError, EOFError)
-"""What the server or the way to it does to a client."""
+"""Errors that the server, or the connection to it, causes in a client."""
 
 log = logging.getLogger(__name__)
 logging.getLogger("nats").setLevel(logging.CRITICAL)  # it repeats what we tell
@@ -53,28 +53,28 @@ logging.getLogger("asyncio").setLevel(logging.ERROR)  # a TLS connection that en
 
 
 def words(error: BaseException) -> str:
-    """Return what to say of one of FAILURES."""
+    """Return one line about one of FAILURES."""
     if isinstance(error, nats.js.errors.NoStreamResponseError):
         return f"it has no stream {STREAM}, which the first packet-hunter-collect makes"
     return str(error) or type(error).__name__
 
 
 def one_more(failures: int, begun: float) -> int:
-    """Return how many failures there are in a row after a connection since `begun` (monotonic)."""
+    """Return the number of failures in a row, after a connection since `begun` (monotonic)."""
     return failures + 1 if time.monotonic() - begun < _LONGEST else 1
 
 
 def backoff(failures: int) -> float:
-    """Return seconds to wait after so many failures; two hosts wait for different times."""
+    """Return seconds to wait after so many failures. Two hosts wait for different times."""
     return random.uniform(0.5, 1.0) * min(_LONGEST, 2.0 ** min(failures, 10))
 
 
 async def connect(
     server: FleetServer, name: str, told: Callable[[Exception], Awaitable[None]]
 ) -> Client:
-    """Connect once; who loses the connection calls again. Raises Error, one of FAILURES.
+    """Connect once. A caller that loses the connection calls again. Raises Error, one of FAILURES.
 
-    `told`: what the server refuses later.
+    `told` gets later refusals of the server.
     """
     tls = None
     if server.ca or any(url.startswith("tls:") for url in server.urls):
@@ -96,7 +96,7 @@ async def connect(
             name=name,
             tls=tls,
             nkeys_seed_str=seed,
-            # nobody reads answers that are another's
+            # nobody can read another one's answers
             inbox_prefix=inbox_of(name),
             error_cb=told,
             allow_reconnect=False,
@@ -110,9 +110,10 @@ async def connect(
 
 
 async def ensure_stream(jetstream: JetStreamContext, replicas: int = 1) -> None:
-    """Make the stream and its consumer, unless they are there. Raises one of FAILURES.
+    """Make the stream and its consumer, unless they exist. Raises one of FAILURES.
 
-    A batch stays until a collector has stored it. A full stream takes nothing: hosts keep theirs.
+    A batch stays until a collector has stored it. A full stream takes nothing, so hosts keep their
+    batches.
     """
     try:
         await jetstream.stream_info(STREAM)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The keys by which the server knows hosts and collectors, and what each of them may do there."""
+"""The keys of hosts and collectors, and what the server lets each of them do."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _COLLECTS: tuple[str, ...] = (
 
 
 def make(path: str) -> str:
-    """Write the seed of a new key into `path`, which only its owner can read; the public key.
+    """Write the seed of a new key into `path`, readable for its owner only. Returns the public key.
 
-    Raises Error, also when the file is there.
+    Raises Error, also if the file exists.
     """
     seed: bytes = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)
     try:
@@ -41,7 +41,7 @@ def make(path: str) -> str:
 
 
 def user(public: str, host: str | None) -> str:
-    """Return what nats-server's `authorization.users` wants to know of `host`, None: collectors."""
+    """Return the line for `host` in nats-server's `authorization.users`; None: for collectors."""
     may = _COLLECTS if host is None else tuple(f"{kind}.{host}" for kind in KINDS.values())
     inbox = inbox_of("collector" if host is None else host)
     publish = ", ".join(f'"{subject}"' for subject in may)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the fleet's programs have in common on the command line; needs no library of the extra."""
+"""Options that the fleet's programs share. Needs no library of the extra."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class FleetServer:
-    """Where the server is, and who we are there."""
+    """The server's address, and our identity there."""
 
     urls: tuple[str, ...]
     nkey: str | None = None
@@ -38,11 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--server",
         metavar="URL",
         action="append",
-        help=f"tls://HOST:PORT, once for each of a cluster (default {_DEFAULT})",
+        help=f"tls://HOST:PORT, once for each server of a cluster (default {_DEFAULT})",
     )
-    parser.add_argument("--nkey", metavar="FILE", help="the seed of the nkey that we are known by")
+    parser.add_argument("--nkey", metavar="FILE", help="file with the seed of our nkey")
     parser.add_argument(
-        "--ca", metavar="FILE", help="who signs the server's certificate (default: the system's)"
+        "--ca", metavar="FILE", help="file with the CA of the server (default: the system's CAs)"
     )
     parser.add_argument(
         "--make-nkey",
@@ -61,18 +61,18 @@ def server_of(options: argparse.Namespace) -> FleetServer:
         except ValueError:
             right = False
         if not right:
-            raise UsageError(f"'{url}' is no server: say tls://HOST:PORT")
+            raise UsageError(f"'{url}' is no address of a server: write tls://HOST:PORT")
         if parts.scheme == "nats" and parts.hostname not in ("127.0.0.1", "::1", "localhost"):
-            log.warning("%s: everybody on the way can read what is sent; say tls://", url)
+            log.warning("%s: everybody on the way can read what is sent; use tls://", url)
     return FleetServer(urls, options.nkey, options.ca)
 
 
 def make_nkey(options: argparse.Namespace, host: str | None) -> None:
-    """Make the key of `host`, None: of collectors, and print who that is. Raises Error."""
+    """Make the key of `host`, None: of collectors, and print its line. Raises Error."""
     from fleet import keys
 
     if options.nkey is None:
-        raise UsageError("--make-nkey wants --nkey FILE, which it makes")
+        raise UsageError("--make-nkey needs --nkey FILE, the file to make")
     print(keys.user(keys.make(options.nkey), host))
 
 
@@ -83,8 +83,12 @@ def checked_host(name: str) -> str:
     return name
 
 
+_EXTRA = "pip install 'packet-hunter[fleet]' (Debian: packet-hunter-fleet)"
+"""Where the libraries are that a program may lack."""
+
+
 def exit_code(program: str, run: Callable[[], None]) -> int:
-    """Run a program; what ends it becomes one line."""
+    """Run a program. An exception becomes one line."""
     tell = teller(program)
 
     def begin() -> int:
@@ -94,7 +98,7 @@ def exit_code(program: str, run: Callable[[], None]) -> int:
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] in ("fleet", "nlproto"):
                 raise
-            tell(f"no module {error.name}: pip install 'packet-hunter[fleet]'")
+            tell(f"no module {error.name}: {_EXTRA}")
             return 1
         return 0
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is called how on the server."""
+"""Names on the server: stream, subjects, consumers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["CONSUMER", "STREAM", "SUBJECTS", "inbox_of"]
 STREAM = "PACKET_HUNTER"
 CONSUMER = "collect"
 SUBJECTS = ("flows.>", "procs.>", "account.>")
-"""What follows is the host's name."""
+"""The host's name follows."""
 
 
 def inbox_of(name: str) -> str:

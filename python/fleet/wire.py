@@ -55,7 +55,7 @@ FLOWS, PROCS, ACCOUNT = 1, 2, 3
 KINDS = {FLOWS: "flows", PROCS: "procs", ACCOUNT: "account"}
 MAX_ROWS = 4096
 MAX_BODY = 8 << 20
-"""Bytes of a body, unpacked."""
+"""The most bytes of an unpacked body."""
 _WINDOW_LOG = 23  # 8 MiB: what a frame may make us keep
 _LEVEL = 1
 _HEAD = struct.Struct("<4sBBHIIQ16s")
@@ -101,7 +101,7 @@ ROW = np.dtype(
 
 
 class MalformedBatch(Error):
-    """What was received is no batch of ours."""
+    """The received data is no batch of ours."""
 
 
 U16 = Annotated[int, Meta(ge=0, le=0xFFFF)]
@@ -112,7 +112,7 @@ Text = Annotated[str, Meta(max_length=4200)]
 
 
 class ToldProcess(msgspec.Struct, frozen=True):
-    """One process; "" and None where nothing is known."""
+    """One process; "" and None for the unknown."""
 
     tgid: U32
     start_ns: U63
@@ -177,7 +177,7 @@ def _zstd() -> Any:
 
 @functools.cache
 def _compressor() -> Any:
-    """One for the life of the process: to make one costs more than a batch."""
+    """Kept for the life of the process: to make one costs more than a batch."""
     return _zstd().ZstdCompressor(level=_LEVEL)
 
 
@@ -220,7 +220,8 @@ def _head(payload: bytes) -> tuple[int, int, int, int, int, bytes]:
 def decode(payload: bytes) -> HostBatch:
     """Return the batch in `payload`, whatever that is. Raises Malformed.
 
-    Rows step by the size in the head: those of a later release are read up to what this one knows.
+    Rows step by the size in the head. Longer rows of a later release are read up to what this one
+    knows.
     """
     kind, size, count, length, sequence, boot = _head(payload)
     body = _unpacked(payload[HEAD_SIZE:], length)
@@ -243,7 +244,7 @@ def decode(payload: bytes) -> HostBatch:
 
 
 def _are_sound(rows: np.ndarray) -> bool:
-    """Whether all rows have addresses that can be shown."""
+    """Return whether all rows have valid addresses."""
     family, nat = rows["family"], rows["nat"]
     return bool(
         ((family == _INET) | (family == _INET6)).all()
@@ -253,7 +254,7 @@ def _are_sound(rows: np.ndarray) -> bool:
 
 
 def _unpacked(data: bytes, length: int) -> bytes:
-    """Exactly one frame of `length` bytes; no more memory than that is taken."""
+    """Unpack exactly one frame of `length` bytes, without more memory than that."""
     zstd = _zstd()
     decompressor = zstd.ZstdDecompressor(
         options={zstd.DecompressionParameter.window_log_max: _WINDOW_LOG}

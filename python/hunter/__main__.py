@@ -4,7 +4,7 @@
 import sys
 
 if __name__ == "__main__" and not sys.flags.safe_path:
-    # -m puts the current directory first: nothing comes from there before it was looked at
+    # -m puts the current directory first: import nothing from there before it is checked
     _first = sys.path.pop(0)
     sys.path.append(__file__.rpartition("/")[0].rpartition("/")[0])
     from nlproto.guard import refuse_unsafe_path
@@ -39,7 +39,7 @@ def _tell(line: str) -> None:
 
 
 class _Log(logging.Handler):
-    """What the library says went wrong, as one line without a traceback."""
+    """Show a warning of a library as one line, without a traceback."""
 
     def emit(self, record: logging.LogRecord) -> None:
         _tell(record.getMessage())

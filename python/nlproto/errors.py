@@ -13,14 +13,14 @@ __all__ = [
 
 
 class Error(Exception):
-    """Base of everything that nlproto raises on purpose."""
+    """Base of all exceptions that nlproto raises on purpose."""
 
     exit_code = 1
-    """Of a program that fails on it."""
+    """Exit status of a program that ends with it."""
 
 
 class UsageError(Error):
-    """The caller asked for something that cannot be."""
+    """The caller asked for something impossible."""
 
     exit_code = 2
 
@@ -30,7 +30,7 @@ class NoModule(Error):
 
 
 class NoDaemon(Error):
-    """Nobody serves the daemon's socket."""
+    """No daemon serves the socket."""
 
 
 class DaemonBusy(NoDaemon):
@@ -42,4 +42,4 @@ class NoPrivilege(Error):
 
 
 class VersionMismatch(Error):
-    """The other side speaks another version of the wire."""
+    """The other side speaks another version of the protocol."""

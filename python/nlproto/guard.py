@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Root's Python must import nothing that somebody else put there: `python -m` looks into the
-current directory first, before the standard library.
+"""Keeps root's Python from importing what others wrote.
 
-packet-hunter.pth calls at_start() while the interpreter starts, when the current directory is
-not yet looked into: what `-m` itself needs (importlib, contextlib) could come from there already.
-Where that file is not installed, the first lines of daemon and hunter call refuse_unsafe_path().
+`python -m` searches the current directory before the standard library.
+
+packet-hunter.pth calls at_start() while the interpreter starts, before it searches the current
+directory. Later would be too late: what `-m` itself imports (importlib, contextlib) could come from
+there. If that file is not installed, the first lines of daemon and hunter call
+refuse_unsafe_path().
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ _MAX_LINKS = 40  # MAXSYMLINKS of the kernel (include/linux/namei.h)
 
 
 def at_start() -> None:
-    """As refuse_unsafe_path(), when this interpreter was started with -m for one of ours."""
+    """Call refuse_unsafe_path() if -m started this interpreter with one of our programs."""
     name = started_module(sys.orig_argv)
     program = None
     if name is not None:
@@ -37,7 +39,7 @@ def at_start() -> None:
 
 
 def started_module(argv: Sequence[str]) -> str | None:
-    """MODULE of "python -m MODULE", by the interpreter's own rules for its options."""
+    """Return MODULE of "python -m MODULE", by the interpreter's own rules for options."""
     words = iter(argv[1:])
     for word in words:
         if word == "--check-hash-based-pycs":
@@ -55,15 +57,15 @@ def started_module(argv: Sequence[str]) -> str | None:
 
 
 def refuse_unsafe_path(program: str) -> None:
-    """End with 1 when root would import from where others can write; says which place that is.
+    """Exit with 1 if root would import from a place that others can write, and say which one.
 
-    The interpreter's own directories are not asked about: what is there has run already.
+    The interpreter's own directories are not checked: code from there has run already.
     """
     if os.geteuid() != 0 or sys.flags.safe_path:
         return
     try:
         places = [os.getcwd()]
-    except FileNotFoundError:  # it was removed: nothing can be found there
+    except FileNotFoundError:  # the directory was removed: nothing can be found there
         places = []
     places += [entry for entry in sys.path if not entry.startswith(_own_directories())]
     for place in places:
@@ -74,7 +76,7 @@ def refuse_unsafe_path(program: str) -> None:
                 f"change to another directory, or run {program}\n"
             )
             os.write(2, line.encode("utf-8", "backslashreplace"))
-            os._exit(1)  # SystemExit would be a fatal error at the interpreter's start
+            os._exit(1)  # SystemExit while the interpreter starts would be a fatal error
 
 
 def _own_directories() -> tuple[str, ...]:
@@ -84,9 +86,10 @@ def _own_directories() -> tuple[str, ...]:
 
 
 def others_can_write(path: str, environment: Mapping[str, str]) -> str | None:
-    """Where somebody else than root and the user behind sudo could change what is imported.
+    """Return a place where a user other than root or the user behind sudo could change imports.
 
-    That is `path` itself, a directory or link on the way to it, or a module in it; None: nowhere.
+    This is `path` itself, a directory or link on the way to it, or a module in it. None: there is
+    none.
     """
     users = {0, *_number(environment.get("SUDO_UID"))}
     groups = {0, *_number(environment.get("SUDO_GID"))}
@@ -117,7 +120,7 @@ def _is_theirs(
 
 
 def _is_module(entry: os.DirEntry[str]) -> bool:
-    """Whether an import could find it: code, or a directory with an __init__ in it."""
+    """Return whether an import could find it: code, or a directory with an __init__."""
     endings = (*all_suffixes(), ".pth")
     if entry.name.endswith(endings):
         return True
@@ -125,9 +128,10 @@ def _is_module(entry: os.DirEntry[str]) -> bool:
 
 
 def _way(path: str) -> Iterator[tuple[str, os.stat_result, bool]]:
-    """Each directory and link that is passed on the way to `path`, and whether it is the end.
+    """Yield each directory and link on the way to `path`, and whether it is the end.
 
-    The end of a path that is not there is the last directory before it: it could be made.
+    If `path` does not exist, its last existing directory is the end: somebody could create the
+    rest.
     """
     steps = os.path.abspath(path).split("/")[::-1]
     here = "/"

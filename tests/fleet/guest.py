@@ -57,7 +57,7 @@ def main() -> None:
     exporter = Program.of(
         directory / "export.log", "export", *words, "--server", server, "--interval", "1"
     )
-    exporter.wait_for("connected as", 200)
+    exporter.wait_for(f"engine {engine}", 200)  # it reads the daemon
     programs: dict[str, subprocess.Popen[bytes]] = {}
     answer({"ready": number})
     for line in port:

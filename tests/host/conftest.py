@@ -9,14 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from capturing import COMMON, Run
-from daemons import Daemon, senders
+from capturing import COMMON, Run, StartRun, StartWorker
+from daemons import Daemon, StartDaemon, senders
 from hunting import echo
 from waiting import there
 
@@ -29,7 +29,7 @@ if soft != resource.RLIM_INFINITY and soft < FILES:
 
 
 @pytest.fixture(name="directory")
-def _directory(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def _directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("daemon")
     for part in (directory, directory.parent, directory.parent.parent):
         part.chmod(0o755)
@@ -37,10 +37,10 @@ def _directory(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(name="start")
-def _start(directory: Any) -> Iterator[Any]:
+def _start(directory: Path) -> Iterator[StartDaemon]:
     started = []
 
-    def start(*arguments: Any, config: str = "") -> Any:
+    def start(*arguments: str, config: str = "") -> Daemon:
         daemon = Daemon(directory, *arguments, config=config)
         started.append(daemon)
         return daemon
@@ -54,12 +54,12 @@ def _start(directory: Any) -> Iterator[Any]:
 
 
 @pytest.fixture(name="daemon")
-def _daemon(start: Any) -> Any:
+def _daemon(start: StartDaemon) -> Daemon:
     return start()
 
 
 @pytest.fixture(name="receiver")
-def _receiver() -> Iterator[Any]:
+def _receiver() -> Iterator[socket.socket]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
         receiver.bind(("127.0.0.1", 0))
         receiver.settimeout(10)
@@ -75,7 +75,7 @@ def _senders_stay_until_the_test_ends() -> Iterator[None]:
 
 
 @pytest.fixture(name="server")
-def _server() -> Iterator[Any]:
+def _server() -> Iterator[tuple[int, int]]:
     with echo() as found:
         yield found
 
@@ -86,10 +86,10 @@ def _no_daemon(tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture(name="run")
-def _run() -> Iterator[Any]:
+def _run() -> Iterator[StartRun]:
     with contextlib.ExitStack() as stack:
 
-        def start(**options: Any) -> Any:
+        def start(**options: Any) -> Run:
             made = Run(**options)
             stack.callback(made.engine.close)
             stack.callback(made.stop)
@@ -99,10 +99,10 @@ def _run() -> Iterator[Any]:
 
 
 @pytest.fixture(name="worker")
-def _worker() -> Iterator[Any]:
+def _worker() -> Iterator[StartWorker]:
     running = []
 
-    def start(code: Any, prefix: Any = ()) -> Any:
+    def start(code: str, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
         child = subprocess.Popen(
             [*prefix, sys.executable, "-c", COMMON + code],
             stdin=subprocess.PIPE,

@@ -9,14 +9,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from daemons import StartDaemon
 from nlproto.client.client import DaemonClient
 from nlproto.errors import NoPrivilege
 from nlproto.host.tcp_info import TcpInfo
-from waiting import patient, until
+from waiting import patient, there, until
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root for network namespaces"),
@@ -117,7 +119,7 @@ def scrape(path: Any) -> Any:
 
 
 def test_what_is_lost_counts_for_who_lost_it_and_for_nobody_with_the_same_ends(
-    start: Any, namespaces: list[str], directory: Any
+    start: StartDaemon, namespaces: list[str], directory: Path
 ) -> None:
     metrics = str(directory / "metrics")
     daemon = start(config=f"metrics: {metrics}\n")
@@ -166,8 +168,49 @@ def test_what_is_lost_counts_for_who_lost_it_and_for_nobody_with_the_same_ends(
         assert summed and float(summed[1]) >= 2
 
 
+FULL = """
+import socket, time
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as full:
+    full.bind(("127.0.0.1", 0))
+    full.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    print(full.getsockname()[1], flush=True)
+    while True:
+        full.sendto(b"x" * 500, full.getsockname())
+        time.sleep(0.05)
+"""
+
+
+def test_packets_that_found_no_room_count_for_who_did_not_read_them(
+    start: Any, directory: Any
+) -> None:
+    metrics = str(directory / "metrics")
+    daemon = start(config=f"metrics: {metrics}\n")
+    command = [sys.executable, "-c", FULL]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child,
+        DaemonClient(daemon.path, timeout=patient(10)) as client,
+    ):
+        try:
+            port = int(there(child.stdout).readline())
+
+            def dropped() -> int:
+                owners = client.who(port=port)["owners"]
+                return sum(one["drops"] for one in owners if one["pid"] == child.pid)
+
+            until(lambda: dropped() > 3, 30, "drops in an answer")
+            found = r'process_dropped_total\{comm="python3?[^"]*"\} ([1-9]\S*)'
+            until(lambda: re.search(found, scrape(metrics)), 30, "drops in the metrics")
+            words = [sys.executable, "-m", "hunter", "who", "--socket", daemon.path]
+            shown = subprocess.run(
+                [*words, "--port", str(port)], capture_output=True, text=True, check=True
+            )
+            assert "dropped" in shown.stdout, shown.stdout
+        finally:
+            child.kill()
+
+
 def test_refused_and_unanswered_attempts_are_told_apart(
-    start: Any, namespaces: list[str], directory: Any
+    start: StartDaemon, namespaces: list[str], directory: Path
 ) -> None:
     metrics = str(directory / "metrics")
     daemon = start(config=f"metrics: {metrics}\n")
@@ -195,7 +238,7 @@ def test_refused_and_unanswered_attempts_are_told_apart(
 
 
 def test_what_the_kernel_does_not_tell_is_unknown_and_not_zero(
-    start: Any, namespaces: list[str]
+    start: StartDaemon, namespaces: list[str]
 ) -> None:
     with DaemonClient(start().path) as client:
         number = inode(namespaces[1])

@@ -10,11 +10,12 @@ import socket
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from daemons import drain, records_of, send
+from daemons import Daemon, StartDaemon, drain, records_of, send
 from nlproto.client.client import DaemonClient, DaemonEvent
 from nlproto.errors import NoDaemon
 from waiting import patient, until
@@ -22,7 +23,9 @@ from waiting import patient, until
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs root")
 
 
-def test_sigterm_ends_it_cleanly_and_the_account_is_logged(daemon: Any, receiver: Any) -> None:
+def test_sigterm_ends_it_cleanly_and_the_account_is_logged(
+    daemon: Daemon, receiver: socket.socket
+) -> None:
     send(receiver.getsockname()[1], 3)
     with DaemonClient(daemon.path) as client:
         client.start("udp")
@@ -34,11 +37,13 @@ def test_sigterm_ends_it_cleanly_and_the_account_is_logged(daemon: Any, receiver
     assert "does not close" not in daemon.text()
 
 
-def test_sigint_ends_it_as_well(daemon: Any) -> None:
+def test_sigint_ends_it_as_well(daemon: Daemon) -> None:
     assert daemon.stop(signal.SIGINT) == 0
 
 
-def test_records_sent_just_before_sigterm_still_arrive(daemon: Any, receiver: Any) -> None:
+def test_records_sent_just_before_sigterm_still_arrive(
+    daemon: Daemon, receiver: socket.socket
+) -> None:
     port = receiver.getsockname()[1]
     with DaemonClient(daemon.path) as client:
         client.start(f"udp dst port {port} and outbound")
@@ -50,7 +55,7 @@ def test_records_sent_just_before_sigterm_still_arrive(daemon: Any, receiver: An
     assert len(records_of(events)) == 100
 
 
-def test_a_live_daemon_is_not_displaced(daemon: Any) -> None:
+def test_a_live_daemon_is_not_displaced(daemon: Daemon) -> None:
     second = subprocess.run(
         [sys.executable, "-I", "-m", "daemon", "--engine", "packet", "--socket", daemon.path],
         capture_output=True,
@@ -65,7 +70,7 @@ def test_a_live_daemon_is_not_displaced(daemon: Any) -> None:
 
 
 def test_after_kill_9_the_socket_is_taken_over_and_owners_are_known_again(
-    start: Any, directory: Any, receiver: Any
+    start: StartDaemon, directory: Path, receiver: socket.socket
 ) -> None:
     first = start()
     port = receiver.getsockname()[1]
@@ -82,7 +87,7 @@ def test_after_kill_9_the_socket_is_taken_over_and_owners_are_known_again(
     assert "stale" in second.text()
 
 
-def test_a_file_that_is_no_socket_is_left_alone(directory: Any) -> None:
+def test_a_file_that_is_no_socket_is_left_alone(directory: Path) -> None:
     path = directory / "daemon.sock"
     path.write_text("precious")
     done = subprocess.run(
@@ -117,7 +122,7 @@ def test_bad_usage_is_one_clear_line(arguments: list[str], code: int, word: str)
     assert "Traceback" not in done.stderr
 
 
-def test_root_does_not_start_where_others_can_write(directory: Any) -> None:
+def test_root_does_not_start_where_others_can_write(directory: Path) -> None:
     directory.chmod(0o777)
     done = subprocess.run(
         [sys.executable, "-m", "daemon", "--engine", "packet"],
@@ -130,7 +135,9 @@ def test_root_does_not_start_where_others_can_write(directory: Any) -> None:
     assert "others can write" in done.stderr
 
 
-def test_sighup_reads_the_configuration_again_and_a_mistake_changes_nothing(start: Any) -> None:
+def test_sighup_reads_the_configuration_again_and_a_mistake_changes_nothing(
+    start: StartDaemon,
+) -> None:
     daemon = start(config="max_clients: 100\n")
     daemon.config.write_text("max_clients: many\n")
     daemon.process.send_signal(signal.SIGHUP)
@@ -149,7 +156,9 @@ def _rows_in(path: Any) -> Any:
     return 0
 
 
-def test_history_survives_a_restart(start: Any, directory: Any, receiver: Any) -> None:
+def test_history_survives_a_restart(
+    start: StartDaemon, directory: Path, receiver: socket.socket
+) -> None:
     config = f"history: {directory}/history.db\nflush_interval: 100ms\n"
     first = start(config=config)
     port = receiver.getsockname()[1]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from daemons import records_of, send
+from daemons import Daemon, StartDaemon, records_of, send
 from nlproto.client.client import DaemonClient, ProcessesEvent, StreamBatch
 from nlproto.client.frames import Decoder, Kind, encode_json, parse_json
 from nlproto.errors import UsageError
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs ro
 
 
 def test_named_records_reach_a_client_with_the_details_of_their_process(
-    daemon: Any, receiver: Any
+    daemon: Daemon, receiver: socket.socket
 ) -> None:
     port = receiver.getsockname()[1]
     with DaemonClient(daemon.path) as client:
@@ -45,7 +45,7 @@ def test_named_records_reach_a_client_with_the_details_of_their_process(
     assert reply["account"]["closes"]
 
 
-def test_the_filter_is_applied_by_the_server(daemon: Any, receiver: Any) -> None:
+def test_the_filter_is_applied_by_the_server(daemon: Daemon, receiver: socket.socket) -> None:
     port = receiver.getsockname()[1]
     with DaemonClient(daemon.path) as client:
         client.start(f"udp dst port {port} and inbound")
@@ -55,7 +55,7 @@ def test_the_filter_is_applied_by_the_server(daemon: Any, receiver: Any) -> None
         assert reply["seen"] >= 6
 
 
-def test_a_wrong_filter_is_refused_with_its_place_and_the_connection_stays(daemon: Any) -> None:
+def test_a_wrong_filter_is_refused_with_its_place_and_the_connection_stays(daemon: Daemon) -> None:
     with DaemonClient(daemon.path) as client:
         with pytest.raises(UsageError, match="column 5"):
             client.start("udp prot 53")
@@ -63,7 +63,7 @@ def test_a_wrong_filter_is_refused_with_its_place_and_the_connection_stays(daemo
 
 
 def test_who_answers_by_port_pid_name_and_host_after_the_process_has_exited(
-    daemon: Any, receiver: Any
+    daemon: Daemon, receiver: socket.socket
 ) -> None:
     port = receiver.getsockname()[1]
     code = (
@@ -103,7 +103,7 @@ def test_who_answers_by_port_pid_name_and_host_after_the_process_has_exited(
 
 
 def test_the_port_map_knows_a_listener_without_traffic_and_forgets_it_within_a_second(
-    daemon: Any,
+    daemon: Daemon,
 ) -> None:
     with DaemonClient(daemon.path) as client, socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -121,7 +121,9 @@ def test_the_port_map_knows_a_listener_without_traffic_and_forgets_it_within_a_s
         until(lambda: not client.owner(port), 3)
 
 
-def test_the_port_map_knows_connections_that_were_idle_since_before_it_began(start: Any) -> None:
+def test_the_port_map_knows_connections_that_were_idle_since_before_it_began(
+    start: StartDaemon,
+) -> None:
     with (
         socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as server,
         socket.create_connection(("127.0.0.1", server.getsockname()[1])) as connection,
@@ -140,7 +142,7 @@ def test_the_port_map_knows_connections_that_were_idle_since_before_it_began(sta
             until(lambda: not client.owner(near))
 
 
-def test_all_holders_of_a_shared_listener_are_told(daemon: Any) -> None:
+def test_all_holders_of_a_shared_listener_are_told(daemon: Daemon) -> None:
     with DaemonClient(daemon.path) as client, socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -161,7 +163,9 @@ def test_all_holders_of_a_shared_listener_are_told(daemon: Any) -> None:
             os.waitpid(child, 0)
 
 
-def test_many_questions_at_once_are_answered_in_order(daemon: Any, receiver: Any) -> None:
+def test_many_questions_at_once_are_answered_in_order(
+    daemon: Daemon, receiver: socket.socket
+) -> None:
     port = receiver.getsockname()[1]
     with DaemonClient(daemon.path) as client:
         until(lambda: client.owner(port))
@@ -170,7 +174,7 @@ def test_many_questions_at_once_are_answered_in_order(daemon: Any, receiver: Any
         assert all(reply["owners"][0]["pid"] == os.getpid() for reply in replies)
 
 
-def test_nonsense_neither_ends_it_nor_grows_it(daemon: Any) -> None:
+def test_nonsense_neither_ends_it_nor_grows_it(daemon: Daemon) -> None:
     """A seeded tenth of what `make nonsense` sends."""
     fuzzer = Path(__file__).parents[1] / "nonsense.py"
     arguments = (daemon.path, daemon.process.pid, 1_000_000, 20261123)
@@ -183,7 +187,9 @@ def test_nonsense_neither_ends_it_nor_grows_it(daemon: Any) -> None:
     assert "Traceback" not in daemon.text()
 
 
-def test_a_client_that_does_not_read_its_replies_is_not_buffered_without_end(daemon: Any) -> None:
+def test_a_client_that_does_not_read_its_replies_is_not_buffered_without_end(
+    daemon: Daemon,
+) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as raw:
         raw.connect(daemon.path)
         raw.setblocking(False)
@@ -199,7 +205,7 @@ def test_a_client_that_does_not_read_its_replies_is_not_buffered_without_end(dae
         assert client.stats()
 
 
-def test_a_frame_of_the_wrong_kind_ends_the_connection_with_a_reason(daemon: Any) -> None:
+def test_a_frame_of_the_wrong_kind_ends_the_connection_with_a_reason(daemon: Daemon) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as raw:
         raw.settimeout(10)
         raw.connect(daemon.path)
@@ -211,12 +217,12 @@ def test_a_frame_of_the_wrong_kind_ends_the_connection_with_a_reason(daemon: Any
         assert raw.recv(10) == b""
 
 
-def test_a_client_of_another_protocol_is_told(daemon: Any) -> None:
+def test_a_client_of_another_protocol_is_told(daemon: Daemon) -> None:
     with DaemonClient(daemon.path) as client, pytest.raises(UsageError, match="release"):
         client.request("hello", protocol=99)
 
 
-def test_disconnecting_in_the_middle_of_an_answer_harms_nobody(daemon: Any) -> None:
+def test_disconnecting_in_the_middle_of_an_answer_harms_nobody(daemon: Daemon) -> None:
     for _ in range(20):
         raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         raw.connect(daemon.path)

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from daemons import send
+from daemons import StartDaemon, send
 from loading import links
 from nlproto.client.client import DaemonClient
 from nlproto.engines.bpf import NoBpf
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it loads 
 
 
 @pytest.fixture(name="daemon")
-def _daemon(start: Any) -> Any:
+def _daemon(start: StartDaemon) -> Any:
     try:
         why_in_parts()
     except NoBpf as error:
@@ -31,7 +33,7 @@ def _daemon(start: Any) -> Any:
 
 
 def test_readers_share_one_set_of_programs_and_none_outlives_the_daemon(
-    daemon: Any, start: Any, directory: Any
+    daemon: Any, start: StartDaemon, directory: Path
 ) -> None:
     before = links()
     command = [sys.executable, "-m", "hunter", "--socket", daemon.path]
@@ -54,7 +56,7 @@ def test_readers_share_one_set_of_programs_and_none_outlives_the_daemon(
 
 
 def test_one_daemon_follows_another_and_knows_what_that_one_saw(
-    daemon: Any, start: Any, directory: Any, receiver: Any
+    daemon: Any, start: StartDaemon, directory: Path, receiver: socket.socket
 ) -> None:
     """As at an upgrade: programs of both may be there at once, the history is the same."""
     daemon.stop()

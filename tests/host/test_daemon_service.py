@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from daemons import send
+from daemons import StartDaemon, send
 from nlproto.client.client import DaemonClient
 from nlproto.errors import NoDaemon
 from waiting import until
@@ -22,7 +22,9 @@ from waiting import until
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs root")
 
 
-def test_metrics_are_served_on_a_unix_socket(start: Any, directory: Any, receiver: Any) -> None:
+def test_metrics_are_served_on_a_unix_socket(
+    start: StartDaemon, directory: Path, receiver: socket.socket
+) -> None:
     path = f"{directory}/metrics.sock"
     daemon = start(config=f"metrics: {path}\nmetrics_processes: 1\n")
     send(receiver.getsockname()[1], 3)
@@ -51,7 +53,7 @@ def _free_port() -> Any:
 
 @pytest.mark.skipif(not PROMETHEUS.exists(), reason="no Prometheus: ./build.sh --test-tools")
 def test_a_real_prometheus_server_scrapes_the_metrics(
-    start: Any, directory: Any, receiver: Any
+    start: StartDaemon, directory: Path, receiver: socket.socket
 ) -> None:
     import urllib.error
     import urllib.parse
@@ -94,7 +96,7 @@ def test_a_real_prometheus_server_scrapes_the_metrics(
     assert daemon.stop() == 0
 
 
-def test_the_manager_is_told_when_it_is_ready_and_when_it_stops(directory: Any) -> None:
+def test_the_manager_is_told_when_it_is_ready_and_when_it_stops(directory: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(directory / "notify"))
         manager.settimeout(30)
@@ -124,7 +126,7 @@ def test_the_manager_is_told_when_it_is_ready_and_when_it_stops(directory: Any) 
                 child.wait()
 
 
-def test_a_user_without_privilege_is_told_what_to_do(directory: Any) -> None:
+def test_a_user_without_privilege_is_told_what_to_do(directory: Path) -> None:
     code = (
         "import os,sys\nfrom daemon.__main__ import main\nimport nlproto.engines.packet\n"
         "os.setgroups([]);os.setgid(65534);os.setuid(65534)\n"
@@ -138,6 +140,6 @@ def test_a_user_without_privilege_is_told_what_to_do(directory: Any) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_no_daemon_is_a_clear_error(directory: Any) -> None:
+def test_no_daemon_is_a_clear_error(directory: Path) -> None:
     with pytest.raises(NoDaemon, match="start it with"):
         DaemonClient(directory / "nothing.sock")

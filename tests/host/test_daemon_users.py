@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from daemons import NOBODY, records_of, send, send_burst
+from daemons import NOBODY, Daemon, StartDaemon, records_of, send, send_burst
 from nlproto.client.client import DaemonClient
 from waiting import patient, stand_in, until
 
@@ -69,7 +69,7 @@ with DaemonClient(path) as client:
 """
 
 
-def _as_nobody(daemon: Any, receiver: Any, groups: Any = ()) -> Any:
+def _as_nobody(daemon: Daemon, receiver: socket.socket, groups: Any = ()) -> Any:
     port = receiver.getsockname()[1]
     with DaemonClient(daemon.path) as client:
         (owner,) = until(lambda: client.owner(port))
@@ -101,7 +101,7 @@ def _as_nobody(daemon: Any, receiver: Any, groups: Any = ()) -> Any:
 
 
 def test_another_user_sees_only_what_is_its_own_in_every_kind_of_answer(
-    daemon: Any, receiver: Any
+    daemon: Daemon, receiver: socket.socket
 ) -> None:
     seen = _as_nobody(daemon, receiver)
     assert seen["hello"]["everything"] is False
@@ -122,7 +122,7 @@ def test_another_user_sees_only_what_is_its_own_in_every_kind_of_answer(
     assert set(seen["stats"]) == {"client", "engine", "pid", "protocol", "started", "version"}
 
 
-def test_members_of_the_group_see_everything(start: Any, receiver: Any) -> None:
+def test_members_of_the_group_see_everything(start: StartDaemon, receiver: socket.socket) -> None:
     import grp
 
     group = next(entry for entry in grp.getgrall() if entry.gr_gid not in (0, NOBODY))
@@ -142,7 +142,7 @@ def talker(code: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd="/")
 
 
-def test_one_user_cannot_take_all_connections(start: Any) -> None:
+def test_one_user_cannot_take_all_connections(start: StartDaemon) -> None:
     daemon = start(config="max_clients: 16\n")
     code = (
         "import os,sys\nfrom nlproto.client.client import DaemonClient\n"
@@ -163,7 +163,7 @@ def test_one_user_cannot_take_all_connections(start: Any) -> None:
 
 
 def test_a_stopped_client_loses_only_its_own_records_and_is_told_how_many(
-    start: Any, receiver: Any
+    start: StartDaemon, receiver: socket.socket
 ) -> None:
     daemon = start(config="client_queue_size: 64KiB\n")
     port = receiver.getsockname()[1]
@@ -221,7 +221,7 @@ print(json.dumps({
 
 
 def test_of_200_subscribers_one_that_is_stopped_loses_its_own_records_and_the_others_none(
-    start: Any,
+    start: StartDaemon,
 ) -> None:
     daemon = start(config="client_queue_size: 64KiB\nqueue_size: 256MiB\n")
     receivers = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(200)]
@@ -272,7 +272,7 @@ def test_of_200_subscribers_one_that_is_stopped_loses_its_own_records_and_the_ot
 
 
 def test_under_flood_the_queue_keeps_its_limit_loss_is_counted_and_it_recovers(
-    start: Any, receiver: Any
+    start: StartDaemon, receiver: socket.socket
 ) -> None:
     daemon = start(config="queue_size: 512KiB\nclient_queue_size: 512KiB\n")
     port = receiver.getsockname()[1]

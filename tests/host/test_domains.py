@@ -20,6 +20,7 @@ from asking import seen as flow_seen
 from nameserver import AAAA, NameServer
 from nlproto.client.client import DaemonClient
 from talking import looking
+from translating import ask, place
 from waiting import stand_in, there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
@@ -87,6 +88,52 @@ def test_who_asks_the_systems_resolver_has_the_name_itself(daemon: Any, connect:
         assert named(daemon.path, client, "shared.example")
         silent = connect("", "127.0.53.84")
         assert named(daemon.path, silent, "shared.example")
+
+
+DOCKERD = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from nameserver import A, NameServer
+with NameServer({"far.example": [("far.example", A, 300, "10.77.0.2")]}, "127.0.0.11", 5333):
+    print(5333, flush=True)
+    time.sleep(1000)
+"""
+
+DOCKER = """
+chain out {
+  type nat hook output priority -100
+  ip daddr 127.0.0.11 udp dport 53 dnat ip to 127.0.0.11:5333
+}
+chain post {
+  type nat hook postrouting priority 100
+  ip saddr 127.0.0.11 udp sport 5333 snat ip to 127.0.0.11:53
+}
+"""
+
+
+@pytest.mark.parametrize("stay", [True, False], ids=["it stays", "it ends at once"])
+def test_who_asks_dockers_resolver_has_the_name(daemon: Any, stay: bool) -> None:
+    """127.0.0.11 answers from another port of the container's own namespace, behind NAT."""
+    with place() as lab:
+        lab.rules(DOCKER, "box")
+        lab.start("box", DOCKERD, Path(__file__).parents[1])
+        serving = lab.server("far", 443, address="10.77.0.2")
+        inside = ["ip", "netns", "exec", lab.names["box"]]
+
+        pids = set()
+
+        def asks() -> Any:
+            """Once more where the daemon has just found the namespaces."""
+            client = Client(
+                "far.example", serving.port, "10.77.0.2", server="127.0.0.11", stay=stay,
+                inside=inside,
+            )  # fmt: skip
+            pids.add(client.process.pid)
+            flows = ask(daemon.path, port=serving.port)
+            client.end()
+            return [one for one in flows if one["pid"] in pids and one["domain"]]
+
+        assert {one["domain"] for one in until(asks, 30, "the name")} == {"far.example"}
 
 
 def test_a_name_ends_with_its_time_to_live(daemon: Any, connect: Any) -> None:

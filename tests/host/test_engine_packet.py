@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from capturing import IN, OUT, facts, families, owners
+from capturing import IN, OUT, StartRun, StartWorker, facts, families, owners
 from nlproto.host import procfs
 from nlproto.records import wire
 from nlproto.records.clock import Clock
@@ -22,7 +22,9 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for AF_PAC
 
 
 @families
-def test_tcp_is_named_at_both_ends_in_both_directions(run: Any, worker: Any, family: Any) -> None:
+def test_tcp_is_named_at_both_ends_in_both_directions(
+    run: StartRun, worker: StartWorker, family: Any
+) -> None:
     taken = run()
     server = worker(f"""
 f = socket.{family}; a = socket.socket(f); a.bind((loopback(f), 0)); a.listen()
@@ -39,8 +41,8 @@ sys.stdin.readline(); c.close(); stay()
 """)
     facts(client)
     taken.wait(84, port)
-    client.stdin.write("\n")
-    client.stdin.flush()
+    there(client.stdin).write("\n")
+    there(client.stdin).flush()
     taken.wait(88, port)
     records = taken.records(port)
     to_server = records[records["dport"] == port]
@@ -54,7 +56,9 @@ sys.stdin.readline(); c.close(); stay()
 
 
 @families
-def test_udp_is_named_at_both_ends_in_both_directions(run: Any, worker: Any, family: Any) -> None:
+def test_udp_is_named_at_both_ends_in_both_directions(
+    run: StartRun, worker: StartWorker, family: Any
+) -> None:
     taken = run()
     server = worker(f"""
 f = socket.{family}; s = socket.socket(f, socket.SOCK_DGRAM); s.bind((loopback(f), 0))
@@ -78,7 +82,7 @@ stay()
     assert set(records["hdr_len"].tolist()) == {header}
 
 
-def test_a_process_that_only_receives_is_named(run: Any, worker: Any) -> None:
+def test_a_process_that_only_receives_is_named(run: StartRun, worker: StartWorker) -> None:
     taken = run()
     receiver = worker("""
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(("127.0.0.1", 0))
@@ -93,7 +97,7 @@ tell(port=s.getsockname()[1]); sys.stdin.read()
     assert owners(records) == {(OUT, os.getpid()), (IN, receiver.pid)}
 
 
-def test_a_record_holds_everything_that_is_known(run: Any) -> None:
+def test_a_record_holds_everything_that_is_known(run: StartRun) -> None:
     taken = run()
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one,
@@ -127,7 +131,9 @@ def test_a_record_holds_everything_that_is_known(run: Any) -> None:
     assert abs(seen - time.time()) < 30
 
 
-def test_a_child_that_the_parent_accepted_for_is_the_owner(run: Any, worker: Any) -> None:
+def test_a_child_that_the_parent_accepted_for_is_the_owner(
+    run: StartRun, worker: StartWorker
+) -> None:
     """From its first packet, although its parent was named a moment before."""
     taken = run()
     server = worker("""
@@ -174,7 +180,7 @@ c.close(); tell(child=child); os.waitpid(child, 0)
     assert np.all(others["flags"] & wire.lib.SNIFFER_F_AMBIGUOUS)
 
 
-def test_a_shared_socket_is_flagged(run: Any, worker: Any) -> None:
+def test_a_shared_socket_is_flagged(run: StartRun, worker: StartWorker) -> None:
     taken = run()
     parent = worker("""
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(("127.0.0.1", 0))
@@ -192,7 +198,9 @@ tell(port=s.getsockname()[1], child=child); os.waitpid(child, 0)
     assert np.all(records["flags"][-2:] & wire.lib.SNIFFER_F_SHARED)
 
 
-def test_a_port_that_another_process_takes_over_gets_the_new_owner(run: Any, worker: Any) -> None:
+def test_a_port_that_another_process_takes_over_gets_the_new_owner(
+    run: StartRun, worker: StartWorker
+) -> None:
     taken = run()
     code = """
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -210,7 +218,7 @@ s.sendto(b"x", s.getsockname()); stay()
     assert found == [first.pid, first.pid, second.pid, second.pid]
 
 
-def test_a_closed_port_has_no_socket(run: Any) -> None:
+def test_a_closed_port_has_no_socket(run: StartRun) -> None:
     taken = run()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
         free.bind(("127.0.0.1", 0))
@@ -226,7 +234,9 @@ def test_a_closed_port_has_no_socket(run: Any) -> None:
     assert {wire.how_name(how) for how in resets["how"].tolist()} == {"no_socket"}
 
 
-def test_never_a_wrong_owner_for_processes_that_live_a_moment(run: Any, worker: Any) -> None:
+def test_never_a_wrong_owner_for_processes_that_live_a_moment(
+    run: StartRun, worker: StartWorker
+) -> None:
     taken = run()
     sink = worker("""
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(("127.0.0.1", 0))
@@ -242,7 +252,7 @@ for _ in range(100):
         tell(port=s.getsockname()[1]); s.sendto(b"x", ("127.0.0.1", {port})); os._exit(0)
     os.waitpid(child, 0)
 """)
-    truth = [json.loads(line) for line in parent.stdout]
+    truth = [json.loads(line) for line in there(parent.stdout)]
     taken.wait(200, port)
     records = taken.records(port)
     assert owners(records, IN) == {(IN, sink.pid)}
@@ -257,7 +267,9 @@ for _ in range(100):
 
 
 @families
-def test_without_sock_diag_proc_net_names_as_well(run: Any, worker: Any, family: Any) -> None:
+def test_without_sock_diag_proc_net_names_as_well(
+    run: StartRun, worker: StartWorker, family: Any
+) -> None:
     taken = run(sock_diag=False)
     server = worker(f"""
 f = socket.{family}; a = socket.socket(f); a.bind((loopback(f), 0)); a.listen()

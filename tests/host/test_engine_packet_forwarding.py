@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from capturing import FWD, IN, OUT, facts, owners
+from capturing import FWD, IN, OUT, StartRun, StartWorker, facts, owners
 from nlproto.records import wire
-from waiting import until
+from waiting import there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for AF_PACKET")
 
 
-def test_a_name_space_of_its_own_is_captured_with_its_owner(run: Any, worker: Any) -> None:
+def test_a_name_space_of_its_own_is_captured_with_its_owner(
+    run: StartRun, worker: StartWorker
+) -> None:
     taken = run()
     inside = worker(
         """
@@ -33,8 +35,8 @@ tell(port=s.getsockname()[1]); sys.stdin.read()
     )
     netns = facts(inside)["netns"]
     until(lambda: netns in taken.engine._places)
-    inside.stdin.write("\n")
-    inside.stdin.flush()
+    there(inside.stdin).write("\n")
+    there(inside.stdin).flush()
     port = facts(inside)["port"]
     taken.wait(10, port, netns=netns)
     records = taken.records(port)
@@ -62,7 +64,7 @@ tell(netns=os.stat("/proc/self/ns/net").st_ino); sys.stdin.read()
 
 
 @pytest.fixture
-def forwarding(worker: Any) -> Iterator[tuple[Any, ...]]:
+def forwarding(worker: StartWorker) -> Iterator[tuple[Any, ...]]:
     prefix = f"phtest{os.getpid()}n"
     router = worker(FORWARD.replace("PREFIX", prefix), prefix=["unshare", "-n"])
     yield prefix, facts(router)["netns"]
@@ -71,7 +73,7 @@ def forwarding(worker: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def test_a_forwarded_packet_is_one_record_without_owner(
-    run: Any, worker: Any, forwarding: tuple[Any, ...]
+    run: StartRun, worker: StartWorker, forwarding: tuple[Any, ...]
 ) -> None:
     prefix, router = forwarding
     taken = run()
@@ -119,14 +121,14 @@ d, a = s.recvfrom(100); s.sendto(d, a); tell(); sys.stdin.read()
 """
 
 
-def test_a_packet_through_a_bridge_port_is_one_record(run: Any, worker: Any) -> None:
+def test_a_packet_through_a_bridge_port_is_one_record(run: StartRun, worker: StartWorker) -> None:
     name = f"phtest{os.getpid()}b"
     host = worker(BRIDGE.replace("NAME", name), prefix=["unshare", "-n"])
     try:
         netns = facts(host)["netns"]
         taken = run()
-        host.stdin.write("\n")
-        host.stdin.flush()
+        there(host.stdin).write("\n")
+        there(host.stdin).flush()
         port = facts(host)["port"]
         worker(
             f"""
@@ -147,7 +149,7 @@ s.sendto(b"x", ("10.98.0.1", {port})); s.recv(100); sys.stdin.read()
         subprocess.run(["ip", "netns", "delete", name], check=False)
 
 
-def test_a_broadcast_is_a_record_for_each_receiver(run: Any, worker: Any) -> None:
+def test_a_broadcast_is_a_record_for_each_receiver(run: StartRun, worker: StartWorker) -> None:
     name = f"phtest{os.getpid()}c"
     code = """
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -193,7 +195,7 @@ s.sendto(b"x", ("10.97.0.255", 47001)); tell(); sys.stdin.read()
         subprocess.run(["ip", "netns", "delete", name + "x"], check=False)
 
 
-def test_a_namespace_that_ended_is_let_go(run: Any, worker: Any) -> None:
+def test_a_namespace_that_ended_is_let_go(run: StartRun, worker: StartWorker) -> None:
     """Asked by its number: others on this machine make and end namespaces of their own."""
     taken = run()
     child = worker(

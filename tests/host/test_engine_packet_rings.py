@@ -16,17 +16,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from capturing import IN, OUT, TCP, UDP, facts, owners
+from capturing import IN, OUT, TCP, UDP, StartRun, StartWorker, facts, owners
 from nlproto.engines.engine import open_engine
 from nlproto.engines.packet import PacketEngine
 from nlproto.kernel.loading import advice
 from nlproto.pipeline.account import Account
-from waiting import stand_in
+from waiting import stand_in, there
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for AF_PACKET")
 
 
-def test_fragments_after_the_first_are_counted_as_skipped(run: Any, worker: Any) -> None:
+def test_fragments_after_the_first_are_counted_as_skipped(
+    run: StartRun, worker: StartWorker
+) -> None:
     inside = worker(
         """
 import subprocess
@@ -42,8 +44,8 @@ sys.stdin.read()
     )
     netns = facts(inside)["netns"]
     taken = run()
-    inside.stdin.write("\n")
-    inside.stdin.flush()
+    there(inside.stdin).write("\n")
+    there(inside.stdin).flush()
     ports = [facts(inside)["port"] for _ in range(2)]
     taken.wait(4, *ports, netns=netns)
     records = taken.records(*ports)
@@ -54,7 +56,7 @@ sys.stdin.read()
     assert taken.account.closes()
 
 
-def test_segments_of_a_large_skb_are_counted(run: Any, worker: Any) -> None:
+def test_segments_of_a_large_skb_are_counted(run: StartRun, worker: StartWorker) -> None:
     if tuple(int(part) for part in platform.release().split(".")[:2]) < (6, 2):
         pytest.skip("needs Linux 6.2: earlier ones tell segments only at the price of losing some")
     taken = run()
@@ -71,7 +73,9 @@ def test_segments_of_a_large_skb_are_counted(run: Any, worker: Any) -> None:
     assert records[records["dir"] == IN]["gso_segs"].sum() == 10
 
 
-def test_malformed_packets_are_skipped_and_nothing_breaks(run: Any, worker: Any) -> None:
+def test_malformed_packets_are_skipped_and_nothing_breaks(
+    run: StartRun, worker: StartWorker
+) -> None:
     inside = worker(
         """
 import random, subprocess
@@ -94,8 +98,8 @@ tell(sent=sent); sys.stdin.read()
     )
     netns = facts(inside)["netns"]
     taken = run()
-    inside.stdin.write("\n")
-    inside.stdin.flush()
+    there(inside.stdin).write("\n")
+    there(inside.stdin).flush()
     sent = facts(inside)["sent"]
     taken.stop()
     records = np.concatenate([part.records for part in taken.parts])
@@ -164,7 +168,7 @@ def _counted(account: Any, batches: Any) -> Iterator[Any]:
         yield batch
 
 
-def test_the_mapped_rings_and_sockets_are_given_back(run: Any) -> None:
+def test_the_mapped_rings_and_sockets_are_given_back(run: StartRun) -> None:
     gc.collect()  # what a test before this one has left is not this one's
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):

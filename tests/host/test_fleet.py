@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from daemons import Daemon
 from fleeting import Program, Server, free_port, rows
 from hunting import NOBODY
 from receiving import receiver
@@ -29,7 +30,7 @@ def _nats(tmp_path: Path) -> Iterator[Server]:
 
 
 def test_a_connection_becomes_a_row_that_names_its_process(
-    daemon: Any, nats: Server, tmp_path: Path, server: Any
+    daemon: Daemon, nats: Server, tmp_path: Path, server: tuple[int, int]
 ) -> None:
     store = tmp_path / "store"
     arguments = ["--server", nats.url, "--interval", "0.3"]
@@ -75,7 +76,7 @@ def test_a_connection_becomes_a_row_that_names_its_process(
 
 
 def test_a_connection_becomes_a_log_record_of_a_pipeline(
-    daemon: Any, tmp_path: Path, server: Any
+    daemon: Daemon, tmp_path: Path, server: tuple[int, int]
 ) -> None:
     """The daemon's own packets at a receiver of OpenTelemetry logs, by both conventions' names."""
     with (
@@ -115,7 +116,9 @@ def _attributes(record: Any) -> dict[Any, Any]:
     return {one["key"]: next(iter(one["value"].values())) for one in record["attributes"]}
 
 
-def test_who_may_not_see_everything_is_told_so(daemon: Any, nats: Server, tmp_path: Path) -> None:
+def test_who_may_not_see_everything_is_told_so(
+    daemon: Daemon, nats: Server, tmp_path: Path
+) -> None:
     spool = tmp_path / "spool"
     spool.mkdir()
     os.chown(spool, 65534, 65534)
@@ -128,7 +131,9 @@ def test_who_may_not_see_everything_is_told_so(daemon: Any, nats: Server, tmp_pa
         assert "member of its group" in exporter.text()
 
 
-def test_one_command_starts_a_fleet_on_one_machine_and_ends_it(tmp_path: Path, server: Any) -> None:
+def test_one_command_starts_a_fleet_on_one_machine_and_ends_it(
+    tmp_path: Path, server: tuple[int, int]
+) -> None:
     directory = tmp_path / "fleet"
     told = {"PACKET_HUNTER_ENGINE": "packet", "PACKET_HUNTER_NATS_PORT": str(free_port())}
     command = [str(EXAMPLES / "fleet.sh"), str(directory)]

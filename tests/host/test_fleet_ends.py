@@ -63,7 +63,8 @@ class Machine:
         self.exporter = Program.of(
             self.directory / "export.log", "export", *words, "--server", url, "--interval", "1"
         )
-        self.exporter.wait_for("connected as")
+        # reads the daemon, which tells nobody what was before
+        self.exporter.wait_for("engine packet")
 
     def _child(self) -> Any:
         children = Path(f"/proc/{self.outer.pid}/task/{self.outer.pid}/children").read_text()
@@ -122,10 +123,13 @@ def test_every_connection_of_three_machines_has_both_its_processes(
         wanted = {(one.name, *way): pid for one in made for way, pid in one.told("ask").items()}
         assert len(wanted) == 3 * 3 * EACH
 
-        def all_there() -> bool:
-            return wanted.keys() <= ends_by_way(store, since, PORT).keys()
+        def missing() -> set[tuple[str, str, str]]:
+            return wanted.keys() - ends_by_way(store, since, PORT).keys()
 
-        until(all_there, 60, "both ends of all")
+        try:
+            until(lambda: not missing(), 60, "both ends of all")
+        except pytest.fail.Exception:
+            pytest.fail(f"without both ends: {missing()}")
         for one in asking:
             one.stdin.close()
             one.wait()

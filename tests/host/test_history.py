@@ -29,7 +29,7 @@ CAROL = BOB + 2000
 
 
 @pytest.fixture(name="disk")
-def _disk(directory: Any) -> Iterator[Any]:
+def _disk(directory: Path) -> Iterator[Any]:
     """A file system of 8 MiB."""
     disk = directory / "disk"
     disk.mkdir()
@@ -51,7 +51,7 @@ class Daemon(subprocess.Popen[bytes]):
 
 
 @pytest.fixture(name="start")
-def _start(directory: Any) -> Iterator[Any]:
+def _start(directory: Path) -> Iterator[Any]:
     started: list[Any] = []
 
     def start(config: Any, environment: Any = None, ready: str = "serving") -> Any:
@@ -221,7 +221,7 @@ def test_a_read_only_file_system_is_one_line_and_no_obstacle(
     ],
 )
 def test_a_mistake_of_the_configuration_is_one_line(
-    start: Any, directory: Any, config: str, words: str
+    start: Any, directory: Path, config: str, words: str
 ) -> None:
     daemon = start(config.replace("DIRECTORY", str(directory)))
     assert daemon.wait(30) == 2
@@ -277,7 +277,7 @@ class MachineClocks:
 
 
 @pytest.fixture(name="clocks")
-def _clocks(directory: Any) -> MachineClocks:
+def _clocks(directory: Path) -> MachineClocks:
     (directory / "clocks.c").write_text(_CLOCKS)
     library = directory / "clocks.so"
     command = ["gcc", "-shared", "-fPIC", "-o", str(library), str(directory / "clocks.c"), "-ldl"]
@@ -295,7 +295,7 @@ def _stamp(path: Any) -> Any:
 
 
 def test_clocks_that_jump_twenty_years_and_back_delete_nothing(
-    start: Any, directory: Any, port: Any, clocks: MachineClocks
+    start: Any, directory: Path, port: Any, clocks: MachineClocks
 ) -> None:
     """Also CLOCK_BOOTTIME, as faketime(1) does it. Every 30 s the file is trimmed."""
     path = directory / "history.db"
@@ -319,7 +319,7 @@ def test_clocks_that_jump_twenty_years_and_back_delete_nothing(
 
 @pytest.mark.parametrize("years", [YEARS, -YEARS])
 def test_a_clock_that_jumps_while_no_daemon_runs_deletes_nothing(
-    start: Any, directory: Any, port: Any, clocks: MachineClocks, years: Any
+    start: Any, directory: Path, port: Any, clocks: MachineClocks, years: Any
 ) -> None:
     path = directory / "history.db"
     config = f"history: {path}\nflush_interval: 100ms\nhistory_age: 1d\n"
@@ -334,7 +334,9 @@ def test_a_clock_that_jumps_while_no_daemon_runs_deletes_nothing(
     assert _owners(path, port)[1] >= sent
 
 
-def test_one_users_flood_leaves_others_their_history(start: Any, directory: Any, port: Any) -> None:
+def test_one_users_flood_leaves_others_their_history(
+    start: Any, directory: Path, port: Any
+) -> None:
     path = directory / "history.db"
     config = f"history: {path}\nhistory_size: 1MiB\nhistory_flows: 2000\nmax_processes: 200\n"
     daemon = start(config + "flush_interval: 100ms\n")

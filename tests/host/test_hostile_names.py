@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from daemons import StartDaemon
 from nlproto.client.client import DaemonClient
 from nlproto.host import procfs
 from waiting import there, until
@@ -115,7 +116,7 @@ def talker(receiver: Any, cgroup: Path, maker: int = USER, name: str = "") -> It
         process.communicate()
 
 
-def test_no_name_of_a_cgroup_stops_the_daemon(start: Any, receiver: Any, tree: Any) -> None:  # noqa: F811
+def test_no_name_of_a_cgroup_stops_the_daemon(start: StartDaemon, receiver: Any, tree: Any) -> None:  # noqa: F811
     daemon = start()
     manager = tree / f"user@{USER}.service"
     name = "a" + "".join(SEPARATORS) + "b"
@@ -174,7 +175,7 @@ def test_below_a_slice_that_was_given_away_is_nothing(receiver: Any, tree: Any) 
 
 
 def test_a_name_that_reads_as_another_uid_does_not_change_the_rights(
-    start: Any, receiver: Any, tree: Any
+    start: StartDaemon, receiver: Any, tree: Any
 ) -> None:  # noqa: F811
     daemon = start()
     with talker(receiver, tree / "own.service", 0, "Uid:\t0\t0\t0") as pid:

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,9 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log.close()
 
 
-def test_alone_it_names_both_ends_and_its_account_closes(server: Any, no_daemon: list[str]) -> None:
+def test_alone_it_names_both_ends_and_its_account_closes(
+    server: tuple[int, int], no_daemon: list[str]
+) -> None:
     pid, port = server
     done = hunt(*no_daemon, "-n", "tcp", "port", port, *talk(port))
     assert done.returncode == 0, done.stderr
@@ -71,7 +73,7 @@ def test_alone_it_names_both_ends_and_its_account_closes(server: Any, no_daemon:
 
 @pytest.mark.parametrize("way", ["alone", "daemon"])
 def test_without_a_filter_all_that_was_delivered_is_shown(
-    way: str, server: Any, daemon: str, no_daemon: list[str], tmp_path: Path
+    way: str, server: tuple[int, int], daemon: str, no_daemon: list[str], tmp_path: Path
 ) -> None:
     """The last packets of the command too, though the hunter ends with it."""
     _, port = server
@@ -85,7 +87,7 @@ def test_without_a_filter_all_that_was_delivered_is_shown(
 
 @pytest.mark.parametrize("way", ["daemon", "direct"])
 def test_through_the_daemon_and_directly_it_names_both_ends(
-    way: str, server: Any, daemon: str, tmp_path: Path
+    way: str, server: tuple[int, int], daemon: str, tmp_path: Path
 ) -> None:
     pid, port = server
     path = tmp_path / "x.jsonl"
@@ -105,7 +107,7 @@ def test_through_the_daemon_and_directly_it_names_both_ends(
 
 
 def test_without_root_it_works_through_the_daemon_and_shows_own_packets_only(
-    server: Any, daemon: str
+    server: tuple[int, int], daemon: str
 ) -> None:
     _, port = server
     os.chmod(os.path.dirname(daemon), 0o755)
@@ -116,7 +118,7 @@ def test_without_root_it_works_through_the_daemon_and_shows_own_packets_only(
 
 
 def test_csv_has_the_agreed_columns_and_true_values(
-    server: Any, no_daemon: list[str], tmp_path: Path
+    server: tuple[int, int], no_daemon: list[str], tmp_path: Path
 ) -> None:
     pid, port = server
     path = tmp_path / "capture.csv"
@@ -145,7 +147,7 @@ def test_csv_has_the_agreed_columns_and_true_values(
 
 
 def test_a_saved_file_shows_the_same_through_r_and_filters(
-    server: Any, no_daemon: list[str], tmp_path: Path
+    server: tuple[int, int], no_daemon: list[str], tmp_path: Path
 ) -> None:
     pid, port = server
     for name in ("x.csv", "x.jsonl"):
@@ -165,24 +167,25 @@ def test_a_saved_file_shows_the_same_through_r_and_filters(
         assert 0 < len(chosen) < len(rows)
 
 
-def test_options_narrow_as_the_filter_does(server: Any, no_daemon: list[str]) -> None:
+def test_options_narrow_as_the_filter_does(server: tuple[int, int], no_daemon: list[str]) -> None:
     pid, port = server
     with traffic(port):
-        for options, fits in [
+        cases: list[tuple[list[object], Callable[[dict[str, Any]], bool]]] = [
             (["--pid", pid], lambda row: row["pid"] == pid),
             (["-Q", "in"], lambda row: row["dir"] == "in"),
             (["-Q", "out", "dst", "port", port], lambda row: row["dport"] == port),
             (["-i", "lo"], lambda row: row["src"] == row["dst"] == "127.0.0.1"),
             (["--uid", "root"], lambda row: row["uid"] == 0),
             (["--pid", os.getpid(), "--pid", pid], lambda row: row["pid"] in (pid, os.getpid())),
-        ]:
+        ]
+        for options, fits in cases:
             done = hunt(*no_daemon, "--json", "-c", "10", *options)
             rows = [json.loads(line) for line in done.stdout.splitlines()]
             assert len(rows) == 10 and all(map(fits, rows)), (options, rows[:3], done.stderr)
 
 
 def test_a_filter_file_is_read_with_comments(
-    server: Any, no_daemon: list[str], tmp_path: Path
+    server: tuple[int, int], no_daemon: list[str], tmp_path: Path
 ) -> None:
     _, port = server
     path = tmp_path / "filter"
@@ -238,7 +241,9 @@ def ask_who(path: Any, port: Any, *words: Any) -> Any:
     return hunt("who", "--socket", path, "--port", port, "--json", *words)
 
 
-def test_who_names_the_listener_with_and_without_the_daemon(server: Any, daemon: str) -> None:
+def test_who_names_the_listener_with_and_without_the_daemon(
+    server: tuple[int, int], daemon: str
+) -> None:
     pid, port = server
     with traffic(port):
         until(lambda: json.loads(ask_who(daemon, port).stdout)["flows"])
@@ -294,7 +299,7 @@ def _start_daemon(path: Any) -> Any:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_it_waits_for_a_daemon_that_goes_away_and_goes_on_with_the_next(
-    number: Any, server: Any, tmp_path: Path
+    number: Any, server: tuple[int, int], tmp_path: Path
 ) -> None:
     path, saved = tmp_path / "d.sock", tmp_path / "out.csv"
     first = _start_daemon(path)

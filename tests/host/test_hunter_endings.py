@@ -27,7 +27,7 @@ from waiting import patient, there, until
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 
 
-def test_count_ends_after_exactly_n(server: Any, no_daemon: list[str]) -> None:
+def test_count_ends_after_exactly_n(server: tuple[int, int], no_daemon: list[str]) -> None:
     _, port = server
     with traffic(port):
         done = hunt(*no_daemon, "--json", "-c", "7", "port", port)
@@ -44,7 +44,7 @@ def test_duration_ends_by_itself(no_daemon: list[str]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_it_with_0_and_the_account(
-    number: Any, server: Any, no_daemon: list[str], tmp_path: Path
+    number: Any, server: tuple[int, int], no_daemon: list[str], tmp_path: Path
 ) -> None:
     _, port = server
     path = tmp_path / "x.csv"
@@ -62,7 +62,9 @@ def test_signals_end_it_with_0_and_the_account(
     assert account_of(stderr)["shown"] == len(path.read_text().splitlines()) - 1 > 0
 
 
-def test_a_closed_pipe_ends_it_quietly_with_0(server: Any, no_daemon: list[str]) -> None:
+def test_a_closed_pipe_ends_it_quietly_with_0(
+    server: tuple[int, int], no_daemon: list[str]
+) -> None:
     _, port = server
     with traffic(port):
         process = subprocess.Popen(
@@ -106,7 +108,7 @@ def test_short_answers_end_well_whoever_reads_them(arguments: list[str], unbuffe
 
 
 def test_after_sigkill_the_parquet_file_is_finished(
-    server: Any, no_daemon: list[str], tmp_path: Path
+    server: tuple[int, int], no_daemon: list[str], tmp_path: Path
 ) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     _, port = server
@@ -128,7 +130,7 @@ def test_after_sigkill_the_parquet_file_is_finished(
 
 
 def test_after_sigkill_the_file_holds_whole_rows(
-    server: Any, no_daemon: list[str], tmp_path: Path
+    server: tuple[int, int], no_daemon: list[str], tmp_path: Path
 ) -> None:
     _, port = server
     with traffic(port):

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from nlproto.client.client import DaemonClient
 from talking import looking
-from translating import PUBLISHED, became, flow_of, place
+from translating import PUBLISHED, ask, became, flow_of, place
 from waiting import there, until
 
 pytestmark = [
@@ -37,8 +36,7 @@ def _lab(namespaces: Any) -> Iterator[Any]:
 
 
 def flows(daemon: Any, **question: Any) -> Any:
-    with DaemonClient(daemon.path) as asking:
-        return asking.who(**question)["flows"]
+    return ask(daemon.path, **question)
 
 
 def of(daemon: Any, process: Any, **question: Any) -> Any:
@@ -111,14 +109,18 @@ def test_saved_addresses_are_read_again(daemon: Any, lab: Any, tmp_path: Path, e
 
 def who(daemon: Any, *words: Any) -> Any:
     """What `who` prints, in one line for each row."""
-    shown = subprocess.run(
-        [*HUNTER, "who", "--socket", daemon.path, *words],
-        env={**os.environ, "COLUMNS": "300"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return shown.stdout.splitlines()
+
+    def shown() -> Any:
+        done = subprocess.run(
+            [*HUNTER, "who", "--socket", daemon.path, *words],
+            env={**os.environ, "COLUMNS": "300"},
+            capture_output=True,
+            text=True,
+        )
+        assert not done.returncode or "did not answer in" in done.stderr, done.stderr
+        return not done.returncode and done
+
+    return until(shown).stdout.splitlines()
 
 
 def test_who_shows_one_connection_with_both_addresses(daemon: Any, lab: Any) -> None:
@@ -170,6 +172,79 @@ def test_a_container_that_asks_itself_by_its_published_port(daemon: Any, lab: An
     assert became(answers) == ("10.77.0.1", 8080, "10.88.0.2", client.port)
 
 
+@pytest.mark.parametrize("address", ["10.77.0.1", "127.0.0.1"])
+def test_a_process_of_the_host_that_asks_its_own_published_port(
+    daemon: Any, lab: Any, address: str
+) -> None:
+    """What leaves has the addresses behind NAT; its socket has those before."""
+    serving = lab.server("box", 80, address="10.88.0.2")
+    client = lab.client("host", address, 8080)
+
+    def asks() -> Any:
+        client.again()
+        return [one for one in flows(daemon, port=client.port) if one["pid"] == client.pid]
+
+    asked = until(asks, 20, "its own flow")[0]
+    assert (asked["remote"], asked["rport"]) == ("10.88.0.2", 80)
+    assert became(asked)[2:] == (address, 8080)
+    assert of(daemon, serving, port=8080)["nat_lport"] == 8080
+
+
+def test_a_port_that_leads_to_another_of_the_host(daemon: Any, lab: Any) -> None:
+    serving = lab.server("host", 9090)
+    client = lab.client("far", "10.77.0.1", 8082)
+
+    def served() -> Any:
+        client.again()
+        return [one for one in flows(daemon, port=8082) if one["pid"] == serving.pid]
+
+    assert {one["packets_out"] > 0 for one in until(served, 20, "its own flow")} == {True}
+
+
+def test_a_proxy_of_the_runtime_has_not_what_is_translated(daemon: Any, lab: Any) -> None:
+    """It listens on the published port, and packets from outside never reach it."""
+    lab.start("host", PROXY, "0.0.0.0", 8080)
+    serving = lab.server("box", 80, address="10.88.0.2")
+    client = lab.client("far", "10.77.0.1", 8080)
+
+    def served() -> Any:
+        client.again()
+        found = flows(daemon, port=client.port)
+        mine = [one for one in found if one["pid"] == serving.pid]
+        return found if mine and any(one["forwarded"] for one in found) else None
+
+    found = until(served, 20, "the flow of the server")
+    assert {one["pid"] for one in found} == {serving.pid, client.pid, None}
+    assert {one["how"] for one in found if one["pid"] is None} == {"forwarded"}
+
+
+INNER = """
+chain pre {
+  type nat hook prerouting priority -100
+  tcp dport 80 dnat ip to 10.99.0.2:80
+}
+"""
+
+
+def test_what_is_translated_twice_has_the_last_ends(daemon: Any) -> None:
+    """A published port whose container publishes another one's."""
+    with place(inner=True) as lab:
+        lab.rules(PUBLISHED)
+        lab.rules(INNER, "box")
+        serving = lab.server("inner", 80, address="10.99.0.2")
+        client = lab.client("far", "10.77.0.1", 8080)
+
+        def twice() -> Any:
+            client.again()
+            found = [one for one in flows(daemon, port=8080) if one["pid"] == serving.pid]
+            return [one for one in found if one["nat_lport"] == 8080]
+
+        (flow,) = until(twice, 20, "the flow with both translations")
+        assert became(flow) == ("10.77.0.1", 8080, client.address, client.port)
+        (asked,) = [one for one in flows(daemon, port=8080) if one["pid"] == client.pid]
+        assert became(asked)[2:] == ("10.99.0.2", 80)
+
+
 def test_what_one_user_translates_is_not_told_of_another(daemon: Any, lab: Any) -> None:
     """A namespace of somebody else's with the same tuples claims nothing."""
     serving = lab.server("box", 80, address="10.88.0.2")
@@ -216,10 +291,10 @@ with socket.create_server(("10.88.0.2", 80)) as server, socket.socket() as peer:
 
 
 PROXY = """
-import ctypes, socket, threading
+import ctypes, socket, sys, threading
 ctypes.CDLL(None).prctl(15, b"docker-proxy")
-server = socket.create_server(("10.77.0.1", 9000))
-print(9000, flush=True)
+server = socket.create_server((sys.argv[1], int(sys.argv[2])))
+print(sys.argv[2], flush=True)
 def pour(one, other):
     while data := one.recv(100):
         other.sendall(data)
@@ -233,7 +308,7 @@ while True:
 
 def test_who_shows_the_process_behind_a_proxy_of_the_runtime(daemon: Any, lab: Any) -> None:
     serving = lab.server("box", 80, address="10.88.0.2")
-    proxy = lab.start("host", PROXY)
+    proxy = lab.start("host", PROXY, "10.77.0.1", 9000)
     client = lab.client("far", "10.77.0.1", 9000)
     of(daemon, proxy, port=9000)
     of(daemon, serving, port=80)

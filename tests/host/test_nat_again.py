@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from nlproto.client.client import DaemonClient
-from translating import PUBLISHED, became, flow_of, place
+from translating import PUBLISHED, ask, became, flow_of, place
 from waiting import until
 
 pytestmark = [
@@ -89,8 +88,7 @@ def test_a_port_that_comes_back_at_once(start: Any, lab: Any, case: Any, older: 
 
     def served() -> Any:
         old.again()  # a daemon that has just begun may not have the namespaces yet
-        with DaemonClient(daemon.path) as asking:
-            flows = asking.who(port=case.port)["flows"]
+        flows = ask(daemon.path, port=case.port)
         return next((one for one in flows if one["pid"] == first.pid), None)
 
     flow = until(served, 20, "the flow of the first server")
@@ -113,8 +111,7 @@ def test_a_port_that_comes_back_at_once(start: Any, lab: Any, case: Any, older: 
         return flow if fits(flow, case, case.then) else None
 
     until(asked, 20, "the later translation")
-    with DaemonClient(daemon.path) as asking:
-        flows = asking.who(port=case.port)["flows"]
+    flows = ask(daemon.path, port=case.port)
     (flow,) = [one for one in flows if one["pid"] == second.pid]
     if case.then:
         assert became(flow)[:2] == (case.address, case.port)

@@ -171,3 +171,16 @@ def test_a_dump_can_be_narrowed_to_a_port(diag: SockDiag, made: Any) -> None:
 def test_a_thousand_sockets_fit_a_dump(diag: SockDiag, made: Any) -> None:
     mine = {inode(made(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(900)}
     assert mine <= set(diag.dump((UDP,))["inode"].tolist())
+
+
+def test_packets_without_room_are_counted_as_the_kernel_does(diag: SockDiag) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as full:
+        full.bind(("127.0.0.1", 0))
+        full.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        for _ in range(50):
+            full.sendto(b"x" * 500, full.getsockname())
+        (row,) = [one for one in diag.dump((UDP,)) if one["inode"] == inode(full)]
+        (line,) = [one for one in open("/proc/net/udp") if one.split()[9] == str(inode(full))]
+        assert 0 < row["drops"] == int(line.split()[12])
+        (read,) = [one for one in procfs.tables() if one["inode"] == inode(full)]
+        assert read["drops"] == row["drops"]

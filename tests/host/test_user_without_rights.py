@@ -22,7 +22,7 @@ from typing import Any, get_args
 import pytest
 
 from daemon.serve import requests
-from daemons import NOBODY
+from daemons import NOBODY, Daemon, StartDaemon
 from nameserver import A, NameServer, ask
 from nlproto.client.client import DaemonClient
 from waiting import patient, until
@@ -186,7 +186,7 @@ def ask_all(path: str, asked: list[dict[str, Any]]) -> list[tuple[str, dict[str,
 
 
 def test_no_answer_and_no_error_tells_what_root_does(
-    start: Any, directory: Any, root: Root
+    start: StartDaemon, directory: Path, root: Root
 ) -> None:
     daemon = start(config=f"history: {directory}/history.db\nflush_interval: 50ms\n")
     domain = f"{NAME}.example"
@@ -209,7 +209,7 @@ def test_no_answer_and_no_error_tells_what_root_does(
         assert str(root.pid) not in told.replace(str(daemon.process.pid), ""), (request, raw)
 
 
-def test_answers_are_the_same_whatever_others_do(start: Any) -> None:
+def test_answers_are_the_same_whatever_others_do(start: StartDaemon) -> None:
     """Traffic, evictions, filters, clients, mistakes and questions of root's in between."""
     daemon = start(config="history_flows: 200\nmax_processes: 16\nmax_ports: 200\n")
     root = Root()
@@ -259,7 +259,7 @@ print(json.dumps(told))
 """
 
 
-def test_no_filter_and_no_counter_tells_of_roots_traffic(daemon: Any, root: Root) -> None:
+def test_no_filter_and_no_counter_tells_of_roots_traffic(daemon: Daemon, root: Root) -> None:
     root.known(daemon.path)
     told = {"pid": root.pid, "ports": root.ports, "address": ADDRESS, "name": NAME}
     for text, raw, begun, stats, ended in as_user(_FILTERS, daemon.path, json.dumps(told), 1.5):
@@ -289,7 +289,7 @@ print(json.dumps(least))
 """
 
 
-def test_times_do_not_tell_a_port_in_use_from_a_free_one(daemon: Any, root: Root) -> None:
+def test_times_do_not_tell_a_port_in_use_from_a_free_one(daemon: Daemon, root: Root) -> None:
     """Coarsely: the shortest of many answers differ by less than half a millisecond, or by half."""
     root.known(daemon.path)
     with socket.socket() as free:
@@ -301,7 +301,7 @@ def test_times_do_not_tell_a_port_in_use_from_a_free_one(daemon: Any, root: Root
 
 
 def test_files_are_closed_to_others(
-    start: Any, tmp_path_factory: pytest.TempPathFactory, root: Root
+    start: StartDaemon, tmp_path_factory: pytest.TempPathFactory, root: Root
 ) -> None:
     """History, sealed hours, sidecars, lock, log: nothing can be opened, listed or watched."""
     directory = tmp_path_factory.mktemp("open")
@@ -333,7 +333,7 @@ print(json.dumps(found))
 
 
 def test_metrics_on_a_unix_socket_are_for_the_group(
-    start: Any, tmp_path_factory: pytest.TempPathFactory
+    start: StartDaemon, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     directory = tmp_path_factory.mktemp("metrics")
     for part in (directory, directory.parent, directory.parent.parent):
@@ -349,7 +349,7 @@ except PermissionError:
     assert as_user(code, directory / "metrics.sock") == "refused"
 
 
-def test_metrics_are_off_unless_configured(daemon: Any) -> None:
+def test_metrics_are_off_unless_configured(daemon: Daemon) -> None:
     """No port is listened on: SECURITY.md says that on TCP every local user can read them."""
     held = {os.readlink(one) for one in Path(f"/proc/{daemon.process.pid}/fd").iterdir()}
     lines = Path("/proc/net/tcp").read_text().split("\n")[1:-1]
@@ -358,7 +358,7 @@ def test_metrics_are_off_unless_configured(daemon: Any) -> None:
     assert not held & listening
 
 
-def test_the_page_tells_nothing_without_its_secret(daemon: Any, root: Root) -> None:
+def test_the_page_tells_nothing_without_its_secret(daemon: Daemon, root: Root) -> None:
     page = subprocess.Popen(
         [sys.executable, "-I", "-m", "hunter", "web", "--socket", daemon.path],
         stdout=subprocess.PIPE,

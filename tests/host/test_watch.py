@@ -13,11 +13,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from daemons import NOBODY
+from daemons import NOBODY, Daemon, StartDaemon
 from hunting import HUNTER
 from nlproto.client.client import DaemonClient
 from waiting import patient, stand_in, there, until
@@ -28,11 +29,11 @@ HOSTILE = "w\x1b]0;\n[b]"
 
 
 @pytest.fixture(name="watched")
-def _watched(start: Any, directory: Any) -> Any:
+def _watched(start: StartDaemon, directory: Path) -> Any:
     return start(config=f"history: {directory}/history.db\nflush_interval: 100ms\n")
 
 
-def talk(directory: Any, name: Any, port: Any, **more: Any) -> None:
+def talk(directory: Path, name: Any, port: Any, **more: Any) -> None:
     """A program called `name` sends to `port`."""
     program = directory / name
     shutil.copy(there(shutil.which("bash")), program)
@@ -42,7 +43,7 @@ def talk(directory: Any, name: Any, port: Any, **more: Any) -> None:
     subprocess.run([program, "-c", code], check=True, cwd="/", **more)
 
 
-def talk_until(condition: Any, directory: Any, name: Any, **more: Any) -> None:
+def talk_until(condition: Any, directory: Path, name: Any, **more: Any) -> None:
     """Beside other traffic engine packet may be too late for all that a program sent: again."""
 
     def attempt() -> Any:
@@ -52,14 +53,14 @@ def talk_until(condition: Any, directory: Any, name: Any, **more: Any) -> None:
     until(attempt, 60, f"{name} was seen")
 
 
-def watch(daemon: Any, *words: Any, **more: Any) -> subprocess.CompletedProcess[str]:
+def watch(daemon: Daemon, *words: Any, **more: Any) -> subprocess.CompletedProcess[str]:
     command = [*HUNTER, "watch", "--socket", daemon.path, *words]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=patient(60), check=False, **more
     )
 
 
-def found(daemon: Any, kind: Any, **fields: Any) -> list[Any]:
+def found(daemon: Daemon, kind: Any, **fields: Any) -> list[Any]:
     with DaemonClient(daemon.path) as client:
         return [
             one
@@ -69,7 +70,7 @@ def found(daemon: Any, kind: Any, **fields: Any) -> list[Any]:
 
 
 def test_a_program_a_destination_and_a_listener_are_told_harmless(
-    watched: Any, directory: Any
+    watched: Any, directory: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         own = server.getsockname()[1]
@@ -96,7 +97,9 @@ def test_a_program_a_destination_and_a_listener_are_told_harmless(
     assert watch(watched, "--once", "--since", "0s", "listener").returncode == 1
 
 
-def test_a_user_without_rights_is_told_of_own_processes_alone(watched: Any, directory: Any) -> None:
+def test_a_user_without_rights_is_told_of_own_processes_alone(
+    watched: Any, directory: Path
+) -> None:
     talk_until(lambda: found(watched, "program", name="of-root"), directory, "of-root")
     nobody = {"user": NOBODY, "group": NOBODY}
     talk_until(
@@ -160,7 +163,7 @@ def hook() -> Iterator[Hook]:
             thread.join()
 
 
-def test_a_webhook_gets_each_finding_once_and_is_tried_again(watched: Any, directory: Any) -> None:
+def test_a_webhook_gets_each_finding_once_and_is_tried_again(watched: Any, directory: Path) -> None:
     talk_until(lambda: found(watched, "program", name="hooked"), directory, "hooked")
     with hook() as server:
         url = f"http://127.0.0.1:{server.server_port}/net"
@@ -170,7 +173,7 @@ def test_a_webhook_gets_each_finding_once_and_is_tried_again(watched: Any, direc
     assert [one["name"] for one in server.taken].count("hooked") == 1
 
 
-def test_what_no_webhook_takes_is_counted_and_said(watched: Any, directory: Any) -> None:
+def test_what_no_webhook_takes_is_counted_and_said(watched: Any, directory: Path) -> None:
     talk_until(lambda: found(watched, "program", name="unhooked"), directory, "unhooked")
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
@@ -182,7 +185,7 @@ def test_what_no_webhook_takes_is_counted_and_said(watched: Any, directory: Any)
     assert bad.returncode == 2 and "--webhook is an address" in bad.stderr
 
 
-def test_it_goes_on_and_tells_nothing_twice(watched: Any, directory: Any) -> None:
+def test_it_goes_on_and_tells_nothing_twice(watched: Any, directory: Path) -> None:
     command = [*HUNTER, "watch", "--socket", watched.path, "program"]
     out, err = directory / "out", directory / "err"
     with open(out, "w") as stdout, open(err, "w") as stderr:
@@ -201,6 +204,6 @@ def test_it_goes_on_and_tells_nothing_twice(watched: Any, directory: Any) -> Non
         assert out.read_text().count(f"new program {name} ") == 1
 
 
-def test_without_a_history_on_disk_it_says_what_to_do(daemon: Any) -> None:
+def test_without_a_history_on_disk_it_says_what_to_do(daemon: Daemon) -> None:
     done = watch(daemon, "--once")
     assert done.returncode == 2 and "set 'history' in daemon.yaml" in done.stderr

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from daemons import NOBODY, send
+from daemons import NOBODY, Daemon, send
 from waiting import patient, there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
@@ -71,14 +71,14 @@ class Page:
 
 
 @pytest.fixture
-def page(daemon: Any) -> Iterator[Page]:
+def page(daemon: Daemon) -> Iterator[Page]:
     page = Page(daemon.path)
     yield page
     code, errors = page.end()
     assert code == 0 and "Traceback" not in errors, errors
 
 
-def test_it_shows_who_sends_now_and_before(page: Page, receiver: Any) -> None:
+def test_it_shows_who_sends_now_and_before(page: Page, receiver: socket.socket) -> None:
     port = receiver.getsockname()[1]
 
     def mine() -> list[Any]:
@@ -146,7 +146,7 @@ def _idle(page: Any) -> Any:
 
 
 def test_without_rights_it_shows_what_the_daemon_shows_to_that_user(
-    daemon: Any, receiver: Any
+    daemon: Daemon, receiver: socket.socket
 ) -> None:
     page = Page(daemon.path, "-c", AS_USER)
     port = receiver.getsockname()[1]

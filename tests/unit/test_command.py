@@ -124,7 +124,7 @@ def test_without_the_kernels_word_the_living_are_known_by_their_parents(
     path = tmp_path / "pid"
     script = f"setsid -f sh -c 'echo $$ > {path}.new; mv {path}.new {path}; sleep 20; true'"
     command = Command(["sh", "-c", script + "; sleep 20"], told.append)
-    assert "does not tell of forks" in told[0]
+    assert "does not report forks" in told[0]
     until(path.exists)
     pid = int(path.read_text())
     details = Processes()  # of those that have ended, who started them is all that is known

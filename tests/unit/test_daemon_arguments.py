@@ -15,8 +15,8 @@ from daemon.__main__ import main
         (["more"], "more"),
         (["--engine", "none"], "--engine: invalid choice: 'none'"),
         (["--socket"], "--socket: expected one argument"),
-        (["--socket", ""], "--socket: an empty word says nothing"),
-        (["--config="], "--config: an empty word says nothing"),
+        (["--socket", ""], "--socket: an empty word means nothing"),
+        (["--config="], "--config: an empty word means nothing"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

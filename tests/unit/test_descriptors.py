@@ -33,7 +33,7 @@ def test_the_soft_limit_becomes_the_hard_one_and_children_get_the_old_one_back()
 
 @pytest.mark.parametrize(
     ("limit", "captured"),
-    [(24, 1), (256, 8), (1024, 56), (2048, 184), (16384, 256)],
+    [(24, 1), (256, 6), (1024, 44), (2048, 147), (16384, 256)],
 )
 def test_network_namespaces_leave_descriptors_for_clients(limit: int, captured: int) -> None:
     (found,) = limited(limit, limit, "print(descriptors.namespaces(256))")

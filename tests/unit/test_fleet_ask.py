@@ -171,11 +171,13 @@ def test_an_end_without_a_partner_says_why(folder: Folder) -> None:
     for host in "abcd":
         folder.account(host, range(600, 701, 20) if host == "c" else range(600, 1201, 60))
     folder.account("e", daemon_lost=1)
-    for number, host in enumerate("abcde", 1):
+    folder.account("f", gap_ms=10)
+    for number, host in enumerate("abcdef", 1):
         folder.flow(host, f"10.0.0.{number}:22", "203.0.113.7:40000", f"sshd-{host}")
     for name, far in (
         ("outside", "198.51.100.1:443"),
         ("silent", "10.0.0.3:443"),
+        ("unread", "10.0.0.6:443"),
         ("lost", "10.0.0.5:443"),
         ("unseen", "10.0.0.2:443"),
         ("local", "10.0.0.1:443"),
@@ -188,7 +190,8 @@ def test_an_end_without_a_partner_says_why(folder: Folder) -> None:
         hosts = {one.name: one for one in hosts_of(store)}
     for name in ("outside", "silent", "lost", "unseen", "local", "forwarded"):
         assert reasons[f"a {name}"] == name
-    assert {name for name, one in hosts.items() if not one.whole} == {"c", "e"}
+    assert reasons["a unread"] == "silent" and hosts["f"].silent_s == 6
+    assert {name for name, one in hosts.items() if not one.whole} == {"c", "e", "f"}
 
 
 def test_what_was_told_twice_counts_once(folder: Folder) -> None:
@@ -311,7 +314,7 @@ def test_the_command_shows_and_tells_machines(
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert "\x1b]" not in shown and "\x07" not in shown
-    assert "silent for two minutes or more" in shown
+    assert "silent for two minutes" in shown
     assert main([*words, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["total"] == len(answer["rows"]) > 0

@@ -18,8 +18,10 @@ import nats
 import pytest
 
 from fleet import bus, schema, wire
+from fleet.ask.hosts import hosts_of
+from fleet.ask.store import Range, open_folder
 from fleet.export.deltas import rows_of
-from fleet.export.spool import Spool
+from fleet.export.spool import Pending, Spool
 from fleet.subjects import STREAM
 from fleeting import Program, Server, rows
 from playing import flows
@@ -138,6 +140,38 @@ def test_an_exporter_that_is_killed_goes_on_where_it_was(server: Server, tmp_pat
         found = rows(tmp_path / "store", "flows")
         assert max(Counter((one["sequence"], one["cookie"]) for one in found).values()) == 1
         assert collector.stop() == 0
+
+
+def test_a_host_that_was_dead_for_an_hour_tells_what_it_had_and_that_it_was_away(
+    server: Server, tmp_path: Path
+) -> None:
+    """Its exporter was killed with a full spool. Who asks is told that the machine was silent."""
+    (tmp_path / "spool-h1").mkdir()
+    spool = Spool(tmp_path / "spool-h1", 64 << 20)
+
+    def old(sequence: int) -> Pending:
+        return Pending(sequence, wire.FLOWS, 200, batch(5000, 200, sequence, 3600))
+
+    spool.put([old])
+    spool._add("at_ms", -3_600_000)
+    spool.close()
+    with collect(tmp_path, server.url) as collector:
+        with play(tmp_path, server.url, "h1", 500) as host:
+            last = ended(host)
+        assert "exported=700, acknowledged=700, lost=0," in last
+        assert (
+            3600 <= int(last.partition("gap_ms=")[2].partition(",")[0]) // 1000 < 3600 + patient(60)
+        )
+        wanted = Counter(("h1", cookie) for cookie in (*range(500), *range(5000, 5200)))
+        until(lambda: stored(tmp_path) == wanted, 30, "every row once")
+        until(lambda: rows(tmp_path / "store", "account"), 30, "its account")
+        assert collector.stop() == 0
+    hours = {path.name for path in (tmp_path / "store" / "flows").iterdir()}
+    assert hours == {schema.hour_name(time.time_ns() - one * schema.HOUR_NS) for one in (0, 1)}
+    now = time.time_ns()
+    with open_folder(tmp_path / "store", Range(now - schema.HOUR_NS, now)) as opened:
+        [found] = hosts_of(opened)
+    assert found.name == "h1" and found.silent_s > 3500
 
 
 def test_what_has_no_room_is_lost_and_counted(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fleet import schema, wire
+from fleet.ask.store import FlowStore, Range, ask, open_folder
 from fleet.collect import parquet, tidy
 from fleet.collect.keys import Keys
 from fleet.collect.parquet import ParquetStore
@@ -23,6 +24,7 @@ from fleet.collect.tidy import Tidier
 from fleet.export.deltas import Deltas, rows_of
 from fleet.export.source import FlowSource
 from fleeting import rows
+from nlproto.errors import Error
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import pack_address
 from nlproto.tables.processes import Process
@@ -183,6 +185,26 @@ def test_small_files_become_one_with_the_same_rows_and_keys(tmp_path: Path) -> N
     assert {path.name for path in tmp_path.iterdir()} <= {".lock", ".tidy", "flows"}
 
 
+def test_who_asks_while_files_are_put_together_gets_all_rows_once(tmp_path: Path) -> None:
+    store = ParquetStore(tmp_path, DAY)
+    for sequence in range(8):
+        store.write([received(now(10, 10 * sequence), sequence)])
+    [folder] = (tmp_path / "flows").iterdir()
+    opened = []
+
+    def opening() -> FlowStore:
+        opened.append(open_folder(tmp_path, Range(0, time.time_ns())))
+        if len(opened) == 1:  # after it has listed the files
+            assert Tidier(store, 400 * DAY).compact(folder, 8)
+        return opened[-1]
+
+    assert ask(opening, lambda one: one.rows("SELECT count(*) AS n FROM flow")) == [{"n": 80}]
+    assert len(opened) == 2
+    (folder / "part-damaged.parquet").write_bytes(b"PAR1")
+    with pytest.raises(Error, match="part-damaged.parquet"):
+        ask(lambda: open_folder(tmp_path, Range(0, time.time_ns())), lambda one: one.owners)
+
+
 def test_a_file_that_comes_while_others_are_put_together_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,19 +262,51 @@ def test_an_hour_is_summed_up_once_and_again_when_more_comes(tmp_path: Path) -> 
     assert network_of("2001:db8:1:2:3::4") == "2001:db8:1:2::/64"
 
 
+def test_a_day_is_summed_up_when_it_is_over_and_asked_in_the_place_of_its_hours(
+    tmp_path: Path,
+) -> None:
+    store = ParquetStore(tmp_path, 30 * DAY)
+    day = schema.day_ns(schema.day_name(time.time_ns())) - 2 * schema.DAY_NS
+    hours = (day, day + 5 * schema.HOUR_NS, day + 30 * schema.HOUR_NS)
+    for sequence, at in enumerate(hours):
+        store.write([received(now(3, 0, last_ns=at, first_ns=at, initiated=1), sequence)])
+    tidier = Tidier(store, 400 * DAY)
+    tidier._tidy(day + 32 * schema.HOUR_NS)  # the second day is not over
+    sums = pq.read_table(tmp_path / "rollup" / schema.day_name(day) / "part-0.parquet")
+    assert sums.schema.remove_metadata() == schema.ROLLUP
+    assert {(row["hour_ns"], row["flows"]) for row in sums.to_pylist()} == {(day, 6)}
+    assert len(list((tmp_path / "rollup").glob("day=*"))) == 1
+
+    def asked(since: int, until: int) -> set[str]:
+        with open_folder(tmp_path, Range(until, until)) as opened:
+            opened.open_sums(since)
+            words = "SELECT DISTINCT hour_ns, flows FROM rollup"
+            return {f"{(r['hour_ns'] - day) // schema.HOUR_NS}:{r['flows']}" for r in
+                    opened.rows(words)}  # fmt: skip
+
+    end = day + 31 * schema.HOUR_NS
+    assert asked(0, end) == {"0:6", "30:3"}
+    assert asked(day + 1, end) == {"5:3", "30:3"}
+    assert asked(day, end - 1) == {"0:6"}
+    assert asked(day, day + 6 * schema.HOUR_NS) == {"0:3", "5:3"}
+    tidier.retire(day + schema.HOUR_NS + int(400 * DAY * 10**9) + 1)
+    assert not list((tmp_path / "rollup").glob("day=*"))
+    assert asked(0, end) == {"5:3", "30:3"}
+
+
 def test_retention_takes_whole_hours_and_keeps_their_sums(tmp_path: Path) -> None:
     store = ParquetStore(tmp_path, 30 * DAY)
     store.write([received(old(2, 29 * 24), 1), received(old(2, 3, 10), 2)])
     tidier = Tidier(store, 400 * DAY)
     tidier.tidy()
     assert len(rows(tmp_path, "flows")) == 4
-    assert len(list((tmp_path / "rollup").iterdir())) == 2
+    assert len(list((tmp_path / "rollup").glob("hour=*"))) == 2
     tidier.retire(time.time_ns() + 2 * 86400 * 10**9)
     assert {row["cookie"] for row in rows(tmp_path, "flows")} == {10, 11}
-    assert len(list((tmp_path / "rollup").iterdir())) == 2
+    assert len(list((tmp_path / "rollup").glob("hour=*"))) == 2
     tidier.retire(time.time_ns() + 399 * 86400 * 10**9)
     assert not rows(tmp_path, "flows")
-    assert len(list((tmp_path / "rollup").iterdir())) == 1
+    assert len(list((tmp_path / "rollup").glob("hour=*"))) == 1
     store.write([received(old(2, 31 * 24), 3)])
     assert store.untimely == 2 and not rows(tmp_path, "flows")
 

@@ -349,3 +349,69 @@ def test_the_daemon_walks_processes_for_their_sockets_in_one_place() -> None:
     folder = Path(holders.__file__).parents[2] / "daemon"
     made = {path.name for path in folder.rglob("*.py") if "Holders()" in path.read_text()}
     assert made == {"service.py"}
+
+
+def test_a_socket_that_nobody_has_costs_a_hundredth_of_the_time(
+    held: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's own (a tunnel, a mount), at 20 packets a second: it was a quarter."""
+    clock = Clock(monkeypatch)
+    finder = Holders(now_ns=lambda: clock.now_ns)
+    walks: list[int] = []
+    whole = finder.walk
+
+    def counted() -> object:
+        walks.append(1)
+        return whole()
+
+    monkeypatch.setattr(finder, "walk", counted)
+    began = clock.now_ns
+    finder.walk()
+    walk_ns = clock.now_ns - began
+    for _ in range(2000):
+        clock.now_ns += 200_000_000
+        for inode in (10**12, 10**12 + 1, 10**12 + 2):
+            assert finder.find_anywhere(inode, 0) == ()
+    assert len(walks) * walk_ns < (clock.now_ns - began) / 50 + 12 * walk_ns
+    found, *_ = held
+    inode, pid = next(iter(found.items()))  # and all that time others are found
+    assert [one.identity.tgid for one in finder.find(inode)] == [pid]
+
+
+def test_who_has_many_sockets_is_left_alone_while_others_talk(
+    held: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """50,000 idle sockets were read again for each new one of another process."""
+    found, shared, children = held
+    monkeypatch.setattr(holders, "_LARGE", 19)
+    large = set(children[:3])
+    asked: list[int] = []
+    clock = Clock(monkeypatch)
+    ask = procfs.held_sockets
+
+    def noted(pids: Any, *proc: Any) -> Any:
+        asked.extend(large.intersection(pids))
+        return ask(pids, *proc)
+
+    monkeypatch.setattr(procfs, "held_sockets", noted)
+    finder = Holders(now_ns=lambda: clock.now_ns)
+    finder.walk()
+    finder._large &= large
+    asked.clear()
+    began = clock.now_ns
+    for _ in range(100):
+        clock.now_ns += 10**9
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+            inode = os.fstat(one.fileno()).st_ino
+            owners = finder.find_soon(inode, 0) or finder.find_anywhere(inode, 0)
+            assert [owner.identity.tgid for owner in owners] == [os.getpid()]
+        assert finder.find_soon(10**12 + clock.now_ns, 0) == ()
+        finder._large &= large  # the others stand for small ones here
+    took = clock.now_ns - began
+    walk = _ASKING_NS * len(children)
+    assert len(asked) * _ASKING_NS < took / holders._IDLE_SHARE + 2 * walk
+    inode, pid = next((one, pid) for one, pid in found.items() if pid in large)
+    assert [owner.identity.tgid for owner in finder.find_soon(inode, 0)] == [pid]
+    asked.clear()
+    finder.find_soon(10**13, 0)  # it had traffic: a new one may be its own
+    assert pid in asked

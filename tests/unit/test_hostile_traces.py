@@ -145,7 +145,7 @@ def test_a_packet_of_nothing_but_headers_is_not_copied_for_each() -> None:
 def test_an_interface_block_of_12_bytes_is_an_error_with_its_place() -> None:
     section = pcapng.section_header("x")
     data = section + struct.pack("<III", 1, 12, 12)
-    with pytest.raises(Error, match=f"^x: a block of 12 bytes at byte {len(section)} cannot be$"):
+    with pytest.raises(Error, match=f"^x: a block .* byte {len(section)} is impossible$"):
         list(read_capture(io.BytesIO(data), "x"))
 
 

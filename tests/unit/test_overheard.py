@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from nameserver import AAAA, CNAME, A, answer, encoded, question
 from nlproto.overheard import dns
-from nlproto.overheard.domains import Domains, flow_keys
+from nlproto.overheard.domains import Domains
 from nlproto.overheard.hello import server_name
 from nlproto.overheard.live import LiveEnds
 from nlproto.overheard.names import NumberedNames
 from nlproto.overheard.streams import TcpStreams
+from nlproto.records.ends import flow_keys
 from nlproto.tables.flows import FLOW
 from waiting import there
 

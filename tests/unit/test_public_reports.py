@@ -69,12 +69,24 @@ REPORTS = {
         "host/test_nat.py::test_masquerade_is_seen_from_both_sides",
         "host/test_nat.py::test_a_container_that_asks_itself_by_its_published_port",
         "host/test_nat.py::test_who_shows_the_process_behind_a_proxy_of_the_runtime",
+        "host/test_nat.py::test_a_process_of_the_host_that_asks_its_own_published_port",
+        "host/test_nat.py::test_what_is_translated_twice_has_the_last_ends",
         "host/test_nat.py::test_a_capture_of_the_uplink_names_the_process_in_the_container",
         "host/test_nat_again.py::test_a_port_that_comes_back_at_once",
         "vm/test_overheard.py::test_who_names_the_process_behind_a_published_port",
     ],
     "the reason for packets that pass through": [
+        "host/test_nat.py::test_a_proxy_of_the_runtime_has_not_what_is_translated",
         "host/test_engine_packet_forwarding.py::test_a_forwarded_packet_is_one_record_without_owner",
+    ],
+    "a scan by a raw socket (opensnitch #1160)": [
+        "host/test_reported.py::test_a_scan_by_a_raw_socket_is_nobodys_and_a_closed_port_says_so",
+    ],
+    "the arguments of a second run (picosnitch #32)": [
+        "host/test_reported.py::test_a_second_run_has_its_own_arguments",
+    ],
+    "capabilities and no root (nethogs PR 233, bandwhich #131, earlyoom #161)": [
+        "host/test_reported.py::test_capabilities_alone_are_enough_for_the_names_of_others",
     ],
     "other protocols (opensnitch #714, tracee #1359)": [
         "host/test_engine_packet_account.py::test_other_protocols_are_seen_and_skipped",
@@ -102,6 +114,7 @@ REPORTS = {
     "50,000 sockets and no traffic (rustnet #12, nethogs #189)": [
         "unit/test_watcher.py::test_looks_take_half_a_percent_of_a_core_while_nobody_asks",
         "host/test_bound.py::test_a_look_asks_only_about_what_is_new",
+        "unit/test_holders.py::test_who_has_many_sockets_is_left_alone_while_others_talk",
     ],
     "a question in the first second (rustnet PR 575)": [
         "host/test_who.py::test_a_daemon_that_has_just_started_is_not_asked_in_vain",

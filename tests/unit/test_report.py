@@ -115,3 +115,23 @@ def test_an_empty_or_foreign_file_is_a_plain_error(tmp_path: Path) -> None:
         done = report(tmp_path / name, tmp_path / "x.html")
         assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
         assert not (tmp_path / "x.html").exists()
+
+
+def test_what_nat_changes_has_a_table_and_otherwise_there_is_none(tmp_path: Path) -> None:
+    write(tmp_path / "x.csv", ["curl"])
+    assert report(tmp_path / "x.csv", tmp_path / "x.html").returncode == 0
+    assert "NAT" not in (tmp_path / "x.html").read_text()
+    with open(tmp_path / "x.csv", "w", newline="") as file:
+        rows = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        rows.writeheader()
+        row: dict[str, Any] = {"time": "2026-05-28T20:26:01.123456Z", "dir": "out", "proto": "tcp"}
+        row |= {"src": "10.88.0.2", "sport": 80, "dst": "10.77.0.2", "dport": 5000, "len": 60}
+        row |= {"nat_src": "10.77.0.1", "nat_sport": 8080, "nat_dst": "10.77.0.2"}
+        row |= {"nat_dport": 5000, "pid": 100, "comm": "web", "uid": 0, "netns": 9, "how": "diag"}
+        rows.writerow(row)
+    assert report(tmp_path / "x.csv", tmp_path / "x.html").returncode == 0
+    page = Page()
+    page.feed((tmp_path / "x.html").read_text())
+    at = page.text.index("10.88.0.2.80")
+    assert page.text[at - 1 : at + 3] == ["web.100", "10.88.0.2.80", "10.77.0.1.8080", "60 B"]
+    assert "10.77.0.2.5000" not in page.text

@@ -29,7 +29,7 @@ def test_processes_stand_by_rate_with_user_place_and_account() -> None:
         rows = cells(app)
         assert [row[1] for row in rows] == ["init", "web"]
         assert rows[1][0] == str(os.getpid()) and rows[1][2] == "root"
-        assert rows[1][8:] == ["100 B", "1", "web.service"]
+        assert rows[1][8:11] == ["100 B", "1", "web.service"]
         assert text(app, "#account") == "2 packets, 2 named (100.0 %), 3 lost (a test)"
 
     drive(feed, script)

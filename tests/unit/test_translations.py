@@ -15,7 +15,7 @@ import pytest
 from daemon.history import sealed
 from daemon.history.memory import FlowMemory, Question, flow_fields
 from daemon.history.store import Store
-from nlproto.overheard.conntrack import Event
+from nlproto.kernel.conntrack import Event
 from nlproto.overheard.translations import Translations
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import FLOW, pack_address, summarize

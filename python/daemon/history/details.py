@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Processes as the history's files have them, and what each of them used."""
+"""Processes as the history stores them, and sums of what each of them used."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ __all__ = [
 ]
 
 _DETAILS = 16384
-"""Bytes of one process in the file; longer strings in it are cut."""
+"""The most bytes of one process in the file; longer strings in it are cut."""
 
 
 def encoded(process: Process) -> bytes:
-    """A process as JSON of at most _DETAILS bytes."""
+    """Return a process as JSON of at most _DETAILS bytes."""
     raw = msgspec.json.encode(process)
     room = _DETAILS // 4
     while len(raw) > _DETAILS:
@@ -48,14 +48,14 @@ _STRINGS = (
 
 
 def space(size: int) -> int:
-    """Bytes that so many of details take in the file: what is long goes to pages of its own."""
+    """Return how many bytes of the file such details take; long ones need pages of their own."""
     return size + 100 if size < 900 else 600 + (size // 4092 + 1) * 4096
 
 
 _Key = TypeVar("_Key")
 
 Group = tuple[str, int | None, str, str, str, str, int]
-"""comm, uid, unit, container, its name, pod, number of the far end's domain (0: none)."""
+"""comm, uid, unit, container, container's name, pod, number of the far end's name (0: none)."""
 Sum = tuple[Group, list[int]]
 """Flows, packets and bytes in, packets and bytes out."""
 _SUMS = ("packets_in", "bytes_in", "packets_out", "bytes_out")
@@ -69,10 +69,10 @@ _GROUPS = 4096
 
 
 def sums(rows: Mapping[str, np.ndarray], place_of: Callable[[tuple[int, int]], Place]) -> list[Sum]:
-    """What each program of each user used, by place and far end's domain.
+    """Return what each program of each user used, by place and name of the far end.
 
-    Most bytes first; behind 4,096 groups the rest is one of each user, so that nobody's names make
-    it long.
+    Most bytes first. Beyond 4,096 groups each user has one group for the rest, so that no user can
+    make it long.
     """
     owner = np.zeros((len(rows["tgid"]), 6), np.uint64)
     comm = np.ascontiguousarray(rows["comm"]).view(np.uint64).reshape(-1, 2)
@@ -128,7 +128,7 @@ _of = msgspec.json.Decoder(_Of)
 
 
 def places_in(details: Mapping[tuple[int, int], bytes]) -> Callable[[tuple[int, int]], Place]:
-    """Where processes are, by their encoded() details."""
+    """Return the places of processes, from their encoded() details."""
 
     def place_of(key: tuple[int, int]) -> Place:
         raw = details.get(key)
@@ -141,5 +141,5 @@ def places_in(details: Mapping[tuple[int, int], bytes]) -> Callable[[tuple[int, 
 
 
 def place(one: Process | _Of | None) -> Place:
-    """Where a process is."""
+    """Return the place of a process."""
     return NOWHERE if one is None else (one.unit, one.container, one.container_name, one.pod)

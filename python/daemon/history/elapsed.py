@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""How long the history has lived: the clock by which it ages, which nobody can set.
+"""The clock by which the history ages. Nobody can set it.
 
-The time of day may jump by years and back, also while no daemon runs. So age is counted in time
-that this machine has run: what CLOCK_BOOTTIME, /proc/uptime and the time of day agree to have
-passed since the last look, never more. Time that the machine is off does not count.
+The time of day may jump by years and back, even while no daemon runs. So age is time that this
+machine has run: the time that CLOCK_BOOTTIME, /proc/uptime and the time of day agree has passed
+since the last look. Time with the machine off does not count.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Moment:
     boot: float
     """CLOCK_BOOTTIME."""
     uptime: float
-    """The same by /proc/uptime; of a container perhaps the container's."""
+    """The same from /proc/uptime; in a container perhaps the container's."""
     real: float
     """Since 1970."""
 
     def passed_since(self, earlier: Moment) -> float:
-        """Seconds that certainly passed; `earlier` may be of another boot."""
+        """Return seconds that have surely passed; `earlier` may be from another boot."""
         steps = [self.boot, self.uptime, self.real - earlier.real]
         if self.boot_id == earlier.boot_id:
             steps[:2] = self.boot - earlier.boot, self.uptime - earlier.uptime
@@ -36,7 +36,7 @@ class Moment:
 
 
 def read_moment() -> Moment:
-    """Now."""
+    """Return the clocks now."""
     boot = time.clock_gettime(time.CLOCK_BOOTTIME)
     uptime = _first_word("/proc/uptime")
     boot_id = _first_word("/proc/sys/kernel/random/boot_id")
@@ -52,7 +52,7 @@ def _first_word(path: str) -> str:
 
 
 class Elapsed:
-    """Seconds lived so far: `before`, and what passed since `moment` (None: now)."""
+    """Return seconds lived: `before`, and the time from `moment` to `until` (None: now)."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Elapsed:
         self.moment = read() if moment is None else moment
 
     def look(self) -> float:
-        """Seconds lived until now."""
+        """Return seconds lived until now."""
         now = self._read()
         self.seconds += now.passed_since(self.moment)
         self.moment = now

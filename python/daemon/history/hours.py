@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The sealed files beside the history's database, and the list of them in it.
+"""The sealed files beside the history's database, and their list in the database.
 
-A row moves in this order, so that a crash anywhere neither loses nor doubles it: the file is
-written under another name, brought to the disk and renamed; then one transaction enters it in the
-list and deletes its rows, or the file that it replaces, from the database. Files that are not in
-the list are looked at when the database is opened: one whose rows are still there, or are in the
-file that it was to replace, was never entered and goes; any other is entered, so that the history
-outlives its database.
+A row moves in this order, so that no crash loses or doubles it. The file is written under another
+name, synced and renamed. Then one transaction enters it in the list, and deletes its rows, or the
+file that it replaces, from the database.
+
+When the database is opened, files that are not in the list are checked. If the database, or the
+file to be replaced, still has a file's rows, the file was never entered, and is removed. Any other
+file is entered. So the history survives the loss of its database.
 """
 
 from __future__ import annotations
@@ -26,22 +27,23 @@ import numpy as np
 
 from daemon.history.details import Sum, places_in, sums
 from daemon.history.memory import Question
-from daemon.history.sealed import Broken, Contents, Key, Rows, Sealed, seal
+from daemon.history.sealed import Broken, Contents, Rows, Sealed, seal
 from daemon.system.directory import HeldDirectory
+from nlproto.tables.processes import ProcessKey
 from nlproto.tables.shares import level
 
 __all__ = ["Hours", "HourFile"]
 
 _NAME = re.compile(r"-(\d{8,18})\.hour\Z")
 _TRIES = 20
-"""Of a question whose files are changed while it is answered."""
+"""How often a question is tried again whose files change meanwhile."""
 _KNOWN = 1 << 16
-"""Owners whose file is remembered."""
+"""The most owners whose file is remembered."""
 _NAMES_OF = 8
 _NAME_KEY = -1
-"""In the place of a pid: what follows is the number of a name."""
+"""In place of a pid: the number of a name follows."""
 _PROGRAMS = 100
-"""Of a payer that a piece tells apart; the rest counts as one."""
+"""The most programs of a payer that a file tells apart; the rest counts as one."""
 
 _What = TypeVar("_What")
 
@@ -49,26 +51,26 @@ log = logging.getLogger(__name__)
 
 
 class HourFile(msgspec.Struct, frozen=True):
-    """One file, as the list has it. Times are ns since 1970, `seen` as in the database."""
+    """One file, as in the list. Times are ns since 1970, `seen` as in the database."""
 
     number: int
     rows: int
     bytes: int
     last_id: int
     begin_ns: int
-    """First packet of all."""
+    """First packet of all rows."""
     oldest_ns: int
     newest_ns: int
-    """Of last packets."""
+    """First and last of the rows' last packets."""
     seen: int
     shares: list[tuple[int, str, int]]
     """(payer, program or "", rows)."""
     replaces: int = 0
-    """The number of the file that it is instead of."""
+    """The number of the file that it replaces."""
 
     @property
     def name(self) -> str:
-        """Behind the database's own."""
+        """Suffix behind the database's name."""
         return f"-{self.number:08}.hour"
 
     def bytes_of(self, rows: int) -> int:
@@ -76,16 +78,16 @@ class HourFile(msgspec.Struct, frozen=True):
 
 
 class Hours:
-    """The files of the database `place`; ask, process and usage belong to any thread."""
+    """The sealed files of the database `place`. ask, process and usage are for any thread."""
 
     def __init__(self, place: HeldDirectory, path: str) -> None:
         self._place = place
         self._path = path
         self.pieces: tuple[HourFile, ...] = ()
-        """Latest packets first."""
-        self._where: OrderedDict[Key, int] = OrderedDict()
+        """In order of last packets, the latest first."""
+        self._where: OrderedDict[ProcessKey, int] = OrderedDict()
         self._names: dict[int, dict[int, str]] = {}
-        """Of the files that were asked last."""
+        """The files that were read last, open."""
         self._broken: set[int] = set()
         self._next = 1
 
@@ -101,7 +103,7 @@ class Hours:
     # The list
 
     def begin(self, writer: sqlite3.Connection) -> None:
-        """Read the list; put it and the directory in agreement. Raises sqlite3.Error, OSError."""
+        """Read the list, and make it agree with the directory. Raises sqlite3.Error, OSError."""
         listed: dict[int, HourFile] = {}
         there = dict(self._files())
         for number, about in writer.execute("SELECT number, about FROM hours").fetchall():
@@ -112,7 +114,7 @@ class Hours:
             try:
                 listed[number] = msgspec.json.decode(about, type=HourFile)
             except (msgspec.DecodeError, msgspec.ValidationError):
-                self._forget(writer, number)  # its file tells the same
+                self._forget(writer, number)  # its file says the same
         self._next = max([0, *there]) + 1
         strays = {}
         for number in there.keys() - listed.keys():
@@ -136,7 +138,7 @@ class Hours:
         self._list(listed.values())
 
     def _files(self) -> Iterator[tuple[int, int]]:
-        """Number and size of each file; what was being written when we ended goes."""
+        """Yield number and size of each file. Removes one that was being written at our end."""
         for name in os.listdir(self._place.fd):
             rest = name.removeprefix(self._place.name)
             if rest == name:
@@ -172,7 +174,7 @@ class Hours:
         writer.execute("DELETE FROM hours WHERE number = ?", (number,))
 
     def write(self, contents: Contents) -> HourFile:
-        """Make the file; add() enters it in the list. Raises OSError."""
+        """Make a file. add() enters it in the list. Raises OSError."""
         data = seal(contents)
         number, self._next = self._next, self._next + 1
         piece = _piece(number, contents.rows, len(data), contents.replaces)
@@ -196,7 +198,7 @@ class Hours:
     def change(
         self, writer: sqlite3.Connection, new: Iterable[HourFile], old: Iterable[int]
     ) -> Callable[[], None]:
-        """In a transaction: change the list; what it returns is to be called behind it."""
+        """Change the list, inside a transaction. Call what it returns after the transaction."""
         added, gone = tuple(new), frozenset(old)
         for piece in added:
             self._enter(writer, piece)
@@ -212,7 +214,7 @@ class Hours:
         return done
 
     def discard(self, writer: sqlite3.Connection, piece: HourFile) -> None:
-        """Remove a file that could not be entered. Raises sqlite3.Error; then it stays."""
+        """Remove a file that could not be entered. Raises sqlite3.Error; then the file stays."""
         asked = "SELECT 1 FROM hours WHERE number = ?"
         if writer.execute(asked, (piece.number,)).fetchone() is None:
             self._unlink(piece.number)
@@ -223,7 +225,7 @@ class Hours:
     # Reading
 
     def _open(self, number: int) -> Sealed | None:
-        """None where there is nothing to read; why is told once."""
+        """Return an open file; None if it cannot be read, which is logged once."""
         name = f"-{number:08}.hour"
         try:
             return Sealed(self._place.open_old(name))
@@ -248,12 +250,12 @@ class Hours:
         pieces: tuple[HourFile, ...],
         stop: Callable[[], None],
     ) -> list[tuple[int, np.void]]:
-        """`found`, newest first, and what the files have: `limit` rows and one more."""
+        """Return `found` and the files' rows, newest first: `limit` rows and one more."""
         for _ in range(_TRIES):
             rows = self._ask(pieces, question, until_ns, found, stop)
             if self.pieces is pieces:
                 break
-            pieces = self.pieces  # a file may have gone before it was read
+            pieces = self.pieces  # a file may be removed before it was read
         return rows
 
     def _ask(
@@ -266,7 +268,7 @@ class Hours:
     ) -> list[tuple[int, np.void]]:
         count = question.limit + 1
         known = {number for number, _ in found}
-        # of those found: the last packets of the newest, the oldest of them first
+        # files of these rows: newest last packet first, oldest of them first
         newest = [int(flow["last_ns"]) for _, flow in found[:count]]
         heapq.heapify(newest)
         more: list[tuple[int, np.void]] = []
@@ -319,7 +321,7 @@ class Hours:
             except Broken as error:
                 self._tell(piece.number, error)
 
-    def _remember(self, key: Key, number: int) -> None:
+    def _remember(self, key: ProcessKey, number: int) -> None:
         self._where[key] = number
         while len(self._where) > _KNOWN:
             try:
@@ -327,12 +329,12 @@ class Hours:
             except KeyError:  # another thread was faster
                 return
 
-    def process(self, key: Key) -> bytes | None:
-        """Details of who an answer of ask() named."""
+    def process(self, key: ProcessKey) -> bytes | None:
+        """Return the details of an owner that ask() has returned."""
         return self._told(key, lambda sealed: sealed.process(key))
 
     def name(self, number: int) -> str:
-        """The name of a far end that an answer of ask() has; "" where there is none."""
+        """Return the name of a far end in an answer of ask(); "" if there is none."""
         key = (_NAME_KEY, number)
         place = self._where.get(key, 0)
         names = self._names.get(place)
@@ -341,7 +343,7 @@ class Hours:
             self._names = {place: names, **dict(list(self._names.items())[:_NAMES_OF])}
         return names.get(number, "")
 
-    def _told(self, key: Key, read: Callable[[Sealed], _What | None]) -> _What | None:
+    def _told(self, key: ProcessKey, read: Callable[[Sealed], _What | None]) -> _What | None:
         number = self._where.get(key)
         sealed = None if number is None else self._open(number)
         if number is None or sealed is None:
@@ -356,7 +358,7 @@ class Hours:
     def usage(
         self, pieces: tuple[HourFile, ...], since_ns: int, stop: Callable[[], None]
     ) -> Iterator[tuple[list[Sum], dict[int, str]]]:
-        """Yield sums() of what was last seen since then, and names of far ends, of each file."""
+        """Yield sums() and names of far ends of each file, for rows last seen since then."""
         for piece in pieces:
             if piece.newest_ns < since_ns:
                 return
@@ -376,16 +378,17 @@ class Hours:
                 except Broken as error:
                     self._tell(piece.number, error)
 
-    # Leaving
+    # # Removal
 
     def too_old(self, before: int) -> list[int]:
-        """Numbers of files of which nothing was seen at that second or later."""
+        """Return the numbers of files whose rows were all last seen before that second."""
         return [piece.number for piece in self.pieces if piece.seen < before]
 
     def surplus(self, keep: int) -> dict[int, set[tuple[int, str]]]:
-        """What has to go so that `keep` bytes stay: (payer, program) by file.
+        """Return what to remove to keep `keep` bytes: (payer, program) for each file.
 
-        The payer with most gives, of its programs the one with most, of that the oldest files.
+        The payer with most bytes loses first, of its programs the one with most, of that the oldest
+        files.
         """
         of: dict[int, Counter[str]] = {}
         for piece in self.pieces:
@@ -408,7 +411,7 @@ class Hours:
         return goes
 
     def without(self, piece: HourFile, which: set[tuple[int, str]]) -> Contents | None:
-        """What stays of a file; None: nothing. Raises Broken."""
+        """Return what stays of a file; None: nothing. Raises Broken."""
         told = {(payer, program) for payer, program, _ in piece.shares}
         if told <= which:
             return None
@@ -461,7 +464,7 @@ def _piece(number: int, rows: Rows, size: int, replaces: int) -> HourFile:
 
 
 def _program(comm: bytes) -> str:
-    """Never empty: that stands for the rest."""
+    """Return a program's name, never empty: "" stands for the rest."""
     return comm.hex() or "-"
 
 

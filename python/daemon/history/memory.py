@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Flows of the past in memory: bounded, columns in NumPy, searched whole.
+"""Flows of the past in memory: bounded NumPy columns, which a question searches whole.
 
-A linear search of a million flows by column takes a few milliseconds, less than keeping indexes
-for every question that can be asked.
+To search the columns of a million flows takes a few milliseconds. To keep an index for every
+possible question would take more.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ _GROUPS = (
     np.dtype([("id", "u8")]),
 )
 ROW_BYTES = sum(group.itemsize for group in _GROUPS) + 20
-"""Of a flow in memory, its place in the table included."""
+"""Size of a flow in memory, with its place in the table."""
 
 
 USED = (
     *("id", "tgid", "start_ns", "comm", "uid", "domain"),
     *("packets_in", "bytes_in", "packets_out", "bytes_out"),
 )
-"""Columns that tell who used how much."""
+"""Columns for sums of use."""
 
 _MOST_HORIZONS = 4096
 
@@ -73,51 +73,50 @@ End = tuple[int, bytes, int]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Conditions that all must hold; None: any. Times are ns since 1970."""
+    """Conditions that must all hold; None: any. Times are ns since 1970."""
 
     port: int | None = None
     proto: int | None = None
     host: ipaddress.IPv4Network | ipaddress.IPv6Network | None = None
-    """Of the far end, as it is seen or as NAT made it; of a forwarded flow: of either."""
+    """Address of the far end, before or after NAT; of a forwarded flow: of either end."""
     pid: int | None = None
     pname: str | None = None
     domains: tuple[int, ...] | None = None
     """Numbers of the far end's name (nlproto.overheard.names)."""
     uid: int | None = None
-    """Only named flows of this owner; what a user without rights may see."""
+    """Only named flows of this owner: what a user with limited rights may see."""
     since_ns: int | None = None
     """Last packet at this time or later."""
     until_ns: int | None = None
     """First packet at this time or before."""
     at_ns: int | None = None
-    """First packet at or before, last packet at or after."""
+    """First packet at or before it, last packet at or after it."""
     ends: tuple[End, End] | None = None
-    """Of one flow, whichever of them is local."""
+    """Both ends of one flow, in either order."""
     netns: int | None = None
     listening: bool = False
-    """Of sockets of now: those that wait for somebody."""
+    """Of present sockets: only those that wait for a peer."""
     limit: int = 1000
 
     @property
     def comm(self) -> bytes | None:
-        """`pname` as the kernel keeps it: 15 bytes."""
+        """`pname`, as the kernel keeps it: 15 bytes."""
         if self.pname is None:
             return None
         return self.pname.encode("utf-8", "replace")[: wire.SNIFFER_COMM_LEN - 1]
 
 
 def payers_of(tgids: np.ndarray, uids: np.ndarray, payers: Payers | None = None) -> np.ndarray:
-    """Whose share each flow counts against (uint32)."""
+    """Return the payer whose share each flow counts against (uint32)."""
     return np.where(tgids != 0, uids if payers is None else payers.of(uids), np.uint32(NOBODY))
 
 
 class FlowMemory:
-    """At most `limit` flows; when full an eighth goes, of the payer with most of them.
+    """At most `limit` flows. If it is full, an eighth is removed, from the payer with most.
 
-    Within a payer the program with most flows gives, of it the process with most, of that the
-    longest silent (nlproto.tables.shares): who sends much to others' services costs these
-    services alone.
-    Rows are FLOWs with times in ns since 1970. Thread-safe.
+    Within a payer the program with most flows loses first, of it the process with most, of that the
+    longest silent flows (nlproto.tables.shares). So a flood to a service costs only this service's
+    flows. Rows are FLOWs with times in ns since 1970. Thread-safe.
     """
 
     def __init__(self, limit: int, next_id: int = 1, payers: Payers | None = None) -> None:
@@ -125,9 +124,9 @@ class FlowMemory:
         self._payers = payers
         self.evicted = 0
         self.unstored = 0
-        """Evicted before a store had taken their last state."""
+        """Flows removed before a store had their last state."""
         self.horizon_ns = 0
-        """Last packet of the newest flow that is only in a file: later flows are all in here."""
+        """Last packet of the newest flow that is only in a file. All later flows are in memory."""
         self._horizons: dict[int, int] = {}
         self._least_horizon = 0
         self._lock = threading.Lock()
@@ -150,7 +149,7 @@ class FlowMemory:
         return self._table.columns
 
     def update(self, flows: np.ndarray, clock: Clock) -> None:
-        """Add FLOWs with CLOCK_MONOTONIC times, as summarize() makes them with one seed."""
+        """Add FLOWs with CLOCK_MONOTONIC times, from summarize() with one seed."""
         flows = np.ascontiguousarray(flows)
         real = clock.real_offset_ns & 0xFFFFFFFFFFFFFFFF
         with self._lock:
@@ -163,16 +162,16 @@ class FlowMemory:
                 real,
             )
             new = taken(flows, rows < 0)
-            # no more at once than are evicted at once: or a flood would take everybody's place
+            # add no more at once than are removed at once, or a flood would take everybody's place
             piece = max(1, self.limit // 8)
             for at in range(0, len(new), piece):
                 self._insert(new[at : at + piece], real)
 
     def learn(self, found: np.ndarray) -> np.ndarray:
-        """Enter how connections go (HOST_TCP, each cookie once); FLOWs of those that are here.
+        """Store figures of connections (HOST_TCP, each cookie once); return the FLOWs found here.
 
-        A connection counts for its last owner alone. In what is returned `retransmits` are those
-        that are new.
+        A connection counts for its last owner alone. In the FLOWs returned, `retransmits` are only
+        the new ones.
         """
         order = np.argsort(found["cookie"])
         found = found[order[found["cookie"][order] != 0]]
@@ -203,10 +202,10 @@ class FlowMemory:
         return flows
 
     def note(self, flows: np.ndarray) -> None:
-        """Nothing: update() will (nlproto.overheard.domains.Beginnings)."""
+        """Does nothing: update() does it (nlproto.overheard.domains.Beginnings)."""
 
     def first_seen(self, flows: np.ndarray) -> np.ndarray:
-        """CLOCK_MONOTONIC ns of the first packet of each FLOW, 0 of one that is not here."""
+        """Return CLOCK_MONOTONIC ns of each FLOW's first packet; 0 if it is not here."""
         offset = np.uint64(Clock.now().real_offset_ns & 0xFFFFFFFFFFFFFFFF)
         with self._lock:
             rows = self._table.find(np.ascontiguousarray(flows))
@@ -257,27 +256,27 @@ class FlowMemory:
             self._horizons = dict(by_age[len(by_age) // 2 + 1 :])
 
     def horizon_of(self, uid: int) -> int:
-        """As horizon_ns, of this user's flows: it tells nothing of when others sent."""
+        """Return horizon_ns of this user's flows only: it must not show when others sent."""
         return self._horizons.get(uid, self._least_horizon)
 
     def renumber(self, offset: int) -> None:
-        """Add `offset` to all ids: the file that they are for has others already."""
+        """Add `offset` to all ids, because the file already has lower ones."""
         with self._lock:
             self._columns["id"][: self._size] += np.uint64(offset)
             self._next_id += offset
 
     def waiting(self) -> int:
-        """How many flows changed since a store took them."""
+        """How many flows have changed since a store took them."""
         with self._lock:
             return int(np.count_nonzero(self._columns["dirty"][: self._size]))
 
     def mark_all_changed(self) -> None:
-        """A new file has none of them."""
+        """The file is new: no flow is in it."""
         with self._lock:
             self._columns["dirty"][: self._size] = True
 
     def ask(self, question: Question) -> tuple[int, list[tuple[int, np.void]]]:
-        """How many flows fit, and (id, FLOW) of the `limit` last seen, newest first."""
+        """Return how many flows fit, and (id, FLOW) of the `limit` last seen, newest first."""
         with self._lock:
             rows = matching(self._columns, self._size, question)
             total = len(rows)
@@ -290,32 +289,32 @@ class FlowMemory:
             return total, list(zip(self._columns["id"][rows].tolist(), found, strict=True))
 
     def seen_since(self, since_ns: int) -> dict[str, np.ndarray]:
-        """Columns of the flows with a last packet at that time or later."""
+        """Return columns of the flows with a last packet at that time or later."""
         with self._lock:
             rows = np.flatnonzero(self._columns["last_ns"][: self._size] >= np.uint64(since_ns))
             return {name: self._columns[name][rows] for name in USED}
 
     def changed(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, FLOWs) of up to `limit` rows that changed since they were last taken here."""
+        """Return (ids, FLOWs) of up to `limit` rows that changed since this last returned them."""
         with self._lock:
             rows = np.flatnonzero(self._columns["dirty"][: self._size])[:limit]
             self._columns["dirty"][rows] = False
             return self._columns["id"][rows], self._table.take(rows, FLOW)
 
     def mark_changed(self, ids: np.ndarray) -> None:
-        """The rows taken by changed() could not be stored."""
+        """Mark rows of changed() as changed again: they could not be stored."""
         with self._lock:
             mine = self._columns["id"][: self._size]
             places = np.searchsorted(mine, ids)
             inside = places < self._size
             inside[inside] = mine[places[inside]] == ids[inside]
             self._columns["dirty"][places[inside]] = True
-            self.unstored += int(np.count_nonzero(~inside))  # evicted meanwhile
+            self.unstored += int(np.count_nonzero(~inside))  # removed meanwhile
 
     def has(self, ids: np.ndarray) -> np.ndarray:
-        """For each of `ids` whether that flow is in memory."""
+        """Return for each of `ids` whether its flow is in memory."""
         with self._lock:
-            mine = self._columns["id"][: self._size]  # rises: rows are added and removed in order
+            mine = self._columns["id"][: self._size]  # rows are added and removed in order
             places = np.searchsorted(mine, ids)
             inside = places < self._size
             inside[inside] = mine[places[inside]] == ids[inside]
@@ -378,7 +377,7 @@ def matching(columns: Mapping[str, np.ndarray], size: int, question: Question) -
 def _between(
     columns: Mapping[str, np.ndarray], size: int, local: End, remote: End, nat: str
 ) -> np.ndarray:
-    """A mask of the flows with these ends, as they are seen ("") or as NAT made them ("nat_")."""
+    """Return a mask of the flows with these ends, as seen ("") or after NAT ("nat_")."""
     mask: np.ndarray = (columns[f"{nat}lport"][:size] == local[2]) & (
         columns[f"{nat}rport"][:size] == remote[2]
     )
@@ -392,7 +391,7 @@ def _between(
 def network_words(
     network: ipaddress.IPv4Network | ipaddress.IPv6Network,
 ) -> tuple[int, np.ndarray, np.ndarray]:
-    """(family, base, mask) of a network, the latter as FLOW's addresses."""
+    """Return (family, base, mask) of a network, like FLOW's addresses."""
     family = socket.AF_INET if network.version == 4 else socket.AF_INET6
     base = np.frombuffer(network.network_address.packed.ljust(16, b"\0"), np.uint64)
     bits = np.frombuffer(network.netmask.packed.ljust(16, b"\0"), np.uint64)
@@ -411,7 +410,7 @@ _FLAGS = {
 
 
 def translated_fields(family: int, became: Translated | None) -> dict[str, str | int | None]:
-    """What NAT made of the ends of a flow or socket, as it goes to a client."""
+    """Return what NAT made of the ends of a flow or socket, for a client."""
     names = ("nat_local", "nat_lport", "nat_remote", "nat_rport")
     if became is None:
         return dict.fromkeys(names)
@@ -421,7 +420,7 @@ def translated_fields(family: int, became: Translated | None) -> dict[str, str |
 
 
 def flow_fields(flow: np.void) -> dict[str, Any]:
-    """One FLOW of the history as it goes to a client."""
+    """Return one FLOW of the history, for a client."""
     family, named = int(flow["family"]), bool(flow["tgid"])
     flags = int(flow["flags"])
     became: Translated | None = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A Question as SQL over the history's file."""
+"""A Question as SQL for the history's database."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["conditions", "ways"]
 
 
 def ways(question: Question) -> list[tuple[list[str], list[Any]]]:
-    """Conditions and values that exclude each other, each with an index of its own."""
+    """Alternative conditions that exclude each other, with their values. Each uses an index."""
     if question.ends is not None:
         (family, one, port), (_, other, far) = question.ends
         found = dict.fromkeys([(port, far, family, one, other), (far, port, family, other, one)])
@@ -35,7 +35,7 @@ def ways(question: Question) -> list[tuple[list[str], list[Any]]]:
 
 
 def conditions(question: Question) -> tuple[list[str], list[Any]]:
-    """Return what every row must fit, as SQL and its values; the end of the time is not in it."""
+    """Return what every row must fit, as SQL and values; without the end of the time."""
     wheres: list[str] = []
     values: list[Any] = []
     for name, value in (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Keeps the history: in memory always, in a file when the configuration names one."""
+"""Keeps the history: in memory always, and in a file if the configuration names one."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from nlproto.tables.shares import Payers
 __all__ = ["Recorder"]
 
 _FLUSH_ROWS = 50_000
-"""Flows written in one transaction; what is left waits for the next."""
+"""The most flows in one transaction; the rest waits for the next."""
 _FLUSH_PROCESSES = 10_000
 _RETENTION = 30.0  # s between two looks at age and size
 _LEAST_SIZE = 1 << 20
-_LISTENERS = 5.0  # s between two times that listeners are written down
+_LISTENERS = 5.0  # s between two times that listeners are stored
 _REOPEN = 2.0  # s between two tries to open the file
 
 log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """A History and, with `history` configured, a thread that writes it to a Store.
+    """A history in memory and, if `history` is configured, a thread that writes it to a Store.
 
-    A context manager; on exit everything is written. SIGKILL can take what came since the last
-    flush interval. What cannot be written waits in memory, in the bounds of `processes` and of the
-    History. It is written when that is possible, even if the file could not be opened at start.
-    Raises UsageError when the directory of the file is not there.
+    A context manager; on exit everything is written. SIGKILL loses what came since the last flush.
+    What cannot be written waits in memory, within the bounds of `processes` and of the memory. It
+    is written as soon as that is possible, even if the file could not be opened at the start.
+    Raises UsageError if the directory of the file does not exist.
     """
 
     def __init__(self, config: Config, processes: Processes, payers: Payers | None = None) -> None:
@@ -59,25 +59,25 @@ class Recorder:
         self._store: Store | None = None
         self._started = time.time()
         self._file: bytes | None = None
-        """What the ids of the history's flows are of."""
+        """The identity of the file to which the ids of the flows belong."""
         self._tried = time.monotonic()
         self._writing = 0, 0
-        """Flows and processes that are being written."""
+        """How many flows and processes are being written now."""
         self._row = 0
-        """Failures since the last success."""
+        """How many failures there were since the last success."""
         self.failures = 0
         self.text_of: Callable[[int], str] = lambda number: ""
         """The name of a far end by its number in flows (nlproto.overheard.names)."""
         self.listeners: Callable[[], Iterable[PortOwner]] = lambda: ()
-        """What waits for others now (nlproto.tables.portmap)."""
+        """Returns the sockets that wait for a peer now (nlproto.tables.portmap)."""
         self._listened = 0.0
         self.on_death: Callable[[Error], None] = lambda error: None
-        """Called when nothing can be written for good, for a reason that nobody foresaw."""
+        """Called when writing fails for good, for an unforeseen reason."""
         self._unforeseen = Failures("recorder")
         self.error = ""
         """Why nothing is written now."""
         self.unstored = 0
-        """Processes that left memory before their last change was written."""
+        """How many processes left memory before their last change was written."""
         self.history = FlowMemory(config.history_flows, payers=payers)
         if config.history is not None:
             processes.on_change = self._note
@@ -107,14 +107,14 @@ class Recorder:
         self._config = config
 
     def take(self, batch: NamedBatch) -> None:
-        """Worker thread: add a batch to the history."""
+        """Add a batch to the history. Called in the worker thread."""
         assert batch.flows is not None
         self.history.update(batch.flows, batch.clock)
 
     def past(
         self, question: Question, stop: Callable[[], None] = lambda: None
     ) -> tuple[int, list[tuple[int, np.void]]]:
-        """Flows that are in the file and no more in memory; counted up to one over the limit.
+        """Return flows that are only in the file; counted up to one over the limit.
 
         `stop` is called every few ms, and ends this by raising.
         """
@@ -137,9 +137,9 @@ class Recorder:
     def usage(
         self, since_ns: int, stop: Callable[[], None] = lambda: None
     ) -> tuple[dict[Group, list[int]], dict[int, str]]:
-        """What was used by flows last seen since then, each in memory or in the files.
+        """Return sums of the flows last seen since then, each in memory or in the files.
 
-        And names of far ends that this daemon does not know. Raises Error.
+        Also returns names of far ends that this daemon does not know. Raises Error.
         """
         here = self.history.seen_since(since_ns)
         found: dict[Group, list[int]] = {}
@@ -152,7 +152,7 @@ class Recorder:
     def news(
         self, kind: str, since_ns: int, unseen_ns: int, uid: int | None, limit: int
     ) -> list[dict[str, Any]]:
-        """What was seen first since then (daemon.history.sightings). Raises Error."""
+        """Return what was first seen since then (daemon.history.sightings). Raises Error."""
         return seen_first(self._sighted(), kind, since_ns, unseen_ns, uid, limit)
 
     def known_since(self) -> float:
@@ -162,9 +162,9 @@ class Recorder:
     def _sighted(self) -> Store:
         if self._store is None:
             raise UsageError(
-                f"what is new is known by a history on disk: {self.error}"
+                f"only a history on disk knows what is new: {self.error}"
                 if self.error
-                else "what is new is known by a history on disk: set 'history' in daemon.yaml"
+                else "only a history on disk knows what is new: set 'history' in daemon.yaml"
             )
         return self._store
 
@@ -178,9 +178,9 @@ class Recorder:
         return place(self._processes.get(*key) or self.past_process(*key))
 
     def remembers_since(self, uid: int | None = None) -> float:
-        """Unix time: what was seen later is still known, in memory or in the file.
+        """Return a Unix time: everything seen later is still known, in memory or in the file.
 
-        `uid`: of what this user may see. When others' flows came and went is not told.
+        `uid`: of what this user may see. It does not show when others' flows came and went.
         """
         store = self._store
         if uid is not None:
@@ -198,7 +198,7 @@ class Recorder:
         return None if store is None else store.process(tgid, start_ns)
 
     def name_of(self, number: int) -> str:
-        """The name of a flow's far end, in memory or in the file; "" where it is lost."""
+        """Return the name of a flow's far end, from memory or file; "" if it is lost."""
         name, store = self.text_of(number), self._store
         if name or store is None:
             return name
@@ -232,14 +232,14 @@ class Recorder:
             self._bound()
 
     def _bound(self) -> None:
-        """With `_changed_lock`: what memory has forgotten cannot be written and need not wait."""
+        """Holds `_changed_lock`. Drop changes of processes that memory has forgotten."""
         if len(self._changed) > 2 * self._processes.limit:
             known = {key: None for key in self._changed if self._processes.get(*key)}
             self.unstored += len(self._changed) - len(known)
             self._changed = known
 
     def _open(self, path: str) -> None:
-        """Try to open the file. What memory holds goes into one that does not have it yet."""
+        """Try to open the file. Flows in memory are written to a file that lacks them."""
         self._tried = time.monotonic()
         try:
             store = Store(path, self._payers)
@@ -294,7 +294,7 @@ class Recorder:
                 return False
 
     def _kept(self, what: str, step: Callable[[], object]) -> bool:
-        """Whether the file is still of use after `step`, which may fail."""
+        """Call `step`, which may fail. Returns whether the file is still of use."""
         try:
             step()
         except Error as error:
@@ -305,14 +305,14 @@ class Recorder:
         return True
 
     def _size(self, store: Store) -> int:
-        """Bytes that the file may have."""
+        """Return how many bytes the file may have."""
         size = self._config.history_size
         if self._config.history_free:
             size = min(size, store.size() + store.room() - self._config.history_free)
         return max(_LEAST_SIZE, size)
 
     def _flush(self) -> bool:
-        """Write what changed; whether more is waiting."""
+        """Write what has changed. Returns whether more waits."""
         store = self._store
         if store is None:
             due = self._stopping.is_set() or time.monotonic() - self._tried > _REOPEN
@@ -353,7 +353,7 @@ class Recorder:
         return len(ids) == _FLUSH_ROWS or len(keys) == _FLUSH_PROCESSES
 
     def _trim(self) -> None:
-        """Seal what is an hour old, and let go of what is too old or too much."""
+        """Seal what is an hour old. Remove what is too old or too much."""
         if self._payers is not None:
             self._payers.refresh()
         store = self._store
@@ -363,7 +363,7 @@ class Recorder:
             log.error("history %s was taken away; a new one begins", store.path)
             self._close()
             return
-        # by pieces of a third, or the database alone would take all the room
+        # pieces of a third at most, or the database alone would take all the room
         most = max(LEAST, min(MOST, self._config.history_size // ROW_SIZE // 3))
         flushed = 0.0
 

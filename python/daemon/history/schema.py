@@ -27,7 +27,7 @@ __all__ = [
     "signed",
 ]
 
-APPLICATION = 0x706B6874  # "pkht", in the file's header: file(1) and we know it by that
+APPLICATION = 0x706B6874  # "pkht", in the file's header: file(1) and we recognize it
 _CREATE = """
 CREATE TABLE flows (
     id INTEGER PRIMARY KEY,
@@ -56,8 +56,8 @@ CREATE TABLE elapsed (boot_id TEXT, boot REAL, uptime REAL, real REAL, seconds R
 CREATE TABLE identity (name BLOB);
 INSERT INTO identity VALUES (randomblob(16));
 """
-"""`payer` as in nlproto.tables.shares; `seen` in seconds of daemon.history.elapsed, never of a day;
-`size` in bytes of the file."""
+"""`payer` as in nlproto.tables.shares; `seen` in seconds of daemon.history.elapsed, never the time
+of day; `size` in bytes of the file."""
 _FROM_2 = """
 ALTER TABLE flows ADD COLUMN domain INTEGER DEFAULT 0;
 CREATE TABLE names (id INTEGER PRIMARY KEY, name TEXT);
@@ -67,15 +67,15 @@ _FROM_3 = """
 CREATE TABLE IF NOT EXISTS hours (number INTEGER PRIMARY KEY, about BLOB);
 DROP INDEX IF EXISTS flows_comm;
 """
-"""`hours` has the sealed files (daemon.history.hours). What is not sealed is an hour or two: no
-index of its programs is needed."""
+"""`hours` lists the sealed files (daemon.history.hours). Unsealed rows are only an hour or two, so
+their programs need no index."""
 _FROM_4 = """
 ALTER TABLE flows ADD COLUMN nat_laddr BLOB;
 ALTER TABLE flows ADD COLUMN nat_raddr BLOB;
 ALTER TABLE flows ADD COLUMN nat_lport INTEGER DEFAULT 0;
 ALTER TABLE flows ADD COLUMN nat_rport INTEGER DEFAULT 0;
 """
-"""What NAT made of the ends, addresses NULL and ports 0 where nothing is known."""
+"""What NAT made of the ends: addresses NULL and ports 0 if nothing is known."""
 _FROM_5 = """
 ALTER TABLE flows ADD COLUMN rtt_us INTEGER DEFAULT 0;
 ALTER TABLE flows ADD COLUMN retransmits INTEGER DEFAULT 0;
@@ -95,7 +95,7 @@ INSERT INTO sightings_began VALUES ((julianday('now') - 2440587.5) * 86400.0);
 """
 """See daemon.history.sightings."""
 STEPS = (_CREATE, _FROM_1, _FROM_2, _FROM_3, _FROM_4, _FROM_5, _FROM_6)
-"""STEPS[n:] make a file of schema n one of ours."""
+"""STEPS[n:] bring a file of schema n to ours."""
 SCHEMA = len(STEPS)
 INDEXES = {
     "flows_lport": "lport, last_ns",
@@ -125,11 +125,11 @@ WRITE_PROCESS = (
 )
 HAS_PROCESS = "SELECT 1 FROM processes WHERE tgid = ? AND start_ns = ?"
 ROW_SIZE = 280
-"""Bytes of a flow, with its places in the indexes."""
+"""Bytes of a flow, including its index entries."""
 
 
 def rows_of(ids: np.ndarray, flows: np.ndarray, *more: np.ndarray) -> Iterator[tuple[Any, ...]]:
-    """Values for WRITE_FLOW; SQLite's integers are signed."""
+    """Return the values for WRITE_FLOW. SQLite's integers are signed."""
     columns: list[list[Any]] = [ids.tolist()]
     for name in COLUMNS:
         column = np.ascontiguousarray(flows[name])
@@ -161,7 +161,7 @@ def flows_of(rows: Sequence[tuple[Any, ...]]) -> np.ndarray:
 
 
 def columns_of(rows: Sequence[tuple[Any, ...]], but: np.ndarray) -> dict[str, np.ndarray]:
-    """Columns of rows of USED, without those of the ids `but`."""
+    """Return columns of rows of USED, without the ids `but`."""
     found: dict[str, np.ndarray] = {}
     for name, values in zip(USED, zip(*rows, strict=True), strict=True):
         if name == "comm":

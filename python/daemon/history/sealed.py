@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""A piece of the history, some hour, as a file of columns that is never changed.
+"""A piece of the history, about an hour, as a file of columns that never changes.
 
     magic | blobs | index | length and CRC-32 of the index | magic
 
-Each blob is zlib's. Rows stand in order of their last packet, in groups of 8,192; a group is one
-blob, so that a question unpacks those alone that can answer it. Which those are is told by needles:
-for each port, address, program, pid and user a bit for each group. A number takes the bytes that
-its group's range needs, the bytes of one place side by side; what repeats is a place in a
-dictionary. The index is JSON.
+Each blob is compressed by zlib. Rows are in order of their last packet, in groups of 8,192. Each
+group is one blob, so a question unpacks only groups that can have its rows. Needles say which: for
+each port, address, program, pid and user, a bit for each group. A number takes as many bytes as the
+range of its group needs, with bytes of equal weight side by side. Repeated values are numbers of a
+dictionary's entries. The index is JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from daemon.history.memory import Question, matching
 from daemon.history.schema import COLUMNS as FLOW_COLUMNS
 from nlproto.errors import Error
 from nlproto.tables.flows import FLOW
+from nlproto.tables.processes import ProcessKey
 
 __all__ = ["Broken", "Contents", "Sealed", "seal"]
 
@@ -36,21 +37,19 @@ _GROUP = 8192
 _DETAILS = 256  # processes in a blob
 _MAX_INDEX = 16 << 20
 _MAX_BLOB = 1 << 28
-"""Bytes that one blob may unpack to."""
+"""The most bytes that one blob may unpack to."""
 _ADDRESSES = ("laddr", "raddr", "nat_laddr", "nat_raddr")
 _WIDE = (*_ADDRESSES, "comm")
-"""Columns of 16 bytes, always in a dictionary."""
+"""Columns of 16 bytes. They always use a dictionary."""
 _BYTES = np.dtype("S16")
 _RARE = ("rtt_us", "retransmits", "tcp_in", "tcp_out")
-"""Columns that a file is without where they are zero."""
+"""Columns that are left out of a file if they are all zero."""
 COLUMNS = ("id", *FLOW_COLUMNS, "payer", "seen")
 
 _Kind = TypeVar("_Kind")
 
 Rows = dict[str, np.ndarray]
-"""Columns of one length by name: id, those of FLOW, payer, seen."""
-Key = tuple[int, int]
-"""(tgid, start_ns)."""
+"""Columns by name, of one length: id, those of FLOW, payer, seen."""
 
 
 class Broken(Error):
@@ -60,7 +59,7 @@ class Broken(Error):
 class _Column(msgspec.Struct, frozen=True):
     name: str
     dictionary: tuple[int, int] | None
-    """Where its blob is, and its length; None: numbers as they are."""
+    """Place and length of the dictionary's blob; None: plain numbers."""
 
 
 class _Group(msgspec.Struct, frozen=True):
@@ -68,9 +67,9 @@ class _Group(msgspec.Struct, frozen=True):
     rows: int
     oldest_ns: int
     newest_ns: int
-    """Of their last packets."""
+    """First and last of the rows' last packets."""
     packing: list[tuple[int, int]]
-    """(least value, bytes each) of each column."""
+    """(least value, bytes of each) for each column."""
 
 
 class _Needles(msgspec.Struct, frozen=True):
@@ -83,7 +82,7 @@ class _Index(msgspec.Struct, frozen=True):
     groups: list[_Group]
     needles: dict[str, _Needles]
     processes: list[tuple[int, int, tuple[int, int]]]
-    """tgid and start_ns of the first in each blob, and where that is; in their order."""
+    """tgid and start_ns of the first in each blob, and the blob's place; in that order."""
     replaces: int
     first_id: int
     usage: tuple[int, int]
@@ -91,24 +90,24 @@ class _Index(msgspec.Struct, frozen=True):
 
 
 class Contents(msgspec.Struct, frozen=True):
-    """What seal() is given.
+    """Input of seal().
 
     `rows`, details of their owners as JSON, sums for usage, and names of far ends by number.
     """
 
     rows: Rows
-    processes: Mapping[Key, bytes]
+    processes: Mapping[ProcessKey, bytes]
     usage: list[Sum]
     names: Mapping[int, str]
     replaces: int = 0
-    """The number of the file that this one is instead of."""
+    """The number of the file that this one replaces."""
 
 
 def seal(contents: Contents) -> bytes:
-    """Return the file's bytes; rows may come in any order."""
+    """Return the file's bytes. Rows may come in any order."""
     order = np.argsort(contents.rows["last_ns"], kind="stable")
     count = len(order)
-    absent = np.zeros(count, np.uint64)  # what files of older versions lack
+    absent = np.zeros(count, np.uint64)  # files of older versions lack these
     rows = {name: contents.rows.get(name, absent)[order] for name in COLUMNS}
     parts = [_MAGIC]
     at = len(_MAGIC)
@@ -176,7 +175,7 @@ def seal(contents: Contents) -> bytes:
 
 
 def _dictionary(name: str, column: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """(its values, which of them each row has) where that is shorter."""
+    """Return (distinct values, which of them each row has), if that is shorter."""
     if name in ("first_ns", "last_ns"):
         return None
     if name in _WIDE:
@@ -190,7 +189,7 @@ def _dictionary(name: str, column: np.ndarray) -> tuple[np.ndarray, np.ndarray] 
 
 
 def _packed(column: np.ndarray) -> tuple[int, int, bytes]:
-    """(least value, bytes each, the bytes of one place side by side)."""
+    """Return (least value, bytes of each, the bytes of one place side by side)."""
     base = int(column.min())
     rest = column - np.uint64(base)
     width = (int(rest.max()).bit_length() + 7) // 8
@@ -206,7 +205,7 @@ def _unpacked(data: bytes, at: int, rows: int, base: int, width: int) -> np.ndar
 
 
 def _needles(rows: Rows, count: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By kind: values, and the row that each stands in."""
+    """By kind: values, and the row of each."""
     every = np.arange(count)
     passing = np.flatnonzero(rows["forwarded"])
     translated = np.flatnonzero(rows["nat_lport"])
@@ -334,7 +333,7 @@ class Sealed:
         return found
 
     def rows(self, since_ns: int = 0) -> Iterator[Rows]:
-        """Yield the groups that have a last packet at `since_ns` or later, the newest first."""
+        """Yield the groups that have a last packet at `since_ns` or later, newest first."""
         for group in reversed(self._index.groups):
             if group.newest_ns < since_ns:
                 return
@@ -362,7 +361,7 @@ class Sealed:
                 yield rows["id"][fits], flows_of(rows, fits)
 
     def _wanted(self, question: Question) -> np.ndarray:
-        """Which groups can have what is asked for."""
+        """Return which groups can have the rows that are asked for."""
         wanted = np.ones(len(self._index.groups), bool)
         for kind, low, high in _asked(question):
             needles = self._index.needles.get(kind)
@@ -381,21 +380,21 @@ class Sealed:
                 raise Broken(f"its needles {kind}: {error}") from None
         return wanted
 
-    def process(self, key: Key) -> bytes | None:
-        """Details of one owner, as JSON."""
+    def process(self, key: ProcessKey) -> bytes | None:
+        """Return details of one owner, as JSON."""
         firsts = [(tgid, start_ns) for tgid, start_ns, _ in self._index.processes]
         at = bisect_right(firsts, key) - 1
         return self._details(self._index.processes[at][2]).get(key) if at >= 0 else None
 
-    def processes(self) -> dict[Key, bytes]:
-        """Details of all owners."""
-        found: dict[Key, bytes] = {}
+    def processes(self) -> dict[ProcessKey, bytes]:
+        """Return details of all owners."""
+        found: dict[ProcessKey, bytes] = {}
         for _, _, place in self._index.processes:
             found |= self._details(place)
         return found
 
-    def _details(self, place: tuple[int, int]) -> dict[Key, bytes]:
-        found: dict[Key, bytes] = {}
+    def _details(self, place: tuple[int, int]) -> dict[ProcessKey, bytes]:
+        found: dict[ProcessKey, bytes] = {}
         for line in self._blob(place).split(b"\n"):
             words = line.split(b" ", 2)
             if len(words) == 3:
@@ -406,11 +405,11 @@ class Sealed:
         return found
 
     def usage(self) -> list[Sum]:
-        """The sums of all rows."""
+        """Return the sums of all rows."""
         return self._json(self._index.usage, list[Sum])
 
     def names(self) -> dict[int, str]:
-        """Names of far ends by the number that rows have."""
+        """Return names of far ends by their number in rows."""
         return self._json(self._index.names, dict[int, str])
 
     def _json(self, place: tuple[int, int], kind: type[_Kind]) -> _Kind:
@@ -421,7 +420,7 @@ class Sealed:
 
 
 def _asked(question: Question) -> Iterator[tuple[str, Any, Any]]:
-    """(kind, least, greatest) of what a fitting row must have."""
+    """Return (kind, least, greatest) of what a row must have to fit."""
     if question.port is not None:
         yield "port", question.port, question.port
     if question.pid is not None:
@@ -438,13 +437,13 @@ def _asked(question: Question) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _plain(rows: Rows) -> Rows:
-    """Columns in the types of FLOW, moments instead of durations."""
+    """Return columns with the types of FLOW, and moments instead of durations."""
     rows["first_ns"] = rows["last_ns"] - rows["first_ns"]
     count = len(rows["last_ns"])
     for name in _ADDRESSES:
         if name in rows:
             rows[name] = np.ascontiguousarray(rows[name]).view(np.uint64).reshape(-1, 2)
-    for name in FLOW.names or ():  # what files of older versions lack
+    for name in FLOW.names or ():  # files of older versions lack these
         if name not in rows and name != "hash":
             rows[name] = np.zeros((count, *FLOW[name].shape), FLOW[name].base)
     rows["words"] = np.ascontiguousarray(rows["comm"]).view(np.uint64).reshape(-1, 2)
@@ -452,7 +451,7 @@ def _plain(rows: Rows) -> Rows:
 
 
 def flows_of(rows: Rows, which: np.ndarray) -> np.ndarray:
-    """FLOWs of the rows `which`; a column that the file lacks is zero."""
+    """Return FLOWs of the rows `which`. A column that the file lacks is zero."""
     flows = np.zeros(len(which), FLOW)
     for name in (FLOW.names or ())[1:]:
         if name in rows:

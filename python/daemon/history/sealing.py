@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What leaves the history's database for a sealed file, and what leaves the sealed files."""
+"""Moves rows from the history's database into sealed files, and removes rows from these."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ import numpy as np
 from daemon.history.details import places_in, sums
 from daemon.history.hours import HourFile, Hours
 from daemon.history.schema import COLUMNS, INDEXES, flows_of, signed
-from daemon.history.sealed import Broken, Contents, Key, Rows
+from daemon.history.sealed import Broken, Contents, Rows
 from nlproto.errors import Error
+from nlproto.tables.processes import ProcessKey
 
 __all__ = ["Changing", "Sealing", "Step", "drop", "nothing", "seal", "shorten"]
 
 MOST = 400_000
-"""Rows of one file: an hour of 100 flows a second, and a little more."""
+"""Rows of one file: an hour with 100 flows a second, and some more."""
 LEAST = 16_384
 _HOUR = 3600
 _PIECE = 5_000  # rows read at a time
-_PAUSE = 0.05  # s, between two looks whether the file is made
+_PAUSE = 0.05  # s between two checks whether the file is complete
 
 _ROWS = f"SELECT id, {', '.join(COLUMNS)}, payer, seen FROM flows WHERE id BETWEEN ? AND ?"
 _DETAILS = "SELECT details FROM processes WHERE tgid = ? AND start_ns = ?"
@@ -39,7 +40,7 @@ _DELETE_PROCESS = (
 
 
 class Sealing(Protocol):
-    """What is asked of the database (daemon.history.store.Store)."""
+    """The part of the database that this needs (daemon.history.store.Store)."""
 
     @property
     def path(self) -> str: ...
@@ -63,10 +64,10 @@ def nothing() -> None:
 
 
 def seal(store: Sealing, in_memory: Changing, most: int = MOST, meanwhile: Step = nothing) -> int:
-    """Move rows that will not change any more into a file, when there is an hour of them.
+    """Move rows that will not change any more into a file, if there is an hour of them.
 
-    `in_memory`: which ids may still change. `meanwhile` is called again and again, outside of
-    transactions, and may write. How many rows went. Raises Error; then none did.
+    `in_memory` says which ids may still change. `meanwhile` is called repeatedly outside of
+    transactions, and may write. Returns how many rows were moved. Raises Error; then none was.
     """
     with store.transaction() as writer:
         now = store.mark_time()
@@ -97,7 +98,7 @@ def seal(store: Sealing, in_memory: Changing, most: int = MOST, meanwhile: Step 
     except OSError as error:
         raise Error(f"{store.path}: no hour is sealed: {error.strerror}") from None
     with _entering(store, [piece]) as writer:
-        # making the indexes anew takes less than taking so many rows out of each
+        # to build the indexes again takes less time than to remove so many rows from each
         for name in INDEXES:
             writer.execute(f"DROP INDEX {name}")
         writer.executemany(_DELETE_FLOWS, _runs(ids))
@@ -112,7 +113,7 @@ def seal(store: Sealing, in_memory: Changing, most: int = MOST, meanwhile: Step 
 def _entering(
     store: Sealing, new: Sequence[HourFile], old: Iterable[int] = ()
 ) -> Iterator[sqlite3.Connection]:
-    """A transaction that changes the list; where it fails, the files that it was to enter go."""
+    """Run a transaction that changes the list; if it fails, its new files are removed."""
     then: list[Callable[[], None]] = []
     try:
         with store.transaction(durable=True, then=then) as writer:
@@ -126,7 +127,7 @@ def _entering(
 
 
 def _runs(ids: np.ndarray) -> Iterator[tuple[int, int]]:
-    """First and last of numbers without a gap; `ids` grow."""
+    """Yield first and last of runs of consecutive numbers; `ids` rise."""
     parts = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
     return ((int(part[0]), int(part[-1])) for part in parts)
 
@@ -149,7 +150,9 @@ def _rows(store: Sealing, ids: np.ndarray, meanwhile: Callable[[], None]) -> Row
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _details(writer: sqlite3.Connection, owners: set[Key]) -> Iterator[tuple[Key, bytes]]:
+def _details(
+    writer: sqlite3.Connection, owners: set[ProcessKey]
+) -> Iterator[tuple[ProcessKey, bytes]]:
     for tgid, start_ns in owners:
         found = writer.execute(_DETAILS, (tgid, signed(start_ns))).fetchone()
         if found is not None:
@@ -164,7 +167,7 @@ def _names(writer: sqlite3.Connection, numbers: set[int]) -> Iterator[tuple[int,
 
 
 def drop(store: Sealing, before: int) -> int:
-    """Remove the files of which nothing was seen at that second or later. Raises Error."""
+    """Remove files whose rows were all last seen before that second. Raises Error."""
     old = set(store.hours.too_old(before))
     if not old:
         return 0
@@ -174,14 +177,14 @@ def drop(store: Sealing, before: int) -> int:
 
 
 def shorten(store: Sealing, keep: int) -> int:
-    """Make the files smaller until they have `keep` bytes, so that nobody's flood costs others.
+    """Make the files smaller until they have `keep` bytes, so that no user's flood costs others.
 
-    How many rows went. Raises Error.
+    Returns how many rows were removed. Raises Error.
     """
     hours = store.hours
     if hours.size <= keep:
         return 0
-    # a sixteenth at least, or a file would be written anew each time
+    # a sixteenth at least, or files would be rewritten too often
     goes = hours.surplus(min(keep, hours.size * 15 // 16))
     gone = 0
     for piece in hours.pieces:
@@ -192,7 +195,7 @@ def shorten(store: Sealing, keep: int) -> int:
             contents = hours.without(piece, which)
             new = [] if contents is None else [hours.write(contents)]
         except Broken:
-            new = []  # nobody can read it, and it takes others' place
+            new = []  # nobody can read it, and it takes up room
         except OSError as error:
             raise Error(f"{store.path}: no hour is shortened: {error.strerror}") from None
         with _entering(store, new, [piece.number]):

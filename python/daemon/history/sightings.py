@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Since when programs, destinations and listeners are known: what `watch` asks for.
+"""Since when programs, destinations and listeners are known, for `watch`.
 
-A table in the history's database, a row for each and each user. Its times are those of the day.
+A table in the history's database, with a row for each user and thing. Times are times of day.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ __all__ = [
 
 KINDS = ("program", "destination", "listener")
 MOST = 100_000
-"""Rows; beyond that the user with most of them loses those not seen for longest."""
+"""The most rows. Beyond it the user with most rows loses those not seen for longest."""
 _PAUSE_NS = 86_400_000_000_000
-"""What was not seen for so long appears again: from when it was seen before is kept."""
+"""What was not seen for so long appears again; the row keeps when it was seen before."""
 _NEVER = -1
 
 Sighting = tuple[str, str, int, int, int, int, int, str]
@@ -70,7 +70,7 @@ DELETE FROM sightings WHERE rowid IN
 
 
 class Sightings(Protocol):
-    """What is asked of the database (daemon.history.store.Store)."""
+    """The part of the database that this needs (daemon.history.store.Store)."""
 
     def transaction(self) -> AbstractContextManager[sqlite3.Connection]: ...
 
@@ -83,7 +83,7 @@ def note(
     listeners: Iterable[Sighting],
     text_of: Callable[[int], str],
 ) -> None:
-    """In a transaction: what these FLOWs of the history, and listeners, show."""
+    """Enter what these FLOWs of the history, and listeners, show. Inside a transaction."""
     named = flows[flows["tgid"] != 0]
     for kind in (_programs(named), _destinations(named, text_of), listeners):
         writer.executemany(_NOTE, kind)
@@ -95,12 +95,12 @@ def _programs(flows: np.ndarray) -> Iterator[Sighting]:
 
 
 def _destinations(flows: np.ndarray, text_of: Callable[[int], str]) -> Iterator[Sighting]:
-    """Far ends whose port is the lower one: that is the service, as a rule."""
+    """Return far ends with the lower port: as a rule that is the service."""
     flows = flows[(flows["forwarded"] == 0) & (flows["rport"] < flows["lport"])]
     for some in _alike(flows, flows[["uid", "family", "raddr", "domain"]]):
         flow = some[0]
         number = int(flow["domain"])
-        # what a resolver asked for others is not for everybody
+        # a name that a resolver asked for others is not for everybody
         name = "" if not number or is_of_resolver(number) else text_of(number)
         name = name or address_text(int(flow["family"]), address_bytes(flow["raddr"]))
         proto = PROTO_NAMES.get(int(flow["proto"]), str(int(flow["proto"])))
@@ -108,7 +108,7 @@ def _destinations(flows: np.ndarray, text_of: Callable[[int], str]) -> Iterator[
 
 
 def _alike(flows: np.ndarray, keys: np.ndarray) -> Iterator[np.ndarray]:
-    """FLOWs of one key, the first seen of them first."""
+    """Return FLOWs of one key, the first seen first."""
     if not len(flows):
         return
     packed = np.ascontiguousarray(keys)
@@ -127,7 +127,7 @@ def _sighting(kind: str, name: str, flows: np.ndarray, about: str) -> Sighting:
 
 
 def listeners(owners: Iterable[PortOwner], now_ns: int) -> Iterator[Sighting]:
-    """Yield those that wait for others; not the UDP sockets that have any port to ask from."""
+    """Yield sockets that wait for a peer, without UDP clients on a random port."""
     low, high = _ephemeral()
     for one in owners:
         if one.proto == socket.IPPROTO_UDP and low <= one.port <= high:
@@ -148,16 +148,16 @@ def _ephemeral() -> tuple[int, int]:
 def seen_first(
     store: Sightings, kind: str, since_ns: int, unseen_ns: int, uid: int | None, limit: int
 ) -> list[dict[str, Any]]:
-    """Return what was seen since then and not in the `unseen_ns` before it, oldest first.
+    """Return what was seen since then, and not for `unseen_ns` before, oldest first.
 
-    `uid`: by this user alone, whatever others did; None: by anybody. Raises Error.
+    `uid`: seen of this user, regardless of others; None: of anybody. Raises Error.
     """
     values = (kind, since_ns, unseen_ns, uid, uid, uid, unseen_ns, limit)
     try:
         with store.snapshot() as (reader, _):
             rows = reader.execute(_SEEN_FIRST, values).fetchall()
     except sqlite3.Error as error:
-        raise Error(f"the history cannot be asked: {error}") from None
+        raise Error(f"the history cannot answer: {error}") from None
     return [
         {
             "kind": found,
@@ -180,7 +180,7 @@ def known_since(store: Sightings) -> float:
         with store.snapshot() as (reader, _):
             (began,) = reader.execute("SELECT began FROM sightings_began").fetchone()
     except sqlite3.Error as error:
-        raise Error(f"the history cannot be asked: {error}") from None
+        raise Error(f"the history cannot answer: {error}") from None
     return float(began)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The history's files: a database that is written, SQLite in WAL mode, and sealed hours.
+"""The history's files: a database (SQLite in WAL mode), which is written, and sealed hours.
 
 The database is read on a connection of its own.
 """
@@ -52,13 +52,13 @@ from nlproto.tables.shares import NOBODY, Payers
 __all__ = ["OWN_DIRECTORY", "Damaged", "Store"]
 
 OWN_DIRECTORY = "/var/lib/packet-hunter"
-"""The only one that is made when it is not there."""
+"""The only directory that is made if it does not exist."""
 
 _BUSY = 5000  # ms
 _AT_ONCE = 10_000  # rows read at a time
 _STEPS = 20_000
-"""Of SQLite's machine, some ms, between two looks whether anybody still wants the answer."""
-_AGED = 3600  # s at most between two looks for what is too old: they read a whole index
+"""Steps of SQLite's machine, some ms, between two checks whether the answer is still wanted."""
+_AGED = 3600  # s at most between two searches for old rows: each reads a whole index
 
 log = logging.getLogger(__name__)
 
@@ -66,16 +66,16 @@ Known = Callable[[int, int], Process | None]
 
 
 class Damaged(Error):
-    """The file's content is broken; a new Store sets it aside."""
+    """The file is damaged. A new Store sets it aside."""
 
 
 class Store:
     """Flows and processes in the file at `path`, mode 0640.
 
-    A file of ours that SQLite cannot read is renamed to PATH.corrupt-TIME, with a message, and a
-    new one begun. Another program's database is left alone. Raises Error when there can be no
-    file at all, UsageError when its directory is not there. write, trim and close belong to one
-    thread; ask and process to any.
+    If SQLite cannot read a file of ours, it is renamed to PATH.corrupt-TIME, with a message, and a
+    new one is begun. Another program's database is left alone. Raises Error if no file is possible,
+    UsageError if its directory does not exist. write, trim and close are for one thread, ask and
+    process for any.
     """
 
     def __init__(
@@ -86,14 +86,14 @@ class Store:
     ) -> None:
         self.path = path
         self.set_aside: str | None = None
-        """Where a corrupt file went."""
+        """The new name of a corrupt file."""
         self._payers = payers
         self._moment = moment
         self._aged = (-1.0, 0)
-        """The last age that was looked for, and when."""
+        """The age and the time of the last search for old rows."""
         self._reading = threading.Lock()
         self._moving = threading.Lock()
-        """Held while rows leave the database for a file."""
+        """Held while rows move from the database to a file."""
         self._file = -1
         try:
             self._place = HeldDirectory(path, OWN_DIRECTORY, 0o750)
@@ -152,7 +152,7 @@ class Store:
                 )
             writer.execute("SELECT payer, seen FROM flows LIMIT 1").fetchone()
             writer.execute("SELECT payer, seen FROM processes LIMIT 1").fetchone()
-            # also in files of versions that did not have them
+            # files of older versions lack these
             for name, fields in INDEXES.items():
                 writer.execute(f"CREATE INDEX IF NOT EXISTS {name} ON flows ({fields})")
             self.hours = Hours(self._place, self.path)
@@ -167,13 +167,13 @@ class Store:
         return writer, reader
 
     def _let_go(self) -> None:
-        """After SQLite: closing any descriptor of a file ends all POSIX locks on it."""
+        """After SQLite: closing any descriptor of a file drops all POSIX locks on it."""
         if self._file >= 0:
             file, self._file = self._file, -1
             os.close(file)
 
     def _version(self, writer: sqlite3.Connection) -> int:
-        """The file's schema, 0 for a new file. Raises OSError for another program's."""
+        """Return the file's schema, 0 for a new file. Raises OSError for another program's."""
         tables = {name for (name,) in writer.execute("SELECT name FROM sqlite_master")}
         (application,) = writer.execute("PRAGMA application_id").fetchone()
         (version,) = writer.execute("PRAGMA user_version").fetchone()
@@ -185,7 +185,7 @@ class Store:
         return int(version)
 
     def _begin(self) -> Elapsed:
-        """Go on from where the last daemon left the clock."""
+        """Continue the clock from where the last daemon left it."""
         row = self._one_row("SELECT boot_id, boot, uptime, real, seconds FROM elapsed")
         if row is None:
             return Elapsed(read=self._moment)
@@ -240,12 +240,12 @@ class Store:
             raise Error(f"history {self.path}: {error}") from None
 
     def size(self) -> int:
-        """Bytes of the database, its journal and the sealed files."""
+        """Return bytes of the database, its journal and the sealed files."""
         found = [self._place.stat(suffix) for suffix in ("", "-wal")]
         return self.hours.size + sum(one.st_size for one in found if one is not None)
 
     def room(self) -> int:
-        """Bytes of the file system that are free for us. Raises Error."""
+        """Return bytes of the file system that are free for us. Raises Error."""
         try:
             found = os.fstatvfs(self._place.fd)
         except OSError as error:
@@ -253,11 +253,11 @@ class Store:
         return found.f_bavail * found.f_frsize
 
     def identity(self) -> bytes:
-        """Which file this is; inodes are used again."""
+        """Return the file's identity. Inodes are used again."""
         return bytes(self._one("SELECT name FROM identity"))
 
     def in_place(self) -> bool:
-        """Whether the file is still where it was opened."""
+        """Return whether the file is still where it was opened."""
         found = self._place.stat()
         return found is not None and os.path.samestat(found, os.fstat(self._file))
 
@@ -272,8 +272,8 @@ class Store:
     ) -> None:
         """Insert or update in one transaction. Raises Error; then nothing was written.
 
-        `known` has the owners of `flows`: whose details are not in the file are written, too.
-        `text_of` has the names of their far ends.
+        `known` has the owners of `flows`: details that the file lacks are written too. `text_of`
+        has the names of their far ends.
         """
         if not len(ids) and not processes and not listeners:
             return
@@ -306,7 +306,7 @@ class Store:
         return process.tgid, signed(process.start_ns), now, raw, payer, space(len(raw))
 
     def mark_time(self) -> int:
-        """In a transaction: write down how long the history has lived, in seconds."""
+        """Store how long the history has lived, in seconds. Inside a transaction."""
         seconds = self._elapsed.look()
         moment = self._elapsed.moment
         values = (moment.boot_id, moment.boot, moment.uptime, moment.real, seconds)
@@ -318,10 +318,10 @@ class Store:
     def transaction(
         self, durable: bool = False, then: Sequence[Callable[[], None]] = ()
     ) -> Iterator[sqlite3.Connection]:
-        """Raises Error; then nothing was changed. Damaged: the file is broken.
+        """Run a transaction. Raises Error; then nothing was changed. Damaged: the file is broken.
 
-        `durable`: what it changed survives a loss of power. `then`: called at its end, at one
-        moment with it for snapshot().
+        `durable`: its changes survive a loss of power. `then` is called at its end, at one moment
+        with it for snapshot().
         """
         try:
             self._writer.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
@@ -341,9 +341,9 @@ class Store:
             raise kind(f"{self.path}: {error}; check disk space and permissions") from None
 
     def trim(self, age: float, size: int) -> int:
-        """Delete what was not seen for `age` seconds of running, then down to `size` bytes.
+        """Delete what was not seen for `age` seconds of running, then shrink to `size` bytes.
 
-        See daemon.history.trim and sealing. How many flows went. Raises Error.
+        See daemon.history.trim and sealing. Returns how many flows were deleted. Raises Error.
         """
         with self.transaction():
             now = self.mark_time()
@@ -355,18 +355,18 @@ class Store:
             before = now - math.ceil(age)
             with self.transaction() as writer:
                 writer.execute("DELETE FROM names WHERE id NOT IN (SELECT domain FROM flows)")
-        # neither part can push out the other altogether
+        # neither part can push out the other completely
         gone += shorten(self, max(size - self.used_bytes(), size // 4))
         return gone + trim(self, before, max(size - self.hours.size, size // 4))
 
     def seal(self, in_memory: Changing, most: int = MOST, meanwhile: Step = nothing) -> int:
-        """See daemon.history.sealing. How many flows moved. Raises Error."""
+        """See daemon.history.sealing. Returns how many flows were moved. Raises Error."""
         if self._one("SELECT count(*) FROM flows") < min(most, LEAST):
             return 0
         return seal(self, in_memory, most, meanwhile)
 
     def used_bytes(self) -> int:
-        """Without the pages that are free. Raises Error."""
+        """Return the database's bytes without free pages. Raises Error."""
         with self.transaction() as writer:
             pages, free, size = (
                 int(writer.execute(f"PRAGMA {name}").fetchone()[0])
@@ -386,7 +386,7 @@ class Store:
     def ask(
         self, question: Question, until_ns: int, stop: Callable[[], None] = lambda: None
     ) -> list[tuple[int, np.void]]:
-        """(id, FLOW) last seen at `until_ns` or before, newest first, `limit` and one more.
+        """Return (id, FLOW) last seen at `until_ns` or before, newest first, `limit` and one more.
 
         `stop` is called every few ms, and ends this by raising.
         """
@@ -411,7 +411,7 @@ class Store:
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[tuple[sqlite3.Connection, tuple[HourFile, ...]]]:
-        """A reader, and the files: each row is in one of them. Raises sqlite3.Error."""
+        """Yield a reader and the files: each row is in one of them. Raises sqlite3.Error."""
         with contextlib.closing(self._connect_reader()) as reader:
             reader.isolation_level = None
             with self._moving:
@@ -427,9 +427,9 @@ class Store:
         place_of: Callable[[tuple[int, int]], Place],
         stop: Callable[[], None],
     ) -> tuple[dict[Group, list[int]], dict[int, str]]:
-        """Sums of the flows last seen since then, without those of the ids `but`.
+        """Return sums of the flows last seen since then, without the ids `but`.
 
-        And names of far ends that are in files. Raises Error.
+        Also returns names of far ends from the files. Raises Error.
         """
         found: dict[Group, list[int]] = {}
         names: dict[int, str] = {}
@@ -447,12 +447,12 @@ class Store:
             names |= told
         if self.hours.pieces is pieces:
             return found, names
-        return self.usage(since_ns, but, place_of, stop)  # a file may have gone before
+        return self.usage(since_ns, but, place_of, stop)  # a file may be removed before
 
     def _fetch(
         self, query: str, values: list[Any], stop: Callable[[], None]
     ) -> tuple[list[Any], tuple[HourFile, ...]]:
-        """On a connection of its own: nobody waits for another's question."""
+        """Open a connection of its own, so that questions do not wait for each other."""
         ended: list[BaseException] = []
 
         def is_over() -> bool:
@@ -479,7 +479,7 @@ class Store:
         return reader
 
     def name(self, number: int) -> str:
-        """The name of a far end that has this number in flows, "" when it is not here."""
+        """Return the name of the far end with this number in flows; "" if it is not here."""
         name: str | None = self._one("SELECT name FROM names WHERE id = ?", signed(number))
         return name or self.hours.name(number)
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What leaves the history's file: what is too old, and what whoever has most of it has too much.
+"""Removes old rows from the history's file, and rows of those who have too many.
 
-A process goes when no flow of it is left. So that nobody's flood deletes what others did, the
-payer (nlproto.tables.shares) with most bytes gives, of its programs the one with most flows, of
-that the process with most, of that the oldest.
+A process is removed with its last flow. So that no flood deletes others' rows, the payer
+(nlproto.tables.shares) with most bytes loses first: of its programs the one with most flows, of
+that the process with most, of that the oldest flows.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Protocol
 import numpy as np
 
 from daemon.history.schema import ROW_SIZE
+from nlproto.tables.processes import ProcessKey
 from nlproto.tables.shares import level, surplus
 
 __all__ = ["Shrinking", "trim"]
 
-_PIECE = 5000  # rows deleted in one transaction: so long does a flush wait
+_PIECE = 5000  # rows deleted in one transaction: a flush waits so long
 _ROUNDS = 64
 
 _ALONE = (
@@ -31,7 +32,7 @@ _OLD_PROCESSES = (
     "SELECT tgid, start_ns FROM processes INDEXED BY processes_payer"
     f" WHERE seen < ? AND {_ALONE} LIMIT ?"
 )
-_AT_ONCE = 1 << 20  # of these, so that one look at the index serves for many
+_AT_ONCE = 1 << 20  # of these, so that one read of the index serves for many
 _ALONE_OF = (
     f"SELECT tgid, start_ns, size FROM processes WHERE payer = ? AND {_ALONE} ORDER BY seen LIMIT ?"
 )
@@ -39,11 +40,9 @@ _OLDEST_OF = "SELECT id, comm, tgid, start_ns FROM flows WHERE payer = ? ORDER B
 _DELETE_FLOW = "DELETE FROM flows WHERE id = ?"
 _DELETE_PROCESS = f"DELETE FROM processes WHERE tgid = ? AND start_ns = ? AND {_ALONE}"
 
-Key = tuple[int, int]
-
 
 class Shrinking(Protocol):
-    """What is asked of the file (daemon.history.store.Store)."""
+    """The part of the file that this needs (daemon.history.store.Store)."""
 
     def transaction(self) -> AbstractContextManager[sqlite3.Connection]: ...
 
@@ -53,9 +52,9 @@ class Shrinking(Protocol):
 
 
 def trim(store: Shrinking, before: int | None, size: int) -> int:
-    """Delete what was last seen `before` that second (None: nothing), then down to `size` bytes.
+    """Delete what was last seen `before` that second (None: nothing), then shrink to `size` bytes.
 
-    How many flows went. Raises Error.
+    Returns how many flows were deleted. Raises Error.
     """
     gone = 0 if before is None else _drop_old(store, before)
     for _ in range(_ROUNDS):
@@ -87,7 +86,7 @@ def _drop_old(store: Shrinking, before: int) -> int:
 
 
 def _shorten(store: Shrinking, size: int) -> tuple[int, bool]:
-    """One round: (flows deleted, whether anything was)."""
+    """Do one round. Returns (flows deleted, whether anything was)."""
     with store.transaction() as writer:
         counts = dict(writer.execute("SELECT payer, count(*) FROM flows GROUP BY payer"))
         details = dict(writer.execute("SELECT payer, sum(size) FROM processes GROUP BY payer"))
@@ -96,7 +95,7 @@ def _shorten(store: Shrinking, size: int) -> tuple[int, bool]:
         payer: counts.get(payer, 0) * ROW_SIZE + details.get(payer, 0)
         for payer in counts.keys() | details.keys()
     }
-    # a sixteenth at least, or many small rounds would follow one another
+    # a sixteenth at least, or there would be many small rounds
     stays = min(size, used - used // 16)
     allowed = level(shares, sum(shares.values()) * stays // used)
     flows, anything = 0, False
@@ -118,11 +117,11 @@ def _shorten(store: Shrinking, size: int) -> tuple[int, bool]:
 
 
 def _drop_processes(store: Shrinking, payer: int, wanted: int) -> int:
-    """Delete processes without flows, the oldest first; bytes freed, `wanted` or more if there."""
+    """Delete processes without flows, the oldest first. Returns bytes freed, `wanted` or more."""
     freed = 0
     while freed < wanted:
         with store.transaction() as writer:
-            keys: list[Key] = []
+            keys: list[ProcessKey] = []
             found = writer.execute(_ALONE_OF, (payer, _PIECE)).fetchall()
             for tgid, start_ns, size in found:
                 if freed >= wanted:
@@ -136,7 +135,7 @@ def _drop_processes(store: Shrinking, payer: int, wanted: int) -> int:
 
 
 def _drop_flows(store: Shrinking, payer: int, wanted: int) -> int:
-    """Delete `wanted` of the payer's older flows; how many went."""
+    """Delete `wanted` of the payer's older flows. Returns how many were deleted."""
     window = min(max(4 * wanted, 2 * _PIECE), _AT_ONCE // 2)
     with store.transaction() as writer:
         rows = writer.execute(_OLDEST_OF, (payer, window)).fetchall()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""What clients get: connections, answers, streams."""
+"""What clients receive: connections, answers, streams."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Answers to questions, as far as the one who asks may see."""
+"""Answers to questions, limited to what the user may see."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ import numpy as np
 from daemon.history.memory import End, FlowMemory, Question, flow_fields
 from daemon.history.recorder import Recorder
 from daemon.serve.now import Looking, holder, sockets_now
-from daemon.serve.requests import History as HistoryRequest
-from daemon.serve.requests import Lookup, LookupKey, News, OwnerOf, Usage, Who
+from daemon.serve.requests import HistoryRequest, Lookup, LookupKey, News, OwnerOf, Usage, Who
 from daemon.serve.usage import Sums, usage
 from nlproto.errors import UsageError
 from nlproto.host.kernel_sockets import KernelSockets
@@ -34,12 +33,12 @@ __all__ = ["Answers", "Past", "PROTOS", "Room"]
 PROTOS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 
 Stop = Callable[[], None]
-"""Raises what ends an answer that nobody waits for; called every few ms."""
+"""Raises to end an answer that nobody waits for. Called every few ms."""
 Past = Callable[[Question, Stop], tuple[int, list[tuple[int, np.void]]]]
-"""Answers a Question from the stored history: rows that are not in memory."""
+"""Answers a Question from the stored history, with rows that are not in memory."""
 
 _MAX_HOLDERS = 20_000
-"""Processes of the port map in one answer: a socket has one entry for each of its holders."""
+"""The most processes of the port map in one answer: a socket has one for each holder."""
 _CHEAP = 32
 _NULL = msgspec.Raw(b"null")
 
@@ -47,14 +46,14 @@ _json = msgspec.json.Encoder()
 
 
 class Room:
-    """Bytes of JSON that an answer may have. What has no room is left out, and it says so."""
+    """The most bytes of JSON in an answer. What has no room is left out, and the answer says so."""
 
     def __init__(self, size: int = 8 << 20) -> None:
         self.left = size
         self.truncated = False
 
     def take(self, encoded: bytes) -> bool:
-        """Whether there was room for it."""
+        """Return whether there was room for it."""
         if len(encoded) + 1 > self.left:
             self.truncated = True
             return False
@@ -62,7 +61,7 @@ class Room:
         return True
 
     def fill(self, things: Iterable[object]) -> list[msgspec.Raw]:
-        """As many of `things`, from the first on, as have room."""
+        """Return as many of `things`, from the first on, as there is room for."""
         fitting = []
         for thing in things:
             encoded = _json.encode(thing)
@@ -77,23 +76,23 @@ def _never() -> None:
 
 
 class Looks(Protocol):
-    """What looks at the kernel's sockets (daemon.system.watcher)."""
+    """Looks at the kernel's sockets (daemon.system.watcher)."""
 
     @property
     def is_fresh(self) -> bool:
-        """Whether what is known of them is of this second."""
+        """Whether the last look was within a second."""
         ...
 
     def refresh(self, stop: Stop) -> None:
-        """Return when it is so."""
+        """Return when it was."""
         ...
 
 
 @dataclass(slots=True)
 class Answers:
-    """`uid` of each method: None for one who sees everything, else the only owner to be shown.
+    """Answers questions. Lists in an answer hold JSON. For any thread.
 
-    Lists in an answer hold JSON. Any thread.
+    `uid` of each method is the only owner to show; None: a user who sees everything.
     """
 
     pipeline: Pipeline
@@ -103,16 +102,16 @@ class Answers:
     kernel: KernelSockets | None = None
     looks: Looks | None = None
     remembers_since: Callable[[int | None], float] = lambda uid: time.time()
-    """Unix time: what was seen later is still known to this user."""
+    """Return a Unix time: this user still sees everything since then."""
     name_of: Callable[[int], str] = lambda number: ""
-    """The name of a flow's far end."""
+    """Return the name of a flow's far end."""
     translations: Translations | None = None
-    """What NAT does now."""
+    """The present translations by NAT."""
     recorder: Recorder | None = None
     sums: Sums = lambda since_ns, stop: ({}, {})
 
     def is_cheap(self, request: OwnerOf) -> bool:
-        """Whether the answer takes less time than another thread takes to begin with it."""
+        """Return whether the answer takes less time than to wake another thread."""
         portmap = self.pipeline.portmap
         if self.looks is not None and not self.looks.is_fresh:
             return False
@@ -136,7 +135,7 @@ class Answers:
         return {"owners": room.fill(grouped), "truncated": room.truncated}
 
     def _grouped(self, owners: Sequence[PortOwner], stop: Stop, room: Room) -> list[dict[str, Any]]:
-        """One entry a socket: the last seen owner, all of them as holders."""
+        """Return one entry for each socket: the last seen owner, with all of them as holders."""
         sockets: dict[tuple[Any, ...], dict[str, Any]] = {}
         if len(owners) > _MAX_HOLDERS:
             room.truncated = True
@@ -174,13 +173,13 @@ class Answers:
         stop: Stop = _never,
         room: Room | None = None,
     ) -> dict[str, Any]:
-        """Sockets there now that fit, flows of the past, and details of all processes named."""
+        """Return sockets and flows that fit, and details of all processes named."""
         room = Room() if room is None else room
         now_ns = time.time_ns() if now_ns is None else now_ns
         network = None if request.host is None else _network(request.host)
         asked_uid = getattr(request, "uid", None)
         if uid is not None and asked_uid not in (None, uid):
-            asked_uid = -1  # nobody: the answer is empty, not an error that tells something
+            asked_uid = -1  # nobody: an error would give something away
         elif uid is not None:
             asked_uid = uid
         question = Question(
@@ -235,17 +234,17 @@ class Answers:
         }
 
     def usage(self, request: Usage, uid: int | None, stop: Stop = _never) -> dict[str, Any]:
-        """Who used how much (daemon.serve.usage)."""
+        """Return who used how much (daemon.serve.usage)."""
         found = usage(request, uid, self.sums, self.name_of, stop)
         return found | {"since": self.remembers_since(uid)}
 
     def news(
         self, request: News, uid: int | None, stop: Stop = _never, room: Room | None = None
     ) -> dict[str, Any]:
-        """What was seen first, each with its process as far as it is known."""
+        """Return what was first seen since then, each with its process if that is known."""
         room = Room() if room is None else room
         if self.recorder is None:
-            raise UsageError("what is new is known by a history on disk")
+            raise UsageError("only a history on disk knows what is new")
         since_ns = max(0, time.time_ns() - int(request.since * 1e9))
         unseen_ns, limit = int(request.unseen * 1e9), request.limit
         found = self.recorder.news(request.kind, since_ns, unseen_ns, uid, limit + 1)
@@ -259,7 +258,7 @@ class Answers:
         }
 
     def _domain(self, number: int, uid: int | None) -> str:
-        """What a resolver asked for others is for who sees everything."""
+        """Return the name, unless a resolver asked for it and this user may not see it."""
         if not number or (uid is not None and is_of_resolver(number)):
             return ""
         return self.name_of(number)
@@ -273,7 +272,7 @@ class Answers:
         return total + older_total, rows[: question.limit]
 
     def _owners_now(self, question: Question, looking: Looking) -> tuple[int, list[dict[str, Any]]]:
-        """How many sockets there are now, and the first of them."""
+        """Return how many present sockets fit, and the first of them."""
         if self.kernel is None:
             return 0, []
         total, found = sockets_now(self.pipeline, self.kernel, question, looking, self.translations)
@@ -360,8 +359,9 @@ def _proto(name: str | None) -> int | None:
 
 
 def _numbers(domain: str, everything: bool) -> tuple[int, ...]:
-    """What flows to `domain` have as its number, asked by themselves or, for who may know, by a
-    resolver."""
+    """Return the numbers of `domain` in flows.
+
+    Names from the process's own questions, or for users who may see it from a resolver's."""
     name = domain.lower().rstrip(".")
     return tuple(number_of(name, one) for one in (False, True)[: 1 + everything])
 

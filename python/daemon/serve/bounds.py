@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The memory that all bounds together may take, held against what the service may use."""
+"""The sum of all bounds on memory, checked against the service's limit."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from nlproto.errors import UsageError
 __all__ = ["ANSWER_BYTES", "STREAM_BYTES", "Bounds", "bounds_of", "memory_limit"]
 
 ANSWER_BYTES = 64 << 20
-"""Answers that nobody has read: as much for who sees everything as for all others."""
+"""Room for unread answers: the same for users who see everything and for all others."""
 STREAM_BYTES = 32 << 20
-"""Records that wait for filters, and as much that waits for the event loop; for each side."""
+"""Room for records that wait for filters, and as much for the event loop; on each side."""
 
 _PROGRAM = 192 << 20
-"""Python, NumPy, libraries and what a batch takes while it is named; measured, and a third more."""
+"""Python, NumPy, libraries and a batch while it is named: measured, and a third more."""
 _ENCODED = 32 << 20  # details of processes, encoded
 _SNAPS = 96 << 20  # first bytes of packets, while somebody asks for them
-_DOMAINS = 96 << 20  # names, who asked for them, flows that have one, streams that are put together
-_NAT = 48 << 20  # translated connections, each under the ends that it is seen with
+_DOMAINS = 96 << 20  # names, who asked for them, flows that have one, streams being joined
+_NAT = 48 << 20  # translated connections, each under all its pairs of ends
 _CLIENT = WRITE_HIGH + (320 << 10) + MAX_BUFFERED + (16 << 10) + (256 << 10)
-"""One connection: a frame being sent, requests read and parsed, which processes it was told of."""
+"""One connection: a frame being sent, requests read and parsed, processes that it knows."""
 _PROCESS = 2048  # with its place in two tables
 _PORT = 350
 _KEPT_FREE = 0.1
@@ -36,14 +36,14 @@ _LEAST_QUEUE = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Bytes, all of them."""
+    """Bytes, the sum of all parts."""
 
     limit: int | None
-    """Of the control group, None: there is none."""
+    """Limit of the control group; None: no limit."""
     parts: dict[str, int]
-    """What each part may take, the queues of clients not among them."""
+    """Bytes of each part, without the clients' queues."""
     client_queues: int
-    """All clients' queues together; half of it is for who sees everything."""
+    """Bytes of all clients' queues together; half of it is for users who see everything."""
 
     def as_dict(self) -> dict[str, Any]:
         together = sum(self.parts.values()) + self.client_queues
@@ -52,9 +52,9 @@ class Bounds:
 
 
 def bounds_of(config: Config, limit: int | None = None) -> Bounds:
-    """What is left of `limit` bytes for the clients' queues.
+    """Return what is left of `limit` bytes for the clients' queues.
 
-    Raises UsageError when that is not enough.
+    Raises UsageError if that is not enough.
     """
     parts = {
         "program": _PROGRAM,
@@ -84,7 +84,7 @@ def bounds_of(config: Config, limit: int | None = None) -> Bounds:
 
 
 def memory_limit(root: str = "/") -> int | None:
-    """The least limit in bytes of the control groups that this process is in, None: no limit."""
+    """Return the lowest limit in bytes of this process's control groups; None: no limit."""
     limits = []
     for folder, name in _groups(root):
         while True:
@@ -103,7 +103,7 @@ def memory_limit(root: str = "/") -> int | None:
 
 
 def _groups(root: str) -> list[tuple[str, str]]:
-    """(directory, file with the limit) of the memory controller of both versions."""
+    """Yield (directory, file with the limit) of the memory controller, version 2 and 1."""
     try:
         with open(os.path.join(root, "proc/self/cgroup"), "rb") as file:
             lines = file.read(1 << 20).split(b"\n")

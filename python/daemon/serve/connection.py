@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One client's connection: frames in and out, and how much of either may wait."""
+"""One client's connection: frames in and out, and how many may wait."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from nlproto.errors import Error, NoPrivilege, UsageError
 __all__ = ["MAX_BUFFERED", "WRITE_HIGH", "ClientConnection", "Hall", "refusal", "reply"]
 
 WRITE_HIGH = 64 << 10
-"""Bytes that the transport may hold before a client counts as one that does not read."""
+"""Bytes in the transport from which on a client counts as one that does not read."""
 MAX_BUFFERED = MAX_REQUEST + 4
-"""Bytes of requests that wait; nothing is read while there are more."""
+"""Bytes of waiting requests from which on nothing more is read."""
 _TURN = 0.001  # s
 
 _json = msgspec.json.Encoder()
 
 
 class Hall(Protocol):
-    """Where all connections are (daemon.serve.server.Server)."""
+    """Where all connections belong (daemon.serve.server.Server)."""
 
     buffer: bytearray
-    """Where all connections read into, one at a time."""
+    """The buffer that all connections read into, one at a time."""
 
     def wants_turn(self, connection: Any, /) -> None:
         """The connection has something to do."""
 
     def falls_behind(self, connection: Any, /) -> None:
-        """Its client does not read what is written."""
+        """Its client does not read what was written."""
 
     def catches_up(self, connection: Any, /) -> None:
         """Its client has read what was written."""
 
     def has_read(self, connection: Any, /) -> None:
-        """It may take requests again, unless it has fallen behind with what waited."""
+        """It may take requests again, unless it still has requests that wait."""
 
     def left(self, connection: Any, /) -> None:
         """It is closed."""
 
 
 class ClientConnection(asyncio.BufferedProtocol):
-    """Runs in the event loop's thread alone.
+    """Runs only in the event loop's thread.
 
-    Requests are handled in order, one at a time: while one is under way, or the client does not
-    read, no further request of this client is looked at.
+    Requests are handled in order, one at a time. While one is under way, or the client does not
+    read, the next one waits.
     """
 
     def __init__(self, hall: Hall) -> None:
@@ -62,21 +62,21 @@ class ClientConnection(asyncio.BufferedProtocol):
         self._deaf = False
         self._ending = False
         self._replies: list[bytes] | None = None
-        """Of the turn that this connection has; they are sent together."""
+        """Frames of this turn, which are sent together."""
         self._answer_waits = False
         self._read_last: tuple[int, float] | None = None
-        """Bytes of an answer that are left to be read, and since when."""
+        """Bytes of an answer that are not yet read, and since when."""
 
     def _handle(self, payload: bytes) -> None:
-        """Take one request. Raises FrameError when the connection is to end."""
+        """Take one request. Raises FrameError to end the connection."""
         raise NotImplementedError
 
     def _pump(self) -> None:
-        """Send what waits as far as the client reads."""
+        """Send what waits, as far as the client reads."""
         raise NotImplementedError
 
     def _gone(self) -> None:
-        """The client has gone, or was let go."""
+        """The client has gone, or was disconnected."""
         raise NotImplementedError
 
     # Bytes in
@@ -106,7 +106,7 @@ class ClientConnection(asyncio.BufferedProtocol):
         return False
 
     def _listen(self, wanted: bool) -> None:
-        """Read what the client sends, or leave it where it is."""
+        """Read what the client sends, or leave it in the socket."""
         if self._transport is None or self._transport.is_closing() or wanted != self._deaf:
             return
         self._deaf = not wanted
@@ -117,13 +117,13 @@ class ClientConnection(asyncio.BufferedProtocol):
 
     @property
     def fd(self) -> int:
-        """Its socket's descriptor while nothing is read from it, else -1."""
+        """Return its socket's descriptor while nothing is read from it, else -1."""
         if self._transport is None or not self._deaf:
             return -1
         return int(self._transport.get_extra_info("socket").fileno())
 
     def take_turn(self) -> bool:
-        """Handle requests for a moment; whether there are more to handle now."""
+        """Handle requests for a moment. Returns whether there are more."""
         until = time.monotonic() + _TURN
         self._replies = []
         try:
@@ -149,7 +149,7 @@ class ClientConnection(asyncio.BufferedProtocol):
         return False
 
     def _finish(self, reply: bytes) -> None:
-        """Answer the request that is under way; now the next one may come."""
+        """Answer the request under way. Then the next one may come."""
         self._write(reply)
         self._answer_waits = self._paused
         self._busy = False
@@ -169,7 +169,7 @@ class ClientConnection(asyncio.BufferedProtocol):
         return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     def is_stuck(self, now: float, patience: float) -> bool:
-        """Whether this client has read nothing of an answer for `patience` s."""
+        """Return whether this client has read nothing of an answer for `patience` s."""
         if not self._answer_waits:
             return False
         if self._read_last is None or self._read_last[0] != self.unread:

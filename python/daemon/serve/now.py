@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Who has which sockets at this moment: the kernel's tables of the last look, checked in /proc."""
+"""Present sockets and their holders: the kernel's tables of the last look, checked in /proc."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ from nlproto.tables.processes import ProcessKey
 __all__ = ["Looking", "holder", "sockets_now"]
 
 _SHOWN = 1000
-"""Sockets in one answer."""
+"""The most sockets in one answer."""
 _LOOKED = 5000
-"""Sockets whose holders are looked for."""
+"""The most sockets whose holders are searched."""
 _HOLDERS = 20_000
-"""Of all these sockets."""
+"""The most holders of all these sockets."""
 _ASKED = 2000
-"""Processes whose descriptors are read for one question."""
+"""The most processes whose descriptors one question reads."""
 _INODES = 4_000_000
-"""Sockets that these have."""
+"""The most sockets of these."""
 _SAME_PORT = 500
-"""Owners of a port that are asked whether a socket of unknown holders is theirs."""
+"""The most owners of a port that are checked for a socket with unknown holders."""
 
 
 class Looking:
-    """What one question may cost, and what was asked for it already.
+    """The limits of one question, and what it has read already.
 
-    `uid`: only sockets and holders of this owner are shown; None: all. `stop` raises what ends
-    the answer; it is called every few ms.
+    `uid`: only sockets and holders of this owner are shown; None: all. `stop` raises to end the
+    answer, and is called every few ms.
     """
 
     def __init__(self, uid: int | None = None, stop: Callable[[], None] = lambda: None) -> None:
         self.uid = uid
         self.stop = stop
         self.truncated = False
-        """Something was not looked at."""
+        """Whether something was left out."""
         self._inodes: dict[int, np.ndarray | None] = {}
         self._inodes_left, self._holders_left = _INODES, _HOLDERS
 
@@ -58,7 +58,7 @@ class Looking:
         return self.uid is None or uid == self.uid
 
     def inodes(self, pid: int) -> np.ndarray | None:
-        """Of the sockets that `pid` holds, sorted; None: it may not be asked, or too many were."""
+        """Return `pid`'s sockets, sorted; None: it may not be read, or the limit is reached."""
         if pid not in self._inodes:
             self.stop()
             if len(self._inodes) >= _ASKED or self._inodes_left <= 0:
@@ -70,7 +70,7 @@ class Looking:
         return self._inodes[pid]
 
     def holds(self, pid: int, inode: int) -> bool | None:
-        """Whether `pid` has this socket; None: it may not be asked, or too many were."""
+        """Return whether `pid` has this socket; None: as in sockets_of(), not known."""
         inodes = self.inodes(pid)
         if inodes is None:
             return None
@@ -78,7 +78,7 @@ class Looking:
         return place < len(inodes) and int(inodes[place]) == inode
 
     def takes_holder(self) -> bool:
-        """Whether one more may be looked at."""
+        """Return whether one more may be searched."""
         self.stop()
         self._holders_left -= 1
         if self._holders_left < 0:
@@ -93,9 +93,10 @@ def sockets_now(
     looking: Looking,
     translations: Translations | None = None,
 ) -> tuple[int, list[dict[str, Any]]]:
-    """How many sockets fit, and the first `limit` (at most _SHOWN) of them, listeners first.
+    """Return how many sockets fit, and the first `limit` (at most _SHOWN), listeners first.
 
-    Each has its holders, the last known user first. One whose ends NAT changes fits by either.
+    Each has its holders, the last known user first. A translated socket may fit by either pair of
+    ends.
     """
     portmap = pipeline.portmap
     nat = _Nat(translations)
@@ -126,13 +127,13 @@ def sockets_now(
 
 
 class _Nat:
-    """What NAT does to sockets at this moment."""
+    """The present translations of sockets by NAT."""
 
     def __init__(self, translations: Translations | None) -> None:
         self._translations = translations
 
     def of(self, netns: int, row: np.void) -> Translated | None:
-        """What it makes of the ends of one HOST_SOCKET of a namespace."""
+        """Return what NAT makes of the ends of one HOST_SOCKET of a namespace."""
         if self._translations is None or not row["dport"]:
             return None
         near, far = (row[name].tobytes() for name in ("saddr", "daddr"))
@@ -141,7 +142,7 @@ class _Nat:
         return self._translations.find_now(way)
 
     def fitting(self, netns: int, table: np.ndarray, question: Question) -> np.ndarray:
-        """Which HOST_SOCKETs fit by the ends that they have elsewhere."""
+        """Return which HOST_SOCKETs fit by their translated ends."""
         mask = np.zeros(len(table), bool)
         if self._translations is None or (question.port, question.host) == (None, None):
             return mask
@@ -156,7 +157,7 @@ class _Nat:
 
 
 def _fits(row: np.void, became: Translated, question: Question) -> bool:
-    """Whether a translated socket fits, each condition by either of its ends' addresses."""
+    """Return whether a translated socket fits; each condition may fit either pair of ends."""
     _, lport, far, rport = became
     if question.port not in (None, lport, rport, int(row["sport"]), int(row["dport"])):
         return False
@@ -168,14 +169,14 @@ def _fits(row: np.void, became: Translated, question: Question) -> bool:
 
 
 def holder(tgid: int, start_ns: int, comm: str, uid: int) -> dict[str, Any]:
-    """One process that holds a socket, as it goes to a client."""
+    """Return one holder of a socket, for a client."""
     return {"pid": tgid, "start_ns": start_ns, "comm": comm, "uid": uid}
 
 
 def _users(
     portmap: PortMap | None, rows: np.ndarray, looking: Looking
 ) -> Mapping[int, list[PortOwner]]:
-    """Who used the sockets `rows`, by cookie."""
+    """Return the known users of the sockets `rows`, by cookie."""
     cookies = rows["cookie"][rows["cookie"] != 0]
     if portmap is None or not len(cookies):
         return {}
@@ -185,7 +186,7 @@ def _users(
 
 
 def _inodes(pipeline: Pipeline, question: Question, looking: Looking) -> np.ndarray | None:
-    """Sockets of the processes that are asked for; None: of any."""
+    """Return the sockets of the processes that are asked for; None: of any."""
     if question.pid is None and question.pname is None:
         return None
     found = [np.zeros(0, np.uint64)]
@@ -209,7 +210,7 @@ def _rows(
     looking: Looking,
     nat: _Nat,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(namespaces, HOST_SOCKETs): listeners before others, in the order of ports."""
+    """Return (namespaces, HOST_SOCKETs): listeners first, in order of ports."""
     numbers, parts = [np.zeros(0, np.int64)], [np.zeros(0, HOST_SOCKET)]
     for netns, table in tables.items():
         looking.stop()
@@ -238,7 +239,7 @@ def _holders(
     row: np.void,
     used: Iterable[PortOwner],
 ) -> list[dict[str, Any]]:
-    """Those who hold a socket in /proc; of processes that may not be asked, who used it."""
+    """Return a socket's holders by /proc, or its known users if /proc is refused."""
     inode = int(row["inode"])
     found: dict[ProcessKey, dict[str, Any]] = {}
     for one in used:
@@ -246,7 +247,7 @@ def _holders(
             found[one.key] = holder(one.tgid, one.start_ns, one.comm, one.uid)
     known = list(_known(kernel, inode, looking))
     if not found and not known and pipeline.portmap is not None:
-        # accepted or made since the last walk: of somebody who has the same port
+        # accepted or created since the last walk: its holder may be another owner of the same port
         port = int(row["sport"])
         for one in pipeline.portmap.who(port, uid=looking.uid, limit=_SAME_PORT):
             if looking.holds(one.tgid, inode):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Filters and encodes for subscribers, in a thread of its own: nobody's filter holds the worker.
+"""Filters and encodes for subscribers in a thread of its own, so that no filter delays the worker.
 
-What a subscriber may see waits in the lane of its uid. Lanes are bounded, and the users take turns,
-so that who has expensive filters loses records and nobody else does.
+What a subscriber may see waits in the lane of its uid. Lanes are bounded, and the users take turns.
+So only the user with expensive filters loses records.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from nlproto.tables.processes import ProcessKey
 __all__ = ["Lane", "EncodedPiece", "Publisher", "Stream", "Subscriber"]
 
 MAX_RECORDS = 2048
-"""In one data frame, 256 KiB; what is filtered before it is another's turn."""
-_PATIENCE = 0.1  # s between two looks whether the event loop has caught up
-_COMPLAIN = 60.0  # s between two entries in the log about failures
+"""The most records in one data frame, 256 KiB. Then another stream has its turn."""
+_PATIENCE = 0.1  # s between two checks whether the event loop has caught up
+_COMPLAIN = 60.0  # s between two log entries about failures
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPiece:
-    """What one stream takes from one batch, encoded."""
+    """One stream's part of one batch, encoded."""
 
     payload: bytes
     count: int
     processes: tuple[tuple[ProcessKey, int, bytes], ...]
     """(key, generation, JSON) of every process that the records name."""
     first_bytes: bytes = b""
-    """First bytes of the packets, as the module sends them; empty when none are there."""
+    """First bytes of the packets, as the module sends them; empty if there are none."""
     ends: bytes = b""
-    """JSON of the far ends' names, empty when none has one."""
+    """JSON of the far ends' names; empty if no record has one."""
     size: int = 0
-    """Bytes of all of it."""
+    """Bytes of all parts."""
     flows: bool = False
     names: bytes = b""
-    """JSON of the names by the numbers that flows have, empty when none has one."""
+    """JSON of the far ends' names by their numbers in flows; empty if no flow has one."""
 
 
 class Subscriber(Protocol):
@@ -59,16 +59,16 @@ class Subscriber(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Lane:
-    """What waits for the streams of one uid; None: of all who see everything."""
+    """What waits for the streams of one uid; None: of all users who see everything."""
 
     uid: int | None
     user: int
-    """Whose turn it takes: the uid, or the user that it is subordinate to."""
+    """The user whose turn it takes: the uid, or the user that it is subordinate to."""
     flows: bool = False
-    """Sums of flows, in place of records."""
+    """Whether it takes sums of flows in place of records."""
     streams: tuple[Stream, ...] = ()
     records: int = 0
-    """Records of this uid so far: what its clients have as `seq`."""
+    """How many records of this uid there were: its clients have it as `seq`."""
     items: deque[Item] = field(default_factory=deque)
     bytes: int = 0
     work: Iterator[None] | None = None
@@ -76,7 +76,7 @@ class Lane:
 
 @dataclass(eq=False, slots=True)
 class Stream:
-    """All subscribers with the same filter, the same rights, and with or without first bytes."""
+    """All subscribers with the same filter, the same rights, and the same wish for first bytes."""
 
     text: str
     lane: Lane
@@ -91,7 +91,7 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class LaneBatch:
-    """What the subscribers of a lane may see; `head` is a clean BATCH with their clocks."""
+    """The part of a batch that the subscribers of a lane may see; `head` is a clean BATCH."""
 
     head: np.void
     records: np.ndarray
@@ -100,7 +100,7 @@ class LaneBatch:
 
 @dataclass(slots=True)
 class Lost:
-    """Batches that had no room were here."""
+    """Stands where batches were dropped for lack of room."""
 
     records: int
 
@@ -113,11 +113,11 @@ Post = Callable[[Callable[[], None]], None]
 class Publisher:
     """A thread that takes batches out of lanes; a context manager.
 
-    All its lanes hold `max_bytes`, each an equal part, and one batch more each. `post(function)`
-    runs a function in the event loop's thread; when more than `max_pending` bytes wait for that
-    thread, this one waits. Batches that a full lane drops are lost for its subscribers alone: each
-    counts their records as matched and dropped, since no filter has seen them. `allowance`: what
-    CPU time the thread takes.
+    All its lanes together hold `max_bytes`, each an equal part, and one more batch each.
+    `post(function)` runs a function in the event loop's thread. While more than `max_pending` bytes
+    wait for that thread, this one waits. Batches that a full lane drops are lost only for its
+    subscribers. Each counts their records as matched and dropped, because no filter has seen them.
+    `allowance`: the CPU time that the thread may take.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Publisher:
         self.max_bytes = max_bytes
         self.max_pending = max_pending
         self.lanes = 0
-        """How many share the room."""
+        """How many lanes share the room."""
         self.lost = 0
         """Records that a lane had no room for."""
         self._encode = encode
@@ -153,7 +153,7 @@ class Publisher:
         self.stop(0.0)
 
     def stop(self, patience: float) -> None:
-        """End when all that waits is published; what is not after `patience` s is lost."""
+        """Publish what waits, then end. What is left after `patience` s is lost."""
         with self._changed:
             self._until = time.monotonic() + patience
             self._changed.notify_all()
@@ -161,7 +161,7 @@ class Publisher:
             self._thread.join()
 
     def put(self, lane: Lane, batch: LaneBatch) -> None:
-        """Any thread."""
+        """Add a batch to a lane. Any thread."""
         size = batch.records.nbytes
         with self._changed:
             room = self.max_bytes // max(1, self.lanes)
@@ -173,7 +173,7 @@ class Publisher:
             self._changed.notify()
 
     def _drop_oldest(self, lane: Lane) -> bool:
-        """What stands in its place says how much was lost there."""
+        """Replace the dropped batches by one entry with their number of records."""
         for index, item in enumerate(lane.items):
             if isinstance(item, LaneBatch):
                 lane.bytes -= item.records.nbytes
@@ -188,7 +188,7 @@ class Publisher:
         return False
 
     def mark(self, lane: Lane, function: Callable[[], None]) -> None:
-        """Any thread: run `function` in the event loop's once all before it has been offered."""
+        """Run `function` in the event loop's thread behind all earlier batches. Any thread."""
         with self._changed:
             lane.items.append(function)
             self._rounds.add(lane.user, lane)
@@ -211,19 +211,19 @@ class Publisher:
                 self._complain("a step of a lane failed")
 
     def _rest(self, seconds: float) -> None:
-        """What the work for these users may take of a CPU is used up."""
+        """Wait if the CPU time for these users is used up."""
         if seconds > 0:
             with self._changed:
                 self._changed.wait_for(lambda: self._until is not None, seconds)
 
     def _step(self, lane: Lane) -> None:
-        """One stream's part of one batch, then it is another's turn."""
+        """Do one stream's part of one batch. Then another one has its turn."""
         try:
             if lane.work is None:
                 self._begin(lane)
             if lane.work is not None and next(lane.work, self) is self:
                 lane.work = None
-        finally:  # whoever waits behind what failed
+        finally:  # others wait behind the stream that failed
             with self._changed:
                 if lane.work is not None or lane.items:
                     self._rounds.add(lane.user, lane)
@@ -269,7 +269,7 @@ class Publisher:
             log.exception("%s", message)
 
     def _wait_for_loop(self) -> bool:
-        """Whether the event loop takes what it is given."""
+        """Return whether the event loop takes what it is given."""
         with self._changed:
             while self._pending > self.max_pending:
                 if self._until is not None and time.monotonic() > self._until:

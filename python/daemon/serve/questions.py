@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Questions that take time: two threads, users in turn, given up when nobody waits for the answer.
+"""Questions that take time, in two threads. Users take turns. Unwanted questions are given up.
 
-One thread is for who sees everything, one for all others.
+One thread is for users who see everything, one for all others.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from nlproto.errors import Error
 __all__ = ["FAILED", "Cancelled", "QueuedQuestion", "Questions", "Stop"]
 
 Stop = Callable[[], None]
-"""Raises what ends a question; to be called every few ms."""
+"""Raises to end a question. Must be called every few ms."""
 
 log = logging.getLogger(__name__)
 
 
 FAILED = "the daemon failed on this request; see its log"
 _LONGEST = 5.0
-"""s that a question of a user without rights may take."""
+"""s that a question of a user with limited rights may take."""
 _PART = 0.002  # s of work between two looks at the allowance
-_NAP = 0.02  # s, longest sleep before it is asked again whether the answer is wanted
+_NAP = 0.02  # s, longest sleep between two checks whether the answer is still wanted
 
 
 class Cancelled(Exception):
@@ -40,7 +40,7 @@ class Cancelled(Exception):
 
 @dataclass(eq=False, slots=True)
 class QueuedQuestion:
-    """`work` runs in a thread, `done` in the event loop's with its result or its Error."""
+    """`work` runs in a thread; `done` gets its result or Error in the event loop's thread."""
 
     user: int
     full: bool
@@ -50,7 +50,7 @@ class QueuedQuestion:
     running: bool = field(default=False, init=False)
 
     def run(self, allowance: Allowance) -> Any:
-        """In its thread: the result, or the Error to tell."""
+        """Return the result, or the Error to send. Runs in its thread."""
         meter = Meter(None if self.full else allowance)
         looked = began = time.monotonic()
 
@@ -80,8 +80,9 @@ class QueuedQuestion:
 
 
 class Questions:
-    """Belongs to the event loop's thread. `may_answer(question)`: whether there is room for an
-    answer; pump() asks again.
+    """Questions, for the event loop's thread.
+
+    `may_answer(question)` says whether there is room for an answer; pump() asks again.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class Questions:
         self._next(side)
 
     def cancel(self, question: QueuedQuestion) -> None:
-        """Nobody waits for it: `done` is not called, the thread gives it up soon."""
+        """Nobody waits for the answer: `done` is not called, and the thread ends it soon."""
         if question.cancelled:
             return
         question.cancelled = True
@@ -119,7 +120,7 @@ class Questions:
             side.waiting -= 1
 
     def pump(self) -> None:
-        """Somebody has read an answer, or has gone."""
+        """Somebody has read an answer, or has gone: check again for room."""
         for side in self._sides.values():
             self._next(side)
 
@@ -169,7 +170,7 @@ class _Side:
 
 
 def _sleep(seconds: float, question: QueuedQuestion) -> None:
-    """Not longer than the question is wanted."""
+    """Sleep, but not longer than the question is wanted."""
     until = time.monotonic() + seconds
     while not question.cancelled and (left := until - time.monotonic()) > 0:
         time.sleep(min(left, _NAP))

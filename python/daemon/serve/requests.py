@@ -12,7 +12,7 @@ from nlproto.errors import UsageError
 
 __all__ = [
     "Hello",
-    "History",
+    "HistoryRequest",
     "Lookup",
     "News",
     "OwnerOf",
@@ -62,33 +62,33 @@ class Who(_Base, tag="who", frozen=True):
     domain: Name | None = None
     since: Seconds | None = None
     until: Seconds | None = None
-    """Both before now."""
+    """`since` and `until` are seconds before now."""
     at: Seconds | None = None
     ends: tuple[End, End] | None = None
     """Both ends of one flow, in either order."""
     netns: U32 | None = None
     listening: bool = False
-    """Sockets that wait for somebody, and nothing of the past."""
+    """Only sockets that wait for a peer, and nothing of the past."""
     limit: Limit = 1000
 
 
-class History(Who, tag="history", frozen=True):
+class HistoryRequest(Who, tag="history", frozen=True):
     uid: U32 | None = None
 
 
 class Usage(_Base, tag="usage", frozen=True):
     by: Literal["process", "unit", "container", "user", "domain"] = "process"
     since: Seconds = 86400.0
-    """Before now."""
+    """Seconds before now."""
     limit: Limit = 1000
 
 
 class News(_Base, tag="news", frozen=True):
     kind: Literal["program", "destination", "listener"]
     since: Seconds
-    """Before now: what was seen first since then."""
+    """Seconds before now: what was first seen since then."""
     unseen: Annotated[float, Meta(ge=86_400, le=1e10)] = 30 * 86_400.0
-    """For so long before."""
+    """Seconds before `since` in which it was not seen."""
     limit: Limit = 1000
 
 
@@ -108,7 +108,7 @@ class LookupKey(Struct, forbid_unknown_fields=True, frozen=True):
     start_ns: U64 | None = None
 
     def __post_init__(self) -> None:
-        # more than msgspec's bounds can say
+        # a check that msgspec's bounds cannot express
         if (self.cookie or 0) >> 64 or (self.start_ns or 0) >> 64:
             raise ValueError("cookie and start_ns have 64 bits")
 
@@ -121,14 +121,16 @@ class Subscribe(_Base, tag="subscribe", frozen=True):
     filter: Annotated[str, Meta(max_length=8192)] = ""
     snaps: bool = False
     flows: bool = False
-    """Sums of flows in place of records; no filter and no first bytes."""
+    """Sums of flows in place of records. Without filter and first bytes."""
 
 
 class Unsubscribe(_Base, tag="unsubscribe", frozen=True):
     pass
 
 
-Request = Hello | Stats | Who | History | Usage | News | OwnerOf | Lookup | Subscribe | Unsubscribe
+Request = (
+    Hello | Stats | Who | HistoryRequest | Usage | News | OwnerOf | Lookup | Subscribe | Unsubscribe
+)
 
 _decoder: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 
@@ -153,7 +155,7 @@ def parse_request(payload: bytes) -> Request:
 
 
 def request_id(payload: bytes) -> int:
-    """The id of a request that is wrong otherwise, 0 if it has none."""
+    """Return the id of a request that is otherwise wrong; 0 if it has none."""
     try:
         return _id_decoder.decode(payload).id
     except _WRONG:

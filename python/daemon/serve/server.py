@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Serves any number of clients: who may connect, whose turn it is, what all of them share."""
+"""Serves any number of clients: access, turns, and what all of them share."""
 
 from __future__ import annotations
 
@@ -33,33 +33,34 @@ from nlproto.client.frames import PROTOCOL
 from nlproto.errors import Error
 from nlproto.records.batch import NamedBatch
 from nlproto.running.supervise import Failures
+from nlproto.running.urgency import Urgency
 from nlproto.tables.shares import Payers
 
 __all__ = ["Server"]
 
-_AT_ONCE = 512
-"""Connections accepted before anything else is done."""
+_AT_ONCE = 64
+"""The most connections that are accepted in one go."""
 _MOST_SHUT = 64
-"""Uids without room that are refused before anything is known of them but that."""
+"""Uids without room whose connections are closed at once."""
 _READ = 16 << 10
 """Bytes read from a client at once."""
-_ACCOUNT = 1.0  # s between two accounts for those who subscribed
-_LOOK = 0.25  # s between two looks after clients that have gone, or do not read
-_TOGETHER = 0.02  # s that those without rights wait for each other
+_ACCOUNT = 1.0  # s between two accounts for subscribers
+_LOOK = 0.25  # s between two checks for clients that have gone or do not read
+_TOGETHER = 0.02  # s for which questions of users with limited rights wait for each other
 _STUCK = 30.0
-"""s after which a client is let go that reads nothing of an answer."""
+"""s after which a client is disconnected that reads nothing of an answer."""
 _PATIENCE = 1.0
-"""s that what waits for clients may take when the daemon ends; twice, if need be."""
-_COMPLAIN = 60.0  # s between two entries in the log about the same
+"""s for waiting frames of clients when the daemon ends; twice, if need be."""
+_COMPLAIN = 60.0  # s between two log entries about the same
 
 AccountTaker = Callable[[dict[str, Any] | Error], None]
-"""Gets the account once all records before have left, or what went wrong."""
+"""Gets the account when all earlier records have left, or the error."""
 
 log = logging.getLogger(__name__)
 
 
 class Server:
-    """Serves `answers` and streams on a bound socket; belongs to the event loop's thread."""
+    """Serves `answers` and streams on a bound socket. For the event loop's thread."""
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class Server:
         )
         self.questions = Questions(loop, self._may_answer, Allowance(QUESTIONS))
         self.buffer = bytearray(_READ)
-        """Where all sessions read into, one at a time."""
+        """The buffer that all sessions read into, one at a time."""
         self.slow: set[Session] = set()
         """Sessions with more to send than their clients read."""
         self.refused = 0
@@ -88,12 +89,12 @@ class Server:
         self._arrivals: set[Arrival] = set()
         self._accepted = ffi.new("int[]", _AT_ONCE)
         self._shut: set[int] = set()
-        """Uids that had no room, until somebody without rights leaves."""
+        """Uids that had no room, until a user with limited rights leaves."""
         self._payers = Payers()
         self._failures = Failures("clients")
         self._turns: Turns[Session | Arrival] = Turns(loop, Allowance(REQUESTS), self._failures)
         self._waiting: list[tuple[Stream, AccountTaker]] = []
-        """What users without rights want to know once all records have passed."""
+        """Functions of users with limited rights that wait until all records have passed."""
         self._figures = figures
         self._dropped_before = 0
         self._gid = group_id(config.group)
@@ -109,7 +110,7 @@ class Server:
         self._task(self._look_after())
 
     async def stop(self) -> None:
-        """Publish what waits, say bye, give clients a moment to take what waits for them, close."""
+        """Publish what waits, say bye, give clients a moment to read, close."""
         if self._listener is not None:
             self.loop.remove_reader(self._listener)
             self._listener = None
@@ -145,7 +146,7 @@ class Server:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    # Who may connect
+    # # Access
 
     def _listen(self, listener: socket.socket) -> None:
         # not asyncio.start_unix_server: credentials decide before a session exists
@@ -155,12 +156,12 @@ class Server:
     def _accept(self, listener: socket.socket) -> None:
         try:
             self._take_all(listener)
-        except Exception as error:  # whoever waits is there at once again: it would be all we do
+        except Exception as error:  # the next one is there at once: nothing else would be done
             self._failures.add(error, "accepting")
             self._rest(listener, "see the failure in this log")
 
     def _take_all(self, listener: socket.socket) -> None:
-        """Take all that wait: who floods the queue of the socket must not fill it for others."""
+        """Accept all that wait, so that nobody fills the socket's queue for others."""
         self._payers.refresh()
         shut, refused_there = list(self._shut), ffi.new("uint32_t *")
         group = -1 if self._gid is None else self._gid
@@ -178,7 +179,7 @@ class Server:
             lib.host_close(refused, len(refused))
 
     def _rest(self, listener: socket.socket, error: str) -> None:
-        """No descriptors or no memory: those who wait to connect wait a little longer."""
+        """No descriptors or no memory: clients that connect wait a little longer."""
         if self.loop.time() > self._complained + _COMPLAIN:
             self._complained = self.loop.time()
             log.warning("no client can connect at present: %s", error)
@@ -193,12 +194,12 @@ class Server:
     def _may_stay(self, fd: int) -> bool:
         try:
             return self._admit(fd)
-        except Exception as error:  # the others that were accepted with it are no less welcome
+        except Exception as error:  # the others accepted with it are still served
             self._failures.add(error, "accepting")
             return False
 
     def _admit(self, fd: int) -> bool:
-        """Whether the connection may stay; what it takes to serve it is done in its user's turn."""
+        """Decide whether the connection may stay. It is served in its user's turn."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
         try:
             peer = peer_of(connection)
@@ -220,7 +221,7 @@ class Server:
         return True
 
     def serve(self, arrival: Arrival) -> None:
-        """Give a connection its session, unless its client has gone already."""
+        """Give a connection its session, unless its client has gone."""
         if _has_gone(arrival.connection):
             self.turn_away(arrival)
             return
@@ -263,10 +264,10 @@ class Server:
         self._turns.discard(session)
         self.questions.pump()
 
-    # Whose turn it is
+    # # Turns
 
     def wants_turn(self, session: Session | Arrival, /) -> None:
-        """The session has something to do; users take turns."""
+        """The session has something to do. Users take turns."""
         self._turns.add(session)
 
     def falls_behind(self, session: Session, /) -> None:
@@ -280,7 +281,7 @@ class Server:
         self.questions.pump()
 
     def _may_answer(self, question: QueuedQuestion) -> bool:
-        """Whether answers that nobody has read leave room for another one."""
+        """Return whether unread answers leave room for another one."""
         everybodys = own = MAX_ANSWER[question.full]
         for session in self.slow:
             if session.full == question.full:
@@ -289,9 +290,11 @@ class Server:
         return everybodys <= ANSWER_BYTES and own <= ANSWER_BYTES // (1 if question.full else 4)
 
     async def _look_after(self) -> None:
-        """Clients that have gone while nothing was read from them, or that do not read."""
+        """Close clients that have gone while nothing was read from them, or that do not read."""
+        urgency = Urgency()
         while True:
             await asyncio.sleep(_LOOK)
+            urgency.look()  # whoever waits, waits for this thread
             try:
                 self._let_go()
             except Exception as error:
@@ -306,7 +309,7 @@ class Server:
                 session.abort()
 
     def share_out(self) -> None:
-        """Each user's clients have an equal part of the room for queues."""
+        """Give each user's clients an equal part of the room for queues."""
         for full in (True, False):
             users: dict[int, list[Session]] = {}
             for session in self._sessions:
@@ -317,10 +320,10 @@ class Server:
                 for session in sessions:
                     session.subscription.limit_queue(min(part, self.config.client_queue_size))
 
-    # What passes from other threads
+    # # From other threads
 
     async def _tell_accounts(self) -> None:
-        """What a client goes by when this daemon dies without a word."""
+        """Send accounts: a client needs its last one if this daemon dies."""
 
         def tell(lane: Lane, account: dict[str, Any] | Error) -> None:
             if not isinstance(account, Error):
@@ -332,17 +335,17 @@ class Server:
         while True:
             await asyncio.sleep(_ACCOUNT)
             streams = [one.subscription.stream for one in self._sessions if one.full]
-            # records and flows take ways of their own
+            # records and flows go different ways
             lanes = {id(one.lane): one for one in streams if one is not None}
             for stream in lanes.values():
                 self.after_all_records(stream, partial(tell, stream.lane))
 
     def publish(self, batch: NamedBatch) -> None:
-        """Worker thread: hand a batch to all subscribers."""
+        """Hand a batch to all subscribers. Worker thread."""
         self.streams.publish(batch)
 
     def announce(self, event: str, **fields: Any) -> None:
-        """Any thread: tell every subscriber."""
+        """Send an event to every subscriber. Any thread."""
 
         def tell() -> None:
             for session in tuple(self._sessions):
@@ -352,19 +355,19 @@ class Server:
         self._post(tell)
 
     def _post(self, function: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
             self.loop.call_soon_threadsafe(function)
 
     def after_all_records(self, stream: Stream, function: AccountTaker, /) -> None:
-        """Call `function` in the loop once all packets recorded until now were offered to `stream`.
+        """Call `function` in the loop when all packets recorded until now were offered to `stream`.
 
-        It gets the account of exactly these, or the Error that tells why there is none.
+        It gets the account of exactly these, or the Error that says why there is none.
         """
 
         if stream.uid is None:
             self._barrier([(stream, function)])
             return
-        # the engine is emptied for it: not once for each of those who may ask as often as they like
+        # each call empties the engine: so not one for each of many requests
         self._waiting.append((stream, function))
         if len(self._waiting) == 1:
             self.loop.call_later(_TOGETHER, self._barrier, self._waiting)
@@ -377,7 +380,7 @@ class Server:
             account: dict[str, Any] | Error
             try:
                 account = self._account(settled=True)
-            except Exception as error:  # whoever waits hears of it
+            except Exception as error:  # each waiting function is told
                 self._failures.add(error, "the account")
                 account = Error(FAILED)
             for stream, function in waiting:
@@ -402,7 +405,7 @@ class Server:
             return pipeline.account.as_dict(settled)
 
     def figures(self) -> dict[str, Any]:
-        """The account, and sizes and losses of every part. Any thread."""
+        """Return the account, and sizes and losses of every part. Any thread."""
         sessions = tuple(self._sessions)
         clients = {
             "connected": len(sessions),
@@ -439,14 +442,14 @@ class Arrival:
 
 def _has_gone(connection: socket.socket) -> bool:
     poll = select.poll()
-    poll.register(connection, 0)  # POLLHUP is always told
+    poll.register(connection, 0)  # POLLHUP is always reported
     return bool(poll.poll(0))
 
 
 def _hung_up(sessions: Iterable[Session]) -> list[Session]:
-    """Of sessions that are not read from: those whose client has closed its end."""
+    """Return the sessions that are not read from and whose client has closed its end."""
     poll = select.poll()
     by_fd = {session.fd: session for session in sessions if session.fd >= 0}
     for fd in by_fd:
-        poll.register(fd, 0)  # POLLHUP is always told
+        poll.register(fd, 0)  # POLLHUP is always reported
     return [by_fd[fd] for fd, events in poll.poll(0) if events] if by_fd else []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One client: its requests, one after another, and what is sent to it."""
+"""One client: its requests, one after another, and its stream."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from nlproto.filters.filter import Filter
 __all__ = ["MAX_ANSWER", "Desk", "Session"]
 
 MAX_ANSWER = {True: 15 << 20, False: 8 << 20}
-"""Bytes of an answer, for who sees everything and for others."""
+"""The most bytes of an answer, for users who see everything and for others."""
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ Account = dict[str, Any]
 
 
 class Desk(Hall, Protocol):
-    """What sessions need to serve their clients (daemon.serve.server.Server)."""
+    """The part of the server that sessions need (daemon.serve.server.Server)."""
 
     answers: Answers
     questions: Questions
@@ -53,37 +53,37 @@ class Desk(Hall, Protocol):
         """Bytes that may wait for one client."""
 
     def greeting(self) -> dict[str, Any]:
-        """What every client is told of this daemon."""
+        """What every client learns about this daemon."""
 
     def figures(self) -> dict[str, Any]:
         """The account, and sizes and losses of every part."""
 
     def share_out(self) -> None:
-        """A subscription came or went: divide the room for queues anew."""
+        """A subscription came or went: divide the room for queues again."""
 
     def after_all_records(
         self, stream: Stream, function: Callable[[Account | Error], None], /
     ) -> None:
-        """Call `function` once all packets recorded until now were offered to `stream`."""
+        """Call `function` when all packets recorded until now were offered to `stream`."""
 
 
 class Session(ClientConnection):
-    """A client, what it asks, and its subscription."""
+    """A client with its requests and its subscription."""
 
     def __init__(self, desk: Desk, peer: Peer, user: int, full: bool) -> None:
         super().__init__(desk)
         self._desk = desk
         self.peer = peer
         self.user = user
-        """The uid that counts: the peer's, or that of the user whom it is subordinate to."""
+        """The uid that counts: the peer's, or that of the user to whom it is subordinate."""
         self.uid: int | None = None if full else peer.uid
-        """The only owner this client may see; None: all."""
+        """The only owner that this client may see; None: all."""
         self.subscription = self._no_subscription()
         self._dropped_before = 0
         self._account_at_start: Account | None = None
         self._question: QueuedQuestion | None = None
         self._ended: Callable[[], None] | None = None
-        """What remains to be done when the queue is empty."""
+        """What to do when the queue is empty."""
 
     def _no_subscription(self) -> Subscription:
         return Subscription(self._pump, self._desk.queue_size)
@@ -94,7 +94,7 @@ class Session(ClientConnection):
 
     @property
     def dropped(self) -> int:
-        """Records of all subscriptions that this client was too slow for."""
+        """Records of all subscriptions that were dropped because this client read too slowly."""
         return self._dropped_before + self.subscription.dropped
 
     def _gone(self) -> None:
@@ -114,7 +114,7 @@ class Session(ClientConnection):
         self._see_to(request.id, lambda: self._answer(request))
 
     def _see_to(self, number: int, work: Callable[[], None]) -> None:
-        """Run `work`, which answers request `number` now or later; what it raises is the answer."""
+        """Run `work`, which answers request `number` now or later. An exception is the answer."""
         try:
             work()
         except Exception as error:
@@ -146,7 +146,7 @@ class Session(ClientConnection):
             self._unsubscribe(request.id)
 
     def _made(self, request: Who | Usage | News | OwnerOf | Lookup, stop: Stop) -> bytes:
-        """In a thread of Questions, unless it is cheap."""
+        """Answer in a thread of Questions, unless it is cheap."""
         answers, room = self._desk.answers, Room(MAX_ANSWER[self.full])
         if isinstance(request, OwnerOf):
             fields = answers.owner(request, self.uid, stop, room)
@@ -178,7 +178,7 @@ class Session(ClientConnection):
         return self._desk.greeting() | {"uid": self.peer.uid, "everything": self.full}
 
     def _stats(self) -> dict[str, Any]:
-        """What this client may know."""
+        """Return what this client may know of a process."""
         subscription = self.subscription
         own = {
             "seen": subscription.seen if self.full else None,
@@ -195,7 +195,7 @@ class Session(ClientConnection):
     def _subscribe(self, request: Subscribe, filter: Filter) -> None:
         subscription = self._no_subscription()
         self._dropped_before = self.dropped
-        # bytes of packets are for those who could capture them
+        # only users who could capture them get bytes of packets
         first_bytes = request.snaps and self.full
         streams = self._desk.streams
         subscription.stream = streams.join(
@@ -225,7 +225,7 @@ class Session(ClientConnection):
         self._finish(reply(number, fields))
 
     def _shown(self, account: dict[str, Any]) -> dict[str, Any] | None:
-        """The daemon's account, for those who may see everybody's packets."""
+        """Return the daemon's account, if this client sees everybody's packets."""
         return account if self.full else None
 
     def _unsubscribe(self, number: int) -> None:
@@ -272,12 +272,12 @@ class Session(ClientConnection):
             self._write(encode_json(Kind.EVENT, {"event": event, **fields}))
 
     def tell_account(self, account: dict[str, Any]) -> None:
-        """Send the account of exactly the records that were offered until now."""
+        """Send the account of exactly the records offered until now."""
         if self.subscription.begun and self.full:
             self.tell("account", account=account)
 
     def _pump(self) -> None:
-        """Send what waits as far as the client reads; one whose frames fail is let go."""
+        """Send what waits, as far as the client reads. Close the connection if its frames fail."""
         try:
             self._send_waiting()
         except Exception:
@@ -296,13 +296,15 @@ class Session(ClientConnection):
 
 
 def _unless_error(result: Any) -> Any:
-    """`result`, unless it is the Error to tell instead."""
+    """Return `result`; raise it if it is an Error."""
     if isinstance(result, Error):
         raise result
     return result
 
 
 def _parsed(text: str) -> Filter:
-    from nlproto.filters.parse import parse  # its grammar takes 4 MB: none for who never filters
+    from nlproto.filters.parse import (
+        parse,
+    )  # its grammar takes 4 MB
 
     return parse(text, resolve=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Streams of named records: each distinct filter is applied and encoded once per batch."""
+"""Streams of named records. Each distinct filter is applied and encoded once for each batch."""
 
 from __future__ import annotations
 
@@ -27,19 +27,21 @@ from nlproto.tables.processes import Process, Processes, ProcessKey
 __all__ = ["Streams"]
 
 _MAX_ENCODED = 32 << 20
-"""Bytes of process details kept encoded."""
+"""The most bytes of process details that are kept encoded."""
 _MAX_PIECE = 256 << 10
-"""Bytes of process details in one piece, unless one process has more."""
+"""The most bytes of process details in one piece, unless one process has more."""
 _MEAN_COST = MAX_COST // 8
-"""All filters together may have so many tests for each that there may be."""
+"""The most tests of all filters together, as a multiple of the number of filters."""
 
 
 class Streams:
-    """join and leave in the event loop's thread, publish in the worker's; a context manager.
+    """The streams of all subscribers. A context manager.
 
-    Two publishers, one for who sees everything, one for the others: neither waits for the other.
-    Each may hold `max_bytes` of records, and have as much waiting for the event loop, in whose
-    thread `post(function)` runs a function. `allowance`: the CPU time of the second one.
+    join() and leave() are for the event loop's thread, publish() for the worker's. There are two
+    publishers, one for users who see everything, one for the others, so that neither waits for the
+    other. Each may hold `max_bytes` of records, and have as much waiting for the event loop.
+    `post(function)` runs a function in the event loop's thread. `allowance` is the CPU time of the
+    second one.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Streams:
         self.stop(0.0)
 
     def stop(self, patience: float) -> None:
-        """Publish what waits, for `patience` s at most; the event loop must be running."""
+        """Publish what waits, for at most `patience` s. The event loop must be running."""
         self._full.stop(patience)
         self._others.stop(patience)
 
@@ -100,17 +102,17 @@ class Streams:
         user: int = 0,
         flows: bool = False,
     ) -> Stream:
-        """Add a subscriber who may see records of `uid`, None: all. Raises Error for too many.
+        """Add a subscriber who may see records of `uid`; None: all. Raises Error for too many.
 
-        `user` is the uid that counts in place of `uid` where somebody has several. `flows`: sums
-        of flows as they come, in place of records.
+        `user` is the uid that counts in place of `uid`, for users with subordinate uids. `flows`:
+        sums of flows in place of records.
         """
         text = str(filter)
         stream = self._streams.get((text, uid, first_bytes, flows))
         if stream is None:
             counted = None if uid is None else user
             if not self._places.has_room(counted):
-                raise Error("too many different filters are in use; use one that is, or fewer")
+                raise Error("too many different filters are in use; use one of them")
             if not self._costs.has_room(counted, filter.cost):
                 raise Error("the filters in use have too many tests together; shorten this one")
             lane = self._lane(uid, user, flows)
@@ -145,7 +147,7 @@ class Streams:
         self._changed()
 
     def _changed(self) -> None:
-        """The module tells of packets, and of their first bytes, only while a stream wants them."""
+        """Ask the module for packets, and for first bytes, only while a stream wants them."""
         before = any(stream.first_bytes for lane in self._snapshot for stream in lane.streams)
         self._snapshot = tuple(self._lanes.values())
         self._full.lanes = sum(lane.uid is None for lane in self._snapshot)
@@ -158,7 +160,7 @@ class Streams:
     # Worker thread
 
     def publish(self, batch: NamedBatch) -> None:
-        """Put the batch, or what each uid may see of it, where the publishers take it."""
+        """Give the batch, or what each uid may see of it, to the publishers."""
         present: set[int] | None = None
         for lane in self._snapshot:
             if lane.flows:
@@ -174,7 +176,7 @@ class Streams:
                     self._put_own(lane, batch)
 
     def _put_flows(self, lane: Lane, batch: NamedBatch) -> None:
-        """The batch's sums; the hashes would tell how to make two that are equal."""
+        """Put the batch's sums, without hashes, from which a user could forge collisions."""
         flows = batch.flows
         if flows is None or not len(flows):
             return
@@ -190,7 +192,7 @@ class Streams:
         (self._full if lane.uid is None else self._others).put(lane, LaneBatch(head, flows))
 
     def _put_own(self, lane: Lane, batch: NamedBatch) -> None:
-        """With numbers and clocks that tell nothing of what others send."""
+        """Put a user's own records. Numbers and clocks show nothing of what others send."""
         records = batch.records
         own = records[(records["tgid"] != 0) & (records["uid"] == lane.uid)]
         if not len(own):
@@ -201,7 +203,7 @@ class Streams:
         self._others.put(lane, LaneBatch(_clean(batch.head, int(own["time_ns"].max())), own))
 
     def mark(self, stream: Stream | None, function: Callable[[], None]) -> None:
-        """Run `function` in the event loop's thread behind all that was published for `stream`."""
+        """Run `function` in the event loop's thread, behind all batches of `stream` so far."""
         if stream is None:
             self._post(function)
         else:
@@ -238,7 +240,7 @@ class Streams:
         return [EncodedPiece(payload, len(records), named, first_bytes, ends, size)]
 
     def _names(self, flows: np.ndarray, uid: int | None) -> bytes:
-        """What the stream may know of far ends; what it may not is taken out of `flows`."""
+        """Return names of far ends that the stream may know. Removes other names from `flows`."""
         ends = self._processes.ends if uid is None else self._processes.ends.for_own()
         found = {number: ends.text(number) for number in set(flows["domain"].tolist()) - {0}}
         told = {number: name for number, name in found.items() if name}
@@ -247,7 +249,7 @@ class Streams:
         return msgspec.json.encode(told) if told else b""
 
     def _ends(self, records: np.ndarray, uid: int | None) -> bytes:
-        """What the stream may know of far ends."""
+        """Return what the stream may know of far ends."""
         ends = self._processes.ends if uid is None else self._processes.ends.for_own()
         domains, became = ends.domains(records), ends.translations(records)
         if not any(domains) and became is None:
@@ -263,7 +265,7 @@ class Streams:
     def _named(
         self, records: np.ndarray, uid: int | None
     ) -> tuple[tuple[ProcessKey, int, bytes], ...]:
-        """The processes that `records` name, as far as the stream may tell of them."""
+        """Return the processes that `records` name and that the stream may know."""
         named = records[records["tgid"] != 0]
         pairs = np.empty((len(named), 2), np.uint64)
         pairs[:, 0] = named["tgid"]
@@ -277,7 +279,7 @@ class Streams:
 
 
 class _Own:
-    """Processes, and what who sees only their own packets may know of far ends."""
+    """Processes, with what a user of limited rights may know of far ends."""
 
     def __init__(self, processes: Processes) -> None:
         self.get = processes.get
@@ -285,7 +287,7 @@ class _Own:
 
 
 class _ProcessEncoder:
-    """Encodes each state of a process once, as long as the results have room. Any thread."""
+    """Encodes each state of a process once, while there is room for the results. Any thread."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -295,7 +297,7 @@ class _ProcessEncoder:
         self._lock = threading.Lock()
 
     def encode(self, process: Process) -> tuple[ProcessKey, int, bytes]:
-        """(key, number of this state, JSON)."""
+        """Return (key, number of this state, JSON)."""
         key = process.key
         with self._lock:
             known = self._encoded.get(key)
@@ -312,7 +314,7 @@ class _ProcessEncoder:
 
 
 def _clean(head: np.void, until_ns: int | None = None) -> np.void:
-    """A head without counters; with its clocks set back to `until_ns` of CLOCK_MONOTONIC."""
+    """Return a head without counters, its clocks set back to `until_ns` of CLOCK_MONOTONIC."""
     clean: np.void = np.zeros(1, BATCH)[0]
     for name in ("version", "instance", "mono_ns", "real_ns", "boot_ns"):
         clean[name] = head[name]

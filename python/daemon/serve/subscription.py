@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What one client is to get of its stream: a bounded queue, and the account of it."""
+"""One client's part of its stream: a bounded queue, and its account."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from nlproto.client.frames import DATA_HEAD, HEAD, Kind, encode, encode_json
 __all__ = ["Subscription"]
 
 _MAX_TOLD = 4096
-"""Processes that a client is taken to remember; beyond, it is told again."""
+"""How many processes a client is expected to remember. Beyond, details are sent again."""
 _NEWS = 64 << 10
-"""Bytes of process details in one frame, unless one process has more."""
+"""The most bytes of process details in one frame, unless one process has more."""
 
 
 class Subscription:
-    """Belongs to the event loop's thread. `ready()` is called when there is a frame to send."""
+    """For the event loop's thread. Calls `ready()` when there is a frame to send."""
 
     def __init__(self, ready: Callable[[], None], limit: int) -> None:
         self.stream: Stream | None = None
         self.begun = False
-        """Records count and are queued from now on."""
+        """Whether records are counted and queued."""
         self.seen = self.matched = self.sent = self.dropped = 0
         self.queued = 0
-        """Bytes of what waits, the piece that is being sent included."""
+        """Bytes of what waits, including the piece that is being sent."""
         self.limit = limit
         self._ready = ready
         self._queue: deque[tuple[int, EncodedPiece]] = deque()
@@ -37,7 +37,7 @@ class Subscription:
         self._sending = 0
 
     def offer(self, seen: int, piece: EncodedPiece | None) -> None:
-        """`seen` records passed, those in `piece` fit; when the queue is full the oldest go."""
+        """Of `seen` records those in `piece` fit; a full queue drops its oldest."""
         if not self.begun:
             return
         self.seen += seen
@@ -51,7 +51,7 @@ class Subscription:
         self._ready()
 
     def lose(self, seen: int, matched: int) -> None:
-        """Records that could not be offered: they were too many for the filters of this user."""
+        """Count records that were not offered: this user's filters are too slow for them."""
         if self.begun:
             self.seen += seen
             self.matched += matched
@@ -74,7 +74,7 @@ class Subscription:
         self.dropped += old.count
 
     def next_frame(self) -> bytes | None:
-        """What is to be sent next; None: nothing waits."""
+        """Return what to send next; None: nothing waits."""
         while True:
             frame = next(self._frames, None)
             if frame is not None:
@@ -112,7 +112,7 @@ class Subscription:
         yield head + piece.payload
 
     def _gap(self) -> bytes | None:
-        """What tells of records dropped since the last one, None when there are none."""
+        """Return an event about records dropped since the last one; None if there are none."""
         lost = self.dropped - self._told_dropped
         if not lost:
             return None
@@ -120,7 +120,7 @@ class Subscription:
         return encode_json(Kind.EVENT, {"event": "gap", "where": "client", "records": lost})
 
     def _news(self, piece: EncodedPiece) -> Iterator[bytes]:
-        """Of the processes that this client was not told of, in frames."""
+        """Return frames with the processes that this client does not know."""
         if len(self._told) > _MAX_TOLD:
             self._told.clear()
         news: list[bytes] = []

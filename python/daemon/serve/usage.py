@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Answers who used how much: sums by program, unit, container, user or far end's domain."""
+"""Answers who used how much: sums by program, unit, container, user or far end's name."""
 
 from __future__ import annotations
 

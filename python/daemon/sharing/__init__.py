@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Who gets how much: turns, quotas, time of the processor."""
+"""Fair shares of users: turns, quotas, CPU time."""

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""How much of a CPU the work for users without rights may take.
+"""The part of a CPU that work for users with limited rights may take.
 
-Python runs one thread at a time: what such users cause would else take the turns of the threads
-that record.
+Python runs one thread at a time. Without a limit such work would delay the threads that record.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ import time
 __all__ = ["FILTERS", "QUESTIONS", "REQUESTS", "Allowance", "Meter"]
 
 REQUESTS, FILTERS, QUESTIONS = 0.1, 0.1, 0.2
-"""Of one CPU, in the long run: the event loop's work, streams, and what Questions does."""
+"""Of one CPU, in the long run: for the event loop, streams, and Questions."""
 _SAVED = 0.3
-"""s of CPU time that can be saved up: a question now and then is answered at full speed."""
+"""s of CPU time that can be saved up, so that a rare question is answered at full speed."""
 
 
 class Allowance:
-    """CPU time of any number of threads, together."""
+    """CPU time of any number of threads together."""
 
     def __init__(self, share: float, saved: float = _SAVED) -> None:
         self._share = share
@@ -29,7 +28,7 @@ class Allowance:
         self._lock = threading.Lock()
 
     def spend(self, seconds: float) -> float:
-        """Take `seconds` of CPU time that were used; how many s to do nothing now."""
+        """Charge `seconds` of CPU time. Returns how many s to wait now."""
         with self._lock:
             now = time.monotonic()
             self._saved = min(self._most, self._saved + (now - self._looked) * self._share)
@@ -39,7 +38,7 @@ class Allowance:
 
 
 class Meter:
-    """Spends what one thread uses, in small parts; for that thread. None: nothing is spent."""
+    """Charges one thread's use in small parts. For that thread. None: nothing is charged."""
 
     def __init__(self, allowance: Allowance | None) -> None:
         self._allowance = allowance
@@ -49,7 +48,7 @@ class Meter:
         self._before = time.thread_time()
 
     def pause(self) -> float:
-        """How many s to do nothing, after what was done since begin() or the last pause()."""
+        """Return how many s to wait after the work since begin() or the last pause()."""
         if self._allowance is None:
             return 0.0
         now = time.thread_time()

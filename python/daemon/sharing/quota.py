@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How many places a user may take, so that nobody shuts the others out."""
+"""How many places a user may take, so that nobody shuts others out."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ __all__ = ["Quota"]
 T = TypeVar("T", bound=Hashable)
 
 _RESERVED = 4
-"""One in so many places is for those who see everything, and for no one else."""
+"""One in so many places is only for users who see everything."""
 _SHARE = 8
-"""A user without rights may have one in so many of the places."""
+"""A user with limited rights may have one in so many of the places."""
 
 
 class Quota(Generic[T]):
-    """Who has how much of `total` places. A quarter is kept for those who see everything.
+    """Keeps who has which of `total` places. A quarter is kept for users who see everything.
 
-    The others together may take the rest, each user (uid with its subordinate uids) an eighth of
-    all. A taker is weighed: one place, or as many as it needs. Belongs to one thread.
+    All others share the rest. Each user (a uid with its subordinate uids) may take an eighth of
+    all. A taker has a weight: one place, or as many as it needs. For one thread.
     """
 
     def __init__(self, total: int) -> None:
@@ -35,7 +35,7 @@ class Quota(Generic[T]):
 
     @property
     def for_others(self) -> int:
-        """What all users without rights together may take."""
+        """Return what all users with limited rights may take together."""
         return self.total - max(1, self.total // _RESERVED)
 
     @property
@@ -57,13 +57,13 @@ class Quota(Generic[T]):
         self._sum += weight
 
     def give_back(self, taker: T) -> None:
-        """Nothing happens if it has none."""
+        """Give its places back. Does nothing if it has none."""
         found = self._taken.pop(taker, None)
         if found is None:
             return
         user, weight = found
         self._sum -= weight
-        # who weighs nothing (a filter without tests) may be the last one
+        # a taker without weight (a filter without tests) may be the last one
         left = self._by_user.get(user, 0) - weight
         if left:
             self._by_user[user] = left

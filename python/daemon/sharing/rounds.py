@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whose turn is it: things wait in a queue for each user, and the users take turns."""
+"""Turns: things wait in a queue for each user, and the users take turns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ T = TypeVar("T", bound=Hashable)
 
 
 class Rounds(Generic[T]):
-    """Not thread-safe. However much one user has waiting, another's first comes next but one."""
+    """One user's queue never delays another user's first thing by more than a turn.
+
+    Not thread-safe."""
 
     def __init__(self) -> None:
         self._queues: OrderedDict[int, OrderedDict[T, None]] = OrderedDict()
@@ -22,7 +24,7 @@ class Rounds(Generic[T]):
         return bool(self._queues)
 
     def add(self, user: int, thing: T) -> None:
-        """Put it at the end of its user's queue, unless it is there."""
+        """Put a thing at the end of its user's queue, unless it is there."""
         self._queues.setdefault(user, OrderedDict())[thing] = None
 
     def discard(self, user: int, thing: T) -> None:
@@ -33,15 +35,15 @@ class Rounds(Generic[T]):
                 del self._queues[user]
 
     def users(self) -> list[int]:
-        """In the order of their turns."""
+        """Return the users in the order of their turns."""
         return list(self._queues)
 
     def first(self, user: int) -> T:
-        """The oldest thing of one of users(); it stays."""
+        """Return the oldest thing of one of users(). It stays."""
         return next(iter(self._queues[user]))
 
     def next(self, user: int | None = None) -> T | None:
-        """The oldest thing of the user whose turn it is, or of `user`; None: nothing waits."""
+        """Take the oldest thing of `user`, or of the user whose turn it is; None: nothing waits."""
         if not self._queues:
             return None
         if user is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The event loop's time: users take turns, and those without rights have an allowance."""
+"""The event loop's time. Users take turns; those with limited rights have an allowance."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["Turns"]
 
 
 class Taker(Hashable, Protocol):
-    """What takes turns."""
+    """Something that takes turns."""
 
     @property
     def user(self) -> int: ...
 
     @property
     def full(self) -> bool:
-        """Whether it sees everything; the others take turns apart."""
+        """Whether it sees everything. The others take turns apart."""
 
     def take_turn(self) -> bool:
-        """Work for a moment; whether there is more to do now."""
+        """Work for a moment. Returns whether there is more to do."""
 
     def abort(self) -> None:
         """End: its turn failed."""
@@ -35,7 +35,7 @@ T = TypeVar("T", bound=Taker)
 
 
 class Turns(Generic[T]):
-    """Belongs to the event loop's thread."""
+    """For the event loop's thread."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, allowance: Allowance, failures: Failures
@@ -62,7 +62,7 @@ class Turns(Generic[T]):
         try:
             if taker is not None and taker.take_turn():
                 rounds.add(taker.user, taker)
-        except Exception as error:  # the turns of the others go on
+        except Exception as error:  # the others' turns go on
             self._failures.add(error, "a turn")
             assert taker is not None
             taker.abort()

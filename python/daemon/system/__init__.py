@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""What the daemon has to do with its machine: configuration, log, peers."""
+"""The daemon's machine: configuration, log, peers."""

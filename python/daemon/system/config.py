@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The configuration: one YAML mapping; every mistake is named with its line."""
+"""The configuration: one YAML mapping. Every mistake is reported with its line."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from nlproto.errors import UsageError
 __all__ = ["DEFAULT_GROUP", "RELOADABLE", "Config", "load", "parse"]
 
 DEFAULT_GROUP = "packet-hunter"
-"""Where it is not there, root alone sees everything."""
+"""If this group does not exist, root alone sees everything."""
 
-_SHOWN = 80  # characters of a mistake
+_SHOWN = 80  # the most characters of a mistake
 _SIZES = {"": 1, "b": 1, "k": 1000, "m": 1000**2, "g": 1000**3}
 _SIZES |= {"kb": 1000, "mb": 1000**2, "gb": 1000**3}
 _SIZES |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
@@ -51,7 +51,7 @@ def _number(low: int, high: int) -> Meta:
     return Meta(ge=low, le=high, description=f"a number from {low} to {high}")
 
 
-_NAMEABLE = r"[^\0\ud800-\udfff]*\Z"  # YAML can write what no file can be called
+_NAMEABLE = r"[^\0\ud800-\udfff]*\Z"  # YAML can write names that no file can have
 _Path = Annotated[str, Meta(pattern=f"^/{_NAMEABLE}", description="an absolute path")]
 _Group = Annotated[str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*\$?\Z", description="a group name")]
 _Address = Annotated[
@@ -67,13 +67,13 @@ _Address = Annotated[
 class Config:
     """Sizes in bytes, times in seconds; `parse` accepts units ("64MiB", "7d").
 
-    msgspec holds each value against the type of its field.
+    msgspec checks each value against the type of its field.
     """
 
     engine: Literal["auto", "module", "ebpf", "packet"] = "auto"
     socket: _Path = DEFAULT_SOCKET
     group: _Group = DEFAULT_GROUP
-    """Members see everything, as root does."""
+    """Members of this group see everything, as root does."""
     log: Literal["auto", "journal", "syslog", "stderr"] = "auto"
     """auto: journal under systemd, else stderr."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -81,41 +81,42 @@ class Config:
     """What is kept of command lines: full, program (the first word), off."""
 
     domains: Literal["dns", "sni", "off"] = "dns"
-    """Names of far ends: from DNS answers, or (sni) from TLS to port 443 too; off."""
+    """Sources of far ends' names: DNS; with sni also TLS to port 443; off."""
 
     queue_size: Annotated[int, _size(1 << 16, 16 << 30)] = 64 << 20
-    """Between receiver and worker."""
+    """Room between receiver and worker."""
     ring_size: Annotated[int, _size(1 << 18, 1 << 30)] = 16 << 20
-    """For packets that wait for engine packet, in the daemon's own network namespace."""
+    """Room for packets that wait for engine packet, in the daemon's own network namespace."""
     client_queue_size: Annotated[int, _size(1 << 16, 1 << 30)] = 8 << 20
-    """For each client, as far as the memory limit has room for all (daemon.serve.bounds)."""
+    """Room for each client, if the memory limit allows it for all (daemon.serve.bounds)."""
     max_clients: Annotated[int, _number(1, 16384)] = 512
-    """A quarter is for those who see everything; another user has an eighth at most."""
+    """A quarter is for users who see everything; another user has an eighth at most."""
     max_filters: Annotated[int, _number(1, 4096)] = 256
-    """Distinct filters at once."""
+    """The most distinct filters at once."""
     max_processes: Annotated[int, _number(16, 1 << 20)] = 65536
     max_ports: Annotated[int, _number(16, 1 << 22)] = 262144
 
     history: _Path | None = None
-    """SQLite file; without it the history is in memory alone."""
+    """SQLite file. Without it the history is only in memory."""
     history_flows: Annotated[int, _number(16, 1 << 24)] = 200_000
     """Flows in memory, about 220 bytes each."""
     history_age: Annotated[float, _time(1.0, 100 * 365.25 * 86400)] = 30 * 86400.0
     history_size: Annotated[int, _size(1 << 20, 1 << 44)] = 4 << 30
     """A flow takes some 30 bytes once its hour is sealed: a month of 100 flows/s takes 8 GiB."""
     history_free: Annotated[int, _size(0, 1 << 44)] = 0
-    """Bytes of its file system that the history leaves free. Whoever fills that disk shortens the
-    history then; 0: only its own size counts."""
+    """Bytes that the history leaves free on its file system.
+
+    If others fill that disk, the history shrinks. 0: only its own size counts."""
     flush_interval: Annotated[float, _time(0.05, 3600.0)] = 1.0
 
     sha256: Literal["on", "off"] = "off"
-    """Of the programs of all processes that use sockets: each file is read once."""
+    """Hashes of the programs of all processes that use sockets. Each file is read once."""
 
     metrics: _Address | None = None
     """HOST:PORT on loopback, which all local users can read, or the absolute path of a UNIX socket
     for the group; none: off."""
     metrics_processes: Annotated[int, _number(1, 10000)] = 50
-    """Process names with counters of their own; the rest is summed up as "other"."""
+    """How many processes have counters of their own; all others are summed up as "other"."""
 
 
 RELOADABLE = frozenset(
@@ -133,11 +134,11 @@ RELOADABLE = frozenset(
         "group",
     }
 )
-"""What SIGHUP changes; the others want a restart."""
+"""Fields that SIGHUP changes. The others need a restart."""
 
 
 def load(path: str) -> Config:
-    """Read the file at `path`. Raises UsageError that names file and line."""
+    """Read the file at `path`. Raises UsageError with file and line."""
     try:
         with open(path, encoding="utf-8") as file:
             return parse(file.read(1 << 20), path)
@@ -148,8 +149,8 @@ def load(path: str) -> Config:
 
 
 def parse(text: str, name: str = "configuration") -> Config:
-    """The Config in `text`. Raises UsageError whose message begins with `name`:LINE."""
-    import yaml  # only who has a file needs it
+    """Return the Config in `text`. Raises UsageError whose message begins with `name`:LINE."""
+    import yaml  # imported only if there is a file
 
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -174,7 +175,7 @@ def parse(text: str, name: str = "configuration") -> Config:
             raise UsageError(f"{place}: '{key.value}' is given twice")
         if not isinstance(value, yaml.ScalarNode):
             raise UsageError(f"{place}: '{key.value}' takes one value")
-        # YAML reads a bare off as a truth value; the words of the file are meant as written
+        # YAML reads a bare off as false; in this file words mean themselves
         null = value.tag == "tag:yaml.org,2002:null"
         try:
             values[key.value] = _value(known[key.value], None if null else value.value)
@@ -184,7 +185,7 @@ def parse(text: str, name: str = "configuration") -> Config:
 
 
 def _value(kind: Any, raw: str | None) -> Any:
-    """What `raw` means as `kind`. Raises ValueError that says what is allowed."""
+    """Return `raw` as a value of `kind`. Raises ValueError that says what is allowed."""
     if type(None) in get_args(kind):
         if raw is None:
             return None
@@ -206,7 +207,7 @@ def _value(kind: Any, raw: str | None) -> Any:
 
 
 def _scaled(raw: str, units: Mapping[str, float], base: type) -> int | float | str:
-    """`raw` without its unit, as it is if that is not one of `units`."""
+    """Return `raw` as a number of the smallest unit; unchanged without one of `units`."""
     found = _QUANTITY.fullmatch(raw)
     if found is None or found[2].lower() not in units:
         return raw

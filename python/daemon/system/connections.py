@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Asks the kernel how TCP connections go, for the history and the metrics."""
+"""Asks the kernel about TCP connections, for the history and the metrics."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from nlproto.running.supervise import Failures, keep_going
 
 __all__ = ["Connections"]
 
-_TURN = 0.5  # s in which ends of connections are gathered
+_TURN = 0.5  # s for which ends of connections are gathered
 _SETTLED_NS = 1_000_000_000
-"""After its end: by then the history has the packets of a connection."""
+"""Time after its end when the history surely has the packets of a connection."""
 _LOOK_NS = 10_000_000_000
-"""From one look at what is open to the next, of all namespaces."""
+"""Time between two looks at open connections, in all namespaces."""
 _SHARE, _SAVED_NS = 200, 50_000_000
-"""Looks take this part of the time at most: with many connections they come less often."""
+"""Looks take at most this part of the time. With many connections they are rarer."""
 _MOST = 200_000
-"""Ended connections that wait to be settled."""
+"""The most ended connections that wait to be stored."""
 
 log = logging.getLogger(__name__)
 
 
 class Connections:
-    """A thread that tells `learn` how connections go (HOST_TCP); a context manager.
+    """A thread that gives figures of TCP connections (HOST_TCP) to `learn`. A context manager.
 
-    What is closed is told once, by the kernel; what is open is looked at. Where the kernel refuses
-    both, nothing is told: nobody knows then.
+    The kernel reports a closed connection once; open ones are looked at. If the kernel refuses
+    both, nothing is known.
     """
 
     def __init__(self, learn: Callable[[np.ndarray], None]) -> None:
@@ -54,7 +54,7 @@ class Connections:
             daemon=True,
         )
         self.lost = 0
-        """Ends of connections that there was no room for; of what the kernel lost, how often."""
+        """Ends of connections without room here; for the kernel's losses, how often."""
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -66,7 +66,7 @@ class Connections:
         self._namespaces.close()
 
     def _give_up(self, error: Error) -> None:
-        """The daemon does its work without."""
+        """Log that it failed. The daemon works without it."""
         log.error("%s", error)
 
     def _go_round(self) -> bool:

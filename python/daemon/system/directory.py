@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""A name in a directory that is held open: what is made there is made there, whatever is renamed.
+"""A name in a directory that is held open, so that renames do not matter.
 
-Nothing here goes by path once the directory is open, so that no link and no rename in a directory
+After the directory is open, nothing here uses its path. So no link and no rename in a directory
 that others may write leads root elsewhere.
 """
 
@@ -21,8 +21,8 @@ __all__ = ["HeldDirectory"]
 class HeldDirectory(Closing):
     """`name` in the open directory `fd`; a context manager.
 
-    The directory of `path` has to be there, but for `own`, of which the last component is made
-    with `mode`. Raises OSError.
+    The directory of `path` must exist. Of `own` the last component is created, with `mode`. Raises
+    OSError.
     """
 
     def __init__(self, path: str, own: str, mode: int) -> None:
@@ -47,31 +47,31 @@ class HeldDirectory(Closing):
                 os.close(parent)
 
     def close(self) -> None:
-        """Close the directory; a second time nothing happens."""
+        """Close the directory. A second call does nothing."""
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             os.close(fd)
 
     @property
     def path(self) -> str:
-        """Where calls that take no descriptor find it, as long as the directory is open."""
+        """A path for calls that take no descriptor, valid while the directory is open."""
         return f"/proc/self/fd/{self.fd}/{self.name}"
 
     @property
     def loose(self) -> bool:
-        """Whether others can replace what is in the directory."""
+        """Return whether others can replace files in the directory."""
         mode = os.fstat(self.fd).st_mode
         return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
 
     def stat(self, suffix: str = "") -> os.stat_result | None:
-        """What is there, itself when it is a link; None: nothing."""
+        """Return the status of the name, of a link itself; None: it does not exist."""
         try:
             return os.stat(self.name + suffix, dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
             return None
 
     def open_file(self, mode: int, suffix: str = "") -> int:
-        """Open or make a regular file of ours for reading and writing, with `mode`."""
+        """Open or create a regular file of ours for reading and writing, with `mode`."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         fd = os.open(self.name + suffix, flags, 0o600, dir_fd=self.fd)
         try:
@@ -84,7 +84,7 @@ class HeldDirectory(Closing):
         return fd
 
     def open_old(self, suffix: str) -> int:
-        """Open a regular file of ours that is there, for reading."""
+        """Open an existing regular file of ours for reading."""
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         fd = os.open(self.name + suffix, flags, dir_fd=self.fd)
         try:
@@ -104,7 +104,7 @@ class HeldDirectory(Closing):
         return found
 
     def remove(self, suffix: str) -> None:
-        """Remove the name; nothing there is no error."""
+        """Remove the name. It is no error if it does not exist."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.name + suffix, dir_fd=self.fd)
 
@@ -117,14 +117,14 @@ class HeldDirectory(Closing):
         os.rename(self.name + suffix, new + suffix, src_dir_fd=self.fd, dst_dir_fd=self.fd)
 
     def unlink(self, only: os.stat_result | None = None) -> None:
-        """Remove it, when `only` is given that file alone; nothing there is no error."""
+        """Remove the name; with `only`, only if it is that file. No error if it does not exist."""
         found = self.stat()
         if found is not None and (only is None or os.path.samestat(found, only)):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.name, dir_fd=self.fd)
 
     def bind(self, listener: socket.socket, mode: int) -> os.stat_result | None:
-        """Bind a UNIX socket here; its file, returned, has `mode` from its first moment."""
+        """Bind a UNIX socket here. Returns its file, which has `mode` from the beginning."""
         # unix_bind_bsd() gives the file the mode of the socket, without the umask's bits
         os.fchmod(listener.fileno(), mode)
         before = os.umask(0)

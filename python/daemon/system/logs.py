@@ -61,7 +61,7 @@ def _field(name: str, value: str) -> bytes:
 
 
 class _Plain(logging.Formatter):
-    """One line whatever the message holds; control characters as \\xNN."""
+    """Return one line, whatever the message contains; control characters as \\xNN."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -71,8 +71,8 @@ class _Plain(logging.Formatter):
 def set_up(where: str, level: str, environment: Mapping[str, str], foreground: bool) -> None:
     """Send the root logger's records to `where`: auto, journal, syslog or stderr.
 
-    auto: the journal when systemd connected our stderr to it (JOURNAL_STREAM names that stream's
-    device and inode), else stderr. A destination that is not there falls back to stderr.
+    auto: the journal if systemd connected our stderr to it (JOURNAL_STREAM has that stream's device
+    and inode), else stderr. A destination that does not exist falls back to stderr.
     """
     if foreground:
         where = "stderr"
@@ -83,7 +83,7 @@ def set_up(where: str, level: str, environment: Mapping[str, str], foreground: b
         if where == "journal":
             handler = JournalHandler()
         elif where == "syslog":
-            os.stat(_SYSLOG)  # the handler itself would complain at every record
+            os.stat(_SYSLOG)  # the handler would complain at every record
             handler = logging.handlers.SysLogHandler(
                 _SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON
             )
@@ -94,7 +94,7 @@ def set_up(where: str, level: str, environment: Mapping[str, str], foreground: b
         print(f"{_NAME}: no {where} here ({error}); logging to stderr", file=sys.stderr)
         handler = logging.StreamHandler(sys.stderr)
     stream = isinstance(handler, logging.StreamHandler)
-    # the journal and syslog have a time of their own
+    # the journal and syslog add a time
     form = "packet-hunterd: %(message)s" if stream else "%(message)s"
     if stream and not _stderr_is_journal(environment):
         form = f"%(asctime)s {form}"

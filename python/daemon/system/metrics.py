@@ -30,7 +30,7 @@ __all__ = ["Metrics"]
 
 _SUMS = ("packets_in", "bytes_in", "packets_out", "bytes_out")
 _TCP = ("retransmits", "looks", "rtt_us", "rtts", "reset_in", "reset_out", "refused", "unanswered")
-_ALL = _SUMS + _TCP
+_ALL = (*_SUMS, *_TCP, "drops")
 _OTHER = "other"
 
 Labels = tuple[str, ...]
@@ -40,7 +40,7 @@ _FAMILIES: dict[str, Labels] = {
     "unit": ("unit",),
     "container": ("container", "name", "pod"),
 }
-"""What traffic is summed up by: names of labels by the word in the family's name."""
+"""Labels of the sums of traffic, by the word in the family's name."""
 
 
 class DetailedProcesses(Protocol):
@@ -55,9 +55,9 @@ log = logging.getLogger(__name__)
 class Metrics:
     """Sums traffic and serves it with the daemon's figures; a context manager.
 
-    By name of process, unit and container. Only the first `metrics_processes` of each get
-    counters of their own; later ones count as "other", so that the number of series stays
-    bounded. `figures` gives what stats shows.
+    Sums are by name of process, unit and container. The first `metrics_processes` of each have
+    counters of their own. Later ones count as "other", so the number of series is bounded.
+    `figures` returns what stats shows.
     """
 
     def __init__(
@@ -112,14 +112,14 @@ class Metrics:
             self._server.serve_forever()
             return False
 
-        # without end: the daemon does its work without metrics too
+        # it tries forever: the daemon works without metrics too
         keep_going(serve, Failures("metrics", math.inf), lambda error: None)
 
     def reconfigure(self, config: Config) -> None:
         self._config = config
 
     def take(self, batch: NamedBatch) -> None:
-        """Worker thread: add a batch."""
+        """Add a batch. Worker thread."""
         if self._server is None or batch.flows is None:
             return
         flows = batch.flows
@@ -134,12 +134,20 @@ class Metrics:
                     self._add(family, labels, _one(failed.why))
 
     def learn(self, flows: np.ndarray) -> None:
-        """Any thread: add how connections go (FLOWs with what retransmits are new)."""
+        """Add figures of connections (FLOWs with their new retransmits). Any thread."""
         if self._server is None or not len(flows):
             return
         measured = flows["rtt_us"] != 0
         columns = {"retransmits": flows["retransmits"], "rtt_us": flows["rtt_us"]}
         self._sum(flows, columns | {"rtts": measured, "looks": np.ones(len(flows), bool)})
+
+    def drop(self, tgid: int, start_ns: int, comm: bytes, count: int) -> None:
+        """Any thread: add packets that the kernel dropped at a socket of a process."""
+        if self._server is None:
+            return
+        with self._lock:
+            for family, labels in self._labels(tgid, start_ns, comm):
+                self._add(family, labels, _one("drops", count))
 
     def _sum(self, flows: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
         found, inverse = np.unique(flows[["tgid", "start_ns", "comm"]], return_inverse=True)
@@ -152,7 +160,7 @@ class Metrics:
                     self._add(family, labels, of_one)
 
     def _labels(self, tgid: int, start_ns: int, comm: bytes) -> Iterator[tuple[str, Labels]]:
-        """What counts for whom. All that one user's managers and runtimes name is one."""
+        """Return each row's label. All names below one user's managers and runtimes are one."""
         if not tgid:
             yield "process", ("(unnamed)",)
             return
@@ -227,7 +235,7 @@ class Metrics:
             yield family
 
     def _tcp(self, name: str, labels: Labels) -> Iterator[Metric]:
-        """What nobody could look at is left out: its figure is not known, and not 0."""
+        """Return known figures. An unknown figure is left out, not 0."""
         from prometheus_client.core import CounterMetricFamily, SummaryMetricFamily
 
         with self._lock:
@@ -252,7 +260,13 @@ class Metrics:
             f"TCP connection attempts that failed by {name}",
             labels=[*labels, "why"],
         )
+        dropped = CounterMetricFamily(
+            f"{begin}_dropped",
+            f"Packets that the kernel dropped at sockets of {name}, mostly for want of room",
+            labels=labels,
+        )
         for of, one in sums.items():
+            dropped.add_metric(of, one["drops"])
             if one["looks"]:
                 retransmits.add_metric(of, one["retransmits"])
             if one["rtts"]:
@@ -261,12 +275,12 @@ class Metrics:
                 resets.add_metric([*of, way], one[f"reset_{way}"])
             for why in ("refused", "unanswered"):
                 failed.add_metric([*of, why], one[why])
-        yield from (retransmits, rtt, resets, failed)
+        yield from (retransmits, rtt, resets, failed, dropped)
 
 
-def _one(name: str) -> np.ndarray:
+def _one(name: str, count: int = 1) -> np.ndarray:
     values = np.zeros(len(_ALL), np.uint64)
-    values[_ALL.index(name)] = 1
+    values[_ALL.index(name)] = count
     return values
 
 
@@ -275,5 +289,5 @@ class _Collector:
         self.collect = collect
 
     def describe(self) -> list[Metric]:
-        """Nothing beforehand: names are known when the figures are."""
+        """Describe nothing in advance: names are known only with the figures."""
         return []

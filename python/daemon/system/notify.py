@@ -12,14 +12,14 @@ __all__ = ["Notifier"]
 
 
 class Notifier:
-    """Tells the service manager our state; does nothing when `environment` names no socket."""
+    """Reports our state to the service manager. Does nothing if `environment` names no socket."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._address = environment.get("NOTIFY_SOCKET", "")
         watched = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         usec = environment.get("WATCHDOG_USEC", "") if watched else ""
         self.watchdog: float | None = int(usec) / 1e6 if usec.isdecimal() else None
-        """Seconds after which the manager gives up on us, None: it does not watch."""
+        """Seconds after which the manager gives us up; None: it does not watch."""
 
     def ready(self, status: str) -> None:
         self._send(READY="1", STATUS=status)

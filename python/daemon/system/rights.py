@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Who is at the other end of a UNIX socket, and what they may see."""
+"""The peer of a UNIX socket, and what it may see."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _MAX_GROUPS = 65536  # NGROUPS_MAX
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Credentials of a client when it connected, in the daemon's own user namespace."""
+    """Credentials of a client at the time it connected, in the daemon's user namespace."""
 
     pid: int
     uid: int
     groups: frozenset[int]
 
     def sees_everything(self, gid: int | None) -> bool:
-        """Root, and members of the group `gid`."""
+        """Return whether it is root or a member of group `gid`."""
         return self.uid == 0 or (gid is not None and gid in self.groups)
 
 
 def peer_of(connection: socket.socket) -> Peer:
-    """The peer's credentials (SO_PEERCRED) with all its groups (SO_PEERGROUPS, Linux 4.13).
+    """Return the peer's credentials (SO_PEERCRED) with all its groups (SO_PEERGROUPS, Linux 4.13).
 
     SO_PEERCRED alone has only the primary group.
     """
@@ -54,7 +54,7 @@ def _supplementary(connection: socket.socket) -> tuple[int, ...]:
 
 
 def group_id(name: str) -> int | None:
-    """The gid of a group, None when there is no such group."""
+    """Return the gid of a group; None if there is no such group."""
     try:
         return grp.getgrnam(name).gr_gid
     except KeyError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Serves metrics on loopback or a UNIX socket. Imported when they are on: it takes memory."""
+"""Serves metrics on loopback or a UNIX socket. Imported only if they are on: it takes memory."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ __all__ = ["listen"]
 
 _ACCEPT_AGAIN = 0.5  # s
 _AT_ONCE = 8
-"""Connections, each with a thread."""
+"""The most connections, each with a thread."""
 
 log = logging.getLogger(__name__)
 
 
 class _NoErrors(ServerHandler):
-    """wsgiref's own, which writes a traceback to stderr when a client does not read."""
+    """wsgiref's own handler writes a traceback to stderr when a client does not read."""
 
     def log_exception(self, exc_info: Any) -> None:
         log.debug("metrics: %s", exc_info[1])
@@ -42,7 +42,7 @@ class _Quiet(WSGIRequestHandler):
     timeout = 5
 
     def handle(self) -> None:
-        """One request. (The inherited method does the same with a handler that is not quiet.)"""
+        """Handle one request. (The inherited method's handler is not quiet.)"""
         self.raw_requestline = self.rfile.readline(65537)
         if len(self.raw_requestline) > 65536:
             self.requestline = self.request_version = self.command = ""
@@ -68,9 +68,9 @@ class _Quiet(WSGIRequestHandler):
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
-    """A thread for each of the last _AT_ONCE connections; older ones are closed for new ones.
+    """A thread for each of the last _AT_ONCE connections. A new one closes the oldest.
 
-    All of them have a small part of a CPU: on TCP any user can ask.
+    All together have a small part of a CPU, because on TCP any user can ask.
     """
 
     daemon_threads = True
@@ -108,7 +108,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
             return super().get_request()
         except OSError as error:
             self.failures.add(error)
-            time.sleep(_ACCEPT_AGAIN)  # who waits makes the socket readable all the time
+            time.sleep(_ACCEPT_AGAIN)  # waiting clients keep the socket readable
             raise
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -134,7 +134,7 @@ class _UnixServer(_Server):
             if not stat.S_ISSOCK(found.st_mode):
                 raise OSError(errno.EEXIST, "it exists and is no socket")
             self._place.unlink(found)
-        # it tells of everybody's traffic
+        # it shows everybody's traffic
         self._mine = self._place.bind(self.socket, 0o660)
         self.server_name, self.server_port = "localhost", 0
         self.setup_environ()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The file of the daemon's UNIX socket: one daemon a path."""
+"""The file of the daemon's UNIX socket: one daemon for each path."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 
 
 class SocketFile:
-    """A bound, listening UNIX socket at `path`, ours alone by a lock on `path`.lock.
+    """A bound, listening UNIX socket at `path`. A lock on `path`.lock makes it ours alone.
 
-    Raises Error when a live daemon has it or something else than a socket is there, NoPrivilege
-    when the directory may not be written. On exit the socket's file is removed; the lock's file
-    stays, since removing it would let two daemons hold a lock each.
+    Raises Error if a live daemon has it or if something else than a socket is there, NoPrivilege if
+    the directory may not be written. On exit the socket's file is removed. The lock's file stays:
+    without it two daemons could each hold a lock.
     """
 
     def __init__(self, path: str) -> None:
@@ -42,7 +42,7 @@ class SocketFile:
             self._place = HeldDirectory(self.path, os.path.dirname(DEFAULT_SOCKET), 0o755)
             self._take_lock(self._place)
             self._remove_stale(self._place)
-            self._mine = self._place.bind(self.socket, 0o666)  # access is decided by credentials
+            self._mine = self._place.bind(self.socket, 0o666)  # credentials decide about access
             self.socket.listen(_BACKLOG)
         except OSError as error:
             self._release()

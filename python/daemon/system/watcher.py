@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Looks after what packets do not tell: closed listeners, a module that comes and goes."""
+"""Watches what packets do not show: closed listeners, a module that comes and goes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from nlproto.host.holders import Holders
 from nlproto.host.kernel_sockets import BoundSocket, KernelSockets
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.running.supervise import Failures, keep_going
+from nlproto.tables.drops import Drops
+from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import ProcessKey
 
 __all__ = ["Watcher"]
 
 _SOCKETS = 0.5  # s between two looks
-_FRESH = 0.9  # s: what is told of sockets is not older; who asks waits for a look where it is
-_PATIENCE = 3.0  # s that who asks waits for it
+_FRESH = 0.9  # s; a look is not older than this for a question, which waits for the next look
+_PATIENCE = 3.0  # s that a question waits for it
 _SHARE = 200  # looks take this part of one core while nobody asks,
-_OLDEST = 60.0  # s: unless what is known would be older than this
+_OLDEST = 60.0  # s: unless the last look would get older than this
 _MODULE = 1.0  # s between two tries to open the module
 _TRIM = 10.0  # s between two times that free memory is given back
 
@@ -34,9 +36,9 @@ log = logging.getLogger(__name__)
 class Watcher:
     """A thread; a context manager. `engine` is the configured name: auto, module or packet.
 
-    With auto a module that goes is replaced by engine packet, and replaces it when it is back.
-    With module the daemon waits for it. Each change is logged and announced to clients.
-    A look that fails is logged and tried again; `on_death` is told if that is of no use.
+    With auto, engine packet replaces a module that goes, until the module is back. With module, the
+    daemon waits for it. Each change is logged and sent to clients. A look that fails is logged and
+    tried again. `on_death` is called if that does not help.
     """
 
     def __init__(
@@ -56,6 +58,9 @@ class Watcher:
         self._holders = holders
         self.kernel = KernelSockets(self._holders)
         """What the last look found."""
+        self.on_drops: Callable[[int, int, bytes, int], None] = lambda *_: None
+        """Is told of packets that the kernel dropped: tgid, start_ns, comm and how many."""
+        self._drops = Drops()
         self._failures = Failures("watcher")
         self._thread = threading.Thread(
             target=lambda: keep_going(self._watch, self._failures, on_death),
@@ -63,9 +68,9 @@ class Watcher:
             daemon=True,
         )
         self._looked = 0.0
-        """When the last look whose result is in the port map began; CLOCK_MONOTONIC, s."""
+        """When the last look began whose result is in the port map; CLOCK_MONOTONIC, s."""
         self._news = threading.Condition()
-        """Guards `_looked`, and tells those who wait for it."""
+        """Guards `_looked`, and wakes threads that wait for it."""
         self._asked = threading.Event()
         self._told: set[str] = set()
         self._probes_fire = True
@@ -83,11 +88,11 @@ class Watcher:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether what is known of sockets is of this second."""
+        """Whether the last look was within a second."""
         return time.monotonic() - self._looked < _FRESH
 
     def refresh(self, stop: Callable[[], None]) -> None:
-        """Return when it is so, or after 3 s: any thread. What `stop` raises ends it."""
+        """Return when it was, or after 3 s. Any thread. `stop` ends it by raising."""
         wanted = time.monotonic() - _FRESH
         with self._news:
             while self._looked < wanted and time.monotonic() < wanted + _FRESH + _PATIENCE:
@@ -119,7 +124,7 @@ class Watcher:
                 due[index] = started + _pause(interval, time.monotonic() - started)
 
     def _wanted_now(self) -> bool:
-        """Whether somebody waits for a look; the last one may have been what they waited for."""
+        """Return whether somebody waits for a look. The last one may have been enough."""
         asked = self._asked.is_set()
         self._asked.clear()
         return asked and not self.is_fresh
@@ -147,12 +152,22 @@ class Watcher:
         if len(found.cookies):
             portmap.keep_cookies(found.cookies, before)
         portmap.expire(before)
+        self._count_drops(portmap)
         with self._news:
             self._looked = before / 1e9
             self._news.notify_all()
 
+    def _count_drops(self, portmap: PortMap) -> None:
+        """Each socket's for who used it last."""
+        drops = self._drops.take(self.kernel.tables.values())
+        if not drops:
+            return
+        for cookie, owners in portmap.with_cookies(drops).items():
+            owner = owners[0]
+            self.on_drops(owner.tgid, owner.start_ns, owner.comm.encode(), drops[cookie])
+
     def _known(self, sockets: list[BoundSocket]) -> list[BoundSocket]:
-        """With the start times by which their processes are known; from now on they are."""
+        """Return the sockets with start times under which their processes are known from now on."""
         processes = self._pipeline.processes
         starts: dict[ProcessKey, int] = {}
         known = []
@@ -201,7 +216,7 @@ class Watcher:
                 " (packet-hunter doctor says how)",
             )
             return
-        # it is there at once: each moment until then is lost
+        # packet starts at once, and each moment without an engine is lost
         engine = open_engine(
             "packet", log.warning, ring_bytes=self._ring_bytes, holders=self._holders
         )
@@ -225,10 +240,10 @@ class Watcher:
 
 
 def _pause(interval: float, took: float) -> float:
-    """Seconds from the beginning of a look that took `took` s to the next, if nobody asks.
+    """Return the s from the beginning of a look that took `took` s to the next one.
 
-    A look that takes long comes less often, to take no more than half a percent of one core, as
-    long as what is known is not older than that.
+    A long look comes less often, so that looks take half a percent of one core, as long as the last
+    one does not get older than that.
     """
     return max(interval, min(_SHARE * took, _OLDEST - took))
 

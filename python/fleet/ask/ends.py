@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Both ends of each connection: the process that asked on one machine, who answered on another.
+"""Joins both ends of each connection: the client's process on one machine, the server's on another.
 
-Two flows are the ends of one connection when one's addresses are the other's, exchanged: those of
-the packets, or those that NAT made of them, on either machine or on one in between. The machines'
-clocks differ: by how much is learnt for each pair of them from its own connections. Of several
-flows that fit, the nearest in time is meant; where more than one machine fits equally, none is
-named and the row is flagged.
+Two flows are the ends of one connection if the addresses of one are those of the other, exchanged.
+They may be the packets' addresses, or those after NAT on either machine or in between. Clocks of
+machines differ; the difference of each pair is learnt from its own connections. Of several flows
+that fit, the nearest in time counts. If several machines fit equally, none is named, and the row is
+flagged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from fleet.ask.hosts import hosts_of
 from fleet.ask.store import FlowStore
-from fleet.ask.wanted import CLIENT, NAMED, Wanted, condition
+from fleet.ask.wanted import NAMED, Wanted, condition
 
 __all__ = ["REASONS", "ends", "join"]
 
@@ -31,24 +31,24 @@ REASONS = {
 """Why an end has no partner."""
 
 _WIDE_NS = 60 * 10**9
-"""How far two clocks may differ."""
+"""The most that two clocks may differ."""
 _BOUND_NS = 10**9
-"""How far two ends' beginnings may, when that is taken off."""
+"""The most that the beginnings of two ends may differ, after that correction."""
 _EDGE_NS = 15 * 10**9
-"""A flow that began so near to the range's beginning may be older: its rows are of 10 s."""
+"""A flow that began so near to the range's beginning may be older: its rows cover 10 s."""
 _VOTES = 3
-"""Connections that say how far clocks differ."""
+"""How many connections it takes to learn a difference of clocks."""
 _STEPS = 3
-"""Machines that translate, one behind another."""
+"""How many machines in a row may translate."""
 
-# Tuples are compared as hashes first: `key` of one's own view, `mirror` of the other end's.
+# Tuples are compared by hash first: `key` as its own end sees it, `mirror` as the other end does.
 _KEY = "hash(protocol, laddr, lport, raddr, rport)"
 _MIRROR = "hash(protocol, raddr, rport, laddr, lport)"
 _NAT_KEY = "hash(protocol, nat_laddr, nat_lport, nat_raddr, nat_rport)"
 _NAT_MIRROR = "hash(protocol, nat_raddr, nat_rport, nat_laddr, nat_lport)"
 
-# Which flows can have to do with those that fit: all of the same tuple, from whichever side, and
-# what machines on the way made of it.
+# Which flows can belong to the flows that fit: all of the same tuple, from either side, and their
+# translations by machines on the way.
 _TOUCHED = f"""
 CREATE OR REPLACE TEMP TABLE touched AS
 WITH hit AS (
@@ -84,29 +84,51 @@ WHERE {_KEY} IN (SELECT key FROM touched)
     OR nat_laddr IS NOT NULL AND {_NAT_KEY} IN (SELECT key FROM touched)
 """
 
+# One row for each flow of a host. Most flows have one row in a range, and only the others are put
+# together. What a host may make alike by a clever choice of its numbers is its own.
 _ENDS = f"""
-CREATE OR REPLACE TEMP TABLE end_ AS
-WITH one AS (
-    SELECT host, boot, netns, cookie, protocol, laddr, lport, raddr, rport, forwarded, tgid,
-        start_ns, any_value({{name}}) AS name, any_value(initiated) AS initiated,
-        {{translation}}, max(domain) AS domain, {{details}}
-        min(first_ns) AS first_ns, max(last_ns) AS last_ns,
-        sum(bytes_out)::BIGINT AS bytes_out, sum(bytes_in)::BIGINT AS bytes_in,
-        bool_or({{fits}}) AS fits
-    FROM ({NAMED}) {{touched}}
-    GROUP BY host, boot, netns, cookie, protocol, laddr, lport, raddr, rport, forwarded, tgid,
-        start_ns)
-SELECT row_number() OVER () AS id, *, {{client}} AS client FROM one
+CREATE OR REPLACE TEMP TABLE end_row AS
+SELECT host, hash(boot, netns, cookie, protocol, laddr, lport, raddr, rport, forwarded, tgid,
+        start_ns) AS flow, hash(boot, netns) AS place,
+    protocol, laddr, lport, raddr, rport, forwarded, {{name}} AS name, initiated, client,
+    {{translation}}, domain, {{details}} first_ns, last_ns,
+    bytes_out::BIGINT AS bytes_out, bytes_in::BIGINT AS bytes_in, {{fits}} AS fits,
+    {_KEY} AS key, {_MIRROR} AS mirror
+FROM ({NAMED}) {{touched}}
 """
-_DETAILS = """
+_REPEATED = """
+CREATE OR REPLACE TEMP TABLE repeated AS SELECT flow FROM end_row GROUP BY flow HAVING count(*) > 1
+"""
+_SUMMED = """
+CREATE OR REPLACE TEMP TABLE summed AS
+SELECT host, flow, {same}, any_value(initiated) AS initiated,
+    coalesce(any_value(initiated), any_value(client)) AS client,
+    {translation}, max(domain) AS domain, {details}
+    min(first_ns) AS first_ns, max(last_ns) AS last_ns,
+    sum(bytes_out)::BIGINT AS bytes_out, sum(bytes_in)::BIGINT AS bytes_in, bool_or(fits) AS fits
+FROM end_row WHERE flow IN (FROM repeated)
+GROUP BY host, flow
+"""
+_SAME = (
+    *("place", "protocol", "laddr", "lport", "raddr", "rport", "forwarded", "name", "key"),
+    "mirror",
+)
+_PUT_TOGETHER = (
+    "DELETE FROM end_row WHERE flow IN (FROM repeated)",
+    "INSERT INTO end_row BY NAME FROM summed",
+)
+_NUMBERED = "CREATE OR REPLACE TEMP VIEW end_ AS SELECT rowid AS id, * FROM end_row"
+_OWNER = ("boot", "netns", "tgid", "start_ns")
+_DETAILS = (*_OWNER, "how", "flags", "packets_out", "packets_in")
+_SUMMED_DETAILS = """
     arg_max(how, last_ns) AS how, bit_or(flags) AS flags,
-    sum(packets_out)::BIGINT AS packets_out, sum(packets_in)::BIGINT AS packets_in,
+    sum(packets_out) AS packets_out, sum(packets_in) AS packets_in,
 """
 _NAT = {"nat_laddr": "VARCHAR", "nat_lport": "USMALLINT", "nat_raddr": "VARCHAR",
         "nat_rport": "USMALLINT"}  # fmt: skip
 
-# `way`: one of the address pairs that a flow is known by, as its own end sees them. A machine on
-# the way that translates is not an end: it adds pairs to those of the ends (`passing`).
+# `way`: an address pair of a flow, as its own end sees it. A machine on the way that translates is
+# no end: it adds pairs to those of the ends (`passing`).
 _PASSING = """
 CREATE OR REPLACE TEMP TABLE back AS
 WITH passing AS (
@@ -127,8 +149,8 @@ SELECT id, protocol, nat_laddr AS la, nat_lport AS lp, nat_raddr AS ra, nat_rpor
     false AS vague
 FROM end_ WHERE NOT forwarded AND nat_laddr IS NOT NULL
 """
-# `vague`: two machines have such a flow, or two translate one: who knows which is meant. What a
-# machine translates of its own containers it knows.
+# `vague`: two machines have such a flow, or two translate one, so that it is not certain. For its
+# own containers a machine knows what it translates.
 _MORE_WAYS = f"""
 INSERT INTO way
 WITH known AS (
@@ -153,21 +175,21 @@ FROM counted WHERE NOT at_home OR host = by_host
 GROUP BY id, protocol, na, np, ma, mp
 """
 
+_OWN_WAY = "laddr AS la, lport AS lp, raddr AS ra, rport AS rp, false AS vague, end_.*"
+_KNOWN = f"SELECT {_OWN_WAY} FROM end_ WHERE NOT forwarded"
+_ALL_KNOWN = f"""
+{_KNOWN} UNION ALL
+SELECT la, lp, ra, rp, vague, end_.* REPLACE (
+    hash(end_.protocol, la, lp, ra, rp) AS key, hash(end_.protocol, ra, rp, la, lp) AS mirror)
+FROM way JOIN end_ USING (id)
+"""
 _PAIRS = f"""
 CREATE OR REPLACE TEMP TABLE pair_ AS
-WITH each AS (
-    SELECT laddr AS la, lport AS lp, raddr AS ra, rport AS rp, false AS vague, end_.* FROM end_
-    WHERE NOT forwarded
-    UNION ALL
-    SELECT la, lp, ra, rp, vague, end_.* FROM way JOIN end_ USING (id)),
-known AS (
-    SELECT *, hash(protocol, la, lp, ra, rp) AS key, hash(protocol, ra, rp, la, lp) AS mirror
-    FROM each)
-SELECT c.id AS c, s.id AS s, any_value(c.host) AS ch, any_value(s.host) AS sh,
-    any_value(s.first_ns - c.first_ns) AS apart,
-    any_value(c.first_ns < {{edge}} OR s.first_ns < {{edge}}) AS old,
+WITH known AS ({{known}})
+SELECT c.id AS c, s.id AS s, c.host AS ch, s.host AS sh, s.first_ns - c.first_ns AS apart,
+    c.first_ns < {{edge}} OR s.first_ns < {{edge}} AS old,
     -- an address that several machines have says nothing of which one is meant
-    bool_and(c.host <> s.host AND (c.vague OR s.vague OR {{shared}})) AS doubtful
+    c.host <> s.host AND (c.vague OR s.vague OR {{shared}}) AS doubtful
 FROM (SELECT * FROM known WHERE initiated IS NOT false) c
     JOIN (SELECT * FROM known WHERE initiated IS NOT true) s ON c.key = s.mirror
 WHERE c.protocol = s.protocol AND c.la = s.ra AND c.lp = s.rp AND c.ra = s.la AND c.rp = s.lp
@@ -179,16 +201,22 @@ WHERE c.protocol = s.protocol AND c.la = s.ra AND c.lp = s.rp AND c.ra = s.la AN
     AND c.first_ns <= s.last_ns + {_WIDE_NS} AND s.first_ns <= c.last_ns + {_WIDE_NS}
     -- an address of loopback is another one in each namespace
     AND (NOT (starts_with(c.la, '127.') OR c.la = '::1' OR starts_with(c.ra, '127.'))
-         OR (c.host = s.host AND c.boot = s.boot AND c.netns = s.netns))
-GROUP BY c.id, s.id
+         OR (c.host = s.host AND c.place = s.place))
 """
-# Between two machines the clocks' difference is the middle one of their connections, from three
-# on; with fewer, that of each machine to all others, from three on; else there is none.
+_PAIRS_ONCE = """
+CREATE OR REPLACE TEMP TABLE pair_ AS
+SELECT c, s, ch, sh, apart, old, bool_and(doubtful) AS doubtful FROM pair_ GROUP BY ALL
+"""
+# Between two machines the difference of clocks is the median of their connections, if there are
+# three. With fewer, it is the difference of each machine to all others, if there are three. Else
+# there is none.
 _NEAR = f"""
 CREATE OR REPLACE TEMP TABLE near AS
 WITH told AS (SELECT * FROM pair_ WHERE NOT old AND ch <> sh),
+often AS (SELECT ch, sh FROM told GROUP BY ch, sh HAVING count(*) >= {_VOTES}),
 pairs AS (
-    SELECT ch, sh, median(apart) AS ahead FROM told GROUP BY ch, sh HAVING count(*) >= {_VOTES}),
+    SELECT ch, sh, median(apart) AS ahead FROM told SEMI JOIN often USING (ch, sh)
+    GROUP BY ch, sh),
 each AS (
     SELECT host, median(apart) AS ahead
     FROM (SELECT sh AS host, apart FROM told UNION ALL SELECT ch, -apart FROM told)
@@ -225,13 +253,15 @@ SELECT c, s, count(DISTINCT sh) OVER (PARTITION BY c) + CAST(doubtful AS BIGINT)
 FROM best
 """
 
-# Of an end without partner: why.
+# Why an end has no partner.
 _ALONE = """
 CREATE OR REPLACE TEMP TABLE alone AS
 WITH meant AS (SELECT c, s FROM match_ WHERE meant AND machines = 1),
 rest AS (
-    SELECT *, coalesce(nat_raddr, raddr) AS other,
-        laddr = raddr AND lport = rport AS itself FROM end_
+    SELECT id, host, protocol, laddr, lport, raddr, rport, client, name, domain, last_ns,
+        bytes_out + bytes_in AS bytes, coalesce(nat_raddr, raddr) AS other,
+        laddr = raddr AND lport = rport AS itself
+    FROM end_
     WHERE fits AND NOT forwarded AND id NOT IN (SELECT c FROM meant UNION ALL SELECT s FROM meant)),
 passed AS (
     SELECT DISTINCT rest.id FROM rest JOIN end_ f ON {any} AND f.forwarded
@@ -242,7 +272,8 @@ passed AS (
             = greatest((rest.laddr, rest.lport), (rest.raddr, rest.rport))),
 seen AS (
     SELECT id, max(machines) AS machines FROM (
-        SELECT c AS id, machines FROM match_ UNION ALL SELECT s, machines FROM match_) GROUP BY id)
+        SELECT c AS id, machines FROM match_ UNION ALL SELECT s, machines FROM match_)
+    WHERE machines > 1 GROUP BY id)
 SELECT rest.*, coalesce(machines, 0) > 1 AND NOT itself AS ambiguous,
     CASE WHEN itself OR machines > 1 THEN NULL
         WHEN list_contains(owned.hosts, rest.host) THEN 'local'
@@ -297,32 +328,50 @@ def join(store: FlowStore, wanted: Wanted, name: str, details: bool = False) -> 
         if translated:
             store.rows(_TRANSLATED)
             _until_all(store, _TOUCH_MORE)
-    translation = ", ".join(
-        f"arg_max({column}, last_ns) AS {column}" if translated else f"NULL::{kind} AS {column}"
-        for column, kind in _NAT.items()
-    )
     store.rows(
         _ENDS.format(
             touched=touched,
             name=name,
             fits=fits,
-            translation=translation,
-            details=_DETAILS if details else "",
-            client=CLIENT,
+            translation=_nat("{column}") if translated else _nat("NULL::{kind}"),
+            details="".join(f"{one}, " for one in _DETAILS if details),
         ),
         words,
     )
-    store.rows(_WAYS)
+    store.rows(_REPEATED)
+    if store.rows("SELECT 1 FROM repeated LIMIT 1"):
+        same = [*_SAME, *(_OWNER if details else ())]
+        store.rows(
+            _SUMMED.format(
+                same=", ".join(f"any_value({one}) AS {one}" for one in same),
+                translation=_nat("arg_max({column}, last_ns)"),
+                details=_SUMMED_DETAILS if details else "",
+            )
+        )
+        for statement in _PUT_TOGETHER:
+            store.rows(statement)
+    store.rows(_NUMBERED)
     if translated:
+        store.rows(_WAYS)
         store.rows(_PASSING)
         _until_all(store, _MORE_WAYS)
-    shared = _tell_hosts(store)
+    shared = "false" if not _tell_hosts(store) else _SHARED
     edge = int(store.range.since_ns) + _EDGE_NS
-    store.rows(_PAIRS.format(edge=edge, shared=_SHARED if shared else "false"))
+    known = _ALL_KNOWN if translated else _KNOWN
+    store.rows(_PAIRS.format(known=known, edge=edge, shared=shared))
+    if translated:
+        store.rows(_PAIRS_ONCE)
     store.rows(_NEAR)
     store.rows(_MATCHES)
     passing = bool(store.rows("SELECT 1 FROM end_ WHERE forwarded LIMIT 1"))
     store.rows(_ALONE.format(any="true" if passing else "false"))
+
+
+def _nat(value: str) -> str:
+    """Each of NAT's columns as `value` of it."""
+    return ", ".join(
+        f"{value.format(column=column, kind=kind)} AS {column}" for column, kind in _NAT.items()
+    )
 
 
 def _until_all(store: FlowStore, insert: str) -> None:
@@ -332,7 +381,7 @@ def _until_all(store: FlowStore, insert: str) -> None:
 
 
 def _tell_hosts(store: FlowStore) -> bool:
-    """Make the tables `owned`, `shared` and `partial`; whether an address is several machines'."""
+    """Make the tables `owned`, `shared` and `partial`; return whether machines share an address."""
     partial = {one.name: "silent" if one.silent_s else "lost" for one in hosts_of(store)
                if not one.whole}  # fmt: skip
     owners = store.owners
@@ -359,8 +408,8 @@ def ends(
 ) -> tuple[int, list[dict[str, Any]]]:
     """Return how many connections fit, and `limit` of them, both ends first, the latest first.
 
-    {"protocol", "client", "server", "ambiguous", "reason"}. Of an end that has no partner the other
-    is None and `reason` says why, one of REASONS.
+    {"protocol", "client", "server", "ambiguous", "reason"}. An end without a partner has None for
+    the other end, and `reason` is one of REASONS.
     """
     join(store, wanted, PROGRAM, True)
     columns = ", ".join(f'{side}."{name}" AS {side}_{name}' for side in "cs" for name in _SIDE)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which machines there are, and which were silent or lost records in a range of time."""
+"""The machines, and which of them were silent or lost records in a range of time."""
 
 from __future__ import annotations
 
@@ -10,43 +10,47 @@ from fleet.ask.store import FlowStore
 __all__ = ["Host", "hosts_of"]
 
 _SILENT_NS = 120 * 10**9
-"""Without an account for so long a machine was silent."""
+"""A machine that sent no account for so long was silent."""
+_UNREAD_NS = 10**9
+"""So long nobody may read a daemon: its exporter was started again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What a machine's own accounts say of the range."""
+    """A machine's own accounts of the range."""
 
     name: str
     silent_s: float
-    """The longest time without an account, 0 where it was never two minutes."""
+    """The longest time without an account or without a reader of its daemon; 0 if the first was
+    under two minutes and the second under one second."""
     lost: int
-    """Rows that its exporter lost, and records that its daemon did."""
+    """Rows that its exporter lost, and records that its daemon lost."""
 
     @property
     def whole(self) -> bool:
-        """Whether all that happened there is known."""
+        """Whether everything that happened there is known."""
         return not self.silent_s and not self.lost
 
 
 _QUERY = """
 WITH told AS (
-    SELECT host, boot, at_ns, lost, daemon_lost, dropped,
+    SELECT host, boot, at_ns, lost, daemon_lost, dropped, gap_ms,
         at_ns - lag(at_ns, 1, $since) OVER (PARTITION BY host ORDER BY at_ns) AS gap
     FROM account),
 each AS (
     SELECT host, boot, max(gap) AS gap, max(at_ns) AS last,
         max(lost) - min(lost) AS lost, max(daemon_lost) - min(daemon_lost) AS daemon_lost,
-        max(dropped) - min(dropped) AS dropped
+        max(dropped) - min(dropped) AS dropped, max(gap_ms) - min(gap_ms) AS unread_ms
     FROM told GROUP BY host, boot)
 SELECT host, greatest(max(gap), $until - max(last)) AS gap,
-    coalesce(sum(lost + daemon_lost + dropped), 0)::BIGINT AS lost
+    coalesce(sum(lost + daemon_lost + dropped), 0)::BIGINT AS lost,
+    coalesce(max(unread_ms), 0)::BIGINT * 1000000 AS unread
 FROM each GROUP BY host
 """
 
 
 def hosts_of(store: FlowStore) -> list[Host]:
-    """Return every machine that told anything in the hours around the range."""
+    """Return every machine that sent anything in the hours around the range."""
     if store.alone:
         return []
     if store.hosts is None:
@@ -63,6 +67,10 @@ def _hosts(store: FlowStore) -> list[Host]:
     for name in sorted(store.known_hosts | told.keys()):
         row = told.get(name)
         gap = range.until_ns - range.since_ns if row is None else row["gap"]
-        silent = gap / 1e9 if row is None or gap > _SILENT_NS else 0.0
+        unread = 0 if row is None else row["unread"]
+        gap = max(
+            gap if row is None or gap > _SILENT_NS else 0, unread if unread > _UNREAD_NS else 0
+        )
+        silent = gap / 1e9
         found.append(Host(name, silent, 0 if row is None else row["lost"]))
     return found

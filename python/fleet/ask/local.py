@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One machine's own history in the columns of the fleet's: without a server the same questions."""
+"""One machine's history in the columns of the fleet, so that the same questions need no server."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from nlproto.client.client import DaemonClient
 __all__ = ["open_local", "told"]
 
 _MOST = 10_000
-"""Flows that a daemon tells at once; of more, it is asked for less time at once."""
+"""The most flows that a daemon returns at once; if there are more, the time is divided."""
 _SHORT_NS = 10**9
-"""So little time is not divided any more: then there are flows that are not told."""
+"""A shorter time is not divided any more; then some flows are missing."""
 _ALL = 1_000_000
-"""Flows that are kept in memory."""
+"""The most flows that are kept in memory."""
 _PROTOCOLS = {"tcp": 6, "udp": 17}
 _AMBIGUOUS = 1 << 5
 
 
 Ask = Callable[..., dict[str, Any]]
-"""DaemonClient.who."""
+"""Has the signature of DaemonClient.who."""
 
 
 def open_local(path: str, range: Range) -> FlowStore:
@@ -45,7 +45,7 @@ def open_local(path: str, range: Range) -> FlowStore:
 
 
 def told(ask: Ask, range: Range) -> tuple[list[dict[str, Any]], list[dict[str, Any]], bool]:
-    """Return all flows of the range, each once, their processes, and whether these are all."""
+    """Return all flows of the range, each once, their processes, and whether they are all."""
     flows: dict[tuple[Any, ...], dict[str, Any]] = {}
     processes: dict[tuple[int, int], dict[str, Any]] = {}
     whole = True

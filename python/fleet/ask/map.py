@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which services talk to which: connections summed up by what both ends belong to."""
+"""Which services talk to which: sums of connections by what both ends belong to."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = {
     "pod": "pod",
     "user": '"user"',
 }
-"""What the ends of a map may be, and the column; where there is none, the program."""
+"""What the ends of a map may be, and the column; if that is empty, the program."""
 
 _FAR = "coalesce(alone.domain, networks.network, regexp_replace(raddr, '[.][0-9]+$', '.0/24'))"
 _MAP = f"""
@@ -35,7 +35,7 @@ WITH one AS (
     SELECT CASE WHEN client OR itself THEN name ELSE {_FAR} END,
         CASE WHEN client AND NOT itself THEN {_FAR} ELSE name END,
         CASE WHEN client AND NOT itself THEN rport ELSE lport END, protocol,
-        ambiguous, reason, bytes_out + bytes_in
+        ambiguous, reason, bytes
     FROM alone LEFT JOIN networks ON networks.address = raddr),
 sums AS (
     SELECT client, server, service, protocol, count(*)::BIGINT AS connections,
@@ -52,7 +52,7 @@ def service_map(
     """Return how many edges there are, and the `limit` with most bytes. `by`: of NAMES.
 
     {"client", "server": names, "service": port, "protocol", "connections", "bytes", "ambiguous",
-    "reason"}. An end that is not known is its domain, else its network, and `reason` says why.
+    "reason"}. An unknown end is shown as its domain, else as its network, and `reason` says why.
     """
     join(store, wanted, f"coalesce(nullif({NAMES[by]}, ''), {PROGRAM}, how)")
     rows = store.rows("SELECT DISTINCT raddr FROM alone WHERE contains(raddr, ':')")
@@ -70,5 +70,5 @@ def service_map(
 def _network(address: str) -> str:
     try:
         return network_of(address)
-    except ValueError:  # what a hostile machine calls an address
+    except ValueError:  # an address from a hostile machine may be any text
         return address

@@ -26,7 +26,7 @@ NEW = {
     "program": ("program", "true"),
     "listener": ("program, service", "NOT client"),
 }
-"""What can be new: the columns that say what it is, beside the machine; and of which flows."""
+"""Kinds of news: the columns that name it, beside the machine; and its flows."""
 
 _SUMS = """count(*)::BIGINT AS rows, sum(packets_out)::BIGINT AS packets_out,
     sum(bytes_out)::BIGINT AS bytes_out, sum(packets_in)::BIGINT AS packets_in,
@@ -69,7 +69,7 @@ def usage(
         WITH named AS ({NAMED}),
         one AS (
             SELECT {USED_BY[by]} AS name, count(DISTINCT host)::BIGINT AS hosts,
-                count(DISTINCT (host, boot, netns, cookie, laddr, lport, raddr, rport))::BIGINT
+                count(DISTINCT hash(host, boot, netns, cookie, laddr, lport, raddr, rport))::BIGINT
                     AS flows, {_SUMS}
             FROM named WHERE NOT forwarded AND {fits} GROUP BY ALL)
         SELECT *, count(*) OVER () AS total FROM one
@@ -86,7 +86,7 @@ def usage(
 def new(
     store: FlowStore, wanted: Wanted, what: str, since_ns: int, limit: int
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Return what the range has that the sums of the hours from `since_ns` to it have not.
+    """Return what the range has, but not the sums of the hours from `since_ns` to the range.
 
     `what`: of NEW. The names and networks are those of the sums (fleet.collect.rollup).
     """

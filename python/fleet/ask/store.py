@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: MIT
 """The tables of a range of time as views of DuckDB: flow, proc, account, rollup.
 
-Rows come from many machines, any of which may be hostile. So nothing of theirs is ever a part of
-a statement: files are chosen here, values are parameters.
+Rows come from many machines, and any of them may be hostile. So their data is never part of a
+statement: files are chosen here, and values are parameters.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -22,11 +23,17 @@ from fleet.collect.keys import Keys
 from fleet.collect.parquet import addresses_of, hosts_in, keys_of, parts
 from nlproto.errors import Error
 
-__all__ = ["Range", "FlowStore", "open_folder", "open_tables"]
+__all__ = ["Range", "FlowStore", "ask", "open_folder", "open_tables"]
 
 _MEMORY = "1GB"
 _THREADS = 2
-"""Who asks on a collector's machine leaves it the rest."""
+"""The most of a collector's memory and processors that a question takes."""
+_TRIES = 10
+_T = TypeVar("_T")
+
+
+class _Moved(Error):
+    """A file was put together with others, or its hour removed, while it was asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +44,14 @@ class Range:
     until_ns: int
 
     def wider(self, by_ns: int) -> Range:
-        """The same with so much more at both ends."""
+        """Return a range that is longer by so much at both ends."""
         return Range(self.since_ns - by_ns, self.until_ns + by_ns)
 
 
 class FlowStore:
-    """A context manager. Views: `flow` and `account` of the range, `proc`: the newest of each
-    process that was told in its hours."""
+    """A context manager with views: `flow` and `account` of the range, `proc` of its hours.
+
+    `proc` has the newest state of each process."""
 
     def __init__(
         self, database: duckdb.DuckDBPyConnection, range: Range, folder: Path | None
@@ -53,7 +61,7 @@ class FlowStore:
         self.alone = folder is None
         """Of one machine's own history."""
         self.truncated = False
-        """The machine had more flows than it told."""
+        """The machine had more flows than it returned."""
         self.hosts: Any = None
         """What fleet.ask.hosts found."""
         self._folder = folder
@@ -66,11 +74,12 @@ class FlowStore:
 
     @functools.cached_property
     def owners(self) -> dict[str, list[str]]:
-        """Which machines had each address in the hours around the range."""
+        """Return which machines had each address in the hours around the range."""
         found: dict[str, set[str]] = {}
         asked = []
         for path in _files(self._folder, "flows", self.range):
-            told = addresses_of(path)
+            with _moving():
+                told = addresses_of(path)
             if told is None:
                 asked.append(str(path))
                 continue
@@ -88,40 +97,68 @@ class FlowStore:
 
     @functools.cached_property
     def known_hosts(self) -> set[str]:
-        """Every machine that told anything in the hours around the range."""
+        """Return every machine that sent anything in the hours around the range."""
         if self._folder is None:
             return set()
         kinds = ("flows", "account")
         files = [path for kind in kinds for path in _files(self._folder, kind, self.range)]
-        return {host for path in files for host in hosts_in(path)}
+        with _moving():
+            return {host for path in files for host in hosts_in(path)}
 
     def open_sums(self, since_ns: int) -> None:
-        """Make the view `rollup`: of the hours from `since_ns` to the range. Raises Error."""
+        """Make the view `rollup` of the hours from `since_ns` to the range. Raises Error."""
         if self._folder is None:
             return
         folder = self._folder / "rollup"
-        before = Range(since_ns, self.range.since_ns - 2 * schema.HOUR_NS)
-        _view(self.database, "rollup", _hours(folder, before, 0), schema.ROLLUP)
+        before = Range(since_ns, self.range.since_ns)
+        with _moving():
+            _view(self.database, "rollup", _sums(folder, before), schema.ROLLUP)
 
     def rows(self, query: str, words: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        """The answer's rows by column name. Raises Error."""
+        """Return the answer's rows by column name. Raises Error."""
         try:
-            found = self.database.execute(query, words or None)
-            names = [one[0] for one in found.description or ()]
-            return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+            with _moving():
+                found = self.database.execute(query, words or None)
+                names = [one[0] for one in found.description or ()]
+                return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
         except duckdb.Error as error:
             raise Error(f"the store cannot answer: {str(error).splitlines()[0]}") from None
 
 
+def ask(opened: Callable[[], FlowStore], question: Callable[[FlowStore], _T]) -> _T:
+    """Ask what `opened` opens; from the beginning if its files were put together meanwhile.
+
+    Raises Error.
+    """
+    for last in (*[False] * (_TRIES - 1), True):
+        try:
+            with opened() as store:
+                return question(store)
+        except _Moved:
+            if last:
+                raise
+    raise AssertionError
+
+
+@contextmanager
+def _moving() -> Iterator[None]:
+    """Raises _Moved where a file that was listed is there no more."""
+    try:
+        yield
+    except (FileNotFoundError, duckdb.IOException) as error:
+        raise _Moved(f"the store cannot be read: {str(error).splitlines()[0]}") from None
+
+
 def open_folder(folder: Path, range: Range) -> FlowStore:
-    """Open what a collector wrote. Raises Error."""
+    """Open a collector's folder. Raises Error."""
     if not (folder / "flows").is_dir():
         raise Error(f"{folder} has no flows: is it what packet-hunter-collect writes? --store DIR")
     database = _database()
     try:
-        for kind, columns in schema.TABLES.items():
-            _view(database, f"all_{kind}", _hours(folder / kind, range, _READ[kind]), columns)
-        _make_views(database, range)
+        with _moving():
+            for kind, columns in schema.TABLES.items():
+                _view(database, f"all_{kind}", _hours(folder / kind, range, _READ[kind]), columns)
+            _make_views(database, range)
     except (OSError, duckdb.Error) as error:
         database.close()
         raise Error(f"cannot read {folder}: {str(error).splitlines()[0]}") from None
@@ -132,7 +169,7 @@ def open_folder(folder: Path, range: Range) -> FlowStore:
 
 
 def open_tables(tables: dict[str, pa.Table], range: Range) -> FlowStore:
-    """Open tables in memory: "flows", "procs", "account"; what is missing is empty."""
+    """Open tables in memory: "flows", "procs", "account"; missing ones are empty."""
     database = _database()
     for kind, columns in (*schema.TABLES.items(), ("rollup", schema.ROLLUP)):
         name = kind if kind == "rollup" else f"all_{kind}"
@@ -150,10 +187,11 @@ def _database() -> duckdb.DuckDBPyConnection:
 
 
 _READ = {"flows": 0, "procs": 1, "account": 0}
-"""So many hours before the range are read. A process is told again in each hour in which it has
-flows, but not at its beginning."""
+"""How many hours before the range are read.
+
+A process is sent again in each hour with flows, but not at the hour's beginning."""
 _BEFORE = {"flows": 1, "account": 24}
-"""So many hours before it are looked at: whose an address was, which machines there are."""
+"""How many hours before it are searched for owners of addresses, and for machines."""
 
 
 def _files(folder: Path | None, kind: str, range: Range) -> list[Path]:
@@ -164,20 +202,33 @@ def _files(folder: Path | None, kind: str, range: Range) -> list[Path]:
 
 
 def _hours(folder: Path, range: Range, before: int) -> list[Path]:
-    """The hours that can have rows of the range, and some before: a row's hour is that of its end.
+    """Return the hours that can have rows of the range, and some before.
 
-    Of a flow that is not over at the range's end there are rows up to it.
+    A row's hour is that of its end. A flow that goes on after the range has rows up to its end.
     """
-    first = schema.hour_ns(schema.hour_name(max(0, range.since_ns - before * schema.HOUR_NS)))
-    last = range.until_ns + schema.HOUR_NS
-    return sorted(path for path in folder.glob("hour=*") if first <= _begin(path.name) <= last)
+    first = schema.hour_name(max(0, range.since_ns - before * schema.HOUR_NS))
+    last = schema.hour_name(range.until_ns + schema.HOUR_NS)
+    return [folder / name for name in _names(folder) if first <= name <= last]
 
 
-def _begin(name: str) -> int:
-    try:
-        return schema.hour_ns(name)
-    except ValueError:
-        return -1
+def _sums(folder: Path, range: Range) -> list[Path]:
+    """The days and hours that are whole in the range: a day's hours where it has no sums."""
+    since, until = range.since_ns, range.until_ns
+    hours = {name: schema.hour_ns(name) for name in _names(folder)}
+    hours = {name: at for name, at in hours.items() if since <= at <= until - schema.HOUR_NS}
+    days: dict[str, bool] = {}
+    for at in hours.values():
+        day = at // schema.DAY_NS * schema.DAY_NS
+        if (of := schema.day_name(at)) not in days:
+            is_whole = since <= day and day + schema.DAY_NS <= until
+            days[of] = is_whole and bool(parts(folder / of))
+    rest = [name for name, at in hours.items() if not days[schema.day_name(at)]]
+    return [folder / name for name in (*(day for day, is_there in days.items() if is_there), *rest)]
+
+
+def _names(folder: Path) -> list[str]:
+    """The names of the hours that are there, in order."""
+    return sorted(path.name for path in folder.glob("hour=*") if schema.is_hour(path.name))
 
 
 def _view(
@@ -189,7 +240,7 @@ def _view(
         return
     names = [str(path) for path in files]
     database.execute("CREATE OR REPLACE TEMP TABLE files AS SELECT unnest($1) AS file", [names])
-    # parameters are not taken by views: the list is the database's own variable
+    # views take no parameters: the list is a variable of the database
     database.execute(f"SET VARIABLE {name}_files = (SELECT list(file) FROM files)")
     once = "" if name == "rollup" or _are_disjoint(files) else _ONCE
     database.execute(
@@ -202,11 +253,11 @@ _ONCE = """
 QUALIFY filename = min(filename) OVER (
     PARTITION BY host, boot, sequence, regexp_extract(filename, 'hour=[^/]*'))
 """
-"""A batch that is in two files of an hour was told twice, and to two folders."""
+"""A batch in two files of an hour was sent twice, into two folders."""
 
 
 def _are_disjoint(files: list[Path]) -> bool:
-    """Whether no batch is in two files of one hour, by the keys in their footers."""
+    """Return whether no batch is in two files of one hour, by the keys in their footers."""
     hours: dict[Path, Keys] = {}
     several = Counter(path.parent for path in files)
     for path in files:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""A filter as a condition of SQL over flows with the details of their owners.
+"""Translates a filter to a condition of SQL over flows with details of their owners.
 
-A flow fits when one of its packets would: those that went out, those that came in, or those that
-passed. So each test is written for each of these ways, and what a filter says of source and target
-means here what it means on one host. Nothing of a filter and nothing of a machine is ever a part of
-the statement: all are its values. Names and patterns are tried by the filter's own code, on each
-different name that the store has.
+A flow fits if one of its packets would: an outgoing, incoming or forwarded one. So each test is
+written for each of these ways, and source and target mean what they mean on one host. Text of a
+filter or a machine is never part of a statement, only a value. The filter's own code tries names
+and patterns, on each different name in the store.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _WAYS = {
     _PASSED: "forwarded AND packets_out > 0",
     -_PASSED: "forwarded AND packets_in > 0",
 }
-"""The ways of packets, and which flows have some. The last: those that passed back."""
+"""The ways of packets, and which flows have some. The last one: forwarded backwards."""
 _ENDS = {"src": ("s",), "dst": ("d",), "src or dst": ("s", "d"), "src and dst": ("s", "d")}
 _OWNER_COLUMNS = {
     "exe": ("exe",),
@@ -67,7 +66,7 @@ def translate(store: FlowStore, root: Node) -> tuple[str, dict[str, Any]]:
 
 
 def is_inside(store: FlowStore, text: str, words: dict[str, Any]) -> Callable[[str], str]:
-    """Return what makes a condition of a column of addresses. Raises UsageError."""
+    """Return a function that makes a condition of a column of addresses. Raises UsageError."""
     try:
         net = ip_network(text, strict=False)
     except ValueError:
@@ -84,7 +83,7 @@ class _Parent:
 
 @dataclass(frozen=True, slots=True)
 class _Told:
-    """A process as a filter looks at it; "" for what is not known."""
+    """A process as a filter sees it; "" for the unknown."""
 
     exe: str = ""
     cmdline: str = ""
@@ -96,7 +95,7 @@ class _Told:
 
 
 class _Translation:
-    """Conditions, and the values they have so far."""
+    """Collects conditions and their values."""
 
     def __init__(self, store: FlowStore, words: dict[str, Any] | None = None) -> None:
         self.words: dict[str, Any] = {} if words is None else words
@@ -105,11 +104,11 @@ class _Translation:
         self._made: dict[Any, str] = {}
 
     def of(self, node: Node, way: int) -> str:
-        """Return the condition, in parentheses, that holds of a flow's packets of one way."""
+        """Return the condition for a flow's packets of one way, in parentheses."""
         match node:
             case Chain():
                 text = self.of(node.first, way)
-                for word, other in node.rest:  # from left to right, both bind equally
+                for word, other in node.rest:  # from left to right: both bind equally
                     text = f"({text} {'AND' if word == 'and' else 'OR'} {self.of(other, way)})"
                 return text
             case Not():
@@ -124,7 +123,7 @@ class _Translation:
                 return self._once(node, lambda: self._owner(node))
             case DomainTest():
                 return self._once(node, lambda: self._domain(node))
-        raise UsageError(f"'{node}' asks for single packets: the fleet has flows")
+        raise UsageError(f"'{node}' is about single packets: the fleet has only flows")
 
     def _value(self, value: Any) -> str:
         name = f"f{next(self._numbers)}"
@@ -162,7 +161,7 @@ class _Translation:
         return f"coalesce({column} IN (SELECT unnest({self._value(list(values))})), false)"
 
     def _sided(self, side: str, way: int, kind: str, test: Callable[[str], str]) -> str:
-        """The test of one end or both, as the packet has it or as NAT makes it."""
+        """A test of one end or both, as in the packet or as translated by NAT."""
         local = "s" if way in (_OUT, _PASSED) else "d"
         join = " AND " if side == "src and dst" else " OR "
         columns = sorted(("l" if end == local else "r") + kind for end in _ENDS[side])
@@ -184,7 +183,7 @@ class _Translation:
         )
 
     def addresses(self, net: IPv4Network | IPv6Network) -> str:
-        """Return the store's addresses that are in `net`, as what `IN` takes."""
+        """Return the store's addresses that are in `net`, for `IN`."""
         if net.prefixlen == net.max_prefixlen:
             family = socket.AF_INET if net.version == 4 else socket.AF_INET6
             return f"({self._value(socket.inet_ntop(family, net[0].packed))})"
@@ -214,7 +213,7 @@ class _Translation:
         return f"(tgid <> 0 AND {text})"
 
     def _known(self, node: OwnerTest, columns: tuple[str, ...]) -> str:
-        """Of a word for one or two columns of a process."""
+        """A word for one or two columns of a process."""
         texts = [f"coalesce({column}, '')" for column in columns]
         names = ", ".join(f"{text} AS {name}" for text, name in zip(texts, columns, strict=True))
         rows = self._store.rows(f"SELECT DISTINCT {names} FROM proc")
@@ -225,7 +224,7 @@ class _Translation:
         return f"([{', '.join(texts)}] IN {values})"
 
     def _program(self, node: OwnerTest) -> str:
-        """The kernel's name, or the executable's; of a cut name without executable its begin."""
+        """The kernel's name, or the executable's; of a cut name its beginning."""
         comms = self._texts("comm", "flow")
         exes = self._texts("exe", "proc")
         own = [one for one in comms if node.fits(one)]
@@ -253,7 +252,7 @@ def _is_in(address: str, net: IPv4Network | IPv6Network) -> bool:
     family = socket.AF_INET if net.version == 4 else socket.AF_INET6
     try:
         packed = socket.inet_pton(family, address)
-    except (OSError, ValueError):  # of the other family, or what a hostile machine calls an address
+    except (OSError, ValueError):  # of the other family, or any text from a hostile machine
         return False
     bits = 8 * len(packed)
     number = int.from_bytes(packed, "big")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a question is about, as a condition of SQL and its values."""
+"""The subject of a question, as a condition of SQL and its values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nlproto.filters.filter import EVERYTHING, Filter
 __all__ = ["CLIENT", "NAMED", "Wanted", "condition"]
 
 CLIENT = "coalesce(initiated, (lport, laddr) > (rport, raddr))"
-"""Whether this end asked: where nobody told us, the end with the higher port."""
+"""Whether this end began. If no machine knows, the end with the higher port did."""
 
 NAMED = f"""
     SELECT f.*, p.name AS program, p.exe, p.cmdline, p.ppid, p.parents, p.user, p.unit, p.container,
@@ -25,20 +25,20 @@ NAMED = f"""
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """All that is given must fit."""
+    """Conditions that must all hold."""
 
     filter: Filter = EVERYTHING
-    """Of the packets of a flow."""
+    """A filter for the packets of a flow."""
     on: str | None = None
     """The machine."""
     host: str | None = None
-    """The other end's address or network."""
+    """Address or network of the other end."""
     user: str | None = None
     """Name or uid, as the machine knows it."""
 
 
 def condition(store: FlowStore, wanted: Wanted) -> tuple[str, dict[str, Any]]:
-    """Return a condition over NAMED's columns and its values; "true" where all fit.
+    """Return a condition over NAMED's columns and its values; "true" if all flows fit.
 
     Raises UsageError.
     """
@@ -62,5 +62,5 @@ def condition(store: FlowStore, wanted: Wanted) -> tuple[str, dict[str, Any]]:
 
 
 def _sound(text: str) -> str:
-    """What the database takes: a shell's bytes may be no UTF-8."""
+    """Return text that the database takes: bytes from a shell may be no UTF-8."""
     return text.encode("utf-8", "replace").decode()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""From the fleet's server to where it is asked."""
+"""Collectors: from the fleet's server into the folder that questions read."""

@@ -34,7 +34,7 @@ def parser() -> Parser:
         nargs="?",
         default=DEFAULT_DIRECTORY,
         metavar="DIR",
-        help="where the hours are (default %(default)s)",
+        help="folder for the hours (default %(default)s)",
     )
     add_arguments(made)
     made.add_argument(
@@ -42,7 +42,7 @@ def parser() -> Parser:
         metavar="SECONDS",
         type=float,
         default=20.0,
-        help="between two files; what was sent is asked about so much later (default %(default)g)",
+        help="between two files; answers are so much behind (default %(default)g)",
     )
     made.add_argument(
         "--keep", metavar="DAYS", type=float, default=30.0, help="of flows (default %(default)g)"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The same tables in ClickHouse, where a site has one; by HTTP, as it speaks it.
+"""The same tables in ClickHouse, over HTTP, for sites that have one.
 
-A batch that comes again makes rows of the same key, of which ReplacingMergeTree keeps one: who asks
-says FINAL. The table's own TTL removes what is old.
+A batch that comes again makes rows with the same key. ReplacingMergeTree keeps one of them: ask
+with FINAL. The table's TTL removes old rows.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _SECOND = 10**9
 class ClickHouseStore:
     """Writes into the database that `url` names: http(s)://[USER:PASSWORD@]HOST:PORT/DATABASE.
 
-    Rows older than `keep_s` seconds are not taken, and go. Raises UsageError.
+    Rows older than `keep_s` seconds are refused, and removed. Raises UsageError.
     """
 
     def __init__(self, url: str, keep_s: float) -> None:
@@ -57,7 +57,9 @@ class ClickHouseStore:
         except ValueError:
             right = False
         if not right:
-            raise UsageError(f"'{url}' is no ClickHouse: say https://HOST:8443/DATABASE")
+            raise UsageError(
+                f"'{url}' is no address of ClickHouse: write https://HOST:8443/DATABASE"
+            )
         self.keep_s = keep_s
         self._where = parts.netloc.rpartition("@")[2]
         self._url = f"{parts.scheme}://{self._where}/"
@@ -69,7 +71,7 @@ class ClickHouseStore:
         self._made = False
 
     def write(self, received: Sequence[Received]) -> None:
-        """Return when ClickHouse has all of it. Raises Error."""
+        """Return when ClickHouse has stored all of it. Raises Error."""
         if not self._made:
             for kind in schema.TABLES:
                 self._send(create(kind, self.keep_s))
@@ -103,7 +105,7 @@ class ClickHouseStore:
 
 
 def create(kind: str, keep_s: float) -> str:
-    """Return the statement that makes a table of schema.TABLES, unless it is there."""
+    """Return the statement that makes a table of schema.TABLES if it does not exist."""
     key = _KEYS[kind]
     columns = ", ".join(
         f"{field.name} {_type(field.type, field.name not in key)}" for field in schema.TABLES[kind]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The collector: what is on the server goes into stores, and is acknowledged when it is there."""
+"""The collector: moves batches from the server into stores, then acknowledges them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from nlproto.errors import Error
 __all__ = ["Collector", "BatchStore"]
 
 _FETCH = 256
-"""Batches that are asked for at once."""
+"""How many batches it asks for at once."""
 _MOST_ROWS = 400_000
 _MOST_BYTES = 128 << 20
-"""In memory, unpacked: then it is written, whatever the time."""
+"""Bytes in memory, unpacked, from which on it writes at once."""
 _MOST_BATCHES = 8_000
 _POLL = 0.5  # s that the server waits for a batch
-_COMPLAIN = 60.0  # s between two lines about batches of no use
+_COMPLAIN = 60.0  # s between two lines about invalid batches
 _AGAIN = 5.0  # s between two tries to write
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class BatchStore(Protocol):
     """Where batches are kept."""
 
     def write(self, received: Sequence[Received]) -> None:
-        """Return when all of it is safe; a batch that comes again is left out. Raises Error."""
+        """Return when all of it is safe. A batch that comes again is left out. Raises Error."""
         ...
 
 
@@ -57,7 +57,7 @@ class Collector:
         tidy: Callable[[], None] = lambda: None,
     ) -> None:
         self.collected = 0
-        """Rows that are safe."""
+        """Rows that are stored safely."""
         self.malformed = 0
         """Messages that were no batches."""
         self._server = server
@@ -69,7 +69,7 @@ class Collector:
         self._waiting: list[tuple[Msg, Received]] = []
         self._rows = self._bytes = 0
         self._since = 0.0
-        """When the first of these was asked for."""
+        """When the first of these batches came."""
         self._complained = -_COMPLAIN
 
     def stop(self) -> None:
@@ -158,15 +158,15 @@ class Collector:
         )
 
     async def _write(self) -> None:
-        """Write until it is done: the server keeps what is not acknowledged, and so do the hosts.
+        """Try to write until it works. Server and hosts keep what is not acknowledged.
 
-        If that takes too long, others get these batches: then they are theirs.
+        If it takes too long, other collectors get these batches, and store them.
         """
         received = [one for _, one in self._waiting]
         complained = ""
         while received:
             if time.monotonic() - self._since > bus.ACK_WAIT / 2:
-                log.warning("%d batches took too long; the server gives them again", len(received))
+                log.warning("%d batches took too long; the server sends them again", len(received))
                 self._forget()
                 return
             try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which batches are known, by (host, boot, sequence). Sequences of a host follow one another."""
+"""Known batches, by (host, boot, sequence). The sequences of a host are consecutive."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _decoder = msgspec.json.Decoder(_Told)
 
 
 class Keys:
-    """A set of keys, kept as ranges: as large as it has gaps."""
+    """A set of keys, stored as ranges: its size is the number of gaps."""
 
     def __init__(self, keys: Iterable[tuple[str, str, int]] = ()) -> None:
         self._ranges: dict[tuple[str, str], list[list[int]]] = {}
@@ -33,21 +33,21 @@ class Keys:
         return at > 0 and sequence <= runs[at - 1][1]
 
     def add(self, host: str, boot: str, sequence: int) -> None:
-        """Know one more."""
+        """Add one."""
         self._add(host, boot, sequence, sequence)
 
     def update(self, other: Keys) -> None:
-        """Know all that `other` knows."""
+        """Add all of `other`."""
         for (host, boot), runs in other._ranges.items():
             for first, last in runs:
                 self._add(host, boot, first, last)
 
     def hosts(self) -> set[str]:
-        """Return whose they are."""
+        """Return the hosts of the keys."""
         return {host for host, _ in self._ranges}
 
     def isdisjoint(self, other: Keys) -> bool:
-        """Whether no key is in both."""
+        """Return whether no key is in both."""
         for name, runs in self._ranges.items():
             others = other._ranges.get(name, [])
             for first, last in runs:
@@ -69,7 +69,7 @@ class Keys:
             runs[at][1] = max(runs[at][1], runs.pop(following)[1])
 
     def to_bytes(self) -> bytes:
-        """Return what from_bytes() reads."""
+        """Return bytes for from_bytes()."""
         told: dict[str, dict[str, list[list[int]]]] = {}
         for (host, boot), runs in self._ranges.items():
             told.setdefault(host, {})[boot] = runs
@@ -77,7 +77,7 @@ class Keys:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Keys:
-        """Return what to_bytes() was called of. Raises ValueError."""
+        """Return the keys that to_bytes() wrote. Raises ValueError."""
         made = cls()
         for host, boots in _decoder.decode(data).items():
             for boot, runs in boots.items():

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Hours of Parquet in a folder that several collectors may share.
+"""Hours of Parquet files in a folder that several collectors may share.
 
-A file appears whole: written under a name that begins with a dot, synced, renamed. Its footer has
-the keys of its batches. Under the folder's lock a collector reads the footers that are new, and
-renames its own file only if none of them has a batch of it. So a batch that was written by who was
-killed before telling the server is not written again by anybody.
+A file appears complete: it is written under a name that begins with a dot, synced, and renamed. Its
+footer has the keys of its batches. Under the folder's lock a collector reads new footers. It
+renames its own file only if none of them has one of its batches. So no batch is written twice, even
+if a collector was killed before it acknowledged one.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ __all__ = [
 KEYS = b"packet-hunter.batches"
 ADDRESSES = b"packet-hunter.addresses"
 _MOST_ADDRESSES = 100_000
-"""Addresses that a footer tells; of more the file itself is asked."""
+"""The most addresses in a footer. If there are more, the file itself is read."""
 _T = TypeVar("_T")
 _REMEMBERED = 64
-"""Folders whose keys are kept in memory."""
+"""How many folders' keys are kept in memory."""
 _ROW_GROUP = 1 << 15
-"""Rows; their least and greatest time, port and address say who need not read them."""
+"""Rows in a group. Its least and greatest time, port and address say who need not read it."""
 _COMPRESSION = "zstd"
 
 
@@ -58,7 +58,7 @@ class ParquetStore:
         self.directory = Path(directory)
         self.keep_s = keep_s
         self.untimely = 0
-        """Rows that were older than that, or an hour ahead."""
+        """Rows that were too old, or more than an hour ahead."""
         self.doubles = 0
         """Batches that were there already."""
         self._known: OrderedDict[Path, tuple[set[str], Keys]] = OrderedDict()
@@ -74,7 +74,7 @@ class ParquetStore:
         os.close(self._lock)
 
     def write(self, received: Sequence[Received]) -> None:
-        """Return when all of it is on the disk, once. Raises Error, and then some of it may be."""
+        """Return when all of it is on the disk, once. Raises Error; then some of it may be."""
         try:
             self._write(received)
         except OSError as error:
@@ -88,11 +88,11 @@ class ParquetStore:
         while True:
             hours, untimely = hours_of(received, now_ns, oldest_ns, self._keys)
             if all([self._put(hour) for hour in hours]):
-                break  # else another collector was faster with some of it
+                break  # if not, another collector was faster with some of it
         self.untimely += untimely
 
     def _put(self, hour: Hour) -> bool:
-        """Make a file of it, unless one of its batches came from elsewhere meanwhile."""
+        """Make a file of it, unless one of its batches has come from elsewhere meanwhile."""
         folder = self.directory / hour.kind / hour.name
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{time.time_ns():x}-{os.getpid():x}-{next(self._numbers):x}.parquet"
@@ -109,7 +109,7 @@ class ParquetStore:
                 known.update(hour.keys)
             sync(folder)
             sync(folder.parent)
-        except FileNotFoundError:  # retention or compaction took the folder away
+        except FileNotFoundError:  # retention or compaction removed the folder
             return False
         finally:
             hidden.unlink(missing_ok=True)
@@ -117,7 +117,7 @@ class ParquetStore:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else changes which files there are."""
+        """Hold the lock: nobody else adds or removes files."""
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         try:
             yield
@@ -128,14 +128,14 @@ class ParquetStore:
         return self._looked(self.directory / kind / name)[1]
 
     def _looked(self, folder: Path) -> tuple[set[str], Keys]:
-        """The files of a folder that were looked into, and the keys that they have."""
+        """The known files of a folder, and their keys."""
         files, keys = self._known.setdefault(folder, (set(), Keys()))
         self._known.move_to_end(folder)
         while len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
         there = {path.name: path for path in parts(folder)}
         for name in there.keys() - files:
-            with contextlib.suppress(FileNotFoundError):  # put together with others meanwhile
+            with contextlib.suppress(FileNotFoundError):  # joined with others meanwhile
                 keys.update(keys_of(there[name]))
             files.add(name)
         files &= there.keys()
@@ -143,7 +143,7 @@ class ParquetStore:
 
 
 def parts(folder: Path) -> list[Path]:
-    """Return the whole files of an hour."""
+    """Return the complete files of an hour."""
     return sorted(folder.glob("part-*.parquet"))
 
 
@@ -166,7 +166,7 @@ def hosts_in(path: Path) -> Set[str]:
 
 
 def addresses_of(path: Path) -> dict[str, list[str]] | None:
-    """Return the own addresses of each host in a file of flows; None: it does not tell.
+    """Return each host's own addresses in a file of flows; None: the footer does not have them.
 
     Raises OSError, Error.
     """
@@ -223,7 +223,7 @@ def write_file(path: Path, table: pa.Table, keys: Keys) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Make sure that the names in `folder` are on the disk."""
+    """Sync the names in `folder` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Sums of one hour's flows, by who talked to whom: small enough to be kept for a year."""
+"""Sums of one hour's flows by both ends, and of a day's: small enough to be kept for a year."""
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import duckdb
@@ -16,12 +18,12 @@ from fleet.collect.keys import Keys
 from fleet.collect.parquet import parts, sync, write_file
 from nlproto.errors import Error
 
-__all__ = ["network_of", "write_rollup"]
+__all__ = ["network_of", "write_day", "write_rollup"]
 
 _MEMORY = "512MB"
 
-# A process is told of again in each hour in which it has flows. Of a service's port nobody told
-# us where `initiated` is null: then it is the lower one.
+# A process is sent again in each hour with flows. If `initiated` is null, nobody knows which port
+# is the service's: then it is the lower one.
 _SUMS = """
 WITH named AS (
     SELECT host, boot, tgid, start_ns, arg_max(name, at_ns) AS name,
@@ -40,33 +42,55 @@ FROM batches LEFT JOIN named USING (host, boot, tgid, start_ns)
 GROUP BY ALL
 """
 
+_DAY = """
+SELECT $day_ns::BIGINT AS hour_ns, host, name, unit, container_name, remote, protocol, service,
+    initiated, sum(flows)::UBIGINT AS flows,
+    sum(packets_out)::UBIGINT AS packets_out, sum(bytes_out)::UBIGINT AS bytes_out,
+    sum(packets_in)::UBIGINT AS packets_in, sum(bytes_in)::UBIGINT AS bytes_in
+FROM read_parquet($files) GROUP BY ALL
+"""
+
 
 def network_of(address: str) -> str:
-    """Return the network that an address is counted in: its /24, or its /64."""
+    """Return the network of an address: its /24, or its /64."""
     length = 64 if ":" in address else 24
     return str(ipaddress.ip_network((address, length), strict=False))
 
 
 def write_rollup(directory: Path, name: str) -> bool:
-    """Sum the hour `name` up, unless that was done since its last file came; whether it was done.
+    """Sum up the hour `name`, unless that was done since its last file. Returns whether it was.
 
     Raises Error, OSError.
     """
     flows, procs = parts(directory / "flows" / name), parts(directory / "procs" / name)
     final = directory / "rollup" / name / "part-0.parquet"
     newest = max((path.stat().st_mtime_ns for path in [*flows, *procs]), default=0)
-    if not flows or final.exists() and final.stat().st_mtime_ns > newest:
+    return bool(flows) and _write(final, newest, lambda: _sums(flows, procs, schema.hour_ns(name)))
+
+
+def write_day(directory: Path, name: str) -> bool:
+    """Sum the hours of the day `name` up as write_rollup() does one hour's flows."""
+    hours = [path for path in map(parts, schema.hours_of_day(directory / "rollup", name)) if path]
+    files = [path for each in hours for path in each]
+    newest = max((path.stat().st_mtime_ns for path in files), default=0)
+    final = directory / "rollup" / name / "part-0.parquet"
+    return bool(files) and _write(final, newest, lambda: _day(files, schema.day_ns(name)))
+
+
+def _write(final: Path, newest_ns: int, sums: Callable[[], pa.Table]) -> bool:
+    """Write `sums` unless the file is younger than the newest of what they are of."""
+    if final.exists() and final.stat().st_mtime_ns > newest_ns:
         return False
     began_ns = time.time_ns()
     try:
-        table = _sums(flows, procs, schema.hour_ns(name))
+        table = sums()
     except duckdb.Error as error:
-        raise Error(f"{name} was not summed up: {error}") from None
+        raise Error(f"{final.parent.name} was not summed up: {error}") from None
     final.parent.mkdir(parents=True, exist_ok=True)
     hidden = final.with_name(f".part-{os.getpid()}-{began_ns:x}")
     try:
         write_file(hidden, table.cast(schema.ROLLUP), Keys())
-        os.utime(hidden, ns=(began_ns, began_ns))  # what comes meanwhile is newer
+        os.utime(hidden, ns=(began_ns, began_ns))  # files that come meanwhile are newer
         os.replace(hidden, final)
     finally:
         hidden.unlink(missing_ok=True)
@@ -75,10 +99,22 @@ def write_rollup(directory: Path, name: str) -> bool:
     return True
 
 
-def _sums(flows: list[Path], procs: list[Path], hour_ns: int) -> pa.Table:
+@contextlib.contextmanager
+def _database() -> Iterator[duckdb.DuckDBPyConnection]:
     with duckdb.connect() as database:
         database.execute(f"SET memory_limit = '{_MEMORY}'; SET threads = 1")
         database.execute("SET preserve_insertion_order = false")
+        yield database
+
+
+def _day(files: list[Path], day_ns: int) -> pa.Table:
+    with _database() as database:
+        words = {"files": [str(path) for path in files], "day_ns": day_ns}
+        return database.sql(_DAY, params=words).to_arrow_table()
+
+
+def _sums(flows: list[Path], procs: list[Path], hour_ns: int) -> pa.Table:
+    with _database() as database:
         files = [str(path) for path in flows]
         far = database.execute("SELECT DISTINCT raddr FROM read_parquet($1)", [files]).fetchall()
         addresses = [row[0] for row in far if row[0] is not None]
@@ -86,7 +122,7 @@ def _sums(flows: list[Path], procs: list[Path], hour_ns: int) -> pa.Table:
         database.register("networks", pa.table(networks))
         if procs:
             named = [str(path) for path in procs]
-        else:  # nobody was told of: names are those of the flows
+        else:  # no process was sent: names are those of the flows
             named = []
         query = _SUMS if named else _SUMS.replace("read_parquet($procs)", "nobody")
         if not named:

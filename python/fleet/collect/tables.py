@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Batches as Arrow tables, an hour each (fleet.schema)."""
+"""Makes Arrow tables of batches, one for each hour (fleet.schema)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Hour", "Received", "hours_of", "in_order"]
 _EARLY_NS = 3600 * 10**9
 """How far a host's clock may be ahead."""
 _MAPPED = bytes(10) + b"\xff\xff"
-"""What IPv4 addresses begin with as IPv6 ones."""
+"""The prefix of IPv4 addresses in IPv6."""
 _SLICE_NS = 300 * 10**9
 _COMMON = (
     *("netns", "cookie", "protocol", "lport", "rport", "tgid", "start_ns", "flags"),
@@ -30,7 +30,7 @@ _COMMON = (
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A batch, and the host whose subject it came on."""
+    """A batch, and the host on whose subject it came."""
 
     host: str
     batch: wire.HostBatch
@@ -43,7 +43,7 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Hour:
-    """What goes into one file."""
+    """The content of one file."""
 
     kind: str
     """Of schema.TABLES."""
@@ -55,16 +55,16 @@ class Hour:
 
 
 Known = Callable[[str, str], Keys]
-"""(table, name of an hour) -> what is there."""
+"""(table, name of an hour) -> its content."""
 
 
 def hours_of(
     received: Sequence[Received], now_ns: int, oldest_ns: int, known: Known = lambda *_: Keys()
 ) -> tuple[list[Hour], int]:
-    """Return what `received` has for each table and hour, and how many rows were out of time.
+    """Return the content of `received` for each table and hour, and how many rows were out of time.
 
-    Rows of batches that are `known` already are left out.
-    A clock far ahead, or a row older than what is kept, would make hours that nobody wants.
+    Rows of `known` batches are left out. A clock far ahead, or a row older than the kept time,
+    would make unwanted hours.
     """
     made: list[Hour] = []
     untimely = 0
@@ -123,9 +123,9 @@ def _table(
 
 
 def in_order(flows: pa.Table) -> pa.Table:
-    """Return `flows` by five minutes, the far end's port, then its address.
+    """Return `flows` in order of five minutes, the far end's port, and its address.
 
-    Most questions have a range of time, and a needle is in few groups of rows.
+    Most questions have a range of time, and what they look for is then in few groups of rows.
     """
     address = flows["raddr"].combine_chunks()
     if isinstance(address, pa.ChunkedArray):
@@ -152,7 +152,7 @@ def _arrow(columns: dict[str, Any], wanted: pa.Schema) -> pa.Table:
 
 
 def _words(values: Sequence[str | None], of: np.ndarray) -> pa.DictionaryArray:
-    """The value of each row, which `of` tells the number of."""
+    """Return the value of each row; `of` has its number."""
     places: dict[str | None, int] = {}
     numbers = np.array([places.setdefault(value, len(places)) for value in values], np.int32)
     return _dictionary(numbers[of], list(places))
@@ -188,13 +188,13 @@ def _flows(received: Sequence[Received], rows: np.ndarray) -> dict[str, Any]:
 
 
 def _each(values: pa.Array, show: Callable[[Any], str | None]) -> pa.DictionaryArray:
-    """Each different value, shown once."""
+    """Return each different value as text, converted once."""
     raw = values.dictionary_encode()
     return _words([show(value) for value in raw.dictionary.to_pylist()], raw.indices.to_numpy())
 
 
 def _domains(received: Sequence[Received], flows: np.ndarray) -> np.ndarray:
-    """The far end's name of each row, or None. What a host calls a number holds for it alone."""
+    """Return the name of each row's far end, or None. A host's numbers hold for that host alone."""
     names = np.full(len(flows), None, object)
     at = 0
     for one in received:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a folder of hours needs from time to time: small files become few, an hour is summed up,
-what is old goes."""
+"""Keeps a folder of hours tidy: joins small files, sums hours up, removes old ones."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 from fleet import schema
 from fleet.collect.keys import Keys
 from fleet.collect.parquet import ParquetStore, keys_of, parts, sync, write_file
-from fleet.collect.rollup import write_rollup
+from fleet.collect.rollup import write_day, write_rollup
 from fleet.collect.tables import in_order
 from nlproto.errors import Error
 
@@ -27,17 +26,17 @@ __all__ = ["Tidier"]
 
 _EVERY = 60.0  # s
 _SMALL = 250_000
-"""Rows of a file that is put together with others."""
+"""A file with fewer rows is joined with others."""
 _MANY = 32
-"""Small files in an hour that is still written."""
+"""Small files that are joined in an hour that is still written."""
 _FEW = 4
-"""In one that is over."""
+"""The same for an hour that is over."""
 _AT_ONCE = 1_000_000
-"""Rows that are put together: what memory has to hold."""
+"""The most rows that are joined: they must fit into memory."""
 _SETTLED_NS = 600 * 10**9
-"""After its end nearly everything of an hour has come."""
+"""So long after its end nearly all of an hour has come."""
 _LEFT_NS = 3600 * 10**9
-"""A file that is written so long has nobody who writes it."""
+"""A hidden file this old has no writer any more."""
 _AT_FDCWD, _EXCHANGE = -100, 2  # fcntl.h; linux/fs.h, RENAME_EXCHANGE
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -46,8 +45,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Tidier:
     """Tidies the folder of `store`. `keep_sums_s`: seconds for which sums of hours are kept.
 
-    Of several collectors one does it at a time. A reader who has listed files may find one gone,
-    and lists again; no row is ever there twice or not at all.
+    One of several collectors does it at a time. A reader may find that a listed file has gone, and
+    lists again. No row is ever there twice, or missing.
     """
 
     def __init__(self, store: ParquetStore, keep_sums_s: float) -> None:
@@ -56,7 +55,7 @@ class Tidier:
         self._due = 0.0
 
     def tidy(self) -> None:
-        """Do a little, if it is time for it. Raises Error."""
+        """Do a little, if it is time. Raises Error."""
         if time.monotonic() < self._due:
             return
         self._due = time.monotonic() + _EVERY
@@ -87,9 +86,13 @@ class Tidier:
                 self.compact(folder, _FEW if over else _MANY)
                 if over and kind == "flows":
                     write_rollup(self._store.directory, folder.name)
+        hours = [schema.hour_ns(path.name) for path in _hours(self._store.directory / "rollup")]
+        for name in sorted(set(map(schema.day_name, hours))):
+            if schema.day_ns(name) + schema.DAY_NS + _SETTLED_NS < now_ns:
+                write_day(self._store.directory, name)
 
     def retire(self, now_ns: int) -> None:
-        """Remove hours that are too old, and what killed collectors left."""
+        """Remove hours that are too old, and leftovers of killed collectors."""
         directory = self._store.directory
         keep = dict.fromkeys(schema.TABLES, self._store.keep_s) | {"rollup": self._keep_sums_s}
         for kind, seconds in keep.items():
@@ -97,6 +100,10 @@ class Tidier:
                 if schema.hour_ns(folder.name) + schema.HOUR_NS < now_ns - int(seconds * 1e9):
                     with self._store.locked():
                         os.rename(folder, directory / f".gone-{kind}-{folder.name}")
+        for folder in (directory / "rollup").glob("day=*"):
+            # with its first hour: the others are asked themselves
+            if schema.day_ns(folder.name) + schema.HOUR_NS < now_ns - int(self._keep_sums_s * 1e9):
+                os.rename(folder, directory / f".gone-rollup-{folder.name}")
         for path in [*directory.glob(".gone-*"), *directory.glob(".old-*")]:
             shutil.rmtree(path)
         for path in directory.glob("*/hour=*/.part-*"):
@@ -105,9 +112,9 @@ class Tidier:
                     path.unlink()
 
     def compact(self, folder: Path, least: int) -> bool:
-        """Put small files together if there are `least`; whether that was done.
+        """Join small files if there are at least `least`. Returns whether it did.
 
-        The folder with the new file takes the place of the old one in one step.
+        The folder with the new file replaces the old one in one step.
         """
         before = {path.name for path in parts(folder)}
         small, rows = [], 0
@@ -135,7 +142,7 @@ class Tidier:
             if {path.name for path in parts(folder)} != before:
                 shutil.rmtree(fresh)
                 return False
-            for path in folder.iterdir():  # hidden ones, too: somebody writes them
+            for path in folder.iterdir():  # hidden ones too: somebody writes them
                 if path.name not in small:
                     os.link(path, fresh / path.name)
             sync(fresh)
@@ -147,16 +154,11 @@ class Tidier:
 
 
 def _hours(folder: Path) -> list[Path]:
-    found = []
-    for path in sorted(folder.glob("hour=*")):
-        with contextlib.suppress(ValueError):
-            schema.hour_ns(path.name)
-            found.append(path)
-    return found
+    return [path for path in sorted(folder.glob("hour=*")) if schema.is_hour(path.name)]
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Each gets the other's name, in one step (renameat2(2)). Raises OSError."""
+    """Exchange two names in one step (renameat2(2)). Raises OSError."""
     names = os.fsencode(one), os.fsencode(other)
     if _libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _EXCHANGE):
         number = ctypes.get_errno()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""From this host's daemon to the fleet's server."""
+"""Exporters: from this host's daemon to the fleet's server."""

@@ -31,9 +31,15 @@ def parser() -> Parser:
         epilog="It needs no privilege but to be a member of the daemon's group. SIGTERM ends it.",
     )
     made.add_version()
-    made.add_argument("--socket", metavar="PATH", default=DEFAULT_SOCKET, help="the daemon's")
+    made.add_argument(
+        "--socket", metavar="PATH", default=DEFAULT_SOCKET, help="the daemon's socket"
+    )
     add_arguments(made)
-    made.add_argument("--host", metavar="NAME", help="who we are (default: this machine's name)")
+    made.add_argument(
+        "--host",
+        metavar="NAME",
+        help="this host's name on the server (default: this machine's name)",
+    )
     made.add_argument(
         "--spool",
         metavar="DIR",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What flows did since they were last told: sums of the daemon's sums."""
+"""What flows did since they were last exported: sums of the daemon's sums."""
 
 from __future__ import annotations
 
@@ -21,74 +21,71 @@ _SUMS = ("packets_out", "bytes_out", "packets_in", "bytes_in")
 _COMPACT = 16384
 _NAMES = 1 << 16
 _OPENED = 1 << 17
-"""Connections of which it is remembered who began them; twice as many at most."""
+"""Connections whose beginner is remembered; at most twice as many."""
 
 
 class Deltas:
-    """FLOWs that wait to be told, each flow once, their times ns since 1970. Not thread-safe."""
+    """FLOWs that wait to be exported, each once, with times in ns since 1970. Not thread-safe."""
 
     def __init__(self) -> None:
         self._seed = random_seed()
         self._parts: list[np.ndarray] = []
         self._waiting = 0
-        """Rows that came since rows of one flow were last put together."""
+        """Rows since rows of one flow were last joined."""
         self._names: OrderedDict[int, str] = OrderedDict()
         self._opened: dict[int, int] = {}
         self._opened_before: dict[int, int] = {}
-        """Who began connections, by the hash of their key; older ones."""
+        """Who began connections, by the hash of their key; older ones apart."""
 
     def __len__(self) -> int:
         return sum(map(len, self._parts))
 
     def add(self, flows: np.ndarray, clock: Clock) -> None:
-        """Take FLOWs whose times become those of day by `clock`."""
+        """Add FLOWs; `clock` converts their times to times of day."""
         own = np.frombuffer(bytearray(flows.tobytes()), FLOW)
         for name in ("first_ns", "last_ns"):
             own[name] += np.uint64(clock.real_offset_ns)
         self.give_back(own)
 
     def give_back(self, flows: np.ndarray) -> None:
-        """Take FLOWs that take() gave and that went nowhere."""
+        """Add FLOWs again that take() returned and that were not exported."""
         self._parts.append(flows)
         self._waiting += len(flows)
         if self._waiting > _COMPACT:
             self._parts = [self._merged()]
 
     def tell(self, names: Mapping[int, str]) -> None:
-        """Remember names of far ends, by the numbers in `domain`."""
+        """Remember names of far ends by the numbers in `domain`."""
         self._names.update(names)
         while len(self._names) > _NAMES:
             self._names.popitem(last=False)
 
     def names_of(self, numbers: np.ndarray) -> dict[int, str]:
-        """Return the names by `numbers`, as far as they are known."""
+        """Return the names of `numbers`, as far as they are known."""
         wanted = set(numbers.tolist()) - {0}
         return {number: self._names[number] for number in wanted if number in self._names}
 
     def take(self) -> np.ndarray:
-        """Return everything that waits, the latest last, and forget it."""
+        """Return everything that waits, the latest last, and clear it."""
         flows = self._merged()
         self._parts = []
         self._recall(flows)
         return taken(flows, np.argsort(flows["last_ns"], kind="stable"))
 
     def _recall(self, flows: np.ndarray) -> None:
-        """A SYN was in the first row of a connection alone; the others say what it said."""
+        """Only the first row of a connection has the SYN; copy what it said to the others."""
         rows = np.flatnonzero((flows["proto"] == socket.IPPROTO_TCP) & (flows["cookie"] != 0))
         some = taken(flows, rows)
-        keys = mix(tuple(_words(some)), self._seed).tolist()
-        opened = some["opened"].tolist()
-        for at, (key, value) in enumerate(zip(keys, opened, strict=True)):
-            if value:
-                self._opened[key] = value
-            else:
-                opened[at] = self._opened.get(key) or self._opened_before.get(key, 0)
-        flows["opened"][rows] = opened
+        keys = mix(tuple(_words(some)), self._seed)
+        says = some["opened"] != 0
+        self._opened.update(zip(keys[says].tolist(), some["opened"][says].tolist(), strict=True))
+        know, knew = self._opened.get, self._opened_before.get
+        flows["opened"][rows[~says]] = [know(key) or knew(key, 0) for key in keys[~says].tolist()]
         if len(self._opened) > _OPENED:
             self._opened_before, self._opened = self._opened, {}
 
     def _merged(self) -> np.ndarray:
-        """One row for each flow. Two flows of one hash may stay apart in more: sums add up."""
+        """Make one row for each flow. Two flows with one hash may stay apart: sums add up."""
         self._waiting = 0
         if not self._parts:
             return np.empty(0, FLOW)
@@ -103,7 +100,7 @@ class Deltas:
         starts = np.flatnonzero(differs)
         if len(starts) == len(flows):
             return flows
-        # uid, how and comm are the latest
+        # uid, how and comm are from the latest
         merged = taken(flows, np.append(starts[1:], len(flows)) - 1)
         for name in _SUMS:
             merged[name] = np.add.reduceat(flows[name], starts)
@@ -134,7 +131,7 @@ _COMMON = tuple(name for name in FLOW.names or () if name in (ROW.names or ()))
 
 
 def _words(flows: np.ndarray) -> Iterator[np.ndarray]:
-    """The key as a few columns."""
+    """Return the key as a few columns."""
     yield flows["cookie"]
     yield flows["start_ns"]
     for name in ("laddr", "raddr"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The exporter: what the source gave becomes batches in the spool, and goes to the server."""
+"""The exporter: makes batches of the source's flows, spools them, and sends them."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ __all__ = ["Exporter", "boot_id"]
 FLOWS_IN_BATCH = 100
 PROCESSES_IN_BATCH = 100
 MAX_PAYLOAD = 512 << 10
-"""Bytes of a batch; the server's own limit is 1 MiB."""
+"""The most bytes of a batch; the server's own limit is 1 MiB."""
 HOUR_NS = 3600 * 10**9
 _EARLY = 50_000
-"""Flows that are not kept in memory until the interval is over."""
+"""With more flows it does not wait for the end of the interval."""
 _MOST = 200_000
-"""Flows kept in memory while the disk takes nothing."""
+"""The most flows kept in memory while the disk takes nothing."""
 _AT_ONCE = 64  # batches
 _TIMEOUT = 10.0  # s for an acknowledgement
-_ACCOUNT = 60.0  # s, as fleet.schema says; that needs pyarrow, which no exporter needs
-_LAST = 3.0  # s to send what is left at the end
+_ACCOUNT = 60.0  # s, as in fleet.schema, which needs pyarrow; exporters do not need it
+_LAST = 3.0  # s to send the rest at the end
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def boot_id() -> bytes:
 
 
 class Exporter:
-    """Runs until stop(). `host`: the end of its subjects; `interval`: seconds between batches."""
+    """Runs until stop(). `host`: end of its subjects; `interval`: seconds between batches."""
 
     def __init__(
         self, source: FlowSource, spool: Spool, server: FleetServer, host: str, interval: float
@@ -68,17 +68,17 @@ class Exporter:
         self._full = False
         self._refused = ""
         self._accounts = time.time_ns() // 10**6 << 20
-        """The number of the last account: no batch of the spool, and none twice."""
+        """The number of the last account. It differs from every batch's, and is new each time."""
 
     def stop(self) -> None:
-        """End; what waits is spooled, and sent if the server takes it at once."""
+        """End. What waits is spooled, and sent if the server takes it at once."""
         self._stopping.set()
 
     async def run(self) -> None:
-        """Export. Raises Error when the daemon refuses us."""
+        """Export. Raises Error if the daemon refuses us."""
         sending = asyncio.create_task(self._send_on())
         try:
-            # not all hosts at the same moment
+            # hosts begin at different moments
             due = time.monotonic() + self._interval * random.uniform(0.1, 1.0)
             while not self._stopping.is_set():
                 await self._wait(min(1.0, max(0.0, due - time.monotonic())))
@@ -106,7 +106,7 @@ class Exporter:
     # Into the spool
 
     def flush(self) -> None:
-        """Put what waits into the spool; what it does not take waits on, or is lost and counted."""
+        """Put what waits into the spool. The rest waits on, or is lost and counted."""
         source, spool = self._source, self._spool
         with source.lock:
             flows = source.deltas.take()
@@ -204,7 +204,7 @@ class Exporter:
         self._refused = str(error) or type(error).__name__
 
     async def _send(self, jetstream: JetStreamContext) -> bool:
-        """Send what is spooled, and more when it comes; True: everything is sent, and no more."""
+        """Send what is spooled, and what comes; return True if all is sent and no more comes."""
         accounted = -math.inf
         every = min(_ACCOUNT, 6 * self._interval)
         while True:
@@ -223,13 +223,13 @@ class Exporter:
                     await asyncio.wait_for(self._filled.wait(), min(1.0, self._interval))
 
     async def _publish(self, jetstream: JetStreamContext, batches: Sequence[Pending]) -> None:
-        """Raises what the first failure was, after those that went well are acknowledged."""
+        """Raise the first failure, after the successful ones are acknowledged."""
         results = await asyncio.gather(
             *(self._publish_one(jetstream, batch) for batch in batches), return_exceptions=True
         )
         done = [one.sequence for one, result in zip(batches, results, strict=True) if not result]
         if done and not self._spool.acknowledge(done):
-            log.warning("%s takes nothing; batches will be sent again", self._spool.path)
+            log.warning("%s accepts nothing; batches will be sent again", self._spool.path)
             await asyncio.sleep(1.0)
         for result in results:
             if result is not None:

@@ -31,33 +31,33 @@ __all__ = ["FlowSource"]
 _POLL = 0.5  # s
 _AGAIN = 1.0  # s between two tries to reach the daemon
 _KNOWN = 1 << 16
-"""Processes whose details are kept."""
+"""The most processes whose details are kept."""
 _PARENTS = 64
 
 log = logging.getLogger(__name__)
 
 
 class FlowSource:
-    """A context manager. Everything public is to be used with `lock` held."""
+    """A context manager. Hold `lock` to use anything public."""
 
     def __init__(self, path: str) -> None:
         self.lock = threading.Lock()
         self.deltas = Deltas()
         self.received = 0
-        """Flows that the daemon gave us."""
+        """Flows that the daemon has sent us."""
         self.dropped = 0
-        """Flows that we were too slow for."""
+        """Flows for which we were too slow."""
         self.gap_ms = 0
-        """Time without a daemon; who keeps the sum takes it from here."""
+        """Time without a daemon; the owner of the sum takes it from here."""
         self.account: dict[str, Any] = {}
         """The daemon's own."""
         self.engine = ""
         self.failure: Error | None = None
-        """Why no flow will ever come."""
+        """Why no more flows will come."""
         self._path = path
         self._known: OrderedDict[ProcessKey, ToldProcess] = OrderedDict()
         self._told_in: dict[ProcessKey, int] = {}
-        """The hour in which details were told."""
+        """The hour for which details were sent."""
         self._away_since = time.monotonic()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="source", daemon=True)
@@ -144,7 +144,7 @@ class FlowSource:
             self.engine = str(event.fields["engine"])
 
     def _learn(self, process: Process) -> None:
-        """Keep what is known of it; news are told."""
+        """Keep what is known of a process. Changed details are sent."""
         key, told = process.key, _told(process)
         before = self._known.get(key)
         self._known[key] = told
@@ -156,9 +156,9 @@ class FlowSource:
             self._told_in.pop(key, None)
 
     def due(self, flows: np.ndarray, hour: int) -> list[ToldProcess]:
-        """Return details of the processes in FLOWs that were not told in `hour`.
+        """Return details of the processes in FLOWs that were not yet sent in `hour`.
 
-        So each hour tells who its flows are of, however long a process lives and hours are kept.
+        So each hour has the owners of its flows, however long a process lives and hours are kept.
         """
         named = flows[flows["tgid"] != 0]
         pairs = np.empty((len(named), 2), np.uint64)
@@ -177,7 +177,7 @@ class FlowSource:
         return self._known.get((tgid, start_ns))
 
     def untold(self, processes: list[ToldProcess]) -> None:
-        """These were not told after all."""
+        """Mark details as not sent after all."""
         for one in processes:
             self._told_in.pop((one.tgid, one.start_ns), None)
 

@@ -3,9 +3,9 @@
 
     exported = acknowledged + spooled + lost        in rows of flows
 
-Each step of a batch is one transaction that is on the disk when it returns. So the account closes
-whenever this program is killed, and goes on when it starts again. What was never put here was not
-exported.
+Each step of a batch is one transaction, which is on the disk when it returns. So the account closes
+whenever this program is killed, and goes on when it starts again. Only flows that were put here
+count as exported.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ CREATE TABLE IF NOT EXISTS batches (
     sequence INTEGER PRIMARY KEY, kind INTEGER, rows INTEGER, payload BLOB);
 CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, value INTEGER);
 """
-_NAMES = ("sequence", "exported", "acknowledged", "lost", "gap_ms")
+_NAMES = ("sequence", "exported", "acknowledged", "lost", "gap_ms", "at_ms")
 _PAGE = 4096
 _OVERHEAD = 200
-"""Bytes of a batch beside its payload, and what is unused in its last page on average, nearly."""
+"""Bytes of a batch beside its payload, with the average unused part of its last page."""
 _MILLISECOND = 20
-"""Bits of sequences that one millisecond has."""
+"""Bits of a sequence within one millisecond."""
 
 
 class SpoolFull(Error):
-    """The disk took nothing: what was to be put is still the caller's."""
+    """The disk took nothing: the caller keeps the batches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Totals:
 
     @property
     def closes(self) -> bool:
-        """Whether every row is somewhere."""
+        """Whether the account closes."""
         return self.exported == self.acknowledged + self.spooled + self.lost
 
 
@@ -67,25 +67,25 @@ class Pending:
 
 
 Make = Callable[[int], Pending]
-"""Makes the batch of a sequence."""
+"""Makes a batch with a given sequence."""
 
 
 class Spool:
-    """Holds `max_bytes` of batches in `directory`/spool.db; one process at a time, any thread
-    of it, one at a time.
+    """Holds at most `max_bytes` of batches in `directory`/spool.db. For one thread at a time.
 
-    When full the oldest batches go and count as lost. A file that is damaged is put aside. A new
-    one begins with sequences of this moment, so that none is used twice. Raises Error.
+    If it is full, the oldest batches are removed and count as lost. A damaged file is set aside. A
+    new one begins with the present moment as its sequence, so that none is used twice. Raises
+    Error.
     """
 
     def __init__(self, directory: str | os.PathLike[str], max_bytes: int) -> None:
         self.path = Path(directory) / "spool.db"
         self.max_bytes = max_bytes
         self.unsaved_lost = 0
-        """Rows that were lost while the disk took nothing: in the file with the next step."""
+        """Rows lost while the disk took nothing. The next step writes them into the file."""
         self.unsaved_gap_ms = 0
         self.damaged: Path | None = None
-        """Where a damaged file was put."""
+        """The new name of a damaged file."""
         try:
             self._open()
         except (sqlite3.OperationalError, OSError) as error:
@@ -94,6 +94,9 @@ class Spool:
         except sqlite3.DatabaseError:
             self._put_aside()
         self._bytes = self._sum("SUM(LENGTH(payload)) + COUNT(*) * ?", _OVERHEAD)
+        before = self._total("at_ms")
+        if before:  # nobody read the daemon since an exporter last put something here
+            self.unsaved_gap_ms = max(0, time.time_ns() // 10**6 - before)
 
     def _open(self) -> None:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -126,11 +129,11 @@ class Spool:
         self._open()
 
     def close(self) -> None:
-        """End; everything is in the file already."""
+        """Close. Everything is in the file already."""
         self._database.close()
 
     def put(self, makers: Sequence[Make]) -> list[Pending]:
-        """Keep the batches that `makers` make of their sequences, all or none of them.
+        """Keep the batches that `makers` make with their sequences: all of them, or none.
 
         Raises SpoolFull.
         """
@@ -158,10 +161,11 @@ class Spool:
         self._add("exported", rows + self.unsaved_lost)
         self._add("lost", lost)
         self._add("gap_ms", self.unsaved_gap_ms)
+        self._add("at_ms", time.time_ns() // 10**6 - self._total("at_ms"))
         return made
 
     def _make_room(self) -> int:
-        """Rows that go for what is put."""
+        """Remove rows to make room. Returns how many."""
         lost = 0
         if self._bytes <= self.max_bytes:
             return 0
@@ -178,7 +182,7 @@ class Spool:
         return lost
 
     def acknowledge(self, sequences: Sequence[int]) -> bool:
-        """The server has these; whether the disk took it. Those not here any more were lost."""
+        """The server has these; return whether the disk took it. Missing ones were lost."""
         before = self._bytes
         try:
             with self._transaction():
@@ -198,7 +202,7 @@ class Spool:
         return True
 
     def oldest(self, count: int, after: int = 0) -> list[Pending]:
-        """Return the next `count` batches behind the sequence `after`."""
+        """Return the next `count` batches after the sequence `after`."""
         return [
             Pending(*row)
             for row in self._database.execute(

@@ -36,14 +36,20 @@ def parser() -> Parser:
         " ends it.",
     )
     made.add_version()
-    made.add_argument("--socket", metavar="PATH", default=DEFAULT_SOCKET, help="the daemon's")
+    made.add_argument(
+        "--socket", metavar="PATH", default=DEFAULT_SOCKET, help="the daemon's socket"
+    )
     made.add_argument(
         "--endpoint",
         metavar="URL",
         default=DEFAULT_ENDPOINT,
         help="the receiver's, with its path (default %(default)s)",
     )
-    made.add_argument("--host", metavar="NAME", help="who we are (default: this machine's name)")
+    made.add_argument(
+        "--host",
+        metavar="NAME",
+        help="this host's name in the records (default: this machine's name)",
+    )
     made.add_argument(
         "--interval",
         metavar="SECONDS",
@@ -83,9 +89,9 @@ def _checked(url: str) -> str:
     except ValueError:
         right = False
     if not right or not url.isascii() or not url.isprintable() or " " in url:
-        raise UsageError(f"{url!r} is no receiver: say https://HOST:4318/v1/logs")
+        raise UsageError(f"{url!r} is no address of a receiver: write https://HOST:4318/v1/logs")
     if parts.scheme == "http" and parts.hostname not in ("127.0.0.1", "::1", "localhost"):
-        logging.warning("%s: everybody on the way can read what is sent; say https://", url)
+        logging.warning("%s: everybody on the way can read what is sent; use https://", url)
     return url
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """One row of flows as a log record of OTLP, in its JSON form.
 
-Names are those of OpenTelemetry's semantic conventions (network, source, destination, process,
-container, k8s, host), and ECS's where OpenTelemetry has none (bytes, packets, direction,
-community_id, user). What neither has is under `packet_hunter`.
-ECS's `process.executable` is left out: an index cannot have it beside `process.executable.path`.
+Names are from OpenTelemetry's semantic conventions (network, source, destination, process,
+container, k8s, host). Where it has none, they are from ECS (bytes, packets, direction,
+community_id, user). All others are under `packet_hunter`. ECS's `process.executable` is left out:
+an index cannot have it beside `process.executable.path`.
 https://opentelemetry.io/docs/specs/otlp/#json-protobuf-encoding
 """
 
@@ -47,9 +47,9 @@ def request_of(host: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def record_of(
     flow: np.void, process: ToldProcess | None, domain: str, now_ns: int
 ) -> dict[str, Any]:
-    """Return the log record of a FLOW whose times are ns since 1970; what is unknown is left out.
+    """Return the log record of a FLOW with times in ns since 1970, without unknown values.
 
-    The source is the end with the higher port, since a service has a low one.
+    The source is the end with the higher port, because a service has a low one.
     """
     values = _flow(flow) | _owner(flow, process)
     if domain:
@@ -156,5 +156,5 @@ def _values(words: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def _sound(word: str) -> str:
-    """No UTF-8 can hold half of a surrogate pair, and a receiver refuses all of a request."""
+    """UTF-8 cannot hold half of a surrogate pair, and a receiver would refuse the whole request."""
     return word if word.isascii() else word.encode("utf-8", "backslashreplace").decode()

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Posts what the daemon's flows did to an OTLP/HTTP receiver, and says what it did not take.
+"""Posts the daemon's flows to an OTLP/HTTP receiver, and reports what it did not take.
 
-A receiver that is away or busy is asked again. Meanwhile sums of each flow wait in memory, at most
-MOST of them; what is beyond is lost and counted. Nothing is kept on disk: for that there is
-fleet.export.
+If the receiver is away or busy, it is tried again. Meanwhile the sums of at most MOST flows wait in
+memory. Beyond that, flows are lost and counted. Nothing is kept on disk; fleet.export does that.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from nlproto.errors import Error
 __all__ = ["MOST", "Receiver", "Refused", "Sender", "Unavailable"]
 
 MOST = 200_000
-"""Flows that wait for a receiver."""
+"""The most flows that wait for a receiver."""
 _AT_ONCE = 500  # records in a request
 _TIMEOUT = 10.0  # s
 _AGAIN = (429, 502, 503, 504)
-"""What OTLP/HTTP calls retryable."""
+"""The retryable status codes of OTLP/HTTP."""
 _ANSWER = 1 << 16
 
 log = logging.getLogger(__name__)
@@ -45,11 +44,11 @@ class Unavailable(Error):
 
 
 class Refused(Error):
-    """The receiver will not take this, now or later."""
+    """The receiver refuses this, now and later."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A POST that is sent elsewhere would become a GET without its records."""
+    """Follow no redirect: the POST would become a GET without its records."""
 
     def redirect_request(
         self,
@@ -64,7 +63,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class Receiver:
-    """Where records go. `headers`: what each request has beside its own, as a key."""
+    """The receiver. `headers`: additional ones for each request, such as a key."""
 
     def __init__(self, url: str, headers: Mapping[str, str]) -> None:
         self.url = url
@@ -92,7 +91,7 @@ class Receiver:
 
 
 def _rejected(answer: bytes) -> int:
-    """What a partial success leaves out; an answer that says nothing means all was taken."""
+    """Return how many records a partial success left out. An empty answer means none."""
     try:
         told = json.loads(answer or b"{}")
         return int(told.get("partialSuccess", {}).get("rejectedLogRecords", 0))
@@ -108,16 +107,16 @@ class Sender:
     receiver: Receiver
     host: str
     interval: float
-    """Seconds: what a flow did in so many is one record."""
+    """Seconds of one record."""
     stopping: threading.Event
     sent: int = 0
     refused: int = 0
-    """Records that the receiver would not take."""
+    """Records that the receiver refused."""
     lost: int = 0
-    """That did not fit into memory, or were left at the end."""
+    """Records without room in memory, or left at the end."""
 
     def run(self) -> None:
-        """Send. Raises Error when the daemon refuses us."""
+        """Send. Raises Error if the daemon refuses us."""
         complained = ""
         while not self.stopping.wait(self.interval):
             if self.source.failure is not None:
@@ -137,7 +136,7 @@ class Sender:
             log.warning("%s", error)
 
     def flush(self) -> None:
-        """Send what waits. Raises Unavailable; then it waits on."""
+        """Send what waits. Raises Unavailable; then it still waits."""
         with self.source.lock:
             flows = self.source.deltas.take()
             names = self.source.deltas.names_of(np.unique(flows["domain"]))

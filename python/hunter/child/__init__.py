@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The command behind `--` and its descendants."""
+"""The command after `--`, and its descendants."""

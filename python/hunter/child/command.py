@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What follows "--": started as its user, known with all its descendants, its exit code kept."""
+"""Starts the command after "--" as its user, knows its descendants, and keeps its exit code."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ Notify = Callable[[str], None]
 
 
 def as_invoker(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return subprocess.Popen's options for the command: under sudo it is the user's, not root's.
+    """Return subprocess.Popen's options for the command, which runs as the user behind sudo.
 
-    Whoever wants root for it writes `-- sudo CMD`.
+    To run it as root, write `-- sudo CMD`.
     """
     uid, gid = environ.get("SUDO_UID", ""), environ.get("SUDO_GID", "")
     if os.geteuid() != 0 or not (uid.isdigit() and gid.isdigit()) or int(uid) == 0:
@@ -49,24 +49,24 @@ def as_invoker(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 class NotStarted(Error):
-    """As env(1) and sudo(8) tell it: 127 if there is no such program, 126 if it cannot be run."""
+    """Return env(1)'s and sudo(8)'s exit code: 127, no such program; 126, it cannot run."""
 
     def __init__(self, program: str, error: Exception) -> None:
         absent = isinstance(error, FileNotFoundError)
         self.exit_code = 127 if absent else 126
         reason = getattr(error, "strerror", None) or error
-        # a script whose interpreter is missing is reported as if it were not there itself
+        # the error of a script without its interpreter looks as if the script did not exist
         there = absent and os.path.sep in program and os.path.exists(program)
         help = "; is its interpreter installed?" if there else "; is it installed?"
         super().__init__(f"cannot run {program or repr(program)}: {reason}{help if absent else ''}")
 
 
 class Command:
-    """A running command. Call from the thread that made it.
+    """A running command. For the thread that started it.
 
-    The kernel tells of each fork below it; what it does not tell (a setuid program's children,
-    or all of it where perf events are refused) is looked up among the parents of the living.
-    Raises Error when it cannot be started.
+    The kernel reports each fork below it. Forks that it does not report (of a setuid program, or
+    all where perf events are refused) are found from the parents of living processes. Raises Error
+    if it cannot be started.
     """
 
     def __init__(self, argv: Sequence[str], notify: Notify, follow: bool = True) -> None:
@@ -81,7 +81,7 @@ class Command:
                 self._forks = Forks()
             except OSError as error:
                 notify(
-                    f"the kernel does not tell of forks ({error.strerror or error}): packets of"
+                    f"the kernel does not report forks ({error.strerror or error}): packets of"
                     " children that end at once can be missing"
                 )
         try:
@@ -97,7 +97,7 @@ class Command:
 
     @property
     def ended(self) -> bool:
-        """Whether it has ended; its orphans that ended are reaped."""
+        """Return whether it has ended. Reaps orphans that have ended."""
         if self._forks is not None:
             self._forks.read()
         if self._process.poll() is not None:
@@ -107,12 +107,12 @@ class Command:
 
     @property
     def exit_code(self) -> int:
-        """As a shell tells it: 128 + N when signal N ended it. Only when it has ended."""
+        """Exit code as a shell reports it: 128 + N if signal N ended it. Only after its end."""
         code = int(self._process.returncode)
         return code if code >= 0 else 128 - code
 
     def end(self) -> None:
-        """End it if it runs, else say how it ended."""
+        """End it if it runs; otherwise say how it ended."""
         if self._forks is not None and not self._forks.complete:
             self._notify("forks came faster than they were read: some children's packets may miss")
         if self._process.poll() is None:
@@ -129,7 +129,7 @@ class Command:
             self._notify(f"the command ended with {what}")
 
     def _reap(self) -> None:
-        """Take leave of orphans that came to us; our other children have their own waiters."""
+        """Reap orphans that came to us. Our other children have their own waiters."""
         while True:
             try:
                 found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -176,7 +176,7 @@ class Command:
         return self._verdicts[key]
 
     def _forked(self, pid: int, start_ns: int) -> bool:
-        """Whether the forks that the kernel told lead from the process to the command."""
+        """Return whether the reported forks lead from the process to the command."""
         if self._forks is None:
             return False
         fork = self._forks.of(pid, start_ns)
@@ -186,7 +186,7 @@ class Command:
         return fork is not None
 
     def _below_us(self, pid: int, start_ns: int, process: Process | None) -> bool:
-        """Whether living parents lead to us from the process, or from its parent if it is gone."""
+        """Return whether living parents lead to us from the process, or from its old parent."""
         here = _stat(pid)
         if here is None or not same_start(start_ns, here[1]):
             if process is None or not process.ppid:
@@ -207,7 +207,7 @@ class Command:
         return False
 
     def _started_by_us(self, pid: int, start_ns: int) -> bool:
-        """Whether it is another child of ours, and no orphan that came to us."""
+        """Return whether it is another child of ours, and not an orphan that came to us."""
         fork = self._forks.of(pid, start_ns) if self._forks is not None else None
         return fork is not None and fork[1] == os.getpid()
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Every fork below this process from now on, as the kernel tells it (man 2 perf_event_open).
+"""Every fork below this process from now on, reported by the kernel (man 2 perf_event_open).
 
-One event a CPU, inherited by children: what perf itself uses, so no process is too short-lived.
+There is one event for each CPU, and children inherit it, as with perf. So no process is too
+short-lived.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _INHERIT, _EXCLUDE_KERNEL, _EXCLUDE_HV, _TASK, _USE_CLOCKID = 1, 5, 6, 13, 25  #
 _CLOEXEC = 8
 _HEAD, _TAIL = 1024, 1032  # data_head and data_tail in struct perf_event_mmap_page
 _LOST, _FORK = 2, 7
-_RING = max(1 << 17, mmap.PAGESIZE)  # bytes a CPU: 4,000 forks and exits between two reads
+_RING = max(1 << 17, mmap.PAGESIZE)  # bytes for each CPU: 4,000 forks and exits between two reads
 _MAX = 1 << 20  # forks remembered
 _SAME_NS = 1_000_000_000  # from a process's start to its fork's event, on a busy machine
 
@@ -33,9 +34,9 @@ Fork = tuple[int, int]
 
 
 class Forks:
-    """Who forked whom; a context manager, of the thread that will start the command.
+    """Who forked whom. A context manager, for the thread that will start the command.
 
-    Processes that a setuid program starts are not told of. Raises OSError when the kernel refuses
+    The kernel does not report processes that a setuid program starts. Raises OSError if it refuses
     (kernel.perf_event_paranoid, a container's rules).
     """
 
@@ -64,7 +65,7 @@ class Forks:
         self._rings.clear()
 
     def read(self) -> None:
-        """Take in every fork up to now."""
+        """Read all forks up to now."""
         while any([self._drain(ring) for _, ring in self._rings]):
             pass
 
@@ -106,7 +107,7 @@ class Forks:
         return None
 
     def before(self, pid: int, moment: int) -> Fork | None:
-        """Return the fork that made the process which had `pid` at `moment`."""
+        """Return the fork that made the process with `pid` at `moment`."""
         earlier = [fork for fork in self._forks.get(pid, ()) if fork[0] <= moment]
         return max(earlier, default=None)
 

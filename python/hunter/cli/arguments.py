@@ -34,7 +34,7 @@ filter words, as in pcap-filter(7):
 """
 
 _HABITS = """\
-also taken, as in tcpdump, and without effect:
+accepted as in tcpdump, without effect:
   -l -U (lines are written at once), -p (nothing is made promiscuous), -K,
   -s N (a record has no bytes; pcapng keeps 128 of a packet)
 """
@@ -57,7 +57,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=28)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        """`-c, --count N` with every Python; before 3.13 it is `-c N, --count N`."""
+        """Shows `-c, --count N` on every Python; before 3.13 it is `-c N, --count N`."""
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
         default = self._get_default_metavar_for_optional(action)
@@ -76,7 +76,7 @@ def _add_socket(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--socket",
         metavar="PATH",
-        help=f"where the daemon listens (default: {DEFAULT_SOCKET}, if one does)",
+        help=f"the daemon's socket (default: {DEFAULT_SOCKET}, if it is there)",
     )
 
 
@@ -103,7 +103,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--direct",
         action="store_true",
-        help="listen to the module or an own capture, ask the daemon for owners only",
+        help="read the module or capture here; ask the daemon only for owners",
     )
     group.add_argument(
         "--engine",
@@ -117,7 +117,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "--buffer",
         metavar="KIB",
         type=values.buffer,
-        help="of engine packet, without the daemon: for packets that wait (default: 16384)",
+        help="room for waiting packets in engine packet, without the daemon (default: 16384)",
     )
     about = "without the daemon: far ends' names from DNS (default), TLS to port 443 too (sni), off"
     group.add_argument("--domains", choices=("dns", "sni", "off"), default="dns", help=about)
@@ -142,16 +142,18 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
         "-Q", "--direction", metavar="D", choices=("in", "out", "inout"), help="in, out or inout"
     )
     group.add_argument("--pid", metavar="P", action="append", help="of this process (repeatable)")
-    group.add_argument("--pname", metavar="NAME", action="append", help="of processes so named")
+    group.add_argument(
+        "--pname", metavar="NAME", action="append", help="of processes with this name"
+    )
     group.add_argument("--uid", metavar="U", action="append", help="of this user's processes")
     group.add_argument("--netns", metavar="NS", action="append", help="in a network namespace")
     add_words(
         group,
         (
-            ("--container", "C", "of a container: its name or id's beginning"),
+            ("--container", "C", "of a container: its name, or its id or the beginning of it"),
             ("--pod", "P", "of a pod: NAME or NAMESPACE/NAME"),
             ("--unit", "U", "of a systemd unit"),
-            ("--parent", "P", "of what a process so named, or its pid, started"),
+            ("--parent", "P", "of descendants of this process: its name or pid"),
             ("--exe", "PATH", "of a program: its path or name"),
             ("--cmdline", "TEXT", "with TEXT in the command line"),
         ),
@@ -179,12 +181,12 @@ def live_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--all",
         action="store_true",
-        help="with -- CMD: packets of everybody, not of CMD and its descendants only",
+        help="with -- CMD: all packets, not only those of CMD and its descendants",
     )
     group = parser.add_argument_group("how lines look, as in tcpdump")
     _add_numbers(group)
     group.add_argument(
-        "-q", "--quiet", action="count", default=0, help="shorter lines; -qq: no account either"
+        "-q", "--quiet", action="count", default=0, help="shorter lines; -qq: also no account"
     )
     group.add_argument("-v", "--verbose", action="count", default=0, help="more of the owner; -vv")
     group.add_argument(
@@ -229,7 +231,7 @@ def live_parser() -> argparse.ArgumentParser:
 
 
 class _NotHere(argparse.Action):
-    """An option of tcpdump's that shows what a record does not have."""
+    """An option of tcpdump's about data that a record does not have."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         parser.error(
@@ -245,7 +247,7 @@ class _ListInterfaces(argparse.Action):
 
 
 def _add_habits(parser: argparse.ArgumentParser) -> None:
-    """What fingers type that know tcpdump."""
+    """Options that users of tcpdump are used to type."""
     group = parser.add_argument_group("as in tcpdump")
     group.add_argument(
         "-D", "--list-interfaces", nargs=0, action=_ListInterfaces, help="list interfaces, and end"
@@ -275,7 +277,7 @@ def _top_parser() -> argparse.ArgumentParser:
         metavar="S",
         type=values.interval,
         default=1.0,
-        help="between looks (1s)",
+        help="time between two updates (1s)",
     )
     _add_source(parser)
     return parser
@@ -284,7 +286,7 @@ def _top_parser() -> argparse.ArgumentParser:
 def _who_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "who",
-        "Which process owns, or owned, the traffic of a port, host or process; of none: what"
+        "Say which process owns or owned the traffic of a port, host or process; with none, what"
         " listens. Exits 1 when nobody is found.",
         "examples:\n  packet-hunter who                        what listens\n"
         "  packet-hunter who 8080\n"
@@ -305,11 +307,11 @@ def _who_parser() -> argparse.ArgumentParser:
     add_words(
         parser,
         (
-            ("--pname", "NAME", "what processes so named talk to"),
+            ("--pname", "NAME", "what processes with this name talk to"),
             ("--unit", "U", "what runs in this unit talks to"),
-            ("--container", "C", "the same of a container: name or id"),
-            ("--pod", "POD", "the same of a pod"),
-            ("--domain", "NAME", "who talks to the host so named"),
+            ("--container", "C", "the same for this container: its name or id"),
+            ("--pod", "POD", "the same for this pod"),
+            ("--domain", "NAME", "who talks to the host with this name"),
         ),
     )
     parser.add_argument(
@@ -318,9 +320,9 @@ def _who_parser() -> argparse.ArgumentParser:
         help="in this network namespace alone: its name, a pid or its inode",
     )
     add_moment(
-        parser, "--since", "seen so long ago at most (60s, 5m), or since 14:30, 2026-05-28 or both"
+        parser, "--since", "seen within this time (60s, 5m), or since 14:30, 2026-05-28 or both"
     )
-    add_moment(parser, "--until", "not begun later than that; nothing of now")
+    add_moment(parser, "--until", "begun before that time; leaves out what is open now")
     parser.add_argument(
         "--by", metavar="KEY", choices=BY, help=f"sums instead of rows: by {', '.join(BY)}"
     )
@@ -355,7 +357,7 @@ def _web_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "web",
         "Serve a page on loopback: processes by rate, live, and questions to the history. It shows"
-        " what the daemon shows to you, to whoever has the address that is printed.",
+        " what the daemon shows to you. Whoever has the printed address can see it.",
         "example:\n  sudo packet-hunter web --port 8470\n",
     )
     parser.add_argument(
@@ -391,7 +393,7 @@ def _annotate_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--netns",
         metavar="NS",
-        help="where the capture was made: a network namespace by name, pid or inode; else packets"
+        help="network namespace of the capture, by name, pid or inode; without it packets"
         " that fit in several are marked AMBIGUOUS",
     )
     _add_process_blocks(parser)

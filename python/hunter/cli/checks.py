@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What does not go together on a command line."""
+"""Options that contradict each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["check"]
 
 
 def check(command: Command) -> None:
-    """Raise UsageError for options that say different things."""
+    """Raise UsageError for options that contradict each other."""
     if isinstance(command, WhoOptions | FleetOptions):
         _check_range(command)
     if isinstance(command, FleetOptions):
@@ -44,7 +44,7 @@ def _check_live(options: LiveOptions) -> None:
     if options.rotate and (not options.save or options.save == "-"):
         raise UsageError("-C rotates the file of --save: give --save FILE too")
     if options.format and not options.save:
-        raise UsageError("--format is of --save: give --save FILE too")
+        raise UsageError("--format goes with --save: give --save FILE too")
     if options.save == "-" and (options.json or options.print):
         raise UsageError("standard output cannot hold both: save to a file")
     if options.origin.read and (options.origin.direct or options.argv):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The one filter that filter words, -F and the options of choice amount to."""
+"""Makes one filter of filter words, -F and the options of choice."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def _any(word: str, values: Sequence[str] | None) -> str:
 
 
 def filter_of(choice: Choice, all_there: bool = True) -> Filter:
-    """Return the filter that words, -F and options amount to.
+    """Return the filter of filter words, -F and options.
 
-    `all_there`: the interfaces of -i must be. Raises UsageError, FilterError.
+    `all_there`: the interfaces of -i must exist. Raises UsageError, FilterError.
     """
     texts = [_joined(choice.filter)]
     if choice.filter_file:
@@ -49,10 +49,7 @@ def filter_of(choice: Choice, all_there: bool = True) -> Filter:
 
 
 def fleet_filter(options: FleetOptions) -> Filter:
-    """Return the filter that words and options of a question to the fleet amount to.
-
-    Raises FilterError.
-    """
+    """Return the filter of a question to the fleet. Raises FilterError."""
     given = {word: getattr(options, word) for word in FLEET_WORDS}
     texts = [_joined(options.filter), options.proto or ""]
     texts += [_any(word, [str(one)]) for word, one in given.items() if one is not None]
@@ -63,7 +60,7 @@ def fleet_filter(options: FleetOptions) -> Filter:
 
 
 def _meant_command(error: FilterError) -> FilterError | None:
-    """What to say when the first word is no filter but nearly a subcommand; None: it is not."""
+    """Return what to say if the first word is nearly a subcommand, else None."""
     word = error.text[: error.end]
     if error.start != 0:
         return None
@@ -84,7 +81,7 @@ def _likeness(one: str, other: str) -> float:
 
 
 def _joined(words: Sequence[str]) -> str:
-    """The filter as one text; a name that the shell unquoted is quoted again."""
+    """Return the filter as one text. A name that the shell unquoted is quoted again."""
     texts = []
     for index, word in enumerate(words):
         named = index and words[index - 1] in NAME_WORDS

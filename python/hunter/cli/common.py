@@ -23,7 +23,7 @@ def add_words(
 
 
 def add_ends(group: argparse._ActionsContainer) -> None:
-    """Add what one end of a flow may be known by, beside its port."""
+    """Add the options for an end of a flow, beside its port."""
     group.add_argument("--proto", metavar="P", choices=("tcp", "udp"), help="tcp or udp")
     group.add_argument("--host", metavar="H", help="address or network of the other end")
 

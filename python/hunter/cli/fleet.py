@@ -12,8 +12,8 @@ from hunter.cli.options import FLEET_BY, FLEET_NEW, FLEET_QUESTIONS, FLEET_WORDS
 __all__ = ["DESCRIPTION", "EXAMPLES", "add_arguments"]
 
 DESCRIPTION = (
-    "Ask the flows of many machines, as packet-hunter-collect has stored them; without a store the"
-    " history of this machine's daemon. Exits 1 when nothing is found."
+    "Ask about flows of many machines, which packet-hunter-collect has stored; without a store, ask"
+    " the history of this machine's daemon. Exits 1 when nothing is found."
 )
 EXAMPLES = (
     "examples:\n  packet-hunter fleet who port 5432 --since 10m\n"
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "filter",
         metavar="FILTER",
         nargs="*",
-        help="which flows: words as of packet-hunter itself; a flow fits when a packet of it does",
+        help="which flows: packet-hunter's filter words; a flow fits if one of its packets does",
     )
     parser.add_argument(
         "--store", metavar="DIR", help="a collector's folder (/var/lib/packet-hunter-collect)"
@@ -68,5 +68,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=30,
         help="new: not seen in so many days before (30)",
     )
-    how.add_argument("--html", metavar="FILE", help="map: a page; - is standard output")
+    how.add_argument("--html", metavar="FILE", help="map: write a page; - is standard output")
     add_limit(how)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a command line asks for: made once from the parsed words, changed by nobody."""
+"""The options of a command line: made once from the parsed words, then never changed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ USED_BY = ("process", "unit", "container", "user", "domain")
 """What `usage` sums up by."""
 
 NEWS = ("program", "destination", "listener")
-"""What `watch` tells of."""
+"""What `watch` can report."""
 
 FLEET_QUESTIONS = {
     "who": "flows and their processes, on which machine",
@@ -62,13 +62,13 @@ FLEET_NEW = ("destination", "program", "listener")
 FLEET_WORDS = {
     "port": ("N", "of either end"),
     "pid": ("P", "of this process"),
-    "pname": ("NAME", "of processes so named"),
+    "pname": ("NAME", "of processes with this name"),
     "unit": ("UNIT", "of this systemd unit"),
     "container": ("C", "of this container: name or id"),
     "pod": ("POD", "of this pod"),
-    "domain": ("NAME", "to the host so named, or below"),
+    "domain": ("NAME", "to the host with this name, or a name below it"),
 }
-"""Options of `fleet` that are words of its filter, too."""
+"""Options of `fleet` that are also words of its filter."""
 
 SUBCOMMANDS = {
     "top": "processes by rate, live",
@@ -86,7 +86,7 @@ SUBCOMMANDS = {
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which packets: all that is given must fit (hunter.cli.choice makes one Filter of it)."""
+    """Which packets. All that is given must fit (hunter.cli.choice makes one Filter of it)."""
 
     filter: list[str]
     """Filter words."""
@@ -111,16 +111,16 @@ class Origin:
     """Where packets come from."""
 
     socket: str
-    """The daemon's."""
+    """The daemon's socket."""
     socket_given: bool
-    """Who names a socket means that daemon and nothing else."""
+    """Whether the user named the socket: then that daemon is asked, and nothing else."""
     direct: bool
     engine: str
     """"auto", "module" or "packet"."""
     buffer: int | None
     """Bytes of engine packet's ring."""
     domains: str
-    """Names of far ends without a daemon: "dns", "sni" or "off"."""
+    """Source of far ends' names without a daemon: "dns", "sni" or "off"."""
     read: list[str] | None
     """Saved captures; "-" is standard input."""
 
@@ -141,7 +141,7 @@ class LiveOptions:
     quiet: int
     verbose: int
     times: int
-    """How often -t was said."""
+    """How often -t was given."""
     json: bool
     summary: bool
     save: str | None
@@ -168,7 +168,7 @@ class TopOptions:
 
 @dataclass(frozen=True, slots=True)
 class WhoOptions:
-    """Without a word of what is asked about: what listens."""
+    """Whether nothing is asked about: then `who` shows what listens."""
 
     port: int | None
     proto: str | None
@@ -192,7 +192,7 @@ class WhoOptions:
 
     @property
     def listening(self) -> bool:
-        """Whether nothing was asked for but what listens."""
+        """Whether only listening sockets are asked for."""
         about = (self.port, self.host, self.pid, self.pname, self.domain)
         place = (self.unit, self.container, self.pod)
         asked = (*about, *place, self.since, self.until, self.by)
@@ -269,7 +269,7 @@ class StatsOptions:
 @dataclass(frozen=True, slots=True)
 class WebOptions:
     port: int
-    """0: any that is free."""
+    """0: any free one."""
     socket: str
     socket_given: bool
 

@@ -36,7 +36,7 @@ def watch(new: New) -> argparse.ArgumentParser:
     """Return the parser of `watch`."""
     parser = new(
         "watch",
-        "Tell of programs, destinations and listeners that were not seen before, as the daemon's"
+        "Report programs, destinations and listeners that were not seen before, by the daemon's"
         " history on disk knows. Exits 0 if there were any, 1 if not, 2 on failure.",
         "examples:\n  packet-hunter watch --once --since 1h\n"
         "  packet-hunter watch listener program --journal --webhook https://hooks.example.org/net\n",
@@ -48,12 +48,12 @@ def watch(new: New) -> argparse.ArgumentParser:
         type=_kind,
         help=f"{', '.join(NEWS)}: what must be new (all of them)",
     )
-    parser.add_argument("--once", action="store_true", help="tell what is new since T, and end")
+    parser.add_argument("--once", action="store_true", help="report what is new since T, and exit")
     add_moment(
         parser, "--since", "begin so long ago (10m, 12h; with --once 1h, else now), or at 14:30"
     )
     add_moment(
-        parser, "--unseen", "new is what was not seen for so long (1d or more; 30d)", 30 * 86400.0
+        parser, "--unseen", "new means not seen for this time (1d or more; 30d)", 30 * 86400.0
     )
     parser.add_argument(
         "--journal",
@@ -61,7 +61,7 @@ def watch(new: New) -> argparse.ArgumentParser:
         help="write lines to standard error with the journal's priority before them",
     )
     parser.add_argument("--webhook", metavar="URL", help="POST each as JSON to http(s)://...")
-    parser.add_argument("--json", action="store_true", help="a JSON object a line")
+    parser.add_argument("--json", action="store_true", help="one JSON object on each line")
     return parser
 
 

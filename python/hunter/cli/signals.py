@@ -11,7 +11,7 @@ __all__ = ["Stop"]
 
 
 class Stop:
-    """True once a signal asked to end; a context manager that restores what was before."""
+    """True when a signal asked to end. A context manager that restores the old handlers."""
 
     def __init__(self) -> None:
         self._asked = False
@@ -29,7 +29,7 @@ class Stop:
         return self
 
     def takes_reopen(self) -> bool:
-        """Whether SIGUSR2 came since the last time: what is saved to was moved away."""
+        """Return whether SIGUSR2 came since the last call: the saved file was moved away."""
         asked, self._reopen = self._reopen, False
         return asked
 

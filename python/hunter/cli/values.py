@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Values on the command line: each function reads one, or raises ArgumentTypeError."""
+"""Values on the command line. Each function reads one value, or raises ArgumentTypeError."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def seconds(text: str) -> float:
 
 
 def moment(text: str) -> float:
-    """Seconds before now: of a time span, a time of day (the last one), or a date."""
+    """Return seconds before now, of a time span, a time of day (the last one) or a date."""
     with suppress(argparse.ArgumentTypeError):
         return seconds(text)
     now = datetime.now().astimezone()
@@ -53,12 +53,12 @@ def interval(text: str) -> float:
     """Seconds between two looks."""
     found = seconds(text)
     if found < 0.1:
-        raise argparse.ArgumentTypeError(f"{text!r} is too short to look at: 100ms or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is too short: 100ms or more")
     return found
 
 
 def size(text: str) -> int:
-    """Millions of bytes as tcpdump's -C counts, or with k, m, g: 2 to the 10th, 20th, 30th."""
+    """Return bytes: millions as with tcpdump's -C, or with k, m, g powers of 1024."""
     found = re.fullmatch(r"(\d+)([kmg])?b?", text.lower())
     if not found or int(found[1]) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: write 100 (million bytes) or 1g")
@@ -67,14 +67,14 @@ def size(text: str) -> int:
 
 
 def buffer(text: str) -> int:
-    """Bytes; the kernel pins them."""
+    """Return bytes; the kernel pins this memory."""
     if not (text.isascii() and text.isdigit()) or not 256 <= int(text) <= 1 << 20:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of KiB from 256 to 1048576")
     return int(text) << 10
 
 
 def port(text: str) -> int:
-    """A port, or the name of its service."""
+    """Return a port, given as a number or as a service's name."""
     if text.isascii() and text.isdigit() and int(text) < 65536:
         return int(text)
     for proto in ("tcp", "udp"):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""One module for each subcommand, and what only they need."""
+"""The subcommands, one module each, and their helpers."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""hunter annotate: the daemon's history, written into a capture by tuple and time."""
+"""hunter annotate: writes the daemon's history into a capture, by tuple and time."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from nlproto.host import netns
 
 __all__ = ["run"]
 
-_BLOCKS, _BYTES = 4096, 4 << 20  # looked at together, at most
+_BLOCKS, _BYTES = 4096, 4 << 20  # the most packets that are looked up together
 _PACKETS = (pcapng.ENHANCED, pcapng.OBSOLETE, pcapng.SIMPLE)
 _UNKNOWN = "of no known interface"
-_CAUSES = 8  # told one by one
-_CANDIDATES = 8  # written of one end; more are counted
+_CAUSES = 8  # the most that are reported one by one
+_CANDIDATES = 8  # the most names that are written for one end; more are counted
 
 
 @dataclass(slots=True)
@@ -50,18 +50,18 @@ class _Result:
     ambiguous: int = 0
     """Of the named."""
     unmarked: int = 0
-    """Of the named: their blocks have no place for a name."""
+    """Of the named packets: their blocks have no place for a name."""
     others: Counter[str] = field(default_factory=Counter)
-    """Packets without a flow, by what they are."""
+    """Packets without a flow, by kind."""
     namespaces: set[int] = field(default_factory=set)
-    """Those that had the same flow at the same time."""
+    """Packets whose tuple several flows had at the same time."""
     by_process: Counter[tuple[str, int]] = field(default_factory=Counter)
     """Packets of (comm, pid)."""
     by_choice: Counter[tuple[str, ...]] = field(default_factory=Counter)
-    """Packets of one or the other of these comms."""
+    """Packets of one of these comms, by all of them."""
     exes: dict[tuple[str, int], str] = field(default_factory=dict)
     described: dict[int, tuple[str, str, int]] | None = None
-    """By pid (name, executable, uid) of its last process block; None: no such blocks."""
+    """The last process block (name, executable, uid) of each pid; None: no such blocks."""
 
 
 def run(options: AnnotateOptions, stop: Stop, notify: Callable[[str], None]) -> None:
@@ -96,7 +96,7 @@ def _chunks(
     source: Input,
     advance: Callable[[int], None],
 ) -> Iterator[list[pcapng.Block]]:
-    """Raises Error of `stream` after all that came before it."""
+    """Yield the blocks of `stream`. Its Error is raised after all earlier blocks."""
     yield first
     damage: Error | None = None
     while damage is None:
@@ -178,7 +178,7 @@ def _named(
         result.unmarked += 1
         return block.data
     head, ids = b"", None
-    who = next(iter(ends.values()))  # who sent it, else who received it
+    who = next(iter(ends.values()))  # the sender, else the receiver
     if who.certain:
         entry = who.entries[0]
         ids = entry["pid"], 0
@@ -190,7 +190,7 @@ def _named(
 def _description(
     entry: Entry, exe: str, order: str, described: dict[int, tuple[str, str, int]]
 ) -> bytes:
-    """Its block, when its pid had another before or none."""
+    """Yield its block, if its pid had another one before, or none."""
     known = str(entry["comm"]), exe, int(entry["uid"])
     if described.get(entry["pid"]) == known:
         return b""
@@ -228,7 +228,7 @@ def _count(answer: OwnersThen, owners: PastOwners, result: _Result) -> None:
 
 
 def _report(result: _Result, cut: int, notify: Callable[[str], None], words: bool) -> None:
-    """`words`: standard output has the capture, the table goes where words go."""
+    """`words`: standard output has the capture, so print the table to standard error."""
     rows = _rows(result)
     if rows:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""hunter doctor: what works on this machine, what does not, and what to do about it."""
+"""hunter doctor: says what works on this machine, what does not, and what to do about it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Finding:
 
 
 def run(options: DoctorOptions) -> None:
-    """Print one line a subject. Raises Error when something is bad."""
+    """Print a line for each subject. Raises Error if something is bad."""
     findings = list(examine(options.socket, options.socket_given))
     for finding in findings:
         print(f"{finding.state:4}  {finding.subject:8}  {plain(finding.text)}")
@@ -47,7 +47,7 @@ def run(options: DoctorOptions) -> None:
 
 
 def examine(socket: str, needed: bool = False, module: Path = MODULE) -> Iterator[Finding]:
-    """Look at each part in turn. `needed`: that nobody serves `socket` is bad."""
+    """Check each part in turn. `needed`: it is bad if no daemon serves `socket`."""
     checks: dict[str, Callable[[], Finding]] = {
         "packages": _python,
         "module": lambda: _module(module),
@@ -58,8 +58,8 @@ def examine(socket: str, needed: bool = False, module: Path = MODULE) -> Iterato
     for subject, check in checks.items():
         try:
             yield check()
-        except Exception as error:  # who asks what is wrong needs the other answers too
-            yield Finding("bad", subject, f"cannot be looked at: {type(error).__name__}: {error}")
+        except Exception as error:  # the user needs the other answers too
+            yield Finding("bad", subject, f"cannot be checked: {type(error).__name__}: {error}")
 
 
 def _python() -> Finding:
@@ -130,7 +130,7 @@ def _daemon(socket: str, needed: bool) -> Finding:
         return Finding(state, "daemon", str(error))
     text = f"pid {figures.get('pid', '?')}, engine {figures.get('engine', '?')}"
     clients = figures.get("clients")
-    if isinstance(clients, Mapping):  # root and the group are told
+    if isinstance(clients, Mapping):  # root and the group get the answer
         connected = clients.get("connected", "?")
         text += f", {connected} client{'' if connected == 1 else 's'}"
     return Finding("ok", "daemon", text)

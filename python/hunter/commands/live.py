@@ -30,7 +30,7 @@ from nlproto.records.batch import NamedBatch
 
 __all__ = ["run"]
 
-_POLL = 0.1  # s, how soon a signal or the end of a command is noticed
+_POLL = 0.1  # s within which a signal or the end of a command is noticed
 
 
 class _Tables:
@@ -51,17 +51,17 @@ def run(
 ) -> int:
     """Show and save until `stop`, -c, --duration or the end of the command behind "--".
 
-    Returns the command's exit code when it ended by itself, else 0. `notify` gets lines for
-    people (stderr). Raises Error, BrokenPipeError.
+    Returns the command's exit code if it ended by itself, else 0. `notify` gets lines for people
+    (stderr). Raises Error, BrokenPipeError.
     """
     wanted = filter_of(options.choice)
     shown = ShownAccount()
     with ExitStack() as stack:
         kind = format_of(options.save, options.format) if options.save else ""
         if options.process_blocks and kind != "pcapng":
-            raise UsageError("--process-blocks are of pcapng: give --save x.pcapng too")
+            raise UsageError("--process-blocks are for pcapng: give --save x.pcapng too")
         refuse_input(options.save or "-", options.origin.read or ())
-        # the source first: an old capture is not emptied for one that cannot begin
+        # open the source first: if it cannot begin, an old capture is not emptied
         source = stack.enter_context(
             open_source(
                 options.origin, options.choice, wanted, notify, first_bytes=kind == "pcapng"
@@ -107,7 +107,7 @@ def run(
                 return _flow(source, counts, takes, shown, options, reopening, notify)
             finally:
                 for saver in savers.values():
-                    saver.close()  # Parquet is a file only now
+                    saver.close()  # a Parquet file is complete only now
         except BrokenPipeError:
             outputs.clear()  # nobody wants them
             raise
@@ -130,21 +130,21 @@ def run(
 
 
 class _Reopening:
-    """Between two looks at the source: whether to end, or to go on in a new file."""
+    """Decides between two reads of the source: to end, or to go on in a new file."""
 
     def __init__(self, stop: Stop, saver: Rotation | None) -> None:
         self._stop = stop
         self._saver = saver
 
     def asked(self) -> bool:
-        """Return whether to end. Raises Error when the new file cannot be made."""
+        """Return whether to end. Raises Error if the new file cannot be made."""
         if self._stop.takes_reopen() and self._saver is not None:
             self._saver.reopen()
         return bool(self._stop)
 
 
 def _output_is_free(options: LiveOptions) -> bool:
-    """Whether nothing else goes to standard output, so that the table can."""
+    """Return whether standard output is free for the table."""
     return not (options.print or options.json or options.save == "-")
 
 
@@ -167,11 +167,11 @@ def _flow(
     command: Command | None = None
 
     def give(batches: Sequence[NamedBatch]) -> bool:
-        """Hand batches on; whether -c is reached. After a failure the rest is only counted."""
+        """Hand batches on; return whether -c is reached. After a failure only count."""
         failure: Error | OSError | None = None
         for batch in batches:
             if options.argv and not options.all:
-                own = np.zeros(len(batch.records), bool)  # nothing is whose start failed
+                own = np.zeros(len(batch.records), bool)  # it failed to start
                 if command is not None:
                     own = command.own(batch.records, source)
                 shown.pass_over(batch.records[~own])
@@ -216,7 +216,7 @@ def _flow(
             if command is not None:
                 command.end()
     except BrokenPipeError:
-        full = True  # nobody reads on: the rest need not be shown
+        full = True  # nobody reads on: do not show the rest
         raise
     finally:
         rest = source.finish()

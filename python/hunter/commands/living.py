@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whether a container, pod or unit that a filter names has any process now."""
+"""Checks whether a container, pod or unit of a filter has any process now."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAMED = re.compile(r'\b(container|pod|unit) ("(?:[^"\\]|\\.)*"|\S+?)(?=[)\s]|$)
 def absent(
     filter: Filter, proc: Path = Path("/proc"), files: ContainerFiles | None = None
 ) -> list[str]:
-    """Return one line for each container, pod or unit in `filter` that no process is in."""
+    """Return a line for each container, pod or unit of `filter` without a process."""
     wanted = [(word, _plain(name)) for word, name in _NAMED.findall(str(filter))]
     if not wanted:
         return []
@@ -47,7 +47,7 @@ def absent(
 
 
 def _names(word: str, path: str, wanted: str, files: ContainerFiles) -> Iterator[str]:
-    """What people call the thing that a cgroup path is of, the best first."""
+    """Return the names of the thing with this cgroup path, the best first."""
     place = place_of(path)
     if word == "unit" and place.unit:
         yield from (place.unit, place.unit.rpartition(".")[0])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Who owned the ends of a flow at a moment, by the daemon's history; certain, or said not to be.
+"""Finds in the daemon's history who owned the ends of a flow at a moment, and if it is certain.
 
-A tuple is not unique: another network namespace can have the same at the same time, and a process
-can take over a tuple that another has just left.
+A tuple is not unique. Another network namespace can have the same one at the same time, and a
+process can take over a tuple that another has just left.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from nlproto.host.netns import Namespace
 
 __all__ = ["OwnersThen", "Client", "PastOwners"]
 
-_MAX_FLOWS = 100_000  # remembered
-_LIMIT, _MAX_LIMIT = 100, 10_000  # entries of one flow: asked for at first, given at most
+_MAX_FLOWS = 100_000  # the most flows remembered
+_LIMIT, _MAX_LIMIT = 100, 10_000  # entries of one flow: asked for at first, and at most
 
 _SLACK_S = 0.5
-"""The capture's clock stamp and the history's may differ: both are taken on the packet's way."""
+"""How far the capture's and the history's times may differ: both are taken on the packet's way."""
 _NEAR_S = 0.05
-"""They hardly ever differ by more. An owner who was that near may be who is meant."""
+"""They rarely differ more. An owner this near may be the right one."""
 _SAME_S = 0.005
 """Two stamps of one packet, where no queue lies between."""
 
 _ENDS = ("local", "remote")
 Entry = dict[str, Any]
-"""One flow of the history, as op "history" answers."""
+"""One flow of the history, as in the answer to op "history"."""
 
 
 _Pair = Flow
-"""A flow without direction: its lower end first."""
+"""A flow without a direction: its lower end first."""
 
 
 class Client(Protocol):
-    """What is needed of the daemon."""
+    """The part of the daemon's client that this needs."""
 
     def pipeline(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]: ...
 
 
 class OwnersThen(NamedTuple):
-    """`entries` has one of each process that can be meant; several, or not `certain`: ambiguous."""
+    """`entries` has one entry for each possible process. Several, or not `certain`: ambiguous."""
 
     entries: list[Entry]
     certain: bool = True
     namespaces: frozenset[int] = frozenset()
-    """Where the flow was at that time, when there are several."""
+    """The namespace of the flow at that time, if there are several."""
 
 
 class PastOwners:
-    """Answers are remembered, up to _MAX_FLOWS flows.
+    """Remembers answers about up to _MAX_FLOWS flows.
 
     `at`: where the capture was made; None: not known.
     """
@@ -65,10 +65,10 @@ class PastOwners:
         self._exe: dict[tuple[int, int], str] = {}
         self._begun: dict[_Pair, tuple[End, int, float]] = {}
         self.cut = 0
-        """Flows with more entries than the daemon gives."""
+        """Flows with more entries than the daemon returns."""
 
     def learn(self, flows: Iterable[Flow]) -> None:
-        """Ask for the flows that are not known yet. Raises Error."""
+        """Ask the daemon about flows that are not known yet. Raises Error."""
         pairs = dict.fromkeys(map(_pair, flows))
         wanted = [pair for pair in pairs if pair not in self._past]
         if len(self._past) + len(wanted) > _MAX_FLOWS:
@@ -97,7 +97,7 @@ class PastOwners:
             self.cut += len(more)
 
     def begin(self, flow: Flow, sequence: int, time_s: float | None) -> None:
-        """A SYN with this sequence number passed: what comes now is of another connection."""
+        """A SYN with this sequence number passed: later packets belong to another connection."""
         pair, syn = _pair(flow), (flow[1], sequence)
         before = self._begun.get(pair)
         if time_s is None or (before is not None and before[:2] == syn):
@@ -131,7 +131,7 @@ class PastOwners:
         return found if certain else found._replace(certain=False)
 
     def exe(self, entry: Entry) -> str:
-        """Return the path of an entry's process, "" where it is not known."""
+        """Return the path of an entry's process; "" if it is not known."""
         return self._exe.get((entry["pid"], entry["start_ns"]), "")
 
 
@@ -139,12 +139,12 @@ class _Settled(NamedTuple):
     entries: list[Entry]
     certain: bool
     nobody: bool
-    """Packets were seen that had no owner."""
+    """Note packets that had no owner."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Moment:
-    """When a packet passed, and when the connection began that it belongs to, as far as known."""
+    """When a packet passed, and when its connection began, as far as known."""
 
     time_s: float | None
     begun_s: float | None
@@ -155,7 +155,7 @@ class _Moment:
         return bool(entry["first"] - slack_s <= self.time_s <= entry["last"] + slack_s)
 
     def settle(self, entries: Sequence[Entry]) -> _Settled:
-        """Which process of one namespace it is, of entries that fit."""
+        """Return which process of one namespace it is, of the entries that fit."""
         if self.begun_s is not None:
             entries = [one for one in entries if one["last"] >= self.begun_s - _SAME_S]
         named = [one for one in entries if one["pid"] is not None]
@@ -169,11 +169,11 @@ class _Moment:
         return _Settled(found, certain, nobody)
 
     def _certain(self, entries: Sequence[Entry], near: bool, nobody: bool) -> bool:
-        """Whether it is the only process that was near.
+        """Return whether it is the only process near that time.
 
-        While its socket lived the tuple was its own. Packets shortly before or after are its own
-        too, unless others without an owner passed then: they may have been another process's,
-        which was gone too soon to be asked. A SYN in the capture tells one from the other.
+        While its socket lived, the tuple was its own. Packets shortly before or after are its own
+        too, unless packets without an owner passed then: these may be of another process that ended
+        too soon. A SYN in the capture tells the two apart.
         """
         if any("ambiguous" in one["flags"] for one in entries):
             return False
@@ -190,7 +190,7 @@ def _newest(entry: Entry) -> float:
 
 
 def _merge(groups: Sequence[tuple[int, _Settled]]) -> OwnersThen:
-    """One answer of those of all namespaces in which the flow was then."""
+    """Join the answers of all namespaces in which the flow was then."""
     groups = [(netns, one) for netns, one in groups if one.entries or one.nobody]
     if len(groups) == 1:
         return OwnersThen(groups[0][1].entries, groups[0][1].certain)
@@ -202,7 +202,7 @@ def _merge(groups: Sequence[tuple[int, _Settled]]) -> OwnersThen:
 
 
 def _became(entry: Entry, local: End, remote: End) -> bool:
-    """Whether NAT makes, or made, these of its ends."""
+    """Return whether NAT makes, or made, these addresses from its ends."""
     became = [(entry.get(f"nat_{one}"), entry.get(f"nat_{one[0]}port")) for one in _ENDS]
     return became == [local, remote]
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""hunter report: a saved capture as one HTML page, pictures drawn here, nothing loaded or run."""
+"""hunter report: a saved capture as one HTML page that loads and runs nothing."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
@@ -16,7 +16,7 @@ import numpy as np
 from hunter.cli.options import ReportOptions
 from hunter.save.capturefile import CaptureFile
 from hunter.save.saving import refuse_input
-from hunter.show.columns import addresses
+from hunter.show.columns import addresses, translated
 from hunter.show.names import Namespaces
 from hunter.show.summary import on_the_wire
 from hunter.show.text import plain
@@ -36,9 +36,9 @@ _SHOWN = 14  # processes and far ends in the graph
 _ROWS = 200  # in a table
 
 Name = tuple[str, int]
-"""(comm, pid); pid 0: a reason instead."""
+"""(comm, pid); with pid 0 a reason instead."""
 Peer = tuple[int, str]
-"""Far end: network namespace and address, which may be another host's in each."""
+"""A far end: network namespace and address. In each namespace it may be another host."""
 
 
 @dataclass(slots=True)
@@ -55,7 +55,7 @@ class _Process:
 
 
 class CaptureSums:
-    """Sums of a capture, seconds apart, small enough to draw."""
+    """Sums of a capture, for spans of seconds that are few enough to draw."""
 
     def __init__(self) -> None:
         self.packets = 0
@@ -65,6 +65,8 @@ class CaptureSums:
         self.namespaces = Namespaces(None)
         self.reasons: Counter[str] = Counter()
         self.seconds: dict[Name, Counter[int]] = defaultdict(Counter)
+        self.translated: Counter[tuple[Name, str, str]] = Counter()
+        """Bytes of an owner by one end and what NAT makes of it."""
 
     def add(self, batch: NamedBatch, source: FileSource) -> None:
         """Count the records of `batch`: packets and bytes on the wire, as --summary does."""
@@ -75,6 +77,8 @@ class CaptureSums:
         places = records["netns"].tolist()
         segments, size = on_the_wire(records)
         ends = addresses(records, "saddr"), addresses(records, "daddr")
+        ports = records["sport"].tolist(), records["dport"].tolist()
+        nat = translated(records, source.ends)
         incoming = (records["dir"] == wire.lib.SNIFFER_DIR_IN).tolist()
         seconds = (batch.clock.real_times(records["time_ns"]).view(np.int64) // 10**9).tolist()
         packets, sizes, how = segments.tolist(), size.tolist(), records["how"].tolist()
@@ -101,12 +105,15 @@ class CaptureSums:
             self.seconds[name][seconds[i]] += sizes[i]
             if not pid:
                 self.reasons[name[0]] += packets[i]
+            if nat[i] is not None:
+                for end in _translated_ends(ends, ports, nat, i):
+                    self.translated[name, *end] += sizes[i]
         self.first_s = min(self.first_s or min(seconds), min(seconds))
         self.last_s = max(self.last_s, max(seconds))
         self.packets += sum(packets)
 
     def peer(self, peer: Peer) -> str:
-        """Return the text of a far end, with its namespace where the capture has several."""
+        """Return the text of a far end, with its namespace if the capture has several."""
         place = self.namespaces.name(peer[0])
         return f"{peer[1]} netns {place}" if place else peer[1]
 
@@ -126,7 +133,7 @@ def run(options: ReportOptions, notify: Callable[[str], None]) -> None:
                 for batch in batches:
                     capture.add(batch, source)
         except Error as error:
-            damage = error  # what was read before it is worth a page
+            damage = error  # what was read before the damage is worth a page
     names = ", ".join(options.input)
     if not capture.packets:
         raise damage or Error(f"{names} holds no packets: there is nothing to report")
@@ -135,6 +142,20 @@ def run(options: ReportOptions, notify: Callable[[str], None]) -> None:
     notify(f"{options.output}: {capture.packets:,} packets of {len(capture.processes):,} owners")
     if damage is not None:
         raise damage
+
+
+def _translated_ends(
+    ends: tuple[list[str], list[str]],
+    ports: tuple[list[int], list[int]],
+    nat: list[tuple[str, int, str, int] | None],
+    at: int,
+) -> Iterator[tuple[str, str]]:
+    """Each end of a packet that NAT changes, and what it becomes or was."""
+    became = nat[at]
+    assert became is not None
+    for texts, numbers, other in zip(ends, ports, (became[:2], became[2:]), strict=True):
+        if (texts[at], numbers[at]) != other:
+            yield f"{texts[at]}.{numbers[at]}", f"{other[0]}.{other[1]}"
 
 
 def _h(name: str) -> str:
@@ -182,6 +203,10 @@ def page(capture: CaptureSums, title: str) -> str:
         )
         for peer, names in sorted(ends.items(), key=lambda one: -sum(one[1].values()))[:_ROWS]
     ]
+    nat = [
+        (_h(_label(name)), _h(end), _h(became), amount(size, "bin-bytes"))
+        for (name, end, became), size in capture.translated.most_common(_ROWS)
+    ]
     reasons = [(_h(r.replace("_", " ")), f"{n:,}") for r, n in capture.reasons.most_common()]
     return Template(
         resources.files("hunter.commands").joinpath("report.html").read_text("utf-8")
@@ -196,6 +221,10 @@ def page(capture: CaptureSums, title: str) -> str:
             {2, 3, 4, 5},
         ),
         peers=_table(["far end", "bytes", "processes"], peers, {1}),
+        nat="<h2>Translated addresses (NAT)</h2>"
+        + _table(["process", "address", "on the other side", "bytes"], nat, {3})
+        if nat
+        else "",
         unnamed=_table(["reason", "packets"], reasons, {1}) if reasons else "<p>None.</p>",
     )
 
@@ -210,7 +239,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: set[int
 
 
 def _timeline(capture: CaptureSums, colours: dict[Name, str]) -> str:
-    """Stacked bars, the processes without a colour together."""
+    """Stacked bars; processes without a colour share one."""
     span = capture.last_s - capture.first_s + 1
     step = -(-span // _BINS)
     bins = -(-span // step)
@@ -257,7 +286,7 @@ def _timeline(capture: CaptureSums, colours: dict[Name, str]) -> str:
 
 
 def _graph(capture: CaptureSums, colours: dict[Name, str]) -> str:
-    """Processes at the left, far ends at the right; the wider the line, the more bytes."""
+    """Processes on the left, far ends on the right. Wider lines mean more bytes."""
     left = [name for name, _ in capture.by_bytes() if name[1]][:_SHOWN]
     weight: Counter[Peer] = Counter()
     for (name, peer), size in capture.edges.items():

@@ -22,7 +22,7 @@ from nlproto.pipeline.figures import reasons
 
 __all__ = ["run"]
 
-# Of the engine's figures: what never changes, and what the account says already.
+# Figures of the engine that never change, or that the account has already.
 _CONSTANTS = {
     *("instance", "engine", "version", "record_size", "batch", "flush_ms", "receive_bytes"),
     *("packets", "recorded", "records"),
@@ -69,7 +69,7 @@ def show(figures: Mapping[str, Any], console: Console) -> None:
 
 
 def _show_store(store: Mapping[str, Any], unstored: int, console: Console) -> None:
-    """One line on the history's file, in red when it cannot be written."""
+    """Return one line on the history's file, in red if it cannot be written."""
     figures = ("waiting_flows", "waiting_processes", "unstored_processes", "bytes")
     flows, processes, gone, size = (store.get(name, 0) for name in figures)
     error = store.get("error", "")
@@ -122,7 +122,7 @@ _WORDS = {
 
 
 def _fact(key: str, value: object) -> str:
-    """One figure in words: sizes with their unit, probes counted, no Python."""
+    """Return one figure in words: sizes with units, probes as a count."""
     words = _WORDS.get(key, key.removesuffix("_bytes").replace("_", " "))
     if isinstance(value, bool):
         return words if value else f"{words}: no"

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = ["run"]
 
 _STORE = Path("/var/lib/packet-hunter-collect")
 _ROWS, _JSON_ROWS = 50, 1000
+_EXTRA = "pip install 'packet-hunter[fleet]' (Debian: packet-hunter-fleet)"
 _MOST = 20_000
 """Edges in the table of a page."""
 
@@ -31,31 +33,36 @@ def run(options: FleetOptions, notify: Callable[[str], None]) -> int:
         from fleet.ask.hosts import hosts_of
         from fleet.ask.map import service_map
         from fleet.ask.questions import new, usage, who
+        from fleet.ask.store import FlowStore, ask
         from fleet.ask.wanted import Wanted
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("fleet", "hunter", "nlproto"):
+        ours = (error.name or "").partition(".")[0] in ("fleet", "hunter", "nlproto")
+        if ours and error.name != "fleet":  # that one a package of its own has
             raise
-        raise Error(f"no module {error.name}: pip install 'packet-hunter[fleet]'") from None
+        raise Error(f"no module {error.name}: {_EXTRA}") from None
     wanted = Wanted(fleet_filter(options), options.on, options.host, options.user)
     limit = options.limit or (_JSON_ROWS if options.json else _ROWS)
-    with _opened(options, notify) as store:
+
+    def answer(store: FlowStore) -> tuple[int, list[dict[str, Any]]]:
         match options.question:
             case "who":
-                total, rows = who(store, wanted, limit)
+                return who(store, wanted, limit)
             case "usage":
-                total, rows = usage(store, wanted, options.by or "process", limit)
+                return usage(store, wanted, options.by or "process", limit)
             case "new":
                 old = store.range.since_ns - options.days * 86_400 * 10**9
-                total, rows = new(store, wanted, options.of, old, limit)
+                return new(store, wanted, options.of, old, limit)
             case "map":
                 most = _MOST if options.html else limit
-                total, rows = service_map(store, wanted, options.by or "process", most)
+                return service_map(store, wanted, options.by or "process", most)
             case _:
-                total, rows = ends(store, wanted, limit)
-        hosts = hosts_of(store)
-        truncated = store.truncated
-        range = store.range
-    partial = [one for one in hosts if not one.whole]
+                return ends(store, wanted, limit)
+
+    (total, rows), hosts, truncated, range = ask(
+        _opener(options, notify),
+        lambda store: (answer(store), hosts_of(store), store.truncated, store.range),
+    )
+    incomplete = [one for one in hosts if not one.whole]
     if options.html:
         _write(options.html, page.of_map(rows, range, hosts))
     if options.json:
@@ -70,7 +77,7 @@ def run(options: FleetOptions, notify: Callable[[str], None]) -> int:
                     "hosts": len(hosts),
                     "partial": [
                         {"host": one.name, "silent_s": one.silent_s, "lost": one.lost}
-                        for one in partial
+                        for one in incomplete
                     ],
                     "truncated": truncated or total > len(rows),
                 }
@@ -83,18 +90,18 @@ def run(options: FleetOptions, notify: Callable[[str], None]) -> int:
     return 0 if rows else 1
 
 
-def _opened(options: FleetOptions, notify: Callable[[str], None]) -> Any:
+def _opener(options: FleetOptions, notify: Callable[[str], None]) -> Callable[[], Any]:
     from fleet.ask.local import open_local
     from fleet.ask.store import Range, open_folder
 
     now = time.time_ns()
     range = Range(now - int(options.since * 1e9), now - int(options.until * 1e9))
     if options.store is not None:
-        return open_folder(Path(options.store), range)
+        return partial(open_folder, Path(options.store), range)
     if not options.socket_given and _STORE.is_dir() and os.access(_STORE, os.R_OK):
-        return open_folder(_STORE, range)
+        return partial(open_folder, _STORE, range)
     notify(f"no store at {_STORE}: this machine's own history answers (--store DIR)")
-    return open_local(options.socket, range)
+    return partial(open_local, options.socket, range)
 
 
 def _write(path: str, text: str) -> None:

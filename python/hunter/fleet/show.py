@@ -51,7 +51,10 @@ def closing(
     if truncated:
         console.print("the daemon had more flows than it told: ask for less time", style="dim")
     for what, some in (
-        ("silent for two minutes or more", [one for one in hosts if one.silent_s]),
+        (
+            "silent for two minutes, or not read by their exporters",
+            [one for one in hosts if one.silent_s],
+        ),
         ("lost records", [one for one in hosts if one.lost]),
     ):
         if some:

@@ -23,20 +23,20 @@ End = tuple[str, int]
 Flow = tuple[str, End, End]
 """(proto, source, destination)."""
 
-# ns in the unit of a packet's time, and bytes more that its header has: those of a patched libpcap
-# of old, which Wireshark still writes ("modified tcpdump")
+# ns in a unit of a packet's time, and additional bytes of its header. These are from an old patched
+# libpcap, whose format Wireshark still writes ("modified tcpdump")
 _MAGICS = {0xA1B2C3D4: (1000, 0), 0xA1B23C4D: (1, 0), 0xA1B2CD34: (1000, 8)}
 
 
 def is_pcap(head: bytes) -> bool:
-    """Whether a file that begins with `head` is pcap."""
+    """Return whether a file that begins with `head` is pcap."""
     return any(head[:4] == struct.pack(f"{order}I", one) for one in _MAGICS for order in "<>")
 
 
 def read_capture(file: IO[bytes], name: str) -> Iterator[Block]:
-    """Yield a capture as pcapng blocks, whichever of pcap and pcapng it is.
+    """Yield a capture, pcap or pcapng, as pcapng blocks.
 
-    Raises Error where it is damaged, after all that stands before.
+    Raises Error where it is damaged, after all earlier blocks.
     """
     magic = file.read(4)
     if magic == b"\n\r\r\n":
@@ -46,7 +46,7 @@ def read_capture(file: IO[bytes], name: str) -> Iterator[Block]:
 
 
 def _pcap(file: IO[bytes], name: str, magic: bytes) -> Iterator[Block]:
-    """pcap as pcapng (draft-ietf-opsawg-pcap)."""
+    """Convert pcap to pcapng (draft-ietf-opsawg-pcap)."""
     head = magic + file.read(20)
     if not is_pcap(head):
         what = "neither pcap nor pcapng: editcap -F pcapng converts others"
@@ -66,7 +66,7 @@ def _pcap(file: IO[bytes], name: str, magic: bytes) -> Iterator[Block]:
             raise _ends(name, at)
         seconds, fraction, size, length = struct.unpack_from(f"{order}IIII", record)
         if size > _MAX_PACKET:
-            raise Error(f"{name}: a packet of {size} bytes at byte {at} cannot be")
+            raise Error(f"{name}: a packet of {size} bytes at byte {at} is impossible")
         data = file.read(size)
         if len(data) < size:
             raise _ends(name, at)
@@ -81,15 +81,15 @@ def _ends(name: str, at: int) -> Error:
 
 
 def flow_of(packet: pcapng.CapturedPacket) -> Flow | None:
-    """Return whose TCP or UDP packet it is; None for others, later fragments and stumps."""
+    """Return the flow of a TCP or UDP packet; None for others, later fragments and cut packets."""
     found = look(packet)
     return None if isinstance(found, str) else found[0]
 
 
 def look(packet: pcapng.CapturedPacket) -> tuple[Flow, int | None] | str:
-    """Return the packet's flow, and of a SYN that begins a connection its sequence number.
+    """Return the packet's flow, and the sequence number of a SYN that begins a connection.
 
-    Else in a word why it has none: "ARP", "GRE", "link type 239 (NFLOG)".
+    Without a flow, return the reason in a word: "ARP", "GRE", "link type 239 (NFLOG)".
     """
     found = transport(packet.linktype, packet.data)
     if isinstance(found, str):

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Compressed data by their first bytes, undone piece by piece.
+"""Recognizes compressed data by the first bytes, and unpacks them piece by piece.
 
-However much a file unpacks to, as much as was asked for is in memory, and a window of at most
-128 MiB.
+Only the piece asked for, and a window of at most 128 MiB, are in memory, however large the file.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _MEMORY = 128 << 20
 
 
 class Decompressor(Protocol):
-    """As bz2.BZ2Decompressor: of one member, frame or stream; others may follow it."""
+    """Like bz2.BZ2Decompressor: of one member, frame or stream; others may follow."""
 
     @property
     def eof(self) -> bool: ...
@@ -41,13 +40,13 @@ class Compression:
     name: str
     magic: bytes
     tool: str
-    """The command that undoes it."""
+    """The command that unpacks it."""
     load: Callable[[], tuple[Callable[[], Any], type[Exception]]] | None = None
-    """What undoes it, and how that fails on damage. Raises ImportError."""
+    """Returns the decompressor, and its errors for damaged data. Raises ImportError."""
 
 
 class _Inflate:
-    """zlib as a Decompressor of gzip."""
+    """zlib as a Decompressor for gzip."""
 
     def __init__(self) -> None:
         self._inflate = zlib.decompressobj(31)

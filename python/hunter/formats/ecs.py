@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Rows as documents of the Elastic Common Schema, and back.
 
-https://www.elastic.co/guide/en/ecs/: one event a packet. What the schema has no field for stands
-under `packet_hunter`, by the name of its column.
+https://www.elastic.co/guide/en/ecs/: one event for each packet. Columns without a field in the
+schema are under `packet_hunter`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _VERSION = "8.11.0"
 
 
 def document(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the event of one row of columns.cells(); what is not known is not in it."""
+    """Return the event of one row of columns.cells(), without unknown values."""
     found: dict[str, Any] = {"@timestamp": values["time"], "ecs": {"version": _VERSION}}
     found["event"] = _EVENT
     found["network"] = {"type": "ipv6" if ":" in values["src"] else "ipv4"}
@@ -70,12 +70,12 @@ def _put(found: dict[str, Any], path: str, value: Any) -> None:
 
 
 def is_document(values: Mapping[str, Any]) -> bool:
-    """Whether document() may have made it."""
+    """Return whether document() may have made it."""
     return "ecs" in values and isinstance(values.get(_OWN), dict)
 
 
 def row_of(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the row that document() was given, without what was not known."""
+    """Return the row that document() was given, without unknown values."""
     row: dict[str, Any] = dict(found[_OWN])
     for name, path in _FIELDS.items():
         value: Any = found

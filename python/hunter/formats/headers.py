@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The headers of a captured packet, walked from the link layer to the ports of TCP or UDP.
+"""Walks the headers of a captured packet, from the link layer to the ports of TCP or UDP.
 
-Each step looks at one header, copies nothing and goes on behind it; the steps are bounded. So a
-packet of nothing but headers takes no longer than others. Numbers of link types:
+Each step reads one header, copies nothing, and goes on after it. The steps are bounded, so a packet
+of nothing but headers takes no longer than others. Numbers of link types:
 https://www.tcpdump.org/linktypes.html; of protocols: IANA.
 """
 
@@ -15,11 +15,11 @@ from collections.abc import Callable
 __all__ = ["transport"]
 
 _Next = tuple[int, int] | str
-"""(EtherType, where what it says begins), or a word for what cannot be walked further."""
+"""(EtherType, where its content begins), or a word for a header that cannot be walked."""
 
 _IPV4, _IPV6 = 0x0800, 0x86DD
 _MAX_HEADERS = 16  # below IP, or tunnels
-_MAX_EXTENSIONS = 64  # of IPv6 in one packet; RFC 8200 has each once, some twice
+_MAX_EXTENSIONS = 64  # IPv6 headers in one packet; RFC 8200 has each once, some twice
 _HOP_BY_HOP, _ROUTING, _FRAGMENT, _DESTINATION, _AH = 0, 43, 44, 60, 51
 
 _LINK_NAMES = {
@@ -59,8 +59,8 @@ _PROTOCOLS = {
 def transport(linktype: int, data: bytes) -> tuple[int, int, int, int] | str:
     """Return (family, protocol, where IP begins, where TCP or UDP does) of a packet's bytes.
 
-    Both ports are there. Of a tunnel without ports of its own (GRE, IP in IP) it is the inner
-    packet. Else a word for what is there instead: "ARP", "link type 227 (CAN)".
+    Both ports are there. Of a tunnel without ports (GRE, IP in IP) it is the inner packet.
+    Otherwise returns a word for what is there: "ARP", "link type 227 (CAN)".
     """
     try:
         step = _link(linktype, data)
@@ -121,7 +121,7 @@ def _ppp(data: bytes, at: int) -> _Next:
 
 
 def _pppoe(data: bytes, at: int) -> _Next:
-    """RFC 2516; a code tells what is no session's data."""
+    """RFC 2516; only code 0 is a session's data."""
     return "PPPoE discovery" if data[at + 1] else _ppp(data, at + 6)
 
 
@@ -134,9 +134,9 @@ _hdlc = _typed(2, 4)
 
 
 def _nflog(data: bytes) -> _Next:
-    """Attributes (include/uapi/linux/netfilter/nfnetlink_log.h) in the order of whoever wrote it.
+    """Attributes (include/uapi/linux/netfilter/nfnetlink_log.h), in any order.
 
-    One of them is the packet; the family is in the header.
+    One of them is the packet. The family is in the header.
     """
     for order in "<>":
         at = 4
@@ -171,7 +171,7 @@ _LINKS: dict[int, Callable[[bytes], _Next]] = {
     104: _hdlc,
     108: lambda data: _bare(data, 4),  # LOOP
     113: _typed(14, 16),  # SLL
-    166: lambda data: _ppp(data, 2),  # of pppd: the address tells the direction
+    166: lambda data: _ppp(data, 2),  # of pppd: the address shows the direction
     204: lambda data: _ppp(data, 1),  # with a direction
     228: lambda data: _bare(data, 0),  # IPV4
     229: lambda data: _bare(data, 0),  # IPV6
@@ -181,7 +181,7 @@ _LINKS: dict[int, Callable[[bytes], _Next]] = {
 
 
 def _below_ip(kind: int, at: int, data: bytes) -> _Next:
-    """What lies between link layer and IP."""
+    """Headers between link layer and IP."""
     if kind in (0x8100, 0x88A8, 0x9100):  # VLANs
         return _word(data, at + 2), at + 4
     if kind == 0x8864:
@@ -205,7 +205,7 @@ def _below_ip(kind: int, at: int, data: bytes) -> _Next:
 
 
 def _ip(kind: int, at: int, data: bytes) -> tuple[int, int] | str:
-    """(protocol, where it begins), behind options and extension headers."""
+    """Return (protocol, where it begins), after options and extension headers."""
     if data[at] >> 4 != (4 if kind == _IPV4 else 6):
         return "malformed IP"
     if kind == _IPV4:
@@ -233,7 +233,7 @@ def _ip(kind: int, at: int, data: bytes) -> tuple[int, int] | str:
 
 
 def _tunnel(proto: int, at: int, data: bytes) -> _Next:
-    """What IP carries beside TCP and UDP."""
+    """Other protocols over IP."""
     if proto == socket.IPPROTO_IPIP:
         return _IPV4, at
     if proto == socket.IPPROTO_IPV6:
@@ -246,7 +246,7 @@ def _tunnel(proto: int, at: int, data: bytes) -> _Next:
 def _gre(at: int, data: bytes) -> _Next:
     """GRE (RFC 2784, 2890) and PPTP's (RFC 2637)."""
     flags, kind = struct.unpack_from("!HH", data, at)
-    if flags & 0x4000 or flags & 7 > 1:  # routing, which RFC 2784 took away; a later version
+    if flags & 0x4000 or flags & 7 > 1:  # routing, which RFC 2784 removed; a later version
         return "GRE"
     at += 4
     for field in (0x8000, 0x2000, 0x1000):  # checksum, key, sequence number

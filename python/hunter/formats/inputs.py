@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Files that are read: regular ones, pipes, standard input; unpacked, and never with a seek."""
+"""Input files: regular files, pipes, standard input. They are unpacked, and never sought in."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ One = TypeVar("One")
 
 
 class _Stream(io.RawIOBase):
-    """What a descriptor gives; a failure is the end of it and is kept for Input.check()."""
+    """The data of a descriptor. A failure ends it, and is kept for Input.check()."""
 
     def __init__(self, fd: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class _Stream(io.RawIOBase):
         return data
 
     def head(self, size: int) -> bytes:
-        """Return the next `size` bytes, or what there is; they will be taken again."""
+        """Return the next `size` bytes, or what there is, without taking them."""
         data = b""
         while len(data) < size and (more := self.take(size - len(data))):
             data += more
@@ -62,7 +62,7 @@ class _Stream(io.RawIOBase):
 
 
 class _Unpacked(_Stream):
-    """The same, of compressed data; several members follow one another as one."""
+    """Unpacked data. Several members in a row are read as one."""
 
     def __init__(
         self, packed: _Stream, make: Callable[[], Decompressor], damage: type[Exception]
@@ -80,7 +80,7 @@ class _Unpacked(_Stream):
             data = b""
             if self._unpack.eof:
                 data = (self._unpack.unused_data or b"").lstrip(b"\0")
-                while not data:  # padding, as gzip(1) and xz(1) pass it over
+                while not data:  # padding, which gzip(1) and xz(1) skip too
                     more = self._packed.take(_PIECE)
                     if not more:
                         self.failure = self._packed.failure
@@ -105,8 +105,8 @@ class _Unpacked(_Stream):
 class Input(Closing):
     """A file to read from beginning to end; a context manager. Raises Error.
 
-    `path` "-" is standard input. `file` reads it, unpacked; `head` are its first bytes.
-    What cannot be read ends `file`, as the end of the data does: check() tells.
+    `path` "-" is standard input. `file` reads it unpacked; `head` has its first bytes. A failed
+    read ends `file` like the end of the data; check() tells the two apart.
     """
 
     def __init__(self, path: str) -> None:
@@ -151,11 +151,11 @@ class Input(Closing):
 
     @property
     def position(self) -> int:
-        """How many bytes of the file itself are read."""
+        """How many bytes of the file itself were read."""
         return self._packed.position
 
     def seekable(self) -> IO[bytes] | None:
-        """Return the file once more, from its beginning; None for a pipe, or compressed."""
+        """Return the file again, from its beginning; None for a pipe, or if it is compressed."""
         if self.size is None or self._stream is not self._packed:
             return None
         file = open(os.dup(self._fd), "rb")
@@ -163,12 +163,12 @@ class Input(Closing):
         return file
 
     def check(self) -> None:
-        """Raise Error when the data ended because they could not be read on."""
+        """Raise Error if the data ended because reading failed."""
         if self._stream.failure:
             raise Error(f"cannot read {self.name} to its end: {self._stream.failure}")
 
     def checked(self, parts: Iterator[One]) -> Iterator[One]:
-        """Yield `parts`, made of `file`; what check() tells comes before what follows of it."""
+        """Yield `parts`, read from `file`; raise what check() raises before the next one."""
         try:
             yield from parts
         except Error:

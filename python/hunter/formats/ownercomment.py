@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The comment that tells a packet's owner in a pcapng file, for people and to be read back.
+"""The comment with a packet's owner in a pcapng file, for people and programs.
 
     packet-hunter: curl.4711 uid=1000 exe=/usr/bin/curl unit=cron.service how=context start_ns=...
     packet-hunter: nobody, no_socket hdr_len=52
 
-Words are separated by a blank; one that has blanks or begins with a quotation mark stands in such
-marks. Names are escaped (text.escaped), so that no name can pass for another word.
+A blank separates words. A word with blanks, or with a quotation mark at its beginning, is quoted.
+Names are escaped (text.escaped), so that no name can pass for another word.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NOBODY = "nobody,"
 MADE = " (headers made from the record)"
 _MAX = 65_000  # bytes; an option has at most 65,535
 _ELSEWHERE = ("time", "pid", "comm", "netns", "interface", "ifindex", "community_id")
-"""Columns that the comment begins with, or that the file has another place for."""
+"""Columns at the beginning of the comment, or with another place in the file."""
 _EARLY = (
     *("uid", "exe", "container", "container_name", "image", "pod", "unit", "how", "flags"),
     *("dir", "proto", "src", "sport", "dst", "dport", "len", "tcp_flags", "hdr_len"),
@@ -36,9 +36,9 @@ _WORDS = (
     *(name for name in COLUMNS if name not in (*_EARLY, *_LATE, *_ELSEWHERE)),
     *_LATE,
 )
-"""Columns as they follow the name; a comment that would be too long loses the last ones first.
+"""Columns in order after the name. A comment that would be too long loses the last ones first.
 
-A column of people is a word for each of them, "holder=" for holders.
+A list of processes has a word for each process, "holder=" for holders.
 """
 _ONE_OF = {name.removesuffix("s"): name for name in PEOPLE}
 _NAMES = TEXTS - {"flags"}
@@ -46,9 +46,9 @@ _TOKEN = re.compile(r'(?:"([^"]*)"|([^"\s]\S*))(?: |$)')
 
 
 def comment_of(values: Mapping[str, Any], made: bool = False) -> str:
-    """Return the comment for one row of columns.cells(), without what the packet tells itself.
+    """Return the comment for one row of columns.cells(), without what the packet itself has.
 
-    `made`: the packet's headers are no real ones.
+    `made`: the packet's headers are not real.
     """
     pid = values["pid"]
     if pid is None:
@@ -82,14 +82,14 @@ def word(text: str) -> str:
 
 
 def is_owner_comment(comment: str) -> bool:
-    """Whether comment_of() may have made it; one of annotate names both ends."""
+    """Return whether comment_of() may have made it; annotate's comments name both ends."""
     return comment.startswith(_PREFIX) and not comment.startswith(
         (_PREFIX + "from ", _PREFIX + "to ")
     )
 
 
 def read_comment(comment: str) -> tuple[dict[str, Any], bool]:
-    """Return what comment_of() was given, names of columns with text; and `made`.
+    """Return what comment_of() was given: names of columns with text, and `made`.
 
     Raises ValueError.
     """

@@ -32,20 +32,20 @@ LINKTYPE_RAW = 101
 OPT_COMMENT, SHB_APPLICATION = 1, 4
 IF_NAME, IF_DESCRIPTION, IF_TSRESOL, IF_TSOFFSET, EPB_FLAGS = 2, 3, 9, 14, 2
 EPB_IDS = 8
-"""epb_processid_threadid: whose packet it is, 0 for what is not known."""
+"""epb_processid_threadid: a packet's process, 0 if unknown."""
 _CUSTOM, _WIRESHARK, _PROCESS = 0xBAD, 32622, 3
 _NAME, _PATH, _COMMAND, _PARENT, _UID, _USER = 2, 3, 4, 5, 6, 7
 MAX_BLOCK = 16 << 20
 """As in Wireshark (wiretap/pcapng.c)."""
 _MAX_INTERFACES = 65536
 _LEAST = {SECTION: 28, INTERFACE: 20, OBSOLETE: 32, SIMPLE: 16, ENHANCED: 32}
-"""Bytes that a block of the kind has at least."""
+"""The fewest bytes of a block of each kind."""
 _CAPLEN = 20
-"""Where enhanced and obsolete packet blocks have it; their data begin 8 bytes on."""
+"""Where packet blocks have these fields; the data begin 8 bytes after."""
 
 Option = tuple[int, bytes]
 Ids = tuple[int, int]
-"""(pid, tid); a tid of 0 is not known."""
+"""(pid, tid); tid 0: not known."""
 
 
 def _pad(data: bytes) -> bytes:
@@ -81,7 +81,7 @@ def interface_description(
     resolution: int = 9,
     description: str = "",
 ) -> bytes:
-    """Return an interface's block; times of its packets are in 10**-resolution s."""
+    """Return an interface's block. Times of its packets are in 10**-resolution s."""
     options = [(IF_TSRESOL, bytes([resolution]))]
     if description:
         options.insert(0, (IF_DESCRIPTION, description.encode()))
@@ -123,10 +123,10 @@ def process_block(
     user: str = "",
     order: str = "<",
 ) -> bytes:
-    """Return what packets whose ids name `pid` refer to (process information, Wireshark's own).
+    """Return a block about a process that packets name by `pid` (process information).
 
-    Texts that are empty are left out. Wireshark newer than 4.6 reads it; earlier ones count it as
-    a frame, of a custom block.
+    Empty texts are left out. Wireshark newer than 4.6 reads it; earlier ones count it as a frame,
+    of a custom block.
     """
     texts = ((_NAME, name), (_PATH, path), (_COMMAND, command), (_USER, user))
     numbers = ((_PARENT, parent), (_UID, uid))
@@ -140,13 +140,13 @@ def process_block(
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One block as it stands in a file; `order` is "<" or ">", `data` all its bytes."""
+    """One block, as in the file; `order` is "<" or ">", `data` all its bytes."""
 
     kind: int
     order: str
     data: bytes
     at: int = 0
-    """Where it stands in the file, in bytes."""
+    """Its offset in the file, in bytes."""
 
     @property
     def body(self) -> bytes:
@@ -155,11 +155,11 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Interface:
-    """What a packet's interface says of it."""
+    """Facts about a packet's interface."""
 
     linktype: int
     ticks: int = 1_000_000
-    """In a second."""
+    """Units in a second."""
     offset_s: int = 0
     snaplen: int = 0
     name: str = ""
@@ -183,7 +183,7 @@ class Interface:
 
 @dataclass(frozen=True, slots=True)
 class CapturedPacket:
-    """One captured packet; `time_ns` since 1970, None when its block has no time."""
+    """One captured packet. `time_ns` since 1970; None if its block has no time."""
 
     linktype: int
     time_ns: int | None
@@ -191,7 +191,7 @@ class CapturedPacket:
     length: int = 0
     """On the wire."""
     interface: int = 0
-    """Index in its section."""
+    """Index of its interface in the section."""
 
 
 def _text(value: bytes) -> str:
@@ -210,10 +210,10 @@ def _read_options(data: bytes, order: str) -> Iterator[Option]:
 
 
 def blocks(file: IO[bytes], name: str, head: bytes = b"") -> Iterator[Block]:
-    """Yield the blocks of a pcapng file, of which `head`, 8 bytes at most, is read already.
+    """Yield the blocks of a pcapng file, of which `head`, at most 8 bytes, is read already.
 
-    Each holds what its kind must have. Raises Error, naming file and byte, where it is damaged,
-    after all blocks before that.
+    Each block has what its kind must have. Raises Error, with file and byte, where it is damaged,
+    after all earlier blocks.
     """
     order = "<"
     at = interfaces = 0
@@ -229,7 +229,7 @@ def blocks(file: IO[bytes], name: str, head: bytes = b"") -> Iterator[Block]:
             raise _ends(name, at)
         kind, size = struct.unpack_from(f"{order}II", head)
         if size < _LEAST.get(kind, 12) or size % 4 or size > MAX_BLOCK:
-            raise Error(f"{name}: a block of {size} bytes at byte {at} cannot be")
+            raise Error(f"{name}: a block of {size} bytes at byte {at} is impossible")
         data = head + file.read(size - len(head))
         if len(data) < size:
             raise _ends(name, at)
@@ -272,7 +272,7 @@ def packet_of(block: Block, interfaces: Sequence[Interface]) -> CapturedPacket |
 
 
 def _options_at(block: Block) -> int:
-    """Where the options of an enhanced or obsolete packet block begin."""
+    """Return where the options of an enhanced or obsolete packet block begin."""
     (size,) = struct.unpack_from(f"{block.order}I", block.data, _CAPLEN)
     return int(_CAPLEN + 8 + size + (-size % 4))
 
@@ -294,9 +294,9 @@ def flags_of(block: Block) -> int:
 
 
 def with_comment(block: Block, comment: str, ids: Ids | None = None) -> bytes:
-    """Return the (enhanced or obsolete) packet block with one comment more.
+    """Return the (enhanced or obsolete) packet block with another comment.
 
-    And with `ids` of its process, where it is an enhanced one without; an obsolete one has no
+    Also adds `ids` of its process, if it is an enhanced block without; an obsolete one has no
     option for them.
     """
     at = _options_at(block)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Rows of a saved capture, whichever format its first bytes show, with the place of each."""
+"""Rows of a saved capture, each with its place, in any format: the first bytes show which."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ __all__ = ["Row", "has_bytes", "read_rows"]
 _MAX_LINE = 1 << 20
 _SPARE = _MAX_LINE + 1
 _ROWS = 4096
-_LIMIT = 80  # characters of a message that tells of what somebody wrote
+_LIMIT = 80  # the most characters of other people's text in a message
 
 Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row: values by name of column, as text or plain values, and where it stands."""
+    """One row: values by name of column, as text or plain values, and its place."""
 
     place: str
     values: Values
     time_ns: int | None = None
-    """Since 1970, when it is not the column `time` that tells it."""
+    """Since 1970, if the column `time` does not have it."""
     data: bytes | None = None
     """The packet's first bytes."""
 
 
 def has_bytes(source: Input) -> bool:
-    """Whether the rows of `source` come with their packets' first bytes."""
+    """Return whether the rows of `source` have their packets' first bytes."""
     return source.head.startswith(b"\n\r\r\n")
 
 
 def read_rows(source: Input) -> Iterator[Row]:
-    """Yield the rows of `source`. Raises Error with file and place, after all rows before it."""
+    """Yield the rows of `source`. Raises Error with file and place, after all earlier rows."""
     head = source.head
     if has_bytes(source):
         rows = _pcapng_rows(source)
@@ -77,7 +77,7 @@ def read_rows(source: Input) -> Iterator[Row]:
 
 
 def _lines(source: Input) -> Iterator[tuple[int, str]]:
-    """Number and text of each line. Raises Error, for one that lacks its end too."""
+    """Yield number and text of each line. Raises Error, also for a line without its end."""
     number = 0
     while line := source.file.readline(_SPARE):
         number += 1
@@ -106,10 +106,10 @@ def _csv_rows(source: Input) -> Iterator[Row]:
                     " the columns"
                 )
             continue
-        if tuple(fields[: len(FIRST_COLUMNS)]) == FIRST_COLUMNS:  # files were put together
+        if tuple(fields[: len(FIRST_COLUMNS)]) == FIRST_COLUMNS:  # files were joined
             header = fields
             continue
-        # a row of the first release, put behind one of a later
+        # a row of the first release after rows of a later one
         if len(fields) not in (len(header), len(FIRST_COLUMNS)):
             raise Error(f"{source.name}, line {number} has {len(fields)} fields, not {len(header)}")
         values: dict[str, Any] = dict(zip(header, fields, strict=False))
@@ -167,7 +167,7 @@ def _parquet_rows(source: Input) -> Iterator[Row]:
 
 
 def _seekable(source: Input, whole: IO[bytes]) -> IO[bytes]:
-    """The index of Parquet is at its end: what comes through a pipe is copied first."""
+    """Parquet has its index at the end, so input from a pipe is copied first."""
     if whole.readable() and not whole.writable():
         return whole
     shutil.copyfileobj(source.file, whole)
@@ -226,7 +226,7 @@ def _pcapng_row(
 
 
 def _told(packet: pcapng.CapturedPacket) -> dict[str, Any]:
-    """What the packet's own headers tell. Raises ValueError."""
+    """Return what the packet's own headers say. Raises ValueError."""
     found = transport(packet.linktype, packet.data)
     if isinstance(found, str):
         raise ValueError(f"no TCP or UDP packet ({found})")

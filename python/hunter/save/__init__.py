@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Packets into files."""
+"""Writing packets to files."""

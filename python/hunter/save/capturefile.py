@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Files that captures go into: private, given to whoever called sudo, never where a trap is laid.
+"""Files for captures: private, owned by the user behind sudo, and safe from planted links.
 
-A capture is written by root, often into /tmp, where anybody may have put a link before.
+Root writes a capture, often into /tmp, where anybody may have put a link before.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from nlproto.running.closing import Closing
 
 __all__ = ["CaptureFile"]
 
-_PIECE = 1 << 16  # bytes that the writer gets at a time
+_PIECE = 1 << 16  # bytes that the writer gets at once
 _MAX_LINKS = 40  # MAXSYMLINKS of the kernel (include/linux/namei.h)
 
 
 class CaptureFile(Closing):
-    """An output that only ever grows by whole rows; a context manager.
+    """An output that grows only by whole rows. A context manager.
 
-    `path` "-" is standard output. A regular file gets mode 0600 and, when new and written by
-    root under sudo, the owner in `environ`'s SUDO_UID and SUDO_GID. Raises Error, UsageError.
+    `path` "-" is standard output. A regular file gets mode 0600. A new one that root writes under
+    sudo gets the owner of `environ`'s SUDO_UID and SUDO_GID. Raises Error, UsageError.
     """
 
     def __init__(self, path: str, environ: Mapping[str, str] = os.environ) -> None:
         self.path = path if path != "-" else "standard output"
         self.size = 0
         self.rows = 0
-        """Rows that are in the file, whole."""
+        """How many whole rows are in the file."""
         self._fd = os.dup(1) if path == "-" else _open(path, environ)
         self._writer: Writer | None = None
         self._regular = stat.S_ISREG(os.fstat(self._fd).st_mode) and path != "-"
 
     def write(self, data: bytes) -> None:
-        """Append `data`, in a regular file whole or not at all.
+        """Append `data`; to a regular file completely or not at all.
 
-        Raises BrokenPipeError when the reader of a pipe has gone, Error for anything else.
+        Raises BrokenPipeError if the reader of a pipe has gone, Error for anything else.
         """
         view = memoryview(data)
         try:
@@ -59,9 +59,9 @@ class CaptureFile(Closing):
         self.size += len(data)
 
     def write_rows(self, rows: Iterable[bytes]) -> None:
-        """Append `rows`; each is there whole or not at all, even when we are killed.
+        """Append `rows`. Each is written completely or not at all, even if we are killed.
 
-        Raises as write().
+        Raises what write() raises.
         """
         if not self._regular:
             self._write_on(list(rows))
@@ -89,7 +89,7 @@ class CaptureFile(Closing):
         except OSError:
             if len(rows) == 1:
                 raise
-            for row in rows:  # those that still fit
+            for row in rows:  # rows for which there is room
                 self._append([row], writer)
         else:
             self.size += len(piece)
@@ -102,7 +102,7 @@ class CaptureFile(Closing):
         return self._fd
 
     def is_moved(self) -> bool:
-        """Whether it is a file that its path does not lead to any more."""
+        """Return whether its path no longer leads to it."""
         if not self._regular:
             return False
         try:
@@ -111,7 +111,7 @@ class CaptureFile(Closing):
             return True
 
     def is_output(self) -> bool:
-        """Whether it is what standard output is: words for people must not go there."""
+        """Whether it is standard output: then words for people must not go there."""
         return os.path.sameopenfile(self._fd, 1)
 
     def close(self) -> None:
@@ -123,7 +123,7 @@ class CaptureFile(Closing):
 
 
 def _pieces(rows: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Yield `rows` in lists of some _PIECE bytes."""
+    """Yield `rows` in lists of about _PIECE bytes."""
     piece: list[bytes] = []
     size = 0
     for row in rows:
@@ -193,9 +193,9 @@ def _ours(environ: Mapping[str, str]) -> set[int]:
 
 
 def _walk(path: str) -> tuple[int, str, bool]:
-    """Open the directory of `path` step by step; return it, the last name, whether it is sticky.
+    """Open the directory of `path`; return it, the last name, and whether it is sticky.
 
-    Every link on the way is read by hand, so that one in a sticky directory is refused.
+    It goes step by step and reads every link by hand. So a link in a sticky directory is refused.
     """
     if not path or path.endswith("/"):
         raise UsageError(f"{path!r} names no file")

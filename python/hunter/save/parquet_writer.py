@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Program: rows as an Arrow stream on standard input, a Parquet file on standard output.
 
-A Parquet file has its index at the end. This process writes it when the stream ends, and so also
-when whoever sent the rows was killed. It sends one byte back when the file is begun, and ends with
-0, or the errno of what failed. Run by hunter/save/save_parquet.py, by itself: it imports nothing
-of the project.
+A Parquet file has its index at the end. This process writes the index when the stream ends, even if
+the sender was killed. It sends one byte back when the file is begun. It ends with 0, or with the
+errno of a failure. hunter/save/save_parquet.py runs this file alone: it imports nothing of the
+project.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def main() -> int:
 
 
 def _compact(field: pyarrow.Field) -> pyarrow.Field:
-    """Text repeats: names, addresses."""
+    """Columns whose text repeats: names, addresses."""
     if pyarrow.types.is_string(field.type):
         return field.with_type(pyarrow.dictionary(pyarrow.int32(), pyarrow.string()))
     return field
 
 
 def _groups(rows: pyarrow.ipc.RecordBatchStreamReader) -> Iterator[pyarrow.Table]:
-    """Yield tables of _ROWS rows or a little more, the last of fewer."""
+    """Yield tables of _ROWS rows or a little more; the last has fewer."""
     batches: list[pyarrow.RecordBatch] = []
     count = 0
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Captures as text, a line a packet: CSV, JSON, or JSON with the names of ECS."""
+"""Captures as text, one line for each packet: CSV, JSON, or JSON with the names of ECS."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _encode = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode
 
 
 class LineFormat(NamedTuple):
-    """How rows become text."""
+    """Turns rows into text."""
 
     lines: Callable[[Columns], Iterator[str]]
-    """One line for each row, without its end."""
+    """Return a line for each row, without its end."""
     heading: str = ""
 
 
@@ -42,7 +42,7 @@ class LineSaver:
 
     @property
     def rows(self) -> int:
-        """How many rows are in the file, whole."""
+        """How many whole rows are in the file."""
         return self._file.rows
 
     def close(self) -> None:
@@ -63,12 +63,12 @@ def _csv(table: Columns) -> Iterator[str]:
         values[name] = [some and _people(some) for some in values[name]]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(_rows(values))
-    # no name has a line break in it: cell() has seen to that
+    # no name has a line break: cell() has removed it
     return iter(text.getvalue().split("\n")[:-1])
 
 
 def _people(some: list[dict[str, Any]]) -> str:
-    """As in JSON lines: ASCII, without a line break, and without what a spreadsheet computes."""
+    """Return text as in JSON lines: ASCII, no line break, nothing that a spreadsheet computes."""
     return json.dumps(some, separators=(",", ":")).replace(";", "\\u003b")
 
 
@@ -91,4 +91,4 @@ LINES = {
     "jsonl": LineFormat(_jsonl),
     "ecs": LineFormat(_ecs),
 }
-"""By the word of --format."""
+"""By the value of --format."""

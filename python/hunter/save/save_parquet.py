@@ -22,7 +22,7 @@ _PROGRAM = Path(__file__).with_name("parquet_writer.py")
 
 
 class ParquetSaver:
-    """Sends rows to a process that makes the file of them, also when this one is killed."""
+    """Sends rows to a process that writes the file, even if this process is killed."""
 
     def __init__(self, file: CaptureFile) -> None:
         try:
@@ -36,7 +36,7 @@ class ParquetSaver:
         self._file = file
         self._closed = False
         self.rows = 0
-        """Rows that are in the file; none when it lacks its index."""
+        """How many rows are in the file; 0 if its index is missing."""
         kinds: dict[ColumnKind, Any] = {
             ColumnKind.TIME: pyarrow.timestamp("us", "UTC"),
             ColumnKind.WORD: pyarrow.string(),
@@ -49,11 +49,11 @@ class ParquetSaver:
             ),
         }
         self._schema = pyarrow.schema([(name, kinds[kind]) for name, kind in KINDS.items()])
-        # -P: the modules beside the program are not its own
+        # -P: do not import modules beside the program
         self._channel, self._process = start(["-P", str(_PROGRAM)], file.fileno())
         self._stream = self._channel.makefile("wb")
         self._rows = pyarrow.ipc.new_stream(self._stream, self._schema)
-        # the schema goes with the first batch
+        # the schema is sent with the first batch
         self._send(pyarrow.RecordBatch.from_pylist([], schema=self._schema))
         try:
             begun = self._channel.recv(1)
@@ -63,7 +63,7 @@ class ParquetSaver:
             self._fail()
 
     def add(self, table: Columns) -> None:
-        """Append the rows of `table`; they are in the file at close() at the latest.
+        """Append the rows of `table`. They are in the file after close() at the latest.
 
         Raises Error, BrokenPipeError.
         """
@@ -85,7 +85,7 @@ class ParquetSaver:
             self._fail()
 
     def _fail(self) -> NoReturn:
-        """Say why the process is gone."""
+        """Return why the process has gone."""
         self.rows = 0
         code = self._process.wait()
         if code == errno.EPIPE:
@@ -104,7 +104,7 @@ class ParquetSaver:
                 self._stream.flush()
                 self._channel.shutdown(socket.SHUT_WR)
             except OSError:
-                pass  # what it ended with tells why
+                pass  # its exit code says why
             if self._process.wait():
                 self._fail()
         finally:

@@ -28,20 +28,20 @@ from nlproto.tables.processes import Process
 __all__ = ["PcapngSaver", "rebuilt"]
 
 _FLAGS = {"in": 1, "out": 2}
-_LOOPBACK = 1  # its index in every network namespace
+_LOOPBACK = 1  # the index of lo in every network namespace
 _IN_PACKET = ("proto", "src", "sport", "dst", "dport", "tcp_flags")
 _APART = ("time", "dir", "len", "netns", "interface", "ifindex", "community_id")
-"""What the file says of a packet in other places."""
+"""Columns that the file has in other places."""
 _WORDS = tuple(name for name in COLUMNS if name not in (*_IN_PACKET, *_APART))
 
 
 class PcapngSaver:
-    """Real bytes where `first_bytes` has them; else IP, TCP and UDP headers made from the record.
+    """Packets have real bytes where `first_bytes` has them, else headers made from the record.
 
-    Each has the pid and tid of its process as option 8: outbound, of who sent it, inbound, of who
-    receives it. `process_blocks`: before its first packet each process has a block.
-    Made headers have the real addresses, ports, lengths and TCP flags; what a record lacks
-    (sequence numbers, time to live, checksums of the payload) is zero, and the comment says so.
+    Option 8 has the pid and tid of the process: of the sender of an outbound packet, of the
+    receiver of an inbound one. `process_blocks`: each process has a block before its first packet.
+    Made headers have the real addresses, ports, lengths and TCP flags. Fields that a record lacks
+    (sequence numbers, time to live, checksums of the payload) are zero, and the comment says so.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class PcapngSaver:
 
     @property
     def note(self) -> str:
-        """What people should know of the file."""
+        """What people should know about the file."""
         if self._loopback < {"in", "out"}:
             return ""
         return (
@@ -95,13 +95,13 @@ class PcapngSaver:
             ids = None if pid is None else (pid, row["tid"] or 0)
             if self._process_blocks and process is not None:
                 head += self._description(process)
-            # what stands before its first packet and this are there both or not at all
+            # this block and those before its first packet are written together or not at all
             packet = enhanced_packet(interface, time_ns, data, length, text, flags, ids)
             parts.append(head + packet)
         self._file.write_rows(parts)
 
     def _interface(self, values: dict[str, list[Any]], i: int) -> tuple[bytes, int]:
-        """Its block, when it is new, and its number."""
+        """Return its block, if it is new, and its number."""
         name = values["interface"][i] or ""
         netns, ifindex = values["netns"][i], values["ifindex"][i] or 0
         key = (netns, ifindex, name)
@@ -115,7 +115,7 @@ class PcapngSaver:
         ), number
 
     def _description(self, process: Process) -> bytes:
-        """Its block, when its pid had another before or none."""
+        """Yield its block, if its pid had another one before, or none."""
         if self._described.get(process.tgid) == process:
             return b""
         self._described[process.tgid] = process
@@ -134,7 +134,7 @@ class PcapngSaver:
 
 
 def _tells(data: bytes, record: np.void) -> bool:
-    """Whether the packet's own headers say what the record says."""
+    """Return whether the packet's headers agree with the record."""
     found = transport(LINKTYPE_RAW, data)
     if isinstance(found, str):
         return False
@@ -151,14 +151,14 @@ def _tells(data: bytes, record: np.void) -> bool:
 
 
 def rebuilt(record: np.void) -> bytes:
-    """Return IP and TCP or UDP headers with what a RECORD knows."""
+    """Return IP and TCP or UDP headers with the facts of a RECORD."""
     tcp = record["proto"] == socket.IPPROTO_TCP
     length = int(record["len"])
     ports = struct.pack("!HH", record["sport"], record["dport"])
     saddr, daddr = record["saddr"].tobytes(), record["daddr"].tobytes()
     ip = 20 if record["family"] == socket.AF_INET else 40
     if tcp:
-        # options are part of the header's length, or what follows would pass for payload
+        # options count as header, or what follows would count as payload
         size = min(max(int(record["hdr_len"]) - ip, 20), 60) // 4 * 4
         transport = ports + struct.pack("!IIBBHHH", 0, 0, size << 2, record["tcp_flags"], 0, 0, 0)
         transport += bytes(size - 20)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Saves batches in the format that a file's name asks for."""
+"""Saves batches in the format that the name of a file stands for."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _ECS = (".ecs.jsonl", ".ecs.ndjson", ".ecs.json")
 
 
 class Saver(Protocol):
-    """Writes whole batches; what add() has taken is in the file when it returns."""
+    """Writes whole batches. They are in the file when add() returns."""
 
     @property
     def rows(self) -> int:
-        """How many records are in the file, also after a failure."""
+        """How many records are in the file, even after a failure."""
         ...
 
     def add(self, table: Columns) -> None:
@@ -44,7 +44,7 @@ class Saver(Protocol):
 
 
 def format_of(path: str, asked: str | None) -> str:
-    """Return the format for `path`. Raises UsageError when nothing tells it."""
+    """Return the format for `path`. Raises UsageError if the name does not show it."""
     if asked:
         return asked
     if path == "-":
@@ -67,7 +67,7 @@ def refuse_pcap(path: str) -> None:
 
 
 def refuse_input(path: str, inputs: Iterable[str]) -> None:
-    """Raise UsageError when writing to `path` would destroy one of `inputs`."""
+    """Raise UsageError if writing to `path` would destroy one of `inputs`."""
     for one in inputs:
         try:
             same = path != "-" and os.path.isfile(path) and os.path.samefile(path, one)
@@ -111,7 +111,7 @@ def open_saver(
 
 
 class Rotation:
-    """One file after the other: a full one's successor, or that of one that others moved away."""
+    """Writes one file after another: when it is full, or when others have moved it away."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class Rotation:
         self._saver: Saver | None = self._make(self._file)
 
     def _name(self) -> str:
-        """As tcpdump numbers them, but before the suffix, which tells the format."""
+        """Return the name of a further file: numbered as by tcpdump, but before the suffix."""
         if self._keep is not None:
             width = len(str(self._keep - 1))
             number = f"{self._number % self._keep:0{width}}"

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""A small process that does a capture's writes, so that SIGKILL of the hunter cuts no row.
+"""A small process that writes a capture, so that SIGKILL of the hunter cuts no row.
 
-The kernel gives a write() up between two pages once the process is killed
-(generic_perform_write in mm/filemap.c). What this process has got whole it writes whole, and it
-is another one than the one that is killed; it ends when its channel does.
+If a process is killed, the kernel stops its write() between two pages (generic_perform_write in
+mm/filemap.c). This process is not the one that is killed. It writes completely what it received
+completely, and ends when its channel ends.
 
-Channel (its standard input, a stream socket): to it, u32 length and so many bytes, native order;
-back, after each, u32 errno, 0 when all of it is in the file (its standard output), else none is.
-This file is also the program, run by itself: it imports nothing of the project.
+The channel is its standard input, a stream socket. It receives a u32 length and so many bytes, in
+native order. For each it sends back a u32 errno: 0 if all is in the file (its standard output),
+else nothing is. This file is also the program, and runs alone: it imports nothing of the project.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def start(arguments: list[str], fd: int) -> tuple[socket.socket, subprocess.Pope
     """Run Python with `arguments`; its input is the returned channel, its output goes to `fd`."""
     channel, theirs = socket.socketpair()
     with theirs:
-        # a session of its own: Ctrl-C and the terminal's end are for the hunter to heed
+        # a session of its own: the hunter handles Ctrl-C and the end of the terminal
         command = [sys.executable, *arguments]
         return channel, subprocess.Popen(
             command, stdin=theirs.fileno(), stdout=fd, start_new_session=True
@@ -38,13 +38,13 @@ def start(arguments: list[str], fd: int) -> tuple[socket.socket, subprocess.Pope
 
 
 class Writer:
-    """Has pieces appended to the file open as `fd`, at its offset, by a process of its own."""
+    """Appends pieces to the file open as `fd`, at its offset, by a process of its own."""
 
     def __init__(self, fd: int) -> None:
         self._channel, self._process = start(["-I", "-S", __file__], fd)
 
     def append(self, piece: bytes) -> None:
-        """Append `piece`, or nothing of it. Raises OSError: what write(2) says."""
+        """Append all of `piece`, or nothing. Raises OSError as write(2) does."""
         try:
             self._channel.sendall(_NUMBER.pack(len(piece)) + piece)
             answer = self._channel.recv(_NUMBER.size, socket.MSG_WAITALL)
@@ -72,7 +72,7 @@ def _serve() -> None:
             (length,) = _NUMBER.unpack(head)
             piece = channel.read(length)
             if len(piece) < length:
-                break  # killed while it told us
+                break  # killed while it sent the answer
             try:
                 view = memoryview(piece)
                 while view:

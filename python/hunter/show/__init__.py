@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Records for people."""
+"""Records as text."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The closing account: what was seen, what came through, what was named, what was lost where."""
+"""The closing account: what was seen, delivered, named and lost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ShownAccount:
         self._by_how += np.bincount(batch.records["how"], minlength=256)
 
     def pass_over(self, records: np.ndarray) -> None:
-        """Count RECORDs that are not of the command, and so not shown."""
+        """Count RECORDs that are not the command's, and so are not shown."""
         self._others += np.bincount(records["how"], minlength=256)
 
     @property
@@ -47,7 +47,7 @@ class ShownAccount:
         done: str = "shown",
         missing: Mapping[str, int] | None = None,
     ) -> list[str]:
-        """Return the account for people. `account` is of the source, `lost` of its last step.
+        """Return the account for people. `account` is the source's, `lost` that of the last step.
 
         `done`: what became of the packets; `missing`: how many of them are not in which file.
         """

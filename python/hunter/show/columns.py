@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A batch as columns of plain values: the one place where records become what files hold."""
+"""A batch as columns of plain values. Here alone records become what files hold."""
 
 from __future__ import annotations
 
@@ -40,16 +40,17 @@ __all__ = [
     "nobody",
     "tcp_flags",
     "tcp_flags_of",
+    "translated",
     "words_of",
 ]
 
 
 class ColumnKind(Enum):
-    """What a column's values are; each format writes and reads a kind in one place."""
+    """Kind of a column's values. Each format writes and reads a kind in one place."""
 
     TIME = auto()
     WORD = auto()
-    """Text of this program's own words."""
+    """Text that this program itself chooses."""
     TEXT = auto()
     """Text that others choose, or that may be empty."""
     U16 = auto()
@@ -66,7 +67,7 @@ class Column:
     name: str
     kind: ColumnKind
     of_process: bool = False
-    """It is the attribute of that name of the record's Process, and is read back into one."""
+    """Whether the record's Process has it, as an attribute of the same name."""
 
 
 _COLUMNS = (
@@ -143,12 +144,12 @@ _TCP_FLAGS = {"S": 2, "F": 1, "R": 4, "P": 8, "U": 32, "E": 64, "W": 128, ".": 1
 
 @lru_cache(256)
 def tcp_flags(flags: int) -> str:
-    """Return TCP flags as tcpdump does: S F R P U E W, a dot for ACK, "none" for none."""
+    """Return TCP flags in tcpdump's letters: S F R P U E W, a dot for ACK, "none" for none."""
     return "".join(letter for letter, bit in _TCP_FLAGS.items() if flags & bit) or "none"
 
 
 def tcp_flags_of(text: str) -> int:
-    """Return the flags of which tcp_flags() made `text`. Raises ValueError."""
+    """Return the flags for `text` of tcp_flags(). Raises ValueError."""
     if text == "none":
         return 0
     if not set(text) <= set(_TCP_FLAGS) or len(set(text)) != len(text):
@@ -163,7 +164,7 @@ def words_of(flags: int) -> str:
 
 
 class Details(Protocol):
-    """What is known beyond the records.
+    """Facts beyond the records.
 
     One that reads files has interface(netns, ifindex) and tcp_flags too (FileSource); all sources
     have ends (Source).
@@ -178,7 +179,7 @@ Holder = dict[str, int | str]
 """A process: pid and comm."""
 
 Holders = Callable[[set[int]], Mapping[int, list[Holder]]]
-"""Cookies of shared sockets -> who holds them, as far as known."""
+"""Maps cookies of shared sockets to their holders, as far as known."""
 
 
 def nobody(cookies: set[int]) -> Mapping[int, list[Holder]]:
@@ -211,15 +212,15 @@ class Columns:
     process: list[Process | None]
     batch: NamedBatch
     holders: dict[int, list[Holder]]
-    """By row, where a socket is shared and its holders are known."""
+    """By row: the holders of a shared socket, if known."""
     interface: Callable[[int, int], str]
     """(netns, ifindex) -> the interface's name."""
     tells_tcp_flags: bool
-    """Whether the records know them."""
+    """Whether the records have TCP flags."""
     domain: list[str]
-    """Names of far ends, "" where none is known."""
+    """Names of far ends, "" if unknown."""
     nat: list[tuple[str, int, str, int] | None]
-    """What NAT makes of source and destination, or made them of."""
+    """What NAT makes of source and destination, or what it made them from."""
 
 
 def addresses(records: np.ndarray, field: str) -> list[str]:
@@ -249,7 +250,7 @@ def _shared(records: np.ndarray, holders: Holders) -> dict[int, list[Holder]]:
 
 
 def columns(batch: NamedBatch, details: Details, holders: Holders = nobody) -> Columns:
-    """Return the records of `batch` as columns; `details` gives what records lack (exe)."""
+    """Return the records of `batch` as columns. `details` has what records lack (exe)."""
     records = batch.records
     named = wire.are_named(records["how"]).tolist()
     tgid, start = records["tgid"].tolist(), records["start_ns"].tolist()
@@ -281,11 +282,12 @@ def columns(batch: NamedBatch, details: Details, holders: Holders = nobody) -> C
         interface=getattr(details, "interface", _interface),
         tells_tcp_flags=getattr(details, "tcp_flags", True),
         domain=getattr(details, "ends", _NO_ENDS).domains(records),
-        nat=_translated(records, getattr(details, "ends", _NO_ENDS)),
+        nat=translated(records, getattr(details, "ends", _NO_ENDS)),
     )
 
 
-def _translated(records: np.ndarray, ends: Ends) -> list[tuple[str, int, str, int] | None]:
+def translated(records: np.ndarray, ends: Ends) -> list[tuple[str, int, str, int] | None]:
+    """Return the other source, port, target and port of each record that NAT changes."""
     found = ends.translations(records)
     if found is None:
         return [None] * len(records)
@@ -311,7 +313,7 @@ def _own_netns() -> int:
 
 @lru_cache(4096)
 def _interface(netns: int, ifindex: int) -> str:
-    """An index means something in its own network namespace only."""
+    """An index has a meaning only in its own network namespace."""
     if not ifindex:
         return ""
     return names.interface(ifindex) if netns == _own_netns() else f"if{ifindex}@netns{netns}"
@@ -320,7 +322,7 @@ def _interface(netns: int, ifindex: int) -> str:
 def cells(table: Columns) -> dict[str, list[Any]]:
     """Return what is saved, by the names in COLUMNS: plain values, None where nothing is known.
 
-    An empty text is None too, so that all formats have one word for what is unknown.
+    An empty text is None too, so that all formats have one value for the unknown.
     """
     records = table.batch.records
     known = [pid is not None for pid in table.pid]

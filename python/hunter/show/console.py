@@ -24,10 +24,10 @@ _ASCII = Box("    \n    \n -- \n" + "    \n" * 5, ascii=True)
 
 
 class Output(Console):
-    """A rich console that takes no text for markup and lets a closed pipe be told.
+    """A rich console that reads no markup, and raises when a pipe is closed.
 
-    Without UTF-8, or on a dumb terminal, lines are drawn in ASCII; no line ends in blanks.
-    Raises BrokenPipeError, where rich by itself would end the program with 1.
+    Without UTF-8, or on a dumb terminal, it draws lines in ASCII. No line ends in blanks. Raises
+    BrokenPipeError, where rich itself would end the program with 1.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -36,11 +36,11 @@ class Output(Console):
 
     @property
     def encoding(self) -> str:
-        """What rich chooses ASCII boxes by; Python says UTF-8 in the C locale too."""
+        """rich chooses ASCII boxes by it. Python says UTF-8 even in the C locale."""
         return "ascii" if self._plain or locale_is_ascii() else super().encoding
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print; a table loses the blanks that fill its lines."""
+        """Print. Blanks at the ends of a table's lines are removed."""
         for one in objects:
             if isinstance(one, Table) and one.box is not None and self.encoding == "ascii":
                 one.box = _ASCII
@@ -52,7 +52,7 @@ class Output(Console):
 
 
 class _Trimmed:
-    """What `inside` renders, without blanks at the ends of lines."""
+    """Renders `inside` without blanks at the ends of lines."""
 
     def __init__(self, inside: RenderableType) -> None:
         self._inside = inside
@@ -69,12 +69,12 @@ class _Trimmed:
 
 
 def has_blocks() -> bool:
-    """Whether the terminal can be expected to have the blocks that bars are made of."""
+    """Return whether the terminal probably has the block characters for bars."""
     return os.environ.get("TERM") not in ("dumb", "linux") and not locale_is_ascii()
 
 
 def locale_is_ascii() -> bool:
-    """Whether the user's locale is C or POSIX, whatever encoding Python takes in it."""
+    """Return whether the user's locale is C or POSIX, whatever encoding Python uses in it."""
     for name in ("LC_ALL", "LC_CTYPE", "LANG"):
         value = os.environ.get(name)
         if value:
@@ -89,9 +89,9 @@ def put(
     rows: Sequence[Row],
     numbers: Collection[str] = (),
 ) -> None:
-    """Print a table; where the terminal is too narrow for it, a few lines for each row.
+    """Print a table. If the terminal is too narrow, print a few lines for each row.
 
-    Into a file or a pipe it goes as wide as it is: a line that is cut off answers nothing.
+    A file or a pipe gets full width, because a cut line is no answer.
     """
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for name in columns:

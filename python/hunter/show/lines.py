@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A packet a line, as tcpdump writes them, with the owner."""
+"""One line for each packet, as tcpdump writes them, with the owner."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class LinePrinter:
         self._names = names
         self._namespaces = Namespaces(style.netns)
         self.rows = 0
-        """Lines that are written, at least."""
+        """The least width of a line's first part."""
         self._out = out or sys.stdout
         self._terminal = self._out.isatty()
         self._console = Console(file=self._out, soft_wrap=True, highlight=False, markup=False)
@@ -63,7 +63,7 @@ class LinePrinter:
         self._last = 0
 
     def add(self, batch: NamedBatch) -> None:
-        """Write one line a record."""
+        """Write one line for each record."""
         if self._terminal:
             self._console.print(self.texts(batch))
         else:
@@ -117,13 +117,13 @@ class LinePrinter:
         return f"{plain(self._names.host(address))}.{service(port, proto)}"
 
     def _domain(self, table: Columns, i: int, way: str) -> str:
-        """The name that the process asked for, behind the far end."""
+        """The name that the process asked for, after the far end."""
         if not table.domain[i] or table.dir[i] != way or self._style.quiet:
             return ""
         return f" [{plain(table.domain[i])}]"
 
     def _translated(self, table: Columns, i: int, at: int) -> str:
-        """The other address of the source (0) or the target (2), where NAT changes it."""
+        """The other address of source (0) or target (2), if NAT changes it."""
         became = table.nat[i]
         if became is None or self._style.quiet:
             return ""

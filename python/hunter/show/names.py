@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Names of hosts, services and users for people, looked up beside the stream."""
+"""Names of hosts, services and users for people, looked up outside the stream."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ __all__ = [
     "HostNames",
     "Namespaces",
     "interface",
+    "nat",
     "netns",
     "own_hosts",
     "own_users",
@@ -36,7 +37,7 @@ __all__ = [
 
 @lru_cache(1)
 def services(path: str = "/etc/services") -> dict[tuple[int, str], str]:
-    """Return names by port and protocol (services(5)); the first of a port counts."""
+    """Return names by port and protocol (services(5)); the first name of a port counts."""
     known: dict[tuple[int, str], str] = {}
     for name, *rest in _words(path):
         port, _, proto = rest[0].partition("/") if rest else ("", "", "")
@@ -51,6 +52,11 @@ def service(port: int, proto: str) -> str:
     return services().get((port, proto), str(port)) if port < 49152 else str(port)
 
 
+def nat(near: str, far: str) -> str:
+    """Return in one text what NAT makes of the near and the far end; "" for the same."""
+    return f"{near} <> {far}" if near and far else near or f"{'<> ' * bool(far)}{far}"
+
+
 @lru_cache(256)
 def interface(index: int) -> str:
     """Return the name of an interface of this network namespace, or if<N>."""
@@ -61,10 +67,10 @@ def interface(index: int) -> str:
 
 
 def netns(inode: int, since_s: float | None = None) -> str:
-    """Return the name that `ip netns` has for a network namespace, else its inode.
+    """Return the name of a network namespace by `ip netns`, else its inode.
 
-    `since_s`: when it was seen. Inodes are used again: one seen before the names last changed
-    keeps its number.
+    `since_s`: when it was seen. Inodes are reused: one seen before the names last changed keeps its
+    number.
     """
     known, changed_s = _namespaces()
     if inode not in known or (since_s is not None and since_s < changed_s):
@@ -73,10 +79,10 @@ def netns(inode: int, since_s: float | None = None) -> str:
 
 
 class Namespaces:
-    """Says which network namespace something is of, where that goes without saying otherwise.
+    """Says in which network namespace something is, unless that is obvious.
 
-    `own`: the reader's, which needs no word. None: what is shown is of a file. Its namespaces may
-    be another machine's, so they have numbers alone, and those once there are several.
+    `own`: the reader's, which needs no word. None: the data is from a file. Its namespaces may be
+    another machine's, so they are numbers, shown only if there are several.
     """
 
     def __init__(self, own: int | None) -> None:
@@ -86,7 +92,7 @@ class Namespaces:
         """Whether a file has more than one (see())."""
 
     def see(self, numbers: np.ndarray) -> None:
-        """Learn of namespaces before they are shown; 0 is none that is known."""
+        """Learn of namespaces before they are shown; 0 is unknown."""
         if not self.several:
             there = np.unique(numbers)
             there = there[there != 0]
@@ -94,7 +100,7 @@ class Namespaces:
             self.several = bool(np.any(there != self._first))
 
     def name(self, number: int) -> str:
-        """Return "" where it goes without saying."""
+        """Return the word for a namespace; "" if it is obvious."""
         if number == 0 or number == self._own:
             return ""
         if self._own is None:
@@ -103,12 +109,12 @@ class Namespaces:
 
 
 def _namespaces() -> tuple[dict[int, str], float]:
-    """Names by inode, and when they last changed; read again when the directory changes."""
+    """Names by inode, and when they last changed. Read again when the directory changes."""
     try:
         changed = os.stat(NAMED).st_mtime_ns
     except OSError:
         return {}, 0.0
-    # a name that is just being made is not mounted yet
+    # a name that is just being created is not mounted yet
     read = _named if time.time_ns() - changed > _SETTLED_NS else _named.__wrapped__
     return read(changed), changed / 1e9
 
@@ -123,7 +129,7 @@ def _named(changed_ns: int) -> dict[int, str]:
 
 
 def own_hosts(path: str = "/etc/hosts") -> dict[str, str]:
-    """Return names by address, which need no waiting: localhost is so named from the first line."""
+    """Return names by address that need no lookup: localhost has its name from the first line."""
     known: dict[str, str] = {}
     for address, *hosts in _words(path):
         if hosts:
@@ -149,8 +155,8 @@ def _lines(path: str) -> list[str]:
 
 
 _NUMBER = re.compile(r"[0-9]{1,10}")
-_WAITING = 1000  # names that wait to be looked up
-_MAX_FILE = 16 << 20  # bytes of a table of names that are read
+_WAITING = 1000  # the most names that wait to be looked up
+_MAX_FILE = 16 << 20  # the most bytes that are read of a table of names
 
 
 def _words(path: str) -> Iterator[list[str]]:
@@ -162,10 +168,10 @@ def _words(path: str) -> Iterator[list[str]]:
 
 
 class HostNames:
-    """Names of hosts and users, looked up in one thread of its own; a context manager.
+    """Names of hosts and users, looked up in a thread. A context manager.
 
-    Nothing here waits: an address or uid stands for its name until that is known. At most `limit`
-    names are kept, at most 1,000 wait.
+    Nothing here waits: an address or uid is shown until its name is known. At most `limit` names
+    are kept, and at most 1,000 wait.
     """
 
     def __init__(self, limit: int = 65536) -> None:
@@ -181,11 +187,11 @@ class HostNames:
         self._worker.__exit__()
 
     def host(self, address: str) -> str:
-        """Return the host's name if it is known by now, else `address`."""
+        """Return the host's name if it is known now, else `address`."""
         return self._name(address)
 
     def user(self, uid: int) -> str:
-        """Return the user's name if it is known by now, else `uid` as text."""
+        """Return the user's name if it is known now, else `uid` as text."""
         return self._name(uid)
 
     def _name(self, key: str | int) -> str:
@@ -194,7 +200,7 @@ class HostNames:
             if len(self._known) >= self._limit:
                 self._known.clear()
             name = str(key)
-            self._known[key] = name  # before the thread, which may be quick, knows better
+            self._known[key] = name  # before the thread can set the name
             if not self._worker.add(key):
                 del self._known[key]
         return name

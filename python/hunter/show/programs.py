@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What processes are called: those of one program in one row, and what they run in."""
+"""Names of processes: one row for many processes of a program, and what they run in."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hunter.show.text import plain
 __all__ = ["label", "place", "programs"]
 
 _FEW = 4
-"""So many processes of a program keep rows of their own."""
+"""Up to so many processes of a program have rows of their own."""
 
 K = TypeVar("K", bound=Hashable)
 
 
 def place(container: str, name: str, pod: str, unit: str) -> str:
-    """Return what a process runs in, as people call it; it may hold any character.
+    """Return what a process runs in, in people's words. It may contain any character.
 
     "pod default/web-0/app", "docker:web", "docker:4f1c0d2e9a3b" without a name, else the unit.
     """
@@ -32,9 +32,9 @@ def place(container: str, name: str, pod: str, unit: str) -> str:
 def programs(known: Mapping[K, tuple[str, str]]) -> dict[K, tuple[str, str, K | None]]:
     """Return the row of each process of `known` (comm, executable or "").
 
-    A row is (comm, executable, process), or (comm, executable, None) for a program with many.
-    A process that ended before its executable was read is of the one that all others of its
-    name have, if they agree.
+    A row is (comm, executable, process), or (comm, executable, None) for a program with many
+    processes. If a process ended before its executable was read, it gets that of all others with
+    its name, if they agree.
     """
     paths: defaultdict[str, set[str]] = defaultdict(set)
     for comm, exe in known.values():

@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: MIT
-"""Rates of processes, of their flows and of the far ends they talk to, second by second."""
+"""Rates of processes, their flows and their far ends, second by second."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 
 from nlproto.records import ends, wire
 from nlproto.records.batch import NamedBatch
+from nlproto.tables.attempts import Attempts
 from nlproto.tables.flows import address_bytes, summarize
+from nlproto.tables.outcome import RST
 
 __all__ = ["HISTORY", "FlowRate", "TrafficMeter", "ProcessRate", "RateKey", "Rates"]
 
 HISTORY = 12  # ticks that a sparkline shows
-KEPT_S = 60.0  # what a live view keeps a process for after its last packet
+KEPT_S = 60.0  # how long a live view keeps a process after its last packet
 MAX_FLOWS = 50_000
 
 RateKey = tuple[int, int, int]
@@ -25,12 +28,16 @@ FlowKey = tuple[int, ...]
 """netns, proto, local port, remote port, local and remote address as two numbers each."""
 
 FarEnd = tuple[int, str]
-"""Network namespace and address: an address may be another host's in each."""
+"""Network namespace and address. In each namespace it may be another host."""
+
+
+ShownEnds = tuple[str, int, str, int]
+"""Local address and port, remote address and port."""
 
 
 @dataclass(slots=True)
 class TrafficMeter:
-    """Bytes sent and received: since the last tick, a second, and in all."""
+    """Bytes sent and received: since the last tick, in a second, and in all."""
 
     sent: int = 0
     received: int = 0
@@ -48,7 +55,7 @@ class TrafficMeter:
         self.last_s = now_s
 
     def tick(self, seconds: float) -> None:
-        """Turn what came since the last tick into rates, bytes a second."""
+        """Turn the bytes since the last tick into rates, in bytes a second."""
         self.sent_rate = (self.sent - self._sent_before) / seconds
         self.received_rate = (self.received - self._received_before) / seconds
         self._sent_before, self._received_before = self.sent, self.received
@@ -73,13 +80,27 @@ class FlowRate:
     remote: str
     rport: int
     key: ends.FlowKey
-    """By which its far end's name is known (nlproto.records.ends)."""
+    """The key for its far end's name (nlproto.records.ends)."""
     meter: TrafficMeter = field(default_factory=TrafficMeter)
+    cookie: int = 0
+    """The kernel's number of its socket; 0: not known."""
+    became: ShownEnds | None = None
+    """What NAT makes of both ends; None: nothing that is known."""
+
+    def translated(self) -> tuple[str, str]:
+        """Return what NAT makes of the local and of the remote end; "" where it is the same."""
+        if self.became is None:
+            return "", ""
+        near, lport, far, rport = self.became
+        return (
+            "" if (near, lport) == (self.local, self.lport) else f"{near}.{lport}",
+            "" if (far, rport) == (self.remote, self.rport) else f"{far}.{rport}",
+        )
 
 
 @dataclass(slots=True)
 class ProcessRate:
-    """One process, or all packets that nobody is known for, for one reason."""
+    """One process, or all packets that are unnamed for one reason."""
 
     key: RateKey
     comm: str
@@ -87,6 +108,10 @@ class ProcessRate:
     raw_comm: bytes = b""
     meter: TrafficMeter = field(default_factory=TrafficMeter)
     flows: dict[FlowKey, FlowRate] = field(default_factory=dict)
+    failed: int = 0
+    """Connections that it tried to open, refused or unanswered."""
+    resets: int = 0
+    """Flows with a reset, by either side, of each tick."""
     sent_history: deque[float] = field(default_factory=lambda: deque([0.0] * HISTORY, HISTORY))
     received_history: deque[float] = field(default_factory=lambda: deque([0.0] * HISTORY, HISTORY))
 
@@ -95,7 +120,7 @@ class ProcessRate:
         return self.key[0] or None
 
     def remotes(self) -> dict[FarEnd, TrafficMeter]:
-        """Return the far ends, their flows added up."""
+        """Return the far ends, with their flows added up."""
         found: dict[FarEnd, TrafficMeter] = {}
         for flow in self.flows.values():
             end = found.setdefault((flow.netns, flow.remote), TrafficMeter())
@@ -109,32 +134,42 @@ class ProcessRate:
 
 
 class Rates:
-    """Everything that top shows; at most MAX_FLOWS flows, those idle longest go first.
+    """Everything that top shows. At most MAX_FLOWS flows; the longest idle are dropped first.
 
-    A process without packets for `kept_s` seconds goes.
+    A process without packets for `kept_s` seconds is dropped.
     """
 
     def __init__(self, kept_s: float = KEPT_S) -> None:
         self._kept_s = kept_s
         self.processes: dict[RateKey, ProcessRate] = {}
         self.evicted = 0
+        self._attempts = Attempts()
         self._flow_count = 0
 
     def __iter__(self) -> Iterator[ProcessRate]:
         return iter(self.processes.values())
 
-    def tick(self, batches: Iterable[NamedBatch], now_s: float, seconds: float) -> None:
-        """Take what came in the last `seconds`; `now_s` is of any steady clock."""
+    def tick(
+        self,
+        batches: Iterable[NamedBatch],
+        now_s: float,
+        seconds: float,
+        became: Mapping[ends.FlowKey, ends.Translated] = MappingProxyType({}),
+    ) -> None:
+        """Take what came in the last `seconds`; `now_s` is of any steady clock.
+
+        `became`: what NAT makes of the ends of some flows among it.
+        """
         parts = [batch.records for batch in batches if len(batch.records)]
         if parts:
-            self._add(summarize(np.concatenate(parts)), now_s)
+            self._add(summarize(np.concatenate(parts)), now_s, became)
         for process in list(self.processes.values()):
             process.meter.tick(seconds)
             process.sent_history.append(process.meter.sent_rate)
             process.received_history.append(process.meter.received_rate)
             for flow in process.flows.values():
                 meter = flow.meter
-                # idle flows, nearly all of many, keep their zeros
+                # most flows are idle, and keep their zeros
                 if meter.last_s == now_s or meter.sent_rate or meter.received_rate:
                     meter.tick(seconds)
             if process.meter.last_s + self._kept_s < now_s:
@@ -143,7 +178,9 @@ class Rates:
         if self._flow_count > MAX_FLOWS:
             self._evict()
 
-    def _add(self, flows: np.ndarray, now_s: float) -> None:
+    def _add(
+        self, flows: np.ndarray, now_s: float, became: Mapping[ends.FlowKey, ends.Translated]
+    ) -> None:
         local = flows["laddr"].tolist()
         remote = flows["raddr"].tolist()
         columns = [flows[name].tolist() for name in _FIELDS]
@@ -161,7 +198,8 @@ class Rates:
             *sums,
         ) in enumerate(zip(*columns, strict=True)):
             process = self._process(tgid, start, how, uid, comm)
-            packets_in, bytes_in, packets_out, bytes_out = sums
+            packets_in, bytes_in, packets_out, bytes_out, opened, cookie, tcp_in, tcp_out = sums
+            process.resets += bool((tcp_in | tcp_out) & RST)
             process.meter.add(bytes_out, bytes_in, packets_in + packets_out, now_s)
             name = (netns, proto, lport, rport, *local[index], *remote[index])
             flow = process.flows.get(name)
@@ -180,6 +218,17 @@ class Rates:
                 process.flows[name] = flow
                 self._flow_count += 1
             flow.meter.add(bytes_out, bytes_in, packets_in + packets_out, now_s)
+            flow.cookie = cookie or flow.cookie
+            found = became.get(flow.key) if became else None
+            if found is not None:
+                flow.became = _shown(family, found)
+            elif opened:  # another connection, which is not translated
+                flow.became = None
+
+        for attempt in self._attempts.take(flows, int(now_s * 1e9)):
+            owner = self.processes.get((attempt.tgid, attempt.start_ns, 0))
+            if owner is not None:
+                owner.failed += 1
 
     def _process(self, tgid: int, start: int, how: int, uid: int, comm: bytes) -> ProcessRate:
         key = (tgid, start, 0) if tgid else (0, 0, how)
@@ -220,4 +269,13 @@ _FIELDS = (
     "bytes_in",
     "packets_out",
     "bytes_out",
+    "opened",
+    "cookie",
+    "tcp_in",
+    "tcp_out",
 )
+
+
+def _shown(family: int, became: ends.Translated) -> ShownEnds:
+    near, lport, far, rport = became
+    return wire.address_text(family, near), lport, wire.address_text(family, far), rport

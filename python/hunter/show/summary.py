@@ -19,7 +19,7 @@ from nlproto.records.batch import NamedBatch
 
 __all__ = ["Summary", "on_the_wire"]
 
-_MAX_PEERS = 10_000  # counted a process
+_MAX_PEERS = 10_000  # counted for each process
 
 
 @dataclass(slots=True)
@@ -28,7 +28,7 @@ class _Sum:
     packets: int = 0
     bytes: int = 0
     peers: set[tuple[int, str]] = field(default_factory=set)
-    """Far ends: an address is another host's in another network namespace."""
+    """Far ends. In another network namespace an address is another host's."""
 
 
 def on_the_wire(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Names that anybody may have chosen, made harmless for where they are shown.
+"""Makes names that anybody may have chosen harmless for the place where they are shown.
 
-A process can call itself anything, escape sequences and line breaks included.
+A process can have any name, even with escape sequences and line breaks.
 """
 
 import re
@@ -14,10 +14,10 @@ __all__ = ["cell", "escaped", "plain", "sound", "uncell", "unescaped"]
 # Zl and Zp line and paragraph separators
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
-# What a spreadsheet computes, in the wide letters of some keyboards too
+# Characters that make a spreadsheet compute, also in the wide letters of some keyboards.
 _SIGN = r"[=+\-@\uff1d\uff0b\uff0d\uff20]"
 _FORMULA = re.compile(rf"'*\s*{_SIGN}")
-# where a comma is no separator a semicolon is, and what follows it is a cell
+# where a comma does not separate, a semicolon does, and what follows it is a cell
 _INNER = re.compile(rf";(?=[\"']*\s*{_SIGN})")
 _ESCAPE = re.compile(r"\\(?:x([0-7][0-9a-f])|u([0-9a-f]{4})|u\{([0-9a-f]{5,6})\})")
 
@@ -35,7 +35,7 @@ def _shown(character: str) -> str:
 
 @lru_cache(65536)
 def plain(name: str) -> str:
-    """Return `name` on one line, all of it visible: what a terminal could act on as \\xNN."""
+    """Return `name` on one line, all of it visible; a terminal's control characters as \\xNN."""
     if name.isascii() and name.isprintable():
         return name
     return "".join(map(_shown, name))
@@ -58,9 +58,9 @@ def _kept(character: str) -> str:
 
 @lru_cache(65536)
 def escaped(name: str) -> str:
-    """Return `name` as plain() does, but so that unescaped() gives exactly `name` again.
+    """Return `name` as plain() does, but so that unescaped() returns exactly `name`.
 
-    \\x80 to \\xff are left as they are: wire.text() writes so what is no UTF-8.
+    \\x80 to \\xff are left as they are: wire.text() writes bytes that are no UTF-8 so.
     """
     if "\\" in name:
         name = _ESCAPE.sub(lambda found: "\\x5c" + found[0][1:], name)
@@ -86,7 +86,7 @@ def _character(found: re.Match[str]) -> str:
 def cell(name: str) -> str:
     """Return `name` for a table that a spreadsheet may open: escaped, and never a formula.
 
-    A ' before it marks a name that a spreadsheet would compute, as "=cmd()"; uncell() knows.
+    A ' before it marks a name that a spreadsheet would compute, as "=cmd()". uncell() removes it.
     """
     shown = _INNER.sub(r"\\x3b", escaped(name))
     return f"'{shown}" if _FORMULA.match(shown) else shown

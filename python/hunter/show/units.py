@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Amounts of bytes as text."""
+"""Amounts of bytes and of time as text."""
 
 from __future__ import annotations
 
-__all__ = ["UNITS", "amount"]
+__all__ = ["UNITS", "amount", "duration"]
 
 UNITS = ("bin-bytes", "bin-bits", "si-bytes", "si-bits")
 
@@ -22,3 +22,8 @@ def amount(value: float, units: str) -> str:
             break
     infix = "i" if units.startswith("bin") else ""
     return f"{value:.{1 if value < 99.95 else 0}f} {letter}{infix}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """Return a round trip time in ms: "12 ms", "0.25 ms"."""
+    return f"{seconds * 1e3:.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.2f} ms"

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Where packets come from: the daemon, an engine here, a saved file."""
+"""Sources of packets: the daemon, an engine in this process, a saved file."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The account of one capture over several daemons: what passed while there was none is lost."""
+"""The account of one capture over several daemons. Packets while there was none are lost."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _Account = Mapping[str, Any]
 
 
 class DaemonAccounts:
-    """Adds up the daemons' accounts; each is one span, from begin() to end() or cut().
+    """Adds up the daemons' accounts. Each is one span, from begin() to end() or cut().
 
-    Accounts are None for who may not see them; total() is None then.
+    Users who may not see accounts have None; then total() is None.
     """
 
     def __init__(self) -> None:
@@ -27,10 +27,10 @@ class DaemonAccounts:
         self._mark: _Account | None = None
         self._since = self._named_since = 0
         self._left: tuple[Mapping[str, int], int] | None = None
-        """Where the span before was cut, and how many packets after that place arrived."""
+        """Where the last span was cut, and how many packets arrived after that place."""
 
     def begin(self, account: _Account | None) -> int | None:
-        """A daemon counts from `account` on; how many packets nobody got before, if it can tell."""
+        """A daemon counts from `account` on. Count what nobody received before, if known."""
         self._start = self._mark = account
         self._since = self._named_since = 0
         left, self._left = self._left, None
@@ -44,17 +44,17 @@ class DaemonAccounts:
         return missed
 
     def mark(self, account: _Account) -> None:
-        """Everything in `account` came before, everything else comes later."""
+        """Everything in `account` came earlier, everything else comes later."""
         self._mark = account
         self._since = self._named_since = 0
 
     def received(self, hows: np.ndarray) -> None:
-        """Records came; `hows` is their field `how`."""
+        """Count records that came. `hows` is their field `how`."""
         self._since += len(hows)
         self._named_since += int(np.count_nonzero(are_named(hows)))
 
     def cut(self) -> None:
-        """The daemon died: what is known of it is the last mark and what came after."""
+        """The daemon died: its last mark, and what came after it, are all that is known."""
         if self._start is None or self._mark is None:
             return
         self._add(_difference(self._mark, self._start))
@@ -63,13 +63,13 @@ class DaemonAccounts:
         self._start = None
 
     def end(self, account: _Account | None) -> None:
-        """The daemon's last word."""
+        """The daemon's last account."""
         if self._start is not None and account is not None:
             self._add(_difference(account, self._start))
         self._start = None
 
     def total(self) -> dict[str, Any] | None:
-        """The sum, up to the last mark of a span that goes on."""
+        """Return the sum; a span that goes on counts up to its last mark."""
         if self._start is None or self._mark is None:
             return self._sum or None
         return _sum(self._sum, _difference(self._mark, self._start))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""-i: interfaces by name, followed when they go and come back under another index (USB, VPN)."""
+"""-i: interfaces by name, followed when they come back with another index (USB, VPN)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["FollowingSource"]
 
 
 class FollowingSource:
-    """A source whose filter follows the interfaces `names`; `again` makes the filter of now."""
+    """A source whose filter follows the interfaces `names`. `again` makes the present filter."""
 
     def __init__(
         self,
@@ -46,14 +46,14 @@ class FollowingSource:
         return self._look() or self._source.read(timeout)
 
     def _look(self) -> list[NamedBatch]:
-        """Follow what changed; return what the source had still to give."""
+        """Follow changes. Returns what the source still had."""
         now = indexes(self._names)
         if now == self._there:
             return []
         before, self._there = self._there, now
         rest: list[NamedBatch] = []
         if any(self._followed.get(name) != index for name, index in now.items()):
-            # not of one that is gone: its last packets are still on their way
+            # wait for those that have gone: their last packets are still under way
             self._followed = {**self._followed, **now}
             rest = self._source.refilter(self._again())
         for name in self._names:

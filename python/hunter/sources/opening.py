@@ -22,13 +22,14 @@ def open_source(
     notify: Callable[[str], None],
     first_bytes: bool = False,
 ) -> Source:
-    """Return the source that `origin` asks for, of packets that fit `filter`.
+    """Open the source that `origin` asks for, with packets that fit `filter`.
 
-    `choice` is what `filter` was made of: its interfaces are followed. `first_bytes`: with those
-    of packets.
+    `choice` is what `filter` was made from: its interfaces are followed. `first_bytes`: with the
+    packets' first bytes.
 
-    The daemon when one answers, else this process's own pipeline, unless the user named the
-    daemon's socket. `notify` gets lines that say what is less than it could be. Raises Error.
+    It is the daemon if one answers, else this process's own pipeline, unless the user named the
+    daemon's socket. `notify` gets a line about each thing that makes the result worse. Raises
+    Error.
     """
     source = _open(origin, filter, notify, first_bytes)
     if origin.read or not choice.interface or "any" in choice.interface:

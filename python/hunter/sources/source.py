@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where the hunter's packets come from: one interface, whoever names them."""
+"""The interface of all sources of packets, whatever names them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["Source"]
 
 
 class Source(Protocol):
-    """A context manager; packets count from its construction on. One thread."""
+    """A context manager. Packets count from its construction on. For one thread."""
 
     description: str
-    """What it is, for people: "daemon", "engine packet"."""
+    """Its name for people: "daemon", "engine packet"."""
     first_bytes: FirstBytes | None
-    """The first bytes of packets, when they were asked for and come."""
+    """The first bytes of packets, if they were asked for and come."""
 
     @property
     def ends(self) -> Ends:
@@ -34,18 +34,18 @@ class Source(Protocol):
     def __exit__(self, *exc: object) -> None: ...
 
     def read(self, timeout: float) -> list[NamedBatch] | None:
-        """Return what fits the filter, waiting up to `timeout` s; None: it has ended by itself.
+        """Return what fits the filter, waiting up to `timeout` s; None: the source has ended.
 
-        Raises Error when it fails.
+        Raises Error if it fails.
         """
         ...
 
     def refilter(self, filter: Filter) -> list[NamedBatch]:
-        """Take another filter from now on; return what fitted the one before and is here."""
+        """Use another filter from now on. Returns what fitted the old one and is here."""
         ...
 
     def finish(self) -> list[NamedBatch]:
-        """Stop and return the rest: every packet that was there before the call."""
+        """Stop, and return the rest: every packet from before the call."""
         ...
 
     def get(self, tgid: int, start_ns: int, /) -> Process | None:
@@ -53,7 +53,7 @@ class Source(Protocol):
         ...
 
     def holders(self, cookies: set[int]) -> Mapping[int, list[Holder]]:
-        """Return who holds shared sockets."""
+        """Return the holders of shared sockets."""
         ...
 
     def account(self) -> Mapping[str, Any] | None:

@@ -29,12 +29,12 @@ from nlproto.tables.processes import Process, Processes
 
 __all__ = ["PATIENCE", "PipelineSource", "open_alone"]
 
-PATIENCE = 5.0  # s of nothing but failures; who waits for packets wants to know
-_BATCHES = 64  # that may wait for the reader; behind them the pipeline's own queue fills
+PATIENCE = 5.0  # s of nothing but failures: somebody waits for packets, and wants to know
+_BATCHES = 64  # that may wait for the reader; beyond them the pipeline's own queue fills
 
 
 class PipelineSource:
-    """Takes what `pipeline` gives; a slow reader shows as loss in the pipeline's queue."""
+    """Takes what `pipeline` delivers. A slow reader shows as loss in the pipeline's queue."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class PipelineSource:
         return self
 
     def __exit__(self, kind: object = None, *exc: object) -> None:
-        """Raise Error, when all else went well, if this program lost records by its own fault."""
+        """Raise Error if all else went well, but this program lost records by its own fault."""
         self._left = True
         if self._stopper is None:
             self.finish()
@@ -74,7 +74,7 @@ class PipelineSource:
             raise Error(f"{lost} records were lost by a fault of this program: please report it")
 
     def failed(self, error: Error) -> None:
-        """Remember why nothing comes any more; for the pipeline's on_failure and on_death."""
+        """Remember why nothing more comes; for the pipeline's on_failure and on_death."""
         self._failure = self._failure or error
 
     def _take(self, batch: NamedBatch) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Packets from the daemon, which names them; no privilege needed."""
+"""Packets from the daemon, which names them. It needs no privilege."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ __all__ = ["OwnerQuestions", "DaemonSource"]
 
 _HELLO = 3.0  # s, for a daemon that is starting
 _ANSWER = 10.0  # s
-_LAST_ANSWER = 60.0  # s, for the account of all that was recorded: a busy daemon gets there
+_LAST_ANSWER = 60.0  # s, for the account of all that was recorded: a busy daemon needs time
 
 
 class OwnerQuestions:
-    """Holders of shared sockets, asked of the daemon once a cookie in a while."""
+    """Holders of shared sockets. The daemon is asked about a cookie once in a while."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -70,9 +70,9 @@ class OwnerQuestions:
 
 
 class DaemonSource:
-    """A subscription that waits for a daemon that went away, and goes on with the next one.
+    """A subscription. If the daemon goes away, it waits for another one and goes on with that.
 
-    Raises NoDaemon when nobody serves `path` at the beginning.
+    Raises NoDaemon if there is no daemon at `path` at the beginning.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class DaemonSource:
         self._processes = Processes()
         self.ends = self._processes.ends = ToldEnds()
         self._told: set[FlowKey] = set()
-        """Flows whose ends were told since the last batch."""
+        """Flows whose ends the daemon has sent since the last batch."""
         self._questions = OwnerQuestions(path)
         self._spans = DaemonAccounts()
         self._wants_first_bytes = first_bytes
@@ -92,7 +92,7 @@ class DaemonSource:
         self._client: DaemonClient | None = None
         self._gone_at = 0.0
         self._away = 0.0
-        """Seconds without a daemon of which nobody knows how many packets passed."""
+        """Seconds without a daemon. Nobody knows how many packets passed then."""
         self._dropped = self._dropped_before = 0
         daemon = self._subscribe(DaemonClient(path)).daemon
         self.description = f"daemon, engine {daemon['engine']}"
@@ -139,7 +139,7 @@ class DaemonSource:
         self._notify(f"{why}; waiting for it to come back")
 
     def _resume(self, timeout: float) -> None:
-        """One try, which `timeout` s lie before."""
+        """Try once, after waiting `timeout` s."""
         time.sleep(timeout)
         try:
             client = self._subscribe(DaemonClient(self._path, _HELLO))
@@ -189,7 +189,7 @@ class DaemonSource:
     def refilter(self, filter: Filter) -> list[NamedBatch]:
         self._filter = str(filter)
         if self._client is None:
-            return []  # the next daemon is asked so
+            return []  # the next daemon gets the new filter
         batches = self._finish(self._client)
         if self._client is not None:
             self._dropped_before += self._dropped

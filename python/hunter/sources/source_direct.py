@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Packets from an engine of this process's own, owners from the daemon."""
+"""Packets from an engine in this process, owners from the daemon."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from nlproto.tables.processes import Process, Processes
 
 __all__ = ["DaemonNames", "DirectSource", "open_direct"]
 
-_DAEMON_LAG_S = 0.06  # from a packet to the daemon's port map, at rest
+_DAEMON_LAG_S = 0.06  # from a packet to its entry in the daemon's port map, at rest
 _ASK_AGAIN_S = 1.0
 _MAX_UNKNOWN = 65536
 
 
 class DaemonNames:
-    """Names records that the engine could not, by asking the daemon a batch at a time.
+    """Names records that the engine could not name, by asking the daemon a batch at a time.
 
-    Used in the pipeline's worker thread. An end that the daemon does not know is asked for once
-    more, when it has had the time to see the same packets, and then left alone for a second.
-    When the daemon goes away, `lost` is told once and records stay as they are.
+    For the pipeline's worker thread. If the daemon does not know an end, it is asked once more,
+    when it has had time to see the same packets. Then it is not asked for a second. If the daemon
+    goes away, `lost` is called once, and records stay as they are.
     """
 
     def __init__(self, client: DaemonClient, lost: Callable[[str], None]) -> None:
@@ -47,7 +47,7 @@ class DaemonNames:
         self._unknown: dict[Endpoint, float] = {}
 
     def name(self, records: np.ndarray) -> None:
-        """Fill in owner and `how` of records that nobody named but a process may own."""
+        """Fill in owner and `how` of unnamed records that a process may own."""
         local = records["dir"] != wire.lib.SNIFFER_DIR_FWD
         keys: dict[Endpoint, list[int]] = {}
         for row in np.flatnonzero(local & np.isin(records["how"], _ASKABLE)).tolist():

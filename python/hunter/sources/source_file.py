@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Packets of saved captures, through the same filters and views."""
+"""Packets of saved captures, for the same filters and views."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _PROTOS = {name: value for value, name in wire.PROTO_NAMES.items()}
 _HOW = {name: value for value, name in enumerate(wire.HOW_NAMES)}
 _NOT_UTF8 = re.compile(rb"\\x([89a-f][0-9a-f])")
 _U8, _U16, _U32, _U64 = 255, 65535, (1 << 32) - 1, (1 << 64) - 1
-# field of RECORD -> column, greatest value; what stands for nothing
+# field of RECORD -> column, greatest value, text for nothing
 _NUMBERS = {
     "sport": ("sport", _U16, None),
     "dport": ("dport", _U16, None),
@@ -63,7 +63,7 @@ _OWNER = ("tgid", "start_ns", "uid", "comm")
 
 
 class _Bad(ValueError):
-    """A value that cannot be."""
+    """A value that is impossible."""
 
     def __init__(self, column: str, value: object) -> None:
         super().__init__(f"{column} {str(value)[:40]!r} cannot be")
@@ -80,16 +80,16 @@ class _Packet:
     interface: str | None
     data: bytes | None
     end: FlowKey | None
-    """The flow whose far end is called `domain`, and whose ends NAT changes."""
+    """The flow's far end is called `domain`, and NAT changes its ends."""
     domain: str
     became: Translated | None
 
 
 class FileSource:
-    """Reads saved captures, whatever their formats, as one in order of time.
+    """Reads saved captures of any format, as one in order of time.
 
-    Each by pieces, and up to where it is damaged; then it raises Error, which says where.
-    `bytes`: the packets' first bytes are wanted too. Raises Error, UsageError.
+    It reads each piece by piece, up to damage; then it raises Error, which says where. `bytes`: the
+    packets' first bytes are wanted too. Raises Error, UsageError.
     """
 
     def __init__(self, paths: Sequence[str], filter: Filter, bytes: bool = False) -> None:
@@ -103,7 +103,7 @@ class FileSource:
         self._starts: dict[tuple[Any, ...], int] = {}
         self._holders: OrderedDict[int, list[Holder]] = OrderedDict()
         self._any_told = False
-        """Whether any row had a name of its far end, or was translated."""
+        """Whether any row had a name of its far end, or a translation."""
         self._interfaces: dict[tuple[int, int], str] = {}
         self._damage: list[Error] = []
         self._next: _Packet | None = None
@@ -118,7 +118,7 @@ class FileSource:
         )
 
     def _open(self, source: Input, bytes: bool) -> Iterator[_Packet]:
-        """What cannot be read from its beginning on is told at once."""
+        """Files that cannot be read at all are reported at once."""
         if bytes and not has_bytes(source):
             raise UsageError(
                 f"{source.name} has no bytes of packets, which pcapng is made of: save .csv,"
@@ -168,8 +168,7 @@ class FileSource:
         return [NamedBatch(head, records[self._filter.mask(records, self._processes)], _CLOCK)]
 
     def _piece(self) -> list[_Packet]:
-        """The next packets; none of them tells of a process, socket or interface what one before
-        it told otherwise."""
+        """Return the next packets. Within them no process, socket or interface changes."""
         packets: list[_Packet] = []
         told: set[tuple[str, Any]] = set()
         while len(packets) < _ROWS:
@@ -184,11 +183,11 @@ class FileSource:
         return packets
 
     def _facts(self, one: _Packet) -> Iterator[tuple[tuple[str, Any], Any, Any]]:
-        """(what, what is known of it, what `one` says of it)."""
+        """Yield (key, what is known of it, what `one` says of it)."""
         if one.process is not None:
             key = one.process.key
             known = self._processes.get(*key)
-            # the record has the comm of its own moment
+            # the record has the comm of its own time
             known = known and replace(known, comm=one.process.comm)
             yield ("process", key), known, one.process
         if one.holders:
@@ -266,7 +265,7 @@ class FileSource:
         return _Packet(time_ns, fields, process, holders, interface, row.data, end, domain, became)
 
     def _owner(self, values: Mapping[str, Any], fields: dict[str, Any]) -> Process | None:
-        """Rows of the first release lack the start of a process: it is its pid, user and exe."""
+        """Rows of the first release lack the start of a process: pid, user and exe identify it."""
         named = values.get("pid") not in ("", None)
         if named != wire.is_named(fields["how"]):
             raise _Bad("pid", values.get("pid"))
@@ -325,7 +324,7 @@ def _end(fields: Mapping[str, Any], source: bytes, target: bytes) -> FlowKey:
 
 
 def _translated(values: Mapping[str, Any], fields: Mapping[str, Any]) -> Translated | None:
-    """What NAT made of the packet's ends. Raises ValueError."""
+    """Return what NAT made of the packet's ends. Raises ValueError."""
     if values.get("nat_src") in ("", None):
         return None
     (one, source), (other, target) = _address(values, "nat_src"), _address(values, "nat_dst")
@@ -422,7 +421,7 @@ def _people(values: Mapping[str, Any], column: str) -> list[Holder]:
 
 
 def _comm(text: str) -> bytes:
-    """The kernel's bytes, of which wire.text() made `text`."""
+    """Return the kernel's bytes, from which wire.text() made `text`."""
     raw = text.encode("utf-8", "backslashreplace")
     back = _NOT_UTF8.sub(lambda found: bytes.fromhex(found[1].decode()), raw)
     return back if wire.text(back) == text else raw

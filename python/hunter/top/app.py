@@ -7,6 +7,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import ClassVar
 
 from textual.app import App
@@ -19,6 +20,7 @@ from hunter.show.names import HostNames, Namespaces
 from hunter.show.rates import KEPT_S
 from hunter.show.text import plain
 from hunter.sources.opening import open_source
+from hunter.top.going import Going
 from hunter.top.groups import GroupsView, Help
 from hunter.top.state import State
 from hunter.top.views import ProcessesView, View
@@ -30,19 +32,20 @@ __all__ = ["Top", "run"]
 
 def run(options: TopOptions, stop: Stop, notify: Callable[[str], None]) -> None:
     """Show until the user quits or a signal comes. Raises Error."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):  # it reads the one and draws on the other
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):  # it reads one and draws on the other
         raise Error("top needs a terminal; without one: packet-hunter --summary --duration 10s")
-    # without its terminal there is nothing left to do, and Textual would wait for it for ever
+    # without a terminal nothing is left to do, and Textual would wait forever
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     wanted = filter_of(options.choice)
     notes: list[str] = []
     with (
         open_source(options.origin, options.choice, wanted, notes.append) as source,
         HostNames() as known,
+        nullcontext() if options.origin.read else Going() as going,
     ):
-        # what a file says stays, however long ago it was read
+        # a file's processes stay, however old they are
         kept_s = math.inf if options.origin.read else KEPT_S
-        state = State(source, known, options.units, str(wanted), kept_s, options.numbers)
+        state = State(source, known, options.units, str(wanted), kept_s, options.numbers, going)
         state.namespaces = Namespaces(None if options.origin.read else netns.own())
         app = Top(state, options.interval, notes)
         app.asked_to_end = stop
@@ -57,7 +60,7 @@ def run(options: TopOptions, stop: Stop, notify: Callable[[str], None]) -> None:
 
 
 class Top(App[None]):
-    """The program; the source is read by a thread, everything else happens at ticks."""
+    """The program. A thread reads the source; everything else happens at ticks."""
 
     TITLE = "packet-hunter top"
     ENABLE_COMMAND_PALETTE = False
@@ -83,7 +86,7 @@ class Top(App[None]):
         self.interval = interval
         self.notes = notes
         self.asked_to_end: Stop | bool = False
-        """True once a signal did."""
+        """Whether a signal ended it."""
 
     def on_mount(self) -> None:
         self.push_screen(ProcessesView(self.state))
@@ -101,7 +104,7 @@ class Top(App[None]):
             self.exit()
 
     def tick(self) -> None:
-        """Take what came, and show it unless paused."""
+        """Take what came, and show it unless it is paused."""
         self.state.take()
         if self.state.failure is not None:
             self.exit()
@@ -109,13 +112,13 @@ class Top(App[None]):
             self._show()
 
     def _show(self) -> None:
-        """Show the view on top; there is none while the program ends."""
+        """Refresh the top view. There is none while the program ends."""
         stack = self.screen_stack
         if stack and isinstance(stack[-1], View):
             stack[-1].show()
 
     def action_group(self) -> None:
-        """Of the processes; GroupsView itself goes on from there."""
+        """Show processes in groups; GroupsView handles the key from there."""
         self.push_screen(GroupsView(self.state))
 
     def action_help(self) -> None:
@@ -136,7 +139,7 @@ class Top(App[None]):
 
 
 def _keys(view: View) -> list[tuple[str, str]]:
-    """(keys, what they do) in a view, for people."""
+    """Return (keys, what they do) of a view, for people."""
     told: dict[str, list[str]] = {}
     for one in (*type(view).BINDINGS, *View.BINDINGS, *Top.BINDINGS):
         assert isinstance(one, Binding)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A table of any number of rows for Textual: it makes and draws only the rows that are seen."""
+"""A table for Textual with any number of rows. It makes and draws only visible rows."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ from textual.strip import Strip
 __all__ = ["Cell", "GridColumn", "Grid"]
 
 Cell = tuple[str, str]
-"""Text and its style, as rich writes styles: ("curl", "bold")."""
+"""A text and its style in rich's words: ("curl", "bold")."""
 
 
 @dataclass(frozen=True, slots=True)
 class GridColumn:
-    """`sort` is what the table is told to be sorted by; "" cannot be sorted by.
+    """`sort` is the name by which to sort; "" cannot be sorted by.
 
-    A terminal that is too narrow does without columns that have a `spare`, the highest first.
+    A terminal that is too narrow does without columns that have a `spare`, the highest first. One
+    that is `optional` takes no room until a row that was seen has something in it.
     """
 
     name: str
     sort: str = ""
     right: bool = False
     spare: int = 0
+    optional: bool = False
 
 
 class Grid(ScrollView, can_focus=True):
-    """Once moved, its cursor stays on the same row wherever that goes; columns only grow."""
+    """Once moved, the cursor stays on its row, wherever that goes. Columns only grow."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"table--header", "table--odd", "table--cursor"}
     DEFAULT_CSS = """
@@ -60,7 +62,7 @@ class Grid(ScrollView, can_focus=True):
     ]
 
     class Selected(Message):
-        """A click on the row that the cursor is on."""
+        """A click on the row of the cursor."""
 
     class HeaderClicked(Message):
         """`column` is the index of the column."""
@@ -72,9 +74,9 @@ class Grid(ScrollView, can_focus=True):
     def __init__(self, columns: Sequence[GridColumn]) -> None:
         super().__init__()
         self._columns = columns
-        self._widths = [cell_len(column.name) for column in columns]
+        self._widths = [0 if one.optional else cell_len(one.name) for one in columns]
         self._shown = list(range(len(columns)))
-        """Columns that there is room for."""
+        """The columns for which there is room."""
         self._items: Sequence[Any] = ()
         self._key: Callable[[Any], Hashable] = id
         self._cells: Callable[[Any], Sequence[Cell]] = list
@@ -89,11 +91,11 @@ class Grid(ScrollView, can_focus=True):
 
     @property
     def selected(self) -> Any:
-        """The item that the cursor is on; None in an empty table."""
+        """The item of the cursor; None in an empty table."""
         return self._items[self.cursor] if self._items else None
 
     def texts(self, row: int) -> list[str]:
-        """Return what the cells of a row say."""
+        """Return the texts of a row's cells."""
         return [text for text, _ in self._cells(self._items[row])]
 
     def fill(
@@ -102,7 +104,7 @@ class Grid(ScrollView, can_focus=True):
         key: Callable[[Any], Hashable],
         cells: Callable[[Any], Sequence[Cell]],
     ) -> None:
-        """Show `items`; `key` tells which is which from one time to the next."""
+        """Show `items`. `key` identifies an item from one call to the next."""
         before, place = self._seen, self._place(self._items)
         self._items, self._key, self._cells = items, key, cells
         if self._chosen is not None:
@@ -119,17 +121,19 @@ class Grid(ScrollView, can_focus=True):
                 self._refresh_row(row)
 
     def _place(self, items: Sequence[Any]) -> tuple[Any, ...]:
-        """What must be the same for rows to stay where they are on the screen."""
+        """Return what must be equal for rows to keep their places on the screen."""
         return self.cursor, len(items), tuple(self._widths), tuple(self._shown)
 
     def _look(self) -> None:
-        """Make the rows in sight, and as much room as they need."""
+        """Make the visible rows, and the room that they need."""
         first = max(0, round(self.scroll_y))
         for row in range(first, min(first + self.size.height, len(self._items))):
             if row not in self._seen:
                 self._seen[row] = made = self._cells(self._items[row])
                 for at, (text, _) in enumerate(made):
-                    self._widths[at] = max(self._widths[at], cell_len(text))
+                    if text:
+                        least = cell_len(self._columns[at].name)
+                        self._widths[at] = max(self._widths[at], least, cell_len(text))
         self._shown = self._fitting()
         room = sum(self._widths[at] + 1 for at in self._shown)
         size = Size(room, len(self._items) + 1)
@@ -137,7 +141,7 @@ class Grid(ScrollView, can_focus=True):
             self.virtual_size = size
 
     def _fitting(self) -> list[int]:
-        shown = list(range(len(self._columns)))
+        shown = [at for at, one in enumerate(self._columns) if self._widths[at] or not one.optional]
         while sum(self._widths[at] + 1 for at in shown) > self.size.width:
             spare = max(shown, key=lambda at: self._columns[at].spare)
             if not self._columns[spare].spare:

@@ -34,7 +34,7 @@ class _Group:
     received: list[float] = field(default_factory=lambda: [0.0] * HISTORY)
 
     def add(self, process: ProcessRate) -> None:
-        """Also what has ended counts: short-lived processes together may be what sends most."""
+        """Ended processes count too: many short-lived ones may send most."""
         self.processes += process.pid is not None
         self.flows += len(process.flows)
         self.meter.sent += process.meter.sent
@@ -46,7 +46,7 @@ class _Group:
 
 
 class GroupsView(View):
-    """Processes summed up; `b` goes on to the next way to do so, and back after the last."""
+    """Sums of processes. `b` changes to the next kind of group, and after the last one back."""
 
     columns = (
         GridColumn("group", "name"),
@@ -129,7 +129,7 @@ class GroupsView(View):
 
 
 class Help(ModalScreen[None]):
-    """All keys of the view below; any key closes it."""
+    """All keys of the view below. Any key closes it."""
 
     DEFAULT_CSS = """
     Help { align: center middle; }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What hunter top shows, whichever table shows it."""
+"""What hunter top shows, in any of its tables."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ import math
 import os
 import threading
 import time
+from collections.abc import Iterable
 
 from hunter.show.account import ShownAccount
 from hunter.show.names import HostNames, Namespaces
 from hunter.show.programs import place
-from hunter.show.rates import KEPT_S, ProcessRate, RateKey, Rates
+from hunter.show.rates import KEPT_S, FlowRate, ProcessRate, RateKey, Rates
 from hunter.show.text import plain
 from hunter.show.units import UNITS
 from hunter.sources.source import Source
+from hunter.top.going import Going, SocketGoing
 from nlproto import Error
 from nlproto.records.batch import NamedBatch
+from nlproto.records.ends import FlowKey, Translated
+from nlproto.records.wire import joined
+from nlproto.tables.flows import summarize
 from nlproto.tables.processes import Process
 
 __all__ = ["GROUPS", "State"]
@@ -27,10 +32,10 @@ _MAX_ENDED = 1 << 16
 
 
 class State:
-    """Rates and account of what came from `source`, and how they are to be shown.
+    """Rates and account of `source`, and how to show them.
 
-    A thread of its own reads the source between start() and stop(); everything else belongs to
-    the thread that calls take().
+    A thread reads the source between start() and stop(). Everything else is for the thread that
+    calls take().
     """
 
     def __init__(
@@ -41,23 +46,26 @@ class State:
         filter_text: str = "",
         kept_s: float = KEPT_S,
         numbers: bool = False,
+        going: Going | None = None,
     ) -> None:
         self.source = source
         self.known = known
         self.numbers = numbers
-        """Hosts and services as numbers."""
+        """Whether hosts and services are shown as numbers."""
         self.units = units
         self.paused = False
         self.shows_ended = kept_s == math.inf
-        """Processes that have ended and send no more; those of a file all have."""
+        """Whether ended processes that send no more are shown; a file has no others."""
         self._ended: set[RateKey] = set()
         self.namespaces = Namespaces(None)
         self.rates = Rates(kept_s)
         self.shown = ShownAccount()
         self.failure: Error | None = None
-        """Why nothing comes any more."""
+        """Why nothing more comes."""
         self._filter_text = filter_text
         self._inbox = _Inbox(source)
+        self._asking = going
+        self._going: dict[int, SocketGoing] = {}
         self._last_s = time.monotonic()
 
     def start(self) -> None:
@@ -69,28 +77,52 @@ class State:
     def take(self) -> None:
         """Count what came since the last call."""
         now_s = time.monotonic()
-        batches = self._inbox.take()
+        batches, became = self._inbox.take()
         for batch in batches:
             self.shown.add(batch)
             self.namespaces.see(batch.records["netns"])
-        self.rates.tick(batches, now_s, max(now_s - self._last_s, 1e-3))
+        self.rates.tick(batches, now_s, max(now_s - self._last_s, 1e-3), became)
         self._last_s = now_s
+        if self._asking is not None:
+            self._hear(self._asking.take())
         self.failure = self._inbox.failure
+
+    def _hear(self, found: dict[int, SocketGoing] | None) -> None:
+        """Of flows that are shown; what has been closed since stays as it was."""
+        if found is None:
+            return
+        cookies = {flow.cookie for one in self.rates for flow in one.flows.values()}
+        self._going = {
+            cookie: now
+            for cookie in cookies
+            if (now := found.get(cookie) or self._going.get(cookie)) is not None
+        }
+
+    def going(self, flows: Iterable[FlowRate]) -> SocketGoing:
+        """Return how the sockets of these flows go, added up; the round trip time in the middle."""
+        cookies = {flow.cookie for flow in flows}
+        known = [self._going[cookie] for cookie in cookies if cookie in self._going]
+        times = sorted(one.rtt_us for one in known if one.rtt_us)
+        return SocketGoing(
+            times[len(times) // 2] if times else 0,
+            sum(one.resent for one in known),
+            sum(one.dropped for one in known),
+        )
 
     def next_units(self) -> None:
         self.units = UNITS[(UNITS.index(self.units) + 1) % len(UNITS)]
 
     def hides(self, process: ProcessRate) -> bool:
-        """Whether the process has ended and its last packet is not of this moment."""
+        """Return whether the process has ended, and its last packet is not from this moment."""
         return not self.shows_ended and not process.meter.rate and self.ended(process)
 
     def place(self, process: ProcessRate) -> str:
-        """Return what the process runs in; it may hold any character."""
+        """Return what the process runs in. It may contain any character."""
         one = self._details(process)
         return "" if one is None else place(one.container, one.container_name, one.pod, one.unit)
 
     def group(self, process: ProcessRate, by: str) -> str:
-        """Return what the process is called in sums by `by`, one of GROUPS; "" for nothing."""
+        """Return the process's group in sums by `by`, one of GROUPS; "" for none."""
         if by == "name":
             return process.comm
         if by == "user":
@@ -106,7 +138,7 @@ class State:
         return self.source.get(*process.key[:2]) if process.pid else None
 
     def ended(self, process: ProcessRate) -> bool:
-        """Whether the process is known to have exited."""
+        """Return whether the process is known to have exited."""
         if process.pid is None:
             return False
         if process.key not in self._ended:
@@ -141,11 +173,13 @@ class State:
 
 
 class _Inbox:
-    """What a thread of its own reads from the source, until the next tick."""
+    """What the thread has read from the source since the last tick."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self._batches: list[NamedBatch] = []
+        self._became: dict[FlowKey, Translated] = {}
+        """Of flows among the batches: who tells it may forget it with the next one."""
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._read, name="reader", daemon=True)
@@ -159,10 +193,11 @@ class _Inbox:
         self._stopping.set()
         self._thread.join()
 
-    def take(self) -> list[NamedBatch]:
+    def take(self) -> tuple[list[NamedBatch], dict[FlowKey, Translated]]:
         with self._lock:
             batches, self._batches = self._batches, []
-        return batches
+            became, self._became = self._became, {}
+        return batches, became
 
     def _read(self) -> None:
         while not self._stopping.is_set():
@@ -174,5 +209,8 @@ class _Inbox:
             if batches is None:
                 self.ended = True
                 return
+            records = [one.records for one in batches if len(one.records)]
+            became = self._source.ends.translated(summarize(joined(records))) if records else {}
             with self._lock:
                 self._batches += batches
+                self._became |= became

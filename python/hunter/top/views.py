@@ -14,10 +14,11 @@ from textual.screen import Screen
 from textual.widgets import Footer, Input, Static
 
 from hunter.show.console import has_blocks
-from hunter.show.names import service
+from hunter.show.names import nat, service
 from hunter.show.rates import FlowRate, ProcessRate, TrafficMeter
 from hunter.show.text import plain
-from hunter.show.units import amount
+from hunter.show.units import amount, duration
+from hunter.top.going import SocketGoing
 from hunter.top.grid import Cell, Grid, GridColumn
 from hunter.top.state import State
 
@@ -27,12 +28,12 @@ _BARS, _PLAIN_BARS = " ▁▂▃▄▅▆▇█", " .,:-=+*#"
 
 
 def bars() -> str:
-    """Return nine heights of a bar that this terminal has characters for."""
+    """Return the nine heights of a bar, in characters of this terminal."""
     return _BARS if has_blocks() else _PLAIN_BARS
 
 
 def sparkline(history: Iterable[float], bars: str = _BARS) -> str:
-    """Return one bar a value, the highest at full height."""
+    """Return a bar for each value; the highest has full height."""
     values = list(history)
     most = max(values, default=0.0)
     if not most:
@@ -41,7 +42,7 @@ def sparkline(history: Iterable[float], bars: str = _BARS) -> str:
 
 
 class View(Screen[None]):
-    """A table that is filled anew at each tick."""
+    """A table that is filled again at each tick."""
 
     columns: ClassVar[Sequence[GridColumn]] = ()
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -99,7 +100,7 @@ class View(Screen[None]):
             self.leave()
 
     def leave(self) -> None:
-        """Escape without a search: nothing in the first view."""
+        """Escape without a search. It does nothing in the first view."""
 
     def action_sort(self, step: int) -> None:
         names = list(dict.fromkeys(column.sort for column in self.columns if column.sort))
@@ -110,7 +111,7 @@ class View(Screen[None]):
         self.show()
 
     def items(self) -> Sequence[Any]:
-        """Return what there is, in order."""
+        """Return all items, in order."""
         raise NotImplementedError
 
     def key(self, item: Any) -> Hashable:
@@ -120,18 +121,18 @@ class View(Screen[None]):
         raise NotImplementedError
 
     def words(self, item: Any) -> str:
-        """Return the text that a search looks at."""
+        """Return the text in which a search looks."""
         raise NotImplementedError
 
     def title_text(self) -> str:
         raise NotImplementedError
 
     def more_text(self) -> str:
-        """Return what may be cut off at the end of the title."""
+        """Return the end of the title, which may be cut off."""
         return ""
 
     def show(self) -> None:
-        """Fill the table; a tick before it is there, or while the program ends, does nothing."""
+        """Fill the table, if it exists and the program is not about to end."""
         try:
             table = self.query_one(Grid)
             title, account = self.query_one("#title", Static), self.query_one("#account", Static)
@@ -155,6 +156,22 @@ def _number(count: int, one: str, many: str) -> str:
     return f"{count:,} {one if count == 1 else many}"
 
 
+_GOES = (
+    GridColumn("rtt", right=True, spare=11, optional=True),
+    GridColumn("resent", right=True, spare=10, optional=True),
+    GridColumn("dropped", right=True, spare=9, optional=True),
+)
+
+
+def _goes(one: SocketGoing) -> tuple[Cell, ...]:
+    """What stands in _GOES; nothing for 0."""
+    counts = (one.resent, one.dropped)
+    return (
+        (duration(one.rtt_us / 1e6) if one.rtt_us else "", ""),
+        *((f"{count:,}" if count else "", "yellow") for count in counts),
+    )
+
+
 class ProcessesView(View):
     columns = (
         GridColumn("pid", "pid", right=True),
@@ -168,6 +185,9 @@ class ProcessesView(View):
         GridColumn("total", "total", right=True, spare=3),
         GridColumn("flows", "flows", right=True, spare=6),
         GridColumn("runs in", spare=4),
+        *_GOES,
+        GridColumn("failed", "failed", right=True, spare=9, optional=True),
+        GridColumn("resets", "resets", right=True, spare=10, optional=True),
     )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "open", "Flows"),
@@ -222,6 +242,8 @@ class ProcessesView(View):
             "rate": lambda one: (-one.meter.rate, -one.meter.total),
             "total": lambda one: -one.meter.total,
             "flows": lambda one: -len(one.flows),
+            "failed": lambda one: -one.failed,
+            "resets": lambda one: -one.resets,
         }
         return sorted(shown, key=keys[self.sorting])
 
@@ -254,6 +276,8 @@ class ProcessesView(View):
             (amount(meter.total, units), ""),
             (str(len(item.flows)), ""),
             (place, "blue"),
+            *_goes(self.state.going(item.flows.values())),
+            *((f"{count:,}" if count else "", "yellow") for count in (item.failed, item.resets)),
         )
 
 
@@ -273,6 +297,8 @@ class FlowsView(View):
         GridColumn("rate", "rate", right=True),
         GridColumn("total", "total", right=True, spare=1),
         GridColumn("packets", "packets", right=True, spare=7),
+        *_GOES,
+        GridColumn("nat", spare=4, optional=True),
     )
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("tab", "remotes", "Flows or far ends", priority=True)
@@ -342,7 +368,7 @@ class FlowsView(View):
         return f"{plain(domain or self.state.host(remote))}{port}{where}"
 
     def _domain(self, netns: int, remote: str) -> str:
-        """What the far end is called, if all flows that have a name for it agree."""
+        """Return the far end's name, if all its flows that have one agree."""
         ends, flows = self.state.source.ends, self.process.flows.values()
         found = {
             domain
@@ -352,15 +378,18 @@ class FlowsView(View):
         return found.pop() if len(found) == 1 else ""
 
     def words(self, item: _Flow) -> str:
-        return " ".join(text for text, _ in self.cells(item)[:3])
+        made = self.cells(item)
+        return " ".join(text for text, _ in (*made[:3], made[-1]))
 
     def cells(self, item: _Flow) -> Sequence[Cell]:
         _, flow, meter = item
         units = self.state.units
         if isinstance(flow, int):
             proto, near = "", _number(flow, "flow", "flows")
+            became, goes = "", SocketGoing()
         else:
             proto, near = flow.proto, f"{flow.local}.{flow.lport}"
+            became, goes = nat(*flow.translated()), self.state.going([flow])
         return (
             (proto, ""),
             (near, ""),
@@ -370,4 +399,6 @@ class FlowsView(View):
             (amount(meter.rate, units), "bold"),
             (amount(meter.total, units), ""),
             (f"{meter.packets:,}", ""),
+            *_goes(goes),
+            (became, "cyan"),
         )

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""hunter watch: what was not seen before, told to people, programs and the journal."""
+"""hunter watch: reports what was not seen before, to people, programs and the journal."""

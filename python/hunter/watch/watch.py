@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""hunter watch: asks the daemon's history what is new, once or for good."""
+"""hunter watch: asks the daemon's history what is new, once or again and again."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ __all__ = ["line_of", "run"]
 _ONCE_S = 3600.0
 _ASK_S = 5.0  # between two questions
 _OVERLAP_S = 120.0
-"""A sighting is written some seconds after it happened: so much is asked for again."""
+"""A sighting is stored some seconds after it happened, so each question goes so far back."""
 _AT_ONCE = 1000
 _TOLD = 100_000
-"""Findings that are remembered, so that none is told twice."""
+"""Findings that are remembered, so that none is reported twice."""
 _WARNING = 4
 _DAY = 86_400.0
 
 Entry = Mapping[str, Any]
-Key = tuple[str, str, int, float]
+_Finding = tuple[str, str, int, float]
 
 
 def run(options: WatchOptions, stop: Stop, notify: Callable[[str], None]) -> int:
-    """Tell what is new; 0 if there was anything, 1 if not, 2 if the history could not be asked.
+    """Report what is new; return 0 if there was any, 1 if not, 2 without an answer.
 
     Raises UsageError.
     """
@@ -68,7 +68,7 @@ def run(options: WatchOptions, stop: Stop, notify: Callable[[str], None]) -> int
 def _findings(options: WatchOptions, stop: Stop, notify: Callable[[str], None]) -> Iterator[Entry]:
     since = options.since if options.since is not None else _ONCE_S if options.once else 0.0
     begin = time.time() - since
-    told: dict[Key, None] = {}
+    told: dict[_Finding, None] = {}
     first, warned = True, False
     while not stop:
         try:
@@ -109,7 +109,7 @@ def _ask(client: DaemonClient, options: WatchOptions, begin: float) -> Iterator[
             yield answer
 
 
-def _new(answer: Entry, told: dict[Key, None]) -> Iterator[Entry]:
+def _new(answer: Entry, told: dict[_Finding, None]) -> Iterator[Entry]:
     processes = {(one["tgid"], one["start_ns"]): one for one in answer["processes"]}
     for one in answer["news"]:
         key = (one["kind"], one["name"], one["uid"], one["first"])
@@ -124,7 +124,7 @@ def _new(answer: Entry, told: dict[Key, None]) -> Iterator[Entry]:
 def _tell_horizon(since: float, begin: float, unseen: float, notify: Callable[[str], None]) -> None:
     if since > begin - unseen:
         moment = datetime.fromtimestamp(since)
-        notify(f"what is new is known since {moment:%Y-%m-%d %H:%M}: what was seen before is not")
+        notify(f"what is new is known since {moment:%Y-%m-%d %H:%M}: nothing is known of before")
 
 
 def _wait(stop: Stop) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Posts findings as JSON; who cannot be reached costs time and memory within bounds."""
+"""Posts findings as JSON. An unreachable receiver costs bounded time and memory."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["Webhook"]
 _QUEUE = 1000
 _TIMEOUT_S = 5.0
 _PAUSES_S = (0.2, 1.0, 3.0)
-"""Before the second try, the third, the last."""
+"""Seconds before the second try, the third, the last."""
 _FINISH_S = 5.0
 _END: Mapping[str, Any] = {}
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):
-    """A finding goes where the user said: urllib would ask elsewhere, without it."""
+    """Follow no redirect: a finding goes only where the user said."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -36,10 +36,10 @@ _open = urllib.request.build_opener(_Stay).open
 
 
 class Webhook:
-    """A thread that POSTs each finding to `url`; a context manager.
+    """A thread that POSTs each finding to `url`. A context manager.
 
-    What has no room, or is not taken in four tries, is counted and said. Raises UsageError for
-    what is no address of http or https.
+    A finding without room, or not taken in four tries, is counted and reported. Raises UsageError
+    if `url` is no http or https address.
     """
 
     def __init__(self, url: str, notify: Callable[[str], None]) -> None:
@@ -58,7 +58,7 @@ class Webhook:
         self._thread = threading.Thread(target=self._post_all, name="webhook", daemon=True)
         self._told = False
         self.failed = 0
-        """Findings that nobody took."""
+        """How many findings nobody took."""
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -75,7 +75,7 @@ class Webhook:
             self._fail("too many wait")
 
     def finish(self) -> bool:
-        """Wait, some time, until all is posted; whether all was taken."""
+        """Wait, for a limited time, until all is posted. Returns whether all was taken."""
         try:
             self._queue.put(_END, timeout=_FINISH_S)
         except queue.Full:
@@ -101,7 +101,7 @@ class Webhook:
                 self._fail(error)
 
     def _post(self, body: bytes) -> str:
-        """Why it was not taken, "" if it was."""
+        """Return why it was not taken; "" if it was."""
         headers = {"Content-Type": "application/json", "User-Agent": "packet-hunter"}
         request = urllib.request.Request(self._url, body, headers, method="POST")
         try:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""A page in the browser that shows what the daemon sees now, and asks its history."""
+"""A page for the browser that shows what the daemon sees now, and asks its history."""

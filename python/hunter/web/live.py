@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the page shows of now: the same rates as `top`, as JSON."""
+"""The page's live part: the same rates as in `top`, as JSON."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ import json
 import threading
 from typing import Any
 
+from hunter.show.names import nat
 from hunter.show.rates import FlowRate, ProcessRate, TrafficMeter
 from hunter.top.state import State
 
 __all__ = ["LiveRates"]
 
 _FLOWS = 500
-"""Flows of one process that an answer holds: those with the highest rate."""
+"""The most flows of one process in an answer: those with the highest rate."""
 
 
 class LiveRates:
-    """Rates that one thread takes each second, and that others read."""
+    """Rates that one thread updates each second, and others read."""
 
     def __init__(self, state: State) -> None:
         self.state = state
         self._lock = threading.Lock()
-        """Held while `state` is counted and while it is read."""
+        """Held while `state` is updated and while it is read."""
 
     def tick(self) -> None:
-        """Count what came since the last call. Raises Error when nothing comes any more."""
+        """Take what came since the last call. Raises Error if nothing more comes."""
         with self._lock:
             self.state.take()
         if self.state.failure is not None:
@@ -44,7 +45,7 @@ class LiveRates:
             found = [one for one in self.state.rates if one.key[:2] == (pid, start_ns)]
             flows = [flow for one in found for flow in one.flows.values()]
             flows.sort(key=lambda flow: (-flow.meter.rate, -flow.meter.total))
-            rows = [_flow(flow) for flow in flows[:_FLOWS]]
+            rows = [_flow(flow) | self.state.going([flow])._asdict() for flow in flows[:_FLOWS]]
         return json.dumps({"flows": rows, "total": len(flows)}).encode()
 
     def _process(self, one: ProcessRate) -> dict[str, Any]:
@@ -58,6 +59,9 @@ class LiveRates:
             "place": (details.container or details.unit) if details else "",
             "ended": self.state.ended(one),
             "flows": len(one.flows),
+            **self.state.going(one.flows.values())._asdict(),
+            "failed": one.failed,
+            "resets": one.resets,
             **_rates(one.meter),
         }
 
@@ -79,5 +83,6 @@ def _flow(flow: FlowRate) -> dict[str, Any]:
         "lport": flow.lport,
         "remote": flow.remote,
         "rport": flow.rport,
+        "nat": nat(*flow.translated()),
         **_rates(flow.meter),
     }

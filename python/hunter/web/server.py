@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Serves the page and its answers on loopback, to whoever has the secret of its address.
+"""Serves the page and its answers on loopback, to clients with the secret of its address.
 
-Loopback belongs to every user of the machine. So each answer needs the secret, which the browser
-keeps behind the "#" of the address and never sends to another host. The name in "Host" must be
-this machine's, or a foreign page could reach it by a name of its own (DNS rebinding).
+Every user of the machine can connect to loopback. So each answer needs the secret. The browser
+keeps it after the "#" of the address, and never sends it to another host. "Host" must be this
+machine's name, or a foreign page could reach it through a name of its own (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["PageServer"]
 
 _HOST = "127.0.0.1"
 _AT_ONCE = 16
-"""Connections, each with a thread. For one more the oldest that showed no secret is closed."""
+"""The most connections, each with a thread. A new one closes the oldest without the secret."""
 _IDLE_S = 5.0
 _WHO: Mapping[str, Callable[[str], int | float | str]] = {
     **{"port": int, "pid": int, "limit": int, "since": float},
@@ -42,9 +42,9 @@ _MAX_ROWS = 1000
 
 
 class PageServer(ThreadingHTTPServer):
-    """Listens on loopback at `port` (0: any that is free) from the start; serves in threads.
+    """Listens on loopback at `port` (0: any free one), and serves in threads.
 
-    `path` is the daemon's socket. Raises Error when the port cannot be had.
+    `path` is the daemon's socket. Raises Error if the port is taken.
     """
 
     daemon_threads = True
@@ -56,10 +56,10 @@ class PageServer(ThreadingHTTPServer):
         self.page = (Path(__file__).parent / "page.html").read_bytes()
         self.policy = _policy(self.page.decode())
         self._strangers: dict[socket.socket, None] = {}
-        """Connections that showed no secret yet, the oldest first."""
+        """Connections that have not yet shown the secret, the oldest first."""
         self._open = 0
         self._changing = threading.Lock()
-        """Held while the two before it change: connections are made and end in threads."""
+        """Held while the two above change: threads open and close connections."""
         try:
             super().__init__((_HOST, port), _Handler)
         except OSError as error:
@@ -71,7 +71,7 @@ class PageServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """The address to open, secret included."""
+        """The address to open, with the secret."""
         return f"http://{_HOST}:{self.server_port}/#{self.secret}"
 
     def __enter__(self) -> PageServer:
@@ -83,7 +83,7 @@ class PageServer(ThreadingHTTPServer):
         self.server_close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give the connection a thread. Any user can connect: who asks nothing makes room."""
+        """Give the connection a thread. Any user can connect, so idle connections make room."""
         with self._changing:
             full = self._open >= _AT_ONCE
             if full and not self._strangers:
@@ -107,12 +107,12 @@ class PageServer(ThreadingHTTPServer):
                 self._open -= 1
 
     def admit(self, request: socket.socket) -> None:
-        """The connection showed the secret: it is closed for nobody."""
+        """The connection has shown the secret: it is not closed for others."""
         with self._changing:
             self._strangers.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that breaks is nobody's concern."""
+        """A connection that breaks is no error."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -179,7 +179,7 @@ def _number(words: Mapping[str, str], name: str) -> int:
 
 
 def _question(words: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of op "who". Raises UsageError."""
+    """Return the fields of op "who". Raises UsageError."""
     found: dict[str, Any] = {"limit": _MAX_ROWS}
     for name, text in words.items():
         if name not in _WHO:
@@ -195,7 +195,7 @@ def _question(words: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _policy(page: str) -> str:
-    """The page's own script and style run, nothing else, from nowhere else."""
+    """The page may run its own script and style, and load nothing else."""
     rules = [
         "default-src 'none'",
         "img-src data:",

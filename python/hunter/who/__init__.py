@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""hunter who: what is asked, of the daemon or the kernel, and how the answer is shown."""
+"""hunter who: the question to the daemon or the kernel, and how the answer is shown."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Who is behind a proxy that a container's runtime put in front of a published port.
+"""Finds who is behind a proxy that a container's runtime put in front of a published port.
 
-Such a proxy is two connections: one on the port, and one of its own to the container. Whoever has
-the far end of the second is shown with the first.
+Such a proxy has two connections: one at the port, and one to the container. The process at the far
+end of the second is shown with the first.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from nlproto.client.client import DaemonClient
 __all__ = ["add_behind"]
 
 _PROXIES = frozenset(("docker-proxy", "rootlesskit", "rootlessport"))
-_OWN, _EACH = 200, 20  # flows that are looked at: of a proxy, of each connection of its
+_OWN, _EACH = 200, 20  # the most flows of a proxy, and of each of its connections
 
 
 def add_behind(client: DaemonClient, answer: dict[str, Any]) -> None:
-    """Add to op "who"'s reply the flows behind proxies in it; `behind` of each says of whom."""
+    """Add the flows behind proxies to op "who"'s reply; `behind` of each says whose."""
     flows = answer["flows"]
     proxies = {
         (one["pid"], one["start_ns"]): one["comm"] for one in flows if one["comm"] in _PROXIES

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Of what `who` found, what runs in a unit, a container or a pod."""
+"""Keeps of `who`'s findings what runs in a unit, a container or a pod."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Entry = Mapping[str, Any]
 
 
 def asks_for_place(options: WhoOptions) -> bool:
-    """Return whether the answer must go through in_place()."""
+    """Return whether in_place() must filter the answer."""
     return any(one is not None for one in (options.unit, options.container, options.pod))
 
 
 def in_place(
     answer: Mapping[str, Any], options: WhoOptions, notify: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Return the answer without what runs elsewhere; `notify` is told if not all was looked at."""
+    """Return the answer without what runs elsewhere. `notify` is called if not all was checked."""
     for what, total, found in (
         ("sockets", answer["owners_total"], answer["owners"]),
         ("flows", answer["total"], answer["flows"]),
@@ -45,11 +45,11 @@ def _any_of(keys: set[tuple[int, int]], some: Iterable[Entry]) -> bool:
 
 
 def _runs_there(process: Entry, options: WhoOptions) -> bool:
-    """As the filter words unit, container and pod take it."""
+    """Return whether a process fits, as with the filter words unit, container and pod."""
     unit, pod = process.get("unit", ""), process.get("pod", "")
     container, name = process.get("container", ""), process.get("container_name", "")
     asked = (
-        # systemctl too takes "nginx" for "nginx.service"
+        # systemctl too accepts "nginx" for "nginx.service"
         (options.unit, (unit, unit.rpartition(".")[0]) if unit else ()),
         (options.pod, (pod, pod.partition("/")[2]) if pod else ()),
         (options.container, container_names(container, name, options.container or "")),

@@ -21,7 +21,7 @@ from nlproto.host.netns import find
 
 __all__ = ["run"]
 
-_FLOWS, _MAX_FLOWS = 1000, 10_000  # asked for: at least, at most
+_FLOWS, _MAX_FLOWS = 1000, 10_000  # how many to ask for, at least and at most
 _WAIT_S = 10.0  # for the first look of a daemon that has just started
 _ASK_AGAIN_S = 0.2
 
@@ -43,7 +43,7 @@ def run(options: WhoOptions, notify: Callable[[str], None]) -> None:
         past = (options.since, options.until, options.domain)
         if any(one is not None for one in past) or options.socket_given:
             raise
-        notify(f"{error}; until then: sockets of now, of this network namespace")
+        notify(f"{error}; until then: present sockets of this network namespace")
         answer = owners_now(options)
         remembers = False
     if asks_for_place(options):
@@ -62,7 +62,7 @@ def run(options: WhoOptions, notify: Callable[[str], None]) -> None:
 
 
 def _ask(client: DaemonClient, options: WhoOptions) -> dict[str, Any]:
-    """A daemon that has just started is asked again until it has seen the kernel's tables once."""
+    """Ask the daemon. One that has just started is asked again until its first look is done."""
     limit = options.limit
     if options.by or asks_for_place(options):
         limit = _MAX_FLOWS

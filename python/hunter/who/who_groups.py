@@ -101,7 +101,7 @@ def summed(answer: Mapping[str, Any], options: WhoOptions) -> dict[str, Any]:
 
 
 def _name(entry: Entry, process: Entry | None, options: WhoOptions) -> str | None:
-    """What the group is called; "" for what has no such thing, None: it belongs to no group."""
+    """Return the group's name; "" if it has none, None: it belongs to no group."""
     known = process or {}
     match options.by:
         case "name":

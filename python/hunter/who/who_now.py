@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Owners of the sockets that exist now, without a daemon: sock_diag and /proc."""
+"""Owners of the present sockets without a daemon: from sock_diag and /proc."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _PROTOS = {name: number for number, name in wire.PROTO_NAMES.items()}
 
 
 def owners_now(options: WhoOptions) -> dict[str, Any]:
-    """Return what op "who" of the daemon does, as far as the kernel's tables tell.
+    """Return what the daemon's op "who" returns, as far as the kernel's tables know.
 
     `options`: port, proto, host, pid, pname, and whether it must listen. Raises UsageError.
     """
     if options.netns is not None and netns.find(options.netns).netns != netns.own():
-        raise UsageError("--netns of another than this one needs the daemon: sudo packet-hunterd")
+        raise UsageError("--netns with another namespace needs the daemon: sudo packet-hunterd")
     network = None
     if options.host:
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What `who` found, for people: sums where rows would repeat, and the newest of them."""
+"""Shows the findings of `who`: sums where rows would repeat, and the newest first."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from hunter.show import names
 from hunter.show.console import Row, put
 from hunter.show.programs import label, place, programs
 from hunter.show.text import plain
+from hunter.show.units import duration
 from nlproto.host import netns
 
 __all__ = ["clock", "place_of", "service_of", "show"]
 
 _ROWS = 50
-"""Shown of a table, unless --limit says otherwise."""
+"""The most rows of a table, unless --limit says otherwise."""
 _ABOVE = 2
-"""Parents that are shown."""
+"""The most parents that are shown."""
 
 Entry = Mapping[str, Any]
 Program = tuple[Any, ...]
@@ -65,7 +66,7 @@ def show(
             "more connections were translated (NAT) than are known: who is behind may be missing",
             style="dim",
         )
-    if options.listening:  # who and where is in each row
+    if options.listening:  # owner and place are in each row
         return
     _put(console, "processes", _PROCESSES, _process_rows(processes.values()), limit)
 
@@ -97,7 +98,18 @@ def _cut(console: Console, what: str, shown: int, total: int) -> None:
         )
 
 
-_NOW = ("process", "socket", "nat", "state", "sockets", "user", "runs in", "netns", "shared with")
+_NOW = (
+    "process",
+    "socket",
+    "nat",
+    "state",
+    "sockets",
+    "dropped",
+    "user",
+    "runs in",
+    "netns",
+    "shared with",
+)
 _SEEN = (
     *("process", "flow", "nat", "flows", "packets", "bytes", "rtt", "resent", "outcome", "domain"),
     *("first", "last", "netns", "how"),
@@ -105,9 +117,9 @@ _SEEN = (
 _PROCESSES = ("process", "user", "started by", "runs in", "executable", "command")
 _OPTIONAL = (
     *("nat", "state", "sockets", "flows", "domain", "netns", "shared with", "command", "runs in"),
-    *("rtt", "resent", "outcome"),
+    *("rtt", "resent", "outcome", "dropped"),
 )
-_NUMBERS = ("sockets", "flows", "packets", "bytes", "rtt", "resent")
+_NUMBERS = ("sockets", "dropped", "flows", "packets", "bytes", "rtt", "resent")
 
 
 def _name(text: str, known: bool = True) -> Text:
@@ -120,7 +132,7 @@ def _netns(number: int, since: float | None = None) -> str:
 
 @dataclass(slots=True)
 class _Ends:
-    """Both ends of flows or sockets of one owner; ports that differ become *."""
+    """Return both ends of one owner's flows or sockets; ports that differ become *."""
 
     proto: str
     local: str
@@ -138,7 +150,7 @@ class _Ends:
 
 @dataclass(slots=True)
 class _Nat:
-    """What NAT makes of both ends of flows or sockets: those addresses that differ."""
+    """Return what NAT makes of both ends of flows or sockets: the addresses that differ."""
 
     near: set[tuple[str, int]] = field(default_factory=set)
     far: set[tuple[str, int]] = field(default_factory=set)
@@ -154,8 +166,7 @@ class _Nat:
             self.far.add(far)
 
     def text(self) -> str:
-        near, far = self._end(self.near), self._end(self.far)
-        return f"{near} <> {far}" if near and far else near or f"{'<> ' * bool(far)}{far}"
+        return names.nat(self._end(self.near), self._end(self.far))
 
     @staticmethod
     def _end(found: set[tuple[str, int]]) -> str:
@@ -163,7 +174,7 @@ class _Nat:
 
 
 def nat_key(one: Entry, options: WhoOptions) -> tuple[Any, ...]:
-    """What tells rows apart: the addresses, and the port that says what is talked about."""
+    """Return the key of a row: the addresses, and the port of the service."""
     if one.get("nat_local") is None:
         return ()
     ports = service_of(one["nat_lport"], one["nat_rport"], options.port)
@@ -171,7 +182,7 @@ def nat_key(one: Entry, options: WhoOptions) -> tuple[Any, ...]:
 
 
 def without_legs(flows: Sequence[Entry]) -> list[Entry]:
-    """Leave out what only passes through and is a process's connection, seen on its way."""
+    """Leave out a forwarded flow that is also a process's connection."""
     known = {pair for flow in flows if flow["pid"] is not None for pair in _pairs(flow)[:2]}
     return [
         flow
@@ -181,7 +192,7 @@ def without_legs(flows: Sequence[Entry]) -> list[Entry]:
 
 
 def _pairs(flow: Entry) -> list[tuple[Any, ...]]:
-    """The pairs of ends under which a flow is seen, lower ones first."""
+    """Yield the pairs of ends that a flow has, lower end first."""
     found = []
     for nat in ("", "nat_") if flow.get("nat_local") else ("",):
         ends = ((flow[f"{nat}{one}"], flow[f"{nat}{one[0]}port"]) for one in ("local", "remote"))
@@ -194,7 +205,7 @@ def _port(ports: set[int]) -> str:
 
 
 def service_of(lport: int, rport: int | None, asked: int | None) -> tuple[int | None, int | None]:
-    """(local, remote): the port that says what is talked about; the other one is of a moment."""
+    """Return (local, remote) ports, with only the service's; the other one is random."""
     if rport is None:
         return lport, None
     if asked in (lport, rport):
@@ -206,23 +217,24 @@ def _now_rows(
     owners: Sequence[Entry], processes: Mapping[tuple[int, int], Entry], options: WhoOptions
 ) -> list[Row]:
     """A row for each owner, far host and state."""
-    sums: dict[tuple[Any, ...], tuple[Entry, _Ends, set[tuple[Any, ...]], _Nat]] = {}
+    sums: dict[tuple[Any, ...], tuple[Entry, _Ends, dict[tuple[Any, ...], int], _Nat]] = {}
     for one in owners:
         others = sorted({(h["comm"], h["pid"]) for h in one["holders"] if h["pid"] != one["pid"]})
         port = service_of(one["port"], one.get("rport"), options.port)
         place = (one["netns"], one["proto"], one["address"], one.get("remote"), one["state"])
         key = (one["comm"], one["pid"], *place, *port, nat_key(one, options), tuple(others))
         ends = _Ends(one["proto"], one["address"], one.get("remote"))
-        _, ends, sockets, nat = sums.setdefault(key, (one, ends, set(), _Nat()))
+        _, ends, sockets, nat = sums.setdefault(key, (one, ends, {}, _Nat()))
         nat.add(one)
         ends.lports.add(one["port"])
         ends.rports.add(one.get("rport"))
-        sockets.add((one["cookie"], one["port"], one.get("rport")))
+        sockets[one["cookie"], one["port"], one.get("rport")] = one.get("drops", 0)
     rows: list[Row] = []
     for key, (one, ends, sockets, nat) in sums.items():
         listens = one["listening"] and one["proto"] == "tcp"
         who = "-" if one["pid"] is None else f"{plain(one['comm'])}.{one['pid']}"
         process = processes.get((one["pid"], one["start_ns"]))
+        dropped = sum(sockets.values())
         verb = "" if options.listening else "listens on " if listens else "has "
         rows.append(
             [
@@ -231,6 +243,7 @@ def _now_rows(
                 nat.text(),
                 "" if listens or options.listening else one["state"],
                 f"{len(sockets):,}" if len(sockets) > 1 else "",
+                f"{dropped:,}" if dropped else "",
                 "" if one.get("uid") is None else plain(names.user(one["uid"])),
                 "" if process is None else plain(place_of(process)),
                 _netns(one["netns"]),
@@ -290,7 +303,7 @@ def _seen_rows(
     options: WhoOptions,
     now: float,
 ) -> list[Row]:
-    """A row for each program, far host and service, newest first."""
+    """Yield a row for each program, far host and service, newest first."""
     program_of = _programs(flows, processes)
     sums: dict[tuple[Any, ...], _Sum] = {}
     for flow in flows:
@@ -325,11 +338,10 @@ def _seen_rows(
 
 
 def _time(rtts: Sequence[float]) -> str:
-    """The round trip time in the middle of them."""
+    """Return the median round trip time."""
     if not rtts:
         return ""
-    middle = sorted(rtts)[len(rtts) // 2]
-    return f"{middle * 1e3:.0f} ms" if middle >= 0.01 else f"{middle * 1e3:.2f} ms"
+    return duration(sorted(rtts)[len(rtts) // 2])
 
 
 def _outcomes(found: Counter[str], flows: int) -> str:
@@ -343,7 +355,7 @@ def _uncertain(flow: Entry) -> list[str]:
 
 
 def _behind(flow: Entry) -> list[str]:
-    """The proxy through which it was reached."""
+    """Return the proxy through which it was reached."""
     proxy = flow.get("behind")
     return [] if proxy is None else [f"behind {plain(proxy['comm'])}.{proxy['pid']}"]
 
@@ -351,7 +363,7 @@ def _behind(flow: Entry) -> list[str]:
 def _programs(
     flows: Iterable[Entry], processes: Mapping[tuple[int, int], Entry]
 ) -> dict[tuple[int, int], Program]:
-    """The row of each process that has flows."""
+    """Yield the row of each process that has flows."""
     known = {}
     for flow in flows:
         if flow["pid"] is not None:
@@ -380,13 +392,13 @@ def _process_rows(processes: Iterable[Entry]) -> list[Row]:
 
 
 def place_of(process: Entry) -> str:
-    """Return what a process of an answer runs in; it may hold any character."""
+    """Return what a process of an answer runs in. It may contain any character."""
     names = ("container", "container_name", "pod", "unit")
     return place(*(process.get(name, "") for name in names))
 
 
 def _parent(process: Entry) -> str:
-    """Who started it, and who started that one; the pid alone where no more is known."""
+    """Return its parents; the pid alone if no more is known."""
     above = [f"{plain(one['comm'])}.{one['pid']}" for one in process.get("parents", ())[:_ABOVE]]
     return " < ".join(above) or str(process.get("ppid") or "")
 
@@ -397,7 +409,7 @@ def _same(values: Iterable[str]) -> str:
 
 
 def _command(process: Entry) -> str:
-    """Its arguments, where the daemon keeps them."""
+    """Return its arguments, if the daemon keeps them."""
     words: str = process.get("cmdline", "")
     return words if " " in words else ""
 

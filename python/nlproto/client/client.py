@@ -53,7 +53,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class StreamBatch:
-    """Records of one data frame; of one that has flows, `batch.flows` and no records."""
+    """The records of one data frame; or, of a flows frame, `batch.flows` and no records."""
 
     batch: NamedBatch
     seq: int
@@ -100,14 +100,14 @@ class DaemonEvent:
 
 @dataclass(frozen=True, slots=True)
 class AccountEvent:
-    """The daemon's account of exactly the records before it; each second, for who sees all."""
+    """The daemon's account of exactly the records before it. For users who see all, each second."""
 
     account: dict[str, Any]
 
 
 _NO_RECORDS = np.empty(0, wire.RECORD)
 _PIPELINED = 128
-"""Requests sent at once; twice as many are under way, for which the socket has room."""
+"""Requests sent without waiting. Up to twice as many may be under way."""
 
 Event = (
     StreamBatch
@@ -123,11 +123,11 @@ _ERRORS: Mapping[str, type[Error]] = {"usage": UsageError, "denied": NoPrivilege
 
 
 class DaemonClient(Closing):
-    """One connection to the daemon; not for several threads at once.
+    """One connection to the daemon. Not for several threads at once.
 
-    Raises NoDaemon when there is none or it goes away, VersionMismatch when it is of another
-    release, UsageError for a request it refuses,
-    NoPrivilege for one that this user may not make, Error for any other failure.
+    Raises NoDaemon if there is no daemon or it goes away, VersionMismatch if it is of another
+    release, UsageError if it refuses the request, NoPrivilege if this user may not make the
+    request, Error for any other failure.
     """
 
     def __init__(
@@ -138,13 +138,13 @@ class DaemonClient(Closing):
         self.daemon: dict[str, Any] = {}
         """The daemon's answer to hello: version, protocol, engine, pid, uid, everything."""
         self.account: dict[str, Any] = {}
-        """Of the last subscription, once unsubscribe() has returned."""
+        """The account of the last subscription, once unsubscribe() has returned."""
         self._decoder = Decoder(MAX_REPLY)
         self._replies: dict[int, dict[str, Any]] = {}
         self._events: deque[Event] = deque()
         self._next_id = 1
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        # with a timeout of Python's, connect(2) fails at once where many wait to be accepted
+        # with a timeout of Python's, connect(2) fails at once if many clients wait
         seconds = int(timeout)
         limit = struct.pack("ll", seconds, max(1, int((timeout - seconds) * 1e6)))
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
@@ -163,10 +163,10 @@ class DaemonClient(Closing):
             ) from None
         try:
             self.daemon = self.request("hello", protocol=PROTOCOL)
-        except UsageError as error:  # it is no fault of who called
+        except UsageError as error:  # the caller is not to blame
             self.close()
             raise VersionMismatch(str(error)) from None
-        except NoDaemon:  # there is one: whoever asked must not go on as if there were none
+        except NoDaemon:  # there is a daemon: the caller must not go on as if there were none
             self.close()
             raise DaemonBusy(
                 f"{self.path} closed the connection at once: the daemon has all the clients that"
@@ -177,7 +177,7 @@ class DaemonClient(Closing):
             raise
 
     def close(self) -> None:
-        """End the connection; a second time nothing happens."""
+        """End the connection. A second call does nothing."""
         self._socket.close()
 
     def fileno(self) -> int:
@@ -217,10 +217,10 @@ class DaemonClient(Closing):
         listening: bool | None = None,
         limit: int | None = None,
     ) -> dict[str, Any]:
-        """Who owns, or owned, the traffic that fits.
+        """Return who owns, or owned, the traffic that fits all conditions.
 
         `since`, `until`: seconds before now; `at`: Unix time in seconds; `proto`: "tcp" or "udp";
-        `host`: address or network; `netns`: inode; `listening`: what waits for somebody alone.
+        `host`: address or network; `netns`: inode; `listening`: only sockets that wait for a peer.
         The reply has "owners" (sockets there now), "flows" (of the history, last seen first),
         "total", "truncated" and "processes" (Process as dicts).
         """
@@ -243,13 +243,14 @@ class DaemonClient(Closing):
     def owner(
         self, port: int, proto: str | None = None, address: str | None = None
     ) -> list[dict[str, Any]]:
-        """Processes with a socket on local `port` now; each with netns, proto, address, holders."""
+        """Return the processes with a socket on local `port`: netns, proto, address, holders of
+        each."""
         reply = self.request("owner", port=port, proto=proto, address=address)
         owners: list[dict[str, Any]] = reply["owners"]
         return owners
 
     def lookup(self, keys: Sequence[dict[str, Any]]) -> list[dict[str, Any] | None]:
-        """Owners of many sockets or processes at once, in the order of `keys`, None: not known.
+        """Return the owners of many sockets or processes, in the order of `keys`; None: not known.
 
         A key is {"cookie": int}, {"netns", "proto", "address", "port"} (local end), or
         {"tgid", "start_ns"}; at most 1000.
@@ -261,7 +262,7 @@ class DaemonClient(Closing):
     def usage(
         self, *, by: str = "process", since: float = 86400.0, limit: int = 1000
     ) -> dict[str, Any]:
-        """Sums of the flows with packets in the last `since` seconds, most bytes first.
+        """Return sums of the flows that had packets in the last `since` seconds, most bytes first.
 
         `by`: process, unit, container, user or domain.
         """
@@ -270,21 +271,21 @@ class DaemonClient(Closing):
     def news(
         self, kind: str, *, since: float, unseen: float = 2592000.0, limit: int = 1000
     ) -> dict[str, Any]:
-        """What was seen first in the last `since` seconds, and not for `unseen` before that.
+        """Return what was seen in the last `since` seconds, but not for `unseen` seconds before.
 
         `kind`: program, destination or listener. The reply has "news", "processes", "since" (Unix
-        time from which on it is known) and "truncated".
+        time since which the daemon knows) and "truncated".
         """
         return self.request("news", kind=kind, since=since, unseen=unseen, limit=limit)
 
     def stats(self) -> dict[str, Any]:
-        """The account, queues, engine and table sizes, as far as this user may see them."""
+        """Return the account, queues, engine and table sizes, as far as this user may see them."""
         return self.request("stats")
 
     # The stream
 
     def subscribe(self, filter: str = "") -> Iterator[Event]:
-        """Subscribe at once, then iterate events until the daemon says bye."""
+        """Subscribe at once; return an iterator of events until the daemon says bye."""
         self.start(filter)
         return self.events()
 
@@ -293,16 +294,16 @@ class DaemonClient(Closing):
     ) -> dict[str, Any]:
         """Subscribe; the reply's "account" is the daemon's at that moment.
 
-        `first_bytes`: ask for those of packets too; the reply's "snaps" is whether they come.
-        `flows`: what each flow did, several times a second, in place of records; costs the machine
-        no more than the daemon alone. Without `filter` and `first_bytes`.
+        `first_bytes`: ask for the first bytes of packets too. The reply's "snaps" says whether they
+        come. `flows`: get sums of each flow several times a second, in place of records. This costs
+        the machine no more than the daemon alone. It takes neither `filter` nor `first_bytes`.
         """
         return self.request(
             "subscribe", filter=filter, snaps=first_bytes or None, flows=flows or None
         )
 
     def events(self) -> Iterator[Event]:
-        """Events of the subscription as they come. Raises NoDaemon when the daemon dies."""
+        """Yield events of the subscription as they come. Raises NoDaemon when the daemon dies."""
         while True:
             for event in self.read(None):
                 yield event
@@ -310,7 +311,7 @@ class DaemonClient(Closing):
                     return
 
     def read(self, timeout: float | None) -> list[Event]:
-        """Events that are there, or that come within `timeout` seconds (None: wait)."""
+        """Return the events that are there, or that come within `timeout` seconds (None: wait)."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._events:
             left = None if deadline is None else deadline - time.monotonic()
@@ -323,7 +324,7 @@ class DaemonClient(Closing):
         return events
 
     def unsubscribe(self) -> dict[str, Any]:
-        """End the subscription after every record that is on its way has arrived.
+        """End the subscription. Returns when every record on its way has arrived.
 
         Records that came meanwhile are returned by the next read(0). The reply, also kept in
         `account`: "matched", "sent" and "dropped" records of this subscription, and the daemon's
@@ -335,7 +336,7 @@ class DaemonClient(Closing):
     # Bytes
 
     def _send(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> range:
-        """Their ids."""
+        """Send requests; return their ids."""
         numbers = range(self._next_id, self._next_id + len(requests))
         self._next_id = numbers.stop
         frames = []
@@ -369,7 +370,7 @@ class DaemonClient(Closing):
         return NoDaemon(f"the daemon at {self.path} has gone ({error}); is it still running?")
 
     def _receive(self, timeout: float | None) -> bool:
-        """Read once; whether anything came in time."""
+        """Read once. Returns whether anything came in time."""
         ready = select.poll()  # select(2) knows no descriptor above 1023
         ready.register(self._socket, select.POLLIN)
         if not ready.poll(None if timeout is None else math.ceil(timeout * 1000)):

@@ -33,7 +33,7 @@ DEFAULT_SOCKET = "/run/packet-hunter/daemon.sock"
 MAX_REQUEST = 64 * 1024
 MAX_REPLY = 16 * 1024 * 1024
 MAX_WAITING = 16
-"""Questions that a client sends ahead, before it reads an answer."""
+"""Requests that a client may send before it reads an answer."""
 
 HEAD = struct.Struct("<IB3s")
 """Bytes that follow the first four, kind, three zeros."""
@@ -46,11 +46,11 @@ _REST = HEAD.size - _LENGTH
 
 
 class FrameError(Error):
-    """The other side did not keep to the protocol; the connection is of no more use."""
+    """The other side broke the protocol. The connection is of no more use."""
 
 
 class Kind(enum.IntEnum):
-    """What a frame has (docs/PROTOCOL.md, "Frames")."""
+    """What a frame holds (docs/PROTOCOL.md, "Frames")."""
 
     CONTROL = 1
     DATA = 2
@@ -86,9 +86,9 @@ def parse_json(payload: bytes | bytearray | memoryview) -> dict[str, Any]:
 
 
 class Decoder:
-    """Cuts a byte stream into frames; holds at most one incomplete frame of `limit` bytes.
+    """Cuts a byte stream into frames. Holds at most one incomplete frame of `limit` bytes,
 
-    (And what was added and not asked for.)
+    and the complete frames that nobody has taken yet.
     """
 
     def __init__(self, limit: int) -> None:
@@ -101,7 +101,7 @@ class Decoder:
         return len(self._buffer)
 
     def add(self, data: bytes | bytearray | memoryview) -> None:
-        """Keep `data` until next() or feed() asks for frames."""
+        """Keep `data` until next() or feed() is called."""
         self._buffer += data
 
     def next(self) -> tuple[Kind, bytes] | None:

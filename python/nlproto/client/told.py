@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a daemon tells of the ends of flows, before the records that they are of."""
+"""What a daemon sends about the ends of flows, before their records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ToldEnd"]
 
 
 class ToldEnd(msgspec.Struct, frozen=True):
-    """The name of one flow's far end, and what NAT made of both."""
+    """The name of a flow's far end, and what NAT made of both ends."""
 
     netns: int
     proto: int
@@ -29,7 +29,7 @@ class ToldEnd(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, key: FlowKey, domain: str, became: Translated | None = None) -> ToldEnd:
-        """Return what is told of a flow."""
+        """Return what to send about a flow."""
         tgid, start_ns, (netns, proto, family, near, lport, far, rport) = key
         local, remote = address_text(family, near), address_text(family, far)
         nat = None
@@ -40,7 +40,7 @@ class ToldEnd(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> FlowKey:
-        """Of the flow. Raises ValueError."""
+        """Return the flow's key. Raises ValueError."""
         family, near = pack_address(self.local)
         _, far = pack_address(self.remote)
         way = (self.netns, self.proto, family, near, self.lport, far, self.rport)
@@ -48,7 +48,7 @@ class ToldEnd(msgspec.Struct, frozen=True):
 
     @property
     def became(self) -> Translated | None:
-        """What NAT made of the ends. Raises ValueError."""
+        """Return what NAT made of the ends. Raises ValueError."""
         if self.nat is None:
             return None
         local, lport, remote, rport = self.nat

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Where records come from: the module, or AF_PACKET without it."""
+"""Engines: sources of records."""

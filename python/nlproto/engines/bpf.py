@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""BPF objects, by libbpf.so.1 through cffi's ABI mode: no compiler, no wheel of its own."""
+"""BPF objects, by libbpf.so.1 and cffi's ABI mode. So they need neither a compiler nor a wheel."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ __all__ = [
 
 _LIBRARY = "libbpf.so.1"
 _BTF_KIND_TYPEDEF, _BTF_KIND_FUNC = 8, 12
-_INFO_BYTES = 256  # struct bpf_prog_info; what a kernel does not know stays 0
-_PACKET_BYTES = 64  # the least that every kernel takes
+_INFO_BYTES = 256  # struct bpf_prog_info; fields that the kernel does not know stay 0
+_PACKET_BYTES = 64  # the smallest size that every kernel takes
 _BUSY = 1 << 31  # BPF_RINGBUF_BUSY_BIT
 _MISSES_AT, _VERIFIED_AT = 208, 216
 
@@ -78,11 +78,11 @@ _CLOEXEC, _FSCONFIG_CMD_CREATE = 1, 6
 NETFILTER = "netfilter"
 _SYS_BPF = {"x86_64": 321, "aarch64": 280}
 _LINK_CREATE, _PROG_TYPE_NETFILTER, _ATTACH_NETFILTER = 28, 32, 45
-_LAST = (1 << 31) - 2  # the last priority but one, which Netfilter keeps for itself
+_LAST = (1 << 31) - 2  # the lowest priority but one; Netfilter keeps the lowest for itself
 
 
 class NoBpf(Error):
-    """BPF cannot be used here; the message says why and what to do, in one line."""
+    """BPF cannot be used here. The message says in one line why, and what to do."""
 
 
 def _open_library() -> Any:
@@ -90,12 +90,12 @@ def _open_library() -> Any:
         library: Any = _ffi.dlopen(_LIBRARY)
     except OSError:
         raise NoBpf(f"{_LIBRARY} is missing: install libbpf1") from None
-    library.libbpf_set_print(_ffi.NULL)  # its words are for who writes programs
+    library.libbpf_set_print(_ffi.NULL)  # libbpf's messages are for authors of programs
     return library
 
 
 def has_target(sections: Iterable[str]) -> set[str]:
-    """Which of these sections' functions or tracepoints the running kernel has and describes.
+    """Return which of these sections' functions or tracepoints the running kernel has.
 
     Raises NoBpf without BTF.
     """
@@ -115,7 +115,7 @@ def has_target(sections: Iterable[str]) -> set[str]:
 
 @contextlib.contextmanager
 def root_cgroup() -> Iterator[int]:
-    """A descriptor of the root of cgroup v2, mounted or not. Raises NoBpf when there is none."""
+    """Return a descriptor of cgroup v2's root, mounted or not. Raises NoBpf when there is none."""
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     where = next((words[1] for words in mounts if words[2] == "cgroup2"), None)
     root = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY) if where else _mount_cgroup()
@@ -126,7 +126,7 @@ def root_cgroup() -> Iterator[int]:
 
 
 def _mount_cgroup() -> int:
-    """The same where nothing shows it: a mount that only this descriptor has."""
+    """Mount cgroup v2 where nobody sees it: only this descriptor has the mount."""
     libc = ctypes.CDLL(None, use_errno=True)
     context = libc.syscall(_SYS_FSOPEN, b"cgroup2", _CLOEXEC)
     if context < 0:
@@ -143,7 +143,7 @@ def _mount_cgroup() -> int:
 
 
 def _described_as(section: str) -> tuple[bytes, int]:
-    """Name and kind in the kernel's BTF of what a program of this section is put on."""
+    """Return name and BTF kind of what a program of this section attaches to."""
     kind, _, target = section.partition("/")
     if kind == NETFILTER:
         return b"bpf_nf_link_attach", _BTF_KIND_FUNC
@@ -153,7 +153,7 @@ def _described_as(section: str) -> tuple[bytes, int]:
 
 
 def link_netfilter(program: int, family: int, hook: int) -> int:
-    """Put a program (a descriptor) last on a hook of this thread's network namespace.
+    """Attach a program (a descriptor) as the last one of a hook of this thread's network namespace.
 
     Returns the link's descriptor, raises OSError.
     """
@@ -169,7 +169,7 @@ def link_netfilter(program: int, family: int, hook: int) -> int:
 
 
 class Program:
-    """One program of an Object; `section` says where it belongs ("fentry/tcp_v4_rcv")."""
+    """One program of an Object. `section` says where it attaches ("fentry/tcp_v4_rcv")."""
 
     def __init__(self, library: Any, handle: Any) -> None:
         self._library = library
@@ -182,11 +182,11 @@ class Program:
             library.bpf_program__set_expected_attach_type(handle, _ATTACH_NETFILTER)
 
     def choose(self, wanted: bool) -> None:
-        """Load it with its object, or leave it out."""
+        """Choose whether its object loads it."""
         self._library.bpf_program__set_autoload(self._handle, wanted)
 
     def keep_log(self, size: int = 1 << 24) -> None:
-        """Keep what the verifier says of it, for log()."""
+        """Keep the verifier's messages about it, for log()."""
         self._log = _ffi.new("char[]", size)
         self._library.bpf_program__set_log_buf(self._handle, self._log, size)
 
@@ -200,11 +200,11 @@ class Program:
         return int(self._library.bpf_program__fd(self._handle))
 
     def attach(self) -> Any:
-        """A link; raises OSError."""
+        """Attach it; return a link. Raises OSError."""
         return self._linked(self._library.bpf_program__attach(self._handle))
 
     def attach_cgroup(self, directory: int) -> Any:
-        """A link to the cgroup that this descriptor is of; raises OSError."""
+        """Attach it to the cgroup of this descriptor; return a link. Raises OSError."""
         return self._linked(self._library.bpf_program__attach_cgroup(self._handle, directory))
 
     def _linked(self, link: Any) -> Any:
@@ -213,7 +213,7 @@ class Program:
         return link
 
     def run(self) -> int:
-        """Call a "tc" program on a packet of zeros; raises OSError."""
+        """Run a "tc" program on a packet of zeros. Raises OSError."""
         size = _ffi.sizeof("struct bpf_test_run_opts")
         data = _ffi.new("char[]", _PACKET_BYTES)
         opts: Any = _ffi.new(
@@ -224,7 +224,7 @@ class Program:
         return int(opts.retval)
 
     def figures(self) -> tuple[int, int]:
-        """How often it was left out because it interrupted itself; instructions verified."""
+        """Return how often the kernel skipped it, and how many instructions the verifier saw."""
         raw, size = _ffi.new("char[]", _INFO_BYTES), _ffi.new("uint32_t *", _INFO_BYTES)
         if self._library.bpf_obj_get_info_by_fd(self.fd, raw, size):
             return 0, 0
@@ -234,7 +234,7 @@ class Program:
 
 
 class Object:
-    """A compiled object: opened, then its programs chosen, then loaded; close() ends all of it."""
+    """A compiled object. Open it, choose its programs, load it; close() ends all of it."""
 
     def __init__(self, path: Path) -> None:
         self._library = _open_library()
@@ -242,7 +242,7 @@ class Object:
         self._handle = self._library.bpf_object__open_file(os.fsencode(path), _ffi.NULL)
         if self._handle == _ffi.NULL:
             why = os.strerror(_ffi.errno)
-            raise NoBpf(f"{path} cannot be opened ({why}): install packet-hunter anew")
+            raise NoBpf(f"{path} cannot be opened ({why}): install packet-hunter again")
         self.programs: dict[str, Program] = {}
         handle = _ffi.NULL
         while (handle := self._next(handle)) != _ffi.NULL:
@@ -253,44 +253,44 @@ class Object:
         return self._library.bpf_object__next_program(self._handle, handle)
 
     def set_entries(self, map_name: str, entries: int) -> None:
-        """Before load(): how much a map can hold."""
+        """Set how many entries a map can hold. Before load()."""
         _check(self._library.bpf_map__set_max_entries(self._map(map_name), entries), map_name)
 
     def load(self) -> None:
-        """Load the programs that are chosen; raises OSError when the kernel refuses one."""
+        """Load the chosen programs. Raises OSError if the kernel refuses one."""
         _check(self._library.bpf_object__load(self._handle), "load")
 
     def _map(self, name: str) -> Any:
         return self._library.bpf_object__find_map_by_name(self._handle, name.encode())
 
     def map_fd(self, name: str) -> int:
-        """Descriptor of a map, which is the object's to close."""
+        """Return a map's descriptor. The object closes it."""
         return int(self._library.bpf_map__fd(self._map(name)))
 
     def lookup(self, map_name: str, key: bytes, size: int) -> bytes | None:
-        """The value of `size` bytes that a map has for this key."""
+        """Return the value, `size` bytes, that a map has for this key."""
         value = _ffi.new("char[]", size)
         if self._library.bpf_map_lookup_elem(self.map_fd(map_name), key, value):
             return None
         return bytes(_ffi.buffer(value))
 
     def update(self, map_name: str, key: bytes, value: bytes) -> None:
-        """Put a value into a map; raises OSError."""
+        """Put a value into a map. Raises OSError."""
         fd = self.map_fd(map_name)
         _check(self._library.bpf_map_update_elem(fd, key, value, 0), map_name)
 
     def delete(self, map_name: str, key: bytes) -> None:
-        """Take one out; raises OSError when it is not there."""
+        """Remove a key from a map. Raises OSError if it is not there."""
         _check(self._library.bpf_map_delete_elem(self.map_fd(map_name), key), map_name)
 
     def attach(self, name: str, cgroup: int | None = None) -> None:
-        """Attach a program until close(); raises OSError."""
+        """Attach a program until close(). Raises OSError."""
         program = self.programs[name]
         link = program.attach() if cgroup is None else program.attach_cgroup(cgroup)
         self._links[name] = link
 
     def iterate(self, name: str) -> None:
-        """Run an iterator's program over everything once; raises OSError."""
+        """Run an iterator's program once, over everything. Raises OSError."""
         link = self.programs[name].attach()
         try:
             fd = self._library.bpf_iter_create(self._library.bpf_link__fd(link))
@@ -302,7 +302,7 @@ class Object:
             self._library.bpf_link__destroy(link)
 
     def detach(self, name: str) -> None:
-        """End a program's link, if it has one."""
+        """End a program's link if it has one."""
         link = self._links.pop(name, None)
         if link is not None:
             self._library.bpf_link__destroy(link)
@@ -317,12 +317,12 @@ class Object:
 
 
 class Ring:
-    """A BPF ring buffer all of whose entries are one dtype; read by one thread."""
+    """A BPF ring buffer whose entries all have one dtype. One thread reads it."""
 
     def __init__(self, fd: int, size: int, dtype: np.dtype) -> None:
         page, shared = mmap.PAGESIZE, mmap.MAP_SHARED
         consumer = mmap.mmap(fd, page, shared, mmap.PROT_READ | mmap.PROT_WRITE)
-        # the data is there twice, one behind the other: no entry is cut in two
+        # the ring is mapped twice in a row, so no entry is split
         self._data = mmap.mmap(fd, page + 2 * size, shared, mmap.PROT_READ, offset=page)
         self._size = size
         self._consumed = np.frombuffer(consumer, "u8", 1)
@@ -337,7 +337,7 @@ class Ring:
         )
 
     def take(self) -> np.ndarray:
-        """Take out the complete entries, copied, in the ring's order: its dtype, shape (n,)."""
+        """Take out the complete entries, copied, in order: its dtype, shape (n,)."""
         consumed = int(self._consumed[0])
         count = (int(self._produced[0]) - consumed) // self._entry.itemsize
         at = mmap.PAGESIZE + (consumed & (self._size - 1))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Engine `ebpf`: what sniffer.ko does, by programs that the kernel checks (bpf/). Exact too.
+"""Engine `ebpf`: does the work of sniffer.ko by programs that the kernel verifies (bpf/).
 
-What it cannot do is in the README's table of engines. The programs are attached while the engine
-is open and go with this process, however it ends.
+The README's table of engines says what it cannot do. The programs are attached while the engine is
+open. They end with this process, however it ends.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ __all__ = ["EbpfEngine"]
 RING_BYTES = 16 << 20
 _CPUS = 1024  # as in bpf/hunter.h
 _BATCH = 60000  # records; a head can count 65535
-_POLL = 0.02  # s: the programs wake the reader for the first record of a while only
-_LATE = 0.2  # s that a record may take from its number to the ring
-_COLLECT = 1.0  # s from sweep to sweep
-_COLLECT_SHARE = 50  # the time between two is at least this many times what the last one took
+_POLL = 0.02  # s. The programs wake the reader only for the first record after a pause
+_LATE = 0.2  # s that a record may take from its number to its place in the ring
+_COLLECT = 1.0  # s between two sweeps
+_COLLECT_SHARE = 50  # the time between two sweeps is at least this many times the last one's
 
 _SNAP_BYTES = 4 << 20  # as in bpf/snap.h
 _SNAP = np.dtype([("head", wire.SNAP), ("data", f"S{lib.SNIFFER_SNAP_LEN}")])
@@ -57,16 +57,16 @@ _COUNTERS = np.dtype(
         for name in ("seq", "copies", "skipped", "lost", "full", "woken", "calls", "told")
     ]
     + [(name, "u8") for name in ("events_lost", "linked", "linked_calls")]
-    + [("unused", "u8", 5)]  # what programs note for themselves
+    + [("unused", "u8", 5)]  # what programs remember for themselves
 )
-_BYTES = "bytes_"  # programs of a cgroup that run only while first bytes are wanted
-# Called where packets come in, each in two programs or without harm when left out.
+_BYTES = "bytes_"  # programs of a cgroup that run only while somebody wants first bytes
+# Called for incoming packets. Each has a second program, or does no harm when it is skipped.
 _TWICE = {"in_filter", "in_filter_again", "in_queue4", "in_queue6"}
 
 
 @dataclass(slots=True)
 class _Cpu:
-    """Where one processor's stream stands; sequences are whole, not of 32 bits."""
+    """How far one processor's stream is. Sequences are whole, not of 32 bits."""
 
     first: int
     lost_before: int
@@ -77,7 +77,7 @@ class _Cpu:
 
 
 class EbpfEngine:
-    """See nlproto.engines.engine.Engine. Raises NoBpf, which says why it cannot run here."""
+    """See nlproto.engines.engine.Engine. Raises NoBpf, which says what is missing here."""
 
     name = "ebpf"
     group = "packets"
@@ -148,7 +148,7 @@ class EbpfEngine:
         with root_cgroup() as root:
             for name, program in self._object.programs.items():
                 cgroup = program.section.startswith(CGROUP)
-                body = name.startswith("body_")  # called by others
+                body = name.startswith("body_")  # called by other programs
                 traced = program.section.startswith(TRACED) and not body
                 if program.fd < 0 or name in self._reads_bytes or not (cgroup or traced):
                     continue
@@ -167,7 +167,7 @@ class EbpfEngine:
     # The stream
 
     def _take(self) -> np.ndarray:
-        """Records that are complete, copied, in the ring's order."""
+        """Return the complete records of the ring, copied, in the ring's order."""
         records = self._ring.take()
         if not self.whole:
             records["netns"][records["netns"] == 0] = self._netns
@@ -187,7 +187,7 @@ class EbpfEngine:
         if len(cpu.held):
             records = np.concatenate((cpu.held, records))
             cpu.held = records[:0]
-        # a difference of 32 bits with a sign: late ones lie before the end
+        # a signed difference of 32 bits: late ones lie before the end
         steps = (records["seq"] - np.uint32(cpu.end & 0xFFFFFFFF)).astype(np.int32)
         order = np.argsort(steps, kind="stable")
         records, places = records[order], cpu.end + steps[order].astype(np.int64)
@@ -201,7 +201,7 @@ class EbpfEngine:
         end = max(cpu.end, int(places[-1]) + 1)
         missing = end - cpu.first - cpu.got - len(records)
         if missing > int(counters["lost"]) - cpu.lost_before:
-            # one has its number, but is not in the ring yet
+            # one has a number, but is not in the ring yet
             now = time.monotonic()
             cpu.held_since = cpu.held_since or now
             if now - cpu.held_since < _LATE:
@@ -249,17 +249,17 @@ class EbpfEngine:
         yield from self._batches(records)
 
     def _processes(self) -> Iterator[ProcessEvent]:
-        """What has happened to them; who is older than the engine is left to /proc."""
+        """Yield process events. Processes older than the engine are left to /proc."""
         for time_ns, start_ns, tgid, kind in self._news_ring.take().tolist():
             key = struct.pack("=QII", start_ns, tgid, 0)
             found = self._object.lookup("abouts", key, PROCESS.itemsize)
             if found is not None:
                 event = replace(decode_process(found), time_ns=time_ns, event=kind)
-                # kept since its exec: a name that it took later has come with its records
+                # kept since its exec: later names came with its records
                 yield replace(event, comm="") if kind == lib.SNIFFER_EVENT_EXIT else event
 
     def _first_bytes(self) -> Iterator[FirstBytesBatch]:
-        """What there is of them; a record may come before, but not be waited for long."""
+        """Return the first bytes that are there; they may come a little after their record."""
         found = self._first_bytes_ring.take()
         if len(found):
             heads, data = found["head"], found["data"]
@@ -275,7 +275,7 @@ class EbpfEngine:
             )
 
     def _collect(self) -> None:
-        """Let the kernel's tables forget what has ended long enough ago."""
+        """Remove from the kernel's tables what ended long enough ago."""
         now = time.monotonic()
         if now < self._collect_again:
             return
@@ -293,7 +293,7 @@ class EbpfEngine:
         return True
 
     def _attach_readers(self, wanted: bool) -> None:
-        """Those of packets that are not in one piece, whose first bytes are else missing."""
+        """Read the first bytes of fragmented packets, which nothing else delivers."""
         if not wanted:
             for name in self._reads_bytes:
                 self._object.detach(name)
@@ -303,13 +303,13 @@ class EbpfEngine:
                 self._object.attach(name, root)
 
     def want_packets(self, wanted: bool) -> None:
-        """There is nothing else to be had."""
+        """Do nothing: this engine has no sums of flows."""
 
     def _missed(self) -> int:
-        """Packets that no program was called for: it would have interrupted itself.
+        """Return for how many packets the kernel skipped a program that would interrupt itself.
 
-        What leaves has two programs for each way, and is missed where both were left out and no
-        link tells of it. Where one does, it does not matter that the first was left out.
+        Outgoing packets have two programs on each way. One is missed only if both were skipped, and
+        no Netfilter link reports it.
         """
         linked = int(self._counters["linked"].sum()) - int(self._counters["linked_calls"].sum())
         calls = int(self._counters["calls"].sum()) - max(0, linked)
@@ -320,13 +320,13 @@ class EbpfEngine:
             and name.startswith(("out_", "in_", "end_"))
             and name not in _TWICE
         )
-        # told is read last: what passes meanwhile is counted the next time
+        # read last: a packet that passes meanwhile is counted the next time
         untold = calls + missed - int(self._counters["told"].sum())
         self._most_missed = max(self._most_missed, untold)
         return self._most_missed
 
     def _position(self) -> np.ndarray:
-        """Where each processor stands, as TAIL; the last is nobody's, and counts missed packets."""
+        """Return how far each processor is, as TAIL. The last row only counts missed packets."""
         counters = self._counters.copy()
         last = np.zeros(1, wire.TAIL)
         last["cpu"] = NO_CPU
@@ -378,7 +378,7 @@ class EbpfEngine:
             time.sleep(0.001)
 
     def _arrived(self, tails: np.ndarray) -> bool:
-        """Whether everything up to `tails` was read or is known to be lost."""
+        """Return whether everything up to `tails` was read, or is known to be lost."""
         return all(
             int(tail["record_seq"]) - cpu.first - cpu.got <= int(tail["lost"]) - cpu.lost_before
             for tail in tails
@@ -412,7 +412,7 @@ class EbpfEngine:
 
 
 def _cut(batch: Batch, until_ns: int, tails: np.ndarray) -> Batch:
-    """Without what another engine tells of, which `tails` then do not count."""
+    """Leave out what another engine reports; `tails` then do not count it."""
     late = batch.records["time_ns"] >= until_ns
     count = int(np.count_nonzero(late))
     if not count:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Engines: where records come from. `ebpf` follows the rules of `module`, `packet` has its own."""
+"""Engines: sources of records. `ebpf` follows the rules of `module`; `packet` has its own."""
 
 from collections.abc import Callable, Iterable
 from typing import Protocol, Self
@@ -17,16 +17,16 @@ ENGINES = ("auto", "module", "ebpf", "packet")
 
 
 class Engine(Protocol):
-    """A source of records that is open from its construction to the end of its context.
+    """An open source of records, until the end of its context. For one thread at a time.
 
-    One thread at a time. `opening` and `closing` are TAIL arrays for Account.open and .close.
-    They say for each CPU where its stream began, and how far catch_up() or finish() have read.
+    `opening` and `closing` are TAIL arrays for Account.open() and .close(). They say for each CPU
+    where its stream began, and how far catch_up() or finish() have read.
     """
 
     name: str
     instance: int
     group: str
-    """Where records come from now: "packets", or "flows" and summed up."""
+    """What records come from now: "packets" one by one, or sums from "flows"."""
     opening: np.ndarray
     closing: np.ndarray
 
@@ -35,29 +35,29 @@ class Engine(Protocol):
     def __exit__(self, *exc: object) -> None: ...
 
     def read(self, timeout: float) -> Iterable[Event]:
-        """Yield what there is, waiting up to `timeout` s for the first.
+        """Yield events that are there; wait up to `timeout` s for the first.
 
-        A Batch is a view that the next step of the iteration overwrites: copy it to keep it.
+        A Batch is a view, and the next step of the iteration overwrites it: copy it to keep it.
         Raises NoModule when the module is gone, Error when the kernel sends nonsense.
         """
         ...
 
     def want_first_bytes(self, wanted: bool) -> bool:
-        """Send the first bytes of packets too, or no more; whether it can. From any thread."""
+        """Start or stop sending packets' first bytes; return whether it can. From any thread."""
         ...
 
     def want_packets(self, wanted: bool) -> None:
-        """Go over to packets one by one, or to flows where the source sums up, each record once.
+        """Change to single packets, or to sums of flows if the source has them; no record twice.
 
-        Afterwards `group` is from where records come that are made from now on, `opening` where
-        they begin. A source that always tells of packets does nothing. Raises as read().
+        Afterwards `group` says what new records come from, and `opening` where they begin. A source
+        that has only packets does nothing. Raises what read() raises.
         """
         ...
 
     def catch_up(self) -> Iterable[Event]:
-        """Yield everything that was recorded until now; afterwards `closing` is set.
+        """Yield everything that was recorded until now. Afterwards `closing` is set.
 
-        Bounded by where the stream stands now: not by a time, and a flood does not prolong it.
+        The bound is the position of the stream now, not a time. So a flood does not prolong it.
         """
         ...
 
@@ -66,9 +66,9 @@ class Engine(Protocol):
         ...
 
     def finish(self, until_ns: int | None = None) -> Iterable[Event]:
-        """Yield the rest of the stream; afterwards `closing` is set and it has ended.
+        """Yield the rest of the stream. Afterwards `closing` is set, and the stream has ended.
 
-        `until_ns`: when another engine began; engine packet leaves out what came since.
+        `until_ns`: when another engine began. Engine packet leaves out later packets.
         """
         ...
 
@@ -84,17 +84,16 @@ def open_engine(
     ring_bytes: int | None = None,
     holders: Holders | None = None,
 ) -> Engine:
-    """Return the engine called `name`; "auto" is the module when loaded, else `ebpf` or `packet`.
+    """Open the engine called `name`; "auto" is the module if it is loaded, else `ebpf` or `packet`.
 
-    `ring_bytes`: what engine packet has for packets that wait (16 MiB). `holders`: who holds a
-    socket, where others of this program ask too. `notify` gets one plain line for each thing that
-    makes the result less than it could be.
-    Raises UsageError for another name, NoModule, NoBpf, NoPrivilege.
+    `ring_bytes`: room for waiting packets in engine packet (16 MiB). `holders`: shared by all of
+    this program that ask who holds a socket. `notify` gets a line of text about each thing that
+    makes the result worse. Raises UsageError for another name, NoModule, NoBpf, NoPrivilege.
     """
     if name not in ENGINES:
         raise UsageError(f"no engine '{name}': it is one of {', '.join(ENGINES)}")
     if name in ("auto", "module"):
-        # Imported here: each engine is of no use to who takes the other.
+        # Imported here, because a caller needs only one engine.
         from nlproto.engines.module import ModuleEngine
 
         try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Links of Netfilter, by which engine ebpf sees what leaves: one set for each network namespace.
+"""Netfilter links, by which engine ebpf sees outgoing packets: one set for each network namespace.
 
-The functions through which else it sees that (bpf/out.h) can be left out by the kernel, a link
-never is. A namespace has its links some 0.3 s after it was made; until then those functions tell.
+The kernel may skip programs on functions (bpf/out.h), but never a link's. A new namespace gets its
+links after some 0.3 s. Until then the functions report its packets.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ PROGRAM = "link_out"
 _MAP = "links"
 _PLACES = [(family, hook) for family in (2, 10) for hook in (2, 3)]  # FORWARD, LOCAL_OUT
 _BEGINS, _TELLS = struct.pack("=I", 1), struct.pack("=I", 2)  # as in bpf/out.h
-_ON_THEIR_WAY = 0.05  # s, for packets that are between Netfilter and its functions
+_ON_THEIR_WAY = 0.05  # s, for packets that are between Netfilter and the functions
 
 
 class _Links:
-    """Those of one namespace, that of the thread which makes them; raises OSError."""
+    """The links of one namespace, that of the calling thread. Raises OSError."""
 
     def __init__(self, loaded: Object, inode: int) -> None:
         self._loaded = loaded
@@ -45,7 +45,7 @@ class _Links:
             raise
 
     def close(self) -> None:
-        """Let the functions tell again."""
+        """Let the functions report again."""
         with suppress(OSError):
             self._loaded.delete(_MAP, self._key)
         while self._fds:
@@ -53,13 +53,13 @@ class _Links:
 
 
 class NetfilterLinks:
-    """Links in our own namespace and in all others that there are, or come; close() ends them."""
+    """Links in our own namespace and in all others, also new ones. close() ends them."""
 
     def __init__(self, loaded: Object, own: int) -> None:
         self._loaded = loaded
         self._own = _Links(loaded, own)
         self._others: dict[int, _Links] = {}
-        # where there are none, the functions tell: nothing that anybody must be told of
+        # without links the functions report; nobody needs to know
         self._namespaces = CapturedNamespaces(self._make, own, lambda _: None)
         self._namespaces.start()
 
@@ -67,7 +67,7 @@ class NetfilterLinks:
         return netns.run_inside(path, lambda: _Links(self._loaded, inode))
 
     def look(self) -> None:
-        """Give back those of namespaces that nobody uses any more; to be called now and then."""
+        """Close the links of namespaces that nobody uses any more. Call it now and then."""
         for inode, links in self._namespaces.changes():
             gone = self._others.pop(inode, None)
             if gone is not None:
@@ -86,7 +86,7 @@ class NetfilterLinks:
 
 
 def open_links(loaded: Object) -> NetfilterLinks | None:
-    """Return links, or None where this kernel has none (before 6.4) or refuses them."""
+    """Return links; None if this kernel has none (before 6.4) or refuses them."""
     program = loaded.programs.get(PROGRAM)
     if program is None or program.fd < 0:
         return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""TCP listeners of one network namespace: who can have accepted a connection.
+"""TCP listeners of one network namespace: which process can have accepted a connection.
 
-A connection that is gone has no owner to be asked for. Its listener's owner accepted it, if the
-listener was there when the connection began.
+A closed connection has no socket whose owner could be found. If its listener was there when it
+began, the listener's owner accepted it.
 """
 
 from collections.abc import Callable
@@ -18,36 +18,36 @@ from nlproto.records.clock import Clock
 
 __all__ = ["PastListener", "Listeners"]
 
-_MOMENT_NS = 20_000_000  # in which hardly anybody takes a listener's place
-_FRESH_NS = 20_000_000  # how long the holders of a listener are taken as known
-_LIMIT = 1024  # ends, local addresses of theirs, and listeners
+_MOMENT_NS = 20_000_000  # within this time hardly any listener takes another's place
+_FRESH_NS = 20_000_000  # how long the holders of a listener stay valid
+_LIMIT = 1024  # the most ends, local addresses, and listeners
 
 _Local = tuple[int, bytes, int]
 
 
 @dataclass(frozen=True, slots=True)
 class PastListener:
-    """Who listened at an end."""
+    """Which processes listened at an end."""
 
     inode: int
     owner: Owner
     shared: bool
     """Whether several processes can accept: they hold it, or listen on the same port."""
     sure: bool
-    """Whether it was seen before the connection began, or a moment later."""
+    """Whether it was seen before the connection began, or a moment after."""
 
 
 @dataclass(slots=True)
 class _End:
-    """What is known of the sockets that listen at one end (several: SO_REUSEPORT)."""
+    """The sockets that listen at one end (several: SO_REUSEPORT)."""
 
     inodes: frozenset[int]
     since_ns: int
-    """When they were first seen in the place of others; 0: there were none, so far as is known."""
+    """When they replaced others; 0: no others are known."""
     first_ns: int
     asked_ns: int
     owners: tuple[Owner, ...] = ()
-    """All who hold one of them, the youngest first."""
+    """All processes that hold one of them, the youngest first."""
 
 
 class Listeners:
@@ -64,8 +64,8 @@ class Listeners:
     def of(self, one: Tuple, began_ns: int, row: np.void | None = None) -> PastListener | None:
         """Return who can have accepted `one`, which began at `began_ns` (0: not known).
 
-        None when nobody listens, or when all who do came later. `row`: what listens there
-        (HOST_SOCKET), if that was found already.
+        None if nobody listens, or if all listeners came later. `row`: the listening socket
+        (HOST_SOCKET), if the caller has found it.
         """
         if row is None:
             row = self._sockets.listener(one)
@@ -87,12 +87,12 @@ class Listeners:
         return PastListener(inode, chosen, len(end.owners) > 1, sure)
 
     def likely(self, one: Tuple) -> tuple[int, ...]:
-        """Return the processes that listened at this end when it was asked about last."""
+        """Return the processes that listened at this end at the last look."""
         end = self._by_local.get((one.family, one.local, one.lport))
         return tuple(owner.identity.tgid for owner in end.owners) if end is not None else ()
 
     def accepted(self, listener: PastListener, owner: Owner) -> None:
-        """Learn who has what `listener` gave: the likely one of several that can accept."""
+        """Learn who has a connection of `listener`: the likely one of several acceptors."""
         if listener.shared:
             if len(self._acceptors) >= _LIMIT:
                 self._acceptors.clear()
@@ -115,7 +115,7 @@ class Listeners:
             since = now
         if len(self._ends) >= _LIMIT:
             self._ends.clear()
-        uid = int(row["uid"])  # rivals have the same, or SO_REUSEPORT would be refused
+        uid = int(row["uid"])  # rivals have the same user, or the kernel would refuse SO_REUSEPORT
         found = {owner for inode in inodes for owner in self._holders.find(inode, uid)}
         owners = sorted(found, key=lambda o: (o.identity.start_ticks, o.identity.tgid))
         self._ends[key] = end = _End(inodes, since, first, now, tuple(reversed(owners)))
@@ -123,5 +123,5 @@ class Listeners:
 
 
 def _was_there(owner: Owner, began_ns: int) -> bool:
-    """Whether the process surely ran then; its start is told in ticks, rounded down."""
+    """Return whether the process surely ran then. Its start is in ticks, rounded down."""
     return not began_ns or owner.identity.start_ns + TICK_NS <= Clock.now().boot_ns(began_ns)

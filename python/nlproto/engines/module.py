@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Engine `module`: sniffer.ko over Netlink, exact."""
+"""Engine `module`: sniffer.ko over Netlink."""
 
 import contextlib
 import time
@@ -16,16 +16,16 @@ from nlproto.records.wire import Batch, Event, FlowBatch, lib
 
 __all__ = ["ModuleEngine"]
 
-_CUTS = 64  # changes of the group that are known at most; batches before that are lost
-_BURST = 64  # messages a read() at most, so that its caller gets a turn under a flood
+_CUTS = 64  # the most changes of the group that are remembered; older batches are lost
+_BURST = 64  # the most messages in one read(), so that the caller gets a turn in a flood
 
 _STATE = Path("/sys/module/sniffer/initstate")  # kernel/module/sysfs.c; "live" when it is loaded
 
 
 def _refuse_half_loaded() -> None:
-    """Raise NoModule while insmod or rmmod is at work: the family answers without the probes.
+    """Raise NoModule while insmod or rmmod runs: then the family answers, but probes are missing.
 
-    To be asked after the family has answered: the file is older than the family.
+    Call it after the family has answered, because the file appears before the family.
     """
     with contextlib.suppress(OSError):
         if _STATE.read_text() != "live\n":
@@ -33,7 +33,7 @@ def _refuse_half_loaded() -> None:
 
 
 class ModuleEngine:
-    """Reads the groups `groups`, of packets and flows one; see nlproto.engines.engine.Engine.
+    """Reads the groups `groups`; of packets and flows only one. See nlproto.engines.engine.Engine.
 
     The stream begins at a FLUSH after joining. So an account opened with `opening` knows every
     record from there on, even if the first batches of a CPU were lost.
@@ -63,7 +63,7 @@ class ModuleEngine:
                     )
                 self.instance = int(info["instance"])
                 self.opening = self._flush()
-                # after the group was joined: who is not in the dump is told of there
+                # after joining: a process that is not in the dump is reported by the group
                 self._known = self._control.processes() if "processes" in groups else []
             except BaseException:
                 self._listener.close()
@@ -72,7 +72,7 @@ class ModuleEngine:
             self._control.close()
             raise
         self._cuts: list[tuple[dict[int, int], str]] = []
-        """From which sequence of each CPU on records come from which group."""
+        """Each cut: the first sequence of each CPU, and the group that its records come from."""
         self._cut()
         self._ends: dict[int, int] = {}
         self._sent_ns = 0
@@ -87,18 +87,18 @@ class ModuleEngine:
 
     @property
     def control(self) -> Sniffer:
-        """The commands, for callers that ask the module more than the stream tells."""
+        """The module's commands, for callers that need more than the stream."""
         return self._control
 
     def read(self, timeout: float) -> Iterator[Event]:
-        """Begins with the processes that the module knows already."""
+        """See Engine. Begins with the processes that the module already knows."""
         known, self._known = self._known, []
         yield from known
         timeout = 0.0 if known else timeout
         for _ in range(_BURST):
             received = self._listener.recv(timeout)
             if received is None:
-                del self._cuts[:-1]  # what was recorded before the last one has been read
+                del self._cuts[:-1]  # everything before the last cut has been read
                 return
             timeout = 0.0
             event = self._decode(*received)
@@ -117,7 +117,7 @@ class ModuleEngine:
         return None
 
     def _belonging(self, batch: Batch | FlowBatch, group: str) -> Batch | FlowBatch | None:
-        """The batch, if it is from the right group, and from between opening and closing.
+        """Return the batch if it is of the right group and lies between opening and closing.
 
         FLUSH cuts at batch boundaries.
         """
@@ -140,18 +140,18 @@ class ModuleEngine:
             return
         try:
             self._listener.join(group)
-        except OSError:  # unloaded meanwhile: the next read() tells
+        except OSError:  # unloaded meanwhile: the next read() raises
             return
-        except Error:  # an older module: it has packets alone
+        except Error:  # an older module has only packets
             return
-        # a member of both: records until this flush come from the one, the rest from the other
+        # a member of both groups: records before this flush come from one, the rest from the other
         self.group = group
         self.opening = self._flush()
         self._cut()
         self._listener.leave(before)
 
     def _cut(self) -> None:
-        """At `opening`; one for each change since the kernel's queue was last empty."""
+        """Add a cut at `opening`. Older ones are dropped when the kernel's queue was empty."""
         self._cuts = [*self._cuts[-_CUTS:], (_sequences(self.opening), self.group)]
 
     def want_first_bytes(self, wanted: bool) -> bool:
@@ -161,12 +161,12 @@ class ModuleEngine:
             return True
         try:
             self._listener.join("snaps")
-        except OSError:  # unloaded meanwhile: the next read() tells
+        except OSError:  # unloaded meanwhile: the next read() raises
             return False
         return True
 
     def _flush(self) -> np.ndarray:
-        """Make the module send what it holds back; where each CPU stands (TAIL)."""
+        """Make every CPU send its messages. Returns how far each CPU is (TAIL)."""
         if self.group == FLOWS:
             tails: np.ndarray = self._control.flush_flows()["tail"]
             return tails
@@ -179,7 +179,7 @@ class ModuleEngine:
         self.closing = tails
 
     def _queued(self) -> Iterator[Event]:
-        """What the kernel queued before it answered a FLUSH just now; a flood has no end."""
+        """Yield what the kernel queued before its last answer to FLUSH, even in a flood."""
         end = time.monotonic_ns()
         while (received := self._listener.recv(0)) is not None:
             event = self._decode(*received)

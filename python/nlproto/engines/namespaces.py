@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Which network namespaces are captured: opened and closed beside the thread that reads them.
+"""Opens and closes the captured network namespaces, in a thread beside the one that reads them.
 
-Opening one takes some 20 ms and closing one 50 ms: the kernel waits for all its processors. So
-neither may hold up who reads, starts or stops. Users can make namespaces without end: the places
-are bounded, root's come first, and other users share the rest evenly.
+Opening one takes some 20 ms and closing one 50 ms, because the kernel waits for all processors.
+This must not delay reading, starting or stopping. Users can make any number of namespaces. So the
+places are bounded: root's namespaces come first, and other users share the rest evenly.
 """
 
 import threading
@@ -20,11 +20,11 @@ from nlproto.running.supervise import Failures
 
 __all__ = ["CapturedNamespaces"]
 
-_LOOK = 0.25  # s between two looks for namespaces that came or went
-_LOOK_SHARE = 50  # and at least this many times what the last one took
-_PATIENCE = 0.5  # s that a start waits for all of them
-_MANY = 32  # for which it does not wait at all
-_CLOSERS = 16  # threads: the waits of the kernel for its processors overlap
+_LOOK = 0.25  # s between two looks for new and gone namespaces
+_LOOK_SHARE = 50  # and at least this many times the duration of the last look
+_PATIENCE = 0.5  # s that a start waits until all are open
+_MANY = 32  # with more namespaces a start does not wait
+_CLOSERS = 64  # threads: waits for all processors can overlap
 _TELL = 60.0  # s between two messages of one kind
 
 
@@ -32,7 +32,7 @@ class OpenNamespace(Protocol):
     """What is open in one namespace."""
 
     def close(self) -> None:
-        """Give back what is open in it; may take 50 ms."""
+        """Close it; may take 50 ms."""
         ...
 
 
@@ -40,10 +40,10 @@ P = TypeVar("P", bound=OpenNamespace)
 
 
 class CapturedNamespaces(Generic[P]):
-    """Calls `make(inode, path, ours)` for each namespace but `own`, in a thread of its own.
+    """Calls `make(inode, path, ours)` for each namespace but `own`, in its own thread.
 
-    `ours`: whether it belongs to our own user namespace, or root's. The reader asks for
-    changes() and gives back what it does not use any more.
+    `ours`: whether it belongs to our own user namespace, or root's. The reader calls changes(), and
+    closes what it no longer uses.
     """
 
     def __init__(
@@ -71,35 +71,35 @@ class CapturedNamespaces(Generic[P]):
         self._thread = threading.Thread(target=self._run, name="namespaces", daemon=True)
 
     def start(self) -> None:
-        """Begin; return when all namespaces are open, or soon if they are many."""
+        """Begin. Returns when all namespaces are open; if they are many, soon."""
         self._thread.start()
         self._complete.wait(_PATIENCE)
 
     @property
     def left_out(self) -> int:
-        """Namespaces that are not captured, or not yet."""
+        """How many namespaces are not captured, or not yet."""
         return max(0, self._found - len(self._open))
 
     def changes(self) -> Iterator[tuple[int, P | None]]:
-        """What was opened, and None for what is to be given back, since the last call."""
+        """Return what was opened since the last call, and None for what must be closed."""
         while self._changes:
             yield self._changes.popleft()
 
     def owner(self, inode: int) -> int | None:
-        """Return the uid whose a namespace is, 0 for ours and root's; None: not known."""
+        """Return the uid that owns a namespace; 0 for ours and root's; None: not known."""
         uid = self._owners.get(inode, netns.UNKNOWN_OWNER)
         return None if uid == netns.UNKNOWN_OWNER else uid or 0
 
     def renew(self, inode: int) -> None:
-        """Let it be opened once more; changes() then has it, and the reader gives the old back."""
+        """Have it opened once more. changes() then has it, and the reader closes the old one."""
         self._anew.append(inode)
 
     def give_back(self, place: P) -> None:
-        """Let it be closed."""
+        """Have it closed."""
         self._unused.append(place)
 
     def close(self, others: Iterable[P] = ()) -> None:
-        """End the thread; close everything, `others` too."""
+        """End the thread and close everything, `others` too."""
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -116,16 +116,16 @@ class CapturedNamespaces(Generic[P]):
             except NoPrivilege as error:
                 self._notify(f"only this network namespace is captured: {error}")
                 return
-            except Exception as error:  # those that are open go on
+            except Exception as error:  # open ones stay open
                 self._failures.add(error)
             finally:
                 self._complete.set()
             self._stopping.wait(pause)
 
     def _look(self) -> float:
-        """Open what came and has a place, drop what nobody uses any more but ourselves.
+        """Open new namespaces that have a place, and drop those that only we still use.
 
-        Returns how long (s) to wait before the next look.
+        Returns the time in s to the next look.
         """
         _close([self._unused.popleft() for _ in range(len(self._unused))])
         began = time.monotonic()

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Engine `packet`: AF_PACKET and sock_diag, for machines where the module cannot be loaded.
 
-It cannot know
-- a socket that is closed before its first packet was looked up: a process that lives milliseconds;
-- which of several holders sent;
-- what this host receives of its own multicast: the kernel shows no tap those copies;
-- what NAT on this host made of a tuple.
-It taps before the firewall (in) and after it (out), and fragments as fragments.
+It cannot tell
+- who had a socket that closed before its first packet was looked up, as of a short-lived process;
+- which of several holders has sent;
+- that this host receives its own multicast, because no tap sees these copies.
+Where this host translates addresses (NAT), it asks conntrack for the ends that a socket knows. It
+sees packets before the firewall (in) and after it (out), and fragments unassembled.
 """
 
 import contextlib
+import os
 import select
 import socket
 import time
@@ -27,6 +28,7 @@ from nlproto.host import netns, procfs
 from nlproto.host.holders import Holders
 from nlproto.host.netns import Interfaces
 from nlproto.host.sockdiag import SockDiag
+from nlproto.kernel.conntrack import ConntrackLookup
 from nlproto.records import wire
 from nlproto.records.clock import Clock
 from nlproto.records.wire import SNAP, Batch, FirstBytesBatch, PacketBytes, lib
@@ -38,21 +40,21 @@ from nlproto.running.urgency import Urgency
 __all__ = ["PacketEngine"]
 
 RING_BYTES = 16 << 20
-_OTHER_RING_BYTES = 2 << 20  # for each of the first of our own user namespace
+_OTHER_RING_BYTES = 2 << 20  # for each of the first namespaces of our own user namespace
 _LARGE_RINGS = 32
-_OTHER_FLOWS, _SMALL_FLOWS = 1 << 15, 1 << 12  # remembered, in a namespace with such a ring
+_OTHER_FLOWS, _SMALL_FLOWS = 1 << 15, 1 << 12  # remembered flows, in a namespace with such a ring
 _SMALL_RING_BYTES = 1 << 19  # for all others: 16 + 64 + 112 MiB at most
-_LOOK_SHARE = 100  # the time between two walks is at least this many times what the last one took
-_WALK_NS = 1_000_000_000  # between two walks of all descriptors that nobody asked for
+_LOOK_SHARE = 100  # the time between two walks is at least this many times the last one's
+_WALK_NS = 1_000_000_000  # between two walks of all descriptors that nobody requested
 _REFRESH_NS = 1_000_000_000
 _MISS_NS = 50_000_000
-_ROUNDS = 16  # ring reads a read() at most, so that its caller gets a turn under a flood
+_ROUNDS = 16  # the most ring reads in one read(), so that the caller gets a turn in a flood
 _INITIAL_PIDNS = 0xEFFFFFFC
 _SYN, _ACK = 2, 16
 
 
 class _Addresses:
-    """Local addresses and tapped-twice interfaces of one network namespace, read when stale."""
+    """Local addresses and twice-tapped interfaces of a network namespace, read when stale."""
 
     def __init__(self, interfaces: Interfaces, now_ns: Callable[[], int]) -> None:
         self._interfaces = interfaces
@@ -86,30 +88,32 @@ class _Addresses:
 
 @dataclass(slots=True)
 class _Capture:
-    """Everything of one network namespace; made inside it."""
+    """Everything of one network namespace. Created inside it."""
 
     capture: PacketRing
     diag: SockDiag | None
     interfaces: Interfaces
     addresses: _Addresses
     names: PacketNames
+    nat: ConntrackLookup
     large: bool = False
     """Whether its ring is one of the larger ones."""
     told: bool = False
-    """Whether it was told that it lost packets."""
+    """Whether its losses were reported."""
 
     def close(self) -> None:
         self.capture.close()
         self.interfaces.close()
+        self.nat.close()
         if self.diag is not None:
             self.diag.close()
 
 
 class PacketEngine(Closing):
-    """Captures in every network namespace that it may enter; see nlproto.engines.engine.Engine.
+    """Captures in every network namespace that it may enter. See nlproto.engines.engine.Engine.
 
-    Batches are of its own `instance` and of CPU 0. What a ring had no room for appears as a gap
-    in record_seq, and so as lost in "socket". Raises NoPrivilege without CAP_NET_RAW.
+    Batches have its own `instance`, and CPU 0. If a ring had no room, record_seq has a gap; the
+    account counts it as lost in "socket". Raises NoPrivilege without CAP_NET_RAW.
     """
 
     name = "packet"
@@ -132,6 +136,7 @@ class PacketEngine(Closing):
         self._now_ns = now_ns
         self._urgency = Urgency(now_ns)
         self._holders = Holders(proc, now_ns) if holders is None else holders
+        self._owns_holders = holders is None
         self._holders.walking = self._urgency.patiently
         self._failures = Failures("engine packet")
         self._places: dict[int, _Capture] = {}
@@ -141,7 +146,7 @@ class PacketEngine(Closing):
         self._packets = self._skipped = self._dropped = 0
         self._walk_again_ns = 0
         self._heard = True
-        """Packets came since the last walk; at first all is to be known before they come."""
+        """Packets came since the last walk. At first true: all must be known before they come."""
         self._large_rings = 0
         self._wants_first_bytes = False
         self._from_ns = 0
@@ -157,27 +162,39 @@ class PacketEngine(Closing):
             self._take_changes()
             self._walk(self._now_ns())
             if not self._complete():
-                notify("some processes cannot be asked for their sockets: run it as root")
+                notify(f"the sockets of some processes cannot be read: {self._remedy()}")
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Give back rings, sockets and namespaces."""
+        """Close rings, sockets and namespaces."""
         self._urgency.rest()
         self._others.close(self._places.values())
+        if self._owns_holders:
+            self._holders.close()
         self._places.clear()
         self._by_fd.clear()
 
     def _complete(self) -> bool:
-        """Whether all processes can be asked: no EACCES, and not inside a pid namespace."""
-        try:
-            inside = (self._proc / "self" / "ns" / "pid").stat().st_ino != _INITIAL_PIDNS
-        except OSError:
-            inside = True
-        if inside:
+        """Whether all processes can be read: no EACCES, and we are in the first pid namespace."""
+        if self._is_inside():
             self._holders.complete = False
         return self._holders.complete
+
+    def _is_inside(self) -> bool:
+        """Whether there may be processes that /proc here does not show."""
+        try:
+            return (self._proc / "self" / "ns" / "pid").stat().st_ino != _INITIAL_PIDNS
+        except OSError:
+            return True
+
+    def _remedy(self) -> str:
+        if self._is_inside():
+            return "this is a container (a pid namespace); run it outside, or with --pid=host"
+        if os.geteuid():
+            return "run it as root"
+        return "it needs CAP_SYS_PTRACE"
 
     # Network namespaces
 
@@ -191,11 +208,12 @@ class PacketEngine(Closing):
                 diag = self._open_diag() if self._use_diag else None
                 addresses = _Addresses(interfaces, self._now_ns)
                 net = path.parent.parent / "net"
+                nat = ConntrackLookup(self._now_ns, inode == self._own)
                 names = PacketNames(
-                    diag, self._holders, addresses.is_local, self._now_ns, net, flow_limit
+                    diag, self._holders, addresses.is_local, self._now_ns, net, flow_limit, nat
                 )
                 undo.pop_all()
-                return _Capture(capture, diag, interfaces, addresses, names)
+                return _Capture(capture, diag, interfaces, addresses, names, nat)
 
         if inode != self._own:
             return netns.run_inside(path, make)
@@ -205,7 +223,7 @@ class PacketEngine(Closing):
             raise Error(f"engine packet cannot start: {error.strerror}; try again") from error
 
     def _open_other(self, inode: int, path: Path, ours: bool) -> _Capture:
-        """In the thread of Places."""
+        """Runs in the thread of Places."""
         large = ours and self._large_rings < _LARGE_RINGS
         size = (_OTHER_RING_BYTES, _OTHER_FLOWS) if large else (_SMALL_RING_BYTES, _SMALL_FLOWS)
         place = self._open(inode, path, *size)
@@ -214,7 +232,7 @@ class PacketEngine(Closing):
         return place
 
     def _take_changes(self) -> None:
-        """Read what was opened, read no more what is to be closed."""
+        """Start reading new namespaces, and stop reading those that will be closed."""
         for inode, place in self._others.changes():
             if place is not None:
                 self._add(inode, place)
@@ -242,7 +260,7 @@ class PacketEngine(Closing):
         return diag
 
     def _walk(self, now: int) -> None:
-        """Learn who else holds what: a search ends at the first holders that it finds."""
+        """Learn all holders: a search for one socket ends at the first holders that it finds."""
         if now >= self._walk_again_ns and self._holders.due():
             self._holders.walk()
             self._complete()
@@ -256,10 +274,10 @@ class PacketEngine(Closing):
         now = self._now_ns()
         self._urgency.look()
         self._take_changes()
-        if self._heard:  # who hears nothing need not know who holds what
+        if self._heard:  # without listeners nobody needs the holders
             try:
                 self._walk(now)
-            except descriptors.NoDescriptors as error:  # what is known goes on
+            except descriptors.NoDescriptors as error:  # known flows go on
                 self._walk_again_ns = now + _WALK_NS
                 self._failures.add(error)
         ready = self._poll.poll(min(timeout, 0.1) * 1000)
@@ -281,7 +299,7 @@ class PacketEngine(Closing):
         before = place.capture.skipped
         frames = place.capture.read(self._wants_first_bytes)
         if _has_syn(frames.records):
-            # Its answer is a moment away, and tells whether anybody listened.
+            # An answer follows in a moment, and says whether anybody listened.
             frames = frames.with_more(place.capture.read(self._wants_first_bytes))
         records, to_all = frames.records, frames.to_all
         self._skipped += place.capture.skipped - before
@@ -289,7 +307,7 @@ class PacketEngine(Closing):
         self._count_drops(place)
         if not len(records):
             return []
-        records["seq"] = np.arange(len(records))  # for now: which frame it was
+        records["seq"] = np.arange(len(records))  # for now the number of the frame
         taken = records["time_ns"] >= self._from_ns
         if until_ns is not None:
             taken &= records["time_ns"] < until_ns
@@ -301,7 +319,7 @@ class PacketEngine(Closing):
             records, to_all = records[once], to_all[once]
         try:
             records = place.names.name(records, to_all)
-        except Exception as error:  # what one process does must not cost others their packets
+        except Exception as error:  # one process's flood must not cost others their packets
             self._failures.add(error, "naming")
             records["how"][records["how"] == 0] = lib.SNIFFER_HOW_NOT_PROBED
         if not len(records):
@@ -316,11 +334,11 @@ class PacketEngine(Closing):
         self._batch_seq += 1
         if frames.first_bytes is None:
             return [Batch(head, records)]
-        # first bytes come first: here a record does not wait for the packets of other CPUs
+        # first bytes come first, because a record does not wait for other CPUs here
         return [_first_bytes(head, records, frames.first_bytes[frame]), Batch(head, records)]
 
     def _count_drops(self, place: _Capture) -> None:
-        """What a ring had no room for is a gap in record_seq."""
+        """Put a gap into record_seq for each packet that a ring had no room for."""
         dropped = place.capture.drops()
         if dropped and not place.told:
             place.told = True
@@ -357,10 +375,10 @@ class PacketEngine(Closing):
         return True
 
     def want_packets(self, wanted: bool) -> None:
-        """There is nothing else to be had."""
+        """Do nothing: this engine has no sums of flows."""
 
     def _position(self) -> np.ndarray:
-        """Where the stream stands, as TAIL."""
+        """Return how far the stream is, as TAIL."""
         tail = np.zeros(1, wire.TAIL)
         tail["batch_seq"], tail["record_seq"] = self._batch_seq, self._record_seq
         tail["packets"], tail["skipped"] = self._packets, self._skipped
@@ -375,7 +393,7 @@ class PacketEngine(Closing):
     def catch_up(self, until_ns: int | None = None) -> Iterator[Batch | FirstBytesBatch]:
         """See Engine."""
         self._take_changes()
-        # what comes in from now on is another time's: a flood must not hold us here
+        # later packets belong to the next call: a flood must not hold us here
         waiting = [(place, place.capture.waiting()) for place in self._places.values()]
         for place, count in waiting:
             end = place.capture.frames_read + count
@@ -404,13 +422,13 @@ class PacketEngine(Closing):
 
 
 def _has_syn(records: np.ndarray) -> bool:
-    """Whether there are beginnings of TCP connections among what came in."""
+    """Return whether one of the packets begins a TCP connection."""
     syn = records["tcp_flags"] & (_SYN | _ACK) == _SYN
     return bool(np.any(syn & (records["dir"] == lib.SNIFFER_DIR_IN)))
 
 
 def _first_bytes(head: np.void, records: np.ndarray, frames: np.ndarray) -> FirstBytesBatch:
-    """Return the first bytes of the packets of `records`; copies of a datagram have them too."""
+    """Return the first bytes of the packets of `records`. Copies of a datagram have them too."""
     heads = np.zeros(len(records), SNAP)
     for name in ("time_ns", "seq", "cpu", "len"):
         heads[name] = records[name]

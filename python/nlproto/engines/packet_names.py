@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Names packets without the module: their socket by sock_diag or /proc/net, its holder by /proc.
+"""Names packets without the module. sock_diag or /proc/net finds the socket, /proc its holder.
 
-The socket is asked for by the packet's own tuple at a flow's first packet, so what counts is
-how soon that is. A TCP socket that was closed before belonged to its listener's owner, if a
-listener accepted it: `how` listener, flagged AMBIGUOUS. Any other is `socket_gone`, which says
-that none was there when it was asked for. `no_socket` is said only of a SYN that was refused.
+A flow's first packet has its socket looked up by its tuple, as soon as possible. A TCP socket that
+has closed by then was its listener's owner's, if a listener accepted it: `how` is `listener`,
+flagged AMBIGUOUS. Else the lookup found none: `socket_gone`. `no_socket` is a refused SYN.
 """
 
 import socket
@@ -15,11 +14,19 @@ from pathlib import Path
 import numpy as np
 
 from nlproto.engines.listeners import Listeners, PastListener
+from nlproto.engines.packet_groups import (
+    PacketGroup,
+    group_packets,
+    is_answer,
+    keys_of,
+    tuple_of_key,
+)
 from nlproto.host import procfs
 from nlproto.host.holders import Holders
 from nlproto.host.procfs import Owner
 from nlproto.host.sockdiag import SockDiag, TcpState
 from nlproto.host.socket_lookup import ANY, SocketLookup, Tuple, mapped, tuple_of_socket
+from nlproto.kernel.conntrack import ConntrackLookup
 from nlproto.records.clock import Clock
 from nlproto.records.wire import lib
 from nlproto.running.budget import Budget
@@ -27,14 +34,14 @@ from nlproto.running.budget import Budget
 __all__ = ["FLOW_LIMIT", "PacketNames"]
 
 TTL_NS = 200_000_000
-"""How long an owner is believed at most before socket and holder are looked at again."""
-_SOON_NS = 20_000_000  # and as early as this while there is time for it
+"""How long an owner stays valid at most. Then socket and holder are looked up again."""
+_SOON_NS = 20_000_000  # and this early while there is time for it
 _SOON_SHARE, _SOON_SAVED_NS = 4, 100_000_000
-# A port can be another process's as soon as a UDP socket is closed; TCP begins with a SYN.
+# UDP: another process can get a closed socket's port at once. TCP: a connection needs a SYN.
 _LINGER_NS = {socket.IPPROTO_UDP: 50_000_000, socket.IPPROTO_TCP: 1_000_000_000}
 _FORGET_NS = 10_000_000_000
-_LATE_NS = 1_000_000_000  # who waited as long is not asked about: others wait behind it
-_CLOSING_NS = 200_000_000  # from a descriptor's end to its socket's, on a busy machine
+_LATE_NS = 1_000_000_000  # older packets are not looked up: others wait behind them
+_CLOSING_NS = 200_000_000  # from a descriptor's end to its socket's, if busy
 FLOW_LIMIT = 262144
 _FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
 _SIMULTANEOUS_NS = 1_000_000_000  # between two SYNs that cross and make one connection
@@ -42,30 +49,23 @@ _NOT_ACCEPTED = {TcpState.ESTABLISHED, TcpState.SYN_RECV, TcpState.CLOSE_WAIT}
 _GUESS = lib.SNIFFER_F_DEAD | lib.SNIFFER_F_AMBIGUOUS
 _SHARED = lib.SNIFFER_F_SHARED | lib.SNIFFER_F_AMBIGUOUS
 
-_KEY = np.dtype(
-    {
-        "names": ["proto", "family", "lport", "rport", "local", "remote"],
-        "formats": ["u1", "u1", "u2", "u2", ("u1", (16,)), ("u1", (16,))],
-    }
-)
-
 
 @dataclass(slots=True)
 class _Connection:
-    """What the packets of one TCP connection told of it."""
+    """What the packets of one TCP connection have shown."""
 
     began_ns: int = 0
-    """When its SYN passed; 0: that was not seen."""
+    """When its SYN passed; 0: not seen."""
     active: bool = False
-    """Whether this end sent the SYN: then no listener accepted it."""
+    """Whether this end sent the SYN. Then no listener accepted it."""
     answered: bool = False
     """Whether this end sent a SYN-ACK, data or a FIN."""
     refused: bool = False
-    """Whether this end answered the SYN with a reset: nobody listened."""
+    """Whether this end answered the SYN with a reset. Then nobody listened."""
     owned: bool = False
-    """Whether its own socket was found with an owner."""
+    """Whether its socket was found, with an owner."""
     listener: PastListener | None = None
-    """Who listened when it began."""
+    """Which processes listened when it began."""
 
 
 @dataclass(slots=True)
@@ -77,40 +77,25 @@ class _Flow:
     inode: int = 0
     owner: Owner | None = None
     settled: bool = False
-    """Whether the answer may be kept for TTL_NS; else the next packet asks again."""
+    """Whether the answer may be kept for TTL_NS. If not, the next packet asks again."""
     unheld: bool = False
-    """Whether there is a socket, and a quick search found nobody who holds it."""
+    """Whether there is a socket for which a quick search found no holder."""
     row: np.void | None = None
     """The socket (HOST_SOCKET) that was found."""
     connection: _Connection | None = None
+    ends: Tuple | None = None
+    """The ends by which its socket is known, where NAT changed the packet's."""
     sent_ns: int = 0
-    """When the packet passed that it was asked for: who has the socket may be younger."""
-
-
-@dataclass(slots=True)
-class _Group:
-    """Packets of one connection in one direction, in one read."""
-
-    key: bytes
-    out: bool
-    to_all: bool
-    first: bool
-    """Whether it is the first of its key in this read."""
-    rows: list[int]
-    syn: bool = False
-    """Whether it begins with the SYN of a new connection."""
-    refused: bool = False
-    """Whether that SYN was answered with a reset in this read."""
-    over: bool = False
-    """Whether another connection of the same tuple begins in this read, behind this one."""
+    """When the packet of the lookup passed. The socket's holder may be younger."""
 
 
 class PacketNames:
-    """Names the records of one network namespace. One thread at a time.
+    """Names the records of one network namespace. For one thread at a time.
 
     `diag` is None where sock_diag is refused: then /proc/net in `net` is read, for a quarter
     of the time at most. `is_local(family, address)` tells whether 16 bytes are this host's address.
-    Some `flow_limit` flows are remembered, of some 500 bytes each.
+    `nat` tells what this host makes of a packet's ends. Some `flow_limit` flows are remembered, of
+    some 500 bytes each.
     """
 
     def __init__(
@@ -121,7 +106,9 @@ class PacketNames:
         now_ns: Callable[[], int],
         net: Path = procfs.PROC / "self" / "net",
         flow_limit: int = FLOW_LIMIT,
+        nat: ConntrackLookup | None = None,
     ) -> None:
+        self._nat = nat
         self._flow_limit = flow_limit
         self._sockets = SocketLookup(diag, now_ns, net)
         self._holders = holders
@@ -134,22 +121,22 @@ class PacketNames:
         self._soon = Budget(_SOON_SHARE, _SOON_SAVED_NS, now_ns)
 
     def name(self, records: np.ndarray, to_all: np.ndarray) -> np.ndarray:
-        """Fill in owners and reasons; return the records to deliver (RECORD, shape (n,)).
+        """Fill in owners and reasons. Returns the records to deliver (RECORD, shape (n,)).
 
-        A packet for several sockets (`to_all`) becomes one record each, further ones flagged as
-        copies. Forwarded packets, tapped on the way in and again on the way out, become one.
+        A packet for several sockets (`to_all`) becomes a record each, the first and its copies. A
+        forwarded packet is tapped on its way in and out, and becomes one record.
         """
         outward = records["dir"] == lib.SNIFFER_DIR_OUT
-        keys = _keys(records, outward)
+        keys = keys_of(records, outward)
         keep = np.ones(len(records), bool)
         copies: list[np.ndarray] = []
         named: list[tuple[list[int], Tuple, _Flow]] = []
-        groups = _groups(records, keys, outward, to_all)
+        groups = group_packets(records, keys, outward, to_all)
         # Who has just begun a connection may end first, and has no listener to stand for it.
         groups.sort(key=lambda group: not (group.syn and group.out and group.first))
         for group in groups:
             rows, out = group.rows, group.out
-            one = _tuple_of(keys[rows[0]])
+            one = tuple_of_key(keys[rows[0]])
             if group.to_all and one.proto == socket.IPPROTO_UDP:
                 copies += self._name_all(records, rows, one)
                 continue
@@ -162,8 +149,12 @@ class PacketNames:
             if forwarded and not flow.cookie and not flow.inode:
                 keep[rows] = False
                 continue
+            if flow.how == lib.SNIFFER_HOW_FORWARDED:
+                # translated on its way: one record, as of any forwarded packet
+                keep[rows] = not out
+                records["dir"][rows] = lib.SNIFFER_DIR_FWD
             named.append((rows, one, flow))
-        # What takes long comes last: meanwhile others close what they have.
+        # Slow searches come last: meanwhile others close their sockets.
         for rows, one, flow in named:
             if flow.unheld:
                 self._look_further(one, flow)
@@ -175,7 +166,7 @@ class PacketNames:
         return records if keep.all() else records[keep]
 
     def _doubt(self, flow: _Flow) -> None:
-        """Flag who shares a UDP port with others: which of their sockets it was is not told."""
+        """Flag records of a UDP port with several sockets: nothing says which one it was."""
         row, flow.row = flow.row, None
         if row is None or flow.owner is None or row["proto"] != socket.IPPROTO_UDP or row["dport"]:
             return
@@ -198,7 +189,7 @@ class PacketNames:
             records["uid"][rows] = flow.owner.uid
             records["comm"][rows] = flow.owner.comm[: lib.SNIFFER_COMM_LEN]
 
-    def _flow(self, group: _Group, one: Tuple, records: np.ndarray, forwarded: bool) -> _Flow:
+    def _flow(self, group: PacketGroup, one: Tuple, records: np.ndarray, forwarded: bool) -> _Flow:
         now = self._now_ns()
         known = self._flows.get(group.key)
         sent_ns = int(records["time_ns"][group.rows[0]])
@@ -222,9 +213,14 @@ class PacketNames:
             found = self._flows[group.key] = _Flow(now, how, connection=connection)
             return found
         with self._soon.spend():
-            # what has the tuple now is the next connection's, if this one is over
+            # if this connection is over, the next one has the tuple now
             gone = _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE)
             found = gone if group.over else self._ask(one, now, sent_ns)
+            if not forwarded and not group.over and not found.inode and not found.cookie:
+                one, found = self._ask_behind_nat(one, found, sent_ns)
+            if found.how == lib.SNIFFER_HOW_FORWARDED:
+                self._flows[group.key] = found
+                return found
             if known is not None and not group.syn:
                 found = self._linger(known, found, one.proto, sent_ns)
             if one.proto == socket.IPPROTO_UDP:
@@ -242,7 +238,7 @@ class PacketNames:
         return found
 
     def _remember_end(self, one: Tuple, found: _Flow, sent_ns: int) -> _Flow:
-        """A client that asked several servers may be gone before the last is looked up."""
+        """A client that asked several servers may be gone before its last socket is looked up."""
         end = (one.proto, one.lport, one.local)
         before = self._ends.get(end)
         if found.owner is not None:
@@ -252,15 +248,15 @@ class PacketNames:
         return found
 
     def _linger(self, known: _Flow, found: _Flow, proto: int, sent_ns: int) -> _Flow:
-        """The last owner for packets that were under way when the socket went.
+        """Return the last owner, for packets that were under way when the socket closed.
 
-        Without a socket those tapped shortly after it was last seen; for as long as the kernel
-        still keeps a closed connection (cookie the same), whatever it sends is its last owner's.
+        Without a socket: for packets tapped shortly after it was last seen. While the kernel keeps
+        a closed connection (same cookie), its last owner has all that it sends.
         """
         if found.owner is not None or known.owner is None:
             return found
         if known.how == lib.SNIFFER_HOW_LISTENER:
-            return found  # the listener is asked about anew
+            return found  # the listener is looked up again
         same = known.cookie != 0 and known.cookie == found.cookie
         late = sent_ns - known.checked_ns >= _LINGER_NS[proto]
         if not same and (late or found.cookie):
@@ -268,7 +264,7 @@ class PacketNames:
         known.flags |= lib.SNIFFER_F_DEAD
         late = sent_ns - known.checked_ns > _SOON_NS
         if proto == socket.IPPROTO_UDP or found.inode or late:
-            # A UDP port may have a new owner, and what was open may have been passed on.
+            # A UDP port may have a new owner, and an open socket may have been passed on.
             known.flags |= lib.SNIFFER_F_AMBIGUOUS
         known.settled, known.unheld = False, found.unheld
         if same:
@@ -276,13 +272,13 @@ class PacketNames:
         return known
 
     def _take_listener(self, one: Tuple, found: _Flow, connection: _Connection) -> None:
-        """Name who accepted, or will accept, a connection without a socket of a process's own."""
+        """Name the process that accepted, or will accept, a connection whose socket nobody has."""
         if connection.active or connection.owned or found.how == lib.SNIFFER_HOW_KERNEL:
             return
         listening = found.row is not None and int(found.row["state"]) == TcpState.LISTEN
         there = found.row is not None and not listening
         if not there and not connection.began_ns and not connection.answered:
-            return  # nothing says that there was a connection: a probe, an answer to a reset
+            return  # no sign of a connection: it was a probe, or an answer to a reset
         waits = False
         if found.row is not None and there:
             waits = int(found.row["state"]) in _NOT_ACCEPTED and not found.inode
@@ -290,7 +286,7 @@ class PacketNames:
             now = self._listeners.of(one, connection.began_ns, found.row if listening else None)
         listener = now or before
         connection.listener = before or now
-        # A connection that waits may have moved to another listener (net.ipv4.tcp_migrate_req).
+        # It may have moved to another listener (net.ipv4.tcp_migrate_req).
         moved = waits and before is not None and (now is None or now.inode != before.inode)
         if listener is None:
             return
@@ -308,20 +304,35 @@ class PacketNames:
         limit = now - _FORGET_NS
         self._flows = {key: flow for key, flow in self._flows.items() if flow.checked_ns > limit}
         self._ends = {key: flow for key, flow in self._ends.items() if flow.checked_ns > limit}
-        if len(self._flows) > self._flow_limit * 3 // 4:  # or the next flow would be as dear
+        if len(self._flows) > self._flow_limit * 3 // 4:  # or the next flow would cost as much
             self._flows.clear()
             self._ends.clear()
 
     def _ask(self, one: Tuple, now: int, sent_ns: int) -> _Flow:
-        """The socket of the packet's own, with who holds it; a listener is not that."""
+        """Return the packet's own socket and its holders. A listener is not its own socket."""
         if (row := self._sockets.find(one)) is not None and int(row["state"]) != TcpState.LISTEN:
             return self._held(row, now, sent_ns, self._listeners.likely(one))
         return _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, row=row)
 
+    def _ask_behind_nat(self, one: Tuple, found: _Flow, sent_ns: int) -> tuple[Tuple, _Flow]:
+        """The same by the ends that its socket knows, where this host translates addresses."""
+        ends = None
+        if self._nat is not None:
+            near, far = (one.local, one.lport), (one.remote, one.rport)
+            ends = self._nat.ends(one.proto, one.family, near, far)
+        if ends is None:
+            return one, found
+        other = Tuple(one.proto, one.family, *ends[0], *ends[1])
+        if not self._is_local(other.family, other.local):
+            return one, _Flow(found.checked_ns, lib.SNIFFER_HOW_FORWARDED, settled=True)
+        found = self._ask(other, found.checked_ns, sent_ns)
+        found.ends = other
+        return other, found
+
     def _look_further(self, one: Tuple, flow: _Flow) -> None:
-        """Search all processes for the holder of a socket, unless it is just being closed."""
+        """Search all processes for a socket's holder, unless it is just being closed."""
         flow.unheld = False
-        again = self._sockets.find(one)
+        again = self._sockets.find(flow.ends or one)
         if again is None or int(again["inode"]) != flow.inode:
             if flow.owner is None:
                 flow.how = lib.SNIFFER_HOW_SOCKET_GONE
@@ -334,7 +345,7 @@ class PacketNames:
             flow.how, flow.flags = lib.SNIFFER_HOW_KERNEL, lib.SNIFFER_F_KERNEL
 
     def _stays(self, flow: _Flow) -> bool:
-        """Whether nobody held the socket for a while: one that is being closed goes soon."""
+        """Return whether nobody held the socket for a while: a closing one goes soon."""
         if len(self._unheld) > self._flow_limit:
             self._unheld.clear()
         first = self._unheld.setdefault(flow.inode, flow.checked_ns)
@@ -354,7 +365,7 @@ class PacketNames:
     def _own(self, flow: _Flow, owners: tuple[Owner, ...]) -> None:
         sent_ns = Clock.now().boot_ns(flow.sent_ns)
         there = tuple(one for one in owners if one.identity.start_ns <= sent_ns)
-        if owners and not there:  # who began later: of another connection, or of one passed on
+        if owners and not there:  # these began later
             flow.how = lib.SNIFFER_HOW_SOCKET_GONE
             return
         if there:
@@ -364,13 +375,13 @@ class PacketNames:
             flow.how = lib.SNIFFER_HOW_DIAG if self._sockets.by_diag else lib.SNIFFER_HOW_PROC
             flow.settled = True
             if len(there) > 1:
-                flow.flags |= _SHARED  # which of them uses it is not to be seen from outside
+                flow.flags |= _SHARED  # from outside nobody sees which of them uses it
         else:
             gone, unknown = lib.SNIFFER_HOW_SOCKET_GONE, lib.SNIFFER_HOW_NOT_PROBED
             flow.how = gone if self._holders.exhaustive else unknown
 
     def _name_all(self, records: np.ndarray, rows: list[int], one: Tuple) -> list[np.ndarray]:
-        """Name a datagram for everybody; return the copies for its second receiver and further."""
+        """Name a datagram for all receivers; return the copies for all but the first."""
         sent_ns = int(records["time_ns"][rows[0]])
         receivers = self._receivers(one)
         flows = [self._held(found, self._now_ns(), sent_ns) for found in receivers]
@@ -390,10 +401,10 @@ class PacketNames:
         return copies
 
     def _receivers(self, one: Tuple) -> list[np.void]:
-        """UDP sockets that a datagram to a group or to all reaches.
+        """Return the UDP sockets that receive a multicast or broadcast.
 
-        By default each socket bound to the port gets what any of this host joined
-        (IP_MULTICAST_ALL); who joined what is not to be seen from outside.
+        By default each socket on the port receives every group that anybody here joined
+        (IP_MULTICAST_ALL). From outside nobody sees who joined which group.
         """
         found = []
         for row in self._sockets.bound(one.proto, one.lport):
@@ -408,70 +419,9 @@ class PacketNames:
         return found
 
 
-def _keys(records: np.ndarray, outward: np.ndarray) -> np.ndarray:
-    """Return the ends of each packet's connection, this host's first."""
-    keys = np.zeros(len(records), _KEY)
-    keys["proto"], keys["family"] = records["proto"], records["family"]
-    keys["lport"] = np.where(outward, records["sport"], records["dport"])
-    keys["rport"] = np.where(outward, records["dport"], records["sport"])
-    column = outward[:, np.newaxis]
-    keys["local"] = np.where(column, records["saddr"], records["daddr"])
-    keys["remote"] = np.where(column, records["daddr"], records["saddr"])
-    return keys
-
-
-def _groups(
-    records: np.ndarray, keys: np.ndarray, outward: np.ndarray, to_all: np.ndarray
-) -> list[_Group]:
-    """Put together what has one owner: a SYN begins another connection of the same tuple."""
-    raw, size = keys.tobytes(), _KEY.itemsize
-    tcp = records["proto"] == socket.IPPROTO_TCP
-    kinds = records["tcp_flags"] & (_SYN | _RST | _ACK)
-    syns = tcp & (records["tcp_flags"] & (_SYN | _ACK) == _SYN)
-    resets = set(np.flatnonzero(tcp & outward & (kinds == _RST | _ACK)).tolist())
-    epochs: dict[bytes, int] = {}
-    groups: dict[tuple[bytes, int, bool, bool], _Group] = {}
-    refused = []
-    facts = zip(outward.tolist(), to_all.tolist(), syns.tolist(), strict=True)
-    for index, (out, every, syn) in enumerate(facts):
-        key = raw[index * size : (index + 1) * size]
-        epoch = epochs.get(key)
-        first = epoch is None
-        if epoch is None or syn:
-            epoch = epochs[key] = 0 if epoch is None else epoch + 1
-        group = groups.get((key, epoch, out, every))
-        if group is None:
-            groups[key, epoch, out, every] = _Group(key, out, every, first, [index], syn)
-        else:
-            group.rows.append(index)
-        if index in resets:
-            refused.append((key, epoch))
-    for (key, epoch, _, _), group in groups.items():
-        if epoch == epochs[key]:
-            continue
-        # SYNs alone may be the same one, sent again
-        began = [groups.get((key, epoch, out, False)) for out in (False, True)]
-        rows = [row for part in began if part is not None for row in part.rows]
-        group.over = not np.all(syns[rows])
-    for key, epoch in refused:
-        asked = groups.get((key, epoch, False, False))
-        if asked is not None and asked.syn:
-            answers = groups[key, epoch, True, False].rows
-            asked.refused = not _is_answer(records[answers])
-    return list(groups.values())
-
-
-def _is_answer(sent: np.ndarray) -> bool:
-    """Whether one of these packets of this end's shows that it has a connection."""
-    flags = sent["tcp_flags"]
-    return bool(
-        np.any(flags & (_SYN | _ACK) == _SYN | _ACK)
-        or np.any(flags & _FIN)
-        or np.any(sent["len"] > sent["hdr_len"])
-    )
-
-
-def _follow(known: _Flow | None, group: _Group, records: np.ndarray, sent_ns: int) -> _Connection:
+def _follow(
+    known: _Flow | None, group: PacketGroup, records: np.ndarray, sent_ns: int
+) -> _Connection:
     """Return what is known of a TCP connection, after these packets of it."""
     before = known.connection if known is not None else None
     connection = before or _Connection()
@@ -480,21 +430,10 @@ def _follow(known: _Flow | None, group: _Group, records: np.ndarray, sent_ns: in
         if not crossed or sent_ns - connection.began_ns > _SIMULTANEOUS_NS:
             connection = _Connection(sent_ns, active=group.out)
     if group.out:
-        connection.answered |= _is_answer(records)
+        connection.answered |= is_answer(records)
         passive = connection.began_ns and not connection.active and not connection.answered
-        # Only what had no ACK is answered by a reset with one.
+        # Only a packet without an ACK is answered by a reset with an ACK.
         reset = records["tcp_flags"] & (_SYN | _RST | _ACK) == _RST | _ACK
         connection.refused |= bool(passive and np.any(reset))
     connection.refused |= group.refused
     return connection
-
-
-def _tuple_of(key: np.void) -> Tuple:
-    return Tuple(
-        int(key["proto"]),
-        int(key["family"]),
-        key["local"].tobytes(),
-        int(key["lport"]),
-        key["remote"].tobytes(),
-        int(key["rport"]),
-    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which of the programs in bpf/ run on this kernel: all, some, or none, and why."""
+"""Decides which programs of bpf/ run on this kernel: all, some, or none, and why."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ NEEDED = {
     "sk_filter_trim_cap",
     "ip_output",
 }
-# By each of these ways a descriptor goes; by the second name in other kernels. Where one is
-# missing, a program is called for each file, also of those that a process has when it ends: dear.
+# Each of these functions removes descriptors; some kernels have another name for it. If one is
+# missing, a program runs for each file, even for those open at a process's end. That is expensive.
 _CLOSES = (
     ("close_fd", "file_close_fd"),
     ("__close_fd_get_file", "file_close_fd_locked"),
@@ -39,7 +39,7 @@ _TRAMPOLINES = ("fentry/", "fexit/")
 TRACED = (*_TRAMPOLINES, "tp_btf/")
 CGROUP = "cgroup"
 _CALLS = "tp_btf/sys_enter"
-# What tells of packets and sockets where trampolines are refused, beside part_*.
+# What reports packets and sockets where trampolines are refused, beside part_*.
 _WITH_PARTS = {
     *("probe_fork", "probe_exec", "probe_exit", "probe_rename", "probe_ring", "reset_sent"),
     *("seed", "collect"),
@@ -49,9 +49,9 @@ _CAP_SYS_ADMIN = 21
 
 
 def why_in_parts() -> str:
-    """Load and unload what the engine would; "" when all of it runs, else why only parts do.
+    """Load and unload the engine's programs. Returns "" if all of them run, else why only parts do.
 
-    Raises NoBpf with the reason why not even these.
+    Raises NoBpf with the reason if not even the parts run.
     """
     parts, loaded = load_programs(1 << 16)
     loaded.close()
@@ -59,9 +59,9 @@ def why_in_parts() -> str:
 
 
 def load_programs(ring_bytes: int) -> tuple[str, Object]:
-    """All programs, else those that tracepoints and cgroups take, and then a line that says so.
+    """Load all programs, or those for tracepoints and cgroups; then return a line that says so.
 
-    Raises NoBpf with the reason why not even these.
+    Raises NoBpf with the reason if not even these can be loaded.
     """
     try:
         return "", _load_whole(ring_bytes)
@@ -89,9 +89,9 @@ def load_programs(ring_bytes: int) -> tuple[str, Object]:
 
 
 def _load_whole(ring_bytes: int) -> Object:
-    """The object with every program whose function is there. Raises NoBpf with the reason."""
+    """Return the object with every program whose function is there. Raises NoBpf."""
     if not OBJECT.exists():
-        raise NoBpf("its programs were not compiled: ./build.sh does it where clang is")
+        raise NoBpf("its programs were not compiled: install clang and run ./build.sh")
     opened = Object(OBJECT)
     try:
         known = choose_programs(opened, whole=True)
@@ -110,7 +110,7 @@ def _load_whole(ring_bytes: int) -> Object:
 
 
 def choose_programs(opened: Object, *, whole: bool) -> set[str]:
-    """Choose those that are to be loaded; returns the sections that have something to be put on.
+    """Choose the programs to load. Returns the sections that have something to attach to.
 
     Raises NoBpf when the kernel does not describe itself.
     """
@@ -127,7 +127,7 @@ def choose_programs(opened: Object, *, whole: bool) -> set[str]:
 
 
 def _targets(opened: Object) -> set[str]:
-    """Sections of its programs that have something here to be put on."""
+    """Return the sections of its programs that have something to attach to here."""
     sections = {program.section for program in opened.programs.values()}
     traced = {section for section in sections if section.startswith((*TRACED, NETFILTER))}
     return sections - traced | has_target(traced)
@@ -144,18 +144,18 @@ def _why(error: OSError) -> str:
 
 
 def why_refused(error: OSError, capabilities: int, lockdown: str) -> str:
-    """One line for people: what keeps the kernel from taking the programs.
+    """Return one line for people: why the kernel refuses the programs.
 
-    `capabilities`: the effective ones, a bit each; `lockdown` as securityfs has it.
+    `capabilities`: the effective ones, a bit each; `lockdown` as in securityfs.
     """
     missing = [name for name, bit in _CAPABILITIES.items() if not capabilities >> bit & 1]
     if missing and not capabilities >> _CAP_SYS_ADMIN & 1:
         return f"it needs {', '.join(missing)}; run it as root"
     if error.errno == errno.EINVAL and not capabilities >> _CAP_SYS_ADMIN & 1:
-        # it looks into the kernel's modules for what this kernel lacks, and gives up
+        # the verifier searches the kernel's modules for what this kernel lacks, and gives up
         return "an older libbpf (before 1.4) needs CAP_SYS_ADMIN for all of it"
     if "[confidentiality]" in lockdown:
         return "this kernel lets nobody read it (lockdown=confidentiality)"
-    if error.errno == errno.EPERM:  # what the verifier does not believe is EACCES
+    if error.errno == errno.EPERM:  # EACCES: the verifier cannot prove that a program is safe
         return "this kernel's vendor lets nobody trace its functions"
     return f"this kernel refuses its programs ({error.strerror})"

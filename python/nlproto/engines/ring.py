@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""AF_PACKET: a ring with the IP packets of one network namespace; TCP and UDP become records.
+"""AF_PACKET: a ring with the IP packets of one network namespace. TCP and UDP become records.
 
 Sources: man 7 packet, Documentation/networking/packet_mmap.rst, net/packet/af_packet.c.
 """
@@ -33,7 +33,7 @@ PACKET_OTHERHOST = 3
 
 SNAP = 256  # link header, IPv6 with extension headers, TCP with options
 _BLOCK = 1 << 18
-_READ = 1024  # records at once
+_READ = 1024  # records of one read
 
 _LD_W_ABS, _JEQ, _JSET = 0x20, 0x15, 0x45
 _AD_PROTOCOL, _AD_PKTTYPE, _AD_VLAN_TAG = AD, AD + 4, AD + 44
@@ -42,8 +42,8 @@ _AD_PROTOCOL, _AD_PKTTYPE, _AD_VLAN_TAG = AD, AD + 4, AD + 44
 def _filter() -> list[tuple[int, int, int, int]]:
     """Return the classic BPF program: IPv4 and IPv6, each packet once.
 
-    Tagged frames are seen again on their VLAN device, and packets to other hosts only because
-    somebody made an interface promiscuous. What is neither TCP nor UDP is counted in user space.
+    It drops tagged frames, because they come again on their VLAN device. It drops packets to other
+    hosts, which come only from a promiscuous interface. User space counts other protocols.
     """
     return assemble(
         [
@@ -60,22 +60,22 @@ def _filter() -> list[tuple[int, int, int, int]]:
 
 
 def _segments_are_told() -> bool:
-    """Whether PACKET_VNET_HDR is safe: before 6.2 it dropped packets with UDP segmentation."""
+    """Return whether PACKET_VNET_HDR is safe: before 6.2 it dropped UDP segmentation."""
     version = re.match(r"(\d+)\.(\d+)", platform.release())
     return version is not None and (int(version[1]), int(version[2])) >= (6, 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """Records not yet named, which of them came as multicast or broadcast, their first bytes."""
+    """Records without names, which of them were multicast or broadcast, and their first bytes."""
 
     records: np.ndarray
     to_all: np.ndarray
     first_bytes: np.ndarray | None
-    """HOST_SNAP, when wanted."""
+    """HOST_SNAP, if wanted."""
 
     def with_more(self, later: "Frames") -> "Frames":
-        """Return these and those that were read after them."""
+        """Return these and `later`, which were read after them."""
         both = None
         if self.first_bytes is not None and later.first_bytes is not None:
             both = np.concatenate([self.first_bytes, later.first_bytes])
@@ -87,7 +87,7 @@ class Frames:
 
 
 class PacketRing(Closing):
-    """A ring in the network namespace it is made in (inode `netns`); a context manager.
+    """A ring in the network namespace in which it is created (inode `netns`). A context manager.
 
     `ring_bytes` of kernel memory are pinned. Raises NoPrivilege without CAP_NET_RAW.
     """
@@ -103,7 +103,7 @@ class PacketRing(Closing):
             self._socket.setblocking(False)
             attach(self._socket, _filter())
             self._ring = self._make_ring(ring_bytes)
-            # Protocol 0 until here: no packet came in before filter and ring were there.
+            # Protocol 0 until here, so that no packet comes in before filter and ring are ready.
             code = -lib.host_capture_all(self._socket.fileno())
             if code:
                 raise OSError(code, os.strerror(code))
@@ -146,20 +146,20 @@ class PacketRing(Closing):
 
     @property
     def skipped(self) -> int:
-        """Packets read that became no record: later fragments, truncated, other protocols."""
+        """Packets read that became no record: later fragments, truncated ones, other protocols."""
         return int(self._ring.fragments + self._ring.truncated + self._ring.other)
 
     @property
     def frames_read(self) -> int:
-        """Frames taken out of the ring, those included that became no record."""
+        """Frames taken out of the ring, including those that became no record."""
         return int(self._ring.packets)
 
     def waiting(self) -> int:
-        """Frames that are in the ring now."""
+        """Frames in the ring now."""
         return int(lib.host_ring_waiting(self._ring))
 
     def read(self, wanted: bool = False) -> Frames:
-        """Return the packets that wait, up to some hundred; the arrays are the caller's own."""
+        """Return waiting packets, up to some hundred. The arrays belong to the caller."""
         if wanted and not len(self._first_bytes):
             self._first_bytes = np.zeros(_READ, HOST_SNAP)
         room = ffi.from_buffer("struct host_snap[]", self._first_bytes) if wanted else ffi.NULL
@@ -175,7 +175,7 @@ class PacketRing(Closing):
         return Frames(self._records[:read].copy(), self._to_all[:read] != 0, first_bytes)
 
     def drops(self) -> int:
-        """Return packets that the ring had no room for since the last call."""
+        """Return how many packets the ring had no room for since the last call."""
         raw = self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8)
         dropped = int(struct.unpack("=II", raw)[1])
         self.dropped += dropped

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A filter: which records it wants, its cost, and its text form.
 
-The text form has numbers only, so that it means the same in another program: two filters of one
-text form are the same filter. nlproto.filters.parse makes a filter of a text.
+The text form has only numbers, so it means the same in another program. Two filters with the same
+text form are the same filter. nlproto.filters.parse makes a filter from text.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Filter:
     def mask(self, records: np.ndarray, details: KnownProcesses | None = None) -> np.ndarray:
         """Return one bool a record of `records` (RECORD, shape (n,)).
 
-        `details` is asked once for each process, by the words of NAME_WORDS; without it these see
-        only what the record says.
+        The words of NAME_WORDS ask `details` once for each process. Without `details` they see only
+        what the record says.
         """
         if self.root is None:
             return np.ones(len(records), bool)
@@ -44,7 +44,7 @@ class Filter:
         return self.root.mask(FilterView(records, details))
 
     def __and__(self, other: Filter) -> Filter:
-        """Return the filter that wants both."""
+        """Return a filter that wants what both want."""
         if self.root is None or other.root is None:
             return other if self.root is None else self
         return Filter(Chain(self.root, (("and", other.root),)))

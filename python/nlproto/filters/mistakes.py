@@ -25,7 +25,7 @@ __all__ = [
 
 
 class FilterError(UsageError):
-    """A filter that means nothing; `start` and `end` are the columns (from 0) of the culprit."""
+    """A filter without a meaning. `start` and `end` are the columns (from 0) of the mistake."""
 
     def __init__(self, message: str, text: str, start: int, end: int) -> None:
         super().__init__(f"filter, column {start + 1}: {message}")
@@ -34,19 +34,19 @@ class FilterError(UsageError):
         self.end = max(end, start + 1)
 
     def pointer(self) -> str:
-        """Return two lines: the filter, and carets below the culprit."""
+        """Return two lines: the filter, and carets below the mistake."""
         shown = "".join(c if c.isprintable() else "?" for c in self.text)
         return f"{shown}\n{' ' * self.start}{'^' * (self.end - self.start)}"
 
 
 def span(token: Token) -> tuple[int, int]:
-    """Return where `token` is in the text: (first column, the one after the last)."""
+    """Return where `token` is in the text: its first column, and the column after its last."""
     start = token.start_pos or 0
     return start, token.end_pos or start + len(token)
 
 
 def suggest(word: str, known: list[str]) -> str:
-    """Return "; did you mean ...?" for the one of `known` that is nearest, else ""."""
+    """Return "; did you mean ...?" with the nearest of `known`, or "" if none is near."""
     close = difflib.get_close_matches(word.lower(), known, 1, 0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
 
@@ -65,13 +65,13 @@ _FOREIGN = {
     **dict.fromkeys(("ifname", "on"), "use the option -i IF"),
     **dict.fromkeys(("rnr", "rulenum", "reason", "action", "rset", "ruleset"), "see nft monitor"),
 }
-"""Words of pcap-filter(7) that are none here, and what to do instead."""
+"""Words of pcap-filter(7) that this language lacks, and what to do instead."""
 
 _BYTES = re.compile(r"\b(?:tcp|udp|ip6?|icmp6?|ether|arp|link|wlan)\s*\[[^\]]*\]?")
 
 
 def foreign(tokens: Sequence[Token], text: str) -> FilterError | None:
-    """What to say of a word of pcap-filter's that stands where ours would; None: there is none."""
+    """Return what to say about a word of pcap-filter(7) that is none here; None: nothing."""
     for index, token in enumerate(tokens):
         asked = _FOREIGN.get(str(token)) if token.type == "VALUE" else None
         if asked is not None and not (index and tokens[index - 1].type in _VALUED):
@@ -92,11 +92,11 @@ def _bytes_wanted(text: str) -> FilterError | None:
 
 
 _VALUED = ("ADDRESS_WORD", "NET", "MASK", "OWNER_WORD", "SRC", "DST")
-"""Types of words that want a value after them."""
+"""Types of words that a value must follow."""
 
 
 def unknown(token: Token, text: str) -> FilterError:
-    """Return what to say of a value that no word stands before."""
+    """Return what to say about a value that has no word before it."""
     if token in ("named", "unnamed"):
         return FilterError(f"write 'how {token}'", text, *span(token))
     hint = suggest(token, WORDS)
@@ -110,7 +110,7 @@ def unknown(token: Token, text: str) -> FilterError:
 
 
 def check_depth(tokens: Sequence[Token], text: str) -> None:
-    """Raise FilterError where more stand within each other than the parser may recurse."""
+    """Raise FilterError if parentheses are nested deeper than the parser may recurse."""
     depth = 0
     for token in tokens:
         if token.type in ("LPAR", "NOT"):
@@ -134,14 +134,14 @@ _EXPECTED = {
 
 
 def syntax_error(error: UnexpectedInput, tokens: Sequence[Token], text: str) -> FilterError:
-    """Say what is wrong with `text`; `tokens` are its words, if it has words only."""
+    """Return what is wrong with `text`. `tokens` are its words, if it has only words."""
     if isinstance(error, UnexpectedCharacters):
         found = _bytes_wanted(text)
         if found is not None:
             return found
         at = error.pos_in_stream or 0
         if text[at] == '"':
-            return FilterError("a quote that nothing closes", text, at, len(text))
+            return FilterError("an unclosed quote", text, at, len(text))
         return FilterError(f"{text[at]!r} means nothing here", text, at, at + 1)
     assert isinstance(error, UnexpectedToken)
     token = error.token
@@ -156,7 +156,7 @@ def syntax_error(error: UnexpectedInput, tokens: Sequence[Token], text: str) -> 
             return FilterError(f"'{last}' needs a value after it", text, start, end)
         if last.type in ("AND", "OR", "NOT"):
             return FilterError(f"'{last}' needs something after it", text, start, end)
-        return FilterError("a parenthesis that nothing closes", text, text.rindex("("), len(text))
+        return FilterError("an unclosed parenthesis", text, text.rindex("("), len(text))
     index = next(i for i, one in enumerate(tokens) if one.start_pos == token.start_pos)
     before = tokens[index - 1] if index else None
     if before is not None and before.type == "VALUE" and not _has_word(tokens, index - 1):
@@ -177,7 +177,7 @@ def syntax_error(error: UnexpectedInput, tokens: Sequence[Token], text: str) -> 
 
 
 def _has_word(tokens: Sequence[Token], index: int) -> bool:
-    """Whether the value at `index` has a word before it, directly or by inheritance."""
+    """Return whether the value at `index` has a word before it, its own or an inherited one."""
     if index and tokens[index - 1].type in _VALUED:
         return True
     return (

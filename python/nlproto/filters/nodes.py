@@ -86,7 +86,7 @@ def _grouped(node: Node) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Not:
-    """What the node does not want."""
+    """The node whose opposite this is."""
 
     node: Node
 
@@ -151,7 +151,7 @@ def _join(join: Callable[[Any, Any], Any], masks: list[np.ndarray]) -> np.ndarra
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """A port, or a range, of one end or both; as the packet has it, or as NAT makes it."""
+    """A port, or a range, of one end or both: as in the packet, or as NAT translates it."""
 
     side: str
     low: int
@@ -186,7 +186,7 @@ class Ports:
 
 @dataclass(frozen=True, slots=True)
 class Net:
-    """An address, or a network, of one end or both; as the packet has it, or as NAT makes it."""
+    """An address, or a network, of one end or both: as in the packet, or as NAT translates it."""
 
     side: str
     net: ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -223,7 +223,7 @@ class Net:
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """`less` or `greater`: the IP packet has so many bytes at most, or at least."""
+    """`less` or `greater`: the size of the IP packet in bytes."""
 
     word: str
     bytes: int
@@ -250,7 +250,7 @@ class OwnerTest:
     word: str
     name: str
     fits: Callable[[str], object] = field(compare=False, repr=False)
-    """Whether a name is `name` or matches it."""
+    """Return whether a name is `name`, or matches it."""
 
     def __str__(self) -> str:
         return f"{self.word} {quote(self.name)}"
@@ -270,7 +270,7 @@ class OwnerTest:
         return result
 
     def is_wanted(self, comm: str, process: ProcessLike | None) -> bool:
-        """Return whether a process fits; `comm` is the kernel's name for it."""
+        """Return whether a process fits. `comm` is the kernel's name for it."""
         if self.word == "pname":
             program = "" if process is None else os.path.basename(process.exe)
             if self.fits(comm) or program and self.fits(program):
@@ -279,11 +279,11 @@ class OwnerTest:
         return process is not None and any(map(self.fits, self._names(process)))
 
     def _names(self, process: ProcessLike) -> Iterator[str]:
-        """What the process is called, in each way that people may write it."""
+        """Return the process's names, in each way that people may write them."""
         match self.word:
             case "container":
                 yield from container_names(process.container, process.container_name, self.name)
-            case "unit" if process.unit:  # systemctl too takes "nginx" for "nginx.service"
+            case "unit" if process.unit:  # systemctl too accepts "nginx" for "nginx.service"
                 yield from (process.unit, process.unit.rpartition(".")[0])
             case "pod" if process.pod:
                 yield from (process.pod, process.pod.partition("/")[2])
@@ -297,16 +297,16 @@ class OwnerTest:
                 yield self.name if self.name in process.cmdline else process.cmdline
 
     def _is_cut(self, comm: str, program: str) -> bool:
-        """The kernel keeps 15 bytes of a name; a longer one is settled by the executable."""
+        """The kernel keeps 15 bytes of a name. For a longer one compare the executable."""
         if program or len(comm) + 1 > len(self.name):
             return False
-        name = self.name.encode("utf-8", "backslashreplace")  # a shell's bytes may be no UTF-8
+        name = self.name.encode("utf-8", "backslashreplace")  # bytes from a shell may be no UTF-8
         return len(name) > _COMM_MAX and comm.encode("utf-8", "replace") == name[:_COMM_MAX]
 
 
 @dataclass(frozen=True, slots=True)
 class DomainTest:
-    """`domain`: the far end's name is this, or below it, or matches the pattern."""
+    """`domain`: the far end's name is this name, or lies below it, or matches the pattern."""
 
     name: str
     fits: Callable[[str], object] = field(compare=False, repr=False)
@@ -325,7 +325,7 @@ class DomainTest:
         return np.fromiter((verdicts[one] for one in view.domains), bool, len(view))
 
     def is_wanted(self, domains: str) -> bool:
-        """Return whether one of the names fits; they have "|" between them."""
+        """Return whether one of the names fits; "|" separates them."""
         below = f".{self.name}"
         return bool(domains) and any(
             self.fits(one) or one.endswith(below) for one in domains.split("|")
@@ -333,9 +333,9 @@ class DomainTest:
 
 
 def matcher(name: str) -> Callable[[str], object]:
-    """Return what tells whether a name is `name`, or matches it.
+    """Return a function that says whether a name is `name`, or matches it.
 
-    fnmatch's own cache would keep 32,768 patterns of strangers.
+    The cache of fnmatch would keep 32,768 patterns of other users.
     """
     if any(character in name for character in "*?["):
         return re.compile(fnmatch.translate(name)).match
@@ -343,10 +343,10 @@ def matcher(name: str) -> Callable[[str], object]:
 
 
 def container_names(container: str, name: str, wanted: str) -> Iterator[str]:
-    """Yield what a container ("docker:4f1c0d2e9a3b", "lxc:web") that has a `name` is called.
+    """Yield the names of a container ("docker:4f1c0d2e9a3b", "lxc:web") that has a `name`.
 
-    That is its id or name, each with or without the runtime before it; and `wanted` itself when
-    that is the beginning of the id, as docker and podman take it.
+    These are its id and its name, each with or without the runtime before it. If `wanted` is the
+    beginning of the id, `wanted` is one too, as for docker and podman.
     """
     if not container:
         return

@@ -61,9 +61,9 @@ def _parser() -> Lark:
 def parse(text: str, resolve: bool = True, elsewhere: bool = False) -> Filter:
     """Return the filter in `text`.
 
-    `resolve`: look up names of hosts, services, users and network namespaces; without it they
-    are refused (a server does not ask DNS for its clients). `elsewhere`: of other machines, whose
-    users and namespaces are not those of this one: so much is refused. Raises FilterError.
+    `resolve`: look up names of hosts, services, users and network namespaces. Without it names are
+    refused, because a server does not ask DNS for its clients. `elsewhere`: the filter is for other
+    machines, so names of this machine's users and namespaces are refused. Raises FilterError.
     """
     if len(text) > MAX_LENGTH:
         raise FilterError(f"longer than {MAX_LENGTH} characters: shorten it", text[:40], 0, 40)
@@ -88,7 +88,7 @@ def parse(text: str, resolve: bool = True, elsewhere: bool = False) -> Filter:
 
 @dataclass(frozen=True, slots=True)
 class _Words:
-    """What stood before a value, for the bare values after it."""
+    """The words before a value. Bare values after it inherit them."""
 
     proto: Token | None
     side: str
@@ -96,13 +96,13 @@ class _Words:
 
 
 class _Builder:
-    """Nodes from the parse tree, left to right."""
+    """Makes nodes from the parse tree, left to right."""
 
     def __init__(self, text: str, resolve: bool, here: bool) -> None:
         self._text = text
         self._resolve = resolve
         self._here = here
-        """Users and namespaces are this machine's."""
+        """Refuse names of users and namespaces: they are this machine's."""
         self._last: _Words | None = None
 
     def chain(self, tree: Tree[Token] | Token) -> Node:
@@ -188,7 +188,7 @@ class _Builder:
             raise self._fail(f"a name has at most {MAX_NAME} characters", value)
         return OwnerTest(word, name, matcher(name))
 
-    # One method a word; the word is the method's name.
+    # One method for each word, with the word's name.
 
     def _host(self, words: _Words, value: Token) -> Node:
         name = plain(value)

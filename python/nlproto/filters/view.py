@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Records as a filter looks at them: each column and each process is looked up once."""
+"""Records as a filter sees them. Each column and each process is looked up once."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _SEED = random_seed()
 
 
 class ParentLike(Protocol):
-    """One of those above a process."""
+    """A parent of a process, direct or not."""
 
     @property
     def pid(self) -> int:
-        """In the initial pid namespace."""
+        """Pid in the initial pid namespace."""
         ...
 
     @property
     def comm(self) -> str:
-        """What it was called then."""
+        """Its name at that time."""
         ...
 
 
 class ProcessLike(Protocol):
-    """What a filter asks of a process; "" for what is not known, or not there."""
+    """What a filter knows of a process; "" for the unknown."""
 
     @property
     def exe(self) -> str:
@@ -41,22 +41,22 @@ class ProcessLike(Protocol):
 
     @property
     def cmdline(self) -> str:
-        """As the daemon keeps it: whole, the program alone, or nothing."""
+        """Command line as the daemon keeps it: whole, program alone, or nothing."""
         ...
 
     @property
     def container(self) -> str:
-        """As "docker:4f1c0d2e9a3b"."""
+        """Such as "docker:4f1c0d2e9a3b"."""
         ...
 
     @property
     def container_name(self) -> str:
-        """As "web"."""
+        """Such as "web"."""
         ...
 
     @property
     def pod(self) -> str:
-        """As "default/web-0"."""
+        """Such as "default/web-0"."""
         ...
 
     @property
@@ -66,32 +66,32 @@ class ProcessLike(Protocol):
 
     @property
     def parents(self) -> Sequence[ParentLike]:
-        """The nearest first."""
+        """The nearest parent first."""
         ...
 
 
 class KnownProcesses(Protocol):
-    """What is known of processes beyond their records (nlproto.tables.processes.Processes)."""
+    """What is known of processes beyond records (nlproto.tables.processes.Processes)."""
 
     def get(self, tgid: int, start_ns: int, /) -> ProcessLike | None:
-        """Return the process, None where it is not known; `start_ns` is its start_boottime."""
+        """Return the process; None: not known. `start_ns` is its start_boottime."""
         ...
 
 
 class _Names(Protocol):
-    """What knows the names of far ends (nlproto.records.ends.Ends)."""
+    """Names of far ends (nlproto.records.ends.Ends)."""
 
     def domains(self, records: np.ndarray) -> list[str]:
-        """Return one for each record."""
+        """Return a name for each record."""
         ...
 
     def translations(self, records: np.ndarray) -> np.ndarray | None:
-        """Return TRANSLATED of each record, None where nothing is known."""
+        """Return TRANSLATED for each record; None: nothing is known."""
         ...
 
 
 class FilterView:
-    """The records that a filter looks at; what several tests need is made once."""
+    """The records that a filter sees. What several tests need is computed once."""
 
     def __init__(self, records: np.ndarray, details: KnownProcesses | None) -> None:
         self.records = records
@@ -102,7 +102,7 @@ class FilterView:
         return len(self.records)
 
     def column(self, name: str) -> np.ndarray:
-        """One field of all records, shape (n,); addresses as two numbers of 64 bits, (n, 2)."""
+        """Return a field of all records, shape (n,); addresses as two 64-bit numbers, (n, 2)."""
         found = self._columns.get(name)
         if found is None:
             found = np.ascontiguousarray(self.records[name])
@@ -113,26 +113,26 @@ class FilterView:
 
     @functools.cached_property
     def named(self) -> np.ndarray:
-        """Mask of the records that have a process."""
+        """Return a mask of the records that have a process."""
         return wire.are_named(self.column("how"))
 
     @functools.cached_property
     def domains(self) -> list[str]:
-        """The name of each record's far end, "" for none; several have "|" between them."""
+        """Return the name of each record's far end, "" for none; "|" separates several."""
         ends: _Names | None = getattr(self._details, "ends", None)
         return [""] * len(self) if ends is None else ends.domains(self.records)
 
     @functools.cached_property
     def nat(self) -> np.ndarray | None:
-        """What NAT made of the records' ends (nlproto.records.ends.TRANSLATED); None: of none."""
+        """Return what NAT made of the ends (nlproto.records.ends.TRANSLATED); None: nothing."""
         ends: _Names | None = getattr(self._details, "ends", None)
         return None if ends is None else ends.translations(self.records)
 
     @functools.cached_property
     def processes(self) -> tuple[np.ndarray, np.ndarray, list[tuple[str, ProcessLike | None]]]:
-        """Where the named records are, which process each has, and these processes.
+        """Return which records are named, which process each has, and these processes.
 
-        A process is (comm of the record, what is known of it). Each is looked up once.
+        A process is a pair: the record's comm, and what is known of it. Each is looked up once.
         """
         places = np.flatnonzero(self.named)
         records = self.records[places]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The words of the filter language, and how much of it one filter may be."""
+"""The words of the filter language, and the limits of one filter."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = [
 ]
 
 MAX_LENGTH = 4096
-"""Characters of a filter's text."""
+"""The most characters in a filter."""
 MAX_DEPTH = 50
-"""Parentheses and `not` within each other."""
+"""How deep parentheses and `not` may be nested."""
 MAX_COST = 512
-"""Tests in one filter; those of NAME_WORDS count as NAME_COST."""
+"""The most tests in one filter. A test of NAME_WORDS counts as NAME_COST."""
 NAME_WORDS = ("pname", "exe", "cmdline", "container", "pod", "unit", "parent")
-"""Words for what is known of a process, each with a name or pattern behind it."""
+"""Words about a process, which a name or pattern follows."""
 NAME_COST = 4
 MAX_NAME = 256
-"""Characters of such a name; the kernel's names have at most 255 bytes."""
+"""The most characters in such a name. The kernel's names have at most 255 bytes."""
 
 WORDS = (
     "tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not "
@@ -36,14 +36,14 @@ WORDS = (
 
 
 def quote(value: str) -> str:
-    """Return `value` as one word of the language, whatever is in it."""
+    """Return `value` as one word of the language, whatever it contains."""
     if re.fullmatch(r"[\w./:*?\[\]@+-]+", value) and value not in WORDS:
         return value
     return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
 
 
 def plain(token: str) -> str:
-    """Return what the word `token` means: without its quotes, if it has some."""
+    """Return what the word `token` means: the word without its quotes."""
     if token.startswith('"'):
         return re.sub(r"\\(.)", r"\1", token[1:-1])
     return str(token)

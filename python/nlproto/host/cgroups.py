@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Cgroup paths: which systemd unit and which container a process is in, beyond forgery.
+"""Cgroup paths: which systemd unit and which container a process is in. Users cannot forge it.
 
-Whoever owns a cgroup names what is below it, with every byte but NUL, newline and slash. So only
-the place counts: a unit or a container is where systemd or a runtime puts it, and above it are
-directories in which root alone can make others.
+The owner of a cgroup chooses the names below it, with any byte but NUL, newline and slash. So only
+the place counts: systemd and runtimes put a unit or container into directories in which root alone
+can make others.
 
 Sources: kernel/cgroup/cgroup.c (proc_cgroup_show), systemd's src/basic/cgroup-util.c
 (cg_path_get_unit, cg_path_get_user_unit, cg_escape).
@@ -22,11 +22,11 @@ __all__ = ["CgroupPlace", "container_of", "only_root_makes", "path_of", "place_o
 MOUNTS = "/sys/fs/cgroup"
 
 OnlyRoot = Callable[[str], bool | None]
-"""Path of a cgroup -> whether root alone can make others in it; None: not to be seen."""
+"""Maps the path of a cgroup to whether root alone can make others in it; None: cannot be seen."""
 
 
 class CgroupPlace(NamedTuple):
-    """Where a process is; "" for what it is not in.
+    """The unit and container of a process; "" for none.
 
     `unit` of a user's manager is "user@1000.service/app.service", never "app.service" alone.
     `container` is "runtime:id", of a user's own runtime "podman:user@1000/4f1c0d2e9a3b".
@@ -41,10 +41,10 @@ NOWHERE = CgroupPlace("", "")
 
 
 def path_of(raw: bytes) -> tuple[str, bytes]:
-    """Return (hierarchy, path) of what /proc/PID/cgroup holds; ("", b"") when that is nothing.
+    """Return (hierarchy, path) from the content of /proc/PID/cgroup; ("", b"") if there is none.
 
-    The v2 path ("" is its hierarchy), on v1 that of systemd's hierarchy or else the longest. A
-    removed cgroup's " (deleted)", which only a zombie can have, is left out.
+    This is the v2 path (hierarchy ""). On v1 it is the path in systemd's hierarchy, or else the
+    longest. The " (deleted)" of a removed cgroup, which only a zombie can have, is left out.
     """
     paths: dict[str, bytes] = {}
     for line in raw.split(b"\n"):
@@ -63,7 +63,7 @@ def path_of(raw: bytes) -> tuple[str, bytes]:
 
 
 def only_root_makes(hierarchy: str, mounts: str = MOUNTS, proc: str = "/proc") -> OnlyRoot:
-    """Return what tells of the cgroups of `hierarchy`, by their directories."""
+    """Return a function that says, from the directories of `hierarchy`, who can make cgroups."""
     mount = _mount(hierarchy, mounts, proc)
 
     def look(path: str) -> bool | None:
@@ -79,7 +79,7 @@ def only_root_makes(hierarchy: str, mounts: str = MOUNTS, proc: str = "/proc") -
 
 
 def _mount(hierarchy: str, mounts: str, proc: str) -> str:
-    """Return where a hierarchy is mounted: where systemd does it, or as mountinfo tells; or ""."""
+    """Return where a hierarchy is mounted, or "". Tries systemd's place, then mountinfo."""
     names = [hierarchy.removeprefix("name=")] if hierarchy else ["unified", ""]
     for place in (f"{mounts}/{name}".rstrip("/") for name in names):
         if os.path.exists(f"{place}/cgroup.procs"):
@@ -102,17 +102,17 @@ def _mount(hierarchy: str, mounts: str, proc: str) -> str:
 
 
 def _words(options: bytes) -> set[str]:
-    """Return an options' field with all of it that could name a v1 hierarchy."""
+    """Return the parts of an options field that could name a v1 hierarchy."""
     words = os.fsdecode(options).split(",")
     controllers = [word for word in words if word not in ("rw", "ro") and "=" not in word]
     return {*words, ",".join(controllers)}
 
 
 def place_of(path: str, only_root: OnlyRoot = lambda path: None) -> CgroupPlace:
-    """Return the place of a cgroup path, as it is seen from the root of its hierarchy.
+    """Return the place of a cgroup path that begins at the root of its hierarchy.
 
-    `only_root` makes the answer proof against subtrees that were given away by chown. Where it
-    tells nothing, what systemd and the runtimes never give away is trusted.
+    With `only_root`, a subtree given away by chown cannot forge the answer. If it knows nothing,
+    places that systemd and the runtimes never give away are trusted.
     """
     parts = [part for part in path.split("/") if part]
     first = _slices(parts, 0)
@@ -120,7 +120,7 @@ def place_of(path: str, only_root: OnlyRoot = lambda path: None) -> CgroupPlace:
         return NOWHERE
 
     def made_by_root(index: int, proven: bool = False) -> bool:
-        """Whether root made parts[index]; `proven`: and that is to be seen."""
+        """Return whether root made parts[index]; with `proven`, only if that can be seen."""
         seen = [only_root("/" + "/".join(parts[:end])) for end in range(1, index + 1)]
         return False not in seen and not (proven and None in seen)
 
@@ -134,19 +134,20 @@ def place_of(path: str, only_root: OnlyRoot = lambda path: None) -> CgroupPlace:
         return _of_user(manager[1], unit, parts, first + 1)
     container = _of_unit(unit)
     if not container and first + 1 < len(parts):
-        # a service that was given its subtree names what is in there; these run as root
+        # the subtree was delegated to a service, which names what is in it; these services run as
+        # root
         if unit in _RUNTIMES or made_by_root(first + 1, proven=True):
             container = _of_name(parts[first + 1])
     return CgroupPlace(unit, container)
 
 
 def unit_of(cgroup: str) -> str:
-    """Return the unit of a cgroup path by its text alone, "" when it is in none."""
+    """Return the unit of a cgroup path from its text alone, "" for none."""
     return place_of(cgroup).unit
 
 
 def container_of(cgroup: str) -> str:
-    """Return the container of a cgroup path by its text alone, "" when it is in none."""
+    """Return the container of a cgroup path from its text alone, "" for none."""
     return place_of(cgroup).container
 
 
@@ -159,12 +160,12 @@ _MAX_UNIT = 255
 
 
 def _unescaped(name: str) -> str:
-    """systemd prefixes what could be a file of the kernel's ("cpu.service")."""
+    """Remove the prefix that systemd adds where a name could be a kernel file's ("cpu.service")."""
     return name.removeprefix("_")
 
 
 def _slices(parts: list[str], at: int) -> int:
-    """Return the index of the first from `at` on that is no slice; a-b.slice is in a.slice."""
+    """Return the index of the first part from `at` on that is no slice; a-b.slice is in a.slice."""
     above = ""
     while at < len(parts):
         name = _unescaped(parts[at])
@@ -206,7 +207,7 @@ _PATHS = (
     ("crio", re.compile(rf"/kubepods(?:/[a-z]+)?/pod[^/]+/crio-{_ID}(?:/|$)")),
     ("kubernetes", re.compile(rf"/kubepods(?:/[a-z]+)?/pod[^/]+/{_ID}(?:/|$)")),
 )
-"""Places without systemd, from the root of the hierarchy on."""
+"""Places from the root of the hierarchy on, without systemd."""
 _RUNTIMES = {
     *("containerd.service", "docker.service", "kubelet.service"),
     *("k3s.service", "k3s-agent.service", "rke2-server.service", "rke2-agent.service"),
@@ -234,7 +235,7 @@ def _of_name(part: str) -> str:
 
 
 def _of_user(uid: str, manager: str, parts: list[str], at: int) -> CgroupPlace:
-    """Below user@UID.service every name is that user's."""
+    """Below user@UID.service that user chooses every name."""
     first = _slices(parts, at)
     unit = _unit(parts[first]) if first < len(parts) else ""
     container = ""
@@ -247,7 +248,7 @@ def _of_user(uid: str, manager: str, parts: list[str], at: int) -> CgroupPlace:
 
 
 def _of_runtime(parts: list[str], first: int, made_by_root: Callable[[int, bool], bool]) -> str:
-    """A container whose runtime does without systemd; `first` slices are above it."""
+    """A container whose runtime does not use systemd. `first` slices are above it."""
     if first == 0:
         path = "/" + "/".join(parts)
         for runtime, pattern in _PATHS:
@@ -260,6 +261,6 @@ def _of_runtime(parts: list[str], first: int, made_by_root: Callable[[int, bool]
         if container:
             if parts[0] == "kubepods.slice":
                 container = container.replace("container:", "kubernetes:")
-            # /NAME/ID is any runtime's; what is deeper may be in a subtree that was given away
+            # /NAME/ID can be of any runtime; deeper parts may be in a subtree that was given away
             return container if made_by_root(index, index > first + 1) else ""
     return ""

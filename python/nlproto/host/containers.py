@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What people call a container: its name, image and pod, from the files that its runtime wrote.
+"""Name, image and pod of a container, from files that its runtime wrote.
 
-No runtime is asked. Files of root's runtimes count only if root owns them, files of a user's
-podman or docker only if that user does; they are opened below that user's home without following
-a link or a mount.
+No runtime is asked. Files of root's runtimes count only if root owns them. Files of a user's podman
+or docker count only if that user owns them; they are opened below the user's home, through no link
+and no mount.
 
 Sources: moby container/container.go (config.v2.json), containerd core/runtime/v2 (bundle.go),
 internal/cri/annotations, nerdctl pkg/labels, containers/storage containers.go (containers.json),
@@ -29,7 +29,7 @@ __all__ = ["UNKNOWN", "Container", "ContainerFiles"]
 
 
 class Container(NamedTuple):
-    """What a container is called; "" for what is not known.
+    """Names of a container; "" for the unknown.
 
     `name` and `image` of a user's own runtime begin with "user@1000/"; `pod` is "NAMESPACE/NAME".
     """
@@ -43,16 +43,16 @@ UNKNOWN = Container()
 
 _MAX_FILE = 4 << 20
 _MAX_USER_FILE = 1 << 20
-"""Bytes of a file; what is longer is not read."""
+"""The most bytes of a file; a longer one is not read."""
 _KEPT = 4096
 _AGAIN_S, _UNKNOWN_AGAIN_S = 60.0, 2.0
-"""Until a container is looked for again: it may be renamed, or its files may still be written."""
+"""Time until a container is looked up again: it may be renamed, or its files may be incomplete."""
 _MAX_NAMESPACES = 64
 
 _DOCKER = ("var/lib/docker", "var/snap/docker/common/var-lib-docker")
 _CONTAINERD = ("run/containerd", "run/k3s/containerd", "var/snap/microk8s/common/run/containerd")
 _STORAGE = ("overlay", "vfs", "btrfs", "zfs")
-"""Drivers of containers/storage, each with directories of its own."""
+"""Drivers of containers/storage. Each has directories of its own."""
 _ID = re.compile("[0-9a-f]{64}")
 _POD_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}")
 
@@ -101,9 +101,9 @@ _WRONG = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, Recu
 
 
 class ContainerFiles:
-    """Names of containers, remembered for as long as these are asked for, and longer.
+    """Names of containers. They are remembered at least as long as somebody asks for them.
 
-    `root`: where the runtimes' directories are. `owner`: whose files count. Any thread.
+    `root`: where the runtimes' directories are. `owner`: the uid whose files count. For any thread.
     """
 
     def __init__(self, root: str = "/", owner: int = 0) -> None:
@@ -112,9 +112,9 @@ class ContainerFiles:
         self._known: dict[tuple[str, str], tuple[Container, float]] = {}
 
     def find(self, container: str, cgroup: str) -> Container:
-        """Return what the container of a process is called.
+        """Return the names of a process's container.
 
-        `container`: as cgroups.place_of() has it; `cgroup`: the path, with the id whole.
+        `container`: as cgroups.place_of() returns it; `cgroup`: the path, with the whole id.
         """
         runtime, _, short = container.partition(":")
         user, slash, short = short.rpartition("/")
@@ -126,7 +126,7 @@ class ContainerFiles:
         known, due = self._known.get(key, (UNKNOWN, 0.0))
         now = time.monotonic()
         if now >= due:
-            # what is gone from its files keeps its name
+            # a container that is no longer in its files keeps its name
             known = self._read(user, whole) or known
             if len(self._known) >= _KEPT:
                 self._known.clear()
@@ -164,7 +164,7 @@ class ContainerFiles:
                 yield _of_storage(self._file(stored), whole)
 
     def _data_root(self) -> tuple[str, ...]:
-        """Where docker was told to keep its containers."""
+        """Return where docker keeps its containers by its configuration."""
         try:
             path = msgspec.json.decode(self._file("etc/docker/daemon.json"), type=_DaemonJson).root
         except _WRONG:
@@ -178,7 +178,7 @@ class ContainerFiles:
             return []
 
     def _file(self, path: str) -> bytes:
-        """The content of a file of root's; empty where there is none."""
+        """Return the content of a file of root's; empty if there is none."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
         try:
             file = os.open(os.path.join(self._root, path), flags)
@@ -213,7 +213,7 @@ class ContainerFiles:
 
 
 def _content(file: int, owner: int, most: int) -> bytes:
-    """Read and close a file that nobody but `owner` and root can write."""
+    """Read and close a file that only `owner` and root can write."""
     try:
         found = os.fstat(file)
         if (
@@ -231,7 +231,7 @@ def _content(file: int, owner: int, most: int) -> bytes:
 
 
 def _merged(parts: Iterator[Container]) -> Container:
-    """All that is known, of each thing what is told first."""
+    """Join several answers; for each field the first known value counts."""
     found = UNKNOWN
     for part in parts:
         if any(part):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""SHA-256 of the programs that processes run, in a thread of its own, each file once.
+"""SHA-256 of the programs that processes run. A thread of its own reads each file once.
 
-The file is held by a descriptor from the moment a process is first seen, so that it may end. Such
-a descriptor (O_PATH) opens nothing: the thread opens the file, if it is a regular one of a file
-system that answers by itself (no FUSE, no network).
+When a process is first seen, a descriptor of its file is taken, so that the process may end. This
+descriptor (O_PATH) does not open the file. The thread opens it if it is a regular file of a local
+file system (no FUSE, no network).
 
 Sources: man 5 proc (exe, fdinfo, mountinfo), man 2 open (O_PATH).
 """
@@ -22,15 +22,15 @@ from nlproto.running.left_behind import LeftBehind
 __all__ = ["Hashes"]
 
 _WAITING = 256
-"""Files that wait, each with a descriptor; a process more than that has no hash."""
+"""The most files that wait, each with a descriptor. A process beyond this has no hash."""
 _KEPT = 8192
 _MAX_FILE = 1 << 30
-"""Bytes; what is longer has no hash."""
+"""The most bytes of a file; a longer one has no hash."""
 _PIECE = 1 << 20
 _SHARE = 20
-"""Reading takes this part of one CPU's time at most."""
+"""Reading takes at most this part of one CPU's time."""
 _SAVED_S = 2.0
-"""Of such time, for what starts together."""
+"""The part that may be saved up, for many programs that start together."""
 _FOREIGN = ("fuse", "nfs", "cifs", "smb", "9p", "ceph", "afs", "virtiofs", "autofs")
 
 Told = Callable[[int, int, str, str], None]
@@ -45,7 +45,7 @@ class _Wanted(NamedTuple):
 
 
 class Hashes:
-    """A context manager. `told` is called by its thread, with what ask() was given."""
+    """A context manager. Its thread calls `told` with the arguments of ask()."""
 
     def __init__(self, told: Told) -> None:
         self._told = told
@@ -53,7 +53,7 @@ class Hashes:
         self._known: OrderedDict[tuple[int, ...], str] = OrderedDict()
         self._left_s, self._at_s = _SAVED_S, time.monotonic()
         self.left_out = 0
-        """Processes without a hash, because too many waited."""
+        """How many processes have no hash because too many waited."""
 
     def __enter__(self) -> Self:
         self._worker.__enter__()
@@ -63,7 +63,7 @@ class Hashes:
         self._worker.__exit__()
 
     def ask(self, tgid: int, start_ns: int, exe: str) -> None:
-        """Want the hash of what a process runs at this moment. Never waits."""
+        """Ask for the hash of the program that a process runs now. Never waits."""
         try:
             file = os.open(f"/proc/{tgid}/exe", os.O_PATH | os.O_CLOEXEC)
         except OSError:
@@ -90,7 +90,7 @@ class Hashes:
                 return ""
             found = self._known.get(key)
             if found is None:
-                import hashlib  # loads OpenSSL, 3.5 MB: not for who asks for no hash
+                import hashlib  # loads OpenSSL, 3.5 MB: only if somebody asks for hashes
 
                 digest = hashlib.sha256()
                 size = 0
@@ -99,7 +99,7 @@ class Hashes:
                     size += len(piece)
                 after = os.fstat(file.fileno())
                 if (after.st_mtime_ns, after.st_ctime_ns, size) != (*key[2:], status.st_size):
-                    return ""  # written meanwhile
+                    return ""  # the file was changed meanwhile
                 found = digest.hexdigest()
             self._known[key] = found
             self._known.move_to_end(key)
@@ -115,7 +115,7 @@ class Hashes:
             time.sleep(-self._left_s * _SHARE)
         began = time.thread_time()
         piece = read(_PIECE)
-        # hashing what was read takes as long again, at least
+        # hashing takes at least as long as reading
         self._left_s -= 2 * (time.thread_time() - began) + len(piece) * 3e-9
         return piece
 
@@ -125,7 +125,7 @@ def _opener(path: str, flags: int) -> int:
 
 
 def _answers_by_itself(wanted: _Wanted) -> bool:
-    """Whether the file is on a mount that is known, and that no program or network serves."""
+    """Return whether the file is on a known mount that no program and no network serves."""
     with open(f"/proc/self/fdinfo/{wanted.file}", "rb") as told:
         words = dict(line.split(b":", 1) for line in told.read().splitlines() if b":" in line)
     mount = words.get(b"mnt_id", b"").strip()

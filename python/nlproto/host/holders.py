@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Which processes hold a socket: inode -> descriptors under /proc/PID/fd, learnt step by step.
+"""Which processes hold a socket: inode -> descriptors in /proc/PID/fd, learnt step by step.
 
-A full walk costs time in proportion to all descriptors of the machine. So full walks are
-rationed. What is known is checked by one readlink, and newborn processes are asked first. So is
-what the sockets of one user cost: a socket that only a message in flight refers to, or that
-hundreds of processes have, is dear to look up and cheap to make.
+The cost of a full walk grows with the number of all descriptors. So full walks are rationed. One
+readlink checks a known holder, and new processes are read first. The time for one user's sockets is
+rationed too. Some sockets are cheap to make and expensive to look up: one to which only a message
+in flight refers, or one that hundreds of processes have.
 """
 
 import contextlib
@@ -15,36 +15,47 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from nlproto.host import procfs
 from nlproto.host.procfs import Owner
 from nlproto.running.budget import Budget, UserBudgets
 
 __all__ = ["Holders"]
 
-_WALK_SHARE = 4  # walks may take a quarter of the time in the long run
+_WALK_SHARE = 4  # of the time, for walks in the long run
 _WALK_SAVED_NS = 500_000_000  # walking time that can be saved up while nothing is unknown
-_WALK_WAIT_S = 0.05  # for the walk of another thread, before nobody is found
+_WALK_WAIT_S = 0.05  # to wait for another thread's walk before nobody is found
 _USER_SHARE, _USERS_SHARE, _USER_SAVED_NS = 3, 2, 300_000_000
 """Parts of the time: for the sockets of one user, and of all users but root."""
-_ASKED_AGAIN_NS = 50_000_000  # an inode that nobody held, when asked for again
+_ASKED_AGAIN_NS = 50_000_000  # an inode that nobody held, when asked for again the first time
+_MISSED_NS, _MISSED_SHARE = 1_600_000_000, 100
+"""At last it is after so long, or after so many times what a walk takes: many are the kernel's."""
+_OFTEN = 4  # missed as often, it is looked for by walks alone
+_LARGE = 1000
+"""Who has more sockets is asked only if there was traffic of theirs a short while ago."""
+_TRAFFIC_NS = 10_000_000_000
+_IDLE_SHARE, _IDLE_SAVED_NS = 200, 200_000_000
+"""Or for this part of the time: what 50,000 sockets cost must not grow with others' traffic."""
+_STALE = 65536  # sockets that have gone and may be kept until all are asked
 _MISSING_LIMIT = 65536
 _MANY = 500
-_WALK_GAIN = 16  # a walk asks so many sockets in the time in which find() asks one
+_WALK_GAIN = 16  # a walk checks this many sockets in the time in which find() checks one
 _GENERATIONS = 8
-_BORN_NS = 10_000_000  # between two looks for new processes that nobody waits for
+_BORN_NS = 10_000_000  # between two looks for new processes if nobody waits for them
 _BORN_SHARE = 10  # of the time, for these looks
 _YOUNG_NS = 1_000_000_000  # how long one may be about to open its first socket
 _FEW = 16
-"""So many processes are asked at once, where the youngest are asked first."""
+"""The number of processes that are read at once when the youngest are read first."""
 _AT_ONCE = 4
 _INHERITED_NS = 200_000_000
-"""How long it is remembered who may have got a socket by being born."""
+"""How long the birth of a process may still give it a socket."""
 
 
 class Holders:
-    """The holders of sockets, as of their last check; for the threads of one program together.
+    """The holders of sockets, as of their last check. The threads of one program share it.
 
-    Processes are walked inside `walking()`, by one thread at a time. Others get answers meanwhile.
+    One thread at a time walks the processes, inside `walking()`. Others get answers meanwhile.
     """
 
     def __init__(
@@ -65,7 +76,15 @@ class Holders:
         self._sole: dict[int, int] = {}
         self._listed_ns = 0
         self._talkers: dict[int, None] = {}
-        self._missing: dict[int, int] = {}
+        self._missing: dict[int, tuple[int, int]] = {}
+        """Who held it was asked in vain: how often, and until when it is not asked again."""
+        self._large: set[int] = set()
+        self._traffic: dict[int, int] = {}
+        """When a socket of theirs was last looked for because of a packet."""
+        self._idle_budget = Budget(_IDLE_SHARE, _IDLE_SAVED_NS, now_ns)
+        self._whole = True
+        """Whether the last walk asked all."""
+        self._went_ns, self._walk_took_ns, self._walk_found = -(1 << 62), 0, 0
         self._settled: dict[int, int] = {}
         self._listing_ns = 0
         self._births = procfs.Births(proc)
@@ -75,33 +94,80 @@ class Holders:
         self._budget = Budget(_WALK_SHARE, _WALK_SAVED_NS, now_ns)
         self._users = UserBudgets(_USER_SHARE, _USERS_SHARE, _USER_SAVED_NS, now_ns)
         self.walked_ns = -(1 << 62)
-        """When all processes were last asked."""
+        """When all processes were last read."""
         self.complete = True
-        """Whether every process could be asked at the last walk (else it needs root)."""
+        """Whether the last walk could read every process (if not, it needs root)."""
+
+    def close(self) -> None:
+        """Close what is open. Answers still come, but the newly born are found later."""
+        self._births.close()
 
     @property
     def exhaustive(self) -> bool:
-        """Whether this thread's last find() that found nobody had asked every process."""
+        """Whether this thread's last find() without a result had read every process."""
         return bool(getattr(self._found, "exhaustive", False))
 
     def walk(self) -> None:
-        """Ask every process; the time it takes is missing for later ones (see due())."""
+        """Ask every process; the time it takes is missing for later ones (see due()).
+
+        Those with many sockets and no traffic are left out most times: what is known of them stays.
+        """
         with self._walk_lock, self._budget.spend(), self.walking():
-            self.walked_ns = self._now_ns()
-            by_inode: dict[int, dict[int, int]] = {}
+            began = self._went_ns = self._now_ns()
             alive = procfs.pids(self._proc)
-            sockets, complete = procfs.held_sockets(alive, self._proc)
-            for inode, pid, fd in sockets.tolist():
-                if inode in by_inode:
-                    by_inode[inode][pid] = fd
-                else:
-                    by_inode[inode] = {pid: fd}
-            with self._lock:
-                self._learn(by_inode, alive)
-                self.complete = complete
+            self._large.intersection_update(alive)
+            idle = {pid for pid in self._large if self._is_idle(pid)}
+            grown = len(self._by_inode) > 2 * self._walk_found + _STALE
+            self._whole = not idle or grown or self._idle_budget.allows()
+            if not self._whole:
+                some = [pid for pid in alive if pid not in idle]
+                sockets, _ = procfs.held_sockets(some, self._proc)
+                with self._lock:
+                    self._learn_some(sockets, alive)
+            else:
+                with self._idle_budget.spend() if idle else contextlib.nullcontext():
+                    self.walked_ns = began
+                    self._walk_all(alive)
+            self._walk_took_ns = self._now_ns() - began
+
+    def _walk_all(self, alive: Sequence[int]) -> None:
+        by_inode: dict[int, dict[int, int]] = {}
+        sockets, complete = procfs.held_sockets(alive, self._proc)
+        for inode, pid, fd in sockets.tolist():
+            if inode in by_inode:
+                by_inode[inode][pid] = fd
+            else:
+                by_inode[inode] = {pid: fd}
+        self._walk_found = len(by_inode)
+        with self._lock:
+            self._measure(alive, sockets)
+            self._learn(by_inode, alive)
+            self.complete = complete
+
+    def _learn_some(self, sockets: np.ndarray, alive: Sequence[int]) -> None:
+        """Take what was found of all but a few; what is known of these is checked when used."""
+        for inode, pid, fd in sockets.tolist():
+            self._by_inode.setdefault(inode, {})[pid] = fd
+            self._talkers.setdefault(pid)
+        if not self._known.issuperset(alive):
+            self._unasked_ns = self._now_ns()
+        self._known = set(alive)
+
+    def _is_idle(self, pid: int) -> bool:
+        """Whether asking it is dear, and no packet was its."""
+        return self._traffic.get(pid, -(1 << 62)) + _TRAFFIC_NS < self._now_ns()
+
+    def _measure(self, asked: Iterable[int], sockets: np.ndarray) -> None:
+        """Remember who of those `asked` has many `sockets` (HELD)."""
+        self._large.difference_update(asked)
+        if len(sockets) > _LARGE:
+            pids, counts = np.unique(sockets["pid"], return_counts=True)
+            self._large.update(pids[counts > _LARGE].tolist())
+        if len(self._traffic) > len(self._large):
+            self._traffic = {pid: at for pid, at in self._traffic.items() if pid in self._large}
 
     def _learn(self, by_inode: dict[int, dict[int, int]], alive: Sequence[int]) -> None:
-        """Take what a walk found. Who was born since it began is asked once more."""
+        """Store the result of a walk. Processes born since it began are read once more."""
         self._by_inode = by_inode
         if not self._known.issuperset(alive):
             self._unasked_ns = self._now_ns()
@@ -112,30 +178,30 @@ class Holders:
         }
         self._known = set(alive)
         self._talkers = {pid: None for held in by_inode.values() for pid in held}
-        self._missing.clear()
         self._sole = {inode: pid for inode, held in by_inode.items() for pid in held}
 
     def due(self) -> bool:
-        """Return whether a full walk may be made now, and nobody is making one."""
+        """Return whether a full walk may be made now and no thread is making one."""
         return not self._walk_lock.locked() and self._budget.allows()
 
     def allows(self, uid: int) -> bool:
-        """Return whether there is time left to look for who holds the sockets of `uid`."""
+        """Return whether time is left to search for holders of `uid`'s sockets."""
         return self._users.allows(uid)
 
     def find(self, inode: int, uid: int = 0) -> tuple[Owner, ...]:
-        """Return the living holders of a socket, its likely user first; empty when none is found.
+        """Return the living holders of a socket, the likely user first; empty if none is found.
 
-        That is who once held it alone, for as long as it does: children get descriptors by fork
-        that they never use. Else the youngest, which was probably given it to use it. The time
-        that this takes counts for `uid`, whose socket it is. Without any left nobody is found.
+        The likely user is the process that once held it alone, as long as it holds it: children
+        inherit descriptors that they never use. Otherwise it is the youngest, which probably got
+        the socket to use it. The time counts for `uid`, the socket's user. With no time left nobody
+        is found.
         """
-        return self.find_soon(inode, uid) or self.find_anywhere(inode, uid)
+        return self._find_soon(inode, uid, ()) or self.find_anywhere(inode, uid)
 
     def find_many(
         self, inodes: Sequence[int], uids: Sequence[int]
     ) -> Iterator[tuple[int, tuple[Owner, ...]]]:
-        """As find(), for each of `inodes`. When they are many each process is asked once."""
+        """Do find() for each of `inodes`. If they are many, each process is read once."""
         many = len(inodes) > max(_MANY, len(self._by_inode) // _WALK_GAIN)
         if not many:
             asked = zip(inodes, uids, strict=True)
@@ -144,7 +210,7 @@ class Holders:
         yield from self.find_together(inodes)
 
     def find_together(self, inodes: Sequence[int]) -> Iterator[tuple[int, tuple[Owner, ...]]]:
-        """As find(), for each of `inodes`: each process is asked once, if a walk is due."""
+        """Do find() for each of `inodes`. Each process is read once, if a walk is due."""
         if self.due():
             self.walk()
         else:
@@ -153,7 +219,7 @@ class Holders:
         ask = functools.cache(functools.partial(procfs.owner, proc=self._proc))
         for inode in inodes:
             with self._lock:
-                held = self._by_inode.get(inode, {})
+                held = self._held_by(inode)
                 if len(held) == 1:
                     owner = ask(next(iter(held)))
                     found: tuple[Owner, ...] = () if owner is None else (owner,)
@@ -162,7 +228,18 @@ class Holders:
             yield inode, found
 
     def find_soon(self, inode: int, uid: int, likely: Sequence[int] = ()) -> tuple[Owner, ...]:
-        """As find(), but ask only the newly born, then `likely`, then who had sockets before."""
+        """As find(), but ask only the newly born, then `likely`, then who had sockets before.
+
+        For a socket that a packet was for.
+        """
+        found = self._find_soon(inode, uid, likely)
+        if self._large:
+            for one in found:
+                if one.identity.tgid in self._large:
+                    self._traffic[one.identity.tgid] = self._now_ns()
+        return found
+
+    def _find_soon(self, inode: int, uid: int, likely: Sequence[int]) -> tuple[Owner, ...]:
         self._found.exhaustive = False
         if not inode or not self._users.allows(uid):
             return ()
@@ -173,7 +250,8 @@ class Holders:
                         return found
             self._ask_born(max(_BORN_NS, _BORN_SHARE * self._listing_ns))
             with self._users.spend(uid):
-                if not self._checked(inode) and self._now_ns() >= self._missing.get(inode, 0):
+                missed, until_ns = self._missing.get(inode, (0, 0))
+                if not self._checked(inode) and self._now_ns() >= until_ns and missed < _OFTEN:
                     self._ask_some(inode, likely)
                 held = self._checked(inode)
                 if len(held) == 1:
@@ -181,39 +259,57 @@ class Holders:
                 return self._owners(inode, held)
 
     def find_anywhere(self, inode: int, uid: int = 0) -> tuple[Owner, ...]:
-        """As find(), after find_soon() found nobody: ask all, if a walk is due."""
+        """Do what find() does after find_soon() found nobody: read all, if a walk is due."""
         if not inode:
             return ()
-        if self._now_ns() < self._missing.get(inode, 0):
-            self._found.exhaustive = self.complete
+        missed, until_ns = self._missing.get(inode, (0, 0))
+        if self._now_ns() < until_ns:
+            self._found.exhaustive = self.complete and self._whole
             return ()
         if not self._users.allows(uid):
             return ()
         self._wait_for_walk()
-        if self.due():
+        pause_ns = self._pause_ns(missed)
+        if self._now_ns() - self._went_ns < pause_ns:
+            self._found.exhaustive = self.complete and self._whole  # what others asked will do
+        elif self.due():
             with self._users.spend(uid):
                 self.walk()
-            self._found.exhaustive = self.complete
+            self._found.exhaustive = self.complete and self._whole
         with self._lock, self._users.spend(uid):
-            held = self._by_inode.get(inode, {})
-            if not held and self.exhaustive:
+            held = self._held_by(inode)
+            if held:
+                self._missing.pop(inode, None)
+            elif self.exhaustive or not self._whole:
                 if len(self._missing) > _MISSING_LIMIT:
                     self._missing.clear()
-                self._missing[inode] = self._now_ns() + _ASKED_AGAIN_NS
+                until_ns = self._now_ns() + max(_ASKED_AGAIN_NS, pause_ns)
+                self._missing[inode] = missed + 1, until_ns
             return self._owners(inode, held)
 
+    def _pause_ns(self, missed: int) -> int:
+        """How old the last walk may be when a socket is looked for that was missed so often."""
+        if not missed:
+            return 0
+        most = max(_MISSED_NS, _MISSED_SHARE * self._walk_took_ns)
+        return int(min(_ASKED_AGAIN_NS << min(missed - 1, 30), most))
+
+    def _held_by(self, inode: int) -> dict[int, int]:
+        """Who held it in the last walk; where that left out some, who does now."""
+        return self._by_inode.get(inode, {}) if self._whole else self._checked(inode)
+
     def _wait_for_walk(self) -> None:
-        """Another thread may be about to find whom we look for: wait, but not long."""
+        """Wait a moment if another thread walks: it may be about to find this holder."""
         if self._walk_lock.locked() and self._walk_lock.acquire(timeout=_WALK_WAIT_S):
             self._walk_lock.release()
 
     def known(self, inode: int) -> tuple[Owner, ...]:
-        """As find(), but only of those that were known before; cheap."""
+        """Return the holders that were known before; cheap."""
         with self._lock:
             return self._owners(inode, self._checked(inode))
 
     def peek(self, inode: int) -> Iterator[Owner]:
-        """As known(), but nothing is learnt or forgotten."""
+        """Return what known() returns, but learn and forget nothing."""
         with self._lock:
             held = self._by_inode.get(inode, {}).copy()
         target = f"socket:[{inode}]"
@@ -236,7 +332,7 @@ class Holders:
         owners = [found for pid in held if (found := ask(pid)) is not None]
         for found in owners:
             self._talkers.pop(found.identity.tgid, None)
-            self._talkers[found.identity.tgid] = None  # the last to have talked is asked first
+            self._talkers[found.identity.tgid] = None  # the latest holder is checked first
         if len(owners) == 1:
             self._settled[inode] = owners[0].identity.tgid
         user = self._settled.get(inode)
@@ -263,7 +359,7 @@ class Holders:
         return known
 
     def _ask_born(self, older_ns: int) -> None:
-        """Ask who was born since the last time: by fork they hold what their parents hold."""
+        """Read the newborn processes: by fork they hold what their parents hold."""
         now = self._now_ns()
         if now - self._listed_ns < older_ns:
             return
@@ -278,9 +374,9 @@ class Holders:
             self._ask(born)
 
     def _find_newest(self, inode: int) -> tuple[Owner, ...]:
-        """Ask the youngest, born since the last look or known already: one may live a millisecond.
+        """Read the youngest processes, new ones or known: one may live a millisecond.
 
-        Each step is a tenth of one. Who they are is asked before who else holds it.
+        Each step takes a tenth of that. They are listed before other holders are searched.
         """
         self._ask_newest()
         self._ask_young(inode, _FEW)
@@ -291,19 +387,19 @@ class Holders:
         return self._owners(inode, self._by_inode[inode], ask) if held else ()
 
     def _ask_newest(self) -> None:
-        """Ask the youngest of who was born since the last look, without the list of all."""
+        """Read the youngest processes born since the last look, without the list of all."""
         before, self._newest = self._newest, self._births.last()
         if before == self._newest:
             return
         now = self._now_ns()
         numbers = range(self._newest, before, -1)
         if not numbers or len(numbers) > _FEW:
-            self._unasked_ns = now  # the list will tell of the others
+            self._unasked_ns = now  # the list will have the others
         born = [pid for pid in numbers[:_FEW] if pid not in self._known]
         self._welcome([pid for pid in born if procfs.is_process(pid)], now)
 
     def _welcome(self, born: Sequence[int], now: int) -> None:
-        """Ask the newly born, and remember what they may have got from their parents."""
+        """Read new processes, and note what they may have got from their parents."""
         self._known.update(born)
         self._young = {pid: at for pid, at in self._young.items() if now - at < _YOUNG_NS}
         self._young |= dict.fromkeys(sorted(born), now)
@@ -313,13 +409,13 @@ class Holders:
             self._inherited = {one: at for one, at in self._inherited.items() if at > recent}
 
     def may_be_inherited(self, inode: int, since_ns: int) -> bool:
-        """Return whether somebody was born since then, 0.2 s ago at most, who may hold it too."""
+        """Return whether a process was born since then, at most 0.2 s ago, that may hold it too."""
         with self._lock:
             self._ask_newest()
             return max(self._inherited.get(inode, 0), self._unasked_ns) > since_ns
 
     def _ask_young(self, inode: int, most: int) -> None:
-        """Ask the youngest first, until one is found who holds it."""
+        """Read the youngest first, until one is found that holds it."""
         young = [pid for pid in reversed(self._young) if pid in self._known][:most]
         while young and not self._by_inode.get(inode):
             self._ask(young[:_AT_ONCE])
@@ -328,14 +424,22 @@ class Holders:
     def _ask_some(self, inode: int, likely: Sequence[int]) -> None:
         self._ask_born(0)
         self._ask_young(inode, len(self._young))
+        dear = []
         for pid in (*likely, *reversed(self._talkers)):
             if self._by_inode.get(inode):
-                break
-            if pid in self._known:
+                return
+            if pid in self._large and pid not in likely and self._is_idle(pid):
+                dear.append(pid)
+            elif pid in self._known:
+                self._ask([pid])
+        for pid in dear:
+            if self._by_inode.get(inode) or not self._idle_budget.allows():
+                return
+            with self._idle_budget.spend():
                 self._ask([pid])
 
     def _ask_parents(self, inode: int, pid: int) -> None:
-        """Holders share by fork first of all: ask upwards for as long as they hold it too."""
+        """Most shared sockets come from fork: go up the parents as long as they hold it too."""
         if self._sole.get(inode) == pid:
             return
         if len(self._sole) > _MISSING_LIMIT:
@@ -352,7 +456,11 @@ class Holders:
 
     def _ask(self, some: Sequence[int]) -> set[int]:
         """Ask them; return the sockets that they hold."""
-        held = procfs.held_sockets(some, self._proc)[0].tolist() if some else []
+        if not some:
+            return set()
+        sockets = procfs.held_sockets(some, self._proc)[0]
+        self._measure(some, sockets)
+        held = sockets.tolist()
         for inode, pid, fd in held:
             self._by_inode.setdefault(inode, {})[pid] = fd
         return {inode for inode, _, _ in held}

@@ -22,17 +22,19 @@ from nlproto.running.budget import Budget
 __all__ = ["Endpoint", "BoundSocket", "KernelSockets", "HeldSockets"]
 
 _HELD_NS = 3_000_000_000
-"""From one time that the holders of all bound sockets are checked to the next."""
+"""Time between two checks of the holders of all bound sockets."""
 _CHECK_SHARE, _CHECK_SAVED_NS = 100, 20_000_000
-"""Checking takes this part of the time at most: with many sockets a round takes longer."""
+"""The check takes at most this part of the time. With many sockets a round takes longer."""
 _CHUNK = 32
-"""Checked between two looks at the clock."""
+"""How many are checked between two looks at the clock."""
 _UNHELD_SHARE = 20
 """Looking for who holds the others, that nobody is known to hold, takes this part of the time."""
+_UNHELD_NS = 250_000_000
+"""So long after the first time, and twice as long each time: most of what stays is the kernel's."""
 _ROUND_NS = 60_000_000_000
-"""And those of a connected one, which traffic tells sooner."""
+"""The same for a connected socket, which traffic shows sooner."""
 _ASKED = 200
-"""Connected sockets of a round that are asked about in one look."""
+"""How many connected sockets of a round one look asks about."""
 
 
 Endpoint = tuple[int, int, int, bytes, int]
@@ -59,19 +61,19 @@ class HeldSockets(NamedTuple):
     """One entry for each holder of each socket."""
 
     bound: list[BoundSocket]
-    """Listeners and bound UDP sockets: those that are new or changed hands."""
+    """Listeners and bound UDP sockets that are new or have another holder."""
     changed: np.ndarray
-    """Cookies of these sockets; other holders that were known of them are none any more."""
+    """Cookies of these sockets. Their other known holders no longer count."""
     present: np.ndarray | None
-    """Cookies of all bound sockets; None: `bound` has all there are, without cookies."""
+    """Cookies of all bound sockets. None: `bound` has all of them, without cookies."""
     connected: list[BoundSocket]
-    """Some of the connected ones; each is among them once in a round of a minute."""
+    """Some connected sockets. Each of them is here once in a round of a minute."""
     cookies: np.ndarray
-    """Of all sockets that a process still has; empty where sock_diag is refused."""
+    """Cookies of all sockets that a process still has; empty if sock_diag is refused."""
 
 
 class KernelSockets:
-    """Of every network namespace that can be entered; a context manager, for one thread."""
+    """Sockets of every network namespace that can be entered. A context manager, for one thread."""
 
     def __init__(
         self, holders: Holders | None = None, now_ns: Callable[[], int] = time.monotonic_ns
@@ -83,17 +85,19 @@ class KernelSockets:
         self._ports: dict[int, int] = {}
         self._unchecked: list[int] = []
         self._checks_ns = now_ns() + _HELD_NS
+        self._unheld: set[int] = set()
+        self._unheld_times = self._unheld_ns = 0
         self._unheld_budget = Budget(_UNHELD_SHARE, _CHECK_SAVED_NS, now_ns)
         self._check_budget = Budget(_CHECK_SHARE, _CHECK_SAVED_NS, now_ns)
         self._round_ns = now_ns()
         self._met, self._asked = np.zeros((2, 0), np.uint64)
-        """Cookies of the connections of the last look, and of those that were asked about."""
+        """Cookies of the last look's connections, and of those that were asked about."""
         self._new_budget = Budget(_CHECK_SHARE, _CHECK_SAVED_NS, now_ns)
         self._waiting: list[tuple[int, np.void]] = []
         self.tables: dict[int, np.ndarray] = {}
-        """{namespace: all its sockets (HOST_SOCKET)} as of the last look."""
+        """Maps each namespace to all its sockets (HOST_SOCKET), as of the last look."""
         self.looked_ns = 0
-        """When it began, CLOCK_MONOTONIC; 0: there was none yet."""
+        """When that look began, CLOCK_MONOTONIC; 0: there was none yet."""
 
     def __enter__(self) -> Self:
         return self
@@ -102,11 +106,11 @@ class KernelSockets:
         self._namespaces.close()
 
     def holders_of(self, inode: int) -> Iterator[Owner]:
-        """Who holds a socket at this moment, as far as known; from any thread."""
+        """Return who holds a socket now, as far as known. From any thread."""
         return self._holders.peek(inode)
 
     def read(self) -> HeldSockets:
-        """Look at the tables of all namespaces. Costs time by their size; see HeldSockets."""
+        """Look at the tables of all namespaces. The cost grows with their size. See HeldSockets."""
         began = self._now_ns()
         tables = self._namespaces.tables()
         found = self._read(tables)
@@ -167,7 +171,7 @@ class KernelSockets:
         return entries
 
     def _changed(self, bound: np.ndarray) -> np.ndarray:
-        """Rows of `bound` that are new, changed hands, or share a port with such or with one gone.
+        """Return rows of `bound` that are new, changed hands, or share a port with such a row.
 
         The port map has one row for all sockets of a process at one end, as SO_REUSEPORT allows.
         """
@@ -179,11 +183,16 @@ class KernelSockets:
             ports.add(self._ports.pop(cookie))
         new = np.flatnonzero(~among(cookies, before))
         order = np.argsort(cookies)
-        unheld = [one for one, owners in self._held.items() if not owners]
+        unheld = {one: None for one, owners in self._held.items() if not owners}
+        if not unheld.keys() <= self._unheld:
+            self._unheld_times = self._unheld_ns = 0
+        self._unheld = set(unheld)
         ports |= self._ask(bound[new])
-        if unheld and self._unheld_budget.allows():
+        if unheld and self._now_ns() >= self._unheld_ns and self._unheld_budget.allows():
+            self._unheld_ns = self._now_ns() + min(_UNHELD_NS << self._unheld_times, _ROUND_NS)
+            self._unheld_times = min(self._unheld_times + 1, 10)
             with self._unheld_budget.spend():
-                ports |= self._ask(bound[_rows_of(unheld, cookies, order)], together=True)
+                ports |= self._ask(bound[_rows_of(list(unheld), cookies, order)], together=True)
         now = self._now_ns()
         if not self._unchecked and now >= self._checks_ns:
             self._checks_ns = now + _HELD_NS
@@ -197,7 +206,7 @@ class KernelSockets:
         return np.flatnonzero(among(bound["sport"], np.fromiter(ports, np.uint16, len(ports))))
 
     def _ask(self, sockets: np.ndarray, together: bool = False) -> set[int]:
-        """Look for the holders of some (HOST_SOCKET); the ports of those whose changed."""
+        """Search holders of some sockets (HOST_SOCKET); return the ports whose holders changed."""
         names = ("inode", "uid", "cookie", "sport")
         inodes, uids, cookies, ports = (sockets[name].tolist() for name in names)
         holders = self._holders
@@ -215,7 +224,7 @@ class KernelSockets:
         return set() if owners == before else {port}
 
     def _of_this_turn(self, tables: dict[int, np.ndarray]) -> Iterator[BoundSocket]:
-        """Entries of the connections whose turn it is in a round."""
+        """Yield entries of the connections that are next in the round."""
         now = self._now_ns()
         if not self._waiting and now >= self._round_ns:
             self._round_ns = now + _ROUND_NS
@@ -229,7 +238,7 @@ class KernelSockets:
             yield from _entries(number, row, self._holders.known(int(row["inode"])))
 
     def _of_new_ones(self, tables: dict[int, np.ndarray]) -> Iterator[BoundSocket]:
-        """Entries of connections that have lasted for two looks: no packet may tell of them."""
+        """Yield entries of connections that lasted for two looks: perhaps no packet shows them."""
         numbers, rows = _connected(tables)
         cookies = rows["cookie"]
         new = among(cookies, self._met) & ~among(cookies, self._asked)
@@ -247,14 +256,14 @@ class KernelSockets:
 
 
 def _connected(tables: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """(namespaces, HOST_SOCKETs) of all connections."""
+    """Return (namespaces, HOST_SOCKETs) of all connections."""
     parts = {number: table[_is_connected(table)] for number, table in tables.items()}
     numbers = np.repeat(np.array(list(parts), np.int64), [len(part) for part in parts.values()])
     return numbers, np.concatenate([np.zeros(0, HOST_SOCKET), *parts.values()])
 
 
 def _rows_of(some: list[int], cookies: np.ndarray, order: np.ndarray) -> list[int]:
-    """Where `some` are in `cookies`, which `order` sorts; those that are not there are left out."""
+    """Return where those of `some` that `cookies` has are in it. `order` sorts `cookies`."""
     wanted = np.fromiter(some, np.uint64, len(some))
     places = np.searchsorted(cookies, wanted, sorter=order)
     found: list[int] = order[places[places < len(order)]].tolist()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One socket for each network namespace that can be entered, up to a bound."""
+"""One socket for each network namespace that can be entered, within a bound."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ S = TypeVar("S", bound=_Closable)
 
 
 class PerNamespace(Closing, Generic[S]):
-    """Looks for new and ended namespaces at most every 2 s; a context manager, for one thread.
+    """Looks for new and ended namespaces at most every 2 s. A context manager, for one thread.
 
-    Of netns.room() at most, chosen as engine packet chooses. `make` makes the socket, inside the
-    namespace; it raises NoPrivilege where that is refused. Looks take one `share`th of the time at
-    most (0: what they take): with many processes they come less often.
-    A socket keeps its namespace alive, so one that no process and no name holds any more is let go
-    at the next look.
+    There are at most netns.room() namespaces, chosen as engine packet chooses. `make` makes the
+    socket, inside the namespace; it raises NoPrivilege if that is refused. Looks take at most one
+    `share`th of the time (0: no limit), so with many processes they are rarer.
+
+    A socket keeps its namespace alive. So a look closes the socket of a namespace that no process
+    and no name holds any more.
     """
 
     def __init__(
@@ -60,13 +61,13 @@ class PerNamespace(Closing, Generic[S]):
         self._namespaces.clear()
 
     def get(self, number: int) -> S | None:
-        """That of namespace `number`, None when it is not to be entered or a socket is refused."""
+        """Return the socket of namespace `number`; None if it cannot be had."""
         if number not in self._namespaces:
             self.look()
         return self._namespaces.get(number)
 
     def look(self) -> None:
-        """Take note of namespaces that came and went."""
+        """Find new namespaces and those that have ended."""
         now = self._now_ns()
         if now < self._look_ns:
             return
@@ -83,7 +84,7 @@ class PerNamespace(Closing, Generic[S]):
             owners = {number: netns.owner_or_unknown(path) for number, path in there.items()}
             chosen = netns.choose(owners, self._namespaces, netns.room())
             self._failures.add(
-                Error(f"sockets of {len(chosen)} of {len(there)} network namespaces are read")
+                Error(f"only {len(chosen)} of {len(there)} network namespaces are read")
             )
             there = {number: path for number, path in there.items() if number in chosen}
         for number in set(self._namespaces) - set(there) - {self.own}:
@@ -116,7 +117,7 @@ class NamespaceSockets(PerNamespace[SockDiag]):
         super().__init__(SockDiag, now_ns)
 
     def tables(self) -> dict[int, np.ndarray]:
-        """{namespace: all its sockets (HOST_SOCKET)}; of our own by /proc/net if need be."""
+        """Return all sockets of each namespace (HOST_SOCKET); ours from /proc/net if need be."""
         self.look()
         found: dict[int, np.ndarray] = {}
         for number, diag in list(self._namespaces.items()):

@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 NAMED = Path("/run/netns")
 MAX_OTHERS = 255
-"""Namespaces beside our own that are looked into at most."""
+"""The most namespaces beside our own."""
 UNKNOWN_OWNER = -1
 
 NS_GET_USERNS, NS_GET_PARENT, NS_GET_OWNER_UID = 0xB701, 0xB702, 0xB704
@@ -56,18 +56,18 @@ IFLA_LINKINFO, IFLA_INFO_KIND, IFLA_INFO_SLAVE_KIND = 18, 1, 4
 _IFADDRMSG_BYTES, _IFINFOMSG_BYTES = 8, 16
 _INDEX = struct.Struct("=4xi")  # ifi_index in struct ifinfomsg
 
-# Their ports hand every packet up to the device above, which is the one that has addresses.
+# Ports of these hand every packet up to the device above, which has the addresses.
 _DUPLICATING_PORTS = {"bridge", "bond", "team", "openvswitch"}
 
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """A network namespace that somebody named."""
+    """A network namespace that a user named in some way."""
 
     netns: int
     """Its inode."""
     since_s: float = 0.0
-    """Unix time from which on its number is known to be this namespace's."""
+    """Unix time since which this namespace surely has this number."""
 
 
 _MAX_PID = 1 << 22
@@ -108,10 +108,10 @@ def own(proc: Path = Path("/proc")) -> int:
 
 
 def paths(proc: Path = Path("/proc"), named: Path = NAMED) -> dict[int, Path]:
-    """Return {inode: a path to open} of every network namespace that can be seen.
+    """Return every network namespace that can be seen, as {inode: a path to open}.
 
-    Those that neither a process nor a name in /run/netns holds are not among them. Raises Error
-    when no file descriptor is left.
+    Namespaces without a process and without a name in /run/netns cannot be seen. Raises Error if no
+    file descriptor is left.
     """
     found: dict[int, Path] = {}
     seen: set[str] = set()
@@ -147,10 +147,10 @@ def paths(proc: Path = Path("/proc"), named: Path = NAMED) -> dict[int, Path]:
 
 
 def owner(path: Path, proc: Path = Path("/proc")) -> int | None:
-    """Return whose the namespace at `path` is: None if it belongs to our own user namespace.
+    """Return which uid owns the namespace at `path`; None if it belongs to our own user namespace.
 
-    Else the uid that made the outermost user namespace around it. Inside that a user has further
-    ids, and can make further user namespaces with them. Raises OSError when it may not be asked.
+    The owner is the uid that made the outermost user namespace around it. Inside, a user has more
+    ids, and can make more user namespaces with them. Raises OSError if that may not be asked.
     """
     ours = os.stat(proc / "self" / "ns" / "user").st_ino
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -161,7 +161,7 @@ def owner(path: Path, proc: Path = Path("/proc")) -> int | None:
             (uid,) = _UID.unpack(fcntl.ioctl(handle, NS_GET_OWNER_UID, bytes(_UID.size)))
             try:
                 handle = _related(handle, NS_GET_PARENT)
-            except PermissionError:  # ours is not above it
+            except PermissionError:  # ours is not one of its parents
                 break
         return uid
     finally:
@@ -169,7 +169,7 @@ def owner(path: Path, proc: Path = Path("/proc")) -> int | None:
 
 
 def owner_or_unknown(path: Path, proc: Path = Path("/proc")) -> int | None:
-    """As owner(); UNKNOWN_OWNER when it has ended or may not be asked."""
+    """Return what owner() returns; UNKNOWN_OWNER if the namespace has ended or may not be asked."""
     try:
         return owner(path, proc)
     except OSError:
@@ -184,15 +184,15 @@ def _related(handle: int, request: int) -> int:
 
 
 def room() -> int:
-    """Return for how many namespaces beside our own there are descriptors."""
+    """Return how many namespaces beside our own the descriptors are enough for."""
     return descriptors.namespaces(MAX_OTHERS + 1) - 1
 
 
 def choose(owners: Mapping[int, int | None], held: Collection[int], limit: int) -> set[int]:
     """Return which `limit` namespaces of {inode: owner()} get a place.
 
-    Those of our own user namespace and root's first, then one of each uid in turn; of a uid's
-    those that have a place (`held`) keep it.
+    Those of our own user namespace and root's come first, then one of each uid in turn. Among a
+    uid's namespaces, those with a place (`held`) keep it.
     """
     by_uid: dict[int | None, list[int]] = {}
     for inode in sorted(owners, key=lambda one: one not in held):
@@ -210,10 +210,10 @@ def choose(owners: Mapping[int, int | None], held: Collection[int], limit: int) 
 
 
 def run_inside(path: Path, work: Callable[[], T]) -> T:
-    """Return work(), run in a thread of its own inside the namespace at `path`.
+    """Run work() in a thread of its own, inside the namespace at `path`; return its result.
 
-    Sockets made in there stay there. Raises NoPrivilege without CAP_SYS_ADMIN, Error where no
-    thread can be made, what work() raises.
+    Sockets made in there stay there. Raises NoPrivilege without CAP_SYS_ADMIN, Error if no thread
+    can be made, and what work() raises.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -243,7 +243,7 @@ def run_inside(path: Path, work: Callable[[], T]) -> T:
 
 
 class Interfaces(Closing):
-    """rtnetlink of the network namespace it was made in; a context manager."""
+    """rtnetlink of the network namespace in which it is created. A context manager."""
 
     def __init__(self) -> None:
         self._connection = Connection(socket.NETLINK_ROUTE)
@@ -267,9 +267,10 @@ class Interfaces(Closing):
         return found
 
     def duplicating(self) -> set[int]:
-        """Return interfaces whose packets a tap sees a second time on another one.
+        """Return interfaces whose packets a tap sees again on another interface.
 
-        Ports of bridges, bonds and teams, and VRF devices (their ports have the addresses).
+        These are ports of bridges, bonds and teams, and VRF devices, whose ports have the
+        addresses.
         """
         found: set[int] = set()
         for payload in self._dump(RTM_GETLINK, _IFINFOMSG_BYTES):

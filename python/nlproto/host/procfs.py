@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""/proc: socket tables, who a process is and what is known of it, bracketed by its start time.
+"""/proc: socket tables, and facts about processes. The start time is checked before and after.
 
 Sources: man 5 proc, net/ipv4/tcp_ipv4.c (get_tcp4_sock), fs/proc/array.c (do_task_stat).
 """
@@ -11,6 +11,7 @@ import re
 import socket
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from nlproto.host import cgroups
 from nlproto.host.cgroups import container_of, unit_of
 from nlproto.host.sockdiag import HOST_SOCKET
 from nlproto.records.wire import MAX_TEXT, bounded, dtype_of
+from nlproto.running.budget import UserBudgets
 from nlproto.running.descriptors import or_error
 
 __all__ = [
@@ -54,14 +56,14 @@ TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 CMDLINE_MODES = ("full", "program", "off")
 _HELD_AT_ONCE, _HELD_EACH, _MAX_HELD = 4096, 64, 1 << 21
 _MANY = 256
-"""Processes that are worth a thread."""
+"""With more processes a second thread is worth it."""
 HELD = dtype_of("host_held", ffi)
 """A process's descriptor of a socket: inode, pid, fd."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A process that no reuse of its pid can be taken for; `start_ticks` as in /proc/PID/stat."""
+    """The identity of a process, safe from reuse of its pid; `start_ticks` as in /proc/PID/stat."""
 
     tgid: int
     start_ticks: int
@@ -83,7 +85,7 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """One of those above a process."""
+    """A parent of a process, direct or not."""
 
     pid: int
     comm: str
@@ -91,7 +93,7 @@ class Parent:
 
 @dataclass(frozen=True, slots=True)
 class ProcessDetails:
-    """What /proc tells of one living process; empty where it tells nothing (kernel threads)."""
+    """What /proc says about a living process; empty fields are unknown (kernel threads)."""
 
     tgid: int
     start_ns: int
@@ -138,7 +140,7 @@ def _read(path: str, limit: int = 8192) -> bytes:
 def _stat(pid: int, proc: Path) -> tuple[bytes, int, int] | None:
     """Return comm, start ticks and ppid.
 
-    comm may hold blanks, newlines and parentheses of its own; no field behind it does.
+    comm may contain blanks, newlines and parentheses; no later field does.
     """
     try:
         raw = _read(f"{proc}/{pid}/stat")
@@ -152,13 +154,13 @@ def _stat(pid: int, proc: Path) -> tuple[bytes, int, int] | None:
 
 
 def identity(pid: int, proc: Path = PROC) -> Identity | None:
-    """Return who `pid` is now, None when there is no such process."""
+    """Return the identity of `pid`; None if there is no such process."""
     found = _stat(pid, proc)
     return Identity(pid, found[1]) if found else None
 
 
 def parent(pid: int, proc: Path = PROC) -> int:
-    """Return the parent's pid; 0 when there is none, or no such process."""
+    """Return the parent's pid; 0 if there is none, or no such process."""
     found = _stat(pid, proc)
     return found[2] if found else 0
 
@@ -167,9 +169,10 @@ _MAX_PARENTS = 16
 
 
 def parents(pid: int, start_ns: int, proc: Path = PROC) -> tuple[Parent, ...]:
-    """Return `pid` and those above it, up to init, as they are now: at most _MAX_PARENTS.
+    """Return `pid` and its parents up to init, at most _MAX_PARENTS, as they are now.
 
-    `start_ns` is the child's: who began after it has taken a parent's pid over, and ends the list.
+    `start_ns` is the child's. A process that began later has reused a parent's pid: the list ends
+    there.
     """
     found: list[Parent] = []
     born = start_ns // TICK_NS
@@ -183,7 +186,7 @@ def parents(pid: int, start_ns: int, proc: Path = PROC) -> tuple[Parent, ...]:
 
 
 def owner(pid: int, proc: Path = PROC) -> Owner | None:
-    """Return `pid` as an owner: identity, comm and real uid; None when it is gone."""
+    """Return `pid` as an owner: identity, comm and real uid; None if it has gone."""
     found = _stat(pid, proc)
     if found is None:
         return None
@@ -192,7 +195,7 @@ def owner(pid: int, proc: Path = PROC) -> Owner | None:
 
 
 def _uid(pid: int, proc: Path) -> int | None:
-    """Return the real uid; the line before it holds the name, in which newlines are escaped."""
+    """Return the real uid. The line before it has the name, with newlines escaped."""
     try:
         status = _read(f"{proc}/{pid}/status")
     except _GONE:
@@ -202,19 +205,25 @@ def _uid(pid: int, proc: Path) -> int | None:
 
 
 class Births:
-    """Tells the number that the newest process or thread was given; much sooner than /proc lists.
+    """Knows the number of the newest process or thread, long before a list of /proc would.
 
-    Any thread may ask. 0 where that is not told.
+    For any thread. 0 if the kernel does not say.
     """
 
     def __init__(self, proc: Path = PROC) -> None:
         self._fd = -1
         with contextlib.suppress(OSError):
             self._fd = os.open(proc / "loadavg", os.O_RDONLY | os.O_CLOEXEC)
-            weakref.finalize(self, os.close, self._fd)
+            self._finalizer = weakref.finalize(self, os.close, self._fd)
+
+    def close(self) -> None:
+        """Close the descriptor. From then on last() is 0."""
+        if self._fd >= 0:
+            self._fd = -1
+            self._finalizer()
 
     def last(self) -> int:
-        """Return the number; 2 microseconds."""
+        """Return the number. Takes 2 microseconds."""
         try:
             return int(os.pread(self._fd, 128, 0).split()[-1])
         except (OSError, IndexError, ValueError):
@@ -222,7 +231,7 @@ class Births:
 
 
 def is_process(number: int) -> bool:
-    """Whether it is the number of a living process, not of a further thread: /proc has both."""
+    """Return whether it is a living process and not another thread: /proc shows both."""
     try:
         os.close(os.pidfd_open(number))
     except OSError:
@@ -231,9 +240,10 @@ def is_process(number: int) -> bool:
 
 
 def held_sockets(some: Sequence[int], proc: Path = PROC) -> tuple[np.ndarray, bool]:
-    """Return which sockets the processes `some` hold (HELD), and whether all could be asked.
+    """Return which sockets the processes `some` hold (HELD), and whether all could be read.
 
-    Without Python's lock, of many processes on two processors: it is a matter of milliseconds.
+    It runs without Python's lock, and with many processes on two processors, because milliseconds
+    matter.
     """
     if len(some) < _MANY:
         return _held_sockets(some, proc)
@@ -277,9 +287,9 @@ def _held_sockets(some: Sequence[int], proc: Path) -> tuple[np.ndarray, bool]:
 
 
 def socket_inodes(pid: int, proc: Path = PROC) -> dict[int, int] | None:
-    """Return {inode: descriptor} of the sockets that `pid` holds.
+    """Return the sockets that `pid` holds, as {inode: descriptor}.
 
-    None when it may not be asked (another user's); empty when it is gone.
+    None if it may not be read (another user's); empty if it has gone.
     """
     held, asked = held_sockets([pid], proc)
     if not asked:
@@ -311,11 +321,12 @@ def tables(net: Path = PROC / "self" / "net") -> np.ndarray:
 
 
 def _row(fields: list[bytes], family: int, proto: int) -> tuple[object, ...]:
-    """Return a line of /proc/net/tcp as HOST_SOCKET. Raises ValueError, IndexError for others."""
+    """Return a line of /proc/net/tcp as HOST_SOCKET. Raises ValueError, IndexError."""
     saddr, sport = _endpoint(fields[1])
     daddr, dport = _endpoint(fields[2])
     state, uid, inode = _number(fields[3], 16, 8), _number(fields[7]), _number(fields[9], 10, 64)
-    return 0, inode, uid, 0, sport, dport, family, proto, state, 0, saddr, daddr
+    drops = _number(fields[12]) if proto == socket.IPPROTO_UDP and len(fields) > 12 else 0
+    return 0, inode, uid, 0, sport, dport, family, proto, state, 0, saddr, daddr, drops, 0
 
 
 def _number(digits: bytes, base: int = 10, bits: int = 32) -> int:
@@ -339,7 +350,7 @@ def _endpoint(field: bytes) -> tuple[list[int], int]:
 def details(
     pid: int, start_ns: int, cmdline: str = "program", proc: Path = PROC
 ) -> ProcessDetails | None:
-    """Return what /proc tells of the process (pid, start_ns); None when it is gone or reused.
+    """Return what /proc says about the process (pid, start_ns); None if it has gone.
 
     `cmdline`: "full" with all arguments (they may hold secrets), "program" the first word only,
     "off" nothing. Raises UsageError for another word.
@@ -356,7 +367,7 @@ def details(
         exe = bounded(os.readlink(f"{proc}/{pid}/exe".encode()).removesuffix(b" (deleted)"))
     if cmdline != "off":
         with contextlib.suppress(OSError):
-            arguments = _arguments(_read(f"{proc}/{pid}/cmdline", _CMDLINE_BYTES), cmdline)
+            arguments = _arguments(_command_lines.read(f"{proc}/{pid}/cmdline", uid or 0), cmdline)
     with contextlib.suppress(OSError):
         hierarchy, path = cgroups.path_of(_read(f"{proc}/{pid}/cgroup", _CGROUP_BYTES))
     if found is None or uid is None or identity(pid, proc) != before:
@@ -378,12 +389,43 @@ def details(
     )
 
 
-_CMDLINE_BYTES = MAX_TEXT + 1  # more is not shown
+_CMDLINE_BYTES = MAX_TEXT + 1  # the kernel shows no more
+_PATIENCE_MS = 500
+_WAIT_SHARE, _WAITS_SHARE, _WAIT_SAVED_NS = 50, 20, 1_000_000_000
+"""Parts of the time: for the command lines of one user, and of all users but root."""
+
+
+class _CommandLines:
+    """A process can keep who reads its command line waiting for ever; see native/patient.c.
+
+    That costs the names of programs of its user, and others little. Any thread.
+    """
+
+    def __init__(self) -> None:
+        self._users = UserBudgets(_WAIT_SHARE, _WAITS_SHARE, _WAIT_SAVED_NS, time.monotonic_ns)
+
+    def read(self, path: str, uid: int) -> bytes:
+        """Return /proc/PID/cmdline of a process of `uid`. Raises OSError."""
+        if uid == 0:
+            return _read(path, _CMDLINE_BYTES)
+        if not self._users.allows(uid):
+            raise TimeoutError
+        buffer = ffi.new("char[]", _CMDLINE_BYTES)
+        began = time.monotonic_ns()
+        read = lib.host_read_patiently(os.fsencode(path), buffer, _CMDLINE_BYTES, _PATIENCE_MS)
+        if time.monotonic_ns() - began > _PATIENCE_MS * 100_000:
+            self._users.charge(uid, time.monotonic_ns() - began)
+        if read < 0:
+            raise OSError(-read, os.strerror(-read), path)
+        return bytes(ffi.buffer(buffer, read))
+
+
+_command_lines = _CommandLines()
 _CGROUP_BYTES = 128 << 10  # a path of 4 KiB for each hierarchy; v2 has the last line
 
 
 def _arguments(raw: bytes, mode: str) -> str:
-    """Return a command line; one that its process rewrote ("nginx: worker") has no NUL inside."""
+    """Return a command line. One that its process rewrote ("nginx: worker") has no NUL inside."""
     words = raw.rstrip(b"\0").split(b"\0")
     if len(words) == 1:
         words = raw.rstrip(b"\0").split(b" ")
@@ -391,7 +433,7 @@ def _arguments(raw: bytes, mode: str) -> str:
 
 
 def user_name(uid: int) -> str:
-    """Return the user's name, or the number of one that has none; may wait for a directory."""
+    """Return the user's name, or the number if there is none. May wait for a directory service."""
     try:
         return bounded(os.fsencode(pwd.getpwuid(uid).pw_name))
     except (KeyError, OSError, ValueError):

@@ -28,16 +28,21 @@ __all__ = [
 
 NETLINK_SOCK_DIAG = 4
 PATIENCE_S = 5.0
-"""How long an answer may take."""
+"""The longest time for an answer."""
 _BUFFER = 64 << 10
 MAPPED = bytes(10) + b"\xff\xff"
-"""What stands before an IPv4 address in an IPv6 socket (::ffff:a.b.c.d)."""
+"""The prefix of an IPv4 address in an IPv6 socket (::ffff:a.b.c.d)."""
 ANY = bytes(16)
 """No address, of either family."""
 ALL_STATES = 0xFFFFFFFF
 
 HOST_SOCKET = dtype_of("host_socket", ffi)
-"""One socket: cookie, inode, uid, ifindex, sport, dport, family, proto, state, saddr, daddr."""
+"""One socket: cookie, inode, uid, ifindex, sport, dport, family, proto, state, saddr, daddr, drops:
+packets that the kernel dropped at it (sk_drops), mostly since its receive buffer had no room."""
+
+INFO = 1 << 1
+"""INET_DIAG_INFO, as idiag_ext has it: struct tcp_info."""
+_MEMORY = 1 << 6  # INET_DIAG_SKMEMINFO: of a dump alone, since udp_diag has little room elsewhere
 
 PROTOCOLS = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
 FAMILIES = (socket.AF_INET, socket.AF_INET6)
@@ -56,10 +61,10 @@ class TcpState:
 
 
 class DiagSocket(Closing):
-    """A sock_diag socket of the network namespace it was made in, with room for a datagram.
+    """A sock_diag socket of the network namespace in which it is created, with room for a datagram.
 
-    `kind` (a dtype) is what an answer becomes, `least` how many bytes it has at least.
-    Raises NoPrivilege when the kernel refuses it (seccomp, no tcp_diag or udp_diag).
+    An answer becomes `kind` (a dtype) and has at least `least` bytes. Raises NoPrivilege when the
+    kernel refuses it (seccomp, no tcp_diag or udp_diag).
     """
 
     def __init__(self, kind: np.dtype[np.void], least: int) -> None:
@@ -92,15 +97,15 @@ class DiagSocket(Closing):
         rport: int = 0,
         ifindex: int = 0,
         states: int = ALL_STATES,
-        tcp_info: bool = False,
+        extensions: int = 0,
     ) -> None:
-        self._seq = self._seq % 0xFFFFFFFF + 1  # 0 is what the kernel tells unasked
+        self._seq = self._seq % 0xFFFFFFFF + 1  # the kernel always reports 0
         if proto == socket.IPPROTO_UDP and not dump:
-            # udp_dump_one() takes source and destination of a packet that arrives.
+            # udp_dump_one() takes source and destination of an incoming packet.
             local, lport, remote, rport = remote, rport, local, lport
         size = lib.host_diag_request(
             self._request, self._seq, family, proto, dump, local, lport, remote, rport, ifindex,
-            states, tcp_info,
+            states, extensions,
         )  # fmt: skip
         try:
             self._socket.send(ffi.buffer(self._request, size))
@@ -116,9 +121,9 @@ class DiagSocket(Closing):
 
 
 class SockDiag(DiagSocket):
-    """TCP and UDP sockets; a context manager. Where it is refused, /proc/net is what is left.
+    """TCP and UDP sockets. A context manager. If sock_diag is refused, /proc/net is the fallback.
 
-    Raises NoPrivilege as DiagSocket.
+    Raises NoPrivilege as DiagSocket does.
     """
 
     def __init__(self) -> None:
@@ -127,7 +132,7 @@ class SockDiag(DiagSocket):
         self._sockets = ffi.from_buffer("struct host_socket[]", self._found)
 
     def _read(self, proto: int) -> tuple[int, bool]:
-        """Return how many sockets were read into self._found, or -errno; and if that is all."""
+        """Return how many sockets self._found has now, or -errno; and if that is all."""
         size = self._receive()
         read = lib.host_diag_read(
             self._view, size, self._seq, proto, self._sockets, len(self._found), self._done
@@ -143,12 +148,12 @@ class SockDiag(DiagSocket):
     ) -> np.ndarray:
         """Return all sockets (HOST_SOCKET), or those bound to local port `lport`.
 
-        `states`: a bit for each TcpState that is wanted; listeners alone are found fast.
+        `states`: a bit for each TcpState that is wanted. Listeners alone are found fast.
         """
         parts = []
         for proto in protos:
             for family in families:
-                self._send(family, proto, dump=True, lport=lport, states=states)
+                self._send(family, proto, True, lport=lport, states=states, extensions=_MEMORY)
                 done = False
                 while not done:
                     read, done = self._read(proto)
@@ -169,7 +174,7 @@ class SockDiag(DiagSocket):
     ) -> np.void | None:
         """Return the socket (HOST_SOCKET) that would get a packet from remote to local, or None.
 
-        Addresses are the 16 bytes of a record. With `remote` left out a TCP listener is found.
+        Addresses are the 16 bytes of a record. Without `remote` it finds a TCP listener.
         """
         self._send(family, proto, False, local, lport, remote, rport, ifindex)
         while True:
@@ -186,5 +191,5 @@ class SockDiag(DiagSocket):
 
 
 def refused(code: int) -> Error:
-    """What an errno of sock_diag means."""
+    """Return the exception for an errno of sock_diag."""
     return NoPrivilege(f"sock_diag is refused here: {os.strerror(code)}")

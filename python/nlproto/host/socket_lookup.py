@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Asks one network namespace for its sockets: by sock_diag, or from /proc/net where it must be."""
+"""Looks up sockets of one network namespace: by sock_diag, or from /proc/net as the fallback."""
 
 import socket
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from nlproto.running.budget import Budget
 __all__ = ["ANY", "SocketLookup", "Tuple", "mapped", "tuple_of_socket"]
 
 _TABLE_SHARE, _TABLE_SAVED_NS = 4, 500_000_000  # of the time, for reading /proc/net
-_BOUND_NS = 200_000_000  # how long the sockets of a port are taken as known
-_RIVALS_NS = 10_000_000  # and where it matters that another one may have come
+_BOUND_NS = 200_000_000  # how long the sockets of a port stay valid
+_RIVALS_NS = 10_000_000  # the same where a new one would matter
 _BOUND_LIMIT = 1024  # ports
 
 
 @dataclass(frozen=True, slots=True)
 class Tuple:
-    """One flow as this host sees it; addresses as the 16 bytes of a record."""
+    """One flow as this host sees it. Addresses are the 16 bytes of a record."""
 
     proto: int
     family: int
@@ -34,7 +34,7 @@ class Tuple:
 
 
 def mapped(address: bytes) -> bytes:
-    """Return ::ffff:a.b.c.d, by which a dual-stack socket knows an IPv4 address."""
+    """Return ::ffff:a.b.c.d, which is an IPv4 address in a dual-stack socket."""
     return MAPPED + address[:4]
 
 
@@ -51,8 +51,10 @@ def tuple_of_socket(row: np.void) -> Tuple:
 
 
 class SocketLookup:
-    """`diag` is None where sock_diag is refused: then /proc/net in `net` is read, for a quarter
-    of the time at most. One thread at a time.
+    """Sockets of one network namespace. For one thread at a time.
+
+    If sock_diag is refused, `diag` is None. Then /proc/net in `net` is read, for a quarter of the
+    time at most.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class SocketLookup:
         return self._diag is not None
 
     def find(self, one: Tuple) -> np.void | None:
-        """Return the socket (HOST_SOCKET) that a packet of `one` has, None when there is none."""
+        """Return the socket (HOST_SOCKET) of a packet of `one`; None if there is none."""
         if self._diag is not None:
             try:
                 return self._diag.find(
@@ -104,9 +106,10 @@ class SocketLookup:
         return sockets
 
     def rivals(self, row: np.void, fresh: bool = False) -> np.ndarray:
-        """Return the sockets bound exactly as `row` (HOST_SOCKET) is, itself among them.
+        """Return the sockets bound exactly as `row` (HOST_SOCKET), itself included.
 
-        More than one: they share the port (SO_REUSEPORT), and a program may choose among them.
+        If there are several, they share the port (SO_REUSEPORT), and a program may choose among
+        them.
         """
         bound = self.bound(int(row["proto"]), int(row["sport"]), 0 if fresh else _RIVALS_NS)
         same = (bound["dport"] == 0) & (bound["family"] == row["family"])
@@ -119,7 +122,7 @@ class SocketLookup:
             self._table = {tuple_of_socket(row): row for row in procfs.tables(self._net)}
 
     def _look_up(self, one: Tuple) -> np.void | None:
-        """The socket in /proc/net's tables that the kernel would choose: most exact first."""
+        """Return the socket of /proc/net's tables that the kernel would choose: the most exact."""
         forms = [(one.family, one.local, one.remote)]
         if one.family == socket.AF_INET:
             remote = mapped(one.remote) if one.rport else ANY

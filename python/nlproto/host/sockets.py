@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The kernel's socket tables as people see them: who is at the far end, and in which state."""
+"""The kernel's socket tables for people: the far end and the state of each socket."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _STATES = {
 
 
 def held(table: np.ndarray) -> np.ndarray:
-    """Return a mask of the sockets that a process has, or is about to be given by accept().
+    """Return a mask of the sockets that a process has, or will get from accept().
 
-    Not among them: TIME_WAIT and other connections that their process has closed.
+    It leaves out TIME_WAIT and other connections that their process has closed.
     """
     tcp = table["proto"] == socket.IPPROTO_TCP
     coming = tcp & np.isin(table["state"], _NOT_ACCEPTED)
@@ -46,7 +46,7 @@ def held(table: np.ndarray) -> np.ndarray:
 
 
 def listening(table: np.ndarray) -> np.ndarray:
-    """Return a mask of TCP's listeners and of UDP sockets that anybody can send to."""
+    """Return a mask of TCP listeners and of UDP sockets that take datagrams from anybody."""
     tcp = table["proto"] == socket.IPPROTO_TCP
     waits = np.where(tcp, table["state"] == TcpState.LISTEN, table["dport"] == 0)
     return np.asarray(waits & (table["sport"] != 0))
@@ -90,9 +90,9 @@ def fitting(
 
 
 def fields(netns: int, row: np.void) -> dict[str, Any]:
-    """Return one HOST_SOCKET as it goes to a client; `remote` and `rport` None without a far end.
+    """Return one HOST_SOCKET for a client; `remote` and `rport` are None without a far end.
 
-    `state` is TCP's, or connected or unconnected of UDP.
+    `state` is TCP's; for UDP it is connected or unconnected.
     """
     family, proto = int(row["family"]), int(row["proto"])
     far = bool(row["dport"])
@@ -107,5 +107,6 @@ def fields(netns: int, row: np.void) -> dict[str, Any]:
         "rport": int(row["dport"]) if far else None,
         "state": state,
         "cookie": int(row["cookie"]),
+        "drops": int(row["drops"]),
         "listening": bool(row["state"] == TcpState.LISTEN) if tcp else not far,
     }

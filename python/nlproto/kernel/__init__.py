@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""What the module says: Generic Netlink, and how the module gets there."""
+"""What the module says, by Generic Netlink; and how the module gets into the kernel."""

@@ -25,17 +25,17 @@ _CONTAINER_MARKS = (".dockerenv", "run/.containerenv", "run/systemd/container")
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """`command` loads the module, "" when no command can; `text` is one line for people."""
+    """`command` loads the module, "" if no command can. `text` is one line for people."""
 
     text: str
     command: str = ""
 
 
 def advice(root: Path = Path("/"), release: str | None = None, tree: Path | None = None) -> Advice:
-    """Return what fits this machine.
+    """Return how to load the module on this machine.
 
     `root`: where its /proc, /sys and /lib are; `release`: the running kernel's; `tree`: the source
-    tree, by default the one that this file is in, if it is in one.
+    tree, by default the one with this file, if it is in one.
     """
     release = release or os.uname().release
     tree = tree or _source_tree()
@@ -53,7 +53,7 @@ def advice(root: Path = Path("/"), release: str | None = None, tree: Path | None
 
 
 def _barrier(root: Path) -> str:
-    """Why nothing can load it, whatever is built; "" when something can."""
+    """Return why no module can be loaded, however it is built; "" if one can."""
     if (root / "sys/module/sniffer").exists():
         return "it is loaded; only the initial network namespace reaches it"
     if not (root / "proc/modules").exists():
@@ -96,7 +96,7 @@ def _wants_signature(root: Path) -> bool:
 
 
 def _has_package(name: str) -> bool:
-    """Whether apt-get could install it; False where there is no apt-get."""
+    """Return whether apt-get could install it; False without apt-get."""
     command = shutil.which("apt-cache")
     if command is None:
         return False

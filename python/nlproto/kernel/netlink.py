@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Generic Netlink: just enough of it to control sniffer.ko and to receive its groups.
+"""Generic Netlink: just enough to control sniffer.ko and to receive its groups.
 
 Sources: shared_proto.h, Documentation/userspace-api/netlink/intro.rst, linux/genetlink.h.
 """
@@ -56,8 +56,8 @@ _U16, _U32, _U64 = struct.Struct("=H"), struct.Struct("=I"), struct.Struct("=Q")
 
 RECEIVE_BYTES = 16 << 20
 _MESSAGE_BYTES = 128 << 10  # a full batch is 32 KiB, a dump's datagram at most as large
-_TIMEOUT = 5.0  # s, for an answer of the kernel's
-_DUMPS = 4  # times that a table is asked for which changes meanwhile
+_TIMEOUT = 5.0  # s, for an answer of the kernel
+_DUMPS = 4  # times that a table which changes meanwhile is asked for
 
 FAMILY = ffi.string(lib.SNIFFER_FAMILY).decode()
 PACKETS = ffi.string(lib.SNIFFER_GROUP_PACKETS).decode()
@@ -202,9 +202,9 @@ class Connection(Closing):
     ) -> list[tuple[int, dict[int, bytes]]]:
         """Send a Generic Netlink command and return its answers as (command, attributes).
 
-        A dump that the kernel says may lack entries, since its table changed meanwhile, is repeated
-        a few times; what comes twice is returned twice, the later one last.
-        Raises what exchange() raises.
+        If a table changed during a dump, the kernel says that entries may be missing. Then the dump
+        is repeated a few times, and an entry may be returned twice, the later one last. Raises what
+        exchange() raises.
         """
         flags = NLM_F_DUMP if dump else NLM_F_ACK
         body = _GENLMSGHDR.pack(command, version, 0) + payload
@@ -251,8 +251,8 @@ def _resolve_sniffer(connection: Connection) -> Family:
 class Sniffer(Closing):
     """Commands of sniffer.ko; a context manager.
 
-    Every call raises NoModule when it is not loaded (any more), NoPrivilege without
-    CAP_NET_ADMIN in the initial user namespace. Returned arrays and structs are of wire's dtypes.
+    Every call raises NoModule if the module is not loaded, NoPrivilege without CAP_NET_ADMIN in the
+    initial user namespace. Returned arrays and structs have the dtypes of wire.py.
     """
 
     def __init__(self) -> None:
@@ -280,7 +280,7 @@ class Sniffer(Closing):
                     before = self._family.id
                     self._family = _resolve_sniffer(self._connection)
                     if self._family.id != before:
-                        continue  # the module was loaded anew under another number
+                        continue  # the module was loaded again, with another number
                 if error.errno == errno.ENOENT:
                     raise
                 raise Error(
@@ -293,7 +293,7 @@ class Sniffer(Closing):
             if attribute in found:
                 return found[attribute]
         raise Error(
-            "sniffer.ko answered without the attribute asked for: install one release of all"
+            "sniffer.ko answered without the attribute asked for: install all parts of one release"
         )
 
     def info(self) -> np.void:
@@ -309,7 +309,7 @@ class Sniffer(Closing):
         )
 
     def configure(self, batch: int | None = None, flush_ms: int | None = None) -> np.void:
-        """Set records a batch and the flush interval in ms (None: leave); return the new INFO."""
+        """Set records a message and the flush interval in ms (None: leave); return the new INFO."""
         payload = b""
         if batch is not None:
             payload += encode_attribute(lib.SNIFFER_A_BATCH, _U32.pack(batch))
@@ -320,7 +320,7 @@ class Sniffer(Closing):
         )
 
     def flush(self) -> np.ndarray:
-        """Make every CPU send its batch; return TAIL for each: where its stream stands now."""
+        """Make every CPU send its messages. Return TAIL for each: how far its stream is."""
         return wire.decode_array(self._one(lib.SNIFFER_CMD_FLUSH, lib.SNIFFER_A_TAILS), wire.TAIL)
 
     def flush_flows(self) -> np.ndarray:
@@ -330,7 +330,7 @@ class Sniffer(Closing):
         )
 
     def socket(self, cookie: int) -> tuple[np.void, np.ndarray] | None:
-        """Return (SOCKET, HOLDER array) of the owner table, None when it does not know it."""
+        """Return (SOCKET, HOLDER array) from the owner table; None if the cookie is unknown."""
         payload = encode_attribute(lib.SNIFFER_A_COOKIE, _U64.pack(cookie))
         try:
             answers = self._ask(lib.SNIFFER_CMD_GET_SOCKET, payload)
@@ -361,7 +361,7 @@ def _socket_of(answer: tuple[int, dict[int, bytes]]) -> tuple[np.void, np.ndarra
 class Listener(Closing):
     """Receives sniffer.ko's multicast groups; a context manager.
 
-    Loss shows in sequences alone: ENOBUFS is ignored. Raises NoModule, NoPrivilege at the start,
+    Only sequences show loss: ENOBUFS is ignored. Raises NoModule, NoPrivilege at the start,
     NoModule also from recv() when the module is unloaded.
     """
 
@@ -392,9 +392,9 @@ class Listener(Closing):
         self._buffer = memoryview(bytearray(_MESSAGE_BYTES))
 
     def join(self, group: str) -> None:
-        """Become a member of a group; from any thread, as leave(). Raises NoPrivilege, Error."""
+        """Become a member of a group. From any thread, like leave(). Raises NoPrivilege, Error."""
         if group not in self._family.groups:
-            raise Error(f"this sniffer.ko has no group '{group}': install one release of all")
+            raise Error(f"this sniffer.ko has no group '{group}': install all parts of one release")
         try:
             number = self._family.groups[group]
             self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, number)
@@ -402,7 +402,7 @@ class Listener(Closing):
             raise NoPrivilege(NO_PRIVILEGE) from None
 
     def leave(self, group: str) -> None:
-        """Be no member of a group any more; nothing when the module has gone."""
+        """Leave a group. Does nothing if the module has gone."""
         with contextlib.suppress(OSError):
             number = self._family.groups[group]
             self._socket.setsockopt(SOL_NETLINK, NETLINK_DROP_MEMBERSHIP, number)
@@ -451,7 +451,7 @@ class Listener(Closing):
 def set_receive_buffer(
     sock: socket.socket, wanted: int, notify: Callable[[str], None] | None = None
 ) -> int:
-    """Give `sock` a receive buffer of `wanted` bytes or what is allowed; return what it got."""
+    """Give `sock` a receive buffer of `wanted` bytes, or as much as is allowed. Return its size."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, wanted)
     except PermissionError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Classic BPF programs for sockets: what a socket does not want costs it no copy.
+"""Classic BPF programs for sockets: unwanted packets are not copied.
 
 Sources: Documentation/networking/filter.rst, include/uapi/linux/filter.h.
 """
@@ -15,15 +15,15 @@ __all__ = ["AD", "Step", "attach", "assemble"]
 
 SO_ATTACH_FILTER = 26
 AD = 0xFFFFF000
-"""SKF_AD_OFF: where loads find what is not in the packet."""
+"""SKF_AD_OFF: offset for loads of data that is not in the packet."""
 _RET = 0x06
 
 Step = tuple[int, int | str, int | str, int] | str
-"""(code, where to if true, if false, k), or a label; where to is a label or a distance."""
+"""(code, target if true, target if false, k), or a label. A target is a label or a distance."""
 
 
 def assemble(steps: Sequence[Step], take: int) -> list[tuple[int, int, int, int]]:
-    """Return the program; labels "drop" and "take" (with `take` bytes) are its two ends."""
+    """Return the program. Labels "drop" and "take" (with `take` bytes) are its two ends."""
     program = [step for step in steps if not isinstance(step, str)]
     labels: dict[str, int] = {"drop": len(program), "take": len(program) + 1}
     at = 0
@@ -44,7 +44,7 @@ def _distance(labels: Mapping[str, int], at: int, target: int | str) -> int:
 
 
 def attach(sock: socket.socket, program: Sequence[tuple[int, int, int, int]]) -> None:
-    """Let `sock` receive what `program` takes. Raises OSError."""
+    """Let `sock` receive only what `program` takes. Raises OSError."""
     code = b"".join(struct.pack("=HBBI", *step) for step in program)
     held = ctypes.create_string_buffer(code)
     pointer = struct.pack("@HP", len(program), ctypes.addressof(held))

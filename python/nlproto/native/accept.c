@@ -21,7 +21,7 @@ static int is_among(const uint32_t *some, uint32_t count, uint32_t one)
 	return 0;
 }
 
-/* Whether the peer is one of `shut` and not in the group. Who cannot be told is let through. */
+/* Is the peer one of `shut` and not in the group? An unknown peer is let through. */
 static int is_shut_out(int fd, const uint32_t *shut, uint32_t count, int64_t group)
 {
 	struct ucred peer;

@@ -2,14 +2,16 @@
 /*
  * accounting.h - records summed up and kept, whole batches at a time, as arrays for NumPy.
  *
- * cffi reads this file as well as the compiler: plain declarations only. All memory is the
- * caller's. No function keeps a pointer or any state of its own: who owns an array may call from
- * any thread, and locks what threads share. Calls run without Python's lock.
+ * Both cffi and the compiler read this file: plain declarations only. All memory is the
+ * caller's, and no function keeps a pointer or other state. The owner of an array may
+ * call from any thread, and must lock arrays that threads share. Calls run without
+ * Python's lock.
  */
 
 /*
- * A flow of one owner (nlproto.tables.flows.FLOW). From cookie to zero it is what makes two different.
- * Tables keep what stands in one paragraph side by side: it is used together.
+ * A flow of one owner (nlproto.tables.flows.FLOW). The fields from cookie to zero are
+ * its key. Tables store the fields of one paragraph side by side, because they are used
+ * together.
  */
 struct flow {
 	uint64_t hash;		/* of the key */
@@ -31,7 +33,7 @@ struct flow {
 
 	uint64_t inode;		/* of the last record, as are uid, how and comm */
 	uint32_t uid;
-	uint16_t flags;		/* all that were set */
+	uint16_t flags;		/* all that were ever set */
 	uint8_t how;
 	uint8_t dirty;		/* 1; until a store has taken it */
 	char comm[16];
@@ -51,31 +53,34 @@ struct flow {
 	uint64_t first_ns;
 	uint64_t last_ns;
 
-	uint32_t rtt_us;	/* the kernel's smoothed one, as last looked at; 0: none known */
-	uint32_t retransmits;	/* segments; nothing is known unless flags has FLOW_LOOKED */
+	uint32_t rtt_us;	/* smoothed by the kernel, as of the last look; 0: unknown */
+	uint32_t retransmits;	/* segments; unknown unless flags has FLOW_LOOKED */
 	uint8_t tcp_in;		/* TCP flags of all packets that came in */
 	uint8_t tcp_out;	/* and that went out */
-	uint8_t opened;		/* who sent the SYN: 1 this (or the lower) end, 2 the other one, 0: not seen */
+	uint8_t opened;		/* SYN of: 1 this (or the lower) end, 2 the other, 0 none seen */
 	uint8_t reserved[5];
 };
 
 /*
- * Sum up `count` records. `flows` has room for as many, `slots` is zeroed and has 2^bits > count
- * elements. Returns how many flows there are, in order of appearance; belongs[i], unless NULL, is
- * that of record i.
+ * Sum up `count` records. `flows` has room for as many, `slots` is zeroed and has
+ * 2^bits > count elements. Returns how many flows there are, in order of appearance;
+ * belongs[i], unless NULL, is the number of record i's flow.
  */
 uint32_t flows_sum(const struct sniffer_record *records, uint32_t count, uint64_t seed,
 		   struct flow *flows, uint32_t *belongs, uint32_t *slots, uint32_t bits);
 
-/* The places of the first record of each process (tgid, start_ns); `slots` as in flows_sum(). */
+/* Finds the first record of each process (tgid, start_ns); `slots` as in flows_sum(). */
 uint32_t flows_processes(const struct sniffer_record *records, uint32_t count, uint64_t seed,
 			 uint32_t *places, uint32_t *slots, uint32_t bits);
 
-/* The places of unnamed, not forwarded records whose `how` is one of the bits of `hows`. */
+/* Finds the unnamed, not forwarded records whose `how` is one of the bits of `hows`. */
 uint32_t flows_unnamed(const struct sniffer_record *records, uint32_t count, uint32_t hows,
 		       uint32_t *places);
 
-/* An owner of a local end (nlproto.tables.portmap). From address to family it is the key. */
+/*
+ * An owner of a local end (nlproto.tables.portmap). The fields from address to family
+ * are its key.
+ */
 struct port {
 	uint64_t hash;
 
@@ -100,13 +105,14 @@ struct port {
 };
 
 /*
- * The owners of the local ends of `flows`, each once, as its last flow has it. Forwarded, unnamed
- * and closed ones tell nothing. `ports` and `slots` as in flows_sum().
+ * Finds the owners of the local ends of `flows`, each once, from its last flow.
+ * Forwarded, unnamed and closed flows are left out. `ports` and `slots` as in
+ * flows_sum().
  */
 uint32_t ports_of_flows(const struct flow *flows, uint32_t count, uint64_t seed,
 			struct port *ports, uint32_t *slots, uint32_t bits);
 
-/* The same of ports: each key once, as the one last seen has it; hashes are filled in. In place. */
+/* The same for ports: each key once, as it was last seen. Fills in hashes, in place. */
 uint32_t ports_newest(struct port *ports, uint32_t count, uint64_t seed, uint32_t *slots,
 		      uint32_t bits);
 
@@ -114,36 +120,36 @@ uint32_t ports_newest(struct port *ports, uint32_t count, uint64_t seed, uint32_
 struct table_column {
 	uint8_t *data;
 	uint32_t width;		/* bytes of a row */
-	uint32_t given;		/* of these, from the first on: values have them */
-	uint32_t field;		/* where in a value */
-	uint32_t compared;	/* of these: they are the key */
+	uint32_t given;		/* of these, from the first on: those that values have */
+	uint32_t field;		/* offset in a value */
+	uint32_t compared;	/* of these: those of the key */
 };
 
-/* Columns in which rows are found by a hash. */
+/* Columns whose rows are found by a hash. */
 struct table {
 	struct table_column *columns;
 	uint32_t column_count;
 	uint32_t value_size;	/* bytes from one value to the next */
-	uint32_t value_hash;	/* where values have their hash */
+	uint32_t value_hash;	/* offset of the hash in a value */
 	uint32_t slot_bits;
-	uint32_t *hashes;	/* of rows: the lower half is enough, keys are compared */
+	uint32_t *hashes;	/* lower halves of rows' hashes: keys are compared too */
 	uint32_t *slots;	/* 2^slot_bits: row + 1, 0: none */
 };
 
-/* rows[i] is where the key of value i is, or -1. */
+/* Sets rows[i] to the row with the key of value i, or -1. */
 void table_find(const struct table *table, const uint8_t *values, uint32_t count, int64_t *rows);
 
-/* Write values to rows, which are then found. There must be free slots. */
+/* Writes values to rows, which can then be found. There must be free slots. */
 void table_put(const struct table *table, const uint8_t *values, uint32_t count,
 	       const int64_t *rows);
 
-/* These rows are found no more; returns how many of them were. */
+/* Takes these rows out of the index. Returns how many of them were in it. */
 uint32_t table_remove(const struct table *table, const int64_t *rows, uint32_t count);
 
-/* Rows with keep[i] become the first, in their order. The index is no more right. */
+/* Moves rows with keep[i] to the front, in order. The index is invalid afterwards. */
 uint32_t table_keep(const struct table *table, const uint8_t *keep, uint32_t count);
 
-/* These rows are found from now on. There must be free slots. */
+/* Enters these rows into the index. There must be free slots. */
 void table_enter(const struct table *table, const int64_t *rows, uint32_t count);
 
 /* Columns of nlproto.tables.portmap as struct port has them. */
@@ -181,18 +187,18 @@ struct portmap {
 	uint32_t *counts;	/* 65536 */
 };
 
-/* Renew rows (-1: none) by what is known now. */
+/* Updates rows (-1: none) by what is known now. */
 void portmap_renew(const struct portmap *map, const struct port *ports, uint32_t count,
 		   const int64_t *rows);
 
-/* Put rows into the rings of their ports, and take them out. */
+/* Puts rows into the rings of their ports, and takes them out. */
 void portmap_link(const struct portmap *map, const int64_t *rows, uint32_t count);
 void portmap_unlink(const struct portmap *map, const int64_t *rows, uint32_t count);
 
 /* The counts[port] rows of a port. */
 void portmap_rows(const struct portmap *map, uint16_t port, int64_t *rows);
 
-/* Columns of daemon.history.memory as struct flow has them, but for the times. */
+/* Columns of daemon.history.memory, as in struct flow but for the times. */
 struct history_last {
 	uint64_t inode;
 	uint32_t uid;
@@ -221,7 +227,7 @@ struct history_sums {
 struct history_times {
 	uint64_t first_ns;	/* since 1970 */
 	uint64_t last_ns;
-	uint64_t heard_ns;	/* last_ns by CLOCK_MONOTONIC, which nobody sets */
+	uint64_t heard_ns;	/* last_ns by CLOCK_MONOTONIC, which nobody can set */
 };
 
 struct history_tcp {
@@ -240,7 +246,7 @@ struct history {
 	struct history_tcp *tcp;
 };
 
-/* Add flows to their rows (-1: to none); `real` is what makes a time of day of theirs. */
+/* Adds flows to their rows (-1: to none). `real` converts their times to the time of day. */
 void history_add(const struct history *history, const struct flow *flows, uint32_t count,
 		 const int64_t *rows, uint64_t real);
 

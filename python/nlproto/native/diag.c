@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* What sock_diag is asked, and its answers (man 7 sock_diag). */
+/* Requests to sock_diag, and its answers (man 7 sock_diag). */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -16,7 +16,7 @@
 
 uint32_t host_diag_request(uint8_t *buf, uint32_t seq, uint8_t family, uint8_t proto, int dump,
 			   const uint8_t *saddr, uint16_t sport, const uint8_t *daddr,
-			   uint16_t dport, uint32_t ifindex, uint32_t states, int with_tcp_info)
+			   uint16_t dport, uint32_t ifindex, uint32_t states, uint8_t extensions)
 {
 	struct {
 		struct nlmsghdr nlh;
@@ -31,8 +31,7 @@ uint32_t host_diag_request(uint8_t *buf, uint32_t seq, uint8_t family, uint8_t p
 	m.req.sdiag_family = family;
 	m.req.sdiag_protocol = proto;
 	m.req.idiag_states = states;
-	if (with_tcp_info)
-		m.req.idiag_ext = 1 << (INET_DIAG_INFO - 1);
+	m.req.idiag_ext = extensions;
 	m.req.id.idiag_sport = htons(sport);
 	m.req.id.idiag_dport = htons(dport);
 	memcpy(m.req.id.idiag_src, saddr, 16);
@@ -52,8 +51,9 @@ struct diag_answers {
 };
 
 /*
- * Read the next answer to request @seq into @d; @attrs gets its attributes, which end at @end.
- * Returns 1, or 0 when there is none left, or what the kernel or damage says as -errno.
+ * Read the next answer to request @seq into @d; @attrs gets its attributes, which end
+ * at @end. Returns 1; 0 when there is none left; -errno if the kernel reports an error
+ * or the data is damaged.
  */
 static int next_answer(struct diag_answers *a, struct inet_diag_msg *d, const uint8_t **attrs,
 		       const uint8_t **end)
@@ -90,6 +90,50 @@ static uint64_t cookie_of(const struct inet_diag_msg *d)
 	return (uint64_t)d->id.idiag_cookie[1] << 32 | d->id.idiag_cookie[0];
 }
 
+/* Attribute @type behind a sock_diag message; its size, or -1. */
+static int attribute(const uint8_t *at, const uint8_t *end, uint16_t type, const uint8_t **value)
+{
+	while (at + sizeof(struct nlattr) <= end) {
+		struct nlattr a;
+
+		memcpy(&a, at, sizeof(a));
+		if (a.nla_len < sizeof(a) || a.nla_len > end - at)
+			return -1;
+		if (a.nla_type == type) {
+			*value = at + sizeof(a);
+			return (int)(a.nla_len - sizeof(a));
+		}
+		if (NLA_ALIGN(a.nla_len) > end - at)
+			return -1;
+		at += NLA_ALIGN(a.nla_len);
+	}
+	return -1;
+}
+
+/* The tcp_info behind a sock_diag message, of which the kernel may know less than we do. */
+static int tcp_info_of(const uint8_t *at, const uint8_t *end, struct tcp_info *info)
+{
+	const uint8_t *value;
+	int size = attribute(at, end, INET_DIAG_INFO, &value);
+
+	if (size < (int)offsetof(struct tcp_info, tcpi_pacing_rate))
+		return 0;
+	memset(info, 0, sizeof(*info));
+	memcpy(info, value, (size_t)size < sizeof(*info) ? (size_t)size : sizeof(*info));
+	return 1;
+}
+
+static uint32_t drops_of(const uint8_t *at, const uint8_t *end)
+{
+	const size_t place = SK_MEMINFO_DROPS * sizeof(uint32_t);
+	const uint8_t *value;
+	uint32_t drops = 0;
+
+	if (attribute(at, end, INET_DIAG_SKMEMINFO, &value) >= (int)(place + sizeof(drops)))
+		memcpy(&drops, value + place, sizeof(drops));
+	return drops;
+}
+
 int host_diag_read(const uint8_t *buf, uint32_t len, uint32_t seq, uint8_t proto,
 		   struct host_socket *sockets, uint32_t max, int *done)
 {
@@ -119,32 +163,10 @@ int host_diag_read(const uint8_t *buf, uint32_t len, uint32_t seq, uint8_t proto
 		s->state = d.idiag_state;
 		memcpy(s->saddr, d.id.idiag_src, 16);
 		memcpy(s->daddr, d.id.idiag_dst, 16);
+		s->drops = drops_of(attrs, end);
 	}
 	*done = answers.done;
 	return more < 0 ? more : (int)n;
-}
-
-/* The tcp_info behind a sock_diag message, of which the kernel may know less than we do. */
-static int tcp_info_of(const uint8_t *at, const uint8_t *end, struct tcp_info *info)
-{
-	while (at + sizeof(struct nlattr) <= end) {
-		struct nlattr a;
-
-		memcpy(&a, at, sizeof(a));
-		if (a.nla_len < sizeof(a) || a.nla_len > end - at)
-			return 0;
-		if (a.nla_type == INET_DIAG_INFO) {
-			size_t size = a.nla_len - sizeof(a);
-
-			memset(info, 0, sizeof(*info));
-			memcpy(info, at + sizeof(a), size < sizeof(*info) ? size : sizeof(*info));
-			return size >= offsetof(struct tcp_info, tcpi_pacing_rate);
-		}
-		if (NLA_ALIGN(a.nla_len) > end - at)
-			return 0;
-		at += NLA_ALIGN(a.nla_len);
-	}
-	return 0;
 }
 
 int host_tcp_read(const uint8_t *buf, uint32_t len, uint32_t seq, struct host_tcp *found,

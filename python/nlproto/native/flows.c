@@ -14,12 +14,12 @@ _Static_assert(sizeof(((struct flow *)0)->comm) == SNIFFER_COMM_LEN, "comm");
 #define TCP_SYN 2
 #define TCP_ACK 16
 
-/* What makes flows different, in registers. */
+/* The key of a flow, in registers. */
 struct key {
 	uint64_t word[KEY_WORDS];
 };
 
-/* Packets and bytes of the wire that a record stands for: each segment has headers of its own. */
+/* Packets and bytes on the wire of a record: each segment has its own headers. */
 static inline void record_amount(const struct sniffer_record *r, uint64_t *packets,
 				 uint64_t *bytes)
 {
@@ -33,7 +33,7 @@ static inline uint64_t mixed(uint64_t value, uint64_t part, uint64_t odd)
 	return value ^ value >> 29;
 }
 
-/* Two lanes, that the processor works on at once. Who does not know the seed can't aim. */
+/* Two lanes, which the processor computes at the same time. Without the seed nobody can aim. */
 static inline uint64_t hash_words(const uint64_t *word, uint32_t count, uint64_t seed)
 {
 	uint64_t one = seed ^ 0xd6e8feb86659fd93, other = (seed << 32 | seed >> 32) + 1;
@@ -76,7 +76,7 @@ static inline int is_higher(const uint64_t *source, uint16_t sport, const uint64
 	return sport > dport;
 }
 
-/* The key of a record; returns whether it goes out: from the local, or the lower end. */
+/* The key of a record. Returns whether the record goes out: from the local or the lower end. */
 static inline int key_of_record(const struct sniffer_record *r, struct key *key)
 {
 	uint64_t source[2] = { load64(r->saddr), load64(r->saddr + 8) };
@@ -239,7 +239,7 @@ static inline void port_words(const struct port *port, uint64_t *word)
 	word[4] = (uint64_t)port->port << 16 | (uint64_t)port->proto << 8 | port->family;
 }
 
-/* Put the row at `ports[n]` to the others; returns how many there are then. */
+/* Adds the row at `ports[n]` to the others. Returns how many there are then. */
 static inline uint32_t port_keep(struct port *ports, uint32_t n, uint64_t seed, uint32_t *slots,
 				 uint64_t mask)
 {

@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * host.h - what engine `packet` asks the kernel in bulk, as arrays for NumPy.
+ * host.h - bulk requests of engine `packet` to the kernel, as arrays for NumPy.
  *
- * cffi reads this file as well as the compiler: plain declarations only.
+ * Both cffi and the compiler read this file: plain declarations only.
  */
 
 /* A socket, as sock_diag or /proc/net lists it. Ports in host, addresses in network order. */
 struct host_socket {
-	uint64_t cookie;	/* 0: not told */
+	uint64_t cookie;	/* 0: not reported */
 	uint64_t inode;		/* 0: no descriptor (TIME_WAIT, orphan, not accepted) */
 	uint32_t uid;
 	uint32_t ifindex;	/* SO_BINDTODEVICE, 0: none */
@@ -19,9 +19,11 @@ struct host_socket {
 	uint8_t reserved;
 	uint8_t saddr[16];
 	uint8_t daddr[16];
+	uint32_t drops;		/* packets dropped at it, mostly for want of room; 0 without a dump */
+	uint32_t zero;
 };
 
-/* The first bytes of a packet, from its IP header on; as many as the module's snaps have. */
+/* The first bytes of a packet, from its IP header on; as many as in the module's snaps. */
 struct host_snap {
 	uint32_t caplen;
 	uint8_t data[128];
@@ -41,60 +43,60 @@ struct host_ring {
 	uint64_t fragments;	/* of these: later fragments */
 	uint64_t truncated;	/* headers incomplete */
 	uint64_t other;		/* neither TCP nor UDP after all */
-	struct host_snap *snaps;	/* NULL, or room for one a record */
+	struct host_snap *snaps;	/* NULL, or room for one entry for each record */
 };
 
-/* A record before naming, with what only the frame tells. */
+/* A record before naming, with facts that only the frame has. */
 struct host_frame {
 	uint8_t to_all;		/* received as multicast or broadcast */
 };
 
-/* Read up to max frames as records (how 0); returns their number, skipped ones not among them. */
+/* Reads up to max frames as records (how 0). Returns their number, without skipped ones. */
 uint32_t host_ring_read(struct host_ring *ring, struct sniffer_record *records,
 			struct host_frame *frames, uint32_t max);
 
-/* Frames that wait to be read, as far as the kernel has completed them without a hole. */
+/* How many frames wait that the kernel has completed without a hole. */
 uint32_t host_ring_waiting(const struct host_ring *ring);
 
-/* The sizes a ring needs: a frame with snap packet bytes. */
+/* The sizes for a ring whose frames hold snap bytes of a packet. */
 uint32_t host_frame_size(uint32_t snap);
 
-/* Start an AF_PACKET socket made with protocol 0: all protocols, all interfaces; 0 or -errno. */
+/* Starts an AF_PACKET socket made with protocol 0: all protocols, all interfaces. 0 or -errno. */
 int host_capture_all(int fd);
 
-/* How a TCP connection goes, or went when it ended. */
+/* Figures of a TCP connection, open or ended. */
 struct host_tcp {
 	uint64_t cookie;
-	uint32_t netns;		/* the caller's to fill in */
+	uint32_t netns;		/* the caller fills it in */
 	uint32_t rtt_us;	/* smoothed; 0: never measured */
 	uint32_t retransmits;	/* segments, since the socket connected */
 	uint32_t reserved;
 };
 
 /*
- * Read struct tcp_info from the answers in one datagram, or from what the kernel tells of closed
- * connections (seq 0). Listeners and what has no such information are left out. As
- * host_diag_read() otherwise.
+ * Reads struct tcp_info from the answers in one datagram, or from the kernel's reports
+ * of closed connections (seq 0). Leaves out sockets without such data, as listeners.
+ * Otherwise like host_diag_read().
  */
 int host_tcp_read(const uint8_t *buf, uint32_t len, uint32_t seq, struct host_tcp *found,
 		  uint32_t max, int *done);
 
 /*
  * Write a sock_diag request for one socket or, with dump, for all in `states` (a bit for each
- * TCP state); returns its length.
+ * TCP state); returns its length. `extensions`: idiag_ext, what answers are to have.
  */
 uint32_t host_diag_request(uint8_t *buf, uint32_t seq, uint8_t family, uint8_t proto, int dump,
 			   const uint8_t *saddr, uint16_t sport, const uint8_t *daddr,
-			   uint16_t dport, uint32_t ifindex, uint32_t states, int with_tcp_info);
+			   uint16_t dport, uint32_t ifindex, uint32_t states, uint8_t extensions);
 
 /*
- * Read the answers in one datagram into sockets. Returns how many there are; -errno for an
- * error answer; *done is set after the last one.
+ * Reads the answers in one datagram into sockets. Returns how many there are, or -errno
+ * for an error answer. Sets *done after the last one.
  */
 int host_diag_read(const uint8_t *buf, uint32_t len, uint32_t seq, uint8_t proto,
 		   struct host_socket *sockets, uint32_t max, int *done);
 
-/* Move the calling thread into the network namespace behind fd; 0 or -errno. */
+/* Moves the calling thread into the network namespace of fd. 0 or -errno. */
 int host_setns_net(int fd);
 
 /* A process's descriptor of a socket. */
@@ -105,31 +107,45 @@ struct host_held {
 };
 
 /*
- * Read the sockets among the descriptors of `count` processes; procfd is an open /proc. Returns
- * how many, at most max: then there may be more. *refused counts processes that may not be asked.
+ * Reads the sockets among the descriptors of `count` processes; procfd is an open
+ * /proc. Returns how many; if that is max, there may be more. *refused counts processes
+ * that may not be read.
  */
 int host_held_sockets(int procfd, const uint32_t *pids, uint32_t count, struct host_held *held,
 		      uint32_t max, uint32_t *refused);
 
 /*
- * Accept up to max connections that wait at a non-blocking listener, each close-on-exec and
- * non-blocking; returns how many there are to decide on, or -errno when the first one fails. Those
- * of the uids `shut` who are not in `group` (-1: there is none) are closed at once and counted.
+ * Accepts up to max waiting connections of a non-blocking listener, each close-on-exec
+ * and non-blocking. Returns how many the caller has to decide on, or -errno if the
+ * first one fails. Those of the uids `shut` that are not in `group` (-1: no group) are
+ * closed at once and counted.
  */
 int host_accept(int listener, int *fds, uint32_t max, const uint32_t *shut, uint32_t shut_count,
 		int64_t group, uint32_t *refused);
 
 /*
- * Open a file to read below a directory; refuses links, and whatever is mounted below. Never
- * waits for a FIFO. The descriptor, or -errno.
+ * Read the first `size` bytes of a file of /proc in one read, which gives all there is; bytes or
+ * -errno. One call, since Python's lock is fought for at the end of each.
+ */
+int host_read(const char *path, char *buf, uint32_t size);
+
+/*
+ * As host_read(), of a file whose read may never end: -ETIMEDOUT after patience_ms, and the thread
+ * that reads is left behind until it can go on. -EBUSY while 16 threads are.
+ */
+int host_read_patiently(const char *path, char *buf, uint32_t size, uint32_t patience_ms);
+
+/*
+ * Opens a file below a directory for reading, through no link and no mount. Never waits
+ * for a FIFO. Returns the descriptor or -errno.
  */
 int host_open_beneath(int directory, const char *path);
 
 /* Close some descriptors. */
 void host_close(const int *fds, uint32_t count);
 
-/* From now on all threads take memory from one heap: what one has freed the next one uses. */
+/* From now on all threads share one heap, so that memory freed by one serves another. */
 void host_one_heap(void);
 
-/* Give memory back to the kernel: what is free, and pages of programs that only the start used. */
+/* Gives memory back to the kernel: free memory, and code pages that only the start used. */
 void host_trim(void);

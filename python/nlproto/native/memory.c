@@ -17,7 +17,10 @@ void host_one_heap(void)
 #endif
 }
 
-/* Code and constants come from the page cache again when they are next used: most are the start's. */
+/*
+ * Code and constants are read from the page cache again when they are used. Most are
+ * used at start only.
+ */
 static int forget_unwritten(struct dl_phdr_info *object, size_t size, void *page)
 {
 	(void)size;

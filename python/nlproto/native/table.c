@@ -67,7 +67,7 @@ void table_put(const struct table *t, const uint8_t *values, uint32_t count, con
 		for (uint32_t i = 0; c->given && i < count; i++, from += t->value_size) {
 			uint8_t *to = c->data + (size_t)rows[i] * c->width;
 
-			/* zeros that nobody wrote over take no memory */
+			/* zeros that nobody has written to take no memory */
 			if (memcmp(to, from, c->given))
 				memcpy(to, from, c->given);
 		}
@@ -78,7 +78,7 @@ void table_put(const struct table *t, const uint8_t *values, uint32_t count, con
 	}
 }
 
-/* Free a slot, and move up those behind that would no more be found. */
+/* Frees a slot, and moves up later ones that would no longer be found. */
 static void slot_free(const struct table *t, uint64_t mask, uint64_t hole)
 {
 	uint64_t at = hole;
@@ -116,7 +116,7 @@ uint32_t table_remove(const struct table *t, const int64_t *rows, uint32_t count
 	return n;
 }
 
-/* Move the runs of rows to keep to the front of a column; how many rows they have. */
+/* Moves runs of kept rows to the front of a column. Returns how many rows they have. */
 static uint32_t keep_runs(uint8_t *data, uint32_t width, const uint8_t *keep, uint32_t count)
 {
 	const uint8_t *end = keep + count, *begin = keep, *stop;
@@ -166,7 +166,7 @@ void portmap_renew(const struct portmap *map, const struct port *ports, uint32_t
 		if (rows[i] < 0)
 			continue;
 		state = &map->states[rows[i]];
-		/* a connection accepted on the listener's own address does not take its place */
+		/* a connection accepted on the listener's address does not replace the listener */
 		if (new->cookie && !(state->listening && !new->listening && state->cookie))
 			state->cookie = new->cookie;
 		if (new->comm[0])
@@ -261,7 +261,7 @@ void history_add(const struct history *h, const struct flow *flows, uint32_t cou
 			last->how = f->how;
 			memcpy(last->comm, f->comm, sizeof(last->comm));
 		}
-		/* the time of day may have been set back in between */
+		/* the time of day may have been set back meanwhile */
 		if (times->first_ns > times->last_ns)
 			times->first_ns = times->last_ns;
 		last->flags |= f->flags;
@@ -283,7 +283,7 @@ struct item {
 #define DIGIT 11
 #define BUCKETS (1u << DIGIT)
 
-/* Sort by key, stable; returns where the sorted ones are: `items` or `spare`. */
+/* Stable sort by key. Returns where the result is: in `items` or in `spare`. */
 static struct item *sort(struct item *items, struct item *spare, uint32_t count)
 {
 	for (uint32_t shift = 0; shift < 64; shift += DIGIT) {
@@ -314,7 +314,7 @@ struct sum {
 	uint64_t used;
 };
 
-/* A sum for each group, found by a hash. */
+/* A sum for each group; a hash finds the group. */
 struct sums {
 	struct sum *slots;
 	uint64_t mask;
@@ -334,7 +334,7 @@ static struct sum *sum_of(const struct sums *s, uint64_t group)
 	return &s->slots[at];
 }
 
-/* Room for another group; 0, or -1 without memory. */
+/* Makes room for another group. 0, or -1 without memory. */
 static int sums_grow(struct sums *s)
 {
 	struct sums old = *s;
@@ -361,8 +361,8 @@ static inline uint64_t weight_of(const int64_t *weights, uint64_t row)
 }
 
 /*
- * places[row]: the weight of its group up to it, rows in this order. Returns how many groups
- * there are, or -1 without memory.
+ * Sets places[row] to the weight of its group up to this row, in the order given.
+ * Returns how many groups there are, or -1 without memory.
  */
 static int64_t place_in_group(const struct item *in_order, uint32_t count, const uint64_t *group,
 			  const int64_t *weights, uint64_t seed, uint64_t *places)
@@ -386,7 +386,7 @@ static int64_t place_in_group(const struct item *in_order, uint32_t count, const
 	return failed ? -1 : (int64_t)sums.used;
 }
 
-/* The rows that go; `items` has room for three times as many items, `places` for as many. */
+/* The rows to remove. `items` has room for three times as many items, `places` for as many. */
 static int choose(const int64_t *age, const uint64_t *groups, uint32_t group_count,
 		  const int64_t *weights, uint32_t count, int64_t keep, uint64_t seed,
 		  struct item *items, uint64_t *places, uint8_t *goes)
@@ -398,14 +398,14 @@ static int choose(const int64_t *age, const uint64_t *groups, uint32_t group_cou
 		items[i] = (struct item){ (uint64_t)age[i] ^ 1ull << 63, i };
 	in_order = sort(items, spare, count);
 	memcpy(by_age, in_order, count * sizeof(*items));
-	while (group_count--) {		/* the finest first */
+	while (group_count--) {		/* the finest groups first */
 		int64_t found = place_in_group(in_order, count,
 					       groups + (size_t)group_count * count, weights,
 					       seed, places);
 
 		if (found < 0)
 			return -1;
-		if (found == 1 && !weights)	/* in order of their places already */
+		if (found == 1 && !weights)	/* they are in order of their places */
 			continue;
 		for (uint32_t i = 0; i < count; i++)
 			items[i] = (struct item){ places[by_age[i].row], by_age[i].row };

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""What the host tells beside the records: names of far ends, and what NAT made of addresses."""
+"""Facts that the host gives beside the records: names of far ends, and translations by NAT."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Answers of DNS servers: which addresses a name has. Strangers send these bytes.
+"""Answers of DNS servers: the addresses of a name. The bytes come from strangers.
 
-Only what names an address is understood: A, AAAA and CNAME in class IN. Each name is read once and
-is bounded; a pointer leads backwards only, so no message makes a loop. Source: RFC 1035, 4.1.
+Only records that give addresses are read: A, AAAA and CNAME in class IN. Each name is read once and
+is bounded. A pointer may only lead backwards, so no message makes a loop. Source: RFC 1035, 4.1.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 __all__ = ["MAX_NAME", "DnsAnswer", "MalformedDns", "parse", "valid_name"]
 
 MAX_NAME = 253
-_MAX_RECORDS = 256  # looked at in one message
-_MAX_ADDRESSES = 64  # kept of one message
-_MAX_POINTERS = 16  # in one name
-_MAX_TTL = 7 * 86400  # s; who says more means for ever
+_MAX_RECORDS = 256  # the most that are read in one message
+_MAX_ADDRESSES = 64  # the most that are kept of one message
+_MAX_POINTERS = 16  # the most in one name
+_MAX_TTL = 7 * 86400  # s; a longer time to live is cut to this
 _HEAD = struct.Struct(">6H")
 _QUESTION = struct.Struct(">HH")
 _RECORD = struct.Struct(">HHIH")
@@ -31,14 +31,14 @@ _NAME = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?(?:\.[a-z0-9_](?:[a-
 
 
 class MalformedDns(ValueError):
-    """The bytes are no answer that names addresses."""
+    """The bytes are no answer with addresses."""
 
 
 @dataclass(frozen=True, slots=True)
 class DnsAnswer:
-    """`name` is what was asked for, in lower case; `addresses` are (family, 16 bytes, TTL in s).
+    """`name` is the name asked for, in lower case; `addresses` are (family, 16 bytes, TTL in s).
 
-    An address that stands behind CNAMEs has the least TTL of the way to it.
+    An address behind CNAMEs has the smallest TTL on the way to it.
     """
 
     name: str
@@ -46,14 +46,14 @@ class DnsAnswer:
 
 
 def valid_name(name: str) -> bool:
-    """Whether `name` is a host's, in lower case: letters, digits, hyphens, underscores, dots."""
+    """Return whether `name` can be a host's: lower case, digits, hyphens, underscores, dots."""
     return len(name) <= MAX_NAME and _NAME.fullmatch(name) is not None
 
 
 def parse(message: bytes) -> DnsAnswer:
-    """Return what `message` says of the one name that was asked for.
+    """Return what `message` says about the one name that was asked for.
 
-    A message that ends early (a fragment, a cut capture) tells what it has. Raises Malformed.
+    A message that ends early (a fragment, a cut capture) gives what it has. Raises Malformed.
     """
     if len(message) < _HEAD.size:
         raise MalformedDns("too short")
@@ -101,7 +101,7 @@ def _reached(
     aliases: dict[bytes, tuple[bytes, int]],
     found: list[tuple[bytes, int, bytes, int]],
 ) -> tuple[tuple[int, bytes, int], ...]:
-    """The addresses to which aliases lead from the name that was asked for."""
+    """Return the addresses that the name asked for leads to, through its aliases."""
     way: dict[bytes, int] = {}
     name, ttl = asked, _MAX_TTL
     while name not in way:
@@ -118,7 +118,7 @@ def _reached(
 
 
 def _name(message: bytes, at: int) -> tuple[bytes, int]:
-    """(the name at `at` in lower case, where the rest begins). Raises Malformed, IndexError."""
+    """Return (the lower-case name at `at`, where the rest begins). Raises Malformed, IndexError."""
     labels: list[bytes] = []
     size, behind, least = 0, -1, at
     for _ in range(_MAX_POINTERS + MAX_NAME):

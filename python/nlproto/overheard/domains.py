@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Which name a process asked for before it talked to an address.
+"""Finds the name that a process asked for before it talked to an address.
 
-An answer belongs to the process that asked: the owner of the flow to the server, which must have
-sent there. A resolver of the system (systemd-resolved, dnsmasq) asks for others: its answers serve
-all processes of its network namespace that have no own, and where several names have one address,
-the flow has them all. An answer of whose asker nothing is known names the next flow to its address
-within 5 s, and no other.
+An answer belongs to the process that asked. That is the owner of the flow to the server, and this
+flow must have sent. A resolver of the system (systemd-resolved, dnsmasq) asks for others. So its
+answers serve all processes of its network namespace that have no answer of their own. If several
+names have the address, the flow gets all of them. If nothing is known of the asker, the answer
+names the next flow to its address within 5 s, and no other.
 
-A name is a flow's if it was there before the flow and its time to live had not ended; the flow
-keeps it. A ClientHello's name is its own flow's.
+A flow gets a name that was known before the flow began, and whose time to live had not ended. The
+flow keeps it. The name in a ClientHello belongs to its own flow.
 """
 
 from __future__ import annotations
 
 import socket
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,19 +22,19 @@ import numpy as np
 
 from nlproto.overheard.dns import DnsAnswer
 from nlproto.overheard.names import SEPARATOR, NumberedNames
-from nlproto.records.ends import FlowKey, Way
+from nlproto.records.ends import FlowKey, Way, flow_keys
 from nlproto.records.wire import among
 from nlproto.tables.column_table import mix, random_seed
 
-__all__ = ["Beginnings", "Domains", "SeenFlows", "flow_keys"]
+__all__ = ["Beginnings", "Domains", "SeenFlows"]
 
-_LIMIT = 1 << 16  # addresses that processes asked for
+_LIMIT = 1 << 16  # the most addresses that processes asked for
 _OF_RESOLVERS = 1 << 14
 _FLOWS = 1 << 16
-_WAITING = 4096  # answers whose asker is not known yet
+_WAITING = 4096  # the most answers whose asker is not known yet
 _ASKERS = 8192
-_NAMES = 4  # of one address
-_GRACE_NS = 5_000_000_000  # from the end of a name's time to live to the connection it was for
+_NAMES = 4  # the most names of one address
+_GRACE_NS = 5_000_000_000  # from the end of a name's time to live to the connection that uses it
 _RECENT = 512
 _SYSTEM_UIDS = 1000  # users of the system have lower numbers
 _RESOLVERS = frozenset((b"systemd-resolve", b"dnsmasq", b"unbound", b"named", b"nscd", b"dnsdist",
@@ -50,7 +49,7 @@ class _Asked:
     asked_ns: int
     until_ns: int
     once: bool = False
-    """Nobody knows who asked: it is the name of the first flow to the address, and of no other."""
+    """An answer whose asker nobody knows. It names the first flow to the address, and no other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +62,17 @@ class _Asker:
 
 
 class Beginnings(Protocol):
-    """Knows when flows began."""
+    """Remembers when flows began."""
 
     def note(self, flows: np.ndarray) -> None:
-        """Remember when these were seen first."""
+        """Remember these flows, if they are new."""
 
     def first_seen(self, flows: np.ndarray) -> np.ndarray:
-        """Return CLOCK_MONOTONIC ns of the first packet of each FLOW, 0 of one that is new."""
+        """Return the time of each FLOW's first packet in CLOCK_MONOTONIC ns; 0 for a new one."""
 
 
 class SeenFlows:
-    """The Beginnings of up to twice `limit` flows."""
+    """Beginnings of up to twice `limit` flows."""
 
     def __init__(self, limit: int = 1 << 15) -> None:
         self._limit = limit
@@ -96,7 +95,7 @@ class SeenFlows:
 
 
 class Domains:
-    """Fed and asked in one thread; number_of() in any. `names` keeps the texts."""
+    """One thread feeds and asks it; number_of() is for any thread. `names` keeps the texts."""
 
     def __init__(self, names: NumberedNames, beginnings: Beginnings | None = None) -> None:
         self.names = names
@@ -117,7 +116,7 @@ class Domains:
     def __len__(self) -> int:
         return len(self._asked) + len(self._resolved)
 
-    # What is heard
+    # # Incoming facts
 
     def add_answer(self, way: Way, answer: DnsAnswer, time_ns: int) -> None:
         """The server at the remote end of `way` answered."""
@@ -169,7 +168,7 @@ class Domains:
         return found
 
     def _evict(self) -> None:
-        """The user with most gives, his oldest."""
+        """Remove the oldest entry of the user with most entries."""
         user, order = max(self._by_user.items(), key=lambda item: len(item[1]))
         for _ in range(max(1, min(len(order) - 1, _LIMIT // 64))):
             key, _ = order.popitem(last=False)
@@ -189,7 +188,7 @@ class Domains:
     # Flows
 
     def stamp(self, flows: np.ndarray) -> None:
-        """Learn who asks, and fill in `domain` of FLOWs that this is known of."""
+        """Learn which processes ask, and fill in `domain` of FLOWs where it is known."""
         self.beginnings.note(flows)
         self._learn(flows)
         if not (self._recent or len(self._known) or self._hellos):
@@ -228,7 +227,7 @@ class Domains:
                 continue
             tgid, start_ns, way = key
             uid = int(row["uid"])
-            # whoever it was that the engine was too late for: as a resolver's, for a moment
+            # the engine was too late for this asker: treat it like a resolver for a moment
             is_resolver = not tgid or uid < _SYSTEM_UIDS and bytes(row["comm"]) in _RESOLVERS
             asker = self._askers[way] = _Asker(tgid, start_ns, uid, way[0], is_resolver)
             self._askers.move_to_end(way)
@@ -237,7 +236,7 @@ class Domains:
         _bound(self._askers, _ASKERS)
 
     def _name(self, key: FlowKey, since_ns: int) -> int:
-        """The number of the name of a flow that began at `since_ns`."""
+        """Return the number of the name of a flow that began at `since_ns`."""
         number = self._flows.get(key, 0)
         hello = self._hellos.get(key[2])
         if hello is not None and hello[1] >= since_ns:
@@ -269,25 +268,12 @@ class Domains:
 
     @property
     def any_named(self) -> bool:
-        """Whether any flow has a name."""
+        """Return whether any flow has a name."""
         return bool(self._flows)
 
     def counts(self) -> Counter[str]:
         """Return sizes, for stats."""
         return Counter(addresses=len(self), flows=len(self._flows), evicted=self.evicted)
-
-
-def flow_keys(flows: np.ndarray) -> Iterator[FlowKey]:
-    """Yield the key of each FLOW."""
-    near = np.ascontiguousarray(flows["laddr"]).tobytes()
-    far = np.ascontiguousarray(flows["raddr"]).tobytes()
-    fields = ("tgid", "start_ns", "netns", "proto", "family", "lport", "rport")
-    columns = [flows[name].tolist() for name in fields]
-    for at, (tgid, start, netns, proto, family, lport, rport) in enumerate(
-        zip(*columns, strict=True)
-    ):
-        place = slice(16 * at, 16 * at + 16)
-        yield tgid, start, (netns, proto, family, near[place], lport, far[place], rport)
 
 
 def _bound(table: OrderedDict, limit: int) -> None:  # type: ignore[type-arg]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The name in a TLS ClientHello (SNI). Source: RFC 8446, 4.1.2 and 5.1; RFC 6066, 3.
 
-QUIC's first packet is encrypted, if only by a key that all can make: it is not looked at.
+QUIC is not read: its first packet is encrypted, though everybody can derive the key.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from nlproto.overheard.dns import valid_name
 __all__ = ["MAX_HELLO", "server_name"]
 
 MAX_HELLO = 16 << 10
-"""Bytes of a stream's beginning that are looked at."""
+"""How many bytes of a stream's beginning are read."""
 _HANDSHAKE, _CLIENT_HELLO, _SERVER_NAME, _HOST_NAME = 22, 1, 0, 0
 
 
 def server_name(stream: bytes) -> str | None:
-    """Return the name in the ClientHello that `stream` begins with; "" when it has none.
+    """Return the name in the ClientHello at the beginning of `stream`; "" if it has none.
 
-    None: more of the stream is needed. What is no ClientHello, or breaks its rules, has none.
+    None: more of the stream is needed. Other data, or a ClientHello against the rules, has no name.
     """
     message = bytearray()
     at = 0
@@ -36,7 +36,7 @@ def server_name(stream: bytes) -> str | None:
             size = int.from_bytes(message[1:4])
             if size > MAX_HELLO:
                 return ""
-            # a tap cuts long packets: the name mostly stands before that
+            # a tap cuts long packets; the name is mostly before the cut
             whole = len(message) >= 4 + size
             name = _name_in(bytes(message[4 : 4 + size]))
             if name is not None or whole:
@@ -50,7 +50,7 @@ def server_name(stream: bytes) -> str | None:
 
 
 def _name_in(hello: bytes) -> str | None:
-    """None: what there is of it has none."""
+    """None: the part that is there has no name."""
     try:
         at = 2 + 32  # version, random
         at += 1 + hello[at]  # session
@@ -69,7 +69,7 @@ def _name_in(hello: bytes) -> str | None:
 
 
 def _host(names: bytes) -> str:
-    """The first name of the extension; a second one of its kind is not allowed."""
+    """Return the first name of the extension. A second one of its kind is not allowed."""
     if len(names) < 5 or names[2] != _HOST_NAME:
         return ""
     try:

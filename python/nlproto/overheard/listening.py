@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Listens in each network namespace to what names and translates far ends.
+"""Listens in each network namespace to DNS, TLS and conntrack.
 
-The pipeline's worker reads what waits in the rings before it hands a batch on. So what a process
-asked for is known before what it did next is told.
+The pipeline's worker reads the rings before it hands a batch on. So the name that a process asked
+for is known before the flow that used it is delivered.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 from nlproto.engines.namespaces import CapturedNamespaces
 from nlproto.errors import Error
 from nlproto.host import netns
-from nlproto.overheard import conntrack, dns, hello
+from nlproto.kernel import conntrack
+from nlproto.overheard import dns, hello
 from nlproto.overheard.domains import Beginnings, Domains
 from nlproto.overheard.live import LiveEnds
 from nlproto.overheard.names import NumberedNames
@@ -34,41 +35,42 @@ __all__ = ["Overheard"]
 
 _OWN_RING, _OTHER_RING = 1 << 19, 1 << 17
 _OWN_EVENTS, _OTHER_EVENTS = 4 << 20, 1 << 18
-"""Bytes of conntrack's events that may wait."""
-_LOOK_NS = 1_000_000_000  # between two looks whether this kernel translates addresses now
+"""Room in bytes for conntrack's waiting events."""
+_LOOK_NS = 1_000_000_000  # between two checks whether this kernel translates addresses now
 _RENEW_NS = 30_000_000_000
-"""Between two readings of all connections of a namespace whose events were lost."""
+"""Time between two full readings of a namespace whose events were lost."""
 _OLDER_NS, _OLDER_SHARE, _DOUBT_SHARE = 2_000_000_000, 200, 20
-"""Between two looks for connections whose end the kernel does not tell: ns; in times of what a
-look takes; the same where another connection may have followed."""
+"""Time between two checks of connections whose end the kernel does not report.
+
+In ns; as a multiple of a check's duration; the same if another connection may have followed."""
 _EVENTS_AT_ONCE = 1024
-_AT_ONCE = 128  # packets of one ring before it is the next one's turn
+_AT_ONCE = 128  # packets of one ring, before the next ring's turn
 _SHARE, _EVENTS_SHARE, _SAVED_NS = 8, 4, 500_000_000
-"""Of one processor; so much may be saved up for a burst."""
+"""Part of one processor's time, and how much may be saved up for a burst."""
 _UDP, _TCP = int(socket.IPPROTO_UDP), int(socket.IPPROTO_TCP)
 _SYN, _ACK, _RST = 2, 16, 4
 _PREFIX = 2  # bytes before a message over TCP (RFC 1035, 4.2.2)
 
 
 class _Place:
-    """What is open in one namespace."""
+    """The sockets open in one namespace."""
 
     def __init__(self, inode: int, names: str, nat: bool, own: bool = False) -> None:
         self.inode = inode
         self.taps: list[Tap] = []
         self.connections: conntrack.Conntrack | None = None
         self.refused = ""
-        """Why nothing is told of what NAT does."""
+        """Why translations are not known; "" if they are."""
         self.known: tuple[list[conntrack.Event], bool] = [], False
         self.known_ns = 0
-        """What was there before this moment, and whether there was more."""
+        """The moment of the last full reading, and whether there was more than fits."""
         self.look_ns = 0
-        """When to look next which connections are gone whose end is not told."""
+        """When to check again for ended connections whose end is not reported."""
         self.doubts = False
         self.may_look_ns = 0
-        """So soon at most."""
+        """Not before this moment."""
         self.heard_ns = 0
-        """All that conntrack told before is read."""
+        """Whether all earlier events of conntrack were read."""
         self.opened_ns = time.monotonic_ns()
         ring_bytes = _OWN_RING if own else _OTHER_RING
         try:
@@ -98,10 +100,10 @@ class _Place:
 
 
 class Overheard:
-    """A context manager. `listen_to`: "dns", "sni" (ClientHellos to port 443, too) or "off".
+    """A context manager. `listen_to`: "dns", "sni" (also ClientHellos to port 443) or "off".
 
-    What NAT does is heard in any case, once this kernel does it. hear() belongs to one thread,
-    `ends` to any. Where it may not listen it says so once through `notify`, and knows nothing.
+    It listens to NAT in any case, once this kernel uses it. hear() is for one thread, `ends` for
+    any. Where it may not listen, it says so once through `notify`, and knows nothing.
     """
 
     def __init__(
@@ -176,7 +178,7 @@ class Overheard:
             self._poll.register(tap.fileno(), select.POLLIN)
 
     def _leave(self, inode: int, of_good: bool = True) -> None:
-        """`of_good` False: the same namespace is heard anew."""
+        """With `of_good` False the same namespace is opened again."""
         place = self._places.pop(inode, None)
         if place is not None:
             for tap in place.taps:
@@ -190,7 +192,7 @@ class Overheard:
             self.translations.leave(inode)
 
     def hear(self, flows: np.ndarray) -> None:
-        """Read what waits; then fill in what is known of `flows` (FLOW)."""
+        """Read what waits. Then fill in what is known of `flows` (FLOW)."""
         for inode, place in self._others.changes():
             if place is None:
                 self._leave(inode)
@@ -207,7 +209,7 @@ class Overheard:
         self.translations.stamp(flows)
 
     def _look(self) -> None:
-        """Whether this kernel has come to translate addresses."""
+        """Return whether this kernel has begun to translate addresses."""
         now = time.monotonic_ns()
         if self._nat or now - self._looked_ns < _LOOK_NS:
             return
@@ -220,7 +222,7 @@ class Overheard:
             self._renew(*self._places)
 
     def _renew(self, *inodes: int) -> None:
-        """Hear these namespaces anew, from what is there now."""
+        """Listen to these namespaces anew, beginning with the entries there now."""
         for inode in inodes:
             if inode != self._own:
                 self._others.renew(inode)
@@ -273,7 +275,7 @@ class Overheard:
         self.translations.hear_until(place.inode, moment_ns)
 
     def _look_for_older(self) -> None:
-        """Which connections are gone whose end is not told, or are doubted."""
+        """Check which connections have ended, where the end is not reported or is in doubt."""
         now = time.monotonic_ns()
         for place, connections in list(self._events.values()):
             if now < place.look_ns:

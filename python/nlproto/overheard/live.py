@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is known of far ends, as the one who asks may see it."""
+"""What is known of far ends, as a given user may see it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 from nlproto.overheard.domains import Domains
 from nlproto.overheard.names import is_of_resolver
 from nlproto.overheard.translations import Translations
-from nlproto.records.ends import FlowKey, record_keys
+from nlproto.records.ends import FlowKey, Translated, record_keys
 
 __all__ = ["LiveEnds"]
 
 
 class LiveEnds:
-    """What this process overhears. `own` leaves out what resolvers asked for others."""
+    """What this process has heard. `own` leaves out names that resolvers asked for."""
 
     def __init__(
         self, domains: Domains, became: Translations | None = None, own: bool = False
@@ -24,7 +24,7 @@ class LiveEnds:
         self._own = own
 
     def for_own(self) -> LiveEnds:
-        """Return what who sees only their own packets may know."""
+        """Return what a user may know who sees only their own packets."""
         return LiveEnds(self._domains, self._became, own=True)
 
     def domains(self, records: np.ndarray) -> list[str]:
@@ -40,6 +40,10 @@ class LiveEnds:
     def translations(self, records: np.ndarray) -> np.ndarray | None:
         """See Ends."""
         return None if self._became is None else self._became.of_records(records)
+
+    def translated(self, flows: np.ndarray) -> dict[FlowKey, Translated]:
+        """See Ends."""
+        return {} if self._became is None else self._became.of_flows(flows)
 
     def text(self, number: int) -> str:
         """See Ends."""

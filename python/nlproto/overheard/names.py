@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Names of far ends as numbers of 64 bits: what a flow has room for, in memory and in files.
+"""Names of far ends as numbers of 64 bits, for which a flow has room, in memory and in files.
 
-The number is made of the name alone, so it means the same in every file and every run.
+The number depends on the name alone, so it means the same in every file and every run.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections import OrderedDict
 __all__ = ["SEPARATOR", "NumberedNames", "is_of_resolver", "number_of"]
 
 SEPARATOR = "|"
-"""Between names of which a resolver was asked all: nobody knows which one is meant."""
+"""Separates the names of one address that a resolver asked for: nobody knows which is meant."""
 _LIMIT = 1 << 16
 
 
 def is_of_resolver(number: int) -> bool:
-    """Whether a resolver asked for the name, for anybody: not to be shown to who sees only his."""
+    """Return whether a resolver asked for the name; users with limited rights may not see it."""
     return bool(number & 1)
 
 
@@ -40,7 +40,7 @@ class NumberedNames:
         return len(self._texts)
 
     def number(self, name: str, of_resolver: bool = False) -> int:
-        """Return the number of `name`, from now on known; 0 of no name."""
+        """Return the number of `name`, and keep the name; 0 for no name."""
         if not name:
             return 0
         number = number_of(name, of_resolver)
@@ -52,5 +52,5 @@ class NumberedNames:
         return number
 
     def text(self, number: int) -> str:
-        """Return the name, "" when it is not known any more."""
+        """Return the name; "" if it is no longer known."""
         return self._texts.get(number, "")

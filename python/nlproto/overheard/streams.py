@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The beginnings of TCP streams, put together from segments in any order; bounded."""
+"""Beginnings of TCP streams, joined from segments in any order; bounded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 __all__ = ["TcpStreams"]
 
-_SEGMENTS = 32  # of one stream, that wait for one before them
+_SEGMENTS = 32  # the most of one stream that wait for an earlier segment
 _WRAP = 1 << 32
 
 
@@ -21,7 +21,7 @@ class _Stream:
 
 
 class TcpStreams:
-    """At most `limit` streams of `most` bytes each; the one that was silent longest goes."""
+    """At most `limit` streams of `most` bytes each. The longest silent one is dropped first."""
 
     def __init__(self, limit: int, most: int) -> None:
         self._limit = limit
@@ -35,20 +35,20 @@ class TcpStreams:
         return key in self._streams
 
     def begin(self, key: Hashable, seq: int) -> None:
-        """The first byte of stream `key` has sequence number `seq`."""
+        """Begin stream `key`; its first byte has sequence number `seq`."""
         self._streams[key] = _Stream(seq % _WRAP)
         self._streams.move_to_end(key)
         if len(self._streams) > self._limit:
             self._streams.popitem(last=False)
 
     def end(self, key: Hashable) -> None:
-        """Nobody wants more of it."""
+        """Forget a stream."""
         self._streams.pop(key, None)
 
     def add(self, key: Hashable, seq: int, payload: bytes) -> bytearray | None:
-        """Take a segment; the bytes in order so far, of which the caller may delete the first.
+        """Add a segment; return the bytes in order so far. The caller may delete the first ones.
 
-        None: the stream is not known, or has grown too large and is let go.
+        None: the stream is not known, or has grown too large and is dropped.
         """
         stream = self._streams.get(key)
         if stream is None:

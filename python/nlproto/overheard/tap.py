@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Packets of one port of one network namespace, whole: DNS answers, or what clients of TLS say.
+"""Whole packets of one port in one network namespace: DNS answers, or data that TLS clients send.
 
-A ring of its own, because engines keep no payload. The kernel leaves out everything else before
-it copies anything. Sources: man 7 packet, Documentation/networking/packet_mmap.rst.
+It has a ring of its own, because engines keep no payload. The kernel drops other packets before it
+copies anything. Sources: man 7 packet, Documentation/networking/packet_mmap.rst.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ _LDH_X, _LDB_X = 0x48, 0x50
 _LDX_IHL = 0xB1
 _JEQ, _JGT, _JSET = 0x15, 0x25, 0x45
 _LEN, _ADD_X, _SUB_X, _RSH, _LSH, _TAX = 0x80, 0x0C, 0x1C, 0x74, 0x64, 0x07
-_MOST = 17 << 10  # bytes of a packet: a ClientHello has less, uploads have more
+_MOST = 17 << 10  # bytes of a packet: longer than a ClientHello, shorter than uploads
 
 
 def _dns() -> list[tuple[int, int, int, int]]:
-    """What comes in from port 53."""
+    """Takes packets from port 53."""
     return assemble(
         [
             (_LD, 0, 0, AD + 4),
             (_JEQ, "drop", 0, _OUTGOING),
             (_JEQ, "drop", 0, _OTHERHOST),
-            (_LD, 0, 0, AD + 44),  # tagged frames are seen again on the VLAN's own device
+            (_LD, 0, 0, AD + 44),  # tagged frames come again on their VLAN device
             (_JSET, "drop", 0, 0x0FFF),
             (_LD, 0, 0, AD),
             (_JEQ, "v4", 0, _IP),
@@ -76,7 +76,7 @@ def _dns() -> list[tuple[int, int, int, int]]:
 
 
 def _tls() -> list[tuple[int, int, int, int]]:
-    """What goes out to TCP port 443 and is no more than a handshake begins with."""
+    """Takes packets to TCP port 443 that can be the beginning of a handshake."""
     return assemble(
         [
             (_LD, 0, 0, AD + 4),
@@ -120,7 +120,7 @@ def _tls() -> list[tuple[int, int, int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class TappedPacket:
-    """One packet of TCP or UDP; addresses are a record's 16 bytes, `time_ns` CLOCK_MONOTONIC."""
+    """One TCP or UDP packet. Addresses are a record's 16 bytes, `time_ns` is CLOCK_MONOTONIC."""
 
     time_ns: int
     family: int
@@ -130,17 +130,18 @@ class TappedPacket:
     target: bytes
     dport: int
     seq: int
-    """Of TCP; 0 of UDP."""
+    """Sequence number of TCP; 0 for UDP."""
     flags: int
     payload: bytes
     length: int
-    """Bytes of payload; more than there are where the capture or a fragment cut it."""
+    """Bytes of payload in the packet; `data` may have fewer, cut by the capture or a fragment."""
 
 
 class Tap:
-    """A ring in the network namespace it is made in.
+    """A ring in the network namespace in which it is created.
 
-    `tls`: outgoing ClientHellos, else incoming DNS answers. Raises NoPrivilege without CAP_NET_RAW.
+    `tls`: outgoing ClientHellos, otherwise incoming DNS answers. Raises NoPrivilege without
+    CAP_NET_RAW.
     """
 
     def __init__(self, ring_bytes: int, tls: bool = False) -> None:
@@ -155,7 +156,7 @@ class Tap:
             self._socket.setblocking(False)
             attach(self._socket, _tls() if tls else _dns())
             if not tls:
-                # nobody then hands over what goes out
+                # without it outgoing packets are not delivered
                 self._socket.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
             self._socket.setsockopt(SOL_PACKET, PACKET_VERSION, TPACKET_V2)
             blocks = max(1, ring_bytes // _BLOCK)
@@ -179,12 +180,12 @@ class Tap:
         return self._socket.fileno()
 
     def close(self) -> None:
-        """Give back ring and socket."""
+        """Close ring and socket."""
         self._map.close()
         self._socket.close()
 
     def read(self, most: int) -> Iterator[TappedPacket]:
-        """Yield up to `most` packets that are there."""
+        """Yield up to `most` waiting packets."""
         clock = Clock.now()
         for _ in range(most):
             at = self._next * _FRAME
@@ -200,14 +201,14 @@ class Tap:
                 yield packet
 
     def count_dropped(self) -> int:
-        """Return how many packets found no room since it began."""
+        """Return how many packets the ring has had no room for."""
         raw = self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8)
         self.dropped += struct.unpack("=II", raw)[1]
         return self.dropped
 
 
 def _packet(time_ns: int, data: bytes, length: int) -> TappedPacket | None:
-    """`length`: of the whole packet, where `data` is cut."""
+    """`length`: of the whole packet, if `data` is cut."""
     try:
         if data[0] >> 4 == 4:
             at, total, proto = (data[0] & 15) * 4, int.from_bytes(data[2:4]), data[9]

@@ -1,36 +1,37 @@
 # SPDX-License-Identifier: MIT
-"""What NAT made of the ends of flows: both tuples of conntrack, joined.
+"""Finds what NAT made of the ends of flows, from both tuples of conntrack's entries.
 
-A translated connection is seen as up to three pairs of ends: as its sender means it, as it goes on,
-and between the two changes. Whoever sees one of the first two is told the other; who sees the third
-is told how it goes on.
+A translated connection has up to three pairs of ends: the sender's, the translated one, and one
+between two translations. A flow with one of the first two gets the other. A flow with the third
+gets the translated one.
 
 Its own network namespace's entry comes first. A flow of another namespace has the translation too
 (a container behind its host), if both belong to one user and no third one can be meant. Where
-several fit at one time and say different things, nothing is said.
+several fit at one time and say different things, nothing is said. What one namespace makes of the
+ends may be translated once more in the next: then the last ends are told.
 
-In one zone of a namespace an original tuple is one connection's at a time. So a beginning ends what
-had the tuple before, also where the kernel tells of no end: it tells none of connections that are
-older than the first listener (nf_conntrack_events=2), which are looked for now and then.
+In one zone of a namespace only one connection at a time has an original tuple. So a beginning ends
+the connection that had it before. This matters because the kernel reports no end of connections
+older than the first listener (nf_conntrack_events=2). They are checked now and then.
 """
 
 from __future__ import annotations
 
 import socket
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from nlproto.overheard.conntrack import Event
-from nlproto.overheard.domains import flow_keys
+from nlproto.kernel.conntrack import Event
 from nlproto.records.ends import (
     TRANSLATED,
     FlowKey,
     Translated,
     Way,
     as_translated,
+    flow_keys,
     is_incoming,
     record_keys,
 )
@@ -39,11 +40,11 @@ __all__ = ["LIMIT", "Translations"]
 
 LIMIT = 1 << 15
 _KEPT_NS = 10_000_000_000
-"""So long an ended connection's packets may still be on their way to us."""
+"""How long an ended connection's packets may still be under way to us."""
 _EARLY_NS = 5_000_000
-"""The first packet may be stamped before conntrack enters its connection."""
+"""The first packet's time may be before conntrack's entry."""
 _CLOCKS_NS = 1_000_000
-"""So much may a packet's stamp and our clock differ."""
+"""How far a packet's time and our clock may differ."""
 _TIMES = "first_ns", "last_ns", "opened"
 _BITS = 20
 _FLOWS = 8
@@ -54,32 +55,32 @@ _End = bytes
 _Ends = tuple[int, int, _End, _End]
 """proto, family, the lower end, the higher."""
 _Place = tuple[int, int, int, int, tuple[_End, _End]]
-"""netns, zone, family, proto, original tuple: at one time one connection's."""
+"""netns, zone, family, proto, original tuple. One connection at a time has such a key."""
 
 
 @dataclass(slots=True)
 class _Entry:
-    """Between the moments of each pair it happened; both are of the reader's clock."""
+    """The event happened between the two moments of a pair, by the reader's clock."""
 
     netns: int
     owner: int
     event: Event
     begun_ns: tuple[int, int]
     alive_ns: int = 0
-    """Then it was there for certain."""
+    """At this moment it surely existed."""
     flows: set[FlowKey] = field(default_factory=set)
-    """Of datagrams of an entry whose end would not be told."""
+    """Last sight of datagrams, for an entry whose end would not be reported."""
     doubted: bool = False
-    """Its end would not be told, and its ends began a connection since."""
+    """Its end would not be reported, and a connection with its ends has begun since."""
     ended_ns: tuple[int, int] | None = None
 
     def forms(self) -> set[tuple[_End, _End]]:
-        """The pairs of ends under which it is seen, lower ones first."""
+        """The pairs of ends that a flow of it may have, lower end first."""
         (source, target), (far, near) = self.event.original, self.event.reply
         return {_sorted(source, target), _sorted(near, far), _sorted(source, far)}
 
     def other(self, near: _End, far: _End) -> tuple[_End, _End]:
-        """What the ends of one of its forms are on the other side."""
+        """Return the translated ends for one of these pairs."""
         (source, target), (server, client) = self.event.original, self.event.reply
         pair = {near, far}
         if pair == {source, target}:
@@ -91,9 +92,9 @@ class _Entry:
         return became.get(near, near), became.get(far, far)
 
     def may_be(self, first_ns: int, last_ns: int, heard_ns: int, opens: bool) -> bool:
-        """Whether packets of that time can be its own; all that happened until then was heard.
+        """Return whether packets of that time can be its own; all events until then were read.
 
-        `opens`: a connection begins with them.
+        `opens`: the packets begin a connection.
         """
         if last_ns + _EARLY_NS < self.begun_ns[0] or self.doubted:
             return False
@@ -104,14 +105,14 @@ class _Entry:
         return first_ns <= self.ended_ns[1]
 
     def may_be_others(self, last_ns: int) -> bool:
-        """Whether who came after it can have sent packets of that time, which may be its own.
+        """Return whether its successor can have sent packets of that time, which may be its own.
 
-        Where one reading told its beginning and its end, they are taken for its own.
+        If one reading reported its beginning and its end, they count as its own.
         """
         return self.ended_ns is not None and self.begun_ns[0] < self.ended_ns[0] < last_ns
 
     def is_sure(self, first_ns: int, last_ns: int, opens: bool) -> bool:
-        """Whether it was there all of that time; `opens`: the packets begin a connection."""
+        """Return whether it existed all of that time. `opens`: the packets begin a connection."""
         if opens:
             return self.begun_ns[1] >= first_ns
         if first_ns < self.begun_ns[1]:
@@ -120,38 +121,37 @@ class _Entry:
 
 
 class Translations:
-    """At most `limit` connections; fed in one thread, asked in any.
+    """At most `limit` connections. One thread feeds it, any may ask.
 
-    `owner_of`: the uid whose a network namespace is, 0 for ours and root's, None: not known.
+    `owner_of`: the uid that owns a network namespace, 0 for ours and root's, None: not known.
     """
 
     def __init__(self, owner_of: Callable[[int], int | None], limit: int = LIMIT) -> None:
         self.limit = limit
         self.evicted = 0
         self.overflows = 0
-        """How often events found no room in a socket."""
+        """How often a socket had no room for events."""
         self.heard_ns: dict[int, int] = {}
-        """Until when all events of a namespace are read: who is not known to have ended may have
-        done so since."""
+        """Until when all events of a namespace were read. An entry may have ended since."""
         self._owner_of = owner_of
         self._entries: dict[int, _Entry] = {}
         """Entries by their id()."""
         self._there: dict[_Place, _Entry] = {}
-        """Those that are not known to have ended."""
+        """Entries that are not known to have ended."""
         self._older: dict[int, set[int]] = {}
-        """By namespace, the ids of those whose end may not be told."""
+        """For each namespace, the ids of entries whose end may not be reported."""
         self._orders: dict[int, OrderedDict[int, None]] = {}
         self._ended: OrderedDict[int, int] = OrderedDict()
         self._by_ends: dict[_Ends, list[_Entry]] = {}
         self._ports = np.zeros(1 << _BITS, np.uint16)
-        """How many forms have this pair of ports, or one with the same hash."""
+        """How many pairs of ends have these ports, or ports with the same hash."""
 
     def __len__(self) -> int:
         return len(self._entries)
 
     @property
     def cut(self) -> bool:
-        """Whether connections are not known that should be."""
+        """Whether some translated connections are not known."""
         return bool(self.evicted or self.overflows)
 
     def counts(self) -> Counter[str]:
@@ -160,10 +160,10 @@ class Translations:
             connections=len(self), evicted=self.evicted, overflows=self.overflows, limit=self.limit
         )
 
-    # What is heard
+    # # Incoming facts
 
     def add(self, netns: int, event: Event, since_ns: int, now_ns: int) -> None:
-        """Conntrack of `netns` told it, at some moment after `since_ns` and until `now_ns`."""
+        """Conntrack of `netns` reported `one`, at a moment after `since_ns` and until `now_ns`."""
         entry = self._there.get(_place_of(netns, event))
         if event.ended:
             if entry is not None and entry.event.number == event.number:
@@ -175,15 +175,15 @@ class Translations:
         self._forget(now_ns - _KEPT_NS)
 
     def hear_until(self, netns: int, moment_ns: int) -> None:
-        """All that happened there before is told."""
+        """All earlier events of this namespace were read."""
         self.heard_ns[netns] = moment_ns
 
     def add_known(
         self, netns: int, known: list[Event], cut: bool, began_ns: int, now_ns: int
     ) -> None:
-        """Take what was there between these moments; what else we had has ended before the second.
+        """Enter the connections between these moments. Our others had ended by the second one.
 
-        `cut`: there was more.
+        `cut`: there were more.
         """
         self.overflows += cut
         there = {_place_of(netns, event): event for event in known}
@@ -205,10 +205,10 @@ class Translations:
             self._insert(entry)
 
     def doubt(self, flows: np.ndarray) -> set[int]:
-        """Believe no connection that another of `flows` (FLOW) may have followed unheard.
+        """Distrust connections that one of `flows` (FLOW) may have followed without an event.
 
-        Its end is not told (see above), or nothing is tracked any more: who opens what is closing
-        has not passed conntrack. Returns the namespaces whose connections should be looked at.
+        Either the end is not reported (see above), or nothing is tracked any more: a flow that
+        opens a closing connection has not passed conntrack. Returns the namespaces to check.
         """
         found: set[int] = set()
         if not self._entries:
@@ -231,7 +231,7 @@ class Translations:
         return found
 
     def _is_new(self, entry: _Entry, key: FlowKey) -> bool:
-        """Whether nobody knew that this flow is the entry's. What is one flow is one socket's."""
+        """Return whether nobody knew this flow as the entry's. One flow has one socket."""
         if key in entry.flows:
             return False
         if len(entry.flows) >= _FLOWS:
@@ -240,11 +240,11 @@ class Translations:
         return True
 
     def any_older(self, netns: int) -> bool:
-        """Whether connections are there whose end the kernel may not tell."""
+        """Return whether there are connections whose end the kernel may not report."""
         return netns in self._older
 
     def leave(self, netns: int) -> None:
-        """The namespace has gone, or is not heard any more."""
+        """The namespace has ended, or nobody listens there any more."""
         self.heard_ns.pop(netns, None)
         for entry in [one for one in self._entries.values() if one.netns == netns]:
             self._remove(entry)
@@ -277,7 +277,7 @@ class Translations:
                 del self._older[entry.netns]
 
     def _evict(self) -> None:
-        """The user with most gives, his oldest."""
+        """Remove the oldest entry of the user with most entries."""
         if self._ended:
             self._remove(self._entries[next(iter(self._ended))])
             return
@@ -304,7 +304,7 @@ class Translations:
         event = entry.event
         for low, high in entry.forms():
             ends = event.proto, event.family, low, high
-            # a new list: others may be reading the old one
+            # a new list: others may read the old one
             rest = [one for one in self._by_ends[ends] if one is not entry]
             if rest:
                 self._by_ends[ends] = rest
@@ -313,11 +313,11 @@ class Translations:
             self._ports[_slot(low, high)] -= 1
         del self._entries[key]
 
-    # Who asks
+    # # Questions
 
     def maybe(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """Where these ports (uint16) can be a translated connection's."""
-        if not self._by_ends:  # most machines: the table of ports takes no memory
+        """Return which of these ports (uint16) a translated connection can have."""
+        if not self._by_ends:  # on most machines the table of ports takes no memory
             return np.zeros(len(one), bool)
         low, high = np.minimum(one, other).astype(np.uint32), np.maximum(one, other)
         mixed = (low << np.uint32(16) | high) * np.uint32(_ODD)
@@ -325,9 +325,9 @@ class Translations:
         return found
 
     def find(self, way: Way, first_ns: int, last_ns: int, opens: bool = False) -> Translated | None:
-        """What the ends of a flow became; None: nothing, or nobody can tell.
+        """Return what the ends of a flow became; None: nothing, or it is not certain.
 
-        `opens`: a connection begins with these packets.
+        `opens`: these packets begin a connection.
         """
         return self._find(
             way,
@@ -337,7 +337,7 @@ class Translations:
         )
 
     def find_now(self, way: Way) -> Translated | None:
-        """What the ends of a socket that is there have become."""
+        """Return what the ends of an open socket have become."""
         return self._find(
             way,
             lambda one: one.ended_ns is None and not one.doubted,
@@ -353,32 +353,51 @@ class Translations:
         may_be_others: Callable[[_Entry], bool],
     ) -> Translated | None:
         netns, proto, family, near, lport, far, rport = way
-        local, remote = near + lport.to_bytes(2), far + rport.to_bytes(2)
-        entries = self._by_ends.get((proto, family, *_sorted(local, remote)))
-        if entries is None:
+        ends = near + lport.to_bytes(2), far + rport.to_bytes(2)
+        passed: set[int] = set()
+        became = None
+        while True:
+            key = (proto, family, *_sorted(*ends))
+            entries = self._by_ends.get(key, ())
+            fitting = [one for one in entries if one.netns not in passed and may_be(one)]
+            own = [one for one in fitting if one.netns == netns]
+            if not own and fitting:
+                owner = self._owner_of(netns)
+                own = [one for one in fitting if one.owner == owner and owner is not None]
+                if len({one.netns for one in own}) > 1:
+                    break
+            found = {one.other(*ends) for one in own}
+            if len(found) > 1:
+                found = {one.other(*ends) for one in own if is_sure(one)}
+            if len(found) != 1 or all(may_be_others(one) for one in own):
+                break
+            became = ends = found.pop()
+            passed.add(own[0].netns)
+        if became is None:
             return None
-        fitting = [one for one in entries if may_be(one)]
-        own = [one for one in fitting if one.netns == netns]
-        if not own and fitting:
-            owner = self._owner_of(netns)
-            own = [one for one in fitting if one.owner == owner and owner is not None]
-            if len({one.netns for one in own}) > 1:
-                return None
-        found = {one.other(local, remote) for one in own}
-        if len(found) > 1:
-            found = {one.other(local, remote) for one in own if is_sure(one)}
-        if len(found) != 1 or all(may_be_others(one) for one in own):
-            return None
-        became, its_far = found.pop()
-        return became[:16], int.from_bytes(became[16:]), its_far[:16], int.from_bytes(its_far[16:])
+        (its_near, its_far) = became
+        return (
+            its_near[:16],
+            int.from_bytes(its_near[16:]),
+            its_far[:16],
+            int.from_bytes(its_far[16:]),
+        )
 
     def stamp(self, flows: np.ndarray) -> None:
         """Fill in the `nat_` fields of FLOWs that this is known of."""
+        for row, _, found in self._of(flows):
+            near, flows["nat_lport"][row], far, flows["nat_rport"][row] = found
+            flows["nat_laddr"][row] = np.frombuffer(near, np.uint64)
+            flows["nat_raddr"][row] = np.frombuffer(far, np.uint64)
+
+    def of_flows(self, flows: np.ndarray) -> dict[FlowKey, Translated]:
+        """Return what the ends of FLOWs became that this is known of."""
+        return {key: found for _, key, found in self._of(flows)}
+
+    def _of(self, flows: np.ndarray) -> Iterator[tuple[int, FlowKey, Translated]]:
         if not self._entries:
             return
         rows = np.flatnonzero(self.maybe(flows["lport"], flows["rport"]))
-        if not len(rows):
-            return
         some = flows[rows]
         times = zip(*(some[name].tolist() for name in _TIMES), strict=True)
         for row, key, (first, last, opened) in zip(
@@ -386,12 +405,10 @@ class Translations:
         ):
             found = self.find(key[2], first, last, bool(opened))
             if found is not None:
-                near, flows["nat_lport"][row], far, flows["nat_rport"][row] = found
-                flows["nat_laddr"][row] = np.frombuffer(near, np.uint64)
-                flows["nat_raddr"][row] = np.frombuffer(far, np.uint64)
+                yield row, key, found
 
     def of_records(self, records: np.ndarray) -> np.ndarray | None:
-        """Return TRANSLATED of each record; None: of none of them is anything known."""
+        """Return TRANSLATED for each record; None: nothing is known of any of them."""
         if not self._entries:
             return None
         rows = np.flatnonzero(self.maybe(records["sport"], records["dport"]))

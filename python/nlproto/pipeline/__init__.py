@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""From an engine to its subscribers: counted, named, in order of time."""
+"""From an engine to its subscribers: records are counted, named, and put in order of time."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What one reader saw, lost and named, in records; every sum closes or says that it does not.
+"""What one reader saw, lost and named, in records. Every sum closes, or says that it does not.
 
     packets   = recorded + skipped
     records   = recorded + copies
@@ -7,8 +7,8 @@
                 + waiting (received, not yet handed on)
     delivered = named + unnamed (by reason)
 
-Each CPU's totals come from its counters and sequences at the first and last moment known. No
-gaps are added up, so batches that arrive out of order change nothing. Not thread-safe.
+Each CPU's totals come from its counters and sequences at the first and the last known moment. Gaps
+are not added up, so batches out of order change nothing. Not thread-safe.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,9 @@ from nlproto.records.wire import BATCH, HOW_NAMES, NO_CPU, TAIL, lib
 __all__ = ["PLACES", "Account"]
 
 PLACES = ("alloc", "missed", "socket", "queue", "client", "failed")
-"""Where records are lost: no memory in the kernel, engine ebpf's programs left out, socket buffer,
-daemon's queue, slow client, a fault of this program."""
+"""Where records are lost: in the kernel for lack of memory, in engine ebpf when a program was
+skipped, in the socket's buffer, in the daemon's queue, by a slow client, by a fault of this
+program."""
 
 _COPY = int(lib.SNIFFER_F_COPY)
 
@@ -61,26 +62,26 @@ _of_head: Callable[[Any], tuple[int, int, int, int, int, int, int]] = itemgetter
 
 
 class Account:
-    """One reader's account, from its first batch of each CPU, or exactly from open(tails) on."""
+    """One reader's account, from the first batch of each CPU, or exactly from open(tails)."""
 
     def __init__(self) -> None:
         self._first: dict[tuple[int, int], _Point] = {}
         self._last: dict[tuple[int, int], _Point] = {}
         self._unmade: dict[tuple[int, int, str], tuple[int, int]] = {}
-        """First and last `lost` of each CPU, which every group has its own of."""
+        """First and last `lost` of each CPU. Each group has its own."""
         self._instance = 0
         self._received = 0
         self._lost_later = {"queue": 0, "client": 0, "failed": 0}
         self._by_how = np.zeros(256, np.int64)
         self.instances = 0
-        """How many module loads (or engine starts) this account spans."""
+        """How many loads of the module (or starts of the engine) this account spans."""
         self.gap_ms = 0
-        """How long no engine recorded: how many packets passed meanwhile nobody knows."""
+        """How long no engine recorded. Nobody knows how many packets passed meanwhile."""
 
     def open(self, tails: np.ndarray, instance: int, group: str = "packets") -> None:
-        """Begin at `tails` (TAIL array, reply to FLUSH): the first batch is the one behind them.
+        """Begin at `tails` (TAIL array, reply to FLUSH); the first batch comes after them.
 
-        Of an instance that this account knows already, what came in between is lost.
+        If the account knows the instance already, the records in between count as lost.
         """
         self._enter(instance)
         for tail in tails:
@@ -92,9 +93,9 @@ class Account:
             self._lack(key, group, lost)
 
     def go_over(self, tails: np.ndarray, instance: int, group: str) -> None:
-        """Go on with the batches of another group from `tails` on, of which they are.
+        """Go on from `tails` with the batches of another group; `tails` are that group's.
 
-        Records have the same sequence in all groups, and each group its own `lost`.
+        Records have the same sequence in all groups. Each group has its own `lost`.
         """
         for tail in tails:
             key = (instance, int(tail["cpu"]), group)
@@ -102,7 +103,7 @@ class Account:
             self._unmade[key] = first + int(tail["lost"]) - last, int(tail["lost"])
 
     def gap(self, seconds: float) -> None:
-        """Count a time without any engine."""
+        """Add a time without any engine."""
         self.gap_ms += max(1, round(seconds * 1000))
 
     def add(
@@ -112,10 +113,10 @@ class Account:
         count: int | None = None,
         group: str = "packets",
     ) -> None:
-        """Count one batch as received; `head` is its BATCH, `count` its records if merged.
+        """Count one batch as received; `head` is its BATCH, `count` its records if they are sums.
 
-        `records` makes the first batch of a CPU exact when it holds copies and there was no
-        open(). Another instance than before (module loaded anew) starts afresh and adds up.
+        `records` makes the first batch of a CPU exact if it holds copies and there was no open(). A
+        new instance (the module was loaded again) is added to the old one's figures.
         """
         instance, cpu, held, seq, packets, skipped, lost = _of_head(head.item())
         count = held if count is None else count
@@ -129,7 +130,7 @@ class Account:
             self._last[key] = _Point(seq + count, packets, skipped)
         else:
             if seq < first.record_seq:
-                # It was overtaken by the batch that the account began with.
+                # The batch with which the account began has overtaken it.
                 first.packets -= first.record_seq - seq
                 first.record_seq = seq
             self._last[key].raise_to(seq + count, packets, skipped)
@@ -140,9 +141,9 @@ class Account:
         self._unmade[*key, group] = first, max(last, lost)
 
     def close(self, tails: np.ndarray, group: str = "packets") -> None:
-        """Count what was sent up to `tails` (TAIL array): what did not arrive is lost.
+        """Count what was sent up to `tails` (TAIL array). What did not arrive is lost.
 
-        A CPU of which no batch ever arrived is left out unless open() began the account.
+        A CPU without any batch is left out, unless open() began the account.
         """
         for tail in tails:
             key = (self._instance, int(tail["cpu"]))
@@ -153,11 +154,11 @@ class Account:
                 self._lack(key, group, lost)
 
     def lose(self, place: str, records: int) -> None:
-        """Count received records as lost afterwards, in "queue", "client" or "failed"."""
+        """Count received records that are lost since, in "queue", "client" or "failed"."""
         self._lost_later[place] += records
 
     def deliver(self, hows: np.ndarray, counts: np.ndarray | None = None) -> None:
-        """Count records by their field `how` (array of uint8) that have been handed on.
+        """Count delivered records by their field `how` (array of uint8).
 
         `counts`: how many records each stands for.
         """
@@ -177,7 +178,7 @@ class Account:
 
     @property
     def packets(self) -> int:
-        """IP packets the hooks saw."""
+        """IP packets that the hooks saw."""
         return self._growth("packets")
 
     @property
@@ -235,11 +236,11 @@ class Account:
 
     @property
     def waiting(self) -> int:
-        """Records received that were neither handed on nor lost yet; 0 at rest."""
+        """Records received, but neither delivered nor lost yet; 0 at rest."""
         return self._received - sum(self._lost_later.values()) - self.delivered
 
     def closes(self) -> bool:
-        """Return whether every sum is right at this moment (at rest it must be)."""
+        """Return whether every sum is right now. At rest it must be."""
         return self.waiting == 0 and self._adds_up()
 
     def _adds_up(self) -> bool:
@@ -254,7 +255,7 @@ class Account:
 
     @property
     def position(self) -> dict[str, int]:
-        """Where the stream stands: packets that the present instance saw since it began."""
+        """Position of the stream: packets that the present instance has seen since it began."""
         instance = self._instance
         packets = sum(point.packets for key, point in self._items() if key[0] == instance)
         return {"instance": instance, "packets": packets}
@@ -262,8 +263,8 @@ class Account:
     def as_dict(self, settled: bool = False) -> dict[str, object]:
         """Return all figures, for JSON.
 
-        `settled`: leave out the records that still wait. The worker asks so: for it each record
-        is either handed on or still to come.
+        `settled`: leave out waiting records. The worker uses it, because for the worker a record is
+        either delivered or still to come.
         """
         later = self.waiting if settled else 0
         position = self.position
@@ -287,7 +288,7 @@ class Account:
         }
 
     def lines(self) -> list[str]:
-        """Return the account for people, one fact a line."""
+        """Return the account for people, one fact in a line."""
         lines = [
             f"{self.packets} packets seen = {self.recorded} recorded + {self.skipped} skipped",
             figures.delivery(self.records, self.delivered, self.lost),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""An account in words: the same in the daemon's log, the hunter's last lines and stats."""
+"""An account in words, for the daemon's log, the hunter's last lines, and stats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["delivery", "gap", "named", "naming", "reasons", "unnamed"]
 
 
 def named(by_how: np.ndarray) -> int:
-    """Return how many records have a process; `by_how` counts records, shape (256,)."""
+    """Return how many records have a process. `by_how` counts records, shape (256,)."""
     return int(by_how[are_named(np.arange(len(by_how)))].sum())
 
 
@@ -24,7 +24,7 @@ def unnamed(by_how: np.ndarray) -> dict[str, int]:
 
 
 def reasons(counts: Mapping[str, int], number: str = "d") -> str:
-    """Return "no socket 3, predates 1"; `number` is how numbers are written."""
+    """Return text like "no socket 3, predates 1". `number` formats numbers."""
     return ", ".join(f"{name.replace('_', ' ')} {n:{number}}" for name, n in counts.items() if n)
 
 
@@ -34,7 +34,7 @@ def _detail(counts: Mapping[str, int]) -> str:
 
 
 def delivery(records: int, delivered: int, lost: Mapping[str, int]) -> str:
-    """Return what became of the records; `lost` is by place."""
+    """Return what became of the records. `lost` is by place."""
     gone = sum(lost.values())
     return f"{records} records = {delivered} delivered + {gone} lost{_detail(lost)}"
 
@@ -50,5 +50,5 @@ def naming(records: int, what: str, by_reason: Mapping[str, int]) -> str:
 
 
 def gap(gap_ms: int) -> str:
-    """Return how long there was no engine, of which no other figure tells."""
+    """Return how long there was no engine. No other figure covers that time."""
     return f"nothing was recorded for {gap_ms / 1000:.1f} s: lost, not counted"

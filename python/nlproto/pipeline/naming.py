@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Names in user space what the module could not: sock_diag, then /proc/PID/fd.
+"""Names records that the module could not name, by sock_diag and /proc/PID/fd.
 
-(Engine `packet` names its records itself, in packet_names.py, as soon as it has read them.)
+Engine `packet` names its own records, in packet_names.py, as soon as it has read them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from nlproto.tables.flows import address_bytes, group, unnamed_places
 __all__ = ["Namer"]
 
 _OPEN = (lib.SNIFFER_HOW_PREDATES, lib.SNIFFER_HOW_NOT_PROBED)
-"""Reasons that say that user space may know better."""
+"""Reasons for which user space may find a name."""
 _FILLED = ("cookie", "inode", "how", "flags", "comm", "tgid", "start_ns", "uid")
 _FRESH_NS = 250_000_000
 _REMEMBERED_NS = 120_000_000_000
 _LATE_NS = 2_000_000_000
-"""Nobody is asked about a packet that passed earlier: others wait behind it."""
+"""Older packets are not looked up: others wait behind them."""
 _LIMIT = 65536
 
 _Key = tuple[int, int, bytes, int, bytes, int]
@@ -46,10 +46,10 @@ class _Found:
 
 
 class Namer:
-    """Asks about each flow once, and again when the answer is a quarter of a second old.
+    """Looks up each flow once, and again when the answer is a quarter of a second old.
 
-    A context manager, for one thread. `start_of` is Processes.start_of. An owner found before
-    stands for what a socket still sends after it was closed, if the kernel tells the same cookie.
+    A context manager, for one thread. `start_of` is Processes.start_of. A closed socket may still
+    send: if the kernel reports the same cookie, its last owner counts.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Namer:
         self._namespaces.close()
 
     def name(self, records: np.ndarray) -> None:
-        """Fill in owner, socket, `how` and flags of records left open; the others stay as is."""
+        """Fill in owner, socket, `how` and flags of unnamed records. Others stay as they are."""
         places = unnamed_places(records, _OPEN)
         places = places[self._now_ns() - records["time_ns"][places].astype(np.int64) < _LATE_NS]
         if not len(places):
@@ -91,8 +91,8 @@ class Namer:
             return
         other = flow["cookie"] and flow["cookie"] != found.cookie
         if other or (found.listening and not flow["cookie"]):
-            return  # another socket: of who has the port since, or the listener's for a connection
-        owner = found.owners[0]  # the youngest: it was given the socket to use it
+            return  # another socket: the port's next one, or the listener of a connection
+        owner = found.owners[0]  # the youngest: it probably got the socket to use it
         answer["cookie"] = found.cookie
         answer["inode"] = found.inode
         answer["how"] = lib.SNIFFER_HOW_DIAG

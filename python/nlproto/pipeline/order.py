@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Puts the records of several CPUs in order of time.
 
-Each CPU sends a batch when it is full or one flush interval after its first record. So once any
-head carries the time M, records older than M minus that interval have all been sent.
+Each CPU sends a batch when it is full, or one flush interval after its first record. So when any
+head has the time M, all records older than M minus this interval were sent.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ __all__ = ["TimeOrder"]
 
 
 class TimeOrder:
-    """Holds records back for `interval_ns`; at most `limit` records, then the oldest go on."""
+    """Holds records back for `interval_ns`. Beyond `limit` records the oldest go on."""
 
     def __init__(self, interval_ns: int, limit: int = 1 << 17) -> None:
         self.interval_ns = interval_ns
         self._limit = limit
         self._waiting: list[np.ndarray] = []
-        """Each in order of time and not empty."""
+        """Arrays that are not empty, each in order of time."""
         self._count = 0
         self._newest = 0
 
@@ -36,9 +36,9 @@ class TimeOrder:
             self._count += len(records)
 
     def take(self, now_ns: int | None = None) -> np.ndarray:
-        """RECORDs that no older one can follow any more, in order of time; perhaps none.
+        """Return the RECORDs before which nothing can come any more, in order of time.
 
-        `now_ns`: the time until which the source was read empty, when that is known.
+        `now_ns`: the time until which all was read, if it is known.
         """
         newest = self._newest if now_ns is None else max(self._newest, now_ns)
         if not self._count or newest <= self.interval_ns:
@@ -51,11 +51,11 @@ class TimeOrder:
         return joined([found, self._take_until(int(np.partition(times, excess - 1)[excess - 1]))])
 
     def drain(self) -> np.ndarray:
-        """All RECORDs, in order of time."""
+        """Return all RECORDs, in order of time."""
         return self._take_until((1 << 64) - 1)
 
     def _take_until(self, until_ns: int) -> np.ndarray:
-        """What waits on is seldom copied, however much it is."""
+        """What stays is rarely copied, however much it is."""
         old, self._waiting = self._waiting, []
         ripe = []
         for part in old:
@@ -76,7 +76,7 @@ def _ordered(records: np.ndarray) -> np.ndarray:
 
 
 def _alone(part: np.ndarray) -> np.ndarray:
-    """`part`, without much more memory than it needs: a record may wait long."""
+    """Return `part` without much unused memory behind it: a record may wait long."""
     whole = part.base
     return joined([part]) if whole is not None and whole.nbytes > 4 * part.nbytes else part
 

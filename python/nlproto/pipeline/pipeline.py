@@ -2,7 +2,7 @@
 """Engine -> receiver thread -> MessageQueue -> worker thread -> subscribers.
 
 The receiver only counts and copies, so that the kernel's socket buffer is emptied in time. The
-worker takes all batches that wait as one array: the more there is to do, the cheaper a record.
+worker takes all waiting batches as one array, so a record costs less under load.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = ["RecordNamer", "Pipeline", "QUEUE_BYTES"]
 
 QUEUE_BYTES = 64 << 20
 _PROCESS_BYTES = 600  # a ProcessEvent with its strings
-_CHUNK = 64  # batches that the worker takes at once
+_CHUNK = 64  # the most batches that the worker takes at once
 _ASK = 1.0  # s between two looks at the engine's own figures
 _NO_RECORDS = np.empty(0, RECORD)
 _POLL = 0.1  # s, longest wait of either thread
@@ -62,7 +62,7 @@ class RecordNamer(Protocol):
 
 
 class Hears(Protocol):
-    """What knows the names of far ends: nlproto.overheard.listening.Overheard."""
+    """Knows the names of far ends: nlproto.overheard.listening.Overheard."""
 
     def hear(self, flows: np.ndarray) -> None:
         """Fill in what is known of these FLOWs."""
@@ -73,7 +73,7 @@ class Hears(Protocol):
 
 @dataclass(slots=True)
 class _Barrier:
-    """Goes through the queue behind everything before it."""
+    """Passes through the queue behind everything that is in it."""
 
     passed: Callable[[], None]
 
@@ -84,16 +84,16 @@ B = TypeVar("B", Batch, FlowBatch)
 
 
 class Pipeline:
-    """The way of a record from `engine` to subscribers; a context manager that owns two threads.
+    """Leads records from `engine` to subscribers. A context manager that owns two threads.
 
-    The engine comes open and is closed here. `on_failure(error)` is called in the receiver thread
-    when it fails; the receiver then waits for switch(). Leaving the context reads the engine's
-    tail and drains the queue first.
+    The engine comes open; the pipeline closes it. If the engine fails, the receiver calls
+    `on_failure(error)` and waits for switch(). Leaving the context reads the rest of the engine's
+    stream and empties the queue first.
 
-    What fails otherwise is logged, its records are lost in "failed", and both threads go on. One
-    that only fails for `patience` s ends and calls `on_death(error)`: the program must end too.
+    Other failures are logged. Their records are lost in "failed", and both threads go on. A thread
+    that only fails for `patience` s ends and calls `on_death(error)`; the program must end.
 
-    `packets` False: flows will do where the engine has them, until want_packets().
+    `packets` False: take sums of flows if the engine has them, until want_packets().
     """
 
     def __init__(
@@ -120,9 +120,9 @@ class Pipeline:
         self.queue: MessageQueue[Item] = MessageQueue(QUEUE_BYTES) if queue is None else queue
         self.account_lock = threading.Lock()
         self.beat = time.monotonic()
-        """When the worker last went round; old when it hangs."""
+        """When the worker last went round. Old if it hangs."""
         self.engine_stats: dict[str, object] = {}
-        """What the engine said of itself a second ago."""
+        """The engine's own figures, at most a second old."""
         self._asked = 0.0
         self._engine = engine
         self._next: Engine | None = None
@@ -136,7 +136,7 @@ class Pipeline:
         self._wants_first_bytes = False
         self._packets = packets
         self._asked_for = True
-        """Whether the engine was asked for packets, as it is at its start."""
+        """Whether the engine was last asked for packets; it is at its start."""
         self._takes: tuple[OnBatch, ...] = ()
         self._order = TimeOrder(_FLUSH_NS)
         self._head: np.void | None = None
@@ -154,12 +154,12 @@ class Pipeline:
 
     @property
     def engine(self) -> Engine:
-        """Where records come from now."""
+        """The present source of records."""
         return self._engine
 
     @property
     def failed(self) -> bool:
-        """Whether the engine failed and no other took its place yet."""
+        """Whether the engine failed and no other has replaced it yet."""
         return self._failed_at is not None
 
     def __enter__(self) -> Pipeline:
@@ -171,7 +171,7 @@ class Pipeline:
         self.stop()
 
     def stop(self) -> None:
-        """Read the engine's tail, hand everything to the subscribers, end both threads."""
+        """Read the rest of the engine's stream, hand all to the subscribers, end both threads."""
         self._stopping.set()
         self._receiver.join()
         self.queue.close()
@@ -188,7 +188,7 @@ class Pipeline:
             self._on_death(error)
 
     def subscribe(self, take: OnBatch) -> Callable[[], None]:
-        """Call `take` in the worker thread for each batch; returns the function that ends it."""
+        """Call `take` in the worker thread for each batch. Returns a function that ends this."""
         self._takes = (*self._takes, take)
 
         def cancel() -> None:
@@ -197,24 +197,24 @@ class Pipeline:
         return cancel
 
     def want_first_bytes(self, wanted: bool) -> bool:
-        """Fill `first_bytes` from now on, or no more; whether the engine can. From any thread.
+        """Start or stop filling `first_bytes`. Returns whether the engine can. From any thread.
 
-        They leave the kernel up to a flush interval after their record, which waits for them.
+        The kernel sends them up to a flush interval after their record, and the record waits for
+        them.
         """
         self._wants_first_bytes = wanted
         self._order.interval_ns = _FLUSH_NS * (2 if wanted else 1)
         return self._engine.want_first_bytes(wanted)
 
     def want_packets(self, wanted: bool) -> None:
-        """Give subscribers packets one by one, or flows alone; from any thread.
+        """Give subscribers single packets, or flows alone. From any thread.
 
-        It holds for all that is recorded after a barrier() that is asked for later. No record is
-        summed up twice or left out.
+        It holds for everything recorded after a later barrier(). No record is lost or added twice.
         """
         self._packets = wanted
 
     def switch(self, engine: Engine, timeout: float = 2.0) -> None:
-        """Go on with another engine (already open), which is ours then; the present one ends.
+        """Replace the engine by another open one, which is the pipeline's then; the old one ends.
 
         Returns when it has taken over, or after `timeout` s.
         """
@@ -223,7 +223,7 @@ class Pipeline:
         self._switched.wait(timeout)
 
     def barrier(self, passed: Callable[[], None]) -> None:
-        """Call `passed` in the worker once all packets recorded until now went to subscribers."""
+        """Call `passed` in the worker when all packets recorded until now went to subscribers."""
         with self._barrier_lock:
             self._barriers.append(_Barrier(passed))
 
@@ -241,7 +241,7 @@ class Pipeline:
             self.queue.put(marker, 0)
 
     def _receive_once(self) -> bool:
-        """Go round once; whether to go on."""
+        """Go round once. Returns whether to go on."""
         if not self._opened:
             self._open()
         if self._stopping.is_set():
@@ -273,7 +273,7 @@ class Pipeline:
         self._ask_engine()
 
     def _choose_group(self) -> None:
-        """Packets or flows."""
+        """Ask the engine for packets or for flows, as wanted."""
         wanted = self._packets
         if wanted == self._asked_for or self.failed:
             return
@@ -294,7 +294,7 @@ class Pipeline:
         return markers
 
     def _read_all(self) -> None:
-        """Everything recorded until now; what did not come is lost."""
+        """Read everything recorded until now. What did not come is lost."""
         if self.failed:
             return
         self._read(self._engine.catch_up())
@@ -320,7 +320,7 @@ class Pipeline:
             log.error("engine %s: %s", self._engine.name, error)
 
     def _ask_engine(self) -> None:
-        """Keep the engine's own figures fresh; engines belong to this thread."""
+        """Refresh the engine's own figures. Only this thread uses the engine."""
         if self.failed or time.monotonic() - self._asked < _ASK:
             return
         self._asked = time.monotonic()
@@ -348,10 +348,10 @@ class Pipeline:
                 self.account.lose("queue", lost)
 
     def _put_batch(self, batch: Batch | FlowBatch) -> int:
-        """Count and copy it; how many records of older ones were lost for it."""
+        """Count, copy and queue a batch. Returns how many older records were dropped for it."""
         head: np.void = np.frombuffer(batch.head.tobytes(), BATCH)[0]  # copy() takes 7 us
         copy: Batch | FlowBatch
-        # tobytes() copies as plain bytes, where a copy would go field by field
+        # tobytes() copies plain bytes; a copy of the array would go field by field
         if isinstance(batch, Batch):
             found = plain_copy(batch.records)
             copy = Batch(head, found)
@@ -390,14 +390,14 @@ class Pipeline:
             with self.account_lock:
                 self.account.close(self._engine.closing, self._engine.group)
         except Error as error:
-            log.warning("the engine's tail could not be read: %s", error)
+            log.warning("the rest of the engine's stream could not be read: %s", error)
         except Exception as error:
             self._receiving.add(error, "the engine's tail")
 
     # Worker thread
 
     def _work(self) -> bool:
-        """Go round once; whether to go on."""
+        """Go round once. Returns whether to go on."""
         self.beat = time.monotonic()
         items = self.queue.get_many(
             _CHUNK, self._order.interval_ns / 1e9 if len(self._order) else _POLL
@@ -417,12 +417,12 @@ class Pipeline:
 
     def _name(self, batches: list[B], arrive: Callable[[list[B]], None]) -> None:
         if batches and not self._attempt("naming", arrive, batches):
-            for batch in batches:  # one of them is to blame, and is lost alone
+            for batch in batches:  # one of them is at fault: lose it alone
                 if not self._attempt("naming", arrive, [batch]):
                     self._lose(batch.count)
 
     def _attempt(self, what: str, work: Callable[..., object], *arguments: object) -> bool:
-        """Do work(*arguments); whether it went well."""
+        """Call work(*arguments). Returns whether it went well."""
         try:
             work(*arguments)
         except Exception as error:
@@ -431,7 +431,7 @@ class Pipeline:
         return True
 
     def _arrive(self, batches: list[Batch]) -> None:
-        """Name at once, while sockets and processes are still there to be asked about."""
+        """Name now, while sockets and processes can still be looked up."""
         records = joined([batch.records for batch in batches])
         if self.namer is not None:
             self.namer.name(records)
@@ -440,7 +440,7 @@ class Pipeline:
         self._order.add(records, max(int(batch.head["mono_ns"]) for batch in batches))
 
     def _arrive_flows(self, batches: list[FlowBatch]) -> None:
-        """Hand on at once: nobody asks for an order of flows."""
+        """Hand on at once: flows need no order."""
         merged = joined([batch.flows for batch in batches], FLOW_RECORD)
         records = joined([merged["last"]])
         if self.namer is not None:
@@ -461,7 +461,7 @@ class Pipeline:
             self.portmap.forget_process(process.key)
 
     def _emit(self, records: np.ndarray) -> None:
-        """Hand on; what did not reach every subscriber is lost."""
+        """Hand records on. Those that did not reach every subscriber are lost."""
         if not len(records):
             return
         assert self._head is not None
@@ -479,7 +479,7 @@ class Pipeline:
     def _hand_on(
         self, batch: NamedBatch, hows: np.ndarray, counts: np.ndarray | None = None
     ) -> None:
-        """`hows`: of the records in it, each of which stands for so many as `counts` says."""
+        """`hows` has a value for each record of the batch, which stands for `counts` records."""
         if self.overheard is not None and batch.flows is not None:
             self._attempt("names of far ends", self.overheard.hear, batch.flows)
         if not all([self._attempt("a subscriber", take, batch) for take in self._takes]):
@@ -491,9 +491,9 @@ class Pipeline:
 
 
 def _begin(engine: Engine) -> int | None:
-    """Where the next engine's stream begins, so that no packet is told by both."""
+    """Return where the next engine's stream begins, so that no packet is in both."""
     try:
         return engine.begin()
-    except Error as error:  # it has gone again already: reading it will tell
+    except Error as error:  # it has gone again: reading it will raise
         log.debug("engine %s: %s", engine.name, error)
         return None

@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 class MessageQueue(Generic[T]):
-    """Holds whole messages up to `max_bytes`; when full the oldest goes and is counted.
+    """Holds whole messages up to `max_bytes`. When it is full, the oldest is dropped and counted.
 
-    One message is always accepted, however large, so that progress never stops. Messages put
-    with `size` 0 (markers) are never dropped. Any number of threads.
+    An empty queue accepts any message, however large, so that progress never stops. Messages with
+    `size` 0 (markers) are never dropped. For any number of threads.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -36,13 +36,13 @@ class MessageQueue(Generic[T]):
 
     @property
     def closed(self) -> bool:
-        """Whether nothing more is taken in."""
+        """Whether it refuses new messages."""
         return self._closed
 
     def put(self, item: T, size: int, records: int = 0) -> int:
-        """Append; return how many records of older messages were dropped for it.
+        """Append a message. Returns how many records of older messages were dropped for it.
 
-        After close() the item itself is dropped and counted.
+        After close() the message itself is dropped and counted.
         """
         lost = 0
         with self._ready:
@@ -63,7 +63,7 @@ class MessageQueue(Generic[T]):
         return lost
 
     def _drop_oldest(self) -> int | None:
-        """Records of the oldest message that may be dropped; None when there is none."""
+        """How many records the oldest message has that may be dropped; None if there is none."""
         for index, (_, size, records) in enumerate(self._items):
             if size:
                 del self._items[index]
@@ -73,12 +73,12 @@ class MessageQueue(Generic[T]):
         return None
 
     def get(self, timeout: float | None = None) -> T | None:
-        """The oldest message, or None after `timeout` seconds or when closed and empty."""
+        """Return the oldest message; None after `timeout` s, or if closed and empty."""
         items = self.get_many(1, timeout)
         return items[0] if items else None
 
     def get_many(self, max_messages: int, timeout: float | None = None) -> list[T]:
-        """Up to `max_messages`, oldest first; empty after `timeout` or when closed and empty."""
+        """Return up to `max_messages`, oldest first; none after `timeout` s, or at the end."""
         with self._ready:
             self._ready.wait_for(lambda: self._items or self._closed, timeout)
             taken: list[T] = []
@@ -89,7 +89,7 @@ class MessageQueue(Generic[T]):
             return taken
 
     def close(self) -> None:
-        """Refuse new messages; what is inside can still be taken."""
+        """Refuse new messages. Those inside can still be taken."""
         with self._ready:
             self._closed = True
             self._ready.notify_all()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""What is on the wire between kernel and programs, and its clocks."""
+"""The wire between kernel and programs, and its clocks."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Records with their owners: what the pipeline gives and the daemon's clients get."""
+"""Records with their owners: what the pipeline delivers and the daemon's clients receive."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["NamedBatch"]
 
 @dataclass(frozen=True, slots=True)
 class NamedBatch:
-    """Records with their owners, in order of time; several batches of the engine made one."""
+    """Records with their owners, in order of time. Several batches of the engine become one."""
 
     head: np.void
-    """BATCH of the last one. Its clocks are right for all, its counters for its CPU alone."""
+    """BATCH of the last one: its clocks are right for all, its counters for its CPU alone."""
     records: np.ndarray
-    """RECORD; not to be written by subscribers, who share it. None where flows came."""
+    """RECORD. Subscribers share it, and must not write to it. Empty if the engine sent flows."""
     clock: Clock
     flows: np.ndarray | None = None
-    """The records summed up (nlproto.tables.flows.FLOW), when the pipeline made this batch."""
+    """Sums of the records (nlproto.tables.flows.FLOW), if the pipeline made this batch."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """From the kernel's monotonic time to the time of day and to time since boot.
 
-The three clocks in a batch's head were read together when it was sent. So a record gets the time
-of day of its own moment, whenever it is read, also from a saved capture.
+The three clocks in a batch's head were read together when it was sent. So a record's time of day is
+right, whenever it is read, even from a saved capture.
 """
 
 import time
@@ -29,7 +29,7 @@ class Clock:
 
     @classmethod
     def now(cls) -> Self:
-        """Return the clock of this moment, for a program that makes batches itself."""
+        """Return the clock of this moment, for a program that makes batches."""
         mono_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
         real_ns = time.clock_gettime_ns(time.CLOCK_REALTIME)
         boot_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)

@@ -19,7 +19,7 @@ __all__ = ["community_id"]
 def community_id(
     family: int, proto: int, source: bytes, sport: int, target: bytes, dport: int
 ) -> str:
-    """Return the ID of a TCP or UDP packet's flow; an address has its bytes, perhaps more."""
+    """Return the ID of a TCP or UDP flow. An address has its 4 or 16 bytes; more are ignored."""
     size = 4 if family == socket.AF_INET else 16
     low, high = sorted(((source[:size], sport), (target[:size], dport)))
     text = struct.pack("!H", 0) + low[0] + high[0] + struct.pack("!BBHH", proto, 0, low[1], high[1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is known of the far ends of records, whoever knows it: this process, a daemon or a file."""
+"""What is known of the far ends of records, from this process, a daemon or a file."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ __all__ = [
     "Translated",
     "Way",
     "as_translated",
+    "flow_keys",
     "is_incoming",
     "of_flows",
     "record_keys",
@@ -37,30 +38,34 @@ Translated = tuple[bytes, int, bytes, int]
 TRANSLATED = np.dtype(
     [("saddr", "u8", (2,)), ("daddr", "u8", (2,)), ("sport", "u2"), ("dport", "u2")]
 )
-"""The other addresses of a packet that NAT changes; all 0: it is not known to be changed."""
+"""The translated addresses of a packet; all 0: none are known."""
 
 
 class Ends(Protocol):
-    """For records: RECORD, shape (n,)."""
+    """Answers about records: RECORD, shape (n,)."""
 
     def domain_of(self, key: FlowKey) -> str:
-        """Return the name that the flow's owner asked for, "" for none."""
+        """Return the names that the flows' owners asked for, "" for none."""
         ...
 
     def domains(self, records: np.ndarray) -> list[str]:
-        """Return that of each record's flow."""
+        """Return the name for each record's flow."""
         ...
 
     def text(self, number: int) -> str:
-        """Return the name by the number that a FLOW has in `domain`, "" for none."""
+        """Return the name of a number in a FLOW's `domain`; "" for none."""
         ...
 
     def for_own(self) -> Ends:
-        """Return what who sees only their own packets may know."""
+        """Return what a user may know who sees only their own packets."""
         ...
 
     def translations(self, records: np.ndarray) -> np.ndarray | None:
-        """Return TRANSLATED of each record; None: of none of them is anything known."""
+        """Return TRANSLATED for each record; None: nothing is known of any of them."""
+        ...
+
+    def translated(self, flows: np.ndarray) -> dict[FlowKey, Translated]:
+        """Return what NAT makes of the ends of `flows` (FLOW), of those that it is known of."""
         ...
 
 
@@ -79,8 +84,21 @@ def record_keys(records: np.ndarray) -> Iterator[FlowKey]:
         yield tgid, start, (netns, proto, family, *near, *far)
 
 
+def flow_keys(flows: np.ndarray) -> Iterator[FlowKey]:
+    """Yield the key of each FLOW."""
+    near = np.ascontiguousarray(flows["laddr"]).tobytes()
+    far = np.ascontiguousarray(flows["raddr"]).tobytes()
+    fields = ("tgid", "start_ns", "netns", "proto", "family", "lport", "rport")
+    columns = [flows[name].tolist() for name in fields]
+    for at, (tgid, start, netns, proto, family, lport, rport) in enumerate(
+        zip(*columns, strict=True)
+    ):
+        place = slice(16 * at, 16 * at + 16)
+        yield tgid, start, (netns, proto, family, near[place], lport, far[place], rport)
+
+
 def is_incoming(records: np.ndarray) -> list[bool]:
-    """Return of which of them the local end is the target."""
+    """Return for each record whether the local end is the target."""
     found: list[bool] = (records["dir"] == lib.SNIFFER_DIR_IN).tolist()
     return found
 
@@ -108,7 +126,7 @@ def of_flows(translated: np.ndarray, records: np.ndarray) -> list[Translated | N
 
 
 class NoEnds:
-    """Nothing is known."""
+    """Knows nothing."""
 
     def domain_of(self, key: FlowKey) -> str:
         """See Ends."""
@@ -130,26 +148,35 @@ class NoEnds:
         """See Ends."""
         return None
 
+    def translated(self, flows: np.ndarray) -> dict[FlowKey, Translated]:
+        """See Ends."""
+        return {}
+
 
 class ToldEnds:
-    """What a daemon or a file told; at most 65,536 flows, those told longest ago go."""
+    """What a daemon or a file said about at most 65,536 flows. The oldest are forgotten."""
 
     def __init__(self) -> None:
         self._told: OrderedDict[FlowKey, tuple[str, Translated | None]] = OrderedDict()
+        self._translated: set[FlowKey] = set()
 
     def tell(self, key: FlowKey, domain: str, became: Translated | None = None) -> None:
-        """Remember the name and the translation of a flow's ends; neither of them: forget."""
+        """Remember name and translation of a flow's ends; with neither, forget the flow."""
         if domain or became is not None:
             self._told[key] = domain, became
             self._told.move_to_end(key)
             if len(self._told) > _TOLD:
-                self._told.popitem(last=False)
+                self._translated.discard(self._told.popitem(last=False)[0])
         elif self._told:
             self._told.pop(key, None)
+        if became is not None:
+            self._translated.add(key)
+        else:
+            self._translated.discard(key)
 
     def forget_others(self, records: np.ndarray, told: Collection[FlowKey]) -> None:
         """Of the flows of `records` those not among `told` are translated no more."""
-        if not any(became is not None for _, became in self._told.values()):
+        if not self._translated:
             return
         for key in record_keys(records):
             domain, became = self.told(key)
@@ -157,7 +184,7 @@ class ToldEnds:
                 self.tell(key, domain)
 
     def told(self, key: FlowKey) -> tuple[str, Translated | None]:
-        """Return what tell() was told."""
+        """Return what tell() was given."""
         return self._told.get(key, ("", None))
 
     def domain_of(self, key: FlowKey) -> str:
@@ -180,7 +207,7 @@ class ToldEnds:
 
     def translations(self, records: np.ndarray) -> np.ndarray | None:
         """See Ends."""
-        if not self._told:
+        if not self._translated:
             return None
         found = np.zeros(len(records), TRANSLATED)
         incoming = is_incoming(records)
@@ -189,3 +216,10 @@ class ToldEnds:
             if became is not None:
                 found[at] = as_translated(became, incoming[at])
         return found if found["sport"].any() else None
+
+    def translated(self, flows: np.ndarray) -> dict[FlowKey, Translated]:
+        """See Ends."""
+        if not self._translated:
+            return {}
+        keys = self._translated.intersection(flow_keys(flows))
+        return {key: became for key in keys if (became := self.told(key)[1]) is not None}

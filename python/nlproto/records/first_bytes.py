@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The first bytes of packets, kept until their records have come by."""
+"""The first bytes of packets, kept until their records have passed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["FirstBytes"]
 
 
 class FirstBytes:
-    """Of the last `limit` packets or more, at most twice as many; one thread keeps, any finds.
+    """Keeps them for the last `limit` packets, or up to twice as many. One thread keeps, any finds.
 
-    A record may have none: they were dropped since, or never sent.
+    A record may have none: they were dropped, or never sent.
     """
 
     def __init__(self, limit: int = 1 << 16) -> None:
@@ -29,8 +29,8 @@ class FirstBytes:
             self._old, self._new = self._new, {}
 
     def find(self, record: np.void) -> PacketBytes | None:
-        """Return those of one RECORD, None when they are not there."""
+        """Return those of one RECORD; None if they are not there."""
         key = int(record["cpu"]), int(record["seq"])
         one = self._new.get(key) or self._old.get(key)
-        # sequences begin anew with each load of the module, and after 2**32 records
+        # sequences begin again with each load of the module, and after 2**32 records
         return one if one is not None and one.head["time_ns"] == record["time_ns"] else None

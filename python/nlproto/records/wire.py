@@ -111,7 +111,7 @@ COUNTERS = dtype_of("sniffer_counters")
 SNAP = dtype_of("sniffer_snap")
 
 NO_CPU = 0xFFFF
-"""Of a TAIL of engine ebpf: counts packets that its programs were left out for, on whatever CPU."""
+"""In a TAIL of engine ebpf: counts packets for which a program was skipped, on any CPU."""
 
 _HOW_VALUES: dict[str, int] = {
     name.removeprefix("SNIFFER_HOW_").lower(): value
@@ -128,12 +128,12 @@ PROTO_NAMES = {socket.IPPROTO_TCP: "tcp", socket.IPPROTO_UDP: "udp"}
 
 
 def how_name(how: int) -> str:
-    """Return the enum name of `how`, lower-cased ("context"); "how_N" for a value of the future."""
+    """Return the name of `how` in lower case ("context"); "how_N" for an unknown value."""
     return HOW_NAMES[how]
 
 
 def how_value(name: str) -> int:
-    """Return the value of a `how` name. Raises Error for a word that names none."""
+    """Return the value of a `how` name. Raises Error for another word."""
     try:
         return _HOW_VALUES[name]
     except KeyError:
@@ -157,12 +157,12 @@ def text(raw: bytes) -> str:
 
 
 MAX_TEXT = 4096
-"""Bytes of UTF-8 that are kept of a text which a user chose."""
+"""The most bytes of UTF-8 that are kept of a text chosen by a user."""
 _CUT = "…[cut]"
 
 
 def bounded(raw: bytes) -> str:
-    """Return `raw` as text of at most MAX_TEXT bytes; what is longer ends with "…[cut]".
+    """Return `raw` as text of at most MAX_TEXT bytes; a longer one is cut and ends with "…[cut]".
 
     Bytes that are no UTF-8 become \\xNN, so the result is harmless JSON text.
     """
@@ -186,7 +186,7 @@ class Batch:
 
     @property
     def count(self) -> int:
-        """How many records it tells of."""
+        """How many records it stands for."""
         return len(self.records)
 
 
@@ -205,7 +205,7 @@ class FlowBatch:
 
     @property
     def count(self) -> int:
-        """How many records it tells of."""
+        """How many records it stands for."""
         return int(self.flows["records"].sum())
 
 
@@ -225,7 +225,7 @@ class ProcessEvent:
     comm: str
     exe: str
     cgroup: bytes = b""
-    """Path from the root of v2; empty when it is the root, too long, or not told."""
+    """Path from the root of cgroup v2; empty if it is the root, too long, or not reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,31 +245,31 @@ class FirstBytesBatch:
 
 
 Event = Batch | FlowBatch | ProcessEvent | FirstBytesBatch
-"""What an engine tells of."""
+"""Everything that an engine yields."""
 
 
 def joined(parts: Sequence[np.ndarray], kind: np.dtype[np.void] = RECORD) -> np.ndarray:
-    """Return arrays of `kind` one behind the other, as a new array.
+    """Return arrays of `kind` joined to a new array.
 
-    As plain bytes: NumPy copies the fields of structures one by one, 50 times as slow.
+    It copies plain bytes: NumPy copies the fields of structures one by one, 50 times as slow.
     """
     raw = [np.ascontiguousarray(part).view((np.void, kind.itemsize)) for part in parts]
     return np.asarray(np.concatenate(raw).view(kind)) if raw else np.empty(0, kind)
 
 
 def plain_copy(rows: np.ndarray) -> np.ndarray:
-    """Return the structures in memory of their own, to be read only; as plain bytes, too."""
+    """Return the structures in memory of their own, read-only. Copies plain bytes too."""
     return np.ndarray(rows.shape, rows.dtype, rows.tobytes())
 
 
 def taken(rows: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Return the structures at `places`, as a new array; as plain bytes, too."""
+    """Return the structures at `places`, as a new array. Copies plain bytes too."""
     raw = np.ascontiguousarray(rows).view((np.void, rows.dtype.itemsize))
     return np.asarray(raw[places].view(rows.dtype))
 
 
 def among(values: np.ndarray, some: np.ndarray) -> np.ndarray:
-    """Mask of `values`: is each one of `some`? As np.isin(), without the 2 MB that it imports."""
+    """Return a mask: is each of `values` one of `some`? Like np.isin(), which would import 2 MB."""
     if not len(some):
         return np.zeros(len(values), bool)
     some = np.sort(some)
@@ -279,9 +279,9 @@ def among(values: np.ndarray, some: np.ndarray) -> np.ndarray:
 
 
 def decode_struct(buf: bytes | memoryview, dtype: np.dtype[np.void]) -> np.void:
-    """Return one struct at the head of `buf`, zero-copy; a longer one of the future is accepted.
+    """Return one struct at the beginning of `buf`, without a copy. It may be a longer, future one.
 
-    Raises Error when `buf` is too short.
+    Raises Error if `buf` is too short.
     """
     if len(buf) < dtype.itemsize:
         raise Error(f"malformed message: {len(buf)} bytes where {dtype.itemsize} are needed")
@@ -304,7 +304,7 @@ _SIZE_AND_COUNT = operator.itemgetter(*map((BATCH.names or ()).index, ("record_s
 
 
 def _decode_head(buf: bytes | memoryview, dtype: np.dtype[np.void] = BATCH) -> np.void:
-    """A BATCH, or what begins with one."""
+    """Return a BATCH, or a dtype that begins with one."""
     whole = decode_struct(buf, dtype)
     head = whole["batch"] if dtype == FLOW_BATCH else whole
     version = int(head["version"])
@@ -363,7 +363,7 @@ def encode_batch(head: np.void, records: np.ndarray) -> bytes:
 def decode_process(buf: bytes | memoryview) -> ProcessEvent:
     """Return the process event in `buf` (attribute SNIFFER_A_PROCESS). Raises Error if too short.
 
-    A module that tells no cgroup ends it where that begins.
+    An older module's event ends before the cgroup.
     """
     first = int(ffi.offsetof("struct sniffer_process", "cgroup"))
     if first <= len(buf) < PROCESS.itemsize:

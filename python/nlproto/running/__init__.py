@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""How a program of this project runs: its descriptors, threads, time."""
+"""How a program of this project runs: its descriptors, threads and time."""

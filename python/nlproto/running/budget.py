@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Rations costly work to a share of the time, with some saved up for bursts."""
+"""Budgets of time for expensive work, with some saved up for bursts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 __all__ = ["Budget", "UserBudgets"]
 
 _USERS = 4096
-"""Users that are remembered: with more of them the budget for all counts alone."""
+"""The most users that are remembered. With more of them only the common budget counts."""
 
 
 class Budget:
-    """Work may take one `share`th of the time; up to `saved_ns` of it can be saved while idle."""
+    """Work may take one `share`th of the time. While idle, up to `saved_ns` of it is saved."""
 
     def __init__(self, share: int, saved_ns: int, now_ns: Callable[[], int]) -> None:
         self._share = share
@@ -29,6 +29,10 @@ class Budget:
         self._at_ns = now
         return self._left_ns > 0
 
+    def charge(self, ns: int) -> None:
+        """Charge what has been spent, allowed or not."""
+        self._left_ns -= ns
+
     @contextmanager
     def spend(self) -> Iterator[None]:
         """Charge the time that the block takes, allowed or not."""
@@ -40,10 +44,10 @@ class Budget:
 
 
 class UserBudgets:
-    """A Budget for each user, within one for all users but root; root may always.
+    """A Budget for each user, within one for all users but root. Root may always work.
 
-    One user cannot take what others have, nor can many take everything: somebody in a user
-    namespace has 65,536 uids.
+    So one user cannot take the share of others, nor can many users take everything: a user with a
+    user namespace has 65,536 uids.
     """
 
     def __init__(
@@ -65,6 +69,12 @@ class UserBudgets:
             return
         with self._all.spend(), self._user(uid).spend():
             yield
+
+    def charge(self, uid: int, ns: int) -> None:
+        """Charge what has been spent."""
+        if uid:
+            self._all.charge(ns)
+            self._user(uid).charge(ns)
 
     def _user(self, uid: int) -> Budget:
         if uid not in self._users:

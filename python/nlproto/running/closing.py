@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is to be closed, as a context manager."""
+"""A base for objects with close(), as context managers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Closing"]
 
 
 class Closing(ABC):
-    """A context manager whose end is close()."""
+    """A context manager that calls close() at its end."""
 
     def __enter__(self) -> Self:
         return self
@@ -20,4 +20,4 @@ class Closing(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what this holds; of no use afterwards."""
+        """Release what this holds. It is of no use afterwards."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How a person starts the programs of this installation: a command that works when it is typed."""
+"""Commands that start the programs of this installation, as a person would type them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SUDO_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def as_root(program: str, python: str = sys.executable) -> str:
-    """Return how root starts "packet-hunter" or "packet-hunterd"; `python` is who runs now."""
+    """Return how root starts "packet-hunter" or "packet-hunterd"; `python` is the interpreter."""
     if shutil.which(program, path=_SUDO_PATH):
         return f"sudo {program}"
     beside = Path(python).with_name(program)
@@ -25,7 +25,7 @@ def as_root(program: str, python: str = sys.executable) -> str:
 
 
 def from_here(path: Path) -> str:
-    """Return `path` as one writes it here: relative if it is below the current directory."""
+    """Return `path` as one would type it: relative if it is below the current directory."""
     try:
         here = os.path.relpath(path)
     except FileNotFoundError:  # the current directory was removed

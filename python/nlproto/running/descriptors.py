@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""File descriptors: a limit as high as allowed, shares that leave some over, and the end of them.
+"""File descriptors: the highest limit, shares for each use, and errors when none is left.
 
 Sources: man 2 getrlimit, man 5 systemd.exec (LimitNOFILE: raise the soft limit, avoid select()).
 """
@@ -15,7 +15,8 @@ from nlproto.errors import Error
 
 __all__ = ["NoDescriptors", "lower_limit", "namespaces", "none_left", "or_error", "raise_limit"]
 
-_PER_NETNS = 8  # ring, sock_diag and rtnetlink of the engine; of watcher, namer, tcp_info; taps
+_PER_NETNS = 10
+"""Ring, sock_diag, rtnetlink, conntrack of the engine; of watcher, namer, tcp_info; taps, NAT."""
 _OTHERS = 64  # files, history, event loop, the questions under way
 _CLIENTS = 512
 _LEAST = 18
@@ -28,14 +29,14 @@ class NoDescriptors(Error):
 
     @classmethod
     def of(cls, error: OSError) -> NoDescriptors:
-        """Return the one that says what `error` means."""
+        """Return the exception for `error`."""
         return cls(f"{error.strerror}: raise the limit (ulimit -n, LimitNOFILE=) or close some")
 
 
 def raise_limit() -> None:
     """Raise this process's soft limit to the hard one. Nothing here uses select(2).
 
-    Raises Error where even that is too low to begin.
+    Raises Error if even the hard limit is too low to begin.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
@@ -45,16 +46,16 @@ def raise_limit() -> None:
 
 
 def lower_limit() -> None:
-    """Go back to the soft limit at start, for a program that is run from here."""
+    """Restore the soft limit of the start, for a program that is started from here."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (_soft_at_start, hard))
 
 
 def namespaces(most: int) -> int:
-    """Return how many network namespaces may be captured, `most` at most and at least one.
+    """Return how many network namespaces may be captured: at least one, at most `most`.
 
-    At least half of the descriptors, or enough for a full house of clients, is for others.
+    At least half of the descriptors stay for others, or enough for the full number of clients.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
@@ -64,13 +65,13 @@ def namespaces(most: int) -> int:
 
 
 def none_left(error: BaseException) -> bool:
-    """Return whether `error` says that there are no descriptors left."""
+    """Return whether `error` says that no descriptor is left."""
     return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 @contextlib.contextmanager
 def or_error() -> Iterator[None]:
-    """Raise NoDescriptors instead of the OSError that says the same."""
+    """Raise NoDescriptors in place of an OSError that says the same."""
     try:
         yield
     except OSError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Packages of other people that are called as ours are."""
+"""Finds other people's packages with the names of ours."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ __all__ = ["foreign_packages"]
 
 
 def foreign_packages() -> list[str]:
-    """One line for each of `daemon` and `hunter` that is not the one beside this package.
+    """Return one line for each of `daemon` and `hunter` that is not the package beside this one.
 
-    Both names are taken on PyPI: two distributions in one environment overwrite each other.
+    PyPI has other packages with both names. Two distributions in one environment overwrite each
+    other.
     """
     ours = Path(__file__).resolve().parents[2]
     lines = []
@@ -30,7 +31,7 @@ def foreign_packages() -> list[str]:
             str(Path(place, mark))
             for place in places
             for mark in _FOREIGN_FILES[name]
-            if os.path.exists(Path(place, mark))  # False where one may not look
+            if os.path.exists(Path(place, mark))  # False if one may not look
         ]
         if strange:
             lines.append(
@@ -40,7 +41,7 @@ def foreign_packages() -> list[str]:
     return lines
 
 
-# What python-daemon and the hunter of PyPI put into a directory that both share.
+# Files that python-daemon and PyPI's hunter put into a directory of the same name.
 _FOREIGN_FILES = {
     "daemon": ("daemon.py", "pidfile.py", "runner.py"),
     "hunter": ("actions.py", "predicates.py", "tracer.py"),

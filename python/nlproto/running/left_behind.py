@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Work that may wait for a disk or a server, in a thread that nobody waits for."""
+"""Work that may hang on a disk or a server, in a thread that nobody waits for."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 class LeftBehind(Generic[T]):
-    """A thread that does `work` on one thing after the other; a context manager.
+    """A thread that does `work` on one thing after another. A context manager.
 
-    At the end it is left behind, because what it waits for cannot be interrupted. At most `most`
-    things wait. Errors of the types `foreseen` are not logged: the next thing may go well.
+    At the end the thread is not joined, because its wait cannot be interrupted. At most `most`
+    things may wait. Errors of the types `foreseen` are not logged: the next thing may go well.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class LeftBehind(Generic[T]):
             self._waiting.put_nowait(None)
 
     def add(self, thing: T) -> bool:
-        """Whether `thing` waits for its turn; False: too many do. From any thread, at once."""
+        """Queue `thing`. Returns False if too many wait. From any thread, at once."""
         try:
             self._waiting.put_nowait((thing,))
         except queue.Full:

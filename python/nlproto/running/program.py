@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How each program takes its command line, and how it ends: one line, and the right code."""
+"""How each program reads its command line, and how it ends: with one line and the right code."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ _OUTPUT_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF
 
 
 class Parser(argparse.ArgumentParser):
-    """Says of a mistake one line, not the whole usage before it; raises UsageError."""
+    """A parser that says one line about a mistake, without the usage. Raises UsageError."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises UsageError, always."""
+        """Always raise UsageError."""
         raise UsageError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
     def add_version(self) -> None:
         """Add -V, --version."""
-        self.add_argument("-V", "--version", action=_Version, help="say the version, and end")
+        self.add_argument("-V", "--version", action=_Version, help="print the version and exit")
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """An empty word ("$FILE" that is not set) is a mistake, but as a filter: as in tcpdump."""
+        """An empty word (an unset "$FILE") is a mistake, except as a filter, as in tcpdump."""
         if not arg_string and action.dest != "filter":
-            raise argparse.ArgumentError(action, "an empty word says nothing")
+            raise argparse.ArgumentError(action, "an empty word means nothing")
         return super()._get_value(action, arg_string)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """argparse's own passes over what it cannot write."""
+        """argparse's own version ignores a failed write."""
         _say(message, file or sys.stdout)
 
 
 class _Version(argparse.Action):
-    """argparse's own, but the version is looked up when it is asked for."""
+    """As argparse's own, but looks up the version only when it is asked for."""
 
     def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, 0, help=help)
@@ -66,7 +66,7 @@ def _say(text: str, file: IO[str]) -> None:
 
 
 def _failed(error: OSError) -> Error | None:
-    """Return what to say of `error` if somebody outside the program is at fault."""
+    """Return what to say about `error` if the cause lies outside the program."""
     reason = error.strerror or str(error)
     if lacking := missing(error):
         return lacking
@@ -76,12 +76,12 @@ def _failed(error: OSError) -> Error | None:
 
 
 def _forget(number: int) -> None:
-    """Nobody takes what goes to 1 or 2: Python would complain again when it flushes at exit."""
+    """Nobody reads 1 or 2 any more: Python would complain again when it flushes at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def teller(program: str) -> Callable[[str], None]:
-    """Return what writes one line for people to stderr; that nobody can read it is no failure."""
+    """Return a function that writes a line for people to stderr; never mind if it cannot."""
 
     def tell(line: str) -> None:
         try:
@@ -93,11 +93,11 @@ def teller(program: str) -> Callable[[str], None]:
 
 
 def ended(run: Callable[[], int], tell: Callable[[str], None], prints: bool = False) -> int:
-    """Return what `run` returns, or the exit code of what ended it.
+    """Return what `run` returns, or the exit code of the exception that ended it.
 
-    `tell` gets the one line that says why. Output that nobody reads on is no failure, as with
-    other programs of a pipe; output that cannot be written is. `prints`: what fails without a
-    file's name in `run` is standard output.
+    `tell` gets one line that says why. It is no failure if the reader of a pipe stops reading; it
+    is one if output cannot be written. `prints`: a failed write in `run` without a file's name was
+    to standard output.
     """
     open_standard()
     code = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Standard input, output and error: data goes to 1, words to 2, and each is open."""
+"""Standard input, output and error. Data goes to 1, words to 2. All three are always open."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 
 __all__ = ["open_standard"]
 
-# What is read from a closed input ends at once, what is written to a closed output fails, as
-# with GNU's tools; words for nobody are no failure.
+# Reading a closed input ends at once, and writing to a closed output fails, as with GNU's tools.
+# Words that nobody can read are no failure.
 _MODES = {0: os.O_RDONLY, 1: os.O_RDONLY, 2: os.O_RDWR}
 
 
 def open_standard() -> None:
-    """Open those of 0, 1 and 2 that the caller closed (>&-), before any file takes their place.
+    """Open those of 0, 1 and 2 that the caller closed (>&-), before any file gets their number.
 
     Python has None for a closed stream, and print() to a stderr that is None writes to stdout.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Threads that outlive a mistake: it is logged, and who fails for good says so before it ends."""
+"""Threads that survive errors. Errors are logged; a thread that only fails says so and ends."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from nlproto.running.descriptors import none_left
 
 __all__ = ["PATIENCE", "Failures", "described", "keep_going"]
 
-_QUIET = 60.0  # s between two lines about the same
-_PAUSE = 0.1  # s before a turn is tried again
+_QUIET = 60.0  # s between two lines about the same error
+_PAUSE = 0.1  # s before another try
 PATIENCE = 60.0
-"""Seconds of nothing but failures after which going on is of no use."""
+"""After so many seconds of nothing but failures it is no use to go on."""
 
 log = logging.getLogger(__name__)
 
 
 class Failures:
-    """What went wrong in one part of the program; for one thread.
+    """Failures of one part of the program. For one thread.
 
     Each kind is logged once a minute, with its traceback unless the error says what to do.
     """
@@ -40,7 +40,7 @@ class Failures:
         self._last: Exception | None = None
 
     def add(self, error: Exception, what: str = "") -> None:
-        """Something failed; `what` of a few words, none of them a user's."""
+        """Note a failure. `what` is a few words, none of them a user's."""
         self._last = error
         now = self._now()
         if self._since is None:
@@ -57,22 +57,22 @@ class Failures:
         log.error("%s", line, exc_info=None if foreseen else error)
 
     def clear(self) -> None:
-        """Something went well."""
+        """Note a success."""
         self._last = self._since = None
 
     @property
     def hopeless(self) -> bool:
-        """Whether nothing went well for as long as patience lasts."""
+        """Whether nothing has gone well for as long as patience lasts."""
         return self._since is not None and self._now() - self._since > self._patience
 
     def death(self) -> Error:
-        """What to end the program with."""
+        """The error to end the program with."""
         why = "" if self._last is None else f" ({described(self._last)})"
         return Error(f"{self.part} cannot go on{why}; please report this")
 
 
 def described(error: BaseException) -> str:
-    """One line: an Error's own words, else also its type and where it came from."""
+    """Return one line: the text of our own Error; for others also the type and the place."""
     text = " ".join(str(error).split())
     if isinstance(error, Error):
         return text
@@ -86,7 +86,7 @@ def described(error: BaseException) -> str:
 def keep_going(turn: Callable[[], bool], failures: Failures, died: Callable[[Error], None]) -> None:
     """Call `turn` until it returns False, whatever it raises.
 
-    Who fails only, and has no success to clear(), calls died(error) in the end.
+    If it only fails, without a clear() in between, died(error) is called in the end.
     """
     while not failures.hopeless:
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a program finds missing around it: descriptors, /proc, its current directory."""
+"""What a program may find missing around it: descriptors, /proc, its current directory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["missing"]
 
 
 def missing(error: OSError) -> Error | None:
-    """Return what to say if `error` came of something that both programs need, else None."""
+    """Return what to say if `error` came from what both programs need, else None."""
     if descriptors.none_left(error):
         return descriptors.NoDescriptors.of(error)
     if not isinstance(error, FileNotFoundError):

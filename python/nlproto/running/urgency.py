@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Lets a thread go first for as long as it has little to do.
+"""Gives a thread precedence as long as it has little to do.
 
-Who has a socket can be asked only while the socket is open: some milliseconds, for which a busy
-machine lets a thread wait. One that uses much of a processor goes back into the queue.
+The holder of a socket can be found only while the socket is open. That may be some milliseconds,
+and on a busy machine a thread waits longer. A thread that uses much of a processor loses
+precedence.
 
-The real-time class, since Linux weighs a nice value only within a session (autogroup) or cgroup.
-Where that is not allowed, a nice value.
+It uses the real-time class, because Linux weighs a nice value only within a session (autogroup) or
+cgroup. Where that is not allowed, it uses a nice value.
 """
 
 import contextlib
@@ -18,14 +19,16 @@ __all__ = ["Urgency"]
 
 _NICE = -10
 _PRIORITY = 1  # the lowest of the real-time class
-_CLASS = os.SCHED_RR | os.SCHED_RESET_ON_FORK  # what this thread starts is not urgent
-_LOOK_NS = 200_000_000  # between two looks at how much it used
+_CLASS = os.SCHED_RR | os.SCHED_RESET_ON_FORK  # threads started from here are not urgent
+_LOOK_NS = 200_000_000  # between two looks at the time it used
 _SHARE = 2  # half of a processor's time is too much
 
 
 class Urgency:
-    """For one thread at a time. Without the right (CAP_SYS_NICE, or LimitRTPRIO= or LimitNICE=) it
-    does nothing, nor for a thread that somebody gave a class of its own.
+    """Gives one thread at a time precedence.
+
+    It does nothing without the right (CAP_SYS_NICE, or LimitRTPRIO= or LimitNICE=), or for a thread
+    that somebody else gave a class.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class Urgency:
         self.raised = False
 
     def look(self) -> None:
-        """Go first, or no more; cheap, to be called often by the thread itself."""
+        """Give the thread precedence, or take it. Cheap; the thread itself calls it often."""
         now, thread = self._now_ns(), threading.get_native_id()
         if thread != self._thread:
             self.rest()
@@ -58,12 +61,12 @@ class Urgency:
             self._set(calm and self._ordinary)
 
     def rest(self) -> None:
-        """Give back what look() took; also from another thread."""
+        """Undo look(). Also from another thread."""
         self._set(False)
 
     @contextlib.contextmanager
     def patiently(self) -> Iterator[None]:
-        """For long work inside: it waits for its turn as everybody's does. Any thread may call."""
+        """For long work: inside, the thread waits like any other. Any thread may call it."""
         if threading.get_native_id() != self._thread:
             yield
             return
@@ -96,7 +99,7 @@ class Urgency:
 
     def _lower(self) -> None:
         if os.sched_getscheduler(self._thread) & ~os.SCHED_RESET_ON_FORK == os.SCHED_RR:
-            # to take the flag back would need a right
+            # clearing the flag would need a right
             policy = os.SCHED_OTHER | os.SCHED_RESET_ON_FORK
             os.sched_setscheduler(self._thread, policy, os.sched_param(0))
         else:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""What is remembered: flows, processes, who owns which port."""
+"""Tables of what is remembered: flows, processes, owners of ports."""

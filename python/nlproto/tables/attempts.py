@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Connection attempts that fail, by the SYNs that go out and what comes back."""
+"""Failed connection attempts, from outgoing SYNs and the answers to them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from nlproto.tables.outcome import ACK, RST, SYN
 __all__ = ["ANSWER_NS", "Attempts", "Failed"]
 
 ANSWER_NS = 30_000_000_000
-"""Without an answer for so long an attempt counts as unanswered."""
+"""After so long without an answer an attempt counts as unanswered."""
 _LAST_SYN_NS = 180_000_000_000
-"""The kernel sends its last SYN after some two minutes: until then it is the same attempt."""
+"""The kernel sends its last SYN after some two minutes. Until then it is the same attempt."""
 _MOST = 65_536
-"""Attempts that are remembered; the oldest go first, uncounted."""
+"""The most attempts that are remembered. Beyond it the oldest are dropped, uncounted."""
 
 
 class Failed(NamedTuple):
@@ -39,11 +39,11 @@ class Attempts:
     def __init__(self) -> None:
         self._seed = random_seed()
         self._waiting: dict[int, tuple[int, Failed]] = {}
-        """When each began, in this order, and what it is if nobody answers."""
+        """When each began, in this order, and what it becomes without an answer."""
         self._given_up: dict[int, int] = {}
 
     def take(self, flows: np.ndarray, now_ns: int) -> list[Failed]:
-        """Return what failed by these FLOWs, or by the time; any steady clock."""
+        """Return the attempts that have failed by these FLOWs, or by now; any steady clock."""
         failed = list(self._expire(now_ns))
         tcp = (flows["proto"] == socket.IPPROTO_TCP) & (flows["forwarded"] == 0)
         came, went = flows["tcp_in"], flows["tcp_out"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tables filled and searched whole batches at a time: columns found by a hash (table.c)."""
+"""Tables filled and searched whole batches at a time: columns, found by a hash (table.c)."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ _SHIFT = np.uint64(29)
 
 
 def mix(parts: Sequence[np.ndarray], seed: int) -> np.ndarray:
-    """One hash (uint64) for each row of up to eight columns of equal length.
+    """Return one hash (uint64) for each row of up to eight columns of equal length.
 
-    With a random `seed` a sender of packets cannot foresee which of them collide.
+    With a random `seed` a sender of packets cannot foresee which rows collide.
     """
     value = np.full(len(parts[0]), seed & 0xFFFFFFFFFFFFFFFF, np.uint64)
     for part, odd in zip(parts, _ODD, strict=False):
@@ -57,18 +57,18 @@ _NO_FIELDS = np.dtype([])
 
 
 def new_slots(count: int) -> tuple[np.ndarray, int]:
-    """An empty hash index with room for `count`; (slots, how many bits number them)."""
+    """Return an empty hash index with room for `count`: (slots, bits of a slot's number)."""
     bits = max(4, (2 * count).bit_length())
     return np.zeros(1 << bits, np.uint32), bits
 
 
 def random_seed() -> int:
-    """64 bits that nobody foresees. (The module `secrets` costs 3 MB of memory.)"""
+    """Return 64 random bits. (The module `secrets` would take 3 MB of memory.)"""
     return int.from_bytes(os.urandom(8), "little")
 
 
 def part_of(dtype: np.dtype[np.void], *names: str) -> np.dtype[np.void]:
-    """The fields from the first to the last of `names`, which lie side by side, as a group."""
+    """Return the fields from the first to the last of `names`, which are adjacent, as a group."""
     fields: Mapping[str, Any] = dtype.fields or {}
     begin = fields[names[0]][1]
     ends = [fields[name][1] + fields[name][0].itemsize for name in names]
@@ -83,7 +83,7 @@ def part_of(dtype: np.dtype[np.void], *names: str) -> np.dtype[np.void]:
 
 
 def with_fields(dtype: np.dtype[np.void], *more: tuple[str, Any, int]) -> np.dtype[np.void]:
-    """The same layout, in which bytes have a name, format and offset more, or another format."""
+    """Return the same layout, in which `bytes` have a further name, format and offset."""
     fields: dict[str, Any] = {name: field[:2] for name, field in (dtype.fields or {}).items()}
     fields |= {name: (kind, offset) for name, kind, offset in more}
     return np.dtype(
@@ -97,17 +97,17 @@ def with_fields(dtype: np.dtype[np.void], *more: tuple[str, Any, int]) -> np.dty
 
 
 def without(dtype: np.dtype[np.void], *names: str) -> np.dtype[np.void]:
-    """The same layout, in which `names` have no name."""
+    """Return the same layout without the names `names`."""
     return dtype[[name for name in dtype.names or () if name not in names]]
 
 
 class ColumnTable:
-    """Columns of `groups` for `rows` rows, found by `hash`, which is made of the fields `key`.
+    """A table of `rows` rows with the columns `groups`, found by the `hash` of the fields `key`.
 
-    A group's fields lie side by side, as they do in the values that are put here: what is used
-    together takes one access to memory. Fields of a group that are in the key come first.
-    Not thread-safe. Which rows are in use is up to the owner. A row takes memory when it is first
-    written to, so a large table costs nothing while it is empty; trim() gives memory back.
+    A group's fields lie side by side, as in the values written here, so that what is used together
+    takes one access to memory. Within a group the fields of the key come first. Not thread-safe.
+    The owner decides which rows are in use. A row takes memory when it is first written to, so an
+    empty table costs nothing, however large. trim() gives memory back.
     """
 
     def __init__(self, groups: Sequence[np.dtype[np.void]], key: Sequence[str], rows: int) -> None:
@@ -131,14 +131,14 @@ class ColumnTable:
         return self._count
 
     def find(self, values: np.ndarray) -> np.ndarray:
-        """For each of `values` the row (int64) that has its key, or -1."""
+        """Return for each of `values` the row (int64) with its key, or -1."""
         values = np.ascontiguousarray(values)
         rows = np.empty(len(values), np.int64)
         lib.table_find(self._layout(values.dtype), octets(values), len(values), numbers(rows))
         return rows
 
     def put(self, rows: np.ndarray, values: np.ndarray) -> None:
-        """Write `values` (any of the fields, `hash` among them) to `rows`; they can be found."""
+        """Write `values` (any fields, and `hash`) to `rows`, and enter the rows into the index."""
         if not len(rows):
             return
         if len(rows) != len(values) or rows.min() < 0 or rows.max() >= self.capacity:
@@ -150,18 +150,18 @@ class ColumnTable:
         self._count += len(rows)
 
     def remove(self, rows: np.ndarray) -> None:
-        """They are found no more."""
+        """Take rows out of the index."""
         rows = np.ascontiguousarray(rows, np.int64)
         self._count -= lib.table_remove(self._layout(), numbers(rows), len(rows))
 
     def keep(self, mask: np.ndarray) -> None:
-        """Of the first len(mask) rows those with `mask` alone, which become the first."""
+        """Of the first len(mask) rows keep those with `mask`, and move them to the front."""
         mask = np.ascontiguousarray(mask, bool)
         self._count = lib.table_keep(self._layout(), octets(mask), len(mask))
         self._enter(np.arange(self._count))
 
     def _enter(self, rows: np.ndarray, more: int = 0) -> None:
-        """Index `rows` alone, with room for `more`."""
+        """Index only `rows`, with room for `more`."""
         rows = rows.astype(np.int64)
         self._slots, bits = new_slots(len(rows) + more)
         for layout, _ in self._layouts.values():
@@ -169,14 +169,14 @@ class ColumnTable:
         lib.table_enter(self._layout(), numbers(rows), len(rows))
 
     def trim(self, rows: int) -> None:
-        """No row from `rows` on is in use: their memory is given back."""
+        """No row from `rows` on is in use: give their memory back."""
         for group, memory in zip(self.groups, self._memory, strict=True):
             begin = -(-rows * group.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
             if begin < len(memory):
                 memory.madvise(mmap.MADV_DONTNEED, begin, len(memory) - begin)
 
     def take(self, rows: np.ndarray, dtype: np.dtype[np.void]) -> np.ndarray:
-        """The fields of `dtype` in these rows; 0 where there is no such column (`hash`)."""
+        """Return the fields of `dtype` in these rows; 0 where there is no such column (`hash`)."""
         found = np.zeros(len(rows), dtype)
         for name in dtype.names or ():
             if name in self.columns:
@@ -184,7 +184,7 @@ class ColumnTable:
         return found
 
     def _layout(self, dtype: np.dtype[np.void] = _NO_FIELDS) -> Any:
-        """This table as C sees it, and where values of `dtype` have their fields."""
+        """Return this table for C, with the offsets of its fields in values of `dtype`."""
         if dtype in self._layouts:
             return self._layouts[dtype][0]
         fields: Mapping[str, Any] = dtype.fields or {}
@@ -213,7 +213,7 @@ class ColumnTable:
 
 
 def _reserve(size: int) -> mmap.mmap:
-    """Zeros that take no memory yet."""
+    """Return zeros that take no memory yet."""
     memory = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages, which would waste memory
         memory.madvise(mmap.MADV_NOHUGEPAGE)
@@ -221,10 +221,10 @@ def _reserve(size: int) -> mmap.mmap:
 
 
 def numbers(array: np.ndarray) -> Any:
-    """int64 for C; lives as long as `array`."""
+    """Return int64 for C, valid as long as `array`."""
     return ffi.from_buffer("int64_t[]", array)
 
 
 def octets(array: np.ndarray) -> Any:
-    """Any packed array for C; lives as long as it does."""
+    """Return any packed array for C, valid as long as the array."""
     return ffi.from_buffer("uint8_t[]", array)

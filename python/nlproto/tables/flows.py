@@ -36,14 +36,14 @@ _SYN, _ACK = 2, 16
 
 
 FLOW = without(dtype_of("flow", ffi), "zero", "dirty", "nat_zero", "reserved")
-"""One flow of one owner, with its local and remote end. Of a forwarded flow these are the lower
-and the higher end, and "out" is from the lower one. Addresses are the 16 bytes of the record, seen
-as two numbers. Times are CLOCK_MONOTONIC ns. Packets and bytes are those of the wire, after
-segmentation. how, uid, inode and comm are the last record's; flags has all that were set. nat_
-fields are what NAT made of the ends; nat_lport 0: not known that it changed any. tcp_in and
-tcp_out have the TCP flags of all packets that way. opened is
-who sent the SYN: 1 this end, 2 the other one. rtt_us and retransmits are of the connection,
-where flags has LOOKED: the history has them, summarize() does not."""
+"""One flow of one owner, with its local and remote end. A forwarded flow has the lower and the
+higher end in their place, and "out" is from the lower one. Addresses are the 16 bytes of the
+record, as two numbers. Times are CLOCK_MONOTONIC ns. Packets and bytes are those on the wire, after
+segmentation. how, uid, inode and comm are from the last record; flags has all that were ever set.
+The nat_ fields are what NAT made of the ends; nat_lport 0: no translation is known. tcp_in and
+tcp_out have the TCP flags of all packets in that direction. opened says who sent the SYN: 1 this
+end, 2 the other one. rtt_us and retransmits are the connection's, if flags has LOOKED: the history
+has them, summarize() does not."""
 
 LOOKED = 1 << 15
 """In a FLOW's flags: the kernel was asked how the connection went."""
@@ -61,20 +61,20 @@ KEY_FIELDS = (
     "family",
     "forwarded",
 )
-"""What makes two flows different; `hash` is made of these."""
+"""The key of a flow; `hash` is made from these fields."""
 
 
 def summarize(records: np.ndarray, seed: int = 0) -> np.ndarray:
-    """One FLOW for each flow and owner in `records` (RECORD), in order of appearance.
+    """Return one FLOW for each flow and owner in `records` (RECORD), in order of appearance.
 
-    `seed`: makes hashes that a sender of packets cannot foresee; the same for all batches that
-    are put into one table.
+    `seed`: makes hashes that a sender of packets cannot foresee. It must be the same for all
+    batches that go into one table.
     """
     return _sum(records, seed, ffi.NULL)
 
 
 def group(records: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """As summarize(); and for each record the index of its FLOW."""
+    """Return what summarize() returns, and for each record the index of its FLOW."""
     belongs = np.empty(len(records), np.uint32)
     return _sum(records, seed, ffi.from_buffer("uint32_t[]", belongs)), belongs
 
@@ -98,14 +98,15 @@ def _sum(records: np.ndarray, seed: int, belongs: Any) -> np.ndarray:
 def settle_opened(flows: np.ndarray, belongs: np.ndarray, merged: np.ndarray) -> None:
     """Set `opened` of FLOWs that are the sums of FLOW_RECORDs; `belongs` as of group().
 
-    The TCP flags of such a record are or-ed, so a SYN with an ACK may be either side's. Where both
-    sides' are here the earlier one began; else a SYN without an ACK tells, or a record alone.
+    Such a record has the TCP flags of several packets, so SYN and ACK together may mean either
+    side. If both sides have a SYN here, the earlier one began. Otherwise a SYN without an ACK
+    decides, or a record of one packet.
     """
     flags = merged["last"]["tcp_flags"]
     rows = np.flatnonzero((flags & _SYN) != 0)
     if not len(rows):
         return
-    rows = rows[np.argsort(merged["first_ns"][rows], kind="stable")[::-1]]  # the earliest last
+    rows = rows[np.argsort(merged["first_ns"][rows], kind="stable")[::-1]]  # earliest last
     at, ack = belongs[rows], (flags[rows] & _ACK) != 0
     out = merged["last"]["dir"][rows] == wire.SNIFFER_DIR_OUT
     both = (flows["tcp_in"][at] & flows["tcp_out"][at] & _SYN) != 0
@@ -115,7 +116,7 @@ def settle_opened(flows: np.ndarray, belongs: np.ndarray, merged: np.ndarray) ->
 
 
 def first_of_processes(records: np.ndarray, seed: int) -> np.ndarray:
-    """Where in `records` (RECORD) each process is named first."""
+    """Return where in `records` (RECORD) each process is named first."""
     records = np.ascontiguousarray(records)
     places = np.empty(len(records), np.uint32)
     slots, bits = new_slots(len(records))
@@ -131,7 +132,7 @@ def first_of_processes(records: np.ndarray, seed: int) -> np.ndarray:
 
 
 def unnamed_places(records: np.ndarray, hows: Iterable[int]) -> np.ndarray:
-    """Where records (RECORD) are that have no process, are not forwarded, and one of `hows`."""
+    """Return where records (RECORD) have no process, are not forwarded, and have one of `hows`."""
     records = np.ascontiguousarray(records)
     places = np.empty(len(records), np.uint32)
     count = lib.flows_unnamed(
@@ -168,18 +169,20 @@ def decode_flows(payload: bytes | memoryview) -> tuple[np.void, np.ndarray]:
 
 
 def address_words(raw: bytes) -> tuple[int, int]:
-    """A record's 16 address bytes as in FLOW."""
+    """Return a record's 16 address bytes as two numbers, as in FLOW."""
     words = np.frombuffer(raw.ljust(16, b"\0"), np.uint64)
     return int(words[0]), int(words[1])
 
 
 def address_bytes(words: np.ndarray) -> bytes:
-    """The 16 address bytes of FLOW's laddr or raddr."""
+    """Return the 16 address bytes of FLOW's laddr or raddr."""
     return np.ascontiguousarray(words, np.uint64).tobytes()
 
 
 def pack_address(address: str) -> tuple[int, bytes]:
-    """(family, 16 bytes) of an address in text; IPv4-mapped IPv6 is IPv6. Raises ValueError."""
+    """Return (family, 16 bytes) of an address in text. Raises ValueError.
+
+    An IPv4-mapped IPv6 address is IPv6."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         return family, socket.inet_pton(family, address).ljust(16, b"\0")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How a TCP connection began and ended, by the flags of its packets."""
+"""How a TCP connection began and ended, from the flags of its packets."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ SYN, RST, ACK = 2, 4, 16
 
 
 def outcome(tcp_in: int, tcp_out: int) -> str | None:
-    """Return the outcome by all TCP flags that came in and went out; None: nothing is wrong.
+    """Return the outcome, from all TCP flags in both directions; None: nothing is wrong.
 
-    "refused": the answer to our SYN was a reset. "unanswered": there was none, up to now.
-    "reset": the far end broke the connection off. "aborted": this end did, or refused it.
+    "refused": the answer to our SYN was a reset. "unanswered": no answer came, up to now. "reset":
+    the far end broke the connection off. "aborted": this end did, or refused it.
     """
     if tcp_out & SYN and not tcp_out & ACK and not tcp_in & SYN:
         return "refused" if tcp_in & RST else None if tcp_in else "unanswered"

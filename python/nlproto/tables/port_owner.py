@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A row of the port map, for people who ask."""
+"""A row of the port map, for people."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PortOwner(NamedTuple):
     comm: str
     cookie: int
     listening: bool
-    """Found in the kernel's tables as a listener or an unconnected UDP socket."""
+    """Whether the kernel's tables have it as a listener or an unconnected UDP socket."""
     seen_ns: int
     """CLOCK_MONOTONIC when a packet or the kernel's tables last showed it."""
 
@@ -43,10 +43,10 @@ class PortOwner(NamedTuple):
 
     @property
     def address(self) -> str:
-        """Of the local end, as text."""
+        """Address of the local end, as text."""
         return address_text(self.endpoint[2], self.endpoint[3])
 
     @property
     def port(self) -> int:
-        """Of the local end."""
+        """Port of the local end."""
         return self.endpoint[4]

@@ -47,17 +47,17 @@ _GROUPS = (
 _KEY = ("address", "start_ns", "netns", "tgid", "port", "proto", "family")
 _PORTS = 1 << 16
 _FEW = 16
-"""Owners that are found faster one by one than with NumPy."""
+"""Up to so many owners are found faster one by one than with NumPy."""
 _COMPACT = 4096
-"""Rows that are worth the work of moving owners together, when most are free."""
+"""Above so many rows it is worth moving owners together, if most are free."""
 _PART = 2048
-"""Flows that are learnt at once: no question waits longer than that for the lock."""
+"""How many flows are learnt at once: a question waits no longer for the lock."""
 
 
 class PortMap:
     """Bounded, thread-safe. Traffic alone keeps an owner for `ttl_ns` after its last packet.
 
-    When `limit` owners are reached a quarter goes, of whoever has most, the longest silent
+    At `limit` owners a quarter is removed: from the users with most, those that were silent longest
     (nlproto.tables.shares; `evicted` counts them).
     """
 
@@ -94,7 +94,7 @@ class PortMap:
         return {name: column[: self._top] for name, column in self._table.columns.items()}
 
     def update(self, flows: np.ndarray) -> None:
-        """Learn from FLOWs; forwarded, unnamed and those of closed sockets tell nothing."""
+        """Learn from FLOWs. Forwarded, unnamed and closed flows are left out."""
         flows = np.ascontiguousarray(flows)
         rows = np.empty(len(flows), _ROW)
         slots, bits = new_slots(len(flows))
@@ -111,7 +111,7 @@ class PortMap:
                 self._put(rows[at : min(at + _PART, count)])
 
     def replace_bound(self, sockets: Sequence[BoundSocket], now_ns: int) -> None:
-        """Take the kernel's present listeners and bound sockets: those not among them are gone."""
+        """Enter the kernel's present listeners and bound sockets; all others have gone."""
         rows = self._rows_of(sockets, now_ns, listening=True)
         with self._lock:
             present = self._put_all(rows)
@@ -127,28 +127,28 @@ class PortMap:
         present: np.ndarray,
         now_ns: int,
     ) -> None:
-        """As replace_bound(), of those sockets alone (cookies `changed`) that are new or changed.
+        """Do replace_bound() for only those sockets (cookies `changed`) that are new or changed.
 
-        `present`: cookies of all there are.
+        `present`: the cookies of all sockets.
         """
         rows = self._rows_of(sockets, now_ns, listening=True)
         with self._lock:
             put = self._put_all(rows)
             columns = self._columns
             bound = columns["live"] & columns["listening"]
-            columns["seen_ns"][bound] = now_ns  # or they would be the first to be evicted
+            columns["seen_ns"][bound] = now_ns  # or they would be removed first
             gone = bound & among(columns["cookie"], changed)
             gone[put] = False
             self._drop(gone | (bound & ~among(columns["cookie"], present)))
 
     def add_connected(self, sockets: Sequence[BoundSocket], now_ns: int) -> None:
-        """Learn of connected sockets from the kernel's tables, as from a packet at `now_ns`."""
+        """Learn connected sockets from the kernel's tables, as if a packet had come at `now_ns`."""
         rows = self._rows_of(sockets, now_ns)
         with self._lock:
             self._put_all(rows)
 
     def keep_cookies(self, cookies: Collection[int] | np.ndarray, before_ns: int) -> None:
-        """Drop owners whose socket is not among all the kernel's `cookies`, read after `before_ns`.
+        """Drop owners whose socket is not among the kernel's `cookies`, read after `before_ns`.
 
         Owners seen since then, or known without a cookie, stay until their time is over.
         """
@@ -171,7 +171,7 @@ class PortMap:
             self._drop_rows(self._of(key))
 
     def expire(self, now_ns: int) -> None:
-        """Drop owners that only traffic showed, and not for `ttl_ns`."""
+        """Drop owners that only traffic showed, but not for the last `ttl_ns`."""
         with self._lock:
             columns = self._columns
             old = columns["seen_ns"] < max(0, now_ns - self.ttl_ns)

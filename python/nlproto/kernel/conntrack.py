@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What NAT does in one network namespace: events of conntrack, and what it knew before.
+"""Translations by NAT in one network namespace: conntrack's events, and its older entries.
 
-A connection's translation is settled with its first packet and never changes. So events of a
-beginning and an end are enough, and the kernel leaves out whatever is not translated. Sources:
-uapi linux/netfilter/nfnetlink_conntrack.h, net/netfilter/nf_conntrack_netlink.c.
+The first packet fixes a connection's translation, which never changes. So events of beginning and
+end are enough. The kernel leaves out connections that are not translated. Sources: uapi
+linux/netfilter/nfnetlink_conntrack.h, net/netfilter/nf_conntrack_netlink.c.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from nlproto.errors import Error, NoPrivilege
 from nlproto.kernel.netlink import (
+    NLM_F_ACK,
     NLM_F_DUMP,
     SOL_NETLINK,
     Connection,
@@ -27,8 +29,9 @@ from nlproto.kernel.netlink import (
     set_receive_buffer,
 )
 from nlproto.kernel.sockfilter import AD, assemble, attach
+from nlproto.running.closing import Closing
 
-__all__ = ["Conntrack", "Event", "is_there"]
+__all__ = ["Conntrack", "ConntrackLookup", "End", "Event", "is_there"]
 
 NETLINK_NETFILTER = 12
 _NEW_GROUP, _DESTROY_GROUP = 1, 3
@@ -47,20 +50,24 @@ _SRC_NAT, _DST_NAT = 1 << 4, 1 << 5
 _U32 = struct.Struct(">I")
 _PROTOS = (socket.IPPROTO_TCP, socket.IPPROTO_UDP)
 _MESSAGE = 1 << 13
+_NESTED = 1 << 15  # NLA_F_NESTED
+_LOOK_NS = 1_000_000_000
 _MULTI = 2  # NLM_F_MULTI: of a dump
 
 _LD, _LDX, _LD_X, _TAX = 0x00, 0x01, 0x40, 0x07
 _LD_ABS, _JEQ, _JSET = 0x20, 0x15, 0x45
 _AD_NLATTR = 12
 
+End = tuple[bytes, int]
+"""16 bytes of address, and a port."""
 Tuple = tuple[bytes, bytes]
-"""Where packets come from and go to: an end is 16 bytes of address and 2 of port, big-endian."""
+"""Source and destination: each end has 16 bytes of address and 2 of port, big-endian."""
 
 
 def is_there() -> bool:
-    """Whether this kernel translates addresses now. Asking loads nothing.
+    """Return whether this kernel translates addresses now. Asking loads no module.
 
-    Where conntrack is a module, NAT is one too, and has to be loaded as well.
+    Where conntrack is a module, NAT is one too, and must be loaded as well.
     """
     conntrack = "/sys/module/nf_conntrack"
     built_in = not os.path.exists(f"{conntrack}/initstate")
@@ -69,10 +76,10 @@ def is_there() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A translated connection; `reply` is the way of its answers before they are translated back.
+    """A translated connection. `reply` has the ends of its answers as they come.
 
-    `ended`: it has gone. `number` tells it from others of its namespace. `closing`, where it was
-    asked for: a TCP connection that has sent a FIN or RST.
+    `ended`: it has ended. `number` tells it from others of its namespace. `closing`, if asked for:
+    it is a TCP connection that has sent a FIN or RST.
     """
 
     ended: bool
@@ -86,7 +93,7 @@ class Event:
 
 
 def _translated_only() -> list[tuple[int, int, int, int]]:
-    """Takes messages whose CTA_STATUS says that an address or port was changed."""
+    """Takes messages whose CTA_STATUS says that an address or port was translated."""
     return assemble(
         [
             (_LDX, 0, 0, _STATUS),
@@ -102,9 +109,9 @@ def _translated_only() -> list[tuple[int, int, int, int]]:
 
 
 class Conntrack:
-    """Events of the network namespace it is made in.
+    """Events of the network namespace in which it is created.
 
-    Raises NoPrivilege without CAP_NET_ADMIN, Error where the kernel cannot tell.
+    Raises NoPrivilege without CAP_NET_ADMIN, Error if the kernel cannot report events.
     """
 
     def __init__(self, receive_bytes: int) -> None:
@@ -124,23 +131,23 @@ class Conntrack:
             self._asking = Connection(NETLINK_NETFILTER)
         except PermissionError:
             self.close()
-            raise NoPrivilege("what NAT does is told to root alone (CAP_NET_ADMIN)") from None
+            raise NoPrivilege("only root can read translations by NAT (CAP_NET_ADMIN)") from None
         except OSError as error:
             self.close()
-            raise Error(f"what NAT does cannot be told: {error.strerror}") from None
+            raise Error(f"translations by NAT cannot be read: {error.strerror}") from None
         except BaseException:
             self.close()
             raise
 
     def read_known(self, limit: int) -> tuple[list[Event], bool]:
-        """Return what is there now, at most `limit`; and whether there is more. Raises Error."""
+        """Return the present entries, at most `limit`, and whether there are more. Raises Error."""
         try:
             return self._read_known(limit)
         except OSError as error:
-            raise Error(f"what NAT does cannot be told: {error.strerror}") from None
+            raise Error(f"translations by NAT cannot be read: {error.strerror}") from None
 
     def _read_known(self, limit: int) -> tuple[list[Event], bool]:
-        """By one bit at a time: that is how kernels from 5.15 on select; older ones tell all."""
+        """Kernels from 5.15 on select by a bit, so this asks bit by bit. Older ones report all."""
         assert self._asking is not None
         found: dict[tuple[int, int, int, Tuple], Event] = {}
         cut = False
@@ -156,7 +163,7 @@ class Conntrack:
                     continue
                 if len(found) >= limit:
                     cut = True
-                    continue  # the socket is used again: nothing may be left in it
+                    continue  # the socket is used again: leave nothing in it
                 event = _event_of(message)
                 if event is not None:
                     found[event.number, event.zone, event.proto, event.original] = event
@@ -169,13 +176,13 @@ class Conntrack:
         return self._socket.fileno()
 
     def close(self) -> None:
-        """Hear no more."""
+        """Stop receiving events."""
         self._socket.close()
         if self._asking is not None:
             self._asking.close()
 
     def read(self, most: int) -> Iterator[Event | None]:
-        """Yield up to `most` events that wait; None in the place of those that found no room."""
+        """Yield up to `most` waiting events, and None where events were lost for lack of room."""
         for _ in range(most):
             try:
                 size = self._socket.recv_into(self._buffer)
@@ -183,13 +190,80 @@ class Conntrack:
                 return
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
-                    raise Error(f"what NAT does: {error.strerror}") from None
+                    raise Error(f"translations by NAT: {error.strerror}") from None
                 yield None
                 continue
             for message in messages(self._buffer[:size]):
                 event = _event_of(message)
                 if event is not None:
                     yield event
+
+
+class ConntrackLookup(Closing):
+    """Asks for one connection at a time of the network namespace it is made in.
+
+    What cannot be asked is not known. `again`: made before this kernel translated addresses, it
+    looks every second whether it does now, in the namespace of the thread that asks.
+    """
+
+    def __init__(self, now_ns: Callable[[], int], again: bool) -> None:
+        self._now_ns = now_ns
+        self._again = again
+        self._looked_ns = 0
+        self._asking: Connection | None = None
+        self._open()
+
+    def close(self) -> None:
+        """Close its Netlink socket."""
+        if self._asking is not None:
+            self._asking.close()
+
+    def _open(self) -> None:
+        self._looked_ns = self._now_ns()
+        if is_there():
+            with suppress(OSError):
+                self._asking = Connection(NETLINK_NETFILTER)
+
+    def ends(self, proto: int, family: int, near: End, far: End) -> tuple[End, End] | None:
+        """Return the ends that the socket of a packet between these has, where NAT changes them.
+
+        None: it changes nothing, or nobody can tell.
+        """
+        if self._asking is None and self._again and self._now_ns() - self._looked_ns > _LOOK_NS:
+            self._open()
+        if self._asking is None or family not in _ADDRESSES:
+            return None
+        # the kernel finds a connection by either of its tuples
+        one, other = _ADDRESSES[socket.AddressFamily(family)]
+        size = 4 if family == socket.AF_INET else 16
+        ip = encode_attribute(one, far[0][:size]) + encode_attribute(other, near[0][:size])
+        ports = encode_attribute(_NUMBER, bytes([proto]))
+        ports += encode_attribute(_SPORT, far[1].to_bytes(2))
+        ports += encode_attribute(_DPORT, near[1].to_bytes(2))
+        parts = encode_attribute(_TUPLE_IP | _NESTED, ip)
+        parts += encode_attribute(_TUPLE_PROTO | _NESTED, ports)
+        body = _NFGEN.pack(family, 0, 0) + encode_attribute(_ORIG | _NESTED, parts)
+        try:
+            found = [_event_of(one) for one in self._asking.exchange(_CT_GET, NLM_F_ACK, body)]
+        except (OSError, Error):  # there is none
+            return None
+        event = found[0] if found else None
+        if event is None:
+            return None
+        asked = far[0] + far[1].to_bytes(2), near[0] + near[1].to_bytes(2)
+        if event.original == asked:
+            near_end, far_end = event.reply
+        elif event.reply == asked:
+            near_end, far_end = event.original
+        else:
+            return None
+        if (far_end, near_end) == asked:
+            return None
+        return _as_end(near_end), _as_end(far_end)
+
+
+def _as_end(end: bytes) -> End:
+    return end[:16], int.from_bytes(end[16:])
 
 
 def _status_of(message: Message) -> int:
@@ -200,7 +274,7 @@ def _status_of(message: Message) -> int:
 
 
 def _event_of(message: Message) -> Event | None:
-    """None of what has no ports, or is no connection's."""
+    """Return None for entries without ports, or of no connection."""
     if message.type not in (_CT_NEW, _CT_DELETE):
         return None
     family = message.payload[0]
