@@ -24,7 +24,7 @@ _LOOK = 0.25  # s between two looks for new and gone namespaces
 _LOOK_SHARE = 50  # and at least this many times the duration of the last look
 _PATIENCE = 0.5  # s that a start waits until all are open
 _MANY = 32  # with more namespaces a start does not wait
-_CLOSERS = 16  # threads: waits for all processors can overlap
+_CLOSERS = 64  # threads: waits for all processors can overlap
 _TELL = 60.0  # s between two messages of one kind
 
 

@@ -10,6 +10,7 @@ sees packets before the firewall (in) and after it (out), and fragments unassemb
 """
 
 import contextlib
+import os
 import select
 import socket
 import time
@@ -135,6 +136,7 @@ class PacketEngine(Closing):
         self._now_ns = now_ns
         self._urgency = Urgency(now_ns)
         self._holders = Holders(proc, now_ns) if holders is None else holders
+        self._owns_holders = holders is None
         self._holders.walking = self._urgency.patiently
         self._failures = Failures("engine packet")
         self._places: dict[int, _Capture] = {}
@@ -160,7 +162,7 @@ class PacketEngine(Closing):
             self._take_changes()
             self._walk(self._now_ns())
             if not self._complete():
-                notify("the sockets of some processes cannot be read: run it as root")
+                notify(f"the sockets of some processes cannot be read: {self._remedy()}")
         except BaseException:
             self.close()
             raise
@@ -169,18 +171,30 @@ class PacketEngine(Closing):
         """Close rings, sockets and namespaces."""
         self._urgency.rest()
         self._others.close(self._places.values())
+        if self._owns_holders:
+            self._holders.close()
         self._places.clear()
         self._by_fd.clear()
 
     def _complete(self) -> bool:
         """Whether all processes can be read: no EACCES, and we are in the first pid namespace."""
-        try:
-            inside = (self._proc / "self" / "ns" / "pid").stat().st_ino != _INITIAL_PIDNS
-        except OSError:
-            inside = True
-        if inside:
+        if self._is_inside():
             self._holders.complete = False
         return self._holders.complete
+
+    def _is_inside(self) -> bool:
+        """Whether there may be processes that /proc here does not show."""
+        try:
+            return (self._proc / "self" / "ns" / "pid").stat().st_ino != _INITIAL_PIDNS
+        except OSError:
+            return True
+
+    def _remedy(self) -> str:
+        if self._is_inside():
+            return "this is a container (a pid namespace); run it outside, or with --pid=host"
+        if os.geteuid():
+            return "run it as root"
+        return "it needs CAP_SYS_PTRACE"
 
     # Network namespaces
 

@@ -98,6 +98,10 @@ class Holders:
         self.complete = True
         """Whether the last walk could read every process (if not, it needs root)."""
 
+    def close(self) -> None:
+        """Close what is open. Answers still come, but the newly born are found later."""
+        self._births.close()
+
     @property
     def exhaustive(self) -> bool:
         """Whether this thread's last find() without a result had read every process."""

@@ -11,6 +11,7 @@ import re
 import socket
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from nlproto.host import cgroups
 from nlproto.host.cgroups import container_of, unit_of
 from nlproto.host.sockdiag import HOST_SOCKET
 from nlproto.records.wire import MAX_TEXT, bounded, dtype_of
+from nlproto.running.budget import UserBudgets
 from nlproto.running.descriptors import or_error
 
 __all__ = [
@@ -212,7 +214,13 @@ class Births:
         self._fd = -1
         with contextlib.suppress(OSError):
             self._fd = os.open(proc / "loadavg", os.O_RDONLY | os.O_CLOEXEC)
-            weakref.finalize(self, os.close, self._fd)
+            self._finalizer = weakref.finalize(self, os.close, self._fd)
+
+    def close(self) -> None:
+        """Close the descriptor. From then on last() is 0."""
+        if self._fd >= 0:
+            self._fd = -1
+            self._finalizer()
 
     def last(self) -> int:
         """Return the number. Takes 2 microseconds."""
@@ -359,7 +367,7 @@ def details(
         exe = bounded(os.readlink(f"{proc}/{pid}/exe".encode()).removesuffix(b" (deleted)"))
     if cmdline != "off":
         with contextlib.suppress(OSError):
-            arguments = _arguments(_read(f"{proc}/{pid}/cmdline", _CMDLINE_BYTES), cmdline)
+            arguments = _arguments(_command_lines.read(f"{proc}/{pid}/cmdline", uid or 0), cmdline)
     with contextlib.suppress(OSError):
         hierarchy, path = cgroups.path_of(_read(f"{proc}/{pid}/cgroup", _CGROUP_BYTES))
     if found is None or uid is None or identity(pid, proc) != before:
@@ -382,6 +390,37 @@ def details(
 
 
 _CMDLINE_BYTES = MAX_TEXT + 1  # the kernel shows no more
+_PATIENCE_MS = 500
+_WAIT_SHARE, _WAITS_SHARE, _WAIT_SAVED_NS = 50, 20, 1_000_000_000
+"""Parts of the time: for the command lines of one user, and of all users but root."""
+
+
+class _CommandLines:
+    """A process can keep who reads its command line waiting for ever; see native/patient.c.
+
+    That costs the names of programs of its user, and others little. Any thread.
+    """
+
+    def __init__(self) -> None:
+        self._users = UserBudgets(_WAIT_SHARE, _WAITS_SHARE, _WAIT_SAVED_NS, time.monotonic_ns)
+
+    def read(self, path: str, uid: int) -> bytes:
+        """Return /proc/PID/cmdline of a process of `uid`. Raises OSError."""
+        if uid == 0:
+            return _read(path, _CMDLINE_BYTES)
+        if not self._users.allows(uid):
+            raise TimeoutError
+        buffer = ffi.new("char[]", _CMDLINE_BYTES)
+        began = time.monotonic_ns()
+        read = lib.host_read_patiently(os.fsencode(path), buffer, _CMDLINE_BYTES, _PATIENCE_MS)
+        if time.monotonic_ns() - began > _PATIENCE_MS * 100_000:
+            self._users.charge(uid, time.monotonic_ns() - began)
+        if read < 0:
+            raise OSError(-read, os.strerror(-read), path)
+        return bytes(ffi.buffer(buffer, read))
+
+
+_command_lines = _CommandLines()
 _CGROUP_BYTES = 128 << 10  # a path of 4 KiB for each hierarchy; v2 has the last line
 
 

@@ -78,6 +78,20 @@ int host_held_sockets(int procfd, const uint32_t *pids, uint32_t count, struct h
 	return (int)n;
 }
 
+int host_read(const char *path, char *buf, uint32_t size)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	ssize_t n;
+
+	if (fd < 0)
+		return -errno;
+	n = read(fd, buf, size);
+	if (n < 0)
+		n = -errno;
+	close(fd);
+	return (int)n;
+}
+
 int host_open_beneath(int directory, const char *path)
 {
 	struct open_how how = {

@@ -124,6 +124,18 @@ int host_accept(int listener, int *fds, uint32_t max, const uint32_t *shut, uint
 		int64_t group, uint32_t *refused);
 
 /*
+ * Read the first `size` bytes of a file of /proc in one read, which gives all there is; bytes or
+ * -errno. One call, since Python's lock is fought for at the end of each.
+ */
+int host_read(const char *path, char *buf, uint32_t size);
+
+/*
+ * As host_read(), of a file whose read may never end: -ETIMEDOUT after patience_ms, and the thread
+ * that reads is left behind until it can go on. -EBUSY while 16 threads are.
+ */
+int host_read_patiently(const char *path, char *buf, uint32_t size, uint32_t patience_ms);
+
+/*
  * Opens a file below a directory for reading, through no link and no mount. Never waits
  * for a FIFO. Returns the descriptor or -errno.
  */
