@@ -14,10 +14,10 @@
  * | SERVER   | server            | nobody: it is the kernel's  | a process uses it: HELD; freed   |
  * | HELD     | user, held        | user                        | another one who has it uses or   |
  * |          |                   |                             | receives it: HELD, the old user  |
- * |          |                   |                             | joins the past; user lets go:    |
- * |          |                   |                             | settled                          |
- * | (settle) | user, held, file, | user, DEAD once he exited   | at once, in the context of who   |
- * |          | exit              |                             | let go: HELD by an heir; UNHELD  |
+ * |          |                   |                             | joins the past; user closes it:  |
+ * |          |                   |                             | settle                           |
+ * | (settle) | user, held, file, | user, DEAD if it exited     | at once, by the task that closed |
+ * |          | exit              |                             | it: HELD by an heir; UNHELD      |
  * | UNHELD   | user, not held    | user, flagged DEAD          | somebody uses or receives it:    |
  * |          |                   |                             | HELD; the kernel uses it, and    |
  * |          |                   |                             | user has exited: SERVER; its     |
@@ -26,16 +26,15 @@
  * | dead     | dead              | user, flagged DEAD          | 2 s, or 130 s after a state that |
  * |          |                   |                             | leaves a TIME_WAIT               |
  *
- * Rules, each measured on real traffic:
+ * Rules, each checked on real traffic:
  * - the last process that used a socket and still has it owns its packets;
- * - who does not have a socket does not use it, whatever runs in its context;
+ * - a process that does not have a socket does not use it, whatever runs in its context;
  * - receiving a descriptor (SCM_RIGHTS, pidfd_getfd) is a use;
- * - who has a socket is not counted but looked up, in descriptor tables, when
- *   its user lets go (holders.c). The heir is the latest earlier user that still
- *   has it; else somebody who does, a guess that is flagged AMBIGUOUS while
- *   several do;
- * - a process that has no descriptor of its socket keeps it while an io_uring of
- *   its own may refer to it: something does that no descriptor accounts for;
+ * - the table has no list of holders. When the user closes the socket, holders.c searches
+ *   descriptor tables. The heir is the latest earlier user that still has it. Without one it is
+ *   another holder: a guess, flagged AMBIGUOUS while there are several;
+ * - a process without a descriptor of its socket keeps it while its io_uring may refer to it,
+ *   that is, while the file has references that no descriptor explains;
  * - an entry outlives its socket: TIME_WAIT and orphans still send.
  *
  * The rules are those of kmod/owner.c, word for word; a test compares them. An

@@ -83,7 +83,7 @@ def test_places_leave_descriptors_for_everything_else(monkeypatch: pytest.Monkey
         return netns.room()
 
     assert limited(24) == 0
-    assert 50 < limited(1024) < 200
+    assert 40 < limited(1024) < 200
     assert limited(16384) == limited(resource.RLIM_INFINITY) == netns.MAX_OTHERS
 
 

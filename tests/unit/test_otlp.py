@@ -208,7 +208,7 @@ def test_a_redirect_takes_no_records_elsewhere(stub: Any) -> None:
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "http://", "http://h:x/", "http://h/a b"])
 def test_what_is_no_url_is_refused(url: str) -> None:
-    with pytest.raises(UsageError, match="no receiver"):
+    with pytest.raises(UsageError, match="no address of a receiver"):
         program._checked(url)
 
 
