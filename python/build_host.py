@@ -10,7 +10,7 @@ SOURCES = ROOT / "python" / "nlproto" / "native"
 
 builder = FFI()
 # Records are filled by pointer only; their layout stays in nlproto._wire.
-NAMES = ("ring", "diag", "host", "accept", "memory", "flows", "table")
+NAMES = ("ring", "diag", "host", "patient", "accept", "memory", "flows", "table")
 HEADERS = ("host.h", "accounting.h")
 builder.cdef(
     "struct sniffer_record { ...; };\n"

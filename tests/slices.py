@@ -15,7 +15,7 @@ from pathlib import Path
 __all__ = ["Slices"]
 
 _ROOT = Path("/sys/fs/cgroup")
-_WHOLE = 100  # times the weight of a group that is not told
+_WHOLE = 20  # times the weight of a group that is not told; with more, kernel threads would starve
 _REALTIME = 400_000  # us of each second, where version 1 divides real time
 
 
@@ -61,7 +61,7 @@ class Slices:
             if self._memory:
                 (system / "memory.max").write_text(str(self._memory))
             return
-        (top / "cpu.shares").write_text(str(262_144))
+        (top / "cpu.shares").write_text(str(1024 * _WHOLE))
         for part in (system, users, *parts):
             (part / "cpu.shares").write_text("1024")
         if (top / "cpu.rt_runtime_us").exists():

@@ -33,12 +33,13 @@ from nlproto.client.frames import PROTOCOL
 from nlproto.errors import Error
 from nlproto.records.batch import NamedBatch
 from nlproto.running.supervise import Failures
+from nlproto.running.urgency import Urgency
 from nlproto.tables.shares import Payers
 
 __all__ = ["Server"]
 
-_AT_ONCE = 512
-"""Connections accepted before anything else is done."""
+_AT_ONCE = 64
+"""Connections accepted before anything else is done. Then it is known whose are refused in C."""
 _MOST_SHUT = 64
 """Uids without room that are refused before anything is known of them but that."""
 _READ = 16 << 10
@@ -290,8 +291,10 @@ class Server:
 
     async def _look_after(self) -> None:
         """Clients that have gone while nothing was read from them, or that do not read."""
+        urgency = Urgency()
         while True:
             await asyncio.sleep(_LOOK)
+            urgency.look()  # whoever waits, waits for this thread
             try:
                 self._let_go()
             except Exception as error:

@@ -25,6 +25,8 @@ _FRESH = 0.9  # s: what is told of sockets is not older; who asks waits for a lo
 _PATIENCE = 3.0  # s that who asks waits for it
 _SHARE = 200  # looks take this part of one core while nobody asks,
 _OLDEST = 60.0  # s: unless what is known would be older than this
+_MEETING = 0.05  # s of a look for details of users' processes
+_MOST_UNMET = 10_000
 _MODULE = 1.0  # s between two tries to open the module
 _TRIM = 10.0  # s between two times that free memory is given back
 
@@ -67,6 +69,8 @@ class Watcher:
         self._news = threading.Condition()
         """Guards `_looked`, and tells those who wait for it."""
         self._asked = threading.Event()
+        self._unmet: dict[ProcessKey, BoundSocket] = {}
+        """Processes whose details are still to be read."""
         self._told: set[str] = set()
         self._probes_fire = True
 
@@ -136,6 +140,8 @@ class Watcher:
         portmap = self._pipeline.portmap
         if portmap is None:
             return
+        if len(self._unmet) > _MOST_UNMET:
+            self._unmet.clear()
         before = time.monotonic_ns()
         found = self.kernel.read()
         bound = self._known(found.bound)
@@ -152,7 +158,11 @@ class Watcher:
             self._news.notify_all()
 
     def _known(self, sockets: list[BoundSocket]) -> list[BoundSocket]:
-        """With the start times by which their processes are known; from now on they are."""
+        """With the start times by which their processes are known; soon they are.
+
+        Users may have any number of processes: those of others than root are looked at for a
+        moment, the rest of them in later looks.
+        """
         processes = self._pipeline.processes
         starts: dict[ProcessKey, int] = {}
         known = []
@@ -160,8 +170,15 @@ class Watcher:
             start_ns = starts.get(one.key)
             if start_ns is None:
                 start_ns = starts[one.key] = processes.start_of(one.tgid, one.start_ns)
-                processes.add(one.tgid, start_ns, one.comm, one.uid)
+                if one.uid:
+                    self._unmet[one.tgid, start_ns] = one
+                else:
+                    processes.add(one.tgid, start_ns, one.comm, one.uid)
             known.append(one if start_ns == one.start_ns else one._replace(start_ns=start_ns))
+        until = time.monotonic() + _MEETING
+        while self._unmet and time.monotonic() < until:
+            key, one = self._unmet.popitem()
+            processes.add(*key, one.comm, one.uid)
         return known
 
     def _look_for_module(self) -> None:

@@ -24,7 +24,7 @@ _LOOK = 0.25  # s between two looks for namespaces that came or went
 _LOOK_SHARE = 50  # and at least this many times what the last one took
 _PATIENCE = 0.5  # s that a start waits for all of them
 _MANY = 32  # for which it does not wait at all
-_CLOSERS = 16  # threads: the waits of the kernel for its processors overlap
+_CLOSERS = 64  # threads: the waits of the kernel for its processors overlap
 _TELL = 60.0  # s between two messages of one kind
 
 

@@ -10,6 +10,7 @@ It taps before the firewall (in) and after it (out), and fragments as fragments.
 """
 
 import contextlib
+import os
 import select
 import socket
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from nlproto.engines.namespaces import CapturedNamespaces
-from nlproto.engines.packet_names import FLOW_LIMIT, PacketNames
+from nlproto.engines.packet_names import FLOW_LIMIT, LATE_NS, PacketNames
 from nlproto.engines.ring import PacketRing
 from nlproto.errors import Error, NoPrivilege
 from nlproto.host import netns, procfs
@@ -31,6 +32,7 @@ from nlproto.records import wire
 from nlproto.records.clock import Clock
 from nlproto.records.wire import SNAP, Batch, FirstBytesBatch, PacketBytes, lib
 from nlproto.running import descriptors
+from nlproto.running.budget import UserBudgets
 from nlproto.running.closing import Closing
 from nlproto.running.supervise import Failures
 from nlproto.running.urgency import Urgency
@@ -46,6 +48,9 @@ _LOOK_SHARE = 100  # the time between two walks is at least this many times what
 _WALK_NS = 1_000_000_000  # between two walks of all descriptors that nobody asked for
 _REFRESH_NS = 1_000_000_000
 _MISS_NS = 50_000_000
+_HURRY_NS = 300_000_000  # so long who waits for all that came lets others be asked about it
+_USER_SHARE, _USERS_SHARE, _USER_SAVED_NS = 4, 3, 300_000_000
+"""Parts of the time, for names in the namespaces of one user and of all users but root."""
 _ROUNDS = 16  # ring reads a read() at most, so that its caller gets a turn under a flood
 _INITIAL_PIDNS = 0xEFFFFFFC
 _SYN, _ACK = 2, 16
@@ -132,7 +137,7 @@ class PacketEngine(Closing):
         self._now_ns = now_ns
         self._urgency = Urgency(now_ns)
         self._holders = Holders(proc, now_ns) if holders is None else holders
-        self._holders.walking = self._urgency.patiently
+        self._owns_holders = holders is None
         self._failures = Failures("engine packet")
         self._places: dict[int, _Capture] = {}
         self._poll = select.poll()
@@ -140,6 +145,7 @@ class PacketEngine(Closing):
         self._batch_seq = self._record_seq = 0
         self._packets = self._skipped = self._dropped = 0
         self._walk_again_ns = 0
+        self._users = UserBudgets(_USER_SHARE, _USERS_SHARE, _USER_SAVED_NS, now_ns)
         self._heard = True
         """Packets came since the last walk; at first all is to be known before they come."""
         self._large_rings = 0
@@ -155,9 +161,9 @@ class PacketEngine(Closing):
             if everywhere:
                 self._others.start()
             self._take_changes()
-            self._walk(self._now_ns())
+            self._holders.walk()
             if not self._complete():
-                notify("some processes cannot be asked for their sockets: run it as root")
+                notify(f"some processes cannot be asked for their sockets: {self._remedy()}")
         except BaseException:
             self.close()
             raise
@@ -166,18 +172,30 @@ class PacketEngine(Closing):
         """Give back rings, sockets and namespaces."""
         self._urgency.rest()
         self._others.close(self._places.values())
+        if self._owns_holders:
+            self._holders.close()
         self._places.clear()
         self._by_fd.clear()
 
     def _complete(self) -> bool:
         """Whether all processes can be asked: no EACCES, and not inside a pid namespace."""
-        try:
-            inside = (self._proc / "self" / "ns" / "pid").stat().st_ino != _INITIAL_PIDNS
-        except OSError:
-            inside = True
-        if inside:
+        if self._is_inside():
             self._holders.complete = False
         return self._holders.complete
+
+    def _is_inside(self) -> bool:
+        """Whether there may be processes that /proc here does not show."""
+        try:
+            return (self._proc / "self" / "ns" / "pid").stat().st_ino != _INITIAL_PIDNS
+        except OSError:
+            return True
+
+    def _remedy(self) -> str:
+        if self._is_inside():
+            return "this is a container (a pid namespace); run it outside, or with --pid=host"
+        if os.geteuid():
+            return "run it as root"
+        return "it needs CAP_SYS_PTRACE"
 
     # Network namespaces
 
@@ -244,9 +262,9 @@ class PacketEngine(Closing):
     def _walk(self, now: int) -> None:
         """Learn who else holds what: a search ends at the first holders that it finds."""
         if now >= self._walk_again_ns and self._holders.due():
-            self._holders.walk()
             self._complete()
-            self._walk_again_ns = now + max(_WALK_NS, _LOOK_SHARE * (self._now_ns() - now))
+            self._holders.walk_beside(0)
+            self._walk_again_ns = now + max(_WALK_NS, _LOOK_SHARE * self._holders.walk_took_ns)
             self._heard = False
 
     # Engine
@@ -276,7 +294,7 @@ class PacketEngine(Closing):
                 return
 
     def _read_place(
-        self, place: _Capture, until_ns: int | None = None
+        self, place: _Capture, until_ns: int | None = None, late_ns: int = LATE_NS
     ) -> list[Batch | FirstBytesBatch]:
         before = place.capture.skipped
         frames = place.capture.read(self._wants_first_bytes)
@@ -299,8 +317,11 @@ class PacketEngine(Closing):
         if len(place.addresses.duplicating):
             once = ~np.isin(records["ifindex"], place.addresses.duplicating)
             records, to_all = records[once], to_all[once]
+        uid = self._owner_of(place)
+        late_ns = late_ns if self._users.allows(uid) else 0
         try:
-            records = place.names.name(records, to_all)
+            with self._users.spend(uid):
+                records = place.names.name(records, to_all, late_ns)
         except Exception as error:  # what one process does must not cost others their packets
             self._failures.add(error, "naming")
             records["how"][records["how"] == 0] = lib.SNIFFER_HOW_NOT_PROBED
@@ -318,6 +339,12 @@ class PacketEngine(Closing):
             return [Batch(head, records)]
         # first bytes come first: here a record does not wait for the packets of other CPUs
         return [_first_bytes(head, records, frames.first_bytes[frame]), Batch(head, records)]
+
+    def _owner_of(self, place: _Capture) -> int:
+        """The user whose namespace it is."""
+        inode = place.capture.netns
+        uid = 0 if inode == self._own else self._others.owner(inode)
+        return netns.UNKNOWN_OWNER if uid is None else uid
 
     def _count_drops(self, place: _Capture) -> None:
         """What a ring had no room for is a gap in record_seq."""
@@ -377,10 +404,13 @@ class PacketEngine(Closing):
         self._take_changes()
         # what comes in from now on is another time's: a flood must not hold us here
         waiting = [(place, place.capture.waiting()) for place in self._places.values()]
+        hurried_ns = self._now_ns() + _HURRY_NS
         for place, count in waiting:
             end = place.capture.frames_read + count
             while place.capture.frames_read < end:
-                yield from self._read_place(place, until_ns)
+                self._urgency.look()
+                late_ns = LATE_NS if self._now_ns() < hurried_ns else 0
+                yield from self._read_place(place, until_ns, late_ns)
             self._count_drops(place)
         self.closing = self._position()
 

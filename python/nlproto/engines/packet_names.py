@@ -9,12 +9,21 @@ that none was there when it was asked for. `no_socket` is said only of a SYN tha
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from nlproto.engines.listeners import Listeners, PastListener
+from nlproto.engines.listeners import Listeners
+from nlproto.engines.packet_flows import (
+    FollowedConnection,
+    PacketFlow,
+    PacketGroup,
+    fill,
+    follow,
+    groups_of,
+    keys_of,
+    tuple_of,
+)
 from nlproto.host import procfs
 from nlproto.host.holders import Holders
 from nlproto.host.procfs import Owner
@@ -24,7 +33,7 @@ from nlproto.records.clock import Clock
 from nlproto.records.wire import lib
 from nlproto.running.budget import Budget
 
-__all__ = ["FLOW_LIMIT", "PacketNames"]
+__all__ = ["FLOW_LIMIT", "LATE_NS", "PacketNames"]
 
 TTL_NS = 200_000_000
 """How long an owner is believed at most before socket and holder are looked at again."""
@@ -33,76 +42,15 @@ _SOON_SHARE, _SOON_SAVED_NS = 4, 100_000_000
 # A port can be another process's as soon as a UDP socket is closed; TCP begins with a SYN.
 _LINGER_NS = {socket.IPPROTO_UDP: 50_000_000, socket.IPPROTO_TCP: 1_000_000_000}
 _FORGET_NS = 10_000_000_000
-_LATE_NS = 1_000_000_000  # who waited as long is not asked about: others wait behind it
+LATE_NS = 1_000_000_000
+"""Who waited as long is not asked about: others wait behind it."""
+_LATE_ASKED = 8  # known flows that are asked about all the same: those with most of the packets
 _CLOSING_NS = 200_000_000  # from a descriptor's end to its socket's, on a busy machine
 FLOW_LIMIT = 262144
-_FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
-_SIMULTANEOUS_NS = 1_000_000_000  # between two SYNs that cross and make one connection
+_SYN, _ACK = 2, 16
 _NOT_ACCEPTED = {TcpState.ESTABLISHED, TcpState.SYN_RECV, TcpState.CLOSE_WAIT}
 _GUESS = lib.SNIFFER_F_DEAD | lib.SNIFFER_F_AMBIGUOUS
 _SHARED = lib.SNIFFER_F_SHARED | lib.SNIFFER_F_AMBIGUOUS
-
-_KEY = np.dtype(
-    {
-        "names": ["proto", "family", "lport", "rport", "local", "remote"],
-        "formats": ["u1", "u1", "u2", "u2", ("u1", (16,)), ("u1", (16,))],
-    }
-)
-
-
-@dataclass(slots=True)
-class _Connection:
-    """What the packets of one TCP connection told of it."""
-
-    began_ns: int = 0
-    """When its SYN passed; 0: that was not seen."""
-    active: bool = False
-    """Whether this end sent the SYN: then no listener accepted it."""
-    answered: bool = False
-    """Whether this end sent a SYN-ACK, data or a FIN."""
-    refused: bool = False
-    """Whether this end answered the SYN with a reset: nobody listened."""
-    owned: bool = False
-    """Whether its own socket was found with an owner."""
-    listener: PastListener | None = None
-    """Who listened when it began."""
-
-
-@dataclass(slots=True)
-class _Flow:
-    checked_ns: int
-    how: int
-    flags: int = 0
-    cookie: int = 0
-    inode: int = 0
-    owner: Owner | None = None
-    settled: bool = False
-    """Whether the answer may be kept for TTL_NS; else the next packet asks again."""
-    unheld: bool = False
-    """Whether there is a socket, and a quick search found nobody who holds it."""
-    row: np.void | None = None
-    """The socket (HOST_SOCKET) that was found."""
-    connection: _Connection | None = None
-    sent_ns: int = 0
-    """When the packet passed that it was asked for: who has the socket may be younger."""
-
-
-@dataclass(slots=True)
-class _Group:
-    """Packets of one connection in one direction, in one read."""
-
-    key: bytes
-    out: bool
-    to_all: bool
-    first: bool
-    """Whether it is the first of its key in this read."""
-    rows: list[int]
-    syn: bool = False
-    """Whether it begins with the SYN of a new connection."""
-    refused: bool = False
-    """Whether that SYN was answered with a reset in this read."""
-    over: bool = False
-    """Whether another connection of the same tuple begins in this read, behind this one."""
 
 
 class PacketNames:
@@ -129,27 +77,70 @@ class PacketNames:
         self._is_local = is_local
         self._now_ns = now_ns
         self._unheld: dict[int, int] = {}
-        self._flows: dict[bytes, _Flow] = {}
-        self._ends: dict[tuple[int, int, bytes], _Flow] = {}
+        self._flows: dict[bytes, PacketFlow] = {}
+        self._ends: dict[tuple[int, int, bytes], PacketFlow] = {}
         self._soon = Budget(_SOON_SHARE, _SOON_SAVED_NS, now_ns)
 
-    def name(self, records: np.ndarray, to_all: np.ndarray) -> np.ndarray:
+    def name(self, records: np.ndarray, to_all: np.ndarray, late_ns: int = LATE_NS) -> np.ndarray:
         """Fill in owners and reasons; return the records to deliver (RECORD, shape (n,)).
 
         A packet for several sockets (`to_all`) becomes one record each, further ones flagged as
         copies. Forwarded packets, tapped on the way in and again on the way out, become one.
+        Packets that waited for `late_ns` are named by what is known, at little cost.
         """
+        late = self._now_ns() - records["time_ns"].astype(np.int64) > late_ns
+        if not late.any():
+            return self._name(records, to_all)
+        those = records[late]
+        keep, ask = self._name_late(those, to_all[late])
+        asked = late.copy()
+        asked[late] = ask
+        now = ~late | asked
+        rest = self._name(records[now], to_all[now]) if now.any() else records[:0]
+        return np.concatenate([those[keep & ~ask], rest])
+
+    def _name_late(self, records: np.ndarray, to_all: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Name by what is known of flows; which records to deliver, and which to ask about."""
+        out = records["dir"] == lib.SNIFFER_DIR_OUT
+        raw, size = (keys := keys_of(records, out)).tobytes(), keys.itemsize
+        syns = records["tcp_flags"] & (_SYN | _ACK) == _SYN
+        flows: dict[bytes, list[int]] = {}
+        for row in range(len(records)):
+            flows.setdefault(raw[row * size : (row + 1) * size], []).append(row)
+        records["how"] = lib.SNIFFER_HOW_NOT_PROBED
+        passing = np.zeros(len(records), bool)
+        doubtful: list[list[int]] = []
+        for key, rows in flows.items():
+            known, one = self._flows.get(key), tuple_of(keys[rows[0]])
+            if not self._is_local(one.family, one.local):
+                passing[rows] = known is None or not (known.cookie or known.inode)
+            if known is None or not known.settled or to_all[rows[0]]:
+                continue
+            if one.proto == socket.IPPROTO_TCP and syns[rows].any():
+                del self._flows[key]  # who began this connection was not seen
+            elif int(records["time_ns"][rows[0]]) - known.checked_ns < TTL_NS:
+                fill(records, rows, known)
+            else:
+                doubtful.append(rows)
+        records["how"][passing] = lib.SNIFFER_HOW_FORWARDED
+        records["dir"][passing & ~out] = lib.SNIFFER_DIR_FWD
+        ask = np.zeros(len(records), bool)
+        for rows in sorted(doubtful, key=len, reverse=True)[:_LATE_ASKED]:
+            ask[rows] = True
+        return ~(passing & out), ask
+
+    def _name(self, records: np.ndarray, to_all: np.ndarray) -> np.ndarray:
         outward = records["dir"] == lib.SNIFFER_DIR_OUT
-        keys = _keys(records, outward)
+        keys = keys_of(records, outward)
         keep = np.ones(len(records), bool)
         copies: list[np.ndarray] = []
-        named: list[tuple[list[int], Tuple, _Flow]] = []
-        groups = _groups(records, keys, outward, to_all)
+        named: list[tuple[list[int], Tuple, PacketFlow]] = []
+        groups = groups_of(records, keys, outward, to_all)
         # Who has just begun a connection may end first, and has no listener to stand for it.
         groups.sort(key=lambda group: not (group.syn and group.out and group.first))
         for group in groups:
             rows, out = group.rows, group.out
-            one = _tuple_of(keys[rows[0]])
+            one = tuple_of(keys[rows[0]])
             if group.to_all and one.proto == socket.IPPROTO_UDP:
                 copies += self._name_all(records, rows, one)
                 continue
@@ -168,13 +159,13 @@ class PacketNames:
             if flow.unheld:
                 self._look_further(one, flow)
             self._doubt(flow)
-            self._fill(records, rows, flow)
+            fill(records, rows, flow)
         if copies:
             records = np.concatenate([records, *copies])
             keep = np.concatenate([keep, np.ones(len(records) - len(keep), bool)])
         return records if keep.all() else records[keep]
 
-    def _doubt(self, flow: _Flow) -> None:
+    def _doubt(self, flow: PacketFlow) -> None:
         """Flag who shares a UDP port with others: which of their sockets it was is not told."""
         row, flow.row = flow.row, None
         if row is None or flow.owner is None or row["proto"] != socket.IPPROTO_UDP or row["dport"]:
@@ -187,43 +178,29 @@ class PacketNames:
                 flow.flags |= lib.SNIFFER_F_AMBIGUOUS
                 return
 
-    def _fill(self, records: np.ndarray, rows: list[int], flow: _Flow) -> None:
-        records["how"][rows] = flow.how
-        records["cookie"][rows] = flow.cookie
-        records["inode"][rows] = flow.inode
-        records["flags"][rows] |= flow.flags
-        if flow.owner is not None:
-            records["tgid"][rows] = flow.owner.identity.tgid
-            records["start_ns"][rows] = flow.owner.identity.start_ns
-            records["uid"][rows] = flow.owner.uid
-            records["comm"][rows] = flow.owner.comm[: lib.SNIFFER_COMM_LEN]
-
-    def _flow(self, group: _Group, one: Tuple, records: np.ndarray, forwarded: bool) -> _Flow:
+    def _flow(
+        self, group: PacketGroup, one: Tuple, records: np.ndarray, forwarded: bool
+    ) -> PacketFlow:
         now = self._now_ns()
         known = self._flows.get(group.key)
         sent_ns = int(records["time_ns"][group.rows[0]])
         connection = None
         if one.proto == socket.IPPROTO_TCP:
-            connection = _follow(known, group, records[group.rows], sent_ns)
+            connection = follow(known, group, records[group.rows], sent_ns)
             if connection.refused:
                 how = lib.SNIFFER_HOW_NO_SOCKET
-                found = self._flows[group.key] = _Flow(now, how, connection=connection)
+                found = self._flows[group.key] = PacketFlow(now, how, connection=connection)
                 return found
-        late = now - sent_ns > _LATE_NS
         if known is not None and not group.syn and known.settled:
             age, allowed = now - known.checked_ns, self._soon.allows()
             forked = self._holders.may_be_inherited(known.inode, known.checked_ns)
             known.flags |= lib.SNIFFER_F_AMBIGUOUS if forked and not allowed else 0
             fresh = (age < _SOON_NS and not forked) or (age < TTL_NS and not allowed)
-            if fresh or (late and sent_ns - known.checked_ns < TTL_NS):
+            if fresh:
                 return known
-        elif late:
-            how = lib.SNIFFER_HOW_NOT_PROBED
-            found = self._flows[group.key] = _Flow(now, how, connection=connection)
-            return found
         with self._soon.spend():
             # what has the tuple now is the next connection's, if this one is over
-            gone = _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE)
+            gone = PacketFlow(now, lib.SNIFFER_HOW_SOCKET_GONE)
             found = gone if group.over else self._ask(one, now, sent_ns)
             if known is not None and not group.syn:
                 found = self._linger(known, found, one.proto, sent_ns)
@@ -241,7 +218,7 @@ class PacketNames:
         self._flows[group.key] = found
         return found
 
-    def _remember_end(self, one: Tuple, found: _Flow, sent_ns: int) -> _Flow:
+    def _remember_end(self, one: Tuple, found: PacketFlow, sent_ns: int) -> PacketFlow:
         """A client that asked several servers may be gone before the last is looked up."""
         end = (one.proto, one.lport, one.local)
         before = self._ends.get(end)
@@ -251,7 +228,7 @@ class PacketNames:
             found = self._linger(before, found, one.proto, sent_ns)
         return found
 
-    def _linger(self, known: _Flow, found: _Flow, proto: int, sent_ns: int) -> _Flow:
+    def _linger(self, known: PacketFlow, found: PacketFlow, proto: int, sent_ns: int) -> PacketFlow:
         """The last owner for packets that were under way when the socket went.
 
         Without a socket those tapped shortly after it was last seen; for as long as the kernel
@@ -275,7 +252,7 @@ class PacketNames:
             known.checked_ns = found.checked_ns
         return known
 
-    def _take_listener(self, one: Tuple, found: _Flow, connection: _Connection) -> None:
+    def _take_listener(self, one: Tuple, found: PacketFlow, connection: FollowedConnection) -> None:
         """Name who accepted, or will accept, a connection without a socket of a process's own."""
         if connection.active or connection.owned or found.how == lib.SNIFFER_HOW_KERNEL:
             return
@@ -312,13 +289,13 @@ class PacketNames:
             self._flows.clear()
             self._ends.clear()
 
-    def _ask(self, one: Tuple, now: int, sent_ns: int) -> _Flow:
+    def _ask(self, one: Tuple, now: int, sent_ns: int) -> PacketFlow:
         """The socket of the packet's own, with who holds it; a listener is not that."""
         if (row := self._sockets.find(one)) is not None and int(row["state"]) != TcpState.LISTEN:
             return self._held(row, now, sent_ns, self._listeners.likely(one))
-        return _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, row=row)
+        return PacketFlow(now, lib.SNIFFER_HOW_SOCKET_GONE, row=row)
 
-    def _look_further(self, one: Tuple, flow: _Flow) -> None:
+    def _look_further(self, one: Tuple, flow: PacketFlow) -> None:
         """Search all processes for the holder of a socket, unless it is just being closed."""
         flow.unheld = False
         again = self._sockets.find(one)
@@ -333,17 +310,19 @@ class PacketNames:
         if nobody and self._stays(flow):
             flow.how, flow.flags = lib.SNIFFER_HOW_KERNEL, lib.SNIFFER_F_KERNEL
 
-    def _stays(self, flow: _Flow) -> bool:
+    def _stays(self, flow: PacketFlow) -> bool:
         """Whether nobody held the socket for a while: one that is being closed goes soon."""
         if len(self._unheld) > self._flow_limit:
             self._unheld.clear()
         first = self._unheld.setdefault(flow.inode, flow.checked_ns)
         return flow.checked_ns - first > _CLOSING_NS
 
-    def _held(self, row: np.void, now: int, sent_ns: int, likely: tuple[int, ...] = ()) -> _Flow:
+    def _held(
+        self, row: np.void, now: int, sent_ns: int, likely: tuple[int, ...] = ()
+    ) -> PacketFlow:
         """Return who holds a socket (HOST_SOCKET)."""
         inode = int(row["inode"])
-        flow = _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, 0, int(row["cookie"]), inode, row=row)
+        flow = PacketFlow(now, lib.SNIFFER_HOW_SOCKET_GONE, 0, int(row["cookie"]), inode, row=row)
         flow.sent_ns = sent_ns
         if not inode:
             return flow
@@ -351,7 +330,7 @@ class PacketNames:
         flow.unheld = flow.owner is None
         return flow
 
-    def _own(self, flow: _Flow, owners: tuple[Owner, ...]) -> None:
+    def _own(self, flow: PacketFlow, owners: tuple[Owner, ...]) -> None:
         sent_ns = Clock.now().boot_ns(flow.sent_ns)
         there = tuple(one for one in owners if one.identity.start_ns <= sent_ns)
         if owners and not there:  # who began later: of another connection, or of one passed on
@@ -384,9 +363,9 @@ class PacketNames:
         for flow in flows[1:]:
             copy = records[rows]
             copy["flags"] |= lib.SNIFFER_F_COPY
-            self._fill(copy, list(range(len(rows))), flow)
+            fill(copy, list(range(len(rows))), flow)
             copies.append(copy)
-        self._fill(records, rows, flows[0])
+        fill(records, rows, flows[0])
         return copies
 
     def _receivers(self, one: Tuple) -> list[np.void]:
@@ -406,95 +385,3 @@ class PacketNames:
             if local and remote and family:
                 found.append(row)
         return found
-
-
-def _keys(records: np.ndarray, outward: np.ndarray) -> np.ndarray:
-    """Return the ends of each packet's connection, this host's first."""
-    keys = np.zeros(len(records), _KEY)
-    keys["proto"], keys["family"] = records["proto"], records["family"]
-    keys["lport"] = np.where(outward, records["sport"], records["dport"])
-    keys["rport"] = np.where(outward, records["dport"], records["sport"])
-    column = outward[:, np.newaxis]
-    keys["local"] = np.where(column, records["saddr"], records["daddr"])
-    keys["remote"] = np.where(column, records["daddr"], records["saddr"])
-    return keys
-
-
-def _groups(
-    records: np.ndarray, keys: np.ndarray, outward: np.ndarray, to_all: np.ndarray
-) -> list[_Group]:
-    """Put together what has one owner: a SYN begins another connection of the same tuple."""
-    raw, size = keys.tobytes(), _KEY.itemsize
-    tcp = records["proto"] == socket.IPPROTO_TCP
-    kinds = records["tcp_flags"] & (_SYN | _RST | _ACK)
-    syns = tcp & (records["tcp_flags"] & (_SYN | _ACK) == _SYN)
-    resets = set(np.flatnonzero(tcp & outward & (kinds == _RST | _ACK)).tolist())
-    epochs: dict[bytes, int] = {}
-    groups: dict[tuple[bytes, int, bool, bool], _Group] = {}
-    refused = []
-    facts = zip(outward.tolist(), to_all.tolist(), syns.tolist(), strict=True)
-    for index, (out, every, syn) in enumerate(facts):
-        key = raw[index * size : (index + 1) * size]
-        epoch = epochs.get(key)
-        first = epoch is None
-        if epoch is None or syn:
-            epoch = epochs[key] = 0 if epoch is None else epoch + 1
-        group = groups.get((key, epoch, out, every))
-        if group is None:
-            groups[key, epoch, out, every] = _Group(key, out, every, first, [index], syn)
-        else:
-            group.rows.append(index)
-        if index in resets:
-            refused.append((key, epoch))
-    for (key, epoch, _, _), group in groups.items():
-        if epoch == epochs[key]:
-            continue
-        # SYNs alone may be the same one, sent again
-        began = [groups.get((key, epoch, out, False)) for out in (False, True)]
-        rows = [row for part in began if part is not None for row in part.rows]
-        group.over = not np.all(syns[rows])
-    for key, epoch in refused:
-        asked = groups.get((key, epoch, False, False))
-        if asked is not None and asked.syn:
-            answers = groups[key, epoch, True, False].rows
-            asked.refused = not _is_answer(records[answers])
-    return list(groups.values())
-
-
-def _is_answer(sent: np.ndarray) -> bool:
-    """Whether one of these packets of this end's shows that it has a connection."""
-    flags = sent["tcp_flags"]
-    return bool(
-        np.any(flags & (_SYN | _ACK) == _SYN | _ACK)
-        or np.any(flags & _FIN)
-        or np.any(sent["len"] > sent["hdr_len"])
-    )
-
-
-def _follow(known: _Flow | None, group: _Group, records: np.ndarray, sent_ns: int) -> _Connection:
-    """Return what is known of a TCP connection, after these packets of it."""
-    before = known.connection if known is not None else None
-    connection = before or _Connection()
-    if group.syn:
-        crossed = before is not None and before.active and not group.out
-        if not crossed or sent_ns - connection.began_ns > _SIMULTANEOUS_NS:
-            connection = _Connection(sent_ns, active=group.out)
-    if group.out:
-        connection.answered |= _is_answer(records)
-        passive = connection.began_ns and not connection.active and not connection.answered
-        # Only what had no ACK is answered by a reset with one.
-        reset = records["tcp_flags"] & (_SYN | _RST | _ACK) == _RST | _ACK
-        connection.refused |= bool(passive and np.any(reset))
-    connection.refused |= group.refused
-    return connection
-
-
-def _tuple_of(key: np.void) -> Tuple:
-    return Tuple(
-        int(key["proto"]),
-        int(key["family"]),
-        key["local"].tobytes(),
-        int(key["lport"]),
-        key["remote"].tobytes(),
-        int(key["rport"]),
-    )

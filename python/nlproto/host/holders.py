@@ -7,14 +7,13 @@ what the sockets of one user cost: a socket that only a message in flight refers
 hundreds of processes have, is dear to look up and cheap to make.
 """
 
-import contextlib
 import functools
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from nlproto.errors import Error
 from nlproto.host import procfs
 from nlproto.host.procfs import Owner
 from nlproto.running.budget import Budget, UserBudgets
@@ -24,8 +23,10 @@ __all__ = ["Holders"]
 _WALK_SHARE = 4  # walks may take a quarter of the time in the long run
 _WALK_SAVED_NS = 500_000_000  # walking time that can be saved up while nothing is unknown
 _WALK_WAIT_S = 0.05  # for the walk of another thread, before nobody is found
-_USER_SHARE, _USERS_SHARE, _USER_SAVED_NS = 3, 2, 300_000_000
+_BESIDE_S = 0.3  # for a walk of one's own: whose ring is being read fills meanwhile
+_USER_SHARE, _USERS_SHARE, _USER_SAVED_NS = 6, 4, 300_000_000
 """Parts of the time: for the sockets of one user, and of all users but root."""
+_ASKING_NS = 20_000_000  # for who had sockets before; a walk of all is sooner done than more
 _ASKED_AGAIN_NS = 50_000_000  # an inode that nobody held, when asked for again
 _MISSING_LIMIT = 65536
 _MANY = 500
@@ -44,17 +45,17 @@ _INHERITED_NS = 200_000_000
 class Holders:
     """The holders of sockets, as of their last check; for the threads of one program together.
 
-    Processes are walked inside `walking()`, by one thread at a time. Others get answers meanwhile.
+    One thread at a time walks all processes. Others get answers meanwhile: none waits long for
+    what another one reads in /proc.
     """
 
     def __init__(
         self,
         proc: Path = procfs.PROC,
         now_ns: Callable[[], int] = time.monotonic_ns,
-        walking: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
-        self.walking = walking
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        """Guards all tables here. /proc is read without it: who reads may have to wait."""
         self._walk_lock = threading.Lock()
         self._found = threading.local()
         self._proc = proc
@@ -71,13 +72,24 @@ class Holders:
         self._births = procfs.Births(proc)
         self._newest = self._births.last()
         self._inherited: dict[int, int] = {}
+        self._welcoming = 0
+        """Threads that ask the newly born at this moment."""
         self._unasked_ns = self._tidied_ns = 0
         self._budget = Budget(_WALK_SHARE, _WALK_SAVED_NS, now_ns)
         self._users = UserBudgets(_USER_SHARE, _USERS_SHARE, _USER_SAVED_NS, now_ns)
         self.walked_ns = -(1 << 62)
         """When all processes were last asked."""
+        self.walk_took_ns = 0
+        """How long that took."""
+        self._beside: threading.Thread | None = None
+        self._starting = threading.Lock()
+        self._failed: Error | None = None
         self.complete = True
         """Whether every process could be asked at the last walk (else it needs root)."""
+
+    def close(self) -> None:
+        """Give back what is open. Answers still come, but the newly born are found later."""
+        self._births.close()
 
     @property
     def exhaustive(self) -> bool:
@@ -86,8 +98,8 @@ class Holders:
 
     def walk(self) -> None:
         """Ask every process; the time it takes is missing for later ones (see due())."""
-        with self._walk_lock, self._budget.spend(), self.walking():
-            self.walked_ns = self._now_ns()
+        with self._walk_lock, self._budget.spend():
+            began = self.walked_ns = self._now_ns()
             by_inode: dict[int, dict[int, int]] = {}
             alive = procfs.pids(self._proc)
             sockets, complete = procfs.held_sockets(alive, self._proc)
@@ -99,6 +111,32 @@ class Holders:
             with self._lock:
                 self._learn(by_inode, alive)
                 self.complete = complete
+            self.walk_took_ns = self._now_ns() - began
+
+    def walk_beside(self, wait_s: float = _BESIDE_S) -> bool:
+        """As walk(), in a thread of its own; return whether that ended within `wait_s`.
+
+        A busy machine takes seconds for it. Raises the Error of a walk that failed.
+        """
+        with self._starting:
+            beside = self._beside
+            if beside is None or not beside.is_alive():
+                beside = self._beside = threading.Thread(
+                    target=self._walk_apart, name="walk", daemon=True
+                )
+                beside.start()
+        if wait_s:
+            beside.join(wait_s)
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+        return not beside.is_alive()
+
+    def _walk_apart(self) -> None:
+        try:
+            self.walk()
+        except Error as error:
+            self._failed = error
 
     def _learn(self, by_inode: dict[int, dict[int, int]], alive: Sequence[int]) -> None:
         """Take what a walk found. Who was born since it began is asked once more."""
@@ -148,17 +186,15 @@ class Holders:
         if self.due():
             self.walk()
         else:
-            with self._lock:
-                self._ask_born(0)
+            self._ask_born(0)
         ask = functools.cache(functools.partial(procfs.owner, proc=self._proc))
         for inode in inodes:
-            with self._lock:
-                held = self._by_inode.get(inode, {})
-                if len(held) == 1:
-                    owner = ask(next(iter(held)))
-                    found: tuple[Owner, ...] = () if owner is None else (owner,)
-                else:
-                    found = self._owners(inode, held, ask)
+            held = self._held(inode)
+            if len(held) == 1:
+                owner = ask(next(iter(held)))
+                found: tuple[Owner, ...] = () if owner is None else (owner,)
+            else:
+                found = self._owners(inode, held, ask)
             yield inode, found
 
     def find_soon(self, inode: int, uid: int, likely: Sequence[int] = ()) -> tuple[Owner, ...]:
@@ -166,19 +202,20 @@ class Holders:
         self._found.exhaustive = False
         if not inode or not self._users.allows(uid):
             return ()
-        with self._lock:
-            if not self._by_inode.get(inode):
-                with self._users.spend(uid):
-                    if found := self._find_newest(inode):
-                        return found
-            self._ask_born(max(_BORN_NS, _BORN_SHARE * self._listing_ns))
+        if not self._held(inode):
             with self._users.spend(uid):
-                if not self._checked(inode) and self._now_ns() >= self._missing.get(inode, 0):
-                    self._ask_some(inode, likely)
+                if found := self._find_newest(inode):
+                    return found
+        self._ask_born(max(_BORN_NS, _BORN_SHARE * self._listing_ns))
+        with self._users.spend(uid):
+            held = self._checked(inode)
+            if not held and self._now_ns() >= self._missing.get(inode, 0):
+                self._ask_some(inode, likely)
                 held = self._checked(inode)
-                if len(held) == 1:
-                    self._ask_parents(inode, *held)
-                return self._owners(inode, held)
+            if len(held) == 1:
+                self._ask_parents(inode, *held)
+                held = self._held(inode) or held
+            return self._owners(inode, held)
 
     def find_anywhere(self, inode: int, uid: int = 0) -> tuple[Owner, ...]:
         """As find(), after find_soon() found nobody: ask all, if a walk is due."""
@@ -192,14 +229,15 @@ class Holders:
         self._wait_for_walk()
         if self.due():
             with self._users.spend(uid):
-                self.walk()
-            self._found.exhaustive = self.complete
-        with self._lock, self._users.spend(uid):
-            held = self._by_inode.get(inode, {})
+                ended = self.walk_beside()
+            self._found.exhaustive = ended and self.complete
+        with self._users.spend(uid):
+            held = self._held(inode)
             if not held and self.exhaustive:
-                if len(self._missing) > _MISSING_LIMIT:
-                    self._missing.clear()
-                self._missing[inode] = self._now_ns() + _ASKED_AGAIN_NS
+                with self._lock:
+                    if len(self._missing) > _MISSING_LIMIT:
+                        self._missing.clear()
+                    self._missing[inode] = self._now_ns() + _ASKED_AGAIN_NS
             return self._owners(inode, held)
 
     def _wait_for_walk(self) -> None:
@@ -209,22 +247,17 @@ class Holders:
 
     def known(self, inode: int) -> tuple[Owner, ...]:
         """As find(), but only of those that were known before; cheap."""
-        with self._lock:
-            return self._owners(inode, self._checked(inode))
+        return self._owners(inode, self._checked(inode))
 
     def peek(self, inode: int) -> Iterator[Owner]:
         """As known(), but nothing is learnt or forgotten."""
+        holders = procfs.still_held(inode, self._held(inode), self._proc)
+        yield from procfs.owners(tuple(holders), self._proc)
+
+    def _held(self, inode: int) -> dict[int, int]:
+        """Return who is known to hold it: {pid: descriptor}."""
         with self._lock:
-            held = self._by_inode.get(inode, {}).copy()
-        target = f"socket:[{inode}]"
-        for pid, fd in held.items():
-            try:
-                holds = os.readlink(f"{self._proc}/{pid}/fd/{fd}") == target
-            except OSError:
-                continue
-            one = procfs.owner(pid, self._proc) if holds else None
-            if one is not None:
-                yield one
+            return self._by_inode.get(inode, {}).copy()
 
     def _owners(
         self,
@@ -232,14 +265,17 @@ class Holders:
         held: Iterable[int],
         ask: Callable[[int], Owner | None] | None = None,
     ) -> tuple[Owner, ...]:
-        ask = ask or functools.partial(procfs.owner, proc=self._proc)
-        owners = [found for pid in held if (found := ask(pid)) is not None]
-        for found in owners:
-            self._talkers.pop(found.identity.tgid, None)
-            self._talkers[found.identity.tgid] = None  # the last to have talked is asked first
-        if len(owners) == 1:
-            self._settled[inode] = owners[0].identity.tgid
-        user = self._settled.get(inode)
+        if ask is None:
+            owners = procfs.owners(tuple(held), self._proc)
+        else:
+            owners = [found for pid in held if (found := ask(pid)) is not None]
+        with self._lock:
+            for found in owners:
+                self._talkers.pop(found.identity.tgid, None)
+                self._talkers[found.identity.tgid] = None  # the last to have talked is asked first
+            if len(owners) == 1:
+                self._settled[inode] = owners[0].identity.tgid
+            user = self._settled.get(inode)
         owners.sort(
             key=lambda one: (
                 one.identity.tgid == user,
@@ -251,16 +287,14 @@ class Holders:
         return tuple(owners)
 
     def _checked(self, inode: int) -> dict[int, int]:
-        known = self._by_inode.get(inode, {})
-        target = f"socket:[{inode}]"
-        for pid, fd in list(known.items()):
-            try:
-                holds = os.readlink(f"{self._proc}/{pid}/fd/{fd}") == target
-            except OSError:
-                holds = False
-            if not holds:
-                del known[pid]
-        return known
+        before = self._held(inode)
+        held = procfs.still_held(inode, before, self._proc)
+        with self._lock:
+            known = self._by_inode.get(inode, {})
+            for pid in before.keys() - held.keys():
+                if known.get(pid) == before[pid]:
+                    del known[pid]
+        return held
 
     def _ask_born(self, older_ns: int) -> None:
         """Ask who was born since the last time: by fork they hold what their parents hold."""
@@ -269,8 +303,9 @@ class Holders:
             return
         self._listed_ns = now
         alive = procfs.pids(self._proc)
-        born = [pid for pid in alive if pid not in self._known]
-        self._known = set(alive)
+        with self._lock:
+            born = [pid for pid in alive if pid not in self._known]
+            self._known = set(alive)
         self._listing_ns = self._now_ns() - now
         if len(born) < len(alive):
             self._welcome(born, now)
@@ -285,42 +320,58 @@ class Holders:
         self._ask_newest()
         self._ask_young(inode, _FEW)
         ask = functools.cache(functools.partial(procfs.owner, proc=self._proc))
-        held = [pid for pid in self._by_inode.get(inode, ()) if ask(pid)]
+        held = [pid for pid in self._held(inode) if ask(pid)]
         if len(held) == 1:
             self._ask_parents(inode, *held)
-        return self._owners(inode, self._by_inode[inode], ask) if held else ()
+        return self._owners(inode, self._held(inode) or held, ask) if held else ()
 
     def _ask_newest(self) -> None:
         """Ask the youngest of who was born since the last look, without the list of all."""
-        before, self._newest = self._newest, self._births.last()
-        if before == self._newest:
+        newest, now = self._births.last(), self._now_ns()
+        with self._lock:
+            before, self._newest = self._newest, newest
+            numbers = range(newest, before, -1)
+            if before != newest and (not numbers or len(numbers) > _FEW):
+                self._unasked_ns = now  # the list will tell of the others
+            born = [pid for pid in numbers[:_FEW] if pid not in self._known]
+        if not born:
             return
-        now = self._now_ns()
-        numbers = range(self._newest, before, -1)
-        if not numbers or len(numbers) > _FEW:
-            self._unasked_ns = now  # the list will tell of the others
-        born = [pid for pid in numbers[:_FEW] if pid not in self._known]
         self._welcome([pid for pid in born if procfs.is_process(pid)], now)
 
     def _welcome(self, born: Sequence[int], now: int) -> None:
         """Ask the newly born, and remember what they may have got from their parents."""
-        self._known.update(born)
-        self._young = {pid: at for pid, at in self._young.items() if now - at < _YOUNG_NS}
-        self._young |= dict.fromkeys(sorted(born), now)
-        self._inherited |= dict.fromkeys(self._ask(born), now)
-        if now - self._tidied_ns > _YOUNG_NS:
-            self._tidied_ns, recent = now, now - _INHERITED_NS
-            self._inherited = {one: at for one, at in self._inherited.items() if at > recent}
+        with self._lock:
+            self._known.update(born)
+            self._young = {pid: at for pid, at in self._young.items() if now - at < _YOUNG_NS}
+            self._young |= dict.fromkeys(sorted(born), now)
+            self._welcoming += 1
+        got: set[int] = set()
+        try:
+            got = self._ask(born)
+        finally:
+            with self._lock:
+                self._welcoming -= 1
+                self._inherited |= dict.fromkeys(got, now)
+                if now - self._tidied_ns > _YOUNG_NS:
+                    self._tidied_ns, recent = now, now - _INHERITED_NS
+                    self._inherited = {
+                        one: at for one, at in self._inherited.items() if at > recent
+                    }
 
     def may_be_inherited(self, inode: int, since_ns: int) -> bool:
-        """Return whether somebody was born since then, 0.2 s ago at most, who may hold it too."""
+        """Return whether somebody was born since then, 0.2 s ago at most, who may hold it too.
+
+        Also while another thread is asking those who were born.
+        """
+        self._ask_newest()
         with self._lock:
-            self._ask_newest()
-            return max(self._inherited.get(inode, 0), self._unasked_ns) > since_ns
+            told = max(self._inherited.get(inode, 0), self._unasked_ns)
+            return self._welcoming > 0 or told > since_ns
 
     def _ask_young(self, inode: int, most: int) -> None:
         """Ask the youngest first, until one is found who holds it."""
-        young = [pid for pid in reversed(self._young) if pid in self._known][:most]
+        with self._lock:
+            young = [pid for pid in reversed(self._young) if pid in self._known][:most]
         while young and not self._by_inode.get(inode):
             self._ask(young[:_AT_ONCE])
             del young[:_AT_ONCE]
@@ -328,31 +379,33 @@ class Holders:
     def _ask_some(self, inode: int, likely: Sequence[int]) -> None:
         self._ask_born(0)
         self._ask_young(inode, len(self._young))
-        for pid in (*likely, *reversed(self._talkers)):
-            if self._by_inode.get(inode):
+        with self._lock:
+            talkers = [pid for pid in (*likely, *reversed(self._talkers)) if pid in self._known]
+        until = self._now_ns() + _ASKING_NS
+        for at in range(0, len(talkers), _FEW):
+            if self._by_inode.get(inode) or self._now_ns() > until:
                 break
-            if pid in self._known:
-                self._ask([pid])
+            self._ask(talkers[at : at + _FEW])
 
     def _ask_parents(self, inode: int, pid: int) -> None:
         """Holders share by fork first of all: ask upwards for as long as they hold it too."""
-        if self._sole.get(inode) == pid:
-            return
-        if len(self._sole) > _MISSING_LIMIT:
-            self._sole.clear()
-        self._sole[inode] = pid
-        held = self._by_inode[inode]
+        with self._lock:
+            if self._sole.get(inode) == pid:
+                return
+            if len(self._sole) > _MISSING_LIMIT:
+                self._sole.clear()
+            self._sole[inode] = pid
         for _ in range(_GENERATIONS):
             pid = procfs.parent(pid, self._proc)
-            if pid in (0, 1) or pid in held:
+            if pid in (0, 1) or pid in self._held(inode):
                 return
-            self._ask([pid])
-            if pid not in held:
+            if inode not in self._ask([pid]):
                 return
 
     def _ask(self, some: Sequence[int]) -> set[int]:
         """Ask them; return the sockets that they hold."""
         held = procfs.held_sockets(some, self._proc)[0].tolist() if some else []
-        for inode, pid, fd in held:
-            self._by_inode.setdefault(inode, {})[pid] = fd
+        with self._lock:
+            for inode, pid, fd in held:
+                self._by_inode.setdefault(inode, {})[pid] = fd
         return {inode for inode, _, _ in held}

@@ -11,8 +11,9 @@ import re
 import socket
 import sys
 import threading
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from nlproto.host import cgroups
 from nlproto.host.cgroups import container_of, unit_of
 from nlproto.host.sockdiag import HOST_SOCKET
 from nlproto.records.wire import MAX_TEXT, bounded, dtype_of
+from nlproto.running.budget import UserBudgets
 from nlproto.running.descriptors import or_error
 
 __all__ = [
@@ -39,11 +41,13 @@ __all__ = [
     "identity",
     "is_process",
     "owner",
+    "owners",
     "parent",
     "parents",
     "pids",
     "same_start",
     "socket_inodes",
+    "still_held",
     "tables",
     "unit_of",
     "user_name",
@@ -57,6 +61,8 @@ _MANY = 256
 """Processes that are worth a thread."""
 HELD = dtype_of("host_held", ffi)
 """A process's descriptor of a socket: inode, pid, fd."""
+_OWNER = dtype_of("host_owner", ffi)
+_NOBODY = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +133,12 @@ _GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
 
 def _read(path: str, limit: int = 8192) -> bytes:
     """Return the first `limit` bytes of a file of /proc in one read, which gives all there is."""
-    with or_error():
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.read(handle, limit)
-    finally:
-        os.close(handle)
+    buffer = ffi.new("char[]", limit)
+    read = lib.host_read(os.fsencode(path), buffer, limit)
+    if read < 0:
+        with or_error():
+            raise OSError(-read, os.strerror(-read), path)
+    return bytes(ffi.buffer(buffer, read))
 
 
 def _stat(pid: int, proc: Path) -> tuple[bytes, int, int] | None:
@@ -184,11 +190,36 @@ def parents(pid: int, start_ns: int, proc: Path = PROC) -> tuple[Parent, ...]:
 
 def owner(pid: int, proc: Path = PROC) -> Owner | None:
     """Return `pid` as an owner: identity, comm and real uid; None when it is gone."""
-    found = _stat(pid, proc)
-    if found is None:
-        return None
-    uid = _uid(pid, proc)
-    return None if uid is None else Owner(Identity(pid, found[1]), found[0], uid)
+    return next(iter(owners((pid,), proc)), None)
+
+
+def owners(some: Sequence[int], proc: Path = PROC) -> list[Owner]:
+    """Return those of `some` that are there, as owners; one call without Python's lock."""
+    if not some:
+        return []
+    found = np.zeros(len(some), _OWNER)
+    found["pid"] = some
+    lib.host_owners(bytes(proc), ffi.from_buffer("struct host_owner[]", found), len(found))
+    there = found[found["comm_len"] != _NOBODY]
+    names = zip(*(there[name].tolist() for name in ("pid", "start_ticks", "uid")), strict=True)
+    comms = zip(there["comm"], there["comm_len"].tolist(), strict=True)
+    return [
+        Owner(Identity(pid, ticks), comm.tobytes()[:size], uid)
+        for (pid, ticks, uid), (comm, size) in zip(names, comms, strict=True)
+    ]
+
+
+def still_held(inode: int, held: Mapping[int, int], proc: Path = PROC) -> dict[int, int]:
+    """Return those of `held` {pid: descriptor} that have the socket `inode` at that descriptor."""
+    if not held:
+        return {}
+    found = np.zeros(len(held), HELD)
+    found["pid"], found["fd"] = list(held), list(held.values())
+    lib.host_still_held(
+        bytes(proc), inode, ffi.from_buffer("struct host_held[]", found), len(found)
+    )
+    there = found[found["pid"] != 0]
+    return dict(zip(there["pid"].tolist(), there["fd"].tolist(), strict=True))
 
 
 def _uid(pid: int, proc: Path) -> int | None:
@@ -211,7 +242,13 @@ class Births:
         self._fd = -1
         with contextlib.suppress(OSError):
             self._fd = os.open(proc / "loadavg", os.O_RDONLY | os.O_CLOEXEC)
-            weakref.finalize(self, os.close, self._fd)
+            self._finalizer = weakref.finalize(self, os.close, self._fd)
+
+    def close(self) -> None:
+        """Give back the descriptor; nothing is told any more."""
+        if self._fd >= 0:
+            self._fd = -1
+            self._finalizer()
 
     def last(self) -> int:
         """Return the number; 2 microseconds."""
@@ -356,7 +393,7 @@ def details(
         exe = bounded(os.readlink(f"{proc}/{pid}/exe".encode()).removesuffix(b" (deleted)"))
     if cmdline != "off":
         with contextlib.suppress(OSError):
-            arguments = _arguments(_read(f"{proc}/{pid}/cmdline", _CMDLINE_BYTES), cmdline)
+            arguments = _arguments(_command_lines.read(f"{proc}/{pid}/cmdline", uid or 0), cmdline)
     with contextlib.suppress(OSError):
         hierarchy, path = cgroups.path_of(_read(f"{proc}/{pid}/cgroup", _CGROUP_BYTES))
     if found is None or uid is None or identity(pid, proc) != before:
@@ -379,6 +416,37 @@ def details(
 
 
 _CMDLINE_BYTES = MAX_TEXT + 1  # more is not shown
+_PATIENCE_MS = 500
+_WAIT_SHARE, _WAITS_SHARE, _WAIT_SAVED_NS = 50, 20, 1_000_000_000
+"""Parts of the time: for the command lines of one user, and of all users but root."""
+
+
+class _CommandLines:
+    """A process can keep who reads its command line waiting for ever; see native/patient.c.
+
+    That costs the names of programs of its user, and others little. Any thread.
+    """
+
+    def __init__(self) -> None:
+        self._users = UserBudgets(_WAIT_SHARE, _WAITS_SHARE, _WAIT_SAVED_NS, time.monotonic_ns)
+
+    def read(self, path: str, uid: int) -> bytes:
+        """Return /proc/PID/cmdline of a process of `uid`. Raises OSError."""
+        if uid == 0:
+            return _read(path, _CMDLINE_BYTES)
+        if not self._users.allows(uid):
+            raise TimeoutError
+        buffer = ffi.new("char[]", _CMDLINE_BYTES)
+        began = time.monotonic_ns()
+        read = lib.host_read_patiently(os.fsencode(path), buffer, _CMDLINE_BYTES, _PATIENCE_MS)
+        if time.monotonic_ns() - began > _PATIENCE_MS * 100_000:
+            self._users.charge(uid, time.monotonic_ns() - began)
+        if read < 0:
+            raise OSError(-read, os.strerror(-read), path)
+        return bytes(ffi.buffer(buffer, read))
+
+
+_command_lines = _CommandLines()
 _CGROUP_BYTES = 128 << 10  # a path of 4 KiB for each hierarchy; v2 has the last line
 
 

@@ -120,6 +120,32 @@ int host_accept(int listener, int *fds, uint32_t max, const uint32_t *shut, uint
 		int64_t group, uint32_t *refused);
 
 /*
+ * Read the first `size` bytes of a file of /proc in one read, which gives all there is; bytes or
+ * -errno. One call, since Python's lock is fought for at the end of each.
+ */
+int host_read(const char *path, char *buf, uint32_t size);
+
+/*
+ * As host_read(), of a file whose read may never end: -ETIMEDOUT after patience_ms, and the thread
+ * that reads is left behind until it can go on. -EBUSY while 16 threads are.
+ */
+int host_read_patiently(const char *path, char *buf, uint32_t size, uint32_t patience_ms);
+
+struct host_owner {
+	uint64_t start_ticks;	/* field 22 of /proc/PID/stat */
+	uint32_t pid;
+	uint32_t uid;		/* the real one */
+	uint32_t comm_len;	/* 0xffffffff: there is no such process */
+	char comm[64];		/* a kernel worker's is longer than 15 */
+};
+
+/* Who some processes are: pid says of whom. `proc` is where /proc is. */
+void host_owners(const char *proc, struct host_owner *some, uint32_t count);
+
+/* Clear the pid of those that do not have the socket `inode` any more. */
+void host_still_held(const char *proc, uint64_t inode, struct host_held *held, uint32_t count);
+
+/*
  * Open a file to read below a directory; refuses links, and whatever is mounted below. Never
  * waits for a FIFO. The descriptor, or -errno.
  */

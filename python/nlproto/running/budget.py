@@ -29,6 +29,10 @@ class Budget:
         self._at_ns = now
         return self._left_ns > 0
 
+    def charge(self, ns: int) -> None:
+        """Charge what has been spent, allowed or not."""
+        self._left_ns -= ns
+
     @contextmanager
     def spend(self) -> Iterator[None]:
         """Charge the time that the block takes, allowed or not."""
@@ -65,6 +69,12 @@ class UserBudgets:
             return
         with self._all.spend(), self._user(uid).spend():
             yield
+
+    def charge(self, uid: int, ns: int) -> None:
+        """Charge what has been spent."""
+        if uid:
+            self._all.charge(ns)
+            self._user(uid).charge(ns)
 
     def _user(self, uid: int) -> Budget:
         if uid not in self._users:

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: MIT
+"""What engine `packet` knows of a flow, and which packets of one read have one owner."""
+
+import socket
+from dataclasses import dataclass
+
+import numpy as np
+
+from nlproto.engines.listeners import PastListener
+from nlproto.host.procfs import Owner
+from nlproto.host.socket_lookup import Tuple
+from nlproto.records.wire import lib
+
+__all__ = [
+    "FollowedConnection",
+    "PacketFlow",
+    "PacketGroup",
+    "fill",
+    "follow",
+    "groups_of",
+    "keys_of",
+    "tuple_of",
+]
+
+_FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
+_SIMULTANEOUS_NS = 1_000_000_000  # between two SYNs that cross and make one connection
+
+_KEY = np.dtype(
+    {
+        "names": ["proto", "family", "lport", "rport", "local", "remote"],
+        "formats": ["u1", "u1", "u2", "u2", ("u1", (16,)), ("u1", (16,))],
+    }
+)
+
+
+@dataclass(slots=True)
+class FollowedConnection:
+    """What the packets of one TCP connection told of it."""
+
+    began_ns: int = 0
+    """When its SYN passed; 0: that was not seen."""
+    active: bool = False
+    """Whether this end sent the SYN: then no listener accepted it."""
+    answered: bool = False
+    """Whether this end sent a SYN-ACK, data or a FIN."""
+    refused: bool = False
+    """Whether this end answered the SYN with a reset: nobody listened."""
+    owned: bool = False
+    """Whether its own socket was found with an owner."""
+    listener: PastListener | None = None
+    """Who listened when it began."""
+
+
+@dataclass(slots=True)
+class PacketFlow:
+    """What is known of the packets of one connection in one direction."""
+
+    checked_ns: int
+    how: int
+    flags: int = 0
+    cookie: int = 0
+    inode: int = 0
+    owner: Owner | None = None
+    settled: bool = False
+    """Whether the answer may be kept for TTL_NS; else the next packet asks again."""
+    unheld: bool = False
+    """Whether there is a socket, and a quick search found nobody who holds it."""
+    row: np.void | None = None
+    """The socket (HOST_SOCKET) that was found."""
+    connection: FollowedConnection | None = None
+    sent_ns: int = 0
+    """When the packet passed that it was asked for: who has the socket may be younger."""
+
+
+@dataclass(slots=True)
+class PacketGroup:
+    """Packets of one connection in one direction, in one read."""
+
+    key: bytes
+    out: bool
+    to_all: bool
+    first: bool
+    """Whether it is the first of its key in this read."""
+    rows: list[int]
+    syn: bool = False
+    """Whether it begins with the SYN of a new connection."""
+    refused: bool = False
+    """Whether that SYN was answered with a reset in this read."""
+    over: bool = False
+    """Whether another connection of the same tuple begins in this read, behind this one."""
+
+
+def keys_of(records: np.ndarray, outward: np.ndarray) -> np.ndarray:
+    """Return the ends of each packet's connection, this host's first."""
+    keys = np.zeros(len(records), _KEY)
+    keys["proto"], keys["family"] = records["proto"], records["family"]
+    keys["lport"] = np.where(outward, records["sport"], records["dport"])
+    keys["rport"] = np.where(outward, records["dport"], records["sport"])
+    column = outward[:, np.newaxis]
+    keys["local"] = np.where(column, records["saddr"], records["daddr"])
+    keys["remote"] = np.where(column, records["daddr"], records["saddr"])
+    return keys
+
+
+def groups_of(
+    records: np.ndarray, keys: np.ndarray, outward: np.ndarray, to_all: np.ndarray
+) -> list[PacketGroup]:
+    """Put together what has one owner: a SYN begins another connection of the same tuple."""
+    raw, size = keys.tobytes(), _KEY.itemsize
+    tcp = records["proto"] == socket.IPPROTO_TCP
+    kinds = records["tcp_flags"] & (_SYN | _RST | _ACK)
+    syns = tcp & (records["tcp_flags"] & (_SYN | _ACK) == _SYN)
+    resets = set(np.flatnonzero(tcp & outward & (kinds == _RST | _ACK)).tolist())
+    epochs: dict[bytes, int] = {}
+    groups: dict[tuple[bytes, int, bool, bool], PacketGroup] = {}
+    refused = []
+    facts = zip(outward.tolist(), to_all.tolist(), syns.tolist(), strict=True)
+    for index, (out, every, syn) in enumerate(facts):
+        key = raw[index * size : (index + 1) * size]
+        epoch = epochs.get(key)
+        first = epoch is None
+        if epoch is None or syn:
+            epoch = epochs[key] = 0 if epoch is None else epoch + 1
+        group = groups.get((key, epoch, out, every))
+        if group is None:
+            groups[key, epoch, out, every] = PacketGroup(key, out, every, first, [index], syn)
+        else:
+            group.rows.append(index)
+        if index in resets:
+            refused.append((key, epoch))
+    for (key, epoch, _, _), group in groups.items():
+        if epoch == epochs[key]:
+            continue
+        # SYNs alone may be the same one, sent again
+        began = [groups.get((key, epoch, out, False)) for out in (False, True)]
+        rows = [row for part in began if part is not None for row in part.rows]
+        group.over = not np.all(syns[rows])
+    for key, epoch in refused:
+        asked = groups.get((key, epoch, False, False))
+        if asked is not None and asked.syn:
+            answers = groups[key, epoch, True, False].rows
+            asked.refused = not _is_answer(records[answers])
+    return list(groups.values())
+
+
+def _is_answer(sent: np.ndarray) -> bool:
+    """Whether one of these packets of this end's shows that it has a connection."""
+    flags = sent["tcp_flags"]
+    return bool(
+        np.any(flags & (_SYN | _ACK) == _SYN | _ACK)
+        or np.any(flags & _FIN)
+        or np.any(sent["len"] > sent["hdr_len"])
+    )
+
+
+def follow(
+    known: PacketFlow | None, group: PacketGroup, records: np.ndarray, sent_ns: int
+) -> FollowedConnection:
+    """Return what is known of a TCP connection, after these packets of it."""
+    before = known.connection if known is not None else None
+    connection = before or FollowedConnection()
+    if group.syn:
+        crossed = before is not None and before.active and not group.out
+        if not crossed or sent_ns - connection.began_ns > _SIMULTANEOUS_NS:
+            connection = FollowedConnection(sent_ns, active=group.out)
+    if group.out:
+        connection.answered |= _is_answer(records)
+        passive = connection.began_ns and not connection.active and not connection.answered
+        # Only what had no ACK is answered by a reset with one.
+        reset = records["tcp_flags"] & (_SYN | _RST | _ACK) == _RST | _ACK
+        connection.refused |= bool(passive and np.any(reset))
+    connection.refused |= group.refused
+    return connection
+
+
+def tuple_of(key: np.void) -> Tuple:
+    """Return the ends that one of keys_of() has."""
+    return Tuple(
+        int(key["proto"]),
+        int(key["family"]),
+        key["local"].tobytes(),
+        int(key["lport"]),
+        key["remote"].tobytes(),
+        int(key["rport"]),
+    )
+
+
+def fill(records: np.ndarray, rows: list[int], flow: PacketFlow) -> None:
+    """Write what is known of `flow` into the records at `rows`."""
+    records["how"][rows] = flow.how
+    records["cookie"][rows] = flow.cookie
+    records["inode"][rows] = flow.inode
+    records["flags"][rows] |= flow.flags
+    if flow.owner is not None:
+        records["tgid"][rows] = flow.owner.identity.tgid
+        records["start_ns"][rows] = flow.owner.identity.start_ns
+        records["uid"][rows] = flow.owner.uid
+        records["comm"][rows] = flow.owner.comm[: lib.SNIFFER_COMM_LEN]
