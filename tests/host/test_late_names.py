@@ -129,6 +129,24 @@ def test_a_late_syn_makes_its_flow_unknown(names: PacketNames, packets: Any) -> 
             assert name(names, record)["tgid"].tolist() == [0]
             record["tcp_flags"] = 16  # ACK
             assert name(names, record)["tgid"].tolist() == [0]
+            record["time_ns"] = time.monotonic_ns()
+            assert name(names, record)["tgid"].tolist() == [os.getpid()]
+
+
+def test_a_listener_of_today_is_not_named_for_a_connection_that_was_late(
+    names: PacketNames, packets: Any
+) -> None:
+    """When it began nobody was asked, and who listens now may have come since."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        record = packets(60 * SECOND)[:1]
+        record["proto"], record["tcp_flags"] = socket.IPPROTO_TCP, 2
+        record["dir"] = wire.lib.SNIFFER_DIR_IN
+        record["sport"], record["dport"] = 9, server.getsockname()[1]
+        assert name(names, record)["tgid"].tolist() == [0]
+        record["sport"], record["dport"] = server.getsockname()[1], 9
+        record["dir"], record["tcp_flags"] = wire.lib.SNIFFER_DIR_OUT, 16
+        record["len"], record["time_ns"] = 100, time.monotonic_ns()
+        assert name(names, record)["tgid"].tolist() == [0]
 
 
 def test_late_packets_to_others_are_told_once() -> None:

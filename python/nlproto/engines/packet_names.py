@@ -114,14 +114,21 @@ class PacketNames:
             known, one = self._flows.get(key), tuple_of(keys[rows[0]])
             if not self._is_local(one.family, one.local):
                 passing[rows] = known is None or not (known.cookie or known.inode)
+            tcp = one.proto == socket.IPPROTO_TCP
+            if tcp and (known is None or syns[rows].any()):
+                # who began it was not looked for, so it may be no present listener's either
+                sent_ns = int(records["time_ns"][rows[0]])
+                unseen = FollowedConnection(sent_ns, active=True)
+                how = lib.SNIFFER_HOW_NOT_PROBED
+                self._flows[key] = PacketFlow(self._now_ns(), how, connection=unseen)
+                continue
             if known is None or not known.settled or to_all[rows[0]]:
                 continue
-            if one.proto == socket.IPPROTO_TCP and syns[rows].any():
-                del self._flows[key]  # who began this connection was not seen
-            elif int(records["time_ns"][rows[0]]) - known.checked_ns < TTL_NS:
+            if int(records["time_ns"][rows[0]]) - known.checked_ns < TTL_NS:
                 fill(records, rows, known)
             else:
                 doubtful.append(rows)
+        self._forget(self._now_ns())
         records["how"][passing] = lib.SNIFFER_HOW_FORWARDED
         records["dir"][passing & ~out] = lib.SNIFFER_DIR_FWD
         ask = np.zeros(len(records), bool)
