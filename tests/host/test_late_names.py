@@ -34,6 +34,10 @@ class Counting(Holders):
         self.looks += 1
         return super().find_soon(*arguments)
 
+    def find(self, *arguments: Any) -> Any:
+        self.looks += 1
+        return super().find(*arguments)
+
 
 @pytest.fixture
 def packets() -> Iterator[Any]:

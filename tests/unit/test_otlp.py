@@ -87,6 +87,13 @@ def test_what_serves_is_the_destination() -> None:
     assert found["destination.bytes"] == "100"
 
 
+@pytest.mark.parametrize(("opened", "end"), [(1, "source"), (2, "destination")])
+def test_the_source_is_who_sent_the_syn_whatever_the_ports(opened: int, end: str) -> None:
+    for lport, rport in ((33000, 43000), (43000, 33000)):
+        found = attributes(record_of(flow(lport, rport, opened=opened), None, "", 30))
+        assert found[f"{end}.address"] == "192.0.2.1" and found[f"{end}.port"] == str(lport)
+
+
 def test_an_unnamed_flow_has_its_reason_and_no_process() -> None:
     how = next(n for n, name in enumerate(HOW_NAMES) if name == "no_socket")
     found = attributes(record_of(flow(tgid=0, how=how), None, "", 30))

@@ -49,7 +49,8 @@ def record_of(
 ) -> dict[str, Any]:
     """Return the log record of a FLOW with times in ns since 1970, without unknown values.
 
-    The source is the end with the higher port, because a service has a low one.
+    The source is the end that sent the SYN. Where that is not known it is the end with the higher
+    port, because a service has a low one.
     """
     values = _flow(flow) | _owner(flow, process)
     if domain:
@@ -71,6 +72,8 @@ _ENDS = ("source", "destination")
 
 
 def _is_source(flow: np.void) -> bool:
+    if flow["opened"] and not flow["forwarded"]:
+        return int(flow["opened"]) == 1
     return int(flow["lport"]) > int(flow["rport"])
 
 
