@@ -136,7 +136,8 @@ def test_one_command_starts_a_fleet_on_one_machine_and_ends_it(
 ) -> None:
     directory = tmp_path / "fleet"
     told = {"PACKET_HUNTER_ENGINE": "packet", "PACKET_HUNTER_NATS_PORT": str(free_port())}
-    command = [str(EXAMPLES / "fleet.sh"), str(directory)]
+    # a shell cannot trap what was ignored when it began, as it is in a job in the background
+    command = ["env", "--default-signal=INT", str(EXAMPLES / "fleet.sh"), str(directory)]
     with Program(
         tmp_path / "log", command, env=os.environ | told, start_new_session=True
     ) as example:
