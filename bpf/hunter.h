@@ -222,24 +222,16 @@ static __always_inline u64 cookie_at(struct sock *sk)
 	return BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
 }
 
-/*
- * Is this a socket that the table is about? sk is a pointer that is typed. The
- * kernel's are not, unless it has given one to a process as the file of another
- * one, as SMC does.
- */
+/* Is this a socket that the table is about? sk is a pointer that is typed. */
 static __always_inline bool wants(struct sock *sk)
 {
 	u16 family = sk->__sk_common.skc_family;
-	struct socket *sock;
 	u16 proto;
 
 	if (family != AF_INET && family != AF_INET6)
 		return false;
-	if (BPF_CORE_READ_BITFIELD(sk, sk_kern_sock)) {
-		sock = sk->sk_socket;
-		if (sk->__sk_common.skc_state == TCP_LISTEN || !sock || !sock->file)
-			return false;
-	}
+	if (BPF_CORE_READ_BITFIELD(sk, sk_kern_sock))
+		return false;
 	proto = sk->sk_protocol;
 	return proto == IPPROTO_TCP || proto == IPPROTO_UDP || proto == IPPROTO_MPTCP ||
 	       sk->sk_type == SOCK_RAW;
@@ -253,9 +245,7 @@ static __always_inline bool wants_at(struct sock *sk)
 
 	if (family != AF_INET && family != AF_INET6)
 		return false;
-	if (BPF_CORE_READ_BITFIELD_PROBED(sk, sk_kern_sock) &&
-	    (BPF_CORE_READ(sk, __sk_common.skc_state) == TCP_LISTEN ||
-	     !BPF_CORE_READ(sk, sk_socket, file)))
+	if (BPF_CORE_READ_BITFIELD_PROBED(sk, sk_kern_sock))
 		return false;
 	proto = BPF_CORE_READ(sk, sk_protocol);
 	return proto == IPPROTO_TCP || proto == IPPROTO_UDP || proto == IPPROTO_MPTCP ||

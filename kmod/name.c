@@ -63,16 +63,6 @@ static bool name_is_fallback(struct sniffer_flow *flow, const struct sock *sk)
 	return listener && !name_is_servers(listener);
 }
 
-/* Has a process used a connection that the kernel made and gave to it? */
-static bool name_is_given(const struct sock *sk)
-{
-	const struct sniffer_owner *owner = NULL;
-
-	if (sk->sk_kern_sock && sk->sk_state != TCP_LISTEN)
-		owner = sniffer_owner_find(atomic64_read(&sk->sk_cookie));
-	return owner && rcu_access_pointer(owner->user);
-}
-
 /* The kernel itself sends or receives the packet. */
 static void name_kernel(struct sniffer_record *r)
 {
@@ -222,8 +212,7 @@ void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 	bool young;
 	u64 via;
 
-	if (full && name_is_servers(sk) && !name_is_fallback(flow, sk) &&
-	    !name_is_given(sk)) {
+	if (full && name_is_servers(sk) && !name_is_fallback(flow, sk)) {
 		name_kernel(r);
 		return;
 	}

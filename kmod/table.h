@@ -142,23 +142,12 @@ bool sniffer_owner_tight(void);
 int sniffer_owner_init(void);
 void sniffer_owner_exit(void);
 
-/*
- * Has the kernel given a socket of its own to a process, as the file of another
- * one? SMC does so where both ends cannot do better than TCP.
- */
-static inline bool sniffer_owner_is_given(const struct sock *sk)
-{
-	const struct socket *sock = READ_ONCE(sk->sk_socket);
-
-	return sk->sk_state != TCP_LISTEN && sock && READ_ONCE(sock->file);
-}
-
 /* Is this full socket one that the table is about: TCP, UDP, MPTCP or raw, of user space? */
 static inline bool sniffer_owner_wants(const struct sock *sk)
 {
 	if (sk->sk_family != AF_INET && sk->sk_family != AF_INET6)
 		return false;
-	if (sk->sk_kern_sock && !sniffer_owner_is_given(sk))
+	if (sk->sk_kern_sock)
 		return false;
 	return sk->sk_protocol == IPPROTO_TCP || sk->sk_protocol == IPPROTO_UDP ||
 	       sk->sk_protocol == IPPROTO_MPTCP || sk->sk_type == SOCK_RAW;
