@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The end of `make test`: summary.py DIRECTORY TIERS reads the tiers' results.
 
-Every skip is printed with its reason, and every tier that `make test` leaves out is named.
+Every skip is printed with its reason, every test that passed only when it was run again, and
+every tier that `make test` leaves out.
 """
 
 from __future__ import annotations
@@ -43,15 +44,21 @@ def main() -> int:
             print(f"{tier:12} left no result")
             failed += 1
             continue
-        cases = list(ElementTree.parse(path).iter("testcase"))
+        runs: dict[tuple[str | None, str | None], list[ElementTree.Element]] = {}
+        for case in ElementTree.parse(path).iter("testcase"):
+            runs.setdefault((case.get("classname"), case.get("name")), []).append(case)
+        cases = [each[-1] for each in runs.values()]
         skips = [case for case in cases if case.find("skipped") is not None]
         bad = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
+        again = [each[-1] for each in runs.values() if len(each) > 1 and each[-1] not in bad]
         good = len(cases) - len(skips) - len(bad)
         if not cases:
             bad = [ElementTree.Element("testcase", name="no test was collected")]
         print(f"{tier:12} {good} passed, {len(bad)} failed, {len(skips)} skipped")
         for case in bad:
             print(f"  FAILED  {case.get('classname', '')}::{case.get('name')}")
+        for case in again:
+            print(f"  AGAIN   {case.get('classname', '')}::{case.get('name')}: failed, then passed")
         for case in skips:
             mark = case.find("skipped")
             reason = mark.get("message", "") if mark is not None else ""

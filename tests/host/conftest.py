@@ -18,6 +18,7 @@ import pytest
 from capturing import COMMON, Run, StartRun, StartWorker
 from daemons import Daemon, StartDaemon, senders
 from hunting import echo
+from places import open_to_all
 from waiting import there
 
 FILES = 8192
@@ -30,10 +31,7 @@ if soft != resource.RLIM_INFINITY and soft < FILES:
 
 @pytest.fixture(name="directory")
 def _directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("daemon")
-    for part in (directory, directory.parent, directory.parent.parent):
-        part.chmod(0o755)
-    return directory
+    return open_to_all(tmp_path_factory.mktemp("daemon"))
 
 
 @pytest.fixture(name="start")

@@ -17,6 +17,7 @@ import pytest
 
 from nlproto.client.client import DaemonClient
 from nlproto.client.frames import Decoder, Kind, encode_json, parse_json
+from places import open_to_all
 from waiting import stand_in, until
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="engine packet needs root")
@@ -52,9 +53,7 @@ def _start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     started = []
 
     def start(config: str = "", **options: Any) -> Any:
-        directory = tmp_path_factory.mktemp("clients")
-        for part in (directory, directory.parent, directory.parent.parent):
-            part.chmod(0o755)
+        directory = open_to_all(tmp_path_factory.mktemp("clients"))
         started.append(Daemon(directory, config, **options))
         return started[-1]
 

@@ -16,6 +16,7 @@ import pytest
 from daemons import Daemon
 from fleeting import Program, Server, free_port, rows
 from hunting import NOBODY
+from places import open_to_all
 from receiving import receiver
 from waiting import patient, until
 
@@ -122,8 +123,7 @@ def test_who_may_not_see_everything_is_told_so(
     spool = tmp_path / "spool"
     spool.mkdir()
     os.chown(spool, 65534, 65534)
-    for part in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        part.chmod(0o755)
+    open_to_all(tmp_path)
     command = [*NOBODY, sys.executable, *("-I", "-m", "fleet.export", "--socket", daemon.path)]
     command += ["--spool", str(spool), "--server", nats.url]
     with Program(tmp_path / "export.log", command) as exporter:

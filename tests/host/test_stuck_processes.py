@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from nlproto.host import procfs
+from places import open_to_all
 from waiting import patient
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="other users' processes need root")
@@ -26,9 +27,7 @@ SCRIPT = Path(__file__).parents[1] / "stuck.py"
 
 @contextlib.contextmanager
 def stuck(directory: Path, uid: int = UID) -> Iterator[int]:
-    for path in (directory, *directory.parents[:3]):
-        path.chmod(0o755)
-    home = directory / str(uid)
+    home = open_to_all(directory) / str(uid)
     home.mkdir()
     os.chown(home, uid, uid)
     one = subprocess.Popen(

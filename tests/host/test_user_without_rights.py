@@ -25,6 +25,7 @@ from daemon.serve import requests
 from daemons import NOBODY, Daemon, StartDaemon
 from nameserver import A, NameServer, ask
 from nlproto.client.client import DaemonClient
+from places import open_to_all
 from waiting import patient, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="acts as several users")
@@ -304,9 +305,7 @@ def test_files_are_closed_to_others(
     start: StartDaemon, tmp_path_factory: pytest.TempPathFactory, root: Root
 ) -> None:
     """History, sealed hours, sidecars, lock, log: nothing can be opened, listed or watched."""
-    directory = tmp_path_factory.mktemp("open")
-    for part in (directory, directory.parent, directory.parent.parent):
-        part.chmod(0o755)
+    directory = open_to_all(tmp_path_factory.mktemp("open"))
     place = directory / "history"
     place.mkdir(mode=0o750)
     daemon = start(config=f"history: {place}/history.db\nflush_interval: 50ms\n")
@@ -335,9 +334,7 @@ print(json.dumps(found))
 def test_metrics_on_a_unix_socket_are_for_the_group(
     start: StartDaemon, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    directory = tmp_path_factory.mktemp("metrics")
-    for part in (directory, directory.parent, directory.parent.parent):
-        part.chmod(0o755)
+    directory = open_to_all(tmp_path_factory.mktemp("metrics"))
     start(config=f"metrics: {directory}/metrics.sock\n")
     code = """
 try:
@@ -394,9 +391,7 @@ print(json.dumps(found))
 def test_the_fleets_spool_is_closed_to_others(tmp_path_factory: pytest.TempPathFactory) -> None:
     from fleet.export.spool import Spool
 
-    directory = tmp_path_factory.mktemp("spool")
-    for part in (directory, directory.parent, directory.parent.parent):
-        part.chmod(0o755)
+    directory = open_to_all(tmp_path_factory.mktemp("spool"))
     spool = Spool(directory, 1 << 20)
     try:
         code = """

@@ -85,7 +85,7 @@ def perform(
     """Play one scenario with an engine attached; returns score, account and faults.
 
     ``faults`` is empty when every record is right and every sum holds. ``unable`` says why this
-    machine cannot play it.
+    machine cannot play it; ``unplayed`` is true when the scenario broke, so that nothing is known.
     """
     started = time.monotonic()
     directory = Path(tempfile.mkdtemp(prefix="attribution."))
@@ -100,7 +100,7 @@ def perform(
     try:
         result.update(_follow(scenario, engine, module, wire, pid, directory))
     except (EOFError, TimeoutError) as error:
-        result["faults"] = [f"the stage is gone: {error!r}"]
+        result.update(unplayed=True, faults=[f"the stage is gone: {error!r}"])
     finally:
         ours.close()
         _reap(pid)
@@ -157,7 +157,8 @@ def _follow(
                 return {"unable": message["unable"]}
             elif "error" in message:
                 wire.tell()
-                return {"faults": ["the scenario itself failed: " + message["error"]]}
+                fault = "the scenario itself failed: " + message["error"]
+                return {"unplayed": True, "faults": [fault]}
             else:
                 assert recorder is not None, "the scenario never attached"
                 return _judge(scenario, engine, recorder, wire, namespaces, directory)

@@ -23,7 +23,7 @@ PROTOCOLS = {6: "tcp", 17: "udp"}
 FLAGS = {"shared": 1, "inherited": 2, "seeded": 4, "dead": 8, "kernel": 16, "ambiguous": 32,
          "copy": 64}  # fmt: skip
 DIR_IN, DIR_OUT, DIR_FWD = 1, 2, 3
-TCP_SYN, TCP_RST = 2, 4
+TCP_FIN, TCP_SYN, TCP_RST = 1, 2, 4
 EXAMPLES = 3
 BEFORE = 8
 
@@ -124,7 +124,7 @@ def score(
     sockets after the packet; its ``socket_gone`` says that none is there, not that one was.
     """
     result = Score(packets=len(records))
-    connections = _Connections()
+    connections = _Connections(records)
     by_endpoint: dict[tuple[int, str, int], list[Claim]] = defaultdict(list)
     claims = list(claims)
     for claim in claims:
@@ -138,7 +138,7 @@ def score(
         result.how[how] += 1
         port = int(record["dport" if record["dir"] == DIR_IN else "sport"])
         key = (int(record["netns"]), PROTOCOLS.get(int(record["proto"]), "?"), port)
-        socketless = connections.follow(record, how)
+        socketless = connections.follow(number, record, how)
         found = [claim for claim in by_endpoint.get(key, ()) if matches(claim, record)]
         if socketless and found:
             seen[found[0].ident, int(record["dir"])] += 1
@@ -190,14 +190,20 @@ class _Connections:
     unless net.ipv4.tcp_rfc1337 is set); a SYN that goes out begins a new one. What arrives in
     between finds no socket, and unless it is a reset itself the stack answers it with one
     (RFC 9293, 3.10.7.1), for which there is no socket either.
+
+    Data for a socket that was closed resets the connection (RFC 1122, 4.2.2.13). Linux ends that
+    socket first and sends the reset then (tcp_rcv_state_process), so on a second processor a
+    packet may find no socket a little before the reset is seen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, records: np.ndarray) -> None:
         self._ended: set[tuple[object, ...]] = set()
+        self._closed: set[tuple[object, ...]] = set()
         self._unanswered: Counter[tuple[object, ...]] = Counter()
+        self._before_reset = _before_own_reset(records)
 
-    def follow(self, record: np.void, how: str) -> bool:
-        """Whether `how` says rightly that this packet, after those before it, has no socket."""
+    def follow(self, number: int, record: np.void, how: str) -> bool:
+        """Whether `how` says rightly that record `number`, after those before, has no socket."""
         if record["proto"] != 6:
             return False
         connection = _connection(record)
@@ -205,17 +211,41 @@ class _Connections:
         if record["dir"] == DIR_OUT:
             if record["tcp_flags"] & TCP_SYN:
                 self._ended.discard(connection)
+                self._closed.discard(connection)
                 del self._unanswered[connection]
+            if record["tcp_flags"] & TCP_FIN:
+                self._closed.add(connection)
+            if reset and record["tgid"] and connection in self._closed:
+                self._ended.add(connection)
             if not (reset and how == "no_socket" and self._unanswered[connection]):
                 return False
             self._unanswered[connection] -= 1
             return True
-        socketless = connection in self._ended and how == "no_socket"
+        ending = number in self._before_reset and connection in self._closed
+        socketless = how == "no_socket" and (ending or connection in self._ended)
         if socketless and not reset:
             self._unanswered[connection] += 1
         if reset:
             self._ended.add(connection)
         return socketless
+
+
+def _before_own_reset(records: np.ndarray) -> set[int]:
+    """Which records came in between a socket's last packet and the reset that it answers with."""
+    tcp, out = records["proto"] == 6, records["dir"] == DIR_OUT
+    resets = tcp & out & (records["tcp_flags"] & TCP_RST != 0) & (records["tgid"] != 0)
+    near = tcp & ~out & np.isin(records["dport"], records["sport"][resets])
+    found, coming = set(), set()
+    for number in np.flatnonzero(resets | near)[::-1]:
+        record = records[number]
+        connection = _connection(record)
+        if resets[number]:
+            coming.add(connection)
+        elif record["tgid"]:
+            coming.discard(connection)
+        elif connection in coming:
+            found.add(int(number))
+    return found
 
 
 def _before(records: np.ndarray, record: np.void, how_name: Callable[[int], str]) -> list[str]:

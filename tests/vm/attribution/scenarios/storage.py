@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import struct
@@ -117,11 +118,25 @@ def attacher(
     fcntl.ioctl(device, NBD_SET_BLKSIZE, 4096)
     fcntl.ioctl(device, NBD_SET_SIZE, 1 << 20)
     fcntl.ioctl(device, NBD_SET_TIMEOUT, 2)  # udev may still read when it is disconnected
-    fcntl.ioctl(device, NBD_SET_SOCK, sock.fileno())
+    hand_to_disk(device, sock.fileno())
     sock.close()  # the kernel has it now
     wire.tell()
     wire.hear()
     fcntl.ioctl(device, NBD_DO_IT)
+
+
+def hand_to_disk(device: int, descriptor: int) -> None:
+    """Give the disk its socket, once nobody (udev, blkid) has the disk of before open."""
+    for _ in range(200):
+        try:
+            fcntl.ioctl(device, NBD_SET_SOCK, descriptor)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            time.sleep(0.05)
+        else:
+            return
+    raise RuntimeError("the disk stays in use")
 
 
 def makes_ring() -> None:
