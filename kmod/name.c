@@ -163,6 +163,82 @@ static void name_request(struct sniffer_record *r, struct sock *sk, bool fresh)
 	name_acceptor(r, owner);
 }
 
+/* Names a packet of a listener itself. */
+static void name_listener(struct sniffer_record *r, struct sock *sk, bool fresh)
+{
+	const struct sniffer_owner *owner = name_find(sk);
+
+	if (owner)
+		name_acceptor(r, owner);
+	else
+		r->how = name_reason(sk, fresh);
+}
+
+/* Names @r after another entry with the inode of @sk. False if there is none. */
+static bool name_by_inode(struct sniffer_record *r, struct sock *sk)
+{
+	const struct sniffer_owner *other = sniffer_owner_find_inode(r->inode);
+
+	if (!other || !rcu_access_pointer(other->user))
+		return false;
+	sniffer_owner_refer(sk, other->cookie, SNIFFER_HOW_INODE);
+	name_owner(r, other, SNIFFER_HOW_INODE);
+	return true;
+}
+
+/*
+ * Names @r after the listener or MPTCP parent @via that the entry @owner of @sk refers
+ * to. A listener that may be gone goes to @gone instead.
+ */
+static bool name_by_via(struct sniffer_record *r, const struct sock *sk,
+			const struct sniffer_owner *owner, u64 via,
+			const struct sniffer_owner **gone)
+{
+	const struct sniffer_owner *other = sniffer_owner_find(via);
+
+	if (!other || !rcu_access_pointer(other->user))
+		return false;
+	if (READ_ONCE(owner->via_how) != SNIFFER_HOW_LISTENER) {
+		name_owner(r, other, SNIFFER_HOW_INODE);
+		return true;
+	}
+	/* a listener is freed, and marked dead, only after a grace period */
+	if (!sk_fullsock(sk) || sock_flag(sk, SOCK_DEAD) ||
+	    (name_is_held(other) && !READ_ONCE(other->dead))) {
+		name_acceptor(r, other);
+		return true;
+	}
+	*gone = other;
+	return false;
+}
+
+/*
+ * Looks for a listener that has room for the connection @sk. The connection never was a
+ * request (SYN cookie, Fast Open). Or its listener closed and left it to another
+ * (tcp_migrate_req). Or the kernel accepted it and gave it a file (nvmet). @waits: the
+ * full socket @sk may still wait to be accepted.
+ */
+static bool name_by_listener(struct sniffer_flow *flow, const struct sock *sk, bool waits)
+{
+	struct sniffer_record *r = &flow->record;
+	struct sock *listener = sniffer_lookup_listener(flow, r->dir == SNIFFER_DIR_OUT);
+	const struct sniffer_owner *owner;
+
+	if (listener && name_is_servers(listener)) {
+		name_kernel(r);
+		return true;
+	}
+	owner = waits && sk->sk_state != TCP_CLOSE && listener ? name_find(listener) : NULL;
+	/*
+	 * a process does not own the listener if a server in the kernel, to which it was
+	 * handed, stops using it
+	 */
+	if (!owner || !name_is_held(owner))
+		return false;
+	name_acceptor(r, owner);
+	return true;
+}
+
 /*
  * Is accept() on another CPU giving @sk its socket right now? Then @sk has its inode,
  * but the probe may not have entered its owner yet.
@@ -203,13 +279,11 @@ void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 {
 	struct sniffer_record *r = &flow->record;
 	bool fresh = !atomic64_read(&sk->sk_cookie);
-	const struct sniffer_owner *other, *gone = NULL;
+	const struct sniffer_owner *gone = NULL;
 	struct sniffer_owner *owner;
 	bool full = sk_fullsock(sk);
-	struct sock *listener;
 	bool grafted = false;
 	unsigned int version;
-	bool young;
 	u64 via;
 
 	if (full && name_is_servers(sk) && !name_is_fallback(flow, sk)) {
@@ -224,11 +298,7 @@ void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 	if (full)
 		r->inode = sniffer_owner_inode(sk);
 	if (full && sk->sk_state == TCP_LISTEN) {
-		other = name_find(sk);
-		if (other)
-			name_acceptor(r, other);
-		else
-			r->how = name_reason(sk, fresh);
+		name_listener(r, sk, fresh);
 		return;
 	}
 
@@ -251,30 +321,10 @@ void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 			name_note(flow, sk, owner, version);
 		return;
 	}
-	if (r->inode) {
-		other = sniffer_owner_find_inode(r->inode);
-		if (other && rcu_access_pointer(other->user)) {
-			sniffer_owner_refer(sk, other->cookie, SNIFFER_HOW_INODE);
-			name_owner(r, other, SNIFFER_HOW_INODE);
-			return;
-		}
-	}
-	if (via) {
-		other = sniffer_owner_find(via);
-		if (other && rcu_access_pointer(other->user)) {
-			if (READ_ONCE(owner->via_how) != SNIFFER_HOW_LISTENER) {
-				name_owner(r, other, SNIFFER_HOW_INODE);
-				return;
-			}
-			/* a listener is freed, and marked dead, only after a grace period */
-			if (!full || sock_flag(sk, SOCK_DEAD) ||
-			    (name_is_held(other) && !READ_ONCE(other->dead))) {
-				name_acceptor(r, other);
-				return;
-			}
-			gone = other;
-		}
-	}
+	if (r->inode && name_by_inode(r, sk))
+		return;
+	if (via && name_by_via(r, sk, owner, via, &gone))
+		return;
 	if (full && r->inode && r->proto == IPPROTO_TCP) {
 		grafted = name_is_grafted_now(sk);
 		owner = grafted ? NULL : sniffer_owner_find(r->cookie);
@@ -284,28 +334,8 @@ void sniffer_name_socket(struct sniffer_flow *flow, struct sock *sk, u8 how)
 			return;
 		}
 	}
-	if (r->proto == IPPROTO_TCP) {
-		/*
-		 * The connection never was a request (SYN cookie, Fast Open). Or its
-		 * listener closed and left it to another (tcp_migrate_req). Or the
-		 * kernel accepted it and gave it a file (nvmet).
-		 */
-		listener = sniffer_lookup_listener(flow, r->dir == SNIFFER_DIR_OUT);
-		if (listener && name_is_servers(listener)) {
-			name_kernel(r);
-			return;
-		}
-		young = full && (!r->inode || grafted) && sk->sk_state != TCP_CLOSE;
-		other = young && listener ? name_find(listener) : NULL;
-		/*
-		 * a process does not own the listener if a server in the kernel, to
-		 * which it was handed, stops using it
-		 */
-		if (other && name_is_held(other)) {
-			name_acceptor(r, other);
-			return;
-		}
-	}
+	if (r->proto == IPPROTO_TCP && name_by_listener(flow, sk, full && (!r->inode || grafted)))
+		return;
 	if (gone)
 		name_acceptor(r, gone);
 	else
