@@ -17,7 +17,7 @@ from vmtest.guest import Guest, GuestLost
 from vmtest.kernels import KERNELS, Unavailable, cache_directory, unpack
 
 from nlproto.engines.bpf import NoBpf, Object
-from nlproto.engines.programs import OBJECT, PARTS, choose_programs
+from nlproto.engines.bpf_programs import OBJECT, PARTS, choose_programs
 from results import ROOT, put, table
 
 ROUNDS = 3

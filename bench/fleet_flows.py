@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fleet.collect.keys import Keys
+from fleet.collect.known_batches import KnownBatches
 from fleet.collect.parquet import write_file
 from fleet.collect.rollup import write_day, write_rollup
 from fleet.collect.tables import in_order
@@ -218,12 +218,12 @@ def _put(
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     table = pa.table({field.name: arrays[field.name] for field in schema}, schema=schema)
-    keys = Keys()
+    keys = KnownBatches()
     if "sequence" in arrays:
         sequences = np.asarray(arrays["sequence"])
         run = [[int(sequences.min()), int(sequences.max())]]
         told = {name: {boot: run} for name, boot in zip(_NAMES, _BOOTS, strict=True)}
-        keys = Keys.from_bytes(msgspec.json.encode(told))
+        keys = KnownBatches.from_bytes(msgspec.json.encode(told))
     if schema is FLOWS and not is_ordered:
         table = in_order(table)
     write_file(folder / "part-0.parquet", table, keys)

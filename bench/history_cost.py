@@ -26,7 +26,7 @@ from daemon.history import sealed
 from daemon.history.details import encoded, places_in, sums
 from daemon.history.hours import HourFile, Hours
 from daemon.history.memory import Question
-from daemon.history.sealed import COLUMNS, Contents
+from daemon.history.sealed import SEALED_COLUMNS, Contents
 from daemon.history.store import Store
 from history_flows import HOUR_NS, flows_of_hour, processes_of
 from results import put, table
@@ -39,7 +39,7 @@ RARE = ipaddress.ip_network("198.51.100.7/32")
 
 
 def contents(flows: np.ndarray) -> Contents:
-    rows = {name: flows[name] for name in (flows.dtype.names or ()) if name in COLUMNS}
+    rows = {name: flows[name] for name in (flows.dtype.names or ()) if name in SEALED_COLUMNS}
     rows["id"] = np.arange(1, len(flows) + 1, dtype=np.uint64)
     rows["payer"], rows["seen"] = flows["uid"], np.zeros(len(flows), np.int64)
     details = {one.key: encoded(one) for one in processes_of(flows)}
@@ -51,7 +51,7 @@ def later(data: bytes, shift_ns: int) -> bytes:
     length, _, magic = sealed._TAIL.unpack(data[-sealed._TAIL.size :])
     end = len(data) - sealed._TAIL.size
     index = msgspec.json.decode(data[end - length : end])
-    last = COLUMNS.index("last_ns")
+    last = SEALED_COLUMNS.index("last_ns")
     for group in index["groups"]:
         group["oldest_ns"] += shift_ns
         group["newest_ns"] += shift_ns

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Prints debian/changelog for the version in VERSION: what changed is told in CHANGELOG.md."""
+from __future__ import annotations
 
 import os
 import sys

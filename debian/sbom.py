@@ -4,6 +4,7 @@
 Versions of libraries are those that pyproject.toml allows: which one runs, the system decides. What
 is compiled in (vendor.txt) has its version and hash. The same tree gives the same bytes.
 """
+from __future__ import annotations
 
 import hashlib
 import json

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Builds nlproto._host: what is read in bulk (rings, sock_diag, descriptors) and summed up."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 from cffi import FFI

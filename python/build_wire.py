@@ -5,6 +5,8 @@ The header itself, preprocessed with -DSNIFFER_CDEF, is the cdef text, and the s
 compiled into the extension: a layout that the two read differently does not build.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import shlex

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The browser that tests drive, and how it is started: without a screen, asking nobody anything."""
 
+from __future__ import annotations
+
 import shutil
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")

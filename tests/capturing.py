@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Engine packet read by a thread; workers that tell their pid and ports."""
 
+from __future__ import annotations
+
 import json
 import socket
 import subprocess

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Packets for files, and damage: bytes that are changed, cut out or put in."""
 
+from __future__ import annotations
+
 import socket
 import struct
 from collections.abc import Iterable

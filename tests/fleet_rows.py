@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A folder as collectors write it, of rows that a test chooses."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,7 +12,7 @@ import pyarrow as pa
 
 from fleet import schema
 from fleet.ask.store import FlowStore, Range, open_folder
-from fleet.collect.keys import Keys
+from fleet.collect.known_batches import KnownBatches
 from fleet.collect.parquet import write_file
 
 __all__ = ["BEGIN", "FIRST", "RANGE", "Folder", "S", "alone", "joined"]
@@ -86,7 +88,9 @@ class Folder:
             "hour_ns": hour_ns, "host": host, "name": program, "remote": remote, "protocol": 6,
             "service": service, "initiated": initiated,
         }  # fmt: skip
-        write_file(folder / "part-0.parquet", pa.Table.from_pylist([row], schema.ROLLUP), Keys())
+        write_file(
+            folder / "part-0.parquet", pa.Table.from_pylist([row], schema.ROLLUP), KnownBatches()
+        )
 
     def write(self, part: str = "part-1.parquet") -> None:
         for kind, columns in schema.TABLES.items():
@@ -98,7 +102,7 @@ class Folder:
             for hour, rows in hours.items():
                 folder = self.path / kind / hour
                 folder.mkdir(exist_ok=True)
-                keys = Keys((row["host"], row["boot"], row["sequence"]) for row in rows)
+                keys = KnownBatches((row["host"], row["boot"], row["sequence"]) for row in rows)
                 write_file(folder / part, pa.Table.from_pylist(rows, columns), keys)
 
     def open(self, range: Range = RANGE) -> FlowStore:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Runs the hunter as a program, beside a server that echoes."""
 
+from __future__ import annotations
+
 import contextlib
 import re
 import socket

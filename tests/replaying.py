@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """An engine that plays records from memory."""
 
+from __future__ import annotations
+
 import threading
 import time
 from collections.abc import Iterable, Iterator

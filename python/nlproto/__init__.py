@@ -5,6 +5,8 @@ Modules are imported by name (`from nlproto.records import wire`); only what eve
 needs is here.
 """
 
+from __future__ import annotations
+
 from nlproto.errors import Error, NoDaemon, NoModule, NoPrivilege, UsageError, VersionMismatch
 
 __all__ = [

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Exceptions. Each message is one line and says what to do next."""
 
+from __future__ import annotations
+
 __all__ = [
     "DaemonBusy",
     "Error",

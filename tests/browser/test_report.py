@@ -4,6 +4,8 @@
 `make test-browser`; PACKET_HUNTER_PICTURE=docs/report.png keeps the picture.
 """
 
+from __future__ import annotations
+
 import csv
 import os
 import random

@@ -4,6 +4,8 @@
 `make test-browser`; PACKET_HUNTER_WEB_PICTURE=docs/web.png keeps the picture.
 """
 
+from __future__ import annotations
+
 import os
 import shutil
 import signal

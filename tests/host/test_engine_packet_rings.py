@@ -198,8 +198,8 @@ except NoPrivilege as error:
 @pytest.mark.skipif(os.path.exists("/sys/module/sniffer"), reason="sniffer.ko is loaded")
 def test_auto_takes_this_engine_and_says_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing better runs: here no programs are there."""
-    monkeypatch.setattr("nlproto.engines.programs.OBJECT", Path("/none"))
-    monkeypatch.setattr("nlproto.engines.programs.PARTS", Path("/none"))
+    monkeypatch.setattr("nlproto.engines.bpf_programs.OBJECT", Path("/none"))
+    monkeypatch.setattr("nlproto.engines.bpf_programs.PARTS", Path("/none"))
     notes: list[Any] = []
     with open_engine("auto", notes.append) as engine:
         assert engine.name == "packet"

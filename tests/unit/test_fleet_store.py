@@ -16,7 +16,7 @@ import pytest
 from fleet import schema, wire
 from fleet.ask.store import FlowStore, Range, ask, open_folder
 from fleet.collect import parquet, tidy
-from fleet.collect.keys import Keys
+from fleet.collect.known_batches import KnownBatches
 from fleet.collect.parquet import ParquetStore
 from fleet.collect.rollup import network_of, write_rollup
 from fleet.collect.tables import Received
@@ -122,11 +122,11 @@ def test_a_batch_over_the_end_of_an_hour_is_in_both(tmp_path: Path) -> None:
 def test_keys_are_ranges_however_they_come() -> None:
     rng = np.random.default_rng(1)
     numbers = rng.permutation(2000).tolist()
-    keys = Keys(("h", "b", number) for number in numbers[:1000])
-    again = Keys.from_bytes(keys.to_bytes())
+    keys = KnownBatches(("h", "b", number) for number in numbers[:1000])
+    again = KnownBatches.from_bytes(keys.to_bytes())
     for number in range(2000):
         assert (("h", "b", number) in again) == (number in numbers[:1000])
-    rest = Keys(("h", "b", number) for number in numbers[1000:])
+    rest = KnownBatches(("h", "b", number) for number in numbers[1000:])
     assert keys.isdisjoint(rest) and rest.isdisjoint(keys)
     keys.update(rest)
     assert keys.to_bytes() == b'{"h":{"b":[[0,1999]]}}'

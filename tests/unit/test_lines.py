@@ -18,7 +18,7 @@ import pytest
 from hunter.save.capturefile import CaptureFile
 from hunter.save.save_lines import LINES, LineSaver
 from hunter.show import names
-from hunter.show.columns import COLUMNS, columns
+from hunter.show.columns import COLUMNS, columns_of_batch
 from hunter.show.lines import LinePrinter, Style, tcp_flags
 from hunter.show.summary import Summary
 from hunter.show.text import cell, plain, uncell
@@ -94,7 +94,7 @@ def test_the_summary_counts_equal_addresses_of_two_namespaces_apart() -> None:
 
 def saved(kind: Any, given: Any, known: Any, path: Any, holders: Any = nobody) -> str:
     with CaptureFile(str(path)) as file:
-        LineSaver(file, LINES[kind]).add(columns(given, known, holders))
+        LineSaver(file, LINES[kind]).add(columns_of_batch(given, known, holders))
     return str(path.read_text())
 
 
@@ -249,7 +249,7 @@ def test_ordinary_names_stay_as_they_are() -> None:
 
 
 def test_addresses_are_text_of_their_family() -> None:
-    table = columns(batch({"saddr": "fe80::1", "daddr": "::1"}), Processes())
+    table = columns_of_batch(batch({"saddr": "fe80::1", "daddr": "::1"}), Processes())
     assert (table.src, table.dst) == (["fe80::1"], ["::1"])
 
 

@@ -18,7 +18,7 @@ REPORTS = {
         "host/test_who.py::test_the_same_port_in_two_namespaces_is_told_apart",
         "host/test_connections.py::"
         "test_what_is_lost_counts_for_who_lost_it_and_for_nobody_with_the_same_ends",
-        "unit/test_owners.py::test_namespaces_are_kept_apart",
+        "unit/test_past_owners.py::test_namespaces_are_kept_apart",
         "unit/test_lines.py::test_the_summary_counts_equal_addresses_of_two_namespaces_apart",
         "unit/test_report.py::test_equal_addresses_of_two_namespaces_are_two_far_ends",
         "unit/test_rates.py::test_equal_addresses_of_two_namespaces_are_two_far_ends",
@@ -31,7 +31,7 @@ REPORTS = {
     ],
     "many connections to a high port (nethogs #125, tetragon #3493)": [
         "host/test_joins.py::test_many_connections_to_a_port_are_named_however_high_it_is",
-        "unit/test_owners.py::test_an_answer_that_was_cut_is_asked_for_again_and_never_passed_over",
+        "unit/test_past_owners.py::test_an_answer_that_was_cut_is_asked_for_again_and_never_passed_over",
     ],
     "a capture from a pipe and into a pipe (scapy #4405, dpkt #129, p0f #13)": [
         "host/test_hunter_captures.py::"
@@ -113,7 +113,7 @@ REPORTS = {
     ],
     "50,000 sockets and no traffic (rustnet #12, nethogs #189)": [
         "unit/test_watcher.py::test_looks_take_half_a_percent_of_a_core_while_nobody_asks",
-        "host/test_bound.py::test_a_look_asks_only_about_what_is_new",
+        "host/test_kernel_sockets.py::test_a_look_asks_only_about_what_is_new",
         "unit/test_holders.py::test_who_has_many_sockets_is_left_alone_while_others_talk",
     ],
     "a question in the first second (rustnet PR 575)": [

@@ -24,7 +24,7 @@ from hunter.cli.signals import Stop
 from hunter.formats.ownercomment import comment_of, read_comment
 from hunter.save.saving import format_of, open_saver
 from hunter.show.account import ShownAccount
-from hunter.show.columns import COLUMNS, FIRST_COLUMNS, cells, columns
+from hunter.show.columns import COLUMNS, FIRST_COLUMNS, cells, columns_of_batch
 from hunter.show.summary import Summary
 from hunter.show.text import cell, escaped, plain, uncell, unescaped
 from hunter.sources.source_file import FileSource
@@ -154,7 +154,7 @@ def everything() -> tuple[Any, ...]:
 
 def save(path: Any, batch: Any, details: Any, holders: Any, first_bytes: Any = None) -> None:
     saver = open_saver(str(path), format_of(str(path), None), first_bytes)
-    saver.add(columns(batch, details, holders))
+    saver.add(columns_of_batch(batch, details, holders))
     saver.close()
     assert saver.rows == len(batch.records)
 
@@ -170,7 +170,7 @@ def read(*paths: Any, filter: Any = EVERYTHING, bytes: bool = False) -> Iterator
 def rows_of(pieces: Any) -> Any:
     rows = []
     for batch, source in pieces:
-        values = cells(columns(batch, source, source.holders))
+        values = cells(columns_of_batch(batch, source, source.holders))
         rows += [
             dict(zip(COLUMNS, row, strict=True))
             for row in zip(*(values[name] for name in COLUMNS), strict=True)
@@ -205,7 +205,7 @@ def test_each_format_gives_back_every_column_and_the_figures_of_the_live_run(
     batch, known, holders = everything
     path = tmp_path / f"x{suffix}"
     save(path, batch, known, holders)
-    live = cells(columns(batch, known, holders))
+    live = cells(columns_of_batch(batch, known, holders))
     rows = rows_of(read(path))
     assert len(rows) == len(batch.records)
     wanted = [{name: live[name][i] for name in COLUMNS} for i in range(len(rows))]
@@ -240,7 +240,7 @@ def test_a_process_that_changes_its_name_and_program_keeps_both(tmp_path: Path) 
         details.restore([Process(100, 5_000_000_000, comm=comm, exe=f"/bin/{comm}", uid=1000)])
         records = make_records({"comm": comm.encode(), "time_ns": turn})
         batch = NamedBatch(np.zeros(1, wire.BATCH)[0], records, Clock(NOON_NS, 0))
-        saver.add(columns(batch, details))
+        saver.add(columns_of_batch(batch, details))
     saver.close()
     rows = rows_of(read(path))
     assert [row["exe"] for row in rows] == [f"/bin/step{turn}" for turn in range(6)]
@@ -354,7 +354,7 @@ def test_a_file_that_was_moved_away_gets_a_successor(suffix: str, tmp_path: Path
     saver = open_saver(str(path), suffix[1:], None)
     records = make_records({}, {})
     batch = NamedBatch(np.zeros(1, wire.BATCH)[0], records, Clock(NOON_NS, 0))
-    table = columns(batch, Everything(), lambda _: {})
+    table = columns_of_batch(batch, Everything(), lambda _: {})
     saver.add(table)
     saver.reopen()  # it is still there: nothing is lost
     saver.add(table)

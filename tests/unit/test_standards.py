@@ -16,7 +16,7 @@ import pytest
 from hunter.formats import pcapng
 from hunter.formats.ecs import document
 from hunter.save.saving import format_of, open_saver
-from hunter.show.columns import COLUMNS, cells, columns
+from hunter.show.columns import COLUMNS, cells, columns_of_batch
 from nlproto.records import wire
 from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
@@ -70,7 +70,7 @@ def table(*changes: Any) -> Any:
             Process(7, 90, comm="wget", exe="/usr/bin/wget", uid=0),
         ]
     )
-    return columns(NamedBatch(np.zeros(1, wire.BATCH)[0], records, Clock(0, 0)), details)
+    return columns_of_batch(NamedBatch(np.zeros(1, wire.BATCH)[0], records, Clock(0, 0)), details)
 
 
 CURL = {"tgid": 7, "tid": 8, "start_ns": 70, "uid": 5, "comm": b"curl"}

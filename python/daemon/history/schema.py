@@ -13,7 +13,7 @@ from nlproto.tables.flows import FLOW
 
 __all__ = [
     "APPLICATION",
-    "COLUMNS",
+    "FLOW_COLUMNS",
     "HAS_PROCESS",
     "INDEXES",
     "ROW_SIZE",
@@ -106,10 +106,10 @@ INDEXES = {
     "flows_payer": "payer, seen",
     "flows_nat": "nat_lport, nat_rport) WHERE (nat_lport <> 0",
 }
-COLUMNS = tuple(name for name in FLOW.names or () if name not in ("hash", "opened"))
+FLOW_COLUMNS = tuple(name for name in FLOW.names or () if name not in ("hash", "opened"))
 _NAT = ("nat_laddr", "nat_raddr")
 _NO_ADDRESS = bytes(16)
-_WRITTEN = (*COLUMNS, "payer", "seen")
+_WRITTEN = (*FLOW_COLUMNS, "payer", "seen")
 _UPDATED = (
     "how flags uid inode comm domain nat_laddr nat_raddr nat_lport nat_rport first_ns last_ns"
     " packets_in bytes_in packets_out bytes_out payer seen"
@@ -131,7 +131,7 @@ ROW_SIZE = 280
 def rows_of(ids: np.ndarray, flows: np.ndarray, *more: np.ndarray) -> Iterator[tuple[Any, ...]]:
     """Return the values for WRITE_FLOW. SQLite's integers are signed."""
     columns: list[list[Any]] = [ids.tolist()]
-    for name in COLUMNS:
+    for name in FLOW_COLUMNS:
         column = np.ascontiguousarray(flows[name])
         if column.ndim == 2:
             raw = column.tobytes()
@@ -148,7 +148,7 @@ def rows_of(ids: np.ndarray, flows: np.ndarray, *more: np.ndarray) -> Iterator[t
 
 def flows_of(rows: Sequence[tuple[Any, ...]]) -> np.ndarray:
     flows = np.zeros(len(rows), FLOW)
-    for position, name in enumerate(COLUMNS, 1):
+    for position, name in enumerate(FLOW_COLUMNS, 1):
         values = [row[position] for row in rows]
         if FLOW[name].ndim:
             raw = b"".join([one or _NO_ADDRESS for one in values])

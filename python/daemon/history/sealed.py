@@ -24,7 +24,7 @@ import numpy as np
 
 from daemon.history.details import Sum
 from daemon.history.memory import Question, matching
-from daemon.history.schema import COLUMNS as FLOW_COLUMNS
+from daemon.history.schema import FLOW_COLUMNS
 from nlproto.errors import Error
 from nlproto.tables.flows import FLOW
 from nlproto.tables.processes import ProcessKey
@@ -44,7 +44,7 @@ _WIDE = (*_ADDRESSES, "comm")
 _BYTES = np.dtype("S16")
 _RARE = ("rtt_us", "retransmits", "tcp_in", "tcp_out")
 """Columns that are left out of a file if they are all zero."""
-COLUMNS = ("id", *FLOW_COLUMNS, "payer", "seen")
+SEALED_COLUMNS = ("id", *FLOW_COLUMNS, "payer", "seen")
 
 _Kind = TypeVar("_Kind")
 
@@ -108,7 +108,7 @@ def seal(contents: Contents) -> bytes:
     order = np.argsort(contents.rows["last_ns"], kind="stable")
     count = len(order)
     absent = np.zeros(count, np.uint64)  # files of older versions lack these
-    rows = {name: contents.rows.get(name, absent)[order] for name in COLUMNS}
+    rows = {name: contents.rows.get(name, absent)[order] for name in SEALED_COLUMNS}
     parts = [_MAGIC]
     at = len(_MAGIC)
 
@@ -121,7 +121,7 @@ def seal(contents: Contents) -> bytes:
         return place
 
     columns, numbers = [], []
-    stored = [name for name in COLUMNS if name not in _RARE or rows[name].any()]
+    stored = [name for name in SEALED_COLUMNS if name not in _RARE or rows[name].any()]
     for name in stored:
         found = _dictionary(name, rows[name])
         columns.append(_Column(name, None if found is None else put(found[0].tobytes())))

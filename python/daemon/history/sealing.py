@@ -14,7 +14,7 @@ import numpy as np
 
 from daemon.history.details import places_in, sums
 from daemon.history.hours import HourFile, Hours
-from daemon.history.schema import COLUMNS, INDEXES, flows_of, signed
+from daemon.history.schema import FLOW_COLUMNS, INDEXES, flows_of, signed
 from daemon.history.sealed import Broken, Contents, Rows
 from nlproto.errors import Error
 from nlproto.tables.processes import ProcessKey
@@ -28,7 +28,7 @@ _HOUR = 3600
 _PIECE = 5_000  # rows read at a time
 _PAUSE = 0.05  # s between two checks whether the file is complete
 
-_ROWS = f"SELECT id, {', '.join(COLUMNS)}, payer, seen FROM flows WHERE id BETWEEN ? AND ?"
+_ROWS = f"SELECT id, {', '.join(FLOW_COLUMNS)}, payer, seen FROM flows WHERE id BETWEEN ? AND ?"
 _DETAILS = "SELECT details FROM processes WHERE tgid = ? AND start_ns = ?"
 _NAME = "SELECT name FROM names WHERE id = ?"
 _DELETE_FLOWS = "DELETE FROM flows WHERE id BETWEEN ? AND ?"
@@ -142,7 +142,7 @@ def _rows(store: Sealing, ids: np.ndarray, meanwhile: Callable[[], None]) -> Row
         numbers = np.array([row[0] for row in found], np.uint64)
         keep = np.isin(numbers, wanted, assume_unique=True)
         flows = flows_of(found)[keep]
-        part = {name: flows[name] for name in COLUMNS}
+        part = {name: flows[name] for name in FLOW_COLUMNS}
         part["id"] = numbers[keep]
         part["payer"] = np.array([row[-2] for row in found], np.uint64)[keep]
         part["seen"] = np.array([row[-1] for row in found], np.int64)[keep]

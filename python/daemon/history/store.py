@@ -29,7 +29,7 @@ from daemon.history.memory import USED, Question, payers_of
 from daemon.history.query import conditions, ways
 from daemon.history.schema import (
     APPLICATION,
-    COLUMNS,
+    FLOW_COLUMNS,
     HAS_PROCESS,
     INDEXES,
     SCHEMA,
@@ -393,7 +393,7 @@ class Store:
         wheres, values = conditions(question)
         wheres.append("last_ns <= ?")
         values.append(until_ns)
-        columns = ", ".join(("id", *COLUMNS))
+        columns = ", ".join(("id", *FLOW_COLUMNS))
         parts, all_values = [], []
         for words, own in ways(question):
             fits = " AND ".join([*words, *wheres])

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ipaddress
-import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,14 +22,13 @@ from nlproto.host.kernel_sockets import KernelSockets
 from nlproto.overheard.names import is_of_resolver, number_of
 from nlproto.overheard.translations import Translations
 from nlproto.pipeline.pipeline import Pipeline
-from nlproto.records.wire import PROTO_NAMES
+from nlproto.records.wire import PROTO_NAMES, PROTO_NUMBERS
 from nlproto.tables.flows import pack_address
 from nlproto.tables.port_owner import PortOwner
 from nlproto.tables.processes import Process
 
-__all__ = ["Answers", "Past", "PROTOS", "Room"]
+__all__ = ["Answers", "Past", "Room"]
 
-PROTOS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 
 Stop = Callable[[], None]
 """Raises to end an answer that nobody waits for. Called every few ms."""
@@ -339,7 +337,7 @@ class Answers:
             ) if len(given) == 4:
                 family, raw = _address(address)
                 if portmap is not None:
-                    end = (netns, PROTOS[proto], family, raw, port)
+                    end = (netns, PROTO_NUMBERS[proto], family, raw, port)
                     owners = portmap.at(end, uid, _MAX_HOLDERS + 1)
             case _:
                 raise UsageError(
@@ -355,7 +353,7 @@ class Answers:
 
 
 def _proto(name: str | None) -> int | None:
-    return None if name is None else PROTOS[name]
+    return None if name is None else PROTO_NUMBERS[name]
 
 
 def _numbers(domain: str, everything: bool) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import pyarrow as pa
 from fleet import schema
 from fleet.ask.store import FlowStore, Range, open_tables
 from nlproto.client.client import DaemonClient
+from nlproto.records.wire import PROTO_NUMBERS, lib
 
 __all__ = ["open_local", "told"]
 
@@ -22,8 +23,6 @@ _SHORT_NS = 10**9
 """A shorter time is not divided any more; then some flows are missing."""
 _ALL = 1_000_000
 """The most flows that are kept in memory."""
-_PROTOCOLS = {"tcp": 6, "udp": 17}
-_AMBIGUOUS = 1 << 5
 
 
 Ask = Callable[..., dict[str, Any]]
@@ -81,13 +80,13 @@ def _flow(one: dict[str, Any], host: str) -> dict[str, Any]:
         "host": host,
         "boot": "",
         "sequence": 0,
-        "protocol": _PROTOCOLS.get(one["proto"], 0),
+        "protocol": PROTO_NUMBERS.get(one["proto"], 0),
         "laddr": one["local"],
         "raddr": one["remote"],
         "initiated": None,
         "tgid": one["pid"] or 0,
         "start_ns": one["start_ns"] or 0,
-        "flags": _AMBIGUOUS if "ambiguous" in one["flags"] else 0,
+        "flags": lib.SNIFFER_F_AMBIGUOUS if "ambiguous" in one["flags"] else 0,
         "first_ns": int(one["first"] * 1e9),
         "last_ns": int(one["last"] * 1e9),
         "nat_laddr": one.get("nat_local") or None,

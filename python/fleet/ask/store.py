@@ -19,7 +19,7 @@ import duckdb
 import pyarrow as pa
 
 from fleet import schema
-from fleet.collect.keys import Keys
+from fleet.collect.known_batches import KnownBatches
 from fleet.collect.parquet import addresses_of, hosts_in, keys_of, parts
 from nlproto.errors import Error
 
@@ -258,13 +258,13 @@ QUALIFY filename = min(filename) OVER (
 
 def _are_disjoint(files: list[Path]) -> bool:
     """Return whether no batch is in two files of one hour, by the keys in their footers."""
-    hours: dict[Path, Keys] = {}
+    hours: dict[Path, KnownBatches] = {}
     several = Counter(path.parent for path in files)
     for path in files:
         if several[path.parent] == 1:  # a collector writes no batch twice into one file
             continue
         keys = keys_of(path)
-        known = hours.setdefault(path.parent, Keys())
+        known = hours.setdefault(path.parent, KnownBatches())
         if not keys.isdisjoint(known):
             return False
         known.update(keys)

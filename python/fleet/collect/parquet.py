@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fleet.collect.keys import Keys
+from fleet.collect.known_batches import KnownBatches
 from fleet.collect.tables import Hour, Received, hours_of
 from nlproto.errors import Error
 
@@ -61,7 +61,7 @@ class ParquetStore:
         """Rows that were too old, or more than an hour ahead."""
         self.doubles = 0
         """Batches that were there already."""
-        self._known: OrderedDict[Path, tuple[set[str], Keys]] = OrderedDict()
+        self._known: OrderedDict[Path, tuple[set[str], KnownBatches]] = OrderedDict()
         self._numbers = itertools.count()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -124,12 +124,12 @@ class ParquetStore:
         finally:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
 
-    def _keys(self, kind: str, name: str) -> Keys:
+    def _keys(self, kind: str, name: str) -> KnownBatches:
         return self._looked(self.directory / kind / name)[1]
 
-    def _looked(self, folder: Path) -> tuple[set[str], Keys]:
+    def _looked(self, folder: Path) -> tuple[set[str], KnownBatches]:
         """The known files of a folder, and their keys."""
-        files, keys = self._known.setdefault(folder, (set(), Keys()))
+        files, keys = self._known.setdefault(folder, (set(), KnownBatches()))
         self._known.move_to_end(folder)
         while len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
@@ -147,12 +147,12 @@ def parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*.parquet"))
 
 
-def keys_of(path: Path) -> Keys:
+def keys_of(path: Path) -> KnownBatches:
     """Return the keys of the batches in a file. Raises OSError, Error."""
     told = _told(path, KEYS)
     try:
         if told is not None:
-            return Keys.from_bytes(told)
+            return KnownBatches.from_bytes(told)
         reason: object = "no keys"
     except ValueError as error:
         reason = error
@@ -205,7 +205,7 @@ def _own_addresses(flows: pa.Table) -> bytes | None:
     return msgspec.json.encode(told)
 
 
-def write_file(path: Path, table: pa.Table, keys: Keys) -> None:
+def write_file(path: Path, table: pa.Table, keys: KnownBatches) -> None:
     """Write a file and sync it. Raises OSError."""
     metadata = {**(table.schema.metadata or {}), KEYS: keys.to_bytes()}
     addresses = _own_addresses(table) if "laddr" in table.column_names else None

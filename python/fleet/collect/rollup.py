@@ -14,7 +14,7 @@ import duckdb
 import pyarrow as pa
 
 from fleet import schema
-from fleet.collect.keys import Keys
+from fleet.collect.known_batches import KnownBatches
 from fleet.collect.parquet import parts, sync, write_file
 from nlproto.errors import Error
 
@@ -89,7 +89,7 @@ def _write(final: Path, newest_ns: int, sums: Callable[[], pa.Table]) -> bool:
     final.parent.mkdir(parents=True, exist_ok=True)
     hidden = final.with_name(f".part-{os.getpid()}-{began_ns:x}")
     try:
-        write_file(hidden, table.cast(schema.ROLLUP), Keys())
+        write_file(hidden, table.cast(schema.ROLLUP), KnownBatches())
         os.utime(hidden, ns=(began_ns, began_ns))  # files that come meanwhile are newer
         os.replace(hidden, final)
     finally:

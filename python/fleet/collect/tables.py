@@ -12,14 +12,14 @@ import numpy as np
 import pyarrow as pa
 
 from fleet import schema, wire
-from fleet.collect.keys import Keys
+from fleet.collect.known_batches import KnownBatches
+from nlproto.records.ends import MAPPED
 from nlproto.records.wire import HOW_NAMES, joined, taken, text
 
 __all__ = ["Hour", "Received", "hours_of", "in_order"]
 
 _EARLY_NS = 3600 * 10**9
 """How far a host's clock may be ahead."""
-_MAPPED = bytes(10) + b"\xff\xff"
 """The prefix of IPv4 addresses in IPv6."""
 _SLICE_NS = 300 * 10**9
 _COMMON = (
@@ -50,16 +50,19 @@ class Hour:
     name: str
     """Of the folder."""
     table: pa.Table
-    keys: Keys
+    keys: KnownBatches
     """Of the batches that have rows in it."""
 
 
-Known = Callable[[str, str], Keys]
+Known = Callable[[str, str], KnownBatches]
 """(table, name of an hour) -> its content."""
 
 
 def hours_of(
-    received: Sequence[Received], now_ns: int, oldest_ns: int, known: Known = lambda *_: Keys()
+    received: Sequence[Received],
+    now_ns: int,
+    oldest_ns: int,
+    known: Known = lambda *_: KnownBatches(),
 ) -> tuple[list[Hour], int]:
     """Return the content of `received` for each table and hour, and how many rows were out of time.
 
@@ -80,7 +83,7 @@ def hours_of(
         for hour in np.unique(hours[timely]).tolist():
             name = schema.hour_name(hour * schema.HOUR_NS)
             here = timely & (hours == hour)
-            there, keys = known(kind, name), Keys()
+            there, keys = known(kind, name), KnownBatches()
             wanted = np.zeros(len(some), bool)
             for at in np.unique(belongs[here]).tolist():
                 key = some[at].key
@@ -223,8 +226,8 @@ def _shown(packed: bytes) -> str | None:
     family, raw = packed[0], packed[1:]
     if not family:
         return None
-    if family == socket.AF_INET6 and raw.startswith(_MAPPED):  # one connection, one address
-        return socket.inet_ntop(socket.AF_INET, raw[len(_MAPPED) :])
+    if family == socket.AF_INET6 and raw.startswith(MAPPED):  # one connection, one address
+        return socket.inet_ntop(socket.AF_INET, raw[len(MAPPED) :])
     return socket.inet_ntop(family, raw[:4] if family == socket.AF_INET else raw)
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fleet import schema
-from fleet.collect.keys import Keys
+from fleet.collect.known_batches import KnownBatches
 from fleet.collect.parquet import ParquetStore, keys_of, parts, sync, write_file
 from fleet.collect.rollup import write_day, write_rollup
 from fleet.collect.tables import in_order
@@ -129,7 +129,7 @@ class Tidier:
         fresh = directory / f".old-{folder.parent.name}-{folder.name}-{os.getpid()}"
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
-        keys = Keys()
+        keys = KnownBatches()
         for name in small:
             keys.update(keys_of(folder / name))
         tables = [pq.read_table(folder / name, schema=None) for name in small]

@@ -14,7 +14,7 @@ from hunter.show.text import plain
 from nlproto import Error
 from nlproto.client.client import DaemonClient
 from nlproto.engines.bpf import NoBpf
-from nlproto.engines.programs import why_in_parts
+from nlproto.engines.bpf_programs import why_in_parts
 from nlproto.errors import NoPrivilege
 from nlproto.kernel.loading import advice
 from nlproto.kernel.netlink import Sniffer

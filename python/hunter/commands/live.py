@@ -18,7 +18,7 @@ from hunter.save.capturefile import CaptureFile
 from hunter.save.save_lines import LINES, LineSaver
 from hunter.save.saving import Rotation, Saver, format_of, open_saver, refuse_input
 from hunter.show.account import ShownAccount
-from hunter.show.columns import columns
+from hunter.show.columns import columns_of_batch
 from hunter.show.lines import LinePrinter, Style
 from hunter.show.names import HostNames
 from hunter.show.summary import Summary
@@ -41,7 +41,7 @@ class _Tables:
         self._source = source
 
     def add(self, batch: NamedBatch) -> None:
-        self._saver.add(columns(batch, self._source, self._source.holders))
+        self._saver.add(columns_of_batch(batch, self._source, self._source.holders))
 
 
 def run(

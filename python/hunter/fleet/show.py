@@ -14,11 +14,10 @@ from hunter.cli.options import FleetOptions
 from hunter.show.console import Row, put
 from hunter.show.text import plain
 from hunter.show.units import amount
+from nlproto.records.wire import PROTO_NAMES, lib
 
 __all__ = ["closing", "flow_text", "process_text", "rows"]
 
-_PROTOCOLS = {6: "tcp", 17: "udp"}
-_AMBIGUOUS = 1 << 5
 _NAMES = 8
 """Machines that are named at the end."""
 _NUMBERS = ("flows", "packets", "bytes", "received", "sent", "machines", "connections")
@@ -75,7 +74,7 @@ def process_text(one: Mapping[str, Any]) -> str:
 
 def flow_text(one: Mapping[str, Any], protocol: int) -> str:
     """Both addresses of a flow as its own end sees them."""
-    name = _PROTOCOLS.get(protocol, str(protocol))
+    name = PROTO_NAMES.get(protocol, str(protocol))
     near, far = plain(one["laddr"] or ""), plain(one["raddr"] or "")
     return f"{name} {near}.{one['lport']} <> {far}.{one['rport']}"
 
@@ -93,7 +92,7 @@ def _who(one: Mapping[str, Any]) -> Row:
     if one["nat_laddr"]:
         became = (one["nat_laddr"], one["nat_lport"], one["nat_raddr"], one["nat_rport"])
         flow += " (NAT: {}.{} <> {}.{})".format(*(plain(str(part)) for part in became))
-    how = plain(one["how"] or "") + (" AMBIGUOUS" if one["flags"] & _AMBIGUOUS else "")
+    how = plain(one["how"] or "") + (" AMBIGUOUS" if one["flags"] & lib.SNIFFER_F_AMBIGUOUS else "")
     owner = Text(process_text(one), style="bold green" if one["tgid"] else "yellow")
     packets = one["packets_in"] + one["packets_out"]
     return [
@@ -111,7 +110,7 @@ def _side(one: Mapping[str, Any] | None, row: Mapping[str, Any]) -> Text:
     if one is None:
         why = "several machines fit: AMBIGUOUS" if row["ambiguous"] else f"- ({row['reason']})"
         return Text(why, style="yellow")
-    flag = " AMBIGUOUS" if one["flags"] & _AMBIGUOUS else ""
+    flag = " AMBIGUOUS" if one["flags"] & lib.SNIFFER_F_AMBIGUOUS else ""
     return Text(f"{plain(one['host'])} {process_text(one)}{flag}", style="bold green")
 
 
@@ -130,7 +129,7 @@ def _map(one: Mapping[str, Any]) -> Row:
     return [
         plain(one["client"]),
         plain(one["server"]),
-        f"{_PROTOCOLS.get(one['protocol'], one['protocol'])} {one['service']}",
+        f"{PROTO_NAMES.get(one['protocol'], one['protocol'])} {one['service']}",
         f"{one['connections']:,}",
         _bytes(one["bytes"]),
         "AMBIGUOUS" if one["ambiguous"] else one["reason"] or "",

@@ -36,7 +36,7 @@ __all__ = [
     "Holders",
     "ColumnKind",
     "cells",
-    "columns",
+    "columns_of_batch",
     "nobody",
     "tcp_flags",
     "tcp_flags_of",
@@ -249,7 +249,7 @@ def _shared(records: np.ndarray, holders: Holders) -> dict[int, list[Holder]]:
     return {row: list(known[cookie]) for row, cookie in cookies.items() if cookie in known}
 
 
-def columns(batch: NamedBatch, details: Details, holders: Holders = nobody) -> Columns:
+def columns_of_batch(batch: NamedBatch, details: Details, holders: Holders = nobody) -> Columns:
     """Return the records of `batch` as columns. `details` has what records lack (exe)."""
     records = batch.records
     named = wire.are_named(records["how"]).tolist()

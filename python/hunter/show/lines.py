@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from hunter.show.columns import FLAGS, Columns, Details, Holders, columns, tcp_flags
+from hunter.show.columns import FLAGS, Columns, Details, Holders, columns_of_batch, tcp_flags
 from hunter.show.names import HostNames, Namespaces, service
 from hunter.show.programs import place
 from hunter.show.text import plain
@@ -80,7 +80,7 @@ class LinePrinter:
         return Text("\n").join(Text.assemble(*parts) for parts in self._parts(batch))
 
     def _parts(self, batch: NamedBatch) -> list[list[tuple[str, str]]]:
-        table = columns(batch, self._details, self._holders)
+        table = columns_of_batch(batch, self._details, self._holders)
         records = batch.records
         self._namespaces.see(records["netns"])
         moments = self._moments(batch)

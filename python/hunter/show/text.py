@@ -4,6 +4,8 @@
 A process can have any name, even with escape sequences and line breaks.
 """
 
+from __future__ import annotations
+
 import re
 import unicodedata
 from functools import lru_cache

@@ -37,7 +37,6 @@ _MAX_PROCESSES = 1 << 20
 _MAX_SHARED = 1 << 16
 _CLOCK = Clock(0, 0)  # a saved time is the time of day already
 _DIRS = {name: value for value, name in wire.DIR_NAMES.items()}
-_PROTOS = {name: value for value, name in wire.PROTO_NAMES.items()}
 _HOW = {name: value for value, name in enumerate(wire.HOW_NAMES)}
 _NOT_UTF8 = re.compile(rb"\\x([89a-f][0-9a-f])")
 _U8, _U16, _U32, _U64 = 255, 65535, (1 << 32) - 1, (1 << 64) - 1
@@ -243,7 +242,7 @@ class FileSource:
             raise _Bad("time", time_ns)
         fields["time_ns"] = time_ns
         fields["dir"] = _word(values, "dir", _DIRS)
-        fields["proto"] = _word(values, "proto", _PROTOS)
+        fields["proto"] = _word(values, "proto", wire.PROTO_NUMBERS)
         fields["how"] = _word(values, "how", _HOW)
         fields["flags"] = sum(_word({"flags": one}, "flags", FLAGS) for one in _flags(values))
         family, source = _address(values, "src")

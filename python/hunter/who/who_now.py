@@ -20,8 +20,6 @@ from nlproto.records import wire
 
 __all__ = ["owners_now"]
 
-_PROTOS = {name: number for number, name in wire.PROTO_NAMES.items()}
-
 
 def owners_now(options: WhoOptions) -> dict[str, Any]:
     """Return what the daemon's op "who" returns, as far as the kernel's tables know.
@@ -36,7 +34,7 @@ def owners_now(options: WhoOptions) -> dict[str, Any]:
             network = ipaddress.ip_network(options.host, strict=False)
         except ValueError:
             raise UsageError(f"--host {options.host}: neither an address nor a network") from None
-    proto = _PROTOS[options.proto] if options.proto else None
+    proto = wire.PROTO_NUMBERS[options.proto] if options.proto else None
     table = unmapped(_sockets())
     mask = held(table) & fitting(table, options.port, proto, network)
     if options.listening:

@@ -20,8 +20,8 @@ from typing import Self
 import numpy as np
 
 from nlproto.engines.bpf import NoBpf, Ring, root_cgroup
+from nlproto.engines.bpf_programs import CGROUP, NEEDED, TRACED, load_programs
 from nlproto.engines.links import NetfilterLinks, open_links
-from nlproto.engines.programs import CGROUP, NEEDED, TRACED, load_programs
 from nlproto.host import netns
 from nlproto.records import wire
 from nlproto.records.clock import Clock

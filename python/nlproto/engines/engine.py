@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Engines: sources of records. `ebpf` follows the rules of `module`; `packet` has its own."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from typing import Protocol, Self
 

@@ -5,6 +5,8 @@ A closed connection has no socket whose owner could be found. If its listener wa
 began, the listener's owner accepted it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Engine `module`: sniffer.ko over Netlink."""
 
+from __future__ import annotations
+
 import contextlib
 import time
 from collections.abc import Callable, Iterator

@@ -6,6 +6,8 @@ This must not delay reading, starting or stopping. Users can make any number of 
 places are bounded: root's namespaces come first, and other users share the rest evenly.
 """
 
+from __future__ import annotations
+
 import threading
 import time
 from collections import deque

@@ -9,6 +9,8 @@ Where this host translates addresses (NAT), it asks conntrack for the ends that 
 sees packets before the firewall (in) and after it (out), and fragments unassembled.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import select

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Puts packets of one read together by connection and direction, for engine `packet`."""
 
+from __future__ import annotations
+
 import socket
 from dataclasses import dataclass
 

@@ -6,6 +6,8 @@ has closed by then was its listener's owner's, if a listener accepted it: `how` 
 flagged AMBIGUOUS. Else the lookup found none: `socket_gone`. `no_socket` is a refused SYN.
 """
 
+from __future__ import annotations
+
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,6 +4,8 @@
 Sources: man 7 packet, Documentation/networking/packet_mmap.rst, net/packet/af_packet.c.
 """
 
+from __future__ import annotations
+
 import mmap
 import os
 import platform
@@ -74,7 +76,7 @@ class Frames:
     first_bytes: np.ndarray | None
     """HOST_SNAP, if wanted."""
 
-    def with_more(self, later: "Frames") -> "Frames":
+    def with_more(self, later: Frames) -> Frames:
         """Return these and `later`, which were read after them."""
         both = None
         if self.first_bytes is not None and later.first_bytes is not None:
@@ -114,7 +116,7 @@ class PacketRing(Closing):
         self._to_all = np.zeros(_READ, np.uint8)
         self._first_bytes = np.zeros(0, HOST_SNAP)
 
-    def _make_ring(self, ring_bytes: int) -> "ffi.CData":
+    def _make_ring(self, ring_bytes: int) -> ffi.CData:
         vnet = _segments_are_told()
         self._socket.setsockopt(SOL_PACKET, PACKET_VERSION, TPACKET_V2)
         if vnet:

@@ -7,6 +7,8 @@ rationed too. Some sockets are cheap to make and expensive to look up: one to wh
 in flight refers, or one that hundreds of processes have.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import os

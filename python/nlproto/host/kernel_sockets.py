@@ -14,8 +14,9 @@ import numpy as np
 from nlproto.host.holders import Holders
 from nlproto.host.namespace_sockets import NamespaceSockets
 from nlproto.host.procfs import Owner
-from nlproto.host.sockdiag import HOST_SOCKET, MAPPED, TcpState
+from nlproto.host.sockdiag import HOST_SOCKET, TcpState
 from nlproto.host.sockets import held
+from nlproto.records.ends import MAPPED
 from nlproto.records.wire import among, text
 from nlproto.running.budget import Budget
 

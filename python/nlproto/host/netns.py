@@ -4,6 +4,8 @@
 Sources: man 7 network_namespaces, man 2 setns, man 7 rtnetlink.
 """
 
+from __future__ import annotations
+
 import fcntl
 import os
 import re

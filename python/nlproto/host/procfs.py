@@ -4,6 +4,8 @@
 Sources: man 5 proc, net/ipv4/tcp_ipv4.c (get_tcp4_sock), fs/proc/array.c (do_task_stat).
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import pwd

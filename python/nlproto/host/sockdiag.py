@@ -4,6 +4,8 @@
 Sources: man 7 sock_diag, net/ipv4/inet_diag.c, net/ipv4/udp_diag.c.
 """
 
+from __future__ import annotations
+
 import errno
 import os
 import socket
@@ -19,7 +21,6 @@ __all__ = [
     "ALL_STATES",
     "ANY",
     "HOST_SOCKET",
-    "MAPPED",
     "DiagSocket",
     "SockDiag",
     "TcpState",
@@ -30,8 +31,6 @@ NETLINK_SOCK_DIAG = 4
 PATIENCE_S = 5.0
 """The longest time for an answer."""
 _BUFFER = 64 << 10
-MAPPED = bytes(10) + b"\xff\xff"
-"""The prefix of an IPv4 address in an IPv6 socket (::ffff:a.b.c.d)."""
 ANY = bytes(16)
 """No address, of either family."""
 ALL_STATES = 0xFFFFFFFF

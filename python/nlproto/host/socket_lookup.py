@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Looks up sockets of one network namespace: by sock_diag, or from /proc/net as the fallback."""
 
+from __future__ import annotations
+
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +12,8 @@ import numpy as np
 
 from nlproto.errors import NoPrivilege
 from nlproto.host import procfs
-from nlproto.host.sockdiag import ALL_STATES, ANY, HOST_SOCKET, MAPPED, SockDiag, TcpState
+from nlproto.host.sockdiag import ALL_STATES, ANY, HOST_SOCKET, SockDiag, TcpState
+from nlproto.records.ends import MAPPED
 from nlproto.running.budget import Budget
 
 __all__ = ["ANY", "SocketLookup", "Tuple", "mapped", "tuple_of_socket"]

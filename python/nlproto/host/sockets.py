@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from nlproto.host.sockdiag import MAPPED, TcpState
+from nlproto.host.sockdiag import TcpState
+from nlproto.records.ends import MAPPED
 from nlproto.records.wire import PROTO_NAMES, address_text
 
 __all__ = ["Network", "fields", "fitting", "held", "listening", "unmapped"]

@@ -4,6 +4,8 @@
 Sources: shared_proto.h, Documentation/userspace-api/netlink/intro.rst, linux/genetlink.h.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import os

@@ -11,6 +11,8 @@ Each CPU's totals come from its counters and sequences at the first and the last
 are not added up, so batches out of order change nothing. Not thread-safe.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import itemgetter

@@ -5,6 +5,8 @@ The three clocks in a batch's head were read together when it was sent. So a rec
 right, whenever it is read, even from a saved capture.
 """
 
+from __future__ import annotations
+
 import time
 from dataclasses import dataclass
 from typing import Self

@@ -12,6 +12,7 @@ import numpy as np
 from nlproto.records.wire import lib
 
 __all__ = [
+    "MAPPED",
     "TRANSLATED",
     "Ends",
     "FlowKey",
@@ -27,6 +28,8 @@ __all__ = [
 ]
 
 _TOLD = 1 << 16
+MAPPED = bytes(10) + b"\xff\xff"
+"""The prefix of an IPv4 address in an IPv6 socket (::ffff:a.b.c.d)."""
 
 Way = tuple[int, int, int, bytes, int, bytes, int]
 """netns, proto, family, local address (16 bytes), local port, remote address, remote port."""

@@ -4,6 +4,8 @@
 Every layout comes from the compiled header (`ffi.typeof(...).fields`); nothing is repeated here.
 """
 
+from __future__ import annotations
+
 import functools
 import ipaddress
 import operator
@@ -71,8 +73,7 @@ _UNSIGNED = {1: "u1", 2: "u2", 4: "u4", 8: "u8"}
 
 
 def dtype_of(struct: str, compiled: Any = ffi) -> np.dtype[np.void]:
-    """Return the NumPy dtype of a struct of unsigned fields and structs, as the compiler laid it
-    out.
+    """Return the compiler's layout of a struct of unsigned fields and structs.
 
     `compiled` is the ffi of the extension that knows it.
     """
@@ -125,6 +126,7 @@ HOW_NAMES: tuple[str, ...] = tuple(_NAMES.get(value, f"how_{value}") for value i
 
 DIR_NAMES = {lib.SNIFFER_DIR_IN: "in", lib.SNIFFER_DIR_OUT: "out", lib.SNIFFER_DIR_FWD: "fwd"}
 PROTO_NAMES = {socket.IPPROTO_TCP: "tcp", socket.IPPROTO_UDP: "udp"}
+PROTO_NUMBERS = {name: number for number, name in PROTO_NAMES.items()}
 
 
 def how_name(how: int) -> str:

@@ -9,6 +9,8 @@ It uses the real-time class, because Linux weighs a nice value only within a ses
 cgroup. Where that is not allowed, it uses a nice value.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import threading

@@ -10,14 +10,14 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-__all__ = ["Keys"]
+__all__ = ["KnownBatches"]
 
 _Number = Annotated[int, Meta(ge=0)]
 _Told = dict[str, dict[str, list[tuple[_Number, _Number]]]]
 _decoder = msgspec.json.Decoder(_Told)
 
 
-class Keys:
+class KnownBatches:
     """A set of keys, stored as ranges: its size is the number of gaps."""
 
     def __init__(self, keys: Iterable[tuple[str, str, int]] = ()) -> None:
@@ -36,7 +36,7 @@ class Keys:
         """Add one."""
         self._add(host, boot, sequence, sequence)
 
-    def update(self, other: Keys) -> None:
+    def update(self, other: KnownBatches) -> None:
         """Add all of `other`."""
         for (host, boot), runs in other._ranges.items():
             for first, last in runs:
@@ -46,7 +46,7 @@ class Keys:
         """Return the hosts of the keys."""
         return {host for host, _ in self._ranges}
 
-    def isdisjoint(self, other: Keys) -> bool:
+    def isdisjoint(self, other: KnownBatches) -> bool:
         """Return whether no key is in both."""
         for name, runs in self._ranges.items():
             others = other._ranges.get(name, [])
@@ -76,7 +76,7 @@ class Keys:
         return msgspec.json.encode(told)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Keys:
+    def from_bytes(cls, data: bytes) -> KnownBatches:
         """Return the keys that to_bytes() wrote. Raises ValueError."""
         made = cls()
         for host, boots in _decoder.decode(data).items():
