@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nlproto.client.client import DaemonClient, Event, StreamBatch
+from nlproto.client.client import ClientEvent, DaemonClient, StreamBatch
 from nlproto.errors import Error
 from slices import Slices
 
@@ -196,7 +196,7 @@ def _read(client: DaemonClient, sender: _Sender, found: Found) -> None:
         found.failed.append(f"watching: {error}")
 
 
-def _records_in(events: Iterable[Event]) -> int:
+def _records_in(events: Iterable[ClientEvent]) -> int:
     return sum(len(one.batch.records) for one in events if isinstance(one, StreamBatch))
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from nlproto.client.client import DaemonClient, Event, StreamBatch
+from nlproto.client.client import ClientEvent, DaemonClient, StreamBatch
 from nlproto.errors import NoDaemon
 from waiting import patient, until
 
@@ -75,12 +75,12 @@ def send(port: int, count: int = 1, pause: float = 0.0, size: int = 20) -> None:
             time.sleep(pause)
 
 
-def records_of(events: Iterable[Event]) -> list[np.void]:
+def records_of(events: Iterable[ClientEvent]) -> list[np.void]:
     return [r for e in events if isinstance(e, StreamBatch) for r in e.batch.records]
 
 
-def drain(client: DaemonClient) -> list[Event]:
-    events: list[Event] = []
+def drain(client: DaemonClient) -> list[ClientEvent]:
+    events: list[ClientEvent] = []
     try:
         while found := client.read(5):
             events += found

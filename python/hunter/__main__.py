@@ -45,7 +45,7 @@ class _Log(logging.Handler):
         _tell(record.getMessage())
 
 
-def _run(command: options.Command, stop: Stop) -> int:
+def _run(command: options.CommandOptions, stop: Stop) -> int:
     """Return the exit code: that of the command after "--", else 0."""
     # Imported here: each subcommand needs parts that the others do without.
     match command:

@@ -131,13 +131,17 @@ def known_files() -> list[str]:
     return done.stdout.split()
 
 
-def test_a_class_has_a_name_of_its_own() -> None:
-    """One name, one meaning: also of two programs, for who reads both."""
-    places: dict[str, list[str]] = {}
+def test_a_type_has_a_name_of_its_own() -> None:
+    """One name, one meaning, in all programs. So does a name that a type is given."""
+    places: dict[str, dict[str, str]] = {}
     for name, path in MODULES.items():
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                places.setdefault(node.name, []).append(name)
+                places.setdefault(node.name, {})[name] = name
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                alias, meaning = node.targets[0].id, ast.unparse(node.value)
+                if re.match("[A-Z][A-Za-z]*[a-z]", alias) and "TypeVar" not in meaning:
+                    places.setdefault(alias, {})[meaning] = name
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 

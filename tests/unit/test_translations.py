@@ -15,7 +15,7 @@ import pytest
 from daemon.history import sealed
 from daemon.history.memory import FlowMemory, Question, flow_fields
 from daemon.history.store import Store
-from nlproto.kernel.conntrack import Event
+from nlproto.kernel.conntrack import ConntrackEvent
 from nlproto.overheard.translations import Translations
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import FLOW, pack_address, summarize
@@ -34,8 +34,10 @@ def end(address: Any, port: Any) -> Any:
 CLIENT, PUBLIC, SERVER = end("10.7.0.2", 4000), end("10.7.0.1", 8080), end("10.8.0.2", 80)
 
 
-def event(original: Any, reply: Any, number: int = 1, ended: bool = False, zone: int = 0) -> Event:
-    return Event(ended, number, socket.AF_INET, 6, zone, original, reply)
+def event(
+    original: Any, reply: Any, number: int = 1, ended: bool = False, zone: int = 0
+) -> ConntrackEvent:
+    return ConntrackEvent(ended, number, socket.AF_INET, 6, zone, original, reply)
 
 
 def published(number: int = 1, ended: bool = False, server: Any = SERVER) -> Any:

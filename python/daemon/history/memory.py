@@ -29,7 +29,7 @@ from nlproto.tables.shares import NOBODY, Payers, surplus
 __all__ = [
     "ROW_BYTES",
     "USED",
-    "End",
+    "FlowEnd",
     "FlowMemory",
     "Question",
     "flow_fields",
@@ -67,7 +67,7 @@ USED = (
 
 _MOST_HORIZONS = 4096
 
-End = tuple[int, bytes, int]
+FlowEnd = tuple[int, bytes, int]
 """(family, 16 address bytes, port)."""
 
 
@@ -91,7 +91,7 @@ class Question:
     """First packet at this time or before."""
     at_ns: int | None = None
     """First packet at or before it, last packet at or after it."""
-    ends: tuple[End, End] | None = None
+    ends: tuple[FlowEnd, FlowEnd] | None = None
     """Both ends of one flow, in either order."""
     netns: int | None = None
     listening: bool = False
@@ -375,7 +375,7 @@ def matching(columns: Mapping[str, np.ndarray], size: int, question: Question) -
 
 
 def _between(
-    columns: Mapping[str, np.ndarray], size: int, local: End, remote: End, nat: str
+    columns: Mapping[str, np.ndarray], size: int, local: FlowEnd, remote: FlowEnd, nat: str
 ) -> np.ndarray:
     """Return a mask of the flows with these ends, as seen ("") or after NAT ("nat_")."""
     mask: np.ndarray = (columns[f"{nat}lport"][:size] == local[2]) & (

@@ -19,7 +19,7 @@ from daemon.history.sealed import Broken, Contents, Rows
 from nlproto.errors import Error
 from nlproto.tables.processes import ProcessKey
 
-__all__ = ["Changing", "Sealing", "Step", "drop", "nothing", "seal", "shorten"]
+__all__ = ["Changing", "Sealing", "Meanwhile", "drop", "nothing", "seal", "shorten"]
 
 MOST = 400_000
 """Rows of one file: an hour with 100 flows a second, and some more."""
@@ -56,14 +56,16 @@ class Sealing(Protocol):
 
 
 Changing = Callable[[np.ndarray], np.ndarray]
-Step = Callable[[], None]
+Meanwhile = Callable[[], None]
 
 
 def nothing() -> None:
     """Do nothing."""
 
 
-def seal(store: Sealing, in_memory: Changing, most: int = MOST, meanwhile: Step = nothing) -> int:
+def seal(
+    store: Sealing, in_memory: Changing, most: int = MOST, meanwhile: Meanwhile = nothing
+) -> int:
     """Move rows that will not change any more into a file, if there is an hour of them.
 
     `in_memory` says which ids may still change. `meanwhile` is called repeatedly outside of

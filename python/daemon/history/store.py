@@ -41,7 +41,7 @@ from daemon.history.schema import (
     rows_of,
     signed,
 )
-from daemon.history.sealing import LEAST, MOST, Changing, Step, drop, nothing, seal, shorten
+from daemon.history.sealing import LEAST, MOST, Changing, Meanwhile, drop, nothing, seal, shorten
 from daemon.history.sightings import Sighting, note
 from daemon.history.trim import trim
 from daemon.system.directory import HeldDirectory
@@ -62,7 +62,7 @@ _AGED = 3600  # s at most between two searches for old rows: each reads a whole 
 
 log = logging.getLogger(__name__)
 
-Known = Callable[[int, int], Process | None]
+KnownProcess = Callable[[int, int], Process | None]
 
 
 class Damaged(Error):
@@ -266,7 +266,7 @@ class Store:
         ids: np.ndarray,
         flows: np.ndarray,
         processes: Sequence[Process],
-        known: Known = lambda tgid, start_ns: None,
+        known: KnownProcess = lambda tgid, start_ns: None,
         text_of: Callable[[int], str] = lambda number: "",
         listeners: Sequence[Sighting] = (),
     ) -> None:
@@ -359,7 +359,7 @@ class Store:
         gone += shorten(self, max(size - self.used_bytes(), size // 4))
         return gone + trim(self, before, max(size - self.hours.size, size // 4))
 
-    def seal(self, in_memory: Changing, most: int = MOST, meanwhile: Step = nothing) -> int:
+    def seal(self, in_memory: Changing, most: int = MOST, meanwhile: Meanwhile = nothing) -> int:
         """See daemon.history.sealing. Returns how many flows were moved. Raises Error."""
         if self._one("SELECT count(*) FROM flows") < min(most, LEAST):
             return 0

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import msgspec
 import numpy as np
 
-from daemon.history.memory import End, FlowMemory, Question, flow_fields
+from daemon.history.memory import FlowEnd, FlowMemory, Question, flow_fields
 from daemon.history.recorder import Recorder
 from daemon.serve.now import Looking, holder, sockets_now
+from daemon.serve.questions import StopIfGone
 from daemon.serve.requests import HistoryRequest, Lookup, LookupKey, News, OwnerOf, Usage, Who
 from daemon.serve.usage import Sums, usage
 from nlproto.errors import UsageError
@@ -30,9 +31,7 @@ from nlproto.tables.processes import Process
 __all__ = ["Answers", "Past", "Room"]
 
 
-Stop = Callable[[], None]
-"""Raises to end an answer that nobody waits for. Called every few ms."""
-Past = Callable[[Question, Stop], tuple[int, list[tuple[int, np.void]]]]
+Past = Callable[[Question, StopIfGone], tuple[int, list[tuple[int, np.void]]]]
 """Answers a Question from the stored history, with rows that are not in memory."""
 
 _MAX_HOLDERS = 20_000
@@ -81,7 +80,7 @@ class Looks(Protocol):
         """Whether the last look was within a second."""
         ...
 
-    def refresh(self, stop: Stop) -> None:
+    def refresh(self, stop: StopIfGone) -> None:
         """Return when it was."""
         ...
 
@@ -115,12 +114,12 @@ class Answers:
             return False
         return portmap is None or portmap.count(request.port) <= _CHEAP
 
-    def _refresh(self, stop: Stop) -> None:
+    def _refresh(self, stop: StopIfGone) -> None:
         if self.looks is not None:
             self.looks.refresh(stop)
 
     def owner(
-        self, request: OwnerOf, uid: int | None, stop: Stop = _never, room: Room | None = None
+        self, request: OwnerOf, uid: int | None, stop: StopIfGone = _never, room: Room | None = None
     ) -> dict[str, Any]:
         self._refresh(stop)
         room = Room() if room is None else room
@@ -132,7 +131,9 @@ class Answers:
         grouped = self._grouped(owners, stop, room)
         return {"owners": room.fill(grouped), "truncated": room.truncated}
 
-    def _grouped(self, owners: Sequence[PortOwner], stop: Stop, room: Room) -> list[dict[str, Any]]:
+    def _grouped(
+        self, owners: Sequence[PortOwner], stop: StopIfGone, room: Room
+    ) -> list[dict[str, Any]]:
         """Return one entry for each socket: the last seen owner, with all of them as holders."""
         sockets: dict[tuple[Any, ...], dict[str, Any]] = {}
         if len(owners) > _MAX_HOLDERS:
@@ -168,7 +169,7 @@ class Answers:
         request: Who,
         uid: int | None,
         now_ns: int | None = None,
-        stop: Stop = _never,
+        stop: StopIfGone = _never,
         room: Room | None = None,
     ) -> dict[str, Any]:
         """Return sockets and flows that fit, and details of all processes named."""
@@ -231,13 +232,13 @@ class Answers:
             "truncated": room.truncated or total > len(flows) or owners_total > len(owners_now),
         }
 
-    def usage(self, request: Usage, uid: int | None, stop: Stop = _never) -> dict[str, Any]:
+    def usage(self, request: Usage, uid: int | None, stop: StopIfGone = _never) -> dict[str, Any]:
         """Return who used how much (daemon.serve.usage)."""
         found = usage(request, uid, self.sums, self.name_of, stop)
         return found | {"since": self.remembers_since(uid)}
 
     def news(
-        self, request: News, uid: int | None, stop: Stop = _never, room: Room | None = None
+        self, request: News, uid: int | None, stop: StopIfGone = _never, room: Room | None = None
     ) -> dict[str, Any]:
         """Return what was first seen since then, each with its process if that is known."""
         room = Room() if room is None else room
@@ -261,7 +262,7 @@ class Answers:
             return ""
         return self.name_of(number)
 
-    def _ask(self, question: Question, stop: Stop) -> tuple[int, list[tuple[int, np.void]]]:
+    def _ask(self, question: Question, stop: StopIfGone) -> tuple[int, list[tuple[int, np.void]]]:
         total, rows = self.history.ask(question)
         if self.past is None:
             return total, rows
@@ -281,7 +282,7 @@ class Answers:
         return total, found
 
     def _processes(
-        self, keys: Iterable[tuple[int, int]], uid: int | None, stop: Stop
+        self, keys: Iterable[tuple[int, int]], uid: int | None, stop: StopIfGone
     ) -> Iterable[Process]:
         for key in keys:
             stop()
@@ -292,7 +293,7 @@ class Answers:
                 yield process
 
     def lookup(
-        self, request: Lookup, uid: int | None, stop: Stop = _never, room: Room | None = None
+        self, request: Lookup, uid: int | None, stop: StopIfGone = _never, room: Room | None = None
     ) -> dict[str, Any]:
         self._refresh(stop)
         room = Room() if room is None else room
@@ -318,7 +319,7 @@ class Answers:
         key: LookupKey,
         by_cookie: Mapping[int, list[PortOwner]],
         uid: int | None,
-        stop: Stop,
+        stop: StopIfGone,
         room: Room,
     ) -> dict[str, Any] | None:
         given = {name for name in key.__struct_fields__ if getattr(key, name) is not None}
@@ -371,7 +372,7 @@ def _address(text: str) -> tuple[int, bytes]:
         raise UsageError(str(error)) from None
 
 
-def _ends(*ends: tuple[str, int]) -> tuple[End, End]:
+def _ends(*ends: tuple[str, int]) -> tuple[FlowEnd, FlowEnd]:
     one, other = ((*_address(address), port) for address, port in ends)
     return one, other
 

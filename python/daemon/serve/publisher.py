@@ -69,7 +69,7 @@ class Lane:
     streams: tuple[Stream, ...] = ()
     records: int = 0
     """How many records of this uid there were: its clients have it as `seq`."""
-    items: deque[Item] = field(default_factory=deque)
+    items: deque[LaneItem] = field(default_factory=deque)
     bytes: int = 0
     work: Iterator[None] | None = None
 
@@ -105,7 +105,7 @@ class Lost:
     records: int
 
 
-Item = LaneBatch | Lost | Callable[[], None]
+LaneItem = LaneBatch | Lost | Callable[[], None]
 Encode = Callable[[np.void, np.ndarray, Stream], list[EncodedPiece]]
 Post = Callable[[Callable[[], None]], None]
 

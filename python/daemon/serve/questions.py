@@ -19,9 +19,9 @@ from daemon.sharing.allowance import Allowance, Meter
 from daemon.sharing.rounds import Rounds
 from nlproto.errors import Error
 
-__all__ = ["FAILED", "Cancelled", "QueuedQuestion", "Questions", "Stop"]
+__all__ = ["FAILED", "Cancelled", "QueuedQuestion", "Questions", "StopIfGone"]
 
-Stop = Callable[[], None]
+StopIfGone = Callable[[], None]
 """Raises to end a question. Must be called every few ms."""
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class QueuedQuestion:
 
     user: int
     full: bool
-    work: Callable[[Stop], Any]
+    work: Callable[[StopIfGone], Any]
     done: Callable[[Any], None]
     cancelled: bool = field(default=False, init=False)
     running: bool = field(default=False, init=False)

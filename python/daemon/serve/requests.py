@@ -31,8 +31,8 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 U64 = Annotated[int, Meta(ge=0)]
 Proto = Literal["tcp", "udp"]
-Host = Annotated[str, Meta(min_length=1, max_length=64)]
-Name = Annotated[str, Meta(min_length=1, max_length=256)]
+AskedHost = Annotated[str, Meta(min_length=1, max_length=64)]
+AskedName = Annotated[str, Meta(min_length=1, max_length=256)]
 Limit = Annotated[int, Meta(ge=1, le=10_000)]
 Seconds = Annotated[float, Meta(ge=0, le=1e10)]
 
@@ -41,7 +41,7 @@ class _Base(Struct, tag_field="op", forbid_unknown_fields=True, frozen=True):
     id: Id
 
 
-End = tuple[Host, Port]
+AskedEnd = tuple[AskedHost, Port]
 """(address, port)."""
 
 
@@ -56,15 +56,15 @@ class Stats(_Base, tag="stats", frozen=True):
 class Who(_Base, tag="who", frozen=True):
     port: Port | None = None
     proto: Proto | None = None
-    host: Host | None = None
+    host: AskedHost | None = None
     pid: U32 | None = None
-    pname: Name | None = None
-    domain: Name | None = None
+    pname: AskedName | None = None
+    domain: AskedName | None = None
     since: Seconds | None = None
     until: Seconds | None = None
     """`since` and `until` are seconds before now."""
     at: Seconds | None = None
-    ends: tuple[End, End] | None = None
+    ends: tuple[AskedEnd, AskedEnd] | None = None
     """Both ends of one flow, in either order."""
     netns: U32 | None = None
     listening: bool = False
@@ -95,14 +95,14 @@ class News(_Base, tag="news", frozen=True):
 class OwnerOf(_Base, tag="owner", frozen=True):
     port: Port
     proto: Proto | None = None
-    address: Host | None = None
+    address: AskedHost | None = None
 
 
 class LookupKey(Struct, forbid_unknown_fields=True, frozen=True):
     cookie: U64 | None = None
     netns: U32 | None = None
     proto: Proto | None = None
-    address: Host | None = None
+    address: AskedHost | None = None
     port: Port | None = None
     tgid: U32 | None = None
     start_ns: U64 | None = None

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from daemon.serve.answers import Answers, Room
 from daemon.serve.connection import ClientConnection, Hall, refusal, reply
 from daemon.serve.publisher import Stream
-from daemon.serve.questions import FAILED, Questions, QueuedQuestion, Stop
+from daemon.serve.questions import FAILED, Questions, QueuedQuestion, StopIfGone
 from daemon.serve.requests import (
     Hello,
     Lookup,
@@ -38,8 +38,6 @@ MAX_ANSWER = {True: 15 << 20, False: 8 << 20}
 
 log = logging.getLogger(__name__)
 
-Account = dict[str, Any]
-
 
 class Desk(Hall, Protocol):
     """The part of the server that sessions need (daemon.serve.server.Server)."""
@@ -62,7 +60,7 @@ class Desk(Hall, Protocol):
         """A subscription came or went: divide the room for queues again."""
 
     def after_all_records(
-        self, stream: Stream, function: Callable[[Account | Error], None], /
+        self, stream: Stream, function: Callable[[dict[str, Any] | Error], None], /
     ) -> None:
         """Call `function` when all packets recorded until now were offered to `stream`."""
 
@@ -80,7 +78,7 @@ class Session(ClientConnection):
         """The only owner that this client may see; None: all."""
         self.subscription = self._no_subscription()
         self._dropped_before = 0
-        self._account_at_start: Account | None = None
+        self._account_at_start: dict[str, Any] | None = None
         self._question: QueuedQuestion | None = None
         self._ended: Callable[[], None] | None = None
         """What to do when the queue is empty."""
@@ -145,7 +143,7 @@ class Session(ClientConnection):
         else:
             self._unsubscribe(request.id)
 
-    def _made(self, request: Who | Usage | News | OwnerOf | Lookup, stop: Stop) -> bytes:
+    def _made(self, request: Who | Usage | News | OwnerOf | Lookup, stop: StopIfGone) -> bytes:
         """Answer in a thread of Questions, unless it is cheap."""
         answers, room = self._desk.answers, Room(MAX_ANSWER[self.full])
         if isinstance(request, OwnerOf):
@@ -160,7 +158,9 @@ class Session(ClientConnection):
             fields = answers.who(request, self.uid, stop=stop, room=room)
         return reply(request.id, fields)
 
-    def _ask(self, number: int, work: Callable[[Stop], Any], done: Callable[[Any], None]) -> None:
+    def _ask(
+        self, number: int, work: Callable[[StopIfGone], Any], done: Callable[[Any], None]
+    ) -> None:
         def answered(result: Any) -> None:
             self._question = None
             self._see_to(number, lambda: done(_unless_error(result)))

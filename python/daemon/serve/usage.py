@@ -8,19 +8,19 @@ from collections.abc import Callable
 from typing import Any
 
 from daemon.history.details import Group, add
-from daemon.serve.questions import Stop
+from daemon.serve.questions import StopIfGone
 from daemon.serve.requests import Usage
 from nlproto.overheard.names import is_of_resolver
 
 __all__ = ["Sums", "usage"]
 
-Sums = Callable[[int, Stop], tuple[dict[Group, list[int]], dict[int, str]]]
+Sums = Callable[[int, StopIfGone], tuple[dict[Group, list[int]], dict[int, str]]]
 """(ns since 1970, stop) -> sums of what was last seen since then, and names of far ends."""
 _FIELDS = ("flows", "packets_in", "bytes_in", "packets_out", "bytes_out")
 
 
 def usage(
-    request: Usage, uid: int | None, ask: Sums, name_of: Callable[[int], str], stop: Stop
+    request: Usage, uid: int | None, ask: Sums, name_of: Callable[[int], str], stop: StopIfGone
 ) -> dict[str, Any]:
     """Return the answer; `uid` as in Answers."""
     since_ns = max(0, time.time_ns() - int(request.since * 1e9))

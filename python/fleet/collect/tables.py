@@ -54,7 +54,7 @@ class Hour:
     """Of the batches that have rows in it."""
 
 
-Known = Callable[[str, str], KnownBatches]
+KnownOfHour = Callable[[str, str], KnownBatches]
 """(table, name of an hour) -> its content."""
 
 
@@ -62,7 +62,7 @@ def hours_of(
     received: Sequence[Received],
     now_ns: int,
     oldest_ns: int,
-    known: Known = lambda *_: KnownBatches(),
+    known: KnownOfHour = lambda *_: KnownBatches(),
 ) -> tuple[list[Hour], int]:
     """Return the content of `received` for each table and hour, and how many rows were out of time.
 

@@ -16,9 +16,9 @@ from fleet.export.deltas import Deltas
 from fleet.wire import ToldProcess
 from nlproto.client.client import (
     AccountEvent,
+    ClientEvent,
     DaemonClient,
     DaemonEvent,
-    Event,
     NamesEvent,
     ProcessesEvent,
     StreamBatch,
@@ -127,7 +127,7 @@ class FlowSource:
         finally:
             self._away_since = time.monotonic()
 
-    def _take(self, event: Event) -> None:
+    def _take(self, event: ClientEvent) -> None:
         if isinstance(event, StreamBatch):
             flows = event.batch.flows
             if flows is not None:

@@ -12,7 +12,7 @@ from typing import NoReturn
 from hunter.cli import fleet, past, values
 from hunter.cli.checks import check
 from hunter.cli.common import add_ends, add_limit, add_moment, add_words
-from hunter.cli.options import BY, SUBCOMMANDS, Command, command_of
+from hunter.cli.options import BY, SUBCOMMANDS, CommandOptions, command_of
 from hunter.show.units import UNITS
 from nlproto import UsageError
 from nlproto.client.frames import DEFAULT_SOCKET
@@ -451,7 +451,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     }[name]()
 
 
-def parse(arguments: Sequence[str]) -> Command:
+def parse(arguments: Sequence[str]) -> CommandOptions:
     """Return the command in `arguments` (sys.argv[1:]). Raises UsageError."""
     argv: tuple[str, ...] = ()
     arguments = list(arguments)

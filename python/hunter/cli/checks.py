@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import math
 
-from hunter.cli.options import SUBCOMMANDS, Command, FleetOptions, LiveOptions, WhoOptions
+from hunter.cli.options import SUBCOMMANDS, CommandOptions, FleetOptions, LiveOptions, WhoOptions
 from nlproto import UsageError
 
 __all__ = ["check"]
 
 
-def check(command: Command) -> None:
+def check(command: CommandOptions) -> None:
     """Raise UsageError for options that contradict each other."""
     if isinstance(command, WhoOptions | FleetOptions):
         _check_range(command)

@@ -15,7 +15,7 @@ __all__ = [
     "BY",
     "NEWS",
     "Choice",
-    "Command",
+    "CommandOptions",
     "DoctorOptions",
     "FLEET_BY",
     "FLEET_NEW",
@@ -296,7 +296,7 @@ class DoctorOptions:
     socket_given: bool
 
 
-Command = (
+CommandOptions = (
     LiveOptions
     | TopOptions
     | WhoOptions
@@ -310,7 +310,7 @@ Command = (
     | DoctorOptions
 )
 
-_KINDS: dict[str, type[Command]] = {
+_KINDS: dict[str, type[CommandOptions]] = {
     "live": LiveOptions,
     "top": TopOptions,
     "who": WhoOptions,
@@ -329,7 +329,7 @@ _FILES = ("save", "output", "html")
 T = TypeVar("T")
 
 
-def command_of(name: str, parsed: argparse.Namespace, argv: tuple[str, ...] = ()) -> Command:
+def command_of(name: str, parsed: argparse.Namespace, argv: tuple[str, ...] = ()) -> CommandOptions:
     """Return the options of command `name` ("live" or a subcommand) that argparse found."""
     found = vars(parsed) | {"argv": argv}
     given = found.get("socket")

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from hunter.cli.options import AnnotateOptions
 from hunter.cli.signals import Stop
-from hunter.commands.past_owners import Entry, OwnersThen, PastOwners
+from hunter.commands.past_owners import OwnersThen, PastEntry, PastOwners
 from hunter.formats import pcapng
 from hunter.formats.captures import Flow, look, read_capture
 from hunter.formats.inputs import Input
@@ -188,7 +188,7 @@ def _named(
 
 
 def _description(
-    entry: Entry, exe: str, order: str, described: dict[int, tuple[str, str, int]]
+    entry: PastEntry, exe: str, order: str, described: dict[int, tuple[str, str, int]]
 ) -> bytes:
     """Yield its block, if its pid had another one before, or none."""
     known = str(entry["comm"]), exe, int(entry["uid"])

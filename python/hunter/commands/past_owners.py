@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from hunter.formats.captures import End, Flow
+from hunter.formats.captures import CapturedEnd, Flow
 from nlproto.client.frames import MAX_WAITING
 from nlproto.host.netns import Namespace
 
@@ -28,7 +28,7 @@ _SAME_S = 0.005
 """Two stamps of one packet, where no queue lies between."""
 
 _ENDS = ("local", "remote")
-Entry = dict[str, Any]
+PastEntry = dict[str, Any]
 """One flow of the history, as in the answer to op "history"."""
 
 
@@ -45,7 +45,7 @@ class Client(Protocol):
 class OwnersThen(NamedTuple):
     """`entries` has one entry for each possible process. Several, or not `certain`: ambiguous."""
 
-    entries: list[Entry]
+    entries: list[PastEntry]
     certain: bool = True
     namespaces: frozenset[int] = frozenset()
     """The namespace of the flow at that time, if there are several."""
@@ -60,10 +60,10 @@ class PastOwners:
     def __init__(self, client: Client, at: Namespace | None = None) -> None:
         self._client = client
         self._place = at
-        self._past: dict[_Pair, list[Entry]] = {}
+        self._past: dict[_Pair, list[PastEntry]] = {}
         self._cut: set[_Pair] = set()
         self._exe: dict[tuple[int, int], str] = {}
-        self._begun: dict[_Pair, tuple[End, int, float]] = {}
+        self._begun: dict[_Pair, tuple[CapturedEnd, int, float]] = {}
         self.cut = 0
         """Flows with more entries than the daemon returns."""
 
@@ -112,7 +112,7 @@ class PastOwners:
         near, far = (flow[1], flow[2]) if end == 1 else (flow[2], flow[1])
         begun = self._begun.get(pair)
         moment = _Moment(time_s, None if begun is None else begun[2])
-        groups: dict[int, list[Entry]] = {}
+        groups: dict[int, list[PastEntry]] = {}
         passed = set()
         for entry in self._past.get(pair, ()):
             if entry["proto"] != flow[0] or not moment.fits(entry):
@@ -130,13 +130,13 @@ class PastOwners:
         found = _merge([(netns, moment.settle(group)) for netns, group in groups.items()])
         return found if certain else found._replace(certain=False)
 
-    def exe(self, entry: Entry) -> str:
+    def exe(self, entry: PastEntry) -> str:
         """Return the path of an entry's process; "" if it is not known."""
         return self._exe.get((entry["pid"], entry["start_ns"]), "")
 
 
 class _Settled(NamedTuple):
-    entries: list[Entry]
+    entries: list[PastEntry]
     certain: bool
     nobody: bool
     """Note packets that had no owner."""
@@ -149,26 +149,26 @@ class _Moment:
     time_s: float | None
     begun_s: float | None
 
-    def fits(self, entry: Entry, slack_s: float = _SLACK_S) -> bool:
+    def fits(self, entry: PastEntry, slack_s: float = _SLACK_S) -> bool:
         if self.time_s is None:
             return True
         return bool(entry["first"] - slack_s <= self.time_s <= entry["last"] + slack_s)
 
-    def settle(self, entries: Sequence[Entry]) -> _Settled:
+    def settle(self, entries: Sequence[PastEntry]) -> _Settled:
         """Return which process of one namespace it is, of the entries that fit."""
         if self.begun_s is not None:
             entries = [one for one in entries if one["last"] >= self.begun_s - _SAME_S]
         named = [one for one in entries if one["pid"] is not None]
         nobody = len(named) < len(entries)
         near = [one for one in named if self.fits(one, _NEAR_S)]
-        by_process: dict[tuple[int, int], list[Entry]] = {}
+        by_process: dict[tuple[int, int], list[PastEntry]] = {}
         for one in near or named:
             by_process.setdefault((one["pid"], one["start_ns"]), []).append(one)
         found = [max(some, key=_newest) for some in by_process.values()]
         certain = len(found) == 1 and self._certain(near or named, bool(near), nobody)
         return _Settled(found, certain, nobody)
 
-    def _certain(self, entries: Sequence[Entry], near: bool, nobody: bool) -> bool:
+    def _certain(self, entries: Sequence[PastEntry], near: bool, nobody: bool) -> bool:
         """Return whether it is the only process near that time.
 
         While its socket lived, the tuple was its own. Packets shortly before or after are its own
@@ -185,7 +185,7 @@ class _Moment:
         return near and not nobody
 
 
-def _newest(entry: Entry) -> float:
+def _newest(entry: PastEntry) -> float:
     return float(entry["last"])
 
 
@@ -194,20 +194,20 @@ def _merge(groups: Sequence[tuple[int, _Settled]]) -> OwnersThen:
     groups = [(netns, one) for netns, one in groups if one.entries or one.nobody]
     if len(groups) == 1:
         return OwnersThen(groups[0][1].entries, groups[0][1].certain)
-    entries: dict[tuple[int, int], Entry] = {}
+    entries: dict[tuple[int, int], PastEntry] = {}
     for _, group in groups:
         entries.update({(one["pid"], one["start_ns"]): one for one in group.entries})
     certain = len(entries) == 1 and all(group.entries and group.certain for _, group in groups)
     return OwnersThen(list(entries.values()), certain, frozenset(netns for netns, _ in groups))
 
 
-def _became(entry: Entry, local: End, remote: End) -> bool:
+def _became(entry: PastEntry, local: CapturedEnd, remote: CapturedEnd) -> bool:
     """Return whether NAT makes, or made, these addresses from its ends."""
     became = [(entry.get(f"nat_{one}"), entry.get(f"nat_{one[0]}port")) for one in _ENDS]
     return became == [local, remote]
 
 
-def _is(entry: Entry, local: End, remote: End) -> bool:
+def _is(entry: PastEntry, local: CapturedEnd, remote: CapturedEnd) -> bool:
     return (entry["local"], entry["lport"]) == local and (entry["remote"], entry["rport"]) == remote
 
 

@@ -18,6 +18,7 @@ from hunter.save.capturefile import CaptureFile
 from hunter.save.saving import refuse_input
 from hunter.show.columns import addresses, translated
 from hunter.show.names import Namespaces
+from hunter.show.rates import FarEnd
 from hunter.show.summary import on_the_wire
 from hunter.show.text import plain
 from hunter.show.units import amount
@@ -35,10 +36,8 @@ _WIDTH, _HEIGHT, _BINS = 1000, 220, 120
 _SHOWN = 14  # processes and far ends in the graph
 _ROWS = 200  # in a table
 
-Name = tuple[str, int]
+ProcessName = tuple[str, int]
 """(comm, pid); with pid 0 a reason instead."""
-Peer = tuple[int, str]
-"""A far end: network namespace and address. In each namespace it may be another host."""
 
 
 @dataclass(slots=True)
@@ -47,7 +46,7 @@ class _Process:
     sent: int = 0
     received: int = 0
     exe: str = ""
-    peers: set[Peer] = field(default_factory=set)
+    peers: set[FarEnd] = field(default_factory=set)
 
     @property
     def total(self) -> int:
@@ -60,12 +59,12 @@ class CaptureSums:
     def __init__(self) -> None:
         self.packets = 0
         self.first_s = self.last_s = 0
-        self.processes: dict[Name, _Process] = defaultdict(_Process)
-        self.edges: Counter[tuple[Name, Peer]] = Counter()
+        self.processes: dict[ProcessName, _Process] = defaultdict(_Process)
+        self.edges: Counter[tuple[ProcessName, FarEnd]] = Counter()
         self.namespaces = Namespaces(None)
         self.reasons: Counter[str] = Counter()
-        self.seconds: dict[Name, Counter[int]] = defaultdict(Counter)
-        self.translated: Counter[tuple[Name, str, str]] = Counter()
+        self.seconds: dict[ProcessName, Counter[int]] = defaultdict(Counter)
+        self.translated: Counter[tuple[ProcessName, str, str]] = Counter()
         """Bytes of an owner by one end and what NAT makes of it."""
 
     def add(self, batch: NamedBatch, source: FileSource) -> None:
@@ -112,12 +111,12 @@ class CaptureSums:
         self.last_s = max(self.last_s, max(seconds))
         self.packets += sum(packets)
 
-    def peer(self, peer: Peer) -> str:
+    def peer(self, peer: FarEnd) -> str:
         """Return the text of a far end, with its namespace if the capture has several."""
         place = self.namespaces.name(peer[0])
         return f"{peer[1]} netns {place}" if place else peer[1]
 
-    def by_bytes(self) -> list[tuple[Name, _Process]]:
+    def by_bytes(self) -> list[tuple[ProcessName, _Process]]:
         """Return processes, most bytes first."""
         return sorted(self.processes.items(), key=lambda one: -one[1].total)
 
@@ -162,7 +161,7 @@ def _h(name: str) -> str:
     return escape(plain(name))
 
 
-def _label(name: Name) -> str:
+def _label(name: ProcessName) -> str:
     return f"{name[0]}.{name[1]}" if name[1] else name[0].replace("_", " ")
 
 
@@ -192,7 +191,7 @@ def page(capture: CaptureSums, title: str) -> str:
         for name, one in ordered[:_ROWS]
         if name[1]
     ]
-    ends: dict[Peer, Counter[Name]] = defaultdict(Counter)
+    ends: dict[FarEnd, Counter[ProcessName]] = defaultdict(Counter)
     for (name, peer), size in capture.edges.items():
         ends[peer][name] += size
     peers = [
@@ -238,7 +237,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: set[int
     return f"<table>{cells('th', heads)}{''.join(cells('td', row) for row in rows)}</table>"
 
 
-def _timeline(capture: CaptureSums, colours: dict[Name, str]) -> str:
+def _timeline(capture: CaptureSums, colours: dict[ProcessName, str]) -> str:
     """Stacked bars; processes without a colour share one."""
     span = capture.last_s - capture.first_s + 1
     step = -(-span // _BINS)
@@ -285,10 +284,10 @@ def _timeline(capture: CaptureSums, colours: dict[Name, str]) -> str:
     )
 
 
-def _graph(capture: CaptureSums, colours: dict[Name, str]) -> str:
+def _graph(capture: CaptureSums, colours: dict[ProcessName, str]) -> str:
     """Processes on the left, far ends on the right. Wider lines mean more bytes."""
     left = [name for name, _ in capture.by_bytes() if name[1]][:_SHOWN]
-    weight: Counter[Peer] = Counter()
+    weight: Counter[FarEnd] = Counter()
     for (name, peer), size in capture.edges.items():
         if name in left:
             weight[peer] += size

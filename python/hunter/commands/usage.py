@@ -14,7 +14,7 @@ from rich.text import Text
 
 from hunter.cli.options import UsageOptions
 from hunter.show import names
-from hunter.show.console import Output, Row, put
+from hunter.show.console import Output, TextRow, put
 from hunter.show.programs import place
 from hunter.show.text import plain
 from hunter.show.units import amount
@@ -40,7 +40,7 @@ def run(options: UsageOptions) -> None:
 def show(answer: Mapping[str, Any], since: float, console: Console) -> None:
     """Print the reply of op "usage"; `since`: Unix time that was asked for."""
     begin = datetime.fromtimestamp(max(since, answer["since"]))
-    rows: list[Row] = []
+    rows: list[TextRow] = []
     for one in answer["usage"]:
         name = _name(one, answer["by"])
         received, sent = one["bytes_in"], one["bytes_out"]

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hunter.cli.options import FleetOptions
-from hunter.show.console import Row, put
+from hunter.show.console import TextRow, put
 from hunter.show.text import plain
 from hunter.show.units import amount
 from nlproto.records.wire import PROTO_NAMES, lib
@@ -87,7 +87,7 @@ def _bytes(count: int) -> str:
     return amount(count, "bin-bytes")
 
 
-def _who(one: Mapping[str, Any]) -> Row:
+def _who(one: Mapping[str, Any]) -> TextRow:
     flow = flow_text(one, one["protocol"])
     if one["nat_laddr"]:
         became = (one["nat_laddr"], one["nat_lport"], one["nat_raddr"], one["nat_rport"])
@@ -114,7 +114,7 @@ def _side(one: Mapping[str, Any] | None, row: Mapping[str, Any]) -> Text:
     return Text(f"{plain(one['host'])} {process_text(one)}{flag}", style="bold green")
 
 
-def _ends(one: Mapping[str, Any]) -> Row:
+def _ends(one: Mapping[str, Any]) -> TextRow:
     known = one["client"] or one["server"]
     return [
         _side(one["client"], one),
@@ -125,7 +125,7 @@ def _ends(one: Mapping[str, Any]) -> Row:
     ]
 
 
-def _map(one: Mapping[str, Any]) -> Row:
+def _map(one: Mapping[str, Any]) -> TextRow:
     return [
         plain(one["client"]),
         plain(one["server"]),
@@ -136,7 +136,7 @@ def _map(one: Mapping[str, Any]) -> Row:
     ]
 
 
-def _new(one: Mapping[str, Any]) -> Row:
+def _new(one: Mapping[str, Any]) -> TextRow:
     what = [plain(str(one[name])) for name in ("remote", "service") if name in one]
     return [
         plain(one["host"]),
@@ -146,7 +146,7 @@ def _new(one: Mapping[str, Any]) -> Row:
     ]
 
 
-def _usage(one: Mapping[str, Any]) -> Row:
+def _usage(one: Mapping[str, Any]) -> TextRow:
     name = Text(plain(one["name"] or "-"), style="bold green" if one["name"] else "yellow")
     packets = one["packets_in"] + one["packets_out"]
     sizes = (_bytes(one["bytes_in"]), _bytes(one["bytes_out"]))

@@ -13,14 +13,14 @@ from hunter.formats.headers import transport
 from hunter.formats.pcapng import Block
 from nlproto import Error
 
-__all__ = ["End", "Flow", "flow_of", "is_pcap", "look", "read_capture"]
+__all__ = ["CapturedEnd", "Flow", "flow_of", "is_pcap", "look", "read_capture"]
 
 _MAX_PACKET = 1 << 20
 _SYN, _SYN_ACK = 2, 18
 
-End = tuple[str, int]
+CapturedEnd = tuple[str, int]
 """(address, port)."""
-Flow = tuple[str, End, End]
+Flow = tuple[str, CapturedEnd, CapturedEnd]
 """(proto, source, destination)."""
 
 # ns in a unit of a packet's time, and additional bytes of its header. These are from an old patched

@@ -33,7 +33,7 @@ __all__ = [
     "Columns",
     "Details",
     "Holder",
-    "Holders",
+    "HoldersOf",
     "ColumnKind",
     "cells",
     "columns_of_batch",
@@ -178,7 +178,7 @@ _NO_ENDS = NoEnds()
 Holder = dict[str, int | str]
 """A process: pid and comm."""
 
-Holders = Callable[[set[int]], Mapping[int, list[Holder]]]
+HoldersOf = Callable[[set[int]], Mapping[int, list[Holder]]]
 """Maps cookies of shared sockets to their holders, as far as known."""
 
 
@@ -240,7 +240,7 @@ def times(batch: NamedBatch) -> list[str]:
     return [f"{one}Z" for one in np.datetime_as_string(real, unit="us").tolist()]
 
 
-def _shared(records: np.ndarray, holders: Holders) -> dict[int, list[Holder]]:
+def _shared(records: np.ndarray, holders: HoldersOf) -> dict[int, list[Holder]]:
     rows = np.flatnonzero((records["flags"] & wire.lib.SNIFFER_F_SHARED) != 0).tolist()
     if not rows:
         return {}
@@ -249,7 +249,7 @@ def _shared(records: np.ndarray, holders: Holders) -> dict[int, list[Holder]]:
     return {row: list(known[cookie]) for row, cookie in cookies.items() if cookie in known}
 
 
-def columns_of_batch(batch: NamedBatch, details: Details, holders: Holders = nobody) -> Columns:
+def columns_of_batch(batch: NamedBatch, details: Details, holders: HoldersOf = nobody) -> Columns:
     """Return the records of `batch` as columns. `details` has what records lack (exe)."""
     records = batch.records
     named = wire.are_named(records["how"]).tolist()

@@ -16,9 +16,9 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Output", "Row", "has_blocks", "put"]
+__all__ = ["Output", "TextRow", "has_blocks", "put"]
 
-Row = list[str | Text]
+TextRow = list[str | Text]
 
 _ASCII = Box("    \n    \n -- \n" + "    \n" * 5, ascii=True)
 
@@ -86,7 +86,7 @@ def put(
     console: Console,
     title: str,
     columns: Sequence[str],
-    rows: Sequence[Row],
+    rows: Sequence[TextRow],
     numbers: Collection[str] = (),
 ) -> None:
     """Print a table. If the terminal is too narrow, print a few lines for each row.
@@ -110,7 +110,9 @@ def put(
         console.print(table)
 
 
-def _narrow(console: Console, columns: Sequence[str], row: Row, numbers: Collection[str]) -> None:
+def _narrow(
+    console: Console, columns: Sequence[str], row: TextRow, numbers: Collection[str]
+) -> None:
     console.print(row[0])
     words = []
     for name, cell in list(zip(columns, row, strict=True))[1:]:

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from hunter.show.columns import FLAGS, Columns, Details, Holders, columns_of_batch, tcp_flags
+from hunter.show.columns import FLAGS, Columns, Details, HoldersOf, columns_of_batch, tcp_flags
 from hunter.show.names import HostNames, Namespaces, service
 from hunter.show.programs import place
 from hunter.show.text import plain
@@ -45,7 +45,7 @@ class LinePrinter:
         self,
         style: Style,
         details: Details,
-        holders: Holders,
+        holders: HoldersOf,
         names: HostNames,
         out: IO[str] | None = None,
     ) -> None:

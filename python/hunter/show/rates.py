@@ -24,7 +24,7 @@ MAX_FLOWS = 50_000
 
 RateKey = tuple[int, int, int]
 """(tgid, start_ns, 0) of a process, (0, 0, how) of packets without one."""
-FlowKey = tuple[int, ...]
+FlowWay = tuple[int, ...]
 """netns, proto, local port, remote port, local and remote address as two numbers each."""
 
 FarEnd = tuple[int, str]
@@ -107,7 +107,7 @@ class ProcessRate:
     uid: int | None
     raw_comm: bytes = b""
     meter: TrafficMeter = field(default_factory=TrafficMeter)
-    flows: dict[FlowKey, FlowRate] = field(default_factory=dict)
+    flows: dict[FlowWay, FlowRate] = field(default_factory=dict)
     failed: int = 0
     """Connections that it tried to open, refused or unanswered."""
     resets: int = 0

@@ -13,10 +13,10 @@ from hunter.sources.daemon_accounts import DaemonAccounts
 from nlproto import Error, NoDaemon, UsageError
 from nlproto.client.client import (
     AccountEvent,
+    ClientEvent,
     DaemonClient,
     DaemonEvent,
     EndsEvent,
-    Event,
     FirstBytesEvent,
     ProcessesEvent,
     StreamBatch,
@@ -156,7 +156,7 @@ class DaemonSource:
             missed = f"{self._missed} packets passed meanwhile"
         self._notify(f"the daemon is back after {away:.1f} s: {missed}")
 
-    def _taken(self, events: list[Event]) -> list[NamedBatch]:
+    def _taken(self, events: list[ClientEvent]) -> list[NamedBatch]:
         batches = []
         for event in events:
             if isinstance(event, StreamBatch):

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from hunter.cli.options import WhoOptions
 from hunter.show import names
-from hunter.show.console import Row, put
+from hunter.show.console import TextRow, put
 from hunter.show.programs import place
 from hunter.show.text import plain
 from hunter.who.who_show import clock, service_of, without_legs
@@ -127,7 +127,7 @@ def show_groups(
 ) -> None:
     """Print the sums as a table."""
     sums = summed(answer, options)
-    rows: list[Row] = []
+    rows: list[TextRow] = []
     limit = options.limit or _ROWS
     for one in sums["groups"][:limit]:
         times = ["" if one[name] is None else clock(one[name], now) for name in ("first", "last")]

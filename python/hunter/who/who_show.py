@@ -14,7 +14,7 @@ from rich.text import Text
 
 from hunter.cli.options import WhoOptions
 from hunter.show import names
-from hunter.show.console import Row, put
+from hunter.show.console import TextRow, put
 from hunter.show.programs import label, place, programs
 from hunter.show.text import plain
 from hunter.show.units import duration
@@ -28,7 +28,7 @@ _ABOVE = 2
 """The most parents that are shown."""
 
 Entry = Mapping[str, Any]
-Program = tuple[Any, ...]
+ProgramKey = tuple[Any, ...]
 
 
 def show(
@@ -79,7 +79,7 @@ def _nobody(answer: Mapping[str, Any], now: float) -> str:
 
 
 def _put(
-    console: Console, title: str, columns: Sequence[str], rows: Sequence[Row], limit: int
+    console: Console, title: str, columns: Sequence[str], rows: Sequence[TextRow], limit: int
 ) -> None:
     if not rows:
         return
@@ -215,7 +215,7 @@ def service_of(lport: int, rport: int | None, asked: int | None) -> tuple[int | 
 
 def _now_rows(
     owners: Sequence[Entry], processes: Mapping[tuple[int, int], Entry], options: WhoOptions
-) -> list[Row]:
+) -> list[TextRow]:
     """A row for each owner, far host and state."""
     sums: dict[tuple[Any, ...], tuple[Entry, _Ends, dict[tuple[Any, ...], int], _Nat]] = {}
     for one in owners:
@@ -229,7 +229,7 @@ def _now_rows(
         ends.lports.add(one["port"])
         ends.rports.add(one.get("rport"))
         sockets[one["cookie"], one["port"], one.get("rport")] = one.get("drops", 0)
-    rows: list[Row] = []
+    rows: list[TextRow] = []
     for key, (one, ends, sockets, nat) in sums.items():
         listens = one["listening"] and one["proto"] == "tcp"
         who = "-" if one["pid"] is None else f"{plain(one['comm'])}.{one['pid']}"
@@ -302,7 +302,7 @@ def _seen_rows(
     processes: Mapping[tuple[int, int], Entry],
     options: WhoOptions,
     now: float,
-) -> list[Row]:
+) -> list[TextRow]:
     """Yield a row for each program, far host and service, newest first."""
     program_of = _programs(flows, processes)
     sums: dict[tuple[Any, ...], _Sum] = {}
@@ -313,7 +313,7 @@ def _seen_rows(
         key: tuple[Any, ...] = (owner, flow["netns"], flow["forwarded"], *ends, *port)
         key += (flow.get("domain"), *nat_key(flow, options))
         sums.setdefault(key, _Sum(flow, _Ends(*ends))).add(flow)
-    rows: list[Row] = []
+    rows: list[TextRow] = []
     for one in sorted(sums.values(), key=lambda one: -one.newest["last"]):
         newest = one.newest
         rows.append(
@@ -362,7 +362,7 @@ def _behind(flow: Entry) -> list[str]:
 
 def _programs(
     flows: Iterable[Entry], processes: Mapping[tuple[int, int], Entry]
-) -> dict[tuple[int, int], Program]:
+) -> dict[tuple[int, int], ProgramKey]:
     """Yield the row of each process that has flows."""
     known = {}
     for flow in flows:
@@ -372,7 +372,7 @@ def _programs(
     return dict(programs(known))
 
 
-def _process_rows(processes: Iterable[Entry]) -> list[Row]:
+def _process_rows(processes: Iterable[Entry]) -> list[TextRow]:
     known = {(one["tgid"], one["start_ns"]): one for one in processes}
     program_of = programs({key: (one["comm"], one["exe"]) for key, one in known.items()})
     rows: defaultdict[tuple[Any, ...], list[Entry]] = defaultdict(list)

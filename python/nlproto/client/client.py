@@ -43,7 +43,7 @@ __all__ = [
     "DaemonClient",
     "DaemonEvent",
     "EndsEvent",
-    "Event",
+    "ClientEvent",
     "ProcessesEvent",
     "FirstBytesEvent",
     "NamesEvent",
@@ -109,7 +109,7 @@ _NO_RECORDS = np.empty(0, wire.RECORD)
 _PIPELINED = 128
 """Requests sent without waiting. Up to twice as many may be under way."""
 
-Event = (
+ClientEvent = (
     StreamBatch
     | ProcessesEvent
     | FirstBytesEvent
@@ -141,7 +141,7 @@ class DaemonClient(Closing):
         """The account of the last subscription, once unsubscribe() has returned."""
         self._decoder = Decoder(MAX_REPLY)
         self._replies: dict[int, dict[str, Any]] = {}
-        self._events: deque[Event] = deque()
+        self._events: deque[ClientEvent] = deque()
         self._next_id = 1
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         # with a timeout of Python's, connect(2) fails at once if many clients wait
@@ -284,7 +284,7 @@ class DaemonClient(Closing):
 
     # The stream
 
-    def subscribe(self, filter: str = "") -> Iterator[Event]:
+    def subscribe(self, filter: str = "") -> Iterator[ClientEvent]:
         """Subscribe at once; return an iterator of events until the daemon says bye."""
         self.start(filter)
         return self.events()
@@ -302,7 +302,7 @@ class DaemonClient(Closing):
             "subscribe", filter=filter, snaps=first_bytes or None, flows=flows or None
         )
 
-    def events(self) -> Iterator[Event]:
+    def events(self) -> Iterator[ClientEvent]:
         """Yield events of the subscription as they come. Raises NoDaemon when the daemon dies."""
         while True:
             for event in self.read(None):
@@ -310,7 +310,7 @@ class DaemonClient(Closing):
                 if isinstance(event, DaemonEvent) and event.name == "bye":
                     return
 
-    def read(self, timeout: float | None) -> list[Event]:
+    def read(self, timeout: float | None) -> list[ClientEvent]:
         """Return the events that are there, or that come within `timeout` seconds (None: wait)."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._events:

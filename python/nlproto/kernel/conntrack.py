@@ -31,7 +31,7 @@ from nlproto.kernel.netlink import (
 from nlproto.kernel.sockfilter import AD, assemble, attach
 from nlproto.running.closing import Closing
 
-__all__ = ["Conntrack", "ConntrackLookup", "End", "Event", "is_there"]
+__all__ = ["Conntrack", "ConntrackLookup", "End", "ConntrackEvent", "is_there"]
 
 NETLINK_NETFILTER = 12
 _NEW_GROUP, _DESTROY_GROUP = 1, 3
@@ -60,7 +60,7 @@ _AD_NLATTR = 12
 
 End = tuple[bytes, int]
 """16 bytes of address, and a port."""
-Tuple = tuple[bytes, bytes]
+TupleEnds = tuple[bytes, bytes]
 """Source and destination: each end has 16 bytes of address and 2 of port, big-endian."""
 
 
@@ -75,7 +75,7 @@ def is_there() -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class ConntrackEvent:
     """A translated connection. `reply` has the ends of its answers as they come.
 
     `ended`: it has ended. `number` tells it from others of its namespace. `closing`, if asked for:
@@ -87,8 +87,8 @@ class Event:
     family: int
     proto: int
     zone: int
-    original: Tuple
-    reply: Tuple
+    original: TupleEnds
+    reply: TupleEnds
     closing: bool = field(default=False, compare=False)
 
 
@@ -139,17 +139,17 @@ class Conntrack:
             self.close()
             raise
 
-    def read_known(self, limit: int) -> tuple[list[Event], bool]:
+    def read_known(self, limit: int) -> tuple[list[ConntrackEvent], bool]:
         """Return the present entries, at most `limit`, and whether there are more. Raises Error."""
         try:
             return self._read_known(limit)
         except OSError as error:
             raise Error(f"translations by NAT cannot be read: {error.strerror}") from None
 
-    def _read_known(self, limit: int) -> tuple[list[Event], bool]:
+    def _read_known(self, limit: int) -> tuple[list[ConntrackEvent], bool]:
         """Kernels from 5.15 on select by a bit, so this asks bit by bit. Older ones report all."""
         assert self._asking is not None
-        found: dict[tuple[int, int, int, Tuple], Event] = {}
+        found: dict[tuple[int, int, int, TupleEnds], ConntrackEvent] = {}
         cut = False
         for bit in (_SRC_NAT, _DST_NAT):
             wanted = encode_attribute(_STATUS, _U32.pack(bit))
@@ -181,7 +181,7 @@ class Conntrack:
         if self._asking is not None:
             self._asking.close()
 
-    def read(self, most: int) -> Iterator[Event | None]:
+    def read(self, most: int) -> Iterator[ConntrackEvent | None]:
         """Yield up to `most` waiting events, and None where events were lost for lack of room."""
         for _ in range(most):
             try:
@@ -273,7 +273,7 @@ def _status_of(message: Message) -> int:
     return 0
 
 
-def _event_of(message: Message) -> Event | None:
+def _event_of(message: Message) -> ConntrackEvent | None:
     """Return None for entries without ports, or of no connection."""
     if message.type not in (_CT_NEW, _CT_DELETE):
         return None
@@ -284,7 +284,7 @@ def _event_of(message: Message) -> Event | None:
     original, reply = _tuple_of(family, found[_ORIG]), _tuple_of(family, found[_REPLY])
     if original is None or reply is None:
         return None
-    return Event(
+    return ConntrackEvent(
         message.type == _CT_DELETE,
         int.from_bytes(found.get(_ID, b"")),
         family,
@@ -302,7 +302,7 @@ def _is_closing(payload: memoryview | None) -> bool:
     return int.from_bytes(state.get(_TCP_STATE, b"")) in _CLOSING
 
 
-def _tuple_of(family: int, payload: memoryview) -> tuple[int, Tuple] | None:
+def _tuple_of(family: int, payload: memoryview) -> tuple[int, TupleEnds] | None:
     parts = dict(attributes(payload))
     if not {_TUPLE_IP, _TUPLE_PROTO} <= parts.keys():
         return None

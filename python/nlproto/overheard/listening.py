@@ -61,7 +61,7 @@ class _Place:
         self.connections: conntrack.Conntrack | None = None
         self.refused = ""
         """Why translations are not known; "" if they are."""
-        self.known: tuple[list[conntrack.Event], bool] = [], False
+        self.known: tuple[list[conntrack.ConntrackEvent], bool] = [], False
         self.known_ns = 0
         """The moment of the last full reading, and whether there was more than fits."""
         self.look_ns = 0

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nlproto.kernel.conntrack import Event
+from nlproto.kernel.conntrack import ConntrackEvent
 from nlproto.records.ends import (
     TRANSLATED,
     FlowKey,
@@ -64,7 +64,7 @@ class _Entry:
 
     netns: int
     owner: int
-    event: Event
+    event: ConntrackEvent
     begun_ns: tuple[int, int]
     alive_ns: int = 0
     """At this moment it surely existed."""
@@ -162,7 +162,7 @@ class Translations:
 
     # # Incoming facts
 
-    def add(self, netns: int, event: Event, since_ns: int, now_ns: int) -> None:
+    def add(self, netns: int, event: ConntrackEvent, since_ns: int, now_ns: int) -> None:
         """Conntrack of `netns` reported `one`, at a moment after `since_ns` and until `now_ns`."""
         entry = self._there.get(_place_of(netns, event))
         if event.ended:
@@ -179,7 +179,7 @@ class Translations:
         self.heard_ns[netns] = moment_ns
 
     def add_known(
-        self, netns: int, known: list[Event], cut: bool, began_ns: int, now_ns: int
+        self, netns: int, known: list[ConntrackEvent], cut: bool, began_ns: int, now_ns: int
     ) -> None:
         """Enter the connections between these moments. Our others had ended by the second one.
 
@@ -430,7 +430,7 @@ def _sorted(one: _End, other: _End) -> tuple[_End, _End]:
     return (one, other) if one <= other else (other, one)
 
 
-def _place_of(netns: int, event: Event) -> _Place:
+def _place_of(netns: int, event: ConntrackEvent) -> _Place:
     return netns, event.zone, event.family, event.proto, event.original
 
 

@@ -78,7 +78,7 @@ class _Barrier:
     passed: Callable[[], None]
 
 
-Item = Event | _Barrier
+QueueItem = Event | _Barrier
 OnBatch = Callable[[NamedBatch], None]
 B = TypeVar("B", Batch, FlowBatch)
 
@@ -104,7 +104,7 @@ class Pipeline:
         processes: Processes,
         namer: RecordNamer | None = None,
         portmap: PortMap | None = None,
-        queue: MessageQueue[Item] | None = None,
+        queue: MessageQueue[QueueItem] | None = None,
         on_failure: Callable[[Error], None] | None = None,
         on_death: Callable[[Error], None] | None = None,
         patience: float = PATIENCE,
@@ -117,7 +117,7 @@ class Pipeline:
         self.namer = namer
         self.overheard = overheard
         # not "or": an empty queue is false
-        self.queue: MessageQueue[Item] = MessageQueue(QUEUE_BYTES) if queue is None else queue
+        self.queue: MessageQueue[QueueItem] = MessageQueue(QUEUE_BYTES) if queue is None else queue
         self.account_lock = threading.Lock()
         self.beat = time.monotonic()
         """When the worker last went round. Old if it hangs."""
