@@ -212,3 +212,58 @@ def test_every_public_name_of_the_library_says_what_it_raises() -> None:
                 if "Raises" not in told:
                     silent.append(f"{name}:{node.lineno} {node.name} {sorted(raised(node))}")
     assert silent == []
+
+
+LIBRARY = {name: path for name, path in MODULES.items() if name.partition(".")[0] == "nlproto"}
+
+
+def offered(tree: ast.Module) -> set[str]:
+    """The names in `__all__`, however it is put together."""
+    found = (one for one in tree.body if isinstance(one, ast.Assign))
+    lists = [one.value for one in found if ast.unparse(one.targets[0]) == "__all__"]
+    texts = (
+        one.value for value in lists for one in ast.walk(value) if isinstance(one, ast.Constant)
+    )
+    return {text for text in texts if isinstance(text, str)}
+
+
+def is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def test_every_public_constant_of_the_library_says_what_it_is() -> None:
+    """A layout needs no words: the C structure has them."""
+    silent = []
+    for name, path in LIBRARY.items():
+        tree = ast.parse(path.read_text())
+        public_names = offered(tree)
+        for node, following in zip(tree.body, [*tree.body[1:], ast.Pass()], strict=True):
+            if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+                continue
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            layout = ast.unparse(node.value).startswith("dtype_of(")
+            if ast.unparse(target) in public_names and not layout and not is_text(following):
+                silent.append(f"{name}:{node.lineno} {ast.unparse(target)}")
+    assert silent == []
+
+
+def test_every_public_array_of_the_library_says_what_is_in_it() -> None:
+    """By its type, its shape, or the structure in shared_proto.h. A class may say it for all."""
+    words = re.compile(r"shape|dtype|array|u?int\d|bool|column|mask|[A-Z]{3,}|See [A-Z]")
+    silent = []
+    for name, path in LIBRARY.items():
+        tree = ast.parse(path.read_text())
+        holders: list[ast.Module | ast.ClassDef] = [tree]
+        holders += [one for one in public(tree.body) if isinstance(one, ast.ClassDef)]
+        for holder in holders:
+            for node in public(one for one in holder.body if isinstance(one, ast.FunctionDef)):
+                assert isinstance(node, ast.FunctionDef)
+                arguments = (*node.args.args, *node.args.kwonlyargs)
+                types = [one.annotation for one in arguments] + [node.returns]
+                if not any("ndarray" in ast.unparse(one) for one in types if one is not None):
+                    continue
+                about = holder if isinstance(holder, ast.ClassDef) else node
+                told = f"{ast.get_docstring(node)} {ast.get_docstring(about)}"
+                if not words.search(told):
+                    silent.append(f"{name}:{node.lineno} {node.name}")
+    assert not silent, "\n".join(silent)

@@ -118,6 +118,7 @@ ClientEvent = (
     | DaemonEvent
     | AccountEvent
 )
+"""What a subscription brings, in the order in which the daemon sent it."""
 
 _ERRORS: Mapping[str, type[Error]] = {"usage": UsageError, "denied": NoPrivilege}
 

@@ -29,9 +29,13 @@ __all__ = [
 ]
 
 PROTOCOL = 1
+"""Version of the daemon's protocol (docs/PROTOCOL.md)."""
 DEFAULT_SOCKET = "/run/packet-hunter/daemon.sock"
+"""Path of the daemon's socket, unless it is configured."""
 MAX_REQUEST = 64 * 1024
+"""The most bytes of a frame from a client, without the length."""
 MAX_REPLY = 16 * 1024 * 1024
+"""The most bytes of a frame from the daemon, without the length."""
 MAX_WAITING = 16
 """Requests that a client may send before it reads an answer."""
 

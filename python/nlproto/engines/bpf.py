@@ -74,8 +74,9 @@ void btf__free(struct btf *btf);
 # linux/mount.h; these numbers are the same on all architectures
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
 _CLOEXEC, _FSCONFIG_CMD_CREATE = 1, 6
-# linux/bpf.h from 6.4 on; libbpf links to Netfilter from 1.3 on, Debian 12 has 1.1
 NETFILTER = "netfilter"
+"""Section of programs that a link of Netfilter calls (Linux 6.4)."""
+# linux/bpf.h from 6.4 on; libbpf links to Netfilter from 1.3 on, Debian 12 has 1.1
 _SYS_BPF = {"x86_64": 321, "aarch64": 280}
 _LINK_CREATE, _PROG_TYPE_NETFILTER, _ATTACH_NETFILTER = 28, 32, 45
 _LAST = (1 << 31) - 2  # the lowest priority but one; Netfilter keeps the lowest for itself
@@ -213,7 +214,7 @@ class Program:
         return link
 
     def run(self) -> int:
-        """Run a "tc" program on a packet of zeros. Raises OSError."""
+        """Run a "tc" program on a packet of zeros; return its result. Raises OSError."""
         size = _ffi.sizeof("struct bpf_test_run_opts")
         data = _ffi.new("char[]", _PACKET_BYTES)
         opts: Any = _ffi.new(

@@ -14,8 +14,9 @@ __all__ = [
 ]
 
 OBJECT = Path(__file__).with_name("hunter.bpf.o")
+"""File with the programs."""
 PARTS = Path(__file__).with_name("hunter_parts.bpf.o")
-# Without one of these names could be wrong.
+"""File with the programs for kernels that refuse trampolines."""
 NEEDED = {
     "security_socket_post_create",
     "security_sock_graft",
@@ -27,6 +28,7 @@ NEEDED = {
     "sk_filter_trim_cap",
     "ip_output",
 }
+"""Functions of the kernel that must be there: else names could be wrong."""
 # Each of these functions removes descriptors; some kernels have another name for it. If one is
 # missing, a program runs for each file, even for those open at a process's end. That is expensive.
 _CLOSES = (
@@ -37,7 +39,9 @@ _CLOSES = (
 _CLOSES_ALL = "locks_remove_posix"
 _TRAMPOLINES = ("fentry/", "fexit/")
 TRACED = (*_TRAMPOLINES, "tp_btf/")
+"""Sections of programs that follow a function or a tracepoint."""
 CGROUP = "cgroup"
+"""Sections that begin so have programs for the root cgroup."""
 _CALLS = "tp_btf/sys_enter"
 # What reports packets and sockets where trampolines are refused, beside part_*.
 _WITH_PARTS = {

@@ -16,6 +16,7 @@ from nlproto.records.wire import Event
 __all__ = ["ENGINES", "Engine", "Event", "open_engine"]
 
 ENGINES = ("auto", "module", "ebpf", "packet")
+"""What `open_engine` takes. auto: the first of the others that runs here."""
 
 
 class Engine(Protocol):

@@ -20,6 +20,7 @@ from nlproto.host import netns, procfs
 __all__ = ["PROGRAM", "NetfilterLinks", "open_links"]
 
 PROGRAM = "link_out"
+"""Name of the program in bpf/out.h that the links call."""
 _MAP = "links"
 _PLACES = [(family, hook) for family in (2, 10) for hook in (2, 3)]  # FORWARD, LOCAL_OUT
 _BEGINS, _TELLS = struct.pack("=I", 1), struct.pack("=I", 2)  # as in bpf/out.h

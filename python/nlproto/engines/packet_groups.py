@@ -41,7 +41,10 @@ class PacketGroup:
 
 
 def keys_of(records: np.ndarray, outward: np.ndarray) -> np.ndarray:
-    """Return the ends of each packet's connection, this host's first."""
+    """Return an array with the ends of each RECORD's connection, this host's first.
+
+    `outward`: bool for each record, true if this host sent it.
+    """
     keys = np.zeros(len(records), _KEY)
     keys["proto"], keys["family"] = records["proto"], records["family"]
     keys["lport"] = np.where(outward, records["sport"], records["dport"])
@@ -94,7 +97,7 @@ def group_packets(
 
 
 def is_answer(sent: np.ndarray) -> bool:
-    """Whether one of these packets of this end's shows that it has a connection."""
+    """Whether one of the RECORDs that this end sent shows that it has a connection."""
     flags = sent["tcp_flags"]
     return bool(
         np.any(flags & (_SYN | _ACK) == _SYN | _ACK)

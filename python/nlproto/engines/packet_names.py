@@ -45,6 +45,7 @@ _FORGET_NS = 10_000_000_000
 _LATE_NS = 1_000_000_000  # older packets are not looked up: others wait behind them
 _CLOSING_NS = 200_000_000  # from a descriptor's end to its socket's, if busy
 FLOW_LIMIT = 262144
+"""The most flows whose owners are remembered."""
 _FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
 _SIMULTANEOUS_NS = 1_000_000_000  # between two SYNs that cross and make one connection
 _NOT_ACCEPTED = {TcpState.ESTABLISHED, TcpState.SYN_RECV, TcpState.CLOSE_WAIT}

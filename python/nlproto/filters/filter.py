@@ -51,3 +51,4 @@ class Filter:
 
 
 EVERYTHING = Filter(None)
+"""Wants each record."""

@@ -132,7 +132,8 @@ class FilterView:
     def processes(self) -> tuple[np.ndarray, np.ndarray, list[tuple[str, ProcessLike | None]]]:
         """Return which records are named, which process each has, and these processes.
 
-        A process is a pair: the record's comm, and what is known of it. Each is looked up once.
+        Both arrays (int64) have one place for each named record: its index in the records, and
+        that of its process. A process is a pair: its comm, and what is known of it.
         """
         places = np.flatnonzero(self.named)
         records = self.records[places]

@@ -26,6 +26,7 @@ MAX_COST = 512
 NAME_WORDS = ("pname", "exe", "cmdline", "container", "pod", "unit", "parent")
 """Words about a process, which a name or pattern follows."""
 NAME_COST = 4
+"""How many tests a test of NAME_WORDS counts as."""
 MAX_NAME = 256
 """The most characters in such a name. The kernel's names have at most 255 bytes."""
 
@@ -33,6 +34,7 @@ WORDS = (
     "tcp udp ip ip6 host net mask port portrange src dst inbound outbound and or not "
     "pid pname uid netns how container unit pod parent cmdline exe domain ifindex less greater"
 ).split()
+"""All words of the language. A name that is one of them must be quoted."""
 
 
 def quote(value: str) -> str:

@@ -40,6 +40,7 @@ class Container(NamedTuple):
 
 
 UNKNOWN = Container()
+"""A container of which no file tells anything."""
 
 _MAX_FILE = 4 << 20
 _MAX_USER_FILE = 1 << 20

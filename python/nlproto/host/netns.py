@@ -48,6 +48,7 @@ NAMED = Path("/run/netns")
 MAX_OTHERS = 255
 """The most namespaces beside our own."""
 UNKNOWN_OWNER = -1
+"""In place of the uid that a namespace belongs to."""
 
 NS_GET_USERNS, NS_GET_PARENT, NS_GET_OWNER_UID = 0xB701, 0xB702, 0xB704
 _UID = struct.Struct("=I")

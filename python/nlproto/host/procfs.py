@@ -56,6 +56,7 @@ __all__ = [
 PROC = Path("/proc")
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 CMDLINE_MODES = ("full", "program", "off")
+"""What is kept of a command line: all, its first word, nothing."""
 _HELD_AT_ONCE, _HELD_EACH, _MAX_HELD = 4096, 64, 1 << 21
 _MANY = 256
 """With more processes a second thread is worth it."""

@@ -34,6 +34,7 @@ _BUFFER = 64 << 10
 ANY = bytes(16)
 """No address, of either family."""
 ALL_STATES = 0xFFFFFFFF
+"""Bits of TcpState, for a dump of every socket."""
 
 HOST_SOCKET = dtype_of("host_socket", ffi)
 """One socket: cookie, inode, uid, ifindex, sport, dport, family, proto, state, saddr, daddr, drops:

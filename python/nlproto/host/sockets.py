@@ -16,6 +16,7 @@ from nlproto.records.wire import PROTO_NAMES, address_text
 __all__ = ["Network", "fields", "fitting", "held", "listening", "unmapped"]
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+"""Addresses that a question is about."""
 
 _MAPPED = np.frombuffer(MAPPED, np.uint8)
 _NOT_ACCEPTED = (TcpState.ESTABLISHED, TcpState.SYN_RECV, TcpState.CLOSE_WAIT)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 __all__ = ["MAX_NAME", "DnsAnswer", "MalformedDns", "parse", "valid_name"]
 
 MAX_NAME = 253
+"""The most characters of a domain name (RFC 1035, without the last dot)."""
 _MAX_RECORDS = 256  # the most that are read in one message
 _MAX_ADDRESSES = 64  # the most that are kept of one message
 _MAX_POINTERS = 16  # the most in one name

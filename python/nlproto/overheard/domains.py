@@ -65,10 +65,10 @@ class Beginnings(Protocol):
     """Remembers when flows began."""
 
     def note(self, flows: np.ndarray) -> None:
-        """Remember these flows, if they are new."""
+        """Remember when the FLOWs of an array began, if they are new."""
 
     def first_seen(self, flows: np.ndarray) -> np.ndarray:
-        """Return the time of each FLOW's first packet in CLOCK_MONOTONIC ns; 0 for a new one."""
+        """Return when each FLOW began (uint64, CLOCK_MONOTONIC ns); 0 for a new one."""
 
 
 class SeenFlows:

@@ -39,6 +39,7 @@ from nlproto.records.ends import (
 __all__ = ["LIMIT", "Translations"]
 
 LIMIT = 1 << 15
+"""The most connections in the table."""
 _KEPT_NS = 10_000_000_000
 """How long an ended connection's packets may still be under way to us."""
 _EARLY_NS = 5_000_000
@@ -316,7 +317,10 @@ class Translations:
     # # Questions
 
     def maybe(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """Return which of these ports (uint16) a translated connection can have."""
+        """Return one bool for each pair of ports (uint16): may a translated connection have it?
+
+        If it may not, no further look is needed.
+        """
         if not self._by_ends:  # on most machines the table of ports takes no memory
             return np.zeros(len(one), bool)
         low, high = np.minimum(one, other).astype(np.uint32), np.maximum(one, other)

@@ -18,7 +18,7 @@ def named(by_how: np.ndarray) -> int:
 
 
 def unnamed(by_how: np.ndarray) -> dict[str, int]:
-    """Return how many records have none, by reason."""
+    """Return how many records have none, by reason. `by_how` has shape (256,)."""
     counts = enumerate(by_how.tolist())
     return {HOW_NAMES[how]: n for how, n in counts if n and not is_named(how)}
 

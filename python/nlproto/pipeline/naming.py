@@ -71,7 +71,7 @@ class Namer:
         self._namespaces.close()
 
     def name(self, records: np.ndarray) -> None:
-        """Fill in owner, socket, `how` and flags of unnamed records. Others stay as they are."""
+        """Fill in owner, socket, `how` and flags of unnamed RECORDs. Others stay as they are."""
         places = unnamed_places(records, _OPEN)
         places = places[self._now_ns() - records["time_ns"][places].astype(np.int64) < _LATE_NS]
         if not len(places):

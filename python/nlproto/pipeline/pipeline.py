@@ -44,6 +44,7 @@ from nlproto.tables.processes import Processes
 __all__ = ["RecordNamer", "Pipeline", "QUEUE_BYTES"]
 
 QUEUE_BYTES = 64 << 20
+"""Room for batches between receiver and worker."""
 _PROCESS_BYTES = 600  # a ProcessEvent with its strings
 _CHUNK = 64  # the most batches that the worker takes at once
 _ASK = 1.0  # s between two looks at the engine's own figures
@@ -58,7 +59,7 @@ class RecordNamer(Protocol):
     """What names records in user space: Namer."""
 
     def name(self, records: np.ndarray) -> None:
-        """Fill in owner, `how` and `flags` of the records that the engine could not name."""
+        """Fill in owner, `how` and `flags` of the RECORDs that the engine could not name."""
 
 
 class Hears(Protocol):

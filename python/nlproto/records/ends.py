@@ -64,7 +64,7 @@ class Ends(Protocol):
         ...
 
     def translations(self, records: np.ndarray) -> np.ndarray | None:
-        """Return TRANSLATED for each record; None: nothing is known of any of them."""
+        """Return TRANSLATED, shape (n,); None: nothing is known of any record."""
         ...
 
     def translated(self, flows: np.ndarray) -> dict[FlowKey, Translated]:
@@ -73,7 +73,7 @@ class Ends(Protocol):
 
 
 def record_keys(records: np.ndarray) -> Iterator[FlowKey]:
-    """Yield the key of each record's flow: (tgid, start_ns, way)."""
+    """Yield the key of each RECORD's flow: (tgid, start_ns, way)."""
     fields = ("dir", "tgid", "start_ns", "netns", "proto", "family", "sport", "dport")
     columns = [records[name].tolist() for name in fields]
     sources = np.ascontiguousarray(records["saddr"]).tobytes()
@@ -101,7 +101,7 @@ def flow_keys(flows: np.ndarray) -> Iterator[FlowKey]:
 
 
 def is_incoming(records: np.ndarray) -> list[bool]:
-    """Return for each record whether the local end is the target."""
+    """Return for each RECORD whether the local end is the target."""
     found: list[bool] = (records["dir"] == lib.SNIFFER_DIR_IN).tolist()
     return found
 
@@ -178,7 +178,7 @@ class ToldEnds:
             self._translated.discard(key)
 
     def forget_others(self, records: np.ndarray, told: Collection[FlowKey]) -> None:
-        """Of the flows of `records` those not among `told` are translated no more."""
+        """End the translation of all flows of these RECORDs that are not among `told`."""
         if not self._translated:
             return
         for key in record_keys(records):

@@ -260,7 +260,7 @@ def joined(parts: Sequence[np.ndarray], kind: np.dtype[np.void] = RECORD) -> np.
 
 
 def plain_copy(rows: np.ndarray) -> np.ndarray:
-    """Return the structures in memory of their own, read-only. Copies plain bytes too."""
+    """Return the array in memory of its own, read-only. Copies plain bytes too."""
     return np.ndarray(rows.shape, rows.dtype, rows.tobytes())
 
 

@@ -57,7 +57,7 @@ _NO_FIELDS = np.dtype([])
 
 
 def new_slots(count: int) -> tuple[np.ndarray, int]:
-    """Return an empty hash index with room for `count`: (slots, bits of a slot's number)."""
+    """Return an empty hash index for `count` rows: slots (uint32), bits of a slot's number."""
     bits = max(4, (2 * count).bit_length())
     return np.zeros(1 << bits, np.uint32), bits
 

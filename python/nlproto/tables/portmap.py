@@ -127,9 +127,9 @@ class PortMap:
         present: np.ndarray,
         now_ns: int,
     ) -> None:
-        """Do replace_bound() for only those sockets (cookies `changed`) that are new or changed.
+        """Do replace_bound() for only those sockets that are new or changed.
 
-        `present`: the cookies of all sockets.
+        `changed`: their cookies; `present`: those of all sockets (arrays of uint64).
         """
         rows = self._rows_of(sockets, now_ns, listening=True)
         with self._lock:
@@ -148,9 +148,10 @@ class PortMap:
             self._put_all(rows)
 
     def keep_cookies(self, cookies: Collection[int] | np.ndarray, before_ns: int) -> None:
-        """Drop owners whose socket is not among the kernel's `cookies`, read after `before_ns`.
+        """Drop owners whose socket is not among the kernel's `cookies` (uint64).
 
-        Owners seen since then, or known without a cookie, stay until their time is over.
+        They were read after `before_ns`. Owners seen since then, or known without a cookie, stay
+        until their time is over.
         """
         there = cookies
         if not isinstance(there, np.ndarray):

@@ -58,7 +58,7 @@ class Payers:
         self._stamp = stamp
 
     def of(self, uids: np.ndarray) -> np.ndarray:
-        """The payer (uint32) of each uid."""
+        """Return the payer of each uid, an array of uint32."""
         ranges = self._ranges
         if not len(ranges):
             return uids.astype(np.uint32)
@@ -89,7 +89,10 @@ def _range(line: bytes) -> tuple[int, int, int] | None:
 
 
 def level(sizes: Mapping[Name, int], keep: int) -> int:
-    """What each may have at most so that all together have `keep`; the small ones keep all."""
+    """Return the number that each may keep, so that all together keep `keep`.
+
+    Who has less than that keeps all.
+    """
     left = keep
     waiting = len(sizes)
     for size in sorted(sizes.values()):
@@ -103,10 +106,10 @@ def level(sizes: Mapping[Name, int], keep: int) -> int:
 def surplus(
     age: np.ndarray, groups: Sequence[np.ndarray], keep: int, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """True for the rows that go so that rows of weight `keep` stay.
+    """Return a mask of the rows that go, so that rows of weight `keep` stay.
 
-    `age`: the greatest go first. `groups`: numbers, the coarsest first, such as payer, then payer
-    and program: the greatest group gives, in it the greatest part of it, of that the oldest rows.
+    `age` (n,): the greatest go first. `groups`: arrays (n,) of numbers, the coarsest first, such as
+    payer, then payer and program. The greatest group gives rows: of its greatest part the oldest.
     """
     count = len(age)
     goes = np.ones(count, np.uint8)
