@@ -2,16 +2,16 @@
 /*
  * shared_proto.h - the wire between sniffer.ko and user space.
  *
- * This file is the only definition of it. The module includes it; cffi
- * compiles it for Python; any other language can read it: C99 over
- * <linux/types.h>, no bit fields, no implicit padding, host byte order unless
- * a field says "network order".
+ * This file is its only definition. The module includes it, and cffi compiles it
+ * for Python. Other languages can read it too: it is C99 over <linux/types.h>,
+ * without bit fields and implicit padding. Numbers are in host byte order unless a
+ * field says "network order".
  *
  * Family
  * ------
- * Generic Netlink family SNIFFER_FAMILY, version SNIFFER_VERSION. It exists in
- * the initial network namespace only. Each command wants CAP_NET_ADMIN in the
- * initial user namespace (GENL_ADMIN_PERM), and so does joining a group.
+ * Generic Netlink family SNIFFER_FAMILY, version SNIFFER_VERSION. It exists only
+ * in the initial network namespace. Each command, and joining a group, needs
+ * CAP_NET_ADMIN in the initial user namespace (GENL_ADMIN_PERM).
  *
  *   SNIFFER_CMD_GET_INFO     do    -> SNIFFER_A_INFO (struct sniffer_info)
  *   SNIFFER_CMD_GET_COUNTERS do    -> SNIFFER_A_COUNTERS, summed over CPUs
@@ -40,24 +40,24 @@
  *                            struct sniffer_flow_batch, then .count flow records
  *                            of .record_size bytes
  *
- * Records exist while somebody listens to packets or to flows, and have the
- * same sequence numbers for both: who goes from one group to the other at a
- * FLUSH, while a member of both, misses none and has none twice.
+ * Records exist while somebody listens to packets or to flows. They have the
+ * same sequence numbers in both groups. To change from one group to the other,
+ * join the second, send FLUSH, and leave the first. Then no record is missed,
+ * and none is read twice.
  *
  * Rules for readers
  * -----------------
- * 1. Refuse a batch whose .version you do not know. Minor growth does not
- *    change it: a record may get longer, so step by .record_size and ignore
- *    what you do not know.
- * 2. Records of one CPU carry consecutive sequence numbers. The gap between
- *    .record_seq and the end of the previous batch of that CPU is exactly the
- *    number of records you lost; growth of .lost says how many of these the
- *    kernel could not even build. Do not count ENOBUFS: one stands for any
- *    number of messages. A batch of flows ends at .record_seq plus the sum of
- *    its flow records' .records.
- * 3. .instance changes when the module is loaded anew: start a new account.
- * 4. Key by .cookie, or by netns and tuple where it is 0; by (tgid, start_ns).
- *    Ports and pids are reused.
+ * 1. Refuse a batch whose .version you do not know. New fields at the end of a
+ *    record do not change the version. So step by .record_size, and ignore what
+ *    you do not know.
+ * 2. Records of one CPU have consecutive sequence numbers. Subtract the end of
+ *    that CPU's previous batch from .record_seq: exactly so many records did not
+ *    reach you. Growth of .lost says for how many of these the kernel had no
+ *    memory. Do not count ENOBUFS: one stands for any number of messages. A batch
+ *    of flows ends at .record_seq plus the sum of its flow records' .records.
+ * 3. .instance changes when the module is loaded again: start a new account.
+ * 4. Identify a socket by .cookie, or by netns and tuple if the cookie is 0.
+ *    Identify a process by (tgid, start_ns). Ports and pids are reused.
  */
 #ifndef SHARED_PROTO_H
 #define SHARED_PROTO_H
@@ -140,7 +140,7 @@ enum sniffer_how {
 	SNIFFER_HOW_SOCKET_GONE	= 19,	/* closed, and its owner forgotten */
 	SNIFFER_HOW_PREDATES	= 20,	/* the socket is older than the module */
 	SNIFFER_HOW_TABLE_FULL	= 21,	/* owner table was full */
-	SNIFFER_HOW_NOT_PROBED	= 22,	/* probes that would know do not fire */
+	SNIFFER_HOW_NOT_PROBED	= 22,	/* the probes that would tell do not fire */
 };
 
 enum sniffer_flag {
@@ -150,7 +150,7 @@ enum sniffer_flag {
 	SNIFFER_F_DEAD		= 8,	/* owner had closed it or exited by then */
 	SNIFFER_F_KERNEL	= 16,	/* kernel socket */
 	SNIFFER_F_AMBIGUOUS	= 32,	/* the owner is a guess among several holders */
-	SNIFFER_F_COPY		= 64,	/* further receiver of a packet already recorded */
+	SNIFFER_F_COPY		= 64,	/* another receiver of a packet that has a record */
 };
 
 /* One packet (skb), as one socket of this host sent or received it. */
@@ -217,7 +217,7 @@ struct sniffer_batch {
 	__u64 boot_ns;
 };
 
-/* Head of a batch of flow records; what the two sums grow by and you do not get is lost. */
+/* Head of a batch of flow records. The growth of both sums, less what you got, is lost. */
 struct sniffer_flow_batch {
 	struct sniffer_batch batch;
 	__u64 wire_packets;	/* of all records up to the last one here, since load */
@@ -263,7 +263,7 @@ struct sniffer_process {
 	__u32 event;		/* enum sniffer_event */
 	char comm[SNIFFER_COMM_LEN];
 	char exe[SNIFFER_EXE_LEN];	/* NUL-terminated path, empty: unknown */
-	/* New at the end; who reads a shorter message takes it as empty. */
+	/* New at the end: empty if the message is shorter. */
 	char cgroup[SNIFFER_CGROUP_LEN]; /* of cgroup_id, from the root, NUL-terminated */
 };
 
@@ -372,7 +372,7 @@ struct sniffer_snap {
 	__u32 reserved;
 };
 
-/* cffi reads this file too, and its parser knows no assertions. */
+/* cffi reads this file too. Its parser does not know assertions. */
 #ifndef SNIFFER_CDEF
 #ifndef __KERNEL__
 #include <assert.h>

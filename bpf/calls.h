@@ -40,7 +40,7 @@ __noinline int call_uses(u32 fd)
 	return 0;
 }
 
-/* The call that ends has given it this descriptor. */
+/* The call that ends has given this descriptor to the current process. */
 __noinline int call_brought(u32 fd, u32 flags)
 {
 	struct task_struct *current = bpf_get_current_task_btf();
@@ -58,7 +58,7 @@ __noinline int call_brought(u32 fd, u32 flags)
 	return 0;
 }
 
-/* As the C library has them. */
+/* As the C library defines them. */
 struct user_msg {
 	u64 name;
 	u64 name_length;

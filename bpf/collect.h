@@ -27,7 +27,7 @@ static long collect_owner(struct bpf_map *map, u64 *cookie, struct owner *o, u64
 
 static long collect_proc(struct bpf_map *map, struct key *key, struct proc *p, u64 *now)
 {
-	/* the last look was a later one */
+	/* its sockets have just been looked at */
 	if (p->doubt && *now > p->doubt)
 		p->doubt = 0;
 	if (p->exit && *now > p->exit + owner_keep_wait) {

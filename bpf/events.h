@@ -22,7 +22,7 @@ struct {
 	__uint(max_entries, 128 << 10);
 } events SEC(".maps");
 
-/* The latest; time_ns and event are not set. */
+/* Facts of the latest processes; time_ns and event are not set. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 8192);
@@ -30,7 +30,7 @@ struct {
 	__type(value, struct sniffer_process);
 } abouts SEC(".maps");
 
-/* A path is put together from its end; the last name may reach beyond the middle. */
+/* A path is built from its end. The last name may reach beyond the middle. */
 struct story {
 	struct sniffer_process it;
 	u32 at;
@@ -44,7 +44,7 @@ struct {
 	__type(value, struct story);
 } stories SEC(".maps");
 
-/* Puts "/name" before what is there; false when it has no room. */
+/* Puts "/name" before what is there. Returns false if there is no room. */
 static __always_inline bool path_before(struct story *s, const void *name, u32 length)
 {
 	u32 at = s->at;
@@ -124,7 +124,7 @@ static __always_inline void cgroup_of(struct task_struct *task, struct story *s)
 		if (!parent)
 			break;
 		name = BPF_CORE_READ(node, name);
-		/* it is read to find its length, where the next one's "/" will end it */
+		/* read it to learn its length, into the half that the path does not use */
 		length = bpf_probe_read_kernel_str(s->path + SNIFFER_EXE_LEN, SNIFFER_EXE_LEN, name);
 		if (!length || length > NAME_MASK || !path_before(s, name, length - 1))
 			return;
@@ -133,7 +133,7 @@ static __always_inline void cgroup_of(struct task_struct *task, struct story *s)
 	path_end(s, s->it.cgroup);
 }
 
-/* Which number it has in which namespace. */
+/* The process's number in its own pid namespace. */
 static __always_inline void number_of(struct task_struct *task, struct sniffer_process *it)
 {
 	struct pid *pid = BPF_CORE_READ(task, signal, pids[1]);	/* PIDTYPE_TGID */
@@ -200,7 +200,7 @@ static __always_inline void about_child(struct task_struct *parent, struct task_
 	bpf_map_update_elem(&abouts, &key, &s->it, BPF_ANY);
 }
 
-/* Something, enum sniffer_event, has happened to a process that uses sockets. */
+/* Reports an enum sniffer_event of a process that uses sockets. */
 static __always_inline void tell(const struct key *who, u32 event)
 {
 	struct news news = { .time = bpf_ktime_get_ns(), .who = *who };

@@ -3,7 +3,7 @@
 #define HUNTER_HOLDERS_H
 /*
  * Finds out who has a socket, from descriptor tables. This is done when a socket's last
- * user closes it, in the context of that process, after the descriptor is gone.
+ * user closes it. The process that closed it does the work.
  * Addresses of tasks and files are compared and read with checks: a failed read is no
  * match.
  */
@@ -14,9 +14,10 @@
 #define RING_LAG	(2 * SECOND)	/* until an io_uring lets go of a file that it has given up */
 
 /*
- * Which descriptor is going: CLOSED, none that is still in the table but a
- * reference; LEAVING(fd), that of the table that current has. Each can be joined
- * with WALK: look at all descriptors, else only at the one that is tried first.
+ * Which descriptor is being closed:
+ * - CLOSED: it has left the table already, and only its reference is there;
+ * - LEAVING(fd): this one of current's table.
+ * With WALK all descriptors are looked at, else only the one that is tried first.
  */
 #define WALK		1
 #define CLOSED		1
@@ -43,7 +44,7 @@ static long scan_step(u32 i, struct scan *s)
 	return s->found != 0;
 }
 
-/* A field of up to 8 bytes of what is at an address, read by way of "at". */
+/* Reads a field of up to 8 bytes of a structure at an address. "at" is overwritten. */
 #define READ_AT(at, from, type, field) ({						\
 	u64 from__ = (from);								\
 	(at) = 0;									\
@@ -51,14 +52,14 @@ static long scan_step(u32 i, struct scan *s)
 			      (void *)(from__ + bpf_core_field_offset(type, field)));	\
 	(at); })
 
-/* A descriptor of a file in a task's table, plus 1, or 0. One number is tried first. */
+/* Returns a task's descriptor of a file plus 1, or 0. @hint is tried first. */
 static __always_inline int task_scan(u64 task, u64 file, s32 hint, u32 how)
 {
 	struct scan s = { .file = file, .leaves = -1 };
 	u64 at, fdt;
 	u32 max;
 
-	/* one place on the stack for all that is read: in 6.1 all frames share 512 bytes */
+	/* all is read into one place on the stack: in 6.1 all frames share 512 bytes */
 	if (READ_AT(at, task, struct task_struct, flags) & (PF_EXITING | PF_KTHREAD) || !file)
 		return 0;
 	if (!READ_AT(at, task, struct task_struct, files))
@@ -108,7 +109,7 @@ static long threads_step(u32 i, struct threads *c)
 	return c->found != 0;
 }
 
-/* The same over all tables of a process. */
+/* The same for all tables of a process. */
 __noinline int process_has(u64 leader_address, u64 file, s32 hint, u32 how)
 {
 	struct task_struct *leader = (void *)leader_address;
@@ -157,7 +158,7 @@ static long seek_step(u32 i, struct seek *s)
 	return 0;
 }
 
-/* The youngest process that has a file, or 0: first by number, then anywhere. */
+/* The youngest process that has a file, or 0. First @fd is tried, then all descriptors. */
 static __always_inline u64 youngest(u64 file, s32 *fd, u32 how)
 {
 	struct task_struct *current = bpf_get_current_task_btf();
@@ -201,7 +202,7 @@ static long census_fd(u32 i, struct census *c)
 
 	bpf_probe_read_kernel(&file, sizeof(file), (void *)(c->fds + (u64)i * 8));
 	if (file == c->file)
-		c->count++;	/* what leaves has its reference, too */
+		c->count++;	/* a descriptor that is being closed still has its reference */
 	else if (c->seek && i != c->leaves && file && is_uring_at(file))
 		c->rings = 1;
 	return 0;
@@ -239,8 +240,8 @@ static long census_thread(u32 i, struct census *c)
 }
 
 /*
- * All tables of the process whose place in the list is in pos; one that some of
- * its threads share once, where they are neighbours.
+ * Counts in all tables of the process at pos. Neighbours in its list of threads that share
+ * a table count once.
  */
 static __always_inline void census_process(struct census *c)
 {
@@ -266,8 +267,8 @@ static long census_task(u32 i, struct census *c)
 }
 
 /*
- * The user has no descriptor of a socket, but may have it by an io_uring. What
- * no descriptor refers to is taken for a ring's, if he has one.
+ * The user has no descriptor of the socket, but may have it through an io_uring. If the
+ * user has a ring, references without a descriptor are taken for the ring's.
  */
 __noinline int in_ring(u64 cookie, u32 closing)
 {
@@ -300,7 +301,7 @@ __noinline int in_ring(u64 cookie, u32 closing)
 	return c.rings;
 }
 
-/* The user of a socket may have closed it: find and name its new owner. closing: see CLOSED. */
+/* The user of a socket may have closed it: find the new owner. closing: see CLOSED. */
 __noinline int settle(u64 cookie, u32 closing)
 {
 	struct owner *o = owner_find(cookie);
@@ -345,7 +346,7 @@ __noinline int settle(u64 cookie, u32 closing)
 	TRY_PAST(0);
 	TRY_PAST(1);
 	TRY_PAST(2);
-	/* else no process can have it: the file is in flight, in a ring, or the kernel's */
+	/* if not many, no process can have it: the file is in flight, in a ring, or the kernel's */
 	if (!heir.tgid && many) {
 		leader = 0;
 		if (proc && proc->child) {
@@ -373,7 +374,7 @@ inherit:
 struct mine {
 	struct key who;
 	u64 files;	/* its table */
-	u16 rings;	/* only what it had by an io_uring */
+	u16 rings;	/* only sockets that it had through an io_uring */
 	u16 unused;
 	u32 closing;
 };
@@ -385,7 +386,7 @@ static long settle_one(struct bpf_map *map, u64 *cookie, struct owner *o, struct
 	return 0;
 }
 
-/* A process has closed some sockets whose last user it may be; which ones is not known. */
+/* A process has closed some sockets. Which ones is not known. */
 static __always_inline void settle_mine(const struct key *who)
 {
 	struct mine mine = { .who = *who };
@@ -395,8 +396,8 @@ static __always_inline void settle_mine(const struct key *who)
 }
 
 /*
- * An io_uring of a process goes or loses files, and with it the sockets that it
- * alone has; it lets go of them a little later.
+ * An io_uring of a process ends or drops files. Sockets that only the ring has end with
+ * them, a little later.
  */
 static __always_inline void settle_rings(const struct key *who, u32 closing)
 {
@@ -419,7 +420,7 @@ static long settle_partner(struct bpf_map *map, u64 *cookie, struct owner *o, st
 	return 0;
 }
 
-/* Descriptors have gone, not known which, of all who have current's table. */
+/* Some descriptors of current's table are gone, for all processes that share the table. */
 static __always_inline void settle_ours(struct task_struct *current)
 {
 	struct mine mine = { .files = (u64)current->files };
@@ -450,7 +451,7 @@ static long settle_fd(u32 i, struct table *t)
 	return 0;
 }
 
-/* A process ends, and leaves its descriptor table to others that share it. */
+/* A task ends. Its descriptor table ends too, or stays with others that share it. */
 static __always_inline void settle_table(struct files_struct *files, const struct key *who)
 {
 	struct table t = { .who = *who };

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* Engine `ebpf`: the programs, in one object for every kernel from 6.1 on. */
+/* The programs of engine `ebpf`: one object for every kernel from 6.1 on. */
 #include "probes.h"
 #include "collect.h"
 #include "out.h"

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 #ifndef HUNTER_H
 #define HUNTER_H
-/* Maps, what is in them, and the small helpers of all programs. */
+/* The maps, their content, and small helpers of all programs. */
 #include "kernel.h"
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_tracing.h>
@@ -14,7 +14,7 @@
 #define SECOND		1000000000ULL
 #define CPUS		1024
 
-/* A process: everything about it is told by this. */
+/* Identifies a process. */
 struct key {
 	u64 start;
 	u32 tgid;
@@ -46,11 +46,11 @@ struct owner {
 	u8 released;
 	u8 servers;		/* accepted by a server of the kernel */
 	u32 netns;
-	u8 blind;		/* it may have got another user that nothing tells of */
+	u8 blind;		/* it may have another user, which nothing reports */
 	u8 unused;
 };
 
-/* The same without the lock, to make one from. */
+/* The same without the lock: new entries are copies of it. */
 struct blank {
 	u64 raw[sizeof(struct owner) / 8];
 };
@@ -61,12 +61,12 @@ struct proc {
 	u64 exit;
 	u64 child;		/* address of the child of that fork */
 	struct key child_key;
-	u64 doubt;		/* until then one of its io_urings may let go of files */
+	u64 doubt;		/* until then one of its io_urings may drop files */
 	u32 uid;
 	u32 ring_numbers;	/* io_urings that it can use without a descriptor of them */
-	u16 rings;		/* sockets that it had by an io_uring alone */
+	u16 rings;		/* sockets that it had only through an io_uring */
 	u8 ring_files;		/* it has put files into an io_uring */
-	u8 blind;		/* it makes calls that nothing tells of */
+	u8 blind;		/* it makes calls that nothing reports */
 	u32 unused;
 	char comm[SNIFFER_COMM_LEN];
 };
@@ -82,13 +82,13 @@ struct counters {
 	u64 lost;
 	u64 full;		/* sockets or processes without room */
 	u64 woken;		/* when the reader was woken last */
-	u64 calls;		/* of the first programs of pairs where packets leave */
-	u64 told;		/* packets of these pairs */
-	u64 events_lost;	/* of processes: the reader did not keep up */
-	u64 linked;		/* packets that a link of Netfilter was called for */
-	u64 linked_calls;	/* calls of the first of pairs that such a link made needless */
-	u64 skb[2];		/* what was told last, by a task and in a softirq: see out.h */
-	u64 linked_skb[2];	/* the same by a link */
+	u64 calls;		/* of the first program of each pair, see out.h */
+	u64 told;		/* packets that these pairs reported */
+	u64 events_lost;	/* events of processes that had no room */
+	u64 linked;		/* packets that Netfilter links were called for */
+	u64 linked_calls;	/* calls of the first of a pair that a link made needless */
+	u64 skb[2];		/* the packet seen last, by a task and in a softirq: see out.h */
+	u64 linked_skb[2];	/* the same, seen by a link */
 	u64 unused;		/* processors share no cache line */
 };
 
@@ -130,10 +130,10 @@ struct {
 
 /* Set before loading. */
 const volatile u64 owner_keep = 2 * SECOND;
-/* FIN_WAIT2 and then TIME_WAIT, 60 s each, and some; a place in a listener's queue */
+/* FIN_WAIT2 and TIME_WAIT take 60 s each; a connection may wait in a listener's queue */
 const volatile u64 owner_keep_wait = 130 * SECOND;
 
-/* only parts of the programs run */
+/* true: only parts of the programs run */
 #ifdef HUNTER_PARTS
 enum { parts = true };
 #else
@@ -144,7 +144,7 @@ enum { parts = false };
 #define APART() asm volatile("r0 = 0" ::: "r0", "memory")
 
 #ifdef HUNTER_PARTS
-/* Who has the socket is asked of his descriptors in any case; not every kernel tells more. */
+/* Not every kernel tells it. The sender's descriptors are looked at in any case. */
 static __always_inline bool in_task_only(struct task_struct *current)
 {
 	return true;
@@ -153,7 +153,7 @@ static __always_inline bool in_task_only(struct task_struct *current)
 extern const int __preempt_count __ksym __weak;
 extern const struct pcpu_hot___x pcpu_hot __ksym __weak;
 
-/* Does a task run here, and nobody's softirq or interrupt? */
+/* Does a task run here, and no softirq or interrupt? */
 static __always_inline bool in_task_only(struct task_struct *current)
 {
 	struct task_struct___arm *arm = (void *)current;
@@ -187,7 +187,7 @@ static __always_inline void count_full(void)
 		__sync_fetch_and_add(&c->full, 1);
 }
 
-/* A pointer as a number, for a global function: those take no pointers of the kernel's. */
+/* A pointer as a number. Global functions do not take pointers of the kernel. */
 static __always_inline u64 address(const void *pointer)
 {
 	u64 number = 0;
@@ -211,18 +211,18 @@ static __always_inline u64 file_refs(u64 file)
 	return BPF_CORE_READ(old, f_count.counter);
 }
 
-/* The cookie of a socket of any kind, generated if it has none; sk is a pointer that is typed. */
+/* The cookie of a socket of any kind, generated if it has none. sk: a typed pointer. */
 #define COOKIE(sk) ({ \
 	u64 cookie__ = (sk)->__sk_common.skc_cookie.counter; \
 	cookie__ ?: bpf_get_socket_cookie((void *)(sk)); })
 
-/* The same for an address that is not; 0 when it has none. */
+/* The same for an address; 0 if the socket has no cookie. */
 static __always_inline u64 cookie_at(struct sock *sk)
 {
 	return BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
 }
 
-/* Is this a socket that the table is about? sk is a pointer that is typed. */
+/* Is this a socket that the table is about? sk: a typed pointer. */
 static __always_inline bool wants(struct sock *sk)
 {
 	u16 family = sk->__sk_common.skc_family;
@@ -261,7 +261,7 @@ static __always_inline u64 file_cookie(u64 address)
 
 	if ((BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) != S_IFSOCK)
 		return 0;
-	sock = BPF_CORE_READ(file, private_data);	/* of one that is but a path: NULL */
+	sock = BPF_CORE_READ(file, private_data);	/* NULL if it is only a path */
 	sk = BPF_CORE_READ(sock, sk);
 	return sk && wants_at(sk) ? cookie_at(sk) : 0;
 }
@@ -270,8 +270,8 @@ static __always_inline u64 file_cookie(u64 address)
 #define KERNELS		(~0ULL)
 
 /*
- * A listener's cookie, or that of what it is a part of (MPTCP); KERNELS for one
- * of the kernel's own. The kernel copies it to each child.
+ * The cookie of a listener or of its MPTCP parent; KERNELS for a listener of the
+ * kernel's own. The kernel copies it to each child.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);

@@ -2,18 +2,18 @@
 #ifndef HUNTER_IN_H
 #define HUNTER_IN_H
 /*
- * Incoming packets. A packet is kept for its processor from the entry of TCP or UDP
- * until the stack itself has found the socket, so no lookup is predicted. Also the
- * answers that the stack sends while it handles such a packet.
+ * Incoming packets, and the answers that the stack sends while it handles one. Each
+ * processor keeps its packet from the entry of TCP or UDP until the stack has found the
+ * socket. So no lookup has to be predicted.
  */
 #include "name.h"
 
-/* The packet that this processor's TCP or UDP is at. */
+/* The packet that TCP or UDP is handling on this processor. */
 struct slot {
 	struct sniffer_record r;
 	struct shape shape;
-	struct about found;	/* the socket that it is for, or that is answered for */
-	u64 last;		/* address of the socket told last */
+	struct about found;	/* its socket, or that of the answer */
+	u64 last;		/* address of the socket that was reported last */
 	u8 active;		/* its protocol, 0: none */
 	u8 done;		/* its record is made */
 	u8 known;		/* found is set */
@@ -27,10 +27,10 @@ struct {
 	__type(value, struct slot);
 } slots SEC(".maps");
 
-/* The connection that this processor's stack resets, after it has left its tables. */
+/* The connection that the stack resets here. It has left the stack's tables. */
 struct reset {
 	u64 cookie;
-	u16 sport, dport;	/* of the packet that is answered */
+	u16 sport, dport;	/* of the packet that the reset answers */
 	u8 listens;
 	u8 unused[3];
 };
@@ -83,7 +83,7 @@ int BPF_PROG(in_udp4, struct sk_buff *skb) { return in_begin(skb, IPPROTO_UDP); 
 SEC("fentry/udpv6_rcv")
 int BPF_PROG(in_udp6, struct sk_buff *skb) { return in_begin(skb, IPPROTO_UDP); }
 
-/* The record of a further receiver begins as the first one's did. */
+/* Begins the record of a further receiver, as the first one began. */
 static __always_inline void in_again(struct sniffer_record *r)
 {
 	r->cookie = r->inode = r->start_ns = 0;
@@ -92,7 +92,7 @@ static __always_inline void in_again(struct sniffer_record *r)
 	r->flags = SNIFFER_F_COPY;
 }
 
-/* The stack has found the socket, of whatever kind: it is about to take the packet. */
+/* The stack has found the socket, and is about to give it the packet. */
 static __always_inline int in_socket(struct sock *sk)
 {
 	struct slot *slot = slot_here();
@@ -117,7 +117,7 @@ static __always_inline int in_socket(struct sock *sk)
 	if (!slot->found.servers && !slot->found.cookie)
 		slot->found.cookie = bpf_get_socket_cookie(sk);
 	slot->known = 1;
-	/* of a listener's packets only the end tells what became of them */
+	/* what becomes of a listener's packet shows only at its end */
 	if (slot->active == IPPROTO_TCP && slot->found.state == TCP_LISTEN)
 		return 0;
 	name(&slot->r, &slot->found, SNIFFER_HOW_SOCKET);
@@ -126,12 +126,12 @@ static __always_inline int in_socket(struct sock *sk)
 	return 0;
 }
 
-/* Twice, for the one that is left out while it interrupts itself: see TWICE. */
+/* Two of them: the kernel skips one that would interrupt itself, see TWICE. */
 SEC("fentry/sk_filter_trim_cap")
 int BPF_PROG(in_filter, struct sock *sk) { return in_socket(sk); }
 SEC("fentry/sk_filter_trim_cap")
 int BPF_PROG(in_filter_again, struct sock *sk) { return in_socket(sk); }
-/* before a tunnel's socket takes it; may be inlined in some kernel */
+/* before a tunnel's socket takes the packet; some kernels inline this function */
 SEC("fentry/udp_queue_rcv_one_skb")
 int BPF_PROG(in_queue4, struct sock *sk) { return in_socket(sk); }
 SEC("fentry/udpv6_queue_rcv_one_skb")
@@ -196,8 +196,8 @@ SEC("fexit/udpv6_rcv")
 int BPF_PROG(end_udp6) { return in_end(); }
 
 /*
- * Every child of a listener, of SYN cookies and Fast Open too: its packets are
- * the listener's owner's until it is accepted.
+ * A listener gets a child, also by a SYN cookie or Fast Open. Until the child is
+ * accepted, its packets belong to the listener's owner.
  */
 SEC("fexit/inet_csk_clone_lock")
 int BPF_PROG(child_made, struct sock *sk, struct request_sock *req, u32 priority,
@@ -224,7 +224,7 @@ int BPF_PROG(child_made, struct sock *sk, struct request_sock *req, u32 priority
 	return 0;
 }
 
-/* A listener closes and leaves what waits to another one. */
+/* A listener closes. Another listener gets the connections that wait. */
 SEC("fexit/reuseport_migrate_sock")
 int BPF_PROG(child_moved, struct sock *sk, struct sock *migrating, struct sk_buff *skb,
 	     struct sock *heir)
@@ -264,9 +264,9 @@ int BPF_PROG(reset_sent, const struct sock *sk, const struct sk_buff *skb)
 }
 
 /*
- * Names the connection that a packet belongs to, if it has no socket or a socket
- * that the stack uses for all its answers. It leaves on the stack of the packet
- * that it answers. Packets without a socket are
+ * Names the connection of a packet without a socket, or with a socket that the stack
+ * uses for all its answers. The packet is sent while the stack handles the one that it
+ * answers. Packets without a socket are
  * - Netfilter's: a firewall's reset, a copy;
  * - those that IPVS forwards;
  * - SYN-ACKs of IPv4 SYN cookies.
@@ -281,7 +281,7 @@ __noinline int answer(struct sniffer_record *r, u32 has_socket, u32 arrived_on)
 
 	if (!r)
 		return 0;
-	/* in parts nothing tells when the stack has done with a packet */
+	/* in parts nothing reports the end of the stack's work on a packet */
 	if (parts && slot && (slot->r.sport != r->dport || slot->r.dport != r->sport))
 		slot = NULL;
 	r->how = SNIFFER_HOW_NO_SOCKET;

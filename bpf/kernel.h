@@ -77,7 +77,7 @@ struct file {
 	void *private_data;
 	struct path f_path;
 };
-/* file_count() over the ages: f_count up to 6.12, f_ref from 6.13 on */
+/* what file_count() reads: f_count up to 6.12, f_ref from 6.13 on */
 struct file___count { atomic64_t f_count; };
 struct file_ref___new { atomic64_t refcnt; };
 struct file___ref { struct file_ref___new f_ref; };
@@ -121,14 +121,14 @@ struct task_struct {
 	struct fs_struct *fs;
 	struct css_set *cgroups;
 };
-/* where a processor counts what runs on it: arm64 in the task, x86 6.2 to 6.14 in pcpu_hot */
+/* where preempt_count is: on arm64 in the task, on x86 from 6.2 to 6.14 in pcpu_hot */
 struct thread_info___arm { u64 flags, preempt_count; };
 struct task_struct___arm { struct thread_info___arm thread_info; };
 struct thread_info___x86 { u32 status; };
 struct task_struct___x86 { struct thread_info___x86 thread_info; };
 struct pcpu_hot___x { int preempt_count; };
 
-/* what a system call was given */
+/* the arguments of a system call */
 #ifdef __TARGET_ARCH_x86
 struct pt_regs { unsigned long di, si, dx, r10, orig_ax; };
 #else

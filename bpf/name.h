@@ -5,7 +5,7 @@
 #include "packet.h"
 #include "use.h"
 
-/* What naming needs to know of a socket, read while it is at hand. */
+/* What naming needs of a socket. It is read while the socket is at hand. */
 struct about {
 	u64 cookie;
 	u64 parent;	/* cookie of the MPTCP socket whose subflow it is, or of its listener's */
@@ -16,14 +16,14 @@ struct about {
 	u8 full;	/* neither a request nor a TIME_WAIT */
 	u8 servers;	/* the kernel's own, or its server's listener */
 	u8 gone;	/* closed, no process has it */
-	u8 served;	/* a server in the kernel has put something of its own there */
+	u8 served;	/* a server in the kernel has set its user data */
 	u8 unused[2];
 };
 
 /*
- * A socket of the kernel's own: flagged so, or without a file (nvmet and iSCSI
- * make theirs as a process does). MPTCP makes its subflows in the same ways; the
- * type tells the stack's control sockets, which are raw, from TCP's.
+ * A socket of the kernel's own: flagged so, or without a file (nvmet and iSCSI create
+ * theirs as a process does). MPTCP's subflows look the same, but are not the kernel's.
+ * Their type tells them from the stack's control sockets, which are raw.
  */
 static __always_inline bool is_kernel(struct sock *sk)
 {
@@ -48,9 +48,9 @@ static __always_inline bool is_kernel_at(struct sock *sk)
 }
 
 /*
- * A listener that a kernel's server accepts from: its own, or one that a process
- * has handed to it (knfsd) and may have closed since. Such a server has put
- * something of its own there; BPF's maps mark what they put.
+ * Does a server in the kernel accept from this listener? It is the server's own, or a
+ * process has handed it over (knfsd), and may have closed it since. Such a server sets
+ * the user data. BPF maps mark theirs with the low bits.
  */
 static __always_inline bool is_servers_data(u64 data)
 {
@@ -63,7 +63,7 @@ static __always_inline bool is_servers(struct sock *sk)
 				 is_servers_data((u64)sk->sk_user_data));
 }
 
-/* A request or TIME_WAIT: sk is a pointer that is typed. */
+/* A request or TIME_WAIT. sk: a typed pointer. */
 static __always_inline void about_mini(struct sock_common *common, struct about *a)
 {
 	struct sock *other;
@@ -84,7 +84,7 @@ static __always_inline void about_mini(struct sock_common *common, struct about 
 		a->parent = cookie_at(other);
 }
 
-/* Any socket; sk is a pointer that is typed. */
+/* Any socket. sk: a typed pointer. */
 static __always_inline void about_socket(struct sock *sk, struct about *a)
 {
 	u8 state = sk->__sk_common.skc_state;
@@ -131,9 +131,9 @@ static __always_inline void name_kernel(struct sniffer_record *r)
 }
 
 /*
- * In parts: may another one have the socket without having been told of? One
- * that nobody was found to have lies in a queue or ring, or nobody told. What
- * an io_uring does with its files is no system call.
+ * In parts: may another process have the socket, though nothing reported it? Perhaps
+ * nobody was found to have it: then it is in flight, in a ring, or its holder was not
+ * reported. An io_uring changes its files without a system call.
  */
 static __always_inline bool is_less_sure(struct owner *o, struct proc *user)
 {
@@ -153,7 +153,7 @@ static __always_inline void name_facts(struct sniffer_record *r, struct owner *o
 		r->flags |= SNIFFER_F_SHARED | (o->guess ? SNIFFER_F_AMBIGUOUS : 0);
 }
 
-/* Names a record after an owner's user, with what else the table knows of the socket. */
+/* Names a record after an owner's user, and adds what the table knows of the socket. */
 static __always_inline void name_owner(struct sniffer_record *r, struct owner *o, u8 how)
 {
 	struct key key = o->user;
@@ -178,7 +178,7 @@ static __always_inline void name_acceptor(struct sniffer_record *r, struct owner
 		r->flags |= SNIFFER_F_AMBIGUOUS;
 }
 
-/* The entry with a user: by cookie, else the parent's (MPTCP). */
+/* Finds an entry with a user: by cookie, else the parent's (MPTCP). */
 static __always_inline struct owner *name_find(u64 cookie, u64 parent)
 {
 	struct owner *o = owner_find(cookie);
@@ -188,7 +188,7 @@ static __always_inline struct owner *name_find(u64 cookie, u64 parent)
 	return o && o->user.tgid ? o : NULL;
 }
 
-/* Names a record after the owner of a socket, or says why not. */
+/* Names a record after the owner of a socket, or gives the reason why it cannot. */
 __noinline int name(struct sniffer_record *r, struct about *a, u32 how)
 {
 	struct owner *o, *other;
@@ -204,7 +204,7 @@ __noinline int name(struct sniffer_record *r, struct about *a, u32 how)
 			return 0;
 		}
 	}
-	/* a plain client of an MPTCP listener is a copy of the listener's subflow */
+	/* a plain connection to an MPTCP listener is a copy of the listener's subflow */
 	if (a->servers && !(a->full && a->state != TCP_LISTEN && o)) {
 		name_kernel(r);
 		return 0;

@@ -18,7 +18,7 @@ static __always_inline bool was_forwarded(struct sk_buff *skb, u8 family)
 	return flags & (family == AF_INET ? IPSKB_FORWARDED : IP6SKB_FORWARDED);
 }
 
-/* In parts a packet is met behind the last NAT: its port need not be the socket's. */
+/* In parts a packet is seen after the last NAT, which may have changed its port. */
 static __always_inline bool is_translated(struct sk_buff *skb)
 {
 	struct nf_conn *connection = (void *)(skb->_nfct & ~7UL);
@@ -27,7 +27,7 @@ static __always_inline bool is_translated(struct sk_buff *skb)
 	       BPF_CORE_READ(connection, status) & NAT_DONE;
 }
 
-/* The sender is on the CPU: nobody can know better. */
+/* The sender itself is on the CPU: the best source there is. */
 __noinline int out_context(struct sniffer_record *r, u64 cookie, u64 inode)
 {
 	struct task_struct *current = bpf_get_current_task_btf();
@@ -59,7 +59,7 @@ __noinline int out_context(struct sniffer_record *r, u64 cookie, u64 inode)
 	return 0;
 }
 
-/* The same when it is the one who used the socket last, as nearly always; false when not. */
+/* The same if the sender used the socket last, as nearly always. Else returns false. */
 static __always_inline bool out_plain(struct sniffer_record *r, struct about *a,
 				      struct task_struct *current)
 {
@@ -88,10 +88,9 @@ static __always_inline void out_named(struct sniffer_record *r, struct net *net,
 	u8 state;
 
 	/*
-	 * A tunnel leaves the inner sender in skb->sk; the tunnel's own socket
-	 * is the other one, if it is given. For IPv6 that may also be the
-	 * listener of a SYN cookie, or the socket of a packet that a firewall
-	 * answers with a reset.
+	 * A tunnel leaves the inner sender in skb->sk. Its own socket is given, if
+	 * anywhere. For IPv6 the given socket may also be the listener of a SYN
+	 * cookie. Or a firewall answers a packet of the given socket with a reset.
 	 */
 	if (!sk || (given && r->proto == IPPROTO_UDP)) {
 		trusted &= sk == given;
@@ -115,7 +114,7 @@ static __always_inline void out_named(struct sniffer_record *r, struct net *net,
 			answer(r, 1, 0);
 		return;
 	}
-	/* the kernel's wrapping around a packet, whose sender the socket still is */
+	/* the kernel wraps UDP around a packet whose sender the socket still is */
 	if (r->proto == IPPROTO_UDP && !(parts && is_translated(skb))) {
 		family = sk->__sk_common.skc_family;
 		port = sk->__sk_common.skc_num;
@@ -126,13 +125,13 @@ static __always_inline void out_named(struct sniffer_record *r, struct net *net,
 			return;
 		}
 	}
-	/* ipvlan takes the packet of another namespace on its way through this one */
+	/* ipvlan: the packet of another namespace on its way through this one */
 	if (sk->__sk_common.skc_net.net != net) {
 		r->dir = SNIFFER_DIR_FWD;
 		r->how = SNIFFER_HOW_FORWARDED;
 		return;
 	}
-	/* a tracepoint's or Netfilter's socket may not be given to a helper; its cookie is made before */
+	/* no helper takes the socket of a tracepoint or of Netfilter; its cookie is there */
 	if (helper && !a.cookie)
 		a.cookie = bpf_get_socket_cookie(sk);
 	if (!trusted || !a.full || a.state == TCP_LISTEN || !wants(sk))
@@ -176,11 +175,11 @@ static __always_inline void out(struct net *net, struct sock *given, struct sk_b
 
 #ifndef HUNTER_PARTS
 enum {
-	LINK_BEGINS	= 1,	/* some packets were beyond Netfilter when it began */
+	LINK_BEGINS	= 1,	/* some packets had passed Netfilter before it began */
 	LINK_TELLS	= 2,
 };
 
-/* Network namespaces (inode) in which a link of Netfilter tells what leaves: LINK_... */
+/* Network namespaces (inode) in which a Netfilter link reports what leaves: LINK_... */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 512);
@@ -199,9 +198,9 @@ static __always_inline u32 link_of(struct net *net)
 }
 
 /*
- * The kernel skips a program that would interrupt itself on its processor, as when a
- * softirq sends while a task's packet is handled. So there are two of each. The second
- * does nothing if the packet was reported already. Tasks and softirqs each have a place
+ * The kernel skips a program that would interrupt itself: a softirq may send while the
+ * program handles a task's packet. So there are two of each. The second does nothing if
+ * the packet was reported already. Tasks and softirqs each have a place
  * for the last packet. A link is never skipped.
  */
 static __always_inline u64 *told_here(u64 *places)
@@ -209,7 +208,7 @@ static __always_inline u64 *told_here(u64 *places)
 	return &places[in_task_only(bpf_get_current_task_btf()) ? 0 : 1];
 }
 
-/* Has a link told of this packet? */
+/* Has a link reported this packet? */
 static __always_inline bool out_linked(struct net *net, struct sk_buff *skb, bool first,
 				       struct counters *c)
 {
@@ -230,7 +229,7 @@ static __always_inline bool out_linked(struct net *net, struct sk_buff *skb, boo
 	return true;
 }
 
-/* Tells of a packet; each program tail-calls it, so that the verifier goes through it once. */
+/* Reports a packet. Each program tail-calls it, so that the verifier reads it only once. */
 SEC("fentry/ip_output")
 int BPF_PROG(body_out, struct net *net, struct sock *sk, struct sk_buff *skb)
 {
@@ -262,7 +261,7 @@ static __always_inline int out_once(void *ctx, struct net *net, struct sk_buff *
 	c = counters_here(&cpu);
 	if (!c || out_linked(net, skb, first, c))
 		return 0;
-	/* calls and those of which the first was left out, less those told: both were left out */
+	/* calls + skipped first programs - told: packets for which both were skipped */
 	if (first)
 		__sync_fetch_and_add(&c->calls, 1);
 	told = told_here(c->skb);
@@ -288,7 +287,7 @@ TWICE(ip6_output)
 TWICE(xfrm4_output)
 TWICE(xfrm6_output)
 
-/* Behind all other hooks of LOCAL_OUT and FORWARD, of both families. */
+/* After all other hooks of LOCAL_OUT and FORWARD, of both families. */
 SEC("netfilter")
 int link_out(struct bpf_nf_ctx *ctx)
 {

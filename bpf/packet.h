@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 #ifndef HUNTER_PACKET_H
 #define HUNTER_PACKET_H
-/* A packet's headers into its record, and a record to the reader. */
+/* Reads a packet's headers into its record, and sends the record to the reader. */
 #include "snap.h"
 
 #define TCP_FIN		1
@@ -12,10 +12,10 @@
 #define EXTENSIONS	8	/* headers between IPv6's and TCP's or UDP's that are walked */
 #define WAKE_NS		(10 * 1000000ULL)
 
-/* A copy of some bytes of a packet, counted from its IP header; 0 when they are there. */
+/* Copies bytes of a packet; at: from its IP header on. Returns 0 if they are there. */
 typedef long (*packet_reader)(const void *packet, u32 at, void *to, u32 size);
 
-/* The transport header's offset from the IP header in an IPv6 packet, and its protocol; 0: none. */
+/* Offset of an IPv6 packet's transport header, and its protocol. Returns 0 if there is none. */
 static __always_inline u32 parse_extensions(const void *packet, packet_reader read, u8 *proto)
 {
 	u32 at = 40;
@@ -61,9 +61,9 @@ static __always_inline int parse_transport(struct sniffer_record *r, const u8 *t
 }
 
 /*
- * What the headers tell; 0 when it is no packet for us. The transport header is
- * searched for unless thoff says where it is, r->proto then what it is. beyond:
- * memory can be read beyond the packet's end, so all is read at once.
+ * Reads the headers. Returns 0 if the packet is none for us. If thoff is 0, searches for
+ * the transport header; else r->proto is its protocol. beyond: memory after the packet's
+ * end can be read, so all is read at once.
  */
 static __always_inline int parse_headers(struct sniffer_record *r, const void *packet,
 					 packet_reader read, u32 thoff, bool beyond)
@@ -107,7 +107,7 @@ static __always_inline int parse_headers(struct sniffer_record *r, const void *p
 	return parse_transport(r, all, thoff);
 }
 
-/* How long it is, in how many segments; size is that of each, 0: it is one. */
+/* Sets length and number of segments. size: of each segment, 0 if it is one. */
 static __always_inline void parse_size(struct sniffer_record *r, u32 len, u32 size, u32 segments)
 {
 	r->len = len;
@@ -141,7 +141,7 @@ static __always_inline long read_address(const void *packet, u32 at, void *to, u
 	return bpf_probe_read_kernel(to, size, packet + at);
 }
 
-/* Fills in what the packet tells; 0 when it is none for us. */
+/* Fills in what the packet tells. Returns 0 if it is none for us. */
 __noinline int parse(struct sniffer_record *r, struct shape *s)
 {
 	u32 at = bpf_core_field_offset(struct skb_shared_info, gso_size);
@@ -172,8 +172,8 @@ static __always_inline void skip(void)
 }
 
 /*
- * To the reader. He is woken for the first of a while and for each 256th; else
- * he looks by himself.
+ * Sends a record to the reader. Wakes the reader for each 256th record, and if the last
+ * time was WAKE_NS ago. Else the reader looks by itself.
  */
 static __always_inline void emit(struct sniffer_record *r, struct shape *s)
 {

@@ -14,7 +14,7 @@
 #define PROTOCOL_IP6	bpf_htons(0x86DD)
 #define TIMEWAIT	(65 * SECOND)
 
-/* A connection of this host; of each address its last four bytes. */
+/* A connection of this host. Of each address it has the last four bytes. */
 struct ends {
 	u32 netns;
 	u32 local, remote;
@@ -26,7 +26,7 @@ struct rest {
 	u64 since;
 };
 
-/* Connections in TIME_WAIT, whose packets no cgroup is told of. */
+/* Connections in TIME_WAIT. No hook of a cgroup sees their packets. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 16384);
@@ -67,7 +67,7 @@ static __always_inline void ends_of_packet(struct sniffer_record *r, bool in, st
 	ends->remote_port = in ? r->sport : r->dport;
 }
 
-/* One that came in has ended it. */
+/* An incoming packet has ended the TIME_WAIT. */
 static __always_inline void rest_forget(struct sniffer_record *r)
 {
 	struct ends ends;
@@ -76,7 +76,7 @@ static __always_inline void rest_forget(struct sniffer_record *r)
 	bpf_map_delete_elem(&rests, &ends);
 }
 
-/* What is left of the connection that a packet of TCP belongs to; NULL: nothing. */
+/* The entry of the TIME_WAIT that a TCP packet belongs to, or NULL. */
 static __always_inline struct owner *rest_find(struct sniffer_record *r, bool in)
 {
 	struct ends ends;
@@ -90,7 +90,7 @@ static __always_inline struct owner *rest_find(struct sniffer_record *r, bool in
 	return owner_find(rest->cookie);
 }
 
-/* A socket that was made by a listener: until it is accepted it is for who has that. */
+/* A listener's child. Until it is accepted it belongs to the listener's owner. */
 static __always_inline void child_of(const u64 *via, u64 cookie)
 {
 	if (!via || *via == cookie)
@@ -185,10 +185,10 @@ int BPF_PROG(part_state, struct sock *sk, int oldstate, int newstate)
 	return 0;
 }
 
-/* What this processor sent last: a packet is told once for each device that it goes through. */
+/* What this processor sent last. The tracepoint fires once for each device on the way. */
 struct sent {
 	u64 skb;
-	u64 ends;	/* of its addresses and ports as much as tells it from another one */
+	u64 ends;	/* as much of addresses and ports as tells packets apart */
 	u32 netns;
 	u32 ifindex;
 };
@@ -224,7 +224,7 @@ static __always_inline bool is_mini(u8 state)
 	return state == TCP_TIME_WAIT || state == TCP_NEW_SYN_RECV;
 }
 
-/* Out: on its way to a device, where the sender still is at work. */
+/* Out: on the way to a device. The sender is still at work. */
 SEC("tp_btf/net_dev_queue")
 int BPF_PROG(part_out, struct sk_buff *skb)
 {
@@ -250,11 +250,11 @@ int BPF_PROG(part_out, struct sk_buff *skb)
 		return 0;
 	r.dir = SNIFFER_DIR_OUT;
 	out_named(&r, dev->nd_net.net, sk, skb, false);
-	/* a tunnel wraps what the kernel sends by itself */
+	/* a tunnel wraps a packet of the kernel's own */
 	if (r.how == SNIFFER_HOW_NO_SOCKET && r.proto == IPPROTO_UDP &&
 	    skb->inner_network_header > skb->network_header)
 		name_kernel(&r);
-	/* what a child of Fast Open sends before it has a cookie */
+	/* a child of Fast Open sends before it has a cookie */
 	if (r.how == SNIFFER_HOW_PREDATES && !r.cookie && sk && r.proto == IPPROTO_TCP &&
 	    !is_mini(sk->__sk_common.skc_state)) {
 		via = bpf_sk_storage_get(&listeners, sk, NULL, 0);
@@ -279,8 +279,7 @@ static __always_inline long read_skb(const void *skb, u32 at, void *to, u32 size
 	return bpf_skb_load_bytes(skb, at, to, size);
 }
 
-/* In: to a socket of whatever kind but a TIME_WAIT. */
-/* For the SYN-ACK under SYN cookies, which has no socket. */
+/* Remembers the packet for its answer: a SYN-ACK of a SYN cookie has no socket. */
 static __always_inline void in_remember(struct sniffer_record *r, struct about *a)
 {
 	u32 zero = 0;
@@ -294,6 +293,7 @@ static __always_inline void in_remember(struct sniffer_record *r, struct about *
 	slot->known = 1;
 }
 
+/* In: to a socket of any kind but a TIME_WAIT. */
 SEC("cgroup_skb/ingress")
 int part_in(struct __sk_buff *skb)
 {
@@ -304,7 +304,7 @@ int part_in(struct __sk_buff *skb)
 
 	if (sk)
 		sk = bpf_sk_fullsock(sk);
-	/* raw sockets get a copy of what others get */
+	/* raw sockets get copies */
 	if (!sk || sk->type == SOCK_RAW)
 		return 1;
 	if (!parse_headers(&r, skb, read_skb, 0, false)) {
@@ -321,7 +321,7 @@ int part_in(struct __sk_buff *skb)
 		child_of(bpf_sk_storage_get(&listeners, sk, NULL, 0), a.cookie);
 		o = owner_find(a.cookie);
 	}
-	r.netns = o ? o->netns : 0;	/* 0: user space takes it for its own */
+	r.netns = o ? o->netns : 0;	/* 0: user space puts its own namespace there */
 	if (a.state == TCP_LISTEN)
 		in_remember(&r, &a);
 	name(&r, &a, SNIFFER_HOW_SOCKET);
@@ -331,7 +331,7 @@ int part_in(struct __sk_buff *skb)
 	return 1;
 }
 
-/* In, to a TIME_WAIT. */
+/* In: to a TIME_WAIT. */
 SEC("tp_btf/netif_receive_skb")
 int BPF_PROG(part_timewait, struct sk_buff *skb)
 {
@@ -363,7 +363,7 @@ int BPF_PROG(part_timewait, struct sk_buff *skb)
 	return 0;
 }
 
-/* In, and for nobody. */
+/* In: nobody has such a socket. */
 SEC("tp_btf/kfree_skb")
 int BPF_PROG(part_unwanted, struct sk_buff *skb, void *location, u64 reason)
 {

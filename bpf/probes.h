@@ -9,7 +9,7 @@
 #include "name.h"
 #include "rings.h"
 
-/* The first argument of most hooks: an inet socket in use by current. */
+/* For most hooks: the first argument is an inet socket that current uses. */
 static __always_inline int probe_use(struct socket *sock)
 {
 	struct task_struct *current = bpf_get_current_task_btf();
@@ -19,7 +19,7 @@ static __always_inline int probe_use(struct socket *sock)
 	if (!sk || use_is_plain(sk->__sk_common.skc_cookie.counter, current) || !wants(sk))
 		return 0;
 	file = sock->file;
-	/* without a file it is the kernel's, which only made it here (nvmet) */
+	/* without a file it is the kernel's own, created in this context (nvmet) */
 	if (file)
 		use(COOKIE(sk), address(file), 1);
 	return 0;
@@ -35,10 +35,10 @@ PROBE_USE(security_socket_listen)
 PROBE_USE(security_socket_accept)
 PROBE_USE(security_socket_sendmsg)
 PROBE_USE(security_socket_recvmsg)
-/* what moves data without a message: no LSM hook is asked */
+/* these move data without a message: no LSM hook is called */
 PROBE_USE(inet_sendpage)
 
-/* data that the kernel maps or copies for the caller: no message is received */
+/* the kernel maps or copies data for the caller: no message is received */
 SEC("fentry/security_socket_getsockopt")
 int BPF_PROG(probe_getsockopt, struct socket *sock, int level, int optname)
 {
@@ -66,7 +66,7 @@ int BPF_PROG(probe_create, struct socket *sock, int family, int type, int protoc
 	return 0;
 }
 
-/* accept() ties the new sock to its socket. */
+/* accept() attaches a new sock to its socket. */
 SEC("fentry/security_sock_graft")
 int BPF_PROG(probe_graft, struct sock *sk, struct socket *parent)
 {
@@ -75,7 +75,7 @@ int BPF_PROG(probe_graft, struct sock *sk, struct socket *parent)
 	return 0;
 }
 
-/* The descriptor is installed by now, whatever could have failed. */
+/* The descriptor is installed by now, so nothing can fail any more. */
 SEC("fentry/__receive_sock")
 int BPF_PROG(probe_receive, struct file *file)
 {
@@ -101,7 +101,7 @@ int BPF_PROG(probe_free, struct sock *sk)
 	return 0;
 }
 
-/* The last file of a socket goes. */
+/* A socket's last file is released. */
 SEC("fentry/inet_release")
 int BPF_PROG(probe_release, struct socket *sock)
 {
@@ -129,8 +129,8 @@ static __always_inline u64 file_of(struct task_struct *current, u32 fd)
 }
 
 /*
- * A descriptor of current goes. Only its last user's matters, and only where the
- * socket lives on: whoever else closes was not named. closing: see CLOSED.
+ * A descriptor of current is removed. This matters only if current is the socket's last
+ * user, and others still have the socket. closing: see CLOSED.
  */
 static __always_inline int closes(struct task_struct *current, u64 file, u32 closing)
 {
@@ -167,8 +167,8 @@ static __always_inline int closes(struct task_struct *current, u64 file, u32 clo
 }
 
 /*
- * How descriptors go: close(), dup2() over one, close_range() and io_uring. An
- * exec and an exit are told as such: a call for each file would be dear there.
+ * A descriptor is removed: by close(), by dup2() onto it, by close_range() or by io_uring.
+ * Exec and exit have tracepoints: a call for each of their files would be expensive.
  */
 static __always_inline int closes_number(u32 fd)
 {
@@ -197,14 +197,14 @@ SEC("fentry/do_dup2")
 int BPF_PROG(probe_dup2, struct files_struct *files, struct file *file, u32 fd)
 { return closes_number_of(files, fd); }
 
-/* All of these, and each file at an exit: where one of them cannot be probed. */
+/* Fallback if one of these cannot be probed: every removal, also each file at an exit. */
 SEC("fentry/locks_remove_posix")
 int BPF_PROG(probe_close_file, struct file *file)
 {
 	return closes(bpf_get_current_task_btf(), (u64)file, CLOSED);
 }
 
-/* Not known which; it may have closed in a copy of the table that became its own only afterwards. */
+/* Which descriptors is not known. The call may have closed them in a new copy of the table. */
 SEC("fexit/" SYSCALL(close_range))
 int BPF_PROG(probe_close_range)
 {
@@ -263,9 +263,9 @@ int BPF_PROG(probe_exec, struct task_struct *task)
 	proc->uid = task->cred->uid.val;
 	proc->leader = (u64)leader;
 	comm_at(proc->comm, leader->comm);
-	proc->ring_numbers = 0;	/* end with its program */
+	proc->ring_numbers = 0;	/* a process's rings end with its program */
 	tell(&who, SNIFFER_EVENT_EXEC);
-	/* what was to be closed at that is closed, rings with it */
+	/* close-on-exec descriptors are closed by now, also those of rings */
 	settle_rings(&who, 0);
 	settle_mine(&who);
 	return 0;
@@ -280,7 +280,7 @@ int BPF_PROG(probe_exit, struct task_struct *task)
 
 	key_of(task, &who);
 	if (task->signal->live.counter) {
-		/* with a thread goes a table of its own */
+		/* a thread's own table ends with it */
 		if (files && files->count.counter == 1)
 			settle_table(files, &who);
 		return 0;
@@ -311,7 +311,7 @@ int BPF_PROG(probe_rename, struct task_struct *task, const char *comm)
 	return 0;
 }
 
-/* One that ends out of a state which its own FIN led to may leave a TIME_WAIT behind. */
+/* A socket whose own FIN led to its last state may leave a TIME_WAIT. */
 SEC("tp_btf/inet_sock_set_state")
 int BPF_PROG(probe_state, struct sock *sk, int oldstate, int newstate)
 {
@@ -333,7 +333,7 @@ int BPF_PROG(probe_state, struct sock *sk, int oldstate, int newstate)
 	return 0;
 }
 
-/* Sockets that are older than the engine: the last one told is named. */
+/* Enters sockets that are older than the engine. Of several holders the last one is named. */
 SEC("iter/task_file")
 int seed(struct bpf_iter__task_file *ctx)
 {

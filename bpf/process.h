@@ -18,7 +18,7 @@ static __always_inline void key_at(struct task_struct *task, struct key *key)
 	key->unused = 0;
 }
 
-/* What follows a NUL in a task's comm is left over from earlier names: not for the wire. */
+/* Copies a comm without what earlier names left after its NUL. */
 static __always_inline void comm_at(char *to, const char *from)
 {
 	__builtin_memset(to, 0, SNIFFER_COMM_LEN);
@@ -37,7 +37,7 @@ __noinline int process_enter(u64 task_address, struct key *who)
 
 	if (!who)
 		return 0;
-	key = *who;	/* 6.1 takes a key from the stack only */
+	key = *who;	/* 6.1 takes a key only from the stack */
 	proc = bpf_map_lookup_elem(&procs, &key);
 	uid = BPF_CORE_READ(task, cred, uid.val);
 	if (proc) {
@@ -63,7 +63,7 @@ __noinline int process_enter(u64 task_address, struct key *who)
 	return 0;
 }
 
-/* The first task of a process that is still there, as an address; 0 when it has gone. */
+/* The address of the first task of a process; 0 if the process has ended. */
 static __always_inline u64 process_leader(const struct key *key)
 {
 	struct proc *proc = bpf_map_lookup_elem(&procs, key);
@@ -72,7 +72,7 @@ static __always_inline u64 process_leader(const struct key *key)
 	if (!proc || proc->exit)
 		return 0;
 	leader = (void *)proc->leader;
-	/* exec() by another thread puts that one in its place */
+	/* after an exec() by another thread that one is the leader */
 	if (BPF_CORE_READ(leader, tgid) != key->tgid ||
 	    BPF_CORE_READ(leader, start_boottime) != key->start)
 		return 0;

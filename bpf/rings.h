@@ -14,7 +14,7 @@ enum {
 	RINGS_UPDATE		= 6,
 	RINGS_FILES2		= 13,
 	RINGS_UPDATE2		= 14,
-	RINGS_NUMBERS		= 20,	/* of the rings themselves, in place of descriptors */
+	RINGS_NUMBERS		= 20,	/* rings, in place of their descriptors */
 	RINGS_NO_NUMBERS	= 21,
 };
 
@@ -45,7 +45,7 @@ int BPF_PROG(probe_ring, void *ring, u32 opcode, u32 files, u32 buffers, long re
 	proc = bpf_map_lookup_elem(&procs, &who);
 	if (!proc)
 		return 0;
-	/* threads may count at once: at worst one is believed to have a ring too many */
+	/* threads may count at once: at worst the process seems to have a ring too many */
 	if (opcode == RINGS_NUMBERS)
 		proc->ring_numbers += ret;
 	else if (opcode == RINGS_NO_NUMBERS)
@@ -57,7 +57,7 @@ int BPF_PROG(probe_ring, void *ring, u32 opcode, u32 files, u32 buffers, long re
 	return 0;
 }
 
-/* An operation of an io_uring takes a file out of it; the ring lets go of it later. */
+/* An operation of an io_uring removes a file from the ring. The ring drops it later. */
 static __always_inline int rings_forget(void)
 {
 	struct key who;

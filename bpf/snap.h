@@ -18,7 +18,7 @@ struct {
 	__uint(max_entries, 4 << 20);
 } snaps SEC(".maps");
 
-/* What user space wishes for: now only whether it wants snaps. */
+/* What user space asks for. So far only: does it want snaps? */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
@@ -27,7 +27,7 @@ struct {
 	__type(value, u64);
 } wishes SEC(".maps");
 
-/* A snap of this processor's that waits for its bytes, or the bytes for their record. */
+/* A snap of this processor that waits for its bytes, or bytes that wait for their record. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
@@ -35,7 +35,7 @@ struct {
 	__type(value, struct snap);
 } halves SEC(".maps");
 
-/* What of a packet is asked for at once. */
+/* Where a packet and its headers are. */
 struct shape {
 	u64 net;	/* address of the IP header */
 	u32 len;	/* from there on */
@@ -75,7 +75,7 @@ static __always_inline void snap_head(struct snap *snap, struct sniffer_record *
 	snap->head.reserved = 0;
 }
 
-/* Of a record that is on its way to the reader. */
+/* Makes the snap of a record that is on its way to the reader. */
 __noinline int snap_record(struct sniffer_record *r, struct shape *s)
 {
 	struct snap *snap, *half;
@@ -115,12 +115,12 @@ static __always_inline long snap_load(struct __sk_buff *skb, u8 *to)
 {
 	u32 size = snap_size(skb->len);
 
-	/* 6.1 believes that it is not 0 only after this */
+	/* only so does the verifier of 6.1 know that it is not 0 */
 	return bpf_skb_load_bytes(skb, 0, to, ((size - 1) & (SNIFFER_SNAP_LEN - 1)) + 1);
 }
 
 #ifdef HUNTER_PARTS
-/* A record of what a cgroup's hook has at hand. */
+/* Makes the snap of the packet that a cgroup's hook has. */
 static __always_inline void snap_at_hand(struct sniffer_record *r, struct __sk_buff *skb)
 {
 	struct snap *snap = bpf_ringbuf_reserve(&snaps, sizeof(*snap), 0);
@@ -144,7 +144,7 @@ int part_bytes(struct __sk_buff *skb)
 	return 1;
 }
 #else
-/* The bytes of what was told a moment ago. */
+/* Takes the bytes of the packet that was reported a moment ago. */
 static __always_inline int bytes_of(struct __sk_buff *skb)
 {
 	struct snap *half = snaps_wanted() ? snap_half() : NULL;

@@ -42,7 +42,7 @@
  */
 #include "process.h"
 
-/* Somebody has a socket now; the names are those of struct sniffer_gain. */
+/* A process has got a socket. The names are those of struct sniffer_gain. */
 struct gain {
 	struct key who;
 	u64 file;
@@ -71,14 +71,14 @@ static __always_inline struct owner *owner_make(u64 cookie)
 	return bpf_map_lookup_elem(&owners, &cookie);
 }
 
-/* Under the lock: its user has it no longer, as far as is known. */
+/* Under the lock. As far as is known, its user no longer has it. */
 static __always_inline void owner_let_go(struct owner *o)
 {
 	o->held = 0;
 	o->ring = 0;
 }
 
-/* Under the lock: this one is not among the earlier users any more. */
+/* Under the lock. Removes a process from the earlier users. */
 static __always_inline void owner_forget(struct owner *o, const struct key *who)
 {
 	if (same(&o->past[0], who)) {
@@ -94,8 +94,8 @@ static __always_inline void owner_forget(struct owner *o, const struct key *who)
 }
 
 /*
- * Under the lock: this one has it, and is named. Who was the user before may
- * still have it if he is kept.
+ * Under the lock. Makes a process the user. If keep, the user before may still have the
+ * socket and becomes an earlier one.
  */
 static __always_inline void owner_set_user(struct owner *o, const struct key *who, bool kept)
 {
@@ -114,7 +114,7 @@ static __always_inline void owner_set_user(struct owner *o, const struct key *wh
 	o->held = 1;
 }
 
-/* A process uses or has got a socket. */
+/* A process uses or has received a socket. */
 __noinline int owner_gain(u64 cookie, struct gain *g)
 {
 	struct owner *o;
@@ -159,7 +159,7 @@ __noinline int owner_gain(u64 cookie, struct gain *g)
 		if (g->fd >= 0)
 			o->fd = g->fd;
 	}
-	/* the hooks read without the lock: no listener to ask only now that there is a user */
+	/* the hooks read without the lock: until there is a user they ask the listener */
 	if (o->via) {
 		o->dead = 0;
 		o->via = 0;
@@ -168,7 +168,7 @@ __noinline int owner_gain(u64 cookie, struct gain *g)
 	return 0;
 }
 
-/* The user of a socket has let go of it: its heir, tgid 0 for nobody, is named. */
+/* The user of a socket has closed it. The heir is named; tgid 0: nobody has it. */
 static __always_inline void owner_inherit(struct owner *o, const struct key *from, u64 file,
 					  const struct key *heir, s32 fd, bool past)
 {
@@ -189,7 +189,7 @@ static __always_inline void owner_inherit(struct owner *o, const struct key *fro
 	bpf_spin_unlock(&o->lock);
 }
 
-/* The user has it by an io_uring, without a descriptor. */
+/* The user has it through an io_uring, without a descriptor. */
 static __always_inline void owner_ring(struct owner *o, const struct key *user)
 {
 	struct proc *proc;
@@ -205,7 +205,7 @@ static __always_inline void owner_ring(struct owner *o, const struct key *user)
 	bpf_spin_unlock(&o->lock);
 }
 
-/* A socket's packets belong to another socket's owner. */
+/* Lets another socket's owner own a socket's packets. */
 static __always_inline void owner_refer(u64 cookie, u64 via, u8 how)
 {
 	struct owner *o = owner_find(cookie);
@@ -221,13 +221,13 @@ static __always_inline void owner_refer(u64 cookie, u64 via, u8 how)
 	if (!o->user.tgid) {
 		o->via = via;
 		o->via_how = how;
-		/* such sockets end unseen: forget it in time unless it is accepted */
+		/* the end of such a socket is not seen: forget it in time, unless it is accepted */
 		o->dead = now;
 	}
 	bpf_spin_unlock(&o->lock);
 }
 
-/* The kernel's own, also when only its cookie is left. */
+/* The socket is the kernel's own. It stays known as such when only its cookie is left. */
 static __always_inline void owner_kernel(u64 cookie)
 {
 	struct owner *o = owner_make(cookie);
@@ -239,7 +239,7 @@ static __always_inline void owner_kernel(u64 cookie)
 	}
 }
 
-/* A socket loses its file: nobody has it any more. */
+/* A socket loses its file, so no process has it any more. */
 static __always_inline void owner_release(u64 cookie)
 {
 	struct owner *o = owner_find(cookie);
@@ -257,9 +257,9 @@ static __always_inline void owner_release(u64 cookie)
 }
 
 /*
- * May another process than its user have a socket? Never false when one does.
- * A descriptor on its way to another process, and a thread that waits in a
- * call, count as one.
+ * May another process than the user have the socket? Never false if one has it. A
+ * descriptor in flight counts as another process, and so does a thread that waits in a
+ * call.
  */
 static __always_inline bool owner_shared(const struct owner *o, const struct proc *user)
 {

@@ -24,7 +24,7 @@ struct {
 	__type(value, struct stranger);
 } strangers SEC(".maps");
 
-u64 gains = 0;	/* descriptors received: then a stranger may be none any more */
+u64 gains = 0;	/* descriptors received so far: with one more, a stranger may be none */
 
 static __always_inline bool has_uring(struct task_struct *task)
 {
@@ -34,7 +34,7 @@ static __always_inline bool has_uring(struct task_struct *task)
 }
 
 /*
- * May current be the user of a socket, if it was not the last one? Yes if
+ * May current be the user of a socket, if another process used it last? Yes if
  * - it has the socket in its descriptor table;
  * - it has it in an io_uring, and has called for it;
  * - nobody knows the socket, and current is closing it.
@@ -54,7 +54,7 @@ static __always_inline bool use_is_possible(struct gain *g, struct owner *o, u64
 		if (g->fd >= 0)
 			return true;
 	}
-	/* a task that must not wait for memory does block I/O, for whoever wants the disk */
+	/* a task with PF_MEMALLOC does block I/O, for whoever uses the disk */
 	if (called && !(current->flags & PF_MEMALLOC) && has_uring(current)) {
 		g->ring = 1;
 		return true;
@@ -76,7 +76,7 @@ static __always_inline bool use_is_possible(struct gain *g, struct owner *o, u64
 	return false;
 }
 
-/* Enters what current has got. */
+/* Enters the socket that current has got. */
 static __always_inline void use_gain(u64 cookie, struct gain *g, struct task_struct *current)
 {
 	struct files_struct *files = current->files;
@@ -94,8 +94,8 @@ static __always_inline void use_gain(u64 cookie, struct gain *g, struct task_str
 }
 
 /*
- * The current process uses a socket, or seems to; called: it has called for
- * this very socket. Returns 0 when the use is another one's.
+ * The current process uses a socket, or seems to. called: it has named this very socket
+ * in a call. Returns 0 if the use is another process's.
  */
 __noinline int use(u64 cookie, u64 file, u32 called)
 {
@@ -106,7 +106,7 @@ __noinline int use(u64 cookie, u64 file, u32 called)
 
 	o = owner_find(cookie);
 	if (current->flags & PF_KTHREAD) {
-		/* who gave it to the kernel and has exited is not its user any more */
+		/* a process that gave it to the kernel and has exited is no longer its user */
 		proc = called && o && !o->held ? bpf_map_lookup_elem(&procs, &o->user) : NULL;
 		if (proc && proc->exit && !o->released)
 			o->servers = 1;
@@ -114,7 +114,7 @@ __noinline int use(u64 cookie, u64 file, u32 called)
 	}
 	key_of(current, &g.who);
 	if (o && !o->via && same(&o->user, &g.who)) {
-		/* its own end of a socket that it has closed: no use of it any more */
+		/* its own end of a socket that it has closed is no use */
 		if (!called && !o->held)
 			return 1;
 		if (o->held && o->tid && o->file) {
@@ -131,7 +131,7 @@ __noinline int use(u64 cookie, u64 file, u32 called)
 	return 1;
 }
 
-/* Nearly always it is the one who used it last: then only read. */
+/* Nearly always the process that used it last uses it again: then only read. */
 static __always_inline struct owner *owner_plain(u64 cookie, struct task_struct *current)
 {
 	struct owner *o = owner_find(cookie);
@@ -151,7 +151,7 @@ static __always_inline bool use_is_plain(u64 cookie, struct task_struct *current
 	return owner_plain(cookie, current);
 }
 
-/* The current process made or accepted a socket, or got a descriptor of one. */
+/* The current process created or accepted a socket, or received a descriptor of one. */
 __noinline int use_take(u64 cookie, u64 file, u32 flags)
 {
 	struct task_struct *current = bpf_get_current_task_btf();

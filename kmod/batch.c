@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Each CPU gathers records in messages: single records for the group packets, sums for
- * the group flows (merge.c), and first bytes of packets for the group snaps. A message
- * is sent when it is full, when its oldest record has waited flush_ms, or when a reader
- * asks.
+ * Each CPU gathers records in messages. Group packets gets single records, group flows
+ * sums (merge.c), group snaps first bytes of packets. A message is sent when it is full,
+ * when its oldest record has waited flush_ms, or when a reader asks.
  *
  * Counting is done here too, under the same lock.
  */
@@ -164,8 +163,8 @@ static void batch_expired(struct timer_list *timer)
 }
 
 /*
- * Under the lock of this CPU. Updates which groups have listeners. If a group has lost
- * its last one, its message is sent now, so that no message has a gap within.
+ * Under the lock of this CPU. Updates which groups have listeners. If a group has none
+ * any more, its message is sent now. So no message has a gap within.
  */
 static void batch_ask(struct batch_cpu *cpu)
 {

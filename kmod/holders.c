@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * Finds out who has a socket, from descriptor tables. This is done when a socket's last
- * user closes it. The process that closed it does the work: on its way back to user
- * space, or at its end, after its descriptors are gone and before its parent is told.
+ * user closes it. The process that closed it does the work on its way back to user space.
+ * If it exits, it does so when its descriptors are gone, before its parent is told.
  */
 #include <linux/module.h>
 #include <linux/sched/task.h>

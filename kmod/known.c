@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * A socket call that tells nothing new. On this CPU the same thread used the same
- * socket a moment ago, and the socket's entry in the owner table has not changed. This
- * file only compares; any difference goes to use.c.
+ * A socket call that tells nothing new: this thread used this socket on this CPU a moment
+ * ago. The socket's entry in the owner table has not changed since. This file only
+ * compares; any difference goes to use.c.
  */
 #include <linux/cred.h>
 #include <linux/hash.h>

@@ -14,8 +14,10 @@
  *   bucket.
  *
  * If anything differs, the packet is named as usual (lookup.c, name.c). Some packets never
- * have a memo: handshakes, packets to listeners, packets named after another socket,
- * packets of a user that has closed the socket, multicast, IPv4 headers with options, VRFs.
+ * have a memo:
+ * - handshakes, and packets to listeners;
+ * - packets named after another socket, or after a user that has closed the socket;
+ * - multicast, IPv4 headers with options, VRFs.
  */
 #include <linux/hash.h>
 #include <linux/ip.h>

@@ -229,10 +229,7 @@ static bool name_by_listener(struct sniffer_flow *flow, const struct sock *sk, b
 		return true;
 	}
 	owner = waits && sk->sk_state != TCP_CLOSE && listener ? name_find(listener) : NULL;
-	/*
-	 * a process does not own the listener if a server in the kernel, to which it was
-	 * handed, stops using it
-	 */
+	/* its process may have handed it to a server in the kernel, and closed it */
 	if (!owner || !name_is_held(owner))
 		return false;
 	name_acceptor(r, owner);
@@ -361,8 +358,8 @@ static bool name_reset(struct sniffer_record *r)
 }
 
 /*
- * Names the connection that a packet belongs to, if it has no socket or a socket
- * that the stack uses for all its answers. Packets without a socket are
+ * Names the connection of a packet without a socket, or with a socket that the stack
+ * uses for all its answers. Packets without a socket are
  * - Netfilter's: a firewall's reset, a copy;
  * - those that IPVS forwards;
  * - SYN-ACKs of IPv4 SYN cookies.
@@ -440,10 +437,9 @@ void sniffer_name_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 	struct sniffer_owner *owner;
 
 	/*
-	 * A tunnel leaves the inner sender in skb->sk; the tunnel's own socket
-	 * is in state->sk, if anywhere. For IPv6, state->sk may also be the
-	 * listener of a SYN cookie, or the socket of a packet that a firewall
-	 * answers with a reset.
+	 * A tunnel leaves the inner sender in skb->sk. Its own socket is in state->sk, if
+	 * anywhere. For IPv6, state->sk may also be the listener of a SYN cookie. Or it is
+	 * the socket of a packet that a firewall answers with a reset.
 	 */
 	if (!sk || (state->sk && r->proto == IPPROTO_UDP)) {
 		trusted &= sk == state->sk;

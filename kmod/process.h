@@ -23,8 +23,8 @@
  * @comm: of the leader; written whole, but a reader may see half a rename
  * @rcu: readers of the table and of owners hold rcu_read_lock()
  * @exit_jiffies: when it exited; 0 while it runs
- * @doubt: jiffies | 1 at which its sockets need a check, because one of its rings drops
- *	a file, later than it says; 0: no check
+ * @doubt: jiffies | 1 at which its sockets need a check; 0: no check. A ring drops a file
+ *	later than it says
  * @again: one more check is needed, because a ring dropped another file meanwhile
  * @ring_files: it has put files into an io_uring, so it may have sockets without a
  *	descriptor

@@ -24,11 +24,11 @@ unsigned int sniffer_owner_bits;
 static struct hlist_head *owner_inodes;
 
 /*
- * These locks guard insertion into both indices, removal from them (for an inode's
- * bucket, the lock of its own hash), and each entry's fields. Probe handlers take them
- * in process context, perhaps with interrupts off; packet hooks in softirq; and the
- * collector: irqsave. Inside a cookie's lock the locks of an inode, a process and the
- * dying entries may be taken, never the reverse.
+ * These locks guard insertion into both indices, removal from them, and each entry's
+ * fields. An inode's bucket has the lock of its own hash. They are taken by probe
+ * handlers (process context, perhaps with interrupts off), by packet hooks (softirq) and
+ * by the collector: irqsave. Order: a cookie's lock is the outer one; those of an inode,
+ * a process and the dying entries are inner ones.
  */
 struct sniffer_stripe sniffer_owner_stripes[SNIFFER_OWNER_STRIPES];
 static raw_spinlock_t owner_inode_locks[SNIFFER_OWNER_STRIPES];

@@ -58,8 +58,8 @@ struct sniffer_proc;
  * @family: AF_INET or AF_INET6
  * @addr: local address when last used
  *
- * All is written under the lock of @cookie's bucket, but @tid, @seen and @dead, which are
- * single words. The hooks read without a lock. A packet needs only the first members:
+ * All but @tid, @seen and @dead is written under the lock of @cookie's bucket; these three
+ * are single words. The hooks read without a lock. A packet needs only the first members:
  * one and a half cache lines.
  */
 struct sniffer_owner {
@@ -109,9 +109,8 @@ extern unsigned int sniffer_owner_bits;
  * struct sniffer_stripe - entries whose cookies hash alike
  * @lock: guards them, see table.c
  * @version: grows whenever one of them changes, and is odd while one does. Written
- *	under @lock; who keeps what it has read of an entry, and finds the same
- *	version again under RCU, knows that nothing of it has changed but @tid,
- *	@seen and @fd, and that the entry and its user were not freed.
+ *	under @lock. If a reader finds the same version again under RCU, the entry and
+ *	its user were not freed, and only @tid, @seen and @fd may have changed.
  */
 struct sniffer_stripe {
 	raw_spinlock_t lock;
@@ -165,7 +164,7 @@ static inline raw_spinlock_t *sniffer_owner_lock(u64 cookie)
 	return &sniffer_owner_stripe(cookie)->lock;
 }
 
-/* Under @lock, before an entry is changed: nobody may believe any more what he has kept of it. */
+/* Under @lock, before an entry is changed: what was remembered of it no longer holds. */
 static inline void sniffer_owner_change(raw_spinlock_t *lock)
 {
 	struct sniffer_stripe *stripe = container_of(lock, struct sniffer_stripe, lock);
