@@ -15,10 +15,11 @@ from nlproto.records import wire
 from waiting import there
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "SECURITY.md", "CONTRIBUTING.md", *(
-    f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))
-))  # fmt: skip
-MOST_WORDS = 30
+DOCUMENTS = (
+    *("README.md", "ARCHITECTURE.md", "SECURITY.md", "CONTRIBUTING.md", "vagrant/README.md"),
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+)
+MOST_WORDS = 25
 LISTS = {"docs/PROTOCOL.md"}
 """Its sentences have lists of fields in them."""
 
