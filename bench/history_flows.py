@@ -73,7 +73,7 @@ def flows_of_hour(count: int, begin_ns: int, seed: int) -> np.ndarray:
 
 
 def processes_of(flows: np.ndarray) -> list[Process]:
-    """Return the owners of `flows`, with what /proc tells of each."""
+    """Return the owners of `flows`, with what /proc says of each."""
     _, first = np.unique(flows[["tgid", "start_ns"]], return_index=True)
     found = []
     for flow in flows[first]:

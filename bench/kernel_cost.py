@@ -4,7 +4,7 @@
 A guest with one processor under `-icount shift=2` plays bench/workload.c without the module, with
 it, and with one reader of its records or of its flows; beside them tcpdump, nethogs, engine ebpf,
 and a module that sends each packet to its reader alone (bench/unicast). There a nanosecond is a
-quarter of an instruction, whatever else this machine does. Sender, receiver and reader share the
+quarter of an instruction, however busy this machine is. Sender, receiver and reader share the
 processor, so all of it is counted.
 """
 

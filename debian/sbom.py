@@ -37,7 +37,7 @@ def _requirement(text: str) -> tuple[str, str]:
 def _libraries(project: dict[str, Any]) -> dict[str, dict[str, Any]]:
     wanted = [(text, "required", "") for text in project["dependencies"]]
     for extra, texts in project["optional-dependencies"].items():
-        if extra not in ("all", "test", "dev", "fuzz"):  # the others are not for who uses it
+        if extra not in ("all", "test", "dev", "fuzz"):  # the others are not for its users
             wanted += [(text, "optional", extra) for text in texts]
     found: dict[str, dict[str, Any]] = {}
     for text, scope, extra in wanted:

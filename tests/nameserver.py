@@ -83,7 +83,7 @@ class NameServer:
         try:
             while True:
                 asked, peer = self._udp.recvfrom(4096)
-                with suppress(IndexError):  # whoever sends something else gets no answer
+                with suppress(IndexError):  # anything else gets no answer
                     self._udp.sendto(self._answer(asked), peer)
         except OSError:
             pass

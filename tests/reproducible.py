@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""make reproducible: whoever builds this commit gets the same files, byte for byte.
+"""make reproducible: each build of this commit gives the same files, byte for byte.
 
     .venv/bin/python tests/reproducible.py [PART ...]        python, bpf, debian; all that can be
 

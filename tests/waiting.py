@@ -45,7 +45,7 @@ def until(condition: Callable[[], T | None], seconds: float = 30, what: str = ""
 
 
 def there(value: T | None) -> T:
-    """`value`, of which this test knows that it is there."""
+    """`value`, which this test knows to be there."""
     assert value is not None
     return value
 

@@ -218,7 +218,7 @@ def _head(payload: bytes) -> tuple[int, int, int, int, int, bytes]:
 
 
 def decode(payload: bytes) -> HostBatch:
-    """Return the batch in `payload`, whatever that is. Raises Malformed.
+    """Return the batch in `payload`, which may be anything. Raises Malformed.
 
     Rows step by the size in the head. Longer rows of a later release are read up to what this one
     knows.

@@ -75,7 +75,7 @@ def test_one_daemon_follows_another_and_knows_what_that_one_saw(
             pass
         send(port)
         assert str(port) in own.stdout.read()
-    # who comes too early is told, and changes nothing
+    # a reader that comes too early gets an error, and changes nothing
     early = [sys.executable, "-I", "-m", "daemon", *arguments, "--foreground"]
     refused = subprocess.run(
         [*early, "--socket", first.path, "--config", str(first.config)],

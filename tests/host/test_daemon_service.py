@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The daemon as a service: metrics, the manager, messages for whoever may not start it."""
+"""The daemon as a service: metrics, the manager, messages for users who may not start it."""
 
 from __future__ import annotations
 

@@ -232,7 +232,7 @@ def test_a_process_that_is_gone_keeps_its_program_and_parent(engine: Engine) -> 
 
 
 def test_news_of_processes_that_are_lost_are_counted(engine: Engine) -> None:
-    processes = 2300  # each is told twice, and the ring holds 4,096
+    processes = 2300  # each is reported twice, and the ring holds 4,096
     script = f"""
 import os, socket
 for _ in range({processes}):
@@ -277,7 +277,7 @@ def test_the_root_cgroup_need_not_be_mounted() -> None:
     hidden = ["unshare", "--mount", "sh", "-c", 'umount -a -t cgroup2; exec "$@"', "sh"]
     done = subprocess.run([*hidden, *TRY], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "it runs", done.stdout + done.stderr
-    # who may not mount it is told what to do, and nothing before that
+    # a user who may not mount it reads what to do, and nothing before that
     held = "-all,+bpf,+perfmon,+net_admin"
     command = ["setpriv", f"--inh-caps={held}", f"--bounding-set={held}", *TRY]
     done = subprocess.run([*hidden, *command], capture_output=True, text=True)

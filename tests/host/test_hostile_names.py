@@ -125,7 +125,7 @@ def test_no_name_of_a_cgroup_stops_the_daemon(start: StartDaemon, receiver: Any,
     for path in paths:
         with talker(receiver, path) as pid, DaemonClient(daemon.path) as client:
             pids.append(pid)
-            # whoever looks while it is being forked sees it where its parent is, until it settles
+            # a look during its fork sees it in the cgroup of its parent
             there = str(path.relative_to(tree.parent))
             (process,) = until(
                 functools.partial(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a hunter says of mistakes, and of who else answers at its socket."""
+"""What a hunter says of mistakes, and of another program at its socket."""
 
 from __future__ import annotations
 

@@ -341,7 +341,7 @@ def test_many_connections_to_a_port_are_named_however_high_it_is(
             with socket.create_connection(("127.0.0.1", port)) as peer:
                 peer.sendall(b"x" * 50)
                 peer.recv(50)
-                time.sleep(0.03)  # engine packet names whom it can still ask
+                time.sleep(0.03)  # engine packet names those that it can still ask
         known(daemon, count, port=port)
     with DaemonClient(daemon) as client:
         flows = until(lambda: client.who(port=port, limit=10_000)["flows"])

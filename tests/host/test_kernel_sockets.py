@@ -139,7 +139,7 @@ def test_one_of_two_sockets_at_one_end_may_close(keeping: Keeping) -> None:
 
 
 def test_an_idle_connection_that_is_new_is_known_after_two_looks(keeping: Keeping) -> None:
-    """Between two rounds, and no packet tells of it."""
+    """Between two rounds. No packet shows it."""
     keeping.look()
     code = (
         "import socket, sys\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A user's process can keep whoever reads its command line waiting for ever (root)."""
+"""A user's process can make readers of its command line wait for ever (root)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""hunter watch: what is new is told once, harmless, to those who may know, and to a webhook."""
+"""hunter watch: what is new is reported once, harmless, to users who may see it and a webhook."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_program_a_destination_and_a_listener_are_told_harmless(
     assert any(" new program w" in line for line in lines)
     (heard,) = [line for line in lines if f" new listener {about} " in line]
     assert f".{os.getpid()} of root" in heard
-    # by whom it was first is not ours to say where others are at work
+    # other programs of this machine may have been first
     assert any(" new destination 127.0.0.1 " in line for line in lines)
     assert "known since" in done.stderr
     # as programs read it, and as the journal does
@@ -127,7 +127,7 @@ def test_a_user_without_rights_is_told_of_own_processes_alone(
 
 
 class Hook(http.server.ThreadingHTTPServer):
-    """Fails once, then takes what it is told."""
+    """Fails once, then takes what it gets."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Hook)

@@ -31,7 +31,7 @@ def test_lintian_finds_no_error(build_root: Root) -> None:
 
 
 def test_a_second_build_elsewhere_gives_the_same_packages(build_root: Root) -> None:
-    """Another directory, umask, time zone and day; the first one was as whoever builds has it."""
+    """Another directory, umask, time zone and day; the first one was that of the builder."""
     build_root.run(
         "mkdir -p /second/place && cd /second/place && cp /src/*.dsc /src/*.tar.* . &&"
         " dpkg-source -x *.dsc another-tree && cd another-tree && umask 077 &&"

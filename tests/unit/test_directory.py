@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Files and sockets that are made in a directory that stays the same one, whatever is renamed."""
+"""Files and sockets are made in one directory, which stays the same whatever is renamed."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def test_an_exporter_that_is_killed_goes_on_where_it_was(server: Server, tmp_pat
 def test_a_host_that_was_dead_for_an_hour_tells_what_it_had_and_that_it_was_away(
     server: Server, tmp_path: Path
 ) -> None:
-    """Its exporter was killed with a full spool. Who asks is told that the machine was silent."""
+    """Its exporter was killed with a full spool. The answer says that the machine was silent."""
     (tmp_path / "spool-h1").mkdir()
     spool = Spool(tmp_path / "spool-h1", 64 << 20)
 

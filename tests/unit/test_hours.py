@@ -121,7 +121,7 @@ def test_the_files_are_private(path: str, store: Store) -> None:
 
 
 def test_questions_find_all_while_rows_move(path: str, store: Store) -> None:
-    """Ask without a pause while hours are sealed and written anew."""
+    """Ask without a pause while hours are sealed and written again."""
     fill(store, some_rows(600))
     whole, wrong, ended = list(range(1, 601)), [], threading.Event()
 
@@ -136,7 +136,7 @@ def test_questions_find_all_while_rows_move(path: str, store: Store) -> None:
         thread.start()
     for _ in range(6):
         assert store.seal(changes, 100) == 100
-    for piece in store.hours.pieces:  # written anew with all that is in it
+    for piece in store.hours.pieces:  # written again with all that is in it
         contents = store.hours.without(piece, set())
         new = store.hours.write(there(contents))
         with _entering(store, [new], [piece.number]):

@@ -232,7 +232,7 @@ def test_records_of_a_young_process_have_it_read_again() -> None:
 
 
 def test_a_new_comm_in_a_record_has_the_program_read_again() -> None:
-    """Without the module nothing tells of an exec."""
+    """Without the module nothing reports an exec."""
     script = "read go; exec sleep 60"
     with subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE) as child:
         identity = procfs.identity(child.pid)

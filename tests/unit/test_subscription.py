@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What one client is to get: bounded, counted, and every loss is told."""
+"""What one client is to get: bounded, counted, and every loss is reported."""
 
 from __future__ import annotations
 

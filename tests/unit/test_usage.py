@@ -82,7 +82,7 @@ def test_usage_counts_each_flow_once_wherever_it_is(
             "": program[""],
         }
         assert _used(recorder, "container")["docker:1"] == program["dig"]
-        # who sees only his own
+        # a user who sees only their own
         assert _used(recorder, uid=5) == {"curl": program["curl"]}
         assert _used(recorder, "unit", uid=5) == {"a.service": program["curl"]}
         assert _used(recorder, "domain", uid=0) == {"": program["dig"]}

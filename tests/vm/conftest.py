@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
-    """A kernel that complains fails the test that ran, whatever that test found."""
+    """If the kernel complains, the test that ran fails, whatever it found."""
     yield
     log = item.config.stash.get(LOG, None)
     if log is not None:

@@ -146,7 +146,7 @@ for line in sys.stdin:
 
 
 def linked(engine: EbpfEngine) -> int:
-    """Packets that links have told of; none of them is of our own namespace here."""
+    """Packets that links have reported; none of them is of our own namespace here."""
     return int(engine._counters["linked"].sum())
 
 

@@ -71,7 +71,7 @@ class Wire:
             for _ in range(times):
                 try:
                     self.sender.sendto(b"x", (self.host, port))
-                except ConnectionRefusedError:  # told of the one before
+                except ConnectionRefusedError:  # reported by the one before
                     self.sender.sendto(b"x", (self.host, port))
 
         return send

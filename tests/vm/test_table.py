@@ -118,7 +118,7 @@ NEEDED = ("CREATE", "RECEIVE", "FREE", "CLOSE", "RELEASE", "FORK", "EXEC", "EXIT
 def test_where_a_needed_probe_is_refused_nobody_is_named_by_guess(
     module_file: Path, unloaded: None, probe: str
 ) -> None:
-    """A receiver that closes may leave its socket to a child that nobody has told of."""
+    """A receiver that closes may leave its socket to a child that nothing has reported."""
     insert(module_file, f"refuse={getattr(lib, f'SNIFFER_PROBE_{probe}')}")
     with Sniffer() as sniffer, listening() as seen, closing(udp_receiver()) as receiver:
         assert not int(sniffer.info()["canary"])

@@ -380,7 +380,7 @@ class Server:
             account: dict[str, Any] | Error
             try:
                 account = self._account(settled=True)
-            except Exception as error:  # each waiting function is told
+            except Exception as error:  # each waiting function is called
                 self._failures.add(error, "the account")
                 account = Error(FAILED)
             for stream, function in waiting:

@@ -158,7 +158,7 @@ class Watcher:
             self._news.notify_all()
 
     def _count_drops(self, portmap: PortMap) -> None:
-        """Each socket's for who used it last."""
+        """A socket's drops count for the process that used it last."""
         drops = self._drops.take(self.kernel.tables.values())
         if not drops:
             return

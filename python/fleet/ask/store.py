@@ -142,7 +142,7 @@ def ask(opened: Callable[[], FlowStore], question: Callable[[FlowStore], _T]) ->
 
 @contextmanager
 def _moving() -> Iterator[None]:
-    """Raises _Moved where a file that was listed is there no more."""
+    """Raises _Moved if a listed file is gone."""
     try:
         yield
     except (FileNotFoundError, duckdb.IOException) as error:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Captures that are read: formats, rows, whatever brings their bytes."""
+"""Captures that are read: formats, rows, wherever their bytes come from."""

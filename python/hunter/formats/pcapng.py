@@ -210,7 +210,7 @@ def _read_options(data: bytes, order: str) -> Iterator[Option]:
 
 
 def blocks(file: IO[bytes], name: str, head: bytes = b"") -> Iterator[Block]:
-    """Yield the blocks of a pcapng file, of which `head`, at most 8 bytes, is read already.
+    """Yield the blocks of a pcapng file. `head`: its first bytes, at most 8, that are read already.
 
     Each block has what its kind must have. Raises Error, with file and byte, where it is damaged,
     after all earlier blocks.

@@ -73,7 +73,7 @@ def escaped(name: str) -> str:
 
 @lru_cache(65536)
 def unescaped(text: str) -> str:
-    """Return the name of which escaped() made `text`."""
+    """Return the name from which escaped() made `text`."""
     if "\\" not in text:
         return text
     return _ESCAPE.sub(_character, text)
@@ -96,7 +96,7 @@ def cell(name: str) -> str:
 
 @lru_cache(65536)
 def uncell(text: str) -> str:
-    """Return the name of which cell() made `text`."""
+    """Return the name from which cell() made `text`."""
     if text.startswith("'") and _FORMULA.match(text, 1):
         text = text[1:]
     return unescaped(text)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The interface of all sources of packets, whatever names them."""
+"""The interface of all sources of packets."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class State:
         self.units = units
         self.paused = False
         self.shows_ended = kept_s == math.inf
-        """Whether ended processes that send no more are shown; a file has no others."""
+        """Whether ended processes are shown; a file has no others."""
         self._ended: set[RateKey] = set()
         self.namespaces = Namespaces(None)
         self.rates = Rates(kept_s)

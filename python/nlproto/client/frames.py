@@ -50,7 +50,7 @@ _REST = HEAD.size - _LENGTH
 
 
 class FrameError(Error):
-    """The other side broke the protocol. The connection is of no more use."""
+    """The other side broke the protocol. The connection cannot be used any more."""
 
 
 class Kind(enum.IntEnum):

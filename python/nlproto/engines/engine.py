@@ -65,7 +65,7 @@ class Engine(Protocol):
         ...
 
     def begin(self) -> int:
-        """Restart the stream here: `opening` is set anew. Returns CLOCK_MONOTONIC ns."""
+        """Restart the stream here: `opening` is set again. Returns CLOCK_MONOTONIC ns."""
         ...
 
     def finish(self, until_ns: int | None = None) -> Iterable[Event]:

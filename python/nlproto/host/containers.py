@@ -40,7 +40,7 @@ class Container(NamedTuple):
 
 
 UNKNOWN = Container()
-"""A container of which no file tells anything."""
+"""A container that no file describes."""
 
 _MAX_FILE = 4 << 20
 _MAX_USER_FILE = 1 << 20

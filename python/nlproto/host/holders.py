@@ -156,7 +156,7 @@ class Holders:
         self._known = set(alive)
 
     def _is_idle(self, pid: int) -> bool:
-        """Whether asking it is dear, and no packet was its."""
+        """Whether it is expensive to ask, and had no packet."""
         return self._traffic.get(pid, -(1 << 62)) + _TRAFFIC_NS < self._now_ns()
 
     def _measure(self, asked: Iterable[int], sockets: np.ndarray) -> None:
@@ -273,7 +273,8 @@ class Holders:
         self._wait_for_walk()
         pause_ns = self._pause_ns(missed)
         if self._now_ns() - self._went_ns < pause_ns:
-            self._found.exhaustive = self.complete and self._whole  # what others asked will do
+            # the last walk is recent enough
+            self._found.exhaustive = self.complete and self._whole
         elif self.due():
             with self._users.spend(uid):
                 self.walk()

@@ -222,7 +222,7 @@ class Overheard:
             self._renew(*self._places)
 
     def _renew(self, *inodes: int) -> None:
-        """Listen to these namespaces anew, beginning with the entries there now."""
+        """Listen to these namespaces again, beginning with the present entries."""
         for inode in inodes:
             if inode != self._own:
                 self._others.renew(inode)

@@ -8,7 +8,7 @@ gets the translated one.
 Its own network namespace's entry comes first. A flow of another namespace has the translation too
 (a container behind its host), if both belong to one user and no third one can be meant. Where
 several fit at one time and say different things, nothing is said. What one namespace makes of the
-ends may be translated once more in the next: then the last ends are told.
+ends may be translated once more in the next: then the last ends are reported.
 
 In one zone of a namespace only one connection at a time has an original tuple. So a beginning ends
 the connection that had it before. This matters because the kernel reports no end of connections

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Processes by identity (tgid, start_ns): what the kernel and /proc tell of them, bounded."""
+"""Processes by identity (tgid, start_ns): what the kernel and /proc say of them, bounded."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ _FIRST = ("cmdline", "ppid", "parents")
 
 
 def process_of_event(event: ProcessEvent) -> Process:
-    """The Process that an event tells of."""
+    """The Process that an event is about."""
     place = cgroups.NOWHERE
     if event.cgroup:
         place = cgroups.place_of(os.fsdecode(event.cgroup), cgroups.only_root_makes(""))

@@ -30,7 +30,7 @@ def _open(engine: str, notes: list[str]) -> Engine:
 
 
 def forget_ebpf(recorder: Recorder | None) -> None:
-    """Load engine ebpf anew, as a module would be: what exists now is older than it."""
+    """Load engine ebpf again, as a module would be: what exists now is older than it."""
     for engine in _EBPF:
         engine.__exit__(None, None, None)
     _EBPF.clear()

@@ -192,7 +192,7 @@ class Stage:
             self.control.hear()
 
     def reload(self) -> None:
-        """Load the module anew while sockets exist: they are then older than it."""
+        """Load the module again while sockets exist: they are then older than it."""
         self.control.tell({"reload": True})
         self.control.hear()
 

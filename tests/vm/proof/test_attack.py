@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The module while somebody attacks: bounds hold, and who talks all the while keeps his name.
+"""The module while somebody attacks: bounds hold, and a process that talks keeps its name.
 
 PACKET_HUNTER_LONG=1 plays each attack in full (attribution/c/attack.c). The kernel's watchdogs of
 stalls and lockups are read after each test, as everything that it says.

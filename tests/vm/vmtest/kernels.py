@@ -294,7 +294,7 @@ def cache_directory() -> Path:
 def unpack(kernel: Kernel, cache: Path) -> UnpackedKernel:
     """The kernel from the cache, or downloaded into it first (about 20 s, 0.8 GB).
 
-    :raises Unavailable: it is not in the cache, and the mirror has it no more or cannot be reached.
+    :raises Unavailable: it is not in the cache, and the mirror lacks it or cannot be reached.
     """
     root = cache / "kernels" / kernel.name
     root.parent.mkdir(parents=True, exist_ok=True)

@@ -368,7 +368,7 @@ def send_in_turns(sock: socket.socket, parent: Child) -> None:
 
 
 def messages_told() -> bool:
-    """Whether the module is told of who sends and receives (ftrace's own list)."""
+    """Whether the module follows send and receive calls (ftrace's own list)."""
     tracing = Path("/sys/kernel/tracing")
     if not (tracing / "enabled_functions").exists():
         subprocess.run(["mount", "-t", "tracefs", "tracefs", str(tracing)], check=True)

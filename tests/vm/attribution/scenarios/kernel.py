@@ -147,7 +147,7 @@ def returning(worker: Worker, wire: Wire, peer: tuple[str, int]) -> None:
 
 @scenario()
 def tcp_time_wait_reopened(stage: Stage) -> None:
-    """A SYN for a connection in TIME_WAIT goes to who listens now, not to who had it."""
+    """A SYN for a connection in TIME_WAIT goes to the present listener, not to its last owner."""
     with playing(stage):
         first = stage.spawn("first", closes_first)
         peer = ask(first)

@@ -162,7 +162,7 @@ def lends(worker: Worker, wire: Wire, here: str, there: str, inner: str) -> None
 
 @scenario(engines=("module",))
 def tunnel_over_a_lent_socket(stage: Stage) -> None:
-    """L2TP: the outer packets are those of who lent the socket, the inner the applications'."""
+    """L2TP: the outer packets belong to the lender of the socket, the inner to the applications."""
     other: Netns = stage.namespace()
     stage.veth(other, ("ve0", "ve1"), ("10.9.0.1/24", "10.9.0.2/24"))
     with playing(stage):

@@ -150,7 +150,7 @@ def pass_socket(stage: Stage, use: str, in_flight: int = 0) -> None:
 
 @scenario()
 def scm_rights_receiver_reads(stage: Stage) -> None:
-    """A socket passed over a UNIX socket belongs to who received it."""
+    """A socket passed over a UNIX socket belongs to the receiver."""
     pass_socket(stage, "recv")
 
 

@@ -194,7 +194,7 @@ NOTIF_RECV, NOTIF_SEND, NOTIF_ADDFD, ADDFD_SETFD = 0xC0502100, 0xC0182101, 0x401
 
 
 def be_supervised(link: socket.socket) -> None:
-    """Have whoever is behind `link` decide on each connect() of ours (seccomp)."""
+    """Let the process behind `link` decide on each connect() of ours (seccomp)."""
     code = b"".join(struct.pack("=HBBI", *one) for one in TELLS_OF_CONNECT)
     buffer = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("@HP", len(code) // 8, ctypes.addressof(buffer))

@@ -78,7 +78,7 @@ def makes_target(worker: Worker, wire: Wire, port: int) -> None:
 
 @scenario()
 def storage_target_in_kernel(stage: Stage) -> None:
-    """NVMe over TCP: the kernel serves on sockets made in the context of who configured it."""
+    """NVMe over TCP: the kernel serves on sockets made in the context of its configurer."""
     with playing(stage):
         maker = stage.spawn("maker", makes_target, 4420)
         maker.hear()

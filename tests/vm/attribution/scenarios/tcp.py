@@ -116,7 +116,7 @@ def late_closer(worker: Worker, wire: Wire) -> None:
     worker.also(claim, peer)
     peer.sendall(receive_all(peer, 10))
     wire.hear()
-    peer.close()  # our FIN meets FIN_WAIT2 of a process that is no more
+    peer.close()  # our FIN meets FIN_WAIT2 of a process that has exited
     wire.tell("closed")
     wire.hear()
 
@@ -277,7 +277,7 @@ def survive_reset(worker: Worker, wire: Wire) -> None:
 
 @scenario()
 def tcp_reset_by_close(stage: Stage) -> None:
-    """close() with SO_LINGER 0: the RST belongs to who closed, and arrives at its peer."""
+    """close() with SO_LINGER 0: the RST belongs to the closing process, and reaches its peer."""
     with playing(stage):
         stage.spawn("resetting", resetting, ask(stage.spawn("server", survive_reset)))
 

@@ -200,5 +200,5 @@ def ipvlan_l3(stage: Stage) -> None:
 
 @scenario()
 def ipvlan_l3s(stage: Stage) -> None:
-    """ipvlan in mode l3s receives in the host's namespace, too: not for who has the port there."""
+    """ipvlan in mode l3s also receives in the host's namespace: not for the port's holder there."""
     ipvlan(stage, "l3s")
