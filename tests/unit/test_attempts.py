@@ -64,7 +64,7 @@ def test_a_refusal_in_a_later_batch_is_of_who_asked_in_that_namespace() -> None:
     attempts = Attempts()
     both = np.concatenate([flow(went=SYN), flow(went=SYN, netns=2, tgid=6)])
     assert attempts.take(both, 0) == []
-    # the answer finds nobody any more: it is still of who asked
+    # nobody has the answer's socket: the refusal is still that of the process that asked
     (failed,) = attempts.take(flow(came=RST | ACK, netns=2, tgid=0), 1)
     assert (failed.tgid, failed.why) == (6, "refused")
     assert attempts.take(flow(came=SYN | ACK), 2) == []

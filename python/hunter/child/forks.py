@@ -34,7 +34,7 @@ Fork = tuple[int, int]
 
 
 class Forks:
-    """Knows which process forked which. A context manager, for the thread that will start the command.
+    """Knows which process forked which. A context manager, for the thread that starts the command.
 
     The kernel does not report processes that a setuid program starts. Raises OSError if it refuses
     (kernel.perf_event_paranoid, a container's rules).

@@ -185,7 +185,7 @@ def redirected_by_sockmap(stage: Stage) -> None:
         target.tell()
 
 
-# linux/seccomp.h, linux/filter.h: connect() is told to whoever has the descriptor, the rest goes on
+# linux/seccomp.h, linux/filter.h: connect() goes to the descriptor's holder, the rest goes on
 SYS_SECCOMP, SYS_CONNECT = 317, 42
 SET_MODE_FILTER, FLAG_NEW_LISTENER, PR_SET_NO_NEW_PRIVS = 1, 8, 38
 TELLS_OF_CONNECT = ((0x20, 0, 0, 0), (0x15, 0, 1, SYS_CONNECT), (0x06, 0, 0, 0x7FC00000),
