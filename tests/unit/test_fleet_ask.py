@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from fleet.ask.store import open_folder
 from fleet.ask.wanted import Wanted
 from fleet_rows import BEGIN, FIRST, RANGE, Folder, S, alone, joined
 from hunter.__main__ import main
+from hunter.cli.arguments import parser_of
 from nlproto.errors import Error, UsageError
 from nlproto.filters.parse import parse
 from nlproto.filters.words import quote
@@ -194,6 +196,28 @@ def test_an_end_without_a_partner_says_why(folder: Folder) -> None:
     assert {name for name, one in hosts.items() if not one.whole} == {"c", "e", "f"}
 
 
+@pytest.mark.parametrize("how", ["no_socket", "predates", "socket_gone"])
+def test_a_partner_without_a_process_says_why(
+    folder: Folder,
+    how: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("time.time_ns", lambda: RANGE.until_ns)
+    folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "curl")
+    folder.flow("b", "10.0.0.2:443", "10.0.0.1:40000", how=how)
+    folder.write()
+    command = ["fleet", "ends", "--store", str(folder.path)]
+    assert main(command) == 0
+    assert f"b - ({how})" in capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["server"]["host"], row["server"]["tgid"], row["server"]["how"]) == ("b", 0, how)
+    assert main(["fleet", "map", *command[2:], "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["client"], row["server"]) == ("curl", f"({how})")
+
+
 def test_what_was_told_twice_counts_once(folder: Folder) -> None:
     folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "curl")
     folder.write("part-0.parquet")
@@ -240,6 +264,84 @@ def test_who_takes_the_words_of_one_host(folder: Folder) -> None:
         assert who(store, Wanted(parse("domain ample.org")), 10) == (0, [])
         with pytest.raises(UsageError, match="neither an IP address nor a network"):
             who(store, Wanted(host="nonsense"), 10)
+
+
+NOW = datetime.now()
+SOON, LATE = NOW - timedelta(minutes=10), NOW - timedelta(minutes=2)
+WORDS_OF_WHO = {
+    "--port": ["443", "https"], "--proto": ["tcp"], "--host": ["10.0.0.2", "10.0.0.2/31"],
+    "--pid": ["77"], "--pname": ["curl", "cu*"], "--unit": ["cron", "cron.service"],
+    "--container": ["web", "docker:4f1c"], "--pod": ["default/web-0"],
+    "--domain": ["example.org"], "--netns": ["4026532000"],
+    "--since": ["10m", f"{SOON:%H:%M}", f"{SOON:%H:%M:%S}", f"{NOW - timedelta(days=1):%Y-%m-%d}",
+                f"{SOON:%Y-%m-%d %H:%M}", f"{SOON:%Y-%m-%dT%H:%M:%S}"],
+    "--until": ["2m", f"{LATE:%H:%M}", f"{LATE:%Y-%m-%d %H:%M}"],
+    "--limit": ["9"], "--socket": ["/nowhere"],
+}  # fmt: skip
+"""Options of `who` and values that fit one flow, of five minutes ago."""
+
+
+@pytest.mark.parametrize("option", WORDS_OF_WHO)
+def test_each_option_of_who_asks_the_fleet(
+    folder: Folder, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = int(NOW.timestamp() - 300) * S
+    folder.flow(
+        "a", "10.0.0.1:40000", "10.0.0.2:443", first=first, tgid=77, start_ns=5,
+        domain="www.example.org", netns=4026532000,
+    )  # fmt: skip
+    folder.process(
+        "a", 77, "curl", at_ns=first, exe="/usr/bin/curl", unit="cron.service",
+        pod="default/web-0", container="docker:4f1c0d2e9a3b", container_name="web",
+    )  # fmt: skip
+    folder.flow("b", "10.0.0.3:53", "10.0.0.4:40001", "named", protocol=17, first=first)
+    folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "old", first=first - 2 * 86_400 * S)
+    folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "young", first=first + 270 * S)
+    folder.write()
+    command = ["fleet", "who", "--store", str(folder.path), "--json", "--until", "1m", option]
+    for value in WORDS_OF_WHO[option]:
+        assert main([*command, value]) == 0, value
+        found = json.loads(capsys.readouterr().out)["rows"]
+        told = sorted(one["host"] for one in found)
+        any_fits = option in ("--since", "--until", "--limit", "--socket")
+        assert told == (["a", "b"] if any_fits else ["a"]), value
+
+
+def test_no_option_of_who_is_missing() -> None:
+    """`--by` has its own question: usage."""
+    of_who = set(parser_of("who")._option_string_actions)
+    assert of_who - set(parser_of("fleet")._option_string_actions) == set()
+    assert of_who == {"-h", "--help", "--by", "--json", *WORDS_OF_WHO}
+
+
+@pytest.mark.parametrize("words", [["443"], ["https"], ["443", "and", "tcp"], ["443 and not udp"]])
+def test_a_port_needs_no_word_as_with_who(
+    folder: Folder, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.time_ns", lambda: RANGE.until_ns)
+    folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "curl")
+    folder.write()
+    command = ["fleet", "who", "--store", str(folder.path)]
+    assert main([*command, *words]) == 0
+    assert main([*command, "444", *words[1:]]) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["prot", "443"], ["99999"], ["port"], ["less", "9"], ["uid", "root"], ["--netns", "default"],
+     ["--host", "nonsense"], ["--since", "25:00"], ["--since", "5m", "--until", "10m"],
+     ["--by", "unit"], ["--html", "x"], ["--nonsense"]],
+)  # fmt: skip
+def test_a_bad_word_is_one_line_and_what_it_points_at(
+    folder: Folder, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "curl")
+    folder.write()
+    assert main(["fleet", "who", "--store", str(folder.path), *words]) == 2
+    shown, told = capsys.readouterr()
+    first, *pointing = told.splitlines()
+    assert not shown and first.startswith("packet-hunter: ")
+    assert not pointing or (len(pointing) == 2 and set(pointing[1]) <= {" ", "^"})
 
 
 def test_usage_sums_up_by_what_is_asked(folder: Folder) -> None:

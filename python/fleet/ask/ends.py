@@ -311,7 +311,7 @@ SELECT {columns}, shown.* FROM shown LEFT JOIN detail c ON c.id = shown.c
     LEFT JOIN detail s ON s.id = shown.s
 ORDER BY shown.c IS NULL OR shown.s IS NULL, shown.last_ns DESC
 """
-PROGRAM = "coalesce(program, comm)"
+PROGRAM = "coalesce(program, nullif(comm, ''))"
 
 
 def join(store: FlowStore, wanted: Wanted, name: str, details: bool = False) -> None:

@@ -22,7 +22,7 @@ NAMES = {
     "pod": "pod",
     "user": '"user"',
 }
-"""What the ends of a map may be, and the column; if that is empty, the program."""
+"""What the ends of a map may be, and the column; if that is empty, the program, or why none."""
 
 _FAR = "coalesce(alone.domain, networks.network, regexp_replace(raddr, '[.][0-9]+$', '.0/24'))"
 _MAP = f"""
@@ -54,7 +54,7 @@ def service_map(
     {"client", "server": names, "service": port, "protocol", "connections", "bytes", "ambiguous",
     "reason"}. An unknown end is shown as its domain, else as its network, and `reason` says why.
     """
-    join(store, wanted, f"coalesce(nullif({NAMES[by]}, ''), {PROGRAM}, how)")
+    join(store, wanted, f"coalesce(nullif({NAMES[by]}, ''), {PROGRAM}, '(' || how || ')')")
     rows = store.rows("SELECT DISTINCT raddr FROM alone WHERE contains(raddr, ':')")
     far = [row["raddr"] for row in rows]
     networks = {"address": far, "network": [_network(one) for one in far]}

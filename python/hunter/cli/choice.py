@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from collections.abc import Sequence
 
-from hunter.cli import interfaces
+from hunter.cli import interfaces, values
 from hunter.cli.options import FLEET_WORDS, SUBCOMMANDS, Choice, FleetOptions
 from nlproto import Error
 from nlproto.filters.filter import EVERYTHING, Filter
 from nlproto.filters.mistakes import FilterError
 from nlproto.filters.parse import parse
-from nlproto.filters.words import MAX_LENGTH, NAME_WORDS, quote
+from nlproto.filters.words import MAX_LENGTH, NAME_WORDS, WORDS, quote
 
 __all__ = ["filter_of", "fleet_filter"]
 
@@ -51,12 +52,26 @@ def filter_of(choice: Choice, all_there: bool = True) -> Filter:
 def fleet_filter(options: FleetOptions) -> Filter:
     """Return the filter of a question to the fleet. Raises FilterError."""
     given = {word: getattr(options, word) for word in FLEET_WORDS}
-    texts = [_joined(options.filter), options.proto or ""]
+    texts = [_with_port(_joined(options.filter)), options.proto or ""]
     texts += [_any(word, [str(one)]) for word, one in given.items() if one is not None]
     result = EVERYTHING
     for text in texts:
         result = result & parse(text, elsewhere=True)
     return result
+
+
+def _with_port(text: str) -> str:
+    """Return the filter; what begins with a port, as `who 443`, is about that port."""
+    first = text.split(maxsplit=1)[:1]
+    return f"port {text}" if first and first[0] not in WORDS and _is_port(first[0]) else text
+
+
+def _is_port(word: str) -> bool:
+    try:
+        values.port(word)
+    except argparse.ArgumentTypeError:
+        return False
+    return True
 
 
 def _meant_command(error: FilterError) -> FilterError | None:

@@ -67,6 +67,7 @@ FLEET_WORDS = {
     "container": ("C", "of this container: name or id"),
     "pod": ("POD", "of this pod"),
     "domain": ("NAME", "to the host with this name, or a name below it"),
+    "netns": ("NS", "in network namespaces of this inode"),
 }
 """Options of `fleet` that are also words of its filter."""
 
@@ -244,6 +245,7 @@ class FleetOptions:
     container: str | None
     pod: str | None
     domain: str | None
+    netns: str | None
     since: float
     until: float
     """Seconds before now."""
