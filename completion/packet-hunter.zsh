@@ -101,6 +101,7 @@ _shtab_packet_hunter_fleet_options=(
   "--container[of this container\: name or id]:C:"
   "--pod[of this pod]:POD:"
   "--domain[to the host with this name, or a name below it]:NAME:"
+  "--netns[in network namespaces of this inode]:NS:"
   "--proto[tcp or udp]:P:(tcp udp)"
   "--since[so long ago (10m, 1d\; 1h), or since 14\:30, 2026-05-28 or both]:T:"
   "--until[up to then (now)]:T:"

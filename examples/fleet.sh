@@ -22,8 +22,8 @@ directory=$(readlink -f "$directory")
 started=
 end() {
 	trap - INT TERM EXIT
-	for pid in $started; do kill "$pid" 2>/dev/null || true; done
-	for pid in $started; do wait "$pid" || true; done
+	for part in $started; do kill "${part%:*}" 2>/dev/null || true; done
+	for part in $started; do wait "${part%:*}" 2>/dev/null || true; done
 }
 trap 'end; exit 0' INT TERM
 trap end EXIT
@@ -32,7 +32,7 @@ run() { # NAME COMMAND...
 	name=$1
 	shift
 	"$@" >"$directory/$name.log" 2>&1 &
-	started="$! $started" # the last one is ended first
+	started="$!:$name $started" # the last one is ended first
 }
 
 cat >"$directory/nats.conf" <<EOF
@@ -47,7 +47,11 @@ run export packet-hunter-export --socket "$directory/daemon.sock" --server "nats
 
 echo "running; ask with: packet-hunter fleet who --store $directory/hours"
 echo "logs are in $directory; Ctrl-C ends everything"
-while for pid in $started; do kill -0 "$pid" 2>/dev/null || die "a part ended: see $directory/*.log"; done; do
+while true; do
+	for part in $started; do
+		name=${part#*:}
+		kill -0 "${part%:*}" 2>/dev/null || die "$name ended: $(tail -n 1 "$directory/$name.log")"
+	done
 	sleep 1 &
 	wait $! || true
 done

@@ -37,7 +37,9 @@ SERVE = """
 import json, os, socket, sys
 truth = open(sys.argv[1], "a", buffering=1)
 with socket.create_server(("", int(sys.argv[2])), backlog=200) as listener:
-    truth.write("ready\\n")
+    if worker := os.fork():
+        truth.write("ready\\n")
+        os.waitpid(worker, 0)
     kept = []
     while True:
         one, far = listener.accept()
@@ -45,7 +47,7 @@ with socket.create_server(("", int(sys.argv[2])), backlog=200) as listener:
         truth.write(json.dumps([*one.getsockname(), *far, os.getpid()]) + "\\n")
         one.sendall(b"hello")
 """
-"""A server: FILE PORT. It keeps connections, and writes down which it has."""
+"""A server: FILE PORT. It listens; its child accepts, keeps and writes down what it has."""
 ASK = """
 import json, os, socket, sys
 truth = open(sys.argv[1], "a", buffering=1)
@@ -172,9 +174,12 @@ def told(truth: Path) -> dict[tuple[str, str], int]:
 
 
 def ends_by_way(
-    store: Path, since: int, port: int
+    store: Path, since: int, port: int, whole: bool = False
 ) -> dict[tuple[str, str, str], tuple[int, str, int]]:
-    """{(client's machine, local, remote): (its pid, server's machine, its pid)}, none ambiguous."""
+    """{(client's machine, local, remote): (its pid, server's machine, its pid)}, none ambiguous.
+
+    `whole`: there is no end without a partner.
+    """
     from fleet.ask.ends import ends
     from fleet.ask.store import FlowStore, Range, ask, open_folder
     from fleet.ask.wanted import Wanted
@@ -189,6 +194,7 @@ def ends_by_way(
 
     for one in ask(opened, lambda opened: ends(opened, Wanted(parse(f"port {port}")))[1]):
         client, server = one["client"], one["server"]
+        assert (client and server) or not whole, one
         if client and server:
             ways = [f"{client[f'{side}addr']}:{client[f'{side}port']}" for side in "lr"]
             assert not one["ambiguous"]

@@ -94,7 +94,7 @@ def test_every_connection_of_two_guests_has_both_its_processes(tmp_path: Path, e
             ended: dict[str, Any] = guest.receive(PATIENCE)
             assert ended["ended"] == 0, ended["log"]
         assert collector.stop() == 0, collector.text()
-    found = ends_by_way(store, since, PORT)
+    found = ends_by_way(store, since, PORT, whole=True)
     assert found.keys() == asked.keys()
     for (name, local, remote), pid in asked.items():
         client_pid, server_name, server_pid = found[name, local, remote]

@@ -70,6 +70,7 @@ def test_a_connection_becomes_a_row_that_names_its_process(
     process = next(row for row in rows(store, "procs") if row["tgid"] == os.getpid())
     assert process["start_ns"] == flows[0]["start_ns"]
     assert process["exe"] and process["name"].startswith("python")
+    assert process["cmdline"] == _program()
     last = max(rows(store, "account"), key=lambda row: row["at_ns"])
     assert last["exported"] == last["acknowledged"] + last["spooled"] + last["lost"]
     assert last["exported"] == len(rows(store, "flows"))
@@ -109,8 +110,16 @@ def test_a_connection_becomes_a_log_record_of_a_pipeline(
     assert one["source.address"] == one["destination.address"] == "127.0.0.1"
     assert one["destination.port"] == str(server[1])
     assert one["process.executable.path"] == os.readlink("/proc/self/exe")
+    assert one["process.command_line"] == _program()
     assert one["network.community_id"].startswith("1:")
     assert sum(int(one["source.bytes"]) for one in ours) > 1000
+
+
+def _program() -> str:
+    """What the daemon tells of a command line unless it is configured: its first word."""
+    words = Path("/proc/self/cmdline").read_bytes().split(b"\0")
+    assert len(words) > 2
+    return words[0].decode()
 
 
 def _attributes(record: Any) -> dict[Any, Any]:

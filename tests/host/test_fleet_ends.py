@@ -136,7 +136,7 @@ def test_every_connection_of_three_machines_has_both_its_processes(
         for one in made:
             one.close()
         assert collector.stop() == 0, collector.text()
-    found = ends_by_way(store, since, PORT)
+    found = ends_by_way(store, since, PORT, whole=True)
     answering = {
         (one.name, local, remote): pid
         for one in made

@@ -169,6 +169,25 @@ def test_through_nat_of_a_machine_on_the_way(folder: Folder) -> None:
         assert joined(ends(store, Wanted())[1]) == {("a curl", "b nginx")}
 
 
+@pytest.mark.parametrize("text", ["", "port 443", "pname worker*", "how listener"])
+def test_the_server_is_who_accepted_and_not_who_listens(folder: Folder, text: str) -> None:
+    """As from a machine whose history answers, or over two of an exporter's batches."""
+    for number, shift in enumerate((0, 3)):
+        near, far, first = "10.0.0.1:40000", "10.0.0.2:443", FIRST + shift * S
+        folder.flow("a", near, far, f"curl{number}", first=first)
+        folder.flow("b", far, near, "master", first=first, how="listener", tgid=7, flags=32)
+        folder.flow("b", far, near, f"worker{number}", first=first + S // 9, tgid=8 + number)
+    folder.account("a")
+    folder.flow("b", "10.0.0.2:443", "10.0.0.1:41000", "master", how="listener", tgid=7)
+    with folder.open() as store:
+        found = ends(store, Wanted(parse(text)))[1]
+    assert joined(found) == {("a curl0", "b worker0"), ("a curl1", "b worker1")}
+    assert {one["server"]["bytes_in"] for one in found if one["client"]} == {400}
+    assert {one["server"]["how"] for one in found if one["client"]} == {"socket"}
+    expected = {} if "pname" in text else {"b master": "unseen"}
+    assert alone(found) == expected
+
+
 def test_an_end_without_a_partner_says_why(folder: Folder) -> None:
     for host in "abcd":
         folder.account(host, range(600, 701, 20) if host == "c" else range(600, 1201, 60))

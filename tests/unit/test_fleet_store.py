@@ -26,6 +26,7 @@ from fleet.export.source import FlowSource
 from fleeting import rows
 from nlproto.errors import Error
 from nlproto.records.clock import Clock
+from nlproto.records.wire import lib
 from nlproto.tables.flows import pack_address
 from nlproto.tables.processes import Process
 from playing import flows
@@ -158,6 +159,30 @@ def test_flows_that_differ_in_one_thing_stay_apart(field: str) -> None:
     for some in (one, other, one):
         deltas.add(some, Clock(0, 0))
     assert sorted(deltas.take()["packets_out"].tolist()) == [1, 2]
+
+
+def test_what_was_the_listener_s_goes_to_who_accepted_the_connection() -> None:
+    """One port twice within a batch; and one whose first packets nobody accepted."""
+    listener, socket_ = lib.SNIFFER_HOW_LISTENER, lib.SNIFFER_HOW_SOCKET
+    deltas = Deltas()
+    for at, cookie, how, tgid, rport, opened in (
+        (1, 7, listener, 5, 1000, 2), (2, 0, listener, 5, 1000, 0), (3, 21, socket_, 6, 1000, 0),
+        (11, 7, listener, 5, 1000, 2), (12, 22, socket_, 8, 1000, 0),
+        (13, 7, listener, 5, 1001, 2), (14, 23, socket_, 6, 1002, 0),
+    ):  # fmt: skip
+        some = flows(0, 1, cookie=cookie, how=how, tgid=tgid, rport=rport, opened=opened)
+        some["first_ns"] = some["last_ns"] = at
+        some["flags"] = lib.SNIFFER_F_AMBIGUOUS if how == listener else 8
+        some["nat_lport"] = 80 if at == 2 else 0
+        deltas.add(some, Clock(0, 0))
+    names = ("cookie", "tgid", "first_ns", "last_ns", "packets_out", "opened", "flags", "nat_lport")
+    found = deltas.take()
+    assert sorted(zip(*(found[name].tolist() for name in names), strict=True)) == [
+        (7, 5, 13, 13, 1, 2, 32, 0),
+        (21, 6, 1, 3, 4, 2, 8, 80),
+        (22, 8, 12, 12, 1, 0, 8, 0),
+        (23, 6, 14, 14, 1, 0, 8, 0),
+    ]
 
 
 def old(count: Any, hours_ago: Any, first: int = 0, **fields: Any) -> Any:

@@ -93,8 +93,20 @@ SELECT host, hash(boot, netns, cookie, protocol, laddr, lport, raddr, rport, for
     protocol, laddr, lport, raddr, rport, forwarded, {{name}} AS name, initiated, client,
     {{translation}}, domain, {{details}} first_ns, last_ns,
     bytes_out::BIGINT AS bytes_out, bytes_in::BIGINT AS bytes_in, {{fits}} AS fits,
-    {_KEY} AS key, {_MIRROR} AS mirror
+    how = 'listener' AS early, {_KEY} AS key, {_MIRROR} AS mirror
 FROM ({NAMED}) {{touched}}
+"""
+# Before a connection is accepted, its packets are the listener's. They belong to who accepted it.
+_ACCEPTED = f"""
+UPDATE end_row SET flow = later.flow, name = later.name{{owner}}
+FROM (
+    SELECT e.host, e.flow AS early_flow, arg_min(s.name, s.first_ns) AS name,
+        {{chosen}} arg_min(s.flow, s.first_ns) AS flow
+    FROM end_row e JOIN end_row s ON s.host = e.host AND s.place = e.place AND s.key = e.key
+    WHERE e.early AND NOT s.early AND NOT s.forwarded
+        AND s.first_ns BETWEEN e.first_ns AND e.first_ns + {_WIDE_NS}
+    GROUP BY e.host, e.flow) later
+WHERE end_row.early AND end_row.host = later.host AND end_row.flow = later.early_flow
 """
 _REPEATED = """
 CREATE OR REPLACE TEMP TABLE repeated AS SELECT flow FROM end_row GROUP BY flow HAVING count(*) > 1
@@ -119,7 +131,8 @@ _PUT_TOGETHER = (
 )
 _NUMBERED = "CREATE OR REPLACE TEMP VIEW end_ AS SELECT rowid AS id, * FROM end_row"
 _OWNER = ("boot", "netns", "tgid", "start_ns")
-_DETAILS = (*_OWNER, "how", "flags", "packets_out", "packets_in")
+_OWN = (*_OWNER, "how", "flags")
+_DETAILS = (*_OWN, "packets_out", "packets_in")
 _SUMMED_DETAILS = """
     arg_max(how, last_ns) AS how, bit_or(flags) AS flags,
     sum(packets_out) AS packets_out, sum(packets_in) AS packets_in,
@@ -338,6 +351,15 @@ def join(store: FlowStore, wanted: Wanted, name: str, details: bool = False) -> 
         ),
         words,
     )
+    if store.rows("SELECT 1 FROM end_row WHERE early LIMIT 1"):
+        store.rows(
+            _ACCEPTED.format(
+                owner="".join(f", {one} = later.{one}" for one in _OWN if details),
+                chosen="".join(
+                    f"arg_min(s.{one}, s.first_ns) AS {one}, " for one in _OWN if details
+                ),
+            )
+        )
     store.rows(_REPEATED)
     if store.rows("SELECT 1 FROM repeated LIMIT 1"):
         same = [*_SAME, *(_OWNER if details else ())]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from fleet.wire import ROW
+from nlproto.records import wire
 from nlproto.records.clock import Clock
 from nlproto.records.wire import joined, taken
 from nlproto.tables.column_table import mix, random_seed
@@ -18,6 +19,8 @@ from nlproto.tables.flows import FLOW, KEY_FIELDS
 __all__ = ["Deltas", "rows_of"]
 
 _SUMS = ("packets_out", "bytes_out", "packets_in", "bytes_in")
+_NAT = ("nat_laddr", "nat_raddr", "nat_lport", "nat_rport")
+_AMBIGUOUS = np.uint32(wire.lib.SNIFFER_F_AMBIGUOUS)
 _COMPACT = 16384
 _NAMES = 1 << 16
 _OPENED = 1 << 17
@@ -67,7 +70,7 @@ class Deltas:
 
     def take(self) -> np.ndarray:
         """Return everything that waits, the latest last, and clear it."""
-        flows = self._merged()
+        flows = self._accepted(self._merged())
         self._parts = []
         self._recall(flows)
         return taken(flows, np.argsort(flows["last_ns"], kind="stable"))
@@ -83,6 +86,35 @@ class Deltas:
         flows["opened"][rows[~says]] = [know(key) or knew(key, 0) for key in keys[~says].tolist()]
         if len(self._opened) > _OPENED:
             self._opened_before, self._opened = self._opened, {}
+
+    def _accepted(self, flows: np.ndarray) -> np.ndarray:
+        """Add what was the listener's before a connection was accepted to who accepted it."""
+        early = flows["how"] == wire.lib.SNIFFER_HOW_LISTENER
+        if not early.any():
+            return flows
+        owned = (flows["proto"] == socket.IPPROTO_TCP) & (flows["forwarded"] == 0)
+        rows = np.flatnonzero(early | owned & (flows["tgid"] != 0))
+        keys = mix(tuple(_ends(taken(flows, rows))), self._seed)
+        rows = rows[order := np.lexsort((~early[rows], flows["first_ns"][rows], keys))]
+        # the next row of the same ends that is not the listener's
+        later = np.where(early[rows], len(rows), np.arange(len(rows)))
+        later = np.minimum.accumulate(later[::-1])[::-1]
+        same = later < len(rows)
+        same[same] = keys[order][later[same]] == keys[order][same]
+        found = np.flatnonzero(early[rows] & same)
+        old, new = rows[found], rows[later[found]]
+        for name in _SUMS:
+            np.add.at(flows[name], new, flows[name][old])
+        told = (flows["nat_lport"][old] != 0) & (flows["nat_lport"][new] == 0)
+        for name in _NAT:
+            flows[name][new[told]] = flows[name][old[told]]
+        np.bitwise_or.at(flows["flags"], new, flows["flags"][old] & ~_AMBIGUOUS)
+        np.maximum.at(flows["opened"], new, flows["opened"][old])
+        np.maximum.at(flows["domain"], new, flows["domain"][old])
+        np.minimum.at(flows["first_ns"], new, flows["first_ns"][old])
+        kept = np.ones(len(flows), bool)
+        kept[old] = False
+        return taken(flows, np.flatnonzero(kept))
 
     def _merged(self) -> np.ndarray:
         """Make one row for each flow. Two flows with one hash may stay apart: sums add up."""
@@ -109,7 +141,7 @@ class Deltas:
         merged["domain"] = np.maximum.reduceat(flows["domain"], starts)
         told = np.where(flows["nat_lport"] != 0, np.arange(len(flows)), -1)
         latest = np.maximum.reduceat(told, starts)
-        for name in ("nat_laddr", "nat_raddr", "nat_lport", "nat_rport"):
+        for name in _NAT:
             merged[name][latest >= 0] = flows[name][latest[latest >= 0]]
         merged["first_ns"] = np.minimum.reduceat(flows["first_ns"], starts)
         merged["last_ns"] = np.maximum.reduceat(flows["last_ns"], starts)
@@ -134,8 +166,14 @@ def _words(flows: np.ndarray) -> Iterator[np.ndarray]:
     """Return the key as a few columns."""
     yield flows["cookie"]
     yield flows["start_ns"]
+    yield flows["tgid"]
+    yield from _ends(flows)
+
+
+def _ends(flows: np.ndarray) -> Iterator[np.ndarray]:
+    """Return both ends of a connection, and where it is, as a few columns."""
     for name in ("laddr", "raddr"):
         yield flows[name][:, 0] ^ (flows[name][:, 1] * np.uint64(0x9E3779B97F4A7C15))
-    yield flows["tgid"].astype(np.uint64) << np.uint64(32) | flows["netns"]
+    yield flows["netns"]
     ports = flows["lport"].astype(np.uint64) << np.uint64(16) | flows["rport"]
     yield ports << np.uint64(8) | flows["proto"]
