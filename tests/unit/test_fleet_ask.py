@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -169,20 +170,27 @@ def test_through_nat_of_a_machine_on_the_way(folder: Folder) -> None:
         assert joined(ends(store, Wanted())[1]) == {("a curl", "b nginx")}
 
 
-@pytest.mark.parametrize("text", ["", "port 443", "pname worker*", "how listener"])
-def test_the_server_is_who_accepted_and_not_who_listens(folder: Folder, text: str) -> None:
+@pytest.mark.parametrize(
+    "early",
+    [{"how": "listener", "tgid": 7, "flags": 32}, {"how": "predates"},
+     {"how": "context", "tgid": 7, "cookie": 0}],
+)  # fmt: skip
+@pytest.mark.parametrize("text", ["", "port 443", "pname worker*"])
+def test_the_server_is_who_accepted_and_not_who_listens(
+    folder: Folder, early: dict[str, Any], text: str
+) -> None:
     """As from a machine whose history answers, or over two of an exporter's batches."""
     for number, shift in enumerate((0, 3)):
         near, far, first = "10.0.0.1:40000", "10.0.0.2:443", FIRST + shift * S
         folder.flow("a", near, far, f"curl{number}", first=first)
-        folder.flow("b", far, near, "master", first=first, how="listener", tgid=7, flags=32)
+        folder.flow("b", far, near, first=first, **early)
         folder.flow("b", far, near, f"worker{number}", first=first + S // 9, tgid=8 + number)
     folder.account("a")
-    folder.flow("b", "10.0.0.2:443", "10.0.0.1:41000", "master", how="listener", tgid=7)
+    folder.flow("b", "10.0.0.2:443", "10.0.0.1:41000", "master", how="listener")
     with folder.open() as store:
         found = ends(store, Wanted(parse(text)))[1]
     assert joined(found) == {("a curl0", "b worker0"), ("a curl1", "b worker1")}
-    assert {one["server"]["bytes_in"] for one in found if one["client"]} == {400}
+    assert sum(one["server"]["bytes_in"] for one in found if one["client"]) == 4 * 200
     assert {one["server"]["how"] for one in found if one["client"]} == {"socket"}
     expected = {} if "pname" in text else {"b master": "unseen"}
     assert alone(found) == expected

@@ -137,7 +137,7 @@ def test_keys_are_ranges_however_they_come() -> None:
 def test_deltas_add_up_and_a_flow_is_one_row() -> None:
     deltas = Deltas()
     for turn in range(50):
-        some = flows(0, 500, bytes_out=turn, uid=turn)
+        some = flows(1, 500, bytes_out=turn, uid=turn)
         some["first_ns"] = some["last_ns"] = 1000 + turn
         some["flags"] = 1 << turn % 3
         deltas.add(some, Clock(10**18, 0))
@@ -164,11 +164,13 @@ def test_flows_that_differ_in_one_thing_stay_apart(field: str) -> None:
 def test_what_was_the_listener_s_goes_to_who_accepted_the_connection() -> None:
     """One port twice within a batch; and one whose first packets nobody accepted."""
     listener, socket_ = lib.SNIFFER_HOW_LISTENER, lib.SNIFFER_HOW_SOCKET
+    predates = lib.SNIFFER_HOW_PREDATES
     deltas = Deltas()
     for at, cookie, how, tgid, rport, opened in (
         (1, 7, listener, 5, 1000, 2), (2, 0, listener, 5, 1000, 0), (3, 21, socket_, 6, 1000, 0),
         (11, 7, listener, 5, 1000, 2), (12, 22, socket_, 8, 1000, 0),
         (13, 7, listener, 5, 1001, 2), (14, 23, socket_, 6, 1002, 0),
+        (15, 7, predates, 0, 1003, 2), (16, 0, socket_, 5, 1003, 0), (17, 24, socket_, 6, 1003, 0),
     ):  # fmt: skip
         some = flows(0, 1, cookie=cookie, how=how, tgid=tgid, rport=rport, opened=opened)
         some["first_ns"] = some["last_ns"] = at
@@ -182,6 +184,7 @@ def test_what_was_the_listener_s_goes_to_who_accepted_the_connection() -> None:
         (21, 6, 1, 3, 4, 2, 8, 80),
         (22, 8, 12, 12, 1, 0, 8, 0),
         (23, 6, 14, 14, 1, 0, 8, 0),
+        (24, 6, 15, 17, 3, 2, 8, 0),
     ]
 
 

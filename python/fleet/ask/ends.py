@@ -84,6 +84,10 @@ WHERE {_KEY} IN (SELECT key FROM touched)
     OR nat_laddr IS NOT NULL AND {_NAT_KEY} IN (SELECT key FROM touched)
 """
 
+# The first packets of a TCP connection came to the listener's socket or left without one, so they
+# are flows of their own. They belong to who accepted it.
+_EARLY = """protocol = 6 AND NOT forwarded
+    AND (how IN ('listener', 'predates') OR tgid <> 0 AND cookie = 0)"""
 # One row for each flow of a host. Most flows have one row in a range, and only the others are put
 # together. What a host may make alike by a clever choice of its numbers is its own.
 _ENDS = f"""
@@ -93,18 +97,17 @@ SELECT host, hash(boot, netns, cookie, protocol, laddr, lport, raddr, rport, for
     protocol, laddr, lport, raddr, rport, forwarded, {{name}} AS name, initiated, client,
     {{translation}}, domain, {{details}} first_ns, last_ns,
     bytes_out::BIGINT AS bytes_out, bytes_in::BIGINT AS bytes_in, {{fits}} AS fits,
-    how = 'listener' AS early, {_KEY} AS key, {_MIRROR} AS mirror
+    {_EARLY} AS early, tgid <> 0 AS owned, {_KEY} AS key, {_MIRROR} AS mirror
 FROM ({NAMED}) {{touched}}
 """
-# Before a connection is accepted, its packets are the listener's. They belong to who accepted it.
 _ACCEPTED = f"""
 UPDATE end_row SET flow = later.flow, name = later.name{{owner}}
 FROM (
     SELECT e.host, e.flow AS early_flow, arg_min(s.name, s.first_ns) AS name,
         {{chosen}} arg_min(s.flow, s.first_ns) AS flow
     FROM end_row e JOIN end_row s ON s.host = e.host AND s.place = e.place AND s.key = e.key
-    WHERE e.early AND NOT s.early AND NOT s.forwarded
-        AND s.first_ns BETWEEN e.first_ns AND e.first_ns + {_WIDE_NS}
+    WHERE e.early AND NOT s.early AND s.owned AND NOT s.forwarded
+        AND s.first_ns BETWEEN e.first_ns AND e.last_ns + {_EDGE_NS}
     GROUP BY e.host, e.flow) later
 WHERE end_row.early AND end_row.host = later.host AND end_row.flow = later.early_flow
 """

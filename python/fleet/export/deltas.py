@@ -20,6 +20,7 @@ __all__ = ["Deltas", "rows_of"]
 
 _SUMS = ("packets_out", "bytes_out", "packets_in", "bytes_in")
 _NAT = ("nat_laddr", "nat_raddr", "nat_lport", "nat_rport")
+_LISTENER, _PREDATES = wire.lib.SNIFFER_HOW_LISTENER, wire.lib.SNIFFER_HOW_PREDATES
 _AMBIGUOUS = np.uint32(wire.lib.SNIFFER_F_AMBIGUOUS)
 _COMPACT = 16384
 _NAMES = 1 << 16
@@ -88,15 +89,19 @@ class Deltas:
             self._opened_before, self._opened = self._opened, {}
 
     def _accepted(self, flows: np.ndarray) -> np.ndarray:
-        """Add what was the listener's before a connection was accepted to who accepted it."""
-        early = flows["how"] == wire.lib.SNIFFER_HOW_LISTENER
+        """Add the first packets of a TCP connection to who accepted it.
+
+        They came to the listener's socket or left without one, so they are flows of their own.
+        """
+        tcp = (flows["proto"] == socket.IPPROTO_TCP) & (flows["forwarded"] == 0)
+        how, owned = flows["how"], flows["tgid"] != 0
+        early = tcp & ((how == _LISTENER) | (how == _PREDATES) | owned & (flows["cookie"] == 0))
         if not early.any():
             return flows
-        owned = (flows["proto"] == socket.IPPROTO_TCP) & (flows["forwarded"] == 0)
-        rows = np.flatnonzero(early | owned & (flows["tgid"] != 0))
+        rows = np.flatnonzero(early | tcp & owned)
         keys = mix(tuple(_ends(taken(flows, rows))), self._seed)
         rows = rows[order := np.lexsort((~early[rows], flows["first_ns"][rows], keys))]
-        # the next row of the same ends that is not the listener's
+        # the next row of the same ends that is the connection's own
         later = np.where(early[rows], len(rows), np.arange(len(rows)))
         later = np.minimum.accumulate(later[::-1])[::-1]
         same = later < len(rows)
