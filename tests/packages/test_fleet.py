@@ -60,6 +60,7 @@ def test_the_fleet_s_programs_run_and_a_folder_is_asked(installed: Root, version
         path = f"/lib/systemd/system/packet-hunter-{unit}.service"
         text = installed.run(f"cat {path} || cat /usr{path}").stdout
         assert f"ExecStart=/usr/bin/packet-hunter-{unit} " in text
+        assert installed.run(f"systemd-analyze verify packet-hunter-{unit}.service").stdout == ""
 
 
 def test_the_base_package_grows_by_nothing_and_finds_nothing(

@@ -455,10 +455,13 @@ def test_a_map_is_a_page_that_runs_nothing(
     folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hunter.fleet.fleet.time.time_ns", lambda: RANGE.until_ns)
-    folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "<script>alert(1)</script>")
+    for port in range(441, 448):
+        folder.flow("a", "10.0.0.1:40000", f"10.0.0.2:{port}", "<script>alert(1)</script>")
     folder.write()
     page = tmp_path / "map.html"
     words = ["fleet", "map", "--store", str(folder.path), "--since", "10m", "--html", str(page)]
     assert main(words) == 0
     text = page.read_text()
     assert "<script" not in text and "&lt;script&gt;" in text and "<svg" in text
+    assert text.count("<tr><td>") == 7
+    assert text.count("<path") == 1 and "tcp 445 and 2 more; 2.1 KiB outside</title>" in text

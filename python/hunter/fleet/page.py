@@ -14,8 +14,10 @@ from hunter.show.units import amount
 __all__ = ["of_map"]
 
 _HEIGHT, _WIDTH, _MIDDLE = 26, 1100, 340
-_DRAWN = 300
-"""Edges in the drawing; the table has all."""
+_DRAWN = 150
+"""Lines in the drawing; the table has all."""
+_TOLD = 5
+"""Services that a line names."""
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Service map</title>
@@ -23,11 +25,12 @@ _PAGE = """<!doctype html>
 <style>
 body {{ font: 15px system-ui, sans-serif; margin: 2em; color: #222; background: #fff }}
 svg text {{ font: 13px system-ui, sans-serif; fill: #222 }}
-svg path {{ fill: none; stroke: #3b7dd8; stroke-opacity: .45 }}
+svg path {{ fill: none; stroke: #3b7dd8; stroke-opacity: .4 }}
+svg path:hover {{ stroke-opacity: 1 }}
 svg path.part {{ stroke: #c77d0a; stroke-dasharray: 4 3 }}
 table {{ border-collapse: collapse; margin-top: 2em }}
 td, th {{ padding: .2em .8em; text-align: left; border-bottom: 1px solid #ddd }}
-td.n {{ text-align: right; font-variant-numeric: tabular-nums }}
+td.n, th.n {{ text-align: right; font-variant-numeric: tabular-nums }}
 @media (prefers-color-scheme: dark) {{
  body {{ color: #ddd; background: #181a1b }} svg text {{ fill: #ddd }}
  td, th {{ border-color: #444 }}
@@ -35,7 +38,7 @@ td.n {{ text-align: right; font-variant-numeric: tabular-nums }}
 </style></head><body>
 <h1>Service map</h1><p>{when}. {hosts}</p>
 {drawing}
-<table><tr><th>client<th>server<th>service<th>connections<th>bytes<th>why</tr>
+<table><tr><th>client<th>server<th>service<th class="n">connections<th class="n">bytes<th>why</tr>
 {rows}
 </table></body></html>"""
 
@@ -47,13 +50,15 @@ def of_map(rows: Sequence[Mapping[str, Any]], range: Any, hosts: Sequence[Any]) 
         for ns in (range.since_ns, range.until_ns)
     )
     partial = [plain(one.name) for one in hosts if not one.whole]
-    told = f"{len(hosts)} machines." if hosts else "One machine's own history."
+    told = (
+        f"{len(hosts)} machine{'s' * (len(hosts) != 1)}." if hosts else "One machine's own history."
+    )
     if partial:
         told += f" Silent or with losses: {', '.join(partial)}."
     return _PAGE.format(
         when=f"{begin} to {end}",
         hosts=escape(told),
-        drawing=_drawing(rows[:_DRAWN]),
+        drawing=_drawing(rows),
         rows="\n".join(map(_row, rows)),
     )
 
@@ -75,22 +80,31 @@ def _row(one: Mapping[str, Any]) -> str:
 
 
 def _drawing(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Clients on the left, servers on the right, a line for each pair."""
+    """Clients on the left, servers on the right, a line for each pair: wider if more bytes."""
+    pairs: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for one in rows:
+        pairs.setdefault((one["client"], one["server"], _why(one)), []).append(one)
+    bytes_of = {pair: sum(one["bytes"] for one in some) for pair, some in pairs.items()}
+    drawn = sorted(pairs, key=lambda pair: -bytes_of[pair])[:_DRAWN]
+    if not drawn:
+        return ""
     sides = [
         {name: (number + 1) * _HEIGHT for number, name in enumerate(dict.fromkeys(names))}
-        for names in ([one[side] for one in rows] for side in ("client", "server"))
+        for names in ([pair[side] for pair in drawn] for side in (0, 1))
     ]
-    if not rows:
-        return ""
-    most = max(one["bytes"] for one in rows) or 1
+    most = bytes_of[drawn[0]] or 1
     lines = []
-    for one in rows:
-        left, right = sides[0][one["client"]] - 4, sides[1][one["server"]] - 4
+    for pair in drawn:
+        client, server, why = pair
+        left, right = sides[0][client] - 4, sides[1][server] - 4
         begin, end = _MIDDLE, _WIDTH - _MIDDLE
         bend = (begin + end) // 2
-        width = 1 + 7 * (one["bytes"] / most) ** 0.5
-        kind = ' class="part"' if _why(one) else ""
-        title = f"{one['client']} > {one['server']} {_service(one)} {_why(one)}"
+        width = 1 + 7 * (bytes_of[pair] / most) ** 0.5
+        kind = ' class="part"' if why else ""
+        services = [_service(one) for one in pairs[pair]]
+        more = f" and {len(services) - _TOLD} more" if len(services) > _TOLD else ""
+        size = amount(bytes_of[pair], "bin-bytes")
+        title = f"{client} > {server}: {', '.join(services[:_TOLD])}{more}; {size} {why}"
         lines.append(
             f'<path{kind} stroke-width="{width:.1f}" d="M{begin} {left} C{bend} {left} {bend}'
             f' {right} {end} {right}"><title>{escape(plain(title))}</title></path>'
