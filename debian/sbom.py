@@ -2,7 +2,8 @@
 """Prints what is shipped and what it needs, as CycloneDX 1.5 JSON (make sbom).
 
 Versions of libraries are those that pyproject.toml allows: which one runs, the system decides. What
-is compiled in (vendor.txt) has its version and hash. The same tree gives the same bytes.
+is compiled in (vendor.txt) or shipped (wheels.txt) has its version and hashes. The same tree gives
+the same bytes.
 """
 from __future__ import annotations
 
@@ -55,19 +56,25 @@ def _libraries(project: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _vendored() -> dict[str, dict[str, Any]]:
     found = {}
-    for line in (ROOT / "debian/vendor.txt").read_text().split("\n"):
-        pinned = re.match(r"([\w.-]+)==(\S+) --hash=sha256:([0-9a-f]{64})$", line)
-        if pinned is not None:
-            purl = f"pkg:pypi/{pinned[1]}@{pinned[2]}"
+    for file, scope, how in (
+        ("vendor.txt", "required", "compiled into the Debian packages"),
+        ("wheels.txt", "optional", "in packet-hunter-fleet as its makers built it; a hash a file"),
+    ):
+        text = (ROOT / "debian" / file).read_text().replace("\\\n", "")
+        for name, version, hashes in re.findall(
+            r"^([\w.-]+)==(\S+)((?:\s+--hash=\S+)+)$", text, re.M
+        ):
+            purl = f"pkg:pypi/{name}@{version}"
+            digests = re.findall(r"sha256:([0-9a-f]{64})", hashes)
             found[purl] = {
                 "type": "library",
                 "bom-ref": purl,
-                "name": pinned[1],
-                "version": pinned[2],
+                "name": name,
+                "version": version,
                 "purl": purl,
-                "scope": "required",
-                "description": "compiled into the Debian package",
-                "hashes": [{"alg": "SHA-256", "content": pinned[3]}],
+                "scope": scope,
+                "description": how,
+                "hashes": [{"alg": "SHA-256", "content": one} for one in digests],
             }
     return found
 

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -142,7 +144,7 @@ _UNITS = ("ms", "us", "ns", "milliseconds", "microseconds", "minutes", "hours", 
 
 
 def test_names_follow_prometheus_s_conventions(tmp_path: Path) -> None:
-    """What `promtool check metrics` looks for (prometheus/util/promlint), by its rules."""
+    """By the rules of `promtool check metrics` (prometheus/util/promlint); and it, if installed."""
     processes = Processes()
     processes.restore([Process(1, 10, unit="a.service", container="docker:0123456789ab")])
     with Metrics(Config(metrics=str(tmp_path / "m")), lambda: FIGURES, processes) as metrics:
@@ -163,6 +165,10 @@ def test_names_follow_prometheus_s_conventions(tmp_path: Path) -> None:
                 assert not sample.name.endswith(("_count", "_sum", "_bucket"))
             assert not {"le", "quantile", "job", "instance"} & sample.labels.keys()
             assert all(re.fullmatch("[a-z][a-z_]*", label) for label in sample.labels)
+    if promtool := shutil.which("promtool"):
+        found = subprocess.run([promtool, "check", "metrics"], input=exposed, text=True,
+                               capture_output=True)  # fmt: skip
+        assert (found.returncode, found.stdout + found.stderr) == (0, "")
     for line in exposed.splitlines():
         name = re.sub(r"_(total|sum|count)$", "", re.split(r"[ {]", line.lstrip("# "))[0])
         if not line.startswith("#"):
