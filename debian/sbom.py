@@ -5,6 +5,7 @@ Versions of libraries are those that pyproject.toml allows: which one runs, the 
 is compiled in (vendor.txt) or shipped (wheels.txt) has its version and hashes. The same tree gives
 the same bytes.
 """
+
 from __future__ import annotations
 
 import hashlib
