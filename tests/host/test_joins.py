@@ -155,6 +155,16 @@ def comments(path: Any) -> Any:
     return done.stdout.splitlines()
 
 
+def all_talk(pairs: Any) -> None:
+    """Let each pair connect and talk, all at once."""
+    for pair in pairs:
+        pair.stdin.write("\n")
+        pair.stdin.flush()
+    for pair in pairs:
+        assert pair.stdout.readline() == "connected\n"
+        assert pair.stdout.readline() == "talked\n"
+
+
 def known(daemon: Any, count: Any, **question: Any) -> None:
     """Wait until `count` flows of clients or servers are named in the history."""
     with DaemonClient(daemon) as client:
@@ -179,12 +189,7 @@ def twins(namespaces: list[str], daemon: Any, tmp_path: Path) -> Iterator[tuple[
             # what passes from now on is recorded
             until(lambda: numbers <= {one["netns"] for one in client.who(port=9)["flows"]})
         with tcpdump(trace, "tcp", netns=namespaces[0]):
-            for pair in pairs:
-                pair.stdin.write("\n")
-                pair.stdin.flush()
-            for pair in pairs:
-                assert pair.stdout.readline() == "connected\n"
-                assert pair.stdout.readline() == "talked\n"
+            all_talk(pairs)
             known(daemon, 4, port=40000, pname=None)
         yield trace, namespaces
 
@@ -253,12 +258,7 @@ def test_no_view_mixes_two_namespaces_with_one_tuple(namespaces: list[str], tmp_
         )
         while "Ctrl-C ends" not in (line := there(hunter.stderr).readline()):
             assert line, "the hunter ended at once"
-        for pair in pairs:
-            pair.stdin.write("\n")
-            pair.stdin.flush()
-        for pair in pairs:
-            assert pair.stdout.readline() == "connected\n"
-            assert pair.stdout.readline() == "talked\n"
+        all_talk(pairs)
         known(daemon.path, 4, port=40000, pname=None)
         hunter.send_signal(signal.SIGINT)
         hunter.communicate(timeout=patient(20))
