@@ -75,11 +75,11 @@ enum sniffer_limits {
 	SNIFFER_COMM_LEN	= 16,	/* TASK_COMM_LEN */
 	SNIFFER_EXE_LEN		= 256,	/* a longer path keeps its tail */
 	SNIFFER_CGROUP_LEN	= 256,	/* a longer path is left out */
-	SNIFFER_BATCH_MAX	= 252,	/* records a message at most */
+	SNIFFER_BATCH_MAX	= 252,	/* most records in a message */
 	SNIFFER_BATCH_DEFAULT	= 128,	/* fills 16 KiB of pages exactly */
 	SNIFFER_FLUSH_MS_MAX	= 1000,
 	SNIFFER_FLUSH_MS_DEFAULT = 20,
-	SNIFFER_SNAP_LEN	= 128,	/* packet bytes in a snap at most */
+	SNIFFER_SNAP_LEN	= 128,	/* most packet bytes in a snap */
 	SNIFFER_HOW_SLOTS	= 32,
 };
 

@@ -8,11 +8,11 @@
 
 static unsigned int batch = SNIFFER_BATCH_DEFAULT;
 module_param(batch, uint, 0444);
-MODULE_PARM_DESC(batch, "records a message at most, 1 to 252 (default 128)");
+MODULE_PARM_DESC(batch, "the most records in a message, 1 to 252 (default 128)");
 
 static unsigned int flush_ms = SNIFFER_FLUSH_MS_DEFAULT;
 module_param(flush_ms, uint, 0444);
-MODULE_PARM_DESC(flush_ms, "milliseconds a record waits at most, 1 to 1000 (default 20)");
+MODULE_PARM_DESC(flush_ms, "the longest time that a record waits, in ms, 1 to 1000 (default 20)");
 
 /**
  * sniffer_config_batch - the most records in a message

@@ -87,7 +87,7 @@ static void listen_tell(bool on)
 		return;
 	listen_told = on;
 	if (!sniffer_probes_tell_messages(on) && on)
-		pr_warn_once("sniffer: who sends and receives cannot be told: users of shared sockets may be unknown\n");
+		pr_warn_once("sniffer: send and receive calls cannot be probed: users of shared sockets may be unknown\n");
 	if (on && listen_look(true))
 		sniffer_seed_calls();
 }

@@ -40,7 +40,7 @@
 
 static unsigned int refuse;
 module_param(refuse, uint, 0444);
-MODULE_PARM_DESC(refuse, "enum sniffer_probe of those not to use, for tests (default 0)");
+MODULE_PARM_DESC(refuse, "enum sniffer_probe of probes not to use, for tests (default 0)");
 
 /* Value of /sys/module/sniffer/parameters/missed. */
 static int probes_get_missed(char *buffer, const struct kernel_param *param)
@@ -50,7 +50,7 @@ static int probes_get_missed(char *buffer, const struct kernel_param *param)
 
 static const struct kernel_param_ops probes_missed_ops = { .get = probes_get_missed };
 module_param_cb(missed, &probes_missed_ops, NULL, 0444);
-MODULE_PARM_DESC(missed, "read: events that kprobes left out; ftrace leaves out none");
+MODULE_PARM_DESC(missed, "read: calls that kprobes missed; ftrace misses none");
 
 /* Set at load only, but for the last one, which the canary's handler alone writes. */
 static u32 probes_registered;	/* enum sniffer_probe */

@@ -26,7 +26,7 @@
 
 static unsigned int max_processes = 32768;
 module_param(max_processes, uint, 0444);
-MODULE_PARM_DESC(max_processes, "processes in the process table at most (default 32768)");
+MODULE_PARM_DESC(max_processes, "the most processes in the process table (default 32768)");
 
 static struct hlist_head process_table[1 << PROCESS_BITS];
 /*

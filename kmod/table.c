@@ -15,7 +15,7 @@
 
 static unsigned int max_sockets = 262144;
 module_param(max_sockets, uint, 0444);
-MODULE_PARM_DESC(max_sockets, "sockets in the owner table, 64 to 16777216 (default 262144)");
+MODULE_PARM_DESC(max_sockets, "the most sockets in the owner table, 64 to 16777216 (default 262144)");
 
 /* See table.h. Set at load only. */
 struct hlist_head *sniffer_owner_cookies;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * For comparison: a module in the plain way. Each packet at LOCAL_IN and
- * LOCAL_OUT becomes a Netlink message of its own to one reader, who says hello.
+ * For comparison: a plain module. Each packet at LOCAL_IN and LOCAL_OUT becomes a
+ * Netlink message of its own to one reader, which says hello.
  */
 #include <linux/ip.h>
 #include <linux/module.h>

@@ -22,9 +22,9 @@ __all__ = ["REASONS", "ends", "join"]
 
 REASONS = {
     "outside": "no machine of the fleet has that address",
-    "silent": "the machine that has that address told nothing then",
-    "lost": "the machine that has that address lost records then",
-    "unseen": "the machine that has that address saw no such connection",
+    "silent": "the machine with that address sent nothing then",
+    "lost": "the machine with that address lost records then",
+    "unseen": "the machine with that address saw no such connection",
     "forwarded": "it passed through a machine to one that is not in the fleet",
     "local": "the other end is on the same machine and was not recorded",
 }

@@ -48,7 +48,7 @@ def closing(
     if total > shown:
         console.print(f"{total - shown:,} more: --limit {total}", style="dim")
     if truncated:
-        console.print("the daemon had more flows than it told: ask for less time", style="dim")
+        console.print("the daemon has more flows than it returned: ask for less time", style="dim")
     for what, some in (
         (
             "silent for two minutes, or not read by their exporters",

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: MIT
 /*
- * ringhold TRUTH WAY COUNT: uses a UDP socket that it has by an io_uring alone,
- * then lets go of it that way: exit, close, unregister, update, exec, op_close
- * or op_update. A child has the only descriptor, and never uses it. Told are the
- * port, then that the socket is the child's, and each is answered. By one_of_two,
- * ring_fd and thread (which has a table of its own, and the ring in it) it is
- * still its own, and waits exits without having used it since it closed its
- * descriptor. Datagrams of 5 bytes come before that, of 6 after it.
+ * ringhold TRUTH WAY COUNT: uses a UDP socket that it has only through an io_uring.
+ * Then it gives the socket up in that way: exit, close, unregister, update, exec,
+ * op_close or op_update. A child has the only descriptor, and never uses it. It
+ * reports the port, then that the socket is the child's, and waits for an answer to
+ * each.
+ * - one_of_two, ring_fd, thread: it still has the socket. The thread has a table of
+ *   its own, and the ring in it.
+ * - waits: it exits without a use since it closed its descriptor.
+ * Datagrams before that have 5 bytes, those after it 6.
  *
- * ringhold TRUTH direct PORT: sends from a socket that never had a descriptor to
- * PORT of 127.0.0.1, closes a range of others, tells, and waits for an answer.
+ * ringhold TRUTH direct PORT: sends to PORT of 127.0.0.1 from a socket that never had
+ * a descriptor. It closes a range of others, reports that, and waits for an answer.
  */
 #include "truth.h"
 #include <linux/io_uring.h>
@@ -107,7 +109,7 @@ static int can(struct ring *ring, const char *way)
 {
 	struct io_uring_rsrc_update update = { .offset = -1U, .data = ring->fd };
 
-	/* who does not know numbers of the ring's own tries to close the descriptor */
+	/* a kernel without file numbers of the ring's own tries to close the descriptor */
 	if (!strcmp(way, "op_close") && operate(ring, &(struct io_uring_sqe){
 			.opcode = IORING_OP_CLOSE, .fd = -1, .file_index = 1 }) == -EBADF)
 		return -EOPNOTSUPP;
