@@ -64,7 +64,7 @@ def _start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             daemon.process.wait()
 
 
-def _as(uid: Any, code: Any, *arguments: Any) -> Any:
+def _as(uid: int, code: Any, *arguments: Any) -> Any:
     """Run `code` as another user."""
     head = (
         "import json, os, socket, sys, time\n"

@@ -181,7 +181,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as full:
 
 
 def test_packets_that_found_no_room_count_for_who_did_not_read_them(
-    start: Any, directory: Any
+    start: StartDaemon, directory: Path
 ) -> None:
     metrics = str(directory / "metrics")
     daemon = start(config=f"metrics: {metrics}\n")

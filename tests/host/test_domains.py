@@ -17,6 +17,7 @@ import pytest
 
 from asking import SERVER, ZONE, Client, named, stub
 from asking import seen as flow_seen
+from daemons import Daemon, StartDaemon
 from nameserver import AAAA, NameServer
 from nlproto.client.client import DaemonClient
 from talking import looking
@@ -66,7 +67,7 @@ def seen(daemon: Any, client: Any) -> Any:
     ],
 )
 def test_a_far_end_has_the_name_that_the_process_asked_for(
-    daemon: Any, connect: Any, name: str, address: str, more: dict[str, Any]
+    daemon: Daemon, connect: Any, name: str, address: str, more: dict[str, Any]
 ) -> None:
     client = connect(name, address, **more)
     assert named(daemon.path, client, name.lower())
@@ -77,11 +78,11 @@ def test_a_far_end_has_the_name_that_the_process_asked_for(
     assert heard["names"] and heard["dropped"] == 0
 
 
-def test_an_address_of_a_name_that_nobody_asked_for_has_none(daemon: Any, connect: Any) -> None:
+def test_an_address_of_a_name_that_nobody_asked_for_has_none(daemon: Daemon, connect: Any) -> None:
     assert seen(daemon, connect("other.example", "127.0.53.82"))["domain"] == ""
 
 
-def test_who_asks_the_systems_resolver_has_the_name_itself(daemon: Any, connect: Any) -> None:
+def test_who_asks_the_systems_resolver_has_the_name_itself(daemon: Daemon, connect: Any) -> None:
     """And who asks it without DNS, as nss-resolve does, has what the resolver asked for."""
     with stub("127.0.0.53", 53, SERVER, "systemd-resolve"):
         client = connect("shared.example", "127.0.53.84", server="127.0.0.53")
@@ -112,7 +113,7 @@ chain post {
 
 
 @pytest.mark.parametrize("stay", [True, False], ids=["it stays", "it ends at once"])
-def test_who_asks_dockers_resolver_has_the_name(daemon: Any, stay: bool) -> None:
+def test_who_asks_dockers_resolver_has_the_name(daemon: Daemon, stay: bool) -> None:
     """127.0.0.11 answers from another port of the container's own namespace, behind NAT."""
     with place() as lab:
         lab.rules(DOCKER, "box")
@@ -136,14 +137,16 @@ def test_who_asks_dockers_resolver_has_the_name(daemon: Any, stay: bool) -> None
         assert {one["domain"] for one in until(asks, 30, "the name")} == {"far.example"}
 
 
-def test_a_name_ends_with_its_time_to_live(daemon: Any, connect: Any) -> None:
+def test_a_name_ends_with_its_time_to_live(daemon: Daemon, connect: Any) -> None:
     in_time = connect("short.example", "127.0.53.85")
     late = connect("short.example", "127.0.53.85", wait=6.5)
     assert named(daemon.path, in_time, "short.example")
     assert seen(daemon, late)["domain"] == ""
 
 
-def test_names_are_in_the_file_of_the_history(start: Any, connect: Any, tmp_path: Path) -> None:
+def test_names_are_in_the_file_of_the_history(
+    start: StartDaemon, connect: Any, tmp_path: Path
+) -> None:
     daemon = start(config=f"history: {tmp_path}/history.db\n")
     client = connect("www.example", "127.0.53.80")
     assert named(daemon.path, client, "www.example")
@@ -152,7 +155,7 @@ def test_names_are_in_the_file_of_the_history(start: Any, connect: Any, tmp_path
     assert named(again.path, client, "www.example")
 
 
-def test_lines_and_filters_have_the_name(daemon: Any, connect: Any) -> None:
+def test_lines_and_filters_have_the_name(daemon: Daemon, connect: Any) -> None:
     process, end = looking(daemon.path, "domain", "example")
     client = connect("www.example", "127.0.53.80")
     first = there(process.stdout).readline()
@@ -161,7 +164,7 @@ def test_lines_and_filters_have_the_name(daemon: Any, connect: Any) -> None:
     assert all("[www.example]" in line for line in rest.splitlines())
 
 
-def test_saved_names_are_read_again(daemon: Any, connect: Any, tmp_path: Path) -> None:
+def test_saved_names_are_read_again(daemon: Daemon, connect: Any, tmp_path: Path) -> None:
     saved = str(tmp_path / "names.pcapng")
     process, end = looking(daemon.path, "--print", "-w", saved, "domain", "alias.example")
     connect("alias.example", "127.0.53.81")
@@ -172,7 +175,7 @@ def test_saved_names_are_read_again(daemon: Any, connect: Any, tmp_path: Path) -
     assert rows and {row["domain"] for row in rows} == {"alias.example"}
 
 
-def test_who_asks_by_name(daemon: Any, connect: Any) -> None:
+def test_who_asks_by_name(daemon: Daemon, connect: Any) -> None:
     client = connect("www.example", "127.0.53.80")
     assert named(daemon.path, client, "www.example")
     words = [sys.executable, "-m", "hunter", "who", "--socket", daemon.path]
@@ -215,7 +218,7 @@ def _tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     server.wait()
 
 
-def accepts(address: Any, port: Any) -> bool:
+def accepts(address: Any, port: int) -> bool:
     try:
         socket.create_connection((address, port)).close()
     except OSError:
@@ -240,7 +243,7 @@ class TlsClient:
 
 @pytest.mark.parametrize("protocols", [0, 20, 60])
 def test_who_speaks_tls_has_the_name_of_its_client_hello(
-    start: Any, tls: None, protocols: int
+    start: StartDaemon, tls: None, protocols: int
 ) -> None:
     """A real ClientHello, of 500 bytes to 15 KiB; without a name it has none.
 
@@ -253,7 +256,7 @@ def test_who_speaks_tls_has_the_name_of_its_client_hello(
         client.end()
 
 
-def test_tls_is_not_looked_at_unless_it_is_asked_for(daemon: Any, tls: None) -> None:
+def test_tls_is_not_looked_at_unless_it_is_asked_for(daemon: Daemon, tls: None) -> None:
     client = TlsClient("hidden.example")
     assert seen(daemon, client)["domain"] == ""
     client.end()

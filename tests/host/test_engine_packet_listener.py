@@ -84,20 +84,20 @@ def engine(request: pytest.FixtureRequest) -> Iterator[PacketEngine]:
         yield opened
 
 
-def records(engine: Any, port: Any) -> Any:
+def records(engine: Any, port: int) -> Any:
     """What `engine` has to say now of packets with `port` at either end."""
     parts = [batch.records.copy() for batch in engine.finish() if hasattr(batch, "records")]
     found = np.concatenate([np.zeros(0, wire.RECORD), *parts])
     return found[(found["sport"] == port) | (found["dport"] == port)]
 
 
-def local(found: Any, port: Any) -> Any:
+def local(found: Any, port: int) -> Any:
     """Those of the end whose port is `port`."""
     here = np.where(found["dir"] == OUT, found["sport"], found["dport"])
     return found[here == port]
 
 
-def request(port: Any, source: Any = None, options: Any = (), to_end: bool = False) -> Any:
+def request(port: int, source: Any = None, options: Any = (), to_end: bool = False) -> Any:
     """One request and its answer, or all until the server closes; the client's port."""
     with socket.socket() as client:
         for option in options:

@@ -169,7 +169,7 @@ def test_one_command_starts_a_fleet_on_one_machine_and_ends_it(
         until(lambda: not any(_session(pid) == example.process.pid for pid in parts))
 
 
-def _session(pid: Any) -> Any:
+def _session(pid: int) -> Any:
     try:
         return os.getsid(pid)
     except ProcessLookupError:

@@ -44,7 +44,7 @@ def _server(tmp_path: Path) -> Iterator[Server]:
         yield server
 
 
-def play(tmp_path: Path, url: Any, spool: Any, count: Any, pause: Any) -> Program:
+def play(tmp_path: Path, url: Any, spool: Any, count: int, pause: Any) -> Program:
     words = [sys.executable, PLAYING, str(spool), url, "h1", str(count), str(pause)]
     return Program(tmp_path / "h1.log", words)
 
@@ -54,7 +54,7 @@ def collect(tmp_path: Path, url: Any, store: Any) -> Any:
     return Program.of(tmp_path / "collect.log", "collect", *words)
 
 
-def each_once(store: Any, count: Any) -> bool:
+def each_once(store: Any, count: int) -> bool:
     found = Counter(row["cookie"] for row in rows(store, "flows"))
     return found == Counter(range(count))
 

@@ -38,7 +38,7 @@ class Machine:
     guests for that).
     """
 
-    def __init__(self, number: Any, name: Any, directory: Any, hub: Any, url: Any) -> None:
+    def __init__(self, number: int, name: Any, directory: Any, hub: Any, url: Any) -> None:
         self.name, self.address = name, f"10.99.0.{number}"
         self.directory = directory / name
         self.directory.mkdir()

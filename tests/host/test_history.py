@@ -101,7 +101,7 @@ while not select.select([0], [], [], 0.2)[0]:
 """
 
 
-def _send(daemon: Any, port: Any, processes: int = 1, uid: int = 0) -> Any:
+def _send(daemon: Any, port: int, processes: int = 1, uid: int = 0) -> Any:
     """Processes that send until the daemon has named all of them; their pids."""
     command = [sys.executable, "-I", "-c", _SENDER, str(port), str(uid), "1"]
     running = [subprocess.Popen(command, stdin=subprocess.PIPE) for _ in range(processes)]
@@ -118,7 +118,7 @@ def _send(daemon: Any, port: Any, processes: int = 1, uid: int = 0) -> Any:
     return pids
 
 
-def _flood(port: Any, processes: Any, uid: Any, sockets: Any) -> None:
+def _flood(port: int, processes: Any, uid: int, sockets: Any) -> None:
     """Processes with long arguments that send from many ports, for two seconds."""
     command = [sys.executable, "-I", "-c", _SENDER, str(port), str(uid), str(sockets)]
     command.append("a" * 100_000)
@@ -128,7 +128,7 @@ def _flood(port: Any, processes: Any, uid: Any, sockets: Any) -> None:
         one.communicate(timeout=60)
 
 
-def _owners(path: Any, port: Any) -> tuple[Any, ...]:
+def _owners(path: Any, port: int) -> tuple[Any, ...]:
     """(pids of the flows to `port` in the file, those of them that have details there)."""
     with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as file:
         flows = file.execute(
@@ -159,7 +159,7 @@ def _fill(disk: Any) -> None:
             pass
 
 
-def test_a_full_disk_loses_neither_flows_nor_processes(start: Any, disk: Any, port: Any) -> None:
+def test_a_full_disk_loses_neither_flows_nor_processes(start: Any, disk: Any, port: int) -> None:
     path = disk / "history.db"
     daemon = start(f"history: {path}\nflush_interval: 100ms\n")
     before = _send(daemon, port, 5)
@@ -295,7 +295,7 @@ def _stamp(path: Any) -> Any:
 
 
 def test_clocks_that_jump_twenty_years_and_back_delete_nothing(
-    start: Any, directory: Path, port: Any, clocks: MachineClocks
+    start: Any, directory: Path, port: int, clocks: MachineClocks
 ) -> None:
     """Also CLOCK_BOOTTIME, as faketime(1) does it. Every 30 s the file is trimmed."""
     path = directory / "history.db"
@@ -319,7 +319,7 @@ def test_clocks_that_jump_twenty_years_and_back_delete_nothing(
 
 @pytest.mark.parametrize("years", [YEARS, -YEARS])
 def test_a_clock_that_jumps_while_no_daemon_runs_deletes_nothing(
-    start: Any, directory: Path, port: Any, clocks: MachineClocks, years: Any
+    start: Any, directory: Path, port: int, clocks: MachineClocks, years: Any
 ) -> None:
     path = directory / "history.db"
     config = f"history: {path}\nflush_interval: 100ms\nhistory_age: 1d\n"

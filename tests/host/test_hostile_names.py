@@ -90,7 +90,9 @@ def _receiver() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def talker(receiver: Any, cgroup: Path, maker: int = USER, name: str = "") -> Iterator[Any]:
+def talker(
+    receiver: socket.socket, cgroup: Path, maker: int = USER, name: str = ""
+) -> Iterator[Any]:
     """A process of USER that sends from `cgroup`, which `maker` makes."""
     rename = f"open('/proc/self/comm', 'wb').write({os.fsencode(name)!r})" if name else ""
     code = TALK.format(name=rename, user=USER)
@@ -116,7 +118,9 @@ def talker(receiver: Any, cgroup: Path, maker: int = USER, name: str = "") -> It
         process.communicate()
 
 
-def test_no_name_of_a_cgroup_stops_the_daemon(start: StartDaemon, receiver: Any, tree: Any) -> None:  # noqa: F811
+def test_no_name_of_a_cgroup_stops_the_daemon(
+    start: StartDaemon, receiver: socket.socket, tree: Any
+) -> None:  # noqa: F811
     daemon = start()
     manager = tree / f"user@{USER}.service"
     name = "a" + "".join(SEPARATORS) + "b"
@@ -157,7 +161,7 @@ def test_no_name_of_a_cgroup_stops_the_daemon(start: StartDaemon, receiver: Any,
     ],
 )
 def test_a_users_cgroup_is_no_other_unit_and_no_other_container(
-    receiver: Any, tree: Any, forged: str
+    receiver: socket.socket, tree: Any, forged: str
 ) -> None:
     with talker(receiver, tree / f"user@{USER}.service" / forged) as pid:
         found = procfs.details(pid, there(procfs.identity(pid)).start_ns)
@@ -165,7 +169,7 @@ def test_a_users_cgroup_is_no_other_unit_and_no_other_container(
     assert not there(found).container or f":user@{USER}/" in there(found).container
 
 
-def test_below_a_slice_that_was_given_away_is_nothing(receiver: Any, tree: Any) -> None:
+def test_below_a_slice_that_was_given_away_is_nothing(receiver: socket.socket, tree: Any) -> None:
     os.chown(tree, USER, USER)
     for forged in ("sshd.service", f"docker-{ID}.scope", "user@0.service/x.service"):
         with talker(receiver, tree / forged) as pid:
@@ -175,7 +179,7 @@ def test_below_a_slice_that_was_given_away_is_nothing(receiver: Any, tree: Any) 
 
 
 def test_a_name_that_reads_as_another_uid_does_not_change_the_rights(
-    start: StartDaemon, receiver: Any, tree: Any
+    start: StartDaemon, receiver: socket.socket, tree: Any
 ) -> None:  # noqa: F811
     daemon = start()
     with talker(receiver, tree / "own.service", 0, "Uid:\t0\t0\t0") as pid:
@@ -185,7 +189,7 @@ def test_a_name_that_reads_as_another_uid_does_not_change_the_rights(
 
 
 def test_no_name_of_a_cgroup_stops_the_hunter_without_a_daemon(
-    receiver: Any, tree: Any, tmp_path: Path
+    receiver: socket.socket, tree: Any, tmp_path: Path
 ) -> None:
     path = tree / f"user@{USER}.service" / "bad\rname"
     command = [sys.executable, "-m", "hunter", "--engine", "packet", "-n", "-c", "20"]
@@ -211,7 +215,7 @@ sys.exit(program.main())
 
 
 def test_a_hunter_that_cannot_name_ends_with_an_error_and_never_with_0(
-    receiver: Any, tree: Any, tmp_path: Path
+    receiver: socket.socket, tree: Any, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-c", BROKEN.format("{}", "hunter", ""), "--engine", "packet", "-n"]
     command += ["--socket", str(tmp_path / "none"), "-c", "5"]
@@ -225,7 +229,7 @@ def test_a_hunter_that_cannot_name_ends_with_an_error_and_never_with_0(
 
 
 def test_a_hunter_that_lost_records_by_its_own_fault_says_so_at_the_end(
-    receiver: Any, tree: Any, tmp_path: Path
+    receiver: socket.socket, tree: Any, tmp_path: Path
 ) -> None:
     """The engine delivers, one subscriber fails: Ctrl-C after a moment is no success."""
     command = [sys.executable, "-c", BROKEN.format("{}", "hunter", ""), "--engine", "packet", "-n"]
@@ -237,7 +241,7 @@ def test_a_hunter_that_lost_records_by_its_own_fault_says_so_at_the_end(
 
 
 def test_a_daemon_whose_worker_only_fails_ends_with_1(
-    receiver: Any, tree: Any, tmp_path: Path
+    receiver: socket.socket, tree: Any, tmp_path: Path
 ) -> None:
     short = "import daemon.service; real = daemon.service.Pipeline\n"
     short += "daemon.service.Pipeline = lambda *a, **k: real(*a, **k, patience=0.5)"

@@ -237,7 +237,7 @@ def test_a_hostile_process_name_is_harmless(name: bytes, output: str, no_daemon:
         assert wanted in {json.loads(line)["comm"] for line in lines}
 
 
-def ask_who(path: Any, port: Any, *words: Any) -> Any:
+def ask_who(path: Any, port: int, *words: Any) -> Any:
     return hunt("who", "--socket", path, "--port", port, "--json", *words)
 
 
@@ -299,7 +299,7 @@ def _start_daemon(path: Any) -> Any:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_it_waits_for_a_daemon_that_goes_away_and_goes_on_with_the_next(
-    number: Any, server: tuple[int, int], tmp_path: Path
+    number: int, server: tuple[int, int], tmp_path: Path
 ) -> None:
     path, saved = tmp_path / "d.sock", tmp_path / "out.csv"
     first = _start_daemon(path)

@@ -241,7 +241,7 @@ def ethernet(payload: Any, kind: int = 0x0800) -> bytes:
     return bytes(12 * b"\0" + struct.pack("!H", kind) + payload)
 
 
-def datagram(sport: Any, dport: Any) -> Any:
+def datagram(sport: int, dport: int) -> Any:
     ends = socket.inet_aton("127.0.0.1") * 2
     head = struct.pack("!BBHHHBBH", 0x45, 0, 28, 0, 0, 64, 17, 0) + ends
     return head + struct.pack("!HHHH", sport, dport, 8, 0)
@@ -273,7 +273,7 @@ def talked(daemon: Any) -> Iterator[tuple[Any, ...]]:
             yield *ports, moment
 
 
-def who(daemon: Any, port: Any) -> Any:
+def who(daemon: Any, port: int) -> Any:
     words = ["who", "--socket", daemon, "--port", str(port), "--json", "--since", "1m"]
     done = subprocess.run([*HUNTER, *words], capture_output=True, text=True, timeout=60)
     return json.loads(done.stdout)["flows"]

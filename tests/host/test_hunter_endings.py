@@ -10,7 +10,6 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -44,7 +43,7 @@ def test_duration_ends_by_itself(no_daemon: list[str]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_it_with_0_and_the_account(
-    number: Any, server: tuple[int, int], no_daemon: list[str], tmp_path: Path
+    number: int, server: tuple[int, int], no_daemon: list[str], tmp_path: Path
 ) -> None:
     _, port = server
     path = tmp_path / "x.csv"

@@ -45,7 +45,7 @@ def plug(place: Any) -> None:
         subprocess.run([*place, "ip", *command.split()], check=True)
 
 
-def send(place: Any, port: Any) -> None:
+def send(place: Any, port: int) -> None:
     subprocess.run([*place, sys.executable, "-c", SEND, str(port)], check=True)
 
 
@@ -58,7 +58,7 @@ def told(hunter: Any, words: Any) -> Any:
     return lines
 
 
-def count(path: Any, port: Any) -> Any:
+def count(path: Any, port: int) -> Any:
     return path.read_text().count(f",10.99.0.2,{port},")
 
 

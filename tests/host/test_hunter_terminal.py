@@ -46,7 +46,7 @@ def _read(terminal: Any) -> Any:
     return os.read(terminal, 65536)
 
 
-def _ended(pid: Any, terminal: Any) -> Any:
+def _ended(pid: int, terminal: Any) -> Any:
     """The exit code; what it draws until then is thrown away, as a terminal would take it."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:

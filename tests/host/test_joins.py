@@ -165,7 +165,7 @@ def all_talk(pairs: Any) -> None:
         assert pair.stdout.readline() == "talked\n"
 
 
-def known(daemon: Any, count: Any, **question: Any) -> None:
+def known(daemon: Any, count: int, **question: Any) -> None:
     """Wait until `count` flows of clients or servers are named in the history."""
     with DaemonClient(daemon) as client:
         until(
@@ -315,7 +315,7 @@ with socket.create_server(("127.0.0.1", int(sys.argv[1])), backlog=512) as serve
 
 
 @contextlib.contextmanager
-def echoes(port: Any, count: Any) -> Iterator[Any]:
+def echoes(port: int, count: int) -> Iterator[Any]:
     server = subprocess.Popen(
         [sys.executable, "-c", ECHOES, str(port), str(count)],
         stdin=subprocess.PIPE,

@@ -26,7 +26,7 @@ ADDRESS = "127.0.7.31"
 class Counting(Holders):
     asked = 0
 
-    def find(self, inode: Any, uid: int = 0) -> Any:
+    def find(self, inode: int, uid: int = 0) -> Any:
         self.asked += 1
         return super().find(inode, uid)
 
@@ -57,7 +57,7 @@ class Keeping:
         """Of its own address: any process of this machine may have the same port elsewhere."""
         return sorted(owner.tgid for owner in self.owners(one.getsockname()[1]))
 
-    def owners(self, port: Any) -> list[Any]:
+    def owners(self, port: int) -> list[Any]:
         address = (socket.AF_INET, socket.inet_aton(ADDRESS).ljust(16, b"\0"))
         found = self.portmap.who(port, socket.IPPROTO_UDP, address)
         return [owner for owner in found if owner.endpoint[3][:4] == address[1][:4]]

@@ -19,7 +19,7 @@ from nlproto.records import wire
 LOCAL = socket.inet_aton("127.0.0.1").ljust(16, b"\0")
 
 
-def arrived(proto: Any, port: Any, cookie: Any) -> Any:
+def arrived(proto: Any, port: int, cookie: int) -> Any:
     """A record of a packet to `port`, open to be named."""
     record = np.zeros(1, wire.RECORD)
     record["family"], record["proto"], record["netns"] = socket.AF_INET, proto, netns.own()
@@ -30,7 +30,7 @@ def arrived(proto: Any, port: Any, cookie: Any) -> Any:
     return record
 
 
-def cookie_of(sock: Any) -> Any:
+def cookie_of(sock: socket.socket) -> Any:
     return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, 57, 8), "little")  # SO_COOKIE
 
 

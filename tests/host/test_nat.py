@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from daemons import Daemon
 from talking import looking
 from translating import PUBLISHED, ask, became, flow_of, place
 from waiting import there, until
@@ -52,7 +53,7 @@ def of(daemon: Any, process: Any, **question: Any) -> Any:
     ],
 )
 def test_who_names_the_process_behind_a_published_port(
-    daemon: Any, lab: Any, proto: str, address: str, port: int, server: str
+    daemon: Daemon, lab: Any, proto: str, address: str, port: int, server: str
 ) -> None:
     serving = lab.server("box", 80, proto, server)
     client = lab.client("far", address, port, proto)
@@ -68,7 +69,7 @@ def test_who_names_the_process_behind_a_published_port(
 HUNTER = [sys.executable, "-m", "hunter"]
 
 
-def test_lines_have_both_addresses_and_filters_match_either(daemon: Any, lab: Any) -> None:
+def test_lines_have_both_addresses_and_filters_match_either(daemon: Daemon, lab: Any) -> None:
     serving = lab.server("box", 80, address="10.88.0.2")
     lab.client("far", "10.77.0.1", 8080)  # the daemon follows the namespaces then
     of(daemon, serving, port=8080)
@@ -88,7 +89,9 @@ def test_lines_have_both_addresses_and_filters_match_either(daemon: Any, lab: An
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet", "pcapng", "ecs.jsonl"])
-def test_saved_addresses_are_read_again(daemon: Any, lab: Any, tmp_path: Path, ending: str) -> None:
+def test_saved_addresses_are_read_again(
+    daemon: Daemon, lab: Any, tmp_path: Path, ending: str
+) -> None:
     serving = lab.server("box", 80, address="10.88.0.2")
     lab.client("far", "10.77.0.1", 8080)
     of(daemon, serving, port=8080)
@@ -123,7 +126,7 @@ def who(daemon: Any, *words: Any) -> Any:
     return until(shown).stdout.splitlines()
 
 
-def test_who_shows_one_connection_with_both_addresses(daemon: Any, lab: Any) -> None:
+def test_who_shows_one_connection_with_both_addresses(daemon: Daemon, lab: Any) -> None:
     serving = lab.server("box", 80, address="10.88.0.2")
     client = lab.client("far", "10.77.0.1", 8080)
     of(daemon, serving, port=client.port)
@@ -146,7 +149,7 @@ def test_who_shows_one_connection_with_both_addresses(daemon: Any, lab: Any) -> 
     assert not [line for line in seen if "forwarded" in line and str(client.port) in line]
 
 
-def test_masquerade_is_seen_from_both_sides(daemon: Any, lab: Any) -> None:
+def test_masquerade_is_seen_from_both_sides(daemon: Daemon, lab: Any) -> None:
     """A container that asks the world: by its own address, and by its host's."""
     serving = lab.server("far", 443, address="10.77.0.2")
     client = lab.client("box", "10.77.0.2", 443)
@@ -159,7 +162,7 @@ def test_masquerade_is_seen_from_both_sides(daemon: Any, lab: Any) -> None:
     assert of(daemon, client, port=asks["nat_lport"])["pid"] == client.pid
 
 
-def test_a_container_that_asks_itself_by_its_published_port(daemon: Any, lab: Any) -> None:
+def test_a_container_that_asks_itself_by_its_published_port(daemon: Daemon, lab: Any) -> None:
     """Hairpin: both ends change."""
     serving = lab.server("box", 80, address="10.88.0.2")
     client = lab.client("box", "10.77.0.1", 8080)
@@ -174,7 +177,7 @@ def test_a_container_that_asks_itself_by_its_published_port(daemon: Any, lab: An
 
 @pytest.mark.parametrize("address", ["10.77.0.1", "127.0.0.1"])
 def test_a_process_of_the_host_that_asks_its_own_published_port(
-    daemon: Any, lab: Any, address: str
+    daemon: Daemon, lab: Any, address: str
 ) -> None:
     """What leaves has the addresses behind NAT; its socket has those before."""
     serving = lab.server("box", 80, address="10.88.0.2")
@@ -190,7 +193,7 @@ def test_a_process_of_the_host_that_asks_its_own_published_port(
     assert of(daemon, serving, port=8080)["nat_lport"] == 8080
 
 
-def test_a_port_that_leads_to_another_of_the_host(daemon: Any, lab: Any) -> None:
+def test_a_port_that_leads_to_another_of_the_host(daemon: Daemon, lab: Any) -> None:
     serving = lab.server("host", 9090)
     client = lab.client("far", "10.77.0.1", 8082)
 
@@ -201,7 +204,7 @@ def test_a_port_that_leads_to_another_of_the_host(daemon: Any, lab: Any) -> None
     assert {one["packets_out"] > 0 for one in until(served, 20, "its own flow")} == {True}
 
 
-def test_a_proxy_of_the_runtime_has_not_what_is_translated(daemon: Any, lab: Any) -> None:
+def test_a_proxy_of_the_runtime_has_not_what_is_translated(daemon: Daemon, lab: Any) -> None:
     """It listens on the published port, and packets from outside never reach it."""
     lab.start("host", PROXY, "0.0.0.0", 8080)
     serving = lab.server("box", 80, address="10.88.0.2")
@@ -226,7 +229,7 @@ chain pre {
 """
 
 
-def test_what_is_translated_twice_has_the_last_ends(daemon: Any) -> None:
+def test_what_is_translated_twice_has_the_last_ends(daemon: Daemon) -> None:
     """A published port whose container publishes another one's."""
     with place(inner=True) as lab:
         lab.rules(PUBLISHED)
@@ -245,7 +248,7 @@ def test_what_is_translated_twice_has_the_last_ends(daemon: Any) -> None:
         assert became(asked)[2:] == ("10.99.0.2", 80)
 
 
-def test_what_one_user_translates_is_not_told_of_another(daemon: Any, lab: Any) -> None:
+def test_what_one_user_translates_is_not_told_of_another(daemon: Daemon, lab: Any) -> None:
     """A namespace of somebody else's with the same tuples claims nothing."""
     serving = lab.server("box", 80, address="10.88.0.2")
     client = lab.client("far", "10.77.0.1", 8080)
@@ -306,7 +309,7 @@ while True:
 """
 
 
-def test_who_shows_the_process_behind_a_proxy_of_the_runtime(daemon: Any, lab: Any) -> None:
+def test_who_shows_the_process_behind_a_proxy_of_the_runtime(daemon: Daemon, lab: Any) -> None:
     serving = lab.server("box", 80, address="10.88.0.2")
     proxy = lab.start("host", PROXY, "10.77.0.1", 9000)
     client = lab.client("far", "10.77.0.1", 9000)
@@ -324,7 +327,7 @@ def test_who_shows_the_process_behind_a_proxy_of_the_runtime(daemon: Any, lab: A
 
 
 def test_a_capture_of_the_uplink_names_the_process_in_the_container(
-    daemon: Any, lab: Any, tmp_path: Path
+    daemon: Daemon, lab: Any, tmp_path: Path
 ) -> None:
     serving = lab.server("box", 80, address="10.88.0.2")
     client = lab.client("far", "10.77.0.1", 8080)
@@ -340,6 +343,6 @@ def test_a_capture_of_the_uplink_names_the_process_in_the_container(
     client.again()
     assert dump.wait(30) == 0
     until(lambda: of(daemon, serving, port=8080)["packets_in"] > 4)
-    command = [*HUNTER, "annotate", capture, "-o", named, "--socket", daemon.path]
+    command = [*HUNTER, "annotate", str(capture), "-o", str(named), "--socket", daemon.path]
     subprocess.run(command, check=True, capture_output=True)
     assert f"python.{serving.pid}".encode() in named.read_bytes()

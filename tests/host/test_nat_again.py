@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from daemons import StartDaemon
 from translating import PUBLISHED, ask, became, flow_of, place
 from waiting import until
 
@@ -69,7 +70,7 @@ def delete_entries(lab: Any) -> None:
     lab.start("host", FLUSH).end()
 
 
-def fits(flow: Any, case: Any, port: Any) -> bool:
+def fits(flow: Any, case: Any, port: int) -> bool:
     """Whether a client's flow has the translation that leads to the server of this port."""
     if not port:
         return flow["nat_lport"] is None
@@ -78,7 +79,9 @@ def fits(flow: Any, case: Any, port: Any) -> bool:
 
 @pytest.mark.parametrize("older", [True, False], ids=["older than the daemon", "younger"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_port_that_comes_back_at_once(start: Any, lab: Any, case: Any, older: bool) -> None:
+def test_a_port_that_comes_back_at_once(
+    start: StartDaemon, lab: Any, case: Any, older: bool
+) -> None:
     rules(lab, PUBLISHED)
     delete_entries(lab)  # those of an earlier case
     daemon = None if older else start()

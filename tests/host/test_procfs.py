@@ -20,7 +20,7 @@ from waiting import there, until
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to read /proc of others")
 
 
-def inode(sock: Any) -> Any:
+def inode(sock: socket.socket) -> Any:
     return os.fstat(sock.fileno()).st_ino
 
 
@@ -57,7 +57,7 @@ sys.stdin.read()
 """
 
 
-def test_the_descriptors_of_a_process_are_listed(sock: Any) -> None:
+def test_the_descriptors_of_a_process_are_listed(sock: socket.socket) -> None:
     assert there(procfs.socket_inodes(os.getpid()))[inode(sock)] == sock.fileno()
 
 
@@ -71,7 +71,7 @@ def test_more_sockets_than_one_read_takes_are_all_listed() -> None:
             one.close()
 
 
-def test_a_holder_is_found_with_comm_and_start(sock: Any) -> None:
+def test_a_holder_is_found_with_comm_and_start(sock: socket.socket) -> None:
     (found,) = Holders().find(inode(sock))
     assert found.identity == procfs.identity(os.getpid())
     assert found.uid == os.getuid()
@@ -85,7 +85,9 @@ def test_a_process_born_after_the_walk_is_found(spawned: Any) -> None:
     assert [one.identity.tgid for one in holders.find(number)] == [child.pid]
 
 
-def test_a_parent_that_holds_a_childs_socket_too_is_found_with_it(sock: Any, spawned: Any) -> None:
+def test_a_parent_that_holds_a_childs_socket_too_is_found_with_it(
+    sock: socket.socket, spawned: Any
+) -> None:
     """A socket made since the walk and inherited at once: the newborn is asked first."""
     holders = Holders()
     holders.walk()
@@ -97,7 +99,9 @@ def test_a_parent_that_holds_a_childs_socket_too_is_found_with_it(sock: Any, spa
     assert {one.identity.tgid for one in found} == {child.pid, os.getpid()}
 
 
-def test_who_never_held_a_socket_alone_comes_youngest_first(sock: Any, spawned: Any) -> None:
+def test_who_never_held_a_socket_alone_comes_youngest_first(
+    sock: socket.socket, spawned: Any
+) -> None:
     sock.set_inheritable(True)
     child = spawned("import sys; sys.stdin.read()", close_fds=False)
     holders = Holders()
@@ -107,7 +111,7 @@ def test_who_never_held_a_socket_alone_comes_youngest_first(sock: Any, spawned: 
 
 @pytest.mark.parametrize("seen_by", ["find", "walk"])
 def test_who_held_a_socket_alone_stays_its_user_until_it_lets_go(
-    sock: Any, spawned: Any, seen_by: str
+    sock: socket.socket, spawned: Any, seen_by: str
 ) -> None:
     holders = Holders()
     holders.find(inode(sock)) if seen_by == "find" else holders.walk()
@@ -120,7 +124,9 @@ def test_who_held_a_socket_alone_stays_its_user_until_it_lets_go(
     assert [one.identity.tgid for one in holders.find(number)] == [child.pid]
 
 
-def test_a_holder_that_closed_or_died_is_no_holder_any_more(sock: Any, spawned: Any) -> None:
+def test_a_holder_that_closed_or_died_is_no_holder_any_more(
+    sock: socket.socket, spawned: Any
+) -> None:
     sock.set_inheritable(True)
     child = spawned("import sys; sys.stdin.read()", close_fds=False)
     holders = Holders()

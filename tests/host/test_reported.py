@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from daemons import Daemon, StartDaemon
 from nlproto.client.client import DaemonClient
 from translating import ask
 from waiting import patient, there, until
@@ -31,7 +32,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
 """
 
 
-def test_a_second_run_has_its_own_arguments(start: Any, receiver: Any) -> None:
+def test_a_second_run_has_its_own_arguments(start: StartDaemon, receiver: socket.socket) -> None:
     """One program twice, at the same time and one after the other, under other names too."""
     daemon, port = start(config="cmdline: full\n"), str(receiver.getsockname()[1])
     wanted = {}
@@ -70,7 +71,7 @@ def segment(sport: int, dport: int) -> bytes:
     return struct.pack(">BBHHHBBH4s4s", 0x45, 0, 40, 1, 0, 64, 6, 0, address, address) + tcp
 
 
-def test_a_scan_by_a_raw_socket_is_nobodys_and_a_closed_port_says_so(daemon: Any) -> None:
+def test_a_scan_by_a_raw_socket_is_nobodys_and_a_closed_port_says_so(daemon: Daemon) -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
         socket.socket(socket.AF_INET, socket.SOCK_STREAM) as closed,
@@ -102,7 +103,7 @@ def test_a_scan_by_a_raw_socket_is_nobodys_and_a_closed_port_says_so(daemon: Any
     subprocess.run(["setpriv", "--version"], capture_output=True).returncode != 0,
     reason="setpriv is not installed",
 )
-def test_capabilities_alone_are_enough_for_the_names_of_others(receiver: Any) -> None:
+def test_capabilities_alone_are_enough_for_the_names_of_others(receiver: socket.socket) -> None:
     held = "+net_raw,+net_admin,+sys_ptrace,+dac_read_search,+sys_admin"
     port = receiver.getsockname()[1]
     words = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]

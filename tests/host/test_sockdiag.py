@@ -30,11 +30,11 @@ def octets(family: Any, address: Any) -> Any:
     return socket.inet_pton(family, address).ljust(16, b"\0")
 
 
-def inode(sock: Any) -> Any:
+def inode(sock: socket.socket) -> Any:
     return os.fstat(sock.fileno()).st_ino
 
 
-def cookie(sock: Any) -> Any:
+def cookie(sock: socket.socket) -> Any:
     return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
 
 

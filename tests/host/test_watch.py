@@ -33,7 +33,7 @@ def _watched(start: StartDaemon, directory: Path) -> Any:
     return start(config=f"history: {directory}/history.db\nflush_interval: 100ms\n")
 
 
-def talk(directory: Path, name: Any, port: Any, **more: Any) -> None:
+def talk(directory: Path, name: Any, port: int, **more: Any) -> None:
     """A program called `name` sends to `port`."""
     program = directory / name
     shutil.copy(there(shutil.which("bash")), program)

@@ -78,7 +78,7 @@ def who(path: Any, *words: Any) -> Any:
     return answer
 
 
-def closed_first(port: Any) -> Any:
+def closed_first(port: int) -> Any:
     """The pid of a client that has closed its connection first and is gone: TIME_WAIT is left."""
     words = [FAR, SERVER, str(port)]
     client = subprocess.Popen(

@@ -45,7 +45,7 @@ class Kernel:
         self.tables = {1: rows}
         self.holders, self.peeked = holders, 0
 
-    def holders_of(self, inode: Any) -> Iterator[Any]:
+    def holders_of(self, inode: int) -> Iterator[Any]:
         for number in self.holders:
             self.peeked += 1
             yield Owner(Identity(100 + number, 0), b"holder", 1000 * (number > 4))

@@ -47,7 +47,7 @@ def written(path: Any) -> Any:
     return found
 
 
-def identity(pid: Any) -> tuple[Any, ...]:
+def identity(pid: int) -> tuple[Any, ...]:
     with open(f"/proc/{pid}/stat") as file:
         return pid, int(file.read().rpartition(")")[2].split()[19]) * TICK_NS
 

@@ -155,7 +155,7 @@ def test_pname_fits_the_executable_when_the_process_renamed_itself() -> None:
     details = {(200, 1): Known(exe="/usr/lib/systemd/systemd-resolved")}
 
     class Details:
-        def get(self, tgid: Any, start_ns: Any) -> Any:
+        def get(self, tgid: int, start_ns: int) -> Any:
             return details.get((tgid, start_ns))
 
     assert chosen("pname systemd-resolved", Details()) == {"dns"}
@@ -186,7 +186,7 @@ def test_pname_fits_the_executable_when_the_process_renamed_itself() -> None:
 )
 def test_container_fits_by_name_and_by_id(container: str, words: str, fits: bool) -> None:
     class Details:
-        def get(self, tgid: Any, start_ns: Any) -> Any:
+        def get(self, tgid: int, start_ns: int) -> Any:
             return Known(container=container) if tgid == 300 else None
 
     assert chosen(f'container "{words}"', Details()) == ({"six"} if fits else set())
@@ -223,7 +223,7 @@ def test_container_fits_by_name_and_by_id(container: str, words: str, fits: bool
 )
 def test_words_for_what_is_known_of_a_process(words: str, fits: bool) -> None:
     class Details:
-        def get(self, tgid: Any, start_ns: Any) -> Any:
+        def get(self, tgid: int, start_ns: int) -> Any:
             return known if tgid == 300 else Known()
 
     known = Known(
@@ -251,7 +251,7 @@ def test_words_for_what_is_known_of_a_process(words: str, fits: bool) -> None:
 )
 def test_unit_fits_as_systemctl_takes_it(words: str, fits: bool) -> None:
     class Details:
-        def get(self, tgid: Any, start_ns: Any) -> Any:
+        def get(self, tgid: int, start_ns: int) -> Any:
             return Known(unit="nginx.service") if tgid == 300 else None
 
     assert chosen(f"unit {words}", Details()) == ({"six"} if fits else set())
@@ -420,7 +420,7 @@ class Counted:
     def __init__(self) -> None:
         self.asked = 0
 
-    def get(self, tgid: Any, start_ns: Any) -> Known:
+    def get(self, tgid: int, start_ns: int) -> Known:
         self.asked += 1
         return Known(exe=f"/bin/program{tgid}", container="docker:4f1c0d2e9a3b")
 

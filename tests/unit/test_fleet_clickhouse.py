@@ -67,7 +67,7 @@ class Stub:
         self.server.server_close()
 
 
-def received(first: Any, count: Any, sequence: Any, host: str = "h1") -> Received:
+def received(first: Any, count: int, sequence: Any, host: str = "h1") -> Received:
     made = rows_of(flows(first, count))
     made["first_ns"] = made["last_ns"] = time.time_ns()
     return Received(host, wire.decode(wire.encode_flows(BOOT, sequence, made, {})))

@@ -36,7 +36,7 @@ def _server(tmp_path: Path) -> Iterator[Server]:
         yield server
 
 
-def play(tmp_path: Path, url: Any, host: Any, count: Any, *more: Any) -> Program:
+def play(tmp_path: Path, url: Any, host: Any, count: int, *more: Any) -> Program:
     spool = tmp_path / f"spool-{host}"
     spool.mkdir(exist_ok=True)
     words = [sys.executable, PLAYING, str(spool), url, host, str(count), *map(str, more)]
@@ -198,7 +198,7 @@ def publish(url: Any, *messages: Any) -> None:
 BOOT = uuid.UUID(int=7).bytes
 
 
-def batch(first: Any, count: Any, sequence: int = 1, ago_s: float = 0.0) -> Any:
+def batch(first: Any, count: int, sequence: int = 1, ago_s: float = 0.0) -> Any:
     made = rows_of(flows(first, count))
     made["first_ns"] = made["last_ns"] = time.time_ns() - int(ago_s * 1e9)
     return wire.encode_flows(BOOT, sequence, made, {})

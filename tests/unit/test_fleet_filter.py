@@ -148,7 +148,7 @@ filters = st.recursive(
 )
 
 
-def tgid_of(number: Any, row: Any) -> Any:
+def tgid_of(number: int, row: Any) -> Any:
     """Each flow has a process of its own."""
     return row["tgid"] and 10 * number + row["tgid"]
 

@@ -188,7 +188,7 @@ def test_what_was_the_listener_s_goes_to_who_accepted_the_connection() -> None:
     ]
 
 
-def old(count: Any, hours_ago: Any, first: int = 0, **fields: Any) -> Any:
+def old(count: int, hours_ago: Any, first: int = 0, **fields: Any) -> Any:
     at = time.time_ns() - int(hours_ago * schema.HOUR_NS)
     return now(count, first, first_ns=at, last_ns=at, **fields)
 

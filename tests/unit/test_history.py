@@ -151,7 +151,7 @@ def test_a_question_is_immutable() -> None:
         Question().port = 5  # type: ignore[misc]
 
 
-def _flood(history: Any, count: Any, base: Any, **values: Any) -> None:
+def _flood(history: Any, count: int, base: Any, **values: Any) -> None:
     for at in range(0, count, 500):
         rows = ({"sport": 1 + n % 60000, "time_ns": base + n} | values for n in range(at, at + 500))
         history.update(summarize(make_records(*rows), 1), NO_OFFSET)

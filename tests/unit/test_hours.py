@@ -165,7 +165,7 @@ def test_files_leave_when_nothing_in_them_was_seen_for_the_age(
 
 
 def test_one_users_flood_deletes_that_users_files_alone(store: Store, clocks: Clocks) -> None:
-    def rows(uid: Any, comm: Any, count: Any, at: Any) -> Iterator[Any]:
+    def rows(uid: int, comm: Any, count: int, at: Any) -> Iterator[Any]:
         for n in range(count):
             yield {
                 "uid": uid, "comm": comm, "tgid": 5, "start_ns": uid + 1,

@@ -109,7 +109,7 @@ def test_a_crash_at_any_step_of_sealing_loses_and_doubles_nothing(
 def test_a_crash_at_any_step_of_shortening_loses_only_what_was_to_go(
     path: str, clocks: Clocks
 ) -> None:
-    def rows(uid: Any, comm: Any, count: Any) -> list[dict[str, Any]]:
+    def rows(uid: int, comm: Any, count: int) -> list[dict[str, Any]]:
         return [
             {"uid": uid, "comm": comm, "tgid": 5, "start_ns": uid + 1, "sport": n, "time_ns": n}
             for n in range(count)

@@ -272,7 +272,7 @@ def test_a_directory_that_does_not_answer_keeps_nobody_waiting(
 ) -> None:
     asked, answer = threading.Event(), threading.Event()
 
-    def slow(uid: Any) -> str:
+    def slow(uid: int) -> str:
         asked.set()
         answer.wait()
         return f"user{uid}"

@@ -184,7 +184,7 @@ def _exposed(families: Any) -> Any:
     return generate_latest(registry).decode()
 
 
-def _flows_learnt(tgid: Any) -> Any:
+def _flows_learnt(tgid: int) -> Any:
     made = np.zeros(1, FLOW)
     made["tgid"], made["start_ns"], made["comm"] = tgid, 10, b"x"
     made["retransmits"], made["rtt_us"] = 2, 1500

@@ -21,7 +21,7 @@ OWN = 1
 
 
 class Opened:
-    def __init__(self, inode: Any) -> None:
+    def __init__(self, inode: int) -> None:
         self.inode = inode
         self.closed = False
 
@@ -91,7 +91,7 @@ def test_a_start_does_not_wait_for_many_namespaces_nor_does_an_end(proc: Any) ->
     gate = threading.Event()
     opened: list[Any] = []
 
-    def make(inode: Any, path: Any, ours: Any) -> Any:
+    def make(inode: int, path: Any, ours: Any) -> Any:
         if len(opened) == 2:
             gate.wait()
         opened.append(Opened(inode))
@@ -123,7 +123,7 @@ def test_what_has_no_place_is_told_in_one_line(proc: Any, monkeypatch: pytest.Mo
 def test_namespaces_that_cannot_be_opened_are_told_in_one_line(proc: Any) -> None:
     told: list[Any] = []
 
-    def make(inode: Any, path: Any, ours: Any) -> Any:
+    def make(inode: int, path: Any, ours: Any) -> Any:
         raise OSError(12, "Cannot allocate memory")
 
     places = CapturedNamespaces(make, OWN, told.append, proc(range(1, 53)))

@@ -121,7 +121,7 @@ class Flows:
     def __init__(self) -> None:
         self.lock, self.deltas = threading.Lock(), Deltas()
 
-    def process(self, tgid: Any, start_ns: Any) -> Any:
+    def process(self, tgid: int, start_ns: int) -> Any:
         return PROCESS
 
     def add(self, *flows: Any) -> None:

@@ -50,7 +50,7 @@ class Daemon:
         return replies
 
 
-def packet(tgid: Any, time_s: Any, netns: Any = A, **more: Any) -> Any:
+def packet(tgid: int, time_s: Any, netns: Any = A, **more: Any) -> Any:
     """A record of the client's; `tgid` 0: of nobody known."""
     record = {"tgid": tgid, "time_ns": int(time_s * 1e9), "netns": netns, "cookie": tgid}
     return ENDS | record | ({} if tgid else NOBODY) | more

@@ -225,7 +225,7 @@ def test_an_exit_takes_the_process_out_of_the_port_map() -> None:
 class Refuses:
     """A namer that fails on records from one port, as on what one process does."""
 
-    def __init__(self, sport: Any) -> None:
+    def __init__(self, sport: int) -> None:
         self.sport = sport
 
     def name(self, records: Any) -> None:
@@ -274,7 +274,7 @@ def test_what_no_subscriber_got_is_lost_and_not_delivered(caplog: pytest.LogCapt
 
 
 def test_what_a_process_is_called_costs_its_details_and_no_packet() -> None:
-    def details(pid: Any, start_ns: Any) -> None:
+    def details(pid: int, start_ns: int) -> None:
         raise ValueError("nobody foresaw this")
 
     got = []

@@ -34,7 +34,7 @@ class Summing(Replay):
         tail["record_seq"] = tail["packets"] = self.at
         return tail
 
-    def next(self, count: Any) -> Any:
+    def next(self, count: int) -> Any:
         """The next `count` records, in the present group; flows of up to 5 records."""
         records = self.records[self.at : self.at + count]
         batch = make_batch(records, self.at)

@@ -17,7 +17,7 @@ UDP, TCP = socket.IPPROTO_UDP, socket.IPPROTO_TCP
 
 
 def _bound(
-    port: Any,
+    port: int,
     tgid: int = 100,
     address: str = "0.0.0.0",
     proto: Any = TCP,

@@ -67,7 +67,7 @@ def test_a_living_process_gets_its_details_from_proc_once() -> None:
     identity = procfs.identity(os.getpid())
     asked = []
 
-    def details(pid: Any, start_ns: Any) -> Any:
+    def details(pid: int, start_ns: int) -> Any:
         asked.append(pid)
         return procfs.details(pid, start_ns, "full")
 
@@ -195,7 +195,7 @@ def test_a_young_process_is_read_again_once_when_it_has_settled() -> None:
     """Managers move what they have forked into a cgroup; exec follows."""
     asked = []
 
-    def details(pid: Any, start_ns: Any) -> SimpleNamespace:
+    def details(pid: int, start_ns: int) -> SimpleNamespace:
         asked.append(pid)
         return SimpleNamespace(cgroup=f"/at/{len(asked)}", unit="", container="")
 
@@ -213,7 +213,7 @@ def test_a_young_process_is_read_again_once_when_it_has_settled() -> None:
 def test_records_of_a_young_process_have_it_read_again() -> None:
     asked = []
 
-    def details(pid: Any, start_ns: Any) -> SimpleNamespace:
+    def details(pid: int, start_ns: int) -> SimpleNamespace:
         asked.append(pid)
         return SimpleNamespace(cgroup=f"/at/{len(asked)}")
 

@@ -50,7 +50,7 @@ def test_a_missing_or_broken_table_is_left_out(tmp_path: Path) -> None:
     assert len(procfs.tables(tmp_path)) == 0
 
 
-def fake_process(proc: Any, pid: Any, comm: Any, ticks: Any, uid: int = 1000) -> None:
+def fake_process(proc: Any, pid: int, comm: Any, ticks: Any, uid: int = 1000) -> None:
     home = proc / str(pid)
     home.mkdir()
     fields = " ".join(["S", *["0"] * 18, str(ticks), *["0"] * 20])

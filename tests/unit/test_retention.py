@@ -32,7 +32,7 @@ class Filler:
         self._store = store
         self._next = 1
 
-    def __call__(self, count: Any, processes: Any = (), **values: Any) -> None:
+    def __call__(self, count: int, processes: Any = (), **values: Any) -> None:
         rows = (
             {"sport": n % 60000, "start_ns": 1 + n // 60000} | values
             for n in range(self._next, self._next + count)

@@ -60,7 +60,9 @@ def saw(store: Store) -> Any:
     return saw
 
 
-def names(store: Any, kind: Any, days: float = 1, unseen: int = 30, uid: Any = None) -> list[Any]:
+def names(
+    store: Any, kind: Any, days: float = 1, unseen: int = 30, uid: int | None = None
+) -> list[Any]:
     found = seen_first(store, kind, int(TODAY - days * DAY), unseen * DAY, uid, 100)
     return [one["name"] for one in found]
 
@@ -105,7 +107,7 @@ def test_destinations_are_what_was_asked_for_by_name_or_address(store: Store, sa
 
 
 def test_listeners_are_known_by_address_port_and_name(store: Store) -> None:
-    def owner(proto: Any, port: Any, comm: Any, address: bytes = b"\x7f\0\0\1") -> PortOwner:
+    def owner(proto: Any, port: int, comm: Any, address: bytes = b"\x7f\0\0\1") -> PortOwner:
         return PortOwner((1, proto, 2, address.ljust(16, b"\0"), port), 5, 6, 0, comm, 9, True, 1)
 
     there = [owner(6, 80, "nginx"), owner(17, 53, "named"), owner(17, 40_000, "dig")]

@@ -277,7 +277,7 @@ def test_places_for_filters_are_kept_for_those_who_see_everything() -> None:
     with _streams(max_filters=16) as streams:
         taken = []
 
-        def take(uid: Any, number: Any) -> None:
+        def take(uid: int | None, number: int) -> None:
             taken.append(streams.join(parse(f"port {number}"), uid, Subscriber(), user=uid or 0))
 
         take(1000, 1)

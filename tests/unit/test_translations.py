@@ -27,7 +27,7 @@ HOST, BOX, OTHER = 11, 22, 33
 FOREVER = 2**62
 
 
-def end(address: Any, port: Any) -> Any:
+def end(address: Any, port: int) -> Any:
     return pack_address(address)[1] + port.to_bytes(2)
 
 
@@ -222,7 +222,7 @@ def test_what_a_user_does_in_his_namespace_tells_nothing_of_others(
     assert (found is not None) == (stranger is not None)
 
 
-def many(known: Any, netns: Any, count: Any, first: int = 0) -> None:
+def many(known: Any, netns: Any, count: int, first: int = 0) -> None:
     for number in range(first, first + count):
         client = end("10.7.0.2", 10_000 + number)
         known.add(netns, event((client, PUBLIC), (SERVER, client), number), SECOND, SECOND)

@@ -22,7 +22,11 @@ from waiting import stand_in, there
 
 
 def _used(
-    recorder: Any, by: str = "process", uid: Any = None, since: float = 10**9, names: Any = None
+    recorder: Any,
+    by: str = "process",
+    uid: int | None = None,
+    since: float = 10**9,
+    names: Any = None,
 ) -> dict[Any, tuple[Any, ...]]:
     answers = Answers(
         stand_in(None), recorder.history, name_of=recorder.name_of, sums=recorder.usage

@@ -62,7 +62,7 @@ def owner(**fields: Any) -> dict[str, Any]:
     return one | {"holders": fields.get("holders", [{"pid": one["pid"], "comm": one["comm"]}])}
 
 
-def process(pid: Any, **fields: Any) -> dict[str, Any]:
+def process(pid: int, **fields: Any) -> dict[str, Any]:
     empty = {"exe": "", "unit": "", "container": "", "uid": 0, "ppid": 1, "cmdline": ""}
     return {"tgid": pid, "start_ns": 1, "comm": "curl"} | empty | fields
 
