@@ -35,7 +35,7 @@ def flows(first: int, count: int, **fields: object) -> np.ndarray:
     made["netns"], made["family"], made["proto"], made["how"] = 4026531840, 2, 6, 1
     for name in ("laddr", "raddr"):
         made[name] = np.frombuffer(pack_address(f"10.0.0.{len(name)}")[1], np.uint64)
-    made["lport"], made["rport"] = 40000, 5432
+    made["lport"], made["rport"] = 40000 + made["cookie"] % 20000, 5432
     made["packets_out"], made["bytes_out"] = 1, 60
     made["first_ns"] = made["last_ns"] = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
     for name, value in fields.items():

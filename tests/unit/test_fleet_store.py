@@ -67,7 +67,7 @@ def test_every_column_says_what_the_row_said(tmp_path: Path) -> None:
     assert [row["nat_rport"] for row in found] == [None, None, None, 8080]
     assert found[1] | {"cookie": 0} == {
         **{"host": "web.example", "boot": str(BOOT), "sequence": 5, "netns": 4026531840},
-        **{"cookie": 0, "protocol": 6, "laddr": "10.0.0.5", "lport": 40000, "raddr": "10.0.0.5"},
+        **{"cookie": 0, "protocol": 6, "laddr": "10.0.0.5", "lport": 40001, "raddr": "10.0.0.5"},
         **{"rport": 5432, "forwarded": False, "initiated": True, "tgid": 1},
         **{"start_ns": 5_000_000_000, "uid": 1000, "comm": "played", "how": "context"},
         **{"flags": 0, "first_ns": int(made["first_ns"][0]), "last_ns": int(made["last_ns"][0])},
@@ -259,7 +259,14 @@ def test_an_hour_is_summed_up_once_and_again_when_more_comes(tmp_path: Path) -> 
         tgid=100, start_ns=5_000_000_000, at_ns=at, comm="x", exe="/usr/bin/psql", unit="db.service"
     )
     told = wire.decode(wire.encode(wire.PROCS, BOOT.bytes, 1, [process]))
-    made = now(6, last_ns=at, first_ns=at, initiated=[1, 1, 1, 0, 0, 2], domain=[0, 0, 0, 9, 9, 0])
+    made = now(
+        6,
+        lport=40000,
+        last_ns=at,
+        first_ns=at,
+        initiated=[1, 1, 1, 0, 0, 2],
+        domain=[0, 0, 0, 9, 9, 0],
+    )
     store.write([Received("h1", told), received(made, 2, "h1", {9: "db.example"})])
     assert write_rollup(tmp_path, hour)
     assert not write_rollup(tmp_path, hour)
