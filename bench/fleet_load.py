@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Many hosts at one server: python bench/fleet_load.py [--hosts 2000] [--seconds 60]
 
-One process plays all hosts: each has a TLS connection and a key of its own, and sends 80 flows each
-10 s, in the batches of the real exporter. Server and collector are real. All is counted at the end:
-what was acknowledged stands in the collector's files, each row once.
+One process plays all hosts. Each has a TLS connection and a key of its own. Each sends 80 flows
+every 10 s, in the batches of the real exporter. Server and collector are real. At the end each
+acknowledged row must be in the collector's files once.
 """
 
 from __future__ import annotations

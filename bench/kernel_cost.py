@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """What the module costs everybody, in instructions: python bench/kernel_cost.py [--rounds N]
 
-A guest with one processor under `-icount shift=2` plays bench/workload.c without the module, with
-it, and with one reader of its records or of its flows; beside them tcpdump, nethogs, engine ebpf,
-and a module that sends each packet to its reader alone (bench/unicast). There a nanosecond is a
-quarter of an instruction, however busy this machine is. Sender, receiver and reader share the
-processor, so all of it is counted.
+A guest with one processor under `-icount shift=2` plays bench/workload.c: without the module, with
+it, with one reader of its records or flows. It compares them with tcpdump, nethogs, engine ebpf and
+a module that sends each packet by unicast (bench/unicast). In the guest a nanosecond is a quarter
+of an instruction, however busy this machine is. Sender, receiver and reader share the processor,
+so all of it is counted.
 """
 
 from __future__ import annotations

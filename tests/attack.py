@@ -6,9 +6,9 @@
 (`make attack`; a shorter one is among tests/host. The kinds of attack are in attacking.py.)
 
 Root sends 3,000 packets a second over loopback, and asks. Prints how long root waited for
-`hello`, `who` and `subscribe`, what was lost, and how long SIGTERM took under attack; 1 when a
-bound does not hold. Daemon, attacker and root have control groups as their service manager
-makes them (slices.py), and the daemon has its unit's memory.
+`hello`, `who` and `subscribe`, what was lost, and how long SIGTERM took. Exits with 1 if a bound
+does not hold. Daemon, attacker and root have control groups as their service manager makes them
+(slices.py). The daemon has its unit's memory.
 """
 
 from __future__ import annotations

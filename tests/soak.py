@@ -5,8 +5,8 @@ soak.py [SECONDS]             root (engines packet and ebpf); 600 s
 
 The first third has restarts, by SIGTERM and SIGKILL. The last life is the longest: its memory must
 be flat, and without clients it must have the descriptors and threads that it began with. Engines
-take over from each other, the time of day jumps by twenty years either way, the configuration is
-read again. Every subscription's account must close, and the daemon's. 1 when something does not.
+take over from each other. The time of day jumps by twenty years either way. The configuration is
+read again. Every subscription's account must close, and the daemon's. Exits with 1 if one does not.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""A process of a user without rights whose command line cannot be read: who tries waits for ever.
+"""A process of a user without rights whose command line cannot be read: readers wait for ever.
 
 stuck.py UID DIRECTORY      (root; the directory is the user's)
 
-In a user namespace of its own it mounts a FUSE file system that never writes back, and maps a file
-there: mmap() waits for the file with the lock of the address space held, which reading
-/proc/PID/cmdline needs. Prints its pid when it is so; "refused" where it may not.
+In a user namespace of its own it mounts a FUSE file system that never writes back. It maps a file
+there, so mmap() waits with the lock of the address space held. A read of /proc/PID/cmdline needs
+that lock. Prints its pid when mmap() waits; "refused" where it may not mount.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The end of `make test`: summary.py DIRECTORY TIERS reads the tiers' results.
 
-Every skip is printed with its reason, every test that passed only when it was run again, and
-every tier that `make test` leaves out.
+Prints every skip with its reason, and every test that passed only when it was run again. Prints
+also the tiers that `make test` leaves out.
 """
 
 from __future__ import annotations

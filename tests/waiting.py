@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Waits that end by condition. What they bear with follows the machine's speed, measured.
 
-Seconds in tests are those of an idle machine of this project. A slow machine, an emulated guest
-or a crowded one takes a multiple, which is measured by what each test needs most: a new process.
+Seconds in tests are those of an idle machine of this project. A slow, emulated or crowded machine
+takes a multiple. It is measured by what each test needs most: a new process.
 """
 
 from __future__ import annotations

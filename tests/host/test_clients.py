@@ -90,8 +90,7 @@ def test_root_is_served_and_nothing_is_lost_while_a_user_does_the_worst(start: A
     assert found.failed == []
     assert all(found.waited.values())
     assert found.dropped == 0
-    # "socket": a machine that is too busy to read the ring in time is not what this is about,
-    # but then it says so
+    # "socket": the machine was too busy to read the ring in time. That is not tested here
     assert not any(count for place, count in found.lost.items() if place != "socket")
     assert found.sent - found.lost["socket"] <= found.received <= found.sent
     assert daemon.process.wait(30) == 0

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The ground-truth suite with the module: each scenario is one test, and must be exact.
 
-The scenarios themselves are in attribution/; this runs them in the guest. PACKET_HUNTER_REPEAT
-plays each several times, PACKET_HUNTER_LOAD=1 under two busy processes a CPU, and
-PACKET_HUNTER_ENGINE=ebpf with that engine, the module not loaded; PACKET_HUNTER_SOME=1 a part.
+The scenarios themselves are in attribution/; this runs them in the guest.
+PACKET_HUNTER_REPEAT=N      plays each N times
+PACKET_HUNTER_LOAD=1        with two busy processes on each CPU
+PACKET_HUNTER_ENGINE=ebpf   with that engine; the module is not loaded
+PACKET_HUNTER_SOME=1        plays a part of them
 """
 
 from __future__ import annotations

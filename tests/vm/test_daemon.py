@@ -188,9 +188,9 @@ def test_a_flood_is_lost_at_the_right_place_within_the_limit_and_the_account_clo
     (tmp_path / "daemon.yaml").write_text("queue_size: 64KiB\n")
     daemon = start("daemon", "--engine", "module")
     with DaemonClient(path, timeout=patient(10)) as client:
-        # what gathers while it stands still comes faster than it can be named, if its threads do
-        # not happen to take turns, as on one CPU they may: then once more. Each packet is of a
-        # new socket, to make naming slow.
+        # what gathers while it stands still comes faster than it can be named. On one CPU its
+        # threads may happen to take turns: then once more. Each packet is of a new socket, to
+        # make naming slow.
         for _ in range(10):
             daemon.process.send_signal(signal.SIGSTOP)
             for _ in range(3000):

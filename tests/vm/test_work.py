@@ -136,10 +136,10 @@ def test_a_ring_that_takes_many_files_is_looked_at_once(loaded: None) -> None:
 def test_the_thread_that_sends_is_written_down_for_a_reader_only(
     module_file: Path, unloaded: None
 ) -> None:
-    """Threads of one server share that line of memory; who reads nothing must not cost it.
+    """Threads of one server share that line of memory: without a reader it stays as it is.
 
-    While sockets stay shared, sends are told without a reader, and the first one after that
-    begins settles who uses the socket: it notes its thread. Those after it do not.
+    While sockets stay shared, sends are probed without a reader. The first send after that
+    begins shows who uses the socket, and notes its thread. Later ones do not.
     """
     insert(module_file)
     target, shared = udp_receiver(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
