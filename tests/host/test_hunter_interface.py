@@ -7,12 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="engine packet needs root")
 
@@ -62,13 +63,6 @@ def count(path: Any, port: int) -> Any:
     return path.read_text().count(f",10.99.0.2,{port},")
 
 
-def wait_for(condition: Any) -> None:
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("way", ["alone", "daemon"])
 def test_an_interface_that_comes_back_is_followed(
     way: str, place: list[Any], tmp_path: Path
@@ -89,13 +83,13 @@ def test_an_interface_that_comes_back_is_followed(
     try:
         told(hunter, "Ctrl-C ends")
         send(place, 1001)
-        wait_for(lambda: count(path, 1001) == 5)
+        until(lambda: count(path, 1001) == 5, 60)
         subprocess.run([*place, "ip", "link", "del", "usb9"], check=True)
         told(hunter, "interface usb9 is gone; waiting for it to come back")
         plug(place)
         told(hunter, "interface usb9 is back")
         send(place, 1002)
-        wait_for(lambda: count(path, 1002) == 5)
+        until(lambda: count(path, 1002) == 5, 60)
         hunter.send_signal(signal.SIGTERM)
         _, rest = hunter.communicate(timeout=60)
         assert hunter.returncode == 0 and "Traceback" not in rest

@@ -96,3 +96,10 @@ def test_a_sentence_has_few_words(name: str) -> None:
         if (count := len(re.findall(r"[\w`'./()_-]+", one))) > MOST_WORDS
     }
     assert long == {}
+
+
+def test_the_glossary_has_each_word_of_the_project_in_order() -> None:
+    glossary = (ROOT / "ARCHITECTURE.md").read_text().partition("## Glossary")[2].partition("##")[0]
+    words = re.findall(r"^\| ([a-z ,]+) \| \S", glossary, re.MULTILINE)[1:]
+    assert words == sorted(words)
+    assert {*"account copy holder owner seeded settled tail user via".split()} <= {*words}

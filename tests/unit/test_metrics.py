@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from waiting import stand_in
+from waiting import stand_in, until
 
 pytest.importorskip("prometheus_client")
 
@@ -55,13 +54,6 @@ def _connect(path: Any, send: bytes = b"") -> Any:
     return one
 
 
-def _until(condition: Any) -> None:
-    until = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
 def _threads() -> int:
     return sum("process_request" in thread.name for thread in threading.enumerate())
 
@@ -71,8 +63,8 @@ def test_a_client_that_does_not_read_writes_nothing_to_stderr(
 ) -> None:
     monkeypatch.setattr("daemon.system.scrapes._Quiet.timeout", 0.2)
     held = [_connect(path, b"GET /metrics HTTP/1.0\r\n\r\n") for _ in range(3)]
-    _until(_threads)
-    _until(lambda: not _threads())
+    until(_threads)
+    until(lambda: not _threads())
     assert capfd.readouterr().err == ""
     for one in held:
         one.close()
@@ -85,7 +77,7 @@ def test_clients_that_send_nothing_hold_few_threads_and_others_are_answered(
     held = [_connect(path) for _ in range(40)]
     one = _connect(path, b"GET /metrics HTTP/1.0\r\n\r\n")
     assert b"200 OK" in one.recv(100)
-    _until(lambda: _threads() <= 8)
+    until(lambda: _threads() <= 8)
     for each in (*held, one):
         each.close()
 
