@@ -3,10 +3,18 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
+from sockets import udp_receiver
+
+from nlproto.engines.module import ModuleEngine
+from nlproto.records.wire import Batch
 
 
 def test_module_loads_on_a_kernel_that_has_not_loaded_nf_socket(
@@ -29,8 +37,16 @@ def test_modinfo_describes_every_parameter(module_file: Path) -> None:
 
 
 @pytest.mark.boot("ipv6.disable=1")
-def test_module_loads_where_ipv6_is_disabled(module_file: Path, unloaded: None) -> None:
+@pytest.mark.usefixtures("loopback_is_up")
+def test_module_names_packets_where_ipv6_is_disabled(module_file: Path, unloaded: None) -> None:
     subprocess.run(["insmod", str(module_file)], check=True)
+    with ModuleEngine(("packets",)) as engine, closing(udp_receiver()) as receiver:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"x", receiver.getsockname())
+            port = sender.getsockname()[1]
+        batches = [one.records for one in engine.finish() if isinstance(one, Batch)]
+    records = np.concatenate(batches)
+    assert records["tgid"][records["sport"] == port].tolist() == [os.getpid()] * 2
 
 
 RULES = "table ip t { chain in { type filter hook input priority 0; ct state new accept; }; }"
