@@ -215,6 +215,12 @@ def test_a_first_word_that_is_nearly_a_subcommand_is_asked_about(word: str, mean
         filter_text(word)
 
 
+@pytest.mark.parametrize("rest", [[], ["--port", "80", "--by", "unit"]])
+def test_a_subcommand_after_an_option_is_told_its_place(rest: list[str]) -> None:
+    with pytest.raises(UsageError, match="'who' is a subcommand: write it before"):
+        parse(["--socket", "/x", "who", *rest])
+
+
 def test_a_socket_is_known_to_be_given() -> None:
     assert live(["--socket", "/x"]).origin.socket_given
     for words in ([], ["stats"], ["doctor"], ["top"]):

@@ -465,7 +465,12 @@ def parse(arguments: Sequence[str]) -> CommandOptions:
             arguments = arguments[:at]
             if not argv:
                 raise UsageError("a command must follow --, as in: packet-hunter -- curl URL")
-    parsed = parser_of(name).parse_intermixed_args(arguments)
+    parser = parser_of(name)
+    parsed, unknown = parser.parse_known_intermixed_args(arguments)
+    if name == "live" and parsed.filter and parsed.filter[0] in SUBCOMMANDS:
+        raise UsageError(f"{parsed.filter[0]!r} is a subcommand: write it before the options")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if name == "who":
         parsed.port = parsed.port_too if parsed.port is None else parsed.port
     command = command_of(name, parsed, argv)

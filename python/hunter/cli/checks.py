@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from hunter.cli.options import SUBCOMMANDS, CommandOptions, FleetOptions, LiveOptions, WhoOptions
+from hunter.cli.options import CommandOptions, FleetOptions, LiveOptions, WhoOptions
 from nlproto import UsageError
 
 __all__ = ["check"]
@@ -49,6 +49,3 @@ def _check_live(options: LiveOptions) -> None:
         raise UsageError("standard output cannot hold both: save to a file")
     if options.origin.read and (options.origin.direct or options.argv):
         raise UsageError("-r reads a file: --direct and -- CMD do not go with it")
-    words = options.choice.filter
-    if words and words[0] in SUBCOMMANDS:
-        raise UsageError(f"{words[0]!r} is a subcommand: write it before the options")
