@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The daemon's first look at 50,000 sockets of 2,000 processes: python bench/start_cost.py (root)
+"""50,000 sockets of 2,000 processes: the first look at them, and what they cost while idle (root).
 
-Beside psutil.net_connections() and `lsof -i`, which answer the same question, in turn, three
-rounds. What counts is the look that a daemon makes at its start: who has which socket, in the
-port map, processes named.
+The look that a daemon makes at its start, with processes named, beside psutil.net_connections()
+and `lsof -i`, which answer the same question; in turn, three rounds. Then daemons of each engine
+with these sockets and without, which are left alone for a minute: run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -28,6 +29,9 @@ from nlproto.host.holders import Holders
 from nlproto.tables.portmap import PortMap
 from nlproto.tables.processes import Processes
 from results import put, table
+
+ENGINES = ("packet", "ebpf")
+SETTLED = 30.0  # s after which a daemon has looked at what was there
 
 
 def hold(processes: int, each: int) -> list[int]:
@@ -75,11 +79,32 @@ def lsof_look() -> int:
     return done.stdout.count(b"\n")
 
 
+def idle(engine: str, seconds: float) -> float:
+    """CPU time, in percent of one, of a daemon that is not asked anything."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "daemon.sock")
+        command = [sys.executable, "-m", "daemon", "--engine", engine, "--socket", path]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as daemon:
+            try:
+                while not os.path.exists(path):
+                    assert daemon.poll() is None, f"engine {engine} does not run here"
+                    time.sleep(0.1)
+                time.sleep(SETTLED)
+                one = psutil.Process(daemon.pid)
+                before, began = sum(one.cpu_times()[:2]), time.perf_counter()
+                time.sleep(seconds)
+                spent = sum(one.cpu_times()[:2]) - before
+                return 100 * spent / (time.perf_counter() - began)
+            finally:
+                daemon.terminate()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=2000)
     parser.add_argument("--sockets", type=int, default=25, help="of each process")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=60.0, help="that each daemon is watched")
     options = parser.parse_args()
     wanted = options.processes * options.sockets
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
@@ -99,15 +124,26 @@ def main() -> None:
                 assert found >= wanted, f"{name} found {found} of {wanted}"
                 best[name] = min(best.get(name, took), took)
                 print(f"{name}: {took:.2f} s, {found} found", file=sys.stderr, flush=True)
+        with_sockets = {engine: idle(engine, options.seconds) for engine in ENGINES}
     finally:
         for child in children:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+    without = {engine: idle(engine, options.seconds) for engine in ENGINES}
     ours = best["packet-hunterd's first look"]
     rows = [[name, f"{took:.2f}", f"{took / ours:.1f}"] for name, took in best.items()]
     words = f"{wanted:,} sockets of {options.processes:,} processes; best of {options.rounds}."
     shown = table(["who has which socket", "s", "times ours"], rows)
     put("Start", "make bench-start", f"{words}\n\n{shown}")
+    costs = [
+        [engine, f"{with_sockets[engine]:.2f} %", f"{without[engine]:.2f} %"] for engine in without
+    ]
+    shown = table(["an idle daemon, of one CPU", f"{wanted:,} sockets", "without them"], costs)
+    put(
+        "Idle",
+        "make bench-start",
+        f"Over {options.seconds:.0f} s, other traffic included.\n\n{shown}",
+    )
 
 
 if __name__ == "__main__":
