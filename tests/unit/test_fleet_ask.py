@@ -196,6 +196,23 @@ def test_the_server_is_who_accepted_and_not_who_listens(
     assert alone(found) == expected
 
 
+@pytest.mark.parametrize("later", [0, 100])
+def test_what_was_accepted_long_before_its_next_packet_is_one_connection(
+    folder: Folder, later: int
+) -> None:
+    near, far = "10.0.0.1:40000", "10.0.0.2:443"
+    folder.flow("a", near, far, "curl", last=FIRST + (later + 1) * S)
+    for at, cookie in ((0, 7), (1, 8), (2, 8)):
+        first = FIRST + at * S // 1000
+        folder.flow("b", far, near, "master", first=first, how="listener", cookie=cookie, tgid=7)
+    if later:
+        folder.flow("b", far, near, "worker", first=FIRST + later * S, cookie=8)
+    with folder.open() as store:
+        [one] = ends(store, Wanted())[1]
+    assert one["server"]["program"] == ("worker" if later else "master")
+    assert one["server"]["packets_in"] == (8 if later else 6)
+
+
 def test_an_end_without_a_partner_says_why(folder: Folder) -> None:
     for host in "abcd":
         folder.account(host, range(600, 701, 20) if host == "c" else range(600, 1201, 60))

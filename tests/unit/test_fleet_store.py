@@ -179,6 +179,13 @@ def test_what_was_the_listener_s_goes_to_who_accepted_the_connection() -> None:
         deltas.add(some, Clock(0, 0))
     names = ("cookie", "tgid", "first_ns", "last_ns", "packets_out", "opened", "flags", "nat_lport")
     found = deltas.take()
+    # nobody accepted these yet
+    for at, cookie, how, tgid in (
+        (3, 41, listener, 6), (2, 0, listener, 5), (1, 7, predates, 0)
+    ):  # fmt: skip
+        some = flows(0, 1, cookie=cookie, how=how, tgid=tgid, rport=1004, first_ns=at, last_ns=at)
+        deltas.add(some, Clock(0, 0))
+    assert deltas.take()[["tgid", "packets_out"]].tolist() == [(6, 3)]
     assert sorted(zip(*(found[name].tolist() for name in names), strict=True)) == [
         (7, 5, 13, 13, 1, 2, 32, 0),
         (21, 6, 1, 3, 4, 2, 8, 80),

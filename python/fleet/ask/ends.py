@@ -97,20 +97,32 @@ SELECT host, hash(boot, netns, cookie, protocol, laddr, lport, raddr, rport, for
     protocol, laddr, lport, raddr, rport, forwarded, {{name}} AS name, initiated, client,
     {{translation}}, domain, {{details}} first_ns, last_ns,
     bytes_out::BIGINT AS bytes_out, bytes_in::BIGINT AS bytes_in, {{fits}} AS fits,
-    {_EARLY} AS early, tgid <> 0 AS owned, {_KEY} AS key, {_MIRROR} AS mirror
+    {_EARLY} AS early, tgid <> 0 AS owned, cookie,
+    how IN ('listener', 'predates') AS listening, {_KEY} AS key, {_MIRROR} AS mirror
 FROM ({NAMED}) {{touched}}
 """
-_ACCEPTED = f"""
-UPDATE end_row SET flow = later.flow, name = later.name{{owner}}
+_ACCEPTED = """
+UPDATE end_row SET flow = later.flow, name = later.name, early = later.early{owner}
 FROM (
-    SELECT e.host, e.flow AS early_flow, arg_min(s.name, s.first_ns) AS name,
-        {{chosen}} arg_min(s.flow, s.first_ns) AS flow
+    SELECT e.host, e.flow AS early_flow, {chosen}
     FROM end_row e JOIN end_row s ON s.host = e.host AND s.place = e.place AND s.key = e.key
-    WHERE e.early AND NOT s.early AND s.owned AND NOT s.forwarded
-        AND s.first_ns BETWEEN e.first_ns AND e.last_ns + {_EDGE_NS}
+    WHERE e.early AND s.owned AND NOT s.forwarded AND e.flow <> s.flow AND {which}
     GROUP BY e.host, e.flow) later
 WHERE end_row.early AND end_row.host = later.host AND end_row.flow = later.early_flow
 """
+_WHICH = (
+    # of its own socket; then the next one; else the last of those that nobody accepted
+    ("NOT s.early AND s.cookie = e.cookie AND e.cookie <> 0", "s.first_ns"),
+    (
+        f"NOT s.early AND s.first_ns BETWEEN e.first_ns AND e.last_ns + {_EDGE_NS}",
+        "s.first_ns",
+    ),
+    (
+        f"e.listening AND s.early AND s.first_ns BETWEEN e.first_ns + 1 AND e.last_ns + {_EDGE_NS}",
+        "-s.first_ns",
+    ),
+)
+"""Which row takes an early one, and by what it is the first."""
 _REPEATED = """
 CREATE OR REPLACE TEMP TABLE repeated AS SELECT flow FROM end_row GROUP BY flow HAVING count(*) > 1
 """
@@ -355,14 +367,11 @@ def join(store: FlowStore, wanted: Wanted, name: str, details: bool = False) -> 
         words,
     )
     if store.rows("SELECT 1 FROM end_row WHERE early LIMIT 1"):
-        store.rows(
-            _ACCEPTED.format(
-                owner="".join(f", {one} = later.{one}" for one in _OWN if details),
-                chosen="".join(
-                    f"arg_min(s.{one}, s.first_ns) AS {one}, " for one in _OWN if details
-                ),
-            )
-        )
+        own = ("flow", "name", "early", *(_OWN if details else ()))
+        for which, order in _WHICH:
+            chosen = ", ".join(f"arg_min(s.{one}, {order}) AS {one}" for one in own)
+            owner = "".join(f", {one} = later.{one}" for one in own[3:])
+            store.rows(_ACCEPTED.format(owner=owner, chosen=chosen, which=which))
     store.rows(_REPEATED)
     if store.rows("SELECT 1 FROM repeated LIMIT 1"):
         same = [*_SAME, *(_OWNER if details else ())]

@@ -95,18 +95,22 @@ class Deltas:
         """
         tcp = (flows["proto"] == socket.IPPROTO_TCP) & (flows["forwarded"] == 0)
         how, owned = flows["how"], flows["tgid"] != 0
-        early = tcp & ((how == _LISTENER) | (how == _PREDATES) | owned & (flows["cookie"] == 0))
+        listener = tcp & ((how == _LISTENER) | (how == _PREDATES))
+        early = listener | tcp & owned & (flows["cookie"] == 0)
         if not early.any():
             return flows
         rows = np.flatnonzero(early | tcp & owned)
         keys = mix(tuple(_ends(taken(flows, rows))), self._seed)
         rows = rows[order := np.lexsort((~early[rows], flows["first_ns"][rows], keys))]
+        keys, places = keys[order], np.arange(len(rows))
         # the next row of the same ends that is the connection's own
-        later = np.where(early[rows], len(rows), np.arange(len(rows)))
-        later = np.minimum.accumulate(later[::-1])[::-1]
-        same = later < len(rows)
-        same[same] = keys[order][later[same]] == keys[order][same]
-        found = np.flatnonzero(early[rows] & same)
+        later = np.minimum.accumulate(np.where(early[rows], len(rows), places)[::-1])[::-1]
+        last = np.searchsorted(keys, keys, "right") - 1
+        accepted = early[rows] & (later <= last)
+        # else the last one with an owner
+        known = np.maximum.accumulate(np.where(owned[rows], places, -1))[last]
+        later = np.where(accepted, later, known)
+        found = np.flatnonzero(accepted | listener[rows] & (known > places))
         old, new = rows[found], rows[later[found]]
         for name in _SUMS:
             np.add.at(flows[name], new, flows[name][old])
