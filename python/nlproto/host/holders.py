@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,13 +21,15 @@ import numpy as np
 from nlproto.host import procfs
 from nlproto.host.procfs import Owner
 from nlproto.running.budget import Budget, UserBudgets
+from nlproto.running.left_behind import Beside
 
 __all__ = ["Holders"]
 
 _WALK_SHARE = 4  # of the time, for walks in the long run
 _WALK_SAVED_NS = 500_000_000  # walking time that can be saved up while nothing is unknown
 _WALK_WAIT_S = 0.05  # to wait for another thread's walk before nobody is found
-_USER_SHARE, _USERS_SHARE, _USER_SAVED_NS = 3, 2, 300_000_000
+_BESIDE_S = 0.5  # to wait for one's own walk: the ring of who waits fills meanwhile
+_USER_SHARE, _USERS_SHARE, _USER_SAVED_NS = 6, 4, 300_000_000
 """Parts of the time: for the sockets of one user, and of all users but root."""
 _ASKED_AGAIN_NS = 50_000_000  # an inode that nobody held, when asked for again the first time
 _MISSED_NS, _MISSED_SHARE = 1_600_000_000, 100
@@ -57,17 +58,17 @@ _INHERITED_NS = 200_000_000
 class Holders:
     """The holders of sockets, as of their last check. The threads of one program share it.
 
-    One thread at a time walks the processes, inside `walking()`. Others get answers meanwhile.
+    One thread at a time walks the processes. Others get answers meanwhile: none waits long while
+    another one reads /proc.
     """
 
     def __init__(
         self,
         proc: Path = procfs.PROC,
         now_ns: Callable[[], int] = time.monotonic_ns,
-        walking: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
-        self.walking = walking
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        """Guards all tables here. /proc is read without it."""
         self._walk_lock = threading.Lock()
         self._found = threading.local()
         self._proc = proc
@@ -86,17 +87,24 @@ class Holders:
         self._idle_budget = Budget(_IDLE_SHARE, _IDLE_SAVED_NS, now_ns)
         self._whole = True
         """Whether the last walk asked all."""
-        self._went_ns, self._walk_took_ns, self._walk_found = -(1 << 62), 0, 0
+        self._went_ns, self._walk_found = -(1 << 62), 0
         self._settled: dict[int, int] = {}
         self._listing_ns = 0
         self._births = procfs.Births(proc)
         self._newest = self._births.last()
         self._inherited: dict[int, int] = {}
+        self._welcoming = 0
+        """Threads that read the newborn at this moment."""
         self._unasked_ns = self._tidied_ns = 0
         self._budget = Budget(_WALK_SHARE, _WALK_SAVED_NS, now_ns)
         self._users = UserBudgets(_USER_SHARE, _USERS_SHARE, _USER_SAVED_NS, now_ns)
         self.walked_ns = -(1 << 62)
         """When all processes were last read."""
+        self.walk_took_ns = 0
+        """How long the last walk took."""
+        self._beside = Beside("walk", lambda: self.walk())
+        self.sees_all = True
+        """Whether /proc shows every process. It does not in a container."""
         self.complete = True
         """Whether the last walk could read every process (if not, it needs root)."""
 
@@ -114,12 +122,13 @@ class Holders:
 
         Those with many sockets and no traffic are left out most times: what is known of them stays.
         """
-        with self._walk_lock, self._budget.spend(), self.walking():
+        with self._walk_lock, self._budget.spend():
             began = self._went_ns = self._now_ns()
             alive = procfs.pids(self._proc)
-            self._large.intersection_update(alive)
-            idle = {pid for pid in self._large if self._is_idle(pid)}
-            grown = len(self._by_inode) > 2 * self._walk_found + _STALE
+            with self._lock:
+                self._large.intersection_update(alive)
+                idle = {pid for pid in self._large if self._is_idle(pid)}
+                grown = len(self._by_inode) > 2 * self._walk_found + _STALE
             self._whole = not idle or grown or self._idle_budget.allows()
             if not self._whole:
                 some = [pid for pid in alive if pid not in idle]
@@ -130,7 +139,11 @@ class Holders:
                 with self._idle_budget.spend() if idle else contextlib.nullcontext():
                     self.walked_ns = began
                     self._walk_all(alive)
-            self._walk_took_ns = self._now_ns() - began
+            self.walk_took_ns = self._now_ns() - began
+
+    def walk_beside(self, wait_s: float = _BESIDE_S) -> bool:
+        """Do walk() in another thread, which can take seconds. Returns as Beside.run()."""
+        return self._beside.run(wait_s)
 
     def _walk_all(self, alive: Sequence[int]) -> None:
         by_inode: dict[int, dict[int, int]] = {}
@@ -144,7 +157,7 @@ class Holders:
         with self._lock:
             self._measure(alive, sockets)
             self._learn(by_inode, alive)
-            self.complete = complete
+            self.complete = complete and self.sees_all
 
     def _learn_some(self, sockets: np.ndarray, alive: Sequence[int]) -> None:
         """Take what was found of all but a few; what is known of these is checked when used."""
@@ -216,17 +229,15 @@ class Holders:
         if self.due():
             self.walk()
         else:
-            with self._lock:
-                self._ask_born(0)
+            self._ask_born(0)
         ask = functools.cache(functools.partial(procfs.owner, proc=self._proc))
         for inode in inodes:
-            with self._lock:
-                held = self._held_by(inode)
-                if len(held) == 1:
-                    owner = ask(next(iter(held)))
-                    found: tuple[Owner, ...] = () if owner is None else (owner,)
-                else:
-                    found = self._owners(inode, held, ask)
+            held = self._held_by(inode)
+            if len(held) == 1:
+                owner = ask(next(iter(held)))
+                found: tuple[Owner, ...] = () if owner is None else (owner,)
+            else:
+                found = self._owners(inode, held, ask)
             yield inode, found
 
     def find_soon(self, inode: int, uid: int, likely: Sequence[int] = ()) -> tuple[Owner, ...]:
@@ -235,30 +246,30 @@ class Holders:
         For a socket that a packet was for.
         """
         found = self._find_soon(inode, uid, likely)
-        if self._large:
-            for one in found:
-                if one.identity.tgid in self._large:
-                    self._traffic[one.identity.tgid] = self._now_ns()
+        with self._lock:
+            large = [one.identity.tgid for one in found if one.identity.tgid in self._large]
+            self._traffic |= dict.fromkeys(large, self._now_ns())
         return found
 
     def _find_soon(self, inode: int, uid: int, likely: Sequence[int]) -> tuple[Owner, ...]:
         self._found.exhaustive = False
         if not inode or not self._users.allows(uid):
             return ()
-        with self._lock:
-            if not self._by_inode.get(inode):
-                with self._users.spend(uid):
-                    if found := self._find_newest(inode):
-                        return found
-            self._ask_born(max(_BORN_NS, _BORN_SHARE * self._listing_ns))
+        if not self._held(inode):
             with self._users.spend(uid):
-                missed, until_ns = self._missing.get(inode, (0, 0))
-                if not self._checked(inode) and self._now_ns() >= until_ns and missed < _OFTEN:
-                    self._ask_some(inode, likely)
+                if found := self._find_newest(inode):
+                    return found
+        self._ask_born(max(_BORN_NS, _BORN_SHARE * self._listing_ns))
+        with self._users.spend(uid):
+            held = self._checked(inode)
+            missed, until_ns = self._missing.get(inode, (0, 0))
+            if not held and self._now_ns() >= until_ns and missed < _OFTEN:
+                self._ask_some(inode, likely)
                 held = self._checked(inode)
-                if len(held) == 1:
-                    self._ask_parents(inode, *held)
-                return self._owners(inode, held)
+            if len(held) == 1:
+                self._ask_parents(inode, *held)
+                held = self._held(inode) or held
+            return self._owners(inode, held)
 
     def find_anywhere(self, inode: int, uid: int = 0) -> tuple[Owner, ...]:
         """Do what find() does after find_soon() found nobody: read all, if a walk is due."""
@@ -276,30 +287,37 @@ class Holders:
             # the last walk is recent enough
             self._found.exhaustive = self.complete and self._whole
         elif self.due():
+            asked_ns = self._now_ns()
             with self._users.spend(uid):
-                self.walk()
-            self._found.exhaustive = self.complete and self._whole
-        with self._lock, self._users.spend(uid):
+                ended = self.walk_beside() and self._went_ns >= asked_ns
+            self._found.exhaustive = ended and self.complete and self._whole
+        with self._users.spend(uid):
             held = self._held_by(inode)
-            if held:
-                self._missing.pop(inode, None)
-            elif self.exhaustive or not self._whole:
-                if len(self._missing) > _MISSING_LIMIT:
-                    self._missing.clear()
-                until_ns = self._now_ns() + max(_ASKED_AGAIN_NS, pause_ns)
-                self._missing[inode] = missed + 1, until_ns
+            with self._lock:
+                if held:
+                    self._missing.pop(inode, None)
+                elif self.exhaustive or not self._whole:
+                    if len(self._missing) > _MISSING_LIMIT:
+                        self._missing.clear()
+                    until_ns = self._now_ns() + max(_ASKED_AGAIN_NS, pause_ns)
+                    self._missing[inode] = missed + 1, until_ns
             return self._owners(inode, held)
 
     def _pause_ns(self, missed: int) -> int:
         """How old the last walk may be when a socket is looked for that was missed so often."""
         if not missed:
             return 0
-        most = max(_MISSED_NS, _MISSED_SHARE * self._walk_took_ns)
+        most = max(_MISSED_NS, _MISSED_SHARE * self.walk_took_ns)
         return int(min(_ASKED_AGAIN_NS << min(missed - 1, 30), most))
 
     def _held_by(self, inode: int) -> dict[int, int]:
         """Who held it in the last walk; where that left out some, who does now."""
-        return self._by_inode.get(inode, {}) if self._whole else self._checked(inode)
+        return self._held(inode) if self._whole else self._checked(inode)
+
+    def _held(self, inode: int) -> dict[int, int]:
+        """Return who is known to hold it: {pid: descriptor}."""
+        with self._lock:
+            return self._by_inode.get(inode, {}).copy()
 
     def _wait_for_walk(self) -> None:
         """Wait a moment if another thread walks: it may be about to find this holder."""
@@ -308,22 +326,12 @@ class Holders:
 
     def known(self, inode: int) -> tuple[Owner, ...]:
         """Return the holders that were known before; cheap."""
-        with self._lock:
-            return self._owners(inode, self._checked(inode))
+        return self._owners(inode, self._checked(inode))
 
     def peek(self, inode: int) -> Iterator[Owner]:
         """Return what known() returns, but learn and forget nothing."""
-        with self._lock:
-            held = self._by_inode.get(inode, {}).copy()
-        target = f"socket:[{inode}]"
-        for pid, fd in held.items():
-            try:
-                holds = os.readlink(f"{self._proc}/{pid}/fd/{fd}") == target
-            except OSError:
-                continue
-            one = procfs.owner(pid, self._proc) if holds else None
-            if one is not None:
-                yield one
+        holders = procfs.still_held(inode, self._held(inode), self._proc)
+        yield from procfs.owners(tuple(holders), self._proc)
 
     def _owners(
         self,
@@ -331,14 +339,17 @@ class Holders:
         held: Iterable[int],
         ask: Callable[[int], Owner | None] | None = None,
     ) -> tuple[Owner, ...]:
-        ask = ask or functools.partial(procfs.owner, proc=self._proc)
-        owners = [found for pid in held if (found := ask(pid)) is not None]
-        for found in owners:
-            self._talkers.pop(found.identity.tgid, None)
-            self._talkers[found.identity.tgid] = None  # the latest holder is checked first
-        if len(owners) == 1:
-            self._settled[inode] = owners[0].identity.tgid
-        user = self._settled.get(inode)
+        if ask is None:
+            owners = procfs.owners(tuple(held), self._proc)
+        else:
+            owners = [found for pid in held if (found := ask(pid)) is not None]
+        with self._lock:
+            for found in owners:
+                self._talkers.pop(found.identity.tgid, None)
+                self._talkers[found.identity.tgid] = None  # the latest holder is checked first
+            if len(owners) == 1:
+                self._settled[inode] = owners[0].identity.tgid
+            user = self._settled.get(inode)
         owners.sort(
             key=lambda one: (
                 one.identity.tgid == user,
@@ -350,31 +361,31 @@ class Holders:
         return tuple(owners)
 
     def _checked(self, inode: int) -> dict[int, int]:
-        known = self._by_inode.get(inode, {})
-        target = f"socket:[{inode}]"
-        for pid, fd in list(known.items()):
-            try:
-                holds = os.readlink(f"{self._proc}/{pid}/fd/{fd}") == target
-            except OSError:
-                holds = False
-            if not holds:
-                del known[pid]
-        return known
+        before = self._held(inode)
+        held = procfs.still_held(inode, before, self._proc)
+        with self._lock:
+            known = self._by_inode.get(inode, {})
+            for pid in before.keys() - held.keys():
+                if known.get(pid) == before[pid]:
+                    del known[pid]
+        return held
 
     def _ask_born(self, older_ns: int) -> None:
         """Read the newborn processes: by fork they hold what their parents hold."""
         now = self._now_ns()
         if now - self._listed_ns < older_ns:
             return
-        self._listed_ns = now
         alive = procfs.pids(self._proc)
-        born = [pid for pid in alive if pid not in self._known]
-        self._known = set(alive)
-        self._listing_ns = self._now_ns() - now
-        if len(born) < len(alive):
-            self._welcome(born, now)
-        else:  # the first look
+        with self._lock:
+            born = [pid for pid in alive if pid not in self._known]
+            self._known = set(alive)
+            self._listed_ns, self._listing_ns = now, self._now_ns() - now
+            first = len(born) == len(alive)
+            self._welcoming += not first
+        if first:
             self._ask(born)
+        else:
+            self._welcome(born, now)
 
     def _find_newest(self, inode: int) -> tuple[Owner, ...]:
         """Read the youngest processes, new ones or known: one may live a millisecond.
@@ -384,77 +395,94 @@ class Holders:
         self._ask_newest()
         self._ask_young(inode, _FEW)
         ask = functools.cache(functools.partial(procfs.owner, proc=self._proc))
-        held = [pid for pid in self._by_inode.get(inode, ()) if ask(pid)]
+        held = [pid for pid in self._held(inode) if ask(pid)]
         if len(held) == 1:
             self._ask_parents(inode, *held)
-        return self._owners(inode, self._by_inode[inode], ask) if held else ()
+        return self._owners(inode, self._held(inode) or held, ask) if held else ()
 
     def _ask_newest(self) -> None:
         """Read the youngest processes born since the last look, without the list of all."""
-        before, self._newest = self._newest, self._births.last()
-        if before == self._newest:
-            return
-        now = self._now_ns()
-        numbers = range(self._newest, before, -1)
-        if not numbers or len(numbers) > _FEW:
-            self._unasked_ns = now  # the list will have the others
-        born = [pid for pid in numbers[:_FEW] if pid not in self._known]
-        self._welcome([pid for pid in born if procfs.is_process(pid)], now)
+        newest, now = self._births.last(), self._now_ns()
+        with self._lock:
+            before, self._newest = self._newest, newest
+            if before == newest:
+                return
+            numbers = range(newest, before, -1)
+            if not numbers or len(numbers) > _FEW:
+                self._unasked_ns = now  # the list will have the others
+            born = [pid for pid in numbers[:_FEW] if pid not in self._known]
+            self._welcoming += 1
+        self._welcome(born, now, made_up=True)
 
-    def _welcome(self, born: Sequence[int], now: int) -> None:
-        """Read new processes, and note what they may have got from their parents."""
-        self._known.update(born)
-        self._young = {pid: at for pid, at in self._young.items() if now - at < _YOUNG_NS}
-        self._young |= dict.fromkeys(sorted(born), now)
-        self._inherited |= dict.fromkeys(self._ask(born), now)
-        if now - self._tidied_ns > _YOUNG_NS:
-            self._tidied_ns, recent = now, now - _INHERITED_NS
-            self._inherited = {one: at for one, at in self._inherited.items() if at > recent}
+    def _welcome(self, born: Sequence[int], now: int, made_up: bool = False) -> None:
+        """Read new processes, and note what they may have got from their parents.
+
+        `made_up`: some may be threads. The caller has counted itself in `_welcoming`.
+        """
+        got: set[int] = set()
+        try:
+            if made_up:
+                born = [pid for pid in born if procfs.is_process(pid)]
+            with self._lock:
+                self._known.update(born)
+                self._young = {pid: at for pid, at in self._young.items() if now - at < _YOUNG_NS}
+                self._young |= dict.fromkeys(sorted(born), now)
+            got = self._ask(born)
+        finally:
+            with self._lock:
+                self._welcoming -= 1
+                done = self._now_ns()
+                self._inherited |= dict.fromkeys(got, done)
+                if now - self._tidied_ns > _YOUNG_NS:
+                    self._tidied_ns, recent = now, now - _INHERITED_NS
+                    got_before = self._inherited.items()
+                    self._inherited = {one: at for one, at in got_before if at > recent}
 
     def may_be_inherited(self, inode: int, since_ns: int) -> bool:
         """Return whether a process was born since then, at most 0.2 s ago, that may hold it too."""
+        self._ask_newest()
         with self._lock:
-            self._ask_newest()
-            return max(self._inherited.get(inode, 0), self._unasked_ns) > since_ns
+            told = max(self._inherited.get(inode, 0), self._unasked_ns)
+            return self._welcoming > 0 or told > since_ns  # another thread may be about to know
 
     def _ask_young(self, inode: int, most: int) -> None:
         """Read the youngest first, until one is found that holds it."""
-        young = [pid for pid in reversed(self._young) if pid in self._known][:most]
-        while young and not self._by_inode.get(inode):
+        with self._lock:
+            young = [pid for pid in reversed(self._young) if pid in self._known][:most]
+        while young and not self._held(inode):
             self._ask(young[:_AT_ONCE])
             del young[:_AT_ONCE]
 
     def _ask_some(self, inode: int, likely: Sequence[int]) -> None:
         self._ask_born(0)
         self._ask_young(inode, len(self._young))
-        dear = []
-        for pid in (*likely, *reversed(self._talkers)):
-            if self._by_inode.get(inode):
+        with self._lock:
+            known = [pid for pid in (*likely, *reversed(self._talkers)) if pid in self._known]
+            dear = {pid for pid in self._large if pid not in likely and self._is_idle(pid)}
+        cheap = [pid for pid in known if pid not in dear]
+        for some in (cheap[:1], *(cheap[at : at + _FEW] for at in range(1, len(cheap), _FEW))):
+            if self._held(inode):
                 return
-            if pid in self._large and pid not in likely and self._is_idle(pid):
-                dear.append(pid)
-            elif pid in self._known:
-                self._ask([pid])
-        for pid in dear:
-            if self._by_inode.get(inode) or not self._idle_budget.allows():
+            self._ask(some)
+        for pid in [pid for pid in known if pid in dear]:
+            if self._held(inode) or not self._idle_budget.allows():
                 return
             with self._idle_budget.spend():
                 self._ask([pid])
 
     def _ask_parents(self, inode: int, pid: int) -> None:
         """Most shared sockets come from fork: go up the parents as long as they hold it too."""
-        if self._sole.get(inode) == pid:
-            return
-        if len(self._sole) > _MISSING_LIMIT:
-            self._sole.clear()
-        self._sole[inode] = pid
-        held = self._by_inode[inode]
+        with self._lock:
+            if self._sole.get(inode) == pid:
+                return
+            if len(self._sole) > _MISSING_LIMIT:
+                self._sole.clear()
+            self._sole[inode] = pid
         for _ in range(_GENERATIONS):
             pid = procfs.parent(pid, self._proc)
-            if pid in (0, 1) or pid in held:
+            if pid in (0, 1) or pid in self._held(inode):
                 return
-            self._ask([pid])
-            if pid not in held:
+            if inode not in self._ask([pid]):
                 return
 
     def _ask(self, some: Sequence[int]) -> set[int]:
@@ -462,8 +490,9 @@ class Holders:
         if not some:
             return set()
         sockets = procfs.held_sockets(some, self._proc)[0]
-        self._measure(some, sockets)
         held = sockets.tolist()
-        for inode, pid, fd in held:
-            self._by_inode.setdefault(inode, {})[pid] = fd
+        with self._lock:
+            self._measure(some, sockets)
+            for inode, pid, fd in held:
+                self._by_inode.setdefault(inode, {})[pid] = fd
         return {inode for inode, _, _ in held}

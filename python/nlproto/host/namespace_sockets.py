@@ -113,8 +113,8 @@ class PerNamespace(Closing, Generic[S]):
 class NamespaceSockets(PerNamespace[SockDiag]):
     """The sock_diag sockets of all namespaces."""
 
-    def __init__(self, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
-        super().__init__(SockDiag, now_ns)
+    def __init__(self, now_ns: Callable[[], int] = time.monotonic_ns, share: int = 0) -> None:
+        super().__init__(SockDiag, now_ns, share)
 
     def tables(self) -> dict[int, np.ndarray]:
         """Return all sockets of each namespace (HOST_SOCKET); ours from /proc/net if need be."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import socket
 import struct
 import threading
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from nlproto._host import lib
+from nlproto._host import ffi, lib
 from nlproto.errors import Error, NoPrivilege, UsageError
 from nlproto.host import procfs
 from nlproto.kernel.netlink import NLM_F_DUMP, Connection, attributes
@@ -116,23 +115,15 @@ def paths(proc: Path = Path("/proc"), named: Path = NAMED) -> dict[int, Path]:
     Namespaces without a process and without a name in /run/netns cannot be seen. Raises Error if no
     file descriptor is left.
     """
-    found: dict[int, Path] = {}
-    seen: set[str] = set()
     with or_error():
         names = os.listdir(proc)
-    for name in names:
-        if not name.isdecimal():
-            continue
-        path = f"{proc}/{name}/ns/net"
-        try:
-            target = os.readlink(path)
-        except OSError:
-            continue
-        if target not in seen:
-            seen.add(target)
-            inode = re.fullmatch(r"net:\[(\d+)\]", target)
-            if inode:
-                found[int(inode[1])] = Path(path)
+    pids = [int(name) for name in names if name.isdecimal()]
+    inodes = ffi.new("uint64_t[]", len(pids))
+    lib.host_net_namespaces(bytes(proc), pids, len(pids), inodes)
+    first: dict[int, int] = {}
+    for inode, pid in zip(ffi.unpack(inodes, len(pids)), pids, strict=True):
+        first.setdefault(inode, pid)
+    found = {inode: proc / f"{pid}/ns/net" for inode, pid in first.items() if inode}
     try:
         with or_error():
             entries = list(named.iterdir())

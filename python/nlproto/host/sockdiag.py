@@ -99,25 +99,45 @@ class DiagSocket(Closing):
         states: int = ALL_STATES,
         extensions: int = 0,
     ) -> None:
-        self._seq = self._seq % 0xFFFFFFFF + 1  # the kernel always reports 0
-        if proto == socket.IPPROTO_UDP and not dump:
-            # udp_dump_one() takes source and destination of an incoming packet.
-            local, lport, remote, rport = remote, rport, local, lport
-        size = lib.host_diag_request(
-            self._request, self._seq, family, proto, dump, local, lport, remote, rport, ifindex,
-            states, extensions,
-        )  # fmt: skip
+        size = self._make(
+            family, proto, dump, local, lport, remote, rport, ifindex, states, extensions
+        )
         try:
             self._socket.send(ffi.buffer(self._request, size))
         except OSError as error:
             raise refused(error.errno or 0) from None
+
+    def _make(
+        self,
+        family: int,
+        proto: int,
+        dump: bool,
+        local: bytes,
+        lport: int,
+        remote: bytes,
+        rport: int,
+        ifindex: int,
+        states: int = ALL_STATES,
+        extensions: int = 0,
+    ) -> int:
+        """Make the next request. Returns its bytes."""
+        self._seq = self._seq % 0xFFFFFFFF + 1  # the kernel always reports 0
+        if proto == socket.IPPROTO_UDP and not dump:
+            # udp_dump_one() takes source and destination of an incoming packet.
+            local, lport, remote, rport = remote, rport, local, lport
+        return int(
+            lib.host_diag_request(
+                self._request, self._seq, family, proto, dump, local, lport, remote, rport, ifindex,
+                states, extensions,
+            )
+        )  # fmt: skip
 
     def _receive(self) -> int:
         """Return the size of the next datagram, which is in the buffer."""
         try:
             return self._socket.recv_into(self._buffer)
         except TimeoutError:
-            raise Error(f"sock_diag did not answer within {PATIENCE_S:.0f} s") from None
+            raise _no_answer() from None
 
 
 class SockDiag(DiagSocket):
@@ -127,17 +147,22 @@ class SockDiag(DiagSocket):
     """
 
     def __init__(self) -> None:
-        # The smallest answer takes 88 bytes of a datagram.
-        super().__init__(HOST_SOCKET, 64)
+        # The smallest answer takes 88 bytes of a datagram. There is room for three.
+        super().__init__(HOST_SOCKET, 24)
         self._sockets = ffi.from_buffer("struct host_socket[]", self._found)
 
-    def _read(self, proto: int) -> tuple[int, bool]:
-        """Return how many sockets self._found has now, or -errno; and if that is all."""
-        size = self._receive()
-        read = lib.host_diag_read(
-            self._view, size, self._seq, proto, self._sockets, len(self._found), self._done
-        )
-        return read, bool(self._done[0])
+    def _ask(self, size: int, proto: int, most: int) -> int:
+        """Send a request of `size` bytes (0: none). Returns how many sockets self._found has now.
+
+        Or -errno.
+        """
+        read = lib.host_diag_ask(
+            self._socket.fileno(), self._request, size, self._view, _BUFFER, self._seq, proto,
+            self._sockets, most, self._done, int(PATIENCE_S * 1000),
+        )  # fmt: skip
+        if read == -errno.ETIMEDOUT:
+            raise _no_answer()
+        return int(read)
 
     def dump(
         self,
@@ -153,13 +178,16 @@ class SockDiag(DiagSocket):
         parts = []
         for proto in protos:
             for family in families:
-                self._send(family, proto, True, lport=lport, states=states, extensions=_MEMORY)
-                done = False
-                while not done:
-                    read, done = self._read(proto)
+                size = self._make(
+                    family, proto, True, ANY, lport, ANY, 0, 0, states, extensions=_MEMORY
+                )
+                self._done[0] = 0
+                while not self._done[0]:
+                    read = self._ask(size, proto, len(self._found))
                     if read < 0:
                         raise refused(-read)
                     parts.append(self._found[:read].copy())
+                    size = 0
         return np.concatenate(parts) if parts else np.zeros(0, HOST_SOCKET)
 
     def find(
@@ -176,18 +204,18 @@ class SockDiag(DiagSocket):
 
         Addresses are the 16 bytes of a record. Without `remote` it finds a TCP listener.
         """
-        self._send(family, proto, False, local, lport, remote, rport, ifindex)
-        while True:
-            read, done = self._read(proto)
-            if read > 0:
-                found: np.void = self._found[:1].copy()[0]
-                return found
-            if read == -errno.ENOENT:
-                return None
-            if read < 0:
-                raise refused(-read)
-            if done:
-                return None
+        size = self._make(family, proto, False, local, lport, remote, rport, ifindex)
+        read = self._ask(size, proto, 1)
+        if read > 0:
+            found: np.void = self._found[:1].copy()[0]
+            return found
+        if read in (0, -errno.ENOENT):
+            return None
+        raise refused(-read)
+
+
+def _no_answer() -> Error:
+    return Error(f"sock_diag did not answer within {PATIENCE_S:.0f} s")
 
 
 def refused(code: int) -> Error:

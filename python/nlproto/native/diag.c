@@ -7,12 +7,16 @@
 #include <linux/netlink.h>
 #include <linux/sock_diag.h>
 #include <linux/tcp.h>
+#include <poll.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/socket.h>
 
 #include "shared_proto.h"
 #include "host.h"
+
+#define SMALLEST sizeof(struct inet_diag_msg) /* bytes of an answer, at least */
 
 uint32_t host_diag_request(uint8_t *buf, uint32_t seq, uint8_t family, uint8_t proto, int dump,
 			   const uint8_t *saddr, uint16_t sport, const uint8_t *daddr,
@@ -167,6 +171,37 @@ int host_diag_read(const uint8_t *buf, uint32_t len, uint32_t seq, uint8_t proto
 	}
 	*done = answers.done;
 	return more < 0 ? more : (int)n;
+}
+
+int host_diag_ask(int fd, const uint8_t *request, uint32_t length, uint8_t *buf, uint32_t size,
+		  uint32_t seq, uint8_t proto, struct host_socket *found, uint32_t max, int *done,
+		  int patience_ms)
+{
+	struct pollfd readable = { .fd = fd, .events = POLLIN };
+	uint32_t n = 0;
+
+	*done = 0;
+	if (length && send(fd, request, length, 0) < 0)
+		return -errno;
+	while (!*done && (!n || max - n >= size / SMALLEST)) {
+		ssize_t len = recv(fd, buf, size, MSG_DONTWAIT);
+		int read, ready = 1;
+
+		if (len >= 0) {
+			read = host_diag_read(buf, (uint32_t)len, seq, proto, found + n, max - n,
+					      done);
+			if (read < 0)
+				return read;
+			n += (uint32_t)read;
+		} else if (errno == EAGAIN) {
+			ready = poll(&readable, 1, patience_ms);
+		} else if (errno != EINTR) {
+			return -errno;
+		}
+		if (!ready)
+			return -ETIMEDOUT;
+	}
+	return (int)n;
 }
 
 int host_tcp_read(const uint8_t *buf, uint32_t len, uint32_t seq, struct host_tcp *found,

@@ -92,6 +92,95 @@ int host_read(const char *path, char *buf, uint32_t size)
 	return (int)n;
 }
 
+static int read_of(const char *proc, uint32_t pid, const char *name, char *buf, uint32_t size)
+{
+	char path[512];
+	int n;
+
+	snprintf(path, sizeof(path), "%s/%u/%s", proc, pid, name);
+	n = host_read(path, buf, size - 1);
+	if (n < 0)
+		return 0;
+	buf[n] = 0;
+	return n;
+}
+
+/* comm may hold blanks, newlines and parentheses of its own; no field behind it does. */
+static int parse_stat(struct host_owner *one, char *buf, int size)
+{
+	char *comm = memchr(buf, '(', size), *end = memrchr(buf, ')', size), *field;
+	uint32_t len;
+
+	if (!comm || !end || end < comm)
+		return 0;
+	len = (uint32_t)(end - ++comm);
+	if (len > sizeof(one->comm))
+		len = sizeof(one->comm);
+	field = end + 1;
+	for (int number = 3; number <= 22; number++) {
+		field = strchr(field, ' ');
+		if (!field)
+			return 0;
+		field++;
+	}
+	if (*field < '0' || *field > '9')
+		return 0;
+	one->start_ticks = strtoull(field, NULL, 10);
+	memcpy(one->comm, comm, len);
+	one->comm_len = len;
+	return 1;
+}
+
+void host_owners(const char *proc, struct host_owner *some, uint32_t count)
+{
+	for (uint32_t i = 0; i < count; i++) {
+		struct host_owner *one = &some[i];
+		char buf[4096], *uid;
+		int size = read_of(proc, one->pid, "stat", buf, sizeof(buf));
+
+		if (!size || !parse_stat(one, buf, size)) {
+			one->comm_len = UINT32_MAX;
+			continue;
+		}
+		/* newlines in the name, which is above, are escaped */
+		size = read_of(proc, one->pid, "status", buf, sizeof(buf));
+		uid = size ? strstr(buf, "\nUid:\t") : NULL;
+		if (uid)
+			one->uid = (uint32_t)strtoul(uid + 6, NULL, 10);
+		else
+			one->comm_len = UINT32_MAX;
+	}
+}
+
+void host_net_namespaces(const char *proc, const uint32_t *pids, uint32_t count, uint64_t *inodes)
+{
+	for (uint32_t i = 0; i < count; i++) {
+		char path[512], target[64];
+		ssize_t len;
+
+		snprintf(path, sizeof(path), "%s/%u/ns/net", proc, pids[i]);
+		len = readlink(path, target, sizeof(target) - 1);
+		target[len > 0 ? len : 0] = 0;
+		inodes[i] = strncmp(target, "net:[", 5) ? 0 : strtoull(target + 5, NULL, 10);
+	}
+}
+
+void host_still_held(const char *proc, uint64_t inode, struct host_held *held, uint32_t count)
+{
+	char wanted[64];
+	int want = snprintf(wanted, sizeof(wanted), "socket:[%llu]", (unsigned long long)inode);
+
+	for (uint32_t i = 0; i < count; i++) {
+		char path[512], target[64];
+		ssize_t len;
+
+		snprintf(path, sizeof(path), "%s/%u/fd/%u", proc, held[i].pid, held[i].fd);
+		len = readlink(path, target, sizeof(target));
+		if (len != want || memcmp(target, wanted, want))
+			held[i].pid = 0;
+	}
+}
+
 int host_open_beneath(int directory, const char *path)
 {
 	struct open_how how = {

@@ -96,6 +96,16 @@ uint32_t host_diag_request(uint8_t *buf, uint32_t seq, uint8_t family, uint8_t p
 int host_diag_read(const uint8_t *buf, uint32_t len, uint32_t seq, uint8_t proto,
 		   struct host_socket *sockets, uint32_t max, int *done);
 
+/*
+ * Sends a request (length 0: none) and reads its answers into `found`, by way of `buf`, until
+ * *done or until `found` has no room for another datagram. For a request without dump, one answer
+ * is all: `max` is 1. Returns how many, -errno, or -ETIMEDOUT after patience_ms. One call: Python's
+ * lock is fought for at the end of each.
+ */
+int host_diag_ask(int fd, const uint8_t *request, uint32_t length, uint8_t *buf, uint32_t size,
+		  uint32_t seq, uint8_t proto, struct host_socket *found, uint32_t max, int *done,
+		  int patience_ms);
+
 /* Moves the calling thread into the network namespace of fd. 0 or -errno. */
 int host_setns_net(int fd);
 
@@ -134,6 +144,23 @@ int host_read(const char *path, char *buf, uint32_t size);
  * that reads is left behind until it can go on. -EBUSY while 16 threads are.
  */
 int host_read_patiently(const char *path, char *buf, uint32_t size, uint32_t patience_ms);
+
+struct host_owner {
+	uint64_t start_ticks;	/* field 22 of /proc/PID/stat */
+	uint32_t pid;
+	uint32_t uid;		/* the real one */
+	uint32_t comm_len;	/* 0xffffffff: there is no such process */
+	char comm[64];		/* a kernel worker's is longer than 15 */
+};
+
+/* Who some processes are: pid says of whom. `proc` is where /proc is. */
+void host_owners(const char *proc, struct host_owner *some, uint32_t count);
+
+/* Which network namespace each process is in; 0: not to be seen. */
+void host_net_namespaces(const char *proc, const uint32_t *pids, uint32_t count, uint64_t *inodes);
+
+/* Clear the pid of those that do not have the socket `inode` any more. */
+void host_still_held(const char *proc, uint64_t inode, struct host_held *held, uint32_t count);
 
 /*
  * Opens a file below a directory for reading, through no link and no mount. Never waits

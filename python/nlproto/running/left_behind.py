@@ -9,9 +9,10 @@ import threading
 from collections.abc import Callable
 from typing import Generic, Self, TypeVar
 
+from nlproto.errors import Error
 from nlproto.running.supervise import Failures
 
-__all__ = ["LeftBehind"]
+__all__ = ["Beside", "LeftBehind"]
 
 T = TypeVar("T")
 
@@ -59,3 +60,38 @@ class LeftBehind(Generic[T]):
             except Exception as error:
                 if not isinstance(error, self._foreseen):
                     self._failures.add(error)
+
+
+class Beside:
+    """Does `work` in a thread named `name`, one at a time. For any thread."""
+
+    def __init__(self, name: str, work: Callable[[], None]) -> None:
+        self._name = name
+        self._work = work
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+        self._failed: Error | None = None
+
+    def run(self, wait_s: float) -> bool:
+        """Begin, unless it runs already. Returns whether it ended within `wait_s`.
+
+        Raises the Error of the last one that failed.
+        """
+        with self._starting:
+            thread = self._thread
+            if thread is None or not thread.is_alive():
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread = thread
+                thread.start()
+        if wait_s:
+            thread.join(wait_s)
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+        return not thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except Error as error:
+            self._failed = error

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: MIT
+"""Whoever reads packets waits for no other thread that reads /proc."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from nlproto.errors import UsageError
+from nlproto.host import procfs
+from nlproto.host.holders import Holders
+
+NOBODYS = 4_000_000_000  # an inode that no socket has
+
+
+@pytest.fixture
+def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """(holders, begin): begin(work) runs work in a thread, which then waits for a slow /proc."""
+    go_on, reading = threading.Event(), threading.Event()
+    threads: list[threading.Thread] = []
+    real = procfs.held_sockets
+    slow: set[str] = set()
+
+    def read(pids: Any, *rest: Any) -> Any:
+        if threading.current_thread().name in slow and len(pids):
+            reading.set()
+            assert go_on.wait(60)
+        return real(pids, *rest)
+
+    def begin(work: Any, name: str = "slow") -> None:
+        slow.add(name)
+        threads.append(threading.Thread(target=work, name="slow", daemon=True))
+        threads[-1].start()
+        assert reading.wait(60)
+
+    monkeypatch.setattr(procfs, "held_sockets", read)
+    yield Holders(), begin
+    go_on.set()
+    for one in threads:
+        one.join()
+
+
+def test_answers_come_while_another_thread_asks_processes(stuck: Any) -> None:
+    holders, begin = stuck
+    with socket.socket() as sock:
+        inode = os.fstat(sock.fileno()).st_ino
+        assert holders.find(inode)
+        begin(lambda: holders.find_soon(NOBODYS, 0, (os.getpid(),)))
+        assert [one.identity.tgid for one in holders.known(inode)] == [os.getpid()]
+        assert [one.identity.tgid for one in holders.peek(inode)] == [os.getpid()]
+        assert [one.identity.tgid for one in holders.find_soon(inode, 0)] == [os.getpid()]
+        holders.may_be_inherited(inode, 0)  # answers at once
+
+
+def test_who_needs_a_walk_waits_a_moment_for_it(
+    stuck: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holders, begin = stuck
+    monkeypatch.setattr("nlproto.host.holders._BESIDE_S", 0.01)
+    found: list[Any] = []
+    answered = threading.Event()
+
+    def look() -> None:
+        found.append((holders.find_anywhere(NOBODYS), holders.exhaustive))
+        answered.set()
+
+    begin(look, "walk")
+    assert answered.wait(60)
+    assert found == [((), False)]  # nobody, as far as is known
+
+
+def test_a_walk_beside_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise UsageError("no")
+
+    monkeypatch.setattr(procfs, "pids", fail)
+    with pytest.raises(UsageError):
+        Holders().walk_beside(60)
+
+
+def test_holders_are_asked_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call gives Python's lock away; with hundreds of holders that was a second."""
+    name = procfs.owner(os.getpid())
+    assert name is not None
+    assert procfs.owners((os.getpid(), 2**31, os.getpid())) == [name, name]
+    assert procfs.owners(()) == []
+    with socket.socket() as sock:
+        inode, held = os.fstat(sock.fileno()).st_ino, {os.getpid(): sock.fileno(), 1: 0}
+        assert procfs.still_held(inode, held) == {os.getpid(): sock.fileno()}
+        assert procfs.still_held(inode + 1, held) == {}
+        assert procfs.still_held(inode, {}) == {}
