@@ -18,6 +18,7 @@ from nlproto.host.holders import Holders
 from nlproto.host.sockdiag import SockDiag
 from nlproto.pipeline.naming import Namer
 from nlproto.records import wire
+from waiting import noting
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="who holds a socket needs root")
 
@@ -80,3 +81,85 @@ def test_only_those_of_the_last_moments_are_asked_about(
     assert (holders.looks > 0, bool(records["tgid"].any())) == (asked, asked)
     if not asked:
         assert set(records["how"].tolist()) == {wire.lib.SNIFFER_HOW_NOT_PROBED}
+
+
+@pytest.fixture
+def names() -> Iterator[PacketNames]:
+    with SockDiag() as diag:
+        yield PacketNames(diag, Counting(), lambda *_: True, time.monotonic_ns)
+
+
+def name(names: PacketNames, records: Any, late_ns: int = SECOND) -> Any:
+    found = names.name(records.copy(), np.zeros(len(records), bool), late_ns)
+    return found[np.argsort(found["dport"])]
+
+
+def test_what_is_known_of_a_flow_names_its_late_packets(names: PacketNames, packets: Any) -> None:
+    half = FLOWS // 2
+    name(names, packets(0)[:half])
+    found = name(names, packets(60 * SECOND))
+    assert set(found["tgid"][:half].tolist()) == {os.getpid()}
+    assert not found["tgid"][half:].any()
+    assert set(found["how"][half:].tolist()) == {wire.lib.SNIFFER_HOW_NOT_PROBED}
+
+
+def test_only_some_flows_that_were_known_are_asked_about_again(
+    names: PacketNames, packets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a hurry everything is late. Those with most of the packets go first."""
+    name(names, packets(0))
+    for flow in names._flows.values():
+        flow.checked_ns -= SECOND
+    asked: list[Any] = []
+    monkeypatch.setattr(names._sockets, "find", noting(asked, names._sockets.find))
+    many = np.repeat(packets(0), np.where(np.arange(FLOWS) == 7, 3, 1))
+    found = name(names, many, 0)
+    assert len(found) == len(many)
+    assert 1031 in {one.rport for one in asked} and len({one.rport for one in asked}) == 8
+    assert np.count_nonzero(found["tgid"]) == 8 + 2
+
+
+def test_a_late_syn_makes_its_flow_unknown(names: PacketNames, packets: Any) -> None:
+    """Who began the connection was not seen: it may be another one's by now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with socket.create_connection(server.getsockname()) as client:
+            record = packets(0)[:1]
+            record["proto"] = socket.IPPROTO_TCP
+            record["sport"], record["dport"] = client.getsockname()[1], server.getsockname()[1]
+            assert name(names, record)["tgid"].tolist() == [os.getpid()]
+            record["time_ns"] -= np.uint64(60 * SECOND)
+            assert name(names, record)["tgid"].tolist() == [os.getpid()]
+            record["tcp_flags"] = 2  # SYN
+            assert name(names, record)["tgid"].tolist() == [0]
+            record["tcp_flags"] = 16  # ACK
+            assert name(names, record)["tgid"].tolist() == [0]
+            record["time_ns"] = time.monotonic_ns()
+            assert name(names, record)["tgid"].tolist() == [os.getpid()]
+
+
+def test_a_listener_of_today_is_not_named_for_a_connection_that_was_late(
+    names: PacketNames, packets: Any
+) -> None:
+    """When it began nobody was asked, and who listens now may have come since."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        record = packets(60 * SECOND)[:1]
+        record["proto"], record["tcp_flags"] = socket.IPPROTO_TCP, 2
+        record["dir"] = wire.lib.SNIFFER_DIR_IN
+        record["sport"], record["dport"] = 9, server.getsockname()[1]
+        assert name(names, record)["tgid"].tolist() == [0]
+        record["sport"], record["dport"] = server.getsockname()[1], 9
+        record["dir"], record["tcp_flags"] = wire.lib.SNIFFER_DIR_OUT, 16
+        record["len"], record["time_ns"] = 100, time.monotonic_ns()
+        assert name(names, record)["tgid"].tolist() == [0]
+
+
+def test_late_packets_to_others_are_told_once() -> None:
+    """On the way in; what goes out again is the same packet."""
+    with SockDiag() as diag:
+        names = PacketNames(diag, Holders(), lambda *_: False, time.monotonic_ns)
+        records = np.zeros(2, wire.RECORD)
+        records["family"], records["proto"] = socket.AF_INET, socket.IPPROTO_UDP
+        records["dir"] = wire.lib.SNIFFER_DIR_IN, wire.lib.SNIFFER_DIR_OUT
+        found = names.name(records, np.zeros(2, bool))
+        assert found["dir"].tolist() == [wire.lib.SNIFFER_DIR_FWD]
+        assert found["how"].tolist() == [wire.lib.SNIFFER_HOW_FORWARDED]

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from nlproto.engines.namespaces import CapturedNamespaces
-from nlproto.engines.packet_names import FLOW_LIMIT, PacketNames
+from nlproto.engines.packet_names import FLOW_LIMIT, LATE_NS, PacketNames
 from nlproto.engines.ring import PacketRing
 from nlproto.errors import Error, NoPrivilege
 from nlproto.host import netns, procfs
@@ -35,6 +35,7 @@ from nlproto.records import wire
 from nlproto.records.clock import Clock
 from nlproto.records.wire import SNAP, Batch, FirstBytesBatch, PacketBytes, lib
 from nlproto.running import descriptors
+from nlproto.running.budget import UserBudgets
 from nlproto.running.closing import Closing
 from nlproto.running.supervise import Failures
 from nlproto.running.urgency import Urgency
@@ -50,7 +51,13 @@ _LOOK_SHARE = 100  # the time between two walks is at least this many times the 
 _WALK_NS = 1_000_000_000  # between two walks of all descriptors that nobody requested
 _REFRESH_NS = 1_000_000_000
 _MISS_NS = 50_000_000
-_ROUNDS = 16  # the most ring reads in one read(), so that the caller gets a turn in a flood
+_ROUNDS = 16  # the most ring reads in one read(), so that the caller gets a turn in a flood,
+_MANY = 512  # records of one read
+_ROUNDS_NS = 50_000_000  # and the longest time of them
+_PRESSED, _PRESSED_NS = 4096, 200_000_000
+"""With more packets than this in a ring, this is the longest time for lookups at once."""
+_USER_SHARE, _USERS_SHARE, _USER_SAVED_NS = 4, 3, 1_000_000_000
+"""Parts of the time, for lookups in the namespaces of one user and of all users but root."""
 _INITIAL_PIDNS = 0xEFFFFFFC
 _SYN, _ACK = 2, 16
 
@@ -139,7 +146,6 @@ class PacketEngine(Closing):
         self._urgency = Urgency(now_ns)
         self._holders = Holders(proc, now_ns) if holders is None else holders
         self._owns_holders = holders is None
-        self._holders.walking = self._urgency.patiently
         self._failures = Failures("engine packet")
         self._places: dict[int, _Capture] = {}
         self._poll = select.poll()
@@ -147,8 +153,9 @@ class PacketEngine(Closing):
         self._batch_seq = self._record_seq = 0
         self._packets = self._skipped = self._dropped = 0
         self._walk_again_ns = 0
-        self._heard = True
-        """Packets came since the last walk. At first true: all must be known before they come."""
+        self._users = UserBudgets(_USER_SHARE, _USERS_SHARE, _USER_SAVED_NS, now_ns)
+        self._heard = False
+        """Packets came since the last walk."""
         self._large_rings = 0
         self._wants_first_bytes = False
         self._from_ns = 0
@@ -162,8 +169,9 @@ class PacketEngine(Closing):
             if everywhere:
                 self._others.start()
             self._take_changes()
-            self._walk(self._now_ns())
-            if not self._complete():
+            self._holders.sees_all = not self._is_inside()
+            self._holders.walk()  # all must be known before packets come
+            if not self._holders.complete:
                 notify(f"the sockets of some processes cannot be read: {self._remedy()}")
         except BaseException:
             self.close()
@@ -177,12 +185,6 @@ class PacketEngine(Closing):
             self._holders.close()
         self._places.clear()
         self._by_fd.clear()
-
-    def _complete(self) -> bool:
-        """Whether all processes can be read: no EACCES, and we are in the first pid namespace."""
-        if self._is_inside():
-            self._holders.complete = False
-        return self._holders.complete
 
     def _is_inside(self) -> bool:
         """Whether there may be processes that /proc here does not show."""
@@ -264,9 +266,8 @@ class PacketEngine(Closing):
     def _walk(self, now: int) -> None:
         """Learn all holders: a search for one socket ends at the first holders that it finds."""
         if now >= self._walk_again_ns and self._holders.due():
-            self._holders.walk()
-            self._complete()
-            self._walk_again_ns = now + max(_WALK_NS, _LOOK_SHARE * (self._now_ns() - now))
+            self._holders.walk_beside(0)
+            self._walk_again_ns = now + max(_WALK_NS, _LOOK_SHARE * self._holders.walk_took_ns)
             self._heard = False
 
     # Engine
@@ -285,6 +286,7 @@ class PacketEngine(Closing):
         ready = self._poll.poll(min(timeout, 0.1) * 1000)
         if not ready:
             return
+        now = self._now_ns()
         self._heard = True
         for _ in range(_ROUNDS):
             got = False
@@ -292,11 +294,11 @@ class PacketEngine(Closing):
                 events = self._read_place(self._by_fd[fd])
                 got = got or bool(events)
                 yield from events
-            if not got:
+            if not got or self._now_ns() - now > _ROUNDS_NS:
                 return
 
     def _read_place(
-        self, place: _Capture, until_ns: int | None = None
+        self, place: _Capture, until_ns: int | None = None, late_ns: int = LATE_NS
     ) -> list[Batch | FirstBytesBatch]:
         before = place.capture.skipped
         frames = place.capture.read(self._wants_first_bytes)
@@ -319,8 +321,13 @@ class PacketEngine(Closing):
         if len(place.addresses.duplicating):
             once = ~np.isin(records["ifindex"], place.addresses.duplicating)
             records, to_all = records[once], to_all[once]
+        uid = self._owner_of(place)
+        late_ns = late_ns if self._users.allows(uid) else 0
+        pressed = len(records) >= _MANY and place.capture.waiting() > _PRESSED
+        longest_ns = _PRESSED_NS if pressed else LATE_NS
         try:
-            records = place.names.name(records, to_all)
+            with self._users.spend(uid):
+                records = place.names.name(records, to_all, late_ns, longest_ns)
         except Exception as error:  # one process's flood must not cost others their packets
             self._failures.add(error, "naming")
             records["how"][records["how"] == 0] = lib.SNIFFER_HOW_NOT_PROBED
@@ -338,6 +345,12 @@ class PacketEngine(Closing):
             return [Batch(head, records)]
         # first bytes come first, because a record does not wait for other CPUs here
         return [_first_bytes(head, records, frames.first_bytes[frame]), Batch(head, records)]
+
+    def _owner_of(self, place: _Capture) -> int:
+        """Return the user whose namespace it is."""
+        inode = place.capture.netns
+        uid = 0 if inode == self._own else self._others.owner(inode)
+        return netns.UNKNOWN_OWNER if uid is None else uid
 
     def _count_drops(self, place: _Capture) -> None:
         """Put a gap into record_seq for each packet that a ring had no room for."""
@@ -397,10 +410,14 @@ class PacketEngine(Closing):
         self._take_changes()
         # later packets belong to the next call: a flood must not hold us here
         waiting = [(place, place.capture.waiting()) for place in self._places.values()]
+        pressed = sum(count for _, count in waiting) > _PRESSED
+        hurried_ns = self._now_ns() + (_PRESSED_NS if pressed else LATE_NS)
         for place, count in waiting:
             end = place.capture.frames_read + count
             while place.capture.frames_read < end:
-                yield from self._read_place(place, until_ns)
+                self._urgency.look()
+                late_ns = LATE_NS if self._now_ns() < hurried_ns else 0
+                yield from self._read_place(place, until_ns, late_ns)
             self._count_drops(place)
         self.closing = self._position()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Puts packets of one read together by connection and direction, for engine `packet`."""
+"""Packets of one read by connection and direction, and what they show, for engine `packet`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nlproto.engines.listeners import PastListener
+from nlproto.host.procfs import Owner
 from nlproto.host.socket_lookup import Tuple
 
-__all__ = ["PacketGroup", "group_packets", "is_answer", "keys_of", "tuple_of_key"]
+__all__ = [
+    "FollowedConnection",
+    "PacketFlow",
+    "PacketGroup",
+    "follow",
+    "group_packets",
+    "keys_of",
+    "tuple_of_key",
+]
 
 _FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
+_SIMULTANEOUS_NS = 1_000_000_000  # between two SYNs that cross and make one connection
 
 _KEY = np.dtype(
     {
@@ -92,11 +103,11 @@ def group_packets(
         asked = groups.get((key, epoch, False, False))
         if asked is not None and asked.syn:
             answers = groups[key, epoch, True, False].rows
-            asked.refused = not is_answer(records[answers])
+            asked.refused = not _is_answer(records[answers])
     return list(groups.values())
 
 
-def is_answer(sent: np.ndarray) -> bool:
+def _is_answer(sent: np.ndarray) -> bool:
     """Whether one of the RECORDs that this end sent shows that it has a connection."""
     flags = sent["tcp_flags"]
     return bool(
@@ -116,3 +127,64 @@ def tuple_of_key(key: np.void) -> Tuple:
         key["remote"].tobytes(),
         int(key["rport"]),
     )
+
+
+@dataclass(slots=True)
+class FollowedConnection:
+    """What the packets of one TCP connection have shown."""
+
+    began_ns: int = 0
+    """When its SYN passed; 0: not seen."""
+    active: bool = False
+    """Whether this end sent the SYN. Then no listener accepted it."""
+    answered: bool = False
+    """Whether this end sent a SYN-ACK, data or a FIN."""
+    refused: bool = False
+    """Whether this end answered the SYN with a reset. Then nobody listened."""
+    owned: bool = False
+    """Whether its socket was found, with an owner."""
+    listener: PastListener | None = None
+    """Which processes listened when it began."""
+
+
+@dataclass(slots=True)
+class PacketFlow:
+    """What is known of the packets of one connection in one direction."""
+
+    checked_ns: int
+    how: int
+    flags: int = 0
+    cookie: int = 0
+    inode: int = 0
+    owner: Owner | None = None
+    settled: bool = False
+    """Whether the answer may be kept for TTL_NS. If not, the next packet asks again."""
+    unheld: bool = False
+    """Whether there is a socket for which a quick search found no holder."""
+    row: np.void | None = None
+    """The socket (HOST_SOCKET) that was found."""
+    connection: FollowedConnection | None = None
+    ends: Tuple | None = None
+    """The ends by which its socket is known, where NAT changed the packet's."""
+    sent_ns: int = 0
+    """When the packet of the lookup passed. The socket's holder may be younger."""
+
+
+def follow(
+    known: PacketFlow | None, group: PacketGroup, records: np.ndarray, sent_ns: int
+) -> FollowedConnection:
+    """Return what is known of a TCP connection, after these packets of it."""
+    before = known.connection if known is not None else None
+    connection = before or FollowedConnection()
+    if group.syn:
+        crossed = before is not None and before.active and not group.out
+        if not crossed or sent_ns - connection.began_ns > _SIMULTANEOUS_NS:
+            connection = FollowedConnection(sent_ns, active=group.out)
+    if group.out:
+        connection.answered |= _is_answer(records)
+        passive = connection.began_ns and not connection.active and not connection.answered
+        # Only a packet without an ACK is answered by a reset with an ACK.
+        reset = records["tcp_flags"] & (_SYN | _RST | _ACK) == _RST | _ACK
+        connection.refused |= bool(passive and np.any(reset))
+    connection.refused |= group.refused
+    return connection

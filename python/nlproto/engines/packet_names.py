@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from nlproto.engines.listeners import Listeners, PastListener
+from nlproto.engines.listeners import Listeners
 from nlproto.engines.packet_groups import (
+    FollowedConnection,
+    PacketFlow,
     PacketGroup,
+    follow,
     group_packets,
-    is_answer,
     keys_of,
     tuple_of_key,
 )
@@ -33,7 +34,7 @@ from nlproto.records.clock import Clock
 from nlproto.records.wire import lib
 from nlproto.running.budget import Budget
 
-__all__ = ["FLOW_LIMIT", "PacketNames"]
+__all__ = ["FLOW_LIMIT", "LATE_NS", "PacketNames"]
 
 TTL_NS = 200_000_000
 """How long an owner stays valid at most. Then socket and holder are looked up again."""
@@ -42,54 +43,16 @@ _SOON_SHARE, _SOON_SAVED_NS = 4, 100_000_000
 # UDP: another process can get a closed socket's port at once. TCP: a connection needs a SYN.
 _LINGER_NS = {socket.IPPROTO_UDP: 50_000_000, socket.IPPROTO_TCP: 1_000_000_000}
 _FORGET_NS = 10_000_000_000
-_LATE_NS = 1_000_000_000  # older packets are not looked up: others wait behind them
+LATE_NS = 1_000_000_000
+"""Older packets are not looked up: others wait behind them."""
+_LATE_ASKED = 8  # known flows of theirs that are: those with most packets
 _CLOSING_NS = 200_000_000  # from a descriptor's end to its socket's, if busy
 FLOW_LIMIT = 262144
 """The most flows whose owners are remembered."""
-_FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
-_SIMULTANEOUS_NS = 1_000_000_000  # between two SYNs that cross and make one connection
+_SYN, _ACK = 2, 16
 _NOT_ACCEPTED = {TcpState.ESTABLISHED, TcpState.SYN_RECV, TcpState.CLOSE_WAIT}
 _GUESS = lib.SNIFFER_F_DEAD | lib.SNIFFER_F_AMBIGUOUS
 _SHARED = lib.SNIFFER_F_SHARED | lib.SNIFFER_F_AMBIGUOUS
-
-
-@dataclass(slots=True)
-class _Connection:
-    """What the packets of one TCP connection have shown."""
-
-    began_ns: int = 0
-    """When its SYN passed; 0: not seen."""
-    active: bool = False
-    """Whether this end sent the SYN. Then no listener accepted it."""
-    answered: bool = False
-    """Whether this end sent a SYN-ACK, data or a FIN."""
-    refused: bool = False
-    """Whether this end answered the SYN with a reset. Then nobody listened."""
-    owned: bool = False
-    """Whether its socket was found, with an owner."""
-    listener: PastListener | None = None
-    """Which processes listened when it began."""
-
-
-@dataclass(slots=True)
-class _Flow:
-    checked_ns: int
-    how: int
-    flags: int = 0
-    cookie: int = 0
-    inode: int = 0
-    owner: Owner | None = None
-    settled: bool = False
-    """Whether the answer may be kept for TTL_NS. If not, the next packet asks again."""
-    unheld: bool = False
-    """Whether there is a socket for which a quick search found no holder."""
-    row: np.void | None = None
-    """The socket (HOST_SOCKET) that was found."""
-    connection: _Connection | None = None
-    ends: Tuple | None = None
-    """The ends by which its socket is known, where NAT changed the packet's."""
-    sent_ns: int = 0
-    """When the packet of the lookup passed. The socket's holder may be younger."""
 
 
 class PacketNames:
@@ -119,24 +82,85 @@ class PacketNames:
         self._is_local = is_local
         self._now_ns = now_ns
         self._unheld: dict[int, int] = {}
-        self._flows: dict[bytes, _Flow] = {}
-        self._ends: dict[tuple[int, int, bytes], _Flow] = {}
+        self._flows: dict[bytes, PacketFlow] = {}
+        self._ends: dict[tuple[int, int, bytes], PacketFlow] = {}
         self._soon = Budget(_SOON_SHARE, _SOON_SAVED_NS, now_ns)
 
-    def name(self, records: np.ndarray, to_all: np.ndarray) -> np.ndarray:
+    def name(
+        self,
+        records: np.ndarray,
+        to_all: np.ndarray,
+        late_ns: int = LATE_NS,
+        longest_ns: int = LATE_NS,
+    ) -> np.ndarray:
         """Fill in owners and reasons. Returns the records to deliver (RECORD, shape (n,)).
 
         A packet for several sockets (`to_all`) becomes a record each, the first and its copies. A
         forwarded packet is tapped on its way in and out, and becomes one record.
+
+        What is known of their flows names packets that have waited for `late_ns`, and the others
+        after lookups of `longest_ns`.
         """
+        late = self._now_ns() - records["time_ns"].astype(np.int64) > late_ns
+        if not late.any():
+            return self._name(records, to_all, longest_ns)
+        those = records[late]
+        keep, ask = self._name_late(those, to_all[late])
+        now = ~late
+        now[late] = ask
+        rest = self._name(records[now], to_all[now], longest_ns) if now.any() else records[:0]
+        return np.concatenate([those[keep & ~ask], rest])
+
+    def _name_late(self, records: np.ndarray, to_all: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Name by what is known of flows. Returns which records to deliver, which to look up."""
+        out = records["dir"] == lib.SNIFFER_DIR_OUT
+        raw, size = (keys := keys_of(records, out)).tobytes(), keys.itemsize
+        syns = records["tcp_flags"] & (_SYN | _ACK) == _SYN
+        flows: dict[bytes, list[int]] = {}
+        for row in range(len(records)):
+            flows.setdefault(raw[row * size : (row + 1) * size], []).append(row)
+        records["how"] = lib.SNIFFER_HOW_NOT_PROBED
+        passing = np.zeros(len(records), bool)
+        doubtful: list[list[int]] = []
+        now = self._now_ns()
+        for key, rows in flows.items():
+            known, one = self._flows.get(key), tuple_of_key(keys[rows[0]])
+            if not self._is_local(one.family, one.local):
+                passing[rows] = known is None or not (known.cookie or known.inode)
+            tcp = one.proto == socket.IPPROTO_TCP
+            if tcp and (known is None or syns[rows].any()):
+                # Nobody looked who began it, so a present listener may have come later.
+                sent_ns = int(records["time_ns"][rows[0]])
+                unseen = FollowedConnection(sent_ns, active=True)
+                self._flows[key] = PacketFlow(now, lib.SNIFFER_HOW_NOT_PROBED, connection=unseen)
+            elif known is None or not known.settled or to_all[rows[0]]:
+                continue
+            elif int(records["time_ns"][rows[0]]) - known.checked_ns >= TTL_NS:
+                doubtful.append(rows)
+            elif known.how == lib.SNIFFER_HOW_FORWARDED:
+                passing[rows] = True
+            else:
+                if self._holders.may_be_inherited(known.inode, known.checked_ns):
+                    known.flags |= lib.SNIFFER_F_AMBIGUOUS
+                self._fill(records, rows, known)
+        self._forget(now)
+        records["how"][passing] = lib.SNIFFER_HOW_FORWARDED
+        records["dir"][passing & ~out] = lib.SNIFFER_DIR_FWD
+        ask = np.zeros(len(records), bool)
+        for rows in sorted(doubtful, key=len, reverse=True)[:_LATE_ASKED]:
+            ask[rows] = True
+        return ~(passing & out), ask
+
+    def _name(self, records: np.ndarray, to_all: np.ndarray, longest_ns: int) -> np.ndarray:
         outward = records["dir"] == lib.SNIFFER_DIR_OUT
         keys = keys_of(records, outward)
         keep = np.ones(len(records), bool)
         copies: list[np.ndarray] = []
-        named: list[tuple[list[int], Tuple, _Flow]] = []
+        named: list[tuple[list[int], Tuple, PacketFlow]] = []
         groups = group_packets(records, keys, outward, to_all)
         # Who has just begun a connection may end first, and has no listener to stand for it.
         groups.sort(key=lambda group: not (group.syn and group.out and group.first))
+        until_ns = self._now_ns() + longest_ns
         for group in groups:
             rows, out = group.rows, group.out
             one = tuple_of_key(keys[rows[0]])
@@ -148,7 +172,7 @@ class PacketNames:
                 records["dir"][rows] = lib.SNIFFER_DIR_FWD
                 records["how"][rows] = lib.SNIFFER_HOW_FORWARDED
                 continue
-            flow = self._flow(group, one, records, forwarded)
+            flow = self._flow(group, one, records, forwarded, self._now_ns() > until_ns)
             if forwarded and not flow.cookie and not flow.inode:
                 keep[rows] = False
                 continue
@@ -159,19 +183,27 @@ class PacketNames:
             named.append((rows, one, flow))
         # Slow searches come last: meanwhile others close their sockets.
         for rows, one, flow in named:
-            if flow.unheld:
+            hurried = self._now_ns() > until_ns
+            if flow.unheld and not hurried:
                 self._look_further(one, flow)
-            self._doubt(flow)
+            self._doubt(flow, hurried)
             self._fill(records, rows, flow)
         if copies:
             records = np.concatenate([records, *copies])
             keep = np.concatenate([keep, np.ones(len(records) - len(keep), bool)])
         return records if keep.all() else records[keep]
 
-    def _doubt(self, flow: _Flow) -> None:
-        """Flag records of a UDP port with several sockets: nothing says which one it was."""
+    def _doubt(self, flow: PacketFlow, hurried: bool) -> None:
+        """Flag records of a UDP port with several sockets: nothing says which one it was.
+
+        `hurried`: there is no time to look at the port.
+        """
         row, flow.row = flow.row, None
         if row is None or flow.owner is None or row["proto"] != socket.IPPROTO_UDP or row["dport"]:
+            return
+        if hurried:
+            flow.flags |= lib.SNIFFER_F_AMBIGUOUS
+            flow.settled = False
             return
         rivals = self._sockets.rivals(row)
         others = zip(rivals["inode"].tolist(), rivals["uid"].tolist(), strict=True)
@@ -181,7 +213,7 @@ class PacketNames:
                 flow.flags |= lib.SNIFFER_F_AMBIGUOUS
                 return
 
-    def _fill(self, records: np.ndarray, rows: list[int], flow: _Flow) -> None:
+    def _fill(self, records: np.ndarray, rows: list[int], flow: PacketFlow) -> None:
         records["how"][rows] = flow.how
         records["cookie"][rows] = flow.cookie
         records["inode"][rows] = flow.inode
@@ -192,32 +224,34 @@ class PacketNames:
             records["uid"][rows] = flow.owner.uid
             records["comm"][rows] = flow.owner.comm[: lib.SNIFFER_COMM_LEN]
 
-    def _flow(self, group: PacketGroup, one: Tuple, records: np.ndarray, forwarded: bool) -> _Flow:
+    def _flow(
+        self, group: PacketGroup, one: Tuple, records: np.ndarray, forwarded: bool, hurried: bool
+    ) -> PacketFlow:
+        """`hurried`: there is no time for a lookup."""
         now = self._now_ns()
         known = self._flows.get(group.key)
         sent_ns = int(records["time_ns"][group.rows[0]])
         connection = None
         if one.proto == socket.IPPROTO_TCP:
-            connection = _follow(known, group, records[group.rows], sent_ns)
+            connection = follow(known, group, records[group.rows], sent_ns)
             if connection.refused:
                 how = lib.SNIFFER_HOW_NO_SOCKET
-                found = self._flows[group.key] = _Flow(now, how, connection=connection)
+                found = self._flows[group.key] = PacketFlow(now, how, connection=connection)
                 return found
-        late = now - sent_ns > _LATE_NS
         if known is not None and not group.syn and known.settled:
             age, allowed = now - known.checked_ns, self._soon.allows()
             forked = self._holders.may_be_inherited(known.inode, known.checked_ns)
             known.flags |= lib.SNIFFER_F_AMBIGUOUS if forked and not allowed else 0
             fresh = (age < _SOON_NS and not forked) or (age < TTL_NS and not allowed)
-            if fresh or (late and sent_ns - known.checked_ns < TTL_NS):
+            if fresh or (hurried and sent_ns - known.checked_ns < TTL_NS):
                 return known
-        elif late:
+        if hurried:
             how = lib.SNIFFER_HOW_NOT_PROBED
-            found = self._flows[group.key] = _Flow(now, how, connection=connection)
+            found = self._flows[group.key] = PacketFlow(now, how, connection=connection)
             return found
         with self._soon.spend():
             # if this connection is over, the next one has the tuple now
-            gone = _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE)
+            gone = PacketFlow(now, lib.SNIFFER_HOW_SOCKET_GONE)
             found = gone if group.over else self._ask(one, now, sent_ns)
             if not forwarded and not group.over and not found.inode and not found.cookie:
                 one, found = self._ask_behind_nat(one, found, sent_ns)
@@ -240,7 +274,7 @@ class PacketNames:
         self._flows[group.key] = found
         return found
 
-    def _remember_end(self, one: Tuple, found: _Flow, sent_ns: int) -> _Flow:
+    def _remember_end(self, one: Tuple, found: PacketFlow, sent_ns: int) -> PacketFlow:
         """A client that asked several servers may be gone before its last socket is looked up."""
         end = (one.proto, one.lport, one.local)
         before = self._ends.get(end)
@@ -250,7 +284,7 @@ class PacketNames:
             found = self._linger(before, found, one.proto, sent_ns)
         return found
 
-    def _linger(self, known: _Flow, found: _Flow, proto: int, sent_ns: int) -> _Flow:
+    def _linger(self, known: PacketFlow, found: PacketFlow, proto: int, sent_ns: int) -> PacketFlow:
         """Return the last owner, for packets that were under way when the socket closed.
 
         Without a socket: for packets tapped shortly after it was last seen. While the kernel keeps
@@ -274,7 +308,7 @@ class PacketNames:
             known.checked_ns = found.checked_ns
         return known
 
-    def _take_listener(self, one: Tuple, found: _Flow, connection: _Connection) -> None:
+    def _take_listener(self, one: Tuple, found: PacketFlow, connection: FollowedConnection) -> None:
         """Name the process that accepted, or will accept, a connection whose socket nobody has."""
         if connection.active or connection.owned or found.how == lib.SNIFFER_HOW_KERNEL:
             return
@@ -311,13 +345,15 @@ class PacketNames:
             self._flows.clear()
             self._ends.clear()
 
-    def _ask(self, one: Tuple, now: int, sent_ns: int) -> _Flow:
+    def _ask(self, one: Tuple, now: int, sent_ns: int) -> PacketFlow:
         """Return the packet's own socket and its holders. A listener is not its own socket."""
         if (row := self._sockets.find(one)) is not None and int(row["state"]) != TcpState.LISTEN:
             return self._held(row, now, sent_ns, self._listeners.likely(one))
-        return _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, row=row)
+        return PacketFlow(now, lib.SNIFFER_HOW_SOCKET_GONE, row=row)
 
-    def _ask_behind_nat(self, one: Tuple, found: _Flow, sent_ns: int) -> tuple[Tuple, _Flow]:
+    def _ask_behind_nat(
+        self, one: Tuple, found: PacketFlow, sent_ns: int
+    ) -> tuple[Tuple, PacketFlow]:
         """The same by the ends that its socket knows, where this host translates addresses."""
         ends = None
         if self._nat is not None:
@@ -327,12 +363,12 @@ class PacketNames:
             return one, found
         other = Tuple(one.proto, one.family, *ends[0], *ends[1])
         if not self._is_local(other.family, other.local):
-            return one, _Flow(found.checked_ns, lib.SNIFFER_HOW_FORWARDED, settled=True)
+            return one, PacketFlow(found.checked_ns, lib.SNIFFER_HOW_FORWARDED, settled=True)
         found = self._ask(other, found.checked_ns, sent_ns)
         found.ends = other
         return other, found
 
-    def _look_further(self, one: Tuple, flow: _Flow) -> None:
+    def _look_further(self, one: Tuple, flow: PacketFlow) -> None:
         """Search all processes for a socket's holder, unless it is just being closed."""
         flow.unheld = False
         again = self._sockets.find(flow.ends or one)
@@ -347,17 +383,19 @@ class PacketNames:
         if nobody and self._stays(flow):
             flow.how, flow.flags = lib.SNIFFER_HOW_KERNEL, lib.SNIFFER_F_KERNEL
 
-    def _stays(self, flow: _Flow) -> bool:
+    def _stays(self, flow: PacketFlow) -> bool:
         """Return whether nobody held the socket for a while: a closing one goes soon."""
         if len(self._unheld) > self._flow_limit:
             self._unheld.clear()
         first = self._unheld.setdefault(flow.inode, flow.checked_ns)
         return flow.checked_ns - first > _CLOSING_NS
 
-    def _held(self, row: np.void, now: int, sent_ns: int, likely: tuple[int, ...] = ()) -> _Flow:
+    def _held(
+        self, row: np.void, now: int, sent_ns: int, likely: tuple[int, ...] = ()
+    ) -> PacketFlow:
         """Return who holds a socket (HOST_SOCKET)."""
         inode = int(row["inode"])
-        flow = _Flow(now, lib.SNIFFER_HOW_SOCKET_GONE, 0, int(row["cookie"]), inode, row=row)
+        flow = PacketFlow(now, lib.SNIFFER_HOW_SOCKET_GONE, 0, int(row["cookie"]), inode, row=row)
         flow.sent_ns = sent_ns
         if not inode:
             return flow
@@ -365,7 +403,7 @@ class PacketNames:
         flow.unheld = flow.owner is None
         return flow
 
-    def _own(self, flow: _Flow, owners: tuple[Owner, ...]) -> None:
+    def _own(self, flow: PacketFlow, owners: tuple[Owner, ...]) -> None:
         sent_ns = Clock.now().boot_ns(flow.sent_ns)
         there = tuple(one for one in owners if one.identity.start_ns <= sent_ns)
         if owners and not there:  # these began later
@@ -420,23 +458,3 @@ class PacketNames:
             if local and remote and family:
                 found.append(row)
         return found
-
-
-def _follow(
-    known: _Flow | None, group: PacketGroup, records: np.ndarray, sent_ns: int
-) -> _Connection:
-    """Return what is known of a TCP connection, after these packets of it."""
-    before = known.connection if known is not None else None
-    connection = before or _Connection()
-    if group.syn:
-        crossed = before is not None and before.active and not group.out
-        if not crossed or sent_ns - connection.began_ns > _SIMULTANEOUS_NS:
-            connection = _Connection(sent_ns, active=group.out)
-    if group.out:
-        connection.answered |= is_answer(records)
-        passive = connection.began_ns and not connection.active and not connection.answered
-        # Only a packet without an ACK is answered by a reset with an ACK.
-        reset = records["tcp_flags"] & (_SYN | _RST | _ACK) == _RST | _ACK
-        connection.refused |= bool(passive and np.any(reset))
-    connection.refused |= group.refused
-    return connection
