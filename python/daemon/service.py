@@ -186,8 +186,8 @@ class Service:
             self._notifier.stopping()
             watchdog.cancel()
             # packets under way still reach the subscribers
-            await loop.run_in_executor(None, watcher.stop)
-            await loop.run_in_executor(None, pipeline.stop)
+            stops = [loop.run_in_executor(None, one.stop) for one in (watcher, pipeline)]
+            await asyncio.gather(*stops)
             await server.stop()
 
     def _reload(self, server: Server, parts: list[Reconfigurable]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nlproto.running.urgency import Urgency
+from nlproto.running.urgency import Urgency, go_before_others
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to go first")
 
@@ -60,13 +60,10 @@ def test_a_busy_thread_goes_back_into_the_queue() -> None:
         now.now += 200_000_000
         used.now += 150_000_000
         urgency.look()
-        assert not first() and nice() == before
+        assert policy() == os.SCHED_OTHER and nice() == -10  # before our other threads
         now.now += 200_000_000
         used.now += 50_000_000
         urgency.look()
-        assert first()
-        with urgency.patiently():
-            assert not first()
         assert first()
         urgency.rest()
         assert not first() and nice() == before
@@ -99,7 +96,7 @@ def test_without_real_time_a_nice_value_is_taken(monkeypatch: pytest.MonkeyPatch
         before, urgency = nice(), Urgency()
         monkeypatch.setattr(os, "sched_setscheduler", refuse)
         urgency.look()
-        assert nice() == -10 and urgency.raised
+        assert nice() == -10
         urgency.rest()
         assert nice() == before
 
@@ -126,3 +123,25 @@ def test_no_other_thread_is_touched() -> None:
     assert nice() == before and policy() == os.SCHED_OTHER
     urgency.rest()
     assert nice() == before
+
+
+def test_a_thread_that_others_wait_for_has_a_nice_value_of_its_own() -> None:
+    def work() -> None:
+        go_before_others()
+        assert policy() == os.SCHED_OTHER and nice() == -10
+        nices: list[Any] = []
+        child = threading.Thread(target=lambda: nices.append(nice()))
+        child.start()
+        child.join()
+        assert nices == [0]
+
+    in_a_thread(work)
+
+
+def test_a_class_that_somebody_else_gave_stays() -> None:
+    def work() -> None:
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        go_before_others()
+        assert policy() == os.SCHED_BATCH and nice() != -10
+
+    in_a_thread(work)

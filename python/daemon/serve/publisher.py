@@ -20,6 +20,7 @@ import numpy as np
 from daemon.sharing.allowance import Allowance, Meter
 from daemon.sharing.rounds import Rounds
 from nlproto.filters.filter import Filter
+from nlproto.running.urgency import go_before_others
 from nlproto.tables.processes import ProcessKey
 
 __all__ = ["Lane", "EncodedPiece", "Publisher", "Stream", "Subscriber"]
@@ -197,6 +198,8 @@ class Publisher:
     # The thread
 
     def _run(self) -> None:
+        if self._allowance is None:
+            go_before_others()
         meter = Meter(self._allowance)
         while True:
             self._rest(meter.pause())

@@ -18,6 +18,7 @@ from typing import Any
 from daemon.sharing.allowance import Allowance, Meter
 from daemon.sharing.rounds import Rounds
 from nlproto.errors import Error
+from nlproto.running.urgency import go_before_others
 
 __all__ = ["FAILED", "Cancelled", "QueuedQuestion", "Questions", "StopIfGone"]
 
@@ -94,7 +95,7 @@ class Questions:
         self._loop = loop
         self._allowance = allowance
         self._may_answer = may_answer
-        self._sides = {True: _Side("questions-all"), False: _Side("questions")}
+        self._sides = {True: _Side("questions-all", go_before_others), False: _Side("questions")}
         self._ended = False
         self.cancelled = 0
 
@@ -162,8 +163,8 @@ class Questions:
 
 
 class _Side:
-    def __init__(self, name: str) -> None:
-        self.executor = ThreadPoolExecutor(1, name)
+    def __init__(self, name: str, begin: Callable[[], None] | None = None) -> None:
+        self.executor = ThreadPoolExecutor(1, name, begin)
         self.rounds: Rounds[QueuedQuestion] = Rounds()
         self.running: QueuedQuestion | None = None
         self.waiting = 0

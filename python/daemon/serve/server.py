@@ -38,8 +38,13 @@ from nlproto.tables.shares import Payers
 
 __all__ = ["Server"]
 
-_AT_ONCE = 64
-"""The most connections that are accepted in one go."""
+_AT_ONCE = 256
+"""The most connections that are accepted in one go,"""
+_AT_FIRST = 8
+"""and while it is not known whose are refused: that costs the loop more."""
+_REFUSED = 0.01  # s without accepting after some were refused: it must not cost others their time
+_SHUT = 0.05  # s for which a uid without room has none, even if one of its clients leaves
+_AGAIN = 0.1  # s to the next try after a failure
 _MOST_SHUT = 64
 """Uids without room whose connections are closed at once."""
 _READ = 16 << 10
@@ -89,7 +94,10 @@ class Server:
         self._arrivals: set[Arrival] = set()
         self._accepted = ffi.new("int[]", _AT_ONCE)
         self._shut: set[int] = set()
-        """Uids that had no room, until a user with limited rights leaves."""
+        """Uids that had no room, until a client leaves; then a moment longer."""
+        self._room = False
+        """Whether a client has left since the last look at that."""
+        self._shut_at = 0.0
         self._payers = Payers()
         self._failures = Failures("clients")
         self._turns: Turns[Session | Arrival] = Turns(loop, Allowance(REQUESTS), self._failures)
@@ -163,10 +171,14 @@ class Server:
     def _take_all(self, listener: socket.socket) -> None:
         """Accept all that wait, so that nobody fills the socket's queue for others."""
         self._payers.refresh()
+        if self._room and self.loop.time() - self._shut_at > _SHUT:
+            self._room = False
+            self._shut.clear()
         shut, refused_there = list(self._shut), ffi.new("uint32_t *")
         group = -1 if self._gid is None else self._gid
+        most = _AT_ONCE if shut else _AT_FIRST
         found = lib.host_accept(
-            listener.fileno(), self._accepted, _AT_ONCE, shut, len(shut), group, refused_there
+            listener.fileno(), self._accepted, most, shut, len(shut), group, refused_there
         )
         self.refused += refused_there[0]
         if found < 0:
@@ -177,19 +189,24 @@ class Server:
         if refused:
             self.refused += len(refused)
             lib.host_close(refused, len(refused))
+        if refused_there[0]:
+            self._pause(listener, _REFUSED)
 
     def _rest(self, listener: socket.socket, error: str) -> None:
         """No descriptors or no memory: clients that connect wait a little longer."""
         if self.loop.time() > self._complained + _COMPLAIN:
             self._complained = self.loop.time()
             log.warning("no client can connect at present: %s", error)
+        self._pause(listener, _AGAIN)
+
+    def _pause(self, listener: socket.socket, seconds: float) -> None:
         self.loop.remove_reader(listener)
 
         def again() -> None:
             if self._listener is not None:
                 self._listen(listener)
 
-        self.loop.call_later(0.1, again)
+        self.loop.call_later(seconds, again)
 
     def _may_stay(self, fd: int) -> bool:
         try:
@@ -213,6 +230,7 @@ class Server:
             connection.detach()
             if not full and len(self._shut) < _MOST_SHUT:
                 self._shut.add(peer.uid)
+                self._shut_at = self.loop.time()
             return False
         arrival = Arrival(self, connection, peer, user, full)
         self._arrivals.add(arrival)
@@ -235,7 +253,7 @@ class Server:
     def turn_away(self, arrival: Arrival) -> None:
         self._arrivals.discard(arrival)
         self._places.give_back(arrival)
-        self._shut.clear()
+        self._room = True
         self._turns.discard(arrival)
         arrival.connection.close()
 
@@ -259,7 +277,7 @@ class Server:
         if session in self._sessions:
             self._sessions.discard(session)
             self._places.give_back(session)
-            self._shut.clear()
+            self._room = True
             self._dropped_before += session.dropped
         self._turns.discard(session)
         self.questions.pump()

@@ -27,6 +27,9 @@ _FRESH = 0.9  # s; a look is not older than this for a question, which waits for
 _PATIENCE = 3.0  # s that a question waits for it
 _SHARE = 200  # looks take this part of one core while nobody asks,
 _OLDEST = 60.0  # s: unless the last look would get older than this
+_DETAILS = 0.05  # s of a look for details of users' processes
+_MOST_UNMET = 10_000
+_LEAVING = 1.0  # s that the end waits for a look; the thread is left behind then
 _MODULE = 1.0  # s between two tries to open the module
 _TRIM = 10.0  # s between two times that free memory is given back
 
@@ -63,7 +66,7 @@ class Watcher:
         self._drops = Drops()
         self._failures = Failures("watcher")
         self._thread = threading.Thread(
-            target=lambda: keep_going(self._watch, self._failures, on_death),
+            target=lambda: keep_going(self._watch, self._failures, on_death, urgent=True),
             name="watcher",
             daemon=True,
         )
@@ -72,6 +75,8 @@ class Watcher:
         self._news = threading.Condition()
         """Guards `_looked`, and wakes threads that wait for it."""
         self._asked = threading.Event()
+        self._unmet: dict[ProcessKey, BoundSocket] = {}
+        """Processes whose details will be read."""
         self._told: set[str] = set()
         self._probes_fire = True
 
@@ -84,7 +89,8 @@ class Watcher:
 
     def stop(self) -> None:
         self._stopping.set()
-        self._thread.join()
+        self._asked.set()
+        self._thread.join(_LEAVING)
 
     @property
     def is_fresh(self) -> bool:
@@ -113,7 +119,8 @@ class Watcher:
             (_TRIM, host.host_trim),
         ]
         due = [0.0 for _ in jobs]
-        while not self._stopping.wait(0.1):
+        while not self._stopping.is_set():
+            self._asked.wait(0.1)
             for index, (interval, job) in enumerate(jobs):
                 started = time.monotonic()
                 if started < due[index] and not (
@@ -141,6 +148,8 @@ class Watcher:
         portmap = self._pipeline.portmap
         if portmap is None:
             return
+        if len(self._unmet) > _MOST_UNMET:
+            self._unmet.clear()
         before = time.monotonic_ns()
         found = self.kernel.read()
         bound = self._known(found.bound)
@@ -152,10 +161,10 @@ class Watcher:
         if len(found.cookies):
             portmap.keep_cookies(found.cookies, before)
         portmap.expire(before)
-        self._count_drops(portmap)
         with self._news:
             self._looked = before / 1e9
             self._news.notify_all()
+        self._count_drops(portmap)
 
     def _count_drops(self, portmap: PortMap) -> None:
         """A socket's drops count for the process that used it last."""
@@ -167,7 +176,11 @@ class Watcher:
             self.on_drops(owner.tgid, owner.start_ns, owner.comm.encode(), drops[cookie])
 
     def _known(self, sockets: list[BoundSocket]) -> list[BoundSocket]:
-        """Return the sockets with start times under which their processes are known from now on."""
+        """Return the sockets with start times under which their processes will soon be known.
+
+        Users can have any number of processes. So the details of users' processes take a moment of
+        each look; later looks read the others.
+        """
         processes = self._pipeline.processes
         starts: dict[ProcessKey, int] = {}
         known = []
@@ -175,8 +188,15 @@ class Watcher:
             start_ns = starts.get(one.key)
             if start_ns is None:
                 start_ns = starts[one.key] = processes.start_of(one.tgid, one.start_ns)
-                processes.add(one.tgid, start_ns, one.comm, one.uid)
+                if one.uid:
+                    self._unmet[one.tgid, start_ns] = one
+                else:
+                    processes.add(one.tgid, start_ns, one.comm, one.uid)
             known.append(one if start_ns == one.start_ns else one._replace(start_ns=start_ns))
+        until = time.monotonic() + _DETAILS
+        while self._unmet and time.monotonic() < until:
+            key, one = self._unmet.popitem()
+            processes.add(*key, one.comm, one.uid)
         return known
 
     def _look_for_module(self) -> None:
@@ -224,6 +244,9 @@ class Watcher:
         self._change(engine, f"{gone}_gone", message)
 
     def _change(self, engine: Engine, event: str, message: str) -> None:
+        if self._stopping.is_set():
+            engine.__exit__(None, None, None)
+            return
         self._pipeline.switch(engine)
         self._told.discard("module_gone")
         self._tell(event, message, engine.name)

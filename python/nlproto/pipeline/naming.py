@@ -20,6 +20,7 @@ from nlproto.host.namespace_sockets import NamespaceSockets
 from nlproto.host.procfs import Owner
 from nlproto.host.sockdiag import TcpState
 from nlproto.records.wire import lib, taken
+from nlproto.running.budget import Budget
 from nlproto.tables.flows import address_bytes, group, unnamed_places
 
 __all__ = ["Namer"]
@@ -29,9 +30,12 @@ _OPEN = (lib.SNIFFER_HOW_PREDATES, lib.SNIFFER_HOW_NOT_PROBED)
 _FILLED = ("cookie", "inode", "how", "flags", "comm", "tgid", "start_ns", "uid")
 _FRESH_NS = 250_000_000
 _REMEMBERED_NS = 120_000_000_000
-_LATE_NS = 2_000_000_000
+_LATE_NS = 1_000_000_000
 """Older packets are not looked up: others wait behind them."""
+_AGAIN_SHARE, _AGAIN_SAVED_NS = 8, 500_000_000
+"""Part of the time for lookups where the engine had no time, or cannot know."""
 _LIMIT = 65536
+_LOOK_SHARE = 10  # part of the time for looks for new namespaces
 
 _Key = tuple[int, int, bytes, int, bytes, int]
 
@@ -61,8 +65,9 @@ class Namer:
         self._start_of = start_of
         self._holders = Holders() if holders is None else holders
         self._now_ns = now_ns
-        self._namespaces = NamespaceSockets(now_ns)
+        self._namespaces = NamespaceSockets(now_ns, share=_LOOK_SHARE)
         self._known: dict[tuple[int, _Key], _Found] = {}
+        self._again = Budget(_AGAIN_SHARE, _AGAIN_SAVED_NS, now_ns)
 
     def __enter__(self) -> Self:
         return self
@@ -117,7 +122,13 @@ class Namer:
         known = self._known.get((netns, key))
         if known is not None and now - known.asked_ns < _FRESH_NS:
             return known
-        found = self._ask(netns, key, known, now)
+        if flow["how"] == lib.SNIFFER_HOW_NOT_PROBED:
+            if not self._again.allows():
+                return None
+            with self._again.spend():
+                found = self._ask(netns, key, known, now)
+        else:
+            found = self._ask(netns, key, known, now)
         if len(self._known) >= _LIMIT:
             self._known.clear()
         self._known[netns, key] = found

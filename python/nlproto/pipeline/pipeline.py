@@ -148,7 +148,7 @@ class Pipeline:
         self._opened = False
         self._receiver = threading.Thread(target=self._receive, name="receiver", daemon=True)
         self._worker = threading.Thread(
-            target=lambda: keep_going(self._work, self._working, self._die),
+            target=lambda: keep_going(self._work, self._working, self._die, urgent=True),
             name="worker",
             daemon=True,
         )

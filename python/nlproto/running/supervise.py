@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from nlproto.errors import Error
 from nlproto.running.descriptors import none_left
+from nlproto.running.urgency import go_before_others
 
 __all__ = ["PATIENCE", "Failures", "described", "keep_going"]
 
@@ -83,11 +84,19 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}{place}"
 
 
-def keep_going(turn: Callable[[], bool], failures: Failures, died: Callable[[Error], None]) -> None:
+def keep_going(
+    turn: Callable[[], bool],
+    failures: Failures,
+    died: Callable[[Error], None],
+    urgent: bool = False,
+) -> None:
     """Call `turn` until it returns False, whatever it raises.
 
-    If it only fails, without a clear() in between, died(error) is called in the end.
+    If it only fails, without a clear() in between, died(error) is called in the end. `urgent`:
+    questions wait for this thread.
     """
+    if urgent:
+        go_before_others()
     while not failures.hopeless:
         try:
             if not turn():

@@ -2,8 +2,8 @@
 """Gives a thread precedence as long as it has little to do.
 
 The holder of a socket can be found only while the socket is open. That may be some milliseconds,
-and on a busy machine a thread waits longer. A thread that uses much of a processor loses
-precedence.
+and on a busy machine a thread waits longer. A thread that uses much of a processor loses the class,
+and keeps a nice value: with it the thread goes before others of its program.
 
 It uses the real-time class, because Linux weighs a nice value only within a session (autogroup) or
 cgroup. Where that is not allowed, it uses a nice value.
@@ -15,15 +15,29 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-__all__ = ["Urgency"]
+__all__ = ["Urgency", "go_before_others"]
 
 _NICE = -10
 _PRIORITY = 1  # the lowest of the real-time class
 _CLASS = os.SCHED_RR | os.SCHED_RESET_ON_FORK  # threads started from here are not urgent
 _LOOK_NS = 200_000_000  # between two looks at the time it used
 _SHARE = 2  # half of a processor's time is too much
+
+
+def go_before_others() -> None:
+    """Give the calling thread a nice value, but not the threads that it starts.
+
+    It does nothing without the right, or for a thread that somebody else gave a class.
+    """
+    if os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK != os.SCHED_OTHER:
+        return
+    thread = threading.get_native_id()
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, thread, min(_NICE, os.getpriority(os.PRIO_PROCESS, thread)))
+        policy = os.SCHED_OTHER | os.SCHED_RESET_ON_FORK
+        os.sched_setscheduler(0, policy, os.sched_param(0))
 
 
 class Urgency:
@@ -41,68 +55,52 @@ class Urgency:
         self._now_ns = now_ns
         self._used_ns = used_ns
         self._thread = 0
-        self._calm_nice = 0
+        self._own_nice = 0
         self._ordinary = True
         self._looked_ns = self._seen_ns = 0
-        self.raised = False
+        self._set: bool | None = None
+        """Whether the thread was calm when the kernel was last told. None: it was not told."""
 
     def look(self) -> None:
         """Give the thread precedence, or take it. Cheap; the thread itself calls it often."""
         now, thread = self._now_ns(), threading.get_native_id()
         if thread != self._thread:
             self.rest()
-            self._thread, self._calm_nice = thread, os.getpriority(os.PRIO_PROCESS, thread)
+            self._thread, self._own_nice = thread, os.getpriority(os.PRIO_PROCESS, thread)
             policy = os.sched_getscheduler(thread) & ~os.SCHED_RESET_ON_FORK
             self._ordinary = policy == os.SCHED_OTHER
             self._looked_ns, self._seen_ns = now, self._used_ns()
-            self._set(self._ordinary)
+            self._go(calm=True)
         elif now - self._looked_ns >= _LOOK_NS:
             used = self._used_ns()
             calm = (used - self._seen_ns) * _SHARE < now - self._looked_ns
             self._looked_ns, self._seen_ns = now, used
-            self._set(calm and self._ordinary)
+            self._go(calm)
 
     def rest(self) -> None:
-        """Undo look(). Also from another thread."""
-        self._set(False)
+        """Give back what look() took; also from another thread."""
+        if self._set is not None:
+            self._set = None
+            with contextlib.suppress(OSError):  # it has ended
+                self._in_the_queue(self._own_nice)
 
-    @contextlib.contextmanager
-    def patiently(self) -> Iterator[None]:
-        """For long work: inside, the thread waits like any other. Any thread may call it."""
-        if threading.get_native_id() != self._thread:
-            yield
+    def _go(self, calm: bool) -> None:
+        if not self._ordinary or calm == self._set:
             return
-        raised = self.raised
-        self._set(False)
-        try:
-            yield
-        finally:
-            self._set(raised)
+        self._set = calm
+        with contextlib.suppress(OSError):  # it may not, and goes on as it is
+            if not calm:
+                self._in_the_queue(min(_NICE, self._own_nice))
+                return
+            try:
+                os.sched_setscheduler(self._thread, _CLASS, os.sched_param(_PRIORITY))
+            except OSError:
+                self._in_the_queue(min(_NICE, self._own_nice))
 
-    def _set(self, raised: bool) -> None:
-        if raised == self.raised:
-            return
-        try:
-            if raised:
-                self._raise()
-            else:
-                self._lower()
-        except OSError:  # it may not, or the thread has ended
-            self.raised = False
-            return
-        self.raised = raised
-
-    def _raise(self) -> None:
-        try:
-            os.sched_setscheduler(self._thread, _CLASS, os.sched_param(_PRIORITY))
-        except OSError:
-            if self._calm_nice > _NICE:
-                os.setpriority(os.PRIO_PROCESS, self._thread, _NICE)
-
-    def _lower(self) -> None:
+    def _in_the_queue(self, nice: int) -> None:
         if os.sched_getscheduler(self._thread) & ~os.SCHED_RESET_ON_FORK == os.SCHED_RR:
             # clearing the flag would need a right
             policy = os.SCHED_OTHER | os.SCHED_RESET_ON_FORK
             os.sched_setscheduler(self._thread, policy, os.sched_param(0))
-        else:
-            os.setpriority(os.PRIO_PROCESS, self._thread, self._calm_nice)
+        if os.getpriority(os.PRIO_PROCESS, self._thread) != nice:
+            os.setpriority(os.PRIO_PROCESS, self._thread, nice)
