@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 import struct
+from pathlib import Path
 
 from ..bpf import EXIT, MOV, SOCKET_FILTER, load_program, op
 from ..catalog import scenario
@@ -155,6 +156,7 @@ def lends(worker: Worker, wire: Wire, here: str, there: str, inner: str) -> None
         ids += [attribute(kind, struct.pack("=I", 9)) for kind in (SESSION, PEER_SESSION)]
         ethernet = attribute(PW_TYPE, struct.pack("=H", PWTYPE_ETH))
         generic(link, family, SESSION_CREATE, *ids, ethernet, attribute(IFNAME, b"le0\0"))
+    Path("/proc/sys/net/ipv6/conf/le0/disable_ipv6").write_text("1")  # it talks by itself
     run("ip", "-batch", "-", data=f"addr add {inner}/24 dev le0\nlink set le0 up\n")
     wire.tell("lent")
     wire.hear()

@@ -114,7 +114,8 @@ def taker(worker: Worker, wire: Wire, link: socket.socket, use: str) -> None:
             sock.recv(100)
     else:
         poller.poll(30000)
-        wire.hear()
+        for _ in range(wire.hear()):  # all are on their way: the socket stays until they are in
+            sock.recv(100)
     worker.count(claim, in_=COUNT)
 
 
@@ -143,7 +144,7 @@ def pass_socket(stage: Stage, use: str, in_flight: int = 0) -> None:
         for _ in range(COUNT - in_flight if use == "recv" else COUNT):
             sock.sendto(b"2", peer)
         if use != "recv":
-            second.tell()
+            second.tell(in_flight + COUNT)
         stage.worker.count(claim, out=1 + COUNT + (0 if use == "recv" else in_flight))
         first.tell()
 

@@ -424,7 +424,8 @@ def tcp_killed_by_ss(stage: Stage) -> None:
         server = stage.spawn("server", reset_server, 1)
         client = stage.spawn("client", killed_client, ask(server))
         port = client.hear()
-        run("ss", "-K", "sport", "=", f":{port}")
+        if str(port) not in run("ss", "-nK", "sport", "=", f":{port}"):  # it lists what it killed
+            raise Unable("this kernel was built without INET_DIAG_DESTROY")
         client.tell()
 
 
