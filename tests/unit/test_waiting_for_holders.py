@@ -23,13 +23,14 @@ def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """(holders, begin): begin(work) runs work in a thread, which then waits for a slow /proc."""
     go_on, reading = threading.Event(), threading.Event()
     threads: list[threading.Thread] = []
+    ended_early: list[bool] = []
     real = procfs.held_sockets
     slow: set[str] = set()
 
     def read(pids: Any, *rest: Any) -> Any:
         if threading.current_thread().name in slow and len(pids):
             reading.set()
-            assert go_on.wait(60)
+            ended_early.append(not go_on.wait(20))
         return real(pids, *rest)
 
     def begin(work: Any, name: str = "slow") -> None:
@@ -40,6 +41,7 @@ def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     monkeypatch.setattr(procfs, "held_sockets", read)
     yield Holders(), begin
+    assert not any(ended_early), "what was asked waited for the slow reading"
     go_on.set()
     for one in threads:
         one.join()
