@@ -67,7 +67,22 @@ def each_once(tmp_path: Path, host: str, count: int) -> bool:
     return stored(tmp_path) == Counter((host, cookie) for cookie in range(count))
 
 
-def test_a_server_that_dies_and_comes_back_costs_nothing(server: Server, tmp_path: Path) -> None:
+def give_again_soon(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server gives what is not acknowledged to a collector again after 1 s, not 120."""
+
+    async def make_stream() -> None:
+        client = await nats.connect(server.url)
+        await bus.ensure_stream(client.jetstream())
+        await client.close()
+
+    monkeypatch.setattr(bus, "ACK_WAIT", 1.0)
+    asyncio.run(make_stream())
+
+
+def test_a_server_that_dies_and_comes_back_costs_nothing(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_again_soon(server, monkeypatch)
     with collect(tmp_path, server.url), play(tmp_path, server.url, "h1", 2000) as host:
         until(lambda: stored(tmp_path), 30, "the first rows")
         server.process.kill()
@@ -98,14 +113,7 @@ def test_a_collector_that_is_killed_with_a_file_loses_and_doubles_nothing(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """Before its file has its name, and after, when the server does not know of it yet."""
-
-    async def give_again_soon() -> None:
-        client = await nats.connect(server.url)
-        monkeypatch.setattr(bus, "ACK_WAIT", 1.0)
-        await bus.ensure_stream(client.jetstream())
-        await client.close()
-
-    asyncio.run(give_again_soon())
+    give_again_soon(server, monkeypatch)
     words = [str(tmp_path / "store"), "--server", server.url, "--interval", "0.2"]
     command = [sys.executable, "-c", _KILLED, moment, *words]
     with play(tmp_path, server.url, "h1", 2000) as host:
