@@ -12,6 +12,7 @@ import platform
 import re
 import socket
 import struct
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,7 @@ PACKET_OTHERHOST = 3
 SNAP = 256  # link header, IPv6 with extension headers, TCP with options
 _BLOCK = 1 << 18
 _READ = 1024  # records of one read
+_CLOCKS_READ_NS = 1_000_000  # two clocks are not read at the same moment
 
 _LD_W_ABS, _JEQ, _JSET = 0x20, 0x15, 0x45
 _AD_PROTOCOL, _AD_PKTTYPE, _AD_VLAN_TAG = AD, AD + 4, AD + 44
@@ -97,6 +99,7 @@ class PacketRing(Closing):
     def __init__(self, netns: int, ring_bytes: int) -> None:
         self.netns = netns
         self.dropped = 0
+        self._opened_ns = time.monotonic_ns() - _CLOCKS_READ_NS
         try:
             self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
         except PermissionError:
@@ -161,7 +164,11 @@ class PacketRing(Closing):
         return int(lib.host_ring_waiting(self._ring))
 
     def read(self, wanted: bool = False) -> Frames:
-        """Return waiting packets, up to some hundred. The arrays belong to the caller."""
+        """Return waiting packets, up to some hundred. The arrays belong to the caller.
+
+        The kernel gives a packet's time of day. A packet that passed before the clock was set
+        would seem to be from before this ring or from the future. It gets the present time.
+        """
         if wanted and not len(self._first_bytes):
             self._first_bytes = np.zeros(_READ, HOST_SNAP)
         room = ffi.from_buffer("struct host_snap[]", self._first_bytes) if wanted else ffi.NULL
@@ -174,7 +181,10 @@ class PacketRing(Closing):
             _READ,
         )
         first_bytes = self._first_bytes[:read].copy() if wanted else None
-        return Frames(self._records[:read].copy(), self._to_all[:read] != 0, first_bytes)
+        records = self._records[:read].copy()
+        times, now = records["time_ns"].astype(np.int64), time.monotonic_ns()
+        records["time_ns"][(times < self._opened_ns) | (times > now)] = now
+        return Frames(records, self._to_all[:read] != 0, first_bytes)
 
     def drops(self) -> int:
         """Return how many packets the ring had no room for since the last call."""
