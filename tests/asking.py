@@ -53,12 +53,13 @@ ctypes.CDLL(None).prctl(15, comm.encode())
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as here:
     here.bind((address, int(port)))
     print(port, flush=True)
+    kept = []  # engine packet cannot always name a socket that is closed at once
     while True:
         asked, peer = here.recvfrom(4096)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as there:
-            there.connect((upstream, 53))
-            there.send(asked)
-            here.sendto(there.recv(4096), peer)
+        kept.append(there := socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        there.connect((upstream, 53))
+        there.send(asked)
+        here.sendto(there.recv(4096), peer)
 """
 
 
