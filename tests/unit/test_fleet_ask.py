@@ -310,26 +310,25 @@ def test_who_takes_the_words_of_one_host(folder: Folder) -> None:
             who(store, Wanted(host="nonsense"), 10)
 
 
-NOW = datetime.now()
-SOON, LATE = NOW - timedelta(minutes=10), NOW - timedelta(minutes=2)
 WORDS_OF_WHO = {
     "--port": ["443", "https"], "--proto": ["tcp"], "--host": ["10.0.0.2", "10.0.0.2/31"],
     "--pid": ["77"], "--pname": ["curl", "cu*"], "--unit": ["cron", "cron.service"],
     "--container": ["web", "docker:4f1c"], "--pod": ["default/web-0"],
     "--domain": ["example.org"], "--netns": ["4026532000"],
-    "--since": ["10m", f"{SOON:%H:%M}", f"{SOON:%H:%M:%S}", f"{NOW - timedelta(days=1):%Y-%m-%d}",
-                f"{SOON:%Y-%m-%d %H:%M}", f"{SOON:%Y-%m-%dT%H:%M:%S}"],
-    "--until": ["2m", f"{LATE:%H:%M}", f"{LATE:%Y-%m-%d %H:%M}"],
+    "--since": ["10m", "%H:%M", "%H:%M:%S", "%Y-%m-%d", "%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M:%S"],
+    "--until": ["2m", "%H:%M", "%Y-%m-%d %H:%M"],
     "--limit": ["9"], "--socket": ["/nowhere"],
 }  # fmt: skip
-"""Options of `who` and values that fit one flow, of five minutes ago."""
+"""Options of `who` and values that fit one flow, of five minutes ago. Times are for strftime()."""
 
 
 @pytest.mark.parametrize("option", WORDS_OF_WHO)
 def test_each_option_of_who_asks_the_fleet(
     folder: Folder, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = int(NOW.timestamp() - 300) * S
+    now = datetime.now()
+    moment = now - timedelta(minutes=2 if option == "--until" else 10)
+    first = int(now.timestamp() - 300) * S
     folder.flow(
         "a", "10.0.0.1:40000", "10.0.0.2:443", first=first, tgid=77, start_ns=5,
         domain="www.example.org", netns=4026532000,
@@ -340,11 +339,11 @@ def test_each_option_of_who_asks_the_fleet(
     )  # fmt: skip
     folder.flow("b", "10.0.0.3:53", "10.0.0.4:40001", "named", protocol=17, first=first)
     folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "old", first=first - 2 * 86_400 * S)
-    folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "young", first=first + 270 * S)
+    folder.flow("a", "10.0.0.1:40000", "10.0.0.2:443", "young", first=first + 290 * S)
     folder.write()
     command = ["fleet", "who", "--store", str(folder.path), "--json", "--until", "1m", option]
     for value in WORDS_OF_WHO[option]:
-        assert main([*command, value]) == 0, value
+        assert main([*command, moment.strftime(value)]) == 0, value
         found = json.loads(capsys.readouterr().out)["rows"]
         told = sorted(one["host"] for one in found)
         any_fits = option in ("--since", "--until", "--limit", "--socket")
