@@ -57,7 +57,7 @@ def test_files_and_functions_that_are_named_are_there(name: str) -> None:
 def defines(where: str, name: str) -> bool:
     """Whether a file of C or Python has the function `name`; Class.method in Python."""
     path = next(ROOT / place / where for place in ("", "python") if (ROOT / place / where).exists())
-    if path.suffix == ".c":
+    if path.suffix in (".c", ".h"):
         return re.search(rf"^[^\s#/][^;]*\b{name}\(", path.read_text(), re.MULTILINE) is not None
     holder, _, method = name.rpartition(".")
     tree = ast.parse(path.read_text())
@@ -78,7 +78,7 @@ def test_the_worked_packet_can_be_followed() -> None:
     fields = {*there(wire.RECORD.names), *there(wire.BATCH.names)}
     checked = set()
     for _, step, fills in rows:
-        places = re.findall(r"`([\w./]+\.(?:py|c))`", step)
+        places = re.findall(r"`([\w./]+\.(?:py|c|h))`", step)
         for name in re.findall(r"`([\w.]+)\(\)`", step):
             if places:
                 assert any(defines(place, name) for place in places), (name, places)

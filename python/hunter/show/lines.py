@@ -55,7 +55,7 @@ class LinePrinter:
         self._names = names
         self._namespaces = Namespaces(style.netns)
         self.rows = 0
-        """The least width of a line's first part."""
+        """How many records were printed."""
         self._out = out or sys.stdout
         self._terminal = self._out.isatty()
         self._console = Console(file=self._out, soft_wrap=True, highlight=False, markup=False)
