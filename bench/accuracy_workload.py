@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The workload of the accuracy comparison: what a small service host does in a few seconds.
 
-One side of a veth pair is "this host". It has a client with a lasting connection, one with a bulk
-transfer, a server for remote clients, and a chatty UDP process. Many processes live only for one
-TCP or one UDP request. Only this side's packets are judged; the other side is just the peer.
+One side of a veth pair is "this host". It has a client with a lasting connection and one with a
+bulk transfer. It also has a server for remote clients and a chatty UDP process. Many processes
+live only for one TCP or one UDP request. Only this side's packets are judged; the other side is
+just the peer.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """50,000 sockets of 2,000 processes: the first look at them, and what they cost while idle (root).
 
-The look that a daemon makes at its start, with processes named, beside psutil.net_connections()
-and `lsof -i`, which answer the same question; in turn, three rounds. Then daemons of each engine
-with these sockets and without, which are left alone for a minute: run it on an idle machine.
+Measures the look that a daemon makes at its start, with processes named.
+psutil.net_connections() and `lsof -i` answer the same question beside it, in turn, three
+rounds. Then daemons of each engine with these sockets and without, which are left alone for a
+minute: run it on an idle machine.
 """
 
 from __future__ import annotations

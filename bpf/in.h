@@ -264,9 +264,9 @@ int BPF_PROG(reset_sent, const struct sock *sk, const struct sk_buff *skb)
 }
 
 /*
- * Names the connection of a packet without a socket, or with a socket that the stack
- * uses for all its answers. The packet is sent while the stack handles the one that it
- * answers. Packets without a socket are
+ * Names the connection of a packet without a socket. The socket that the stack uses
+ * for all its answers counts as none. The packet is sent while the stack handles the
+ * one that it answers. Packets without a socket are
  * - Netfilter's: a firewall's reset, a copy;
  * - those that IPVS forwards;
  * - SYN-ACKs of IPv4 SYN cookies.

@@ -33,8 +33,8 @@
  * - the table has no list of holders. When the user closes the socket, holders.c searches
  *   descriptor tables. The heir is the latest earlier user that still has it. Without one it is
  *   another holder: a guess, flagged AMBIGUOUS while there are several;
- * - a process without a descriptor of its socket keeps it while its io_uring may refer to it,
- *   that is, while the file has references that no descriptor explains;
+ * - a process without a descriptor of its socket keeps it while its io_uring may refer to it:
+ *   the file has references that no descriptor explains;
  * - an entry outlives its socket: TIME_WAIT and orphans still send.
  *
  * The rules are those of kmod/owner.c, word for word; a test compares them. An

@@ -358,8 +358,8 @@ static bool name_reset(struct sniffer_record *r)
 }
 
 /*
- * Names the connection of a packet without a socket, or with a socket that the stack
- * uses for all its answers. Packets without a socket are
+ * Names the connection of a packet without a socket. The socket that the stack uses
+ * for all its answers counts as none. Packets without a socket are
  * - Netfilter's: a firewall's reset, a copy;
  * - those that IPVS forwards;
  * - SYN-ACKs of IPv4 SYN cookies.

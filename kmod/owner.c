@@ -31,8 +31,8 @@
  * - the table has no list of holders. When the user closes the socket, holders.c searches
  *   descriptor tables. The heir is the latest earlier user that still has it. Without one it is
  *   another holder: a guess, flagged AMBIGUOUS while there are several;
- * - a process without a descriptor of its socket keeps it while its io_uring may refer to it,
- *   that is, while the file has references that no descriptor explains;
+ * - a process without a descriptor of its socket keeps it while its io_uring may refer to it:
+ *   the file has references that no descriptor explains;
  * - an entry outlives its socket: TIME_WAIT and orphans still send.
  *
  * So fork, exec and exit do no work for each socket. Memory is bounded by max_sockets and
@@ -146,9 +146,9 @@ static bool owner_is_closing(const struct socket *sock)
  * @sk: full socket
  * @gain: which process, and how
  *
- * If the socket is new, or was not accepted so far, the process becomes its creator. If
- * several processes had the socket at load and none was seen to use it, the last one
- * entered is named.
+ * If the socket is new, or was not accepted so far, the process becomes its creator.
+ * Several processes may have had the socket at load. If none was seen to use it, the
+ * last one entered is named.
  */
 void sniffer_owner_gain(struct sock *sk, const struct sniffer_gain *gain)
 {
@@ -265,9 +265,8 @@ void sniffer_owner_serve(struct sock *sk, struct socket *sock)
  * sniffer_owner_take - current, a kernel thread, sends or receives on a socket
  * @owner: the entry, under RCU
  *
- * A process that gave the socket to the kernel (for a file system, a disk) and has
- * exited is no longer its user. Before Linux 5.12 the workers of an io_uring are kernel
- * threads too.
+ * Who gave the socket to the kernel (for a file system, a disk) is its user until
+ * it exits. Before Linux 5.12 the workers of an io_uring are kernel threads too.
  */
 void sniffer_owner_take(struct sniffer_owner *owner)
 {

@@ -55,7 +55,7 @@ static inline bool sniffer_owner_held(const struct sniffer_owner *owner,
  * @user: its user
  *
  * Never false if one has. A descriptor in flight to another process counts as another
- * process, and so does a thread that waits in a call.
+ * process. So does a thread that waits in a call.
  */
 static inline bool sniffer_owner_shared(const struct sniffer_owner *owner,
 					const struct sniffer_proc *user)

@@ -2,12 +2,12 @@
 """The sealed files beside the history's database, and their list in the database.
 
 A row moves in this order, so that no crash loses or doubles it. The file is written under another
-name, synced and renamed. Then one transaction enters it in the list, and deletes its rows, or the
-file that it replaces, from the database.
+name, synced and renamed. Then one transaction enters it in the list. The same transaction deletes
+its rows, or the file that it replaces, from the database.
 
 When the database is opened, files that are not in the list are checked. If the database, or the
-file to be replaced, still has a file's rows, the file was never entered, and is removed. Any other
-file is entered. So the history survives the loss of its database.
+file to be replaced, still has a file's rows, the file was never entered. It is removed. Any
+other file is entered. So the history survives the loss of its database.
 """
 
 from __future__ import annotations

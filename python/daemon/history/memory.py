@@ -114,7 +114,7 @@ def payers_of(tgids: np.ndarray, uids: np.ndarray, payers: Payers | None = None)
 class FlowMemory:
     """At most `limit` flows. If it is full, an eighth is removed, from the payer with most.
 
-    Within a payer the program with most flows loses first, of it the process with most, of that the
+    Within a payer the program with most flows loses first. Of it the process with most, of that the
     longest silent flows (nlproto.tables.shares). So a flood to a service costs only this service's
     flows. Rows are FLOWs with times in ns since 1970. Thread-safe.
     """

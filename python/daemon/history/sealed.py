@@ -6,7 +6,7 @@
 Each blob is compressed by zlib. Rows are in order of their last packet, in groups of 8,192. Each
 group is one blob, so a question unpacks only groups that can have its rows. Needles say which: for
 each port, address, program, pid and user, a bit for each group. A number takes as many bytes as the
-range of its group needs, with bytes of equal weight side by side. Repeated values are numbers of a
+range of its group needs. Bytes of equal weight lie side by side. Repeated values are numbers of a
 dictionary's entries. The index is JSON.
 """
 

@@ -72,10 +72,10 @@ class Damaged(Error):
 class Store:
     """Flows and processes in the file at `path`, mode 0640.
 
-    If SQLite cannot read a file of ours, it is renamed to PATH.corrupt-TIME, with a message, and a
-    new one is begun. Another program's database is left alone. Raises Error if no file is possible,
-    UsageError if its directory does not exist. write, trim and close are for one thread, ask and
-    process for any.
+    If SQLite cannot read a file of ours, it is renamed to PATH.corrupt-TIME with a message. Then a
+    new one is begun. Another program's database is left alone. Raises Error if no file is
+    possible, UsageError if its directory does not exist. write, trim and close are for one thread,
+    ask and process for any.
     """
 
     def __init__(

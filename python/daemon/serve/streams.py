@@ -38,7 +38,7 @@ class Streams:
     """The streams of all subscribers. A context manager.
 
     join() and leave() are for the event loop's thread, publish() for the worker's. There are two
-    publishers, one for users who see everything, one for the others, so that neither waits for the
+    publishers: one for users who see everything, one for the others. So neither waits for the
     other. Each may hold `max_bytes` of records, and have as much waiting for the event loop.
     `post(function)` runs a function in the event loop's thread. `allowance` is the CPU time of the
     second one.

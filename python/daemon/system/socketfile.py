@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 class SocketFile:
     """A bound, listening UNIX socket at `path`. A lock on `path`.lock makes it ours alone.
 
-    Raises Error if a live daemon has it or if something else than a socket is there, NoPrivilege if
-    the directory may not be written. On exit the socket's file is removed. The lock's file stays:
-    without it two daemons could each hold a lock.
+    Raises Error if a live daemon has it or if something else than a socket is there. Raises
+    NoPrivilege if the directory may not be written. On exit the socket's file is removed. The
+    lock's file stays: without it two daemons could each hold a lock.
     """
 
     def __init__(self, path: str) -> None:

@@ -265,8 +265,8 @@ class Watcher:
 def _pause(interval: float, took: float) -> float:
     """Return the s from the beginning of a look that took `took` s to the next one.
 
-    A long look comes less often, so that looks take half a percent of one core, as long as the last
-    one does not get older than that.
+    A long look comes less often, so that looks take half a percent of one core. But the last one
+    does not get older than that.
     """
     return max(interval, min(_SHARE * took, _OLDEST - took))
 

@@ -84,7 +84,7 @@ WHERE {_KEY} IN (SELECT key FROM touched)
     OR nat_laddr IS NOT NULL AND {_NAT_KEY} IN (SELECT key FROM touched)
 """
 
-# The first packets of a TCP connection came to the listener's socket or left without one, so they
+# The first packets of a TCP connection came to the listener's socket or left without one. So they
 # are flows of their own. They belong to who accepted it.
 _EARLY = """protocol = 6 AND NOT forwarded
     AND (how IN ('listener', 'predates') OR tgid <> 0 AND cookie = 0)"""

@@ -2,7 +2,7 @@
 """Translates a filter to a condition of SQL over flows with details of their owners.
 
 A flow fits if one of its packets would: an outgoing, incoming or forwarded one. So each test is
-written for each of these ways, and source and target mean what they mean on one host. Text of a
+written for each of these ways. Source and target mean what they mean on one host. Text of a
 filter or a machine is never part of a statement, only a value. The filter's own code tries names
 and patterns, on each different name in the store.
 """

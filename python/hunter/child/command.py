@@ -64,9 +64,9 @@ class NotStarted(Error):
 class Command:
     """A running command. For the thread that started it.
 
-    The kernel reports each fork below it. Forks that it does not report (of a setuid program, or
-    all where perf events are refused) are found from the parents of living processes. Raises Error
-    if it cannot be started.
+    The kernel reports each fork below it. Forks of a setuid program are not reported; where
+    perf events are refused none are. Such forks are found from the parents of living processes.
+    Raises Error if it cannot be started.
     """
 
     def __init__(self, argv: Sequence[str], notify: Notify, follow: bool = True) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Finds in the daemon's history who owned the ends of a flow at a moment, and if it is certain.
 
-A tuple is not unique. Another network namespace can have the same one at the same time, and a
+A tuple is not unique. Another network namespace can have the same one at the same time. A
 process can take over a tuple that another has just left.
 """
 

@@ -41,7 +41,7 @@ class PcapngSaver:
     Option 8 has the pid and tid of the process: of the sender of an outbound packet, of the
     receiver of an inbound one. `process_blocks`: each process has a block before its first packet.
     Made headers have the real addresses, ports, lengths and TCP flags. Fields that a record lacks
-    (sequence numbers, time to live, checksums of the payload) are zero, and the comment says so.
+    (sequence numbers, time to live, checksums of the payload) are zero. The comment says so.
     """
 
     def __init__(

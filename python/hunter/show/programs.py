@@ -33,8 +33,8 @@ def programs(known: Mapping[K, tuple[str, str]]) -> dict[K, tuple[str, str, K | 
     """Return the row of each process of `known` (comm, executable or "").
 
     A row is (comm, executable, process), or (comm, executable, None) for a program with many
-    processes. If a process ended before its executable was read, it gets that of all others with
-    its name, if they agree.
+    processes. If a process ended before its executable was read, it gets that of its namesakes,
+    if they agree.
     """
     paths: defaultdict[str, set[str]] = defaultdict(set)
     for comm, exe in known.values():

@@ -12,8 +12,8 @@ from functools import lru_cache
 
 __all__ = ["cell", "escaped", "plain", "sound", "uncell", "unescaped"]
 
-# Cc control, Cf format (bidi overrides, zero width), Cs surrogate, Co private, Cn unassigned,
-# Zl and Zp line and paragraph separators
+# Cc control, Cf format (bidi overrides, zero width), Cs surrogate, Co private, Cn unassigned.
+# Zl and Zp are line and paragraph separators.
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 # Characters that make a spreadsheet compute, also in the wide letters of some keyboards.

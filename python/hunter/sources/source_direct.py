@@ -35,9 +35,9 @@ _MAX_UNKNOWN = 65536
 class DaemonNames:
     """Names records that the engine could not name, by asking the daemon a batch at a time.
 
-    For the pipeline's worker thread. If the daemon does not know an end, it is asked once more,
-    when it has had time to see the same packets. Then it is not asked for a second. If the daemon
-    goes away, `lost` is called once, and records stay as they are.
+    For the pipeline's worker thread. If the daemon does not know an end, it is asked once more.
+    Until then it has had time to see the same packets. Then it is not asked for a second. If
+    the daemon goes away, `lost` is called once, and records stay as they are.
     """
 
     def __init__(self, client: DaemonClient, lost: Callable[[str], None]) -> None:

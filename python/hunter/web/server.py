@@ -3,7 +3,8 @@
 
 Every user of the machine can connect to loopback. So each answer needs the secret. The browser
 keeps it after the "#" of the address, and never sends it to another host. "Host" must be this
-machine's name, or a foreign page could reach it through a name of its own (DNS rebinding).
+machine's name. Otherwise a foreign page could reach it through a name of its own (DNS
+rebinding).
 """
 
 from __future__ import annotations

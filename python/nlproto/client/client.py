@@ -127,8 +127,8 @@ class DaemonClient(Closing):
     """One connection to the daemon. Not for several threads at once.
 
     Raises NoDaemon if there is no daemon or it goes away, VersionMismatch if it is of another
-    release, UsageError if it refuses the request, NoPrivilege if this user may not make the
-    request, Error for any other failure.
+    release. Raises UsageError if it refuses the request, NoPrivilege if this user may not
+    make it. Raises Error for any other failure.
     """
 
     def __init__(
@@ -223,7 +223,7 @@ class DaemonClient(Closing):
         `since`, `until`: seconds before now; `at`: Unix time in seconds; `proto`: "tcp" or "udp";
         `host`: address or network; `netns`: inode; `listening`: only sockets that wait for a peer.
         The reply has "owners" (sockets there now), "flows" (of the history, last seen first),
-        "total", "truncated" and "processes" (Process as dicts).
+        "total" and "truncated". Its "processes" are Process as dicts.
         """
         return self.request(
             "who",

@@ -38,7 +38,7 @@ class ModuleEngine:
     """Reads the groups `groups`; of packets and flows only one. See nlproto.engines.engine.Engine.
 
     The stream begins at a FLUSH after joining. So an account opened with `opening` knows every
-    record from there on, even if the first batches of a CPU were lost.
+    record from there on. That holds even if the first batches of a CPU were lost.
 
     Raises NoModule, NoPrivilege, VersionMismatch.
     """

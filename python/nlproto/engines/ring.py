@@ -166,8 +166,8 @@ class PacketRing(Closing):
     def read(self, wanted: bool = False) -> Frames:
         """Return waiting packets, up to some hundred. The arrays belong to the caller.
 
-        The kernel gives a packet's time of day. A packet that passed before the clock was set
-        would seem to be from before this ring or from the future. It gets the present time.
+        The kernel gives a packet's time of day. A packet from before the clock was set would
+        seem to be older than this ring, or from the future. It gets the present time.
         """
         if wanted and not len(self._first_bytes):
             self._first_bytes = np.zeros(_READ, HOST_SNAP)

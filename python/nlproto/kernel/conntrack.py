@@ -203,7 +203,7 @@ class ConntrackLookup(Closing):
     """Asks for one connection at a time of the network namespace it is made in.
 
     What cannot be asked is not known. `again`: made before this kernel translated addresses, it
-    looks every second whether it does now, in the namespace of the thread that asks.
+    looks every second whether it does now. It looks in the namespace of the thread that asks.
     """
 
     def __init__(self, now_ns: Callable[[], int], again: bool) -> None:

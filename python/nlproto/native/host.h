@@ -97,9 +97,9 @@ int host_diag_read(const uint8_t *buf, uint32_t len, uint32_t seq, uint8_t proto
 		   struct host_socket *sockets, uint32_t max, int *done);
 
 /*
- * Sends a request (length 0: none) and reads its answers into `found`, by way of `buf`, until
- * *done or until `found` has no room for another datagram. For a request without dump, one answer
- * is all: `max` is 1. Returns how many, -errno, or -ETIMEDOUT after patience_ms. One call: Python's
+ * Sends a request (length 0: none) and reads its answers into `found`, by way of `buf`. It ends at
+ * *done or when `found` has no room for another datagram. For a request without dump, one answer is
+ * all: `max` is 1. Returns how many, -errno, or -ETIMEDOUT after patience_ms. One call: Python's
  * lock is fought for at the end of each.
  */
 int host_diag_ask(int fd, const uint8_t *request, uint32_t length, uint8_t *buf, uint32_t size,

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Reads what may never come. /proc/PID/cmdline is the process's own memory: a read waits for the
- * lock of its address space. A process can hold this lock for ever, by mmap() of a file that its
- * own FUSE server does not write back. Such a read ends only with the process, or with ours.
+ * lock of its address space. A process can hold this lock for ever: it maps a file that its own
+ * FUSE server does not write back. Such a read ends only with the process, or with ours.
  */
 #define _GNU_SOURCE
 #include <errno.h>

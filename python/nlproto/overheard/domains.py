@@ -5,7 +5,7 @@ An answer belongs to the process that asked. That is the owner of the flow to th
 flow must have sent. A resolver of the system (systemd-resolved, dnsmasq) asks for others. So its
 answers serve all processes of its network namespace that have no answer of their own. If several
 names have the address, the flow gets all of them. If nothing is known of the asker, the answer
-names the next flow to its address within 5 s, and no other.
+names only the next flow to its address within 5 s.
 
 A flow gets a name that was known before the flow began, and whose time to live had not ended. The
 flow keeps it. The name in a ClientHello belongs to its own flow.

@@ -6,7 +6,7 @@ between two translations. A flow with one of the first two gets the other. A flo
 gets the translated one.
 
 Its own network namespace's entry comes first. A flow of another namespace has the translation too
-(a container behind its host), if both belong to one user and no third one can be meant. Where
+(a container behind its host). Both must belong to one user, and no third one can be meant. Where
 several fit at one time and say different things, nothing is said. What one namespace makes of the
 ends may be translated once more in the next: then the last ends are reported.
 

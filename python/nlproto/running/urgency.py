@@ -43,8 +43,8 @@ def go_before_others() -> None:
 class Urgency:
     """Gives one thread at a time precedence.
 
-    It does nothing without the right (CAP_SYS_NICE, or LimitRTPRIO= or LimitNICE=), or for a thread
-    that somebody else gave a class.
+    It does nothing without the right (CAP_SYS_NICE, or LimitRTPRIO= or LimitNICE=). Nor for a
+    thread that somebody else gave a class.
     """
 
     def __init__(

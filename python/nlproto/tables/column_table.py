@@ -104,7 +104,7 @@ def without(dtype: np.dtype[np.void], *names: str) -> np.dtype[np.void]:
 class ColumnTable:
     """A table of `rows` rows with the columns `groups`, found by the `hash` of the fields `key`.
 
-    A group's fields lie side by side, as in the values written here, so that what is used together
+    A group's fields lie side by side, as in the values written here. So what is used together
     takes one access to memory. Within a group the fields of the key come first. Not thread-safe.
     The owner decides which rows are in use. A row takes memory when it is first written to, so an
     empty table costs nothing, however large. trim() gives memory back.

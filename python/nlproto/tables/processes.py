@@ -121,10 +121,10 @@ _PARENT_BYTES = 150
 class Processes:
     """The processes seen, at most `limit` in at most `max_bytes` of memory. Thread-safe.
 
-    When full, the payer with most of them gives, of its programs the one with most, of that the
-    least recently used (nlproto.tables.shares).
-    `details` reads /proc and is asked once per process and once more after an exec.
-    `on_change` is called, without the lock, for each process that is new or changed.
+    When full, the payer with most of them gives. Of its programs the one with most does, of
+    that the least recently used (nlproto.tables.shares). `details` reads /proc and is asked
+    once per process and once more after an exec. `on_change` is called, without the lock, for
+    each process that is new or changed.
     """
 
     def __init__(

@@ -41,8 +41,8 @@ def forget_ebpf(recorder: Recorder | None) -> None:
 class Recorder:
     """An open engine with all its records so far; a context manager.
 
-    Records are copied as they come and named in user space where the engine leaves that to its
-    reader, as the daemon does it.
+    Records are copied as they come. Where the engine leaves names to its reader, they get them
+    in user space, as in the daemon.
     """
 
     def __init__(self, engine: str) -> None:
@@ -127,8 +127,9 @@ class Recorder:
         }
         by_how = int(after["by_how"].sum()) - int(self._before["by_how"].sum())
         skipped = sum(n for name, n in grown.items() if name.startswith("skipped_"))
-        # All CPUs are read one after another while packets pass, so sums may be out by the few
-        # that pass meanwhile in the rest of the system; at rest in a test machine there are none.
+        # All CPUs are read one after another while packets pass. So sums may be out by the few
+        # that pass meanwhile in the rest of the system; at rest in a test machine there are
+        # none.
         lines = []
         if grown["packets"] != grown["recorded"] + skipped:
             lines.append(f"counters: packets is not recorded + skipped: {grown}")

@@ -2,7 +2,7 @@
 """Plays scenarios, scores each, and prints one line for it: `python -m attribution.run`.
 
 Exit status 0 when every scenario is exact (module) or was scored (packet, whose accuracy is
-reported, not demanded), 1 when not, 2 on bad usage. Root only: it makes network namespaces.
+only reported). 1 when not, 2 on bad usage. Root only: it makes network namespaces.
 """
 
 from __future__ import annotations

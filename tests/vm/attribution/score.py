@@ -119,9 +119,9 @@ def score(
 ) -> Score:
     """Hold each record (dtype RECORD, already of the scenario's namespaces) against the claims.
 
-    ``comm`` compares names, ``counts`` also demands that each packet that truth counted is
-    there (not to be asked of a capture that has lost some). ``asks_later``: the engine looks for
-    sockets after the packet; its ``socket_gone`` says that none is there, not that one was.
+    ``comm`` compares names. ``counts`` also demands each packet that truth counted (not to
+    be asked of a capture that has lost some). ``asks_later``: the engine looks for sockets
+    after the packet; its ``socket_gone`` says that none is there, not that one was.
     """
     result = Score(packets=len(records))
     connections = _Connections(records)
@@ -188,12 +188,12 @@ class _Connections:
 
     A reset ends a connection in every state (RFC 9293, 3.5.2), TIME_WAIT included (RFC 1337,
     unless net.ipv4.tcp_rfc1337 is set); a SYN that goes out begins a new one. What arrives in
-    between finds no socket, and unless it is a reset itself the stack answers it with one
-    (RFC 9293, 3.10.7.1), for which there is no socket either.
+    between finds no socket. Unless it is a reset the stack answers it with one (RFC 9293,
+    3.10.7.1). There is no socket for that either.
 
     Data for a socket that was closed resets the connection (RFC 1122, 4.2.2.13). Linux ends that
-    socket first and sends the reset then (tcp_rcv_state_process), so on a second processor a
-    packet may find no socket a little before the reset is seen.
+    socket first and sends the reset then (tcp_rcv_state_process). So on a second processor a
+    packet may find no socket just before the reset.
     """
 
     def __init__(self, records: np.ndarray) -> None:

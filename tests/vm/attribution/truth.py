@@ -77,7 +77,7 @@ def now() -> int:
 def identity() -> Identity:
     """Who the caller is, as the initial pid namespace sees it.
 
-    /proc here is the initial namespace's mount, whose "self" resolves to the pid there even
+    /proc here is the initial namespace's mount. Its "self" resolves to the pid there even
     for a process in a nested pid namespace.
     """
     pid = int(os.readlink("/proc/self"))

@@ -2,8 +2,8 @@
 """A virtual machine that runs a kernel under test on the host's own (read-only) root file system.
 
 virtme-ng boots it. Orders and answers go over a virtio-serial port of our own, one JSON document a
-line, so that nothing the guest prints can disturb them. What it prints, and the kernel's console,
-is kept for the story of a guest that was lost.
+line. So nothing the guest prints can disturb them. What it prints, and the kernel's console, is
+kept for the story of a guest that was lost.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ PRINTED_LINES = 2000
 # Drivers of emulated hardware that no test uses: 3 s of the boot.
 UNUSED = "ahci,bochs,i2c_i801,iTCO_wdt,kvm_amd,kvm_intel,lpc_ich,powernow_k8,psmouse,sr_mod"
 
-# The guest's root is the host's, read anew from the host at each use, which costs seconds of each
-# start of Python. The command gets the same files through the guest's page cache instead, below a
-# layer in memory that takes what it writes.
+# The guest's root is the host's, read anew at each use. That costs seconds of each start of
+# Python. The command gets the same files through the guest's page cache instead. A layer in
+# memory above them takes what it writes.
 START = """\
 set -e
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin

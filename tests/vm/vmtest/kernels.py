@@ -232,8 +232,8 @@ class Kernel:
     """A kernel to test on: where Debian keeps it.
 
     `suite` is the suite its packages and compiler come from, `pockets` further suites of the same
-    archive to take them from, `version` the infix of its meta-packages. `debug` compiles Debian's
-    source of that version with KASAN, lockdep and kmemleak (ten minutes, once).
+    archive. `version` is the infix of its meta-packages. `debug` compiles Debian's source of that
+    version with KASAN, lockdep and kmemleak (ten minutes, once).
     """
 
     name: str
@@ -378,8 +378,8 @@ def _unpack_packages(kernel: Kernel, target: Path) -> str | None:
 def _pocket_option(suite: str, pocket: str) -> str:
     """Adds a pocket to the sources mmdebstrap chose, whatever mirror that is.
 
-    Backports are pinned low by their archive; here the newest kernel is what is asked for, with
-    what it needs of its own suite, and the compiler may come from either.
+    Backports are pinned low by their archive; here the newest kernel is wanted, with what it
+    needs of its own suite. The compiler may come from either.
     """
     script = (
         f'sed -n "s/ {suite} / {pocket} /p" "$1"/etc/apt/sources.list'

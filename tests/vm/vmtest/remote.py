@@ -2,8 +2,8 @@
 """pytest on the host: runs each test of tests/vm in a guest and reports it here as its own.
 
 One guest is booted per kernel and kernel command line, and kept: tests run in it one after the
-other, in one pytest (vmtest.worker), so that session fixtures there live as long as the guest.
-A guest that panics or hangs fails the test that ran, and the next test gets a new one.
+other, in one pytest (vmtest.worker). So session fixtures there live as long as the guest. A
+guest that panics or hangs fails the test that ran, and the next test gets a new one.
 """
 
 from __future__ import annotations
