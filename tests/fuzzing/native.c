@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /*
- * native.c - the C that reads packets, sockets and records, under libFuzzer with ASan and UBSan.
+ * native.c - the C that reads packets, sockets, records and /proc/PID/stat, under libFuzzer with ASan and UBSan.
  *
  * The first byte says which. Frames of a ring come from the kernel, but what is in them is
  * anybody's; replies of sock_diag and records are of the kernel or of our module.
@@ -90,11 +90,23 @@ static void sum(const uint8_t *data, size_t size)
 	free(records);
 }
 
+static void owner(const uint8_t *data, size_t size)
+{
+	struct host_owner one = { 0 };
+	char *text = malloc(size + 1);
+
+	memcpy(text, data, size);
+	text[size] = 0;
+	if (host_parse_stat(&one, text, size) && one.comm_len > sizeof(one.comm))
+		abort();
+	free(text);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	if (!size)
 		return 0;
-	switch (data[0] % 3) {
+	switch (data[0] % 4) {
 	case 0:
 		ring(data + 1, size - 1);
 		break;
@@ -103,6 +115,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		break;
 	case 2:
 		sum(data + 1, size - 1);
+		break;
+	case 3:
+		owner(data + 1, size - 1);
 		break;
 	}
 	return 0;

@@ -37,7 +37,7 @@ def command(name: str) -> list[str]:
 def compile_native(program: Path) -> None:
     """Compile native.c with libFuzzer and sanitizers (clang). Raises CalledProcessError."""
     source = HERE.parents[1]
-    sources = [source / f"python/nlproto/native/{name}.c" for name in ("ring", "diag")]
+    sources = [source / f"python/nlproto/native/{name}.c" for name in ("ring", "diag", "host")]
     subprocess.run(
         [
             *("clang", "-g", "-O1", "-fsanitize=fuzzer,address,undefined"),

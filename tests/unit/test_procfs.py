@@ -95,7 +95,7 @@ def test_a_pid_that_changes_hands_while_it_is_read_is_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     me = procfs.identity(os.getpid())
-    answers = [me, procfs.Identity(there(me).tgid, there(me).start_ticks + 100)]
+    answers = [procfs.Identity(there(me).tgid, there(me).start_ticks + 100)]
     monkeypatch.setattr(procfs, "identity", lambda pid, proc: answers.pop(0))
     assert procfs.details(os.getpid(), there(me).start_ns) is None
     assert not answers

@@ -7,9 +7,9 @@ Sources: man 5 proc, net/ipv4/tcp_ipv4.c (get_tcp4_sock), fs/proc/array.c (do_ta
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pwd
-import re
 import socket
 import sys
 import threading
@@ -130,8 +130,7 @@ def pids(proc: Path = PROC) -> list[int]:
         return [int(name) for name in os.listdir(proc) if name.isdecimal()]
 
 
-_COUNT = re.compile(rb"\d{1,20}")
-_GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
+_GONE = (errno.ENOENT, errno.ESRCH, errno.EACCES, errno.EPERM)
 
 
 def _read(path: str, limit: int = 8192) -> bytes:
@@ -145,19 +144,15 @@ def _read(path: str, limit: int = 8192) -> bytes:
 
 
 def _stat(pid: int, proc: Path) -> tuple[bytes, int, int] | None:
-    """Return comm, start ticks and ppid.
-
-    comm may contain blanks, newlines and parentheses; no later field does.
-    """
-    try:
-        raw = _read(f"{proc}/{pid}/stat")
-    except _GONE:
+    """Return comm, start ticks and ppid; None if there is no such process."""
+    found = ffi.new("struct host_owner *", {"pid": pid})
+    error = -lib.host_stat(bytes(proc), found)
+    if error in _GONE:
         return None
-    head, _, tail = raw.rpartition(b")")
-    fields = tail.split()
-    if len(fields) < 20 or not (_COUNT.fullmatch(fields[1]) and _COUNT.fullmatch(fields[19])):
-        return None
-    return head.partition(b"(")[2], int(fields[19]), int(fields[1])
+    if error:
+        with or_error():
+            raise OSError(error, os.strerror(error), f"{proc}/{pid}/stat")
+    return ffi.buffer(found.comm)[: found.comm_len], found.start_ticks, found.ppid
 
 
 def identity(pid: int, proc: Path = PROC) -> Identity | None:
@@ -224,16 +219,6 @@ def still_held(inode: int, held: Mapping[int, int], proc: Path = PROC) -> dict[i
     )
     there = found[found["pid"] != 0]
     return dict(zip(there["pid"].tolist(), there["fd"].tolist(), strict=True))
-
-
-def _uid(pid: int, proc: Path) -> int | None:
-    """Return the real uid. The line before it has the name, with newlines escaped."""
-    try:
-        status = _read(f"{proc}/{pid}/status")
-    except _GONE:
-        return None
-    uid = re.search(rb"^Uid:[ \t]+(\d{1,10})[ \t]", status, re.MULTILINE)
-    return int(uid[1]) if uid else None
 
 
 class Births:
@@ -389,35 +374,34 @@ def details(
     """
     if cmdline not in CMDLINE_MODES:
         raise UsageError(f"cmdline '{cmdline}': it is one of {', '.join(CMDLINE_MODES)}")
-    before = identity(pid, proc)
-    if before is None or not same_start(start_ns, before.start_ticks):
+    found, ppid = owner(pid, proc), parent(pid, proc)
+    if found is None or not same_start(start_ns, found.identity.start_ticks):
         return None
-    found, uid = _stat(pid, proc), _uid(pid, proc)
     exe = arguments = hierarchy = ""
     path = b""
     with contextlib.suppress(OSError):
         exe = bounded(os.readlink(f"{proc}/{pid}/exe".encode()).removesuffix(b" (deleted)"))
     if cmdline != "off":
         with contextlib.suppress(OSError):
-            arguments = _arguments(_command_lines.read(f"{proc}/{pid}/cmdline", uid or 0), cmdline)
+            arguments = _arguments(_command_lines.read(f"{proc}/{pid}/cmdline", found.uid), cmdline)
     with contextlib.suppress(OSError):
         hierarchy, path = cgroups.path_of(_read(f"{proc}/{pid}/cgroup", _CGROUP_BYTES))
-    if found is None or uid is None or identity(pid, proc) != before:
+    if identity(pid, proc) != found.identity:
         return None
     place = cgroups.place_of(os.fsdecode(path), cgroups.only_root_makes(hierarchy))
     return ProcessDetails(
         tgid=pid,
         start_ns=start_ns,
-        comm=bounded(found[0]),
+        comm=bounded(found.comm),
         exe=exe,
         cmdline=arguments,
-        ppid=found[2],
-        uid=uid,
-        user=user_name(uid),
+        ppid=ppid,
+        uid=found.uid,
+        user=user_name(found.uid),
         cgroup=bounded(path),
         unit=bounded(os.fsencode(place.unit)),
         container=bounded(os.fsencode(place.container)),
-        parents=parents(found[2], start_ns, proc),
+        parents=parents(ppid, start_ns, proc),
     )
 
 

@@ -92,6 +92,7 @@ int host_read(const char *path, char *buf, uint32_t size)
 	return (int)n;
 }
 
+/* Read a file of a process; bytes, and a NUL behind them, or -errno. */
 static int read_of(const char *proc, uint32_t pid, const char *name, char *buf, uint32_t size)
 {
 	char path[512];
@@ -99,18 +100,28 @@ static int read_of(const char *proc, uint32_t pid, const char *name, char *buf, 
 
 	snprintf(path, sizeof(path), "%s/%u/%s", proc, pid, name);
 	n = host_read(path, buf, size - 1);
-	if (n < 0)
-		return 0;
-	buf[n] = 0;
+	buf[n > 0 ? n : 0] = 0;
 	return n;
 }
 
-/* comm may hold blanks, newlines and parentheses of its own; no field behind it does. */
-static int parse_stat(struct host_owner *one, char *buf, int size)
+/* The number at `text`, which ends at a blank, a newline or the text's end; 0: there is none. */
+static int number_at(const char *text, uint64_t *number)
 {
-	char *comm = memchr(buf, '(', size), *end = memrchr(buf, ')', size), *field;
+	char *end;
+
+	if (*text < '0' || *text > '9')
+		return 0;
+	*number = strtoull(text, &end, 10);
+	return !*end || *end == ' ' || *end == '\n';
+}
+
+int host_parse_stat(struct host_owner *one, const char *text, uint32_t size)
+{
+	const char *comm = memchr(text, '(', size), *end = memrchr(text, ')', size), *field;
+	uint64_t ppid = 0;
 	uint32_t len;
 
+	/* comm may hold blanks, newlines and parentheses of its own; no field behind it does */
 	if (!comm || !end || end < comm)
 		return 0;
 	len = (uint32_t)(end - ++comm);
@@ -119,32 +130,37 @@ static int parse_stat(struct host_owner *one, char *buf, int size)
 	field = end + 1;
 	for (int number = 3; number <= 22; number++) {
 		field = strchr(field, ' ');
-		if (!field)
+		if (!field || (number == 4 && !number_at(field + 1, &ppid)))
 			return 0;
 		field++;
 	}
-	if (*field < '0' || *field > '9')
+	if (!number_at(field, &one->start_ticks))
 		return 0;
-	one->start_ticks = strtoull(field, NULL, 10);
+	one->ppid = (uint32_t)ppid;
 	memcpy(one->comm, comm, len);
 	one->comm_len = len;
 	return 1;
+}
+
+int host_stat(const char *proc, struct host_owner *one)
+{
+	char buf[4096];
+	int size = read_of(proc, one->pid, "stat", buf, sizeof(buf));
+
+	if (size < 0)
+		return size;
+	return host_parse_stat(one, buf, (uint32_t)size) ? 0 : -ESRCH;
 }
 
 void host_owners(const char *proc, struct host_owner *some, uint32_t count)
 {
 	for (uint32_t i = 0; i < count; i++) {
 		struct host_owner *one = &some[i];
-		char buf[4096], *uid;
-		int size = read_of(proc, one->pid, "stat", buf, sizeof(buf));
+		char buf[4096], *uid = NULL;
 
-		if (!size || !parse_stat(one, buf, size)) {
-			one->comm_len = UINT32_MAX;
-			continue;
-		}
-		/* newlines in the name, which is above, are escaped */
-		size = read_of(proc, one->pid, "status", buf, sizeof(buf));
-		uid = size ? strstr(buf, "\nUid:\t") : NULL;
+		/* newlines in the name, which is above the uids, are escaped */
+		if (!host_stat(proc, one) && read_of(proc, one->pid, "status", buf, sizeof(buf)) > 0)
+			uid = strstr(buf, "\nUid:\t");
 		if (uid)
 			one->uid = (uint32_t)strtoul(uid + 6, NULL, 10);
 		else

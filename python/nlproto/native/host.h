@@ -148,10 +148,17 @@ int host_read_patiently(const char *path, char *buf, uint32_t size, uint32_t pat
 struct host_owner {
 	uint64_t start_ticks;	/* field 22 of /proc/PID/stat */
 	uint32_t pid;
-	uint32_t uid;		/* the real one */
+	uint32_t ppid;
+	uint32_t uid;		/* the real one; host_owners() alone reads it */
 	uint32_t comm_len;	/* 0xffffffff: there is no such process */
 	char comm[64];		/* a kernel worker's is longer than 15 */
 };
+
+/* Read the text of a /proc/PID/stat, which ends with a NUL; 0 if it is none. */
+int host_parse_stat(struct host_owner *one, const char *text, uint32_t size);
+
+/* Who a process is, by one file: without its uid. 0 or -errno. */
+int host_stat(const char *proc, struct host_owner *one);
 
 /* Who some processes are: pid says of whom. `proc` is where /proc is. */
 void host_owners(const char *proc, struct host_owner *some, uint32_t count);
