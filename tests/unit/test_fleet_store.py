@@ -188,11 +188,47 @@ def test_what_was_the_listener_s_goes_to_who_accepted_the_connection() -> None:
     assert deltas.take()[["tgid", "packets_out"]].tolist() == [(6, 3)]
     assert sorted(zip(*(found[name].tolist() for name in names), strict=True)) == [
         (7, 5, 13, 13, 1, 2, 32, 0),
-        (21, 6, 1, 3, 4, 2, 8, 80),
-        (22, 8, 12, 12, 1, 0, 8, 0),
+        (21, 6, 1, 3, 3, 2, 8, 80),
+        (22, 8, 11, 12, 2, 2, 8, 0),
         (23, 6, 14, 14, 1, 0, 8, 0),
         (24, 6, 15, 17, 3, 2, 8, 0),
     ]
+
+
+def test_what_nobody_accepted_yet_waits_for_the_next_batch_and_no_longer() -> None:
+    """Also if the disk took nothing meanwhile. A listener's packets are told after some seconds."""
+    listener, now_ns = lib.SNIFFER_HOW_LISTENER, 10**18
+    deltas = Deltas()
+
+    def add(at: int, cookie: int, how: int, rport: int, opened: int, tgid: int = 5) -> None:
+        some = flows(0, 1, cookie=cookie, how=how, tgid=tgid, rport=rport, opened=opened)
+        some["first_ns"] = some["last_ns"] = now_ns + at * 10**9
+        deltas.add(some, Clock(0, 0))
+
+    def taken(now_s: int | None) -> list[Any]:
+        now = None if now_s is None else now_ns + now_s * 10**9
+        found = deltas.take(now)[["cookie", "tgid", "packets_out", "opened"]]
+        return sorted(found.tolist())
+
+    add(-1, 7, listener, 1000, 2)
+    add(-1, 0, lib.SNIFFER_HOW_SOCKET, 1000, 2)
+    add(-1, 7, listener, 1001, 2)
+    add(-1, 31, lib.SNIFFER_HOW_SOCKET, 1002, 1)
+    assert taken(0) == [(31, 5, 1, 1)]
+    add(1, 21, lib.SNIFFER_HOW_SOCKET, 1000, 0, 6)
+    [accepted] = deltas.take(now_ns + 2 * 10**9)
+    assert (accepted["cookie"], accepted["tgid"], accepted["packets_out"]) == (21, 6, 3)
+    deltas.give_back(np.array([accepted]))
+    assert taken(3) == [(21, 6, 3, 2)]
+    assert taken(4) == [(7, 5, 1, 2)] and not len(deltas)
+    for at in (-3600, 3600):  # the clock was set meanwhile
+        add(at, 7, listener, 1000, 2)
+        assert taken(0) == [(7, 5, 1, 2)]
+    add(0, 7, listener, 1000, 2)
+    assert taken(0) == [] and taken(None) == [(7, 5, 1, 2)]
+    deltas.add(flows(0, 10_001, cookie=7, how=listener, tgid=5, opened=2, last_ns=now_ns,
+                     rport=np.arange(10_001)), Clock(0, 0))  # fmt: skip
+    assert len(taken(0)) == 10_001
 
 
 def old(count: int, hours_ago: Any, first: int = 0, **fields: Any) -> Any:

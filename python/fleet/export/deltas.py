@@ -23,7 +23,13 @@ _NAT = ("nat_laddr", "nat_raddr", "nat_lport", "nat_rport")
 _LISTENER, _PREDATES = wire.lib.SNIFFER_HOW_LISTENER, wire.lib.SNIFFER_HOW_PREDATES
 _AMBIGUOUS = np.uint32(wire.lib.SNIFFER_F_AMBIGUOUS)
 _COMPACT = 16384
+_HELD_NS = 5 * 10**9
+"""So long the first packets of a connection wait for who accepts it."""
+_HELD = 10_000
+"""The most rows that wait so."""
 _NAMES = 1 << 16
+_OPENED_THERE = 2
+"""The far end began."""
 _OPENED = 1 << 17
 """Connections whose beginner is remembered; at most twice as many."""
 
@@ -49,11 +55,14 @@ class Deltas:
         own = np.frombuffer(bytearray(flows.tobytes()), FLOW)
         for name in ("first_ns", "last_ns"):
             own[name] += np.uint64(clock.real_offset_ns)
-        self.give_back(own)
+        self._put(own, len(self._parts))
 
     def give_back(self, flows: np.ndarray) -> None:
         """Add FLOWs again that take() returned and that were not exported."""
-        self._parts.append(flows)
+        self._put(flows, 0)
+
+    def _put(self, flows: np.ndarray, place: int) -> None:
+        self._parts.insert(place, flows)
         self._waiting += len(flows)
         if self._waiting > _COMPACT:
             self._parts = [self._merged()]
@@ -69,10 +78,16 @@ class Deltas:
         wanted = set(numbers.tolist()) - {0}
         return {number: self._names[number] for number in wanted if number in self._names}
 
-    def take(self) -> np.ndarray:
-        """Return everything that waits, the latest last, and clear it."""
+    def take(self, now_ns: int | None = None) -> np.ndarray:
+        """Return what waits, the latest last, and clear it.
+
+        `now_ns`, ns since 1970: what nobody accepted yet may stay for some seconds. None: all of
+        it.
+        """
         flows = self._accepted(self._merged())
         self._parts = []
+        if now_ns is not None:
+            flows = self._without_held(flows, now_ns)
         self._recall(flows)
         return taken(flows, np.argsort(flows["last_ns"], kind="stable"))
 
@@ -88,18 +103,26 @@ class Deltas:
         if len(self._opened) > _OPENED:
             self._opened_before, self._opened = self._opened, {}
 
+    def _without_held(self, flows: np.ndarray, now_ns: int) -> np.ndarray:
+        listener, early = _early(flows)
+        age = np.int64(now_ns) - flows["last_ns"].astype(np.int64)
+        held = (listener | early & (flows["opened"] == _OPENED_THERE)) & (abs(age) < _HELD_NS)
+        rows = np.flatnonzero(held)
+        if not 0 < len(rows) <= _HELD:
+            return flows
+        self.give_back(taken(flows, rows))
+        return taken(flows, np.flatnonzero(~held))
+
     def _accepted(self, flows: np.ndarray) -> np.ndarray:
         """Add the first packets of a TCP connection to who accepted it.
 
         They came to the listener's socket or left without one, so they are flows of their own.
         """
-        tcp = (flows["proto"] == socket.IPPROTO_TCP) & (flows["forwarded"] == 0)
-        how, owned = flows["how"], flows["tgid"] != 0
-        listener = tcp & ((how == _LISTENER) | (how == _PREDATES))
-        early = listener | tcp & owned & (flows["cookie"] == 0)
+        listener, early = _early(flows)
         if not early.any():
             return flows
-        rows = np.flatnonzero(early | tcp & owned)
+        owned = flows["tgid"] != 0
+        rows = np.flatnonzero(early | _is_tcp(flows) & owned)
         keys = mix(tuple(_ends(taken(flows, rows))), self._seed)
         rows = rows[order := np.lexsort((~early[rows], flows["first_ns"][rows], keys))]
         keys, places = keys[order], np.arange(len(rows))
@@ -138,6 +161,8 @@ class Deltas:
             column = flows[name]
             other = column[1:] != column[:-1]
             differs[1:] |= other.any(axis=1) if other.ndim == 2 else other
+        # a SYN that nobody accepted yet begins another connection of the same ports
+        differs[1:] |= (flows["opened"] != 0)[1:] & _early(flows)[1][1:]
         starts = np.flatnonzero(differs)
         if len(starts) == len(flows):
             return flows
@@ -169,6 +194,21 @@ def rows_of(flows: np.ndarray) -> np.ndarray:
 
 
 _COMMON = tuple(name for name in FLOW.names or () if name in (ROW.names or ()))
+
+
+def _is_tcp(flows: np.ndarray) -> np.ndarray:
+    found: np.ndarray = (flows["proto"] == socket.IPPROTO_TCP) & (flows["forwarded"] == 0)
+    return found
+
+
+def _early(flows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return which rows may be the first packets of a connection that is accepted later.
+
+    Those that the listener's socket got, and with them those that had no socket.
+    """
+    tcp, how = _is_tcp(flows), flows["how"]
+    listener = tcp & ((how == _LISTENER) | (how == _PREDATES))
+    return listener, listener | tcp & (flows["tgid"] != 0) & (flows["cookie"] == 0)
 
 
 def _words(flows: np.ndarray) -> Iterator[np.ndarray]:

@@ -28,7 +28,7 @@ from nlproto.errors import Error
 
 __all__ = ["Exporter", "boot_id"]
 
-FLOWS_IN_BATCH = 100
+FLOWS_IN_BATCH = 1000
 PROCESSES_IN_BATCH = 100
 MAX_PAYLOAD = 512 << 10
 """The most bytes of a batch; the server's own limit is 1 MiB."""
@@ -109,7 +109,8 @@ class Exporter:
         """Put what waits into the spool. The rest waits on, or is lost and counted."""
         source, spool = self._source, self._spool
         with source.lock:
-            flows = source.deltas.take()
+            # first packets wait for who accepts the connection, but not at the end
+            flows = source.deltas.take(None if self._stopping.is_set() else time.time_ns())
             processes = source.due(flows, time.time_ns() // HOUR_NS)
             names = source.deltas.names_of(np.unique(flows["domain"]))
             spool.unsaved_gap_ms += source.gap_ms

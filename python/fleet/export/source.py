@@ -161,11 +161,13 @@ class FlowSource:
         So each hour has the owners of its flows, however long a process lives and hours are kept.
         """
         named = flows[flows["tgid"] != 0]
-        pairs = np.empty((len(named), 2), np.uint64)
-        pairs[:, 0], pairs[:, 1] = named["tgid"], named["start_ns"]
+        tgids, starts = named["tgid"], named["start_ns"]
+        order = np.lexsort((starts, tgids))
+        tgids, starts = tgids[order], starts[order]
+        differs = np.ones(len(named), bool)
+        differs[1:] = (tgids[1:] != tgids[:-1]) | (starts[1:] != starts[:-1])
         found = []
-        for tgid, start_ns in np.unique(pairs, axis=0).tolist():
-            key = tgid, start_ns
+        for key in zip(tgids[differs].tolist(), starts[differs].tolist(), strict=True):
             told = self._known.get(key)
             if told is not None and self._told_in.get(key) != hour:
                 self._told_in[key] = hour

@@ -138,7 +138,7 @@ class Sender:
     def flush(self) -> None:
         """Send what waits. Raises Unavailable; then it still waits."""
         with self.source.lock:
-            flows = self.source.deltas.take()
+            flows = self.source.deltas.take(None if self.stopping.is_set() else time.time_ns())
             names = self.source.deltas.names_of(np.unique(flows["domain"]))
         at = 0
         try:
