@@ -5,13 +5,11 @@ import sys
 
 if __name__ == "__main__" and not sys.flags.safe_path:
     # -m puts the current directory first: import nothing from there before it is checked
-    _first = sys.path.pop(0)
-    sys.path.append(__file__.rpartition("/")[0].rpartition("/")[0])
-    from nlproto.guard import refuse_unsafe_path
+    _current = sys.path.pop(0)
+    sys.path.append(__file__.rsplit("/", 2)[0])
+    from nlproto.guard import leave_current_directory
 
-    sys.path.pop()
-    sys.path.insert(0, _first)
-    refuse_unsafe_path("packet-hunterd")
+    leave_current_directory("packet-hunterd", _current)
 
 if __name__ == "__main__":
     from nlproto.running import interrupt

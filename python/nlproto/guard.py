@@ -5,8 +5,8 @@
 
 packet-hunter.pth calls at_start() while the interpreter starts, before it searches the current
 directory. Later would be too late: what `-m` itself imports (importlib, contextlib) could come from
-there. If that file is not installed, the first lines of daemon and hunter call
-refuse_unsafe_path().
+there. If that file is not installed, the first lines of the programs call
+leave_current_directory().
 """
 
 from __future__ import annotations
@@ -15,27 +15,40 @@ import os
 import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.machinery import all_suffixes
+from importlib.machinery import PathFinder, all_suffixes
 
-__all__ = ["at_start", "others_can_write", "refuse_unsafe_path", "started_module"]
+__all__ = ["at_start", "leave_current_directory", "others_can_write", "started_module"]
 
 _PROGRAMS = {
     "daemon": "packet-hunterd",
     "hunter": "packet-hunter",
+    "fleet": "packet-hunter",
     "fleet.export": "packet-hunter-export",
     "fleet.collect": "packet-hunter-collect",
+    "fleet.otlp": "packet-hunter-otlp",
+    "nlproto": "packet-hunter",
 }
 _MAX_LINKS = 40  # MAXSYMLINKS of the kernel (include/linux/namei.h)
 
 
 def at_start() -> None:
-    """Call refuse_unsafe_path() if -m started this interpreter with one of our programs."""
+    """Exit if -m started one of our modules as root, and others can write where it imports."""
     name = started_module(sys.orig_argv)
-    program = None
     if name is not None:
         program = _PROGRAMS.get(name) or _PROGRAMS.get(name.partition(".")[0])
-    if program is not None:
-        refuse_unsafe_path(program)
+        if program is not None:
+            _refuse_unsafe_path(program)
+
+
+def leave_current_directory(program: str, current: str) -> None:
+    """Check as at_start() does, and import nothing from `current`, unless our packages are in it.
+
+    The caller took `current` from the head of sys.path, and appended the directory of our packages.
+    What is imported later comes from elsewhere, whatever others put into `current`.
+    """
+    if current == sys.path.pop():
+        sys.path.insert(0, current)
+    _refuse_unsafe_path(program)
 
 
 def started_module(argv: Sequence[str]) -> str | None:
@@ -56,18 +69,16 @@ def started_module(argv: Sequence[str]) -> str | None:
     return None
 
 
-def refuse_unsafe_path(program: str) -> None:
+def _refuse_unsafe_path(program: str) -> None:
     """Exit with 1 if root would import from a place that others can write, and say which one.
 
     The interpreter's own directories are not checked: code from there has run already.
     """
-    if os.geteuid() != 0 or sys.flags.safe_path:
+    if os.geteuid() != 0 or sys.flags.isolated:
         return
-    try:
-        places = [os.getcwd()]
-    except FileNotFoundError:  # the directory was removed: nothing can be found there
-        places = []
-    places += [entry for entry in sys.path if not entry.startswith(_own_directories())]
+    places = [entry for entry in sys.path if not entry.startswith(_own_directories())]
+    if not sys.flags.safe_path:
+        places.insert(0, ".")
     for place in places:
         found = others_can_write(place, os.environ)
         if found is not None:
@@ -82,28 +93,38 @@ def refuse_unsafe_path(program: str) -> None:
 def _own_directories() -> tuple[str, ...]:
     prefixes = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}
     prefixes |= {os.path.join(prefix, "local") for prefix in prefixes}
-    return tuple(os.path.join(prefix, "lib") for prefix in prefixes)
+    return tuple(os.path.join(prefix, "lib", "") for prefix in prefixes)
 
 
 def others_can_write(path: str, environment: Mapping[str, str]) -> str | None:
     """Return a place where a user other than root or the user behind sudo could change imports.
 
-    This is `path` itself, a directory or link on the way to it, or a module in it. None: there is
-    none.
+    This is `path` itself, a directory or link on the way to it, or a module or package in it, at
+    any depth. A directory that others can write counts as a package if it has the name of one: its
+    owner may add the `__init__`. None: there is none.
     """
     users = {0, *_number(environment.get("SUDO_UID"))}
     groups = {0, *_number(environment.get("SUDO_GID"))}
-    for here, status, last in _way(path):
-        if _is_theirs(status, users, groups, sticky_is_safe=not last):
-            return here
     try:
-        with os.scandir(path) as entries:
-            for name in (entry.path for entry in entries if _is_module(entry)):
-                for status in (os.lstat(name), os.stat(name)):
-                    if _is_theirs(status, users, groups, sticky_is_safe=False):
-                        return name
-    except OSError:
-        pass
+        waiting = [os.path.abspath(path)]
+    except FileNotFoundError:  # the current directory was removed: nothing can be found there
+        return None
+    seen = set()
+    while waiting:
+        place = waiting.pop()
+        try:
+            way = list(_way(place))
+        except FileNotFoundError:  # it is gone
+            continue
+        except OSError:  # a file system that answers not even root
+            return place
+        for here, status, last in way:
+            if _is_theirs(status, users, groups, sticky_is_safe=not last):
+                return here
+        real = os.path.realpath(place)
+        if real not in seen:
+            seen.add(real)
+            waiting += _importable(place)
     return None
 
 
@@ -119,12 +140,31 @@ def _is_theirs(
     return loose and not (sticky_is_safe and status.st_mode & stat.S_ISVTX)
 
 
-def _is_module(entry: os.DirEntry[str]) -> bool:
-    """Return whether an import could find it: code, or a directory with an __init__."""
+def _importable(place: str) -> list[str]:
+    """Return the modules and packages in `place`, and the directories that could become one."""
+    try:
+        with os.scandir(place) as entries:
+            found = list(entries)
+    except OSError:  # it is a file, or not there
+        return []
     endings = (*all_suffixes(), ".pth")
-    if entry.name.endswith(endings):
+    return [
+        entry.path
+        for entry in found
+        if entry.name.endswith(endings)
+        or entry.name == "__pycache__"
+        or any(os.path.lexists(f"{entry.path}/__init__{ending}") for ending in endings)
+        or (entry.name.isidentifier() and _names_a_package(entry.name) and entry.is_dir())
+    ]
+
+
+def _names_a_package(name: str) -> bool:
+    if name in sys.stdlib_module_names or name in _PROGRAMS:
         return True
-    return any(os.path.lexists(f"{entry.path}/__init__{ending}") for ending in endings)
+    try:
+        return PathFinder.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _way(path: str) -> Iterator[tuple[str, os.stat_result, bool]]:
@@ -139,11 +179,11 @@ def _way(path: str) -> Iterator[tuple[str, os.stat_result, bool]]:
     while True:
         while steps and steps[-1] in ("", "."):
             steps.pop()
+        status = os.lstat(here)
         try:
-            status = os.lstat(here)
             following = os.lstat(os.path.join(here, steps[-1])) if steps else None
         except OSError:
-            yield here, os.stat(here), True
+            yield here, status, True
             return
         yield here, status, not steps
         if following is None:

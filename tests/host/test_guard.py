@@ -36,7 +36,7 @@ def _place(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def _plant(place: Any) -> None:
     for name in NAMES:
         (place / f"{name}.py").write_text(PLANTED)
-    for name in ("daemon", "hunter", "nlproto"):
+    for name in ("daemon", "fleet", "hunter", "nlproto"):
         (place / name).mkdir()
         (place / name / "__init__.py").write_text(PLANTED)
         (place / name / "__main__.py").write_text(PLANTED)
@@ -67,7 +67,8 @@ def _is_refused(done: Any, place: Any) -> None:
     assert "packet-hunter" in done.stderr and "PLANTED" not in done.stderr
 
 
-both = pytest.mark.parametrize("module", ["daemon", "hunter"])
+PROGRAMS = ["daemon", "hunter", "fleet.export", "fleet.collect", "fleet.otlp"]
+each = pytest.mark.parametrize("module", PROGRAMS)
 guarded = pytest.mark.skipif(
     not Path(sysconfig.get_path("purelib"), "packet-hunter.pth").exists(),
     reason="packet-hunter.pth is not installed: ./build.sh",
@@ -75,7 +76,7 @@ guarded = pytest.mark.skipif(
 
 
 @guarded
-@both
+@each
 def test_nothing_planted_in_a_directory_that_others_can_write_runs(module: Any, place: Any) -> None:
     _plant(place)
     os.chown(place, BOB, BOB)
@@ -86,7 +87,7 @@ def test_nothing_planted_in_a_directory_that_others_can_write_runs(module: Any, 
 
 
 @guarded
-@both
+@each
 def test_a_directory_above_that_others_can_write_is_refused(module: Any, place: Any) -> None:
     inner = place / "inner"
     inner.mkdir()
@@ -96,7 +97,7 @@ def test_a_directory_above_that_others_can_write_is_refused(module: Any, place: 
 
 
 @guarded
-@both
+@each
 @pytest.mark.parametrize("name", ["importlib.py", "contextlib.py", "argparse.py", "hunter"])
 def test_one_foreign_module_in_roots_directory_is_refused(
     module: Any, place: Any, name: str
@@ -107,21 +108,40 @@ def test_one_foreign_module_in_roots_directory_is_refused(
 
 
 @guarded
-@both
+@each
 def test_another_place_on_the_path_is_refused(module: Any, place: Any) -> None:
     (place / "safe").mkdir()
     (place / "loose").mkdir(mode=0o755)
     (place / "loose").chmod(0o777)
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(place / "loose")}
-    _is_refused(_start(module, place / "safe", environment=environment), place / "loose")
+    for options in ((), ("-P",)):
+        done = _start(module, place / "safe", environment=environment, options=options)
+        _is_refused(done, place / "loose")
 
 
-@both
+@guarded
+def test_other_modules_of_ours_are_guarded_too(place: Any) -> None:
+    _plant(place)
+    place.chmod(0o777)
+    for module in ("nlproto.kernel.loading", "hunter.save.writer"):
+        _is_refused(_start(module, place), place)
+
+
+@each
+def test_nothing_is_imported_from_the_current_directory(module: Any, place: Any) -> None:
+    for name in ("argparse", "asyncio", "numpy"):
+        (place / f"{name}.py").write_text(PLANTED)
+    done = _start(module, place)
+    assert done.returncode == 0, done.stderr
+    assert "PLANTED" not in done.stderr
+
+
+@each
 def test_a_safe_directory_is_no_obstacle(module: Any, place: Any) -> None:
     assert _start(module, place).returncode == 0
 
 
-@both
+@each
 def test_the_isolated_interpreter_starts_anywhere(module: Any, place: Any) -> None:
     _plant(place)
     place.chmod(0o777)
@@ -131,7 +151,7 @@ def test_the_isolated_interpreter_starts_anywhere(module: Any, place: Any) -> No
         assert "PLANTED" not in done.stderr
 
 
-@both
+@each
 def test_other_programs_of_this_interpreter_are_not_concerned(module: Any, place: Any) -> None:
     (place / f"{module}.txt").write_text("[]")
     place.chmod(0o777)
@@ -146,7 +166,7 @@ def test_other_programs_of_this_interpreter_are_not_concerned(module: Any, place
     assert done.returncode == 0, done.stderr
 
 
-@both
+@each
 def test_without_the_file_in_site_packages_our_first_lines_refuse(
     module: Any, place: Any, tmp_path: Path
 ) -> None:
@@ -155,7 +175,7 @@ def test_without_the_file_in_site_packages_our_first_lines_refuse(
     shutil.copytree(PYTHON, copy, ignore=shutil.ignore_patterns("__pycache__", "build"))
     before = {"importlib", "contextlib", "functools", "types", "warnings"}
     _plant(place)
-    for name in (*before, "daemon", "hunter", "nlproto"):
+    for name in (*before, "daemon", "fleet", "hunter", "nlproto"):
         shutil.rmtree(place / name, ignore_errors=True)
         (place / f"{name}.py").unlink(missing_ok=True)
     (place / "nlproto.py").write_text(PLANTED)

@@ -102,14 +102,51 @@ def _plant_extension(place: Any) -> Any:
     return place / "select.abi3.so"
 
 
+def _plant_bytecode(place: Any) -> Any:
+    (place / "__pycache__").mkdir()
+    return place / "__pycache__"
+
+
+def _plant_part_of_a_package(place: Any) -> Any:
+    (place / "hunter" / "cli").mkdir(parents=True)
+    for name in ("__init__", "cli/__init__", "cli/options"):
+        (place / "hunter" / f"{name}.py").write_text("")
+    return place / "hunter" / "cli" / "options.py"
+
+
+def _plant_beside_a_dangling_link(place: Any) -> Any:
+    for number in range(20):
+        (place / f".#{number}.py").symlink_to("user@host.123")
+    return _plant_module(place)
+
+
+def _plant_what_may_become_a_package(place: Any) -> Any:
+    (place / "yaml").mkdir()
+    return place / "yaml"
+
+
+def _plant_a_link_through_another_directory(place: Any) -> Any:
+    (place / "elsewhere").mkdir()
+    (place / "elsewhere" / "target").write_text("")
+    (place / "socket.py").symlink_to("elsewhere/target")
+    return place / "elsewhere"
+
+
 def _plant_link(place: Any) -> Any:
     (place / "target").write_text("")
     (place / "socket.py").symlink_to("target")
     return place / "target"
 
 
+PLANTS = [
+    *(_plant_module, _plant_package, _plant_extension, _plant_link, _plant_bytecode),
+    *(_plant_part_of_a_package, _plant_beside_a_dangling_link, _plant_what_may_become_a_package),
+    _plant_a_link_through_another_directory,
+]
+
+
 @root_only
-@pytest.mark.parametrize("plant", [_plant_module, _plant_package, _plant_extension, _plant_link])
+@pytest.mark.parametrize("plant", PLANTS)
 def test_a_module_of_somebody_else_in_roots_directory_is_unsafe(place: Any, plant: Any) -> None:
     planted = plant(place)
     assert others_can_write(str(place), {}) is None

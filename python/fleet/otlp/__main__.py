@@ -1,7 +1,15 @@
 # SPDX-License-Identifier: MIT
 """python -m fleet.otlp: arguments, signals, exit codes."""
 
-from __future__ import annotations
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    # -m puts the current directory first: import nothing from there before it is checked
+    _current = sys.path.pop(0)
+    sys.path.append(__file__.rsplit("/", 3)[0])
+    from nlproto.guard import leave_current_directory
+
+    leave_current_directory("packet-hunter-otlp", _current)
 
 if __name__ == "__main__":
     from nlproto.running import interrupt
@@ -13,7 +21,6 @@ import logging  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
-import sys  # noqa: E402
 import threading  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from urllib.parse import unquote, urlsplit  # noqa: E402

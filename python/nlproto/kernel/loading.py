@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,13 +96,9 @@ def _wants_signature(root: Path) -> bool:
 
 def _has_package(name: str) -> bool:
     """Return whether apt-get could install it; False without apt-get."""
-    command = shutil.which("apt-cache")
-    if command is None:
-        return False
+    command = ["/usr/bin/apt-cache", "show", "--no-all-versions", name]  # PATH is not asked: root
     try:
-        return not subprocess.run(
-            [command, "show", "--no-all-versions", name], capture_output=True, timeout=10
-        ).returncode
+        return not subprocess.run(command, capture_output=True, timeout=10).returncode
     except (OSError, subprocess.TimeoutExpired):
         return False
 
