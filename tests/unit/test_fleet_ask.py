@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -480,4 +481,5 @@ def test_a_map_is_a_page_that_runs_nothing(
     text = page.read_text()
     assert "<script" not in text and "&lt;script&gt;" in text and "<svg" in text
     assert text.count("<tr><td>") == 7
+    assert stat.S_IMODE(page.stat().st_mode) == 0o600
     assert text.count("<path") == 1 and "tcp 445 and 2 more; 2.1 KiB outside</title>" in text

@@ -6,6 +6,7 @@ from __future__ import annotations
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fleet.collect.tables import Received
 from fleet.collect.tidy import Tidier
 from fleet.export.deltas import Deltas, rows_of
 from fleet.export.source import FlowSource
+from fleet.export.spool import Spool
 from fleeting import rows
 from nlproto.errors import Error
 from nlproto.records.clock import Clock
@@ -411,3 +413,16 @@ def test_who_began_a_connection_is_remembered_for_its_later_rows() -> None:
         deltas.add(flows(cookie, 1, opened=opened), Clock(0, 0))
         rows = rows_of(deltas.take())
         assert rows["initiated"].tolist() == [{5: 1, 6: 0, 7: 2}[cookie]]
+
+
+@pytest.mark.parametrize(
+    "holder", [lambda path: ParquetStore(path, DAY), lambda path: Spool(path, 1 << 20)]
+)
+@pytest.mark.parametrize("mode", [0o777, 0o1777])
+def test_flows_are_not_kept_where_others_can_put_files(
+    tmp_path: Path, holder: Callable[[Path], Any], mode: int
+) -> None:
+    tmp_path.chmod(mode)
+    with pytest.raises(Error, match="others can write into"):
+        holder(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -351,10 +351,7 @@ def test_a_directory_that_is_not_there_is_a_mistake_of_the_configuration(
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="changes owners: needs root")
-def test_a_file_that_another_user_put_there_is_not_used(
-    tmp_path: Path, path: str, record: Any
-) -> None:
-    tmp_path.chmod(0o1777)
+def test_a_file_that_another_user_put_there_is_not_used(path: str, record: Any) -> None:
     with open(path, "w"):
         os.chown(path, 65534, 65534)
     with record() as recorder:
@@ -362,10 +359,16 @@ def test_a_file_that_another_user_put_there_is_not_used(
         assert "foreign owner" in recorder.store_figures()["error"]
 
 
+@pytest.mark.parametrize(
+    ("mode", "uid", "gid"),
+    [(0o777, 0, 0), (0o1777, 0, 0), (0o755, 1234, 0), (0o775, 0, 1234)],
+)
+@pytest.mark.skipif(os.getuid() != 0, reason="changes owners: needs root")
 def test_a_directory_where_others_can_replace_files_is_not_used(
-    tmp_path: Path, record: Any
+    tmp_path: Path, record: Any, mode: int, uid: int, gid: int
 ) -> None:
-    tmp_path.chmod(0o777)
+    os.chown(tmp_path, uid, gid)
+    tmp_path.chmod(mode)
     with record() as recorder:
         assert "others can replace" in recorder.store_figures()["error"]
 

@@ -66,6 +66,34 @@ def test_a_link_in_a_sticky_directory_is_refused(sticky: Any, tmp_path: Path) ->
     assert target.read_text() == "precious"
 
 
+def test_a_directory_for_all_that_is_not_sticky_is_no_better(tmp_path: Path) -> None:
+    place, target = tmp_path / "place", tmp_path / "target"
+    place.mkdir()
+    place.chmod(0o777)
+    target.write_text("precious")
+    (place / "a").symlink_to(target)
+    (place / "b").hardlink_to(target)
+    for name in ("a", "b"):
+        with pytest.raises(Error, match="anybody can write"):
+            write(place / name)
+    assert target.read_text() == "precious"
+
+
+@pytest.mark.skipif(not ROOT, reason="is about root")
+def test_root_follows_no_link_of_another_user(tmp_path: Path) -> None:
+    home, target = tmp_path / "home", tmp_path / "target"
+    home.mkdir()
+    target.write_text("precious")
+    (home / "a").symlink_to(target)
+    os.chown(home, 1234, 1234)
+    os.lchown(home / "a", 1234, 1234)
+    with pytest.raises(Error, match="link of somebody else"):
+        write(home / "a")
+    assert target.read_text() == "precious"
+    write(home / "a", SUDO_UID="1234", SUDO_GID="1234")
+    assert target.read_text() != "precious"
+
+
 def test_a_dangling_link_in_a_sticky_directory_makes_no_file(sticky: Any, tmp_path: Path) -> None:
     (sticky / "a").symlink_to(tmp_path / "target")
     with pytest.raises(Error, match="is a link"):

@@ -14,6 +14,7 @@ import socket
 import stat
 
 from nlproto.running.closing import Closing
+from nlproto.running.surroundings import is_loose
 
 __all__ = ["HeldDirectory"]
 
@@ -60,8 +61,7 @@ class HeldDirectory(Closing):
     @property
     def loose(self) -> bool:
         """Return whether others can replace files in the directory."""
-        mode = os.fstat(self.fd).st_mode
-        return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
+        return is_loose(self.fd)
 
     def stat(self, suffix: str = "") -> os.stat_result | None:
         """Return the status of the name, of a link itself; None: it does not exist."""

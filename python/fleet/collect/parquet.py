@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from fleet.collect.known_batches import KnownBatches
 from fleet.collect.tables import Hour, Received, hours_of
 from nlproto.errors import Error
+from nlproto.running.surroundings import is_loose
 
 __all__ = [
     "KEYS",
@@ -65,6 +66,8 @@ class ParquetStore:
         self._numbers = itertools.count()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            if is_loose(self.directory):
+                raise Error(f"others can write into {self.directory}; choose another folder")
             self._lock = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         except OSError as error:
             raise Error(f"cannot write into {self.directory}: {error.strerror}") from None

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nlproto.errors import Error
+from nlproto.running.surroundings import is_loose
 
 __all__ = ["Pending", "Spool", "SpoolFull", "Totals"]
 
@@ -87,6 +88,8 @@ class Spool:
         self.damaged: Path | None = None
         """The new name of a damaged file."""
         try:
+            if is_loose(directory):
+                raise Error(f"others can write into {directory}; choose another spool")
             self._open()
         except (sqlite3.OperationalError, OSError) as error:
             hint = "another exporter uses it" if "locked" in str(error) else "see its directory"

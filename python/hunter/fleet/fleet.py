@@ -14,6 +14,7 @@ from typing import Any
 from hunter.cli.choice import fleet_filter
 from hunter.cli.options import FleetOptions
 from hunter.fleet import page, show
+from hunter.save.capturefile import CaptureFile
 from hunter.show.console import Output
 from nlproto.errors import Error
 
@@ -64,7 +65,8 @@ def run(options: FleetOptions, notify: Callable[[str], None]) -> int:
     )
     incomplete = [one for one in hosts if not one.whole]
     if options.html:
-        _write(options.html, page.of_map(rows, range, hosts))
+        with CaptureFile(options.html) as output:
+            output.write(page.of_map(rows, range, hosts).encode("utf-8", "backslashreplace"))
     if options.json:
         print(
             json.dumps(
@@ -102,13 +104,3 @@ def _opener(options: FleetOptions, notify: Callable[[str], None]) -> Callable[[]
         return partial(open_folder, _STORE, range)
     notify(f"no store at {_STORE}: this machine's own history answers (--store DIR)")
     return partial(open_local, options.socket, range)
-
-
-def _write(path: str, text: str) -> None:
-    if path == "-":
-        print(text)
-        return
-    try:
-        Path(path).write_text(text)
-    except OSError as error:
-        raise Error(f"cannot write {path}: {error.strerror}") from None

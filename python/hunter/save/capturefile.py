@@ -138,9 +138,9 @@ def _pieces(rows: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 def _open(path: str, environ: Mapping[str, str]) -> int:
     try:
-        folder, name, sticky = _walk(path)
+        folder, name, shared = _walk(path, environ)
         try:
-            return _open_in(folder, name, sticky, path, environ)
+            return _open_in(folder, name, shared, path, environ)
         finally:
             os.close(folder)
     except OSError as error:
@@ -154,7 +154,7 @@ def _open(path: str, environ: Mapping[str, str]) -> int:
         raise Error(f"cannot write {path}: {error.strerror}; {advice}") from None
 
 
-def _open_in(folder: int, name: str, sticky: bool, path: str, environ: Mapping[str, str]) -> int:
+def _open_in(folder: int, name: str, shared: bool, path: str, environ: Mapping[str, str]) -> int:
     flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         fd = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder)
@@ -162,7 +162,8 @@ def _open_in(folder: int, name: str, sticky: bool, path: str, environ: Mapping[s
         fd = os.open(name, flags | os.O_NONBLOCK, dir_fd=folder)
         os.set_blocking(fd, True)
         found = os.fstat(fd)
-        if sticky and (not stat.S_ISREG(found.st_mode) or found.st_uid not in _ours(environ)):
+        plain = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+        if shared and not (plain and found.st_uid in _ours(environ)):
             os.close(fd)
             raise Error(
                 f"{path} was put there by somebody else, in a directory where anybody can write; "
@@ -192,10 +193,11 @@ def _ours(environ: Mapping[str, str]) -> set[int]:
     return {os.geteuid()} | ({owner[0]} if owner else set())
 
 
-def _walk(path: str) -> tuple[int, str, bool]:
-    """Open the directory of `path`; return it, the last name, and whether it is sticky.
+def _walk(path: str, environ: Mapping[str, str]) -> tuple[int, str, bool]:
+    """Open the directory of `path`; return it, the last name, and whether anybody can write.
 
-    It goes step by step and reads every link by hand. So a link in a sticky directory is refused.
+    It goes step by step and reads every link by hand. So a link in a directory where anybody can
+    write is refused, sticky or not; root also refuses links that others made.
     """
     if not path or path.endswith("/"):
         raise UsageError(f"{path!r} names no file")
@@ -207,7 +209,7 @@ def _walk(path: str) -> tuple[int, str, bool]:
             step = steps.pop()
             if step in ("", "."):
                 continue
-            sticky = bool(os.fstat(folder).st_mode & stat.S_ISVTX)
+            shared = bool(os.fstat(folder).st_mode & (stat.S_ISVTX | stat.S_IWOTH))
             try:
                 target = os.readlink(step, dir_fd=folder)
             except FileNotFoundError:
@@ -218,11 +220,14 @@ def _walk(path: str) -> tuple[int, str, bool]:
                 target = ""
             if target:
                 links += 1
-                if sticky:
+                if shared:
                     raise Error(
                         f"{path}: {step} is a link in a directory where anybody can write; "
                         "choose another name"
                     )
+                owner = os.stat(step, dir_fd=folder, follow_symlinks=False).st_uid
+                if os.geteuid() == 0 and owner not in _ours(environ):
+                    raise Error(f"{path}: {step} is a link of somebody else; choose another name")
                 if links > _MAX_LINKS:
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
                 steps.extend(target.rstrip("/").split("/")[::-1])
@@ -230,7 +235,7 @@ def _walk(path: str) -> tuple[int, str, bool]:
                     continue
                 step = "/"
             elif not steps:
-                return folder, step, sticky
+                return folder, step, shared
             inner = os.open(step, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
             os.close(folder)
             folder = inner
