@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -60,6 +61,7 @@ class Synthetic:
     name = "synthetic"
     instance = 1
     group = "packets"
+    awaited: Callable[[], bool]
 
     def __init__(self, batches: list[bytes], pause: threading.Semaphore) -> None:
         self.opening = self.closing = np.zeros(0, wire.TAIL)

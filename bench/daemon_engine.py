@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -61,6 +61,7 @@ class Piped:
     name = "module"
     instance = 1
     group = "packets"
+    awaited: Callable[[], bool]
 
     def __init__(self, file: BinaryIO) -> None:
         self.opening = self.closing = np.zeros(0, wire.TAIL)

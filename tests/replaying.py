@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -23,6 +23,7 @@ class Replay:
 
     name = "replay"
     instance = 7
+    awaited: Callable[[], bool]
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,34 @@ def test_a_barrier_is_passed_after_everything_recorded_before_it() -> None:
         pipeline.barrier(pass_on)
         assert passed.wait(10)
     assert seen == [20]
+
+
+class Reading(Replay):
+    """Its read() has work for long, and ends it only for somebody who waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reading = threading.Event()
+
+    def read(self, timeout: float) -> Iterator[Any]:
+        self.reading.set()
+        until(self.awaited, 30, "the engine is told that somebody waits")
+        yield from ()
+
+
+@pytest.mark.parametrize("ask", ["barrier", "switch", "stop"])
+def test_a_reading_engine_is_told_that_somebody_waits(ask: str) -> None:
+    engine = Reading()
+    passed = threading.Event()
+    pipeline = pipeline_of(engine)
+    with pipeline:
+        assert engine.reading.wait(60) and not engine.awaited()
+        if ask == "barrier":
+            pipeline.barrier(passed.set)
+            assert passed.wait(60)
+        elif ask == "switch":
+            pipeline.switch(Replay(), 60)
+            assert engine.closed.is_set()
 
 
 def test_what_is_lost_before_a_barrier_is_in_the_account_that_it_sees() -> None:

@@ -8,7 +8,7 @@ import itertools
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,6 +40,7 @@ class Quiet:
     name = "quiet"
     group = "packets"
     instance = 7
+    awaited: Callable[[], bool]
 
     def __init__(self) -> None:
         self.opening = self.closing = np.zeros(0, wire.TAIL)

@@ -81,6 +81,7 @@ class EbpfEngine:
 
     name = "ebpf"
     group = "packets"
+    awaited: Callable[[], bool]
 
     def __init__(self, notify: Callable[[str], None], *, ring_bytes: int = RING_BYTES) -> None:
         self._notify = notify

@@ -32,6 +32,8 @@ class Engine(Protocol):
     """What records come from now: "packets" one by one, or sums from "flows"."""
     opening: np.ndarray
     closing: np.ndarray
+    awaited: Callable[[], bool]
+    """Whether somebody waits for the reader, so that read() should return soon. The reader's."""
 
     def __enter__(self) -> Self: ...
 

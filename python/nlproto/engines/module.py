@@ -44,6 +44,7 @@ class ModuleEngine:
     """
 
     name = "module"
+    awaited: Callable[[], bool]
 
     def __init__(
         self,

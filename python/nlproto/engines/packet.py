@@ -16,7 +16,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from nlproto.engines.namespaces import CapturedNamespaces
 from nlproto.engines.packet_names import FLOW_LIMIT, LATE_NS, PacketNames
-from nlproto.engines.ring import PacketRing
+from nlproto.engines.ring import Frames, PacketRing
 from nlproto.errors import Error, NoPrivilege
 from nlproto.host import netns, procfs
 from nlproto.host.holders import Holders
@@ -35,7 +35,7 @@ from nlproto.records import wire
 from nlproto.records.clock import Clock
 from nlproto.records.wire import SNAP, Batch, FirstBytesBatch, PacketBytes, lib
 from nlproto.running import descriptors
-from nlproto.running.budget import UserBudgets
+from nlproto.running.budget import Patience, UserBudgets
 from nlproto.running.closing import Closing
 from nlproto.running.supervise import Failures
 from nlproto.running.urgency import Urgency
@@ -52,10 +52,11 @@ _WALK_NS = 1_000_000_000  # between two walks of all descriptors that nobody req
 _REFRESH_NS = 1_000_000_000
 _MISS_NS = 50_000_000
 _ROUNDS = 16  # the most ring reads in one read(), so that the caller gets a turn in a flood,
-_MANY = 512  # records of one read
 _ROUNDS_NS = 50_000_000  # and the longest time of them
-_PRESSED, _PRESSED_NS = 4096, 200_000_000
-"""With more packets than this in a ring, this is the longest time for lookups at once."""
+_AT_ONCE = 8192
+"""Packets taken out of a ring before any is named: lookups take time, and the ring fills."""
+_SOON_NS, _CAUGHT_UP_NS = 50_000_000, 200_000_000
+"""The longest time for lookups while others wait: in a read, and in catch_up()."""
 _USER_SHARE, _USERS_SHARE, _USER_SAVED_NS = 4, 3, 1_000_000_000
 """Parts of the time, for lookups in the namespaces of one user and of all users but root."""
 _INITIAL_PIDNS = 0xEFFFFFFC
@@ -159,6 +160,9 @@ class PacketEngine(Closing):
         self._large_rings = 0
         self._wants_first_bytes = False
         self._from_ns = 0
+        self._roots: list[PacketRing] = []
+        """The rings of our own network namespace, and of root's."""
+        self.awaited: Callable[[], bool] = lambda: False
         self.instance = time.time_ns()
         self._own = netns.own(proc)
         self._add(self._own, self._open(self._own, proc / "self" / "ns" / "net", ring_bytes))
@@ -237,7 +241,8 @@ class PacketEngine(Closing):
 
     def _take_changes(self) -> None:
         """Start reading new namespaces, and stop reading those that will be closed."""
-        for inode, place in self._others.changes():
+        changes = list(self._others.changes())
+        for inode, place in changes:
             if place is not None:
                 self._add(inode, place)
                 continue
@@ -246,6 +251,9 @@ class PacketEngine(Closing):
             self._poll.unregister(gone.capture)
             self._large_rings -= gone.large
             self._others.give_back(gone)
+        if changes or not self._roots:
+            places = self._places.values()
+            self._roots = [place.capture for place in places if not self._owner_of(place)]
 
     def _add(self, inode: int, place: _Capture) -> None:
         self._places[inode] = place
@@ -288,20 +296,38 @@ class PacketEngine(Closing):
             return
         now = self._now_ns()
         self._heard = True
+        places = self._in_order(self._by_fd[fd] for fd, _event in ready)
+        own, others = (self._patience(time_ns) for time_ns in (_SOON_NS, 2 * _SOON_NS))
         for _ in range(_ROUNDS):
             got = False
-            for fd, _event in ready:
-                events = self._read_place(self._by_fd[fd])
+            for place in places:
+                patience = own if place.capture.netns == self._own else others
+                events = self._read_place(place, patience)
                 got = got or bool(events)
                 yield from events
             if not got or self._now_ns() - now > _ROUNDS_NS:
                 return
 
+    def _in_order(self, places: Iterable[_Capture]) -> list[_Capture]:
+        """Return our own network namespace first, then root's, then others'."""
+        own = self._own
+        return sorted(places, key=lambda one: (one.capture.netns != own, self._owner_of(one) != 0))
+
+    def _patience(self, soon_ns: int) -> Patience:
+        def others_wait() -> bool:
+            return self.awaited() or any(ring.fills for ring in self._roots)
+
+        return Patience(soon_ns, LATE_NS, others_wait, self._now_ns)
+
     def _read_place(
-        self, place: _Capture, until_ns: int | None = None, late_ns: int = LATE_NS
+        self,
+        place: _Capture,
+        patience: Patience,
+        until_ns: int | None = None,
+        late_ns: int = LATE_NS,
     ) -> list[Batch | FirstBytesBatch]:
         before = place.capture.skipped
-        frames = place.capture.read(self._wants_first_bytes)
+        frames = place.capture.read(self._wants_first_bytes, _AT_ONCE)
         if _has_syn(frames.records):
             # An answer follows in a moment, and says whether anybody listened.
             frames = frames.with_more(place.capture.read(self._wants_first_bytes))
@@ -323,11 +349,9 @@ class PacketEngine(Closing):
             records, to_all = records[once], to_all[once]
         uid = self._owner_of(place)
         late_ns = late_ns if self._users.allows(uid) else 0
-        pressed = len(records) >= _MANY and place.capture.waiting() > _PRESSED
-        longest_ns = _PRESSED_NS if pressed else LATE_NS
         try:
             with self._users.spend(uid):
-                records = place.names.name(records, to_all, late_ns, longest_ns)
+                records = place.names.name(records, to_all, late_ns, patience.is_over)
         except Exception as error:  # one process's flood must not cost others their packets
             self._failures.add(error, "naming")
             records["how"][records["how"] == 0] = lib.SNIFFER_HOW_NOT_PROBED
@@ -335,6 +359,13 @@ class PacketEngine(Closing):
             return []
         copies = np.count_nonzero(records["flags"] & lib.SNIFFER_F_COPY)
         self._packets += len(records) - int(copies)
+        found: list[Batch | FirstBytesBatch] = []
+        for at in range(0, len(records), _AT_ONCE):
+            found += self._batch(records[at : at + _AT_ONCE], frames)
+        return found
+
+    def _batch(self, records: np.ndarray, frames: Frames) -> list[Batch | FirstBytesBatch]:
+        """Number records. The first bytes of their packets come first."""
         first = self._record_seq
         self._record_seq += len(records)
         frame = records["seq"].copy()
@@ -343,7 +374,6 @@ class PacketEngine(Closing):
         self._batch_seq += 1
         if frames.first_bytes is None:
             return [Batch(head, records)]
-        # first bytes come first, because a record does not wait for other CPUs here
         return [_first_bytes(head, records, frames.first_bytes[frame]), Batch(head, records)]
 
     def _owner_of(self, place: _Capture) -> int:
@@ -409,15 +439,15 @@ class PacketEngine(Closing):
         """See Engine."""
         self._take_changes()
         # later packets belong to the next call: a flood must not hold us here
-        waiting = [(place, place.capture.waiting()) for place in self._places.values()]
-        pressed = sum(count for _, count in waiting) > _PRESSED
-        hurried_ns = self._now_ns() + (_PRESSED_NS if pressed else LATE_NS)
+        places = self._in_order(self._places.values())
+        waiting = [(place, place.capture.waiting()) for place in places]
+        patience = Patience(_CAUGHT_UP_NS, LATE_NS, lambda: True, self._now_ns)
         for place, count in waiting:
             end = place.capture.frames_read + count
             while place.capture.frames_read < end:
                 self._urgency.look()
-                late_ns = LATE_NS if self._now_ns() < hurried_ns else 0
-                yield from self._read_place(place, until_ns, late_ns)
+                late_ns = 0 if patience.is_over() else LATE_NS
+                yield from self._read_place(place, patience, until_ns, late_ns)
             self._count_drops(place)
         self.closing = self._position()
 

@@ -91,24 +91,24 @@ class PacketNames:
         records: np.ndarray,
         to_all: np.ndarray,
         late_ns: int = LATE_NS,
-        longest_ns: int = LATE_NS,
+        over: Callable[[], bool] = lambda: False,
     ) -> np.ndarray:
         """Fill in owners and reasons. Returns the records to deliver (RECORD, shape (n,)).
 
         A packet for several sockets (`to_all`) becomes a record each, the first and its copies. A
         forwarded packet is tapped on its way in and out, and becomes one record.
 
-        What is known of their flows names packets that have waited for `late_ns`, and the others
-        after lookups of `longest_ns`.
+        What is known of their flows names packets that have waited for `late_ns`. It names the
+        others as soon as the time for lookups is `over`.
         """
         late = self._now_ns() - records["time_ns"].astype(np.int64) > late_ns
         if not late.any():
-            return self._name(records, to_all, longest_ns)
+            return self._name(records, to_all, over)
         those = records[late]
         keep, ask = self._name_late(those, to_all[late])
         now = ~late
         now[late] = ask
-        rest = self._name(records[now], to_all[now], longest_ns) if now.any() else records[:0]
+        rest = self._name(records[now], to_all[now], over) if now.any() else records[:0]
         return np.concatenate([those[keep & ~ask], rest])
 
     def _name_late(self, records: np.ndarray, to_all: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -151,7 +151,15 @@ class PacketNames:
             ask[rows] = True
         return ~(passing & out), ask
 
-    def _name(self, records: np.ndarray, to_all: np.ndarray, longest_ns: int) -> np.ndarray:
+    def _name(
+        self, records: np.ndarray, to_all: np.ndarray, over: Callable[[], bool]
+    ) -> np.ndarray:
+        with self._holders.beside.waiting_until(over):
+            return self._name_now(records, to_all, over)
+
+    def _name_now(
+        self, records: np.ndarray, to_all: np.ndarray, over: Callable[[], bool]
+    ) -> np.ndarray:
         outward = records["dir"] == lib.SNIFFER_DIR_OUT
         keys = keys_of(records, outward)
         keep = np.ones(len(records), bool)
@@ -160,19 +168,18 @@ class PacketNames:
         groups = group_packets(records, keys, outward, to_all)
         # Who has just begun a connection may end first, and has no listener to stand for it.
         groups.sort(key=lambda group: not (group.syn and group.out and group.first))
-        until_ns = self._now_ns() + longest_ns
         for group in groups:
             rows, out = group.rows, group.out
             one = tuple_of_key(keys[rows[0]])
             if group.to_all and one.proto == socket.IPPROTO_UDP:
-                copies += self._name_all(records, rows, one)
+                copies += self._name_all(records, rows, one, over)
                 continue
             forwarded = not self._is_local(one.family, one.local)
             if forwarded and not out:
                 records["dir"][rows] = lib.SNIFFER_DIR_FWD
                 records["how"][rows] = lib.SNIFFER_HOW_FORWARDED
                 continue
-            flow = self._flow(group, one, records, forwarded, self._now_ns() > until_ns)
+            flow = self._flow(group, one, records, forwarded, over())
             if forwarded and not flow.cookie and not flow.inode:
                 keep[rows] = False
                 continue
@@ -183,7 +190,7 @@ class PacketNames:
             named.append((rows, one, flow))
         # Slow searches come last: meanwhile others close their sockets.
         for rows, one, flow in named:
-            hurried = self._now_ns() > until_ns
+            hurried = over()
             if flow.unheld and not hurried:
                 self._look_further(one, flow)
             self._doubt(flow, hurried)
@@ -421,13 +428,15 @@ class PacketNames:
             gone, unknown = lib.SNIFFER_HOW_SOCKET_GONE, lib.SNIFFER_HOW_NOT_PROBED
             flow.how = gone if self._holders.exhaustive else unknown
 
-    def _name_all(self, records: np.ndarray, rows: list[int], one: Tuple) -> list[np.ndarray]:
+    def _name_all(
+        self, records: np.ndarray, rows: list[int], one: Tuple, over: Callable[[], bool]
+    ) -> list[np.ndarray]:
         """Name a datagram for all receivers; return the copies for all but the first."""
         sent_ns = int(records["time_ns"][rows[0]])
         receivers = self._receivers(one)
         flows = [self._held(found, self._now_ns(), sent_ns) for found in receivers]
         for flow, found in zip(flows, receivers, strict=True):
-            if flow.unheld:
+            if flow.unheld and not over():
                 self._own(flow, self._holders.find_anywhere(flow.inode, int(found["uid"])))
         if not flows:
             records["how"][rows] = lib.SNIFFER_HOW_SOCKET_GONE

@@ -36,7 +36,8 @@ PACKET_OTHERHOST = 3
 
 SNAP = 256  # link header, IPv6 with extension headers, TCP with options
 _BLOCK = 1 << 18
-_READ = 1024  # records of one read
+_READ = 1024  # records of one call of C
+_FILLS = 8  # with this part of its frames in use a ring fills
 _CLOCKS_READ_NS = 1_000_000  # two clocks are not read at the same moment
 
 _LD_W_ABS, _JEQ, _JSET = 0x20, 0x15, 0x45
@@ -80,14 +81,17 @@ class Frames:
 
     def with_more(self, later: Frames) -> Frames:
         """Return these and `later`, which were read after them."""
-        both = None
-        if self.first_bytes is not None and later.first_bytes is not None:
-            both = np.concatenate([self.first_bytes, later.first_bytes])
-        return Frames(
-            np.concatenate([self.records, later.records]),
-            np.concatenate([self.to_all, later.to_all]),
-            both,
-        )
+        return _together([self, later])
+
+
+def _together(parts: list[Frames]) -> Frames:
+    """Return all frames of `parts`. With first bytes only if all have them."""
+    first_bytes = [part.first_bytes for part in parts if part.first_bytes is not None]
+    return Frames(
+        np.concatenate([part.records for part in parts]),
+        np.concatenate([part.to_all for part in parts]),
+        np.concatenate(first_bytes) if len(first_bytes) == len(parts) else None,
+    )
 
 
 class PacketRing(Closing):
@@ -163,8 +167,23 @@ class PacketRing(Closing):
         """Frames in the ring now."""
         return int(lib.host_ring_waiting(self._ring))
 
-    def read(self, wanted: bool = False) -> Frames:
-        """Return waiting packets, up to some hundred. The arrays belong to the caller.
+    @property
+    def fills(self) -> bool:
+        """Whether so many packets wait that it may soon have no room. Cheap."""
+        return bool(lib.host_ring_holds(self._ring, max(1, self._ring.count // _FILLS)))
+
+    def read(self, wanted: bool = False, most: int = _READ) -> Frames:
+        """Return waiting packets, `most` or some more. The arrays belong to the caller."""
+        frames = self._read(wanted)
+        parts, count = [frames], len(frames.records)
+        while len(frames.records) == _READ and count < most:
+            frames = self._read(wanted)
+            parts.append(frames)
+            count += len(frames.records)
+        return parts[0] if len(parts) == 1 else _together(parts)
+
+    def _read(self, wanted: bool) -> Frames:
+        """Return up to _READ waiting packets.
 
         The kernel gives a packet's time of day. A packet from before the clock was set would
         seem to be older than this ring, or from the future. It gets the present time.

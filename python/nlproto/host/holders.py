@@ -102,7 +102,7 @@ class Holders:
         """When all processes were last read."""
         self.walk_took_ns = 0
         """How long the last walk took."""
-        self._beside = Beside("walk", lambda: self.walk())
+        self.beside = Beside("walk", lambda: self.walk())
         self.sees_all = True
         """Whether /proc shows every process. It does not in a container."""
         self.complete = True
@@ -143,7 +143,7 @@ class Holders:
 
     def walk_beside(self, wait_s: float = _BESIDE_S) -> bool:
         """Do walk() in another thread, which can take seconds. Returns as Beside.run()."""
-        return self._beside.run(wait_s)
+        return self.beside.run(wait_s)
 
     def _walk_all(self, alive: Sequence[int]) -> None:
         by_inode: dict[int, dict[int, int]] = {}
@@ -321,7 +321,9 @@ class Holders:
 
     def _wait_for_walk(self) -> None:
         """Wait a moment if another thread walks: it may be about to find this holder."""
-        if self._walk_lock.locked() and self._walk_lock.acquire(timeout=_WALK_WAIT_S):
+        if not self._walk_lock.locked() or self.beside.is_over():
+            return
+        if self._walk_lock.acquire(timeout=_WALK_WAIT_S):
             self._walk_lock.release()
 
     def known(self, inode: int) -> tuple[Owner, ...]:

@@ -58,6 +58,9 @@ uint32_t host_ring_read(struct host_ring *ring, struct sniffer_record *records,
 /* How many frames wait that the kernel has completed without a hole. */
 uint32_t host_ring_waiting(const struct host_ring *ring);
 
+/* Whether so many frames wait, at least 1. Looks at one of them. */
+int host_ring_holds(const struct host_ring *ring, uint32_t frames);
+
 /* The sizes for a ring whose frames hold snap bytes of a packet. */
 uint32_t host_frame_size(uint32_t snap);
 

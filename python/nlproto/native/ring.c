@@ -206,6 +206,14 @@ uint32_t host_ring_waiting(const struct host_ring *ring)
 	return n;
 }
 
+int host_ring_holds(const struct host_ring *ring, uint32_t frames)
+{
+	uint32_t at = (ring->at + frames - 1) % ring->count;
+	const struct tpacket2_hdr *h = (const void *)(ring->frames + (size_t)at * ring->size);
+
+	return (__atomic_load_n(&h->tp_status, __ATOMIC_ACQUIRE) & TP_STATUS_USER) != 0;
+}
+
 uint32_t host_frame_size(uint32_t snap)
 {
 	uint32_t need = TPACKET2_HDRLEN + 64 + sizeof(struct virtio_net_hdr) + snap;

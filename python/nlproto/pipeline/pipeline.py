@@ -7,6 +7,7 @@ worker takes all waiting batches as one array, so a record costs less under load
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -200,8 +201,7 @@ class Pipeline:
     def want_first_bytes(self, wanted: bool) -> bool:
         """Start or stop filling `first_bytes`. Returns whether the engine can. From any thread.
 
-        The kernel sends them up to a flush interval after their record, and the record waits for
-        them.
+        The kernel sends them up to a flush interval after their record, which waits for them.
         """
         self._wants_first_bytes = wanted
         self._order.interval_ns = _FLUSH_NS * (2 if wanted else 1)
@@ -234,10 +234,7 @@ class Pipeline:
         keep_going(self._receive_once, self._receiving, self._die)
         if not self.failed:
             self._finish()
-        try:
-            self._engine.__exit__(None, None, None)
-        except Exception as error:
-            self._receiving.add(error, "closing the engine")
+        self._close(self._engine)
         for marker in self._take_barriers():
             self.queue.put(marker, 0)
 
@@ -264,14 +261,23 @@ class Pipeline:
         self._ask_engine()
         return True
 
+    def _close(self, engine: Engine) -> None:
+        try:
+            engine.__exit__(None, None, None)
+        except Exception as error:
+            self._receiving.add(error, "closing the engine")
+
     def _open(self) -> None:
         engine = self._engine
+        engine.awaited = self._is_awaited
         with self.account_lock:
             self.account.open(engine.opening, engine.instance, engine.group)
-        self._opened = True
-        self._asked_for = True
+        self._opened = self._asked_for = True
         self._asked = 0.0
         self._ask_engine()
+
+    def _is_awaited(self) -> bool:
+        return bool(self._barriers) or self._next is not None or self._stopping.is_set()
 
     def _choose_group(self) -> None:
         """Ask the engine for packets or for flows, as wanted."""
@@ -325,10 +331,8 @@ class Pipeline:
         if self.failed or time.monotonic() - self._asked < _ASK:
             return
         self._asked = time.monotonic()
-        try:
+        with contextlib.suppress(Error):
             self.engine_stats = self._engine.stats()
-        except Error as error:
-            log.debug("engine stats: %s", error)
 
     def _lose(self, records: int) -> None:
         if records:
@@ -371,10 +375,7 @@ class Pipeline:
         if not self.failed:
             self._finish(_begin(engine))
         old, self._engine = self._engine, engine
-        try:
-            old.__exit__(None, None, None)
-        except Exception as error:
-            self._receiving.add(error, "closing the engine")
+        self._close(old)
         if self._wants_first_bytes:
             engine.want_first_bytes(True)
         if self._failed_at is not None:
@@ -495,6 +496,5 @@ def _begin(engine: Engine) -> int | None:
     """Return where the next engine's stream begins, so that no packet is in both."""
     try:
         return engine.begin()
-    except Error as error:  # it has gone again: reading it will raise
-        log.debug("engine %s: %s", engine.name, error)
+    except Error:  # it has gone again: reading it will raise
         return None

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Budgets of time for expensive work, with some saved up for bursts."""
+"""Budgets of time for expensive work, with some saved up for bursts, and when it must end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["Budget", "UserBudgets"]
+__all__ = ["Budget", "Patience", "UserBudgets"]
 
 _USERS = 4096
 """The most users that are remembered. With more of them only the common budget counts."""
@@ -82,3 +82,26 @@ class UserBudgets:
                 self._users.clear()
             self._users[uid] = Budget(self._share, self._saved_ns, self._now_ns)
         return self._users[uid]
+
+
+class Patience:
+    """How long one piece of work may go on: `soon_ns` if others wait by then, else `latest_ns`."""
+
+    def __init__(
+        self,
+        soon_ns: int,
+        latest_ns: int,
+        others_wait: Callable[[], bool],
+        now_ns: Callable[[], int],
+    ) -> None:
+        self._now_ns = now_ns
+        self._others_wait = others_wait
+        began_ns = now_ns()
+        self._soon_ns, self._latest_ns = began_ns + soon_ns, began_ns + latest_ns
+        self._over = False
+
+    def is_over(self) -> bool:
+        """Return whether the work must end. Once it must, it stays so."""
+        if not self._over and (now := self._now_ns()) > self._soon_ns:
+            self._over = now > self._latest_ns or self._others_wait()
+        return self._over

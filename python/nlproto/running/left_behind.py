@@ -6,7 +6,8 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Generic, Self, TypeVar
 
 from nlproto.errors import Error
@@ -15,6 +16,8 @@ from nlproto.running.supervise import Failures
 __all__ = ["Beside", "LeftBehind"]
 
 T = TypeVar("T")
+
+_STEP_S = 0.02  # between two looks whether who waits has time left
 
 
 class LeftBehind(Generic[T]):
@@ -71,6 +74,21 @@ class Beside:
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         self._failed: Error | None = None
+        self._waits = threading.local()
+
+    @contextlib.contextmanager
+    def waiting_until(self, over: Callable[[], bool]) -> Iterator[None]:
+        """In this block the calling thread does not wait once its time is `over`."""
+        self._waits.over = over
+        try:
+            yield
+        finally:
+            del self._waits.over
+
+    def is_over(self) -> bool:
+        """Return whether the calling thread has no time to wait."""
+        over: Callable[[], bool] | None = getattr(self._waits, "over", None)
+        return over is not None and over()
 
     def run(self, wait_s: float) -> bool:
         """Begin, unless it runs already. Returns whether it ended within `wait_s`.
@@ -83,8 +101,9 @@ class Beside:
                 thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread = thread
                 thread.start()
-        if wait_s:
-            thread.join(wait_s)
+        until = time.monotonic() + wait_s
+        while thread.is_alive() and (left := until - time.monotonic()) > 0 and not self.is_over():
+            thread.join(min(left, _STEP_S))
         failed, self._failed = self._failed, None
         if failed is not None:
             raise failed
