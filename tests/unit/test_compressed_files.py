@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import importlib
 import lzma
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from hunter.formats import pcapng
 from hunter.formats.captures import read_capture
 from hunter.formats.compression import KINDS
 from hunter.formats.inputs import Input
+from hunter.formats.rows import read_rows
 from nlproto import Error
 
 
@@ -107,6 +109,37 @@ def test_a_bomb_is_unpacked_by_pieces(kind: str, tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert count == size and peak < 16 << 20
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"comm": "x" * 500_000}, "a text is longer than can be"),
+        ({"parents": [{"pid": 1, "comm": "x" * 500_000}]}, "a text is longer than can be"),
+        ({"holders": [{"pid": 1, "comm": "x"}] * 2000}, "holders.list.element.pid is larger"),
+    ],
+)
+def test_a_bomb_of_parquet_does_not_fill_the_memory(
+    values: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """A text that many rows have is in the file once; a row has few people."""
+    arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    path, rows = tmp_path / "x.parquet", 64
+    table = {name: [value] * rows for name, value in ({"time": "", "dir": "in"} | values).items()}
+    importlib.import_module("pyarrow.parquet").write_table(arrow.table(table), path)
+    with Input(str(path)) as source, pytest.raises(Error, match=words):
+        list(read_rows(source))
+
+
+def test_compressed_parquet_does_not_fill_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    monkeypatch.setattr("hunter.formats.rows._MAX_CHUNK", 1 << 20)
+    path = tmp_path / "x.parquet.gz"
+    path.write_bytes(gzip.compress(b"PAR1" + bytes(16 << 20)))
+    with Input(str(path)) as source, pytest.raises(Error, match="compressed more than"):
+        list(read_rows(source))
 
 
 @pytest.mark.parametrize("tool", ["gzip", "zstd", "lz4", "xz", "bzip2"])

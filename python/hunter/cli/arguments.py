@@ -298,12 +298,14 @@ def _who_parser() -> argparse.ArgumentParser:
         "port",
         metavar="PORT",
         nargs="?",
-        type=values.port,
+        type=values.used_port,
         help="local or remote port, or its service",
     )
-    parser.add_argument("--port", metavar="N", type=values.port, dest="port_too", help="the same")
+    parser.add_argument(
+        "--port", metavar="N", type=values.used_port, dest="port_too", help="the same"
+    )
     add_ends(parser)
-    parser.add_argument("--pid", metavar="P", type=values.count, help="what this process talks to")
+    parser.add_argument("--pid", metavar="P", type=values.pid, help="what this process talks to")
     add_words(
         parser,
         (

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "filter",
         metavar="FILTER",
         nargs="*",
+        default=[],
         help="which flows: packet-hunter's filter words; a flow fits if one of its packets does",
     )
     parser.add_argument(
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--host", metavar="H", help="address or network of the other end")
     group.add_argument("--user", metavar="USER", help="of this user's processes: name or uid")
     for word, (name, about) in FLEET_WORDS.items():
-        kind = {"port": values.port, "pid": values.count}.get(word, str)
+        kind = {"port": values.used_port, "pid": values.pid}.get(word, str)
         group.add_argument(f"--{word}", metavar=name, type=kind, help=about)
     group.add_argument("--proto", metavar="P", choices=("tcp", "udp"), help="tcp or udp")
     add_moment(

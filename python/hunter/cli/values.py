@@ -9,14 +9,24 @@ import socket
 from contextlib import suppress
 from datetime import datetime, time, timedelta
 
-__all__ = ["buffer", "count", "interval", "moment", "port", "seconds", "size"]
+__all__ = [
+    *("buffer", "count", "interval", "moment", "pid", "port", "seconds", "size", "used_port"),
+]
 
 
 def count(text: str) -> int:
     """A whole number above 0."""
-    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+    if not re.fullmatch(r"0*[1-9][0-9]{0,17}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
+
+
+def pid(text: str) -> int:
+    """Return the id of a process."""
+    found = count(text)
+    if found >= 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no process id")
+    return found
 
 
 def seconds(text: str) -> float:
@@ -71,6 +81,14 @@ def buffer(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or not 256 <= int(text) <= 1 << 20:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of KiB from 256 to 1048576")
     return int(text) << 10
+
+
+def used_port(text: str) -> int:
+    """Return a port that packets can have."""
+    found = port(text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port")
+    return found
 
 
 def port(text: str) -> int:

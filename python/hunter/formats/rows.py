@@ -6,7 +6,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +28,9 @@ __all__ = ["Row", "has_bytes", "read_rows"]
 _MAX_LINE = 1 << 20
 _SPARE = _MAX_LINE + 1
 _ROWS = 4096
+_AT_ONCE = 256
+_MAX_CHUNK = 1 << 30  # bytes of one column in one group of rows
+_MAX_PEOPLE = 1024  # holders and parents of a packet, on average
 _LIMIT = 80  # the most characters of other people's text in a message
 
 Values = Mapping[str, Any]
@@ -151,13 +153,19 @@ def _parquet_rows(source: Input) -> Iterator[Row]:
     with source.seekable() or tempfile.TemporaryFile() as whole:
         try:
             with parquet.ParquetFile(_seekable(source, whole)) as file:
+                texts = _checked_columns(file)
+            with parquet.ParquetFile(whole, read_dictionary=texts) as file:
                 names = [name for name in COLUMNS if name in file.schema_arrow.names]
                 for batch in file.iter_batches(_ROWS, columns=names):
-                    for values in batch.to_pylist():
-                        number += 1
-                        if isinstance(moment := values.get("time"), datetime):
-                            values["time"] = moment.isoformat()
-                        yield Row(f"row {number}", values)
+                    for column in batch.columns:
+                        _check_texts(column)
+                    # a few rows at a time: each of them has texts of its own
+                    for at in range(0, len(batch), _AT_ONCE):
+                        for values in batch.slice(at, _AT_ONCE).to_pylist():
+                            number += 1
+                            if isinstance(moment := values.get("time"), datetime):
+                                values["time"] = moment.isoformat()
+                            yield Row(f"row {number}", values)
         except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:_LIMIT]
             raise Error(f"{source.name} cannot be read after row {number}: {reason}") from None
@@ -166,11 +174,52 @@ def _parquet_rows(source: Input) -> Iterator[Row]:
             raise Error(f"{source.name} cannot be read after row {number}: {kind}") from None
 
 
+def _checked_columns(file: Any) -> list[str]:
+    """Return the paths of text columns, to be read as dictionaries: a text is there only once.
+
+    Raises ValueError if a column would fill the memory.
+    """
+    for at in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(at)
+        for column in map(group.column, range(group.num_columns)):
+            if (
+                column.total_uncompressed_size > _MAX_CHUNK
+                or column.num_values > _MAX_PEOPLE * group.num_rows
+            ):
+                raise ValueError(f"{column.path_in_schema[:_LIMIT]} is larger than can be")
+    columns = map(file.schema.column, range(len(file.schema)))
+    return [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+
+
+def _check_texts(array: Any) -> None:
+    """Raises ValueError."""
+    import pyarrow
+    from pyarrow import compute
+
+    kind = array.type
+    if pyarrow.types.is_dictionary(kind):
+        if (compute.max(compute.binary_length(array.dictionary)).as_py() or 0) > 2 * wire.MAX_TEXT:
+            raise ValueError("a text is longer than can be")
+    elif pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        _check_texts(array.values)
+    elif pyarrow.types.is_struct(kind):
+        for field in array.flatten():
+            _check_texts(field)
+
+
 def _seekable(source: Input, whole: IO[bytes]) -> IO[bytes]:
-    """Parquet has its index at the end, so input from a pipe is copied first."""
+    """Parquet has its index at the end, so input from a pipe is copied first.
+
+    Raises ValueError if it fills the disk: Parquet itself is compressed, and nothing more shrinks
+    it to a hundredth.
+    """
     if whole.readable() and not whole.writable():
         return whole
-    shutil.copyfileobj(source.file, whole)
+    size = 0
+    while piece := source.file.read(_MAX_LINE):
+        size += whole.write(piece)
+        if size > _MAX_CHUNK and size > 100 * source.position:
+            raise ValueError("it is compressed more than Parquet can be")
     whole.seek(0)
     return whole
 

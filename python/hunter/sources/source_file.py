@@ -353,7 +353,7 @@ def _text(values: Mapping[str, Any], column: str) -> str:
     value = values.get(column)
     if value is None:
         return ""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or len(value) > wire.MAX_TEXT:
         raise _Bad(column, value)
     return sound(value)
 
@@ -414,6 +414,7 @@ def _people(values: Mapping[str, Any], column: str) -> list[Holder]:
             or type(one.get("pid")) is not int
             or not 0 <= one["pid"] <= _U32
             or not isinstance(one.get("comm"), str)
+            or len(one["comm"]) > wire.MAX_TEXT
         ):
             raise _Bad(column, value)
     return [{"pid": one["pid"], "comm": sound(one["comm"])} for one in value]
