@@ -77,7 +77,7 @@ def test_a_mistake_is_one_clear_line_and_the_right_code(
     if arguments[:2] == ["--engine", "module"] and os.path.exists("/sys/module/sniffer"):
         pytest.skip("the module is loaded here")
     place = 1 if arguments[0] in ("who", "stats", "top", "annotate") else 0
-    if arguments[0] in ("-v", "report", "--engine"):
+    if arguments[0] in ("-v", "report", "--engine", "fleet"):
         sockets = []
     elif arguments[0] in ("who", "stats", "annotate"):
         sockets = sockets[:2]
