@@ -34,6 +34,8 @@ class Pipeline:
 class Kernel:
     """Listeners at port 80, each with the same holders, of which `peeked` were looked at."""
 
+    is_behind = False
+
     looked_ns = 1
 
     def __init__(self, holders: Any, sockets: int = 1) -> None:
@@ -164,3 +166,9 @@ def test_a_question_that_nobody_waits_for_ends_in_the_middle(answers: Answers) -
     with pytest.raises(KeyboardInterrupt):
         answers.owner(OwnerOf(1, port=80), None, stop)
     assert len(calls) == 11
+
+
+def test_an_answer_from_older_sockets_of_some_namespaces_says_so(answers: Answers) -> None:
+    assert not answers.who(Who(1, port=80, limit=1000), None)["truncated"]
+    stand_in(answers.kernel).is_behind = True
+    assert answers.who(Who(1, port=80, limit=1000), None)["truncated"]

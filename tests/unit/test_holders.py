@@ -257,7 +257,7 @@ def test_a_thread_is_no_process() -> None:
     thread.start()
     with socket.socket() as one:
         inode = os.fstat(one.fileno()).st_ino
-        finder._ask_newest()
+        finder.meet_newest()
         assert thread.native_id not in finder._by_inode.get(inode, ())
         assert [one.identity.tgid for one in finder.find(inode)] == [os.getpid()]
     ended.set()
@@ -273,6 +273,7 @@ def test_who_is_born_may_have_inherited_a_socket(newborn: Newborn) -> None:
         other = os.fstat(later.fileno()).st_ino
         assert not finder.may_be_inherited(inode, now)
         newborn()
+        finder.meet_newest()
         assert finder.may_be_inherited(inode, now) and finder.may_be_inherited(other, now)
         assert not finder.may_be_inherited(inode, time.monotonic_ns())
 

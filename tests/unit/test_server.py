@@ -121,6 +121,48 @@ def broken(*_arguments: Any, **_names: Any) -> None:
     raise ZeroDivisionError("broken")
 
 
+def test_after_a_refusal_nobody_is_accepted_for_a_moment(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who connects without end would cost others the event loop."""
+    pauses: list[float] = []
+    pause = running.server._pause
+
+    def paused(listener: socket.socket, seconds: float) -> None:
+        pauses.append(seconds)
+        pause(listener, seconds)
+
+    monkeypatch.setattr(running.server, "_pause", paused)
+    with monkeypatch.context() as patch, socket.socket(socket.AF_UNIX) as refused:
+        patch.setattr(running.server, "_admit", lambda fd: False)
+        refused.connect(running.path)
+        until(lambda: pauses, 30, "a pause")
+    assert len(pauses) == 1 and 0 < pauses[0] < 0.1
+    with DaemonClient(running.path):
+        assert len(pauses) == 1
+
+
+def test_roots_short_filter_does_not_wait_behind_a_question(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answering, go_on = threading.Event(), threading.Event()
+
+    def who(*_: Any, **__: Any) -> dict[str, Any]:
+        answering.set()
+        assert go_on.wait(60)
+        return {}
+
+    monkeypatch.setattr(type(running.server.answers), "who", who)
+    with DaemonClient(running.path) as asking, DaemonClient(running.path) as subscribing:
+        question = threading.Thread(target=asking.who, daemon=True)
+        question.start()
+        assert answering.wait(60)
+        subscribing.start("udp port 9")
+        assert question.is_alive()
+        go_on.set()
+        question.join()
+
+
 def test_a_subscription_that_fails_is_answered_and_can_be_tried_again(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:

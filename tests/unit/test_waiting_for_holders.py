@@ -76,6 +76,28 @@ def test_who_needs_a_walk_waits_a_moment_for_it(
     assert found == [((), False)]  # nobody, as far as is known
 
 
+def test_who_has_no_time_left_asks_nobody_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user can have hundreds of processes that could have the socket."""
+    asked: set[int] = set()
+    real, reader = procfs.held_sockets, threading.current_thread()
+
+    def read(pids: Any, *rest: Any) -> Any:
+        if threading.current_thread() is reader:  # not the walk beside it
+            asked.update(pids)
+        return real(pids, *rest)
+
+    monkeypatch.setattr(procfs, "held_sockets", read)
+    holders = Holders()
+    holders.walk()
+    asked.clear()
+    older = set(holders._talkers)
+    with holders.beside.waiting_until(lambda: True):
+        assert holders.find_soon(NOBODYS, 0) == ()
+        assert holders.find_anywhere(NOBODYS) == () and not holders.exhaustive
+    assert not asked & older
+    assert holders.find_soon(NOBODYS, 0) == () and asked & older
+
+
 def test_a_walk_beside_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise UsageError("no")

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 
 from daemon.serve.questions import Cancelled
 from daemon.system.watcher import _SOCKETS, Watcher, _pause
+from nlproto.errors import Error
 from nlproto.host.holders import Holders
+from nlproto.host.kernel_sockets import BoundSocket
 from nlproto.tables.processes import Processes
 from waiting import stand_in, until
 
@@ -102,3 +105,69 @@ def test_probes_that_stop_and_fire_again_are_told_once_each_in_one_line(
     assert "fire again" in told[1][1]["message"]
     assert all("\n" not in fields["message"] for _, fields in told)
     assert len(caplog.messages) == 2
+
+
+def test_the_end_does_not_wait_for_a_look_that_hangs(watched: tuple[Any, ...]) -> None:
+    watcher, _ = watched
+    looking, go_on = threading.Event(), threading.Event()
+
+    def hang() -> Any:
+        looking.set()
+        assert go_on.wait(60)
+        raise Error("the look ended late")
+
+    stand_in(watcher.kernel).read = hang
+    watcher._looked = 0.0
+    watcher._asked.set()
+    assert looking.wait(60)
+    ended = threading.Event()
+
+    def stop() -> None:
+        watcher.stop()
+        ended.set()
+
+    threading.Thread(target=stop, daemon=True).start()
+    in_time = ended.wait(30)
+    go_on.set()
+    assert in_time, "the end waits for a look"
+
+
+@pytest.fixture
+def met(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Watcher, list[int], list[float]]]:
+    """A watcher, the processes whose details it has read, and the time: each takes 10 ms."""
+    now, read = [0.0], []
+    monkeypatch.setattr("daemon.system.watcher.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def add(tgid: int, *_: Any) -> None:
+        read.append(tgid)
+        now[0] += 0.01
+
+    processes = SimpleNamespace(add=add, start_of=lambda tgid, start_ns: start_ns)
+    pipeline = SimpleNamespace(processes=processes)
+    yield Watcher("packet", stand_in(pipeline), lambda *_, **__: None, print, Holders()), read, now
+
+
+def sockets_of(pids: Iterable[int], uid: int) -> list[BoundSocket]:
+    return [BoundSocket((1, 17, 2, bytes(16), 9), pid, 5, uid, "x", pid) for pid in pids]
+
+
+def test_a_look_reads_details_of_users_processes_for_a_moment_alone(
+    met: tuple[Watcher, list[int], list[float]],
+) -> None:
+    """They can have any number. Root's are all read, and later looks read the others."""
+    watcher, read, _ = met
+    sockets = sockets_of(range(100, 150), 0) + sockets_of(range(1000, 1060), 1000)
+    assert watcher._known(sockets) == sockets
+    assert set(read) >= set(range(100, 150)) and len(read) <= 50 + 6
+    for _ in range(12):
+        assert watcher._known([]) == []
+    assert sorted(read) == [one.tgid for one in sockets]
+
+
+def test_a_user_with_many_processes_does_not_hold_up_details_of_others(
+    met: tuple[Watcher, list[int], list[float]],
+) -> None:
+    watcher, read, _ = met
+    watcher._known(sockets_of(range(1000, 1200), 1000) + sockets_of([7], 1001))
+    watcher._known(sockets_of(range(2000, 2200), 1000))
+    assert 7 in read

@@ -275,6 +275,7 @@ class Answers:
         if self.kernel is None:
             return 0, []
         total, found = sockets_now(self.pipeline, self.kernel, question, looking, self.translations)
+        looking.truncated |= self.kernel.is_behind
         for one in found:
             looking.stop()
             process = self.pipeline.processes.get(one["pid"], one["start_ns"])

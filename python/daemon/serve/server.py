@@ -189,7 +189,7 @@ class Server:
         if refused:
             self.refused += len(refused)
             lib.host_close(refused, len(refused))
-        if refused_there[0]:
+        if refused or refused_there[0]:
             self._pause(listener, _REFUSED)
 
     def _rest(self, listener: socket.socket, error: str) -> None:

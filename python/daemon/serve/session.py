@@ -35,6 +35,8 @@ __all__ = ["MAX_ANSWER", "Desk", "Session"]
 
 MAX_ANSWER = {True: 15 << 20, False: 8 << 20}
 """The most bytes of an answer, for users who see everything and for others."""
+_SHORT = 64
+"""A filter of so many letters takes 1 ms at most: root's does not wait behind a question."""
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +137,10 @@ class Session(ClientConnection):
                 raise UsageError("this connection has a subscription already; unsubscribe first")
             if request.flows and (request.filter or request.snaps):
                 raise UsageError("flows come without a filter and without first bytes")
+            if self.full and len(request.filter) <= _SHORT:
+                self._busy = True
+                self._subscribe(request, _parsed(request.filter))
+                return
             self._ask(
                 request.id,
                 lambda stop: _parsed(request.filter),

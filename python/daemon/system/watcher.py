@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from daemon.sharing.rounds import Rounds
 from nlproto._host import lib as host
 from nlproto.engines.engine import Engine, open_engine
 from nlproto.errors import Error, NoModule, NoPrivilege
@@ -28,6 +29,7 @@ _PATIENCE = 3.0  # s that a question waits for it
 _SHARE = 200  # looks take this part of one core while nobody asks,
 _OLDEST = 60.0  # s: unless the last look would get older than this
 _DETAILS = 0.05  # s of a look for details of users' processes
+_OTHERS_NS = 50_000_000  # of a look for users' network namespaces
 _MOST_UNMET = 10_000
 _LEAVING = 1.0  # s that the end waits for a look; the thread is left behind then
 _MODULE = 1.0  # s between two tries to open the module
@@ -59,7 +61,7 @@ class Watcher:
         self._ring_bytes = ring_bytes
         self._stopping = threading.Event()
         self._holders = holders
-        self.kernel = KernelSockets(self._holders)
+        self.kernel = KernelSockets(self._holders, others_ns=_OTHERS_NS)
         """What the last look found."""
         self.on_drops: Callable[[int, int, bytes, int], None] = lambda *_: None
         """Is told of packets that the kernel dropped: tgid, start_ns, comm and how many."""
@@ -75,8 +77,9 @@ class Watcher:
         self._news = threading.Condition()
         """Guards `_looked`, and wakes threads that wait for it."""
         self._asked = threading.Event()
-        self._unmet: dict[ProcessKey, BoundSocket] = {}
-        """Processes whose details will be read."""
+        self._unmet: Rounds[tuple[ProcessKey, str, int]] = Rounds()
+        """Processes whose details will be read: key, comm, uid. Users take turns."""
+        self._unmet_count = 0
         self._told: set[str] = set()
         self._probes_fire = True
 
@@ -148,8 +151,8 @@ class Watcher:
         portmap = self._pipeline.portmap
         if portmap is None:
             return
-        if len(self._unmet) > _MOST_UNMET:
-            self._unmet.clear()
+        if self._unmet_count > _MOST_UNMET:
+            self._unmet, self._unmet_count = Rounds(), 0
         before = time.monotonic_ns()
         found = self.kernel.read()
         bound = self._known(found.bound)
@@ -189,14 +192,16 @@ class Watcher:
             if start_ns is None:
                 start_ns = starts[one.key] = processes.start_of(one.tgid, one.start_ns)
                 if one.uid:
-                    self._unmet[one.tgid, start_ns] = one
+                    self._unmet.add(one.uid, ((one.tgid, start_ns), one.comm, one.uid))
+                    self._unmet_count += 1
                 else:
                     processes.add(one.tgid, start_ns, one.comm, one.uid)
             known.append(one if start_ns == one.start_ns else one._replace(start_ns=start_ns))
         until = time.monotonic() + _DETAILS
-        while self._unmet and time.monotonic() < until:
-            key, one = self._unmet.popitem()
-            processes.add(*key, one.comm, one.uid)
+        while time.monotonic() < until and (next_one := self._unmet.next()) is not None:
+            key, comm, uid = next_one
+            processes.add(*key, comm, uid)
+        self._unmet_count *= bool(self._unmet)
         return known
 
     def _look_for_module(self) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ __all__ = [
 _FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
 _SIMULTANEOUS_NS = 1_000_000_000  # between two SYNs that cross and make one connection
 
+_unpack = struct.Struct("=BBHH16s16s").unpack
 _KEY = np.dtype(
     {
         "names": ["proto", "family", "lport", "rport", "local", "remote"],
@@ -43,6 +45,8 @@ class PacketGroup:
     first: bool
     """Whether it is the first of its key in this read."""
     rows: list[int]
+    sent_ns: int
+    """When its first packet passed."""
     syn: bool = False
     """Whether it begins with the SYN of a new connection."""
     refused: bool = False
@@ -78,8 +82,10 @@ def group_packets(
     epochs: dict[bytes, int] = {}
     groups: dict[tuple[bytes, int, bool, bool], PacketGroup] = {}
     refused = []
-    facts = zip(outward.tolist(), to_all.tolist(), syns.tolist(), strict=True)
-    for index, (out, every, syn) in enumerate(facts):
+    facts = zip(
+        outward.tolist(), to_all.tolist(), syns.tolist(), records["time_ns"].tolist(), strict=True
+    )
+    for index, (out, every, syn, sent_ns) in enumerate(facts):
         key = raw[index * size : (index + 1) * size]
         epoch = epochs.get(key)
         first = epoch is None
@@ -87,7 +93,9 @@ def group_packets(
             epoch = epochs[key] = 0 if epoch is None else epoch + 1
         group = groups.get((key, epoch, out, every))
         if group is None:
-            groups[key, epoch, out, every] = PacketGroup(key, out, every, first, [index], syn)
+            groups[key, epoch, out, every] = PacketGroup(
+                key, out, every, first, [index], sent_ns, syn
+            )
         else:
             group.rows.append(index)
         if index in resets:
@@ -117,16 +125,10 @@ def _is_answer(sent: np.ndarray) -> bool:
     )
 
 
-def tuple_of_key(key: np.void) -> Tuple:
-    """Return one of keys_of() as plain values."""
-    return Tuple(
-        int(key["proto"]),
-        int(key["family"]),
-        key["local"].tobytes(),
-        int(key["lport"]),
-        key["remote"].tobytes(),
-        int(key["rport"]),
-    )
+def tuple_of_key(key: bytes) -> Tuple:
+    """Return the bytes of one of keys_of() as plain values."""
+    proto, family, lport, rport, local, remote = _unpack(key)
+    return Tuple(proto, family, local, lport, remote, rport)
 
 
 @dataclass(slots=True)
@@ -170,21 +172,21 @@ class PacketFlow:
     """When the packet of the lookup passed. The socket's holder may be younger."""
 
 
-def follow(
-    known: PacketFlow | None, group: PacketGroup, records: np.ndarray, sent_ns: int
-) -> FollowedConnection:
-    """Return what is known of a TCP connection, after these packets of it."""
+def follow(known: PacketFlow | None, group: PacketGroup, records: np.ndarray) -> FollowedConnection:
+    """Return what is known of a TCP connection, after a group of `records`."""
+    sent_ns = group.sent_ns
     before = known.connection if known is not None else None
     connection = before or FollowedConnection()
     if group.syn:
         crossed = before is not None and before.active and not group.out
         if not crossed or sent_ns - connection.began_ns > _SIMULTANEOUS_NS:
             connection = FollowedConnection(sent_ns, active=group.out)
-    if group.out:
-        connection.answered |= _is_answer(records)
+    if group.out and not connection.answered:
+        sent = records[group.rows]
+        connection.answered |= _is_answer(sent)
         passive = connection.began_ns and not connection.active and not connection.answered
         # Only a packet without an ACK is answered by a reset with an ACK.
-        reset = records["tcp_flags"] & (_SYN | _RST | _ACK) == _RST | _ACK
+        reset = sent["tcp_flags"] & (_SYN | _RST | _ACK) == _RST | _ACK
         connection.refused |= bool(passive and np.any(reset))
     connection.refused |= group.refused
     return connection

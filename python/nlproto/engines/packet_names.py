@@ -8,6 +8,7 @@ flagged AMBIGUOUS. Else the lookup found none: `socket_gone`. `no_socket` is a r
 
 from __future__ import annotations
 
+import itertools
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,7 @@ from nlproto.host.sockdiag import SockDiag, TcpState
 from nlproto.host.socket_lookup import ANY, SocketLookup, Tuple, mapped, tuple_of_socket
 from nlproto.kernel.conntrack import ConntrackLookup
 from nlproto.records.clock import Clock
-from nlproto.records.wire import lib
+from nlproto.records.wire import RECORD, lib
 from nlproto.running.budget import Budget
 
 __all__ = ["FLOW_LIMIT", "LATE_NS", "PacketNames"]
@@ -53,6 +54,8 @@ _SYN, _ACK = 2, 16
 _NOT_ACCEPTED = {TcpState.ESTABLISHED, TcpState.SYN_RECV, TcpState.CLOSE_WAIT}
 _GUESS = lib.SNIFFER_F_DEAD | lib.SNIFFER_F_AMBIGUOUS
 _SHARED = lib.SNIFFER_F_SHARED | lib.SNIFFER_F_AMBIGUOUS
+_NAMES = ("how", "cookie", "inode", "flags", "tgid", "start_ns", "uid", "comm")
+_FACTS = np.dtype([(name, RECORD[name]) for name in _NAMES])
 
 
 class PacketNames:
@@ -101,6 +104,7 @@ class PacketNames:
         What is known of their flows names packets that have waited for `late_ns`. It names the
         others as soon as the time for lookups is `over`.
         """
+        self._holders.meet_newest()  # whoever was born later has sent none of these
         late = self._now_ns() - records["time_ns"].astype(np.int64) > late_ns
         if not late.any():
             return self._name(records, to_all, over)
@@ -115,6 +119,7 @@ class PacketNames:
         """Name by what is known of flows. Returns which records to deliver, which to look up."""
         out = records["dir"] == lib.SNIFFER_DIR_OUT
         raw, size = (keys := keys_of(records, out)).tobytes(), keys.itemsize
+        times = records["time_ns"].tolist()
         syns = records["tcp_flags"] & (_SYN | _ACK) == _SYN
         flows: dict[bytes, list[int]] = {}
         for row in range(len(records)):
@@ -122,27 +127,28 @@ class PacketNames:
         records["how"] = lib.SNIFFER_HOW_NOT_PROBED
         passing = np.zeros(len(records), bool)
         doubtful: list[list[int]] = []
+        named: list[tuple[list[int], PacketFlow]] = []
         now = self._now_ns()
         for key, rows in flows.items():
-            known, one = self._flows.get(key), tuple_of_key(keys[rows[0]])
+            known, one = self._flows.get(key), tuple_of_key(key)
             if not self._is_local(one.family, one.local):
                 passing[rows] = known is None or not (known.cookie or known.inode)
             tcp = one.proto == socket.IPPROTO_TCP
             if tcp and (known is None or syns[rows].any()):
                 # Nobody looked who began it, so a present listener may have come later.
-                sent_ns = int(records["time_ns"][rows[0]])
-                unseen = FollowedConnection(sent_ns, active=True)
+                unseen = FollowedConnection(times[rows[0]], active=True)
                 self._flows[key] = PacketFlow(now, lib.SNIFFER_HOW_NOT_PROBED, connection=unseen)
             elif known is None or not known.settled or to_all[rows[0]]:
                 continue
-            elif int(records["time_ns"][rows[0]]) - known.checked_ns >= TTL_NS:
+            elif times[rows[-1]] - known.checked_ns >= TTL_NS:
                 doubtful.append(rows)
             elif known.how == lib.SNIFFER_HOW_FORWARDED:
                 passing[rows] = True
             else:
                 if self._holders.may_be_inherited(known.inode, known.checked_ns):
                     known.flags |= lib.SNIFFER_F_AMBIGUOUS
-                self._fill(records, rows, known)
+                named.append((rows, known))
+        _fill(records, named)
         self._forget(now)
         records["how"][passing] = lib.SNIFFER_HOW_FORWARDED
         records["dir"][passing & ~out] = lib.SNIFFER_DIR_FWD
@@ -170,7 +176,7 @@ class PacketNames:
         groups.sort(key=lambda group: not (group.syn and group.out and group.first))
         for group in groups:
             rows, out = group.rows, group.out
-            one = tuple_of_key(keys[rows[0]])
+            one = tuple_of_key(group.key)
             if group.to_all and one.proto == socket.IPPROTO_UDP:
                 copies += self._name_all(records, rows, one, over)
                 continue
@@ -189,12 +195,13 @@ class PacketNames:
                 records["dir"][rows] = lib.SNIFFER_DIR_FWD
             named.append((rows, one, flow))
         # Slow searches come last: meanwhile others close their sockets.
-        for rows, one, flow in named:
+        for _, one, flow in named:
             hurried = over()
             if flow.unheld and not hurried:
                 self._look_further(one, flow)
             self._doubt(flow, hurried)
-            self._fill(records, rows, flow)
+        _fill(records, [(rows, flow) for rows, _, flow in named])
+        self._forget(self._now_ns())
         if copies:
             records = np.concatenate([records, *copies])
             keep = np.concatenate([keep, np.ones(len(records) - len(keep), bool)])
@@ -220,27 +227,16 @@ class PacketNames:
                 flow.flags |= lib.SNIFFER_F_AMBIGUOUS
                 return
 
-    def _fill(self, records: np.ndarray, rows: list[int], flow: PacketFlow) -> None:
-        records["how"][rows] = flow.how
-        records["cookie"][rows] = flow.cookie
-        records["inode"][rows] = flow.inode
-        records["flags"][rows] |= flow.flags
-        if flow.owner is not None:
-            records["tgid"][rows] = flow.owner.identity.tgid
-            records["start_ns"][rows] = flow.owner.identity.start_ns
-            records["uid"][rows] = flow.owner.uid
-            records["comm"][rows] = flow.owner.comm[: lib.SNIFFER_COMM_LEN]
-
     def _flow(
         self, group: PacketGroup, one: Tuple, records: np.ndarray, forwarded: bool, hurried: bool
     ) -> PacketFlow:
         """`hurried`: there is no time for a lookup."""
         now = self._now_ns()
         known = self._flows.get(group.key)
-        sent_ns = int(records["time_ns"][group.rows[0]])
+        sent_ns = group.sent_ns
         connection = None
         if one.proto == socket.IPPROTO_TCP:
-            connection = follow(known, group, records[group.rows], sent_ns)
+            connection = follow(known, group, records)
             if connection.refused:
                 how = lib.SNIFFER_HOW_NO_SOCKET
                 found = self._flows[group.key] = PacketFlow(now, how, connection=connection)
@@ -250,7 +246,8 @@ class PacketNames:
             forked = self._holders.may_be_inherited(known.inode, known.checked_ns)
             known.flags |= lib.SNIFFER_F_AMBIGUOUS if forked and not allowed else 0
             fresh = (age < _SOON_NS and not forked) or (age < TTL_NS and not allowed)
-            if fresh or (hurried and sent_ns - known.checked_ns < TTL_NS):
+            last_ns = int(records["time_ns"][group.rows[-1]]) if hurried else 0
+            if fresh or (hurried and last_ns - known.checked_ns < TTL_NS):
                 return known
         if hurried:
             how = lib.SNIFFER_HOW_NOT_PROBED
@@ -277,7 +274,6 @@ class PacketNames:
                     connection.owned = True
                     if connection.listener is not None:
                         self._listeners.accepted(connection.listener, found.owner)
-        self._forget(now)
         self._flows[group.key] = found
         return found
 
@@ -445,9 +441,9 @@ class PacketNames:
         for flow in flows[1:]:
             copy = records[rows]
             copy["flags"] |= lib.SNIFFER_F_COPY
-            self._fill(copy, list(range(len(rows))), flow)
+            _fill(copy, [(list(range(len(rows))), flow)])
             copies.append(copy)
-        self._fill(records, rows, flows[0])
+        _fill(records, [(rows, flows[0])])
         return copies
 
     def _receivers(self, one: Tuple) -> list[np.void]:
@@ -467,3 +463,26 @@ class PacketNames:
             if local and remote and family:
                 found.append(row)
         return found
+
+
+def _fill(records: np.ndarray, named: list[tuple[list[int], PacketFlow]]) -> None:
+    """Give the records of these rows what is known of their flows."""
+    if not named:
+        return
+    facts = np.array([_facts(flow) for _, flow in named], _FACTS)
+    counts = [len(rows) for rows, _ in named]
+    rows = np.fromiter(itertools.chain.from_iterable(rows for rows, _ in named), np.intp)
+    belongs = np.repeat(np.arange(len(named)), counts)
+    for name in _NAMES:
+        if name != "flags":
+            records[name][rows] = facts[name][belongs]
+    records["flags"][rows] |= facts["flags"][belongs]
+
+
+def _facts(flow: PacketFlow) -> tuple[object, ...]:
+    owner = flow.owner
+    known = flow.how, flow.cookie, flow.inode, flow.flags
+    if owner is None:
+        return *known, 0, 0, 0, b""
+    identity = owner.identity
+    return *known, identity.tgid, identity.start_ns, owner.uid, owner.comm

@@ -28,6 +28,7 @@ __all__ = ["Holders"]
 _WALK_SHARE = 4  # of the time, for walks in the long run
 _WALK_SAVED_NS = 500_000_000  # walking time that can be saved up while nothing is unknown
 _WALK_WAIT_S = 0.05  # to wait for another thread's walk before nobody is found
+_TOGETHER_S = 0.2  # the same for sockets that nobody waits for, or that a user made many of
 _BESIDE_S = 0.5  # to wait for one's own walk: the ring of who waits fills meanwhile
 _USER_SHARE, _USERS_SHARE, _USER_SAVED_NS = 6, 4, 300_000_000
 """Parts of the time: for the sockets of one user, and of all users but root."""
@@ -48,11 +49,9 @@ _GENERATIONS = 8
 _BORN_NS = 10_000_000  # between two looks for new processes if nobody waits for them
 _BORN_SHARE = 10  # of the time, for these looks
 _YOUNG_NS = 1_000_000_000  # how long one may be about to open its first socket
-_FEW = 16
-"""The number of processes that are read at once when the youngest are read first."""
+_FEW = 16  # processes that are read at once when the youngest are read first
 _AT_ONCE = 4
-_INHERITED_NS = 200_000_000
-"""How long the birth of a process may still give it a socket."""
+_INHERITED_NS = 200_000_000  # for so long the birth of a process may still give it a socket
 
 
 class Holders:
@@ -225,10 +224,10 @@ class Holders:
         yield from self.find_together(inodes)
 
     def find_together(self, inodes: Sequence[int]) -> Iterator[tuple[int, tuple[Owner, ...]]]:
-        """Do find() for each of `inodes`. Each process is read once, if a walk is due."""
-        if self.due():
+        """Do find() for each of `inodes`. Each process is read once, by a walk if one is due."""
+        if self.walked_ns < 0:
             self.walk()
-        else:
+        elif not self.due() or not self.walk_beside(_TOGETHER_S):
             self._ask_born(0)
         ask = functools.cache(functools.partial(procfs.owner, proc=self._proc))
         for inode in inodes:
@@ -394,7 +393,7 @@ class Holders:
 
         Each step takes a tenth of that. They are listed before other holders are searched.
         """
-        self._ask_newest()
+        self.meet_newest()
         self._ask_young(inode, _FEW)
         ask = functools.cache(functools.partial(procfs.owner, proc=self._proc))
         held = [pid for pid in self._held(inode) if ask(pid)]
@@ -402,7 +401,7 @@ class Holders:
             self._ask_parents(inode, *held)
         return self._owners(inode, self._held(inode) or held, ask) if held else ()
 
-    def _ask_newest(self) -> None:
+    def meet_newest(self) -> None:
         """Read the youngest processes born since the last look, without the list of all."""
         newest, now = self._births.last(), self._now_ns()
         with self._lock:
@@ -441,8 +440,7 @@ class Holders:
                     self._inherited = {one: at for one, at in got_before if at > recent}
 
     def may_be_inherited(self, inode: int, since_ns: int) -> bool:
-        """Return whether a process was born since then, at most 0.2 s ago, that may hold it too."""
-        self._ask_newest()
+        """Return whether a process born between then and meet_newest() may hold it too."""
         with self._lock:
             told = max(self._inherited.get(inode, 0), self._unasked_ns)
             return self._welcoming > 0 or told > since_ns  # another thread may be about to know
@@ -451,7 +449,7 @@ class Holders:
         """Read the youngest first, until one is found that holds it."""
         with self._lock:
             young = [pid for pid in reversed(self._young) if pid in self._known][:most]
-        while young and not self._held(inode):
+        while young and not self._held(inode) and not self.beside.is_over():
             self._ask(young[:_AT_ONCE])
             del young[:_AT_ONCE]
 
@@ -463,11 +461,11 @@ class Holders:
             dear = {pid for pid in self._large if pid not in likely and self._is_idle(pid)}
         cheap = [pid for pid in known if pid not in dear]
         for some in (cheap[:1], *(cheap[at : at + _FEW] for at in range(1, len(cheap), _FEW))):
-            if self._held(inode):
+            if self._held(inode) or self.beside.is_over():
                 return
             self._ask(some)
         for pid in [pid for pid in known if pid in dear]:
-            if self._held(inode) or not self._idle_budget.allows():
+            if self._held(inode) or self.beside.is_over() or not self._idle_budget.allows():
                 return
             with self._idle_budget.spend():
                 self._ask([pid])

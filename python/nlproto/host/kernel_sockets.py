@@ -34,6 +34,7 @@ _UNHELD_NS = 250_000_000
 """So long after the first time, and twice as long each time: most of what stays is the kernel's."""
 _ROUND_NS = 60_000_000_000
 """The same for a connected socket, which traffic shows sooner."""
+_WALK_S = 0.2  # to wait for a walk before
 _ASKED = 200
 """How many connected sockets of a round one look asks about."""
 
@@ -74,14 +75,20 @@ class HeldSockets(NamedTuple):
 
 
 class KernelSockets:
-    """Sockets of every network namespace that can be entered. A context manager, for one thread."""
+    """Sockets of every network namespace that can be entered. A context manager, for one thread.
+
+    `others_ns`: as in NamespaceSockets.
+    """
 
     def __init__(
-        self, holders: Holders | None = None, now_ns: Callable[[], int] = time.monotonic_ns
+        self,
+        holders: Holders | None = None,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+        others_ns: int | None = None,
     ) -> None:
         self._holders = Holders() if holders is None else holders
         self._now_ns = now_ns
-        self._namespaces = NamespaceSockets(now_ns)
+        self._namespaces = NamespaceSockets(now_ns, others_ns=others_ns)
         self._held: dict[int, tuple[Owner, ...]] = {}
         self._ports: dict[int, int] = {}
         self._unchecked: list[int] = []
@@ -99,6 +106,8 @@ class KernelSockets:
         """Maps each namespace to all its sockets (HOST_SOCKET), as of the last look."""
         self.looked_ns = 0
         """When that look began, CLOCK_MONOTONIC; 0: there was none yet."""
+        self.is_behind = False
+        """Whether sockets of some namespaces are older."""
 
     def __enter__(self) -> Self:
         return self
@@ -115,7 +124,7 @@ class KernelSockets:
         began = self._now_ns()
         tables = self._namespaces.tables()
         found = self._read(tables)
-        self.tables, self.looked_ns = tables, began
+        self.tables, self.looked_ns, self.is_behind = tables, began, self._namespaces.is_behind
         return found
 
     def _read(self, tables: dict[int, np.ndarray]) -> HeldSockets:
@@ -230,7 +239,7 @@ class KernelSockets:
         if not self._waiting and now >= self._round_ns:
             self._round_ns = now + _ROUND_NS
             if now - self._holders.walked_ns > _HELD_NS:
-                self._holders.walk()
+                self._holders.walk_beside(_WALK_S)
             numbers, rows = _connected(tables)
             self._waiting = list(zip(numbers.tolist(), rows, strict=True))
             self._asked = rows["cookie"]

@@ -12,12 +12,15 @@ import numpy as np
 from nlproto.errors import Error, NoPrivilege
 from nlproto.host import netns, procfs
 from nlproto.host.sockdiag import SockDiag
+from nlproto.running.budget import Patience
 from nlproto.running.closing import Closing
 from nlproto.running.supervise import Failures
 
 __all__ = ["NamespaceSockets", "PerNamespace"]
 
 _LOOK_NS = 2_000_000_000
+_REST_NS = 250_000_000  # the same if the last look had no time for all
+_BEHIND_NS = 5_000_000_000
 
 
 class _Closable(Protocol):
@@ -32,7 +35,8 @@ class PerNamespace(Closing, Generic[S]):
 
     There are at most netns.room() namespaces, chosen as engine packet chooses. `make` makes the
     socket, inside the namespace; it raises NoPrivilege if that is refused. Looks take at most one
-    `share`th of the time (0: no limit), so with many processes they are rarer.
+    `share`th of the time (0: no limit), so with many processes they are rarer. A look enters all
+    new namespaces of root, and users' as far as there is time. The next one enters others.
 
     A socket keeps its namespace alive. So a look closes the socket of a namespace that no process
     and no name holds any more.
@@ -43,8 +47,10 @@ class PerNamespace(Closing, Generic[S]):
         make: Callable[[], S],
         now_ns: Callable[[], int] = time.monotonic_ns,
         share: int = 0,
+        others_ns: int | None = None,
     ) -> None:
         self._share = share
+        self._others_ns = others_ns
         self._make = make
         self._now_ns = now_ns
         self._look_ns = now_ns()
@@ -52,6 +58,8 @@ class PerNamespace(Closing, Generic[S]):
         self.own = netns.own()
         self._failures = Failures("sock_diag")
         self._namespaces: dict[int, S | None] = {}
+        self._owners: dict[int, int] = {}
+        """Who owns each namespace: a uid, or UNKNOWN_OWNER. 0: root, or it is ours."""
 
     def close(self) -> None:
         """Close all sockets."""
@@ -80,9 +88,14 @@ class PerNamespace(Closing, Generic[S]):
         if there is None:
             return
         there.pop(self.own, None)
+        new = {number: path for number, path in there.items() if number not in self._namespaces}
+        known = self._owners
+        self._owners = {
+            one: known[one] if one in known else netns.owner_or_unknown(path) or 0
+            for one, path in there.items()
+        }
         if len(there) > netns.room():
-            owners = {number: netns.owner_or_unknown(path) for number, path in there.items()}
-            chosen = netns.choose(owners, self._namespaces, netns.room())
+            chosen = netns.choose(self._owners, self._namespaces, netns.room())
             self._failures.add(
                 Error(f"only {len(chosen)} of {len(there)} network namespaces are read")
             )
@@ -96,13 +109,20 @@ class PerNamespace(Closing, Generic[S]):
                 self._namespaces[self.own] = self._make()
             except NoPrivilege:
                 self._namespaces[self.own] = None
-        for number, path in there.items():
-            if number in self._namespaces:
-                continue
+        patience = None
+        for number in sorted(there.keys() & new.keys(), key=lambda one: self._owners[one] != 0):
+            if self._owners[number] and (patience := patience or self._patience()).is_over():
+                self._look_ns = min(self._look_ns, now + max(_REST_NS, self._share * took))
+                break
             try:
-                self._namespaces[number] = netns.run_inside(path, self._make)
+                self._namespaces[number] = netns.run_inside(new[number], self._make)
             except (Error, OSError):
                 self._namespaces[number] = None
+
+    def _patience(self) -> Patience:
+        """Return how long namespaces of users may take now."""
+        limit_ns = 1 << 62 if self._others_ns is None else self._others_ns
+        return Patience(0, limit_ns, lambda: False, self._now_ns)
 
     def there(self) -> dict[int, S]:
         """Return the sockets of all namespaces."""
@@ -111,23 +131,63 @@ class PerNamespace(Closing, Generic[S]):
 
 
 class NamespaceSockets(PerNamespace[SockDiag]):
-    """The sock_diag sockets of all namespaces."""
+    """The sock_diag sockets of all namespaces. `others_ns` is also for users' in tables()."""
 
-    def __init__(self, now_ns: Callable[[], int] = time.monotonic_ns, share: int = 0) -> None:
-        super().__init__(SockDiag, now_ns, share)
+    def __init__(
+        self,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+        share: int = 0,
+        others_ns: int | None = None,
+    ) -> None:
+        super().__init__(SockDiag, now_ns, share, others_ns)
+        self._tables: dict[int, np.ndarray] = {}
+        self._read_ns: dict[int, int] = {}
 
     def tables(self) -> dict[int, np.ndarray]:
-        """Return all sockets of each namespace (HOST_SOCKET); ours from /proc/net if need be."""
+        """Return all sockets of each namespace (HOST_SOCKET); ours from /proc/net if need be.
+
+        Ours and root's are read now. Users take turns as long as there is time. What was read of
+        the others before stays.
+        """
         self.look()
-        found: dict[int, np.ndarray] = {}
-        for number, diag in list(self._namespaces.items()):
-            if diag is not None:
-                try:
-                    found[number] = diag.dump()
-                    continue
-                except NoPrivilege:
-                    diag.close()
-                    self._namespaces[number] = None
-            if number == self.own:
-                found[number] = procfs.tables()
-        return found
+        patience = None
+        for number in self._in_turn():
+            users = self._owners.get(number, 0) != 0
+            if users and (patience := patience or self._patience()).is_over():
+                break
+            self._read(number)
+        self._tables = {
+            one: table for one, table in self._tables.items() if one in self._namespaces
+        }
+        return self._tables.copy()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the last tables() had older contents of some namespace, or none."""
+        limit = self._now_ns() - _BEHIND_NS
+        readable = [number for number, one in self._namespaces.items() if one is not None]
+        return any(self._read_ns.get(number, 0) < limit for number in readable)
+
+    def _in_turn(self) -> list[int]:
+        """Return our namespace, root's, then one of each user in turn, the longest unread first."""
+        by_uid: dict[int, list[int]] = {}
+        for number in sorted(self._namespaces, key=lambda one: self._read_ns.get(one, 0)):
+            by_uid.setdefault(self._owners.get(number, 0), []).append(number)
+        first = sorted(by_uid.pop(0, []), key=lambda one: one != self.own)
+        turns = [(turn, one) for numbers in by_uid.values() for turn, one in enumerate(numbers)]
+        return first + [one for _, one in sorted(turns, key=lambda turn: turn[0])]
+
+    def _read(self, number: int) -> None:
+        diag = self._namespaces[number]
+        self._read_ns[number] = self._now_ns()
+        if diag is not None:
+            try:
+                self._tables[number] = diag.dump()
+                return
+            except NoPrivilege:
+                diag.close()
+                self._namespaces[number] = None
+        if number == self.own:
+            self._tables[number] = procfs.tables()
+        else:
+            self._tables.pop(number, None)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,8 +24,7 @@ _RIVALS_NS = 10_000_000  # the same where a new one would matter
 _BOUND_LIMIT = 1024  # ports
 
 
-@dataclass(frozen=True, slots=True)
-class Tuple:
+class Tuple(NamedTuple):
     """One flow as this host sees it. Addresses are the 16 bytes of a record."""
 
     proto: int

@@ -32,10 +32,11 @@ _FRESH_NS = 250_000_000
 _REMEMBERED_NS = 120_000_000_000
 _LATE_NS = 1_000_000_000
 """Older packets are not looked up: others wait behind them."""
-_AGAIN_SHARE, _AGAIN_SAVED_NS = 8, 500_000_000
+_AGAIN_SHARE, _AGAIN_SAVED_NS = 8, 100_000_000
 """Part of the time for lookups where the engine had no time, or cannot know."""
 _LIMIT = 65536
-_LOOK_SHARE = 10  # part of the time for looks for new namespaces
+_LOOK_SHARE = 10  # part of the time for looks for new namespaces,
+_OTHERS_NS = 50_000_000  # and the longest time of one for those of users
 
 _Key = tuple[int, int, bytes, int, bytes, int]
 
@@ -65,7 +66,7 @@ class Namer:
         self._start_of = start_of
         self._holders = Holders() if holders is None else holders
         self._now_ns = now_ns
-        self._namespaces = NamespaceSockets(now_ns, share=_LOOK_SHARE)
+        self._namespaces = NamespaceSockets(now_ns, _LOOK_SHARE, _OTHERS_NS)
         self._known: dict[tuple[int, _Key], _Found] = {}
         self._again = Budget(_AGAIN_SHARE, _AGAIN_SAVED_NS, now_ns)
 
