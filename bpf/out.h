@@ -213,17 +213,9 @@ static __always_inline bool out_linked(struct net *net, struct sk_buff *skb, boo
 				       struct counters *c)
 {
 	u32 state = link_of(net);
-	u64 *told;
 
-	if (!state)
+	if (!state || (state == LINK_BEGINS && *told_here(c->linked_skb) != (u64)skb))
 		return false;
-	if (state == LINK_BEGINS) {
-		told = told_here(c->linked_skb);
-		if (*told != (u64)skb)
-			return false;
-		if (!first)
-			*told = 0;
-	}
 	if (first)
 		__sync_fetch_and_add(&c->linked_calls, 1);
 	return true;

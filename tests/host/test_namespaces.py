@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from nlproto.host import netns
+from nlproto.host.namespace_sockets import PerNamespace
 from nlproto.running import descriptors
 from waiting import there, until
 
@@ -62,7 +64,41 @@ def namespaces() -> Iterator[Any]:
 def test_a_namespace_is_of_who_made_the_outermost_user_namespace(
     namespaces: Any, command: Any, user: Any, owner: Any
 ) -> None:
-    assert netns.owner(namespaces(command, user)) == owner
+    path = namespaces(command, user)
+    assert netns.owner(path, path.stat().st_ino) == owner
+
+
+def test_a_namespace_whose_place_another_took_is_not_entered(namespaces: Any) -> None:
+    """A pid that is used again: what is found there belongs to another namespace."""
+    path, entered = namespaces(["unshare", "-n"]), []
+    with pytest.raises(FileNotFoundError, match="is there no more"):
+        netns.run_inside(path, netns.own(), lambda: entered.append(netns.own()))
+    with pytest.raises(FileNotFoundError, match="is there no more"):
+        netns.owner(path, netns.own())
+    assert entered == []
+    assert netns.owner_or_unknown(path, netns.own()) == netns.UNKNOWN_OWNER
+    inside = Path("/proc/thread-self/ns/net")
+    assert netns.run_inside(path, path.stat().st_ino, lambda: inside.stat().st_ino) == (
+        path.stat().st_ino
+    )
+
+
+def test_a_namespace_that_was_missed_once_is_read_by_the_next_look(namespaces: Any) -> None:
+    path = namespaces(["unshare", "-n"])
+    inode, missed = path.stat().st_ino, []
+
+    def paths(*_: object) -> dict[int, Path]:
+        wrong = Path("/proc/self/ns/net")
+        missed.append(inode)
+        return {netns.own(): wrong, inode: wrong if len(missed) == 1 else path}
+
+    now = [0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(netns, "paths", paths)
+        with PerNamespace(lambda: socket.socket(), lambda: now[0]) as sockets:
+            assert inode not in sockets.there()
+            now[0] += 3_000_000_000
+            assert inode in sockets.there()
 
 
 ENGINE = """
@@ -107,7 +143,9 @@ def captured(child: Any) -> set[int]:
 
 
 def test_a_users_many_namespaces_leave_places_for_root(namespaces: Any, engine: Any) -> None:
-    roots = [path for path in netns.paths().values() if not netns.owner_or_unknown(path)]
+    roots = [
+        path for inode, path in netns.paths().items() if not netns.owner_or_unknown(path, inode)
+    ]
     room = len(roots) + 6
     theirs = {namespaces(INSIDE, USER).stat().st_ino for _ in range(20)}
     child = engine(2 * (descriptors._PER_NETNS * (room + 1) + 64))

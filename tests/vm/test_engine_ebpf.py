@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from nlproto.engines.bpf import NoBpf
 from nlproto.engines.ebpf import EbpfEngine
 from nlproto.pipeline.account import Account
 from nlproto.records.wire import RECORD, Batch, lib
-from waiting import until
+from waiting import there, until
 
 pytestmark = pytest.mark.parallel
 
@@ -106,10 +107,7 @@ def test_the_account_closes_when_the_ring_overflows(engine: EbpfEngine) -> None:
     assert made >= sent + received - missed
 
 
-def test_a_namespace_that_is_made_later_gets_its_link(engine: EbpfEngine) -> None:
-    if not engine.stats()["namespaces_linked"]:
-        pytest.skip("this kernel has no links of Netfilter (before 6.4)")
-    script = """
+SENDER = """
 import os, socket, sys
 os.system("ip link set lo up")
 sock = socket.socket(type=socket.SOCK_DGRAM)
@@ -121,28 +119,65 @@ for line in sys.stdin:
         sock.recv(10)
     print("sent", flush=True)
 """
-    command = ["unshare", "--net", sys.executable, "-c", script]
-    records = [np.zeros(0, RECORD)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as child:
-        assert child.stdin and child.stdout
-        inode = int(child.stdout.readline())
-        turns = 0
-        # before, while and after it gets one
-        while turns < 20 or linked(engine) < 100:
-            child.stdin.write("\n")
-            child.stdin.flush()
-            assert child.stdout.readline() == "sent\n"
-            turns += 1
-            records += [e.records.copy() for e in engine.read(0) if isinstance(e, Batch)]
-            assert turns < 2000
-        child.stdin.close()
-    records += [e.records for e in engine.finish() if isinstance(e, Batch)]
-    found = np.concatenate(records)
-    ours = found[found["netns"] == inode]
-    assert len(ours) == 200 * turns
-    assert set(ours["how"].tolist()) <= {lib.SNIFFER_HOW_CONTEXT, lib.SNIFFER_HOW_SOCKET}
+
+
+class Sender:
+    """A process in a new namespace that sends itself 100 packets a turn."""
+
+    def __init__(self, engine: EbpfEngine) -> None:
+        if not engine.stats()["namespaces_linked"]:
+            pytest.skip("this kernel has no links of Netfilter (before 6.4)")
+        self._engine = engine
+        self._records = [np.zeros(0, RECORD)]
+        self._child = subprocess.Popen(
+            ["unshare", "--net", sys.executable, "-c", SENDER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.inode = int(there(self._child.stdout).readline())
+        self.turns = 0
+
+    def turn(self) -> None:
+        there(self._child.stdin).write("\n")
+        there(self._child.stdin).flush()
+        assert there(self._child.stdout).readline() == "sent\n"
+        self.turns += 1
+        assert self.turns < 2000
+        self._keep(self._engine.read(0))
+
+    def records(self) -> np.ndarray:
+        """End it; return all records of its namespace."""
+        with self._child:
+            there(self._child.stdin).close()
+        self._keep(self._engine.finish())
+        found: np.ndarray = np.concatenate(self._records)
+        return np.compress(found["netns"] == self.inode, found)
+
+    def _keep(self, events: Iterable[object]) -> None:
+        self._records += [event.records.copy() for event in events if isinstance(event, Batch)]
+
+
+def test_a_namespace_that_is_made_later_gets_its_link(engine: EbpfEngine) -> None:
+    sender = Sender(engine)
+    while sender.turns < 20 or linked(engine) < 100:  # before, while and after it gets one
+        sender.turn()
+    records = sender.records()
+    assert len(records) == 200 * sender.turns
+    assert set(records["how"].tolist()) <= {lib.SNIFFER_HOW_CONTEXT, lib.SNIFFER_HOW_SOCKET}
+
+
+def test_a_packet_is_told_once_while_its_link_begins(engine: EbpfEngine) -> None:
+    """The functions report what no link has, whichever of their two programs runs first."""
+    sender = Sender(engine)
+    while linked(engine) < 100:
+        sender.turn()
+    key, (begins, tells) = struct.pack("=I", sender.inode), map(struct.Struct("=I").pack, (1, 2))
+    until(lambda: engine._object.lookup("links", key, 4) == tells)
+    engine._object.update("links", key, begins)  # as in the first 50 ms
+    for _ in range(10):
+        sender.turn()
+    assert len(sender.records()) == 200 * sender.turns
 
 
 def linked(engine: EbpfEngine) -> int:

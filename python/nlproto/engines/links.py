@@ -65,7 +65,7 @@ class NetfilterLinks:
         self._namespaces.start()
 
     def _make(self, inode: int, path: Path, ours: bool) -> _Links:
-        return netns.run_inside(path, lambda: _Links(self._loaded, inode))
+        return netns.run_inside(path, inode, lambda: _Links(self._loaded, inode))
 
     def look(self) -> None:
         """Close the links of namespaces that nobody uses any more. Call it now and then."""

@@ -135,9 +135,9 @@ class CapturedNamespaces(Generic[P]):
         pause = max(_LOOK, _LOOK_SHARE * (time.monotonic() - began))
         found.pop(self._own, None)
         self._owners = {
-            inode: self._owners[inode]
-            if inode in self._owners
-            else netns.owner_or_unknown(path, self._proc)
+            inode: owner
+            if (owner := self._owners.get(inode, netns.UNKNOWN_OWNER)) != netns.UNKNOWN_OWNER
+            else netns.owner_or_unknown(path, inode, self._proc)
             for inode, path in found.items()
         }
         limit = netns.room()

@@ -224,7 +224,7 @@ class PacketEngine(Closing):
                 return _Capture(capture, diag, interfaces, addresses, names, nat)
 
         if inode != self._own:
-            return netns.run_inside(path, make)
+            return netns.run_inside(path, inode, make)
         try:
             return make()
         except OSError as error:

@@ -89,9 +89,10 @@ class PerNamespace(Closing, Generic[S]):
             return
         there.pop(self.own, None)
         new = {number: path for number, path in there.items() if number not in self._namespaces}
-        known = self._owners
         self._owners = {
-            one: known[one] if one in known else netns.owner_or_unknown(path) or 0
+            one: owner
+            if (owner := self._owners.get(one, netns.UNKNOWN_OWNER)) != netns.UNKNOWN_OWNER
+            else netns.owner_or_unknown(path, one) or 0
             for one, path in there.items()
         }
         if len(there) > netns.room():
@@ -115,7 +116,9 @@ class PerNamespace(Closing, Generic[S]):
                 self._look_ns = min(self._look_ns, now + max(_REST_NS, self._share * took))
                 break
             try:
-                self._namespaces[number] = netns.run_inside(new[number], self._make)
+                self._namespaces[number] = netns.run_inside(new[number], number, self._make)
+            except FileNotFoundError:  # found anew by the next look, if it is still there
+                continue
             except (Error, OSError):
                 self._namespaces[number] = None
 

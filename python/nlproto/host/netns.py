@@ -6,6 +6,7 @@ Sources: man 7 network_namespaces, man 2 setns, man 7 rtnetlink.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -140,14 +141,27 @@ def paths(proc: Path = Path("/proc"), named: Path = NAMED) -> dict[int, Path]:
     return found
 
 
-def owner(path: Path, proc: Path = Path("/proc")) -> int | None:
-    """Return which uid owns the namespace at `path`; None if it belongs to our own user namespace.
+def _open(path: Path, inode: int) -> int:
+    """Open a namespace for its descriptor. Raises FileNotFoundError if another one is there now.
 
-    The owner is the uid that made the outermost user namespace around it. Inside, a user has more
-    ids, and can make more user namespaces with them. Raises OSError if that may not be asked.
+    What was a process's is another's when its pid is used again, and a name can be given anew.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if os.fstat(handle).st_ino != inode:
+        os.close(handle)
+        raise FileNotFoundError(errno.ENOENT, f"network namespace {inode} is there no more", path)
+    return handle
+
+
+def owner(path: Path, inode: int, proc: Path = Path("/proc")) -> int | None:
+    """Return which uid owns the namespace `inode`, which was found at `path`.
+
+    None if it belongs to our own user namespace. The owner is the uid that made the outermost user
+    namespace around it. Inside, a user has more ids, and can make more user namespaces with them.
+    Raises OSError if that may not be asked or if it has ended.
     """
     ours = os.stat(proc / "self" / "ns" / "user").st_ino
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    handle = _open(path, inode)
     try:
         handle = _related(handle, NS_GET_USERNS)
         uid: int | None = None
@@ -162,10 +176,10 @@ def owner(path: Path, proc: Path = Path("/proc")) -> int | None:
         os.close(handle)
 
 
-def owner_or_unknown(path: Path, proc: Path = Path("/proc")) -> int | None:
+def owner_or_unknown(path: Path, inode: int, proc: Path = Path("/proc")) -> int | None:
     """Return what owner() returns; UNKNOWN_OWNER if the namespace has ended or may not be asked."""
     try:
-        return owner(path, proc)
+        return owner(path, inode, proc)
     except OSError:
         return UNKNOWN_OWNER
 
@@ -203,18 +217,19 @@ def choose(owners: Mapping[int, int | None], held: Collection[int], limit: int) 
     return chosen
 
 
-def run_inside(path: Path, work: Callable[[], T]) -> T:
-    """Run work() in a thread of its own, inside the namespace at `path`; return its result.
+def run_inside(path: Path, inode: int, work: Callable[[], T]) -> T:
+    """Run work() in a thread of its own, inside the namespace `inode` found at `path`.
 
-    Sockets made in there stay there. Raises NoPrivilege without CAP_SYS_ADMIN, Error if no thread
-    can be made, and what work() raises.
+    Returns its result. Sockets made in there stay there. Raises FileNotFoundError if the namespace
+    is not there any more, NoPrivilege without CAP_SYS_ADMIN, Error if no thread can be made, and
+    what work() raises.
     """
     results: list[T] = []
     errors: list[BaseException] = []
 
     def enter() -> None:
         try:
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            handle = _open(path, inode)
             try:
                 code = -lib.host_setns_net(handle)
             finally:

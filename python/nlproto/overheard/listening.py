@@ -154,7 +154,7 @@ class Overheard:
         return _Place(self._own, self._listen_to, self._nat, own=True)
 
     def _open(self, inode: int, path: Path, ours: bool) -> _Place:
-        return netns.run_inside(path, lambda: _Place(inode, self._listen_to, self._nat))
+        return netns.run_inside(path, inode, lambda: _Place(inode, self._listen_to, self._nat))
 
     def _owner_of(self, inode: int) -> int | None:
         return 0 if inode == self._own else self._others.owner(inode)
