@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-TIERS = ("unit", "host", "vm", "attribution", "ebpf")
+TIERS = ("unit", "host", "vm", "attribution", "ebpf", "links")
 NOT_RUN = (
     "test-matrix",
     "test-kasan",
