@@ -99,9 +99,9 @@ def _own_directories() -> tuple[str, ...]:
 def others_can_write(path: str, environment: Mapping[str, str]) -> str | None:
     """Return a place where a user other than root or the user behind sudo could change imports.
 
-    This is `path` itself, a directory or link on the way to it, or a module or package in it, at
-    any depth. A directory that others can write counts as a package if it has the name of one: its
-    owner may add the `__init__`. None: there is none.
+    This is `path` itself, a directory or link on the way to it. Or it is a module or package in
+    it, at any depth. A directory that others can write counts as a package if it has the name of
+    one: its owner may add the `__init__`. None: there is none.
     """
     users = {0, *_number(environment.get("SUDO_UID"))}
     groups = {0, *_number(environment.get("SUDO_GID"))}

@@ -221,8 +221,8 @@ def run_inside(path: Path, inode: int, work: Callable[[], T]) -> T:
     """Run work() in a thread of its own, inside the namespace `inode` found at `path`.
 
     Returns its result. Sockets made in there stay there. Raises FileNotFoundError if the namespace
-    is not there any more, NoPrivilege without CAP_SYS_ADMIN, Error if no thread can be made, and
-    what work() raises.
+    is not there any more, NoPrivilege without CAP_SYS_ADMIN. Raises Error if no thread can be
+    made, and what work() raises.
     """
     results: list[T] = []
     errors: list[BaseException] = []
