@@ -24,6 +24,7 @@ _PROGRAMS = 40
 _PER_HOST = 10  # programs that run on one host
 _TARGETS = 5  # that one of them talks to
 _INSIDE = 0.7  # of them are on another host of the fleet
+_LATE = 200  # one in so many is accepted after a batch: its first packets are the listener's
 _ACCOUNT_S = 60
 _DIFFERENT = 6  # hours
 _SECONDS = {"flows": 10, "procs": 1, "account": 1, "rollup": 1}
@@ -95,7 +96,7 @@ def _again(folder: Path, begin: int, later: int) -> None:
 
 
 def _flows(folder: Path, rows: int, begin: int, random: np.random.Generator) -> None:
-    count = int(rows / (1 + _INSIDE))
+    count = int(rows / (1 + _INSIDE + _INSIDE / _LATE))
     client = random.integers(0, HOSTS, count)
     slot_c = random.integers(0, _PER_HOST, count)
     # a program talks to few others, always the same
@@ -109,7 +110,9 @@ def _flows(folder: Path, rows: int, begin: int, random: np.random.Generator) -> 
     last = first + random.exponential(1e9, count).clip(0, 9.9e9).astype(np.int64)
     sizes = random.integers(100, 100_000, (2, count)).astype(np.uint64)
     pick = np.flatnonzero(inside)
+    pick = np.concatenate([pick, pick[::_LATE]])
     late = random.integers(50_000, 900_000, len(pick))  # ns on the way
+    first_packets = np.arange(count + len(pick)) >= count + np.count_nonzero(inside)
     skew = (np.arange(HOSTS) * 7919 % 200 - 100) * 10**6  # clocks: 100 ms apart at most
     both = {
         "host": np.concatenate([client, server[pick]]),
@@ -123,7 +126,12 @@ def _flows(folder: Path, rows: int, begin: int, random: np.random.Generator) -> 
         "last": np.concatenate([last + skew[client], last[pick] + late + skew[server[pick]]]),
         "out": np.concatenate([sizes[0], sizes[1][pick]]),
         "in": np.concatenate([sizes[1], sizes[0][pick]]),
+        "listener": first_packets,
     }
+    both["last"] = np.where(first_packets, both["first"], both["last"])
+    accepted = slice(count, count + np.count_nonzero(inside))
+    both["first"][accepted][::_LATE] += 1_000_000
+    both["last"] = np.maximum(both["last"], both["first"])
     both["last"] = both["last"].clip(begin, begin + HOUR_NS - 1)
     order = np.argsort(both["last"], kind="stable")
     column = {name: values[order] for name, values in both.items()}
@@ -135,7 +143,7 @@ def _flows(folder: Path, rows: int, begin: int, random: np.random.Generator) -> 
         "boot": _words(_BOOTS, host),
         "sequence": (column["last"] // (10 * 10**9)).astype(np.uint64),
         "netns": np.full(total, 4026531840, np.uint32),
-        "cookie": random.integers(1, 1 << 62, total).astype(np.uint64),
+        "cookie": np.where(column["listener"], 0, random.integers(1, 1 << 62, total)).astype("u8"),
         "protocol": np.full(total, 6, np.uint8),
         "laddr": _words(_ADDRESSES, column["laddr"]),
         "lport": column["lport"],
@@ -147,7 +155,7 @@ def _flows(folder: Path, rows: int, begin: int, random: np.random.Generator) -> 
         "start_ns": (column["slot"] * 10**9 + 10**9).astype(np.uint64),
         "uid": (1000 + comm).astype(np.uint32),
         "comm": _words(_COMMS, comm),
-        "how": _words(["socket"], np.zeros(total, int)),
+        "how": _words(["socket", "listener"], column["listener"].astype(int)),
         "flags": np.zeros(total, np.uint32),
         "first_ns": column["first"],
         "last_ns": column["last"],

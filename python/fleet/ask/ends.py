@@ -284,13 +284,14 @@ FROM best
 # Why an end has no partner.
 _ALONE = """
 CREATE OR REPLACE TEMP TABLE alone AS
-WITH meant AS (SELECT c, s FROM match_ WHERE meant AND machines = 1),
+WITH paired AS (
+    SELECT unnest([c, s]) AS id FROM match_ WHERE meant AND machines = 1),
 rest AS (
     SELECT id, host, protocol, laddr, lport, raddr, rport, client, name, domain, last_ns,
         bytes_out + bytes_in AS bytes, coalesce(nat_raddr, raddr) AS other,
         laddr = raddr AND lport = rport AS itself
-    FROM end_
-    WHERE fits AND NOT forwarded AND id NOT IN (SELECT c FROM meant UNION ALL SELECT s FROM meant)),
+    FROM end_ ANTI JOIN paired USING (id)
+    WHERE fits AND NOT forwarded),
 passed AS (
     SELECT DISTINCT rest.id FROM rest JOIN end_ f ON {any} AND f.forwarded
         AND f.host <> rest.host AND f.protocol = rest.protocol
@@ -388,7 +389,8 @@ def join(store: FlowStore, wanted: Wanted, name: str, details: bool = False) -> 
     if translated:
         store.rows(_WAYS)
         store.rows(_PASSING)
-        _until_all(store, _MORE_WAYS)
+        if store.rows("SELECT 1 FROM back LIMIT 1"):
+            _until_all(store, _MORE_WAYS)
     shared = "false" if not _tell_hosts(store) else _SHARED
     edge = int(store.range.since_ns) + _EDGE_NS
     known = _ALL_KNOWN if translated else _KNOWN
