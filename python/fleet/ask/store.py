@@ -8,15 +8,17 @@ statement: files are chosen here, and values are parameters.
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from fleet import schema
 from fleet.collect.known_batches import KnownBatches
@@ -30,6 +32,8 @@ _THREADS = 2
 """The most of a collector's memory and processors that a question takes."""
 _TRIES = 10
 _T = TypeVar("_T")
+_Scratch: TypeAlias = "tempfile.TemporaryDirectory[str]"
+"""For what does not fit into memory. The database's default is the working directory."""
 
 
 class _Moved(Error):
@@ -54,7 +58,12 @@ class FlowStore:
     `proc` has the newest state of each process."""
 
     def __init__(
-        self, database: duckdb.DuckDBPyConnection, range: Range, folder: Path | None
+        self,
+        database: duckdb.DuckDBPyConnection,
+        scratch: _Scratch,
+        range: Range,
+        folder: Path | None = None,
+        read: Iterable[Path] = (),
     ) -> None:
         self.database = database
         self.range = range
@@ -64,13 +73,17 @@ class FlowStore:
         """The machine had more flows than it returned."""
         self.hosts: Any = None
         """What fleet.ask.hosts found."""
+        self._scratch = scratch
         self._folder = folder
+        self._read = list(read)
+        """The folders whose files are read."""
 
     def __enter__(self) -> FlowStore:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.database.close()
+        self._scratch.cleanup()
 
     @functools.cached_property
     def owners(self) -> dict[str, list[str]]:
@@ -109,20 +122,17 @@ class FlowStore:
         """Make the view `rollup` of the hours from `since_ns` to the range. Raises Error."""
         if self._folder is None:
             return
-        folder = self._folder / "rollup"
-        before = Range(since_ns, self.range.since_ns)
-        with _moving():
-            _view(self.database, "rollup", _sums(folder, before), schema.ROLLUP)
+        folders = _sums(self._folder / "rollup", Range(since_ns, self.range.since_ns))
+        self._read += folders
+        with _reading(folders):
+            _view(self.database, "rollup", folders, schema.ROLLUP)
 
     def rows(self, query: str, words: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """Return the answer's rows by column name. Raises Error."""
-        try:
-            with _moving():
-                found = self.database.execute(query, words or None)
-                names = [one[0] for one in found.description or ()]
-                return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
-        except duckdb.Error as error:
-            raise Error(f"the store cannot answer: {str(error).splitlines()[0]}") from None
+        with _reading(self._read):
+            found = self.database.execute(query, words or None)
+            names = [one[0] for one in found.description or ()]
+            return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
 
 def ask(opened: Callable[[], FlowStore], question: Callable[[FlowStore], _T]) -> _T:
@@ -149,37 +159,71 @@ def _moving() -> Iterator[None]:
         raise _Moved(f"the store cannot be read: {str(error).splitlines()[0]}") from None
 
 
+@contextmanager
+def _reading(folders: Iterable[Path]) -> Iterator[None]:
+    """Raises Error for what the database cannot do, and names a damaged file of `folders`."""
+    try:
+        with _moving():
+            yield
+    except (OSError, duckdb.Error) as error:
+        if isinstance(error, duckdb.Error):
+            _find_damaged(folders)
+        raise Error(f"the store cannot answer: {str(error).splitlines()[0]}") from None
+
+
+def _find_damaged(folders: Iterable[Path]) -> None:
+    """Raises Error if a file cannot be read to its end."""
+    for path in (path for folder in folders for path in parts(folder)):
+        with suppress(FileNotFoundError):
+            try:
+                with pq.ParquetFile(path) as file:
+                    for at in range(file.num_row_groups):
+                        file.read_row_group(at)
+            except (pa.ArrowException, OSError) as error:
+                if not isinstance(error, FileNotFoundError):
+                    reason = str(error).splitlines()[0]
+                    raise Error(f"{path} is damaged: {reason}; move it away") from None
+
+
 def open_folder(folder: Path, range: Range) -> FlowStore:
     """Open a collector's folder. Raises Error."""
     if not (folder / "flows").is_dir():
         raise Error(f"{folder} has no flows: is it what packet-hunter-collect writes? --store DIR")
-    database = _database()
+    scratch = _scratch()
+    database = _database(scratch)
+    folders: list[Path] = []
     try:
-        with _moving():
-            for kind, columns in schema.TABLES.items():
-                _view(database, f"all_{kind}", _hours(folder / kind, range, _READ[kind]), columns)
-            _make_views(database, range)
-    except (OSError, duckdb.Error) as error:
-        database.close()
-        raise Error(f"cannot read {folder}: {str(error).splitlines()[0]}") from None
+        for kind, columns in schema.TABLES.items():
+            hours = _hours(folder / kind, range, _READ[kind])
+            folders += hours
+            with _reading(hours):
+                _view(database, f"all_{kind}", hours, columns)
+        _make_views(database, range)
     except BaseException:
         database.close()
+        scratch.cleanup()
         raise
-    return FlowStore(database, range, folder)
+    return FlowStore(database, scratch, range, folder, folders)
 
 
 def open_tables(tables: dict[str, pa.Table], range: Range) -> FlowStore:
     """Open tables in memory: "flows", "procs", "account"; missing ones are empty."""
-    database = _database()
+    scratch = _scratch()
+    database = _database(scratch)
     for kind, columns in (*schema.TABLES.items(), ("rollup", schema.ROLLUP)):
         name = kind if kind == "rollup" else f"all_{kind}"
         database.register(name, tables.get(kind, columns.empty_table()))
     _make_views(database, range)
-    return FlowStore(database, range, None)
+    return FlowStore(database, scratch, range)
 
 
-def _database() -> duckdb.DuckDBPyConnection:
+def _scratch() -> _Scratch:
+    return tempfile.TemporaryDirectory(prefix="packet-hunter-", ignore_cleanup_errors=True)
+
+
+def _database(scratch: _Scratch) -> duckdb.DuckDBPyConnection:
     database = duckdb.connect()
+    database.execute("SET temp_directory = $1", [scratch.name])
     database.execute(f"SET memory_limit = '{_MEMORY}'; SET preserve_insertion_order = false")
     database.execute(f"SET TimeZone = 'UTC'; SET threads = {_THREADS}")
     database.execute("SET enable_progress_bar = false; SET parquet_metadata_cache = true")

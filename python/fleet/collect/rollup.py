@@ -103,7 +103,7 @@ def _write(final: Path, newest_ns: int, sums: Callable[[], pa.Table]) -> bool:
 def _database() -> Iterator[duckdb.DuckDBPyConnection]:
     with duckdb.connect() as database:
         database.execute(f"SET memory_limit = '{_MEMORY}'; SET threads = 1")
-        database.execute("SET preserve_insertion_order = false")
+        database.execute("SET preserve_insertion_order = false; SET enable_progress_bar = false")
         yield database
 
 
