@@ -251,6 +251,27 @@ def test_what_is_no_batch_is_counted_and_given_up(server: Server, tmp_path: Path
     assert asyncio.run(left()) == 0
 
 
+def test_a_damaged_file_stops_a_collector_until_it_is_moved_away(
+    server: Server, tmp_path: Path
+) -> None:
+    """What its batches are cannot be read, so anything might be twice."""
+    ago = time.time() % 3600 + 1800  # the same hour for both
+    publish(server.url, ("flows.h1", batch(0, 3, 1, ago)))
+    with collect(tmp_path, server.url) as collector:
+        until(lambda: each_once(tmp_path, "h1", 3))
+        assert collector.stop() == 0
+    [part] = (tmp_path / "store" / "flows").glob("hour=*/part-*.parquet")
+    whole = part.read_bytes()
+    part.write_bytes(whole[: len(whole) // 2])
+    publish(server.url, ("flows.h1", batch(3, 4, 2, ago)))
+    with collect(tmp_path, server.url) as collector:
+        collector.wait_for(f"{part} is no file of a collector")
+        assert "move it away" in collector.text() and "Traceback" not in collector.text()
+        part.unlink()
+        until(lambda: stored(tmp_path) == Counter(("h1", cookie) for cookie in range(3, 7)))
+        assert collector.stop() == 0
+
+
 def test_rows_go_to_their_own_hour_and_not_to_one_that_nobody_wants(
     server: Server, tmp_path: Path
 ) -> None:

@@ -278,6 +278,21 @@ def test_who_asks_while_files_are_put_together_gets_all_rows_once(tmp_path: Path
         ask(lambda: open_folder(tmp_path, Range(0, time.time_ns())), lambda one: one.owners)
 
 
+def test_an_hour_that_is_removed_while_it_is_asked_is_left_out(tmp_path: Path) -> None:
+    store = ParquetStore(tmp_path, 30 * DAY)
+    store.write([received(old(10, 29 * 24), 1), received(now(5, 100), 2)])
+    opened = []
+
+    def opening() -> FlowStore:
+        opened.append(open_folder(tmp_path, Range(0, time.time_ns())))
+        if len(opened) == 1:  # after it has listed the files
+            Tidier(store, 400 * DAY).retire(time.time_ns() + 2 * 86400 * 10**9)
+        return opened[-1]
+
+    assert ask(opening, lambda one: one.rows("SELECT count(*) AS n FROM flow")) == [{"n": 5}]
+    assert len(opened) == 2
+
+
 def test_a_file_that_comes_while_others_are_put_together_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
