@@ -161,6 +161,8 @@ class HostBatch:
     names: Mapping[int, str]
     told: Sequence[ToldProcess | ToldAccount]
     """Rows of the other kinds."""
+    size: int = 0
+    """Bytes of the unpacked body."""
 
     def __len__(self) -> int:
         return len(self.rows) + len(self.told)
@@ -240,7 +242,7 @@ def decode(payload: bytes) -> HostBatch:
         raise MalformedBatch("rows of no family")
     if kind != FLOWS and len(told) != count:
         raise MalformedBatch(f"{len(told)} rows, where the head says {count}")
-    return HostBatch(kind, str(uuid.UUID(bytes=boot)), sequence, rows, names, told)
+    return HostBatch(kind, str(uuid.UUID(bytes=boot)), sequence, rows, names, told, length)
 
 
 def _are_sound(rows: np.ndarray) -> bool:

@@ -251,6 +251,25 @@ def test_what_is_no_batch_is_counted_and_given_up(server: Server, tmp_path: Path
     assert asyncio.run(left()) == 0
 
 
+def test_small_batches_that_are_large_inside_do_not_fill_memory(
+    server: Server, tmp_path: Path
+) -> None:
+    """A hostile host sends 8 kB that unpack to 8 MB; the collector has read 150 of them at once."""
+    names = dict.fromkeys(range(1, 1900), "x" * 4200)
+
+    def large(sequence: int) -> bytes:
+        made = rows_of(flows(sequence, 1))
+        made["first_ns"] = made["last_ns"] = time.time_ns()
+        return wire.encode_flows(BOOT, sequence, made, names)
+
+    publish(server.url, *(("flows.h1", large(sequence)) for sequence in range(150)))
+    with collect(tmp_path, server.url) as collector:
+        until(lambda: each_once(tmp_path, "h1", 150), 60, "every row once")
+        told = Path(f"/proc/{collector.process.pid}/status").read_text()
+        assert int(told.partition("VmHWM:")[2].split()[0]) < 1 << 20  # KiB
+        assert collector.stop() == 0
+
+
 def test_a_damaged_file_stops_a_collector_until_it_is_moved_away(
     server: Server, tmp_path: Path
 ) -> None:

@@ -7,14 +7,15 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from fleet.export.spool import Pending, Spool
+
 _WITHOUT = """
 import sys
-import tomllib
-from pathlib import Path
 for name in ("nats", "pyarrow", "duckdb", "backports.zstd", "nkeys"):
     sys.modules[name] = None
 from fleet.{0}.__main__ import main
@@ -47,7 +48,9 @@ def test_without_the_extra_one_line_says_what_to_install(program: str, tmp_path:
         ["--spool-size", "0"],
     ],
 )
-def test_mistakes_are_told_and_nothing_begins(arguments: list[str], tmp_path: Path) -> None:
+def test_an_exporter_s_mistakes_are_told_and_nothing_begins(
+    arguments: list[str], tmp_path: Path
+) -> None:
     run = [sys.executable, "-I", "-m", "fleet.export", "--spool", str(tmp_path / "spool")]
     ended = subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
@@ -55,10 +58,53 @@ def test_mistakes_are_told_and_nothing_begins(arguments: list[str], tmp_path: Pa
     assert not (tmp_path / "spool").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--keep", "nan"],
+        ["--keep", "40", "--keep-sums", "30"],
+        ["--keep", "1e300", "--keep-sums", "1e300"],
+        ["--interval", "41"],
+        ["--replicas", "0"],
+        ["--clickhouse", "ftp://x"],
+    ],
+)
+def test_a_collector_s_mistakes_are_told(arguments: list[str], tmp_path: Path) -> None:
+    run = [sys.executable, "-I", "-m", "fleet.collect", str(tmp_path / "store"), *arguments]
+    ended = subprocess.run(run, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("packet-hunter-collect: ") and ended.stderr.count("\n") == 1
+
+
+def test_a_second_exporter_does_not_take_the_spool_of_the_first(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, 1 << 20)
+    run = [sys.executable, "-I", "-m", "fleet.export", "--spool", str(tmp_path)]
+    ended = subprocess.run(run, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "another exporter uses it" in ended.stderr and ended.stderr.count("\n") == 1
+    spool.put([lambda sequence: Pending(sequence, 1, 5, b"kept")])
+    spool.close()
+    assert Spool(tmp_path, 1 << 20).totals().spooled == 5
+
+
+@pytest.mark.parametrize("tear", [lambda _: b"x" * 20_000, lambda data: data[: len(data) // 2]])
+def test_a_damaged_spool_is_set_aside_and_its_numbers_are_not_used_again(
+    tmp_path: Path, tear: Callable[[bytes], bytes]
+) -> None:
+    spool = Spool(tmp_path, 1 << 20)
+    before = spool.put([lambda sequence: Pending(sequence, 1, 5, b"x" * 50_000)])
+    spool.close()
+    spool.path.write_bytes(tear(spool.path.read_bytes()))
+    again = Spool(tmp_path, 1 << 20)
+    assert again.damaged is not None and again.damaged.exists()
+    [made] = again.put([lambda sequence: Pending(sequence, 1, 7, b"new")])
+    assert made.sequence > before[0].sequence and again.totals().closes
+    again.close()
+    assert Spool(tmp_path, 1 << 20).damaged is None
+
+
 _LOADED = """
 import sys
-import tomllib
-from pathlib import Path
 import daemon.__main__, hunter.__main__, hunter.cli.arguments, hunter.commands.live
 names = {name.partition(".")[0] for name in sys.modules}
 print(*sorted(names & {"fleet", "nats", "nkeys", "nacl", "pyarrow", "duckdb", "backports"}))

@@ -28,6 +28,7 @@ from nlproto.running.program import Parser  # noqa: E402
 
 DEFAULT_DIRECTORY = "/var/lib/packet-hunter-collect"
 _DAY = 86400.0
+_LONGEST = 36_500  # days
 
 
 def parser() -> Parser:
@@ -102,8 +103,10 @@ def _run(options: argparse.Namespace) -> None:
 
     if not 0.1 <= options.interval <= bus.ACK_WAIT / 3:
         raise UsageError(f"--interval is from 0.1 to {bus.ACK_WAIT / 3:g} seconds")
-    if not 0 < options.keep <= options.keep_sums:
-        raise UsageError("--keep is more than 0 days, and no more than --keep-sums")
+    if not 0 < options.keep <= options.keep_sums <= _LONGEST:
+        raise UsageError(f"--keep is above 0 days, --keep-sums from that to {_LONGEST}")
+    if not 1 <= options.replicas <= 5:
+        raise UsageError("--replicas is from 1 to 5, of as many servers")
     server = server_of(options)
     if options.make_nkey:
         make_nkey(options, None)

@@ -124,6 +124,8 @@ class Collector:
                 self._since = begun
             for message in messages:
                 await self._take(message)
+                if self._bytes >= _MOST_BYTES:
+                    await self._write()
             if self._is_due():
                 await self._write()
         await self._write()
@@ -145,7 +147,7 @@ class Collector:
             return
         self._waiting.append((message, Received(host, batch)))
         self._rows += len(batch)
-        self._bytes += batch.rows.nbytes + len(message.data)
+        self._bytes += batch.size + len(message.data)
 
     def _is_due(self) -> bool:
         if not self._waiting:
