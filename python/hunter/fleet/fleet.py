@@ -23,8 +23,6 @@ __all__ = ["run"]
 _STORE = Path("/var/lib/packet-hunter-collect")
 _ROWS, _JSON_ROWS = 50, 1000
 _EXTRA = "pip install 'packet-hunter[fleet]' (Debian: packet-hunter-fleet)"
-_ALL = 1 << 40
-"""More than any store has; the database counts in 64 bits."""
 _MOST = 20_000
 """Edges in the table of a page."""
 
@@ -44,7 +42,7 @@ def run(options: FleetOptions, notify: Callable[[str], None]) -> int:
             raise
         raise Error(f"no module {error.name}: {_EXTRA}") from None
     wanted = Wanted(fleet_filter(options), options.on, options.host, options.user)
-    limit = min(options.limit or (_JSON_ROWS if options.json else _ROWS), _ALL)
+    limit = options.limit or (_JSON_ROWS if options.json else _ROWS)
 
     def answer(store: FlowStore) -> tuple[int, list[dict[str, Any]]]:
         match options.question:
