@@ -16,7 +16,7 @@ import pytest
 from nlproto.host.holders import Holders
 from nlproto.host.kernel_sockets import KernelSockets
 from nlproto.tables.portmap import PortMap
-from waiting import there, until
+from waiting import stand_in, there, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="holders of all sockets need root")
 
@@ -163,3 +163,34 @@ def test_an_idle_connection_that_is_new_is_known_after_two_looks(keeping: Keepin
         assert not [one for one in keeping.look().connected if one.endpoint[4] == port]
     finally:
         child.communicate("")
+
+
+def test_a_look_asks_about_some_new_sockets_of_users_and_all_of_roots(
+    keeping: Keeping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user who opens 100,000 does not hold up the look, nor another user's sockets."""
+    monkeypatch.setattr("nlproto.host.kernel_sockets._NEW", 5)
+    until(lambda: keeping.look() and not keeping.kernel._unheld)
+    asked: list[int] = []
+    ask = keeping.kernel._ask
+
+    def noted(sockets: Any, together: bool = False) -> set[int]:
+        asked.extend([] if together else sockets["uid"].tolist())
+        return ask(sockets, together)
+
+    stand_in(keeping.kernel)._ask = noted
+    many = [of_user(61001) for _ in range(30)]
+    other, roots = of_user(61002), [bound() for _ in range(10)]
+    keeping.look()
+    assert sorted(set(asked)) == [0, 61001, 61002]
+    assert asked.count(0) >= 10 and asked.count(61001) + asked.count(61002) == 5
+    assert all(keeping.pids(one) == [os.getpid()] for one in (other, *roots))
+    until(lambda: keeping.look() and all(keeping.pids(one) == [os.getpid()] for one in many))
+
+
+def of_user(uid: int) -> Any:
+    os.seteuid(uid)
+    try:
+        return bound()
+    finally:
+        os.seteuid(0)

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nlproto.engines.packet import PacketEngine
-from nlproto.records.wire import Batch, FirstBytesBatch
+from nlproto.records import wire
+from nlproto.records.wire import Batch, FirstBytesBatch, lib
 from waiting import stand_in
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root for AF_PACKET")
@@ -120,3 +123,41 @@ def test_catching_up_looks_up_for_a_moment_alone(place: Place, send: Callable[[i
     records = count(place.engine.catch_up())
     assert records >= 2 * FLOWS
     assert place.looked_up <= 50
+
+
+def test_a_read_of_many_copies_becomes_several_batches(
+    place: Place, send: Callable[[int], None]
+) -> None:
+    """A batch counts in 16 bits. Copies of a multicast packet may be more in one read."""
+    names = stand_in(place.place.names)
+    real = names.name
+    names.name = lambda *arguments: np.repeat(real(*arguments), 300)
+    send(250)
+    batches = [one for one in place.engine.read(0) if isinstance(one, Batch)]
+    records = np.concatenate([one.records for one in batches])
+    assert len(records) >= 2 * 250 * 300 and [one.count for one in batches] == [
+        len(one.records) for one in batches
+    ]
+    first = int(batches[0].head["record_seq"])
+    assert records["seq"].tolist() == list(range(first, first + len(records)))
+
+
+def test_a_packet_for_any_number_of_sockets_is_recorded_for_some(place: Place) -> None:
+    """A user who opens thousands on one port would take the daemon's memory."""
+    group = "239.7.7.7"
+    with contextlib.ExitStack() as opened:
+        port = 0
+        for _ in range(100):
+            one = opened.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind((group, port))
+            port = one.getsockname()[1]
+        records = np.zeros(1, wire.RECORD)
+        records["family"], records["proto"] = socket.AF_INET, socket.IPPROTO_UDP
+        records["dir"], records["time_ns"] = lib.SNIFFER_DIR_IN, time.monotonic_ns()
+        records["daddr"][0, :4] = list(socket.inet_aton(group))
+        records["sport"], records["dport"] = 9, port
+        found = place.place.names.name(records, np.ones(1, bool))
+    assert len(found) == 64 and np.count_nonzero(found["flags"] & lib.SNIFFER_F_COPY) == 63
+    assert np.all(found["flags"] & lib.SNIFFER_F_AMBIGUOUS)
+    assert set(found["tgid"].tolist()) == {os.getpid()}

@@ -158,9 +158,11 @@ def test_a_look_reads_details_of_users_processes_for_a_moment_alone(
     watcher, read, _ = met
     sockets = sockets_of(range(100, 150), 0) + sockets_of(range(1000, 1060), 1000)
     assert watcher._known(sockets) == sockets
+    assert read == list(range(100, 150))
+    watcher._meet()
     assert set(read) >= set(range(100, 150)) and len(read) <= 50 + 6
     for _ in range(12):
-        assert watcher._known([]) == []
+        watcher._meet()
     assert sorted(read) == [one.tgid for one in sockets]
 
 
@@ -169,5 +171,5 @@ def test_a_user_with_many_processes_does_not_hold_up_details_of_others(
 ) -> None:
     watcher, read, _ = met
     watcher._known(sockets_of(range(1000, 1200), 1000) + sockets_of([7], 1001))
-    watcher._known(sockets_of(range(2000, 2200), 1000))
+    watcher._meet()
     assert 7 in read

@@ -167,6 +167,7 @@ class Watcher:
         with self._news:
             self._looked = before / 1e9
             self._news.notify_all()
+        self._meet()
         self._count_drops(portmap)
 
     def _count_drops(self, portmap: PortMap) -> None:
@@ -197,12 +198,15 @@ class Watcher:
                 else:
                     processes.add(one.tgid, start_ns, one.comm, one.uid)
             known.append(one if start_ns == one.start_ns else one._replace(start_ns=start_ns))
-        until = time.monotonic() + _DETAILS
-        while time.monotonic() < until and (next_one := self._unmet.next()) is not None:
-            key, comm, uid = next_one
-            processes.add(*key, comm, uid)
-        self._unmet_count *= bool(self._unmet)
         return known
+
+    def _meet(self) -> None:
+        """Read details of users' processes. Nobody waits for that."""
+        until = time.monotonic() + _DETAILS
+        while time.monotonic() < until and (one := self._unmet.next()) is not None:
+            key, comm, uid = one
+            self._pipeline.processes.add(*key, comm, uid)
+        self._unmet_count *= bool(self._unmet)
 
     def _look_for_module(self) -> None:
         pipeline = self._pipeline

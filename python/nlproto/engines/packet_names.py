@@ -50,6 +50,9 @@ _LATE_ASKED = 8  # known flows of theirs that are: those with most packets
 _CLOSING_NS = 200_000_000  # from a descriptor's end to its socket's, if busy
 FLOW_LIMIT = 262144
 """The most flows whose owners are remembered."""
+_RECEIVERS = 64
+"""The most sockets for which a multicast packet is recorded, each time: users can open any number.
+With more of them, these are ambiguous."""
 _SYN, _ACK = 2, 16
 _NOT_ACCEPTED = {TcpState.ESTABLISHED, TcpState.SYN_RECV, TcpState.CLOSE_WAIT}
 _GUESS = lib.SNIFFER_F_DEAD | lib.SNIFFER_F_AMBIGUOUS
@@ -196,10 +199,9 @@ class PacketNames:
             named.append((rows, one, flow))
         # Slow searches come last: meanwhile others close their sockets.
         for _, one, flow in named:
-            hurried = over()
-            if flow.unheld and not hurried:
+            if flow.unheld and not over():
                 self._look_further(one, flow)
-            self._doubt(flow, hurried)
+            self._doubt(flow, over)
         _fill(records, [(rows, flow) for rows, _, flow in named])
         self._forget(self._now_ns())
         if copies:
@@ -207,25 +209,20 @@ class PacketNames:
             keep = np.concatenate([keep, np.ones(len(records) - len(keep), bool)])
         return records if keep.all() else records[keep]
 
-    def _doubt(self, flow: PacketFlow, hurried: bool) -> None:
-        """Flag records of a UDP port with several sockets: nothing says which one it was.
-
-        `hurried`: there is no time to look at the port.
-        """
+    def _doubt(self, flow: PacketFlow, over: Callable[[], bool]) -> None:
+        """Flag records of a UDP port with several sockets: nothing says which one it was."""
         row, flow.row = flow.row, None
         if row is None or flow.owner is None or row["proto"] != socket.IPPROTO_UDP or row["dport"]:
             return
-        if hurried:
-            flow.flags |= lib.SNIFFER_F_AMBIGUOUS
-            flow.settled = False
-            return
-        rivals = self._sockets.rivals(row)
-        others = zip(rivals["inode"].tolist(), rivals["uid"].tolist(), strict=True)
-        for inode, uid in {one for one in others if one[0] not in (0, flow.inode)}:
-            holders = self._holders.find_soon(inode, uid)
+        sockets = [] if over() else self._sockets.rivals(row)[["inode", "uid"]].tolist()
+        for inode, uid in {one for one in sockets if one[0] not in (0, flow.inode)}:
+            holders = () if over() else self._holders.find_soon(inode, uid)
             if not holders or any(one.identity != flow.owner.identity for one in holders):
                 flow.flags |= lib.SNIFFER_F_AMBIGUOUS
-                return
+                break
+        if over():  # there was no time to look at all
+            flow.flags |= lib.SNIFFER_F_AMBIGUOUS
+            flow.settled = False
 
     def _flow(
         self, group: PacketGroup, one: Tuple, records: np.ndarray, forwarded: bool, hurried: bool
@@ -430,6 +427,7 @@ class PacketNames:
         """Name a datagram for all receivers; return the copies for all but the first."""
         sent_ns = int(records["time_ns"][rows[0]])
         receivers = self._receivers(one)
+        more, receivers = len(receivers) > _RECEIVERS, receivers[:_RECEIVERS]
         flows = [self._held(found, self._now_ns(), sent_ns) for found in receivers]
         for flow, found in zip(flows, receivers, strict=True):
             if flow.unheld and not over():
@@ -437,6 +435,8 @@ class PacketNames:
         if not flows:
             records["how"][rows] = lib.SNIFFER_HOW_SOCKET_GONE
             return []
+        for flow in flows:
+            flow.flags |= lib.SNIFFER_F_AMBIGUOUS if more else 0
         copies = []
         for flow in flows[1:]:
             copy = records[rows]

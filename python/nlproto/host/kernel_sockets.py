@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import random
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ _UNHELD_NS = 250_000_000
 """So long after the first time, and twice as long each time: most of what stays is the kernel's."""
 _ROUND_NS = 60_000_000_000
 """The same for a connected socket, which traffic shows sooner."""
+_NEW = 2000
+"""How many new sockets of users one look asks about; the next one asks about others."""
 _WALK_S = 0.2  # to wait for a walk before
 _ASKED = 200
 """How many connected sockets of a round one look asks about."""
@@ -150,7 +153,8 @@ class KernelSockets:
             rows = self._changed(bound)
             inodes, held_by = bound["inode"][rows].tolist(), bound["cookie"][rows].tolist()
             known = {
-                inode: self._held[cookie] for inode, cookie in zip(inodes, held_by, strict=True)
+                inode: self._held.get(cookie, ())
+                for inode, cookie in zip(inodes, held_by, strict=True)
             }
             entries = self._entries(bound, netns, rows, known.__getitem__)
         return HeldSockets(
@@ -197,20 +201,21 @@ class KernelSockets:
         if not unheld.keys() <= self._unheld:
             self._unheld_times = self._unheld_ns = 0
         self._unheld = set(unheld)
-        ports |= self._ask(bound[new])
+        ports |= self._ask(bound[_in_turn(bound, new) if before.size else new])
         if unheld and self._now_ns() >= self._unheld_ns and self._unheld_budget.allows():
             self._unheld_ns = self._now_ns() + min(_UNHELD_NS << self._unheld_times, _ROUND_NS)
             self._unheld_times = min(self._unheld_times + 1, 10)
             with self._unheld_budget.spend():
-                ports |= self._ask(bound[_rows_of(list(unheld), cookies, order)], together=True)
+                rows = _rows_of(random.sample(list(unheld), min(len(unheld), _NEW)), cookies, order)
+                ports |= self._ask(bound[rows], together=True)
         now = self._now_ns()
         if not self._unchecked and now >= self._checks_ns:
             self._checks_ns = now + _HELD_NS
             self._unchecked = [one for one, owners in self._held.items() if owners]
         while self._unchecked and self._check_budget.allows():
             with self._check_budget.spend():
-                some, self._unchecked = self._unchecked[:_CHUNK], self._unchecked[_CHUNK:]
-                ports |= self._ask(bound[_rows_of(some, cookies, order)])
+                part, self._unchecked = self._unchecked[:_CHUNK], self._unchecked[_CHUNK:]
+                ports |= self._ask(bound[_rows_of(part, cookies, order)])
         if not ports:
             return np.zeros(0, np.intp)
         return np.flatnonzero(among(bound["sport"], np.fromiter(ports, np.uint16, len(ports))))
@@ -270,6 +275,17 @@ def _connected(tables: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     parts = {number: table[_is_connected(table)] for number, table in tables.items()}
     numbers = np.repeat(np.array(list(parts), np.int64), [len(part) for part in parts.values()])
     return numbers, np.concatenate([np.zeros(0, HOST_SOCKET), *parts.values()])
+
+
+def _in_turn(bound: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return which `rows` of `bound` a look asks about: all of root's, and users' in turn."""
+    uids = bound["uid"][rows]
+    order = np.argsort(uids, kind="stable")
+    in_order = uids[order]
+    turns = np.arange(len(rows)) - np.searchsorted(in_order, in_order)
+    roots = order[in_order == 0]
+    others = order[in_order != 0][np.argsort(turns[in_order != 0], kind="stable")]
+    return np.asarray(rows[np.concatenate([roots, others[:_NEW]])])
 
 
 def _rows_of(some: list[int], cookies: np.ndarray, order: np.ndarray) -> list[int]:
