@@ -30,9 +30,9 @@ class Machine:
         self.read: list[int] = []
         inside: list[int] = []
 
-        def run_inside(path: Path, work: Callable[[], Any]) -> Any:
+        def run_inside(path: Path, number: int, work: Callable[[], Any]) -> Any:
             self.now_ns += COST_NS
-            inside.append(int(path.name))
+            inside.append(number)
             self.opened.append(inside[-1])
             return work()
 
@@ -56,7 +56,7 @@ class Machine:
         monkeypatch.setattr(netns, "run_inside", run_inside)
         monkeypatch.setattr(netns, "paths", lambda: {one: Path(f"/{one}") for one in self.owners})
         monkeypatch.setattr(
-            netns, "owner_or_unknown", lambda path: self.owners[int(path.name)] or None
+            netns, "owner_or_unknown", lambda path, inode: self.owners[inode] or None
         )
 
     def sockets(self, others_ns: int | None = BUDGET_NS) -> NamespaceSockets:

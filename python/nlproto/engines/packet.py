@@ -55,6 +55,8 @@ _ROUNDS = 16  # the most ring reads in one read(), so that the caller gets a tur
 _ROUNDS_NS = 50_000_000  # and the longest time of them
 _AT_ONCE = 8192
 """Packets taken out of a ring before any is named: lookups take time, and the ring fills."""
+_BATCH = 1024
+"""The most records of a batch: who has no room for it loses all of them."""
 _SOON_NS, _CAUGHT_UP_NS = 50_000_000, 200_000_000
 """The longest time for lookups while others wait: in a read, and in catch_up()."""
 _USER_SHARE, _USERS_SHARE, _USER_SAVED_NS = 4, 3, 1_000_000_000
@@ -360,8 +362,8 @@ class PacketEngine(Closing):
         copies = np.count_nonzero(records["flags"] & lib.SNIFFER_F_COPY)
         self._packets += len(records) - int(copies)
         found: list[Batch | FirstBytesBatch] = []
-        for at in range(0, len(records), _AT_ONCE):
-            found += self._batch(records[at : at + _AT_ONCE], frames)
+        for at in range(0, len(records), _BATCH):
+            found += self._batch(records[at : at + _BATCH], frames)
         return found
 
     def _batch(self, records: np.ndarray, frames: Frames) -> list[Batch | FirstBytesBatch]:
