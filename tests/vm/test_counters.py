@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import configure
 from sockets import (
     LOOPBACK,
     insert,
@@ -36,7 +37,7 @@ def test_a_configuration_out_of_range_is_refused(loaded: None, change: dict[str,
     with Sniffer() as sniffer:
         before = sniffer.info().tobytes()
         with pytest.raises(Exception, match=os.strerror(errno.ERANGE)):
-            sniffer.configure(**change)
+            configure(sniffer, **change)
         info, old = sniffer.info(), np.frombuffer(before, wire.INFO)[0]
         assert (info["batch"], info["flush_ms"]) == (old["batch"], old["flush_ms"])
 
@@ -44,7 +45,7 @@ def test_a_configuration_out_of_range_is_refused(loaded: None, change: dict[str,
 def test_a_batch_of_one_sends_each_record_by_itself(module_file: Path, unloaded: None) -> None:
     insert(module_file)
     with Sniffer() as sniffer, closing(udp_receiver()) as receiver:
-        sniffer.configure(batch=1, flush_ms=1000)
+        configure(sniffer, batch=1, flush_ms=1000)
         with ModuleEngine(("packets",)) as engine:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
                 for _ in range(5):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import configure
 
 from nlproto.engines.module import ModuleEngine
 from nlproto.kernel.netlink import FLOWS, PACKETS, Listener, Sniffer
@@ -217,13 +218,13 @@ def test_what_a_flows_reader_loses_is_counted_in_packets_and_bytes(
         info = sniffer.info()
         with socket.socket(fileno=os.dup(starved.fileno())) as netlink:
             netlink.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
-        sniffer.configure(flush_ms=1)
+        configure(sniffer, flush_ms=1)
         opening = sniffer.flush_flows()
         begin = ends_of(opening["tail"])
         account.open(opening["tail"], int(info["instance"]), FLOWS)
         traffic(servers, 2)  # nobody reads
         closing = sniffer.flush_flows()
-        sniffer.configure(flush_ms=int(info["flush_ms"]))
+        configure(sniffer, flush_ms=int(info["flush_ms"]))
         for listener, sums in ((whole, every), (starved, got)):
             while (received := listener.recv(0)) is not None:
                 assert received[0] == lib.SNIFFER_CMD_FLOWS

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import configure
 
 from nlproto.errors import NoModule, NoPrivilege
 from nlproto.kernel.netlink import PACKETS, PROCESSES, SNAPS, Listener, Sniffer
@@ -27,7 +28,7 @@ NOBODY = 65534
 COMMANDS: dict[str, Callable[[Sniffer], object]] = {
     "info": lambda sniffer: sniffer.info(),
     "counters": lambda sniffer: sniffer.counters(),
-    "configure": lambda sniffer: sniffer.configure(flush_ms=20),
+    "configure": lambda sniffer: configure(sniffer, flush_ms=20),
     "flush": lambda sniffer: sniffer.flush(),
     "socket": lambda sniffer: sniffer.socket(1),
     "dump of sockets": lambda sniffer: sniffer.sockets(),

@@ -310,17 +310,6 @@ class Sniffer(Closing):
             self._one(lib.SNIFFER_CMD_GET_COUNTERS, lib.SNIFFER_A_COUNTERS), wire.COUNTERS
         )
 
-    def configure(self, batch: int | None = None, flush_ms: int | None = None) -> np.void:
-        """Set records a message and the flush interval in ms (None: leave); return the new INFO."""
-        payload = b""
-        if batch is not None:
-            payload += encode_attribute(lib.SNIFFER_A_BATCH, _U32.pack(batch))
-        if flush_ms is not None:
-            payload += encode_attribute(lib.SNIFFER_A_FLUSH_MS, _U32.pack(flush_ms))
-        return wire.decode_struct(
-            self._one(lib.SNIFFER_CMD_SET_CONFIG, lib.SNIFFER_A_INFO, payload), wire.INFO
-        )
-
     def flush(self) -> np.ndarray:
         """Make every CPU send its messages. Return TAIL for each: how far its stream is."""
         return wire.decode_array(self._one(lib.SNIFFER_CMD_FLUSH, lib.SNIFFER_A_TAILS), wire.TAIL)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from attribution.recorder import Recorder, forget_ebpf
+from commands import configure
 from sockets import LOOPBACK, listening, udp_receiver
 from test_permissions import (
     as_a_container_with_cap_net_admin,
@@ -281,7 +282,7 @@ def test_random_control_messages_break_nothing(loaded: None, who: str) -> None:
         assert 1 <= int(after["flush_ms"]) <= lib.SNIFFER_FLUSH_MS_MAX
         if who != "root":
             assert (after["batch"], after["flush_ms"]) == (before["batch"], before["flush_ms"])
-        sniffer.configure(lib.SNIFFER_BATCH_DEFAULT, lib.SNIFFER_FLUSH_MS_DEFAULT)
+        configure(sniffer, lib.SNIFFER_BATCH_DEFAULT, lib.SNIFFER_FLUSH_MS_DEFAULT)
     with listening() as seen, udp_receiver() as receiver:
         port = receiver.getsockname()[1]
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
