@@ -98,3 +98,27 @@ def test_a_collector_whose_disk_is_full_loses_nothing(
         until(lambda: each_once(store, 2000), 60, "every row once")
         assert not list(store.rglob(".part-*"))
         assert collector.stop() == 0
+
+
+def test_a_server_whose_disk_was_full_takes_what_hosts_kept_when_it_is_started_again(
+    disk: Any, tmp_path: Path
+) -> None:
+    """With room again it goes on to take nothing, until it is started again."""
+    spool, store, own = (tmp_path / name for name in ("spool", "store", "nats"))
+    spool.mkdir()
+    own.mkdir()
+    (own / "store").symlink_to(disk)
+    with Server(own) as server, collect(tmp_path, server.url, store) as collector:
+        collector.wait_for("connected")
+        ballast = fill(disk)
+        with play(tmp_path, server.url, spool, 2000, 0.02) as host:
+            host.wait_for("the server: nats: ", 60)
+            assert "no space left" in server.text() and not rows(store, "flows")
+            ballast.unlink()
+            server.stop()
+            with Server(own, server.port):
+                assert host.process.wait(patient(90)) == 0, host.text()
+                last = host.text().splitlines()[-1]
+                assert "exported=2000, acknowledged=2000, lost=0," in last
+                until(lambda: each_once(store, 2000), 60, "every row once")
+                assert collector.stop() == 0
