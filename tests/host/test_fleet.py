@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from daemons import Daemon
+from daemons import Daemon, StartDaemon
 from fleeting import Program, Server, free_port, rows
 from hunting import NOBODY
 from places import open_to_all
@@ -124,6 +124,38 @@ def _program() -> str:
 
 def _attributes(record: Any) -> dict[Any, Any]:
     return {one["key"]: next(iter(one["value"].values())) for one in record["attributes"]}
+
+
+def test_a_member_of_the_daemon_s_group_exports_all_and_has_no_other_right(
+    start: StartDaemon, nats: Server, tmp_path: Path, server: tuple[int, int]
+) -> None:
+    daemon = start(config="group: nogroup\n")
+    spool, store = tmp_path / "spool", tmp_path / "store"
+    spool.mkdir()
+    os.chown(spool, 65534, 65534)
+    open_to_all(tmp_path)
+    open_to_all(Path(daemon.path).parent)
+    command = [*NOBODY, sys.executable, *("-I", "-m", "fleet.export", "--socket", daemon.path)]
+    command += ["--spool", str(spool), "--server", nats.url, "--interval", "0.3"]
+    words = ("collect", str(store), "--server", nats.url, "--interval", "0.3")
+    with (
+        Program.of(tmp_path / "collect.log", *words),
+        Program(tmp_path / "export.log", command) as exporter,
+    ):
+        exporter.wait_for("engine packet")
+        with socket.create_connection(("127.0.0.1", server[1])) as client:
+            port = client.getsockname()[1]
+            client.sendall(b"x")
+            client.recv(10)
+
+            def found() -> set[int]:
+                return {row["tgid"] for row in rows(store, "flows") if row["lport"] == port}
+
+            until(lambda: os.getpid() in found(), 30, "the row")
+        status = Path(f"/proc/{exporter.process.pid}/status").read_text()
+        uids = status.partition("Uid:")[2].split()[:4]
+        assert uids == ["65534"] * 4
+        assert exporter.stop() == 0, exporter.text()
 
 
 def test_who_may_not_see_everything_is_told_so(
