@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 
 from nlproto.host import netns
 from nlproto.host.namespace_sockets import PerNamespace
+from nlproto.host.socket_lookup import SocketLookup
 from nlproto.running import descriptors
 from waiting import there, until
 
@@ -81,6 +83,17 @@ def test_a_namespace_whose_place_another_took_is_not_entered(namespaces: Any) ->
     assert netns.run_inside(path, path.stat().st_ino, lambda: inside.stat().st_ino) == (
         path.stat().st_ino
     )
+
+
+def test_sockets_of_proc_count_while_they_are_of_their_namespace() -> None:
+    """/proc/PID/net shows another namespace when the pid is used again."""
+    with socket.socket(type=socket.SOCK_DGRAM) as bound:
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        net = Path(f"/proc/{os.getpid()}/net")
+        for inode, count in ((netns.own(), 1), (netns.own() + 1, 0)):
+            lookup = SocketLookup(None, time.monotonic_ns, net, inode)
+            assert len(lookup.bound(socket.IPPROTO_UDP, port)) == count
 
 
 def test_a_namespace_that_was_missed_once_is_read_by_the_next_look(namespaces: Any) -> None:

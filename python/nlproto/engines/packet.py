@@ -219,8 +219,9 @@ class PacketEngine(Closing):
                 addresses = _Addresses(interfaces, self._now_ns)
                 net = path.parent.parent / "net"
                 nat = ConntrackLookup(self._now_ns, inode == self._own)
+                local = addresses.is_local
                 names = PacketNames(
-                    diag, self._holders, addresses.is_local, self._now_ns, net, flow_limit, nat
+                    diag, self._holders, local, self._now_ns, net, flow_limit, nat, inode
                 )
                 undo.pop_all()
                 return _Capture(capture, diag, interfaces, addresses, names, nat)

@@ -64,10 +64,10 @@ _FACTS = np.dtype([(name, RECORD[name]) for name in _NAMES])
 class PacketNames:
     """Names the records of one network namespace. For one thread at a time.
 
-    `diag` is None where sock_diag is refused: then /proc/net in `net` is read, for a quarter
-    of the time at most. `is_local(family, address)` tells whether 16 bytes are this host's address.
-    `nat` tells what this host makes of a packet's ends. Some `flow_limit` flows are remembered, of
-    some 500 bytes each.
+    `diag` is None where sock_diag is refused: then /proc/net in `net` is read, for a quarter of the
+    time at most, while it is of namespace `inode`. `is_local(family, address)` tells whether 16
+    bytes are this host's address. `nat` tells what this host makes of a packet's ends. Some
+    `flow_limit` flows are remembered, of some 500 bytes each.
     """
 
     def __init__(
@@ -79,10 +79,11 @@ class PacketNames:
         net: Path = procfs.PROC / "self" / "net",
         flow_limit: int = FLOW_LIMIT,
         nat: ConntrackLookup | None = None,
+        inode: int = 0,
     ) -> None:
         self._nat = nat
         self._flow_limit = flow_limit
-        self._sockets = SocketLookup(diag, now_ns, net)
+        self._sockets = SocketLookup(diag, now_ns, net, inode)
         self._holders = holders
         self._listeners = Listeners(self._sockets, holders, now_ns)
         self._is_local = is_local

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,8 @@ class SocketLookup:
     """Sockets of one network namespace. For one thread at a time.
 
     If sock_diag is refused, `diag` is None. Then /proc/net in `net` is read, for a quarter of the
-    time at most.
+    time at most. `net` may be of a process whose pid is used again: what it shows counts only while
+    it is of the namespace `inode` (0: of any).
     """
 
     def __init__(
@@ -64,10 +66,12 @@ class SocketLookup:
         diag: SockDiag | None,
         now_ns: Callable[[], int],
         net: Path = procfs.PROC / "self" / "net",
+        inode: int = 0,
     ) -> None:
         self._diag = diag
         self._now_ns = now_ns
         self._net = net
+        self._inode = inode
         self._table: dict[Tuple, np.void] = {}
         self._table_budget = Budget(_TABLE_SHARE, _TABLE_SAVED_NS, now_ns)
         self._bound: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
@@ -121,7 +125,15 @@ class SocketLookup:
 
     def _read_tables(self) -> None:
         with self._table_budget.spend():
-            self._table = {tuple_of_socket(row): row for row in procfs.tables(self._net)}
+            self._table = {tuple_of_socket(row): row for row in self._read_net()}
+
+    def _read_net(self) -> np.ndarray:
+        table = procfs.tables(self._net)
+        try:
+            same = not self._inode or os.stat(self._net.parent / "ns/net").st_ino == self._inode
+        except OSError:
+            same = False
+        return table if same else table[:0]
 
     def _look_up(self, one: Tuple) -> np.void | None:
         """Return the socket of /proc/net's tables that the kernel would choose: the most exact."""
@@ -145,7 +157,7 @@ class SocketLookup:
                 return self._diag.dump((proto,), lport=port, states=states)
             except NoPrivilege:
                 self._diag = None
-        table = procfs.tables(self._net)
+        table = self._read_net()
         there = (table["proto"] == proto) & (table["sport"] == port)
         if proto == socket.IPPROTO_TCP:
             there &= table["state"] == TcpState.LISTEN
