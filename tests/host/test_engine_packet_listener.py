@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -58,6 +59,7 @@ def worker() -> Iterator[Any]:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                start_new_session=True,
             )
             stack.callback(end, child)
             return child
@@ -66,7 +68,8 @@ def worker() -> Iterator[Any]:
 
 
 def end(child: Any) -> None:
-    child.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)  # it may have forked
     child.wait()
     child.stdin.close()
     child.stdout.close()
