@@ -33,7 +33,7 @@ from nlproto.records.clock import Clock
 from nlproto.tables.flows import FLOW
 
 _EACH, _INTERVAL = 80, 10.0
-_AGENT, _TURNS = 20_000, 8
+_AGENT, _TURNS = 10_000, 12
 _CONNECTING = 20  # hosts at once
 _TICKS = os.sysconf("SC_CLK_TCK")
 
