@@ -357,6 +357,21 @@ def test_an_hour_is_summed_up_once_and_again_when_more_comes(tmp_path: Path) -> 
     assert network_of("2001:db8:1:2:3::4") == "2001:db8:1:2::/64"
 
 
+def test_a_damaged_file_is_named_and_stops_the_tidying_of_its_hour_alone(tmp_path: Path) -> None:
+    store = ParquetStore(tmp_path, 30 * DAY)
+    for hours_ago in (4, 3):
+        for at in range(4):
+            store.write([received(old(5, hours_ago, 5 * at), 10 * hours_ago + at)])
+    first, second = sorted((tmp_path / "flows").iterdir())
+    [damaged, *_] = parquet.parts(first)
+    damaged.write_bytes(b"PAR1")
+    tidier = Tidier(store, 400 * DAY)
+    with pytest.raises(Error, match=f"{damaged} is no file of a collector: .*; move it away"):
+        tidier.tidy()
+    assert len(parquet.parts(first)) == 4 and len(parquet.parts(second)) == 1
+    assert [path.name for path in (tmp_path / "rollup").iterdir()] == [second.name]
+
+
 def test_a_day_is_summed_up_when_it_is_over_and_asked_in_the_place_of_its_hours(
     tmp_path: Path,
 ) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "hosts_in",
     "keys_of",
     "parts",
+    "rows_in",
     "sync",
     "write_file",
 ]
@@ -177,12 +178,23 @@ def addresses_of(path: Path) -> dict[str, list[str]] | None:
     return None if told is None else _read(path, told, _addresses)
 
 
+def rows_in(path: Path) -> int:
+    """Return how many rows a file has. Raises OSError, Error."""
+    return int(_footer(path).num_rows)
+
+
 def _told(path: Path, key: bytes) -> bytes | None:
     """What the footer says of that."""
+    told: bytes | None = (_footer(path).metadata or {}).get(key)
+    return told
+
+
+def _footer(path: Path) -> pq.FileMetaData:
     try:
-        told: bytes | None = (pq.read_metadata(path).metadata or {}).get(key)
-        return told
-    except pa.ArrowInvalid as error:
+        return pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
         raise Error(f"{path} is no file of a collector: {error}; move it away") from None
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from fleet import schema
 from fleet.collect.known_batches import KnownBatches
-from fleet.collect.parquet import ParquetStore, keys_of, parts, sync, write_file
+from fleet.collect.parquet import ParquetStore, keys_of, parts, rows_in, sync, write_file
 from fleet.collect.rollup import write_day, write_rollup
 from fleet.collect.tables import in_order
 from nlproto.errors import Error
@@ -80,16 +80,25 @@ class Tidier:
 
     def _tidy(self, now_ns: int) -> None:
         self.retire(now_ns)
+        failed = None
         for kind in schema.TABLES:
             for folder in _hours(self._store.directory / kind):
-                over = schema.hour_ns(folder.name) + schema.HOUR_NS + _SETTLED_NS < now_ns
-                self.compact(folder, _FEW if over else _MANY)
-                if over and kind == "flows":
-                    write_rollup(self._store.directory, folder.name)
+                try:
+                    self._tidy_hour(folder, now_ns)
+                except (Error, OSError, pa.ArrowException) as error:
+                    failed = failed or error  # one damaged hour does not stop the others
         hours = [schema.hour_ns(path.name) for path in _hours(self._store.directory / "rollup")]
         for name in sorted(set(map(schema.day_name, hours))):
             if schema.day_ns(name) + schema.DAY_NS + _SETTLED_NS < now_ns:
                 write_day(self._store.directory, name)
+        if failed is not None:
+            raise failed
+
+    def _tidy_hour(self, folder: Path, now_ns: int) -> None:
+        over = schema.hour_ns(folder.name) + schema.HOUR_NS + _SETTLED_NS < now_ns
+        self.compact(folder, _FEW if over else _MANY)
+        if over and folder.parent.name == "flows":
+            write_rollup(self._store.directory, folder.name)
 
     def retire(self, now_ns: int) -> None:
         """Remove hours that are too old, and leftovers of killed collectors."""
@@ -119,7 +128,7 @@ class Tidier:
         before = {path.name for path in parts(folder)}
         small, rows = [], 0
         for name in sorted(before):
-            count = pq.read_metadata(folder / name).num_rows
+            count = rows_in(folder / name)
             if count < _SMALL and rows + count <= _AT_ONCE:
                 small.append(name)
                 rows += count
