@@ -194,3 +194,28 @@ def of_user(uid: int) -> Any:
         return bound()
     finally:
         os.seteuid(0)
+
+
+@pytest.mark.parametrize("others_ns", [50_000_000, None])
+def test_a_look_that_somebody_waits_for_searches_holders_for_a_moment(
+    others_ns: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search reads many processes, or waits for a walk."""
+    now, over = [time.monotonic_ns()], []
+    holders = Holders()
+    find = holders.find
+
+    def slow(inode: int, uid: int = 0) -> Any:
+        over.append(holders.beside.is_over())
+        now[0] += 50_000_000
+        return find(inode, uid)
+
+    monkeypatch.setattr(holders, "find", slow)
+    with KernelSockets(holders, lambda: now[0], others_ns) as kernel:
+        kernel.read()
+        over.clear()
+        many = [bound() for _ in range(20)]
+        kernel.read()
+        assert len(over) >= len(many)
+        assert over[:4] == [False] * 4 and any(over) == (others_ns is not None)
+        assert not holders.beside.is_over()

@@ -19,7 +19,7 @@ from nlproto.host.sockdiag import HOST_SOCKET, TcpState
 from nlproto.host.sockets import held
 from nlproto.records.ends import MAPPED
 from nlproto.records.wire import among, text
-from nlproto.running.budget import Budget
+from nlproto.running.budget import Budget, Patience
 
 __all__ = ["Endpoint", "BoundSocket", "KernelSockets", "HeldSockets"]
 
@@ -37,6 +37,8 @@ _ROUND_NS = 60_000_000_000
 """The same for a connected socket, which traffic shows sooner."""
 _NEW = 2000
 """How many new sockets of users one look asks about; the next one asks about others."""
+_SEARCH_NS = 200_000_000
+"""How long a look may search; root's sockets come first, and the next look goes on."""
 _WALK_S = 0.2  # to wait for a walk before
 _ASKED = 200
 """How many connected sockets of a round one look asks about."""
@@ -80,7 +82,7 @@ class HeldSockets(NamedTuple):
 class KernelSockets:
     """Sockets of every network namespace that can be entered. A context manager, for one thread.
 
-    `others_ns`: as in NamespaceSockets.
+    `others_ns`: as in NamespaceSockets. With it, a look has a limit for searches of holders too.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class KernelSockets:
         self._holders = Holders() if holders is None else holders
         self._now_ns = now_ns
         self._namespaces = NamespaceSockets(now_ns, others_ns=others_ns)
+        self._hurried = others_ns is not None
         self._held: dict[int, tuple[Owner, ...]] = {}
         self._ports: dict[int, int] = {}
         self._unchecked: list[int] = []
@@ -126,7 +129,10 @@ class KernelSockets:
         """Look at the tables of all namespaces. The cost grows with their size. See HeldSockets."""
         began = self._now_ns()
         tables = self._namespaces.tables()
-        found = self._read(tables)
+        limit_ns = _SEARCH_NS if self._hurried else 1 << 62
+        patience = Patience(0, limit_ns, lambda: False, self._now_ns)
+        with self._holders.beside.waiting_until(patience.is_over):
+            found = self._read(tables)
         self.tables, self.looked_ns, self.is_behind = tables, began, self._namespaces.is_behind
         return found
 
