@@ -83,6 +83,32 @@ def test_only_those_of_the_last_moments_are_asked_about(
         assert set(records["how"].tolist()) == {wire.lib.SNIFFER_HOW_NOT_PROBED}
 
 
+def test_who_names_again_has_no_time_for_long_searches(
+    packets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who subscribes waits for the worker."""
+    now, over = [time.monotonic_ns()], []
+    holders = Holders()
+
+    def slow(inode: int, uid: int = 0) -> Any:
+        over.append(holders.beside.is_over())
+        now[0] += 30_000_000
+        return ()
+
+    monkeypatch.setattr(holders, "find", slow)
+    with Namer(holders=holders, now_ns=lambda: now[0]) as namer:
+        monkeypatch.setattr(namer._again, "allows", lambda: True)
+        namer.name(packets(0))
+        assert 2 <= len(over) <= 5 and not any(over)
+        now[0] += SECOND
+        over.clear()
+        records = packets(0)
+        records["how"] = wire.lib.SNIFFER_HOW_PREDATES  # the module cannot know: all are asked
+        records["time_ns"] = now[0]
+        namer.name(records)
+        assert len(over) > 5 and not any(over)
+
+
 @pytest.fixture
 def names() -> Iterator[PacketNames]:
     with SockDiag() as diag:

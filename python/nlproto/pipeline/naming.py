@@ -20,7 +20,7 @@ from nlproto.host.namespace_sockets import NamespaceSockets
 from nlproto.host.procfs import Owner
 from nlproto.host.sockdiag import TcpState
 from nlproto.records.wire import lib, taken
-from nlproto.running.budget import Budget
+from nlproto.running.budget import Budget, Patience
 from nlproto.tables.flows import address_bytes, group, unnamed_places
 
 __all__ = ["Namer"]
@@ -34,6 +34,7 @@ _LATE_NS = 1_000_000_000
 """Older packets are not looked up: others wait behind them."""
 _AGAIN_SHARE, _AGAIN_SAVED_NS = 8, 100_000_000
 """Part of the time for lookups where the engine had no time, or cannot know."""
+_AGAIN_NS = 100_000_000  # and the longest time of them at once: who subscribes waits
 _LIMIT = 65536
 _LOOK_SHARE = 10  # part of the time for looks for new namespaces,
 _OTHERS_NS = 50_000_000  # and the longest time of one for those of users
@@ -69,6 +70,7 @@ class Namer:
         self._namespaces = NamespaceSockets(now_ns, _LOOK_SHARE, _OTHERS_NS)
         self._known: dict[tuple[int, _Key], _Found] = {}
         self._again = Budget(_AGAIN_SHARE, _AGAIN_SAVED_NS, now_ns)
+        self._patience = Patience(0, 0, lambda: False, now_ns)
 
     def __enter__(self) -> Self:
         return self
@@ -83,6 +85,7 @@ class Namer:
         if not len(places):
             return
         flows, belongs = group(taken(records, places))
+        self._patience = Patience(0, _AGAIN_NS, lambda: False, self._now_ns)
         answers = np.zeros(len(flows), records.dtype)
         for index in range(len(flows)):
             self._answer(answers[index : index + 1], flows[index])
@@ -124,9 +127,10 @@ class Namer:
         if known is not None and now - known.asked_ns < _FRESH_NS:
             return known
         if flow["how"] == lib.SNIFFER_HOW_NOT_PROBED:
-            if not self._again.allows():
+            if self._patience.is_over() or not self._again.allows():
                 return None
-            with self._again.spend():
+            over = self._patience.is_over
+            with self._again.spend(), self._holders.beside.waiting_until(over):
                 found = self._ask(netns, key, known, now)
         else:
             found = self._ask(netns, key, known, now)
