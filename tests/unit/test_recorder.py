@@ -311,6 +311,18 @@ def test_a_file_that_was_removed_is_begun_anew_with_what_memory_holds(
     assert _stored(path) == set(range(15))
 
 
+def test_a_file_that_was_removed_just_before_the_end_is_written_anew(
+    path: str, record: Any
+) -> None:
+    with record() as recorder:
+        recorder.play(*range(10))
+        _until_written(recorder)
+        for suffix in ("", "-wal", "-shm"):
+            os.unlink(path + suffix)
+        recorder.play(*range(5, 15))
+    assert _stored(path) == set(range(15))
+
+
 def test_a_history_of_the_first_schema_goes_on(path: str, record: Any) -> None:
     with record() as recorder:
         recorder.play(1, 2)

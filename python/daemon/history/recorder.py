@@ -284,6 +284,8 @@ class Recorder:
         looked = time.monotonic()
         while True:
             ending = self._stopping.wait(self._config.flush_interval)
+            if ending:  # nobody looks later
+                self._leave_removed_file()
             more = self._flush()
             while ending and more:
                 more = self._flush()
@@ -352,16 +354,18 @@ class Recorder:
             self._worked()
         return len(ids) == _FLUSH_ROWS or len(keys) == _FLUSH_PROCESSES
 
+    def _leave_removed_file(self) -> None:
+        if self._store is not None and not self._store.in_place():
+            log.error("history %s was taken away; a new one begins", self._store.path)
+            self._close()
+
     def _trim(self) -> None:
         """Seal what is an hour old. Remove what is too old or too much."""
         if self._payers is not None:
             self._payers.refresh()
+        self._leave_removed_file()
         store = self._store
         if store is None:
-            return
-        if not store.in_place():
-            log.error("history %s was taken away; a new one begins", store.path)
-            self._close()
             return
         # pieces of a third at most, or the database alone would take all the room
         most = max(LEAST, min(MOST, self._config.history_size // ROW_SIZE // 3))
