@@ -53,3 +53,13 @@ def test_no_line_ends_in_blanks(language: str, monkeypatch: pytest.MonkeyPatch) 
     text = shown(monkeypatch, LANG=language)
     assert [line for line in text.splitlines() if line != line.rstrip()] == []
     assert "curl.5" in text and "seen" in text.splitlines()[0]
+
+
+@pytest.mark.parametrize("columns", ["0", "1"])
+def test_words_are_there_however_narrow_it_is_said_to_be(
+    columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    file = io.StringIO()
+    Output(file=file).print("daemon 0.1.0")
+    assert file.getvalue() == "daemon 0.1.0\n"

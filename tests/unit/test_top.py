@@ -357,3 +357,17 @@ def test_no_column_is_cut_in_the_middle(width: int) -> None:
         assert title.size.width * title.size.height >= len(text(app, "#title"))
 
     drive(feed, script, size=(width, 20))
+
+
+@pytest.mark.parametrize("key", ["q", "ctrl+c"])
+@pytest.mark.parametrize("before", [(), ("enter",), ("slash", "x")])
+def test_q_and_ctrl_c_end_it_where_no_text_is_typed(key: str, before: tuple[str, ...]) -> None:
+    feed = Feed(Process(os.getpid(), 1))
+    feed.put({})
+
+    async def script(app: Any, pilot: Any) -> None:
+        await pilot.press(*before, key)
+        typing = "slash" in before and key == "q"
+        await becomes(pilot, lambda: app.is_running == typing)
+
+    drive(feed, script)

@@ -22,6 +22,8 @@ TextRow = list[str | Text]
 
 _ASCII = Box("    \n    \n -- \n" + "    \n" * 5, ascii=True)
 
+_LEAST_WIDTH = 20
+
 
 class Output(Console):
     """A rich console that reads no markup, and raises when a pipe is closed.
@@ -33,6 +35,7 @@ class Output(Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, **options)
         self._plain = os.environ.get("TERM") == "dumb"
+        self.width = max(self.width, _LEAST_WIDTH)  # COLUMNS=0 would hide all words
 
     @property
     def encoding(self) -> str:

@@ -78,6 +78,8 @@ class Top(App[None]):
         Binding("n", "names", "Hosts and services by name or number", show=False),
         Binding("escape", "screen.back", "Back", show=False),
         Binding("q", "quit", "Quit"),
+        # newer Textual only says then which key it wants
+        Binding("ctrl+c", "quit", show=False, priority=True),
     ]
 
     def __init__(self, state: State, interval: float = 1.0, notes: Sequence[str] = ()) -> None:
