@@ -34,6 +34,7 @@ struct {
 struct story {
 	struct sniffer_process it;
 	u32 at;
+	u32 busy;	/* a task that another one interrupts is in the middle of it */
 	char path[2 * SNIFFER_EXE_LEN + 8];
 };
 
@@ -145,13 +146,33 @@ static __always_inline void number_of(struct task_struct *task, struct sniffer_p
 	it->pidns = BPF_CORE_READ(upid, ns, ns.inum);
 }
 
+/*
+ * This processor's place to write a story, NULL while another task writes there. Then
+ * the process stays without facts, and user space reads /proc.
+ */
+static __always_inline struct story *story_begin(void)
+{
+	u32 zero = 0;
+	struct story *s = bpf_map_lookup_elem(&stories, &zero);
+
+	if (s && __sync_fetch_and_add(&s->busy, 1)) {
+		__sync_fetch_and_add(&s->busy, -1);
+		return NULL;
+	}
+	return s;
+}
+
+static __always_inline void story_end(struct story *s)
+{
+	__sync_fetch_and_add(&s->busy, -1);
+}
+
 /* Stores the facts about the process of a task (an address). */
 __noinline int about(u64 task_address)
 {
 	struct task_struct *task = (void *)task_address;
 	struct task_struct *leader = BPF_CORE_READ(task, group_leader);
-	u32 zero = 0;
-	struct story *s = bpf_map_lookup_elem(&stories, &zero);
+	struct story *s = story_begin();
 	struct key key = {};
 
 	if (!s)
@@ -169,6 +190,7 @@ __noinline int about(u64 task_address)
 	exe_of(task, s);
 	cgroup_of(task, s);
 	bpf_map_update_elem(&abouts, &key, &s->it, BPF_ANY);
+	story_end(s);
 	return 0;
 }
 
@@ -178,7 +200,6 @@ static __always_inline void about_child(struct task_struct *parent, struct task_
 	struct sniffer_process *it;
 	struct key key = {};
 	struct story *s;
-	u32 zero = 0;
 
 	key.start = parent->group_leader->start_boottime;
 	key.tgid = parent->tgid;
@@ -187,8 +208,8 @@ static __always_inline void about_child(struct task_struct *parent, struct task_
 		about(address(parent));
 		it = bpf_map_lookup_elem(&abouts, &key);
 	}
-	s = bpf_map_lookup_elem(&stories, &zero);
-	if (!it || !s)
+	s = it ? story_begin() : NULL;
+	if (!s)
 		return;
 	s->it = *it;
 	key.start = child->group_leader->start_boottime;
@@ -198,6 +219,7 @@ static __always_inline void about_child(struct task_struct *parent, struct task_
 	s->it.tgid = key.tgid;
 	number_of(child, &s->it);
 	bpf_map_update_elem(&abouts, &key, &s->it, BPF_ANY);
+	story_end(s);
 }
 
 /* Reports an enum sniffer_event of a process that uses sockets. */

@@ -87,9 +87,7 @@ struct counters {
 	u64 events_lost;	/* events of processes that had no room */
 	u64 linked;		/* packets that Netfilter links were called for */
 	u64 linked_calls;	/* calls of the first of a pair that a link made needless */
-	u64 skb[2];		/* the packet seen last, by a task and in a softirq: see out.h */
-	u64 linked_skb[2];	/* the same, seen by a link */
-	u64 unused;		/* processors share no cache line */
+	u64 unused[5];		/* processors share no cache line */
 };
 
 struct {

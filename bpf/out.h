@@ -197,43 +197,85 @@ static __always_inline u32 link_of(struct net *net)
 	return state ? *state : 0;
 }
 
+/* The last packet that was reported here, by a program on a function and by a link. */
+struct told {
+	u64 skb;
+	u64 linked_skb;
+};
+
+/* Places of tasks, by thread: another task may run before the second program. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 4096);
+	__type(key, u32);
+	__type(value, struct told);
+} told_by_tasks SEC(".maps");
+
+/* Those of softirqs. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, CPUS);
+	__type(key, u32);
+	__type(value, struct told);
+} told_by_softirqs SEC(".maps");
+
 /*
  * The kernel skips a program that would interrupt itself: a softirq may send while the
  * program handles a task's packet. So there are two of each. The second does nothing if
- * the packet was reported already. Tasks and softirqs each have a place
- * for the last packet. A link is never skipped.
+ * the packet was reported already. A link is never skipped.
  */
-static __always_inline u64 *told_here(u64 *places)
+static __always_inline struct told *told_here(u32 cpu)
 {
-	return &places[in_task_only(bpf_get_current_task_btf()) ? 0 : 1];
+	struct task_struct *current = bpf_get_current_task_btf();
+	u32 at = current->pid & 4095;
+
+	if (in_task_only(current))
+		return bpf_map_lookup_elem(&told_by_tasks, &at);
+	return bpf_map_lookup_elem(&told_by_softirqs, &cpu);
 }
 
 /* Has a link reported this packet? */
 static __always_inline bool out_linked(struct net *net, struct sk_buff *skb, bool first,
-				       struct counters *c)
+				       struct counters *c, struct told *told)
 {
 	u32 state = link_of(net);
 
-	if (!state || (state == LINK_BEGINS && *told_here(c->linked_skb) != (u64)skb))
+	if (!state || (state == LINK_BEGINS && told->linked_skb != (u64)skb))
 		return false;
 	if (first)
 		__sync_fetch_and_add(&c->linked_calls, 1);
 	return true;
 }
 
-/* Reports a packet. Each program tail-calls it, so that the verifier reads it only once. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, u32);
+} nobody SEC(".maps");
+
+/*
+ * Reports a packet. Each program tail-calls it, so that the verifier reads it only once.
+ * From 6.13 on a program may have one stack for each processor, since it does not
+ * interrupt itself. This one does: two programs can call it, one task after another.
+ * A program with a tail call of its own has no such stack.
+ */
 SEC("fentry/ip_output")
 int BPF_PROG(body_out, struct net *net, struct sock *sk, struct sk_buff *skb)
 {
 	struct counters *c;
+	struct told *told;
 	u32 cpu;
 
 	c = counters_here(&cpu);
-	if (!c)
+	told = told_here(cpu);
+	if (!c || !told) {
+		bpf_tail_call(ctx, &nobody, 0);	/* never */
 		return 0;
+	}
 	__sync_fetch_and_add(&c->told, 1);
 	out(net, sk, skb, true, false);
-	*told_here(c->skb) = (u64)skb;
+	told->skb = (u64)skb;
 	return 0;
 }
 
@@ -247,18 +289,18 @@ struct {
 static __always_inline int out_once(void *ctx, struct net *net, struct sk_buff *skb, bool first)
 {
 	struct counters *c;
-	u64 *told;
+	struct told *told;
 	u32 cpu;
 
 	c = counters_here(&cpu);
-	if (!c || out_linked(net, skb, first, c))
+	told = told_here(cpu);
+	if (!c || !told || out_linked(net, skb, first, c, told))
 		return 0;
 	/* calls + skipped first programs - told: packets for which both were skipped */
 	if (first)
 		__sync_fetch_and_add(&c->calls, 1);
-	told = told_here(c->skb);
-	if (*told == (u64)skb) {
-		*told = 0;
+	if (told->skb == (u64)skb) {
+		told->skb = 0;
 		return 0;
 	}
 	bpf_tail_call(ctx, &bodies, 0);
@@ -287,14 +329,16 @@ int link_out(struct bpf_nf_ctx *ctx)
 	struct sk_buff *skb = ctx->skb;
 	struct net *net = state->net;
 	struct counters *c;
+	struct told *told;
 	u32 cpu;
 
 	c = counters_here(&cpu);
-	if (!c || !link_of(net))
+	told = told_here(cpu);
+	if (!c || !told || !link_of(net))
 		return NF_ACCEPT;
 	__sync_fetch_and_add(&c->linked, 1);
 	out(net, state->sk, skb, false, state->hook == NF_INET_FORWARD);
-	*told_here(c->linked_skb) = (u64)skb;
+	told->linked_skb = (u64)skb;
 	return NF_ACCEPT;
 }
 #endif

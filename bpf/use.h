@@ -8,20 +8,15 @@
 #include "holders.h"
 
 /*
- * The process that was last found not to have a certain socket. This avoids a search
- * for each packet that a firewall's daemon or the user of a network disk handles.
+ * The process that was last found not to have a certain socket, see stranger_mark(). This
+ * avoids a search for each packet that a firewall's daemon or the user of a network disk
+ * handles.
  */
-struct stranger {
-	u64 cookie;
-	struct key who;
-	u64 gains;
-};
-
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, u32);
-	__type(value, struct stranger);
+	__type(value, u64);
 } strangers SEC(".maps");
 
 u64 gains = 0;	/* descriptors received so far: with one more, a stranger may be none */
@@ -31,6 +26,18 @@ static __always_inline bool has_uring(struct task_struct *task)
 	if (task->flags & PF_IO_WORKER)
 		return true;
 	return bpf_core_field_exists(task->io_uring) && task->io_uring;
+}
+
+/*
+ * Process, socket and gains in one word, since another task may come between two writes.
+ * The multipliers are odd and random.
+ */
+static __always_inline u64 stranger_mark(u64 cookie, const struct key *who)
+{
+	u64 mark = cookie * 0x9e3779b97f4a7c15ULL + who->start;
+
+	mark = (mark ^ mark >> 29) * 0xbf58476d1ce4e5b9ULL + who->tgid;
+	return (mark ^ mark >> 32) * 0x94d049bb133111ebULL + gains;
 }
 
 /*
@@ -44,10 +51,9 @@ static __always_inline bool has_uring(struct task_struct *task)
 static __always_inline bool use_is_possible(struct gain *g, struct owner *o, u64 cookie,
 					    struct task_struct *current, bool called)
 {
-	struct stranger *known;
 	s32 hint = o ? o->fd : -1;
+	u64 *known, mark;
 	u32 zero = 0;
-	u64 now;
 
 	if (g->file) {
 		g->fd = task_has(bpf_get_current_task(), g->file, hint, 0) - 1;
@@ -62,17 +68,14 @@ static __always_inline bool use_is_possible(struct gain *g, struct owner *o, u64
 	if (!g->file)
 		return false;
 	known = bpf_map_lookup_elem(&strangers, &zero);
-	now = gains;
-	if (known && known->cookie == cookie && same(&known->who, &g->who) && known->gains == now)
+	mark = stranger_mark(cookie, &g->who);
+	if (known && *known == mark)
 		return false;
 	g->fd = task_has(bpf_get_current_task(), g->file, -1, 1) - 1;
 	if (g->fd >= 0 || (!o && !file_refs(g->file)))
 		return true;
-	if (known) {
-		known->who = g->who;
-		known->gains = now;
-		known->cookie = cookie;
-	}
+	if (known)
+		*known = mark;
 	return false;
 }
 
