@@ -24,6 +24,7 @@ PROGRAM = "link_out"
 _MAP = "links"
 _PLACES = [(family, hook) for family in (2, 10) for hook in (2, 3)]  # FORWARD, LOCAL_OUT
 _BEGINS, _TELLS = struct.pack("=I", 1), struct.pack("=I", 2)  # as in bpf/out.h
+_PATIENCE = 3.0  # s that a start waits: without a link a packet may be missed
 _ON_THEIR_WAY = 0.05  # s, for packets that are between Netfilter and the functions
 
 
@@ -62,7 +63,7 @@ class NetfilterLinks:
         self._others: dict[int, _Links] = {}
         # without links the functions report; nobody needs to know
         self._namespaces = CapturedNamespaces(self._make, own, lambda _: None)
-        self._namespaces.start()
+        self._namespaces.start(_PATIENCE)
 
     def _make(self, inode: int, path: Path, ours: bool) -> _Links:
         return netns.run_inside(path, inode, lambda: _Links(self._loaded, inode))

@@ -72,10 +72,10 @@ class CapturedNamespaces(Generic[P]):
         self._found = 0
         self._thread = threading.Thread(target=self._run, name="namespaces", daemon=True)
 
-    def start(self) -> None:
-        """Begin. Returns when all namespaces are open; if they are many, soon."""
+    def start(self, patience: float = _PATIENCE) -> None:
+        """Begin. Returns when all namespaces are open, after `patience` s, or soon if many are."""
         self._thread.start()
-        self._complete.wait(_PATIENCE)
+        self._complete.wait(patience)
 
     @property
     def left_out(self) -> int:
