@@ -61,5 +61,5 @@ def test_words_are_there_however_narrow_it_is_said_to_be(
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     file = io.StringIO()
-    Output(file=file).print("daemon 0.1.0")
-    assert file.getvalue() == "daemon 0.1.0\n"
+    Output(file=file).print("daemon 9.8.7")
+    assert file.getvalue() == "daemon 9.8.7\n"
