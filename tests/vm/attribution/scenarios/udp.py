@@ -111,8 +111,11 @@ def udp_thread_receives(stage: Stage) -> None:
         sender.tell()
 
 
-def send_and_exit(worker: Worker, wire: Wire, peer: tuple[str, int]) -> None:
+def send_and_exit(worker: Worker, wire: Wire, peer: tuple[str, int], taken: list[int]) -> None:
+    """From a port that none of the others had: each claims what comes to its own."""
     sock = bound(V4, UDP)
+    while sock.getsockname()[1] in taken:
+        sock = bound(V4, UDP)
     claim = worker.claim(sock, exact=True, out=1)
     port = sock.getsockname()[1]
     wire.tell([port, claim])
@@ -127,9 +130,11 @@ def udp_send_then_exit(stage: Stage) -> None:
     with playing(stage):
         sock = bound(V4, UDP)
         claim = stage.worker.claim(sock, exact=True)
+        taken: list[int] = []
         for _ in range(15):
-            child = stage.spawn("leaver", send_and_exit, sock.getsockname())
+            child = stage.spawn("leaver", send_and_exit, sock.getsockname(), taken)
             port, theirs = child.hear()
+            taken.append(port)
             child.tell()
             child.join()
             stage.worker.end(theirs)
