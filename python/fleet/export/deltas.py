@@ -6,6 +6,7 @@ from __future__ import annotations
 import socket
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from itertools import repeat
 
 import numpy as np
 
@@ -84,12 +85,14 @@ class Deltas:
         `now_ns`, ns since 1970: what nobody accepted yet may stay for some seconds. None: all of
         it.
         """
-        flows = self._accepted(self._merged())
+        flows = self._merged()
+        rows = self._accepted(flows)
         self._parts = []
         if now_ns is not None:
-            flows = self._without_held(flows, now_ns)
+            rows = self._without_held(flows, rows, now_ns)
+        flows = taken(flows, rows[np.argsort(flows["last_ns"][rows], kind="stable")])
         self._recall(flows)
-        return taken(flows, np.argsort(flows["last_ns"], kind="stable"))
+        return flows
 
     def _recall(self, flows: np.ndarray) -> None:
         """Only the first row of a connection has the SYN; copy what it said to the others."""
@@ -98,29 +101,31 @@ class Deltas:
         keys = mix(tuple(_words(some)), self._seed)
         says = some["opened"] != 0
         self._opened.update(zip(keys[says].tolist(), some["opened"][says].tolist(), strict=True))
-        know, knew = self._opened.get, self._opened_before.get
-        flows["opened"][rows[~says]] = [know(key) or knew(key, 0) for key in keys[~says].tolist()]
+        others = keys[~says].tolist()
+        knew = map(self._opened_before.get, others, repeat(0)) if self._opened_before else repeat(0)
+        flows["opened"][rows[~says]] = list(map(self._opened.get, others, knew))
         if len(self._opened) > _OPENED:
             self._opened_before, self._opened = self._opened, {}
 
-    def _without_held(self, flows: np.ndarray, now_ns: int) -> np.ndarray:
+    def _without_held(self, flows: np.ndarray, rows: np.ndarray, now_ns: int) -> np.ndarray:
+        """Take back those of `rows` that wait for who accepts them; return the others."""
         listener, early = _early(flows)
         age = np.int64(now_ns) - flows["last_ns"].astype(np.int64)
         held = (listener | early & (flows["opened"] == _OPENED_THERE)) & (abs(age) < _HELD_NS)
-        rows = np.flatnonzero(held)
-        if not 0 < len(rows) <= _HELD:
-            return flows
-        self.give_back(taken(flows, rows))
-        return taken(flows, np.flatnonzero(~held))
+        held = held[rows]
+        if not 0 < np.count_nonzero(held) <= _HELD:
+            return rows
+        self.give_back(taken(flows, rows[held]))
+        return np.asarray(rows[~held])
 
     def _accepted(self, flows: np.ndarray) -> np.ndarray:
-        """Add the first packets of a TCP connection to who accepted it.
+        """Add the first packets of a TCP connection to who accepted it. Returns rows that stay.
 
         They came to the listener's socket or left without one, so they are flows of their own.
         """
         listener, early = _early(flows)
         if not early.any():
-            return flows
+            return np.arange(len(flows))
         owned = flows["tgid"] != 0
         rows = np.flatnonzero(early | _is_tcp(flows) & owned)
         keys = mix(tuple(_ends(taken(flows, rows))), self._seed)
@@ -146,7 +151,7 @@ class Deltas:
         np.minimum.at(flows["first_ns"], new, flows["first_ns"][old])
         kept = np.ones(len(flows), bool)
         kept[old] = False
-        return taken(flows, np.flatnonzero(kept))
+        return np.flatnonzero(kept)
 
     def _merged(self) -> np.ndarray:
         """Make one row for each flow. Two flows with one hash may stay apart: sums add up."""

@@ -160,11 +160,11 @@ class FlowSource:
 
         So each hour has the owners of its flows, however long a process lives and hours are kept.
         """
-        named = flows[flows["tgid"] != 0]
-        tgids, starts = named["tgid"], named["start_ns"]
-        order = np.lexsort((starts, tgids))
+        tgids, starts = flows["tgid"].astype(np.uint64), flows["start_ns"]
+        order = np.argsort(starts ^ tgids << np.uint64(40))  # two with one key may be told apart
+        order = order[tgids[order] != 0]
         tgids, starts = tgids[order], starts[order]
-        differs = np.ones(len(named), bool)
+        differs = np.ones(len(order), bool)
         differs[1:] = (tgids[1:] != tgids[:-1]) | (starts[1:] != starts[:-1])
         found = []
         for key in zip(tgids[differs].tolist(), starts[differs].tolist(), strict=True):
