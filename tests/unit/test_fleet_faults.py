@@ -184,7 +184,7 @@ def test_a_host_that_was_dead_for_an_hour_tells_what_it_had_and_that_it_was_away
 
 def test_what_has_no_room_is_lost_and_counted(tmp_path: Path) -> None:
     """The server is away; the spool is small."""
-    with play(tmp_path, "nats://127.0.0.1:9", "h1", 20_000, 0.02, 100_000) as host:
+    with play(tmp_path, "nats://127.0.0.1:9", "h1", 20_000, 0.02, 20_000) as host:
         until(lambda: "given" in host.text())
         host.process.send_signal(signal.SIGTERM)
         last = ended(host)
@@ -234,7 +234,7 @@ def test_the_subject_says_whose_a_batch_is(server: Server, tmp_path: Path) -> No
 
 
 def test_what_is_no_batch_is_counted_and_given_up(server: Server, tmp_path: Path) -> None:
-    nonsense = [b"", b"PHF1", b"x" * 4000, batch(0, 3)[:-4], batch(0, 3) + b"x"]
+    nonsense = [b"", b"PHF2", b"x" * 4000, batch(0, 3)[:-4], batch(0, 3) + b"x"]
     wrong = [("flows.h1", one) for one in nonsense] + [("procs.h1", batch(0, 3))]
     publish(server.url, *wrong, ("flows.h1", batch(0, 3)))
     with collect(tmp_path, server.url) as collector:

@@ -22,6 +22,7 @@ from fleet.collect.parquet import ParquetStore
 from fleet.collect.rollup import network_of, write_rollup
 from fleet.collect.tables import Received
 from fleet.collect.tidy import Tidier
+from fleet.export.beginners import Beginners
 from fleet.export.deltas import Deltas, rows_of
 from fleet.export.source import FlowSource
 from fleet.export.spool import Spool
@@ -49,6 +50,22 @@ def now(count: int = 3, first: int = 0, **fields: Any) -> Any:
     for name, value in fields.items():
         made[name] = value
     return made
+
+
+def test_longer_rows_of_a_later_release_are_read_and_halves_of_a_column_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = now(5, domain=[0, 1, 2, 3, 4])
+    later = np.zeros(5, [("known", wire.ROW), ("more", "<u8")])
+    later["known"], later["more"] = made, 77
+    monkeypatch.setattr(wire, "ROW", later.dtype)
+    payload = wire.encode_flows(BOOT.bytes, 1, later, {4: "a.example"})
+    monkeypatch.undo()
+    found = wire.decode(payload)
+    assert found.rows.tobytes() == made.tobytes() and found.names == {4: "a.example"}
+    odd = payload[:6] + (later.dtype.itemsize - 1).to_bytes(2, "little") + payload[8:]
+    with pytest.raises(wire.MalformedBatch, match="rows of 191 bytes"):
+        wire.decode(odd)
 
 
 def test_every_column_says_what_the_row_said(tmp_path: Path) -> None:
@@ -443,6 +460,22 @@ def test_who_began_a_connection_is_remembered_for_its_later_rows() -> None:
         deltas.add(flows(cookie, 1, opened=opened), Clock(0, 0))
         rows = rows_of(deltas.take())
         assert rows["initiated"].tolist() == [{5: 1, 6: 0, 7: 2}[cookie]]
+
+
+def test_of_many_connections_the_latest_are_remembered_and_memory_has_a_bound() -> None:
+    beginners, count = Beginners(), 600_000
+    keys = np.random.default_rng(5).permutation(count).astype(np.uint64)
+    told = (keys % np.uint64(3)).astype(np.uint8)
+    beginners.recall(keys, told.copy())
+    again = np.zeros(count, np.uint8)
+    beginners.recall(keys, again)
+    right = again == told
+    assert right[-100_000:].all() and not right[:100_000].all()
+    assert not again[~right].any()
+    changed = np.array([2, 1], np.uint8)
+    beginners.recall(keys[told != 0][-2:], changed)
+    beginners.recall(keys[told != 0][-2:], last := np.zeros(2, np.uint8))
+    assert last.tolist() == [2, 1]
 
 
 @pytest.mark.parametrize(

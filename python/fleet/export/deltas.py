@@ -6,10 +6,10 @@ from __future__ import annotations
 import socket
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from itertools import repeat
 
 import numpy as np
 
+from fleet.export.beginners import Beginners
 from fleet.wire import ROW
 from nlproto.records import wire
 from nlproto.records.clock import Clock
@@ -31,8 +31,6 @@ _HELD = 10_000
 _NAMES = 1 << 16
 _OPENED_THERE = 2
 """The far end began."""
-_OPENED = 1 << 17
-"""Connections whose beginner is remembered; at most twice as many."""
 
 
 class Deltas:
@@ -44,16 +42,14 @@ class Deltas:
         self._waiting = 0
         """Rows since rows of one flow were last joined."""
         self._names: OrderedDict[int, str] = OrderedDict()
-        self._opened: dict[int, int] = {}
-        self._opened_before: dict[int, int] = {}
-        """Who began connections, by the hash of their key; older ones apart."""
+        self._beginners = Beginners()
 
     def __len__(self) -> int:
         return sum(map(len, self._parts))
 
     def add(self, flows: np.ndarray, clock: Clock) -> None:
         """Add FLOWs; `clock` converts their times to times of day."""
-        own = np.frombuffer(bytearray(flows.tobytes()), FLOW)
+        own = joined([flows], FLOW)
         for name in ("first_ns", "last_ns"):
             own[name] += np.uint64(clock.real_offset_ns)
         self._put(own, len(self._parts))
@@ -66,7 +62,7 @@ class Deltas:
         self._parts.insert(place, flows)
         self._waiting += len(flows)
         if self._waiting > _COMPACT:
-            self._parts = [self._merged()]
+            self._parts = [self._merged()[0]]
 
     def tell(self, names: Mapping[int, str]) -> None:
         """Remember names of far ends by the numbers in `domain`."""
@@ -85,27 +81,18 @@ class Deltas:
         `now_ns`, ns since 1970: what nobody accepted yet may stay for some seconds. None: all of
         it.
         """
-        flows = self._merged()
+        flows, keys = self._merged()
         rows = self._accepted(flows)
         self._parts = []
         if now_ns is not None:
             rows = self._without_held(flows, rows, now_ns)
-        flows = taken(flows, rows[np.argsort(flows["last_ns"][rows], kind="stable")])
-        self._recall(flows)
+        rows = rows[np.argsort(flows["last_ns"][rows])]
+        flows = taken(flows, rows)
+        tcp = np.flatnonzero((flows["proto"] == socket.IPPROTO_TCP) & (flows["cookie"] != 0))
+        opened = flows["opened"][tcp]
+        self._beginners.recall(keys[rows[tcp]], opened)
+        flows["opened"][tcp] = opened
         return flows
-
-    def _recall(self, flows: np.ndarray) -> None:
-        """Only the first row of a connection has the SYN; copy what it said to the others."""
-        rows = np.flatnonzero((flows["proto"] == socket.IPPROTO_TCP) & (flows["cookie"] != 0))
-        some = taken(flows, rows)
-        keys = mix(tuple(_words(some)), self._seed)
-        says = some["opened"] != 0
-        self._opened.update(zip(keys[says].tolist(), some["opened"][says].tolist(), strict=True))
-        others = keys[~says].tolist()
-        knew = map(self._opened_before.get, others, repeat(0)) if self._opened_before else repeat(0)
-        flows["opened"][rows[~says]] = list(map(self._opened.get, others, knew))
-        if len(self._opened) > _OPENED:
-            self._opened_before, self._opened = self._opened, {}
 
     def _without_held(self, flows: np.ndarray, rows: np.ndarray, now_ns: int) -> np.ndarray:
         """Take back those of `rows` that wait for who accepts them; return the others."""
@@ -153,38 +140,57 @@ class Deltas:
         kept[old] = False
         return np.flatnonzero(kept)
 
-    def _merged(self) -> np.ndarray:
-        """Make one row for each flow. Two flows with one hash may stay apart: sums add up."""
+    def _merged(self) -> tuple[np.ndarray, np.ndarray]:
+        """Make one row for each flow. Return the rows and the hashes of their keys.
+
+        Two flows with one hash may stay apart: sums add up.
+        """
         self._waiting = 0
-        if not self._parts:
-            return np.empty(0, FLOW)
-        flows = joined(self._parts, FLOW)
-        flows = taken(flows, np.argsort(mix(tuple(_words(flows)), self._seed), kind="stable"))
-        differs = np.zeros(len(flows), bool)
-        differs[:1] = True
-        for name in KEY_FIELDS:
-            column = flows[name]
-            other = column[1:] != column[:-1]
-            differs[1:] |= other.any(axis=1) if other.ndim == 2 else other
-        # a SYN that nobody accepted yet begins another connection of the same ports
-        differs[1:] |= (flows["opened"] != 0)[1:] & _early(flows)[1][1:]
-        starts = np.flatnonzero(differs)
-        if len(starts) == len(flows):
-            return flows
+        flows = self._parts[0] if len(self._parts) == 1 else joined(self._parts, FLOW)
+        keys = mix(tuple(_words(flows)), self._seed)
+        order, begins = _groups(flows, keys)
+        counts = np.diff(begins, append=len(flows))
+        if len(begins) == len(flows):
+            return flows, keys
         # uid, how and comm are from the latest
-        merged = taken(flows, np.append(starts[1:], len(flows)) - 1)
-        for name in _SUMS:
-            merged[name] = np.add.reduceat(flows[name], starts)
-        merged["flags"] = np.bitwise_or.reduceat(flows["flags"], starts)
-        merged["opened"] = np.maximum.reduceat(flows["opened"], starts)
-        merged["domain"] = np.maximum.reduceat(flows["domain"], starts)
-        told = np.where(flows["nat_lport"] != 0, np.arange(len(flows)), -1)
-        latest = np.maximum.reduceat(told, starts)
-        for name in _NAT:
-            merged[name][latest >= 0] = flows[name][latest[latest >= 0]]
-        merged["first_ns"] = np.minimum.reduceat(flows["first_ns"], starts)
-        merged["last_ns"] = np.maximum.reduceat(flows["last_ns"], starts)
-        return merged
+        latest = order[begins + counts - 1]
+        merged = taken(flows, latest)
+        several = np.flatnonzero(counts > 1)
+        some = taken(flows, order[np.repeat(counts > 1, counts)])
+        _add_up(merged, several, some, np.cumsum(counts[several]) - counts[several])
+        return merged, keys[latest]
+
+
+def _groups(flows: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return an order in which rows of one flow are adjacent, and where each flow begins in it."""
+    places = np.uint64((1 << len(flows).bit_length()) - 1)
+    # the hash's upper bits, then the place: sorting numbers is faster than sorting places
+    mixed = np.sort(keys & ~places | np.arange(len(flows), dtype=np.uint64))
+    order = (mixed & places).astype(np.int64)
+    differs = np.ones(len(flows), bool)
+    again = np.flatnonzero((mixed[1:] ^ mixed[:-1]) <= places) + 1
+    some, before = taken(flows, order[again]), taken(flows, order[again - 1])
+    # a SYN that nobody accepted yet begins another connection of the same ports
+    other = (some["opened"] != 0) & _early(some)[1]
+    for name in KEY_FIELDS:
+        unlike = some[name] != before[name]
+        other |= unlike.any(axis=1) if unlike.ndim == 2 else unlike
+    differs[again] = other
+    return order, np.flatnonzero(differs)
+
+
+def _add_up(merged: np.ndarray, at: np.ndarray, flows: np.ndarray, begins: np.ndarray) -> None:
+    """Add up `flows`, of which those of one flow begin at `begins`, into the rows `at`."""
+    for name in _SUMS:
+        merged[name][at] = np.add.reduceat(flows[name], begins)
+    merged["flags"][at] = np.bitwise_or.reduceat(flows["flags"], begins)
+    for name in ("opened", "domain", "last_ns"):
+        merged[name][at] = np.maximum.reduceat(flows[name], begins)
+    merged["first_ns"][at] = np.minimum.reduceat(flows["first_ns"], begins)
+    told = np.where(flows["nat_lport"] != 0, np.arange(len(flows)), -1)
+    latest = np.maximum.reduceat(told, begins)
+    for name in _NAT:
+        merged[name][at[latest >= 0]] = flows[name][latest[latest >= 0]]
 
 
 def rows_of(flows: np.ndarray) -> np.ndarray:

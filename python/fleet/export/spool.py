@@ -29,7 +29,9 @@ CREATE TABLE IF NOT EXISTS batches (
 CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, value INTEGER);
 """
 _NAMES = ("sequence", "exported", "acknowledged", "lost", "gap_ms", "at_ms")
-_PAGE = 4096
+_PAGE = 16384
+"""Small pages take twice the time: a batch of 4,000 rows has 150 kB."""
+_JOURNAL = 256  # pages
 _OVERHEAD = 200
 """Bytes of a batch beside its payload, with the average unused part of its last page."""
 _MILLISECOND = 20
@@ -109,10 +111,11 @@ class Spool:
         )
         run = self._database.execute
         run("PRAGMA locking_mode = EXCLUSIVE")
+        run(f"PRAGMA page_size = {_PAGE}")
         run("PRAGMA journal_mode = WAL")
         run("PRAGMA synchronous = FULL")
-        run("PRAGMA wal_autocheckpoint = 256")
-        run(f"PRAGMA journal_size_limit = {1 << 20}")
+        run(f"PRAGMA wal_autocheckpoint = {_JOURNAL}")
+        run(f"PRAGMA journal_size_limit = {_JOURNAL * _PAGE}")
         run(f"PRAGMA max_page_count = {self.max_bytes * 2 // _PAGE + 256}")
         self._database.executescript(_SCHEMA)
         with self._transaction():

@@ -184,5 +184,8 @@ void host_close(const int *fds, uint32_t count);
 /* From now on all threads share one heap, so that memory freed by one serves another. */
 void host_one_heap(void);
 
+/* From now on up to so many free bytes stay with the process, at most 32 MiB. */
+void host_keep_heap(uint32_t bytes);
+
 /* Gives memory back to the kernel: free memory, and code pages that only the start used. */
 void host_trim(void);

@@ -17,6 +17,14 @@ void host_one_heap(void)
 #endif
 }
 
+void host_keep_heap(uint32_t bytes)
+{
+#if defined(M_MMAP_THRESHOLD) && defined(M_TRIM_THRESHOLD)
+	mallopt(M_MMAP_THRESHOLD, (int)bytes);
+	mallopt(M_TRIM_THRESHOLD, (int)bytes);
+#endif
+}
+
 /*
  * Code and constants are read from the page cache again when they are used. Most are
  * used at start only.
