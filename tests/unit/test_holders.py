@@ -150,6 +150,24 @@ def test_one_users_sockets_without_holders_cost_a_part_of_the_time(
     assert [owner.identity.tgid for owner in finder.find(inode, 60_001)] == [pid]
 
 
+def test_searches_in_vain_soon_end_for_a_user(
+    held: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They took a sixth of the time, and who asked the daemon waited for that."""
+    clock = Clock(monkeypatch)
+    finder = Holders(now_ns=lambda: clock.now_ns)
+    finder.walk()
+    began, walk = clock.now_ns, clock.now_ns - 10**12
+    worked = 0
+    for number in range(400):
+        clock.now_ns += walk // 4
+        before = clock.now_ns
+        assert finder.find_soon(10**12 + number, 60_000) == ()
+        worked += clock.now_ns - before
+    share = 4 * holders._USER_SHARE
+    assert worked < (clock.now_ns - began) / share + holders._USER_SAVED_NS + 2 * walk
+
+
 def test_many_users_together_leave_root_its_time(
     held: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nlproto.engines import namespaces
 from nlproto.engines.namespaces import CapturedNamespaces
 from nlproto.host import netns
 from waiting import until
@@ -131,3 +132,25 @@ def test_namespaces_that_cannot_be_opened_are_told_in_one_line(proc: Any) -> Non
     places.close()
     assert len(told) == 1
     assert places.left_out == 51
+
+
+def test_a_namespace_that_could_not_be_opened_is_tried_again(
+    proc: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory or descriptors lacked for a moment, and its packets were never seen."""
+    monkeypatch.setattr(namespaces, "_AGAIN", 0.1)
+    tries: list[int] = []
+
+    def make(inode: int, path: Any, ours: Any) -> Any:
+        tries.append(inode)
+        if len(tries) < 3:
+            raise OSError(12, "Cannot allocate memory")
+        return Opened(inode)
+
+    places = CapturedNamespaces(make, OWN, lambda text: None, proc([OWN, 7]))
+    places.start()
+    try:
+        assert until(lambda: places.left_out == 0, 20)
+        assert [inode for inode, _ in places.changes()] == [7]
+    finally:
+        places.close()

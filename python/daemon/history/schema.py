@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sqlite3
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,12 +21,11 @@ __all__ = [
     "ROW_SIZE",
     "SCHEMA",
     "STEPS",
-    "WRITE_FLOW",
     "WRITE_PROCESS",
     "columns_of",
     "flows_of",
-    "rows_of",
     "signed",
+    "write_flows",
 ]
 
 APPLICATION = 0x706B6874  # "pkht", in the file's header: file(1) and we recognize it
@@ -115,10 +116,13 @@ _UPDATED = (
     " packets_in bytes_in packets_out bytes_out payer seen"
     " rtt_us retransmits tcp_in tcp_out"
 ).split()
-WRITE_FLOW = (
-    f"INSERT INTO flows (id, {', '.join(_WRITTEN)}) VALUES (?{', ?' * len(_WRITTEN)})"
-    " ON CONFLICT (id) DO UPDATE SET " + ", ".join(f"{name} = excluded.{name}" for name in _UPDATED)
+_FLOW_VALUES = f"(?{', ?' * len(_WRITTEN)})"
+_WRITE_FLOWS = (
+    f"INSERT INTO flows (id, {', '.join(_WRITTEN)}) VALUES {{}} ON CONFLICT (id) DO UPDATE SET "
+    + ", ".join(f"{name} = excluded.{name}" for name in _UPDATED)
 )
+_TOGETHER = 16
+"""Flows of a statement. At its end the thread waits for Python's lock."""
 WRITE_PROCESS = (
     "INSERT OR REPLACE INTO processes (tgid, start_ns, seen, details, payer, size)"
     " VALUES (?, ?, ?, ?, ?, ?)"
@@ -128,8 +132,18 @@ ROW_SIZE = 280
 """Bytes of a flow, including its index entries."""
 
 
-def rows_of(ids: np.ndarray, flows: np.ndarray, *more: np.ndarray) -> Iterator[tuple[Any, ...]]:
-    """Return the values for WRITE_FLOW. SQLite's integers are signed."""
+def write_flows(
+    writer: sqlite3.Connection, ids: np.ndarray, flows: np.ndarray, *more: np.ndarray
+) -> None:
+    """Insert or update FLOWs; `more` has the columns that they lack."""
+    rows = _rows_of(ids, flows, *more)
+    while some := list(itertools.islice(rows, _TOGETHER)):
+        statement = _WRITE_FLOWS.format(", ".join([_FLOW_VALUES] * len(some)))
+        writer.execute(statement, list(itertools.chain.from_iterable(some)))
+
+
+def _rows_of(ids: np.ndarray, flows: np.ndarray, *more: np.ndarray) -> Iterator[tuple[Any, ...]]:
+    """Return values for _WRITE_FLOWS. SQLite's integers are signed."""
     columns: list[list[Any]] = [ids.tolist()]
     for name in FLOW_COLUMNS:
         column = np.ascontiguousarray(flows[name])

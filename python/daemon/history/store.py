@@ -34,12 +34,11 @@ from daemon.history.schema import (
     INDEXES,
     SCHEMA,
     STEPS,
-    WRITE_FLOW,
     WRITE_PROCESS,
     columns_of,
     flows_of,
-    rows_of,
     signed,
+    write_flows,
 )
 from daemon.history.sealing import LEAST, MOST, Changing, Meanwhile, drop, nothing, seal, shorten
 from daemon.history.sightings import Sighting, note
@@ -281,7 +280,7 @@ class Store:
             now = self.mark_time()
             payers = payers_of(flows["tgid"], flows["uid"], self._payers)
             seen = np.full(len(flows), now, np.int64)
-            writer.executemany(WRITE_FLOW, rows_of(ids, flows, payers, seen))
+            write_flows(writer, ids, flows, payers, seen)
             numbers = np.unique(flows["domain"]).tolist()
             names = [(signed(one), name) for one in numbers if one and (name := text_of(one))]
             writer.executemany("INSERT OR IGNORE INTO names VALUES (?, ?)", names)

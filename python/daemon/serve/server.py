@@ -120,7 +120,7 @@ class Server:
     async def stop(self) -> None:
         """Publish what waits, say bye, give clients a moment to read, close."""
         if self._listener is not None:
-            self.loop.remove_reader(self._listener)
+            self.loop.remove_reader(self._listener.fileno())
             self._listener = None
         for arrival in tuple(self._arrivals):
             self.turn_away(arrival)
@@ -159,7 +159,8 @@ class Server:
     def _listen(self, listener: socket.socket) -> None:
         # not asyncio.start_unix_server: credentials decide before a session exists
         self._listener = listener
-        self.loop.add_reader(listener, self._accept, listener)
+        # by its number: asyncio makes a text of a socket that it does not know yet
+        self.loop.add_reader(listener.fileno(), self._accept, listener)
 
     def _accept(self, listener: socket.socket) -> None:
         try:
@@ -200,7 +201,7 @@ class Server:
         self._pause(listener, _AGAIN)
 
     def _pause(self, listener: socket.socket, seconds: float) -> None:
-        self.loop.remove_reader(listener)
+        self.loop.remove_reader(listener.fileno())
 
         def again() -> None:
             if self._listener is not None:

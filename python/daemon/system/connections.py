@@ -12,7 +12,7 @@ from typing import Self
 
 import numpy as np
 
-from nlproto.errors import Error, NoPrivilege
+from nlproto.errors import Error
 from nlproto.host.namespace_sockets import PerNamespace
 from nlproto.host.tcp_info import HOST_TCP, TcpInfo
 from nlproto.running.budget import Budget
@@ -97,7 +97,7 @@ class Connections:
         for number, one in there.items():
             try:
                 found.append(_of(number, one.open()))
-            except NoPrivilege as error:
+            except Error as error:
                 self._failures.add(error)
             self._keep(number, one.closed(), now)
         if found:

@@ -27,6 +27,7 @@ _LOOK_SHARE = 50  # and at least this many times the duration of the last look
 _PATIENCE = 0.5  # s that a start waits until all are open
 _MANY = 32  # with more namespaces a start does not wait
 _CLOSERS = 64  # threads: waits for all processors can overlap
+_AGAIN = 30.0  # s to the next try where one could not be opened, as for lack of memory
 _TELL = 60.0  # s between two messages of one kind
 
 
@@ -61,7 +62,8 @@ class CapturedNamespaces(Generic[P]):
         self._proc = proc
         self._owners: dict[int, int | None] = {own: None}
         self._open: dict[int, P] = {}
-        self._refused: set[int] = set()
+        self._refused: dict[int, float] = {}
+        """Namespaces that could not be opened, and when each is tried again."""
         self._told: dict[str, float] = {}
         self._failures = Failures("network namespaces")
         self._changes: deque[tuple[int, P | None]] = deque()
@@ -145,7 +147,8 @@ class CapturedNamespaces(Generic[P]):
         for inode in [one for one in self._open if one not in chosen]:
             self._open.pop(inode)
             self._changes.append((inode, None))
-        self._refused &= found.keys()
+        now = time.monotonic()
+        self._refused = {one: at for one, at in self._refused.items() if one in found}
         self._found = len(found)
         if len(found) > len(chosen):
             self._tell(
@@ -158,7 +161,7 @@ class CapturedNamespaces(Generic[P]):
         for inode in chosen:
             if self._stopping.is_set():
                 break
-            if inode not in self._open and inode not in self._refused:
+            if inode not in self._open and self._refused.get(inode, now) <= now:
                 self._try(inode, found[inode])
         for inode in {self._anew.popleft() for _ in range(len(self._anew))}:
             if inode in self._open and inode in found:
@@ -173,7 +176,7 @@ class CapturedNamespaces(Generic[P]):
         except NoPrivilege:
             raise
         except (Error, OSError) as error:
-            self._refused.add(inode)
+            self._refused[inode] = time.monotonic() + _AGAIN
             self._tell("refused", f"network namespace {inode} is not captured: {error}")
             return
         self._open[inode] = place

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import struct
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ import numpy as np
 from nlproto.engines.listeners import PastListener
 from nlproto.host.procfs import Owner
 from nlproto.host.socket_lookup import Tuple
+from nlproto.records.wire import RECORD
 
 __all__ = [
     "FollowedConnection",
     "PacketFlow",
     "PacketGroup",
+    "fill",
     "follow",
     "group_packets",
     "keys_of",
@@ -26,6 +29,8 @@ __all__ = [
 _FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
 _SIMULTANEOUS_NS = 1_000_000_000  # between two SYNs that cross and make one connection
 
+_NAMES = ("how", "cookie", "inode", "flags", "tgid", "start_ns", "uid", "comm")
+_FACTS = np.dtype([(name, RECORD[name]) for name in _NAMES])
 _unpack = struct.Struct("=BBHH16s16s").unpack
 _KEY = np.dtype(
     {
@@ -53,6 +58,10 @@ class PacketGroup:
     """Whether that SYN was answered with a reset in this read."""
     over: bool = False
     """Whether another connection of the same tuple begins in this read, behind this one."""
+    answers: bool = False
+    """Whether a packet shows that its sender has a connection: a SYN-ACK, data or a FIN."""
+    resets: bool = False
+    """Whether this end sent a reset with an ACK: only a packet without an ACK gets one."""
 
 
 def keys_of(records: np.ndarray, outward: np.ndarray) -> np.ndarray:
@@ -79,6 +88,7 @@ def group_packets(
     kinds = records["tcp_flags"] & (_SYN | _RST | _ACK)
     syns = tcp & (records["tcp_flags"] & (_SYN | _ACK) == _SYN)
     resets = set(np.flatnonzero(tcp & outward & (kinds == _RST | _ACK)).tolist())
+    answers = _answers(records).tolist()
     epochs: dict[bytes, int] = {}
     groups: dict[tuple[bytes, int, bool, bool], PacketGroup] = {}
     refused = []
@@ -93,12 +103,13 @@ def group_packets(
             epoch = epochs[key] = 0 if epoch is None else epoch + 1
         group = groups.get((key, epoch, out, every))
         if group is None:
-            groups[key, epoch, out, every] = PacketGroup(
-                key, out, every, first, [index], sent_ns, syn
-            )
+            group = PacketGroup(key, out, every, first, [index], sent_ns, syn)
+            groups[key, epoch, out, every] = group
         else:
             group.rows.append(index)
+        group.answers |= answers[index]
         if index in resets:
+            group.resets = True
             refused.append((key, epoch))
     for (key, epoch, _, _), group in groups.items():
         if epoch == epochs[key]:
@@ -110,19 +121,15 @@ def group_packets(
     for key, epoch in refused:
         asked = groups.get((key, epoch, False, False))
         if asked is not None and asked.syn:
-            answers = groups[key, epoch, True, False].rows
-            asked.refused = not _is_answer(records[answers])
+            asked.refused = not groups[key, epoch, True, False].answers
     return list(groups.values())
 
 
-def _is_answer(sent: np.ndarray) -> bool:
-    """Whether one of the RECORDs that this end sent shows that it has a connection."""
-    flags = sent["tcp_flags"]
-    return bool(
-        np.any(flags & (_SYN | _ACK) == _SYN | _ACK)
-        or np.any(flags & _FIN)
-        or np.any(sent["len"] > sent["hdr_len"])
-    )
+def _answers(records: np.ndarray) -> np.ndarray:
+    """Return which TCP packets show that their sender has a connection."""
+    flags = records["tcp_flags"]
+    found: np.ndarray = (flags & (_SYN | _ACK) == _SYN | _ACK) | (flags & _FIN != 0)
+    return found | (records["len"] > records["hdr_len"])
 
 
 def tuple_of_key(key: bytes) -> Tuple:
@@ -172,21 +179,40 @@ class PacketFlow:
     """When the packet of the lookup passed. The socket's holder may be younger."""
 
 
-def follow(known: PacketFlow | None, group: PacketGroup, records: np.ndarray) -> FollowedConnection:
-    """Return what is known of a TCP connection, after a group of `records`."""
-    sent_ns = group.sent_ns
+def follow(known: PacketFlow | None, group: PacketGroup) -> FollowedConnection:
+    """Return what is known of a TCP connection after a group of its packets."""
     before = known.connection if known is not None else None
     connection = before or FollowedConnection()
     if group.syn:
         crossed = before is not None and before.active and not group.out
-        if not crossed or sent_ns - connection.began_ns > _SIMULTANEOUS_NS:
-            connection = FollowedConnection(sent_ns, active=group.out)
-    if group.out and not connection.answered:
-        sent = records[group.rows]
-        connection.answered |= _is_answer(sent)
-        passive = connection.began_ns and not connection.active and not connection.answered
-        # Only a packet without an ACK is answered by a reset with an ACK.
-        reset = sent["tcp_flags"] & (_SYN | _RST | _ACK) == _RST | _ACK
-        connection.refused |= bool(passive and np.any(reset))
+        if not crossed or group.sent_ns - connection.began_ns > _SIMULTANEOUS_NS:
+            connection = FollowedConnection(group.sent_ns, active=group.out)
+    if group.out:
+        connection.answered |= group.answers
+        passive = connection.began_ns and not connection.active
+        connection.refused |= bool(passive and not connection.answered and group.resets)
     connection.refused |= group.refused
     return connection
+
+
+def fill(records: np.ndarray, named: list[tuple[list[int], PacketFlow]]) -> None:
+    """Give the RECORDs of these rows what is known of their flows."""
+    if not named:
+        return
+    facts = np.array([_facts(flow) for _, flow in named], _FACTS)
+    counts = [len(rows) for rows, _ in named]
+    rows = np.fromiter(itertools.chain.from_iterable(rows for rows, _ in named), np.intp)
+    belongs = np.repeat(np.arange(len(named)), counts)
+    for name in _NAMES:
+        if name != "flags":
+            records[name][rows] = facts[name][belongs]
+    records["flags"][rows] |= facts["flags"][belongs]
+
+
+def _facts(flow: PacketFlow) -> tuple[object, ...]:
+    owner = flow.owner
+    known = flow.how, flow.cookie, flow.inode, flow.flags
+    if owner is None:
+        return *known, 0, 0, 0, b""
+    identity = owner.identity
+    return *known, identity.tgid, identity.start_ns, owner.uid, owner.comm

@@ -8,7 +8,7 @@ flagged AMBIGUOUS. Else the lookup found none: `socket_gone`. `no_socket` is a r
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +20,13 @@ from nlproto.engines.packet_groups import (
     FollowedConnection,
     PacketFlow,
     PacketGroup,
+    fill,
     follow,
     group_packets,
     keys_of,
     tuple_of_key,
 )
+from nlproto.errors import Error
 from nlproto.host import procfs
 from nlproto.host.holders import Holders
 from nlproto.host.procfs import Owner
@@ -32,7 +34,7 @@ from nlproto.host.sockdiag import SockDiag, TcpState
 from nlproto.host.socket_lookup import ANY, SocketLookup, Tuple, mapped, tuple_of_socket
 from nlproto.kernel.conntrack import ConntrackLookup
 from nlproto.records.clock import Clock
-from nlproto.records.wire import RECORD, lib
+from nlproto.records.wire import lib
 from nlproto.running.budget import Budget
 
 __all__ = ["FLOW_LIMIT", "LATE_NS", "PacketNames"]
@@ -57,8 +59,6 @@ _SYN, _ACK = 2, 16
 _NOT_ACCEPTED = {TcpState.ESTABLISHED, TcpState.SYN_RECV, TcpState.CLOSE_WAIT}
 _GUESS = lib.SNIFFER_F_DEAD | lib.SNIFFER_F_AMBIGUOUS
 _SHARED = lib.SNIFFER_F_SHARED | lib.SNIFFER_F_AMBIGUOUS
-_NAMES = ("how", "cookie", "inode", "flags", "tgid", "start_ns", "uid", "comm")
-_FACTS = np.dtype([(name, RECORD[name]) for name in _NAMES])
 
 
 class PacketNames:
@@ -152,7 +152,7 @@ class PacketNames:
                 if self._holders.may_be_inherited(known.inode, known.checked_ns):
                     known.flags |= lib.SNIFFER_F_AMBIGUOUS
                 named.append((rows, known))
-        _fill(records, named)
+        fill(records, named)
         self._forget(now)
         records["how"][passing] = lib.SNIFFER_HOW_FORWARDED
         records["dir"][passing & ~out] = lib.SNIFFER_DIR_FWD
@@ -200,10 +200,16 @@ class PacketNames:
             named.append((rows, one, flow))
         # Slow searches come last: meanwhile others close their sockets.
         for _, one, flow in named:
-            if flow.unheld and not over():
-                self._look_further(one, flow)
-            self._doubt(flow, over)
-        _fill(records, [(rows, flow) for rows, _, flow in named])
+            try:
+                if flow.unheld and not over():
+                    self._look_further(one, flow)
+                self._doubt(flow, over)
+            except Error:  # as in _flow()
+                flow.settled = False
+                flow.flags |= lib.SNIFFER_F_AMBIGUOUS
+                if flow.owner is None:
+                    flow.how = lib.SNIFFER_HOW_NOT_PROBED
+        fill(records, [(rows, flow) for rows, _, flow in named])
         self._forget(self._now_ns())
         if copies:
             records = np.concatenate([records, *copies])
@@ -231,10 +237,9 @@ class PacketNames:
         """`hurried`: there is no time for a lookup."""
         now = self._now_ns()
         known = self._flows.get(group.key)
-        sent_ns = group.sent_ns
         connection = None
         if one.proto == socket.IPPROTO_TCP:
-            connection = follow(known, group, records)
+            connection = follow(known, group)
             if connection.refused:
                 how = lib.SNIFFER_HOW_NO_SOCKET
                 found = self._flows[group.key] = PacketFlow(now, how, connection=connection)
@@ -247,32 +252,42 @@ class PacketNames:
             last_ns = int(records["time_ns"][group.rows[-1]]) if hurried else 0
             if fresh or (hurried and last_ns - known.checked_ns < TTL_NS):
                 return known
-        if hurried:
-            how = lib.SNIFFER_HOW_NOT_PROBED
-            found = self._flows[group.key] = PacketFlow(now, how, connection=connection)
-            return found
-        with self._soon.spend():
-            # if this connection is over, the next one has the tuple now
-            gone = PacketFlow(now, lib.SNIFFER_HOW_SOCKET_GONE)
-            found = gone if group.over else self._ask(one, now, sent_ns)
-            if not forwarded and not group.over and not found.inode and not found.cookie:
-                one, found = self._ask_behind_nat(one, found, sent_ns)
-            if found.how == lib.SNIFFER_HOW_FORWARDED:
-                self._flows[group.key] = found
-                return found
-            if known is not None and not group.syn:
-                found = self._linger(known, found, one.proto, sent_ns)
-            if one.proto == socket.IPPROTO_UDP:
-                found = self._remember_end(one, found, sent_ns)
-            elif connection is not None:
-                found.connection = connection
-                if found.owner is None and not forwarded:
-                    self._take_listener(one, found, connection)
-                elif found.owner is not None and not connection.owned:
-                    connection.owned = True
-                    if connection.listener is not None:
-                        self._listeners.accepted(connection.listener, found.owner)
+        found = PacketFlow(now, lib.SNIFFER_HOW_NOT_PROBED, connection=connection)
+        if not hurried:
+            # without an answer, as for lack of memory, the next packet asks again
+            with contextlib.suppress(Error), self._soon.spend():
+                found = self._look_up(group, one, now, known, connection, forwarded)
         self._flows[group.key] = found
+        return found
+
+    def _look_up(
+        self,
+        group: PacketGroup,
+        one: Tuple,
+        now: int,
+        known: PacketFlow | None,
+        connection: FollowedConnection | None,
+        forwarded: bool,
+    ) -> PacketFlow:
+        # if this connection is over, the next one has the tuple now
+        gone = PacketFlow(now, lib.SNIFFER_HOW_SOCKET_GONE)
+        found = gone if group.over else self._ask(one, now, group.sent_ns)
+        if not forwarded and not group.over and not found.inode and not found.cookie:
+            one, found = self._ask_behind_nat(one, found, group.sent_ns)
+        if found.how == lib.SNIFFER_HOW_FORWARDED:
+            return found
+        if known is not None and not group.syn:
+            found = self._linger(known, found, one.proto, group.sent_ns)
+        if one.proto == socket.IPPROTO_UDP:
+            found = self._remember_end(one, found, group.sent_ns)
+        elif connection is not None:
+            found.connection = connection
+            if found.owner is None and not forwarded:
+                self._take_listener(one, found, connection)
+            elif found.owner is not None and not connection.owned:
+                connection.owned = True
+                if connection.listener is not None:
+                    self._listeners.accepted(connection.listener, found.owner)
         return found
 
     def _remember_end(self, one: Tuple, found: PacketFlow, sent_ns: int) -> PacketFlow:
@@ -427,7 +442,11 @@ class PacketNames:
     ) -> list[np.ndarray]:
         """Name a datagram for all receivers; return the copies for all but the first."""
         sent_ns = int(records["time_ns"][rows[0]])
-        receivers = self._receivers(one)
+        try:
+            receivers = self._receivers(one)
+        except Error:  # as in _flow()
+            records["how"][rows] = lib.SNIFFER_HOW_NOT_PROBED
+            return []
         more, receivers = len(receivers) > _RECEIVERS, receivers[:_RECEIVERS]
         flows = [self._held(found, self._now_ns(), sent_ns) for found in receivers]
         for flow, found in zip(flows, receivers, strict=True):
@@ -442,9 +461,9 @@ class PacketNames:
         for flow in flows[1:]:
             copy = records[rows]
             copy["flags"] |= lib.SNIFFER_F_COPY
-            _fill(copy, [(list(range(len(rows))), flow)])
+            fill(copy, [(list(range(len(rows))), flow)])
             copies.append(copy)
-        _fill(records, [(rows, flows[0])])
+        fill(records, [(rows, flows[0])])
         return copies
 
     def _receivers(self, one: Tuple) -> list[np.void]:
@@ -464,26 +483,3 @@ class PacketNames:
             if local and remote and family:
                 found.append(row)
         return found
-
-
-def _fill(records: np.ndarray, named: list[tuple[list[int], PacketFlow]]) -> None:
-    """Give the records of these rows what is known of their flows."""
-    if not named:
-        return
-    facts = np.array([_facts(flow) for _, flow in named], _FACTS)
-    counts = [len(rows) for rows, _ in named]
-    rows = np.fromiter(itertools.chain.from_iterable(rows for rows, _ in named), np.intp)
-    belongs = np.repeat(np.arange(len(named)), counts)
-    for name in _NAMES:
-        if name != "flags":
-            records[name][rows] = facts[name][belongs]
-    records["flags"][rows] |= facts["flags"][belongs]
-
-
-def _facts(flow: PacketFlow) -> tuple[object, ...]:
-    owner = flow.owner
-    known = flow.how, flow.cookie, flow.inode, flow.flags
-    if owner is None:
-        return *known, 0, 0, 0, b""
-    identity = owner.identity
-    return *known, identity.tgid, identity.start_ns, owner.uid, owner.comm

@@ -32,6 +32,8 @@ _TOGETHER_S = 0.2  # the same for sockets that nobody waits for, or that a user 
 _BESIDE_S = 0.5  # to wait for one's own walk: the ring of who waits fills meanwhile
 _USER_SHARE, _USERS_SHARE, _USER_SAVED_NS = 6, 4, 300_000_000
 """Parts of the time: for the sockets of one user, and of all users but root."""
+_FUTILE = 3
+"""A search in vain counts so many times more: most of those of a user in good faith succeed."""
 _ASKED_AGAIN_NS = 50_000_000  # an inode that nobody held, when asked for again the first time
 _MISSED_NS, _MISSED_SHARE = 1_600_000_000, 100
 """At last it is after so long, or after so many times what a walk takes: many are the kernel's."""
@@ -147,11 +149,7 @@ class Holders:
     def _walk_all(self, alive: Sequence[int]) -> None:
         by_inode: dict[int, dict[int, int]] = {}
         sockets, complete = procfs.held_sockets(alive, self._proc)
-        for inode, pid, fd in sockets.tolist():
-            if inode in by_inode:
-                by_inode[inode][pid] = fd
-            else:
-                by_inode[inode] = {pid: fd}
+        procfs.add_held(by_inode, sockets)
         self._walk_found = len(by_inode)
         with self._lock:
             self._measure(alive, sockets)
@@ -160,8 +158,8 @@ class Holders:
 
     def _learn_some(self, sockets: np.ndarray, alive: Sequence[int]) -> None:
         """Take what was found of all but a few; what is known of these is checked when used."""
-        for inode, pid, fd in sockets.tolist():
-            self._by_inode.setdefault(inode, {})[pid] = fd
+        procfs.add_held(self._by_inode, sockets)
+        for pid in np.unique(sockets["pid"]).tolist():
             self._talkers.setdefault(pid)
         if not self._known.issuperset(alive):
             self._unasked_ns = self._now_ns()
@@ -262,9 +260,12 @@ class Holders:
         with self._users.spend(uid):
             held = self._checked(inode)
             missed, until_ns = self._missing.get(inode, (0, 0))
-            if not held and self._now_ns() >= until_ns and missed < _OFTEN:
+            began = self._now_ns()
+            if not held and began >= until_ns and missed < _OFTEN:
                 self._ask_some(inode, likely)
                 held = self._checked(inode)
+                if not held:
+                    self._users.charge(uid, _FUTILE * (self._now_ns() - began))
             if len(held) == 1:
                 self._ask_parents(inode, *held)
                 held = self._held(inode) or held
@@ -490,9 +491,7 @@ class Holders:
         if not some:
             return set()
         sockets = procfs.held_sockets(some, self._proc)[0]
-        held = sockets.tolist()
         with self._lock:
             self._measure(some, sockets)
-            for inode, pid, fd in held:
-                self._by_inode.setdefault(inode, {})[pid] = fd
-        return {inode for inode, _, _ in held}
+            procfs.add_held(self._by_inode, sockets)
+        return set(sockets["inode"].tolist())

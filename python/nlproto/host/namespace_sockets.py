@@ -117,10 +117,10 @@ class PerNamespace(Closing, Generic[S]):
                 break
             try:
                 self._namespaces[number] = netns.run_inside(new[number], number, self._make)
-            except FileNotFoundError:  # found anew by the next look, if it is still there
-                continue
-            except (Error, OSError):
+            except NoPrivilege:
                 self._namespaces[number] = None
+            except (Error, OSError):  # the next look tries again, if it is still there
+                continue
 
     def _patience(self) -> Patience:
         """Return how long namespaces of users may take now."""
@@ -181,15 +181,18 @@ class NamespaceSockets(PerNamespace[SockDiag]):
         return first + [one for _, one in sorted(turns, key=lambda turn: turn[0])]
 
     def _read(self, number: int) -> None:
-        diag = self._namespaces[number]
-        self._read_ns[number] = self._now_ns()
+        diag, began_ns = self._namespaces[number], self._now_ns()
         if diag is not None:
             try:
                 self._tables[number] = diag.dump()
+                self._read_ns[number] = began_ns
                 return
             except NoPrivilege:
                 diag.close()
                 self._namespaces[number] = None
+            except Error as error:  # what was read before stays
+                self._failures.add(error)
+                return
         if number == self.own:
             self._tables[number] = procfs.tables()
         else:

@@ -234,8 +234,10 @@ def run_inside(path: Path, inode: int, work: Callable[[], T]) -> T:
                 code = -lib.host_setns_net(handle)
             finally:
                 os.close(handle)
-            if code:
+            if code == errno.EPERM:
                 raise NoPrivilege(f"entering a network namespace: {os.strerror(code)}")
+            if code:
+                raise OSError(code, os.strerror(code))
             results.append(work())
         except BaseException as error:
             errors.append(error)

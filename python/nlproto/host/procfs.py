@@ -37,6 +37,7 @@ __all__ = [
     "Owner",
     "Parent",
     "ProcessDetails",
+    "add_held",
     "container_of",
     "details",
     "held_sockets",
@@ -301,6 +302,15 @@ def _held_sockets(some: Sequence[int], proc: Path) -> tuple[np.ndarray, bool]:
             room = min(room * 8, _MAX_HELD)
     finally:
         os.close(directory)
+
+
+def add_held(by_inode: dict[int, dict[int, int]], sockets: np.ndarray) -> None:
+    """Enter who holds `sockets` (HELD, maybe a million) as {inode: {pid: descriptor}}."""
+    for inode, pid, fd in sockets.tolist():
+        if inode in by_inode:
+            by_inode[inode][pid] = fd
+        else:
+            by_inode[inode] = {pid: fd}
 
 
 def socket_inodes(pid: int, proc: Path = PROC) -> dict[int, int] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 
 import numpy as np
 
@@ -28,6 +29,14 @@ __all__ = [
 ]
 
 NETLINK_SOCK_DIAG = 4
+_BY_FAMILY, _REQUEST, _DUMP = 20, 0x1, 0x300
+_HEAD = struct.Struct("=IHHIIBBBxI")  # struct nlmsghdr and inet_diag_req_v2
+_SOCKET_ID = struct.Struct("=2s2s16s16sIQ")  # struct inet_diag_sockid
+_REQUEST_BYTES = _HEAD.size + _SOCKET_ID.size
+_NO_COOKIE = 0xFFFFFFFFFFFFFFFF
+_LASTING = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EINVAL, errno.ENOENT}
+_LASTING |= {errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT, errno.ESOCKTNOSUPPORT, errno.EOPNOTSUPP}
+"""The kernel lacks sock_diag, or something forbids it. All else passes, as a lack of memory."""
 PATIENCE_S = 5.0
 """The longest time for an answer."""
 _BUFFER = 64 << 10
@@ -64,7 +73,7 @@ class DiagSocket(Closing):
     """A sock_diag socket of the network namespace in which it is created, with room for a datagram.
 
     An answer becomes `kind` (a dtype) and has at least `least` bytes. Raises NoPrivilege when the
-    kernel refuses it (seccomp, no tcp_diag or udp_diag).
+    kernel refuses it (seccomp, no tcp_diag or udp_diag), and Error when it has no answer now.
     """
 
     def __init__(self, kind: np.dtype[np.void], least: int) -> None:
@@ -76,7 +85,6 @@ class DiagSocket(Closing):
             raise refused(error.errno or 0) from None
         self._socket.settimeout(PATIENCE_S)
         self._seq = 0
-        self._request = ffi.new("uint8_t[]", 128)
         self._buffer = bytearray(_BUFFER)
         self._view = ffi.from_buffer("uint8_t[]", self._buffer)
         self._done = ffi.new("int *")
@@ -99,11 +107,11 @@ class DiagSocket(Closing):
         states: int = ALL_STATES,
         extensions: int = 0,
     ) -> None:
-        size = self._make(
+        request = self._make(
             family, proto, dump, local, lport, remote, rport, ifindex, states, extensions
         )
         try:
-            self._socket.send(ffi.buffer(self._request, size))
+            self._socket.send(request)
         except OSError as error:
             raise refused(error.errno or 0) from None
 
@@ -119,18 +127,18 @@ class DiagSocket(Closing):
         ifindex: int,
         states: int = ALL_STATES,
         extensions: int = 0,
-    ) -> int:
-        """Make the next request. Returns its bytes."""
+    ) -> bytes:
+        """Return the next request."""
         self._seq = self._seq % 0xFFFFFFFF + 1  # the kernel always reports 0
         if proto == socket.IPPROTO_UDP and not dump:
             # udp_dump_one() takes source and destination of an incoming packet.
             local, lport, remote, rport = remote, rport, local, lport
-        return int(
-            lib.host_diag_request(
-                self._request, self._seq, family, proto, dump, local, lport, remote, rport, ifindex,
-                states, extensions,
-            )
-        )  # fmt: skip
+        flags = _REQUEST | (_DUMP if dump else 0)
+        head = _HEAD.pack(
+            _REQUEST_BYTES, _BY_FAMILY, flags, self._seq, 0, family, proto, extensions, states
+        )
+        ports = lport.to_bytes(2), rport.to_bytes(2)
+        return head + _SOCKET_ID.pack(*ports, local, remote, ifindex, _NO_COOKIE)
 
     def _receive(self) -> int:
         """Return the size of the next datagram, which is in the buffer."""
@@ -143,7 +151,7 @@ class DiagSocket(Closing):
 class SockDiag(DiagSocket):
     """TCP and UDP sockets. A context manager. If sock_diag is refused, /proc/net is the fallback.
 
-    Raises NoPrivilege as DiagSocket does.
+    Raises NoPrivilege and Error as DiagSocket does.
     """
 
     def __init__(self) -> None:
@@ -151,18 +159,29 @@ class SockDiag(DiagSocket):
         super().__init__(HOST_SOCKET, 24)
         self._sockets = ffi.from_buffer("struct host_socket[]", self._found)
 
-    def _ask(self, size: int, proto: int, most: int) -> int:
-        """Send a request of `size` bytes (0: none). Returns how many sockets self._found has now.
+    def _ask(self, request: bytes, proto: int, most: int) -> int:
+        """Send a request (empty: none). Returns how many sockets self._found has now.
 
         Or -errno.
         """
         read = lib.host_diag_ask(
-            self._socket.fileno(), self._request, size, self._view, _BUFFER, self._seq, proto,
+            self._socket.fileno(), request, len(request), self._view, _BUFFER, self._seq, proto,
             self._sockets, most, self._done, int(PATIENCE_S * 1000),
         )  # fmt: skip
+        if read < 0 and -read != errno.ENOENT:
+            self._drain()
         if read == -errno.ETIMEDOUT:
             raise _no_answer()
         return int(read)
+
+    def _drain(self) -> None:
+        """Receive what is left of a request that failed: its answers take the next one's room."""
+        while True:
+            try:
+                self._socket.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:  # which is told once
+                    return
 
     def dump(
         self,
@@ -178,16 +197,16 @@ class SockDiag(DiagSocket):
         parts = []
         for proto in protos:
             for family in families:
-                size = self._make(
+                request = self._make(
                     family, proto, True, ANY, lport, ANY, 0, 0, states, extensions=_MEMORY
                 )
                 self._done[0] = 0
                 while not self._done[0]:
-                    read = self._ask(size, proto, len(self._found))
+                    read = self._ask(request, proto, len(self._found))
                     if read < 0:
                         raise refused(-read)
                     parts.append(self._found[:read].copy())
-                    size = 0
+                    request = b""
         return np.concatenate(parts) if parts else np.zeros(0, HOST_SOCKET)
 
     def find(
@@ -204,8 +223,8 @@ class SockDiag(DiagSocket):
 
         Addresses are the 16 bytes of a record. Without `remote` it finds a TCP listener.
         """
-        size = self._make(family, proto, False, local, lport, remote, rport, ifindex)
-        read = self._ask(size, proto, 1)
+        request = self._make(family, proto, False, local, lport, remote, rport, ifindex)
+        read = self._ask(request, proto, 1)
         if read > 0:
             found: np.void = self._found[:1].copy()[0]
             return found
@@ -219,5 +238,7 @@ def _no_answer() -> Error:
 
 
 def refused(code: int) -> Error:
-    """Return the exception for an errno of sock_diag."""
-    return NoPrivilege(f"sock_diag is refused here: {os.strerror(code)}")
+    """Return the exception for an errno of sock_diag: NoPrivilege if it will not pass."""
+    if code in _LASTING:
+        return NoPrivilege(f"sock_diag is refused here: {os.strerror(code)}")
+    return Error(f"sock_diag has no answer now: {os.strerror(code)}; try again")

@@ -82,7 +82,10 @@ class SocketLookup:
         return self._diag is not None
 
     def find(self, one: Tuple) -> np.void | None:
-        """Return the socket (HOST_SOCKET) of a packet of `one`; None if there is none."""
+        """Return the socket (HOST_SOCKET) of a packet of `one`; None if there is none.
+
+        Raises Error, as all of these, if the kernel has no answer now.
+        """
         if self._diag is not None:
             try:
                 return self._diag.find(

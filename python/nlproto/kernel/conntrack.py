@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 
 from nlproto.errors import Error, NoPrivilege
 from nlproto.kernel.netlink import (
-    NLM_F_ACK,
     NLM_F_DUMP,
     SOL_NETLINK,
     Connection,
@@ -244,10 +243,10 @@ class ConntrackLookup(Closing):
         parts += encode_attribute(_TUPLE_PROTO | _NESTED, ports)
         body = _NFGEN.pack(family, 0, 0) + encode_attribute(_ORIG | _NESTED, parts)
         try:
-            found = [_event_of(one) for one in self._asking.exchange(_CT_GET, NLM_F_ACK, body)]
+            found = next(self._asking.exchange(_CT_GET, 0, body), None)
         except (OSError, Error):  # there is none
             return None
-        event = found[0] if found else None
+        event = None if found is None else _event_of(found)
         if event is None:
             return None
         asked = far[0] + far[1].to_bytes(2), near[0] + near[1].to_bytes(2)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nlproto._host import ffi as host
+from nlproto._host import lib as host_lib
 from nlproto.errors import Error, NoModule, NoPrivilege
 from nlproto.records import wire
 from nlproto.records.wire import ffi, lib
@@ -158,10 +160,10 @@ class Connection(Closing):
         self._socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
         )
-        self._socket.settimeout(_TIMEOUT)
         self._socket.bind((0, 0))
         self._seq = 0
         self._buffer = memoryview(bytearray(_MESSAGE_BYTES))
+        self._room = host.from_buffer("uint8_t[]", self._buffer)
 
     def close(self) -> None:
         """Close its socket."""
@@ -175,13 +177,24 @@ class Connection(Closing):
         self._seq += 1
         size = _NLMSGHDR.size + len(body)
         head = _NLMSGHDR.pack(size, kind, NLM_F_REQUEST | flags, self._seq, 0)
-        self._socket.send(head + body)
+        request = head + body
         while True:
-            try:
-                datagram = _receive(self._socket, self._buffer)
-            except TimeoutError:
-                raise Error(f"the kernel did not answer within {_TIMEOUT:.0f} s") from None
-            for message in messages(datagram):
+            size = host_lib.host_exchange(
+                self._socket.fileno(),
+                request,
+                len(request),
+                self._room,
+                _MESSAGE_BYTES,
+                int(_TIMEOUT * 1000),
+            )
+            request = b""
+            if size == -errno.ETIMEDOUT:
+                raise Error(f"the kernel did not answer within {_TIMEOUT:.0f} s")
+            if size == -errno.EMSGSIZE:
+                raise Error(f"a message of the kernel is longer than {_MESSAGE_BYTES} bytes")
+            if size < 0:
+                raise OSError(-size, os.strerror(-size))
+            for message in messages(self._buffer[:size]):
                 if message.seq != self._seq:
                     continue  # left over from a request that timed out
                 if message.type == NLMSG_DONE and message.flags & NLM_F_DUMP_INTR:

@@ -18,35 +18,6 @@
 
 #define SMALLEST sizeof(struct inet_diag_msg) /* bytes of an answer, at least */
 
-uint32_t host_diag_request(uint8_t *buf, uint32_t seq, uint8_t family, uint8_t proto, int dump,
-			   const uint8_t *saddr, uint16_t sport, const uint8_t *daddr,
-			   uint16_t dport, uint32_t ifindex, uint32_t states, uint8_t extensions)
-{
-	struct {
-		struct nlmsghdr nlh;
-		struct inet_diag_req_v2 req;
-	} m;
-
-	memset(&m, 0, sizeof(m));
-	m.nlh.nlmsg_len = sizeof(m);
-	m.nlh.nlmsg_type = SOCK_DIAG_BY_FAMILY;
-	m.nlh.nlmsg_flags = NLM_F_REQUEST | (dump ? NLM_F_DUMP : 0);
-	m.nlh.nlmsg_seq = seq;
-	m.req.sdiag_family = family;
-	m.req.sdiag_protocol = proto;
-	m.req.idiag_states = states;
-	m.req.idiag_ext = extensions;
-	m.req.id.idiag_sport = htons(sport);
-	m.req.id.idiag_dport = htons(dport);
-	memcpy(m.req.id.idiag_src, saddr, 16);
-	memcpy(m.req.id.idiag_dst, daddr, 16);
-	m.req.id.idiag_if = ifindex;
-	m.req.id.idiag_cookie[0] = INET_DIAG_NOCOOKIE;
-	m.req.id.idiag_cookie[1] = INET_DIAG_NOCOOKIE;
-	memcpy(buf, &m, sizeof(m));
-	return sizeof(m);
-}
-
 /* The answers of sock_diag in one datagram. */
 struct diag_answers {
 	const uint8_t *buf;
@@ -173,33 +144,42 @@ int host_diag_read(const uint8_t *buf, uint32_t len, uint32_t seq, uint8_t proto
 	return more < 0 ? more : (int)n;
 }
 
+int host_exchange(int fd, const uint8_t *request, uint32_t length, uint8_t *buf, uint32_t size,
+		  int patience_ms)
+{
+	struct pollfd readable = { .fd = fd, .events = POLLIN };
+
+	if (length && send(fd, request, length, 0) < 0)
+		return -errno;
+	for (;;) {
+		ssize_t len = recv(fd, buf, size, MSG_DONTWAIT | MSG_TRUNC);
+
+		if (len >= 0)
+			return len > size ? -EMSGSIZE : (int)len;
+		if (errno != EAGAIN && errno != EINTR)
+			return -errno;
+		if (errno == EAGAIN && !poll(&readable, 1, patience_ms))
+			return -ETIMEDOUT;
+	}
+}
+
 int host_diag_ask(int fd, const uint8_t *request, uint32_t length, uint8_t *buf, uint32_t size,
 		  uint32_t seq, uint8_t proto, struct host_socket *found, uint32_t max, int *done,
 		  int patience_ms)
 {
-	struct pollfd readable = { .fd = fd, .events = POLLIN };
 	uint32_t n = 0;
 
 	*done = 0;
-	if (length && send(fd, request, length, 0) < 0)
-		return -errno;
 	while (!*done && (!n || max - n >= size / SMALLEST)) {
-		ssize_t len = recv(fd, buf, size, MSG_DONTWAIT);
-		int read, ready = 1;
+		int read = host_exchange(fd, request, length, buf, size, patience_ms);
 
-		if (len >= 0) {
-			read = host_diag_read(buf, (uint32_t)len, seq, proto, found + n, max - n,
+		if (read >= 0)
+			read = host_diag_read(buf, (uint32_t)read, seq, proto, found + n, max - n,
 					      done);
-			if (read < 0)
-				return read;
-			n += (uint32_t)read;
-		} else if (errno == EAGAIN) {
-			ready = poll(&readable, 1, patience_ms);
-		} else if (errno != EINTR) {
-			return -errno;
-		}
-		if (!ready)
-			return -ETIMEDOUT;
+		if (read < 0)
+			return read;
+		n += (uint32_t)read;
+		length = 0;
 	}
 	return (int)n;
 }

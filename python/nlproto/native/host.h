@@ -85,14 +85,6 @@ int host_tcp_read(const uint8_t *buf, uint32_t len, uint32_t seq, struct host_tc
 		  uint32_t max, int *done);
 
 /*
- * Write a sock_diag request for one socket or, with dump, for all in `states` (a bit for each
- * TCP state); returns its length. `extensions`: idiag_ext, what answers are to have.
- */
-uint32_t host_diag_request(uint8_t *buf, uint32_t seq, uint8_t family, uint8_t proto, int dump,
-			   const uint8_t *saddr, uint16_t sport, const uint8_t *daddr,
-			   uint16_t dport, uint32_t ifindex, uint32_t states, uint8_t extensions);
-
-/*
  * Reads the answers in one datagram into sockets. Returns how many there are, or -errno
  * for an error answer. Sets *done after the last one.
  */
@@ -100,10 +92,17 @@ int host_diag_read(const uint8_t *buf, uint32_t len, uint32_t seq, uint8_t proto
 		   struct host_socket *sockets, uint32_t max, int *done);
 
 /*
+ * Sends a request of Netlink (length 0: none) and receives one datagram. Returns its bytes, -errno,
+ * -ETIMEDOUT after patience_ms, or -EMSGSIZE if it is longer than `size`. One call: Python's lock
+ * is fought for at the end of each.
+ */
+int host_exchange(int fd, const uint8_t *request, uint32_t length, uint8_t *buf, uint32_t size,
+		  int patience_ms);
+
+/*
  * Sends a request (length 0: none) and reads its answers into `found`, by way of `buf`. It ends at
  * *done or when `found` has no room for another datagram. For a request without dump, one answer is
- * all: `max` is 1. Returns how many, -errno, or -ETIMEDOUT after patience_ms. One call: Python's
- * lock is fought for at the end of each.
+ * all: `max` is 1. Returns how many, or as host_exchange() does.
  */
 int host_diag_ask(int fd, const uint8_t *request, uint32_t length, uint8_t *buf, uint32_t size,
 		  uint32_t seq, uint8_t proto, struct host_socket *found, uint32_t max, int *done,

@@ -87,14 +87,17 @@ class Namer:
         flows, belongs = group(taken(records, places))
         self._patience = Patience(0, _AGAIN_NS, lambda: False, self._now_ns)
         answers = np.zeros(len(flows), records.dtype)
-        for index in range(len(flows)):
+        for field in _FILLED:
+            answers[field] = flows[field]
+        again = flows["how"] == lib.SNIFFER_HOW_NOT_PROBED
+        for index in np.argsort(again, kind="stable").tolist():
+            if again[index] and self._patience.is_over():
+                break  # to look at each would take as long
             self._answer(answers[index : index + 1], flows[index])
         for field in _FILLED:
             records[field][places] = answers[field][belongs]
 
     def _answer(self, answer: np.ndarray, flow: np.void) -> None:
-        for field in ("cookie", "inode", "how", "flags", "comm"):
-            answer[field] = flow[field]
         found = self._find(flow)
         if found is None or not found.owners:
             return
@@ -127,7 +130,7 @@ class Namer:
         if known is not None and now - known.asked_ns < _FRESH_NS:
             return known
         if flow["how"] == lib.SNIFFER_HOW_NOT_PROBED:
-            if self._patience.is_over() or not self._again.allows():
+            if not self._again.allows():
                 return None
             over = self._patience.is_over
             with self._again.spend(), self._holders.beside.waiting_until(over):
