@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +178,7 @@ class PacketNames:
         groups = group_packets(records, keys, outward, to_all)
         # Who has just begun a connection may end first, and has no listener to stand for it.
         groups.sort(key=lambda group: not (group.syn and group.out and group.first))
+        self._doubt_who_left(groups)
         for group in groups:
             rows, out = group.rows, group.out
             one = tuple_of_key(group.key)
@@ -215,6 +216,17 @@ class PacketNames:
             records = np.concatenate([records, *copies])
             keep = np.concatenate([keep, np.ones(len(records) - len(keep), bool)])
         return records if keep.all() else records[keep]
+
+    def _doubt_who_left(self, groups: Iterable[PacketGroup]) -> None:
+        """Look flows up again whose process has their socket no more: others may have the port."""
+        known: dict[tuple[int, int], list[PacketFlow]] = {}
+        for group in groups:
+            flow = self._flows.get(group.key)
+            if flow is not None and flow.settled and flow.owner is not None and flow.inode:
+                known.setdefault((flow.inode, flow.owner.identity.tgid), []).append(flow)
+        for one in self._holders.have_left(list(known)) if known else ():
+            for flow in known[one]:
+                flow.settled = flow.how == lib.SNIFFER_HOW_LISTENER
 
     def _doubt(self, flow: PacketFlow, over: Callable[[], bool]) -> None:
         """Flag records of a UDP port with several sockets: nothing says which one it was."""
@@ -257,6 +269,8 @@ class PacketNames:
             # without an answer, as for lack of memory, the next packet asks again
             with contextlib.suppress(Error), self._soon.spend():
                 found = self._look_up(group, one, now, known, connection, forwarded)
+        elif known is not None and not group.syn:
+            found = self._linger(known, found, one.proto, group.sent_ns)
         self._flows[group.key] = found
         return found
 

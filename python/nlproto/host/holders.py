@@ -30,19 +30,15 @@ _WALK_SAVED_NS = 500_000_000  # walking time that can be saved up while nothing 
 _WALK_WAIT_S = 0.05  # to wait for another thread's walk before nobody is found
 _TOGETHER_S = 0.2  # the same for sockets that nobody waits for, or that a user made many of
 _BESIDE_S = 0.5  # to wait for one's own walk: the ring of who waits fills meanwhile
-_USER_SHARE, _USERS_SHARE, _USER_SAVED_NS = 6, 4, 300_000_000
-"""Parts of the time: for the sockets of one user, and of all users but root."""
-_FUTILE = 3
-"""A search in vain counts so many times more: most of those of a user in good faith succeed."""
+_USER_SHARE, _USERS_SHARE, _USER_SAVED_NS = 6, 4, 300_000_000  # of the time; root has all
+_FUTILE = 3  # a search in vain counts so many times more: of a user in good faith most succeed
 _ASKED_AGAIN_NS = 50_000_000  # an inode that nobody held, when asked for again the first time
-_MISSED_NS, _MISSED_SHARE = 1_600_000_000, 100
-"""At last it is after so long, or after so many times what a walk takes: many are the kernel's."""
+_MISSED_NS = 1_600_000_000  # the same at last, since many are the kernel's,
+_MISSED_SHARE = 100  # but at least so many times what a walk takes
 _OFTEN = 4  # missed as often, it is looked for by walks alone
-_LARGE = 1000
-"""Who has more sockets is asked only if there was traffic of theirs a short while ago."""
+_LARGE = 1000  # who has more sockets is asked only if there was traffic of theirs since then,
 _TRAFFIC_NS = 10_000_000_000
-_IDLE_SHARE, _IDLE_SAVED_NS = 200, 200_000_000
-"""Or for this part of the time: what 50,000 sockets cost must not grow with others' traffic."""
+_IDLE_SHARE, _IDLE_SAVED_NS = 200, 200_000_000  # or for this part of the time
 _STALE = 65536  # sockets that have gone and may be kept until all are asked
 _MISSING_LIMIT = 65536
 _MANY = 500
@@ -51,8 +47,7 @@ _GENERATIONS = 8
 _BORN_NS = 10_000_000  # between two looks for new processes if nobody waits for them
 _BORN_SHARE = 10  # of the time, for these looks
 _YOUNG_NS = 1_000_000_000  # how long one may be about to open its first socket
-_FEW = 16  # processes that are read at once when the youngest are read first
-_AT_ONCE = 4
+_FEW, _AT_ONCE = 16, 4  # processes that are read when the youngest come first; at a time
 _INHERITED_NS = 200_000_000  # for so long the birth of a process may still give it a socket
 
 
@@ -439,6 +434,14 @@ class Holders:
                     self._tidied_ns, recent = now, now - _INHERITED_NS
                     got_before = self._inherited.items()
                     self._inherited = {one: at for one, at in got_before if at > recent}
+
+    def have_left(self, some: Sequence[tuple[int, int]]) -> set[tuple[int, int]]:
+        """Return those of `some` (inode, process) that are not known to hold it any more."""
+        with self._lock:
+            known = [self._by_inode.get(inode, {}).get(pid, -1) for inode, pid in some]
+        there = [(*one, fd) for one, fd in zip(some, known, strict=True) if fd >= 0]
+        held = procfs.are_held(np.array(there, procfs.HELD), self._proc).tolist()
+        return set(some) - {one[:2] for one, holds in zip(there, held, strict=True) if holds}
 
     def may_be_inherited(self, inode: int, since_ns: int) -> bool:
         """Return whether a process born between then and meet_newest() may hold it too."""

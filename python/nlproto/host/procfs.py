@@ -38,6 +38,7 @@ __all__ = [
     "Parent",
     "ProcessDetails",
     "add_held",
+    "are_held",
     "container_of",
     "details",
     "held_sockets",
@@ -214,12 +215,17 @@ def still_held(inode: int, held: Mapping[int, int], proc: Path = PROC) -> dict[i
     if not held:
         return {}
     found = np.zeros(len(held), HELD)
-    found["pid"], found["fd"] = list(held), list(held.values())
-    lib.host_still_held(
-        bytes(proc), inode, ffi.from_buffer("struct host_held[]", found), len(found)
-    )
-    there = found[found["pid"] != 0]
+    found["inode"], found["pid"], found["fd"] = inode, list(held), list(held.values())
+    there = found[are_held(found, proc)]
     return dict(zip(there["pid"].tolist(), there["fd"].tolist(), strict=True))
+
+
+def are_held(some: np.ndarray, proc: Path = PROC) -> np.ndarray:
+    """Return for each HELD whether it is so: one bool each. One call without Python's lock."""
+    found = some.copy()
+    lib.host_still_held(bytes(proc), ffi.from_buffer("struct host_held[]", found), len(found))
+    held: np.ndarray = found["pid"] != 0
+    return held
 
 
 class Births:

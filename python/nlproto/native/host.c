@@ -181,13 +181,12 @@ void host_net_namespaces(const char *proc, const uint32_t *pids, uint32_t count,
 	}
 }
 
-void host_still_held(const char *proc, uint64_t inode, struct host_held *held, uint32_t count)
+void host_still_held(const char *proc, struct host_held *held, uint32_t count)
 {
-	char wanted[64];
-	int want = snprintf(wanted, sizeof(wanted), "socket:[%llu]", (unsigned long long)inode);
-
 	for (uint32_t i = 0; i < count; i++) {
-		char path[512], target[64];
+		char wanted[64], path[512], target[64];
+		int want = snprintf(wanted, sizeof(wanted), "socket:[%llu]",
+				    (unsigned long long)held[i].inode);
 		ssize_t len;
 
 		snprintf(path, sizeof(path), "%s/%u/fd/%u", proc, held[i].pid, held[i].fd);

@@ -168,8 +168,8 @@ void host_owners(const char *proc, struct host_owner *some, uint32_t count);
 /* Which network namespace each process is in; 0: not to be seen. */
 void host_net_namespaces(const char *proc, const uint32_t *pids, uint32_t count, uint64_t *inodes);
 
-/* Clear the pid of those that do not have the socket `inode` any more. */
-void host_still_held(const char *proc, uint64_t inode, struct host_held *held, uint32_t count);
+/* Clear the pid of those that do not have their socket at their descriptor any more. */
+void host_still_held(const char *proc, struct host_held *held, uint32_t count);
 
 /*
  * Opens a file below a directory for reading, through no link and no mount. Never waits
