@@ -14,10 +14,10 @@ import pytest
 from daemon.history.memory import FlowMemory
 from daemon.serve.answers import Answers
 from daemon.serve.requests import Who
-from fleet.ask.local import told
+from fleet.ask.local import tell
 from fleet.ask.store import Range
 from nlproto.tables.flows import FLOW, pack_address
-from nlproto.tables.processes import Processes
+from nlproto.tables.processes import Process, Processes
 from waiting import stand_in
 
 S = 10**9
@@ -30,19 +30,30 @@ class Pipeline:
         self.processes = Processes()
 
 
-def ask_of(lasts: Any) -> tuple[Any, ...]:
-    """What asks a daemon's own part, whose history has a flow for each of `lasts` (ns)."""
+def ask_of(
+    lasts: Any, processes: int = 0, asked: list[Any] | None = None, first: int | None = None
+) -> tuple[Any, ...]:
+    """What asks a daemon's own part, whose history has a flow for each of `lasts` (ns).
+
+    Each of so many flows has a process of its own, with a long command line.
+    """
     flows = np.zeros(len(lasts), FLOW)
     flows["cookie"] = np.arange(1, len(lasts) + 1)
     flows["tgid"], flows["start_ns"], flows["comm"], flows["how"] = 7, 5, b"x", 1
     flows["family"], flows["proto"], flows["lport"] = 2, 6, 40000
     for name in ("laddr", "raddr"):
         flows[name] = np.frombuffer(pack_address("10.0.0.1")[1], np.uint64)
-    flows["first_ns"] = flows["last_ns"] = lasts
+    flows["tgid"][:processes] = np.arange(processes) + 1000
+    flows["last_ns"] = lasts
+    flows["first_ns"] = lasts if first is None else first
     memory = FlowMemory(len(flows) + 1)
     memory.update(flows, stand_in(SimpleNamespace(real_offset_ns=0)))
-    answers = Answers(stand_in(Pipeline()), memory)
-    asked = []
+    pipeline = Pipeline()
+    pipeline.processes.restore(
+        [Process(1000 + number, 5, comm="x", cmdline="x" * 4000) for number in range(processes)]
+    )
+    answers = Answers(stand_in(pipeline), memory)
+    asked = [] if asked is None else asked
 
     def ask(**words: Any) -> Any:
         asked.append(words)
@@ -56,15 +67,49 @@ def _now() -> Any:
     return time.time_ns()
 
 
+def told(ask: Any, range: Range) -> tuple[list[Any], dict[Any, Any], bool]:
+    """All flows, processes by pid, and whether they are all."""
+    found: list[Any] = []
+    owners: dict[Any, Any] = {}
+
+    def keep(flows: Any, processes: Any) -> None:
+        found.extend(flows)
+        owners.update((one["tgid"], one) for one in processes)
+
+    return found, owners, tell(ask, range, keep)
+
+
 def test_more_flows_than_are_told_at_once_are_all_told(now: Any) -> None:
     ask, asked = ask_of(now - np.arange(25_000) * S // 50)  # 500 s
     flows, _, whole = told(ask, Range(now - 600 * S, now))
-    assert whole and len(flows) == len({one["cookie"] for one in flows}) == 25_000
-    assert 2 < len(asked) < 20
+    assert whole and sorted(one["cookie"] for one in flows) == list(range(1, 25_001))
+    assert len(asked) == 8  # seven pages, and what came meanwhile
+
+
+def test_no_flow_is_missed_that_goes_on_meanwhile(now: Any) -> None:
+    """It is on a later page, and then it is newer than the first."""
+    lasts = now - np.arange(10_000) * S // 50
+    asked: list[Any] = []
+
+    def going_on(**words: Any) -> Any:
+        if len(asked) == 1:
+            lasts[9_000:9_100] = time.time_ns()
+        return ask_of(lasts, asked=asked, first=now - 600 * S)[0](**words)
+
+    flows, _, whole = told(going_on, Range(now - 600 * S, now))
+    assert whole and sorted(one["cookie"] for one in flows) == list(range(1, 10_001))
+
+
+def test_all_processes_are_told_though_they_have_no_room_on_a_page(now: Any) -> None:
+    ask, asked = ask_of(now - np.arange(3000) * S // 50, processes=3000)
+    flows, owners, whole = told(ask, Range(now - 600 * S, now))
+    assert whole and len(flows) == 3000
+    assert len(owners) == 3000
+    assert {words["limit"] for words in asked} == {4000, 2000, 1000}
 
 
 def test_what_cannot_be_divided_is_said_to_be_cut(now: Any) -> None:
     """All at one moment."""
     ask, _ = ask_of(np.full(10_500, now - 100 * S))
     flows, _, whole = told(ask, Range(now - 600 * S, now))
-    assert not whole and len(flows) >= 10_000
+    assert not whole and len(flows) == 4000

@@ -54,6 +54,7 @@ def _history() -> FlowMemory:
         ({"uid": 1000}, [5, 3, 1]),
         ({"uid": 0}, [2]),
         ({"since_ns": 300}, [5, 4, 3]),
+        ({"seen_until_ns": 300}, [3, 2, 1]),
         ({"at_ns": 200}, [2]),
         ({"at_ns": 250}, []),
         ({"host": ipaddress.ip_network("10.9.0.7")}, [3]),

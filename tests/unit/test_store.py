@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 from daemon.history.memory import Question
 from daemon.history.recorder import Recorder
 from daemon.history.store import Store
+from daemon.serve.answers import Answers
 from daemon.system.config import Config
 from nlproto.errors import Error
 from nlproto.records.batch import NamedBatch
@@ -26,7 +28,7 @@ from nlproto.tables.flows import FLOW, pack_address, summarize
 from nlproto.tables.processes import Process, Processes
 from recording import make_records
 from remembering import Clocks
-from waiting import there, until
+from waiting import stand_in, there, until
 
 FOREVER = 2**62
 NO_OFFSET = Clock(0, 0)
@@ -214,6 +216,30 @@ def test_flows_evicted_from_memory_are_found_in_the_file_once(path: str) -> None
         assert recorder.history.unstored == 0
         assert _ask(recorder, limit=1000) == list(range(200))
         assert recorder.past(Question(since_ns=1199)) == (0, [])
+
+
+def test_pages_of_a_long_answer_have_each_flow_though_the_file_is_behind_the_memory(
+    path: str,
+) -> None:
+    recorder = Recorder(Config(history=path, history_flows=64), Processes())
+    for n in range(200):
+        few = n in range(50, 70)  # of a user who has few, which stay in memory
+        some = {"sport": n, "time_ns": 1000 + n, "uid": 7 if few else 1000}
+        recorder.take(_batch(make_records(some)))
+        recorder._flush()
+    for n in range(50, 70):  # the file does not know yet that these went on
+        recorder.take(_batch(make_records({"sport": n, "time_ns": 5000 + n, "uid": 7})))
+    assert recorder.history.horizon_ns > 1100
+    answers = Answers(stand_in(SimpleNamespace()), recorder.history, recorder.past)
+    found: list[int] = []
+    seen_until_ns, total = 10_000, 200
+    while total > 5:
+        question = Question(limit=5, seen_until_ns=seen_until_ns)
+        total, rows = answers._ask(question, lambda: None)
+        found += [int(flow["lport"]) for _, flow in rows]
+        seen_until_ns = int(rows[-1][1]["last_ns"]) - 1
+    assert found == [*range(69, 49, -1), *range(199, 69, -1), *range(49, -1, -1)]
+    recorder.__exit__()
 
 
 def test_a_new_daemon_finds_what_the_last_one_wrote_and_goes_on_counting(path: str) -> None:

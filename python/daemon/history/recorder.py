@@ -125,14 +125,26 @@ class Recorder:
         horizon_ns = self.history.horizon_ns
         if since_ns > horizon_ns:
             return 0, []
+        seen_until_ns = question.seen_until_ns
+        until_ns = horizon_ns if seen_until_ns is None else min(horizon_ns, seen_until_ns)
+        older: dict[int, np.void] = {}
         try:
-            rows = store.ask(question, horizon_ns, stop)
+            while len(older) <= question.limit:
+                rows = store.ask(question, until_ns, stop)
+                here = self.history.has(np.array([number for number, _ in rows], np.uint64))
+                older |= {
+                    number: row
+                    for (number, row), known in zip(rows, here.tolist(), strict=True)
+                    if not known
+                }
+                # of a page no row may be missing; of the first one the memory counts them
+                if seen_until_ns is None or len(rows) <= question.limit:
+                    break
+                until_ns = min(until_ns - 1, int(rows[-1][1]["last_ns"]))
         except Error as error:
             self._failed("not read", error)
             return 0, []
-        here = self.history.has(np.array([number for number, _ in rows], np.uint64))
-        older = [row for row, known in zip(rows, here.tolist(), strict=True) if not known]
-        return len(older), older
+        return len(older), list(older.items())
 
     def usage(
         self, since_ns: int, stop: Callable[[], None] = lambda: None

@@ -192,6 +192,7 @@ class Answers:
             since_ns=None if request.since is None else now_ns - int(request.since * 1e9),
             until_ns=None if request.until is None else now_ns - int(request.until * 1e9),
             at_ns=None if request.at is None else int(request.at * 1e9),
+            seen_until_ns=None if request.seen_until is None else int(request.seen_until * 1e9),
             ends=None if request.ends is None else _ends(*request.ends),
             netns=request.netns,
             listening=request.listening,
@@ -200,7 +201,8 @@ class Answers:
         total, rows = (0, []) if request.listening else self._ask(question, stop)
         owners: list[dict[str, Any]] = []
         owners_total = 0
-        of_now = request.at is None and request.domain is None and not request.until
+        present = (request.at, request.domain, request.seen_until) == (None, None, None)
+        of_now = present and not request.until
         if of_now and not isinstance(request, HistoryRequest):
             self._refresh(stop)
             looking = Looking(uid, stop)
@@ -220,6 +222,9 @@ class Answers:
                 yield flow
 
         flows = room.fill(fields())
+        truncated = room.truncated or total > len(flows) or owners_total > len(owners_now)
+        room.truncated = False
+        processes = room.fill(self._processes(keys, uid, stop))
         return {
             "owners": owners_now,
             "owners_total": owners_total,
@@ -227,9 +232,10 @@ class Answers:
             "since": self.remembers_since(uid),
             "flows": flows,
             "total": total,
-            "processes": room.fill(self._processes(keys, uid, stop)),
+            "processes": processes,
+            "processes_cut": room.truncated,
             "nat_cut": self.translations is not None and self.translations.cut,
-            "truncated": room.truncated or total > len(flows) or owners_total > len(owners_now),
+            "truncated": truncated or room.truncated,
         }
 
     def usage(self, request: Usage, uid: int | None, stop: StopIfGone = _never) -> dict[str, Any]:

@@ -66,6 +66,8 @@ class Who(_Base, tag="who", frozen=True):
     at: Seconds | None = None
     ends: tuple[AskedEnd, AskedEnd] | None = None
     """Both ends of one flow, in either order."""
+    seen_until: Seconds | None = None
+    """Unix time: last packet then or before. So a client asks for the rest of a long answer."""
     netns: U32 | None = None
     listening: bool = False
     """Only sockets that wait for a peer, and nothing of the past."""

@@ -15,58 +15,83 @@ from fleet.ask.store import FlowStore, Range, open_tables
 from nlproto.client.client import DaemonClient
 from nlproto.records.wire import PROTO_NUMBERS, lib
 
-__all__ = ["open_local", "told"]
+__all__ = ["open_local", "tell"]
 
-_MOST = 10_000
-"""The most flows that a daemon returns at once; if there are more, the time is divided."""
-_SHORT_NS = 10**9
-"""A shorter time is not divided any more; then some flows are missing."""
+_MOST = 4000
+"""Flows on a page, so that most answers have room for their processes."""
+_ROUNDED = 1e-6
+"""The most by which a time in an answer differs from the flow's."""
+_LATE = 10.0
+"""s that a question may wait for the daemon, whose own clock counts from then on."""
 _ALL = 1_000_000
 """The most flows that are kept in memory."""
 
 
 Ask = Callable[..., dict[str, Any]]
 """Has the signature of DaemonClient.who."""
+Keep = Callable[[list[dict[str, Any]], list[dict[str, Any]]], None]
+"""Takes flows and processes."""
 
 
 def open_local(path: str, range: Range) -> FlowStore:
     """Ask the daemon at `path` for the range. Raises Error."""
-    with DaemonClient(path) as client:
-        flows, processes, whole = told(client.who, range)
     host = os.uname().nodename
-    tables = {
-        "flows": pa.Table.from_pylist([_flow(one, host) for one in flows], schema.FLOWS),
-        "procs": pa.Table.from_pylist([_process(one, host) for one in processes], schema.PROCS),
+    tables: dict[str, list[pa.Table]] = {
+        "flows": [schema.FLOWS.empty_table()],
+        "procs": [schema.PROCS.empty_table()],
     }
-    store = open_tables(tables, range)
+
+    def keep(flows: list[dict[str, Any]], processes: list[dict[str, Any]]) -> None:
+        rows = [_flow(one, host) for one in flows]
+        tables["flows"].append(pa.Table.from_pylist(rows, schema.FLOWS))
+        rows = [_process(one, host) for one in processes]
+        tables["procs"].append(pa.Table.from_pylist(rows, schema.PROCS))
+
+    with DaemonClient(path) as client:
+        whole = tell(client.who, range, keep)
+    joined = {kind: pa.concat_tables(parts) for kind, parts in tables.items()}
+    store = open_tables(joined, range)
     store.truncated = not whole
     return store
 
 
-def told(ask: Ask, range: Range) -> tuple[list[dict[str, Any]], list[dict[str, Any]], bool]:
-    """Return all flows of the range, each once, their processes, and whether they are all."""
-    flows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    processes: dict[tuple[int, int], dict[str, Any]] = {}
-    whole = True
-    waiting = [range]
-    while waiting:
-        part = waiting.pop()  # the latest first
+def tell(ask: Ask, range: Range, keep: Keep) -> bool:
+    """Give all flows of the range to `keep`, each once, with their processes.
+
+    Returns whether they are all.
+    """
+    known: set[int] = set()
+    since_ns = range.since_ns
+    while True:
+        began_ns, before = time.time_ns(), len(known)
+        several, whole = _tell(ask, Range(since_ns, range.until_ns), keep, known)
+        if not several or not whole or len(known) == before:
+            return whole
+        since_ns = began_ns  # what was seen again meanwhile is on none of the later pages
+
+
+def _tell(ask: Ask, range: Range, keep: Keep, known: set[int]) -> tuple[bool, bool]:
+    """Return whether the answer had several pages, and whether they had all."""
+    limit, seen_until = _MOST, None
+    several = False
+    while True:
         now = time.time()
-        since, until = now - part.since_ns / 1e9, now - part.until_ns / 1e9
-        answer = ask(since=since, until=max(until, 1e-3), limit=_MOST)
-        for one in answer["flows"]:
-            key = tuple(one[name] for name in _KEY)
-            if key not in flows or flows[key]["last"] < one["last"]:
-                flows[key] = one
-        processes |= {(one["tgid"], one["start_ns"]): one for one in answer["processes"]}
-        if not answer["truncated"]:
+        since, until = now - range.since_ns / 1e9 + _LATE, now - range.until_ns / 1e9
+        answer = ask(since=since, until=max(until, 1e-3), seen_until=seen_until, limit=limit)
+        flows = answer["flows"]
+        if answer["processes_cut"] and limit > 1:
+            limit //= 2
             continue
-        if len(flows) >= _ALL or part.until_ns - part.since_ns <= _SHORT_NS:
-            whole = False
-            continue
-        middle = (part.since_ns + part.until_ns) // 2
-        waiting += [Range(part.since_ns, middle), Range(middle, part.until_ns)]
-    return list(flows.values()), list(processes.values()), whole
+        keys = [hash(tuple(one[name] for name in _KEY)) for one in flows]
+        new = [(key, one) for key, one in zip(keys, flows, strict=True) if key not in known]
+        known.update(keys)
+        keep([one for _, one in new], answer["processes"])
+        if answer["total"] <= len(flows):
+            return several, True
+        if not new or len(known) >= _ALL:
+            return several, False
+        several = True
+        seen_until = flows[-1]["last"] + _ROUNDED
 
 
 _KEY = ("netns", "cookie", "proto", "local", "lport", "remote", "rport", "pid", "start_ns", "first")

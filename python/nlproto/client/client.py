@@ -214,13 +214,15 @@ class DaemonClient(Closing):
         since: float | None = None,
         until: float | None = None,
         at: float | None = None,
+        seen_until: float | None = None,
         netns: int | None = None,
         listening: bool | None = None,
         limit: int | None = None,
     ) -> dict[str, Any]:
         """Return who owns, or owned, the traffic that fits all conditions.
 
-        `since`, `until`: seconds before now; `at`: Unix time in seconds; `proto`: "tcp" or "udp";
+        `since`, `until`: seconds before now; `at`, `seen_until`: Unix time in seconds; flows last
+        seen then or before: for the rest of a truncated answer; `proto`: "tcp" or "udp";
         `host`: address or network; `netns`: inode; `listening`: only sockets that wait for a peer.
         The reply has "owners" (sockets there now), "flows" (of the history, last seen first),
         "total" and "truncated". Its "processes" are Process as dicts.
@@ -236,6 +238,7 @@ class DaemonClient(Closing):
             since=since,
             until=until,
             at=at,
+            seen_until=seen_until,
             netns=netns,
             listening=listening,
             limit=limit,
