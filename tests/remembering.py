@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from daemon.history.elapsed import Moment
 from daemon.history.memory import Question
 from daemon.history.store import Store
+from nlproto.records.elapsed import Moment
 from nlproto.tables.flows import pack_address, summarize
 from nlproto.tables.processes import Process
 from recording import make_records

@@ -272,7 +272,7 @@ def fleet_body(data: bytes) -> None:
 
 def _stored(found: told.HostBatch) -> None:
     """All times are taken: whatever it says goes into tables."""
-    hours, _ = hours_of([Received("h", found)], 1 << 62, -(1 << 62))
+    hours, _ = hours_of([Received("h", found)], (-(1 << 62), 1 << 62))
     assert sum(hour.table.num_rows for hour in hours) <= len(found)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from daemon.history.elapsed import Elapsed, Moment, read_moment
+from nlproto.records.elapsed import Elapsed, Moment, read_moment
 
 YEARS = 20 * 365.25 * 86400
 START = Moment("boot", 1000.0, 1000.0, 1_800_000_000.0)

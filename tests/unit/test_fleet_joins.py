@@ -232,6 +232,6 @@ def test_an_ipv4_address_in_ipv6_is_stored_as_what_the_other_end_has() -> None:
     for name, address in (("laddr", "::ffff:10.0.0.2"), ("raddr", "::ffff:0:10.0.0.1")):
         row[name][0] = np.frombuffer(socket.inet_pton(socket.AF_INET6, address), np.uint64)
     batch = wire.HostBatch(wire.FLOWS, "boot", 1, row, {}, ())
-    [hour], _ = hours_of([Received("a", batch)], FIRST, FIRST - S)
+    [hour], _ = hours_of([Received("a", batch)], (FIRST - S, FIRST))
     [stored] = hour.table.to_pylist()
     assert (stored["laddr"], stored["raddr"]) == ("10.0.0.2", "::ffff:0:a00:1")

@@ -260,7 +260,7 @@ _KILLED = """
 import sys, time
 import numpy as np
 from daemon.system.config import Config
-from daemon.history.elapsed import Moment
+from nlproto.records.elapsed import Moment
 from daemon.history.recorder import Recorder
 from nlproto.records import wire
 from nlproto.records.clock import Clock

@@ -57,7 +57,7 @@ CREATE TABLE elapsed (boot_id TEXT, boot REAL, uptime REAL, real REAL, seconds R
 CREATE TABLE identity (name BLOB);
 INSERT INTO identity VALUES (randomblob(16));
 """
-"""`payer` as in nlproto.tables.shares; `seen` in seconds of daemon.history.elapsed, never the time
+"""`payer` as in nlproto.tables.shares; `seen` in seconds of nlproto.records.elapsed, never the time
 of day; `size` in bytes of the file."""
 _FROM_2 = """
 ALTER TABLE flows ADD COLUMN domain INTEGER DEFAULT 0;

@@ -23,7 +23,6 @@ import msgspec
 import numpy as np
 
 from daemon.history.details import Group, Place, add_all, encoded, space, sums
-from daemon.history.elapsed import Elapsed, Moment, read_moment
 from daemon.history.hours import HourFile, Hours
 from daemon.history.memory import USED, Question, payers_of
 from daemon.history.query import conditions, ways
@@ -45,6 +44,7 @@ from daemon.history.sightings import Sighting, note
 from daemon.history.trim import trim
 from daemon.system.directory import HeldDirectory
 from nlproto.errors import Error, UsageError
+from nlproto.records.elapsed import Elapsed, Moment, read_moment
 from nlproto.tables.processes import Process
 from nlproto.tables.shares import NOBODY, Payers
 

@@ -8,7 +8,6 @@ with FINAL. The table's TTL removes old rows.
 from __future__ import annotations
 
 import io
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fleet import schema
-from fleet.collect.tables import Received, hours_of
+from fleet.collect.tables import Received, Span, hours_of
 from nlproto.errors import Error, UsageError
 
 __all__ = ["ClickHouseStore", "create"]
@@ -61,6 +60,7 @@ class ClickHouseStore:
                 f"'{url}' is no address of ClickHouse: write https://HOST:8443/DATABASE"
             )
         self.keep_s = keep_s
+        self._span = Span(keep_s)
         self._where = parts.netloc.rpartition("@")[2]
         self._url = f"{parts.scheme}://{self._where}/"
         self._database = parts.path.strip("/") or "default"
@@ -76,8 +76,7 @@ class ClickHouseStore:
             for kind in schema.TABLES:
                 self._send(create(kind, self.keep_s))
             self._made = True
-        now_ns = time.time_ns()
-        hours, _ = hours_of(received, now_ns, now_ns - int(self.keep_s * _SECOND))
+        hours, _ = hours_of(received, self._span.now())
         for kind in schema.TABLES:
             tables = [hour.table for hour in hours if hour.kind == kind]
             if tables:

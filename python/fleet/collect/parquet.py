@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fleet.collect.known_batches import KnownBatches
-from fleet.collect.tables import Hour, Received, hours_of
+from fleet.collect.tables import Hour, Received, Span, hours_of
 from nlproto.errors import Error
 from nlproto.running.surroundings import is_loose
 
@@ -38,6 +38,7 @@ __all__ = [
     "parts",
     "rows_in",
     "sync",
+    "told",
     "write_file",
 ]
 
@@ -59,6 +60,7 @@ class ParquetStore:
     def __init__(self, directory: str | os.PathLike[str], keep_s: float) -> None:
         self.directory = Path(directory)
         self.keep_s = keep_s
+        self._span = Span(keep_s)
         self.untimely = 0
         """Rows that were too old, or more than an hour ahead."""
         self.doubles = 0
@@ -87,10 +89,9 @@ class ParquetStore:
             raise Error(f"cannot write into {self.directory}: {error}") from None
 
     def _write(self, received: Sequence[Received]) -> None:
-        now_ns = time.time_ns()
-        oldest_ns = now_ns - int(self.keep_s * 1e9)
+        span = self._span.now()
         while True:
-            hours, untimely = hours_of(received, now_ns, oldest_ns, self._keys)
+            hours, untimely = hours_of(received, span, self._keys)
             if all([self._put(hour) for hour in hours]):
                 break  # if not, another collector was faster with some of it
         self.untimely += untimely
@@ -153,10 +154,10 @@ def parts(folder: Path) -> list[Path]:
 
 def keys_of(path: Path) -> KnownBatches:
     """Return the keys of the batches in a file. Raises OSError, Error."""
-    told = _told(path, KEYS)
+    found = told(path, KEYS)
     try:
-        if told is not None:
-            return KnownBatches.from_bytes(told)
+        if found is not None:
+            return KnownBatches.from_bytes(found)
         reason: object = "no keys"
     except ValueError as error:
         reason = error
@@ -165,8 +166,8 @@ def keys_of(path: Path) -> KnownBatches:
 
 def hosts_in(path: Path) -> Set[str]:
     """Return which hosts have rows in a file. Raises OSError, Error."""
-    told = _told(path, KEYS)
-    return set() if told is None else _read(path, told, _hosts).keys()
+    found = told(path, KEYS)
+    return set() if found is None else _read(path, found, _hosts).keys()
 
 
 def addresses_of(path: Path) -> dict[str, list[str]] | None:
@@ -174,8 +175,8 @@ def addresses_of(path: Path) -> dict[str, list[str]] | None:
 
     Raises OSError, Error.
     """
-    told = _told(path, ADDRESSES)
-    return None if told is None else _read(path, told, _addresses)
+    found = told(path, ADDRESSES)
+    return None if found is None else _read(path, found, _addresses)
 
 
 def rows_in(path: Path) -> int:
@@ -183,10 +184,10 @@ def rows_in(path: Path) -> int:
     return int(_footer(path).num_rows)
 
 
-def _told(path: Path, key: bytes) -> bytes | None:
-    """What the footer says of that."""
-    told: bytes | None = (_footer(path).metadata or {}).get(key)
-    return told
+def told(path: Path, key: bytes) -> bytes | None:
+    """Return what the footer says of `key`. Raises OSError, Error."""
+    found: bytes | None = (_footer(path).metadata or {}).get(key)
+    return found
 
 
 def _footer(path: Path) -> pq.FileMetaData:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import os
 import time
@@ -15,12 +16,14 @@ import pyarrow as pa
 
 from fleet import schema
 from fleet.collect.known_batches import KnownBatches
-from fleet.collect.parquet import parts, sync, write_file
+from fleet.collect.parquet import parts, sync, told, write_file
 from nlproto.errors import Error
 
 __all__ = ["network_of", "write_day", "write_rollup"]
 
 _MEMORY = "512MB"
+_OF = b"packet-hunter.of"
+"""In a footer: which files the sums are of."""
 
 # A process is sent again in each hour with flows. If `initiated` is null, nobody knows which port
 # is the service's: then it is the lower one.
@@ -64,39 +67,43 @@ def write_rollup(directory: Path, name: str) -> bool:
     """
     flows, procs = parts(directory / "flows" / name), parts(directory / "procs" / name)
     final = directory / "rollup" / name / "part-0.parquet"
-    newest = max((path.stat().st_mtime_ns for path in [*flows, *procs]), default=0)
-    return bool(flows) and _write(final, newest, lambda: _sums(flows, procs, schema.hour_ns(name)))
+    sums = functools.partial(_sums, flows, procs, schema.hour_ns(name))
+    return bool(flows) and _write(final, [*flows, *procs], sums)
 
 
 def write_day(directory: Path, name: str) -> bool:
     """Sum the hours of the day `name` up as write_rollup() does one hour's flows."""
     hours = [path for path in map(parts, schema.hours_of_day(directory / "rollup", name)) if path]
     files = [path for each in hours for path in each]
-    newest = max((path.stat().st_mtime_ns for path in files), default=0)
     final = directory / "rollup" / name / "part-0.parquet"
-    return bool(files) and _write(final, newest, lambda: _day(files, schema.day_ns(name)))
+    return bool(files) and _write(final, files, lambda: _day(files, schema.day_ns(name)))
 
 
-def _write(final: Path, newest_ns: int, sums: Callable[[], pa.Table]) -> bool:
-    """Write `sums` unless the file is younger than the newest of what they are of."""
-    if final.exists() and final.stat().st_mtime_ns > newest_ns:
+def _write(final: Path, files: list[Path], sums: Callable[[], pa.Table]) -> bool:
+    """Write `sums` unless the file is of these very `files`. Clocks jump, so no time says so."""
+    of = b"\n".join(map(_signature, files))
+    if final.exists() and told(final, _OF) == of:
         return False
-    began_ns = time.time_ns()
     try:
         table = sums()
     except duckdb.Error as error:
         raise Error(f"{final.parent.name} was not summed up: {error}") from None
     final.parent.mkdir(parents=True, exist_ok=True)
-    hidden = final.with_name(f".part-{os.getpid()}-{began_ns:x}")
+    hidden = final.with_name(f".part-{os.getpid()}-{time.time_ns():x}")
     try:
-        write_file(hidden, table.cast(schema.ROLLUP), KnownBatches())
-        os.utime(hidden, ns=(began_ns, began_ns))  # files that come meanwhile are newer
+        table = table.cast(schema.ROLLUP).replace_schema_metadata({_OF: of})
+        write_file(hidden, table, KnownBatches())
         os.replace(hidden, final)
     finally:
         hidden.unlink(missing_ok=True)
     sync(final.parent)
     sync(final.parent.parent)
     return True
+
+
+def _signature(path: Path) -> bytes:
+    found = path.stat()
+    return f"{path.parts[-3:]} {found.st_ino} {found.st_size} {found.st_mtime_ns}".encode()
 
 
 @contextlib.contextmanager

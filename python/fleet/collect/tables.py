@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from fleet.collect.known_batches import KnownBatches
 from nlproto.records.ends import MAPPED
 from nlproto.records.wire import HOW_NAMES, joined, taken, text
 
-__all__ = ["Hour", "Received", "hours_of", "in_order"]
+__all__ = ["Hour", "Received", "Span", "hours_of", "in_order"]
 
 _EARLY_NS = 3600 * 10**9
 """How far a host's clock may be ahead."""
@@ -54,20 +55,32 @@ class Hour:
     """Of the batches that have rows in it."""
 
 
+class Span:
+    """Which times of rows are believed: also if this machine's time of day has jumped."""
+
+    def __init__(self, keep_s: float) -> None:
+        self._keep_ns = int(keep_s * 1e9)
+        self._begun_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+    def now(self) -> tuple[int, int]:
+        """Return the oldest and the latest time, in ns since 1970."""
+        times = time.time_ns(), self._begun_ns + time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        return min(times) - self._keep_ns, max(times) + _EARLY_NS
+
+
 KnownOfHour = Callable[[str, str], KnownBatches]
 """(table, name of an hour) -> its content."""
 
 
 def hours_of(
     received: Sequence[Received],
-    now_ns: int,
-    oldest_ns: int,
+    span: tuple[int, int],
     known: KnownOfHour = lambda *_: KnownBatches(),
 ) -> tuple[list[Hour], int]:
     """Return the content of `received` for each table and hour, and how many rows were out of time.
 
-    Rows of `known` batches are left out. A clock far ahead, or a row older than the kept time,
-    would make unwanted hours.
+    Rows of `known` batches are left out. `span`: the oldest and latest time of a row. A clock far
+    ahead, or a row older than the kept time, would make unwanted hours.
     """
     made: list[Hour] = []
     untimely = 0
@@ -77,7 +90,7 @@ def hours_of(
             continue
         times = np.concatenate([_times(one.batch) for one in some])
         belongs = np.repeat(np.arange(len(some)), [len(one.batch) for one in some])
-        timely = (times >= oldest_ns) & (times <= now_ns + _EARLY_NS)
+        timely = (times >= span[0]) & (times <= span[1])
         untimely += int(len(times) - np.count_nonzero(timely))
         hours = times // schema.HOUR_NS
         for hour in np.unique(hours[timely]).tolist():

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from fleet import schema
 from fleet.collect.known_batches import KnownBatches
 from fleet.collect.parquet import ParquetStore, keys_of, parts, rows_in, sync, write_file
+from fleet.collect.retention import RetentionClock
 from fleet.collect.rollup import write_day, write_rollup
 from fleet.collect.tables import in_order
 from nlproto.errors import Error
@@ -53,6 +54,7 @@ class Tidier:
         self._store = store
         self._keep_sums_s = keep_sums_s
         self._due = 0.0
+        self._clock = RetentionClock(store.directory / ".age")
 
     def tidy(self) -> None:
         """Do a little, if it is time. Raises Error."""
@@ -62,6 +64,7 @@ class Tidier:
         with self._alone() as alone:
             if alone:
                 try:
+                    self.retire(self._clock.look(_is_empty(self._store.directory)))
                     self._tidy(time.time_ns())
                 except (OSError, pa.ArrowException) as error:
                     raise Error(f"{self._store.directory} was not tidied: {error}") from None
@@ -79,7 +82,6 @@ class Tidier:
             os.close(descriptor)
 
     def _tidy(self, now_ns: int) -> None:
-        self.retire(now_ns)
         failed = None
         for kind in schema.TABLES:
             for folder in _hours(self._store.directory / kind):
@@ -160,6 +162,10 @@ class Tidier:
             sync(directory)
         shutil.rmtree(fresh)
         return True
+
+
+def _is_empty(directory: Path) -> bool:
+    return not any(_hours(directory / kind) for kind in (*schema.TABLES, "rollup"))
 
 
 def _hours(folder: Path) -> list[Path]:
