@@ -163,6 +163,40 @@ def test_a_moment_is_a_span_a_clock_time_or_a_date(
     assert (who.port, who.since) == (8080, seconds)
 
 
+@pytest.mark.parametrize(
+    ("now", "text", "hours"),
+    [
+        ("2026-10-25 02:30 second", "02:00", 0.5),
+        ("2026-10-25 02:30 second", "02:45", 0.75),
+        ("2026-10-25 02:30 first", "02:00", 0.5),
+        ("2026-10-25 02:30 second", "2026-10-25 02:15", 0.25),
+        ("2026-10-25 10:00 first", "01:00", 10),
+        ("2026-10-26 10:00 first", "2026-10-25 02:00", 32),
+        ("2027-03-28 10:00 first", "01:00", 8),
+        ("2027-03-28 00:10 first", "23:50", 1 / 3),
+    ],
+)
+def test_clock_times_are_right_where_clocks_were_set(
+    now: str, text: str, hours: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In central Europe. Of two moments with one time the last one is meant."""
+    local, _, which = now.rpartition(" ")
+
+    class Then(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return cls.fromisoformat(local).replace(fold=which == "second")
+
+    monkeypatch.setattr("hunter.cli.values.datetime", Then)
+    monkeypatch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
+    time.tzset()
+    try:
+        assert stand_in(parse(["who", "--since", text])).since == hours * 3600
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 def test_who_without_a_question_asks_what_listens() -> None:
     assert (
         stand_in(parse(["who"])).listening and stand_in(parse(["who", "--proto", "udp"])).listening

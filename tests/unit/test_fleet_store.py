@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import time
 import uuid
@@ -250,8 +251,14 @@ def test_what_nobody_accepted_yet_waits_for_the_next_batch_and_no_longer() -> No
     assert len(taken(0)) == 10_001
 
 
+@functools.cache
+def _moment() -> int:
+    """The same for all, though an hour ends meanwhile."""
+    return time.time_ns()
+
+
 def old(count: int, hours_ago: Any, first: int = 0, **fields: Any) -> Any:
-    at = time.time_ns() - int(hours_ago * schema.HOUR_NS)
+    at = _moment() - int(hours_ago * schema.HOUR_NS)
     return now(count, first, first_ns=at, last_ns=at, **fields)
 
 

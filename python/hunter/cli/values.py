@@ -46,10 +46,11 @@ def moment(text: str) -> float:
     try:
         if re.fullmatch(r"\d\d?:\d\d(:\d\d)?", text):
             clock = time.fromisoformat(text if text[2] == ":" else f"0{text}")
-            then = datetime.combine(now, clock, now.tzinfo)
-            then -= timedelta(days=then > now)
+            then = _last(datetime.combine(now, clock), now)
+            if then > now:
+                then = _last(datetime.combine(now - timedelta(days=1), clock), now)
         else:
-            then = datetime.fromisoformat(text).astimezone()
+            then = _last(datetime.fromisoformat(text), now)
     except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no time: write 5m, 2h, 14:30 or 2026-05-28T14:30"
@@ -57,6 +58,12 @@ def moment(text: str) -> float:
     if then > now:
         raise argparse.ArgumentTypeError(f"{text!r} is yet to come")
     return (now - then).total_seconds()
+
+
+def _last(local: datetime, now: datetime) -> datetime:
+    """Return the last moment with this time. Some come twice, when clocks are set back."""
+    second = local.replace(fold=1).astimezone()
+    return second if second <= now else local.astimezone()
 
 
 def interval(text: str) -> float:
