@@ -3,13 +3,15 @@
 
 When a process is first seen, a descriptor of its file is taken, so that the process may end. This
 descriptor (O_PATH) does not open the file. The thread opens it if it is a regular file of a local
-file system (no FUSE, no network).
+file system: no FUSE, no network, no user's overlay. Who opens a file whose server answers no more
+cannot even be killed.
 
 Sources: man 5 proc (exe, fdinfo, mountinfo), man 2 open (O_PATH).
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import time
@@ -17,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple, Self
 
+from nlproto.host.netns import NS_GET_USERNS
 from nlproto.running.left_behind import LeftBehind
 
 __all__ = ["Hashes"]
@@ -131,11 +134,41 @@ def _answers_by_itself(wanted: _Wanted) -> bool:
     mount = words.get(b"mnt_id", b"").strip()
     for who in ("self", str(wanted.tgid)):
         try:
-            with open(f"/proc/{who}/mountinfo", "rb") as file:
-                for line in file:
-                    if line.split(b" ", 1)[0] == mount:
-                        kind = os.fsdecode(line.partition(b" - ")[2].split(b" ", 1)[0])
-                        return not kind.startswith(_FOREIGN)
+            process = os.open(f"/proc/{who}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
             continue
+        try:
+            kind = _kind_of(mount, process)
+            if kind is not None:
+                users = kind == "overlay" and _has_users_mounts(process)
+                return not users and not kind.startswith(_FOREIGN)
+        except OSError:
+            continue
+        finally:
+            os.close(process)
     return False
+
+
+def _kind_of(mount: bytes, process: int) -> str | None:
+    """Return the file system of a mount of `process`, an open /proc/PID; None: it has no such."""
+    with open("mountinfo", "rb", opener=lambda *one: os.open(*one, dir_fd=process)) as file:
+        for line in file:
+            if line.split(b" ", 1)[0] == mount:
+                return os.fsdecode(line.partition(b" - ")[2].split(b" ", 1)[0])
+    return None
+
+
+def _has_users_mounts(process: int) -> bool:
+    """Return whether the mounts are of a user namespace other than ours.
+
+    There a user can mount an overlay over a file system that his own program serves.
+    """
+    mounts = os.open("ns/mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=process)
+    try:
+        owner = fcntl.ioctl(mounts, NS_GET_USERNS)
+    finally:
+        os.close(mounts)
+    try:
+        return os.fstat(owner).st_ino != os.stat("/proc/self/ns/user").st_ino
+    finally:
+        os.close(owner)
