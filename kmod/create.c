@@ -18,7 +18,7 @@ static void create_fill(struct sniffer_owner *owner, const struct sock *sk, stru
 			struct sniffer_proc *proc)
 {
 	RCU_INIT_POINTER(owner->user, proc);
-	owner->since = sniffer_owner_tick();
+	owner->since = sniffer_owner_clock();
 	owner->tid = current->pid;
 	owner->port = inet_sk(sk)->inet_num;	/* a raw socket's is its protocol */
 	owner->held = true;

@@ -277,6 +277,14 @@ static __always_inline bool memo_holds(const struct memo *memo, u32 kind,
 	       __kuid_val(current_uid()) == r->uid && memo_is_comm(leader->comm, memo->comm);
 }
 
+/* A SYN is named as usual: most are the first packet of their kind. */
+static __always_inline bool memo_is_handshake(const struct sk_buff *skb,
+					      const struct sniffer_ends *ends)
+{
+	return ends->proto == IPPROTO_TCP &&
+	       tcp_flag_byte((const struct tcphdr *)(skb->data + ends->thoff)) & TCPHDR_SYN;
+}
+
 /*
  * The stack need not look the connection up again. Another CPU may have freed it since
  * it was found, and another connection may have its place by now.
@@ -331,7 +339,8 @@ static __always_inline bool memo_packet(struct sk_buff *skb, const struct nf_hoo
 	struct sniffer_ends ends;
 	u32 kind;
 
-	if (!sniffer_batch_was_wanted() || !sniffer_parse_plain(skb, family, &ends))
+	if (!sniffer_batch_was_wanted() || !sniffer_parse_plain(skb, family, &ends) ||
+	    memo_is_handshake(skb, &ends))
 		return false;
 	kind = memo_kind(skb, family, dir, !in && sniffer_trust_current()) | ends.proto;
 	if (task)

@@ -179,7 +179,7 @@ void sniffer_owner_gain(struct sock *sk, const struct sniffer_gain *gain)
 	}
 	owner_note_address(owner, sk);
 	if (!user)
-		owner->since = sniffer_owner_tick();
+		owner->since = sniffer_owner_clock();
 	if (!owner->many &&
 	    (gain->many || (user && user != gain->proc) || gain->flags & SNIFFER_F_INHERITED)) {
 		WRITE_ONCE(owner->many, true);
