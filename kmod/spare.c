@@ -124,6 +124,11 @@ static void spare_free_all(struct sniffer_spare *spare)
 	}
 }
 
+/* What has a constructor is not zeroed by the kernel: table.c sets each field itself. */
+static void spare_made(void *entry)
+{
+}
+
 /**
  * sniffer_spare_init - allow sniffer_spare_take() from now on
  * @size: of an entry
@@ -134,7 +139,8 @@ static void spare_free_all(struct sniffer_spare *spare)
 bool sniffer_spare_init(size_t size, size_t offset)
 {
 	spare_offset = offset;
-	spare_cache = kmem_cache_create("sniffer_owner", size, 0, SLAB_HWCACHE_ALIGN, NULL);
+	spare_cache = kmem_cache_create("sniffer_owner", size, 0, SLAB_HWCACHE_ALIGN,
+					spare_made);
 	return spare_cache;
 }
 
