@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,3 +94,23 @@ def test_ctrl_c_before_it_has_begun_is_no_traceback(module: Any) -> None:
             told += there(process.stderr).readlines()
         assert process.returncode in (0, -signal.SIGINT)
         assert not [line for line in told if "Traceback" in line or "Exception" in line]
+
+
+def test_that_no_thread_can_be_started_is_one_line(tmp_path: Path) -> None:
+    """As on a machine that has no number for one more process."""
+    there_is_no_room = (1 << 47, resource.RLIM_INFINITY)  # for the stack of a thread
+    config = tmp_path / "daemon.yaml"
+    config.write_text(f"history: {tmp_path}/history.db\n")
+    done = run(
+        "daemon",
+        *("--engine", "packet", "--foreground"),
+        *("--socket", tmp_path / "socket", "--config", config),
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_STACK, there_is_no_room),
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "packet-hunterd: can't start new thread:"
+        " raise the limit of tasks (TasksMax=, ulimit -u), or end some"
+    )
+    assert "Traceback" not in done.stderr

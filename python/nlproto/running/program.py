@@ -115,6 +115,11 @@ def ended(run: Callable[[], int], tell: Callable[[str], None], prints: bool = Fa
     except Error as error:
         tell(str(error))
         return error.exit_code
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        tell(f"{error}: raise the limit of tasks (TasksMax=, ulimit -u), or end some")
+        return 1
     except OSError as error:
         if known := _failed(error):
             tell(str(known))
