@@ -8,7 +8,7 @@
  * |----------|-------------------|-----------------------------|----------------------------------|
  * | (none)   | no entry          | nobody, with a reason       | created, used, found at load; a  |
  * |          |                   |                             | handshake ends: VIA; the kernel  |
- * |          |                   |                             | accepts it: SERVER               |
+ * |          |                   |                             | accepts or closes it: SERVER     |
  * | VIA      | via               | the listener's user, or the | accepted: HELD; 130 s            |
  * |          |                   | MPTCP parent's              |                                  |
  * | SERVER   | server            | nobody: it is the kernel's  | a process uses it: HELD; freed   |

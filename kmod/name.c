@@ -16,20 +16,6 @@
 #include "reset.h"
 #include "use.h"
 
-/*
- * A socket of the kernel's own: flagged so, or without a file (nvmet and iSCSI create
- * theirs as a process does). MPTCP's subflows look the same, but are not the kernel's.
- * Their type tells them from the stack's control sockets, which are raw.
- */
-static bool name_is_kernel(const struct sock *sk)
-{
-	const struct socket *sock = READ_ONCE(sk->sk_socket);
-
-	if (!sk->sk_kern_sock && (!sock || READ_ONCE(sock->file)))
-		return false;
-	return !(sk->sk_type == SOCK_STREAM && sk->sk_protocol == IPPROTO_TCP && sk_is_mptcp(sk));
-}
-
 /* Has a server in the kernel set the user data? BPF maps mark theirs with the low bits. */
 static bool name_has_server(const struct sock *sk)
 {
@@ -44,7 +30,7 @@ static bool name_has_server(const struct sock *sk)
  */
 static bool name_is_servers(const struct sock *sk)
 {
-	return name_is_kernel(sk) || (sk->sk_state == TCP_LISTEN && name_has_server(sk));
+	return sniffer_owner_is_kernels(sk) || (sk->sk_state == TCP_LISTEN && name_has_server(sk));
 }
 
 /*
@@ -445,10 +431,10 @@ void sniffer_name_out(struct sniffer_flow *flow, const struct nf_hook_state *sta
 		trusted &= sk == state->sk;
 		sk = state->sk;
 		if (sk && r->proto == IPPROTO_TCP && sk_fullsock(sk) &&
-		    sk->sk_state != TCP_LISTEN && !name_is_kernel(sk))
+		    sk->sk_state != TCP_LISTEN && !sniffer_owner_is_kernels(sk))
 			sk = NULL;
 	}
-	if (!sk || (sk_fullsock(sk) && name_is_kernel(sk))) {
+	if (!sk || (sk_fullsock(sk) && sniffer_owner_is_kernels(sk))) {
 		if (sk && sk->sk_type == SOCK_STREAM)
 			sniffer_name_socket(flow, sk, SNIFFER_HOW_SOCKET);
 		else

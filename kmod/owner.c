@@ -6,7 +6,7 @@
  * |----------|-------------------|-----------------------------|----------------------------------|
  * | (none)   | no entry          | nobody, with a reason       | created, used, found at load; a  |
  * |          |                   |                             | handshake ends: VIA; the kernel  |
- * |          |                   |                             | accepts it: SERVER               |
+ * |          |                   |                             | accepts or closes it: SERVER     |
  * | VIA      | via               | the listener's user, or the | accepted: HELD; 130 s            |
  * |          |                   | MPTCP parent's              |                                  |
  * | SERVER   | server            | nobody: it is the kernel's  | a process uses it: HELD; freed   |
@@ -222,11 +222,11 @@ out:
 }
 
 /**
- * sniffer_owner_serve - a server in the kernel has accepted a socket
+ * sniffer_owner_serve - a server in the kernel has accepted a socket, or the kernel closes its own
  * @sk: full socket
- * @sock: its socket
+ * @sock: its socket; NULL: closed
  *
- * So it stays known as the kernel's after server and listener have gone.
+ * So it stays known as the kernel's after server and listener have gone, and in a TIME_WAIT.
  */
 void sniffer_owner_serve(struct sock *sk, struct socket *sock)
 {
@@ -248,12 +248,14 @@ void sniffer_owner_serve(struct sock *sk, struct socket *sock)
 		sniffer_owner_insert(owner);
 	}
 	if (owner && !rcu_access_pointer(owner->user)) {
-		if (sniffer_probes_tell_release())
-			WRITE_ONCE(owner->sock, sock);
+		WRITE_ONCE(owner->sock, sniffer_probes_tell_release() ? sock : NULL);
 		owner->seen = jiffies;
 		WRITE_ONCE(owner->dead, 0);
 		WRITE_ONCE(owner->server, true);
 		smp_store_release(&owner->via, 0);	/* pairs with name.c */
+		owner->waits = !sock;
+		if (!sock)
+			sniffer_owner_dies(owner);
 	}
 	sniffer_owner_changed(lock);
 	raw_spin_unlock_irqrestore(lock, flags);
@@ -489,11 +491,9 @@ static void owner_freed(struct sniffer_owner *owner, const struct sock *sk, int 
 void sniffer_owner_free(struct sock *sk)
 {
 	u64 cookie = atomic64_read(&sk->sk_cookie);
-	bool known;
 
 	rcu_read_lock();
-	known = cookie && sniffer_owner_find(cookie);
-	rcu_read_unlock();
-	if (known && sniffer_owner_wants(sk))
+	if (cookie && sniffer_owner_find(cookie) && sniffer_owner_wants(sk))
 		owner_change(sk, owner_freed, 0, 0);
+	rcu_read_unlock();
 }

@@ -7,6 +7,8 @@
 #include <linux/magic.h>
 #include <linux/rculist.h>
 #include <linux/spinlock.h>
+#include <linux/tcp.h>
+#include <net/mptcp.h>
 #include <net/sock.h>
 
 #include "alive.h"
@@ -40,7 +42,8 @@ struct sniffer_proc;
  * @ring: @user has it through an io_uring, without a descriptor
  * @waits: it may have left a TIME_WAIT, which still sends
  * @released: nobody has it, and nobody can get it
- * @server: a server in the kernel accepted it, or a process gave it to the kernel
+ * @server: a server in the kernel accepted it, a process gave it to the kernel, or the
+ *	kernel has closed its own
  * @listens: a TCP listener; only accept() shows who uses it
  * @by_inode: in the inode index while @inode is not 0
  * @inode: socket inode, 0 before accept()
@@ -149,6 +152,20 @@ static inline bool sniffer_owner_wants(const struct sock *sk)
 		return false;
 	return sk->sk_protocol == IPPROTO_TCP || sk->sk_protocol == IPPROTO_UDP ||
 	       sk->sk_protocol == IPPROTO_MPTCP || sk->sk_type == SOCK_RAW;
+}
+
+/*
+ * A socket of the kernel's own: flagged so, or without a file (nvmet and iSCSI create
+ * theirs as a process does). MPTCP's subflows look the same, but are not the kernel's.
+ * Their type tells them from the stack's control sockets, which are raw.
+ */
+static inline bool sniffer_owner_is_kernels(const struct sock *sk)
+{
+	const struct socket *sock = READ_ONCE(sk->sk_socket);
+
+	if (!sk->sk_kern_sock && (!sock || READ_ONCE(sock->file)))
+		return false;
+	return !(sk->sk_type == SOCK_STREAM && sk->sk_protocol == IPPROTO_TCP && sk_is_mptcp(sk));
 }
 
 /*

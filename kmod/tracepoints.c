@@ -58,6 +58,8 @@ static void tracepoints_state(void *data, const struct sock *sk, int oldstate, i
 	sniffer_alive_note(SNIFFER_PROBE_STATE);
 	if (sk->sk_protocol != IPPROTO_TCP)
 		return;
+	if (newstate == TCP_FIN_WAIT1 && sniffer_owner_is_kernels(sk))
+		sniffer_owner_serve((struct sock *)sk, NULL);
 	if (newstate == TCP_CLOSE || oldstate == TCP_CLOSE)
 		sniffer_owner_close_state((struct sock *)sk, oldstate, newstate);
 	if (in_task() && (newstate == TCP_SYN_SENT || newstate == TCP_LISTEN))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import select
 import socket
 import struct
+import time
 from pathlib import Path
 
 from ..catalog import scenario
@@ -20,6 +21,8 @@ NFSD = Path("/proc/fs/nfsd")
 NFS_PROGRAM, AUTH_NONE = 100003, 0
 LAST = 1 << 31
 """Marks the last fragment of a record"""
+FIN_WAIT2 = "05"
+"""As in /proc/net/tcp"""
 MS_REC, MS_PRIVATE = 0x4000, 0x40000
 
 
@@ -65,9 +68,24 @@ def port_mapper(worker: Worker, wire: Wire) -> None:
                 )
                 sock.sendall(struct.pack(">I", LAST | len(reply)) + reply)
             else:
+                _await_kernels_close(sock.getpeername()[1])
                 poller.unregister(sock)
                 del socks[number]
                 sock.close()
+
+
+def _await_kernels_close(port: int) -> None:
+    """Until the kernel has let its own connection from `port` go, for 2 s at most.
+
+    So our FIN finds what may be a TIME_WAIT: the kernel's, though nothing of the socket says so.
+    """
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        own = [row for row in rows if int(row[1].rpartition(":")[2], 16) == port]
+        if all(row[3] == FIN_WAIT2 and row[9] == "0" for row in own):
+            return
+        time.sleep(0.01)
 
 
 def nfs_maker(worker: Worker, wire: Wire, family: int, kind: int, keeps: bool) -> None:
