@@ -18,6 +18,7 @@ HEAD = ["=====", "WARNING: suspicious RCU usage", "6.1.192-debug #1 Tainted: G  
     ("place", "faults"),
     [
         ("net/netfilter/nf_tables_api.c:4122 RCU-list traversed in non-reader section!!", 0),
+        ("net/netfilter/nft_set_bitmap.c:96 RCU-list traversed in non-reader section!!", 0),
         ("kmod/owner.c:4122 RCU-list traversed in non-reader section!!", 1),
         ("net/netfilter/nf_tables_api.c:4122 suspicious rcu_dereference_check() usage!", 1),
     ],

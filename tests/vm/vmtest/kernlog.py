@@ -27,7 +27,9 @@ EXCUSED = re.compile(r"clocksource: .*WARNING|hrtimer: interrupt took")
 # The same head as of a fault of the module; where it was is said two lines later. nft does this on
 # a 6.1 with PROVE_RCU_LIST, with or without the module: it holds a mutex that is not checked for.
 SUSPICIOUS = "suspicious RCU usage"
-NFT = re.compile(r"net/netfilter/nf_tables_api\.c:\d+ RCU-list traversed in non-reader section")
+NFT = re.compile(
+    r"net/netfilter/(nf_tables_api|nft_set_[a-z]+)\.c:\d+ RCU-list traversed in non-reader section"
+)
 
 
 def problems(lines: Iterable[str]) -> list[str]:
