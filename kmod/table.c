@@ -250,6 +250,21 @@ void sniffer_owner_unlink(struct sniffer_owner *owner)
 }
 
 /**
+ * sniffer_owner_bucket - walk the buckets of the table
+ * @i: number of the bucket, from 0
+ * @lock: set to its lock
+ *
+ * Return: the bucket, or NULL after the last.
+ */
+struct hlist_head *sniffer_owner_bucket(unsigned int i, raw_spinlock_t **lock)
+{
+	if (i >= 1U << sniffer_owner_bits)
+		return NULL;
+	*lock = &sniffer_owner_stripes[i % SNIFFER_OWNER_STRIPES].lock;
+	return &sniffer_owner_cookies[i];
+}
+
+/**
  * sniffer_owner_next - walk the table for a dump
  * @bucket: where the walk stands; 0 at first
  * @index: the same within the bucket

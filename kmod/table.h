@@ -132,6 +132,7 @@ void sniffer_owner_unlink(struct sniffer_owner *owner);
 void sniffer_owner_dies(struct sniffer_owner *owner);
 void sniffer_owner_lives(struct sniffer_owner *owner);
 u64 sniffer_owner_next_dead(bool waiting, unsigned long keep);
+struct hlist_head *sniffer_owner_bucket(unsigned int i, raw_spinlock_t **lock);
 struct sniffer_owner *sniffer_owner_next(unsigned int *bucket, unsigned int *index);
 unsigned int sniffer_owner_count(void);
 unsigned int sniffer_owner_generation(void);
@@ -166,18 +167,6 @@ static inline bool sniffer_owner_is_kernels(const struct sock *sk)
 	if (!sk->sk_kern_sock && (!sock || READ_ONCE(sock->file)))
 		return false;
 	return !(sk->sk_type == SOCK_STREAM && sk->sk_protocol == IPPROTO_TCP && sk_is_mptcp(sk));
-}
-
-/*
- * The bucket with number @i and its lock, for a walk through all, or NULL after the last.
- * Most are empty, so a walk costs few instructions each.
- */
-static inline struct hlist_head *sniffer_owner_bucket(unsigned int i, raw_spinlock_t **lock)
-{
-	if (i >= 1U << sniffer_owner_bits)
-		return NULL;
-	*lock = &sniffer_owner_stripes[i % SNIFFER_OWNER_STRIPES].lock;
-	return &sniffer_owner_cookies[i];
 }
 
 /* What guards the entry with @cookie. */
