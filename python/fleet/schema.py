@@ -13,6 +13,7 @@ Files whose names begin with a dot are being written.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import time
 from datetime import datetime
@@ -35,6 +36,7 @@ __all__ = [
     "hour_ns",
     "hours_of_day",
     "is_hour",
+    "network_of",
 ]
 
 HOUR_NS = 3600 * 10**9
@@ -201,3 +203,12 @@ def hours_of_day(folder: Path, name: str) -> list[Path]:
     """Return the folders that the hours of the day `name` have in `folder`. Raises ValueError."""
     begin = day_ns(name)
     return [folder / hour_name(begin + at * HOUR_NS) for at in range(24)]
+
+
+def network_of(address: str) -> str:
+    """Return the network of an address: its /24, or its /64. Other text stays as it is."""
+    length = 64 if ":" in address else 24
+    try:
+        return str(ipaddress.ip_network((address, length), strict=False))
+    except ValueError:  # from a hostile machine may come any text
+        return address

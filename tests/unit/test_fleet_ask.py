@@ -416,6 +416,15 @@ def test_new_is_what_the_days_before_have_not(folder: Folder) -> None:
         assert [(row["program"], row["service"]) for row in rows] == [("sshd", 22)]
 
 
+def test_new_knows_the_networks_of_ipv6(folder: Folder) -> None:
+    folder.flow("a", "2001:db8::1:40000", "2001:db8:1:2::7:443", "curl")
+    folder.flow("a", "2001:db8::1:40001", "2001:db8:1:3::7:443", "curl")
+    folder.rollup("a", "curl", "2001:db8:1:2::/64", 443, True, BEGIN - 48 * 3600 * S)
+    with folder.open() as store:
+        _, rows = new(store, Wanted(), "destination", BEGIN - 30 * 86400 * S, 10)
+    assert [row["remote"] for row in rows] == ["2001:db8:1:3::/64"]
+
+
 def test_a_map_has_services_and_why_an_end_is_missing(folder: Folder) -> None:
     for number in range(3):
         near = f"10.0.0.1:{40000 + number}"

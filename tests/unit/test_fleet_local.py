@@ -14,8 +14,10 @@ import pytest
 from daemon.history.memory import FlowMemory
 from daemon.serve.answers import Answers
 from daemon.serve.requests import Who
-from fleet.ask.local import tell
+from fleet.ask.local import narrowed, tell
 from fleet.ask.store import Range
+from fleet.ask.wanted import Wanted
+from nlproto.filters.parse import parse
 from nlproto.tables.flows import FLOW, pack_address
 from nlproto.tables.processes import Process, Processes
 from waiting import stand_in
@@ -113,3 +115,25 @@ def test_what_cannot_be_divided_is_said_to_be_cut(now: Any) -> None:
     ask, _ = ask_of(np.full(10_500, now - 100 * S))
     flows, _, whole = told(ask, Range(now - 600 * S, now))
     assert not whole and len(flows) == 4000
+
+
+@pytest.mark.parametrize(
+    ("filter", "conditions"),
+    [
+        ("", {}),
+        ("port 443", {"port": 443}),
+        ("dst portrange 1-443 and udp", {"proto": "udp"}),
+        ("tcp and (pid 7 and netns 5)", {"proto": "tcp", "pid": 7, "netns": 5}),
+        ("port 443 or udp", {}),
+        ("port 443 or udp and pid 7", {"pid": 7}),
+        ("not port 443", {}),
+        ("pid 7 and (port 443 or port 80)", {"pid": 7}),
+    ],
+)
+def test_the_daemon_is_asked_only_for_what_must_fit(
+    filter: str, conditions: dict[str, Any]
+) -> None:
+    assert narrowed(Wanted(parse(filter, elsewhere=True))) == conditions
+    assert narrowed(Wanted(parse(filter, elsewhere=True), host="10.0.0.0/8")) == conditions | {
+        "host": "10.0.0.0/8"
+    }

@@ -20,13 +20,14 @@ from fleet.ask.store import FlowStore, Range, ask, open_folder
 from fleet.collect import parquet, tidy
 from fleet.collect.known_batches import KnownBatches
 from fleet.collect.parquet import ParquetStore
-from fleet.collect.rollup import network_of, write_rollup
+from fleet.collect.rollup import write_rollup
 from fleet.collect.tables import Received
 from fleet.collect.tidy import Tidier
 from fleet.export.beginners import Beginners
 from fleet.export.deltas import Deltas, rows_of
 from fleet.export.source import FlowSource
 from fleet.export.spool import Spool
+from fleet.schema import network_of
 from fleeting import rows
 from nlproto.errors import Error
 from nlproto.records.clock import Clock

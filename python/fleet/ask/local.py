@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
 from fleet import schema
 from fleet.ask.store import FlowStore, Range, open_tables
+from fleet.ask.wanted import Wanted
 from nlproto.client.client import DaemonClient
-from nlproto.records.wire import PROTO_NUMBERS, lib
+from nlproto.filters.nodes import Chain, Equal, Node, Ports
+from nlproto.records.wire import PROTO_NAMES, PROTO_NUMBERS, lib
 
-__all__ = ["open_local", "tell"]
+__all__ = ["narrowed", "open_local", "tell"]
 
 _MOST = 4000
 """Flows on a page, so that most answers have room for their processes."""
@@ -33,8 +36,14 @@ Keep = Callable[[list[dict[str, Any]], list[dict[str, Any]]], None]
 """Takes flows and processes."""
 
 
-def open_local(path: str, range: Range) -> FlowStore:
-    """Ask the daemon at `path` for the range. Raises Error."""
+def open_local(
+    path: str, range: Range, wanted: Wanted | None = None, earlier_ns: int | None = None
+) -> FlowStore:
+    """Ask the daemon at `path` for the range. Raises Error.
+
+    `wanted`: only these flows are needed, others may be missing; `earlier_ns`: since when flows
+    from before the range are needed too.
+    """
     host = os.uname().nodename
     tables: dict[str, list[pa.Table]] = {
         "flows": [schema.FLOWS.empty_table()],
@@ -48,11 +57,41 @@ def open_local(path: str, range: Range) -> FlowStore:
         tables["procs"].append(pa.Table.from_pylist(rows, schema.PROCS))
 
     with DaemonClient(path) as client:
-        whole = tell(client.who, range, keep)
+        since_ns = range.since_ns if earlier_ns is None else earlier_ns
+        ask = partial(client.who, **({} if wanted is None else narrowed(wanted)))
+        whole = tell(ask, Range(since_ns, range.until_ns), keep)
     joined = {kind: pa.concat_tables(parts) for kind, parts in tables.items()}
     store = open_tables(joined, range)
     store.truncated = not whole
     return store
+
+
+def narrowed(wanted: Wanted) -> dict[str, Any]:
+    """Return conditions of DaemonClient.who that all flows fit which are `wanted`."""
+    found: dict[str, Any] = {}
+    if wanted.host is not None:
+        found["host"] = wanted.host
+    for node in () if wanted.filter.root is None else _all_of(wanted.filter.root):
+        match node:
+            case Ports(low=low, high=high) if low == high:
+                found["port"] = low
+            case Equal(field="proto", values=(number,)):
+                found["proto"] = PROTO_NAMES[number]
+            case Equal(field="tgid", values=(pid,)):
+                found["pid"] = pid
+            case Equal(field="netns", values=(inode,)):
+                found["netns"] = inode
+    return found
+
+
+def _all_of(node: Node) -> Iterator[Node]:
+    """Return nodes that all must fit if `node` fits."""
+    if not isinstance(node, Chain):
+        return iter((node,))
+    found = list(_all_of(node.first))
+    for word, other in node.rest:  # from left to right: both bind equally
+        found = [*found, *_all_of(other)] if word == "and" else []
+    return iter(found)
 
 
 def tell(ask: Ask, range: Range, keep: Keep) -> bool:
@@ -134,7 +173,7 @@ def _process(one: dict[str, Any], host: str) -> dict[str, Any]:
         "at_ns": time.time_ns(),
         "name": os.path.basename(one.get("exe") or "") or one["comm"],
         "ppid": one.get("ppid"),
-        "parents": [],
+        "parents": [f"{parent['pid']} {parent['comm']}" for parent in one.get("parents", ())],
         "uid": one["uid"],
         "user": str(one["uid"]),
         "namespace": one.get("namespace") or None,

@@ -10,7 +10,7 @@ import pyarrow as pa
 from fleet.ask.ends import PROGRAM, join
 from fleet.ask.store import FlowStore
 from fleet.ask.wanted import Wanted
-from fleet.collect.rollup import network_of
+from fleet.schema import network_of
 
 __all__ = ["NAMES", "service_map"]
 
@@ -57,7 +57,7 @@ def service_map(
     join(store, wanted, f"coalesce(nullif({NAMES[by]}, ''), {PROGRAM}, '(' || how || ')')")
     rows = store.rows("SELECT DISTINCT raddr FROM alone WHERE contains(raddr, ':')")
     far = [row["raddr"] for row in rows]
-    networks = {"address": far, "network": [_network(one) for one in far]}
+    networks = {"address": far, "network": [network_of(one) for one in far]}
     columns = {name: pa.array(values, pa.string()) for name, values in networks.items()}
     store.database.register("networks", pa.table(columns))
     rows = store.rows(_MAP.format(limit=int(limit)))
@@ -65,10 +65,3 @@ def service_map(
     for row in rows:
         del row["total"]
     return total, rows
-
-
-def _network(address: str) -> str:
-    try:
-        return network_of(address)
-    except ValueError:  # an address from a hostile machine may be any text
-        return address

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fleet.ask.store import FlowStore
+from fleet.ask.store import REMOTE, FlowStore
 from fleet.ask.wanted import NAMED, Wanted, condition
 
 __all__ = ["NEW", "USED_BY", "new", "usage", "who"]
@@ -86,7 +86,7 @@ def usage(
 def new(
     store: FlowStore, wanted: Wanted, what: str, since_ns: int, limit: int
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Return what the range has, but not the sums of the hours from `since_ns` to the range.
+    """Return what the range has, but not the whole hours from `since_ns` to the range.
 
     `what`: of NEW. The names and networks are those of the sums (fleet.collect.rollup).
     """
@@ -98,10 +98,10 @@ def new(
         WITH named AS ({NAMED}),
         range AS (
             SELECT host, coalesce(program, comm) AS program,
-                coalesce(domain, CASE WHEN contains(raddr, ':') THEN raddr
-                    ELSE regexp_replace(raddr, '[0-9]+$', '0/24') END) AS remote,
+                {REMOTE} AS remote,
                 CASE WHEN client THEN rport ELSE lport END AS service, client, first_ns, raddr
-            FROM named WHERE NOT forwarded AND tgid <> 0 AND {fits}),
+            FROM named LEFT JOIN networks ON raddr = networks.address
+            WHERE NOT forwarded AND tgid <> 0 AND {fits}),
         old AS (
             SELECT host, name AS program, remote, service,
                 coalesce(initiated, true) AS client

@@ -25,7 +25,7 @@ from fleet.collect.known_batches import KnownBatches
 from fleet.collect.parquet import addresses_of, hosts_in, keys_of, parts
 from nlproto.errors import Error
 
-__all__ = ["Range", "FlowStore", "ask", "open_folder", "open_tables"]
+__all__ = ["REMOTE", "Range", "FlowStore", "ask", "open_folder", "open_tables"]
 
 _MEMORY = "1GB"
 _THREADS = 2
@@ -119,8 +119,19 @@ class FlowStore:
             return {host for path in files for host in hosts_in(path)}
 
     def open_sums(self, since_ns: int) -> None:
-        """Make the view `rollup` of the hours from `since_ns` to the range. Raises Error."""
+        """Make the view `rollup` of the hours from `since_ns` to the range. Raises Error.
+
+        Also make the table `networks` of the range's far IPv6 ends.
+        """
+        flows = "all_flows" if self.alone else "flow"
+        far = f"SELECT DISTINCT raddr FROM {flows} WHERE domain IS NULL AND contains(raddr, ':')"
+        addresses = [row["raddr"] for row in self.rows(far)]
+        networks = [schema.network_of(one) for one in addresses]
+        text = pa.array(addresses, pa.string()), pa.array(networks, pa.string())
+        self.database.register("networks", pa.table(text, ("address", "network")))
         if self._folder is None:
+            since = int(self.range.since_ns)
+            self.database.execute(_ITS_SUMS.format(since=since, hour=since - schema.HOUR_NS))
             return
         folders = _sums(self._folder / "rollup", Range(since_ns, self.range.since_ns))
         self._read += folders
@@ -133,6 +144,20 @@ class FlowStore:
             found = self.database.execute(query, words or None)
             names = [one[0] for one in found.description or ()]
             return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+
+
+REMOTE = "coalesce(domain, network, regexp_replace(raddr, '[0-9]+$', '0/24'))"
+"""The far end as `rollup` has it, of a flow joined with `networks`."""
+
+_ITS_SUMS = f"""
+CREATE OR REPLACE TEMP VIEW rollup AS
+SELECT {{hour}} AS hour_ns, host, coalesce(name, all_flows.comm) AS name, {REMOTE} AS remote,
+    least(lport, rport) AS service, initiated
+FROM all_flows LEFT JOIN proc USING (host, boot, tgid, start_ns)
+    LEFT JOIN networks ON raddr = networks.address
+WHERE NOT forwarded AND first_ns < {{since}}
+"""
+"""One machine's flows from before the range, as if they were of the hour before it."""
 
 
 def ask(opened: Callable[[], FlowStore], question: Callable[[FlowStore], _T]) -> _T:

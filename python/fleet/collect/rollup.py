@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import ipaddress
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from fleet.collect.known_batches import KnownBatches
 from fleet.collect.parquet import parts, sync, told, write_file
 from nlproto.errors import Error
 
-__all__ = ["network_of", "write_day", "write_rollup"]
+__all__ = ["write_day", "write_rollup"]
 
 _MEMORY = "512MB"
 _OF = b"packet-hunter.of"
@@ -52,12 +51,6 @@ SELECT $day_ns::BIGINT AS hour_ns, host, name, unit, container_name, remote, pro
     sum(packets_in)::UBIGINT AS packets_in, sum(bytes_in)::UBIGINT AS bytes_in
 FROM read_parquet($files) GROUP BY ALL
 """
-
-
-def network_of(address: str) -> str:
-    """Return the network of an address: its /24, or its /64."""
-    length = 64 if ":" in address else 24
-    return str(ipaddress.ip_network((address, length), strict=False))
 
 
 def write_rollup(directory: Path, name: str) -> bool:
@@ -125,7 +118,7 @@ def _sums(flows: list[Path], procs: list[Path], hour_ns: int) -> pa.Table:
         files = [str(path) for path in flows]
         far = database.execute("SELECT DISTINCT raddr FROM read_parquet($1)", [files]).fetchall()
         addresses = [row[0] for row in far if row[0] is not None]
-        networks = {"address": addresses, "network": [network_of(one) for one in addresses]}
+        networks = {"address": addresses, "network": [schema.network_of(one) for one in addresses]}
         database.register("networks", pa.table(networks))
         if procs:
             named = [str(path) for path in procs]

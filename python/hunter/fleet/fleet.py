@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hunter.cli.choice import fleet_filter
 from hunter.cli.options import FleetOptions
@@ -17,6 +17,10 @@ from hunter.fleet import page, show
 from hunter.save.capturefile import CaptureFile
 from hunter.show.console import Output
 from nlproto.errors import Error
+
+if TYPE_CHECKING:
+    from fleet.ask.store import Range
+    from fleet.ask.wanted import Wanted
 
 __all__ = ["run"]
 
@@ -51,8 +55,7 @@ def run(options: FleetOptions, notify: Callable[[str], None]) -> int:
             case "usage":
                 return usage(store, wanted, options.by or "process", limit)
             case "new":
-                old = store.range.since_ns - options.days * 86_400 * 10**9
-                return new(store, wanted, options.of, old, limit)
+                return new(store, wanted, options.of, _earlier(options, store.range), limit)
             case "map":
                 most = _MOST if options.html else limit
                 return service_map(store, wanted, options.by or "process", most)
@@ -60,7 +63,7 @@ def run(options: FleetOptions, notify: Callable[[str], None]) -> int:
                 return ends(store, wanted, limit)
 
     (total, rows), hosts, truncated, range = ask(
-        _opener(options, notify),
+        _opener(options, wanted, notify),
         lambda store: (answer(store), hosts_of(store), store.truncated, store.range),
     )
     incomplete = [one for one in hosts if not one.whole]
@@ -92,7 +95,14 @@ def run(options: FleetOptions, notify: Callable[[str], None]) -> int:
     return 0 if rows else 1
 
 
-def _opener(options: FleetOptions, notify: Callable[[str], None]) -> Callable[[], Any]:
+def _earlier(options: FleetOptions, range: Range) -> int:
+    """Since when what was seen is not new, in ns since 1970."""
+    return range.since_ns - options.days * 86_400 * 10**9
+
+
+def _opener(
+    options: FleetOptions, wanted: Wanted, notify: Callable[[str], None]
+) -> Callable[[], Any]:
     from fleet.ask.local import open_local
     from fleet.ask.store import Range, open_folder
 
@@ -103,4 +113,6 @@ def _opener(options: FleetOptions, notify: Callable[[str], None]) -> Callable[[]
     if not options.socket_given and _STORE.is_dir() and os.access(_STORE, os.R_OK):
         return partial(open_folder, _STORE, range)
     notify(f"no store at {_STORE}: this machine's own history answers (--store DIR)")
-    return partial(open_local, options.socket, range)
+    is_joined = options.question in ("ends", "map")  # with flows that do not fit
+    earlier = _earlier(options, range) if options.question == "new" else None
+    return partial(open_local, options.socket, range, None if is_joined else wanted, earlier)
