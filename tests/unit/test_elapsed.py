@@ -61,6 +61,16 @@ def test_after_a_reboot_no_more_counts_than_the_machine_runs() -> None:
     assert _lived(Moment("next", 40.0, 40.0, START.real - YEARS)) == 0
 
 
+@pytest.mark.parametrize("jump", [-YEARS, 0.0, YEARS])
+def test_a_gap_within_a_boot_does_not_know_the_time_of_day(jump: float) -> None:
+    assert _after(10, real=jump).gap_since(START) == 10
+
+
+def test_a_gap_over_a_boot_is_no_shorter_than_that_boot() -> None:
+    assert Moment("next", 40.0, 40.0, START.real + 900).gap_since(START) == 900
+    assert Moment("next", 40.0, 40.0, START.real - YEARS).gap_since(START) == 40
+
+
 def test_the_machines_own_clocks() -> None:
     elapsed = Elapsed()
     before = time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -161,7 +161,7 @@ def test_a_host_that_was_dead_for_an_hour_tells_what_it_had_and_that_it_was_away
         return Pending(sequence, wire.FLOWS, 200, batch(5000, 200, sequence, 3600))
 
     spool.put([old])
-    spool._add("at_ms", -3_600_000)
+    spool._database.execute("UPDATE last_put SET boot = boot - 3600")
     spool.close()
     with collect(tmp_path, server.url) as collector:
         with play(tmp_path, server.url, "h1", 500) as host:

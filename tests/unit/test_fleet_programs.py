@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fleet.export.spool import Pending, Spool
+from waiting import patient
 
 _WITHOUT = """
 import sys
@@ -85,6 +86,19 @@ def test_a_second_exporter_does_not_take_the_spool_of_the_first(tmp_path: Path) 
     spool.put([lambda sequence: Pending(sequence, 1, 5, b"kept")])
     spool.close()
     assert Spool(tmp_path, 1 << 20).totals().spooled == 5
+
+
+@pytest.mark.parametrize("years", [-20, 0, 20])
+def test_the_gap_between_two_exporters_is_right_wherever_the_clock_was_set(
+    tmp_path: Path, years: int
+) -> None:
+    spool = Spool(tmp_path, 1 << 20)
+    spool.put([lambda sequence: Pending(sequence, 1, 5, b"kept")])
+    spool._database.execute(
+        "UPDATE last_put SET boot = boot - 100, real = real - 100 + ?", (years * 365 * 86400,)
+    )
+    spool.close()
+    assert 100_000 <= Spool(tmp_path, 1 << 20).totals().gap_ms < 100_000 + patient(60) * 1000
 
 
 @pytest.mark.parametrize("tear", [lambda _: b"x" * 20_000, lambda data: data[: len(data) // 2]])

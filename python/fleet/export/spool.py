@@ -15,10 +15,11 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from nlproto.errors import Error
+from nlproto.records.elapsed import Moment, read_moment
 from nlproto.running.surroundings import is_loose
 
 __all__ = ["Pending", "Spool", "SpoolFull", "Totals"]
@@ -27,8 +28,9 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS batches (
     sequence INTEGER PRIMARY KEY, kind INTEGER, rows INTEGER, payload BLOB);
 CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, value INTEGER);
+CREATE TABLE IF NOT EXISTS last_put (boot_id TEXT, boot REAL, uptime REAL, real REAL);
 """
-_NAMES = ("sequence", "exported", "acknowledged", "lost", "gap_ms", "at_ms")
+_NAMES = ("sequence", "exported", "acknowledged", "lost", "gap_ms")
 _PAGE = 16384
 """Small pages take twice the time: a batch of 4,000 rows has 150 kB."""
 _JOURNAL = 256  # pages
@@ -99,9 +101,9 @@ class Spool:
         except sqlite3.DatabaseError:
             self._put_aside()
         self._bytes = self._sum("SUM(LENGTH(payload)) + COUNT(*) * ?", _OVERHEAD)
-        before = self._total("at_ms")
-        if before:  # nobody read the daemon since an exporter last put something here
-            self.unsaved_gap_ms = max(0, time.time_ns() // 10**6 - before)
+        before = self._database.execute("SELECT * FROM last_put").fetchone()
+        if before is not None:  # nobody read the daemon since
+            self.unsaved_gap_ms = round(read_moment().gap_since(Moment(*before)) * 1000)
 
     def _open(self) -> None:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -167,7 +169,8 @@ class Spool:
         self._add("exported", rows + self.unsaved_lost)
         self._add("lost", lost)
         self._add("gap_ms", self.unsaved_gap_ms)
-        self._add("at_ms", time.time_ns() // 10**6 - self._total("at_ms"))
+        self._database.execute("DELETE FROM last_put")
+        self._database.execute("INSERT INTO last_put VALUES (?, ?, ?, ?)", astuple(read_moment()))
         return made
 
     def _make_room(self) -> int:

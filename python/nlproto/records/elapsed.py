@@ -34,6 +34,15 @@ class Moment:
             steps[:2] = self.boot - earlier.boot, self.uptime - earlier.uptime
         return max(0.0, min(steps))
 
+    def gap_since(self, earlier: Moment) -> float:
+        """Return seconds from `earlier` to this moment, right wherever the clock was set.
+
+        After a boot only the time of day tells how long the machine was off.
+        """
+        if self.boot_id == earlier.boot_id:
+            return max(0.0, self.boot - earlier.boot)
+        return max(self.boot, self.real - earlier.real)
+
 
 def read_moment() -> Moment:
     """Return the clocks now."""
