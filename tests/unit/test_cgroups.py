@@ -242,6 +242,20 @@ def test_every_path_that_the_kernel_can_write_comes_back(name: bytes) -> None:
     assert path_of(b"1:name=systemd:/x\n0::/x" + name + b"\n") == ("", b"/x" + name)
 
 
+@pytest.mark.parametrize("runtime", ["containerd.service", "docker.service"])
+def test_a_container_that_its_runtime_moved_on_v1_alone_is_found(runtime: str) -> None:
+    """As Docker with the driver cgroupfs, where both versions are mounted."""
+    v2 = f"0::/system.slice/{runtime}\n"
+    hierarchy, path = path_of(f"9:pids:/docker/{ID}\n1:name=systemd:/docker/{ID}\n{v2}".encode())
+    assert hierarchy == "name=systemd"
+    assert place_of(os.fsdecode(path)).container == "docker:4f1c0d2e9a3b"
+    own = f"/system.slice/{runtime}".encode()
+    for v1 in ("", "1:name=systemd:/\n", f"1:name=systemd:/system.slice/{runtime}\n"):
+        assert path_of(f"{v1}{v2}".encode())[1] == own
+    users = f"{USER}/{runtime}"  # a user can give this name, and stays there
+    assert path_of(f"1:name=systemd:/x\n0::{users}\n".encode()) == ("", users.encode())
+
+
 @settings(max_examples=50)
 @given(st.binary(max_size=400))
 def test_no_bytes_raise(raw: bytes) -> None:

@@ -44,7 +44,9 @@ def path_of(raw: bytes) -> tuple[str, bytes]:
     """Return (hierarchy, path) from the content of /proc/PID/cgroup; ("", b"") if there is none.
 
     This is the v2 path (hierarchy ""). On v1 it is the path in systemd's hierarchy, or else the
-    longest. The " (deleted)" of a removed cgroup, which only a zombie can have, is left out.
+    longest. With both, v1 counts for processes in a runtime's own v2 cgroup: it may have moved
+    containers there alone. The " (deleted)" of a removed v2 cgroup, which only a zombie can have,
+    is left out.
     """
     paths: dict[str, bytes] = {}
     for line in raw.split(b"\n"):
@@ -53,7 +55,11 @@ def path_of(raw: bytes) -> tuple[str, bytes]:
         if colon and second and path.startswith(b"/"):
             name = os.fsdecode(controllers)
             paths[name] = path if name else path.removesuffix(b" (deleted)")
-    for name in ("", "name=systemd"):
+    preferred = ["", "name=systemd"]
+    slice, _, unit = paths.get("", b"").rpartition(b"/")
+    if slice == b"/system.slice" and os.fsdecode(unit) in _RUNTIMES:
+        preferred.reverse()
+    for name in preferred:
         if len(paths.get(name, b"")) > 1:
             return name, paths[name]
     if not paths:
