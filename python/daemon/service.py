@@ -39,6 +39,7 @@ from nlproto.host import procfs
 from nlproto.host.containers import ContainerFiles
 from nlproto.host.hashes import Hashes
 from nlproto.host.holders import Holders
+from nlproto.host.netns import Finder
 from nlproto.overheard.listening import Overheard
 from nlproto.pipeline.account import Account
 from nlproto.pipeline.naming import Namer
@@ -89,25 +90,29 @@ class Service:
         sys.setswitchinterval(SWITCH_INTERVAL)
         host.host_one_heap()
         payers = Payers()
-        holders = Holders()
+        holders, finder = Holders(), Finder()
         processes = Processes(
             self._details, config.max_processes, payers=payers, containers=ContainerFiles()
         )
         with (
             SocketFile(config.socket) as socket_file,
             Recorder(config, processes, payers) as recorder,
-            Namer(processes.start_of, holders) as namer,
+            Namer(processes.start_of, holders, finder=finder) as namer,
             contextlib.ExitStack() as stack,
         ):
             if config.sha256 == "on":
                 processes.hash = stack.enter_context(Hashes(processes.hashed)).ask
             overheard = stack.enter_context(
-                Overheard(log.warning, config.domains, recorder.history)
+                Overheard(log.warning, config.domains, recorder.history, finder)
             )
             processes.ends = overheard.ends
             recorder.text_of = overheard.names.text
             engine = open_engine(
-                config.engine, log.warning, ring_bytes=config.ring_size, holders=holders
+                config.engine,
+                log.warning,
+                ring_bytes=config.ring_size,
+                holders=holders,
+                finder=finder,
             )
             pipeline = Pipeline(
                 engine,
@@ -121,7 +126,7 @@ class Service:
                 overheard=overheard,
             )
             recorder.on_death = self._die
-            asyncio.run(self._serve(socket_file, pipeline, recorder, holders, overheard))
+            asyncio.run(self._serve(socket_file, pipeline, recorder, holders, overheard, finder))
         for line in pipeline.account.lines():
             log.info("%s", line)
         return 0 if self._death is None else 1
@@ -142,6 +147,7 @@ class Service:
         recorder: Recorder,
         holders: Holders,
         overheard: Overheard,
+        finder: Finder,
     ) -> None:
         loop = asyncio.get_running_loop()
         answers = Answers(pipeline, recorder.history, recorder.past, recorder.past_process)
@@ -156,7 +162,13 @@ class Service:
             loop, answers, self.config, lambda: figures(pipeline, recorder), self._bounds
         )
         watcher = Watcher(
-            self.config.engine, pipeline, server.announce, self._die, holders, self.config.ring_size
+            self.config.engine,
+            pipeline,
+            server.announce,
+            self._die,
+            holders,
+            self.config.ring_size,
+            finder,
         )
         answers.kernel, answers.looks = watcher.kernel, watcher
         metrics = Metrics(self.config, server.figures, pipeline.processes)
@@ -173,7 +185,9 @@ class Service:
             loop.add_signal_handler(number, ended.set)
         parts: list[Reconfigurable] = [server, recorder, metrics]
         loop.add_signal_handler(signal.SIGHUP, lambda: self._reload(server, parts))
-        connections = Connections(lambda found: metrics.learn(recorder.history.learn(found)))
+        connections = Connections(
+            lambda found: metrics.learn(recorder.history.learn(found)), finder
+        )
         with metrics, pipeline, watcher, connections:
             server.start(socket_file.socket)
             status = f"engine {pipeline.engine.name}, serving {self.config.socket}"

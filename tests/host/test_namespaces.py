@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from nlproto.host import netns
+from nlproto.host import netns, procfs
 from nlproto.host.namespace_sockets import PerNamespace
 from nlproto.host.socket_lookup import SocketLookup
 from nlproto.running import descriptors
@@ -107,11 +107,75 @@ def test_a_namespace_that_was_missed_once_is_read_by_the_next_look(namespaces: A
 
     now = [0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(netns, "paths", paths)
+        patch.setattr(netns.Finder, "paths", paths)
         with PerNamespace(lambda: socket.socket(), lambda: now[0]) as sockets:
             assert inode not in sockets.there()
             now[0] += 3_000_000_000
             assert inode in sockets.there()
+
+
+MOVES = "import ctypes, sys; print(); input(); ctypes.CDLL(None).unshare(1 << 30); print(); input()"
+
+
+@pytest.mark.parametrize("age_s", [0, 10])
+def test_a_process_that_enters_a_new_namespace_is_found_young_or_old(age_s: int) -> None:
+    """Nothing in /proc but its own link tells that."""
+    ahead_ns = [0]
+    finder = netns.Finder(now_ns=lambda: time.monotonic_ns() + ahead_ns[0])
+    child = subprocess.Popen([sys.executable, "-c", MOVES], stdin=-1, stdout=-1, bufsize=0)
+    with child:
+        there(child.stdout).readline()
+        before = finder.paths()
+        ahead_ns[0] = age_s * 1_000_000_000
+        finder.paths()
+        there(child.stdin).write(b"\n")
+        there(child.stdout).readline()
+        inode = os.stat(f"/proc/{child.pid}/ns/net").st_ino
+        assert inode not in before
+        assert age_s or inode in finder.paths(), "who is young is read at each look"
+        until(lambda: inode in finder.paths(), 10, "its namespace is found")
+        there(child.stdin).write(b"\n")
+    assert inode not in finder.paths(), "it has ended"
+
+
+def test_a_namespace_that_got_a_name_is_found_until_the_name_goes(tmp_path: Path) -> None:
+    name = tmp_path / "netns" / "one"
+    name.parent.mkdir()
+    finder = netns.Finder(named=name.parent)
+    own = set(finder.paths())
+    name.touch()
+    finder.paths()
+    script = 'exec unshare -n mount --bind /proc/self/ns/net "$0"'
+    subprocess.run(["sh", "-c", script, name], check=True)
+    try:
+        found = finder.paths()
+        assert found[name.stat().st_ino] == name
+        assert name.stat().st_ino not in own
+    finally:
+        subprocess.run(["umount", name], check=True)
+    name.unlink()
+    assert name not in finder.paths().values()
+
+
+def test_where_nothing_happens_no_process_is_listed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = []
+    pids = procfs.pids
+
+    def counted(proc: Path) -> list[int]:
+        listed.append(proc)
+        return pids(proc)
+
+    monkeypatch.setattr(procfs, "pids", counted)
+    finder = netns.Finder()
+    finder.paths()
+
+    def quiet() -> bool:
+        del listed[:]
+        for _ in range(5):
+            finder.paths()
+        return not listed
+
+    until(quiet, 20, "five looks between two births on this machine")
 
 
 ENGINE = """

@@ -10,6 +10,7 @@ import pytest
 
 from daemon.history.memory import FlowMemory, Question, flow_fields
 from nlproto.host.namespace_sockets import PerNamespace
+from nlproto.host.netns import Finder
 from nlproto.host.tcp_info import HOST_TCP
 from nlproto.records.clock import Clock
 from nlproto.tables.attempts import ANSWER_NS, Attempts
@@ -100,12 +101,12 @@ def test_retransmits_are_of_the_last_owner_and_of_the_same_namespace() -> None:
 def test_a_costly_look_for_namespaces_comes_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     now, looks = [0], []
 
-    def paths() -> dict[str, Any]:
+    def paths(_: Finder) -> dict[str, Any]:
         looks.append(now[0])
         now[0] += 100_000_000  # what it takes with thousands of processes
         return {}
 
-    monkeypatch.setattr("nlproto.host.netns.paths", paths)
+    monkeypatch.setattr(Finder, "paths", paths)
     with PerNamespace(lambda: stand_in(None), lambda: now[0], share=200) as namespaces:
         for _ in range(100):
             namespaces.there()

@@ -54,7 +54,9 @@ class Machine:
         monkeypatch.setattr(netns, "own", lambda: OWN)
         monkeypatch.setattr(netns, "room", lambda: 255)
         monkeypatch.setattr(netns, "run_inside", run_inside)
-        monkeypatch.setattr(netns, "paths", lambda: {one: Path(f"/{one}") for one in self.owners})
+        monkeypatch.setattr(
+            netns.Finder, "paths", lambda _: {one: Path(f"/{one}") for one in self.owners}
+        )
         monkeypatch.setattr(
             netns, "owner_or_unknown", lambda path, inode: self.owners[inode] or None
         )

@@ -14,6 +14,7 @@ import numpy as np
 
 from nlproto.errors import Error
 from nlproto.host.namespace_sockets import PerNamespace
+from nlproto.host.netns import Finder
 from nlproto.host.tcp_info import HOST_TCP, TcpInfo
 from nlproto.running.budget import Budget
 from nlproto.running.supervise import Failures, keep_going
@@ -25,7 +26,7 @@ _SETTLED_NS = 1_000_000_000
 """Time after its end when the history surely has the packets of a connection."""
 _LOOK_NS = 10_000_000_000
 """Time between two looks at open connections, in all namespaces."""
-_SHARE, _SAVED_NS = 200, 50_000_000
+_SHARE, _SAVED_NS = 500, 50_000_000
 """Looks take at most this part of the time. With many connections they are rarer."""
 _MOST = 200_000
 """The most ended connections that wait to be stored."""
@@ -40,9 +41,9 @@ class Connections:
     both, nothing is known.
     """
 
-    def __init__(self, learn: Callable[[np.ndarray], None]) -> None:
+    def __init__(self, learn: Callable[[np.ndarray], None], finder: Finder | None = None) -> None:
         self._learn = learn
-        self._namespaces = PerNamespace(TcpInfo, share=_SHARE)
+        self._namespaces = PerNamespace(TcpInfo, share=_SHARE, finder=finder)
         self._waiting: list[tuple[int, np.ndarray]] = []
         self._looks_ns = 0
         self._look_budget = Budget(_SHARE, _SAVED_NS, time.monotonic_ns)

@@ -15,6 +15,7 @@ from nlproto.engines.engine import Engine, open_engine
 from nlproto.errors import Error, NoModule, NoPrivilege
 from nlproto.host.holders import Holders
 from nlproto.host.kernel_sockets import BoundSocket, KernelSockets
+from nlproto.host.netns import Finder
 from nlproto.pipeline.pipeline import Pipeline
 from nlproto.running.supervise import Failures, keep_going
 from nlproto.tables.drops import Drops
@@ -26,7 +27,7 @@ __all__ = ["Watcher"]
 _SOCKETS = 0.5  # s between two looks
 _FRESH = 0.9  # s; a look is not older than this for a question, which waits for the next look
 _PATIENCE = 3.0  # s that a question waits for it
-_SHARE = 200  # looks take this part of one core while nobody asks,
+_SHARE = 500  # looks take this part of one core while nobody asks,
 _OLDEST = 60.0  # s: unless the last look would get older than this
 _DETAILS = 0.05  # s of a look for details of users' processes
 _OTHERS_NS = 50_000_000  # of a look for users' network namespaces
@@ -54,14 +55,15 @@ class Watcher:
         on_death: Callable[[Error], None],
         holders: Holders,
         ring_bytes: int | None = None,
+        finder: Finder | None = None,
     ) -> None:
         self._wanted = engine
         self._pipeline = pipeline
         self._announce = announce
         self._ring_bytes = ring_bytes
         self._stopping = threading.Event()
-        self._holders = holders
-        self.kernel = KernelSockets(self._holders, others_ns=_OTHERS_NS)
+        self._holders, self._finder = holders, finder
+        self.kernel = KernelSockets(self._holders, others_ns=_OTHERS_NS, finder=finder)
         """What the last look found."""
         self.on_drops: Callable[[int, int, bytes, int], None] = lambda *_: None
         """Is told of packets that the kernel dropped: tgid, start_ns, comm and how many."""
@@ -123,7 +125,7 @@ class Watcher:
         ]
         due = [0.0 for _ in jobs]
         while not self._stopping.is_set():
-            self._asked.wait(0.1)
+            self._asked.wait(max(0.0, min(due) - time.monotonic()))
             for index, (interval, job) in enumerate(jobs):
                 started = time.monotonic()
                 if started < due[index] and not (
@@ -247,7 +249,11 @@ class Watcher:
             return
         # packet starts at once, and each moment without an engine is lost
         engine = open_engine(
-            "packet", log.warning, ring_bytes=self._ring_bytes, holders=self._holders
+            "packet",
+            log.warning,
+            ring_bytes=self._ring_bytes,
+            holders=self._holders,
+            finder=self._finder,
         )
         message = f"engine {gone} has gone: going on with engine {engine.name}"
         self._change(engine, f"{gone}_gone", message)
@@ -274,8 +280,8 @@ class Watcher:
 def _pause(interval: float, took: float) -> float:
     """Return the s from the beginning of a look that took `took` s to the next one.
 
-    A long look comes less often, so that looks take half a percent of one core. But the last one
-    does not get older than that.
+    A long look comes less often, so that looks take a fifth of a percent of one core. But the last
+    one does not get older than that.
     """
     return max(interval, min(_SHARE * took, _OLDEST - took))
 

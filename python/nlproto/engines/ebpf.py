@@ -83,7 +83,13 @@ class EbpfEngine:
     group = "packets"
     awaited: Callable[[], bool]
 
-    def __init__(self, notify: Callable[[str], None], *, ring_bytes: int = RING_BYTES) -> None:
+    def __init__(
+        self,
+        notify: Callable[[str], None],
+        *,
+        ring_bytes: int = RING_BYTES,
+        finder: netns.Finder | None = None,
+    ) -> None:
         self._notify = notify
         self.instance = time.time_ns()
         self.closing: np.ndarray = np.zeros(0, wire.TAIL)
@@ -94,7 +100,7 @@ class EbpfEngine:
         try:
             self._map(ring_bytes)
             self._attach()
-            self._links = open_links(self._object)
+            self._links = open_links(self._object, finder)
             self.loaded_in = time.monotonic() - began
             self._object.iterate("seed")
         except OSError as error:

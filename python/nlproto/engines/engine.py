@@ -10,6 +10,7 @@ import numpy as np
 
 from nlproto.errors import NoModule, NoPrivilege, UsageError
 from nlproto.host.holders import Holders
+from nlproto.host.netns import Finder
 from nlproto.kernel.loading import advice
 from nlproto.records.wire import Event
 
@@ -88,12 +89,14 @@ def open_engine(
     *,
     ring_bytes: int | None = None,
     holders: Holders | None = None,
+    finder: Finder | None = None,
 ) -> Engine:
     """Open the engine called `name`; "auto" is the module if it is loaded, else `ebpf` or `packet`.
 
-    `ring_bytes`: room for waiting packets in engine packet (16 MiB). `holders`: shared by all of
-    this program that ask who holds a socket. `notify` gets a line of text about each thing that
-    makes the result worse. Raises UsageError for another name, NoModule, NoBpf, NoPrivilege.
+    `ring_bytes`: room for waiting packets in engine packet (16 MiB). `holders` and `finder`: shared
+    by all of this program that ask who holds a socket, and which namespaces there are. `notify`
+    gets a line of text about each thing that makes the result worse. Raises UsageError for another
+    name, NoModule, NoBpf, NoPrivilege.
     """
     if name not in ENGINES:
         raise UsageError(f"no engine '{name}': it is one of {', '.join(ENGINES)}")
@@ -117,14 +120,16 @@ def open_engine(
         from nlproto.engines.ebpf import EbpfEngine
 
         try:
-            return EbpfEngine(notify)
+            return EbpfEngine(notify, finder=finder)
         except NoBpf as error:
             if name == "ebpf":
                 raise NoBpf(f"engine ebpf cannot run: {error}; or use --engine packet") from error
             why = str(error)
     from nlproto.engines.packet import RING_BYTES, PacketEngine
 
-    engine = PacketEngine(notify, ring_bytes=ring_bytes or RING_BYTES, holders=holders)
+    engine = PacketEngine(
+        notify, ring_bytes=ring_bytes or RING_BYTES, holders=holders, finder=finder
+    )
     if name == "auto":
         notify(
             f"engine packet: without sniffer.ko, or eBPF ({why}), sockets that live a few"

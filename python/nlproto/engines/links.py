@@ -57,12 +57,12 @@ class _Links:
 class NetfilterLinks:
     """Links in our own namespace and in all others, also new ones. close() ends them."""
 
-    def __init__(self, loaded: Object, own: int) -> None:
+    def __init__(self, loaded: Object, own: int, finder: netns.Finder | None = None) -> None:
         self._loaded = loaded
         self._own = _Links(loaded, own)
         self._others: dict[int, _Links] = {}
         # without links the functions report; nobody needs to know
-        self._namespaces = CapturedNamespaces(self._make, own, lambda _: None)
+        self._namespaces = CapturedNamespaces(self._make, own, lambda _: None, finder=finder)
         self._namespaces.start(_PATIENCE)
 
     def _make(self, inode: int, path: Path, ours: bool) -> _Links:
@@ -87,12 +87,12 @@ class NetfilterLinks:
         self._own.close()
 
 
-def open_links(loaded: Object) -> NetfilterLinks | None:
+def open_links(loaded: Object, finder: netns.Finder | None = None) -> NetfilterLinks | None:
     """Return links; None if this kernel has none (before 6.4) or refuses them."""
     program = loaded.programs.get(PROGRAM)
     if program is None or program.fd < 0:
         return None
     try:
-        return NetfilterLinks(loaded, netns.own(procfs.PROC))
+        return NetfilterLinks(loaded, netns.own(procfs.PROC), finder)
     except OSError:
         return None

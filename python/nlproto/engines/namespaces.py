@@ -55,11 +55,14 @@ class CapturedNamespaces(Generic[P]):
         own: int,
         notify: Callable[[str], None],
         proc: Path = procfs.PROC,
+        finder: netns.Finder | None = None,
     ) -> None:
         self._make = make
         self._own = own
         self._notify = notify
         self._proc = proc
+        self._finder = netns.Finder(proc) if finder is None else finder
+        self._owns_finder = finder is None
         self._owners: dict[int, int | None] = {own: None}
         self._open: dict[int, P] = {}
         self._refused: dict[int, float] = {}
@@ -107,6 +110,8 @@ class CapturedNamespaces(Generic[P]):
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join()
+        if self._owns_finder:
+            self._finder.close()
         waiting = {id(p): p for p in (*self._open.values(), *self._unused, *others)}
         self._open.clear()
         self._unused.clear()
@@ -133,7 +138,7 @@ class CapturedNamespaces(Generic[P]):
         """
         _close([self._unused.popleft() for _ in range(len(self._unused))])
         began = time.monotonic()
-        found = netns.paths(self._proc)
+        found = self._finder.paths()
         pause = max(_LOOK, _LOOK_SHARE * (time.monotonic() - began))
         found.pop(self._own, None)
         self._owners = {

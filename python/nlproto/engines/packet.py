@@ -141,6 +141,7 @@ class PacketEngine(Closing):
         ring_bytes: int = RING_BYTES,
         now_ns: Callable[[], int] = time.monotonic_ns,
         holders: Holders | None = None,
+        finder: netns.Finder | None = None,
     ) -> None:
         self._notify = notify
         self._proc = proc
@@ -168,7 +169,7 @@ class PacketEngine(Closing):
         self.instance = time.time_ns()
         self._own = netns.own(proc)
         self._add(self._own, self._open(self._own, proc / "self" / "ns" / "net", ring_bytes))
-        self._others = CapturedNamespaces(self._open_other, self._own, notify, proc)
+        self._others = CapturedNamespaces(self._open_other, self._own, notify, proc, finder)
         self.opening = self._position()
         self.closing: np.ndarray = np.zeros(0, wire.TAIL)
         try:

@@ -14,6 +14,7 @@ import numpy as np
 
 from nlproto.host.holders import Holders
 from nlproto.host.namespace_sockets import NamespaceSockets
+from nlproto.host.netns import Finder
 from nlproto.host.procfs import Owner
 from nlproto.host.sockdiag import HOST_SOCKET, TcpState
 from nlproto.host.sockets import held
@@ -90,10 +91,11 @@ class KernelSockets:
         holders: Holders | None = None,
         now_ns: Callable[[], int] = time.monotonic_ns,
         others_ns: int | None = None,
+        finder: Finder | None = None,
     ) -> None:
         self._holders = Holders() if holders is None else holders
         self._now_ns = now_ns
-        self._namespaces = NamespaceSockets(now_ns, others_ns=others_ns)
+        self._namespaces = NamespaceSockets(now_ns, others_ns=others_ns, finder=finder)
         self._hurried = others_ns is not None
         self._held: dict[int, tuple[Owner, ...]] = {}
         self._ports: dict[int, int] = {}

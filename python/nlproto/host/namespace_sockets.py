@@ -48,7 +48,10 @@ class PerNamespace(Closing, Generic[S]):
         now_ns: Callable[[], int] = time.monotonic_ns,
         share: int = 0,
         others_ns: int | None = None,
+        finder: netns.Finder | None = None,
     ) -> None:
+        self._finder = netns.Finder() if finder is None else finder
+        self._owns_finder = finder is None
         self._share = share
         self._others_ns = others_ns
         self._make = make
@@ -67,6 +70,8 @@ class PerNamespace(Closing, Generic[S]):
             if diag is not None:
                 diag.close()
         self._namespaces.clear()
+        if self._owns_finder:
+            self._finder.close()
 
     def get(self, number: int) -> S | None:
         """Return the socket of namespace `number`; None if it cannot be had."""
@@ -80,7 +85,7 @@ class PerNamespace(Closing, Generic[S]):
         if now < self._look_ns:
             return
         try:
-            there = netns.paths()
+            there = self._finder.paths()
         except OSError:  # no descriptor is left for it
             there = None
         took = self._now_ns() - now
@@ -141,8 +146,9 @@ class NamespaceSockets(PerNamespace[SockDiag]):
         now_ns: Callable[[], int] = time.monotonic_ns,
         share: int = 0,
         others_ns: int | None = None,
+        finder: netns.Finder | None = None,
     ) -> None:
-        super().__init__(SockDiag, now_ns, share, others_ns)
+        super().__init__(SockDiag, now_ns, share, others_ns, finder)
         self._tables: dict[int, np.ndarray] = {}
         self._read_ns: dict[int, int] = {}
 

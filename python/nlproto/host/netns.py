@@ -13,6 +13,7 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from nlproto.running.descriptors import or_error
 __all__ = [
     "MAX_OTHERS",
     "UNKNOWN_OWNER",
+    "Finder",
     "Interfaces",
     "Namespace",
     "choose",
@@ -49,6 +51,12 @@ MAX_OTHERS = 255
 """The most namespaces beside our own."""
 UNKNOWN_OWNER = -1
 """In place of the uid that a namespace belongs to."""
+
+_YOUNG_NS = 2_000_000_000
+"""A process that will enter another namespace does so soon after its birth."""
+_ROUND_NS, _SHARE = 1_000_000_000, 500
+"""Reading all others takes at least so long, and at most this part of the time."""
+_NAMES_NS = 5_000_000_000  # between two readings of names that have not changed
 
 NS_GET_USERNS, NS_GET_PARENT, NS_GET_OWNER_UID = 0xB701, 0xB702, 0xB704
 _UID = struct.Struct("=I")
@@ -110,35 +118,135 @@ def own(proc: Path = Path("/proc")) -> int:
     return os.stat(proc / "self" / "ns" / "net").st_ino
 
 
-def paths(proc: Path = Path("/proc"), named: Path = NAMED) -> dict[int, Path]:
+def paths(proc: Path = procfs.PROC, named: Path = NAMED) -> dict[int, Path]:
     """Return every network namespace that can be seen, as {inode: a path to open}.
 
     Namespaces without a process and without a name in /run/netns cannot be seen. Raises Error if no
     file descriptor is left.
     """
-    with or_error():
-        names = os.listdir(proc)
-    pids = [int(name) for name in names if name.isdecimal()]
-    inodes = ffi.new("uint64_t[]", len(pids))
-    lib.host_net_namespaces(bytes(proc), pids, len(pids), inodes)
-    first: dict[int, int] = {}
-    for inode, pid in zip(ffi.unpack(inodes, len(pids)), pids, strict=True):
-        first.setdefault(inode, pid)
-    found = {inode: proc / f"{pid}/ns/net" for inode, pid in first.items() if inode}
-    try:
-        with or_error():
-            entries = list(named.iterdir())
-        nsfs = os.stat(proc / "self" / "ns" / "net").st_dev
-    except OSError:
-        entries = []
-    for entry in entries:
+    return Finder(proc, named).paths()
+
+
+class Finder:
+    """Finds network namespaces again and again, at little cost. For any thread.
+
+    A process is read when it is new, and some more times while it is young. After that it is read
+    in turn, because it may enter another namespace. Only new processes cause a list of all.
+    """
+
+    def __init__(
+        self,
+        proc: Path = procfs.PROC,
+        named: Path = NAMED,
+        now_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._proc = proc
+        self._named = named
+        self._now_ns = now_ns
+        self._lock = threading.Lock()
+        self._births = procfs.Births(proc)
+        self._alive: tuple[int, int] = 0, 0
+        """How many processes there were and which was the newest, when all were listed."""
+        self._of: dict[int, int] = {}
+        """Maps each process to its namespace; 0: it may not be read."""
+        self._young: dict[int, int] = {}
+        """Processes that were new a moment ago, and since when."""
+        self._waiting: deque[int] = deque()
+        """Processes in the order of their turn."""
+        self._looked_ns = now_ns()
+        self._cost_ns = 1
+        """What it takes to read one process."""
+        self._names: dict[int, Path] = {}
+        self._named_ns = (0, 0)
+        """When the names last changed, and when they were last read."""
+        self._found: dict[int, Path] = {}
+
+    def close(self) -> None:
+        """Close its descriptor. From then on each look lists all processes."""
+        self._births.close()
+
+    def paths(self) -> dict[int, Path]:
+        """See paths()."""
+        with self._lock:
+            now = self._now_ns()
+            changed = self._list(now)
+            some = list(self._young) + self._next(now)
+            self._looked_ns = now
+            self._young = {pid: at for pid, at in self._young.items() if now - at < _YOUNG_NS}
+            if self._ask(some) or changed:
+                first: dict[int, int] = {}
+                for pid, inode in self._of.items():
+                    first.setdefault(inode, pid)
+                first.pop(0, None)
+                self._found = {inode: self._proc / f"{pid}/ns/net" for inode, pid in first.items()}
+            self._read_names(now)
+            return self._names | self._found
+
+    def _list(self, now: int) -> bool:
+        """List all processes if some have come or gone. Returns whether it did so."""
+        newest = self._births.last()
+        alive = os.stat(self._proc).st_nlink, newest
+        if newest and alive == self._alive:
+            return False
+        pids = procfs.pids(self._proc)
+        self._alive = alive
+        new = [pid for pid in pids if pid not in self._of]
+        self._of = {pid: self._of.get(pid, 0) for pid in pids}
+        self._young = {pid: at for pid, at in self._young.items() if pid in self._of}
+        self._young |= dict.fromkeys(new, now)
+        self._waiting.extend(new)
+        return True
+
+    def _next(self, now: int) -> list[int]:
+        """Return whose turn it is to be read again."""
+        passed = max(0, now - self._looked_ns)
+        count = len(self._of) * passed // _ROUND_NS
+        some: list[int] = []
+        for _ in range(min(len(self._waiting), count, passed // _SHARE // self._cost_ns)):
+            pid = self._waiting.popleft()
+            if pid in self._of:
+                self._waiting.append(pid)
+                if pid not in self._young:
+                    some.append(pid)
+        return some
+
+    def _ask(self, pids: list[int]) -> bool:
+        """Read their namespaces. Returns whether one has another one than before."""
+        if not pids:
+            return False
+        began = self._now_ns()
+        inodes = ffi.new("uint64_t[]", len(pids))
+        lib.host_net_namespaces(bytes(self._proc), pids, len(pids), inodes)
+        self._cost_ns = max(1, (self._now_ns() - began) // len(pids))
+        now_of = dict(zip(pids, ffi.unpack(inodes, len(pids)), strict=True))
+        changed = any(self._of[pid] != inode for pid, inode in now_of.items())
+        self._of |= now_of
+        return changed
+
+    def _read_names(self, now: int) -> None:
+        """Read the names if they have changed, and now and then: a name comes before its mount."""
         try:
-            status = entry.stat()
+            changed_ns = os.stat(self._named).st_mtime_ns
         except OSError:
-            continue
-        if status.st_dev == nsfs and status.st_ino not in found:
-            found[status.st_ino] = entry
-    return found
+            self._names, self._named_ns = {}, (0, 0)
+            return
+        before_ns, read_ns = self._named_ns
+        young = time.time_ns() - changed_ns < _YOUNG_NS
+        if not young and changed_ns == before_ns and now - read_ns < _NAMES_NS:
+            return
+        self._named_ns = changed_ns, now
+        self._names = {}
+        try:
+            with or_error():
+                entries = list(self._named.iterdir())
+            nsfs = os.stat(self._proc / "self" / "ns" / "net").st_dev
+        except OSError:
+            return
+        for entry in entries:
+            with suppress(OSError):
+                status = entry.stat()
+                if status.st_dev == nsfs:
+                    self._names[status.st_ino] = entry
 
 
 def _open(path: Path, inode: int) -> int:

@@ -111,6 +111,7 @@ class Overheard:
         notify: Callable[[str], None],
         listen_to: str = "dns",
         beginnings: Beginnings | None = None,
+        finder: netns.Finder | None = None,
     ) -> None:
         self._notify = notify
         self._listen_to = listen_to
@@ -127,7 +128,9 @@ class Overheard:
         self._taps: dict[int, tuple[_Place, Tap]] = {}
         self._poll = select.poll()
         self._own = netns.own()
-        self._others: CapturedNamespaces[_Place] = CapturedNamespaces(self._open, self._own, notify)
+        self._others: CapturedNamespaces[_Place] = CapturedNamespaces(
+            self._open, self._own, notify, finder=finder
+        )
         self._answers: TcpStreams = TcpStreams(256, _PREFIX + 65535)
         self._hellos: TcpStreams = TcpStreams(256, hello.MAX_HELLO + 4096)
         self._budget = Budget(_SHARE, _SAVED_NS, time.thread_time_ns)

@@ -17,6 +17,7 @@ import numpy as np
 from nlproto.errors import Error
 from nlproto.host.holders import Holders
 from nlproto.host.namespace_sockets import NamespaceSockets
+from nlproto.host.netns import Finder
 from nlproto.host.procfs import Owner
 from nlproto.host.sockdiag import TcpState
 from nlproto.records.wire import lib, taken
@@ -63,11 +64,12 @@ class Namer:
         start_of: Callable[[int, int], int] = lambda tgid, start_ns: start_ns,
         holders: Holders | None = None,
         now_ns: Callable[[], int] = time.monotonic_ns,
+        finder: Finder | None = None,
     ) -> None:
         self._start_of = start_of
         self._holders = Holders() if holders is None else holders
         self._now_ns = now_ns
-        self._namespaces = NamespaceSockets(now_ns, _LOOK_SHARE, _OTHERS_NS)
+        self._namespaces = NamespaceSockets(now_ns, _LOOK_SHARE, _OTHERS_NS, finder)
         self._known: dict[tuple[int, _Key], _Found] = {}
         self._again = Budget(_AGAIN_SHARE, _AGAIN_SAVED_NS, now_ns)
         self._patience = Patience(0, 0, lambda: False, now_ns)

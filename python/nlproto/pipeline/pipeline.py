@@ -50,7 +50,7 @@ _PROCESS_BYTES = 600  # a ProcessEvent with its strings
 _CHUNK = 64  # the most batches that the worker takes at once
 _ASK = 1.0  # s between two looks at the engine's own figures
 _NO_RECORDS = np.empty(0, RECORD)
-_POLL = 0.1  # s, longest wait of either thread
+_POLL, _IDLE = 0.1, 1.0  # s, longest wait of the receiver; of the worker, which is woken
 _FLUSH_NS = 20_000_000  # SNIFFER_FLUSH_MS_DEFAULT, see TimeOrder
 
 log = logging.getLogger(__name__)
@@ -402,7 +402,7 @@ class Pipeline:
         """Go round once. Returns whether to go on."""
         self.beat = time.monotonic()
         items = self.queue.get_many(
-            _CHUNK, self._order.interval_ns / 1e9 if len(self._order) else _POLL
+            _CHUNK, self._order.interval_ns / 1e9 if len(self._order) else _IDLE
         )
         for item in items:
             if isinstance(item, ProcessEvent):
