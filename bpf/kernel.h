@@ -165,6 +165,7 @@ struct sock {
 struct tcp_sock { bool is_mptcp; };
 struct tcp_sock___bit { u8 is_mptcp : 1; };
 struct inet_connection_sock { void *icsk_ulp_data; };
+struct mptcp_sock { struct sock *first; };
 struct mptcp_subflow_context___x { struct sock *conn; };
 struct request_sock { struct sock_common __req_common; };
 struct inet_timewait_sock { struct sock_common __tw_common; };

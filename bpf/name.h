@@ -242,10 +242,11 @@ __noinline int name(struct sniffer_record *r, struct about *a, u32 how)
 	}
 	other = owner_find(via);
 	if (other && other->user.tgid && o) {
-		if (o->via_how == SNIFFER_HOW_INODE)
+		if (o->via_how == SNIFFER_HOW_INODE) {
 			name_owner(r, other, SNIFFER_HOW_INODE);
-		else
-			name_acceptor(r, other);
+			return 0;
+		}
+		name_acceptor(r, other);
 		/* in parts nothing reports which listener got a closed one's queue */
 		if (parts && (!other->held || other->dead))
 			r->flags |= SNIFFER_F_AMBIGUOUS;

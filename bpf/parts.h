@@ -293,6 +293,36 @@ static __always_inline void in_remember(struct sniffer_record *r, struct about *
 	slot->known = 1;
 }
 
+/* The cookie of the MPTCP socket whose subflow this is, or 0. */
+static __always_inline u64 parent_of(struct bpf_sock *sk)
+{
+	struct mptcp_sock *parent;
+
+	if (!bpf_core_type_exists(struct mptcp_sock))
+		return 0;
+	parent = bpf_skc_to_mptcp_sock(sk);
+	return parent ? ((struct sock *)parent)->__sk_common.skc_cookie.counter : 0;
+}
+
+/* A packet to a TCP socket that has no entry: whose is it? */
+static __always_inline void in_relate(struct bpf_sock *sk, struct about *a)
+{
+	u64 *via = bpf_sk_storage_get(&listeners, sk, NULL, 0);
+
+	a->parent = parent_of(sk);
+	if (a->state != TCP_LISTEN) {
+		child_of(via, a->cookie);
+		return;
+	}
+	/* MPTCP's listener may be older than the programs: its children will get this too */
+	if (!via && a->parent)
+		via = bpf_sk_storage_get(&listeners, sk, &a->parent, BPF_SK_STORAGE_GET_F_CREATE);
+	if (via && *via == KERNELS)
+		a->servers = 1;
+	else if (via)
+		a->parent = *via;
+}
+
 /* In: to a socket of any kind but a TIME_WAIT. */
 SEC("cgroup_skb/ingress")
 int part_in(struct __sk_buff *skb)
@@ -317,8 +347,8 @@ int part_in(struct __sk_buff *skb)
 	r.ifindex = skb->ifindex;
 	r.dir = SNIFFER_DIR_IN;
 	o = owner_find(a.cookie);
-	if (!o && r.proto == IPPROTO_TCP && a.state != TCP_LISTEN) {
-		child_of(bpf_sk_storage_get(&listeners, sk, NULL, 0), a.cookie);
+	if (!o && r.proto == IPPROTO_TCP) {
+		in_relate(sk, &a);
 		o = owner_find(a.cookie);
 	}
 	r.netns = o ? o->netns : 0;	/* 0: user space puts its own namespace there */

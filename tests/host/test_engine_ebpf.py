@@ -35,6 +35,7 @@ from waiting import stand_in, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it loads programs")
 
+_MPTCP = 262  # IPPROTO_MPTCP
 
 SCRIPT = """
 from nlproto.errors import Error
@@ -65,12 +66,29 @@ def engine() -> Iterator[Engine]:
         yield opened
 
 
-def test_every_packet_of_a_connection_is_ours(engine: Engine) -> None:
+def tcp(kind: int) -> socket.socket:
+    """A socket of TCP or MPTCP. Servers written in Go listen by MPTCP."""
+    try:
+        return socket.socket(socket.AF_INET, socket.SOCK_STREAM, kind)
+    except OSError as error:
+        pytest.skip(f"MPTCP: {error}")
+
+
+KINDS = pytest.mark.parametrize(
+    ("listens", "connects"), [(0, 0), (_MPTCP, 0), (_MPTCP, _MPTCP)], ids=["tcp", "plain", "mptcp"]
+)
+
+
+@KINDS
+def test_every_packet_of_a_connection_is_ours(engine: Engine, listens: int, connects: int) -> None:
     account = Account()
     account.open(engine.opening, engine.instance)
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with tcp(listens) as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
         port = server.getsockname()[1]
-        with socket.create_connection(("127.0.0.1", port)) as client:
+        with tcp(connects) as client:
+            client.connect(("127.0.0.1", port))
             accepted, _ = server.accept()
             with accepted:
                 accepted.send(b"hello")
@@ -115,14 +133,20 @@ def test_the_first_bytes_come_with_their_records(engine: Engine) -> None:
     assert payloads.count(b"through UDP") >= 1
 
 
-def test_a_listener_older_than_the_engine_names_its_connections() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server, ExitStack() as stack:
+@KINDS
+def test_a_listener_older_than_the_engine_names_its_connections(
+    listens: int, connects: int
+) -> None:
+    with tcp(listens) as server, ExitStack() as stack:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
         try:
             engine = stack.enter_context(open_engine("ebpf", print))
         except NoBpf as error:
             skip_unless_installed(error)
         port = server.getsockname()[1]
-        with socket.create_connection(("127.0.0.1", port)) as client:
+        with tcp(connects) as client:
+            client.connect(("127.0.0.1", port))
             client.send(b"before accept")
             records = records_of(engine, Account())
     ours = records[(records["sport"] == port) | (records["dport"] == port)]

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from daemon.history import details
 from daemon.history.recorder import Recorder
 from daemon.serve.answers import Answers
 from daemon.serve.requests import Usage
 from daemon.system.config import Config
+from nlproto.records import wire
 from nlproto.records.batch import NamedBatch
 from nlproto.records.clock import Clock
 from nlproto.tables.flows import summarize
@@ -110,11 +112,9 @@ def test_usage_counts_each_flow_once_wherever_it_is(
 
 
 def test_names_without_end_do_not_make_the_sums_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    from daemon.history import details
-
     monkeypatch.setattr(details, "_GROUPS", 10)
     rows: dict[str, np.ndarray] = {
-        name: np.zeros(500, np.uint64) for name in ("domain", *details._SUMS)
+        name: np.zeros(500, np.uint64) for name in ("domain", "how", *details._SUMS)
     }
     rows["tgid"] = np.arange(500) + 1
     rows["start_ns"], rows["uid"] = np.full(500, 7), np.arange(500) % 2
@@ -124,3 +124,17 @@ def test_names_without_end_do_not_make_the_sums_long(monkeypatch: pytest.MonkeyP
     assert len(found) == 12 and found[0][0][0] == "p499"
     assert sum(values[0] for _, values in found) == 500
     assert sum(values[2] for _, values in found) == 499 * 250
+
+
+def test_a_connection_is_one_flow_though_its_listener_has_its_first_packets() -> None:
+    listener, socket = wire.lib.SNIFFER_HOW_LISTENER, wire.lib.SNIFFER_HOW_SOCKET
+    rows: dict[str, np.ndarray] = {
+        "how": np.array([listener, listener, socket, listener]),
+        "packets_in": np.array([2, 0, 4, 3], np.uint64),
+        "packets_out": np.array([0, 1, 5, 4], np.uint64),  # the last one is a flow of its own
+        "comm": np.array([b"httpd"] * 4, "S16"),
+    }
+    for name in ("tgid", "start_ns", "uid", "domain", "bytes_in", "bytes_out"):
+        rows[name] = np.ones(4, np.uint64)
+    [(_, values)] = details.sums(rows, lambda key: details.NOWHERE)
+    assert values == [2, 9, 4, 10, 4]

@@ -215,6 +215,14 @@ def test_sums_are_of_sockets_and_flows_alike(by: str, names: dict[str, int]) -> 
     assert "of 9 flows these are the 3 newest" in out.getvalue()
 
 
+def test_the_first_packets_of_a_connection_are_no_flow_more() -> None:
+    flows = [flow(cookie=cookie, rport=port) for cookie, port in ((1, 443), (2, 443), (2, 80))]
+    answer = {"owners": [], "flows": flows, "processes": [], "owners_total": 0, "total": 3}
+    answer |= {"truncated": False, "since": 0.0}
+    [group] = summed(answer, options(by="name"))["groups"]
+    assert group["flows"] == 2
+
+
 def test_a_table_of_sums_has_its_limit_and_says_so() -> None:
     flows = [flow(remote=f"10.1.{n // 250}.{n % 250}") for n in range(695)]
     answer = {"owners": [], "flows": flows, "processes": [], "owners_total": 0, "total": 695}

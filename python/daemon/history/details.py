@@ -10,6 +10,7 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
+from nlproto.records.wire import lib
 from nlproto.tables.processes import Process
 
 __all__ = [
@@ -72,7 +73,8 @@ def sums(rows: Mapping[str, np.ndarray], place_of: Callable[[tuple[int, int]], P
     """Return what each program of each user used, by place and name of the far end.
 
     Most bytes first. Beyond 4,096 groups each user has one group for the rest, so that no user can
-    make it long.
+    make it long. The listener has the first packets of a connection: they count as no flow, since
+    the accepted socket has one.
     """
     owner = np.zeros((len(rows["tgid"]), 6), np.uint64)
     comm = np.ascontiguousarray(rows["comm"]).view(np.uint64).reshape(-1, 2)
@@ -83,7 +85,9 @@ def sums(rows: Mapping[str, np.ndarray], place_of: Callable[[tuple[int, int]], P
     keys, first, group_of = np.unique(
         owner.view("S48").reshape(-1), return_index=True, return_inverse=True
     )
-    totals = [np.bincount(group_of, minlength=len(keys)).astype(np.uint64)]
+    begins = rows["how"] == lib.SNIFFER_HOW_LISTENER
+    begins &= (rows["packets_in"] == 0) | (rows["packets_out"] == 0)
+    totals = [np.bincount(group_of[~begins], minlength=len(keys)).astype(np.uint64)]
     for name in _SUMS:
         totals.append(np.zeros(len(keys), np.uint64))
         np.add.at(totals[-1], group_of, rows[name])

@@ -61,7 +61,7 @@ ROW_BYTES = sum(group.itemsize for group in _GROUPS) + 20
 
 
 USED = (
-    *("id", "tgid", "start_ns", "comm", "uid", "domain"),
+    *("id", "tgid", "start_ns", "comm", "uid", "how", "domain"),
     *("packets_in", "bytes_in", "packets_out", "bytes_out"),
 )
 """Columns for sums of use."""

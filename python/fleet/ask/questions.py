@@ -32,6 +32,9 @@ _SUMS = """count(*)::BIGINT AS rows, sum(packets_out)::BIGINT AS packets_out,
     sum(bytes_out)::BIGINT AS bytes_out, sum(packets_in)::BIGINT AS packets_in,
     sum(bytes_in)::BIGINT AS bytes_in, min(first_ns) AS first_ns, max(last_ns) AS last_ns"""
 
+_BEGINS = "how = 'listener' AND (packets_in = 0 OR packets_out = 0)"
+"""The first packets of a connection, which one machine's history has beside the others."""
+
 
 def who(store: FlowStore, wanted: Wanted, limit: int) -> tuple[int, list[dict[str, Any]]]:
     """Return how many flows fit, and the `limit` seen last."""
@@ -69,8 +72,8 @@ def usage(
         WITH named AS ({NAMED}),
         one AS (
             SELECT {USED_BY[by]} AS name, count(DISTINCT host)::BIGINT AS hosts,
-                count(DISTINCT hash(host, boot, netns, cookie, laddr, lport, raddr, rport))::BIGINT
-                    AS flows, {_SUMS}
+                count(DISTINCT hash(host, boot, netns, cookie, laddr, lport, raddr, rport))
+                    FILTER (NOT ({_BEGINS}))::BIGINT AS flows, {_SUMS}
             FROM named WHERE NOT forwarded AND {fits} GROUP BY ALL)
         SELECT *, count(*) OVER () AS total FROM one
         ORDER BY bytes_out + bytes_in DESC LIMIT {int(limit)}

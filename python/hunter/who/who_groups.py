@@ -28,6 +28,9 @@ _FIELDS = (
     *("retransmits", "failed", "resets"),
 )
 
+_ENDS = ("netns", "proto", "local", "lport", "remote", "rport")
+"""One flow. Its first packets have the listener's cookie, the others the accepted socket's."""
+
 Entry = Mapping[str, Any]
 
 
@@ -35,7 +38,7 @@ Entry = Mapping[str, Any]
 class _Group:
     pids: set[tuple[int, int]] = field(default_factory=set)
     sockets: set[tuple[Any, ...]] = field(default_factory=set)
-    flows: int = 0
+    flows: set[tuple[Any, ...]] = field(default_factory=set)
     packets: int = 0
     bytes: int = 0
     retransmits: int | None = None
@@ -45,7 +48,7 @@ class _Group:
     last: float | None = None
 
     def add_flow(self, flow: Entry) -> None:
-        self.flows += 1
+        self.flows.add(tuple(flow[name] for name in _ENDS))
         self.packets += flow["packets_in"] + flow["packets_out"]
         self.bytes += flow["bytes_in"] + flow["bytes_out"]
         if flow.get("retransmits") is not None:
@@ -81,7 +84,7 @@ def summed(answer: Mapping[str, Any], options: WhoOptions) -> dict[str, Any]:
                 "name": name,
                 "processes": len(group.pids),
                 "sockets": len(group.sockets),
-                "flows": group.flows,
+                "flows": len(group.flows),
                 "packets": group.packets,
                 "bytes": group.bytes,
                 "retransmits": group.retransmits,
